@@ -1,0 +1,336 @@
+//! The validated configuration model: immutable values the rest of the
+//! program runs on.
+//!
+//! Built only by [`load`] and [`parse`] (file text -> [`file`] mirror ->
+//! [`validate`] -> this model). Runtime code finds no `Option` here that "must
+//! be some": every default is already filled in. Except for [`load`], which
+//! reads one file, nothing here does I/O.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A whole configuration, proven consistent by `validate`.
+///
+/// Invariants: at least one frontend; every frontend's pool exists; every pool
+/// has a backend; names are unique; no bind repeats or overlaps another.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Threads, engine and whole-process limits.
+    pub process: Process,
+    /// Where the admin API listens.
+    pub admin: Admin,
+    /// Log and access log.
+    pub log: Log,
+    /// In file order.
+    pub frontends: Vec<Frontend>,
+    /// In file order.
+    pub pools: Vec<Arc<Pool>>,
+}
+
+/// `[process]`. All but `drain_timeout` and `connections_max` need a restart
+/// to change.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Process {
+    /// `None`: one worker per CPU the process may use.
+    pub workers: Option<usize>,
+    /// Pin each worker to its CPU.
+    pub pin: bool,
+    /// Requested engine.
+    pub engine: EngineChoice,
+    /// How long a worker polls after its last activity before it sleeps.
+    pub spin: Option<Duration>,
+    /// How long sessions may go on after the process was told to stop.
+    pub drain_timeout: Duration,
+    /// Sessions at once in the whole process.
+    pub connections_max: u32,
+}
+
+/// `engine = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// io_uring where the kernel allows it, else epoll.
+    Auto,
+    /// io_uring, or epoll with the reason logged where it is refused.
+    IoUring,
+    /// Never touch io_uring.
+    Epoll,
+}
+
+/// `[admin]`. A change needs a restart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Admin {
+    /// Where the API listens.
+    pub listen: AdminListen,
+    /// File holding the bearer token (trailing white space ignored).
+    pub token_file: Option<PathBuf>,
+}
+
+/// An admin address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AdminListen {
+    /// A Unix socket, mode 0600.
+    Unix(PathBuf),
+    /// A TCP address; anything but loopback has a `token_file`.
+    Tcp(SocketAddr),
+}
+
+/// `[log]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Log {
+    /// Least severe level written.
+    pub level: LogLevel,
+    /// Text for people, JSON for machines.
+    pub format: LogFormat,
+    /// Where access-log lines go.
+    pub access: AccessLogTarget,
+}
+
+/// `level = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// `format = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// `access = ...`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AccessLogTarget {
+    /// No access log.
+    Off,
+    /// Standard output.
+    Stdout,
+    /// Appended to this file; reopened when the file is moved away.
+    File(PathBuf),
+}
+
+/// `[frontend.NAME]`: bind addresses, route and limits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Frontend {
+    /// Unique among frontends.
+    pub name: Arc<str>,
+    /// At least one; IPv6 wildcards are v6-only.
+    pub binds: Vec<SocketAddr>,
+    /// Name of an existing pool.
+    pub pool: Arc<str>,
+    /// Close a session in which nothing moved for so long; `None` is off.
+    pub idle_timeout: Option<Duration>,
+    /// The same once one side has sent FIN; `None` is off.
+    pub half_closed_timeout: Option<Duration>,
+    /// TCP keepalive idle time on both legs; `None` is off.
+    pub keepalive: Option<Duration>,
+    /// `TCP_USER_TIMEOUT` on both legs; `None` leaves the kernel's.
+    pub user_timeout: Option<Duration>,
+    /// Sessions at once through this frontend; 0 means no cap.
+    pub connections_max: u32,
+}
+
+/// `[pool.NAME]`: backends, balancing policy and health spec.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pool {
+    /// Unique among pools.
+    pub name: Arc<str>,
+    /// How a backend is chosen.
+    pub balance: Policy,
+    /// Deadline of one connect attempt.
+    pub connect_timeout: Duration,
+    /// Connect attempts for one session, each on another backend; at least 1.
+    pub connect_attempts: u8,
+    /// What to do when no backend is eligible.
+    pub when_none_eligible: WhenNoneEligible,
+    /// How long never-probed backends wait for their first result before the
+    /// pool fails open.
+    pub startup_grace: Duration,
+    /// What happens to the sessions of a backend that leaves the pool.
+    pub on_removal: OnRemoval,
+    /// Active probes; `None` leaves every backend assumed up.
+    pub probe: Option<Arc<ProbeSpec>>,
+    /// Passive ejection; `None` is off.
+    pub ejection: Option<EjectionSpec>,
+    /// Unique by name and by address; at least one has a weight.
+    pub backends: Vec<Backend>,
+}
+
+/// `balance = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Policy {
+    /// Smooth weighted round robin, exact over the whole process.
+    WeightedRoundRobin,
+    /// Least (in-flight + 1) / weight.
+    LeastConnections,
+    /// Weighted random.
+    Random,
+    /// The better of two weighted random draws.
+    TwoChoices,
+    /// Weighted Maglev over the client address.
+    SourceHash,
+}
+
+/// `when_none_eligible = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenNoneEligible {
+    /// Reset the client at once.
+    Refuse,
+    /// Balance over every backend that no operator has taken out.
+    TryAll,
+}
+
+/// `on_removal = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnRemoval {
+    /// Sessions run to their end.
+    Keep,
+    /// Sessions still open after this long are reset.
+    CloseAfter(Duration),
+}
+
+/// `[pool.NAME.probe]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProbeSpec {
+    /// What one probe does.
+    pub kind: ProbeKind,
+    /// Time between probes of a backend whose state is settled.
+    pub interval: Duration,
+    /// Time between probes while a change of state is being counted.
+    pub fast_interval: Duration,
+    /// Deadline of one probe; never above either interval.
+    pub timeout: Duration,
+    /// Successes in a row that bring a backend up; at least 1.
+    pub rise: u32,
+    /// Failures in a row that take a backend down; at least 1.
+    pub fall: u32,
+}
+
+/// `kind = ...`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ProbeKind {
+    /// The connection is accepted.
+    Tcp,
+    /// The answer to `send` starts with `expect`. `send` may be empty.
+    SendExpect {
+        /// Bytes sent after connecting.
+        send: Vec<u8>,
+        /// What the answer must start with.
+        expect: Vec<u8>,
+    },
+    /// An HTTP/1.1 request whose status lies in `status`.
+    Http {
+        /// Request target, starts with `/`.
+        path: String,
+        /// `Host` header; `None` uses the backend's address.
+        host: Option<String>,
+        /// Request method.
+        method: String,
+        /// Inclusive ranges, each within 100..=599.
+        status: Vec<(u16, u16)>,
+    },
+}
+
+/// `[pool.NAME.ejection]`: passive ejection on connect failures.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct EjectionSpec {
+    /// Consecutive connect failures that eject; at least 1.
+    pub failures: u32,
+    /// Length of the first ejection; the n-th in a row lasts n times that, at
+    /// most 5 minutes.
+    pub time: Duration,
+    /// Share of a pool that may be ejected at once, in percent, 0..=100.
+    pub max_ejected_percent: u8,
+}
+
+/// `[[pool.NAME.backend]]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backend {
+    /// Unique in its pool; the address where the file gives none.
+    pub name: Arc<str>,
+    /// Unique in its pool.
+    pub address: BackendAddress,
+    /// 0..=1000; 0 takes no new sessions.
+    pub weight: u16,
+    /// Serves only while no primary is eligible.
+    pub backup: bool,
+    /// Sessions at once on this backend; 0 means no cap.
+    pub connections_max: u32,
+}
+
+/// Where a backend listens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum BackendAddress {
+    /// IPv4 or IPv6.
+    Tcp(SocketAddr),
+    /// A Unix stream socket.
+    Unix(PathBuf),
+}
+
+/// Largest weight a backend may have: keeps the smooth sequence of two
+/// co-prime neighbours within 2,000 slots.
+pub const WEIGHT_MAX: u16 = 1000;
+
+// === impl BackendAddress ===
+
+impl fmt::Display for BackendAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            BackendAddress::Tcp(address) => address.fmt(f),
+            BackendAddress::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+// === impl AdminListen ===
+
+impl fmt::Display for AdminListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AdminListen::Unix(path) => write!(f, "unix:{}", path.display()),
+            AdminListen::Tcp(address) => address.fmt(f),
+        }
+    }
+}
+
+// === impl Policy ===
+
+impl Policy {
+    /// The policy's name in the configuration file and in status.
+    pub fn name(self) -> &'static str {
+        match self {
+            Policy::WeightedRoundRobin => "weighted-round-robin",
+            Policy::LeastConnections => "least-connections",
+            Policy::Random => "random",
+            Policy::TwoChoices => "two-choices",
+            Policy::SourceHash => "source-hash",
+        }
+    }
+
+    /// Every policy, in the order the documentation lists them.
+    pub const ALL: [Policy; 5] = [
+        Policy::WeightedRoundRobin,
+        Policy::LeastConnections,
+        Policy::Random,
+        Policy::TwoChoices,
+        Policy::SourceHash,
+    ];
+}
+
+// === impl Config ===
+
+impl Config {
+    /// The pool of that name.
+    pub fn pool(&self, name: &str) -> Option<&Arc<Pool>> {
+        self.pools.iter().find(|pool| &*pool.name == name)
+    }
+}
