@@ -161,7 +161,7 @@ pub struct Pool {
     pub probe: Option<Arc<ProbeSpec>>,
     /// Passive ejection; `None` is off.
     pub ejection: Option<EjectionSpec>,
-    /// Unique by name and by address; at least one has a weight.
+    /// At least one; unique by name and by address.
     pub backends: Vec<Backend>,
 }
 
@@ -259,7 +259,7 @@ pub struct Backend {
     pub name: Arc<str>,
     /// Unique in its pool.
     pub address: BackendAddress,
-    /// 0..=1000; 0 takes no new sessions.
+    /// 1..=[`WEIGHT_MAX`].
     pub weight: u16,
     /// Serves only while no primary is eligible.
     pub backup: bool,
