@@ -1,1 +1,10 @@
-//! x
+//! Tidegate: a layer-4 load balancer.
+
+pub mod balance;
+pub mod clock;
+pub mod config;
+pub mod control;
+pub mod health;
+pub mod proxy;
+pub mod table;
+pub mod telemetry;

@@ -1,0 +1,225 @@
+//! How sessions end: cause by phase.
+//!
+//! Both are metric labels, access-log fields and what tests assert. Adding a
+//! way to end means adding a variant and its line here. Pure.
+
+/// What ended a session first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Cause {
+    /// Both directions ended in order (FIN and FIN).
+    Finished,
+    /// The client reset the connection.
+    ClientReset,
+    /// The backend reset the connection.
+    BackendReset,
+    /// The last connect attempt was refused.
+    ConnectRefused,
+    /// The last connect attempt ran into its deadline.
+    ConnectTimeout,
+    /// The last connect attempt failed otherwise.
+    ConnectFailed,
+    /// Nobody was eligible.
+    NoBackend,
+    /// No route: the frontend left while the connection was in its queue.
+    NoRoute,
+    /// A backend slot did not come free in time.
+    QueueTimeout,
+    /// Nothing moved for the idle timeout.
+    IdleTimeout,
+    /// Nothing moved for the half-closed timeout after one side's FIN.
+    HalfClosedTimeout,
+    /// The drain deadline (or a second signal) cut it.
+    DrainDeadline,
+    /// Its backend left the pool and the grace after that is over.
+    BackendRemoved,
+    /// Descriptors, memory, ports or buffers ran out here.
+    LocalResource,
+}
+
+/// How far a session had come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Phase {
+    /// Accepted, nothing chosen yet.
+    Admit,
+    /// Waiting for a backend below its cap.
+    Queue,
+    /// Connecting upstream.
+    Connect,
+    /// Both directions open.
+    Data,
+    /// One direction has ended.
+    HalfClosed,
+    /// Both directions have ended.
+    Closed,
+}
+
+/// Which side ended (FIN or RST) first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Downstream.
+    Client,
+    /// Upstream.
+    Backend,
+}
+
+/// Why a client was turned away before it had a backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum RefusedReason {
+    /// Nobody was eligible.
+    NoBackend,
+    /// The frontend was gone.
+    NoRoute,
+    /// Descriptors, memory or buffers ran out here.
+    LocalResource,
+    /// No backend slot came free in time.
+    QueueTimeout,
+    /// Every connect attempt failed.
+    ConnectFailed,
+}
+
+// === impl Cause ===
+
+impl Cause {
+    /// Number of causes.
+    pub const COUNT: usize = Cause::ALL.len();
+
+    /// Every cause, in the order of their numbers.
+    pub const ALL: [Cause; 14] = [
+        Cause::Finished,
+        Cause::ClientReset,
+        Cause::BackendReset,
+        Cause::ConnectRefused,
+        Cause::ConnectTimeout,
+        Cause::ConnectFailed,
+        Cause::NoBackend,
+        Cause::NoRoute,
+        Cause::QueueTimeout,
+        Cause::IdleTimeout,
+        Cause::HalfClosedTimeout,
+        Cause::DrainDeadline,
+        Cause::BackendRemoved,
+        Cause::LocalResource,
+    ];
+
+    /// Metric label and access-log word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Cause::Finished => "finished",
+            Cause::ClientReset => "client-reset",
+            Cause::BackendReset => "backend-reset",
+            Cause::ConnectRefused => "connect-refused",
+            Cause::ConnectTimeout => "connect-timeout",
+            Cause::ConnectFailed => "connect-failed",
+            Cause::NoBackend => "no-backend",
+            Cause::NoRoute => "no-route",
+            Cause::QueueTimeout => "queue-timeout",
+            Cause::IdleTimeout => "idle-timeout",
+            Cause::HalfClosedTimeout => "half-closed-timeout",
+            Cause::DrainDeadline => "drain-deadline",
+            Cause::BackendRemoved => "backend-removed",
+            Cause::LocalResource => "local-resource",
+        }
+    }
+
+    /// The timer that fired, in the configuration's word; empty for none.
+    pub fn timer(self) -> &'static str {
+        match self {
+            Cause::ConnectTimeout => "connect_timeout",
+            Cause::QueueTimeout => "queue_timeout",
+            Cause::IdleTimeout => "idle_timeout",
+            Cause::HalfClosedTimeout => "half_closed_timeout",
+            Cause::DrainDeadline => "drain_timeout",
+            Cause::BackendRemoved => "on_removal",
+            _ => "",
+        }
+    }
+}
+
+// === impl Phase ===
+
+impl Phase {
+    /// Number of phases.
+    pub const COUNT: usize = Phase::ALL.len();
+
+    /// Every phase, in the order of their numbers.
+    pub const ALL: [Phase; 6] =
+        [Phase::Admit, Phase::Queue, Phase::Connect, Phase::Data, Phase::HalfClosed, Phase::Closed];
+
+    /// Metric label and access-log word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Admit => "admit",
+            Phase::Queue => "queue",
+            Phase::Connect => "connect",
+            Phase::Data => "data",
+            Phase::HalfClosed => "half-closed",
+            Phase::Closed => "closed",
+        }
+    }
+}
+
+// === impl Side ===
+
+impl Side {
+    /// Access-log word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Side::Client => "client",
+            Side::Backend => "backend",
+        }
+    }
+}
+
+// === impl RefusedReason ===
+
+impl RefusedReason {
+    /// Number of reasons.
+    pub const COUNT: usize = RefusedReason::ALL.len();
+
+    /// Every reason, in the order of their numbers.
+    pub const ALL: [RefusedReason; 5] = [
+        RefusedReason::NoBackend,
+        RefusedReason::NoRoute,
+        RefusedReason::LocalResource,
+        RefusedReason::QueueTimeout,
+        RefusedReason::ConnectFailed,
+    ];
+
+    /// Metric label.
+    pub fn name(self) -> &'static str {
+        match self {
+            RefusedReason::NoBackend => "no-backend",
+            RefusedReason::NoRoute => "no-route",
+            RefusedReason::LocalResource => "local-resource",
+            RefusedReason::QueueTimeout => "queue-timeout",
+            RefusedReason::ConnectFailed => "connect-failed",
+        }
+    }
+}
+
+/// The two letters HAProxy's log tools know (its manual, section 8.5): who
+/// ended it first, then in which phase.
+pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
+    let first = match cause {
+        Cause::Finished => b'-',
+        Cause::ClientReset => b'C',
+        Cause::BackendReset | Cause::ConnectRefused | Cause::ConnectFailed => b'S',
+        Cause::ConnectTimeout | Cause::QueueTimeout => b's',
+        Cause::NoBackend => b'S',
+        Cause::NoRoute => b'P',
+        Cause::IdleTimeout | Cause::HalfClosedTimeout => b'c',
+        Cause::DrainDeadline => b'K',
+        Cause::BackendRemoved => b'D',
+        Cause::LocalResource => b'R',
+    };
+    let second = match phase {
+        Phase::Admit | Phase::Connect => b'C',
+        Phase::Queue => b'Q',
+        Phase::Data | Phase::HalfClosed => b'D',
+        Phase::Closed => b'-',
+    };
+    [first, second]
+}

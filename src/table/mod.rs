@@ -1,0 +1,123 @@
+//! The table: an immutable snapshot of where sessions go.
+//!
+//! Built by `build` from the model and the backends' statuses, published by
+//! `publish`, loaded once by each session. It holds no health: only what is
+//! eligible now, and the prepared balancer over it. Nothing here does I/O.
+
+pub mod build;
+pub mod publish;
+pub mod state;
+
+use crate::balance::{Balancer, PickError, PickKey};
+use crate::config;
+use state::{BackendState, FrontendState};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// Frontends, the pools they route to and what is eligible in them, as of one
+/// moment.
+#[derive(Debug)]
+pub struct Table {
+    /// Counts accepted configurations; what operators see as *generation*.
+    pub generation: u64,
+    /// Counts published tables: health and operators make new ones too.
+    pub serial: u64,
+    /// Cap on sessions in the whole process.
+    pub connections_max: u32,
+    /// In file order.
+    pub frontends: Vec<Arc<FrontendRoute>>,
+    /// In file order.
+    pub pools: Vec<Arc<PoolTable>>,
+    by_bind: HashMap<SocketAddr, Arc<FrontendRoute>>,
+}
+
+/// A frontend and the pool it routes to.
+#[derive(Debug)]
+pub struct FrontendRoute {
+    /// Long-lived counters and cap.
+    pub state: Arc<FrontendState>,
+    /// The model's view: timers and limits.
+    pub spec: config::Frontend,
+    /// Where its sessions go.
+    pub pool: Arc<PoolTable>,
+}
+
+/// A pool as sessions see it.
+#[derive(Debug)]
+pub struct PoolTable {
+    /// The model's view: connect timeout, attempts.
+    pub spec: Arc<config::Pool>,
+    /// The tier in service: the eligible primaries, or the eligible backups
+    /// where there is no such primary, or (`try-all`) everything no operator
+    /// took out. Same order and indices as the balancer's candidates.
+    pub serving: Vec<Arc<BackendState>>,
+    /// Over `serving`; `None` when nobody may serve.
+    pub balancer: Option<Balancer>,
+}
+
+/// A chosen backend whose in-flight count was raised; dropping it lowers the
+/// count again.
+#[derive(Debug)]
+pub struct Reserved {
+    /// Position in the pool's `serving`, for the list of tried ones.
+    pub index: usize,
+    backend: Arc<BackendState>,
+}
+
+/// Why a pool gave no backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoBackend {
+    /// Nobody is eligible.
+    NoneEligible,
+    /// Everybody in service was tried already.
+    Exhausted,
+    /// Whoever is untried is at its cap.
+    AtCapacity,
+}
+
+// === impl Table ===
+
+impl Table {
+    /// The frontend that owns that bind address.
+    #[inline]
+    pub fn route(&self, bind: SocketAddr) -> Option<&Arc<FrontendRoute>> {
+        self.by_bind.get(&bind)
+    }
+}
+
+// === impl PoolTable ===
+
+impl PoolTable {
+    /// Chooses a backend outside `tried` (positions in `serving`).
+    pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<Reserved, NoBackend> {
+        let balancer = self.balancer.as_ref().ok_or(NoBackend::NoneEligible)?;
+        match balancer.pick(key, tried) {
+            Ok(index) => Ok(Reserved { index, backend: Arc::clone(&self.serving[index]) }),
+            Err(PickError::Exhausted) => Err(NoBackend::Exhausted),
+            Err(PickError::AtCapacity) => Err(NoBackend::AtCapacity),
+        }
+    }
+
+    /// False only while every backend in service is at its cap: then new
+    /// connections had better wait in the kernel's queue.
+    #[inline]
+    pub fn has_room(&self) -> bool {
+        self.balancer.as_ref().is_none_or(Balancer::has_room)
+    }
+}
+
+// === impl Reserved ===
+
+impl Reserved {
+    /// The chosen backend.
+    pub fn backend(&self) -> &Arc<BackendState> {
+        &self.backend
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.backend.in_flight.leave();
+    }
+}

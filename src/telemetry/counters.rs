@@ -1,0 +1,73 @@
+//! Single-writer counters: a plain load, add and store instead of a locked
+//! read-modify-write.
+//!
+//! Each worker owns one shard of every counter set, on cache lines of its own;
+//! the admin API sums the shards. A counter never goes down.
+
+use crossbeam::utils::CachePadded;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A count with exactly one writing thread and any number of readers.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`. Only the owning thread may call this.
+    #[inline]
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// The count as of some recent moment.
+    #[inline]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A fixed table of counters, such as cause by phase.
+#[derive(Debug)]
+pub struct CounterTable {
+    columns: usize,
+    cells: Box<[Counter]>,
+}
+
+impl CounterTable {
+    /// All zero.
+    pub fn new(rows: usize, columns: usize) -> CounterTable {
+        CounterTable { columns, cells: (0..rows * columns).map(|_| Counter::default()).collect() }
+    }
+
+    /// The cell of that row and column; both are below the sizes given to `new`.
+    #[inline]
+    pub fn cell(&self, row: usize, column: usize) -> &Counter {
+        &self.cells[row * self.columns + column]
+    }
+}
+
+/// One `T` for each worker, each on its own cache lines.
+#[derive(Debug)]
+pub struct Sharded<T>(Box<[CachePadded<T>]>);
+
+impl<T> Sharded<T> {
+    /// One shard a worker.
+    pub fn new(workers: usize, make: impl Fn() -> T) -> Sharded<T> {
+        Sharded((0..workers).map(|_| CachePadded::new(make())).collect())
+    }
+
+    /// The shard that `worker` alone writes.
+    #[inline]
+    pub fn of(&self, worker: usize) -> &T {
+        &self.0[worker]
+    }
+
+    /// The sum over all workers.
+    pub fn sum(&self, read: impl Fn(&T) -> u64) -> u64 {
+        self.0.iter().map(|shard| read(shard)).fold(0, u64::wrapping_add)
+    }
+
+    /// Every shard, in worker order.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.0.iter().map(|shard| &**shard)
+    }
+}
