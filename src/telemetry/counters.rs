@@ -71,3 +71,70 @@ impl<T> Sharded<T> {
         self.0.iter().map(|shard| &**shard)
     }
 }
+
+/// What one worker counts besides its frontends and backends.
+#[derive(Debug)]
+pub struct WorkerCounters {
+    /// Ended sessions: row `proxy::close::Cause`, column `proxy::close::Phase`.
+    pub session_end: CounterTable,
+    /// Connections taken off the listen queues.
+    pub accepted: Counter,
+    /// Sessions that have ended, refused ones included.
+    pub ended: Counter,
+    /// Times a listener stopped accepting because a cap was reached.
+    pub accept_held_at_cap: Counter,
+    /// Times accept failed and the listener backed off (row [`LocalError`]).
+    pub local_errors: CounterTable,
+    /// Connect attempts beyond a session's first.
+    pub connect_retries: Counter,
+    /// Reports to the control thread that found its queue full.
+    pub reports_dropped: Counter,
+    /// Access-log lines that found their queue full.
+    pub access_log_dropped: Counter,
+}
+
+/// Trouble of our own, never blamed on a backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum LocalError {
+    /// EMFILE, ENFILE.
+    Descriptors,
+    /// EADDRNOTAVAIL: no source port left.
+    Ports,
+    /// ENOBUFS, ENOMEM.
+    Memory,
+    /// Anything else that is ours.
+    Other,
+}
+
+impl LocalError {
+    /// Every kind, in the order of their numbers.
+    pub const ALL: [LocalError; 4] =
+        [LocalError::Descriptors, LocalError::Ports, LocalError::Memory, LocalError::Other];
+
+    /// Metric label.
+    pub fn name(self) -> &'static str {
+        match self {
+            LocalError::Descriptors => "descriptors",
+            LocalError::Ports => "ports",
+            LocalError::Memory => "memory",
+            LocalError::Other => "other",
+        }
+    }
+}
+
+impl WorkerCounters {
+    /// All zero, for that many causes and phases.
+    pub fn new(causes: usize, phases: usize) -> WorkerCounters {
+        WorkerCounters {
+            session_end: CounterTable::new(causes, phases),
+            accepted: Counter::default(),
+            ended: Counter::default(),
+            accept_held_at_cap: Counter::default(),
+            local_errors: CounterTable::new(LocalError::ALL.len(), 1),
+            connect_retries: Counter::default(),
+            reports_dropped: Counter::default(),
+            access_log_dropped: Counter::default(),
+        }
+    }
+}
