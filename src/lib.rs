@@ -5,6 +5,7 @@ pub mod clock;
 pub mod config;
 pub mod control;
 pub mod health;
+pub mod net;
 pub mod proxy;
 pub mod table;
 pub mod telemetry;

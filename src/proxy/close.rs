@@ -13,6 +13,10 @@ pub enum Cause {
     ClientReset,
     /// The backend reset the connection.
     BackendReset,
+    /// The client stopped answering (keepalive, `TCP_USER_TIMEOUT`, no route).
+    ClientLost,
+    /// The backend stopped answering.
+    BackendLost,
     /// The last connect attempt was refused.
     ConnectRefused,
     /// The last connect attempt ran into its deadline.
@@ -57,11 +61,25 @@ pub enum Phase {
 
 /// Which side ended (FIN or RST) first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Side {
     /// Downstream.
     Client,
     /// Upstream.
     Backend,
+}
+
+/// How a relayed session ended, and what it moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ending {
+    /// What ended it first.
+    pub cause: Cause,
+    /// How far it had come.
+    pub phase: Phase,
+    /// The errno behind it; 0 for none.
+    pub errno: i32,
+    /// Which side ended (FIN or RST) first, if either did.
+    pub closed_first: Option<Side>,
 }
 
 /// Why a client was turned away before it had a backend.
@@ -83,14 +101,30 @@ pub enum RefusedReason {
 // === impl Cause ===
 
 impl Cause {
+    /// The cause when a socket of `side` fails with `errno`.
+    pub fn of_failure(side: Side, errno: i32) -> Cause {
+        let lost = matches!(
+            errno,
+            libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH | libc::ENETDOWN
+        );
+        match (side, lost) {
+            (Side::Client, false) => Cause::ClientReset,
+            (Side::Backend, false) => Cause::BackendReset,
+            (Side::Client, true) => Cause::ClientLost,
+            (Side::Backend, true) => Cause::BackendLost,
+        }
+    }
+
     /// Number of causes.
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in the order of their numbers.
-    pub const ALL: [Cause; 14] = [
+    pub const ALL: [Cause; 16] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
+        Cause::ClientLost,
+        Cause::BackendLost,
         Cause::ConnectRefused,
         Cause::ConnectTimeout,
         Cause::ConnectFailed,
@@ -110,6 +144,8 @@ impl Cause {
             Cause::Finished => "finished",
             Cause::ClientReset => "client-reset",
             Cause::BackendReset => "backend-reset",
+            Cause::ClientLost => "client-lost",
+            Cause::BackendLost => "backend-lost",
             Cause::ConnectRefused => "connect-refused",
             Cause::ConnectTimeout => "connect-timeout",
             Cause::ConnectFailed => "connect-failed",
@@ -164,6 +200,18 @@ impl Phase {
 // === impl Side ===
 
 impl Side {
+    /// Both, client first.
+    pub const BOTH: [Side; 2] = [Side::Client, Side::Backend];
+
+    /// The one across.
+    #[inline]
+    pub fn other(self) -> Side {
+        match self {
+            Side::Client => Side::Backend,
+            Side::Backend => Side::Client,
+        }
+    }
+
     /// Access-log word.
     pub fn name(self) -> &'static str {
         match self {
@@ -205,8 +253,10 @@ impl RefusedReason {
 pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
     let first = match cause {
         Cause::Finished => b'-',
-        Cause::ClientReset => b'C',
-        Cause::BackendReset | Cause::ConnectRefused | Cause::ConnectFailed => b'S',
+        Cause::ClientReset | Cause::ClientLost => b'C',
+        Cause::BackendReset | Cause::BackendLost | Cause::ConnectRefused | Cause::ConnectFailed => {
+            b'S'
+        }
         Cause::ConnectTimeout | Cause::QueueTimeout => b's',
         Cause::NoBackend => b'S',
         Cause::NoRoute => b'P',

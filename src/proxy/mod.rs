@@ -1,3 +1,16 @@
 //! The data path: accept, admit, route, pick, connect, relay, close, account.
+//!
+//! One worker a thread; `app` starts them and feeds them tables and commands.
+//! Nothing here knows of files, probes or the admin API: in comes a table, out
+//! go counters, reports and access-log records.
 
+pub mod admission;
 pub mod close;
+mod connect;
+pub mod context;
+pub mod gate;
+mod listener;
+pub mod relay;
+mod session;
+pub mod wheel;
+pub mod worker;

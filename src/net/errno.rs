@@ -1,0 +1,41 @@
+//! What an errno says about whose fault it is.
+//!
+//! Used wherever a socket call fails on behalf of a session: local trouble is
+//! counted, never blamed on a backend.
+
+use crate::telemetry::counters::LocalError;
+use std::io;
+
+/// The kind of local trouble, or `None` where the peer or the path is to
+/// blame.
+pub fn local_trouble(error: &io::Error) -> Option<LocalError> {
+    match error.raw_os_error()? {
+        libc::EMFILE | libc::ENFILE => Some(LocalError::Descriptors),
+        libc::EADDRNOTAVAIL | libc::EADDRINUSE => Some(LocalError::Ports),
+        libc::ENOBUFS | libc::ENOMEM => Some(LocalError::Memory),
+        // A firewall or policy of this host, a socket family it lacks, or a
+        // Unix socket whose directory we may not enter.
+        libc::EPERM | libc::EACCES | libc::EAFNOSUPPORT | libc::EINVAL => Some(LocalError::Other),
+        _ => None,
+    }
+}
+
+/// Whether accept(2) failed only for the connection it was about to return:
+/// the next call may well succeed (accept(2), "Error handling").
+pub fn accept_may_go_on(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::ECONNABORTED
+                | libc::EINTR
+                | libc::ENETDOWN
+                | libc::EPROTO
+                | libc::ENOPROTOOPT
+                | libc::EHOSTDOWN
+                | libc::ENONET
+                | libc::EHOSTUNREACH
+                | libc::EOPNOTSUPP
+                | libc::ENETUNREACH
+        )
+    )
+}

@@ -1,0 +1,18 @@
+//! The few ioctls no crate wraps. The only unsafe code of the readiness
+//! engine.
+//!
+//! Used by `stream`.
+
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Bytes in the socket's send queue that the peer has not acknowledged; 0 on
+/// any error.
+pub(super) fn out_queue(socket: BorrowedFd<'_>) -> u64 {
+    let mut queued: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ (the same number as TIOCOUTQ) writes one int through
+    // the pointer, which is valid, aligned and exclusive for the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut queued) };
+    if result == 0 { u64::try_from(queued).unwrap_or(0) } else { 0 }
+}

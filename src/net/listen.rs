@@ -1,0 +1,139 @@
+//! Listening sockets: bind, tune, accept, retire.
+//!
+//! `app` binds one for each worker and bind address (SO_REUSEPORT); workers
+//! accept from theirs. No policy: when to pause or retire is decided above.
+
+use rustix::net::{SocketFlags, acceptfrom_with};
+use socket2::{Domain, Protocol, SockAddr, SockFilter, Socket, Type};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+/// Connections the kernel may queue on each listener; it lowers this to
+/// `net.core.somaxconn`.
+const BACKLOG: i32 = 65_535;
+
+/// Whether somebody else already listens there. SO_REUSEPORT alone would let
+/// two processes of one user share the traffic in silence.
+pub fn taken(address: SocketAddr) -> io::Result<()> {
+    let socket = unbound(address)?;
+    socket.bind(&SockAddr::from(address))?;
+    socket.listen(1)
+}
+
+/// `count` listening sockets that share `address`; the kernel spreads new
+/// connections over them by hash.
+pub fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
+    // All are bound before any listens: no connection can land on the first
+    // while the rest are not there yet.
+    let sockets = (0..count)
+        .map(|_| {
+            let socket = unbound(address)?;
+            socket.set_reuse_port(true)?;
+            // Inherited by accepted sockets: no call for each connection.
+            socket.set_tcp_nodelay(true)?;
+            socket.bind(&SockAddr::from(address))?;
+            Ok(socket)
+        })
+        .collect::<io::Result<Vec<_>>>()?;
+    for socket in &sockets {
+        socket.listen(BACKLOG)?;
+    }
+    Ok(sockets)
+}
+
+fn unbound(address: SocketAddr) -> io::Result<Socket> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    Ok(socket)
+}
+
+/// Sets what connections accepted from now on inherit.
+pub fn tune(
+    listener: &Socket,
+    keepalive: Option<Duration>,
+    user_timeout: Option<Duration>,
+) -> io::Result<()> {
+    super::stream::set_liveness(listener, keepalive, user_timeout)
+}
+
+/// Takes one connection off the queue; `WouldBlock` when it is empty.
+pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
+    let (socket, peer) = acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
+    let peer = peer
+        .and_then(|any| SocketAddr::try_from(any).ok())
+        .ok_or_else(|| io::Error::from_raw_os_error(libc::ECONNABORTED))?;
+    Ok((socket, peer))
+}
+
+/// Lets nobody new in, while connections that are queued or mid-handshake stay
+/// whole: a filter on the listener drops bare SYNs. The peers' kernels send
+/// theirs again a second later and are refused then, or find whoever listens
+/// there by that time.
+///
+/// Closing a listener at once would reset everything in its queue (measured:
+/// 195 of 400).
+pub fn retire(listener: &Socket) -> io::Result<()> {
+    /// Flags byte of the TCP header (RFC 9293 section 3.1), where a filter on a
+    /// TCP socket starts reading.
+    const FLAGS_OFFSET: u32 = 13;
+    const SYN: u32 = 0x02;
+    const ACK: u32 = 0x10;
+    const EVERYTHING: u32 = u32::MAX;
+    let load = (libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16;
+    let and = (libc::BPF_ALU | libc::BPF_AND | libc::BPF_K) as u16;
+    let jump_if_equal = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    let give = (libc::BPF_RET | libc::BPF_K) as u16;
+    listener.attach_filter(&[
+        SockFilter::new(load, 0, 0, FLAGS_OFFSET),
+        SockFilter::new(and, 0, 0, SYN | ACK),
+        SockFilter::new(jump_if_equal, 0, 1, SYN),
+        SockFilter::new(give, 0, 0, 0),
+        SockFilter::new(give, 0, 0, EVERYTHING),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+
+    fn any_port() -> (SocketAddr, Socket) {
+        let mut sockets = bind("127.0.0.1:0".parse().unwrap(), 1).unwrap();
+        let socket = sockets.pop().unwrap();
+        (socket.local_addr().unwrap().as_socket().unwrap(), socket)
+    }
+
+    #[test]
+    fn an_address_somebody_listens_on_is_taken() {
+        let (address, socket) = any_port();
+        assert_eq!(taken(address).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(socket);
+        taken(address).unwrap();
+    }
+
+    #[test]
+    fn a_retired_listener_keeps_its_queue_and_lets_nobody_in() {
+        let (address, listener) = any_port();
+        let mut queued = TcpStream::connect(address).unwrap();
+        retire(&listener).unwrap();
+
+        let late = TcpStream::connect_timeout(&address, Duration::from_millis(300));
+        assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut);
+
+        let (socket, _) = accept(&listener).unwrap();
+        drop(listener);
+        queued.write_all(b"ping").unwrap();
+        let mut server = TcpStream::from(socket);
+        server.set_nonblocking(false).unwrap();
+        let mut got = [0; 4];
+        server.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"ping");
+    }
+}

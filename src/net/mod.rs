@@ -1,0 +1,13 @@
+//! The kernel's side of things: sockets, readiness, CPU affinity, limits.
+//!
+//! Used by the shells (workers, probes, admin) and `app`. Thin and without
+//! policy: nothing here knows of sessions, pools or configuration, and nothing
+//! blocks.
+
+pub mod cpu;
+pub mod epoll;
+pub mod errno;
+mod ioctl;
+pub mod limits;
+pub mod listen;
+pub mod stream;

@@ -1,0 +1,131 @@
+//! Connected stream sockets: connect, receive, send, shut down, reset. All
+//! non-blocking.
+//!
+//! Used by the workers. Every call is one system call unless its name says
+//! otherwise; errors come back as they are, for `errno` to judge.
+
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+/// Whom to connect to.
+#[derive(Debug, Clone, Copy)]
+pub enum Peer<'a> {
+    /// IPv4 or IPv6.
+    Tcp(SocketAddr),
+    /// A Unix stream socket.
+    Unix(&'a Path),
+}
+
+/// How far connect(2) got at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Connecting {
+    /// Established.
+    Done,
+    /// Under way: becomes writable when it is decided.
+    Pending,
+}
+
+/// Between keepalive probes once the idle time is over.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+
+/// Unanswered keepalive probes that end a connection.
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// Starts connecting to `peer` on a new socket.
+pub fn connect(peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
+    let (domain, protocol, peer) = match peer {
+        Peer::Tcp(tcp) => (Domain::for_address(tcp), Some(Protocol::TCP), SockAddr::from(tcp)),
+        Peer::Unix(path) => (Domain::UNIX, None, SockAddr::unix(path)?),
+    };
+    let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), protocol)?;
+    if protocol.is_some() {
+        socket.set_tcp_nodelay(true)?;
+    }
+    let how_far = match socket.connect(&peer) {
+        Ok(()) => Connecting::Done,
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Connecting::Pending,
+        // connect(2): a Unix socket whose backlog is full says EAGAIN and is
+        // not connecting; the backend is not keeping up, as when TCP times out.
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+            return Err(io::Error::from_raw_os_error(libc::ECONNREFUSED));
+        }
+        Err(error) => return Err(error),
+    };
+    Ok((socket.into(), how_far))
+}
+
+/// How a connect that was pending ended, once the socket has become writable.
+pub fn connect_result(socket: impl AsFd) -> io::Result<()> {
+    match SockRef::from(&socket).take_error()? {
+        None => Ok(()),
+        Some(error) => Err(error),
+    }
+}
+
+/// Receives what there is into `buffer`; `Ok(0)` is the peer's FIN.
+#[inline]
+pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
+    let (received, _) = rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT)?;
+    Ok(received)
+}
+
+/// Sends as much of `bytes` as there is room for.
+#[inline]
+pub fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
+    Ok(rustix::net::send(socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
+}
+
+/// Sends FIN behind whatever is queued (RFC 9293 section 3.6: half-close).
+pub fn shutdown_write(socket: impl AsFd) -> io::Result<()> {
+    rustix::net::shutdown(socket, Shutdown::Write)?;
+    Ok(())
+}
+
+/// Closes with RST: queued data is thrown away and the peer learns that the
+/// connection was cut (socket(7), SO_LINGER with a time of zero). On a Unix
+/// socket it is a plain close, which has the same effect there.
+pub fn reset(socket: OwnedFd) {
+    // A failure here can only turn the RST into a FIN.
+    let _ = SockRef::from(&socket).set_linger(Some(Duration::ZERO));
+    drop(socket);
+}
+
+/// Bytes sent but not yet acknowledged by the peer's kernel (tcp(7), SIOCOUTQ);
+/// 0 where that cannot be told.
+pub fn unacknowledged(socket: impl AsFd) -> u64 {
+    super::ioctl::out_queue(socket.as_fd())
+}
+
+/// Keeps the byte marked urgent in the stream instead of dropping it (tcp(7)).
+pub fn keep_urgent_inline(socket: impl AsFd) {
+    let _ = SockRef::from(&socket).set_out_of_band_inline(true);
+}
+
+/// Switches keepalive and `TCP_USER_TIMEOUT` on (or leaves them off). A no-op
+/// on Unix sockets.
+pub fn set_liveness(
+    socket: impl AsFd,
+    keepalive: Option<Duration>,
+    user_timeout: Option<Duration>,
+) -> io::Result<()> {
+    let socket = SockRef::from(&socket);
+    if socket.local_addr()?.is_unix() {
+        return Ok(());
+    }
+    match keepalive {
+        Some(idle) => socket.set_tcp_keepalive(
+            &TcpKeepalive::new()
+                // The kernel counts whole seconds from 1 to 32,767.
+                .with_time(idle.clamp(Duration::from_secs(1), Duration::from_secs(32_767)))
+                .with_interval(KEEPALIVE_INTERVAL)
+                .with_retries(KEEPALIVE_PROBES),
+        )?,
+        None => socket.set_keepalive(false)?,
+    }
+    socket.set_tcp_user_timeout(user_timeout)
+}

@@ -1,0 +1,221 @@
+//! Connecting upstream: pick, connect with a deadline, try another backend.
+//!
+//! Called by `session` before any byte was forwarded. A backend is never tried
+//! twice for one session. Local trouble is counted as ours; only what the
+//! backend or its path is to blame for is reported.
+
+use super::close::{Cause, Ending, Phase, Side};
+use super::context::{Context, Report};
+use super::gate::Gate;
+use super::relay::{ConnectEnd, Flow};
+use crate::balance::PickKey;
+use crate::clock;
+use crate::config::BackendAddress;
+use crate::health::ConnectFailure;
+use crate::net::errno;
+use crate::net::stream::{self, Connecting, Peer};
+use crate::table::state::BackendState;
+use crate::table::{NoBackend, PoolTable, Reserved};
+use crate::telemetry::counters::LocalError;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A session's hold on its backend; dropping it gives the slot back and opens
+/// the gate.
+#[derive(Debug)]
+pub(super) struct Held {
+    reserved: Option<Reserved>,
+    backend: Arc<BackendState>,
+    gate: Arc<Gate>,
+}
+
+/// A connected backend.
+#[derive(Debug)]
+pub(super) struct Upstream {
+    pub(super) held: Held,
+    /// Of the attempt that succeeded.
+    pub(super) connect_time: Duration,
+    pub(super) since: Instant,
+}
+
+/// What the dialling left behind, for the session's record.
+#[derive(Debug, Default)]
+pub(super) struct Attempts {
+    pub(super) count: u8,
+    /// Whom the newest attempt went to.
+    pub(super) last: Option<Arc<BackendState>>,
+}
+
+/// Why one attempt came to nothing.
+enum Failed {
+    Blamed(ConnectFailure, i32),
+    Local(LocalError, i32),
+    Over(Ending),
+}
+
+/// Connects `flow` to a backend of `pool`. `first` is the pick made at accept.
+/// Waits for a slot, at most the connect timeout, where every backend is at its
+/// cap.
+pub(super) async fn dial(
+    ctx: &Context,
+    flow: &Flow,
+    pool: &PoolTable,
+    client: IpAddr,
+    first: Result<Reserved, NoBackend>,
+    attempts: &mut Attempts,
+) -> Result<Upstream, Ending> {
+    let mut tried: Vec<usize> = Vec::new();
+    let mut choice = first;
+    let mut why =
+        Ending { cause: Cause::NoBackend, phase: Phase::Admit, errno: 0, closed_first: None };
+    loop {
+        let reserved = match choice {
+            Ok(reserved) => reserved,
+            Err(NoBackend::NoneEligible | NoBackend::Exhausted) => return Err(why),
+            Err(NoBackend::AtCapacity) => wait_for_slot(ctx, flow, pool, client, &tried).await?,
+        };
+        let index = reserved.index;
+        let held = Held::new(reserved, &ctx.shared.gate);
+        attempts.count += 1;
+        attempts.last = Some(Arc::clone(held.backend()));
+        if attempts.count > 1 {
+            ctx.counters.connect_retries.add(1);
+        }
+        let started = clock::now();
+        match attempt(flow, held.backend(), started + pool.spec.connect_timeout).await {
+            Ok(()) => {
+                held.backend().connect_succeeded();
+                let since = clock::now();
+                return Ok(Upstream { held, connect_time: since - started, since });
+            }
+            Err(Failed::Over(ending)) => return Err(ending),
+            Err(Failed::Blamed(failure, errno)) => {
+                why = blame(ctx, held.backend(), failure, errno);
+            }
+            Err(Failed::Local(kind, errno)) => {
+                ctx.counters.local_errors.cell(kind as usize, 0).add(1);
+                why = local_ending(errno);
+                if kind != LocalError::Ports {
+                    return Err(why);
+                }
+            }
+        }
+        drop(held);
+        if attempts.count >= pool.spec.connect_attempts {
+            return Err(why);
+        }
+        tried.push(index);
+        choice = pool.pick(PickKey { client, draw: ctx.draw() }, &tried);
+    }
+}
+
+async fn attempt(flow: &Flow, backend: &BackendState, deadline: Instant) -> Result<(), Failed> {
+    let peer = match &backend.address {
+        BackendAddress::Tcp(address) => Peer::Tcp(*address),
+        BackendAddress::Unix(path) => Peer::Unix(path),
+    };
+    let (upstream, how_far) = stream::connect(peer).map_err(judge)?;
+    match how_far {
+        Connecting::Done => flow.attach(upstream).map_err(judge),
+        Connecting::Pending => flow.connected(upstream, deadline).await.map_err(|end| match end {
+            ConnectEnd::Failed(error) => judge(error),
+            ConnectEnd::TimedOut => Failed::Blamed(ConnectFailure::Timeout, libc::ETIMEDOUT),
+            ConnectEnd::ClientGone(errno) => Failed::Over(client_gone(Phase::Connect, errno)),
+            ConnectEnd::Cut(cause) => Failed::Over(cut(Phase::Connect, cause)),
+        }),
+    }
+}
+
+/// Whose fault a failed connect is.
+fn judge(error: io::Error) -> Failed {
+    let code = error.raw_os_error().unwrap_or(libc::EIO);
+    if let Some(kind) = errno::local_trouble(&error) {
+        return Failed::Local(kind, code);
+    }
+    let failure = match code {
+        // A Unix socket nobody has bound is as refused as a closed port.
+        libc::ECONNREFUSED | libc::ENOENT | libc::ECONNRESET => ConnectFailure::Refused,
+        libc::ETIMEDOUT => ConnectFailure::Timeout,
+        libc::EHOSTUNREACH | libc::EHOSTDOWN => ConnectFailure::Unreachable,
+        other => ConnectFailure::Other(other),
+    };
+    Failed::Blamed(failure, code)
+}
+
+/// Counts a failure against the backend and tells the control thread.
+fn blame(ctx: &Context, backend: &BackendState, failure: ConnectFailure, errno: i32) -> Ending {
+    backend.counters.of(ctx.id).connect_failures.add(1);
+    let in_a_row = backend.connect_failed();
+    let report = Report::ConnectFailed { backend: backend.id, failure, in_a_row };
+    if !ctx.shared.reports.push(report) {
+        ctx.counters.reports_dropped.add(1);
+    }
+    let cause = match failure {
+        ConnectFailure::Refused => Cause::ConnectRefused,
+        ConnectFailure::Timeout => Cause::ConnectTimeout,
+        ConnectFailure::Unreachable | ConnectFailure::Other(_) => Cause::ConnectFailed,
+    };
+    Ending { cause, phase: Phase::Connect, errno, closed_first: None }
+}
+
+/// Waits until some untried backend has a slot.
+async fn wait_for_slot(
+    ctx: &Context,
+    flow: &Flow,
+    pool: &PoolTable,
+    client: IpAddr,
+    tried: &[usize],
+) -> Result<Reserved, Ending> {
+    let slot =
+        ctx.shared.gate.wait_until(|| pool.pick(PickKey { client, draw: ctx.draw() }, tried).ok());
+    // All three are readiness futures: dropping the losers loses nothing.
+    tokio::select! {
+        reserved = slot => Ok(reserved),
+        end = flow.interrupted() => Err(match end {
+            ConnectEnd::Cut(cause) => cut(Phase::Queue, cause),
+            _ => client_gone(Phase::Queue, libc::ECONNRESET),
+        }),
+        () = tokio::time::sleep(pool.spec.connect_timeout) => Err(Ending {
+            cause: Cause::QueueTimeout,
+            phase: Phase::Queue,
+            errno: 0,
+            closed_first: None,
+        }),
+    }
+}
+
+/// The ending when we ran out of something ourselves.
+pub(super) fn local_ending(errno: i32) -> Ending {
+    Ending { cause: Cause::LocalResource, phase: Phase::Connect, errno, closed_first: None }
+}
+
+fn client_gone(phase: Phase, errno: i32) -> Ending {
+    Ending { cause: Cause::ClientReset, phase, errno, closed_first: Some(Side::Client) }
+}
+
+fn cut(phase: Phase, cause: Cause) -> Ending {
+    Ending { cause, phase, errno: 0, closed_first: None }
+}
+
+// === impl Held ===
+
+impl Held {
+    fn new(reserved: Reserved, gate: &Arc<Gate>) -> Held {
+        let backend = Arc::clone(reserved.backend());
+        Held { reserved: Some(reserved), backend, gate: Arc::clone(gate) }
+    }
+
+    pub(super) fn backend(&self) -> &Arc<BackendState> {
+        &self.backend
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // The slot first: whoever the gate wakes must find it free.
+        self.reserved = None;
+        self.gate.opened();
+    }
+}

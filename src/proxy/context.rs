@@ -1,0 +1,156 @@
+//! What everything on one worker shares, and the way to the control thread.
+//!
+//! Made by `worker`, held by the listener and session tasks through an `Rc`.
+//! Nothing here blocks; what crosses threads goes through bounded queues.
+
+use super::gate::Gate;
+use super::relay::Engine;
+use crate::balance::in_flight::InFlight;
+use crate::health::ConnectFailure;
+use crate::table::Table;
+use crate::table::publish::TableReader;
+use crate::table::state::BackendId;
+use crate::telemetry::access_log::AccessLogSender;
+use crate::telemetry::counters::WorkerCounters;
+use crate::telemetry::histograms::Recorder;
+use crossbeam::queue::ArrayQueue;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use tokio::sync::Notify;
+
+/// Reports that may wait for the control thread. A backend that dies under
+/// full load makes one for each connect in flight; beyond this they are
+/// counted and dropped, and the verdict has long been reached.
+const REPORTS_MAX: usize = 4096;
+
+/// What workers tell the control thread.
+#[derive(Debug, Clone, Copy)]
+pub enum Report {
+    /// A connect failed through the backend or its path.
+    ConnectFailed {
+        /// To whom.
+        backend: BackendId,
+        /// How.
+        failure: ConnectFailure,
+        /// Failures since the last success.
+        in_a_row: u32,
+    },
+}
+
+/// The queue of reports, all workers to the control thread.
+#[derive(Debug)]
+pub struct Reports {
+    queue: ArrayQueue<Report>,
+    arrived: Notify,
+}
+
+/// Whole-process things a worker needs.
+#[derive(Debug, Clone)]
+pub struct Shared {
+    /// Sessions open in the process; enforces `process.connections_max`.
+    pub in_flight: Arc<InFlight>,
+    /// Where to wait for slots.
+    pub gate: Arc<Gate>,
+    /// To the control thread.
+    pub reports: Arc<Reports>,
+}
+
+/// One worker's surroundings.
+#[derive(Debug)]
+pub struct Context {
+    /// The worker's number, from 0.
+    pub id: usize,
+    /// Moves the bytes.
+    pub engine: Rc<Engine>,
+    /// Process-wide caps, gate and reports.
+    pub shared: Shared,
+    /// This worker's counts.
+    pub counters: Arc<WorkerCounters>,
+    /// This worker's histograms.
+    pub recorder: RefCell<Recorder>,
+    /// This worker's queue to the access log.
+    pub access_log: AccessLogSender,
+    tables: RefCell<TableReader>,
+    random: RefCell<fastrand::Rng>,
+    sessions: Cell<u64>,
+}
+
+// === impl Reports ===
+
+impl Reports {
+    /// Empty.
+    pub fn new() -> Reports {
+        Reports { queue: ArrayQueue::new(REPORTS_MAX), arrived: Notify::new() }
+    }
+
+    /// Queues a report; false when the queue is full.
+    pub fn push(&self, report: Report) -> bool {
+        let queued = self.queue.push(report).is_ok();
+        self.arrived.notify_one();
+        queued
+    }
+
+    /// The oldest report.
+    pub fn pop(&self) -> Option<Report> {
+        self.queue.pop()
+    }
+
+    /// Resolves when there may be a report.
+    pub async fn arrived(&self) {
+        self.arrived.notified().await;
+    }
+}
+
+impl Default for Reports {
+    fn default() -> Self {
+        Reports::new()
+    }
+}
+
+// === impl Context ===
+
+impl Context {
+    /// The surroundings of worker `id`; `seed` drives its random draws.
+    pub fn new(
+        id: usize,
+        engine: Rc<Engine>,
+        shared: Shared,
+        tables: TableReader,
+        counters: Arc<WorkerCounters>,
+        access_log: AccessLogSender,
+        seed: u64,
+    ) -> Context {
+        Context {
+            id,
+            engine,
+            shared,
+            counters,
+            recorder: RefCell::new(Recorder::new()),
+            access_log,
+            tables: RefCell::new(tables),
+            random: RefCell::new(fastrand::Rng::with_seed(seed)),
+            sessions: Cell::new(0),
+        }
+    }
+
+    /// The newest table.
+    #[inline]
+    pub fn table(&self) -> Rc<Arc<Table>> {
+        self.tables.borrow_mut().load()
+    }
+
+    /// Fresh random bits.
+    #[inline]
+    pub fn draw(&self) -> u64 {
+        self.random.borrow_mut().u64(..)
+    }
+
+    /// A number for a new session, unique in the process: worker in the upper
+    /// 16 bits, count in the lower 48.
+    pub fn next_session(&self) -> u64 {
+        let count = self.sessions.get() + 1;
+        self.sessions.set(count);
+        (self.id as u64) << 48 | count
+    }
+}

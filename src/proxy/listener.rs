@@ -1,0 +1,216 @@
+//! One bind address on one worker: takes connections off the listen queue as
+//! long as the caps allow, and starts a session for each.
+//!
+//! Started and retired by `worker`. It never accepts what it cannot serve: at a
+//! cap clients wait in the kernel's queue; at a lack of descriptors it backs
+//! off, and never spins.
+
+use super::admission::{self, Held, Slots};
+use super::context::Context;
+use super::session::{self, Arrival};
+use crate::balance::PickKey;
+use crate::clock;
+use crate::net::{errno, listen};
+use crate::table::{FrontendRoute, Table};
+use crate::telemetry::counters::LocalError;
+use socket2::Socket;
+use std::cell::Cell;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
+
+/// Connections taken in one go before sessions get their turn.
+const ACCEPTS_A_WAKE: u32 = 64;
+
+/// First and longest pause when accept fails for want of descriptors or memory.
+const BACK_OFF_MIN: Duration = Duration::from_millis(10);
+const BACK_OFF_MAX: Duration = Duration::from_millis(100);
+
+/// How long a retired listener goes on accepting what was in its queue or in
+/// the middle of a handshake. Nobody new gets in meanwhile.
+const RETIRE_LINGER: Duration = Duration::from_millis(200);
+
+/// Tells a listener to retire.
+#[derive(Debug, Default)]
+pub(super) struct Retirement {
+    deadline: Cell<Option<Instant>>,
+    asked: Notify,
+}
+
+/// A bind address on this worker.
+#[derive(Debug)]
+pub(super) struct Listener {
+    bind: SocketAddr,
+    socket: AsyncFd<Arc<Socket>>,
+    retirement: Rc<Retirement>,
+    /// By which the last connection was routed: serves what is still queued
+    /// once the frontend has left the table.
+    last_route: Option<(u64, Arc<FrontendRoute>)>,
+}
+
+/// What one try to accept came to.
+enum Taken {
+    One,
+    QueueEmpty,
+    AtCap(Held),
+    Starved,
+}
+
+impl Listener {
+    pub(super) fn new(
+        bind: SocketAddr,
+        socket: Arc<Socket>,
+        retirement: Rc<Retirement>,
+    ) -> io::Result<Listener> {
+        let socket = AsyncFd::with_interest(socket, Interest::READABLE)?;
+        Ok(Listener { bind, socket, retirement, last_route: None })
+    }
+
+    /// Accepts until it is retired and its queue is empty. Dropping the
+    /// listener closes this worker's hold on the socket.
+    pub(super) async fn run(mut self, ctx: Rc<Context>) {
+        let mut back_off = BACK_OFF_MIN;
+        while !self.retirement.is_over() {
+            match self.take_some(&ctx) {
+                Taken::One => {
+                    back_off = BACK_OFF_MIN;
+                    tokio::task::yield_now().await;
+                }
+                Taken::QueueEmpty => self.more_queued().await,
+                Taken::AtCap(_) => self.room_made(&ctx).await,
+                Taken::Starved => {
+                    tokio::time::sleep(back_off).await;
+                    back_off = (back_off * 2).min(BACK_OFF_MAX);
+                }
+            }
+        }
+    }
+
+    /// Accepts up to [`ACCEPTS_A_WAKE`]; says what stopped it.
+    fn take_some(&mut self, ctx: &Rc<Context>) -> Taken {
+        let table = ctx.table();
+        if let Some(route) = table.route(self.bind)
+            && self.last_route.as_ref().is_none_or(|(_, last)| !Arc::ptr_eq(last, route))
+        {
+            self.last_route = Some((table.generation, Arc::clone(route)));
+        }
+        let Some((generation, route)) = self.last_route.clone() else { return Taken::QueueEmpty };
+        for _ in 0..ACCEPTS_A_WAKE {
+            match self.take_one(ctx, &table, generation, &route) {
+                Taken::One => {}
+                stopped => return stopped,
+            }
+        }
+        Taken::One
+    }
+
+    fn take_one(
+        &self,
+        ctx: &Rc<Context>,
+        table: &Table,
+        generation: u64,
+        route: &Arc<FrontendRoute>,
+    ) -> Taken {
+        let shared = &ctx.shared;
+        let slots = match admission::admit(&shared.in_flight, &shared.gate, table, route) {
+            Ok(slots) => slots,
+            Err(held) => {
+                ctx.counters.accept_held_at_cap.add(1);
+                return Taken::AtCap(held);
+            }
+        };
+        match listen::accept(self.socket.get_ref()) {
+            Ok((socket, client)) => {
+                start_session(ctx, route, generation, slots, socket, client);
+                Taken::One
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Taken::QueueEmpty,
+            Err(error) if errno::accept_may_go_on(&error) => Taken::One,
+            Err(error) => {
+                let kind = errno::local_trouble(&error).unwrap_or(LocalError::Other);
+                ctx.counters.local_errors.cell(kind as usize, 0).add(1);
+                Taken::Starved
+            }
+        }
+    }
+
+    /// Waits until the queue may hold something, or it is time to look at the
+    /// retirement again.
+    async fn more_queued(&self) {
+        // Readiness and timers only: nothing is lost by dropping the losers.
+        tokio::select! {
+            ready = self.socket.readable() => {
+                // What the kernel queued between the last accept and now makes
+                // a new edge, so the flag may be cleared before accepting.
+                if let Ok(mut ready) = ready {
+                    ready.clear_ready();
+                }
+            }
+            () = self.retirement.next_step() => {}
+        }
+    }
+
+    /// Waits until the cap that held the last accept leaves room again.
+    async fn room_made(&self, ctx: &Context) {
+        let shared = &ctx.shared;
+        let admitted = shared.gate.wait_until(|| {
+            let table = ctx.table();
+            let route = table.route(self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
+            // The slots are given back at once: the next accept takes its own.
+            admission::room(&shared.in_flight, &table, route).then_some(())
+        });
+        tokio::select! {
+            () = admitted => {}
+            () = self.retirement.next_step() => {}
+        }
+    }
+}
+
+/// Picks and starts a session; the pick comes before anything else can run, so
+/// that the room the listener saw is still there.
+fn start_session(
+    ctx: &Rc<Context>,
+    route: &Arc<FrontendRoute>,
+    generation: u64,
+    slots: Slots,
+    socket: OwnedFd,
+    client: SocketAddr,
+) {
+    ctx.counters.accepted.add(1);
+    route.state.counters.of(ctx.id).sessions.add(1);
+    let key = PickKey { client: client.ip(), draw: ctx.draw() };
+    let pick = route.pool.pick(key, &[]);
+    let route = Arc::clone(route);
+    let arrival = Arrival { socket, client, route, generation, pick, slots };
+    tokio::task::spawn_local(session::run(Rc::clone(ctx), arrival));
+}
+
+// === impl Retirement ===
+
+impl Retirement {
+    /// Starts the retirement: over in [`RETIRE_LINGER`].
+    pub(super) fn begin(&self) {
+        if self.deadline.get().is_none() {
+            self.deadline.set(Some(clock::now() + RETIRE_LINGER));
+            self.asked.notify_one();
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.deadline.get().is_some_and(|deadline| clock::now() >= deadline)
+    }
+
+    /// Resolves when the retirement begins, and then when it is over.
+    async fn next_step(&self) {
+        match self.deadline.get() {
+            Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+            None => self.asked.notified().await,
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! A session's handle on the engine, and the values that cross the seam.
+//!
+//! Used by `session` and `connect`. Dropping the handle takes the flow out of
+//! the engine and closes its sockets.
+
+use super::readiness::Engine;
+use crate::proxy::close::{Cause, Ending, Side};
+use crate::table::state::{BackendState, FrontendState};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// One session's sockets, inside the engine.
+#[derive(Debug)]
+pub struct Flow {
+    pub(super) engine: Rc<Engine>,
+    pub(super) key: u32,
+}
+
+/// How waiting for a connect ended otherwise than by success.
+#[derive(Debug)]
+pub enum ConnectEnd {
+    /// The kernel's verdict on the connect.
+    Failed(io::Error),
+    /// The deadline came first.
+    TimedOut,
+    /// The client reset its connection meanwhile.
+    ClientGone(i32),
+    /// The session is cut from outside.
+    Cut(Cause),
+}
+
+/// A session's timers.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Nothing moved for so long: over. `None` is off.
+    pub idle: Option<Duration>,
+    /// The same once one side has ended. `None` is off.
+    pub half_closed: Option<Duration>,
+    /// TCP keepalive of the upstream leg.
+    pub keepalive: Option<Duration>,
+    /// `TCP_USER_TIMEOUT` of the upstream leg.
+    pub user_timeout: Option<Duration>,
+}
+
+/// Where a flow's bytes are counted while they move.
+#[derive(Debug)]
+pub struct Meter {
+    /// The writing worker.
+    pub worker: usize,
+    /// The session's frontend.
+    pub frontend: Arc<FrontendState>,
+    /// The session's backend.
+    pub backend: Arc<BackendState>,
+}
+
+/// A finished relay: how it ended, what it moved, and its sockets.
+#[derive(Debug)]
+pub struct Relayed {
+    /// Cause, phase, who closed first.
+    pub ending: Ending,
+    /// From the client.
+    pub bytes_in: u64,
+    /// To the client.
+    pub bytes_out: u64,
+    /// When the backend's first byte came.
+    pub first_byte: Option<Instant>,
+    /// Client's and backend's, still open.
+    pub sockets: [OwnedFd; 2],
+}
+
+// === impl Flow ===
+
+impl Flow {
+    /// Waits until `upstream`, on which a connect is pending, is decided. On
+    /// success it is the flow's backend socket; otherwise it is closed.
+    pub async fn connected(&self, upstream: OwnedFd, deadline: Instant) -> Result<(), ConnectEnd> {
+        self.engine.connected(self.key, upstream, deadline).await
+    }
+
+    /// Makes the already connected `upstream` the flow's backend socket.
+    pub fn attach(&self, upstream: OwnedFd) -> io::Result<()> {
+        self.engine.attach(self.key, upstream)
+    }
+
+    /// Resolves when the client has reset its connection or the session is cut
+    /// from outside; pending otherwise, for ever.
+    pub async fn interrupted(&self) -> ConnectEnd {
+        self.engine.interrupted(self.key).await
+    }
+
+    /// Moves bytes both ways to the end. Needs a connected backend socket.
+    pub async fn relay(self, limits: Limits, meter: Meter) -> Relayed {
+        self.engine.relay(self.key, limits, meter).await
+    }
+
+    /// Takes the client's socket out again, for a session that ends before it
+    /// is relayed.
+    pub fn into_client(self) -> Option<OwnedFd> {
+        self.engine.take_socket(self.key, Side::Client)
+    }
+}
+
+impl Drop for Flow {
+    fn drop(&mut self) {
+        self.engine.remove(self.key);
+    }
+}
