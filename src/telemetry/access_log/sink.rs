@@ -1,0 +1,124 @@
+//! An open access-log target and what is special about each kind of file.
+//!
+//! Opened by `AccessLog` on its caller's thread, written by the writer thread.
+//! It never waits for a FIFO's reader, and for a pipe or terminal it writes
+//! only what fits.
+
+use super::Target;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Standard output or an open file.
+#[derive(Debug)]
+pub(super) struct Sink {
+    fd: OwnedFd,
+    /// `None` for standard output.
+    path: Option<PathBuf>,
+    identity: (u64, u64),
+    /// Standard output that may block: written in [`PIPE_CHUNK`]s after asking.
+    ask_first: bool,
+    /// The file ends in the middle of a line that somebody else left.
+    unfinished: bool,
+}
+
+/// A pipe that polls as writable takes this much without blocking (pipe(7),
+/// `PIPE_BUF`).
+const PIPE_CHUNK: usize = 4096;
+
+// === impl Sink ===
+
+impl Sink {
+    /// Opens a target; `None` for [`Target::Off`].
+    pub(super) fn open(target: &Target) -> io::Result<Option<Sink>> {
+        match target {
+            Target::Off => Ok(None),
+            Target::Stdout => Sink::stdout().map(Some),
+            Target::File(path) => Sink::file(path).map(Some),
+        }
+    }
+
+    /// A duplicate of standard output. Its non-blocking flag is left alone: the
+    /// terminal or pipe behind it belongs to others as well.
+    fn stdout() -> io::Result<Sink> {
+        let fd = io::stdout().as_fd().try_clone_to_owned()?;
+        let stat = rustix::fs::fstat(&fd)?;
+        let ask_first = FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile;
+        Ok(Sink { fd, path: None, identity: identity(&stat), ask_first, unfinished: false })
+    }
+
+    fn file(path: &Path) -> io::Result<Sink> {
+        let fd = open_for_append(path)?;
+        let stat = rustix::fs::fstat(&fd)?;
+        let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        let unfinished = regular && ends_inside_a_line(&fd, stat.st_size as u64);
+        let path = Some(path.to_owned());
+        Ok(Sink { fd, path, identity: identity(&stat), ask_first: false, unfinished })
+    }
+
+    /// Writes some of `bytes`, which are never empty.
+    ///
+    /// # Errors
+    /// `WouldBlock` when nothing fits now; anything else is trouble.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.unfinished {
+            rustix::io::write(&self.fd, b"\n")?;
+            self.unfinished = false;
+        }
+        let bytes = if self.ask_first { self.what_fits(bytes)? } else { bytes };
+        Ok(rustix::io::write(&self.fd, bytes)?)
+    }
+
+    fn what_fits<'b>(&self, bytes: &'b [u8]) -> io::Result<&'b [u8]> {
+        let mut fds = [PollFd::new(&self.fd, PollFlags::OUT)];
+        let ready = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        if ready == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(&bytes[..bytes.len().min(PIPE_CHUNK)])
+    }
+
+    /// The file at this sink's path when that is no longer the open one: it was
+    /// moved away, removed or replaced.
+    pub(super) fn replacement(&self) -> io::Result<Option<Sink>> {
+        let Some(path) = &self.path else { return Ok(None) };
+        match rustix::fs::stat(path) {
+            Ok(stat) if identity(&stat) == self.identity => Ok(None),
+            Ok(_) | Err(Errno::NOENT) => Sink::file(path).map(Some),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// For messages.
+    pub(super) fn name(&self) -> String {
+        match &self.path {
+            Some(path) => path.display().to_string(),
+            None => "standard output".to_owned(),
+        }
+    }
+}
+
+/// Non-blocking, which matters for FIFOs alone. Read-write where permitted: a
+/// FIFO then opens without a reader and survives one that leaves (fifo(7)), and
+/// a file's last byte can be looked at.
+fn open_for_append(path: &Path) -> io::Result<OwnedFd> {
+    let flags =
+        OFlags::APPEND | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let mode = Mode::from_raw_mode(0o640);
+    match rustix::fs::open(path, flags | OFlags::RDWR, mode) {
+        Err(Errno::ACCESS) => Ok(rustix::fs::open(path, flags | OFlags::WRONLY, mode)?),
+        other => Ok(other?),
+    }
+}
+
+fn ends_inside_a_line(fd: &OwnedFd, size: u64) -> bool {
+    let mut last = [0u8; 1];
+    size > 0 && matches!(rustix::io::pread(fd, &mut last, size - 1), Ok(1) if last != *b"\n")
+}
+
+fn identity(stat: &Stat) -> (u64, u64) {
+    (stat.st_dev, stat.st_ino)
+}
