@@ -6,11 +6,41 @@
 //! be some": every default is already filled in. Except for [`load`], which
 //! reads one file, nothing here does I/O.
 
+mod diagnose;
+mod file;
+mod source;
+mod validate;
+mod value;
+mod watch;
+
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+use toml::de::DeTable;
+
+pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
+pub use source::FILE_BYTES_MAX;
+pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
+pub use watch::ConfigWatcher;
+
+use diagnose::Report;
+use source::Source;
+use value::Complaint;
+
+/// A configuration as read from a file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Loaded {
+    /// The model.
+    pub config: Config,
+    /// XXH3 of the file's bytes: an unchanged file makes no new generation.
+    pub digest: u64,
+    /// What the operator should know and the file is not refused for, ordered
+    /// by place.
+    pub warnings: Vec<Problem>,
+}
 
 /// A whole configuration, proven consistent by `validate`.
 ///
@@ -279,6 +309,93 @@ pub enum BackendAddress {
 /// Largest weight a backend may have: keeps the smooth sequence of two
 /// co-prime neighbours within 2,000 slots.
 pub const WEIGHT_MAX: u16 = 1000;
+
+/// Reads and validates a configuration file.
+///
+/// Never blocks: anything but a regular file is refused, a FIFO too.
+///
+/// # Errors
+/// Every problem found, with its place. Trouble with the file itself
+/// (missing, unreadable, a directory, larger than [`FILE_BYTES_MAX`]) stands
+/// at line 1, column 1.
+pub fn load(path: &Path) -> Result<Loaded, Problems> {
+    let file = path.display().to_string();
+    let bytes = source::read_file(path).map_err(|message| Problems::of_file(&file, message))?;
+    let digest = xxhash_rust::xxh3::xxh3_64(&bytes);
+    let text = match std::str::from_utf8(&bytes) {
+        Ok(text) => text,
+        Err(error) => return Err(not_utf8(&bytes, &file, error.valid_up_to())),
+    };
+    let (config, warnings) = read(text, &file)?;
+    Ok(Loaded { config, digest, warnings })
+}
+
+/// Validates the text of a configuration; `file` is only its name in messages.
+///
+/// A byte order mark before the first character is skipped and counts as no
+/// column. Line ends may be LF or CRLF.
+///
+/// # Errors
+/// The first TOML syntax error, or every semantic problem at once, ordered by
+/// place, at most [`PROBLEMS_MAX`]. A text over [`FILE_BYTES_MAX`] is refused
+/// unread.
+pub fn parse(text: &str, file: &str) -> Result<Config, Problems> {
+    read(text, file).map(|(config, _)| config)
+}
+
+/// The model and the warnings.
+fn read(text: &str, file: &str) -> Result<(Config, Vec<Problem>), Problems> {
+    if text.len() > FILE_BYTES_MAX {
+        return Err(Problems::of_file(file, source::too_large()));
+    }
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let source = Source::new(file, text);
+    let at = |offset: usize, complaint| Problems::one(&source, &(offset..offset + 1), complaint);
+    if let Some(nul) = text.find('\0') {
+        let complaint = Complaint::new("the file holds a NUL byte");
+        return Err(at(
+            nul,
+            complaint.help("it is no text file, or was damaged while it was written"),
+        ));
+    }
+    if let Some(deep) = file::too_deep_key(text) {
+        return Err(at(deep, Complaint::new("this dotted key has too many parts")));
+    }
+    let document = DeTable::parse(text).map_err(|error| syntax_error(&source, &error))?;
+    let report = Report::new(&source);
+    let config = validate::config(document.get_ref(), &report);
+    report.finish().map(|warnings| (config, warnings))
+}
+
+fn not_utf8(bytes: &[u8], file: &str, offset: usize) -> Problems {
+    let complaint = Complaint::new(format!("the byte 0x{:02x} is not UTF-8 text", bytes[offset]))
+        .help("save the file as UTF-8");
+    // Up to `offset` the lossy text is the same byte for byte.
+    let text = String::from_utf8_lossy(bytes);
+    Problems::one(&Source::new(file, &text), &(offset..offset + 1), complaint)
+}
+
+fn syntax_error(source: &Source<'_>, error: &toml::de::Error) -> Problems {
+    let place = error.span().unwrap_or(0..0);
+    let said = error.message();
+    let at_end = source.text[place.start.min(source.text.len())..].trim().is_empty();
+    let complaint = match said {
+        "duplicate key" => {
+            let name = source.text.get(place.clone()).unwrap_or_default();
+            Complaint::new(format!("{} is already defined above", value::shown(name)))
+                .help("each key and each [table] may stand once")
+        }
+        _ => Complaint::new(format!("TOML syntax: {}", said.replace('\n', " "))),
+    };
+    let complaint = match said {
+        _ if said.starts_with("string values must be quoted") => {
+            complaint.help("put the value in double quotes")
+        }
+        _ if at_end && said != "duplicate key" => complaint.help("is the file complete?"),
+        _ => complaint,
+    };
+    Problems::one(source, &place, complaint)
+}
 
 // === impl BackendAddress ===
 

@@ -1,0 +1,362 @@
+//! A typed walk over the parsed TOML document: every table becomes a
+//! [`Section`] whose keys are read one by one, each with its place. Called by
+//! the validation only. Never stops at the first problem and never decides
+//! what a value means.
+//!
+//! # Why not serde
+//! A derived reader stops at the first wrong type or unknown key. Here a
+//! wrong type costs its own key only, and what nobody asked for by the time a
+//! section is [finished](Section::finish) is unknown, so keys are listed once:
+//! where they are read.
+
+use std::cell::RefCell;
+use std::ops::{Range, RangeInclusive};
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::diagnose::Report;
+use super::value::{self, Complaint, did_you_mean_or, shown};
+
+/// One value with its place.
+pub(super) type Node<'a> = Spanned<DeValue<'a>>;
+
+/// Most dots within one run of bare key parts, and most dots next to a quote,
+/// on one line. Our deepest key has four parts. The TOML parser bounds nested
+/// brackets but not dotted keys, and a tree a million levels deep overflows
+/// the stack when it is dropped.
+const DOTS_MAX: usize = 16;
+
+/// One table of the document.
+pub(super) struct Section<'r, 'a> {
+    pub(super) report: &'r Report<'r>,
+    table: &'r DeTable<'a>,
+    /// How messages call it: `[pool.web]`.
+    pub(super) label: String,
+    /// Where a missing key is shown: the table's header.
+    pub(super) header: Range<usize>,
+    known: RefCell<Vec<&'static str>>,
+}
+
+/// A named table inside a section: `[frontend.NAME]`.
+pub(super) struct Named<'r, 'a> {
+    pub(super) name: &'r str,
+    /// Where the name stands.
+    pub(super) place: Range<usize>,
+    pub(super) section: Section<'r, 'a>,
+}
+
+/// What came of reading one key.
+#[derive(Debug)]
+pub(super) enum Field<T> {
+    /// Not in the file.
+    Absent,
+    /// There, wrong, and reported.
+    Bad,
+    /// There and right.
+    Good(Spanned<T>),
+}
+
+/// The place of the first dotted key deeper than any the parser should see.
+pub(super) fn too_deep_key(text: &str) -> Option<usize> {
+    let mut line_start = 0;
+    for line in text.split_inclusive('\n') {
+        if !line.trim_start().starts_with('#')
+            && let Some(at) = too_many_dots(line.as_bytes())
+        {
+            return Some(line_start + at);
+        }
+        line_start += line.len();
+    }
+    None
+}
+
+fn too_many_dots(line: &[u8]) -> Option<usize> {
+    let (mut run, mut beside_quotes) = (0, 0);
+    let mut previous = b' ';
+    for (at, byte) in line.iter().copied().enumerate() {
+        match byte {
+            b' ' | b'\t' => continue,
+            b'.' if matches!(previous, b'"' | b'\'') => beside_quotes += 1,
+            b'.' if is_bare(previous) => run += 1,
+            b'"' | b'\'' if previous == b'.' => beside_quotes += 1,
+            _ if is_bare(byte) => {}
+            _ => run = 0,
+        }
+        if run > DOTS_MAX || beside_quotes > DOTS_MAX {
+            return Some(at);
+        }
+        previous = byte;
+    }
+    None
+}
+
+fn is_bare(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-')
+}
+
+/// The type of a value in words.
+fn kind(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "a string",
+        DeValue::Integer(_) => "an integer",
+        DeValue::Float(_) => "a float",
+        DeValue::Boolean(_) => "true or false",
+        DeValue::Datetime(_) => "a date",
+        DeValue::Array(_) => "an array",
+        DeValue::Table(_) => "a table",
+    }
+}
+
+// === impl Section ===
+
+impl<'r, 'a> Section<'r, 'a> {
+    pub(super) fn new(
+        report: &'r Report<'r>,
+        table: &'r DeTable<'a>,
+        label: String,
+        header: Range<usize>,
+    ) -> Self {
+        Section { report, table, label, header, known: RefCell::default() }
+    }
+
+    /// The raw value of a key, which from now on is a known key.
+    pub(super) fn node(&self, key: &'static str) -> Option<&'r Node<'a>> {
+        self.known.borrow_mut().push(key);
+        self.table.get(key)
+    }
+
+    /// Where the key's name stands, if it is there.
+    pub(super) fn key_place(&self, key: &str) -> Option<Range<usize>> {
+        self.table.get_key_value(key).map(|(key, _)| key.span())
+    }
+
+    /// A string that `read` makes sense of. `wants` names what the key takes.
+    pub(super) fn text<T>(
+        &self,
+        key: &'static str,
+        wants: &str,
+        read: impl FnOnce(&str) -> Result<T, Complaint>,
+    ) -> Field<T> {
+        let Some(node) = self.node(key) else {
+            return Field::Absent;
+        };
+        let DeValue::String(text) = node.get_ref() else {
+            return self.wrong_type(key, node, wants);
+        };
+        self.taken(node, read(text))
+    }
+
+    /// One of a closed set of words.
+    pub(super) fn choice<T: Copy>(&self, key: &'static str, words: &[(&str, T)]) -> Field<T> {
+        self.text(key, "a string", |text| value::choice(text, words))
+    }
+
+    /// `true` or `false`.
+    pub(super) fn boolean(&self, key: &'static str) -> Field<bool> {
+        let Some(node) = self.node(key) else {
+            return Field::Absent;
+        };
+        match node.get_ref() {
+            DeValue::Boolean(value) => Field::Good(Spanned::new(node.span(), *value)),
+            _ => self.wrong_type(key, node, "true or false"),
+        }
+    }
+
+    /// An integer within `range`.
+    pub(super) fn integer(&self, key: &'static str, range: RangeInclusive<u32>) -> Field<u32> {
+        let Some(node) = self.node(key) else {
+            return Field::Absent;
+        };
+        let DeValue::Integer(number) = node.get_ref() else {
+            let wants = format!("an integer from {} to {}", range.start(), range.end());
+            return self.wrong_type(key, node, &wants);
+        };
+        let value = i128::from_str_radix(number.as_str(), number.radix()).ok();
+        let value = value.and_then(|v| u32::try_from(v).ok()).filter(|v| range.contains(v));
+        self.taken(
+            node,
+            value.ok_or_else(|| {
+                Complaint::new(format!(
+                    "{key} must be from {} to {}, not {number}",
+                    range.start(),
+                    range.end()
+                ))
+            }),
+        )
+    }
+
+    fn taken<T>(&self, node: &Node<'a>, outcome: Result<T, Complaint>) -> Field<T> {
+        match outcome {
+            Ok(value) => Field::Good(Spanned::new(node.span(), value)),
+            Err(complaint) => {
+                self.report.error(node.span(), complaint);
+                Field::Bad
+            }
+        }
+    }
+
+    /// Reports a value of the wrong type.
+    pub(super) fn wrong_type<T>(&self, key: &str, node: &Node<'a>, wants: &str) -> Field<T> {
+        let found = kind(node.get_ref());
+        let message = format!("{key} takes {wants}, not {found}");
+        self.report.error(node.span(), Complaint::new(message));
+        Field::Bad
+    }
+
+    /// Reports that a key is missing, at the table's header.
+    pub(super) fn missing(&self, key: &str, example: &str) {
+        let complaint = Complaint::new(format!("missing key \"{key}\" in {}", self.label));
+        self.report.error(self.header.clone(), complaint.help(format!("add {key} = {example}")));
+    }
+
+    /// The table under a key, or `None` where there is none (or no table, which is reported).
+    pub(super) fn table(&self, key: &'static str, label: String) -> Option<Section<'r, 'a>> {
+        let node = self.node(key)?;
+        match node.get_ref() {
+            DeValue::Table(table) => Some(Section::new(self.report, table, label, node.span())),
+            other => {
+                let place = self.key_place(key).unwrap_or_else(|| node.span());
+                let double = matches!(other, DeValue::Array(array) if array.iter().all(|e| e.get_ref().is_table()));
+                let complaint = if double {
+                    Complaint::new(format!("{label} stands once, in single brackets"))
+                } else {
+                    Complaint::new(format!("{label} is a table, not {}", kind(other)))
+                };
+                self.report.error(place, complaint);
+                None
+            }
+        }
+    }
+
+    /// The named tables under `[key.NAME]`, in file order.
+    pub(super) fn named_tables(&self, key: &'static str) -> Vec<Named<'r, 'a>> {
+        let Some(node) = self.node(key) else {
+            return Vec::new();
+        };
+        let place = self.key_place(key).unwrap_or_else(|| node.span());
+        let DeValue::Table(tables) = node.get_ref() else {
+            let complaint = Complaint::new(format!("{key} takes tables with a name"));
+            self.report.error(place, complaint.help(format!("write [{key}.NAME]")));
+            return Vec::new();
+        };
+        let mut named: Vec<_> = tables.iter().collect();
+        named.sort_by_key(|(name, _)| name.span().start);
+        named.into_iter().filter_map(|(name, node)| self.named_table(key, name, node)).collect()
+    }
+
+    fn named_table(
+        &self,
+        key: &str,
+        name: &'r Spanned<toml::de::DeString<'a>>,
+        node: &'r Node<'a>,
+    ) -> Option<Named<'r, 'a>> {
+        let DeValue::Table(table) = node.get_ref() else {
+            self.report.error_with(name.span(), || {
+                Complaint::new(format!("[{key}.{}] must be a table", value::cut(name.get_ref())))
+                    .help(format!("write [{key}.NAME], then its keys below"))
+            });
+            return None;
+        };
+        if let Err(complaint) = value::name(name.get_ref()) {
+            self.report.error(name.span(), complaint);
+        }
+        let label = format!("[{key}.{}]", value::cut(name.get_ref()));
+        let section = Section::new(self.report, table, label, node.span());
+        Some(Named { name: name.get_ref(), place: name.span(), section })
+    }
+
+    /// The tables of `[[...key]]`, in file order; `label` without brackets.
+    pub(super) fn array_of_tables(&self, key: &'static str, label: &str) -> Vec<Section<'r, 'a>> {
+        let Some(node) = self.node(key) else {
+            return Vec::new();
+        };
+        let label = format!("[[{label}]]");
+        let DeValue::Array(array) = node.get_ref() else {
+            let place = self.key_place(key).unwrap_or_else(|| node.span());
+            let complaint = Complaint::new(format!("{key} takes a list of tables"));
+            self.report.error(
+                place,
+                complaint.help(format!("write {label}, with double brackets, before each")),
+            );
+            return Vec::new();
+        };
+        let mut sections = Vec::with_capacity(array.len());
+        for element in array.iter() {
+            match element.get_ref() {
+                DeValue::Table(table) => {
+                    sections.push(Section::new(self.report, table, label.clone(), element.span()));
+                }
+                other => self.report.error_with(element.span(), || {
+                    Complaint::new(format!("{key} takes a list of tables, not {}", kind(other)))
+                        .help(format!("write {label}, then its keys below"))
+                }),
+            }
+        }
+        sections
+    }
+
+    /// Reports every key that nobody asked for.
+    pub(super) fn finish(self) {
+        let known = self.known.borrow();
+        for (key, node) in self.table.iter() {
+            let name = key.get_ref().as_ref();
+            if known.contains(&name) {
+                continue;
+            }
+            self.report.error_with(key.span(), || {
+                let what = match node.get_ref() {
+                    DeValue::Table(_) => "table",
+                    DeValue::Array(array)
+                        if array.iter().all(|e| e.get_ref().is_table()) && !array.is_empty() =>
+                    {
+                        "table"
+                    }
+                    _ => "key",
+                };
+                let complaint =
+                    Complaint::new(format!("unknown {what} {} in {}", shown(name), self.label));
+                complaint.help(did_you_mean_or(name, known.iter().copied(), || {
+                    format!("known here: {}", known.join(", "))
+                }))
+            });
+        }
+    }
+}
+
+// === impl Field ===
+
+impl<T> Field<T> {
+    /// The value, or `default` where there is none.
+    pub(super) fn or(self, default: T) -> T {
+        match self {
+            Field::Good(value) => value.into_inner(),
+            Field::Absent | Field::Bad => default,
+        }
+    }
+
+    /// The value with its place.
+    pub(super) fn good(self) -> Option<Spanned<T>> {
+        match self {
+            Field::Good(value) => Some(value),
+            Field::Absent | Field::Bad => None,
+        }
+    }
+
+    /// The value's place, where a right one was given.
+    pub(super) fn place(&self) -> Option<Range<usize>> {
+        match self {
+            Field::Good(value) => Some(value.span()),
+            Field::Absent | Field::Bad => None,
+        }
+    }
+
+    /// Whether a wrong value was given, so that what depends on it is unknown.
+    pub(super) fn is_bad(&self) -> bool {
+        matches!(self, Field::Bad)
+    }
+
+    pub(super) fn is_absent(&self) -> bool {
+        matches!(self, Field::Absent)
+    }
+}

@@ -1,0 +1,160 @@
+//! The text of one configuration file: read from disk without ever blocking,
+//! and a line index to turn byte offsets into lines and columns. Called by
+//! `load`, `parse` and the diagnostics. Knows nothing of TOML or of keys.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Largest configuration file: three times what 100,000 backends written out
+/// in full need. A larger one is refused before it is read to the end.
+pub const FILE_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Longest part of a line kept for display, in characters.
+const LINE_CHARS_MAX: usize = 120;
+
+/// How much of a cut line stands before the caret.
+const BEFORE_CARET_CHARS_MAX: usize = 40;
+
+/// Marks where a long line was cut.
+const CUT: &str = "...";
+
+/// A text with its name and the offsets at which its lines start.
+#[derive(Debug)]
+pub(super) struct Source<'t> {
+    pub(super) file: Arc<str>,
+    pub(super) text: &'t str,
+    /// Ascending; the first is 0.
+    line_starts: Vec<usize>,
+}
+
+/// A piece of one source line, short enough to show, and the bytes of it to
+/// point at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Excerpt {
+    pub(super) text: String,
+    pub(super) mark: Range<usize>,
+}
+
+/// The bytes of a regular file of at most [`FILE_BYTES_MAX`] bytes.
+///
+/// # Errors
+/// A sentence for the operator: missing, unreadable, not a regular file, too
+/// large. A FIFO or device is refused, not waited for: it is opened with
+/// `O_NONBLOCK` and looked at before the first read (open(2), fifo(7)).
+pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, String> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(|error| format!("cannot open the file: {}", plain(&error)))?;
+    let kind =
+        file.metadata().map_err(|error| format!("cannot read the file: {}", plain(&error)))?;
+    if kind.is_dir() {
+        return Err("this is a directory, not a file".to_owned());
+    }
+    if !kind.is_file() {
+        return Err("this is not a regular file".to_owned());
+    }
+    read_bounded(file)
+}
+
+fn read_bounded(file: File) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    file.take(FILE_BYTES_MAX as u64 + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| format!("cannot read the file: {}", plain(&error)))?;
+    if bytes.len() > FILE_BYTES_MAX {
+        return Err(too_large());
+    }
+    Ok(bytes)
+}
+
+/// What is said of a file beyond the bound.
+pub(super) fn too_large() -> String {
+    format!("the file is larger than {} MiB", FILE_BYTES_MAX / (1024 * 1024))
+}
+
+/// The kernel's words without Rust's "(os error 2)".
+fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.find(" (os error") {
+        Some(end) => text[..end].to_lowercase(),
+        None => text,
+    }
+}
+
+// === impl Source ===
+
+impl<'t> Source<'t> {
+    pub(super) fn new(file: &str, text: &'t str) -> Self {
+        let newlines = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
+        let line_starts = std::iter::once(0).chain(newlines.map(|(at, _)| at + 1)).collect();
+        Source { file: file.into(), text, line_starts }
+    }
+
+    /// Line and column of a byte offset, both from 1, columns in characters.
+    /// The end of the file counts as the end of its last line.
+    pub(super) fn locate(&self, offset: usize) -> (usize, usize) {
+        let offset = self.clamp(offset);
+        let line = self.line_starts.partition_point(|start| *start <= offset);
+        let start = self.line_starts[line - 1];
+        (line, self.text[start..offset].chars().count() + 1)
+    }
+
+    /// The line around the start of `place`, cut where it is very long.
+    pub(super) fn excerpt(&self, place: &Range<usize>) -> Excerpt {
+        let start = self.clamp(place.start);
+        let line = self.line(start);
+        let end = self.clamp(place.end).clamp(start, line.end.max(start));
+        let from = self.text[line.start..start]
+            .char_indices()
+            .rev()
+            .nth(BEFORE_CARET_CHARS_MAX - 1)
+            .map_or(line.start, |(at, _)| line.start + at);
+        // A line that fits is shown whole, wherever the caret stands.
+        let whole = self.text[line.clone()].chars().nth(LINE_CHARS_MAX).is_none();
+        let from = if whole { line.start } else { from };
+        let to = self.text[from..line.end]
+            .char_indices()
+            .nth(LINE_CHARS_MAX)
+            .map_or(line.end, |(at, _)| from + at);
+        let (before, after) =
+            (if from > line.start { CUT } else { "" }, if to < line.end { CUT } else { "" });
+        let moved = |offset: usize| offset.clamp(from, to) - from + before.len();
+        Excerpt {
+            text: format!("{before}{}{after}", &self.text[from..to]),
+            mark: moved(start)..moved(end),
+        }
+    }
+
+    /// Bytes of the line that holds `offset`, without its line end.
+    fn line(&self, offset: usize) -> Range<usize> {
+        let line = self.line_starts.partition_point(|start| *start <= offset);
+        let start = self.line_starts[line - 1];
+        let end = self.line_starts.get(line).map_or(self.text.len(), |next| next - 1);
+        let end = if self.text[start..end].ends_with('\r') { end - 1 } else { end };
+        start..end
+    }
+
+    /// Moves an offset onto a character that belongs to a line.
+    fn clamp(&self, offset: usize) -> usize {
+        let mut offset = offset.min(self.text.len());
+        if offset == self.text.len() && self.text.ends_with('\n') {
+            offset -= 1;
+        }
+        if offset < self.text.len()
+            && self.text[..offset].ends_with('\r')
+            && self.text.as_bytes()[offset] == b'\n'
+        {
+            offset -= 1;
+        }
+        while !self.text.is_char_boundary(offset) {
+            offset -= 1;
+        }
+        offset
+    }
+}

@@ -1,0 +1,246 @@
+//! Checks that span sections: pools that frontends name, addresses that clash,
+//! timers that contradict, bounds on counts. Called once per file, after every
+//! section was read. Linear in the size of the file.
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+
+use super::frontend::FrontendRead;
+use super::globals::AdminRead;
+use super::pool::PoolRead;
+use super::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
+use crate::config::diagnose::Report;
+use crate::config::value::{Complaint, did_you_mean_or, show_duration, shown};
+use crate::config::{AdminListen, BackendAddress};
+
+pub(super) fn check(
+    report: &Report<'_>,
+    admin: &AdminRead,
+    frontends: &[FrontendRead],
+    pools: &[PoolRead],
+) {
+    routes(report, frontends, pools);
+    counts(report, frontends, pools);
+    let taken = binds(report, frontends);
+    admin_address(report, admin, &taken);
+    loops(report, admin, pools, &taken);
+}
+
+/// Every frontend's pool exists, every pool is used, and the two agree on
+/// their timers.
+fn routes(report: &Report<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
+    let by_name: HashMap<&str, &PoolRead> =
+        pools.iter().map(|pool| (&*pool.model.name, pool)).collect();
+    let mut used = HashSet::new();
+    for frontend in frontends {
+        let Some(place) = &frontend.pool else {
+            continue;
+        };
+        let name = &*frontend.model.pool;
+        used.insert(name);
+        match by_name.get(name) {
+            Some(pool) => timers(report, frontend, pool),
+            None => report.error_with(place.clone(), || {
+                let names = pools.iter().map(|pool| &*pool.model.name);
+                let complaint = Complaint::new(format!("there is no pool {}", shown(name)));
+                complaint.help(did_you_mean_or(name, names, || match pools {
+                    [] => "add [pool.NAME] with at least one [[pool.NAME.backend]]".to_owned(),
+                    [only] => format!("the only pool is {}", shown(&only.model.name)),
+                    _ => "name one of the [pool.NAME] tables".to_owned(),
+                }))
+            }),
+        }
+    }
+    for pool in pools {
+        if !used.contains(&*pool.model.name) {
+            let message = format!("no frontend uses pool {}", shown(&pool.model.name));
+            report.warning(pool.place.clone(), Complaint::new(message));
+        }
+    }
+}
+
+/// A session would be closed as idle while it still may wait for its backend.
+/// Shown at the frontend's time-out where it is written out, else at the
+/// pool's; with neither written out the defaults agree.
+fn timers(report: &Report<'_>, frontend: &FrontendRead, pool: &PoolRead) {
+    let Some(idle) = frontend.model.idle_timeout else {
+        return;
+    };
+    let connect = pool.model.connect_timeout;
+    if connect <= idle {
+        return;
+    }
+    if let Some(place) = &frontend.idle_timeout {
+        report.error(
+            place.clone(),
+            Complaint::new(format!(
+                "idle_timeout is below the connect_timeout of pool {} ({})",
+                shown(&pool.model.name),
+                show_duration(connect)
+            )),
+        );
+    } else if let Some(place) = &pool.connect_timeout {
+        report.error(
+            place.clone(),
+            Complaint::new(format!(
+                "connect_timeout is above the idle_timeout of frontend {} ({})",
+                shown(&frontend.model.name),
+                show_duration(idle)
+            )),
+        );
+    }
+}
+
+fn counts(report: &Report<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
+    let too_many = |place: Range<usize>, what: &str, max: usize, count: usize| {
+        report.error(
+            place,
+            Complaint::new(format!("{count} {what} are more than the {max} allowed")),
+        );
+    };
+    if let Some(first) = frontends.get(FRONTENDS_MAX) {
+        let place = first.pool.clone().unwrap_or(0..0);
+        too_many(place, "frontends", FRONTENDS_MAX, frontends.len());
+    }
+    let binds = frontends.iter().flat_map(|frontend| &frontend.bind_places);
+    if let Some(first) = binds.clone().nth(BINDS_MAX) {
+        too_many(first.clone(), "bind addresses", BINDS_MAX, binds.count());
+    }
+    if let Some(first) = pools.get(POOLS_MAX) {
+        too_many(first.place.clone(), "pools", POOLS_MAX, pools.len());
+    }
+    let backends = pools.iter().flat_map(|pool| &pool.address_places);
+    if let Some(first) = backends.clone().nth(BACKENDS_MAX) {
+        too_many(first.clone(), "backends", BACKENDS_MAX, backends.count());
+    }
+}
+
+/// One bind that holds its address.
+struct Bind<'f> {
+    frontend: &'f str,
+    place: Range<usize>,
+}
+
+/// Addresses our listeners take, findable by address and by port.
+#[derive(Default)]
+struct Taken<'f> {
+    exact: HashMap<SocketAddr, Bind<'f>>,
+    /// Per port and family: the wildcard bind, and some specific one.
+    wildcard: HashMap<(u16, bool), SocketAddr>,
+    specific: HashMap<(u16, bool), SocketAddr>,
+}
+
+fn binds<'f>(report: &Report<'_>, frontends: &'f [FrontendRead]) -> Taken<'f> {
+    let mut taken = Taken::default();
+    for frontend in frontends {
+        for (address, place) in frontend.model.binds.iter().zip(&frontend.bind_places) {
+            if let Some(other) = taken.clash(*address) {
+                report.error_with(place.clone(), || taken.clash_complaint(report, *address, other));
+                continue;
+            }
+            taken.insert(*address, Bind { frontend: &frontend.model.name, place: place.clone() });
+        }
+    }
+    taken
+}
+
+fn admin_address(report: &Report<'_>, admin: &AdminRead, taken: &Taken<'_>) {
+    if let (AdminListen::Tcp(address), Some(place)) = (&admin.model.listen, &admin.listen)
+        && let Some(other) = taken.clash(*address)
+    {
+        report.error(place.clone(), taken.clash_complaint(report, *address, other));
+    }
+}
+
+/// A backend that is one of our own addresses would feed sessions back in
+/// until a limit stops them.
+fn loops(report: &Report<'_>, admin: &AdminRead, pools: &[PoolRead], taken: &Taken<'_>) {
+    for pool in pools {
+        for (backend, place) in pool.model.backends.iter().zip(&pool.address_places) {
+            let tcp = match &backend.address {
+                BackendAddress::Tcp(address) => taken.reaches(*address),
+                BackendAddress::Unix(_) => None,
+            };
+            if let Some(bind) = tcp {
+                report.error_with(place.clone(), || {
+                    let (address, frontend) = (&backend.address, shown(bind.frontend));
+                    let first = report.place_name(&bind.place);
+                    Complaint::new(format!(
+                        "backend {address} is our own frontend {frontend}, bound at {first}"
+                    ))
+                });
+            } else if is_admin(&backend.address, &admin.model.listen) {
+                let complaint = Complaint::new("this backend is our own admin API");
+                report.error(place.clone(), complaint);
+            }
+        }
+    }
+}
+
+fn is_admin(backend: &BackendAddress, admin: &AdminListen) -> bool {
+    match (backend, admin) {
+        (BackendAddress::Tcp(backend), AdminListen::Tcp(admin)) => {
+            backend == admin || (admin.ip().is_unspecified() && wildcard_reaches(admin, backend))
+        }
+        (BackendAddress::Unix(backend), AdminListen::Unix(admin)) => backend == admin,
+        _ => false,
+    }
+}
+
+/// Whether a connection to `to` surely arrives at a wildcard bind: of other
+/// addresses only the kernel knows which are this machine's.
+fn wildcard_reaches(wildcard: &SocketAddr, to: &SocketAddr) -> bool {
+    wildcard.port() == to.port() && wildcard.is_ipv4() == to.is_ipv4() && to.ip().is_loopback()
+}
+
+fn family_port(address: SocketAddr) -> (u16, bool) {
+    (address.port(), matches!(address.ip(), IpAddr::V4(_)))
+}
+
+// === impl Taken ===
+
+impl<'f> Taken<'f> {
+    fn insert(&mut self, address: SocketAddr, bind: Bind<'f>) {
+        let side =
+            if address.ip().is_unspecified() { &mut self.wildcard } else { &mut self.specific };
+        side.entry(family_port(address)).or_insert(address);
+        self.exact.insert(address, bind);
+    }
+
+    /// The earlier bind that `address` repeats or overlaps.
+    fn clash(&self, address: SocketAddr) -> Option<SocketAddr> {
+        if self.exact.contains_key(&address) {
+            return Some(address);
+        }
+        let wildcard = self.wildcard.get(&family_port(address));
+        let specific =
+            self.specific.get(&family_port(address)).filter(|_| address.ip().is_unspecified());
+        wildcard.or(specific).copied()
+    }
+
+    fn clash_complaint(
+        &self,
+        report: &Report<'_>,
+        address: SocketAddr,
+        other: SocketAddr,
+    ) -> Complaint {
+        let bind = &self.exact[&other];
+        let (frontend, place) = (shown(bind.frontend), report.place_name(&bind.place));
+        let how = if address == other {
+            "repeats a bind".to_owned()
+        } else {
+            format!("overlaps {other}")
+        };
+        Complaint::new(format!("{address} {how} of frontend {frontend} at {place}"))
+    }
+
+    /// The bind a connection to `address` would arrive at.
+    fn reaches(&self, address: SocketAddr) -> Option<&Bind<'f>> {
+        let wildcard = || {
+            let wildcard = self.wildcard.get(&family_port(address))?;
+            wildcard_reaches(wildcard, &address).then_some(wildcard)
+        };
+        self.exact.get(&address).or_else(|| self.exact.get(wildcard()?))
+    }
+}

@@ -1,0 +1,131 @@
+//! `[frontend.NAME]`: bind addresses, route and limits. Called by the
+//! validation of the whole file. Never looks at other sections; what spans
+//! several is `cross`.
+
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::DeValue;
+
+use super::CONNECTIONS_MAX;
+use crate::config::Frontend;
+use crate::config::file::{Field, Named, Section};
+use crate::config::value::{self, Complaint, DurationRange, TIME, USER_TIMEOUT, show_duration};
+
+const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
+const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);
+const KEEPALIVE: Duration = Duration::from_secs(60);
+const USER_TIMEOUT_DEFAULT: Duration = Duration::from_secs(120);
+
+/// A frontend with the places the checks across sections point at.
+pub(super) struct FrontendRead {
+    pub(super) model: Frontend,
+    /// As many as `model.binds`.
+    pub(super) bind_places: Vec<Range<usize>>,
+    /// Where `pool` stands, if a pool was named.
+    pub(super) pool: Option<Range<usize>>,
+    /// Where `idle_timeout` stands, if it does.
+    pub(super) idle_timeout: Option<Range<usize>>,
+}
+
+pub(super) fn read(named: Named<'_, '_>) -> FrontendRead {
+    let Named { name, section, .. } = named;
+    let (binds, bind_places) =
+        binds(&section).into_iter().map(|b| (*b.get_ref(), b.span())).unzip();
+    let pool = section.text("pool", "the name of a pool", |text| Ok(Arc::<str>::from(text)));
+    if pool.is_absent() {
+        section.missing("pool", "\"NAME\", the name of a [pool.NAME]");
+    }
+    let idle_timeout = timer(&section, "idle_timeout", TIME);
+    let keepalive = section.text("keepalive", TIMER, value::keepalive);
+    let user_timeout = timer(&section, "user_timeout", USER_TIMEOUT);
+    warn_of_short_user_timeout(&section, &user_timeout, &keepalive);
+    let (pool_place, idle_place) = (pool.place(), idle_timeout.place());
+    let model = Frontend {
+        name: name.into(),
+        binds,
+        pool: pool.or("".into()),
+        idle_timeout: idle_timeout.or(Some(IDLE_TIMEOUT)),
+        half_closed_timeout: timer(&section, "half_closed_timeout", TIME)
+            .or(Some(HALF_CLOSED_TIMEOUT)),
+        keepalive: keepalive.or(Some(KEEPALIVE)),
+        user_timeout: user_timeout.or(Some(USER_TIMEOUT_DEFAULT)),
+        connections_max: section.integer("connections_max", 0..=CONNECTIONS_MAX).or(0),
+    };
+    section.finish();
+    FrontendRead { model, bind_places, pool: pool_place, idle_timeout: idle_place }
+}
+
+const TIMER: &str = "a duration such as \"30s\", or \"off\"";
+
+fn timer(
+    section: &Section<'_, '_>,
+    key: &'static str,
+    range: DurationRange,
+) -> Field<Option<Duration>> {
+    section.text(key, TIMER, |text| value::duration_or_off(text, range))
+}
+
+fn binds(section: &Section<'_, '_>) -> Vec<Spanned<SocketAddr>> {
+    const EXAMPLE: &str = "[\"0.0.0.0:8080\"]";
+    let Some(node) = section.node("bind") else {
+        section.missing("bind", EXAMPLE);
+        return Vec::new();
+    };
+    let nodes = match node.get_ref() {
+        DeValue::String(_) => std::slice::from_ref(node),
+        DeValue::Array(array) => array,
+        _ => {
+            let _: Field<()> =
+                section.wrong_type("bind", node, "an address or a list of addresses");
+            return Vec::new();
+        }
+    };
+    if nodes.is_empty() {
+        let complaint = Complaint::new("bind lists no address");
+        section.report.error(node.span(), complaint.help(format!("write bind = {EXAMPLE}")));
+    }
+    let mut binds = Vec::with_capacity(nodes.len());
+    for node in nodes {
+        let DeValue::String(text) = node.get_ref() else {
+            let _: Field<()> =
+                section.wrong_type("bind", node, "addresses such as \"0.0.0.0:8080\"");
+            continue;
+        };
+        match value::bind_address(text) {
+            Ok(address) => binds.push(Spanned::new(node.span(), address)),
+            Err(complaint) => section.report.error(node.span(), complaint),
+        }
+    }
+    binds
+}
+
+/// Only a warning: the kernel takes both, and then ends a dead peer's session
+/// at the first keepalive probe instead of after several (tcp(7),
+/// `TCP_USER_TIMEOUT`).
+fn warn_of_short_user_timeout(
+    section: &Section<'_, '_>,
+    user_timeout: &Field<Option<Duration>>,
+    keepalive: &Field<Option<Duration>>,
+) {
+    let Field::Good(user) = user_timeout else {
+        return;
+    };
+    let idle = match keepalive {
+        Field::Good(idle) => *idle.get_ref(),
+        Field::Absent => Some(KEEPALIVE),
+        Field::Bad => None,
+    };
+    if let (Some(user_time), Some(idle)) = (*user.get_ref(), idle)
+        && user_time < idle
+    {
+        let complaint = Complaint::new(format!(
+            "user_timeout is below keepalive ({}): one lost keepalive probe will end an idle session",
+            show_duration(idle)
+        ));
+        section.report.warning(user.span(), complaint);
+    }
+}

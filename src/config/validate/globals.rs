@@ -1,0 +1,181 @@
+//! The sections that stand once: `[process]`, `[admin]` and `[log]`. Called by
+//! the validation of the whole file. Never looks at frontends or pools.
+
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::DeValue;
+
+use super::CONNECTIONS_MAX;
+use crate::config::file::{Field, Section};
+use crate::config::value::{self, Complaint, SPIN, TIME, shown};
+use crate::config::{
+    AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process,
+};
+
+/// More workers than this share too many structures to be of use.
+const WORKERS_MAX: u32 = 256;
+
+/// Where the admin API listens unless told otherwise.
+const ADMIN_SOCKET: &str = "/run/tidegate/admin.sock";
+
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+const PROCESS_CONNECTIONS: u32 = 100_000;
+
+/// `[admin]` with the place of its address.
+pub(super) struct AdminRead {
+    pub(super) model: Admin,
+    /// Where `listen` stands, if it does.
+    pub(super) listen: Option<Range<usize>>,
+}
+
+pub(super) fn process(top: &Section<'_, '_>) -> Process {
+    let Some(section) = top.table("process", "[process]".to_owned()) else {
+        return default_process();
+    };
+    let default = default_process();
+    let engines = [
+        ("auto", EngineChoice::Auto),
+        ("io_uring", EngineChoice::IoUring),
+        ("epoll", EngineChoice::Epoll),
+    ];
+    let process = Process {
+        workers: workers(&section).or(default.workers),
+        pin: section.boolean("pin").or(default.pin),
+        engine: section.choice("engine", &engines).or(default.engine),
+        spin: section
+            .text("spin", "\"off\" or a duration such as \"50us\"", |text| {
+                value::duration_or_off(text, SPIN)
+            })
+            .or(default.spin),
+        drain_timeout: duration(&section, "drain_timeout").or(default.drain_timeout),
+        connections_max: section
+            .integer("connections_max", 1..=CONNECTIONS_MAX)
+            .or(default.connections_max),
+    };
+    section.finish();
+    process
+}
+
+fn default_process() -> Process {
+    Process {
+        workers: None,
+        pin: true,
+        engine: EngineChoice::Auto,
+        spin: None,
+        drain_timeout: DRAIN_TIMEOUT,
+        connections_max: PROCESS_CONNECTIONS,
+    }
+}
+
+fn workers(section: &Section<'_, '_>) -> Field<Option<usize>> {
+    let Some(node) = section.node("workers") else {
+        return Field::Absent;
+    };
+    match node.get_ref() {
+        DeValue::String(word) if word == "auto" => Field::Good(Spanned::new(node.span(), None)),
+        DeValue::Integer(_) => match section.integer("workers", 1..=WORKERS_MAX) {
+            Field::Good(count) => {
+                let count = usize::try_from(count.into_inner()).ok();
+                Field::Good(Spanned::new(node.span(), count))
+            }
+            Field::Bad | Field::Absent => Field::Bad,
+        },
+        DeValue::String(word) => {
+            let complaint = Complaint::new(format!("{} is not a number of workers", shown(word)));
+            let help = format!("write \"auto\" or a number from 1 to {WORKERS_MAX} without quotes");
+            section.report.error(node.span(), complaint.help(help));
+            Field::Bad
+        }
+        _ => section.wrong_type("workers", node, "\"auto\" or an integer"),
+    }
+}
+
+/// A plain duration.
+pub(super) fn duration(section: &Section<'_, '_>, key: &'static str) -> Field<Duration> {
+    section.text(key, "a duration such as \"5s\"", |text| value::duration(text, TIME))
+}
+
+pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
+    let default = AdminListen::Unix(PathBuf::from(ADMIN_SOCKET));
+    let Some(section) = top.table("admin", "[admin]".to_owned()) else {
+        return AdminRead { model: Admin { listen: default, token_file: None }, listen: None };
+    };
+    let listen = section.text("listen", "an address", value::admin_listen);
+    let token_file = section.text("token_file", "a file path", |text| file_path(text));
+    if let Field::Good(address) = &listen
+        && let AdminListen::Tcp(tcp) = address.get_ref()
+        && !is_loopback(tcp)
+        && token_file.is_absent()
+    {
+        let complaint = Complaint::new(format!(
+            "{tcp} is reachable from other machines and there is no token_file"
+        ));
+        section.report.error(
+            address.span(),
+            complaint.help(
+                "add token_file = \"/path/to/token\", or listen on 127.0.0.1 or a Unix socket",
+            ),
+        );
+    }
+    let place = listen.place();
+    let model = Admin {
+        listen: listen.or(default),
+        token_file: token_file.good().map(Spanned::into_inner),
+    };
+    section.finish();
+    AdminRead { model, listen: place }
+}
+
+fn is_loopback(address: &SocketAddr) -> bool {
+    address.ip().to_canonical().is_loopback()
+}
+
+fn file_path(text: &str) -> Result<PathBuf, Complaint> {
+    if text.is_empty() || text.contains('\0') || text.ends_with('/') {
+        return Err(Complaint::new(format!("{} is not a file path", shown(text))));
+    }
+    Ok(PathBuf::from(text))
+}
+
+pub(super) fn log(top: &Section<'_, '_>) -> Log {
+    let default =
+        Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off };
+    let Some(section) = top.table("log", "[log]".to_owned()) else {
+        return default;
+    };
+    let levels = [
+        ("error", LogLevel::Error),
+        ("warn", LogLevel::Warn),
+        ("info", LogLevel::Info),
+        ("debug", LogLevel::Debug),
+        ("trace", LogLevel::Trace),
+    ];
+    let formats = [("text", LogFormat::Text), ("json", LogFormat::Json)];
+    let log = Log {
+        level: section.choice("level", &levels).or(default.level),
+        format: section.choice("format", &formats).or(default.format),
+        access: section
+            .text("access", "\"off\", \"stdout\" or a file path", access_target)
+            .or(default.access),
+    };
+    section.finish();
+    log
+}
+
+/// A bare word is more likely a slip than a file in the working directory.
+fn access_target(text: &str) -> Result<AccessLogTarget, Complaint> {
+    match text {
+        "off" => Ok(AccessLogTarget::Off),
+        "stdout" => Ok(AccessLogTarget::Stdout),
+        path if path.contains('/') => file_path(path).map(AccessLogTarget::File),
+        word => Err(Complaint::new(format!(
+            "{} is not \"off\", \"stdout\" or a file path",
+            shown(word)
+        ))
+        .help(format!("for a file of that name write \"./{}\"", value::cut(word)))),
+    }
+}

@@ -1,0 +1,101 @@
+//! From a parsed document to the model: every default filled in, every
+//! semantic problem reported with its place. Called by `parse` and `load`.
+//! Never stops at the first problem and never looks outside the document.
+
+mod cross;
+mod frontend;
+mod globals;
+mod pool;
+mod probe;
+
+use std::sync::Arc;
+
+use toml::de::DeTable;
+
+use super::Config;
+use super::diagnose::Report;
+use super::file::Section;
+use super::value::Complaint;
+
+/// Most frontends: each costs a listener per bind and worker.
+pub const FRONTENDS_MAX: usize = 4_096;
+
+/// Most binds in all, for the same reason.
+pub const BINDS_MAX: usize = 8_192;
+
+/// Most pools.
+pub const POOLS_MAX: usize = 10_000;
+
+/// Most backends over all pools: beyond it, building a table takes longer than
+/// an operator waits for a reload.
+pub const BACKENDS_MAX: usize = 100_000;
+
+/// Largest value of any `connections_max`: more sockets than one address pair
+/// and one machine's memory allow.
+pub(super) const CONNECTIONS_MAX: u32 = 10_000_000;
+
+/// What a reader of an unsupported section is told.
+pub(super) const NO_HEARTBEATS: &str = "heartbeats are not supported by this version";
+
+/// The model of `document`. Where `report` holds an error afterwards, the
+/// result is a filler and must not be used.
+pub(super) fn config<'a>(document: &DeTable<'a>, report: &Report<'_>) -> Config {
+    let top = Section::new(report, document, "the file".to_owned(), 0..0);
+    let process = globals::process(&top);
+    let admin = globals::admin(&top);
+    let log = globals::log(&top);
+    let frontends: Vec<_> = top.named_tables("frontend").into_iter().map(frontend::read).collect();
+    let pools: Vec<_> = top.named_tables("pool").into_iter().map(pool::read).collect();
+    refuse(&top, "heartbeat");
+    require_something(&top, document, frontends.len(), pools.len());
+    cross::check(report, &admin, &frontends, &pools);
+    top.finish();
+    Config {
+        process,
+        admin: admin.model,
+        log,
+        frontends: frontends.into_iter().map(|frontend| frontend.model).collect(),
+        pools: pools.into_iter().map(|pool| Arc::new(pool.model)).collect(),
+    }
+}
+
+/// Refuses a heartbeat section, which older and newer versions may know.
+pub(super) fn refuse(section: &Section<'_, '_>, key: &'static str) {
+    if section.node(key).is_some() {
+        let place = section.key_place(key).unwrap_or_else(|| section.header.clone());
+        let complaint = Complaint::new(NO_HEARTBEATS);
+        section
+            .report
+            .error(place, complaint.help("remove this table; active probes are [pool.NAME.probe]"));
+    }
+}
+
+fn require_something(
+    top: &Section<'_, '_>,
+    document: &DeTable<'_>,
+    frontends: usize,
+    pools: usize,
+) {
+    let say = |message: &str, help: &str| {
+        top.report.error(top.header.clone(), Complaint::new(message).help(help));
+    };
+    if document.is_empty() {
+        return say(
+            "the file configures nothing",
+            "it needs at least one [frontend.NAME] and one [pool.NAME]",
+        );
+    }
+    if frontends == 0
+        && top.key_place("frontend").is_none_or(|_| is_empty_table(document, "frontend"))
+    {
+        say("there is no frontend", "add [frontend.NAME] with bind and pool");
+    }
+    if pools == 0 && top.key_place("pool").is_none_or(|_| is_empty_table(document, "pool")) {
+        say("there is no pool", "add [pool.NAME] with at least one [[pool.NAME.backend]]");
+    }
+}
+
+fn is_empty_table(document: &DeTable<'_>, key: &str) -> bool {
+    let table = document.get(key).and_then(|node| node.get_ref().as_table());
+    table.is_some_and(|table| table.is_empty())
+}

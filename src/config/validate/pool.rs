@@ -1,0 +1,208 @@
+//! `[pool.NAME]` with its ejection and backends. Called by the validation of
+//! the whole file. Never looks at other sections; what spans several is
+//! `cross`.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::DeValue;
+
+use super::globals::duration;
+use super::{CONNECTIONS_MAX, probe, refuse};
+use crate::config::file::{Named, Section};
+use crate::config::value::{self, Complaint, shown};
+use crate::config::{
+    Backend, BackendAddress, EjectionSpec, OnRemoval, Policy, Pool, WEIGHT_MAX, WhenNoneEligible,
+};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const CONNECT_ATTEMPTS: u32 = 3;
+/// Sixteen covers any partial outage; more only delays the refusal.
+const CONNECT_ATTEMPTS_MAX: u32 = 16;
+const STARTUP_GRACE: Duration = Duration::from_secs(3);
+
+const EJECTION: EjectionSpec =
+    EjectionSpec { failures: 5, time: Duration::from_secs(10), max_ejected_percent: 50 };
+const EJECTION_FAILURES_MAX: u32 = 1_000;
+
+/// A pool with the places the checks across sections point at.
+pub(super) struct PoolRead {
+    pub(super) model: Pool,
+    /// Where the name stands.
+    pub(super) place: Range<usize>,
+    /// Where `connect_timeout` stands, if it does.
+    pub(super) connect_timeout: Option<Range<usize>>,
+    /// Where each address stands; as many as `model.backends`.
+    pub(super) address_places: Vec<Range<usize>>,
+}
+
+pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
+    let Named { name, place, section } = named;
+    let policies = Policy::ALL.map(|policy| (policy.name(), policy));
+    let none_eligible =
+        [("refuse", WhenNoneEligible::Refuse), ("try-all", WhenNoneEligible::TryAll)];
+    let connect_timeout = duration(&section, "connect_timeout");
+    let connect_place = connect_timeout.place();
+    let (backends, address_places) = backends(&section, name);
+    let attempts = section.integer("connect_attempts", 1..=CONNECT_ATTEMPTS_MAX);
+    let model = Pool {
+        name: name.into(),
+        balance: section.choice("balance", &policies).or(Policy::WeightedRoundRobin),
+        connect_timeout: connect_timeout.or(CONNECT_TIMEOUT),
+        connect_attempts: narrow(attempts.or(CONNECT_ATTEMPTS)),
+        when_none_eligible: section
+            .choice("when_none_eligible", &none_eligible)
+            .or(WhenNoneEligible::Refuse),
+        startup_grace: duration(&section, "startup_grace").or(STARTUP_GRACE),
+        on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
+        probe: probe::read(&section, name).map(Arc::new),
+        ejection: ejection(&section, name),
+        backends,
+    };
+    refuse(&section, "heartbeat");
+    section.finish();
+    PoolRead { model, place, connect_timeout: connect_place, address_places }
+}
+
+/// A number already checked to fit.
+fn narrow<T: TryFrom<u32> + Default>(value: u32) -> T {
+    T::try_from(value).unwrap_or_default()
+}
+
+fn ejection(pool: &Section<'_, '_>, name: &str) -> Option<EjectionSpec> {
+    let label = format!("[pool.{}.ejection]", value::cut(name));
+    if let Some(node) = pool.node("ejection")
+        && let DeValue::String(word) = node.get_ref()
+    {
+        if word != "off" {
+            let complaint = Complaint::new(format!("{} is not a known value", shown(word)));
+            let help = format!("write ejection = \"off\", or a table {label}");
+            pool.report.error(node.span(), complaint.help(help));
+        }
+        return None;
+    }
+    let Some(section) = pool.table("ejection", label) else {
+        return Some(EJECTION);
+    };
+    let spec = EjectionSpec {
+        failures: section.integer("failures", 1..=EJECTION_FAILURES_MAX).or(EJECTION.failures),
+        time: duration(&section, "time").or(EJECTION.time),
+        max_ejected_percent: section
+            .text("max_ejected", "a share such as \"50%\"", value::percent)
+            .or(EJECTION.max_ejected_percent),
+    };
+    section.finish();
+    Some(spec)
+}
+
+/// The backends that have an address, and where each address stands.
+fn backends(pool: &Section<'_, '_>, pool_name: &str) -> (Vec<Backend>, Vec<Range<usize>>) {
+    let label = format!("pool.{}.backend", value::cut(pool_name));
+    let sections = pool.array_of_tables("backend", &label);
+    let given = pool.key_place("backend").is_some();
+    if !given || (sections.is_empty() && is_empty_array(pool)) {
+        let place = pool.key_place("backend").unwrap_or_else(|| pool.header.clone());
+        let complaint = Complaint::new(format!("pool {} has no backend", shown(pool_name)));
+        pool.report
+            .error(place, complaint.help(format!("add [[{label}]] with address = \"IP:PORT\"")));
+    }
+    let mut seen = Seen::default();
+    let mut backends = Vec::with_capacity(sections.len());
+    let mut places = Vec::with_capacity(sections.len());
+    for section in sections {
+        if let Some((backend, place)) = backend(section, &mut seen) {
+            backends.push(backend);
+            places.push(place);
+        }
+    }
+    if !backends.is_empty() && backends.iter().all(|backend| backend.backup) {
+        let message = format!("every backend of pool {} is a backup", shown(pool_name));
+        pool.report.warning(pool.header.clone(), Complaint::new(message));
+    }
+    (backends, places)
+}
+
+fn is_empty_array(pool: &Section<'_, '_>) -> bool {
+    let array = pool.node("backend").and_then(|node| node.get_ref().as_array());
+    array.is_some_and(|array| array.is_empty())
+}
+
+/// Names and addresses met so far in one pool, with their places.
+#[derive(Default)]
+struct Seen {
+    names: HashMap<Arc<str>, Range<usize>>,
+    addresses: HashMap<BackendAddress, Range<usize>>,
+}
+
+fn backend(section: Section<'_, '_>, seen: &mut Seen) -> Option<(Backend, Range<usize>)> {
+    let name =
+        section.text("name", "a string", |text| value::name(text).map(|()| Arc::<str>::from(text)));
+    let address =
+        section.text("address", "an address such as \"10.0.0.1:8080\"", value::backend_address);
+    if address.is_absent() {
+        section.missing("address", "\"IP:PORT\"");
+    }
+    let weight = section.integer("weight", 1..=u32::from(WEIGHT_MAX)).or(1);
+    let backup = section.boolean("backup").or(false);
+    let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX).or(0);
+    let name_is_bad = name.is_bad();
+    let name = name.good();
+    let address = address.good();
+    if let Some(name) = &name {
+        seen.name(&section, name.get_ref(), name.span());
+    }
+    if let Some(address) = &address {
+        seen.address(&section, address);
+    }
+    let known = address.map(|address| {
+        let name = name.map(Spanned::into_inner);
+        let place = address.span();
+        let address = address.into_inner();
+        (name, address, place)
+    });
+    let backend = known.map(|(name, address, place)| {
+        let name = name.unwrap_or_else(|| {
+            let name: Arc<str> = address.to_string().into();
+            if !name_is_bad {
+                seen.name(&section, &name, place.clone());
+            }
+            name
+        });
+        (Backend { name, address, weight: narrow(weight), backup, connections_max }, place)
+    });
+    section.finish();
+    backend
+}
+
+// === impl Seen ===
+
+impl Seen {
+    fn name(&mut self, section: &Section<'_, '_>, name: &Arc<str>, place: Range<usize>) {
+        if let Some(first) = self.names.get(name) {
+            section.report.error_with(place, || {
+                let first = section.report.place_name(first);
+                Complaint::new(format!("backend name {} repeats the one at {first}", shown(name)))
+            });
+            return;
+        }
+        self.names.insert(Arc::clone(name), place);
+    }
+
+    fn address(&mut self, section: &Section<'_, '_>, address: &Spanned<BackendAddress>) {
+        if let Some(first) = self.addresses.get(address.get_ref()) {
+            section.report.error_with(address.span(), || {
+                let first = section.report.place_name(first);
+                Complaint::new(format!(
+                    "backend address {} repeats the one at {first}",
+                    address.get_ref()
+                ))
+                .help("give one backend a larger weight instead")
+            });
+            return;
+        }
+        self.addresses.insert(address.get_ref().clone(), address.span());
+    }
+}

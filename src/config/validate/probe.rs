@@ -1,0 +1,237 @@
+//! `[pool.NAME.probe]`: what a probe does and when. Called while a pool is
+//! read. Never sends a probe.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use super::globals::duration;
+use crate::config::file::{Field, Section};
+use crate::config::value::{self, Complaint, show_duration, shown};
+use crate::config::{ProbeKind, ProbeSpec};
+
+const INTERVAL: Duration = Duration::from_secs(2);
+const FAST_INTERVAL: Duration = Duration::from_millis(500);
+const TIMEOUT: Duration = Duration::from_secs(1);
+const RISE: u32 = 2;
+const FALL: u32 = 3;
+/// Beyond it a backend's state would lag minutes behind the truth.
+const COUNT_MAX: u32 = 100;
+/// A shorter interval is load, not observation.
+const INTERVAL_MIN: Duration = Duration::from_millis(10);
+
+/// Longest `send`, `expect`, `path`, `host` and `method`: each fits the first
+/// segments of a connection, so a probe never waits for a window.
+const SEND_BYTES_MAX: usize = 4_096;
+const EXPECT_BYTES_MAX: usize = 1_024;
+const PATH_BYTES_MAX: usize = 2_048;
+const HOST_BYTES_MAX: usize = 255;
+const METHOD_BYTES_MAX: usize = 32;
+
+/// `kind` alone.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Tcp,
+    SendExpect,
+    Http,
+}
+
+/// The keys only some kinds take.
+struct KindKeys {
+    send: Field<Vec<u8>>,
+    expect: Field<Vec<u8>>,
+    path: Field<String>,
+    host: Field<String>,
+    method: Field<String>,
+    status: Field<Vec<(u16, u16)>>,
+}
+
+const KINDS: [(&str, Kind); 3] =
+    [("tcp", Kind::Tcp), ("send-expect", Kind::SendExpect), ("http", Kind::Http)];
+
+pub(super) fn read(pool: &Section<'_, '_>, name: &str) -> Option<ProbeSpec> {
+    let label = format!("[pool.{}.probe]", value::cut(name));
+    let section = pool.table("probe", label)?;
+    let kind = section.choice("kind", &KINDS);
+    let keys = kind_keys(&section);
+    let kind_is_bad = kind.is_bad();
+    let kind = kind.or(Kind::Tcp);
+    if !kind_is_bad {
+        refuse_foreign_keys(&section, kind);
+        require_expect(&section, kind, &keys);
+    }
+    let (interval, fast_interval, timeout) = times(&section);
+    let spec = ProbeSpec {
+        kind: keys.into_kind(kind),
+        interval,
+        fast_interval,
+        timeout,
+        rise: section.integer("rise", 1..=COUNT_MAX).or(RISE),
+        fall: section.integer("fall", 1..=COUNT_MAX).or(FALL),
+    };
+    section.finish();
+    Some(spec)
+}
+
+fn kind_keys(section: &Section<'_, '_>) -> KindKeys {
+    KindKeys {
+        send: section.text("send", "a string", |text| bytes("send", text, 0, SEND_BYTES_MAX)),
+        expect: section
+            .text("expect", "a string", |text| bytes("expect", text, 1, EXPECT_BYTES_MAX)),
+        path: section.text("path", "a string", path),
+        host: section.text("host", "a string", host),
+        method: section.text("method", "a string", method),
+        status: section.text("status", "a string such as \"200-399\"", value::status_ranges),
+    }
+}
+
+fn refuse_foreign_keys(section: &Section<'_, '_>, kind: Kind) {
+    let owned = [
+        (Kind::SendExpect, "send"),
+        (Kind::SendExpect, "expect"),
+        (Kind::Http, "path"),
+        (Kind::Http, "host"),
+        (Kind::Http, "method"),
+        (Kind::Http, "status"),
+    ];
+    for (owner, key) in owned {
+        if owner != kind
+            && let Some(place) = section.key_place(key)
+        {
+            let (owner, kind) = (kind_name(owner), kind_name(kind));
+            let complaint = Complaint::new(format!("a probe of kind \"{kind}\" takes no {key}"));
+            section
+                .report
+                .error(place, complaint.help(format!("{key} belongs to kind = \"{owner}\"")));
+        }
+    }
+}
+
+fn kind_name(kind: Kind) -> &'static str {
+    KINDS.iter().find(|(_, k)| *k == kind).map_or("", |(name, _)| name)
+}
+
+fn require_expect(section: &Section<'_, '_>, kind: Kind, keys: &KindKeys) {
+    if kind == Kind::SendExpect && keys.expect.is_absent() {
+        section.missing("expect", "\"...\", what the answer must start with");
+    }
+}
+
+/// `interval`, `fast_interval`, `timeout`: given ones must agree, defaults
+/// follow the given ones, so `timeout <= fast_interval <= interval` holds.
+fn times(section: &Section<'_, '_>) -> (Duration, Duration, Duration) {
+    let interval = section.text("interval", "a duration such as \"2s\"", |text| {
+        let time = value::duration(text, value::TIME)?;
+        at_least(time, INTERVAL_MIN)
+    });
+    let fast_interval = duration(section, "fast_interval");
+    let timeout = duration(section, "timeout");
+    if interval.is_bad() || timeout.is_bad() || fast_interval.is_bad() {
+        return (INTERVAL, FAST_INTERVAL.max(TIMEOUT), TIMEOUT);
+    }
+    let (timeout_place, fast_place) = (timeout.place(), fast_interval.place());
+    let interval = interval.or(INTERVAL);
+    // A given fast_interval also bounds a timeout nobody gave.
+    let fast_given = fast_place.is_some();
+    let fast = fast_interval.or(FAST_INTERVAL.min(interval));
+    let default_timeout =
+        if fast_given { TIMEOUT.min(interval).min(fast) } else { TIMEOUT.min(interval) };
+    let timeout = timeout.or(default_timeout);
+    let fast = if fast_given { fast } else { fast.max(timeout) };
+    let above = |place: Option<Range<usize>>, what: &str, limit: Duration| {
+        let place = place.unwrap_or_else(|| section.header.clone());
+        section.report.error(place, Complaint::new(format!("{what} ({})", show_duration(limit))));
+    };
+    if timeout > interval {
+        above(timeout_place, "a probe's timeout may not exceed its interval", interval);
+    } else if fast > interval {
+        above(fast_place, "fast_interval may not exceed interval", interval);
+    } else if fast < timeout {
+        above(fast_place, "fast_interval may not be below timeout", timeout);
+    }
+    (interval, fast, timeout)
+}
+
+fn at_least(time: Duration, min: Duration) -> Result<Duration, Complaint> {
+    if time < min {
+        let (time, min) = (show_duration(time), show_duration(min));
+        return Err(Complaint::new(format!("an interval of {time} is below the least, {min}")));
+    }
+    Ok(time)
+}
+
+fn bytes(key: &str, text: &str, min: usize, max: usize) -> Result<Vec<u8>, Complaint> {
+    if text.len() < min {
+        return Err(Complaint::new(format!("{key} is empty, so any answer would do"))
+            .help("to check only that a connection is accepted, use kind = \"tcp\""));
+    }
+    if text.len() > max {
+        return Err(Complaint::new(format!(
+            "{key} has {} bytes, at most {max} are allowed",
+            text.len()
+        )));
+    }
+    Ok(text.as_bytes().to_vec())
+}
+
+fn path(text: &str) -> Result<String, Complaint> {
+    if !text.starts_with('/') {
+        return Err(Complaint::new(format!("the path {} does not start with /", shown(text)))
+            .help("give the path alone, without scheme and host"));
+    }
+    visible("path", text, PATH_BYTES_MAX)
+}
+
+fn host(text: &str) -> Result<String, Complaint> {
+    if text.is_empty() {
+        return Err(
+            Complaint::new("host is empty").help("leave it out to send the backend's address")
+        );
+    }
+    visible("host", text, HOST_BYTES_MAX)
+}
+
+/// A token (RFC 9110 5.6.2).
+fn method(text: &str) -> Result<String, Complaint> {
+    let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
+    if text.is_empty() || text.len() > METHOD_BYTES_MAX || !text.bytes().all(token) {
+        return Err(Complaint::new(format!("{} is not an HTTP method", shown(text)))
+            .help("write \"GET\" or \"HEAD\""));
+    }
+    Ok(text.to_owned())
+}
+
+/// Nothing that could end the request line or header it is put into.
+fn visible(key: &str, text: &str, max: usize) -> Result<String, Complaint> {
+    if let Some(wrong) = text.chars().find(|c| !c.is_ascii_graphic()) {
+        let wrong = shown(&wrong.to_string());
+        return Err(Complaint::new(format!("{wrong} may not stand in {key}"))
+            .help("only visible ASCII characters; escape others as %XX"));
+    }
+    if text.len() > max {
+        return Err(Complaint::new(format!(
+            "{key} has {} bytes, at most {max} are allowed",
+            text.len()
+        )));
+    }
+    Ok(text.to_owned())
+}
+
+// === impl KindKeys ===
+
+impl KindKeys {
+    fn into_kind(self, kind: Kind) -> ProbeKind {
+        match kind {
+            Kind::Tcp => ProbeKind::Tcp,
+            Kind::SendExpect => ProbeKind::SendExpect {
+                send: self.send.or(Vec::new()),
+                expect: self.expect.or(Vec::new()),
+            },
+            Kind::Http => ProbeKind::Http {
+                path: self.path.or("/".to_owned()),
+                host: self.host.good().map(toml::Spanned::into_inner),
+                method: self.method.or("GET".to_owned()),
+                status: self.status.or(vec![(200, 399)]),
+            },
+        }
+    }
+}

@@ -1,0 +1,479 @@
+//! Turns the text of one configuration value into a checked value: durations,
+//! addresses, shares, status ranges, names. Called by the validation, which
+//! knows where the text stands. Pure: never reads a clock, a file or a name
+//! server, and never panics on any text.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{AdminListen, BackendAddress, OnRemoval};
+
+/// What is wrong with a value, and what would be right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Complaint {
+    pub(super) message: String,
+    pub(super) help: Option<String>,
+}
+
+/// The span a duration must lie in, both ends included.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DurationRange {
+    pub(super) min: Duration,
+    pub(super) max: Duration,
+}
+
+/// Durations in general: timers tick in milliseconds, and a month is more
+/// likely a slip than a wish.
+pub(super) const TIME: DurationRange =
+    DurationRange { min: Duration::from_millis(1), max: Duration::from_secs(30 * 24 * 3600) };
+
+/// `TCP_KEEPIDLE` counts whole seconds up to 32,767 (tcp(7), MAX_TCP_KEEPIDLE).
+pub(super) const KEEPALIVE: DurationRange =
+    DurationRange { min: Duration::from_secs(1), max: Duration::from_secs(32_767) };
+
+/// `TCP_USER_TIMEOUT` is a C int of milliseconds, so under 24.9 days.
+pub(super) const USER_TIMEOUT: DurationRange =
+    DurationRange { min: Duration::from_millis(1), max: Duration::from_secs(24 * 24 * 3600) };
+
+/// Beyond a millisecond of polling a core is simply lost.
+pub(super) const SPIN: DurationRange =
+    DurationRange { min: Duration::from_micros(1), max: Duration::from_millis(1) };
+
+/// Longest name of a frontend, pool or backend: fits a metric label and a path
+/// segment without wrapping a terminal.
+pub(super) const NAME_CHARS_MAX: usize = 64;
+
+/// `sun_path` is 108 bytes with its final NUL (unix(7)).
+pub(super) const UNIX_PATH_BYTES_MAX: usize = 107;
+
+/// More ranges than this in one `status` is no longer a rule anyone can read.
+const STATUS_RANGES_MAX: usize = 32;
+
+/// Longest text taken for a duration. With [`DURATION_DIGITS_MAX`] it keeps
+/// every sum far below the largest `Duration`.
+const DURATION_BYTES_MAX: usize = 64;
+const DURATION_DIGITS_MAX: usize = 12;
+
+/// Longest piece of a bad value that is repeated in a message.
+const SHOWN_CHARS_MAX: usize = 60;
+
+/// Suggestions look at this many candidates at most, and at words of this
+/// length at most, so a wrong name costs microseconds even among thousands.
+const SUGGESTION_CANDIDATES_MAX: usize = 2_000;
+
+/// A duration such as `250ms` or `1m30s`.
+pub(super) fn duration(text: &str, range: DurationRange) -> Result<Duration, Complaint> {
+    let value = read_duration(text)?;
+    if value.is_zero() {
+        return Err(Complaint::new("a duration of zero")
+            .help(format!("the shortest allowed here is {}", show_duration(range.min))));
+    }
+    if value < range.min || value > range.max {
+        return Err(Complaint::new(format!(
+            "{} is outside {} to {}",
+            shown(text),
+            show_duration(range.min),
+            show_duration(range.max)
+        )));
+    }
+    Ok(value)
+}
+
+/// The same, or `off`.
+pub(super) fn duration_or_off(
+    text: &str,
+    range: DurationRange,
+) -> Result<Option<Duration>, Complaint> {
+    if text == "off" {
+        return Ok(None);
+    }
+    match duration(text, range) {
+        Err(complaint) if complaint.message.starts_with("a duration of zero") => {
+            Err(complaint.help("to switch it off, write \"off\""))
+        }
+        other => other.map(Some),
+    }
+}
+
+/// A keepalive time in whole seconds, or `off`.
+pub(super) fn keepalive(text: &str) -> Result<Option<Duration>, Complaint> {
+    let value = duration_or_off(text, KEEPALIVE)?;
+    match value {
+        Some(time) if time.subsec_nanos() != 0 => {
+            Err(Complaint::new(format!("{} is not a whole number of seconds", shown(text)))
+                .help("the kernel counts keepalive in seconds"))
+        }
+        other => Ok(other),
+    }
+}
+
+fn read_duration(text: &str) -> Result<Duration, Complaint> {
+    let wrong = |why: String| {
+        Complaint::new(format!("{} is not a duration: {why}", shown(text)))
+            .help("write a number and a unit, such as \"250ms\", \"5s\" or \"1m30s\"")
+    };
+    let digits = text.split(|c: char| !c.is_ascii_digit()).map(str::len).max();
+    if text.len() > DURATION_BYTES_MAX || digits > Some(DURATION_DIGITS_MAX) {
+        return Err(wrong("the number is too large".to_owned()));
+    }
+    for unit in text.split(|c: char| !c.is_alphabetic()) {
+        if unit.starts_with('M') || unit.starts_with("mon") || unit.starts_with('y') {
+            return Err(wrong(format!("{} has no fixed length", shown(unit))));
+        }
+    }
+    humantime::parse_duration(text).map_err(|error| {
+        wrong(match error {
+            humantime::DurationError::Empty => "it is empty".to_owned(),
+            humantime::DurationError::UnknownUnit { unit, .. } if unit.is_empty() => {
+                "the unit is missing".to_owned()
+            }
+            humantime::DurationError::UnknownUnit { unit, .. } => {
+                format!("unknown unit {}", shown(&unit))
+            }
+            humantime::DurationError::NumberOverflow => {
+                "the number is too large or finer than a nanosecond".to_owned()
+            }
+            _ => "a number is expected first".to_owned(),
+        })
+    })
+}
+
+/// As the file would write it.
+pub(super) fn show_duration(value: Duration) -> String {
+    humantime::format_duration(value).to_string().replace(' ', "")
+}
+
+/// An address to listen on.
+pub(super) fn bind_address(text: &str) -> Result<SocketAddr, Complaint> {
+    if text.starts_with("unix:") {
+        return Err(Complaint::new(format!(
+            "{} is not an address a frontend can listen on",
+            shown(text)
+        ))
+        .help("frontends listen on IP:PORT or [IPV6]:PORT"));
+    }
+    let address = socket_address(text)?;
+    if address.ip().is_multicast() || address.ip() == IpAddr::V4(Ipv4Addr::BROADCAST) {
+        return Err(Complaint::new(format!(
+            "{} is a multicast or broadcast address; TCP cannot listen there",
+            address.ip()
+        )));
+    }
+    Ok(address)
+}
+
+/// An address to connect to.
+pub(super) fn backend_address(text: &str) -> Result<BackendAddress, Complaint> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        return unix_path(path).map(BackendAddress::Unix);
+    }
+    let address = socket_address(text)?;
+    let ip = address.ip();
+    if ip.is_unspecified() {
+        return Err(Complaint::new(format!("{ip} is not an address one can connect to"))
+            .help(format!("for this machine write {}", own_address(ip, address.port()))));
+    }
+    if ip.is_multicast() || ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
+        return Err(Complaint::new(format!(
+            "{ip} is a multicast or broadcast address; TCP cannot connect there"
+        )));
+    }
+    Ok(BackendAddress::Tcp(address))
+}
+
+/// Where the admin API listens.
+pub(super) fn admin_listen(text: &str) -> Result<AdminListen, Complaint> {
+    match text.strip_prefix("unix:") {
+        Some(path) => unix_path(path).map(AdminListen::Unix),
+        None => socket_address(text).map(AdminListen::Tcp),
+    }
+}
+
+fn own_address(ip: IpAddr, port: u16) -> SocketAddr {
+    match ip {
+        IpAddr::V4(_) => (Ipv4Addr::LOCALHOST, port).into(),
+        IpAddr::V6(_) => (Ipv6Addr::LOCALHOST, port).into(),
+    }
+}
+
+fn unix_path(path: &str) -> Result<PathBuf, Complaint> {
+    if path.is_empty() {
+        return Err(Complaint::new("the path of the Unix socket is missing")
+            .help("write \"unix:/path/to/socket\""));
+    }
+    if path.starts_with('@') || path.contains('\0') {
+        return Err(Complaint::new(format!("{} is not a file path", shown(path)))
+            .help("abstract Unix sockets are not supported"));
+    }
+    if path.len() > UNIX_PATH_BYTES_MAX {
+        return Err(Complaint::new(format!(
+            "the path of a Unix socket has at most {UNIX_PATH_BYTES_MAX} bytes, this one has {}",
+            path.len()
+        )));
+    }
+    Ok(PathBuf::from(path))
+}
+
+/// `IP:PORT` or `[IPV6]:PORT`, each refused form with its own advice.
+fn socket_address(text: &str) -> Result<SocketAddr, Complaint> {
+    if let Some((_, rest)) = text.split_once("://") {
+        return Err(Complaint::new(format!("{} is a URL", shown(text)))
+            .help(format!("give the address alone: {}", shown(rest))));
+    }
+    if let Some(rest) = text.strip_prefix('[') {
+        return ipv6_address(text, rest);
+    }
+    if text.parse::<Ipv6Addr>().is_ok() || text.matches(':').count() > 1 {
+        return Err(Complaint::new(format!("{} looks like IPv6 without brackets", shown(text)))
+            .help("write [IPV6]:PORT, such as \"[::1]:8080\""));
+    }
+    let Some((host, port)) = text.split_once(':') else {
+        return Err(missing_port(text));
+    };
+    let port = port_number(text, port)?;
+    let ip = host.parse::<Ipv4Addr>().map_err(|_| wrong_host(host, port))?;
+    Ok((ip, port).into())
+}
+
+fn missing_port(text: &str) -> Complaint {
+    if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
+        return Complaint::new(format!("{} is a port without an address", shown(text))).help(
+            format!("for every IPv4 address of this machine write \"0.0.0.0:{}\"", cut(text)),
+        );
+    }
+    Complaint::new(format!("the port is missing in {}", shown(text)))
+        .help("write IP:PORT, such as \"10.0.0.1:8080\"")
+}
+
+fn wrong_host(host: &str, port: u16) -> Complaint {
+    if host.is_empty() || host == "*" {
+        return Complaint::new("the IP address before the port is missing").help(format!(
+            "\"0.0.0.0:{port}\" is every IPv4 address, \"[::]:{port}\" every IPv6 address"
+        ));
+    }
+    if host.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
+        return Complaint::new(format!("{} is not an IPv4 address", shown(host)))
+            .help("four numbers from 0 to 255 without leading zeros, such as 10.0.0.1");
+    }
+    let complaint = Complaint::new(format!(
+        "{} is a host name; host names are not supported yet; give an IP address",
+        shown(host)
+    ));
+    match host {
+        "localhost" => complaint.help(format!("write \"127.0.0.1:{port}\" or \"[::1]:{port}\"")),
+        _ => complaint,
+    }
+}
+
+fn ipv6_address(text: &str, rest: &str) -> Result<SocketAddr, Complaint> {
+    let Some((host, after)) = rest.split_once(']') else {
+        return Err(Complaint::new(format!("the closing bracket is missing in {}", shown(text)))
+            .help("write [IPV6]:PORT, such as \"[::1]:8080\""));
+    };
+    let Some(port) = after.strip_prefix(':') else {
+        return Err(Complaint::new(format!("the port is missing in {}", shown(text)))
+            .help("write [IPV6]:PORT, such as \"[::1]:8080\""));
+    };
+    let port = port_number(text, port)?;
+    let (ip, scope) = match host.split_once('%') {
+        Some((ip, scope)) => (ip, Some(scope_id(scope)?)),
+        None => (host, None),
+    };
+    let ip: Ipv6Addr =
+        ip.parse().map_err(|_| Complaint::new(format!("{} is not an IPv6 address", shown(ip))))?;
+    if let Some(v4) = ip.to_ipv4_mapped() {
+        return Err(Complaint::new(format!("{ip} is an IPv4 address in IPv6 clothes"))
+            .help(format!("write \"{v4}:{port}\"")));
+    }
+    let link_local = ip.is_unicast_link_local();
+    if link_local && scope.is_none() {
+        return Err(Complaint::new(format!("{ip} is link-local and needs a scope id"))
+            .help(format!("write \"[{ip}%2]:{port}\", where 2 is the interface's index")));
+    }
+    if !link_local && scope.is_some() {
+        return Err(Complaint::new(format!("{ip} is not link-local and takes no scope id")));
+    }
+    Ok(SocketAddrV6::new(ip, port, 0, scope.unwrap_or(0)).into())
+}
+
+fn scope_id(text: &str) -> Result<u32, Complaint> {
+    match text.parse::<u32>() {
+        Ok(index) if index > 0 => Ok(index),
+        _ => Err(Complaint::new(format!("{} is not a scope id", shown(text)))
+            .help("give the interface's index, the number `ip link` shows before its name")),
+    }
+}
+
+fn port_number(text: &str, port: &str) -> Result<u16, Complaint> {
+    if port.is_empty() {
+        return Err(Complaint::new(format!("the port is missing in {}", shown(text)))
+            .help("write IP:PORT, such as \"10.0.0.1:8080\""));
+    }
+    if !port.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(Complaint::new(format!("{} is not a port number", shown(port)))
+            .help("give one port as a number from 1 to 65535"));
+    }
+    match port.parse::<u16>() {
+        Ok(0) => Err(Complaint::new("port 0 names no port").help("give a number from 1 to 65535")),
+        Ok(port) => Ok(port),
+        Err(_) => Err(Complaint::new(format!("port {} is above 65535", cut(port)))),
+    }
+}
+
+/// A share such as `50%`, 0 to 100.
+pub(super) fn percent(text: &str) -> Result<u8, Complaint> {
+    let number = text.strip_suffix('%').filter(|n| n.bytes().all(|b| b.is_ascii_digit()));
+    match number.map(str::parse::<u8>) {
+        Some(Ok(value)) if value <= 100 => Ok(value),
+        _ => Err(Complaint::new(format!("{} is not a share", shown(text)))
+            .help("write a whole number from 0 to 100 and a percent sign, such as \"50%\"")),
+    }
+}
+
+/// Status codes such as `200-399` or `200,204,300-302`.
+pub(super) fn status_ranges(text: &str) -> Result<Vec<(u16, u16)>, Complaint> {
+    if text.split(',').count() > STATUS_RANGES_MAX {
+        return Err(Complaint::new(format!(
+            "more than {STATUS_RANGES_MAX} ranges of status codes"
+        )));
+    }
+    text.split(',').map(|part| status_range(part.trim())).collect()
+}
+
+fn status_range(part: &str) -> Result<(u16, u16), Complaint> {
+    let (low, high) = part.split_once('-').unwrap_or((part, part));
+    let code = |text: &str| {
+        let text = text.trim();
+        let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        match text.parse::<u16>() {
+            Ok(code) if plain && (100..=599).contains(&code) => Ok(code),
+            _ => Err(Complaint::new(format!("{} is not an HTTP status code", shown(text)))
+                .help("codes are 100 to 599; write \"200-399\" or \"200,204,300-302\"")),
+        }
+    };
+    let (low, high) = (code(low)?, code(high)?);
+    if low > high {
+        return Err(Complaint::new(format!("the range {low}-{high} is upside down"))
+            .help(format!("write \"{high}-{low}\"")));
+    }
+    Ok((low, high))
+}
+
+/// `keep` or `close-after DURATION`.
+pub(super) fn on_removal(text: &str) -> Result<OnRemoval, Complaint> {
+    if text == "keep" {
+        return Ok(OnRemoval::Keep);
+    }
+    match text.strip_prefix("close-after ") {
+        Some(rest) => duration(rest.trim(), TIME).map(OnRemoval::CloseAfter),
+        None => Err(Complaint::new(format!("{} is not a known value", shown(text)))
+            .help("write \"keep\" or \"close-after 30s\"")),
+    }
+}
+
+/// A name that can be a metric label and a path segment as it stands.
+pub(super) fn name(text: &str) -> Result<(), Complaint> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let help = format!("names are 1 to {NAME_CHARS_MAX} of the characters A-Z a-z 0-9 . _ -");
+    if text.is_empty() {
+        return Err(Complaint::new("the name is empty").help(help));
+    }
+    if let Some(wrong) = text.chars().find(|c| !allowed(*c)) {
+        let wrong = shown(&wrong.to_string());
+        return Err(Complaint::new(format!("{wrong} may not stand in a name")).help(help));
+    }
+    if text.len() > NAME_CHARS_MAX {
+        let message = format!("the name has {} characters", text.len());
+        return Err(Complaint::new(message).help(help));
+    }
+    if text.chars().all(|c| c == '.') {
+        return Err(
+            Complaint::new(format!("{} is a directory, not a name", shown(text))).help(help)
+        );
+    }
+    Ok(())
+}
+
+/// One of a closed set of words.
+pub(super) fn choice<T: Copy>(text: &str, words: &[(&str, T)]) -> Result<T, Complaint> {
+    if let Some((_, value)) = words.iter().find(|(word, _)| *word == text) {
+        return Ok(*value);
+    }
+    let complaint = Complaint::new(format!("{} is not a known value", shown(text)));
+    Err(complaint.help(did_you_mean_or(text, words.iter().map(|(word, _)| *word), || {
+        let words: Vec<String> = words.iter().map(|(word, _)| format!("\"{word}\"")).collect();
+        format!("known values: {}", words.join(", "))
+    })))
+}
+
+/// `did you mean "..."?` where a candidate is near, else what `otherwise` says.
+pub(super) fn did_you_mean_or<'c>(
+    text: &str,
+    candidates: impl Iterator<Item = &'c str>,
+    otherwise: impl FnOnce() -> String,
+) -> String {
+    match nearest(text, candidates) {
+        Some(near) => format!("did you mean \"{near}\"?"),
+        None => otherwise(),
+    }
+}
+
+/// The candidate a slip of the finger away from `text`: at most a third of
+/// its letters wrong, swapped neighbours counting as one.
+pub(super) fn nearest<'c>(
+    text: &str,
+    candidates: impl Iterator<Item = &'c str>,
+) -> Option<&'c str> {
+    let length = text.chars().take(NAME_CHARS_MAX + 1).count();
+    if length > NAME_CHARS_MAX {
+        return None;
+    }
+    let plain = text.to_ascii_lowercase().replace('_', "-");
+    candidates
+        .take(SUGGESTION_CANDIDATES_MAX)
+        .filter(|candidate| candidate.len() <= 2 * NAME_CHARS_MAX)
+        .map(|candidate| {
+            let other = candidate.to_ascii_lowercase().replace('_', "-");
+            (strsim::osa_distance(&plain, &other), candidate)
+        })
+        .filter(|(distance, _)| *distance <= (length / 3).clamp(1, 4) && *distance < length)
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+/// Quoted, on one line, without control characters, cut where very long.
+pub(super) fn shown(text: &str) -> String {
+    format!("\"{}\"", cut(text))
+}
+
+/// The same without quotes.
+pub(super) fn cut(text: &str) -> String {
+    let mut short: String =
+        text.chars().take(SHOWN_CHARS_MAX).flat_map(char::escape_debug).collect();
+    if text.chars().nth(SHOWN_CHARS_MAX).is_some() {
+        short.push_str("...");
+    }
+    // escape_debug also escapes the single quote, which reads badly here.
+    short.replace("\\'", "'")
+}
+
+// === impl Complaint ===
+
+impl Complaint {
+    pub(super) fn new(message: impl Into<String>) -> Self {
+        Complaint { message: message.into(), help: None }
+    }
+
+    pub(super) fn help(mut self, help: impl Into<String>) -> Self {
+        self.help = Some(help.into());
+        self
+    }
+}
+
+impl fmt::Display for Complaint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
