@@ -27,6 +27,9 @@ pub(super) type Node<'a> = Spanned<DeValue<'a>>;
 /// the stack when it is dropped.
 const DOTS_MAX: usize = 16;
 
+/// Known, but only to be refused: never offered as a suggestion.
+pub(super) const UNSUPPORTED: &str = "heartbeat";
+
 /// One table of the document.
 pub(super) struct Section<'r, 'a> {
     pub(super) report: &'r Report<'r>,
@@ -101,7 +104,7 @@ fn kind(value: &DeValue<'_>) -> &'static str {
         DeValue::String(_) => "a string",
         DeValue::Integer(_) => "an integer",
         DeValue::Float(_) => "a float",
-        DeValue::Boolean(_) => "true or false",
+        DeValue::Boolean(_) => "a boolean",
         DeValue::Datetime(_) => "a date",
         DeValue::Array(_) => "an array",
         DeValue::Table(_) => "a table",
@@ -144,7 +147,9 @@ impl<'r, 'a> Section<'r, 'a> {
         let DeValue::String(text) = node.get_ref() else {
             return self.wrong_type(key, node, wants);
         };
-        self.taken(node, read(text))
+        // The message alone, without the line, is what the admin API shows.
+        let named = |complaint: Complaint| complaint.named(key);
+        self.taken(node, read(text).map_err(named))
     }
 
     /// One of a closed set of words.
@@ -298,7 +303,8 @@ impl<'r, 'a> Section<'r, 'a> {
 
     /// Reports every key that nobody asked for.
     pub(super) fn finish(self) {
-        let known = self.known.borrow();
+        let known = self.known.into_inner();
+        let offered: Vec<_> = known.iter().copied().filter(|key| *key != UNSUPPORTED).collect();
         for (key, node) in self.table.iter() {
             let name = key.get_ref().as_ref();
             if known.contains(&name) {
@@ -316,8 +322,8 @@ impl<'r, 'a> Section<'r, 'a> {
                 };
                 let complaint =
                     Complaint::new(format!("unknown {what} {} in {}", shown(name), self.label));
-                complaint.help(did_you_mean_or(name, known.iter().copied(), || {
-                    format!("known here: {}", known.join(", "))
+                complaint.help(did_you_mean_or(name, offered.iter().copied(), || {
+                    format!("known here: {}", offered.join(", "))
                 }))
             });
         }

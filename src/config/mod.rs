@@ -387,12 +387,15 @@ fn syntax_error(source: &Source<'_>, error: &toml::de::Error) -> Problems {
         }
         _ => Complaint::new(format!("TOML syntax: {}", said.replace('\n', " "))),
     };
-    let complaint = match said {
-        _ if said.starts_with("string values must be quoted") => {
-            complaint.help("put the value in double quotes")
-        }
-        _ if at_end && said != "duplicate key" => complaint.help("is the file complete?"),
-        _ => complaint,
+    let unquoted = said.starts_with("string values must be quoted");
+    let complaint = if unquoted && source.text.get(place.clone()).is_none_or(str::is_empty) {
+        Complaint::new("TOML syntax: the value is missing")
+    } else if unquoted {
+        complaint.help("put the value in double quotes")
+    } else if at_end && said != "duplicate key" {
+        complaint.help("is the file complete?")
+    } else {
+        complaint
     };
     Problems::one(source, &place, complaint)
 }

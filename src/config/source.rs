@@ -142,19 +142,60 @@ impl<'t> Source<'t> {
 
     /// Moves an offset onto a character that belongs to a line.
     fn clamp(&self, offset: usize) -> usize {
-        let mut offset = offset.min(self.text.len());
-        if offset == self.text.len() && self.text.ends_with('\n') {
+        let bytes = self.text.as_bytes();
+        let mut offset = offset.min(bytes.len());
+        if offset == bytes.len() && bytes.ends_with(b"\n") {
             offset -= 1;
         }
-        if offset < self.text.len()
-            && self.text[..offset].ends_with('\r')
-            && self.text.as_bytes()[offset] == b'\n'
-        {
+        if bytes.get(offset) == Some(&b'\n') && bytes[..offset].ends_with(b"\r") {
             offset -= 1;
         }
         while !self.text.is_char_boundary(offset) {
             offset -= 1;
         }
         offset
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_count_characters_and_never_leave_the_text() {
+        let source = Source::new("t", "aé\tx\r\nb\n");
+        let places: Vec<_> = (0..12).map(|offset| source.locate(offset)).collect();
+        let expected = [
+            (1, 1),
+            (1, 2),
+            (1, 2),
+            (1, 3),
+            (1, 4),
+            (1, 5),
+            (1, 5),
+            (2, 1),
+            (2, 2),
+            (2, 2),
+            (2, 2),
+            (2, 2),
+        ];
+        assert_eq!(places, expected);
+        assert_eq!(Source::new("t", "").locate(7), (1, 1));
+    }
+
+    #[test]
+    fn long_lines_are_cut_around_the_mark() {
+        let text = format!("{}MARK{}", "é".repeat(500), "x".repeat(500));
+        let source = Source::new("t", &text);
+        let excerpt = source.excerpt(&(1000..1004));
+        assert_eq!(&excerpt.text[excerpt.mark.clone()], "MARK");
+        assert_eq!(excerpt.text.chars().count(), LINE_CHARS_MAX + 2 * CUT.len());
+    }
+
+    #[test]
+    fn mark_over_several_lines_ends_with_the_first() {
+        let source = Source::new("t", "a = [\r\n 1,\n]\n");
+        let excerpt = source.excerpt(&(4..13));
+        assert_eq!((excerpt.text.as_str(), excerpt.mark), ("a = [", 4..5));
     }
 }

@@ -63,6 +63,9 @@ const SHOWN_CHARS_MAX: usize = 60;
 /// length at most, so a wrong name costs microseconds even among thousands.
 const SUGGESTION_CANDIDATES_MAX: usize = 2_000;
 
+/// A shorter part of a word says little about which word was meant.
+const PART_CHARS_MIN: usize = 5;
+
 /// A duration such as `250ms` or `1m30s`.
 pub(super) fn duration(text: &str, range: DurationRange) -> Result<Duration, Complaint> {
     let value = read_duration(text)?;
@@ -110,6 +113,9 @@ pub(super) fn keepalive(text: &str) -> Result<Option<Duration>, Complaint> {
 }
 
 fn read_duration(text: &str) -> Result<Duration, Complaint> {
+    if text == "off" {
+        return Err(Complaint::new("this timer cannot be switched off"));
+    }
     let wrong = |why: String| {
         Complaint::new(format!("{} is not a duration: {why}", shown(text)))
             .help("write a number and a unit, such as \"250ms\", \"5s\" or \"1m30s\"")
@@ -142,7 +148,8 @@ fn read_duration(text: &str) -> Result<Duration, Complaint> {
 
 /// As the file would write it.
 pub(super) fn show_duration(value: Duration) -> String {
-    humantime::format_duration(value).to_string().replace(' ', "")
+    let text = humantime::format_duration(value).to_string();
+    text.replace("days", "d").replace("day", "d").replace(' ', "")
 }
 
 /// An address to listen on.
@@ -238,7 +245,15 @@ fn socket_address(text: &str) -> Result<SocketAddr, Complaint> {
 }
 
 fn missing_port(text: &str) -> Complaint {
-    if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
+    if text.is_empty() {
+        return Complaint::new("the address is empty")
+            .help("write IP:PORT, such as \"10.0.0.1:8080\"");
+    }
+    if text.starts_with('/') {
+        return Complaint::new(format!("{} is a path, not an address", shown(text)))
+            .help(format!("for a Unix socket write \"unix:{}\"", cut(text)));
+    }
+    if text.bytes().all(|b| b.is_ascii_digit()) {
         return Complaint::new(format!("{} is a port without an address", shown(text))).help(
             format!("for every IPv4 address of this machine write \"0.0.0.0:{}\"", cut(text)),
         );
@@ -284,7 +299,7 @@ fn ipv6_address(text: &str, rest: &str) -> Result<SocketAddr, Complaint> {
     let ip: Ipv6Addr =
         ip.parse().map_err(|_| Complaint::new(format!("{} is not an IPv6 address", shown(ip))))?;
     if let Some(v4) = ip.to_ipv4_mapped() {
-        return Err(Complaint::new(format!("{ip} is an IPv4 address in IPv6 clothes"))
+        return Err(Complaint::new(format!("{ip} is an IPv4 address written as IPv6"))
             .help(format!("write \"{v4}:{port}\"")));
     }
     let link_local = ip.is_unicast_link_local();
@@ -421,7 +436,8 @@ pub(super) fn did_you_mean_or<'c>(
 }
 
 /// The candidate a slip of the finger away from `text`: at most a third of
-/// its letters wrong, swapped neighbours counting as one.
+/// its letters wrong, swapped neighbours counting as one; or one that `text`
+/// is a good part of.
 pub(super) fn nearest<'c>(
     text: &str,
     candidates: impl Iterator<Item = &'c str>,
@@ -430,15 +446,19 @@ pub(super) fn nearest<'c>(
     if length > NAME_CHARS_MAX {
         return None;
     }
-    let plain = text.to_ascii_lowercase().replace('_', "-");
-    candidates
+    let like = |word: &str| word.to_ascii_lowercase().replace('_', "-");
+    let plain = like(text);
+    let candidates = candidates
         .take(SUGGESTION_CANDIDATES_MAX)
-        .filter(|candidate| candidate.len() <= 2 * NAME_CHARS_MAX)
-        .map(|candidate| {
-            let other = candidate.to_ascii_lowercase().replace('_', "-");
-            (strsim::osa_distance(&plain, &other), candidate)
+        .filter(|candidate| candidate.len() <= 2 * NAME_CHARS_MAX);
+    candidates
+        .filter_map(|candidate| {
+            let other = like(candidate);
+            let distance = strsim::osa_distance(&plain, &other);
+            let slip = distance <= (length / 3).clamp(1, 4) && distance < length;
+            let part = length >= PART_CHARS_MIN && other.contains(&plain);
+            (slip || part).then_some((distance, candidate))
         })
-        .filter(|(distance, _)| *distance <= (length / 3).clamp(1, 4) && *distance < length)
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)
 }
@@ -470,10 +490,61 @@ impl Complaint {
         self.help = Some(help.into());
         self
     }
+
+    /// Says first which key it is about.
+    pub(super) fn named(self, key: &str) -> Self {
+        Complaint { message: format!("{key}: {}", self.message), help: self.help }
+    }
 }
 
 impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_add_up_their_parts() {
+        let read = |text| duration(text, TIME).map(|time| time.as_millis()).ok();
+        assert_eq!(read("250ms"), Some(250));
+        assert_eq!(read("1m30s"), Some(90_000));
+        assert_eq!(read("1h 1.5s"), Some(3_601_500));
+        assert_eq!(read("30d"), Some(30 * 86_400_000));
+        for wrong in
+            ["", "5", "s", "5 months", "1M", "1y", "31d", "1us", "0s", "-1s", "1e3s", "off"]
+        {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn sums_beyond_any_duration_are_refused_not_added() {
+        for text in
+            ["18446744073709551615s 1000000000ns", "999999999999d999999999999d", "99999999999999h"]
+        {
+            assert!(duration(text, TIME).is_err());
+        }
+    }
+
+    #[test]
+    fn suggestions_are_slips_or_parts_not_guesses() {
+        let near = |text| nearest(text, ["weight", "address", "weighted-round-robin"].into_iter());
+        assert_eq!(near("wieght"), Some("weight"));
+        assert_eq!(near("Weight"), Some("weight"));
+        assert_eq!(near("round_robin"), Some("weighted-round-robin"));
+        assert_eq!(near("robi"), None);
+        assert_eq!(near("colour"), None);
+        assert_eq!(near(""), None);
+        assert_eq!(near(&"weight".repeat(1_000_000)), None);
+    }
+
+    #[test]
+    fn shown_text_is_short_and_harmless() {
+        assert_eq!(shown("it's \u{1b}[31m"), "\"it's \\u{1b}[31m\"");
+        assert_eq!(shown(&"x".repeat(100)).len(), SHOWN_CHARS_MAX + 5);
     }
 }

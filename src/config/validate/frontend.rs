@@ -97,7 +97,7 @@ fn binds(section: &Section<'_, '_>) -> Vec<Spanned<SocketAddr>> {
         };
         match value::bind_address(text) {
             Ok(address) => binds.push(Spanned::new(node.span(), address)),
-            Err(complaint) => section.report.error(node.span(), complaint),
+            Err(complaint) => section.report.error(node.span(), complaint.named("bind")),
         }
     }
     binds

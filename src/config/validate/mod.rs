@@ -14,7 +14,7 @@ use toml::de::DeTable;
 
 use super::Config;
 use super::diagnose::Report;
-use super::file::Section;
+use super::file::{Section, UNSUPPORTED};
 use super::value::Complaint;
 
 /// Most frontends: each costs a listener per bind and worker.
@@ -35,7 +35,7 @@ pub const BACKENDS_MAX: usize = 100_000;
 pub(super) const CONNECTIONS_MAX: u32 = 10_000_000;
 
 /// What a reader of an unsupported section is told.
-pub(super) const NO_HEARTBEATS: &str = "heartbeats are not supported by this version";
+const NO_HEARTBEATS: &str = "heartbeats are not supported by this version";
 
 /// The model of `document`. Where `report` holds an error afterwards, the
 /// result is a filler and must not be used.
@@ -46,7 +46,7 @@ pub(super) fn config<'a>(document: &DeTable<'a>, report: &Report<'_>) -> Config 
     let log = globals::log(&top);
     let frontends: Vec<_> = top.named_tables("frontend").into_iter().map(frontend::read).collect();
     let pools: Vec<_> = top.named_tables("pool").into_iter().map(pool::read).collect();
-    refuse(&top, "heartbeat");
+    refuse_heartbeats(&top);
     require_something(&top, document, frontends.len(), pools.len());
     cross::check(report, &admin, &frontends, &pools);
     top.finish();
@@ -60,7 +60,8 @@ pub(super) fn config<'a>(document: &DeTable<'a>, report: &Report<'_>) -> Config 
 }
 
 /// Refuses a heartbeat section, which older and newer versions may know.
-pub(super) fn refuse(section: &Section<'_, '_>, key: &'static str) {
+fn refuse_heartbeats(section: &Section<'_, '_>) {
+    let key = UNSUPPORTED;
     if section.node(key).is_some() {
         let place = section.key_place(key).unwrap_or_else(|| section.header.clone());
         let complaint = Complaint::new(NO_HEARTBEATS);

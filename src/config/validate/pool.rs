@@ -11,8 +11,8 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::globals::duration;
-use super::{CONNECTIONS_MAX, probe, refuse};
-use crate::config::file::{Named, Section};
+use super::{CONNECTIONS_MAX, probe, refuse_heartbeats};
+use crate::config::file::{Field, Named, Section};
 use crate::config::value::{self, Complaint, shown};
 use crate::config::{
     Backend, BackendAddress, EjectionSpec, OnRemoval, Policy, Pool, WEIGHT_MAX, WhenNoneEligible,
@@ -62,7 +62,7 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
         ejection: ejection(&section, name),
         backends,
     };
-    refuse(&section, "heartbeat");
+    refuse_heartbeats(&section);
     section.finish();
     PoolRead { model, place, connect_timeout: connect_place, address_places }
 }
@@ -82,6 +82,12 @@ fn ejection(pool: &Section<'_, '_>, name: &str) -> Option<EjectionSpec> {
             let help = format!("write ejection = \"off\", or a table {label}");
             pool.report.error(node.span(), complaint.help(help));
         }
+        return None;
+    }
+    if let Some(node) = pool.node("ejection")
+        && !node.get_ref().is_table()
+    {
+        let _: Field<()> = pool.wrong_type("ejection", node, "a table or \"off\"");
         return None;
     }
     let Some(section) = pool.table("ejection", label) else {
@@ -148,29 +154,17 @@ fn backend(section: Section<'_, '_>, seen: &mut Seen) -> Option<(Backend, Range<
     let weight = section.integer("weight", 1..=u32::from(WEIGHT_MAX)).or(1);
     let backup = section.boolean("backup").or(false);
     let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX).or(0);
-    let name_is_bad = name.is_bad();
-    let name = name.good();
-    let address = address.good();
-    if let Some(name) = &name {
-        seen.name(&section, name.get_ref(), name.span());
+    if let Field::Good(name) = &name {
+        seen.name(&section, name);
     }
-    if let Some(address) = &address {
+    if let Field::Good(address) = &address {
         seen.address(&section, address);
     }
-    let known = address.map(|address| {
-        let name = name.map(Spanned::into_inner);
+    let backend = address.good().map(|address| {
         let place = address.span();
         let address = address.into_inner();
-        (name, address, place)
-    });
-    let backend = known.map(|(name, address, place)| {
-        let name = name.unwrap_or_else(|| {
-            let name: Arc<str> = address.to_string().into();
-            if !name_is_bad {
-                seen.name(&section, &name, place.clone());
-            }
-            name
-        });
+        // Given names hold no colon, so a default clashes with none of them.
+        let name = name.good().map_or_else(|| address.to_string().into(), Spanned::into_inner);
         (Backend { name, address, weight: narrow(weight), backup, connections_max }, place)
     });
     section.finish();
@@ -180,15 +174,18 @@ fn backend(section: Section<'_, '_>, seen: &mut Seen) -> Option<(Backend, Range<
 // === impl Seen ===
 
 impl Seen {
-    fn name(&mut self, section: &Section<'_, '_>, name: &Arc<str>, place: Range<usize>) {
-        if let Some(first) = self.names.get(name) {
-            section.report.error_with(place, || {
+    fn name(&mut self, section: &Section<'_, '_>, name: &Spanned<Arc<str>>) {
+        if let Some(first) = self.names.get(name.get_ref()) {
+            section.report.error_with(name.span(), || {
                 let first = section.report.place_name(first);
-                Complaint::new(format!("backend name {} repeats the one at {first}", shown(name)))
+                Complaint::new(format!(
+                    "backend name {} repeats the one at {first}",
+                    shown(name.get_ref())
+                ))
             });
             return;
         }
-        self.names.insert(Arc::clone(name), place);
+        self.names.insert(Arc::clone(name.get_ref()), name.span());
     }
 
     fn address(&mut self, section: &Section<'_, '_>, address: &Spanned<BackendAddress>) {

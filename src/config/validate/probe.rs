@@ -74,9 +74,8 @@ pub(super) fn read(pool: &Section<'_, '_>, name: &str) -> Option<ProbeSpec> {
 
 fn kind_keys(section: &Section<'_, '_>) -> KindKeys {
     KindKeys {
-        send: section.text("send", "a string", |text| bytes("send", text, 0, SEND_BYTES_MAX)),
-        expect: section
-            .text("expect", "a string", |text| bytes("expect", text, 1, EXPECT_BYTES_MAX)),
+        send: section.text("send", "a string", |text| bytes(text, 0, SEND_BYTES_MAX)),
+        expect: section.text("expect", "a string", |text| bytes(text, 1, EXPECT_BYTES_MAX)),
         path: section.text("path", "a string", path),
         host: section.text("host", "a string", host),
         method: section.text("method", "a string", method),
@@ -159,35 +158,32 @@ fn at_least(time: Duration, min: Duration) -> Result<Duration, Complaint> {
     Ok(time)
 }
 
-fn bytes(key: &str, text: &str, min: usize, max: usize) -> Result<Vec<u8>, Complaint> {
+fn bytes(text: &str, min: usize, max: usize) -> Result<Vec<u8>, Complaint> {
     if text.len() < min {
-        return Err(Complaint::new(format!("{key} is empty, so any answer would do"))
+        return Err(Complaint::new("it is empty, so any answer would do")
             .help("to check only that a connection is accepted, use kind = \"tcp\""));
     }
     if text.len() > max {
-        return Err(Complaint::new(format!(
-            "{key} has {} bytes, at most {max} are allowed",
-            text.len()
-        )));
+        return Err(Complaint::new(format!("{} bytes, at most {max} are allowed", text.len())));
     }
     Ok(text.as_bytes().to_vec())
 }
 
 fn path(text: &str) -> Result<String, Complaint> {
     if !text.starts_with('/') {
-        return Err(Complaint::new(format!("the path {} does not start with /", shown(text)))
+        return Err(Complaint::new(format!("{} does not start with /", shown(text)))
             .help("give the path alone, without scheme and host"));
     }
-    visible("path", text, PATH_BYTES_MAX)
+    visible(text, PATH_BYTES_MAX)
 }
 
 fn host(text: &str) -> Result<String, Complaint> {
     if text.is_empty() {
         return Err(
-            Complaint::new("host is empty").help("leave it out to send the backend's address")
+            Complaint::new("it is empty").help("leave it out to send the backend's address")
         );
     }
-    visible("host", text, HOST_BYTES_MAX)
+    visible(text, HOST_BYTES_MAX)
 }
 
 /// A token (RFC 9110 5.6.2).
@@ -201,17 +197,14 @@ fn method(text: &str) -> Result<String, Complaint> {
 }
 
 /// Nothing that could end the request line or header it is put into.
-fn visible(key: &str, text: &str, max: usize) -> Result<String, Complaint> {
+fn visible(text: &str, max: usize) -> Result<String, Complaint> {
     if let Some(wrong) = text.chars().find(|c| !c.is_ascii_graphic()) {
         let wrong = shown(&wrong.to_string());
-        return Err(Complaint::new(format!("{wrong} may not stand in {key}"))
+        return Err(Complaint::new(format!("{wrong} may not stand here"))
             .help("only visible ASCII characters; escape others as %XX"));
     }
     if text.len() > max {
-        return Err(Complaint::new(format!(
-            "{key} has {} bytes, at most {max} are allowed",
-            text.len()
-        )));
+        return Err(Complaint::new(format!("{} bytes, at most {max} are allowed", text.len())));
     }
     Ok(text.to_owned())
 }

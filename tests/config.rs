@@ -1,0 +1,517 @@
+//! The configuration as operators meet it: good files load, bad files are
+//! answered with exactly the text kept beside them, any text is survived.
+//! `UPDATE_EXPECT=1` rewrites the kept texts; read what it wrote.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use proptest::prelude::*;
+use tidegate::config::{self, Config, Loaded, Problems};
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn toml_files(directory: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(root().join(directory)).unwrap();
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|ext| ext == "toml"));
+    files.sort();
+    files
+}
+
+fn bare_name(path: &Path) -> String {
+    path.file_name().unwrap().to_string_lossy().into_owned()
+}
+
+/// Loads a file and names it by its bare name in every message.
+fn load_case(path: &Path) -> Result<Loaded, Problems> {
+    let name = bare_name(path);
+    config::load(path).map_err(|mut problems| {
+        problems.file = name.as_str().into();
+        for problem in &mut problems.list {
+            let full = path.display().to_string();
+            problem.message = problem.message.replace(&full, &name);
+            problem.file = name.as_str().into();
+        }
+        problems
+    })
+}
+
+/// Compares with the kept text, line by line where they differ.
+fn compare(path: &Path, actual: &str) -> Result<(), String> {
+    let kept = path.with_extension("expected");
+    if std::env::var_os("UPDATE_EXPECT").is_some() {
+        fs::write(&kept, actual).unwrap();
+        return Ok(());
+    }
+    let expected = fs::read_to_string(&kept).unwrap_or_default();
+    if expected == actual {
+        return Ok(());
+    }
+    let mut diff = format!("\n=== {}\n", bare_name(path));
+    let (mut old, mut new) = (expected.lines(), actual.lines());
+    loop {
+        match (old.next(), new.next()) {
+            (None, None) => return Err(diff),
+            (a, b) if a == b => diff += &format!("  {}\n", a.unwrap_or_default()),
+            (a, b) => {
+                for line in a.into_iter() {
+                    diff += &format!("- {line}\n");
+                }
+                for line in b.into_iter() {
+                    diff += &format!("+ {line}\n");
+                }
+            }
+        }
+    }
+}
+
+fn check_cases(directory: &str, least: usize, outcome: impl Fn(&Path) -> String) {
+    let files = toml_files(directory);
+    assert!(files.len() >= least, "only {} cases in {directory}", files.len());
+    let failures: Vec<String> =
+        files.iter().filter_map(|path| compare(path, &outcome(path)).err()).collect();
+    assert!(failures.is_empty(), "{}", failures.concat());
+}
+
+#[test]
+fn bad_files_are_answered_with_the_kept_text() {
+    check_cases("tests/config_cases/invalid", 50, |path| match load_case(path) {
+        Ok(_) => panic!("{} was taken", bare_name(path)),
+        Err(problems) => problems.render(false),
+    });
+}
+
+#[test]
+fn good_files_are_taken_with_the_kept_warnings() {
+    check_cases("tests/config_cases/valid", 8, |path| match config::load(path) {
+        Ok(loaded) => {
+            let full = path.display().to_string();
+            let warnings = loaded.warnings.iter().map(|warning| warning.to_string() + "\n");
+            warnings.collect::<String>().replace(&full, &bare_name(path))
+        }
+        Err(problems) => panic!("{} was refused:\n{problems}", bare_name(path)),
+    });
+}
+
+#[test]
+fn shipped_files_load_without_warning() {
+    let files = toml_files("config");
+    assert!(files.len() >= 4);
+    for path in files {
+        let loaded = config::load(&path).unwrap_or_else(|problems| panic!("{problems}"));
+        assert_eq!(loaded.warnings, [], "{}", path.display());
+    }
+}
+
+const MINIMAL: &str = r#"
+[frontend.web]
+bind = "0.0.0.0:8080"
+pool = "web"
+[pool.web.probe]
+[[pool.web.backend]]
+address = "10.0.0.11:8080"
+"#;
+
+fn minimal() -> Config {
+    config::parse(MINIMAL, "minimal.toml").unwrap()
+}
+
+#[test]
+fn full_file_states_the_built_in_defaults() {
+    let full = config::load(&root().join("config/full.toml")).unwrap().config;
+    let minimal = minimal();
+    assert_eq!(full.process, minimal.process);
+    assert_eq!(full.admin, minimal.admin);
+    assert_eq!(full.log, minimal.log);
+    assert_eq!(full.frontends, minimal.frontends);
+    let (full, minimal) = (&full.pools[0], &minimal.pools[0]);
+    let first = full.backends[0].clone();
+    assert_eq!((&*first.name, &*minimal.backends[0].name), ("a", "10.0.0.11:8080"));
+    let named = config::Backend { name: minimal.backends[0].name.clone(), ..first };
+    let full = config::Pool { backends: vec![named], ..config::Pool::clone(full) };
+    assert_eq!(full, **minimal);
+}
+
+#[test]
+fn every_key_stands_in_the_full_file() {
+    let text = fs::read_to_string(root().join("config/full.toml")).unwrap();
+    let keys = [
+        "workers",
+        "pin",
+        "engine",
+        "spin",
+        "drain_timeout",
+        "connections_max",
+        "listen",
+        "token_file",
+        "level",
+        "format",
+        "access",
+        "bind",
+        "pool",
+        "idle_timeout",
+        "half_closed_timeout",
+        "keepalive",
+        "user_timeout",
+        "balance",
+        "connect_timeout",
+        "connect_attempts",
+        "when_none_eligible",
+        "startup_grace",
+        "on_removal",
+        "kind",
+        "interval",
+        "fast_interval",
+        "timeout",
+        "rise",
+        "fall",
+        "send",
+        "expect",
+        "path",
+        "host",
+        "method",
+        "status",
+        "failures",
+        "time",
+        "max_ejected",
+        "name",
+        "address",
+        "weight",
+        "backup",
+    ];
+    for key in keys {
+        let stands = |line: &str| {
+            line.trim_start_matches(['#', ' ']).split('=').next().is_some_and(|k| k.trim() == key)
+        };
+        assert!(text.lines().any(stands), "{key} is missing");
+    }
+}
+
+#[test]
+fn no_ejection_can_be_written_in_one_word() {
+    let text = MINIMAL.replace("[pool.web.probe]", "[pool.web]\nejection = \"off\"");
+    assert_eq!(config::parse(&text, "t").unwrap().pools[0].ejection, None);
+    assert!(minimal().pools[0].ejection.is_some());
+}
+
+#[test]
+fn defaults_of_a_probe_follow_its_given_times() {
+    let times = |keys: &str| {
+        let text = MINIMAL.replace("[pool.web.probe]", &format!("[pool.web.probe]\n{keys}"));
+        let config = config::parse(&text, "t").unwrap();
+        let probe = config.pools[0].probe.clone().unwrap();
+        [probe.interval, probe.fast_interval, probe.timeout].map(|time| time.as_millis())
+    };
+    assert_eq!(times(""), [2000, 1000, 1000]);
+    assert_eq!(times("interval = '300ms'"), [300, 300, 300]);
+    assert_eq!(times("timeout = '100ms'"), [2000, 500, 100]);
+    assert_eq!(times("interval = '10s'\ntimeout = '5s'"), [10000, 5000, 5000]);
+    assert_eq!(times("fast_interval = '200ms'"), [2000, 200, 200]);
+}
+
+#[test]
+fn sections_keep_the_order_of_the_file() {
+    let text = r#"
+        frontend.z = { bind = "127.0.0.1:1", pool = "y" }
+        frontend.a = { bind = "127.0.0.1:2", pool = "b" }
+        [[pool.y.backend]]
+        address = "127.0.0.1:3"
+        [[pool.b.backend]]
+        address = "127.0.0.1:4"
+    "#;
+    let config = config::parse(text, "t").unwrap();
+    assert_eq!(config.frontends.iter().map(|f| &*f.name).collect::<Vec<_>>(), ["z", "a"]);
+    assert_eq!(config.pools.iter().map(|p| &*p.name).collect::<Vec<_>>(), ["y", "b"]);
+}
+
+#[test]
+fn byte_order_mark_is_skipped_and_counts_as_no_column() {
+    assert_eq!(config::parse(&format!("\u{feff}{MINIMAL}"), "t").unwrap(), minimal());
+    let problems = config::parse("\u{feff}x = 1\n", "t").unwrap_err();
+    let unknown = problems.list.iter().find(|p| p.message.contains("unknown")).unwrap();
+    assert_eq!((unknown.line, unknown.column), (1, 1));
+}
+
+#[test]
+fn digest_follows_the_bytes() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("t.toml");
+    let digest = |text: &str| {
+        fs::write(&file, text).unwrap();
+        config::load(&file).unwrap().digest
+    };
+    let first = digest(MINIMAL);
+    assert_ne!(digest(&format!("{MINIMAL}\n")), first);
+    assert_eq!(digest(MINIMAL), first);
+}
+
+#[test]
+fn problems_serialise_with_their_place_and_message() {
+    let problems = config::parse("[frontend", "t.toml").unwrap_err();
+    let json = serde_json::to_value(&problems).unwrap();
+    assert_eq!(
+        json,
+        serde_json::json!([{
+            "file": "t.toml",
+            "line": 1,
+            "column": 10,
+            "message": problems.list[0].message,
+        }])
+    );
+}
+
+#[test]
+fn coloured_output_differs_only_in_escapes() {
+    let problems = config::parse("x = 1", "t").unwrap_err();
+    let coloured = problems.render(true);
+    assert!(coloured.contains("\u{1b}["));
+    let plain: String = coloured
+        .split('\u{1b}')
+        .enumerate()
+        .map(|(at, part)| if at == 0 { part } else { part.split_once('m').unwrap().1 })
+        .collect();
+    let trimmed = |text: &str| text.lines().map(|l| l.trim_end().to_owned()).collect::<Vec<_>>();
+    assert_eq!(trimmed(&plain), trimmed(&problems.render(false)));
+}
+
+// === files that are none ===
+
+fn refusal(path: &Path) -> String {
+    let problems = config::load(path).unwrap_err();
+    assert_eq!((problems.list[0].line, problems.list[0].column), (1, 1));
+    problems.list[0].message.clone()
+}
+
+#[test]
+fn missing_file_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let message = refusal(&directory.path().join("none.toml"));
+    assert_eq!(message, "cannot open the file: no such file or directory");
+}
+
+#[test]
+fn directory_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    assert_eq!(refusal(directory.path()), "this is a directory, not a file");
+}
+
+#[test]
+fn fifo_is_refused_without_waiting_for_a_writer() {
+    let directory = tempfile::tempdir().unwrap();
+    let fifo = directory.path().join("fifo");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let (send, done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || send.send(refusal(&fifo)));
+    let message = done.recv_timeout(Duration::from_secs(10)).expect("the load blocked");
+    assert_eq!(message, "this is not a regular file");
+}
+
+#[test]
+fn loop_of_links_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let link = directory.path().join("t.toml");
+    std::os::unix::fs::symlink("t.toml", &link).unwrap();
+    assert_eq!(refusal(&link), "cannot open the file: too many levels of symbolic links");
+}
+
+#[test]
+fn file_over_the_bound_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("t.toml");
+    let file = fs::File::create(&path).unwrap();
+    file.set_len(config::FILE_BYTES_MAX as u64 + 1).unwrap();
+    assert_eq!(refusal(&path), "the file is larger than 16 MiB");
+}
+
+#[test]
+fn invalid_utf8_is_refused_at_its_place() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("t.toml");
+    fs::write(&path, b"# caf\xc3\xa9\n# \xc3\xa9 caf\xe9 x\n").unwrap();
+    let problems = config::load(&path).unwrap_err();
+    let problem = &problems.list[0];
+    assert_eq!((problem.line, problem.column), (2, 8));
+    assert_eq!(problem.message, "the byte 0xe9 is not UTF-8 text");
+}
+
+// === size and hostility ===
+
+fn large(backends: usize) -> String {
+    let mut text = Vec::new();
+    writeln!(text, "[frontend.web]\nbind = '127.0.0.1:1'\npool = 'web'").unwrap();
+    for n in 0..backends {
+        let (a, b, c) = (n >> 16 & 255, n >> 8 & 255, n & 255);
+        writeln!(
+            text,
+            "[[pool.web.backend]]\nname = 'backend-{n}'\naddress = '10.{a}.{b}.{c}:8080'\nweight = 10\n"
+        )
+        .unwrap();
+    }
+    String::from_utf8(text).unwrap()
+}
+
+#[test]
+fn as_many_backends_as_allowed_are_taken_and_one_more_is_not() {
+    let config = config::parse(&large(config::BACKENDS_MAX), "t").unwrap();
+    assert_eq!(config.pools[0].backends.len(), config::BACKENDS_MAX);
+    let problems = config::parse(&large(config::BACKENDS_MAX + 1), "t").unwrap_err();
+    assert_eq!(problems.list[0].message, "100001 backends are more than the 100000 allowed");
+}
+
+#[test]
+fn thousands_of_problems_are_counted_not_kept() {
+    let text = large(5_000).replace("weight = 10", "weight = 0\nwieght = 1");
+    let problems = config::parse(&text, "t").unwrap_err();
+    assert_eq!(problems.list.len(), config::PROBLEMS_MAX);
+    assert_eq!(problems.omitted, 10_000 - config::PROBLEMS_MAX);
+}
+
+#[test]
+fn endless_dotted_keys_are_refused_not_followed() {
+    for key in ["a.", "'=' . ", "a . \"b\" ."] {
+        let problems = config::parse(&(key.repeat(500_000) + "z = 1"), "t").unwrap_err();
+        assert_eq!(problems.list[0].message, "this dotted key has too many parts");
+    }
+}
+
+#[test]
+fn endless_brackets_are_refused_not_followed() {
+    for open in ["x = [", "x = {a=", "[", "[["] {
+        let text = open.to_owned() + &open.trim_start_matches("x = ").repeat(200_000);
+        assert!(config::parse(&text, "t").is_err());
+    }
+}
+
+/// Every place lies in the file: on a line it has, at most one past its end.
+fn assert_places(text: &str, problems: &Problems) {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let lines: Vec<&str> = text.split('\n').collect();
+    assert!(!problems.list.is_empty());
+    for problem in &problems.list {
+        let line = lines.get(problem.line - 1).expect("a line of the file");
+        assert!((1..=line.chars().count() + 1).contains(&problem.column), "{problem}");
+        assert!(!problem.message.contains('\n'), "{problem}");
+    }
+    let places = problems.list.iter().map(|problem| (problem.line, problem.column));
+    assert!(places.is_sorted());
+    let _ = problems.render(true);
+}
+
+fn check_any(text: &str) {
+    if let Err(problems) = config::parse(text, "t.toml") {
+        assert_places(text, &problems);
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Mutation {
+    Insert(prop::sample::Index, String),
+    Delete(prop::sample::Index, usize),
+    Truncate(prop::sample::Index),
+    CopyLine(prop::sample::Index, prop::sample::Index),
+}
+
+impl Mutation {
+    fn apply(&self, text: &str) -> String {
+        let chars: Vec<char> = text.chars().collect();
+        let lines: Vec<&str> = text.lines().collect();
+        let place = |index: &prop::sample::Index| index.index(chars.len() + 1);
+        let text = |chars: &[char]| chars.iter().collect::<String>();
+        match self {
+            Mutation::Insert(at, extra) => {
+                let at = place(at);
+                text(&chars[..at]) + extra + &text(&chars[at..])
+            }
+            Mutation::Delete(at, count) => {
+                let at = place(at);
+                text(&chars[..at]) + &text(&chars[(at + count).min(chars.len())..])
+            }
+            Mutation::Truncate(at) => text(&chars[..place(at)]),
+            Mutation::CopyLine(from, to) => {
+                let mut lines = lines.clone();
+                if !lines.is_empty() {
+                    lines.insert(to.index(lines.len()), lines[from.index(lines.len())]);
+                }
+                lines.join("\n")
+            }
+        }
+    }
+}
+
+fn mutation() -> impl Strategy<Value = Mutation> {
+    let pieces = prop_oneof![
+        prop::sample::select(vec![
+            "=",
+            "[",
+            "]",
+            "[[",
+            "]]",
+            "{",
+            "}",
+            ",",
+            ".",
+            "\"",
+            "'",
+            "\"\"\"",
+            "\n",
+            "\r\n",
+            "#",
+            "0",
+            "-1",
+            "1.5",
+            "\"off\"",
+            "\"10s\"",
+            "[pool.x]\n",
+            "[[pool.web.backend]]\n",
+            "weight = 0\n",
+            "é",
+            "\u{0}",
+            "\t",
+            "99999999999999999999",
+            "true",
+            "unix:/a",
+            "[::1]:80",
+            "1979-05-27",
+        ])
+        .prop_map(str::to_owned),
+        ".{0,8}",
+    ];
+    let any = any::<prop::sample::Index>;
+    prop_oneof![
+        4 => (any(), pieces).prop_map(|(at, piece)| Mutation::Insert(at, piece)),
+        3 => (any(), 1..20_usize).prop_map(|(at, count)| Mutation::Delete(at, count)),
+        1 => any().prop_map(Mutation::Truncate),
+        2 => (any(), any()).prop_map(|(from, to)| Mutation::CopyLine(from, to)),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn any_text_is_survived(text in "(?s).{0,200}") {
+        check_any(&text);
+    }
+
+    #[test]
+    fn any_toml_like_text_is_survived(text in "([a-c.=\"'\\[\\]{},# \n0-9-]|pool|frontend|backend|bind){0,60}") {
+        check_any(&text);
+    }
+
+    #[test]
+    fn mutated_good_files_are_survived(
+        which in any::<prop::sample::Index>(),
+        mutations in prop::collection::vec(mutation(), 1..6),
+    ) {
+        let mut files = toml_files("tests/config_cases/valid");
+        files.extend(toml_files("config"));
+        let mut text = fs::read_to_string(&files[which.index(files.len())]).unwrap();
+        for mutation in &mutations {
+            text = mutation.apply(&text);
+        }
+        check_any(&text);
+    }
+}
