@@ -10,4 +10,5 @@ pub mod errno;
 mod ioctl;
 pub mod limits;
 pub mod listen;
+pub mod reactor;
 pub mod stream;

@@ -5,12 +5,12 @@
 //! cap clients wait in the kernel's queue; at a lack of descriptors it backs
 //! off, and never spins.
 
-use super::admission::{self, Held, Slots};
+use super::admission::{self, Slots};
 use super::context::Context;
 use super::session::{self, Arrival};
 use crate::balance::PickKey;
 use crate::clock;
-use crate::net::{errno, listen};
+use crate::net::{errno, listen, reactor};
 use crate::table::{FrontendRoute, Table};
 use crate::telemetry::counters::LocalError;
 use socket2::Socket;
@@ -21,7 +21,6 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
@@ -58,7 +57,7 @@ pub(super) struct Listener {
 enum Taken {
     One,
     QueueEmpty,
-    AtCap(Held),
+    AtCap,
     Starved,
 }
 
@@ -68,7 +67,7 @@ impl Listener {
         socket: Arc<Socket>,
         retirement: Rc<Retirement>,
     ) -> io::Result<Listener> {
-        let socket = AsyncFd::with_interest(socket, Interest::READABLE)?;
+        let socket = reactor::watch_readable(socket)?;
         Ok(Listener { bind, socket, retirement, last_route: None })
     }
 
@@ -83,7 +82,7 @@ impl Listener {
                     tokio::task::yield_now().await;
                 }
                 Taken::QueueEmpty => self.more_queued().await,
-                Taken::AtCap(_) => self.room_made(&ctx).await,
+                Taken::AtCap => self.room_made(&ctx).await,
                 Taken::Starved => {
                     tokio::time::sleep(back_off).await;
                     back_off = (back_off * 2).min(BACK_OFF_MAX);
@@ -120,9 +119,9 @@ impl Listener {
         let shared = &ctx.shared;
         let slots = match admission::admit(&shared.in_flight, &shared.gate, table, route) {
             Ok(slots) => slots,
-            Err(held) => {
+            Err(_) => {
                 ctx.counters.accept_held_at_cap.add(1);
-                return Taken::AtCap(held);
+                return Taken::AtCap;
             }
         };
         match listen::accept(self.socket.get_ref()) {

@@ -13,7 +13,7 @@ use crate::clock;
 use crate::net::stream;
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
-use crate::telemetry::access_log::SessionRecord;
+use crate::telemetry::access_log::{Client, SessionRecord};
 use crate::telemetry::histograms::Series;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -193,20 +193,20 @@ impl Story {
         SessionRecord {
             time: clock::wall(),
             session: ctx.next_session(),
-            worker: ctx.id,
+            worker: ctx.id as u32,
             generation: self.generation,
-            frontend: Arc::clone(&self.route.state.name),
-            client: self.client,
-            pool: Arc::clone(&self.route.pool.spec.name),
+            frontend: Some(Arc::clone(&self.route.state.name)),
+            client: Client::Socket(self.client),
+            pool: Some(Arc::clone(&self.route.pool.spec.name)),
             backend: backend.as_ref().map(|b| Arc::clone(&b.name)),
             backend_address: backend.as_ref().map(|b| Arc::clone(&b.address_text)),
             cause: ending.cause.name(),
             phase: ending.phase.name(),
             code: close::code(ending.cause, ending.phase),
             timer: ending.cause.timer(),
-            errno: ending.errno,
+            errno: (ending.errno != 0).then_some(ending.errno),
             closed_first: ending.closed_first.map(Side::name),
-            attempts: self.attempts.count,
+            attempts: u32::from(self.attempts.count),
             bytes_in: self.bytes_in,
             bytes_out: self.bytes_out,
             connect: self.connect_time,

@@ -224,10 +224,14 @@ fn set_up(plan: Plan) -> io::Result<Rc<Context>> {
 /// Obeys commands until told to stop; the engine, the listeners and the
 /// sessions are tasks beside it.
 async fn serve(ctx: Rc<Context>, inbox: &Mailbox) {
-    let engine = tokio::task::spawn_local(Rc::clone(&ctx.engine).run());
+    let mut engine = tokio::task::spawn_local(Rc::clone(&ctx.engine).run());
     let mut listeners: HashMap<SocketAddr, Rc<Retirement>> = HashMap::new();
     loop {
-        match inbox.next().await {
+        let command = tokio::select! {
+            command = inbox.next() => command,
+            ended = &mut engine => panic!("the relay engine ended: {ended:?}"),
+        };
+        match command {
             Command::Listen(bind, socket) => {
                 let retirement = Rc::new(Retirement::default());
                 match Listener::new(bind, socket, Rc::clone(&retirement)) {

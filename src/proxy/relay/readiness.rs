@@ -10,7 +10,7 @@ use super::flow::{ConnectEnd, Flow, Limits, Meter, Relayed};
 use super::pump::{Io, Moved, Next, Pump, READ_BULK};
 use crate::clock;
 use crate::net::epoll::{Batch, Epoll, Readiness};
-use crate::net::stream;
+use crate::net::{reactor, stream};
 use crate::proxy::close::{Cause, Ending, Side};
 use crate::proxy::wheel::Wheel;
 use crate::table::state::BackendId;
@@ -24,7 +24,6 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Length of a timer tick: deadlines are kept to this, or a little later.
@@ -113,7 +112,7 @@ impl Engine {
     pub fn new(spin: Option<Duration>) -> io::Result<Rc<Engine>> {
         let started = clock::now();
         Ok(Rc::new(Engine {
-            epoll: AsyncFd::with_interest(Epoll::new()?, Interest::READABLE)?,
+            epoll: reactor::watch_readable(Epoll::new()?)?,
             started,
             spin,
             state: RefCell::new(State {
