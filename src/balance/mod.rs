@@ -4,12 +4,40 @@
 //! immutable but for atomics; workers call [`Balancer::pick`] through the table
 //! they loaded. It does no I/O, reads no clock and draws no randomness of its
 //! own: the draw comes in.
+//!
+//! # What every policy keeps to
+//!
+//! - A pick raises the chosen one's in-flight count by the same
+//!   compare-and-swap that enforces its cap.
+//! - A candidate that is tried or at its cap is passed over; a pick fails only
+//!   after every candidate was looked at.
+//! - Every pick is bounded: a handful of quick looks, then at most a few scans
+//!   over the candidates.
 
+mod alias;
+mod draw;
 pub mod in_flight;
+mod least_connections;
+mod maglev;
+mod position;
+mod random;
+mod round_robin;
+mod scan;
+mod smooth;
+mod source_hash;
+mod two_choices;
 
+use crate::config::Policy;
+use crossbeam::utils::CachePadded;
 use in_flight::InFlight;
+use least_connections::LeastConnections;
+use random::Random;
+use round_robin::RoundRobin;
+use source_hash::SourceHash;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use two_choices::TwoChoices;
 
 /// One backend a balancer may choose.
 #[derive(Debug, Clone)]
@@ -30,7 +58,8 @@ pub struct Candidate {
 pub struct PickKey {
     /// The client's address (hashed by `source-hash`).
     pub client: IpAddr,
-    /// Fresh uniform random bits.
+    /// Fresh random bits. They are mixed before use, so a counter that starts
+    /// at random will do.
     pub draw: u64,
 }
 
@@ -46,47 +75,167 @@ pub enum PickError {
 /// A prepared policy over one tier of one pool.
 #[derive(Debug)]
 pub struct Balancer {
-    candidates: Vec<Candidate>,
+    policy: Policy,
+    /// Backends configured in the pool; sizes the Maglev table.
+    pool_size: usize,
+    candidates: Box<[Candidate]>,
+    prepared: Prepared,
+    /// Whether some candidate has no cap: then there is always room.
+    uncapped: bool,
+    /// Where there was room last.
+    room_seen: CachePadded<AtomicUsize>,
 }
+
+/// What each policy makes ahead of time.
+#[derive(Debug)]
+enum Prepared {
+    /// No candidates, whatever the policy.
+    Nobody,
+    RoundRobin(RoundRobin),
+    LeastConnections(LeastConnections),
+    Random(Random),
+    TwoChoices(TwoChoices),
+    SourceHash(SourceHash),
+}
+
+// === impl Balancer ===
 
 impl Balancer {
     /// Prepares `policy` over `candidates` (each with a weight of at least 1).
     /// `previous` is the balancer this one replaces in the same pool: a round
     /// robin goes on from its relative position.
     pub fn new(
-        policy: crate::config::Policy,
+        policy: Policy,
         candidates: Vec<Candidate>,
         previous: Option<&Balancer>,
     ) -> Balancer {
-        let _ = (policy, previous);
-        Balancer { candidates }
+        let pool_size = candidates.len();
+        Balancer::of_pool(policy, candidates, pool_size, previous)
+    }
+
+    /// The same for a pool with `pool_size` backends configured, of which
+    /// `candidates` are the ones in service. The size of a Maglev table goes by
+    /// the former, so that it does not change with health.
+    pub fn of_pool(
+        policy: Policy,
+        mut candidates: Vec<Candidate>,
+        pool_size: usize,
+        previous: Option<&Balancer>,
+    ) -> Balancer {
+        for candidate in &mut candidates {
+            candidate.weight = candidate.weight.max(1);
+        }
+        let candidates = candidates.into_boxed_slice();
+        let prepared = match policy {
+            _ if candidates.is_empty() => Prepared::Nobody,
+            Policy::WeightedRoundRobin => Prepared::RoundRobin(RoundRobin::new(
+                &candidates,
+                previous.and_then(Balancer::as_round_robin),
+            )),
+            Policy::LeastConnections => {
+                Prepared::LeastConnections(LeastConnections::new(&candidates))
+            }
+            Policy::Random => Prepared::Random(Random::new(&candidates)),
+            Policy::TwoChoices => Prepared::TwoChoices(TwoChoices::new(&candidates)),
+            Policy::SourceHash => Prepared::SourceHash(SourceHash::new(&candidates, pool_size)),
+        };
+        Balancer {
+            policy,
+            pool_size,
+            prepared,
+            uncapped: candidates.iter().any(|c| c.connections_max == 0),
+            candidates,
+            room_seen: CachePadded::new(AtomicUsize::new(0)),
+        }
+    }
+
+    /// Whether [`Balancer::of_pool`] with these arguments would give a balancer
+    /// that does the same as this one: then this one can simply stay.
+    pub fn does_for(&self, policy: Policy, candidates: &[Candidate], pool_size: usize) -> bool {
+        self.policy == policy
+            && (policy != Policy::SourceHash
+                || source_hash::slots_for(self.pool_size) == source_hash::slots_for(pool_size))
+            && self.candidates.len() == candidates.len()
+            && self.candidates.iter().zip(candidates).all(|(a, b)| a.is_same_as(b))
     }
 
     /// Chooses a candidate that is not in `tried` and raises its in-flight
     /// count within its cap. Gives its index; whoever asked lowers the count
     /// exactly once.
+    #[inline]
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<usize, PickError> {
-        let start = key.draw as usize;
-        let n = self.candidates.len();
-        let mut full = false;
-        for index in (0..n).map(|i| start.wrapping_add(i) % n) {
-            if tried.contains(&index) {
-                continue;
-            }
-            let candidate = &self.candidates[index];
-            if candidate.in_flight.try_enter(candidate.connections_max) {
-                return Ok(index);
-            }
-            full = true;
-        }
-        Err(if full { PickError::AtCapacity } else { PickError::Exhausted })
+        let candidates = &*self.candidates;
+        let PickKey { client, draw } = key;
+        let picked = match &self.prepared {
+            Prepared::Nobody => None,
+            Prepared::RoundRobin(policy) => policy.pick(candidates, draw, tried),
+            Prepared::LeastConnections(policy) => policy.pick(candidates, draw, tried),
+            Prepared::Random(policy) => policy.pick(candidates, draw, tried),
+            Prepared::TwoChoices(policy) => policy.pick(candidates, draw, tried),
+            Prepared::SourceHash(policy) => policy.pick(candidates, client, tried),
+        };
+        picked.ok_or_else(|| self.why_nobody(tried))
     }
 
     /// Whether some candidate is below its cap at this moment. Cheap enough
-    /// to ask before every accept.
+    /// to ask before every accept: it looks at every candidate only when all
+    /// have a cap and where there was room last there is none now.
+    #[inline]
     pub fn has_room(&self) -> bool {
-        self.candidates
-            .iter()
-            .any(|c| c.connections_max == 0 || c.in_flight.get() < c.connections_max)
+        if self.uncapped {
+            return true;
+        }
+        let seen = self.room_seen.load(Ordering::Relaxed);
+        self.candidates.get(seen).is_some_and(Candidate::has_room) || self.find_room()
+    }
+
+    /// The candidates, in the order of their indices.
+    pub fn candidates(&self) -> &[Candidate] {
+        &self.candidates
+    }
+
+    fn find_room(&self) -> bool {
+        let found = self.candidates.iter().position(Candidate::has_room);
+        if let Some(index) = found {
+            self.room_seen.store(index, Ordering::Relaxed);
+        }
+        found.is_some()
+    }
+
+    fn as_round_robin(&self) -> Option<(&RoundRobin, &[Candidate])> {
+        match &self.prepared {
+            Prepared::RoundRobin(policy) => Some((policy, &self.candidates)),
+            _ => None,
+        }
+    }
+
+    #[cold]
+    fn why_nobody(&self, tried: &[usize]) -> PickError {
+        if (0..self.candidates.len()).all(|index| tried.contains(&index)) {
+            PickError::Exhausted
+        } else {
+            PickError::AtCapacity
+        }
+    }
+}
+
+// === impl Candidate ===
+
+impl Candidate {
+    #[inline]
+    fn try_enter(&self) -> bool {
+        self.in_flight.try_enter(self.connections_max)
+    }
+
+    #[inline]
+    fn has_room(&self) -> bool {
+        self.connections_max == 0 || self.in_flight.get() < self.connections_max
+    }
+
+    fn is_same_as(&self, other: &Candidate) -> bool {
+        Arc::ptr_eq(&self.in_flight, &other.in_flight)
+            && self.key == other.key
+            && self.weight.max(1) == other.weight.max(1)
+            && self.connections_max == other.connections_max
     }
 }

@@ -2,12 +2,14 @@
 //! sequences, Maglev tables) happens here, before anything is published.
 //!
 //! Called by the controller on every change. Pure: it reads nothing but its
-//! arguments.
+//! arguments. What a change does not touch is shared with the table before, so
+//! a backend that goes down costs its own pool's preparation, not everybody's.
 
 use super::state::{BackendState, FrontendState};
 use super::{FrontendRoute, PoolTable, Table};
 use crate::balance::{Balancer, Candidate};
 use crate::config::{self, WhenNoneEligible};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Everything a table is made of.
@@ -63,25 +65,22 @@ pub struct BackendInput {
 /// Builds the table. `previous` is the one it replaces: round robins go on
 /// from their position in it.
 pub fn build(input: Input, previous: Option<&Table>) -> Table {
+    let pools_before = by_name(previous.map_or(&[], |table| &table.pools));
     let pools: Vec<Arc<PoolTable>> = input
         .pools
         .into_iter()
         .map(|pool| {
-            let before =
-                previous.and_then(|t| t.pools.iter().find(|p| p.spec.name == pool.spec.name));
-            Arc::new(build_pool(pool, before.map(|p| &**p)))
+            let before = pools_before.get(&*pool.spec.name).copied();
+            build_pool(pool, before)
         })
         .collect();
+    let pools_by_name = by_name(&pools);
     let frontends: Vec<Arc<FrontendRoute>> = input
         .frontends
         .into_iter()
         .filter_map(|frontend| {
-            let pool = pools.iter().find(|p| p.spec.name == frontend.spec.pool)?;
-            Some(Arc::new(FrontendRoute {
-                state: frontend.state,
-                spec: frontend.spec,
-                pool: Arc::clone(pool),
-            }))
+            let pool = Arc::clone(pools_by_name.get(&*frontend.spec.pool)?);
+            Some(Arc::new(FrontendRoute { state: frontend.state, spec: frontend.spec, pool }))
         })
         .collect();
     let by_bind = frontends
@@ -98,32 +97,76 @@ pub fn build(input: Input, previous: Option<&Table>) -> Table {
     }
 }
 
-fn build_pool(pool: PoolInput, previous: Option<&PoolTable>) -> PoolTable {
-    let tier = |backup: bool| -> Vec<&BackendInput> {
-        pool.backends.iter().filter(|b| b.eligible && b.backup == backup).collect()
-    };
-    let mut serving = tier(false);
-    if serving.is_empty() {
-        serving = tier(true);
-    }
-    if serving.is_empty() && pool.spec.when_none_eligible == WhenNoneEligible::TryAll {
-        serving = pool.backends.iter().filter(|b| b.in_service).collect();
-    }
-    let candidates: Vec<Candidate> = serving
-        .iter()
-        .map(|b| Candidate {
-            key: Arc::clone(&b.state.address_text),
-            weight: b.effective_weight.max(1),
-            connections_max: b.connections_max,
-            in_flight: Arc::clone(&b.state.in_flight),
-        })
-        .collect();
-    let balancer = (!candidates.is_empty()).then(|| {
-        Balancer::new(pool.spec.balance, candidates, previous.and_then(|p| p.balancer.as_ref()))
-    });
-    PoolTable {
-        serving: serving.into_iter().map(|b| Arc::clone(&b.state)).collect(),
-        balancer,
-        spec: pool.spec,
+fn by_name(pools: &[Arc<PoolTable>]) -> HashMap<&str, &Arc<PoolTable>> {
+    pools.iter().map(|pool| (&*pool.spec.name, pool)).collect()
+}
+
+fn build_pool(pool: PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<PoolTable> {
+    let in_service = tier_in_service(&pool);
+    let serving = in_service.iter().map(|b| Arc::clone(&b.state)).collect();
+    let candidates = in_service.iter().map(|b| candidate(b)).collect();
+    let balancer = build_balancer(&pool, candidates, previous);
+    let built = PoolTable { serving, balancer, spec: pool.spec };
+    match previous {
+        Some(before) if is_same(&built, before) => Arc::clone(before),
+        _ => Arc::new(built),
     }
 }
+
+/// The eligible primaries, else the eligible backups, else (`try-all`)
+/// everything no operator took out.
+fn tier_in_service(pool: &PoolInput) -> Vec<&BackendInput> {
+    let eligible = |backup: bool| -> Vec<&BackendInput> {
+        pool.backends.iter().filter(|b| b.eligible && b.backup == backup).collect()
+    };
+    let mut tier = eligible(false);
+    if tier.is_empty() {
+        tier = eligible(true);
+    }
+    if tier.is_empty() && pool.spec.when_none_eligible == WhenNoneEligible::TryAll {
+        tier = pool.backends.iter().filter(|b| b.in_service).collect();
+    }
+    tier
+}
+
+fn candidate(backend: &BackendInput) -> Candidate {
+    Candidate {
+        key: Arc::clone(&backend.state.address_text),
+        weight: backend.effective_weight.max(1),
+        connections_max: backend.connections_max,
+        in_flight: Arc::clone(&backend.state.in_flight),
+    }
+}
+
+fn build_balancer(
+    pool: &PoolInput,
+    candidates: Vec<Candidate>,
+    previous: Option<&Arc<PoolTable>>,
+) -> Option<Arc<Balancer>> {
+    if candidates.is_empty() {
+        return None;
+    }
+    let (policy, size) = (pool.spec.balance, pool.backends.len());
+    let before = previous.and_then(|p| p.balancer.as_ref());
+    match before {
+        Some(same) if same.does_for(policy, &candidates, size) => Some(Arc::clone(same)),
+        _ => Some(Arc::new(Balancer::of_pool(policy, candidates, size, before.map(|b| &**b)))),
+    }
+}
+
+/// Whether the pool before says the same. Same balancers mean the same
+/// in-flight counts, but a state may come anew around one.
+fn is_same(built: &PoolTable, before: &PoolTable) -> bool {
+    let same_balancer = match (&built.balancer, &before.balancer) {
+        (Some(new), Some(old)) => Arc::ptr_eq(new, old),
+        (None, None) => true,
+        _ => false,
+    };
+    same_balancer
+        && Arc::ptr_eq(&built.spec, &before.spec)
+        && built.serving.len() == before.serving.len()
+        && built.serving.iter().zip(&before.serving).all(|(new, old)| Arc::ptr_eq(new, old))
+}
+
+#[cfg(all(test, not(tidegate_loom)))]
+mod tests;

@@ -52,8 +52,9 @@ pub struct PoolTable {
     /// where there is no such primary, or (`try-all`) everything no operator
     /// took out. Same order and indices as the balancer's candidates.
     pub serving: Vec<Arc<BackendState>>,
-    /// Over `serving`; `None` when nobody may serve.
-    pub balancer: Option<Balancer>,
+    /// Over `serving`; `None` when nobody may serve. Tables in a row share it
+    /// while it would come out the same.
+    pub balancer: Option<Arc<Balancer>>,
 }
 
 /// A chosen backend whose in-flight count was raised; dropping it lowers the
@@ -79,6 +80,19 @@ pub enum NoBackend {
 // === impl Table ===
 
 impl Table {
+    /// No frontends, no pools: what is published before the first
+    /// configuration. Generation and serial are 0.
+    pub fn empty() -> Table {
+        Table {
+            generation: 0,
+            serial: 0,
+            connections_max: 0,
+            frontends: Vec::new(),
+            pools: Vec::new(),
+            by_bind: HashMap::new(),
+        }
+    }
+
     /// The frontend that owns that bind address.
     #[inline]
     pub fn route(&self, bind: SocketAddr) -> Option<&Arc<FrontendRoute>> {
@@ -103,7 +117,7 @@ impl PoolTable {
     /// connections had better wait in the kernel's queue.
     #[inline]
     pub fn has_room(&self) -> bool {
-        self.balancer.as_ref().is_none_or(Balancer::has_room)
+        self.balancer.as_ref().is_none_or(|balancer| balancer.has_room())
     }
 }
 

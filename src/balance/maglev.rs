@@ -1,0 +1,143 @@
+//! The Maglev lookup table: which candidate each slot of a hash belongs to.
+//!
+//! Called at table build by `source_hash`. From the same names and weights it
+//! makes the same table on every machine; it never looks at load or health.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::collections::binary_heap::PeekMut;
+use xxhash_rust::xxh3::xxh3_128_with_seed;
+
+/// A candidate's preference list: all slots, starting at `offset`, `skip` apart.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Preference {
+    /// Below the table's size.
+    pub(super) offset: u32,
+    /// From 1 to the table's size less 1: with a prime size, every slot comes up.
+    pub(super) skip: u32,
+}
+
+impl Preference {
+    /// Of the candidate called `name` in a table of `size` slots: XXH3-128 of
+    /// the name, its low half for the offset and its high half for the skip.
+    pub(super) fn of(name: &str, size: u32, seed: u64) -> Preference {
+        let hash = xxh3_128_with_seed(name.as_bytes(), seed);
+        let (low, high) = (hash as u64, (hash >> 64) as u64);
+        Preference {
+            offset: (low % u64::from(size)) as u32,
+            skip: (high % u64::from(size - 1)) as u32 + 1,
+        }
+    }
+}
+
+/// Fills a table of `size` slots (prime) as in Eisenbud et al., "Maglev: A
+/// fast and reliable software network load balancer" (NSDI 2016), section 3.4,
+/// with the weights of Katran's second version.
+///
+/// Round after round each candidate, in the order given, adds its weight to
+/// its credit; with the largest weight in credit it takes the next free slot
+/// of its list and pays that much. So the k-th slot of a candidate falls in
+/// round ceil(k x largest / weight), and a queue by (round, order) does the same
+/// without visiting whoever has nothing to take. A candidate whose share is
+/// below one slot may get none.
+///
+/// Gives positions in `preferences`. At least one candidate; each weight at
+/// least 1.
+pub(super) fn fill(size: u32, preferences: &[Preference], weights: &[u32]) -> Vec<u32> {
+    let largest = u64::from(weights.iter().copied().max().unwrap_or(1));
+    let mut slots = vec![FREE; size as usize];
+    let mut next: Vec<u32> = preferences.iter().map(|p| p.offset).collect();
+    let mut taken: Vec<u64> = vec![0; preferences.len()];
+    let due = |order: u32, nth: u64| (nth * largest).div_ceil(u64::from(weights[order as usize]));
+    let mut queue: BinaryHeap<Reverse<(u64, u32)>> =
+        (0..preferences.len() as u32).map(|order| Reverse((due(order, 1), order))).collect();
+    for _ in 0..size {
+        let Some(mut first) = queue.peek_mut() else { break };
+        let order = first.0.1;
+        let i = order as usize;
+        while slots[next[i] as usize] != FREE {
+            next[i] = following(next[i], preferences[i].skip, size);
+        }
+        slots[next[i] as usize] = order;
+        taken[i] += 1;
+        first.0.0 = due(order, taken[i] + 1);
+        drop::<PeekMut<'_, _>>(first);
+    }
+    slots
+}
+
+/// No candidate has this position.
+const FREE: u32 = u32::MAX;
+
+#[inline]
+fn following(slot: u32, skip: u32, size: u32) -> u32 {
+    let sum = slot + skip;
+    if sum >= size { sum - size } else { sum }
+}
+
+#[cfg(all(test, not(tidegate_loom)))]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn preferences(list: &[(u32, u32)]) -> Vec<Preference> {
+        list.iter().map(|&(offset, skip)| Preference { offset, skip }).collect()
+    }
+
+    /// Katran's rule as stated, round by round.
+    fn by_the_rule(size: u32, preferences: &[Preference], weights: &[u32]) -> Vec<u32> {
+        let largest = *weights.iter().max().unwrap();
+        let mut slots = vec![FREE; size as usize];
+        let mut credit = vec![0u64; weights.len()];
+        let mut next: Vec<u32> = preferences.iter().map(|p| p.offset).collect();
+        let mut free = size;
+        loop {
+            for i in 0..weights.len() {
+                credit[i] += u64::from(weights[i]);
+                if credit[i] < u64::from(largest) {
+                    continue;
+                }
+                credit[i] -= u64::from(largest);
+                while slots[next[i] as usize] != FREE {
+                    next[i] = (next[i] + preferences[i].skip) % size;
+                }
+                slots[next[i] as usize] = i as u32;
+                free -= 1;
+                if free == 0 {
+                    return slots;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn example_of_the_paper_comes_out() {
+        let three = preferences(&[(3, 4), (0, 2), (3, 1)]);
+        assert_eq!(fill(7, &three, &[1, 1, 1]), [1, 0, 1, 0, 2, 2, 0]);
+        let without_the_second = preferences(&[(3, 4), (3, 1)]);
+        assert_eq!(fill(7, &without_the_second, &[1, 1]), [0, 0, 0, 0, 1, 1, 1]);
+    }
+
+    #[test]
+    fn more_candidates_than_slots_leave_some_without() {
+        let many: Vec<Preference> =
+            (0..20).map(|i| Preference::of(&format!("10.0.0.{i}:80"), 7, 0)).collect();
+        let slots = fill(7, &many, &[1; 20]);
+        assert_eq!(slots.iter().filter(|&&slot| slot != FREE).count(), 7);
+    }
+
+    proptest! {
+        #[test]
+        fn queue_gives_the_table_of_the_rule(
+            weights in prop::collection::vec(1u32..40, 1..20)
+        ) {
+            let preferences: Vec<Preference> = (0..weights.len())
+                .map(|i| Preference::of(&format!("10.0.0.{i}:80"), 1_009, 7))
+                .collect();
+            prop_assert_eq!(
+                fill(1_009, &preferences, &weights),
+                by_the_rule(1_009, &preferences, &weights)
+            );
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Looking at every candidate: what policies do where their quick way found
+//! nobody, and what `least-connections` does in small pools.
+//!
+//! Called by the policies of this module. It raises an in-flight count only
+//! through `InFlight::try_enter`, so a cap is never overshot.
+
+use super::Candidate;
+use super::draw::Draws;
+
+/// Scans repeated because the chosen one filled up meanwhile. Each repeat means
+/// that another session got in, so the pool is moving; after these, whoever
+/// lets us in first is good enough.
+const SCANS_MAX: u32 = 8;
+
+/// Chooses until the chosen one lets us in. `choose` gives a usable candidate,
+/// or nobody if there is none.
+#[inline]
+pub(super) fn enter(
+    candidates: &[Candidate],
+    tried: &[usize],
+    mut choose: impl FnMut() -> Option<usize>,
+) -> Option<usize> {
+    for _ in 0..SCANS_MAX {
+        let index = choose()?;
+        if candidates[index].try_enter() {
+            return Some(index);
+        }
+    }
+    (0..candidates.len()).find(|&index| !tried.contains(&index) && candidates[index].try_enter())
+}
+
+/// The usable candidate with the least (in-flight + 1) / weight; each of
+/// several equals is as likely as the others.
+#[inline]
+pub(super) fn least_loaded(
+    candidates: &[Candidate],
+    tried: &[usize],
+    draws: &mut Draws,
+) -> Option<usize> {
+    let mut best: Option<(usize, Load)> = None;
+    let mut equals = 1;
+    for (index, candidate) in candidates.iter().enumerate() {
+        let Some(load) = usable(candidate, index, tried) else { continue };
+        match &best {
+            Some((_, least)) if least.is_below(load) => {}
+            Some((_, least)) if !load.is_below(*least) => {
+                equals += 1;
+                if draws.below(equals) == 0 {
+                    best = Some((index, load));
+                }
+            }
+            _ => {
+                best = Some((index, load));
+                equals = 1;
+            }
+        }
+    }
+    best.map(|(index, _)| index)
+}
+
+/// A usable candidate, with probability in proportion to its weight among the
+/// usable ones.
+pub(super) fn by_weight(
+    candidates: &[Candidate],
+    tried: &[usize],
+    draws: &mut Draws,
+) -> Option<usize> {
+    let mut chosen = None;
+    let mut total = 0;
+    for (index, candidate) in candidates.iter().enumerate() {
+        if usable(candidate, index, tried).is_some() {
+            total += u64::from(candidate.weight);
+            if draws.below(total) < u64::from(candidate.weight) {
+                chosen = Some(index);
+            }
+        }
+    }
+    chosen
+}
+
+/// The load of a candidate that is untried and below its cap.
+#[inline]
+pub(super) fn usable(candidate: &Candidate, index: usize, tried: &[usize]) -> Option<Load> {
+    let in_flight = candidate.in_flight.get();
+    let below_cap = candidate.connections_max == 0 || in_flight < candidate.connections_max;
+    (below_cap && !tried.contains(&index))
+        .then_some(Load { held: u64::from(in_flight) + 1, weight: u64::from(candidate.weight) })
+}
+
+/// (in-flight + 1) / weight; the 1 is the session about to be added.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Load {
+    held: u64,
+    weight: u64,
+}
+
+impl Load {
+    /// Compares by multiplying crosswise: no division, no rounding. Held is at
+    /// most 2^32 and weights are below it, so the products fit.
+    #[inline]
+    pub(super) fn is_below(self, other: Load) -> bool {
+        self.held * other.weight < other.held * self.weight
+    }
+}

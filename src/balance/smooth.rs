@@ -1,0 +1,213 @@
+//! The smooth weighted sequence: which candidate each place of a round robin
+//! period belongs to.
+//!
+//! Called at table build by `round_robin`. It gives the very sequence of
+//! nginx's smooth weighted round robin (each step every candidate gains its
+//! weight, the richest is chosen and pays the sum of all), only faster.
+
+use std::collections::BTreeMap;
+
+/// Longest period that is kept as it is: a `u32` a place makes 256 KiB a pool.
+/// Weights up to 1,000 stay exact for any 65 backends, and for thousands that
+/// share a common divisor.
+pub(super) const PERIOD_MAX: u64 = 65_536;
+
+/// Beyond [`PERIOD_MAX`] a period may still have so many places a candidate,
+/// so that rounding shifts the share of one of average weight by at most 1/32.
+pub(super) const PLACES_PER_CANDIDATE: u64 = 16;
+
+/// Weights in their lowest terms, scaled down where the period would be longer
+/// than the bounds above allow.
+///
+/// Scaling rounds to the nearest whole place but leaves everybody at least
+/// one, so a scaled period is at most the bound plus one place a candidate.
+pub(super) fn places(weights: impl Iterator<Item = u32>) -> Vec<u32> {
+    let mut places = in_lowest_terms(weights.collect());
+    let period: u64 = places.iter().copied().map(u64::from).sum();
+    let bound = PERIOD_MAX.max(places.len() as u64 * PLACES_PER_CANDIDATE);
+    if period <= bound {
+        return places;
+    }
+    for place in &mut places {
+        let scaled =
+            (u128::from(*place) * u128::from(bound) + u128::from(period / 2)) / u128::from(period);
+        *place = (scaled as u32).max(1);
+    }
+    in_lowest_terms(places)
+}
+
+fn in_lowest_terms(mut weights: Vec<u32>) -> Vec<u32> {
+    let divisor = weights.iter().copied().fold(0, gcd).max(1);
+    for weight in &mut weights {
+        *weight /= divisor;
+    }
+    weights
+}
+
+fn gcd(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Candidates of the same weight.
+///
+/// They gain alike, so among them the choice falls on whoever was chosen least
+/// and then stands first: plain rotation. Only the one whose turn it is needs
+/// to be compared with other groups.
+struct Group {
+    weight: i64,
+    /// What the one whose turn it is has gained and not paid.
+    current: i64,
+    /// Ascending.
+    members: Vec<u32>,
+    turn: usize,
+}
+
+/// One period of the smooth sequence over candidates with so many `places`
+/// each. Costs period x different weights; as different weights add up, those
+/// are at most the square root of twice the period.
+pub(super) fn sequence(places: &[u32]) -> Vec<u32> {
+    let mut by_weight: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    for (index, &weight) in places.iter().enumerate() {
+        by_weight.entry(weight).or_default().push(index as u32);
+    }
+    let mut groups: Vec<Group> = by_weight
+        .into_iter()
+        .map(|(weight, members)| Group { weight: i64::from(weight), current: 0, members, turn: 0 })
+        .collect();
+    let period: i64 = places.iter().copied().map(i64::from).sum();
+    (0..period).map(|_| step(&mut groups, period)).collect()
+}
+
+fn step(groups: &mut [Group], period: i64) -> u32 {
+    let mut best = 0;
+    for index in 0..groups.len() {
+        groups[index].current += groups[index].weight;
+        let (challenger, champion) = (&groups[index], &groups[best]);
+        if challenger.current > champion.current
+            || (challenger.current == champion.current && challenger.front() < champion.front())
+        {
+            best = index;
+        }
+    }
+    groups[best].take(period)
+}
+
+// === impl Group ===
+
+impl Group {
+    #[inline]
+    fn front(&self) -> u32 {
+        self.members[self.turn]
+    }
+
+    fn take(&mut self, period: i64) -> u32 {
+        let taken = self.front();
+        self.turn += 1;
+        // The next one has been chosen as often as `taken` was before, until
+        // the turn comes back to the first.
+        if self.turn == self.members.len() {
+            self.turn = 0;
+            self.current -= period;
+        }
+        taken
+    }
+}
+
+#[cfg(all(test, not(tidegate_loom)))]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The rule as nginx states it (`ngx_stream_upstream_round_robin.c`).
+    fn by_the_rule(weights: &[u32], length: usize) -> Vec<u32> {
+        let total: i64 = weights.iter().copied().map(i64::from).sum();
+        let mut current = vec![0i64; weights.len()];
+        (0..length)
+            .map(|_| {
+                let mut best = 0;
+                for i in 0..weights.len() {
+                    current[i] += i64::from(weights[i]);
+                    if current[i] > current[best] {
+                        best = i;
+                    }
+                }
+                current[best] -= total;
+                best as u32
+            })
+            .collect()
+    }
+
+    fn letters(sequence: &[u32]) -> String {
+        sequence.iter().map(|&i| char::from(b'a' + i as u8)).collect()
+    }
+
+    #[test]
+    fn published_vectors_hold() {
+        assert_eq!(letters(&sequence(&[5, 1, 1])), "aabacaa");
+        assert_eq!(letters(&sequence(&[3, 2, 1])), "abacba");
+        assert_eq!(letters(&sequence(&[1, 1, 1])), "abc");
+        assert_eq!(letters(&sequence(&[1])), "a");
+    }
+
+    #[test]
+    fn weights_are_brought_to_their_lowest_terms() {
+        assert_eq!(places([500, 100, 100].into_iter()), [5, 1, 1]);
+        assert_eq!(places([u32::MAX, u32::MAX].into_iter()), [1, 1]);
+    }
+
+    #[test]
+    fn long_period_is_scaled_and_leaves_everybody_a_place() {
+        let weights: Vec<u32> = (1..=1000).collect();
+        let scaled = places(weights.iter().copied());
+        let period: u64 = scaled.iter().copied().map(u64::from).sum();
+        assert!(period <= PERIOD_MAX + 1000, "{period}");
+        assert!(scaled.iter().all(|&p| p >= 1));
+        let (heaviest, middle) = (f64::from(scaled[999]), f64::from(scaled[499]));
+        assert!((heaviest / middle - 2.0).abs() < 0.05, "{heaviest} to {middle}");
+    }
+
+    #[test]
+    fn extreme_weights_neither_overflow_nor_starve_anyone() {
+        let scaled = places([u32::MAX, 1, u32::MAX - 1].into_iter());
+        assert_eq!(sequence(&scaled).len() as u64, scaled.iter().map(|&p| u64::from(p)).sum());
+        assert!(sequence(&scaled).contains(&1));
+    }
+
+    proptest! {
+        #[test]
+        fn sequence_is_the_one_of_the_plain_rule(
+            weights in prop::collection::vec(prop_oneof![1u32..5, 1u32..60], 1..40)
+        ) {
+            let fast = sequence(&weights);
+            prop_assert_eq!(&fast, &by_the_rule(&weights, fast.len()));
+        }
+
+        #[test]
+        fn rule_starts_over_after_one_period(
+            weights in prop::collection::vec(1u32..30, 1..12)
+        ) {
+            let once = sequence(&weights);
+            prop_assert_eq!(once.repeat(2), by_the_rule(&weights, once.len() * 2));
+        }
+
+        #[test]
+        fn every_window_of_any_length_is_close_to_the_weights(
+            weights in prop::collection::vec(1u32..50, 1..16),
+            start in 0usize..5_000,
+            length in 1usize..2_000,
+        ) {
+            let once = sequence(&weights);
+            let mut hits = vec![0f64; weights.len()];
+            for place in start..start + length {
+                hits[once[place % once.len()] as usize] += 1.0;
+            }
+            // A prefix is less than one ahead of its share and, as in the
+            // cup-emptying game, at most the n-th harmonic number behind.
+            let harmonic: f64 = (1..=weights.len()).map(|k| 1.0 / k as f64).sum();
+            for (hit, &weight) in hits.iter().zip(&weights) {
+                let share = length as f64 * f64::from(weight) / once.len() as f64;
+                prop_assert!((hit - share).abs() <= 1.0 + harmonic, "{hit} of {share}");
+            }
+        }
+    }
+}
