@@ -58,3 +58,92 @@ impl Default for InFlight {
         InFlight::new()
     }
 }
+
+#[cfg(all(test, not(tidegate_loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cap_holds_and_a_slot_given_back_can_be_taken_again() {
+        let in_flight = InFlight::new();
+        assert!(in_flight.try_enter(2) && in_flight.try_enter(2));
+        assert!(!in_flight.try_enter(2));
+        in_flight.leave();
+        assert!(in_flight.try_enter(2));
+        assert_eq!(in_flight.get(), 2);
+    }
+
+    #[test]
+    fn lowered_cap_admits_nobody_until_enough_have_left() {
+        let in_flight = InFlight::new();
+        (0..5).for_each(|_| assert!(in_flight.try_enter(0)));
+        (0..4).for_each(|_| {
+            assert!(!in_flight.try_enter(2));
+            in_flight.leave();
+        });
+        assert!(in_flight.try_enter(2));
+    }
+
+    #[test]
+    #[should_panic(expected = "given back twice")]
+    fn slot_given_back_twice_is_a_broken_invariant() {
+        let in_flight = InFlight::new();
+        assert!(in_flight.try_enter(1));
+        in_flight.leave();
+        in_flight.leave();
+    }
+}
+
+#[cfg(all(test, tidegate_loom))]
+mod loom_models {
+    use super::*;
+    use loom::sync::atomic::AtomicU32 as Count;
+    use loom::thread;
+    use std::sync::Arc;
+
+    /// Three sessions at a cap: never more inside than it allows, each freed
+    /// slot can be taken, nothing stays behind.
+    fn three_sessions_at_a_cap_of(cap: u32) {
+        let in_flight = Arc::new(InFlight::new());
+        let inside = Arc::new(Count::new(0));
+        let session = move |in_flight: &InFlight, inside: &Count| {
+            let entered = in_flight.try_enter(cap);
+            if entered {
+                assert!(inside.fetch_add(1, Ordering::SeqCst) < cap, "cap overshot");
+                inside.fetch_sub(1, Ordering::SeqCst);
+                in_flight.leave();
+            }
+            entered
+        };
+        let others: Vec<_> = (0..2)
+            .map(|_| {
+                let (in_flight, inside) = (Arc::clone(&in_flight), Arc::clone(&inside));
+                thread::spawn(move || session(&in_flight, &inside))
+            })
+            .collect();
+        let mut entered = vec![session(&in_flight, &inside)];
+        for other in others {
+            entered.push(other.join().expect("a session panicked"));
+        }
+        assert!(entered.into_iter().filter(|&e| e).count() >= cap as usize);
+        assert_eq!(in_flight.get(), 0);
+    }
+
+    #[test]
+    fn cap_of_one_is_never_overshot() {
+        bounded().check(|| three_sessions_at_a_cap_of(1));
+    }
+
+    #[test]
+    fn cap_of_two_is_never_overshot() {
+        bounded().check(|| three_sessions_at_a_cap_of(2));
+    }
+
+    /// Every interleaving with up to three pre-emptions: the compare-and-swap
+    /// loop has too many with any number.
+    fn bounded() -> loom::model::Builder {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(3);
+        builder
+    }
+}

@@ -64,3 +64,42 @@ impl TableReader {
         Rc::clone(&self.local)
     }
 }
+
+#[cfg(all(test, not(tidegate_loom)))]
+mod tests {
+    use super::*;
+
+    fn table(serial: u64) -> Arc<Table> {
+        Arc::new(Table { serial, ..Table::empty() })
+    }
+
+    #[test]
+    fn every_reader_sees_the_newest_table() {
+        let publisher = TablePublisher::new(table(1));
+        let (mut one, mut other) = (publisher.reader(), publisher.clone().reader());
+        assert_eq!((one.load().serial, other.load().serial), (1, 1));
+        publisher.publish(table(2));
+        assert_eq!((one.load().serial, other.load().serial), (2, 2));
+        assert_eq!(publisher.current().serial, 2);
+    }
+
+    #[test]
+    fn session_keeps_the_table_it_loaded_and_frees_it_at_its_end() {
+        let first = table(1);
+        let publisher = TablePublisher::new(Arc::clone(&first));
+        let mut reader = publisher.reader();
+        let session = reader.load();
+        publisher.publish(table(2));
+        reader.load();
+        assert_eq!(session.serial, 1);
+        drop(session);
+        assert_eq!(Arc::strong_count(&first), 1);
+    }
+
+    #[test]
+    fn unchanged_table_is_not_loaded_anew() {
+        let publisher = TablePublisher::new(table(1));
+        let mut reader = publisher.reader();
+        assert!(Rc::ptr_eq(&reader.load(), &reader.load()));
+    }
+}

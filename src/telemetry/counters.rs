@@ -5,6 +5,9 @@
 //! the admin API sums the shards. A counter never goes down.
 
 use crossbeam::utils::CachePadded;
+#[cfg(tidegate_loom)]
+use loom::sync::atomic::{AtomicU64, Ordering};
+#[cfg(not(tidegate_loom))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A count with exactly one writing thread and any number of readers.
@@ -136,5 +139,30 @@ impl WorkerCounters {
             reports_dropped: Counter::default(),
             access_log_dropped: Counter::default(),
         }
+    }
+}
+
+#[cfg(all(test, tidegate_loom))]
+mod loom_models {
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn reader_sees_a_count_that_never_goes_down_and_is_whole_at_the_end() {
+        loom::model(|| {
+            let counter = Arc::new(Counter::default());
+            let writer = {
+                let counter = Arc::clone(&counter);
+                loom::thread::spawn(move || {
+                    counter.add(2);
+                    counter.add(3);
+                })
+            };
+            let (earlier, later) = (counter.get(), counter.get());
+            assert!([0, 2, 5].contains(&earlier) && [0, 2, 5].contains(&later));
+            assert!(earlier <= later);
+            writer.join().expect("the writer panicked");
+            assert_eq!(counter.get(), 5);
+        });
     }
 }
