@@ -3,12 +3,70 @@
 //! Operator intent, observation and ejection are stored; *eligible* is derived
 //! here and nowhere stored. Used by the controller. Detectors are pure; only
 //! `probe` (a shell) does I/O.
+//!
+//! # Who takes traffic
+//!
+//! A backend is eligible when its intent is *ready*, it is not ejected, and its
+//! observation is one of
+//!
+//! - *up*;
+//! - *suspect*, at half its weight;
+//! - *unknown*, where its pool has no probe;
+//! - *unknown*, while it **fails open**.
+//!
+//! In a pool with probes a new backend thus waits for its first result, which
+//! decides alone. It fails open, and is eligible until its own first result, in
+//! two cases:
+//!
+//! 1. `startup_grace` has run out and not one backend of its pool has had a
+//!    result: then our probes are what is broken, and a pool that serves
+//!    nobody helps nobody. This holds for backends that join before the pool's
+//!    first result, too. The grace is counted from the moment the pool got its
+//!    probe, or lost the last backend that had a result.
+//! 2. It was in service before its pool got a probe: adding a probe takes
+//!    nothing out that the probe has not found broken.
+//!
+//! *Down* is never eligible; `when_none_eligible = "try-all"` is the table's
+//! business, not part of this rule.
 
 pub mod detector;
 pub mod outlier;
 pub mod probe;
 
+use detector::Detector;
+use outlier::Outlier;
 use std::time::{Duration, Instant};
+
+/// What is left of a suspect's weight, in percent: enough to go on learning
+/// from its sessions, little enough to spare most clients.
+pub const SUSPECT_WEIGHT_PERCENT: u32 = 50;
+
+/// Everything known of one backend.
+#[derive(Debug, Clone)]
+pub struct BackendHealth {
+    /// Operator's wish.
+    pub intent: Intent,
+    /// Since when.
+    pub intent_since: Instant,
+    /// Probes' verdict; `None` where the pool has no probe.
+    pub detector: Option<Detector>,
+    /// Passive ejection.
+    pub outlier: Outlier,
+    /// Eligible while unknown; see the module's documentation. Ends with the
+    /// first result.
+    pub fails_open: bool,
+    /// When the backend was configured.
+    pub since: Instant,
+}
+
+/// What an unknown backend is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenUnknown {
+    /// Waits for its first result.
+    Waits,
+    /// Takes traffic.
+    Serves,
+}
 
 /// What the operator wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,6 +145,81 @@ pub struct Transition {
     pub lasted: Duration,
 }
 
+/// The share of its weight a backend serves with, in percent; 0 means it is
+/// not eligible. The whole rule is here.
+pub fn weight_percent(
+    intent: Intent,
+    ejected: bool,
+    observation: Observation,
+    when_unknown: WhenUnknown,
+) -> u32 {
+    if intent != Intent::Ready || ejected {
+        return 0;
+    }
+    match (observation, when_unknown) {
+        (Observation::Up, _) => 100,
+        (Observation::Suspect, _) => SUSPECT_WEIGHT_PERCENT,
+        (Observation::Unknown, WhenUnknown::Serves) => 100,
+        (Observation::Unknown, WhenUnknown::Waits) => 0,
+        (Observation::Down, _) => 0,
+    }
+}
+
+// === impl BackendHealth ===
+
+impl BackendHealth {
+    /// Nothing known yet but the operator's wish.
+    pub fn new(intent: Intent, detector: Option<Detector>, now: Instant) -> BackendHealth {
+        BackendHealth {
+            intent,
+            intent_since: now,
+            detector,
+            outlier: Outlier::new(),
+            fails_open: false,
+            since: now,
+        }
+    }
+
+    /// Probes' verdict.
+    pub fn observation(&self) -> Observation {
+        self.detector.as_ref().map_or(Observation::Unknown, Detector::observation)
+    }
+
+    /// Derived: may it be chosen for new sessions?
+    pub fn eligible(&self) -> bool {
+        self.percent(self.outlier.is_ejected()) > 0
+    }
+
+    /// Whether only its ejection keeps it out.
+    pub fn eligible_but_for_ejection(&self) -> bool {
+        self.outlier.is_ejected() && self.percent(false) > 0
+    }
+
+    /// What it is balanced by: `weight`, less while it is suspect, 0 while it
+    /// is not eligible.
+    pub fn effective_weight(&self, weight: u16) -> u32 {
+        match self.percent(self.outlier.is_ejected()) {
+            0 => 0,
+            percent => (u32::from(weight) * percent / 100).max(1),
+        }
+    }
+
+    /// Since when it has been neither judged anew nor ejected.
+    pub fn settled_since(&self) -> Instant {
+        let judged = self.detector.as_ref().map_or(self.since, Detector::since);
+        self.outlier.back_since().map_or(judged, |back| back.max(judged))
+    }
+
+    fn percent(&self, ejected: bool) -> u32 {
+        let when_unknown = if self.detector.is_none() || self.fails_open {
+            WhenUnknown::Serves
+        } else {
+            WhenUnknown::Waits
+        };
+        weight_percent(self.intent, ejected, self.observation(), when_unknown)
+    }
+}
+
 // === impl Intent ===
 
 impl Intent {
@@ -126,5 +259,62 @@ impl std::fmt::Display for ConnectFailure {
                 write!(f, "connect failed: {}", std::io::Error::from_raw_os_error(*errno))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+    use std::fmt::Write;
+
+    #[test]
+    fn the_truth_table_of_eligibility() {
+        let mut out = String::new();
+        let observations =
+            [Observation::Unknown, Observation::Up, Observation::Suspect, Observation::Down];
+        for intent in [Intent::Ready, Intent::Draining, Intent::Maintenance] {
+            for ejected in [false, true] {
+                for when_unknown in [WhenUnknown::Waits, WhenUnknown::Serves] {
+                    let row: Vec<String> = observations
+                        .iter()
+                        .map(|o| {
+                            let percent = weight_percent(intent, ejected, *o, when_unknown);
+                            format!("{}={percent}", o.name())
+                        })
+                        .collect();
+                    let ejected = if ejected { "ejected" } else { "in" };
+                    let row = row.join(" ");
+                    writeln!(out, "{} {ejected} unknown-{when_unknown:?}: {row}", intent.name())
+                        .unwrap();
+                }
+            }
+        }
+        expect![[r#"
+            ready in unknown-Waits: unknown=0 up=100 suspect=50 down=0
+            ready in unknown-Serves: unknown=100 up=100 suspect=50 down=0
+            ready ejected unknown-Waits: unknown=0 up=0 suspect=0 down=0
+            ready ejected unknown-Serves: unknown=0 up=0 suspect=0 down=0
+            draining in unknown-Waits: unknown=0 up=0 suspect=0 down=0
+            draining in unknown-Serves: unknown=0 up=0 suspect=0 down=0
+            draining ejected unknown-Waits: unknown=0 up=0 suspect=0 down=0
+            draining ejected unknown-Serves: unknown=0 up=0 suspect=0 down=0
+            maintenance in unknown-Waits: unknown=0 up=0 suspect=0 down=0
+            maintenance in unknown-Serves: unknown=0 up=0 suspect=0 down=0
+            maintenance ejected unknown-Waits: unknown=0 up=0 suspect=0 down=0
+            maintenance ejected unknown-Serves: unknown=0 up=0 suspect=0 down=0
+        "#]]
+        .assert_eq(&out);
+    }
+
+    #[test]
+    fn unknown_serves_without_a_probe_or_while_it_fails_open_only() {
+        let now = crate::clock::now();
+        let mut health = BackendHealth::new(Intent::Ready, None, now);
+        assert_eq!(health.effective_weight(7), 7);
+        health.detector = Some(Detector::new(2, 3, now));
+        assert_eq!(health.effective_weight(7), 0, "waits for its first result");
+        health.fails_open = true;
+        assert_eq!(health.effective_weight(7), 7);
     }
 }

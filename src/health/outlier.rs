@@ -1,1 +1,248 @@
+//! Passive ejection of one backend: rows of failed connects put it out for a
+//! while.
+//!
+//! The controller owns one for each backend, asks its pool's guard before it
+//! ejects, and ends ejections when their time has come. It never reads a clock
+//! and knows nothing of the other backends.
+//!
+//! The n-th ejection in a row lasts n times the configured `time`, at most
+//! [`EJECTION_MAX`]. After an ejection a whole new row of failures is needed
+//! for the next. *In a row* fades: n drops by one for each `time` spent in
+//! service since the last ejection ended.
 
+use super::detector::ConnectRow;
+use crate::config::EjectionSpec;
+use std::time::{Duration, Instant};
+
+/// No ejection lasts longer: a backend that came back is found out within
+/// five minutes even where there are no probes.
+pub const EJECTION_MAX: Duration = Duration::from_secs(300);
+
+/// See the module's documentation.
+#[derive(Debug, Clone)]
+pub struct Outlier {
+    standing: Standing,
+    row: ConnectRow,
+    /// Ejections in a row, as of the last one.
+    repeats: u32,
+    /// The guard has held back an ejection in the present row.
+    held: bool,
+    held_total: u64,
+    ejections_total: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Standing {
+    In { since: Option<Instant> },
+    Ejected { since: Instant, until: Instant },
+}
+
+// === impl Outlier ===
+
+impl Outlier {
+    /// Never ejected yet.
+    pub fn new() -> Outlier {
+        Outlier {
+            standing: Standing::In { since: None },
+            row: ConnectRow::new(),
+            repeats: 0,
+            held: false,
+            held_total: 0,
+            ejections_total: 0,
+        }
+    }
+
+    /// Takes a session's failed connect (`in_a_row` is the count all workers
+    /// share). Gives the length of the row once it is long enough to eject.
+    ///
+    /// What arrives during an ejection are stragglers that were chosen before
+    /// it: they count for nothing.
+    pub fn connect_failed(&mut self, in_a_row: u32, spec: &EjectionSpec) -> Option<u32> {
+        if self.is_ejected() {
+            return None;
+        }
+        let row = self.row.measure(in_a_row);
+        if row < spec.failures {
+            self.held = false;
+            return None;
+        }
+        Some(row)
+    }
+
+    /// Starts an ejection and gives its end.
+    pub fn eject(&mut self, spec: &EjectionSpec, now: Instant) -> Instant {
+        if let Standing::In { since: Some(since) } = self.standing {
+            let faded =
+                now.saturating_duration_since(since).as_nanos() / spec.time.as_nanos().max(1);
+            self.repeats = self.repeats.saturating_sub(u32::try_from(faded).unwrap_or(u32::MAX));
+        }
+        // Beyond the cap a larger n would only take longer to fade.
+        let repeats_max = EJECTION_MAX.as_nanos().div_ceil(spec.time.as_nanos().max(1)).max(1);
+        self.repeats =
+            self.repeats.saturating_add(1).min(u32::try_from(repeats_max).unwrap_or(u32::MAX));
+        let until = now + spec.time.saturating_mul(self.repeats).min(EJECTION_MAX);
+        self.standing = Standing::Ejected { since: now, until };
+        self.held = false;
+        self.ejections_total += 1;
+        until
+    }
+
+    /// Notes that the guard held an ejection back; true for the first time in
+    /// this row of failures.
+    pub fn hold_back(&mut self) -> bool {
+        let first = !self.held;
+        self.held = true;
+        self.held_total += u64::from(first);
+        first
+    }
+
+    /// Ends the ejection, if there is one, and gives how long it lasted.
+    pub fn end(&mut self, now: Instant) -> Option<Duration> {
+        let Standing::Ejected { since, .. } = self.standing else { return None };
+        self.standing = Standing::In { since: Some(now) };
+        self.restart_row();
+        Some(now.saturating_duration_since(since))
+    }
+
+    /// Other evidence has cleared the backend: a whole row is needed again.
+    pub fn restart_row(&mut self) {
+        self.row.restart();
+        self.held = false;
+    }
+
+    /// Whether it is ejected now.
+    pub fn is_ejected(&self) -> bool {
+        matches!(self.standing, Standing::Ejected { .. })
+    }
+
+    /// When the present ejection ends.
+    pub fn until(&self) -> Option<Instant> {
+        match self.standing {
+            Standing::Ejected { until, .. } => Some(until),
+            Standing::In { .. } => None,
+        }
+    }
+
+    /// When the last ejection ended, if that is the latest change.
+    pub fn back_since(&self) -> Option<Instant> {
+        match self.standing {
+            Standing::In { since } => since,
+            Standing::Ejected { .. } => None,
+        }
+    }
+
+    /// Ejections in a row, as of the last one.
+    pub fn repeats(&self) -> u32 {
+        self.repeats
+    }
+
+    /// Ejections since the backend was configured.
+    pub fn ejections_total(&self) -> u64 {
+        self.ejections_total
+    }
+
+    /// Rows of failures after which the guard held an ejection back.
+    pub fn held_total(&self) -> u64 {
+        self.held_total
+    }
+}
+
+impl Default for Outlier {
+    fn default() -> Self {
+        Outlier::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPEC: EjectionSpec =
+        EjectionSpec { failures: 5, time: Duration::from_secs(10), max_ejected_percent: 50 };
+
+    fn seconds(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    /// Ejects at `now` and ends it on time; gives how long it lasted.
+    fn eject_and_return(outlier: &mut Outlier, now: &mut Instant) -> Duration {
+        let until = outlier.eject(&SPEC, *now);
+        let length = until - *now;
+        *now = until;
+        outlier.end(*now);
+        length
+    }
+
+    #[test]
+    fn the_row_of_failures_ejects_and_not_one_less() {
+        let mut outlier = Outlier::new();
+        assert!((1..=4).all(|k| outlier.connect_failed(k, &SPEC).is_none()));
+        assert_eq!(outlier.connect_failed(5, &SPEC), Some(5));
+    }
+
+    #[test]
+    fn a_success_between_starts_the_row_anew() {
+        let mut outlier = Outlier::new();
+        for k in [1, 2, 3, 4, 1, 2, 3, 4] {
+            assert_eq!(outlier.connect_failed(k, &SPEC), None);
+        }
+    }
+
+    #[test]
+    fn each_ejection_in_a_row_is_longer_up_to_five_minutes() {
+        let (mut outlier, mut now) = (Outlier::new(), crate::clock::now());
+        let lengths: Vec<u64> =
+            (0..40).map(|_| eject_and_return(&mut outlier, &mut now).as_secs()).collect();
+        assert_eq!(&lengths[..4], [10, 20, 30, 40]);
+        assert_eq!(&lengths[28..32], [290, 300, 300, 300]);
+        assert_eq!(lengths[39], 300);
+    }
+
+    #[test]
+    fn the_multiplier_drops_by_one_for_each_time_in_service() {
+        let (mut outlier, mut now) = (Outlier::new(), crate::clock::now());
+        for _ in 0..3 {
+            eject_and_return(&mut outlier, &mut now);
+        }
+        now += seconds(20);
+        assert_eq!(eject_and_return(&mut outlier, &mut now), seconds(20), "3 - 2 + 1");
+        now += seconds(1000);
+        assert_eq!(eject_and_return(&mut outlier, &mut now), seconds(10), "all forgotten");
+    }
+
+    #[test]
+    fn at_the_cap_the_multiplier_fades_within_the_cap() {
+        let (mut outlier, mut now) = (Outlier::new(), crate::clock::now());
+        for _ in 0..1000 {
+            eject_and_return(&mut outlier, &mut now);
+        }
+        now += EJECTION_MAX;
+        assert_eq!(eject_and_return(&mut outlier, &mut now), seconds(10));
+    }
+
+    #[test]
+    fn after_an_ejection_a_whole_row_is_needed_again() {
+        let (mut outlier, now) = (Outlier::new(), crate::clock::now());
+        outlier.connect_failed(5, &SPEC);
+        outlier.eject(&SPEC, now);
+        assert_eq!(outlier.connect_failed(500, &SPEC), None, "a straggler");
+        assert_eq!(outlier.end(now + seconds(10)), Some(seconds(10)));
+        for k in 801..805 {
+            assert_eq!(outlier.connect_failed(k, &SPEC), None);
+        }
+        assert_eq!(outlier.connect_failed(805, &SPEC), Some(5));
+    }
+
+    #[test]
+    fn a_held_back_ejection_is_news_once_a_row() {
+        let mut outlier = Outlier::new();
+        assert!(outlier.connect_failed(5, &SPEC).is_some());
+        assert!(outlier.hold_back());
+        assert!(outlier.connect_failed(6, &SPEC).is_some());
+        assert!(!outlier.hold_back());
+        outlier.connect_failed(1, &SPEC);
+        assert!(outlier.connect_failed(5, &SPEC).is_some());
+        assert!(outlier.hold_back());
+        assert_eq!(outlier.held_total(), 2);
+    }
+}
