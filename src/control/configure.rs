@@ -1,0 +1,278 @@
+//! What a new configuration keeps, starts and ends.
+//!
+//! Called by the controller for each accepted configuration. Frontends are
+//! known by name, backends by pool + name + address; what is known again keeps
+//! its state, whatever else changed. It never touches a session: removed
+//! backends go to `leaving`.
+
+use super::schedule::Job;
+use super::{
+    BackendEntry, Controller, FrontendEntry, PoolEntry, PoolId, Startup, publish::Standing,
+};
+use crate::config::{self, BackendAddress, Config, OnRemoval, ProbeSpec};
+use crate::health::detector::Detector;
+use crate::health::{BackendHealth, Intent, Observation};
+use crate::proxy::close::RefusedReason;
+use crate::table::state::{BackendId, BackendState, FrontendId, FrontendState};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Pool, name, address: what makes a backend the same backend.
+type Identity = (Arc<str>, Arc<str>, BackendAddress);
+
+/// What was there before the reload.
+struct Before {
+    /// By pool name.
+    pools: HashMap<Arc<str>, PoolEntry>,
+    backends: BTreeMap<BackendId, BackendEntry>,
+    /// Configured and leaving ones.
+    known: HashMap<Identity, BackendId>,
+    /// By pool and name: operators do not speak of addresses.
+    intents: HashMap<(Arc<str>, Arc<str>), (Intent, Instant)>,
+}
+
+/// How a backend got into the new configuration.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Arrival {
+    /// It was configured before.
+    Stayed,
+    /// It is new, or had left.
+    Came,
+}
+
+/// What becomes of a backend's probes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ProbePlan {
+    /// Schedule and row go on, or there is nothing to probe with.
+    GoOn,
+    /// The schedule starts anew.
+    Start,
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Takes over a validated configuration whose listeners are bound.
+    pub(super) fn configure(&mut self, config: &Config, now: Instant) {
+        self.generation += 1;
+        self.connections_max = config.process.connections_max;
+        self.configure_frontends(config);
+        let mut before = self.take_before();
+        let mut starting = Vec::new();
+        for spec in &config.pools {
+            self.configure_pool(spec, &mut before, &mut starting, now);
+        }
+        self.remove_rest(before, now);
+        self.start_all(&starting, now);
+        self.work.unsettled.extend(self.pools.iter().map(|pool| pool.id));
+        self.work.rebuild = true;
+    }
+
+    fn configure_frontends(&mut self, config: &Config) {
+        let mut known: HashMap<Arc<str>, Arc<FrontendState>> = std::mem::take(&mut self.frontends)
+            .into_iter()
+            .map(|entry| (Arc::clone(&entry.spec.name), entry.state))
+            .collect();
+        for spec in &config.frontends {
+            let state = known.remove(&spec.name).unwrap_or_else(|| {
+                self.ids.frontend += 1;
+                let id = FrontendId(self.ids.frontend);
+                let name = Arc::clone(&spec.name);
+                Arc::new(FrontendState::new(id, name, self.workers, RefusedReason::COUNT))
+            });
+            self.frontends.push(FrontendEntry { state, spec: spec.clone() });
+        }
+    }
+
+    fn take_before(&mut self) -> Before {
+        let pools = std::mem::take(&mut self.pools);
+        let backends = std::mem::take(&mut self.backends);
+        let mut known = HashMap::new();
+        let mut intents = HashMap::new();
+        // Leaving ones first: where a name is in both, what is configured rules.
+        let leaving = self.leaving.values().map(|leaving| &leaving.entry);
+        for entry in leaving.chain(backends.values()) {
+            let state = &entry.state;
+            let name = (Arc::clone(&state.pool), Arc::clone(&state.name));
+            intents.insert(name.clone(), (entry.health.intent, entry.health.intent_since));
+            known.insert((name.0, name.1, state.address.clone()), state.id);
+        }
+        let pools = pools.into_iter().map(|pool| (Arc::clone(&pool.spec.name), pool)).collect();
+        Before { pools, backends, known, intents }
+    }
+
+    fn configure_pool(
+        &mut self,
+        spec: &Arc<config::Pool>,
+        before: &mut Before,
+        starting: &mut Vec<BackendId>,
+        now: Instant,
+    ) {
+        let old = before.pools.remove(&spec.name);
+        let id = old.as_ref().map_or_else(|| self.new_pool_id(), |old| old.id);
+        let old_probe = old.as_ref().and_then(|old| old.spec.probe.clone());
+        let mut members = Vec::with_capacity(spec.backends.len());
+        for backend in &spec.backends {
+            let (mut entry, arrival) = self.known_or_new(spec, backend, id, before, now);
+            let name = (Arc::clone(&spec.name), Arc::clone(&backend.name));
+            if let Some((intent, since)) = before.intents.get(&name) {
+                entry.health.intent = *intent;
+                entry.health.intent_since = *since;
+            }
+            let known = entry.health.clone();
+            let plan =
+                respecify(&mut entry, old_probe.as_deref(), spec.probe.as_deref(), arrival, now);
+            let backend = entry.state.id;
+            members.push(backend);
+            self.backends.insert(backend, entry);
+            match plan {
+                ProbePlan::Start => starting.push(backend),
+                ProbePlan::GoOn => {}
+            }
+            if spec.probe.is_none() {
+                self.unprobed(backend, &known, now);
+            }
+        }
+        let startup = self.startup(old.as_ref(), spec, &members, now);
+        if startup == Startup::Open {
+            for member in &members {
+                if let Some(entry) = self.backends.get_mut(member) {
+                    entry.health.fails_open = entry.health.observation() == Observation::Unknown;
+                }
+            }
+        }
+        match startup {
+            Startup::Waiting { since } => {
+                self.schedule.set(Job::GraceEnds(id), (since + spec.startup_grace).max(now));
+            }
+            Startup::Open | Startup::Decided => self.schedule.cancel(Job::GraceEnds(id)),
+        }
+        self.pools.push(PoolEntry { id, spec: Arc::clone(spec), members, startup });
+    }
+
+    /// The pool has no probe (any more): nothing would ever bring a verdict up
+    /// to date, so none is kept.
+    fn unprobed(&mut self, id: BackendId, known: &BackendHealth, now: Instant) {
+        self.schedule.cancel(Job::Probe(id));
+        self.schedule.cancel(Job::ProbeLost(id));
+        if known.observation() == Observation::Down {
+            let names = (Observation::Down.name(), Observation::Unknown.name());
+            let lasted = now.saturating_duration_since(known.settled_since());
+            self.record(id, names, "its pool has no probe any more".to_owned(), lasted, now);
+        }
+    }
+
+    fn known_or_new(
+        &mut self,
+        pool: &config::Pool,
+        spec: &config::Backend,
+        pool_id: PoolId,
+        before: &mut Before,
+        now: Instant,
+    ) -> (BackendEntry, Arrival) {
+        let identity = (Arc::clone(&pool.name), Arc::clone(&spec.name), spec.address.clone());
+        if let Some(id) = before.known.get(&identity) {
+            let found = match before.backends.remove(id) {
+                Some(entry) => Some((entry, Arrival::Stayed)),
+                None => self.come_back(*id, now).map(|entry| (entry, Arrival::Came)),
+            };
+            if let Some((mut entry, arrival)) = found {
+                entry.pool = pool_id;
+                entry.spec = spec.clone();
+                return (entry, arrival);
+            }
+        }
+        self.ids.backend += 1;
+        let id = BackendId(self.ids.backend);
+        let (pool, name, address) = identity;
+        let entry = BackendEntry {
+            state: Arc::new(BackendState::new(id, pool, name, address, self.workers)),
+            pool: pool_id,
+            spec: spec.clone(),
+            health: BackendHealth::new(Intent::Ready, None, now),
+            in_flight: None,
+            published: Standing::default(),
+            last_transition: None,
+        };
+        (entry, Arrival::Came)
+    }
+
+    fn new_pool_id(&mut self) -> PoolId {
+        self.ids.pool += 1;
+        PoolId(self.ids.pool)
+    }
+
+    /// How far the pool is in getting to know its backends after the reload.
+    fn startup(
+        &self,
+        old: Option<&PoolEntry>,
+        spec: &config::Pool,
+        members: &[BackendId],
+        now: Instant,
+    ) -> Startup {
+        let judged = |id: &BackendId| {
+            self.backends
+                .get(id)
+                .is_some_and(|entry| entry.health.observation() != Observation::Unknown)
+        };
+        if spec.probe.is_none() || members.iter().any(judged) {
+            return Startup::Decided;
+        }
+        match old {
+            Some(old) if old.spec.probe.is_some() && old.startup != Startup::Decided => old.startup,
+            _ => Startup::Waiting { since: now },
+        }
+    }
+
+    /// Whatever the new configuration did not claim is gone.
+    fn remove_rest(&mut self, before: Before, now: Instant) {
+        let mut on_removal: HashMap<PoolId, OnRemoval> =
+            self.pools.iter().map(|pool| (pool.id, pool.spec.on_removal)).collect();
+        for pool in before.pools.values() {
+            self.schedule.cancel(Job::GraceEnds(pool.id));
+            // The pool went with its backends: its last word holds.
+            on_removal.insert(pool.id, pool.spec.on_removal);
+        }
+        for entry in before.backends.into_values() {
+            let rule = on_removal.get(&entry.pool).copied().unwrap_or(OnRemoval::Keep);
+            self.leave(entry, rule, now);
+        }
+    }
+
+    fn start_all(&mut self, starting: &[BackendId], now: Instant) {
+        let count = u32::try_from(starting.len()).unwrap_or(u32::MAX);
+        for (index, id) in (0..count).zip(starting) {
+            self.start_probing(*id, (index, count), now);
+        }
+    }
+}
+
+/// Fits the backend's detector to its pool's probe spec: a changed spec keeps
+/// the verdict and restarts the row.
+fn respecify(
+    entry: &mut BackendEntry,
+    old: Option<&ProbeSpec>,
+    new: Option<&ProbeSpec>,
+    arrival: Arrival,
+    now: Instant,
+) -> ProbePlan {
+    let Some(new) = new else {
+        entry.health.detector = None;
+        entry.health.fails_open = false;
+        if let Some(probe) = &mut entry.in_flight {
+            probe.stale = true;
+        }
+        return ProbePlan::GoOn;
+    };
+    match &mut entry.health.detector {
+        Some(_) if arrival == Arrival::Stayed && old == Some(new) => return ProbePlan::GoOn,
+        Some(detector) => detector.retune(new.rise, new.fall),
+        None => {
+            entry.health.detector = Some(Detector::new(new.rise, new.fall, now));
+            // It took sessions without a probe so far.
+            entry.health.fails_open = arrival == Arrival::Stayed;
+        }
+    }
+    ProbePlan::Start
+}

@@ -1,0 +1,143 @@
+//! Passive ejection and the pool's guard over it.
+//!
+//! Called by the controller for rows of failed connects, and after every change
+//! that may leave a pool short. The guard: at most `max_ejected` percent of a
+//! pool's backends (rounded down) are ejected at once, and ejection alone never
+//! leaves a pool without an eligible backend. It never takes a backend out for
+//! anything but failed connects.
+
+use super::schedule::Job;
+use super::{BackendEntry, Controller, Effect, Notice, PoolEntry, PoolId};
+use crate::health::ConnectFailure;
+use crate::table::state::BackendId;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// How a pool stands with respect to its guard.
+struct GuardView {
+    /// Backends ejected now.
+    ejected: Vec<BackendId>,
+    /// Backends that may be ejected at once.
+    ejected_max: usize,
+    /// Backends that are eligible now.
+    eligible: usize,
+}
+
+/// Backends of a pool of `backends` that may be ejected at once.
+pub(super) fn ejected_max(percent: u8, backends: usize) -> usize {
+    backends.saturating_mul(usize::from(percent.min(100))) / 100
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Ejects the backend if it is its row of failures' turn and the guard has
+    /// nothing against it.
+    pub(super) fn consider_ejection(
+        &mut self,
+        id: BackendId,
+        failure: ConnectFailure,
+        in_a_row: u32,
+        now: Instant,
+    ) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        let Some(spec) = pool.spec.ejection else { return };
+        let Some(row) = entry.health.outlier.connect_failed(in_a_row, &spec) else { return };
+        if !entry.health.eligible() {
+            // It takes no sessions anyway: nothing would be gained.
+            return;
+        }
+        let view = self.guard_view(pool);
+        let objection = if view.ejected.len() >= view.ejected_max {
+            let (out, of) = (view.ejected.len(), pool.members.len());
+            Some(format!(
+                "{out} of {of} backends are ejected and max_ejected is {}%",
+                spec.max_ejected_percent
+            ))
+        } else if view.eligible <= 1 {
+            Some("it is the pool's last eligible backend".to_owned())
+        } else {
+            None
+        };
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let evidence = format!("{row} connects failed in a row, last: {failure}");
+        if let Some(objection) = objection {
+            if entry.health.outlier.hold_back() {
+                self.work.effects.push(Effect::Notice(Notice {
+                    pool: Arc::clone(&entry.state.pool),
+                    backend: Some(Arc::clone(&entry.state.name)),
+                    message: format!("not ejected though {evidence}: {objection}"),
+                }));
+            }
+            return;
+        }
+        let from = entry.health.observation().name();
+        let lasted = now.saturating_duration_since(entry.health.settled_since());
+        let until = entry.health.outlier.eject(&spec, now);
+        let reason = format!(
+            "{evidence}; out for {} (ejection {} in a row)",
+            humantime::format_duration(until - now),
+            entry.health.outlier.repeats()
+        );
+        self.schedule.set(Job::EjectionEnds(id), until);
+        self.record(id, (from, "ejected"), reason, lasted, now);
+    }
+
+    /// Puts an ejected backend back.
+    pub(super) fn end_ejection(&mut self, id: BackendId, reason: &str, now: Instant) {
+        self.schedule.cancel(Job::EjectionEnds(id));
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(lasted) = entry.health.outlier.end(now) else { return };
+        let to = entry.health.observation().name();
+        self.record(id, ("ejected", to), format!("ejection ended: {reason}"), lasted, now);
+    }
+
+    /// Ends ejections that the guard would not allow now: the pool shrank, its
+    /// spec changed, or the backends that carried on without the ejected ones
+    /// are gone. The ones that would end first go first.
+    pub(super) fn settle_guard(&mut self, pool: PoolId, now: Instant) {
+        let Some(pool) = self.pool(pool) else { return };
+        let mut view = self.guard_view(pool);
+        if view.ejected.is_empty() {
+            return;
+        }
+        view.ejected.sort_by_key(|id| {
+            (self.backends.get(id).and_then(|entry| entry.health.outlier.until()), *id)
+        });
+        let off = pool.spec.ejection.is_none();
+        let surplus = view.ejected.len().saturating_sub(view.ejected_max);
+        let last_resort = (view.eligible == 0)
+            .then(|| {
+                let useful = |id: &&BackendId| {
+                    self.backends
+                        .get(id)
+                        .is_some_and(|entry| entry.health.eligible_but_for_ejection())
+                };
+                view.ejected.iter().find(useful).copied()
+            })
+            .flatten();
+        for (index, id) in view.ejected.into_iter().enumerate() {
+            if off {
+                self.end_ejection(id, "ejection was switched off", now);
+            } else if index < surplus {
+                self.end_ejection(id, "max_ejected allows no more in this pool", now);
+            } else if last_resort == Some(id) {
+                self.end_ejection(id, "no other backend of the pool is eligible", now);
+            }
+        }
+    }
+
+    fn guard_view(&self, pool: &PoolEntry) -> GuardView {
+        let members = || pool.members.iter().filter_map(|id| Some((*id, self.backends.get(id)?)));
+        let percent = pool.spec.ejection.map_or(0, |spec| spec.max_ejected_percent);
+        GuardView {
+            ejected: members()
+                .filter(|(_, entry): &(_, &BackendEntry)| entry.health.outlier.is_ejected())
+                .map(|(id, _)| id)
+                .collect(),
+            ejected_max: ejected_max(percent, pool.members.len()),
+            eligible: members().filter(|(_, entry)| entry.health.eligible()).count(),
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! What operators ask for: drain, undrain, maintenance.
+//!
+//! Called by the controller on behalf of the admin API. An intent belongs to
+//! pool + name and outlives reloads, even ones that change the address; it ends
+//! when the name leaves the configuration and its last session has ended.
+//! Probes go on whatever the intent, so that status shows a backend's health
+//! before it is put back.
+
+use super::{Controller, OperatorError};
+use crate::health::Intent;
+use crate::table::state::BackendId;
+use std::time::Instant;
+
+// === impl Controller ===
+
+impl Controller {
+    /// The configured backend of that name.
+    pub(super) fn find_backend(
+        &self,
+        pool: &str,
+        backend: &str,
+    ) -> Result<BackendId, OperatorError> {
+        let pool = self
+            .pools
+            .iter()
+            .find(|entry| &*entry.spec.name == pool)
+            .ok_or(OperatorError::UnknownPool)?;
+        let named = |id: &&BackendId| {
+            self.backends.get(id).is_some_and(|entry| &*entry.spec.name == backend)
+        };
+        pool.members.iter().find(named).copied().ok_or(OperatorError::UnknownBackend)
+    }
+
+    /// Sets the intent and records the change, if it is one.
+    pub(super) fn change_intent(&mut self, id: BackendId, intent: Intent, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let from = entry.health.intent;
+        if from == intent {
+            return;
+        }
+        let lasted = now.saturating_duration_since(entry.health.intent_since);
+        entry.health.intent = intent;
+        entry.health.intent_since = now;
+        let sessions = entry.state.in_flight.get();
+        let reason = match intent {
+            Intent::Ready => "operator: takes sessions again".to_owned(),
+            Intent::Draining | Intent::Maintenance => {
+                format!("operator: no new sessions, {sessions} go on")
+            }
+        };
+        self.record(id, (from.name(), intent.name()), reason, lasted, now);
+    }
+}
