@@ -2,6 +2,9 @@
 //! answered with exactly the text kept beside them, any text is survived.
 //! `UPDATE_EXPECT=1` rewrites the kept texts; read what it wrote.
 
+// Outside of test functions too, a failed step of a test is a failed test.
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};

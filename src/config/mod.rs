@@ -1,17 +1,20 @@
 //! The validated configuration model: immutable values the rest of the
 //! program runs on.
 //!
-//! Built only by [`load`] and [`parse`] (file text -> [`file`] mirror ->
-//! [`validate`] -> this model). Runtime code finds no `Option` here that "must
-//! be some": every default is already filled in. Except for [`load`], which
-//! reads one file, nothing here does I/O.
+//! Built only by [`load`] and [`parse`]: file text (`source`) -> TOML document,
+//! walked with places (`file`) -> checks and defaults (`validate`, `value`,
+//! `address`) -> this model, or every problem found (`diagnose`). Runtime code
+//! finds no `Option` here that "must be some": every default is already filled
+//! in. Except for [`load`], which reads one file, and the shell [`watch`],
+//! nothing here does I/O.
 
+mod address;
 mod diagnose;
 mod file;
 mod source;
 mod validate;
 mod value;
-mod watch;
+pub mod watch;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -24,7 +27,6 @@ use toml::de::DeTable;
 pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
 pub use source::FILE_BYTES_MAX;
 pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
-pub use watch::ConfigWatcher;
 
 use diagnose::Report;
 use source::Source;

@@ -12,6 +12,7 @@ use toml::de::DeValue;
 
 use super::CONNECTIONS_MAX;
 use crate::config::Frontend;
+use crate::config::address;
 use crate::config::file::{Field, Named, Section};
 use crate::config::value::{self, Complaint, DurationRange, TIME, USER_TIMEOUT, show_duration};
 
@@ -95,7 +96,7 @@ fn binds(section: &Section<'_, '_>) -> Vec<Spanned<SocketAddr>> {
                 section.wrong_type("bind", node, "addresses such as \"0.0.0.0:8080\"");
             continue;
         };
-        match value::bind_address(text) {
+        match address::bind_address(text) {
             Ok(address) => binds.push(Spanned::new(node.span(), address)),
             Err(complaint) => section.report.error(node.span(), complaint.named("bind")),
         }

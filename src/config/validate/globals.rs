@@ -10,6 +10,7 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::CONNECTIONS_MAX;
+use crate::config::address;
 use crate::config::file::{Field, Section};
 use crate::config::value::{self, Complaint, SPIN, TIME, shown};
 use crate::config::{
@@ -87,7 +88,7 @@ fn workers(section: &Section<'_, '_>) -> Field<Option<usize>> {
         DeValue::String(word) => {
             let complaint = Complaint::new(format!("{} is not a number of workers", shown(word)));
             let help = format!("write \"auto\" or a number from 1 to {WORKERS_MAX} without quotes");
-            section.report.error(node.span(), complaint.help(help));
+            section.report.error(node.span(), complaint.named("workers").help(help));
             Field::Bad
         }
         _ => section.wrong_type("workers", node, "\"auto\" or an integer"),
@@ -104,8 +105,8 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
     let Some(section) = top.table("admin", "[admin]".to_owned()) else {
         return AdminRead { model: Admin { listen: default, token_file: None }, listen: None };
     };
-    let listen = section.text("listen", "an address", value::admin_listen);
-    let token_file = section.text("token_file", "a file path", |text| file_path(text));
+    let listen = section.text("listen", "an address", address::admin_listen);
+    let token_file = section.text("token_file", "a file path", file_path);
     if let Field::Good(address) = &listen
         && let AdminListen::Tcp(tcp) = address.get_ref()
         && !is_loopback(tcp)

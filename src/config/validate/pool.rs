@@ -12,6 +12,7 @@ use toml::de::DeValue;
 
 use super::globals::duration;
 use super::{CONNECTIONS_MAX, probe, refuse_heartbeats};
+use crate::config::address;
 use crate::config::file::{Field, Named, Section};
 use crate::config::value::{self, Complaint, shown};
 use crate::config::{
@@ -80,7 +81,7 @@ fn ejection(pool: &Section<'_, '_>, name: &str) -> Option<EjectionSpec> {
         if word != "off" {
             let complaint = Complaint::new(format!("{} is not a known value", shown(word)));
             let help = format!("write ejection = \"off\", or a table {label}");
-            pool.report.error(node.span(), complaint.help(help));
+            pool.report.error(node.span(), complaint.named("ejection").help(help));
         }
         return None;
     }
@@ -147,7 +148,7 @@ fn backend(section: Section<'_, '_>, seen: &mut Seen) -> Option<(Backend, Range<
     let name =
         section.text("name", "a string", |text| value::name(text).map(|()| Arc::<str>::from(text)));
     let address =
-        section.text("address", "an address such as \"10.0.0.1:8080\"", value::backend_address);
+        section.text("address", "an address such as \"10.0.0.1:8080\"", address::backend_address);
     if address.is_absent() {
         section.missing("address", "\"IP:PORT\"");
     }

@@ -153,7 +153,7 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration, Duration) {
 fn at_least(time: Duration, min: Duration) -> Result<Duration, Complaint> {
     if time < min {
         let (time, min) = (show_duration(time), show_duration(min));
-        return Err(Complaint::new(format!("an interval of {time} is below the least, {min}")));
+        return Err(Complaint::new(format!("{time} is below the least, {min}")));
     }
     Ok(time)
 }

@@ -1,0 +1,198 @@
+//! Turns the text of an address into a checked one, with its own advice for
+//! each form operators write by mistake. Called by the validation, which knows
+//! where the text stands. Pure: never asks a name server or the kernel.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::path::PathBuf;
+
+use super::value::{Complaint, cut, shown};
+use super::{AdminListen, BackendAddress};
+
+/// `sun_path` is 108 bytes with its final NUL (unix(7)).
+const UNIX_PATH_BYTES_MAX: usize = 107;
+
+/// An address to listen on.
+pub(super) fn bind_address(text: &str) -> Result<SocketAddr, Complaint> {
+    if text.starts_with("unix:") {
+        return Err(Complaint::new(format!(
+            "{} is not an address a frontend can listen on",
+            shown(text)
+        ))
+        .help("frontends listen on IP:PORT or [IPV6]:PORT"));
+    }
+    let address = socket_address(text)?;
+    if address.ip().is_multicast() || address.ip() == IpAddr::V4(Ipv4Addr::BROADCAST) {
+        return Err(Complaint::new(format!(
+            "{} is a multicast or broadcast address; TCP cannot listen there",
+            address.ip()
+        )));
+    }
+    Ok(address)
+}
+
+/// An address to connect to.
+pub(super) fn backend_address(text: &str) -> Result<BackendAddress, Complaint> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        return unix_path(path).map(BackendAddress::Unix);
+    }
+    let address = socket_address(text)?;
+    let ip = address.ip();
+    if ip.is_unspecified() {
+        return Err(Complaint::new(format!("{ip} is not an address one can connect to"))
+            .help(format!("for this machine write {}", own_address(ip, address.port()))));
+    }
+    if ip.is_multicast() || ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
+        return Err(Complaint::new(format!(
+            "{ip} is a multicast or broadcast address; TCP cannot connect there"
+        )));
+    }
+    Ok(BackendAddress::Tcp(address))
+}
+
+/// Where the admin API listens.
+pub(super) fn admin_listen(text: &str) -> Result<AdminListen, Complaint> {
+    match text.strip_prefix("unix:") {
+        Some(path) => unix_path(path).map(AdminListen::Unix),
+        None => socket_address(text).map(AdminListen::Tcp),
+    }
+}
+
+fn own_address(ip: IpAddr, port: u16) -> SocketAddr {
+    match ip {
+        IpAddr::V4(_) => (Ipv4Addr::LOCALHOST, port).into(),
+        IpAddr::V6(_) => (Ipv6Addr::LOCALHOST, port).into(),
+    }
+}
+
+fn unix_path(path: &str) -> Result<PathBuf, Complaint> {
+    if path.is_empty() {
+        return Err(Complaint::new("the path of the Unix socket is missing")
+            .help("write \"unix:/path/to/socket\""));
+    }
+    if path.starts_with('@') || path.contains('\0') {
+        return Err(Complaint::new(format!("{} is not a file path", shown(path)))
+            .help("abstract Unix sockets are not supported"));
+    }
+    if path.len() > UNIX_PATH_BYTES_MAX {
+        return Err(Complaint::new(format!(
+            "the path of a Unix socket has at most {UNIX_PATH_BYTES_MAX} bytes, this one has {}",
+            path.len()
+        )));
+    }
+    Ok(PathBuf::from(path))
+}
+
+/// `IP:PORT` or `[IPV6]:PORT`, each refused form with its own advice.
+fn socket_address(text: &str) -> Result<SocketAddr, Complaint> {
+    if let Some((_, rest)) = text.split_once("://") {
+        return Err(Complaint::new(format!("{} is a URL", shown(text)))
+            .help(format!("give the address alone: {}", shown(rest))));
+    }
+    if let Some(rest) = text.strip_prefix('[') {
+        return ipv6_address(text, rest);
+    }
+    let starts_v4 = text.split(':').next().is_some_and(|part| part.parse::<Ipv4Addr>().is_ok());
+    if text.matches(':').count() > 1 && !starts_v4 {
+        return Err(Complaint::new(format!("{} looks like IPv6 without brackets", shown(text)))
+            .help("write [IPV6]:PORT, such as \"[::1]:8080\""));
+    }
+    let Some((host, port)) = text.split_once(':') else {
+        return Err(missing_port(text));
+    };
+    let port = port_number(text, port)?;
+    let ip = host.parse::<Ipv4Addr>().map_err(|_| wrong_host(host, port))?;
+    Ok((ip, port).into())
+}
+
+fn missing_port(text: &str) -> Complaint {
+    if text.is_empty() {
+        return Complaint::new("the address is empty")
+            .help("write IP:PORT, such as \"10.0.0.1:8080\"");
+    }
+    if text.starts_with('/') {
+        return Complaint::new(format!("{} is a path, not an address", shown(text)))
+            .help(format!("for a Unix socket write \"unix:{}\"", cut(text)));
+    }
+    if text.bytes().all(|b| b.is_ascii_digit()) {
+        return Complaint::new(format!("{} is a port without an address", shown(text))).help(
+            format!("for every IPv4 address of this machine write \"0.0.0.0:{}\"", cut(text)),
+        );
+    }
+    Complaint::new(format!("the port is missing in {}", shown(text)))
+        .help("write IP:PORT, such as \"10.0.0.1:8080\"")
+}
+
+fn wrong_host(host: &str, port: u16) -> Complaint {
+    if host.is_empty() || host == "*" {
+        return Complaint::new("the IP address before the port is missing").help(format!(
+            "\"0.0.0.0:{port}\" is every IPv4 address, \"[::]:{port}\" every IPv6 address"
+        ));
+    }
+    if host.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
+        return Complaint::new(format!("{} is not an IPv4 address", shown(host)))
+            .help("four numbers from 0 to 255 without leading zeros, such as 10.0.0.1");
+    }
+    let complaint = Complaint::new(format!(
+        "{} is a host name; host names are not supported yet; give an IP address",
+        shown(host)
+    ));
+    match host {
+        "localhost" => complaint.help(format!("write \"127.0.0.1:{port}\" or \"[::1]:{port}\"")),
+        _ => complaint,
+    }
+}
+
+fn ipv6_address(text: &str, rest: &str) -> Result<SocketAddr, Complaint> {
+    let Some((host, after)) = rest.split_once(']') else {
+        return Err(Complaint::new(format!("the closing bracket is missing in {}", shown(text)))
+            .help("write [IPV6]:PORT, such as \"[::1]:8080\""));
+    };
+    let Some(port) = after.strip_prefix(':') else {
+        return Err(Complaint::new(format!("the port is missing in {}", shown(text)))
+            .help("write [IPV6]:PORT, such as \"[::1]:8080\""));
+    };
+    let port = port_number(text, port)?;
+    let (ip, scope) = match host.split_once('%') {
+        Some((ip, scope)) => (ip, Some(scope_id(scope)?)),
+        None => (host, None),
+    };
+    let ip: Ipv6Addr =
+        ip.parse().map_err(|_| Complaint::new(format!("{} is not an IPv6 address", shown(ip))))?;
+    if let Some(v4) = ip.to_ipv4_mapped() {
+        return Err(Complaint::new(format!("{ip} is an IPv4 address written as IPv6"))
+            .help(format!("write \"{v4}:{port}\"")));
+    }
+    let link_local = ip.is_unicast_link_local();
+    if link_local && scope.is_none() {
+        return Err(Complaint::new(format!("{ip} is link-local and needs a scope id"))
+            .help(format!("write \"[{ip}%2]:{port}\", where 2 is the interface's index")));
+    }
+    if !link_local && scope.is_some() {
+        return Err(Complaint::new(format!("{ip} is not link-local and takes no scope id")));
+    }
+    Ok(SocketAddrV6::new(ip, port, 0, scope.unwrap_or(0)).into())
+}
+
+fn scope_id(text: &str) -> Result<u32, Complaint> {
+    match text.parse::<u32>() {
+        Ok(index) if index > 0 => Ok(index),
+        _ => Err(Complaint::new(format!("{} is not a scope id", shown(text)))
+            .help("give the interface's index, the number `ip link` shows before its name")),
+    }
+}
+
+fn port_number(text: &str, port: &str) -> Result<u16, Complaint> {
+    if port.is_empty() {
+        return Err(Complaint::new(format!("the port is missing in {}", shown(text)))
+            .help("write IP:PORT, such as \"10.0.0.1:8080\""));
+    }
+    if !port.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(Complaint::new(format!("{} is not a port number", shown(port)))
+            .help("give one port as a number from 1 to 65535"));
+    }
+    match port.parse::<u16>() {
+        Ok(0) => Err(Complaint::new("port 0 names no port").help("give a number from 1 to 65535")),
+        Ok(port) => Ok(port),
+        Err(_) => Err(Complaint::new(format!("port {} is above 65535", cut(port)))),
+    }
+}
