@@ -1,0 +1,334 @@
+//! The control thread's loop: takes events from every side, feeds the
+//! controller, performs its effects, answers the admin API.
+//!
+//! Entered by `start`. It may block or fall behind without a session noticing:
+//! the last published table stays.
+
+use super::Exit;
+use super::binds::Binds;
+use super::drain::{self, Draining};
+use super::logging::LogHandle;
+use super::start::SessionCap;
+use crate::admin::process::ProcessFacts;
+use crate::admin::{
+    self, AdminListener, Readiness, ReloadCounts, Request, ServiceState, Snapshot, TokenStore,
+};
+use crate::clock;
+use crate::config::{Config, ConfigWatcher};
+use crate::control::{Controller, Effect, Event};
+use crate::health::Transition;
+use crate::health::probe::runner::ProbeRunner;
+use crate::proxy::close::Cause;
+use crate::proxy::context::{Report, Shared};
+use crate::proxy::worker::{Command, Runtime, Worker};
+use crate::table::publish::TablePublisher;
+use crate::telemetry::access_log::AccessLog;
+use crate::telemetry::counters::WorkerCounters;
+use crate::telemetry::histograms::Merged;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{Notify, mpsc, oneshot};
+
+/// How long a worker may take to hand its histograms over; a busy one answers
+/// within a turn, a stuck one must not hold the scrape up.
+const COLLECT_MAX: Duration = Duration::from_millis(250);
+
+/// Sleeping without a due time.
+const FAR: Duration = Duration::from_secs(3600);
+
+/// Everything the control thread owns.
+#[derive(Debug)]
+pub(super) struct Control {
+    pub(super) path: PathBuf,
+    pub(super) signals: bool,
+    pub(super) digest: u64,
+    /// What cannot change without a restart is as it was in this one.
+    pub(super) started_with: Arc<Config>,
+    pub(super) config: Arc<Config>,
+    pub(super) started: Instant,
+    pub(super) started_wall: SystemTime,
+    pub(super) controller: Controller,
+    pub(super) tables: TablePublisher,
+    pub(super) workers: Vec<Worker>,
+    pub(super) counters: Vec<Arc<WorkerCounters>>,
+    pub(super) binds: Binds,
+    pub(super) shared: Shared,
+    pub(super) probes: ProbeRunner,
+    pub(super) probed: mpsc::Receiver<Event>,
+    pub(super) latency: Merged,
+    /// `None` only at the very end.
+    pub(super) access_log: Option<AccessLog>,
+    pub(super) log: LogHandle,
+    pub(super) readiness: Readiness,
+    pub(super) tokens: Arc<TokenStore>,
+    pub(super) runtime: Runtime,
+    pub(super) engine_reason: String,
+    pub(super) reloads: ReloadCounts,
+    pub(super) restart_needed: Vec<String>,
+    pub(super) session_cap: SessionCap,
+    pub(super) draining: Option<Draining>,
+}
+
+/// Signals the process obeys; pending for ever where it does not.
+struct Signals(Option<[Signal; 3]>);
+
+enum Caught {
+    Reload,
+    Stop(&'static str),
+}
+
+/// What woke the loop.
+enum Woken {
+    Signal(Caught),
+    Request(Request),
+    FileChanged,
+    Reports,
+    Probed(Event),
+    Due,
+    DrainStep,
+}
+
+impl Control {
+    /// Runs until the process is to end.
+    pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Request>) -> Exit {
+        let changed = Arc::new(Notify::new());
+        let _watcher = self.watch_file(&changed);
+        let mut signals = Signals::listen(self.signals);
+        loop {
+            match self.woken(&mut inbox, &changed, &mut signals).await {
+                Woken::Signal(Caught::Stop(_)) if self.draining.is_some() => {
+                    tracing::warn!("second signal: exiting at once");
+                    return Exit::Forced;
+                }
+                Woken::Signal(Caught::Stop(name)) => self.begin_drain(name),
+                Woken::Signal(Caught::Reload) | Woken::FileChanged => {
+                    if self.draining.is_none() {
+                        let _ = self.reload().await;
+                    }
+                }
+                Woken::Request(request) => self.answer(request).await,
+                Woken::Reports => self.take_reports(),
+                Woken::Probed(event) => self.feed([event]),
+                Woken::Due => self.feed([Event::Tick]),
+                Woken::DrainStep => {
+                    if let Some(cut) = self.drain_step() {
+                        return self.finish(cut).await;
+                    }
+                }
+            }
+            if self.workers.iter().any(Worker::is_finished) {
+                tracing::error!("a worker thread has died");
+                return Exit::WorkerDied;
+            }
+        }
+    }
+
+    async fn woken(
+        &mut self,
+        inbox: &mut mpsc::Receiver<Request>,
+        changed: &Notify,
+        signals: &mut Signals,
+    ) -> Woken {
+        let now = clock::now();
+        let due = self.controller.next_due().unwrap_or(now + FAR).min(now + FAR);
+        let drain_step = if self.draining.is_some() { drain::STEP } else { FAR };
+        tokio::select! {
+            caught = signals.next() => Woken::Signal(caught),
+            Some(request) = inbox.recv() => Woken::Request(request),
+            () = changed.notified() => Woken::FileChanged,
+            () = self.shared.reports.arrived() => Woken::Reports,
+            Some(event) = self.probed.recv() => Woken::Probed(event),
+            () = tokio::time::sleep_until(due.into()) => Woken::Due,
+            () = tokio::time::sleep(drain_step), if self.draining.is_some() => Woken::DrainStep,
+        }
+    }
+
+    /// Feeds events to the controller and performs what follows.
+    fn feed(&mut self, events: impl IntoIterator<Item = Event>) {
+        let effects = self.controller.apply_all(events, clock::now());
+        self.perform(effects);
+    }
+
+    fn take_reports(&mut self) {
+        let reports = Arc::clone(&self.shared.reports);
+        let events = std::iter::from_fn(|| reports.pop()).map(|report| match report {
+            Report::ConnectFailed { backend, failure, in_a_row } => {
+                Event::ConnectFailed { backend, failure, in_a_row }
+            }
+        });
+        self.feed(events);
+    }
+
+    /// Carries the controller's effects out.
+    pub(super) fn perform(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Publish(table) => {
+                    self.tables.publish(table);
+                    // Who waits for a slot may have new backends to wait for.
+                    self.shared.gate.opened();
+                }
+                Effect::Probe { backend, token, address, spec } => {
+                    self.probes.probe(backend, token, address, spec);
+                }
+                Effect::Log(transition) => log_transition(&transition),
+                Effect::Notice(notice) => {
+                    let backend = notice.backend.as_deref().unwrap_or("");
+                    tracing::warn!(pool = %notice.pool, backend, "{}", notice.message);
+                }
+                Effect::CutSessions(backend) => {
+                    for worker in &self.workers {
+                        worker.mailbox.send(Command::CutBackend(backend, Cause::BackendRemoved));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn answer(&mut self, request: Request) {
+        // A reply that finds nobody waiting any more is nobody's loss.
+        match request {
+            Request::Status(reply) => {
+                let _ = reply.send(self.render(admin::status::render).await);
+            }
+            Request::Metrics(reply) => {
+                let _ = reply.send(self.render(admin::metrics::render).await);
+            }
+            Request::Reload(reply) => {
+                let _ = reply.send(self.reload().await);
+            }
+            Request::SetIntent { pool, backend, intent, reply } => {
+                let done = self.controller.set_intent(&pool, &backend, intent, clock::now());
+                let _ = reply.send(done.map(|effects| self.perform(effects)));
+            }
+            Request::Shutdown(reply) => {
+                self.begin_drain("admin request");
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    /// Renders status or metrics from one moment's picture.
+    async fn render(&mut self, renderer: impl Fn(&Snapshot<'_>) -> String) -> String {
+        self.collect_latency().await;
+        let control = self.controller.status();
+        let table = self.tables.current();
+        let now = clock::now();
+        renderer(&Snapshot {
+            control: &control,
+            workers: &self.counters,
+            latency: &self.latency,
+            version: env!("CARGO_PKG_VERSION"),
+            engine: self.runtime.name(),
+            engine_reason: &self.engine_reason,
+            now,
+            uptime: now - self.started,
+            state: match self.draining {
+                None => ServiceState::Serving,
+                Some(_) => ServiceState::Draining,
+            },
+            reloads: self.reloads,
+            table_serial: table.serial,
+            connections_active: self.shared.in_flight.get(),
+            connections_max: table.connections_max,
+            warnings: &self.warnings(),
+            process: ProcessFacts::read(self.started_wall),
+        })
+    }
+
+    /// Fetches what the workers' histograms hold.
+    async fn collect_latency(&mut self) {
+        let asked: Vec<_> = self
+            .workers
+            .iter()
+            .map(|worker| {
+                let (reply, answer) = oneshot::channel();
+                worker.mailbox.send(Command::Collect(reply));
+                answer
+            })
+            .collect();
+        let deadline = tokio::time::Instant::now() + COLLECT_MAX;
+        for answer in asked {
+            if let Ok(Ok(Some(delta))) = tokio::time::timeout_at(deadline, answer).await {
+                self.latency.absorb(delta);
+            }
+        }
+    }
+
+    /// Serves the admin API beside the loop.
+    pub(super) fn serve_admin(
+        &self,
+        listener: AdminListener,
+        tokens: Arc<TokenStore>,
+        requests: mpsc::Sender<Request>,
+        readiness: Readiness,
+    ) {
+        let serving = admin::serve(listener, tokens, requests, readiness, std::future::pending());
+        tokio::spawn(async move {
+            if let Err(error) = serving.await {
+                tracing::error!(%error, "the admin API has ended");
+            }
+        });
+    }
+
+    fn watch_file(&self, changed: &Arc<Notify>) -> Option<ConfigWatcher> {
+        let notify = Arc::clone(changed);
+        match ConfigWatcher::start(&self.path, move || notify.notify_one()) {
+            Ok(watcher) => {
+                if let Some(reason) = watcher.polling_reason() {
+                    tracing::warn!(reason, "the configuration file is polled");
+                }
+                Some(watcher)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the configuration file is not watched; use SIGHUP");
+                None
+            }
+        }
+    }
+}
+
+fn log_transition(transition: &Transition) {
+    let Transition { pool, backend, from, to, reason, lasted, .. } = transition;
+    let lasted = humantime::format_duration(Duration::from_millis(lasted.as_millis() as u64));
+    if matches!(*to, "down" | "ejected") {
+        tracing::warn!(%pool, %backend, from, to, reason, %lasted, "backend");
+    } else {
+        tracing::info!(%pool, %backend, from, to, reason, %lasted, "backend");
+    }
+}
+
+// === impl Signals ===
+
+impl Signals {
+    fn listen(wanted: bool) -> Signals {
+        let all = || -> io::Result<[Signal; 3]> {
+            Ok([
+                signal(SignalKind::terminate())?,
+                signal(SignalKind::interrupt())?,
+                signal(SignalKind::hangup())?,
+            ])
+        };
+        Signals(wanted.then(all).and_then(|result| match result {
+            Ok(signals) => Some(signals),
+            Err(error) => {
+                tracing::error!(%error, "signals are not obeyed");
+                None
+            }
+        }))
+    }
+
+    async fn next(&mut self) -> Caught {
+        let Some([terminate, interrupt, hangup]) = &mut self.0 else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = terminate.recv() => Caught::Stop("SIGTERM"),
+            _ = interrupt.recv() => Caught::Stop("SIGINT"),
+            _ = hangup.recv() => Caught::Reload,
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Stopping in order: nobody new, sessions finish until the deadline, the rest
+//! is cut and counted, every thread is joined.
+//!
+//! Driven by the control loop's ticks.
+
+use super::Exit;
+use super::control_loop::Control;
+use crate::clock;
+use crate::proxy::close::Cause;
+use crate::proxy::worker::Command;
+use std::time::{Duration, Instant};
+
+/// How often progress is looked at.
+pub(super) const STEP: Duration = Duration::from_millis(20);
+
+/// How long cut sessions may take to be accounted for.
+const CUT_GRACE: Duration = Duration::from_millis(1500);
+
+/// How long workers may take to end once they are told to.
+const JOIN_MAX: Duration = Duration::from_secs(2);
+
+/// A drain under way.
+#[derive(Debug)]
+pub(super) struct Draining {
+    deadline: Instant,
+    /// Set at the deadline: how many sessions were cut, and when.
+    cut: Option<(u32, Instant)>,
+}
+
+impl Control {
+    /// Starts the drain; without effect while one is under way.
+    pub(super) fn begin_drain(&mut self, why: &str) {
+        if self.draining.is_some() {
+            return;
+        }
+        self.readiness.set_draining();
+        let timeout = self.config.process.drain_timeout;
+        let sessions = self.shared.in_flight.get();
+        tracing::info!(reason = why, sessions, ?timeout, "draining");
+        self.binds.retire_all(&self.workers);
+        self.draining = Some(Draining { deadline: clock::now() + timeout, cut: None });
+    }
+
+    /// Looks at a drain's progress; gives the number of sessions cut once it is
+    /// over.
+    pub(super) fn drain_step(&mut self) -> Option<u32> {
+        let closed = self.binds.forget_retired();
+        let open = self.shared.in_flight.get();
+        let draining = self.draining.as_mut()?;
+        let now = clock::now();
+        let cut = draining.cut.map_or(0, |(cut, _)| cut);
+        if closed && open == 0 {
+            return Some(cut);
+        }
+        match draining.cut {
+            None if now >= draining.deadline => {
+                draining.cut = Some((open, now));
+                tracing::warn!(sessions = open, "drain deadline: sessions are cut");
+                for worker in &self.workers {
+                    worker.mailbox.send(Command::CutAll(Cause::DrainDeadline));
+                }
+                None
+            }
+            Some((cut, at)) if now >= at + CUT_GRACE => Some(cut),
+            _ => None,
+        }
+    }
+
+    /// Ends the workers and flushes the access log.
+    pub(super) async fn finish(mut self, cut: u32) -> Exit {
+        for worker in &self.workers {
+            worker.mailbox.send(Command::Stop);
+        }
+        let deadline = clock::now() + JOIN_MAX;
+        while self.workers.iter().any(|worker| !worker.is_finished()) && clock::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        for worker in self.workers.drain(..) {
+            if worker.is_finished() {
+                worker.join();
+            } else {
+                tracing::error!("a worker thread did not end in time and is abandoned");
+            }
+        }
+        if let Some(access_log) = self.access_log.take() {
+            let lost = access_log.close();
+            if lost > 0 {
+                tracing::warn!(lines = lost, "access-log lines lost at exit");
+            }
+        }
+        tracing::info!(sessions_cut = cut, "drained");
+        Exit::Drained { cut }
+    }
+}

@@ -1,0 +1,90 @@
+//! The running balancer: start and stop order, and the control thread.
+//!
+//! Called by `cli::run`, `cli::demo` and tests. It owns every thread: workers,
+//! control thread, access-log writer, configuration watcher. It decides
+//! nothing about traffic; it carries events to the controller and its effects
+//! out.
+//!
+//! Start: configuration, descriptor limit, engine, access log, admin socket,
+//! listeners, first table, workers, accepting, probes, ready. Stop: not ready,
+//! listeners retire, sessions finish or are cut, workers end, access log is
+//! flushed, the admin socket goes last.
+
+mod binds;
+mod control_loop;
+mod drain;
+mod logging;
+mod reload;
+mod start;
+
+use crate::admin::Request;
+use crate::config::Problems;
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+use tokio::sync::mpsc;
+
+/// What to run and how.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The configuration file.
+    pub config: PathBuf,
+    /// Obey SIGTERM, SIGINT and SIGHUP. Off for a balancer inside another
+    /// program.
+    pub signals: bool,
+    /// Write the program's log. Off where another program does its own.
+    pub logging: bool,
+}
+
+/// Why a balancer did not start, or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The configuration was refused.
+    #[error("{0}")]
+    Config(Problems),
+    /// An address is taken, a thread or descriptor could not be had.
+    #[error("{0}")]
+    Runtime(String),
+}
+
+/// How a balancer that ran came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Every session finished, or was cut at the drain deadline.
+    Drained {
+        /// How many were cut.
+        cut: u32,
+    },
+    /// A second signal: at once, whatever was open.
+    Forced,
+    /// A worker died.
+    WorkerDied,
+}
+
+/// A balancer that is up and serving.
+#[derive(Debug)]
+pub struct Running {
+    requests: mpsc::Sender<Request>,
+    thread: JoinHandle<Exit>,
+}
+
+/// Starts a balancer on threads of its own; returns once it is ready.
+///
+/// # Errors
+/// See [`Failure`]. Nothing is left behind.
+pub fn start(options: Options) -> Result<Running, Failure> {
+    start::start(options)
+}
+
+// === impl Running ===
+
+impl Running {
+    /// The way to the control loop, as the admin API uses it.
+    pub fn requests(&self) -> mpsc::Sender<Request> {
+        self.requests.clone()
+    }
+
+    /// Waits for the end.
+    pub fn wait(self) -> Exit {
+        self.thread.join().unwrap_or(Exit::WorkerDied)
+    }
+}

@@ -1,0 +1,147 @@
+//! Taking a changed file over: everything, or nothing.
+//!
+//! Called by the control loop for the watcher, SIGHUP and the admin API. What
+//! can fail (reading, validating, binding, opening the log, the token) comes
+//! first and changes nothing; what follows cannot.
+
+use super::control_loop::Control;
+use super::start;
+use crate::admin::{Problem, ReloadError, Reloaded};
+use crate::clock;
+use crate::config::{self, Config, Loaded};
+use crate::control::Event;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a reload waits for an address it wants back to be closed first.
+const WANTED_BACK_MAX: Duration = Duration::from_secs(1);
+const WANTED_BACK_STEP: Duration = Duration::from_millis(10);
+
+impl Control {
+    /// Reads the file again and puts it in force, where it says something new.
+    pub(super) async fn reload(&mut self) -> Result<Reloaded, ReloadError> {
+        let result = self.try_reload().await;
+        match &result {
+            Ok(Reloaded { changed: true, generation, .. }) => {
+                self.reloads.changed += 1;
+                tracing::info!(generation, "configuration in force");
+            }
+            Ok(_) => self.reloads.unchanged += 1,
+            Err(refused) => {
+                self.reloads.refused += 1;
+                for Problem { file, line, column, message } in &refused.problems {
+                    tracing::error!("configuration refused: {file}:{line}:{column}: {message}");
+                }
+            }
+        }
+        result
+    }
+
+    async fn try_reload(&mut self) -> Result<Reloaded, ReloadError> {
+        let loaded = config::load(&self.path).map_err(|problems| ReloadError {
+            problems: problems.list.iter().map(problem).collect(),
+        })?;
+        let Loaded { config, digest, warnings } = loaded;
+        // A new secret may come without a change of the file that names it.
+        let token = start::load_token(&config).map_err(|why| self.refuse(&config, "", why))?;
+        if digest == self.digest {
+            self.tokens.set(token);
+            let generation = self.controller.status().generation;
+            return Ok(Reloaded { generation, changed: false, warnings: self.warnings() });
+        }
+        self.wait_for_addresses(&config).await;
+        let fresh = self
+            .binds
+            .bind_new(&config)
+            .map_err(|refused| self.refuse(&config, &refused.address.to_string(), refused.to_string()))?;
+        if config.log.access != self.config.log.access
+            && let Some(access_log) = &mut self.access_log
+        {
+            access_log.set_target(start::access_target(&config.log.access)).map_err(|error| {
+                let why = format!("cannot open the access log: {error}");
+                self.refuse(&config, "access", why)
+            })?;
+        }
+
+        let config = Arc::new(config);
+        self.digest = digest;
+        self.tokens.set(token);
+        self.log.set_level(config.log.level);
+        self.restart_needed = needs_restart(&self.started_with, &config);
+        for warning in &self.restart_needed {
+            tracing::warn!("{warning}");
+        }
+        for warning in &warnings {
+            tracing::warn!(
+                "{}:{}:{}: {}",
+                warning.file,
+                warning.line,
+                warning.column,
+                warning.message
+            );
+        }
+        self.config = Arc::clone(&config);
+        let in_force = self.session_cap.apply(&config, self.binds.sockets());
+        let effects = self.controller.apply(Event::Configure(in_force), clock::now());
+        self.perform(effects);
+        self.binds.adopt(fresh, &config, &self.workers);
+        let generation = self.controller.status().generation;
+        Ok(Reloaded { generation, changed: true, warnings: self.warnings() })
+    }
+
+    /// An address that was given up a moment ago is closed before it is bound
+    /// anew: until then its old sockets keep new clients out.
+    async fn wait_for_addresses(&mut self, config: &Config) {
+        let mut left = WANTED_BACK_MAX;
+        while self.binds.wanted_back(config) && !left.is_zero() {
+            tokio::time::sleep(WANTED_BACK_STEP).await;
+            left = left.saturating_sub(WANTED_BACK_STEP);
+        }
+    }
+
+    /// A refusal for a reason the text alone does not show; it points at the
+    /// first mention of `word` in the file.
+    fn refuse(&self, _config: &Config, word: &str, message: String) -> ReloadError {
+        let text = std::fs::read_to_string(&self.path).unwrap_or_default();
+        let place = text.lines().enumerate().find_map(|(index, line)| {
+            let at = line.find(word).filter(|_| !word.is_empty())?;
+            Some((index + 1, line[..at].chars().count() + 1))
+        });
+        let (line, column) = place.unwrap_or((1, 1));
+        let file = self.path.display().to_string().into();
+        ReloadError { problems: vec![Problem { file, line, column, message }] }
+    }
+
+    /// What status and reload answers warn of.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        self.restart_needed.clone()
+    }
+}
+
+fn problem(from: &config::Problem) -> Problem {
+    Problem {
+        file: Arc::clone(&from.file),
+        line: from.line,
+        column: from.column,
+        message: from.message.clone(),
+    }
+}
+
+/// Settings of `now` that differ from what the process was started with and
+/// cannot change while it runs, in words.
+fn needs_restart(started: &Config, now: &Config) -> Vec<String> {
+    let (old, new) = (&started.process, &now.process);
+    let settings = [
+        ("[process] workers", old.workers != new.workers),
+        ("[process] pin", old.pin != new.pin),
+        ("[process] engine", old.engine != new.engine),
+        ("[process] spin", old.spin != new.spin),
+        ("[admin] listen", started.admin.listen != now.admin.listen),
+        ("[log] format", started.log.format != now.log.format),
+    ];
+    settings
+        .into_iter()
+        .filter(|(_, differs)| *differs)
+        .map(|(name, _)| format!("{name} changed in the file; it takes effect at the next start"))
+        .collect()
+}
