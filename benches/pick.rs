@@ -1,0 +1,210 @@
+//! What a pick costs: each policy alone and with every core contending, the
+//! table load in front of it, and building tables. Run with
+//! `cargo bench --bench pick`; the last argument filters by name.
+//!
+//! Beside them stands what one would write first: a smooth weighted round robin
+//! behind a mutex.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use std::hint::black_box;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+use tidegate::balance::in_flight::InFlight;
+use tidegate::balance::{Balancer, Candidate, PickKey};
+use tidegate::config::{self, BackendAddress, OnRemoval, Policy, WhenNoneEligible};
+use tidegate::table::Table;
+use tidegate::table::build::{BackendInput, Input, PoolInput, build};
+use tidegate::table::publish::TablePublisher;
+use tidegate::table::state::{BackendId, BackendState};
+
+const SIZES: [usize; 4] = [3, 64, 1_000, 10_000];
+
+/// Weights 1, 2, 3, 1, 2, 3 and so on.
+fn weight(index: usize) -> u32 {
+    1 + index as u32 % 3
+}
+
+fn candidates(count: usize) -> Vec<Candidate> {
+    (0..count)
+        .map(|i| Candidate {
+            key: format!("10.0.{}.{}:80", i / 256, i % 256).into(),
+            weight: weight(i),
+            connections_max: 1_000,
+            in_flight: Arc::new(InFlight::new()),
+        })
+        .collect()
+}
+
+fn key(number: u64) -> PickKey {
+    let client = IpAddr::V4(Ipv4Addr::from_bits(number as u32));
+    PickKey { client, draw: number.wrapping_mul(0x9e37_79b9_7f4a_7c15) }
+}
+
+/// Pick and give back, as one session does.
+fn session(balancer: &Balancer, number: u64) -> usize {
+    let index = balancer.pick(key(number), &[]).unwrap();
+    balancer.candidates()[index].in_flight.leave();
+    index
+}
+
+/// The textbook version.
+struct Naive(Mutex<Vec<(i64, i64)>>);
+
+impl Naive {
+    fn new(count: usize) -> Naive {
+        Naive(Mutex::new((0..count).map(|i| (i64::from(weight(i)), 0)).collect()))
+    }
+
+    fn pick(&self) -> usize {
+        let mut peers = self.0.lock().unwrap();
+        let (mut best, mut total) = (0, 0);
+        for i in 0..peers.len() {
+            peers[i].1 += peers[i].0;
+            total += peers[i].0;
+            if peers[i].1 > peers[best].1 {
+                best = i;
+            }
+        }
+        peers[best].1 -= total;
+        best
+    }
+}
+
+/// Keeps the other cores busy with `work` while `measure` runs.
+fn contended(work: impl Fn(u64) -> usize + Sync, measure: impl FnOnce()) {
+    let others = thread::available_parallelism().map_or(1, |n| n.get()).saturating_sub(1).max(1);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for other in 0..others as u64 {
+            let (work, stop) = (&work, &stop);
+            scope.spawn(move || {
+                let mut number = other << 40;
+                while !stop.load(Ordering::Relaxed) {
+                    number += 1;
+                    black_box(work(number));
+                }
+            });
+        }
+        measure();
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+fn bench_both(c: &mut Criterion, name: &str, size: usize, work: impl Fn(u64) -> usize + Sync) {
+    let measure = |c: &mut Criterion, group: &str| {
+        let mut number = 0;
+        c.benchmark_group(group).bench_function(BenchmarkId::new(name, size), |b| {
+            b.iter(|| {
+                number += 1;
+                work(black_box(number))
+            });
+        });
+    };
+    measure(c, "pick");
+    contended(&work, || measure(c, "pick-contended"));
+}
+
+fn picks(c: &mut Criterion) {
+    for size in SIZES {
+        for policy in Policy::ALL {
+            let balancer = Balancer::new(policy, candidates(size), None);
+            bench_both(c, policy.name(), size, |number| session(&balancer, number));
+        }
+        let naive = Naive::new(size);
+        bench_both(c, "naive-mutex", size, |_| naive.pick());
+    }
+}
+
+fn full_pool(c: &mut Criterion) {
+    for size in SIZES {
+        let balancer = Balancer::new(Policy::LeastConnections, candidates(size), None);
+        c.benchmark_group("has-room").bench_function(BenchmarkId::new("free", size), |b| {
+            b.iter(|| balancer.has_room());
+        });
+        for candidate in balancer.candidates() {
+            (0..1_000).for_each(|_| assert!(candidate.in_flight.try_enter(1_000)));
+        }
+        c.benchmark_group("has-room").bench_function(BenchmarkId::new("full", size), |b| {
+            b.iter(|| balancer.has_room());
+        });
+    }
+}
+
+fn states(count: usize) -> Vec<Arc<BackendState>> {
+    (0..count)
+        .map(|i| {
+            let address = BackendAddress::Tcp(([10, 0, 0, 0], 1 + i as u16).into());
+            let name: Arc<str> = i.to_string().into();
+            Arc::new(BackendState::new(BackendId(i as u32), "web".into(), name, address, 1))
+        })
+        .collect()
+}
+
+fn spec(balance: Policy) -> Arc<config::Pool> {
+    Arc::new(config::Pool {
+        name: "web".into(),
+        balance,
+        connect_timeout: Duration::from_secs(5),
+        connect_attempts: 3,
+        when_none_eligible: WhenNoneEligible::Refuse,
+        startup_grace: Duration::from_secs(5),
+        on_removal: OnRemoval::Keep,
+        probe: None,
+        ejection: None,
+        backends: Vec::new(),
+    })
+}
+
+fn input(spec: &Arc<config::Pool>, states: &[Arc<BackendState>]) -> Input {
+    let backends = states
+        .iter()
+        .enumerate()
+        .map(|(i, state)| BackendInput {
+            state: Arc::clone(state),
+            effective_weight: weight(i),
+            connections_max: 0,
+            backup: false,
+            eligible: true,
+            in_service: true,
+        })
+        .collect();
+    let pools = vec![PoolInput { spec: Arc::clone(spec), backends }];
+    Input { generation: 1, serial: 1, connections_max: 0, frontends: Vec::new(), pools }
+}
+
+fn tables(c: &mut Criterion) {
+    let publisher = TablePublisher::new(Arc::new(Table::empty()));
+    let mut reader = publisher.reader();
+    c.bench_function("table-load", |b| b.iter(|| reader.load().serial));
+    for size in [10, 1_000, 10_000] {
+        let states = states(size);
+        for policy in Policy::ALL {
+            let spec = spec(policy);
+            let id = BenchmarkId::new(policy.name(), size);
+            c.benchmark_group("build-and-publish").bench_function(id, |b| {
+                b.iter(|| publisher.publish(Arc::new(build(input(&spec, &states), None))));
+            });
+        }
+        let spec = spec(Policy::SourceHash);
+        let before = build(input(&spec, &states), None);
+        let id = BenchmarkId::new("unchanged", size);
+        c.benchmark_group("build-and-publish").bench_function(id, |b| {
+            b.iter(|| publisher.publish(Arc::new(build(input(&spec, &states), Some(&before)))));
+        });
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(50))
+        .measurement_time(Duration::from_millis(200));
+    targets = picks, full_pool, tables
+}
+criterion_main!(benches);
