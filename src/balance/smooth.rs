@@ -169,7 +169,10 @@ mod tests {
     #[test]
     fn extreme_weights_neither_overflow_nor_starve_anyone() {
         let scaled = places([u32::MAX, 1, u32::MAX - 1].into_iter());
-        assert_eq!(sequence(&scaled).len() as u64, scaled.iter().map(|&p| u64::from(p)).sum());
+        assert_eq!(
+            sequence(&scaled).len() as u64,
+            scaled.iter().map(|&p| u64::from(p)).sum::<u64>()
+        );
         assert!(sequence(&scaled).contains(&1));
     }
 
