@@ -1,6 +1,9 @@
 //! Tidegate: a layer-4 load balancer.
 
+pub mod admin;
+pub mod app;
 pub mod balance;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod control;

@@ -1,1 +1,8 @@
-fn main() {}
+//! The `tidegate` command. Everything is in the library; this is the only place
+//! the process ends.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tidegate::cli::main()
+}

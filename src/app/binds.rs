@@ -135,8 +135,7 @@ impl Binds {
 
     /// Closes what the workers have let go of; true once nothing is retiring.
     pub(super) fn forget_retired(&mut self) -> bool {
-        let in_use =
-            |sockets: &Sockets| sockets.iter().any(|socket| Arc::strong_count(socket) > 1);
+        let in_use = |sockets: &Sockets| sockets.iter().any(|socket| Arc::strong_count(socket) > 1);
         self.retiring.retain(|(_, sockets)| in_use(sockets));
         self.retiring.is_empty()
     }

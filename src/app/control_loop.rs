@@ -14,7 +14,8 @@ use crate::admin::{
     self, AdminListener, Readiness, ReloadCounts, Request, ServiceState, Snapshot, TokenStore,
 };
 use crate::clock;
-use crate::config::{Config, ConfigWatcher};
+use crate::config::Config;
+use crate::config::watch::ConfigWatcher;
 use crate::control::{Controller, Effect, Event};
 use crate::health::Transition;
 use crate::health::probe::runner::ProbeRunner;

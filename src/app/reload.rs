@@ -50,10 +50,9 @@ impl Control {
             return Ok(Reloaded { generation, changed: false, warnings: self.warnings() });
         }
         self.wait_for_addresses(&config).await;
-        let fresh = self
-            .binds
-            .bind_new(&config)
-            .map_err(|refused| self.refuse(&config, &refused.address.to_string(), refused.to_string()))?;
+        let fresh = self.binds.bind_new(&config).map_err(|refused| {
+            self.refuse(&config, &refused.address.to_string(), refused.to_string())
+        })?;
         if config.log.access != self.config.log.access
             && let Some(access_log) = &mut self.access_log
         {

@@ -121,6 +121,10 @@ impl Controller {
                 entry.health.intent_since = *since;
             }
             let known = entry.health.clone();
+            if !old.as_ref().is_some_and(|old| old.spec.ejection.is_some()) {
+                // Rows were not measured so far.
+                entry.health.outlier.restart_row();
+            }
             let plan =
                 respecify(&mut entry, old_probe.as_deref(), spec.probe.as_deref(), arrival, now);
             let backend = entry.state.id;

@@ -88,7 +88,7 @@ impl Controller {
     pub(super) fn end_ejection(&mut self, id: BackendId, reason: &str, now: Instant) {
         self.schedule.cancel(Job::EjectionEnds(id));
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let Some(lasted) = entry.health.outlier.end(now) else { return };
+        let Some(lasted) = entry.health.end_ejection(now) else { return };
         let to = entry.health.observation().name();
         self.record(id, ("ejected", to), format!("ejection ended: {reason}"), lasted, now);
     }

@@ -52,9 +52,11 @@ impl Controller {
         match entry.health.outlier.until() {
             Some(until) if until > now => self.schedule.set(Job::EjectionEnds(id), until),
             _ => {
-                entry.health.outlier.end(now);
+                entry.health.end_ejection(now);
             }
         }
+        // Nobody listened to connect failures while it was away.
+        entry.health.outlier.restart_row();
         Some(entry)
     }
 

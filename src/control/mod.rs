@@ -249,6 +249,8 @@ struct BackendEntry {
 struct ProbeInFlight {
     token: ProbeToken,
     started: Instant,
+    /// No result is expected any more from then on.
+    lost_at: Instant,
     /// Its result means nothing any more; it only keeps the next one waiting.
     stale: bool,
 }

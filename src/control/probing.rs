@@ -38,8 +38,9 @@ impl Controller {
         debug_assert!(entry.in_flight.is_none(), "a backend's probes never overlap");
         self.ids.probe += 1;
         let token = ProbeToken(self.ids.probe);
-        entry.in_flight = Some(ProbeInFlight { token, started: now, stale: false });
-        self.schedule.set(Job::ProbeLost(id), now + spec.timeout + PROBE_LOST_MARGIN);
+        let lost_at = now + spec.timeout + PROBE_LOST_MARGIN;
+        entry.in_flight = Some(ProbeInFlight { token, started: now, lost_at, stale: false });
+        self.schedule.set(Job::ProbeLost(id), lost_at);
         self.work.effects.push(Effect::Probe {
             backend: id,
             token,
@@ -70,8 +71,7 @@ impl Controller {
         if let Some(probe) = &mut entry.in_flight {
             // It is still out there; its end will start the schedule.
             probe.stale = true;
-            let lost_at = (probe.started + spec.timeout).max(now) + PROBE_LOST_MARGIN;
-            self.schedule.set(Job::ProbeLost(id), lost_at);
+            self.schedule.set(Job::ProbeLost(id), probe.lost_at.max(now));
             return;
         }
         let spread = spec.interval.min(FIRST_PROBES_SPREAD_MAX);

@@ -21,7 +21,8 @@ pub enum State {
     Up {
         /// Probes failed in a row.
         probes: u32,
-        /// Session connects failed in a row.
+        /// Session connects failed in a row, as of the last report: successes
+        /// are not reported.
         connects: u32,
     },
     /// Does not work; the row is below `rise`.
@@ -156,6 +157,15 @@ impl Detector {
     pub fn connect_failed(&mut self, in_a_row: u32, now: Instant) -> Option<Change> {
         let row = self.connect_row.measure(in_a_row);
         self.step(Evidence::ConnectsFailed(row), now)
+    }
+
+    /// Something else took the backend out of service for a while: connects
+    /// from before count no longer.
+    pub fn forget_connects(&mut self) {
+        self.connect_row.restart();
+        if let State::Up { connects, .. } = &mut self.state {
+            *connects = 0;
+        }
     }
 
     /// Keeps the verdict under a new rule; the row starts anew.

@@ -204,6 +204,16 @@ impl BackendHealth {
         }
     }
 
+    /// Ends the ejection, if there is one, and gives how long it lasted. Rows
+    /// of failed connects start anew.
+    pub fn end_ejection(&mut self, now: Instant) -> Option<Duration> {
+        let lasted = self.outlier.end(now)?;
+        if let Some(detector) = &mut self.detector {
+            detector.forget_connects();
+        }
+        Some(lasted)
+    }
+
     /// Since when it has been neither judged anew nor ejected.
     pub fn settled_since(&self) -> Instant {
         let judged = self.detector.as_ref().map_or(self.since, Detector::since);

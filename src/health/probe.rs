@@ -1,1 +1,322 @@
+//! Running one active check: connect, ask, judge.
+//!
+//! `app` runs these on the control thread through [`runner::ProbeRunner`]; the
+//! workers never do. The only file of `health` (with the runner) that does I/O;
+//! it keeps nothing and judges single probes, never backends.
+//!
+//! # How a probe ends its connection
+//!
+//! A `tcp` probe exchanges no bytes, so it ends with a reset, as HAProxy's do:
+//! neither side keeps a TIME_WAIT entry, whatever the number of backends. With
+//! `TCP_QUICKACK` off (tcp(7)) the kernel moreover holds back the last
+//! acknowledgement of the handshake, and the reset then takes its place: the
+//! backend's kernel has answered, but its process is not even woken and has
+//! nothing to log. The other kinds have been answered by then and close
+//! normally; the rest of an answer is not read.
 
+pub mod runner;
+#[cfg(test)]
+mod tests;
+
+use super::ProbeOutcome;
+use crate::clock;
+use crate::config::{BackendAddress, ProbeKind, ProbeSpec};
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
+
+/// A status line is a few dozen bytes; what goes on for longer than this is no
+/// HTTP server.
+const STATUS_LINE_BYTES_MAX: usize = 8 * 1024;
+
+/// Bytes of an answer that a failure reason quotes.
+const QUOTE_BYTES_MAX: usize = 48;
+
+/// Longest failure reason, in bytes: it goes into every log line and status.
+pub const REASON_BYTES_MAX: usize = 256;
+
+/// How far a probe has come, for the reason when its time is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Connecting,
+    Sending,
+    Answer,
+    StatusLine,
+}
+
+/// Why a probe failed.
+#[derive(Debug)]
+enum Fault {
+    /// The backend or the path is to blame.
+    Backend(String),
+    /// We are.
+    Local(String),
+}
+
+/// Runs one probe. It takes no longer than the spec's timeout.
+pub async fn run(address: &BackendAddress, spec: &ProbeSpec) -> ProbeOutcome {
+    let started = clock::now();
+    let mut stage = Stage::Connecting;
+    let verdict = tokio::time::timeout(spec.timeout, attempt(address, &spec.kind, &mut stage));
+    let verdict = verdict.await.unwrap_or_else(|_| Err(stage.overdue(spec.timeout)));
+    match verdict {
+        Ok(()) => ProbeOutcome::Success { took: started.elapsed() },
+        Err(Fault::Backend(reason)) => ProbeOutcome::Failure { reason: bounded(reason) },
+        Err(Fault::Local(reason)) => ProbeOutcome::Local { reason: bounded(reason) },
+    }
+}
+
+async fn attempt(
+    address: &BackendAddress,
+    kind: &ProbeKind,
+    stage: &mut Stage,
+) -> Result<(), Fault> {
+    match address {
+        BackendAddress::Tcp(to) => {
+            let stream = connect_tcp(*to, kind).await?;
+            converse(stream, kind, address, stage).await
+        }
+        BackendAddress::Unix(path) => {
+            let stream = UnixStream::connect(path).await.map_err(connect_fault)?;
+            converse(stream, kind, address, stage).await
+        }
+    }
+}
+
+async fn connect_tcp(to: SocketAddr, kind: &ProbeKind) -> Result<TcpStream, Fault> {
+    let socket = match to {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }
+    .map_err(connect_fault)?;
+    socket.set_nodelay(true).map_err(connect_fault)?;
+    if *kind == ProbeKind::Tcp {
+        let raw = socket2::SockRef::from(&socket);
+        raw.set_linger(Some(Duration::ZERO)).map_err(connect_fault)?;
+        // A refinement; where it is refused the probe works all the same.
+        let _ = raw.set_tcp_quickack(false);
+    }
+    let stream = socket.connect(to).await.map_err(connect_fault)?;
+    // Nobody listens, but the port the kernel lent us is the very one we
+    // called: TCP's simultaneous open then connects us to ourselves.
+    if stream.local_addr().is_ok_and(|from| from == to) {
+        return Err(Fault::Backend("connection refused".to_owned()));
+    }
+    Ok(stream)
+}
+
+async fn converse(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    kind: &ProbeKind,
+    address: &BackendAddress,
+    stage: &mut Stage,
+) -> Result<(), Fault> {
+    match kind {
+        ProbeKind::Tcp => Ok(()),
+        ProbeKind::SendExpect { send, expect } => {
+            *stage = Stage::Sending;
+            stream.write_all(send).await.map_err(talk_fault)?;
+            *stage = Stage::Answer;
+            expect_answer(&mut stream, expect).await
+        }
+        ProbeKind::Http { path, host, method, status } => {
+            *stage = Stage::Sending;
+            let host = host.clone().unwrap_or_else(|| default_host(address));
+            let request = request(method, path, &host);
+            stream.write_all(request.as_bytes()).await.map_err(talk_fault)?;
+            *stage = Stage::StatusLine;
+            let line = read_status_line(&mut stream).await?;
+            judge_status_line(&line, status)
+        }
+    }
+}
+
+/// Reads until the answer starts with `expect`, or cannot any more.
+async fn expect_answer(stream: &mut (impl AsyncRead + Unpin), expect: &[u8]) -> Result<(), Fault> {
+    let mut answer = vec![0; expect.len().max(QUOTE_BYTES_MAX)];
+    let mut held = 0;
+    while held < expect.len() {
+        let count = stream.read(&mut answer[held..]).await.map_err(talk_fault)?;
+        if count == 0 {
+            return Err(Fault::Backend(format!(
+                "connection closed after {held} bytes ({}), expected {}",
+                quote(&answer[..held]),
+                quote(expect)
+            )));
+        }
+        held += count;
+        let compared = held.min(expect.len());
+        if answer[..compared] != expect[..compared] {
+            return Err(Fault::Backend(format!(
+                "answer started with {}, expected {}",
+                quote(&answer[..held]),
+                quote(expect)
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// RFC 9112, sections 3 and 9.6. Path, host and method come from the validated
+/// configuration and hold no line ends.
+fn request(method: &str, path: &str, host: &str) -> String {
+    format!(
+        "{method} {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: tidegate/{}\r\n\
+         Accept: */*\r\nConnection: close\r\n\r\n",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+fn default_host(address: &BackendAddress) -> String {
+    match address {
+        BackendAddress::Tcp(address) => address.to_string(),
+        BackendAddress::Unix(_) => "localhost".to_owned(),
+    }
+}
+
+/// The first line without its end. Reads no further than the packet it ends
+/// in.
+async fn read_status_line(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, Fault> {
+    let mut line = Vec::with_capacity(512);
+    loop {
+        let before = line.len();
+        let room = (STATUS_LINE_BYTES_MAX - before) as u64;
+        if room == 0 {
+            return Err(Fault::Backend(format!(
+                "no line end within {STATUS_LINE_BYTES_MAX} bytes of answer, which started with {}",
+                quote(&line)
+            )));
+        }
+        let count = (&mut *stream).take(room).read_buf(&mut line).await.map_err(talk_fault)?;
+        if let Some(end) = line[before..].iter().position(|byte| *byte == b'\n') {
+            line.truncate(before + end);
+            line.pop_if(|byte| *byte == b'\r');
+            return Ok(line);
+        }
+        if count == 0 {
+            return Err(Fault::Backend(format!(
+                "connection closed after {before} bytes ({}), expected a status line",
+                quote(&line)
+            )));
+        }
+    }
+}
+
+/// RFC 9112, section 4: `HTTP/1.1 200 OK`; the words after the number may be
+/// missing.
+fn judge_status_line(line: &[u8], wanted: &[(u16, u16)]) -> Result<(), Fault> {
+    let Some(status) = parse_status(line) else {
+        return Err(Fault::Backend(format!(
+            "answer started with {}, expected an HTTP/1 status line",
+            quote(line)
+        )));
+    };
+    if wanted.iter().any(|(low, high)| (*low..=*high).contains(&status)) {
+        return Ok(());
+    }
+    let ranges: Vec<String> = wanted
+        .iter()
+        .map(|(low, high)| if low == high { low.to_string() } else { format!("{low}-{high}") })
+        .collect();
+    Err(Fault::Backend(format!("status {status}, expected {}", ranges.join(","))))
+}
+
+fn parse_status(line: &[u8]) -> Option<u16> {
+    let rest = line.strip_prefix(b"HTTP/1.")?;
+    let [b'0'..=b'9', b' ', digits @ ..] = rest else { return None };
+    let (number, after) = digits.split_at_checked(3)?;
+    if !number.iter().all(u8::is_ascii_digit) || !matches!(after.first(), None | Some(b' ')) {
+        return None;
+    }
+    std::str::from_utf8(number).ok()?.parse().ok().filter(|status| *status >= 100)
+}
+
+/// Sorts an error of socket or connect.
+fn connect_fault(error: io::Error) -> Fault {
+    sort_fault(&error).unwrap_or_else(|| {
+        let words = match error.raw_os_error() {
+            Some(libc::ECONNREFUSED) => "connection refused".to_owned(),
+            Some(libc::ENOENT) => "no such socket".to_owned(),
+            Some(libc::EHOSTUNREACH) => "host unreachable".to_owned(),
+            Some(libc::ENETUNREACH) => "network unreachable".to_owned(),
+            Some(libc::ETIMEDOUT) => "connect timed out".to_owned(),
+            // unix(7) does not wait for room when the socket is non-blocking.
+            Some(libc::EAGAIN) => "the socket's accept queue is full".to_owned(),
+            _ => format!("connect failed: {error}"),
+        };
+        Fault::Backend(words)
+    })
+}
+
+/// Sorts an error after the connection stood.
+fn talk_fault(error: io::Error) -> Fault {
+    sort_fault(&error).unwrap_or_else(|| {
+        Fault::Backend(match error.kind() {
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                "connection reset before an answer".to_owned()
+            }
+            _ => format!("connection failed before an answer: {error}"),
+        })
+    })
+}
+
+/// Want of descriptors, source ports or memory is our own trouble and proves
+/// nothing about the backend.
+fn sort_fault(error: &io::Error) -> Option<Fault> {
+    let words = match error.raw_os_error()? {
+        libc::EMFILE => "too many open files in this process",
+        libc::ENFILE => "too many open files in the system",
+        libc::EADDRNOTAVAIL => "no source port left",
+        libc::ENOBUFS => "no buffer space left",
+        libc::ENOMEM => "out of memory",
+        _ => return None,
+    };
+    Some(Fault::Local(words.to_owned()))
+}
+
+/// A quotation that fits a log line and holds no control characters.
+fn quote(bytes: &[u8]) -> Quote<'_> {
+    Quote(bytes)
+}
+
+struct Quote<'a>(&'a [u8]);
+
+fn bounded(mut reason: String) -> String {
+    if reason.len() > REASON_BYTES_MAX {
+        let end = (0..=REASON_BYTES_MAX - 3).rev().find(|end| reason.is_char_boundary(*end));
+        reason.truncate(end.unwrap_or(0));
+        reason.push_str("...");
+    }
+    reason
+}
+
+// === impl Stage ===
+
+impl Stage {
+    fn overdue(self, timeout: Duration) -> Fault {
+        let timeout = humantime::format_duration(timeout);
+        Fault::Backend(match self {
+            Stage::Connecting => format!("no connection within {timeout}"),
+            Stage::Sending => format!("no answer within {timeout} (connected, sending)"),
+            Stage::Answer => {
+                format!("no answer within {timeout} (connected, waiting for the answer)")
+            }
+            Stage::StatusLine => {
+                format!("no answer within {timeout} (connected, waiting for the status line)")
+            }
+        })
+    }
+}
+
+// === impl Quote ===
+
+impl fmt::Display for Quote<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = &self.0[..self.0.len().min(QUOTE_BYTES_MAX)];
+        let more = if shown.len() < self.0.len() { "..." } else { "" };
+        write!(f, "\"{}\"{more}", shown.escape_ascii())
+    }
+}

@@ -1,0 +1,186 @@
+//! Who may ask: the checks every admin request passes before it is routed.
+//!
+//! A layer around the routes. Over a Unix socket the file's mode is the check;
+//! over TCP it is `Host` (a web page whose name was rebound to this address
+//! must not get through), `Origin` and the bearer token. It never looks into a
+//! body, it only bounds it.
+
+use super::routes::{Api, Refusal};
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, ORIGIN};
+use hyper::{Method, StatusCode, Version};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Where a request came in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Entrance {
+    /// Whoever may open the socket may do everything.
+    Unix,
+    /// Listening on this address.
+    Tcp(SocketAddr),
+}
+
+/// No request needs a body; this much is read to keep the connection usable.
+const BODY_MAX: usize = 64 * 1024;
+
+/// A body that takes longer is not coming.
+const BODY_READ_MAX: Duration = Duration::from_secs(5);
+
+/// The layer: checks, reads the body away, goes on.
+pub(super) async fn guard(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    let checked = check_host(&parts.headers, parts.uri.host(), parts.version, api.entrance)
+        .and_then(|()| check_origin(&parts.method, &parts.headers))
+        .and_then(|()| check_token(&parts.method, &parts.headers, &api));
+    if let Err(refusal) = checked {
+        return refusal.into_response();
+    }
+    if let Err(refusal) = discard(&parts.headers, body).await {
+        return refusal.into_response();
+    }
+    next.run(Request::from_parts(parts, Body::empty())).await
+}
+
+/// RFC 9112 section 3.2: exactly one `Host`; a request target with an authority
+/// overrides it.
+fn check_host(
+    headers: &HeaderMap,
+    target: Option<&str>,
+    version: Version,
+    entrance: Entrance,
+) -> Result<(), Refusal> {
+    if entrance == Entrance::Unix {
+        return Ok(());
+    }
+    let bad = |status, detail: &str| Refusal::new(status, "host refused", detail);
+    let mut hosts = headers.get_all(HOST).iter();
+    let host = match (hosts.next(), hosts.next()) {
+        (Some(host), None) => host,
+        // Browsers always send one, so this is no page's request.
+        (None, _) if version == Version::HTTP_10 && target.is_none() => return Ok(()),
+        _ => return Err(bad(StatusCode::BAD_REQUEST, "exactly one Host header is needed")),
+    };
+    let known = |host: &str| is_ip_or_localhost(host);
+    if host.to_str().is_ok_and(known) && target.is_none_or(known) {
+        return Ok(());
+    }
+    Err(bad(StatusCode::FORBIDDEN, "Host must be an IP address or localhost"))
+}
+
+/// `IP`, `IP:PORT`, `[IP6]`, `[IP6]:PORT`, `localhost` or `localhost:PORT`. The
+/// listen address is always among them.
+fn is_ip_or_localhost(host: &str) -> bool {
+    if let Some(rest) = host.strip_prefix('[') {
+        return rest.split_once(']').is_some_and(|(address, port)| {
+            address.parse::<Ipv6Addr>().is_ok()
+                && (port.is_empty() || port.strip_prefix(':').is_some_and(is_port))
+        });
+    }
+    let (name, port) = host.split_once(':').unwrap_or((host, "80"));
+    is_port(port)
+        && (name.eq_ignore_ascii_case("localhost")
+            || matches!(name.parse::<IpAddr>(), Ok(IpAddr::V4(_))))
+}
+
+fn is_port(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u16>().is_ok()
+}
+
+/// Only browsers send `Origin`, and no page has business here.
+fn check_origin(method: &Method, headers: &HeaderMap) -> Result<(), Refusal> {
+    if method == Method::POST && headers.contains_key(ORIGIN) {
+        let detail = "requests from web pages are refused";
+        return Err(Refusal::new(StatusCode::FORBIDDEN, "origin refused", detail));
+    }
+    Ok(())
+}
+
+/// Over TCP every POST needs the token, and off loopback every request does.
+fn check_token(method: &Method, headers: &HeaderMap, api: &Api) -> Result<(), Refusal> {
+    let Entrance::Tcp(listen) = api.entrance else { return Ok(()) };
+    if method != Method::POST && listen.ip().is_loopback() {
+        return Ok(());
+    }
+    let Some(token) = api.tokens.get() else {
+        let detail = "set [admin] token_file to allow this over TCP, or use a Unix socket";
+        return Err(Refusal::new(StatusCode::FORBIDDEN, "no token configured", detail));
+    };
+    match bearer(headers, &AUTHORIZATION) {
+        Some(candidate) if token.matches(candidate) => Ok(()),
+        given => {
+            let detail = match given {
+                Some(_) => "the token is wrong",
+                None => "Authorization: Bearer TOKEN is needed",
+            };
+            Err(Refusal::new(StatusCode::UNAUTHORIZED, "unauthorized", detail))
+        }
+    }
+}
+
+/// RFC 6750 section 2.1; the scheme's case does not matter (RFC 9110, 11.1).
+fn bearer<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8]> {
+    let value = headers.get(name)?.as_bytes();
+    let (scheme, token) = value.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"Bearer ").then(|| token.trim_ascii())
+}
+
+async fn discard(headers: &HeaderMap, body: Body) -> Result<(), Refusal> {
+    let too_large = || {
+        let detail = format!("no body above {BODY_MAX} bytes is read");
+        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "body too large", detail)
+    };
+    let announced =
+        headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    if announced.is_some_and(|length: u64| length > BODY_MAX as u64) {
+        return Err(too_large());
+    }
+    let read = Limited::new(body, BODY_MAX).collect();
+    match tokio::time::timeout(BODY_READ_MAX, read).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(error)) => {
+            Err(Refusal::new(StatusCode::BAD_REQUEST, "body unreadable", error.to_string()))
+        }
+        Err(_) => {
+            let detail = format!("the body did not arrive within {BODY_READ_MAX:?}");
+            Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "body too slow", detail))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_ip_or_localhost;
+
+    #[test]
+    fn only_addresses_and_localhost_are_hosts_of_ours() {
+        for host in ["127.0.0.1", "127.0.0.1:9900", "[::1]", "[::1]:80", "localhost", "LocalHost:1"]
+        {
+            assert!(is_ip_or_localhost(host), "{host}");
+        }
+        for host in [
+            "",
+            "evil.example",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example:80",
+            "::1",
+            "[::1",
+            "[::1]x",
+            "[evil]",
+            "localhost:",
+            "localhost:x",
+            "127.0.0.1:+1",
+            "127.1",
+            "user@localhost",
+            "[127.0.0.1]",
+        ] {
+            assert!(!is_ip_or_localhost(host), "{host}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! The admin API: HTTP/1.1 over a Unix socket or TCP.
+//!
+//! `app` binds it, serves it on the control thread and answers its
+//! [`Request`]s from the control loop; operators, Prometheus and the command
+//! line's client call it. It never touches the data path: it knows what the
+//! control loop tells it and two shared atomics.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /live` | 200 while the API answers at all |
+//! | `GET /ready` | 200 when serving, 503 while starting or draining |
+//! | `GET /metrics` | Prometheus text 0.0.4 ([`metrics`]) |
+//! | `GET /v1/status` | JSON ([`status`]) |
+//! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 422 with `problems` |
+//! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
+//! | `POST /v1/shutdown` | 200 `{state: "draining"}` |
+//!
+//! Names in paths are percent-decoded (`%2F` for the `/` of a Unix backend).
+//! Errors are `{"error", "detail"}`. Bodies are read, bounded and ignored.
+
+mod bind;
+mod guard;
+pub mod metrics;
+pub mod process;
+mod routes;
+mod serve;
+pub mod snapshot;
+pub mod status;
+mod token;
+
+pub use bind::{AdminListener, BindError, bind};
+pub use serve::serve;
+pub use snapshot::{ReloadCounts, ServiceState, Snapshot};
+pub use token::{Token, TokenError, TokenStore};
+
+use crate::control::OperatorError;
+use crate::health::Intent;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use tokio::sync::oneshot;
+
+/// What the API asks of the control loop. A reply may find nobody waiting any
+/// more: the client left, or [`ANSWER_MAX`](routes::ANSWER_MAX) is over; what
+/// was asked for stays done all the same.
+#[derive(Debug)]
+pub enum Request {
+    /// The text of [`status::render`].
+    Status(oneshot::Sender<String>),
+    /// The text of [`metrics::render`].
+    Metrics(oneshot::Sender<String>),
+    /// Read the configuration again and put it in force.
+    Reload(oneshot::Sender<Result<Reloaded, ReloadError>>),
+    /// Change an operator's intent for one backend.
+    SetIntent {
+        /// Pool name.
+        pool: String,
+        /// Backend name.
+        backend: String,
+        /// The new intent.
+        intent: Intent,
+        /// Whether it was done.
+        reply: oneshot::Sender<Result<(), OperatorError>>,
+    },
+    /// Drain and exit; answered once draining has begun.
+    Shutdown(oneshot::Sender<()>),
+}
+
+/// A configuration is in force.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Reloaded {
+    /// Its generation.
+    pub generation: u64,
+    /// False when the file says what was in force already.
+    pub changed: bool,
+    /// What was accepted but waits for a restart.
+    pub warnings: Vec<String>,
+}
+
+/// A file was refused; what was in force stays.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReloadError {
+    /// Everything wrong with it.
+    pub problems: Vec<Problem>,
+}
+
+/// One thing wrong at one place.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Problem {
+    /// The file as the operator named it.
+    pub file: Arc<str>,
+    /// From 1.
+    pub line: usize,
+    /// From 1, in characters.
+    pub column: usize,
+    /// One line.
+    pub message: String,
+}
+
+/// Requests that may wait for the control loop; more wait in their connections,
+/// which are bounded as well.
+pub const REQUESTS_MAX: usize = 32;
+
+/// What `/ready` says, known without the control loop. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Readiness(Arc<AtomicU8>);
+
+const STARTING: u8 = 0;
+const READY: u8 = 1;
+const DRAINING: u8 = 2;
+
+// === impl Readiness ===
+
+impl Readiness {
+    /// Starting: not ready yet.
+    pub fn new() -> Readiness {
+        Readiness::default()
+    }
+
+    /// Listeners are bound and a table is published. Without effect once
+    /// draining.
+    pub fn set_ready(&self) {
+        // A drain asked for during start-up must not be undone.
+        let _ = self.0.compare_exchange(STARTING, READY, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// The process was told to stop.
+    pub fn set_draining(&self) {
+        self.0.store(DRAINING, Ordering::Relaxed);
+    }
+
+    /// True between [`Readiness::set_ready`] and [`Readiness::set_draining`].
+    pub fn is_ready(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == READY
+    }
+
+    /// `starting`, `serving` or `draining`.
+    pub fn name(&self) -> &'static str {
+        match self.0.load(Ordering::Relaxed) {
+            STARTING => "starting",
+            READY => "serving",
+            _ => "draining",
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! The admin API's endpoints: each asks the control loop and shapes its answer.
+//!
+//! Mounted by `serve`, behind `guard`. Handlers hold no state and never wait
+//! for the control loop longer than [`ANSWER_MAX`].
+
+use super::guard::{Entrance, guard};
+use super::{Readiness, ReloadError, Request, TokenStore};
+use crate::control::OperatorError;
+use crate::health::Intent;
+use axum::Router;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, State};
+use axum::middleware::from_fn_with_state;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use hyper::header::{CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
+use hyper::{Method, StatusCode, Uri};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+
+/// What every request can reach.
+#[derive(Debug)]
+pub(super) struct Api {
+    pub(super) entrance: Entrance,
+    pub(super) tokens: Arc<TokenStore>,
+    pub(super) requests: mpsc::Sender<Request>,
+    pub(super) readiness: Readiness,
+}
+
+/// An error answer: `{"error", "detail"}`.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    status: StatusCode,
+    error: &'static str,
+    detail: String,
+}
+
+/// A control loop that takes longer is stuck; a client's own timeout would tell
+/// it less than our 503.
+pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+const TEXT_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+const JSON: &str = "application/json";
+
+/// Every endpoint behind the guard.
+pub(super) fn router(api: Arc<Api>) -> Router {
+    Router::new()
+        .route("/live", get(live))
+        .route("/ready", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/v1/status", get(status))
+        .route("/v1/reload", post(reload))
+        .route("/v1/shutdown", post(shutdown))
+        .route("/v1/pools/{pool}/backends/{name}/drain", post(drain))
+        .route("/v1/pools/{pool}/backends/{name}/undrain", post(undrain))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(Arc::clone(&api), guard))
+        .with_state(api)
+}
+
+async fn live(State(api): State<Arc<Api>>) -> Response {
+    answer(JSON, json!({ "live": true, "state": api.readiness.name() }).to_string())
+}
+
+async fn ready(State(api): State<Arc<Api>>) -> Response {
+    let state = api.readiness.name();
+    if api.readiness.is_ready() {
+        return answer(JSON, json!({ "ready": true, "state": state }).to_string());
+    }
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", state).into_response()
+}
+
+async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
+    Ok(answer(TEXT_METRICS, api.ask(Request::Metrics).await?))
+}
+
+async fn status(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
+    Ok(answer(JSON, api.ask(Request::Status).await?))
+}
+
+async fn reload(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
+    Ok(match api.ask(Request::Reload).await? {
+        Ok(reloaded) => answer(JSON, json!(reloaded).to_string()),
+        Err(refused) => refused_file(&refused),
+    })
+}
+
+fn refused_file(refused: &ReloadError) -> Response {
+    let detail = match refused.problems.as_slice() {
+        [one] => one.message.clone(),
+        several => format!("{} problems", several.len()),
+    };
+    let error = "the configuration is refused; the one in force stays";
+    let body = json!({ "error": error, "detail": detail, "problems": refused.problems });
+    with_status(StatusCode::UNPROCESSABLE_ENTITY, body)
+}
+
+async fn shutdown(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
+    api.ask(Request::Shutdown).await?;
+    Ok(answer(JSON, json!({ "state": "draining" }).to_string()))
+}
+
+type Named = Result<Path<(String, String)>, PathRejection>;
+
+async fn drain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<Response, Refusal> {
+    set_intent(&api, &uri, named, Intent::Draining).await
+}
+
+async fn undrain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<Response, Refusal> {
+    set_intent(&api, &uri, named, Intent::Ready).await
+}
+
+async fn set_intent(api: &Api, uri: &Uri, named: Named, to: Intent) -> Result<Response, Refusal> {
+    // Not UTF-8 once decoded: no name is like that.
+    let Ok(Path((pool, backend))) = named else { return Err(not_found(uri)) };
+    let body = json!({ "pool": pool, "backend": backend, "intent": to.name() });
+    let unknown_pool = format!("no pool is named {pool:?}");
+    let unknown_backend = format!("pool {pool:?} has no backend {backend:?}");
+    let done = api.ask(|reply| Request::SetIntent { pool, backend, intent: to, reply }).await?;
+    match done {
+        Ok(()) => Ok(answer(JSON, body.to_string())),
+        Err(OperatorError::UnknownPool) => {
+            Err(Refusal::new(StatusCode::NOT_FOUND, "unknown pool", unknown_pool))
+        }
+        Err(OperatorError::UnknownBackend) => {
+            Err(Refusal::new(StatusCode::NOT_FOUND, "unknown backend", unknown_backend))
+        }
+    }
+}
+
+async fn unknown_path(uri: Uri) -> Refusal {
+    not_found(&uri)
+}
+
+fn not_found(uri: &Uri) -> Refusal {
+    Refusal::new(StatusCode::NOT_FOUND, "unknown path", uri.path())
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Refusal {
+    let detail = format!("{method} is not for {}", uri.path());
+    Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "wrong method", detail)
+}
+
+fn answer(content_type: &'static str, body: String) -> Response {
+    ([(CONTENT_TYPE, content_type)], body).into_response()
+}
+
+fn with_status(status: StatusCode, body: Value) -> Response {
+    (status, [(CONTENT_TYPE, JSON)], body.to_string()).into_response()
+}
+
+// === impl Api ===
+
+impl Api {
+    /// Sends one request to the control loop and waits for its reply.
+    async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Refusal> {
+        let (reply, answer) = oneshot::channel();
+        let exchange = async {
+            self.requests.send(make(reply)).await.ok()?;
+            answer.await.ok()
+        };
+        let detail = match tokio::time::timeout(ANSWER_MAX, exchange).await {
+            Ok(Some(answer)) => return Ok(answer),
+            Ok(None) => "the control loop has ended".to_owned(),
+            Err(_) => format!(
+                "the control loop did not answer within {ANSWER_MAX:?}; \
+                 what was asked for may still happen"
+            ),
+        };
+        Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "no answer", detail))
+    }
+}
+
+// === impl Refusal ===
+
+impl Refusal {
+    pub(super) fn new(status: StatusCode, error: &'static str, detail: impl Into<String>) -> Self {
+        Refusal { status, error, detail: detail.into() }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let body = json!({ "error": self.error, "detail": self.detail });
+        let mut response = with_status(self.status, body);
+        if self.status == StatusCode::UNAUTHORIZED {
+            let challenge = HeaderValue::from_static("Bearer realm=\"tidegate\"");
+            response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
+        }
+        response
+    }
+}

@@ -1,0 +1,79 @@
+//! Everything status and metrics are rendered from, borrowed for one rendering.
+//!
+//! Filled in by the control loop in `app`, read by the pure renderers. It holds
+//! no locks: counters are read while workers go on counting, so sums of one
+//! rendering may differ by what happened meanwhile.
+
+use super::process::ProcessFacts;
+use crate::control::ControlStatus;
+use crate::telemetry::counters::WorkerCounters;
+use crate::telemetry::histograms::Merged;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// One moment of the whole process.
+#[derive(Debug, Clone, Copy)]
+pub struct Snapshot<'a> {
+    /// Frontends, pools, backends.
+    pub control: &'a ControlStatus,
+    /// In worker order.
+    pub workers: &'a [Arc<WorkerCounters>],
+    /// Connect, first-byte and session times.
+    pub latency: &'a Merged,
+    /// Of the program.
+    pub version: &'a str,
+    /// Engine in use, such as `epoll`.
+    pub engine: &'a str,
+    /// Why that engine.
+    pub engine_reason: &'a str,
+    /// Now; ages in status are counted from here.
+    pub now: Instant,
+    /// Since the process started.
+    pub uptime: Duration,
+    /// Whether it is on its way out.
+    pub state: ServiceState,
+    /// Reloads since the start, by result.
+    pub reloads: ReloadCounts,
+    /// Tables published so far.
+    pub table_serial: u64,
+    /// Sessions open in the whole process.
+    pub connections_active: u32,
+    /// Cap on those.
+    pub connections_max: u32,
+    /// Settings that were accepted and wait for a restart, in words.
+    pub warnings: &'a [String],
+    /// What the kernel says of the process.
+    pub process: ProcessFacts,
+}
+
+/// Where the process is in its life, as status shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServiceState {
+    /// Takes new connections.
+    Serving,
+    /// Finishes old ones.
+    Draining,
+}
+
+/// How reloads ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ReloadCounts {
+    /// A new generation is in force.
+    pub changed: u64,
+    /// The file said nothing new.
+    pub unchanged: u64,
+    /// The file was bad, or a listener could not be bound.
+    pub refused: u64,
+}
+
+// === impl ServiceState ===
+
+impl ServiceState {
+    /// As in status.
+    pub fn name(self) -> &'static str {
+        match self {
+            ServiceState::Serving => "serving",
+            ServiceState::Draining => "draining",
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! `/v1/status`: the whole picture as JSON.
+//!
+//! Called by the control loop with a [`Snapshot`]. Pure: it reads no clock and
+//! does no I/O.
+
+use super::snapshot::Snapshot;
+use crate::config::BackendAddress;
+use crate::control::{BackendStatus, FrontendStatus, PoolStatus};
+use crate::health::Transition;
+use crate::table::state::{BackendState, FrontendCounters};
+use crate::telemetry::histograms::{Merged, Series};
+use serde::Serialize;
+use std::net::SocketAddr;
+use std::time::Instant;
+
+#[derive(Serialize)]
+struct Document<'a> {
+    version: &'a str,
+    generation: u64,
+    table_serial: u64,
+    engine: &'a str,
+    engine_reason: &'a str,
+    workers: usize,
+    uptime_seconds: f64,
+    state: &'static str,
+    connections_active: u32,
+    connections_max: u32,
+    /// Settings that wait for a restart.
+    warnings: &'a [String],
+    frontends: Vec<Frontend<'a>>,
+    pools: Vec<Pool<'a>>,
+    /// Backends no longer configured that still hold sessions.
+    leaving: Vec<Leaving<'a>>,
+}
+
+#[derive(Serialize)]
+struct Frontend<'a> {
+    name: &'a str,
+    binds: &'a [SocketAddr],
+    pool: &'a str,
+    connections_max: u32,
+    sessions_active: u32,
+    sessions_total: u64,
+    bytes_in_total: u64,
+    bytes_out_total: u64,
+    refused_total: u64,
+}
+
+#[derive(Serialize)]
+struct Pool<'a> {
+    name: &'a str,
+    balance: &'static str,
+    backends: Vec<Backend<'a>>,
+}
+
+#[derive(Serialize)]
+struct Backend<'a> {
+    name: &'a str,
+    address: String,
+    weight: u32,
+    effective_weight: u32,
+    backup: bool,
+    connections_max: u32,
+    intent: &'static str,
+    observation: &'static str,
+    ejected: bool,
+    eligible: bool,
+    sessions_active: u32,
+    sessions_total: u64,
+    connect_failures_total: u64,
+    bytes_in_total: u64,
+    bytes_out_total: u64,
+    connect_seconds: Quantiles,
+    first_byte_seconds: Quantiles,
+    last_transition: Option<LastTransition<'a>>,
+}
+
+/// Both `null` until something was measured.
+#[derive(Serialize)]
+struct Quantiles {
+    p50: Option<f64>,
+    p99: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct LastTransition<'a> {
+    from: &'static str,
+    to: &'static str,
+    reason: &'a str,
+    seconds_ago: f64,
+    /// How long the state before had lasted.
+    lasted_seconds: f64,
+}
+
+#[derive(Serialize)]
+struct Leaving<'a> {
+    pool: &'a str,
+    name: &'a str,
+    address: String,
+    sessions_active: u32,
+}
+
+/// The text of `/v1/status`.
+pub fn render(snapshot: &Snapshot<'_>) -> String {
+    let control = snapshot.control;
+    let document = Document {
+        version: snapshot.version,
+        generation: control.generation,
+        table_serial: snapshot.table_serial,
+        engine: snapshot.engine,
+        engine_reason: snapshot.engine_reason,
+        workers: snapshot.workers.len(),
+        uptime_seconds: millis(snapshot.uptime),
+        state: snapshot.state.name(),
+        connections_active: snapshot.connections_active,
+        connections_max: snapshot.connections_max,
+        warnings: snapshot.warnings,
+        frontends: control.frontends.iter().map(frontend).collect(),
+        pools: control.pools.iter().map(|p| pool(p, snapshot.latency, snapshot.now)).collect(),
+        leaving: control.leaving.iter().map(|backend| leaving(backend)).collect(),
+    };
+    serde_json::to_string(&document).expect("plain data with string keys always serialises")
+}
+
+fn frontend(status: &FrontendStatus) -> Frontend<'_> {
+    let sum = |read: fn(&FrontendCounters) -> u64| status.state.counters.sum(read);
+    Frontend {
+        name: &status.state.name,
+        binds: &status.binds,
+        pool: &status.pool,
+        connections_max: status.connections_max,
+        sessions_active: status.state.in_flight.get(),
+        sessions_total: sum(|c| c.sessions.get()),
+        bytes_in_total: sum(|c| c.bytes_in.get()),
+        bytes_out_total: sum(|c| c.bytes_out.get()),
+        refused_total: sum(|c| {
+            (0..crate::proxy::close::RefusedReason::COUNT)
+                .map(|reason| c.refused.cell(reason, 0).get())
+                .sum()
+        }),
+    }
+}
+
+fn pool<'a>(status: &'a PoolStatus, latency: &Merged, now: Instant) -> Pool<'a> {
+    Pool {
+        name: &status.name,
+        balance: status.balance,
+        backends: status.backends.iter().map(|b| backend(b, latency, now)).collect(),
+    }
+}
+
+fn backend<'a>(status: &'a BackendStatus, latency: &Merged, now: Instant) -> Backend<'a> {
+    let state = &status.state;
+    Backend {
+        name: &state.name,
+        address: address(&state.address),
+        weight: status.weight,
+        effective_weight: status.effective_weight,
+        backup: status.backup,
+        connections_max: status.connections_max,
+        intent: status.intent.name(),
+        observation: status.observation.name(),
+        ejected: status.ejected,
+        eligible: status.eligible,
+        sessions_active: state.in_flight.get(),
+        sessions_total: state.counters.sum(|c| c.sessions.get()),
+        connect_failures_total: state.counters.sum(|c| c.connect_failures.get()),
+        bytes_in_total: state.counters.sum(|c| c.bytes_in.get()),
+        bytes_out_total: state.counters.sum(|c| c.bytes_out.get()),
+        connect_seconds: quantiles(state, Series::Connect, latency),
+        first_byte_seconds: quantiles(state, Series::FirstByte, latency),
+        last_transition: status.last_transition.as_ref().map(|t| last_transition(t, now)),
+    }
+}
+
+fn quantiles(state: &BackendState, series: Series, latency: &Merged) -> Quantiles {
+    let data = latency.get(state.id.0, series);
+    let at = |q| data.map(|data| data.quantile(q).as_secs_f64());
+    Quantiles { p50: at(0.5), p99: at(0.99) }
+}
+
+fn last_transition(transition: &Transition, now: Instant) -> LastTransition<'_> {
+    LastTransition {
+        from: transition.from,
+        to: transition.to,
+        reason: &transition.reason,
+        seconds_ago: millis(now.saturating_duration_since(transition.at)),
+        lasted_seconds: millis(transition.lasted),
+    }
+}
+
+fn leaving(state: &BackendState) -> Leaving<'_> {
+    Leaving {
+        pool: &state.pool,
+        name: &state.name,
+        address: address(&state.address),
+        sessions_active: state.in_flight.get(),
+    }
+}
+
+fn address(address: &BackendAddress) -> String {
+    address.to_string()
+}
+
+/// Nobody reads an uptime to the nanosecond.
+fn millis(time: std::time::Duration) -> f64 {
+    time.as_millis() as f64 / 1e3
+}

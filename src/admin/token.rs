@@ -1,0 +1,171 @@
+//! The bearer token that admin requests over TCP carry.
+//!
+//! Read from its file at start and on reload, compared in constant time. It is
+//! never logged and never shown by `Debug`.
+
+use rustix::fs::{Mode, OFlags};
+use std::fmt;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+
+/// A secret of at least [`TOKEN_MIN`] visible ASCII characters.
+pub struct Token(Box<[u8]>);
+
+/// The token in force, replaced on reload; shared with the running API.
+#[derive(Debug, Default)]
+pub struct TokenStore(ArcSwapOption<Token>);
+
+/// Why a token file was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenError {
+    /// The file cannot be read.
+    #[error("cannot read the token file {}: {source}", path.display())]
+    Unreadable {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Users other than owner and group may read or write the file.
+    #[error("the token file {} is open to everyone (mode {mode:04o}); use chmod 0640", path.display())]
+    OpenToAll {
+        /// Which.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// Too short, too long or not visible ASCII.
+    #[error(
+        "the token file {} must hold {TOKEN_MIN} to {TOKEN_MAX} visible ASCII characters on one line",
+        path.display()
+    )]
+    Unfit {
+        /// Which.
+        path: PathBuf,
+    },
+}
+
+/// Shorter ones can be guessed.
+pub const TOKEN_MIN: usize = 16;
+
+/// Longer ones are no token but the wrong file.
+pub const TOKEN_MAX: usize = 1024;
+
+// === impl Token ===
+
+impl Token {
+    /// Reads a token file; white space around the token is ignored.
+    ///
+    /// # Errors
+    /// See [`TokenError`].
+    pub fn load(path: &Path) -> Result<Token, TokenError> {
+        let unreadable = |source| TokenError::Unreadable { path: path.to_owned(), source };
+        // Non-blocking: a FIFO put there by mistake must not stop the start.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| unreadable(e.into()))?;
+        // The mode of what was opened, not of what the path names by then.
+        let mode = rustix::fs::fstat(&fd).map_err(|e| unreadable(e.into()))?.st_mode & 0o7777;
+        if mode & 0o006 != 0 {
+            return Err(TokenError::OpenToAll { path: path.to_owned(), mode });
+        }
+        let mut text = Vec::new();
+        let file = std::fs::File::from(fd);
+        file.take(TOKEN_MAX as u64 + 64).read_to_end(&mut text).map_err(unreadable)?;
+        Token::new(&text).ok_or_else(|| TokenError::Unfit { path: path.to_owned() })
+    }
+
+    /// `None` unless the trimmed text is a fit token.
+    pub fn new(text: &[u8]) -> Option<Token> {
+        let text = text.trim_ascii();
+        let fit = (TOKEN_MIN..=TOKEN_MAX).contains(&text.len())
+            && text.iter().all(|byte| byte.is_ascii_graphic());
+        fit.then(|| Token(text.into()))
+    }
+
+    /// Compares in a time that depends on the lengths alone.
+    pub fn matches(&self, candidate: &[u8]) -> bool {
+        let differing = self.0.iter().zip(candidate).fold(0, |sum, (a, b)| sum | (a ^ b));
+        // Keeps the optimiser from leaving the loop at the first difference.
+        let differing = std::hint::black_box(differing);
+        self.0.len() == candidate.len() && differing == 0
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(hidden)")
+    }
+}
+
+// === impl TokenStore ===
+
+impl TokenStore {
+    /// With no token every POST over TCP is refused.
+    pub fn new(token: Option<Token>) -> TokenStore {
+        TokenStore(ArcSwapOption::new(token.map(Arc::new)))
+    }
+
+    /// Replaces the token for all requests from now on.
+    pub fn set(&self, token: Option<Token>) {
+        self.0.store(token.map(Arc::new));
+    }
+
+    /// The token in force.
+    pub fn get(&self) -> Option<Arc<Token>> {
+        self.0.load_full()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn load(text: &[u8], mode: u32) -> Result<Token, TokenError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+        Token::load(file.path())
+    }
+
+    #[test]
+    fn a_token_is_trimmed_and_matches_only_itself() {
+        let token = load(b"  0123456789abcdef\r\n", 0o640).unwrap();
+        assert!(token.matches(b"0123456789abcdef"));
+        for other in [&b"0123456789abcdeF"[..], b"0123456789abcde", b"0123456789abcdef0", b""] {
+            assert!(!token.matches(other));
+        }
+    }
+
+    #[test]
+    fn short_long_or_strange_tokens_are_unfit() {
+        let long = vec![b'x'; TOKEN_MAX + 1];
+        let spaced = [&b"0123456789abcdef"[..], &[b' '; 2000], b"x"].concat();
+        for text in [&b"0123456789abcde"[..], b"", b"0123456789 abcdefgh", &long, &[0xC3; 20]] {
+            assert!(matches!(load(text, 0o600), Err(TokenError::Unfit { .. })));
+        }
+        // Cut off while reading, it would look like a fit one with a tail.
+        assert!(Token::new(&spaced).is_none());
+    }
+
+    #[test]
+    fn a_file_everyone_may_read_or_write_is_refused() {
+        for mode in [0o644, 0o602, 0o666] {
+            assert!(matches!(
+                load(b"0123456789abcdef", mode),
+                Err(TokenError::OpenToAll { mode: told, .. }) if told == mode
+            ));
+        }
+        let missing = Token::load(Path::new("/no/such/token"));
+        assert!(matches!(missing, Err(TokenError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn debug_output_hides_the_token() {
+        let token = Token::new(b"0123456789abcdef").unwrap();
+        assert!(!format!("{token:?}{:?}", TokenStore::new(Some(token))).contains("0123"));
+    }
+}

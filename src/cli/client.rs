@@ -1,0 +1,354 @@
+//! The command line's side of the admin API.
+//!
+//! Used by `reload`, `status`, `drain`, `undrain` and `shutdown`: one request,
+//! one answer, bounded in time and size. It knows the API's HTTP and its error
+//! shape, not its meaning.
+
+use super::Exit;
+use clap::Args;
+use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
+use hyper::body::Bytes;
+use hyper::header::{AUTHORIZATION, CONNECTION, HOST};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use std::fmt;
+use std::io::{self, Write};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+
+/// How to reach a running balancer.
+#[derive(Debug, Args)]
+pub struct ClientArgs {
+    /// Admin address: unix:PATH or IP:PORT.
+    #[arg(long, value_name = "ADDR", default_value = "unix:/run/tidegate/admin.sock")]
+    pub admin: Address,
+    /// Print the API's JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// File with the bearer token that changes over TCP need.
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+}
+
+/// Where the admin API listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// An IP address and port.
+    Tcp(SocketAddr),
+}
+
+/// A request refused, or no answer at all; displays for standard error.
+#[derive(Debug)]
+pub enum ClientError {
+    /// The token file is unfit.
+    Token(String),
+    /// The balancer said no: its JSON, or its text where that is none.
+    Refused(Value),
+    /// Nobody answered, or not as the admin API does.
+    Unreachable(String),
+}
+
+/// A live balancer accepts at once.
+const CONNECT_MAX: Duration = Duration::from_secs(5);
+
+/// The API itself gives its control loop 5 s and answers in any case.
+const ANSWER_MAX: Duration = Duration::from_secs(15);
+
+/// Status of ten thousand backends is 6 MB.
+const ANSWER_BYTES_MAX: usize = 256 * 1024 * 1024;
+
+/// Sends one request and gives the answer's body, a success's.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn ask(args: &ClientArgs, method: Method, path: &str) -> Result<String, ClientError> {
+    let token = args.token_file.as_deref().map(read_token).transpose()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| ClientError::Unreachable(format!("cannot start: {error}")))?;
+    runtime.block_on(exchange(&args.admin, method, path, token.as_deref()))
+}
+
+fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        ClientError::Token(format!("cannot read the token file {}: {error}", path.display()))
+    })?;
+    let token = text.trim();
+    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        let path = path.display();
+        return Err(ClientError::Token(format!("the token file {path} holds no token")));
+    }
+    Ok(token.to_owned())
+}
+
+async fn exchange(
+    address: &Address,
+    method: Method,
+    path: &str,
+    token: Option<&str>,
+) -> Result<String, ClientError> {
+    let unreachable = |error: &dyn fmt::Display| {
+        ClientError::Unreachable(format!("cannot reach the balancer at {address}: {error}"))
+    };
+    let mut request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(HOST, address.host())
+        .header(CONNECTION, "close");
+    if let Some(token) = token {
+        request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+    }
+    let request = request.body(Empty::new()).map_err(|error| unreachable(&error))?;
+    let connected = async {
+        match address {
+            Address::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
+            Address::Tcp(to) => Ok::<_, io::Error>(Stream::Tcp(TcpStream::connect(to).await?)),
+        }
+    };
+    let stream = match timeout(CONNECT_MAX, connected).await {
+        Ok(connected) => connected.map_err(|error| unreachable(&error))?,
+        Err(_) => return Err(unreachable(&format!("no connection within {CONNECT_MAX:?}"))),
+    };
+    let answered = async {
+        match stream {
+            Stream::Unix(stream) => answer(stream, request).await,
+            Stream::Tcp(stream) => answer(stream, request).await,
+        }
+    };
+    let (status, body) = match timeout(ANSWER_MAX, answered).await {
+        Ok(answered) => answered.map_err(|error| unreachable(&error))?,
+        Err(_) => return Err(unreachable(&format!("no answer within {ANSWER_MAX:?}"))),
+    };
+    judge(status, body, address)
+}
+
+enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+async fn answer(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    request: Request<Empty<Bytes>>,
+) -> Result<(StatusCode, String), String> {
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| error.to_string())?;
+    // Its errors come back through the request's.
+    let driver = tokio::spawn(connection);
+    let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
+    let status = response.status();
+    let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+    let body = body.map_err(|error| match error.is::<LengthLimitError>() {
+        true => "its answer is too long".to_owned(),
+        false => error.to_string(),
+    })?;
+    driver.abort();
+    let body = String::from_utf8(body.to_bytes().into());
+    Ok((status, body.map_err(|_| "its answer is not text".to_owned())?))
+}
+
+fn judge(status: StatusCode, body: String, address: &Address) -> Result<String, ClientError> {
+    if status.is_success() {
+        return Ok(body);
+    }
+    let value =
+        serde_json::from_str::<Value>(&body).ok().filter(|value| value["error"].is_string());
+    match value {
+        Some(value) if status.is_client_error() => Err(ClientError::Refused(value)),
+        Some(value) => Err(ClientError::Unreachable(format!(
+            "the balancer at {address} cannot answer: {}",
+            sentence(&value)
+        ))),
+        None => Err(ClientError::Unreachable(format!(
+            "what answers at {address} is not the admin API (HTTP {status})"
+        ))),
+    }
+}
+
+/// `error: detail` of an error answer.
+fn sentence(value: &Value) -> String {
+    let error = value["error"].as_str().unwrap_or_default();
+    match value["detail"].as_str() {
+        Some(detail) if !detail.is_empty() => format!("{error}: {detail}"),
+        _ => error.to_owned(),
+    }
+}
+
+/// Percent-encodes one path segment (RFC 3986, unreserved characters stay).
+pub fn segment(name: &str) -> String {
+    let mut encoded = String::with_capacity(name.len());
+    for byte in name.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                encoded.push(byte as char);
+            }
+            _ => encoded.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    encoded
+}
+
+/// Prints what a command has to say: the API's answer with `--json`, else what
+/// `shown` makes of it. Errors go to standard error and decide the exit code.
+pub fn report(
+    args: &ClientArgs,
+    answer: Result<String, ClientError>,
+    shown: impl FnOnce(&Value) -> String,
+) -> Exit {
+    let text = match answer {
+        Ok(text) if args.json => text,
+        Ok(text) => match serde_json::from_str(&text) {
+            Ok(value) => shown(&value),
+            Err(error) => return complain(&format!("tidegate: the answer is no JSON: {error}"), 3),
+        },
+        Err(error) => return fail(args, &error),
+    };
+    print(&text)
+}
+
+fn fail(args: &ClientArgs, error: &ClientError) -> Exit {
+    match error {
+        ClientError::Unreachable(text) => complain(&format!("tidegate: {text}"), 3),
+        ClientError::Token(text) => complain(&format!("tidegate: {text}"), 1),
+        ClientError::Refused(value) => {
+            if args.json {
+                print(&value.to_string());
+            }
+            complain(&refusal(value), 1)
+        }
+    }
+}
+
+/// Problems as `check` starts them, or one sentence.
+fn refusal(value: &Value) -> String {
+    let problem = |problem: &Value| {
+        let file = problem["file"].as_str()?;
+        let (line, column) = (problem["line"].as_u64()?, problem["column"].as_u64()?);
+        let message = problem["message"].as_str()?;
+        Some(format!("{file}:{line}:{column}: error: {message}"))
+    };
+    let problems = value["problems"].as_array().into_iter().flatten();
+    let mut lines: Vec<String> = problems.filter_map(problem).collect();
+    if lines.is_empty() {
+        lines.push(format!("tidegate: {}", sentence(value)));
+    } else {
+        lines.push(format!("tidegate: {}", value["error"].as_str().unwrap_or_default()));
+    }
+    lines.join("\n")
+}
+
+fn complain(text: &str, code: u8) -> Exit {
+    // With standard error closed there is nobody to tell.
+    let _ = writeln!(io::stderr(), "{}", printable(text));
+    if code == 1 { Exit::Refused } else { Exit::Failed }
+}
+
+/// Writes a text and a newline to standard output. Whoever closed the other end
+/// (`| head`) has seen enough: that is no failure.
+fn print(text: &str) -> Exit {
+    let mut out = io::stdout().lock();
+    match writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            complain(&format!("tidegate: cannot write: {error}"), 3)
+        }
+        _ => Exit::Fine,
+    }
+}
+
+/// Names come from files and may hold anything; a terminal must not obey them.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{FFFD}' } else { c }).collect()
+}
+
+// === impl Address ===
+
+impl Address {
+    /// For the `Host` header.
+    fn host(&self) -> String {
+        match self {
+            Address::Unix(_) => "localhost".to_owned(),
+            Address::Tcp(address) => address.to_string(),
+        }
+    }
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Address, String> {
+        let expected = || "expected unix:PATH or IP:PORT".to_owned();
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.is_empty() { Err(expected()) } else { Ok(Address::Unix(path.into())) };
+        }
+        let address = match text.strip_prefix("localhost:") {
+            Some(port) => {
+                SocketAddr::from((Ipv4Addr::LOCALHOST, port.parse().map_err(|_| expected())?))
+            }
+            None => text.parse().map_err(|_| expected())?,
+        };
+        if address.port() == 0 { Err(expected()) } else { Ok(Address::Tcp(address)) }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Unix(path) => write!(f, "unix:{}", path.display()),
+            Address::Tcp(address) => address.fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_segment_keeps_no_slash_colon_or_bracket() {
+        assert_eq!(segment("unix:/run/a b.sock"), "unix%3A%2Frun%2Fa%20b.sock");
+        assert_eq!(segment("[::1]:80"), "%5B%3A%3A1%5D%3A80");
+        assert_eq!(segment("ä-._~9"), "%C3%A4-._~9");
+    }
+
+    #[test]
+    fn problems_are_told_as_check_tells_them() {
+        let value = json!({
+            "error": "refused", "detail": "1 problem",
+            "problems": [{"file": "t.toml", "line": 3, "column": 7, "message": "no such pool"}],
+        });
+        assert_eq!(refusal(&value), "t.toml:3:7: error: no such pool\ntidegate: refused");
+        let value = json!({"error": "unknown pool", "detail": "no pool is named \"x\""});
+        assert_eq!(refusal(&value), "tidegate: unknown pool: no pool is named \"x\"");
+    }
+
+    #[test]
+    fn refusals_and_failures_are_told_apart_by_status() {
+        let at = Address::Unix("/x".into());
+        let judged = |status, body: &str| judge(status, body.to_owned(), &at);
+        let said = r#"{"error":"e","detail":"d"}"#;
+        assert!(judged(StatusCode::OK, "anything").is_ok());
+        assert!(matches!(judged(StatusCode::NOT_FOUND, said), Err(ClientError::Refused(_))));
+        assert!(matches!(
+            judged(StatusCode::SERVICE_UNAVAILABLE, said),
+            Err(ClientError::Unreachable(_))
+        ));
+        let foreign = judged(StatusCode::NOT_FOUND, "<html>");
+        assert!(matches!(foreign, Err(ClientError::Unreachable(_))));
+    }
+
+    #[test]
+    fn terminals_get_no_control_characters() {
+        assert_eq!(printable("a\x1b[31m\r\nb"), "a\u{FFFD}[31m\u{FFFD}\nb");
+    }
+}

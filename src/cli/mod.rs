@@ -1,0 +1,245 @@
+//! The command line: what can be asked, and which function answers.
+//!
+//! `main` calls [`main`] and exits with what it gives. Each subcommand lives in
+//! a file of its own and gives an [`Exit`]; nothing here runs or asks anything
+//! itself.
+
+pub mod check;
+pub mod client;
+pub mod demo;
+pub mod drain;
+pub mod reload;
+pub mod run;
+pub mod shutdown;
+pub mod status;
+
+use clap::{Args, Parser, Subcommand};
+use client::ClientArgs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// How a command ended, as scripts see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// All went well.
+    Fine = 0,
+    /// A configuration or a request was refused.
+    Refused = 1,
+    /// The command line makes no sense.
+    Usage = 2,
+    /// Trouble while running: an address taken, the admin API unreachable.
+    Failed = 3,
+}
+
+/// Tidegate: a layer-4 load balancer.
+#[derive(Debug, Parser)]
+#[command(name = "tidegate", version, arg_required_else_help = true, after_help = HELP)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const HELP: &str = "\
+Example:
+  tidegate check --config /etc/tidegate/tidegate.toml
+  tidegate run --config /etc/tidegate/tidegate.toml
+
+Exit codes: 0 fine; 1 a refused configuration or request; 2 a usage error;
+3 a failure while running (address taken, admin API unreachable).";
+
+/// Every subcommand.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the balancer in the foreground.
+    ///
+    /// SIGTERM and SIGINT drain and exit, a second one exits at once; SIGHUP
+    /// reloads the configuration; SIGUSR2 upgrades the binary in place.
+    #[command(after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml")]
+    Run(RunArgs),
+    /// Validate a configuration: print every problem with its place.
+    #[command(after_help = "Example:\n  tidegate check --config /etc/tidegate/tidegate.toml")]
+    Check(CheckArgs),
+    /// Show the balancer at work: built-in backends, one of which dies and
+    /// comes back, in one process.
+    #[command(after_help = "Example:\n  tidegate demo --backends 4 --for 30s")]
+    Demo(DemoArgs),
+    /// Have the running balancer read its configuration again.
+    #[command(after_help = "Example:\n  tidegate reload --admin unix:/run/tidegate/admin.sock")]
+    Reload(ClientArgs),
+    /// Show frontends, pools and backends of the running balancer.
+    #[command(after_help = "Example:\n  tidegate status\n  tidegate status --json | jq .pools")]
+    Status(ClientArgs),
+    /// Give a backend no new sessions; the ones it has run to their end.
+    #[command(after_help = "Example:\n  tidegate drain web/10.0.0.11:8080")]
+    Drain(DrainArgs),
+    /// Give a drained backend new sessions again.
+    #[command(after_help = "Example:\n  tidegate undrain web/10.0.0.11:8080")]
+    Undrain(DrainArgs),
+    /// Have the running balancer drain and exit, as SIGTERM does.
+    #[command(
+        after_help = "Example:\n  tidegate shutdown --admin 127.0.0.1:9900 --token-file token"
+    )]
+    Shutdown(ClientArgs),
+}
+
+/// `tidegate run`
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Configuration file (TOML).
+    #[arg(long, short, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// `tidegate check`
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Configuration file (TOML).
+    #[arg(long, short, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// `tidegate demo`
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Built-in backends to start.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub backends: u16,
+    /// How long to go on, such as 10s or 1m.
+    #[arg(long = "for", value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub duration: Duration,
+}
+
+/// `tidegate drain` and `undrain`
+#[derive(Debug, Args)]
+pub struct DrainArgs {
+    /// Pool and backend, parted by the first slash.
+    #[arg(value_name = "POOL/BACKEND", value_parser = drain::target)]
+    pub target: drain::Target,
+    /// How to reach the balancer.
+    #[command(flatten)]
+    pub client: ClientArgs,
+}
+
+/// Reads the arguments of this process and does what they say.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nowhere left to complain to when even that fails.
+            let _ = error.print();
+            return if error.use_stderr() { Exit::Usage } else { Exit::Fine }.into();
+        }
+    };
+    dispatch(cli.command).into()
+}
+
+fn dispatch(command: Command) -> Exit {
+    match command {
+        Command::Run(args) => run::main(args),
+        Command::Check(args) => check::main(args),
+        Command::Demo(args) => demo::main(args),
+        Command::Reload(args) => reload::main(&args),
+        Command::Status(args) => status::main(&args),
+        Command::Drain(args) => drain::drain(&args),
+        Command::Undrain(args) => drain::undrain(&args),
+        Command::Shutdown(args) => shutdown::main(&args),
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("a duration above zero is needed".to_owned()),
+        Ok(duration) => Ok(duration),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+// === impl Exit ===
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit as u8)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(arguments: &[&str]) -> Result<Command, clap::Error> {
+        Cli::try_parse_from([&["tidegate"], arguments].concat()).map(|cli| cli.command)
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_says_what_it_does_with_an_example() {
+        for command in Cli::command().get_subcommands_mut() {
+            let help = command.render_long_help().to_string();
+            let call = format!("Example:\n  tidegate {} ", command.get_name());
+            let bare = format!("Example:\n  tidegate {}\n", command.get_name());
+            assert!(help.contains(&call) || help.contains(&bare), "{help}");
+        }
+    }
+
+    #[test]
+    fn a_backend_is_parted_from_its_pool_by_the_first_slash() {
+        let Command::Drain(args) = parse(&["drain", "web/unix:/run/a.sock"]).unwrap() else {
+            panic!("another command");
+        };
+        let (pool, backend) = (args.target.pool.as_str(), args.target.backend.as_str());
+        assert_eq!((pool, backend), ("web", "unix:/run/a.sock"));
+        for wrong in ["web", "/a", "web/", ""] {
+            assert_eq!(parse(&["drain", wrong]).unwrap_err().exit_code(), 2, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_contract_command_lines_are_taken() {
+        for line in [
+            "run --config f",
+            "check --config f",
+            "demo",
+            "demo --backends 5 --for 1m",
+            "reload",
+            "status --json --admin unix:/x",
+            "drain a/b --admin 127.0.0.1:9900 --json",
+            "undrain a/b --admin [::1]:9900 --token-file t",
+            "shutdown --admin localhost:9900",
+        ] {
+            parse(&line.split(' ').collect::<Vec<_>>()).expect(line);
+        }
+    }
+
+    #[test]
+    fn senseless_command_lines_are_usage_errors() {
+        for line in [
+            "run",
+            "nonsense",
+            "status --admin example.com:80",
+            "status --admin unix:",
+            "status --admin 127.0.0.1",
+            "status --admin 127.0.0.1:0",
+            "demo --for 0s",
+            "demo --for soon",
+            "demo --backends 0",
+            "drain",
+        ] {
+            let error = parse(&line.split(' ').collect::<Vec<_>>()).expect_err(line);
+            assert!(error.use_stderr() && error.exit_code() == 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn demo_runs_ten_seconds_unless_told() {
+        let Command::Demo(args) = parse(&["demo"]).unwrap() else { panic!("another command") };
+        assert_eq!((args.backends, args.duration), (3, Duration::from_secs(10)));
+    }
+}

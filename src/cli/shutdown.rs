@@ -1,0 +1,16 @@
+//! `tidegate shutdown`: have the running balancer drain and exit.
+//!
+//! Called by the command line; the admin API does the work. It does not wait
+//! for the end.
+
+use super::Exit;
+use super::client::{ClientArgs, ask, report};
+use hyper::Method;
+
+/// Asks and says that draining has begun.
+pub fn main(args: &ClientArgs) -> Exit {
+    report(args, ask(args, Method::POST, "/v1/shutdown"), |_| {
+        "draining; the balancer exits when its sessions have ended or drain_timeout is over"
+            .to_owned()
+    })
+}
