@@ -160,7 +160,16 @@ fn spec(balance: Policy) -> Arc<config::Pool> {
     })
 }
 
-fn input(spec: &Arc<config::Pool>, states: &[Arc<BackendState>]) -> Input {
+/// Weights that make the longest periods with the most different weights.
+fn uneven(index: usize) -> u32 {
+    if index < 500 { 999 - 2 * (index as u32 % 499) } else { 1 }
+}
+
+fn input(
+    spec: &Arc<config::Pool>,
+    states: &[Arc<BackendState>],
+    weight: fn(usize) -> u32,
+) -> Input {
     let backends = states
         .iter()
         .enumerate()
@@ -187,14 +196,23 @@ fn tables(c: &mut Criterion) {
             let spec = spec(policy);
             let id = BenchmarkId::new(policy.name(), size);
             c.benchmark_group("build-and-publish").bench_function(id, |b| {
-                b.iter(|| publisher.publish(Arc::new(build(input(&spec, &states), None))));
+                b.iter(|| publisher.publish(Arc::new(build(input(&spec, &states, weight), None))));
+            });
+        }
+        for policy in [Policy::WeightedRoundRobin, Policy::SourceHash] {
+            let spec = spec(policy);
+            let id = BenchmarkId::new(format!("{}-uneven", policy.name()), size);
+            c.benchmark_group("build-and-publish").bench_function(id, |b| {
+                b.iter(|| publisher.publish(Arc::new(build(input(&spec, &states, uneven), None))));
             });
         }
         let spec = spec(Policy::SourceHash);
-        let before = build(input(&spec, &states), None);
+        let before = build(input(&spec, &states, weight), None);
         let id = BenchmarkId::new("unchanged", size);
         c.benchmark_group("build-and-publish").bench_function(id, |b| {
-            b.iter(|| publisher.publish(Arc::new(build(input(&spec, &states), Some(&before)))));
+            b.iter(|| {
+                publisher.publish(Arc::new(build(input(&spec, &states, weight), Some(&before))))
+            });
         });
     }
 }
