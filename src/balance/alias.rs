@@ -60,7 +60,8 @@ impl AliasTable {
     }
 }
 
-#[cfg(all(test, not(tidegate_loom)))]
+#[cfg(test)]
+#[cfg(not(tidegate_loom))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -34,7 +34,8 @@ impl Draws {
     }
 }
 
-#[cfg(all(test, not(tidegate_loom)))]
+#[cfg(test)]
+#[cfg(not(tidegate_loom))]
 mod tests {
     use super::*;
 

@@ -95,7 +95,8 @@ fn following(slot: u32, skip: u32, size: u32) -> u32 {
     if sum >= size { sum - size } else { sum }
 }
 
-#[cfg(all(test, not(tidegate_loom)))]
+#[cfg(test)]
+#[cfg(not(tidegate_loom))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

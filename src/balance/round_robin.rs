@@ -4,7 +4,8 @@
 //! Prepared at table build, picked from by every worker. While nobody is
 //! skipped it is exact over the whole process at any number of workers, since
 //! each place is given exactly once; it never locks and never starts over at
-//! the heaviest because of a reload.
+//! the heaviest because of a reload. (Exact in the weights as `smooth::places`
+//! leaves them: only very long periods are rounded.)
 
 use super::draw::Draws;
 use super::position::Position;

@@ -48,72 +48,84 @@ fn gcd(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Candidates of the same weight.
+/// One period of the smooth sequence over candidates with so many `places`
+/// each. Costs period x different weights; as different weights add up, those
+/// are at most the square root of twice the period.
+pub(super) fn sequence(places: &[u32]) -> Vec<u32> {
+    let mut race = Race::new(places);
+    (0..race.period).map(|_| race.step()).collect()
+}
+
+/// The state between two steps, by group: candidates of the same weight.
 ///
 /// They gain alike, so among them the choice falls on whoever was chosen least
 /// and then stands first: plain rotation. Only the one whose turn it is needs
-/// to be compared with other groups.
-struct Group {
-    weight: i64,
+/// to be compared with other groups. (Columns rather than a list of groups: the
+/// comparison is nearly all of the cost of building a long sequence.)
+struct Race {
+    period: i64,
+    weight: Vec<i64>,
     /// What the one whose turn it is has gained and not paid.
-    current: i64,
+    current: Vec<i64>,
+    /// Whose turn it is.
+    front: Vec<u32>,
+    rotation: Vec<Rotation>,
+}
+
+struct Rotation {
     /// Ascending.
     members: Vec<u32>,
     turn: usize,
 }
 
-/// One period of the smooth sequence over candidates with so many `places`
-/// each. Costs period x different weights; as different weights add up, those
-/// are at most the square root of twice the period.
-pub(super) fn sequence(places: &[u32]) -> Vec<u32> {
-    let mut by_weight: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-    for (index, &weight) in places.iter().enumerate() {
-        by_weight.entry(weight).or_default().push(index as u32);
-    }
-    let mut groups: Vec<Group> = by_weight
-        .into_iter()
-        .map(|(weight, members)| Group { weight: i64::from(weight), current: 0, members, turn: 0 })
-        .collect();
-    let period: i64 = places.iter().copied().map(i64::from).sum();
-    (0..period).map(|_| step(&mut groups, period)).collect()
-}
+// === impl Race ===
 
-fn step(groups: &mut [Group], period: i64) -> u32 {
-    let mut best = 0;
-    for index in 0..groups.len() {
-        groups[index].current += groups[index].weight;
-        let (challenger, champion) = (&groups[index], &groups[best]);
-        if challenger.current > champion.current
-            || (challenger.current == champion.current && challenger.front() < champion.front())
-        {
-            best = index;
+impl Race {
+    fn new(places: &[u32]) -> Race {
+        let mut by_weight: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        for (index, &weight) in places.iter().enumerate() {
+            by_weight.entry(weight).or_default().push(index as u32);
+        }
+        Race {
+            period: places.iter().copied().map(i64::from).sum(),
+            weight: by_weight.keys().copied().map(i64::from).collect(),
+            current: vec![0; by_weight.len()],
+            front: by_weight.values().map(|members| members[0]).collect(),
+            rotation: by_weight
+                .into_values()
+                .map(|members| Rotation { members, turn: 0 })
+                .collect(),
         }
     }
-    groups[best].take(period)
-}
 
-// === impl Group ===
-
-impl Group {
-    #[inline]
-    fn front(&self) -> u32 {
-        self.members[self.turn]
+    fn step(&mut self) -> u32 {
+        let (mut best, mut most) = (0, i64::MIN);
+        for (group, (current, weight)) in self.current.iter_mut().zip(&self.weight).enumerate() {
+            *current += weight;
+            if *current > most || (*current == most && self.front[group] < self.front[best]) {
+                (best, most) = (group, *current);
+            }
+        }
+        self.take(best)
     }
 
-    fn take(&mut self, period: i64) -> u32 {
-        let taken = self.front();
-        self.turn += 1;
+    fn take(&mut self, group: usize) -> u32 {
+        let taken = self.front[group];
+        let rotation = &mut self.rotation[group];
+        rotation.turn += 1;
         // The next one has been chosen as often as `taken` was before, until
         // the turn comes back to the first.
-        if self.turn == self.members.len() {
-            self.turn = 0;
-            self.current -= period;
+        if rotation.turn == rotation.members.len() {
+            rotation.turn = 0;
+            self.current[group] -= self.period;
         }
+        self.front[group] = rotation.members[rotation.turn];
         taken
     }
 }
 
-#[cfg(all(test, not(tidegate_loom)))]
+#[cfg(test)]
+#[cfg(not(tidegate_loom))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

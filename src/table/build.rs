@@ -168,5 +168,6 @@ fn is_same(built: &PoolTable, before: &PoolTable) -> bool {
         && built.serving.iter().zip(&before.serving).all(|(new, old)| Arc::ptr_eq(new, old))
 }
 
-#[cfg(all(test, not(tidegate_loom)))]
+#[cfg(test)]
+#[cfg(not(tidegate_loom))]
 mod tests;

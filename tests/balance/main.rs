@@ -2,6 +2,7 @@
 //! caps, retries and hand-over between tables, one thread and many.
 
 #![cfg(not(tidegate_loom))]
+#![allow(clippy::unwrap_used)]
 
 mod load;
 mod round_robin;
