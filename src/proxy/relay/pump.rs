@@ -19,7 +19,8 @@ pub const READ_BULK: usize = 256 * 1024;
 /// stream bulk.
 const STREAK: u8 = 3;
 
-/// What one direction may ask to read before other sessions get their turn.
+/// What one direction may ask to read before other sessions get their turn; the
+/// last read may go beyond it.
 const BYTES_A_TURN: usize = 1024 * 1024;
 
 /// The two sockets, as the pump sees them.
@@ -345,3 +346,6 @@ fn is_would_block(error: &io::Error) -> bool {
 fn errno_of(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,305 @@
+//! The pump against scripted sockets: what a session owes its two ends, in any
+//! order of events.
+
+use super::*;
+use crate::proxy::close::Side::{Backend, Client};
+use proptest::prelude::*;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+
+/// Two sockets whose peers are played by the test.
+#[derive(Default)]
+struct Script {
+    sockets: [Fake; 2],
+}
+
+#[derive(Default)]
+struct Fake {
+    arrived: RefCell<VecDeque<u8>>,
+    /// `Some(0)` is FIN, anything else the errno of a failure.
+    end: Cell<Option<i32>>,
+    sent: RefCell<Vec<u8>>,
+    room: Cell<usize>,
+    fin_sent: Cell<bool>,
+}
+
+impl Io for Script {
+    fn receive(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize> {
+        let fake = &self.sockets[side as usize];
+        let mut arrived = fake.arrived.borrow_mut();
+        let count = arrived.len().min(buffer.len());
+        if count > 0 {
+            arrived.drain(..count).zip(buffer).for_each(|(byte, slot)| *slot = byte);
+            return Ok(count);
+        }
+        match fake.end.get() {
+            None => Err(io::ErrorKind::WouldBlock.into()),
+            Some(0) => Ok(0),
+            // As the kernel does: an error is told once, then it reads as FIN.
+            Some(errno) => {
+                fake.end.set(Some(0));
+                Err(io::Error::from_raw_os_error(errno))
+            }
+        }
+    }
+
+    fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize> {
+        let fake = &self.sockets[side as usize];
+        assert!(!fake.fin_sent.get(), "sent behind our own FIN");
+        if fake.end.get().is_some_and(|errno| errno != 0) {
+            return Err(io::Error::from_raw_os_error(libc::EPIPE));
+        }
+        let count = bytes.len().min(fake.room.get());
+        if count == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        fake.room.set(fake.room.get() - count);
+        fake.sent.borrow_mut().extend_from_slice(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn shutdown_write(&self, side: Side) -> io::Result<()> {
+        let fake = &self.sockets[side as usize];
+        assert!(!fake.fin_sent.replace(true), "a second FIN");
+        Ok(())
+    }
+}
+
+struct Bench {
+    script: Script,
+    pump: Pump,
+    buffer: Vec<u8>,
+    ending: Option<Ending>,
+    received: [u64; 2],
+}
+
+impl Bench {
+    fn new(room: usize) -> Bench {
+        let bench = Bench {
+            script: Script::default(),
+            pump: Pump::new(),
+            buffer: vec![0; READ_BULK],
+            ending: None,
+            received: [0; 2],
+        };
+        bench.script.sockets.iter().for_each(|fake| fake.room.set(room));
+        bench
+    }
+
+    /// An edge on `side`, then turns until the pump wants to wait.
+    fn edge(&mut self, side: Side) {
+        let ended = self.script.sockets[side as usize].end.get().is_some();
+        self.pump.note(side, true, true, ended);
+        while self.ending.is_none() {
+            let mut moved = Moved::default();
+            let next = self.pump.turn(&self.script, &mut self.buffer, &mut moved);
+            self.received.iter_mut().zip(moved.received).for_each(|(sum, more)| *sum += more);
+            match next {
+                Next::Again => {}
+                Next::Wait => return,
+                Next::End(ending) => self.ending = Some(ending),
+            }
+        }
+    }
+
+    fn arrive(&mut self, side: Side, bytes: &[u8]) {
+        self.script.sockets[side as usize].arrived.borrow_mut().extend(bytes);
+        self.edge(side);
+    }
+
+    fn end(&mut self, side: Side, errno: i32) {
+        self.script.sockets[side as usize].end.set(Some(errno));
+        self.edge(side);
+    }
+
+    fn make_room(&mut self, side: Side, room: usize) {
+        let fake = &self.script.sockets[side as usize];
+        fake.room.set(fake.room.get().saturating_add(room));
+        self.edge(side);
+    }
+
+    fn sent_to(&self, side: Side) -> Vec<u8> {
+        self.script.sockets[side as usize].sent.borrow().clone()
+    }
+
+    fn fin_sent_to(&self, side: Side) -> bool {
+        self.script.sockets[side as usize].fin_sent.get()
+    }
+
+    fn kept(&self) -> usize {
+        self.pump.streams.iter().map(|stream| stream.kept.capacity()).sum()
+    }
+}
+
+#[test]
+fn fin_follows_the_last_byte_and_the_other_direction_stays_open() {
+    let mut bench = Bench::new(4);
+    bench.arrive(Client, b"request");
+    bench.end(Client, 0);
+    assert!(!bench.fin_sent_to(Backend), "three bytes are still to come");
+
+    bench.make_room(Backend, 100);
+    assert_eq!(bench.sent_to(Backend), b"request");
+    assert!(bench.fin_sent_to(Backend));
+    assert_eq!(bench.pump.phase(), Phase::HalfClosed);
+
+    bench.make_room(Client, 100);
+    bench.arrive(Backend, b"answer");
+    bench.end(Backend, 0);
+    let ending = bench.ending.expect("both directions are over");
+    assert_eq!((ending.cause, ending.phase), (Cause::Finished, Phase::Closed));
+    assert_eq!(ending.closed_first, Some(Client));
+    assert_eq!(bench.sent_to(Client), b"answer");
+}
+
+#[test]
+fn a_reset_ends_the_session_after_what_came_before_it_is_delivered() {
+    let mut bench = Bench::new(2);
+    bench.arrive(Backend, b"last words");
+    bench.end(Backend, libc::ECONNRESET);
+    assert!(bench.ending.is_none(), "eight bytes are still kept");
+
+    bench.make_room(Client, 100);
+    let ending = bench.ending.expect("delivered");
+    assert_eq!((ending.cause, ending.errno), (Cause::BackendReset, libc::ECONNRESET));
+    assert_eq!(bench.sent_to(Client), b"last words");
+    assert!(!bench.fin_sent_to(Client), "a reset is not passed on as FIN");
+}
+
+#[test]
+fn an_answer_sent_before_the_backend_refused_more_still_arrives() {
+    let mut bench = Bench::new(1000);
+    let backend = &bench.script.sockets[Backend as usize];
+    backend.arrived.borrow_mut().extend(b"413 too large");
+    backend.end.set(Some(libc::ECONNRESET));
+
+    bench.arrive(Client, b"more of the upload");
+    let ending = bench.ending.expect("the backend is gone");
+    assert_eq!((ending.cause, ending.closed_first), (Cause::BackendReset, Some(Backend)));
+    assert_eq!(bench.sent_to(Client), b"413 too large");
+}
+
+#[test]
+fn a_peer_that_vanished_is_lost_and_not_reset() {
+    let mut bench = Bench::new(10);
+    bench.end(Client, libc::ETIMEDOUT);
+    assert_eq!(bench.ending.expect("over").cause, Cause::ClientLost);
+}
+
+#[test]
+fn a_reader_that_stalls_pins_one_read_and_no_more() {
+    let mut bench = Bench::new(0);
+    for _ in 0..100 {
+        bench.arrive(Client, &[7; READ_SMALL]);
+    }
+    assert!(bench.kept() <= READ_SMALL, "{} bytes kept", bench.kept());
+    bench.make_room(Backend, usize::MAX);
+    assert_eq!(bench.sent_to(Backend).len(), 100 * READ_SMALL);
+    assert_eq!(bench.kept(), 0, "an idle session holds no buffer");
+}
+
+#[test]
+fn a_firehose_gives_others_their_turn() {
+    let mut bench = Bench::new(usize::MAX);
+    bench.script.sockets[Client as usize].arrived.borrow_mut().extend(vec![1; 4 * BYTES_A_TURN]);
+    bench.pump.note(Client, true, true, false);
+    let mut moved = Moved::default();
+    let next = bench.pump.turn(&bench.script, &mut bench.buffer, &mut moved);
+    assert_eq!(next, Next::Again);
+    assert!(moved.received[Client as usize] < (BYTES_A_TURN + READ_BULK) as u64);
+}
+
+#[test]
+fn bytes_behind_an_urgent_mark_are_not_forgotten() {
+    // A read stops at the mark, so it is short although more is there.
+    let mut bench = Bench::new(100);
+    bench.pump.note(Client, true, true, true);
+    let client = &bench.script.sockets[Client as usize];
+    client.arrived.borrow_mut().extend(b"before");
+    let mut moved = Moved::default();
+    let next = bench.pump.turn(&bench.script, &mut bench.buffer, &mut moved);
+    assert_eq!(next, Next::Wait);
+    assert_eq!(bench.sent_to(Backend), b"before");
+    assert!(!bench.pump.sockets[Client as usize].readable, "read until it would block");
+}
+
+#[derive(Debug, Clone)]
+enum Act {
+    Arrive(bool, usize),
+    Room(bool, usize),
+    End(bool),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let size = prop_oneof![1..50usize, 16_000..17_000usize, 200_000..300_000usize];
+    prop_oneof![
+        4 => (any::<bool>(), size.clone()).prop_map(|(side, size)| Act::Arrive(side, size)),
+        4 => (any::<bool>(), size).prop_map(|(side, size)| Act::Room(side, size)),
+        1 => any::<bool>().prop_map(Act::End),
+    ]
+}
+
+fn side(backend: bool) -> Side {
+    if backend { Backend } else { Client }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn every_byte_before_a_fin_arrives_once_and_in_order(acts in prop::collection::vec(act(), 0..40)) {
+        let mut bench = Bench::new(0);
+        let mut owed: [Vec<u8>; 2] = Default::default();
+        let mut next_byte = 0u8;
+        for act in acts {
+            match act {
+                Act::Arrive(from, size) => {
+                    let from = side(from);
+                    if bench.script.sockets[from as usize].end.get().is_none() {
+                        let bytes: Vec<u8> = (0..size).map(|_| { next_byte = next_byte.wrapping_add(1); next_byte }).collect();
+                        owed[from.other() as usize].extend(&bytes);
+                        bench.arrive(from, &bytes);
+                    }
+                }
+                Act::Room(to, room) => bench.make_room(side(to), room),
+                Act::End(from) => bench.end(side(from), 0),
+            }
+            for to in Side::BOTH {
+                let sent = bench.sent_to(to);
+                prop_assert!(owed[to as usize].starts_with(&sent));
+                prop_assert!(!bench.fin_sent_to(to) || sent.len() == owed[to as usize].len());
+            }
+        }
+        for both in [Client, Backend] {
+            bench.end(both, 0);
+        }
+        bench.make_room(Client, usize::MAX / 2);
+        bench.make_room(Backend, usize::MAX / 2);
+        prop_assert_eq!(bench.ending.map(|ending| ending.cause), Some(Cause::Finished));
+        for to in Side::BOTH {
+            prop_assert_eq!(&bench.sent_to(to), &owed[to as usize]);
+            prop_assert!(bench.fin_sent_to(to));
+            prop_assert_eq!(bench.received[to.other() as usize], owed[to as usize].len() as u64);
+        }
+        prop_assert_eq!(bench.kept(), 0);
+    }
+
+    #[test]
+    fn a_failure_always_ends_the_session_once_there_is_room(
+        acts in prop::collection::vec(act(), 0..20),
+        failing in any::<bool>(),
+    ) {
+        let mut bench = Bench::new(0);
+        for act in acts {
+            match act {
+                Act::Arrive(from, size) => bench.arrive(side(from), &vec![1; size]),
+                Act::Room(to, room) => bench.make_room(side(to), room),
+                Act::End(_) => {}
+            }
+        }
+        bench.end(side(failing), libc::ECONNRESET);
+        bench.make_room(side(failing).other(), usize::MAX / 2);
+        let ending = bench.ending.expect("over");
+        prop_assert_eq!(ending.cause, Cause::of_failure(side(failing), libc::ECONNRESET));
+    }
+}
