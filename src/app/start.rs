@@ -16,7 +16,7 @@ use crate::net::{cpu, limits};
 use crate::proxy::close::{Cause, Phase};
 use crate::proxy::context::{Reports, Shared};
 use crate::proxy::gate::Gate;
-use crate::proxy::worker::{Plan, Runtime, Worker};
+use crate::proxy::worker::{Command, Plan, Runtime, Worker};
 use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::{AccessLog, AccessLogSender, Target};
 use crate::telemetry::counters::WorkerCounters;
@@ -177,27 +177,33 @@ struct Workers<'a> {
     seed: u64,
 }
 
+/// Starts every worker, or none.
 fn start_workers(with: Workers<'_>) -> Result<Vec<Worker>, Failure> {
-    with.senders
-        .into_iter()
-        .zip(with.counters)
-        .enumerate()
-        .map(|(id, (access_log, counters))| {
-            let plan = Plan {
-                id,
-                cpu: with.config.process.pin.then(|| with.cpus[id % with.cpus.len()]),
-                runtime: with.runtime,
-                spin: with.config.process.spin,
-                shared: with.shared.clone(),
-                tables: with.tables.clone(),
-                counters: Arc::clone(counters),
-                access_log,
-                seed: with.seed.wrapping_add(id as u64 + 1),
-            };
-            Worker::start(plan)
-                .map_err(|error| Failure::Runtime(format!("cannot start worker {id}: {error}")))
-        })
-        .collect()
+    let mut workers = Vec::with_capacity(with.counters.len());
+    for (id, (access_log, counters)) in with.senders.into_iter().zip(with.counters).enumerate() {
+        let plan = Plan {
+            id,
+            cpu: with.config.process.pin.then(|| with.cpus[id % with.cpus.len()]),
+            runtime: with.runtime,
+            spin: with.config.process.spin,
+            shared: with.shared.clone(),
+            tables: with.tables.clone(),
+            counters: Arc::clone(counters),
+            access_log,
+            seed: with.seed.wrapping_add(id as u64 + 1),
+        };
+        match Worker::start(plan) {
+            Ok(worker) => workers.push(worker),
+            Err(error) => {
+                for worker in workers {
+                    worker.mailbox.send(Command::Stop);
+                    worker.join();
+                }
+                return Err(Failure::Runtime(format!("cannot start worker {id}: {error}")));
+            }
+        }
+    }
+    Ok(workers)
 }
 
 /// The engine and, in words, why that one.

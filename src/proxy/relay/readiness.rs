@@ -83,12 +83,18 @@ struct Entry {
 #[derive(Debug)]
 enum Stage {
     /// Before the relay; the connect of the backend socket may be pending.
-    Setup {
-        decided: bool,
-        timed_out: bool,
-    },
+    Setup(Setup),
     Relaying(Box<Relaying>),
     Ended(Ending, Box<Relaying>),
+}
+
+#[derive(Debug, Default)]
+struct Setup {
+    /// The pending connect came to an end.
+    decided: bool,
+    /// Its end was a failure: the socket knows which.
+    failed: bool,
+    timed_out: bool,
 }
 
 #[derive(Debug)]
@@ -141,7 +147,7 @@ impl Engine {
             sockets: Sockets([Some(client), None]),
             registration,
             pump: Pump::new(),
-            stage: Stage::Setup { decided: false, timed_out: false },
+            stage: Stage::Setup(Setup::default()),
             waiter: None,
             queued: false,
             client_failed: false,
@@ -174,7 +180,7 @@ impl Engine {
         self.attach(key, upstream).map_err(ConnectEnd::Failed)?;
         {
             let state = &mut *self.state.borrow_mut();
-            state.flows[key as usize].stage = Stage::Setup { decided: false, timed_out: false };
+            state.flows[key as usize].stage = Stage::Setup(Setup::default());
             state.wheel.arm(key, self.tick_after(deadline));
         }
         self.kick_if_sooner(self.tick_after(deadline));
@@ -194,14 +200,14 @@ impl Engine {
             return Poll::Ready(Err(end));
         }
         match entry.stage {
-            Stage::Setup { decided: true, .. } => {
-                let verdict = match &entry.sockets.0[Side::Backend as usize] {
-                    Some(socket) => stream::connect_result(socket),
-                    None => Err(io::Error::from_raw_os_error(libc::EBADF)),
-                };
+            // Writable and well is connected; only a failure is worth asking for.
+            Stage::Setup(Setup { decided: true, failed: false, .. }) => Poll::Ready(Ok(())),
+            Stage::Setup(Setup { decided: true, .. }) => {
+                let socket = entry.sockets.of(Side::Backend);
+                let verdict = socket.and_then(stream::connect_result);
                 Poll::Ready(verdict.map_err(ConnectEnd::Failed))
             }
-            Stage::Setup { timed_out: true, .. } => Poll::Ready(Err(ConnectEnd::TimedOut)),
+            Stage::Setup(Setup { timed_out: true, .. }) => Poll::Ready(Err(ConnectEnd::TimedOut)),
             _ => {
                 entry.waiter = Some(cx.waker().clone());
                 Poll::Pending
@@ -268,7 +274,7 @@ impl Engine {
     fn take_relayed(&self, key: u32) -> Relayed {
         let mut state = self.state.borrow_mut();
         let entry = &mut state.flows[key as usize];
-        let setup = Stage::Setup { decided: false, timed_out: false };
+        let setup = Stage::Setup(Setup::default());
         let Stage::Ended(ending, relaying) = std::mem::replace(&mut entry.stage, setup) else {
             unreachable!("a relay was collected before it ended");
         };
@@ -430,10 +436,13 @@ impl State {
         entry.pump.note(side, event.readable, event.writable, to_the_end);
         match &mut entry.stage {
             Stage::Relaying(_) => self.turn(key, engine),
-            Stage::Setup { decided, .. } => {
+            Stage::Setup(setup) => {
                 match side {
                     Side::Client => entry.client_failed |= event.failed,
-                    Side::Backend => *decided |= event.writable || event.hang_up,
+                    Side::Backend => {
+                        setup.decided |= event.writable || event.hang_up;
+                        setup.failed |= event.hang_up;
+                    }
                 }
                 if (entry.client_failed || side == Side::Backend)
                     && let Some(waiter) = entry.waiter.take()
@@ -513,8 +522,8 @@ impl State {
         let now = self.now;
         let entry = &mut self.flows[key as usize];
         match &mut entry.stage {
-            Stage::Setup { timed_out, .. } => {
-                *timed_out = true;
+            Stage::Setup(setup) => {
+                setup.timed_out = true;
                 if let Some(waiter) = entry.waiter.take() {
                     waiter.wake();
                 }
@@ -552,7 +561,7 @@ impl State {
         entry.cut = Some(cause);
         match entry.stage {
             Stage::Relaying(_) => self.end(key, cause),
-            Stage::Setup { .. } => {
+            Stage::Setup(_) => {
                 if let Some(waiter) = entry.waiter.take() {
                     waiter.wake();
                 }
@@ -573,7 +582,7 @@ impl Entry {
     }
 
     fn end(&mut self, ending: Ending) {
-        let setup = Stage::Setup { decided: false, timed_out: false };
+        let setup = Stage::Setup(Setup::default());
         match std::mem::replace(&mut self.stage, setup) {
             Stage::Relaying(relaying) => self.stage = Stage::Ended(ending, relaying),
             other => self.stage = other,
