@@ -1,0 +1,477 @@
+//! A simulation of the controller: random configurations, reloads, probe
+//! results, connect failures, drains and ticks in virtual time, against an
+//! independent model, with invariants after every step.
+//!
+//! Each run is a seed, printed when it fails: `SIM_SEED=n` replays it,
+//! `SIM_SEEDS=n` sets how many are tried.
+
+#[path = "controller_sim/model.rs"]
+mod model;
+
+use fastrand::Rng;
+use model::{Model, Startup};
+use std::collections::{HashMap, hash_map::DefaultHasher};
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tidegate::config::*;
+use tidegate::control::{Controller, Effect, Event, ProbeToken};
+use tidegate::health::{ConnectFailure, Intent, ProbeOutcome};
+use tidegate::table::Table;
+use tidegate::table::state::{BackendId, BackendState};
+
+const STEPS: usize = 400;
+const SEEDS: u64 = 300;
+
+struct Sim {
+    rng: Rng,
+    controller: Controller,
+    model: Model,
+    start: Instant,
+    now: Instant,
+    config: Arc<Config>,
+    generation: u64,
+    serial: u64,
+    /// What workers were last given.
+    published: Arc<Table>,
+    asked: Vec<(BackendId, ProbeToken)>,
+    /// Whose each id is: none is used twice.
+    ids: HashMap<BackendId, Arc<BackendState>>,
+    trace: DefaultHasher,
+}
+
+fn millis(rng: &mut Rng, low: u64, high: u64) -> Duration {
+    Duration::from_millis(rng.u64(low..=high))
+}
+
+fn random_probe(rng: &mut Rng) -> Option<Arc<ProbeSpec>> {
+    let timeout = millis(rng, 100, 900);
+    let fast_interval = timeout + millis(rng, 0, 500);
+    let spec = ProbeSpec {
+        kind: ProbeKind::Tcp,
+        interval: fast_interval + millis(rng, 0, 2000),
+        fast_interval,
+        timeout,
+        rise: rng.u32(1..4),
+        fall: rng.u32(1..6),
+    };
+    (rng.u8(..4) > 0).then(|| Arc::new(spec))
+}
+
+fn random_backend(rng: &mut Rng, pool: usize, name: usize) -> Backend {
+    let port = 1000 + 100 * pool as u16 + 10 * name as u16 + u16::from(rng.u8(..8) == 0);
+    Backend {
+        name: format!("b{name}").into(),
+        address: BackendAddress::Tcp(([127, 0, 0, 1], port).into()),
+        weight: rng.u16(1..=20),
+        backup: rng.u8(..4) == 0,
+        connections_max: 0,
+    }
+}
+
+fn random_pool(rng: &mut Rng, index: usize) -> Pool {
+    let mut backends: Vec<Backend> = Vec::new();
+    for name in 0..6 {
+        if rng.bool() {
+            backends.push(random_backend(rng, index, name));
+        }
+    }
+    if backends.is_empty() {
+        backends.push(random_backend(rng, index, 0));
+    }
+    rng.shuffle(&mut backends);
+    let ejection = EjectionSpec {
+        failures: rng.u32(1..6),
+        time: millis(rng, 500, 100_000),
+        max_ejected_percent: rng.u8(0..=100),
+    };
+    Pool {
+        name: format!("p{index}").into(),
+        balance: Policy::ALL[rng.usize(..Policy::ALL.len())],
+        connect_timeout: Duration::from_secs(5),
+        connect_attempts: 3,
+        when_none_eligible: *rng
+            .choice(&[WhenNoneEligible::Refuse, WhenNoneEligible::TryAll])
+            .unwrap(),
+        startup_grace: millis(rng, 1, 4000),
+        on_removal: if rng.bool() {
+            OnRemoval::Keep
+        } else {
+            OnRemoval::CloseAfter(millis(rng, 1, 10_000))
+        },
+        probe: random_probe(rng),
+        ejection: (rng.u8(..5) > 0).then_some(ejection),
+        backends,
+    }
+}
+
+/// Keeps much of `old`: reloads mostly change little.
+fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
+    let mut pools = Vec::new();
+    for index in 0..3 {
+        let kept = old.and_then(|old| old.pool(&format!("p{index}")));
+        let pool = match (kept, rng.u8(..8)) {
+            (Some(kept), 0..=2) => Pool::clone(kept),
+            (Some(kept), 3..=5) => {
+                let other = random_pool(rng, index);
+                Pool { probe: kept.probe.clone(), ejection: kept.ejection, ..other }
+            }
+            (_, 6) if index > 0 => continue,
+            _ => random_pool(rng, index),
+        };
+        pools.push(Arc::new(pool));
+    }
+    let frontends = pools.iter().enumerate().map(|(index, pool)| Frontend {
+        name: format!("f{index}").into(),
+        binds: vec![([127, 0, 0, 1], 80 + index as u16).into()],
+        pool: Arc::clone(&pool.name),
+        idle_timeout: None,
+        half_closed_timeout: None,
+        keepalive: None,
+        user_timeout: None,
+        connections_max: 0,
+    });
+    Config {
+        process: Process {
+            workers: None,
+            pin: false,
+            engine: EngineChoice::Auto,
+            spin: None,
+            drain_timeout: Duration::from_secs(30),
+            connections_max: 1000,
+        },
+        admin: Admin { listen: AdminListen::Unix("/nowhere".into()), token_file: None },
+        log: Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off },
+        frontends: frontends.collect(),
+        pools,
+    }
+}
+
+impl Sim {
+    fn new(seed: u64, start: Instant) -> Sim {
+        let mut rng = Rng::with_seed(seed);
+        let controller = Controller::new(2, rng.u64(..));
+        let config = Arc::new(random_config(&mut rng, None));
+        let mut sim = Sim {
+            published: controller.current_table(),
+            rng,
+            controller,
+            model: Model::default(),
+            start,
+            now: start,
+            config,
+            generation: 0,
+            serial: 0,
+            asked: Vec::new(),
+            ids: HashMap::new(),
+            trace: DefaultHasher::new(),
+        };
+        sim.configure();
+        sim
+    }
+
+    fn step(&mut self) {
+        self.advance();
+        match self.rng.u8(..20) {
+            0..=6 => self.answer(),
+            7..=10 => self.connect_failures(),
+            11 => self.connect_success(),
+            12 => self.operator(),
+            13..=14 => self.sessions(),
+            15 if self.rng.u8(..3) == 0 => {
+                self.config = Arc::new(random_config(&mut self.rng, Some(&self.config)));
+                self.configure();
+            }
+            _ => self.tick(),
+        }
+    }
+
+    /// Mostly to when a tick is due, sometimes short of it, sometimes late.
+    fn advance(&mut self) {
+        let due = self.controller.next_due();
+        self.now = match (due, self.rng.u8(..10)) {
+            (Some(due), 0..=5) => due.max(self.now),
+            (Some(due), 6..=7) if due > self.now => self.now + (due - self.now) / 2,
+            (_, 9) => self.now + millis(&mut self.rng, 0, 3000),
+            _ => self.now,
+        };
+    }
+
+    fn configure(&mut self) {
+        // What was due before is told apart from what the reload does.
+        self.tick();
+        let effects = self.controller.apply(Event::Configure(Arc::clone(&self.config)), self.now);
+        let status = self.controller.status();
+        let mut states = HashMap::new();
+        for pool in &status.pools {
+            for b in &pool.backends {
+                let name = (pool.name.to_string(), b.state.name.to_string());
+                states.insert(name, Arc::clone(&b.state));
+            }
+        }
+        self.model.pass(self.now);
+        self.model.configure(&self.config, &states, self.now);
+        self.generation += 1;
+        for state in states.values() {
+            let owner = self.ids.entry(state.id).or_insert_with(|| Arc::clone(state));
+            assert!(Arc::ptr_eq(owner, state), "{:?} was used twice", state.id);
+        }
+        let published = effects.iter().any(|e| matches!(e, Effect::Publish(_)));
+        assert!(published, "a new configuration is always published");
+        self.settle(effects, true);
+    }
+
+    fn tick(&mut self) {
+        let effects = self.controller.apply(Event::Tick, self.now);
+        self.model.pass(self.now);
+        self.settle(effects, false);
+    }
+
+    fn answer(&mut self) {
+        if self.asked.is_empty() {
+            return self.tick();
+        }
+        let (id, token) = self.asked.swap_remove(self.rng.usize(..self.asked.len()));
+        let (outcome, success) = match self.rng.u8(..20) {
+            0 => return, // Lost by the shell.
+            1 => (ProbeOutcome::Local { reason: "no port".into() }, None),
+            2..=9 => (ProbeOutcome::Failure { reason: "broken".into() }, Some(false)),
+            _ => (ProbeOutcome::Success { took: Duration::ZERO }, Some(true)),
+        };
+        let event = Event::Probed { backend: id, token, outcome };
+        let effects = self.controller.apply(event, self.now);
+        self.model.pass(self.now);
+        self.model.probed(id, token, success);
+        self.settle(effects, false);
+    }
+
+    fn some_backend(&mut self) -> BackendId {
+        let everybody = self.model.pools.iter().flat_map(|pool| &pool.backends);
+        let everybody: Vec<BackendId> =
+            everybody.chain(&self.model.leaving).map(|b| b.id).collect();
+        everybody[self.rng.usize(..everybody.len())]
+    }
+
+    /// A row of refused connects, one event each, in one batch.
+    fn connect_failures(&mut self) {
+        let id = self.some_backend();
+        let count = self.rng.u32(1..8);
+        let mut row = 0;
+        let all = self.model.pools.iter_mut().flat_map(|pool| &mut pool.backends);
+        if let Some(b) = all.chain(&mut self.model.leaving).find(|b| b.id == id) {
+            row = b.shared_row;
+            b.shared_row += count;
+        }
+        let events = (row + 1..=row + count).map(|in_a_row| Event::ConnectFailed {
+            backend: id,
+            failure: ConnectFailure::Refused,
+            in_a_row,
+        });
+        let effects = self.controller.apply_all(events, self.now);
+        self.model.pass(self.now);
+        (0..count).for_each(|_| self.model.connect_failed(id, self.now));
+        self.settle(effects, false);
+    }
+
+    /// Only the shared count learns of it.
+    fn connect_success(&mut self) {
+        let id = self.some_backend();
+        if let Some((pool, index)) = self.model.find(id) {
+            let b = &mut pool.backends[index];
+            (b.shared_row, b.connects, b.connects_for_ejection) = (0, 0, 0);
+        }
+    }
+
+    fn operator(&mut self) {
+        let id = self.some_backend();
+        let intent = *self
+            .rng
+            .choice(&[Intent::Ready, Intent::Ready, Intent::Draining, Intent::Maintenance])
+            .unwrap();
+        let Some((pool, index)) = self.model.find(id) else { return };
+        let name = pool.backends[index].spec.name.to_string();
+        let pool_name = pool.spec.name.to_string();
+        let effects =
+            self.controller.set_intent(&pool_name, &name, intent, self.now).expect("it is there");
+        self.model.pass(self.now);
+        let (pool, index) = self.model.find(id).unwrap();
+        pool.backends[index].intent = intent;
+        self.settle(effects, false);
+        let again = self.controller.set_intent(&pool_name, &name, intent, self.now);
+        assert!(again.unwrap().is_empty(), "setting an intent twice did something");
+    }
+
+    /// Sessions come and go, on removed backends too.
+    fn sessions(&mut self) {
+        let id = self.some_backend();
+        let all = self.model.pools.iter().flat_map(|pool| &pool.backends);
+        let state: Option<Arc<BackendState>> =
+            all.chain(&self.model.leaving).find(|b| b.id == id).map(|b| Arc::clone(&b.state));
+        let Some(state) = state else { return };
+        if state.in_flight.get() > 0 && self.rng.bool() {
+            state.in_flight.leave();
+        } else {
+            assert!(state.in_flight.try_enter(0));
+        }
+    }
+
+    /// Takes the effects over and checks everything.
+    fn settle(&mut self, effects: Vec<Effect>, configured: bool) {
+        self.model.pass(self.now);
+        self.model.settle(self.now);
+        let before = self.published.clone();
+        let mut published = 0;
+        for effect in &effects {
+            self.record(effect);
+            match effect {
+                Effect::Publish(table) => {
+                    published += 1;
+                    self.published = Arc::clone(table);
+                }
+                Effect::Probe { backend, token, spec, .. } => {
+                    self.model.probe_started(*backend, *token, spec.timeout, self.now);
+                    self.asked.push((*backend, *token));
+                }
+                Effect::CutSessions(id) => {
+                    let b = self.model.leaving.iter().find(|b| b.id == *id);
+                    let b = b.expect("only removed backends are cut");
+                    assert!(b.cut_at.expect("close-after") <= self.now);
+                }
+                Effect::Log(transition) => assert_eq!(transition.at, self.now),
+                Effect::Notice(_) => {}
+            }
+        }
+        assert!(published <= 1, "{published} tables at once");
+        self.check_tables(&before, published == 1, configured);
+        self.check_status();
+        self.check_schedule();
+    }
+
+    fn check_tables(&mut self, before: &Arc<Table>, published: bool, configured: bool) {
+        let table = Arc::clone(&self.published);
+        assert!(Arc::ptr_eq(&table, &self.controller.current_table()));
+        assert_eq!(table.generation, self.generation);
+        assert!(table.serial >= self.serial, "tables count up");
+        assert_eq!(published, table.serial != self.serial);
+        self.serial = table.serial;
+        assert_eq!(table.pools.len(), self.model.pools.len());
+        for (pool, expected) in table.pools.iter().zip(&self.model.pools) {
+            let serving: Vec<BackendId> = pool.serving.iter().map(|s| s.id).collect();
+            assert_eq!(serving, expected.serving(), "pool {}: {expected:#?}", pool.spec.name);
+        }
+        if published && !configured {
+            let standing = |table: &Table| -> Vec<Vec<BackendId>> {
+                table.pools.iter().map(|p| p.serving.iter().map(|s| s.id).collect()).collect()
+            };
+            // A backup or a try-all candidate may have moved behind the scenes.
+            let hidden = self.model.pools.iter().any(|pool| {
+                pool.backends.iter().any(|b| b.spec.backup)
+                    || pool.spec.when_none_eligible == WhenNoneEligible::TryAll
+            });
+            assert!(hidden || standing(before) != standing(&table), "a table for nothing");
+        }
+    }
+
+    fn check_status(&self) {
+        let status = self.controller.status();
+        assert_eq!(status.generation, self.generation);
+        for (pool, expected) in status.pools.iter().zip(&self.model.pools) {
+            for (b, model) in pool.backends.iter().zip(&expected.backends) {
+                let name = format!("{}/{}", pool.name, b.state.name);
+                assert_eq!(b.state.id, model.id, "{name}");
+                assert_eq!(b.intent, model.intent, "{name}");
+                assert_eq!(b.observation, model.observation, "{name}");
+                assert_eq!(b.ejected, model.ejected_until.is_some(), "{name}");
+                assert_eq!(b.eligible, model.eligible(expected.probed()), "{name}");
+                assert_eq!(b.effective_weight, if b.eligible { b.weight } else { 0 }, "{name}");
+            }
+            assert!(expected.ejected() <= expected.ejected_max(), "the guard was overrun");
+        }
+        let mut leaving: Vec<BackendId> = status.leaving.iter().map(|s| s.id).collect();
+        let held = self.model.leaving.iter().filter(|b| b.state.in_flight.get() > 0);
+        let mut expected: Vec<BackendId> = held.map(|b| b.id).collect();
+        leaving.sort();
+        expected.sort();
+        assert_eq!(leaving, expected, "removed backends with sessions");
+    }
+
+    fn check_schedule(&self) {
+        let due = self.controller.next_due();
+        assert!(due.is_none_or(|due| due > self.now), "something due was left undone");
+        for pool in self.model.pools.iter().filter(|pool| pool.probed()) {
+            assert!(due.is_some(), "nothing due though {} is probed", pool.spec.name);
+            let spec = pool.spec.probe.as_ref().unwrap();
+            for b in pool.backends.iter().filter(|b| b.probe.is_none()) {
+                // Steps are late by 3 s at most.
+                let latest = b.last_probe.map(|at| {
+                    at + spec.interval.mul_f64(1.11) + spec.timeout + Duration::from_secs(9)
+                });
+                assert!(latest.is_none_or(|latest| self.now < latest), "{:?} is not probed", b.id);
+            }
+            if let Startup::Waiting(since) = pool.startup {
+                assert!(since + pool.spec.startup_grace > self.now);
+            }
+        }
+    }
+
+    fn record(&mut self, effect: &Effect) {
+        (self.now - self.start).hash(&mut self.trace);
+        match effect {
+            Effect::Publish(table) => (table.generation, table.serial).hash(&mut self.trace),
+            Effect::Probe { backend, token, address, .. } => {
+                (backend, token, address).hash(&mut self.trace);
+            }
+            Effect::Log(t) => {
+                (&t.pool, &t.backend, t.from, t.to, &t.reason, t.lasted).hash(&mut self.trace);
+            }
+            Effect::Notice(notice) => notice.message.hash(&mut self.trace),
+            Effect::CutSessions(id) => id.hash(&mut self.trace),
+        }
+    }
+
+    fn run(seed: u64, start: Instant) -> u64 {
+        let mut sim = Sim::new(seed, start);
+        for _ in 0..STEPS {
+            sim.step();
+        }
+        sim.trace.finish()
+    }
+}
+
+/// Prints the seed if the run in its scope panics.
+struct SeedGuard(u64);
+
+impl Drop for SeedGuard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("replay with SIM_SEED={}", self.0);
+        }
+    }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
+}
+
+#[test]
+fn the_controller_does_what_the_model_says_whatever_happens() {
+    let start = tidegate::clock::now();
+    let seeds = match number("SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("SIM_SEEDS").unwrap_or(SEEDS),
+    };
+    for seed in seeds {
+        let _guard = SeedGuard(seed);
+        Sim::run(seed, start);
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_trace() {
+    let start = tidegate::clock::now();
+    for seed in 0..20 {
+        let _guard = SeedGuard(seed);
+        assert_eq!(Sim::run(seed, start), Sim::run(seed, start + Duration::from_secs(1)));
+    }
+    assert_ne!(Sim::run(1, start), Sim::run(2, start), "the trace sees something");
+}

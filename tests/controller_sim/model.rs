@@ -1,0 +1,426 @@
+//! What the documentation says of eligibility, written down a second time and
+//! naively: lists, scans, no schedule.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tidegate::config::WhenNoneEligible;
+use tidegate::config::{Backend, BackendAddress, Config, OnRemoval, Pool, ProbeSpec};
+use tidegate::control::ProbeToken;
+use tidegate::health::{Intent, Observation};
+use tidegate::table::state::{BackendId, BackendState};
+
+/// As the controller documents them.
+const PROBE_LOST_MARGIN: Duration = Duration::from_secs(5);
+const LEAVING_CHECK: Duration = Duration::from_secs(1);
+const EJECTION_MAX: Duration = Duration::from_secs(300);
+
+#[derive(Debug, Clone)]
+pub(crate) struct InFlight {
+    pub(crate) token: ProbeToken,
+    pub(crate) lost_at: Instant,
+    pub(crate) stale: bool,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct ModelBackend {
+    pub(crate) id: BackendId,
+    pub(crate) state: Arc<BackendState>,
+    pub(crate) spec: Backend,
+    pub(crate) intent: Intent,
+    pub(crate) observation: Observation,
+    /// Probes in a row against the observation.
+    pub(crate) row: u32,
+    /// Failed connects in a row, as the detector and the ejector count them.
+    pub(crate) connects: u32,
+    pub(crate) connects_for_ejection: u32,
+    /// What the detector was last told.
+    pub(crate) connects_told: u32,
+    pub(crate) fails_open: bool,
+    pub(crate) ejected_until: Option<Instant>,
+    pub(crate) back_at: Option<Instant>,
+    pub(crate) repeats: u64,
+    pub(crate) probe: Option<InFlight>,
+    /// The count all workers share.
+    pub(crate) shared_row: u32,
+    pub(crate) last_probe: Option<Instant>,
+    /// The sessions of a removed backend are cut from then on.
+    pub(crate) cut_at: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Startup {
+    Waiting(Instant),
+    Open,
+    Decided,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct ModelPool {
+    pub(crate) spec: Arc<Pool>,
+    pub(crate) startup: Startup,
+    pub(crate) backends: Vec<ModelBackend>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Model {
+    pub(crate) pools: Vec<ModelPool>,
+    pub(crate) leaving: Vec<ModelBackend>,
+    pub(crate) check_at: Option<Instant>,
+}
+
+impl ModelBackend {
+    fn identity(&self) -> (&str, &str, &BackendAddress) {
+        (&self.state.pool, &self.state.name, &self.state.address)
+    }
+
+    fn eligible_but_for_ejection(&self, probed: bool) -> bool {
+        self.intent == Intent::Ready
+            && match self.observation {
+                Observation::Up | Observation::Suspect => true,
+                Observation::Unknown => !probed || self.fails_open,
+                Observation::Down => false,
+            }
+    }
+
+    pub(crate) fn eligible(&self, probed: bool) -> bool {
+        self.ejected_until.is_none() && self.eligible_but_for_ejection(probed)
+    }
+
+    fn end_ejection(&mut self, now: Instant) {
+        self.ejected_until = None;
+        self.back_at = Some(now);
+        self.connects = 0;
+        self.connects_told = 0;
+        self.connects_for_ejection = 0;
+    }
+
+    fn observe_to(&mut self, to: Observation) {
+        self.observation = to;
+        self.row = 0;
+        self.connects_told = 0;
+        if to == Observation::Up {
+            self.connects_for_ejection = 0;
+        }
+    }
+
+    fn probe_result(&mut self, spec: &ProbeSpec, success: bool) {
+        self.fails_open = false;
+        if success {
+            self.connects = 0;
+            self.connects_told = 0;
+        }
+        match (self.observation, success) {
+            (Observation::Unknown, true) => self.observe_to(Observation::Up),
+            (Observation::Unknown, false) => self.observe_to(Observation::Down),
+            (Observation::Up, true) | (Observation::Down, false) => self.row = 0,
+            (Observation::Up, false) => {
+                self.row += 1;
+                if self.row + self.connects_told >= spec.fall {
+                    self.observe_to(Observation::Down);
+                }
+            }
+            (Observation::Down, true) => {
+                self.row += 1;
+                if self.row >= spec.rise {
+                    self.observe_to(Observation::Up);
+                }
+            }
+            (Observation::Suspect, _) => unreachable!("probes never suspect"),
+        }
+    }
+}
+
+impl ModelPool {
+    pub(crate) fn probed(&self) -> bool {
+        self.spec.probe.is_some()
+    }
+
+    pub(crate) fn ejected_max(&self) -> usize {
+        let percent = self.spec.ejection.map_or(0, |e| e.max_ejected_percent);
+        self.backends.len() * usize::from(percent) / 100
+    }
+
+    pub(crate) fn ejected(&self) -> usize {
+        self.backends.iter().filter(|b| b.ejected_until.is_some()).count()
+    }
+
+    pub(crate) fn eligible(&self) -> usize {
+        self.backends.iter().filter(|b| b.eligible(self.probed())).count()
+    }
+
+    /// Who serves, in file order.
+    pub(crate) fn serving(&self) -> Vec<BackendId> {
+        let tier = |wanted: &dyn Fn(&&ModelBackend) -> bool| -> Vec<BackendId> {
+            self.backends.iter().filter(wanted).map(|b| b.id).collect()
+        };
+        let probed = self.probed();
+        let primaries = tier(&|b| !b.spec.backup && b.eligible(probed));
+        if !primaries.is_empty() {
+            return primaries;
+        }
+        let backups = tier(&|b| b.eligible(probed));
+        if !backups.is_empty() || self.spec.when_none_eligible == WhenNoneEligible::Refuse {
+            return backups;
+        }
+        tier(&|b| b.intent == Intent::Ready)
+    }
+
+    /// The guard: what ejection must give back.
+    fn settle(&mut self, now: Instant) {
+        loop {
+            let probed = self.probed();
+            let mut out: Vec<(Instant, BackendId)> =
+                self.backends.iter().filter_map(|b| Some((b.ejected_until?, b.id))).collect();
+            out.sort();
+            let surplus = out.len() > self.ejected_max() || self.spec.ejection.is_none();
+            let nobody = self.eligible() == 0;
+            let give_back = out.into_iter().map(|(_, id)| id).find(|id| {
+                let b = self.backends.iter().find(|b| b.id == *id).unwrap();
+                surplus || (nobody && b.eligible_but_for_ejection(probed))
+            });
+            let Some(id) = give_back else { return };
+            self.backends.iter_mut().find(|b| b.id == id).unwrap().end_ejection(now);
+        }
+    }
+}
+
+impl Model {
+    pub(crate) fn find(&mut self, id: BackendId) -> Option<(&mut ModelPool, usize)> {
+        self.pools.iter_mut().find_map(|pool| {
+            let index = pool.backends.iter().position(|b| b.id == id)?;
+            Some((pool, index))
+        })
+    }
+
+    /// Whatever time alone changes.
+    pub(crate) fn pass(&mut self, now: Instant) {
+        for pool in &mut self.pools {
+            let grace = pool.spec.startup_grace;
+            if pool.probed() && matches!(pool.startup, Startup::Waiting(at) if at + grace <= now) {
+                pool.startup = Startup::Open;
+                pool.backends.iter_mut().for_each(|b| b.fails_open = true);
+            }
+            for b in &mut pool.backends {
+                if b.ejected_until.is_some_and(|until| until <= now) {
+                    b.end_ejection(now);
+                }
+                if pool.spec.probe.is_some() {
+                    b.probe.take_if(|probe| probe.lost_at <= now);
+                }
+            }
+        }
+        if self.check_at.is_some_and(|at| at <= now) {
+            self.leaving.retain(|b| b.state.in_flight.get() > 0);
+            self.check_at = (!self.leaving.is_empty()).then(|| now + LEAVING_CHECK);
+        }
+    }
+
+    pub(crate) fn settle(&mut self, now: Instant) {
+        self.pools.iter_mut().for_each(|pool| pool.settle(now));
+    }
+
+    pub(crate) fn probe_started(
+        &mut self,
+        id: BackendId,
+        token: ProbeToken,
+        timeout: Duration,
+        now: Instant,
+    ) {
+        let (pool, index) = self.find(id).expect("only configured backends are probed");
+        assert!(pool.probed(), "a pool without probe is not probed");
+        let b = &mut pool.backends[index];
+        assert!(b.probe.is_none(), "two probes of {id:?} in flight");
+        let lost_at = now + timeout + PROBE_LOST_MARGIN;
+        b.probe = Some(InFlight { token, lost_at, stale: false });
+        b.last_probe = Some(now);
+    }
+
+    /// `success` is `None` for local trouble.
+    pub(crate) fn probed(&mut self, id: BackendId, token: ProbeToken, success: Option<bool>) {
+        if let Some(b) = self.leaving.iter_mut().find(|b| b.id == id) {
+            b.probe.take_if(|probe| probe.token == token);
+            return;
+        }
+        let Some((pool, index)) = self.find(id) else { return };
+        let b = &mut pool.backends[index];
+        let Some(probe) = b.probe.take_if(|probe| probe.token == token) else { return };
+        if let (false, Some(success), Some(spec)) = (probe.stale, success, &pool.spec.probe) {
+            b.probe_result(spec, success);
+            pool.startup = Startup::Decided;
+        }
+    }
+
+    pub(crate) fn connect_failed(&mut self, id: BackendId, now: Instant) {
+        let Some((pool, index)) = self.find(id) else { return };
+        let (probed, ejected, eligible) = (pool.probed(), pool.ejected(), pool.eligible());
+        let ejected_max = pool.ejected_max();
+        let b = &mut pool.backends[index];
+        if b.ejected_until.is_some() {
+            return;
+        }
+        if let Some(spec) = &pool.spec.probe {
+            b.connects += 1;
+            match b.observation {
+                Observation::Up => {
+                    b.connects_told = b.connects;
+                    if b.row + b.connects >= spec.fall {
+                        b.observe_to(Observation::Down);
+                    }
+                }
+                Observation::Down => b.row = 0,
+                _ => {}
+            }
+        }
+        let Some(spec) = pool.spec.ejection else { return };
+        b.connects_for_ejection += 1;
+        if b.connects_for_ejection < spec.failures || !b.eligible(probed) {
+            return;
+        }
+        if ejected < ejected_max && eligible > 1 {
+            let unit = spec.time.as_millis();
+            if let Some(back) = b.back_at {
+                let faded = (now - back).as_millis() / unit;
+                b.repeats = b.repeats.saturating_sub(faded as u64);
+            }
+            b.repeats = (b.repeats + 1).min(EJECTION_MAX.as_millis().div_ceil(unit) as u64);
+            let length = (spec.time * b.repeats as u32).min(EJECTION_MAX);
+            b.ejected_until = Some(now + length);
+        }
+    }
+
+    /// `ids` are what the controller gave: checked against identity here.
+    pub(crate) fn configure(
+        &mut self,
+        config: &Config,
+        states: &HashMap<(String, String), Arc<BackendState>>,
+        now: Instant,
+    ) {
+        let intents = self.intents();
+        let mut old_pools = std::mem::take(&mut self.pools);
+        for spec in &config.pools {
+            let position = old_pools.iter().position(|p| p.spec.name == spec.name);
+            let mut old = position.map(|position| old_pools.remove(position));
+            let mut backends = Vec::new();
+            for backend in &spec.backends {
+                let state = &states[&(spec.name.to_string(), backend.name.to_string())];
+                let mut b = self.claim(old.as_mut(), spec, backend, state, now);
+                let name = (spec.name.to_string(), backend.name.to_string());
+                b.intent = intents.get(&name).copied().unwrap_or(Intent::Ready);
+                backends.push(b);
+            }
+            let judged = backends.iter().any(|b| b.observation != Observation::Unknown);
+            let before = old.as_ref().filter(|old| old.probed()).map(|old| old.startup);
+            let startup = match before {
+                _ if judged || spec.probe.is_none() => Startup::Decided,
+                None | Some(Startup::Decided) => Startup::Waiting(now),
+                Some(going_on) => going_on,
+            };
+            if startup == Startup::Open {
+                backends.iter_mut().for_each(|b| b.fails_open = true);
+            }
+            self.pools.push(ModelPool { spec: Arc::clone(spec), startup, backends });
+            if let Some(mut old) = old {
+                let rest = std::mem::take(&mut old.backends);
+                rest.into_iter().for_each(|b| self.leave(b, spec.on_removal, now));
+            }
+        }
+        for old in old_pools {
+            let rule = old.spec.on_removal;
+            old.backends.into_iter().for_each(|b| self.leave(b, rule, now));
+        }
+    }
+
+    fn leave(&mut self, mut b: ModelBackend, rule: OnRemoval, now: Instant) {
+        if let Some(probe) = &mut b.probe {
+            probe.stale = true;
+        }
+        b.cut_at = match rule {
+            OnRemoval::Keep => None,
+            OnRemoval::CloseAfter(grace) => Some(now + grace),
+        };
+        self.leaving.push(b);
+        self.check_at.get_or_insert(now + LEAVING_CHECK);
+    }
+
+    fn intents(&self) -> HashMap<(String, String), Intent> {
+        let configured = self.pools.iter().flat_map(|pool| &pool.backends);
+        // By id, so that of two leaving ones the younger rules.
+        let mut leaving: Vec<_> = self.leaving.iter().collect();
+        leaving.sort_by_key(|b| b.id);
+        let name = |b: &ModelBackend| (b.state.pool.to_string(), b.state.name.to_string());
+        leaving.into_iter().chain(configured).map(|b| (name(b), b.intent)).collect()
+    }
+
+    /// The old backend of that identity, or a new one.
+    fn claim(
+        &mut self,
+        old: Option<&mut ModelPool>,
+        pool: &Pool,
+        spec: &Backend,
+        state: &Arc<BackendState>,
+        now: Instant,
+    ) -> ModelBackend {
+        let identity = (&*pool.name, &*spec.name, &spec.address);
+        let old_probe = old.as_ref().and_then(|old| old.spec.probe.clone());
+        let measured = old.as_ref().is_some_and(|old| old.spec.ejection.is_some());
+        let stayed = old.and_then(|old| {
+            let position = old.backends.iter().position(|b| b.identity() == identity)?;
+            Some(old.backends.remove(position))
+        });
+        let stays = stayed.is_some();
+        let known = stayed.or_else(|| {
+            let position = self.leaving.iter().position(|b| b.identity() == identity)?;
+            let mut b = self.leaving.remove(position);
+            if b.ejected_until.is_some_and(|until| until <= now) {
+                b.end_ejection(now);
+            }
+            b.connects_for_ejection = 0;
+            Some(b)
+        });
+        let Some(mut b) = known else { return fresh(spec, state) };
+        assert!(Arc::ptr_eq(&b.state, state), "{identity:?} lost its state");
+        b.spec = spec.clone();
+        b.cut_at = None;
+        if !measured {
+            b.connects_for_ejection = 0;
+        }
+        match &pool.probe {
+            None => {
+                b.observation = Observation::Unknown;
+                (b.row, b.connects, b.connects_told, b.fails_open) = (0, 0, 0, false);
+                b.probe.iter_mut().for_each(|probe| probe.stale = true);
+            }
+            Some(probe) if stays && old_probe.as_ref() == Some(probe) => {}
+            Some(_) => {
+                (b.row, b.connects, b.connects_told) = (0, 0, 0);
+                b.fails_open |= stays && old_probe.is_none();
+                b.probe.iter_mut().for_each(|probe| probe.stale = true);
+                b.last_probe = None;
+            }
+        }
+        b
+    }
+}
+
+fn fresh(spec: &Backend, state: &Arc<BackendState>) -> ModelBackend {
+    ModelBackend {
+        id: state.id,
+        state: Arc::clone(state),
+        spec: spec.clone(),
+        intent: Intent::Ready,
+        observation: Observation::Unknown,
+        row: 0,
+        connects: 0,
+        connects_for_ejection: 0,
+        connects_told: 0,
+        fails_open: false,
+        ejected_until: None,
+        back_at: None,
+        repeats: 0,
+        probe: None,
+        shared_row: 0,
+        last_probe: None,
+        cut_at: None,
+    }
+}
