@@ -5,6 +5,8 @@
 //! Each run is a seed, printed when it fails: `SIM_SEED=n` replays it,
 //! `SIM_SEEDS=n` sets how many are tried.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, too.
+
 #[path = "controller_sim/model.rs"]
 mod model;
 

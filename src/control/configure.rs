@@ -5,7 +5,7 @@
 //! its state, whatever else changed. It never touches a session: removed
 //! backends go to `leaving`.
 
-use super::schedule::Job;
+use super::schedule::{Job, after};
 use super::{
     BackendEntry, Controller, FrontendEntry, PoolEntry, PoolId, Startup, publish::Standing,
 };
@@ -121,7 +121,7 @@ impl Controller {
                 entry.health.intent_since = *since;
             }
             let known = entry.health.clone();
-            if !old.as_ref().is_some_and(|old| old.spec.ejection.is_some()) {
+            if old.as_ref().is_none_or(|old| old.spec.ejection.is_none()) {
                 // Rows were not measured so far.
                 entry.health.outlier.restart_row();
             }
@@ -148,7 +148,7 @@ impl Controller {
         }
         match startup {
             Startup::Waiting { since } => {
-                self.schedule.set(Job::GraceEnds(id), (since + spec.startup_grace).max(now));
+                self.schedule.set(Job::GraceEnds(id), after(since, spec.startup_grace).max(now));
             }
             Startup::Open | Startup::Decided => self.schedule.cancel(Job::GraceEnds(id)),
         }

@@ -4,7 +4,7 @@
 //! configured again, and forgets them once their last session has ended. They
 //! are in no table and are not probed; status shows those with sessions.
 
-use super::schedule::Job;
+use super::schedule::{Job, after};
 use super::{BackendEntry, Controller, Effect, Leaving};
 use crate::config::OnRemoval;
 use crate::health::Transition;
@@ -31,7 +31,7 @@ impl Controller {
         }
         let cut_at = match on_removal {
             OnRemoval::Keep => None,
-            OnRemoval::CloseAfter(grace) => Some(now + grace),
+            OnRemoval::CloseAfter(grace) => Some(after(now, grace)),
         };
         if let Some(at) = cut_at {
             self.schedule.set(Job::CutSessions(id), at);

@@ -4,7 +4,7 @@
 //! backend never has two probes in flight: the next one is scheduled when the
 //! one before is over, or given up as lost. It never judges a result.
 
-use super::schedule::Job;
+use super::schedule::{Job, after};
 use super::{Controller, Effect, ProbeInFlight, ProbeToken};
 use crate::config::ProbeSpec;
 use crate::health::Observation;
@@ -23,9 +23,9 @@ pub(super) const FIRST_PROBES_SPREAD_MAX: Duration = Duration::from_secs(1);
 /// First probes come no further apart than this: a small pool is known at once.
 pub(super) const FIRST_PROBES_SPACING_MAX: Duration = Duration::from_millis(1);
 
-/// Each wait is up to this much shorter or longer than configured, so that
+/// Each wait is up to one such part shorter or longer than configured, so that
 /// probes of many backends (and of many balancers) do not march in step.
-pub(super) const JITTER: f64 = 0.1;
+const JITTER_PARTS: u32 = 10;
 
 // === impl Controller ===
 
@@ -38,7 +38,7 @@ impl Controller {
         debug_assert!(entry.in_flight.is_none(), "a backend's probes never overlap");
         self.ids.probe += 1;
         let token = ProbeToken(self.ids.probe);
-        let lost_at = now + spec.timeout + PROBE_LOST_MARGIN;
+        let lost_at = after(now, spec.timeout) + PROBE_LOST_MARGIN;
         entry.in_flight = Some(ProbeInFlight { token, started: now, lost_at, stale: false });
         self.schedule.set(Job::ProbeLost(id), lost_at);
         self.work.effects.push(Effect::Probe {
@@ -83,14 +83,15 @@ impl Controller {
     pub(super) fn schedule_next_probe(&mut self, id: BackendId, started: Instant, now: Instant) {
         let Some((spec, fast)) = self.probe_pace(id) else { return };
         let wait = if fast { spec.fast_interval } else { spec.interval };
-        let factor = 1.0 - JITTER + 2.0 * JITTER * self.rng.f64();
-        self.schedule.set(Job::Probe(id), (started + wait.mul_f64(factor)).max(now));
+        let jitter = wait / JITTER_PARTS;
+        let wait = (wait - jitter).saturating_add(jitter.saturating_mul(2).mul_f64(self.rng.f64()));
+        self.schedule.set(Job::Probe(id), after(started, wait).max(now));
     }
 
     /// A session's connect failed: the next probe comes soon.
     pub(super) fn probe_soon(&mut self, id: BackendId, now: Instant) {
         if let Some((spec, true)) = self.probe_pace(id) {
-            self.schedule.bring_forward(Job::Probe(id), now + spec.fast_interval);
+            self.schedule.bring_forward(Job::Probe(id), after(now, spec.fast_interval));
         }
     }
 

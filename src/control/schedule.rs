@@ -7,7 +7,11 @@
 use super::PoolId;
 use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// No wait is longer, whatever the configuration says: adding an absurd
+/// duration to an instant would overflow.
+const WAIT_MAX: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 /// Something to do at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -31,6 +35,11 @@ pub(super) enum Job {
 pub(super) struct Schedule {
     queue: BTreeSet<(Instant, Job)>,
     due: HashMap<Job, Instant>,
+}
+
+/// `from` plus `wait`, or plus ten years if that is less.
+pub(super) fn after(from: Instant, wait: Duration) -> Instant {
+    from + wait.min(WAIT_MAX)
 }
 
 // === impl Schedule ===

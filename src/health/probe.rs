@@ -12,7 +12,9 @@
 //! acknowledgement of the handshake, and the reset then takes its place: the
 //! backend's kernel has answered, but its process is not even woken and has
 //! nothing to log. The other kinds have been answered by then and close
-//! normally; the rest of an answer is not read.
+//! normally. What of an answer comes after its first packets is not read, and
+//! the kernel resets a connection closed on unread data (RFC 2525, section
+//! 2.17): a health page had better be short, or asked for with `HEAD`.
 
 pub mod runner;
 #[cfg(test)]
@@ -31,6 +33,9 @@ use tokio::net::{TcpSocket, TcpStream, UnixStream};
 /// A status line is a few dozen bytes; what goes on for longer than this is no
 /// HTTP server.
 const STATUS_LINE_BYTES_MAX: usize = 8 * 1024;
+
+/// Room for one read: holds a short health page whole.
+const READ_BYTES: usize = 4 * 1024;
 
 /// Bytes of an answer that a failure reason quotes.
 const QUOTE_BYTES_MAX: usize = 48;
@@ -180,7 +185,7 @@ fn default_host(address: &BackendAddress) -> String {
 /// The first line without its end. Reads no further than the packet it ends
 /// in.
 async fn read_status_line(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, Fault> {
-    let mut line = Vec::with_capacity(512);
+    let mut line = Vec::with_capacity(READ_BYTES);
     loop {
         let before = line.len();
         let room = (STATUS_LINE_BYTES_MAX - before) as u64;

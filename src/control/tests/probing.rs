@@ -120,6 +120,25 @@ fn settled_backends_are_probed_each_interval_give_or_take_a_tenth() {
 }
 
 #[test]
+fn absurdly_long_durations_overflow_nothing() {
+    let max = Duration::MAX;
+    let spec = ProbeSpec { interval: max, fast_interval: max, timeout: max, ..probe_spec() };
+    let ejection = EjectionSpec { failures: 1, time: max, max_ejected_percent: 100 };
+    let forever = |names: &[&str]| Pool {
+        probe: Some(Arc::new(spec.clone())),
+        ejection: Some(ejection),
+        startup_grace: max,
+        on_removal: OnRemoval::CloseAfter(max),
+        ..pool(names)
+    };
+    let mut bench = Bench::up(forever(&["a", "b", "c"]));
+    assert_eq!(logs(&bench.refuse("a", 1, 1)).len(), 1);
+    bench.configure(forever(&["b"]));
+    bench.answer_all_for(Duration::from_secs(3600), None);
+    assert_eq!(bench.serving(), ["b"]);
+}
+
+#[test]
 fn a_row_being_counted_is_probed_at_the_fast_interval() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.now = bench.controller.next_due().unwrap();

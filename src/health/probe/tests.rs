@@ -297,6 +297,21 @@ fn a_unix_socket_nobody_listens_on_any_more_is_refused() {
 }
 
 #[test]
+fn a_unix_socket_with_a_full_accept_queue_fails_at_once_and_says_so() {
+    on_runtime(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("backend.sock");
+        let listener =
+            socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+        listener.bind(&socket2::SockAddr::unix(&path).unwrap()).unwrap();
+        listener.listen(0).unwrap();
+        let _held = UnixStream::connect(&path).await.unwrap();
+        let reason = failure(run(&BackendAddress::Unix(path), &ping()).await);
+        assert_eq!(reason, "the socket's accept queue is full");
+    });
+}
+
+#[test]
 fn our_own_shortages_are_never_blamed_on_the_backend() {
     for errno in [libc::EMFILE, libc::ENFILE, libc::EADDRNOTAVAIL, libc::ENOBUFS, libc::ENOMEM] {
         let error = || io::Error::from_raw_os_error(errno);
