@@ -19,7 +19,7 @@ mod publish;
 mod schedule;
 mod status;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod verdicts;
 
 use crate::config::{self, BackendAddress, Config, ProbeSpec};

@@ -95,6 +95,19 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
     })
 }
 
+/// One pool of one backend at `address`, probed each `interval`.
+pub(crate) fn probed_config(address: std::net::SocketAddr, interval: Duration) -> Arc<Config> {
+    let spec = ProbeSpec {
+        interval,
+        fast_interval: interval,
+        timeout: Duration::from_secs(1),
+        ..probe_spec()
+    };
+    let mut pool = Pool { probe: Some(Arc::new(spec)), ..pool(&["a"]) };
+    pool.backends[0].address = BackendAddress::Tcp(address);
+    config(vec![pool])
+}
+
 /// A controller, its clock, and the probes it has asked for.
 struct Bench {
     controller: Controller,
