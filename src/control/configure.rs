@@ -139,19 +139,7 @@ impl Controller {
             }
         }
         let startup = self.startup(old.as_ref(), spec, &members, now);
-        if startup == Startup::Open {
-            for member in &members {
-                if let Some(entry) = self.backends.get_mut(member) {
-                    entry.health.fails_open = entry.health.observation() == Observation::Unknown;
-                }
-            }
-        }
-        match startup {
-            Startup::Waiting { since } => {
-                self.schedule.set(Job::GraceEnds(id), after(since, spec.startup_grace).max(now));
-            }
-            Startup::Open | Startup::Decided => self.schedule.cancel(Job::GraceEnds(id)),
-        }
+        self.enter_startup(id, spec, &members, startup, now);
         self.pools.push(PoolEntry { id, spec: Arc::clone(spec), members, startup });
     }
 
@@ -226,6 +214,32 @@ impl Controller {
         match old {
             Some(old) if old.spec.probe.is_some() && old.startup != Startup::Decided => old.startup,
             _ => Startup::Waiting { since: now },
+        }
+    }
+
+    /// Schedules the grace's end, or lets new members join a pool that has
+    /// failed open.
+    fn enter_startup(
+        &mut self,
+        id: PoolId,
+        spec: &config::Pool,
+        members: &[BackendId],
+        startup: Startup,
+        now: Instant,
+    ) {
+        self.schedule.cancel(Job::GraceEnds(id));
+        match startup {
+            Startup::Waiting { since } => {
+                self.schedule.set(Job::GraceEnds(id), after(since, spec.startup_grace).max(now));
+            }
+            Startup::Open => {
+                for member in members {
+                    if let Some(entry) = self.backends.get_mut(member) {
+                        entry.health.fails_open = true;
+                    }
+                }
+            }
+            Startup::Decided => {}
         }
     }
 
