@@ -29,6 +29,8 @@ fn backend(id: u32, pool: &str, name: &str) -> BackendStatus {
         intent: Intent::Ready,
         observation: Observation::Unknown,
         ejected: false,
+        ejections_total: 0,
+        ejections_held_total: 0,
         eligible: true,
         last_transition: None,
     }
