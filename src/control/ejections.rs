@@ -21,11 +21,28 @@ struct GuardView {
     ejected_max: usize,
     /// Backends that are eligible now.
     eligible: usize,
+    /// All of the pool's backends.
+    backends: usize,
 }
 
 /// Backends of a pool of `backends` that may be ejected at once.
 pub(super) fn ejected_max(percent: u8, backends: usize) -> usize {
     backends.saturating_mul(usize::from(percent.min(100))) / 100
+}
+
+// === impl GuardView ===
+
+impl GuardView {
+    /// Why no eligible backend may be ejected now, if so.
+    fn objection(&self, percent: u8) -> Option<String> {
+        let (ejected, backends) = (self.ejected.len(), self.backends);
+        if ejected >= self.ejected_max {
+            return Some(format!(
+                "{ejected} of {backends} backends are ejected and max_ejected is {percent}%"
+            ));
+        }
+        (self.eligible <= 1).then(|| "it is the pool's last eligible backend".to_owned())
+    }
 }
 
 // === impl Controller ===
@@ -48,18 +65,7 @@ impl Controller {
             // It takes no sessions anyway: nothing would be gained.
             return;
         }
-        let view = self.guard_view(pool);
-        let objection = if view.ejected.len() >= view.ejected_max {
-            let (out, of) = (view.ejected.len(), pool.members.len());
-            Some(format!(
-                "{out} of {of} backends are ejected and max_ejected is {}%",
-                spec.max_ejected_percent
-            ))
-        } else if view.eligible <= 1 {
-            Some("it is the pool's last eligible backend".to_owned())
-        } else {
-            None
-        };
+        let objection = self.guard_view(pool).objection(spec.max_ejected_percent);
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let evidence = format!("{row} connects failed in a row, last: {failure}");
         if let Some(objection) = objection {
@@ -138,6 +144,7 @@ impl Controller {
                 .collect(),
             ejected_max: ejected_max(percent, pool.members.len()),
             eligible: members().filter(|(_, entry)| entry.health.eligible()).count(),
+            backends: pool.members.len(),
         }
     }
 }
