@@ -120,6 +120,15 @@ impl Pump {
         socket.read_to_the_end |= read_to_the_end;
     }
 
+    /// Notes that a side's connection has failed while bytes from it still wait
+    /// for the other to take them; true when that is news. The failure itself is
+    /// read in its turn, but nobody waits for more than the half-closed time.
+    pub fn note_failure(&mut self, side: Side) -> bool {
+        let news = self.closed_first.is_none();
+        self.closed_first.get_or_insert(side);
+        news
+    }
+
     /// Bytes received from that side so far.
     pub fn bytes_from(&self, side: Side) -> u64 {
         self.streams[side as usize].bytes

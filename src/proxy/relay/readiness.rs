@@ -435,7 +435,13 @@ impl State {
         let to_the_end = event.hang_up || event.urgent;
         entry.pump.note(side, event.readable, event.writable, to_the_end);
         match &mut entry.stage {
-            Stage::Relaying(_) => self.turn(key, engine),
+            Stage::Relaying(_) => {
+                let news = event.failed && entry.pump.note_failure(side);
+                self.turn(key, engine);
+                if news {
+                    self.rearm(key, engine);
+                }
+            }
             Stage::Setup(setup) => {
                 match side {
                     Side::Client => entry.client_failed |= event.failed,
@@ -486,7 +492,14 @@ impl State {
             }
         }
         if moved.ended {
-            // The half-closed timer may be due long before the idle one.
+            self.rearm(key, engine);
+        }
+    }
+
+    /// Sets a flow's timer anew once a side has ended: the half-closed timer may
+    /// be due long before the idle one.
+    fn rearm(&mut self, key: u32, engine: &Engine) {
+        if matches!(self.flows[key as usize].stage, Stage::Relaying(_)) {
             let due = engine.tick_after(self.turn_on_timer(key));
             self.wheel.arm(key, due);
             engine.kick_if_sooner(due);

@@ -180,6 +180,17 @@ fn an_answer_sent_before_the_backend_refused_more_still_arrives() {
 }
 
 #[test]
+fn a_client_that_failed_while_its_bytes_wait_counts_as_closed_first() {
+    let mut bench = Bench::new(0);
+    bench.arrive(Client, b"nobody takes this");
+    assert!(bench.pump.note_failure(Client), "the half-closed timer starts");
+    assert!(!bench.pump.note_failure(Client), "once");
+    bench.end(Client, libc::ECONNRESET);
+    assert!(bench.ending.is_none(), "its bytes may still be taken");
+    assert_eq!(bench.pump.closed_first(), Some(Client));
+}
+
+#[test]
 fn a_peer_that_vanished_is_lost_and_not_reset() {
     let mut bench = Bench::new(10);
     bench.end(Client, libc::ETIMEDOUT);
