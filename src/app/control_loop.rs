@@ -112,7 +112,7 @@ impl Control {
                 }
                 Woken::Request(request) => self.answer(request).await,
                 Woken::Reports => self.take_reports(),
-                Woken::Probed(event) => self.feed([event]),
+                Woken::Probed(event) => self.take_probed(event),
                 Woken::Due => self.feed([Event::Tick]),
                 Woken::DrainStep => {
                     if let Some(cut) = self.drain_step() {
@@ -151,6 +151,15 @@ impl Control {
     fn feed(&mut self, events: impl IntoIterator<Item = Event>) {
         let effects = self.controller.apply_all(events, clock::now());
         self.perform(effects);
+    }
+
+    /// Feeds a probe's result and all that came with it: one table for many.
+    fn take_probed(&mut self, first: Event) {
+        let mut events = vec![first];
+        while let Ok(event) = self.probed.try_recv() {
+            events.push(event);
+        }
+        self.feed(events);
     }
 
     fn take_reports(&mut self) {
