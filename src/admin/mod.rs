@@ -40,7 +40,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use tokio::sync::oneshot;
 
 /// What the API asks of the control loop. A reply may find nobody waiting any
-/// more: the client left, or [`ANSWER_MAX`](routes::ANSWER_MAX) is over; what
+/// more: the client left, or the 5 s it is given are over; what
 /// was asked for stays done all the same.
 #[derive(Debug)]
 pub enum Request {

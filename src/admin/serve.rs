@@ -24,7 +24,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 /// Connections served at once; more wait in the kernel's queue.
-pub const CONNECTIONS_MAX: usize = 32;
+const CONNECTIONS_MAX: usize = 32;
 
 /// A request's head must be there this soon, on a new or an idle connection.
 const HEADER_READ_MAX: Duration = Duration::from_secs(5);

@@ -206,3 +206,121 @@ fn address(address: &BackendAddress) -> String {
 fn millis(time: std::time::Duration) -> f64 {
     time.as_millis() as f64 / 1e3
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::process::ProcessFacts;
+    use crate::admin::snapshot::{ReloadCounts, ServiceState};
+    use crate::clock;
+    use crate::control::ControlStatus;
+    use crate::health::{Intent, Observation};
+    use crate::proxy::close::{Cause, Phase, RefusedReason};
+    use crate::table::state::{BackendId, FrontendId, FrontendState};
+    use crate::telemetry::counters::WorkerCounters;
+    use crate::telemetry::histograms::Recorder;
+    use expect_test::{Expect, expect};
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    fn backend(id: u32, name: &str, now: Instant) -> BackendStatus {
+        let address = BackendAddress::Unix("/run/a.sock".into());
+        let state = BackendState::new(BackendId(id), "web".into(), name.into(), address, 1);
+        state.counters.of(0).bytes_in.add(5);
+        BackendStatus {
+            state: Arc::new(state),
+            weight: 2,
+            effective_weight: 0,
+            backup: true,
+            connections_max: 9,
+            intent: Intent::Draining,
+            observation: Observation::Up,
+            ejected: false,
+            eligible: false,
+            last_transition: Some(Transition {
+                pool: "web".into(),
+                backend: name.into(),
+                from: "up",
+                to: "draining",
+                reason: "operator".to_owned(),
+                at: now - Duration::from_millis(2_500),
+                lasted: Duration::from_secs(60),
+            }),
+        }
+    }
+
+    fn check(control: &ControlStatus, now: Instant, expected: &Expect) {
+        let (mut recorder, mut latency) = (Recorder::new(), Merged::new());
+        recorder.record(1, Series::Connect, Duration::from_micros(200));
+        latency.absorb(recorder.take().unwrap());
+        let text = render(&Snapshot {
+            control,
+            workers: &[Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT))],
+            latency: &latency,
+            version: "0.1.0",
+            engine: "epoll",
+            engine_reason: "configured",
+            now,
+            uptime: Duration::from_millis(1_500),
+            state: ServiceState::Draining,
+            reloads: ReloadCounts::default(),
+            table_serial: 12,
+            connections_active: 5,
+            connections_max: 100,
+            warnings: &["workers waits".to_owned()],
+            process: ProcessFacts::default(),
+        });
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert!(value.is_object());
+        // Broken at objects, so that a change shows as a line.
+        expected.assert_eq(&text.replace("{\"", "\n{\"").replace(",\"pools", "\n,\"pools"));
+    }
+
+    #[test]
+    fn the_document_has_exactly_the_documented_fields() {
+        let now = clock::now();
+        let frontend = FrontendState::new(FrontendId(0), "web".into(), 1, RefusedReason::COUNT);
+        frontend.counters.of(0).refused.cell(RefusedReason::NoRoute as usize, 0).add(2);
+        frontend.counters.of(0).refused.cell(RefusedReason::NoBackend as usize, 0).add(3);
+        let control = ControlStatus {
+            generation: 5,
+            frontends: vec![FrontendStatus {
+                state: Arc::new(frontend),
+                binds: vec!["[::1]:80".parse().unwrap()],
+                pool: "web".into(),
+                connections_max: 0,
+            }],
+            pools: vec![PoolStatus {
+                name: "web".into(),
+                balance: "random",
+                backends: vec![backend(1, "a", now)],
+            }],
+            leaving: vec![backend(2, "b", now).state],
+        };
+        check(
+            &control,
+            now,
+            &expect![[r#"
+
+            {"version":"0.1.0","generation":5,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":1,"uptime_seconds":1.5,"state":"draining","connections_active":5,"connections_max":100,"warnings":["workers waits"],"frontends":[
+            {"name":"web","binds":["[::1]:80"],"pool":"web","connections_max":0,"sessions_active":0,"sessions_total":0,"bytes_in_total":0,"bytes_out_total":0,"refused_total":5}]
+            ,"pools":[
+            {"name":"web","balance":"random","backends":[
+            {"name":"a","address":"unix:/run/a.sock","weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","observation":"up","ejected":false,"eligible":false,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
+            {"p50":0.0002,"p99":0.0002},"first_byte_seconds":
+            {"p50":null,"p99":null},"last_transition":
+            {"from":"up","to":"draining","reason":"operator","seconds_ago":2.5,"lasted_seconds":60.0}}]}],"leaving":[
+            {"pool":"web","name":"b","address":"unix:/run/a.sock","sessions_active":0}]}"#]],
+        );
+    }
+
+    #[test]
+    fn what_never_happened_is_null() {
+        let now = clock::now();
+        let fresh = BackendStatus { last_transition: None, ..backend(7, "a", now) };
+        let value = serde_json::to_value(super::backend(&fresh, &Merged::new(), now)).unwrap();
+        assert!(value["last_transition"].is_null());
+        assert!(value["connect_seconds"]["p50"].is_null());
+        assert!(value["connect_seconds"].as_object().unwrap().contains_key("p99"));
+    }
+}

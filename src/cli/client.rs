@@ -209,7 +209,9 @@ pub fn report(
         Ok(text) if args.json => text,
         Ok(text) => match serde_json::from_str(&text) {
             Ok(value) => shown(&value),
-            Err(error) => return complain(&format!("tidegate: the answer is no JSON: {error}"), 3),
+            Err(error) => {
+                return complain(&format!("tidegate: the answer is no JSON: {error}"), Exit::Failed);
+            }
         },
         Err(error) => return fail(args, &error),
     };
@@ -218,13 +220,13 @@ pub fn report(
 
 fn fail(args: &ClientArgs, error: &ClientError) -> Exit {
     match error {
-        ClientError::Unreachable(text) => complain(&format!("tidegate: {text}"), 3),
-        ClientError::Token(text) => complain(&format!("tidegate: {text}"), 1),
+        ClientError::Unreachable(text) => complain(&format!("tidegate: {text}"), Exit::Failed),
+        ClientError::Token(text) => complain(&format!("tidegate: {text}"), Exit::Refused),
         ClientError::Refused(value) => {
             if args.json {
                 print(&value.to_string());
             }
-            complain(&refusal(value), 1)
+            complain(&refusal(value), Exit::Refused)
         }
     }
 }
@@ -247,10 +249,10 @@ fn refusal(value: &Value) -> String {
     lines.join("\n")
 }
 
-fn complain(text: &str, code: u8) -> Exit {
+fn complain(text: &str, exit: Exit) -> Exit {
     // With standard error closed there is nobody to tell.
     let _ = writeln!(io::stderr(), "{}", printable(text));
-    if code == 1 { Exit::Refused } else { Exit::Failed }
+    exit
 }
 
 /// Writes a text and a newline to standard output. Whoever closed the other end
@@ -259,7 +261,7 @@ fn print(text: &str) -> Exit {
     let mut out = io::stdout().lock();
     match writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            complain(&format!("tidegate: cannot write: {error}"), 3)
+            complain(&format!("tidegate: cannot write: {error}"), Exit::Failed)
         }
         _ => Exit::Fine,
     }

@@ -31,19 +31,19 @@ pub enum Series {
 /// One worker's recordings since it last gave them away.
 #[derive(Debug, Default)]
 pub struct Recorder {
-    slots: HashMap<u32, Box<Slot>>,
+    slots: HashMap<u32, Slot>,
     /// Empty slots that have their memory already; at most [`SPARE_MAX`].
-    spare: Vec<Box<Slot>>,
+    spare: Vec<Slot>,
 }
 
 /// What a worker recorded between two takes: non-empty.
 #[derive(Debug)]
-pub struct Delta(Vec<(u32, Box<Slot>)>);
+pub struct Delta(Vec<(u32, Slot)>);
 
 /// Emptied histograms on their way back to a worker, so that it need not
 /// allocate new ones. Dropping it is fine, too.
 #[derive(Debug)]
-pub struct Spent(Vec<Box<Slot>>);
+pub struct Spent(Vec<Slot>);
 
 /// Everything recorded by all workers since each backend was first seen.
 #[derive(Debug, Default)]

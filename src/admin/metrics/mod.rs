@@ -241,16 +241,18 @@ fn leaving(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     out.family(&families::LEAVING_SESSIONS).count(&[], sessions);
 }
 
+type WorkerValue = fn(&WorkerCounters) -> u64;
+
 fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     let names: Vec<String> = (0..snapshot.workers.len()).map(|n| n.to_string()).collect();
-    let mut each = |family, value: fn(&WorkerCounters) -> u64| {
+    let mut each = |family, value: WorkerValue| {
         let mut samples = out.family(family);
         for (name, worker) in names.iter().zip(snapshot.workers) {
             samples.count(&[("worker", name)], value(worker));
         }
     };
     each(&families::WORKER_ACCEPTED, |w| w.accepted.get());
-    // Read in this order, "ended" never overtakes "accepted" by much.
+    // Ended is read first: accepted can only have grown by then.
     each(&families::WORKER_ACTIVE, |w| {
         let ended = w.ended.get();
         w.accepted.get().saturating_sub(ended)
@@ -262,7 +264,7 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
         let total = sum(snapshot, |w| w.local_errors.cell(reason as usize, 0).get());
         samples.count(&[("reason", reason.name())], total);
     }
-    let totals: [(_, fn(&WorkerCounters) -> u64); 3] = [
+    let totals: [(&Family, WorkerValue); 3] = [
         (&families::CONNECT_RETRIES, |w| w.connect_retries.get()),
         (&families::REPORTS_DROPPED, |w| w.reports_dropped.get()),
         (&families::ACCESS_LOG_DROPPED, |w| w.access_log_dropped.get()),

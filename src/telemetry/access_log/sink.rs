@@ -122,3 +122,28 @@ fn ends_inside_a_line(fd: &OwnedFd, size: u64) -> bool {
 fn identity(stat: &Stat) -> (u64, u64) {
     (stat.st_dev, stat.st_ino)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn a_blocking_pipe_is_never_waited_for() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let identity = (0, 0);
+        let fd = OwnedFd::from(writer);
+        let mut sink = Sink { fd, path: None, identity, ask_first: true, unfinished: false };
+        let mut written = 0;
+        let full = loop {
+            match sink.write(&[b'x'; 10_000]) {
+                Ok(count) => written += count,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+        assert!(written >= 2 * PIPE_CHUNK, "only {written} bytes fitted");
+        reader.read_exact(&mut vec![0; written]).unwrap();
+        assert_eq!(sink.write(&[b'x'; 10_000]).unwrap(), PIPE_CHUNK);
+    }
+}

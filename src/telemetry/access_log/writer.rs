@@ -106,6 +106,10 @@ impl Writer {
             self.checked = now;
             self.reopen_if_moved(now);
         }
+        if self.sink.is_none() {
+            // A worker that saw "enabled" late may have pushed after the switch.
+            return self.discard();
+        }
         if self.trouble.retry.is_some_and(|at| now < at) {
             return;
         }
@@ -125,16 +129,13 @@ impl Writer {
         // The line under way goes to the new target as a whole.
         let line = self.batch[..self.written].iter().rposition(|byte| *byte == b'\n');
         self.written = line.map_or(0, |newline| newline + 1);
-        if self.sink.is_none() {
-            self.discard();
-        }
     }
 
     fn discard(&mut self) {
         self.batch.clear();
         self.written = 0;
         for queue in &self.shared.queues {
-            // Bounded: a worker that saw "enabled" late may still be pushing.
+            // Bounded, should somebody still be pushing.
             for _ in 0..queue.capacity() {
                 if queue.pop().is_none() {
                     break;

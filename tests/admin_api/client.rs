@@ -1,0 +1,76 @@
+//! The command line's client against the API: what it prints and how it exits.
+
+use crate::harness::{Api, Control, STATUS, TOKEN, eventually};
+use std::process::{Command, Stdio};
+use std::sync::atomic::Ordering;
+
+#[test]
+fn the_client_shows_and_changes_over_the_unix_socket() {
+    let api = Api::unix(Control::Answers);
+    let said = |arguments: &[&str]| {
+        let output = api.cli(arguments);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(said(&["status", "--json"]).trim_end(), STATUS);
+    assert!(said(&["status"]).starts_with("tidegate 0.1.0: serving"));
+    assert!(said(&["reload"]).contains("generation 4"));
+    assert!(said(&["drain", "web/unix:/run/b.sock"]).starts_with("web/unix:/run/b.sock takes no"));
+    assert!(said(&["undrain", "web/[::1]:80"]).starts_with("web/[::1]:80 takes new"));
+    assert!(said(&["shutdown"]).starts_with("draining"));
+    assert!(api.shut_down.load(Ordering::Relaxed));
+}
+
+#[test]
+fn the_client_exits_1_when_refused_and_says_why_on_standard_error() {
+    let api = Api::unix(Control::RefusesTheFile);
+    let unknown = api.cli(&["drain", "web/x"]);
+    assert_eq!(unknown.status.code(), Some(1));
+    let text = String::from_utf8(unknown.stderr).unwrap();
+    assert_eq!(text, "tidegate: unknown backend: pool \"web\" has no backend \"x\"\n");
+    assert!(unknown.stdout.is_empty());
+    let refused = api.cli(&["reload"]);
+    assert_eq!(refused.status.code(), Some(1));
+    let text = String::from_utf8(refused.stderr).unwrap();
+    assert!(text.starts_with("t.toml:3:7: error: no such pool\nt.toml:9:7: error: unknown key\n"));
+}
+
+#[test]
+fn the_client_exits_2_on_usage_and_3_when_nobody_answers() {
+    let mut api = Api::unix(Control::Answers);
+    assert_eq!(api.cli(&["drain", "web"]).status.code(), Some(2));
+    api.stop();
+    let unreachable = api.cli(&["status"]);
+    assert_eq!(unreachable.status.code(), Some(3));
+    let text = String::from_utf8(unreachable.stderr).unwrap();
+    assert!(text.starts_with("tidegate: cannot reach the balancer at unix:/"), "{text}");
+}
+
+#[test]
+fn the_client_brings_its_token_over_tcp() {
+    let api = Api::tcp("127.0.0.1:0", Some(TOKEN));
+    let file = api.dir.path().join("token");
+    std::fs::write(&file, format!("{TOKEN}\n")).unwrap();
+    let file = file.to_str().unwrap();
+    assert_eq!(api.cli(&["status"]).status.code(), Some(0));
+    assert_eq!(api.cli(&["drain", "web/a"]).status.code(), Some(1));
+    assert_eq!(api.cli(&["drain", "web/a", "--token-file", file]).status.code(), Some(0));
+    let missing = api.cli(&["drain", "web/a", "--token-file", "/no/such/file"]);
+    assert_eq!(missing.status.code(), Some(1));
+}
+
+#[test]
+fn a_closed_standard_output_is_no_failure() {
+    let api = Api::unix(Control::Answers);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tidegate"))
+        .args(["status", "--admin", &api.address.to_string()])
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    eventually("the client ends", || child.try_wait().unwrap().is_some());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]));
+}
