@@ -64,6 +64,9 @@ struct Backend<'a> {
     intent: &'static str,
     observation: &'static str,
     ejected: bool,
+    ejections_total: u64,
+    /// Ejections that the pool's guard held back.
+    ejections_held_total: u64,
     eligible: bool,
     sessions_active: u32,
     sessions_total: u64,
@@ -161,6 +164,8 @@ fn backend<'a>(status: &'a BackendStatus, latency: &Merged, now: Instant) -> Bac
         intent: status.intent.name(),
         observation: status.observation.name(),
         ejected: status.ejected,
+        ejections_total: status.ejections_total,
+        ejections_held_total: status.ejections_held_total,
         eligible: status.eligible,
         sessions_active: state.in_flight.get(),
         sessions_total: state.counters.sum(|c| c.sessions.get()),
@@ -236,6 +241,8 @@ mod tests {
             intent: Intent::Draining,
             observation: Observation::Up,
             ejected: false,
+            ejections_total: 1,
+            ejections_held_total: 2,
             eligible: false,
             last_transition: Some(Transition {
                 pool: "web".into(),
@@ -302,15 +309,15 @@ mod tests {
             now,
             &expect![[r#"
 
-            {"version":"0.1.0","generation":5,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":1,"uptime_seconds":1.5,"state":"draining","connections_active":5,"connections_max":100,"warnings":["workers waits"],"frontends":[
-            {"name":"web","binds":["[::1]:80"],"pool":"web","connections_max":0,"sessions_active":0,"sessions_total":0,"bytes_in_total":0,"bytes_out_total":0,"refused_total":5}]
-            ,"pools":[
-            {"name":"web","balance":"random","backends":[
-            {"name":"a","address":"unix:/run/a.sock","weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","observation":"up","ejected":false,"eligible":false,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
-            {"p50":0.0002,"p99":0.0002},"first_byte_seconds":
-            {"p50":null,"p99":null},"last_transition":
-            {"from":"up","to":"draining","reason":"operator","seconds_ago":2.5,"lasted_seconds":60.0}}]}],"leaving":[
-            {"pool":"web","name":"b","address":"unix:/run/a.sock","sessions_active":0}]}"#]],
+                {"version":"0.1.0","generation":5,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":1,"uptime_seconds":1.5,"state":"draining","connections_active":5,"connections_max":100,"warnings":["workers waits"],"frontends":[
+                {"name":"web","binds":["[::1]:80"],"pool":"web","connections_max":0,"sessions_active":0,"sessions_total":0,"bytes_in_total":0,"bytes_out_total":0,"refused_total":5}]
+                ,"pools":[
+                {"name":"web","balance":"random","backends":[
+                {"name":"a","address":"unix:/run/a.sock","weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","observation":"up","ejected":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
+                {"p50":0.0002,"p99":0.0002},"first_byte_seconds":
+                {"p50":null,"p99":null},"last_transition":
+                {"from":"up","to":"draining","reason":"operator","seconds_ago":2.5,"lasted_seconds":60.0}}]}],"leaving":[
+                {"pool":"web","name":"b","address":"unix:/run/a.sock","sessions_active":0}]}"#]],
         );
     }
 

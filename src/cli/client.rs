@@ -210,7 +210,10 @@ pub fn report(
         Ok(text) => match serde_json::from_str(&text) {
             Ok(value) => shown(&value),
             Err(error) => {
-                return complain(&format!("tidegate: the answer is no JSON: {error}"), Exit::Failed);
+                return complain(
+                    &format!("tidegate: the answer is no JSON: {error}"),
+                    Exit::Failed,
+                );
             }
         },
         Err(error) => return fail(args, &error),

@@ -53,6 +53,8 @@ mod families {
     pub(super) const BACKEND_WEIGHT: Family = gauge("tidegate_backend_weight", "Weight balanced by; 0 while not eligible.");
     pub(super) const BACKEND_DRAINING: Family = gauge("tidegate_backend_draining", "1 when an operator has taken the backend out (drain or maintenance).");
     pub(super) const BACKEND_EJECTED: Family = gauge("tidegate_backend_ejected", "1 while the backend is ejected for its connect failures.");
+    pub(super) const EJECTIONS: Family = counter("tidegate_ejections_total", "Times the backend was ejected for its connect failures.");
+    pub(super) const EJECTIONS_HELD: Family = counter("tidegate_ejections_held_total", "Ejections held back because too much of the pool was out already.");
     pub(super) const BACKEND_IN_FLIGHT: Family = gauge("tidegate_backend_in_flight", "Sessions holding the backend, from selection to close.");
     pub(super) const BACKEND_SESSIONS: Family = counter("tidegate_backend_sessions_total", "Sessions whose connection to the backend stood.");
     pub(super) const BACKEND_BYTES: Family = counter("tidegate_backend_bytes_total", "Bytes relayed, by backend; in is from clients, out is to clients.");
@@ -172,12 +174,14 @@ fn usual_phase(cause: Cause) -> Phase {
 type BackendValue = fn(&BackendStatus) -> u64;
 
 /// One number a backend each.
-const BACKEND_VALUES: [(&Family, BackendValue); 8] = [
+const BACKEND_VALUES: [(&Family, BackendValue); 10] = [
     (&families::BACKEND_UP, |b| (b.observation != Observation::Down).into()),
     (&families::BACKEND_ELIGIBLE, |b| b.eligible.into()),
     (&families::BACKEND_WEIGHT, |b| b.effective_weight.into()),
     (&families::BACKEND_DRAINING, |b| (b.intent != Intent::Ready).into()),
     (&families::BACKEND_EJECTED, |b| b.ejected.into()),
+    (&families::EJECTIONS, |b| b.ejections_total),
+    (&families::EJECTIONS_HELD, |b| b.ejections_held_total),
     (&families::BACKEND_IN_FLIGHT, |b| b.state.in_flight.get().into()),
     (&families::BACKEND_SESSIONS, |b| b.state.counters.sum(|c| c.sessions.get())),
     (&families::CONNECT_FAILURES, |b| b.state.counters.sum(|c| c.connect_failures.get())),
