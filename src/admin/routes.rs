@@ -4,7 +4,7 @@
 //! for the control loop longer than [`ANSWER_MAX`].
 
 use super::guard::{Entrance, guard};
-use super::{Readiness, ReloadError, Request, TokenStore};
+use super::{Problem, Readiness, ReloadError, Request, TokenStore};
 use crate::control::OperatorError;
 use crate::health::Intent;
 use axum::Router;
@@ -15,7 +15,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use hyper::header::{CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
 use hyper::{Method, StatusCode, Uri};
-use serde_json::{Value, json};
+use serde::Serialize;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -35,6 +35,27 @@ pub(super) struct Refusal {
     status: StatusCode,
     error: &'static str,
     detail: String,
+}
+
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    error: &'a str,
+    detail: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problems: Option<&'a [Problem]>,
+}
+
+#[derive(Serialize)]
+struct Intended<'a> {
+    pool: &'a str,
+    backend: &'a str,
+    intent: &'static str,
+}
+
+/// Where the process is in its life.
+#[derive(Serialize)]
+struct Life {
+    state: &'static str,
 }
 
 /// A control loop that takes longer is stuck; a client's own timeout would tell
@@ -62,13 +83,13 @@ pub(super) fn router(api: Arc<Api>) -> Router {
 }
 
 async fn live(State(api): State<Arc<Api>>) -> Response {
-    answer(JSON, json!({ "live": true, "state": api.readiness.name() }).to_string())
+    answer(JSON, text(&Life { state: api.readiness.name() }))
 }
 
 async fn ready(State(api): State<Arc<Api>>) -> Response {
     let state = api.readiness.name();
     if api.readiness.is_ready() {
-        return answer(JSON, json!({ "ready": true, "state": state }).to_string());
+        return answer(JSON, text(&Life { state }));
     }
     Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", state).into_response()
 }
@@ -83,7 +104,7 @@ async fn status(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
 
 async fn reload(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
     Ok(match api.ask(Request::Reload).await? {
-        Ok(reloaded) => answer(JSON, json!(reloaded).to_string()),
+        Ok(reloaded) => answer(JSON, text(&reloaded)),
         Err(refused) => refused_file(&refused),
     })
 }
@@ -94,13 +115,13 @@ fn refused_file(refused: &ReloadError) -> Response {
         several => format!("{} problems", several.len()),
     };
     let error = "the configuration is refused; the one in force stays";
-    let body = json!({ "error": error, "detail": detail, "problems": refused.problems });
-    with_status(StatusCode::UNPROCESSABLE_ENTITY, body)
+    let body = ErrorBody { error, detail: &detail, problems: Some(&refused.problems) };
+    with_status(StatusCode::UNPROCESSABLE_ENTITY, &body)
 }
 
 async fn shutdown(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
     api.ask(Request::Shutdown).await?;
-    Ok(answer(JSON, json!({ "state": "draining" }).to_string()))
+    Ok(answer(JSON, text(&Life { state: "draining" })))
 }
 
 type Named = Result<Path<(String, String)>, PathRejection>;
@@ -116,12 +137,12 @@ async fn undrain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<
 async fn set_intent(api: &Api, uri: &Uri, named: Named, to: Intent) -> Result<Response, Refusal> {
     // Not UTF-8 once decoded: no name is like that.
     let Ok(Path((pool, backend))) = named else { return Err(not_found(uri)) };
-    let body = json!({ "pool": pool, "backend": backend, "intent": to.name() });
+    let body = text(&Intended { pool: &pool, backend: &backend, intent: to.name() });
     let unknown_pool = format!("no pool is named {pool:?}");
     let unknown_backend = format!("pool {pool:?} has no backend {backend:?}");
     let done = api.ask(|reply| Request::SetIntent { pool, backend, intent: to, reply }).await?;
     match done {
-        Ok(()) => Ok(answer(JSON, body.to_string())),
+        Ok(()) => Ok(answer(JSON, body)),
         Err(OperatorError::UnknownPool) => {
             Err(Refusal::new(StatusCode::NOT_FOUND, "unknown pool", unknown_pool))
         }
@@ -148,8 +169,12 @@ fn answer(content_type: &'static str, body: String) -> Response {
     ([(CONTENT_TYPE, content_type)], body).into_response()
 }
 
-fn with_status(status: StatusCode, body: Value) -> Response {
-    (status, [(CONTENT_TYPE, JSON)], body.to_string()).into_response()
+fn with_status(status: StatusCode, body: &ErrorBody<'_>) -> Response {
+    (status, [(CONTENT_TYPE, JSON)], text(body)).into_response()
+}
+
+fn text(body: &impl Serialize) -> String {
+    serde_json::to_string(body).expect("plain data always serialises")
 }
 
 // === impl Api ===
@@ -184,8 +209,8 @@ impl Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        let body = json!({ "error": self.error, "detail": self.detail });
-        let mut response = with_status(self.status, body);
+        let body = ErrorBody { error: self.error, detail: &self.detail, problems: None };
+        let mut response = with_status(self.status, &body);
         if self.status == StatusCode::UNAUTHORIZED {
             let challenge = HeaderValue::from_static("Bearer realm=\"tidegate\"");
             response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
