@@ -16,7 +16,7 @@ use crate::admin::{
 use crate::clock;
 use crate::config::Config;
 use crate::config::watch::ConfigWatcher;
-use crate::control::{Controller, Effect, Event};
+use crate::control::{ControlStatus, Controller, Effect, Event};
 use crate::health::Transition;
 use crate::health::probe::runner::ProbeRunner;
 use crate::proxy::close::Cause;
@@ -26,6 +26,7 @@ use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
+use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -225,6 +226,7 @@ impl Control {
     async fn render(&mut self, renderer: impl Fn(&Snapshot<'_>) -> String) -> String {
         self.collect_latency().await;
         let control = self.controller.status();
+        self.forget_the_gone(&control);
         let table = self.tables.current();
         let now = clock::now();
         renderer(&Snapshot {
@@ -261,11 +263,21 @@ impl Control {
             })
             .collect();
         let deadline = tokio::time::Instant::now() + COLLECT_MAX;
-        for answer in asked {
+        for (worker, answer) in self.workers.iter().zip(asked) {
             if let Ok(Ok(Some(delta))) = tokio::time::timeout_at(deadline, answer).await {
-                self.latency.absorb(delta);
+                worker.mailbox.send(Command::GiveBack(self.latency.absorb(delta)));
             }
         }
+    }
+
+    /// Drops the histograms of backends that are gone for good.
+    fn forget_the_gone(&mut self, control: &ControlStatus) {
+        let configured = control.pools.iter().flat_map(|pool| &pool.backends);
+        let live: HashSet<u32> = configured
+            .map(|backend| backend.state.id.0)
+            .chain(control.leaving.iter().map(|backend| backend.id.0))
+            .collect();
+        self.latency.retain(|id| live.contains(&id));
     }
 
     /// Serves the admin API beside the loop.

@@ -13,7 +13,7 @@ use crate::table::publish::TablePublisher;
 use crate::table::state::BackendId;
 use crate::telemetry::access_log::AccessLogSender;
 use crate::telemetry::counters::WorkerCounters;
-use crate::telemetry::histograms::Delta;
+use crate::telemetry::histograms::{Delta, Spent};
 use crossbeam::queue::SegQueue;
 use socket2::Socket;
 use std::collections::HashMap;
@@ -75,6 +75,8 @@ pub enum Command {
     CutAll(Cause),
     /// Hand over what the histograms hold.
     Collect(oneshot::Sender<Option<Delta>>),
+    /// Take the emptied histograms back, to be filled anew.
+    GiveBack(Spent),
     /// End; sessions still open are dropped.
     Stop,
 }
@@ -258,6 +260,7 @@ async fn serve(ctx: Rc<Context>, inbox: &Mailbox) {
             Command::Collect(reply) => {
                 let _ = reply.send(ctx.recorder.borrow_mut().take());
             }
+            Command::GiveBack(spent) => ctx.recorder.borrow_mut().give_back(spent),
             Command::Stop => break,
         }
     }
