@@ -10,10 +10,10 @@ use crate::proxy::close::{Cause, Ending, Phase, Side};
 use std::io;
 
 /// Read size until a stream proves to be bulk.
-pub const READ_SMALL: usize = 16 * 1024;
+pub(super) const READ_SMALL: usize = 16 * 1024;
 
 /// Read size of a bulk stream. 64 KiB in between measured worse than either.
-pub const READ_BULK: usize = 256 * 1024;
+pub(super) const READ_BULK: usize = 256 * 1024;
 
 /// Full reads in a row, none of them held up by the receiver, that make a
 /// stream bulk.
@@ -24,7 +24,7 @@ const STREAK: u8 = 3;
 const BYTES_A_TURN: usize = 1024 * 1024;
 
 /// The two sockets, as the pump sees them.
-pub trait Io {
+pub(super) trait Io {
     /// recv(2), non-blocking.
     fn receive(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize>;
     /// send(2), non-blocking.
@@ -35,7 +35,7 @@ pub trait Io {
 
 /// Both directions of a session.
 #[derive(Debug, Default)]
-pub struct Pump {
+pub(super) struct Pump {
     /// Indexed by the side the bytes come from.
     streams: [Stream; 2],
     /// Indexed by side.
@@ -74,18 +74,18 @@ struct Stream {
 
 /// What one turn did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Moved {
+pub(super) struct Moved {
     /// Bytes received from each side, by [`Side`] number.
-    pub received: [u64; 2],
+    pub(super) received: [u64; 2],
     /// Bytes were sent somewhere.
-    pub sent: bool,
+    pub(super) sent: bool,
     /// A side's FIN was seen this turn.
-    pub ended: bool,
+    pub(super) ended: bool,
 }
 
 /// What a turn asks for next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Next {
+pub(super) enum Next {
     /// Wait for the sockets.
     Wait,
     /// Its share of this round is used up: turn again soon.
@@ -98,7 +98,7 @@ pub enum Next {
 
 impl Pump {
     /// Fresh sockets: writable until they say otherwise.
-    pub fn new() -> Pump {
+    pub(super) fn new() -> Pump {
         let mut pump = Pump::default();
         for socket in &mut pump.sockets {
             socket.writable = true;
@@ -107,13 +107,13 @@ impl Pump {
     }
 
     /// That side has a new socket (another connect attempt).
-    pub fn renew(&mut self, side: Side) {
+    pub(super) fn renew(&mut self, side: Side) {
         self.sockets[side as usize] = Socket { writable: true, ..Socket::default() };
     }
 
     /// Notes what a socket reported.
     #[inline]
-    pub fn note(&mut self, side: Side, readable: bool, writable: bool, read_to_the_end: bool) {
+    pub(super) fn note(&mut self, side: Side, readable: bool, writable: bool, read_to_the_end: bool) {
         let socket = &mut self.sockets[side as usize];
         socket.readable |= readable;
         socket.writable |= writable;
@@ -123,24 +123,24 @@ impl Pump {
     /// Notes that a side's connection has failed while bytes from it still wait
     /// for the other to take them; true when that is news. The failure itself is
     /// read in its turn, but nobody waits for more than the half-closed time.
-    pub fn note_failure(&mut self, side: Side) -> bool {
+    pub(super) fn note_failure(&mut self, side: Side) -> bool {
         let news = self.closed_first.is_none();
         self.closed_first.get_or_insert(side);
         news
     }
 
     /// Bytes received from that side so far.
-    pub fn bytes_from(&self, side: Side) -> u64 {
+    pub(super) fn bytes_from(&self, side: Side) -> u64 {
         self.streams[side as usize].bytes
     }
 
     /// Which side ended first, if one did.
-    pub fn closed_first(&self) -> Option<Side> {
+    pub(super) fn closed_first(&self) -> Option<Side> {
         self.closed_first
     }
 
     /// How far the session has come.
-    pub fn phase(&self) -> Phase {
+    pub(super) fn phase(&self) -> Phase {
         match self.streams.iter().filter(|stream| stream.ended).count() {
             0 => Phase::Data,
             1 => Phase::HalfClosed,
@@ -150,7 +150,7 @@ impl Pump {
 
     /// Moves what can be moved, through `buffer` (at least [`READ_BULK`]).
     #[inline]
-    pub fn turn(&mut self, io: &impl Io, buffer: &mut [u8], moved: &mut Moved) -> Next {
+    pub(super) fn turn(&mut self, io: &impl Io, buffer: &mut [u8], moved: &mut Moved) -> Next {
         let again = self.forward(Side::Client, io, buffer, moved)
             | self.forward(Side::Backend, io, buffer, moved);
         if let Some(ending) = self.ending() {
