@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -52,6 +52,24 @@ struct Shared {
     counts: Arc<Counts>,
     open: Mutex<HashMap<u64, Arc<Socket>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// Something scripts wait at until the test opens it.
+#[derive(Clone, Default)]
+pub struct Gate(Arc<(Mutex<bool>, Condvar)>);
+
+impl Gate {
+    /// Lets everybody through, now and later.
+    pub fn open(&self) {
+        *self.0.0.lock().expect("no panic in here") = true;
+        self.0.1.notify_all();
+    }
+
+    /// Waits for the gate to open, a minute at most.
+    pub fn wait(&self) {
+        let held = self.0.0.lock().expect("no panic in here");
+        let _ = self.0.1.wait_timeout_while(held, secs(60), |open| !*open);
+    }
 }
 
 // === scripts ===
@@ -345,8 +363,10 @@ fn accept_loop(listener: &Socket, shared: &Arc<Shared>, script: &Script) {
                 let conn = Conn { socket, counts: shared.counts.clone() };
                 script(&conn);
                 shared.open.lock().expect("no panic in here").remove(&id);
+                // Counted before the close: the balancer may fill the slot the
+                // moment it sees the FIN.
+                shared.counts.active.fetch_sub(1, Ordering::SeqCst);
                 drop(conn);
-                shared.counts.active.fetch_sub(1, Ordering::Relaxed);
             }
         });
         let mut threads = shared.threads.lock().expect("no panic in here");

@@ -13,6 +13,8 @@ use std::net::SocketAddr;
 #[derive(Debug, Clone)]
 pub struct Conf {
     pub engine: Engine,
+    /// Another word for the `engine` key than the engine's own.
+    pub engine_key: Option<String>,
     pub workers: usize,
     /// More keys of `[process]`, a line each.
     pub process: String,
@@ -61,6 +63,7 @@ impl Conf {
     pub fn new(engine: Engine) -> Conf {
         Conf {
             engine,
+            engine_key: None,
             workers: 2,
             process: String::new(),
             log: String::new(),
@@ -136,7 +139,7 @@ impl Conf {
     /// The file's text. `admin` is the admin address, `access` the access-log target.
     pub fn render(&self, admin: &str, access: &str) -> String {
         let mut text = String::new();
-        let engine = self.engine.name();
+        let engine = self.engine_key.as_deref().unwrap_or(self.engine.name());
         let _ = writeln!(text, "[process]\nworkers = {}\nengine = \"{engine}\"", self.workers);
         // Several balancers run side by side in tests: none owns a CPU.
         if !self.process.contains("pin") {

@@ -14,6 +14,7 @@ pub mod ports;
 pub mod proc;
 pub mod proxy;
 pub mod servers;
+pub mod steady;
 pub mod turn;
 
 use std::io::Write;
@@ -48,7 +49,9 @@ macro_rules! on_every_engine {
             #[test]
             fn io_uring() {
                 let _turn = turn::shared();
-                super::$name(Engine::IoUring);
+                if $crate::common::io_uring_runs() {
+                    super::$name(Engine::IoUring);
+                }
             }
 
             #[test]
@@ -71,7 +74,9 @@ macro_rules! on_every_engine_alone {
                 #[test]
                 fn io_uring() {
                     let _turn = turn::alone();
-                    super::super::$name(Engine::IoUring);
+                    if $crate::common::io_uring_runs() {
+                        super::super::$name(Engine::IoUring);
+                    }
                 }
 
                 #[test]
@@ -148,17 +153,43 @@ pub fn have(programs: &[&str]) -> bool {
     })
 }
 
-/// Says on the real standard error that the current test did not run, and
-/// fails it in CI.
-pub fn skip(why: &str) {
-    let name = std::thread::current().name().unwrap_or("?").to_string();
-    assert!(std::env::var_os("CI").is_none(), "{name} cannot run in CI: {why}");
-    // Not eprintln: the test runner would swallow it.
-    let _ = writeln!(std::io::stderr(), "SKIPPED {name}: {why}");
+/// Whether this machine lets us make a ring; where it does not, the test is
+/// skipped loudly, and fails in CI unless `TIDEGATE_NO_IO_URING` is set.
+pub fn io_uring_runs() -> bool {
+    match tokio_uring::Runtime::new(&tokio_uring::builder()) {
+        Ok(_) => true,
+        Err(_) if std::env::var_os("TIDEGATE_NO_IO_URING").is_some() => {
+            report("SKIPPED", "TIDEGATE_NO_IO_URING is set");
+            false
+        }
+        Err(error) => {
+            skip(&format!("no io_uring here: {error}"));
+            false
+        }
+    }
 }
 
-/// Prints a measured number past the runner's capture.
+/// Says that the current test did not run, and fails it in CI.
+pub fn skip(why: &str) {
+    assert!(std::env::var_os("CI").is_none(), "cannot run in CI: {why}");
+    report("SKIPPED", why);
+}
+
+/// Says a measured number.
 pub fn measured(what: &str) {
+    report("MEASURED", what);
+}
+
+/// One line past the runner's capture: on the real standard error, where
+/// `eprintln` would be swallowed, and in the file named by
+/// `TIDEGATE_TEST_NOTES`, which `scripts/test` prints at its end.
+fn report(kind: &str, what: &str) {
     let name = std::thread::current().name().unwrap_or("?").to_string();
-    let _ = writeln!(std::io::stderr(), "MEASURED {name}: {what}");
+    let line = format!("{kind} {name}: {what}\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
+    if let Some(path) = std::env::var_os("TIDEGATE_TEST_NOTES")
+        && let Ok(mut file) = std::fs::File::options().append(true).create(true).open(path)
+    {
+        let _ = file.write_all(line.as_bytes());
+    }
 }

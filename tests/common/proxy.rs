@@ -221,6 +221,11 @@ impl TestProxy {
 
     /// Replaces the file by renaming a new one over it.
     pub fn rewrite_by_rename(&self, text: &str) {
+        self.rewrite_by_rename_bytes(text.as_bytes());
+    }
+
+    /// The same for files that may not even be text.
+    pub fn rewrite_by_rename_bytes(&self, text: &[u8]) {
         let new = self.dir.path().join(".tidegate.toml.new");
         std::fs::write(&new, text).expect("write the config");
         std::fs::rename(new, &self.config_path).expect("rename the config");
@@ -275,6 +280,13 @@ impl TestProxy {
     #[track_caller]
     pub fn restart(&mut self) {
         self.check_for_leaks();
+        self.start_again();
+    }
+
+    /// Starts it anew on the same file after it has ended.
+    #[track_caller]
+    pub fn start_again(&mut self) {
+        assert!(self.exited.is_some(), "it still runs");
         self.child = spawn(&self.config_path, self.dir.path(), &[]);
         self.exited = None;
         self.wait_ready().unwrap_or_else(|log| panic!("no restart:\n{log}"));

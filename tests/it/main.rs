@@ -17,4 +17,13 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod accounting;
+mod balance;
+mod cli;
+mod drain;
+mod engine;
+mod failover;
 mod harness;
+mod idle;
+mod relay;
+mod reload;
