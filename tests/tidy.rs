@@ -82,7 +82,8 @@ fn modules_use_only_what_lies_below_them() {
         };
         for (line, to) in file.uses() {
             let Some((target, below)) = place(&to) else { continue };
-            let allowed = unit == target || layer > below || (layer == below && layer < Layer::Shell);
+            let allowed =
+                unit == target || layer > below || (layer == below && layer < Layer::Shell);
             if !allowed {
                 let _ = writeln!(findings, "{}:{line}: {from} uses {to}", file.name);
             }

@@ -329,12 +329,12 @@ fn client_side(socket: &Socket, plan: &Plan) -> Side {
     let mut half = Half::new(socket, plan.seed, Pattern::up(plan.seed), Pattern::down(plan.seed));
     let result = (&*socket).write_all(&plan.seed.to_le_bytes()).map_err(|e| format!("seed: {e}"));
     let result = result.and_then(|()| match plan.order {
-        Order::ClientFinFirst => half.send(plan.up, true).and_then(|()| {
-            half.receive(plan.down, Until::Fin)
-        }),
-        Order::BackendFinFirst => half.receive(plan.down, Until::Fin).and_then(|()| {
-            half.send(plan.up, true)
-        }),
+        Order::ClientFinFirst => {
+            half.send(plan.up, true).and_then(|()| half.receive(plan.down, Until::Fin))
+        }
+        Order::BackendFinFirst => {
+            half.receive(plan.down, Until::Fin).and_then(|()| half.send(plan.up, true))
+        }
         Order::Together => half.both(plan.up, true, plan.down, Until::Fin),
         Order::ClientCloses => half.both(plan.up, false, plan.down, Until::Count),
         Order::BackendCloses => half.both(plan.up, false, plan.down, Until::Fin),
@@ -348,12 +348,12 @@ fn backend_side(socket: &Socket, plan: &Plan) -> Side {
     let seed = !plan.seed;
     let mut half = Half::new(socket, seed, Pattern::down(plan.seed), Pattern::up(plan.seed));
     let result = match plan.order {
-        Order::ClientFinFirst => half.receive(plan.up, Until::Fin).and_then(|()| {
-            half.send(plan.down, true)
-        }),
-        Order::BackendFinFirst => half.send(plan.down, true).and_then(|()| {
-            half.receive(plan.up, Until::Fin)
-        }),
+        Order::ClientFinFirst => {
+            half.receive(plan.up, Until::Fin).and_then(|()| half.send(plan.down, true))
+        }
+        Order::BackendFinFirst => {
+            half.send(plan.down, true).and_then(|()| half.receive(plan.up, Until::Fin))
+        }
         Order::Together => half.both(plan.down, true, plan.up, Until::Fin),
         Order::ClientCloses => half.both(plan.down, false, plan.up, Until::Fin),
         Order::BackendCloses => half.both(plan.down, false, plan.up, Until::Count),

@@ -119,11 +119,7 @@ pub fn eventually(timeout: Duration, what: &str, mut done: impl FnMut() -> bool)
 /// Waits until `get` gives something and returns it; panics naming `what`
 /// after the (patient) timeout.
 #[track_caller]
-pub fn eventually_some<T>(
-    timeout: Duration,
-    what: &str,
-    mut get: impl FnMut() -> Option<T>,
-) -> T {
+pub fn eventually_some<T>(timeout: Duration, what: &str, mut get: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + patience(timeout);
     loop {
         if let Some(value) = get() {

@@ -63,8 +63,7 @@ impl TestProxy {
         let config_path = dir.path().join("tidegate.toml");
         std::fs::write(&config_path, render(&conf, dir.path())).expect("write the config");
         let child = spawn(&config_path, dir.path(), wrapper);
-        let mut proxy =
-            TestProxy { dir, conf, config_path, child, fd_baseline: 0, exited: None };
+        let mut proxy = TestProxy { dir, conf, config_path, child, fd_baseline: 0, exited: None };
         proxy.wait_ready()?;
         proxy.rebaseline();
         Ok(proxy)

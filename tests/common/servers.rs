@@ -166,7 +166,8 @@ pub fn redis_benchmark(address: SocketAddr, arguments: &[&str]) -> String {
     let trouble = text.lines().find(|line| {
         let line = line.to_lowercase();
         // It asks for CONFIG first and warns where it gets none; not traffic.
-        (line.contains("error") || line.contains("could not")) && !line.contains("fetch server config")
+        (line.contains("error") || line.contains("could not"))
+            && !line.contains("fetch server config")
     });
     assert!(trouble.is_none(), "redis-benchmark {arguments:?}: {text}");
     text

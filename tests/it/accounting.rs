@@ -116,8 +116,18 @@ fn active_sessions_are_gauged(engine: Engine) {
 
 /// Labels that the documentation allows.
 const LABELS: [&str; 12] = [
-    "frontend", "pool", "backend", "worker", "cause", "phase", "direction", "reason", "result",
-    "engine", "version", "le",
+    "frontend",
+    "pool",
+    "backend",
+    "worker",
+    "cause",
+    "phase",
+    "direction",
+    "reason",
+    "result",
+    "engine",
+    "version",
+    "le",
 ];
 
 fn every_sample_has_a_declared_type_and_closed_labels(engine: Engine) {

@@ -254,9 +254,11 @@ fn capped_backend() -> ScriptedBackend {
 
 fn backend_cap_is_never_exceeded(engine: Engine) {
     let (a, b) = (capped_backend(), capped_backend());
-    let pool = Pool::new("web")
-        .backend_with("a", a.address(), "connections_max = 3")
-        .backend_with("b", b.address(), "connections_max = 5");
+    let pool = Pool::new("web").backend_with("a", a.address(), "connections_max = 3").backend_with(
+        "b",
+        b.address(),
+        "connections_max = 5",
+    );
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     all_get_their_turn(&proxy, &[&a, &b], 8, 60);
     assert!(a.active_peak() <= 3 && b.active_peak() <= 5);

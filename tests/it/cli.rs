@@ -100,14 +100,13 @@ fn demo_runs_and_shows_the_split() {
 
 fn status_is_for_people_and_for_machines(engine: Engine) {
     let a = ScriptedBackend::start(backend::name("a"));
-    let proxy =
-        TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", a.address())));
+    let proxy = TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", a.address())));
     let people = proxy.cli_ok(&["status"]);
     for word in ["web", "a", a.address(), engine.name()] {
         assert!(people.contains(word), "{word:?} in {people}");
     }
-    let machines: serde_json::Value = serde_json::from_str(&proxy.cli_ok(&["status", "--json"]))
-        .expect("--json prints JSON");
+    let machines: serde_json::Value =
+        serde_json::from_str(&proxy.cli_ok(&["status", "--json"])).expect("--json prints JSON");
     for field in ["version", "generation", "engine", "engine_reason", "workers", "state"] {
         assert_eq!(machines[field], proxy.status()[field], "{field}");
     }
@@ -146,8 +145,7 @@ fn live_admin_socket_is_a_runtime_failure_and_a_stale_one_is_replaced(engine: En
 fn admin_socket_is_private(engine: Engine) {
     use std::os::unix::fs::PermissionsExt;
     let a = ScriptedBackend::start(backend::name("a"));
-    let proxy =
-        TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", a.address())));
+    let proxy = TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", a.address())));
     let mode = std::fs::metadata(proxy.dir().join("admin.sock")).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
 }

@@ -42,9 +42,7 @@ fn open_session(proxy: &TestProxy) -> TcpStream {
 fn assert_drains(proxy: &mut TestProxy, end: impl FnOnce(&TestProxy)) {
     let open = open_session(proxy);
     end(proxy);
-    eventually(secs(2), "/ready says 503", || {
-        proxy.admin_request("GET", "/ready").status == 503
-    });
+    eventually(secs(2), "/ready says 503", || proxy.admin_request("GET", "/ready").status == 503);
     assert_eq!(proxy.status()["state"], "draining");
     assert_eq!(proxy.admin_request("GET", "/live").status, 200);
     let address = proxy.addr("web");
@@ -107,9 +105,7 @@ fn second_signal_exits_at_once(engine: Engine) {
 fn exit_without_sessions_is_prompt(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "60s");
     drop(open_session(&proxy));
-    eventually(secs(2), "no session is left", || {
-        proxy.backend("web", "a")["sessions_active"] == 0
-    });
+    eventually(secs(2), "no session is left", || proxy.backend("web", "a")["sessions_active"] == 0);
     let start = Instant::now();
     proxy.sigterm();
     assert_eq!(proxy.wait_exit(secs(2)), Some(0), "{}", proxy.log());
@@ -120,9 +116,8 @@ fn exit_without_sessions_is_prompt(engine: Engine) {
 /// Backends a and b in one pool, both greeting with their name.
 fn two_greeting(engine: Engine) -> ([ScriptedBackend; 2], TestProxy) {
     let backends = ["a", "b"].map(|name| ScriptedBackend::start(backend::greet(name)));
-    let pool = Pool::new("web")
-        .backend("a", backends[0].address())
-        .backend("b", backends[1].address());
+    let pool =
+        Pool::new("web").backend("a", backends[0].address()).backend("b", backends[1].address());
     (backends, TestProxy::start(Conf::simple(engine, pool)))
 }
 
@@ -152,9 +147,8 @@ fn drained_backend_gets_nothing_new_and_keeps_its_sessions(engine: Engine) {
 
 fn drain_over_the_api_equals_the_command(engine: Engine) {
     let (_backends, proxy) = two_greeting(engine);
-    let post = |action: &str| {
-        proxy.admin_request("POST", &format!("/v1/pools/web/backends/b/{action}"))
-    };
+    let post =
+        |action: &str| proxy.admin_request("POST", &format!("/v1/pools/web/backends/b/{action}"));
     assert_eq!(post("drain").status, 200);
     assert_eq!(post("drain").status, 200, "twice is fine");
     assert!((0..20).all(|_| greeted(&proxy).1 == b'a'));

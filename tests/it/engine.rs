@@ -10,8 +10,7 @@ use crate::common::{Engine, have, turn};
 
 /// A configuration whose `engine` line is replaced by that one.
 fn start(engine: &str, wrapper: &[&str], backend: &ScriptedBackend) -> TestProxy {
-    let mut conf =
-        Conf::simple(Engine::Epoll, Pool::new("web").backend("a", backend.address()));
+    let mut conf = Conf::simple(Engine::Epoll, Pool::new("web").backend("a", backend.address()));
     conf.engine_key = Some(engine.into());
     TestProxy::start_under(conf, wrapper)
 }

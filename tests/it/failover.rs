@@ -11,8 +11,8 @@ use crate::common::proxy::TestProxy;
 use crate::common::servers::{Nginx, Redis, Wrk};
 use crate::common::steady::{Steady, answered_by, failures_since};
 use crate::common::{
-    Engine, eventually, have, http, measured, ms, on_every_engine, on_every_engine_alone, patience, proc,
-    secs,
+    Engine, eventually, have, http, measured, ms, on_every_engine, on_every_engine_alone, patience,
+    proc, secs,
 };
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
@@ -123,8 +123,7 @@ fn nobody_left_is_refused_at_once(engine: Engine) {
 
 fn refused_by_every_backend_is_refused_at_once(engine: Engine) {
     let nobody = [Refusing::new(), Refusing::new()];
-    let pool =
-        Pool::new("web").backend("a", nobody[0].address).backend("b", nobody[1].address);
+    let pool = Pool::new("web").backend("a", nobody[0].address).backend("b", nobody[1].address);
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     assert_reset_at_once(proxy.addr("web"));
     let log = proxy.wait_access_log(1);
@@ -265,8 +264,7 @@ fn revived_backend_serves_again(engine: Engine) {
     let mut a = ScriptedBackend::start(backend::name("a"));
     let address = a.socket_address();
     let b = ScriptedBackend::start(backend::name("b"));
-    let pool =
-        Pool::new("web").probe(FAST_TCP).backend("a", address).backend("b", b.address());
+    let pool = Pool::new("web").probe(FAST_TCP).backend("a", address).backend("b", b.address());
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     proxy.wait_backend("web", "a", "observation", "up");
     a.stop();

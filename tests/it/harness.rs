@@ -136,10 +136,9 @@ fn faults_through(alter: fn(Vec<u8>) -> Vec<u8>) -> Vec<String> {
 /// The simplest relay there is: two threads, FIN for FIN.
 fn relay(client: TcpStream, target: SocketAddr, alter: fn(Vec<u8>) -> Vec<u8>) {
     let upstream = TcpStream::connect(target).unwrap();
-    for (mut from, mut to) in [
-        (client.try_clone().unwrap(), upstream.try_clone().unwrap()),
-        (upstream, client),
-    ] {
+    for (mut from, mut to) in
+        [(client.try_clone().unwrap(), upstream.try_clone().unwrap()), (upstream, client)]
+    {
         std::thread::spawn(move || {
             let mut buffer = vec![0; 16 * 1024];
             while let Ok(n @ 1..) = from.read(&mut buffer) {

@@ -12,8 +12,7 @@ use crate::common::proxy::TestProxy;
 use crate::common::servers::{Nginx, Wrk};
 use crate::common::steady::Steady;
 use crate::common::{
-    Engine, eventually, have, measured, ms, on_every_engine, on_every_engine_alone, patience,
-    secs,
+    Engine, eventually, have, measured, ms, on_every_engine, on_every_engine_alone, patience, secs,
 };
 use rustix::process::Signal;
 use std::io::{ErrorKind, Write};
@@ -145,7 +144,8 @@ fn invalid_cases() -> Vec<PathBuf> {
 fn invalid_files_change_nothing_and_are_reported(engine: Engine) {
     let (a, held) = (named("a"), ScriptedBackend::start(backend::echo()));
     let conf = Conf::simple(engine, only("a", &a));
-    let conf = conf.frontend("held", "held", "").pool(Pool::new("held").backend("h", held.address()));
+    let conf =
+        conf.frontend("held", "held", "").pool(Pool::new("held").backend("h", held.address()));
     let proxy = TestProxy::start(conf);
     let open = connect(proxy.addr("held"));
     let cases = invalid_cases();
@@ -357,8 +357,7 @@ fn close_after_cuts_the_sessions_of_a_removed_backend(engine: Engine) {
 fn removing_a_frontend_resets_no_queued_connection(engine: Engine) {
     let (a, stays) = (named("a"), named("stays"));
     let conf = Conf::simple(engine, only("a", &a)).frontend("stays", "stays", "");
-    let mut proxy =
-        TestProxy::start(conf.pool(Pool::new("stays").backend("s", stays.address())));
+    let mut proxy = TestProxy::start(conf.pool(Pool::new("stays").backend("s", stays.address())));
     let address = proxy.addr("web");
     let mut conf = proxy.conf();
     conf.frontends.remove(0);
