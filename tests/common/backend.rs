@@ -135,7 +135,7 @@ pub fn half_close_after(n: u64) -> Script {
 pub fn slow_read(chunk: usize, pause: Duration) -> Script {
     Arc::new(move |conn| {
         // A small window, or the kernel takes megabytes on its own account.
-        let _ = conn.socket.set_recv_buffer_size(4096);
+        let _ = conn.socket.set_recv_buffer_size(16 * 1024);
         let mut buffer = vec![0; chunk];
         while matches!(conn.read(&mut buffer), Ok(n) if n > 0) {
             std::thread::sleep(pause);
@@ -143,7 +143,8 @@ pub fn slow_read(chunk: usize, pause: Duration) -> Script {
     })
 }
 
-/// Answers every HTTP request on the connection with `status` and its name.
+/// Answers every HTTP request on the connection with `status` and its name,
+/// and closes after one that asks for it.
 pub fn http(name: &str, status: u16) -> Script {
     let answer = format!(
         "HTTP/1.1 {status} X\r\nContent-Length: {}\r\nContent-Type: text/plain\r\n\r\n{name}",
@@ -155,8 +156,10 @@ pub fn http(name: &str, status: u16) -> Script {
         while let Ok(n @ 1..) = conn.read(&mut buffer) {
             seen.extend_from_slice(&buffer[..n]);
             while let Some(end) = seen.windows(4).position(|window| window == b"\r\n\r\n") {
+                let head = String::from_utf8_lossy(&seen[..end]).to_ascii_lowercase();
                 seen.drain(..end + 4);
-                if conn.write_all(answer.as_bytes()).is_err() {
+                if conn.write_all(answer.as_bytes()).is_err() || head.contains("connection: close")
+                {
                     return;
                 }
             }

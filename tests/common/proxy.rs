@@ -169,7 +169,11 @@ impl TestProxy {
     #[track_caller]
     pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let text = self.admin_request("GET", "/metrics").body;
-        assert!(text.contains(&format!("# TYPE {name} ")), "no metric {name} in:\n{text}");
+        let family = ["_bucket", "_sum", "_count"].iter().find_map(|part| name.strip_suffix(part));
+        let declared = [Some(name), family].into_iter().flatten();
+        let exists =
+            declared.map(|name| format!("# TYPE {name} ")).any(|line| text.contains(&line));
+        assert!(exists, "no metric {name} in:\n{text}");
         sum_samples(&text, name, labels)
     }
 

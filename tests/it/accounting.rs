@@ -148,7 +148,8 @@ fn every_sample_has_a_declared_type_and_closed_labels(engine: Engine) {
             .filter(|family| declared.contains(family))
             .unwrap_or(name);
         assert!(declared.contains(&family), "no # TYPE for {line}");
-        assert!(name.starts_with("tidegate_"), "{line}");
+        // `process_` is Prometheus's own prefix for what every process has.
+        assert!(name.starts_with("tidegate_") || name.starts_with("process_"), "{line}");
         line.rsplit(' ').next().unwrap().parse::<f64>().unwrap_or_else(|_| panic!("{line}"));
         let Some((_, rest)) = line.split_once('{') else { continue };
         let (set, _) = rest.rsplit_once('}').expect("a closing brace");
