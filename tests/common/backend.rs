@@ -134,8 +134,9 @@ pub fn half_close_after(n: u64) -> Script {
 /// Reads `chunk` bytes each `pause`, to the end.
 pub fn slow_read(chunk: usize, pause: Duration) -> Script {
     Arc::new(move |conn| {
-        // A small window, or the kernel takes megabytes on its own account.
-        let _ = conn.socket.set_recv_buffer_size(16 * 1024);
+        // A small window, or the kernel takes megabytes on its own account; but
+        // not below loopback's segments, or each waits for the persist timer.
+        let _ = conn.socket.set_recv_buffer_size(128 * 1024);
         let mut buffer = vec![0; chunk];
         while matches!(conn.read(&mut buffer), Ok(n) if n > 0) {
             std::thread::sleep(pause);
