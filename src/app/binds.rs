@@ -140,6 +140,11 @@ impl Binds {
         self.retiring.is_empty()
     }
 
+    /// Whether a given-up address is still open.
+    pub(super) fn is_retiring(&self) -> bool {
+        !self.retiring.is_empty()
+    }
+
     /// Listening sockets open now.
     pub(super) fn sockets(&self) -> usize {
         (self.active.len() + self.retiring.len()) * self.workers

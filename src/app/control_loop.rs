@@ -38,6 +38,10 @@ use tokio::sync::{Notify, mpsc, oneshot};
 /// within a turn, a stuck one must not hold the scrape up.
 const COLLECT_MAX: Duration = Duration::from_millis(250);
 
+/// How often given-up addresses are looked at until they are closed: before
+/// that, new clients get no answer instead of a refusal.
+const RETIRE_STEP: Duration = Duration::from_millis(20);
+
 /// Sleeping without a due time.
 const FAR: Duration = Duration::from_secs(3600);
 
@@ -91,6 +95,8 @@ enum Woken {
     Probed(Event),
     Due,
     DrainStep,
+    /// Given-up addresses may be ready to be closed.
+    Retiring,
 }
 
 impl Control {
@@ -115,6 +121,9 @@ impl Control {
                 Woken::Reports => self.take_reports(),
                 Woken::Probed(event) => self.take_probed(event),
                 Woken::Due => self.feed([Event::Tick]),
+                Woken::Retiring => {
+                    self.binds.forget_retired();
+                }
                 Woken::DrainStep => {
                     if let Some(cut) = self.drain_step() {
                         return self.finish(cut).await;
@@ -145,6 +154,7 @@ impl Control {
             Some(event) = self.probed.recv() => Woken::Probed(event),
             () = tokio::time::sleep_until(due.into()) => Woken::Due,
             () = tokio::time::sleep(drain_step), if self.draining.is_some() => Woken::DrainStep,
+            () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => Woken::Retiring,
         }
     }
 
@@ -262,7 +272,7 @@ impl Control {
                 answer
             })
             .collect();
-        let deadline = tokio::time::Instant::now() + COLLECT_MAX;
+        let deadline = (clock::now() + COLLECT_MAX).into();
         for (worker, answer) in self.workers.iter().zip(asked) {
             if let Ok(Ok(Some(delta))) = tokio::time::timeout_at(deadline, answer).await {
                 worker.mailbox.send(Command::GiveBack(self.latency.absorb(delta)));

@@ -1,0 +1,97 @@
+//! Plain blocking clients.
+//!
+//! Thin wrappers over sockets with deadlines, so that a hang in the balancer
+//! fails a test by name instead of stopping the suite. They retry nothing.
+
+use super::{patience, secs};
+use socket2::{Domain, SockAddr, Socket, Type};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::time::Duration;
+
+/// Connects, with deadlines of 20 s on every later call.
+#[track_caller]
+pub fn connect(address: SocketAddr) -> TcpStream {
+    try_connect(address).unwrap_or_else(|error| panic!("connect to {address}: {error}"))
+}
+
+/// The same, giving errors back.
+pub fn try_connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&address, patience(secs(10)))?;
+    with_deadlines(&stream)?;
+    Ok(stream)
+}
+
+/// Connects from that source address.
+pub fn connect_from(source: IpAddr, address: SocketAddr) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
+    socket.connect_timeout(&address.into(), patience(secs(10)))?;
+    let stream = TcpStream::from(socket);
+    with_deadlines(&stream)?;
+    Ok(stream)
+}
+
+/// Reads everything up to the peer's FIN as text; any error is an error.
+pub fn read_text(mut stream: &TcpStream) -> io::Result<String> {
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// One whole session: connect, FIN, and everything the backend says.
+pub fn ask(address: SocketAddr) -> io::Result<String> {
+    let stream = try_connect(address)?;
+    stream.shutdown(Shutdown::Write)?;
+    read_text(&stream)
+}
+
+/// Sends `request` and reads exactly that many bytes of answer.
+pub fn exchange(mut stream: &TcpStream, request: &[u8]) -> io::Result<Vec<u8>> {
+    stream.write_all(request)?;
+    let mut answer = vec![0; request.len()];
+    stream.read_exact(&mut answer)?;
+    Ok(answer)
+}
+
+/// Closes with a RST instead of a FIN (SO_LINGER of zero, socket(7)).
+pub fn reset(stream: TcpStream) {
+    let socket = Socket::from(stream);
+    socket.set_linger(Some(Duration::ZERO)).expect("set SO_LINGER");
+}
+
+/// How the peer ended this direction.
+#[derive(Debug, PartialEq, Eq)]
+pub enum End {
+    /// FIN after that many bytes.
+    Fin(u64),
+    /// RST after that many bytes.
+    Reset(u64),
+    /// Nothing came before the deadline.
+    Silence(u64),
+}
+
+/// Reads to the end and says how it ended.
+#[track_caller]
+pub fn read_to_end(mut stream: &TcpStream) -> End {
+    let mut buffer = vec![0; 64 * 1024];
+    let mut total = 0;
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return End::Fin(total),
+            Ok(n) => total += n as u64,
+            Err(error) => match error.kind() {
+                io::ErrorKind::ConnectionReset => return End::Reset(total),
+                io::ErrorKind::WouldBlock => return End::Silence(total),
+                io::ErrorKind::Interrupted => {}
+                _ => panic!("read: {error}"),
+            },
+        }
+    }
+}
+
+fn with_deadlines(stream: &TcpStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(patience(secs(20))))?;
+    stream.set_write_timeout(Some(patience(secs(20))))?;
+    stream.set_nodelay(true)
+}

@@ -1,0 +1,91 @@
+//! Reading `/proc` about a child, and signalling it by pid.
+//!
+//! Used by the handles that own children. Numbers come from the kernel alone,
+//! so that a leak in the balancer cannot hide behind its own metrics.
+
+use rustix::process::{Pid, Signal};
+use std::time::Duration;
+
+/// Open descriptors.
+pub fn fd_count(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).map(Iterator::count).unwrap_or(0)
+}
+
+/// Where each open descriptor leads, sorted; for messages about leaks.
+pub fn fds(pid: u32) -> Vec<String> {
+    let mut links: Vec<String> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .map(|link| link.to_string_lossy().into_owned())
+        .collect();
+    links.sort();
+    links
+}
+
+/// Resident memory in KiB.
+pub fn rss_kib(pid: u32) -> u64 {
+    status_field(pid, "VmRSS:")
+}
+
+/// Threads.
+pub fn threads(pid: u32) -> u64 {
+    status_field(pid, "Threads:")
+}
+
+/// User plus system time used so far.
+pub fn cpu_time(pid: u32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the child lives");
+    // Fields are counted after the command name, which may hold spaces (proc(5)).
+    let after = stat.rsplit_once(')').expect("a command name in brackets").1;
+    let fields: Vec<&str> = after.split_whitespace().collect();
+    let ticks: u64 = fields[11].parse::<u64>().expect("utime is a number")
+        + fields[12].parse::<u64>().expect("stime is a number");
+    // USER_HZ is 100 on every Linux this runs on.
+    Duration::from_millis(ticks * 10)
+}
+
+/// Direct children.
+pub fn children(pid: u32) -> Vec<u32> {
+    std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
+        .unwrap_or_default()
+        .split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect()
+}
+
+/// Sends a signal; a process that is gone already is fine.
+pub fn signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid as i32).expect("a pid is never 0");
+    let _ = rustix::process::kill_process(pid, signal);
+}
+
+/// Sets another process's soft descriptor limit and returns the one before.
+pub fn set_fd_limit(pid: u32, soft: u64) -> u64 {
+    use rustix::process::{Resource, Rlimit};
+    let target = Pid::from_raw(pid as i32).expect("a pid is never 0");
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).expect("the child lives");
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("NOFILE");
+    let hard = line.split_whitespace().nth(4).and_then(|word| word.parse().ok());
+    let new = Rlimit { current: Some(soft), maximum: hard };
+    let old = rustix::process::prlimit(Some(target), Resource::Nofile, new).expect("prlimit");
+    old.current.unwrap_or(u64::MAX)
+}
+
+/// Raises this process's soft descriptor limit to the hard one and returns it.
+pub fn raise_own_fd_limit() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    setrlimit(Resource::Nofile, raised).expect("the soft limit may go up to the hard one");
+    limit.maximum.unwrap_or(u64::MAX)
+}
+
+fn status_field(pid: u32, name: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix(name))
+        .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0)
+}

@@ -1,0 +1,466 @@
+//! The balancer under test: a child process, its admin API and its files.
+//!
+//! A test starts one with [`TestProxy::start`] and lets it drop; dropping runs
+//! the leak check (sessions, descriptors, a clean exit on SIGTERM) unless the
+//! test fails already, in which case the child's log is printed. The handle
+//! knows only what an operator could: files, signals, CLI, admin API, /proc.
+
+use super::conf::Conf;
+use super::http::{self, Answer};
+use super::{eventually, eventually_some, ms, patience, proc, secs};
+use rustix::process::Signal;
+use serde_json::Value;
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// The program under test.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_tidegate");
+
+/// A running balancer.
+pub struct TestProxy {
+    dir: tempfile::TempDir,
+    conf: Conf,
+    config_path: PathBuf,
+    child: Child,
+    /// Open descriptors right after the start (or the last [`TestProxy::rebaseline`]).
+    fd_baseline: usize,
+    exited: Option<ExitStatus>,
+}
+
+impl TestProxy {
+    /// Starts the balancer and waits until it is ready and runs on the engine
+    /// asked for.
+    #[track_caller]
+    pub fn start(conf: Conf) -> TestProxy {
+        let proxy = TestProxy::start_under(conf, &[]);
+        let status = proxy.status();
+        let wanted = proxy.conf.engine.name();
+        assert_eq!(status["engine"], wanted, "why: {}", status["engine_reason"]);
+        proxy
+    }
+
+    /// The same under a wrapper such as `["prlimit", "--nofile=64"]`, on
+    /// whatever engine comes up.
+    #[track_caller]
+    pub fn start_under(mut conf: Conf, wrapper: &[&str]) -> TestProxy {
+        for _ in 0..3 {
+            match TestProxy::try_start(conf.clone(), wrapper) {
+                Ok(proxy) => return proxy,
+                Err(log) if log.to_lowercase().contains("in use") => conf.move_ports(),
+                Err(log) => panic!("the balancer did not come up:\n{log}"),
+            }
+        }
+        panic!("the balancer found its addresses taken three times");
+    }
+
+    /// Starts the balancer; an exit before it is ready gives its log back.
+    pub fn try_start(conf: Conf, wrapper: &[&str]) -> Result<TestProxy, String> {
+        // Directly under /tmp: a Unix socket's path holds 107 bytes at most.
+        let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").expect("temp dir");
+        let config_path = dir.path().join("tidegate.toml");
+        std::fs::write(&config_path, render(&conf, dir.path())).expect("write the config");
+        let child = spawn(&config_path, dir.path(), wrapper);
+        let mut proxy = TestProxy { dir, conf, config_path, child, fd_baseline: 0, exited: None };
+        proxy.wait_ready()?;
+        proxy.rebaseline();
+        Ok(proxy)
+    }
+
+    // --- what it is ---
+
+    /// Where the frontend of that name listens first.
+    #[track_caller]
+    pub fn addr(&self, frontend: &str) -> SocketAddr {
+        self.conf.address(frontend)
+    }
+
+    /// A copy of the configuration in force, to change and reload.
+    pub fn conf(&self) -> Conf {
+        self.conf.clone()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn config_path(&self) -> &Path {
+        &self.config_path
+    }
+
+    /// The admin address as the command line takes it.
+    pub fn admin(&self) -> String {
+        admin_address(self.dir.path())
+    }
+
+    pub fn fd_count(&self) -> usize {
+        proc::fd_count(self.pid())
+    }
+
+    pub fn rss_kib(&self) -> u64 {
+        proc::rss_kib(self.pid())
+    }
+
+    pub fn threads(&self) -> u64 {
+        proc::threads(self.pid())
+    }
+
+    pub fn cpu_time(&self) -> Duration {
+        proc::cpu_time(self.pid())
+    }
+
+    /// What it has written to standard error so far.
+    pub fn log(&self) -> String {
+        read_log(self.dir.path())
+    }
+
+    // --- admin API and command line ---
+
+    /// One admin request; panics where nobody answers.
+    #[track_caller]
+    pub fn admin_request(&self, method: &str, target: &str) -> Answer {
+        let socket = self.dir.path().join("admin.sock");
+        http::over_unix(&socket, method, target)
+            .unwrap_or_else(|error| panic!("{method} {target}: {error}\n{}", self.log()))
+    }
+
+    /// `/v1/status`
+    #[track_caller]
+    pub fn status(&self) -> Value {
+        let answer = self.admin_request("GET", "/v1/status");
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        answer.json()
+    }
+
+    #[track_caller]
+    pub fn generation(&self) -> u64 {
+        self.status()["generation"].as_u64().expect("a generation")
+    }
+
+    /// One backend of `/v1/status`.
+    #[track_caller]
+    pub fn backend(&self, pool: &str, name: &str) -> Value {
+        let status = self.status();
+        find(&find(&status["pools"], pool)["backends"], name).clone()
+    }
+
+    /// One frontend of `/v1/status`.
+    #[track_caller]
+    pub fn frontend(&self, name: &str) -> Value {
+        find(&self.status()["frontends"], name).clone()
+    }
+
+    /// Waits until the backend's field has that value.
+    #[track_caller]
+    pub fn wait_backend(&self, pool: &str, name: &str, field: &str, value: impl Into<Value>) {
+        let value = value.into();
+        let what = format!("{pool}/{name} has {field} = {value}");
+        eventually(secs(10), &what, || self.backend(pool, name)[field] == value);
+    }
+
+    /// The sum of all samples of that metric whose labels include `labels`;
+    /// panics where the metric does not exist at all.
+    #[track_caller]
+    pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        let text = self.admin_request("GET", "/metrics").body;
+        let family = ["_bucket", "_sum", "_count"].iter().find_map(|part| name.strip_suffix(part));
+        let declared = [Some(name), family].into_iter().flatten();
+        let exists =
+            declared.map(|name| format!("# TYPE {name} ")).any(|line| text.contains(&line));
+        assert!(exists, "no metric {name} in:\n{text}");
+        sum_samples(&text, name, labels)
+    }
+
+    /// Runs one subcommand against this balancer.
+    pub fn cli(&self, arguments: &[&str]) -> Output {
+        Command::new(PROGRAM)
+            .args(arguments)
+            .args(["--admin", &self.admin()])
+            .output()
+            .expect("run the program")
+    }
+
+    /// The same, expecting exit code 0; gives standard output.
+    #[track_caller]
+    pub fn cli_ok(&self, arguments: &[&str]) -> String {
+        let output = self.cli(arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).expect("UTF-8 output")
+    }
+
+    // --- configuration ---
+
+    /// Renders `conf`, replaces the file by rename and asks for a reload,
+    /// which must be accepted.
+    #[track_caller]
+    pub fn reload(&mut self, conf: Conf) -> Value {
+        self.rewrite_by_rename(&render(&conf, self.dir.path()));
+        let answer = self.admin_request("POST", "/v1/reload");
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        self.conf = conf;
+        answer.json()
+    }
+
+    /// The text this balancer would read for `conf`.
+    pub fn render(&self, conf: &Conf) -> String {
+        render(conf, self.dir.path())
+    }
+
+    /// Takes `conf` as the one in force without telling the balancer.
+    pub fn adopt(&mut self, conf: Conf) {
+        self.conf = conf;
+    }
+
+    /// Overwrites the file where it is.
+    pub fn rewrite_in_place(&self, text: &str) {
+        std::fs::write(&self.config_path, text).expect("write the config");
+    }
+
+    /// Replaces the file by renaming a new one over it.
+    pub fn rewrite_by_rename(&self, text: &str) {
+        self.rewrite_by_rename_bytes(text.as_bytes());
+    }
+
+    /// The same for files that may not even be text.
+    pub fn rewrite_by_rename_bytes(&self, text: &[u8]) {
+        let new = self.dir.path().join(".tidegate.toml.new");
+        std::fs::write(&new, text).expect("write the config");
+        std::fs::rename(new, &self.config_path).expect("rename the config");
+    }
+
+    /// Replaces the file as Kubernetes does for a ConfigMap: the file is a link
+    /// to `..data/tidegate.toml`, and `..data`, a link to a directory, is
+    /// swapped by rename.
+    pub fn rewrite_by_symlink_swap(&self, text: &str) {
+        use std::os::unix::fs::symlink;
+        let dir = self.dir.path();
+        let version = format!("..v{}", fastrand::u64(..));
+        std::fs::create_dir(dir.join(&version)).expect("create the version directory");
+        std::fs::write(dir.join(&version).join("tidegate.toml"), text).expect("write");
+        symlink(&version, dir.join("..data_tmp")).expect("link the version");
+        std::fs::rename(dir.join("..data_tmp"), dir.join("..data")).expect("swap ..data");
+        if !self.config_path.is_symlink() {
+            symlink("..data/tidegate.toml", dir.join(".link")).expect("link the file");
+            std::fs::rename(dir.join(".link"), &self.config_path).expect("place the link");
+        }
+    }
+
+    // --- life ---
+
+    pub fn signal(&self, signal: Signal) {
+        proc::signal(self.pid(), signal);
+    }
+
+    pub fn sigterm(&self) {
+        self.signal(Signal::TERM);
+    }
+
+    pub fn sighup(&self) {
+        self.signal(Signal::HUP);
+    }
+
+    /// Waits for the process to end by itself and gives its exit code.
+    #[track_caller]
+    pub fn wait_exit(&mut self, timeout: Duration) -> Option<i32> {
+        let deadline = Instant::now() + patience(timeout);
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().expect("wait for the child") {
+                self.exited = Some(status);
+                return status.code();
+            }
+            std::thread::sleep(ms(5));
+        }
+        panic!("the balancer still runs after {timeout:?}\n{}", self.log());
+    }
+
+    /// Ends it in order and starts it anew on the same file.
+    #[track_caller]
+    pub fn restart(&mut self) {
+        self.check_for_leaks();
+        self.start_again();
+    }
+
+    /// Starts it anew on the same file after it has ended.
+    #[track_caller]
+    pub fn start_again(&mut self) {
+        assert!(self.exited.is_some(), "it still runs");
+        self.child = spawn(&self.config_path, self.dir.path(), &[]);
+        self.exited = None;
+        self.wait_ready().unwrap_or_else(|log| panic!("no restart:\n{log}"));
+        self.rebaseline();
+    }
+
+    /// Takes the present number of descriptors as the new normal: after a
+    /// reload that adds or removes listeners.
+    pub fn rebaseline(&mut self) {
+        // The server's end of the last admin connection may still be closing.
+        let mut last = self.fd_count();
+        self.fd_baseline = eventually_some(secs(5), "a steady number of descriptors", || {
+            std::thread::sleep(ms(20));
+            let count = self.fd_count();
+            let steady = count == last;
+            last = count;
+            steady.then_some(count)
+        });
+    }
+
+    /// No session left anywhere, descriptors back at the baseline, and SIGTERM
+    /// ends it with code 0 within 2 s. Runs by itself when the handle drops.
+    #[track_caller]
+    pub fn check_for_leaks(&mut self) {
+        if self.exited.is_some() {
+            return;
+        }
+        eventually_some(secs(10), "every session has ended", || {
+            let active = sum_active(&self.status());
+            (active == 0).then_some(())
+        });
+        let deadline = Instant::now() + patience(secs(5));
+        while self.fd_count() > self.fd_baseline {
+            assert!(
+                Instant::now() < deadline,
+                "{} descriptors open, {} at the start: {:#?}",
+                self.fd_count(),
+                self.fd_baseline,
+                proc::fds(self.pid())
+            );
+            std::thread::sleep(ms(10));
+        }
+        self.sigterm();
+        let code = self.wait_exit(secs(2));
+        assert_eq!(code, Some(0), "SIGTERM without sessions ends in order\n{}", self.log());
+    }
+
+    fn wait_ready(&mut self) -> Result<(), String> {
+        let socket = self.dir.path().join("admin.sock");
+        let deadline = Instant::now() + patience(secs(20));
+        loop {
+            if let Some(status) = self.child.try_wait().expect("wait for the child") {
+                self.exited = Some(status);
+                return Err(format!("{status}\n{}", self.log()));
+            }
+            if http::over_unix(&socket, "GET", "/ready").is_ok_and(|answer| answer.status == 200) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(format!("not ready in time\n{}", self.log()));
+            }
+            std::thread::sleep(ms(5));
+        }
+    }
+}
+
+impl Drop for TestProxy {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- the balancer's log ---\n{}--- end of log ---", self.log());
+        } else {
+            // A failed check panics, and then the child must still be reaped:
+            // the guard inside does that.
+            let checked =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.check_for_leaks()));
+            if let Err(failure) = checked {
+                eprintln!("--- the balancer's log ---\n{}--- end of log ---", self.log());
+                self.kill();
+                std::panic::resume_unwind(failure);
+            }
+        }
+        self.kill();
+    }
+}
+
+impl TestProxy {
+    /// Ends the child at once and reaps it.
+    pub fn kill(&mut self) {
+        if self.exited.is_none() {
+            let _ = self.child.kill();
+            self.exited = self.child.wait().ok();
+        }
+    }
+}
+
+fn spawn(config: &Path, dir: &Path, wrapper: &[&str]) -> Child {
+    let log = File::options().create(true).append(true).open(dir.join("stderr")).expect("log");
+    let mut words: Vec<&str> = wrapper.to_vec();
+    words.extend([PROGRAM, "run", "--config"]);
+    Command::new(words[0])
+        .args(&words[1..])
+        .arg(config)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("a second handle of the log"))
+        .stderr(log)
+        .spawn()
+        .expect("start the balancer")
+}
+
+fn render(conf: &Conf, dir: &Path) -> String {
+    let access = dir.join("access.log");
+    conf.render(&admin_address(dir), &access.to_string_lossy())
+}
+
+fn admin_address(dir: &Path) -> String {
+    format!("unix:{}", dir.join("admin.sock").display())
+}
+
+fn read_log(dir: &Path) -> String {
+    std::fs::read_to_string(dir.join("stderr")).unwrap_or_default()
+}
+
+#[track_caller]
+fn find<'a>(list: &'a Value, name: &str) -> &'a Value {
+    list.as_array()
+        .and_then(|items| items.iter().find(|item| item["name"] == name))
+        .unwrap_or_else(|| panic!("no {name:?} in {list:#}"))
+}
+
+/// Sessions open at any frontend or backend.
+pub fn sum_active(status: &Value) -> u64 {
+    let active = |items: &Value| -> u64 {
+        let items = items.as_array().into_iter().flatten();
+        items.map(|item| item["sessions_active"].as_u64().expect("sessions_active")).sum()
+    };
+    let pools = status["pools"].as_array().into_iter().flatten();
+    active(&status["frontends"]) + pools.map(|pool| active(&pool["backends"])).sum::<u64>()
+}
+
+/// See [`TestProxy::metric`].
+pub fn sum_samples(text: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
+    text.lines()
+        .filter_map(|line| {
+            let rest = line.strip_prefix(name)?;
+            let (set, value) = match rest.strip_prefix('{') {
+                Some(rest) => rest.rsplit_once("} ")?,
+                None => ("", rest.strip_prefix(' ')?),
+            };
+            let wanted = |(key, value): &(&str, &str)| set.contains(&format!("{key}=\"{value}\""));
+            labels.iter().all(wanted).then(|| value.trim().parse::<f64>().expect("a number"))
+        })
+        .sum()
+}
+
+/// The access log so far, a JSON object a line.
+impl TestProxy {
+    pub fn access_log(&self) -> Vec<Value> {
+        std::fs::read_to_string(self.dir.path().join("access.log"))
+            .unwrap_or_default()
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("a JSON object a line"))
+            .collect()
+    }
+
+    /// Waits for the access log to hold `count` lines and gives them.
+    #[track_caller]
+    pub fn wait_access_log(&self, count: usize) -> Vec<Value> {
+        eventually(secs(10), &format!("{count} lines in the access log"), || {
+            let text = std::fs::read_to_string(self.dir.path().join("access.log"));
+            text.is_ok_and(|text| text.lines().count() >= count && text.ends_with('\n'))
+        });
+        self.access_log()
+    }
+}

@@ -1,0 +1,321 @@
+//! Real servers and load tools: nginx, redis, wrk, redis-benchmark, iperf3.
+//!
+//! Each is started on its own ports and files and ended by pid when its handle
+//! drops, children included. A test asks [`super::have`] first; nothing here
+//! uses a system service or its configuration.
+
+use super::ports::free_port;
+use super::{eventually, proc, secs};
+use rustix::process::Signal;
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+/// Where a program is, searching the PATH and the sbin directories that a
+/// user's PATH often lacks.
+pub fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let extra = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path)
+        .chain(extra)
+        .map(|dir| dir.join(program))
+        .find(|file| file.is_file())
+}
+
+/// A child that is killed, with its children, and reaped when this drops.
+pub struct Running {
+    child: Child,
+    reaped: bool,
+}
+
+impl Running {
+    pub fn start(command: &mut Command) -> Running {
+        let child = command.stdin(Stdio::null()).spawn();
+        let child = child.unwrap_or_else(|error| panic!("start {command:?}: {error}"));
+        Running { child, reaped: false }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// SIGKILL to it and its children.
+    pub fn kill(&mut self) {
+        if self.reaped {
+            return;
+        }
+        // Children first read, then all killed: a dead parent lists none.
+        let children = proc::children(self.pid());
+        let _ = self.child.kill();
+        for pid in children {
+            proc::signal(pid, Signal::KILL);
+        }
+        let _ = self.child.wait();
+        self.reaped = true;
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// nginx with one worker that answers every request with its name.
+pub struct Nginx {
+    pub name: String,
+    pub address: SocketAddr,
+    running: Running,
+    _dir: tempfile::TempDir,
+}
+
+impl Nginx {
+    pub fn start(name: &str) -> Nginx {
+        let dir = tempfile::Builder::new().prefix("tg-nginx-").tempdir_in("/tmp").expect("dir");
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let config = dir.path().join("nginx.conf");
+        std::fs::write(&config, nginx_config(name, address)).expect("write nginx.conf");
+        let log = std::fs::File::create(dir.path().join("error.log")).expect("error log");
+        let running = Running::start(
+            Command::new(find("nginx").expect("nginx was looked for before"))
+                .arg("-p")
+                .arg(dir.path())
+                .arg("-c")
+                .arg(&config)
+                .args(["-e", "stderr"])
+                .stdout(Stdio::null())
+                .stderr(log),
+        );
+        let nginx = Nginx { name: name.into(), address, running, _dir: dir };
+        eventually(secs(10), "nginx answers", || super::http::over_tcp(address, "/").is_ok());
+        nginx
+    }
+
+    /// SIGKILL to the master and its worker.
+    pub fn kill(&mut self) {
+        self.running.kill();
+    }
+}
+
+fn nginx_config(name: &str, address: SocketAddr) -> String {
+    let is_root = rustix::process::geteuid().is_root();
+    let user = if is_root { "user root;" } else { "" };
+    format!(
+        "{user}
+daemon off;
+master_process on;
+worker_processes 1;
+worker_rlimit_nofile 8192;
+pid nginx.pid;
+error_log stderr error;
+events {{ worker_connections 4096; }}
+http {{
+    access_log off;
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    keepalive_requests 100000000;
+    keepalive_timeout 600s;
+    server {{
+        listen {address} backlog=4096;
+        default_type text/plain;
+        location / {{ return 200 \"{name}\"; }}
+    }}
+}}
+"
+    )
+}
+
+/// redis-server that saves nothing.
+pub struct Redis {
+    pub address: SocketAddr,
+    _running: Running,
+    _dir: tempfile::TempDir,
+}
+
+impl Redis {
+    pub fn start() -> Redis {
+        let dir = tempfile::Builder::new().prefix("tg-redis-").tempdir_in("/tmp").expect("dir");
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let running = Running::start(
+            Command::new(find("redis-server").expect("redis-server was looked for before"))
+                .args(["--port", &address.port().to_string(), "--bind", "127.0.0.1"])
+                .args(["--save", "", "--appendonly", "no", "--dir"])
+                .arg(dir.path())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null()),
+        );
+        eventually(secs(10), "redis listens", || TcpStream::connect(address).is_ok());
+        Redis { address, _running: running, _dir: dir }
+    }
+}
+
+/// What redis-benchmark printed; panics on a non-zero exit or an error line.
+#[track_caller]
+pub fn redis_benchmark(address: SocketAddr, arguments: &[&str]) -> String {
+    let output = Command::new(find("redis-benchmark").expect("it was looked for before"))
+        .args(["-h", &address.ip().to_string(), "-p", &address.port().to_string()])
+        .args(arguments)
+        .output()
+        .expect("run redis-benchmark");
+    let text = String::from_utf8_lossy(&output.stdout).replace('\r', "\n")
+        + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "redis-benchmark {arguments:?}: {text}");
+    let trouble = text.lines().find(|line| {
+        let line = line.to_lowercase();
+        // It asks for CONFIG first and warns where it gets none; not traffic.
+        (line.contains("error") || line.contains("could not"))
+            && !line.contains("fetch server config")
+    });
+    assert!(trouble.is_none(), "redis-benchmark {arguments:?}: {text}");
+    text
+}
+
+/// What wrk counted.
+#[derive(Debug, Clone, Default)]
+pub struct WrkReport {
+    pub requests: u64,
+    pub connect_errors: u64,
+    pub read_errors: u64,
+    pub write_errors: u64,
+    pub timeouts: u64,
+    pub bad_status: u64,
+    pub text: String,
+}
+
+impl WrkReport {
+    pub fn errors(&self) -> u64 {
+        self.connect_errors + self.read_errors + self.write_errors + self.timeouts + self.bad_status
+    }
+}
+
+/// A wrk run in the background.
+pub struct Wrk(Child);
+
+impl Wrk {
+    /// One thread, that many connections, that many seconds.
+    pub fn start(address: SocketAddr, connections: u32, seconds: u32) -> Wrk {
+        let child = Command::new(find("wrk").expect("wrk was looked for before"))
+            .args(["-t1", &format!("-c{connections}"), &format!("-d{seconds}s")])
+            .args(["--timeout", "5s", &format!("http://{address}/")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        Wrk(child.expect("start wrk"))
+    }
+
+    /// Waits for the end and reads the report.
+    #[track_caller]
+    pub fn report(mut self) -> WrkReport {
+        use std::io::Read;
+        let mut text = String::new();
+        let stdout = self.0.stdout.as_mut().expect("piped");
+        stdout.read_to_string(&mut text).expect("wrk prints text");
+        let status = self.0.wait().expect("wait for wrk");
+        assert!(status.success(), "wrk failed: {text}");
+        parse_wrk(&text)
+    }
+}
+
+impl Drop for Wrk {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Reads wrk's report.
+#[track_caller]
+pub fn parse_wrk(text: &str) -> WrkReport {
+    let number_after = |line: &str, word: &str| -> u64 {
+        let rest = line.split_once(word).map_or("", |(_, rest)| rest);
+        let digits: String = rest.trim().chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().unwrap_or_else(|_| panic!("no number after {word:?} in {line:?}"))
+    };
+    let mut report = WrkReport { text: text.into(), ..WrkReport::default() };
+    for line in text.lines() {
+        if let Some(rest) = line.split(" requests in ").next()
+            && line.contains(" requests in ")
+        {
+            report.requests = rest.trim().parse().expect("a count of requests");
+        }
+        if line.contains("Socket errors:") {
+            report.connect_errors = number_after(line, "connect");
+            report.read_errors = number_after(line, "read");
+            report.write_errors = number_after(line, "write");
+            report.timeouts = number_after(line, "timeout");
+        }
+        if line.contains("Non-2xx or 3xx responses:") {
+            report.bad_status = number_after(line, "responses:");
+        }
+    }
+    assert!(report.requests > 0 || text.contains("0 requests in"), "no wrk report: {text}");
+    report
+}
+
+/// An iperf3 server.
+pub struct Iperf3 {
+    pub address: SocketAddr,
+    _running: Running,
+}
+
+impl Iperf3 {
+    pub fn start() -> Iperf3 {
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let running = Running::start(
+            Command::new(find("iperf3").expect("iperf3 was looked for before"))
+                .args(["-s", "-B", "127.0.0.1", "-p", &address.port().to_string()])
+                .stdout(Stdio::null())
+                .stderr(Stdio::null()),
+        );
+        // A bare connect would count as a broken test for it: look instead.
+        eventually(secs(10), "iperf3 listens", || {
+            let hex = format!("0100007F:{:04X} 00000000:0000 0A", address.port());
+            std::fs::read_to_string("/proc/net/tcp").is_ok_and(|table| table.contains(&hex))
+        });
+        Iperf3 { address, _running: running }
+    }
+}
+
+/// Runs an iperf3 client; gives the bits per second the receiver saw.
+#[track_caller]
+pub fn iperf3_client(address: SocketAddr, arguments: &[&str]) -> f64 {
+    let output = Command::new(find("iperf3").expect("iperf3 was looked for before"))
+        .args(["-c", &address.ip().to_string(), "-p", &address.port().to_string(), "-J"])
+        .args(arguments)
+        .output()
+        .expect("run iperf3");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "iperf3 {arguments:?}: {text}");
+    let report: serde_json::Value = serde_json::from_str(&text).expect("iperf3 -J prints JSON");
+    report["end"]["sum_received"]["bits_per_second"].as_f64().expect("a rate")
+}
+
+/// An idle echo server in a process of its own, so that its descriptors do not
+/// count against the test's.
+pub struct IdleBackend {
+    pub address: SocketAddr,
+    _running: Running,
+}
+
+impl IdleBackend {
+    pub fn start() -> IdleBackend {
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let running = Running::start(
+            Command::new("python3")
+                .args(["-c", include_str!("idle_backend.py"), &address.port().to_string()])
+                .stdout(Stdio::null()),
+        );
+        eventually(secs(10), "the idle backend listens", || TcpStream::connect(address).is_ok());
+        IdleBackend { address, _running: running }
+    }
+}
+
+/// Words that run a program where io_uring_setup(2) fails with EPERM, as
+/// default container profiles have it.
+pub fn without_io_uring() -> Vec<&'static str> {
+    vec!["python3", "-c", include_str!("without_io_uring.py")]
+}

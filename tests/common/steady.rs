@@ -1,0 +1,77 @@
+//! A steady stream of short HTTP sessions that remembers when each began and
+//! how it ended.
+//!
+//! Used while something is done to the balancer or its backends, so that a test
+//! can tell the sessions caught in the act from those that came after.
+
+use super::http;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// One session: a new connection, one request, the whole answer.
+#[derive(Debug)]
+pub struct Attempt {
+    pub began: Instant,
+    /// The answering backend's name, or what went wrong.
+    pub result: Result<String, std::io::Error>,
+}
+
+/// The stream, running until it is stopped or dropped.
+pub struct Steady {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<Vec<Attempt>>>,
+}
+
+impl Steady {
+    /// `threads` sessions at a time.
+    pub fn start(address: SocketAddr, threads: usize) -> Steady {
+        let stop = Arc::new(AtomicBool::new(false));
+        let run = move |stop: Arc<AtomicBool>| {
+            let mut attempts = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                let began = Instant::now();
+                let result = http::over_tcp(address, "/").and_then(|answer| match answer.status {
+                    200 => Ok(answer.body),
+                    status => Err(std::io::Error::other(format!("status {status}"))),
+                });
+                if result.is_err() {
+                    // A refused connect costs nothing: do not make a million.
+                    std::thread::sleep(super::ms(1));
+                }
+                attempts.push(Attempt { began, result });
+            }
+            attempts
+        };
+        let threads = (0..threads).map(|_| {
+            let stop = stop.clone();
+            std::thread::spawn(move || run(stop))
+        });
+        Steady { threads: threads.collect(), stop }
+    }
+
+    /// Every session so far, in no particular order.
+    pub fn stop(mut self) -> Vec<Attempt> {
+        self.stop.store(true, Ordering::Relaxed);
+        let threads = std::mem::take(&mut self.threads);
+        threads.into_iter().flat_map(|thread| thread.join().expect("no panic in there")).collect()
+    }
+}
+
+impl Drop for Steady {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The failures among the sessions that began at or after `since`.
+pub fn failures_since(attempts: &[Attempt], since: Instant) -> Vec<&Attempt> {
+    attempts.iter().filter(|one| one.began >= since && one.result.is_err()).collect()
+}
+
+/// How many sessions a backend of that name answered.
+pub fn answered_by(attempts: &[Attempt], name: &str) -> usize {
+    attempts.iter().filter(|one| one.result.as_ref().is_ok_and(|who| who == name)).count()
+}

@@ -1,0 +1,192 @@
+//! Numbers that equal the truth: metrics, status and access log against what
+//! the peers counted themselves.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::client::{self, End, connect};
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::TestProxy;
+use crate::common::{Engine, eventually, on_every_engine, secs};
+use serde_json::Value;
+use std::net::Shutdown;
+use std::sync::atomic::Ordering;
+
+on_every_engine!(
+    counters_equal_the_truth,
+    access_log_lines_say_all_that_is_documented,
+    active_sessions_are_gauged,
+    every_sample_has_a_declared_type_and_closed_labels,
+    wrong_paths_and_methods_are_told_apart,
+    access_log_is_reopened_when_moved_away,
+);
+
+/// One session that sends `up` bytes and gets them back.
+fn echo_session(proxy: &TestProxy, up: usize) {
+    let client = connect(proxy.addr("web"));
+    client::exchange(&client, &vec![5; up]).expect("an echo");
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client::read_to_end(&client), End::Fin(0));
+}
+
+fn echo_proxy(engine: Engine) -> (ScriptedBackend, TestProxy) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
+    (backend, TestProxy::start(conf))
+}
+
+fn counters_equal_the_truth(engine: Engine) {
+    let (backend, proxy) = echo_proxy(engine);
+    let sizes: Vec<usize> = (0..30).map(|n| n * 1000 + 1).collect();
+    let bytes: usize = sizes.iter().sum();
+    sizes.iter().for_each(|up| echo_session(&proxy, *up));
+    let log = proxy.wait_access_log(30);
+    eventually(secs(5), "every session is counted", || {
+        proxy.metric("tidegate_session_end_total", &[]) == 30.0
+    });
+    assert_eq!(backend.counts().bytes_read.load(Ordering::Relaxed), bytes as u64);
+    let metric = |name: &str, labels: &[(&str, &str)]| proxy.metric(name, labels) as usize;
+    assert_eq!(metric("tidegate_sessions_total", &[]), 30);
+    assert_eq!(metric("tidegate_sessions_active", &[]), 0);
+    let finished = [("cause", "finished"), ("phase", "closed")];
+    assert_eq!(metric("tidegate_session_end_total", &finished), 30);
+    for direction in ["in", "out"] {
+        let labels = [("direction", direction)];
+        assert_eq!(metric("tidegate_bytes_total", &labels), bytes, "{direction}");
+    }
+    assert_eq!(metric("tidegate_connect_seconds_count", &[]), 30);
+    assert_eq!(metric("tidegate_session_seconds_count", &[]), 30);
+    let (front, back) = (proxy.frontend("web"), proxy.backend("web", "a"));
+    for place in [&front, &back] {
+        assert_eq!(place["sessions_total"], 30, "{place:#}");
+        assert_eq!(place["bytes_in_total"], bytes, "{place:#}");
+        assert_eq!(place["bytes_out_total"], bytes, "{place:#}");
+    }
+    let logged = |field: &str| log.iter().map(|line| line[field].as_u64().unwrap()).sum::<u64>();
+    assert_eq!((logged("bytes_in"), logged("bytes_out")), (bytes as u64, bytes as u64));
+}
+
+fn access_log_lines_say_all_that_is_documented(engine: Engine) {
+    let (backend, proxy) = echo_proxy(engine);
+    let client = connect(proxy.addr("web"));
+    let from = client.local_addr().unwrap().to_string();
+    client::exchange(&client, b"hello").unwrap();
+    drop(client);
+    let line = &proxy.wait_access_log(1)[0];
+    for (field, value) in [
+        ("frontend", Value::from("web")),
+        ("pool", "web".into()),
+        ("backend", "a".into()),
+        ("backend_address", backend.address().into()),
+        ("client", from.into()),
+        ("cause", "finished".into()),
+        ("phase", "closed".into()),
+        ("code", "--".into()),
+        ("closed_first", "client".into()),
+        ("attempts", 1.into()),
+        ("generation", 1.into()),
+        ("bytes_in", 5.into()),
+        ("bytes_out", 5.into()),
+    ] {
+        assert_eq!(line[field], value, "{field} in {line:#}");
+    }
+    for field in ["time", "session", "worker", "timer", "errno"] {
+        assert!(line.get(field).is_some(), "{field} in {line:#}");
+    }
+    let seconds = ["connect_seconds", "first_byte_seconds", "duration_seconds"]
+        .map(|field| line[field].as_f64().unwrap_or_else(|| panic!("{field} in {line:#}")));
+    assert!(seconds[0] <= seconds[2] && seconds[1] <= seconds[2], "{line:#}");
+}
+
+fn active_sessions_are_gauged(engine: Engine) {
+    let (_backend, proxy) = echo_proxy(engine);
+    let open: Vec<_> = (0..7)
+        .map(|_| {
+            let client = connect(proxy.addr("web"));
+            client::exchange(&client, b"x").unwrap();
+            client
+        })
+        .collect();
+    assert_eq!(proxy.metric("tidegate_sessions_active", &[]), 7.0);
+    assert_eq!(proxy.frontend("web")["sessions_active"], 7);
+    assert_eq!(proxy.backend("web", "a")["sessions_active"], 7);
+    drop(open);
+    eventually(secs(5), "the gauge is back at 0", || {
+        proxy.metric("tidegate_sessions_active", &[]) == 0.0
+    });
+}
+
+/// Labels that the documentation allows.
+const LABELS: [&str; 12] = [
+    "frontend",
+    "pool",
+    "backend",
+    "worker",
+    "cause",
+    "phase",
+    "direction",
+    "reason",
+    "result",
+    "engine",
+    "version",
+    "le",
+];
+
+fn every_sample_has_a_declared_type_and_closed_labels(engine: Engine) {
+    let (_backend, proxy) = echo_proxy(engine);
+    echo_session(&proxy, 10);
+    let answer = proxy.admin_request("GET", "/metrics");
+    assert_eq!(answer.status, 200);
+    let declared: Vec<&str> = answer
+        .body
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
+        .collect();
+    for line in answer.body.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
+        let name = line.split(['{', ' ']).next().unwrap();
+        let family = ["_bucket", "_sum", "_count"]
+            .iter()
+            .find_map(|suffix| name.strip_suffix(suffix))
+            .filter(|family| declared.contains(family))
+            .unwrap_or(name);
+        assert!(declared.contains(&family), "no # TYPE for {line}");
+        // `process_` is Prometheus's own prefix for what every process has.
+        assert!(name.starts_with("tidegate_") || name.starts_with("process_"), "{line}");
+        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap_or_else(|_| panic!("{line}"));
+        let Some((_, rest)) = line.split_once('{') else { continue };
+        let (set, _) = rest.rsplit_once('}').expect("a closing brace");
+        for label in set.split("\",").filter(|label| !label.is_empty()) {
+            let key = label.split('=').next().unwrap();
+            assert!(LABELS.contains(&key), "label {key:?} in {line}");
+        }
+    }
+}
+
+fn wrong_paths_and_methods_are_told_apart(engine: Engine) {
+    let (_backend, proxy) = echo_proxy(engine);
+    for (method, path, status) in [
+        ("GET", "/nowhere", 404),
+        ("POST", "/metrics", 405),
+        ("GET", "/v1/reload", 405),
+        ("POST", "/v1/pools/web/backends/nobody/drain", 404),
+        ("GET", "/live", 200),
+        ("GET", "/ready", 200),
+    ] {
+        let answer = proxy.admin_request(method, path);
+        assert_eq!(answer.status, status, "{method} {path}: {}", answer.body);
+        if status >= 400 {
+            assert!(answer.json()["error"].is_string(), "{method} {path}: {}", answer.body);
+        }
+    }
+}
+
+fn access_log_is_reopened_when_moved_away(engine: Engine) {
+    let (_backend, proxy) = echo_proxy(engine);
+    echo_session(&proxy, 1);
+    proxy.wait_access_log(1);
+    let (current, moved) = (proxy.dir().join("access.log"), proxy.dir().join("access.log.1"));
+    std::fs::rename(&current, &moved).unwrap();
+    // One line may still go to the old file; then the new one is there.
+    eventually(secs(10), "lines go to a new file", || {
+        echo_session(&proxy, 1);
+        current.exists() && !proxy.access_log().is_empty()
+    });
+}

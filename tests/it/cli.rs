@@ -1,0 +1,151 @@
+//! The command line: exit codes, help with examples, and what goes where.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::client;
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::{PROGRAM, TestProxy};
+use crate::common::{Engine, on_every_engine, turn};
+use std::process::{Command, Output};
+
+on_every_engine!(
+    status_is_for_people_and_for_machines,
+    taken_address_is_a_runtime_failure,
+    live_admin_socket_is_a_runtime_failure_and_a_stale_one_is_replaced,
+    admin_socket_is_private,
+);
+
+fn tidegate(arguments: &[&str]) -> Output {
+    Command::new(PROGRAM).args(arguments).output().expect("run the program")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn help_of_every_command_has_an_example() {
+    let _turn = turn::shared();
+    for command in ["run", "check", "demo", "reload", "status", "drain", "undrain", "shutdown"] {
+        let output = tidegate(&[command, "--help"]);
+        assert_eq!(output.status.code(), Some(0), "{command}: {output:?}");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains(&format!("tidegate {command}")), "{command}: {text}");
+        assert!(text.to_lowercase().contains("example"), "{command}: {text}");
+    }
+    assert_eq!(tidegate(&["--help"]).status.code(), Some(0));
+    assert_eq!(tidegate(&["--version"]).status.code(), Some(0));
+}
+
+#[test]
+fn usage_errors_exit_with_2() {
+    let _turn = turn::shared();
+    for arguments in [&["run"][..], &["nonsense"], &["drain"], &["check", "--nonsense"], &[]] {
+        let output = tidegate(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
+    }
+}
+
+#[test]
+fn check_sums_up_a_good_file_in_one_line() {
+    let _turn = turn::shared();
+    let conf = Conf::simple(Engine::Epoll, Pool::new("web").backend("a", "127.0.0.1:9"));
+    let file = tempfile::NamedTempFile::new_in("/tmp").unwrap();
+    std::fs::write(file.path(), conf.render("unix:/tmp/never-bound.sock", "off")).unwrap();
+    let output = tidegate(&["check", "--config", &file.path().to_string_lossy()]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 1, "{output:?}");
+    assert_eq!(stderr(&output), "");
+}
+
+#[test]
+fn check_and_run_refuse_a_bad_file_with_its_places() {
+    let _turn = turn::shared();
+    let file = tempfile::NamedTempFile::new_in("/tmp").unwrap();
+    let path = file.path().to_string_lossy().into_owned();
+    let text = "[frontend.web]\nbind = [\"127.0.0.1:80801\"]\npool = \"wep\"\n\n\
+                [pool.web]\nbalanse = \"random\"\n[[pool.web.backend]]\naddress = \"127.0.0.1:1\"\n";
+    std::fs::write(file.path(), text).unwrap();
+    for command in ["check", "run"] {
+        let output = tidegate(&[command, "--config", &path]);
+        assert_eq!(output.status.code(), Some(1), "{command}: {output:?}");
+        let said = stderr(&output);
+        for place in ["2:9: error:", "3:8: error:", "6:1: error:"] {
+            assert!(said.contains(&format!("{path}:{place}")), "{command} {place}: {said}");
+        }
+        assert!(said.contains('^') && said.contains("balance"), "caret and suggestion: {said}");
+    }
+    let output = tidegate(&["check", "--config", "/nonexistent/tidegate.toml"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(stderr(&output).contains("/nonexistent/tidegate.toml"), "{output:?}");
+}
+
+#[test]
+fn commands_without_a_balancer_exit_with_3() {
+    let _turn = turn::shared();
+    for command in [&["status"][..], &["reload"], &["drain", "web/a"], &["shutdown"]] {
+        let admin = ["--admin", "unix:/tmp/nobody-listens-here.sock"];
+        let output = tidegate(&[command, &admin].concat());
+        assert_eq!(output.status.code(), Some(3), "{command:?}: {output:?}");
+        assert!(stderr(&output).contains("nobody-listens-here.sock"), "{output:?}");
+    }
+}
+
+#[test]
+fn demo_runs_and_shows_the_split() {
+    let _turn = turn::shared();
+    let output = tidegate(&["demo", "--backends", "3", "--for", "3s"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(!output.stdout.is_empty(), "{output:?}");
+}
+
+fn status_is_for_people_and_for_machines(engine: Engine) {
+    let a = ScriptedBackend::start(backend::name("a"));
+    let proxy = TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", a.address())));
+    let people = proxy.cli_ok(&["status"]);
+    for word in ["web", "a", a.address(), engine.name()] {
+        assert!(people.contains(word), "{word:?} in {people}");
+    }
+    let machines: serde_json::Value =
+        serde_json::from_str(&proxy.cli_ok(&["status", "--json"])).expect("--json prints JSON");
+    for field in ["version", "generation", "engine", "engine_reason", "workers", "state"] {
+        assert_eq!(machines[field], proxy.status()[field], "{field}");
+    }
+    assert_eq!((&machines["workers"], &machines["state"]), (&2.into(), &"serving".into()));
+}
+
+fn taken_address_is_a_runtime_failure(engine: Engine) {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut conf = Conf::simple(engine, Pool::new("web").backend("a", "127.0.0.1:9"));
+    conf.frontends[0].binds = vec![taken.local_addr().unwrap()];
+    let Err(said) = TestProxy::try_start(conf, &[]) else { panic!("it came up") };
+    assert!(said.starts_with("exit status: 3"), "{said}");
+    assert!(said.contains(&taken.local_addr().unwrap().to_string()), "{said}");
+}
+
+fn live_admin_socket_is_a_runtime_failure_and_a_stale_one_is_replaced(engine: Engine) {
+    let a = ScriptedBackend::start(backend::name("a"));
+    let mut proxy =
+        TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", a.address())));
+    let mut other = Conf::simple(engine, Pool::new("web").backend("a", a.address()));
+    other.workers = 1;
+    let file = proxy.dir().join("other.toml");
+    std::fs::write(&file, other.render(&proxy.admin(), "off")).unwrap();
+    let output = tidegate(&["run", "--config", &file.to_string_lossy()]);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert!(stderr(&output).contains("admin.sock"), "{output:?}");
+    assert_eq!(proxy.status()["state"], "serving", "the live one goes on");
+    // Killed, it leaves its socket behind.
+    let conf = proxy.conf();
+    proxy.kill();
+    assert!(proxy.dir().join("admin.sock").exists());
+    proxy.start_again();
+    assert_eq!(client::ask(conf.address("web")).unwrap(), "a");
+}
+
+fn admin_socket_is_private(engine: Engine) {
+    use std::os::unix::fs::PermissionsExt;
+    let a = ScriptedBackend::start(backend::name("a"));
+    let proxy = TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", a.address())));
+    let mode = std::fs::metadata(proxy.dir().join("admin.sock")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}

@@ -1,0 +1,61 @@
+//! The choice of engine, where io_uring is there and where it is forbidden.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::client;
+use crate::common::conf::{Conf, Pool};
+use crate::common::ledger::{Ledger, Sizes};
+use crate::common::proxy::TestProxy;
+use crate::common::servers::without_io_uring;
+use crate::common::{Engine, have, turn};
+
+/// A configuration whose `engine` line is replaced by that one.
+fn start(engine: &str, wrapper: &[&str], backend: &ScriptedBackend) -> TestProxy {
+    let mut conf = Conf::simple(Engine::Epoll, Pool::new("web").backend("a", backend.address()));
+    conf.engine_key = Some(engine.into());
+    TestProxy::start_under(conf, wrapper)
+}
+
+#[test]
+fn forbidden_io_uring_falls_back_to_epoll_and_says_why() {
+    let _turn = turn::shared();
+    if !have(&["python3"]) {
+        return;
+    }
+    for engine in ["io_uring", "auto"] {
+        let ledger = Ledger::new(Sizes { most: 64 * 1024, large_one_in: 20 });
+        let backend = ScriptedBackend::start(ledger.script());
+        let proxy = start(engine, &without_io_uring(), &backend);
+        let status = proxy.status();
+        assert_eq!(status["engine"], "epoll", "{status:#}");
+        let reason = status["engine_reason"].as_str().unwrap();
+        assert!(reason.contains("EPERM") || reason.contains("not permitted"), "{reason}");
+        let log = proxy.log();
+        let lines = log.lines().filter(|line| line.contains("engine") && line.contains("epoll"));
+        assert_eq!(lines.count(), 1, "said once, in one line: {log}");
+        ledger.run(&[proxy.addr("web")], 0..100, 8);
+        ledger.settle();
+        ledger.assert_clean();
+    }
+}
+
+#[test]
+fn auto_takes_io_uring_where_it_is_allowed() {
+    let _turn = turn::shared();
+    let backend = ScriptedBackend::start(backend::name("a"));
+    let proxy = start("auto", &[], &backend);
+    assert_eq!(proxy.status()["engine"], "io_uring", "{:#}", proxy.status());
+    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a");
+    let build = proxy.admin_request("GET", "/metrics").body;
+    assert!(build.contains("engine=\"io_uring\""), "a metric names the engine");
+}
+
+#[test]
+fn epoll_on_request_makes_no_ring() {
+    let _turn = turn::shared();
+    let backend = ScriptedBackend::start(backend::name("a"));
+    let proxy = start("epoll", &[], &backend);
+    assert_eq!(proxy.status()["engine"], "epoll");
+    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a");
+    let rings = crate::common::proc::fds(proxy.pid());
+    assert!(!rings.iter().any(|fd| fd.contains("[io_uring]")), "{rings:?}");
+}

@@ -1,0 +1,340 @@
+//! Backends that die, hang, refuse or come back, and a balancer out of its own
+//! resources.
+//!
+//! What may fail is exactly what was already on a dead backend; everything new
+//! goes elsewhere.
+
+use crate::common::backend::{self, Refusing, ScriptedBackend, Unresponsive};
+use crate::common::client::{self, End, connect};
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::TestProxy;
+use crate::common::servers::{Nginx, Redis, Wrk};
+use crate::common::steady::{Steady, answered_by, failures_since};
+use crate::common::{
+    Engine, eventually, have, http, measured, ms, on_every_engine, on_every_engine_alone, patience,
+    proc, secs,
+};
+use std::io::Read;
+use std::net::{SocketAddr, TcpStream};
+use std::time::Instant;
+
+on_every_engine!(
+    new_connections_see_no_error_while_a_backend_dies,
+    nobody_left_is_refused_at_once,
+    refused_by_every_backend_is_refused_at_once,
+    try_all_serves_from_backends_that_are_down,
+    startup_grace_fails_open,
+    new_backend_waits_for_its_first_probe_success,
+    unresponsive_backend_is_left_for_another_after_the_connect_timeout,
+    refusing_backend_is_ejected_and_comes_back,
+    last_eligible_backend_is_never_ejected,
+    revived_backend_serves_again,
+    http_probe_takes_out_a_backend_that_answers_503,
+    send_expect_probe_speaks_redis,
+);
+on_every_engine_alone!(
+    killed_backend_costs_only_its_own_connections,
+    exhausted_descriptors_are_not_blamed_on_backends,
+);
+
+const FAST_TCP: &str = "kind = \"tcp\"\ninterval = \"100ms\"\ntimeout = \"100ms\"";
+
+fn three_nginx(engine: Engine) -> Option<(Vec<Nginx>, TestProxy)> {
+    if !have(&["nginx", "wrk"]) {
+        return None;
+    }
+    let servers = ["a", "b", "c"].map(Nginx::start);
+    let pool = servers.iter().fold(Pool::new("web").probe(FAST_TCP), |pool, server| {
+        pool.backend(&server.name, server.address)
+    });
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    for server in &servers {
+        proxy.wait_backend("web", &server.name, "observation", "up");
+    }
+    Some((servers.into(), proxy))
+}
+
+fn killed_backend_costs_only_its_own_connections(engine: Engine) {
+    let Some((mut servers, proxy)) = three_nginx(engine) else { return };
+    let wrk = Wrk::start(proxy.addr("web"), 30, 5);
+    eventually(secs(3), "wrk's connections are spread", || {
+        proxy.backend("web", "b")["sessions_active"] == 10
+    });
+    // A moment of traffic on all three before the kill.
+    std::thread::sleep(ms(1000));
+    let on_the_killed = 10;
+    servers[1].kill();
+    let report = wrk.report();
+    measured(&format!("{} requests, {} cut off", report.requests, report.read_errors));
+    assert!(report.read_errors + report.write_errors <= on_the_killed, "{}", report.text);
+    let others = (report.connect_errors, report.timeouts, report.bad_status);
+    assert_eq!(others, (0, 0, 0), "{}", report.text);
+    assert!(report.requests > 1000, "{}", report.text);
+    assert_eq!(proxy.backend("web", "b")["observation"], "down");
+    // Its ten clients went to the other two.
+    let served = proxy.metric("tidegate_session_end_total", &[("cause", "backend-reset")])
+        + proxy.metric("tidegate_session_end_total", &[("cause", "finished")]);
+    assert!(served >= 10.0, "{served} sessions have ended");
+}
+
+fn new_connections_see_no_error_while_a_backend_dies(engine: Engine) {
+    let Some((mut servers, proxy)) = three_nginx(engine) else { return };
+    let steady = Steady::start(proxy.addr("web"), 4);
+    std::thread::sleep(ms(500));
+    servers[1].kill();
+    let killed = Instant::now();
+    std::thread::sleep(ms(1500));
+    let attempts = steady.stop();
+    assert_eq!(format!("{:?}", failures_since(&attempts, killed)), "[]");
+    let caught = attempts.iter().filter(|attempt| attempt.result.is_err()).count();
+    assert!(caught <= 4, "{caught} failures with 4 sessions at a time");
+    measured(&format!("{} sessions, {caught} caught in the act", attempts.len()));
+    assert!(answered_by(&attempts, "b") > 0 && attempts.len() > 100);
+}
+
+/// Connects and sees how it ends; at once means within a second.
+#[track_caller]
+fn assert_reset_at_once(address: SocketAddr) {
+    let start = Instant::now();
+    // The reset may come before the connect call has looked (ECONNRESET).
+    if let Ok(stream) = client::try_connect(address) {
+        assert_eq!(client::read_to_end(&stream), End::Reset(0));
+    }
+    assert!(start.elapsed() < patience(secs(1)), "refused after {:?}", start.elapsed());
+}
+
+fn nobody_left_is_refused_at_once(engine: Engine) {
+    let mut a = ScriptedBackend::start(backend::name("a"));
+    let pool = Pool::new("web").probe(FAST_TCP).backend("a", a.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    proxy.wait_backend("web", "a", "observation", "up");
+    a.stop();
+    proxy.wait_backend("web", "a", "observation", "down");
+    for _ in 0..10 {
+        assert_reset_at_once(proxy.addr("web"));
+    }
+    let refused = proxy.metric("tidegate_refused_total", &[("reason", "no-backend")]);
+    assert_eq!(refused, 10.0);
+    let log = proxy.wait_access_log(10);
+    assert!(log.iter().all(|line| line["cause"] == "no-backend"), "{log:#?}");
+    // The balancer itself is fine, and says so.
+    assert_eq!(proxy.admin_request("GET", "/ready").status, 200);
+}
+
+fn refused_by_every_backend_is_refused_at_once(engine: Engine) {
+    let nobody = [Refusing::new(), Refusing::new()];
+    let pool = Pool::new("web").backend("a", nobody[0].address).backend("b", nobody[1].address);
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    assert_reset_at_once(proxy.addr("web"));
+    let log = proxy.wait_access_log(1);
+    assert_eq!(log[0]["cause"], "connect-refused", "{:#}", log[0]);
+    // Two backends, two attempts: never one backend twice.
+    assert_eq!(log[0]["attempts"], 2, "{:#}", log[0]);
+}
+
+fn try_all_serves_from_backends_that_are_down(engine: Engine) {
+    let a = ScriptedBackend::start(backend::http("a", 503));
+    let probe = "kind = \"http\"\ninterval = \"100ms\"\ntimeout = \"100ms\"\nstatus = \"200\"";
+    let pool = Pool::new("web")
+        .key("when_none_eligible = \"try-all\"")
+        .probe(probe)
+        .backend("a", a.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    proxy.wait_backend("web", "a", "observation", "down");
+    let answer = http::over_tcp(proxy.addr("web"), "/").unwrap();
+    assert_eq!(answer.body, "a");
+}
+
+fn startup_grace_fails_open(engine: Engine) {
+    // It says "x?" and no more, so that the probe has no result for a minute.
+    let a = ScriptedBackend::start(backend::greet("x"));
+    let pool = Pool::new("web")
+        .key("startup_grace = \"700ms\"")
+        .probe(
+            "kind = \"send-expect\"\nsend = \"?\"\nexpect = \"x?more\"\n\
+             interval = \"60s\"\ntimeout = \"50s\"",
+        )
+        .backend("a", a.address());
+    let start = Instant::now();
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    assert_eq!(proxy.backend("web", "a")["eligible"], false, "not before the grace is over");
+    assert_reset_at_once(proxy.addr("web"));
+    eventually(secs(5), "the pool fails open", || proxy.backend("web", "a")["eligible"] == true);
+    assert!(start.elapsed() >= ms(650), "open after {:?}", start.elapsed());
+    assert_eq!(proxy.backend("web", "a")["observation"], "unknown");
+    // The probe's connection stays open.
+    proxy.rebaseline();
+    assert_eq!(first_byte(proxy.addr("web")), b'x');
+}
+
+fn new_backend_waits_for_its_first_probe_success(engine: Engine) {
+    let gate = backend::Gate::default();
+    let a = ScriptedBackend::start(backend::http("a", 200));
+    let b = ScriptedBackend::start(backend::script({
+        let (gate, answer) = (gate.clone(), backend::http("b", 200));
+        move |conn| {
+            gate.wait();
+            answer(conn);
+        }
+    }));
+    let pool = Pool::new("web")
+        .probe("kind = \"http\"\ninterval = \"20s\"\ntimeout = \"15s\"")
+        .backend("a", a.address());
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    proxy.wait_backend("web", "a", "observation", "up");
+    let mut conf = proxy.conf();
+    conf.pools[0] = conf.pools[0].clone().backend("b", b.address());
+    proxy.reload(conf);
+    let ask = || http::over_tcp(proxy.addr("web"), "/").unwrap().body;
+    assert!((0..30).all(|_| ask() == "a"));
+    assert_eq!(proxy.backend("web", "b")["observation"], "unknown");
+    gate.open();
+    proxy.wait_backend("web", "b", "observation", "up");
+    eventually(secs(2), "b takes sessions", || ask() == "b");
+}
+
+fn first_byte(address: SocketAddr) -> u8 {
+    let mut byte = [0];
+    connect(address).read_exact(&mut byte).expect("a first byte");
+    byte[0]
+}
+
+fn unresponsive_backend_is_left_for_another_after_the_connect_timeout(engine: Engine) {
+    let dead = Unresponsive::new();
+    let b = ScriptedBackend::start(backend::name("b"));
+    let pool = Pool::new("web")
+        .key("connect_timeout = \"300ms\"")
+        .ejection("failures = 1000")
+        .backend_with("dead", dead.address, "weight = 1000")
+        .backend("b", b.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    for _ in 0..3 {
+        let start = Instant::now();
+        assert_eq!(client::ask(proxy.addr("web")).unwrap(), "b");
+        let took = start.elapsed();
+        assert!(took >= ms(280) && took < patience(ms(1500)), "answered after {took:?}");
+    }
+    let log = proxy.wait_access_log(3);
+    for line in log {
+        let what = (&line["attempts"], &line["backend"], &line["cause"]);
+        assert_eq!(what, (&2.into(), &"b".into(), &"finished".into()), "{line:#}");
+    }
+    assert_eq!(proxy.backend("web", "dead")["connect_failures_total"], 3);
+}
+
+fn refusing_backend_is_ejected_and_comes_back(engine: Engine) {
+    let nobody = Refusing::new();
+    let address = nobody.address;
+    let b = ScriptedBackend::start(backend::name("b"));
+    let pool = Pool::new("web")
+        .ejection("failures = 3\ntime = \"700ms\"")
+        .backend("a", address)
+        .backend("b", b.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let ask = || client::ask(proxy.addr("web")).unwrap();
+    eventually(secs(5), "a is ejected", || {
+        assert_eq!(ask(), "b", "every session is retried elsewhere");
+        proxy.backend("web", "a")["ejected"] == true
+    });
+    let failures = proxy.backend("web", "a")["connect_failures_total"].as_u64().unwrap();
+    assert!((3..=4).contains(&failures), "{failures} failures until the ejection");
+    drop(nobody);
+    let _a = ScriptedBackend::start_on(address, backend::name("a"));
+    eventually(secs(10), "a is back", || ask() == "a");
+    assert_eq!(proxy.backend("web", "a")["ejected"], false);
+}
+
+fn last_eligible_backend_is_never_ejected(engine: Engine) {
+    let nobody = Refusing::new();
+    let pool = Pool::new("web")
+        .ejection("failures = 2\ntime = \"60s\"\nmax_ejected = \"100%\"")
+        .backend("a", nobody.address);
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    for _ in 0..10 {
+        assert_reset_at_once(proxy.addr("web"));
+    }
+    assert_eq!(proxy.backend("web", "a")["ejected"], false);
+    let address = nobody.address;
+    drop(nobody);
+    let _a = ScriptedBackend::start_on(address, backend::name("a"));
+    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a", "no ejection to wait for");
+}
+
+fn revived_backend_serves_again(engine: Engine) {
+    let mut a = ScriptedBackend::start(backend::name("a"));
+    let address = a.socket_address();
+    let b = ScriptedBackend::start(backend::name("b"));
+    let pool = Pool::new("web").probe(FAST_TCP).backend("a", address).backend("b", b.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    proxy.wait_backend("web", "a", "observation", "up");
+    a.stop();
+    proxy.wait_backend("web", "a", "observation", "down");
+    assert!((0..10).all(|_| client::ask(proxy.addr("web")).unwrap() == "b"));
+    let _a = ScriptedBackend::start_on(address, backend::name("a"));
+    proxy.wait_backend("web", "a", "observation", "up");
+    eventually(secs(2), "a serves again", || client::ask(proxy.addr("web")).unwrap() == "a");
+}
+
+fn http_probe_takes_out_a_backend_that_answers_503(engine: Engine) {
+    let good = ScriptedBackend::start(backend::http("good", 204));
+    let bad = ScriptedBackend::start(backend::http("bad", 503));
+    let pool = Pool::new("web")
+        .probe("kind = \"http\"\npath = \"/health\"\ninterval = \"100ms\"\ntimeout = \"100ms\"")
+        .backend("good", good.address())
+        .backend("bad", bad.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    proxy.wait_backend("web", "good", "observation", "up");
+    proxy.wait_backend("web", "bad", "observation", "down");
+    assert_eq!(proxy.metric("tidegate_backend_up", &[("backend", "good")]), 1.0);
+    assert_eq!(proxy.metric("tidegate_backend_up", &[("backend", "bad")]), 0.0);
+    let reason = proxy.backend("web", "bad")["last_transition"].to_string();
+    assert!(reason.contains("503"), "the evidence is named: {reason}");
+}
+
+fn send_expect_probe_speaks_redis(engine: Engine) {
+    if !have(&["redis-server"]) {
+        return;
+    }
+    let redis = Redis::start();
+    let silent = ScriptedBackend::start(backend::stall());
+    let pool = Pool::new("redis")
+        .probe(
+            "kind = \"send-expect\"\nsend = \"PING\\r\\n\"\nexpect = \"+PONG\"\n\
+             interval = \"150ms\"\ntimeout = \"150ms\"",
+        )
+        .backend("redis", redis.address)
+        .backend("silent", silent.address());
+    let proxy = TestProxy::start(Conf::new(engine).frontend("redis", "redis", "").pool(pool));
+    proxy.wait_backend("redis", "redis", "observation", "up");
+    proxy.wait_backend("redis", "silent", "observation", "down");
+}
+
+fn exhausted_descriptors_are_not_blamed_on_backends(engine: Engine) {
+    let a = ScriptedBackend::start(backend::greet("x"));
+    let pool = Pool::new("web").probe(FAST_TCP).backend("a", a.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    proxy.wait_backend("web", "a", "observation", "up");
+    let old = proc::set_fd_limit(proxy.pid(), proxy.fd_count() as u64 + 20);
+    // Enough for a handful of sessions; the rest waits or is refused.
+    let clients: Vec<TcpStream> = (0..100).map(|_| connect(proxy.addr("web"))).collect();
+    std::thread::sleep(ms(500));
+    let cpu = proxy.cpu_time();
+    std::thread::sleep(secs(2));
+    let spent = proxy.cpu_time() - cpu;
+    measured(&format!("{spent:?} of CPU in 2 s without descriptors"));
+    assert!(spent < ms(500), "spins: {spent:?} of CPU in 2 s");
+    proc::set_fd_limit(proxy.pid(), old);
+    let start = Instant::now();
+    eventually(secs(1), "new sessions are served", || {
+        client::try_connect(proxy.addr("web")).is_ok_and(|stream| {
+            stream.set_read_timeout(Some(ms(300))).is_ok()
+                && (&stream).read(&mut [0]).is_ok_and(|n| n == 1)
+        })
+    });
+    measured(&format!("recovered {:?} after descriptors were back", start.elapsed()));
+    drop(clients);
+    let state = proxy.backend("web", "a");
+    assert_eq!(state["connect_failures_total"], 0, "{state:#}");
+    let standing = (&state["ejected"], &state["observation"], &state["eligible"]);
+    assert_eq!(standing, (&false.into(), &"up".into(), &true.into()), "{state:#}");
+}

@@ -1,0 +1,65 @@
+//! Nine thousand idle sessions and what each costs.
+
+use crate::common::client::{connect_from, exchange};
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::TestProxy;
+use crate::common::servers::IdleBackend;
+use crate::common::{
+    Engine, eventually, have, measured, ms, on_every_engine_alone, proc, secs, skip,
+};
+use std::net::{IpAddr, Ipv4Addr, TcpStream};
+
+on_every_engine_alone!(nine_thousand_idle_sessions_cost_two_kib_each);
+
+const SESSIONS: usize = 9_000;
+
+fn nine_thousand_idle_sessions_cost_two_kib_each(engine: Engine) {
+    if !have(&["python3"]) {
+        return;
+    }
+    // The balancer holds two descriptors a session.
+    if proc::raise_own_fd_limit() < 2 * SESSIONS as u64 + 500 {
+        return skip("the hard limit of descriptors is below 18,500");
+    }
+    let backend = IdleBackend::start();
+    let proxy =
+        TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", backend.address)));
+    // First-use costs (buffers, tables, code pages) are not the sessions'.
+    drop(open_sessions(&proxy, 200));
+    eventually(secs(10), "the warm-up has ended", || {
+        proxy.backend("web", "a")["sessions_active"] == 0
+    });
+    let before = proxy.rss_kib();
+    let sessions = open_sessions(&proxy, SESSIONS);
+    assert_eq!(proxy.backend("web", "a")["sessions_active"], SESSIONS);
+    let idle_cpu = proxy.cpu_time();
+    std::thread::sleep(secs(2));
+    let spent = proxy.cpu_time() - idle_cpu;
+    let grown = proxy.rss_kib().saturating_sub(before);
+    let each = grown as f64 * 1024.0 / SESSIONS as f64;
+    measured(&format!("{SESSIONS} idle sessions: {each:.0} B each, {spent:?} of CPU in 2 s"));
+    assert!(each <= 2048.0, "{each:.0} B of resident memory for an idle session");
+    assert!(spent < ms(400), "{spent:?} of CPU in 2 s of idleness");
+    // They are idle, not dead.
+    for session in sessions.iter().step_by(100) {
+        assert_eq!(exchange(session, b"y").unwrap(), b"y");
+    }
+    drop(sessions);
+    eventually(secs(30), "every session has ended", || {
+        proxy.backend("web", "a")["sessions_active"] == 0
+    });
+}
+
+/// Sessions that have each carried one byte both ways, from several source
+/// addresses as ports of one would run short.
+fn open_sessions(proxy: &TestProxy, count: usize) -> Vec<TcpStream> {
+    let address = proxy.addr("web");
+    (0..count)
+        .map(|number| {
+            let source = Ipv4Addr::new(127, 0, 2, (number / 2000 + 1) as u8);
+            let stream = connect_from(IpAddr::V4(source), address).expect("connect");
+            assert_eq!(exchange(&stream, b"x").expect("an echo"), b"x");
+            stream
+        })
+        .collect()
+}

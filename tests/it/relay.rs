@@ -1,0 +1,442 @@
+//! Established sessions: every byte arrives, in order, and ends travel as they
+//! were sent.
+//!
+//! Scripted peers on both sides, 1 GiB and 10,000-stream runs among them.
+
+use crate::common::backend::{self, Gate, ScriptedBackend, script};
+use crate::common::client::{self, End, connect};
+use crate::common::conf::{Conf, Pool};
+use crate::common::ledger::{Ledger, Sizes};
+use crate::common::proxy::TestProxy;
+use crate::common::servers::{Iperf3, iperf3_client};
+use crate::common::{
+    Engine, eventually, have, long, measured, ms, on_every_engine, on_every_engine_alone, patience,
+    ports, secs,
+};
+use sha2::{Digest, Sha256};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::time::Instant;
+
+on_every_engine!(
+    half_close_after_64_mib_gets_the_whole_answer,
+    reset_from_the_client_reaches_the_backend_as_a_reset,
+    reset_from_the_backend_reaches_the_client_as_a_reset,
+    fin_comes_only_after_the_last_byte_to_a_slow_reader,
+    fin_from_the_backend_waits_for_a_slow_client,
+    backend_that_speaks_first_is_heard,
+    ipv6_on_both_sides,
+    unix_socket_backend_is_served,
+    one_frontend_listens_on_several_addresses,
+    sessions_without_a_byte_end_in_order,
+    idle_sessions_are_closed_with_fin_on_both_sides,
+    half_closed_sessions_are_closed_after_their_timeout,
+    backend_half_close_leaves_the_other_direction_open,
+    urgent_byte_does_not_break_the_stream,
+    reset_while_output_is_pending_is_remembered,
+    thousand_connections_come_at_once,
+);
+on_every_engine_alone!(
+    gibibyte_each_way_arrives_unchanged,
+    ten_thousand_streams_arrive_unchanged,
+    slow_backend_does_not_grow_the_balancer,
+    iperf3_runs_both_ways_in_parallel,
+);
+
+fn relay_to(engine: Engine, backend: &ScriptedBackend) -> TestProxy {
+    TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", backend.address())))
+}
+
+/// `len` bytes, no two MiB alike; returns their SHA-256.
+fn pour(len: u64, seed: u64, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> String {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut block: Vec<u8> = (0..1 << 20).map(|_| random.u8(..)).collect();
+    let mut hash = Sha256::new();
+    let mut left = len;
+    while left > 0 {
+        block[..8].copy_from_slice(&left.to_le_bytes());
+        let part = &block[..block.len().min(left as usize)];
+        hash.update(part);
+        to(part).expect("the peer reads to the end");
+        left -= part.len() as u64;
+    }
+    format!("{len} {:x?}", hash.finalize())
+}
+
+/// Reads to FIN; returns the length and SHA-256.
+fn drink(mut from: impl FnMut(&mut [u8]) -> io::Result<usize>) -> String {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 256 * 1024];
+    let mut len = 0;
+    loop {
+        let n = from(&mut buffer).expect("the peer sends to the end");
+        if n == 0 {
+            return format!("{len} {:x?}", hash.finalize());
+        }
+        hash.update(&buffer[..n]);
+        len += n;
+    }
+}
+
+fn gibibyte_each_way_arrives_unchanged(engine: Engine) {
+    const LEN: u64 = 1 << 30;
+    let (digests, at_the_backend) = mpsc::channel();
+    let backend = ScriptedBackend::start(script(move |conn| {
+        // Up first: the client's FIN ends it. Then down.
+        digests.send(drink(|buffer| conn.read(buffer))).unwrap();
+        digests.send(pour(LEN, 2, |bytes| conn.write_all(bytes))).unwrap();
+    }));
+    let proxy = relay_to(engine, &backend);
+    let mut client = connect(proxy.addr("web"));
+    let start = Instant::now();
+    let sent = pour(LEN, 1, |bytes| client.write_all(bytes));
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(at_the_backend.recv_timeout(patience(secs(60))).unwrap(), sent);
+    let up = start.elapsed();
+    let received = drink(|buffer| client.read(buffer));
+    assert_eq!(received, at_the_backend.recv_timeout(patience(secs(60))).unwrap());
+    measured(&format!("1 GiB up in {up:.2?}, 1 GiB down in {:.2?}", start.elapsed() - up));
+}
+
+fn half_close_after_64_mib_gets_the_whole_answer(engine: Engine) {
+    const LEN: u64 = 64 << 20;
+    let (digests, at_the_backend) = mpsc::channel();
+    let backend = ScriptedBackend::start(script(move |conn| {
+        digests.send(drink(|buffer| conn.read(buffer))).unwrap();
+        digests.send(pour(LEN, 4, |bytes| conn.write_all(bytes))).unwrap();
+    }));
+    let proxy = relay_to(engine, &backend);
+    let mut client = connect(proxy.addr("web"));
+    let sent = pour(LEN, 3, |bytes| client.write_all(bytes));
+    client.shutdown(Shutdown::Write).unwrap();
+    let received = drink(|buffer| client.read(buffer));
+    assert_eq!(at_the_backend.recv().unwrap(), sent);
+    assert_eq!(received, at_the_backend.recv().unwrap());
+}
+
+fn ten_thousand_streams_arrive_unchanged(engine: Engine) {
+    // 5,000 on each engine make the ten thousand; the long run has tenfold.
+    let streams = if long() { 50_000 } else { 5_000 };
+    let ledger = Ledger::new(Sizes { most: 256 * 1024, large_one_in: 500 });
+    let backends = [(); 3].map(|()| ScriptedBackend::start(ledger.script()));
+    let mut pool = Pool::new("web");
+    for (backend, name) in backends.iter().zip(["a", "b", "c"]) {
+        pool = pool.backend(name, backend.address());
+    }
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let start = Instant::now();
+    ledger.run(&[proxy.addr("web")], 0..streams, 48);
+    ledger.settle();
+    ledger.assert_clean();
+    assert_eq!(ledger.streams(), streams);
+    let bytes = ledger.bytes_up.load(Ordering::Relaxed) + ledger.bytes_down.load(Ordering::Relaxed);
+    measured(&format!("{streams} streams, {} MiB in {:.2?}", bytes >> 20, start.elapsed()));
+}
+
+fn reset_from_the_client_reaches_the_backend_as_a_reset(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let proxy = relay_to(engine, &backend);
+    let client = connect(proxy.addr("web"));
+    client::exchange(&client, b"x").unwrap();
+    client::reset(client);
+    eventually(secs(5), "the backend's connection ends", || backend.active() == 0);
+    let counts = backend.counts();
+    assert_eq!(counts.resets_seen.load(Ordering::Relaxed), 1);
+    assert_eq!(counts.fins_seen.load(Ordering::Relaxed), 0);
+    let log = proxy.wait_access_log(1);
+    assert_eq!(log[0]["cause"], "client-reset", "{:#}", log[0]);
+    assert_eq!(log[0]["closed_first"], "client", "{:#}", log[0]);
+}
+
+fn reset_from_the_backend_reaches_the_client_as_a_reset(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::reset_after(3));
+    let proxy = relay_to(engine, &backend);
+    let mut client = connect(proxy.addr("web"));
+    client.write_all(b"abc").unwrap();
+    assert_eq!(client::read_to_end(&client), End::Reset(0));
+    let log = proxy.wait_access_log(1);
+    assert_eq!(log[0]["cause"], "backend-reset", "{:#}", log[0]);
+    assert_eq!(log[0]["closed_first"], "backend", "{:#}", log[0]);
+}
+
+fn fin_comes_only_after_the_last_byte_to_a_slow_reader(engine: Engine) {
+    const LEN: u64 = 4 << 20;
+    let backend = ScriptedBackend::start(backend::slow_read(64 * 1024, ms(1)));
+    let proxy = relay_to(engine, &backend);
+    let mut client = connect(proxy.addr("web"));
+    pour(LEN, 5, |bytes| client.write_all(bytes));
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client::read_to_end(&client), End::Fin(0));
+    let counts = backend.counts();
+    assert_eq!(counts.fins_seen.load(Ordering::Relaxed), 1);
+    assert_eq!(counts.bytes_read.load(Ordering::Relaxed), LEN);
+}
+
+fn fin_from_the_backend_waits_for_a_slow_client(engine: Engine) {
+    const LEN: u64 = 8 << 20;
+    let backend = ScriptedBackend::start(script(|conn| {
+        pour(LEN, 6, |bytes| conn.write_all(bytes));
+        conn.fin();
+        conn.drain();
+    }));
+    let proxy = relay_to(engine, &backend);
+    let mut client = connect(proxy.addr("web"));
+    let mut buffer = vec![0; 128 * 1024];
+    let mut total = 0;
+    loop {
+        let n = client.read(&mut buffer).unwrap();
+        if n == 0 {
+            break;
+        }
+        total += n as u64;
+        std::thread::sleep(ms(2));
+    }
+    assert_eq!(total, LEN);
+}
+
+fn backend_that_speaks_first_is_heard(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::greet("220 ready\r\n"));
+    let proxy = relay_to(engine, &backend);
+    let mut client = connect(proxy.addr("web"));
+    let mut greeting = [0; 11];
+    client.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting, b"220 ready\r\n");
+    assert_eq!(client::exchange(&client, b"EHLO").unwrap(), b"EHLO");
+}
+
+fn slow_backend_does_not_grow_the_balancer(engine: Engine) {
+    const CLIENTS: usize = 16;
+    let gate = Gate::default();
+    let backend = ScriptedBackend::start(script({
+        let gate = gate.clone();
+        move |conn| {
+            gate.wait();
+            conn.drain();
+        }
+    }));
+    let proxy = relay_to(engine, &backend);
+    let before = proxy.rss_kib();
+    let block = vec![7u8; 1 << 20];
+    let clients: Vec<_> = (0..CLIENTS).map(|_| connect(proxy.addr("web"))).collect();
+    let mut sent = 0;
+    for mut client in &clients {
+        client.set_write_timeout(Some(ms(300))).unwrap();
+        let blocked = (0..256).any(|_| match client.write(&block) {
+            Ok(n) => {
+                sent += n as u64;
+                n < block.len()
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                true
+            }
+        });
+        assert!(blocked, "256 MiB went into a backend that does not read");
+    }
+    let grown = proxy.rss_kib().saturating_sub(before);
+    measured(&format!("{CLIENTS} blocked clients hold {grown} KiB; {} MiB sent", sent >> 20));
+    // One hot buffer (256 KiB) and a pipe's worth for each would be plenty.
+    assert!(grown < CLIENTS as u64 * 512, "{grown} KiB for {CLIENTS} blocked sessions");
+    gate.open();
+    clients.iter().for_each(|client| client.shutdown(Shutdown::Write).unwrap());
+    let counts = backend.counts();
+    eventually(secs(20), "everything that was sent has arrived", || {
+        counts.bytes_read.load(Ordering::Relaxed) == sent
+    });
+}
+
+fn ipv6_on_both_sides(engine: Engine) {
+    let address: SocketAddr = format!("[::1]:{}", ports::free_port()).parse().unwrap();
+    let backend = ScriptedBackend::start_on(address, backend::echo());
+    let pool = Pool::new("web").backend("a", backend.address());
+    let proxy = TestProxy::start(Conf::new(engine).frontend_on("::1", "six", "web", "").pool(pool));
+    let client = connect(proxy.addr("six"));
+    assert!(client.peer_addr().unwrap().is_ipv6());
+    assert_eq!(client::exchange(&client, b"six").unwrap(), b"six");
+    drop(client);
+    let log = proxy.wait_access_log(1);
+    assert_eq!(log[0]["backend_address"], address.to_string());
+    let from: SocketAddr = log[0]["client"].as_str().unwrap().parse().unwrap();
+    assert!(from.is_ipv6());
+}
+
+fn unix_socket_backend_is_served(engine: Engine) {
+    let dir = tempfile::Builder::new().prefix("tg-ux-").tempdir_in("/tmp").unwrap();
+    let backend = ScriptedBackend::start_unix(&dir.path().join("b.sock"), backend::echo());
+    let proxy = relay_to(engine, &backend);
+    let mut client = connect(proxy.addr("web"));
+    let sent = pour(3 << 20, 8, |bytes| {
+        let echoed = client::exchange(&client, bytes)?;
+        assert!(echoed == bytes, "the echo differs");
+        Ok(())
+    });
+    assert!(sent.starts_with("3145728 "));
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+}
+
+fn one_frontend_listens_on_several_addresses(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::name("a"));
+    let mut conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
+    let more: Vec<SocketAddr> = ["127.0.0.2", "::1"]
+        .map(|ip| SocketAddr::new(ip.parse().unwrap(), ports::free_port()))
+        .into();
+    conf.frontend_mut("web").binds.extend(&more);
+    let proxy = TestProxy::start(conf);
+    for address in [proxy.addr("web"), more[0], more[1]] {
+        assert_eq!(client::ask(address).unwrap(), "a", "at {address}");
+    }
+}
+
+fn sessions_without_a_byte_end_in_order(engine: Engine) {
+    let backend = ScriptedBackend::start(script(|conn| conn.drain()));
+    let proxy = relay_to(engine, &backend);
+    for round in 0..50 {
+        let client = connect(proxy.addr("web"));
+        if round % 2 == 0 {
+            client.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(client::read_to_end(&client), End::Fin(0));
+        }
+    }
+    let log = proxy.wait_access_log(50);
+    for line in log {
+        assert_eq!((&line["bytes_in"], &line["bytes_out"]), (&0.into(), &0.into()), "{line:#}");
+        assert_eq!(line["cause"], "finished", "{line:#}");
+    }
+    assert_eq!(backend.counts().fins_seen.load(Ordering::Relaxed), 50);
+}
+
+fn idle_sessions_are_closed_with_fin_on_both_sides(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let pool = Pool::new("web").key("connect_timeout = \"500ms\"").backend("a", backend.address());
+    let conf = Conf::new(engine).frontend("web", "web", "idle_timeout = \"600ms\"").pool(pool);
+    let proxy = TestProxy::start(conf);
+    let client = connect(proxy.addr("web"));
+    let start = Instant::now();
+    while start.elapsed() < ms(1800) {
+        // Three timeouts long, never idle for one.
+        client::exchange(&client, b"x").unwrap();
+        std::thread::sleep(ms(100));
+    }
+    let idle_since = Instant::now();
+    assert_eq!(client::read_to_end(&client), End::Fin(0));
+    let idle = idle_since.elapsed();
+    assert!(idle > ms(400) && idle < patience(ms(2500)), "closed after {idle:?} of idleness");
+    eventually(secs(5), "the backend's connection ends", || backend.active() == 0);
+    assert_eq!(backend.counts().fins_seen.load(Ordering::Relaxed), 1);
+    assert_eq!(backend.counts().resets_seen.load(Ordering::Relaxed), 0);
+    let log = proxy.wait_access_log(1);
+    assert_eq!(log[0]["cause"], "idle-timeout", "{:#}", log[0]);
+    assert_eq!(log[0]["timer"], "idle_timeout", "{:#}", log[0]);
+}
+
+fn half_closed_sessions_are_closed_after_their_timeout(engine: Engine) {
+    let gate = Gate::default();
+    let backend = ScriptedBackend::start(script({
+        let gate = gate.clone();
+        move |conn| {
+            conn.drain();
+            gate.wait();
+        }
+    }));
+    let pool = Pool::new("web").backend("a", backend.address());
+    let keys = "half_closed_timeout = \"500ms\"";
+    let proxy = TestProxy::start(Conf::new(engine).frontend("web", "web", keys).pool(pool));
+    let client = connect(proxy.addr("web"));
+    client.shutdown(Shutdown::Write).unwrap();
+    let start = Instant::now();
+    assert_eq!(client::read_to_end(&client), End::Fin(0));
+    let waited = start.elapsed();
+    assert!(waited > ms(300) && waited < patience(ms(2500)), "closed after {waited:?}");
+    gate.open();
+    let log = proxy.wait_access_log(1);
+    assert_eq!(log[0]["cause"], "half-closed-timeout", "{:#}", log[0]);
+}
+
+fn backend_half_close_leaves_the_other_direction_open(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::half_close_after(3));
+    let proxy = relay_to(engine, &backend);
+    let mut client = connect(proxy.addr("web"));
+    client.write_all(b"abc").unwrap();
+    assert_eq!(client::read_to_end(&client), End::Fin(0));
+    let sent = 1 << 20;
+    pour(sent, 9, |bytes| client.write_all(bytes));
+    client.shutdown(Shutdown::Write).unwrap();
+    let read = &backend.counts().bytes_read;
+    eventually(secs(5), "the rest arrives", || read.load(Ordering::Relaxed) == sent + 3);
+}
+
+fn urgent_byte_does_not_break_the_stream(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let proxy = relay_to(engine, &backend);
+    let client = connect(proxy.addr("web"));
+    assert_eq!(client::exchange(&client, b"before").unwrap(), b"before");
+    socket2::SockRef::from(&client).send_out_of_band(b"!").unwrap();
+    // It stays in the stream as an ordinary byte (RFC 6093 has new applications
+    // read it so), and what follows arrives whole.
+    (&client).write_all(b"after").unwrap();
+    let mut echoed = [0; 6];
+    (&client).read_exact(&mut echoed).unwrap();
+    assert_eq!(&echoed, b"!after");
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client::read_to_end(&client), End::Fin(0));
+}
+
+fn reset_while_output_is_pending_is_remembered(engine: Engine) {
+    let gate = Gate::default();
+    let backend = ScriptedBackend::start(script({
+        let gate = gate.clone();
+        // Reads late, so that output for it is pending when the reset comes.
+        move |conn| {
+            gate.wait();
+            conn.drain();
+        }
+    }));
+    let proxy = relay_to(engine, &backend);
+    let mut client = connect(proxy.addr("web"));
+    client.set_write_timeout(Some(ms(300))).unwrap();
+    let block = vec![1u8; 1 << 20];
+    while client.write_all(&block).is_ok() {}
+    client::reset(client);
+    std::thread::sleep(ms(100));
+    gate.open();
+    eventually(secs(10), "the backend's connection ends", || backend.active() == 0);
+    assert_eq!(backend.counts().resets_seen.load(Ordering::Relaxed), 1);
+    let log = proxy.wait_access_log(1);
+    assert_eq!(log[0]["cause"], "client-reset", "{:#}", log[0]);
+}
+
+fn thousand_connections_come_at_once(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let proxy = relay_to(engine, &backend);
+    let clients: Vec<_> = (0..1000).map(|_| connect(proxy.addr("web"))).collect();
+    for (number, mut client) in clients.iter().enumerate() {
+        client.write_all(&number.to_le_bytes()).unwrap();
+    }
+    for (number, mut client) in clients.iter().enumerate() {
+        let mut echoed = [0; 8];
+        client.read_exact(&mut echoed).unwrap();
+        assert_eq!(usize::from_le_bytes(echoed), number);
+    }
+    assert_eq!(proxy.backend("web", "a")["sessions_active"], 1000);
+}
+
+fn iperf3_runs_both_ways_in_parallel(engine: Engine) {
+    if !have(&["iperf3"]) {
+        return;
+    }
+    let server = Iperf3::start();
+    let proxy =
+        TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", server.address)));
+    for (what, arguments) in [
+        ("up", &["-n", "1G"][..]),
+        ("down", &["-n", "1G", "-R"]),
+        ("4 streams both ways", &["-t", "2", "-P", "4", "--bidir"]),
+    ] {
+        let rate = iperf3_client(proxy.addr("web"), arguments);
+        assert!(rate > 1e7, "{what}: {rate} bit/s");
+        measured(&format!("iperf3 {what}: {:.1} Gbit/s", rate / 1e9));
+    }
+}
