@@ -44,13 +44,15 @@ impl Running {
         if self.reaped {
             return;
         }
-        // Children first read, then all killed: a dead parent lists none.
+        // Children first read, then all killed: a dead parent lists none. The
+        // parent is gone before the children are, so that nobody holds a
+        // listening socket that nobody accepts from.
         let children = proc::children(self.pid());
         let _ = self.child.kill();
+        let _ = self.child.wait();
         for pid in children {
             proc::signal(pid, Signal::KILL);
         }
-        let _ = self.child.wait();
         self.reaped = true;
     }
 }
