@@ -74,7 +74,10 @@ pub(super) async fn dial(
         let reserved = match choice {
             Ok(reserved) => reserved,
             Err(NoBackend::NoneEligible | NoBackend::Exhausted) => return Err(why),
-            Err(NoBackend::AtCapacity) => wait_for_slot(ctx, flow, pool, client, &tried).await?,
+            Err(NoBackend::AtCapacity) => {
+                // Boxed, as rare: the room would be every session's otherwise.
+                Box::pin(wait_for_slot(ctx, flow, pool, client, &tried)).await?
+            }
         };
         let index = reserved.index;
         let held = Held::new(reserved, &ctx.shared.gate);

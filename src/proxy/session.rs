@@ -53,9 +53,11 @@ struct Story {
     bytes_out: u64,
 }
 
-/// Serves one client to the end.
-pub(super) async fn run(ctx: Rc<Context>, arrival: Arrival) {
+/// Serves one client to the end. What is not needed for long is unpacked before
+/// the future begins: an idle session is made of little else than this future.
+pub(super) fn run(ctx: Rc<Context>, arrival: Arrival) -> impl Future<Output = ()> {
     let Arrival { socket, client, route, generation, pick, slots } = arrival;
+    let opened = ctx.engine.open(socket);
     let mut story = Story {
         started: clock::now(),
         client,
@@ -67,12 +69,14 @@ pub(super) async fn run(ctx: Rc<Context>, arrival: Arrival) {
         bytes_in: 0,
         bytes_out: 0,
     };
-    let ending = match ctx.engine.open(socket) {
-        Ok(flow) => serve(&ctx, flow, pick, &mut story).await,
-        Err(error) => connect::local_ending(error.raw_os_error().unwrap_or(0)),
-    };
-    story.account(&ctx, ending);
-    drop(slots);
+    async move {
+        let ending = match opened {
+            Ok(flow) => serve(&ctx, flow, pick, &mut story).await,
+            Err(error) => connect::local_ending(error.raw_os_error().unwrap_or(0)),
+        };
+        story.account(&ctx, ending);
+        drop(slots);
+    }
 }
 
 async fn serve(
@@ -81,10 +85,8 @@ async fn serve(
     pick: Result<Reserved, NoBackend>,
     story: &mut Story,
 ) -> Ending {
-    let pool = Arc::clone(&story.route.pool);
-    let ip = story.client.ip();
-    let dialled = connect::dial(ctx, &flow, &pool, ip, pick, &mut story.attempts).await;
-    drop(pool);
+    let (route, ip) = (Arc::clone(&story.route), story.client.ip());
+    let dialled = connect::dial(ctx, &flow, &route.pool, ip, pick, &mut story.attempts).await;
     let Upstream { held, connect_time, since } = match dialled {
         Ok(upstream) => upstream,
         Err(ending) => {
@@ -93,22 +95,13 @@ async fn serve(
         }
     };
     story.connected(ctx, held.backend(), connect_time);
-    let spec = &story.route.spec;
-    let limits = Limits {
-        idle: spec.idle_timeout,
-        half_closed: spec.half_closed_timeout,
-        keepalive: spec.keepalive,
-        user_timeout: spec.user_timeout,
-    };
-    let meter = Meter {
-        worker: ctx.id,
-        frontend: Arc::clone(&story.route.state),
-        backend: Arc::clone(held.backend()),
-    };
-    let relayed = flow.relay(limits, meter).await;
+    let relayed = story.relay(ctx, flow, held.backend()).await;
     story.relayed(ctx, held.backend(), since, &relayed);
     let ending = relayed.ending;
-    finish(relayed).await;
+    if let Some(last_words) = finish(relayed) {
+        // Boxed, as rare: the room would be every session's otherwise.
+        Box::pin(reset_when_sent(last_words)).await;
+    }
     ending
 }
 
@@ -122,22 +115,24 @@ fn refuse(flow: Flow) {
 
 /// Closes both sockets the way the session ended: FIN for an end in order and
 /// for idle time-outs, RST for a reset or a cut. What one side had sent before
-/// its reset is given time to reach the other.
-async fn finish(relayed: Relayed) {
+/// its reset is given time to reach the other: that socket is given back, to be
+/// reset when everything is sent.
+fn finish(relayed: Relayed) -> Option<OwnedFd> {
     let [client, backend] = relayed.sockets;
     match relayed.ending.cause {
         Cause::ClientReset | Cause::ClientLost => {
             drop(client);
-            reset_when_sent(backend).await;
+            Some(backend)
         }
         Cause::BackendReset | Cause::BackendLost => {
             drop(backend);
-            reset_when_sent(client).await;
+            Some(client)
         }
-        Cause::Finished | Cause::IdleTimeout | Cause::HalfClosedTimeout => {}
+        Cause::Finished | Cause::IdleTimeout | Cause::HalfClosedTimeout => None,
         _ => {
             stream::reset(client);
             stream::reset(backend);
+            None
         }
     }
 }
@@ -156,6 +151,28 @@ async fn reset_when_sent(socket: OwnedFd) {
 // === impl Story ===
 
 impl Story {
+    /// Starts the relay; only what this returns waits for its end.
+    fn relay(
+        &self,
+        ctx: &Context,
+        flow: Flow,
+        backend: &Arc<BackendState>,
+    ) -> impl Future<Output = Relayed> + use<> {
+        let spec = &self.route.spec;
+        let limits = Limits {
+            idle: spec.idle_timeout,
+            half_closed: spec.half_closed_timeout,
+            keepalive: spec.keepalive,
+            user_timeout: spec.user_timeout,
+        };
+        let meter = Meter {
+            worker: ctx.id,
+            frontend: Arc::clone(&self.route.state),
+            backend: Arc::clone(backend),
+        };
+        flow.relay(limits, meter)
+    }
+
     fn connected(&mut self, ctx: &Context, backend: &BackendState, connect_time: Duration) {
         self.connect_time = Some(connect_time);
         backend.counters.of(ctx.id).sessions.add(1);
