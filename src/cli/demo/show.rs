@@ -70,8 +70,7 @@ impl<'a> Show<'a> {
     ) -> Show<'a> {
         let names = backends.all().iter().map(|backend| backend.name.clone()).collect();
         let phase = (length / 6).clamp(PHASE_MIN, PHASE_MAX);
-        let (ends, verdict, complete) =
-            (started + length, RefCell::default(), Cell::new(false));
+        let (ends, verdict, complete) = (started + length, RefCell::default(), Cell::new(false));
         Show { screen, backends, place, balancer, names, phase, ends, verdict, complete }
     }
 
@@ -369,7 +368,8 @@ impl<'a> Show<'a> {
         }
         for backend in &now.backends {
             let old = before.backend(&backend.name);
-            if old.is_some_and(|old| old.intent != backend.intent || old.serves() != backend.serves())
+            if old
+                .is_some_and(|old| old.intent != backend.intent || old.serves() != backend.serves())
                 && let Some((to, reason, _)) = &backend.changed
             {
                 self.say(&format!("{} is now {to}: {reason}", backend.name))?;
@@ -475,7 +475,8 @@ impl<'a> Show<'a> {
 /// Why a stretch says nothing about the balancer's split.
 fn disturbance(before: &Seen, after: &Seen, tally: &Tally) -> Option<String> {
     if before.serial != after.serial {
-        let changed = after.backends.iter().zip(&before.backends).find(|(a, b)| a.effective != b.effective);
+        let changed =
+            after.backends.iter().zip(&before.backends).find(|(a, b)| a.effective != b.effective);
         let who = changed.map_or("the configuration", |(backend, _)| backend.name.as_str());
         return Some(format!("{who} changed meanwhile"));
     }

@@ -266,7 +266,8 @@ async fn stay(
     mut enough: watch::Receiver<bool>,
 ) {
     loop {
-        let last = tokio::time::timeout(EXCHANGE_EVERY, enough.wait_for(|told| *told)).await.is_ok();
+        let last =
+            tokio::time::timeout(EXCHANGE_EVERY, enough.wait_for(|told| *told)).await.is_ok();
         let answer = tokio::time::timeout(REQUEST_MAX, exchange(&mut stream)).await;
         let known = lock(&standing)[index].backend.clone();
         let trouble = match answer {
