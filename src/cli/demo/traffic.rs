@@ -143,7 +143,7 @@ impl Traffic {
 }
 
 async fn client(plan: Arc<Plan>, first: Duration, every: Duration) {
-    let mut pace = tokio::time::interval_at(tokio::time::Instant::now() + first, every);
+    let mut pace = tokio::time::interval_at((clock::now() + first).into(), every);
     pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         pace.tick().await;
