@@ -62,7 +62,7 @@ fn run(args: &DemoArgs) -> Result<Exit, Trouble> {
 
     let backends = Backends::start(usize::from(args.backends))
         .map_err(|error| format!("cannot start the backends: {error}"))?;
-    let place = Place::create().map_err(|error| format!("cannot write to the disk: {error}"))?;
+    let place = Place::create().map_err(|error| error.to_string())?;
     let balancer = Balancer::start(&place, backends.all())?;
 
     let screen = Screen::new(length);

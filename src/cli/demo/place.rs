@@ -129,7 +129,8 @@ impl Drop for Place {
 fn fresh_directory() -> io::Result<PathBuf> {
     let parent = std::path::absolute(std::env::temp_dir())?;
     let in_parent = |error: io::Error| {
-        io::Error::new(error.kind(), format!("cannot write to {}: {error}", parent.display()))
+        let message = format!("cannot write to {} (set TMPDIR): {error}", parent.display());
+        io::Error::new(error.kind(), message)
     };
     for _ in 0..NAMES_MAX {
         let directory = parent.join(format!("tidegate-demo-{:08x}", fastrand::u32(..)));

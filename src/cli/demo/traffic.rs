@@ -238,7 +238,7 @@ impl LongLived {
         for index in 0..LONG_LIVED {
             let mut stream = TcpStream::connect(frontend).await?;
             let client = stream.local_addr()?;
-            let backend = exchange(&mut stream).await?;
+            let backend = tokio::time::timeout(REQUEST_MAX, exchange(&mut stream)).await??;
             let first = Standing { backend, exchanges: 1, client, broken: None, closed: false };
             lock(&standing).push(first);
             clients.spawn(stay(stream, index, Arc::clone(&standing), told.clone()));
