@@ -1,4 +1,101 @@
-//! Tidegate: a layer-4 load balancer.
+//! Tidegate: a layer-4 load balancer. *Change anything while it runs, lose
+//! nothing, and it can tell you why each connection went where it did.*
+//!
+//! This page is the map. The README says what it does; each module's first
+//! lines say what it is, who calls it and what it never does.
+//!
+//! # In one picture
+//!
+//! ```text
+//!                       ┌───────────────────── control thread (tokio, current_thread) ────────────────────┐
+//!  configuration ─watch─┤                                                                                 │
+//!  probes ──────────────┤ events ─► Controller (pure, single writer) ─► build Table ─► publish (ArcSwap)  │
+//!  admin API, signals ──┤                ▲                                                 │              │
+//!                       └────────────────┼─────────────────────────────────────────────────┼──────────────┘
+//!                                        │ connect failures (bounded queue)                ▼ cached reader
+//!   client ─► listener ─► admission ─► session: route ─► pick ─► connect ─► relay ─► close ─► account
+//!                └──── one worker thread a CPU: own runtime, own SO_REUSEPORT sockets, own counters ──┘
+//! ```
+//!
+//! Workers share nothing they write but what balancing and caps need: the
+//! in-flight counts, the round robin's position, a backend's row of failed
+//! connects. The control thread may block or fall behind without a session
+//! noticing; the last table stays.
+//!
+//! # Code map
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`cli`] | one file a subcommand; arguments in, exit code out |
+//! | [`app`] | start and stop order; the control thread's loop; owns every thread |
+//! | [`admin`] | the HTTP API, and what it says: status, metrics |
+//! | [`proxy`] | the data path: workers, listeners, sessions, the relay engine |
+//! | [`proxy::admission`] | whether one more connection may be accepted (pure) |
+//! | [`proxy::close`] | how sessions end: cause by phase (pure) |
+//! | [`control`] | the controller: events and the time in, effects out (pure) |
+//! | [`table`] | the immutable snapshot sessions are routed by; its build and publication |
+//! | [`balance`] | the policies: prepared at table build, picked from without locks (pure) |
+//! | [`health`] | what is known of a backend and whether it is eligible (pure) |
+//! | [`health::probe`] | running one active check (a shell) |
+//! | [`config`] | file text to validated model, or every problem at its place |
+//! | [`config::watch`] | noticing that the file may have changed (a shell) |
+//! | [`net`] | sockets, readiness, affinity, limits; the only unsafe code |
+//! | [`telemetry`] | per-worker counters and histograms, the access log |
+//! | [`clock`] | the only place time is read |
+//!
+//! # Data: the life of one connection
+//!
+//! 1. *accept*, *admit*: `proxy::listener` asks [`proxy::admission`] for a slot
+//!    before it takes a connection off the kernel's queue; at a cap nobody
+//!    accepts.
+//! 2. *route*, *pick*: the bind address names the frontend in the worker's
+//!    table, the pool's [`balance::Balancer`] chooses and raises the backend's
+//!    in-flight count in one step.
+//! 3. *connect*: `proxy::connect`, with a deadline; failures go to another
+//!    backend and, as a report, to the control thread.
+//! 4. *relay*: [`proxy::relay`]; one long-lived engine task a worker drives all
+//!    sessions, and the session awaits one completion.
+//! 5. *close*, *account*: `proxy::session` ends both sockets the way the session
+//!    ended and counts it once by [`proxy::close::Cause`] and
+//!    [`proxy::close::Phase`], in metrics and access log alike.
+//!
+//! # Control: how anything changes
+//!
+//! A changed file, a probe's result, a failed connect or an operator's wish
+//! becomes a [`control::Event`] (an operator's a call of
+//! [`control::Controller::set_intent`]) -> [`control::Controller`] -> its
+//! effects -> `app` performs them. If sessions would be routed otherwise than
+//! before, the first effect is a new [`table::Table`], which
+//! [`table::publish`] swaps in; otherwise there is none.
+//!
+//! A reload does first what can fail (read, validate, bind, open), changing
+//! nothing; what follows cannot fail.
+//!
+//! # Architecture invariants
+//!
+//! - Architecture invariant: `main` uses [`cli`], which uses [`app`], which uses
+//!   the shells [`admin`], [`proxy`], [`health::probe`], [`config::watch`]; these
+//!   use the core [`control`], [`table`], [`balance`], [`health`], [`config`];
+//!   the base [`net`], [`clock`], [`telemetry`] uses none of them. Nothing uses
+//!   what is above it, and shells never use each other.
+//! - Architecture invariant: the core, [`proxy::admission`] and
+//!   [`proxy::close`] do no I/O and read no clock (but for [`config::load`],
+//!   which reads one file). Time and randomness come in as arguments, effects go
+//!   out as values.
+//! - Architecture invariant: unsafe code stands in [`net`] alone, and time is
+//!   read in [`clock`] alone.
+//! - Architecture invariant: there is one table in force, behind one `ArcSwap`
+//!   with one writer. A session takes route, pool and balancer from one load of
+//!   it, retries included, and never looks at a newer one.
+//! - Architecture invariant: no operation is cancelled by dropping its future
+//!   while the kernel still works on it. Accept, connect and relay go by
+//!   readiness on non-blocking sockets; deadlines act on the sockets.
+//! - Architecture invariant: every session that ends is counted once, with one
+//!   cause and one phase.
+//! - Architecture invariant: intent, observation and ejection are stored apart;
+//!   *eligible* is derived from them and stored nowhere.
+//! - Architecture invariant: everything that can grow has a named bound, and
+//!   what happens beyond it is counted.
 
 pub mod admin;
 pub mod app;

@@ -6,7 +6,7 @@
 
 use super::Exit;
 use super::binds::Binds;
-use super::drain::{self, Draining};
+use super::drain::Draining;
 use super::logging::LogHandle;
 use super::start::SessionCap;
 use crate::admin::process::ProcessFacts;
@@ -121,15 +121,16 @@ impl Control {
                 Woken::Reports => self.take_reports(),
                 Woken::Probed(event) => self.take_probed(event),
                 Woken::Due => self.feed([Event::Tick]),
-                Woken::Retiring => {
-                    self.binds.forget_retired();
-                }
+                Woken::Retiring => {}
                 Woken::DrainStep => {
                     if let Some(cut) = self.drain_step() {
                         return self.finish(cut).await;
                     }
                 }
             }
+            // After every event: the pause before `Retiring` begins anew with each,
+            // and on a busy loop would never end.
+            self.binds.forget_retired();
             if self.workers.iter().any(Worker::is_finished) {
                 tracing::error!("a worker thread has died");
                 return Exit::WorkerDied;
@@ -145,7 +146,7 @@ impl Control {
     ) -> Woken {
         let now = clock::now();
         let due = self.controller.next_due().unwrap_or(now + FAR).min(now + FAR);
-        let drain_step = if self.draining.is_some() { drain::STEP } else { FAR };
+        let drain_due = self.draining.as_ref().map_or(now + FAR, Draining::next_look);
         tokio::select! {
             caught = signals.next() => Woken::Signal(caught),
             Some(request) = inbox.recv() => Woken::Request(request),
@@ -153,8 +154,10 @@ impl Control {
             () = self.shared.reports.arrived() => Woken::Reports,
             Some(event) = self.probed.recv() => Woken::Probed(event),
             () = tokio::time::sleep_until(due.into()) => Woken::Due,
-            () = tokio::time::sleep(drain_step), if self.draining.is_some() => Woken::DrainStep,
             () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => Woken::Retiring,
+            () = tokio::time::sleep_until(drain_due.into()), if self.draining.is_some() => {
+                Woken::DrainStep
+            }
         }
     }
 

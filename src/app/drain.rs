@@ -11,7 +11,7 @@ use crate::proxy::worker::Command;
 use std::time::{Duration, Instant};
 
 /// How often progress is looked at.
-pub(super) const STEP: Duration = Duration::from_millis(20);
+const STEP: Duration = Duration::from_millis(20);
 
 /// How long cut sessions may take to be accounted for.
 const CUT_GRACE: Duration = Duration::from_millis(1500);
@@ -23,8 +23,19 @@ const JOIN_MAX: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Draining {
     deadline: Instant,
+    /// A point in time, not a pause: other events must not put it off.
+    next_look: Instant,
     /// Set at the deadline: how many sessions were cut, and when.
     cut: Option<(u32, Instant)>,
+}
+
+// === impl Draining ===
+
+impl Draining {
+    /// When [`Control::drain_step`] is wanted next.
+    pub(super) fn next_look(&self) -> Instant {
+        self.next_look
+    }
 }
 
 impl Control {
@@ -38,7 +49,8 @@ impl Control {
         let sessions = self.shared.in_flight.get();
         tracing::info!(reason = why, sessions, ?timeout, "draining");
         self.binds.retire_all(&self.workers);
-        self.draining = Some(Draining { deadline: clock::now() + timeout, cut: None });
+        let now = clock::now();
+        self.draining = Some(Draining { deadline: now + timeout, next_look: now, cut: None });
     }
 
     /// Looks at a drain's progress; gives the number of sessions cut once it is
@@ -48,6 +60,7 @@ impl Control {
         let open = self.shared.in_flight.get();
         let draining = self.draining.as_mut()?;
         let now = clock::now();
+        draining.next_look = now + STEP;
         let cut = draining.cut.map_or(0, |(cut, _)| cut);
         if closed && open == 0 {
             return Some(cut);

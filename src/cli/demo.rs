@@ -1,12 +1,135 @@
-//! `tidegate demo`.
+//! `tidegate demo`: a balancer and its backends in one process, shown at work.
 //!
-//! Called by the command line. It does nothing but say that it is not here.
+//! Called by the command line. It needs no configuration, no privileges and no
+//! network but loopback; it never says anything it did not measure in the same
+//! run, and it leaves nothing behind.
+//!
+//! The files: `backends` (the built-in servers), `place` (temporary directory
+//! and configuration), `balancer` (starting and asking the real one), `traffic`
+//! (the clients), `show` (what is done in which order, and what must hold),
+//! `split` (measured against expected), `screen` (what people see).
+
+mod backends;
+mod balancer;
+mod place;
+mod screen;
+mod show;
+mod split;
+mod traffic;
 
 use super::{DemoArgs, Exit};
-use std::io::Write;
+use crate::app;
+use crate::clock;
+use backends::Backends;
+use balancer::Balancer;
+use place::Place;
+use screen::{Gone, Screen};
+use show::{Show, Verdict};
+use std::io;
+use std::time::Duration;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Says so and fails.
-pub fn main(_args: DemoArgs) -> Exit {
-    let _ = writeln!(std::io::stderr(), "tidegate: demo: not built into this binary");
-    Exit::Failed
+/// Everything there is to show takes this long.
+const LENGTH_MIN: Duration = Duration::from_secs(3);
+
+/// What could not even be started.
+type Trouble = String;
+
+/// Signals that end the demo.
+struct Stop([Signal; 3]);
+
+/// Runs the demo: [`Exit::Fine`] only if everything it promises was seen.
+pub fn main(args: DemoArgs) -> Exit {
+    match run(&args) {
+        Ok(exit) => exit,
+        Err(trouble) => {
+            eprintln!("tidegate: demo: {trouble}");
+            Exit::Failed
+        }
+    }
+}
+
+fn run(args: &DemoArgs) -> Result<Exit, Trouble> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start a runtime: {error}"))?;
+    // Before anything that would have to be cleaned up.
+    let mut stop = Stop::listen(&runtime).map_err(|error| format!("no signals: {error}"))?;
+    let started = clock::now();
+    let length = args.duration.max(LENGTH_MIN);
+
+    let backends = Backends::start(usize::from(args.backends))
+        .map_err(|error| format!("cannot start the backends: {error}"))?;
+    let place = Place::create().map_err(|error| error.to_string())?;
+    let balancer = Balancer::start(&place, backends.all())?;
+
+    let screen = Screen::new(length);
+    if length > args.duration {
+        let asked = humantime::format_duration(args.duration);
+        let takes = humantime::format_duration(LENGTH_MIN);
+        let _ = screen.line(&format!("--for {asked} is too short to show everything: {takes}"));
+    }
+    let show = Show::new(&screen, &backends, &place, &balancer, started, length);
+    let verdict = runtime.block_on(async {
+        tokio::select! {
+            ended = show.run() => ended.unwrap_or_else(|Gone| show.cut_short("nobody reads on")),
+            () = stop.came() => show.cut_short("interrupted"),
+            never = screen.progress() => match never {},
+        }
+    });
+    runtime.block_on(balancer.shut_down());
+    drop(show);
+    Ok(finish(&screen, balancer, verdict))
+}
+
+/// Waits for the balancer's end and sums up.
+fn finish(screen: &Screen, balancer: Balancer, mut verdict: Verdict) -> Exit {
+    match balancer.wait() {
+        app::Exit::Drained { cut: 0 } => {
+            verdict.summary.push("drained: every session ended by itself, none was cut".to_owned());
+        }
+        app::Exit::Drained { cut } if verdict.cut_short => {
+            verdict.summary.push(format!("drained: {cut} sessions were cut"));
+        }
+        app::Exit::Drained { cut } => {
+            verdict.broken.push(format!("{cut} sessions were cut when the balancer drained"));
+        }
+        app::Exit::Forced | app::Exit::WorkerDied => {
+            verdict.broken.push("the balancer did not come to its end in order".to_owned());
+        }
+    }
+    screen.close();
+    let _ = screen.line("");
+    let _ = screen.line("Summary");
+    for line in &verdict.summary {
+        let _ = screen.line(&format!("   {line}"));
+    }
+    for line in &verdict.broken {
+        eprintln!("tidegate: demo: not as promised: {line}");
+    }
+    if verdict.broken.is_empty() { Exit::Fine } else { Exit::Failed }
+}
+
+// === impl Stop ===
+
+impl Stop {
+    fn listen(runtime: &Runtime) -> io::Result<Stop> {
+        let _entered = runtime.enter();
+        Ok(Stop([
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::hangup())?,
+        ]))
+    }
+
+    async fn came(&mut self) {
+        let [interrupt, terminate, hangup] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
 }

@@ -56,7 +56,7 @@ pub enum Command {
     /// Run the balancer in the foreground.
     ///
     /// SIGTERM and SIGINT drain and exit, a second one exits at once; SIGHUP
-    /// reloads the configuration; SIGUSR2 upgrades the binary in place.
+    /// reloads the configuration.
     #[command(after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml")]
     Run(RunArgs),
     /// Validate a configuration: print every problem with its place.

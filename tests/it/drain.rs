@@ -19,6 +19,7 @@ on_every_engine!(
     drain_deadline_cuts_what_is_left_and_says_how_many,
     second_signal_exits_at_once,
     exit_without_sessions_is_prompt,
+    drain_ends_on_time_however_many_probes_come_in,
     drained_backend_gets_nothing_new_and_keeps_its_sessions,
     drain_over_the_api_equals_the_command,
     drain_survives_a_reload,
@@ -111,6 +112,25 @@ fn exit_without_sessions_is_prompt(engine: Engine) {
     assert_eq!(proxy.wait_exit(secs(2)), Some(0), "{}", proxy.log());
     assert!(start.elapsed() < patience(ms(1000)), "took {:?}", start.elapsed());
     assert!(!proxy.dir().join("admin.sock").exists(), "the admin socket is removed");
+}
+
+/// A result every half a millisecond once put off every look at the drain.
+fn drain_ends_on_time_however_many_probes_come_in(engine: Engine) {
+    let probe = "kind = \"tcp\"\ninterval = \"10ms\"\ntimeout = \"10ms\"\nfast_interval = \"10ms\"";
+    let server = ScriptedBackend::start(backend::echo());
+    let pool = Pool::new("web").probe(probe).backend("a", server.address());
+    let pool = (2..22).fold(pool, |pool, n| {
+        pool.backend(
+            &format!("dead-{n}"),
+            format!("127.0.0.{n}:{}", server.socket_address().port()),
+        )
+    });
+    let conf = Conf::simple(engine, pool).process("drain_timeout = \"1s\"");
+    let mut proxy = TestProxy::start(conf);
+    let _open = open_session(&proxy);
+    proxy.sigterm();
+    assert_eq!(proxy.wait_exit(secs(3)), Some(0), "{}", proxy.log());
+    assert_eq!(proxy.access_log()[0]["cause"], "drain-deadline");
 }
 
 /// Backends a and b in one pool, both greeting with their name.

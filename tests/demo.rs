@@ -1,0 +1,221 @@
+//! `tidegate demo` as users run it: the real binary, its output, its exit code
+//! and what it leaves behind.
+
+// Outside of test functions too, a failed step of a test is a failed test.
+#![allow(clippy::unwrap_used)]
+
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
+use tempfile::TempDir;
+use tidegate::clock;
+
+/// A line that does not come within this is not coming.
+const LINE_MAX: Duration = Duration::from_secs(30);
+
+/// A demo in a temporary directory of its own.
+struct Demo {
+    child: Child,
+    lines: Receiver<String>,
+    seen: Vec<String>,
+    directory: TempDir,
+}
+
+fn command(directory: &TempDir, arguments: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
+    command.arg("demo").args(arguments.split_whitespace());
+    command.env("TMPDIR", directory.path()).env("TERM", "xterm").env_remove("NO_COLOR");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Runs a demo to its end; gives the output and the directory it ran in.
+fn run(arguments: &str) -> (Output, TempDir) {
+    let directory = TempDir::new().unwrap();
+    let output = command(&directory, arguments).output().unwrap();
+    (output, directory)
+}
+
+fn text(output: &Output) -> String {
+    let (out, err) = (&output.stdout, &output.stderr);
+    format!("{}{}", String::from_utf8_lossy(out), String::from_utf8_lossy(err))
+}
+
+fn is_empty(directory: &TempDir) -> bool {
+    fs::read_dir(directory.path()).unwrap().next().is_none()
+}
+
+/// The word after `label` in the introduction.
+fn word_after<'a>(text: &'a str, label: &str) -> &'a str {
+    let rest = text.lines().find_map(|line| line.trim_start().strip_prefix(label)).unwrap();
+    rest.split_whitespace().next().unwrap()
+}
+
+impl Demo {
+    fn start(arguments: &str) -> Demo {
+        let directory = TempDir::new().unwrap();
+        let mut child = command(&directory, arguments).spawn().unwrap();
+        let (sender, lines) = mpsc::channel();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        std::thread::spawn(move || {
+            for line in output.lines() {
+                if sender.send(line.unwrap()).is_err() {
+                    return;
+                }
+            }
+        });
+        Demo { child, lines, seen: Vec::new(), directory }
+    }
+
+    fn wait_for(&mut self, wanted: &str) {
+        while !self.seen.last().is_some_and(|line| line.contains(wanted)) {
+            match self.lines.recv_timeout(LINE_MAX) {
+                Ok(line) => self.seen.push(line),
+                Err(_) => panic!("no line with {wanted:?} in {:#?}", self.seen),
+            }
+        }
+    }
+
+    fn interrupt(&self) {
+        let pid = Pid::from_raw(self.child.id().try_into().unwrap()).unwrap();
+        kill_process(pid, Signal::INT).unwrap();
+    }
+
+    /// Waits for the end; gives the exit code and standard error.
+    fn end(&mut self) -> (Option<i32>, String) {
+        let status = self.child.wait().unwrap();
+        let mut errors = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
+        self.seen.extend(self.lines.iter());
+        (status.code(), errors)
+    }
+}
+
+impl Drop for Demo {
+    fn drop(&mut self) {
+        // It has ended in any test that passed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn three_backends_are_shown_with_split_failover_and_recovery() {
+    let began = clock::now();
+    let (output, directory) = run("--backends 3 --for 3s");
+    let (text, took) = (text(&output), clock::now() - began);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    for expected in [
+        "a balancer and 3 backends in one process",
+        "All backends are up\n   backend  weight  expected     got   share\n   b1            5 ",
+        "is killed: its port refuses, its connections are reset",
+        "taken out after ",
+        " 0 of them begun after it was taken out",
+        "cause backend-reset",
+        "taken back after ",
+        "All backends are up again\n",
+        "The balancer drains\n",
+        "Summary\n",
+        "drained: every session ended by itself, none was cut\n",
+    ] {
+        assert!(text.contains(expected), "no {expected:?} in\n{text}");
+    }
+    assert_eq!(text.matches("none failed: exactly the weights").count(), 3, "{text}");
+    assert!(took < Duration::from_secs(8), "took {took:?}\n{text}");
+    assert!(is_empty(&directory), "files are left");
+}
+
+#[test]
+fn nothing_listens_any_more_once_it_is_over() {
+    let (output, _directory) = run("--backends 2 --for 3s");
+    let text = text(&output);
+    let frontend: SocketAddr = word_after(&text, "frontend").parse().unwrap();
+    let admin = word_after(&text, "admin API").strip_prefix("http://").unwrap().parse().unwrap();
+    for address in [frontend, admin] {
+        let refused = TcpStream::connect(address).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused, "{address}");
+    }
+}
+
+#[test]
+fn without_a_terminal_there_are_no_control_characters() {
+    let (output, _directory) = run("--backends 1 --for 3s");
+    let odd = |byte: &&u8| byte.is_ascii_control() && **byte != b'\n';
+    assert_eq!(output.stdout.iter().chain(&output.stderr).find(odd), None, "{}", text(&output));
+    assert!(output.stderr.is_empty(), "{}", text(&output));
+}
+
+#[test]
+fn one_backend_says_that_there_is_no_failover_to_show_and_ends_well() {
+    let (output, directory) = run("--backends 1 --for 3s");
+    let text = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.contains("With one backend there is nobody to fail over to: not shown."));
+    assert!(!text.contains("is killed"), "{text}");
+    assert!(is_empty(&directory), "files are left");
+}
+
+#[test]
+fn sixty_four_backends_end_well_and_in_time() {
+    let began = clock::now();
+    let (output, directory) = run("--backends 64 --for 3s");
+    let (text, took) = (text(&output), clock::now() - began);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.contains("+52 more"), "{text}");
+    // With so many probes a drain once never came to look whether it was over.
+    assert!(took < Duration::from_secs(9), "took {took:?}\n{text}");
+    assert!(is_empty(&directory), "files are left");
+}
+
+#[test]
+fn too_short_a_time_is_lengthened_and_said_so() {
+    let (output, _directory) = run("--backends 1 --for 10ms");
+    let text = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.starts_with("--for 10ms is too short to show everything: 3s\n"), "{text}");
+}
+
+#[test]
+fn interrupted_early_it_cleans_up_and_owns_to_having_shown_too_little() {
+    let mut demo = Demo::start("--backends 3 --for 60s");
+    demo.wait_for("All backends are up");
+    demo.interrupt();
+    let (code, errors) = demo.end();
+    assert_eq!(code, Some(3), "{errors}");
+    let why = "tidegate: demo: not as promised: interrupted before everything was shown\n";
+    assert_eq!(errors, why);
+    assert!(is_empty(&demo.directory), "files are left");
+}
+
+#[test]
+fn the_printed_lines_work_and_an_edited_configuration_is_taken_over() {
+    let mut demo = Demo::start("--backends 1 --for 60s");
+    demo.wait_for("tail -f ");
+    let config = PathBuf::from(word_after(&demo.seen.join("\n"), "configuration"));
+    let program = env!("CARGO_BIN_EXE_tidegate");
+    let commands: Vec<String> = demo.seen.iter().map(|line| line.trim().to_owned()).collect();
+    let commands = commands.iter().filter(|line| line.starts_with(program));
+    let mut ran = 0;
+    for line in commands {
+        let output = Command::new("sh").arg("-c").arg(line).output().unwrap();
+        assert!(output.status.success(), "{line}: {}", text(&output));
+        ran += 1;
+    }
+    assert_eq!(ran, 2, "status and undrain");
+
+    let changed = fs::read_to_string(&config).unwrap().replace("weight = 5", "weight = 7");
+    fs::write(&config, changed).unwrap();
+    demo.wait_for("a changed configuration is in force: 2");
+    fs::write(&config, "[nonsense]\n").unwrap();
+    demo.wait_for("the changed configuration was refused");
+
+    demo.interrupt();
+    let (code, errors) = demo.end();
+    assert_eq!((code, errors.as_str()), (Some(0), ""), "{:#?}", demo.seen);
+    assert!(is_empty(&demo.directory), "files are left");
+}

@@ -1,0 +1,252 @@
+//! The README against the program: its examples are accepted, and its tables
+//! say what the binary really does. Metrics, access log and session ends come
+//! from a balancer that served one session.
+
+// Outside of test functions too, a failed step of a test is a failed test.
+#![allow(clippy::unwrap_used)]
+
+use clap::CommandFactory;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
+use tidegate::admin::Request;
+use tidegate::app::{self, Options, Running};
+use tidegate::cli::Cli;
+use tidegate::config::{self, Policy};
+use tidegate::proxy::close::{Cause, Phase, code};
+use tokio::sync::oneshot;
+
+/// Longest wait for something that is about to happen.
+const SOON: Duration = Duration::from_secs(10);
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn readme() -> String {
+    fs::read_to_string(root().join("README.md")).unwrap()
+}
+
+/// The rows of the first table whose head starts so, without code marks.
+fn table(head: &str) -> Vec<Vec<String>> {
+    let text = readme();
+    let cells = |line: &str| -> Vec<String> {
+        let inner = line.trim().trim_start_matches('|').trim_end_matches('|');
+        inner.split('|').map(|cell| cell.trim().replace('`', "")).collect()
+    };
+    let rows: Vec<Vec<String>> = text
+        .lines()
+        .skip_while(|line| !line.starts_with(head))
+        .take_while(|line| line.starts_with('|'))
+        .map(cells)
+        .collect();
+    assert!(rows.len() > 2, "no table {head:?}");
+    // Without the line between the head and the rows.
+    rows.into_iter().enumerate().filter(|(index, _)| *index != 1).map(|(_, row)| row).collect()
+}
+
+fn column(head: &str, number: usize) -> Vec<String> {
+    table(head)[1..].iter().map(|row| row[number].clone()).collect()
+}
+
+#[test]
+fn every_configuration_shown_is_accepted() {
+    let text = readme();
+    let blocks: Vec<&str> = text
+        .split("```toml\n")
+        .skip(1)
+        .map(|rest| rest.split_once("```").expect("an end of the block").0)
+        .collect();
+    assert!(!blocks.is_empty());
+    for block in blocks {
+        if let Err(problems) = config::parse(block, "README.md") {
+            panic!("{}", problems.render(false));
+        }
+    }
+}
+
+#[test]
+fn every_command_is_listed_and_no_other() {
+    let listed: BTreeSet<String> = column("| command |", 0)
+        .iter()
+        .map(|call| call.split(' ').nth(1).expect("tidegate and a command").to_owned())
+        .collect();
+    let built: BTreeSet<String> =
+        Cli::command().get_subcommands().map(|command| command.get_name().to_owned()).collect();
+    assert_eq!(listed, built);
+}
+
+#[test]
+fn every_policy_is_listed() {
+    let known: Vec<&str> = Policy::ALL.iter().map(|policy| policy.name()).collect();
+    assert_eq!(column("| `balance` |", 0), known);
+}
+
+#[test]
+fn every_route_of_the_admin_api_is_listed_and_no_other() {
+    let routes = fs::read_to_string(root().join("src/admin/routes.rs")).unwrap();
+    let route = |line: &str| {
+        let (path, rest) = line.trim().strip_prefix(".route(\"")?.split_once("\", ")?;
+        let method = rest.split('(').next()?.to_uppercase();
+        Some(format!("{method} {path}"))
+    };
+    let built: BTreeSet<String> = routes.lines().filter_map(route).collect();
+    let listed: BTreeSet<String> = column("| request |", 0).into_iter().collect();
+    assert_eq!(listed, built);
+}
+
+#[test]
+fn causes_and_phases_are_all_there_with_their_letters() {
+    let rows = table("| cause |");
+    let phases: Vec<&str> = Phase::ALL.iter().map(|phase| phase.name()).collect();
+    assert_eq!(rows[0][1..=Phase::COUNT], phases);
+    assert_eq!(rows.len() - 1, Cause::COUNT);
+    for (cause, row) in Cause::ALL.into_iter().zip(&rows[1..]) {
+        assert_eq!(row[0], cause.name());
+        for (phase, cell) in Phase::ALL.into_iter().zip(&row[1..]) {
+            let letters = code(cause, phase);
+            let right = cell.is_empty() || cell.as_bytes() == letters;
+            assert!(right, "{} in {}: {cell}", cause.name(), phase.name());
+        }
+    }
+}
+
+#[test]
+fn every_metric_is_listed_with_its_type_and_labels_and_no_other() {
+    let balancer = Balancer::after_one_session();
+    let text = balancer.metrics_with("tidegate_session_seconds_count");
+    let mut built: BTreeMap<String, (String, BTreeSet<String>)> = BTreeMap::new();
+    let mut open = String::new();
+    for line in text.lines() {
+        if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|l| l.split_once(' ')) {
+            name.clone_into(&mut open);
+            built.insert(open.clone(), (kind.to_owned(), BTreeSet::new()));
+        } else if !line.starts_with('#') {
+            built.get_mut(&open).unwrap().1.extend(labels(line));
+        }
+    }
+    let listed: BTreeMap<String, (String, BTreeSet<String>)> = table("| metric |")[1..]
+        .iter()
+        .map(|row| {
+            let labels = row[2].split(", ").filter(|label| !label.is_empty());
+            (row[0].clone(), (row[1].clone(), labels.map(str::to_owned).collect()))
+        })
+        .collect();
+    assert_eq!(listed, built);
+}
+
+/// Names of a sample's labels, without a histogram's `le`.
+fn labels(line: &str) -> Vec<String> {
+    let inner = line.split_once('{').and_then(|(_, rest)| rest.rsplit_once('}'));
+    let all = inner.map_or("", |(inner, _)| inner).split("\",");
+    all.filter_map(|label| label.split_once("=\""))
+        .map(|(name, _)| name.to_owned())
+        .filter(|name| name != "le")
+        .collect()
+}
+
+#[test]
+fn every_field_of_the_access_log_is_listed_in_order() {
+    let balancer = Balancer::after_one_session();
+    let line = balancer.access_log_line();
+    let built: Vec<String> = line
+        .trim()
+        .trim_matches(['{', '}'])
+        .split(",\"")
+        .map(|pair| pair.trim_start_matches('"').split_once("\":").unwrap().0.to_owned())
+        .collect();
+    assert_eq!(column("| field |", 0), built);
+}
+
+/// A balancer in this process that has served one session.
+struct Balancer {
+    running: Option<Running>,
+    directory: tempfile::TempDir,
+}
+
+impl Balancer {
+    fn after_one_session() -> Balancer {
+        let directory = tempfile::tempdir().unwrap();
+        let backend = TcpListener::bind("127.0.0.1:0").unwrap();
+        let frontend = free_address();
+        let path = directory.path().join("tidegate.toml");
+        let file = |name: &str| directory.path().join(name).display().to_string();
+        let (socket, access) = (file("admin.sock"), file("access.log"));
+        let to = backend.local_addr().unwrap();
+        let text = format!(
+            "[process]\nworkers = 1\npin = false\n\
+             [admin]\nlisten = \"unix:{socket}\"\n\
+             [log]\naccess = \"{access}\"\n\
+             [frontend.web]\nbind = [\"{frontend}\"]\npool = \"web\"\n\
+             [[pool.web.backend]]\naddress = \"{to}\"\n"
+        );
+        fs::write(&path, text).unwrap();
+        std::thread::spawn(move || serve_one(&backend));
+        let options = Options { config: path, signals: false, logging: false };
+        let running = app::start(options).unwrap();
+        talk_once(frontend);
+        Balancer { running: Some(running), directory }
+    }
+
+    /// The metrics, once they hold that series.
+    fn metrics_with(&self, series: &str) -> String {
+        let requests = self.running.as_ref().unwrap().requests();
+        eventually(|| {
+            let (reply, answer) = oneshot::channel();
+            requests.blocking_send(Request::Metrics(reply)).unwrap();
+            Some(answer.blocking_recv().unwrap()).filter(|text| text.contains(series))
+        })
+    }
+
+    fn access_log_line(&self) -> String {
+        let path: &Path = &self.directory.path().join("access.log");
+        eventually(|| fs::read_to_string(path).ok().filter(|text| text.ends_with('\n')))
+    }
+}
+
+impl Drop for Balancer {
+    fn drop(&mut self) {
+        if let Some(running) = self.running.take() {
+            let (reply, _) = oneshot::channel();
+            // It may have failed already, and the test with it.
+            let _ = running.requests().blocking_send(Request::Shutdown(reply));
+            running.wait();
+        }
+    }
+}
+
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// Answers the first connection that says something.
+fn serve_one(listener: &TcpListener) {
+    let (mut client, _) = listener.accept().unwrap();
+    let mut word = [0u8; 4];
+    client.read_exact(&mut word).unwrap();
+    client.write_all(b"pong").unwrap();
+}
+
+fn talk_once(frontend: SocketAddr) {
+    let mut stream = TcpStream::connect(frontend).unwrap();
+    stream.write_all(b"ping").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "pong");
+}
+
+fn eventually<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
+    let (_keep, never) = mpsc::channel::<()>();
+    let deadline = tidegate::clock::now() + SOON;
+    loop {
+        if let Some(result) = attempt() {
+            return result;
+        }
+        assert!(tidegate::clock::now() < deadline, "it did not come within {SOON:?}");
+        let _ = never.recv_timeout(Duration::from_millis(10));
+    }
+}
