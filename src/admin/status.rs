@@ -287,7 +287,7 @@ mod tests {
     fn the_document_has_exactly_the_documented_fields() {
         let now = clock::now();
         let frontend = FrontendState::new(FrontendId(0), "web".into(), 1, RefusedReason::COUNT);
-        frontend.counters.of(0).refused.cell(RefusedReason::NoRoute as usize, 0).add(2);
+        frontend.counters.of(0).refused.cell(RefusedReason::QueueTimeout as usize, 0).add(2);
         frontend.counters.of(0).refused.cell(RefusedReason::NoBackend as usize, 0).add(3);
         let control = ControlStatus {
             generation: 5,

@@ -25,8 +25,6 @@ pub enum Cause {
     ConnectFailed,
     /// Nobody was eligible.
     NoBackend,
-    /// No route: the frontend left while the connection was in its queue.
-    NoRoute,
     /// A backend slot did not come free in time.
     QueueTimeout,
     /// Nothing moved for the idle timeout.
@@ -88,8 +86,6 @@ pub struct Ending {
 pub enum RefusedReason {
     /// Nobody was eligible.
     NoBackend,
-    /// The frontend was gone.
-    NoRoute,
     /// Descriptors, memory or buffers ran out here.
     LocalResource,
     /// No backend slot came free in time.
@@ -119,7 +115,7 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in the order of their numbers.
-    pub const ALL: [Cause; 16] = [
+    pub const ALL: [Cause; 15] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
@@ -129,7 +125,6 @@ impl Cause {
         Cause::ConnectTimeout,
         Cause::ConnectFailed,
         Cause::NoBackend,
-        Cause::NoRoute,
         Cause::QueueTimeout,
         Cause::IdleTimeout,
         Cause::HalfClosedTimeout,
@@ -150,7 +145,6 @@ impl Cause {
             Cause::ConnectTimeout => "connect-timeout",
             Cause::ConnectFailed => "connect-failed",
             Cause::NoBackend => "no-backend",
-            Cause::NoRoute => "no-route",
             Cause::QueueTimeout => "queue-timeout",
             Cause::IdleTimeout => "idle-timeout",
             Cause::HalfClosedTimeout => "half-closed-timeout",
@@ -228,9 +222,8 @@ impl RefusedReason {
     pub const COUNT: usize = RefusedReason::ALL.len();
 
     /// Every reason, in the order of their numbers.
-    pub const ALL: [RefusedReason; 5] = [
+    pub const ALL: [RefusedReason; 4] = [
         RefusedReason::NoBackend,
-        RefusedReason::NoRoute,
         RefusedReason::LocalResource,
         RefusedReason::QueueTimeout,
         RefusedReason::ConnectFailed,
@@ -240,7 +233,6 @@ impl RefusedReason {
     pub fn name(self) -> &'static str {
         match self {
             RefusedReason::NoBackend => "no-backend",
-            RefusedReason::NoRoute => "no-route",
             RefusedReason::LocalResource => "local-resource",
             RefusedReason::QueueTimeout => "queue-timeout",
             RefusedReason::ConnectFailed => "connect-failed",
@@ -259,7 +251,6 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
         }
         Cause::ConnectTimeout | Cause::QueueTimeout => b's',
         Cause::NoBackend => b'S',
-        Cause::NoRoute => b'P',
         Cause::IdleTimeout | Cause::HalfClosedTimeout => b'c',
         Cause::DrainDeadline => b'K',
         Cause::BackendRemoved => b'D',

@@ -99,7 +99,7 @@ pub(super) async fn dial(
             }
             Err(Failed::Local(kind, errno)) => {
                 ctx.counters.local_errors.cell(kind as usize, 0).add(1);
-                why = local_ending(errno);
+                why = local_ending(Phase::Connect, &io::Error::from_raw_os_error(errno));
                 if kind != LocalError::Ports {
                     return Err(why);
                 }
@@ -190,8 +190,9 @@ async fn wait_for_slot(
 }
 
 /// The ending when we ran out of something ourselves.
-pub(super) fn local_ending(errno: i32) -> Ending {
-    Ending { cause: Cause::LocalResource, phase: Phase::Connect, errno, closed_first: None }
+pub(super) fn local_ending(phase: Phase, error: &io::Error) -> Ending {
+    let errno = error.raw_os_error().unwrap_or(0);
+    Ending { cause: Cause::LocalResource, phase, errno, closed_first: None }
 }
 
 fn client_gone(phase: Phase, errno: i32) -> Ending {

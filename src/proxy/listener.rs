@@ -5,9 +5,10 @@
 //! cap clients wait in the kernel's queue; at a lack of descriptors it backs
 //! off, and never spins.
 
-use super::admission::{self, Slots};
+use super::admission;
 use super::context::Context;
 use super::session::{self, Arrival};
+use super::slots::Slots;
 use crate::balance::PickKey;
 use crate::clock;
 use crate::net::{errno, listen, reactor};
@@ -117,7 +118,7 @@ impl Listener {
         route: &Arc<FrontendRoute>,
     ) -> Taken {
         let shared = &ctx.shared;
-        let slots = match admission::admit(&shared.in_flight, &shared.gate, table, route) {
+        let slots = match Slots::take(shared, table, route) {
             Ok(slots) => slots,
             Err(_) => {
                 ctx.counters.accept_held_at_cap.add(1);

@@ -12,5 +12,6 @@ pub mod gate;
 mod listener;
 pub mod relay;
 mod session;
+mod slots;
 pub mod wheel;
 pub mod worker;

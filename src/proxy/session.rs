@@ -4,11 +4,11 @@
 //! Started by `listener` as a task of the worker. A paragraph to read: each
 //! step knows nothing of the next.
 
-use super::admission::Slots;
 use super::close::{self, Cause, Ending, Phase, RefusedReason, Side};
 use super::connect::{self, Attempts, Upstream};
 use super::context::Context;
 use super::relay::{Flow, Limits, Meter, Relayed};
+use super::slots::Slots;
 use crate::clock;
 use crate::net::stream;
 use crate::table::state::BackendState;
@@ -72,7 +72,7 @@ pub(super) fn run(ctx: Rc<Context>, arrival: Arrival) -> impl Future<Output = ()
     async move {
         let ending = match opened {
             Ok(flow) => serve(&ctx, flow, pick, &mut story).await,
-            Err(error) => connect::local_ending(error.raw_os_error().unwrap_or(0)),
+            Err(error) => connect::local_ending(Phase::Admit, &error),
         };
         story.account(&ctx, ending);
         drop(slots);
@@ -244,7 +244,6 @@ impl RefusedReason {
         }
         match ending.cause {
             Cause::NoBackend => Some(RefusedReason::NoBackend),
-            Cause::NoRoute => Some(RefusedReason::NoRoute),
             Cause::LocalResource => Some(RefusedReason::LocalResource),
             Cause::QueueTimeout => Some(RefusedReason::QueueTimeout),
             Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => {

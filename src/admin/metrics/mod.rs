@@ -163,8 +163,11 @@ fn usual_phase(cause: Cause) -> Phase {
         Cause::ClientReset | Cause::BackendReset | Cause::ClientLost | Cause::BackendLost => {
             Phase::Data
         }
-        Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => Phase::Connect,
-        Cause::NoBackend | Cause::NoRoute | Cause::LocalResource => Phase::Admit,
+        Cause::ConnectRefused
+        | Cause::ConnectTimeout
+        | Cause::ConnectFailed
+        | Cause::LocalResource => Phase::Connect,
+        Cause::NoBackend => Phase::Admit,
         Cause::QueueTimeout => Phase::Queue,
         Cause::IdleTimeout | Cause::DrainDeadline | Cause::BackendRemoved => Phase::Data,
         Cause::HalfClosedTimeout => Phase::HalfClosed,

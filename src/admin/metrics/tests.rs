@@ -39,7 +39,7 @@ fn backend(id: u32, pool: &str, name: &str) -> BackendStatus {
 fn control() -> ControlStatus {
     let frontend =
         FrontendState::new(FrontendId(0), "we\"b\\\n".into(), WORKERS, RefusedReason::COUNT);
-    frontend.counters.of(1).refused.cell(RefusedReason::NoRoute as usize, 0).add(2);
+    frontend.counters.of(1).refused.cell(RefusedReason::QueueTimeout as usize, 0).add(2);
     let mut down = backend(2, "web", "b");
     down.observation = Observation::Down;
     down.eligible = false;
@@ -232,7 +232,7 @@ fn counters_are_summed_over_workers_and_leaving_backends_repeat_no_series() {
     let out = [("pool", "web"), ("backend", "a"), ("direction", "out")];
     assert_eq!(parsed.get("tidegate_backend_bytes_total", &out), 100.0);
     assert_eq!(parsed.get("tidegate_leaving_backends", &[]), 1.0);
-    let refused = [("frontend", "we\"b\\\n"), ("reason", "no-route")];
+    let refused = [("frontend", "we\"b\\\n"), ("reason", "queue-timeout")];
     assert_eq!(parsed.get("tidegate_refused_total", &refused), 2.0);
     assert_eq!(parsed.get("tidegate_worker_active", &[("worker", "0")]), 5.0);
     assert_eq!(parsed.get("tidegate_local_errors_total", &[("reason", "ports")]), 7.0);

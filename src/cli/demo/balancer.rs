@@ -204,7 +204,7 @@ mod tests {
     fn session_ends_are_read_from_the_text_without_zeros() {
         let metrics = Metrics(
             "tidegate_session_end_total{cause=\"finished\",phase=\"closed\"} 12\n\
-             tidegate_session_end_total{cause=\"no-route\",phase=\"admit\"} 0\n\
+             tidegate_session_end_total{cause=\"no-backend\",phase=\"admit\"} 0\n\
              tidegate_connect_retries_total 3\ntidegate_connect_retries_total_x 9\n"
                 .to_owned(),
         );

@@ -1,0 +1,49 @@
+//! The slots a session holds below the caps of process and frontend.
+//!
+//! Taken by the listener before it accepts, held by the session to its end.
+//! Giving them back opens the gate for whoever waits.
+
+use super::admission::{self, Held};
+use super::context::Shared;
+use crate::balance::in_flight::InFlight;
+use crate::proxy::gate::Gate;
+use crate::table::state::FrontendState;
+use crate::table::{FrontendRoute, Table};
+use std::sync::Arc;
+
+/// One session's; dropping it gives both back.
+#[derive(Debug)]
+pub(super) struct Slots {
+    process: Arc<InFlight>,
+    frontend: Arc<FrontendState>,
+    gate: Arc<Gate>,
+}
+
+impl Slots {
+    /// Takes a slot everywhere, or nowhere.
+    pub(super) fn take(
+        shared: &Shared,
+        table: &Table,
+        route: &FrontendRoute,
+    ) -> Result<Slots, Held> {
+        let admitted = admission::admit(&shared.in_flight, table, route);
+        if admitted == Err(Held::Frontend) {
+            // The process's count was up for a moment: somebody may have found
+            // it full meanwhile.
+            shared.gate.opened();
+        }
+        admitted.map(|()| Slots {
+            process: Arc::clone(&shared.in_flight),
+            frontend: Arc::clone(&route.state),
+            gate: Arc::clone(&shared.gate),
+        })
+    }
+}
+
+impl Drop for Slots {
+    fn drop(&mut self) {
+        self.frontend.in_flight.leave();
+        self.process.leave();
+        self.gate.opened();
+    }
+}
