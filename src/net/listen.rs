@@ -3,6 +3,7 @@
 //! `app` binds one for each worker and bind address (SO_REUSEPORT); workers
 //! accept from theirs. No policy: when to pause or retire is decided above.
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SocketFlags, acceptfrom_with};
 use socket2::{Domain, Protocol, SockAddr, SockFilter, Socket, Type};
 use std::io;
@@ -69,6 +70,14 @@ pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
         .and_then(|any| SocketAddr::try_from(any).ok())
         .ok_or_else(|| io::Error::from_raw_os_error(libc::ECONNABORTED))?;
     Ok((socket, peer))
+}
+
+/// Whether a connection waits in the queue to be accepted.
+pub fn has_queued(listener: impl AsFd) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)];
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    // An error would say the same as an empty queue: nobody to be served.
+    poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0)
 }
 
 /// Lets nobody new in, while connections that are queued or mid-handshake stay

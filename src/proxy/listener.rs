@@ -76,8 +76,10 @@ impl Listener {
     /// listener closes this worker's hold on the socket.
     pub(super) async fn run(mut self, ctx: Rc<Context>) {
         let mut back_off = BACK_OFF_MIN;
-        while !self.retirement.is_over() {
+        // Clients that wait for a slot below a cap outwait the retirement.
+        while !self.retirement.is_over() || self.holds_clients() {
             match self.take_some(&ctx) {
+                Taken::QueueEmpty if self.retirement.is_over() => {}
                 Taken::One => {
                     back_off = BACK_OFF_MIN;
                     tokio::task::yield_now().await;
@@ -90,6 +92,11 @@ impl Listener {
                 }
             }
         }
+    }
+
+    /// Whether somebody is in the queue whom this listener knows how to serve.
+    fn holds_clients(&self) -> bool {
+        self.last_route.is_some() && listen::has_queued(self.socket.get_ref())
     }
 
     /// Accepts up to [`ACCEPTS_A_WAKE`]; says what stopped it.
@@ -206,9 +213,11 @@ impl Retirement {
         self.deadline.get().is_some_and(|deadline| clock::now() >= deadline)
     }
 
-    /// Resolves when the retirement begins, and then when it is over.
+    /// Resolves when the retirement begins, and then when it is over; after
+    /// that, never.
     async fn next_step(&self) {
         match self.deadline.get() {
+            Some(_) if self.is_over() => std::future::pending().await,
             Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
             None => self.asked.notified().await,
         }

@@ -15,11 +15,14 @@ pub struct Conf {
     pub engine: Engine,
     /// Another word for the `engine` key than the engine's own.
     pub engine_key: Option<String>,
+    /// 0 stands for "auto".
     pub workers: usize,
     /// More keys of `[process]`, a line each.
     pub process: String,
     /// More keys of `[log]`; the handle adds `access`.
     pub log: String,
+    /// Another access-log target than a file in the handle's directory.
+    pub access: Option<String>,
     pub frontends: Vec<Frontend>,
     pub pools: Vec<Pool>,
 }
@@ -67,6 +70,7 @@ impl Conf {
             workers: 2,
             process: String::new(),
             log: String::new(),
+            access: None,
             frontends: Vec::new(),
             pools: Vec::new(),
         }
@@ -140,7 +144,11 @@ impl Conf {
     pub fn render(&self, admin: &str, access: &str) -> String {
         let mut text = String::new();
         let engine = self.engine_key.as_deref().unwrap_or(self.engine.name());
-        let _ = writeln!(text, "[process]\nworkers = {}\nengine = \"{engine}\"", self.workers);
+        let workers = match self.workers {
+            0 => "\"auto\"".to_string(),
+            number => number.to_string(),
+        };
+        let _ = writeln!(text, "[process]\nworkers = {workers}\nengine = \"{engine}\"");
         // Several balancers run side by side in tests: none owns a CPU.
         if !self.process.contains("pin") {
             text.push_str("pin = false\n");
@@ -149,6 +157,7 @@ impl Conf {
             text.push_str("drain_timeout = \"2s\"\n");
         }
         let _ = writeln!(text, "{}\n[admin]\nlisten = \"{admin}\"\n", self.process);
+        let access = self.access.as_deref().unwrap_or(access);
         let _ = writeln!(text, "[log]\naccess = \"{access}\"\n{}", self.log);
         for frontend in &self.frontends {
             let binds: Vec<String> =

@@ -54,6 +54,13 @@ pub fn children(pid: u32) -> Vec<u32> {
         .collect()
 }
 
+/// Gone, or a zombie that waits for its parent.
+pub fn is_dead(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| {
+        stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
+    })
+}
+
 /// Sends a signal; a process that is gone already is fine.
 pub fn signal(pid: u32, signal: Signal) {
     let pid = Pid::from_raw(pid as i32).expect("a pid is never 0");

@@ -50,9 +50,13 @@ impl Running {
         let children = proc::children(self.pid());
         let _ = self.child.kill();
         let _ = self.child.wait();
-        for pid in children {
-            proc::signal(pid, Signal::KILL);
+        for pid in &children {
+            proc::signal(*pid, Signal::KILL);
         }
+        // Orphans are somebody else's to reap; dead is what counts here.
+        super::eventually(secs(10), "the children are dead", || {
+            children.iter().all(|pid| proc::is_dead(*pid))
+        });
         self.reaped = true;
     }
 }

@@ -1,0 +1,426 @@
+//! Peers, files and operators at their worst: nothing leaks, nothing hangs,
+//! nobody else notices.
+//!
+//! Each test leaves the balancer to the leak check that runs when it drops.
+
+use crate::common::backend::{self, Gate, ScriptedBackend, Unresponsive, script};
+use crate::common::client::{self, End, connect, try_connect};
+use crate::common::conf::{Conf, Pool};
+use crate::common::ledger::{Ledger, Sizes};
+use crate::common::proxy::{PROGRAM, TestProxy};
+use crate::common::{
+    Engine, eventually, measured, ms, on_every_engine, on_every_engine_alone, patience, secs,
+};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+on_every_engine!(
+    client_that_resets_during_connect_is_let_go,
+    client_that_half_closes_during_connect_is_served,
+    bytes_sent_before_the_backend_answers_are_not_lost,
+    clients_that_gave_up_waiting_cost_nothing,
+    waiting_clients_of_a_removed_frontend_are_served,
+    storm_of_resets_leaves_nothing_behind,
+    one_way_traffic_is_not_idle,
+    half_closed_session_with_traffic_is_not_cut,
+    stuck_receiver_ends_by_the_idle_timeout,
+    access_log_that_cannot_be_written_stops_nobody,
+    deleted_config_file_changes_nothing_until_it_is_back,
+    burst_of_rewrites_ends_with_the_last,
+    second_balancer_on_the_same_address_is_refused,
+    default_workers_and_pinning_serve,
+    spinning_workers_serve,
+    backend_that_says_everything_at_once_and_closes_is_heard,
+    address_taken_back_at_once_is_served,
+    backend_with_a_new_address_under_its_old_name_is_a_new_one,
+    streams_stay_whole_while_backends_are_drained_and_undrained,
+    admin_answers_while_traffic_flows,
+);
+on_every_engine_alone!(thousands_of_backends_are_reloaded_quickly);
+
+fn to(backend: &ScriptedBackend) -> Pool {
+    Pool::new("web").backend("a", backend.address())
+}
+
+fn client_that_resets_during_connect_is_let_go(engine: Engine) {
+    let dead = Unresponsive::new();
+    let pool = Pool::new("web").key("connect_timeout = \"30s\"").backend("a", dead.address);
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let clients: Vec<TcpStream> = (0..20).map(|_| connect(proxy.addr("web"))).collect();
+    eventually(secs(5), "all are connecting", || {
+        proxy.frontend("web")["sessions_active"] == clients.len()
+    });
+    clients.into_iter().for_each(client::reset);
+    let log = proxy.wait_access_log(20);
+    for line in log {
+        let what = (&line["cause"], &line["phase"]);
+        assert_eq!(what, (&"client-reset".into(), &"connect".into()), "{line:#}");
+    }
+    assert_eq!(proxy.backend("web", "a")["connect_failures_total"], 0, "not the backend's fault");
+}
+
+fn client_that_half_closes_during_connect_is_served(engine: Engine) {
+    let (dead, b) = (Unresponsive::new(), ScriptedBackend::start(backend::echo()));
+    let pool = Pool::new("web")
+        .key("connect_timeout = \"400ms\"")
+        .backend_with("dead", dead.address, "weight = 1000")
+        .backend("b", b.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let client = connect(proxy.addr("web"));
+    (&client).write_all(b"all I have").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client::read_text(&client).unwrap(), "all I have");
+}
+
+fn bytes_sent_before_the_backend_answers_are_not_lost(engine: Engine) {
+    let (dead, b) = (Unresponsive::new(), ScriptedBackend::start(backend::echo()));
+    let pool = Pool::new("web")
+        .key("connect_timeout = \"300ms\"")
+        .backend_with("dead", dead.address, "weight = 1000")
+        .backend("b", b.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let bytes: Vec<u8> = (0..300_000u32).map(|n| (n % 251) as u8).collect();
+    let client = connect(proxy.addr("web"));
+    std::thread::scope(|scope| {
+        scope.spawn(|| (&client).write_all(&bytes).unwrap());
+        let mut echoed = vec![0; bytes.len()];
+        (&client).read_exact(&mut echoed).unwrap();
+        assert!(echoed == bytes, "the echo differs");
+    });
+}
+
+fn clients_that_gave_up_waiting_cost_nothing(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::greet("x"));
+    let conf = Conf::new(engine).frontend("web", "web", "connections_max = 1").pool(to(&backend));
+    let proxy = TestProxy::start(conf);
+    let mut holder = connect(proxy.addr("web"));
+    holder.read_exact(&mut [0]).unwrap();
+    for round in 0..100 {
+        let waiting = connect(proxy.addr("web"));
+        if round % 2 == 0 {
+            client::reset(waiting);
+        }
+    }
+    let mut patient = connect(proxy.addr("web"));
+    drop(holder);
+    patient.read_exact(&mut [0]).expect("served after those that left");
+    drop(patient);
+    assert_eq!(proxy.wait_access_log(102).len(), 102, "each is accounted for");
+}
+
+fn waiting_clients_of_a_removed_frontend_are_served(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::greet("x"));
+    let conf = Conf::new(engine)
+        .frontend("web", "web", "connections_max = 1")
+        .frontend("stays", "web", "")
+        .pool(to(&backend));
+    let mut proxy = TestProxy::start(conf);
+    let address = proxy.addr("web");
+    let mut holder = connect(address);
+    holder.read_exact(&mut [0]).unwrap();
+    let waiting: Vec<TcpStream> = (0..5).map(|_| connect(address)).collect();
+    let mut conf = proxy.conf();
+    conf.frontends.remove(0);
+    proxy.reload(conf);
+    // Longer than any lingering: they wait for the slot, not for the clock.
+    std::thread::sleep(ms(800));
+    drop(holder);
+    // Each leaves when it is served: that is the next one's slot.
+    let serve = |mut stream: TcpStream| std::thread::spawn(move || stream.read_exact(&mut [0]));
+    let threads: Vec<_> = waiting.into_iter().map(serve).collect();
+    let served: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+    assert!(served.iter().all(Result::is_ok), "{served:?}");
+    eventually(secs(5), "the frontend is gone", || {
+        try_connect(address)
+            .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+    });
+    proxy.rebaseline();
+}
+
+fn storm_of_resets_leaves_nothing_behind(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let proxy = TestProxy::start(Conf::simple(engine, to(&backend)));
+    let address = proxy.addr("web");
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(move || {
+                for round in 0..500 {
+                    let mut client = connect(address);
+                    // At every age: unaccepted, connecting, with bytes on the way.
+                    if round % 3 > 0 {
+                        let _ = client.write_all(b"some bytes");
+                    }
+                    if round % 3 > 1 {
+                        let _ = client.read(&mut [0; 4]);
+                    }
+                    client::reset(client);
+                }
+            });
+        }
+    });
+    eventually(secs(10), "every session has ended", || {
+        proxy.metric("tidegate_sessions_active", &[]) == 0.0
+    });
+    eventually(secs(5), "so have the backend's", || backend.active() == 0);
+    let stream = connect(address);
+    assert_eq!(client::exchange(&stream, b"well").unwrap(), b"well");
+}
+
+fn one_way_traffic_is_not_idle(engine: Engine) {
+    let backend = ScriptedBackend::start(script(|conn| {
+        for _ in 0..20 {
+            let _ = conn.write_all(b"x");
+            std::thread::sleep(ms(100));
+        }
+    }));
+    let pool = to(&backend).key("connect_timeout = \"500ms\"");
+    let conf = Conf::new(engine).frontend("web", "web", "idle_timeout = \"600ms\"").pool(pool);
+    let proxy = TestProxy::start(conf);
+    assert_eq!(client::read_to_end(&connect(proxy.addr("web"))), End::Fin(20));
+}
+
+fn half_closed_session_with_traffic_is_not_cut(engine: Engine) {
+    let backend = ScriptedBackend::start(script(|conn| {
+        conn.drain();
+        for _ in 0..20 {
+            let _ = conn.write_all(b"x");
+            std::thread::sleep(ms(100));
+        }
+    }));
+    let keys = "half_closed_timeout = \"600ms\"";
+    let proxy = TestProxy::start(Conf::new(engine).frontend("web", "web", keys).pool(to(&backend)));
+    let client = connect(proxy.addr("web"));
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client::read_to_end(&client), End::Fin(20));
+}
+
+fn stuck_receiver_ends_by_the_idle_timeout(engine: Engine) {
+    let gate = Gate::default();
+    let backend = ScriptedBackend::start(script({
+        let gate = gate.clone();
+        move |_| gate.wait()
+    }));
+    let pool = to(&backend).key("connect_timeout = \"500ms\"");
+    let conf = Conf::new(engine).frontend("web", "web", "idle_timeout = \"700ms\"").pool(pool);
+    let proxy = TestProxy::start(conf);
+    let mut client = connect(proxy.addr("web"));
+    client.set_write_timeout(Some(ms(300))).unwrap();
+    while client.write_all(&[1; 1 << 20]).is_ok() {}
+    let log = proxy.wait_access_log(1);
+    assert_eq!(log[0]["cause"], "idle-timeout", "{:#}", log[0]);
+    gate.open();
+}
+
+fn access_log_that_cannot_be_written_stops_nobody(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::name("a"));
+    let mut conf = Conf::simple(engine, to(&backend));
+    conf.access = Some("/dev/full".into());
+    let mut proxy = TestProxy::start(conf);
+    for _ in 0..200 {
+        assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a");
+    }
+    // The lines wait for the disk; the log says so once, not for each line.
+    let complaints = || proxy.log().matches("No space left").count();
+    eventually(secs(5), "it complains", || complaints() > 0);
+    assert!(complaints() < 10, "{}", proxy.log());
+    proxy.sigterm();
+    // The exit waits 2 s for the disk, and then gives the lines up.
+    assert_eq!(proxy.wait_exit(secs(5)), Some(0));
+    assert!(proxy.log().contains("lines=200"), "says what is lost: {}", proxy.log());
+}
+
+fn deleted_config_file_changes_nothing_until_it_is_back(engine: Engine) {
+    let backends = ["a", "b"].map(|name| ScriptedBackend::start(backend::name(name)));
+    let proxy = TestProxy::start(Conf::simple(engine, to(&backends[0])));
+    let mut conf = proxy.conf();
+    conf.pools = vec![to(&backends[1])];
+    std::fs::remove_file(proxy.config_path()).unwrap();
+    let answer = proxy.admin_request("POST", "/v1/reload");
+    assert_eq!(answer.status, 422, "{}", answer.body);
+    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a");
+    proxy.rewrite_in_place(&proxy.render(&conf));
+    eventually(secs(5), "the file is noticed when it is back", || {
+        client::ask(proxy.addr("web")).unwrap() == "b"
+    });
+}
+
+fn burst_of_rewrites_ends_with_the_last(engine: Engine) {
+    let backends = ["a", "b"].map(|name| ScriptedBackend::start(backend::name(name)));
+    let proxy = TestProxy::start(Conf::simple(engine, to(&backends[0])));
+    for round in 1..=151u32 {
+        let mut conf = proxy.conf();
+        let keys = format!("weight = {round}");
+        let address = backends[round as usize % 2].address();
+        conf.pools = vec![Pool::new("web").backend_with("a", address, &keys)];
+        proxy.rewrite_in_place(&proxy.render(&conf));
+        if round % 10 == 0 {
+            std::thread::sleep(ms(30));
+        }
+        client::ask(proxy.addr("web")).expect("a half-written file changes nothing");
+    }
+    proxy.wait_backend("web", "a", "weight", 151);
+    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "b");
+}
+
+fn second_balancer_on_the_same_address_is_refused(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::name("a"));
+    let proxy = TestProxy::start(Conf::simple(engine, to(&backend)));
+    let file = proxy.dir().join("second.toml");
+    let admin = format!("unix:{}", proxy.dir().join("second.sock").display());
+    std::fs::write(&file, proxy.conf().render(&admin, "off")).unwrap();
+    let output = Command::new(PROGRAM).args(["run", "--config"]).arg(&file).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains(&proxy.addr("web").to_string()), "{said}");
+    assert!((0..20).all(|_| client::ask(proxy.addr("web")).unwrap() == "a"));
+}
+
+fn default_workers_and_pinning_serve(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::name("a"));
+    let conf = Conf::simple(engine, to(&backend)).workers(0).process("pin = true");
+    let proxy = TestProxy::start(conf);
+    let cpus = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(proxy.status()["workers"], cpus);
+    assert!((0..20).all(|_| client::ask(proxy.addr("web")).unwrap() == "a"));
+}
+
+fn spinning_workers_serve(engine: Engine) {
+    let ledger = Ledger::new(Sizes { most: 64 * 1024, large_one_in: 20 });
+    let backend = ScriptedBackend::start(ledger.script());
+    let conf = Conf::simple(engine, to(&backend)).workers(1).process("spin = \"50us\"");
+    let proxy = TestProxy::start(conf);
+    ledger.run(&[proxy.addr("web")], 0..200, 8);
+    ledger.settle();
+    ledger.assert_clean();
+    let before = proxy.cpu_time();
+    std::thread::sleep(secs(1));
+    let spent = proxy.cpu_time() - before;
+    assert!(spent < ms(300), "spins without activity: {spent:?} of CPU in 1 s");
+}
+
+fn backend_that_says_everything_at_once_and_closes_is_heard(engine: Engine) {
+    // Close with unread input resets on Linux; so it reads nothing and has
+    // nothing to read: FIN comes right behind the last byte.
+    let backend = ScriptedBackend::start(script(|conn| {
+        let _ = conn.write_all(&[9; 100_000]);
+    }));
+    let proxy = TestProxy::start(Conf::simple(engine, to(&backend)));
+    for _ in 0..50 {
+        assert_eq!(client::read_to_end(&connect(proxy.addr("web"))), End::Fin(100_000));
+    }
+}
+
+fn address_taken_back_at_once_is_served(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::name("a"));
+    let conf = Conf::simple(engine, to(&backend)).frontend("other", "web", "");
+    let mut proxy = TestProxy::start(conf);
+    let with = proxy.conf();
+    let mut without = proxy.conf();
+    without.frontends.remove(0);
+    for _ in 0..5 {
+        proxy.reload(without.clone());
+        proxy.reload(with.clone());
+        assert_eq!(client::ask(with.address("web")).unwrap(), "a", "right after the reload");
+    }
+    proxy.rebaseline();
+}
+
+fn backend_with_a_new_address_under_its_old_name_is_a_new_one(engine: Engine) {
+    let old = ScriptedBackend::start(backend::echo());
+    let new = ScriptedBackend::start(backend::name("new"));
+    let mut proxy = TestProxy::start(Conf::simple(engine, to(&old)));
+    let open = connect(proxy.addr("web"));
+    client::exchange(&open, b"before").unwrap();
+    let mut conf = proxy.conf();
+    conf.pools = vec![to(&new)];
+    proxy.reload(conf);
+    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "new");
+    assert_eq!(client::exchange(&open, b"after").unwrap(), b"after");
+    let state = proxy.backend("web", "a");
+    assert_eq!(state["address"], new.address());
+    assert_eq!(state["sessions_active"], 0, "the old one's session is not its own: {state:#}");
+}
+
+fn streams_stay_whole_while_backends_are_drained_and_undrained(engine: Engine) {
+    let ledger = Ledger::new(Sizes { most: 128 * 1024, large_one_in: 200 });
+    let backends = [(); 3].map(|()| ScriptedBackend::start(ledger.script()));
+    let names = ["a", "b", "c"];
+    let pool = names
+        .iter()
+        .zip(&backends)
+        .fold(Pool::new("web"), |pool, (name, backend)| pool.backend(name, backend.address()));
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let stop = AtomicBool::new(false);
+    let address = proxy.addr("web");
+    std::thread::scope(|scope| {
+        scope.spawn(|| ledger.run_until(&[address], &stop, 8));
+        for round in 0..60 {
+            let name = names[round % 3];
+            for action in ["drain", "undrain"] {
+                let path = format!("/v1/pools/web/backends/{name}/{action}");
+                proxy.admin_request("POST", &path);
+                std::thread::sleep(ms(10));
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    ledger.settle();
+    ledger.assert_clean();
+    assert!(ledger.streams() > 100, "{} streams", ledger.streams());
+    eventually(secs(5), "every stream is accounted for", || {
+        proxy.metric("tidegate_session_end_total", &[]) == ledger.streams() as f64
+    });
+    assert_eq!(proxy.metric("tidegate_refused_total", &[]), 0.0);
+}
+
+fn admin_answers_while_traffic_flows(engine: Engine) {
+    let ledger = Ledger::without_aborts(Sizes { most: 64 * 1024, large_one_in: 100 });
+    let backend = ScriptedBackend::start(ledger.script());
+    let proxy = TestProxy::start(Conf::simple(engine, to(&backend)));
+    let stop = AtomicBool::new(false);
+    let address = proxy.addr("web");
+    let mut slowest = ms(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| ledger.run_until(&[address], &stop, 8));
+        for _ in 0..100 {
+            let start = Instant::now();
+            assert_eq!(proxy.admin_request("GET", "/metrics").status, 200);
+            proxy.status();
+            slowest = slowest.max(start.elapsed());
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    measured(&format!("slowest status and metrics together: {slowest:.2?}"));
+    assert!(slowest < patience(secs(1)), "{slowest:?}");
+    ledger.settle();
+    ledger.assert_clean();
+}
+
+fn thousands_of_backends_are_reloaded_quickly(engine: Engine) {
+    const BACKENDS: u32 = 4000;
+    let backend = ScriptedBackend::start(backend::name("a"));
+    let mut pool = to(&backend);
+    // Nobody is asked to serve from these: they are in service with no weight
+    // to speak of, and drained addresses cost nothing.
+    for number in 0..BACKENDS {
+        let ip = std::net::Ipv4Addr::from(0x7F01_0000 + number);
+        let name = format!("spare{number}");
+        pool = pool.backend_with(&name, format!("{ip}:9"), "backup = true");
+    }
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    let mut slowest = ms(0);
+    for round in 1..=10 {
+        let mut conf = proxy.conf();
+        conf.pool_mut("web").backends[1].keys = format!("backup = true\nweight = {round}");
+        conf.pool_mut("web").backends.pop();
+        let start = Instant::now();
+        proxy.reload(conf);
+        slowest = slowest.max(start.elapsed());
+        assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a");
+    }
+    measured(&format!("slowest of 10 reloads of {BACKENDS} backends: {slowest:.2?}"));
+    assert!(slowest < patience(secs(5)), "{slowest:?}");
+}
