@@ -419,14 +419,15 @@ fn find<'a>(list: &'a Value, name: &str) -> &'a Value {
         .unwrap_or_else(|| panic!("no {name:?} in {list:#}"))
 }
 
-/// Sessions open at any frontend or backend.
+/// Sessions open at any frontend or backend, removed backends included.
 pub fn sum_active(status: &Value) -> u64 {
     let active = |items: &Value| -> u64 {
         let items = items.as_array().into_iter().flatten();
         items.map(|item| item["sessions_active"].as_u64().expect("sessions_active")).sum()
     };
     let pools = status["pools"].as_array().into_iter().flatten();
-    active(&status["frontends"]) + pools.map(|pool| active(&pool["backends"])).sum::<u64>()
+    let serving = pools.map(|pool| active(&pool["backends"])).sum::<u64>();
+    active(&status["frontends"]) + active(&status["leaving"]) + serving
 }
 
 /// See [`TestProxy::metric`].
