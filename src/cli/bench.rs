@@ -23,7 +23,7 @@ pub struct BenchArgs {
     pub to: SocketAddr,
     /// Connections, over all threads.
     #[arg(long, short, value_name = "N", default_value_t = 32,
-          value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(load::CONNECTIONS_MAX)))]
     pub connections: u32,
     /// Bytes of a message, request or write, such as 64 or 128KiB [default:
     /// 64; upload 128KiB; idle and churn 0: they ask nothing].

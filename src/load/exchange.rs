@@ -304,7 +304,7 @@ impl Loop for Exchange {
 
     fn prepared(&self) -> bool {
         let out = |slot: &&Slot| matches!(slot.state, State::Connecting | State::Asking);
-        self.waiting == 0 && self.slots.iter().find(out).is_none()
+        self.waiting == 0 && !self.slots.iter().any(|slot| out(&slot))
     }
 
     fn begin(&mut self, lane: &mut Lane<'_>) {
@@ -331,10 +331,11 @@ impl Loop for Exchange {
             self.slots[slot as usize].state = if asks { State::Asking } else { State::Resting };
             self.stands(lane, slot);
         }
-        if readiness.writable && self.slots[slot as usize].owed > 0 {
-            if let Err(error) = self.advance(lane, slot) {
-                return self.lose(lane, slot, Kind::of_transfer(&error));
-            }
+        if readiness.writable
+            && self.slots[slot as usize].owed > 0
+            && let Err(error) = self.advance(lane, slot)
+        {
+            return self.lose(lane, slot, Kind::of_transfer(&error));
         }
         if readiness.readable {
             self.receive(lane, slot, readiness.hang_up);

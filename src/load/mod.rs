@@ -16,7 +16,7 @@ mod stream;
 mod tally;
 
 pub use crew::{Crew, Gauge};
-pub use plan::{Close, Mode, Plan, SIZE_MAX};
+pub use plan::{CONNECTIONS_MAX, Close, Mode, Plan, SIZE_MAX};
 pub use serve::{Behaviour, Served, Service, serve};
 pub use tally::{Kind, Report};
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 /// Most connections of one plan: more than any descriptor limit allows, and
 /// they still fit a slot number.
-pub const CONNECTIONS_MAX: usize = 1 << 20;
+pub const CONNECTIONS_MAX: u32 = 1 << 20;
 
 /// Largest message or write. Two of these a thread is all the memory it takes.
 pub const SIZE_MAX: usize = 16 * 1024 * 1024;

@@ -93,12 +93,14 @@ impl Streams {
         let mut turn = 0;
         while turn < TURN_BYTES {
             match stream::send(socket, &self.buffer) {
-                Ok(sent) => turn += sent,
+                Ok(sent) => {
+                    turn += sent;
+                    lane.report.bytes_out += sent as u64;
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => return Err(Kind::of_transfer(&error)),
             }
         }
-        lane.report.bytes_out += turn as u64;
         Ok(())
     }
 

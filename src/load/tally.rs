@@ -44,7 +44,7 @@ pub enum Kind {
 }
 
 /// All kinds with their names in reports.
-pub const KINDS: [(Kind, &str); 11] = [
+pub(super) const KINDS: [(Kind, &str); 11] = [
     (Kind::ConnectRefused, "connect_refused"),
     (Kind::ConnectTimedOut, "connect_timed_out"),
     (Kind::ConnectFailed, "connect_failed"),

@@ -134,12 +134,14 @@ impl Peer {
         let mut turn = 0;
         while turn < with.buffer.len() {
             match stream::send(&self.socket, &with.filler) {
-                Ok(sent) => turn += sent,
+                Ok(sent) => {
+                    turn += sent;
+                    with.served.bytes_out += sent as u64;
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
             }
         }
-        with.served.bytes_out += turn as u64;
         Ok(Next::Keep)
     }
 

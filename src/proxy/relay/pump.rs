@@ -113,7 +113,13 @@ impl Pump {
 
     /// Notes what a socket reported.
     #[inline]
-    pub(super) fn note(&mut self, side: Side, readable: bool, writable: bool, read_to_the_end: bool) {
+    pub(super) fn note(
+        &mut self,
+        side: Side,
+        readable: bool,
+        writable: bool,
+        read_to_the_end: bool,
+    ) {
         let socket = &mut self.sockets[side as usize];
         socket.readable |= readable;
         socket.writable |= writable;
