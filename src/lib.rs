@@ -105,6 +105,7 @@ pub mod clock;
 pub mod config;
 pub mod control;
 pub mod health;
+pub mod load;
 pub mod net;
 pub mod proxy;
 pub mod table;

@@ -21,7 +21,7 @@ const EXCUSED_USES: [(&str, &str); 0] = [];
 
 /// Layers from the bottom; a module uses its own layer and those below it.
 /// The longest matching prefix counts.
-const LAYERS: [(&str, Layer); 19] = [
+const LAYERS: [(&str, Layer); 20] = [
     ("net", Layer::Base),
     ("clock", Layer::Base),
     ("telemetry", Layer::Base),
@@ -33,6 +33,7 @@ const LAYERS: [(&str, Layer); 19] = [
     ("proxy::admission", Layer::Core),
     ("proxy::close", Layer::Core),
     ("admin", Layer::Shell),
+    ("load", Layer::Shell),
     ("proxy", Layer::Shell),
     ("health::probe", Layer::Shell),
     ("config::watch", Layer::Shell),

@@ -4,8 +4,11 @@
 //! a file of its own and gives an [`Exit`]; nothing here runs or asks anything
 //! itself.
 
+pub mod backend;
+pub mod bench;
 pub mod check;
 pub mod client;
+mod crew;
 pub mod demo;
 pub mod drain;
 pub mod reload;
@@ -83,6 +86,12 @@ pub enum Command {
         after_help = "Example:\n  tidegate shutdown --admin 127.0.0.1:9900 --token-file token"
     )]
     Shutdown(ClientArgs),
+    /// Make load and measure: requests, streams, held connections.
+    #[command(after_help = bench::HELP)]
+    Bench(bench::BenchArgs),
+    /// Run servers that answer load, well or badly.
+    #[command(after_help = backend::HELP)]
+    Backend(backend::BackendArgs),
 }
 
 /// `tidegate run`
@@ -146,6 +155,8 @@ fn dispatch(command: Command) -> Exit {
         Command::Drain(args) => drain::drain(&args),
         Command::Undrain(args) => drain::undrain(&args),
         Command::Shutdown(args) => shutdown::main(&args),
+        Command::Bench(args) => bench::main(&args),
+        Command::Backend(args) => backend::main(&args),
     }
 }
 

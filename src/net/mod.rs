@@ -11,4 +11,6 @@ mod ioctl;
 pub mod limits;
 pub mod listen;
 pub mod reactor;
+mod sockopt;
 pub mod stream;
+pub mod timer;

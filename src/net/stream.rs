@@ -7,7 +7,7 @@
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
@@ -38,6 +38,14 @@ const KEEPALIVE_PROBES: u32 = 4;
 
 /// Starts connecting to `peer` on a new socket.
 pub fn connect(peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
+    connect_from(None, peer)
+}
+
+/// Starts connecting to `peer` on a new socket, from the address `source` and
+/// any port that makes the connection unique: the kernel picks it when it knows
+/// both ends (ip(7), IP_BIND_ADDRESS_NO_PORT). `source` is for TCP peers of its
+/// own family.
+pub fn connect_from(source: Option<IpAddr>, peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
     let (domain, protocol, peer) = match peer {
         Peer::Tcp(tcp) => (Domain::for_address(tcp), Some(Protocol::TCP), SockAddr::from(tcp)),
         Peer::Unix(path) => (Domain::UNIX, None, SockAddr::unix(path)?),
@@ -45,6 +53,10 @@ pub fn connect(peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), protocol)?;
     if protocol.is_some() {
         socket.set_tcp_nodelay(true)?;
+    }
+    if let Some(source) = source {
+        super::sockopt::pick_port_at_connect(socket.as_fd())?;
+        socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
     }
     let how_far = match socket.connect(&peer) {
         Ok(()) => Connecting::Done,
@@ -72,6 +84,14 @@ pub fn connect_result(socket: impl AsFd) -> io::Result<()> {
 pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     let (received, _) = rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT)?;
     Ok(received)
+}
+
+/// Takes what there is, at most `buffer`'s length, and throws it away: on a TCP
+/// socket nothing is copied (tcp(7), MSG_TRUNC). `Ok(0)` is the peer's FIN.
+#[inline]
+pub fn discard(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
+    let (_, taken) = rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT | RecvFlags::TRUNC)?;
+    Ok(taken)
 }
 
 /// Sends as much of `bytes` as there is room for.

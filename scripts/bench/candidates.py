@@ -1,0 +1,297 @@
+"""The balancers that are compared: their equal configurations and their lives.
+
+Each listens on one loopback port for each kind of backend and spreads
+connections round robin over that kind's addresses: same threads, no Nagle,
+half-closed connections kept, no logging, ten minutes idle. Nothing is measured
+here.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import kernel
+
+# Kinds of backends, in the order of their ports.
+KINDS = ["echo", "source", "trickle", "sink"]
+
+HARD_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+# Sessions a balancer may hold: two descriptors each, and some of its own.
+SESSIONS_MAX = (min(HARD_LIMIT, 200_000) - 500) // 2
+
+
+def find(program):
+    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+
+
+class Candidate:
+    """One balancer of one set-up."""
+
+    name = ""
+    # Workload families it takes part in; None for all.
+    only = None
+
+    def __init__(self, root, directory, backends, base_port, threads, cpu):
+        self.root, self.threads, self.cpu = root, threads, cpu
+        self.backends = backends
+        self.directory = os.path.join(directory, self.name)
+        os.makedirs(self.directory, exist_ok=True)
+        self.ports = {kind: base_port + at for at, kind in enumerate(KINDS)}
+        self.process = None
+
+    def command(self):
+        raise NotImplementedError
+
+    def version(self):
+        raise NotImplementedError
+
+    def write(self, name, text):
+        path = os.path.join(self.directory, name)
+        with open(path, "w") as file:
+            file.write(text)
+        return path
+
+    def address(self, kind):
+        return ("127.0.0.1", self.ports[kind])
+
+    def start(self):
+        command = self.command()
+        if self.cpu is not None:
+            command = ["taskset", "-c", str(self.cpu)] + command
+        with open(os.path.join(self.directory, "log"), "ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
+            )
+        deadline = time.monotonic() + 20
+        for kind in KINDS:
+            while not connects(self.address(kind)):
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{self.name} did not come up:\n{self.log()}")
+                time.sleep(0.02)
+
+    def log(self):
+        with open(os.path.join(self.directory, "log"), errors="replace") as file:
+            return file.read()[-2000:]
+
+    def pids(self):
+        return kernel.children(self.process.pid) if self.process else []
+
+    def stop(self):
+        if self.process is None:
+            return
+        below = self.pids()
+        end(self.process)
+        # Workers of a parent that had to be killed.
+        for pid in below[1:]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.process = None
+
+
+def end(process):
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(3)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def connects(address):
+    try:
+        socket.create_connection(address, 1).close()
+        return True
+    except OSError:
+        return False
+
+
+class HAProxy(Candidate):
+    name = "haproxy"
+    options = ""
+
+    def command(self):
+        text = (
+            f"global\n  nbthread {self.threads}\n  maxconn {SESSIONS_MAX}\n"
+            "defaults\n  mode tcp\n  balance roundrobin\n  timeout connect 5s\n"
+            f"  timeout client 10m\n  timeout server 10m\n  backlog 4096\n{self.options}"
+        )
+        for kind in KINDS:
+            text += f"listen {kind}\n  bind 127.0.0.1:{self.ports[kind]}\n"
+            for number, (host, port) in enumerate(self.backends[kind]):
+                text += f"  server s{number} {host}:{port}\n"
+        return [find("haproxy"), "-db", "-q", "-f", self.write("haproxy.cfg", text)]
+
+    def version(self):
+        out = subprocess.run([find("haproxy"), "-v"], capture_output=True, text=True).stdout
+        return out.split()[2] if out else "unknown"
+
+
+class HAProxySplice(HAProxy):
+    name = "haproxy-splice"
+    options = "  option splice-auto\n"
+    only = ("download", "upload")
+
+
+class Nginx(Candidate):
+    name = "nginx"
+
+    def command(self):
+        module = "/usr/lib/nginx/modules/ngx_stream_module.so"
+        text = f"load_module {module};\n" if os.path.exists(module) else ""
+        if os.getuid() == 0:
+            text += "user root;\n"
+        text += (
+            f"daemon off;\nworker_processes {self.threads};\npid {self.directory}/pid;\n"
+            f"worker_rlimit_nofile {HARD_LIMIT};\nerror_log stderr crit;\n"
+            f"events {{ worker_connections {2 * SESSIONS_MAX}; }}\n"
+            "stream {\n  access_log off;\n  tcp_nodelay on;\n  proxy_half_close on;\n"
+            "  proxy_timeout 10m;\n  proxy_connect_timeout 5s;\n"
+        )
+        for kind in KINDS:
+            servers = " ".join(f"server {host}:{port};" for host, port in self.backends[kind])
+            port = self.ports[kind]
+            text += (
+                f"  upstream {kind} {{ {servers} }}\n"
+                f"  server {{ listen 127.0.0.1:{port} reuseport backlog=4096; proxy_pass {kind}; }}\n"
+            )
+        path = self.write("nginx.conf", text + "}\n")
+        return [find("nginx"), "-e", "stderr", "-p", self.directory, "-c", path]
+
+    def version(self):
+        out = subprocess.run([find("nginx"), "-v"], capture_output=True, text=True).stderr
+        return out.strip().rsplit("/", 1)[-1]
+
+
+class Envoy(Candidate):
+    name = "envoy"
+
+    def binary(self):
+        return os.path.join(self.root, "target/peers/envoy")
+
+    def command(self):
+        listeners, clusters = [], []
+        for kind in KINDS:
+            endpoints = [
+                {"endpoint": {"address": socket_address(host, port)}}
+                for host, port in self.backends[kind]
+            ]
+            proxy = {
+                "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+                "stat_prefix": kind,
+                "cluster": kind,
+                "idle_timeout": "600s",
+            }
+            listeners.append({
+                "name": kind,
+                "address": socket_address("127.0.0.1", self.ports[kind]),
+                "tcp_backlog_size": 4096,
+                "filter_chains": [
+                    {"filters": [{"name": "envoy.filters.network.tcp_proxy", "typed_config": proxy}]}
+                ],
+            })
+            # Its default would refuse beyond 1024 connections.
+            many = {"thresholds": [{"max_connections": 1_000_000, "max_pending_requests": 1_000_000}]}
+            clusters.append({
+                "name": kind,
+                "type": "STATIC",
+                "lb_policy": "ROUND_ROBIN",
+                "connect_timeout": "5s",
+                "circuit_breakers": many,
+                "load_assignment": {"cluster_name": kind, "endpoints": [{"lb_endpoints": endpoints}]},
+            })
+        text = json.dumps({"static_resources": {"listeners": listeners, "clusters": clusters}}, indent=1)
+        return [
+            self.binary(), "-c", self.write("envoy.json", text), "--concurrency", str(self.threads),
+            "--disable-hot-restart", "--log-level", "error",
+        ]
+
+    def version(self):
+        out = subprocess.run([self.binary(), "--version"], capture_output=True, text=True).stdout
+        parts = out.strip().split("/")
+        return parts[1] if len(parts) > 1 else "unknown"
+
+
+def socket_address(host, port):
+    return {"socket_address": {"address": host, "port_value": port}}
+
+
+class Tidegate(Candidate):
+    engine = ""
+
+    def binary(self):
+        return os.path.join(self.root, "target/release/tidegate")
+
+    def command(self):
+        text = (
+            f'[process]\nworkers = {self.threads}\nengine = "{self.engine}"\npin = false\n'
+            f'[admin]\nlisten = "unix:{self.directory}/admin.sock"\n'
+        )
+        for kind in KINDS:
+            text += f'[frontend.{kind}]\nbind = ["127.0.0.1:{self.ports[kind]}"]\npool = "{kind}"\n'
+            for host, port in self.backends[kind]:
+                text += f'[[pool.{kind}.backend]]\naddress = "{host}:{port}"\n'
+        return [self.binary(), "run", "--config", self.write("tidegate.toml", text)]
+
+    def start(self):
+        super().start()
+        admin = f"unix:{self.directory}/admin.sock"
+        out = subprocess.run(
+            [self.binary(), "status", "--json", "--admin", admin], capture_output=True, text=True
+        ).stdout
+        status = json.loads(out)
+        # Otherwise one engine would be measured under the other's name.
+        if status["engine"] != self.engine:
+            raise RuntimeError(f"not on {self.engine}: {status.get('engine_reason')}")
+
+    def version(self):
+        out = subprocess.run([self.binary(), "--version"], capture_output=True, text=True).stdout
+        return out.split()[-1] if out else "unknown"
+
+
+class TidegateRing(Tidegate):
+    name = "tidegate-io_uring"
+    engine = "io_uring"
+
+
+class TidegateEpoll(Tidegate):
+    name = "tidegate-epoll"
+    engine = "epoll"
+
+
+class Direct(Candidate):
+    """No balancer at all: the floor of what the machine spends."""
+
+    name = "direct"
+
+    def address(self, kind):
+        return self.backends[kind][0]
+
+    def start(self):
+        pass
+
+    def version(self):
+        return "-"
+
+
+# In the order of the rounds: what is compared with comes first.
+ALL = [HAProxy, TidegateRing, TidegateEpoll, Nginx, Envoy, HAProxySplice, Direct]
+
+
+def available(root):
+    """Those whose programs are here."""
+    there = {
+        HAProxy: find("haproxy"),
+        HAProxySplice: find("haproxy"),
+        Nginx: find("nginx"),
+        Envoy: os.access(os.path.join(root, "target/peers/envoy"), os.X_OK),
+    }
+    return [one for one in ALL if there.get(one, True)]

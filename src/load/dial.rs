@@ -1,0 +1,42 @@
+//! Starting connections, from as many source addresses as were asked for.
+//!
+//! Used by every generator loop. It keeps no sockets and never waits.
+
+use super::plan::Plan;
+use crate::net::stream::{self, Connecting, Peer};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+
+/// Where connections go and come from.
+#[derive(Debug)]
+pub(super) struct Dialer {
+    target: SocketAddr,
+    sources: u8,
+    next: u8,
+}
+
+// === impl Dialer ===
+
+impl Dialer {
+    /// `first` spreads the threads over the sources.
+    pub(super) fn new(plan: &Plan, first: usize) -> Dialer {
+        let next = (first % usize::from(plan.sources.max(1))) as u8;
+        Dialer { target: plan.target, sources: plan.sources, next }
+    }
+
+    /// Starts one connection, from the next source in turn.
+    pub(super) fn dial(&mut self) -> io::Result<(OwnedFd, Connecting)> {
+        stream::connect_from(self.source(), Peer::Tcp(self.target))
+    }
+
+    fn source(&mut self) -> Option<IpAddr> {
+        if self.sources <= 1 {
+            return None;
+        }
+        let turn = self.next;
+        self.next = (turn + 1) % self.sources;
+        // All of 127.0.0.0/8 is this host (RFC 1122 section 3.2.1.3).
+        Some(Ipv4Addr::new(127, 0, 0, turn + 1).into())
+    }
+}

@@ -1,0 +1,34 @@
+//! Load and the servers that answer it: what `tidegate bench` and `tidegate
+//! backend` run.
+//!
+//! Called by `cli`. Each thread is one epoll loop over its own sockets, with
+//! no allocation for a message, so that a core of it outruns what it measures.
+//! It knows nothing of the balancer and never uses it: frames and counts only.
+
+mod crew;
+mod dial;
+mod exchange;
+mod lane;
+mod open_loop;
+mod plan;
+mod serve;
+mod stream;
+mod tally;
+
+pub use crew::{Crew, Gauge};
+pub use plan::{CONNECTIONS_MAX, Close, Mode, Plan, SIZE_MAX};
+pub use serve::{Behaviour, Served, Service, serve};
+pub use tally::{Kind, Report};
+
+use std::io;
+
+/// Starts the load that `plan` describes, on threads of its own.
+///
+/// # Errors
+/// A thread cannot be had. What a thread cannot do once it runs comes out of
+/// [`Crew::join`].
+pub fn start(plan: Plan) -> io::Result<Crew<Report>> {
+    let threads = plan.threads;
+    let cpus = plan.cpus.clone();
+    Crew::start("load", threads, &cpus, move |place| lane::run(&plan, &place))
+}

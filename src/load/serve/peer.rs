@@ -1,0 +1,287 @@
+//! One connection of a server.
+//!
+//! Driven by `worker`. It says what became of the connection and leaves closing
+//! to the worker; it never waits.
+
+use super::{Behaviour, Served};
+use crate::net::epoll::{Epoll, Interest, Readiness};
+use crate::net::stream;
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+
+/// An answering connection is not read while it is owed this much: a client
+/// that only sends is held back by TCP, not by our memory.
+const OWED_MAX: u64 = 1024 * 1024;
+
+/// Full buffers taken or given in one turn; then the others have theirs.
+const TURN_MAX: usize = 4;
+
+/// The connection.
+#[derive(Debug)]
+pub(super) struct Peer {
+    socket: OwnedFd,
+    /// Bytes received.
+    got: u64,
+    /// Bytes of a request that is not yet whole.
+    partial: usize,
+    /// Filler bytes yet to be sent.
+    owed: u64,
+    /// Echoed bytes that found no room; without memory when there are none.
+    left: Vec<u8>,
+    /// Watched for room to send as well.
+    both: bool,
+    /// A FIN follows what is owed, or has.
+    fin: Fin,
+    /// The peer is done sending: reads go on until they say so.
+    hung_up: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fin {
+    No,
+    Due,
+    Sent,
+}
+
+/// What is to become of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    Keep,
+    Close,
+    Reset,
+}
+
+/// What all connections of a thread share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) behaviour: Behaviour,
+    pub(super) epoll: Epoll,
+    pub(super) served: Served,
+    /// Received bytes go here.
+    pub(super) buffer: Box<[u8]>,
+    /// Sent bytes come from here, unless they are echoed.
+    pub(super) filler: Box<[u8]>,
+}
+
+// === impl Peer ===
+
+impl Peer {
+    pub(super) fn new(socket: OwnedFd) -> Peer {
+        Peer {
+            socket,
+            got: 0,
+            partial: 0,
+            owed: 0,
+            left: Vec::new(),
+            both: false,
+            fin: Fin::No,
+            hung_up: false,
+        }
+    }
+
+    pub(super) fn socket(&self) -> &OwnedFd {
+        &self.socket
+    }
+
+    pub(super) fn into_socket(self) -> OwnedFd {
+        self.socket
+    }
+
+    /// The socket is ready for something.
+    pub(super) fn ready(&mut self, with: &mut Shared, readiness: Readiness) -> io::Result<Next> {
+        self.hung_up |= readiness.hang_up;
+        match with.behaviour {
+            Behaviour::Stall => self.only_failures(readiness),
+            Behaviour::SlowRead { .. } => self.only_failures(readiness),
+            Behaviour::Sink => self.discard(with, usize::MAX),
+            Behaviour::Source { .. } => self.stream(with, readiness),
+            Behaviour::Respond { .. } | Behaviour::HalfClose { .. } => {
+                self.answer(with, readiness.token)
+            }
+            Behaviour::Echo | Behaviour::Hiccup { .. } | Behaviour::Reset { .. } => {
+                self.echo(with, readiness.token)
+            }
+        }
+    }
+
+    fn only_failures(&self, readiness: Readiness) -> io::Result<Next> {
+        if readiness.failed {
+            stream::connect_result(&self.socket)?;
+            return Ok(Next::Close);
+        }
+        Ok(Next::Keep)
+    }
+
+    /// Takes at most `limit` bytes and throws them away.
+    pub(super) fn discard(&mut self, with: &mut Shared, limit: usize) -> io::Result<Next> {
+        let length = with.buffer.len().min(limit);
+        match stream::discard(&self.socket, &mut with.buffer[..length]) {
+            Ok(0) => Ok(Next::Close),
+            Ok(taken) => {
+                with.served.bytes_in += taken as u64;
+                Ok(Next::Keep)
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(Next::Keep),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sends as much filler as there is room for.
+    fn stream(&mut self, with: &mut Shared, readiness: Readiness) -> io::Result<Next> {
+        if readiness.hang_up {
+            return Ok(Next::Close);
+        }
+        let mut turn = 0;
+        while turn < with.buffer.len() {
+            match stream::send(&self.socket, &with.filler) {
+                Ok(sent) => {
+                    turn += sent;
+                    with.served.bytes_out += sent as u64;
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Next::Keep)
+    }
+
+    /// Requests in, answers out.
+    fn answer(&mut self, with: &mut Shared, token: u64) -> io::Result<Next> {
+        for _ in 0..TURN_MAX {
+            self.pay(with)?;
+            if self.owed >= OWED_MAX {
+                return self.want_room(with, token);
+            }
+            let taken = match stream::discard(&self.socket, &mut with.buffer) {
+                Ok(0) => return Ok(self.done()),
+                Ok(taken) => taken,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return self.want_room(with, token);
+                }
+                Err(error) => return Err(error),
+            };
+            with.served.bytes_in += taken as u64;
+            self.bill(with, taken);
+            self.pay(with)?;
+            if taken < with.buffer.len() && !self.hung_up {
+                return self.want_room(with, token);
+            }
+        }
+        self.again(with, token)
+    }
+
+    /// What `taken` bytes more earn the peer.
+    fn bill(&mut self, with: &mut Shared, taken: usize) {
+        match with.behaviour {
+            Behaviour::Respond { request, answer } => {
+                self.partial += taken;
+                let whole = self.partial / request;
+                self.partial %= request;
+                with.served.requests += whole as u64;
+                self.owed += whole as u64 * answer as u64;
+            }
+            Behaviour::HalfClose { answer } if self.got == 0 => {
+                self.owed = answer as u64;
+                self.fin = Fin::Due;
+            }
+            _ => {}
+        }
+        self.got += taken as u64;
+    }
+
+    /// Sends what is owed, as far as there is room, and the FIN behind it.
+    fn pay(&mut self, with: &mut Shared) -> io::Result<()> {
+        while self.owed > 0 {
+            let length = self.owed.min(with.filler.len() as u64) as usize;
+            match stream::send(&self.socket, &with.filler[..length]) {
+                Ok(sent) => {
+                    self.owed -= sent as u64;
+                    with.served.bytes_out += sent as u64;
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        if self.fin == Fin::Due {
+            self.fin = Fin::Sent;
+            stream::shutdown_write(&self.socket)?;
+        }
+        Ok(())
+    }
+
+    /// The peer has sent its last byte.
+    fn done(&self) -> Next {
+        // What is still owed goes out first; room for it wakes us again.
+        if self.owed > 0 || !self.left.is_empty() { Next::Keep } else { Next::Close }
+    }
+
+    /// Bytes in, the same bytes out.
+    fn echo(&mut self, with: &mut Shared, token: u64) -> io::Result<Next> {
+        for _ in 0..TURN_MAX {
+            if !self.send_left(with)? {
+                return self.want_room(with, token);
+            }
+            let received = match stream::receive(&self.socket, &mut with.buffer) {
+                Ok(0) => return Ok(Next::Close),
+                Ok(received) => received,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Next::Keep),
+                Err(error) => return Err(error),
+            };
+            with.served.bytes_in += received as u64;
+            self.got += received as u64;
+            if matches!(with.behaviour, Behaviour::Reset { after } if self.got >= after) {
+                return Ok(Next::Reset);
+            }
+            let sent = match stream::send(&self.socket, &with.buffer[..received]) {
+                Ok(sent) => sent,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
+                Err(error) => return Err(error),
+            };
+            with.served.bytes_out += sent as u64;
+            if sent < received {
+                self.left.extend_from_slice(&with.buffer[sent..received]);
+                // From here on every read must run dry before it is believed.
+                self.hung_up = true;
+            } else if received < with.buffer.len() && !self.hung_up {
+                return Ok(Next::Keep);
+            }
+        }
+        self.again(with, token)
+    }
+
+    /// Sends what found no room before; whether all of it went.
+    fn send_left(&mut self, with: &mut Shared) -> io::Result<bool> {
+        if self.left.is_empty() {
+            return Ok(true);
+        }
+        match stream::send(&self.socket, &self.left) {
+            Ok(sent) => {
+                with.served.bytes_out += sent as u64;
+                self.left.drain(..sent);
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        if self.left.is_empty() {
+            self.left = Vec::new();
+        }
+        Ok(self.left.is_empty())
+    }
+
+    /// Has the connection told when there is room, if something waits for it.
+    fn want_room(&mut self, with: &Shared, token: u64) -> io::Result<Next> {
+        if !self.both && (self.owed > 0 || !self.left.is_empty()) {
+            self.both = true;
+            with.epoll.change(&self.socket, token, Interest::Both)?;
+        }
+        Ok(Next::Keep)
+    }
+
+    /// The turn is over with more to do: registering anew tells of it again.
+    fn again(&mut self, with: &Shared, token: u64) -> io::Result<Next> {
+        self.both |= self.owed > 0 || !self.left.is_empty();
+        let interest = if self.both { Interest::Both } else { Interest::Arrivals };
+        with.epoll.change(&self.socket, token, interest)?;
+        Ok(Next::Keep)
+    }
+}
