@@ -68,6 +68,8 @@ struct Stream {
     streak: u8,
     /// FIN (or the end by failure) was received.
     ended: bool,
+    /// It was a FIN.
+    in_order: bool,
     /// FIN was passed on.
     finished: bool,
 }
@@ -147,7 +149,7 @@ impl Pump {
 
     /// How far the session has come.
     pub(super) fn phase(&self) -> Phase {
-        match self.streams.iter().filter(|stream| stream.ended).count() {
+        match self.streams.iter().filter(|stream| stream.in_order).count() {
             0 => Phase::Data,
             1 => Phase::HalfClosed,
             _ => Phase::Closed,
@@ -290,6 +292,7 @@ impl Pump {
     /// `from` will send no more: FIN, or a failure with its errno.
     fn end_of(&mut self, from: Side, errno: i32, moved: &mut Moved) {
         self.streams[from as usize].ended = true;
+        self.streams[from as usize].in_order = errno == 0;
         self.sockets[from as usize].readable = false;
         self.closed_first.get_or_insert(from);
         moved.ended = true;
@@ -322,12 +325,15 @@ impl Pump {
     /// The verdict, once nothing is left to move.
     fn ending(&self) -> Option<Ending> {
         let (phase, closed_first) = (self.phase(), self.closed_first);
-        for side in Side::BOTH {
-            let socket = &self.sockets[side as usize];
-            // What a failed side had sent before is still delivered.
-            if socket.failure != 0 && self.streams[side as usize].finished {
-                let cause = Cause::of_failure(side, socket.failure);
-                return Some(Ending { cause, phase, errno: socket.failure, closed_first });
+        let first = closed_first.unwrap_or(Side::Client);
+        for side in [first, first.other()] {
+            let failure = self.sockets[side as usize].failure;
+            let receiver_failed = self.sockets[side.other() as usize].failure != 0;
+            // What a failed side had sent before is still delivered, as long as
+            // there is somebody to take it.
+            if failure != 0 && (self.streams[side as usize].finished || receiver_failed) {
+                let cause = Cause::of_failure(side, failure);
+                return Some(Ending { cause, phase, errno: failure, closed_first });
             }
         }
         let over = self.streams.iter().all(|stream| stream.finished);

@@ -191,6 +191,31 @@ fn a_client_that_failed_while_its_bytes_wait_counts_as_closed_first() {
 }
 
 #[test]
+fn two_failed_sides_end_a_session_whatever_is_left_between_them() {
+    let mut bench = Bench::new(0);
+    bench.arrive(Client, b"for the backend");
+    bench.arrive(Backend, b"for the client");
+    for side in Side::BOTH {
+        // More stands behind what is kept, so that neither failure is read.
+        bench.script.sockets[side as usize].arrived.borrow_mut().extend(b"more");
+        bench.script.sockets[side as usize].end.set(Some(libc::ECONNRESET));
+    }
+    bench.edge(Client);
+    bench.edge(Backend);
+    let ending = bench.ending.expect("nobody is left");
+    assert_eq!((ending.cause, ending.phase), (Cause::ClientReset, Phase::Data));
+}
+
+#[test]
+fn a_reset_after_the_peers_fin_is_one_in_a_half_closed_session() {
+    let mut bench = Bench::new(100);
+    bench.end(Client, 0);
+    bench.end(Backend, libc::ECONNRESET);
+    let ending = bench.ending.expect("over");
+    assert_eq!((ending.cause, ending.phase), (Cause::BackendReset, Phase::HalfClosed));
+}
+
+#[test]
 fn a_peer_that_vanished_is_lost_and_not_reset() {
     let mut bench = Bench::new(10);
     bench.end(Client, libc::ETIMEDOUT);
