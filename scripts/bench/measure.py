@@ -65,19 +65,28 @@ class Setup:
             self.add(make)
 
     def add(self, make):
+        # Again with other ports: somebody may have taken one meanwhile.
+        for attempt in range(3):
+            one = self.make(make)
+            # First, so that whatever happens next finds it to stop.
+            self.balancers.append(one)
+            try:
+                one.start()
+                relays(one)
+                self.broken.pop(make.name, None)
+                return
+            except (RuntimeError, OSError, ValueError) as error:
+                print(f"{make.name}: {error}", file=sys.stderr)
+                self.broken[make.name] = str(error)
+                self.balancers.remove(one)
+                one.stop()
+        print(f"{make.name}: left out", file=sys.stderr)
+
+    def make(self, make):
         base = free_ports(len(candidates.KINDS))
-        one = make(
+        return make(
             self.root, self.directory, self.addresses, base, self.threads, self.balancer_cpu
         )
-        self.balancers.append(one)
-        try:
-            one.start()
-            relays(one)
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
-            print(f"{one.name}: left out: {error}", file=sys.stderr)
-            self.broken[one.name] = str(error)
-            self.balancers.remove(one)
-            one.stop()
 
     def stop(self):
         for one in self.balancers:
@@ -149,10 +158,7 @@ class Setup:
     def idle(self, make):
         """Resident memory for each of many idle sessions of a fresh balancer."""
         wanted = min(workloads.IDLE, candidates.SESSIONS_MAX - 200)
-        base = free_ports(len(candidates.KINDS))
-        one = make(
-            self.root, self.directory, self.addresses, base, self.threads, self.balancer_cpu
-        )
+        one = self.make(make)
         load = None
         try:
             one.start()

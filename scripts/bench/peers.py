@@ -8,6 +8,8 @@ import shutil
 import sys
 import tempfile
 
+# The source tree stays as it is.
+sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import candidates  # noqa: E402
@@ -120,6 +122,8 @@ def main():
             "machine": kernel.about(), "versions": versions,
             "rounds": options.rounds, "seconds": options.seconds, "setups": [],
         }
+        # A set-up none of the chosen workloads has is not even started.
+        names = [n for n in names if any(n in one.setups for one in options.workloads)]
         for name in names:
             results["setups"].append(run_setup(name, options, makes, directory, cpus))
     except KeyboardInterrupt:
