@@ -62,10 +62,15 @@ fn killed_backend_costs_only_its_own_connections(engine: Engine) {
     });
     // A moment of traffic on all three before the kill.
     std::thread::sleep(ms(1000));
-    let on_the_killed = 10;
     servers[1].kill();
     let report = wrk.report();
-    measured(&format!("{} requests, {} cut off", report.requests, report.read_errors));
+    // Its ten, and whoever of them came back in the instant in which the dying
+    // process had closed its connections and not yet its listening socket (the
+    // kernel closes the newest descriptor first).
+    let on_the_killed = proxy.backend("web", "b")["sessions_total"].as_u64().expect("a count");
+    let (requests, cut_off) = (report.requests, report.read_errors);
+    measured(&format!("{requests} requests, {cut_off} cut off, {on_the_killed} were on it"));
+    assert!(on_the_killed <= 20, "{on_the_killed} sessions got through to a dead backend");
     assert!(report.read_errors + report.write_errors <= on_the_killed, "{}", report.text);
     let others = (report.connect_errors, report.timeouts, report.bad_status);
     assert_eq!(others, (0, 0, 0), "{}", report.text);
