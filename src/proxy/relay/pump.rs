@@ -322,10 +322,14 @@ impl Pump {
     /// The verdict, once nothing is left to move.
     fn ending(&self) -> Option<Ending> {
         let (phase, closed_first) = (self.phase(), self.closed_first);
-        for side in Side::BOTH {
+        let both_failed = self.sockets.iter().all(|socket| socket.failure != 0);
+        // The side that was first to end is to blame for the session's end.
+        let first = closed_first.unwrap_or(Side::Client);
+        for side in [first, first.other()] {
             let socket = &self.sockets[side as usize];
-            // What a failed side had sent before is still delivered.
-            if socket.failure != 0 && self.streams[side as usize].finished {
+            // What a failed side had sent before is still delivered, unless
+            // the other has failed, too.
+            if socket.failure != 0 && (both_failed || self.streams[side as usize].finished) {
                 let cause = Cause::of_failure(side, socket.failure);
                 return Some(Ending { cause, phase, errno: socket.failure, closed_first });
             }
