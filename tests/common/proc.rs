@@ -23,6 +23,20 @@ pub fn fds(pid: u32) -> Vec<String> {
     links
 }
 
+/// What ss(8) shows of a process's TCP sockets; empty where there is no ss.
+pub fn tcp_sockets(pid: u32) -> Vec<String> {
+    let output = std::process::Command::new("ss").args(["-tinoemH"]).output();
+    let text = output.map(|output| output.stdout).unwrap_or_default();
+    // Two lines a socket: the addresses, then the details.
+    let text = String::from_utf8_lossy(&text).replace("\n\t", "  ");
+    let inodes: Vec<String> = fds(pid)
+        .iter()
+        .filter_map(|fd| Some(format!("ino:{} ", fd.strip_prefix("socket:[")?.strip_suffix(']')?)))
+        .collect();
+    let mine = |line: &&str| inodes.iter().any(|inode| line.contains(inode));
+    text.lines().filter(mine).map(str::to_string).collect()
+}
+
 /// Resident memory in KiB.
 pub fn rss_kib(pid: u32) -> u64 {
     status_field(pid, "VmRSS:")

@@ -317,10 +317,16 @@ impl TestProxy {
         if self.exited.is_some() {
             return;
         }
-        eventually_some(secs(10), "every session has ended", || {
-            let active = sum_active(&self.status());
-            (active == 0).then_some(())
-        });
+        let deadline = Instant::now() + patience(secs(10));
+        while sum_active(&self.status()) > 0 {
+            assert!(
+                Instant::now() < deadline,
+                "sessions left: {:#}\nthe balancer's sockets: {:#?}",
+                self.status(),
+                proc::tcp_sockets(self.pid())
+            );
+            std::thread::sleep(ms(10));
+        }
         let deadline = Instant::now() + patience(secs(5));
         while self.fd_count() > self.fd_baseline {
             assert!(

@@ -24,6 +24,7 @@ on_every_engine!(
     clients_that_gave_up_waiting_cost_nothing,
     waiting_clients_of_a_removed_frontend_are_served,
     storm_of_resets_leaves_nothing_behind,
+    both_ends_that_reset_under_load_end_their_sessions,
     one_way_traffic_is_not_idle,
     half_closed_session_with_traffic_is_not_cut,
     stuck_receiver_ends_by_the_idle_timeout,
@@ -167,6 +168,46 @@ fn storm_of_resets_leaves_nothing_behind(engine: Engine) {
     eventually(secs(5), "so have the backend's", || backend.active() == 0);
     let stream = connect(address);
     assert_eq!(client::exchange(&stream, b"well").unwrap(), b"well");
+}
+
+fn both_ends_that_reset_under_load_end_their_sessions(engine: Engine) {
+    // Each end writes a while, reads a little, and resets: about when the other does.
+    let backend = ScriptedBackend::start(script(|conn| {
+        for round in 0..fastrand::u32(4..12) {
+            if conn.write_all(&[3; 64 * 1024]).is_err() {
+                return;
+            }
+            if round % 4 == 0 {
+                let _ = conn.read(&mut [0; 64 * 1024]);
+            }
+        }
+        conn.reset();
+    }));
+    let proxy = TestProxy::start(Conf::simple(engine, to(&backend)));
+    let address = proxy.addr("web");
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(move || {
+                for _ in 0..150 {
+                    let mut client = connect(address);
+                    for round in 0..fastrand::u32(4..12) {
+                        if client.write_all(&[4; 64 * 1024]).is_err() {
+                            break;
+                        }
+                        if round % 4 == 0 {
+                            let _ = client.read(&mut [0; 64 * 1024]);
+                        }
+                    }
+                    client::reset(client);
+                }
+            });
+        }
+    });
+    assert_eq!(proxy.wait_access_log(1200).len(), 1200);
+    let before = proxy.cpu_time();
+    std::thread::sleep(ms(500));
+    let spent = proxy.cpu_time() - before;
+    assert!(spent < ms(150), "spins with nobody left: {spent:?} of CPU in 0.5 s");
 }
 
 fn one_way_traffic_is_not_idle(engine: Engine) {

@@ -90,7 +90,10 @@ impl Bench {
     fn edge(&mut self, side: Side) {
         let ended = self.script.sockets[side as usize].end.get().is_some();
         self.pump.note(side, true, true, ended);
-        while self.ending.is_none() {
+        for _ in 0..100_000 {
+            if self.ending.is_some() {
+                return;
+            }
             let mut moved = Moved::default();
             let next = self.pump.turn(&self.script, &mut self.buffer, &mut moved);
             self.received.iter_mut().zip(moved.received).for_each(|(sum, more)| *sum += more);
@@ -100,6 +103,7 @@ impl Bench {
                 Next::End(ending) => self.ending = Some(ending),
             }
         }
+        panic!("the pump turns for ever");
     }
 
     fn arrive(&mut self, side: Side, bytes: &[u8]) {
@@ -177,6 +181,21 @@ fn an_answer_sent_before_the_backend_refused_more_still_arrives() {
     let ending = bench.ending.expect("the backend is gone");
     assert_eq!((ending.cause, ending.closed_first), (Cause::BackendReset, Some(Backend)));
     assert_eq!(bench.sent_to(Client), b"413 too large");
+}
+
+#[test]
+fn two_sides_that_fail_under_each_others_bytes_end_the_session() {
+    let mut bench = Bench::new(1000);
+    for side in Side::BOTH {
+        let fake = &bench.script.sockets[side as usize];
+        fake.arrived.borrow_mut().extend(b"for nobody");
+        fake.end.set(Some(libc::ECONNRESET));
+        bench.pump.note(side, true, true, true);
+    }
+    bench.edge(Client);
+    let ending = bench.ending.expect("nothing can be delivered any more");
+    // The backend was sent to first, and so found dead first.
+    assert_eq!((ending.cause, ending.closed_first), (Cause::BackendReset, Some(Backend)));
 }
 
 #[test]
