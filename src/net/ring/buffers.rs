@@ -18,6 +18,9 @@ use std::sync::atomic::{AtomicU16, Ordering};
 /// pin more memory behind slow readers.
 pub const BUFFER_LEN: usize = 16 * 1024;
 
+/// More than that is cheaper to keep where it is than to copy.
+const ABSORB_MAX: usize = 4 * 1024;
+
 /// Alignment the kernel asks of a buffer ring (io_uring_register_buf_ring(3)).
 const RING_ALIGN: usize = 4096;
 
@@ -76,6 +79,25 @@ impl Chunk {
     /// Whether nothing is left in it.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Takes the bytes of `other` behind its own, where they are few and there is
+    /// room; false where not. A stream of small messages would otherwise pin a
+    /// buffer for each.
+    pub fn absorb(&mut self, other: &Chunk) -> bool {
+        let end = (self.start + self.len) as usize;
+        if other.len() > ABSORB_MAX || end + other.len() > BUFFER_LEN {
+            return false;
+        }
+        let Source::Pool(pool, id) = &self.source else { return false };
+        let to = pool.pointer(*id).wrapping_add(end).cast_mut();
+        // SAFETY: both ranges lie in their own chunk's buffer (checked above for
+        // `to`), and no two chunks share a buffer, so they do not overlap. The
+        // kernel uses neither: it is done with a received buffer, and what is
+        // being sent has been moved into an operation and cannot be named here.
+        unsafe { std::ptr::copy_nonoverlapping(other.pointer(), to, other.len()) };
+        self.len += other.len;
+        true
     }
 
     /// Forgets the first `bytes`, at most all of them.

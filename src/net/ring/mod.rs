@@ -132,6 +132,8 @@ pub struct Ring {
     /// Taken off the completion queue; `taken` of them are dealt with.
     completed: Vec<cqueue::Entry>,
     taken: usize,
+    /// Something was queued since the last system call.
+    pending: bool,
     counts: Counts,
     closing: bool,
 }
@@ -169,6 +171,7 @@ impl Ring {
             backlog: VecDeque::new(),
             completed: Vec::new(),
             taken: 0,
+            pending: false,
             counts: Counts::default(),
             closing: false,
         };
@@ -222,6 +225,17 @@ impl Ring {
     #[inline]
     pub fn in_flight(&self) -> usize {
         self.ops.len()
+    }
+
+    /// Shows the kernel buffers that have come free, before `enter` does.
+    pub fn show_buffers(&mut self) {
+        self.buffers.refill();
+    }
+
+    /// Whether operations wait for `enter` to start them.
+    #[inline]
+    pub fn has_pending(&self) -> bool {
+        self.pending
     }
 
     /// To be called now and then while nobody starves: shows the kernel fewer
@@ -310,6 +324,7 @@ impl Ring {
     /// Queues an entry. Only for entries whose memory and socket belong to an
     /// operation in `ops`, or that have none.
     fn push(&mut self, entry: squeue::Entry) {
+        self.pending = true;
         if !self.backlog.is_empty() {
             self.backlog.push_back(entry);
             return;
@@ -350,6 +365,7 @@ impl Ring {
     /// takes what is completed. A system call only where there is need.
     pub fn enter(&mut self) -> io::Result<()> {
         self.buffers.refill();
+        self.pending = false;
         loop {
             self.shorten_backlog();
             let submission = self.ring.submission();
@@ -367,6 +383,7 @@ impl Ring {
             self.take_completions();
             // What waited here goes on as far as there is room for answers.
             if self.backlog.is_empty() || self.completed.len() >= COMPLETIONS as usize {
+                self.pending = !self.backlog.is_empty();
                 return Ok(());
             }
         }
