@@ -85,7 +85,13 @@ impl Pump {
 
     /// Notes what a socket reported.
     #[inline]
-    pub(super) fn note(&mut self, side: Side, readable: bool, writable: bool, read_to_the_end: bool) {
+    pub(super) fn note(
+        &mut self,
+        side: Side,
+        readable: bool,
+        writable: bool,
+        read_to_the_end: bool,
+    ) {
         let socket = &mut self.sockets[side as usize];
         socket.readable |= readable;
         socket.writable |= writable;
@@ -134,7 +140,8 @@ impl Pump {
             if !self.sockets[from as usize].readable || self.verdict.failed(to) {
                 return false;
             }
-            let size = if self.streams[from as usize].streak >= STREAK { READ_BULK } else { READ_SMALL };
+            let size =
+                if self.streams[from as usize].streak >= STREAK { READ_BULK } else { READ_SMALL };
             budget = budget.saturating_sub(size);
             match io.receive(from, &mut buffer[..size]) {
                 Ok(0) => self.end_of(from, 0, moved),

@@ -196,11 +196,7 @@ impl<M: Mover> Shell<M> {
     pub(super) fn new(mover: M, spin: Option<Duration>) -> Rc<Shell<M>> {
         let started = clock::now();
         Rc::new(Shell {
-            pace: Pace {
-                started,
-                sleeper: RefCell::new(None),
-                sleeps_to: Cell::new(u64::MAX),
-            },
+            pace: Pace { started, sleeper: RefCell::new(None), sleeps_to: Cell::new(u64::MAX) },
             spin,
             state: RefCell::new(State {
                 flows: Slab::new(),

@@ -108,11 +108,7 @@ impl Verdict {
     /// `shutdown` of the other side's writing half. A failure is not a FIN: it
     /// ends the session and is passed on as a reset. True when the other side
     /// turned out to have failed.
-    pub(super) fn finish(
-        &mut self,
-        from: Side,
-        shutdown: impl FnOnce() -> io::Result<()>,
-    ) -> bool {
+    pub(super) fn finish(&mut self, from: Side, shutdown: impl FnOnce() -> io::Result<()>) -> bool {
         let side = &mut self.sides[from as usize];
         if std::mem::replace(&mut side.finished, true) || side.failure != 0 {
             return false;

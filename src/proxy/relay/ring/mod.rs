@@ -101,10 +101,12 @@ impl Ringed {
             if !entry.is_relaying() || !entry.flow.is_starved(side) {
                 continue;
             }
-            let Ringed { ring, scratch, starved, .. } = &mut state.mover;
+            let Ringed { ring, scratch, starved, stalled, .. } = &mut state.mover;
             let mut moved = Moved::default();
-            if entry.flow.feed(key, side, ring, scratch, &mut moved) == Fed::Hungry {
-                starved.push_back((key, side));
+            match entry.flow.feed(key, side, ring, scratch, &mut moved) {
+                Fed::Done => {}
+                Fed::Hungry => starved.push_back((key, side)),
+                Fed::Waits => stalled.push((key, side)),
             }
             let next = entry.flow.verdict.ending().map_or(Next::Wait, Next::End);
             state.progress(key, &moved, next, pace);

@@ -67,8 +67,10 @@ pub(in crate::proxy::relay) struct Flow {
 struct Stream {
     receive: Option<Op>,
     send: Option<Op>,
-    /// The poll of a starved or stalled socket.
-    poll: Option<Op>,
+    /// The poll of a socket that is not received from, for want of a buffer.
+    starved_poll: Option<Op>,
+    /// The poll of a socket that is not received from, as its bytes wait.
+    stalled_poll: Option<Op>,
     /// Behind what is being sent. Unallocated mostly.
     queue: VecDeque<Chunk>,
     /// Bytes queued or being sent.
@@ -85,7 +87,9 @@ struct Stream {
 pub(super) enum Meaning {
     Nothing,
     /// The pending connect was decided, and whether it failed.
-    Connected { failed: bool },
+    Connected {
+        failed: bool,
+    },
     /// The client has failed before it was relayed.
     ClientFailed,
     /// No buffer for bytes of that side.
@@ -103,6 +107,8 @@ pub(super) enum Fed {
     Done,
     /// It still is.
     Hungry,
+    /// It waits for its own bytes to be sent.
+    Waits,
 }
 
 // === tags ===
@@ -188,7 +194,8 @@ impl Flow {
         if self.operations == 0 {
             return;
         }
-        let streams = self.streams.iter().flat_map(|s| [s.receive, s.send, s.poll]);
+        let streams =
+            self.streams.iter().flat_map(|s| [s.receive, s.send, s.starved_poll, s.stalled_poll]);
         for op in streams.chain([self.connect, self.watch]).flatten() {
             ring.cancel(op);
         }
@@ -219,6 +226,7 @@ impl Flow {
         if self.halted
             || stream.receive.is_some()
             || stream.starved
+            || stream.starved_poll.is_some()
             || self.verdict.ended(from)
             || self.verdict.failed(from.other())
             || stream.queued > high_water(ring) / 2
@@ -273,7 +281,8 @@ impl Flow {
 
     fn forget(&mut self, op: Op, side: Side) {
         let stream = &mut self.streams[side as usize];
-        for held in [&mut stream.receive, &mut stream.send, &mut stream.poll] {
+        let Stream { receive, send, starved_poll, stalled_poll, .. } = stream;
+        for held in [receive, send, starved_poll, stalled_poll] {
             if *held == Some(op) {
                 *held = None;
                 return;
@@ -383,7 +392,8 @@ impl Flow {
     fn is_stalled(&self, from: Side) -> bool {
         let stream = &self.streams[from as usize];
         stream.receive.is_none()
-            && stream.poll.is_none()
+            && stream.starved_poll.is_none()
+            && stream.stalled_poll.is_none()
             && stream.queued > 0
             && !stream.starved
             && !self.verdict.ended(from)
@@ -398,7 +408,8 @@ impl Flow {
         }
         if let Some(socket) = &self.sockets[from as usize] {
             let tag = tag(key, from, Use::Stalled);
-            self.streams[from as usize].poll = Some(ring.poll(socket, tag, Interest::Failure));
+            let poll = ring.poll(socket, tag, Interest::Failure);
+            self.streams[from as usize].stalled_poll = Some(poll);
             self.operations += 1;
         }
     }
@@ -419,11 +430,15 @@ impl Flow {
         moved: &mut Moved,
     ) -> Fed {
         let stream = &mut self.streams[from as usize];
-        if ring.buffers_shown() > 0 || stream.queued > 0 {
-            // With bytes queued, the end of the send starts the receive.
+        if ring.buffers_shown() > 0 {
             stream.starved = false;
             self.arm(key, from, ring);
             return Fed::Done;
+        }
+        if stream.queued > 0 {
+            // The end of the send tries again.
+            stream.starved = false;
+            return Fed::Waits;
         }
         let Some(socket) = &self.sockets[from as usize] else { return Fed::Done };
         match stream::receive(socket, scratch) {
@@ -440,7 +455,7 @@ impl Flow {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 stream.starved = false;
                 let tag = tag(key, from, Use::Starved);
-                stream.poll = Some(ring.poll(socket, tag, Interest::Readable));
+                stream.starved_poll = Some(ring.poll(socket, tag, Interest::Readable));
                 self.operations += 1;
             }
             Err(error) => {
