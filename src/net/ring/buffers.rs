@@ -205,10 +205,12 @@ impl BufferRing {
         while self.shown < self.target {
             let Some(id) = free.pop() else { break };
             let index = self.tail & (self.pool.count - 1);
-            // SAFETY: `index` is below the number of entries allocated. The
-            // kernel reads entries only below the tail, and at most `count` are
-            // ever shown, so it does not look at this one now.
-            let entry = unsafe { &mut *self.entries.as_ptr().add(usize::from(index)) };
+            // SAFETY: `index` is below the number of entries allocated.
+            let entry = unsafe { self.entries.as_ptr().add(usize::from(index)) };
+            // SAFETY: initialised (to zeros), and nobody else's now: the kernel
+            // reads entries only below the tail, and at most `count` are ever
+            // shown. The tail itself, in the first entry, is not written here.
+            let entry = unsafe { &mut *entry };
             entry.set_addr(self.pool.pointer(id) as u64);
             entry.set_len(BUFFER_LEN as u32);
             entry.set_bid(id);
