@@ -34,6 +34,8 @@ pub fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
             socket.set_reuse_port(true)?;
             // Inherited by accepted sockets: no call for each connection.
             socket.set_tcp_nodelay(true)?;
+            // Urgent bytes stay in the stream (tcp(7)). Inherited, too.
+            socket.set_out_of_band_inline(true)?;
             socket.bind(&SockAddr::from(address))?;
             Ok(socket)
         })

@@ -11,6 +11,7 @@ mod ioctl;
 pub mod limits;
 pub mod listen;
 pub mod reactor;
+pub mod ring;
 mod sockopt;
 pub mod stream;
 pub mod timer;

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use super::epoll::Epoll;
+use super::ring::Wake;
 use socket2::Socket;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -22,6 +23,8 @@ mod sealed {
 
 impl sealed::Sealed for Epoll {}
 impl Steady for Epoll {}
+impl sealed::Sealed for Wake {}
+impl Steady for Wake {}
 impl sealed::Sealed for Arc<Socket> {}
 impl Steady for Arc<Socket> {}
 
@@ -30,7 +33,7 @@ impl Steady for Arc<Socket> {}
 pub fn watch_readable<T: Steady>(owner: T) -> io::Result<AsyncFd<T>> {
     // SAFETY: `Steady` is sealed to types that own their descriptor, never
     // replace it, and close it only when dropped; the `AsyncFd` owns `owner`
-    // (for the `Arc`, a share of it), so it stays open as long as it does.
+    // (for the `Arc` and for `Wake`, a share of it), so it stays open as long as it does.
     let watched = unsafe { AsyncFd::register_with_interest(owner, Interest::READABLE) };
     watched.map_err(Into::into)
 }

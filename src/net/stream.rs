@@ -115,6 +115,19 @@ pub fn reset(socket: OwnedFd) {
     drop(socket);
 }
 
+/// Makes the last close of `socket` a reset, as [`reset`] does at once.
+pub fn reset_on_close(socket: impl AsFd) {
+    let _ = SockRef::from(&socket).set_linger(Some(Duration::ZERO));
+}
+
+/// Tears the connection down without closing the descriptor: the peer gets RST
+/// (connect(2), AF_UNSPEC), and whoever waits on the socket is woken.
+pub fn tear_down(socket: impl AsFd) {
+    // Neither can fail in a way that leaves anyone waiting.
+    let _ = rustix::net::connect_unspec(&socket);
+    let _ = rustix::net::shutdown(&socket, Shutdown::Both);
+}
+
 /// Bytes sent but not yet acknowledged by the peer's kernel (tcp(7), SIOCOUTQ);
 /// 0 where that cannot be told.
 pub fn unacknowledged(socket: impl AsFd) -> u64 {

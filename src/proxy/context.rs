@@ -62,7 +62,7 @@ pub struct Context {
     /// The worker's number, from 0.
     pub id: usize,
     /// Moves the bytes.
-    pub engine: Rc<Engine>,
+    pub engine: Engine,
     /// Process-wide caps, gate and reports.
     pub shared: Shared,
     /// This worker's counts.
@@ -114,7 +114,7 @@ impl Context {
     /// The surroundings of worker `id`; `seed` drives its random draws.
     pub fn new(
         id: usize,
-        engine: Rc<Engine>,
+        engine: Engine,
         shared: Shared,
         tables: TableReader,
         counters: Arc<WorkerCounters>,

@@ -90,7 +90,8 @@ async fn serve(
     let Upstream { held, connect_time, since } = match dialled {
         Ok(upstream) => upstream,
         Err(ending) => {
-            refuse(flow);
+            // At once and with RST, so that silence is not taken for an answer.
+            flow.refuse();
             return ending;
         }
     };
@@ -103,14 +104,6 @@ async fn serve(
         Box::pin(reset_when_sent(last_words)).await;
     }
     ending
-}
-
-/// Turns a client away at once: with RST, so that it does not take silence for
-/// an answer.
-fn refuse(flow: Flow) {
-    if let Some(client) = flow.into_client() {
-        stream::reset(client);
-    }
 }
 
 /// Closes both sockets the way the session ended: FIN for an end in order and

@@ -7,8 +7,9 @@
 use super::close::Cause;
 use super::context::{Context, Shared};
 use super::listener::{Listener, Retirement};
-use super::relay::Engine;
+use super::relay::{Engine, RING_SETTINGS};
 use crate::net::cpu;
+use crate::net::ring::Ring;
 use crate::table::publish::TablePublisher;
 use crate::table::state::BackendId;
 use crate::telemetry::access_log::AccessLogSender;
@@ -26,16 +27,16 @@ use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 
 /// Entries of the tokio-uring submission queue; it carries few operations, as
-/// bytes move through the engine's own set.
+/// bytes move through the engine's own ring.
 const RING_ENTRIES: u32 = 1024;
 const RING_COMPLETIONS: u32 = 8192;
 
-/// Which runtime drives the engine.
+/// Which engine moves the bytes, and on which runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Runtime {
-    /// tokio-uring: its reactor is woken through the ring.
+    /// The ring engine on tokio-uring.
     IoUring,
-    /// Plain tokio on epoll.
+    /// The readiness engine on plain tokio.
     Epoll,
 }
 
@@ -108,17 +109,33 @@ impl Runtime {
         }
     }
 
-    /// Whether the kernel lets us have a ring: sets one up and throws it away.
+    /// Whether the kernel lets us have rings that do what we need: sets one of
+    /// each kind up and throws them away.
     pub fn io_uring_allowed() -> io::Result<()> {
-        let probe = || tokio_uring::Runtime::new(&ring_builder()).map(drop);
+        let probe = || {
+            tokio_uring::Runtime::new(&ring_builder()).map(drop)?;
+            Ring::probe()
+        };
         // On a thread of its own: a ring belongs to the thread that made it.
         std::thread::scope(|scope| {
             scope.spawn(probe).join().unwrap_or_else(|_| Err(io::Error::other("probe panicked")))
         })
     }
 
+    /// The engine of a worker. Where there is no ring to be had for it although
+    /// there was at start, readiness has to do.
+    fn engine(self, worker: usize, spin: Option<Duration>) -> io::Result<Engine> {
+        if self == Runtime::Epoll {
+            return Engine::readiness(spin);
+        }
+        Engine::ring(spin, RING_SETTINGS).or_else(|error| {
+            tracing::warn!(worker, %error, "no ring for this worker; it uses readiness");
+            Engine::readiness(spin)
+        })
+    }
+
     /// Runs `main` to its end on a fresh runtime of this kind.
-    fn block_on(self, main: impl Future<Output = ()>) -> io::Result<()> {
+    pub(super) fn block_on(self, main: impl Future<Output = ()>) -> io::Result<()> {
         match self {
             Runtime::IoUring => {
                 tokio_uring::Runtime::new(&ring_builder())?.block_on(main);
@@ -211,7 +228,7 @@ impl Worker {
 }
 
 fn set_up(plan: Plan) -> io::Result<Rc<Context>> {
-    let engine = Engine::new(plan.spin)?;
+    let engine = plan.runtime.engine(plan.id, plan.spin)?;
     Ok(Rc::new(Context::new(
         plan.id,
         engine,
@@ -226,7 +243,7 @@ fn set_up(plan: Plan) -> io::Result<Rc<Context>> {
 /// Obeys commands until told to stop; the engine, the listeners and the
 /// sessions are tasks beside it.
 async fn serve(ctx: Rc<Context>, inbox: &Mailbox) {
-    let mut engine = tokio::task::spawn_local(Rc::clone(&ctx.engine).run());
+    let mut engine = tokio::task::spawn_local(ctx.engine.clone().run());
     let mut listeners: HashMap<SocketAddr, Rc<Retirement>> = HashMap::new();
     loop {
         let command = tokio::select! {

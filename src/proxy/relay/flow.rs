@@ -3,19 +3,18 @@
 //! Used by `session` and `connect`. Dropping the handle takes the flow out of
 //! the engine and closes its sockets.
 
-use super::readiness::Engine;
-use crate::proxy::close::{Cause, Ending, Side};
+use super::Engine;
+use crate::proxy::close::{Cause, Ending};
 use crate::table::state::{BackendState, FrontendState};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// One session's sockets, inside the engine.
 #[derive(Debug)]
 pub struct Flow {
-    pub(super) engine: Rc<Engine>,
+    pub(super) engine: Engine,
     pub(super) key: u32,
 }
 
@@ -96,10 +95,10 @@ impl Flow {
         self.engine.relay(self.key, limits, meter).await
     }
 
-    /// Takes the client's socket out again, for a session that ends before it
-    /// is relayed.
-    pub fn into_client(self) -> Option<OwnedFd> {
-        self.engine.take_socket(self.key, Side::Client)
+    /// Turns the client away with RST, for a session that ends before it is
+    /// relayed.
+    pub fn refuse(self) {
+        self.engine.refuse(self.key);
     }
 }
 

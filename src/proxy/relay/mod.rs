@@ -2,12 +2,124 @@
 //!
 //! A session opens a [`Flow`] for its client, connects it, and awaits one
 //! completion. One long-lived engine task a worker drives all flows; a task
-//! each measured 10 to 25 % more CPU. The readiness engine (`readiness`) works
-//! on an epoll set of its own; `pump` is the state machine of one session.
+//! each measured 10 to 25 % more CPU. There are two engines: `ring` on an
+//! io_uring of its own, `readiness` on an epoll set. What they share is written
+//! once: `shell` (stages, timers, cuts, the task), `verdict` (who ended, and how
+//! the session ends), `relaying` (timers and counting).
 
 mod flow;
 mod pump;
 mod readiness;
+mod relaying;
+mod ring;
+mod shell;
+#[cfg(test)]
+mod tests;
+mod verdict;
 
+pub use crate::net::ring::Settings as RingSettings;
 pub use flow::{ConnectEnd, Flow, Limits, Meter, Relayed};
-pub use readiness::Engine;
+pub use ring::SETTINGS as RING_SETTINGS;
+
+use super::close::Cause;
+use crate::table::state::BackendId;
+use readiness::Readiness;
+use ring::Ringed;
+use shell::Shell;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// One worker's engine; a handle, cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Engine(Kind);
+
+#[derive(Debug, Clone)]
+enum Kind {
+    Readiness(Rc<Shell<Readiness>>),
+    Ring(Rc<Shell<Ringed>>),
+}
+
+/// The same for either engine.
+macro_rules! either {
+    ($engine:expr, $shell:ident => $do:expr) => {
+        match &$engine.0 {
+            Kind::Readiness($shell) => $do,
+            Kind::Ring($shell) => $do,
+        }
+    };
+}
+
+// === impl Engine ===
+
+impl Engine {
+    /// A readiness engine for the current thread's runtime. `spin` is how long
+    /// to poll after the last activity before sleeping.
+    pub fn readiness(spin: Option<Duration>) -> io::Result<Engine> {
+        Ok(Engine(Kind::Readiness(Shell::new(Readiness::new()?, spin))))
+    }
+
+    /// A ring engine for the current thread and its runtime.
+    pub fn ring(spin: Option<Duration>, settings: RingSettings) -> io::Result<Engine> {
+        Ok(Engine(Kind::Ring(Shell::new(Ringed::new(settings)?, spin))))
+    }
+
+    /// A flow for an accepted client; its reset is noticed before long.
+    pub fn open(&self, client: OwnedFd) -> io::Result<Flow> {
+        let key = either!(self, shell => shell.open(client))?;
+        Ok(Flow { engine: self.clone(), key })
+    }
+
+    /// Flows open now.
+    pub fn open_flows(&self) -> usize {
+        either!(self, shell => shell.open_flows())
+    }
+
+    /// Ends every flow, whatever it is doing; gives their number.
+    pub fn cut_all(&self, cause: Cause) -> usize {
+        either!(self, shell => shell.cut_all(cause))
+    }
+
+    /// Ends every relayed flow of one backend; gives their number.
+    pub fn cut_backend(&self, backend: BackendId, cause: Cause) -> usize {
+        either!(self, shell => shell.cut_backend(backend, cause))
+    }
+
+    /// Drives every flow; runs as long as the worker.
+    pub async fn run(self) -> io::Result<()> {
+        match self.0 {
+            Kind::Readiness(shell) => shell.run().await,
+            Kind::Ring(shell) => shell.run().await,
+        }
+    }
+
+    async fn connected(
+        &self,
+        key: u32,
+        upstream: OwnedFd,
+        deadline: Instant,
+    ) -> Result<(), ConnectEnd> {
+        either!(self, shell => shell.connected(key, upstream, deadline).await)
+    }
+
+    fn attach(&self, key: u32, upstream: OwnedFd) -> io::Result<()> {
+        either!(self, shell => shell.attach(key, upstream))
+    }
+
+    async fn interrupted(&self, key: u32) -> ConnectEnd {
+        either!(self, shell => shell.interrupted(key).await)
+    }
+
+    async fn relay(&self, key: u32, limits: Limits, meter: Meter) -> Relayed {
+        either!(self, shell => shell.relay(key, limits, meter).await)
+    }
+
+    fn refuse(&self, key: u32) {
+        either!(self, shell => shell.refuse(key))
+    }
+
+    fn remove(&self, key: u32) {
+        either!(self, shell => shell.remove(key))
+    }
+}

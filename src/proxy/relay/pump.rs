@@ -6,7 +6,8 @@
 //! timers. Bytes that could not be sent are the only thing it ever keeps: at
 //! most one buffer a direction, none while a session is idle.
 
-use crate::proxy::close::{Cause, Ending, Phase, Side};
+use super::verdict::{Moved, Next, Verdict};
+use crate::proxy::close::Side;
 use std::io;
 
 /// Read size until a stream proves to be bulk.
@@ -40,8 +41,7 @@ pub(super) struct Pump {
     streams: [Stream; 2],
     /// Indexed by side.
     sockets: [Socket; 2],
-    /// Which side ended first.
-    closed_first: Option<Side>,
+    pub(super) verdict: Verdict,
 }
 
 /// What is known of one socket; edge-triggered, so it must be remembered.
@@ -52,8 +52,6 @@ struct Socket {
     /// Reads go on until they say FIN or error themselves: a short read no
     /// longer means "drained".
     read_to_the_end: bool,
-    /// The errno that ended it; 0 while it is well.
-    failure: i32,
 }
 
 /// Bytes from one side on their way to the other.
@@ -66,34 +64,6 @@ struct Stream {
     bytes: u64,
     /// Full reads in a row.
     streak: u8,
-    /// FIN (or the end by failure) was received.
-    ended: bool,
-    /// It was a FIN.
-    in_order: bool,
-    /// FIN was passed on.
-    finished: bool,
-}
-
-/// What one turn did.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Moved {
-    /// Bytes received from each side, by [`Side`] number.
-    pub(super) received: [u64; 2],
-    /// Bytes were sent somewhere.
-    pub(super) sent: bool,
-    /// A side's FIN was seen this turn.
-    pub(super) ended: bool,
-}
-
-/// What a turn asks for next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Next {
-    /// Wait for the sockets.
-    Wait,
-    /// Its share of this round is used up: turn again soon.
-    Again,
-    /// Over.
-    End(Ending),
 }
 
 // === impl Pump ===
@@ -128,32 +98,9 @@ impl Pump {
         socket.read_to_the_end |= read_to_the_end;
     }
 
-    /// Notes that a side's connection has failed while bytes from it still wait
-    /// for the other to take them; true when that is news. The failure itself is
-    /// read in its turn, but nobody waits for more than the half-closed time.
-    pub(super) fn note_failure(&mut self, side: Side) -> bool {
-        let news = self.closed_first.is_none();
-        self.closed_first.get_or_insert(side);
-        news
-    }
-
     /// Bytes received from that side so far.
     pub(super) fn bytes_from(&self, side: Side) -> u64 {
         self.streams[side as usize].bytes
-    }
-
-    /// Which side ended first, if one did.
-    pub(super) fn closed_first(&self) -> Option<Side> {
-        self.closed_first
-    }
-
-    /// How far the session has come.
-    pub(super) fn phase(&self) -> Phase {
-        match self.streams.iter().filter(|stream| stream.in_order).count() {
-            0 => Phase::Data,
-            1 => Phase::HalfClosed,
-            _ => Phase::Closed,
-        }
     }
 
     /// Moves what can be moved, through `buffer` (at least [`READ_BULK`]).
@@ -161,7 +108,7 @@ impl Pump {
     pub(super) fn turn(&mut self, io: &impl Io, buffer: &mut [u8], moved: &mut Moved) -> Next {
         let again = self.forward(Side::Client, io, buffer, moved)
             | self.forward(Side::Backend, io, buffer, moved);
-        if let Some(ending) = self.ending() {
+        if let Some(ending) = self.verdict.ending() {
             return Next::End(ending);
         }
         if again || self.failed_but_unread() { Next::Again } else { Next::Wait }
@@ -170,10 +117,9 @@ impl Pump {
     /// A side that failed while it was sent to, after its own turn to be read.
     fn failed_but_unread(&self) -> bool {
         Side::BOTH.into_iter().any(|side| {
-            let socket = &self.sockets[side as usize];
-            socket.failure != 0
-                && socket.readable
-                && !self.streams[side as usize].ended
+            self.verdict.failed(side)
+                && self.sockets[side as usize].readable
+                && !self.verdict.ended(side)
                 && self.streams[side as usize].kept.is_empty()
         })
     }
@@ -187,15 +133,15 @@ impl Pump {
             if !self.send_kept(from, io, moved) {
                 return false;
             }
-            let stream = &mut self.streams[from as usize];
-            if stream.ended {
+            if self.verdict.ended(from) {
                 self.finish(from, io);
                 return false;
             }
-            if !self.sockets[from as usize].readable || self.sockets[to as usize].failure != 0 {
+            if !self.sockets[from as usize].readable || self.verdict.failed(to) {
                 return false;
             }
-            let size = if stream.streak >= STREAK { READ_BULK } else { READ_SMALL };
+            let size =
+                if self.streams[from as usize].streak >= STREAK { READ_BULK } else { READ_SMALL };
             budget = budget.saturating_sub(size);
             match io.receive(from, &mut buffer[..size]) {
                 Ok(0) => self.end_of(from, 0, moved),
@@ -218,12 +164,11 @@ impl Pump {
     #[inline]
     fn send_kept(&mut self, from: Side, io: &impl Io, moved: &mut Moved) -> bool {
         let to = from.other();
-        let stream = &mut self.streams[from as usize];
-        if stream.kept.is_empty() {
+        if self.streams[from as usize].kept.is_empty() {
             return true;
         }
-        let socket = &mut self.sockets[to as usize];
-        while socket.writable && socket.failure == 0 {
+        while self.sockets[to as usize].writable && !self.verdict.failed(to) {
+            let stream = &mut self.streams[from as usize];
             match io.send(to, &stream.kept[stream.sent..]) {
                 Ok(sent) => {
                     moved.sent = true;
@@ -235,39 +180,37 @@ impl Pump {
                         return true;
                     }
                     // send(2) took less than it was given: no more room.
-                    socket.writable = false;
+                    self.sockets[to as usize].writable = false;
                 }
-                Err(error) => note_send_error(socket, &error),
+                Err(error) => self.send_error(to, &error),
             }
         }
-        if socket.failure != 0 {
+        let failed = self.verdict.failed(to);
+        if failed {
+            let stream = &mut self.streams[from as usize];
             stream.kept = Vec::new();
             stream.sent = 0;
-            self.closed_first.get_or_insert(to);
         }
-        socket.failure != 0
+        failed
     }
 
     /// Sends what was just received, and keeps what does not go out.
     #[inline]
     fn send_fresh(&mut self, from: Side, io: &impl Io, bytes: &[u8], moved: &mut Moved) {
         let to = from.other();
-        let stream = &mut self.streams[from as usize];
-        let socket = &mut self.sockets[to as usize];
         let mut sent = 0;
-        while sent < bytes.len() && socket.writable && socket.failure == 0 {
+        while sent < bytes.len() && self.sockets[to as usize].writable && !self.verdict.failed(to) {
             match io.send(to, &bytes[sent..]) {
                 Ok(more) => {
                     moved.sent = true;
                     sent += more;
-                    socket.writable = sent == bytes.len();
+                    self.sockets[to as usize].writable = sent == bytes.len();
                 }
-                Err(error) => note_send_error(socket, &error),
+                Err(error) => self.send_error(to, &error),
             }
         }
-        if socket.failure != 0 {
-            self.closed_first.get_or_insert(to);
-        } else if sent < bytes.len() {
+        if sent < bytes.len() && !self.verdict.failed(to) {
+            let stream = &mut self.streams[from as usize];
             // The receiver is the bottleneck: big reads would only pin memory.
             stream.streak = 0;
             stream.kept = bytes[sent..].to_vec();
@@ -291,53 +234,26 @@ impl Pump {
 
     /// `from` will send no more: FIN, or a failure with its errno.
     fn end_of(&mut self, from: Side, errno: i32, moved: &mut Moved) {
-        self.streams[from as usize].ended = true;
-        self.streams[from as usize].in_order = errno == 0;
         self.sockets[from as usize].readable = false;
-        self.closed_first.get_or_insert(from);
+        self.verdict.end_of(from, errno);
         moved.ended = true;
-        if errno != 0 {
-            self.sockets[from as usize].failure = errno;
-        }
     }
 
-    /// Passes a FIN on, once everything before it is sent. A failure is not a
-    /// FIN: it ends the session and is passed on as a reset.
     fn finish(&mut self, from: Side, io: &impl Io) {
         let to = from.other();
-        let stream = &mut self.streams[from as usize];
-        if stream.finished {
-            return;
-        }
-        stream.finished = true;
-        if self.sockets[from as usize].failure != 0 {
-            return;
-        }
-        let socket = &mut self.sockets[to as usize];
-        if let Err(error) = io.shutdown_write(to)
-            && socket.failure == 0
-        {
-            socket.fail(errno_of(&error));
-            self.closed_first.get_or_insert(to);
+        if self.verdict.finish(from, || io.shutdown_write(to)) {
+            self.sockets[to as usize].read_to_the_end();
         }
     }
 
-    /// The verdict, once nothing is left to move.
-    fn ending(&self) -> Option<Ending> {
-        let (phase, closed_first) = (self.phase(), self.closed_first);
-        let first = closed_first.unwrap_or(Side::Client);
-        for side in [first, first.other()] {
-            let failure = self.sockets[side as usize].failure;
-            let receiver_failed = self.sockets[side.other() as usize].failure != 0;
-            // What a failed side had sent before is still delivered, as long as
-            // there is somebody to take it.
-            if failure != 0 && (self.streams[side as usize].finished || receiver_failed) {
-                let cause = Cause::of_failure(side, failure);
-                return Some(Ending { cause, phase, errno: failure, closed_first });
-            }
+    fn send_error(&mut self, to: Side, error: &io::Error) {
+        let socket = &mut self.sockets[to as usize];
+        if is_would_block(error) {
+            socket.writable = false;
+        } else if error.kind() != io::ErrorKind::Interrupted {
+            socket.read_to_the_end();
+            self.verdict.send_failed(to, errno_of(error));
         }
-        let over = self.streams.iter().all(|stream| stream.finished);
-        over.then_some(Ending { cause: Cause::Finished, phase, errno: 0, closed_first })
     }
 }
 
@@ -345,18 +261,9 @@ impl Pump {
 
 impl Socket {
     /// Sending to it failed; whatever it had sent before is still to be read.
-    fn fail(&mut self, errno: i32) {
-        self.failure = errno;
+    fn read_to_the_end(&mut self) {
         self.readable = true;
         self.read_to_the_end = true;
-    }
-}
-
-fn note_send_error(socket: &mut Socket, error: &io::Error) {
-    if is_would_block(error) {
-        socket.writable = false;
-    } else if error.kind() != io::ErrorKind::Interrupted {
-        socket.fail(errno_of(error));
     }
 }
 

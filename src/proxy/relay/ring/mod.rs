@@ -1,0 +1,254 @@
+//! The ring engine: receives and sends as io_uring operations on a ring of a
+//! worker's own.
+//!
+//! Driven by the shell, woken by the ring's eventfd through the runtime's
+//! reactor. Multishot receives into shared buffers, sends straight out of them;
+//! an idle session holds no buffer. Nothing here is unsafe: what the kernel uses
+//! belongs to `net::ring`.
+
+mod streams;
+
+use super::shell::{Mover, Pace, Round, State};
+use super::verdict::{Moved, Next, Verdict};
+use crate::clock;
+use crate::net::ring::{BUFFER_LEN, Event, Ring, Settings, Wake};
+use crate::net::{reactor, stream};
+use crate::proxy::close::Side;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::task::{Context, Poll};
+use std::time::Duration;
+use streams::{Fed, Flow, Meaning};
+use tokio::io::unix::AsyncFd;
+
+/// 16 MiB at most for a worker, and only as much as was ever in use at once.
+/// 256 were enough for 512 busy sessions and 64 cost them 20 %; the rest is for
+/// slow readers, each of which pins eight. Where they run out, sessions go on
+/// with a buffer each of their own, slower. Few are shown at first: those stay
+/// in the cache.
+pub const SETTINGS: Settings = Settings { buffers: 1024, shown: 128 };
+
+/// Wake-ups by the eventfd are argued for, not promised: look now and then.
+const SAFETY_TICK: Duration = Duration::from_millis(100);
+
+/// Ticks without starvation after which fewer buffers are shown again.
+const NARROW_AFTER: u32 = 50;
+
+/// The ring, and what is shared by all sessions.
+#[derive(Debug)]
+pub(super) struct Ringed {
+    ring: Ring,
+    bell: AsyncFd<Wake>,
+    /// Sides that wait for a buffer.
+    starved: VecDeque<(u32, Side)>,
+    /// Sides not received from since the last tick.
+    stalled: Vec<(u32, Side)>,
+    /// For reading where there is no buffer.
+    scratch: Box<[u8]>,
+    /// Starvations seen at the last tick, and ticks since there was one.
+    starved_before: u64,
+    quiet_ticks: u32,
+}
+
+// === impl Ringed ===
+
+impl Ringed {
+    /// On the current thread and its runtime.
+    pub(super) fn new(settings: Settings) -> io::Result<Ringed> {
+        let ring = Ring::new(settings)?;
+        let bell = reactor::watch_readable(ring.wake())?;
+        Ok(Ringed {
+            ring,
+            bell,
+            starved: VecDeque::new(),
+            stalled: Vec::new(),
+            scratch: vec![0; BUFFER_LEN].into_boxed_slice(),
+            starved_before: 0,
+            quiet_ticks: 0,
+        })
+    }
+
+    #[inline]
+    fn handle(state: &mut State<Ringed>, event: Event, pace: &Pace) {
+        let key = streams::key_of(event.tag);
+        // Flows outlive their operations, so this one is there.
+        let Some(entry) = state.flows.get_mut(key as usize) else { return };
+        let last = event.last;
+        let mut moved = Moved::default();
+        let meaning = entry.flow.handle(event, &mut state.mover.ring, &mut moved);
+        let next = entry.flow.verdict.ending().map_or(Next::Wait, Next::End);
+        match meaning {
+            Meaning::Nothing => {}
+            Meaning::Connected { failed } => state.connect_decided(key, failed),
+            Meaning::ClientFailed => state.client_failed(key),
+            Meaning::Starved(side) => state.mover.starved.push_back((key, side)),
+            Meaning::Stalled(side) => state.mover.stalled.push((key, side)),
+            Meaning::Failed(_) => state.note_failure(key, true, pace),
+        }
+        state.progress(key, &moved, next, pace);
+        if last {
+            state.settle(key);
+        }
+    }
+
+    /// Lets every starved side try again, once.
+    fn feed(state: &mut State<Ringed>, pace: &Pace) {
+        for _ in 0..state.mover.starved.len() {
+            let Some((key, side)) = state.mover.starved.pop_front() else { return };
+            let Some(entry) = state.flows.get_mut(key as usize) else { continue };
+            // An entry of an earlier flow in this place does no harm.
+            if !entry.is_relaying() || !entry.flow.is_starved(side) {
+                continue;
+            }
+            let Ringed { ring, scratch, starved, stalled, .. } = &mut state.mover;
+            let mut moved = Moved::default();
+            match entry.flow.feed(key, side, ring, scratch, &mut moved) {
+                Fed::Done => {}
+                Fed::Hungry => starved.push_back((key, side)),
+                Fed::Waits => stalled.push((key, side)),
+            }
+            let next = entry.flow.verdict.ending().map_or(Next::Wait, Next::End);
+            state.progress(key, &moved, next, pace);
+        }
+    }
+}
+
+impl Mover for Ringed {
+    type Flow = Flow;
+
+    const SLEEP_MAX: Option<Duration> = Some(SAFETY_TICK);
+
+    fn open(&mut self, _: u32, client: OwnedFd) -> io::Result<Flow> {
+        Ok(Flow::new(client))
+    }
+
+    fn attach(
+        &mut self,
+        key: u32,
+        flow: &mut Flow,
+        upstream: OwnedFd,
+        pending: bool,
+    ) -> io::Result<()> {
+        // Nothing tells of an urgent byte before it is dropped. Accepted
+        // sockets have this from their listener.
+        stream::keep_urgent_inline(&upstream);
+        flow.attach(key, upstream, pending, &mut self.ring);
+        Ok(())
+    }
+
+    fn detach(&mut self, flow: &mut Flow) {
+        flow.detach(&mut self.ring);
+    }
+
+    fn watch_client(&mut self, key: u32, flow: &mut Flow) {
+        flow.watch_client(key, &mut self.ring);
+    }
+
+    fn begin(&mut self, key: u32, flow: &mut Flow, _: &mut Moved) -> Next {
+        for side in Side::BOTH {
+            flow.arm(key, side, &mut self.ring);
+        }
+        Next::Wait
+    }
+
+    fn halt(&mut self, flow: &mut Flow) {
+        flow.halt(&mut self.ring);
+    }
+
+    #[inline]
+    fn is_settled(flow: &Flow) -> bool {
+        flow.is_settled()
+    }
+
+    fn tear_down(&mut self, flow: &mut Flow) {
+        flow.tear_down(&mut self.ring);
+    }
+
+    fn ask_progress(&mut self, flow: &mut Flow) -> bool {
+        flow.ask_progress(&mut self.ring)
+    }
+
+    #[inline]
+    fn verdict(flow: &Flow) -> &Verdict {
+        &flow.verdict
+    }
+
+    fn bytes_from(flow: &Flow, side: Side) -> u64 {
+        flow.bytes_from(side)
+    }
+
+    fn backend(flow: &Flow) -> Option<BorrowedFd<'_>> {
+        flow.socket(Side::Backend).map(|socket| socket.as_fd())
+    }
+
+    fn take_sockets(flow: &mut Flow) -> Option<[OwnedFd; 2]> {
+        flow.take_sockets()
+    }
+
+    fn refuse(&mut self, flow: &mut Flow) {
+        if let Some(client) = flow.socket(Side::Client) {
+            stream::reset_on_close(client);
+        }
+    }
+
+    #[inline]
+    fn has_work(&self) -> bool {
+        self.ring.has_pending() || !self.starved.is_empty()
+    }
+
+    fn round(state: &mut State<Ringed>, pace: &Pace) -> io::Result<Round> {
+        state.mover.ring.enter()?;
+        state.now = clock::now();
+        let mut busy = false;
+        while let Some(event) = state.mover.ring.next_event() {
+            busy = true;
+            Ringed::handle(state, event, pace);
+        }
+        if !state.mover.starved.is_empty() {
+            // What this batch gave back is to be had before the next.
+            state.mover.ring.show_buffers();
+            Ringed::feed(state, pace);
+        }
+        Ok(Round { drained: true, busy })
+    }
+
+    fn tick(state: &mut State<Ringed>, _: &Pace) {
+        let mut stalled = std::mem::take(&mut state.mover.stalled);
+        for (key, side) in stalled.drain(..) {
+            if let Some(entry) = state.flows.get_mut(key as usize)
+                && entry.is_relaying()
+            {
+                entry.flow.watch_stalled(key, side, &mut state.mover.ring);
+            }
+        }
+        let mover = &mut state.mover;
+        mover.stalled = stalled;
+        let starved = mover.ring.counts().starved;
+        if std::mem::replace(&mut mover.starved_before, starved) != starved {
+            mover.quiet_ticks = 0;
+            return;
+        }
+        mover.quiet_ticks += 1;
+        if mover.quiet_ticks >= NARROW_AFTER {
+            mover.quiet_ticks = 0;
+            mover.ring.narrow();
+        }
+    }
+
+    fn doze(&mut self) -> bool {
+        self.starved.is_empty() && self.ring.doze()
+    }
+
+    fn poll_wake(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.bell.poll_read_ready(cx).map(|guard| guard.map(|mut guard| guard.clear_ready()))
+    }
+
+    fn rouse(&mut self) {
+        self.ring.rouse();
+    }
+
+    fn ring_the_bell(&self) -> io::Result<bool> {
+        self.ring.ring_the_bell().map(|()| true)
+    }
+}

@@ -1,0 +1,476 @@
+//! One session on the ring: what is received, queued and sent in each
+//! direction, and which operations are in flight.
+//!
+//! Driven by `Ringed` with the ring's events. It owns the sockets together with
+//! the operations that use them, reads no clock and knows no timers.
+//!
+//! In each direction there is at most one receive and one send. Bytes wait in a
+//! queue while a send is in flight; at the high-water mark the receive is
+//! cancelled, at the low one it is started again.
+
+use crate::net::ring::{BUFFER_LEN, Chunk, Event, Interest, Op, Ring, What};
+use crate::net::stream;
+use crate::proxy::close::Side;
+use crate::proxy::relay::verdict::{Moved, Verdict};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+/// Bytes queued at which a direction stops receiving, while buffers are plenty.
+/// It stops late: what the kernel had under way still comes, up to a megabyte
+/// or so. The pool bounds all of them together.
+pub(super) const HIGH_WATER: usize = 128 * 1024;
+
+/// The same once less than half of the pool's buffers are left: slow readers
+/// must not take them all from the others.
+const HIGH_WATER_SCARCE: usize = 2 * BUFFER_LEN;
+
+/// Where a cancelled receive goes on for so much longer, the cancellation has
+/// missed it: try again.
+const CANCEL_AGAIN: usize = 512 * 1024;
+
+/// What an operation is for; the low bits of its tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Use {
+    Receive,
+    /// Tagged with the side the bytes came from.
+    Send,
+    Connect,
+    /// The client, while the backend's connect is pending.
+    Watch,
+    /// A socket that was drained while there was no buffer.
+    Starved,
+    /// A socket not received from, as its bytes wait.
+    Stalled,
+}
+
+/// One session's sockets, streams and operations.
+#[derive(Debug, Default)]
+pub(in crate::proxy::relay) struct Flow {
+    /// By side. Operations hold shares.
+    sockets: [Option<Rc<OwnedFd>>; 2],
+    /// By the side the bytes come from.
+    streams: [Stream; 2],
+    pub(super) verdict: Verdict,
+    /// Operations whose last event is still to come.
+    operations: u32,
+    connect: Option<Op>,
+    watch: Option<Op>,
+    /// Over: nothing new is started, and what still comes is dropped.
+    halted: bool,
+}
+
+/// Bytes from one side on their way to the other.
+#[derive(Debug, Default)]
+struct Stream {
+    receive: Option<Op>,
+    send: Option<Op>,
+    /// The poll of a socket that is not received from, for want of a buffer.
+    starved_poll: Option<Op>,
+    /// The poll of a socket that is not received from, as its bytes wait.
+    stalled_poll: Option<Op>,
+    /// Behind what is being sent. Unallocated mostly.
+    queue: VecDeque<Chunk>,
+    /// Bytes queued or being sent.
+    queued: usize,
+    /// `queued` at which to cancel the receive, next time.
+    cancel_at: usize,
+    bytes: u64,
+    /// Waits for a buffer.
+    starved: bool,
+}
+
+/// What an event means to the engine, beside what it moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Meaning {
+    Nothing,
+    /// The pending connect was decided, and whether it failed.
+    Connected {
+        failed: bool,
+    },
+    /// The client has failed before it was relayed.
+    ClientFailed,
+    /// No buffer for bytes of that side.
+    Starved(Side),
+    /// That side is not received from, as its bytes wait.
+    Stalled(Side),
+    /// That side has failed, and it is news.
+    Failed(Side),
+}
+
+/// What came of asking for bytes without a receive in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fed {
+    /// It is no longer starved.
+    Done,
+    /// It still is.
+    Hungry,
+    /// It waits for its own bytes to be sent.
+    Waits,
+}
+
+// === tags ===
+
+fn tag(key: u32, side: Side, what: Use) -> u64 {
+    u64::from(key) << 8 | (side as u64) << 4 | what as u64
+}
+
+/// The flow an event belongs to.
+#[inline]
+pub(super) fn key_of(tag: u64) -> u32 {
+    (tag >> 8) as u32
+}
+
+fn side_of(tag: u64) -> Side {
+    if tag & 0x10 == 0 { Side::Client } else { Side::Backend }
+}
+
+// === impl Flow: sockets ===
+
+impl Flow {
+    pub(super) fn new(client: OwnedFd) -> Flow {
+        Flow { sockets: [Some(Rc::new(client)), None], ..Flow::default() }
+    }
+
+    pub(super) fn attach(&mut self, key: u32, upstream: OwnedFd, pending: bool, ring: &mut Ring) {
+        let upstream = Rc::new(upstream);
+        if pending {
+            let tag = tag(key, Side::Backend, Use::Connect);
+            self.connect = Some(ring.poll(&upstream, tag, Interest::Writable));
+            self.operations += 1;
+        }
+        self.sockets[Side::Backend as usize] = Some(upstream);
+    }
+
+    pub(super) fn detach(&mut self, ring: &mut Ring) {
+        if let Some(op) = self.connect.take() {
+            ring.cancel(op);
+        }
+        self.sockets[Side::Backend as usize] = None;
+    }
+
+    pub(super) fn watch_client(&mut self, key: u32, ring: &mut Ring) {
+        if self.watch.is_none()
+            && let Some(client) = &self.sockets[Side::Client as usize]
+        {
+            let tag = tag(key, Side::Client, Use::Watch);
+            self.watch = Some(ring.poll(client, tag, Interest::Failure));
+            self.operations += 1;
+        }
+    }
+
+    pub(super) fn socket(&self, side: Side) -> Option<&Rc<OwnedFd>> {
+        self.sockets[side as usize].as_ref()
+    }
+
+    pub(super) fn take_sockets(&mut self) -> Option<[OwnedFd; 2]> {
+        let [client, backend] = std::mem::take(&mut self.sockets);
+        Some([Rc::into_inner(client?)?, Rc::into_inner(backend?)?])
+    }
+
+    pub(super) fn bytes_from(&self, side: Side) -> u64 {
+        self.streams[side as usize].bytes
+    }
+
+    /// Whether no operation is in flight.
+    #[inline]
+    pub(super) fn is_settled(&self) -> bool {
+        self.operations == 0
+    }
+
+    /// Stops everything; what is in flight comes back soon.
+    pub(super) fn halt(&mut self, ring: &mut Ring) {
+        self.halted = true;
+        for stream in &mut self.streams {
+            stream.queue = VecDeque::new();
+            stream.starved = false;
+        }
+        self.cancel_all(ring);
+    }
+
+    fn cancel_all(&self, ring: &mut Ring) {
+        if self.operations == 0 {
+            return;
+        }
+        let streams =
+            self.streams.iter().flat_map(|s| [s.receive, s.send, s.starved_poll, s.stalled_poll]);
+        for op in streams.chain([self.connect, self.watch]).flatten() {
+            ring.cancel(op);
+        }
+    }
+
+    /// Cancelling was not enough: takes the connections away from under the
+    /// operations.
+    pub(super) fn tear_down(&self, ring: &mut Ring) {
+        for socket in self.sockets.iter().flatten() {
+            stream::tear_down(socket);
+        }
+        self.cancel_all(ring);
+    }
+
+    /// Asks the sends in flight how far they are; false where there is none.
+    pub(super) fn ask_progress(&self, ring: &mut Ring) -> bool {
+        let sends = self.streams.iter().filter_map(|stream| stream.send);
+        sends.map(|op| ring.nudge(op)).count() > 0
+    }
+}
+
+// === impl Flow: moving bytes ===
+
+impl Flow {
+    /// Receives from that side, unless it does, or must not now.
+    pub(super) fn arm(&mut self, key: u32, from: Side, ring: &mut Ring) {
+        let stream = &mut self.streams[from as usize];
+        if self.halted
+            || stream.receive.is_some()
+            || stream.starved
+            || stream.starved_poll.is_some()
+            || self.verdict.ended(from)
+            || self.verdict.failed(from.other())
+            || stream.queued > high_water(ring) / 2
+        {
+            return;
+        }
+        if let Some(socket) = &self.sockets[from as usize] {
+            stream.receive = Some(ring.receive(socket, tag(key, from, Use::Receive)));
+            stream.cancel_at = high_water(ring);
+            self.operations += 1;
+        }
+    }
+
+    /// Deals with what happened to an operation of this flow's.
+    #[inline]
+    pub(super) fn handle(&mut self, event: Event, ring: &mut Ring, moved: &mut Moved) -> Meaning {
+        let Event { op, tag, last, what } = event;
+        let (key, side) = (key_of(tag), side_of(tag));
+        if last {
+            self.operations -= 1;
+            self.forget(op, side);
+        }
+        if self.halted {
+            return Meaning::Nothing;
+        }
+        let meaning = match what {
+            What::Data(chunk) => {
+                self.received(key, side, chunk, ring, moved);
+                Meaning::Nothing
+            }
+            What::End => self.end_of(side, 0, moved),
+            What::Failed(errno) => self.end_of(side, errno, moved),
+            What::Starved => return self.starve(side),
+            What::Stopped => Meaning::Nothing,
+            What::Sent(bytes) => {
+                self.sent(key, side, bytes, last, ring);
+                moved.sent = true;
+                Meaning::Nothing
+            }
+            What::SendFailed(errno) => self.send_failed(side, errno, ring),
+            What::Polled(result) => return self.polled(tag, op, result),
+        };
+        if last {
+            self.arm(key, side, ring);
+        }
+        self.finish(side);
+        if meaning == Meaning::Nothing && self.is_stalled(side) {
+            return Meaning::Stalled(side);
+        }
+        meaning
+    }
+
+    fn forget(&mut self, op: Op, side: Side) {
+        let stream = &mut self.streams[side as usize];
+        let Stream { receive, send, starved_poll, stalled_poll, .. } = stream;
+        for held in [receive, send, starved_poll, stalled_poll] {
+            if *held == Some(op) {
+                *held = None;
+                return;
+            }
+        }
+    }
+
+    fn received(&mut self, key: u32, from: Side, chunk: Chunk, ring: &mut Ring, moved: &mut Moved) {
+        if self.verdict.failed(from.other()) {
+            return;
+        }
+        let Some(to) = &self.sockets[from.other() as usize] else { return };
+        let stream = &mut self.streams[from as usize];
+        stream.bytes += chunk.len() as u64;
+        moved.received[from as usize] += chunk.len() as u64;
+        stream.queued += chunk.len();
+        if stream.send.is_none() {
+            stream.send = Some(ring.send(to, tag(key, from, Use::Send), chunk));
+            self.operations += 1;
+        } else if !stream.queue.back_mut().is_some_and(|tail| tail.absorb(&chunk)) {
+            stream.queue.push_back(chunk);
+        }
+        if stream.queued >= stream.cancel_at
+            && let Some(op) = stream.receive
+        {
+            ring.cancel(op);
+            stream.cancel_at = stream.queued + CANCEL_AGAIN;
+        }
+    }
+
+    fn sent(&mut self, key: u32, from: Side, bytes: usize, last: bool, ring: &mut Ring) {
+        let stream = &mut self.streams[from as usize];
+        stream.queued = stream.queued.saturating_sub(bytes);
+        if !last || stream.queue.is_empty() {
+            return;
+        }
+        let Some(to) = &self.sockets[from.other() as usize] else { return };
+        let tag = tag(key, from, Use::Send);
+        stream.send = Some(ring.send_queue(to, tag, &mut stream.queue));
+        self.operations += 1;
+        if stream.queue.is_empty() {
+            // Freed, not kept: an idle session holds no memory for it.
+            stream.queue = VecDeque::new();
+        }
+    }
+
+    /// That side's peer cannot be sent to any more. What waits for it is thrown
+    /// away; what it had sent is still read.
+    fn send_failed(&mut self, from: Side, errno: i32, ring: &mut Ring) -> Meaning {
+        let stream = &mut self.streams[from as usize];
+        stream.queue = VecDeque::new();
+        stream.queued = 0;
+        if let Some(op) = stream.receive {
+            ring.cancel(op);
+        }
+        self.verdict.send_failed(from.other(), errno);
+        Meaning::Failed(from.other())
+    }
+
+    fn end_of(&mut self, from: Side, errno: i32, moved: &mut Moved) -> Meaning {
+        self.verdict.end_of(from, errno);
+        moved.ended = true;
+        Meaning::Nothing
+    }
+
+    /// Passes an end on, once nothing is before it.
+    fn finish(&mut self, from: Side) {
+        let stream = &self.streams[from as usize];
+        if !self.verdict.ended(from) || stream.send.is_some() || !stream.queue.is_empty() {
+            return;
+        }
+        let to = self.sockets[from.other() as usize].as_deref();
+        self.verdict.finish(from, || to.map_or(Ok(()), stream::shutdown_write));
+    }
+
+    fn starve(&mut self, from: Side) -> Meaning {
+        let news = !std::mem::replace(&mut self.streams[from as usize].starved, true);
+        if news { Meaning::Starved(from) } else { Meaning::Nothing }
+    }
+
+    fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>) -> Meaning {
+        let side = side_of(tag);
+        let failed = result.unwrap_or(true);
+        const CONNECT: u64 = Use::Connect as u64;
+        const WATCH: u64 = Use::Watch as u64;
+        const STARVED: u64 = Use::Starved as u64;
+        match tag & 0xF {
+            CONNECT if self.connect == Some(op) => {
+                self.connect = None;
+                Meaning::Connected { failed }
+            }
+            WATCH if self.watch == Some(op) => {
+                self.watch = None;
+                if result == Ok(true) { Meaning::ClientFailed } else { Meaning::Nothing }
+            }
+            STARVED => self.starve(side),
+            _ if result == Ok(true) && self.verdict.note_failure(side) => Meaning::Failed(side),
+            _ => Meaning::Nothing,
+        }
+    }
+}
+
+// === impl Flow: shortage ===
+
+impl Flow {
+    /// Whether nothing is received from that side as its bytes wait.
+    fn is_stalled(&self, from: Side) -> bool {
+        let stream = &self.streams[from as usize];
+        stream.receive.is_none()
+            && stream.starved_poll.is_none()
+            && stream.stalled_poll.is_none()
+            && stream.queued > 0
+            && !stream.starved
+            && !self.verdict.ended(from)
+            && !self.verdict.failed(from.other())
+    }
+
+    /// Watches a side that still is stalled for its failure, which no receive
+    /// would tell of.
+    pub(super) fn watch_stalled(&mut self, key: u32, from: Side, ring: &mut Ring) {
+        if self.halted || !self.is_stalled(from) {
+            return;
+        }
+        if let Some(socket) = &self.sockets[from as usize] {
+            let tag = tag(key, from, Use::Stalled);
+            let poll = ring.poll(socket, tag, Interest::Failure);
+            self.streams[from as usize].stalled_poll = Some(poll);
+            self.operations += 1;
+        }
+    }
+
+    /// Whether that side waits for a buffer.
+    pub(super) fn is_starved(&self, from: Side) -> bool {
+        !self.halted && self.streams[from as usize].starved
+    }
+
+    /// Gets a starved side going again: with a receive where there are buffers,
+    /// else by reading through `scratch` what its empty queue can take.
+    pub(super) fn feed(
+        &mut self,
+        key: u32,
+        from: Side,
+        ring: &mut Ring,
+        scratch: &mut [u8],
+        moved: &mut Moved,
+    ) -> Fed {
+        let stream = &mut self.streams[from as usize];
+        if ring.buffers_shown() > 0 {
+            stream.starved = false;
+            self.arm(key, from, ring);
+            return Fed::Done;
+        }
+        if stream.queued > 0 {
+            // The end of the send tries again.
+            stream.starved = false;
+            return Fed::Waits;
+        }
+        let Some(socket) = &self.sockets[from as usize] else { return Fed::Done };
+        match stream::receive(socket, scratch) {
+            Ok(0) => {
+                stream.starved = false;
+                self.end_of(from, 0, moved);
+            }
+            Ok(received) => {
+                let chunk = Chunk::copied(&scratch[..received]);
+                self.received(key, from, chunk, ring, moved);
+                return Fed::Hungry;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Fed::Hungry,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                stream.starved = false;
+                let tag = tag(key, from, Use::Starved);
+                stream.starved_poll = Some(ring.poll(socket, tag, Interest::Readable));
+                self.operations += 1;
+            }
+            Err(error) => {
+                stream.starved = false;
+                self.end_of(from, error.raw_os_error().unwrap_or(libc::EIO), moved);
+            }
+        }
+        self.finish(from);
+        Fed::Done
+    }
+}
+
+/// See [`HIGH_WATER`].
+#[inline]
+fn high_water(ring: &Ring) -> usize {
+    let left = ring.buffers_free() + ring.buffers_shown();
+    if left * 2 >= ring.buffers_total() { HIGH_WATER } else { HIGH_WATER_SCARCE }
+}

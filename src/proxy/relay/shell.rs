@@ -1,0 +1,718 @@
+//! What every engine has in common: its sessions' table, their stages, timers
+//! and cuts, and the one long-lived task that drives them.
+//!
+//! Sessions reach it through `Flow`; the bytes are moved by a [`Mover`], behind
+//! which the engines differ. It never touches a socket itself, never blocks and
+//! never picks a backend.
+
+use super::flow::{ConnectEnd, Limits, Meter, Relayed};
+use super::relaying::Relaying;
+use super::verdict::{Moved, Next, Verdict};
+use crate::clock;
+use crate::net::stream;
+use crate::proxy::close::{Cause, Ending, Side};
+use crate::proxy::wheel::Wheel;
+use crate::table::state::BackendId;
+use slab::Slab;
+use std::cell::{Cell, RefCell};
+use std::fmt::Debug;
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+/// Length of a timer tick: deadlines are kept to this, or a little later.
+const TICK: Duration = Duration::from_millis(8);
+
+/// Batches in a row before accepts and other tasks of the worker get a turn.
+const BATCHES_A_TURN: u32 = 8;
+
+/// Turns in a row before the thread really goes through its reactor's park:
+/// tokio-uring submits its own operations only there, not when a task yields.
+const TURNS_A_PARK: u32 = 32;
+
+/// A connect that takes longer has the client watched meanwhile. Most take
+/// microseconds, and are spared that.
+const WATCH_AFTER: Duration = Duration::from_millis(2 * TICK.as_millis() as u64);
+
+/// How long an ended session's operations may take to come back before its
+/// sockets are torn down under them. Cancelling takes microseconds.
+const SETTLE_MAX: Duration = Duration::from_millis(500);
+
+/// Moves the bytes of sessions, each known by its key.
+pub(super) trait Mover: Sized + Debug {
+    /// One session's sockets and streams.
+    type Flow: Debug;
+
+    /// A session with only a client.
+    fn open(&mut self, key: u32, client: OwnedFd) -> io::Result<Self::Flow>;
+
+    /// Gives it a backend socket. Where a connect is `pending` on that, its end
+    /// is to be reported.
+    fn attach(
+        &mut self,
+        key: u32,
+        flow: &mut Self::Flow,
+        upstream: OwnedFd,
+        pending: bool,
+    ) -> io::Result<()>;
+
+    /// Takes the backend socket away again and closes it.
+    fn detach(&mut self, flow: &mut Self::Flow);
+
+    /// From now on the client's failure is to be reported.
+    fn watch_client(&mut self, key: u32, flow: &mut Self::Flow);
+
+    /// Starts relaying.
+    fn begin(&mut self, key: u32, flow: &mut Self::Flow, moved: &mut Moved) -> Next;
+
+    /// The session is over: nothing is to be moved any more.
+    fn halt(&mut self, flow: &mut Self::Flow);
+
+    /// Whether its sockets are free to be given away: no operation uses them.
+    fn is_settled(flow: &Self::Flow) -> bool;
+
+    /// Makes it settle soon, whatever that breaks.
+    fn tear_down(&mut self, flow: &mut Self::Flow);
+
+    /// Asks for progress that has not shown yet; false where there can be none.
+    fn ask_progress(&mut self, flow: &mut Self::Flow) -> bool;
+
+    fn verdict(flow: &Self::Flow) -> &Verdict;
+
+    fn bytes_from(flow: &Self::Flow, side: Side) -> u64;
+
+    fn backend(flow: &Self::Flow) -> Option<BorrowedFd<'_>>;
+
+    /// Takes both sockets out of a settled, connected session.
+    fn take_sockets(flow: &mut Self::Flow) -> Option<[OwnedFd; 2]>;
+
+    /// Resets the client, as soon as nothing uses its socket any more.
+    fn refuse(&mut self, flow: &mut Self::Flow);
+
+    /// Whether something waits to be done at once.
+    fn has_work(&self) -> bool;
+
+    /// Handles what has happened, a batch at most.
+    fn round(state: &mut State<Self>, pace: &Pace) -> io::Result<Round>;
+
+    /// Called every safety tick or so, while there are sessions.
+    fn tick(state: &mut State<Self>, pace: &Pace);
+
+    /// Longest sleep while there are sessions.
+    const SLEEP_MAX: Option<Duration>;
+
+    /// Gets ready to be awaited; false where there is something to do.
+    fn doze(&mut self) -> bool;
+
+    /// Ready when there is something to do.
+    fn poll_wake(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+
+    /// Ends what `doze` began.
+    fn rouse(&mut self);
+
+    /// Makes `poll_wake` ready through the reactor; false where it cannot.
+    fn ring_the_bell(&self) -> io::Result<bool>;
+}
+
+/// What a round came to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Round {
+    /// Nothing is left to do now.
+    pub(super) drained: bool,
+    /// Something was done.
+    pub(super) busy: bool,
+}
+
+/// One worker's engine.
+#[derive(Debug)]
+pub(super) struct Shell<M: Mover> {
+    pace: Pace,
+    /// How long to poll after the last activity before sleeping.
+    spin: Option<Duration>,
+    state: RefCell<State<M>>,
+}
+
+/// When the engine task sleeps, and until when.
+#[derive(Debug)]
+pub(super) struct Pace {
+    started: Instant,
+    /// The engine task, when it sleeps.
+    sleeper: RefCell<Option<Waker>>,
+    /// The tick the engine task sleeps to; `u64::MAX` for none.
+    sleeps_to: Cell<u64>,
+}
+
+/// The sessions and what moves their bytes.
+#[derive(Debug)]
+pub(super) struct State<M: Mover> {
+    pub(super) flows: Slab<Entry<M::Flow>>,
+    pub(super) mover: M,
+    wheel: Wheel,
+    fired: Vec<u32>,
+    /// Read once a batch.
+    pub(super) now: Instant,
+    next_tick: Instant,
+}
+
+#[derive(Debug)]
+pub(super) struct Entry<F> {
+    pub(super) flow: F,
+    stage: Stage,
+    /// The session, when it waits.
+    waiter: Option<Waker>,
+    /// The client failed before the relay began.
+    client_failed: bool,
+    cut: Option<Cause>,
+    /// Its session is gone; kept only until it has settled.
+    orphaned: bool,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// Before the relay; the connect of the backend socket may be pending.
+    Setup(Setup),
+    Relaying(Box<Relaying>),
+    Ended(Ending, Box<Relaying>),
+}
+
+#[derive(Debug, Default)]
+struct Setup {
+    /// When the pending connect has taken too long.
+    deadline: Option<Instant>,
+    /// The pending connect came to an end.
+    decided: bool,
+    /// Its end was a failure: the socket knows which.
+    failed: bool,
+    timed_out: bool,
+}
+
+// === impl Shell: what sessions call ===
+
+impl<M: Mover> Shell<M> {
+    pub(super) fn new(mover: M, spin: Option<Duration>) -> Rc<Shell<M>> {
+        let started = clock::now();
+        Rc::new(Shell {
+            pace: Pace { started, sleeper: RefCell::new(None), sleeps_to: Cell::new(u64::MAX) },
+            spin,
+            state: RefCell::new(State {
+                flows: Slab::new(),
+                mover,
+                wheel: Wheel::new(0),
+                fired: Vec::new(),
+                now: started,
+                next_tick: started,
+            }),
+        })
+    }
+
+    pub(super) fn open(&self, client: OwnedFd) -> io::Result<u32> {
+        let state = &mut *self.state.borrow_mut();
+        let vacant = state.flows.vacant_entry();
+        let key = vacant.key() as u32;
+        vacant.insert(Entry {
+            flow: state.mover.open(key, client)?,
+            stage: Stage::Setup(Setup::default()),
+            waiter: None,
+            client_failed: false,
+            cut: None,
+            orphaned: false,
+        });
+        Ok(key)
+    }
+
+    pub(super) fn open_flows(&self) -> usize {
+        self.state.borrow().flows.len()
+    }
+
+    pub(super) fn attach(&self, key: u32, upstream: OwnedFd) -> io::Result<()> {
+        let state = &mut *self.state.borrow_mut();
+        let entry = &mut state.flows[key as usize];
+        state.mover.attach(key, &mut entry.flow, upstream, false)
+    }
+
+    pub(super) async fn connected(
+        &self,
+        key: u32,
+        upstream: OwnedFd,
+        deadline: Instant,
+    ) -> Result<(), ConnectEnd> {
+        self.start_connect(key, upstream, deadline).map_err(ConnectEnd::Failed)?;
+        let verdict = poll_fn(|cx| self.poll_connected(key, cx)).await;
+        let state = &mut *self.state.borrow_mut();
+        state.wheel.cancel(key);
+        if verdict.is_err() {
+            state.mover.detach(&mut state.flows[key as usize].flow);
+            self.pace.hurry(&state.mover);
+        }
+        verdict
+    }
+
+    fn start_connect(&self, key: u32, upstream: OwnedFd, deadline: Instant) -> io::Result<()> {
+        let state = &mut *self.state.borrow_mut();
+        let entry = &mut state.flows[key as usize];
+        state.mover.attach(key, &mut entry.flow, upstream, true)?;
+        entry.stage = Stage::Setup(Setup { deadline: Some(deadline), ..Setup::default() });
+        let due = self.pace.tick_after(deadline.min(clock::now() + WATCH_AFTER));
+        state.wheel.arm(key, due);
+        self.pace.kick_if_sooner(due);
+        self.pace.hurry(&state.mover);
+        Ok(())
+    }
+
+    fn poll_connected(&self, key: u32, cx: &Context<'_>) -> Poll<Result<(), ConnectEnd>> {
+        let state = &mut *self.state.borrow_mut();
+        let entry = &mut state.flows[key as usize];
+        if let Some(end) = entry.interruption() {
+            return Poll::Ready(Err(end));
+        }
+        match entry.stage {
+            // Writable and well is connected; only a failure is worth asking for.
+            Stage::Setup(Setup { decided: true, failed: false, .. }) => Poll::Ready(Ok(())),
+            Stage::Setup(Setup { decided: true, .. }) => {
+                let gone = || io::Error::from_raw_os_error(libc::EBADF);
+                let socket = M::backend(&entry.flow).ok_or_else(gone);
+                let verdict = socket.and_then(stream::connect_result);
+                Poll::Ready(verdict.map_err(ConnectEnd::Failed))
+            }
+            Stage::Setup(Setup { timed_out: true, .. }) => Poll::Ready(Err(ConnectEnd::TimedOut)),
+            _ => {
+                entry.waiter = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    pub(super) async fn interrupted(&self, key: u32) -> ConnectEnd {
+        {
+            let state = &mut *self.state.borrow_mut();
+            state.mover.watch_client(key, &mut state.flows[key as usize].flow);
+            self.pace.hurry(&state.mover);
+        }
+        poll_fn(|cx| {
+            let entry = &mut self.state.borrow_mut().flows[key as usize];
+            match entry.interruption() {
+                Some(end) => Poll::Ready(end),
+                None => {
+                    entry.waiter = Some(cx.waker().clone());
+                    Poll::Pending
+                }
+            }
+        })
+        .await
+    }
+
+    pub(super) async fn relay(&self, key: u32, limits: Limits, meter: Meter) -> Relayed {
+        self.start_relay(key, limits, meter);
+        poll_fn(|cx| {
+            let entry = &mut self.state.borrow_mut().flows[key as usize];
+            if matches!(entry.stage, Stage::Ended(..)) && M::is_settled(&entry.flow) {
+                return Poll::Ready(());
+            }
+            // The same task waits until the end: one clone a session.
+            entry.waiter.get_or_insert_with(|| cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+        self.take_relayed(key)
+    }
+
+    fn start_relay(&self, key: u32, limits: Limits, meter: Meter) {
+        let state = &mut *self.state.borrow_mut();
+        state.now = clock::now();
+        let entry = &mut state.flows[key as usize];
+        entry.waiter = None;
+        entry.stage = Stage::Relaying(Box::new(Relaying::new(limits, meter, state.now)));
+        if let Some(cause) = entry.cut {
+            state.end_by_us(key, cause, &self.pace);
+        } else {
+            let mut moved = Moved::default();
+            let next = state.mover.begin(key, &mut entry.flow, &mut moved);
+            state.rearm(key, &self.pace);
+            state.progress(key, &moved, next, &self.pace);
+        }
+        self.pace.hurry(&state.mover);
+    }
+
+    fn take_relayed(&self, key: u32) -> Relayed {
+        let mut state = self.state.borrow_mut();
+        state.wheel.cancel(key);
+        let entry = &mut state.flows[key as usize];
+        let setup = Stage::Setup(Setup::default());
+        let Stage::Ended(ending, relaying) = std::mem::replace(&mut entry.stage, setup) else {
+            unreachable!("a relay was collected before it ended");
+        };
+        Relayed {
+            ending,
+            bytes_in: M::bytes_from(&entry.flow, Side::Client),
+            bytes_out: M::bytes_from(&entry.flow, Side::Backend),
+            first_byte: relaying.first_byte,
+            sockets: M::take_sockets(&mut entry.flow).expect("a settled relay has both sockets"),
+        }
+    }
+
+    pub(super) fn refuse(&self, key: u32) {
+        let state = &mut *self.state.borrow_mut();
+        state.mover.refuse(&mut state.flows[key as usize].flow);
+    }
+
+    pub(super) fn remove(&self, key: u32) {
+        let state = &mut *self.state.borrow_mut();
+        state.wheel.cancel(key);
+        let entry = &mut state.flows[key as usize];
+        if M::is_settled(&entry.flow) {
+            state.flows.remove(key as usize);
+            return;
+        }
+        entry.orphaned = true;
+        entry.waiter = None;
+        state.mover.halt(&mut entry.flow);
+        state.now = clock::now();
+        state.expect_to_settle(key, &self.pace);
+        self.pace.hurry(&state.mover);
+    }
+
+    /// Ends every flow, whatever it is doing; gives their number.
+    pub(super) fn cut_all(&self, cause: Cause) -> usize {
+        self.cut_where(cause, |_| true)
+    }
+
+    /// Ends every relayed flow of one backend; gives their number.
+    pub(super) fn cut_backend(&self, backend: BackendId, cause: Cause) -> usize {
+        self.cut_where(
+            cause,
+            |stage| matches!(stage, Stage::Relaying(r) if r.meter.backend.id == backend),
+        )
+    }
+
+    fn cut_where(&self, cause: Cause, matches: impl Fn(&Stage) -> bool) -> usize {
+        let state = &mut *self.state.borrow_mut();
+        state.now = clock::now();
+        let chosen = state.flows.iter().filter(|(_, e)| !e.orphaned && matches(&e.stage));
+        let keys: Vec<u32> = chosen.map(|(key, _)| key as u32).collect();
+        for key in &keys {
+            state.cut(*key, cause, &self.pace);
+        }
+        self.pace.hurry(&state.mover);
+        keys.len()
+    }
+}
+
+// === impl Shell: the task ===
+
+impl<M: Mover> Shell<M> {
+    /// Drives every flow; runs as long as the worker.
+    pub(super) async fn run(self: Rc<Self>) -> io::Result<()> {
+        let mut timer = pin!(tokio::time::sleep(Duration::ZERO));
+        let mut last_activity = clock::now();
+        let mut turns = 0;
+        loop {
+            let Round { drained, busy } = self.turn()?;
+            let now = self.state.borrow().now;
+            if busy {
+                last_activity = now;
+            }
+            let spinning = self.spin.is_some_and(|spin| now - last_activity < spin);
+            turns += 1;
+            let due = turns >= TURNS_A_PARK;
+            if !drained || spinning {
+                if !due || !self.state.borrow().mover.ring_the_bell()? {
+                    // Lets accepts and sessions run, and the reactor look around.
+                    tokio::task::yield_now().await;
+                    continue;
+                }
+            } else if !self.state.borrow_mut().mover.doze() {
+                continue;
+            }
+            turns = 0;
+            self.sleep(timer.as_mut()).await?;
+            self.state.borrow_mut().mover.rouse();
+        }
+    }
+
+    /// Handles what has happened, up to a turn's worth.
+    fn turn(&self) -> io::Result<Round> {
+        let mut busy = false;
+        for _ in 0..BATCHES_A_TURN {
+            let state = &mut *self.state.borrow_mut();
+            let round = M::round(state, &self.pace)?;
+            busy |= round.busy;
+            state.expire(&self.pace);
+            if state.now >= state.next_tick {
+                state.next_tick = state.now + M::SLEEP_MAX.unwrap_or(Duration::from_secs(1));
+                M::tick(state, &self.pace);
+            }
+            if round.drained && !state.mover.has_work() {
+                return Ok(Round { drained: true, busy });
+            }
+        }
+        Ok(Round { drained: false, busy: true })
+    }
+
+    /// Sleeps until the mover, a timer or a session wants something.
+    async fn sleep(&self, mut timer: std::pin::Pin<&mut tokio::time::Sleep>) -> io::Result<()> {
+        let next = {
+            let state = self.state.borrow();
+            let safety = M::SLEEP_MAX.filter(|_| !state.flows.is_empty());
+            let safety = safety.map(|_| self.pace.tick_after(state.next_tick));
+            [state.wheel.next_due(), safety].into_iter().flatten().min()
+        };
+        self.pace.sleeps_to.set(next.unwrap_or(u64::MAX));
+        if let Some(tick) = next {
+            let at = self.pace.started + Duration::from_millis(tick * TICK.as_millis() as u64);
+            if timer.deadline() != at.into() {
+                timer.as_mut().reset(at.into());
+            }
+        }
+        poll_fn(|cx| {
+            if let Poll::Ready(woken) = self.state.borrow().mover.poll_wake(cx) {
+                return Poll::Ready(woken);
+            }
+            if next.is_some() && timer.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            if self.pace.sleeps_to.get() == 0 {
+                return Poll::Ready(Ok(()));
+            }
+            let mut sleeper = self.pace.sleeper.borrow_mut();
+            if !sleeper.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+                *sleeper = Some(cx.waker().clone());
+            }
+            Poll::Pending
+        })
+        .await?;
+        self.pace.sleeps_to.set(u64::MAX);
+        Ok(())
+    }
+}
+
+// === impl Pace ===
+
+impl Pace {
+    fn tick_after(&self, at: Instant) -> u64 {
+        let since = at.saturating_duration_since(self.started);
+        (since.as_millis() as u64).div_ceil(TICK.as_millis() as u64)
+    }
+
+    fn tick_at(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.started).as_millis() as u64 / TICK.as_millis() as u64
+    }
+
+    /// Wakes the engine task where it would sleep past `due`.
+    fn kick_if_sooner(&self, due: u64) {
+        if due < self.sleeps_to.get() {
+            self.sleeps_to.set(0);
+            if let Some(waker) = self.sleeper.borrow_mut().take() {
+                waker.wake();
+            }
+        }
+    }
+
+    /// Wakes the engine task where the mover has something to do.
+    fn hurry<M: Mover>(&self, mover: &M) {
+        if mover.has_work() {
+            self.kick_if_sooner(0);
+        }
+    }
+}
+
+// === impl State ===
+
+impl<M: Mover> State<M> {
+    /// A pending connect came to an end, and whether that was a failure.
+    pub(super) fn connect_decided(&mut self, key: u32, failed: bool) {
+        let entry = &mut self.flows[key as usize];
+        if let Stage::Setup(setup) = &mut entry.stage {
+            setup.decided = true;
+            setup.failed |= failed;
+            entry.wake();
+        }
+    }
+
+    /// The client's connection has failed.
+    pub(super) fn client_failed(&mut self, key: u32) {
+        let entry = &mut self.flows[key as usize];
+        if matches!(entry.stage, Stage::Setup(_)) {
+            entry.client_failed = true;
+            entry.wake();
+        }
+    }
+
+    /// Counts what was moved and ends the session where it is over.
+    #[inline]
+    pub(super) fn progress(&mut self, key: u32, moved: &Moved, next: Next, pace: &Pace) {
+        let entry = &mut self.flows[key as usize];
+        let Stage::Relaying(relaying) = &mut entry.stage else { return };
+        relaying.account(moved, self.now);
+        if let Next::End(ending) = next {
+            self.end(key, ending, pace);
+        } else if moved.ended {
+            self.rearm(key, pace);
+        }
+    }
+
+    /// A side has failed while bytes from it still wait.
+    pub(super) fn note_failure(&mut self, key: u32, news: bool, pace: &Pace) {
+        if news && self.flows[key as usize].is_relaying() {
+            self.rearm(key, pace);
+        }
+    }
+
+    /// An operation of this flow has come back: hands the session its sockets,
+    /// or lets go of one that nobody waits for.
+    #[inline]
+    pub(super) fn settle(&mut self, key: u32) {
+        let entry = &mut self.flows[key as usize];
+        if !M::is_settled(&entry.flow) {
+            return;
+        }
+        if entry.orphaned {
+            self.wheel.cancel(key);
+            self.flows.remove(key as usize);
+        } else if matches!(entry.stage, Stage::Ended(..)) {
+            entry.wake();
+        }
+    }
+
+    /// Sets a flow's timer anew. The half-closed timer may be due long before
+    /// the idle one.
+    fn rearm(&mut self, key: u32, pace: &Pace) {
+        let entry = &self.flows[key as usize];
+        let Stage::Relaying(relaying) = &entry.stage else { return };
+        let half_closed = M::verdict(&entry.flow).closed_first().is_some();
+        let due = pace.tick_after(relaying.due(half_closed, self.now));
+        self.wheel.arm(key, due);
+        pace.kick_if_sooner(due);
+    }
+
+    fn expect_to_settle(&mut self, key: u32, pace: &Pace) {
+        let due = pace.tick_after(self.now + SETTLE_MAX);
+        self.wheel.arm(key, due);
+        pace.kick_if_sooner(due);
+    }
+
+    /// Fires the timers that are due.
+    fn expire(&mut self, pace: &Pace) {
+        let now = pace.tick_at(self.now);
+        if self.wheel.next_due().is_none_or(|due| due > now) {
+            return;
+        }
+        let mut fired = std::mem::take(&mut self.fired);
+        self.wheel.advance(now, &mut fired);
+        for key in fired.drain(..) {
+            self.timer_fired(key, pace);
+        }
+        self.fired = fired;
+    }
+
+    fn timer_fired(&mut self, key: u32, pace: &Pace) {
+        let now = self.now;
+        let entry = &mut self.flows[key as usize];
+        if entry.orphaned {
+            self.mover.tear_down(&mut entry.flow);
+            self.expect_to_settle(key, pace);
+            return;
+        }
+        match &mut entry.stage {
+            Stage::Setup(setup) => match setup.deadline {
+                Some(deadline) if now < deadline => {
+                    self.mover.watch_client(key, &mut entry.flow);
+                    self.wheel.arm(key, pace.tick_after(deadline));
+                }
+                _ => {
+                    setup.timed_out = true;
+                    entry.wake();
+                }
+            },
+            Stage::Relaying(_) => self.look_at_timers(key, pace),
+            Stage::Ended(..) => {
+                self.mover.tear_down(&mut entry.flow);
+                self.expect_to_settle(key, pace);
+            }
+        }
+    }
+
+    fn look_at_timers(&mut self, key: u32, pace: &Pace) {
+        let entry = &mut self.flows[key as usize];
+        let Stage::Relaying(relaying) = &mut entry.stage else { return };
+        let half_closed = M::verdict(&entry.flow).closed_first().is_some();
+        if relaying.is_idle(half_closed, self.now) {
+            if !relaying.asked && self.mover.ask_progress(&mut entry.flow) {
+                // The answer is there by the next tick, if there is one.
+                relaying.asked = true;
+                self.wheel.arm(key, pace.tick_at(self.now) + 2);
+                return;
+            }
+            let cause = if half_closed { Cause::HalfClosedTimeout } else { Cause::IdleTimeout };
+            self.end_by_us(key, cause, pace);
+            return;
+        }
+        if relaying.take_liveness(self.now)
+            && let Some(upstream) = M::backend(&entry.flow)
+        {
+            let Limits { keepalive, user_timeout, .. } = relaying.limits;
+            // Refused at most for a socket that is dead already.
+            let _ = stream::set_liveness(upstream, keepalive, user_timeout);
+        }
+        self.rearm(key, pace);
+    }
+
+    fn end_by_us(&mut self, key: u32, cause: Cause, pace: &Pace) {
+        let ending = M::verdict(&self.flows[key as usize].flow).cut(cause);
+        self.end(key, ending, pace);
+    }
+
+    fn end(&mut self, key: u32, ending: Ending, pace: &Pace) {
+        let entry = &mut self.flows[key as usize];
+        let setup = Stage::Setup(Setup::default());
+        match std::mem::replace(&mut entry.stage, setup) {
+            Stage::Relaying(relaying) => entry.stage = Stage::Ended(ending, relaying),
+            other => {
+                entry.stage = other;
+                return;
+            }
+        }
+        self.mover.halt(&mut entry.flow);
+        if M::is_settled(&entry.flow) {
+            self.wheel.cancel(key);
+            entry.wake();
+        } else {
+            self.expect_to_settle(key, pace);
+        }
+    }
+
+    fn cut(&mut self, key: u32, cause: Cause, pace: &Pace) {
+        let entry = &mut self.flows[key as usize];
+        entry.cut = Some(cause);
+        match entry.stage {
+            Stage::Relaying(_) => self.end_by_us(key, cause, pace),
+            Stage::Setup(_) => entry.wake(),
+            Stage::Ended(..) => {}
+        }
+    }
+}
+
+// === impl Entry ===
+
+impl<F> Entry<F> {
+    #[inline]
+    pub(super) fn is_relaying(&self) -> bool {
+        matches!(self.stage, Stage::Relaying(_))
+    }
+
+    fn interruption(&self) -> Option<ConnectEnd> {
+        if let Some(cause) = self.cut {
+            return Some(ConnectEnd::Cut(cause));
+        }
+        self.client_failed.then_some(ConnectEnd::ClientGone(libc::ECONNRESET))
+    }
+
+    fn wake(&mut self) {
+        if let Some(waiter) = self.waiter.take() {
+            waiter.wake();
+        }
+    }
+}

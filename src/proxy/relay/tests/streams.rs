@@ -1,0 +1,217 @@
+//! Bytes: all of them, once, in order, whatever the sizes and the readers.
+
+use super::*;
+
+/// The `index`-th byte of the stream `seed`.
+fn byte(seed: u64, index: u64) -> u8 {
+    let mixed = (index / 7 + seed).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    (mixed >> 56) as u8 ^ index as u8
+}
+
+fn stretch(seed: u64, from: u64, len: usize) -> Vec<u8> {
+    (from..from + len as u64).map(|index| byte(seed, index)).collect()
+}
+
+/// Sends `total` bytes of the stream `seed` in odd pieces, then FIN.
+async fn send_all(
+    socket: &mut tokio::net::tcp::OwnedWriteHalf,
+    seed: u64,
+    total: u64,
+    mut random: fastrand::Rng,
+) {
+    let mut at = 0;
+    while at < total {
+        let most = [1, 64, 2_000, 40_000, 300_000][random.usize(..5)];
+        let len = random.usize(1..=most).min((total - at) as usize);
+        socket.write_all(&stretch(seed, at, len)).await.unwrap();
+        at += len as u64;
+        if random.u8(..8) == 0 {
+            tokio::time::sleep(Duration::from_millis(random.u64(..3))).await;
+        }
+    }
+    socket.shutdown().await.unwrap();
+}
+
+/// Reads to FIN, at times slowly; how much came of the stream `seed`.
+async fn receive_all(
+    socket: &mut tokio::net::tcp::OwnedReadHalf,
+    seed: u64,
+    mut random: fastrand::Rng,
+) -> u64 {
+    let mut buffer = vec![0; 100_000];
+    let mut at = 0;
+    loop {
+        let most = random.usize(1..buffer.len());
+        let len = socket.read(&mut buffer[..most]).await.unwrap();
+        if len == 0 {
+            return at;
+        }
+        assert!(buffer[..len] == stretch(seed, at, len), "stream {seed} is garbled at {at}");
+        at += len as u64;
+        if random.u8(..16) == 0 {
+            tokio::time::sleep(Duration::from_millis(random.u64(..3))).await;
+        }
+    }
+}
+
+async fn exchange(rig: Rig, seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let lengths: [u64; 2] = std::array::from_fn(|_| {
+        let most = [0, 1, 500, 20_000, 200_000, 2_000_000][random.usize(..6)];
+        random.u64(..=most)
+    });
+    let Session { client, backend, relayed } = rig.session(FOREVER);
+    let ((mut client_reads, mut client_writes), (mut backend_reads, mut backend_writes)) =
+        (client.into_split(), backend.into_split());
+    let (got_back, got_there, (), ()) = tokio::join!(
+        receive_all(&mut client_reads, seed + 1_000_000, random.fork()),
+        receive_all(&mut backend_reads, seed, random.fork()),
+        send_all(&mut client_writes, seed, lengths[0], random.fork()),
+        send_all(&mut backend_writes, seed + 1_000_000, lengths[1], random.fork()),
+    );
+    assert_eq!([got_there, got_back], lengths);
+    let relayed = relayed.await.unwrap();
+    assert_eq!(relayed.ending.cause, Cause::Finished, "{:?}", relayed.ending);
+    assert_eq!([relayed.bytes_in, relayed.bytes_out], lengths);
+    assert_eq!(relayed.first_byte.is_some(), lengths[1] > 0);
+}
+
+#[test]
+fn hundreds_of_streams_arrive_whole_in_any_order_of_ends() {
+    on_each(|rig| async move {
+        for round in 0..8 {
+            let streams = (0..32).map(|number| {
+                tokio::task::spawn_local(exchange(rig.clone(), round * 100 + number))
+            });
+            for stream in streams.collect::<Vec<_>>() {
+                stream.await.unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn short_sessions_reuse_each_others_places() {
+    on_each(|rig| async move {
+        for _ in 0..30 {
+            let sessions = (0..40u8).map(|number| {
+                let mut session = rig.session(FOREVER);
+                tokio::task::spawn_local(async move {
+                    session.client.write_all(&[number; 64]).await.unwrap();
+                    let mut got = [0; 64];
+                    session.backend.read_exact(&mut got).await.unwrap();
+                    session.backend.write_all(&got).await.unwrap();
+                    session.client.read_exact(&mut got).await.unwrap();
+                    assert_eq!(got, [number; 64]);
+                    // Ends of all kinds, some with bytes nobody will read.
+                    match number % 4 {
+                        0 => reset(session.client),
+                        1 => reset(session.backend),
+                        2 => {
+                            session.backend.write_all(&[0; 50_000]).await.unwrap();
+                            reset(session.client);
+                        }
+                        _ => drop((session.client, session.backend)),
+                    }
+                    let relayed = session.relayed.await.unwrap();
+                    assert_eq!(relayed.bytes_in, 64);
+                    assert!(relayed.bytes_out >= 64);
+                })
+            });
+            for session in sessions.collect::<Vec<_>>() {
+                session.await.unwrap();
+            }
+        }
+    });
+}
+
+/// What the engine may take off a sender whose reader stalls: the kernel's
+/// buffers (small ones here), and what is queued.
+const STALLED_MAX: u64 = 2 * 1024 * 1024;
+
+fn small_buffers(socket: SockRef<'_>) {
+    socket.set_send_buffer_size(32 * 1024).unwrap();
+    socket.set_recv_buffer_size(32 * 1024).unwrap();
+}
+
+#[test]
+fn a_reader_that_stalls_holds_its_sender_up_and_loses_nothing() {
+    on_each(|rig| async move {
+        let Session { mut client, mut backend, relayed } = rig.session_with(FOREVER, small_buffers);
+        let total = 24 * 1024 * 1024;
+        let sending = tokio::task::spawn_local(async move {
+            let mut at = 0;
+            while at < total {
+                client.write_all(&stretch(5, at, 64 * 1024)).await.unwrap();
+                at += 64 * 1024;
+            }
+            client.shutdown().await.unwrap();
+            client
+        });
+        let mut before = u64::MAX;
+        while std::mem::replace(&mut before, rig.bytes_in()) != rig.bytes_in() || before == 0 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert!(before <= STALLED_MAX, "{before} bytes taken");
+
+        let mut buffer = vec![0; 256 * 1024];
+        let mut at = 0;
+        while at < total {
+            let len = backend.read(&mut buffer).await.unwrap();
+            assert!(len > 0 && buffer[..len] == stretch(5, at, len));
+            at += len as u64;
+        }
+        drop((sending.await.unwrap(), backend));
+        assert_eq!(relayed.await.unwrap().bytes_in, total);
+    });
+}
+
+#[test]
+fn stalled_readers_do_not_starve_the_others() {
+    on_each(|rig| async move {
+        let mut stalled: Vec<_> = (0..40).map(|_| rig.session(FOREVER)).collect();
+        for session in &mut stalled {
+            // As much as is taken at once; nobody will read it.
+            while tokio::time::timeout(
+                Duration::from_millis(20),
+                session.client.write_all(&[7; 1 << 20]),
+            )
+            .await
+            .is_ok()
+            {}
+        }
+        let mut lively = rig.session(FOREVER);
+        for number in 0..200u8 {
+            let mut got = [0; 3];
+            lively.client.write_all(&[number; 3]).await.unwrap();
+            lively.backend.read_exact(&mut got).await.unwrap();
+            lively.backend.write_all(&got).await.unwrap();
+            lively.client.read_exact(&mut got).await.unwrap();
+            assert_eq!(got, [number; 3]);
+        }
+        drop(lively);
+        rig.engine.cut_all(Cause::DrainDeadline);
+    });
+}
+
+#[test]
+fn an_urgent_byte_stays_in_the_stream() {
+    on_each(|rig| async move {
+        let Session { client, mut backend, relayed } = rig.session_with(FOREVER, |_| {});
+        // The listener does this for accepted sockets; here it is the other
+        // direction that the engine answers for.
+        backend.write_all(b"be").await.unwrap();
+        let mut client = client;
+        let mut got = [0; 2];
+        client.read_exact(&mut got).await.unwrap();
+        SockRef::from(&backend).send_out_of_band(b"!").unwrap();
+        // Whether it came as urgent or not, it is not dropped once read inline.
+        let mut after = [0; 2];
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        backend.write_all(b"a").await.unwrap();
+        client.read_exact(&mut after).await.unwrap();
+        assert_eq!(&after, b"!a");
+        drop((client, backend));
+        relayed.await.unwrap();
+    });
+}
