@@ -128,7 +128,7 @@ impl Verdict {
     /// The ending, once nothing is left to move.
     #[inline]
     pub(super) fn ending(&self) -> Option<Ending> {
-        let Some(first) = self.closed_first else { return None };
+        let first = self.closed_first?;
         let (phase, closed_first) = (self.phase(), self.closed_first);
         for from in [first, first.other()] {
             let Standing { failure, finished, .. } = self.sides[from as usize];
