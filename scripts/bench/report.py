@@ -34,7 +34,8 @@ def spread(values):
 
 
 def median_of(rounds, name, measure):
-    values = [s[name][measure] for s in rounds if name in s and s[name][measure] is not None]
+    mine = [samples[name] for samples in rounds if samples.get(name)]
+    values = [sample[measure] for sample in mine if sample[measure] is not None]
     return statistics.median(values) if values else None
 
 
@@ -45,7 +46,7 @@ def analyse(workload, rounds):
         names += [name for name in samples if name not in names]
     rows = {}
     for name in names:
-        mine = [samples[name] for samples in rounds if name in samples]
+        mine = [samples[name] for samples in rounds if samples.get(name)]
         errors = {}
         for sample in mine:
             for kind, count in sample["errors"].items():
@@ -56,7 +57,8 @@ def analyse(workload, rounds):
                 key: median_of(rounds, name, key)
                 for key in ("rate", "cpu", "busy", "p50", "p99", "p99.9")
             },
-            "foreign_max": max(sample["foreign"] for sample in mine),
+            "foreign_max": max((sample["foreign"] for sample in mine), default=0.0),
+            "failed": len(rounds) - len(mine),
             "errors": errors,
         }
     return {"workload": workload.name, "title": workload.title, "unit": workload.unit,
@@ -107,6 +109,7 @@ def table(results):
             for name, row in one["rows"].items():
                 ratio, absolute = row["ratio"], row["absolute"]
                 marks = "*" if row["errors"] else ""
+                marks += "?" if row["failed"] else ""
                 marks += "!" if row["foreign_max"] > 0.10 else ""
                 is_direct = name == "direct"
                 cells = [name + marks]
@@ -128,6 +131,7 @@ def table(results):
                 rows.append([name, f"{found['bytes_per_session']:.0f}", str(found["sessions"])])
             lines += columns(rows)
     lines += ["", "* errors among its answers (see results.json)",
+              "? nothing was measured in at least one round",
               "! at least one measurement with more than 10 % of the machine used by others"]
     return "\n".join(lines)
 

@@ -51,31 +51,26 @@ impl WorkArgs {
     }
 }
 
-/// Waits until the threads end by themselves, `limit` is over, or SIGINT or
-/// SIGTERM comes; shows their progress where standard error is a terminal.
-pub(super) fn watch<T: Send + 'static>(crew: &Crew<T>, limit: Option<Duration>) -> io::Result<()> {
+/// Waits until the threads end, by themselves or because SIGINT or SIGTERM
+/// came; shows their progress where standard error is a terminal.
+pub(super) fn watch<T: Send + 'static>(crew: &Crew<T>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut line = Line::new(clock::now());
         let mut look = tokio::time::interval(LOOK);
-        let until = limit.map(|limit| clock::now() + limit);
         loop {
             tokio::select! {
                 _ = interrupt.recv() => crew.stop(),
                 _ = terminate.recv() => crew.stop(),
                 _ = look.tick() => {}
             }
-            let now = clock::now();
-            if until.is_some_and(|until| now >= until) {
-                crew.stop();
-            }
             if crew.finished() {
                 line.clear();
                 return Ok(());
             }
-            line.show(now, crew.gauges());
+            line.show(clock::now(), crew.gauges());
         }
     })
 }
