@@ -136,7 +136,7 @@ class Setup:
         after = self.readings(one)
         report = json.loads(answer.stdout or "{}")
         if answer.returncode != 0:
-            why = f"{answer.stderr.strip()} {report.get('errors', '')}"
+            why = f"exit {answer.returncode} {answer.stderr.strip()} {report.get('errors', '')}"
             print(f"{one.name} {workload.name}: {why}\n{one.log()}", file=sys.stderr)
             return None
         return summed_up(workload, report, before, after)

@@ -167,7 +167,9 @@ WIDTH, BAR, GAP, LEFT, RIGHT = 960, 11, 16, 250, 40
 def chart(results):
     """Two columns of bars for each workload: rate (longer is better) and
     balancer CPU for each unit (shorter is better), HAProxy being 1."""
-    body, y = [], 84
+    legend, y = legend_of(results)
+    body, y = [], y + 56
+    top = y
     half = (WIDTH - LEFT - RIGHT - 60) / 2
     lanes = {"rate": LEFT, "cpu": LEFT + half + 60}
     tops = {key: top_of(results, key) for key in lanes}
@@ -195,15 +197,9 @@ def chart(results):
         y += 14
     head = [text(16, 24, "Tidegate beside its peers: ratios to HAProxy on the same work", 16, "bold")]
     head += [
-        text(lanes["rate"], 70, "rate: longer is better", 11),
-        text(lanes["cpu"], 70, "balancer CPU for each unit: shorter is better", 11),
-    ]
-    at = 16
-    for name, colour in COLOURS.items():
-        if name in results["versions"] and name != "haproxy":
-            head.append(f'<rect x="{at}" y="38" width="11" height="11" fill="{colour}"/>')
-            head.append(text(at + 16, 48, f"{name} {results['versions'][name]}", 11))
-            at += 40 + 7 * len(f"{name} {results['versions'][name]}")
+        text(lanes["rate"], top - 26, "rate: longer is better", 11),
+        text(lanes["cpu"], top - 26, "balancer CPU for each unit: shorter is better", 11),
+    ] + legend
     for line in heading(results)[::2]:
         body.append(text(16, y, line, 10))
         y += 14
@@ -212,6 +208,22 @@ def chart(results):
         f'viewBox="0 0 {WIDTH} {y + 8}" font-family="sans-serif">\n'
         '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(head + body) + "\n</svg>\n"
     )
+
+
+def legend_of(results):
+    """The names beside their colours, in as many lines as they need; and where
+    the last line stands."""
+    marks, x, y = [], 16, 38
+    for name, colour in COLOURS.items():
+        if name not in results["versions"] or name == REFERENCE:
+            continue
+        words = f"{name} {results['versions'][name]}"
+        if x + 24 + 7 * len(words) > WIDTH:
+            x, y = 16, y + 18
+        marks.append(f'<rect x="{x}" y="{y}" width="11" height="11" fill="{colour}"/>')
+        marks.append(text(x + 16, y + 10, words, 11))
+        x += 36 + 7 * len(words)
+    return marks, y
 
 
 def top_of(results, key):

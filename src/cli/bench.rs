@@ -280,25 +280,31 @@ fn lines(args: &BenchArgs, report: &Report) -> String {
     let mut text = String::new();
     let seconds = report.elapsed.as_secs_f64();
     let each_second = |count: u64| count as f64 / seconds.max(f64::MIN_POSITIVE);
-    let mode = name(args.mode);
+    let (mode, threads) = (name(args.mode), args.work.threads);
     let _ = writeln!(
         text,
-        "{mode} to {}: {} connections, {} threads, {seconds:.2} s",
-        args.to, args.connections, args.work.threads
+        "{mode} to {}: {} connections, {threads} thread{}, {seconds:.2} s",
+        args.to,
+        args.connections,
+        if threads == 1 { "" } else { "s" }
     );
-    if report.requests > 0 {
-        let rate = each_second(report.requests);
-        let _ = writeln!(text, "  requests     {:>12}  {rate:>12.0} /s", report.requests);
+    for (label, total, timed) in [
+        ("requests", report.requests, report.requests),
+        ("late answers", report.late, 0),
+        ("connections", report.opened, report.opened_timed),
+    ] {
+        if timed > 0 {
+            let rate = each_second(timed);
+            let _ = writeln!(text, "  {label:<12} {total:>12}  {rate:>12.0} /s");
+        } else if total > 0 {
+            let _ = writeln!(text, "  {label:<12} {total:>12}");
+        }
     }
-    if report.late > 0 {
-        let _ = writeln!(text, "  late answers {:>12}", report.late);
-    }
-    let rate = each_second(report.opened_timed);
-    let _ = writeln!(text, "  connections  {:>12}  {rate:>12.0} /s", report.opened);
     for (label, bytes) in [("received", report.bytes_in), ("sent", report.bytes_out)] {
-        let gib = (1u64 << 30) as f64;
-        let (total, rate) = (bytes as f64 / gib, each_second(bytes) / gib);
-        let _ = writeln!(text, "  {label:<12} {total:>8.3} GiB  {rate:>8.3} GiB/s");
+        if bytes > 0 {
+            let (total, rate) = (crew::amount(bytes as f64), crew::amount(each_second(bytes)));
+            let _ = writeln!(text, "  {label:<12} {total:>12}  {rate:>12}/s");
+        }
     }
     if report.latencies() > 0 {
         for (percentile, name) in PERCENTILES {

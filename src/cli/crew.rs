@@ -144,6 +144,15 @@ pub(super) fn span(span: Duration) -> String {
     }
 }
 
+/// Bytes for people: three digits behind the point and a unit.
+pub(super) fn amount(bytes: f64) -> String {
+    match bytes {
+        b if b < 1048576.0 => format!("{:.3} KiB", b / 1024.0),
+        b if b < 1073741824.0 => format!("{:.3} MiB", b / 1048576.0),
+        b => format!("{:.3} GiB", b / 1073741824.0),
+    }
+}
+
 /// `64`, `512B`, `128KiB`, `1MiB`.
 pub(super) fn size(text: &str) -> Result<usize, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -183,6 +192,12 @@ mod tests {
         for wrong in ["", "KiB", "64kb", "-1", "1.5KiB", "17MiB", "99999999999999999999"] {
             assert!(size(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn amounts_are_shown_in_the_unit_that_fits() {
+        let shown = [512.0, 3.5 * 1048576.0, 2147483648.0].map(amount);
+        assert_eq!(shown, ["0.500 KiB", "3.500 MiB", "2.000 GiB"]);
     }
 
     #[test]
