@@ -77,8 +77,12 @@ class Candidate:
                 time.sleep(0.02)
 
     def log(self):
-        with open(os.path.join(self.directory, "log"), errors="replace") as file:
-            return file.read()[-2000:]
+        """The end of what it wrote, if it was started at all."""
+        try:
+            with open(os.path.join(self.directory, "log"), errors="replace") as file:
+                return file.read()[-2000:]
+        except OSError:
+            return ""
 
     def pids(self):
         return kernel.children(self.process.pid) if self.process else []

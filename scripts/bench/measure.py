@@ -105,9 +105,8 @@ class Setup:
         for number in range(self.options.rounds):
             samples = {}
             for one in takes_part:
-                sample = self.clean_sample(workload, one)
-                if sample is not None:
-                    samples[one.name] = sample
+                # None where nothing could be measured: a finding, not a gap.
+                samples[one.name] = self.clean_sample(workload, one)
             rounds.append(samples)
             progress(f"{self.name} {workload.name}: round {number + 1} of {self.options.rounds}")
         progress("")
@@ -135,10 +134,11 @@ class Setup:
         before = self.readings(one)
         answer = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         after = self.readings(one)
+        report = json.loads(answer.stdout or "{}")
         if answer.returncode != 0:
-            print(f"{one.name} {workload.name}: {answer.stderr.strip()}", file=sys.stderr)
+            why = f"exit {answer.returncode} {answer.stderr.strip()} {report.get('errors', '')}"
+            print(f"{one.name} {workload.name}: {why}\n{one.log()}", file=sys.stderr)
             return None
-        report = json.loads(answer.stdout)
         return summed_up(workload, report, before, after)
 
     def readings(self, one):

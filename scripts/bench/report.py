@@ -34,7 +34,8 @@ def spread(values):
 
 
 def median_of(rounds, name, measure):
-    values = [s[name][measure] for s in rounds if name in s and s[name][measure] is not None]
+    mine = [samples[name] for samples in rounds if samples.get(name)]
+    values = [sample[measure] for sample in mine if sample[measure] is not None]
     return statistics.median(values) if values else None
 
 
@@ -45,7 +46,7 @@ def analyse(workload, rounds):
         names += [name for name in samples if name not in names]
     rows = {}
     for name in names:
-        mine = [samples[name] for samples in rounds if name in samples]
+        mine = [samples[name] for samples in rounds if samples.get(name)]
         errors = {}
         for sample in mine:
             for kind, count in sample["errors"].items():
@@ -56,7 +57,8 @@ def analyse(workload, rounds):
                 key: median_of(rounds, name, key)
                 for key in ("rate", "cpu", "busy", "p50", "p99", "p99.9")
             },
-            "foreign_max": max(sample["foreign"] for sample in mine),
+            "foreign_max": max((sample["foreign"] for sample in mine), default=0.0),
+            "failed": len(rounds) - len(mine),
             "errors": errors,
         }
     return {"workload": workload.name, "title": workload.title, "unit": workload.unit,
@@ -107,6 +109,7 @@ def table(results):
             for name, row in one["rows"].items():
                 ratio, absolute = row["ratio"], row["absolute"]
                 marks = "*" if row["errors"] else ""
+                marks += "?" if row["failed"] else ""
                 marks += "!" if row["foreign_max"] > 0.10 else ""
                 is_direct = name == "direct"
                 cells = [name + marks]
@@ -128,6 +131,7 @@ def table(results):
                 rows.append([name, f"{found['bytes_per_session']:.0f}", str(found["sessions"])])
             lines += columns(rows)
     lines += ["", "* errors among its answers (see results.json)",
+              "? nothing was measured in at least one round",
               "! at least one measurement with more than 10 % of the machine used by others"]
     return "\n".join(lines)
 
@@ -163,7 +167,9 @@ WIDTH, BAR, GAP, LEFT, RIGHT = 960, 11, 16, 250, 40
 def chart(results):
     """Two columns of bars for each workload: rate (longer is better) and
     balancer CPU for each unit (shorter is better), HAProxy being 1."""
-    body, y = [], 84
+    legend, y = legend_of(results)
+    body, y = [], y + 56
+    top = y
     half = (WIDTH - LEFT - RIGHT - 60) / 2
     lanes = {"rate": LEFT, "cpu": LEFT + half + 60}
     tops = {key: top_of(results, key) for key in lanes}
@@ -191,15 +197,9 @@ def chart(results):
         y += 14
     head = [text(16, 24, "Tidegate beside its peers: ratios to HAProxy on the same work", 16, "bold")]
     head += [
-        text(lanes["rate"], 70, "rate: longer is better", 11),
-        text(lanes["cpu"], 70, "balancer CPU for each unit: shorter is better", 11),
-    ]
-    at = 16
-    for name, colour in COLOURS.items():
-        if name in results["versions"] and name != "haproxy":
-            head.append(f'<rect x="{at}" y="38" width="11" height="11" fill="{colour}"/>')
-            head.append(text(at + 16, 48, f"{name} {results['versions'][name]}", 11))
-            at += 40 + 7 * len(f"{name} {results['versions'][name]}")
+        text(lanes["rate"], top - 26, "rate: longer is better", 11),
+        text(lanes["cpu"], top - 26, "balancer CPU for each unit: shorter is better", 11),
+    ] + legend
     for line in heading(results)[::2]:
         body.append(text(16, y, line, 10))
         y += 14
@@ -208,6 +208,22 @@ def chart(results):
         f'viewBox="0 0 {WIDTH} {y + 8}" font-family="sans-serif">\n'
         '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(head + body) + "\n</svg>\n"
     )
+
+
+def legend_of(results):
+    """The names beside their colours, in as many lines as they need; and where
+    the last line stands."""
+    marks, x, y = [], 16, 38
+    for name, colour in COLOURS.items():
+        if name not in results["versions"] or name == REFERENCE:
+            continue
+        words = f"{name} {results['versions'][name]}"
+        if x + 24 + 7 * len(words) > WIDTH:
+            x, y = 16, y + 18
+        marks.append(f'<rect x="{x}" y="{y}" width="11" height="11" fill="{colour}"/>')
+        marks.append(text(x + 16, y + 10, words, 11))
+        x += 36 + 7 * len(words)
+    return marks, y
 
 
 def top_of(results, key):

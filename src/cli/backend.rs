@@ -99,7 +99,6 @@ pub fn main(args: &BackendArgs) -> Exit {
 
 fn run(args: &BackendArgs, service: Service) -> std::io::Result<()> {
     crate::net::limits::raise_descriptor_limit();
-    let limit = service.duration;
     let (crew, bound) = load::serve(service)?;
     let addresses: Vec<String> = bound.iter().map(ToString::to_string).collect();
     if args.work.json {
@@ -107,7 +106,7 @@ fn run(args: &BackendArgs, service: Service) -> std::io::Result<()> {
     } else {
         crew::print(&format!("listening on {}", addresses.join(", ")));
     }
-    crew::watch(&crew, limit)?;
+    crew::watch(&crew)?;
     let served = crew.join()?;
     let sum = served.iter().fold(Served::default(), |sum, one| sum.merge(one));
     crew::print(&shown(args, &sum));

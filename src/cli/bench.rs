@@ -109,10 +109,14 @@ pub fn main(args: &BenchArgs) -> Exit {
             return Exit::Usage;
         }
     };
-    match run(args, plan) {
+    match run(plan) {
         Ok(report) => {
-            print(args, &report);
-            if done(args.mode, &report) == 0.0 { Exit::Failed } else { Exit::Fine }
+            show(args, &report);
+            if done(args.mode, &report) > 0 {
+                return Exit::Fine;
+            }
+            eprintln!("tidegate: bench: nothing was measured");
+            Exit::Failed
         }
         Err(why) => {
             eprintln!("tidegate: bench: {why}");
@@ -121,7 +125,7 @@ pub fn main(args: &BenchArgs) -> Exit {
     }
 }
 
-fn run(args: &BenchArgs, plan: Plan) -> Result<Report, String> {
+fn run(plan: Plan) -> Result<Report, String> {
     let limit = crate::net::limits::raise_descriptor_limit();
     let needed = plan.connections as u64 + DESCRIPTORS_SPARE;
     if needed > limit {
@@ -131,45 +135,17 @@ fn run(args: &BenchArgs, plan: Plan) -> Result<Report, String> {
         ));
     }
     let crew = load::start(plan).map_err(|error| error.to_string())?;
-    // The threads end by themselves; only a signal ends them earlier.
-    crew::watch(&crew, None).map_err(|error| error.to_string())?;
+    crew::watch(&crew).map_err(|error| error.to_string())?;
     let reports = crew.join().map_err(|error| error.to_string())?;
     let sum = reports.into_iter().reduce(|sum, report| sum.merge(&report));
-    sum.ok_or_else(|| "no thread ran".to_owned()).inspect(|_| {
-        debug_assert!(args.work.threads > 0, "the parser sees to it");
-    })
+    sum.ok_or_else(|| "no thread ran".to_owned())
 }
 
-/// Checks what the parser cannot: options that mean nothing in a mode.
 fn plan(args: &BenchArgs) -> Result<Plan, String> {
-    use ModeName as M;
-    let asks = !matches!(args.mode, M::Upload | M::Download);
-    let only = |given: bool, option: &str, fits: bool, modes: &str| {
-        if given && !fits { Err(format!("{option} is for {modes} only")) } else { Ok(()) }
-    };
-    let closes = matches!(args.mode, M::Short | M::Churn);
-    only(args.rate.is_some(), "--rate", args.mode == M::OpenLoop, "open-loop")?;
-    only(args.lifetime.is_some(), "--lifetime", args.mode == M::Churn, "churn")?;
-    only(args.close.is_some(), "--close", closes, "short and churn")?;
-    only(args.answer.is_some(), "--answer", asks, "modes that ask")?;
-    only(args.size.is_some(), "--size", args.mode != M::Download, "modes that send")?;
-    let close = match args.close {
-        Some(CloseName::Reset) => Close::Reset,
-        Some(CloseName::Fin) | None => Close::Fin,
-    };
-    let (mode, size) = match args.mode {
-        M::PingPong => (Mode::PingPong, 64),
-        M::Short => (Mode::Short(close), 64),
-        M::Upload => (Mode::Upload, 128 * 1024),
-        M::Download => (Mode::Download, 1),
-        M::OpenLoop => (Mode::OpenLoop { rate: args.rate.ok_or("open-loop needs --rate")? }, 64),
-        M::Idle => (Mode::Idle, 0),
-        M::Churn => {
-            (Mode::Churn { lifetime: args.lifetime.unwrap_or(Duration::from_secs(1)), close }, 0)
-        }
-    };
+    senseless(args)?;
+    let (mode, size) = mode(args)?;
     let size = args.size.unwrap_or(size);
-    if size == 0 && !matches!(args.mode, M::Idle | M::Churn) {
+    if size == 0 && !matches!(args.mode, ModeName::Idle | ModeName::Churn) {
         return Err("--size must be above zero".to_owned());
     }
     let connections = args.connections as usize;
@@ -189,6 +165,42 @@ fn plan(args: &BenchArgs) -> Result<Plan, String> {
     })
 }
 
+/// Refuses what the parser cannot: options that mean nothing in a mode.
+fn senseless(args: &BenchArgs) -> Result<(), String> {
+    use ModeName as M;
+    let only = |given: bool, option: &str, fits: bool, modes: &str| {
+        if given && !fits { Err(format!("{option} is for {modes} only")) } else { Ok(()) }
+    };
+    let asks = !matches!(args.mode, M::Upload | M::Download);
+    let closes = matches!(args.mode, M::Short | M::Churn);
+    only(args.rate.is_some(), "--rate", args.mode == M::OpenLoop, "open-loop")?;
+    only(args.lifetime.is_some(), "--lifetime", args.mode == M::Churn, "churn")?;
+    only(args.close.is_some(), "--close", closes, "short and churn")?;
+    only(args.answer.is_some(), "--answer", asks, "modes that ask")?;
+    only(args.size.is_some(), "--size", args.mode != M::Download, "modes that send")
+}
+
+/// The mode and the size it has where none is given.
+fn mode(args: &BenchArgs) -> Result<(Mode, usize), String> {
+    let close = match args.close {
+        Some(CloseName::Reset) => Close::Reset,
+        Some(CloseName::Fin) | None => Close::Fin,
+    };
+    let lifetime = args.lifetime.unwrap_or(Duration::from_secs(1));
+    Ok(match args.mode {
+        ModeName::PingPong => (Mode::PingPong, 64),
+        ModeName::Short => (Mode::Short(close), 64),
+        ModeName::Upload => (Mode::Upload, 128 * 1024),
+        ModeName::Download => (Mode::Download, 1),
+        ModeName::OpenLoop => {
+            let rate = args.rate.ok_or("open-loop needs --rate")?;
+            (Mode::OpenLoop { rate }, 64)
+        }
+        ModeName::Idle => (Mode::Idle, 0),
+        ModeName::Churn => (Mode::Churn { lifetime, close }, 0),
+    })
+}
+
 fn sources(args: &BenchArgs) -> Result<u8, String> {
     let many = matches!(args.to.ip(), IpAddr::V4(ip) if ip.is_loopback());
     match args.sources {
@@ -205,16 +217,16 @@ fn sources(args: &BenchArgs) -> Result<u8, String> {
 // === what is printed ===
 
 /// What the mode is about: requests, connections or bytes.
-fn done(mode: ModeName, report: &Report) -> f64 {
-    (match mode {
+fn done(mode: ModeName, report: &Report) -> u64 {
+    match mode {
         ModeName::PingPong | ModeName::Short | ModeName::OpenLoop => report.requests,
         ModeName::Upload => report.bytes_out,
         ModeName::Download => report.bytes_in,
         ModeName::Idle | ModeName::Churn => report.opened,
-    }) as f64
+    }
 }
 
-fn print(args: &BenchArgs, report: &Report) {
+fn show(args: &BenchArgs, report: &Report) {
     let text =
         if args.work.json { format!("{:#}", document(args, report)) } else { lines(args, report) };
     crew::print(text.trim_end());
@@ -268,25 +280,31 @@ fn lines(args: &BenchArgs, report: &Report) -> String {
     let mut text = String::new();
     let seconds = report.elapsed.as_secs_f64();
     let each_second = |count: u64| count as f64 / seconds.max(f64::MIN_POSITIVE);
-    let mode = name(args.mode);
+    let (mode, threads) = (name(args.mode), args.work.threads);
     let _ = writeln!(
         text,
-        "{mode} to {}: {} connections, {} threads, {seconds:.2} s",
-        args.to, args.connections, args.work.threads
+        "{mode} to {}: {} connections, {threads} thread{}, {seconds:.2} s",
+        args.to,
+        args.connections,
+        if threads == 1 { "" } else { "s" }
     );
-    if report.requests > 0 {
-        let rate = each_second(report.requests);
-        let _ = writeln!(text, "  requests     {:>12}  {rate:>12.0} /s", report.requests);
+    for (label, total, timed) in [
+        ("requests", report.requests, report.requests),
+        ("late answers", report.late, 0),
+        ("connections", report.opened, report.opened_timed),
+    ] {
+        if timed > 0 {
+            let rate = each_second(timed);
+            let _ = writeln!(text, "  {label:<12} {total:>12}  {rate:>12.0} /s");
+        } else if total > 0 {
+            let _ = writeln!(text, "  {label:<12} {total:>12}");
+        }
     }
-    if report.late > 0 {
-        let _ = writeln!(text, "  late answers {:>12}", report.late);
-    }
-    let rate = each_second(report.opened_timed);
-    let _ = writeln!(text, "  connections  {:>12}  {rate:>12.0} /s", report.opened);
     for (label, bytes) in [("received", report.bytes_in), ("sent", report.bytes_out)] {
-        let gib = (1u64 << 30) as f64;
-        let (total, rate) = (bytes as f64 / gib, each_second(bytes) / gib);
-        let _ = writeln!(text, "  {label:<12} {total:>8.3} GiB  {rate:>8.3} GiB/s");
+        if bytes > 0 {
+            let (total, rate) = (crew::amount(bytes as f64), crew::amount(each_second(bytes)));
+            let _ = writeln!(text, "  {label:<12} {total:>12}  {rate:>12}/s");
+        }
     }
     if report.latencies() > 0 {
         for (percentile, name) in PERCENTILES {

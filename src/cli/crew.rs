@@ -51,31 +51,26 @@ impl WorkArgs {
     }
 }
 
-/// Waits until the threads end by themselves, `limit` is over, or SIGINT or
-/// SIGTERM comes; shows their progress where standard error is a terminal.
-pub(super) fn watch<T: Send + 'static>(crew: &Crew<T>, limit: Option<Duration>) -> io::Result<()> {
+/// Waits until the threads end, by themselves or because SIGINT or SIGTERM
+/// came; shows their progress where standard error is a terminal.
+pub(super) fn watch<T: Send + 'static>(crew: &Crew<T>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut line = Line::new(clock::now());
         let mut look = tokio::time::interval(LOOK);
-        let until = limit.map(|limit| clock::now() + limit);
         loop {
             tokio::select! {
                 _ = interrupt.recv() => crew.stop(),
                 _ = terminate.recv() => crew.stop(),
                 _ = look.tick() => {}
             }
-            let now = clock::now();
-            if until.is_some_and(|until| now >= until) {
-                crew.stop();
-            }
             if crew.finished() {
                 line.clear();
                 return Ok(());
             }
-            line.show(now, crew.gauges());
+            line.show(clock::now(), crew.gauges());
         }
     })
 }
@@ -149,6 +144,15 @@ pub(super) fn span(span: Duration) -> String {
     }
 }
 
+/// Bytes for people: three digits behind the point and a unit.
+pub(super) fn amount(bytes: f64) -> String {
+    match bytes {
+        b if b < 1048576.0 => format!("{:.3} KiB", b / 1024.0),
+        b if b < 1073741824.0 => format!("{:.3} MiB", b / 1048576.0),
+        b => format!("{:.3} GiB", b / 1073741824.0),
+    }
+}
+
 /// `64`, `512B`, `128KiB`, `1MiB`.
 pub(super) fn size(text: &str) -> Result<usize, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -188,6 +192,12 @@ mod tests {
         for wrong in ["", "KiB", "64kb", "-1", "1.5KiB", "17MiB", "99999999999999999999"] {
             assert!(size(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn amounts_are_shown_in_the_unit_that_fits() {
+        let shown = [512.0, 3.5 * 1048576.0, 2147483648.0].map(amount);
+        assert_eq!(shown, ["0.500 KiB", "3.500 MiB", "2.000 GiB"]);
     }
 
     #[test]
