@@ -16,10 +16,10 @@ mod ops;
 #[cfg(test)]
 mod tests;
 
-pub use buffers::{BUFFER_LEN, Chunk};
+pub use buffers::{BUFFER_LEN, BULK_LEN, Chunk};
 pub use ops::{Op, SEND_CHUNKS_MAX};
 
-use buffers::BufferRing;
+use buffers::{BufferRing, Bulk, BulkHome};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use ops::{InFlight, Ops, Work};
 use std::collections::VecDeque;
@@ -52,7 +52,8 @@ const REAP_WAIT_NANOS: u32 = 50_000_000;
 pub struct Settings {
     /// All there are: a power of two, at most 32,768.
     pub buffers: u16,
-    /// How many the kernel sees at first. Grows when streams starve.
+    /// How many the kernel sees at first, and so the most that one receive can
+    /// take before anyone can stop it.
     pub shown: u16,
 }
 
@@ -76,6 +77,8 @@ pub struct Event {
     pub tag: u64,
     /// This was its last event: the operation is over.
     pub last: bool,
+    /// After data: the kernel knows of more to receive.
+    pub more: bool,
     /// What.
     pub what: What,
 }
@@ -89,6 +92,8 @@ pub enum What {
     End,
     /// No buffer was to be had.
     Starved,
+    /// A bulk receive found nothing.
+    Drained,
     /// A receive ended for no fault of the connection's: it was cancelled or
     /// interrupted.
     Stopped,
@@ -125,6 +130,7 @@ pub struct Counts {
 pub struct Ring {
     ring: ManuallyDrop<IoUring>,
     buffers: BufferRing,
+    bulk: Rc<BulkHome>,
     ops: Ops,
     wake: Wake,
     /// What did not fit into the submission queue.
@@ -166,6 +172,7 @@ impl Ring {
         let mut ring = Ring {
             ring: ManuallyDrop::new(ring),
             buffers,
+            bulk: Rc::default(),
             ops: Ops::default(),
             wake,
             backlog: VecDeque::new(),
@@ -238,6 +245,11 @@ impl Ring {
         self.pending
     }
 
+    /// Shows the kernel twice as many buffers from now on: streams starve.
+    pub fn widen(&mut self) {
+        self.buffers.widen();
+    }
+
     /// To be called now and then while nobody starves: shows the kernel fewer
     /// buffers again, which stay hot.
     pub fn narrow(&mut self) {
@@ -253,6 +265,17 @@ impl Ring {
     pub fn receive(&mut self, socket: &Rc<OwnedFd>, tag: u64) -> Op {
         let entry = opcode::RecvMulti::new(types::Fd(socket.as_raw_fd()), GROUP).build();
         self.start(socket, tag, Work::Receive, |_| entry)
+    }
+
+    /// Receives once what is there now, up to [`BULK_LEN`], into a big buffer;
+    /// nothing where too many of those are in use.
+    pub fn receive_bulk(&mut self, socket: &Rc<OwnedFd>, tag: u64) -> Option<Op> {
+        let bulk = Bulk::take(&self.bulk)?;
+        let fd = types::Fd(socket.as_raw_fd());
+        let entry = opcode::Recv::new(fd, bulk.pointer(), BULK_LEN as u32)
+            .flags(libc::MSG_DONTWAIT)
+            .build();
+        Some(self.start(socket, tag, Work::ReceiveBulk(bulk), |_| entry))
     }
 
     /// Sends all of `chunk`.
@@ -354,7 +377,7 @@ fn send_entry(fd: RawFd, work: &Work) -> squeue::Entry {
         Work::SendMany(message) => opcode::SendMsg::new(types::Fd(fd), &raw const message.header)
             .flags(flags as u32)
             .build(),
-        Work::Receive | Work::Poll => unreachable!("only sends are sent"),
+        Work::Receive | Work::ReceiveBulk(_) | Work::Poll => unreachable!("only sends are sent"),
     }
 }
 
@@ -477,6 +500,7 @@ impl Ring {
         let last = !cqueue::more(flags);
         let what = match operation.work {
             Work::Receive => self.received(result, chunk),
+            Work::ReceiveBulk(_) => return self.received_bulk(op, result, flags),
             Work::Poll => What::Polled(match result {
                 errno if errno < 0 => Err(-errno),
                 mask => Ok(mask & i32::from(libc::POLLERR | libc::POLLHUP) != 0),
@@ -486,7 +510,22 @@ impl Ring {
         if last {
             self.ops.remove(op);
         }
-        Some(Event { op, tag, last, what })
+        Some(Event { op, tag, last, more: false, what })
+    }
+
+    fn received_bulk(&mut self, op: Op, result: i32, flags: u32) -> Option<Event> {
+        let InFlight { tag, work, .. } = self.ops.remove(op)?;
+        let Work::ReceiveBulk(bulk) = work else { return None };
+        let what = match result {
+            1.. => What::Data(bulk.filled(result as usize)),
+            0 => What::End,
+            _ => match -result {
+                libc::EAGAIN => What::Drained,
+                libc::ECANCELED | libc::EINTR => What::Stopped,
+                errno => What::Failed(errno),
+            },
+        };
+        Some(Event { op, tag, last: true, more: cqueue::sock_nonempty(flags), what })
     }
 
     fn received(&mut self, result: i32, chunk: Option<Chunk>) -> What {
@@ -498,7 +537,6 @@ impl Ring {
             (result, _) => match -result {
                 libc::ENOBUFS => {
                     self.counts.starved += 1;
-                    self.buffers.widen();
                     What::Starved
                 }
                 libc::ECANCELED | libc::EINTR | libc::EAGAIN => What::Stopped,
@@ -516,7 +554,7 @@ impl Ring {
         let left = match &operation.work {
             Work::SendOne(chunk) => chunk.len(),
             Work::SendMany(message) => message.len(),
-            Work::Receive | Work::Poll => 0,
+            Work::Receive | Work::ReceiveBulk(_) | Work::Poll => 0,
         };
         let nudged = std::mem::take(&mut operation.nudged);
         let resumable = sent > 0
@@ -528,13 +566,19 @@ impl Ring {
                 Work::SendMany(message) => {
                     Rc::get_mut(message).expect("only `ops` holds a message").advance(sent);
                 }
-                Work::Receive | Work::Poll => {}
+                Work::Receive | Work::ReceiveBulk(_) | Work::Poll => {}
             }
             let entry = send_entry(operation.socket.as_raw_fd(), &operation.work);
             self.push(entry.user_data(op.0));
             self.counts.resumed += 1;
             // Not an end: progress, where there was any.
-            return (sent > 0).then_some(Event { op, tag, last: false, what: What::Sent(sent) });
+            return (sent > 0).then_some(Event {
+                op,
+                tag,
+                last: false,
+                more: false,
+                what: What::Sent(sent),
+            });
         }
         if let Some(InFlight { work: Work::SendMany(message), .. }) = self.ops.remove(op) {
             self.ops.recycle(message);
@@ -547,7 +591,7 @@ impl Ring {
             0 => What::SendFailed(libc::EPIPE),
             errno => What::SendFailed(-errno),
         };
-        Some(Event { op, tag, last: true, what })
+        Some(Event { op, tag, last: true, more: false, what })
     }
 }
 
