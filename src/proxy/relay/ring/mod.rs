@@ -7,8 +7,12 @@
 //! belongs to `net::ring`.
 
 mod streams;
+#[cfg(test)]
+mod tests;
 
-use super::shell::{Mover, Pace, Round, State};
+use super::mover::{Mover, Round};
+use super::pace::Pace;
+use super::shell::State;
 use super::verdict::{Moved, Next, Verdict};
 use crate::clock;
 use crate::net::ring::{BUFFER_LEN, Event, Ring, Settings, Wake};

@@ -19,8 +19,9 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 /// Bytes queued at which a direction stops receiving, while buffers are plenty.
-/// It stops late: what the kernel had under way still comes, up to a megabyte
-/// or so. The pool bounds all of them together.
+/// It stops late: one receive takes as many buffers as are shown, which are 256
+/// KiB unless streams starve. The pool bounds all of them together; a bulk
+/// stream holds one big buffer and no more.
 pub(super) const HIGH_WATER: usize = 128 * 1024;
 
 /// The same once less than half of the pool's buffers are left: slow readers
@@ -52,6 +53,12 @@ enum Use {
     /// A socket not received from, as its bytes wait.
     Stalled,
 }
+
+// What matches on a tag's bits.
+const CONNECT: u64 = Use::Connect as u64;
+const WATCH: u64 = Use::Watch as u64;
+const READABLE: u64 = Use::Readable as u64;
+const STALLED: u64 = Use::Stalled as u64;
 
 /// One session's sockets, streams and operations.
 #[derive(Debug, Default)]
@@ -447,9 +454,6 @@ impl Flow {
     fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>, ring: &mut Ring) -> Meaning {
         let side = side_of(tag);
         let failed = result.unwrap_or(true);
-        const CONNECT: u64 = Use::Connect as u64;
-        const WATCH: u64 = Use::Watch as u64;
-        const READABLE: u64 = Use::Readable as u64;
         match tag & 0xF {
             CONNECT if self.connect == Some(op) => {
                 self.connect = None;
@@ -460,7 +464,10 @@ impl Flow {
                 if result == Ok(true) { Meaning::ClientFailed } else { Meaning::Nothing }
             }
             READABLE => self.readable(key_of(tag), side, ring),
-            _ if result == Ok(true) && self.verdict.note_failure(side) => Meaning::Failed(side),
+            STALLED if result == Ok(true) && self.verdict.note_failure(side) => {
+                Meaning::Failed(side)
+            }
+            // Cancelled, or of an attempt that was given up.
             _ => Meaning::Nothing,
         }
     }
