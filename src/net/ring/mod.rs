@@ -22,7 +22,7 @@ pub use event::{Counts, Event, Interest, Settings, What};
 pub use ops::{Op, SEND_CHUNKS_MAX};
 
 use buffers::{BufferRing, Bulk, BulkHome};
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
 use ops::{InFlight, Ops, Work};
 use std::collections::VecDeque;
 use std::io;
@@ -320,10 +320,11 @@ impl Ring {
             self.shorten_backlog();
             let submission = self.ring.submission();
             let overflowed = submission.cq_overflow();
-            let needed = !submission.is_empty() || submission.taskrun() || overflowed;
+            let queued = submission.len() as u32;
+            let needed = queued > 0 || submission.taskrun() || overflowed;
             drop(submission);
             self.counts.overflows += u64::from(overflowed);
-            if needed && let Err(error) = self.ring.submitter().submit() {
+            if needed && let Err(error) = self.submit(queued) {
                 match error.raw_os_error() {
                     // Interrupted, or completions must be taken first.
                     Some(libc::EINTR | libc::EAGAIN | libc::EBUSY) => {}
@@ -337,6 +338,15 @@ impl Ring {
                 return Ok(());
             }
         }
+    }
+
+    /// Submits, and has what was put off done in the same system call: sends
+    /// and cancellations often leave some.
+    fn submit(&self, queued: u32) -> io::Result<usize> {
+        let flags = EnterFlags::GETEVENTS.bits();
+        // SAFETY: no argument is passed by pointer, nothing is waited for, and
+        // what the queued entries point to is kept as `push` says.
+        unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, 0, flags, None) }
     }
 
     fn shorten_backlog(&mut self) {
