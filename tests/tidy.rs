@@ -14,7 +14,7 @@ const FILE_LINES_MAX: usize = 600;
 
 /// Files that were longer when the rule came, with the length they may not
 /// exceed. Entries only shrink and go; new ones need a reason beside them.
-const LONGER_FILES: [(&str, usize); 1] = [("src/proxy/relay/readiness.rs", 679)];
+const LONGER_FILES: [(&str, usize); 0] = [];
 
 /// Uses against the directions, each with its reason. Entries only go.
 const EXCUSED_USES: [(&str, &str); 0] = [];

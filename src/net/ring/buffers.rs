@@ -8,7 +8,7 @@
 
 use io_uring::types::BufRingEntry;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::ptr::NonNull;
 use std::rc::Rc;
@@ -17,6 +17,14 @@ use std::sync::atomic::{AtomicU16, Ordering};
 /// Length of a pool buffer. 64 KiB measured worse than 16 KiB, and larger ones
 /// pin more memory behind slow readers.
 pub const BUFFER_LEN: usize = 16 * 1024;
+
+/// Length of a bulk buffer.
+pub const BULK_LEN: usize = 256 * 1024;
+
+/// Bulk buffers of a ring, 16 MiB in all; streams beyond go on with pool
+/// buffers. Those not in use are given back, but for a few hot ones.
+const BULK_MAX: usize = 64;
+const BULK_KEPT: usize = 4;
 
 /// More than that is cheaper to keep where it is than to copy.
 const ABSORB_MAX: usize = 4 * 1024;
@@ -35,6 +43,7 @@ pub struct Chunk {
 #[derive(Debug)]
 enum Source {
     Pool(Rc<Pool>, u16),
+    Bulk(Bulk),
     /// Not a `Box`: a pointer into it must stay good while the chunk moves.
     Own(Rc<[u8]>),
 }
@@ -47,6 +56,20 @@ pub(super) struct Pool {
     count: u16,
     /// Last in, first out: what was used last is still in the cache.
     free: RefCell<Vec<u16>>,
+}
+
+/// One big buffer, for a stream that is never short of bytes.
+#[derive(Debug)]
+pub(super) struct Bulk {
+    base: NonNull<u8>,
+    home: Rc<BulkHome>,
+}
+
+/// Where bulk buffers come from and go back to.
+#[derive(Debug, Default)]
+pub(super) struct BulkHome {
+    kept: RefCell<Vec<NonNull<u8>>>,
+    out: Cell<usize>,
 }
 
 /// The ring in which free buffers are shown to the kernel.
@@ -113,6 +136,7 @@ impl Chunk {
     pub(super) fn pointer(&self) -> *const u8 {
         match &self.source {
             Source::Pool(pool, id) => pool.pointer(*id).wrapping_add(self.start as usize),
+            Source::Bulk(bulk) => bulk.pointer().wrapping_add(self.start as usize),
             Source::Own(bytes) => bytes.as_ptr().wrapping_add(self.start as usize),
         }
     }
@@ -154,6 +178,61 @@ impl Drop for Pool {
         // alive, and the ring leaks its share where operations may still run.
         drop(unsafe { Box::from_raw(memory) });
     }
+}
+
+// === impl Bulk ===
+
+impl Bulk {
+    /// A buffer, or none where [`BULK_MAX`] are in use.
+    pub(super) fn take(home: &Rc<BulkHome>) -> Option<Bulk> {
+        if home.out.get() >= BULK_MAX {
+            return None;
+        }
+        let base = home.kept.borrow_mut().pop().unwrap_or_else(|| {
+            let memory = vec![0_u8; BULK_LEN].into_boxed_slice();
+            NonNull::new(Box::into_raw(memory).cast()).expect("a box is never at address zero")
+        });
+        home.out.set(home.out.get() + 1);
+        Some(Bulk { base, home: Rc::clone(home) })
+    }
+
+    pub(super) fn pointer(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// The first `len` bytes, which were received into it.
+    pub(super) fn filled(self, len: usize) -> Chunk {
+        assert!(len <= BULK_LEN, "the kernel received more than there was room for");
+        Chunk { source: Source::Bulk(self), start: 0, len: len as u32 }
+    }
+}
+
+impl Drop for Bulk {
+    fn drop(&mut self) {
+        self.home.out.set(self.home.out.get() - 1);
+        let mut kept = self.home.kept.borrow_mut();
+        if kept.len() < BULK_KEPT {
+            kept.push(self.base);
+        } else {
+            free_bulk(self.base);
+        }
+    }
+}
+
+impl Drop for BulkHome {
+    fn drop(&mut self) {
+        for base in self.kept.get_mut().drain(..) {
+            free_bulk(base);
+        }
+    }
+}
+
+fn free_bulk(base: NonNull<u8>) {
+    let memory = std::ptr::slice_from_raw_parts_mut(base.as_ptr(), BULK_LEN);
+    // SAFETY: from `Box::into_raw` of a slice of this length in `take`, and in
+    // exactly one place at a time: a `Bulk` or the list of those kept. An
+    // operation that uses it owns the `Bulk`, or has leaked it.
+    drop(unsafe { Box::from_raw(memory) });
 }
 
 // === impl BufferRing ===

@@ -12,15 +12,17 @@
 #![allow(unsafe_code)]
 
 mod buffers;
+mod event;
 mod ops;
 #[cfg(test)]
 mod tests;
 
-pub use buffers::{BUFFER_LEN, Chunk};
+pub use buffers::{BUFFER_LEN, BULK_LEN, Chunk};
+pub use event::{Counts, Event, Interest, Settings, What};
 pub use ops::{Op, SEND_CHUNKS_MAX};
 
-use buffers::BufferRing;
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use buffers::{BufferRing, Bulk, BulkHome};
+use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
 use ops::{InFlight, Ops, Work};
 use std::collections::VecDeque;
 use std::io;
@@ -47,84 +49,15 @@ const NOBODY: u64 = u64::MAX;
 const REAP_WAITS: u32 = 40;
 const REAP_WAIT_NANOS: u32 = 50_000_000;
 
-/// Pool buffers (each [`BUFFER_LEN`]) of a ring.
-#[derive(Debug, Clone, Copy)]
-pub struct Settings {
-    /// All there are: a power of two, at most 32,768.
-    pub buffers: u16,
-    /// How many the kernel sees at first. Grows when streams starve.
-    pub shown: u16,
-}
-
-/// What there is to poll for. Failure and hang-up are always reported.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Interest {
-    /// Only failure and hang-up.
-    Failure,
-    /// Something to receive.
-    Readable,
-    /// Room to send.
-    Writable,
-}
-
-/// Something that happened to an operation.
-#[derive(Debug)]
-pub struct Event {
-    /// Which.
-    pub op: Op,
-    /// What the caller called it.
-    pub tag: u64,
-    /// This was its last event: the operation is over.
-    pub last: bool,
-    /// What.
-    pub what: What,
-}
-
-/// See [`Event`].
-#[derive(Debug)]
-pub enum What {
-    /// Bytes came; never empty.
-    Data(Chunk),
-    /// The peer's FIN.
-    End,
-    /// No buffer was to be had.
-    Starved,
-    /// A receive ended for no fault of the connection's: it was cancelled or
-    /// interrupted.
-    Stopped,
-    /// A receive failed.
-    Failed(i32),
-    /// A send was carried on by that many bytes, which is all of them if it was
-    /// the last event.
-    Sent(usize),
-    /// A send failed, or was cancelled (`ECANCELED`).
-    SendFailed(i32),
-    /// A poll: whether the socket has failed or been hung up, or the errno of
-    /// the poll itself.
-    Polled(Result<bool, i32>),
-}
-
 /// Becomes readable when the ring should be looked at, if it was dozing.
 #[derive(Debug, Clone)]
 pub struct Wake(Rc<OwnedFd>);
-
-/// What went on inside, for those who ask.
-#[derive(Debug, Default, Clone, Copy)]
-pub struct Counts {
-    /// Times completions had outgrown their queue.
-    pub overflows: u64,
-    /// Receives that found no buffer.
-    pub starved: u64,
-    /// Sends that came back short and were resumed.
-    pub resumed: u64,
-    /// Completions that named an operation long over. Never seen.
-    pub strays: u64,
-}
 
 /// The ring.
 pub struct Ring {
     ring: ManuallyDrop<IoUring>,
     buffers: BufferRing,
+    bulk: Rc<BulkHome>,
     ops: Ops,
     wake: Wake,
     /// What did not fit into the submission queue.
@@ -166,6 +99,7 @@ impl Ring {
         let mut ring = Ring {
             ring: ManuallyDrop::new(ring),
             buffers,
+            bulk: Rc::default(),
             ops: Ops::default(),
             wake,
             backlog: VecDeque::new(),
@@ -238,6 +172,11 @@ impl Ring {
         self.pending
     }
 
+    /// Shows the kernel twice as many buffers from now on: streams starve.
+    pub fn widen(&mut self) {
+        self.buffers.widen();
+    }
+
     /// To be called now and then while nobody starves: shows the kernel fewer
     /// buffers again, which stay hot.
     pub fn narrow(&mut self) {
@@ -253,6 +192,17 @@ impl Ring {
     pub fn receive(&mut self, socket: &Rc<OwnedFd>, tag: u64) -> Op {
         let entry = opcode::RecvMulti::new(types::Fd(socket.as_raw_fd()), GROUP).build();
         self.start(socket, tag, Work::Receive, |_| entry)
+    }
+
+    /// Receives once what is there now, up to [`BULK_LEN`], into a big buffer;
+    /// nothing where too many of those are in use.
+    pub fn receive_bulk(&mut self, socket: &Rc<OwnedFd>, tag: u64) -> Option<Op> {
+        let bulk = Bulk::take(&self.bulk)?;
+        let fd = types::Fd(socket.as_raw_fd());
+        let entry = opcode::Recv::new(fd, bulk.pointer(), BULK_LEN as u32)
+            .flags(libc::MSG_DONTWAIT)
+            .build();
+        Some(self.start(socket, tag, Work::ReceiveBulk(bulk), |_| entry))
     }
 
     /// Sends all of `chunk`.
@@ -354,7 +304,7 @@ fn send_entry(fd: RawFd, work: &Work) -> squeue::Entry {
         Work::SendMany(message) => opcode::SendMsg::new(types::Fd(fd), &raw const message.header)
             .flags(flags as u32)
             .build(),
-        Work::Receive | Work::Poll => unreachable!("only sends are sent"),
+        Work::Receive | Work::ReceiveBulk(_) | Work::Poll => unreachable!("only sends are sent"),
     }
 }
 
@@ -370,10 +320,11 @@ impl Ring {
             self.shorten_backlog();
             let submission = self.ring.submission();
             let overflowed = submission.cq_overflow();
-            let needed = !submission.is_empty() || submission.taskrun() || overflowed;
+            let queued = submission.len() as u32;
+            let needed = queued > 0 || submission.taskrun() || overflowed;
             drop(submission);
             self.counts.overflows += u64::from(overflowed);
-            if needed && let Err(error) = self.ring.submitter().submit() {
+            if needed && let Err(error) = self.submit(queued) {
                 match error.raw_os_error() {
                     // Interrupted, or completions must be taken first.
                     Some(libc::EINTR | libc::EAGAIN | libc::EBUSY) => {}
@@ -387,6 +338,15 @@ impl Ring {
                 return Ok(());
             }
         }
+    }
+
+    /// Submits, and has what was put off done in the same system call: sends
+    /// and cancellations often leave some.
+    fn submit(&self, queued: u32) -> io::Result<usize> {
+        let flags = EnterFlags::GETEVENTS.bits();
+        // SAFETY: no argument is passed by pointer, nothing is waited for, and
+        // what the queued entries point to is kept as `push` says.
+        unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, 0, flags, None) }
     }
 
     fn shorten_backlog(&mut self) {
@@ -477,6 +437,7 @@ impl Ring {
         let last = !cqueue::more(flags);
         let what = match operation.work {
             Work::Receive => self.received(result, chunk),
+            Work::ReceiveBulk(_) => return self.received_bulk(op, result, flags),
             Work::Poll => What::Polled(match result {
                 errno if errno < 0 => Err(-errno),
                 mask => Ok(mask & i32::from(libc::POLLERR | libc::POLLHUP) != 0),
@@ -486,7 +447,22 @@ impl Ring {
         if last {
             self.ops.remove(op);
         }
-        Some(Event { op, tag, last, what })
+        Some(Event { op, tag, last, more: false, what })
+    }
+
+    fn received_bulk(&mut self, op: Op, result: i32, flags: u32) -> Option<Event> {
+        let InFlight { tag, work, .. } = self.ops.remove(op)?;
+        let Work::ReceiveBulk(bulk) = work else { return None };
+        let what = match result {
+            1.. => What::Data(bulk.filled(result as usize)),
+            0 => What::End,
+            _ => match -result {
+                libc::EAGAIN => What::Drained,
+                libc::ECANCELED | libc::EINTR => What::Stopped,
+                errno => What::Failed(errno),
+            },
+        };
+        Some(Event { op, tag, last: true, more: cqueue::sock_nonempty(flags), what })
     }
 
     fn received(&mut self, result: i32, chunk: Option<Chunk>) -> What {
@@ -498,7 +474,6 @@ impl Ring {
             (result, _) => match -result {
                 libc::ENOBUFS => {
                     self.counts.starved += 1;
-                    self.buffers.widen();
                     What::Starved
                 }
                 libc::ECANCELED | libc::EINTR | libc::EAGAIN => What::Stopped,
@@ -516,7 +491,7 @@ impl Ring {
         let left = match &operation.work {
             Work::SendOne(chunk) => chunk.len(),
             Work::SendMany(message) => message.len(),
-            Work::Receive | Work::Poll => 0,
+            Work::Receive | Work::ReceiveBulk(_) | Work::Poll => 0,
         };
         let nudged = std::mem::take(&mut operation.nudged);
         let resumable = sent > 0
@@ -528,13 +503,19 @@ impl Ring {
                 Work::SendMany(message) => {
                     Rc::get_mut(message).expect("only `ops` holds a message").advance(sent);
                 }
-                Work::Receive | Work::Poll => {}
+                Work::Receive | Work::ReceiveBulk(_) | Work::Poll => {}
             }
             let entry = send_entry(operation.socket.as_raw_fd(), &operation.work);
             self.push(entry.user_data(op.0));
             self.counts.resumed += 1;
             // Not an end: progress, where there was any.
-            return (sent > 0).then_some(Event { op, tag, last: false, what: What::Sent(sent) });
+            return (sent > 0).then_some(Event {
+                op,
+                tag,
+                last: false,
+                more: false,
+                what: What::Sent(sent),
+            });
         }
         if let Some(InFlight { work: Work::SendMany(message), .. }) = self.ops.remove(op) {
             self.ops.recycle(message);
@@ -547,7 +528,7 @@ impl Ring {
             0 => What::SendFailed(libc::EPIPE),
             errno => What::SendFailed(-errno),
         };
-        Some(Event { op, tag, last: true, what })
+        Some(Event { op, tag, last: true, more: false, what })
     }
 }
 

@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code)]
 
-use super::buffers::Chunk;
+use super::buffers::{Bulk, Chunk};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -36,6 +36,7 @@ pub(super) struct InFlight {
 #[derive(Debug)]
 pub(super) enum Work {
     Receive,
+    ReceiveBulk(Bulk),
     Poll,
     SendOne(Chunk),
     SendMany(Rc<Message>),

@@ -1,3 +1,5 @@
+//! The ring against real socket pairs: bytes, shortage, cancellation, its end.
+
 use super::*;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

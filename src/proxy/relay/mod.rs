@@ -8,6 +8,8 @@
 //! the session ends), `relaying` (timers and counting).
 
 mod flow;
+mod mover;
+mod pace;
 mod pump;
 mod readiness;
 mod relaying;

@@ -6,8 +6,10 @@
 //! [`epoll::BATCH`](crate::net::epoll::BATCH) sockets a batch. It never blocks
 //! and keeps no operation in flight.
 
+use super::mover::{Mover, Round};
+use super::pace::Pace;
 use super::pump::{Io, Pump, READ_BULK};
-use super::shell::{Mover, Pace, Round, State};
+use super::shell::State;
 use super::verdict::{Moved, Next, Verdict};
 use crate::clock;
 use crate::net::epoll::{BATCH, Batch, Epoll, Readiness as Event};

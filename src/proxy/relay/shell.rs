@@ -6,26 +6,25 @@
 //! never picks a backend.
 
 use super::flow::{ConnectEnd, Limits, Meter, Relayed};
+use super::mover::{Mover, Round};
+use super::pace::{Pace, TICK};
 use super::relaying::Relaying;
-use super::verdict::{Moved, Next, Verdict};
+use super::verdict::{Moved, Next};
 use crate::clock;
 use crate::net::stream;
 use crate::proxy::close::{Cause, Ending, Side};
 use crate::proxy::wheel::Wheel;
 use crate::table::state::BackendId;
 use slab::Slab;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::fmt::Debug;
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
-
-/// Length of a timer tick: deadlines are kept to this, or a little later.
-const TICK: Duration = Duration::from_millis(8);
 
 /// Batches in a row before accepts and other tasks of the worker get a turn.
 const BATCHES_A_TURN: u32 = 8;
@@ -42,91 +41,6 @@ const WATCH_AFTER: Duration = Duration::from_millis(2 * TICK.as_millis() as u64)
 /// sockets are torn down under them. Cancelling takes microseconds.
 const SETTLE_MAX: Duration = Duration::from_millis(500);
 
-/// Moves the bytes of sessions, each known by its key.
-pub(super) trait Mover: Sized + Debug {
-    /// One session's sockets and streams.
-    type Flow: Debug;
-
-    /// A session with only a client.
-    fn open(&mut self, key: u32, client: OwnedFd) -> io::Result<Self::Flow>;
-
-    /// Gives it a backend socket. Where a connect is `pending` on that, its end
-    /// is to be reported.
-    fn attach(
-        &mut self,
-        key: u32,
-        flow: &mut Self::Flow,
-        upstream: OwnedFd,
-        pending: bool,
-    ) -> io::Result<()>;
-
-    /// Takes the backend socket away again and closes it.
-    fn detach(&mut self, flow: &mut Self::Flow);
-
-    /// From now on the client's failure is to be reported.
-    fn watch_client(&mut self, key: u32, flow: &mut Self::Flow);
-
-    /// Starts relaying.
-    fn begin(&mut self, key: u32, flow: &mut Self::Flow, moved: &mut Moved) -> Next;
-
-    /// The session is over: nothing is to be moved any more.
-    fn halt(&mut self, flow: &mut Self::Flow);
-
-    /// Whether its sockets are free to be given away: no operation uses them.
-    fn is_settled(flow: &Self::Flow) -> bool;
-
-    /// Makes it settle soon, whatever that breaks.
-    fn tear_down(&mut self, flow: &mut Self::Flow);
-
-    /// Asks for progress that has not shown yet; false where there can be none.
-    fn ask_progress(&mut self, flow: &mut Self::Flow) -> bool;
-
-    fn verdict(flow: &Self::Flow) -> &Verdict;
-
-    fn bytes_from(flow: &Self::Flow, side: Side) -> u64;
-
-    fn backend(flow: &Self::Flow) -> Option<BorrowedFd<'_>>;
-
-    /// Takes both sockets out of a settled, connected session.
-    fn take_sockets(flow: &mut Self::Flow) -> Option<[OwnedFd; 2]>;
-
-    /// Resets the client, as soon as nothing uses its socket any more.
-    fn refuse(&mut self, flow: &mut Self::Flow);
-
-    /// Whether something waits to be done at once.
-    fn has_work(&self) -> bool;
-
-    /// Handles what has happened, a batch at most.
-    fn round(state: &mut State<Self>, pace: &Pace) -> io::Result<Round>;
-
-    /// Called every safety tick or so, while there are sessions.
-    fn tick(state: &mut State<Self>, pace: &Pace);
-
-    /// Longest sleep while there are sessions.
-    const SLEEP_MAX: Option<Duration>;
-
-    /// Gets ready to be awaited; false where there is something to do.
-    fn doze(&mut self) -> bool;
-
-    /// Ready when there is something to do.
-    fn poll_wake(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
-
-    /// Ends what `doze` began.
-    fn rouse(&mut self);
-
-    /// Makes `poll_wake` ready through the reactor; false where it cannot.
-    fn ring_the_bell(&self) -> io::Result<bool>;
-}
-
-/// What a round came to.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Round {
-    /// Nothing is left to do now.
-    pub(super) drained: bool,
-    /// Something was done.
-    pub(super) busy: bool,
-}
-
 /// One worker's engine.
 #[derive(Debug)]
 pub(super) struct Shell<M: Mover> {
@@ -134,16 +48,6 @@ pub(super) struct Shell<M: Mover> {
     /// How long to poll after the last activity before sleeping.
     spin: Option<Duration>,
     state: RefCell<State<M>>,
-}
-
-/// When the engine task sleeps, and until when.
-#[derive(Debug)]
-pub(super) struct Pace {
-    started: Instant,
-    /// The engine task, when it sleeps.
-    sleeper: RefCell<Option<Waker>>,
-    /// The tick the engine task sleeps to; `u64::MAX` for none.
-    sleeps_to: Cell<u64>,
 }
 
 /// The sessions and what moves their bytes.
@@ -196,7 +100,7 @@ impl<M: Mover> Shell<M> {
     pub(super) fn new(mover: M, spin: Option<Duration>) -> Rc<Shell<M>> {
         let started = clock::now();
         Rc::new(Shell {
-            pace: Pace { started, sleeper: RefCell::new(None), sleeps_to: Cell::new(u64::MAX) },
+            pace: Pace::new(started),
             spin,
             state: RefCell::new(State {
                 flows: Slab::new(),
@@ -460,12 +364,10 @@ impl<M: Mover> Shell<M> {
             let safety = safety.map(|_| self.pace.tick_after(state.next_tick));
             [state.wheel.next_due(), safety].into_iter().flatten().min()
         };
-        self.pace.sleeps_to.set(next.unwrap_or(u64::MAX));
-        if let Some(tick) = next {
-            let at = self.pace.started + Duration::from_millis(tick * TICK.as_millis() as u64);
-            if timer.deadline() != at.into() {
-                timer.as_mut().reset(at.into());
-            }
+        if let Some(at) = self.pace.fall_asleep(next)
+            && timer.deadline() != at.into()
+        {
+            timer.as_mut().reset(at.into());
         }
         poll_fn(|cx| {
             if let Poll::Ready(woken) = self.state.borrow().mover.poll_wake(cx) {
@@ -474,48 +376,11 @@ impl<M: Mover> Shell<M> {
             if next.is_some() && timer.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Ok(()));
             }
-            if self.pace.sleeps_to.get() == 0 {
-                return Poll::Ready(Ok(()));
-            }
-            let mut sleeper = self.pace.sleeper.borrow_mut();
-            if !sleeper.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
-                *sleeper = Some(cx.waker().clone());
-            }
-            Poll::Pending
+            self.pace.poll_kicked(cx).map(Ok)
         })
         .await?;
-        self.pace.sleeps_to.set(u64::MAX);
+        self.pace.wake_up();
         Ok(())
-    }
-}
-
-// === impl Pace ===
-
-impl Pace {
-    fn tick_after(&self, at: Instant) -> u64 {
-        let since = at.saturating_duration_since(self.started);
-        (since.as_millis() as u64).div_ceil(TICK.as_millis() as u64)
-    }
-
-    fn tick_at(&self, now: Instant) -> u64 {
-        now.saturating_duration_since(self.started).as_millis() as u64 / TICK.as_millis() as u64
-    }
-
-    /// Wakes the engine task where it would sleep past `due`.
-    fn kick_if_sooner(&self, due: u64) {
-        if due < self.sleeps_to.get() {
-            self.sleeps_to.set(0);
-            if let Some(waker) = self.sleeper.borrow_mut().take() {
-                waker.wake();
-            }
-        }
-    }
-
-    /// Wakes the engine task where the mover has something to do.
-    fn hurry<M: Mover>(&self, mover: &M) {
-        if mover.has_work() {
-            self.kick_if_sooner(0);
-        }
     }
 }
 

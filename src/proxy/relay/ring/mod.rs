@@ -7,8 +7,12 @@
 //! belongs to `net::ring`.
 
 mod streams;
+#[cfg(test)]
+mod tests;
 
-use super::shell::{Mover, Pace, Round, State};
+use super::mover::{Mover, Round};
+use super::pace::Pace;
+use super::shell::State;
 use super::verdict::{Moved, Next, Verdict};
 use crate::clock;
 use crate::net::ring::{BUFFER_LEN, Event, Ring, Settings, Wake};
@@ -26,14 +30,15 @@ use tokio::io::unix::AsyncFd;
 /// 256 were enough for 512 busy sessions and 64 cost them 20 %; the rest is for
 /// slow readers, each of which pins eight. Where they run out, sessions go on
 /// with a buffer each of their own, slower. Few are shown at first: those stay
-/// in the cache.
-pub const SETTINGS: Settings = Settings { buffers: 1024, shown: 128 };
+/// in the cache, and a sender faster than its reader fills no more than those
+/// before it is stopped. The kernel completes about twenty operations a batch.
+pub const SETTINGS: Settings = Settings { buffers: 1024, shown: 16 };
 
 /// Wake-ups by the eventfd are argued for, not promised: look now and then.
 const SAFETY_TICK: Duration = Duration::from_millis(100);
 
 /// Ticks without starvation after which fewer buffers are shown again.
-const NARROW_AFTER: u32 = 50;
+const NARROW_AFTER: u32 = 10;
 
 /// The ring, and what is shared by all sessions.
 #[derive(Debug)]
@@ -82,7 +87,12 @@ impl Ringed {
             Meaning::Nothing => {}
             Meaning::Connected { failed } => state.connect_decided(key, failed),
             Meaning::ClientFailed => state.client_failed(key),
-            Meaning::Starved(side) => state.mover.starved.push_back((key, side)),
+            Meaning::Starved { side, alone } => {
+                if !alone {
+                    state.mover.ring.widen();
+                }
+                state.mover.starved.push_back((key, side));
+            }
             Meaning::Stalled(side) => state.mover.stalled.push((key, side)),
             Meaning::Failed(_) => state.note_failure(key, true, pace),
         }

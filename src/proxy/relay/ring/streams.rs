@@ -6,7 +6,8 @@
 //!
 //! In each direction there is at most one receive and one send. Bytes wait in a
 //! queue while a send is in flight; at the high-water mark the receive is
-//! cancelled, at the low one it is started again.
+//! cancelled, at the low one it is started again. A stream that is never short
+//! of bytes goes over to bulk: one big receive, then one big send, in turns.
 
 use crate::net::ring::{BUFFER_LEN, Chunk, Event, Interest, Op, Ring, What};
 use crate::net::stream;
@@ -18,8 +19,9 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 /// Bytes queued at which a direction stops receiving, while buffers are plenty.
-/// It stops late: what the kernel had under way still comes, up to a megabyte
-/// or so. The pool bounds all of them together.
+/// It stops late: one receive takes as many buffers as are shown, which are 256
+/// KiB unless streams starve. The pool bounds all of them together; a bulk
+/// stream holds one big buffer and no more.
 pub(super) const HIGH_WATER: usize = 128 * 1024;
 
 /// The same once less than half of the pool's buffers are left: slow readers
@@ -29,6 +31,12 @@ const HIGH_WATER_SCARCE: usize = 2 * BUFFER_LEN;
 /// Where a cancelled receive goes on for so much longer, the cancellation has
 /// missed it: try again.
 const CANCEL_AGAIN: usize = 512 * 1024;
+
+/// Full buffers in a row that make a stream bulk.
+const STREAK: u8 = 6;
+
+/// Bulk receives in a row that a small buffer would have held, which end it.
+const SMALL_TURNS: u8 = 8;
 
 /// What an operation is for; the low bits of its tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,11 +48,17 @@ enum Use {
     Connect,
     /// The client, while the backend's connect is pending.
     Watch,
-    /// A socket that was drained while there was no buffer.
-    Starved,
+    /// A socket that was drained by other means than a multishot receive.
+    Readable,
     /// A socket not received from, as its bytes wait.
     Stalled,
 }
+
+// What matches on a tag's bits.
+const CONNECT: u64 = Use::Connect as u64;
+const WATCH: u64 = Use::Watch as u64;
+const READABLE: u64 = Use::Readable as u64;
+const STALLED: u64 = Use::Stalled as u64;
 
 /// One session's sockets, streams and operations.
 #[derive(Debug, Default)]
@@ -67,8 +81,9 @@ pub(in crate::proxy::relay) struct Flow {
 struct Stream {
     receive: Option<Op>,
     send: Option<Op>,
-    /// The poll of a socket that is not received from, for want of a buffer.
-    starved_poll: Option<Op>,
+    /// The poll of a socket that is not received from, for want of a buffer or
+    /// of bytes to fill a big one.
+    readable_poll: Option<Op>,
     /// The poll of a socket that is not received from, as its bytes wait.
     stalled_poll: Option<Op>,
     /// Behind what is being sent. Unallocated mostly.
@@ -80,6 +95,14 @@ struct Stream {
     bytes: u64,
     /// Waits for a buffer.
     starved: bool,
+    /// Received in big pieces.
+    bulk: bool,
+    /// Nothing is left to receive, as far as the last bulk receive knows.
+    drained: bool,
+    /// Already reported as stalled.
+    listed: bool,
+    /// Full buffers in a row; in bulk, small receives in a row.
+    streak: u8,
 }
 
 /// What an event means to the engine, beside what it moved.
@@ -92,8 +115,11 @@ pub(super) enum Meaning {
     },
     /// The client has failed before it was relayed.
     ClientFailed,
-    /// No buffer for bytes of that side.
-    Starved(Side),
+    /// No buffer for bytes of that side; `alone` where it took them all itself.
+    Starved {
+        side: Side,
+        alone: bool,
+    },
     /// That side is not received from, as its bytes wait.
     Stalled(Side),
     /// That side has failed, and it is news.
@@ -195,7 +221,7 @@ impl Flow {
             return;
         }
         let streams =
-            self.streams.iter().flat_map(|s| [s.receive, s.send, s.starved_poll, s.stalled_poll]);
+            self.streams.iter().flat_map(|s| [s.receive, s.send, s.readable_poll, s.stalled_poll]);
         for op in streams.chain([self.connect, self.watch]).flatten() {
             ring.cancel(op);
         }
@@ -226,24 +252,42 @@ impl Flow {
         if self.halted
             || stream.receive.is_some()
             || stream.starved
-            || stream.starved_poll.is_some()
+            || stream.readable_poll.is_some()
             || self.verdict.ended(from)
             || self.verdict.failed(from.other())
             || stream.queued > high_water(ring) / 2
         {
             return;
         }
-        if let Some(socket) = &self.sockets[from as usize] {
+        let Some(socket) = &self.sockets[from as usize] else { return };
+        if stream.bulk {
+            if stream.queued > 0 {
+                return;
+            }
+            if stream.drained {
+                let tag = tag(key, from, Use::Readable);
+                stream.readable_poll = Some(ring.poll(socket, tag, Interest::Readable));
+                self.operations += 1;
+                return;
+            }
+            stream.receive = ring.receive_bulk(socket, tag(key, from, Use::Receive));
+            if stream.receive.is_none() {
+                // Too many are at it already.
+                stream.bulk = false;
+                stream.streak = 0;
+            }
+        }
+        if !stream.bulk {
             stream.receive = Some(ring.receive(socket, tag(key, from, Use::Receive)));
             stream.cancel_at = high_water(ring);
-            self.operations += 1;
         }
+        self.operations += 1;
     }
 
     /// Deals with what happened to an operation of this flow's.
     #[inline]
     pub(super) fn handle(&mut self, event: Event, ring: &mut Ring, moved: &mut Moved) -> Meaning {
-        let Event { op, tag, last, what } = event;
+        let Event { op, tag, last, more, what } = event;
         let (key, side) = (key_of(tag), side_of(tag));
         if last {
             self.operations -= 1;
@@ -254,7 +298,12 @@ impl Flow {
         }
         let meaning = match what {
             What::Data(chunk) => {
+                self.judge_flow(side, chunk.len(), last, more, ring);
                 self.received(key, side, chunk, ring, moved);
+                Meaning::Nothing
+            }
+            What::Drained => {
+                self.streams[side as usize].drained = true;
                 Meaning::Nothing
             }
             What::End => self.end_of(side, 0, moved),
@@ -267,13 +316,16 @@ impl Flow {
                 Meaning::Nothing
             }
             What::SendFailed(errno) => self.send_failed(side, errno, ring),
-            What::Polled(result) => return self.polled(tag, op, result),
+            What::Polled(result) => return self.polled(tag, op, result, ring),
         };
         if last {
             self.arm(key, side, ring);
         }
         self.finish(side);
-        if meaning == Meaning::Nothing && self.is_stalled(side) {
+        if meaning == Meaning::Nothing
+            && self.is_stalled(side)
+            && !std::mem::replace(&mut self.streams[side as usize].listed, true)
+        {
             return Meaning::Stalled(side);
         }
         meaning
@@ -281,11 +333,34 @@ impl Flow {
 
     fn forget(&mut self, op: Op, side: Side) {
         let stream = &mut self.streams[side as usize];
-        let Stream { receive, send, starved_poll, stalled_poll, .. } = stream;
-        for held in [receive, send, starved_poll, stalled_poll] {
+        let Stream { receive, send, readable_poll, stalled_poll, .. } = stream;
+        for held in [receive, send, readable_poll, stalled_poll] {
             if *held == Some(op) {
                 *held = None;
                 return;
+            }
+        }
+    }
+
+    /// Whether the stream is, or is no longer, one for big pieces.
+    fn judge_flow(&mut self, from: Side, len: usize, last: bool, more: bool, ring: &mut Ring) {
+        let stream = &mut self.streams[from as usize];
+        if !stream.bulk {
+            stream.streak = if len == BUFFER_LEN { stream.streak + 1 } else { 0 };
+            if stream.streak >= STREAK {
+                stream.bulk = true;
+                stream.streak = 0;
+                if let Some(op) = stream.receive {
+                    ring.cancel(op);
+                }
+            }
+        } else if last {
+            // Of a bulk receive; what a multishot one still brings is not asked.
+            stream.drained = !more;
+            stream.streak = if len < BUFFER_LEN { stream.streak + 1 } else { 0 };
+            if stream.streak >= SMALL_TURNS {
+                stream.bulk = false;
+                stream.streak = 0;
             }
         }
     }
@@ -358,17 +433,27 @@ impl Flow {
         self.verdict.finish(from, || to.map_or(Ok(()), stream::shutdown_write));
     }
 
-    fn starve(&mut self, from: Side) -> Meaning {
-        let news = !std::mem::replace(&mut self.streams[from as usize].starved, true);
-        if news { Meaning::Starved(from) } else { Meaning::Nothing }
+    fn starve(&mut self, side: Side) -> Meaning {
+        let stream = &mut self.streams[side as usize];
+        if std::mem::replace(&mut stream.starved, true) {
+            return Meaning::Nothing;
+        }
+        Meaning::Starved { side, alone: stream.queued > 0 }
     }
 
-    fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>) -> Meaning {
+    /// There is something to receive on a socket that was drained.
+    fn readable(&mut self, key: u32, side: Side, ring: &mut Ring) -> Meaning {
+        if self.streams[side as usize].bulk {
+            self.streams[side as usize].drained = false;
+            self.arm(key, side, ring);
+            return Meaning::Nothing;
+        }
+        self.starve(side)
+    }
+
+    fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>, ring: &mut Ring) -> Meaning {
         let side = side_of(tag);
         let failed = result.unwrap_or(true);
-        const CONNECT: u64 = Use::Connect as u64;
-        const WATCH: u64 = Use::Watch as u64;
-        const STARVED: u64 = Use::Starved as u64;
         match tag & 0xF {
             CONNECT if self.connect == Some(op) => {
                 self.connect = None;
@@ -378,8 +463,11 @@ impl Flow {
                 self.watch = None;
                 if result == Ok(true) { Meaning::ClientFailed } else { Meaning::Nothing }
             }
-            STARVED => self.starve(side),
-            _ if result == Ok(true) && self.verdict.note_failure(side) => Meaning::Failed(side),
+            READABLE => self.readable(key_of(tag), side, ring),
+            STALLED if result == Ok(true) && self.verdict.note_failure(side) => {
+                Meaning::Failed(side)
+            }
+            // Cancelled, or of an attempt that was given up.
             _ => Meaning::Nothing,
         }
     }
@@ -392,7 +480,7 @@ impl Flow {
     fn is_stalled(&self, from: Side) -> bool {
         let stream = &self.streams[from as usize];
         stream.receive.is_none()
-            && stream.starved_poll.is_none()
+            && stream.readable_poll.is_none()
             && stream.stalled_poll.is_none()
             && stream.queued > 0
             && !stream.starved
@@ -403,6 +491,7 @@ impl Flow {
     /// Watches a side that still is stalled for its failure, which no receive
     /// would tell of.
     pub(super) fn watch_stalled(&mut self, key: u32, from: Side, ring: &mut Ring) {
+        self.streams[from as usize].listed = false;
         if self.halted || !self.is_stalled(from) {
             return;
         }
@@ -454,8 +543,8 @@ impl Flow {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Fed::Hungry,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 stream.starved = false;
-                let tag = tag(key, from, Use::Starved);
-                stream.starved_poll = Some(ring.poll(socket, tag, Interest::Readable));
+                let tag = tag(key, from, Use::Readable);
+                stream.readable_poll = Some(ring.poll(socket, tag, Interest::Readable));
                 self.operations += 1;
             }
             Err(error) => {

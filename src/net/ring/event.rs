@@ -1,0 +1,81 @@
+//! What goes into a ring and comes out of it, as values.
+//!
+//! Used by the ring engine. Plain data: nothing here knows of the kernel.
+
+use super::buffers::Chunk;
+use super::ops::Op;
+
+/// Pool buffers (each [`BUFFER_LEN`]) of a ring.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// All there are: a power of two, at most 32,768.
+    pub buffers: u16,
+    /// How many the kernel sees at first, and so the most that one receive can
+    /// take before anyone can stop it.
+    pub shown: u16,
+}
+
+/// What there is to poll for. Failure and hang-up are always reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interest {
+    /// Only failure and hang-up.
+    Failure,
+    /// Something to receive.
+    Readable,
+    /// Room to send.
+    Writable,
+}
+
+/// Something that happened to an operation.
+#[derive(Debug)]
+pub struct Event {
+    /// Which.
+    pub op: Op,
+    /// What the caller called it.
+    pub tag: u64,
+    /// This was its last event: the operation is over.
+    pub last: bool,
+    /// After data: the kernel knows of more to receive.
+    pub more: bool,
+    /// What.
+    pub what: What,
+}
+
+/// See [`Event`].
+#[derive(Debug)]
+pub enum What {
+    /// Bytes came; never empty.
+    Data(Chunk),
+    /// The peer's FIN.
+    End,
+    /// No buffer was to be had.
+    Starved,
+    /// A bulk receive found nothing.
+    Drained,
+    /// A receive ended for no fault of the connection's: it was cancelled or
+    /// interrupted.
+    Stopped,
+    /// A receive failed.
+    Failed(i32),
+    /// A send was carried on by that many bytes, which is all of them if it was
+    /// the last event.
+    Sent(usize),
+    /// A send failed, or was cancelled (`ECANCELED`).
+    SendFailed(i32),
+    /// A poll: whether the socket has failed or been hung up, or the errno of
+    /// the poll itself.
+    Polled(Result<bool, i32>),
+}
+
+/// What went on inside, for those who ask.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Counts {
+    /// Times completions had outgrown their queue.
+    pub overflows: u64,
+    /// Receives that found no buffer.
+    pub starved: u64,
+    /// Sends that came back short and were resumed.
+    pub resumed: u64,
+    /// Completions that named an operation long over. Never seen.
+    pub strays: u64,
+}

@@ -1,0 +1,98 @@
+//! What the shell asks of an engine: the part in which the engines differ.
+//!
+//! Implemented by `readiness` and `ring`, called by `shell` alone.
+
+use super::pace::Pace;
+use super::shell::State;
+use super::verdict::{Moved, Next, Verdict};
+use crate::proxy::close::Side;
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+/// Moves the bytes of sessions, each known by its key.
+pub(super) trait Mover: Sized + Debug {
+    /// One session's sockets and streams.
+    type Flow: Debug;
+
+    /// A session with only a client.
+    fn open(&mut self, key: u32, client: OwnedFd) -> io::Result<Self::Flow>;
+
+    /// Gives it a backend socket. Where a connect is `pending` on that, its end
+    /// is to be reported.
+    fn attach(
+        &mut self,
+        key: u32,
+        flow: &mut Self::Flow,
+        upstream: OwnedFd,
+        pending: bool,
+    ) -> io::Result<()>;
+
+    /// Takes the backend socket away again and closes it.
+    fn detach(&mut self, flow: &mut Self::Flow);
+
+    /// From now on the client's failure is to be reported.
+    fn watch_client(&mut self, key: u32, flow: &mut Self::Flow);
+
+    /// Starts relaying.
+    fn begin(&mut self, key: u32, flow: &mut Self::Flow, moved: &mut Moved) -> Next;
+
+    /// The session is over: nothing is to be moved any more.
+    fn halt(&mut self, flow: &mut Self::Flow);
+
+    /// Whether its sockets are free to be given away: no operation uses them.
+    fn is_settled(flow: &Self::Flow) -> bool;
+
+    /// Makes it settle soon, whatever that breaks.
+    fn tear_down(&mut self, flow: &mut Self::Flow);
+
+    /// Asks for progress that has not shown yet; false where there can be none.
+    fn ask_progress(&mut self, flow: &mut Self::Flow) -> bool;
+
+    fn verdict(flow: &Self::Flow) -> &Verdict;
+
+    fn bytes_from(flow: &Self::Flow, side: Side) -> u64;
+
+    fn backend(flow: &Self::Flow) -> Option<BorrowedFd<'_>>;
+
+    /// Takes both sockets out of a settled, connected session.
+    fn take_sockets(flow: &mut Self::Flow) -> Option<[OwnedFd; 2]>;
+
+    /// Resets the client, as soon as nothing uses its socket any more.
+    fn refuse(&mut self, flow: &mut Self::Flow);
+
+    /// Whether something waits to be done at once.
+    fn has_work(&self) -> bool;
+
+    /// Handles what has happened, a batch at most.
+    fn round(state: &mut State<Self>, pace: &Pace) -> io::Result<Round>;
+
+    /// Called every safety tick or so, while there are sessions.
+    fn tick(state: &mut State<Self>, pace: &Pace);
+
+    /// Longest sleep while there are sessions.
+    const SLEEP_MAX: Option<Duration>;
+
+    /// Gets ready to be awaited; false where there is something to do.
+    fn doze(&mut self) -> bool;
+
+    /// Ready when there is something to do.
+    fn poll_wake(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+
+    /// Ends what `doze` began.
+    fn rouse(&mut self);
+
+    /// Makes `poll_wake` ready through the reactor; false where it cannot.
+    fn ring_the_bell(&self) -> io::Result<bool>;
+}
+
+/// What a round came to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Round {
+    /// Nothing is left to do now.
+    pub(super) drained: bool,
+    /// Something was done.
+    pub(super) busy: bool,
+}
