@@ -10,6 +10,7 @@ pub mod errno;
 mod ioctl;
 pub mod limits;
 pub mod listen;
+pub mod pipe;
 pub mod reactor;
 pub mod ring;
 mod sockopt;

@@ -4,10 +4,13 @@
 //! Driven by the readiness engine with a socket pair behind [`Io`], and by
 //! tests with a scripted one. It owns no socket, reads no clock and knows no
 //! timers. Bytes that could not be sent are the only thing it ever keeps: at
-//! most one buffer a direction, none while a session is idle.
+//! most one buffer or pipe a direction, none while a session is idle.
+
+mod bulk;
 
 use super::verdict::{Moved, Next, Verdict};
 use crate::proxy::close::Side;
+use bulk::Step;
 use std::io;
 
 /// Read size until a stream proves to be bulk.
@@ -17,14 +20,15 @@ pub(super) const READ_SMALL: usize = 16 * 1024;
 pub(super) const READ_BULK: usize = 256 * 1024;
 
 /// Full reads in a row, none of them held up by the receiver, that make a
-/// stream bulk.
+/// stream bulk: it moves through a pipe, or where there is none in big reads.
 const STREAK: u8 = 3;
 
 /// What one direction may ask to read before other sessions get their turn; the
 /// last read may go beyond it.
 const BYTES_A_TURN: usize = 1024 * 1024;
 
-/// The two sockets, as the pump sees them.
+/// The two sockets and their pipes, as the pump sees them. A pipe is named by
+/// the side its bytes come from.
 pub(super) trait Io {
     /// recv(2), non-blocking.
     fn receive(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize>;
@@ -32,6 +36,16 @@ pub(super) trait Io {
     fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize>;
     /// shutdown(2) of the writing half.
     fn shutdown_write(&self, side: Side) -> io::Result<()>;
+    /// Makes sure there is a pipe; false where none is to be had.
+    fn open_pipe(&mut self, from: Side) -> bool;
+    /// Gives the pipe up, and what is in it.
+    fn close_pipe(&mut self, from: Side);
+    /// Bytes in the pipe; 0 where there is none.
+    fn piped(&self, from: Side) -> usize;
+    /// splice(2) from the socket into its empty pipe.
+    fn fill(&mut self, from: Side) -> io::Result<usize>;
+    /// splice(2) from the pipe into the other side's socket.
+    fn drain(&mut self, from: Side) -> io::Result<usize>;
 }
 
 /// Both directions of a session.
@@ -64,6 +78,21 @@ struct Stream {
     bytes: u64,
     /// Full reads in a row.
     streak: u8,
+    /// Fills in a row that were less than a full read.
+    small_fills: u8,
+    mode: Mode,
+}
+
+/// How a stream's bytes are moved.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// Through the buffer; bulk is noticed.
+    #[default]
+    Copy,
+    /// Through the buffer, in big reads for bulk: a pipe could not be had.
+    CopyOnly,
+    /// Through a pipe.
+    Bulk,
 }
 
 // === impl Pump ===
@@ -105,31 +134,45 @@ impl Pump {
 
     /// Moves what can be moved, through `buffer` (at least [`READ_BULK`]).
     #[inline]
-    pub(super) fn turn(&mut self, io: &impl Io, buffer: &mut [u8], moved: &mut Moved) -> Next {
+    pub(super) fn turn(&mut self, io: &mut impl Io, buffer: &mut [u8], moved: &mut Moved) -> Next {
         let again = self.forward(Side::Client, io, buffer, moved)
             | self.forward(Side::Backend, io, buffer, moved);
         if let Some(ending) = self.verdict.ending() {
             return Next::End(ending);
         }
-        if again || self.failed_but_unread() { Next::Again } else { Next::Wait }
+        if again || self.failed_but_unread(io) { Next::Again } else { Next::Wait }
     }
 
     /// A side that failed while it was sent to, after its own turn to be read.
-    fn failed_but_unread(&self) -> bool {
+    fn failed_but_unread(&self, io: &impl Io) -> bool {
         Side::BOTH.into_iter().any(|side| {
             self.verdict.failed(side)
                 && self.sockets[side as usize].readable
                 && !self.verdict.ended(side)
                 && self.streams[side as usize].kept.is_empty()
+                && io.piped(side) == 0
         })
     }
 
     /// Moves bytes from `from` to the other side; true when it stopped only
     /// because its share was used up.
-    fn forward(&mut self, from: Side, io: &impl Io, buffer: &mut [u8], moved: &mut Moved) -> bool {
+    fn forward(
+        &mut self,
+        from: Side,
+        io: &mut impl Io,
+        buffer: &mut [u8],
+        moved: &mut Moved,
+    ) -> bool {
         let to = from.other();
         let mut budget = BYTES_A_TURN;
         while budget > 0 {
+            if self.streams[from as usize].mode == Mode::Bulk {
+                match self.forward_bulk(from, io, moved) {
+                    Step::Wait => return false,
+                    Step::Again => return true,
+                    Step::Copy => {}
+                }
+            }
             if !self.send_kept(from, io, moved) {
                 return false;
             }
@@ -213,6 +256,7 @@ impl Pump {
             let stream = &mut self.streams[from as usize];
             // The receiver is the bottleneck: big reads would only pin memory.
             stream.streak = 0;
+            stream.mode = if stream.mode == Mode::Bulk { Mode::Copy } else { stream.mode };
             stream.kept = bytes[sent..].to_vec();
         }
     }
@@ -223,8 +267,13 @@ impl Pump {
         moved.received[from as usize] += received as u64;
         if received == size {
             stream.streak = stream.streak.saturating_add(1);
+            if stream.streak == STREAK && stream.mode == Mode::Copy {
+                stream.mode = Mode::Bulk;
+            }
         } else {
             stream.streak = 0;
+            // The next bulk may find a pipe again.
+            stream.mode = Mode::Copy;
             let socket = &mut self.sockets[from as usize];
             // A short read drained the socket (epoll(7)), unless something
             // stands behind what was read: FIN, RST or an urgent mark.

@@ -13,6 +13,7 @@ use super::shell::State;
 use super::verdict::{Moved, Next, Verdict};
 use crate::clock;
 use crate::net::epoll::{BATCH, Batch, Epoll, Readiness as Event};
+use crate::net::pipe::{Pipe, Pipes};
 use crate::net::{reactor, stream};
 use crate::proxy::close::Side;
 use std::collections::VecDeque;
@@ -30,6 +31,7 @@ pub(super) struct Readiness {
     again: VecDeque<u32>,
     /// Read into and sent from; what is left over moves to the flow.
     buffer: Box<[u8]>,
+    pipes: Pipes,
     batch: Batch,
     /// Tells a flow's registration from an earlier one in the same slot.
     registrations: u32,
@@ -39,6 +41,8 @@ pub(super) struct Readiness {
 #[derive(Debug)]
 pub(super) struct Flow {
     sockets: Sockets,
+    /// In use only while they hold something, by the side it comes from.
+    pipes: [Option<Box<Pipe>>; 2],
     pump: Pump,
     registration: u32,
     /// Set while in `again`.
@@ -49,6 +53,13 @@ pub(super) struct Flow {
 #[derive(Debug, Default)]
 struct Sockets([Option<OwnedFd>; 2]);
 
+/// What a pump works on: a flow's sockets, and its pipes from the worker's pool.
+struct Wires<'a> {
+    sockets: &'a Sockets,
+    own: &'a mut [Option<Box<Pipe>>; 2],
+    pool: &'a mut Pipes,
+}
+
 // === impl Readiness ===
 
 impl Readiness {
@@ -58,6 +69,7 @@ impl Readiness {
             epoll: reactor::watch_readable(Epoll::new()?)?,
             again: VecDeque::new(),
             buffer: vec![0; READ_BULK].into_boxed_slice(),
+            pipes: Pipes::default(),
             batch: Batch::new(),
             registrations: 0,
         })
@@ -65,7 +77,9 @@ impl Readiness {
 
     /// Moves what can be moved on one flow.
     fn turn(&mut self, key: u32, flow: &mut Flow, moved: &mut Moved) -> Next {
-        let next = flow.pump.turn(&flow.sockets, &mut self.buffer, moved);
+        let mut wires =
+            Wires { sockets: &flow.sockets, own: &mut flow.pipes, pool: &mut self.pipes };
+        let next = flow.pump.turn(&mut wires, &mut self.buffer, moved);
         if next == Next::Again && !flow.queued {
             flow.queued = true;
             self.again.push_back(key);
@@ -121,7 +135,8 @@ impl Mover for Readiness {
         let registration = self.registrations;
         self.epoll.get_ref().watch(client.as_fd(), token(key, registration, Side::Client))?;
         let sockets = Sockets([Some(client), None]);
-        Ok(Flow { sockets, pump: Pump::new(), registration, queued: false })
+        let pipes = [None, None];
+        Ok(Flow { sockets, pipes, pump: Pump::new(), registration, queued: false })
     }
 
     fn attach(&mut self, key: u32, flow: &mut Flow, upstream: OwnedFd, _: bool) -> io::Result<()> {
@@ -227,19 +242,53 @@ impl Sockets {
     }
 }
 
-impl Io for Sockets {
+// === impl Wires ===
+
+impl Io for Wires<'_> {
     #[inline]
     fn receive(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize> {
-        stream::receive(self.of(side)?, buffer)
+        stream::receive(self.sockets.of(side)?, buffer)
     }
 
     #[inline]
     fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize> {
-        stream::send(self.of(side)?, bytes)
+        stream::send(self.sockets.of(side)?, bytes)
     }
 
     fn shutdown_write(&self, side: Side) -> io::Result<()> {
-        stream::shutdown_write(self.of(side)?)
+        stream::shutdown_write(self.sockets.of(side)?)
+    }
+
+    fn open_pipe(&mut self, from: Side) -> bool {
+        let own = &mut self.own[from as usize];
+        if own.is_none() {
+            *own = self.pool.take().map(Box::new);
+        }
+        own.is_some()
+    }
+
+    fn close_pipe(&mut self, from: Side) {
+        if let Some(pipe) = self.own[from as usize].take() {
+            self.pool.give_back(*pipe);
+        }
+    }
+
+    fn piped(&self, from: Side) -> usize {
+        self.own[from as usize].as_ref().map_or(0, |pipe| pipe.holds())
+    }
+
+    fn fill(&mut self, from: Side) -> io::Result<usize> {
+        match &mut self.own[from as usize] {
+            Some(pipe) => pipe.fill(self.sockets.of(from)?),
+            None => Err(io::Error::from_raw_os_error(libc::EBADF)),
+        }
+    }
+
+    fn drain(&mut self, from: Side) -> io::Result<usize> {
+        match &mut self.own[from as usize] {
+            Some(pipe) => pipe.drain(self.sockets.of(from.other())?),
+            None => Err(io::Error::from_raw_os_error(libc::EBADF)),
+        }
     }
 }
 

@@ -12,6 +12,8 @@ use std::collections::VecDeque;
 #[derive(Default)]
 struct Script {
     sockets: [Fake; 2],
+    pipes: [Option<VecDeque<u8>>; 2],
+    pipes_left: usize,
 }
 
 #[derive(Default)]
@@ -64,6 +66,38 @@ impl Io for Script {
         assert!(!fake.fin_sent.replace(true), "a second FIN");
         Ok(())
     }
+
+    fn open_pipe(&mut self, from: Side) -> bool {
+        let pipe = &mut self.pipes[from as usize];
+        if pipe.is_none() && self.pipes_left > 0 {
+            self.pipes_left -= 1;
+            *pipe = Some(VecDeque::new());
+        }
+        pipe.is_some()
+    }
+
+    fn close_pipe(&mut self, from: Side) {
+        self.pipes_left += usize::from(self.pipes[from as usize].take().is_some());
+    }
+
+    fn piped(&self, from: Side) -> usize {
+        self.pipes[from as usize].as_ref().map_or(0, VecDeque::len)
+    }
+
+    fn fill(&mut self, from: Side) -> io::Result<usize> {
+        assert_eq!(self.piped(from), 0, "only an empty pipe is filled");
+        let mut bytes = vec![0; 300_000];
+        let count = self.receive(from, &mut bytes)?;
+        self.pipes[from as usize].as_mut().unwrap().extend(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn drain(&mut self, from: Side) -> io::Result<usize> {
+        let bytes: Vec<u8> = self.pipes[from as usize].iter().flatten().copied().collect();
+        let count = self.send(from.other(), &bytes)?;
+        self.pipes[from as usize].as_mut().unwrap().drain(..count);
+        Ok(count)
+    }
 }
 
 struct Bench {
@@ -96,7 +130,7 @@ impl Bench {
                 return;
             }
             let mut moved = Moved::default();
-            let next = self.pump.turn(&self.script, &mut self.buffer, &mut moved);
+            let next = self.pump.turn(&mut self.script, &mut self.buffer, &mut moved);
             self.received.iter_mut().zip(moved.received).for_each(|(sum, more)| *sum += more);
             match next {
                 Next::Again => {}
@@ -132,7 +166,8 @@ impl Bench {
     }
 
     fn kept(&self) -> usize {
-        self.pump.streams.iter().map(|stream| stream.kept.capacity()).sum()
+        let piped: usize = Side::BOTH.into_iter().map(|side| self.script.piped(side)).sum();
+        self.pump.streams.iter().map(|stream| stream.kept.capacity()).sum::<usize>() + piped
     }
 }
 
@@ -236,6 +271,43 @@ fn a_reset_after_the_peers_fin_is_one_in_a_half_closed_session() {
 }
 
 #[test]
+fn a_bulk_stream_takes_a_pipe_and_gives_it_back_when_idle() {
+    let mut bench = Bench::new(usize::MAX);
+    bench.script.pipes_left = 1;
+    bench.arrive(Backend, &vec![5; 2_000_000]);
+    assert_eq!(bench.pump.streams[Backend as usize].mode, Mode::Bulk);
+    assert_eq!(bench.script.pipes_left, 1, "nothing moves, so others may have it");
+
+    for _ in 0..20 {
+        bench.arrive(Backend, b"now small");
+    }
+    assert_eq!(bench.pump.streams[Backend as usize].mode, Mode::Copy);
+    assert_eq!(bench.sent_to(Client).len(), 2_000_000 + 20 * 9);
+}
+
+#[test]
+fn without_a_pipe_bulk_is_copied() {
+    let mut bench = Bench::new(usize::MAX);
+    bench.arrive(Client, &vec![5; 2_000_000]);
+    assert_ne!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
+    assert_eq!(bench.sent_to(Backend).len(), 2_000_000);
+}
+
+#[test]
+fn what_is_in_the_pipe_when_its_sender_resets_is_still_delivered() {
+    let mut bench = Bench::new(100_000);
+    bench.script.pipes_left = 1;
+    bench.arrive(Backend, &vec![5; 300_000]);
+    assert!(bench.script.piped(Backend) > 0, "the client has no room for more");
+    bench.end(Backend, libc::ECONNRESET);
+    assert!(bench.ending.is_none());
+    bench.make_room(Client, 1_000_000);
+    assert_eq!(bench.ending.expect("delivered").cause, Cause::BackendReset);
+    assert_eq!(bench.sent_to(Client).len(), 300_000);
+    assert_eq!(bench.script.pipes_left, 1);
+}
+
+#[test]
 fn a_peer_that_vanished_is_lost_and_not_reset() {
     let mut bench = Bench::new(10);
     bench.end(Client, libc::ETIMEDOUT);
@@ -260,7 +332,7 @@ fn a_firehose_gives_others_their_turn() {
     bench.script.sockets[Client as usize].arrived.borrow_mut().extend(vec![1; 4 * BYTES_A_TURN]);
     bench.pump.note(Client, true, true, false);
     let mut moved = Moved::default();
-    let next = bench.pump.turn(&bench.script, &mut bench.buffer, &mut moved);
+    let next = bench.pump.turn(&mut bench.script, &mut bench.buffer, &mut moved);
     assert_eq!(next, Next::Again);
     assert!(moved.received[Client as usize] < (BYTES_A_TURN + READ_BULK) as u64);
 }
@@ -273,7 +345,7 @@ fn bytes_behind_an_urgent_mark_are_not_forgotten() {
     let client = &bench.script.sockets[Client as usize];
     client.arrived.borrow_mut().extend(b"before");
     let mut moved = Moved::default();
-    let next = bench.pump.turn(&bench.script, &mut bench.buffer, &mut moved);
+    let next = bench.pump.turn(&mut bench.script, &mut bench.buffer, &mut moved);
     assert_eq!(next, Next::Wait);
     assert_eq!(bench.sent_to(Backend), b"before");
     assert!(!bench.pump.sockets[Client as usize].readable, "read until it would block");
@@ -303,8 +375,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn every_byte_before_a_fin_arrives_once_and_in_order(acts in prop::collection::vec(act(), 0..40)) {
+    fn every_byte_before_a_fin_arrives_once_and_in_order(
+        acts in prop::collection::vec(act(), 0..40),
+        pipes in 0..3usize,
+    ) {
         let mut bench = Bench::new(0);
+        bench.script.pipes_left = pipes;
         let mut owed: [Vec<u8>; 2] = Default::default();
         let mut next_byte = 0u8;
         for act in acts {
@@ -344,8 +420,10 @@ proptest! {
     fn a_failure_always_ends_the_session_once_there_is_room(
         acts in prop::collection::vec(act(), 0..20),
         failing in any::<bool>(),
+        pipes in 0..3usize,
     ) {
         let mut bench = Bench::new(0);
+        bench.script.pipes_left = pipes;
         for act in acts {
             match act {
                 Act::Arrive(from, size) => bench.arrive(side(from), &vec![1; size]),

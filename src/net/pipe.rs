@@ -1,0 +1,143 @@
+//! Pipes for splice(2): bulk bytes go from socket to socket without being
+//! copied through this process.
+//!
+//! Used by the relay engines. A worker has a bounded pool; a pipe is taken when
+//! there is something to move and given back as soon as it is empty.
+
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+use std::cell::Cell;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+
+/// Asked of the kernel for each pipe; beyond its limits for users other than
+/// root (pipe(7), `pipe-user-pages-soft`) pipes stay smaller.
+const PIPE_BYTES: usize = 1024 * 1024;
+
+/// Pipes one worker may have. A stalled receiver pins one, at most
+/// [`PIPE_BYTES`] of it; streams beyond this number are copied.
+pub const PIPES_MAX: usize = 64;
+
+/// Unused pipes kept open.
+const SPARE_MAX: usize = 8;
+
+/// A pipe and what is in it. Dropping it closes it and makes room in the pool.
+#[derive(Debug)]
+pub struct Pipe {
+    ends: Ends,
+    holds: usize,
+    _counted: Counted,
+}
+
+/// A worker's pipes.
+#[derive(Debug, Default)]
+pub struct Pipes {
+    spare: Vec<Ends>,
+    in_use: Rc<Cell<usize>>,
+}
+
+#[derive(Debug)]
+struct Ends {
+    read: OwnedFd,
+    write: OwnedFd,
+}
+
+/// One pipe among those in use.
+#[derive(Debug)]
+struct Counted(Rc<Cell<usize>>);
+
+// === impl Ends ===
+
+impl Ends {
+    fn new() -> io::Result<Ends> {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        // A smaller pipe works as well, in more steps.
+        let _ = fcntl_setpipe_size(&write, PIPE_BYTES);
+        Ok(Ends { read, write })
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+// === impl Pipe ===
+
+impl Pipe {
+    /// Bytes in it.
+    pub fn holds(&self) -> usize {
+        self.holds
+    }
+
+    /// Takes what has arrived at `socket`, as far as there is room; `Ok(0)` is
+    /// the peer's FIN. Only for an empty pipe: a full one would say
+    /// `WouldBlock` as well.
+    pub fn fill(&mut self, socket: impl AsFd) -> io::Result<usize> {
+        let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+        let moved = splice(socket, None, &self.ends.write, None, PIPE_BYTES, flags)?;
+        self.holds += moved;
+        Ok(moved)
+    }
+
+    /// Sends what is in it, as far as `socket` has room.
+    pub fn drain(&mut self, socket: impl AsFd) -> io::Result<usize> {
+        let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+        let moved = splice(&self.ends.read, None, socket, None, self.holds, flags)?;
+        self.holds -= moved;
+        Ok(moved)
+    }
+}
+
+// === impl Pipes ===
+
+impl Pipes {
+    /// An empty pipe; `None` at [`PIPES_MAX`] or when the kernel gives none.
+    pub fn take(&mut self) -> Option<Pipe> {
+        if self.in_use.get() == PIPES_MAX {
+            return None;
+        }
+        let ends = self.spare.pop().or_else(|| Ends::new().ok())?;
+        self.in_use.set(self.in_use.get() + 1);
+        Some(Pipe { ends, holds: 0, _counted: Counted(Rc::clone(&self.in_use)) })
+    }
+
+    /// Takes a pipe back. One that still holds something is closed.
+    pub fn give_back(&mut self, pipe: Pipe) {
+        if pipe.holds == 0 && self.spare.len() < SPARE_MAX {
+            self.spare.push(pipe.ends);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn bytes_pass_from_socket_to_socket() {
+        let (mut from, entry) = UnixStream::pair().unwrap();
+        let (exit, mut to) = UnixStream::pair().unwrap();
+        let mut pipe = Pipes::default().take().unwrap();
+        from.write_all(b"in bulk").unwrap();
+        assert_eq!(pipe.fill(&entry).unwrap(), 7);
+        assert_eq!((pipe.drain(&exit).unwrap(), pipe.holds()), (7, 0));
+        let mut got = [0; 7];
+        to.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"in bulk");
+    }
+
+    #[test]
+    fn the_pool_is_bounded_and_a_dropped_pipe_makes_room() {
+        let mut pool = Pipes::default();
+        let mut pipes: Vec<Pipe> = std::iter::from_fn(|| pool.take()).collect();
+        assert_eq!(pipes.len(), PIPES_MAX);
+        drop(pipes.pop());
+        pool.give_back(pipes.pop().unwrap());
+        pipes.extend(std::iter::from_fn(|| pool.take()));
+        assert_eq!(pipes.len(), PIPES_MAX);
+    }
+}
