@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 on_every_engine!(
@@ -288,12 +288,50 @@ fn waiting_clients_are_served_soon_after_a_slot_comes_free(engine: Engine) {
         let pool = Pool::new("web").backend_with("a", backend.address(), backend_keys);
         let conf = Conf::new(engine).frontend("web", "web", frontend_keys).pool(pool);
         let proxy = TestProxy::start(conf.process(process));
+        let lateness = Lateness::watch();
         let waits = wait_times(proxy.addr("web"), 40);
+        let lateness = lateness.worst();
         let (median, worst) = (waits[waits.len() / 2], waits[waits.len() - 1]);
-        measured(&format!("{what} cap: median {median:.2?}, worst {worst:.2?} of {}", waits.len()));
+        let count = waits.len();
+        measured(&format!(
+            "{what} cap: median {median:.2?}, worst {worst:.2?} of {count}, \
+             machine late by {lateness:.2?}"
+        ));
         assert!(median <= patience(ms(10)), "{what}: median {median:?}");
-        // The promise is 10 ms; a busy machine may be late by a few time slices.
-        assert!(worst <= patience(ms(60)), "{what}: worst {worst:?}");
+        // Three wake-ups lie in between, and each may be as late as the machine
+        // makes anybody.
+        let allowed = patience(ms(10)) + 3 * lateness;
+        assert!(worst <= allowed, "{what}: worst {worst:?}, machine late by {lateness:?}");
+    }
+}
+
+/// How late this machine wakes a sleeping thread while something is measured.
+struct Lateness {
+    stop: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<Duration>,
+}
+
+impl Lateness {
+    fn watch() -> Lateness {
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = std::thread::spawn({
+            let stop = stop.clone();
+            move || {
+                let mut worst = Duration::ZERO;
+                while !stop.load(Ordering::Relaxed) {
+                    let start = Instant::now();
+                    std::thread::sleep(ms(1));
+                    worst = worst.max(start.elapsed() - ms(1));
+                }
+                worst
+            }
+        });
+        Lateness { stop, thread }
+    }
+
+    fn worst(self) -> Duration {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("it only sleeps")
     }
 }
 
