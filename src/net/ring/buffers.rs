@@ -8,7 +8,7 @@
 
 use io_uring::types::BufRingEntry;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::io;
 use std::ptr::NonNull;
 use std::rc::Rc;
@@ -19,10 +19,10 @@ use std::sync::atomic::{AtomicU16, Ordering};
 pub const BUFFER_LEN: usize = 16 * 1024;
 
 /// Length of a bulk buffer.
-pub const BULK_LEN: usize = 256 * 1024;
+pub const BULK_LEN: usize = 128 * 1024;
 
-/// Bulk buffers of a ring, 16 MiB in all; streams beyond go on with pool
-/// buffers. Those not in use are given back, but for a few hot ones.
+/// Bulk buffers of a ring, 8 MiB in all; streams beyond go on with pool
+/// buffers. The memory of those not in use is given back, but for a few.
 const BULK_MAX: usize = 64;
 const BULK_KEPT: usize = 4;
 
@@ -61,15 +61,18 @@ pub(super) struct Pool {
 /// One big buffer, for a stream that is never short of bytes.
 #[derive(Debug)]
 pub(super) struct Bulk {
-    base: NonNull<u8>,
+    index: usize,
     home: Rc<BulkHome>,
 }
 
 /// Where bulk buffers come from and go back to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct BulkHome {
-    kept: RefCell<Vec<NonNull<u8>>>,
-    out: Cell<usize>,
+    base: NonNull<u8>,
+    /// Free, and with their memory: what was used last comes first.
+    warm: RefCell<Vec<usize>>,
+    /// Free, and without memory until they are used.
+    cold: RefCell<Vec<usize>>,
 }
 
 /// The ring in which free buffers are shown to the kernel.
@@ -183,21 +186,15 @@ impl Drop for Pool {
 // === impl Bulk ===
 
 impl Bulk {
-    /// A buffer, or none where [`BULK_MAX`] are in use.
+    /// A buffer, or none where all are in use.
     pub(super) fn take(home: &Rc<BulkHome>) -> Option<Bulk> {
-        if home.out.get() >= BULK_MAX {
-            return None;
-        }
-        let base = home.kept.borrow_mut().pop().unwrap_or_else(|| {
-            let memory = vec![0_u8; BULK_LEN].into_boxed_slice();
-            NonNull::new(Box::into_raw(memory).cast()).expect("a box is never at address zero")
-        });
-        home.out.set(home.out.get() + 1);
-        Some(Bulk { base, home: Rc::clone(home) })
+        let warm = home.warm.borrow_mut().pop();
+        let index = warm.or_else(|| home.cold.borrow_mut().pop())?;
+        Some(Bulk { index, home: Rc::clone(home) })
     }
 
     pub(super) fn pointer(&self) -> *mut u8 {
-        self.base.as_ptr()
+        self.home.pointer(self.index)
     }
 
     /// The first `len` bytes, which were received into it.
@@ -209,30 +206,51 @@ impl Bulk {
 
 impl Drop for Bulk {
     fn drop(&mut self) {
-        self.home.out.set(self.home.out.get() - 1);
-        let mut kept = self.home.kept.borrow_mut();
-        if kept.len() < BULK_KEPT {
-            kept.push(self.base);
-        } else {
-            free_bulk(self.base);
+        let mut warm = self.home.warm.borrow_mut();
+        if warm.len() < BULK_KEPT {
+            warm.push(self.index);
+            return;
         }
+        // Whole pages only, as the kernel asks.
+        let skipped = self.pointer().align_offset(RING_ALIGN);
+        let pages = self.pointer().wrapping_add(skipped);
+        let len = (BULK_LEN - skipped) / RING_ALIGN * RING_ALIGN;
+        // SAFETY: the pages lie inside this buffer, in a private anonymous
+        // allocation that lives as long as `home`. Nobody reads what was in
+        // them: the buffer is free from here on, and written before it is read
+        // again. A refusal only leaves the memory in place.
+        unsafe { libc::madvise(pages.cast(), len, libc::MADV_DONTNEED) };
+        self.home.cold.borrow_mut().push(self.index);
+    }
+}
+
+impl BulkHome {
+    pub(super) fn new() -> Rc<BulkHome> {
+        // SAFETY: the layout's size is not zero.
+        let memory = unsafe { alloc_zeroed(BulkHome::layout()) };
+        let Some(base) = NonNull::new(memory) else { handle_alloc_error(BulkHome::layout()) };
+        let cold = RefCell::new((0..BULK_MAX).rev().collect());
+        Rc::new(BulkHome { base, warm: RefCell::default(), cold })
+    }
+
+    /// An alignment the allocator need not arrange for, so that it asks the
+    /// kernel for fresh zeros and touches nothing.
+    fn layout() -> Layout {
+        Layout::array::<u8>(BULK_MAX * BULK_LEN).expect("8 MiB fit any address space")
+    }
+
+    fn pointer(&self, index: usize) -> *mut u8 {
+        debug_assert!(index < BULK_MAX);
+        self.base.as_ptr().wrapping_add(index * BULK_LEN)
     }
 }
 
 impl Drop for BulkHome {
     fn drop(&mut self) {
-        for base in self.kept.get_mut().drain(..) {
-            free_bulk(base);
-        }
+        // SAFETY: allocated in `new` with this very layout. Every buffer holds
+        // `self`, so none is in use or leaked with an operation.
+        unsafe { dealloc(self.base.as_ptr(), BulkHome::layout()) };
     }
-}
-
-fn free_bulk(base: NonNull<u8>) {
-    let memory = std::ptr::slice_from_raw_parts_mut(base.as_ptr(), BULK_LEN);
-    // SAFETY: from `Box::into_raw` of a slice of this length in `take`, and in
-    // exactly one place at a time: a `Bulk` or the list of those kept. An
-    // operation that uses it owns the `Bulk`, or has leaked it.
-    drop(unsafe { Box::from_raw(memory) });
 }
 
 // === impl BufferRing ===

@@ -99,7 +99,7 @@ impl Ring {
         let mut ring = Ring {
             ring: ManuallyDrop::new(ring),
             buffers,
-            bulk: Rc::default(),
+            bulk: BulkHome::new(),
             ops: Ops::default(),
             wake,
             backlog: VecDeque::new(),
