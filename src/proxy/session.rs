@@ -86,7 +86,10 @@ async fn serve(
     story: &mut Story,
 ) -> Ending {
     let (route, ip) = (Arc::clone(&story.route), story.client.ip());
-    let dialled = connect::dial(ctx, &flow, &route.pool, ip, pick, &mut story.attempts).await;
+    // Boxed: it is over soon, and an idle session need not keep its room.
+    let dialled =
+        Box::pin(connect::dial(ctx, &flow, &route.pool, ip, pick, &mut story.attempts)).await;
+    drop(route);
     let Upstream { held, connect_time, since } = match dialled {
         Ok(upstream) => upstream,
         Err(ending) => {

@@ -90,9 +90,11 @@ impl Flow {
         self.engine.interrupted(self.key).await
     }
 
-    /// Moves bytes both ways to the end. Needs a connected backend socket.
-    pub async fn relay(self, limits: Limits, meter: Meter) -> Relayed {
-        self.engine.relay(self.key, limits, meter).await
+    /// Moves bytes both ways to the end, beginning now; the future only waits
+    /// for it, and is small. Needs a connected backend socket.
+    pub fn relay(self, limits: Limits, meter: Meter) -> impl Future<Output = Relayed> {
+        self.engine.start_relay(self.key, limits, meter);
+        async move { self.engine.relayed(self.key).await }
     }
 
     /// Turns the client away with RST, for a session that ends before it is

@@ -113,8 +113,12 @@ impl Engine {
         either!(self, shell => shell.interrupted(key).await)
     }
 
-    async fn relay(&self, key: u32, limits: Limits, meter: Meter) -> Relayed {
-        either!(self, shell => shell.relay(key, limits, meter).await)
+    fn start_relay(&self, key: u32, limits: Limits, meter: Meter) {
+        either!(self, shell => shell.start_relay(key, limits, meter));
+    }
+
+    async fn relayed(&self, key: u32) -> Relayed {
+        either!(self, shell => shell.relayed(key).await)
     }
 
     fn refuse(&self, key: u32) {

@@ -14,7 +14,10 @@ const LIVENESS_AFTER: Duration = Duration::from_secs(10);
 /// A session's timers and meter.
 #[derive(Debug)]
 pub(super) struct Relaying {
-    pub(super) limits: Limits,
+    idle: Limit,
+    half_closed: Limit,
+    keepalive: Limit,
+    user_timeout: Limit,
     pub(super) meter: Meter,
     last_activity: Instant,
     pub(super) first_byte: Option<Instant>,
@@ -24,10 +27,31 @@ pub(super) struct Relaying {
     pub(super) asked: bool,
 }
 
+/// A time limit in a quarter of the space: whole milliseconds, at least one;
+/// 0 is off. The longest is 49 days.
+#[derive(Debug, Clone, Copy)]
+struct Limit(u32);
+
+impl From<Option<Duration>> for Limit {
+    fn from(limit: Option<Duration>) -> Limit {
+        let millis = |limit: Duration| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+        Limit(limit.map_or(0, |limit| millis(limit).max(1)))
+    }
+}
+
+impl Limit {
+    fn get(self) -> Option<Duration> {
+        (self.0 != 0).then(|| Duration::from_millis(self.0.into()))
+    }
+}
+
 impl Relaying {
     pub(super) fn new(limits: Limits, meter: Meter, now: Instant) -> Relaying {
         Relaying {
-            limits,
+            idle: limits.idle.into(),
+            half_closed: limits.half_closed.into(),
+            keepalive: limits.keepalive.into(),
+            user_timeout: limits.user_timeout.into(),
             meter,
             last_activity: now,
             first_byte: None,
@@ -37,7 +61,12 @@ impl Relaying {
     }
 
     fn limit(&self, half_closed: bool) -> Option<Duration> {
-        if half_closed { self.limits.half_closed } else { self.limits.idle }
+        if half_closed { self.half_closed.get() } else { self.idle.get() }
+    }
+
+    /// The upstream leg's keepalive and user timeout.
+    pub(super) fn liveness(&self) -> (Option<Duration>, Option<Duration>) {
+        (self.keepalive.get(), self.user_timeout.get())
     }
 
     /// Whether nothing has moved for as long as is allowed.

@@ -209,8 +209,7 @@ impl<M: Mover> Shell<M> {
         .await
     }
 
-    pub(super) async fn relay(&self, key: u32, limits: Limits, meter: Meter) -> Relayed {
-        self.start_relay(key, limits, meter);
+    pub(super) async fn relayed(&self, key: u32) -> Relayed {
         poll_fn(|cx| {
             let entry = &mut self.state.borrow_mut().flows[key as usize];
             if matches!(entry.stage, Stage::Ended(..)) && M::is_settled(&entry.flow) {
@@ -224,7 +223,7 @@ impl<M: Mover> Shell<M> {
         self.take_relayed(key)
     }
 
-    fn start_relay(&self, key: u32, limits: Limits, meter: Meter) {
+    pub(super) fn start_relay(&self, key: u32, limits: Limits, meter: Meter) {
         let state = &mut *self.state.borrow_mut();
         state.now = clock::now();
         let entry = &mut state.flows[key as usize];
@@ -518,7 +517,7 @@ impl<M: Mover> State<M> {
         if relaying.take_liveness(self.now)
             && let Some(upstream) = M::backend(&entry.flow)
         {
-            let Limits { keepalive, user_timeout, .. } = relaying.limits;
+            let (keepalive, user_timeout) = relaying.liveness();
             // Refused at most for a socket that is dead already.
             let _ = stream::set_liveness(upstream, keepalive, user_timeout);
         }
