@@ -33,6 +33,8 @@ pub struct Pipe {
 #[derive(Debug, Default)]
 pub struct Pipes {
     spare: Vec<Ends>,
+    /// Since the last [`Pipes::trim`].
+    used: bool,
     in_use: Rc<Cell<usize>>,
 }
 
@@ -98,9 +100,23 @@ impl Pipes {
         if self.in_use.get() == PIPES_MAX {
             return None;
         }
+        self.used = true;
         let ends = self.spare.pop().or_else(|| Ends::new().ok())?;
         self.in_use.set(self.in_use.get() + 1);
         Some(Pipe { ends, holds: 0, _counted: Counted(Rc::clone(&self.in_use)) })
+    }
+
+    /// Closes the spare pipes if none was taken since the last call: to be
+    /// called now and then, so that an idle worker keeps none.
+    pub fn trim(&mut self) {
+        if !std::mem::take(&mut self.used) {
+            self.spare = Vec::new();
+        }
+    }
+
+    /// Whether there is something to trim.
+    pub fn has_spare(&self) -> bool {
+        !self.spare.is_empty()
     }
 
     /// Takes a pipe back. One that still holds something is closed.
@@ -128,6 +144,17 @@ mod tests {
         let mut got = [0; 7];
         to.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"in bulk");
+    }
+
+    #[test]
+    fn an_idle_pool_keeps_no_pipe() {
+        let mut pool = Pipes::default();
+        let pipe = pool.take().unwrap();
+        pool.give_back(pipe);
+        pool.trim();
+        assert!(pool.has_spare(), "one was used a moment ago");
+        pool.trim();
+        assert!(!pool.has_spare());
     }
 
     #[test]

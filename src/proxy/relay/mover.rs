@@ -69,11 +69,14 @@ pub(super) trait Mover: Sized + Debug {
     /// Handles what has happened, a batch at most.
     fn round(state: &mut State<Self>, pace: &Pace) -> io::Result<Round>;
 
-    /// Called every safety tick or so, while there are sessions.
+    /// Called every [`Mover::TICK`] or so, while awake or while it is wanted.
     fn tick(state: &mut State<Self>, pace: &Pace);
 
-    /// Longest sleep while there are sessions.
-    const SLEEP_MAX: Option<Duration>;
+    /// Between two ticks.
+    const TICK: Duration;
+
+    /// Whether to wake for the next tick; `sessions` says whether there are any.
+    fn wants_tick(&self, sessions: bool) -> bool;
 
     /// Gets ready to be awaited; false where there is something to do.
     fn doze(&mut self) -> bool;

@@ -127,8 +127,12 @@ impl Readiness {
 impl Mover for Readiness {
     type Flow = Flow;
 
-    /// Edges are not lost, and nothing else is waited for.
-    const SLEEP_MAX: Option<Duration> = None;
+    const TICK: Duration = Duration::from_millis(500);
+
+    /// Edges are not lost; only unused pipes are waited for.
+    fn wants_tick(&self, _: bool) -> bool {
+        self.pipes.has_spare()
+    }
 
     fn open(&mut self, key: u32, client: OwnedFd) -> io::Result<Flow> {
         self.registrations = self.registrations.wrapping_add(1);
@@ -216,7 +220,9 @@ impl Mover for Readiness {
         Ok(Round { drained: taken < BATCH, busy: taken > 0 })
     }
 
-    fn tick(_: &mut State<Readiness>, _: &Pace) {}
+    fn tick(state: &mut State<Readiness>, _: &Pace) {
+        state.mover.pipes.trim();
+    }
 
     fn doze(&mut self) -> bool {
         true

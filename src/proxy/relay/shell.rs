@@ -345,7 +345,7 @@ impl<M: Mover> Shell<M> {
             busy |= round.busy;
             state.expire(&self.pace);
             if state.now >= state.next_tick {
-                state.next_tick = state.now + M::SLEEP_MAX.unwrap_or(Duration::from_secs(1));
+                state.next_tick = state.now + M::TICK;
                 M::tick(state, &self.pace);
             }
             if round.drained && !state.mover.has_work() {
@@ -359,9 +359,9 @@ impl<M: Mover> Shell<M> {
     async fn sleep(&self, mut timer: std::pin::Pin<&mut tokio::time::Sleep>) -> io::Result<()> {
         let next = {
             let state = self.state.borrow();
-            let safety = M::SLEEP_MAX.filter(|_| !state.flows.is_empty());
-            let safety = safety.map(|_| self.pace.tick_after(state.next_tick));
-            [state.wheel.next_due(), safety].into_iter().flatten().min()
+            let wanted = state.mover.wants_tick(!state.flows.is_empty());
+            let tick = wanted.then(|| self.pace.tick_after(state.next_tick));
+            [state.wheel.next_due(), tick].into_iter().flatten().min()
         };
         if let Some(at) = self.pace.fall_asleep(next)
             && timer.deadline() != at.into()

@@ -127,7 +127,11 @@ impl Ringed {
 impl Mover for Ringed {
     type Flow = Flow;
 
-    const SLEEP_MAX: Option<Duration> = Some(SAFETY_TICK);
+    const TICK: Duration = SAFETY_TICK;
+
+    fn wants_tick(&self, sessions: bool) -> bool {
+        sessions
+    }
 
     fn open(&mut self, _: u32, client: OwnedFd) -> io::Result<Flow> {
         Ok(Flow::new(client))
