@@ -83,7 +83,7 @@ pub struct Process {
 /// `engine = ...`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EngineChoice {
-    /// io_uring where the kernel allows it, else epoll.
+    /// Whichever is ahead today: epoll; see `app::start`.
     Auto,
     /// io_uring, or epoll with the reason logged where it is refused.
     IoUring,

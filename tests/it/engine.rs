@@ -39,10 +39,24 @@ fn forbidden_io_uring_falls_back_to_epoll_and_says_why() {
 }
 
 #[test]
-fn auto_takes_io_uring_where_it_is_allowed() {
+fn auto_takes_epoll_and_says_that_io_uring_could_be_had() {
     let _turn = turn::shared();
     let backend = ScriptedBackend::start(backend::name("a"));
     let proxy = start("auto", &[], &backend);
+    let status = proxy.status();
+    assert_eq!(status["engine"], "epoll", "{status:#}");
+    assert!(
+        status["engine_reason"].as_str().unwrap().contains("io_uring is allowed"),
+        "{status:#}"
+    );
+    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a");
+}
+
+#[test]
+fn io_uring_on_request_is_named_in_status_and_metrics() {
+    let _turn = turn::shared();
+    let backend = ScriptedBackend::start(backend::name("a"));
+    let proxy = start("io_uring", &[], &backend);
     assert_eq!(proxy.status()["engine"], "io_uring", "{:#}", proxy.status());
     assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a");
     let build = proxy.admin_request("GET", "/metrics").body;
