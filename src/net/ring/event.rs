@@ -72,6 +72,8 @@ pub enum What {
 pub struct Counts {
     /// Times completions had outgrown their queue.
     pub overflows: u64,
+    /// Times the kernel's flag for deferred work stood for none.
+    pub stale_flags: u64,
     /// Receives that found no buffer.
     pub starved: u64,
     /// Sends that came back short and were resumed.

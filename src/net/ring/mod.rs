@@ -38,6 +38,11 @@ const SUBMISSIONS: u32 = 2048;
 /// costs it an allocation each and is counted.
 const COMPLETIONS: u32 = 8192;
 
+/// Fruitless tries to have deferred work done after which its flag is taken to
+/// be stale. Each does up to twenty pieces of work, and those rarely leave no
+/// completion behind.
+const STALE_FLAG_TRIES: u32 = 4;
+
 /// The one group of buffers.
 const GROUP: u16 = 0;
 
@@ -383,15 +388,38 @@ impl Ring {
         // other. (The kernel's side has no full barrier everywhere, hence the
         // caller's safety tick.)
         fence(Ordering::SeqCst);
-        let empty = self.ring.completion().is_empty();
-        let submission = self.ring.submission();
-        let idle =
-            empty && submission.is_empty() && !submission.taskrun() && !submission.cq_overflow();
-        drop(submission);
+        let idle = self.nothing_waits();
         if !idle {
             self.rouse();
         }
         idle
+    }
+
+    /// Whether there is nothing to submit, to take or to have done.
+    ///
+    /// The kernel queues deferred work first and sets TASKRUN after it; where
+    /// we run the work in between, the flag stays behind for work that is no
+    /// more, until other work comes. (Taken for work, it kept a worker busy for
+    /// ever.) So the flag counts only while having it done brings something.
+    fn nothing_waits(&mut self) -> bool {
+        for _ in 0..STALE_FLAG_TRIES {
+            if !self.ring.completion().is_empty() {
+                return false;
+            }
+            let submission = self.ring.submission();
+            if !submission.is_empty() || submission.cq_overflow() {
+                return false;
+            }
+            if !submission.taskrun() {
+                return true;
+            }
+            drop(submission);
+            if self.submit(0).is_err() {
+                return false;
+            }
+        }
+        self.counts.stale_flags += 1;
+        self.ring.completion().is_empty()
     }
 
     /// Ends a doze: no more wake-ups, as they cost the kernel a write each.

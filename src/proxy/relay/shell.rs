@@ -321,13 +321,11 @@ impl<M: Mover> Shell<M> {
             let spinning = self.spin.is_some_and(|spin| now - last_activity < spin);
             turns += 1;
             let due = turns >= TURNS_A_PARK;
-            if !drained || spinning {
-                if !due || !self.state.borrow().mover.ring_the_bell()? {
-                    // Lets accepts and sessions run, and the reactor look around.
-                    tokio::task::yield_now().await;
-                    continue;
-                }
-            } else if !self.state.borrow_mut().mover.doze() {
+            let awake = !drained || spinning || !self.state.borrow_mut().mover.doze();
+            if awake && (!due || !self.state.borrow().mover.ring_the_bell()?) {
+                // Lets accepts and sessions run, and the reactor look around: no
+                // turn follows another without it, whatever the mover says.
+                tokio::task::yield_now().await;
                 continue;
             }
             turns = 0;
