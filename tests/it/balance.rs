@@ -299,8 +299,9 @@ fn waiting_clients_are_served_soon_after_a_slot_comes_free(engine: Engine) {
         ));
         assert!(median <= patience(ms(10)), "{what}: median {median:?}");
         // Three wake-ups lie in between, and each may be as late as the machine
-        // makes anybody.
-        let allowed = patience(ms(10)) + 3 * lateness;
+        // makes anybody; 50 ms more for the time slices of a machine shared
+        // with others, which a sleeper does not feel.
+        let allowed = patience(ms(60)) + 3 * lateness;
         assert!(worst <= allowed, "{what}: worst {worst:?}, machine late by {lateness:?}");
     }
 }
