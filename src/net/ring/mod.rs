@@ -23,7 +23,7 @@ pub use ops::{Op, SEND_CHUNKS_MAX};
 
 use buffers::{BufferRing, Bulk, BulkHome};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
-use ops::{InFlight, Ops, Work};
+use ops::{InFlight, Ops, Work, send_entry};
 use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -292,24 +292,6 @@ impl Ring {
         if pushed.is_err() {
             self.backlog.push_back(entry);
         }
-    }
-}
-
-/// The submission for a send, or for what is left of it.
-fn send_entry(fd: RawFd, work: &Work) -> squeue::Entry {
-    // Waiting for all of it measured 3 to 5 % better than resuming here; it
-    // comes back short all the same now and then.
-    let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
-    match work {
-        Work::SendOne(chunk) => {
-            opcode::Send::new(types::Fd(fd), chunk.pointer(), chunk.len() as u32)
-                .flags(flags)
-                .build()
-        }
-        Work::SendMany(message) => opcode::SendMsg::new(types::Fd(fd), &raw const message.header)
-            .flags(flags as u32)
-            .build(),
-        Work::Receive | Work::ReceiveBulk(_) | Work::Poll => unreachable!("only sends are sent"),
     }
 }
 
