@@ -43,24 +43,25 @@ impl Control {
         })?;
         let Loaded { config, digest, warnings } = loaded;
         // A new secret may come without a change of the file that names it.
-        let token = start::load_token(&config).map_err(|why| self.refuse(&config, "", why))?;
+        let token = start::load_token(&config).map_err(|why| self.refuse("", why))?;
         // Other comments or another layout say nothing new either.
         if digest == self.digest || config == *self.config {
             self.digest = digest;
             self.tokens.set(token);
-            let generation = self.controller.status().generation;
+            let generation = self.controller.generation();
             return Ok(Reloaded { generation, changed: false, warnings: self.warnings() });
         }
         self.wait_for_addresses(&config).await;
-        let fresh = self.binds.bind_new(&config).map_err(|refused| {
-            self.refuse(&config, &refused.address.to_string(), refused.to_string())
-        })?;
+        let fresh = self
+            .binds
+            .bind_new(&config)
+            .map_err(|refused| self.refuse(&refused.address.to_string(), refused.to_string()))?;
         if config.log.access != self.config.log.access
             && let Some(access_log) = &mut self.access_log
         {
             access_log.set_target(start::access_target(&config.log.access)).map_err(|error| {
                 let why = format!("cannot open the access log: {error}");
-                self.refuse(&config, "access", why)
+                self.refuse("access", why)
             })?;
         }
 
@@ -86,7 +87,7 @@ impl Control {
         let effects = self.controller.apply(Event::Configure(in_force), clock::now());
         self.perform(effects);
         self.binds.adopt(fresh, &config, &self.workers);
-        let generation = self.controller.status().generation;
+        let generation = self.controller.generation();
         Ok(Reloaded { generation, changed: true, warnings: self.warnings() })
     }
 
@@ -102,7 +103,7 @@ impl Control {
 
     /// A refusal for a reason the text alone does not show; it points at the
     /// first mention of `word` in the file.
-    fn refuse(&self, _config: &Config, word: &str, message: String) -> ReloadError {
+    fn refuse(&self, word: &str, message: String) -> ReloadError {
         let text = std::fs::read_to_string(&self.path).unwrap_or_default();
         let place = text.lines().enumerate().find_map(|(index, line)| {
             let at = line.find(word).filter(|_| !word.is_empty())?;

@@ -362,6 +362,11 @@ impl Controller {
         self.schedule.next()
     }
 
+    /// Accepted configurations so far.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
     /// The newest table; an empty one before the first configuration.
     pub fn current_table(&self) -> Arc<Table> {
         Arc::clone(&self.table)

@@ -52,7 +52,7 @@ pub struct SessionRecord {
     pub bytes_in: u64,
     /// To the client.
     pub bytes_out: u64,
-    /// From the first connect attempt to the upstream connection.
+    /// How long the connect that succeeded took.
     #[serde(rename = "connect_seconds", serialize_with = "seconds_or_null")]
     pub connect: Option<Duration>,
     /// From the upstream connection to the backend's first byte.
