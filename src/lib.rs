@@ -37,6 +37,7 @@
 //! | [`balance`] | the policies: prepared at table build, picked from without locks (pure) |
 //! | [`health`] | what is known of a backend and whether it is eligible (pure) |
 //! | [`health::probe`] | running one active check (a shell) |
+//! | [`heartbeat`] | signed datagrams from backends: format, keys, what is refused and why (pure) |
 //! | [`config`] | file text to validated model, or every problem at its place |
 //! | [`config::watch`] | noticing that the file may have changed (a shell) |
 //! | [`net`] | sockets, readiness, affinity, limits; the only unsafe code |
@@ -105,6 +106,7 @@ pub mod clock;
 pub mod config;
 pub mod control;
 pub mod health;
+pub mod heartbeat;
 pub mod load;
 pub mod net;
 pub mod proxy;

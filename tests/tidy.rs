@@ -21,7 +21,7 @@ const EXCUSED_USES: [(&str, &str); 0] = [];
 
 /// Layers from the bottom; a module uses its own layer and those below it.
 /// The longest matching prefix counts.
-const LAYERS: [(&str, Layer); 20] = [
+const LAYERS: [(&str, Layer); 23] = [
     ("net", Layer::Base),
     ("clock", Layer::Base),
     ("telemetry", Layer::Base),
@@ -30,12 +30,15 @@ const LAYERS: [(&str, Layer); 20] = [
     ("balance", Layer::Core),
     ("health", Layer::Core),
     ("config", Layer::Core),
+    ("heartbeat", Layer::Core),
     ("proxy::admission", Layer::Core),
     ("proxy::close", Layer::Core),
     ("admin", Layer::Shell),
     ("load", Layer::Shell),
     ("proxy", Layer::Shell),
     ("health::probe", Layer::Shell),
+    ("heartbeat::listen", Layer::Shell),
+    ("heartbeat::sender", Layer::Shell),
     ("config::watch", Layer::Shell),
     ("app", Layer::App),
     ("demo", Layer::App),

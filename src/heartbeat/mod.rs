@@ -1,0 +1,52 @@
+//! Heartbeats: signed datagrams by which backends announce themselves, their
+//! state and their load.
+//!
+//! `listen` (a shell) receives them, this module's pure parts decide what is
+//! believed, the controller learns of accepted ones alone. Nothing here decides
+//! who takes traffic.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What one datagram says, once its signature and freshness have been proven.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// Pool it speaks for; its key may.
+    pub pool: Arc<str>,
+    /// Backend name, unique in the pool.
+    pub name: Arc<str>,
+    /// Where the backend serves; within its key's address ranges.
+    pub address: SocketAddr,
+    /// Grows with every start of the sender (its start time in milliseconds
+    /// since 1970); sequence numbers begin anew with each.
+    pub incarnation: u64,
+    /// Grows by one with every datagram of an incarnation: gaps are losses.
+    pub sequence: u64,
+    /// How often the sender says it sends.
+    pub interval: Duration,
+    /// What it says of itself.
+    pub state: SenderState,
+    /// The share it asks for, 1..=1000. Never raises it above what the
+    /// configuration allows.
+    pub weight: u16,
+    /// Connections it is serving now.
+    pub in_flight: u32,
+    /// How busy it is, 0..=1000.
+    pub load: u16,
+    /// The key that signed it.
+    pub key_id: u32,
+}
+
+/// What a sender says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SenderState {
+    /// Not serving yet.
+    Starting,
+    /// Serving.
+    Ready,
+    /// Serving what it has, wants nothing new.
+    Draining,
+    /// About to be gone.
+    Stopping,
+}
