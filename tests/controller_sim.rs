@@ -109,6 +109,8 @@ fn random_pool(rng: &mut Rng, index: usize) -> Pool {
         },
         probe: random_probe(rng),
         ejection: (rng.u8(..5) > 0).then_some(ejection),
+        heartbeat: None,
+        slow_start: None,
         backends,
     }
 }
@@ -152,6 +154,7 @@ fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
         log: Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off },
         frontends: frontends.collect(),
         pools,
+        heartbeat: None,
     }
 }
 

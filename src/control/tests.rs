@@ -57,6 +57,8 @@ fn pool(backends: &[&str]) -> Pool {
             time: Duration::from_secs(10),
             max_ejected_percent: 50,
         }),
+        heartbeat: None,
+        slow_start: None,
         backends: backends.iter().map(|text| backend(text)).collect(),
     }
 }
@@ -92,6 +94,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             connections_max: 0,
         }],
         pools: pools.into_iter().map(Arc::new).collect(),
+        heartbeat: None,
     })
 }
 
