@@ -275,7 +275,7 @@ fn unfit_key_files_are_problems_at_their_place() {
     for (secret, mode, why) in [
         (&[7; 32][..], 0o640, "others may use the file (mode 0640)"),
         (&[7; 31][..], 0o600, "31 bytes, at least 32 are needed"),
-        (&[7; 5000][..], 0o600, "larger than 4096 bytes"),
+        (&[7; 5000][..], 0o600, "a secret has at most 1024 bytes"),
     ] {
         let (_directory, path) = with_key(secret, mode);
         let problems = config::load(&path).unwrap_err();

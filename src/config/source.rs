@@ -13,9 +13,8 @@ use std::sync::Arc;
 /// in full need. A larger one is refused before it is read to the end.
 pub const FILE_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// Largest key file: a key is a few dozen bytes, and a larger file is the wrong
-/// one.
-const SECRET_BYTES_MAX: usize = 4096;
+/// Longest secret: a longer file is the wrong one.
+const SECRET_BYTES_MAX: usize = 1024;
 
 /// Longest part of a line kept for display, in characters.
 const LINE_CHARS_MAX: usize = 120;
@@ -53,7 +52,8 @@ pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, String> {
     read_bounded(open_regular(path)?.0, FILE_BYTES_MAX)?.ok_or_else(too_large)
 }
 
-/// The bytes of a file that holds a secret and that its owner alone may use.
+/// The bytes of a file that holds a secret and that its owner alone may use,
+/// without one newline at the end if there is one.
 ///
 /// # Errors
 /// A sentence for the operator, as for [`read_file`].
@@ -62,8 +62,13 @@ pub(super) fn read_secret(path: &Path) -> Result<Vec<u8>, String> {
     if mode & 0o077 != 0 {
         return Err(format!("others may use the file (mode {mode:04o}); chmod it to 0600"));
     }
-    read_bounded(file, SECRET_BYTES_MAX)?
-        .ok_or_else(|| format!("the file is larger than {SECRET_BYTES_MAX} bytes: it is no key"))
+    let too_long = || format!("a secret has at most {SECRET_BYTES_MAX} bytes, and this file more");
+    let mut bytes = read_bounded(file, SECRET_BYTES_MAX + 1)?.ok_or_else(too_long)?;
+    bytes.pop_if(|last| *last == b'\n');
+    if bytes.len() > SECRET_BYTES_MAX {
+        return Err(too_long());
+    }
+    Ok(bytes)
 }
 
 /// The opened file and its permission bits.
