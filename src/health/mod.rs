@@ -50,6 +50,7 @@
 //! or `stopping` gets no new sessions: see [`Calling`].
 
 pub mod detector;
+pub mod heartbeat;
 pub mod outlier;
 pub mod probe;
 
