@@ -80,10 +80,8 @@ pub(super) struct Heart {
     pub(super) last_at: Instant,
     /// Silent for `ttl`.
     pub(super) expired: bool,
-    /// Silent, but its last probe was answered.
-    pub(super) vouched: bool,
-    /// Why a guard keeps it in though it is confirmed to be gone.
-    pub(super) held: Option<String>,
+    /// Silence before then was our own doing.
+    pub(super) excused_at: Instant,
 }
 
 /// How busy a sender says it is, made steady: an exponential mean, of which a
@@ -203,10 +201,22 @@ impl BackendEntry {
 // === impl Controller ===
 
 impl Controller {
-    /// Takes one authentic heartbeat, which arrived `at`.
-    pub(super) fn heartbeat(&mut self, heartbeat: &Heartbeat, at: Instant, now: Instant) {
+    /// Takes one authentic heartbeat, which arrived `at` and stands for so many
+    /// of its sender.
+    pub(super) fn heartbeat(
+        &mut self,
+        heartbeat: &Heartbeat,
+        (at, stands_for): (Instant, u32),
+        now: Instant,
+    ) {
         match self.speaker(heartbeat, now) {
-            Ok(Some(id)) => self.heard(id, heartbeat, at, now),
+            Ok(Some(id)) => {
+                self.heartbeats_total += u64::from(stands_for);
+                if stands_for > 1 {
+                    self.excuse_gap(id, at, now);
+                }
+                self.heard(id, heartbeat, at, now);
+            }
             Ok(None) => {}
             Err(misfit) => self.misfits[misfit as usize] += 1,
         }
@@ -307,10 +317,11 @@ impl Controller {
             backup: false,
             connections_max: 0,
         };
-        let returned = self.leaving_as(&pool_spec.name, &spec).and_then(|id| self.come_back(id, now));
+        let returned =
+            self.leaving_as(&pool_spec.name, &spec).and_then(|id| self.come_back(id, now));
         let mut entry = match returned {
             Some(entry) => entry,
-            None => self.new_entry(&pool_spec, &spec, now),
+            None => self.new_entry(&pool_spec, &spec, pool_id, now),
         };
         entry.pool = pool_id;
         entry.spec = spec;
@@ -357,6 +368,7 @@ impl Controller {
         self.pace.members(pool);
         self.work.unsettled.insert(pool);
         self.leave(entry, reason, rule, now);
+        self.settle_pool_ramps(pool, now);
     }
 
     /// Takes what a known backend's heartbeat says.
@@ -428,18 +440,25 @@ impl Controller {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
-        let Some(heart) = &mut entry.heart else { return };
-        let ttl = ttl(&spec, heart.interval);
-        let over = heart.last_at + ttl;
+        let Some((ttl, over)) = entry.expiry(&spec) else {
+            self.pulse_changed(id, "no heartbeat since they are required", None, now);
+            return;
+        };
         if over > now {
             self.schedule.set(Job::HeartbeatTtl(id), over);
             return;
         }
+        if let Some(later) = self.expiry_held(id, now) {
+            self.schedule.set(Job::HeartbeatTtl(id), later);
+            return;
+        }
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(heart) = &mut entry.heart else { return };
         heart.expired = true;
-        heart.held = None;
         let needed = entry.origin == Origin::Registered || spec.require;
         if entry.origin == Origin::Registered {
-            self.schedule.set(Job::Forget(id), super::schedule::after(over, spec.forget_after).max(now));
+            self.schedule
+                .set(Job::Forget(id), super::schedule::after(over, spec.forget_after).max(now));
         }
         if !needed {
             // Its heartbeats have no say any more, neither about sessions.
@@ -492,8 +511,7 @@ impl Heart {
             first_at: at,
             last_at: at,
             expired: false,
-            vouched: false,
-            held: None,
+            excused_at: at,
         }
     }
 }

@@ -79,6 +79,11 @@ impl Pace {
         self.members.insert(pool);
     }
 
+    /// Whose standing may have changed.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = &BackendId> {
+        self.waiting.iter()
+    }
+
     /// Tables so far for that reason.
     pub(super) fn published(&self, reason: PublishReason) -> u64 {
         self.published[reason as usize]
@@ -101,7 +106,7 @@ impl Controller {
     /// Why a table is due now, if one is. What has to wait is scheduled.
     pub(super) fn table_due(&mut self, now: Instant) -> Option<PublishReason> {
         let touched = std::mem::take(&mut self.work.touched);
-        let reason = std::mem::take(&mut self.work.rebuild);
+        let reason = self.work.rebuild.take();
         let mut health = false;
         for id in touched {
             if !self.moved(id) {
@@ -114,7 +119,7 @@ impl Controller {
             }
         }
         if reason.is_some() || health {
-            return reason.or(Some(PublishReason::Health));
+            return reason.or(self.work.cause).or(Some(PublishReason::Health));
         }
         let waiting = std::mem::take(&mut self.pace.waiting);
         self.pace.waiting = waiting.into_iter().filter(|id| self.moved(*id)).collect();

@@ -9,11 +9,11 @@
 use super::heartbeats::ttl;
 use super::schedule::Job;
 use super::{Controller, Effect, Notice, Origin, PoolId, ProbeToken};
-use crate::config::{EjectionSpec, ProbeKind, ProbeSpec};
+use crate::config::{HeartbeatSpec, ProbeKind, ProbeSpec};
 use crate::health::heartbeat::guards::{Frost, permit, stalled};
 use crate::health::heartbeat::{
-    Answer, Ask, Beat, Channel, ChannelGuard, PathGuard, PathView, State, Step, TRY_TIMEOUT, Try,
-    TryId,
+    Answer, Arrival, Ask, Beat, Channel, ChannelGuard, PathGuard, PathView, State, Step,
+    TRY_TIMEOUT, Try, TryId,
 };
 use crate::health::{ProbeOutcome, Pulse, REFUSED};
 use crate::heartbeat::SenderState;
@@ -90,12 +90,16 @@ impl Controller {
     ) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(heart) = &mut entry.heart else { return };
-        let step = if state == SenderState::Stopping {
-            heart.detector.stopping(at)
+        let (arrival, step) = if state == SenderState::Stopping {
+            (None, heart.detector.stopping(at))
         } else {
-            heart.detector.beat(beat, at).1
+            let (arrival, step) = heart.detector.beat(beat, at);
+            (Some(arrival), step)
         };
-        self.guards.channel.beat(at);
+        let slowest = self.guards.slowest.max(beat.interval);
+        if arrival != Some(Arrival::Old) && self.guards.channel.beat(slowest, at) {
+            self.reconsider(None, now);
+        }
         if !self.schedule.is_set(Job::GuardTick) {
             self.guard_tick(now);
         }
@@ -178,6 +182,14 @@ impl Controller {
         }
     }
 
+    /// The next gap in its sequence is of our making.
+    pub(super) fn excuse_gap(&mut self, id: BackendId, at: Instant, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(heart) = &mut entry.heart else { return };
+        let step = heart.detector.excuse(at);
+        self.follow(id, step, now);
+    }
+
     /// Notices that the guards' own tick is late.
     pub(super) fn notice_stall(&mut self, now: Instant) {
         let Some(due) = self.schedule.due(Job::GuardTick) else { return };
@@ -226,12 +238,17 @@ impl Controller {
         let pool_name = name.unwrap_or_else(|| "".into());
         self.work.effects.push(Effect::Notice(Notice { pool: pool_name, backend: None, message }));
         if thawed {
-            for id in self.members_of(pool) {
-                let heart = self.backends.get(&id).and_then(|entry| entry.heart.as_deref());
-                let Some(heart) = heart else { continue };
-                let step = heart.detector.reconsider();
-                self.follow(id, step, now);
-            }
+            self.reconsider(pool, now);
+        }
+    }
+
+    /// The guards may have changed their mind about whom they held back.
+    fn reconsider(&mut self, pool: Option<PoolId>, now: Instant) {
+        for id in self.members_of(pool) {
+            let heart = self.backends.get(&id).and_then(|entry| entry.heart.as_deref());
+            let Some(heart) = heart else { continue };
+            let step = heart.detector.reconsider();
+            self.follow(id, step, now);
         }
     }
 
@@ -271,8 +288,9 @@ impl Controller {
         if !heart.detector.answers(now) {
             return None;
         }
-        let held = self.channel(now) == Channel::Silent
-            || self.permitted(entry.pool, false, now).is_err();
+        let frozen = self.guards.all.freeze().is_some()
+            || self.pool(entry.pool).is_some_and(|pool| pool.guard.freeze().is_some());
+        let held = frozen || self.channel(now) == Channel::Silent;
         held.then(|| now + HELD_EXPIRY_INTERVAL)
     }
 
@@ -304,10 +322,9 @@ impl Controller {
 
     /// Everything the guards look at, of one pool or of all.
     pub(super) fn path_view(&self, pool: Option<PoolId>, now: Instant) -> PathView {
-        let hearts = self.hearts().filter(|(id, _)| {
-            pool.is_none_or(|pool| self.backends.get(id).is_some_and(|e| e.pool == pool))
-        });
-        PathView::of(hearts.map(|(_, heart)| &heart.detector), now)
+        let one = |entry: &&super::BackendEntry| pool.is_none_or(|pool| entry.pool == pool);
+        let hearts = self.backends.values().filter(one).filter_map(|entry| entry.heart.as_deref());
+        PathView::of(hearts.map(|heart| &heart.detector), now)
     }
 
     /// What the heartbeats' channel as a whole is like.
@@ -317,13 +334,15 @@ impl Controller {
 
     fn permitted(&self, pool: PoolId, proven: bool, now: Instant) -> Result<(), String> {
         let Some(entry) = self.pool(pool) else { return Ok(()) };
-        let percent =
-            entry.spec.ejection.map_or(MAX_DOWN_PERCENT, |spec: EjectionSpec| {
-                spec.max_ejected_percent
-            });
+        let percent = self.max_down_percent(entry);
         let view = self.path_view(Some(pool), now);
         let freezes = [entry.guard.freeze(), self.guards.all.freeze()];
         permit(proven, view, percent, self.channel(now), freezes)
+    }
+
+    /// Share of the pool that may be out at once.
+    pub(super) fn max_down_percent(&self, pool: &super::PoolEntry) -> u8 {
+        pool.spec.ejection.map_or(MAX_DOWN_PERCENT, |spec| spec.max_ejected_percent)
     }
 
     /// Carries one step of a detector out.
@@ -407,10 +426,13 @@ impl Controller {
 
 impl super::BackendEntry {
     /// What its heartbeats amount to.
-    pub(super) fn pulse(&self, spec: &crate::config::HeartbeatSpec, now: Instant) -> Pulse {
+    pub(super) fn pulse(&self, spec: &HeartbeatSpec, now: Instant) -> Pulse {
         let needed = self.origin == Origin::Registered || spec.require;
         let undecided = if needed { Pulse::Awaited } else { Pulse::Absent };
-        let Some(heart) = &self.heart else { return undecided };
+        let Some(heart) = &self.heart else {
+            let excused = self.heartbeats_from.is_some_and(|from| now < from);
+            return if excused { Pulse::Absent } else { undecided };
+        };
         if heart.expired {
             return if needed { Pulse::Expired } else { Pulse::Absent };
         }
@@ -426,7 +448,7 @@ impl super::BackendEntry {
     }
 
     /// Silence that ends what its heartbeats vouch for, and when that is.
-    pub(super) fn expiry(&self, spec: &crate::config::HeartbeatSpec) -> Option<(Duration, Instant)> {
+    pub(super) fn expiry(&self, spec: &HeartbeatSpec) -> Option<(Duration, Instant)> {
         let heart = self.heart.as_deref()?;
         let ttl = ttl(spec, heart.interval);
         Some((ttl, heart.last_at.max(heart.excused_at) + ttl))

@@ -208,7 +208,7 @@ impl Bench {
     }
 
     fn status(&self, name: &str) -> BackendStatus {
-        let mut status = self.controller.status();
+        let mut status = self.controller.status(self.now);
         let backends = status.pools.remove(0).backends.into_iter();
         backends.into_iter().find(|b| &*b.state.name == name).unwrap()
     }

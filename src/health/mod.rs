@@ -62,6 +62,9 @@ use std::time::{Duration, Instant};
 /// from its sessions, little enough to spare most clients.
 pub const SUSPECT_WEIGHT_PERCENT: u32 = 10;
 
+/// How probes and sessions say that nobody listens.
+pub const REFUSED: &str = "connection refused";
+
 /// Everything known of one backend.
 #[derive(Debug, Clone)]
 pub struct BackendHealth {
@@ -208,7 +211,10 @@ pub fn fuse(pulse: Pulse, probes: Option<Observation>) -> Observation {
     match (pulse, probes) {
         (Pulse::Silent | Pulse::Expired, _) | (_, Some(Observation::Down)) => Observation::Down,
         (Pulse::Awaited, _) => Observation::Unknown,
-        (Pulse::Absent | Pulse::Beating | Pulse::Suspect | Pulse::Vouched, Some(Observation::Unknown))
+        (
+            Pulse::Absent | Pulse::Beating | Pulse::Suspect | Pulse::Vouched,
+            Some(Observation::Unknown),
+        )
         | (Pulse::Absent, None) => Observation::Unknown,
         (Pulse::Beating, None) => Observation::Up,
         (Pulse::Vouched, None) | (Pulse::Suspect, _) => Observation::Suspect,
@@ -372,7 +378,7 @@ impl Observation {
 impl std::fmt::Display for ConnectFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            ConnectFailure::Refused => f.write_str("connection refused"),
+            ConnectFailure::Refused => f.write_str(REFUSED),
             ConnectFailure::Timeout => f.write_str("connect timed out"),
             ConnectFailure::Unreachable => f.write_str("host unreachable"),
             ConnectFailure::Other(errno) => {
