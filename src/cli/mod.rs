@@ -12,6 +12,7 @@ mod crew;
 pub mod demo;
 pub mod drain;
 pub mod explain;
+pub mod heartbeat;
 pub mod reload;
 pub mod run;
 pub mod shutdown;
@@ -90,6 +91,10 @@ pub enum Command {
         after_help = "Example:\n  tidegate shutdown --admin 127.0.0.1:9900 --token-file token"
     )]
     Shutdown(ClientArgs),
+    /// Send heartbeats for a local service: whether it works, how many
+    /// connections it has, when it stops.
+    #[command(after_help = heartbeat::HELP)]
+    Heartbeat(heartbeat::HeartbeatArgs),
     /// Make load and measure: requests, streams, held connections.
     #[command(after_help = bench::HELP)]
     Bench(bench::BenchArgs),
@@ -160,6 +165,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Drain(args) => drain::drain(&args),
         Command::Undrain(args) => drain::undrain(&args),
         Command::Shutdown(args) => shutdown::main(&args),
+        Command::Heartbeat(args) => heartbeat::main(&args),
         Command::Bench(args) => bench::main(&args),
         Command::Backend(args) => backend::main(&args),
     }
@@ -230,8 +236,10 @@ mod tests {
             "explain a/b --admin 127.0.0.1:9900 --json",
             "undrain a/b --admin [::1]:9900 --token-file t",
             "shutdown --admin localhost:9900",
+            "heartbeat --to 10.0.0.5:7946 --to [::1]:7946 --pool web --name a \
+             --address 10.0.0.11:80 --key-id 1 --key-file f --drain 0",
         ] {
-            parse(&line.split(' ').collect::<Vec<_>>()).expect(line);
+            parse(&line.split_whitespace().collect::<Vec<_>>()).expect(line);
         }
     }
 
@@ -248,6 +256,9 @@ mod tests {
             "demo --for soon",
             "demo --backends 0",
             "drain",
+            "heartbeat",
+            "heartbeat --to 10.0.0.5 --pool p --address 10.0.0.1:80 --key-id 1 --key-file f",
+            "heartbeat --to 10.0.0.5:7 --pool p --address 0.0.0.0:80 --key-id 1 --key-file f",
         ] {
             let error = parse(&line.split(' ').collect::<Vec<_>>()).expect_err(line);
             assert!(error.use_stderr() && error.exit_code() == 2, "{line}");

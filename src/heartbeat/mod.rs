@@ -17,7 +17,10 @@
 pub mod key_file;
 pub mod keys;
 pub mod listen;
+
 pub mod sender;
+#[cfg(test)]
+mod testing;
 pub mod trust;
 pub mod wire;
 

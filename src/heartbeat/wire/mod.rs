@@ -425,3 +425,6 @@ impl SenderState {
         all.into_iter().find(|state| state.code() == code)
     }
 }
+
+#[cfg(test)]
+mod tests;
