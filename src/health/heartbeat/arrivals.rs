@@ -24,10 +24,11 @@ const MISSING_MAX: u32 = 12;
 const TIMEOUT_MAX: f64 = 12.5;
 
 /// Added to the missing intervals, as a share of one: timers and queues here.
-const SLACK: f64 = 0.2;
+const SLACK: f64 = 0.1;
 
-/// Deviations added to the missing intervals.
-const DEVIATIONS: f64 = 4.0;
+/// Deviations added to the missing intervals. Three are plenty: the last of
+/// several heartbeats has to be late after all others were lost.
+const DEVIATIONS: f64 = 3.0;
 
 /// Weight of the newest datagram in the share of losses: a memory of a
 /// thousand, 100 s at 100 ms.
@@ -44,13 +45,14 @@ const LOSS_MIN: f64 = 0.0001;
 const LOSS_MAX: f64 = 0.6;
 
 /// Memory of how often one loss follows another, in losses and in heartbeats
-/// (an hour and a half at 100 ms).
+/// (half a day at 100 ms: on a good link bursts are rare, and each would be
+/// news).
 const RUN_MEMORY_LOSSES: f64 = 500.0;
-const RUN_MEMORY_BEATS: f64 = 50_000.0;
+const RUN_MEMORY_BEATS: f64 = 500_000.0;
 
 /// Losses that speak for independence before any have been seen: a lone pair
 /// of losses is no burst.
-const RUN_PRIOR: f64 = 100.0;
+const RUN_PRIOR: f64 = 30.0;
 
 /// Gains of the filter for the expected time (alpha) and the interval (beta).
 /// Slow enough to average delays away, fast enough to follow a clock that is

@@ -19,7 +19,7 @@ const TRIES: u32 = 2;
 /// Above that loss two lost connects in a row are nothing special: then more
 /// tries are made, as far as they fit.
 const TRIES_MORE_ABOVE: f64 = 0.15;
-const TRIES_MAX: u32 = 4;
+const TRIES_MAX: u32 = 3;
 
 /// Further tries end within so many intervals of the last heartbeat.
 const CONFIRMED_WITHIN: f64 = 14.5;
