@@ -272,34 +272,64 @@ mod tests {
 
     #[test]
     fn a_tired_operator_reads_the_reason_first() {
+        let sender = json!({
+            "state": "ready", "state_seconds": 7300.0, "key": 1, "incarnation": 17,
+            "sequence": 72000, "weight_asked": 10, "load": 500, "load_smoothed": 480.2,
+            "in_flight": 3, "known_seconds": 7300.0, "detector": "down", "detector_seconds": 75.0,
+            "received_total": 71990, "lost_total": 10, "loss": 0.001, "jitter_seconds": 0.0012,
+            "interval_seconds": 0.1, "interval_learned_seconds": 0.1, "missing_allowed": 3,
+            "timeout_seconds": 0.325, "silent_seconds": 75.6, "ttl_seconds": 10.0,
+            "phi_normal": 300.0, "phi_exponential": 300.0,
+            "suspicions_total": 1, "downs_total": 1, "held": null,
+        });
+        let guards = json!({
+            "channel_silent": false, "all_frozen": null, "max_ejected_percent": 50,
+            "pool_frozen": {"reason": "2 of 4 backends became suspect together", "seconds": 0.6},
+            "pool_down": 1, "pool_suspect": 2, "pool_heard": 2, "pool_senders": 5,
+        });
+        let history = json!([
+            {"from": "suspect", "to": "down", "reason": "2 confirming probes failed",
+             "seconds_ago": 75.0, "lasted_seconds": 0.2},
+            {"from": "up", "to": "suspect", "reason": "no heartbeat for 325 ms",
+             "seconds_ago": 75.2, "lasted_seconds": 7000.0},
+        ]);
+        let weight = json!({
+            "effective": 0, "configured": 10,
+            "health_percent": 0, "ramp_percent": 100, "load_percent": 65,
+        });
         let facts = json!({
             "pool": "web", "backend": "a", "address": "10.0.0.11:8080", "registered": true,
-            "backup": false, "eligible": false,
-            "why": "it is down: no heartbeat for 512 ms, 3 may be missing at 0.1% loss; 2 confirming probes failed",
+            "eligible": false, "why": "it is down: 2 confirming probes failed",
             "observation": "down", "observation_seconds": 75.0,
             "intent": "ready", "intent_seconds": 7300.0,
             "connections_max": 0, "connections_max_in_force": 0, "sessions_active": 3,
-            "weight": {"effective": 0, "configured": 10, "health_percent": 0, "ramp_percent": 100, "load_percent": 65},
-            "probe": null, "slow_start": null,
-            "heartbeat": {"required": true, "pulse": "silent", "sender": {
-                "state": "ready", "state_seconds": 7300.0, "key": 1, "incarnation": 17, "sequence": 72000,
-                "weight_asked": 10, "load": 500, "load_smoothed": 480.2, "in_flight": 3,
-                "known_seconds": 7300.0, "detector": "down", "detector_seconds": 75.0,
-                "received_total": 71990, "lost_total": 10, "loss": 0.001, "loss_after_loss": 0.001,
-                "jitter_seconds": 0.0012, "interval_seconds": 0.1, "interval_learned_seconds": 0.1,
-                "missing_allowed": 3, "timeout_seconds": 0.325, "silent_seconds": 75.6, "ttl_seconds": 10.0,
-                "expired": false, "phi_normal": 300.0, "phi_exponential": 300.0,
-                "suspicions_total": 1, "downs_total": 1, "flaps": 1, "held": null}},
-            "ejection": {"on": true, "ejected": false, "seconds_left": null, "in_a_row": 0, "total": 0, "held_total": 0},
-            "guards": {"channel_silent": false, "pool_frozen": {"reason": "2 of 4 backends became suspect together", "seconds": 0.6},
-                "all_frozen": null, "max_ejected_percent": 50,
-                "pool_down": 1, "pool_suspect": 2, "pool_heard": 2, "pool_senders": 5},
-            "history": [
-                {"from": "suspect", "to": "down", "reason": "2 confirming probes failed", "seconds_ago": 75.0, "lasted_seconds": 0.2},
-                {"from": "up", "to": "suspect", "reason": "no heartbeat for 325 ms", "seconds_ago": 75.2, "lasted_seconds": 7000.0},
-            ],
+            "weight": weight, "probe": null, "slow_start": null,
+            "heartbeat": {"required": true, "pulse": "silent", "sender": sender},
+            "ejection": {"on": true, "ejected": false, "total": 0, "held_total": 0},
+            "guards": guards, "history": history,
         });
         expect![[r#"
+            web/a at 10.0.0.11:8080, registered by its heartbeats
+            takes NO new sessions: it is down: 2 confirming probes failed
+
+            State       down for 1m 15s
+            Operator    ready for 2h 1m
+            Weight      0 = 10 x 0% (health) x 100% (slow start) x 65% (load)
+            Sessions    3 now, no cap
+            Slow start  none under way
+            Probes      none in this pool
+            Heartbeats  silent (required); last one 1m 15s ago, suspect after 325 ms, expires after 10 s
+                        sender: ready for 2h 1m, asks for weight 10, load 500 of 1000 (480 smoothed), 3 connections
+                        rhythm: each 100 ms (learned 100 ms), jitter 1.2 ms, 0.1% lost, 3 may be missing in a row
+                        detector: down for 1m 15s, 1 suspicions, 1 times down, phi 300.0 (normal) 300.0 (exponential)
+                        key 1, incarnation 17, sequence 72000; 71990 received, 10 lost in 2h 1m
+            Ejection    not now; 0 so far, 0 held back by the pool's guard
+            Guards      FROZEN for 0s: no silent backend of this pool is taken out: 2 of 4 backends became suspect together
+                        senders in this pool: 5, heard 2, suspect 2, down 1; at most 50% may be out
+
+            What happened, newest first:
+                1m 15s ago  suspect -> down      after 0s       2 confirming probes failed
+                1m 15s ago  up -> suspect        after 1h 56m   no heartbeat for 325 ms
         "#]]
         .assert_eq(&render(&facts));
     }
