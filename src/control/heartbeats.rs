@@ -341,7 +341,6 @@ impl Controller {
             pool.addresses.insert(heartbeat.address, id);
         }
         self.join_probing(id, pool_id, now);
-        self.pace.members(pool_id);
         let reason = format!(
             "registered by its heartbeat at {} (key {})",
             heartbeat.address, heartbeat.key_id
@@ -365,7 +364,9 @@ impl Controller {
             pool.addresses.remove(&address);
         }
         let (rule, pool) = (pool.spec.on_removal, pool.id);
-        self.pace.members(pool);
+        if entry.published != Default::default() {
+            self.pace.members(pool);
+        }
         self.work.unsettled.insert(pool);
         self.leave(entry, reason, rule, now);
         self.settle_pool_ramps(pool, now);
