@@ -38,6 +38,8 @@
 //! | [`health`] | what is known of a backend and whether it is eligible (pure) |
 //! | [`health::probe`] | running one active check (a shell) |
 //! | [`heartbeat`] | signed datagrams from backends: format, keys, what is refused and why (pure) |
+//! | [`heartbeat::listen`] | the thread that receives them (a shell) |
+//! | [`heartbeat::sender`] | sending them, for services and the sidecar (a shell) |
 //! | [`config`] | file text to validated model, or every problem at its place |
 //! | [`config::watch`] | noticing that the file may have changed (a shell) |
 //! | [`net`] | sockets, readiness, affinity, limits; the only unsafe code |
