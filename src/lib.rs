@@ -77,10 +77,11 @@
 //! # Architecture invariants
 //!
 //! - Architecture invariant: `main` uses [`cli`], which uses [`app`], which uses
-//!   the shells [`admin`], [`proxy`], [`health::probe`], [`config::watch`]; these
-//!   use the core [`control`], [`table`], [`balance`], [`health`], [`config`];
-//!   the base [`net`], [`clock`], [`telemetry`] uses none of them. Nothing uses
-//!   what is above it, and shells never use each other.
+//!   the shells [`admin`], [`proxy`], [`health::probe`], [`heartbeat::listen`],
+//!   [`heartbeat::sender`], [`heartbeat::key_file`], [`config::watch`]; these use
+//!   the core [`control`], [`table`], [`balance`], [`health`], [`heartbeat`],
+//!   [`config`]; the base [`net`], [`clock`], [`telemetry`] uses none of them.
+//!   Nothing uses what is above it, and shells never use each other.
 //! - Architecture invariant: the core, [`proxy::admission`] and
 //!   [`proxy::close`] do no I/O and read no clock (but for [`config::load`],
 //!   which reads one file). Time and randomness come in as arguments, effects go
