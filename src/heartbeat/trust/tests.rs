@@ -307,14 +307,14 @@ fn flooded(place: &mut Place, mouth: &mut Mouth, seconds: u64) -> Vec<bool> {
 fn a_flood_in_a_known_senders_name_costs_it_no_heartbeat() {
     let (mut place, mut mouth) = (Place::new(), Mouth::new());
     place.hear(&mouth.say()).unwrap();
-    let believed = flooded(&mut place, &mut mouth, 5);
+    let believed = flooded(&mut place, &mut mouth, 3);
     assert!(believed.iter().all(|believed| *believed), "{believed:?}");
 }
 
 #[test]
 fn a_flood_in_a_new_senders_name_delays_it_by_seconds_not_for_ever() {
     let (mut place, mut mouth) = (Place::new(), Mouth::new());
-    let believed = flooded(&mut place, &mut mouth, 20);
+    let believed = flooded(&mut place, &mut mouth, 8);
     let first = believed.iter().position(|believed| *believed).expect("heard at last");
     assert!(believed[first..].iter().all(|believed| *believed), "known from then on");
 }
