@@ -130,7 +130,8 @@ fn how_many_may_be_missing() {
           20% alone  8 ( 810 ms), in runs of four 12
           30% alone 10 (1010 ms), in runs of four 12
           50% alone 12 (1210 ms), in runs of four 12
-    "#]].assert_eq(&out);
+    "#]]
+    .assert_eq(&out);
 }
 
 #[test]
