@@ -12,6 +12,8 @@ mod link;
 mod point;
 mod report;
 mod rivals;
+mod scenarios;
+mod world;
 
 use link::Pattern;
 use point::{Outcome, Point, Who};

@@ -34,6 +34,10 @@ const DEVIATIONS: f64 = 3.0;
 /// thousand, 100 s at 100 ms.
 const LOSS_GAIN: f64 = 0.001;
 
+/// The same for how often runs of losses begin: on a good link that is so rare
+/// that a hundred seconds without are no news.
+const SLOW_LOSS_GAIN: f64 = 0.000_33;
+
 /// The share before the first datagram, and the datagrams it counts for. High
 /// enough to allow four missing at first; a minute of heartbeats outweighs it.
 const LOSS_PRIOR: f64 = 0.02;
@@ -105,6 +109,8 @@ pub struct Arrivals {
     variance: f64,
     delays: u32,
     loss: f64,
+    /// The same with a longer memory.
+    slow_loss: f64,
     datagrams: u32,
     /// Losses remembered, and how many of them followed a loss.
     losses: f64,
@@ -140,6 +146,7 @@ impl Arrivals {
             variance: (JITTER_PRIOR * interval).powi(2),
             delays: 0,
             loss: LOSS_PRIOR,
+            slow_loss: LOSS_PRIOR,
             datagrams: 0,
             losses: 0.0,
             repeats: 0.0,
@@ -208,7 +215,7 @@ impl Arrivals {
         let independent = wanted.ln() / loss.ln();
         // A run of k losses begins with one after a heartbeat that came, and
         // goes on k - 1 times.
-        let starts = loss * (1.0 - again);
+        let starts = loss.max(self.slow_loss) * (1.0 - again);
         let in_runs = 1.0 + ((wanted / starts).ln() / again.ln()).max(0.0).ceil();
         let missing = independent.ceil().max(in_runs);
         (missing as u32).clamp(MISSING_MIN, MISSING_MAX)
@@ -304,12 +311,13 @@ impl Arrivals {
     /// Learns from `missing` losses followed by a heartbeat that came.
     fn learn_loss(&mut self, missing: u64) {
         self.since_loss += 1.0;
-        for _ in 0..missing {
-            let gain = self.loss_gain();
-            self.loss += gain * (1.0 - self.loss);
+        for lost in (0..=missing).map(|index| if index < missing { 1.0 } else { 0.0 }) {
+            self.datagrams = self.datagrams.saturating_add(1);
+            // A plain mean at first, a moving one once there are enough.
+            let first = 1.0 / f64::from(self.datagrams.saturating_add(LOSS_PRIOR_COUNT));
+            self.loss += first.max(LOSS_GAIN) * (lost - self.loss);
+            self.slow_loss += first.max(SLOW_LOSS_GAIN) * (lost - self.slow_loss);
         }
-        let gain = self.loss_gain();
-        self.loss -= gain * self.loss;
         if missing > 0 {
             let missing = missing as f64;
             let kept = (-self.since_loss / RUN_MEMORY_BEATS - missing / RUN_MEMORY_LOSSES).exp();
@@ -317,12 +325,6 @@ impl Arrivals {
             self.repeats = self.repeats * kept + missing - 1.0;
             self.since_loss = 0.0;
         }
-    }
-
-    /// A plain mean at first, a moving one once there are enough.
-    fn loss_gain(&mut self) -> f64 {
-        self.datagrams = self.datagrams.saturating_add(1);
-        (1.0 / f64::from(self.datagrams.saturating_add(LOSS_PRIOR_COUNT))).max(LOSS_GAIN)
     }
 
     /// Learns from one arrival, `steps` sequence numbers after `before`, and

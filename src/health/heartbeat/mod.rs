@@ -74,6 +74,8 @@ pub mod guards;
 pub mod phi;
 pub mod ramp;
 mod round;
+#[cfg(test)]
+mod tests;
 
 pub use arrivals::{Arrival, Arrivals};
 pub use detector::{HeartbeatDetector, Reading};
