@@ -143,62 +143,14 @@ fn full_file_states_the_built_in_defaults() {
 #[test]
 fn every_key_stands_in_the_full_file() {
     let text = fs::read_to_string(root().join("config/full.toml")).unwrap();
-    let keys = [
-        "workers",
-        "pin",
-        "engine",
-        "spin",
-        "drain_timeout",
-        "connections_max",
-        "listen",
-        "token_file",
-        "level",
-        "format",
-        "access",
-        "bind",
-        "pool",
-        "idle_timeout",
-        "half_closed_timeout",
-        "keepalive",
-        "user_timeout",
-        "balance",
-        "connect_timeout",
-        "connect_attempts",
-        "when_none_eligible",
-        "startup_grace",
-        "on_removal",
-        "kind",
-        "interval",
-        "fast_interval",
-        "timeout",
-        "rise",
-        "fall",
-        "send",
-        "expect",
-        "path",
-        "host",
-        "method",
-        "status",
-        "failures",
-        "time",
-        "max_ejected",
-        "name",
-        "address",
-        "weight",
-        "backup",
-        "slow_start",
-        "register",
-        "require",
-        "ttl",
-        "forget_after",
-        "backends_max",
-        "weight_max",
-        "id",
-        "file",
-        "pools",
-        "addresses",
-    ];
-    for key in keys {
+    let keys = "workers pin engine spin drain_timeout connections_max listen token_file level \
+        format access bind pool idle_timeout half_closed_timeout keepalive \
+        user_timeout balance connect_timeout connect_attempts when_none_eligible \
+        startup_grace on_removal kind interval fast_interval timeout rise fall send \
+        expect path host method status failures time max_ejected name address weight \
+        backup slow_start register require ttl forget_after backends_max weight_max id \
+        file pools addresses";
+    for key in keys.split(' ') {
         let stands = |line: &str| {
             line.trim_start_matches(['#', ' ']).split('=').next().is_some_and(|k| k.trim() == key)
         };
