@@ -30,6 +30,7 @@
 //! business, not part of this rule.
 
 pub mod detector;
+pub mod heartbeat;
 pub mod outlier;
 pub mod probe;
 
