@@ -7,7 +7,6 @@
 use super::control_loop::Control;
 use super::start;
 use crate::admin::{Problem, ReloadError, Reloaded};
-use crate::clock;
 use crate::config::{self, Config, Loaded};
 use crate::control::Event;
 use std::sync::Arc;
@@ -45,7 +44,8 @@ impl Control {
         // A new secret may come without a change of the file that names it.
         let token = start::load_token(&config).map_err(|why| self.refuse("", why))?;
         // Other comments or another layout say nothing new either.
-        if digest == self.digest || config == *self.config {
+        // (The digest alone says nothing of the key files that a text names.)
+        if config == *self.config {
             self.digest = digest;
             self.tokens.set(token);
             let generation = self.controller.generation();
@@ -56,6 +56,11 @@ impl Control {
             .binds
             .bind_new(&config)
             .map_err(|refused| self.refuse(&refused.address.to_string(), refused.to_string()))?;
+        let heartbeats = self.reception.prepare(&config).map_err(|why| {
+            let listen = config.heartbeat.as_ref().and_then(|heartbeat| heartbeat.listen.first());
+            let place = listen.map_or_else(String::new, ToString::to_string);
+            self.refuse(&place, why)
+        })?;
         if config.log.access != self.config.log.access
             && let Some(access_log) = &mut self.access_log
         {
@@ -84,8 +89,8 @@ impl Control {
         }
         self.config = Arc::clone(&config);
         let in_force = self.session_cap.apply(&config, self.binds.sockets());
-        let effects = self.controller.apply(Event::Configure(in_force), clock::now());
-        self.perform(effects);
+        self.feed([Event::Configure(in_force)]);
+        self.reception.adopt(heartbeats);
         self.binds.adopt(fresh, &config, &self.workers);
         let generation = self.controller.generation();
         Ok(Reloaded { generation, changed: true, warnings: self.warnings() })

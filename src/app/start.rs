@@ -5,6 +5,7 @@
 
 use super::binds::{Binds, Refused};
 use super::control_loop::Control;
+use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::{Exit, Failure, Options, Running};
 use crate::admin::{self, Readiness, ReloadCounts, Request, Token, TokenStore};
@@ -101,6 +102,9 @@ fn bring_up(options: &Options, requests: mpsc::Sender<Request>) -> Result<Contro
     let admin = admin::bind(&config.admin).map_err(|error| Failure::Runtime(error.to_string()))?;
     let binds = Binds::new(count);
     let fresh = binds.bind_new(&config).map_err(|refused| Failure::Runtime(refused.to_string()))?;
+    let mut reception = Reception::default();
+    let heartbeats = reception.prepare(&config).map_err(Failure::Runtime)?;
+    reception.adopt(heartbeats);
 
     let seed = fastrand::u64(..);
     let mut controller = Controller::new(count, seed);
@@ -146,6 +150,7 @@ fn bring_up(options: &Options, requests: mpsc::Sender<Request>) -> Result<Contro
         shared,
         probes: ProbeRunner::start(probe_results),
         probed,
+        reception,
         latency: Merged::new(),
         access_log: Some(access_log),
         log,
@@ -258,6 +263,9 @@ fn announce(control: &Control, config: &Config, workers: usize) {
         workers,
         "tidegate starts"
     );
+    for address in config.heartbeat.iter().flat_map(|heartbeat| &heartbeat.listen) {
+        tracing::info!(%address, "listening for heartbeats");
+    }
     for frontend in &config.frontends {
         for bind in &frontend.binds {
             tracing::info!(frontend = %frontend.name, address = %bind, pool = %frontend.pool, "listening");

@@ -11,6 +11,7 @@ pub mod client;
 mod crew;
 pub mod demo;
 pub mod drain;
+pub mod explain;
 pub mod heartbeat;
 pub mod reload;
 pub mod run;
@@ -76,6 +77,9 @@ pub enum Command {
     /// Show frontends, pools and backends of the running balancer.
     #[command(after_help = "Example:\n  tidegate status\n  tidegate status --json | jq .pools")]
     Status(ClientArgs),
+    /// Say why a backend gets what it gets: state, evidence, weight, history.
+    #[command(after_help = "Example:\n  tidegate explain web/10.0.0.11:8080")]
+    Explain(DrainArgs),
     /// Give a backend no new sessions; the ones it has run to their end.
     #[command(after_help = "Example:\n  tidegate drain web/10.0.0.11:8080")]
     Drain(DrainArgs),
@@ -126,7 +130,7 @@ pub struct DemoArgs {
     pub duration: Duration,
 }
 
-/// `tidegate drain` and `undrain`
+/// `tidegate drain`, `undrain` and `explain`
 #[derive(Debug, Args)]
 pub struct DrainArgs {
     /// Pool and backend, parted by the first slash.
@@ -157,6 +161,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Demo(args) => demo::main(args),
         Command::Reload(args) => reload::main(&args),
         Command::Status(args) => status::main(&args),
+        Command::Explain(args) => explain::main(&args),
         Command::Drain(args) => drain::drain(&args),
         Command::Undrain(args) => drain::undrain(&args),
         Command::Shutdown(args) => shutdown::main(&args),
@@ -228,6 +233,7 @@ mod tests {
             "reload",
             "status --json --admin unix:/x",
             "drain a/b --admin 127.0.0.1:9900 --json",
+            "explain a/b --admin 127.0.0.1:9900 --json",
             "undrain a/b --admin [::1]:9900 --token-file t",
             "shutdown --admin localhost:9900",
             "heartbeat --to 10.0.0.5:7946 --to [::1]:7946 --pool web --name a \

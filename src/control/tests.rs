@@ -2,6 +2,7 @@
 //! on. The rules are in the files below.
 
 mod ejections;
+mod heartbeats;
 mod probing;
 mod reloads;
 
@@ -10,6 +11,7 @@ use crate::config::{
     Admin, AdminListen, Backend, EjectionSpec, EngineChoice, Frontend, Log, LogFormat, LogLevel,
     OnRemoval, Policy, Pool, ProbeKind, Process, WhenNoneEligible,
 };
+use crate::health::Observation;
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST: Duration = Duration::from_millis(500);
@@ -57,6 +59,8 @@ fn pool(backends: &[&str]) -> Pool {
             time: Duration::from_secs(10),
             max_ejected_percent: 50,
         }),
+        heartbeat: None,
+        slow_start: None,
         backends: backends.iter().map(|text| backend(text)).collect(),
     }
 }
@@ -92,6 +96,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             connections_max: 0,
         }],
         pools: pools.into_iter().map(Arc::new).collect(),
+        heartbeat: None,
     })
 }
 
@@ -111,14 +116,16 @@ pub(crate) fn probed_config(address: std::net::SocketAddr, interval: Duration) -
 /// A controller, its clock, and the probes it has asked for.
 struct Bench {
     controller: Controller,
+    began: Instant,
     now: Instant,
     asked: Vec<(BackendId, ProbeToken)>,
 }
 
 impl Bench {
     fn new(pool: Pool) -> Bench {
-        let mut bench =
-            Bench { controller: Controller::new(2, 1), now: crate::clock::now(), asked: vec![] };
+        let now = crate::clock::now();
+        let controller = Controller::new(2, 1);
+        let mut bench = Bench { controller, began: now, now, asked: vec![] };
         bench.configure(pool);
         bench
     }
@@ -205,7 +212,7 @@ impl Bench {
     }
 
     fn status(&self, name: &str) -> BackendStatus {
-        let mut status = self.controller.status();
+        let mut status = self.controller.status(self.now);
         let backends = status.pools.remove(0).backends.into_iter();
         backends.into_iter().find(|b| &*b.state.name == name).unwrap()
     }

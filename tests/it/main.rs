@@ -24,6 +24,7 @@ mod drain;
 mod engine;
 mod failover;
 mod harness;
+mod heartbeats;
 mod hostile;
 mod idle;
 mod relay;
