@@ -18,9 +18,16 @@
 mod common;
 
 #[allow(dead_code)]
+mod hosts;
+#[allow(dead_code)]
 mod link;
 #[allow(dead_code)]
 mod netns;
+mod starve;
+mod traffic;
 
+mod admin;
 mod channel;
 mod emulator;
+mod faults;
+mod streams;
