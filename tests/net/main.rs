@@ -25,9 +25,13 @@ mod link;
 mod netns;
 mod starve;
 mod traffic;
+#[allow(dead_code)]
+mod trials;
+mod watch;
 
 mod admin;
 mod channel;
+mod detection;
 mod emulator;
 mod faults;
 mod streams;
