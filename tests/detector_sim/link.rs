@@ -139,7 +139,7 @@ impl Link {
         let sum: u64 = (0..4).map(|part| (bits >> (16 * part)) & 0xffff).sum();
         let jitter = sum as f64 / 65_536.0 / (1.0_f64 / 3.0).sqrt() * JITTER_DEVIATION;
         let held_up = bits.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        let late = held_up % HELD_UP_ONE_IN == 0;
+        let late = held_up.is_multiple_of(HELD_UP_ONE_IN);
         let late = if late { exponential(&mut self.rng, HELD_UP) } else { 0.0 };
         (DELAY_MIN + jitter + late) as Micros
     }

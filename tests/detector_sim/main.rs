@@ -121,6 +121,20 @@ fn the_long_run() {
         std::fs::write(format!("{out}.svg"), report::svg(&rows)).unwrap();
     }
     assert_promises(&rows);
+    assert_memory_of_bursts_pays(&rows);
+}
+
+/// On links that lose whole bursts the memory of them at least halves the
+/// false ejections; where losses are independent it costs nothing.
+fn assert_memory_of_bursts_pays(rows: &[(Point, Outcome)]) {
+    let ejections = |who: Who| {
+        rows.iter()
+            .filter(move |(point, _)| point.who == who && point.pattern == Pattern::Bursts)
+            .map(|(point, outcome)| (point.loss, outcome.ejections))
+    };
+    for ((loss, ours), (_, blind)) in ejections(Who::Ours).zip(ejections(Who::Independent)) {
+        assert!(ours * 2 <= blind, "{ours} against {blind} at {}% loss", loss * 100.0);
+    }
 }
 
 #[test]

@@ -242,9 +242,12 @@ fn a_backend_that_keeps_failing_is_held_down_longer_each_time() {
     assert_eq!(holds, [1, 2, 4, 8, 16, 32, 60, 60]);
 }
 
+type Build = fn() -> Lab;
+type Event = fn(&mut Lab) -> Step;
+
 #[test]
 fn the_whole_matrix() {
-    let labs: [(&str, fn() -> Lab); 7] = [
+    let labs: [(&str, Build); 7] = [
         ("waiting", Lab::new),
         ("up", Lab::up),
         ("suspect", || {
@@ -274,7 +277,7 @@ fn the_whole_matrix() {
             lab
         }),
     ];
-    let events: [(&str, fn(&mut Lab) -> Step); 6] = [
+    let events: [(&str, Event); 6] = [
         ("heartbeat", |lab| {
             let Lab { incarnation, sequence, now, .. } = *lab;
             let sequence = sequence + 20;
