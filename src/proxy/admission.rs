@@ -4,6 +4,9 @@
 //! clients wait in the kernel's queue. Pure but for the shared counts, which it
 //! raises by compare-and-swap, so that no cap is ever overshot.
 
+pub mod access;
+pub mod sources;
+
 use crate::balance::in_flight::InFlight;
 use crate::table::{FrontendRoute, Table};
 
