@@ -30,7 +30,7 @@ mod token;
 
 pub use bind::{AdminListener, BindError, bind};
 pub use serve::serve;
-pub use snapshot::{ReloadCounts, ServiceState, Snapshot};
+pub use snapshot::{HeartbeatCounts, ReloadCounts, ServiceState, Snapshot};
 pub use token::{Token, TokenError, TokenStore};
 
 use crate::control::OperatorError;

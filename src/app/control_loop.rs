@@ -238,10 +238,10 @@ impl Control {
     /// Renders status or metrics from one moment's picture.
     async fn render(&mut self, renderer: impl Fn(&Snapshot<'_>) -> String) -> String {
         self.collect_latency().await;
-        let control = self.controller.status();
+        let now = clock::now();
+        let control = self.controller.status(now);
         self.forget_the_gone(&control);
         let table = self.tables.current();
-        let now = clock::now();
         renderer(&Snapshot {
             control: &control,
             workers: &self.counters,
@@ -261,6 +261,7 @@ impl Control {
             connections_max: table.connections_max,
             warnings: &self.warnings(),
             process: ProcessFacts::read(self.started_wall),
+            heartbeats: &Default::default(),
         })
     }
 

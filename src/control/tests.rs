@@ -57,6 +57,8 @@ fn pool(backends: &[&str]) -> Pool {
             time: Duration::from_secs(10),
             max_ejected_percent: 50,
         }),
+        heartbeat: None,
+        slow_start: None,
         backends: backends.iter().map(|text| backend(text)).collect(),
     }
 }
@@ -92,6 +94,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             connections_max: 0,
         }],
         pools: pools.into_iter().map(Arc::new).collect(),
+        heartbeat: None,
     })
 }
 
@@ -205,7 +208,7 @@ impl Bench {
     }
 
     fn status(&self, name: &str) -> BackendStatus {
-        let mut status = self.controller.status();
+        let mut status = self.controller.status(self.now);
         let backends = status.pools.remove(0).backends.into_iter();
         backends.into_iter().find(|b| &*b.state.name == name).unwrap()
     }

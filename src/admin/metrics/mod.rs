@@ -25,6 +25,7 @@ use crate::telemetry::histograms::{BOUNDS_SECONDS, Series, SeriesData};
 use encoder::{Encoder, Family, counter, gauge, histogram};
 
 mod encoder;
+mod heartbeats;
 
 /// Every metric there is: name, type and help, once each, in order of output.
 #[rustfmt::skip]
@@ -48,7 +49,7 @@ mod families {
     pub(super) const REFUSED: Family = counter("tidegate_refused_total", "Clients turned away before they had a backend, by frontend.");
     pub(super) const SESSION_END: Family = counter("tidegate_session_end_total", "Ended sessions by what ended them and how far they had come.");
 
-    pub(super) const BACKEND_UP: Family = gauge("tidegate_backend_up", "0 when probes found the backend down, else 1.");
+    pub(super) const BACKEND_UP: Family = gauge("tidegate_backend_up", "0 when probes or heartbeats found the backend down, else 1.");
     pub(super) const BACKEND_ELIGIBLE: Family = gauge("tidegate_backend_eligible", "1 when the backend may take new sessions, all things considered.");
     pub(super) const BACKEND_WEIGHT: Family = gauge("tidegate_backend_weight", "Weight balanced by; 0 while not eligible.");
     pub(super) const BACKEND_DRAINING: Family = gauge("tidegate_backend_draining", "1 when an operator has taken the backend out (drain or maintenance).");
@@ -87,6 +88,7 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
     frontends(&mut out, &snapshot.control.frontends);
     session_ends(&mut out, snapshot);
     backends(&mut out, snapshot);
+    heartbeats::render(&mut out, snapshot);
     histograms(&mut out, snapshot);
     leaving(&mut out, snapshot);
     workers(&mut out, snapshot);
@@ -177,10 +179,9 @@ fn usual_phase(cause: Cause) -> Phase {
 type BackendValue = fn(&BackendStatus) -> u64;
 
 /// One number a backend each.
-const BACKEND_VALUES: [(&Family, BackendValue); 10] = [
+const BACKEND_VALUES: [(&Family, BackendValue); 9] = [
     (&families::BACKEND_UP, |b| (b.observation != Observation::Down).into()),
     (&families::BACKEND_ELIGIBLE, |b| b.eligible.into()),
-    (&families::BACKEND_WEIGHT, |b| b.effective_weight.into()),
     (&families::BACKEND_DRAINING, |b| (b.intent != Intent::Ready).into()),
     (&families::BACKEND_EJECTED, |b| b.ejected.into()),
     (&families::EJECTIONS, |b| b.ejections_total),
@@ -197,6 +198,10 @@ fn backends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
         for backend in all() {
             samples.count(&labels(backend), value(backend));
         }
+    }
+    let mut samples = out.family(&families::BACKEND_WEIGHT);
+    for backend in all() {
+        samples.value(&labels(backend), backend.effective_weight);
     }
     let mut samples = out.family(&families::BACKEND_BYTES);
     for backend in all() {

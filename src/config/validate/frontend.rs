@@ -71,37 +71,65 @@ fn timer(
 }
 
 fn binds(section: &Section<'_, '_>) -> Vec<Spanned<SocketAddr>> {
-    const EXAMPLE: &str = "[\"0.0.0.0:8080\"]";
-    let Some(node) = section.node("bind") else {
-        section.missing("bind", EXAMPLE);
+    addresses(section, "bind", "[\"0.0.0.0:8080\"]")
+}
+
+/// One address to listen on, or a list of them.
+pub(super) fn addresses(
+    section: &Section<'_, '_>,
+    key: &'static str,
+    example: &str,
+) -> Vec<Spanned<SocketAddr>> {
+    let wants = "addresses such as \"0.0.0.0:8080\"";
+    let read = |text: &str| address::bind_address(text);
+    one_or_more(section, key, ("an address or a list of addresses", wants), example, read)
+}
+
+/// One string that `read` makes sense of, or a list of them; a required key.
+/// `wants` names what the key takes and what its elements are.
+pub(super) fn one_or_more<T>(
+    section: &Section<'_, '_>,
+    key: &'static str,
+    wants: (&str, &str),
+    example: &str,
+    read: impl Fn(&str) -> Result<T, Complaint>,
+) -> Vec<Spanned<T>> {
+    let Some(node) = section.node(key) else {
+        section.missing(key, example);
         return Vec::new();
     };
     let nodes = match node.get_ref() {
         DeValue::String(_) => std::slice::from_ref(node),
         DeValue::Array(array) => array,
         _ => {
-            let _: Field<()> =
-                section.wrong_type("bind", node, "an address or a list of addresses");
+            let _: Field<()> = section.wrong_type(key, node, wants.0);
             return Vec::new();
         }
     };
     if nodes.is_empty() {
-        let complaint = Complaint::new("bind lists no address");
-        section.report.error(node.span(), complaint.help(format!("write bind = {EXAMPLE}")));
+        let complaint = Complaint::new(format!("{key} lists {}", nothing(key)));
+        section.report.error(node.span(), complaint.help(format!("write {key} = {example}")));
     }
-    let mut binds = Vec::with_capacity(nodes.len());
+    let mut values = Vec::with_capacity(nodes.len());
     for node in nodes {
         let DeValue::String(text) = node.get_ref() else {
-            let _: Field<()> =
-                section.wrong_type("bind", node, "addresses such as \"0.0.0.0:8080\"");
+            let _: Field<()> = section.wrong_type(key, node, wants.1);
             continue;
         };
-        match address::bind_address(text) {
-            Ok(address) => binds.push(Spanned::new(node.span(), address)),
-            Err(complaint) => section.report.error(node.span(), complaint.named("bind")),
+        match read(text) {
+            Ok(value) => values.push(Spanned::new(node.span(), value)),
+            Err(complaint) => section.report.error(node.span(), complaint.named(key)),
         }
     }
-    binds
+    values
+}
+
+fn nothing(key: &str) -> &'static str {
+    match key {
+        "pools" => "no pool",
+        "addresses" => "no range",
+        _ => "no address",
+    }
 }
 
 /// Only a warning: the kernel takes both, and then ends a dead peer's session

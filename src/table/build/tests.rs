@@ -22,6 +22,8 @@ fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
             on_removal: OnRemoval::Keep,
             probe: None,
             ejection: None,
+            heartbeat: None,
+            slow_start: None,
             backends: Vec::new(),
         }),
         backends: (0..backends).map(|i| backend(name, i)).collect(),
