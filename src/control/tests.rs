@@ -2,6 +2,7 @@
 //! on. The rules are in the files below.
 
 mod ejections;
+mod heartbeats;
 mod probing;
 mod reloads;
 
@@ -10,6 +11,7 @@ use crate::config::{
     Admin, AdminListen, Backend, EjectionSpec, EngineChoice, Frontend, Log, LogFormat, LogLevel,
     OnRemoval, Policy, Pool, ProbeKind, Process, WhenNoneEligible,
 };
+use crate::health::Observation;
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST: Duration = Duration::from_millis(500);
@@ -115,14 +117,16 @@ pub(crate) fn probed_config(address: std::net::SocketAddr, interval: Duration) -
 /// A controller, its clock, and the probes it has asked for.
 struct Bench {
     controller: Controller,
+    began: Instant,
     now: Instant,
     asked: Vec<(BackendId, ProbeToken)>,
 }
 
 impl Bench {
     fn new(pool: Pool) -> Bench {
-        let mut bench =
-            Bench { controller: Controller::new(2, 1), now: crate::clock::now(), asked: vec![] };
+        let now = crate::clock::now();
+        let controller = Controller::new(2, 1);
+        let mut bench = Bench { controller, began: now, now, asked: vec![] };
         bench.configure(pool);
         bench
     }
