@@ -28,3 +28,4 @@ mod hostile;
 mod idle;
 mod relay;
 mod reload;
+mod sources;

@@ -47,7 +47,11 @@ pub(super) fn config<'a>(
     let process = globals::process(&top);
     let admin = globals::admin(&top);
     let log = globals::log(&top);
-    let frontends: Vec<_> = top.named_tables("frontend").into_iter().map(|named| frontend::read(named, secrets)).collect();
+    let frontends: Vec<_> = top
+        .named_tables("frontend")
+        .into_iter()
+        .map(|named| frontend::read(named, secrets))
+        .collect();
     let pools: Vec<_> = top.named_tables("pool").into_iter().map(pool::read).collect();
     let heartbeat = heartbeat::read(&top, secrets);
     require_something(&top, document, frontends.len(), pools.len());

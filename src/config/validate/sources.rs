@@ -43,14 +43,12 @@ pub(super) fn read(
     refuse_contradictions(&section, &allow, &deny);
     refuse_too_many(&section, &allow, &deny);
     let limits = limits(&section);
-    let rules = SourceRules {
-        access: AccessList::new(&allow.all(), &deny.all()),
-        allow_file: allow.file,
-        deny_file: deny.file,
-        limits,
-    };
     section.finish();
-    Some(Arc::new(rules))
+    let anything = allow.is_given() || deny.is_given() || limits.are_any();
+    anything.then(|| {
+        let access = AccessList::new(&allow.all(), &deny.all());
+        Arc::new(SourceRules { access, allow_file: allow.file, deny_file: deny.file, limits })
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -94,6 +92,10 @@ impl List {
 
     fn all(&self) -> Vec<IpNet> {
         self.inline.iter().map(|range| *range.get_ref()).chain(self.from_file.clone()).collect()
+    }
+
+    fn is_given(&self) -> bool {
+        self.file.is_some() || !self.inline.is_empty()
     }
 
     fn len(&self) -> usize {
@@ -179,8 +181,10 @@ fn rate(text: &str) -> Result<Option<PerTime>, Complaint> {
         return Err(wrong());
     }
     match count.parse::<u32>() {
-        Ok(0) => Err(Complaint::new("a rate of zero lets nobody in")
-            .help("to switch it off, write \"off\"")),
+        Ok(0) => {
+            Err(Complaint::new("a rate of zero lets nobody in")
+                .help("to switch it off, write \"off\""))
+        }
         Ok(count) if count <= RATE_MAX => {
             Ok(Some(PerTime { count, time: Duration::from_secs(seconds) }))
         }

@@ -107,6 +107,15 @@ pub enum Admitted {
     Untracked,
 }
 
+// === impl SourceLimits ===
+
+impl SourceLimits {
+    /// Whether there is anything to keep count of.
+    pub fn are_any(&self) -> bool {
+        self.connections_max != 0 || self.rate.is_some()
+    }
+}
+
 // === impl Sources ===
 
 impl Sources {
