@@ -142,6 +142,7 @@ fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
         keepalive: None,
         user_timeout: None,
         connections_max: 0,
+        sources: None,
     });
     Config {
         process: Process {

@@ -43,8 +43,8 @@ impl Control {
         let Loaded { config, digest, warnings } = loaded;
         // A new secret may come without a change of the file that names it.
         let token = start::load_token(&config).map_err(|why| self.refuse("", why))?;
-        // Other comments or another layout say nothing new either.
-        // (The digest alone says nothing of the key files that a text names.)
+        // Other comments or another layout say nothing new; but files that the
+        // file names may have changed while it did not.
         if config == *self.config {
             self.digest = digest;
             self.tokens.set(token);

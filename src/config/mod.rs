@@ -29,6 +29,8 @@ pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
 pub use source::FILE_BYTES_MAX;
 pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
 
+use crate::proxy::admission::access::AccessList;
+use crate::proxy::admission::sources::SourceLimits;
 use diagnose::Report;
 use source::Source;
 use value::Complaint;
@@ -200,6 +202,22 @@ pub struct Frontend {
     pub user_timeout: Option<Duration>,
     /// Sessions at once through this frontend; 0 means no cap.
     pub connections_max: u32,
+    /// Who may connect and how much one source may ask for; `None`: everybody,
+    /// anything.
+    pub sources: Option<Arc<SourceRules>>,
+}
+
+/// `[frontend.NAME.sources]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceRules {
+    /// Ranges of the file and of the lists it names.
+    pub access: AccessList,
+    /// Where more allowed ranges were read.
+    pub allow_file: Option<PathBuf>,
+    /// Where more denied ranges were read.
+    pub deny_file: Option<PathBuf>,
+    /// For each source.
+    pub limits: SourceLimits,
 }
 
 /// A shared secret, shown by nothing.

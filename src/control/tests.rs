@@ -94,6 +94,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             keepalive: None,
             user_timeout: None,
             connections_max: 0,
+            sources: None,
         }],
         pools: pools.into_iter().map(Arc::new).collect(),
         heartbeat: None,

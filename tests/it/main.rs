@@ -29,3 +29,4 @@ mod hostile;
 mod idle;
 mod relay;
 mod reload;
+mod sources;

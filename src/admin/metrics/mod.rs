@@ -46,6 +46,7 @@ mod families {
     pub(super) const SESSIONS: Family = counter("tidegate_sessions_total", "Connections accepted, by frontend.");
     pub(super) const SESSIONS_ACTIVE: Family = gauge("tidegate_sessions_active", "Sessions open, by frontend.");
     pub(super) const BYTES: Family = counter("tidegate_bytes_total", "Bytes relayed, by frontend; in is from clients, out is to clients.");
+    pub(super) const SOURCES_UNTRACKED: Family = counter("tidegate_sources_untracked_total", "Clients let in past the limits of their sources, for want of room to count them.");
     pub(super) const REFUSED: Family = counter("tidegate_refused_total", "Clients turned away before they had a backend, by frontend.");
     pub(super) const SESSION_END: Family = counter("tidegate_session_end_total", "Ended sessions by what ended them and how far they had come.");
 
@@ -141,6 +142,11 @@ fn frontends(out: &mut Encoder, frontends: &[FrontendStatus]) {
             samples.count(&labels, total);
         }
     }
+    let mut samples = out.family(&families::SOURCES_UNTRACKED);
+    for frontend in frontends {
+        let total = frontend.state.counters.sum(|c| c.untracked.get());
+        samples.count(&[("frontend", &frontend.state.name)], total);
+    }
 }
 
 fn session_ends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
@@ -169,7 +175,9 @@ fn usual_phase(cause: Cause) -> Phase {
         | Cause::ConnectTimeout
         | Cause::ConnectFailed
         | Cause::LocalResource => Phase::Connect,
-        Cause::NoBackend => Phase::Admit,
+        Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => {
+            Phase::Admit
+        }
         Cause::QueueTimeout => Phase::Queue,
         Cause::IdleTimeout | Cause::DrainDeadline | Cause::BackendRemoved => Phase::Data,
         Cause::HalfClosedTimeout => Phase::HalfClosed,

@@ -10,11 +10,11 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::DeValue;
 
-use super::CONNECTIONS_MAX;
-use crate::config::Frontend;
+use super::{CONNECTIONS_MAX, sources};
 use crate::config::address;
 use crate::config::file::{Field, Named, Section};
 use crate::config::value::{self, Complaint, DurationRange, TIME, USER_TIMEOUT, show_duration};
+use crate::config::{Frontend, SecretFiles};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);
@@ -32,7 +32,7 @@ pub(super) struct FrontendRead {
     pub(super) idle_timeout: Option<Range<usize>>,
 }
 
-pub(super) fn read(named: Named<'_, '_>) -> FrontendRead {
+pub(super) fn read(named: Named<'_, '_>, files: SecretFiles) -> FrontendRead {
     let Named { name, section, .. } = named;
     let (binds, bind_places) =
         binds(&section).into_iter().map(|b| (*b.get_ref(), b.span())).unzip();
@@ -55,6 +55,7 @@ pub(super) fn read(named: Named<'_, '_>) -> FrontendRead {
         keepalive: keepalive.or(Some(KEEPALIVE)),
         user_timeout: user_timeout.or(Some(USER_TIMEOUT_DEFAULT)),
         connections_max: section.integer("connections_max", 0..=CONNECTIONS_MAX).or(0),
+        sources: sources::read(&section, name, files),
     };
     section.finish();
     FrontendRead { model, bind_places, pool: pool_place, idle_timeout: idle_place }
@@ -98,6 +99,23 @@ pub(super) fn one_or_more<T>(
         section.missing(key, example);
         return Vec::new();
     };
+    if let DeValue::Array(array) = node.get_ref()
+        && array.is_empty()
+    {
+        let complaint = Complaint::new(format!("{key} lists {}", nothing(key)));
+        section.report.error(node.span(), complaint.help(format!("write {key} = {example}")));
+    }
+    any_number(section, key, wants, read)
+}
+
+/// One string that `read` makes sense of, a list of them, or nothing at all.
+pub(super) fn any_number<T>(
+    section: &Section<'_, '_>,
+    key: &'static str,
+    wants: (&str, &str),
+    read: impl Fn(&str) -> Result<T, Complaint>,
+) -> Vec<Spanned<T>> {
+    let Some(node) = section.node(key) else { return Vec::new() };
     let nodes = match node.get_ref() {
         DeValue::String(_) => std::slice::from_ref(node),
         DeValue::Array(array) => array,
@@ -106,10 +124,6 @@ pub(super) fn one_or_more<T>(
             return Vec::new();
         }
     };
-    if nodes.is_empty() {
-        let complaint = Complaint::new(format!("{key} lists {}", nothing(key)));
-        section.report.error(node.span(), complaint.help(format!("write {key} = {example}")));
-    }
     let mut values = Vec::with_capacity(nodes.len());
     for node in nodes {
         let DeValue::String(text) = node.get_ref() else {

@@ -3,18 +3,18 @@
 //! no file but those of the keys, and those only where it is told to.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ipnet::IpNet;
 use toml::Spanned;
 
 use super::frontend::{addresses, one_or_more};
 use super::globals::{duration, file_path};
 use super::pool::PoolRead;
+use super::sources::range;
 use crate::config::diagnose::Report;
 use crate::config::file::Section;
 use crate::config::value::{self, Complaint, HEARTBEAT_INTERVAL, did_you_mean_or};
@@ -134,21 +134,6 @@ fn secret(path: &Path) -> Result<Secret, Complaint> {
             .help("make one with: head -c 32 /dev/urandom > FILE; chmod 0600 FILE"));
     }
     Ok(Secret::new(&bytes))
-}
-
-/// A network in CIDR notation, or one address.
-fn range(text: &str) -> Result<IpNet, Complaint> {
-    let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map_err(
-        |_| {
-            Complaint::new(format!("{} is not an address range", shown(text)))
-                .help("write ADDRESS/BITS, such as \"10.0.0.0/8\" or \"fd00::/8\"")
-        },
-    )?;
-    if net != net.trunc() {
-        return Err(Complaint::new(format!("{} has bits beyond its length", shown(text)))
-            .help(format!("write \"{}\"", net.trunc())));
-    }
-    Ok(net)
 }
 
 pub(super) fn of_pool(pool: &Section<'_, '_>, name: &str) -> Option<HeartbeatSpec> {

@@ -8,6 +8,7 @@ mod globals;
 mod heartbeat;
 mod pool;
 mod probe;
+mod sources;
 
 use std::sync::Arc;
 
@@ -46,7 +47,11 @@ pub(super) fn config<'a>(
     let process = globals::process(&top);
     let admin = globals::admin(&top);
     let log = globals::log(&top);
-    let frontends: Vec<_> = top.named_tables("frontend").into_iter().map(frontend::read).collect();
+    let frontends: Vec<_> = top
+        .named_tables("frontend")
+        .into_iter()
+        .map(|named| frontend::read(named, secrets))
+        .collect();
     let pools: Vec<_> = top.named_tables("pool").into_iter().map(pool::read).collect();
     let heartbeat = heartbeat::read(&top, secrets);
     require_something(&top, document, frontends.len(), pools.len());

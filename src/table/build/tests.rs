@@ -238,6 +238,7 @@ fn every_bind_leads_to_its_frontend_and_pool() {
             keepalive: None,
             user_timeout: None,
             connections_max: 0,
+            sources: None,
         },
     };
     let pools = vec![pool("web", Policy::Random, 1), pool("db", Policy::Random, 1)];
