@@ -5,7 +5,7 @@
 
 use crate::common::turn;
 use crate::trials::{self, Fault};
-use crate::watch::FastProbes;
+use crate::watch::{FastProbes, Heartbeats};
 
 /// One test for each fault and share of packets lost, alone on the machine.
 macro_rules! trials {
@@ -31,5 +31,15 @@ trials!(
     frozen_backend_is_seen: Fault::Frozen, 0.0;
     cut_backend_is_seen: Fault::Cut, 0.0;
     backend_cut_one_way_is_seen: Fault::CutOneWay, 0.0;
+    starved_backend_is_reported: Fault::Starved, 0.0;
+);
+
+trials!(
+    heartbeats,
+    Heartbeats::new(),
+    killed_backend_is_seen: Fault::Killed, 0.0;
+    frozen_host_is_seen: Fault::AllFrozen, 0.0;
+    cut_backend_is_seen: Fault::Cut, 0.0;
+    cut_backend_is_seen_among_losses: Fault::Cut, 0.05;
     starved_backend_is_reported: Fault::Starved, 0.0;
 );

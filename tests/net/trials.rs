@@ -89,7 +89,7 @@ struct Site<'a> {
 fn trials(watch: &dyn Watch, fault: Fault) -> usize {
     match fault {
         _ if long() => 100,
-        Fault::Starved | Fault::CutOneWay => 3,
+        Fault::Starved | Fault::CutOneWay => 2,
         _ => watch.trials(),
     }
 }
