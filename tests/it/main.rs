@@ -25,6 +25,7 @@ mod engine;
 mod failover;
 mod harness;
 mod heartbeats;
+mod heartbeats_flood;
 mod hostile;
 mod idle;
 mod relay;
