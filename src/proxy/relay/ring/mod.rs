@@ -6,6 +6,7 @@
 //! an idle session holds no buffer. Nothing here is unsafe: what the kernel uses
 //! belongs to `net::ring`.
 
+mod bulk;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -15,6 +16,7 @@ use super::pace::Pace;
 use super::shell::State;
 use super::verdict::{Moved, Next, Verdict};
 use crate::clock;
+use crate::net::pipe::Pipes;
 use crate::net::ring::{BUFFER_LEN, Event, Ring, Settings, Wake};
 use crate::net::{reactor, stream};
 use crate::proxy::close::Side;
@@ -32,7 +34,7 @@ use tokio::io::unix::AsyncFd;
 /// with a buffer each of their own, slower. Few are shown at first: those stay
 /// in the cache, and a sender faster than its reader fills no more than those
 /// before it is stopped. The kernel completes about twenty operations a batch.
-pub const SETTINGS: Settings = Settings { buffers: 1024, shown: 16 };
+pub const SETTINGS: Settings = Settings { buffers: 1024, shown: 64 };
 
 /// Wake-ups by the eventfd are argued for, not promised: look now and then.
 const SAFETY_TICK: Duration = Duration::from_millis(100);
@@ -45,6 +47,7 @@ const NARROW_AFTER: u32 = 10;
 pub(super) struct Ringed {
     ring: Ring,
     bell: AsyncFd<Wake>,
+    pipes: Pipes,
     /// Sides that wait for a buffer.
     starved: VecDeque<(u32, Side)>,
     /// Sides not received from since the last tick.
@@ -66,6 +69,7 @@ impl Ringed {
         Ok(Ringed {
             ring,
             bell,
+            pipes: Pipes::default(),
             starved: VecDeque::new(),
             stalled: Vec::new(),
             scratch: vec![0; BUFFER_LEN].into_boxed_slice(),
@@ -81,7 +85,8 @@ impl Ringed {
         let Some(entry) = state.flows.get_mut(key as usize) else { return };
         let last = event.last;
         let mut moved = Moved::default();
-        let meaning = entry.flow.handle(event, &mut state.mover.ring, &mut moved);
+        let Ringed { ring, pipes, .. } = &mut state.mover;
+        let meaning = entry.flow.handle(event, ring, pipes, &mut moved);
         let next = entry.flow.verdict.ending().map_or(Next::Wait, Next::End);
         match meaning {
             Meaning::Nothing => {}
@@ -130,7 +135,7 @@ impl Mover for Ringed {
     const TICK: Duration = SAFETY_TICK;
 
     fn wants_tick(&self, sessions: bool) -> bool {
-        sessions
+        sessions || self.pipes.has_spare()
     }
 
     fn open(&mut self, _: u32, client: OwnedFd) -> io::Result<Flow> {
@@ -238,6 +243,7 @@ impl Mover for Ringed {
         }
         let mover = &mut state.mover;
         mover.stalled = stalled;
+        mover.pipes.trim();
         let starved = mover.ring.counts().starved;
         if std::mem::replace(&mut mover.starved_before, starved) != starved {
             mover.quiet_ticks = 0;

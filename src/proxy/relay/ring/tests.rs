@@ -15,7 +15,7 @@ fn handle_all(flow: &mut Flow, ring: &mut Ring) -> Vec<Meaning> {
     ring.enter().unwrap();
     let mut meanings = Vec::new();
     while let Some(event) = ring.next_event() {
-        meanings.push(flow.handle(event, ring, &mut Moved::default()));
+        meanings.push(flow.handle(event, ring, &mut Pipes::default(), &mut Moved::default()));
     }
     meanings
 }
