@@ -14,6 +14,8 @@ struct Script {
     sockets: [Fake; 2],
     pipes: [Option<VecDeque<u8>>; 2],
     pipes_left: usize,
+    /// Whether pipes turn out to be full of little.
+    crams: bool,
 }
 
 #[derive(Default)]
@@ -84,12 +86,12 @@ impl Io for Script {
         self.pipes[from as usize].as_ref().map_or(0, VecDeque::len)
     }
 
-    fn fill(&mut self, from: Side) -> io::Result<usize> {
+    fn fill(&mut self, from: Side) -> io::Result<Fill> {
         assert_eq!(self.piped(from), 0, "only an empty pipe is filled");
         let mut bytes = vec![0; 300_000];
         let count = self.receive(from, &mut bytes)?;
         self.pipes[from as usize].as_mut().unwrap().extend(&bytes[..count]);
-        Ok(count)
+        Ok(Fill { bytes: count, crammed: self.crams })
     }
 
     fn drain(&mut self, from: Side) -> io::Result<usize> {

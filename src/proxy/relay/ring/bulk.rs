@@ -1,19 +1,20 @@
 //! Bulk streams on the ring: through a pipe, without copying.
 //!
 //! A stream comes here after a few full buffers in a row, once all of them are
-//! sent, and goes back to receives when little arrives at a time, or when there
-//! is no pipe for it. The ring only tells when to go on: splice(2) itself is a
+//! sent, and goes back to receives when little arrives at a time, when it arrives
+//! in pieces that fill the pipe with little, or when there is no pipe for it. The ring only tells when to go on: splice(2) itself is a
 //! plain call, as one by the ring measured the same. Small messages never come
 //! here.
 
-use super::streams::{Flow, Meaning, Mode, Use};
-use crate::net::pipe::Pipes;
+use super::streams::{Flow, Meaning, Mode, SHUNNED_MAX, Use};
+use crate::net::pipe::{Fill, Pipes};
 use crate::net::ring::{BUFFER_LEN, Ring};
 use crate::proxy::close::Side;
 use crate::proxy::relay::verdict::Moved;
 use std::io;
 
-/// Small fills in a row, or wake-ups that brought nothing, that end bulk.
+/// Small or crammed fills in a row, or wake-ups that brought nothing, that end
+/// bulk.
 const SMALL_FILLS: u8 = 8;
 
 /// What one direction may move before other sessions get their turn; the last
@@ -59,7 +60,7 @@ impl Flow {
                 break;
             }
             if self.streams[from as usize].streak >= SMALL_FILLS {
-                self.leave_bulk(from, Mode::Ring);
+                self.leave_bulk(from);
                 break;
             }
             if budget == 0 {
@@ -76,7 +77,8 @@ impl Flow {
                 }
                 Filled::Ended => break,
                 Filled::NoPipe => {
-                    self.leave_bulk(from, Mode::RingOnly);
+                    self.streams[from as usize].crammed = true;
+                    self.leave_bulk(from);
                     break;
                 }
             }
@@ -117,14 +119,16 @@ impl Flow {
             }
         };
         match filled {
-            Ok(0) => {
+            Ok(Fill { bytes: 0, .. }) => {
                 self.end_of(from, 0, moved);
                 Filled::Ended
             }
-            Ok(bytes) => {
+            Ok(Fill { bytes, crammed }) => {
                 stream.bytes += bytes as u64;
                 moved.received[from as usize] += bytes as u64;
-                stream.streak = if bytes < BUFFER_LEN { stream.streak + 1 } else { 0 };
+                let small = crammed || bytes < BUFFER_LEN;
+                stream.streak = if small { stream.streak + 1 } else { 0 };
+                stream.crammed = crammed;
                 Filled::Some(bytes)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Filled::Nothing,
@@ -138,10 +142,13 @@ impl Flow {
     }
 
     /// From now on by receives, the first of which is armed by the caller.
-    fn leave_bulk(&mut self, from: Side, mode: Mode) {
+    fn leave_bulk(&mut self, from: Side) {
         let stream = &mut self.streams[from as usize];
-        stream.mode = mode;
+        stream.mode = Mode::Ring;
         stream.streak = 0;
+        if std::mem::take(&mut stream.crammed) {
+            stream.shunned = (stream.shunned + 1).min(SHUNNED_MAX);
+        }
     }
 
     /// Others may use it. One that still holds something stays.

@@ -35,6 +35,10 @@ const CANCEL_AGAIN: u32 = 512 * 1024;
 /// Full buffers in a row that make a stream bulk.
 const STREAK: u8 = 6;
 
+/// Each time a pipe was no use, the next has to wait for twice as many; so many
+/// times at most.
+pub(super) const SHUNNED_MAX: u8 = 5;
+
 /// What an operation is for; the low bits of its tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -103,6 +107,10 @@ pub(super) struct Stream {
     listed: bool,
     /// Full buffers in a row; in bulk, small fills in a row.
     pub(super) streak: u8,
+    /// The last fill was crammed.
+    pub(super) crammed: bool,
+    /// How often a pipe was no use, or not to be had.
+    pub(super) shunned: u8,
 }
 
 /// How a stream's bytes are moved.
@@ -111,8 +119,6 @@ pub(super) enum Mode {
     /// By receives and sends; bulk is noticed.
     #[default]
     Ring,
-    /// The same, although it is bulk: a pipe could not be had.
-    RingOnly,
     /// Bulk, as soon as what was received before is sent.
     ToBulk,
     /// Through a pipe; nothing is received or queued.
@@ -387,14 +393,10 @@ impl Flow {
         let stream = &mut self.streams[from as usize];
         if len < BUFFER_LEN {
             stream.streak = 0;
-            if stream.mode == Mode::RingOnly {
-                // The next bulk may find a pipe again.
-                stream.mode = Mode::Ring;
-            }
             return;
         }
         stream.streak = stream.streak.saturating_add(1);
-        if stream.streak >= STREAK && stream.mode == Mode::Ring {
+        if stream.streak >= STREAK << stream.shunned && stream.mode == Mode::Ring {
             stream.mode = Mode::ToBulk;
             stream.streak = 0;
             if let Some(op) = stream.receive {
@@ -490,7 +492,7 @@ impl Flow {
         match self.streams[side as usize].mode {
             Mode::Bulk => self.splice(key, side, readable, ring, pipes, moved),
             Mode::ToBulk => Meaning::Nothing,
-            Mode::Ring | Mode::RingOnly => self.starve(side),
+            Mode::Ring => self.starve(side),
         }
     }
 
