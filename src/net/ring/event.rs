@@ -64,7 +64,7 @@ pub enum What {
 }
 
 /// What went on inside, for those who ask.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
     /// Times completions had outgrown their queue.
     pub overflows: u64,

@@ -113,6 +113,10 @@ impl<M: Mover> Shell<M> {
         })
     }
 
+    pub(super) fn with_mover(&self, tell: impl FnOnce(&mut M)) {
+        tell(&mut self.state.borrow_mut().mover);
+    }
+
     pub(super) fn open(&self, client: OwnedFd) -> io::Result<u32> {
         let state = &mut *self.state.borrow_mut();
         let vacant = state.flows.vacant_entry();

@@ -63,7 +63,13 @@ impl Pump {
                     self.filled(from, fill, moved);
                 }
                 Err(error) if is_would_block(&error) => {
-                    self.sockets[from as usize].readable = false;
+                    let socket = &mut self.sockets[from as usize];
+                    if socket.read_to_the_end {
+                        // splice(2) stops at an urgent mark; a read goes on.
+                        io.close_pipe(from);
+                        return self.copy_again(from, Mode::Copy);
+                    }
+                    socket.readable = false;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {

@@ -296,6 +296,22 @@ fn without_a_pipe_bulk_is_copied() {
 }
 
 #[test]
+fn bulk_that_crams_its_pipes_is_copied_and_tries_again_later() {
+    let mut bench = Bench::new(usize::MAX);
+    bench.script.pipes_left = 1;
+    bench.script.crams = true;
+    bench.arrive(Client, &vec![5; 8_000_000]);
+    // Once, and not for each few megabytes.
+    assert_eq!(bench.pump.streams[Client as usize].crammed, 1);
+    assert_ne!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
+    assert_eq!(bench.script.pipes_left, 1);
+    bench.script.crams = false;
+    bench.arrive(Client, &vec![5; 8_000_000]);
+    assert_eq!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
+    assert_eq!(bench.sent_to(Backend).len(), 16_000_000);
+}
+
+#[test]
 fn what_is_in_the_pipe_when_its_sender_resets_is_still_delivered() {
     let mut bench = Bench::new(100_000);
     bench.script.pipes_left = 1;
