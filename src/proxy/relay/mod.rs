@@ -25,12 +25,14 @@ pub use ring::SETTINGS as RING_SETTINGS;
 
 use super::close::Cause;
 use crate::table::state::BackendId;
+use crate::telemetry::counters::WorkerCounters;
 use readiness::Readiness;
 use ring::Ringed;
 use shell::Shell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// One worker's engine; a handle, cheap to clone.
@@ -65,6 +67,13 @@ impl Engine {
     /// A ring engine for the current thread and its runtime.
     pub fn ring(spin: Option<Duration>, settings: RingSettings) -> io::Result<Engine> {
         Ok(Engine(Kind::Ring(Shell::new(Ringed::new(settings)?, spin))))
+    }
+
+    /// Counts what goes on inside for that worker, from now on.
+    pub fn count_for(&self, worker: Arc<WorkerCounters>) {
+        if let Kind::Ring(shell) = &self.0 {
+            shell.with_mover(|ringed| ringed.count_for(worker));
+        }
     }
 
     /// A flow for an accepted client; its reset is noticed before long.

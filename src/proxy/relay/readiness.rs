@@ -13,7 +13,7 @@ use super::shell::State;
 use super::verdict::{Moved, Next, Verdict};
 use crate::clock;
 use crate::net::epoll::{BATCH, Batch, Epoll, Readiness as Event};
-use crate::net::pipe::{Pipe, Pipes};
+use crate::net::pipe::{Fill, Pipe, Pipes};
 use crate::net::{reactor, stream};
 use crate::proxy::close::Side;
 use std::collections::VecDeque;
@@ -283,7 +283,7 @@ impl Io for Wires<'_> {
         self.own[from as usize].as_ref().map_or(0, |pipe| pipe.holds())
     }
 
-    fn fill(&mut self, from: Side) -> io::Result<usize> {
+    fn fill(&mut self, from: Side) -> io::Result<Fill> {
         match &mut self.own[from as usize] {
             Some(pipe) => pipe.fill(self.sockets.of(from)?),
             None => Err(io::Error::from_raw_os_error(libc::EBADF)),

@@ -29,6 +29,10 @@ use std::time::{Duration, Instant};
 /// Batches in a row before accepts and other tasks of the worker get a turn.
 const BATCHES_A_TURN: u32 = 8;
 
+/// The same in time, for batches of bulk: eight of them can take 20 ms. Eight of
+/// small messages take less than this.
+const TURN_MAX: Duration = Duration::from_millis(2);
+
 /// Turns in a row before the thread really goes through its reactor's park:
 /// tokio-uring submits its own operations only there, not when a task yields.
 const TURNS_A_PARK: u32 = 32;
@@ -111,6 +115,10 @@ impl<M: Mover> Shell<M> {
                 next_tick: started,
             }),
         })
+    }
+
+    pub(super) fn with_mover(&self, tell: impl FnOnce(&mut M)) {
+        tell(&mut self.state.borrow_mut().mover);
     }
 
     pub(super) fn open(&self, client: OwnedFd) -> io::Result<u32> {
@@ -337,10 +345,12 @@ impl<M: Mover> Shell<M> {
     /// Handles what has happened, up to a turn's worth.
     fn turn(&self) -> io::Result<Round> {
         let mut busy = false;
+        let mut ends_at = None;
         for _ in 0..BATCHES_A_TURN {
             let state = &mut *self.state.borrow_mut();
             let round = M::round(state, &self.pace)?;
             busy |= round.busy;
+            let late = state.now >= *ends_at.get_or_insert(state.now + TURN_MAX);
             state.expire(&self.pace);
             if state.now >= state.next_tick {
                 state.next_tick = state.now + M::TICK;
@@ -348,6 +358,9 @@ impl<M: Mover> Shell<M> {
             }
             if round.drained && !state.mover.has_work() {
                 return Ok(Round { drained: true, busy });
+            }
+            if late {
+                break;
             }
         }
         Ok(Round { drained: false, busy: true })

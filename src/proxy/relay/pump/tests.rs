@@ -14,6 +14,8 @@ struct Script {
     sockets: [Fake; 2],
     pipes: [Option<VecDeque<u8>>; 2],
     pipes_left: usize,
+    /// Whether pipes turn out to be full of little.
+    crams: bool,
 }
 
 #[derive(Default)]
@@ -84,12 +86,12 @@ impl Io for Script {
         self.pipes[from as usize].as_ref().map_or(0, VecDeque::len)
     }
 
-    fn fill(&mut self, from: Side) -> io::Result<usize> {
+    fn fill(&mut self, from: Side) -> io::Result<Fill> {
         assert_eq!(self.piped(from), 0, "only an empty pipe is filled");
         let mut bytes = vec![0; 300_000];
         let count = self.receive(from, &mut bytes)?;
         self.pipes[from as usize].as_mut().unwrap().extend(&bytes[..count]);
-        Ok(count)
+        Ok(Fill { bytes: count, crammed: self.crams })
     }
 
     fn drain(&mut self, from: Side) -> io::Result<usize> {
@@ -291,6 +293,22 @@ fn without_a_pipe_bulk_is_copied() {
     bench.arrive(Client, &vec![5; 2_000_000]);
     assert_ne!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
     assert_eq!(bench.sent_to(Backend).len(), 2_000_000);
+}
+
+#[test]
+fn bulk_that_crams_its_pipes_is_copied_and_tries_again_later() {
+    let mut bench = Bench::new(usize::MAX);
+    bench.script.pipes_left = 1;
+    bench.script.crams = true;
+    bench.arrive(Client, &vec![5; 8_000_000]);
+    // Once, and not for each few megabytes.
+    assert_eq!(bench.pump.streams[Client as usize].crammed, 1);
+    assert_ne!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
+    assert_eq!(bench.script.pipes_left, 1);
+    bench.script.crams = false;
+    bench.arrive(Client, &vec![5; 8_000_000]);
+    assert_eq!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
+    assert_eq!(bench.sent_to(Backend).len(), 16_000_000);
 }
 
 #[test]
