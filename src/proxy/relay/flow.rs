@@ -66,7 +66,8 @@ pub struct Relayed {
     pub bytes_out: u64,
     /// When the backend's first byte came.
     pub first_byte: Option<Instant>,
-    /// Client's and backend's, still open.
+    /// Client's and backend's, still open. Where both have ended, it may be the
+    /// closing of these that tells the side that ended first.
     pub sockets: [OwnedFd; 2],
 }
 
