@@ -16,6 +16,7 @@ import candidates  # noqa: E402
 import kernel  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
+import series  # noqa: E402
 import syscalls  # noqa: E402
 import workloads  # noqa: E402
 
@@ -36,6 +37,7 @@ def arguments():
     parser.add_argument("--candidates", type=words, default=[])
     parser.add_argument("--setup", choices=["pinned", "free", "both"], default="both")
     parser.add_argument("--syscalls", action="store_true")
+    parser.add_argument("--series", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 5)
@@ -119,21 +121,36 @@ def count_syscalls(options, makes, directory, cpus):
     return 0
 
 
+def run_series(options, directory, cpus):
+    """Prints how costs grow, and draws it."""
+    found = series.measured(options, ROOT, directory, cpus)
+    print(series.table(found))
+    place = os.path.join(ROOT, "target/bench-peers")
+    os.makedirs(place, exist_ok=True)
+    report.write_json(os.path.join(place, "series.json"), {"machine": kernel.about(), "series": found})
+    with open(os.path.join(place, "series.svg"), "w") as file:
+        file.write(series.chart(found, syscalls.heading()))
+    print("written: target/bench-peers/series.json, target/bench-peers/series.svg")
+    return 0
+
+
 def main():
     options = arguments()
     if options.check:
         return 0
     measure.stop_on_signals()
-    makes = chosen(options)
     cpus = sorted(os.sched_getaffinity(0))
-    if options.syscalls:
+    if options.syscalls or options.series:
         if len(cpus) < 2:
-            sys.exit("scripts/bench-peers: --syscalls needs two CPUs")
+            sys.exit("scripts/bench-peers: --syscalls and --series need two CPUs")
         directory = tempfile.mkdtemp(prefix="bench-peers-")
         try:
-            return count_syscalls(options, makes, directory, cpus)
+            if options.series:
+                return run_series(options, directory, cpus)
+            return count_syscalls(options, chosen(options), directory, cpus)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+    makes = chosen(options)
     names = ["pinned", "free"] if options.setup == "both" else [options.setup]
     if len(cpus) < 2 and "pinned" in names:
         print("one CPU: nothing to pin apart; only the free set-up is run", file=sys.stderr)
