@@ -119,7 +119,7 @@ async fn attempt(flow: &Flow, backend: &BackendState, deadline: Instant) -> Resu
         BackendAddress::Tcp(address) => Peer::Tcp(*address),
         BackendAddress::Unix(path) => Peer::Unix(path),
     };
-    let (upstream, how_far) = stream::connect(peer).map_err(judge)?;
+    let (upstream, how_far) = stream::connect_and_look(peer).map_err(judge)?;
     match how_far {
         Connecting::Done => flow.attach(upstream).map_err(judge),
         Connecting::Pending => flow.connected(upstream, deadline).await.map_err(|end| match end {

@@ -8,7 +8,9 @@ use crate::proxy::close::{Cause, Ending};
 use crate::table::state::{BackendState, FrontendState};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 /// One session's sockets, inside the engine.
@@ -17,6 +19,11 @@ pub struct Flow {
     pub(super) engine: Engine,
     pub(super) key: u32,
 }
+
+/// A flow that is relayed; resolves, once, when that is over. Idle sessions are
+/// made of such futures: it is written by hand to be no bigger than a flow.
+#[derive(Debug)]
+pub struct Relay(Flow);
 
 /// How waiting for a connect ended otherwise than by success.
 #[derive(Debug)]
@@ -66,7 +73,8 @@ pub struct Relayed {
     pub bytes_out: u64,
     /// When the backend's first byte came.
     pub first_byte: Option<Instant>,
-    /// Client's and backend's, still open.
+    /// Client's and backend's, still open. Where both have ended, it may be the
+    /// closing of these that tells the side that ended first.
     pub sockets: [OwnedFd; 2],
 }
 
@@ -90,17 +98,27 @@ impl Flow {
         self.engine.interrupted(self.key).await
     }
 
-    /// Moves bytes both ways to the end, beginning now; the future only waits
-    /// for it, and is small. Needs a connected backend socket.
-    pub fn relay(self, limits: Limits, meter: Meter) -> impl Future<Output = Relayed> {
+    /// Moves bytes both ways to the end, beginning now. Needs a connected
+    /// backend socket.
+    pub fn relay(self, limits: Limits, meter: Meter) -> Relay {
         self.engine.start_relay(self.key, limits, meter);
-        async move { self.engine.relayed(self.key).await }
+        Relay(self)
     }
 
     /// Turns the client away with RST, for a session that ends before it is
     /// relayed.
     pub fn refuse(self) {
         self.engine.refuse(self.key);
+    }
+}
+
+// === impl Relay ===
+
+impl Future for Relay {
+    type Output = Relayed;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Relayed> {
+        self.0.engine.poll_relayed(self.0.key, cx)
     }
 }
 

@@ -20,7 +20,7 @@ mod tests;
 mod verdict;
 
 pub use crate::net::ring::Settings as RingSettings;
-pub use flow::{ConnectEnd, Flow, Limits, Meter, Relayed};
+pub use flow::{ConnectEnd, Flow, Limits, Meter, Relay, Relayed};
 pub use ring::SETTINGS as RING_SETTINGS;
 
 use super::close::Cause;
@@ -33,6 +33,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 /// One worker's engine; a handle, cheap to clone.
@@ -126,8 +127,8 @@ impl Engine {
         either!(self, shell => shell.start_relay(key, limits, meter));
     }
 
-    async fn relayed(&self, key: u32) -> Relayed {
-        either!(self, shell => shell.relayed(key).await)
+    fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<Relayed> {
+        either!(self, shell => shell.poll_relayed(key, cx))
     }
 
     fn refuse(&self, key: u32) {

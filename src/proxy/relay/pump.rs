@@ -136,6 +136,12 @@ impl Pump {
         socket.read_to_the_end |= read_to_the_end;
     }
 
+    /// Whether that side has no room, as far as is known.
+    #[inline]
+    pub(super) fn is_full(&self, side: Side) -> bool {
+        !self.sockets[side as usize].writable
+    }
+
     /// Bytes received from that side so far.
     pub(super) fn bytes_from(&self, side: Side) -> u64 {
         self.streams[side as usize].bytes
@@ -224,6 +230,7 @@ impl Pump {
             match io.send(to, &stream.kept[stream.sent..]) {
                 Ok(sent) => {
                     moved.sent = true;
+                    self.verdict.sent_to(to);
                     stream.sent += sent;
                     if stream.sent == stream.kept.len() {
                         // Freed, not cleared: an idle session holds no buffer.
@@ -255,6 +262,7 @@ impl Pump {
             match io.send(to, &bytes[sent..]) {
                 Ok(more) => {
                     moved.sent = true;
+                    self.verdict.sent_to(to);
                     sent += more;
                     self.sockets[to as usize].writable = sent == bytes.len();
                 }

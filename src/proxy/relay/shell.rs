@@ -217,18 +217,16 @@ impl<M: Mover> Shell<M> {
         .await
     }
 
-    pub(super) async fn relayed(&self, key: u32) -> Relayed {
-        poll_fn(|cx| {
+    pub(super) fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<Relayed> {
+        {
             let entry = &mut self.state.borrow_mut().flows[key as usize];
-            if matches!(entry.stage, Stage::Ended(..)) && M::is_settled(&entry.flow) {
-                return Poll::Ready(());
+            if !matches!(entry.stage, Stage::Ended(..)) || !M::is_settled(&entry.flow) {
+                // The same task waits until the end: one clone a session.
+                entry.waiter.get_or_insert_with(|| cx.waker().clone());
+                return Poll::Pending;
             }
-            // The same task waits until the end: one clone a session.
-            entry.waiter.get_or_insert_with(|| cx.waker().clone());
-            Poll::Pending
-        })
-        .await;
-        self.take_relayed(key)
+        }
+        Poll::Ready(self.take_relayed(key))
     }
 
     pub(super) fn start_relay(&self, key: u32, limits: Limits, meter: Meter) {

@@ -94,7 +94,10 @@ impl Pump {
                 return false;
             }
             match io.drain(from) {
-                Ok(_) => moved.sent = true,
+                Ok(_) => {
+                    moved.sent = true;
+                    self.verdict.sent_to(to);
+                }
                 Err(error) => self.send_error(to, &error),
             }
         }

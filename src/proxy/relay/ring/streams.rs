@@ -353,6 +353,7 @@ impl Flow {
             What::Stopped => Meaning::Nothing,
             What::Sent(bytes) => {
                 self.sent(key, side, bytes, last, ring);
+                self.verdict.sent_to(side.other());
                 moved.sent = true;
                 Meaning::Nothing
             }

@@ -63,17 +63,24 @@ async fn exchange(rig: Rig, seed: u64) {
     let Session { client, backend, relayed } = rig.session(FOREVER);
     let ((mut client_reads, mut client_writes), (mut backend_reads, mut backend_writes)) =
         (client.into_split(), backend.into_split());
-    let (got_back, got_there, (), ()) = tokio::join!(
+    let over = async {
+        let relayed = relayed.await.unwrap();
+        // As the session does: one of the two may wait for this FIN.
+        drop(relayed.sockets);
+        let Relayed { ending, bytes_in, bytes_out, first_byte, .. } = relayed;
+        (ending, [bytes_in, bytes_out], first_byte)
+    };
+    let (got_back, got_there, (), (), (ending, counted, first_byte)) = tokio::join!(
         receive_all(&mut client_reads, seed + 1_000_000, random.fork()),
         receive_all(&mut backend_reads, seed, random.fork()),
         send_all(&mut client_writes, seed, lengths[0], random.fork()),
         send_all(&mut backend_writes, seed + 1_000_000, lengths[1], random.fork()),
+        over,
     );
     assert_eq!([got_there, got_back], lengths);
-    let relayed = relayed.await.unwrap();
-    assert_eq!(relayed.ending.cause, Cause::Finished, "{:?}", relayed.ending);
-    assert_eq!([relayed.bytes_in, relayed.bytes_out], lengths);
-    assert_eq!(relayed.first_byte.is_some(), lengths[1] > 0);
+    assert_eq!(ending.cause, Cause::Finished, "{ending:?}");
+    assert_eq!(counted, lengths);
+    assert_eq!(first_byte.is_some(), lengths[1] > 0);
 }
 
 #[test]
