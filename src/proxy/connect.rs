@@ -100,7 +100,8 @@ pub(super) async fn dial(
             Err(Failed::Local(kind, errno)) => {
                 ctx.counters.local_errors.cell(kind as usize, 0).add(1);
                 why = local_ending(Phase::Connect, &io::Error::from_raw_os_error(errno));
-                if kind != LocalError::Ports {
+                // Ports and routes are had for each destination apart.
+                if !matches!(kind, LocalError::Ports | LocalError::Route) {
                     return Err(why);
                 }
             }
@@ -119,11 +120,12 @@ async fn attempt(flow: &Flow, backend: &BackendState, deadline: Instant) -> Resu
         BackendAddress::Tcp(address) => Peer::Tcp(*address),
         BackendAddress::Unix(path) => Peer::Unix(path),
     };
-    let (upstream, how_far) = stream::connect(peer).map_err(judge)?;
+    let (upstream, how_far) =
+        stream::connect(peer).map_err(|e| judge(&e, errno::local_trouble_at_once(&e)))?;
     match how_far {
-        Connecting::Done => flow.attach(upstream).map_err(judge),
+        Connecting::Done => flow.attach(upstream).map_err(|e| judge(&e, errno::local_trouble(&e))),
         Connecting::Pending => flow.connected(upstream, deadline).await.map_err(|end| match end {
-            ConnectEnd::Failed(error) => judge(error),
+            ConnectEnd::Failed(error) => judge(&error, errno::local_trouble(&error)),
             ConnectEnd::TimedOut => Failed::Blamed(ConnectFailure::Timeout, libc::ETIMEDOUT),
             ConnectEnd::ClientGone(errno) => Failed::Over(client_gone(Phase::Connect, errno)),
             ConnectEnd::Cut(cause) => Failed::Over(cut(Phase::Connect, cause)),
@@ -131,17 +133,19 @@ async fn attempt(flow: &Flow, backend: &BackendState, deadline: Instant) -> Resu
     }
 }
 
-/// Whose fault a failed connect is.
-fn judge(error: io::Error) -> Failed {
+/// Whose fault a failed connect is: ours where `local` says so.
+fn judge(error: &io::Error, local: Option<LocalError>) -> Failed {
     let code = error.raw_os_error().unwrap_or(libc::EIO);
-    if let Some(kind) = errno::local_trouble(&error) {
+    if let Some(kind) = local {
         return Failed::Local(kind, code);
     }
     let failure = match code {
         // A Unix socket nobody has bound is as refused as a closed port.
         libc::ECONNREFUSED | libc::ENOENT | libc::ECONNRESET => ConnectFailure::Refused,
         libc::ETIMEDOUT => ConnectFailure::Timeout,
-        libc::EHOSTUNREACH | libc::EHOSTDOWN => ConnectFailure::Unreachable,
+        libc::EHOSTUNREACH | libc::EHOSTDOWN | libc::ENETUNREACH | libc::ENETDOWN => {
+            ConnectFailure::Unreachable
+        }
         other => ConnectFailure::Other(other),
     };
     Failed::Blamed(failure, code)
@@ -221,5 +225,33 @@ impl Drop for Held {
         // The slot first: whoever the gate wakes must find it free.
         self.reserved = None;
         self.gate.opened();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blamed(errno: i32, at_once: bool) -> bool {
+        let error = io::Error::from_raw_os_error(errno);
+        let local = match at_once {
+            true => errno::local_trouble_at_once(&error),
+            false => errno::local_trouble(&error),
+        };
+        matches!(judge(&error, local), Failed::Blamed(..))
+    }
+
+    #[test]
+    fn no_route_of_our_own_is_not_blamed_on_the_backend_but_an_icmp_message_is() {
+        for errno in [libc::ENETUNREACH, libc::ENETDOWN] {
+            assert!(!blamed(errno, true), "{errno} at once");
+            assert!(blamed(errno, false), "{errno} by ICMP");
+        }
+        for at_once in [true, false] {
+            assert!(!blamed(libc::EADDRNOTAVAIL, at_once));
+            assert!(!blamed(libc::EMFILE, at_once));
+            assert!(blamed(libc::EHOSTUNREACH, at_once));
+            assert!(blamed(libc::ECONNREFUSED, at_once));
+        }
     }
 }
