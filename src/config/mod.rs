@@ -276,6 +276,8 @@ pub enum Policy {
     Random,
     /// The better of two weighted random draws.
     TwoChoices,
+    /// The one of two weighted random draws with the lower expected latency.
+    PeakEwma,
     /// Weighted Maglev over the client address.
     SourceHash,
 }
@@ -545,16 +547,18 @@ impl Policy {
             Policy::LeastConnections => "least-connections",
             Policy::Random => "random",
             Policy::TwoChoices => "two-choices",
+            Policy::PeakEwma => "peak-ewma",
             Policy::SourceHash => "source-hash",
         }
     }
 
     /// Every policy, in the order the documentation lists them.
-    pub const ALL: [Policy; 5] = [
+    pub const ALL: [Policy; 6] = [
         Policy::WeightedRoundRobin,
         Policy::LeastConnections,
         Policy::Random,
         Policy::TwoChoices,
+        Policy::PeakEwma,
         Policy::SourceHash,
     ];
 }

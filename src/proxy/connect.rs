@@ -8,7 +8,6 @@ use super::close::{Cause, Ending, Phase, Side};
 use super::context::{Context, Report};
 use super::gate::Gate;
 use super::relay::{ConnectEnd, Flow};
-use crate::balance::PickKey;
 use crate::clock;
 use crate::config::BackendAddress;
 use crate::health::ConnectFailure;
@@ -111,7 +110,7 @@ pub(super) async fn dial(
             return Err(why);
         }
         tried.push(index);
-        choice = pool.pick(PickKey { client, draw: ctx.draw() }, &tried);
+        choice = pool.pick(ctx.pick_key(client), &tried);
     }
 }
 
@@ -175,8 +174,7 @@ async fn wait_for_slot(
     client: IpAddr,
     tried: &[usize],
 ) -> Result<Reserved, Ending> {
-    let slot =
-        ctx.shared.gate.wait_until(|| pool.pick(PickKey { client, draw: ctx.draw() }, tried).ok());
+    let slot = ctx.shared.gate.wait_until(|| pool.pick(ctx.pick_key(client), tried).ok());
     // All three are readiness futures: dropping the losers loses nothing.
     tokio::select! {
         reserved = slot => Ok(reserved),

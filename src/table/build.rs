@@ -135,6 +135,7 @@ fn candidate(backend: &BackendInput) -> Candidate {
         weight: backend.effective_weight.max(1),
         connections_max: backend.connections_max,
         in_flight: Arc::clone(&backend.state.in_flight),
+        latency: Arc::clone(&backend.state.latency),
     }
 }
 

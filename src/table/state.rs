@@ -5,6 +5,7 @@
 //! state. Nothing here decides eligibility: that is derived at table build.
 
 use crate::balance::in_flight::InFlight;
+use crate::balance::latency::Latency;
 use crate::config::BackendAddress;
 use crate::proxy::admission::sources::Sources;
 use crate::telemetry::counters::{Counter, CounterTable, Sharded};
@@ -37,6 +38,8 @@ pub struct BackendState {
     pub address_text: Arc<str>,
     /// Sessions holding this backend, from selection to close; all workers.
     pub in_flight: Arc<InFlight>,
+    /// What its connects and first bytes take, for `peak-ewma`; all workers.
+    pub latency: Arc<Latency>,
     /// Connect failures since the last success, all workers; see
     /// [`BackendState::connect_failed`].
     failures_in_a_row: AtomicU32,
@@ -107,6 +110,7 @@ impl BackendState {
             address,
             address_text,
             in_flight: Arc::new(InFlight::new()),
+            latency: Arc::new(Latency::new()),
             failures_in_a_row: AtomicU32::new(0),
             counters: Sharded::new(workers, BackendCounters::default),
         }

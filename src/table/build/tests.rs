@@ -58,7 +58,7 @@ fn table(pools: Vec<PoolInput>, previous: Option<&Table>) -> Table {
 }
 
 fn draw(draw: u64) -> PickKey {
-    PickKey { client: IpAddr::V4(Ipv4Addr::LOCALHOST), draw }
+    PickKey { client: IpAddr::V4(Ipv4Addr::LOCALHOST), draw, at: 0 }
 }
 
 fn serving(pool: &PoolTable) -> String {
