@@ -191,6 +191,7 @@ fn input(
             connections_max: 0,
             backup: false,
             eligible: true,
+            on_trial: false,
             in_service: true,
         })
         .collect();

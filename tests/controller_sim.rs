@@ -88,6 +88,8 @@ fn random_pool(rng: &mut Rng, index: usize) -> Pool {
         failures: rng.u32(1..6),
         time: millis(rng, 500, 100_000),
         max_ejected_percent: rng.u8(0..=100),
+        early_resets: true,
+        slow_first_byte: (rng.u8(..4) == 0).then(|| millis(rng, 100, 3000)),
     };
     Pool {
         name: format!("p{index}").into(),

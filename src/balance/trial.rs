@@ -113,16 +113,26 @@ impl Trial {
 
     /// Starts a trial under a new number. The controller alone does this.
     pub(super) fn begin(&self) {
-        let number = (self.0.load(Ordering::Relaxed) >> PHASE_BITS).wrapping_add(1) << PHASE_BITS;
-        // Zero is no number.
-        let number = if number == 0 { 1 << PHASE_BITS } else { number };
-        self.0.store(number | TrialPhase::Open as u32, Ordering::Release);
+        self.replace(|word| {
+            let number = (word >> PHASE_BITS).wrapping_add(1) << PHASE_BITS;
+            // Zero is no number.
+            let number = if number == 0 { 1 << PHASE_BITS } else { number };
+            number | TrialPhase::Open as u32
+        });
     }
 
     /// Lets everybody in. The controller alone does this.
     pub(super) fn end(&self) {
-        let word = self.0.load(Ordering::Relaxed);
-        self.0.store(word & !PHASE_MASK | TrialPhase::None as u32, Ordering::Release);
+        self.replace(|word| word & !PHASE_MASK | TrialPhase::None as u32);
+    }
+
+    fn replace(&self, next: impl Fn(u32) -> u32) {
+        let mut word = self.0.load(Ordering::Acquire);
+        while let Err(now) =
+            self.0.compare_exchange(word, next(word), Ordering::AcqRel, Ordering::Acquire)
+        {
+            word = now;
+        }
     }
 
     fn swap(&self, from: u32, phase: TrialPhase) -> bool {

@@ -8,8 +8,9 @@ use super::close::{Cause, Ending, Phase, Side};
 use super::context::{Context, Report};
 use super::gate::Gate;
 use super::relay::{ConnectEnd, Flow};
+use crate::balance::trial::{TrialId, TrialPhase};
 use crate::clock;
-use crate::config::BackendAddress;
+use crate::config::{BackendAddress, Policy};
 use crate::health::ConnectFailure;
 use crate::net::errno;
 use crate::net::stream::{self, Connecting, Peer};
@@ -28,6 +29,10 @@ pub(super) struct Held {
     reserved: Option<Reserved>,
     backend: Arc<BackendState>,
     gate: Arc<Gate>,
+    /// The trial this session decides, until it has.
+    trial: Option<TrialId>,
+    /// A connection that stands is no success yet.
+    early_resets: bool,
 }
 
 /// A connected backend.
@@ -79,7 +84,7 @@ pub(super) async fn dial(
             }
         };
         let index = reserved.index;
-        let held = Held::new(reserved, &ctx.shared.gate);
+        let mut held = Held::new(reserved, pool, &ctx.shared.gate);
         attempts.count += 1;
         attempts.last = Some(Arc::clone(held.backend()));
         if attempts.count > 1 {
@@ -88,12 +93,17 @@ pub(super) async fn dial(
         let started = clock::now();
         match attempt(flow, held.backend(), started + pool.spec.connect_timeout).await {
             Ok(()) => {
-                held.backend().connect_succeeded();
                 let since = clock::now();
-                return Ok(Upstream { held, connect_time: since - started, since });
+                let connect_time = since - started;
+                held.connected();
+                if pool.spec.balance == Policy::PeakEwma {
+                    held.backend().latency.connected(connect_time, clock::millis(since));
+                }
+                return Ok(Upstream { held, connect_time, since });
             }
             Err(Failed::Over(ending)) => return Err(ending),
             Err(Failed::Blamed(failure, errno)) => {
+                held.decide(TrialPhase::Failed);
                 why = blame(ctx, held.backend(), failure, errno);
             }
             Err(Failed::Local(kind, errno)) => {
@@ -153,17 +163,22 @@ fn judge(error: &io::Error, local: Option<LocalError>) -> Failed {
 /// Counts a failure against the backend and tells the control thread.
 fn blame(ctx: &Context, backend: &BackendState, failure: ConnectFailure, errno: i32) -> Ending {
     backend.counters.of(ctx.id).connect_failures.add(1);
-    let in_a_row = backend.connect_failed();
+    report(ctx, backend, failure);
+    let cause = match failure {
+        ConnectFailure::Refused => Cause::ConnectRefused,
+        ConnectFailure::Timeout => Cause::ConnectTimeout,
+        _ => Cause::ConnectFailed,
+    };
+    Ending { cause, phase: Phase::Connect, errno, closed_first: None }
+}
+
+/// Makes the row of failures longer and tells the control thread.
+fn report(ctx: &Context, backend: &BackendState, failure: ConnectFailure) {
+    let in_a_row = backend.failed();
     let report = Report::ConnectFailed { backend: backend.id, failure, in_a_row };
     if !ctx.shared.reports.push(report) {
         ctx.counters.reports_dropped.add(1);
     }
-    let cause = match failure {
-        ConnectFailure::Refused => Cause::ConnectRefused,
-        ConnectFailure::Timeout => Cause::ConnectTimeout,
-        ConnectFailure::Unreachable | ConnectFailure::Other(_) => Cause::ConnectFailed,
-    };
-    Ending { cause, phase: Phase::Connect, errno, closed_first: None }
 }
 
 /// Waits until some untried backend has a slot.
@@ -208,9 +223,53 @@ fn cut(phase: Phase, cause: Cause) -> Ending {
 // === impl Held ===
 
 impl Held {
-    fn new(reserved: Reserved, gate: &Arc<Gate>) -> Held {
+    fn new(reserved: Reserved, pool: &PoolTable, gate: &Arc<Gate>) -> Held {
         let backend = Arc::clone(reserved.backend());
-        Held { reserved: Some(reserved), backend, gate: Arc::clone(gate) }
+        let trial = reserved.trial();
+        let early_resets = pool.spec.ejection.is_some_and(|spec| spec.early_resets);
+        Held { reserved: Some(reserved), backend, gate: Arc::clone(gate), trial, early_resets }
+    }
+
+    pub(super) fn trial(&self) -> Option<TrialId> {
+        self.trial
+    }
+
+    fn connected(&self) {
+        if !self.early_resets {
+            self.backend.succeeded();
+        }
+        if let Some(trial) = self.trial {
+            self.backend.in_flight.advance_trial(trial, TrialPhase::Connected);
+        }
+    }
+
+    /// The backend gave the session what it wanted; `proven` by a first byte or
+    /// by an end in order, otherwise by nothing but a connection on which the
+    /// client was silent.
+    pub(super) fn succeeded(&mut self, proven: bool) {
+        if proven {
+            self.backend.succeeded();
+        }
+        self.decide(TrialPhase::Passed);
+    }
+
+    /// The connection broke before anybody said anything.
+    pub(super) fn failed_trial(&mut self) {
+        self.decide(TrialPhase::Failed);
+    }
+
+    /// The backend reset the connection before it said anything.
+    pub(super) fn reset_early(&mut self, ctx: &Context) {
+        if self.early_resets {
+            self.decide(TrialPhase::Failed);
+            report(ctx, &self.backend, ConnectFailure::EarlyReset);
+        }
+    }
+
+    fn decide(&mut self, phase: TrialPhase) {
+        if let Some(trial) = self.trial.take() {
+            self.backend.in_flight.advance_trial(trial, phase);
+        }
     }
 
     pub(super) fn backend(&self) -> &Arc<BackendState> {
@@ -220,6 +279,8 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
+        // Nothing was learnt: the next session is to try.
+        self.decide(TrialPhase::Open);
         // The slot first: whoever the gate wakes must find it free.
         self.reserved = None;
         self.gate.opened();

@@ -5,11 +5,12 @@
 //! step knows nothing of the next.
 
 use super::close::{self, Cause, Ending, Phase, RefusedReason, Side};
-use super::connect::{self, Attempts, Upstream};
+use super::connect::{self, Attempts, Held, Upstream};
 use super::context::Context;
 use super::relay::{Flow, Limits, Meter, Relayed};
 use super::slots::Slots;
 use crate::clock;
+use crate::config::Policy;
 use crate::net::stream;
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
@@ -25,6 +26,11 @@ use std::time::{Duration, Instant};
 /// arrive. It is looked at every [`FLUSH_STEP`].
 const FLUSH_MAX: Duration = Duration::from_secs(1);
 const FLUSH_STEP: Duration = Duration::from_millis(5);
+
+/// A reset that comes later after the client's first byte is not early: clients
+/// that only send, such as those of a log server, are reset one day by a
+/// restart, and that says nothing of how the backend takes new sessions.
+const EARLY_MAX: Duration = Duration::from_secs(10);
 
 /// An accepted and admitted connection.
 #[derive(Debug)]
@@ -99,7 +105,7 @@ async fn serve(
     let dialled =
         Box::pin(connect::dial(ctx, &flow, &route.pool, ip, pick, &mut story.attempts)).await;
     drop(route);
-    let Upstream { held, connect_time, since } = match dialled {
+    let Upstream { mut held, connect_time, since } = match dialled {
         Ok(upstream) => upstream,
         Err(ending) => {
             // At once and with RST, so that silence is not taken for an answer.
@@ -108,14 +114,48 @@ async fn serve(
         }
     };
     story.connected(ctx, held.backend(), connect_time);
-    let relayed = story.relay(ctx, flow, held.backend()).await;
+    let relayed = story.relay(ctx, flow, &held).await;
     story.relayed(ctx, held.backend(), since, &relayed);
     let ending = relayed.ending;
+    judge(ctx, &mut held, &relayed);
     if let Some(last_words) = finish(relayed) {
         // Boxed, as rare: the room would be every session's otherwise.
         Box::pin(reset_when_sent(last_words)).await;
     }
     ending
+}
+
+/// What a session that is over says of its backend.
+fn judge(ctx: &Context, held: &mut Held, relayed: &Relayed) {
+    let Ending { cause, .. } = relayed.ending;
+    match relayed.unanswered_since {
+        Some(since) if is_early_reset(relayed.ending, clock::now() - since) => {
+            held.reset_early(ctx);
+        }
+        // Whoever was cut off while it waited proves nothing.
+        Some(_) if cause != Cause::Finished => {}
+        None if relayed.first_byte.is_none() && is_backends(cause) => held.failed_trial(),
+        _ => held.succeeded(cause == Cause::Finished || relayed.first_byte.is_some()),
+    }
+}
+
+/// Whether the backend's connection broke. Before the client has spoken that is
+/// no failure for the row (whoever connects without a word is often a probe),
+/// but a trial is not passed by it.
+fn is_backends(cause: Cause) -> bool {
+    matches!(cause, Cause::BackendReset | Cause::BackendLost)
+}
+
+/// Whether the backend reset the connection though the client had spoken and
+/// was waiting. A backend that ends without a byte in order (FIN) is not meant,
+/// nor is what comes after it: the reset of a connection whose peer has closed
+/// reads as EPIPE (`tcp_reset` in Linux).
+fn is_early_reset(ending: Ending, waited: Duration) -> bool {
+    ending.cause == Cause::BackendReset
+        && ending.phase == Phase::Data
+        && ending.errno == libc::ECONNRESET
+        && ending.closed_first == Some(Side::Backend)
+        && waited <= EARLY_MAX
 }
 
 /// Closes both sockets the way the session ended: FIN for an end in order and
@@ -175,7 +215,7 @@ impl Story {
         &self,
         ctx: &Context,
         flow: Flow,
-        backend: &Arc<BackendState>,
+        held: &Held,
     ) -> impl Future<Output = Relayed> + use<> {
         let spec = &self.route.spec;
         let limits = Limits {
@@ -187,7 +227,9 @@ impl Story {
         let meter = Meter {
             worker: ctx.id,
             frontend: Arc::clone(&self.route.state),
-            backend: Arc::clone(backend),
+            backend: Arc::clone(held.backend()),
+            trial: held.trial(),
+            timed: self.route.pool.spec.balance == Policy::PeakEwma,
         };
         flow.relay(limits, meter)
     }

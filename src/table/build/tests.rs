@@ -39,6 +39,7 @@ fn backend(pool: &str, number: u8) -> BackendInput {
         connections_max: 0,
         backup: false,
         eligible: true,
+        on_trial: false,
         in_service: true,
     }
 }
