@@ -17,9 +17,11 @@
 //!
 //! - **It hangs**: for `slow_first_byte`, or [`FACTOR`] times the usual time if
 //!   that is longer, at each look at least [`WAITING_MIN`] of its sessions
-//!   waited, and not one was answered; while the others answered at least as
-//!   many, and more than wait there now. (So a client that gives up after half
-//!   a second does not hide a backend that hangs, as the next one waits then.)
+//!   waited, and not one was answered; while not all of the others hang as
+//!   well, and they have answered at least as many since the look before its
+//!   last answer, and more than wait there now. (So a client that gives up after half
+//!   a second does not hide a backend that hangs, as the next one waits then;
+//!   nor do clients that are all stuck at it before long, and ask nobody else.)
 //! - **It is slow**: over at least [`SAMPLES_MIN`] answers and half a second it
 //!   took [`FACTOR`] times the usual time, and at least a tenth of
 //!   `slow_first_byte`: below that, a hundred times nearly nothing is noise.
@@ -29,7 +31,8 @@
 //!
 //! # Whom it leaves alone
 //!
-//! A pool of one; a pool in which nobody answers; a pool in which everybody
+//! A pool of one; a pool in which nobody answers, or all stop at once, as when
+//! what is behind them fails; a pool in which everybody
 //! answers late, as the usual time is long there (long polls); and one in which
 //! about as many wait as are answered at the others, too (subscriptions). What
 //! cannot be told apart is a pool where most requests are quick and some are
@@ -40,6 +43,10 @@ use std::time::{Duration, Instant};
 /// Between two looks. A hang is found within two of them after it has lasted
 /// long enough.
 pub const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// After a look that comes later than this we may have stood still ourselves,
+/// workers and all: what waits then has waited for us.
+const LATE: Duration = Duration::from_millis(800);
 
 /// Sessions that must wait: one or two may have asked for something long.
 pub const WAITING_MIN: u64 = 3;
@@ -84,8 +91,11 @@ pub struct Counts {
 #[derive(Debug, Clone, Default)]
 pub struct Watch {
     last: Option<Counts>,
+    looked: Option<Instant>,
     /// Answers came since the look before the last.
     answered: bool,
+    /// What the others had answered by the last look and the one before.
+    others: [u64; 2],
     hang: Option<Hang>,
     window: Option<Window>,
     /// A window that was closed by the last look.
@@ -98,7 +108,8 @@ pub struct Watch {
 #[derive(Debug, Clone, Copy)]
 struct Hang {
     since: Instant,
-    /// What the others had answered by then.
+    /// What the others had answered by the look before the backend's last
+    /// answer: whoever it was stuck at asked them until then.
     others: u64,
 }
 
@@ -116,6 +127,8 @@ pub struct PoolView {
     usuals: Vec<f64>,
     answers: u64,
     waiting: u64,
+    /// Backends that have answered before, and seem to hang.
+    hanging: usize,
 }
 
 /// What a look found out, with the evidence in words.
@@ -147,6 +160,7 @@ impl PoolView {
             view.answers = view.answers.wrapping_add(counts.answers);
             view.waiting = view.waiting.saturating_add(counts.waiting());
             view.usuals.extend(watch.typical());
+            view.hanging += usize::from(watch.hangs() && watch.typical().is_some());
         }
         view.usuals.sort_by(f64::total_cmp);
         view
@@ -171,6 +185,10 @@ impl Watch {
     /// Takes what is counted by now.
     pub fn take(&mut self, counts: Counts, now: Instant) {
         self.closed = None;
+        let before = self.looked.replace(now);
+        if before.is_some_and(|at| now.saturating_duration_since(at) > LATE) {
+            self.hang = None;
+        }
         let window = self.window.get_or_insert(Window { since: now, answers: 0, log2: 0.0 });
         if let Some(last) = self.last.replace(counts) {
             let answers = counts.answers.wrapping_sub(last.answers);
@@ -250,16 +268,26 @@ impl Watch {
     fn look_for_hang(&mut self, pool: &PoolView, now: Instant) -> Option<(Duration, u64)> {
         let own = self.last?;
         let others = pool.answers.wrapping_sub(own.answers);
-        let others_wait = pool.waiting.saturating_sub(own.waiting());
-        if own.waiting() < WAITING_MIN || self.answered {
+        let [last, before] = self.others;
+        self.others = [others, last];
+        if !self.hangs() {
             self.hang = None;
             return None;
         }
-        let hang = self.hang.get_or_insert(Hang { since: now, others });
+        let hang = *self.hang.get_or_insert(Hang { since: now, others: before });
         // A backend that has left the pool took its answers along.
-        let answered = others.checked_sub(hang.others).unwrap_or_default();
-        (answered >= WAITING_MIN && answered > others_wait)
+        let answered = others.saturating_sub(hang.others);
+        let known = usize::from(self.typical().is_some());
+        let others_known = pool.usuals.len().saturating_sub(known);
+        let others_hang = pool.hanging.saturating_sub(known) >= others_known;
+        let others_wait = pool.waiting.saturating_sub(own.waiting());
+        (!others_hang && answered >= WAITING_MIN && answered > others_wait)
             .then(|| (now.saturating_duration_since(hang.since), own.waiting()))
+    }
+
+    /// Enough wait, and nobody was answered since the look before.
+    fn hangs(&self) -> bool {
+        !self.answered && self.last.is_some_and(|counts| counts.waiting() >= WAITING_MIN)
     }
 
     fn look_for_health(&self, hanging: bool, bound: f64, usual: f64) -> Option<Verdict> {
@@ -418,6 +446,18 @@ mod tests {
     }
 
     #[test]
+    fn time_in_which_nobody_looked_is_not_held_against_it() {
+        let mut pool = Pool::warmed(2);
+        pool.ask(1, 5);
+        pool.answer(0, 9, 1e3);
+        pool.look();
+        pool.now += secs(5);
+        assert_eq!(pool.look(), [], "we may have been stopped, and it not");
+        let found = pool.run(secs(3), |pool| pool.answer(0, 9, 1e3));
+        assert!(matches!(found[..], [(_, 1, true)]), "{found:?}");
+    }
+
+    #[test]
     fn too_few_that_wait_are_no_evidence() {
         let mut pool = Pool::warmed(2);
         pool.ask(1, 2);
@@ -443,6 +483,22 @@ mod tests {
     fn where_nobody_answers_nobody_hangs() {
         let mut pool = Pool::warmed(3);
         assert_eq!(pool.run(secs(60), |pool| (0..3).for_each(|b| pool.ask(b, 5))), []);
+    }
+
+    #[test]
+    fn where_all_stop_at_once_nobody_hangs() {
+        let mut pool = Pool::warmed(3);
+        (0..3).for_each(|backend| pool.ask(backend, 4 + backend as u64));
+        assert_eq!(pool.run(secs(60), |_| {}), []);
+    }
+
+    #[test]
+    fn clients_that_are_all_stuck_at_once_do_not_hide_it() {
+        let mut pool = Pool::warmed(3);
+        (0..3).for_each(|backend| pool.answer(backend, 20, 1e3));
+        pool.ask(2, 8);
+        let found = pool.run(secs(10), |_| {});
+        assert!(matches!(found[..], [(after, 2, true)] if after <= secs(2)), "{found:?}");
     }
 
     #[test]
@@ -538,14 +594,14 @@ mod tests {
 
     #[test]
     fn median_of_the_others_leaves_oneself_out() {
-        let view = PoolView { usuals: vec![1.0, 2.0, 2.0, 9.0], answers: 0, waiting: 0 };
+        let view = PoolView { usuals: vec![1.0, 2.0, 2.0, 9.0], ..PoolView::default() };
         let usual = |own| view.usual_without(own).map(|s| (s * 1e6).log2().round());
         assert_eq!(usual(Some(9.0)), Some(2.0));
         assert_eq!(usual(Some(1.0)), Some(2.0));
         assert_eq!(usual(None), Some(2.0));
-        let two = PoolView { usuals: vec![1.0, 9.0], answers: 0, waiting: 0 };
+        let two = PoolView { usuals: vec![1.0, 9.0], ..PoolView::default() };
         assert_eq!(two.usual_without(Some(1.0)).map(|s| (s * 1e6).log2().round()), Some(9.0));
-        let one = PoolView { usuals: vec![1.0], answers: 0, waiting: 0 };
+        let one = PoolView { usuals: vec![1.0], ..PoolView::default() };
         assert_eq!(one.usual_without(Some(1.0)), None);
     }
 }

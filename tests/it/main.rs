@@ -27,6 +27,7 @@ mod harness;
 mod heartbeats;
 mod hostile;
 mod idle;
+mod passive;
 mod relay;
 mod reload;
 mod sources;
