@@ -207,6 +207,7 @@ impl Control {
                     // Who waits for a slot may have new backends to wait for.
                     self.shared.gate.opened();
                 }
+                Effect::Opened => self.shared.gate.opened(),
                 Effect::Probe { backend, token, address, spec } => {
                     self.probes.probe(backend, token, address, spec);
                 }
@@ -352,7 +353,7 @@ impl Control {
 fn log_transition(transition: &Transition) {
     let Transition { pool, backend, from, to, reason, lasted, .. } = transition;
     let lasted = humantime::format_duration(Duration::from_millis(lasted.as_millis() as u64));
-    if matches!(*to, "down" | "ejected") {
+    if matches!(*to, "down" | "ejected" | "suspect") {
         tracing::warn!(%pool, %backend, from, to, reason, %lasted, "backend");
     } else {
         tracing::info!(%pool, %backend, from, to, reason, %lasted, "backend");

@@ -10,6 +10,7 @@ use super::context::Context;
 use super::relay::{Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
+use crate::config::Policy;
 use crate::net::stream;
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
@@ -27,6 +28,11 @@ use std::time::{Duration, Instant};
 /// arrive. It is looked at every [`FLUSH_STEP`].
 const FLUSH_MAX: Duration = Duration::from_secs(1);
 const FLUSH_STEP: Duration = Duration::from_millis(5);
+
+/// A reset that comes later after the client's first byte is not early: clients
+/// that only send, such as those of a log server, are reset one day by a
+/// restart, and that says nothing of how the backend takes new sessions.
+const EARLY_MAX: Duration = Duration::from_secs(10);
 
 /// An accepted and admitted connection.
 #[derive(Debug)]
@@ -129,6 +135,39 @@ async fn set_up(
     }
 }
 
+/// What a session that is over says of its backend.
+fn judge(ctx: &Context, held: &mut Held, relayed: &Relayed) {
+    let Ending { cause, .. } = relayed.ending;
+    match relayed.unanswered_since {
+        Some(since) if is_early_reset(relayed.ending, clock::now() - since) => {
+            held.reset_early(ctx);
+        }
+        // Whoever was cut off while it waited proves nothing.
+        Some(_) if cause != Cause::Finished => {}
+        None if relayed.first_byte.is_none() && is_backends(cause) => held.failed_trial(),
+        _ => held.succeeded(cause == Cause::Finished || relayed.first_byte.is_some()),
+    }
+}
+
+/// Whether the backend's connection broke. Before the client has spoken that is
+/// no failure for the row (whoever connects without a word is often a probe),
+/// but a trial is not passed by it.
+fn is_backends(cause: Cause) -> bool {
+    matches!(cause, Cause::BackendReset | Cause::BackendLost)
+}
+
+/// Whether the backend reset the connection though the client had spoken and
+/// was waiting. A backend that ends without a byte in order (FIN) is not meant,
+/// nor is what comes after it: the reset of a connection whose peer has closed
+/// reads as EPIPE (`tcp_reset` in Linux).
+fn is_early_reset(ending: Ending, waited: Duration) -> bool {
+    ending.cause == Cause::BackendReset
+        && ending.phase == Phase::Data
+        && ending.errno == libc::ECONNRESET
+        && ending.closed_first == Some(Side::Backend)
+        && waited <= EARLY_MAX
+}
+
 /// Closes both sockets the way the session ended: FIN for an end in order and
 /// for idle time-outs, RST for a reset or a cut. What one side had sent before
 /// its reset is given time to reach the other: that socket is given back, to be
@@ -177,17 +216,18 @@ impl Session {
     ) -> Session {
         let Upstream { held, connect_time, since } = upstream;
         story.connected(&ctx, held.backend(), connect_time);
-        let relay = story.relay(&ctx, flow, held.backend());
+        let relay = story.relay(&ctx, flow, &held);
         Session { ctx, story, slots, held, since, relay }
     }
 
     /// Closes and accounts for a session whose relay is over; at once, but for
     /// the rare one whose last words still have to arrive.
     fn end(self, relayed: Relayed) -> Option<Pin<Box<impl Future<Output = ()>>>> {
-        let Session { ctx, story, slots, held, since, relay } = self;
+        let Session { ctx, story, slots, mut held, since, relay } = self;
         drop(relay);
         let totals = story.relayed(&ctx, held.backend(), since, &relayed);
         let ending = relayed.ending;
+        judge(&ctx, &mut held, &relayed);
         let Some(last_words) = finish(relayed) else {
             drop(held);
             story.account(&ctx, ending, totals);
@@ -236,7 +276,7 @@ impl Story {
         }
     }
 
-    fn relay(&self, ctx: &Context, flow: Flow, backend: &Arc<BackendState>) -> Relay {
+    fn relay(&self, ctx: &Context, flow: Flow, held: &Held) -> Relay {
         let spec = &self.route.spec;
         let limits = Limits {
             idle: spec.idle_timeout,
@@ -247,7 +287,9 @@ impl Story {
         let meter = Meter {
             worker: ctx.id,
             frontend: Arc::clone(&self.route.state),
-            backend: Arc::clone(backend),
+            backend: Arc::clone(held.backend()),
+            trial: held.trial(),
+            timed: self.route.pool.spec.balance == Policy::PeakEwma,
         };
         flow.relay(limits, meter)
     }

@@ -120,18 +120,25 @@ pub enum RingEvent {
 pub enum LocalError {
     /// EMFILE, ENFILE.
     Descriptors,
-    /// EADDRNOTAVAIL: no source port left.
+    /// EADDRNOTAVAIL: no source port left, or the source address is gone.
     Ports,
     /// ENOBUFS, ENOMEM.
     Memory,
+    /// ENETUNREACH, ENETDOWN from connect(2) itself: this host has no way there.
+    Route,
     /// Anything else that is ours.
     Other,
 }
 
 impl LocalError {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [LocalError; 4] =
-        [LocalError::Descriptors, LocalError::Ports, LocalError::Memory, LocalError::Other];
+    pub const ALL: [LocalError; 5] = [
+        LocalError::Descriptors,
+        LocalError::Ports,
+        LocalError::Memory,
+        LocalError::Route,
+        LocalError::Other,
+    ];
 
     /// Metric label.
     pub fn name(self) -> &'static str {
@@ -139,6 +146,7 @@ impl LocalError {
             LocalError::Descriptors => "descriptors",
             LocalError::Ports => "ports",
             LocalError::Memory => "memory",
+            LocalError::Route => "route",
             LocalError::Other => "other",
         }
     }

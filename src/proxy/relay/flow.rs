@@ -4,6 +4,8 @@
 //! the engine and closes its sockets.
 
 use super::Engine;
+use crate::balance::trial::{TrialId, TrialPhase};
+use crate::clock;
 use crate::proxy::close::{Cause, Ending};
 use crate::table::state::{BackendState, FrontendState};
 use std::io;
@@ -60,6 +62,10 @@ pub struct Meter {
     pub frontend: Arc<FrontendState>,
     /// The session's backend.
     pub backend: Arc<BackendState>,
+    /// The session decides its backend's trial.
+    pub trial: Option<TrialId>,
+    /// Whether somebody balances by first-byte times.
+    pub timed: bool,
 }
 
 /// A finished relay: how it ended, what it moved, and its sockets.
@@ -73,9 +79,38 @@ pub struct Relayed {
     pub bytes_out: u64,
     /// When the backend's first byte came.
     pub first_byte: Option<Instant>,
+    /// When the client spoke, if the backend never answered.
+    pub unanswered_since: Option<Instant>,
     /// Client's and backend's, still open. Where both have ended, it may be the
     /// closing of these that tells the side that ended first.
     pub sockets: [OwnedFd; 2],
+}
+
+// === impl Meter ===
+
+impl Meter {
+    /// The client spoke, and before the backend did.
+    pub(super) fn client_spoke(&self) {
+        self.backend.asked(self.worker);
+        self.advance_trial(TrialPhase::Spoken);
+    }
+
+    /// The backend's first byte is there, that long after the client's.
+    pub(super) fn backend_answered(&self, after: Option<Duration>, now: Instant) {
+        self.backend.answered(self.worker, after);
+        self.advance_trial(TrialPhase::Passed);
+        if self.timed
+            && let Some(after) = after
+        {
+            self.backend.latency.answered(after, clock::millis(now));
+        }
+    }
+
+    fn advance_trial(&self, phase: TrialPhase) {
+        if let Some(trial) = self.trial {
+            self.backend.in_flight.advance_trial(trial, phase);
+        }
+    }
 }
 
 // === impl Flow ===

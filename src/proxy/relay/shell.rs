@@ -8,7 +8,7 @@
 use super::flow::{ConnectEnd, Limits, Meter, Relayed};
 use super::mover::{Mover, Round};
 use super::pace::{Pace, TICK};
-use super::relaying::Relaying;
+use super::relaying::{Answer, Relaying};
 use super::verdict::{Moved, Next};
 use crate::clock;
 use crate::net::stream;
@@ -258,7 +258,14 @@ impl<M: Mover> Shell<M> {
             ending,
             bytes_in: M::bytes_from(&entry.flow, Side::Client),
             bytes_out: M::bytes_from(&entry.flow, Side::Backend),
-            first_byte: relaying.first_byte,
+            first_byte: match relaying.answer {
+                Answer::Came(at) => Some(at),
+                _ => None,
+            },
+            unanswered_since: match relaying.answer {
+                Answer::Awaited(since) => Some(since),
+                _ => None,
+            },
             sockets: M::take_sockets(&mut entry.flow).expect("a settled relay has both sockets"),
         }
     }
@@ -542,7 +549,10 @@ impl<M: Mover> State<M> {
         let entry = &mut self.flows[key as usize];
         let setup = Stage::Setup(Setup::default());
         match std::mem::replace(&mut entry.stage, setup) {
-            Stage::Relaying(relaying) => entry.stage = Stage::Ended(ending, relaying),
+            Stage::Relaying(relaying) => {
+                relaying.over();
+                entry.stage = Stage::Ended(ending, relaying);
+            }
             other => {
                 entry.stage = other;
                 return;

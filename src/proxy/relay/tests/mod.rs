@@ -106,7 +106,7 @@ impl Rig {
 
     fn meter(&self) -> Meter {
         let (frontend, backend) = (Arc::clone(&self.frontend), Arc::clone(&self.backend));
-        Meter { worker: 0, frontend, backend }
+        Meter { worker: 0, frontend, backend, trial: None, timed: false }
     }
 
     fn bytes_in(&self) -> u64 {
