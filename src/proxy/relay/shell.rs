@@ -29,8 +29,7 @@ use std::time::{Duration, Instant};
 /// Batches in a row before accepts and other tasks of the worker get a turn.
 const BATCHES_A_TURN: u32 = 8;
 
-/// The same in time, for batches of bulk: eight of them can take 20 ms. Eight of
-/// small messages take less than this.
+/// The same in time: eight batches of bulk can take 20 ms, of small ones not this.
 const TURN_MAX: Duration = Duration::from_millis(2);
 
 /// Turns in a row before the thread really goes through its reactor's park:

@@ -9,12 +9,12 @@
 //! cancelled, at the low one it is started again. A stream that is never short
 //! of bytes goes over to bulk: through a pipe, see `bulk`.
 
+use super::queue::Queue;
 use crate::net::pipe::{Pipe, Pipes};
 use crate::net::ring::{BUFFER_LEN, Chunk, Event, Interest, Op, Ring, What};
 use crate::net::stream;
 use crate::proxy::close::Side;
 use crate::proxy::relay::verdict::{Moved, Verdict};
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -124,11 +124,6 @@ pub(super) enum Mode {
     /// Through a pipe; nothing is received or queued.
     Bulk,
 }
-
-/// Chunks that wait to be sent: mostly none, and then no memory either.
-#[derive(Debug, Default)]
-#[expect(clippy::box_collection, reason = "a quarter of the room in every idle session")]
-struct Queue(Option<Box<VecDeque<Chunk>>>);
 
 /// What an event means to the engine, beside what it moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -596,33 +591,6 @@ impl Flow {
         }
         self.finish(from);
         Fed::Done
-    }
-}
-
-// === impl Queue ===
-
-impl Queue {
-    fn is_empty(&self) -> bool {
-        self.0.is_none()
-    }
-
-    /// Behind the rest, and within its last buffer where it can be.
-    fn push(&mut self, chunk: Chunk) {
-        let queue = self.0.get_or_insert_default();
-        if !queue.back_mut().is_some_and(|tail| tail.absorb(&chunk)) {
-            queue.push_back(chunk);
-        }
-    }
-
-    /// Sends as much of it as one send takes; nothing where it is empty.
-    #[inline]
-    fn send(&mut self, to: &Rc<OwnedFd>, tag: u64, ring: &mut Ring) -> Option<Op> {
-        let queue = self.0.as_mut()?;
-        let op = ring.send_queue(to, tag, queue);
-        if queue.is_empty() {
-            self.0 = None;
-        }
-        Some(op)
     }
 }
 
