@@ -201,7 +201,7 @@ def panel(one, top):
         at = up(value)
         shown.append(f'<line x1="{LEFT}" y1="{at:.1f}" x2="{WIDTH - 240}" y2="{at:.1f}" stroke="#ddd"/>')
         shown.append(text(16, at + 4, f"{value:,.6g}", 10))
-    shown.append(text(WIDTH - 230, top + HEIGHT + 16, one["x"], 10))
+    shown.append(text(WIDTH - 300, top + HEIGHT + 32, one["x"], 10))
     for number, (name, line) in enumerate(one["lines"].items()):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in sorted(line))
