@@ -7,6 +7,7 @@
 pub mod cpu;
 pub mod epoll;
 pub mod errno;
+pub mod handover;
 mod ioctl;
 pub mod limits;
 pub mod listen;
