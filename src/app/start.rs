@@ -99,7 +99,7 @@ fn bring_up(options: &Options, requests: mpsc::Sender<Request>) -> Result<Contro
         .map_err(|error| Failure::Runtime(format!("cannot open the access log: {error}")))?;
     let token = load_token(&config).map_err(Failure::Runtime)?;
     let admin = admin::bind(&config.admin).map_err(|error| Failure::Runtime(error.to_string()))?;
-    let binds = Binds::new(count);
+    let mut binds = Binds::new(count);
     let fresh = binds.bind_new(&config).map_err(|refused| Failure::Runtime(refused.to_string()))?;
 
     let seed = fastrand::u64(..);

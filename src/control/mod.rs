@@ -6,12 +6,13 @@
 //!
 //! The files: `configure` (what a reload keeps), `probing` (when probes run),
 //! `verdicts` (what their results mean), `ejections` (the pool's guard),
-//! `leaving` (removed backends), `operator` (drains), `publish` (tables) and
-//! `status`. All of them work on one [`Controller`] and leave effects behind;
+//! `leaving` (removed backends), `operator` (drains), `publish` (tables),
+//! `handover` (what the next process goes on with) and `status`. All of them work on one [`Controller`] and leave effects behind;
 //! only [`Controller::apply`] and its siblings hand them out.
 
 mod configure;
 mod ejections;
+pub mod handover;
 mod leaving;
 mod operator;
 mod probing;

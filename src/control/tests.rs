@@ -2,6 +2,7 @@
 //! on. The rules are in the files below.
 
 mod ejections;
+mod handover;
 mod probing;
 mod reloads;
 
