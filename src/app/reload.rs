@@ -18,9 +18,30 @@ const WANTED_BACK_MAX: Duration = Duration::from_secs(1);
 const WANTED_BACK_STEP: Duration = Duration::from_millis(10);
 
 impl Control {
+    /// Takes up what was written while the file was not watched yet: a process
+    /// that takes over must not miss what the one before put off.
+    pub(super) async fn catch_up(&mut self) {
+        let same = config::load(&self.path).is_ok_and(|loaded| loaded.digest == self.digest);
+        if !same {
+            let _ = self.reload().await;
+        }
+    }
+
+    /// As [`Control::reload`]; while an upgrade is under way, a refusal.
+    pub(super) async fn reload_unless_upgrading(&mut self) -> Result<Reloaded, ReloadError> {
+        if !self.upgrades.holds_reload() {
+            return self.reload().await;
+        }
+        self.reloads.refused += 1;
+        let why = "an upgrade is under way, and whoever serves after it reads the file again";
+        Err(self.refuse("", why.to_owned()))
+    }
+
     /// Reads the file again and puts it in force, where it says something new.
     pub(super) async fn reload(&mut self) -> Result<Reloaded, ReloadError> {
+        self.notifier.reloading();
         let result = self.try_reload().await;
+        self.notifier.ready();
         match &result {
             Ok(Reloaded { changed: true, generation, .. }) => {
                 self.reloads.changed += 1;

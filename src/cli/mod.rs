@@ -15,6 +15,7 @@ pub mod reload;
 pub mod run;
 pub mod shutdown;
 pub mod status;
+pub mod upgrade;
 
 use clap::{Args, Parser, Subcommand};
 use client::ClientArgs;
@@ -59,7 +60,7 @@ pub enum Command {
     /// Run the balancer in the foreground.
     ///
     /// SIGTERM and SIGINT drain and exit, a second one exits at once; SIGHUP
-    /// reloads the configuration.
+    /// reloads the configuration; SIGUSR2 upgrades the binary in place.
     #[command(after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml")]
     Run(RunArgs),
     /// Validate a configuration: print every problem with its place.
@@ -72,6 +73,10 @@ pub enum Command {
     /// Have the running balancer read its configuration again.
     #[command(after_help = "Example:\n  tidegate reload --admin unix:/run/tidegate/admin.sock")]
     Reload(ClientArgs),
+    /// Have the running balancer hand everything to a new process of its program,
+    /// losing nothing.
+    #[command(after_help = upgrade::HELP)]
+    Upgrade(upgrade::UpgradeArgs),
     /// Show frontends, pools and backends of the running balancer.
     #[command(after_help = "Example:\n  tidegate status\n  tidegate status --json | jq .pools")]
     Status(ClientArgs),
@@ -100,6 +105,9 @@ pub struct RunArgs {
     /// Configuration file (TOML).
     #[arg(long, short, value_name = "FILE")]
     pub config: PathBuf,
+    /// File to leave the process's number in while it serves.
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
 }
 
 /// `tidegate check`
@@ -151,6 +159,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Check(args) => check::main(args),
         Command::Demo(args) => demo::main(args),
         Command::Reload(args) => reload::main(&args),
+        Command::Upgrade(args) => upgrade::main(&args),
         Command::Status(args) => status::main(&args),
         Command::Drain(args) => drain::drain(&args),
         Command::Undrain(args) => drain::undrain(&args),
@@ -219,7 +228,9 @@ mod tests {
             "check --config f",
             "demo",
             "demo --backends 5 --for 1m",
+            "run --config f --pid-file p",
             "reload",
+            "upgrade --binary /b --config f --json",
             "status --json --admin unix:/x",
             "drain a/b --admin 127.0.0.1:9900 --json",
             "undrain a/b --admin [::1]:9900 --token-file t",
