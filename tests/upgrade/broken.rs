@@ -157,7 +157,8 @@ fn a_configuration_that_is_refused_is_told_with_its_problems(engine: Engine) {
 
 fn a_missing_program_is_told(engine: Engine) {
     let bench = Bench::new(engine);
-    for binary in ["/no/such/program", "/etc/hostname", "/"] {
+    let config = bench.proxy.config_path().display().to_string();
+    for binary in ["/no/such/program", &config, "/"] {
         let output = bench.proxy.cli(&["upgrade", "--binary", binary]);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         assert!(String::from_utf8(output.stderr).unwrap().contains(binary));

@@ -11,7 +11,6 @@ use crate::common::{
     secs,
 };
 use rustix::process::Signal;
-use std::io::Write;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -79,17 +78,19 @@ fn queued_clients_are_accepted_by_the_new_process(engine: Engine) {
     let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()))
         .process("connections_max = 2\ndrain_timeout = \"60s\"");
     let mut proxy = TestProxy::start(conf);
-    let _held = [open_session(&proxy), open_session(&proxy)];
+    let held = [open_session(&proxy), open_session(&proxy)];
     let queued: Vec<TcpStream> = (0..40).map(|_| connect(proxy.addr("web"))).collect();
     let old = proxy.upgrade();
-    for mut stream in queued {
-        stream.write_all(b"ping").unwrap();
-        assert_eq!(client::exchange(&stream, b"").unwrap(), b"");
-        let mut got = [0; 4];
-        std::io::Read::read_exact(&mut &stream, &mut got).expect("served by the new process");
-        assert_eq!(&got, b"ping");
-    }
-    drop(_held);
+    // Whoever waits longest is not the first on its worker: all at once.
+    std::thread::scope(|scope| {
+        for stream in queued {
+            scope.spawn(move || {
+                let answer = client::exchange(&stream, b"ping").expect("served by the new process");
+                assert_eq!(answer, b"ping");
+            });
+        }
+    });
+    drop(held);
     proxy.wait_gone(old, secs(5));
     proxy.rebaseline();
 }
@@ -100,7 +101,8 @@ fn a_signal_upgrades_as_well(engine: Engine) {
     let session = open_session(&proxy);
     let old = proxy.pid();
     proxy.signal(Signal::USR2);
-    let read = || std::fs::read_to_string(proxy.dir().join("pid")).unwrap_or_default();
+    let pid_file = proxy.dir().join("pid");
+    let read = || std::fs::read_to_string(&pid_file).unwrap_or_default();
     eventually(secs(10), "another process serves", || {
         read().trim().parse().is_ok_and(|pid: u32| pid != old)
     });
