@@ -4,7 +4,7 @@
 //! here and pass it down; the core takes it as an argument. Nothing else in the
 //! crate calls `Instant::now` or `SystemTime::now`.
 
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// The monotonic clock.
 #[allow(clippy::disallowed_methods)]
@@ -24,4 +24,11 @@ pub fn monotonic_micros() -> u64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let (seconds, nanos) = (u64::try_from(time.tv_sec), u64::try_from(time.tv_nsec));
     seconds.unwrap_or_default() * 1_000_000 + nanos.unwrap_or_default() / 1000
+}
+
+/// Blocks the calling thread for so long. For threads that may wait: never a
+/// worker, and the control thread only before it serves.
+#[allow(clippy::disallowed_methods)]
+pub fn pause(time: Duration) {
+    std::thread::sleep(time);
 }

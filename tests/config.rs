@@ -148,6 +148,7 @@ fn every_key_stands_in_the_full_file() {
         "engine",
         "spin",
         "drain_timeout",
+        "upgrade_timeout",
         "connections_max",
         "listen",
         "token_file",

@@ -96,7 +96,11 @@ pub fn bind(admin: &Admin) -> Result<AdminListener, BindError> {
 /// Goes on with the listener of another process. `file` is the identity of its
 /// socket's file, if it had one of its own; the file stays until
 /// [`FileKeeper::own`] is called. `None` when the file is not there any more.
-pub fn take_over(admin: &Admin, socket: OwnedFd, file: Option<(u64, u64)>) -> Option<AdminListener> {
+pub fn take_over(
+    admin: &Admin,
+    socket: OwnedFd,
+    file: Option<(u64, u64)>,
+) -> Option<AdminListener> {
     let address = admin.listen.clone();
     let socket = Socket::from(socket);
     socket.set_nonblocking(true).ok()?;

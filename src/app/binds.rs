@@ -62,12 +62,7 @@ pub(super) struct Refused {
 
 impl Binds {
     pub(super) fn new(workers: usize) -> Binds {
-        Binds {
-            workers,
-            active: BTreeMap::new(),
-            retiring: Vec::new(),
-            inherited: BTreeMap::new(),
-        }
+        Binds { workers, active: BTreeMap::new(), retiring: Vec::new(), inherited: BTreeMap::new() }
     }
 
     /// Takes sockets of another process, for [`Binds::reserve_new`] to find.

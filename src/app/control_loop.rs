@@ -14,9 +14,7 @@ use super::pid_file::PidFile;
 use super::start::SessionCap;
 use super::upgrade::{UpgradeEvent, Upgrades};
 use crate::admin::process::ProcessFacts;
-use crate::admin::{
-    self, Readiness, ReloadCounts, Request, ServiceState, Snapshot, TokenStore,
-};
+use crate::admin::{self, Readiness, ReloadCounts, Request, ServiceState, Snapshot, TokenStore};
 use crate::clock;
 use crate::config::Config;
 use crate::config::watch::ConfigWatcher;

@@ -246,7 +246,7 @@ fn reserve(
             Err(refused) if before.is_none() || clock::now() > deadline => {
                 return Err(Failure::Runtime(refused.to_string()));
             }
-            Err(_) => std::thread::sleep(GIVEN_UP_STEP),
+            Err(_) => clock::pause(GIVEN_UP_STEP),
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod demo;
 pub mod drain;
 pub mod reload;
 pub mod run;
+pub mod selftest;
 pub mod shutdown;
 pub mod status;
 pub mod upgrade;
@@ -91,6 +92,9 @@ pub enum Command {
         after_help = "Example:\n  tidegate shutdown --admin 127.0.0.1:9900 --token-file token"
     )]
     Shutdown(ClientArgs),
+    /// Prove on this machine that reloads, upgrades and dying backends lose nothing.
+    #[command(after_help = selftest::HELP)]
+    Selftest(selftest::SelftestArgs),
     /// Make load and measure: requests, streams, held connections.
     #[command(after_help = bench::HELP)]
     Bench(bench::BenchArgs),
@@ -164,6 +168,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Drain(args) => drain::drain(&args),
         Command::Undrain(args) => drain::undrain(&args),
         Command::Shutdown(args) => shutdown::main(&args),
+        Command::Selftest(args) => selftest::main(&args),
         Command::Bench(args) => bench::main(&args),
         Command::Backend(args) => backend::main(&args),
     }
@@ -230,6 +235,7 @@ mod tests {
             "demo --backends 5 --for 1m",
             "run --config f --pid-file p",
             "reload",
+            "selftest --reloads 1 --upgrades 2 --kills 3 --for 10s --seed 4",
             "upgrade --binary /b --config f --json",
             "status --json --admin unix:/x",
             "drain a/b --admin 127.0.0.1:9900 --json",

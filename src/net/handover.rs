@@ -251,8 +251,7 @@ impl Channel {
     }
 
     fn send_batch(&self, fds: &[BorrowedFd<'_>], deadline: Instant) -> Result<(), ChannelError> {
-        let mut space =
-            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_A_MESSAGE))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_A_MESSAGE))];
         loop {
             self.0.set_write_timeout(Some(left(deadline)?)).map_err(ChannelError::Io)?;
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -277,13 +276,8 @@ impl Channel {
         Ok(())
     }
 
-    fn receive_batch(
-        &self,
-        fds: &mut Vec<OwnedFd>,
-        deadline: Instant,
-    ) -> Result<(), ChannelError> {
-        let mut space =
-            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_A_MESSAGE))];
+    fn receive_batch(&self, fds: &mut Vec<OwnedFd>, deadline: Instant) -> Result<(), ChannelError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_A_MESSAGE))];
         loop {
             self.0.set_read_timeout(Some(left(deadline)?)).map_err(ChannelError::Io)?;
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);

@@ -79,8 +79,7 @@ impl Listener {
     pub(super) async fn run(mut self, ctx: Rc<Context>) {
         let mut back_off = BACK_OFF_MIN;
         // Clients that wait for a slot below a cap outwait the retirement.
-        while !self.retirement.is_released()
-            && (!self.retirement.is_over() || self.holds_clients())
+        while !self.retirement.is_released() && (!self.retirement.is_over() || self.holds_clients())
         {
             match self.take_some(&ctx) {
                 Taken::QueueEmpty if self.retirement.is_over() => {}

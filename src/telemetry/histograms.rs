@@ -212,7 +212,8 @@ impl Merged {
     /// What was recorded of that backend, for another process to go on with:
     /// in the order of [`Series::ALL`], empty where nothing was.
     pub fn save(&self, backend: u32) -> [SavedSeries; Series::COUNT] {
-        Series::ALL.map(|series| self.get(backend, series).map(SeriesData::save).unwrap_or_default())
+        Series::ALL
+            .map(|series| self.get(backend, series).map(SeriesData::save).unwrap_or_default())
     }
 
     /// Adds what another process has recorded of that backend.

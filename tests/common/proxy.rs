@@ -68,8 +68,7 @@ impl TestProxy {
         let child = spawn(&config_path, dir.path(), wrapper);
         let serving = Serving::TheChild;
         let (fd_baseline, exited) = (0, None);
-        let mut proxy =
-            TestProxy { dir, conf, config_path, child, serving, fd_baseline, exited };
+        let mut proxy = TestProxy { dir, conf, config_path, child, serving, fd_baseline, exited };
         proxy.wait_ready()?;
         proxy.rebaseline();
         Ok(proxy)

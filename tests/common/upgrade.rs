@@ -50,8 +50,12 @@ impl Serving {
         match self {
             Serving::TheChild => first,
             Serving::Successor { pid, before } => {
-                before.iter().skip(1).for_each(|pid| drop(reap(*pid)));
-                reap(*pid)
+                for old in before.iter().skip(1) {
+                    let _ = reap(*old);
+                }
+                // The one that started it may have reaped it, with its status.
+                let gone = !std::path::Path::new(&format!("/proc/{pid}")).exists();
+                reap(*pid).or(gone.then(|| ExitStatus::from_raw(0)))
             }
         }
     }

@@ -94,7 +94,8 @@ impl Bench {
 
 fn a_program_that_exits_changes_nothing(engine: Engine) {
     let bench = Bench::new(engine);
-    bench.fails("#!/bin/sh\necho 'no such luck' >&2\nexit 7\n", "exit status: 7; it said:\nno such");
+    bench
+        .fails("#!/bin/sh\necho 'no such luck' >&2\nexit 7\n", "exit status: 7; it said:\nno such");
     bench.and_can_be_upgraded();
 }
 
@@ -145,7 +146,8 @@ raise SystemExit("changed my mind")
 fn a_configuration_that_is_refused_is_told_with_its_problems(engine: Engine) {
     let bench = Bench::new(engine);
     let path = bench.proxy.dir().join("bad.toml");
-    std::fs::write(&path, "[frontend.web]\nbind = [\"127.0.0.1:1\"]\npool = \"nowhere\"\n").unwrap();
+    std::fs::write(&path, "[frontend.web]\nbind = [\"127.0.0.1:1\"]\npool = \"nowhere\"\n")
+        .unwrap();
     let path = path.display().to_string();
     let output = bench.proxy.cli(&["upgrade", "--config", &path]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -170,9 +172,7 @@ fn a_missing_program_is_told(engine: Engine) {
 fn a_draining_process_is_not_upgraded(engine: Engine) {
     let mut bench = Bench::new(engine);
     bench.proxy.sigterm();
-    eventually(secs(2), "it drains", || {
-        bench.proxy.admin_request("GET", "/ready").status == 503
-    });
+    eventually(secs(2), "it drains", || bench.proxy.admin_request("GET", "/ready").status == 503);
     let answer = bench.proxy.try_upgrade("");
     assert_eq!(answer.status, 409, "{}", answer.body);
     assert!(answer.body.contains("draining"), "{}", answer.body);

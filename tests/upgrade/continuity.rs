@@ -230,8 +230,7 @@ fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
     let web = Pool::new("web").backend("a", short[0].address()).backend("b", short[1].address());
     let led = Pool::new("led").backend("s0", streams[0].address());
     let conf = Conf::new(engine).frontend("web", "web", "").frontend("led", "led", "");
-    let mut proxy =
-        TestProxy::start(conf.pool(web).pool(led).process("drain_timeout = \"30s\""));
+    let mut proxy = TestProxy::start(conf.pool(web).pool(led).process("drain_timeout = \"30s\""));
     let (web, led) = (proxy.addr("web"), proxy.addr("led"));
     let steady = Steady::start(web, 4);
     let stop = AtomicBool::new(false);

@@ -157,10 +157,7 @@ pub(super) fn send<M: Message>(
 }
 
 /// Waits for that message; descriptors that come with it are closed.
-pub(super) fn receive<M: Message>(
-    channel: &Channel,
-    deadline: Instant,
-) -> Result<M, MessageError> {
+pub(super) fn receive<M: Message>(channel: &Channel, deadline: Instant) -> Result<M, MessageError> {
     decode(&channel.receive(deadline)?)
 }
 

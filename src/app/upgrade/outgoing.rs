@@ -242,7 +242,7 @@ fn wait_for_end(child: &mut Child) -> Option<ExitStatus> {
     loop {
         match child.try_wait() {
             Ok(Some(status)) => return Some(status),
-            Ok(None) if clock::now() < deadline => std::thread::sleep(LOOK),
+            Ok(None) if clock::now() < deadline => clock::pause(LOOK),
             _ => return None,
         }
     }
@@ -291,7 +291,7 @@ impl Tail {
     fn last_lines(&self) -> String {
         let deadline = clock::now() + END_MAX;
         while !self.state().ended && clock::now() < deadline {
-            std::thread::sleep(LOOK);
+            clock::pause(LOOK);
         }
         let state = self.state();
         state.lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
