@@ -116,7 +116,7 @@ impl Control {
         let changed = Arc::new(Notify::new());
         let _watcher = self.watch_file(&changed);
         let mut signals = Signals::listen(self.signals);
-        if self.upgrades.took_over() {
+        if self.upgrades.awaits_predecessor() {
             self.catch_up().await;
         }
         loop {

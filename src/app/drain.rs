@@ -73,7 +73,11 @@ impl Control {
         let now = clock::now();
         draining.next_look = now + STEP;
         let cut = draining.cut.map_or(0, |(cut, _)| cut);
-        if closed && open == 0 {
+        // What the process before still counts goes on with this one's farewell.
+        let counted = !self.upgrades.handed_over()
+            || !self.upgrades.awaits_predecessor()
+            || now >= draining.deadline;
+        if closed && open == 0 && counted {
             return Some(cut);
         }
         match draining.cut {

@@ -4,12 +4,14 @@
 //! can fail (reading, validating, binding, opening the log, the token) comes
 //! first and changes nothing; what follows cannot.
 
+use super::binds::{Fresh, Refused};
 use super::control_loop::Control;
 use super::start;
 use crate::admin::{Problem, ReloadError, Reloaded};
 use crate::clock;
 use crate::config::{self, Config, Loaded};
 use crate::control::Event;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,8 +76,8 @@ impl Control {
         }
         self.wait_for_addresses(&config).await;
         let fresh = self
-            .binds
             .bind_new(&config)
+            .await
             .map_err(|refused| self.refuse(&refused.address.to_string(), refused.to_string()))?;
         if config.log.access != self.config.log.access
             && let Some(access_log) = &mut self.access_log
@@ -119,6 +121,24 @@ impl Control {
         while self.binds.wanted_back(config) && !left.is_zero() {
             tokio::time::sleep(WANTED_BACK_STEP).await;
             left = left.saturating_sub(WANTED_BACK_STEP);
+        }
+    }
+
+    /// Binds what is new. The process before this one may be closing an address.
+    async fn bind_new(&mut self, config: &Config) -> Result<Fresh, Refused> {
+        let mut left = WANTED_BACK_MAX;
+        loop {
+            match self.binds.bind_new(config) {
+                Err(refused)
+                    if refused.error.kind() == ErrorKind::AddrInUse
+                        && self.upgrades.awaits_predecessor()
+                        && !left.is_zero() =>
+                {
+                    tokio::time::sleep(WANTED_BACK_STEP).await;
+                    left = left.saturating_sub(WANTED_BACK_STEP);
+                }
+                result => return result,
+            }
         }
     }
 

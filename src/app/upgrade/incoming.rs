@@ -169,15 +169,10 @@ fn trouble(error: &dyn std::fmt::Display) -> Failure {
 // === impl Draining ===
 
 impl Draining {
-    /// The old process's last counts; pending for ever when there are none (any
-    /// more).
-    pub(in crate::app) async fn farewell(draining: &mut Option<Draining>) -> Commit {
-        if let Some(one) = draining
-            && let Some(last) = one.farewell.recv().await
-        {
-            return last;
-        }
-        std::future::pending().await
+    /// Waits until the old process has ended: its last counts, if it came to tell
+    /// them.
+    pub(in crate::app) async fn farewell(&mut self) -> Option<Commit> {
+        self.farewell.recv().await
     }
 }
 

@@ -76,8 +76,8 @@ struct Successor {
 #[derive(Debug)]
 pub(super) enum UpgradeEvent {
     Progress(Progress),
-    /// The process before has ended its last session.
-    Farewell(Box<Commit>),
+    /// The process before has ended; with its last counts, if it came to tell them.
+    Farewell(Option<Box<Commit>>),
 }
 
 // === impl Upgrades ===
@@ -96,8 +96,9 @@ impl Upgrades {
         self.successor.is_some()
     }
 
-    /// Whether this process took over from another.
-    pub(super) fn took_over(&self) -> bool {
+    /// Whether the process this one took over from still drains. Until it ends,
+    /// its last sessions are not counted, and it may hold addresses.
+    pub(super) fn awaits_predecessor(&self) -> bool {
         self.predecessor.is_some()
     }
 
@@ -124,11 +125,16 @@ impl Upgrades {
                 None => std::future::pending().await,
             }
         };
+        let predecessor = &mut self.predecessor;
+        let farewell = async {
+            match predecessor {
+                Some(predecessor) => predecessor.farewell().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             progress = progress => UpgradeEvent::Progress(progress),
-            last = PredecessorDraining::farewell(&mut self.predecessor) => {
-                UpgradeEvent::Farewell(Box::new(last))
-            }
+            last = farewell => UpgradeEvent::Farewell(last.map(Box::new)),
         }
     }
 }
@@ -207,7 +213,13 @@ impl Control {
     /// Goes on with what has happened.
     pub(super) async fn upgrade_event(&mut self, event: UpgradeEvent) {
         match event {
-            UpgradeEvent::Farewell(last) => self.take_farewell(&last),
+            UpgradeEvent::Farewell(last) => {
+                self.upgrades.predecessor = None;
+                match last {
+                    Some(last) => self.take_farewell(&last),
+                    None => tracing::warn!("the process before has ended without a word"),
+                }
+            }
             UpgradeEvent::Progress(progress) => {
                 let Some(under_way) = self.upgrades.under_way.take() else { return };
                 let result = match progress {

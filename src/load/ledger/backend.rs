@@ -21,7 +21,7 @@ const LOOK: Duration = Duration::from_millis(1);
 
 /// From the last client let in to the last one accepted: handshakes on loopback
 /// take microseconds.
-const SETTLE: Duration = Duration::from_millis(50);
+const SETTLE: Duration = Duration::from_millis(2);
 
 /// How long a connection may take to say which stream it is.
 const SEED_MAX: Duration = Duration::from_secs(2);
@@ -107,27 +107,38 @@ impl Backend {
     /// and has begun.
     pub fn kill(&mut self) -> usize {
         let Some(Running { listener, shared, acceptor }) = self.running.take() else { return 0 };
+        let mut cut = self.cut(&shared);
         // On failure a few streams more are cut, and not excused.
         let _ = listen::retire(&listener);
         clock::pause(SETTLE);
         shared.stopping.store(true, Ordering::Relaxed);
         let _ = acceptor.join();
         drop(listener);
+        // Who got in meanwhile.
         let deadline = clock::now() + SEED_MAX;
-        let silent = |open: &Open| open.seed.is_none();
-        while held(&shared.open).values().any(silent) && clock::now() < deadline {
+        loop {
+            cut += self.cut(&shared);
+            let silent = |open: &Open| open.seed.is_none();
+            if !held(&shared.open).values().any(silent) || clock::now() >= deadline {
+                return cut;
+            }
             clock::pause(LOOK);
         }
-        let open = held(&shared.open);
-        for one in open.values() {
-            if let Some(seed) = one.seed {
-                self.ledger.excuse(seed);
-            }
-            let _ = one.socket.set_linger(Some(Duration::ZERO));
+    }
+
+    /// Resets every connection that has said which stream it is.
+    fn cut(&self, shared: &Shared) -> usize {
+        let mut cut = 0;
+        held(&shared.open).retain(|_, open| {
+            let Some(seed) = open.seed else { return true };
+            self.ledger.excuse(seed);
+            let _ = open.socket.set_linger(Some(Duration::ZERO));
             // Wakes whoever reads; the close that follows resets.
-            let _ = one.socket.shutdown(Shutdown::Read);
-        }
-        open.values().filter(|one| one.seed.is_some()).count()
+            let _ = open.socket.shutdown(Shutdown::Read);
+            cut += 1;
+            false
+        });
+        cut
     }
 }
 
