@@ -19,4 +19,5 @@ mod common;
 mod broken;
 mod continuity;
 mod manager;
+mod selftest;
 mod state;
