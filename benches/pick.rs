@@ -156,6 +156,8 @@ fn spec(balance: Policy) -> Arc<config::Pool> {
         on_removal: OnRemoval::Keep,
         probe: None,
         ejection: None,
+        heartbeat: None,
+        slow_start: None,
         backends: Vec::new(),
     })
 }

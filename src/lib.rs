@@ -38,6 +38,8 @@
 //! | [`health`] | what is known of a backend and whether it is eligible (pure) |
 //! | [`health::probe`] | running one active check (a shell) |
 //! | [`heartbeat`] | signed datagrams from backends: format, keys, what is refused and why (pure) |
+//! | [`heartbeat::listen`] | the thread that receives them (a shell) |
+//! | [`heartbeat::sender`] | sending them, for services and the sidecar (a shell) |
 //! | [`config`] | file text to validated model, or every problem at its place |
 //! | [`config::watch`] | noticing that the file may have changed (a shell) |
 //! | [`net`] | sockets, readiness, affinity, limits; the only unsafe code |
@@ -75,10 +77,11 @@
 //! # Architecture invariants
 //!
 //! - Architecture invariant: `main` uses [`cli`], which uses [`app`], which uses
-//!   the shells [`admin`], [`proxy`], [`health::probe`], [`config::watch`]; these
-//!   use the core [`control`], [`table`], [`balance`], [`health`], [`config`];
-//!   the base [`net`], [`clock`], [`telemetry`] uses none of them. Nothing uses
-//!   what is above it, and shells never use each other.
+//!   the shells [`admin`], [`proxy`], [`health::probe`], [`heartbeat::listen`],
+//!   [`heartbeat::sender`], [`heartbeat::key_file`], [`config::watch`]; these use
+//!   the core [`control`], [`table`], [`balance`], [`health`], [`heartbeat`],
+//!   [`config`]; the base [`net`], [`clock`], [`telemetry`] uses none of them.
+//!   Nothing uses what is above it, and shells never use each other.
 //! - Architecture invariant: the core, [`proxy::admission`] and
 //!   [`proxy::close`] do no I/O and read no clock (but for [`config::load`],
 //!   which reads one file). Time and randomness come in as arguments, effects go

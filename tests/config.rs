@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -142,52 +143,14 @@ fn full_file_states_the_built_in_defaults() {
 #[test]
 fn every_key_stands_in_the_full_file() {
     let text = fs::read_to_string(root().join("config/full.toml")).unwrap();
-    let keys = [
-        "workers",
-        "pin",
-        "engine",
-        "spin",
-        "drain_timeout",
-        "upgrade_timeout",
-        "connections_max",
-        "listen",
-        "token_file",
-        "level",
-        "format",
-        "access",
-        "bind",
-        "pool",
-        "idle_timeout",
-        "half_closed_timeout",
-        "keepalive",
-        "user_timeout",
-        "balance",
-        "connect_timeout",
-        "connect_attempts",
-        "when_none_eligible",
-        "startup_grace",
-        "on_removal",
-        "kind",
-        "interval",
-        "fast_interval",
-        "timeout",
-        "rise",
-        "fall",
-        "send",
-        "expect",
-        "path",
-        "host",
-        "method",
-        "status",
-        "failures",
-        "time",
-        "max_ejected",
-        "name",
-        "address",
-        "weight",
-        "backup",
-    ];
-    for key in keys {
+    let keys = "workers pin engine spin drain_timeout upgrade_timeout connections_max listen token_file level \
+        format access bind pool idle_timeout half_closed_timeout keepalive \
+        user_timeout balance connect_timeout connect_attempts when_none_eligible \
+        startup_grace on_removal kind interval fast_interval timeout rise fall send \
+        expect path host method status failures time max_ejected name address weight \
+        backup slow_start register require ttl forget_after backends_max weight_max id \
+        file pools addresses";
+    for key in keys.split(' ') {
         let stands = |line: &str| {
             line.trim_start_matches(['#', ' ']).split('=').next().is_some_and(|k| k.trim() == key)
         };
@@ -200,6 +163,78 @@ fn no_ejection_can_be_written_in_one_word() {
     let text = MINIMAL.replace("[pool.web.probe]", "[pool.web]\nejection = \"off\"");
     assert_eq!(config::parse(&text, "t").unwrap().pools[0].ejection, None);
     assert!(minimal().pools[0].ejection.is_some());
+}
+
+const HEARTBEATS: &str = r#"
+[frontend.web]
+bind = "0.0.0.0:8080"
+pool = "web"
+[heartbeat]
+listen = ["0.0.0.0:7946", "[::]:7946"]
+[[heartbeat.key]]
+id = 1
+file = "KEY"
+pools = "web"
+addresses = ["10.0.0.0/8", "127.0.0.1"]
+[pool.web]
+slow_start = "10s"
+[pool.web.heartbeat]
+register = true
+"#;
+
+#[test]
+fn a_pool_that_senders_may_join_needs_no_backend_of_its_own() {
+    let config = config::parse(HEARTBEATS, "t").unwrap();
+    let pool = &config.pools[0];
+    let spec = pool.heartbeat.as_ref().unwrap();
+    assert!(pool.backends.is_empty() && spec.register && !spec.require);
+    assert_eq!(pool.slow_start, Some(Duration::from_secs(10)));
+    assert_eq!((spec.interval.as_millis(), spec.ttl.as_secs()), (100, 10));
+    assert_eq!((spec.forget_after.as_secs(), spec.backends_max, spec.weight_max), (60, 1000, 100));
+    let key = &config.heartbeat.unwrap().keys[0];
+    assert_eq!(key.addresses[1].to_string(), "127.0.0.1/32");
+    assert_eq!(key.secret, None, "a text alone opens no file");
+    let problems = config::parse(&HEARTBEATS.replace("true", "false"), "t").unwrap_err();
+    assert!(problems.to_string().contains("pool \"web\" has no backend"), "{problems}");
+}
+
+/// A configuration beside a key file of those bytes and that mode.
+fn with_key(secret: &[u8], mode: u32) -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let key = directory.path().join("hb.key");
+    fs::write(&key, secret).unwrap();
+    fs::set_permissions(&key, fs::Permissions::from_mode(mode)).unwrap();
+    let path = directory.path().join("t.toml");
+    fs::write(&path, HEARTBEATS.replace("KEY", &key.display().to_string())).unwrap();
+    (directory, path)
+}
+
+#[test]
+fn another_secret_under_the_same_name_is_another_configuration() {
+    let (directory, path) = with_key(&[7; 32], 0o600);
+    let first = config::load(&path).unwrap();
+    let again = config::load(&path).unwrap();
+    assert_eq!(first, again);
+    assert!(!format!("{first:?}").contains("7, 7"), "the secret is shown");
+    fs::write(directory.path().join("hb.key"), [8; 32]).unwrap();
+    let changed = config::load(&path).unwrap();
+    assert_eq!(changed.digest, first.digest);
+    assert_ne!(changed.config, first.config);
+}
+
+#[test]
+fn unfit_key_files_are_problems_at_their_place() {
+    for (secret, mode, why) in [
+        (&[7; 32][..], 0o640, "others may use the file (mode 0640)"),
+        (&[7; 31][..], 0o600, "31 bytes, at least 32 are needed"),
+        (&[7; 5000][..], 0o600, "a secret has at most 1024 bytes"),
+    ] {
+        let (_directory, path) = with_key(secret, mode);
+        let problems = config::load(&path).unwrap_err();
+        let problem = &problems.list[0];
+        assert!(problem.message.contains(why), "{problem}");
+        assert_eq!((problem.line, problem.column), (9, 8));
+    }
 }
 
 #[test]

@@ -7,6 +7,8 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, too.
 
+#[path = "controller_sim/heartbeats.rs"]
+mod heartbeats;
 #[path = "controller_sim/model.rs"]
 mod model;
 
@@ -109,6 +111,8 @@ fn random_pool(rng: &mut Rng, index: usize) -> Pool {
         },
         probe: random_probe(rng),
         ejection: (rng.u8(..5) > 0).then_some(ejection),
+        heartbeat: None,
+        slow_start: None,
         backends,
     }
 }
@@ -138,6 +142,7 @@ fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
         keepalive: None,
         user_timeout: None,
         connections_max: 0,
+        sources: None,
     });
     Config {
         process: Process {
@@ -153,6 +158,7 @@ fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
         log: Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off },
         frontends: frontends.collect(),
         pools,
+        heartbeat: None,
     }
 }
 
@@ -210,7 +216,7 @@ impl Sim {
         // What was due before is told apart from what the reload does.
         self.tick();
         let effects = self.controller.apply(Event::Configure(Arc::clone(&self.config)), self.now);
-        let status = self.controller.status();
+        let status = self.controller.status(self.now);
         let mut states = HashMap::new();
         for pool in &status.pools {
             for b in &pool.backends {
@@ -382,7 +388,7 @@ impl Sim {
     }
 
     fn check_status(&self) {
-        let status = self.controller.status();
+        let status = self.controller.status(self.now);
         assert_eq!(status.generation, self.generation);
         for (pool, expected) in status.pools.iter().zip(&self.model.pools) {
             for (b, model) in pool.backends.iter().zip(&expected.backends) {
@@ -392,7 +398,8 @@ impl Sim {
                 assert_eq!(b.observation, model.observation, "{name}");
                 assert_eq!(b.ejected, model.ejected_until.is_some(), "{name}");
                 assert_eq!(b.eligible, model.eligible(expected.probed()), "{name}");
-                assert_eq!(b.effective_weight, if b.eligible { b.weight } else { 0 }, "{name}");
+                let whole = if b.eligible { f64::from(b.weight) } else { 0.0 };
+                assert_eq!(b.effective_weight, whole, "{name}");
             }
             assert!(expected.ejected() <= expected.ejected_max(), "the guard was overrun");
         }

@@ -9,7 +9,8 @@ use clap::CommandFactory;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -17,6 +18,10 @@ use tidegate::admin::Request;
 use tidegate::app::{self, Options, Running};
 use tidegate::cli::Cli;
 use tidegate::config::{self, Policy};
+use tidegate::heartbeat::SenderState;
+use tidegate::heartbeat::keys::Secret;
+use tidegate::heartbeat::sender::{Sender, Settings};
+use tidegate::heartbeat::wire::Identity;
 use tidegate::proxy::close::{Cause, Phase, code};
 use tokio::sync::oneshot;
 
@@ -118,7 +123,8 @@ fn causes_and_phases_are_all_there_with_their_letters() {
 #[test]
 fn every_metric_is_listed_with_its_type_and_labels_and_no_other() {
     let balancer = Balancer::after_one_session();
-    let text = balancer.metrics_with("tidegate_session_seconds_count");
+    let text = balancer
+        .metrics_with(&["tidegate_session_seconds_count", "tidegate_backend_heartbeat_phi{"]);
     let mut built: BTreeMap<String, (String, BTreeSet<String>)> = BTreeMap::new();
     let mut open = String::new();
     for line in text.lines() {
@@ -166,6 +172,7 @@ fn every_field_of_the_access_log_is_listed_in_order() {
 struct Balancer {
     running: Option<Running>,
     directory: tempfile::TempDir,
+    _sender: Sender,
 }
 
 impl Balancer {
@@ -177,28 +184,45 @@ impl Balancer {
         let file = |name: &str| directory.path().join(name).display().to_string();
         let (socket, access) = (file("admin.sock"), file("access.log"));
         let to = backend.local_addr().unwrap();
+        let key = directory.path().join("hb.key");
+        fs::write(&key, [7; 32]).unwrap();
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+        let heartbeats = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let text = format!(
             "[process]\nworkers = 1\npin = false\n\
              [admin]\nlisten = \"unix:{socket}\"\n\
              [log]\naccess = \"{access}\"\n\
              [frontend.web]\nbind = [\"{frontend}\"]\npool = \"web\"\n\
-             [[pool.web.backend]]\naddress = \"{to}\"\n"
+             [heartbeat]\nlisten = \"{heartbeats}\"\n\
+             [[heartbeat.key]]\nid = 1\nfile = \"{}\"\npools = [\"web\"]\n\
+             addresses = [\"127.0.0.0/8\"]\n\
+             [pool.web.heartbeat]\n\
+             [[pool.web.backend]]\naddress = \"{to}\"\n",
+            key.display()
         );
         fs::write(&path, text).unwrap();
         std::thread::spawn(move || serve_one(&backend));
         let options = Options { config: path, signals: false, logging: false };
         let running = app::start(options).unwrap();
+        let identity = Identity::new("web", &to.to_string(), to).unwrap();
+        let secret = Secret::new(&[7; 32]).unwrap();
+        let interval = Duration::from_millis(100);
+        let settings = Settings { to: vec![heartbeats], identity, key_id: 1, secret, interval };
         talk_once(frontend);
-        Balancer { running: Some(running), directory }
+        // Only then: its first heartbeat has the backend asked whether it is there.
+        let sender = Sender::start(settings).unwrap();
+        sender.set_state(SenderState::Ready);
+        Balancer { running: Some(running), directory, _sender: sender }
     }
 
-    /// The metrics, once they hold that series.
-    fn metrics_with(&self, series: &str) -> String {
+    /// The metrics, once they hold those series.
+    fn metrics_with(&self, series: &[&str]) -> String {
         let requests = self.running.as_ref().unwrap().requests();
         eventually(|| {
             let (reply, answer) = oneshot::channel();
             requests.blocking_send(Request::Metrics(reply)).unwrap();
-            Some(answer.blocking_recv().unwrap()).filter(|text| text.contains(series))
+            Some(answer.blocking_recv().unwrap())
+                .filter(|text| series.iter().all(|series| text.contains(series)))
         })
     }
 

@@ -21,7 +21,7 @@ const EXCUSED_USES: [(&str, &str); 0] = [];
 
 /// Layers from the bottom; a module uses its own layer and those below it.
 /// The longest matching prefix counts.
-const LAYERS: [(&str, Layer); 23] = [
+const LAYERS: [(&str, Layer); 24] = [
     ("net", Layer::Base),
     ("clock", Layer::Base),
     ("telemetry", Layer::Base),
@@ -37,6 +37,7 @@ const LAYERS: [(&str, Layer); 23] = [
     ("load", Layer::Shell),
     ("proxy", Layer::Shell),
     ("health::probe", Layer::Shell),
+    ("heartbeat::key_file", Layer::Shell),
     ("heartbeat::listen", Layer::Shell),
     ("heartbeat::sender", Layer::Shell),
     ("config::watch", Layer::Shell),

@@ -14,12 +14,14 @@
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 422 with `problems` |
 //! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
 //! | `POST /v1/upgrade` | 200 `{pid, version, generation}`; 409 when it cannot be tried; 422 when the new process did not come to serve |
+//! | `GET /v1/pools/{pool}/backends/{name}/explain` | JSON ([`explain`]); 404 |
 //! | `POST /v1/shutdown` | 200 `{state: "draining"}` |
 //!
 //! Names in paths are percent-decoded (`%2F` for the `/` of a Unix backend).
 //! Errors are `{"error", "detail"}`. Bodies are read, bounded and ignored.
 
 mod bind;
+pub mod explain;
 mod guard;
 pub mod metrics;
 pub mod process;
@@ -32,7 +34,7 @@ mod upgrade;
 
 pub use bind::{AdminListener, BindError, FileKeeper, bind, take_over};
 pub use serve::serve;
-pub use snapshot::{ReloadCounts, ServiceState, Snapshot, UpgradeCounts};
+pub use snapshot::{HeartbeatCounts, ReloadCounts, ServiceState, Snapshot, UpgradeCounts};
 pub use token::{Token, TokenError, TokenStore};
 
 use crate::control::OperatorError;
@@ -53,6 +55,15 @@ pub enum Request {
     Metrics(oneshot::Sender<String>),
     /// Read the configuration again and put it in force.
     Reload(oneshot::Sender<Result<Reloaded, ReloadError>>),
+    /// The text of [`explain::render`].
+    Explain {
+        /// Pool name.
+        pool: String,
+        /// Backend name.
+        backend: String,
+        /// The explanation.
+        reply: oneshot::Sender<Result<String, OperatorError>>,
+    },
     /// Change an operator's intent for one backend.
     SetIntent {
         /// Pool name.

@@ -78,6 +78,7 @@ pub(super) fn router(api: Arc<Api>) -> Router {
         .route("/v1/shutdown", post(shutdown))
         .route("/v1/pools/{pool}/backends/{name}/drain", post(drain))
         .route("/v1/pools/{pool}/backends/{name}/undrain", post(undrain))
+        .route("/v1/pools/{pool}/backends/{name}/explain", get(explain))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(Arc::clone(&api), guard))
@@ -136,21 +137,35 @@ async fn undrain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<
     set_intent(&api, &uri, named, Intent::Ready).await
 }
 
+async fn explain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<Response, Refusal> {
+    let Ok(Path((pool, backend))) = named else { return Err(not_found(&uri)) };
+    let (unknown_pool, unknown_backend) = unknown(&pool, &backend);
+    match api.ask(|reply| Request::Explain { pool, backend, reply }).await? {
+        Ok(text) => Ok(answer(JSON, text)),
+        Err(OperatorError::UnknownPool) => Err(unknown_pool),
+        Err(OperatorError::UnknownBackend) => Err(unknown_backend),
+    }
+}
+
+/// The refusals of a pool, and of a backend, that is not there.
+fn unknown(pool: &str, backend: &str) -> (Refusal, Refusal) {
+    let not_found = |error, detail| Refusal::new(StatusCode::NOT_FOUND, error, detail);
+    (
+        not_found("unknown pool", format!("no pool is named {pool:?}")),
+        not_found("unknown backend", format!("pool {pool:?} has no backend {backend:?}")),
+    )
+}
+
 async fn set_intent(api: &Api, uri: &Uri, named: Named, to: Intent) -> Result<Response, Refusal> {
     // Not UTF-8 once decoded: no name is like that.
     let Ok(Path((pool, backend))) = named else { return Err(not_found(uri)) };
     let body = text(&Intended { pool: &pool, backend: &backend, intent: to.name() });
-    let unknown_pool = format!("no pool is named {pool:?}");
-    let unknown_backend = format!("pool {pool:?} has no backend {backend:?}");
+    let (unknown_pool, unknown_backend) = unknown(&pool, &backend);
     let done = api.ask(|reply| Request::SetIntent { pool, backend, intent: to, reply }).await?;
     match done {
         Ok(()) => Ok(answer(JSON, body)),
-        Err(OperatorError::UnknownPool) => {
-            Err(Refusal::new(StatusCode::NOT_FOUND, "unknown pool", unknown_pool))
-        }
-        Err(OperatorError::UnknownBackend) => {
-            Err(Refusal::new(StatusCode::NOT_FOUND, "unknown backend", unknown_backend))
-        }
+        Err(OperatorError::UnknownPool) => Err(unknown_pool),
+        Err(OperatorError::UnknownBackend) => Err(unknown_backend),
     }
 }
 

@@ -8,6 +8,7 @@ use super::process::ProcessFacts;
 use crate::control::ControlStatus;
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,21 @@ pub struct Snapshot<'a> {
     pub warnings: &'a [String],
     /// What the kernel says of the process.
     pub process: ProcessFacts,
+    /// What the receiver of heartbeats has counted.
+    pub heartbeats: &'a HeartbeatCounts,
+}
+
+/// What the receiver of heartbeats has counted; all zero where there is none.
+#[derive(Debug, Clone, Default)]
+pub struct HeartbeatCounts {
+    /// Where it listens.
+    pub listen: Vec<SocketAddr>,
+    /// Datagrams believed.
+    pub accepted: u64,
+    /// Datagrams refused, by reason.
+    pub rejected: Vec<(&'static str, u64)>,
+    /// Datagrams the kernel dropped because the socket's buffer was full.
+    pub kernel_drops: u64,
 }
 
 /// Where the process is in its life, as status shows it.

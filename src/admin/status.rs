@@ -5,13 +5,15 @@
 
 use super::snapshot::Snapshot;
 use crate::config::BackendAddress;
-use crate::control::{BackendStatus, FrontendStatus, PoolStatus};
-use crate::health::Transition;
+use crate::control::{
+    BackendStatus, Freezing, FrontendStatus, HeartbeatStatus, Origin, PoolStatus,
+};
+use crate::health::{Pulse, Transition};
 use crate::table::state::{BackendState, FrontendCounters};
 use crate::telemetry::histograms::{Merged, Series};
 use serde::Serialize;
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -27,10 +29,33 @@ struct Document<'a> {
     connections_max: u32,
     /// Settings that wait for a restart.
     warnings: &'a [String],
+    /// `null` where no pool takes heartbeats.
+    heartbeat: Option<Heartbeats<'a>>,
     frontends: Vec<Frontend<'a>>,
     pools: Vec<Pool<'a>>,
     /// Backends no longer configured that still hold sessions.
     leaving: Vec<Leaving<'a>>,
+}
+
+#[derive(Serialize)]
+struct Heartbeats<'a> {
+    listen: &'a [SocketAddr],
+    accepted_total: u64,
+    /// By whatever reason.
+    rejected_total: u64,
+    kernel_drops_total: u64,
+    /// Times nobody's silence counted, because we were late or deaf.
+    excuses_total: u64,
+    /// Nobody at all is heard.
+    silent: bool,
+    /// Why no silent backend of any pool is taken out.
+    frozen: Option<Frozen<'a>>,
+}
+
+#[derive(Serialize)]
+pub(super) struct Frozen<'a> {
+    reason: &'a str,
+    seconds: f64,
 }
 
 #[derive(Serialize)]
@@ -50,6 +75,13 @@ struct Frontend<'a> {
 struct Pool<'a> {
     name: &'a str,
     balance: &'static str,
+    /// `refuse` or `try-all` while nobody is eligible.
+    none_eligible: Option<&'static str>,
+    /// Why no silent backend is taken out.
+    frozen: Option<Frozen<'a>>,
+    registered: usize,
+    /// 0 where nobody may register.
+    registered_max: u32,
     backends: Vec<Backend<'a>>,
 }
 
@@ -57,8 +89,10 @@ struct Pool<'a> {
 struct Backend<'a> {
     name: &'a str,
     address: String,
+    /// Its heartbeats brought it; it is not in the file.
+    registered: bool,
     weight: u32,
-    effective_weight: u32,
+    effective_weight: Number,
     backup: bool,
     connections_max: u32,
     intent: &'static str,
@@ -68,6 +102,10 @@ struct Backend<'a> {
     /// Ejections that the pool's guard held back.
     ejections_held_total: u64,
     eligible: bool,
+    /// Of its full share; below 100 during a slow start.
+    ramp_percent: u32,
+    /// `null` where none were heard and none are needed.
+    heartbeat: Option<Heart>,
     sessions_active: u32,
     sessions_total: u64,
     connect_failures_total: u64,
@@ -78,6 +116,26 @@ struct Backend<'a> {
     last_transition: Option<LastTransition<'a>>,
 }
 
+/// What its heartbeats amount to; the figures are `null` until the first.
+#[derive(Serialize)]
+struct Heart {
+    pulse: &'static str,
+    sender_state: Option<&'static str>,
+    silent_seconds: Option<f64>,
+    timeout_seconds: Option<f64>,
+    loss: Option<f64>,
+    load: Option<u16>,
+    held: Option<String>,
+}
+
+/// Whole numbers as such: most weights are.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub(super) enum Number {
+    Whole(u32),
+    Part(f64),
+}
+
 /// Both `null` until something was measured.
 #[derive(Serialize)]
 struct Quantiles {
@@ -86,7 +144,7 @@ struct Quantiles {
 }
 
 #[derive(Serialize)]
-struct LastTransition<'a> {
+pub(super) struct LastTransition<'a> {
     from: &'static str,
     to: &'static str,
     reason: &'a str,
@@ -118,11 +176,30 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
         connections_active: snapshot.connections_active,
         connections_max: snapshot.connections_max,
         warnings: snapshot.warnings,
+        heartbeat: control.heartbeat.as_ref().map(|status| heartbeats(status, snapshot)),
         frontends: control.frontends.iter().map(frontend).collect(),
         pools: control.pools.iter().map(|p| pool(p, snapshot.latency, snapshot.now)).collect(),
         leaving: control.leaving.iter().map(|backend| leaving(backend)).collect(),
     };
     serde_json::to_string(&document).expect("plain data with string keys always serialises")
+}
+
+fn heartbeats<'a>(status: &'a HeartbeatStatus, snapshot: &Snapshot<'a>) -> Heartbeats<'a> {
+    let misfits: u64 = status.misfits.iter().map(|(_, count)| count).sum();
+    let received = snapshot.heartbeats;
+    Heartbeats {
+        listen: &received.listen,
+        accepted_total: received.accepted,
+        rejected_total: received.rejected.iter().map(|(_, count)| count).sum::<u64>() + misfits,
+        kernel_drops_total: received.kernel_drops,
+        excuses_total: status.excuses_total,
+        silent: status.silent,
+        frozen: status.frozen.as_ref().map(frozen),
+    }
+}
+
+pub(super) fn frozen(freezing: &Freezing) -> Frozen<'_> {
+    Frozen { reason: &freezing.reason, seconds: millis(freezing.lasted) }
 }
 
 fn frontend(status: &FrontendStatus) -> Frontend<'_> {
@@ -148,6 +225,10 @@ fn pool<'a>(status: &'a PoolStatus, latency: &Merged, now: Instant) -> Pool<'a> 
     Pool {
         name: &status.name,
         balance: status.balance,
+        none_eligible: status.none_eligible,
+        frozen: status.frozen.as_ref().map(frozen),
+        registered: status.registered,
+        registered_max: status.registered_max,
         backends: status.backends.iter().map(|b| backend(b, latency, now)).collect(),
     }
 }
@@ -157,8 +238,9 @@ fn backend<'a>(status: &'a BackendStatus, latency: &Merged, now: Instant) -> Bac
     Backend {
         name: &state.name,
         address: address(&state.address),
+        registered: status.origin == Origin::Registered,
         weight: status.weight,
-        effective_weight: status.effective_weight,
+        effective_weight: number(status.effective_weight),
         backup: status.backup,
         connections_max: status.connections_max,
         intent: status.intent.name(),
@@ -167,6 +249,8 @@ fn backend<'a>(status: &'a BackendStatus, latency: &Merged, now: Instant) -> Bac
         ejections_total: status.ejections_total,
         ejections_held_total: status.ejections_held_total,
         eligible: status.eligible,
+        ramp_percent: status.ramp_percent,
+        heartbeat: heart(status),
         sessions_active: state.in_flight.get(),
         sessions_total: state.counters.sum(|c| c.sessions.get()),
         connect_failures_total: state.counters.sum(|c| c.connect_failures.get()),
@@ -178,13 +262,43 @@ fn backend<'a>(status: &'a BackendStatus, latency: &Merged, now: Instant) -> Bac
     }
 }
 
+fn heart(status: &BackendStatus) -> Option<Heart> {
+    if status.heart.is_none() && status.pulse == Pulse::Absent {
+        return None;
+    }
+    let heart = status.heart.as_ref();
+    let seconds = |time: Duration| time.as_secs_f64();
+    Some(Heart {
+        pulse: status.pulse.name(),
+        sender_state: heart.map(|_| status.calling.name()),
+        silent_seconds: heart.and_then(|heart| heart.reading.silence).map(millis),
+        timeout_seconds: heart.map(|heart| seconds(heart.reading.timeout)).map(thousandths),
+        loss: heart.map(|heart| thousandths(heart.reading.loss)),
+        load: heart.map(|heart| heart.load),
+        held: heart.and_then(|heart| heart.reading.held.clone()),
+    })
+}
+
+pub(super) fn number(value: f64) -> Number {
+    if value.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&value) {
+        Number::Whole(value as u32)
+    } else {
+        Number::Part(value)
+    }
+}
+
+/// Nobody reads such a figure to the last digit.
+pub(super) fn thousandths(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
+}
+
 fn quantiles(state: &BackendState, series: Series, latency: &Merged) -> Quantiles {
     let data = latency.get(state.id.0, series);
     let at = |q| data.map(|data| data.quantile(q).as_secs_f64());
     Quantiles { p50: at(0.5), p99: at(0.99) }
 }
 
-fn last_transition(transition: &Transition, now: Instant) -> LastTransition<'_> {
+pub(super) fn last_transition(transition: &Transition, now: Instant) -> LastTransition<'_> {
     LastTransition {
         from: transition.from,
         to: transition.to,
@@ -208,7 +322,7 @@ fn address(address: &BackendAddress) -> String {
 }
 
 /// Nobody reads an uptime to the nanosecond.
-fn millis(time: std::time::Duration) -> f64 {
+pub(super) fn millis(time: Duration) -> f64 {
     time.as_millis() as f64 / 1e3
 }
 
@@ -216,7 +330,7 @@ fn millis(time: std::time::Duration) -> f64 {
 mod tests {
     use super::*;
     use crate::admin::process::ProcessFacts;
-    use crate::admin::snapshot::{ReloadCounts, ServiceState};
+    use crate::admin::snapshot::{HeartbeatCounts, ReloadCounts, ServiceState};
     use crate::clock;
     use crate::control::ControlStatus;
     use crate::health::{Intent, Observation};
@@ -226,21 +340,17 @@ mod tests {
     use crate::telemetry::histograms::Recorder;
     use expect_test::{Expect, expect};
     use std::sync::Arc;
-    use std::time::Duration;
 
     fn backend(id: u32, name: &str, now: Instant) -> BackendStatus {
         let address = BackendAddress::Unix("/run/a.sock".into());
         let state = BackendState::new(BackendId(id), "web".into(), name.into(), address, 1);
         state.counters.of(0).bytes_in.add(5);
         BackendStatus {
-            state: Arc::new(state),
-            weight: 2,
-            effective_weight: 0,
+            effective_weight: 0.0,
             backup: true,
             connections_max: 9,
             intent: Intent::Draining,
             observation: Observation::Up,
-            ejected: false,
             ejections_total: 1,
             ejections_held_total: 2,
             eligible: false,
@@ -253,6 +363,7 @@ mod tests {
                 at: now - Duration::from_millis(2_500),
                 lasted: Duration::from_secs(60),
             }),
+            ..BackendStatus::plain(state)
         }
     }
 
@@ -277,6 +388,7 @@ mod tests {
             connections_max: 100,
             warnings: &["workers waits".to_owned()],
             process: ProcessFacts::default(),
+            heartbeats: &HeartbeatCounts::default(),
         });
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert!(value.is_object());
@@ -298,11 +410,9 @@ mod tests {
                 pool: "web".into(),
                 connections_max: 0,
             }],
-            pools: vec![PoolStatus {
-                name: "web".into(),
-                balance: "random",
-                backends: vec![backend(1, "a", now)],
-            }],
+            pools: vec![PoolStatus::plain("web", vec![backend(1, "a", now)])],
+            published: Vec::new(),
+            heartbeat: None,
             leaving: vec![backend(2, "b", now).state],
         };
         check(
@@ -310,11 +420,11 @@ mod tests {
             now,
             &expect![[r#"
 
-                {"version":"0.1.0","generation":5,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":1,"uptime_seconds":1.5,"state":"draining","connections_active":5,"connections_max":100,"warnings":["workers waits"],"frontends":[
+                {"version":"0.1.0","generation":5,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":1,"uptime_seconds":1.5,"state":"draining","connections_active":5,"connections_max":100,"warnings":["workers waits"],"heartbeat":null,"frontends":[
                 {"name":"web","binds":["[::1]:80"],"pool":"web","connections_max":0,"sessions_active":0,"sessions_total":0,"bytes_in_total":0,"bytes_out_total":0,"refused_total":5}]
                 ,"pools":[
-                {"name":"web","balance":"random","backends":[
-                {"name":"a","address":"unix:/run/a.sock","weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","observation":"up","ejected":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
+                {"name":"web","balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"backends":[
+                {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","observation":"up","ejected":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
                 {"p50":0.0002,"p99":0.0002},"first_byte_seconds":
                 {"p50":null,"p99":null},"last_transition":
                 {"from":"up","to":"draining","reason":"operator","seconds_ago":2.5,"lasted_seconds":60.0}}]}],"leaving":[

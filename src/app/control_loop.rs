@@ -8,6 +8,7 @@ use super::Exit;
 use super::admin_api::AdminApi;
 use super::binds::Binds;
 use super::drain::Draining;
+use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::notify::Notifier;
 use super::pid_file::PidFile;
@@ -66,6 +67,7 @@ pub(super) struct Control {
     pub(super) shared: Shared,
     pub(super) probes: ProbeRunner,
     pub(super) probed: mpsc::Receiver<Event>,
+    pub(super) reception: Reception,
     pub(super) latency: Merged,
     /// `None` only at the very end.
     pub(super) access_log: Option<AccessLog>,
@@ -100,6 +102,7 @@ enum Woken {
     Request(Request),
     FileChanged,
     Reports,
+    Heartbeats,
     Probed(Event),
     Due,
     DrainStep,
@@ -140,7 +143,8 @@ impl Control {
                 Woken::Request(request) => self.answer(request).await,
                 Woken::Reports => self.take_reports(),
                 Woken::Probed(event) => self.take_probed(event),
-                Woken::Due => self.feed([Event::Tick]),
+                // Taken with every event; this turn is for them alone.
+                Woken::Heartbeats | Woken::Due => self.feed([Event::Tick]),
                 Woken::Retiring => {}
                 Woken::DrainStep => {
                     if let Some(cut) = self.drain_step() {
@@ -151,6 +155,10 @@ impl Control {
             // After every event: the pause before `Retiring` begins anew with each,
             // and on a busy loop would never end.
             self.binds.forget_retired();
+            if self.reception.is_dead() {
+                tracing::error!("the thread that receives heartbeats has died");
+                return Exit::WorkerDied;
+            }
             if self.workers.iter().any(Worker::is_finished) {
                 tracing::error!("a worker thread has died");
                 return Exit::WorkerDied;
@@ -173,6 +181,7 @@ impl Control {
             Some(request) = inbox.recv() => Woken::Request(request),
             () = changed.notified() => Woken::FileChanged,
             () = self.shared.reports.arrived() => Woken::Reports,
+            () = self.reception.arrived() => Woken::Heartbeats,
             Some(event) = self.probed.recv() => Woken::Probed(event),
             event = self.upgrades.next() => Woken::Upgrade(event),
             () = tokio::time::sleep_until(beat_due.into()) => Woken::Beat,
@@ -184,9 +193,12 @@ impl Control {
         }
     }
 
-    /// Feeds events to the controller and performs what follows.
-    fn feed(&mut self, events: impl IntoIterator<Item = Event>) {
-        let effects = self.controller.apply_all(events, clock::now());
+    /// Feeds events to the controller and performs what follows. Heartbeats
+    /// that have arrived go along: what is due may be a silence they have ended.
+    pub(super) fn feed(&mut self, events: impl IntoIterator<Item = Event>) {
+        let mut all = self.reception.take();
+        all.extend(events);
+        let effects = self.controller.apply_all(all, clock::now());
         self.perform(effects);
     }
 
@@ -226,7 +238,11 @@ impl Control {
                 Effect::Log(transition) => log_transition(&transition),
                 Effect::Notice(notice) => {
                     let backend = notice.backend.as_deref().unwrap_or("");
-                    tracing::warn!(pool = %notice.pool, backend, "{}", notice.message);
+                    if notice.pool.is_empty() {
+                        tracing::warn!("{}", notice.message);
+                    } else {
+                        tracing::warn!(pool = %notice.pool, backend, "{}", notice.message);
+                    }
                 }
                 Effect::CutSessions(backend) => {
                     for worker in &self.workers {
@@ -255,7 +271,13 @@ impl Control {
             Request::Upgrade { binary, config, reply } => {
                 self.begin_upgrade(binary.as_deref(), config.as_deref(), Some(reply));
             }
+            Request::Explain { pool, backend, reply } => {
+                self.feed([]);
+                let explained = self.controller.explain(&pool, &backend, clock::now());
+                let _ = reply.send(explained.map(|explained| admin::explain::render(&explained)));
+            }
             Request::SetIntent { pool, backend, intent, reply } => {
+                self.feed([]);
                 let done = self.controller.set_intent(&pool, &backend, intent, clock::now());
                 let _ = reply.send(done.map(|effects| self.perform(effects)));
             }
@@ -269,10 +291,10 @@ impl Control {
     /// Renders status or metrics from one moment's picture.
     async fn render(&mut self, renderer: impl Fn(&Snapshot<'_>) -> String) -> String {
         self.collect_latency().await;
-        let control = self.controller.status();
+        let now = clock::now();
+        let control = self.controller.status(now);
         self.forget_the_gone(&control);
         let table = self.tables.current();
-        let now = clock::now();
         renderer(&Snapshot {
             control: &control,
             workers: &self.counters,
@@ -293,6 +315,7 @@ impl Control {
             connections_max: table.connections_max,
             warnings: &self.warnings(),
             process: ProcessFacts::read(self.started_wall),
+            heartbeats: &self.reception.counts(),
         })
     }
 

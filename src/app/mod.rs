@@ -6,15 +6,17 @@
 //! out.
 //!
 //! Start: configuration, descriptor limit, engine, access log, admin socket,
-//! listeners, first table, workers, accepting, probes, ready. Stop: not ready,
-//! listeners retire, sessions finish or are cut, workers end, access log is
-//! flushed, the admin socket goes last.
+//! listeners, the receiver of heartbeats, first table, workers, accepting,
+//! probes, ready. Stop: not ready, listeners retire, sessions finish or are cut
+//! (heartbeats and probes go on until then), workers end, access log is flushed,
+//! the admin socket goes last.
 
 mod activation;
 mod admin_api;
 mod binds;
 mod control_loop;
 mod drain;
+mod heartbeats;
 mod logging;
 mod notify;
 mod pid_file;

@@ -8,7 +8,6 @@ use super::binds::{Fresh, Refused};
 use super::control_loop::Control;
 use super::start;
 use crate::admin::{Problem, ReloadError, Reloaded};
-use crate::clock;
 use crate::config::{self, Config, Loaded};
 use crate::control::Event;
 use std::io::ErrorKind;
@@ -67,8 +66,9 @@ impl Control {
         let Loaded { config, digest, warnings } = loaded;
         // A new secret may come without a change of the file that names it.
         let token = start::load_token(&config).map_err(|why| self.refuse("", why))?;
-        // Other comments or another layout say nothing new either.
-        if digest == self.digest || config == *self.config {
+        // Other comments or another layout say nothing new; but files that the
+        // file names may have changed while it did not.
+        if config == *self.config {
             self.digest = digest;
             self.tokens.set(token);
             let generation = self.controller.generation();
@@ -79,6 +79,11 @@ impl Control {
             .bind_new(&config)
             .await
             .map_err(|refused| self.refuse(&refused.address.to_string(), refused.to_string()))?;
+        let heartbeats = self.reception.prepare(&config).map_err(|why| {
+            let listen = config.heartbeat.as_ref().and_then(|heartbeat| heartbeat.listen.first());
+            let place = listen.map_or_else(String::new, ToString::to_string);
+            self.refuse(&place, why)
+        })?;
         if config.log.access != self.config.log.access
             && let Some(access_log) = &mut self.access_log
         {
@@ -107,8 +112,8 @@ impl Control {
         }
         self.config = Arc::clone(&config);
         let in_force = self.session_cap.apply(&config, self.binds.sockets());
-        let effects = self.controller.apply(Event::Configure(in_force), clock::now());
-        self.perform(effects);
+        self.feed([Event::Configure(in_force)]);
+        self.reception.adopt(heartbeats);
         self.binds.adopt(fresh, &config, &self.workers);
         let generation = self.controller.generation();
         Ok(Reloaded { generation, changed: true, warnings: self.warnings() })

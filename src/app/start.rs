@@ -6,6 +6,7 @@
 use super::admin_api::AdminApi;
 use super::binds::{Binds, Fresh, Refused};
 use super::control_loop::Control;
+use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::pid_file::PidFile;
 use super::upgrade::Upgrades;
@@ -115,6 +116,12 @@ fn bring_up(
     let token = load_token(&config).map_err(Failure::Runtime)?;
     let Listeners { admin, admin_taken, binds, fresh, not_taken } =
         listeners(&config, count, &mut surroundings)?;
+    let mut reception = Reception::default();
+    if let Some(before) = &mut surroundings.predecessor {
+        reception.inherit(before.take_heartbeats());
+    }
+    let heartbeats = reception.prepare(&config).map_err(Failure::Runtime)?;
+    reception.adopt(heartbeats);
 
     let seed = fastrand::u64(..);
     let mut controller = Controller::new(count, seed);
@@ -163,6 +170,7 @@ fn bring_up(
         shared,
         probes: ProbeRunner::start(probe_results),
         probed,
+        reception,
         latency: Merged::new(),
         access_log: Some(access_log),
         log,
@@ -274,6 +282,7 @@ impl Control {
         if let Some(before) = &predecessor {
             let effects = self.controller.adopt(before.state(), clock::now());
             self.perform(effects);
+            self.get_acquainted(before.state());
             let generation = self.controller.generation();
             let known = before.ready(not_taken, admin_taken, generation)?;
             self.take_over(&known);
@@ -397,6 +406,9 @@ fn announce(control: &Control, config: &Config, workers: usize) {
         workers,
         "tidegate starts"
     );
+    for address in config.heartbeat.iter().flat_map(|heartbeat| &heartbeat.listen) {
+        tracing::info!(%address, "listening for heartbeats");
+    }
     for frontend in &config.frontends {
         for bind in &frontend.binds {
             tracing::info!(frontend = %frontend.name, address = %bind, pool = %frontend.pool, "listening");

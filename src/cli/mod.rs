@@ -11,6 +11,8 @@ pub mod client;
 mod crew;
 pub mod demo;
 pub mod drain;
+pub mod explain;
+pub mod heartbeat;
 pub mod reload;
 pub mod run;
 pub mod selftest;
@@ -81,6 +83,9 @@ pub enum Command {
     /// Show frontends, pools and backends of the running balancer.
     #[command(after_help = "Example:\n  tidegate status\n  tidegate status --json | jq .pools")]
     Status(ClientArgs),
+    /// Say why a backend gets what it gets: state, evidence, weight, history.
+    #[command(after_help = "Example:\n  tidegate explain web/10.0.0.11:8080")]
+    Explain(DrainArgs),
     /// Give a backend no new sessions; the ones it has run to their end.
     #[command(after_help = "Example:\n  tidegate drain web/10.0.0.11:8080")]
     Drain(DrainArgs),
@@ -95,6 +100,10 @@ pub enum Command {
     /// Prove on this machine that reloads, upgrades and dying backends lose nothing.
     #[command(after_help = selftest::HELP)]
     Selftest(selftest::SelftestArgs),
+    /// Send heartbeats for a local service: whether it works, how many
+    /// connections it has, when it stops.
+    #[command(after_help = heartbeat::HELP)]
+    Heartbeat(heartbeat::HeartbeatArgs),
     /// Make load and measure: requests, streams, held connections.
     #[command(after_help = bench::HELP)]
     Bench(bench::BenchArgs),
@@ -133,7 +142,7 @@ pub struct DemoArgs {
     pub duration: Duration,
 }
 
-/// `tidegate drain` and `undrain`
+/// `tidegate drain`, `undrain` and `explain`
 #[derive(Debug, Args)]
 pub struct DrainArgs {
     /// Pool and backend, parted by the first slash.
@@ -165,10 +174,12 @@ fn dispatch(command: Command) -> Exit {
         Command::Reload(args) => reload::main(&args),
         Command::Upgrade(args) => upgrade::main(&args),
         Command::Status(args) => status::main(&args),
+        Command::Explain(args) => explain::main(&args),
         Command::Drain(args) => drain::drain(&args),
         Command::Undrain(args) => drain::undrain(&args),
         Command::Shutdown(args) => shutdown::main(&args),
         Command::Selftest(args) => selftest::main(&args),
+        Command::Heartbeat(args) => heartbeat::main(&args),
         Command::Bench(args) => bench::main(&args),
         Command::Backend(args) => backend::main(&args),
     }
@@ -239,10 +250,13 @@ mod tests {
             "upgrade --binary /b --config f --json",
             "status --json --admin unix:/x",
             "drain a/b --admin 127.0.0.1:9900 --json",
+            "explain a/b --admin 127.0.0.1:9900 --json",
             "undrain a/b --admin [::1]:9900 --token-file t",
             "shutdown --admin localhost:9900",
+            "heartbeat --to 10.0.0.5:7946 --to [::1]:7946 --pool web --name a \
+             --address 10.0.0.11:80 --key-id 1 --key-file f --drain 0",
         ] {
-            parse(&line.split(' ').collect::<Vec<_>>()).expect(line);
+            parse(&line.split_whitespace().collect::<Vec<_>>()).expect(line);
         }
     }
 
@@ -259,6 +273,9 @@ mod tests {
             "demo --for soon",
             "demo --backends 0",
             "drain",
+            "heartbeat",
+            "heartbeat --to 10.0.0.5 --pool p --address 10.0.0.1:80 --key-id 1 --key-file f",
+            "heartbeat --to 10.0.0.5:7 --pool p --address 0.0.0.0:80 --key-id 1 --key-file f",
         ] {
             let error = parse(&line.split(' ').collect::<Vec<_>>()).expect_err(line);
             assert!(error.use_stderr() && error.exit_code() == 2, "{line}");

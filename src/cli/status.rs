@@ -40,6 +40,7 @@ fn render(status: &Value) -> String {
     for warning in list(&status["warnings"]) {
         text.push_str(&format!("warning: {}\n", word(warning)));
     }
+    text.push_str(&channel(&status["heartbeat"]));
     text.push('\n');
     text.push_str(&frontends(list(&status["frontends"])));
     for pool in list(&status["pools"]) {
@@ -104,7 +105,11 @@ fn pool_table(pool: &Value) -> String {
     let backends = list(&pool["backends"]);
     let eligible = backends.iter().filter(|b| b["eligible"] == true).count();
     let (name, balance) = (word(&pool["name"]), word(&pool["balance"]));
-    let title = format!("POOL {name}: {balance}, {eligible} of {} eligible\n", backends.len());
+    let title = format!(
+        "POOL {name}: {balance}, {eligible} of {} eligible{}\n",
+        backends.len(),
+        remarks(pool)
+    );
     let mut table = Table::new(&[
         "BACKEND",
         "ADDRESS",
@@ -134,18 +139,76 @@ fn pool_table(pool: &Value) -> String {
     title + &table.finish()
 }
 
+/// What else there is to say of a pool.
+fn remarks(pool: &Value) -> String {
+    let mut text = String::new();
+    if let Some(max) = pool["registered_max"].as_u64().filter(|max| *max > 0) {
+        text.push_str(&format!(", {} registered of {max}", word(&pool["registered"])));
+    }
+    match pool["none_eligible"].as_str() {
+        Some("try-all") => text.push_str(", NOBODY ELIGIBLE: all are tried"),
+        Some(_) => text.push_str(", NOBODY ELIGIBLE: clients are refused"),
+        None => {}
+    }
+    if !pool["frozen"].is_null() {
+        text.push_str(&format!(
+            "\nFROZEN for {}: {}; no silent backend is taken out",
+            age(&pool["frozen"]["seconds"]),
+            word(&pool["frozen"]["reason"])
+        ));
+    }
+    text
+}
+
+/// Heartbeats as a whole, where they are taken.
+fn channel(heartbeat: &Value) -> String {
+    if heartbeat.is_null() {
+        return String::new();
+    }
+    let listen: Vec<String> = list(&heartbeat["listen"]).iter().map(word).collect();
+    let mut text = format!(
+        "heartbeats on {}: {} taken, {} refused, {} lost in the kernel\n",
+        listen.join(","),
+        word(&heartbeat["accepted_total"]),
+        word(&heartbeat["rejected_total"]),
+        word(&heartbeat["kernel_drops_total"]),
+    );
+    if heartbeat["silent"] == true {
+        text.push_str("NO HEARTBEATS AT ALL arrive: probes alone decide\n");
+    }
+    if !heartbeat["frozen"].is_null() {
+        text.push_str(&format!(
+            "FROZEN for {}, all pools: {}; no silent backend is taken out\n",
+            age(&heartbeat["frozen"]["seconds"]),
+            word(&heartbeat["frozen"]["reason"])
+        ));
+    }
+    text
+}
+
 /// The one word that matters most: what an operator did, then an ejection, then
-/// what probes say.
+/// what its own heartbeats ask for, then what probes and heartbeats show.
 fn state(backend: &Value) -> String {
     let mut state = match backend["intent"].as_str() {
         Some(intent) if intent != "ready" => intent.to_owned(),
         _ if backend["ejected"] == true => "ejected".to_owned(),
+        _ if is_told(&backend["heartbeat"]["sender_state"]) => {
+            word(&backend["heartbeat"]["sender_state"])
+        }
         _ => word(&backend["observation"]),
     };
     if backend["backup"] == true {
         state.push_str(" backup");
     }
+    if backend["registered"] == true {
+        state.push_str(" registered");
+    }
     state
+}
+
+/// Whether its own heartbeats ask for no sessions.
+fn is_told(sender_state: &Value) -> bool {
+    sender_state.as_str().is_some_and(|state| state != "ready")
 }
 
 /// `3`, or `1/3` while it takes part with less.
@@ -169,12 +232,12 @@ fn last_change(transition: &Value) -> String {
     )
 }
 
-fn list(value: &Value) -> &[Value] {
+pub(super) fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
 /// One line of text for any value.
-fn word(value: &Value) -> String {
+pub(super) fn word(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
         Value::String(text) if text.is_empty() => "-".to_owned(),
@@ -184,7 +247,7 @@ fn word(value: &Value) -> String {
 }
 
 /// The two largest units.
-fn age(seconds: &Value) -> String {
+pub(super) fn age(seconds: &Value) -> String {
     let Some(whole) = seconds.as_f64().map(|s| s as u64) else { return "-".to_owned() };
     let (days, hours, minutes) = (whole / 86_400, whole / 3600 % 24, whole / 60 % 60);
     match (days, hours, minutes) {

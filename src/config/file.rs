@@ -27,9 +27,6 @@ pub(super) type Node<'a> = Spanned<DeValue<'a>>;
 /// the stack when it is dropped.
 const DOTS_MAX: usize = 16;
 
-/// Known, but only to be refused: never offered as a suggestion.
-pub(super) const UNSUPPORTED: &str = "heartbeat";
-
 /// One table of the document.
 pub(super) struct Section<'r, 'a> {
     pub(super) report: &'r Report<'r>,
@@ -304,7 +301,6 @@ impl<'r, 'a> Section<'r, 'a> {
     /// Reports every key that nobody asked for.
     pub(super) fn finish(self) {
         let known = self.known.into_inner();
-        let offered: Vec<_> = known.iter().copied().filter(|key| *key != UNSUPPORTED).collect();
         for (key, node) in self.table.iter() {
             let name = key.get_ref().as_ref();
             if known.contains(&name) {
@@ -322,8 +318,8 @@ impl<'r, 'a> Section<'r, 'a> {
                 };
                 let complaint =
                     Complaint::new(format!("unknown {what} {} in {}", shown(name), self.label));
-                complaint.help(did_you_mean_or(name, offered.iter().copied(), || {
-                    format!("known here: {}", offered.join(", "))
+                complaint.help(did_you_mean_or(name, known.iter().copied(), || {
+                    format!("known here: {}", known.join(", "))
                 }))
             });
         }

@@ -22,12 +22,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use toml::de::DeTable;
 
 pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
 pub use source::FILE_BYTES_MAX;
 pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
 
+use crate::proxy::admission::access::AccessList;
+use crate::proxy::admission::sources::SourceLimits;
 use diagnose::Report;
 use source::Source;
 use value::Complaint;
@@ -47,7 +50,8 @@ pub struct Loaded {
 /// A whole configuration, proven consistent by `validate`.
 ///
 /// Invariants: at least one frontend; every frontend's pool exists; every pool
-/// has a backend; names are unique; no bind repeats or overlaps another.
+/// has a backend or lets senders register; names are unique; no bind repeats or
+/// overlaps another.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// Threads, engine and whole-process limits.
@@ -60,6 +64,35 @@ pub struct Config {
     pub frontends: Vec<Frontend>,
     /// In file order.
     pub pools: Vec<Arc<Pool>>,
+    /// `None`: nobody listens for heartbeats, and no pool expects any.
+    pub heartbeat: Option<Heartbeats>,
+}
+
+/// `[heartbeat]`: where heartbeats are received and whom to believe. All of it
+/// may change while the process runs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Heartbeats {
+    /// UDP addresses; at least one, none repeating or overlapping another.
+    pub listen: Vec<SocketAddr>,
+    /// At least one; unique by id.
+    pub keys: Vec<HeartbeatKey>,
+}
+
+/// `[[heartbeat.key]]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct HeartbeatKey {
+    /// Named by every datagram it signs; at least 1.
+    pub id: u32,
+    /// Where the secret was read.
+    pub file: PathBuf,
+    /// Pools it may speak for; at least one, all of them expect heartbeats.
+    pub pools: Vec<Arc<str>>,
+    /// Ranges the announced address must lie in; at least one.
+    pub addresses: Vec<IpNet>,
+    /// The file's bytes; `None` where the configuration was read by [`parse`],
+    /// which opens no file. Part of the comparison: a file with another secret
+    /// under the same name is another configuration.
+    pub secret: Option<Secret>,
 }
 
 /// `[process]`. All but `drain_timeout`, `upgrade_timeout` and `connections_max`
@@ -171,6 +204,35 @@ pub struct Frontend {
     pub user_timeout: Option<Duration>,
     /// Sessions at once through this frontend; 0 means no cap.
     pub connections_max: u32,
+    /// Who may connect and how much one source may ask for; `None`: everybody,
+    /// anything.
+    pub sources: Option<Arc<SourceRules>>,
+}
+
+/// `[frontend.NAME.sources]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceRules {
+    /// Ranges of the file and of the lists it names.
+    pub access: AccessList,
+    /// Where more allowed ranges were read.
+    pub allow_file: Option<PathBuf>,
+    /// Where more denied ranges were read.
+    pub deny_file: Option<PathBuf>,
+    /// For each source.
+    pub limits: SourceLimits,
+}
+
+/// A shared secret, shown by nothing.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Arc<[u8]>);
+
+/// What is done about files that hold secrets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SecretFiles {
+    /// They are read and checked.
+    Read,
+    /// They are left alone.
+    Ignore,
 }
 
 /// `[pool.NAME]`: backends, balancing policy and health spec.
@@ -195,7 +257,13 @@ pub struct Pool {
     pub probe: Option<Arc<ProbeSpec>>,
     /// Passive ejection; `None` is off.
     pub ejection: Option<EjectionSpec>,
-    /// At least one; unique by name and by address.
+    /// What heartbeats are expected; `None`: none are taken.
+    pub heartbeat: Option<Arc<HeartbeatSpec>>,
+    /// How long a backend that joins or comes back takes to reach its full
+    /// weight and cap; `None` is at once.
+    pub slow_start: Option<Duration>,
+    /// At least one, unless senders of heartbeats may register; unique by name
+    /// and by address.
     pub backends: Vec<Backend>,
 }
 
@@ -286,6 +354,27 @@ pub struct EjectionSpec {
     pub max_ejected_percent: u8,
 }
 
+/// `[pool.NAME.heartbeat]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeartbeatSpec {
+    /// Signed senders that are not in the file may join.
+    pub register: bool,
+    /// Backends of the file are eligible only while they send heartbeats.
+    pub require: bool,
+    /// Between two heartbeats, where the sender does not say; 20 ms to 10 s.
+    pub interval: Duration,
+    /// Silence that ends what heartbeats vouch for: a registered backend is
+    /// down. At least three intervals.
+    pub ttl: Duration,
+    /// How long after that a registered backend is forgotten.
+    pub forget_after: Duration,
+    /// Registered backends at once; at least 1.
+    pub backends_max: u32,
+    /// The largest weight a registered backend may ask for, 1..=[`WEIGHT_MAX`].
+    /// For a backend of the file its own weight is the largest.
+    pub weight_max: u16,
+}
+
 /// `[[pool.NAME.backend]]`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backend {
@@ -316,7 +405,8 @@ pub const WEIGHT_MAX: u16 = 1000;
 
 /// Reads and validates a configuration file.
 ///
-/// Never blocks: anything but a regular file is refused, a FIFO too.
+/// Never blocks: anything but a regular file is refused, a FIFO too. The files
+/// of heartbeat keys are read as well, in the same way.
 ///
 /// # Errors
 /// Every problem found, with its place. Trouble with the file itself
@@ -330,11 +420,12 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
         Ok(text) => text,
         Err(error) => return Err(not_utf8(&bytes, &file, error.valid_up_to())),
     };
-    let (config, warnings) = read(text, &file)?;
+    let (config, warnings) = read(text, &file, SecretFiles::Read)?;
     Ok(Loaded { config, digest, warnings })
 }
 
 /// Validates the text of a configuration; `file` is only its name in messages.
+/// Secrets it names are not read.
 ///
 /// A byte order mark before the first character is skipped and counts as no
 /// column. Line ends may be LF or CRLF.
@@ -344,11 +435,11 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
 /// place, at most [`PROBLEMS_MAX`]. A text over [`FILE_BYTES_MAX`] is refused
 /// unread.
 pub fn parse(text: &str, file: &str) -> Result<Config, Problems> {
-    read(text, file).map(|(config, _)| config)
+    read(text, file, SecretFiles::Ignore).map(|(config, _)| config)
 }
 
 /// The model and the warnings.
-fn read(text: &str, file: &str) -> Result<(Config, Vec<Problem>), Problems> {
+fn read(text: &str, file: &str, secrets: SecretFiles) -> Result<(Config, Vec<Problem>), Problems> {
     if text.len() > FILE_BYTES_MAX {
         return Err(Problems::of_file(file, source::too_large()));
     }
@@ -367,7 +458,7 @@ fn read(text: &str, file: &str) -> Result<(Config, Vec<Problem>), Problems> {
     }
     let document = DeTable::parse(text).map_err(|error| syntax_error(&source, &error))?;
     let report = Report::new(&source);
-    let config = validate::config(document.get_ref(), &report);
+    let config = validate::config(document.get_ref(), secrets, &report);
     report.finish().map(|warnings| (config, warnings))
 }
 
@@ -423,6 +514,26 @@ impl fmt::Display for AdminListen {
             AdminListen::Unix(path) => write!(f, "unix:{}", path.display()),
             AdminListen::Tcp(address) => address.fmt(f),
         }
+    }
+}
+
+// === impl Secret ===
+
+impl Secret {
+    /// Wraps the bytes of a key file.
+    pub fn new(bytes: &[u8]) -> Secret {
+        Secret(bytes.into())
+    }
+
+    /// For whoever signs or verifies.
+    pub fn reveal(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(hidden)")
     }
 }
 

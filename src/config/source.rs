@@ -5,13 +5,16 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::ops::Range;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
 /// Largest configuration file: three times what 100,000 backends written out
 /// in full need. A larger one is refused before it is read to the end.
 pub const FILE_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Longest secret: a longer file is the wrong one.
+const SECRET_BYTES_MAX: usize = 1024;
 
 /// Longest part of a line kept for display, in characters.
 const LINE_CHARS_MAX: usize = 120;
@@ -46,6 +49,30 @@ pub(super) struct Excerpt {
 /// large. A FIFO or device is refused, not waited for: it is opened with
 /// `O_NONBLOCK` and looked at before the first read (open(2), fifo(7)).
 pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, String> {
+    read_bounded(open_regular(path)?.0, FILE_BYTES_MAX)?.ok_or_else(too_large)
+}
+
+/// The bytes of a file that holds a secret and that its owner alone may use,
+/// without one newline at the end if there is one.
+///
+/// # Errors
+/// A sentence for the operator, as for [`read_file`].
+pub(super) fn read_secret(path: &Path) -> Result<Vec<u8>, String> {
+    let (file, mode) = open_regular(path)?;
+    if mode & 0o077 != 0 {
+        return Err(format!("others may use the file (mode {mode:04o}); chmod it to 0600"));
+    }
+    let too_long = || format!("a secret has at most {SECRET_BYTES_MAX} bytes, and this file more");
+    let mut bytes = read_bounded(file, SECRET_BYTES_MAX + 1)?.ok_or_else(too_long)?;
+    bytes.pop_if(|last| *last == b'\n');
+    if bytes.len() > SECRET_BYTES_MAX {
+        return Err(too_long());
+    }
+    Ok(bytes)
+}
+
+/// The opened file and its permission bits.
+fn open_regular(path: &Path) -> Result<(File, u32), String> {
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
@@ -59,18 +86,16 @@ pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, String> {
     if !kind.is_file() {
         return Err("this is not a regular file".to_owned());
     }
-    read_bounded(file)
+    Ok((file, kind.permissions().mode() & 0o7777))
 }
 
-fn read_bounded(file: File) -> Result<Vec<u8>, String> {
+/// `None` where the file is longer than `bytes_max`.
+fn read_bounded(file: File, bytes_max: usize) -> Result<Option<Vec<u8>>, String> {
     let mut bytes = Vec::new();
-    file.take(FILE_BYTES_MAX as u64 + 1)
+    file.take(bytes_max as u64 + 1)
         .read_to_end(&mut bytes)
         .map_err(|error| format!("cannot read the file: {}", plain(&error)))?;
-    if bytes.len() > FILE_BYTES_MAX {
-        return Err(too_large());
-    }
-    Ok(bytes)
+    Ok((bytes.len() <= bytes_max).then_some(bytes))
 }
 
 /// What is said of a file beyond the bound.

@@ -43,6 +43,16 @@ pub(super) const USER_TIMEOUT: DurationRange =
 pub(super) const SPIN: DurationRange =
     DurationRange { min: Duration::from_micros(1), max: Duration::from_millis(1) };
 
+/// A ramp of less than a tenth of a second is no ramp, one of more than an hour
+/// a slip.
+pub(super) const SLOW_START: DurationRange =
+    DurationRange { min: Duration::from_millis(100), max: Duration::from_secs(3600) };
+
+/// Heartbeats: beyond it detection takes too long to be worth a datagram, below
+/// it the datagrams are load.
+pub(super) const HEARTBEAT_INTERVAL: DurationRange =
+    DurationRange { min: Duration::from_millis(20), max: Duration::from_secs(10) };
+
 /// Longest name of a frontend, pool or backend: fits a metric label and a path
 /// segment without wrapping a terminal.
 pub(super) const NAME_CHARS_MAX: usize = 64;

@@ -7,14 +7,15 @@
 
 use super::schedule::{Job, after};
 use super::{
-    BackendEntry, Controller, FrontendEntry, PoolEntry, PoolId, Startup, publish::Standing,
+    BackendEntry, Controller, FrontendEntry, Origin, PoolEntry, PoolId, PublishReason, Startup,
+    history::History, publish::Standing, suspicion,
 };
 use crate::config::{self, BackendAddress, Config, OnRemoval, ProbeSpec};
 use crate::health::detector::Detector;
-use crate::health::{BackendHealth, Intent, Observation};
+use crate::health::{BackendHealth, Calling, Intent, Observation, Pulse};
 use crate::proxy::close::RefusedReason;
 use crate::table::state::{BackendId, BackendState, FrontendId, FrontendState};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -64,9 +65,12 @@ impl Controller {
             self.configure_pool(spec, &mut before, &mut starting, now);
         }
         self.remove_rest(before, now);
+        let names = self.pools.iter().map(|pool| Arc::clone(&pool.spec.name));
+        self.pool_index = names.zip(0..).collect();
         self.start_all(&starting, now);
         self.work.unsettled.extend(self.pools.iter().map(|pool| pool.id));
-        self.work.rebuild = true;
+        self.work.touched.extend(self.pools.iter().flat_map(|pool| pool.members.iter().copied()));
+        self.work.rebuild = Some(PublishReason::Configuration);
     }
 
     fn configure_frontends(&mut self, config: &Config) {
@@ -113,8 +117,13 @@ impl Controller {
         let id = old.as_ref().map_or_else(|| self.new_pool_id(), |old| old.id);
         let old_probe = old.as_ref().and_then(|old| old.spec.probe.clone());
         let mut members = Vec::with_capacity(spec.backends.len());
-        for backend in &spec.backends {
-            let (mut entry, arrival) = self.known_or_new(spec, backend, id, before, now);
+        let listed = spec.backends.iter().map(|backend| (backend.clone(), Origin::File));
+        let registered = still_registered(spec, old.as_ref(), &before.backends);
+        let old_heartbeat = old.as_ref().and_then(|old| old.spec.heartbeat.clone());
+        for (backend, origin) in listed.chain(registered) {
+            let (mut entry, arrival) = self.known_or_new(spec, &backend, id, before, now);
+            let was_needed = old_heartbeat.as_ref().is_some_and(|old| entry.needs_heartbeats(old));
+            entry.origin = origin;
             let name = (Arc::clone(&spec.name), Arc::clone(&backend.name));
             if let Some((intent, since)) = before.intents.get(&name) {
                 entry.health.intent = *intent;
@@ -127,6 +136,7 @@ impl Controller {
             }
             let plan =
                 respecify(&mut entry, old_probe.as_deref(), spec.probe.as_deref(), arrival, now);
+            self.fit_heartbeats(&mut entry, spec, arrival, was_needed, now);
             let backend = entry.state.id;
             members.push(backend);
             self.backends.insert(backend, entry);
@@ -140,7 +150,83 @@ impl Controller {
         }
         let startup = self.startup(old.as_ref(), spec, &members, now);
         self.enter_startup(id, spec, &members, startup, now);
-        self.pools.push(PoolEntry { id, spec: Arc::clone(spec), members, startup });
+        let pool = self.pool_entry(id, spec, members, startup, old);
+        self.pools.push(pool);
+    }
+
+    /// What is kept of the pool beside its members.
+    fn pool_entry(
+        &self,
+        id: PoolId,
+        spec: &Arc<config::Pool>,
+        members: Vec<BackendId>,
+        startup: Startup,
+        old: Option<PoolEntry>,
+    ) -> PoolEntry {
+        let mut pool = PoolEntry {
+            id,
+            spec: Arc::clone(spec),
+            members,
+            startup,
+            names: HashMap::new(),
+            addresses: HashMap::new(),
+            registered: 0,
+            full_noticed: None,
+            guard: Default::default(),
+            confirming: suspicion::confirming(spec.probe.as_deref()),
+            in_service_since: None,
+        };
+        if let Some(old) = old {
+            pool.in_service_since = old.in_service_since;
+            if spec.heartbeat.is_some() {
+                pool.guard = old.guard;
+                pool.full_noticed = old.full_noticed;
+            }
+        }
+        if spec.heartbeat.is_some() {
+            for entry in pool.members.iter().filter_map(|id| self.backends.get(id)) {
+                pool.names.insert(Arc::clone(&entry.spec.name), entry.state.id);
+                if let BackendAddress::Tcp(address) = entry.state.address {
+                    pool.addresses.insert(address, entry.state.id);
+                }
+                pool.registered += usize::from(entry.origin == Origin::Registered);
+            }
+        }
+        pool
+    }
+
+    /// Fits what is known of the backend's heartbeats to what its pool now
+    /// expects of them.
+    fn fit_heartbeats(
+        &mut self,
+        entry: &mut BackendEntry,
+        pool: &config::Pool,
+        arrival: Arrival,
+        was_needed: bool,
+        now: Instant,
+    ) {
+        let id = entry.state.id;
+        let Some(spec) = &pool.heartbeat else {
+            entry.heart = None;
+            entry.trying = None;
+            entry.heartbeats_from = None;
+            entry.health.pulse = Pulse::Absent;
+            entry.health.calling = Calling::Sessions;
+            self.schedule.cancel(Job::Heartbeat(id));
+            self.schedule.cancel(Job::HeartbeatTtl(id));
+            self.schedule.cancel(Job::Forget(id));
+            return;
+        };
+        let newly_needed = entry.needs_heartbeats(spec) && !was_needed && entry.heart.is_none();
+        if newly_needed && arrival == Arrival::Stayed {
+            // It served without them so far, and had no time to send any.
+            entry.heartbeats_from = Some(now + spec.ttl);
+            self.schedule.set(Job::HeartbeatTtl(id), now + spec.ttl);
+        }
+        if let Some((_, at)) = entry.expiry(spec) {
+            self.schedule.set(Job::HeartbeatTtl(id), at.max(now));
+        }
+        entry.health.pulse = entry.pulse(spec, now);
     }
 
     /// The pool has no probe (any more): nothing would ever bring a verdict up
@@ -175,19 +261,57 @@ impl Controller {
                 return (entry, arrival);
             }
         }
+        (self.new_entry(pool, spec, pool_id, now), Arrival::Came)
+    }
+
+    /// A backend nobody has heard of yet.
+    pub(super) fn new_entry(
+        &mut self,
+        pool: &config::Pool,
+        spec: &config::Backend,
+        pool_id: PoolId,
+        now: Instant,
+    ) -> BackendEntry {
         self.ids.backend += 1;
         let id = BackendId(self.ids.backend);
-        let (pool, name, address) = identity;
-        let entry = BackendEntry {
-            state: Arc::new(BackendState::new(id, pool, name, address, self.workers)),
+        let (name, address) = (Arc::clone(&spec.name), spec.address.clone());
+        let state = BackendState::new(id, Arc::clone(&pool.name), name, address, self.workers);
+        BackendEntry {
+            state: Arc::new(state),
             pool: pool_id,
             spec: spec.clone(),
             health: BackendHealth::new(Intent::Ready, None, now),
+            origin: Origin::File,
             in_flight: None,
+            heart: None,
+            trying: None,
+            heartbeats_from: None,
+            calling_since: now,
+            observed_since: now,
+            ramp: None,
+            ramp_share: 100,
+            served: false,
             published: Standing::default(),
-            last_transition: None,
-        };
-        (entry, Arrival::Came)
+            history: History::default(),
+        }
+    }
+
+    /// Starts the probing of a backend that joins a pool between reloads.
+    pub(super) fn join_probing(&mut self, id: BackendId, pool: PoolId, now: Instant) {
+        let Some(pool) = self.pools.iter_mut().find(|entry| entry.id == pool) else { return };
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let plan = respecify(entry, None, pool.spec.probe.as_deref(), Arrival::Came, now);
+        if plan == ProbePlan::GoOn {
+            return;
+        }
+        if pool.members.len() == 1 {
+            // The first one: there was nobody to have a result from.
+            pool.startup = Startup::Waiting { since: now };
+            let grace = Job::GraceEnds(pool.id);
+            self.schedule.set(grace, after(now, pool.spec.startup_grace));
+        }
+        entry.health.fails_open |= pool.startup == Startup::Open;
+        self.start_probing(id, (0, 1), now);
     }
 
     fn new_pool_id(&mut self) -> PoolId {
@@ -229,6 +353,7 @@ impl Controller {
     ) {
         self.schedule.cancel(Job::GraceEnds(id));
         match startup {
+            Startup::Waiting { .. } if members.is_empty() => {}
             Startup::Waiting { since } => {
                 self.schedule.set(Job::GraceEnds(id), after(since, spec.startup_grace).max(now));
             }
@@ -254,7 +379,7 @@ impl Controller {
         }
         for entry in before.backends.into_values() {
             let rule = on_removal.get(&entry.pool).copied().unwrap_or(OnRemoval::Keep);
-            self.leave(entry, rule, now);
+            self.leave(entry, "no longer configured", rule, now);
         }
     }
 
@@ -264,6 +389,27 @@ impl Controller {
             self.start_probing(*id, (index, count), now);
         }
     }
+}
+
+/// The pool's registered backends that the new configuration leaves alone.
+fn still_registered(
+    spec: &config::Pool,
+    old: Option<&PoolEntry>,
+    known: &BTreeMap<BackendId, BackendEntry>,
+) -> Vec<(config::Backend, Origin)> {
+    let (Some(heartbeat), Some(old)) = (&spec.heartbeat, old) else { return Vec::new() };
+    if !heartbeat.register {
+        return Vec::new();
+    }
+    let names: HashSet<&str> = spec.backends.iter().map(|backend| &*backend.name).collect();
+    let addresses: HashSet<&BackendAddress> =
+        spec.backends.iter().map(|backend| &backend.address).collect();
+    let stays = |id: &BackendId| {
+        let entry = known.get(id).filter(|entry| entry.origin == Origin::Registered)?;
+        let claimed = names.contains(&*entry.spec.name) || addresses.contains(&entry.spec.address);
+        (!claimed).then(|| (entry.spec.clone(), Origin::Registered))
+    };
+    old.members.iter().filter_map(stays).collect()
 }
 
 /// Fits the backend's detector to its pool's probe spec: a changed spec keeps

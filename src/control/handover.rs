@@ -73,7 +73,9 @@ pub struct SavedBackend {
     pub intent: String,
     /// Age of the intent.
     pub intent_ms: u64,
-    /// Name of the observation.
+    /// It may take new sessions.
+    pub eligible: bool,
+    /// Name of the probes' verdict.
     pub observation: String,
     /// Age of the observation.
     pub observation_ms: u64,
@@ -172,6 +174,22 @@ impl Controller {
         (*entry.state.address_text == *address).then_some(id)
     }
 
+    /// Whether every backend that may take sessions in another process may do so
+    /// here, as far as its pool is configured for it.
+    pub fn serves_as(&self, saved: &Saved) -> bool {
+        let expected = every_backend(saved).filter(|(_, backend)| backend.eligible);
+        expected.into_iter().all(|(pool, backend)| {
+            let Some(entry) = self.pools.iter().find(|one| *one.spec.name == *pool.name) else {
+                return true;
+            };
+            match self.find_saved(&pool.name, &backend.name, &backend.address) {
+                Some(id) => self.backends.get(&id).is_none_or(|entry| entry.health.eligible()),
+                // It left the file, unless its heartbeats would bring it.
+                None => !entry.spec.heartbeat.as_ref().is_some_and(|spec| spec.register),
+            }
+        })
+    }
+
     fn adopt_pool(&mut self, saved: &SavedPool, now: Instant) {
         for backend in &saved.backends {
             // Operators do not speak of addresses: an intent goes by the name.
@@ -246,7 +264,8 @@ fn save_backend(entry: &BackendEntry, now: Instant) -> SavedBackend {
         address: state.address_text.to_string(),
         intent: health.intent.name().to_owned(),
         intent_ms: age(health.intent_since),
-        observation: health.observation().name().to_owned(),
+        eligible: health.eligible(),
+        observation: health.probed().unwrap_or(Observation::Unknown).name().to_owned(),
         observation_ms: health.detector.as_ref().map_or(0, |detector| age(detector.since())),
         fails_open: health.fails_open,
         outlier: health.outlier.save(now),

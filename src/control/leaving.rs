@@ -1,13 +1,13 @@
 //! Backends that left the configuration and may still hold sessions.
 //!
-//! The controller moves them here on a reload, takes them back when they are
-//! configured again, and forgets them once their last session has ended. They
+//! The controller moves them here on a reload or when their heartbeats end,
+//! takes them back when they are configured or heard again, and forgets them once their last session has ended. They
 //! are in no table and are not probed; status shows those with sessions.
 
 use super::schedule::{Job, after};
 use super::{BackendEntry, Controller, Effect, Leaving};
-use crate::config::OnRemoval;
-use crate::health::Transition;
+use crate::config::{self, OnRemoval};
+use crate::health::{Intent, Transition};
 use crate::table::state::BackendId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,9 +20,22 @@ pub(super) const LEAVING_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 // === impl Controller ===
 
 impl Controller {
-    /// Takes a backend out of service for good.
-    pub(super) fn leave(&mut self, mut entry: BackendEntry, on_removal: OnRemoval, now: Instant) {
+    /// Takes a backend out of service for good, for a reason in words.
+    pub(super) fn leave(
+        &mut self,
+        mut entry: BackendEntry,
+        reason: &str,
+        on_removal: OnRemoval,
+        now: Instant,
+    ) {
         let id = entry.state.id;
+        self.schedule.cancel(Job::Heartbeat(id));
+        self.schedule.cancel(Job::HeartbeatTtl(id));
+        self.schedule.cancel(Job::Forget(id));
+        self.schedule.cancel(Job::Ramp(id));
+        entry.heart = None;
+        entry.trying = None;
+        (entry.ramp, entry.ramp_share, entry.served) = (None, 100, false);
         self.schedule.cancel(Job::Probe(id));
         self.schedule.cancel(Job::ProbeLost(id));
         self.schedule.cancel(Job::EjectionEnds(id));
@@ -39,10 +52,30 @@ impl Controller {
         if !self.schedule.is_set(Job::LeavingCheck) {
             self.schedule.set(Job::LeavingCheck, now + LEAVING_CHECK_INTERVAL);
         }
-        let transition = removal(&entry, on_removal, now);
-        entry.last_transition = Some(transition.clone());
+        let transition = removal(&entry, reason, on_removal, now);
+        entry.history.add(transition.clone());
         self.work.effects.push(Effect::Log(transition));
         self.leaving.insert(id, Leaving { entry, cut_at });
+    }
+
+    /// The removed backend that is the very one of that pool and spec.
+    pub(super) fn leaving_as(&self, pool: &str, spec: &config::Backend) -> Option<BackendId> {
+        let same = |leaving: &&Leaving| {
+            let state = &leaving.entry.state;
+            state.name == spec.name && *state.pool == *pool && state.address == spec.address
+        };
+        self.leaving.values().find(same).map(|leaving| leaving.entry.state.id)
+    }
+
+    /// What an operator wanted of removed backends of that name: intents do not
+    /// speak of addresses.
+    pub(super) fn intent_of_namesake(&self, pool: &str, name: &str) -> Option<(Intent, Instant)> {
+        let same = |leaving: &&Leaving| {
+            let state = &leaving.entry.state;
+            *state.name == *name && *state.pool == *pool
+        };
+        let youngest = self.leaving.values().rev().find(same)?;
+        Some((youngest.entry.health.intent, youngest.entry.health.intent_since))
     }
 
     /// Takes a removed backend back, with all that was known of it.
@@ -89,7 +122,7 @@ impl Controller {
     }
 }
 
-fn removal(entry: &BackendEntry, on_removal: OnRemoval, now: Instant) -> Transition {
+fn removal(entry: &BackendEntry, reason: &str, on_removal: OnRemoval, now: Instant) -> Transition {
     let sessions = entry.state.in_flight.get();
     let fate = match on_removal {
         OnRemoval::Keep => "run to their end".to_owned(),
@@ -107,7 +140,7 @@ fn removal(entry: &BackendEntry, on_removal: OnRemoval, now: Instant) -> Transit
         backend: Arc::clone(&entry.state.name),
         from,
         to: "removed",
-        reason: format!("no longer configured; its {sessions} sessions {fate}"),
+        reason: format!("{reason}; its {sessions} sessions {fate}"),
         at: now,
         lasted: now.saturating_duration_since(entry.health.settled_since()),
     }

@@ -6,29 +6,50 @@
 //!
 //! The files: `configure` (what a reload keeps), `probing` (when probes run),
 //! `verdicts` (what their results mean), `ejections` (the pool's guard),
-//! `leaving` (removed backends), `operator` (drains), `publish` (tables),
-//! `handover` (what the next process goes on with) and `status`. All of them work on one [`Controller`] and leave effects behind;
+//! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
+//! means), `ramps` (slow start), `leaving` (removed backends), `operator`
+//! (drains), `publish` and `pace` (tables), `history`, `handover` (what the
+//! next process goes on with), `status` and `explain`.
+//! All of them work on one [`Controller`] and leave effects behind;
 //! only [`Controller::apply`] and its siblings hand them out.
 
 mod configure;
 mod ejections;
+pub mod explain;
 pub mod handover;
+mod heartbeats;
+mod history;
 mod leaving;
 mod operator;
+mod pace;
 mod probing;
 mod publish;
+mod ramps;
 mod schedule;
 mod status;
+mod suspicion;
 #[cfg(test)]
 pub(crate) mod tests;
 mod verdicts;
 
+pub use heartbeats::Misfit;
+pub use history::TRANSITIONS_MAX;
+pub use pace::PublishReason;
+pub use publish::Weight;
+pub use status::{
+    BackendStatus, ControlStatus, Freezing, FrontendStatus, HeartStatus, HeartbeatStatus,
+    PoolStatus,
+};
+
 use crate::config::{self, BackendAddress, Config, ProbeSpec};
-use crate::health::{BackendHealth, ConnectFailure, Intent, Observation, ProbeOutcome, Transition};
+use crate::health::heartbeat::{PathGuard, Ramp};
+use crate::health::{BackendHealth, ConnectFailure, Intent, ProbeOutcome, Transition};
+use crate::heartbeat::Heartbeat;
 use crate::table::Table;
 use crate::table::state::{BackendId, BackendState, FrontendState};
 use schedule::{Job, Schedule};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -55,6 +76,19 @@ pub enum Event {
         /// Failures since the last success, this one included.
         in_a_row: u32,
     },
+    /// A heartbeat whose signature and freshness are proven. Those that have
+    /// arrived are to be given before or together with anything else, or their
+    /// silence is judged too early.
+    Heartbeat {
+        /// What it says.
+        heartbeat: Heartbeat,
+        /// When it arrived.
+        at: Instant,
+        /// Heartbeats of the same sender that it stands for, itself included.
+        stands_for: u32,
+    },
+    /// That many heartbeats were lost on this machine.
+    HeartbeatsLost(u64),
     /// The time named by [`Controller::next_due`] has come.
     Tick,
 }
@@ -93,7 +127,7 @@ pub struct ProbeToken(pub u64);
 /// A warning that is no change of standing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notice {
-    /// Pool name.
+    /// Pool name; empty where it is about no single pool.
     pub pool: Arc<str>,
     /// Backend name, where it is about one.
     pub backend: Option<Arc<str>>,
@@ -108,72 +142,6 @@ pub enum OperatorError {
     UnknownPool,
     /// No backend of that name in the pool.
     UnknownBackend,
-}
-
-/// A frontend as status shows it.
-#[derive(Debug, Clone)]
-pub struct FrontendStatus {
-    /// Counters and identity.
-    pub state: Arc<FrontendState>,
-    /// Bind addresses.
-    pub binds: Vec<std::net::SocketAddr>,
-    /// Pool name.
-    pub pool: Arc<str>,
-    /// Cap; 0 means none.
-    pub connections_max: u32,
-}
-
-/// A pool as status shows it.
-#[derive(Debug, Clone)]
-pub struct PoolStatus {
-    /// Pool name.
-    pub name: Arc<str>,
-    /// Policy name.
-    pub balance: &'static str,
-    /// In file order.
-    pub backends: Vec<BackendStatus>,
-}
-
-/// A backend as status shows it.
-#[derive(Debug, Clone)]
-pub struct BackendStatus {
-    /// Counters and identity.
-    pub state: Arc<BackendState>,
-    /// From the file.
-    pub weight: u32,
-    /// As balanced by; 0 while it is not eligible.
-    pub effective_weight: u32,
-    /// From the file.
-    pub backup: bool,
-    /// Cap; 0 means none.
-    pub connections_max: u32,
-    /// Operator's wish.
-    pub intent: Intent,
-    /// Probes' verdict.
-    pub observation: Observation,
-    /// Passively ejected now.
-    pub ejected: bool,
-    /// Ejections so far.
-    pub ejections_total: u64,
-    /// Ejections the pool's guard held back so far.
-    pub ejections_held_total: u64,
-    /// Derived.
-    pub eligible: bool,
-    /// The newest change, if any.
-    pub last_transition: Option<Transition>,
-}
-
-/// The whole picture at one moment.
-#[derive(Debug, Clone)]
-pub struct ControlStatus {
-    /// Accepted configurations.
-    pub generation: u64,
-    /// In file order.
-    pub frontends: Vec<FrontendStatus>,
-    /// In file order.
-    pub pools: Vec<PoolStatus>,
-    /// Backends no longer configured that still hold sessions.
-    pub leaving: Vec<Arc<BackendState>>,
 }
 
 /// See the module's documentation.
@@ -196,6 +164,14 @@ pub struct Controller {
     ids: Ids,
     table: Arc<Table>,
     local_trouble_noticed: Option<Instant>,
+    /// Positions in `pools`.
+    pool_index: HashMap<Arc<str>, usize>,
+    pace: pace::Pace,
+    guards: suspicion::Guards,
+    /// Authentic heartbeats that changed nothing, by [`Misfit`].
+    misfits: [u64; Misfit::ALL.len()],
+    /// Heartbeats taken.
+    heartbeats_total: u64,
     /// What the event at hand has touched; empty between events.
     work: Work,
 }
@@ -216,9 +192,31 @@ struct PoolId(u32);
 struct PoolEntry {
     id: PoolId,
     spec: Arc<config::Pool>,
-    /// In file order; all of them are in `Controller::backends`.
+    /// In file order, then registered ones by age; all of them are in
+    /// `Controller::backends`.
     members: Vec<BackendId>,
     startup: Startup,
+    /// Members by name and by address; kept where heartbeats are taken.
+    names: HashMap<Arc<str>, BackendId>,
+    addresses: HashMap<SocketAddr, BackendId>,
+    /// Members that are registered.
+    registered: usize,
+    full_noticed: Option<Instant>,
+    /// Whether many fell silent together.
+    guard: PathGuard,
+    /// How a suspicion is confirmed.
+    confirming: Arc<ProbeSpec>,
+    /// Since when somebody serves; `None`: nobody does.
+    in_service_since: Option<Instant>,
+}
+
+/// How a backend got into its pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// It stands in the file.
+    File,
+    /// Its heartbeats brought it.
+    Registered,
 }
 
 /// How far a pool with probes is in getting to know its backends.
@@ -239,10 +237,26 @@ struct BackendEntry {
     pool: PoolId,
     spec: config::Backend,
     health: BackendHealth,
+    origin: Origin,
     in_flight: Option<ProbeInFlight>,
+    /// What its heartbeats have said, where any were heard.
+    heart: Option<Box<heartbeats::Heart>>,
+    /// The confirming probe under way.
+    trying: Option<suspicion::Trying>,
+    /// Until then it serves without the heartbeats it needs: they were not
+    /// required when it came.
+    heartbeats_from: Option<Instant>,
+    calling_since: Instant,
+    /// Since when its observation stands.
+    observed_since: Instant,
+    /// Its slow start, and the share it has reached, in percent.
+    ramp: Option<Ramp>,
+    ramp_share: u32,
+    /// Whether it was eligible when last looked at.
+    served: bool,
     /// What the newest table says of it, to tell whether a new one is due.
     published: publish::Standing,
-    last_transition: Option<Transition>,
+    history: history::History,
 }
 
 /// A probe the shell was asked for.
@@ -279,7 +293,9 @@ struct Ids {
 struct Work {
     effects: Vec<Effect>,
     /// A new table is due whatever the backends' standings.
-    rebuild: bool,
+    rebuild: Option<PublishReason>,
+    /// Who caused it, where it was not health.
+    cause: Option<PublishReason>,
     /// Their standing may have changed.
     touched: BTreeSet<BackendId>,
     /// Their guard is to be looked at.
@@ -306,6 +322,11 @@ impl Controller {
             ids: Ids::default(),
             table: Arc::new(publish::empty_table()),
             local_trouble_noticed: None,
+            pool_index: HashMap::new(),
+            pace: pace::Pace::default(),
+            guards: suspicion::Guards::default(),
+            misfits: [0; Misfit::ALL.len()],
+            heartbeats_total: 0,
             work: Work::default(),
         }
     }
@@ -327,8 +348,23 @@ impl Controller {
         events: impl IntoIterator<Item = Event>,
         now: Instant,
     ) -> Vec<Effect> {
-        self.run_due(now);
+        // Heartbeats that have arrived come first: what is due may be a silence
+        // that they have ended.
+        let mut later = Vec::new();
         for event in events {
+            match event {
+                Event::Heartbeat { heartbeat, at, stands_for } => {
+                    self.heartbeat(&heartbeat, (at.min(now), stands_for), now);
+                }
+                Event::HeartbeatsLost(count) => {
+                    let s = if count == 1 { " was" } else { "s were" };
+                    self.excuse_all(&format!("{count} heartbeat{s} lost on this machine"), now);
+                }
+                other => later.push(other),
+            }
+        }
+        self.run_due(now);
+        for event in later {
             match event {
                 Event::Configure(config) => self.configure(&config, now),
                 Event::Probed { backend, token, outcome } => {
@@ -337,7 +373,7 @@ impl Controller {
                 Event::ConnectFailed { backend, failure, in_a_row } => {
                     self.connect_failed(backend, failure, in_a_row, now);
                 }
-                Event::Tick => {}
+                Event::Heartbeat { .. } | Event::HeartbeatsLost(_) | Event::Tick => {}
             }
         }
         self.finish(now)
@@ -355,6 +391,7 @@ impl Controller {
         let id = self.find_backend(pool, backend)?;
         self.run_due(now);
         self.change_intent(id, intent, now);
+        self.work.cause = Some(PublishReason::Operator);
         Ok(self.finish(now))
     }
 
@@ -374,6 +411,7 @@ impl Controller {
     }
 
     fn run_due(&mut self, now: Instant) {
+        self.notice_stall(now);
         while let Some(job) = self.schedule.pop_due(now) {
             match job {
                 Job::Probe(id) => self.start_probe(id, now),
@@ -382,6 +420,14 @@ impl Controller {
                 Job::GraceEnds(pool) => self.grace_over(pool),
                 Job::CutSessions(id) => self.cut_sessions(id),
                 Job::LeavingCheck => self.check_leaving(now),
+                Job::Heartbeat(id) => self.check_heartbeat(id, now),
+                Job::HeartbeatTtl(id) => self.heartbeat_ttl(id, now),
+                Job::Forget(id) => self.forget(id, now),
+                Job::GuardTick => self.guard_tick(now),
+                Job::Guard(pool) => self.look(pool, now),
+                Job::Ramp(id) => self.ramp_step(id, now),
+                // Whether a table is due is asked at the end of every event.
+                Job::Publish => {}
             }
         }
     }
@@ -389,14 +435,17 @@ impl Controller {
     /// Does what the events left to be done once, and hands out the effects.
     fn finish(&mut self, now: Instant) -> Vec<Effect> {
         self.run_due(now);
+        self.settle_confirmed(now);
         while let Some(pool) = self.work.unsettled.pop_first() {
             self.settle_guard(pool, now);
         }
-        let touched = std::mem::take(&mut self.work.touched);
-        if std::mem::take(&mut self.work.rebuild) || touched.iter().any(|id| self.moved(*id)) {
+        self.settle_ramps(now);
+        if let Some(reason) = self.table_due(now) {
             let table = self.rebuild();
+            self.table_made(reason, now);
             self.work.effects.insert(0, Effect::Publish(table));
         }
+        self.work.cause = None;
         std::mem::take(&mut self.work.effects)
     }
 
@@ -411,6 +460,19 @@ impl Controller {
 
     /// Records a change of a configured backend's standing.
     fn record(
+        &mut self,
+        id: BackendId,
+        names: (&'static str, &'static str),
+        reason: String,
+        lasted: Duration,
+        now: Instant,
+    ) {
+        self.record_lazily(id, names, reason, lasted, now);
+        self.work.touched.insert(id);
+    }
+
+    /// As [`Controller::record`], where the table may wait.
+    fn record_lazily(
         &mut self,
         id: BackendId,
         (from, to): (&'static str, &'static str),
@@ -428,9 +490,9 @@ impl Controller {
             at: now,
             lasted,
         };
-        entry.last_transition = Some(transition.clone());
+        entry.history.add(transition.clone());
         self.work.effects.push(Effect::Log(transition));
-        self.work.touched.insert(id);
+        self.pace.backend(id);
         self.work.unsettled.insert(entry.pool);
     }
 }

@@ -36,6 +36,14 @@ impl Controller {
         let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
         let Some(spec) = &pool.spec.probe else { return };
         debug_assert!(entry.in_flight.is_none(), "a backend's probes never overlap");
+        match entry.trying {
+            // A suspicion is being confirmed; the shell runs one probe at a time.
+            Some(trying) if trying.lost_at > now => {
+                self.schedule.set(Job::Probe(id), after(now, spec.timeout).min(trying.lost_at));
+                return;
+            }
+            _ => entry.trying = None,
+        }
         self.ids.probe += 1;
         let token = ProbeToken(self.ids.probe);
         let lost_at = after(now, spec.timeout) + PROBE_LOST_MARGIN;

@@ -3,9 +3,9 @@
 //! The controller calls it at the end of each event. It builds, it does not
 //! publish: that is the shell's part.
 
-use super::{BackendEntry, Controller, PoolEntry};
-use crate::config::WhenNoneEligible;
-use crate::health::Intent;
+use super::{BackendEntry, Controller, Origin, PoolEntry};
+use crate::config::{self, WhenNoneEligible};
+use crate::health::{Calling, Intent};
 use crate::table::Table;
 use crate::table::build::{self, BackendInput, FrontendInput, PoolInput};
 use crate::table::state::BackendId;
@@ -14,11 +14,31 @@ use std::sync::Arc;
 /// All that a table says of a backend and that can change between reloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Standing {
-    /// 0: not eligible.
-    effective_weight: u32,
+    /// In hundredths; 0: not eligible.
+    weight: u32,
+    /// Cap; 0 means none.
+    connections_max: u32,
     /// Matters to `try-all` pools only, and is false in others.
     last_resort: bool,
 }
+
+/// A backend's weight and what lowers it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Weight {
+    /// As configured, or as its heartbeats ask for.
+    pub base: u16,
+    /// What its health leaves of it, in percent; 0: not eligible.
+    pub health: u32,
+    /// What its slow start leaves of it, in percent.
+    pub ramp: u32,
+    /// What its load leaves of it, in percent.
+    pub load: u32,
+}
+
+/// Tables count weights in such parts of a configured one: a tenth of weight 1
+/// is a tenth. (Balancers go by the lowest terms, so this costs nothing while
+/// nobody's is lowered.)
+const PARTS: u32 = 100;
 
 /// The table of a process that has no configuration yet.
 pub(super) fn empty_table() -> Table {
@@ -37,19 +57,68 @@ pub(super) fn empty_table() -> Table {
 impl Standing {
     fn of(entry: &BackendEntry, pool: &PoolEntry) -> Standing {
         Standing {
-            effective_weight: entry.health.effective_weight(entry.spec.weight),
+            weight: entry.weight(&pool.spec).parts(),
+            connections_max: entry.cap(),
             last_resort: pool.spec.when_none_eligible == WhenNoneEligible::TryAll
                 && entry.in_service(),
         }
     }
 }
 
+// === impl Weight ===
+
+impl Weight {
+    /// In hundredths of a configured weight, at least one for whoever is
+    /// eligible.
+    fn parts(self) -> u32 {
+        if self.health == 0 {
+            return 0;
+        }
+        // Bounded by 1000 * 100^3 * 100.
+        let product = u64::from(self.base)
+            * u64::from(self.health)
+            * u64::from(self.ramp)
+            * u64::from(self.load)
+            * u64::from(PARTS);
+        u32::try_from(product / 1_000_000).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// As balanced by; 0 while it is not eligible.
+    pub fn in_force(self) -> f64 {
+        f64::from(self.parts()) / f64::from(PARTS)
+    }
+}
+
+/// A cap during a slow start: never less than one session, and none stays none.
+fn ramped(connections_max: u32, share: u32) -> u32 {
+    if connections_max == 0 {
+        return 0;
+    }
+    let cap = u64::from(connections_max) * u64::from(share) / 100;
+    u32::try_from(cap).unwrap_or(u32::MAX).max(1)
+}
+
 // === impl BackendEntry ===
 
 impl BackendEntry {
-    /// No operator has taken it out.
+    /// Neither an operator nor its own heartbeats have taken it out.
     fn in_service(&self) -> bool {
-        self.health.intent == Intent::Ready
+        self.health.intent == Intent::Ready && self.health.calling == Calling::Sessions
+    }
+
+    /// The cap in force; 0 means none.
+    pub(super) fn cap(&self) -> u32 {
+        ramped(self.spec.connections_max, self.ramp_share)
+    }
+
+    /// What it is balanced by.
+    pub(super) fn weight(&self, pool: &config::Pool) -> Weight {
+        Weight {
+            base: self.base_weight(pool),
+            health: self.health.weight_share(),
+            ramp: self.ramp_share,
+            load: self.load_share(),
+        }
     }
 }
 
@@ -60,6 +129,15 @@ impl Controller {
     pub(super) fn moved(&self, id: BackendId) -> bool {
         let Some(entry) = self.backends.get(&id) else { return false };
         self.pool(entry.pool).is_some_and(|pool| Standing::of(entry, pool) != entry.published)
+    }
+
+    /// Whether the table may wait for that backend's news: it takes part with
+    /// more than before, or for the first time, and heartbeats brought it.
+    pub(super) fn may_wait(&self, id: BackendId) -> bool {
+        let Some(entry) = self.backends.get(&id) else { return true };
+        let Some(pool) = self.pool(entry.pool) else { return true };
+        entry.origin == Origin::Registered
+            && Standing::of(entry, pool).weight > entry.published.weight
     }
 
     /// Builds the next table from everything known now.
@@ -73,10 +151,10 @@ impl Controller {
                 entry.published = Standing::of(entry, pool);
                 backends.push(BackendInput {
                     state: Arc::clone(&entry.state),
-                    effective_weight: entry.published.effective_weight.max(1),
-                    connections_max: entry.spec.connections_max,
+                    effective_weight: entry.published.weight.max(1),
+                    connections_max: entry.published.connections_max,
                     backup: entry.spec.backup,
-                    eligible: entry.published.effective_weight > 0,
+                    eligible: entry.published.weight > 0,
                     in_service: entry.in_service(),
                 });
             }

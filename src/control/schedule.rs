@@ -28,6 +28,21 @@ pub(super) enum Job {
     CutSessions(BackendId),
     /// Forget removed backends without sessions.
     LeavingCheck,
+    /// Its detector wants to look at how long it has been silent.
+    Heartbeat(BackendId),
+    /// It may have been silent for too long altogether.
+    HeartbeatTtl(BackendId),
+    /// Forget a registered backend.
+    Forget(BackendId),
+    /// Notice whether we are late.
+    GuardTick,
+    /// See whether those that fell silent together did so alone; `None`: over
+    /// all pools.
+    Guard(Option<PoolId>),
+    /// Its next step towards its full share.
+    Ramp(BackendId),
+    /// Make the table that heartbeats had to wait for.
+    Publish,
 }
 
 /// Invariant: `queue` holds exactly the pairs of `due`.
@@ -69,6 +84,11 @@ impl Schedule {
     /// Whether the job has a time.
     pub(super) fn is_set(&self, job: Job) -> bool {
         self.due.contains_key(&job)
+    }
+
+    /// The job's time.
+    pub(super) fn due(&self, job: Job) -> Option<Instant> {
+        self.due.get(&job).copied()
     }
 
     /// Takes the first job that is due by `now`.

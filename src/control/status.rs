@@ -2,16 +2,159 @@
 //!
 //! Called by `app` for the admin API. It derives, it never changes anything.
 
-use super::{
-    BackendEntry, BackendStatus, ControlStatus, Controller, FrontendStatus, PoolEntry, PoolStatus,
-};
+use super::{BackendEntry, Controller, Misfit, Origin, PoolEntry, PublishReason};
+use crate::config::WhenNoneEligible;
+use crate::health::heartbeat::{Channel, Freeze, Reading};
+use crate::health::{Calling, Intent, Observation, Pulse, Transition};
+use crate::table::state::{BackendState, FrontendState};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The whole picture at one moment.
+#[derive(Debug, Clone)]
+pub struct ControlStatus {
+    /// Accepted configurations.
+    pub generation: u64,
+    /// In file order.
+    pub frontends: Vec<FrontendStatus>,
+    /// In file order.
+    pub pools: Vec<PoolStatus>,
+    /// Backends no longer configured that still hold sessions.
+    pub leaving: Vec<Arc<BackendState>>,
+    /// Tables made so far, by reason.
+    pub published: Vec<(PublishReason, u64)>,
+    /// `None` where no pool takes heartbeats.
+    pub heartbeat: Option<HeartbeatStatus>,
+}
+
+/// Heartbeats as a whole.
+#[derive(Debug, Clone)]
+pub struct HeartbeatStatus {
+    /// Heartbeats of known backends.
+    pub taken_total: u64,
+    /// Authentic ones that changed nothing, by reason.
+    pub misfits: Vec<(Misfit, u64)>,
+    /// Times nobody's silence counted, because we were late or deaf.
+    pub excuses_total: u64,
+    /// Nobody at all is heard.
+    pub silent: bool,
+    /// Why no silent backend of any pool is taken out, if so.
+    pub frozen: Option<Freezing>,
+}
+
+/// Why no silent backend is taken out.
+#[derive(Debug, Clone)]
+pub struct Freezing {
+    /// In words.
+    pub reason: String,
+    /// For how long by now.
+    pub lasted: Duration,
+}
+
+/// A frontend as status shows it.
+#[derive(Debug, Clone)]
+pub struct FrontendStatus {
+    /// Counters and identity.
+    pub state: Arc<FrontendState>,
+    /// Bind addresses.
+    pub binds: Vec<std::net::SocketAddr>,
+    /// Pool name.
+    pub pool: Arc<str>,
+    /// Cap; 0 means none.
+    pub connections_max: u32,
+}
+
+/// A pool as status shows it.
+#[derive(Debug, Clone)]
+pub struct PoolStatus {
+    /// Pool name.
+    pub name: Arc<str>,
+    /// Policy name.
+    pub balance: &'static str,
+    /// In file order, then registered ones by age.
+    pub backends: Vec<BackendStatus>,
+    /// What happens while nobody is eligible, if nobody is: `refuse` or
+    /// `try-all`.
+    pub none_eligible: Option<&'static str>,
+    /// Why no silent backend is taken out, if so.
+    pub frozen: Option<Freezing>,
+    /// Members that registered.
+    pub registered: usize,
+    /// Most members that may register; 0 where none may.
+    pub registered_max: u32,
+    /// Whether it takes heartbeats.
+    pub heartbeats: bool,
+}
+
+/// A backend as status shows it.
+#[derive(Debug, Clone)]
+pub struct BackendStatus {
+    /// Counters and identity.
+    pub state: Arc<BackendState>,
+    /// Of the file or its heartbeats.
+    pub origin: Origin,
+    /// From the file, or as its heartbeats ask for.
+    pub weight: u32,
+    /// As balanced by, exactly; 0 while it is not eligible.
+    pub effective_weight: f64,
+    /// From the file.
+    pub backup: bool,
+    /// Cap; 0 means none.
+    pub connections_max: u32,
+    /// Operator's wish.
+    pub intent: Intent,
+    /// What probes and heartbeats make of it.
+    pub observation: Observation,
+    /// Passively ejected now.
+    pub ejected: bool,
+    /// Ejections so far.
+    pub ejections_total: u64,
+    /// Ejections the pool's guard held back so far.
+    pub ejections_held_total: u64,
+    /// Derived.
+    pub eligible: bool,
+    /// Its slow start, in percent; 100 when it is over.
+    pub ramp_percent: u32,
+    /// What its heartbeats amount to.
+    pub pulse: Pulse,
+    /// What its heartbeats ask for.
+    pub calling: Calling,
+    /// `None` where none were heard.
+    pub heart: Option<HeartStatus>,
+    /// The newest change, if any.
+    pub last_transition: Option<Transition>,
+}
+
+/// What one backend's heartbeats have said.
+#[derive(Debug, Clone)]
+pub struct HeartStatus {
+    /// What their rhythm means.
+    pub reading: Reading,
+    /// The key they are signed with.
+    pub key_id: u32,
+    /// As asked for; what it gets may be less.
+    pub weight: u16,
+    /// As said.
+    pub in_flight: u32,
+    /// As last said, 0..=1000.
+    pub load: u16,
+    /// Smoothed.
+    pub load_mean: f64,
+    /// What the load leaves of the weight, in percent.
+    pub load_share: u32,
+    /// Since the first of them.
+    pub known_for: Duration,
+    /// Silent for `ttl`.
+    pub expired: bool,
+    /// Silence that would expire them.
+    pub ttl: Duration,
+}
 
 // === impl Controller ===
 
 impl Controller {
     /// What status and metrics show.
-    pub fn status(&self) -> ControlStatus {
+    pub fn status(&self, now: Instant) -> ControlStatus {
         let leaving = self.leaving.values().map(|leaving| &leaving.entry.state);
         ControlStatus {
             generation: self.generation,
@@ -25,26 +168,58 @@ impl Controller {
                     connections_max: frontend.spec.connections_max,
                 })
                 .collect(),
-            pools: self.pools.iter().map(|pool| self.pool_status(pool)).collect(),
+            pools: self.pools.iter().map(|pool| self.pool_status(pool, now)).collect(),
             leaving: leaving.filter(|state| state.in_flight.get() > 0).map(Arc::clone).collect(),
+            published: PublishReason::ALL.map(|r| (r, self.pace.published(r))).to_vec(),
+            heartbeat: self.heartbeat_status(now),
         }
     }
 
-    fn pool_status(&self, pool: &PoolEntry) -> PoolStatus {
+    /// Heartbeats as a whole.
+    pub(super) fn heartbeat_status(&self, now: Instant) -> Option<HeartbeatStatus> {
+        self.pools.iter().any(|pool| pool.spec.heartbeat.is_some()).then(|| HeartbeatStatus {
+            taken_total: self.heartbeats_total,
+            misfits: Misfit::ALL.map(|m| (m, self.misfits[m as usize])).to_vec(),
+            excuses_total: self.guards.excuses_total,
+            silent: self.channel(now) == Channel::Silent,
+            frozen: freezing(self.guards.all.freeze(), now),
+        })
+    }
+
+    pub(super) fn pool_status(&self, pool: &PoolEntry, now: Instant) -> PoolStatus {
         let members = pool.members.iter().filter_map(|id| self.backends.get(id));
+        let backends: Vec<BackendStatus> =
+            members.map(|entry| backend_status(entry, pool, now)).collect();
+        let nobody = !backends.iter().any(|backend| backend.eligible);
+        let rule = match pool.spec.when_none_eligible {
+            WhenNoneEligible::Refuse => "refuse",
+            WhenNoneEligible::TryAll => "try-all",
+        };
+        let heartbeat = pool.spec.heartbeat.as_ref();
+        let may_register = heartbeat.filter(|spec| spec.register);
         PoolStatus {
             name: Arc::clone(&pool.spec.name),
             balance: pool.spec.balance.name(),
-            backends: members.map(backend_status).collect(),
+            backends,
+            none_eligible: nobody.then_some(rule),
+            frozen: freezing(pool.guard.freeze(), now),
+            registered: pool.registered,
+            registered_max: may_register.map_or(0, |spec| spec.backends_max),
+            heartbeats: heartbeat.is_some(),
         }
     }
 }
 
-fn backend_status(entry: &BackendEntry) -> BackendStatus {
+pub(super) fn backend_status(
+    entry: &BackendEntry,
+    pool: &PoolEntry,
+    now: Instant,
+) -> BackendStatus {
     BackendStatus {
         state: Arc::clone(&entry.state),
-        weight: u32::from(entry.spec.weight),
-        effective_weight: entry.health.effective_weight(entry.spec.weight),
+        origin: entry.origin,
+        weight: u32::from(entry.base_weight(&pool.spec)),
+        effective_weight: entry.weight(&pool.spec).in_force(),
         backup: entry.spec.backup,
         connections_max: entry.spec.connections_max,
         intent: entry.health.intent,
@@ -53,6 +228,77 @@ fn backend_status(entry: &BackendEntry) -> BackendStatus {
         ejections_total: entry.health.outlier.ejections_total(),
         ejections_held_total: entry.health.outlier.held_total(),
         eligible: entry.health.eligible(),
-        last_transition: entry.last_transition.clone(),
+        ramp_percent: entry.ramp_share,
+        pulse: entry.health.pulse,
+        calling: entry.health.calling,
+        heart: heart_status(entry, pool, now),
+        last_transition: entry.history.last().cloned(),
+    }
+}
+
+fn heart_status(entry: &BackendEntry, pool: &PoolEntry, now: Instant) -> Option<HeartStatus> {
+    let heart = entry.heart.as_deref()?;
+    let (ttl, _) = entry.expiry(pool.spec.heartbeat.as_ref()?)?;
+    Some(HeartStatus {
+        reading: heart.detector.reading(now),
+        key_id: heart.key_id,
+        weight: heart.weight,
+        in_flight: heart.in_flight,
+        load: heart.load.said,
+        load_mean: heart.load.mean(),
+        load_share: heart.load.share(),
+        known_for: now.saturating_duration_since(heart.first_at),
+        expired: heart.expired,
+        ttl,
+    })
+}
+
+fn freezing(freeze: Option<&Freeze>, now: Instant) -> Option<Freezing> {
+    freeze.map(|freeze| Freezing {
+        reason: freeze.reason.clone(),
+        lasted: now.saturating_duration_since(freeze.since),
+    })
+}
+
+#[cfg(test)]
+impl BackendStatus {
+    /// A backend of weight 2 about which there is nothing to say.
+    pub(crate) fn plain(state: BackendState) -> BackendStatus {
+        BackendStatus {
+            state: Arc::new(state),
+            origin: Origin::File,
+            weight: 2,
+            effective_weight: 2.0,
+            backup: false,
+            connections_max: 0,
+            intent: Intent::Ready,
+            observation: Observation::Unknown,
+            ejected: false,
+            ejections_total: 0,
+            ejections_held_total: 0,
+            eligible: true,
+            ramp_percent: 100,
+            pulse: Pulse::Absent,
+            calling: Calling::Sessions,
+            heart: None,
+            last_transition: None,
+        }
+    }
+}
+
+#[cfg(test)]
+impl PoolStatus {
+    /// A pool about which there is nothing to say.
+    pub(crate) fn plain(name: &str, backends: Vec<BackendStatus>) -> PoolStatus {
+        PoolStatus {
+            name: name.into(),
+            balance: "random",
+            backends,
+            none_eligible: None,
+            frozen: None,
+            registered: 0,
+            registered_max: 0,
+            heartbeats: false,
+        }
     }
 }

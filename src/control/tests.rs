@@ -3,6 +3,7 @@
 
 mod ejections;
 mod handover;
+mod heartbeats;
 mod probing;
 mod reloads;
 
@@ -11,6 +12,7 @@ use crate::config::{
     Admin, AdminListen, Backend, EjectionSpec, EngineChoice, Frontend, Log, LogFormat, LogLevel,
     OnRemoval, Policy, Pool, ProbeKind, Process, WhenNoneEligible,
 };
+use crate::health::Observation;
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST: Duration = Duration::from_millis(500);
@@ -58,6 +60,8 @@ fn pool(backends: &[&str]) -> Pool {
             time: Duration::from_secs(10),
             max_ejected_percent: 50,
         }),
+        heartbeat: None,
+        slow_start: None,
         backends: backends.iter().map(|text| backend(text)).collect(),
     }
 }
@@ -92,8 +96,10 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             keepalive: None,
             user_timeout: None,
             connections_max: 0,
+            sources: None,
         }],
         pools: pools.into_iter().map(Arc::new).collect(),
+        heartbeat: None,
     })
 }
 
@@ -113,14 +119,16 @@ pub(crate) fn probed_config(address: std::net::SocketAddr, interval: Duration) -
 /// A controller, its clock, and the probes it has asked for.
 struct Bench {
     controller: Controller,
+    began: Instant,
     now: Instant,
     asked: Vec<(BackendId, ProbeToken)>,
 }
 
 impl Bench {
     fn new(pool: Pool) -> Bench {
-        let mut bench =
-            Bench { controller: Controller::new(2, 1), now: crate::clock::now(), asked: vec![] };
+        let now = crate::clock::now();
+        let controller = Controller::new(2, 1);
+        let mut bench = Bench { controller, began: now, now, asked: vec![] };
         bench.configure(pool);
         bench
     }
@@ -207,7 +215,7 @@ impl Bench {
     }
 
     fn status(&self, name: &str) -> BackendStatus {
-        let mut status = self.controller.status();
+        let mut status = self.controller.status(self.now);
         let backends = status.pools.remove(0).backends.into_iter();
         backends.into_iter().find(|b| &*b.state.name == name).unwrap()
     }

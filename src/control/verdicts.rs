@@ -32,6 +32,9 @@ impl Controller {
             leaving.entry.in_flight.take_if(|probe| probe.token == token);
             return;
         }
+        if self.tried(id, token, &outcome, now) {
+            return;
+        }
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(probe) = entry.in_flight.take_if(|probe| probe.token == token) else { return };
         self.schedule.cancel(Job::ProbeLost(id));
@@ -62,11 +65,15 @@ impl Controller {
         if entry.health.outlier.is_ejected() {
             return;
         }
+        let before = entry.health.observation();
         if let Some(detector) = &mut entry.health.detector {
             if let Some(change) = detector.connect_failed(in_a_row, now) {
-                self.observed(id, change, &failure.to_string(), now);
+                self.observed(id, before, change, &failure.to_string(), now);
             }
             self.probe_soon(id, now);
+        }
+        if failure == ConnectFailure::Refused {
+            self.refused(id, now);
         }
         self.consider_ejection(id, failure, in_a_row, now);
     }
@@ -98,6 +105,7 @@ impl Controller {
     /// One probe's result; `failure` is `None` for a success.
     fn weigh_probe(&mut self, id: BackendId, failure: Option<String>, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
+        let before = entry.health.observation();
         let Some(detector) = &mut entry.health.detector else { return };
         let change = detector.observe(failure.is_none(), now);
         entry.health.fails_open = false;
@@ -106,19 +114,35 @@ impl Controller {
             self.schedule.cancel(Job::GraceEnds(pool.id));
         }
         if let Some(change) = change {
-            self.observed(id, change, &failure.unwrap_or_default(), now);
+            self.observed(id, before, change, &failure.unwrap_or_default(), now);
         }
     }
 
-    /// The verdict on a backend changed; `last` is the newest failure.
-    fn observed(&mut self, id: BackendId, change: Change, last: &str, now: Instant) {
-        if change.to == Observation::Up
-            && let Some(entry) = self.backends.get_mut(&id)
-        {
+    /// The probes' verdict on a backend changed; `before` is what it counted as
+    /// by then, `last` the newest failure. Heartbeats may make the same of it
+    /// all the while: then nothing is recorded.
+    fn observed(
+        &mut self,
+        id: BackendId,
+        before: Observation,
+        change: Change,
+        last: &str,
+        now: Instant,
+    ) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        if change.to == Observation::Up {
             entry.health.outlier.restart_row();
         }
-        let names = (change.from.name(), change.to.name());
-        self.record(id, names, evidence(change, last), change.lasted, now);
+        let after = entry.health.observation();
+        self.work.touched.insert(id);
+        if before != after {
+            let same = (before, after) == (change.from, change.to);
+            let since = now.saturating_duration_since(entry.observed_since);
+            let lasted = if same { change.lasted } else { since };
+            entry.observed_since = now;
+            let names = (before.name(), after.name());
+            self.record(id, names, evidence(change, last), lasted, now);
+        }
     }
 
     fn notice_local_trouble(&mut self, id: BackendId, reason: &str, now: Instant) {

@@ -196,6 +196,11 @@ impl Detector {
         self.state.observation()
     }
 
+    /// The verdict with the row being counted.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
     /// Since when that verdict stands.
     pub fn since(&self) -> Instant {
         self.since

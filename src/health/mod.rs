@@ -10,7 +10,7 @@
 //! observation is one of
 //!
 //! - *up*;
-//! - *suspect*, at half its weight;
+//! - *suspect*, at a tenth of its weight;
 //! - *unknown*, where its pool has no probe;
 //! - *unknown*, while it **fails open**.
 //!
@@ -28,8 +28,29 @@
 //!
 //! *Down* is never eligible; `when_none_eligible = "try-all"` is the table's
 //! business, not part of this rule.
+//!
+//! # Probes and heartbeats together
+//!
+//! Probes ask the service itself, heartbeats are what its host says of it; so a
+//! probe's verdict rules where there is one, and heartbeats say it sooner. What
+//! the two make of a backend ([`fuse`]; a dash: its pool has no probe):
+//!
+//! | heartbeats | - | probes: unknown | probes: up | probes: down |
+//! |---|---|---|---|---|
+//! | absent (none taken, or none heard and none required) | unknown, serves | unknown | up | down |
+//! | awaited (required or registered, not yet confirmed) | unknown, waits | unknown, waits | unknown, waits | down |
+//! | beating | up | unknown | up | **down**: the host is well, the service is not |
+//! | suspect (silent, not yet confirmed) | suspect | unknown | suspect | down |
+//! | vouched (silent, but a probe found it there) | suspect | unknown | **up**: the sender is gone, the service is not | down |
+//! | silent (and the confirming probes failed) | down | down | down | down |
+//! | expired (silent for `ttl`; required or registered) | down | down | down | down |
+//!
+//! *Unknown* serves and waits by the rule above, except where the table says.
+//! Whatever the verdict, a backend whose heartbeats say `starting`, `draining`
+//! or `stopping` gets no new sessions: see [`Calling`].
 
 pub mod detector;
+pub mod heartbeat;
 pub mod outlier;
 pub mod probe;
 
@@ -39,7 +60,10 @@ use std::time::{Duration, Instant};
 
 /// What is left of a suspect's weight, in percent: enough to go on learning
 /// from its sessions, little enough to spare most clients.
-pub const SUSPECT_WEIGHT_PERCENT: u32 = 50;
+pub const SUSPECT_WEIGHT_PERCENT: u32 = 10;
+
+/// How probes and sessions say that nobody listens.
+pub const REFUSED: &str = "connection refused";
 
 /// Everything known of one backend.
 #[derive(Debug, Clone)]
@@ -52,6 +76,10 @@ pub struct BackendHealth {
     pub detector: Option<Detector>,
     /// Passive ejection.
     pub outlier: Outlier,
+    /// What its heartbeats amount to.
+    pub pulse: Pulse,
+    /// What its heartbeats ask for.
+    pub calling: Calling,
     /// Eligible while unknown; see the module's documentation. Ends with the
     /// first result.
     pub fails_open: bool,
@@ -66,6 +94,38 @@ pub enum WhenUnknown {
     Waits,
     /// Takes traffic.
     Serves,
+}
+
+/// What a backend's heartbeats amount to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pulse {
+    /// They have no say.
+    Absent,
+    /// It needs them, and they have not yet brought it into service.
+    Awaited,
+    /// They come.
+    Beating,
+    /// They are overdue, and it is being asked.
+    Suspect,
+    /// They stay out, but a probe found it there.
+    Vouched,
+    /// They stay out, and probes did not find it.
+    Silent,
+    /// They have stayed out for the pool's `ttl`.
+    Expired,
+}
+
+/// What a backend's heartbeats ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Calling {
+    /// New sessions, or nothing at all.
+    Sessions,
+    /// No new sessions yet.
+    Starting,
+    /// No new sessions any more.
+    Draining,
+    /// As before, and it is about to be gone.
+    Stopping,
 }
 
 /// What the operator wants.
@@ -145,6 +205,23 @@ pub struct Transition {
     pub lasted: Duration,
 }
 
+/// What heartbeats and probes together make of a backend; `probes` is `None`
+/// where its pool has none. The table in the module's documentation.
+pub fn fuse(pulse: Pulse, probes: Option<Observation>) -> Observation {
+    match (pulse, probes) {
+        (Pulse::Silent | Pulse::Expired, _) | (_, Some(Observation::Down)) => Observation::Down,
+        (Pulse::Awaited, _) => Observation::Unknown,
+        (
+            Pulse::Absent | Pulse::Beating | Pulse::Suspect | Pulse::Vouched,
+            Some(Observation::Unknown),
+        )
+        | (Pulse::Absent, None) => Observation::Unknown,
+        (Pulse::Beating, None) => Observation::Up,
+        (Pulse::Vouched, None) | (Pulse::Suspect, _) => Observation::Suspect,
+        (Pulse::Absent | Pulse::Beating | Pulse::Vouched, Some(seen)) => seen,
+    }
+}
+
 /// The share of its weight a backend serves with, in percent; 0 means it is
 /// not eligible. The whole rule is here.
 pub fn weight_percent(
@@ -175,14 +252,21 @@ impl BackendHealth {
             intent_since: now,
             detector,
             outlier: Outlier::new(),
+            pulse: Pulse::Absent,
+            calling: Calling::Sessions,
             fails_open: false,
             since: now,
         }
     }
 
-    /// Probes' verdict.
+    /// What probes and heartbeats together say.
     pub fn observation(&self) -> Observation {
-        self.detector.as_ref().map_or(Observation::Unknown, Detector::observation)
+        fuse(self.pulse, self.probed())
+    }
+
+    /// Probes' verdict alone; `None` where there are none.
+    pub fn probed(&self) -> Option<Observation> {
+        self.detector.as_ref().map(Detector::observation)
     }
 
     /// Derived: may it be chosen for new sessions?
@@ -195,13 +279,10 @@ impl BackendHealth {
         self.outlier.is_ejected() && self.percent(false) > 0
     }
 
-    /// What it is balanced by: `weight`, less while it is suspect, 0 while it
-    /// is not eligible.
-    pub fn effective_weight(&self, weight: u16) -> u32 {
-        match self.percent(self.outlier.is_ejected()) {
-            0 => 0,
-            percent => (u32::from(weight) * percent / 100).max(1),
-        }
+    /// What is left of its weight, in percent: all of it, less while it is
+    /// suspect, 0 while it is not eligible.
+    pub fn weight_share(&self) -> u32 {
+        self.percent(self.outlier.is_ejected())
     }
 
     /// Ends the ejection, if there is one, and gives how long it lasted. Rows
@@ -221,12 +302,47 @@ impl BackendHealth {
     }
 
     fn percent(&self, ejected: bool) -> u32 {
-        let when_unknown = if self.detector.is_none() || self.fails_open {
+        if self.calling != Calling::Sessions {
+            return 0;
+        }
+        let open = self.detector.is_none() || self.fails_open;
+        let when_unknown = if open && self.pulse != Pulse::Awaited {
             WhenUnknown::Serves
         } else {
             WhenUnknown::Waits
         };
         weight_percent(self.intent, ejected, self.observation(), when_unknown)
+    }
+}
+
+// === impl Pulse ===
+
+impl Pulse {
+    /// As in status.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pulse::Absent => "absent",
+            Pulse::Awaited => "awaited",
+            Pulse::Beating => "beating",
+            Pulse::Suspect => "suspect",
+            Pulse::Vouched => "vouched",
+            Pulse::Silent => "silent",
+            Pulse::Expired => "expired",
+        }
+    }
+}
+
+// === impl Calling ===
+
+impl Calling {
+    /// As in status.
+    pub fn name(self) -> &'static str {
+        match self {
+            Calling::Sessions => "ready",
+            Calling::Starting => "starting",
+            Calling::Draining => "draining",
+            Calling::Stopping => "stopping",
+        }
     }
 }
 
@@ -276,7 +392,7 @@ impl Observation {
 impl std::fmt::Display for ConnectFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            ConnectFailure::Refused => f.write_str("connection refused"),
+            ConnectFailure::Refused => f.write_str(REFUSED),
             ConnectFailure::Timeout => f.write_str("connect timed out"),
             ConnectFailure::Unreachable => f.write_str("host unreachable"),
             ConnectFailure::Other(errno) => {
@@ -315,8 +431,8 @@ mod tests {
             }
         }
         expect![[r#"
-            ready in unknown-Waits: unknown=0 up=100 suspect=50 down=0
-            ready in unknown-Serves: unknown=100 up=100 suspect=50 down=0
+            ready in unknown-Waits: unknown=0 up=100 suspect=10 down=0
+            ready in unknown-Serves: unknown=100 up=100 suspect=10 down=0
             ready ejected unknown-Waits: unknown=0 up=0 suspect=0 down=0
             ready ejected unknown-Serves: unknown=0 up=0 suspect=0 down=0
             draining in unknown-Waits: unknown=0 up=0 suspect=0 down=0
@@ -335,10 +451,55 @@ mod tests {
     fn unknown_serves_without_a_probe_or_while_it_fails_open_only() {
         let now = crate::clock::now();
         let mut health = BackendHealth::new(Intent::Ready, None, now);
-        assert_eq!(health.effective_weight(7), 7);
+        assert_eq!(health.weight_share(), 100);
         health.detector = Some(Detector::new(2, 3, now));
-        assert_eq!(health.effective_weight(7), 0, "waits for its first result");
+        assert_eq!(health.weight_share(), 0, "waits for its first result");
         health.fails_open = true;
-        assert_eq!(health.effective_weight(7), 7);
+        assert_eq!(health.weight_share(), 100);
+    }
+
+    #[test]
+    fn the_truth_table_of_heartbeats_and_probes() {
+        let probes = [None, Some(Observation::Unknown), Some(Observation::Up)];
+        let probes = probes.into_iter().chain([Some(Observation::Down)]);
+        let mut out = String::new();
+        for pulse in [
+            Pulse::Absent,
+            Pulse::Awaited,
+            Pulse::Beating,
+            Pulse::Suspect,
+            Pulse::Vouched,
+            Pulse::Silent,
+            Pulse::Expired,
+        ] {
+            let cell = |probes: Option<Observation>| fuse(pulse, probes).name();
+            let row: Vec<&str> = probes.clone().map(cell).collect();
+            writeln!(out, "{}: {}", pulse.name(), row.join(" ")).unwrap();
+        }
+        expect![[r#"
+            absent: unknown unknown up down
+            awaited: unknown unknown unknown down
+            beating: up unknown up down
+            suspect: suspect unknown suspect down
+            vouched: suspect unknown up down
+            silent: down down down down
+            expired: down down down down
+        "#]]
+        .assert_eq(&out);
+    }
+
+    #[test]
+    fn who_asks_for_no_sessions_gets_none_whatever_is_known_of_it() {
+        let now = crate::clock::now();
+        let mut health = BackendHealth::new(Intent::Ready, None, now);
+        health.pulse = Pulse::Beating;
+        for calling in [Calling::Starting, Calling::Draining, Calling::Stopping] {
+            health.calling = calling;
+            assert!(!health.eligible(), "{}", calling.name());
+        }
+        health.calling = Calling::Sessions;
+        assert!(health.eligible());
+        health.pulse = Pulse::Awaited;
+        assert!(!health.eligible(), "joins only when it is confirmed");
     }
 }

@@ -29,6 +29,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
+use tokio::time::MissedTickBehavior;
 
 /// A status line is a few dozen bytes; what goes on for longer than this is no
 /// HTTP server.
@@ -42,6 +43,9 @@ const QUOTE_BYTES_MAX: usize = 48;
 
 /// Longest failure reason, in bytes: it goes into every log line and status.
 pub const REASON_BYTES_MAX: usize = 256;
+
+/// A timeout is waited for in so many parts, of which a stall takes one.
+const TIMEOUT_PARTS: u32 = 8;
 
 /// How far a probe has come, for the reason when its time is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,16 +65,36 @@ enum Fault {
     Local(String),
 }
 
-/// Runs one probe. It takes no longer than the spec's timeout.
+/// Runs one probe. It takes no longer than the spec's timeout, not counting
+/// what this process itself stood still.
 pub async fn run(address: &BackendAddress, spec: &ProbeSpec) -> ProbeOutcome {
     let started = clock::now();
     let mut stage = Stage::Connecting;
-    let verdict = tokio::time::timeout(spec.timeout, attempt(address, &spec.kind, &mut stage));
-    let verdict = verdict.await.unwrap_or_else(|_| Err(stage.overdue(spec.timeout)));
+    let verdict = tokio::select! {
+        // What has come counts, however late we look.
+        biased;
+        verdict = attempt(address, &spec.kind, &mut stage) => Some(verdict),
+        () = awake_for(spec.timeout) => None,
+    };
+    let verdict = verdict.unwrap_or_else(|| Err(stage.overdue(spec.timeout)));
     match verdict {
         Ok(()) => ProbeOutcome::Success { took: started.elapsed() },
         Err(Fault::Backend(reason)) => ProbeOutcome::Failure { reason: bounded(reason) },
         Err(Fault::Local(reason)) => ProbeOutcome::Local { reason: bounded(reason) },
+    }
+}
+
+/// Waits while this process runs for so long: of a stall (a stopped process, a
+/// starved or suspended machine) no more than one part counts. The backend's
+/// answer could not be read in that time, so its lack proves nothing.
+async fn awake_for(limit: Duration) {
+    let part = (limit / TIMEOUT_PARTS).max(Duration::from_nanos(1));
+    let mut parts = tokio::time::interval(part);
+    // After a late tick the next is a whole part away; others keep to the clock.
+    parts.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // The first tick is at once.
+    for _ in 0..=TIMEOUT_PARTS {
+        parts.tick().await;
     }
 }
 

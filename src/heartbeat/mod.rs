@@ -4,6 +4,25 @@
 //! `listen` (a shell) receives them, this module's pure parts decide what is
 //! believed, the controller learns of accepted ones alone. Nothing here decides
 //! who takes traffic.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`wire`] | the datagram, byte by byte: encode, read, verify (pure) |
+//! | [`keys`] | secrets and what each may speak for (pure) |
+//! | [`trust`] | [`trust::Gate`]: what is believed, refused and why (pure) |
+//! | [`key_file`] | reading a secret from its file (a shell) |
+//! | [`listen`] | sockets and the thread that receives (a shell) |
+//! | [`sender`] | sending them, for services written in Rust (a shell) |
+
+pub mod key_file;
+pub mod keys;
+pub mod listen;
+
+pub mod sender;
+#[cfg(test)]
+mod testing;
+pub mod trust;
+pub mod wire;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -49,4 +68,22 @@ pub enum SenderState {
     Draining,
     /// About to be gone.
     Stopping,
+}
+
+// === impl SenderState ===
+
+impl SenderState {
+    /// Every state, in the order of a life.
+    pub const ALL: [SenderState; 4] =
+        [SenderState::Starting, SenderState::Ready, SenderState::Draining, SenderState::Stopping];
+
+    /// For logs and status.
+    pub fn name(self) -> &'static str {
+        match self {
+            SenderState::Starting => "starting",
+            SenderState::Ready => "ready",
+            SenderState::Draining => "draining",
+            SenderState::Stopping => "stopping",
+        }
+    }
 }

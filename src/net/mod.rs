@@ -5,6 +5,7 @@
 //! blocks.
 
 pub mod cpu;
+pub mod datagram;
 pub mod epoll;
 pub mod errno;
 pub mod handover;

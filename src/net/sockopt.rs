@@ -1,6 +1,6 @@
 //! The few socket options no crate wraps.
 //!
-//! Used by `stream`. Each function is one setsockopt(2).
+//! Used by `stream` and `datagram`. Each function is one setsockopt(2).
 
 #![allow(unsafe_code)]
 
@@ -10,16 +10,41 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// bind(2) to port 0 then takes no port yet: connect(2) does, when it knows the
 /// peer, so that a port serves once for each peer (ip(7)).
 pub(super) fn pick_port_at_connect(socket: BorrowedFd<'_>) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: the option takes one int; the pointer to it is valid for the
-    // call and the length is its own.
+    set(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
+/// SO_RCVBUFFORCE (socket(7)): a receive buffer beyond `net.core.rmem_max`, for
+/// those with CAP_NET_ADMIN.
+pub(super) fn force_receive_buffer(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
+    let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    set(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, bytes)
+}
+
+/// SO_TIMESTAMPNS (socket(7)): each datagram comes with its time of arrival.
+pub(super) fn tell_timestamps(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set(socket, libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, 1)
+}
+
+/// SO_RXQ_OVFL (socket(7)): datagrams come with the count of dropped ones.
+pub(super) fn tell_drops(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set(socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1)
+}
+
+fn set(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: the options used here take one int; the pointer to it is valid
+    // for the call and the length is its own.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::IPPROTO_IP,
-            libc::IP_BIND_ADDRESS_NO_PORT,
-            (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -1,11 +1,25 @@
-//! Whether one more connection may be taken off a listen queue.
+//! Whether one more connection may be taken off a listen queue, and, once it is
+//! and its source is known, whether it may stay.
 //!
-//! Asked through `slots` before every accept: at a cap no worker accepts, and
-//! clients wait in the kernel's queue. Pure but for the shared counts, which it
-//! raises by compare-and-swap, so that no cap is ever overshot.
+//! The first is asked through `slots` before every accept: at a cap no worker
+//! accepts, and clients wait in the kernel's queue. The second is asked by the
+//! listener: who connects from where it must not, or too much, is reset before
+//! any backend is thought of. Pure but for the shared counts, which it raises
+//! in one step, so that no cap is ever overshot.
+
+pub mod access;
+pub mod sources;
 
 use crate::balance::in_flight::InFlight;
+use crate::config::SourceRules;
+use crate::proxy::close::Cause;
+use crate::table::state::FrontendState;
 use crate::table::{FrontendRoute, Table};
+use access::Access;
+use sources::{Admitted, SourceRefused, Sources};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
 
 /// Which cap is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,4 +53,28 @@ pub fn room(process: &InFlight, table: &Table, route: &FrontendRoute) -> bool {
     below(process, table.connections_max)
         && below(&route.state.in_flight, route.spec.connections_max)
         && route.pool.has_room()
+}
+
+/// Whether `client` may have this connection; what it gives is held as long as
+/// the session lives. `seed` is for the first question of all, which makes the
+/// frontend's table of sources.
+pub fn source(
+    rules: &SourceRules,
+    frontend: &FrontendState,
+    client: IpAddr,
+    seed: impl FnOnce() -> u64,
+    now: Instant,
+) -> Result<Option<Admitted>, Cause> {
+    if rules.access.of(client) == Access::Denied {
+        return Err(Cause::Denied);
+    }
+    if !rules.limits.are_any() {
+        return Ok(None);
+    }
+    let sources = frontend.sources.get_or_init(|| Arc::new(Sources::new(seed(), now)));
+    match sources.admit(client, &rules.limits, now) {
+        Ok(admitted) => Ok(Some(admitted)),
+        Err(SourceRefused::TooMany) => Err(Cause::SourceConnections),
+        Err(SourceRefused::TooFast) => Err(Cause::SourceRate),
+    }
 }

@@ -37,6 +37,12 @@ pub enum Cause {
     BackendRemoved,
     /// Descriptors, memory, ports or buffers ran out here.
     LocalResource,
+    /// The frontend's `sources` do not let that address in.
+    Denied,
+    /// Its source has as many sessions as it may.
+    SourceConnections,
+    /// Its source connects faster than it may.
+    SourceRate,
 }
 
 /// How far a session had come.
@@ -92,6 +98,12 @@ pub enum RefusedReason {
     QueueTimeout,
     /// Every connect attempt failed.
     ConnectFailed,
+    /// The frontend's `sources` do not let that address in.
+    Denied,
+    /// Its source has as many sessions as it may.
+    SourceConnections,
+    /// Its source connects faster than it may.
+    SourceRate,
 }
 
 // === impl Cause ===
@@ -115,7 +127,7 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in the order of their numbers.
-    pub const ALL: [Cause; 15] = [
+    pub const ALL: [Cause; 18] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
@@ -131,6 +143,9 @@ impl Cause {
         Cause::DrainDeadline,
         Cause::BackendRemoved,
         Cause::LocalResource,
+        Cause::Denied,
+        Cause::SourceConnections,
+        Cause::SourceRate,
     ];
 
     /// Metric label and access-log word.
@@ -151,6 +166,9 @@ impl Cause {
             Cause::DrainDeadline => "drain-deadline",
             Cause::BackendRemoved => "backend-removed",
             Cause::LocalResource => "local-resource",
+            Cause::Denied => "denied",
+            Cause::SourceConnections => "source-connections",
+            Cause::SourceRate => "source-rate",
         }
     }
 
@@ -222,11 +240,14 @@ impl RefusedReason {
     pub const COUNT: usize = RefusedReason::ALL.len();
 
     /// Every reason, in the order of their numbers.
-    pub const ALL: [RefusedReason; 4] = [
+    pub const ALL: [RefusedReason; 7] = [
         RefusedReason::NoBackend,
         RefusedReason::LocalResource,
         RefusedReason::QueueTimeout,
         RefusedReason::ConnectFailed,
+        RefusedReason::Denied,
+        RefusedReason::SourceConnections,
+        RefusedReason::SourceRate,
     ];
 
     /// Metric label.
@@ -236,6 +257,9 @@ impl RefusedReason {
             RefusedReason::LocalResource => "local-resource",
             RefusedReason::QueueTimeout => "queue-timeout",
             RefusedReason::ConnectFailed => "connect-failed",
+            RefusedReason::Denied => "denied",
+            RefusedReason::SourceConnections => "source-connections",
+            RefusedReason::SourceRate => "source-rate",
         }
     }
 }
@@ -255,8 +279,10 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
         Cause::DrainDeadline => b'K',
         Cause::BackendRemoved => b'D',
         Cause::LocalResource => b'R',
+        Cause::Denied | Cause::SourceConnections | Cause::SourceRate => b'P',
     };
     let second = match phase {
+        _ if first == b'P' => b'R',
         Phase::Admit | Phase::Connect => b'C',
         Phase::Queue => b'Q',
         Phase::Data | Phase::HalfClosed => b'D',

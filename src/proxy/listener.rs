@@ -6,8 +6,10 @@
 //! off, and never spins.
 
 use super::admission;
+use super::admission::sources::{Admitted, SourceSlot};
+use super::close::Cause;
 use super::context::Context;
-use super::session::{self, Arrival};
+use super::session::{self, Arrival, Refusal};
 use super::slots::Slots;
 use crate::balance::PickKey;
 use crate::clock;
@@ -182,23 +184,49 @@ impl Listener {
     }
 }
 
-/// Picks and starts a session; the pick comes before anything else can run, so
-/// that the room the listener saw is still there.
+/// Sees whether the client may stay, picks and starts a session; the pick comes
+/// before anything else can run, so that the room the listener saw is still
+/// there.
 fn start_session(
     ctx: &Rc<Context>,
     route: &Arc<FrontendRoute>,
     generation: u64,
-    slots: Slots,
+    mut slots: Slots,
     socket: OwnedFd,
     client: SocketAddr,
 ) {
     ctx.counters.accepted.add(1);
     route.state.counters.of(ctx.id).sessions.add(1);
+    match admit_source(ctx, route, client) {
+        Ok(source) => slots.hold(source),
+        Err(cause) => {
+            let route = Arc::clone(route);
+            let refusal = Refusal { socket, client, route, generation, cause };
+            return session::turn_away(ctx, refusal);
+        }
+    }
     let key = PickKey { client: client.ip(), draw: ctx.draw() };
     let pick = route.pool.pick(key, &[]);
     let route = Arc::clone(route);
     let arrival = Arrival { socket, client, route, generation, pick, slots };
     tokio::task::spawn_local(session::run(Rc::clone(ctx), arrival));
+}
+
+fn admit_source(
+    ctx: &Context,
+    route: &FrontendRoute,
+    client: SocketAddr,
+) -> Result<Option<SourceSlot>, Cause> {
+    let Some(rules) = &route.spec.sources else { return Ok(None) };
+    let (state, ip, seed) = (&route.state, client.ip(), || ctx.draw());
+    match admission::source(rules, state, ip, seed, clock::now())? {
+        Some(Admitted::Counted(slot)) => Ok(Some(slot)),
+        Some(Admitted::Untracked) => {
+            state.counters.of(ctx.id).untracked.add(1);
+            Ok(None)
+        }
+        None => Ok(None),
+    }
 }
 
 // === impl Retirement ===

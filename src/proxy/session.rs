@@ -40,6 +40,16 @@ pub(super) struct Arrival {
     pub(super) slots: Slots,
 }
 
+/// A connection whose source may not have it.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) socket: OwnedFd,
+    pub(super) client: SocketAddr,
+    pub(super) route: Arc<FrontendRoute>,
+    pub(super) generation: u64,
+    pub(super) cause: Cause,
+}
+
 /// What is known of a session when it ends.
 struct Story {
     started: Instant,
@@ -53,22 +63,21 @@ struct Story {
     bytes_out: u64,
 }
 
+/// Resets a client that admission has turned away: no backend has been thought
+/// of, and no task is made for it.
+pub(super) fn turn_away(ctx: &Context, refusal: Refusal) {
+    let Refusal { socket, client, route, generation, cause } = refusal;
+    stream::reset(socket);
+    let ending = Ending { cause, phase: Phase::Admit, errno: 0, closed_first: None };
+    Story::new(client, route, generation).account(ctx, ending);
+}
+
 /// Serves one client to the end. What is not needed for long is unpacked before
 /// the future begins: an idle session is made of little else than this future.
 pub(super) fn run(ctx: Rc<Context>, arrival: Arrival) -> impl Future<Output = ()> {
     let Arrival { socket, client, route, generation, pick, slots } = arrival;
     let opened = ctx.engine.open(socket);
-    let mut story = Story {
-        started: clock::now(),
-        client,
-        generation,
-        route,
-        attempts: Attempts::default(),
-        connect_time: None,
-        first_byte: None,
-        bytes_in: 0,
-        bytes_out: 0,
-    };
+    let mut story = Story::new(client, route, generation);
     async move {
         let ending = match opened {
             Ok(flow) => serve(&ctx, flow, pick, &mut story).await,
@@ -147,6 +156,20 @@ async fn reset_when_sent(socket: OwnedFd) {
 // === impl Story ===
 
 impl Story {
+    fn new(client: SocketAddr, route: Arc<FrontendRoute>, generation: u64) -> Story {
+        Story {
+            started: clock::now(),
+            client,
+            generation,
+            route,
+            attempts: Attempts::default(),
+            connect_time: None,
+            first_byte: None,
+            bytes_in: 0,
+            bytes_out: 0,
+        }
+    }
+
     /// Starts the relay; only what this returns waits for its end.
     fn relay(
         &self,
@@ -245,6 +268,9 @@ impl RefusedReason {
             Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => {
                 Some(RefusedReason::ConnectFailed)
             }
+            Cause::Denied => Some(RefusedReason::Denied),
+            Cause::SourceConnections => Some(RefusedReason::SourceConnections),
+            Cause::SourceRate => Some(RefusedReason::SourceRate),
             _ => None,
         }
     }

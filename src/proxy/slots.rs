@@ -1,8 +1,9 @@
-//! The slots a session holds below the caps of process and frontend.
+//! The slots a session holds below the caps of process, frontend and source.
 //!
 //! Taken by the listener before it accepts, held by the session to its end.
 //! Giving them back opens the gate for whoever waits.
 
+use super::admission::sources::SourceSlot;
 use super::admission::{self, Held};
 use super::context::Shared;
 use crate::balance::in_flight::InFlight;
@@ -11,12 +12,14 @@ use crate::table::state::FrontendState;
 use crate::table::{FrontendRoute, Table};
 use std::sync::Arc;
 
-/// One session's; dropping it gives both back.
+/// One session's; dropping it gives them back.
 #[derive(Debug)]
 pub(super) struct Slots {
     process: Arc<InFlight>,
     frontend: Arc<FrontendState>,
     gate: Arc<Gate>,
+    /// Where the frontend limits what one source may ask for.
+    source: Option<SourceSlot>,
 }
 
 impl Slots {
@@ -36,7 +39,13 @@ impl Slots {
             process: Arc::clone(&shared.in_flight),
             frontend: Arc::clone(&route.state),
             gate: Arc::clone(&shared.gate),
+            source: None,
         })
+    }
+
+    /// Holds the source's as well, to the same end.
+    pub(super) fn hold(&mut self, source: Option<SourceSlot>) {
+        self.source = source;
     }
 }
 

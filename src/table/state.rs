@@ -6,9 +6,10 @@
 
 use crate::balance::in_flight::InFlight;
 use crate::config::BackendAddress;
+use crate::proxy::admission::sources::Sources;
 use crate::telemetry::counters::{Counter, CounterTable, Sharded};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// Names a backend for the life of the process; never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -66,6 +67,8 @@ pub struct FrontendState {
     pub name: Arc<str>,
     /// Sessions open now; enforces the frontend's `connections_max`.
     pub in_flight: InFlight,
+    /// What its sources have asked for; made when a limit is first asked about.
+    pub sources: OnceLock<Arc<Sources>>,
     /// One shard a worker.
     pub counters: Sharded<FrontendCounters>,
 }
@@ -79,6 +82,8 @@ pub struct FrontendCounters {
     pub bytes_in: Counter,
     /// Bytes to clients.
     pub bytes_out: Counter,
+    /// Let in past the limits of their sources, for want of room to count them.
+    pub untracked: Counter,
     /// Refused, by reason (row: `proxy::close::RefusedReason`; one column).
     pub refused: CounterTable,
 }
@@ -133,10 +138,12 @@ impl FrontendState {
             id,
             name,
             in_flight: InFlight::new(),
+            sources: OnceLock::new(),
             counters: Sharded::new(workers, || FrontendCounters {
                 sessions: Counter::default(),
                 bytes_in: Counter::default(),
                 bytes_out: Counter::default(),
+                untracked: Counter::default(),
                 refused: CounterTable::new(refused_reasons, 1),
             }),
         }

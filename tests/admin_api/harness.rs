@@ -201,6 +201,13 @@ async fn play(control: Control, mut inbox: mpsc::Receiver<Request>, shut_down: A
                     warnings: vec!["process.workers waits for a restart".to_owned()],
                 }),
             })),
+            Request::Explain { pool, backend, reply } => {
+                drop(reply.send(match (pool.as_str(), backend.as_str()) {
+                    ("web", "a") => Ok(EXPLANATION.to_owned()),
+                    ("web", _) => Err(OperatorError::UnknownBackend),
+                    _ => Err(OperatorError::UnknownPool),
+                }));
+            }
             Request::SetIntent { pool, backend, intent, reply } => {
                 let known = ["a", "10.0.0.1:80", "[::1]:80", "unix:/run/b.sock", "é"];
                 drop(reply.send(match (pool.as_str(), known.contains(&backend.as_str())) {
@@ -229,6 +236,8 @@ async fn play(control: Control, mut inbox: mpsc::Receiver<Request>, shut_down: A
 }
 
 pub(crate) const STATUS: &str = r#"{"version":"0.1.0","state":"serving","pools":[]}"#;
+
+pub(crate) const EXPLANATION: &str = r#"{"pool":"web","backend":"a","eligible":true}"#;
 
 fn refused_file() -> ReloadError {
     let problem = |line, message: &str| Problem {

@@ -74,6 +74,10 @@ fn unknown_paths_and_names_are_404() {
     let refused = |path| api.ask("POST", path).refusal();
     assert_eq!(refused("/v1/pools/x/backends/a/drain"), (404, "unknown pool".to_owned()));
     assert_eq!(refused("/v1/pools/web/backends/x/drain"), (404, "unknown backend".to_owned()));
+    let asked = |name| api.ask("GET", &format!("/v1/pools/{name}/explain"));
+    assert_eq!(asked("x/backends/a").refusal(), (404, "unknown pool".to_owned()));
+    assert_eq!(asked("web/backends/x").refusal(), (404, "unknown backend".to_owned()));
+    assert_eq!(asked("web/backends/a").json()["eligible"], true);
     for path in [
         "/",
         "/v1",

@@ -25,6 +25,8 @@ pub struct Conf {
     pub access: Option<String>,
     pub frontends: Vec<Frontend>,
     pub pools: Vec<Pool>,
+    /// `[heartbeat]` and its keys, as text.
+    pub heartbeat: String,
 }
 
 /// `[frontend.NAME]`
@@ -47,6 +49,8 @@ pub struct Pool {
     pub probe: String,
     /// Keys of `[pool.NAME.ejection]`; empty for the default.
     pub ejection: String,
+    /// Keys of `[pool.NAME.heartbeat]`; empty for none.
+    pub heartbeat: String,
     pub backends: Vec<Backend>,
 }
 
@@ -73,6 +77,7 @@ impl Conf {
             access: None,
             frontends: Vec::new(),
             pools: Vec::new(),
+            heartbeat: String::new(),
         }
     }
 
@@ -171,6 +176,8 @@ impl Conf {
                 frontend.keys,
             );
         }
+        text.push_str(&self.heartbeat);
+        text.push('\n');
         for pool in &self.pools {
             pool.render(&mut text);
         }
@@ -188,6 +195,7 @@ impl Pool {
             keys: String::new(),
             probe: String::new(),
             ejection: String::new(),
+            heartbeat: String::new(),
             backends: Vec::new(),
         }
     }
@@ -206,6 +214,11 @@ impl Pool {
 
     pub fn ejection(mut self, keys: &str) -> Pool {
         self.ejection = keys.into();
+        self
+    }
+
+    pub fn heartbeat(mut self, keys: &str) -> Pool {
+        self.heartbeat = keys.into();
         self
     }
 
@@ -230,6 +243,9 @@ impl Pool {
         }
         if !self.ejection.is_empty() {
             let _ = writeln!(text, "[pool.{name}.ejection]\n{}\n", self.ejection);
+        }
+        if !self.heartbeat.is_empty() {
+            let _ = writeln!(text, "[pool.{name}.heartbeat]\n{}\n", self.heartbeat);
         }
         for backend in &self.backends {
             let _ = writeln!(

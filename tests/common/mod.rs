@@ -180,7 +180,7 @@ pub fn measured(what: &str) {
 /// One line past the runner's capture: on the real standard error, where
 /// `eprintln` would be swallowed, and in the file named by
 /// `TIDEGATE_TEST_NOTES`, which `scripts/test` prints at its end.
-fn report(kind: &str, what: &str) {
+pub fn report(kind: &str, what: &str) {
     let name = std::thread::current().name().unwrap_or("?").to_string();
     let line = format!("{kind} {name}: {what}\n");
     let _ = std::io::stderr().write_all(line.as_bytes());

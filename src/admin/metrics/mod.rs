@@ -25,6 +25,7 @@ use crate::telemetry::histograms::{BOUNDS_SECONDS, Series, SeriesData};
 use encoder::{Encoder, Family, counter, gauge, histogram};
 
 mod encoder;
+mod heartbeats;
 
 /// Every metric there is: name, type and help, once each, in order of output.
 #[rustfmt::skip]
@@ -46,10 +47,11 @@ mod families {
     pub(super) const SESSIONS: Family = counter("tidegate_sessions_total", "Connections accepted, by frontend.");
     pub(super) const SESSIONS_ACTIVE: Family = gauge("tidegate_sessions_active", "Sessions open, by frontend.");
     pub(super) const BYTES: Family = counter("tidegate_bytes_total", "Bytes relayed, by frontend; in is from clients, out is to clients.");
+    pub(super) const SOURCES_UNTRACKED: Family = counter("tidegate_sources_untracked_total", "Clients let in past the limits of their sources, for want of room to count them.");
     pub(super) const REFUSED: Family = counter("tidegate_refused_total", "Clients turned away before they had a backend, by frontend.");
     pub(super) const SESSION_END: Family = counter("tidegate_session_end_total", "Ended sessions by what ended them and how far they had come.");
 
-    pub(super) const BACKEND_UP: Family = gauge("tidegate_backend_up", "0 when probes found the backend down, else 1.");
+    pub(super) const BACKEND_UP: Family = gauge("tidegate_backend_up", "0 when probes or heartbeats found the backend down, else 1.");
     pub(super) const BACKEND_ELIGIBLE: Family = gauge("tidegate_backend_eligible", "1 when the backend may take new sessions, all things considered.");
     pub(super) const BACKEND_WEIGHT: Family = gauge("tidegate_backend_weight", "Weight balanced by; 0 while not eligible.");
     pub(super) const BACKEND_DRAINING: Family = gauge("tidegate_backend_draining", "1 when an operator has taken the backend out (drain or maintenance).");
@@ -88,6 +90,7 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
     frontends(&mut out, &snapshot.control.frontends);
     session_ends(&mut out, snapshot);
     backends(&mut out, snapshot);
+    heartbeats::render(&mut out, snapshot);
     histograms(&mut out, snapshot);
     leaving(&mut out, snapshot);
     workers(&mut out, snapshot);
@@ -144,6 +147,11 @@ fn frontends(out: &mut Encoder, frontends: &[FrontendStatus]) {
             samples.count(&labels, total);
         }
     }
+    let mut samples = out.family(&families::SOURCES_UNTRACKED);
+    for frontend in frontends {
+        let total = frontend.state.counters.sum(|c| c.untracked.get());
+        samples.count(&[("frontend", &frontend.state.name)], total);
+    }
 }
 
 fn session_ends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
@@ -172,7 +180,9 @@ fn usual_phase(cause: Cause) -> Phase {
         | Cause::ConnectTimeout
         | Cause::ConnectFailed
         | Cause::LocalResource => Phase::Connect,
-        Cause::NoBackend => Phase::Admit,
+        Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => {
+            Phase::Admit
+        }
         Cause::QueueTimeout => Phase::Queue,
         Cause::IdleTimeout | Cause::DrainDeadline | Cause::BackendRemoved => Phase::Data,
         Cause::HalfClosedTimeout => Phase::HalfClosed,
@@ -182,10 +192,9 @@ fn usual_phase(cause: Cause) -> Phase {
 type BackendValue = fn(&BackendStatus) -> u64;
 
 /// One number a backend each.
-const BACKEND_VALUES: [(&Family, BackendValue); 10] = [
+const BACKEND_VALUES: [(&Family, BackendValue); 9] = [
     (&families::BACKEND_UP, |b| (b.observation != Observation::Down).into()),
     (&families::BACKEND_ELIGIBLE, |b| b.eligible.into()),
-    (&families::BACKEND_WEIGHT, |b| b.effective_weight.into()),
     (&families::BACKEND_DRAINING, |b| (b.intent != Intent::Ready).into()),
     (&families::BACKEND_EJECTED, |b| b.ejected.into()),
     (&families::EJECTIONS, |b| b.ejections_total),
@@ -202,6 +211,10 @@ fn backends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
         for backend in all() {
             samples.count(&labels(backend), value(backend));
         }
+    }
+    let mut samples = out.family(&families::BACKEND_WEIGHT);
+    for backend in all() {
+        samples.value(&labels(backend), backend.effective_weight);
     }
     let mut samples = out.family(&families::BACKEND_BYTES);
     for backend in all() {

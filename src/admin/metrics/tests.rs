@@ -2,10 +2,10 @@
 
 use super::*;
 use crate::admin::process::ProcessFacts;
-use crate::admin::snapshot::ReloadCounts;
+use crate::admin::snapshot::{HeartbeatCounts, ReloadCounts};
 use crate::clock;
 use crate::config::BackendAddress;
-use crate::control::{ControlStatus, PoolStatus};
+use crate::control::{ControlStatus, PoolStatus, PublishReason};
 use crate::table::state::{BackendId, BackendState, FrontendId, FrontendState};
 use crate::telemetry::histograms::{Merged, Recorder};
 use std::collections::{BTreeMap, HashMap};
@@ -20,20 +20,7 @@ fn backend(id: u32, pool: &str, name: &str) -> BackendStatus {
     state.counters.of(0).sessions.add(3);
     state.counters.of(1).sessions.add(4);
     state.counters.of(1).bytes_out.add(100);
-    BackendStatus {
-        state: Arc::new(state),
-        weight: 2,
-        effective_weight: 2,
-        backup: false,
-        connections_max: 0,
-        intent: Intent::Ready,
-        observation: Observation::Unknown,
-        ejected: false,
-        ejections_total: 0,
-        ejections_held_total: 0,
-        eligible: true,
-        last_transition: None,
-    }
+    BackendStatus::plain(state)
 }
 
 fn control() -> ControlStatus {
@@ -52,17 +39,11 @@ fn control() -> ControlStatus {
             connections_max: 0,
         }],
         pools: vec![
-            PoolStatus {
-                name: "web".into(),
-                balance: "random",
-                backends: vec![backend(1, "web", "a"), down],
-            },
-            PoolStatus {
-                name: "api".into(),
-                balance: "random",
-                backends: vec![backend(3, "api", "a")],
-            },
+            PoolStatus::plain("web", vec![backend(1, "web", "a"), down]),
+            PoolStatus::plain("api", vec![backend(3, "api", "a")]),
         ],
+        published: PublishReason::ALL.map(|reason| (reason, 3)).to_vec(),
+        heartbeat: None,
         // Same pool and name as a configured one: must not repeat its series.
         leaving: vec![Arc::clone(&backend(9, "web", "a").state)],
     }
@@ -103,6 +84,7 @@ fn text() -> String {
         connections_max: 100,
         warnings: &[],
         process: ProcessFacts { open_fds: Some(7), ..ProcessFacts::default() },
+        heartbeats: &HeartbeatCounts::default(),
     })
 }
 

@@ -39,6 +39,7 @@ pub struct Predecessor {
     stderr: OwnedFd,
     admin: Option<OwnedFd>,
     sockets: BTreeMap<SocketAddr, Group>,
+    heartbeats: Vec<(SocketAddr, OwnedFd)>,
     offer: Offer,
 }
 
@@ -67,6 +68,11 @@ impl Predecessor {
     /// What `config` is to find bound.
     pub(in crate::app) fn take_sockets(&mut self) -> BTreeMap<SocketAddr, Group> {
         std::mem::take(&mut self.sockets)
+    }
+
+    /// Where heartbeats are received.
+    pub(in crate::app) fn take_heartbeats(&mut self) -> Vec<(SocketAddr, OwnedFd)> {
+        std::mem::take(&mut self.heartbeats)
     }
 
     /// The admin listener, where it is the one of `config`.
@@ -159,7 +165,8 @@ fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
         }
         sockets.insert(bind.address, group);
     }
-    Ok(Predecessor { channel, stderr, admin, sockets, offer })
+    let heartbeats = offer.heartbeats.iter().copied().zip(fds).collect();
+    Ok(Predecessor { channel, stderr, admin, sockets, heartbeats, offer })
 }
 
 fn trouble(error: &dyn std::fmt::Display) -> Failure {

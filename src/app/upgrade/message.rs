@@ -37,7 +37,7 @@ pub(super) struct Hello {
 }
 
 /// *These sockets are yours if you want them*. Descriptors: standard error, the
-/// admin listener if there is one, then `listeners` in order.
+/// admin listener if there is one, `listeners`, `heartbeats`, each in order.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Offer {
     pub(super) protocol: u16,
@@ -45,6 +45,9 @@ pub(super) struct Offer {
     pub(super) version: String,
     pub(super) admin: Option<OfferedAdmin>,
     pub(super) listeners: Vec<OfferedBind>,
+    /// Where heartbeats are received: a datagram socket each.
+    #[serde(default)]
+    pub(super) heartbeats: Vec<SocketAddr>,
     /// XXH3 of the configuration in force.
     #[serde(default)]
     pub(super) digest: u64,
@@ -181,6 +184,7 @@ mod tests {
                 sockets: 2,
                 holder: Holder::Manager,
             }],
+            heartbeats: vec!["127.0.0.1:7946".parse().unwrap()],
             digest: u64::MAX,
             state: Saved { generation: 3, ..Saved::default() },
         };
@@ -212,7 +216,7 @@ mod tests {
         #[test]
         fn an_offer_with_a_changed_byte_is_an_offer_or_an_error(at: prop::sample::Index, byte: u8) {
             let offer = Offer {
-                protocol: 1, version: String::new(), admin: None, digest: 7,
+                protocol: 1, version: String::new(), admin: None, heartbeats: vec![], digest: 7,
                 listeners: vec![OfferedBind { address: ([127, 0, 0, 1], 80).into(), sockets: 2, holder: Holder::Nobody }],
                 state: Saved::default(),
             };

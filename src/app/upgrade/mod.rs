@@ -29,6 +29,7 @@ pub(super) use message::OfferedAdmin;
 use super::control_loop::Control;
 use crate::admin::{UpgradeCounts, UpgradeError, Upgraded};
 use crate::clock;
+use crate::control::handover::Saved;
 use crate::net::handover::Channel;
 use counts::Counts;
 use message::{Commit, Offer, OfferedBind, PROTOCOL};
@@ -40,6 +41,11 @@ use tokio::sync::oneshot;
 /// How long the new process may take from the word to serving: it has all it
 /// needs by then, and meanwhile the control loop does nothing else.
 const COMMIT_MAX: Duration = Duration::from_secs(5);
+
+/// How long a new process waits for the heartbeats of backends that serve: many
+/// times a usual interval, half of which the old process receives meanwhile.
+const ACQUAINTED_MAX: Duration = Duration::from_secs(3);
+const ACQUAINTED_STEP: Duration = Duration::from_millis(20);
 
 /// Who asked gets this.
 type Reply = oneshot::Sender<Result<Upgraded, UpgradeError>>;
@@ -197,17 +203,20 @@ impl Control {
         });
         let admin = self.admin.as_ref().map(|admin| admin.offer()).transpose()?;
         let (offered, admin) = admin.unzip();
+        let heartbeats = self.reception.share()?;
         let offer = Offer {
             protocol: PROTOCOL,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             admin: offered,
             listeners: listeners.collect(),
+            heartbeats: heartbeats.iter().map(|(address, _)| *address).collect(),
             digest: self.digest,
             state: self.controller.save(clock::now()),
         };
         let sockets = active().flat_map(|(_, group)| group.sockets.iter().cloned()).collect();
         let timeout = self.config.process.upgrade_timeout;
-        Ok(Attempt { command, offer, admin, sockets, timeout })
+        let heartbeats = heartbeats.into_iter().map(|(_, socket)| socket).collect();
+        Ok(Attempt { command, offer, admin, sockets, heartbeats, timeout })
     }
 
     /// Goes on with what has happened.
@@ -281,6 +290,7 @@ impl Control {
                 self.upgrades.successor = Some(Successor { channel, signalled: false });
                 self.latency.clear();
                 self.binds.hand_over(&ready.not_taken, &self.workers);
+                self.reception.hand_over();
                 if let Some(reply) = under_way.reply {
                     let _ = reply.send(Ok(Upgraded { pid, version, generation: ready.generation }));
                 }
@@ -311,6 +321,21 @@ impl Control {
         self.reloads = known.counts.reloads();
         self.upgrades.counts = known.counts.upgrades();
         self.carry(known);
+    }
+
+    /// Listens to heartbeats until every backend that served in the process before
+    /// serves here, or [`ACQUAINTED_MAX`]: those that joined by their heartbeats
+    /// are known by nothing else.
+    pub(super) fn get_acquainted(&mut self, known: &Saved) {
+        let deadline = clock::now() + ACQUAINTED_MAX;
+        while self.config.heartbeat.is_some() && clock::now() < deadline {
+            let events = self.reception.take();
+            self.feed(events);
+            if self.controller.serves_as(known) {
+                return;
+            }
+            clock::pause(ACQUAINTED_STEP);
+        }
     }
 
     pub(super) fn follow(&mut self, predecessor: PredecessorDraining) {

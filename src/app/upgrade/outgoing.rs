@@ -64,6 +64,7 @@ pub(super) struct Attempt {
     pub(super) admin: Option<OwnedFd>,
     /// In the offer's order.
     pub(super) sockets: Vec<Arc<Socket>>,
+    pub(super) heartbeats: Vec<OwnedFd>,
     /// From the start of the program to its word that it serves.
     pub(super) timeout: Duration,
 }
@@ -188,6 +189,7 @@ fn until_ready(
     let mut fds: Vec<BorrowedFd<'_>> = vec![stderr.as_fd()];
     fds.extend(attempt.admin.iter().map(AsFd::as_fd));
     fds.extend(attempt.sockets.iter().map(|socket| socket.as_fd()));
+    fds.extend(attempt.heartbeats.iter().map(AsFd::as_fd));
     message::send(channel, &attempt.offer, &fds, deadline)?;
     // From here on the new process holds them, and the control loop.
     drop(attempt);

@@ -10,11 +10,11 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::DeValue;
 
-use super::CONNECTIONS_MAX;
-use crate::config::Frontend;
+use super::{CONNECTIONS_MAX, sources};
 use crate::config::address;
 use crate::config::file::{Field, Named, Section};
 use crate::config::value::{self, Complaint, DurationRange, TIME, USER_TIMEOUT, show_duration};
+use crate::config::{Frontend, SecretFiles};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);
@@ -32,7 +32,7 @@ pub(super) struct FrontendRead {
     pub(super) idle_timeout: Option<Range<usize>>,
 }
 
-pub(super) fn read(named: Named<'_, '_>) -> FrontendRead {
+pub(super) fn read(named: Named<'_, '_>, files: SecretFiles) -> FrontendRead {
     let Named { name, section, .. } = named;
     let (binds, bind_places) =
         binds(&section).into_iter().map(|b| (*b.get_ref(), b.span())).unzip();
@@ -55,6 +55,7 @@ pub(super) fn read(named: Named<'_, '_>) -> FrontendRead {
         keepalive: keepalive.or(Some(KEEPALIVE)),
         user_timeout: user_timeout.or(Some(USER_TIMEOUT_DEFAULT)),
         connections_max: section.integer("connections_max", 0..=CONNECTIONS_MAX).or(0),
+        sources: sources::read(&section, name, files),
     };
     section.finish();
     FrontendRead { model, bind_places, pool: pool_place, idle_timeout: idle_place }
@@ -71,37 +72,78 @@ fn timer(
 }
 
 fn binds(section: &Section<'_, '_>) -> Vec<Spanned<SocketAddr>> {
-    const EXAMPLE: &str = "[\"0.0.0.0:8080\"]";
-    let Some(node) = section.node("bind") else {
-        section.missing("bind", EXAMPLE);
+    addresses(section, "bind", "[\"0.0.0.0:8080\"]")
+}
+
+/// One address to listen on, or a list of them.
+pub(super) fn addresses(
+    section: &Section<'_, '_>,
+    key: &'static str,
+    example: &str,
+) -> Vec<Spanned<SocketAddr>> {
+    let wants = "addresses such as \"0.0.0.0:8080\"";
+    let read = |text: &str| address::bind_address(text);
+    one_or_more(section, key, ("an address or a list of addresses", wants), example, read)
+}
+
+/// One string that `read` makes sense of, or a list of them; a required key.
+/// `wants` names what the key takes and what its elements are.
+pub(super) fn one_or_more<T>(
+    section: &Section<'_, '_>,
+    key: &'static str,
+    wants: (&str, &str),
+    example: &str,
+    read: impl Fn(&str) -> Result<T, Complaint>,
+) -> Vec<Spanned<T>> {
+    let Some(node) = section.node(key) else {
+        section.missing(key, example);
         return Vec::new();
     };
+    if let DeValue::Array(array) = node.get_ref()
+        && array.is_empty()
+    {
+        let complaint = Complaint::new(format!("{key} lists {}", nothing(key)));
+        section.report.error(node.span(), complaint.help(format!("write {key} = {example}")));
+    }
+    any_number(section, key, wants, read)
+}
+
+/// One string that `read` makes sense of, a list of them, or nothing at all.
+pub(super) fn any_number<T>(
+    section: &Section<'_, '_>,
+    key: &'static str,
+    wants: (&str, &str),
+    read: impl Fn(&str) -> Result<T, Complaint>,
+) -> Vec<Spanned<T>> {
+    let Some(node) = section.node(key) else { return Vec::new() };
     let nodes = match node.get_ref() {
         DeValue::String(_) => std::slice::from_ref(node),
         DeValue::Array(array) => array,
         _ => {
-            let _: Field<()> =
-                section.wrong_type("bind", node, "an address or a list of addresses");
+            let _: Field<()> = section.wrong_type(key, node, wants.0);
             return Vec::new();
         }
     };
-    if nodes.is_empty() {
-        let complaint = Complaint::new("bind lists no address");
-        section.report.error(node.span(), complaint.help(format!("write bind = {EXAMPLE}")));
-    }
-    let mut binds = Vec::with_capacity(nodes.len());
+    let mut values = Vec::with_capacity(nodes.len());
     for node in nodes {
         let DeValue::String(text) = node.get_ref() else {
-            let _: Field<()> =
-                section.wrong_type("bind", node, "addresses such as \"0.0.0.0:8080\"");
+            let _: Field<()> = section.wrong_type(key, node, wants.1);
             continue;
         };
-        match address::bind_address(text) {
-            Ok(address) => binds.push(Spanned::new(node.span(), address)),
-            Err(complaint) => section.report.error(node.span(), complaint.named("bind")),
+        match read(text) {
+            Ok(value) => values.push(Spanned::new(node.span(), value)),
+            Err(complaint) => section.report.error(node.span(), complaint.named(key)),
         }
     }
-    binds
+    values
+}
+
+fn nothing(key: &str) -> &'static str {
+    match key {
+        "pools" => "no pool",
+        "addresses" => "no range",
+        _ => "no address",
+    }
 }
 
 /// Only a warning: the kernel takes both, and then ends a dead peer's session

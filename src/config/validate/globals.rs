@@ -142,7 +142,7 @@ fn is_loopback(address: &SocketAddr) -> bool {
     address.ip().to_canonical().is_loopback()
 }
 
-fn file_path(text: &str) -> Result<PathBuf, Complaint> {
+pub(super) fn file_path(text: &str) -> Result<PathBuf, Complaint> {
     if text.is_empty() || text.contains('\0') || text.ends_with('/') {
         return Err(Complaint::new(format!("{} is not a file path", shown(text))));
     }

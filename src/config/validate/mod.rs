@@ -5,17 +5,19 @@
 mod cross;
 mod frontend;
 mod globals;
+mod heartbeat;
 mod pool;
 mod probe;
+mod sources;
 
 use std::sync::Arc;
 
 use toml::de::DeTable;
 
-use super::Config;
 use super::diagnose::Report;
-use super::file::{Section, UNSUPPORTED};
+use super::file::Section;
 use super::value::Complaint;
+use super::{Config, SecretFiles};
 
 /// Most frontends: each costs a listener per bind and worker.
 pub const FRONTENDS_MAX: usize = 4_096;
@@ -34,21 +36,27 @@ pub const BACKENDS_MAX: usize = 100_000;
 /// and one machine's memory allow.
 pub(super) const CONNECTIONS_MAX: u32 = 10_000_000;
 
-/// What a reader of an unsupported section is told.
-const NO_HEARTBEATS: &str = "heartbeats are not supported by this version";
-
 /// The model of `document`. Where `report` holds an error afterwards, the
 /// result is a filler and must not be used.
-pub(super) fn config<'a>(document: &DeTable<'a>, report: &Report<'_>) -> Config {
+pub(super) fn config<'a>(
+    document: &DeTable<'a>,
+    secrets: SecretFiles,
+    report: &Report<'_>,
+) -> Config {
     let top = Section::new(report, document, "the file".to_owned(), 0..0);
     let process = globals::process(&top);
     let admin = globals::admin(&top);
     let log = globals::log(&top);
-    let frontends: Vec<_> = top.named_tables("frontend").into_iter().map(frontend::read).collect();
+    let frontends: Vec<_> = top
+        .named_tables("frontend")
+        .into_iter()
+        .map(|named| frontend::read(named, secrets))
+        .collect();
     let pools: Vec<_> = top.named_tables("pool").into_iter().map(pool::read).collect();
-    refuse_heartbeats(&top);
+    let heartbeat = heartbeat::read(&top, secrets);
     require_something(&top, document, frontends.len(), pools.len());
     cross::check(report, &admin, &frontends, &pools);
+    heartbeat::check(report, heartbeat.as_ref(), &pools);
     top.finish();
     Config {
         process,
@@ -56,18 +64,7 @@ pub(super) fn config<'a>(document: &DeTable<'a>, report: &Report<'_>) -> Config 
         log,
         frontends: frontends.into_iter().map(|frontend| frontend.model).collect(),
         pools: pools.into_iter().map(|pool| Arc::new(pool.model)).collect(),
-    }
-}
-
-/// Refuses a heartbeat section, which older and newer versions may know.
-fn refuse_heartbeats(section: &Section<'_, '_>) {
-    let key = UNSUPPORTED;
-    if section.node(key).is_some() {
-        let place = section.key_place(key).unwrap_or_else(|| section.header.clone());
-        let complaint = Complaint::new(NO_HEARTBEATS);
-        section
-            .report
-            .error(place, complaint.help("remove this table; active probes are [pool.NAME.probe]"));
+        heartbeat: heartbeat.map(|heartbeat| heartbeat.model),
     }
 }
 

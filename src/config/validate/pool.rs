@@ -11,10 +11,10 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::globals::duration;
-use super::{CONNECTIONS_MAX, probe, refuse_heartbeats};
+use super::{CONNECTIONS_MAX, heartbeat, probe};
 use crate::config::address;
 use crate::config::file::{Field, Named, Section};
-use crate::config::value::{self, Complaint, shown};
+use crate::config::value::{self, Complaint, SLOW_START, shown};
 use crate::config::{
     Backend, BackendAddress, EjectionSpec, OnRemoval, Policy, Pool, WEIGHT_MAX, WhenNoneEligible,
 };
@@ -36,6 +36,8 @@ pub(super) struct PoolRead {
     pub(super) place: Range<usize>,
     /// Where `connect_timeout` stands, if it does.
     pub(super) connect_timeout: Option<Range<usize>>,
+    /// Where the heartbeat table's name stands, if there is one.
+    pub(super) heartbeat: Option<Range<usize>>,
     /// Where each address stands; as many as `model.backends`.
     pub(super) address_places: Vec<Range<usize>>,
 }
@@ -47,7 +49,10 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
         [("refuse", WhenNoneEligible::Refuse), ("try-all", WhenNoneEligible::TryAll)];
     let connect_timeout = duration(&section, "connect_timeout");
     let connect_place = connect_timeout.place();
-    let (backends, address_places) = backends(&section, name);
+    let heartbeat_place = section.key_place("heartbeat");
+    let heartbeat = heartbeat::of_pool(&section, name);
+    let may_be_empty = heartbeat.as_ref().is_some_and(|spec| spec.register);
+    let (backends, address_places) = backends(&section, name, may_be_empty);
     let attempts = section.integer("connect_attempts", 1..=CONNECT_ATTEMPTS_MAX);
     let model = Pool {
         name: name.into(),
@@ -61,11 +66,22 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
         on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
         probe: probe::read(&section, name).map(Arc::new),
         ejection: ejection(&section, name),
+        heartbeat: heartbeat.map(Arc::new),
+        slow_start: section
+            .text("slow_start", "a duration such as \"10s\", or \"off\"", |text| {
+                value::duration_or_off(text, SLOW_START)
+            })
+            .or(None),
         backends,
     };
-    refuse_heartbeats(&section);
     section.finish();
-    PoolRead { model, place, connect_timeout: connect_place, address_places }
+    PoolRead {
+        model,
+        place,
+        connect_timeout: connect_place,
+        heartbeat: heartbeat_place,
+        address_places,
+    }
 }
 
 /// A number already checked to fit.
@@ -106,11 +122,15 @@ fn ejection(pool: &Section<'_, '_>, name: &str) -> Option<EjectionSpec> {
 }
 
 /// The backends that have an address, and where each address stands.
-fn backends(pool: &Section<'_, '_>, pool_name: &str) -> (Vec<Backend>, Vec<Range<usize>>) {
+fn backends(
+    pool: &Section<'_, '_>,
+    pool_name: &str,
+    may_be_empty: bool,
+) -> (Vec<Backend>, Vec<Range<usize>>) {
     let label = format!("pool.{}.backend", value::cut(pool_name));
     let sections = pool.array_of_tables("backend", &label);
     let given = pool.key_place("backend").is_some();
-    if !given || (sections.is_empty() && is_empty_array(pool)) {
+    if !may_be_empty && (!given || (sections.is_empty() && is_empty_array(pool))) {
         let place = pool.key_place("backend").unwrap_or_else(|| pool.header.clone());
         let complaint = Complaint::new(format!("pool {} has no backend", shown(pool_name)));
         pool.report

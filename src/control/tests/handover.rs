@@ -9,7 +9,8 @@ use proptest::prelude::*;
 fn successor(old: &Bench, pool: Pool) -> Bench {
     let text = serde_json::to_string(&old.controller.save(old.now)).unwrap();
     let saved: Saved = serde_json::from_str(&text).unwrap();
-    let mut next = Bench { controller: Controller::new(2, 2), now: old.now, asked: vec![] };
+    let mut next =
+        Bench { controller: Controller::new(2, 2), began: old.now, now: old.now, asked: vec![] };
     next.controller.count_on(saved.generation - 1, saved.serial);
     next.configure(pool);
     let effects = next.controller.adopt(&saved, next.now);

@@ -8,7 +8,7 @@ fn nothing_configured_is_an_empty_table_and_nothing_due() {
     let controller = Controller::new(1, 0);
     assert_eq!(controller.next_due(), None);
     assert!(controller.current_table().frontends.is_empty());
-    assert_eq!(controller.status().generation, 0);
+    assert_eq!(controller.status(crate::clock::now()).generation, 0);
 }
 
 #[test]

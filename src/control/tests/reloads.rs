@@ -51,17 +51,17 @@ fn a_drained_backend_that_is_down_anyway_makes_no_new_table() {
 fn what_is_configured_again_keeps_its_state_whatever_else_changed() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let before = bench.status("a").state;
-    let frontend = Arc::clone(&bench.controller.status().frontends[0].state);
+    let frontend = Arc::clone(&bench.controller.status(bench.now).frontends[0].state);
     let mut changed = Pool { balance: Policy::LeastConnections, ..pool(&["b", "a"]) };
     changed.backends[1].weight = 77;
     changed.backends[1].connections_max = 5;
     let effects = bench.configure(changed);
     assert!(Arc::ptr_eq(&before, &bench.status("a").state));
-    assert!(Arc::ptr_eq(&frontend, &bench.controller.status().frontends[0].state));
-    assert_eq!((bench.status("a").weight, bench.status("a").effective_weight), (77, 77));
+    assert!(Arc::ptr_eq(&frontend, &bench.controller.status(bench.now).frontends[0].state));
+    assert_eq!((bench.status("a").weight, bench.status("a").effective_weight), (77, 77.0));
     assert_eq!(bench.serving(), ["b", "a"]);
     assert_eq!(publishes(&effects), 1);
-    assert_eq!(bench.controller.status().generation, 2);
+    assert_eq!(bench.controller.status(bench.now).generation, 2);
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn a_new_address_under_the_old_name_is_a_new_backend() {
     bench.configure(pool(&["a@4711"]));
     assert_ne!(bench.id("a"), old.id);
     assert!(bench.serving().is_empty(), "it waits for its first result");
-    assert_eq!(bench.controller.status().leaving.len(), 1);
+    assert_eq!(bench.controller.status(bench.now).leaving.len(), 1);
     old.in_flight.leave();
 }
 
@@ -88,10 +88,10 @@ fn a_removed_backend_is_kept_until_its_last_session_ends() {
         ["a: unknown -> removed: no longer configured; its 1 sessions run to their end"]
     );
     bench.pass(Duration::from_secs(3600));
-    assert_eq!(bench.controller.status().leaving[0].id, removed.id);
+    assert_eq!(bench.controller.status(bench.now).leaving[0].id, removed.id);
     removed.in_flight.leave();
     bench.pass(leaving::LEAVING_CHECK_INTERVAL);
-    assert!(bench.controller.status().leaving.is_empty());
+    assert!(bench.controller.status(bench.now).leaving.is_empty());
     assert_eq!(bench.controller.next_due(), None);
 }
 

@@ -40,6 +40,33 @@ fn on_runtime<T>(test: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test)
 }
 
+#[test]
+fn a_stall_of_our_own_takes_one_part_of_a_timeout() {
+    let took = on_runtime(async {
+        let started = clock::now();
+        let waiting = tokio::spawn(awake_for(Duration::from_millis(400)));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        // Blocks the one thread there is, timers and all.
+        #[allow(clippy::disallowed_methods)]
+        std::thread::sleep(Duration::from_secs(1));
+        waiting.await.unwrap();
+        started.elapsed()
+    });
+    // Of 400 ms some 100 had gone when the stall came, and it took 50 at most.
+    assert!(took >= Duration::from_millis(1220), "{took:?}");
+}
+
+#[test]
+fn a_timeout_without_stalls_is_as_long_as_it_says() {
+    let limit = Duration::from_millis(200);
+    let took = on_runtime(async {
+        let started = clock::now();
+        awake_for(limit).await;
+        started.elapsed()
+    });
+    assert!(took >= limit && took < 2 * limit, "{took:?}");
+}
+
 /// Listens, and answers each connection's first bytes with `segments`, each in
 /// a packet of its own, then closes.
 async fn server(segments: &'static [&'static [u8]]) -> BackendAddress {

@@ -22,6 +22,8 @@ fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
             on_removal: OnRemoval::Keep,
             probe: None,
             ejection: None,
+            heartbeat: None,
+            slow_start: None,
             backends: Vec::new(),
         }),
         backends: (0..backends).map(|i| backend(name, i)).collect(),
@@ -236,6 +238,7 @@ fn every_bind_leads_to_its_frontend_and_pool() {
             keepalive: None,
             user_timeout: None,
             connections_max: 0,
+            sources: None,
         },
     };
     let pools = vec![pool("web", Policy::Random, 1), pool("db", Policy::Random, 1)];

@@ -1,0 +1,83 @@
+//! What a heartbeat costs to make and to judge, and a forged one to refuse.
+//! Run with `cargo bench --bench heartbeat`.
+
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs)]
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use std::hint::black_box;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant, UNIX_EPOCH};
+use tidegate::heartbeat::SenderState;
+use tidegate::heartbeat::keys::{Key, KeyRing, Secret};
+use tidegate::heartbeat::trust::{Gate, Limits, Reject};
+use tidegate::heartbeat::wire::{Draft, Identity, Parsed, encode};
+
+const NOW: u64 = 1_800_000_000_000;
+
+fn draft(identity: &Identity, sequence: u64) -> Draft<'_> {
+    Draft {
+        identity,
+        key_id: 7,
+        incarnation: NOW,
+        sequence,
+        sent: NOW,
+        interval: Duration::from_millis(100),
+        state: SenderState::Ready,
+        weight: 1,
+        in_flight: 5,
+        load: 0,
+    }
+}
+
+fn heartbeat(c: &mut Criterion) {
+    let secret = Secret::new(&[1; 32]).unwrap();
+    let key = Key {
+        id: 7,
+        secret: secret.clone(),
+        pools: vec!["web".into()],
+        addresses: vec!["10.0.0.0/8".parse().unwrap()],
+    };
+    let mut gate = Gate::new(KeyRing::new([key]).unwrap(), Limits::default(), 1);
+    let identity = Identity::new("web", "backend-11", "10.0.0.11:8080".parse().unwrap()).unwrap();
+    let (from, stranger): (SocketAddr, SocketAddr) =
+        ("10.0.0.11:4000".parse().unwrap(), "10.9.9.9:4000".parse().unwrap());
+    // 1,000 a second by the gate's time: far below its limits.
+    let (began, wall) = (Instant::now(), UNIX_EPOCH + Duration::from_millis(NOW));
+    let mut ticks = 0;
+    let mut later = || {
+        ticks += 1;
+        began + Duration::from_millis(ticks)
+    };
+
+    let mut sequence = 0;
+    c.bench_function("heartbeat encode", |b| {
+        b.iter(|| {
+            sequence += 1;
+            encode(black_box(&draft(&identity, sequence)), &secret)
+        });
+    });
+    let good = encode(&draft(&identity, sequence), &secret);
+    c.bench_function("heartbeat read", |b| b.iter(|| Parsed::read(black_box(&good)).is_ok()));
+    c.bench_function("heartbeat encode and admit", |b| {
+        b.iter(|| {
+            sequence += 1;
+            let datagram = encode(&draft(&identity, sequence), &secret);
+            gate.admit(&datagram, from, later(), wall).is_ok()
+        });
+    });
+    let mut forged = good.to_vec();
+    *forged.last_mut().unwrap() ^= 1;
+    c.bench_function("refuse a forged tag", |b| {
+        b.iter(|| gate.admit(black_box(&forged), from, later(), wall) == Err(Reject::Signature));
+    });
+    c.bench_function("refuse a stranger beyond the limit", |b| {
+        let now = later();
+        b.iter(|| gate.admit(black_box(&forged), stranger, now, wall) == Err(Reject::Limited));
+    });
+    c.bench_function("refuse what is no heartbeat", |b| {
+        b.iter(|| gate.admit(black_box(&[0; 120]), stranger, later(), wall).is_err());
+    });
+}
+
+criterion_group!(benches, heartbeat);
+criterion_main!(benches);

@@ -1,0 +1,165 @@
+//! The receiver of heartbeats: started, changed and stopped with the
+//! configuration.
+//!
+//! Owned by the control loop, which feeds what arrives to the controller. What
+//! can fail (an address that cannot be bound) happens in [`Reception::prepare`]
+//! and changes nothing; what follows cannot.
+
+use crate::admin::HeartbeatCounts;
+use crate::config::{Config, Heartbeats};
+use crate::control::Event;
+use crate::heartbeat::keys::{Key, KeyRing, Secret};
+use crate::heartbeat::listen::{Prepared, Receiver};
+use crate::heartbeat::trust::{Gate, Limits, Reject};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+
+/// Heartbeats taken in one turn of the control loop; the rest wait for the next,
+/// so that the admin API is answered in between.
+const TURN_MAX: usize = 4096;
+
+/// The receiver, where there is one.
+#[derive(Debug, Default)]
+pub(super) struct Reception {
+    receiver: Option<Receiver>,
+    /// Of its losses, what the controller knows already.
+    told: u64,
+    /// Sockets of the process before, until the first receiver takes them.
+    inherited: Vec<(SocketAddr, OwnedFd)>,
+}
+
+/// What a configuration asks for, with its addresses bound.
+#[derive(Debug)]
+pub(super) enum Change {
+    /// Nobody listens, before or after.
+    Nothing,
+    /// Nobody listens any more.
+    Stop,
+    /// From now on.
+    Start(Receiver),
+    /// Elsewhere, or by other keys.
+    Adapt(Prepared, KeyRing),
+}
+
+// === impl Reception ===
+
+impl Reception {
+    /// Binds what `config` wants; changes nothing yet.
+    ///
+    /// # Errors
+    /// In words; the first address that cannot be bound.
+    pub(super) fn prepare(&mut self, config: &Config) -> Result<Change, String> {
+        let inherited = std::mem::take(&mut self.inherited);
+        let Some(heartbeats) = &config.heartbeat else {
+            return Ok(if self.receiver.is_some() { Change::Stop } else { Change::Nothing });
+        };
+        let keys = key_ring(heartbeats)?;
+        let listen = &heartbeats.listen;
+        let refused = |error| {
+            let all: Vec<String> = listen.iter().map(ToString::to_string).collect();
+            format!("cannot listen for heartbeats on {}: {error}", all.join(", "))
+        };
+        match &self.receiver {
+            Some(receiver) => Ok(Change::Adapt(receiver.prepare(listen).map_err(refused)?, keys)),
+            None => {
+                let gate = Gate::new(keys, Limits::default(), fastrand::u64(..));
+                Ok(Change::Start(Receiver::start_with(listen, inherited, gate).map_err(refused)?))
+            }
+        }
+    }
+
+    /// Goes on with sockets of the process before, by the addresses it was asked to
+    /// listen on.
+    pub(super) fn inherit(&mut self, sockets: Vec<(SocketAddr, OwnedFd)>) {
+        self.inherited = sockets;
+    }
+
+    /// For the next process to go on with.
+    pub(super) fn share(&self) -> io::Result<Vec<(SocketAddr, OwnedFd)>> {
+        self.receiver.as_ref().map_or(Ok(Vec::new()), Receiver::share)
+    }
+
+    /// Receives no more: the next process does.
+    pub(super) fn hand_over(&mut self) {
+        self.receiver = None;
+    }
+
+    /// Puts in force what was prepared.
+    pub(super) fn adopt(&mut self, change: Change) {
+        match change {
+            Change::Nothing => {}
+            Change::Stop => {
+                self.receiver = None;
+                self.told = 0;
+            }
+            Change::Start(receiver) => self.receiver = Some(receiver),
+            Change::Adapt(prepared, keys) => {
+                if let Some(receiver) = &self.receiver {
+                    receiver.commit(prepared);
+                    receiver.set_keys(keys);
+                }
+            }
+        }
+    }
+
+    /// Resolves when something may have arrived; never where nobody listens.
+    pub(super) async fn arrived(&self) {
+        match &self.receiver {
+            Some(receiver) => receiver.arrived().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// What has arrived, oldest first, and what was lost here; at most
+    /// [`TURN_MAX`] events and one.
+    pub(super) fn take(&mut self) -> Vec<Event> {
+        let Some(receiver) = &self.receiver else { return Vec::new() };
+        let mut events = Vec::new();
+        let dropped = receiver.dropped();
+        if dropped > self.told {
+            events.push(Event::HeartbeatsLost(dropped - self.told));
+            self.told = dropped;
+        }
+        let arrived = std::iter::from_fn(|| receiver.pop()).take(TURN_MAX);
+        events.extend(arrived.map(|arrived| Event::Heartbeat {
+            heartbeat: arrived.heartbeat,
+            at: arrived.at,
+            stands_for: arrived.stands_for,
+        }));
+        events
+    }
+
+    /// For status and metrics.
+    pub(super) fn counts(&self) -> HeartbeatCounts {
+        let Some(receiver) = &self.receiver else { return HeartbeatCounts::default() };
+        let counts = receiver.counts();
+        HeartbeatCounts {
+            listen: receiver.addresses(),
+            accepted: counts.accepted(),
+            rejected: Reject::ALL.map(|why| (why.name(), counts.rejected(why))).to_vec(),
+            kernel_drops: counts.kernel_drops(),
+        }
+    }
+
+    /// Whether the thread that should be receiving has ended.
+    pub(super) fn is_dead(&self) -> bool {
+        self.receiver.as_ref().is_some_and(Receiver::is_finished)
+    }
+}
+
+fn key_ring(heartbeats: &Heartbeats) -> Result<KeyRing, String> {
+    let mut keys = Vec::with_capacity(heartbeats.keys.len());
+    for key in &heartbeats.keys {
+        let bytes = key.secret.as_ref().map_or(&[][..], |secret| secret.reveal());
+        let secret = Secret::new(bytes)
+            .map_err(|unfit| format!("the key file {}: {unfit}", key.file.display()))?;
+        keys.push(Key {
+            id: key.id,
+            secret,
+            pools: key.pools.clone(),
+            addresses: key.addresses.clone(),
+        });
+    }
+    KeyRing::new(keys).map_err(|repeated| repeated.to_string())
+}

@@ -1,0 +1,396 @@
+//! `tidegate heartbeat`: a sidecar that sends heartbeats for a local service.
+//!
+//! Called by the command line. It checks the service as a probe would, counts
+//! its connections, and has a [`Sender`] say so; it never says `ready` of a
+//! service whose last check failed.
+//!
+//! Which state it sends:
+//!
+//! | | |
+//! |---|---|
+//! | `starting` | until a check succeeds, and again from a failed check to the next that succeeds: the service is not serving, whatever it did before |
+//! | `ready` | the last check succeeded, or none is wanted |
+//! | `draining` | from the first SIGTERM or SIGINT for the time of `--drain` |
+//! | `stopping` | a few times, then the process ends |
+//!
+//! A check that fails through this machine's own trouble (no descriptors, no
+//! ports) proves nothing and changes nothing.
+
+use super::{Exit, crew, duration};
+use crate::config::{BackendAddress, ProbeKind, ProbeSpec};
+use crate::health::ProbeOutcome;
+use crate::health::probe;
+use crate::heartbeat::sender::{Sender, Settings};
+use crate::heartbeat::wire::Identity;
+use crate::heartbeat::{SenderState, key_file};
+use clap::{Args, ValueEnum};
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{MissedTickBehavior, interval, sleep};
+
+/// `tidegate heartbeat`
+#[derive(Debug, Args)]
+pub struct HeartbeatArgs {
+    /// A balancer's heartbeat address. May be given several times.
+    #[arg(long, value_name = "IP:PORT", required = true, value_parser = peer)]
+    pub to: Vec<SocketAddr>,
+    /// Pool the service belongs to.
+    #[arg(long, value_name = "POOL")]
+    pub pool: String,
+    /// The backend's name in the pool [default: its address].
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Where balancers reach the service.
+    #[arg(long, value_name = "IP:PORT", value_parser = peer)]
+    pub address: SocketAddr,
+    /// Number the balancers know the key by.
+    #[arg(long, value_name = "ID")]
+    pub key_id: u32,
+    /// File with the key: 32 bytes or more, mode 0600.
+    #[arg(long, value_name = "FILE")]
+    pub key_file: PathBuf,
+    /// From one heartbeat to the next.
+    #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = duration)]
+    pub interval: Duration,
+    /// The share of traffic asked for.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub weight: u16,
+    /// How to tell whether the service works.
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = Check::Tcp)]
+    pub check: Check,
+    /// Path an http check asks for; any status from 200 to 399 will do
+    /// [default: /].
+    #[arg(long, value_name = "PATH", value_parser = check_path)]
+    pub check_path: Option<String>,
+    /// From one check to the next.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
+    pub check_interval: Duration,
+    /// Where the service is reached from here: for checks, and to count its
+    /// connections [default: --address].
+    #[arg(long, value_name = "IP:PORT", value_parser = peer)]
+    pub local: Option<SocketAddr>,
+    /// How long to say draining before the end; 0s for not at all.
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = drain_time)]
+    pub drain: Duration,
+}
+
+/// The kinds of check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Check {
+    /// It accepts a connection.
+    Tcp,
+    /// It answers a request.
+    Http,
+    /// None: it is ready as long as this runs.
+    None,
+}
+
+/// Help after the options.
+pub(super) const HELP: &str = "\
+Example:
+  tidegate heartbeat --to 10.0.0.5:7946 --pool web --address 10.0.0.11:8080 \\
+    --key-id 1 --key-file /etc/tidegate/hb.key --check http --check-path /health
+
+It says starting until the check succeeds and whenever it fails, ready while it
+succeeds. SIGTERM and SIGINT: draining for --drain, then stopping, then exit 0;
+a second one exits at once.
+
+Exit codes: 0 fine; 1 the key file was refused; 2 a usage error; 3 a failure
+while running, or a second signal.";
+
+/// Longest a check may take.
+const CHECK_TIMEOUT_MAX: Duration = Duration::from_secs(1);
+
+/// Reading /proc/net/tcp costs the kernel a walk over all connections.
+const COUNT_EVERY: Duration = Duration::from_secs(1);
+
+/// Where Linux lists connections (proc(5)), of this network namespace.
+const TABLES: [&str; 2] = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
+
+/// SIGTERM or SIGINT.
+struct Stop([Signal; 2]);
+
+/// Sends heartbeats until told to stop.
+pub fn main(args: &HeartbeatArgs) -> Exit {
+    let identity = match identity(args) {
+        Ok(identity) => identity,
+        Err(why) => {
+            eprintln!("error: {why}\n\nFor more information, try '--help'.");
+            return Exit::Usage;
+        }
+    };
+    let secret = match key_file::read(&args.key_file) {
+        Ok(secret) => secret,
+        Err(error) => {
+            eprintln!("tidegate: heartbeat: {error}");
+            return Exit::Refused;
+        }
+    };
+    let settings = Settings {
+        to: args.to.clone(),
+        identity,
+        key_id: args.key_id,
+        secret,
+        interval: args.interval,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.and_then(|runtime| runtime.block_on(run(args, settings))).unwrap_or_else(|error| {
+        eprintln!("tidegate: heartbeat: {error}");
+        Exit::Failed
+    })
+}
+
+async fn run(args: &HeartbeatArgs, settings: Settings) -> io::Result<Exit> {
+    // Before the first heartbeat, which must not be the last unless it says so.
+    let mut stop = Stop::listen()?;
+    let sender = Sender::start(settings)?;
+    sender.set_weight(args.weight);
+    tokio::select! {
+        () = stop.told() => {}
+        () = watch(args, &sender) => {}
+        () = count(args, &sender) => {}
+        () = report_failures(&sender) => {}
+    }
+    if !args.drain.is_zero() {
+        tell(&sender, SenderState::Draining, "told to stop");
+        tokio::select! {
+            () = sleep(args.drain) => {}
+            () = count(args, &sender) => {}
+            () = stop.told() => {
+                crew::print("second signal: exiting at once");
+                return Ok(Exit::Failed);
+            }
+        }
+    }
+    crew::print("stopping");
+    sender.close();
+    Ok(Exit::Fine)
+}
+
+/// Checks the service for ever.
+async fn watch(args: &HeartbeatArgs, sender: &Sender) {
+    let Some(spec) = spec(args) else {
+        tell(sender, SenderState::Ready, "no check wanted");
+        return std::future::pending().await;
+    };
+    let address = BackendAddress::Tcp(local(args));
+    let mut said = None;
+    let mut tick = interval(args.check_interval);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let (state, why) = match probe::run(&address, &spec).await {
+            ProbeOutcome::Success { .. } => (SenderState::Ready, "the check succeeded".to_owned()),
+            ProbeOutcome::Failure { reason } => (SenderState::Starting, reason),
+            ProbeOutcome::Local { reason } => {
+                eprintln!("tidegate: heartbeat: cannot check: {reason}");
+                continue;
+            }
+        };
+        if said != Some(state) {
+            tell(sender, state, &why);
+            said = Some(state);
+        }
+    }
+}
+
+/// Counts the service's connections for ever.
+async fn count(args: &HeartbeatArgs, sender: &Sender) {
+    let local = local(args);
+    let mut tick = interval(COUNT_EVERY);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        // The kernel may take long over it where there are many.
+        let counted = tokio::task::spawn_blocking(move || established(local)).await;
+        match counted {
+            Ok(Ok(in_flight)) => sender.set_in_flight(in_flight),
+            Ok(Err(error)) => {
+                eprintln!("tidegate: heartbeat: cannot count connections: {error}");
+                return std::future::pending().await;
+            }
+            // The runtime is ending.
+            Err(_) => return std::future::pending().await,
+        }
+    }
+}
+
+/// Says when heartbeats begin to fail to leave, not each time.
+async fn report_failures(sender: &Sender) {
+    let (mut before, mut failing) = (0, false);
+    loop {
+        sleep(COUNT_EVERY).await;
+        let (failed, error) = sender.failed();
+        if failed > before
+            && !failing
+            && let Some((to, error)) = error
+        {
+            eprintln!("tidegate: heartbeat: cannot send to {to}: {error}");
+        }
+        (failing, before) = (failed > before, failed);
+    }
+}
+
+fn tell(sender: &Sender, state: SenderState, why: &str) {
+    sender.set_state(state);
+    crew::print(&format!("{}: {why}", state.name()));
+}
+
+fn identity(args: &HeartbeatArgs) -> Result<Identity, String> {
+    if args.check_path.is_some() && args.check != Check::Http {
+        return Err("--check-path is for --check http only".to_owned());
+    }
+    let name = args.name.clone().unwrap_or_else(|| args.address.to_string());
+    Identity::new(&args.pool, &name, args.address).map_err(|unfit| unfit.to_string())
+}
+
+fn local(args: &HeartbeatArgs) -> SocketAddr {
+    args.local.unwrap_or(args.address)
+}
+
+fn spec(args: &HeartbeatArgs) -> Option<ProbeSpec> {
+    let kind = match args.check {
+        Check::None => return None,
+        Check::Tcp => ProbeKind::Tcp,
+        Check::Http => ProbeKind::Http {
+            path: args.check_path.clone().unwrap_or_else(|| "/".to_owned()),
+            host: None,
+            method: "GET".to_owned(),
+            status: vec![(200, 399)],
+        },
+    };
+    Some(ProbeSpec {
+        kind,
+        interval: args.check_interval,
+        fast_interval: args.check_interval,
+        timeout: args.check_interval.min(CHECK_TIMEOUT_MAX),
+        rise: 1,
+        fall: 1,
+    })
+}
+
+/// Established connections the service at `local` has accepted.
+fn established(local: SocketAddr) -> io::Result<u32> {
+    let mut sum = 0_u32;
+    for table in TABLES {
+        match std::fs::read_to_string(table) {
+            Ok(text) => sum = sum.saturating_add(established_in(&text, local)),
+            // A kernel without IPv6.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && table.ends_with('6') => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(sum)
+}
+
+/// proc(5): `sl local_address rem_address st ...`, addresses in hexadecimal as
+/// 32-bit words in this machine's byte order; state 01 is established.
+fn established_in(table: &str, local: SocketAddr) -> u32 {
+    let accepted = table.lines().skip(1).filter(|line| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let (address, state) = (fields.next(), fields.nth(1));
+        state == Some("01") && address.and_then(listed_address) == Some(local)
+    });
+    u32::try_from(accepted.count()).unwrap_or(u32::MAX)
+}
+
+fn listed_address(text: &str) -> Option<SocketAddr> {
+    let (words, port) = text.split_once(':')?;
+    let word = |index: usize| {
+        let digits = words.get(8 * index..8 * index + 8)?;
+        u32::from_str_radix(digits, 16).ok().map(u32::to_ne_bytes)
+    };
+    let ip = match words.len() {
+        8 => IpAddr::V4(Ipv4Addr::from(word(0)?)),
+        32 => {
+            let mut octets = [0; 16];
+            for (index, four) in octets.chunks_exact_mut(4).enumerate() {
+                four.copy_from_slice(&word(index)?);
+            }
+            // What a socket for both families accepted by IPv4.
+            IpAddr::V6(Ipv6Addr::from(octets)).to_canonical()
+        }
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
+}
+
+fn peer(text: &str) -> Result<SocketAddr, String> {
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.port() != 0 && !address.ip().is_unspecified() => Ok(address),
+        _ => Err("an address and a port such as 10.0.0.5:7946 are needed".to_owned()),
+    }
+}
+
+fn check_path(text: &str) -> Result<String, String> {
+    // RFC 9112, section 3.2.1: a request target holds no space or line end.
+    if text.starts_with('/') && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(text.to_owned())
+    } else {
+        Err("a path such as /health is needed, without spaces".to_owned())
+    }
+}
+
+fn drain_time(text: &str) -> Result<Duration, String> {
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    humantime::parse_duration(text).map_err(|error| error.to_string())
+}
+
+// === impl Stop ===
+
+impl Stop {
+    fn listen() -> io::Result<Stop> {
+        Ok(Stop([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]))
+    }
+
+    fn told(&mut self) -> impl Future<Output = ()> {
+        let [terminate, interrupt] = &mut self.0;
+        async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_are_those_the_service_accepted() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        assert_eq!(established(address).unwrap(), 0);
+        let clients: Vec<_> =
+            (0..3).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+        assert_eq!(established(address).unwrap(), 3);
+        drop(clients);
+        assert_eq!(established(address).unwrap(), 0);
+    }
+
+    #[test]
+    fn connections_of_a_socket_for_both_families_count() {
+        let Ok(listener) = std::net::TcpListener::bind("[::]:0") else { return };
+        let port = listener.local_addr().unwrap().port();
+        let addresses = ["127.0.0.1", "::1"].map(|ip| SocketAddr::new(ip.parse().unwrap(), port));
+        for address in addresses {
+            let Ok(_client) = std::net::TcpStream::connect(address) else { continue };
+            assert_eq!(established(address).unwrap(), 1, "{address}");
+        }
+    }
+
+    #[test]
+    fn lines_that_make_no_sense_count_nothing() {
+        let local = "127.0.0.1:80".parse().unwrap();
+        let table = "header\n\n 0:\n 1: x y 01\n 2: 0100007F 0:0 01\n 3: ZZ00007F:0050 0:0 01\n";
+        assert_eq!(established_in(table, local), 0);
+    }
+}

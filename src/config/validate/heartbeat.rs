@@ -1,0 +1,257 @@
+//! `[heartbeat]` with its keys, and `[pool.NAME.heartbeat]`. Called while the
+//! whole file and each pool are read; [`check`] sees to what spans them. Opens
+//! no file but those of the keys, and those only where it is told to.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use toml::Spanned;
+
+use super::frontend::{addresses, one_or_more};
+use super::globals::{duration, file_path};
+use super::pool::PoolRead;
+use super::sources::range;
+use crate::config::diagnose::Report;
+use crate::config::file::Section;
+use crate::config::value::{self, Complaint, HEARTBEAT_INTERVAL, did_you_mean_or};
+use crate::config::value::{show_duration, shown};
+use crate::config::{
+    HeartbeatKey, HeartbeatSpec, Heartbeats, Secret, SecretFiles, WEIGHT_MAX, source,
+};
+
+/// Each costs a socket and a place in the receiver's poll set.
+const LISTEN_MAX: usize = 16;
+
+/// A few at a time for rotation, times a few teams.
+const KEYS_MAX: usize = 64;
+
+/// Ranges one key may list: it is checked for each datagram.
+const RANGES_MAX: usize = 64;
+
+/// HMAC-SHA-256 wants a key as long as its output (RFC 2104, section 3).
+const SECRET_BYTES_MIN: usize = 32;
+
+/// Each registered backend is state held on the word of a sender.
+const REGISTERED_MAX: u32 = 10_000;
+
+/// What silence shorter than this says of a sender is the detector's business.
+const TTL_INTERVALS: u32 = 3;
+
+const INTERVAL: Duration = Duration::from_millis(100);
+const TTL: Duration = Duration::from_secs(10);
+const FORGET_AFTER: Duration = Duration::from_secs(60);
+const BACKENDS: u32 = 1000;
+const WEIGHT: u32 = 100;
+
+/// `[heartbeat]` with the places that the checks across sections point at.
+pub(super) struct HeartbeatRead {
+    pub(super) model: Heartbeats,
+    listen_places: Vec<Range<usize>>,
+    keys: Vec<KeyPlaces>,
+}
+
+struct KeyPlaces {
+    id: Option<Range<usize>>,
+    /// As many as the key's `pools`.
+    pools: Vec<Range<usize>>,
+}
+
+pub(super) fn read(top: &Section<'_, '_>, secrets: SecretFiles) -> Option<HeartbeatRead> {
+    let section = top.table("heartbeat", "[heartbeat]".to_owned())?;
+    let listen = addresses(&section, "listen", "\"0.0.0.0:7946\"");
+    let too_many = |place: Range<usize>, what: &str, max: usize| {
+        section.report.error(place, Complaint::new(format!("more than {max} {what}")));
+    };
+    if let Some(beyond) = listen.get(LISTEN_MAX) {
+        too_many(beyond.span(), "addresses to listen on", LISTEN_MAX);
+    }
+    let sections = section.array_of_tables("key", "heartbeat.key");
+    if sections.is_empty() {
+        let complaint = Complaint::new("[heartbeat] has no key: no heartbeat could be believed");
+        let help = "add [[heartbeat.key]] with id, file, pools and addresses";
+        section.report.error(section.header.clone(), complaint.help(help));
+    }
+    if let Some(beyond) = sections.get(KEYS_MAX) {
+        too_many(beyond.header.clone(), "keys", KEYS_MAX);
+    }
+    let (models, keys) = sections.into_iter().map(|each| key(each, secrets)).unzip();
+    let (listen_places, listen) =
+        listen.into_iter().map(|each| (each.span(), each.into_inner())).unzip();
+    section.finish();
+    Some(HeartbeatRead { model: Heartbeats { listen, keys: models }, listen_places, keys })
+}
+
+fn key(section: Section<'_, '_>, secrets: SecretFiles) -> (HeartbeatKey, KeyPlaces) {
+    let id = section.integer("id", 1..=u32::MAX);
+    if id.is_absent() {
+        section.missing("id", "1");
+    }
+    let file = section.text("file", "a file path", |text| {
+        let path = file_path(text)?;
+        let secret = match secrets {
+            SecretFiles::Read => Some(secret(&path)?),
+            SecretFiles::Ignore => None,
+        };
+        Ok((path, secret))
+    });
+    if file.is_absent() {
+        section.missing("file", "\"/etc/tidegate/hb.key\"");
+    }
+    let pool = |text: &str| value::name(text).map(|()| Arc::<str>::from(text));
+    let wants = ("a pool or a list of pools", "names of pools");
+    let pools = one_or_more(&section, "pools", wants, "[\"web\"]", pool);
+    let wants = ("a range or a list of ranges", "ranges such as \"10.0.0.0/8\"");
+    let ranges = one_or_more(&section, "addresses", wants, "[\"10.0.0.0/8\"]", range);
+    if let Some(beyond) = ranges.get(RANGES_MAX) {
+        let complaint = Complaint::new(format!("more than {RANGES_MAX} ranges"));
+        section.report.error(beyond.span(), complaint);
+    }
+    let places = KeyPlaces { id: id.place(), pools: pools.iter().map(Spanned::span).collect() };
+    let (file, secret) = file.or((PathBuf::new(), None));
+    let model = HeartbeatKey {
+        id: id.or(0),
+        file,
+        pools: pools.into_iter().map(Spanned::into_inner).collect(),
+        addresses: ranges.into_iter().map(Spanned::into_inner).collect(),
+        secret,
+    };
+    section.finish();
+    (model, places)
+}
+
+fn secret(path: &Path) -> Result<Secret, Complaint> {
+    let wrong = |why: String| {
+        Complaint::new(format!("the key file {} is unfit: {why}", shown(&path.to_string_lossy())))
+    };
+    let bytes = source::read_secret(path).map_err(wrong)?;
+    let length = bytes.len();
+    if length < SECRET_BYTES_MIN {
+        return Err(wrong(format!("{length} bytes, at least {SECRET_BYTES_MIN} are needed"))
+            .help("make one with: head -c 32 /dev/urandom > FILE; chmod 0600 FILE"));
+    }
+    Ok(Secret::new(&bytes))
+}
+
+pub(super) fn of_pool(pool: &Section<'_, '_>, name: &str) -> Option<HeartbeatSpec> {
+    let label = format!("[pool.{}.heartbeat]", value::cut(name));
+    let section = pool.table("heartbeat", label)?;
+    let (interval, ttl) = times(&section);
+    let spec = HeartbeatSpec {
+        register: section.boolean("register").or(false),
+        require: section.boolean("require").or(false),
+        interval,
+        ttl,
+        forget_after: duration(&section, "forget_after").or(FORGET_AFTER),
+        backends_max: section.integer("backends_max", 1..=REGISTERED_MAX).or(BACKENDS),
+        weight_max: narrow(section.integer("weight_max", 1..=u32::from(WEIGHT_MAX)).or(WEIGHT)),
+    };
+    section.finish();
+    Some(spec)
+}
+
+fn times(section: &Section<'_, '_>) -> (Duration, Duration) {
+    let interval = section.text("interval", "a duration such as \"100ms\"", |text| {
+        value::duration(text, HEARTBEAT_INTERVAL)
+    });
+    let ttl = duration(section, "ttl");
+    if interval.is_bad() || ttl.is_bad() {
+        return (INTERVAL, TTL);
+    }
+    let (interval_place, ttl_place) = (interval.place(), ttl.place());
+    let (interval, ttl) = (interval.or(INTERVAL), ttl.or(TTL));
+    let least = interval * TTL_INTERVALS;
+    if ttl < least {
+        let place = ttl_place.or(interval_place).unwrap_or_else(|| section.header.clone());
+        let (ttl, least) = (show_duration(ttl), show_duration(least));
+        let message = format!("ttl ({ttl}) may not be below {TTL_INTERVALS} intervals ({least})");
+        section.report.error(place, Complaint::new(message));
+    }
+    (interval, ttl)
+}
+
+fn narrow(value: u32) -> u16 {
+    u16::try_from(value).unwrap_or(WEIGHT_MAX)
+}
+
+/// What spans `[heartbeat]`, its keys and the pools.
+pub(super) fn check(report: &Report<'_>, read: Option<&HeartbeatRead>, pools: &[PoolRead]) {
+    let Some(read) = read else {
+        for pool in pools {
+            if let Some(place) = &pool.heartbeat {
+                let complaint = Complaint::new("nobody listens for heartbeats");
+                report.error(place.clone(), complaint.help("add [heartbeat] with listen and keys"));
+            }
+        }
+        return;
+    };
+    listens(report, read);
+    ids(report, read);
+    keys(report, read, pools);
+}
+
+fn listens(report: &Report<'_>, read: &HeartbeatRead) {
+    let overlaps = |a: SocketAddr, b: SocketAddr| {
+        let wild = a.ip().is_unspecified() || b.ip().is_unspecified();
+        a == b || (wild && a.port() == b.port() && a.is_ipv4() == b.is_ipv4())
+    };
+    let all: Vec<_> = read.model.listen.iter().zip(&read.listen_places).collect();
+    for (index, (address, place)) in all.iter().enumerate() {
+        if let Some((other, first)) = all[..index].iter().find(|(o, _)| overlaps(**o, **address)) {
+            let how = if other == address { "repeats" } else { "overlaps" };
+            let first = report.place_name(first);
+            let message = format!("{address} {how} the heartbeat address {other} at {first}");
+            report.error((*place).clone(), Complaint::new(message));
+        }
+    }
+}
+
+fn ids(report: &Report<'_>, read: &HeartbeatRead) {
+    let mut seen: HashMap<u32, &Range<usize>> = HashMap::new();
+    for (key, places) in read.model.keys.iter().zip(&read.keys) {
+        let Some(place) = &places.id else { continue };
+        if let Some(first) = seen.get(&key.id) {
+            let first = report.place_name(first);
+            let message = format!("key id {} repeats the one at {first}", key.id);
+            report.error(place.clone(), Complaint::new(message));
+        } else {
+            seen.insert(key.id, place);
+        }
+    }
+}
+
+/// Keys speak for pools that are there and listen, and every such pool has one.
+fn keys(report: &Report<'_>, read: &HeartbeatRead, pools: &[PoolRead]) {
+    let known: HashMap<&str, &PoolRead> =
+        pools.iter().map(|pool| (&*pool.model.name, pool)).collect();
+    for (key, places) in read.model.keys.iter().zip(&read.keys) {
+        for (name, place) in key.pools.iter().zip(&places.pools) {
+            match known.get(&**name) {
+                None => report.error_with(place.clone(), || {
+                    let names = pools.iter().map(|pool| &*pool.model.name);
+                    let help = did_you_mean_or(name, names, || "name a [pool.NAME]".to_owned());
+                    Complaint::new(format!("there is no pool {}", shown(name))).help(help)
+                }),
+                Some(pool) if pool.heartbeat.is_none() => {
+                    let message = format!("pool {} takes no heartbeats", shown(name));
+                    let help = format!("add [pool.{}.heartbeat]", value::cut(name));
+                    report.error(place.clone(), Complaint::new(message).help(help));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    for pool in pools {
+        let Some(place) = &pool.heartbeat else { continue };
+        let spoken_for = read.model.keys.iter().any(|key| key.pools.contains(&pool.model.name));
+        if !spoken_for && !read.keys.is_empty() {
+            let name = shown(&pool.model.name);
+            let complaint = Complaint::new(format!("no key may speak for pool {name}"));
+            let help = "name the pool in the pools of a [[heartbeat.key]]";
+            report.error(place.clone(), complaint.help(help));
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! `[frontend.NAME.sources]`: who may connect, and how much one source may ask
+//! for. Called while each frontend is read. Opens no file but the lists it is
+//! told of, and those only where it is told to.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use toml::Spanned;
+
+use super::CONNECTIONS_MAX;
+use super::frontend::any_number;
+use super::globals::file_path;
+use crate::config::file::{Field, Section};
+use crate::config::value::{self, Complaint, shown};
+use crate::config::{SecretFiles, SourceRules, source};
+use crate::proxy::admission::access::AccessList;
+use crate::proxy::admission::sources::{Rate, SourceLimits};
+
+/// Ranges in all lists of one frontend: ten times the longest blocklists in
+/// common use, and 30 MiB of memory at the worst moment.
+const RANGES_MAX: usize = 1_000_000;
+
+/// Connections a second and burst: beyond, no limit is meant.
+const RATE_MAX: u32 = 1_000_000;
+
+const PREFIX_V4: u32 = 32;
+/// What a customer commonly holds (RFC 6177): one address more or less means
+/// nothing.
+const PREFIX_V6: u32 = 64;
+
+pub(super) fn read(
+    frontend: &Section<'_, '_>,
+    name: &str,
+    files: SecretFiles,
+) -> Option<Arc<SourceRules>> {
+    let label = format!("[frontend.{}.sources]", value::cut(name));
+    let section = frontend.table("sources", label)?;
+    let (allow, deny) =
+        (List::read(&section, Verb::Allow, files), List::read(&section, Verb::Deny, files));
+    refuse_contradictions(&section, &allow, &deny);
+    refuse_too_many(&section, &allow, &deny);
+    let limits = limits(&section);
+    section.finish();
+    let anything = allow.is_given() || deny.is_given() || limits.are_any();
+    anything.then(|| {
+        let access = AccessList::new(&allow.all(), &deny.all());
+        Arc::new(SourceRules { access, allow_file: allow.file, deny_file: deny.file, limits })
+    })
+}
+
+#[derive(Clone, Copy)]
+enum Verb {
+    Allow,
+    Deny,
+}
+
+/// Ranges of one kind, from the configuration and from a file.
+struct List {
+    inline: Vec<Spanned<IpNet>>,
+    from_file: Vec<IpNet>,
+    file: Option<PathBuf>,
+}
+
+impl List {
+    fn read(section: &Section<'_, '_>, verb: Verb, files: SecretFiles) -> List {
+        let (key, file_key) = match verb {
+            Verb::Allow => ("allow", "allow_file"),
+            Verb::Deny => ("deny", "deny_file"),
+        };
+        let wants = ("a range or a list of ranges", "ranges such as \"10.0.0.0/8\"");
+        let inline = any_number(section, key, wants, range);
+        let file = section.text(file_key, "a file path", |text| {
+            let path = file_path(text)?;
+            let ranges = match files {
+                SecretFiles::Read => ranges_of_file(&path)?,
+                SecretFiles::Ignore => Vec::new(),
+            };
+            Ok((path, ranges))
+        });
+        let (file, from_file) = match file {
+            Field::Good(found) => {
+                let (path, ranges) = found.into_inner();
+                (Some(path), ranges)
+            }
+            Field::Absent | Field::Bad => (None, Vec::new()),
+        };
+        List { inline, from_file, file }
+    }
+
+    fn all(&self) -> Vec<IpNet> {
+        self.inline.iter().map(|range| *range.get_ref()).chain(self.from_file.clone()).collect()
+    }
+
+    fn is_given(&self) -> bool {
+        self.file.is_some() || !self.inline.is_empty()
+    }
+
+    fn len(&self) -> usize {
+        self.inline.len() + self.from_file.len()
+    }
+}
+
+/// The same range under both keys of one file is a slip. In list files, which
+/// others write, the denial simply holds.
+fn refuse_contradictions(section: &Section<'_, '_>, allow: &List, deny: &List) {
+    for denied in &deny.inline {
+        let Some(allowed) = allow.inline.iter().find(|a| a.get_ref() == denied.get_ref()) else {
+            continue;
+        };
+        let place = section.report.place_name(&allowed.span());
+        let message = format!("{} is allowed at {place}", denied.get_ref());
+        section.report.error(denied.span(), Complaint::new(message));
+    }
+}
+
+fn refuse_too_many(section: &Section<'_, '_>, allow: &List, deny: &List) {
+    let count = allow.len() + deny.len();
+    if count > RANGES_MAX {
+        let message = format!("{count} address ranges, more than {RANGES_MAX}");
+        section.report.error(section.header.clone(), Complaint::new(message));
+    }
+}
+
+fn limits(section: &Section<'_, '_>) -> SourceLimits {
+    let rate = section.text("rate", "a rate such as \"100/s\", or \"off\"", rate);
+    let burst = section.integer("burst", 1..=RATE_MAX);
+    if let (Some(place), Field::Absent) = (burst.place(), &rate) {
+        let complaint = Complaint::new("burst means nothing without rate");
+        section.report.error(place, complaint.help("add rate = \"100/s\""));
+    }
+    let burst = burst.good().map(Spanned::into_inner);
+    let rate = rate.or(None).map(|PerTime { count, time }| Rate {
+        interval: time / count,
+        // A second's worth: clients open several connections at once.
+        burst: burst.unwrap_or_else(|| a_seconds_worth(count, time)),
+    });
+    SourceLimits {
+        prefix_v4: narrow(section.integer("prefix_v4", 0..=32).or(PREFIX_V4)),
+        prefix_v6: narrow(section.integer("prefix_v6", 0..=128).or(PREFIX_V6)),
+        connections_max: section.integer("connections_max", 0..=CONNECTIONS_MAX).or(0),
+        rate,
+    }
+}
+
+fn narrow(bits: u32) -> u8 {
+    u8::try_from(bits).unwrap_or(u8::MAX)
+}
+
+fn a_seconds_worth(count: u32, time: Duration) -> u32 {
+    let seconds = u32::try_from(time.as_secs()).unwrap_or(u32::MAX).max(1);
+    count.div_ceil(seconds)
+}
+
+/// So many in so much time.
+#[derive(Clone, Copy)]
+struct PerTime {
+    count: u32,
+    time: Duration,
+}
+
+/// `100/s`, `30/m`, `500/h` or `off`.
+fn rate(text: &str) -> Result<Option<PerTime>, Complaint> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let wrong = || {
+        Complaint::new(format!("{} is not a rate", shown(text)))
+            .help("write connections in a time, such as \"100/s\", \"30/m\" or \"500/h\"")
+    };
+    let (count, unit) = text.split_once('/').ok_or_else(wrong)?;
+    let seconds = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err(wrong()),
+    };
+    if count.is_empty() || !count.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(wrong());
+    }
+    match count.parse::<u32>() {
+        Ok(0) => {
+            Err(Complaint::new("a rate of zero lets nobody in")
+                .help("to switch it off, write \"off\""))
+        }
+        Ok(count) if count <= RATE_MAX => {
+            Ok(Some(PerTime { count, time: Duration::from_secs(seconds) }))
+        }
+        _ => Err(Complaint::new(format!("{} is more than {RATE_MAX}", shown(count)))),
+    }
+}
+
+/// A network in CIDR notation, or one address.
+pub(super) fn range(text: &str) -> Result<IpNet, Complaint> {
+    let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map_err(
+        |_| {
+            Complaint::new(format!("{} is not an address range", shown(text)))
+                .help("write ADDRESS/BITS, such as \"10.0.0.0/8\" or \"fd00::/8\"")
+        },
+    )?;
+    if net != net.trunc() {
+        return Err(Complaint::new(format!("{} has bits beyond its length", shown(text)))
+            .help(format!("write \"{}\"", net.trunc())));
+    }
+    Ok(net)
+}
+
+/// One range a line; blank lines and what follows `#` say nothing.
+fn ranges_of_file(path: &Path) -> Result<Vec<IpNet>, Complaint> {
+    let shown_path = shown(&path.to_string_lossy());
+    let unfit = |why: String| Complaint::new(format!("the list {shown_path} is unfit: {why}"));
+    let bytes = source::read_file(path).map_err(unfit)?;
+    let text = std::str::from_utf8(&bytes).map_err(|_| unfit("it is not UTF-8".to_owned()))?;
+    let mut ranges = Vec::new();
+    for (index, line) in text.lines().enumerate() {
+        let line = line.split_once('#').map_or(line, |(before, _)| before).trim();
+        if !line.is_empty() {
+            ranges.push(range(line).map_err(|why| {
+                let help = why.help.unwrap_or_default();
+                unfit(format!("line {}: {}", index + 1, why.message)).help(help)
+            })?);
+        }
+    }
+    Ok(ranges)
+}

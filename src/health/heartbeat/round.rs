@@ -1,0 +1,149 @@
+//! One round of a confirming probe: some tries, one after another, of which a
+//! single answer is enough.
+//!
+//! The heartbeat detector owns at most one at a time. It asks for tries and
+//! counts what becomes of them; it never makes one, and reads no clock.
+
+use super::TRY_TIMEOUT;
+use std::time::{Duration, Instant};
+
+/// A try whose result has not been reported that long after its timeout is
+/// made again: then the report is lost, not the answer.
+const REPORT_MARGIN: Duration = Duration::from_millis(200);
+
+/// Names one try of one detector, so that a late result is not taken for a
+/// newer one's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TryId(pub u64);
+
+/// A connect to be made now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Try {
+    /// To be given back with the result.
+    pub id: TryId,
+    /// No answer by then is a failure.
+    pub timeout: Duration,
+}
+
+/// What became of a try.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// The service works.
+    Answered,
+    /// It does not, or nothing came in time; in words for the log.
+    Failed(String),
+    /// Its host said that nobody listens: the path works, the service does not.
+    Refused,
+    /// The try could not be made for want of something here: proves nothing.
+    Local,
+}
+
+/// Where a round stands after an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// Nobody waited for that.
+    Ignored,
+    /// The next try is due now.
+    Again(Try),
+    /// The next try is due later.
+    Wait,
+    /// Over: it works.
+    Answered,
+    /// Over: every try failed; the evidence in words.
+    Failed(String),
+    /// Over: refused.
+    Refused,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Clone)]
+pub(super) struct Round {
+    /// Tries that have to fail; at least 1.
+    tries: u32,
+    failed: u32,
+    stage: Stage,
+}
+
+/// Invariant: there is always a next event, so a round never hangs.
+#[derive(Debug, Clone, Copy)]
+enum Stage {
+    Flying { id: TryId, lost_at: Instant },
+    Pausing { until: Instant },
+}
+
+// === impl Round ===
+
+impl Round {
+    /// The first try is due now. `serial` numbers the owner's tries.
+    pub(super) fn start(tries: u32, serial: &mut u64, now: Instant) -> (Round, Try) {
+        let (stage, next) = fly(serial, now);
+        (Round { tries: tries.max(1), failed: 0, stage }, next)
+    }
+
+    /// Takes a result.
+    pub(super) fn answer(
+        &mut self,
+        id: TryId,
+        answer: Answer,
+        serial: &mut u64,
+        now: Instant,
+    ) -> Progress {
+        if !matches!(self.stage, Stage::Flying { id: awaited, .. } if awaited == id) {
+            return Progress::Ignored;
+        }
+        match answer {
+            Answer::Answered => Progress::Answered,
+            Answer::Refused => Progress::Refused,
+            Answer::Local => {
+                self.stage = Stage::Pausing { until: now + TRY_TIMEOUT };
+                Progress::Wait
+            }
+            Answer::Failed(reason) => {
+                self.failed += 1;
+                if self.failed >= self.tries {
+                    let failed = self.failed;
+                    let s = if failed == 1 { "" } else { "s" };
+                    return Progress::Failed(format!(
+                        "{failed} confirming probe{s} failed, last: {reason}"
+                    ));
+                }
+                let (stage, next) = fly(serial, now);
+                self.stage = stage;
+                Progress::Again(next)
+            }
+        }
+    }
+
+    /// Starts anew: what was found so far may be our own doing.
+    pub(super) fn restart(&mut self, serial: &mut u64, now: Instant) -> Try {
+        let (stage, next) = fly(serial, now);
+        self.failed = 0;
+        self.stage = stage;
+        next
+    }
+
+    /// The try to make now, if its time has come.
+    pub(super) fn check(&mut self, serial: &mut u64, now: Instant) -> Option<Try> {
+        if now < self.due() {
+            return None;
+        }
+        let (stage, next) = fly(serial, now);
+        self.stage = stage;
+        Some(next)
+    }
+
+    /// When [`Round::check`] has something to do.
+    pub(super) fn due(&self) -> Instant {
+        match self.stage {
+            Stage::Flying { lost_at, .. } => lost_at,
+            Stage::Pausing { until } => until,
+        }
+    }
+}
+
+fn fly(serial: &mut u64, now: Instant) -> (Stage, Try) {
+    *serial += 1;
+    let id = TryId(*serial);
+    let lost_at = now + TRY_TIMEOUT + REPORT_MARGIN;
+    (Stage::Flying { id, lost_at }, Try { id, timeout: TRY_TIMEOUT })
+}

@@ -1,0 +1,80 @@
+//! What the tests of this module's parts share: a secret, a key, a sender whose
+//! clock and numbers are set by hand.
+
+use super::SenderState;
+use super::keys::{Key, KeyRing, Secret};
+use super::wire::{Datagram, Draft, Identity, encode};
+use std::time::Duration;
+
+/// Wall-clock time the tests begin at, ms since 1970.
+pub(crate) const START: u64 = 1_800_000_000_000;
+
+/// A secret of one byte value.
+pub(crate) fn secret(byte: u8) -> Secret {
+    Secret::new(&[byte; 32]).unwrap()
+}
+
+/// Key 7 for pool `web` and 10.0.0.0/8 and fd00::/8.
+pub(crate) fn key() -> Key {
+    Key {
+        id: 7,
+        secret: secret(1),
+        pools: vec!["web".into()],
+        addresses: vec!["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()],
+    }
+}
+
+pub(crate) fn ring(keys: impl IntoIterator<Item = Key>) -> KeyRing {
+    KeyRing::new(keys).unwrap()
+}
+
+/// Says whatever its fields are set to.
+#[derive(Clone)]
+pub(crate) struct Mouth {
+    pub(crate) identity: Identity,
+    pub(crate) key_id: u32,
+    pub(crate) secret: Secret,
+    pub(crate) incarnation: u64,
+    pub(crate) sequence: u64,
+    pub(crate) sent: u64,
+}
+
+impl Mouth {
+    /// Backend `a` of pool `web`, started and sending at [`START`].
+    pub(crate) fn new() -> Mouth {
+        Mouth::named("web", "a", "10.0.0.1:80")
+    }
+
+    pub(crate) fn named(pool: &str, name: &str, address: &str) -> Mouth {
+        Mouth {
+            identity: Identity::new(pool, name, address.parse().unwrap()).unwrap(),
+            key_id: 7,
+            secret: secret(1),
+            incarnation: START,
+            sequence: 1,
+            sent: START,
+        }
+    }
+
+    pub(crate) fn draft(&self) -> Draft<'_> {
+        Draft {
+            identity: &self.identity,
+            key_id: self.key_id,
+            incarnation: self.incarnation,
+            sequence: self.sequence,
+            sent: self.sent,
+            interval: Duration::from_millis(100),
+            state: SenderState::Ready,
+            weight: 3,
+            in_flight: 17,
+            load: 250,
+        }
+    }
+
+    /// What it says now; the next has the next sequence.
+    pub(crate) fn say(&mut self) -> Datagram {
+        let datagram = encode(&self.draft(), &self.secret);
+        self.sequence += 1;
+        datagram
+    }
+}

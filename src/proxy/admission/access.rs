@@ -1,0 +1,261 @@
+//! Who may connect at all: allow and deny lists of address ranges.
+//!
+//! Built by the configuration, asked by the listener for each accepted
+//! connection. Pure; it counts nobody and knows no limits: those are
+//! `sources`.
+//!
+//! The longest prefix that holds an address decides. Ranges nest or are
+//! disjoint, so a list is flattened once, when it is built, into the places
+//! where the verdict changes; a question is one binary search, 17 steps among
+//! 100,000 ranges.
+
+use ipnet::IpNet;
+use std::net::IpAddr;
+
+/// What a list says of an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// May connect.
+    Allowed,
+    /// Is turned away.
+    Denied,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AccessList {
+    v4: Box<[Change<u32>]>,
+    v6: Box<[Change<u128>]>,
+    rules: usize,
+}
+
+/// From this address on, up to the next change, that verdict holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Change<T> {
+    from: T,
+    access: Access,
+}
+
+/// One range, both ends included.
+struct Range {
+    first: u128,
+    last: u128,
+    access: Access,
+}
+
+// === impl AccessList ===
+
+impl AccessList {
+    /// Everybody is allowed but `deny`; where `allow` names anybody, nobody but
+    /// them is. A range in both lists is denied.
+    pub fn new(allow: &[IpNet], deny: &[IpNet]) -> AccessList {
+        let otherwise = if allow.is_empty() { Access::Allowed } else { Access::Denied };
+        let of_kind = |v4: bool| -> Vec<Range> {
+            let allowed = allow.iter().map(|net| (net, Access::Allowed));
+            let denied = deny.iter().map(|net| (net, Access::Denied));
+            allowed
+                .chain(denied)
+                .filter(|(net, _)| net.addr().is_ipv4() == v4)
+                .map(|(net, access)| Range {
+                    first: number(net.network()),
+                    last: number(net.broadcast()),
+                    access,
+                })
+                .collect()
+        };
+        let narrow = |change: Change<u128>| {
+            // IPv4 ranges lie within 32 bits.
+            u32::try_from(change.from).ok().map(|from| Change { from, access: change.access })
+        };
+        AccessList {
+            v4: flatten(of_kind(true), otherwise).into_iter().filter_map(narrow).collect(),
+            v6: flatten(of_kind(false), otherwise).into_boxed_slice(),
+            rules: allow.len() + deny.len(),
+        }
+    }
+
+    /// Whether `address` may connect. An IPv4-mapped IPv6 address counts as
+    /// IPv4.
+    #[inline]
+    pub fn of(&self, address: IpAddr) -> Access {
+        match address.to_canonical() {
+            IpAddr::V4(v4) => verdict(&self.v4, v4.to_bits()),
+            IpAddr::V6(v6) => verdict(&self.v6, v6.to_bits()),
+        }
+    }
+
+    /// Ranges it was made of.
+    pub fn rules(&self) -> usize {
+        self.rules
+    }
+}
+
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(v4) => u128::from(v4.to_bits()),
+        IpAddr::V6(v6) => v6.to_bits(),
+    }
+}
+
+/// The first change is at zero, so there always is one before `address`.
+fn verdict<T: Copy + Ord>(changes: &[Change<T>], address: T) -> Access {
+    let after = changes.partition_point(|change| change.from <= address);
+    changes[after - 1].access
+}
+
+/// Sweeps over the ranges with those that are open on a stack, innermost on
+/// top: the innermost is the longest prefix.
+fn flatten(mut ranges: Vec<Range>, otherwise: Access) -> Vec<Change<u128>> {
+    // Outer before inner; of equal ones the denied last, so that it decides.
+    ranges.sort_by_key(|r| (r.first, std::cmp::Reverse(r.last), r.access == Access::Denied));
+    let mut changes = vec![Change { from: 0, access: otherwise }];
+    let mut open: Vec<Range> = Vec::new();
+    for range in ranges {
+        close_before(&mut open, Some(range.first), otherwise, &mut changes);
+        change(&mut changes, range.first, range.access);
+        open.push(range);
+    }
+    close_before(&mut open, None, otherwise, &mut changes);
+    changes.dedup_by_key(|change| change.access);
+    changes
+}
+
+/// Closes what ends before `next` (everything, where there is no next).
+fn close_before(
+    open: &mut Vec<Range>,
+    next: Option<u128>,
+    otherwise: Access,
+    changes: &mut Vec<Change<u128>>,
+) {
+    while let Some(range) = open.pop_if(|range| next.is_none_or(|next| range.last < next)) {
+        let access = open.last().map_or(otherwise, |outer| outer.access);
+        if let Some(after) = range.last.checked_add(1) {
+            change(changes, after, access);
+        }
+    }
+}
+
+/// What was said of the same place before is overruled.
+fn change(changes: &mut Vec<Change<u128>>, from: u128, access: Access) {
+    match changes.last_mut() {
+        Some(last) if last.from == from => last.access = access,
+        _ => changes.push(Change { from, access }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn nets(texts: &[&str]) -> Vec<IpNet> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    fn of(list: &AccessList, address: &str) -> Access {
+        list.of(address.parse().unwrap())
+    }
+
+    #[test]
+    fn without_rules_everybody_is_allowed() {
+        let list = AccessList::new(&[], &[]);
+        for address in ["0.0.0.0", "10.1.2.3", "255.255.255.255", "::", "ffff::1"] {
+            assert_eq!(of(&list, address), Access::Allowed);
+        }
+    }
+
+    #[test]
+    fn who_is_not_among_the_allowed_is_denied_of_either_family() {
+        let list = AccessList::new(&nets(&["10.0.0.0/8"]), &[]);
+        assert_eq!(of(&list, "10.255.255.255"), Access::Allowed);
+        assert_eq!(of(&list, "11.0.0.0"), Access::Denied);
+        assert_eq!(of(&list, "9.255.255.255"), Access::Denied);
+        assert_eq!(of(&list, "2001:db8::1"), Access::Denied);
+    }
+
+    #[test]
+    fn the_longest_prefix_decides() {
+        let allow = nets(&["10.0.0.0/8", "10.1.2.0/24", "0.0.0.0/0", "2001:db8::/32"]);
+        let deny = nets(&["10.1.0.0/16", "10.1.2.3/32", "2001:db8:1::/48", "255.0.0.0/8"]);
+        let list = AccessList::new(&allow, &deny);
+        for (address, access) in [
+            ("10.0.0.1", Access::Allowed),
+            ("10.1.0.1", Access::Denied),
+            ("10.1.2.1", Access::Allowed),
+            ("10.1.2.3", Access::Denied),
+            ("10.1.2.4", Access::Allowed),
+            ("10.1.3.0", Access::Denied),
+            ("10.2.0.0", Access::Allowed),
+            ("192.0.2.1", Access::Allowed),
+            ("255.255.255.255", Access::Denied),
+            ("2001:db8::1", Access::Allowed),
+            ("2001:db8:1::1", Access::Denied),
+            ("2001:db8:2::1", Access::Allowed),
+        ] {
+            assert_eq!(of(&list, address), access, "{address}");
+        }
+    }
+
+    #[test]
+    fn a_range_in_both_lists_is_denied() {
+        let both = nets(&["192.0.2.0/24"]);
+        assert_eq!(of(&AccessList::new(&both, &both), "192.0.2.7"), Access::Denied);
+    }
+
+    #[test]
+    fn a_mapped_address_counts_as_ipv4() {
+        let list = AccessList::new(&[], &nets(&["192.0.2.0/24"]));
+        assert_eq!(of(&list, "::ffff:192.0.2.9"), Access::Denied);
+    }
+
+    fn any_net() -> impl Strategy<Value = IpNet> {
+        // Few distinct bits, so that ranges nest and touch.
+        let v4 = (0u32..16, 0u32..16, 0u8..=32).prop_map(|(high, low, length)| {
+            let address = std::net::Ipv4Addr::from_bits(high << 28 | low);
+            IpNet::new(address.into(), length).unwrap().trunc()
+        });
+        let v6 = (0u128..16, 0u128..16, 0u8..=128).prop_map(|(high, low, length)| {
+            let address = std::net::Ipv6Addr::from_bits(high << 124 | low);
+            IpNet::new(address.into(), length).unwrap().trunc()
+        });
+        prop_oneof![v4, v6]
+    }
+
+    /// The rule itself, one range after the other.
+    fn by_hand(allow: &[IpNet], deny: &[IpNet], address: IpAddr) -> Access {
+        let longest = |nets: &[IpNet]| {
+            nets.iter().filter(|net| net.contains(&address)).map(|net| net.prefix_len()).max()
+        };
+        match (longest(allow), longest(deny)) {
+            (None, None) if allow.is_empty() => Access::Allowed,
+            (Some(allowed), denied) if denied.is_none_or(|denied| allowed > denied) => {
+                Access::Allowed
+            }
+            _ => Access::Denied,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn it_says_what_a_look_at_every_range_says(
+            allow in prop::collection::vec(any_net(), 0..8),
+            deny in prop::collection::vec(any_net(), 0..8),
+        ) {
+            let list = AccessList::new(&allow, &deny);
+            let ends = allow.iter().chain(&deny).flat_map(|net| [net.network(), net.broadcast()]);
+            for end in ends {
+                for step in [-1i8, 0, 1] {
+                    let address: IpAddr = match end {
+                        IpAddr::V4(a) => std::net::Ipv4Addr::from_bits(
+                            a.to_bits().wrapping_add_signed(step.into())).into(),
+                        IpAddr::V6(a) => std::net::Ipv6Addr::from_bits(
+                            a.to_bits().wrapping_add_signed(step.into())).into(),
+                    };
+                    if address.to_canonical() == address {
+                        prop_assert_eq!(list.of(address), by_hand(&allow, &deny, address));
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! Heartbeats under simulation: senders that start, die, come back, drain and
+//! lose datagrams, reloads, late ticks, all in virtual time, against rules that
+//! hold whatever happens; and at the end, once all is well again, everybody
+//! serves.
+//!
+//! `SIM_SEED=n` replays a run.
+
+use crate::{SeedGuard, number, random_config};
+use fastrand::Rng;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tidegate::config::*;
+use tidegate::control::{Controller, Effect, Event, Origin, ProbeToken, PublishReason};
+use tidegate::health::heartbeat::guards::down_max;
+use tidegate::health::{Calling, Intent, Observation, ProbeOutcome};
+use tidegate::heartbeat::{Heartbeat, SenderState};
+use tidegate::table::Table;
+use tidegate::table::state::BackendId;
+
+const INTERVAL: Duration = Duration::from_millis(100);
+const SENDERS: usize = 8;
+const SEEDS: u64 = 24;
+
+struct Sender {
+    name: Arc<str>,
+    port: u16,
+    incarnation: u64,
+    sequence: u64,
+    state: SenderState,
+    alive: bool,
+    next: Instant,
+}
+
+struct Sim {
+    rng: Rng,
+    controller: Controller,
+    now: Instant,
+    start: Instant,
+    config: Arc<Config>,
+    senders: Vec<Sender>,
+    /// With when their answers are due.
+    asked: Vec<(Instant, BackendId, ProbeToken)>,
+    table: Arc<Table>,
+    ids: HashMap<BackendId, String>,
+    down: HashMap<String, usize>,
+    /// Share of heartbeats lost, in percent.
+    loss: u8,
+}
+
+fn heartbeat_config(rng: &mut Rng) -> Config {
+    let mut config = random_config(rng, None);
+    config.pools.truncate(1);
+    config.frontends.truncate(1);
+    let mut pool = Pool::clone(&config.pools[0]);
+    pool.backends.retain(|backend| backend.name.ends_with(['0', '1', '2']));
+    pool.when_none_eligible = WhenNoneEligible::Refuse;
+    for backend in &mut pool.backends {
+        backend.backup = false;
+        let number = u16::from(backend.name.as_bytes()[1] - b'0');
+        backend.address = BackendAddress::Tcp(([127, 0, 0, 1], 2000 + number).into());
+    }
+    pool.heartbeat = Some(Arc::new(HeartbeatSpec {
+        register: true,
+        require: rng.bool(),
+        interval: INTERVAL,
+        ttl: Duration::from_secs(rng.u64(1..10)),
+        forget_after: Duration::from_secs(rng.u64(1..20)),
+        backends_max: if rng.u8(..4) == 0 { 3 } else { 100 },
+        weight_max: 100,
+    }));
+    pool.slow_start = rng.bool().then(|| Duration::from_secs(rng.u64(1..10)));
+    config.pools = vec![Arc::new(pool)];
+    config
+}
+
+impl Sim {
+    fn new(seed: u64, start: Instant) -> Sim {
+        let mut rng = Rng::with_seed(seed);
+        let config = Arc::new(heartbeat_config(&mut rng));
+        let controller = Controller::new(2, seed);
+        let senders = (0..SENDERS).map(|number| Sender {
+            name: format!("b{number}").into(),
+            port: 2000 + number as u16,
+            incarnation: 1,
+            sequence: 0,
+            state: SenderState::Ready,
+            alive: rng.bool(),
+            next: start,
+        });
+        let mut sim = Sim {
+            senders: senders.collect(),
+            table: controller.current_table(),
+            loss: *Rng::with_seed(seed).choice(&[0, 1, 10]).unwrap(),
+            rng,
+            controller,
+            now: start,
+            start,
+            config,
+            asked: Vec::new(),
+            ids: HashMap::new(),
+            down: HashMap::new(),
+        };
+        sim.apply([Event::Configure(Arc::clone(&sim.config))]);
+        sim
+    }
+
+    /// What comes first: a heartbeat, an answer, something due, or `end`.
+    fn advance(&mut self, end: Instant) {
+        let beats = self.senders.iter().filter(|s| s.alive).map(|s| s.next);
+        let answers = self.asked.iter().map(|(at, ..)| *at);
+        let next = beats.chain(answers).chain(self.controller.next_due()).min();
+        self.now = next.unwrap_or(end).min(end).max(self.now);
+        let mut events = Vec::new();
+        for sender in &mut self.senders {
+            if sender.alive && sender.next <= self.now {
+                sender.sequence += 1;
+                sender.next = self.now + INTERVAL;
+                if self.rng.u8(..100) >= self.loss {
+                    events.push(beat(sender, self.now));
+                }
+            }
+        }
+        let (due, later) = self.asked.drain(..).partition(|(at, ..)| *at <= self.now);
+        self.asked = later;
+        for (_, backend, token) in due {
+            events.push(Event::Probed { backend, token, outcome: self.outcome(backend) });
+        }
+        events.push(Event::Tick);
+        self.apply(events);
+    }
+
+    fn outcome(&self, id: BackendId) -> ProbeOutcome {
+        let alive = |name: &String| self.senders.iter().any(|s| *s.name == **name && s.alive);
+        if self.ids.get(&id).is_some_and(alive) {
+            ProbeOutcome::Success { took: Duration::ZERO }
+        } else {
+            ProbeOutcome::Failure { reason: "connect timed out".into() }
+        }
+    }
+
+    fn disturb(&mut self) {
+        let index = self.rng.usize(..SENDERS);
+        match self.rng.u8(..12) {
+            0..=3 => {
+                let sender = &mut self.senders[index];
+                sender.alive = !sender.alive;
+                sender.next = self.now;
+                if sender.alive && self.rng.bool() {
+                    (sender.incarnation, sender.sequence) = (sender.incarnation + 1, 0);
+                }
+                sender.state = SenderState::Ready;
+            }
+            4 => self.senders[index].state = SenderState::Draining,
+            5 => self.senders[index].state = SenderState::Ready,
+            6 if self.senders[index].port >= 2003 => {
+                // It says goodbye, where that is no backend of the file.
+                let sender = &mut self.senders[index];
+                (sender.state, sender.sequence) = (SenderState::Stopping, sender.sequence + 1);
+                let event = beat(sender, self.now);
+                sender.alive = false;
+                self.apply([event]);
+            }
+            7 => {
+                let mut config = Config::clone(&self.config);
+                let mut pool = Pool::clone(&config.pools[0]);
+                pool.slow_start = self.rng.bool().then(|| Duration::from_secs(2));
+                config.pools = vec![Arc::new(pool)];
+                self.config = Arc::new(config);
+                self.apply([Event::Configure(Arc::clone(&self.config))]);
+            }
+            8 => self.now += Duration::from_millis(self.rng.u64(..3000)),
+            9 => self.apply([Event::HeartbeatsLost(3)]),
+            10 => {
+                let intent = *self.rng.choice(&[Intent::Ready, Intent::Draining]).unwrap();
+                let name = Arc::clone(&self.senders[index].name);
+                let done = self.controller.set_intent("p0", &name, intent, self.now);
+                self.take(done.unwrap_or_default());
+            }
+            _ => {}
+        }
+    }
+
+    fn apply(&mut self, events: impl IntoIterator<Item = Event>) {
+        let effects = self.controller.apply_all(events, self.now);
+        self.take(effects);
+    }
+
+    fn take(&mut self, effects: Vec<Effect>) {
+        // Most heartbeats change nothing; looking after every one takes long.
+        if effects.is_empty() && self.rng.u8(..16) > 0 {
+            return;
+        }
+        for pool in &self.controller.status(self.now).pools {
+            for backend in &pool.backends {
+                let name = backend.state.name.to_string();
+                let owner = self.ids.entry(backend.state.id).or_insert_with(|| name.clone());
+                assert_eq!(*owner, name, "an id was used twice");
+            }
+        }
+        for effect in effects {
+            match effect {
+                Effect::Publish(table) => self.table = table,
+                Effect::Probe { backend, token, spec, .. } => {
+                    let dead = !matches!(self.outcome(backend), ProbeOutcome::Success { .. });
+                    let took = if dead { spec.timeout } else { Duration::from_millis(1) };
+                    self.asked.push((self.now + took, backend, token));
+                }
+                _ => {}
+            }
+        }
+        self.check();
+    }
+
+    fn check(&mut self) {
+        let status = self.controller.status(self.now);
+        for pool in &status.pools {
+            assert!(pool.registered <= 100 && pool.registered <= pool.registered_max as usize);
+            let serving = &self.table.pools[0].serving;
+            for b in &pool.backends {
+                let name = &b.state.name;
+                assert_eq!(b.eligible, b.effective_weight > 0.0, "{name}");
+                let may = b.intent == Intent::Ready
+                    && b.calling == Calling::Sessions
+                    && !b.ejected
+                    && b.observation != Observation::Down;
+                assert!(may || !b.eligible, "{name} is eligible: {b:?}");
+                assert!(!may || b.eligible || b.observation == Observation::Unknown, "{b:?}");
+                let serves = serving.iter().any(|state| state.id == b.state.id);
+                let found_out = b.observation == Observation::Down || b.intent != Intent::Ready;
+                assert!(!(serves && found_out), "{name} is out and still in the table");
+            }
+            let registered = pool.backends.iter().filter(|b| b.origin == Origin::Registered);
+            assert_eq!(registered.count(), pool.registered);
+            self.check_guard(&pool.name, pool.backends.first().map(|b| &*b.state.name));
+        }
+        let tables = status.published.iter().find(|(r, _)| *r == PublishReason::Heartbeat);
+        let span = self.now - self.start;
+        assert!(u128::from(tables.unwrap().1) <= span.as_millis() / 100 + 1, "too many tables");
+        assert!(self.controller.next_due().is_none_or(|due| due > self.now));
+    }
+
+    /// Silence never takes more of a pool out than `max_ejected`.
+    fn check_guard(&mut self, pool: &str, backend: Option<&str>) {
+        let Some(explained) = backend.map(|name| self.controller.explain(pool, name, self.now))
+        else {
+            return;
+        };
+        let guards = explained.expect("it is there").guards;
+        let down = guards.view.down;
+        let before = self.down.insert(pool.to_owned(), down).unwrap_or(0);
+        let most = down_max(guards.max_ejected_percent, guards.view.members);
+        assert!(down <= before || down <= most, "{down} down, {most} may be");
+    }
+
+    /// Everybody lives and sends: in the end everybody serves with all its weight.
+    fn recover(&mut self) {
+        self.loss = 0;
+        for sender in &mut self.senders {
+            (sender.alive, sender.state, sender.next) = (true, SenderState::Ready, self.now);
+        }
+        let end = self.now + Duration::from_secs(150);
+        for number in 0..SENDERS {
+            let done =
+                self.controller.set_intent("p0", &format!("b{number}"), Intent::Ready, self.now);
+            self.take(done.unwrap_or_default());
+        }
+        while self.now < end {
+            self.advance(end);
+        }
+        let status = self.controller.status(self.now);
+        let pool = &status.pools[0];
+        assert!(pool.frozen.is_none() && !status.heartbeat.as_ref().unwrap().silent);
+        for b in &pool.backends {
+            let sends = self.senders.iter().any(|sender| sender.name == b.state.name);
+            assert!(!sends || b.effective_weight == f64::from(b.weight), "{b:#?}");
+        }
+        assert_eq!(self.table.pools[0].serving.len(), pool.backends.len());
+    }
+}
+
+fn beat(sender: &Sender, at: Instant) -> Event {
+    let heartbeat = Heartbeat {
+        pool: "p0".into(),
+        name: Arc::clone(&sender.name),
+        address: ([127, 0, 0, 1], sender.port).into(),
+        incarnation: sender.incarnation,
+        sequence: sender.sequence,
+        interval: INTERVAL,
+        state: sender.state,
+        weight: 10,
+        in_flight: 0,
+        load: 0,
+        key_id: 1,
+    };
+    Event::Heartbeat { heartbeat, at, stands_for: 1 }
+}
+
+#[test]
+fn the_rules_of_heartbeats_hold_whatever_happens() {
+    let start = tidegate::clock::now();
+    let seeds = match number("SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("SIM_SEEDS").unwrap_or(SEEDS),
+    };
+    for seed in seeds {
+        let _guard = SeedGuard(seed);
+        let mut sim = Sim::new(seed, start);
+        let end = start + Duration::from_secs(60);
+        while sim.now < end {
+            if sim.rng.u8(..20) == 0 {
+                sim.disturb();
+            }
+            sim.advance(end);
+        }
+        sim.recover();
+    }
+}

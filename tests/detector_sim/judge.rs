@@ -1,0 +1,132 @@
+//! What every simulated detector looks like from outside, and ours.
+//!
+//! `point` drives judges along a link. A judge owns no link and draws no
+//! random numbers.
+
+use super::link::{Link, MILLI, Micros};
+use std::time::{Duration, Instant};
+use tidegate::health::heartbeat::{
+    Answer, Ask, Beat, Channel, HeartbeatDetector, State, Step, TryId,
+};
+
+/// Heartbeats' interval in all simulations.
+pub(crate) const INTERVAL: Micros = 100 * MILLI;
+
+/// A detector in virtual time.
+pub(crate) trait Judge: Clone {
+    /// Missing heartbeats that cannot make a calm judge act, so that
+    /// [`Judge::due`] need not be asked.
+    const CALM: u32;
+
+    /// A heartbeat arrived.
+    fn beat(&mut self, sequence: u64, now: Micros, link: &mut Link);
+
+    /// When it wants to act.
+    fn due(&self) -> Micros;
+
+    /// It acts.
+    fn act(&mut self, now: Micros, link: &mut Link);
+
+    /// In service, nothing under way.
+    fn calm(&self) -> bool;
+
+    /// Taken out.
+    fn down(&self) -> bool;
+
+    /// Suspicions and ejections so far.
+    fn counts(&self) -> (u64, u64);
+}
+
+/// The product's detector behind a controller whose timer ticks every
+/// millisecond, for a backend that has guards' permission for everything.
+#[derive(Debug, Clone)]
+pub(crate) struct Ours {
+    pub(crate) detector: HeartbeatDetector,
+    start: Instant,
+    /// A try's result on its way.
+    flying: Option<(Micros, TryId, Answer)>,
+    suspicions: u64,
+    ejections: u64,
+}
+
+// === impl Ours ===
+
+impl Ours {
+    pub(crate) fn new(start: Instant) -> Ours {
+        let detector = HeartbeatDetector::new(Duration::from_micros(INTERVAL), start);
+        Ours { detector, start, flying: None, suspicions: 0, ejections: 0 }
+    }
+
+    fn instant(&self, at: Micros) -> Instant {
+        self.start + Duration::from_micros(at)
+    }
+
+    fn follow(&mut self, step: Step, now: Micros, link: &mut Link) {
+        if let Some(change) = step.change {
+            match change.to {
+                State::Suspect => self.suspicions += 1,
+                State::Down => self.ejections += 1,
+                _ => {}
+            }
+        }
+        match step.ask {
+            Some(Ask::Probe(next)) => {
+                let end = now + next.timeout.as_micros() as Micros;
+                let result = match link.connect(now) {
+                    Some(at) if at <= end => (at, next.id, Answer::Answered),
+                    _ => (end, next.id, Answer::Failed("connect timed out".to_owned())),
+                };
+                self.flying = Some(result);
+            }
+            Some(Ask::Eject { .. }) => {
+                let step = self.detector.eject(self.instant(now));
+                self.follow(step, now, link);
+            }
+            None => {}
+        }
+    }
+}
+
+impl Judge for Ours {
+    const CALM: u32 = 1;
+
+    fn beat(&mut self, sequence: u64, now: Micros, link: &mut Link) {
+        let interval = Duration::from_micros(INTERVAL);
+        let beat = Beat { incarnation: 1, sequence, interval };
+        let (_, step) = self.detector.beat(&beat, self.instant(now));
+        if step != Step::default() {
+            self.follow(step, now, link);
+        }
+    }
+
+    fn due(&self) -> Micros {
+        let due = self.detector.due().map_or(Micros::MAX, |due| {
+            // Timers fire on the next millisecond.
+            ((due - self.start).as_nanos().div_ceil(1_000_000)) as Micros * MILLI
+        });
+        due.min(self.flying.as_ref().map_or(Micros::MAX, |(at, ..)| *at))
+    }
+
+    fn act(&mut self, now: Micros, link: &mut Link) {
+        if let Some((_, id, answer)) = self.flying.take_if(|(at, ..)| *at <= now) {
+            let step = self.detector.probed(id, answer, self.instant(now));
+            self.follow(step, now, link);
+        }
+        if self.detector.due().is_some_and(|due| due <= self.instant(now)) {
+            let step = self.detector.check(Channel::Alive, self.instant(now));
+            self.follow(step, now, link);
+        }
+    }
+
+    fn calm(&self) -> bool {
+        self.detector.state() == State::Up && self.flying.is_none()
+    }
+
+    fn down(&self) -> bool {
+        self.detector.state() == State::Down
+    }
+
+    fn counts(&self) -> (u64, u64) {
+        (self.suspicions, self.ejections)
+    }
+}

@@ -1,0 +1,143 @@
+//! How the failure detector fares on lossy links, against its promises and
+//! against other detectors.
+//!
+//! The short run is a normal test. `scripts/detector-sim` starts the long one
+//! (`the_long_run`) with a release build and keeps its table, JSON and chart.
+//! Everything is virtual time; a seed replays a run exactly.
+
+#![allow(clippy::unwrap_used)] // Helpers of tests are tests, too.
+
+mod judge;
+mod link;
+mod point;
+mod report;
+mod rivals;
+mod scenarios;
+mod world;
+
+use link::Pattern;
+use point::{Outcome, Point, Who};
+use report::LOSSES;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// As wished by the environment, or a default.
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().map_or(default, |text| text.replace('_', "").parse().unwrap())
+}
+
+fn points(who: &[Who], beats: u64, deaths: u64, seed: u64) -> Vec<Point> {
+    let mut points = Vec::new();
+    for pattern in [Pattern::Independent, Pattern::Bursts] {
+        for (index, loss) in LOSSES.into_iter().enumerate() {
+            // The same link for each detector.
+            let seed = seed.wrapping_mul(1_000).wrapping_add(index as u64);
+            points.extend(who.iter().map(|who| Point {
+                who: *who,
+                pattern,
+                loss,
+                beats,
+                deaths,
+                seed,
+            }));
+        }
+    }
+    points
+}
+
+/// Runs the points on two threads and gives them in order.
+fn run(points: &[Point]) -> Vec<(Point, Outcome)> {
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while let Some(point) = points.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let outcome = point.run();
+                    results.lock().unwrap().push((*point, outcome));
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner().unwrap();
+    results.sort_by_key(|(point, _)| {
+        points
+            .iter()
+            .position(|p| (p.who, p.pattern, p.loss) == (point.who, point.pattern, point.loss))
+    });
+    results
+}
+
+/// What is promised for heartbeats every 100 ms: the detection's 99th
+/// percentile, in milliseconds, where losses are independent.
+fn promised_p99(loss: f64) -> f64 {
+    match loss {
+        loss if loss <= 0.01 => 600.0,
+        loss if loss <= 0.05 => 750.0,
+        loss if loss <= 0.10 => 900.0,
+        _ => 1_500.0,
+    }
+}
+
+fn assert_promises(rows: &[(Point, Outcome)]) {
+    for (point, outcome) in rows.iter().filter(|(point, _)| point.who == Who::Ours) {
+        let Point { pattern, loss, .. } = *point;
+        let at = format!("at {}% loss, {pattern:?}", loss * 100.0);
+        let (p99, max) = (outcome.detection(0.99), outcome.detection(1.0));
+        assert!(max <= 1_500.0, "{at}: found out only after {max} ms");
+        if pattern == Pattern::Bursts {
+            continue;
+        }
+        assert!(p99 <= promised_p99(loss), "{at}: p99 {p99} ms");
+        let ejections = outcome.ejections;
+        if loss <= 0.10 {
+            assert_eq!(ejections, 0, "{at}: false ejections in {:.0} h", outcome.hours);
+        } else if loss <= 0.20 {
+            let daily = outcome.ejections_per_hour() * 24.0;
+            // A short run has no days: then one is one too many, two are proof.
+            assert!(daily <= 1.0 || ejections <= 1, "{at}: {daily} false ejections per day");
+        }
+    }
+}
+
+#[test]
+fn the_detector_keeps_its_promises_on_lossy_links() {
+    let (seed, beats) = (setting("SIM_SEED", 1), setting("SIM_BEATS", 1_000_000));
+    let rows = run(&points(&[Who::Ours], beats, 1_000, seed));
+    println!("seed {seed}, {beats} heartbeats a point{}", report::table(&rows));
+    assert_promises(&rows);
+}
+
+#[test]
+#[ignore = "minutes in a release build; scripts/detector-sim runs it"]
+fn the_long_run() {
+    let (seed, beats) = (setting("SIM_SEED", 1), setting("SIM_BEATS", 100_000_000));
+    let deaths = setting("SIM_DEATHS", 50_000);
+    let rows = run(&points(&Who::ALL, beats, deaths, seed));
+    println!("seed {seed}, {beats} heartbeats a point{}", report::table(&rows));
+    if let Ok(out) = std::env::var("SIM_OUT") {
+        let json = serde_json::to_string_pretty(&report::json(&rows, seed)).unwrap();
+        std::fs::write(format!("{out}.json"), json).unwrap();
+        std::fs::write(format!("{out}.svg"), report::svg(&rows)).unwrap();
+    }
+    assert_promises(&rows);
+    assert_memory_of_bursts_pays(&rows);
+}
+
+/// On links that lose whole bursts the memory of them at least halves the
+/// false ejections; where losses are independent it costs nothing.
+fn assert_memory_of_bursts_pays(rows: &[(Point, Outcome)]) {
+    let ejections = |who: Who| {
+        rows.iter()
+            .filter(move |(point, _)| point.who == who && point.pattern == Pattern::Bursts)
+            .map(|(point, outcome)| (point.loss, outcome.ejections))
+    };
+    for ((loss, ours), (_, blind)) in ejections(Who::Ours).zip(ejections(Who::Independent)) {
+        assert!(ours * 2 <= blind, "{ours} against {blind} at {}% loss", loss * 100.0);
+    }
+}
+
+#[test]
+fn the_rivals_are_what_they_are_called() {
+    assert!(rivals::constants_hold());
+}

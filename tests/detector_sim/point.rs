@@ -1,0 +1,190 @@
+//! One point of the comparison: one detector on one kind of link, for as many
+//! heartbeats as wished.
+//!
+//! A healthy backend is watched all along; at regular intervals a copy of the
+//! detector sees it die at a random moment. Replayable by its seed.
+
+use super::judge::{INTERVAL, Judge, Ours};
+use super::link::{Link, MILLI, Micros, Pattern, SECOND};
+use super::rivals::{Akka, Cassandra, Gaps, Independent, Phi, RiseFall, Silence};
+use fastrand::Rng;
+
+/// Arrivals later than that make even a calm judge look at its due time.
+const LATE: Micros = 60 * MILLI;
+
+/// Whom to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Who {
+    Ours,
+    Independent,
+    Phi,
+    Akka,
+    Cassandra,
+    Checks2s,
+    Checks100ms,
+}
+
+/// What to run.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Point {
+    pub(crate) who: Who,
+    pub(crate) pattern: Pattern,
+    pub(crate) loss: f64,
+    pub(crate) beats: u64,
+    /// Deaths seen on the way.
+    pub(crate) deaths: u64,
+    pub(crate) seed: u64,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Outcome {
+    pub(crate) hours: f64,
+    pub(crate) suspicions: u64,
+    pub(crate) ejections: u64,
+    /// Sorted, from death to verdict.
+    pub(crate) detections: Vec<Micros>,
+}
+
+// === impl Who ===
+
+impl Who {
+    pub(crate) const ALL: [Who; 7] = [
+        Who::Ours,
+        Who::Independent,
+        Who::Phi,
+        Who::Akka,
+        Who::Cassandra,
+        Who::Checks2s,
+        Who::Checks100ms,
+    ];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Who::Ours => "tidegate",
+            Who::Independent => "tidegate, blind to bursts",
+            Who::Phi => "phi 8 + 2 probes",
+            Who::Akka => "phi 8, Akka's defaults",
+            Who::Cassandra => "phi 8, Cassandra's",
+            Who::Checks2s => "checks 2 s, fall 3",
+            Who::Checks100ms => "checks 100 ms, fall 3",
+        }
+    }
+
+    pub(crate) fn key(self) -> &'static str {
+        match self {
+            Who::Ours => "tidegate",
+            Who::Independent => "tidegate-independent",
+            Who::Phi => "phi",
+            Who::Akka => "akka",
+            Who::Cassandra => "cassandra",
+            Who::Checks2s => "checks-2s",
+            Who::Checks100ms => "checks-100ms",
+        }
+    }
+}
+
+// === impl Point ===
+
+impl Point {
+    pub(crate) fn run(self) -> Outcome {
+        let start = tidegate::clock::now();
+        let mut outcome = match self.who {
+            Who::Ours => self.watch(Ours::new(start)),
+            Who::Independent => self.watch(Silence::new(Independent::new(start))),
+            Who::Phi => self.watch(Silence::new(Phi(Gaps::new()))),
+            Who::Akka => self.watch(Silence::new(Akka(Gaps::new()))),
+            Who::Cassandra => self.watch(Silence::new(Cassandra(Gaps::new()))),
+            Who::Checks2s => self.check(2 * SECOND),
+            Who::Checks100ms => self.check(INTERVAL),
+        };
+        outcome.hours = (self.beats * INTERVAL) as f64 / SECOND as f64 / 3_600.0;
+        outcome.detections.sort_unstable();
+        outcome
+    }
+
+    fn check(self, interval: Micros) -> Outcome {
+        let mut link = Link::new(self.pattern, self.loss, self.seed);
+        let mut rng = Rng::with_seed(self.seed);
+        let checks = RiseFall { interval, rise: 2, fall: 3 };
+        let end = self.beats * INTERVAL;
+        let (ejections, detections) = checks.run(&mut link, end, self.deaths, &mut rng);
+        Outcome { ejections, detections, ..Outcome::default() }
+    }
+
+    fn watch<J: Judge>(self, mut judge: J) -> Outcome {
+        let mut link = Link::new(self.pattern, self.loss, self.seed);
+        let mut rng = Rng::with_seed(self.seed);
+        let every = (self.beats / self.deaths.max(1)).max(1);
+        let mut detections = Vec::new();
+        let (mut missing, mut last) = (0, 0);
+        let mut due = Micros::MAX;
+        for sequence in 0..self.beats {
+            let sent = sequence * INTERVAL;
+            act_until(sent, &mut judge, &mut due, &mut link);
+            if let Some(arrival) = link.heartbeat(sent) {
+                // A path is a queue: nothing overtakes.
+                let arrival = arrival.max(last);
+                last = arrival;
+                if missing > J::CALM || arrival > sent + LATE {
+                    due = judge.due();
+                }
+                act_until(arrival, &mut judge, &mut due, &mut link);
+                judge.beat(sequence, arrival, &mut link);
+                missing = 0;
+                due = if judge.calm() { Micros::MAX } else { judge.due() };
+            } else {
+                missing += 1;
+                if missing > J::CALM || !judge.calm() {
+                    due = judge.due();
+                }
+            }
+            if sequence % every == every - 1 && !judge.down() {
+                let death = sent + rng.u64(0..INTERVAL);
+                detections.push(die(judge.clone(), link.dead()).saturating_sub(death));
+            }
+        }
+        let (suspicions, ejections) = judge.counts();
+        Outcome { hours: 0.0, suspicions, ejections, detections }
+    }
+}
+
+// === impl Outcome ===
+
+impl Outcome {
+    /// The `share`-quantile of the times to detection, in milliseconds.
+    pub(crate) fn detection(&self, share: f64) -> f64 {
+        let last = self.detections.len().saturating_sub(1);
+        let index = (last as f64 * share).round() as usize;
+        self.detections.get(index).map_or(f64::NAN, |at| *at as f64 / MILLI as f64)
+    }
+
+    pub(crate) fn ejections_per_hour(&self) -> f64 {
+        self.ejections as f64 / self.hours
+    }
+
+    pub(crate) fn suspicions_per_hour(&self) -> f64 {
+        self.suspicions as f64 / self.hours
+    }
+}
+
+fn act_until<J: Judge>(until: Micros, judge: &mut J, due: &mut Micros, link: &mut Link) {
+    while *due <= until {
+        let now = *due;
+        judge.act(now, link);
+        *due = judge.due();
+        assert!(*due > now, "a judge that acted wants to act later, not now");
+    }
+}
+
+/// Nothing is heard any more; when is that found out?
+fn die<J: Judge>(mut judge: J, mut link: Link) -> Micros {
+    loop {
+        let due = judge.due();
+        assert!(due < Micros::MAX, "a dead backend is found out");
+        judge.act(due, &mut link);
+        if judge.down() {
+            return due;
+        }
+    }
+}

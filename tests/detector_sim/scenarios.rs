@@ -1,0 +1,204 @@
+//! What happens to many backends when something goes wrong: with them, with
+//! the path, or with us.
+
+use super::world::{Doing, Scenario, World};
+use tidegate::health::heartbeat::State;
+
+fn between(from: u64, to: u64, who: fn(usize) -> bool, what: Doing) -> Scenario {
+    Scenario {
+        doing: Box::new(
+            move |backend, at| {
+                if (from..to).contains(&at) && who(backend) { what } else { Doing::Fine }
+            },
+        ),
+        ..Scenario::default()
+    }
+}
+
+fn everybody(_: usize) -> bool {
+    true
+}
+
+#[test]
+fn two_seconds_without_any_heartbeat_change_nobodys_standing() {
+    let world = World::play(between(10_000, 12_000, everybody, Doing::Mute));
+    let changes: Vec<_> = world.log.iter().filter(|entry| entry.at > 1_000).collect();
+    assert!(changes.is_empty(), "{changes:#?}");
+}
+
+#[test]
+fn a_minute_without_any_heartbeat_takes_out_whom_probes_find_dead() {
+    let scenario = Scenario {
+        doing: Box::new(|backend, at| match at {
+            10_000..70_000 if backend == 2 && at > 20_000 => Doing::Dead,
+            10_000..70_000 => Doing::Mute,
+            _ => Doing::Fine,
+        }),
+        millis: 60_000,
+        ..Scenario::default()
+    };
+    let world = World::play(scenario);
+    let down = world.reached(2, State::Down, 0).unwrap();
+    let reason = &world.log.iter().find(|entry| entry.to == State::Down).unwrap().reason;
+    assert!(reason.contains("2 confirming probes failed"), "{reason}");
+    assert!((20_200..23_000).contains(&down), "found out at {down} ms");
+    assert_eq!((world.count(State::Down), world.count(State::Suspect)), (1, 1));
+}
+
+#[test]
+fn two_seconds_without_any_path_take_nobody_out() {
+    let world = World::play(between(10_000, 12_000, everybody, Doing::Dead));
+    assert_eq!(world.count(State::Down), 0, "{:#?}", world.log);
+    assert!(!world.held.is_empty(), "the guards say why");
+    for backend in 0..8 {
+        assert_eq!(world.state(backend), State::Up);
+        let back = world.reached(backend, State::Up, 12_000);
+        assert!(back.is_none_or(|at| at < 13_500), "{back:?}");
+    }
+}
+
+#[test]
+fn a_pool_whose_path_fails_for_two_seconds_is_not_taken_out() {
+    let world = World::play(between(10_000, 12_000, |backend| backend < 4, Doing::Dead));
+    assert_eq!(world.count(State::Down), 0, "{:#?}", world.log);
+}
+
+#[test]
+fn a_stall_of_three_seconds_here_changes_nobodys_standing() {
+    let scenario = Scenario {
+        stalled: Box::new(|at| (10_000..13_000).contains(&at)),
+        loss: 0.05,
+        ..Scenario::default()
+    };
+    let world = World::play(scenario);
+    let changes: Vec<_> = world.log.iter().filter(|entry| entry.at > 1_000).collect();
+    assert!(changes.is_empty(), "{changes:#?}");
+}
+
+#[test]
+fn a_death_during_our_stall_is_found_after_it() {
+    let scenario = Scenario {
+        stalled: Box::new(|at| (10_000..13_000).contains(&at)),
+        ..between(11_000, 60_000, |backend| backend == 0, Doing::Dead)
+    };
+    let down = World::play(scenario).reached(0, State::Down, 0).unwrap();
+    assert!(down < 14_000, "{down}");
+}
+
+#[test]
+fn half_that_die_at_once_are_out_once_the_others_have_shown_that_the_path_works() {
+    let world = World::play(between(10_000, 60_000, |backend| backend % 2 == 0, Doing::Dead));
+    for backend in 0..8 {
+        let expected = if backend % 2 == 0 { State::Down } else { State::Up };
+        assert_eq!(world.state(backend), expected);
+        let down = world.reached(backend, State::Down, 0);
+        assert!(down.is_none_or(|at| (11_000..12_500).contains(&at)), "{down:?}");
+    }
+}
+
+#[test]
+fn of_three_of_four_that_die_two_are_out_and_one_is_held_back() {
+    let world = World::play(between(10_000, 60_000, |backend| backend < 3, Doing::Dead));
+    let states: Vec<State> = (0..3).map(|backend| world.state(backend)).collect();
+    assert_eq!(states.iter().filter(|state| **state == State::Down).count(), 2, "{states:?}");
+    let held = states.iter().position(|state| *state == State::Suspect).unwrap();
+    let reason = world.held(held).unwrap();
+    assert_eq!(reason, "2 of 4 backends are down and max_ejected is 50%");
+}
+
+#[test]
+fn all_that_crash_are_out_at_once_for_that_is_proven() {
+    let world = World::play(between(10_000, 20_000, |backend| backend < 4, Doing::Crashed));
+    for backend in 0..4 {
+        let down = world.reached(backend, State::Down, 0).unwrap();
+        assert!(down < 10_500, "{down}");
+        let up = world.reached(backend, State::Up, 20_000).unwrap();
+        assert!(up < 20_700, "{up}");
+    }
+}
+
+#[test]
+fn a_backend_whose_sender_died_stays_suspect_for_as_long_as_it_answers() {
+    let world = World::play(between(10_000, 25_000, |backend| backend == 5, Doing::Mute));
+    let story: Vec<State> =
+        world.log.iter().filter(|e| e.backend == 5 && e.at > 1_000).map(|e| e.to).collect();
+    assert_eq!(story, [State::Suspect, State::Up]);
+}
+
+#[test]
+fn in_a_pool_of_two_a_death_is_found_within_the_bound_on_a_lossy_link() {
+    for seed in 0..100 {
+        let scenario = Scenario {
+            pools: vec![2],
+            loss: 0.1,
+            seed,
+            millis: 63_000,
+            ..between(60_000, 90_000, |backend| backend == 0, Doing::Dead)
+        };
+        let world = World::play(scenario);
+        let down = world.reached(0, State::Down, 60_000).unwrap_or(u64::MAX);
+        assert!(down <= 61_500, "seed {seed}: {down}");
+        assert_eq!(world.state(1), State::Up, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_backend_that_flaps_is_let_in_ever_more_rarely() {
+    // Dead for three seconds of every eight, for twenty minutes.
+    let scenario = Scenario {
+        doing: Box::new(|backend, at| {
+            if backend == 0 && at > 10_000 && at % 8_000 < 3_000 {
+                Doing::Dead
+            } else {
+                Doing::Fine
+            }
+        }),
+        millis: 1_200_000,
+        ..Scenario::default()
+    };
+    let world = World::play(scenario);
+    let downs = |from: u64, to: u64| {
+        let down = |e: &&super::world::Entry| {
+            e.from == State::Suspect && e.to == State::Down && (from..to).contains(&e.at)
+        };
+        world.log.iter().filter(down).count()
+    };
+    assert!(world.log.iter().all(|entry| entry.backend == 0 || entry.at < 1_000));
+    let (first, last) = (downs(0, 60_000), downs(900_000, 1_200_000));
+    assert!((3..=5).contains(&first), "{first} in the first minute");
+    // Without damping there were 37 in five minutes.
+    assert!((2..=6).contains(&last), "{last} in the last five minutes");
+}
+
+#[test]
+fn whatever_happens_all_are_up_again_when_it_is_over() {
+    for seed in 0..40 {
+        let doing = move |backend: usize, at: u64| {
+            if !(5_000..60_000).contains(&at) {
+                return Doing::Fine;
+            }
+            // Each backend changes its mind every three seconds.
+            let mut rng =
+                fastrand::Rng::with_seed(seed * 1_000_003 + backend as u64 * 977 + at / 3_000);
+            match rng.u8(0..10) {
+                0 => Doing::Mute,
+                1 | 2 => Doing::Dead,
+                3 => Doing::Crashed,
+                4 => Doing::ServiceGone,
+                _ => Doing::Fine,
+            }
+        };
+        let scenario = Scenario {
+            pools: vec![1, 2, 3, 5],
+            seed,
+            loss: 0.02,
+            doing: Box::new(doing),
+            stalled: Box::new(move |at| at % 17_000 < seed * 10),
+            millis: 130_000,
+        };
+        let world = World::play(scenario);
+        for backend in 0..11 {
+            assert_eq!(world.state(backend), State::Up, "seed {seed}, backend {backend}");
+        }
+    }
+}

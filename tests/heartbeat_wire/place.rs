@@ -1,0 +1,75 @@
+//! A receiver with one key, and how tests wait for what it hears.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use tidegate::heartbeat::keys::{Key, KeyRing, Secret};
+use tidegate::heartbeat::listen::{Arrived, Receiver};
+use tidegate::heartbeat::sender::Settings;
+use tidegate::heartbeat::trust::{Gate, Limits};
+use tidegate::heartbeat::wire::Identity;
+
+pub const SECRET: [u8; 32] = [b'k'; 32];
+
+pub fn secret() -> Secret {
+    Secret::new(&SECRET).unwrap()
+}
+
+/// Key 7 for pool `web` on loopback.
+pub fn key() -> Key {
+    Key {
+        id: 7,
+        secret: secret(),
+        pools: vec!["web".into()],
+        addresses: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()],
+    }
+}
+
+pub fn gate() -> Gate {
+    Gate::new(KeyRing::new([key()]).unwrap(), Limits::default(), 1)
+}
+
+/// A receiver on loopback and where it listens.
+pub fn receiver() -> (Receiver, SocketAddr) {
+    let receiver = Receiver::start(&["127.0.0.1:0".parse().unwrap()], gate()).unwrap();
+    let address = receiver.addresses()[0];
+    (receiver, address)
+}
+
+/// Backend `a`, which says so every 20 ms.
+pub fn settings(to: SocketAddr) -> Settings {
+    Settings {
+        to: vec![to],
+        identity: Identity::new("web", "a", "127.0.0.1:80".parse().unwrap()).unwrap(),
+        key_id: 7,
+        secret: secret(),
+        interval: Duration::from_millis(20),
+    }
+}
+
+/// A key file in a directory that goes with it.
+pub fn key_file() -> (tempfile::TempDir, PathBuf) {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("hb.key");
+    std::fs::write(&path, SECRET).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    (dir, path)
+}
+
+/// What `try_it` gives as soon as it gives something.
+pub fn eventually<T>(what: &str, mut try_it: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = try_it() {
+            return found;
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "in vain: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The next heartbeat that is as `wanted`; others before it are dropped.
+pub fn heard(receiver: &Receiver, what: &str, wanted: impl Fn(&Arrived) -> bool) -> Arrived {
+    eventually(what, || std::iter::from_fn(|| receiver.pop()).find(&wanted))
+}

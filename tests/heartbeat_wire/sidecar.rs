@@ -1,0 +1,167 @@
+//! `tidegate heartbeat` and `scripts/heartbeat.py` beside a service.
+
+use crate::place::{heard, key_file, receiver};
+use rustix::process::{Pid, Signal, kill_process};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use tidegate::heartbeat::SenderState;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_tidegate");
+
+/// A process that does not outlive its test.
+struct Sidecar(Child);
+
+fn sidecar(to: SocketAddr, service: SocketAddr, key: &Path, more: &[&str]) -> Sidecar {
+    let (to, service) = (to.to_string(), service.to_string());
+    let child = Command::new(PROGRAM)
+        .args(["heartbeat", "--to", &to, "--pool", "web", "--address", &service, "--key-id", "7"])
+        .args(["--interval", "20ms", "--check-interval", "50ms", "--key-file"])
+        .arg(key)
+        .args(more)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    Sidecar(child)
+}
+
+impl Sidecar {
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).unwrap();
+    }
+
+    fn end(&mut self) -> (Option<i32>, String) {
+        let code = self.0.wait().unwrap().code();
+        let mut said = String::new();
+        self.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        (code, said)
+    }
+}
+
+impl Drop for Sidecar {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_service_is_ready_only_while_its_check_succeeds() {
+    let ((_dir, key), (receiver, to)) = (key_file(), receiver());
+    let place = TcpListener::bind("127.0.0.1:0").unwrap();
+    let service = place.local_addr().unwrap();
+    drop(place);
+    let _sidecar = sidecar(to, service, &key, &["--name", "a", "--weight", "5"]);
+    let first = heard(&receiver, "a first", |_| true).heartbeat;
+    assert_eq!((first.state, &*first.name), (SenderState::Starting, "a"));
+    let is = |state| move |one: &tidegate::heartbeat::listen::Arrived| one.heartbeat.state == state;
+
+    let listener = TcpListener::bind(service).unwrap();
+    let ready = heard(&receiver, "ready", is(SenderState::Ready)).heartbeat;
+    assert_eq!((ready.weight, ready.address), (5, service));
+    drop(listener);
+    heard(&receiver, "not ready any more", is(SenderState::Starting));
+}
+
+#[test]
+fn connections_of_the_service_are_told() {
+    let ((_dir, key), (receiver, to)) = (key_file(), receiver());
+    let service = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = service.local_addr().unwrap();
+    let _clients: Vec<_> = (0..4).map(|_| TcpStream::connect(address).unwrap()).collect();
+    let _sidecar = sidecar(to, address, &key, &["--check", "none"]);
+    let told = heard(&receiver, "four", |one| one.heartbeat.in_flight == 4).heartbeat;
+    assert_eq!(&*told.name, address.to_string());
+}
+
+#[test]
+fn an_http_check_wants_a_good_status() {
+    let ((_dir, key), (receiver, to)) = (key_file(), receiver());
+    let service = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = service.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for (number, client) in service.incoming().enumerate() {
+            let status = if number < 3 { "503 Later" } else { "200 OK" };
+            let (mut client, mut question) = (client.unwrap(), [0; 1024]);
+            let length = client.read(&mut question).unwrap();
+            assert!(question[..length].starts_with(b"GET /health HTTP/1.1\r\n"));
+            let _ = client.write_all(format!("HTTP/1.1 {status}\r\n\r\n").as_bytes());
+        }
+    });
+    let http = ["--check", "http", "--check-path", "/health"];
+    let _sidecar = sidecar(to, address, &key, &http);
+    let first = heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
+    // Three checks at 50 ms failed before.
+    assert!(first.heartbeat.sequence > 3, "{first:?}");
+}
+
+#[test]
+fn sigterm_drains_then_stops_and_exits_with_0() {
+    let ((_dir, key), (receiver, to)) = (key_file(), receiver());
+    let service = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut sidecar = sidecar(to, service.local_addr().unwrap(), &key, &["--drain", "300ms"]);
+    heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
+    sidecar.signal(Signal::TERM);
+    let draining = heard(&receiver, "draining", |one| one.heartbeat.state == SenderState::Draining);
+    let stopping = heard(&receiver, "stopping", |one| one.heartbeat.state == SenderState::Stopping);
+    let drained = stopping.at - draining.at;
+    assert!(drained >= Duration::from_millis(250), "{drained:?}");
+    assert_eq!(sidecar.end(), (Some(0), String::new()));
+}
+
+#[test]
+fn a_second_signal_exits_at_once_with_3() {
+    let ((_dir, key), (receiver, to)) = (key_file(), receiver());
+    let service = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut sidecar = sidecar(to, service.local_addr().unwrap(), &key, &["--drain", "1h"]);
+    heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
+    sidecar.signal(Signal::INT);
+    heard(&receiver, "draining", |one| one.heartbeat.state == SenderState::Draining);
+    let told = Instant::now();
+    sidecar.signal(Signal::TERM);
+    assert_eq!(sidecar.end().0, Some(3));
+    assert!(told.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_key_file_others_may_read_is_refused_with_1() {
+    use std::os::unix::fs::PermissionsExt;
+    let ((_dir, key), (_receiver, to)) = (key_file(), receiver());
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let (code, said) = sidecar(to, "127.0.0.1:80".parse().unwrap(), &key, &[]).end();
+    assert_eq!(code, Some(1));
+    assert!(said.contains(key.to_str().unwrap()) && said.contains("0644"), "{said}");
+}
+
+#[test]
+fn names_no_configuration_knows_are_usage_errors() {
+    let ((_dir, key), (_receiver, to)) = (key_file(), receiver());
+    for wrong in [&["--name", "a/b"][..], &["--check-path", "/x"]] {
+        let (code, said) = sidecar(to, "127.0.0.1:80".parse().unwrap(), &key, wrong).end();
+        assert_eq!(code, Some(2), "{said}");
+    }
+}
+
+#[test]
+fn a_few_lines_of_python_send_heartbeats_as_well() {
+    let ((_dir, key), (receiver, to)) = (key_file(), receiver());
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/heartbeat.py");
+    let sent = Command::new("python3")
+        .args([script, &to.to_string(), "web", "snake", "127.0.0.1:8080", "7"])
+        .arg(&key)
+        .arg("3")
+        .status();
+    let Ok(status) = sent else {
+        assert!(std::env::var_os("CI").is_none(), "no python3");
+        eprintln!("skipped: no python3");
+        return;
+    };
+    assert!(status.success());
+    let third = heard(&receiver, "three", |one| one.heartbeat.sequence == 3).heartbeat;
+    assert_eq!((&*third.name, third.state), ("snake", SenderState::Ready));
+    assert_eq!((third.address, third.weight), ("127.0.0.1:8080".parse().unwrap(), 1));
+    assert_eq!(receiver.counts().accepted(), 3);
+}

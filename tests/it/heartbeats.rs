@@ -1,0 +1,388 @@
+//! Heartbeats end to end: signed datagrams over real sockets, the sidecar, and
+//! what becomes of traffic.
+//!
+//! Heartbeats concern the control thread alone, whatever the engine, so these
+//! run on one.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::client;
+use crate::common::conf::{Conf, Pool};
+use crate::common::ports::free_port;
+use crate::common::proxy::{PROGRAM, TestProxy};
+use crate::common::steady::{Steady, failures_since};
+use crate::common::{Engine, eventually, http, measured, ms, secs, turn};
+use serde_json::Value;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+use tidegate::heartbeat::SenderState;
+use tidegate::heartbeat::keys::Secret;
+use tidegate::heartbeat::sender::{Sender, Settings};
+use tidegate::heartbeat::wire::{Draft, Identity, encode};
+
+/// Quick enough for a test, slow enough for a busy machine.
+const QUICK: &str = "register = true\ninterval = \"50ms\"\nttl = \"1s\"\nforget_after = \"1s\"";
+
+/// Key files, and where heartbeats go.
+struct Keys {
+    dir: tempfile::TempDir,
+    port: u16,
+}
+
+/// A sidecar process; killed when it is dropped.
+struct Sidecar(Child);
+
+impl Keys {
+    fn new() -> Keys {
+        Keys { dir: tempfile::tempdir().unwrap(), port: free_port() }
+    }
+
+    fn to(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.port).into()
+    }
+
+    /// The file of a secret of one byte value.
+    fn file(&self, byte: u8) -> String {
+        let path = self.dir.path().join(format!("{byte}.key"));
+        // Once: a sidecar may be reading it just now.
+        if !path.exists() {
+            std::fs::write(&path, [byte; 32]).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        path.display().to_string()
+    }
+
+    /// `[heartbeat]` with keys whose id is their secret's byte.
+    fn section(&self, ids: &[u8]) -> String {
+        let key = |id: &u8| {
+            let file = self.file(*id);
+            format!(
+                "[[heartbeat.key]]\nid = {id}\nfile = \"{file}\"\npools = [\"web\"]\n\
+                 addresses = [\"127.0.0.0/8\"]\n"
+            )
+        };
+        let keys: String = ids.iter().map(key).collect();
+        format!("[heartbeat]\nlisten = \"{}\"\n{keys}", self.to())
+    }
+
+    fn start(&self, pool: Pool) -> TestProxy {
+        let conf = Conf::simple(Engine::Epoll, pool);
+        TestProxy::start(Conf { heartbeat: self.section(&[1]), ..conf })
+    }
+
+    /// Sends for that backend; `starting` until it is told otherwise.
+    fn sender(&self, name: &str, backend: &ScriptedBackend, key: u8) -> Sender {
+        self.sender_with(name, backend, u32::from(key), key)
+    }
+
+    fn sender_with(&self, name: &str, backend: &ScriptedBackend, key_id: u32, byte: u8) -> Sender {
+        let settings = Settings {
+            to: vec![self.to()],
+            identity: Identity::new("web", name, backend.socket_address()).unwrap(),
+            key_id,
+            secret: Secret::new(&[byte; 32]).unwrap(),
+            interval: ms(50),
+        };
+        Sender::start(settings).unwrap()
+    }
+
+    fn ready(&self, name: &str, backend: &ScriptedBackend) -> Sender {
+        let sender = self.sender(name, backend, 1);
+        sender.set_state(SenderState::Ready);
+        sender
+    }
+
+    fn sidecar(&self, name: &str, backend: &ScriptedBackend) -> Sidecar {
+        let (to, address) = (self.to().to_string(), backend.socket_address().to_string());
+        let child = Command::new(PROGRAM)
+            .args(["heartbeat", "--to", &to, "--pool", "web", "--name", name])
+            .args(["--address", &address, "--key-id", "1", "--key-file", &self.file(1)])
+            .args(["--interval", "50ms", "--check", "none"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Sidecar(child)
+    }
+}
+
+impl Sidecar {
+    /// Ends it without a last word.
+    fn kill(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Sidecar {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn named(name: &str) -> ScriptedBackend {
+    ScriptedBackend::start(backend::http(name, 200))
+}
+
+fn names(proxy: &TestProxy) -> Vec<String> {
+    let status = proxy.status();
+    let backends = status["pools"][0]["backends"].as_array().expect("backends").clone();
+    backends.iter().map(|backend| backend["name"].as_str().unwrap_or("").to_owned()).collect()
+}
+
+/// Waits until the backend is there and its field has that value.
+#[track_caller]
+fn wait(proxy: &TestProxy, pool: &str, name: &str, field: &str, value: impl Into<Value>) {
+    let value = value.into();
+    eventually(secs(10), &format!("{pool}/{name} has {field} = {value}"), || {
+        let path = format!("/v1/pools/{pool}/backends/{name}/explain");
+        let there = proxy.admin_request("GET", &path).status == 200;
+        there
+            && names(proxy).contains(&name.to_owned())
+            && proxy.backend(pool, name)[field] == value
+    });
+}
+
+#[test]
+fn a_signed_sender_joins_serves_and_leaves_without_a_session_lost() {
+    let _turn = turn::shared();
+    let keys = Keys::new();
+    let proxy = keys.start(Pool::new("web").heartbeat("register = true"));
+    let echo = ScriptedBackend::start(backend::echo());
+    let sender = keys.sender("a", &echo, 1);
+    eventually(secs(5), "it is registered", || names(&proxy) == ["a"]);
+    assert_eq!(proxy.backend("web", "a")["eligible"], false, "it has not said that it is ready");
+    sender.set_state(SenderState::Ready);
+    wait(&proxy, "web", "a", "eligible", true);
+    assert_eq!(proxy.backend("web", "a")["registered"], true);
+    let session = client::connect(proxy.addr("web"));
+    assert_eq!(client::exchange(&session, b"hello").unwrap(), b"hello");
+    let said = proxy.cli_ok(&["explain", "web/a"]);
+    assert!(said.contains("TAKES new sessions") && said.contains("beating (required)"), "{said}");
+    let left = Instant::now();
+    sender.close();
+    eventually(secs(2), "it is gone", || names(&proxy).is_empty());
+    measured(&format!("gone {:?} after it said so", left.elapsed()));
+    assert_eq!(client::exchange(&session, b"still here").unwrap(), b"still here");
+    assert_eq!(proxy.cli(&["explain", "web/a"]).status.code(), Some(1));
+}
+
+#[test]
+fn a_forged_heartbeat_changes_nothing_and_is_counted() {
+    let _turn = turn::shared();
+    let keys = Keys::new();
+    let proxy = keys.start(Pool::new("web").heartbeat("register = true"));
+    let (real, forged) = (named("a"), named("x"));
+    let honest = keys.ready("a", &real);
+    wait(&proxy, "web", "a", "eligible", true);
+    let serial = proxy.status()["table_serial"].clone();
+    let forger = keys.sender_with("x", &forged, 1, 9);
+    forger.set_state(SenderState::Ready);
+    let stranger = keys.sender_with("a", &forged, 77, 9);
+    stranger.set_state(SenderState::Stopping);
+    let rejected =
+        |reason: &str| proxy.metric("tidegate_heartbeats_rejected_total", &[("reason", reason)]);
+    eventually(secs(5), "they are counted", || {
+        rejected("signature") > 3.0 && rejected("unknown-key") > 3.0
+    });
+    assert_eq!((names(&proxy), &proxy.status()["table_serial"]), (vec!["a".into()], &serial));
+    drop((honest, forger, stranger));
+}
+
+#[test]
+fn silence_makes_suspect_then_down_then_expired_then_forgotten() {
+    let _turn = turn::shared();
+    let keys = Keys::new();
+    let proxy = keys.start(Pool::new("web").heartbeat(QUICK));
+    let backends = ["a", "b", "c"].map(named);
+    let [mut a, _b, _c] = [0, 1, 2].map(|i| keys.sidecar(["a", "b", "c"][i], &backends[i]));
+    for name in ["a", "b", "c"] {
+        wait(&proxy, "web", name, "eligible", true);
+    }
+    a.kill();
+    wait(&proxy, "web", "a", "observation", "suspect");
+    let suspect = proxy.backend("web", "a");
+    assert_eq!(suspect["eligible"], true, "its service answers: {suspect:#}");
+    assert_eq!(suspect["effective_weight"], 0.1);
+    wait(&proxy, "web", "a", "observation", "down");
+    let said = proxy.cli_ok(&["explain", "web/a"]);
+    assert!(said.contains("takes NO new sessions") && said.contains("(ttl)"), "{said}");
+    eventually(secs(5), "it is forgotten", || names(&proxy) == ["b", "c"]);
+}
+
+#[test]
+fn a_dead_backend_is_out_in_a_second_and_comes_back_slowly() {
+    let _turn = turn::shared();
+    let keys = Keys::new();
+    let pool = Pool::new("web").key("slow_start = \"2s\"").heartbeat("register = true");
+    let proxy = keys.start(pool);
+    let (mut dying, other) = (named("a"), named("b"));
+    let address = dying.socket_address();
+    let (mut sidecar, _other) = (keys.sidecar("a", &dying), keys.sidecar("b", &other));
+    wait(&proxy, "web", "a", "eligible", true);
+    wait(&proxy, "web", "b", "eligible", true);
+    std::thread::sleep(secs(2)); // The pool has to be in service for as long as a slow start.
+    let steady = Steady::start(proxy.addr("web"), 2);
+    sidecar.kill();
+    dying.stop();
+    let killed = Instant::now();
+    wait(&proxy, "web", "a", "observation", "down");
+    let (out_after, out) = (killed.elapsed(), Instant::now());
+    measured(&format!("out after {out_after:?}"));
+    assert!(out_after < secs(2), "{out_after:?}");
+    let revived = ScriptedBackend::start_on(address, backend::http("a", 200));
+    let _beating = keys.sidecar("a", &revived);
+    wait(&proxy, "web", "a", "eligible", true);
+    let ramping = proxy.backend("web", "a");
+    assert!(ramping["ramp_percent"].as_u64().unwrap() < 100, "{ramping:#}");
+    wait(&proxy, "web", "a", "ramp_percent", 100);
+    let failed = failures_since(&steady.stop(), out).len();
+    assert_eq!(failed, 0, "new sessions noticed nothing once it was out");
+}
+
+#[test]
+fn keys_and_addresses_change_while_senders_go_on() {
+    let _turn = turn::shared();
+    let keys = Keys::new();
+    let mut proxy = keys.start(Pool::new("web").heartbeat("register = true"));
+    let (one, two) = (named("a"), named("b"));
+    let old = keys.ready("a", &one);
+    wait(&proxy, "web", "a", "eligible", true);
+    let both = Conf { heartbeat: keys.section(&[1, 2]), ..proxy.conf() };
+    proxy.reload(both);
+    let new = keys.sender("b", &two, 2);
+    new.set_state(SenderState::Ready);
+    wait(&proxy, "web", "b", "eligible", true);
+    let serial_of = |proxy: &TestProxy| proxy.backend("web", "a")["eligible"].clone();
+    assert_eq!(serial_of(&proxy), true);
+    let only_new = Conf { heartbeat: keys.section(&[2]), ..proxy.conf() };
+    proxy.reload(only_new);
+    eventually(secs(5), "the old key is refused", || {
+        proxy.metric("tidegate_heartbeats_rejected_total", &[("reason", "unknown-key")]) > 0.0
+    });
+    assert_eq!(proxy.backend("web", "b")["observation"], "up");
+    let taken = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let elsewhere = keys.section(&[1, 2]).replace(
+        &format!("listen = \"{}\"", keys.to()),
+        &format!("listen = [\"{}\", \"{}\"]", keys.to(), taken.local_addr().unwrap()),
+    );
+    let generation = proxy.generation();
+    let refused = proxy.render(&Conf { heartbeat: elsewhere, ..proxy.conf() });
+    proxy.rewrite_by_rename(&refused);
+    let answer = proxy.admin_request("POST", "/v1/reload");
+    assert_eq!(answer.status, 422, "{}", answer.body);
+    assert!(answer.body.contains("cannot listen for heartbeats"), "{}", answer.body);
+    assert_eq!(proxy.generation(), generation);
+    assert_eq!(proxy.backend("web", "b")["observation"], "up");
+    drop((old, new));
+}
+
+#[test]
+fn no_more_senders_register_than_the_pool_allows() {
+    let _turn = turn::shared();
+    let keys = Keys::new();
+    let proxy = keys.start(Pool::new("web").heartbeat("register = true\nbackends_max = 2"));
+    let backends = ["a", "b", "c", "d"].map(named);
+    let _senders: Vec<Sender> =
+        backends.iter().zip(["a", "b", "c", "d"]).map(|(b, name)| keys.ready(name, b)).collect();
+    let full = || proxy.metric("tidegate_heartbeats_rejected_total", &[("reason", "pool-full")]);
+    eventually(secs(5), "others are refused", || full() > 3.0);
+    assert_eq!(names(&proxy).len(), 2);
+}
+
+#[test]
+fn a_required_heartbeat_decides_over_a_backend_of_the_file() {
+    let _turn = turn::shared();
+    let keys = Keys::new();
+    let (one, two) = (named("a"), named("b"));
+    let pool = Pool::new("web")
+        .heartbeat("require = true")
+        .backend("a", one.address())
+        .backend("b", two.address());
+    let proxy = keys.start(pool);
+    assert_eq!(proxy.backend("web", "a")["eligible"], false);
+    let sender = keys.ready("a", &one);
+    wait(&proxy, "web", "a", "eligible", true);
+    assert_eq!(http::over_tcp(proxy.addr("web"), "/").unwrap().body, "a");
+    sender.set_state(SenderState::Draining);
+    wait(&proxy, "web", "a", "eligible", false);
+    assert!(names(&proxy).contains(&"b".into()));
+}
+
+/// Sends what a thousand senders would.
+struct Crowd {
+    socket: UdpSocket,
+    to: SocketAddr,
+    secret: Secret,
+    port: u16,
+}
+
+impl Crowd {
+    fn say(&self, number: u16, sequence: u64, state: SenderState) {
+        let [high, low] = number.to_be_bytes();
+        let address = SocketAddr::from((Ipv4Addr::new(127, 2, high, low), self.port));
+        let identity = Identity::new("web", &format!("s{number}"), address).unwrap();
+        let sent = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let sent = sent.as_millis() as u64;
+        let draft = Draft {
+            identity: &identity,
+            key_id: 1,
+            incarnation: 1,
+            sequence,
+            sent,
+            interval: secs(1),
+            state,
+            weight: 1,
+            in_flight: 0,
+            load: 0,
+        };
+        self.socket.send_to(&encode(&draft, &self.secret), self.to).unwrap();
+    }
+}
+
+mod alone {
+    use super::*;
+
+    #[test]
+    fn a_thousand_come_and_go_each_second_and_no_session_is_lost() {
+        let _turn = turn::alone();
+        let keys = Keys::new();
+        let proxy = keys.start(Pool::new("web").heartbeat("register = true"));
+        let everywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, free_port()));
+        let server = ScriptedBackend::start_on(everywhere, backend::http("s", 200));
+        let crowd = Crowd {
+            socket: UdpSocket::bind("127.0.0.1:0").unwrap(),
+            to: keys.to(),
+            secret: Secret::new(&[1; 32]).unwrap(),
+            port: everywhere.port(),
+        };
+        for number in 0..100 {
+            crowd.say(number, 1, SenderState::Ready);
+        }
+        eventually(secs(5), "somebody serves", || proxy.status()["pools"][0]["registered"] == 100);
+        eventually(secs(5), "it serves", || http::over_tcp(proxy.addr("web"), "/").is_ok());
+        let steady = Steady::start(proxy.addr("web"), 2);
+        let published =
+            || proxy.metric("tidegate_tables_published_total", &[("reason", "heartbeat")]);
+        let (before, start) = (published(), Instant::now());
+        let mut number = 100;
+        while number < 3100 {
+            // A thousand a second, whatever the scheduler does.
+            while start.elapsed() < Duration::from_millis(u64::from(number - 100)) {
+                std::thread::sleep(ms(1));
+            }
+            crowd.say(number, 1, SenderState::Ready);
+            crowd.say(number - 100, 2, SenderState::Stopping);
+            number += 1;
+        }
+        let (tables, took) = (published() - before, start.elapsed());
+        let attempts = steady.stop();
+        let failed = failures_since(&attempts, start);
+        measured(&format!("{tables} tables in {took:?}, {} sessions", attempts.len()));
+        assert!(tables <= took.as_secs_f64() * 10.0 + 2.0, "{tables} tables in {took:?}");
+        assert!(tables >= 5.0, "newcomers were let in: {tables}");
+        assert!(failed.is_empty(), "{} failed, first: {:?}", failed.len(), failed.first());
+        assert!(attempts.len() > 50 && server.accepted() > 1000, "{}", server.accepted());
+    }
+}

@@ -1,0 +1,212 @@
+//! A link between two hosts that can be made as bad as wanted while it runs.
+//!
+//! Two TUN devices in two namespaces and one thread that carries packets from
+//! one to the other: what netem(8) does, for kernels without it. Tests set the
+//! two directions apart and read what was done to how many packets. Dropping a
+//! link ends its thread and removes its devices.
+
+pub mod channel;
+mod pump;
+
+use crate::netns::Namespace;
+use channel::Impairment;
+use pump::Lane;
+use rustix::event::{EventfdFlags, eventfd};
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use tun_rs::{DeviceBuilder, SyncDevice};
+
+/// What Ethernet carries.
+const MTU: u16 = 1500;
+
+/// The link, up as long as this lives.
+pub struct Link {
+    number: u8,
+    a_to_b: Arc<Direction>,
+    b_to_a: Arc<Direction>,
+    stop: Arc<OwnedFd>,
+    pump: Option<JoinHandle<()>>,
+}
+
+/// One direction: what is done to packets, and what was.
+#[derive(Debug, Default)]
+pub struct Direction {
+    settings: Mutex<Impairment>,
+    counts: Counts,
+}
+
+/// Packets, by what became of them. `offered + duplicated` is the sum of
+/// `delivered, refused, lost, partitioned, overflowed` and those on the way.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Sent by the host.
+    pub offered: AtomicU64,
+    /// Handed to the other host, duplicates included.
+    pub delivered: AtomicU64,
+    /// Handed over and thrown away at once: no IP packet any more.
+    pub refused: AtomicU64,
+    pub lost: AtomicU64,
+    pub partitioned: AtomicU64,
+    /// Dropped for want of room in a queue.
+    pub overflowed: AtomicU64,
+    pub duplicated: AtomicU64,
+    /// Held back, so that others overtook.
+    pub reordered: AtomicU64,
+    /// With a bit flipped.
+    pub corrupted: AtomicU64,
+}
+
+/// [`Counts`] at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counted {
+    pub offered: u64,
+    pub delivered: u64,
+    pub refused: u64,
+    pub lost: u64,
+    pub partitioned: u64,
+    pub overflowed: u64,
+    pub duplicated: u64,
+    pub reordered: u64,
+    pub corrupted: u64,
+}
+
+// === impl Link ===
+
+impl Link {
+    /// Joins two hosts; perfect until told otherwise. `number` (1 to 254) sets
+    /// device and addresses apart where a host has several links.
+    #[track_caller]
+    pub fn join(a: &Namespace, b: &Namespace, number: u8, seed: u64) -> Link {
+        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd"));
+        let mut link =
+            Link { number, a_to_b: Arc::default(), b_to_a: Arc::default(), stop, pump: None };
+        let ends = [(a, link.a(), link.b()), (b, link.b(), link.a())];
+        let [at_a, at_b] = ends.map(|(host, own, peer)| device(host, number, own, peer));
+        let mut seeds = fastrand::Rng::with_seed(seed);
+        let lanes = [
+            Lane::new(&at_a, &at_b, &link.a_to_b, seeds.u64(..)),
+            Lane::new(&at_b, &at_a, &link.b_to_a, seeds.u64(..)),
+        ];
+        let stop = link.stop.clone();
+        let pump = std::thread::Builder::new().name(device_name(number));
+        link.pump = Some(pump.spawn(move || pump::run(lanes, &stop)).expect("one more thread"));
+        link
+    }
+
+    /// The first host's address on this link.
+    pub fn a(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, self.number, 1)
+    }
+
+    /// The second host's address on this link.
+    pub fn b(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, self.number, 2)
+    }
+
+    pub fn a_to_b(&self) -> &Direction {
+        &self.a_to_b
+    }
+
+    pub fn b_to_a(&self) -> &Direction {
+        &self.b_to_a
+    }
+
+    /// Sets both directions alike.
+    pub fn set(&self, how: Impairment) {
+        self.a_to_b.set(how);
+        self.b_to_a.set(how);
+    }
+
+    /// Cuts both directions, or mends them.
+    pub fn partition(&self, cut: bool) {
+        self.a_to_b.partition(cut);
+        self.b_to_a.partition(cut);
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // The counter of an eventfd is nowhere near full: this cannot block.
+        let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+        let ended = self.pump.take().map(JoinHandle::join);
+        if let Some(Err(panic)) = ended
+            && !std::thread::panicking()
+        {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+fn device_name(number: u8) -> String {
+    format!("link{number}")
+}
+
+/// One end. The device belongs to the host it was opened in and goes with its
+/// descriptor.
+fn device(host: &Namespace, number: u8, own: Ipv4Addr, peer: Ipv4Addr) -> Arc<SyncDevice> {
+    let name = device_name(number);
+    let device = host.run(|| {
+        let device = DeviceBuilder::new().name(&name).mtu(MTU).enable(false).build_sync();
+        let device = device.unwrap_or_else(|error| panic!("TUN device {name}: {error}"));
+        device.set_nonblocking(true).expect("a TUN device can be non-blocking");
+        // The kernel's own chatter (router solicitations) would take part in
+        // the seeded draws. No such file where there is no IPv6.
+        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
+        device
+    });
+    host.ip(&format!("address add {own} peer {peer} dev {name}\nlink set {name} up"));
+    Arc::new(device)
+}
+
+// === impl Direction ===
+
+impl Direction {
+    /// What is done to packets now.
+    pub fn settings(&self) -> Impairment {
+        *self.settings.lock().expect("no panic in here")
+    }
+
+    /// For packets sent from now on; those on the way keep their times.
+    pub fn set(&self, how: Impairment) {
+        self.change(|settings| *settings = how);
+    }
+
+    /// Changes some of the settings.
+    pub fn change(&self, change: impl FnOnce(&mut Impairment)) {
+        change(&mut self.settings.lock().expect("no panic in here"));
+    }
+
+    /// Cuts this direction, or mends it.
+    pub fn partition(&self, cut: bool) {
+        self.change(|settings| settings.partition = cut);
+    }
+
+    pub fn counts(&self) -> Counted {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Counted {
+            offered: of(&self.counts.offered),
+            delivered: of(&self.counts.delivered),
+            refused: of(&self.counts.refused),
+            lost: of(&self.counts.lost),
+            partitioned: of(&self.counts.partitioned),
+            overflowed: of(&self.counts.overflowed),
+            duplicated: of(&self.counts.duplicated),
+            reordered: of(&self.counts.reordered),
+            corrupted: of(&self.counts.corrupted),
+        }
+    }
+}
+
+// === impl Counted ===
+
+impl Counted {
+    /// Packets still on the way.
+    pub fn on_the_way(&self) -> u64 {
+        let gone = self.delivered + self.refused + self.lost + self.partitioned + self.overflowed;
+        // Counted one by one: a moment may show an arrival before its sending.
+        (self.offered + self.duplicated).saturating_sub(gone)
+    }
+}

@@ -1,0 +1,56 @@
+//! Streams whose every byte is known, through the balancer and a bad network.
+//!
+//! What TCP mends the balancer must not break: over lossy, reordering and
+//! duplicating links both ends hold exactly what the other sent. Streams that
+//! end in a reset stay out: a lost RST is never sent again.
+
+use crate::common::ledger::{Ledger, Sizes};
+use crate::common::{Engine, long, measured, ms, on_every_engine};
+use crate::hosts::Hosts;
+use crate::link::channel::{Impairment, Loss};
+use crate::netns::networks_run;
+use std::time::Instant;
+
+on_every_engine!(streams_are_whole_over_bad_links);
+
+const BAD: Impairment = Impairment {
+    delay: ms(1),
+    jitter: ms(1),
+    loss: Loss::Independent(0.02),
+    duplicate: 0.02,
+    reorder: 0.02,
+    reorder_by: ms(3),
+    corrupt: 0.001,
+    rate: None,
+    queue: 256 * 1024,
+    partition: false,
+};
+
+fn streams_are_whole_over_bad_links(engine: Engine) {
+    if !networks_run() {
+        return;
+    }
+    let hosts = Hosts::new(2, 20);
+    let ledger = Ledger::without_aborts(Sizes { most: 64 * 1024, large_one_in: 50 });
+    let _backends: Vec<_> = hosts.backends.iter().map(|host| host.serve(ledger.script())).collect();
+    let proxy = hosts.start(hosts.conf(engine, hosts.pool()));
+    hosts.backends.iter().for_each(|host| host.link.set(BAD));
+    let streams = if long() { 100_000 } else { 400 };
+    let start = Instant::now();
+    hosts.client.run(|| ledger.run(&[proxy.addr("web")], 0..streams, 32));
+    let took = start.elapsed();
+    ledger.settle();
+    ledger.assert_clean();
+    assert_eq!(ledger.streams(), streams);
+    let mut lost = 0;
+    for host in &hosts.backends {
+        for counts in [host.link.a_to_b().counts(), host.link.b_to_a().counts()] {
+            let done = [counts.lost, counts.duplicated, counts.reordered];
+            assert!(done.iter().all(|count| *count > 0), "{counts:?}");
+            lost += counts.lost;
+        }
+        // Mended, so that the sessions' last FINs do not hold up the end.
+        host.link.set(Impairment::default());
+    }
+    measured(&format!("{streams} streams in {took:?}, {lost} packets lost"));
+}
