@@ -80,7 +80,7 @@ fn control_thread(
         }
     };
     runtime.block_on(async {
-        match bring_up(options, surroundings, requests) {
+        match bring_up(options, surroundings, requests).await {
             Ok(control) => {
                 let _ = ready.send(Ok(()));
                 control.run(inbox).await
@@ -95,7 +95,7 @@ fn control_thread(
 
 /// Everything up to the first accepted connection. Must be called within the
 /// control thread's runtime.
-fn bring_up(
+async fn bring_up(
     options: &Options,
     mut surroundings: Surroundings,
     requests: mpsc::Sender<Request>,
@@ -189,7 +189,8 @@ fn bring_up(
     };
     control.perform(effects);
     let opening = Opening { admin, admin_taken, fresh, not_taken, requests };
-    match control.open(opening, binds, &surroundings.pid_file, surroundings.predecessor.take()) {
+    let predecessor = surroundings.predecessor.take();
+    match control.open(opening, binds, &surroundings.pid_file, predecessor).await {
         Ok(()) => Ok(control),
         Err(failure) => {
             for worker in control.workers {
@@ -271,7 +272,7 @@ struct Opening {
 impl Control {
     /// Takes the place of the process before, if there is one, and lets clients
     /// and operators in.
-    fn open(
+    async fn open(
         &mut self,
         opening: Opening,
         binds: Binds,
@@ -282,7 +283,7 @@ impl Control {
         if let Some(before) = &predecessor {
             let effects = self.controller.adopt(before.state(), clock::now());
             self.perform(effects);
-            self.get_acquainted(before.state());
+            self.get_acquainted(before.state()).await;
             let generation = self.controller.generation();
             let known = before.ready(not_taken, admin_taken, generation)?;
             self.take_over(&known);

@@ -326,15 +326,16 @@ impl Control {
     /// Listens to heartbeats until every backend that served in the process before
     /// serves here, or [`ACQUAINTED_MAX`]: those that joined by their heartbeats
     /// are known by nothing else.
-    pub(super) fn get_acquainted(&mut self, known: &Saved) {
+    pub(super) async fn get_acquainted(&mut self, known: &Saved) {
         let deadline = clock::now() + ACQUAINTED_MAX;
         while self.config.heartbeat.is_some() && clock::now() < deadline {
-            let events = self.reception.take();
+            let mut events = self.reception.take();
+            events.extend(std::iter::from_fn(|| self.probed.try_recv().ok()));
             self.feed(events);
             if self.controller.serves_as(known) {
                 return;
             }
-            clock::pause(ACQUAINTED_STEP);
+            tokio::time::sleep(ACQUAINTED_STEP).await;
         }
     }
 
