@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 use tidegate::balance::in_flight::InFlight;
+use tidegate::balance::latency::Latency;
 use tidegate::balance::{Balancer, Candidate, PickKey};
 use tidegate::config::{self, BackendAddress, OnRemoval, Policy, WhenNoneEligible};
 use tidegate::table::Table;
@@ -29,6 +30,14 @@ fn weight(index: usize) -> u32 {
     1 + index as u32 % 3
 }
 
+/// Known since half a second, so that every estimate has to be faded.
+fn latency(index: usize) -> Arc<Latency> {
+    let latency = Latency::new();
+    latency.connected(Duration::from_micros(100 + index as u64 % 7), 500);
+    latency.answered(Duration::from_micros(900 + index as u64 % 13), 500);
+    Arc::new(latency)
+}
+
 fn candidates(count: usize) -> Vec<Candidate> {
     (0..count)
         .map(|i| Candidate {
@@ -36,13 +45,14 @@ fn candidates(count: usize) -> Vec<Candidate> {
             weight: weight(i),
             connections_max: 1_000,
             in_flight: Arc::new(InFlight::new()),
+            latency: latency(i),
         })
         .collect()
 }
 
 fn key(number: u64) -> PickKey {
     let client = IpAddr::V4(Ipv4Addr::from_bits(number as u32));
-    PickKey { client, draw: number.wrapping_mul(0x9e37_79b9_7f4a_7c15) }
+    PickKey { client, draw: number.wrapping_mul(0x9e37_79b9_7f4a_7c15), at: 1_000 + number / 1_000 }
 }
 
 /// Pick and give back, as one session does.
@@ -181,6 +191,7 @@ fn input(
             connections_max: 0,
             backup: false,
             eligible: true,
+            on_trial: false,
             in_service: true,
         })
         .collect();

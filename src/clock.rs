@@ -4,7 +4,17 @@
 //! here and pass it down; the core takes it as an argument. Nothing else in the
 //! crate calls `Instant::now` or `SystemTime::now`.
 
+use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime};
+
+/// The first time anybody asked for.
+static ORIGIN: LazyLock<Instant> = LazyLock::new(now);
+
+/// Milliseconds from a moment at the start of the process, the same for every
+/// caller, to `at`; 0 before it. Reads no clock.
+pub fn millis(at: Instant) -> u64 {
+    at.saturating_duration_since(*ORIGIN).as_millis() as u64
+}
 
 /// The monotonic clock.
 #[allow(clippy::disallowed_methods)]

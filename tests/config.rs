@@ -147,7 +147,8 @@ fn every_key_stands_in_the_full_file() {
         format access bind pool idle_timeout half_closed_timeout keepalive \
         user_timeout balance connect_timeout connect_attempts when_none_eligible \
         startup_grace on_removal kind interval fast_interval timeout rise fall send \
-        expect path host method status failures time max_ejected name address weight \
+        expect path host method status failures time max_ejected \
+        early_resets slow_first_byte name address weight \
         backup slow_start register require ttl forget_after backends_max weight_max id \
         file pools addresses";
     for key in keys.split(' ') {

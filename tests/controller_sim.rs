@@ -14,18 +14,27 @@ mod model;
 
 use fastrand::Rng;
 use model::{Model, Startup};
-use std::collections::{HashMap, hash_map::DefaultHasher};
+use std::collections::{HashMap, HashSet, hash_map::DefaultHasher};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate::balance::trial::TrialPhase;
 use tidegate::config::*;
-use tidegate::control::{Controller, Effect, Event, ProbeToken};
-use tidegate::health::{ConnectFailure, Intent, ProbeOutcome};
-use tidegate::table::Table;
+use tidegate::control::{ControlStatus, Controller, Effect, Event, ProbeToken};
+use tidegate::health::{ConnectFailure, Intent, Observation, ProbeOutcome};
 use tidegate::table::state::{BackendId, BackendState};
+use tidegate::table::{PoolTable, Table};
 
 const STEPS: usize = 400;
 const SEEDS: u64 = 300;
+
+/// How often what is rare has happened.
+#[derive(Debug, Default, Clone, Copy, Hash)]
+struct Seen {
+    suspects: u64,
+    trials_passed: u64,
+    trials_failed: u64,
+}
 
 struct Sim {
     rng: Rng,
@@ -39,6 +48,8 @@ struct Sim {
     /// What workers were last given.
     published: Arc<Table>,
     asked: Vec<(BackendId, ProbeToken)>,
+    hanging: HashSet<BackendId>,
+    seen: Seen,
     /// Whose each id is: none is used twice.
     ids: HashMap<BackendId, Arc<BackendState>>,
     trace: DefaultHasher,
@@ -88,6 +99,8 @@ fn random_pool(rng: &mut Rng, index: usize) -> Pool {
         failures: rng.u32(1..6),
         time: millis(rng, 500, 100_000),
         max_ejected_percent: rng.u8(0..=100),
+        early_resets: true,
+        slow_first_byte: (rng.u8(..4) == 0).then(|| millis(rng, 100, 3000)),
     };
     Pool {
         name: format!("p{index}").into(),
@@ -178,6 +191,8 @@ impl Sim {
             generation: 0,
             serial: 0,
             asked: Vec::new(),
+            hanging: HashSet::new(),
+            seen: Seen::default(),
             ids: HashMap::new(),
             trace: DefaultHasher::new(),
         };
@@ -187,6 +202,10 @@ impl Sim {
 
     fn step(&mut self) {
         self.advance();
+        self.first_bytes();
+        if self.rng.bool() {
+            self.try_one();
+        }
         match self.rng.u8(..20) {
             0..=6 => self.answer(),
             7..=10 => self.connect_failures(),
@@ -199,6 +218,47 @@ impl Sim {
             }
             _ => self.tick(),
         }
+    }
+
+    /// Workers count: most backends answer, some have taken to hang.
+    fn first_bytes(&mut self) {
+        for pool in self.model.pools.iter().filter(|pool| pool.watched()) {
+            for b in &pool.backends {
+                if self.rng.u8(..100) == 0 && !self.hanging.remove(&b.id) {
+                    self.hanging.insert(b.id);
+                }
+                let counters = b.state.counters.of(self.rng.usize(..2));
+                counters.questions.add(3);
+                if !self.hanging.contains(&b.id) {
+                    counters.answers.add(3);
+                    counters.answer_log2.add(3 * 10_240);
+                }
+            }
+        }
+    }
+
+    /// The next session comes to a backend that is on trial.
+    fn try_one(&mut self) {
+        let everybody = self.model.pools.iter_mut().flat_map(|pool| &mut pool.backends);
+        let Some(b) = everybody.filter(|b| b.trial.is_some()).last() else { return };
+        let (slot, trial) = (&b.state.in_flight, b.trial.as_mut().unwrap());
+        if trial.told.is_some() {
+            assert!(!slot.try_enter(0), "a second session got in");
+            return;
+        }
+        assert!(slot.try_enter(0), "nobody may try {:?}", b.id);
+        assert!(!slot.try_enter(0), "two sessions got in");
+        let id = slot.claim_trial().expect("it is on trial");
+        let (phase, told) = match self.rng.u8(..3) {
+            0 => (TrialPhase::Passed, Some(true)),
+            1 => (TrialPhase::Failed, Some(false)),
+            _ => (TrialPhase::Open, None),
+        };
+        slot.advance_trial(id, phase);
+        self.seen.trials_passed += u64::from(told == Some(true));
+        self.seen.trials_failed += u64::from(told == Some(false));
+        trial.told = told;
+        slot.leave();
     }
 
     /// Mostly to when a tick is due, sometimes short of it, sometimes late.
@@ -320,13 +380,13 @@ impl Sim {
     fn sessions(&mut self) {
         let id = self.some_backend();
         let all = self.model.pools.iter().flat_map(|pool| &pool.backends);
-        let state: Option<Arc<BackendState>> =
-            all.chain(&self.model.leaving).find(|b| b.id == id).map(|b| Arc::clone(&b.state));
-        let Some(state) = state else { return };
-        if state.in_flight.get() > 0 && self.rng.bool() {
-            state.in_flight.leave();
-        } else {
-            assert!(state.in_flight.try_enter(0));
+        let Some(b) = all.chain(&self.model.leaving).find(|b| b.id == id) else { return };
+        let slot = &b.state.in_flight;
+        if slot.get() > 0 && self.rng.bool() {
+            slot.leave();
+        } else if b.trial.is_none() {
+            // Who failed a trial is closed to everybody.
+            assert!(slot.try_enter(0) || b.ejected_until.is_some());
         }
     }
 
@@ -353,7 +413,7 @@ impl Sim {
                     assert!(b.cut_at.expect("close-after") <= self.now);
                 }
                 Effect::Log(transition) => assert_eq!(transition.at, self.now),
-                Effect::Notice(_) => {}
+                Effect::Notice(_) | Effect::Opened => {}
             }
         }
         assert!(published <= 1, "{published} tables at once");
@@ -375,8 +435,13 @@ impl Sim {
             assert_eq!(serving, expected.serving(), "pool {}: {expected:#?}", pool.spec.name);
         }
         if published && !configured {
-            let standing = |table: &Table| -> Vec<Vec<BackendId>> {
-                table.pools.iter().map(|p| p.serving.iter().map(|s| s.id).collect()).collect()
+            let standing = |table: &Table| -> Vec<Vec<(BackendId, u32)>> {
+                let pool = |p: &Arc<PoolTable>| {
+                    let candidates = p.balancer.iter().flat_map(|b| b.candidates());
+                    let weights = candidates.map(|candidate| candidate.weight);
+                    p.serving.iter().map(|s| s.id).zip(weights).collect()
+                };
+                table.pools.iter().map(pool).collect()
             };
             // A backup or a try-all candidate may have moved behind the scenes.
             let hidden = self.model.pools.iter().any(|pool| {
@@ -387,19 +452,47 @@ impl Sim {
         }
     }
 
-    fn check_status(&self) {
+    /// Suspicion is taken over from the controller; what follows is checked.
+    fn take_suspects(&mut self, status: &ControlStatus) {
+        for (pool, model) in status.pools.iter().zip(&mut self.model.pools) {
+            let (watched, probed) = (model.watched(), model.probed());
+            let most = model.ejected_max().max(1);
+            let mut news = false;
+            for (b, model) in pool.backends.iter().zip(&mut model.backends) {
+                let suspect = b.observation == Observation::Suspect;
+                assert!(watched || !suspect, "{}/{}", pool.name, b.state.name);
+                news |= suspect && !model.suspect;
+                // One that is down or unknown does not show it.
+                if suspect || model.shown(probed) == Observation::Suspect {
+                    model.suspect = suspect;
+                }
+            }
+            let takes_many = |b: &&model::ModelBackend| b.takes_many(probed);
+            let shown = |b: &&model::ModelBackend| b.shown(probed) == Observation::Suspect;
+            let suspects = model.backends.iter().filter(takes_many).filter(shown).count();
+            self.seen.suspects += u64::from(news);
+            assert!(!news || suspects <= most, "{suspects} suspects of {}", pool.name);
+        }
+    }
+
+    fn check_status(&mut self) {
         let status = self.controller.status(self.now);
+        self.take_suspects(&status);
         assert_eq!(status.generation, self.generation);
         for (pool, expected) in status.pools.iter().zip(&self.model.pools) {
             for (b, model) in pool.backends.iter().zip(&expected.backends) {
                 let name = format!("{}/{}", pool.name, b.state.name);
                 assert_eq!(b.state.id, model.id, "{name}");
                 assert_eq!(b.intent, model.intent, "{name}");
-                assert_eq!(b.observation, model.observation, "{name}");
+                assert_eq!(b.observation, model.shown(expected.probed()), "{name}");
                 assert_eq!(b.ejected, model.ejected_until.is_some(), "{name}");
                 assert_eq!(b.eligible, model.eligible(expected.probed()), "{name}");
-                let whole = if b.eligible { f64::from(b.weight) } else { 0.0 };
-                assert_eq!(b.effective_weight, whole, "{name}");
+                let percent = match b.observation {
+                    _ if !b.eligible => 0,
+                    Observation::Suspect => 10,
+                    _ => 100,
+                };
+                assert_eq!(b.effective_weight, f64::from(b.weight * percent) / 100.0, "{name}");
             }
             assert!(expected.ejected() <= expected.ejected_max(), "the guard was overrun");
         }
@@ -442,15 +535,16 @@ impl Sim {
             }
             Effect::Notice(notice) => notice.message.hash(&mut self.trace),
             Effect::CutSessions(id) => id.hash(&mut self.trace),
+            Effect::Opened => "opened".hash(&mut self.trace),
         }
     }
 
-    fn run(seed: u64, start: Instant) -> u64 {
+    fn run(seed: u64, start: Instant) -> (u64, Seen) {
         let mut sim = Sim::new(seed, start);
         for _ in 0..STEPS {
             sim.step();
         }
-        sim.trace.finish()
+        (sim.trace.finish(), sim.seen)
     }
 }
 
@@ -476,10 +570,17 @@ fn the_controller_does_what_the_model_says_whatever_happens() {
         Some(seed) => seed..seed + 1,
         None => 0..number("SIM_SEEDS").unwrap_or(SEEDS),
     };
+    let many = seeds.end - seeds.start >= SEEDS;
+    let mut all = Seen::default();
     for seed in seeds {
         let _guard = SeedGuard(seed);
-        Sim::run(seed, start);
+        let (_, seen) = Sim::run(seed, start);
+        all.suspects += seen.suspects;
+        all.trials_passed += seen.trials_passed;
+        all.trials_failed += seen.trials_failed;
     }
+    let least = all.suspects.min(all.trials_passed).min(all.trials_failed);
+    assert!(!many || least > 50, "hardly ever seen: {all:?}");
 }
 
 #[test]
@@ -487,7 +588,7 @@ fn the_same_seed_gives_the_same_trace() {
     let start = tidegate::clock::now();
     for seed in 0..20 {
         let _guard = SeedGuard(seed);
-        assert_eq!(Sim::run(seed, start), Sim::run(seed, start + Duration::from_secs(1)));
+        assert_eq!(Sim::run(seed, start).0, Sim::run(seed, start + Duration::from_secs(1)).0);
     }
-    assert_ne!(Sim::run(1, start), Sim::run(2, start), "the trace sees something");
+    assert_ne!(Sim::run(1, start).0, Sim::run(2, start).0, "the trace sees something");
 }

@@ -155,9 +155,9 @@ class Setup:
             "wall": time.monotonic(),
         }
 
-    def idle(self, make):
+    def idle(self, make, wanted=workloads.IDLE):
         """Resident memory for each of many idle sessions of a fresh balancer."""
-        wanted = min(workloads.IDLE, candidates.SESSIONS_MAX - 200)
+        wanted = min(wanted, candidates.SESSIONS_MAX - 200)
         one = self.make(make)
         load = None
         try:

@@ -16,6 +16,8 @@ import candidates  # noqa: E402
 import kernel  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
+import series  # noqa: E402
+import syscalls  # noqa: E402
 import workloads  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -34,6 +36,8 @@ def arguments():
     parser.add_argument("--only", type=words, default=[])
     parser.add_argument("--candidates", type=words, default=[])
     parser.add_argument("--setup", choices=["pinned", "free", "both"], default="both")
+    parser.add_argument("--syscalls", action="store_true")
+    parser.add_argument("--series", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 5)
@@ -103,13 +107,50 @@ def run_setup(name, options, makes, directory, cpus):
         setup.stop()
 
 
+def count_syscalls(options, makes, directory, cpus):
+    """Prints the system calls of a short connection, for each balancer."""
+    setup = measure.Setup("pinned", options, ROOT, directory, cpus)
+    workload = next(one for one in workloads.ALL if one.family == "short")
+    try:
+        setup.start(makes)
+        found = syscalls.measure(setup, workload)
+    finally:
+        setup.stop()
+    print(f"{syscalls.heading()}; counted with {found['counted_with']}; {workload.title}\n")
+    print(syscalls.table(found))
+    return 0
+
+
+def run_series(options, directory, cpus):
+    """Prints how costs grow, and draws it."""
+    found = series.measured(options, ROOT, directory, cpus)
+    print(series.table(found))
+    place = os.path.join(ROOT, "target/bench-peers")
+    os.makedirs(place, exist_ok=True)
+    report.write_json(os.path.join(place, "series.json"), {"machine": kernel.about(), "series": found})
+    with open(os.path.join(place, "series.svg"), "w") as file:
+        file.write(series.chart(found, syscalls.heading()))
+    print("written: target/bench-peers/series.json, target/bench-peers/series.svg")
+    return 0
+
+
 def main():
     options = arguments()
     if options.check:
         return 0
     measure.stop_on_signals()
-    makes = chosen(options)
     cpus = sorted(os.sched_getaffinity(0))
+    if options.syscalls or options.series:
+        if len(cpus) < 2:
+            sys.exit("scripts/bench-peers: --syscalls and --series need two CPUs")
+        directory = tempfile.mkdtemp(prefix="bench-peers-")
+        try:
+            if options.series:
+                return run_series(options, directory, cpus)
+            return count_syscalls(options, chosen(options), directory, cpus)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+    makes = chosen(options)
     names = ["pinned", "free"] if options.setup == "both" else [options.setup]
     if len(cpus) < 2 and "pinned" in names:
         print("one CPU: nothing to pin apart; only the free set-up is run", file=sys.stderr)

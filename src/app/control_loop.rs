@@ -232,6 +232,7 @@ impl Control {
                 }
                 // Another process probes; this one only ends its sessions.
                 Effect::Probe { .. } if self.upgrades.handed_over() => {}
+                Effect::Opened => self.shared.gate.opened(),
                 Effect::Probe { backend, token, address, spec } => {
                     self.probes.probe(backend, token, address, spec);
                 }
@@ -368,7 +369,7 @@ impl Control {
 fn log_transition(transition: &Transition) {
     let Transition { pool, backend, from, to, reason, lasted, .. } = transition;
     let lasted = humantime::format_duration(Duration::from_millis(lasted.as_millis() as u64));
-    if matches!(*to, "down" | "ejected") {
+    if matches!(*to, "down" | "ejected" | "suspect") {
         tracing::warn!(%pool, %backend, from, to, reason, %lasted, "backend");
     } else {
         tracing::info!(%pool, %backend, from, to, reason, %lasted, "backend");

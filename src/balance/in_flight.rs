@@ -3,8 +3,10 @@
 //!
 //! Raised at selection by the compare-and-swap that enforces the cap, so the
 //! cap is never overshot however many workers race; lowered exactly once by
-//! whoever raised it. Model-checked with loom. Never blocks.
+//! whoever raised it. A backend on trial lets a single session in, whatever its
+//! cap. Model-checked with loom. Never blocks.
 
+use super::trial::{Trial, TrialId, TrialPhase};
 use crossbeam::utils::CachePadded;
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::{AtomicU32, Ordering};
@@ -13,25 +15,38 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Sessions held at this moment.
 #[derive(Debug)]
-pub struct InFlight(CachePadded<AtomicU32>);
+pub struct InFlight(CachePadded<Cells>);
+
+/// What every entry looks at, on one cache line.
+#[derive(Debug)]
+struct Cells {
+    held: AtomicU32,
+    trial: Trial,
+}
 
 impl InFlight {
     /// Nothing held.
     pub fn new() -> InFlight {
-        InFlight(CachePadded::new(AtomicU32::new(0)))
+        InFlight(CachePadded::new(Cells { held: AtomicU32::new(0), trial: Trial::new() }))
     }
 
-    /// Takes a slot unless `max` are held; a `max` of 0 means no cap.
+    /// Takes a slot unless `max` are held; a `max` of 0 means no cap. During a
+    /// trial only one session gets in until it is decided.
     #[inline]
     pub fn try_enter(&self, max: u32) -> bool {
+        if self.0.trial.is_none() { self.try_hold(max) } else { self.try_enter_trial(max) }
+    }
+
+    #[inline]
+    fn try_hold(&self, max: u32) -> bool {
+        let cell = &self.0.held;
         if max == 0 {
-            self.0.fetch_add(1, Ordering::Relaxed);
+            cell.fetch_add(1, Ordering::Relaxed);
             return true;
         }
-        let mut held = self.0.load(Ordering::Relaxed);
+        let mut held = cell.load(Ordering::Relaxed);
         while held < max {
-            match self.0.compare_exchange_weak(held, held + 1, Ordering::AcqRel, Ordering::Relaxed)
-            {
+            match cell.compare_exchange_weak(held, held + 1, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => return true,
                 Err(now) => held = now,
             }
@@ -39,17 +54,69 @@ impl InFlight {
         false
     }
 
+    #[cold]
+    fn try_enter_trial(&self, max: u32) -> bool {
+        if !self.0.trial.try_take() {
+            // It may be over meanwhile.
+            return self.0.trial.is_none() && self.try_hold(max);
+        }
+        let held = self.try_hold(max);
+        if !held {
+            self.0.trial.untake();
+        }
+        held
+    }
+
+    /// Whether [`InFlight::try_enter`] with that `max` would let somebody in.
+    #[inline]
+    pub fn has_room(&self, max: u32) -> bool {
+        (max == 0 || self.get() < max) && self.0.trial.has_room()
+    }
+
     /// Gives a slot back. Every successful `try_enter` is left exactly once.
     #[inline]
     pub fn leave(&self) {
-        let held = self.0.fetch_sub(1, Ordering::AcqRel);
+        let held = self.0.held.fetch_sub(1, Ordering::AcqRel);
         assert!(held > 0, "an in-flight slot was given back twice");
     }
 
     /// Slots held, as of some recent moment.
     #[inline]
     pub fn get(&self) -> u32 {
-        self.0.load(Ordering::Relaxed)
+        self.0.held.load(Ordering::Relaxed)
+    }
+}
+
+// === impl InFlight: the trial ===
+
+impl InFlight {
+    /// From now on a single session gets in. For the controller.
+    pub fn begin_trial(&self) {
+        self.0.trial.begin();
+    }
+
+    /// Everybody gets in again. For the controller.
+    pub fn end_trial(&self) {
+        self.0.trial.end();
+    }
+
+    /// How far the trial has come.
+    pub fn trial(&self) -> TrialPhase {
+        self.0.trial.phase()
+    }
+
+    /// The trial that whoever has just entered is to decide, if there is one.
+    /// (A session that entered right before the trial began may get it in place
+    /// of the one that entered it: both are there, and either will do.)
+    #[inline]
+    pub fn claim_trial(&self) -> Option<TrialId> {
+        if self.0.trial.is_none() { None } else { self.0.trial.claim() }
+    }
+
+    /// The session of that trial has come so far. [`TrialPhase::Open`] gives the
+    /// place to the next session, as nothing was learnt from this one.
+    pub fn advance_trial(&self, id: TrialId, phase: TrialPhase) {
+        self.0.trial.advance(id, phase);
     }
 }
 

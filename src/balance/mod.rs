@@ -17,20 +17,25 @@
 mod alias;
 mod draw;
 pub mod in_flight;
+pub mod latency;
 mod least_connections;
 mod maglev;
+mod peak_ewma;
 mod position;
 mod random;
 mod round_robin;
 mod scan;
 mod smooth;
 mod source_hash;
+pub mod trial;
 mod two_choices;
 
 use crate::config::Policy;
 use crossbeam::utils::CachePadded;
 use in_flight::InFlight;
+use latency::Latency;
 use least_connections::LeastConnections;
+use peak_ewma::PeakEwma;
 use random::Random;
 use round_robin::RoundRobin;
 use source_hash::SourceHash;
@@ -51,6 +56,8 @@ pub struct Candidate {
     pub connections_max: u32,
     /// Shared by all workers and all tables.
     pub in_flight: Arc<InFlight>,
+    /// Likewise; read by `peak-ewma` alone.
+    pub latency: Arc<Latency>,
 }
 
 /// What one pick depends on besides the candidates.
@@ -61,6 +68,9 @@ pub struct PickKey {
     /// Fresh random bits. They are mixed before use, so a counter that starts
     /// at random will do.
     pub draw: u64,
+    /// The time of the pick, in milliseconds of [`crate::clock::millis`]
+    /// (`peak-ewma` fades its estimates by it).
+    pub at: u64,
 }
 
 /// Why no candidate was given.
@@ -104,6 +114,7 @@ enum Prepared {
     LeastConnections(LeastConnections),
     Random(Random),
     TwoChoices(TwoChoices),
+    PeakEwma(PeakEwma),
     SourceHash(SourceHash),
 }
 
@@ -146,6 +157,7 @@ impl Balancer {
             }
             Policy::Random => Prepared::Random(Random::new(&candidates)),
             Policy::TwoChoices => Prepared::TwoChoices(TwoChoices::new(&candidates)),
+            Policy::PeakEwma => Prepared::PeakEwma(PeakEwma::new(&candidates)),
             Policy::SourceHash => Prepared::SourceHash(SourceHash::new(&candidates, pool_size)),
         };
         Balancer {
@@ -174,13 +186,14 @@ impl Balancer {
     #[inline]
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<usize, PickError> {
         let candidates = &*self.candidates;
-        let PickKey { client, draw } = key;
+        let PickKey { client, draw, at } = key;
         let picked = match &self.prepared {
             Prepared::Nobody => None,
             Prepared::RoundRobin(policy) => policy.pick(candidates, draw, tried),
             Prepared::LeastConnections(policy) => policy.pick(candidates, draw, tried),
             Prepared::Random(policy) => policy.pick(candidates, draw, tried),
             Prepared::TwoChoices(policy) => policy.pick(candidates, draw, tried),
+            Prepared::PeakEwma(policy) => policy.pick(candidates, draw, at, tried),
             Prepared::SourceHash(policy) => policy.pick(candidates, client, tried),
         };
         picked.ok_or_else(|| self.why_nobody(tried))
@@ -250,11 +263,12 @@ impl Candidate {
 
     #[inline]
     fn has_room(&self) -> bool {
-        self.connections_max == 0 || self.in_flight.get() < self.connections_max
+        self.in_flight.has_room(self.connections_max)
     }
 
     fn is_same_as(&self, other: &Candidate) -> bool {
         Arc::ptr_eq(&self.in_flight, &other.in_flight)
+            && Arc::ptr_eq(&self.latency, &other.latency)
             && self.key == other.key
             && self.weight.max(1) == other.weight.max(1)
             && self.connections_max == other.connections_max

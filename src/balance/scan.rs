@@ -81,10 +81,9 @@ pub(super) fn by_weight(
 /// The load of a candidate that is untried and below its cap.
 #[inline]
 pub(super) fn usable(candidate: &Candidate, index: usize, tried: &[usize]) -> Option<Load> {
-    let in_flight = candidate.in_flight.get();
-    let below_cap = candidate.connections_max == 0 || in_flight < candidate.connections_max;
-    (below_cap && !tried.contains(&index))
-        .then_some(Load { held: u64::from(in_flight) + 1, weight: u64::from(candidate.weight) })
+    let held = u64::from(candidate.in_flight.get()) + 1;
+    (candidate.has_room() && !tried.contains(&index))
+        .then_some(Load { held, weight: u64::from(candidate.weight) })
 }
 
 /// (in-flight + 1) / weight; the 1 is the session about to be added.
@@ -100,5 +99,12 @@ impl Load {
     #[inline]
     pub(super) fn is_below(self, other: Load) -> bool {
         self.held * other.weight < other.held * self.weight
+    }
+
+    /// The same with a price for each session.
+    #[inline]
+    pub(super) fn costs_less(self, price: f32, other: Load, other_price: f32) -> bool {
+        let (mine, theirs) = (self.held * other.weight, other.held * self.weight);
+        f64::from(price) * (mine as f64) < f64::from(other_price) * (theirs as f64)
     }
 }

@@ -5,9 +5,10 @@
 //! power of two choices in randomized load balancing", 1996). It looks at two
 //! in-flight counts a pick, never at all of them unless those two are no use.
 
+use super::Candidate;
 use super::alias::AliasTable;
 use super::draw::Draws;
-use super::{Candidate, scan};
+use super::scan::{self, Load};
 
 /// Pairs drawn before every candidate is looked at.
 const PAIRS_MAX: usize = 4;
@@ -36,10 +37,23 @@ impl TwoChoices {
         draw: u64,
         tried: &[usize],
     ) -> Option<usize> {
+        self.pick_by(candidates, draw, tried, |(_, a), (_, b)| a.is_below(b))
+    }
+
+    /// The same with another idea of better: `prefers(a, b)` says whether `a`
+    /// is to be taken rather than `b`.
+    #[inline]
+    pub(super) fn pick_by(
+        &self,
+        candidates: &[Candidate],
+        draw: u64,
+        tried: &[usize],
+        prefers: impl Fn((&Candidate, Load), (&Candidate, Load)) -> bool,
+    ) -> Option<usize> {
         let mut draws = Draws::new(draw);
         for _ in 0..PAIRS_MAX {
             let (first, second) = self.pair(candidates.len(), &mut draws);
-            if let Some(index) = better(candidates, tried, first, second)
+            if let Some(index) = better(candidates, tried, first, second, &prefers)
                 && candidates[index].try_enter()
             {
                 return Some(index);
@@ -67,13 +81,21 @@ impl TwoChoices {
 }
 
 #[inline]
-fn better(candidates: &[Candidate], tried: &[usize], first: usize, second: usize) -> Option<usize> {
+fn better(
+    candidates: &[Candidate],
+    tried: &[usize],
+    first: usize,
+    second: usize,
+    prefers: impl Fn((&Candidate, Load), (&Candidate, Load)) -> bool,
+) -> Option<usize> {
     let loads = (
         scan::usable(&candidates[first], first, tried),
         scan::usable(&candidates[second], second, tried),
     );
     match loads {
-        (Some(a), Some(b)) if b.is_below(a) => Some(second),
+        (Some(a), Some(b)) if prefers((&candidates[second], b), (&candidates[first], a)) => {
+            Some(second)
+        }
         (Some(_), _) => Some(first),
         (None, Some(_)) => Some(second),
         (None, None) => None,

@@ -278,6 +278,8 @@ pub enum Policy {
     Random,
     /// The better of two weighted random draws.
     TwoChoices,
+    /// The one of two weighted random draws with the lower expected latency.
+    PeakEwma,
     /// Weighted Maglev over the client address.
     SourceHash,
 }
@@ -342,16 +344,21 @@ pub enum ProbeKind {
     },
 }
 
-/// `[pool.NAME.ejection]`: passive ejection on connect failures.
+/// `[pool.NAME.ejection]`: what sessions tell of backends.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EjectionSpec {
-    /// Consecutive connect failures that eject; at least 1.
+    /// Consecutive failures (connects, early resets) that eject; at least 1.
     pub failures: u32,
     /// Length of the first ejection; the n-th in a row lasts n times that, at
     /// most 5 minutes.
     pub time: Duration,
     /// Share of a pool that may be ejected at once, in percent, 0..=100.
     pub max_ejected_percent: u8,
+    /// Resets before the first byte count as failures, too.
+    pub early_resets: bool,
+    /// Waiting longer than this for a first byte may make a backend suspect;
+    /// `None` is off.
+    pub slow_first_byte: Option<Duration>,
 }
 
 /// `[pool.NAME.heartbeat]`
@@ -547,16 +554,18 @@ impl Policy {
             Policy::LeastConnections => "least-connections",
             Policy::Random => "random",
             Policy::TwoChoices => "two-choices",
+            Policy::PeakEwma => "peak-ewma",
             Policy::SourceHash => "source-hash",
         }
     }
 
     /// Every policy, in the order the documentation lists them.
-    pub const ALL: [Policy; 5] = [
+    pub const ALL: [Policy; 6] = [
         Policy::WeightedRoundRobin,
         Policy::LeastConnections,
         Policy::Random,
         Policy::TwoChoices,
+        Policy::PeakEwma,
         Policy::SourceHash,
     ];
 }

@@ -53,6 +53,10 @@ pub(super) const SLOW_START: DurationRange =
 pub(super) const HEARTBEAT_INTERVAL: DurationRange =
     DurationRange { min: Duration::from_millis(20), max: Duration::from_secs(10) };
 
+/// Backends are looked at every fifth of a second: what is quicker is not seen.
+pub(super) const SLOW_FIRST_BYTE: DurationRange =
+    DurationRange { min: Duration::from_millis(100), max: TIME.max };
+
 /// Longest name of a frontend, pool or backend: fits a metric label and a path
 /// segment without wrapping a terminal.
 pub(super) const NAME_CHARS_MAX: usize = 64;

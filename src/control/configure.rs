@@ -68,6 +68,7 @@ impl Controller {
         let names = self.pools.iter().map(|pool| Arc::clone(&pool.spec.name));
         self.pool_index = names.zip(0..).collect();
         self.start_all(&starting, now);
+        self.configure_gray(now);
         self.work.unsettled.extend(self.pools.iter().map(|pool| pool.id));
         self.work.touched.extend(self.pools.iter().flat_map(|pool| pool.members.iter().copied()));
         self.work.rebuild = Some(PublishReason::Configuration);
@@ -328,9 +329,7 @@ impl Controller {
         now: Instant,
     ) -> Startup {
         let judged = |id: &BackendId| {
-            self.backends
-                .get(id)
-                .is_some_and(|entry| entry.health.observation() != Observation::Unknown)
+            self.backends.get(id).is_some_and(|entry| entry.health.seen() != Observation::Unknown)
         };
         if spec.probe.is_none() || members.iter().any(judged) {
             return Startup::Decided;

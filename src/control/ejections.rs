@@ -1,25 +1,30 @@
 //! Passive ejection and the pool's guard over it.
 //!
-//! Called by the controller for rows of failed connects, and after every change
-//! that may leave a pool short. The guard: at most `max_ejected` percent of a
-//! pool's backends (rounded down) are ejected at once, and ejection alone never
-//! leaves a pool without an eligible backend. It never takes a backend out for
-//! anything but failed connects.
+//! Called by the controller for rows of failures, and after every change that
+//! may leave a pool short. The guard: at most `max_ejected` percent of a pool's
+//! backends (rounded down) are ejected or on trial at once, and ejection alone
+//! never leaves a pool without an eligible backend. It never takes a backend out
+//! for anything but failed connects and early resets.
 
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, Notice, PoolEntry, PoolId};
+use crate::config::EjectionSpec;
 use crate::health::ConnectFailure;
 use crate::table::state::BackendId;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// How a pool stands with respect to its guard.
-struct GuardView {
+pub(super) struct GuardView {
     /// Backends ejected now.
     ejected: Vec<BackendId>,
+    /// Backends on trial now.
+    on_trial: usize,
+    /// Backends that are eligible, but gray.
+    suspect: usize,
     /// Backends that may be ejected at once.
     ejected_max: usize,
-    /// Backends that are eligible now.
+    /// Backends that are eligible now, without those on trial.
     eligible: usize,
     /// All of the pool's backends.
     backends: usize,
@@ -34,14 +39,31 @@ pub(super) fn ejected_max(percent: u8, backends: usize) -> usize {
 
 impl GuardView {
     /// Why no eligible backend may be ejected now, if so.
-    fn objection(&self, percent: u8) -> Option<String> {
-        let (ejected, backends) = (self.ejected.len(), self.backends);
+    pub(super) fn objection(&self, percent: u8) -> Option<String> {
+        let (ejected, backends) = (self.ejected.len() + self.on_trial, self.backends);
         if ejected >= self.ejected_max {
             return Some(format!(
                 "{ejected} of {backends} backends are ejected and max_ejected is {percent}%"
             ));
         }
         (self.eligible <= 1).then(|| "it is the pool's last eligible backend".to_owned())
+    }
+
+    /// Whether some backend is eligible that is not on trial.
+    pub(super) fn has_others(&self) -> bool {
+        self.eligible > 0
+    }
+
+    /// Whether a backend on trial may be ejected again.
+    pub(super) fn allows_again(&self) -> bool {
+        self.has_others() && self.ejected.len() + self.on_trial <= self.ejected_max
+    }
+
+    /// Whether one more may become suspect: where one is, the rest carries its
+    /// share, as after an ejection.
+    pub(super) fn allows_suspect(&self) -> bool {
+        let out = self.ejected.len() + self.on_trial + self.suspect;
+        self.eligible > 1 && out < self.ejected_max.max(1)
     }
 }
 
@@ -60,14 +82,15 @@ impl Controller {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
         let Some(spec) = pool.spec.ejection else { return };
-        let Some(row) = entry.health.outlier.connect_failed(in_a_row, &spec) else { return };
+        let Some(row) = entry.health.outlier.failed(in_a_row, &spec) else { return };
         if !entry.health.eligible() {
             // It takes no sessions anyway: nothing would be gained.
             return;
         }
         let objection = self.guard_view(pool).objection(spec.max_ejected_percent);
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let evidence = format!("{row} connects failed in a row, last: {failure}");
+        let what = if failure == ConnectFailure::EarlyReset { "sessions" } else { "connects" };
+        let evidence = format!("{row} {what} failed in a row, last: {failure}");
         if let Some(objection) = objection {
             if entry.health.outlier.hold_back() {
                 self.work.effects.push(Effect::Notice(Notice {
@@ -80,7 +103,21 @@ impl Controller {
         }
         let from = entry.health.observation().name();
         let lasted = now.saturating_duration_since(entry.health.settled_since());
-        let until = entry.health.outlier.eject(&spec, now);
+        self.eject(id, &spec, (from, &evidence), lasted, now);
+    }
+
+    /// Ejects the backend, whatever the guard says, from the state `from` that
+    /// has `lasted` so long.
+    pub(super) fn eject(
+        &mut self,
+        id: BackendId,
+        spec: &EjectionSpec,
+        (from, evidence): (&'static str, &str),
+        lasted: Duration,
+        now: Instant,
+    ) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let until = entry.health.outlier.eject(spec, now);
         let reason = format!(
             "{evidence}; out for {} (ejection {} in a row)",
             humantime::format_duration(until - now),
@@ -95,6 +132,7 @@ impl Controller {
         self.schedule.cancel(Job::EjectionEnds(id));
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(lasted) = entry.health.end_ejection(now) else { return };
+        entry.state.in_flight.end_trial();
         let to = entry.health.observation().name();
         self.record(id, ("ejected", to), format!("ejection ended: {reason}"), lasted, now);
     }
@@ -103,6 +141,7 @@ impl Controller {
     /// spec changed, or the backends that carried on without the ejected ones
     /// are gone. The ones that would end first go first.
     pub(super) fn settle_guard(&mut self, pool: PoolId, now: Instant) {
+        self.settle_trials(pool, now);
         let Some(pool) = self.pool(pool) else { return };
         let mut view = self.guard_view(pool);
         if view.ejected.is_empty() {
@@ -134,7 +173,7 @@ impl Controller {
         }
     }
 
-    fn guard_view(&self, pool: &PoolEntry) -> GuardView {
+    pub(super) fn guard_view(&self, pool: &PoolEntry) -> GuardView {
         let members = || pool.members.iter().filter_map(|id| Some((*id, self.backends.get(id)?)));
         let percent = pool.spec.ejection.map_or(0, |spec| spec.max_ejected_percent);
         GuardView {
@@ -142,8 +181,12 @@ impl Controller {
                 .filter(|(_, entry): &(_, &BackendEntry)| entry.health.outlier.is_ejected())
                 .map(|(id, _)| id)
                 .collect(),
+            on_trial: members().filter(|(_, entry)| entry.health.outlier.is_on_trial()).count(),
+            suspect: members()
+                .filter(|(_, entry)| entry.health.gray.is_suspect() && entry.health.takes_many())
+                .count(),
             ejected_max: ejected_max(percent, pool.members.len()),
-            eligible: members().filter(|(_, entry)| entry.health.eligible()).count(),
+            eligible: members().filter(|(_, entry)| entry.health.takes_many()).count(),
             backends: pool.members.len(),
         }
     }

@@ -18,13 +18,14 @@
 //!
 //! `weight x (1 - 3/4 x load / 1000)`, where the weight is what the sender asks
 //! for and at most the configured one (`weight_max` for a registered backend),
-//! and the load is smoothed ([`Load`]). No load takes more than three quarters:
+//! and the load is smoothed ([`Load`]). Changes of either by less than a tenth
+//! change nothing. No load takes more than three quarters:
 //! a backend that says it is full still shows whether it is.
 
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, Notice, Origin, PoolId};
 use crate::config::{self, BackendAddress, HeartbeatSpec};
-use crate::health::heartbeat::{Beat, HeartbeatDetector};
+use crate::health::heartbeat::{Beat, HeartbeatDetector, State};
 use crate::health::{Calling, Pulse};
 use crate::heartbeat::{Heartbeat, SenderState};
 use crate::table::state::BackendId;
@@ -72,6 +73,8 @@ pub(super) struct Heart {
     pub(super) state: SenderState,
     /// As asked for.
     pub(super) weight: u16,
+    /// As it counts: it follows changes by a tenth or more.
+    weight_in_force: u16,
     pub(super) in_flight: u32,
     pub(super) load: Load,
     /// As declared, within bounds.
@@ -175,7 +178,7 @@ impl BackendEntry {
         let Some(heart) = self.heart.as_deref().filter(|heart| !heart.expired) else {
             return self.spec.weight;
         };
-        heart.weight.clamp(1, self.weight_max(pool))
+        heart.weight_in_force.clamp(1, self.weight_max(pool))
     }
 
     /// The largest weight its heartbeats may ask for.
@@ -267,7 +270,7 @@ impl Controller {
             return Ok(None);
         }
         self.check_room(id, &spec, now)?;
-        Ok(Some(self.register(id, heartbeat, now)))
+        Ok(Some(self.register(id, &spec, heartbeat, now)))
     }
 
     fn is_our_own(&self, address: SocketAddr) -> bool {
@@ -305,7 +308,13 @@ impl Controller {
     }
 
     /// Makes a new member of the pool, or takes one back that was leaving.
-    fn register(&mut self, pool_id: PoolId, heartbeat: &Heartbeat, now: Instant) -> BackendId {
+    fn register(
+        &mut self,
+        pool_id: PoolId,
+        spec: &HeartbeatSpec,
+        heartbeat: &Heartbeat,
+        now: Instant,
+    ) -> BackendId {
         let Some(pool) = self.pool(pool_id) else {
             unreachable!("the pool was looked up for this very heartbeat")
         };
@@ -313,7 +322,7 @@ impl Controller {
         let spec = config::Backend {
             name: Arc::clone(&heartbeat.name),
             address: BackendAddress::Tcp(heartbeat.address),
-            weight: heartbeat.weight.max(1),
+            weight: heartbeat.weight.clamp(1, spec.weight_max.max(1)),
             backup: false,
             connections_max: 0,
         };
@@ -381,18 +390,22 @@ impl Controller {
         let heart = entry.heart.get_or_insert_with(|| {
             Box::new(Heart::first(heartbeat, HeartbeatDetector::new(spec.interval, at), at))
         });
-        let before = (heart.weight, heart.state, heart.expired);
+        let before = (heart.weight_in_force, heart.expired);
         heart.incarnation = heartbeat.incarnation;
         heart.key_id = heartbeat.key_id;
         heart.state = heartbeat.state;
         heart.weight = heartbeat.weight.max(1);
+        let change = u32::from(heart.weight.abs_diff(heart.weight_in_force));
+        if change * 10 >= u32::from(heart.weight_in_force) {
+            heart.weight_in_force = heart.weight;
+        }
         heart.in_flight = heartbeat.in_flight;
         heart.interval = interval;
         heart.last_at = heart.last_at.max(at);
         heart.expired = false;
         let lighter = heart.load.heard(heartbeat.load);
         let ttl = ttl(&spec, interval);
-        if lighter || before.0 != heart.weight || before.2 {
+        if lighter || before != (heart.weight_in_force, false) {
             self.pace.backend(id);
         }
         if !self.schedule.is_set(Job::HeartbeatTtl(id)) {
@@ -403,6 +416,10 @@ impl Controller {
             return;
         }
         self.called(id, now);
+        if heartbeat.state == SenderState::Starting && self.is_unheard(id) {
+            // There is nothing to ask it for yet, and nothing to miss.
+            return;
+        }
         let beat =
             Beat { incarnation: heartbeat.incarnation, sequence: heartbeat.sequence, interval };
         self.beat(id, &beat, heartbeat.state, at, now);
@@ -410,6 +427,12 @@ impl Controller {
 
     fn origin(&self, id: BackendId) -> Option<Origin> {
         self.backends.get(&id).map(|entry| entry.origin)
+    }
+
+    /// Whether its detector has not been told of it.
+    fn is_unheard(&self, id: BackendId) -> bool {
+        let heart = self.backends.get(&id).and_then(|entry| entry.heart.as_deref());
+        heart.is_some_and(|heart| heart.detector.state() == State::Waiting)
     }
 
     /// Takes over what its heartbeats ask for, and records a change.
@@ -506,6 +529,7 @@ impl Heart {
             key_id: heartbeat.key_id,
             state: heartbeat.state,
             weight: heartbeat.weight,
+            weight_in_force: heartbeat.weight.max(1),
             in_flight: heartbeat.in_flight,
             load: Load::new(heartbeat.load),
             interval: heartbeat.interval,

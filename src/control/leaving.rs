@@ -7,6 +7,7 @@
 use super::schedule::{Job, after};
 use super::{BackendEntry, Controller, Effect, Leaving};
 use crate::config::{self, OnRemoval};
+use crate::health::gray::Watch;
 use crate::health::{Intent, Transition};
 use crate::table::state::BackendId;
 use std::sync::Arc;
@@ -39,6 +40,8 @@ impl Controller {
         self.schedule.cancel(Job::Probe(id));
         self.schedule.cancel(Job::ProbeLost(id));
         self.schedule.cancel(Job::EjectionEnds(id));
+        self.forget_trial(&mut entry, now);
+        entry.health.gray = Watch::default();
         if let Some(probe) = &mut entry.in_flight {
             probe.stale = true;
         }

@@ -6,6 +6,7 @@
 //!
 //! The files: `configure` (what a reload keeps), `probing` (when probes run),
 //! `verdicts` (what their results mean), `ejections` (the pool's guard),
+//! `trials` (how ejected backends come back), `gray` (who does not answer),
 //! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
 //! means), `ramps` (slow start), `leaving` (removed backends), `operator`
 //! (drains), `publish` and `pace` (tables), `history`, `handover` (what the
@@ -16,6 +17,7 @@
 mod configure;
 mod ejections;
 pub mod explain;
+mod gray;
 pub mod handover;
 mod heartbeats;
 mod history;
@@ -30,6 +32,7 @@ mod status;
 mod suspicion;
 #[cfg(test)]
 pub(crate) mod tests;
+mod trials;
 mod verdicts;
 
 pub use heartbeats::Misfit;
@@ -67,7 +70,8 @@ pub enum Event {
         /// How it ended.
         outcome: ProbeOutcome,
     },
-    /// A session could not connect, and the backend or its path is to blame.
+    /// A session could not connect, or was reset early, and the backend or its
+    /// path is to blame.
     ConnectFailed {
         /// To whom.
         backend: BackendId,
@@ -114,6 +118,9 @@ pub enum Effect {
     /// Write this to the log as a warning: nothing changed its standing, but
     /// somebody should know.
     Notice(Notice),
+    /// A backend takes more sessions than before, by the same table: whoever
+    /// waits for one may look again.
+    Opened,
     /// Reset every session of that backend: its removal grace is over. Asked
     /// again every second while it still holds sessions.
     CutSessions(BackendId),
@@ -416,7 +423,9 @@ impl Controller {
             match job {
                 Job::Probe(id) => self.start_probe(id, now),
                 Job::ProbeLost(id) => self.probe_lost(id, now),
-                Job::EjectionEnds(id) => self.end_ejection(id, "its time is over", now),
+                Job::EjectionEnds(id) => self.begin_trial(id, now),
+                Job::LookAtTrial(id) => self.look_at_trial(id, now),
+                Job::LookForGray => self.look_for_gray(now),
                 Job::GraceEnds(pool) => self.grace_over(pool),
                 Job::CutSessions(id) => self.cut_sessions(id),
                 Job::LeavingCheck => self.check_leaving(now),

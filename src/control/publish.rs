@@ -18,6 +18,9 @@ pub(super) struct Standing {
     weight: u32,
     /// Cap; 0 means none.
     connections_max: u32,
+    /// Matters where there are backups, to step in meanwhile, and is false in
+    /// other pools.
+    on_trial: bool,
     /// Matters to `try-all` pools only, and is false in others.
     last_resort: bool,
 }
@@ -59,6 +62,8 @@ impl Standing {
         Standing {
             weight: entry.weight(&pool.spec).parts(),
             connections_max: entry.cap(),
+            on_trial: entry.health.outlier.is_on_trial()
+                && pool.spec.backends.iter().any(|backend| backend.backup),
             last_resort: pool.spec.when_none_eligible == WhenNoneEligible::TryAll
                 && entry.in_service(),
         }
@@ -155,6 +160,7 @@ impl Controller {
                     connections_max: entry.published.connections_max,
                     backup: entry.spec.backup,
                     eligible: entry.published.weight > 0,
+                    on_trial: entry.published.on_trial,
                     in_service: entry.in_service(),
                 });
             }

@@ -20,8 +20,12 @@ pub(super) enum Job {
     Probe(BackendId),
     /// Stop waiting for a probe's result.
     ProbeLost(BackendId),
-    /// Put it back in service.
+    /// Let one session try it.
     EjectionEnds(BackendId),
+    /// See how that session does.
+    LookAtTrial(BackendId),
+    /// Compare first bytes.
+    LookForGray,
     /// Fail open unless there was a result.
     GraceEnds(PoolId),
     /// Its removal grace is over.

@@ -2,17 +2,20 @@
 //! on. The rules are in the files below.
 
 mod ejections;
+mod gray;
 mod handover;
 mod heartbeats;
 mod probing;
 mod reloads;
 
 use super::*;
+use crate::balance::trial::TrialPhase;
 use crate::config::{
     Admin, AdminListen, Backend, EjectionSpec, EngineChoice, Frontend, Log, LogFormat, LogLevel,
     OnRemoval, Policy, Pool, ProbeKind, Process, WhenNoneEligible,
 };
 use crate::health::Observation;
+use crate::health::outlier::TRIAL_LOOK;
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST: Duration = Duration::from_millis(500);
@@ -59,6 +62,8 @@ fn pool(backends: &[&str]) -> Pool {
             failures: 5,
             time: Duration::from_secs(10),
             max_ejected_percent: 50,
+            early_resets: true,
+            slow_first_byte: None,
         }),
         heartbeat: None,
         slow_start: None,
@@ -212,6 +217,17 @@ impl Bench {
         let failed =
             |in_a_row| Event::ConnectFailed { backend, failure: ConnectFailure::Refused, in_a_row };
         (from..=to).flat_map(|k| self.apply(failed(k))).collect()
+    }
+
+    /// The next session comes to the backend, gets so far in its trial, and the
+    /// controller looks.
+    fn try_it(&mut self, name: &str, phase: TrialPhase) -> Vec<Effect> {
+        let state = self.status(name).state;
+        assert!(state.in_flight.try_enter(0), "nobody is let in");
+        let trial = state.in_flight.claim_trial().expect("a trial");
+        state.in_flight.advance_trial(trial, phase);
+        state.in_flight.leave();
+        self.pass(TRIAL_LOOK)
     }
 
     fn status(&self, name: &str) -> BackendStatus {

@@ -1,4 +1,4 @@
-//! What results mean: probes, failed connects, and no result at all.
+//! What results mean: probes, failed sessions, and no result at all.
 //!
 //! Called by the controller for its events. It changes observations and hands
 //! rows of failed connects on to `ejections`; it never schedules anything but
@@ -51,9 +51,12 @@ impl Controller {
     }
 
     /// A session could not connect: counts as a failed probe where there are
-    /// probes, and towards ejection.
+    /// probes, and towards ejection. An early reset counts towards ejection
+    /// alone: what a probe asks may well be answered, and the backend would be
+    /// up again at once.
     ///
-    /// During an ejection only stragglers report, and they say nothing new.
+    /// During an ejection only stragglers report, and they say nothing new; a
+    /// trial is decided by its own session.
     pub(super) fn connect_failed(
         &mut self,
         id: BackendId,
@@ -62,12 +65,14 @@ impl Controller {
         now: Instant,
     ) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        if entry.health.outlier.is_ejected() {
+        if !entry.health.outlier.takes_failures() {
             return;
         }
         let before = entry.health.observation();
         if let Some(detector) = &mut entry.health.detector {
-            if let Some(change) = detector.connect_failed(in_a_row, now) {
+            if failure != ConnectFailure::EarlyReset
+                && let Some(change) = detector.connect_failed(in_a_row, now)
+            {
                 self.observed(id, before, change, &failure.to_string(), now);
             }
             self.probe_soon(id, now);

@@ -10,7 +10,8 @@
 //! observation is one of
 //!
 //! - *up*;
-//! - *suspect*, at a tenth of its weight;
+//! - *suspect*, at a tenth of its weight: what works by probes, or is not
+//!   probed, and is gray by what sessions see of it (`gray`);
 //! - *unknown*, where its pool has no probe;
 //! - *unknown*, while it **fails open**.
 //!
@@ -25,6 +26,9 @@
 //!    probe, or lost the last backend that had a result.
 //! 2. It was in service before its pool got a probe: adding a probe takes
 //!    nothing out that the probe has not found broken.
+//!
+//! After an ejection it is *on trial*: eligible, but a single session gets in
+//! until it has passed (`outlier`).
 //!
 //! *Down* is never eligible; `when_none_eligible = "try-all"` is the table's
 //! business, not part of this rule.
@@ -50,11 +54,13 @@
 //! or `stopping` gets no new sessions: see [`Calling`].
 
 pub mod detector;
+pub mod gray;
 pub mod heartbeat;
 pub mod outlier;
 pub mod probe;
 
 use detector::Detector;
+use gray::Watch;
 use outlier::Outlier;
 use std::time::{Duration, Instant};
 
@@ -80,6 +86,8 @@ pub struct BackendHealth {
     pub pulse: Pulse,
     /// What its heartbeats ask for.
     pub calling: Calling,
+    /// What its first bytes say.
+    pub gray: Watch,
     /// Eligible while unknown; see the module's documentation. Ends with the
     /// first result.
     pub fails_open: bool,
@@ -172,8 +180,8 @@ pub enum ProbeOutcome {
     },
 }
 
-/// How a session's connect attempt failed, where the backend or its path is to
-/// blame. Local trouble never gets here.
+/// How a session failed at its backend before it got anything from it, where the
+/// backend or its path is to blame. Local trouble never gets here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectFailure {
     /// RST to our SYN, or no such socket.
@@ -182,6 +190,9 @@ pub enum ConnectFailure {
     Timeout,
     /// ICMP unreachable and the like.
     Unreachable,
+    /// The connection stood and the client had spoken, but all that came was a
+    /// reset.
+    EarlyReset,
     /// Any other errno.
     Other(i32),
 }
@@ -254,19 +265,32 @@ impl BackendHealth {
             outlier: Outlier::new(),
             pulse: Pulse::Absent,
             calling: Calling::Sessions,
+            gray: Watch::default(),
             fails_open: false,
             since: now,
         }
     }
 
     /// What probes and heartbeats together say.
-    pub fn observation(&self) -> Observation {
+    pub fn seen(&self) -> Observation {
         fuse(self.pulse, self.probed())
     }
 
     /// Probes' verdict alone; `None` where there are none.
     pub fn probed(&self) -> Option<Observation> {
         self.detector.as_ref().map(Detector::observation)
+    }
+
+    /// What probes and heartbeats together say, and sessions of what is in
+    /// service by that.
+    pub fn observation(&self) -> Observation {
+        let seen = self.seen();
+        let serves = match seen {
+            Observation::Up => true,
+            Observation::Unknown => self.when_unknown() == WhenUnknown::Serves,
+            Observation::Suspect | Observation::Down => false,
+        };
+        if serves && self.gray.is_suspect() { Observation::Suspect } else { seen }
     }
 
     /// Derived: may it be chosen for new sessions?
@@ -277,6 +301,11 @@ impl BackendHealth {
     /// Whether only its ejection keeps it out.
     pub fn eligible_but_for_ejection(&self) -> bool {
         self.outlier.is_ejected() && self.percent(false) > 0
+    }
+
+    /// Whether it takes sessions, and not just one to try it.
+    pub fn takes_many(&self) -> bool {
+        self.eligible() && !self.outlier.is_on_trial()
     }
 
     /// What is left of its weight, in percent: all of it, less while it is
@@ -295,23 +324,35 @@ impl BackendHealth {
         Some(lasted)
     }
 
+    /// Ends the ejection, if there is one, with a trial, and gives how long it
+    /// lasted. Rows of failed connects start anew.
+    pub fn begin_trial(&mut self, now: Instant) -> Option<Duration> {
+        let lasted = self.outlier.begin_trial(now)?;
+        if let Some(detector) = &mut self.detector {
+            detector.forget_connects();
+        }
+        Some(lasted)
+    }
+
     /// Since when it has been neither judged anew nor ejected.
     pub fn settled_since(&self) -> Instant {
         let judged = self.detector.as_ref().map_or(self.since, Detector::since);
-        self.outlier.back_since().map_or(judged, |back| back.max(judged))
+        [self.outlier.back_since(), self.gray.suspect_since()]
+            .into_iter()
+            .flatten()
+            .fold(judged, Instant::max)
+    }
+
+    fn when_unknown(&self) -> WhenUnknown {
+        let open = self.detector.is_none() || self.fails_open;
+        if open && self.pulse != Pulse::Awaited { WhenUnknown::Serves } else { WhenUnknown::Waits }
     }
 
     fn percent(&self, ejected: bool) -> u32 {
         if self.calling != Calling::Sessions {
             return 0;
         }
-        let open = self.detector.is_none() || self.fails_open;
-        let when_unknown = if open && self.pulse != Pulse::Awaited {
-            WhenUnknown::Serves
-        } else {
-            WhenUnknown::Waits
-        };
-        weight_percent(self.intent, ejected, self.observation(), when_unknown)
+        weight_percent(self.intent, ejected, self.observation(), self.when_unknown())
     }
 }
 
@@ -395,6 +436,7 @@ impl std::fmt::Display for ConnectFailure {
             ConnectFailure::Refused => f.write_str(REFUSED),
             ConnectFailure::Timeout => f.write_str("connect timed out"),
             ConnectFailure::Unreachable => f.write_str("host unreachable"),
+            ConnectFailure::EarlyReset => f.write_str("reset before its first byte"),
             ConnectFailure::Other(errno) => {
                 write!(f, "connect failed: {}", std::io::Error::from_raw_os_error(*errno))
             }
@@ -454,7 +496,11 @@ mod tests {
         assert_eq!(health.weight_share(), 100);
         health.detector = Some(Detector::new(2, 3, now));
         assert_eq!(health.weight_share(), 0, "waits for its first result");
+        health.gray.suspect(now);
+        assert_eq!(health.observation(), Observation::Unknown, "it takes no sessions");
         health.fails_open = true;
+        assert_eq!(health.weight_share(), 10);
+        health.gray.clear();
         assert_eq!(health.weight_share(), 100);
     }
 

@@ -1,5 +1,5 @@
-//! Passive ejection of one backend: rows of failed connects put it out for a
-//! while.
+//! Passive ejection of one backend: rows of failures put it out for a while,
+//! and a trial brings it back.
 //!
 //! The controller owns one for each backend, asks its pool's guard before it
 //! ejects, and ends ejections when their time has come. It never reads a clock
@@ -9,14 +9,45 @@
 //! [`EJECTION_MAX`]. After an ejection a whole new row of failures is needed
 //! for the next. *In a row* fades: n drops by one for each `time` spent in
 //! service since the last ejection ended.
+//!
+//! When its time is over, one session tries the backend (Nygard's half-open
+//! circuit breaker, "Release It!", 2007) and no second one gets in before that
+//! one says how it was:
+//!
+//! - a first byte, an end in order, or a connection on which nobody speaks from
+//!   one look to the next: it passes, and everybody may come;
+//! - a failed connect or an early reset: it is ejected again, for longer;
+//! - anything else (its client went away) says nothing, and the next one tries.
+//!
+//! A trial whose clients speak and get no answer for [`TRIAL_MAX`] is at an end,
+//! too: it has failed where a first byte is expected (`slow_first_byte`), and
+//! passed where some may take their time.
 
 use super::detector::ConnectRow;
+use crate::balance::trial::TrialPhase;
 use crate::config::EjectionSpec;
 use std::time::{Duration, Instant};
 
 /// No ejection lasts longer: a backend that came back is found out within
 /// five minutes even where there are no probes.
 pub const EJECTION_MAX: Duration = Duration::from_secs(300);
+
+/// Unanswered for this long, a trial is decided without an answer: a backend
+/// must not stay out because one client waits for something.
+pub const TRIAL_MAX: Duration = Duration::from_secs(10);
+
+/// How often the controller looks at a trial: whoever comes meanwhile goes
+/// elsewhere.
+pub const TRIAL_LOOK: Duration = Duration::from_millis(100);
+
+/// How a trial ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TrialEnd {
+    /// Everybody may come; why, in words.
+    Passed(&'static str),
+    /// It is to be ejected again; why, in words.
+    Failed(&'static str),
+}
 
 /// See the module's documentation.
 #[derive(Debug, Clone)]
@@ -52,6 +83,16 @@ pub struct SavedOutlier {
 enum Standing {
     In { since: Option<Instant> },
     Ejected { since: Instant, until: Instant },
+    Trial(Trial),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Trial {
+    since: Instant,
+    /// When a client was first seen to wait for an answer.
+    asked: Option<Instant>,
+    /// At the last look the connection stood and nobody had spoken.
+    silent: bool,
 }
 
 // === impl Outlier ===
@@ -78,6 +119,8 @@ impl Outlier {
             Standing::Ejected { since, until } => {
                 (Some((ago(since), millis(until.saturating_duration_since(now)))), None)
             }
+            // The next process makes a trial of its own.
+            Standing::Trial(trial) => (Some((ago(trial.since), 0)), None),
         };
         SavedOutlier {
             ejected,
@@ -104,13 +147,13 @@ impl Outlier {
         self.ejections_total = saved.ejections_total;
     }
 
-    /// Takes a session's failed connect (`in_a_row` is the count all workers
-    /// share). Gives the length of the row once it is long enough to eject.
+    /// Takes a session's failure (`in_a_row` is the count all workers share).
+    /// Gives the length of the row once it is long enough to eject.
     ///
     /// What arrives during an ejection are stragglers that were chosen before
-    /// it: they count for nothing.
-    pub fn connect_failed(&mut self, in_a_row: u32, spec: &EjectionSpec) -> Option<u32> {
-        if self.is_ejected() {
+    /// it: they count for nothing. A trial is decided by its own session.
+    pub fn failed(&mut self, in_a_row: u32, spec: &EjectionSpec) -> Option<u32> {
+        if !self.takes_failures() {
             return None;
         }
         let row = self.row.measure(in_a_row);
@@ -156,6 +199,69 @@ impl Outlier {
         Some(now.saturating_duration_since(since))
     }
 
+    /// Ends the ejection, if there is one, with a trial, and gives how long it
+    /// lasted.
+    pub fn begin_trial(&mut self, now: Instant) -> Option<Duration> {
+        let Standing::Ejected { since, .. } = self.standing else { return None };
+        self.standing = Standing::Trial(Trial { since: now, asked: None, silent: false });
+        self.restart_row();
+        Some(now.saturating_duration_since(since))
+    }
+
+    /// Looks how far the trial has come. `answer_expected` says whether a client
+    /// that has spoken is due an answer within [`TRIAL_MAX`].
+    pub fn look_at_trial(
+        &mut self,
+        phase: TrialPhase,
+        answer_expected: bool,
+        now: Instant,
+    ) -> Option<TrialEnd> {
+        let Standing::Trial(trial) = &mut self.standing else { return None };
+        let was_silent = std::mem::replace(&mut trial.silent, phase == TrialPhase::Connected);
+        match phase {
+            TrialPhase::Passed => Some(TrialEnd::Passed("its trial session succeeded")),
+            TrialPhase::Failed => Some(TrialEnd::Failed("its trial session failed")),
+            TrialPhase::Connected if was_silent => {
+                Some(TrialEnd::Passed("its trial session is connected"))
+            }
+            TrialPhase::Spoken => {
+                let asked = *trial.asked.get_or_insert(now);
+                let over = now.saturating_duration_since(asked) >= TRIAL_MAX;
+                over.then_some(match answer_expected {
+                    true => TrialEnd::Failed("its trial session was not answered"),
+                    false => TrialEnd::Passed("its trial session is connected and waits"),
+                })
+            }
+            _ => None,
+        }
+    }
+
+    /// Ends the trial, if there is one: it is back in service. Gives how long
+    /// the trial lasted.
+    pub fn end_trial(&mut self, now: Instant) -> Option<Duration> {
+        let lasted = self.trial_lasts(now)?;
+        self.standing = Standing::In { since: Some(now) };
+        Some(lasted)
+    }
+
+    /// For how long the trial has lasted, if there is one.
+    pub fn trial_lasts(&self, now: Instant) -> Option<Duration> {
+        match self.standing {
+            Standing::Trial(trial) => Some(now.saturating_duration_since(trial.since)),
+            _ => None,
+        }
+    }
+
+    /// Whether one session is to try it.
+    pub fn is_on_trial(&self) -> bool {
+        matches!(self.standing, Standing::Trial(_))
+    }
+
+    /// Whether failures count: not during an ejection or a trial.
+    pub fn takes_failures(&self) -> bool {
+        matches!(self.standing, Standing::In { .. })
+    }
+
     /// Other evidence has cleared the backend: a whole row is needed again.
     pub fn restart_row(&mut self) {
         self.row.restart();
@@ -171,7 +277,7 @@ impl Outlier {
     pub fn until(&self) -> Option<Instant> {
         match self.standing {
             Standing::Ejected { until, .. } => Some(until),
-            Standing::In { .. } => None,
+            _ => None,
         }
     }
 
@@ -179,6 +285,7 @@ impl Outlier {
     pub fn back_since(&self) -> Option<Instant> {
         match self.standing {
             Standing::In { since } => since,
+            Standing::Trial(trial) => Some(trial.since),
             Standing::Ejected { .. } => None,
         }
     }
@@ -209,8 +316,13 @@ impl Default for Outlier {
 mod tests {
     use super::*;
 
-    const SPEC: EjectionSpec =
-        EjectionSpec { failures: 5, time: Duration::from_secs(10), max_ejected_percent: 50 };
+    const SPEC: EjectionSpec = EjectionSpec {
+        failures: 5,
+        time: Duration::from_secs(10),
+        max_ejected_percent: 50,
+        early_resets: true,
+        slow_first_byte: None,
+    };
 
     fn seconds(n: u64) -> Duration {
         Duration::from_secs(n)
@@ -228,15 +340,15 @@ mod tests {
     #[test]
     fn the_row_of_failures_ejects_and_not_one_less() {
         let mut outlier = Outlier::new();
-        assert!((1..=4).all(|k| outlier.connect_failed(k, &SPEC).is_none()));
-        assert_eq!(outlier.connect_failed(5, &SPEC), Some(5));
+        assert!((1..=4).all(|k| outlier.failed(k, &SPEC).is_none()));
+        assert_eq!(outlier.failed(5, &SPEC), Some(5));
     }
 
     #[test]
     fn a_success_between_starts_the_row_anew() {
         let mut outlier = Outlier::new();
         for k in [1, 2, 3, 4, 1, 2, 3, 4] {
-            assert_eq!(outlier.connect_failed(k, &SPEC), None);
+            assert_eq!(outlier.failed(k, &SPEC), None);
         }
     }
 
@@ -275,14 +387,57 @@ mod tests {
     #[test]
     fn after_an_ejection_a_whole_row_is_needed_again() {
         let (mut outlier, now) = (Outlier::new(), crate::clock::now());
-        outlier.connect_failed(5, &SPEC);
+        outlier.failed(5, &SPEC);
         outlier.eject(&SPEC, now);
-        assert_eq!(outlier.connect_failed(500, &SPEC), None, "a straggler");
+        assert_eq!(outlier.failed(500, &SPEC), None, "a straggler");
         assert_eq!(outlier.end(now + seconds(10)), Some(seconds(10)));
         for k in 801..805 {
-            assert_eq!(outlier.connect_failed(k, &SPEC), None);
+            assert_eq!(outlier.failed(k, &SPEC), None);
         }
-        assert_eq!(outlier.connect_failed(805, &SPEC), Some(5));
+        assert_eq!(outlier.failed(805, &SPEC), Some(5));
+    }
+
+    #[test]
+    fn failed_trial_makes_the_next_ejection_longer_and_nothing_fades_meanwhile() {
+        let (mut outlier, now) = (Outlier::new(), crate::clock::now());
+        outlier.eject(&SPEC, now);
+        assert_eq!(outlier.begin_trial(now + seconds(10)), Some(seconds(10)));
+        assert!(outlier.is_on_trial() && !outlier.is_ejected());
+        assert_eq!(outlier.failed(500, &SPEC), None, "a straggler");
+        let later = now + seconds(1000);
+        let end = outlier.look_at_trial(TrialPhase::Failed, true, later);
+        assert!(matches!(end, Some(TrialEnd::Failed(_))));
+        assert_eq!(outlier.eject(&SPEC, later) - later, seconds(20));
+    }
+
+    #[test]
+    fn trial_passes_by_an_answer_or_by_lasting_silence_and_not_by_a_question() {
+        let look = |phases: &[TrialPhase]| {
+            let (mut outlier, now) = (Outlier::new(), crate::clock::now());
+            outlier.eject(&SPEC, now);
+            outlier.begin_trial(now);
+            phases.iter().fold(None, |_, phase| outlier.look_at_trial(*phase, true, now))
+        };
+        use TrialPhase::{Claimed, Connected, Open, Passed, Spoken};
+        assert_eq!(look(&[Open, Claimed, Connected, Spoken, Open]), None);
+        assert_eq!(look(&[Connected, Open, Connected]), None, "two sessions");
+        assert!(matches!(look(&[Connected, Connected]), Some(TrialEnd::Passed(_))));
+        assert!(matches!(look(&[Spoken, Passed]), Some(TrialEnd::Passed(_))));
+    }
+
+    #[test]
+    fn unanswered_trial_ends_as_the_pool_expects_it() {
+        for (answer_expected, passes) in [(true, false), (false, true)] {
+            let (mut outlier, now) = (Outlier::new(), crate::clock::now());
+            outlier.eject(&SPEC, now);
+            outlier.begin_trial(now);
+            let mut look =
+                |after| outlier.look_at_trial(TrialPhase::Spoken, answer_expected, now + after);
+            assert_eq!(look(seconds(1)), None);
+            assert_eq!(look(TRIAL_MAX), None, "a second too early");
+            let end = look(TRIAL_MAX + seconds(1)).unwrap();
+            assert_eq!(matches!(end, TrialEnd::Passed(_)), passes);
+        }
     }
 
     #[test]
@@ -301,12 +456,12 @@ mod tests {
     #[test]
     fn a_held_back_ejection_is_news_once_a_row() {
         let mut outlier = Outlier::new();
-        assert!(outlier.connect_failed(5, &SPEC).is_some());
+        assert!(outlier.failed(5, &SPEC).is_some());
         assert!(outlier.hold_back());
-        assert!(outlier.connect_failed(6, &SPEC).is_some());
+        assert!(outlier.failed(6, &SPEC).is_some());
         assert!(!outlier.hold_back());
-        outlier.connect_failed(1, &SPEC);
-        assert!(outlier.connect_failed(5, &SPEC).is_some());
+        outlier.failed(1, &SPEC);
+        assert!(outlier.failed(5, &SPEC).is_some());
         assert!(outlier.hold_back());
         assert_eq!(outlier.held_total(), 2);
     }

@@ -61,11 +61,25 @@ impl Epoll {
         Ok(Epoll(epoll::create(epoll::CreateFlags::CLOEXEC)?))
     }
 
-    /// Watches `socket` for everything, edge-triggered, until it is closed.
+    /// Watches `socket` for everything but room to send, edge-triggered, until
+    /// it is closed. A fresh socket has room, and would only say so.
     pub fn watch(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
-        use epoll::EventFlags as E;
-        let interest = E::IN | E::OUT | E::RDHUP | E::PRI | E::ET;
+        epoll::add(&self.0, socket, epoll::EventData::new_u64(token), arrivals())?;
+        Ok(())
+    }
+
+    /// Watches `socket` for everything, as [`Epoll::watch`].
+    pub fn watch_all(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        let interest = arrivals() | epoll::EventFlags::OUT;
         epoll::add(&self.0, socket, epoll::EventData::new_u64(token), interest)?;
+        Ok(())
+    }
+
+    /// Watches a `socket` of [`Epoll::watch`] for everything from now on; what
+    /// it is ready for already is told again.
+    pub fn watch_room(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        let interest = arrivals() | epoll::EventFlags::OUT;
+        epoll::modify(&self.0, socket, epoll::EventData::new_u64(token), interest)?;
         Ok(())
     }
 
@@ -100,6 +114,11 @@ impl Epoll {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+fn arrivals() -> epoll::EventFlags {
+    use epoll::EventFlags as E;
+    E::IN | E::RDHUP | E::PRI | E::ET
 }
 
 impl AsRawFd for Epoll {

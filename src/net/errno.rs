@@ -20,6 +20,20 @@ pub fn local_trouble(error: &io::Error) -> Option<LocalError> {
     }
 }
 
+/// As [`local_trouble`], for an error that connect(2) gave at once. No packet has
+/// left this host by then, so a lack of a route or of an interface is ours;
+/// the same errno on a connect that was pending came by ICMP and speaks of the
+/// path (tcp(7), "Error handling"; `tcp_v4_err` in Linux).
+///
+/// EHOSTUNREACH stays the path's even here: it says that a neighbour did not
+/// answer, or that somebody declared this one host unreachable.
+pub fn local_trouble_at_once(error: &io::Error) -> Option<LocalError> {
+    match error.raw_os_error()? {
+        libc::ENETUNREACH | libc::ENETDOWN | libc::ENONET => Some(LocalError::Route),
+        _ => local_trouble(error),
+    }
+}
+
 /// Whether accept(2) failed only for the connection it was about to return:
 /// the next call may well succeed (accept(2), "Error handling").
 pub fn accept_may_go_on(error: &io::Error) -> bool {

@@ -1,7 +1,7 @@
 //! The few ioctls no crate wraps. The only unsafe code of the readiness
 //! engine.
 //!
-//! Used by `stream`.
+//! Used by `stream` and `pipe`.
 
 #![allow(unsafe_code)]
 
@@ -14,5 +14,14 @@ pub(super) fn out_queue(socket: BorrowedFd<'_>) -> u64 {
     // SAFETY: SIOCOUTQ (the same number as TIOCOUTQ) writes one int through
     // the pointer, which is valid, aligned and exclusive for the call.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut queued) };
+    if result == 0 { u64::try_from(queued).unwrap_or(0) } else { 0 }
+}
+
+/// Bytes that can be received from the socket now; 0 on any error.
+pub(super) fn in_queue(socket: BorrowedFd<'_>) -> u64 {
+    let mut queued: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int through the pointer, which is valid,
+    // aligned and exclusive for the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut queued) };
     if result == 0 { u64::try_from(queued).unwrap_or(0) } else { 0 }
 }

@@ -4,7 +4,10 @@
 //! Used by the relay engines. A worker has a bounded pool; a pipe is taken when
 //! there is something to move and given back as soon as it is empty.
 
-use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+use super::ioctl;
+use rustix::pipe::{
+    PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice,
+};
 use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,6 +16,10 @@ use std::rc::Rc;
 /// Asked of the kernel for each pipe; beyond its limits for users other than
 /// root (pipe(7), `pipe-user-pages-soft`) pipes stay smaller.
 const PIPE_BYTES: usize = 1024 * 1024;
+
+/// A fill of less than this share of a pipe's size, where the pipe is what ended
+/// it, is crammed. At a quarter, packets of an Ethernet are well above.
+const CRAMMED: usize = 4;
 
 /// Pipes one worker may have. A stalled receiver pins one, at most
 /// [`PIPE_BYTES`] of it; streams beyond this number are copied.
@@ -42,6 +49,17 @@ pub struct Pipes {
 struct Ends {
     read: OwnedFd,
     write: OwnedFd,
+    size: usize,
+}
+
+/// What a fill brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fill {
+    /// 0 is the peer's FIN.
+    pub bytes: usize,
+    /// The pipe is full of little: a piece of a packet takes up a page's place
+    /// in it, however small it is. Copying is cheaper then.
+    pub crammed: bool,
 }
 
 /// One pipe among those in use.
@@ -54,8 +72,11 @@ impl Ends {
     fn new() -> io::Result<Ends> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // A smaller pipe works as well, in more steps.
-        let _ = fcntl_setpipe_size(&write, PIPE_BYTES);
-        Ok(Ends { read, write })
+        let size = match fcntl_setpipe_size(&write, PIPE_BYTES) {
+            Ok(size) => size,
+            Err(_) => fcntl_getpipe_size(&write)?,
+        };
+        Ok(Ends { read, write, size })
     }
 }
 
@@ -73,14 +94,17 @@ impl Pipe {
         self.holds
     }
 
-    /// Takes what has arrived at `socket`, as far as there is room; `Ok(0)` is
-    /// the peer's FIN. Only for an empty pipe: a full one would say
-    /// `WouldBlock` as well.
-    pub fn fill(&mut self, socket: impl AsFd) -> io::Result<usize> {
+    /// Takes what has arrived at `socket`, as far as there is room. Only for an
+    /// empty pipe: a full one would say `WouldBlock` as well.
+    pub fn fill(&mut self, socket: impl AsFd) -> io::Result<Fill> {
         let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
-        let moved = splice(socket, None, &self.ends.write, None, PIPE_BYTES, flags)?;
-        self.holds += moved;
-        Ok(moved)
+        let bytes = splice(&socket, None, &self.ends.write, None, PIPE_BYTES, flags)?;
+        self.holds += bytes;
+        // As much again was there to be taken.
+        let crammed = bytes < self.ends.size / CRAMMED
+            && bytes > 0
+            && ioctl::in_queue(socket.as_fd()) >= bytes as u64;
+        Ok(Fill { bytes, crammed })
     }
 
     /// Sends what is in it, as far as `socket` has room.
@@ -139,11 +163,26 @@ mod tests {
         let (exit, mut to) = UnixStream::pair().unwrap();
         let mut pipe = Pipes::default().take().unwrap();
         from.write_all(b"in bulk").unwrap();
-        assert_eq!(pipe.fill(&entry).unwrap(), 7);
+        assert_eq!(pipe.fill(&entry).unwrap(), Fill { bytes: 7, crammed: false });
         assert_eq!((pipe.drain(&exit).unwrap(), pipe.holds()), (7, 0));
         let mut got = [0; 7];
         to.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"in bulk");
+    }
+
+    #[test]
+    fn a_pipe_full_of_small_pieces_is_crammed() {
+        let (mut from, entry) = UnixStream::pair().unwrap();
+        let mut pipe = Pipes::default().take().unwrap();
+        // Each in a buffer of its own; hundreds fit into a socket.
+        for _ in 0..250 {
+            from.write_all(b"piece").unwrap();
+        }
+        while pipe.ends.size > 4096 {
+            pipe.ends.size = fcntl_setpipe_size(&pipe.ends.write, pipe.ends.size / 2).unwrap();
+        }
+        let Fill { bytes, crammed } = pipe.fill(&entry).unwrap();
+        assert!(bytes < 100 && crammed, "{bytes}");
     }
 
     #[test]

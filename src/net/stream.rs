@@ -71,6 +71,23 @@ pub fn connect_from(source: Option<IpAddr>, peer: Peer<'_>) -> io::Result<(Owned
     Ok((socket.into(), how_far))
 }
 
+/// As [`connect`], and looks again at once where the peer is on this host: the
+/// handshake with it is over, one way or the other, by the time connect(2)
+/// returns, although that says "in progress".
+pub fn connect_and_look(peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
+    let (socket, how_far) = connect(peer)?;
+    let Peer::Tcp(address) = peer else { return Ok((socket, how_far)) };
+    if how_far == Connecting::Done || !address.ip().is_loopback() {
+        return Ok((socket, how_far));
+    }
+    // connect(2) on a connecting socket tells how that went.
+    match rustix::net::connect(&socket, &address) {
+        Ok(()) | Err(rustix::io::Errno::ISCONN) => Ok((socket, Connecting::Done)),
+        Err(rustix::io::Errno::ALREADY) => Ok((socket, Connecting::Pending)),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// How a connect that was pending ended, once the socket has become writable.
 pub fn connect_result(socket: impl AsFd) -> io::Result<()> {
     match SockRef::from(&socket).take_error()? {
@@ -161,4 +178,32 @@ pub fn set_liveness(
         None => socket.set_keepalive(false)?,
     }
     socket.set_tcp_user_timeout(user_timeout)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connect_within_the_host_is_decided_at_once() {
+        for host in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = std::net::TcpListener::bind(host).unwrap();
+            let address = listener.local_addr().unwrap();
+            let (_socket, how_far) = connect_and_look(Peer::Tcp(address)).unwrap();
+            assert_eq!(how_far, Connecting::Done);
+            drop(listener);
+            let refused = connect_and_look(Peer::Tcp(address)).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::ECONNREFUSED));
+        }
+    }
+
+    #[test]
+    fn a_connect_that_waits_for_room_in_the_backlog_is_pending() {
+        let listener = super::super::listen::bind("127.0.0.1:0".parse().unwrap(), 1).unwrap();
+        listener[0].listen(0).unwrap();
+        let address = listener[0].local_addr().unwrap().as_socket().unwrap();
+        let connects: Vec<_> =
+            (0..3).map(|_| connect_and_look(Peer::Tcp(address)).unwrap()).collect();
+        assert!(connects.iter().any(|(_, how_far)| *how_far == Connecting::Pending));
+    }
 }

@@ -8,9 +8,9 @@ use super::close::{Cause, Ending, Phase, Side};
 use super::context::{Context, Report};
 use super::gate::Gate;
 use super::relay::{ConnectEnd, Flow};
-use crate::balance::PickKey;
+use crate::balance::trial::{TrialId, TrialPhase};
 use crate::clock;
-use crate::config::BackendAddress;
+use crate::config::{BackendAddress, Policy};
 use crate::health::ConnectFailure;
 use crate::net::errno;
 use crate::net::stream::{self, Connecting, Peer};
@@ -29,6 +29,10 @@ pub(super) struct Held {
     reserved: Option<Reserved>,
     backend: Arc<BackendState>,
     gate: Arc<Gate>,
+    /// The trial this session decides, until it has.
+    trial: Option<TrialId>,
+    /// A connection that stands is no success yet.
+    early_resets: bool,
 }
 
 /// A connected backend.
@@ -80,7 +84,7 @@ pub(super) async fn dial(
             }
         };
         let index = reserved.index;
-        let held = Held::new(reserved, &ctx.shared.gate);
+        let mut held = Held::new(reserved, pool, &ctx.shared.gate);
         attempts.count += 1;
         attempts.last = Some(Arc::clone(held.backend()));
         if attempts.count > 1 {
@@ -89,18 +93,24 @@ pub(super) async fn dial(
         let started = clock::now();
         match attempt(flow, held.backend(), started + pool.spec.connect_timeout).await {
             Ok(()) => {
-                held.backend().connect_succeeded();
                 let since = clock::now();
-                return Ok(Upstream { held, connect_time: since - started, since });
+                let connect_time = since - started;
+                held.connected();
+                if pool.spec.balance == Policy::PeakEwma {
+                    held.backend().latency.connected(connect_time, clock::millis(since));
+                }
+                return Ok(Upstream { held, connect_time, since });
             }
             Err(Failed::Over(ending)) => return Err(ending),
             Err(Failed::Blamed(failure, errno)) => {
+                held.decide(TrialPhase::Failed);
                 why = blame(ctx, held.backend(), failure, errno);
             }
             Err(Failed::Local(kind, errno)) => {
                 ctx.counters.local_errors.cell(kind as usize, 0).add(1);
                 why = local_ending(Phase::Connect, &io::Error::from_raw_os_error(errno));
-                if kind != LocalError::Ports {
+                // Ports and routes are had for each destination apart.
+                if !matches!(kind, LocalError::Ports | LocalError::Route) {
                     return Err(why);
                 }
             }
@@ -110,7 +120,7 @@ pub(super) async fn dial(
             return Err(why);
         }
         tried.push(index);
-        choice = pool.pick(PickKey { client, draw: ctx.draw() }, &tried);
+        choice = pool.pick(ctx.pick_key(client), &tried);
     }
 }
 
@@ -119,11 +129,12 @@ async fn attempt(flow: &Flow, backend: &BackendState, deadline: Instant) -> Resu
         BackendAddress::Tcp(address) => Peer::Tcp(*address),
         BackendAddress::Unix(path) => Peer::Unix(path),
     };
-    let (upstream, how_far) = stream::connect(peer).map_err(judge)?;
+    let (upstream, how_far) =
+        stream::connect_and_look(peer).map_err(|e| judge(&e, errno::local_trouble_at_once(&e)))?;
     match how_far {
-        Connecting::Done => flow.attach(upstream).map_err(judge),
+        Connecting::Done => flow.attach(upstream).map_err(|e| judge(&e, errno::local_trouble(&e))),
         Connecting::Pending => flow.connected(upstream, deadline).await.map_err(|end| match end {
-            ConnectEnd::Failed(error) => judge(error),
+            ConnectEnd::Failed(error) => judge(&error, errno::local_trouble(&error)),
             ConnectEnd::TimedOut => Failed::Blamed(ConnectFailure::Timeout, libc::ETIMEDOUT),
             ConnectEnd::ClientGone(errno) => Failed::Over(client_gone(Phase::Connect, errno)),
             ConnectEnd::Cut(cause) => Failed::Over(cut(Phase::Connect, cause)),
@@ -131,17 +142,19 @@ async fn attempt(flow: &Flow, backend: &BackendState, deadline: Instant) -> Resu
     }
 }
 
-/// Whose fault a failed connect is.
-fn judge(error: io::Error) -> Failed {
+/// Whose fault a failed connect is: ours where `local` says so.
+fn judge(error: &io::Error, local: Option<LocalError>) -> Failed {
     let code = error.raw_os_error().unwrap_or(libc::EIO);
-    if let Some(kind) = errno::local_trouble(&error) {
+    if let Some(kind) = local {
         return Failed::Local(kind, code);
     }
     let failure = match code {
         // A Unix socket nobody has bound is as refused as a closed port.
         libc::ECONNREFUSED | libc::ENOENT | libc::ECONNRESET => ConnectFailure::Refused,
         libc::ETIMEDOUT => ConnectFailure::Timeout,
-        libc::EHOSTUNREACH | libc::EHOSTDOWN => ConnectFailure::Unreachable,
+        libc::EHOSTUNREACH | libc::EHOSTDOWN | libc::ENETUNREACH | libc::ENETDOWN => {
+            ConnectFailure::Unreachable
+        }
         other => ConnectFailure::Other(other),
     };
     Failed::Blamed(failure, code)
@@ -150,17 +163,22 @@ fn judge(error: io::Error) -> Failed {
 /// Counts a failure against the backend and tells the control thread.
 fn blame(ctx: &Context, backend: &BackendState, failure: ConnectFailure, errno: i32) -> Ending {
     backend.counters.of(ctx.id).connect_failures.add(1);
-    let in_a_row = backend.connect_failed();
+    report(ctx, backend, failure);
+    let cause = match failure {
+        ConnectFailure::Refused => Cause::ConnectRefused,
+        ConnectFailure::Timeout => Cause::ConnectTimeout,
+        _ => Cause::ConnectFailed,
+    };
+    Ending { cause, phase: Phase::Connect, errno, closed_first: None }
+}
+
+/// Makes the row of failures longer and tells the control thread.
+fn report(ctx: &Context, backend: &BackendState, failure: ConnectFailure) {
+    let in_a_row = backend.failed();
     let report = Report::ConnectFailed { backend: backend.id, failure, in_a_row };
     if !ctx.shared.reports.push(report) {
         ctx.counters.reports_dropped.add(1);
     }
-    let cause = match failure {
-        ConnectFailure::Refused => Cause::ConnectRefused,
-        ConnectFailure::Timeout => Cause::ConnectTimeout,
-        ConnectFailure::Unreachable | ConnectFailure::Other(_) => Cause::ConnectFailed,
-    };
-    Ending { cause, phase: Phase::Connect, errno, closed_first: None }
 }
 
 /// Waits until some untried backend has a slot.
@@ -171,8 +189,7 @@ async fn wait_for_slot(
     client: IpAddr,
     tried: &[usize],
 ) -> Result<Reserved, Ending> {
-    let slot =
-        ctx.shared.gate.wait_until(|| pool.pick(PickKey { client, draw: ctx.draw() }, tried).ok());
+    let slot = ctx.shared.gate.wait_until(|| pool.pick(ctx.pick_key(client), tried).ok());
     // All three are readiness futures: dropping the losers loses nothing.
     tokio::select! {
         reserved = slot => Ok(reserved),
@@ -206,9 +223,53 @@ fn cut(phase: Phase, cause: Cause) -> Ending {
 // === impl Held ===
 
 impl Held {
-    fn new(reserved: Reserved, gate: &Arc<Gate>) -> Held {
+    fn new(reserved: Reserved, pool: &PoolTable, gate: &Arc<Gate>) -> Held {
         let backend = Arc::clone(reserved.backend());
-        Held { reserved: Some(reserved), backend, gate: Arc::clone(gate) }
+        let trial = reserved.trial();
+        let early_resets = pool.spec.ejection.is_some_and(|spec| spec.early_resets);
+        Held { reserved: Some(reserved), backend, gate: Arc::clone(gate), trial, early_resets }
+    }
+
+    pub(super) fn trial(&self) -> Option<TrialId> {
+        self.trial
+    }
+
+    fn connected(&self) {
+        if !self.early_resets {
+            self.backend.succeeded();
+        }
+        if let Some(trial) = self.trial {
+            self.backend.in_flight.advance_trial(trial, TrialPhase::Connected);
+        }
+    }
+
+    /// The backend gave the session what it wanted; `proven` by a first byte or
+    /// by an end in order, otherwise by nothing but a connection on which the
+    /// client was silent.
+    pub(super) fn succeeded(&mut self, proven: bool) {
+        if proven {
+            self.backend.succeeded();
+        }
+        self.decide(TrialPhase::Passed);
+    }
+
+    /// The connection broke before anybody said anything.
+    pub(super) fn failed_trial(&mut self) {
+        self.decide(TrialPhase::Failed);
+    }
+
+    /// The backend reset the connection before it said anything.
+    pub(super) fn reset_early(&mut self, ctx: &Context) {
+        if self.early_resets {
+            self.decide(TrialPhase::Failed);
+            report(ctx, &self.backend, ConnectFailure::EarlyReset);
+        }
+    }
+
+    fn decide(&mut self, phase: TrialPhase) {
+        if let Some(trial) = self.trial.take() {
+            self.backend.in_flight.advance_trial(trial, phase);
+        }
     }
 
     pub(super) fn backend(&self) -> &Arc<BackendState> {
@@ -218,8 +279,38 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
+        // Nothing was learnt: the next session is to try.
+        self.decide(TrialPhase::Open);
         // The slot first: whoever the gate wakes must find it free.
         self.reserved = None;
         self.gate.opened();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blamed(errno: i32, at_once: bool) -> bool {
+        let error = io::Error::from_raw_os_error(errno);
+        let local = match at_once {
+            true => errno::local_trouble_at_once(&error),
+            false => errno::local_trouble(&error),
+        };
+        matches!(judge(&error, local), Failed::Blamed(..))
+    }
+
+    #[test]
+    fn no_route_of_our_own_is_not_blamed_on_the_backend_but_an_icmp_message_is() {
+        for errno in [libc::ENETUNREACH, libc::ENETDOWN] {
+            assert!(!blamed(errno, true), "{errno} at once");
+            assert!(blamed(errno, false), "{errno} by ICMP");
+        }
+        for at_once in [true, false] {
+            assert!(!blamed(libc::EADDRNOTAVAIL, at_once));
+            assert!(!blamed(libc::EMFILE, at_once));
+            assert!(blamed(libc::EHOSTUNREACH, at_once));
+            assert!(blamed(libc::ECONNREFUSED, at_once));
+        }
     }
 }

@@ -5,7 +5,9 @@
 
 use super::gate::Gate;
 use super::relay::Engine;
+use crate::balance::PickKey;
 use crate::balance::in_flight::InFlight;
+use crate::clock;
 use crate::health::ConnectFailure;
 use crate::table::Table;
 use crate::table::publish::TableReader;
@@ -15,6 +17,7 @@ use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Recorder;
 use crossbeam::queue::ArrayQueue;
 use std::cell::{Cell, RefCell};
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use tokio::sync::Notify;
@@ -144,6 +147,12 @@ impl Context {
     #[inline]
     pub fn draw(&self) -> u64 {
         self.random.borrow_mut().u64(..)
+    }
+
+    /// What a pick for that client goes by, now.
+    #[inline]
+    pub fn pick_key(&self, client: IpAddr) -> PickKey {
+        PickKey { client, draw: self.draw(), at: clock::millis(clock::now()) }
     }
 
     /// A number for a new session, unique in the process: worker in the upper

@@ -11,7 +11,6 @@ use super::close::Cause;
 use super::context::Context;
 use super::session::{self, Arrival, Refusal};
 use super::slots::Slots;
-use crate::balance::PickKey;
 use crate::clock;
 use crate::net::{errno, listen, reactor};
 use crate::table::{FrontendRoute, Table};
@@ -205,8 +204,7 @@ fn start_session(
             return session::turn_away(ctx, refusal);
         }
     }
-    let key = PickKey { client: client.ip(), draw: ctx.draw() };
-    let pick = route.pool.pick(key, &[]);
+    let pick = route.pool.pick(ctx.pick_key(client.ip()), &[]);
     let route = Arc::clone(route);
     let arrival = Arrival { socket, client, route, generation, pick, slots };
     tokio::task::spawn_local(session::run(Rc::clone(ctx), arrival));

@@ -5,18 +5,21 @@
 //! step knows nothing of the next.
 
 use super::close::{self, Cause, Ending, Phase, RefusedReason, Side};
-use super::connect::{self, Attempts, Upstream};
+use super::connect::{self, Attempts, Held, Upstream};
 use super::context::Context;
-use super::relay::{Flow, Limits, Meter, Relayed};
+use super::relay::{Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
+use crate::config::Policy;
 use crate::net::stream;
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
 use crate::telemetry::access_log::{Client, SessionRecord};
 use crate::telemetry::histograms::Series;
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,6 +28,11 @@ use std::time::{Duration, Instant};
 /// arrive. It is looked at every [`FLUSH_STEP`].
 const FLUSH_MAX: Duration = Duration::from_secs(1);
 const FLUSH_STEP: Duration = Duration::from_millis(5);
+
+/// A reset that comes later after the client's first byte is not early: clients
+/// that only send, such as those of a log server, are reset one day by a
+/// restart, and that says nothing of how the backend takes new sessions.
+const EARLY_MAX: Duration = Duration::from_secs(10);
 
 /// An accepted and admitted connection.
 #[derive(Debug)]
@@ -50,7 +58,7 @@ pub(super) struct Refusal {
     pub(super) cause: Cause,
 }
 
-/// What is known of a session when it ends.
+/// What is known of a session when it ends, beside what was relayed.
 struct Story {
     started: Instant,
     client: SocketAddr,
@@ -58,9 +66,25 @@ struct Story {
     route: Arc<FrontendRoute>,
     attempts: Attempts,
     connect_time: Option<Duration>,
-    first_byte: Option<Duration>,
+}
+
+/// An established session. An idle one is made of little else than this.
+struct Session {
+    ctx: Rc<Context>,
+    story: Story,
+    slots: Slots,
+    held: Held,
+    /// When it was established.
+    since: Instant,
+    relay: Relay,
+}
+
+/// What a relay came to, for the account.
+#[derive(Default)]
+struct Totals {
     bytes_in: u64,
     bytes_out: u64,
+    first_byte: Option<Duration>,
 }
 
 /// Resets a client that admission has turned away: no backend has been thought
@@ -69,53 +93,79 @@ pub(super) fn turn_away(ctx: &Context, refusal: Refusal) {
     let Refusal { socket, client, route, generation, cause } = refusal;
     stream::reset(socket);
     let ending = Ending { cause, phase: Phase::Admit, errno: 0, closed_first: None };
-    Story::new(client, route, generation).account(ctx, ending);
+    Story::new(client, route, generation).account(ctx, ending, Totals::default());
 }
 
-/// Serves one client to the end. What is not needed for long is unpacked before
-/// the future begins: an idle session is made of little else than this future.
+/// Serves one client to the end.
 pub(super) fn run(ctx: Rc<Context>, arrival: Arrival) -> impl Future<Output = ()> {
     let Arrival { socket, client, route, generation, pick, slots } = arrival;
+    // At once: a session can be cut from here on.
     let opened = ctx.engine.open(socket);
-    let mut story = Story::new(client, route, generation);
+    let story = Story::new(client, route, generation);
+    // Boxed: it is over soon, and an idle session need not keep its room.
+    let setup = Box::pin(set_up(ctx, story, slots, opened, pick));
     async move {
-        let ending = match opened {
-            Ok(flow) => serve(&ctx, flow, pick, &mut story).await,
-            Err(error) => connect::local_ending(Phase::Admit, &error),
+        let mut session = match setup.await {
+            Some(session) => session,
+            None => return,
         };
-        story.account(&ctx, ending);
-        drop(slots);
+        let relayed = (&mut session.relay).await;
+        if let Some(last_words) = session.end(relayed) {
+            last_words.await;
+        }
     }
 }
 
-async fn serve(
-    ctx: &Context,
-    flow: Flow,
+/// From accept to the relay; where it does not come to that, the session is
+/// over and accounted for.
+async fn set_up(
+    ctx: Rc<Context>,
+    mut story: Story,
+    slots: Slots,
+    opened: io::Result<Flow>,
     pick: Result<Reserved, NoBackend>,
-    story: &mut Story,
-) -> Ending {
-    let (route, ip) = (Arc::clone(&story.route), story.client.ip());
-    // Boxed: it is over soon, and an idle session need not keep its room.
-    let dialled =
-        Box::pin(connect::dial(ctx, &flow, &route.pool, ip, pick, &mut story.attempts)).await;
-    drop(route);
-    let Upstream { held, connect_time, since } = match dialled {
-        Ok(upstream) => upstream,
+) -> Option<Session> {
+    match story.establish(&ctx, opened, pick).await {
+        Ok((flow, upstream)) => Some(Session::begin(ctx, story, slots, flow, upstream)),
         Err(ending) => {
-            // At once and with RST, so that silence is not taken for an answer.
-            flow.refuse();
-            return ending;
+            story.account(&ctx, ending, Totals::default());
+            drop(slots);
+            None
         }
-    };
-    story.connected(ctx, held.backend(), connect_time);
-    let relayed = story.relay(ctx, flow, held.backend()).await;
-    story.relayed(ctx, held.backend(), since, &relayed);
-    let ending = relayed.ending;
-    if let Some(last_words) = finish(relayed) {
-        // Boxed, as rare: the room would be every session's otherwise.
-        Box::pin(reset_when_sent(last_words)).await;
     }
-    ending
+}
+
+/// What a session that is over says of its backend.
+fn judge(ctx: &Context, held: &mut Held, relayed: &Relayed) {
+    let Ending { cause, .. } = relayed.ending;
+    match relayed.unanswered_since {
+        Some(since) if is_early_reset(relayed.ending, clock::now() - since) => {
+            held.reset_early(ctx);
+        }
+        // Whoever was cut off while it waited proves nothing.
+        Some(_) if cause != Cause::Finished => {}
+        None if relayed.first_byte.is_none() && is_backends(cause) => held.failed_trial(),
+        _ => held.succeeded(cause == Cause::Finished || relayed.first_byte.is_some()),
+    }
+}
+
+/// Whether the backend's connection broke. Before the client has spoken that is
+/// no failure for the row (whoever connects without a word is often a probe),
+/// but a trial is not passed by it.
+fn is_backends(cause: Cause) -> bool {
+    matches!(cause, Cause::BackendReset | Cause::BackendLost)
+}
+
+/// Whether the backend reset the connection though the client had spoken and
+/// was waiting. A backend that ends without a byte in order (FIN) is not meant,
+/// nor is what comes after it: the reset of a connection whose peer has closed
+/// reads as EPIPE (`tcp_reset` in Linux).
+fn is_early_reset(ending: Ending, waited: Duration) -> bool {
+    ending.cause == Cause::BackendReset
+        && ending.phase == Phase::Data
+        && ending.errno == libc::ECONNRESET
+        && ending.closed_first == Some(Side::Backend)
+        && waited <= EARLY_MAX
 }
 
 /// Closes both sockets the way the session ended: FIN for an end in order and
@@ -153,6 +203,46 @@ async fn reset_when_sent(socket: OwnedFd) {
     stream::reset(socket);
 }
 
+// === impl Session ===
+
+impl Session {
+    /// Starts the relay.
+    fn begin(
+        ctx: Rc<Context>,
+        mut story: Story,
+        slots: Slots,
+        flow: Flow,
+        upstream: Upstream,
+    ) -> Session {
+        let Upstream { held, connect_time, since } = upstream;
+        story.connected(&ctx, held.backend(), connect_time);
+        let relay = story.relay(&ctx, flow, &held);
+        Session { ctx, story, slots, held, since, relay }
+    }
+
+    /// Closes and accounts for a session whose relay is over; at once, but for
+    /// the rare one whose last words still have to arrive.
+    fn end(self, relayed: Relayed) -> Option<Pin<Box<impl Future<Output = ()>>>> {
+        let Session { ctx, story, slots, mut held, since, relay } = self;
+        drop(relay);
+        let totals = story.relayed(&ctx, held.backend(), since, &relayed);
+        let ending = relayed.ending;
+        judge(&ctx, &mut held, &relayed);
+        let Some(last_words) = finish(relayed) else {
+            drop(held);
+            story.account(&ctx, ending, totals);
+            drop(slots);
+            return None;
+        };
+        Some(Box::pin(async move {
+            reset_when_sent(last_words).await;
+            drop(held);
+            story.account(&ctx, ending, totals);
+            drop(slots);
+        }))
+    }
+}
+
 // === impl Story ===
 
 impl Story {
@@ -164,19 +254,29 @@ impl Story {
             route,
             attempts: Attempts::default(),
             connect_time: None,
-            first_byte: None,
-            bytes_in: 0,
-            bytes_out: 0,
         }
     }
 
-    /// Starts the relay; only what this returns waits for its end.
-    fn relay(
-        &self,
+    /// Connects the client's flow.
+    async fn establish(
+        &mut self,
         ctx: &Context,
-        flow: Flow,
-        backend: &Arc<BackendState>,
-    ) -> impl Future<Output = Relayed> + use<> {
+        opened: io::Result<Flow>,
+        pick: Result<Reserved, NoBackend>,
+    ) -> Result<(Flow, Upstream), Ending> {
+        let flow = opened.map_err(|error| connect::local_ending(Phase::Admit, &error))?;
+        let (pool, ip) = (&self.route.pool, self.client.ip());
+        match connect::dial(ctx, &flow, pool, ip, pick, &mut self.attempts).await {
+            Ok(upstream) => Ok((flow, upstream)),
+            Err(ending) => {
+                // At once and with RST, so that silence is not taken for an answer.
+                flow.refuse();
+                Err(ending)
+            }
+        }
+    }
+
+    fn relay(&self, ctx: &Context, flow: Flow, held: &Held) -> Relay {
         let spec = &self.route.spec;
         let limits = Limits {
             idle: spec.idle_timeout,
@@ -187,7 +287,9 @@ impl Story {
         let meter = Meter {
             worker: ctx.id,
             frontend: Arc::clone(&self.route.state),
-            backend: Arc::clone(backend),
+            backend: Arc::clone(held.backend()),
+            trial: held.trial(),
+            timed: self.route.pool.spec.balance == Policy::PeakEwma,
         };
         flow.relay(limits, meter)
     }
@@ -198,20 +300,24 @@ impl Story {
         ctx.recorder.borrow_mut().record(backend.id.0, Series::Connect, connect_time);
     }
 
-    fn relayed(&mut self, ctx: &Context, backend: &BackendState, since: Instant, end: &Relayed) {
-        self.bytes_in = end.bytes_in;
-        self.bytes_out = end.bytes_out;
+    fn relayed(
+        &self,
+        ctx: &Context,
+        backend: &BackendState,
+        since: Instant,
+        end: &Relayed,
+    ) -> Totals {
         let mut recorder = ctx.recorder.borrow_mut();
-        if let Some(at) = end.first_byte {
-            let took = at.saturating_duration_since(since);
-            self.first_byte = Some(took);
+        let first_byte = end.first_byte.map(|at| at.saturating_duration_since(since));
+        if let Some(took) = first_byte {
             recorder.record(backend.id.0, Series::FirstByte, took);
         }
         let lasted = clock::now() - self.started;
         recorder.record(backend.id.0, Series::Session, lasted);
+        Totals { bytes_in: end.bytes_in, bytes_out: end.bytes_out, first_byte }
     }
 
-    fn account(self, ctx: &Context, ending: Ending) {
+    fn account(self, ctx: &Context, ending: Ending, totals: Totals) {
         let Ending { cause, phase, .. } = ending;
         ctx.counters.session_end.cell(cause as usize, phase as usize).add(1);
         ctx.counters.ended.add(1);
@@ -219,12 +325,12 @@ impl Story {
             let frontend = self.route.state.counters.of(ctx.id);
             frontend.refused.cell(reason as usize, 0).add(1);
         }
-        if ctx.access_log.enabled() && !ctx.access_log.push(self.into_record(ctx, ending)) {
+        if ctx.access_log.enabled() && !ctx.access_log.push(self.into_record(ctx, ending, totals)) {
             ctx.counters.access_log_dropped.add(1);
         }
     }
 
-    fn into_record(self, ctx: &Context, ending: Ending) -> SessionRecord {
+    fn into_record(self, ctx: &Context, ending: Ending, totals: Totals) -> SessionRecord {
         let backend = self.attempts.last;
         SessionRecord {
             time: clock::wall(),
@@ -243,10 +349,10 @@ impl Story {
             errno: (ending.errno != 0).then_some(ending.errno),
             closed_first: ending.closed_first.map(Side::name),
             attempts: u32::from(self.attempts.count),
-            bytes_in: self.bytes_in,
-            bytes_out: self.bytes_out,
+            bytes_in: totals.bytes_in,
+            bytes_out: totals.bytes_out,
             connect: self.connect_time,
-            first_byte: self.first_byte,
+            first_byte: totals.first_byte,
             duration: clock::now() - self.started,
         }
     }

@@ -231,6 +231,7 @@ impl Worker {
 
 fn set_up(plan: Plan) -> io::Result<Rc<Context>> {
     let engine = plan.runtime.engine(plan.id, plan.spin)?;
+    engine.count_for(Arc::clone(&plan.counters));
     Ok(Rc::new(Context::new(
         plan.id,
         engine,

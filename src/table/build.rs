@@ -50,7 +50,8 @@ pub struct PoolInput {
 pub struct BackendInput {
     /// Long-lived state.
     pub state: Arc<BackendState>,
-    /// Weight after whatever lowers it; at least 1.
+    /// Weight after whatever lowers it, in a unit of the caller's choice that is
+    /// the same for the whole pool; at least 1.
     pub effective_weight: u32,
     /// Cap; 0 means none.
     pub connections_max: u32,
@@ -58,6 +59,8 @@ pub struct BackendInput {
     pub backup: bool,
     /// Derived by `health`.
     pub eligible: bool,
+    /// One session is to try it: it does for no tier alone.
+    pub on_trial: bool,
     /// No operator took it out: `try-all` may use it.
     pub in_service: bool,
 }
@@ -113,15 +116,15 @@ fn build_pool(pool: PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<PoolTab
     }
 }
 
-/// The eligible primaries, else the eligible backups, else (`try-all`)
-/// everything no operator took out.
+/// The eligible primaries, else the eligible backups (which join primaries that
+/// are all on trial), else (`try-all`) everything no operator took out.
 fn tier_in_service(pool: &PoolInput) -> Vec<&BackendInput> {
     let eligible = |backup: bool| -> Vec<&BackendInput> {
         pool.backends.iter().filter(|b| b.eligible && b.backup == backup).collect()
     };
     let mut tier = eligible(false);
-    if tier.is_empty() {
-        tier = eligible(true);
+    if tier.iter().all(|b| b.on_trial) {
+        tier.extend(eligible(true));
     }
     if tier.is_empty() && pool.spec.when_none_eligible == WhenNoneEligible::TryAll {
         tier = pool.backends.iter().filter(|b| b.in_service).collect();
@@ -135,6 +138,7 @@ fn candidate(backend: &BackendInput) -> Candidate {
         weight: backend.effective_weight.max(1),
         connections_max: backend.connections_max,
         in_flight: Arc::clone(&backend.state.in_flight),
+        latency: Arc::clone(&backend.state.latency),
     }
 }
 

@@ -8,6 +8,7 @@ pub mod build;
 pub mod publish;
 pub mod state;
 
+use crate::balance::trial::TrialId;
 use crate::balance::{Balancer, PickError, PickKey};
 use crate::config;
 use state::{BackendState, FrontendState};
@@ -64,6 +65,7 @@ pub struct Reserved {
     /// Position in the pool's `serving`, for the list of tried ones.
     pub index: usize,
     backend: Arc<BackendState>,
+    trial: Option<TrialId>,
 }
 
 /// Why a pool gave no backend.
@@ -107,7 +109,11 @@ impl PoolTable {
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<Reserved, NoBackend> {
         let balancer = self.balancer.as_ref().ok_or(NoBackend::NoneEligible)?;
         match balancer.pick(key, tried) {
-            Ok(index) => Ok(Reserved { index, backend: Arc::clone(&self.serving[index]) }),
+            Ok(index) => {
+                let backend = Arc::clone(&self.serving[index]);
+                let trial = backend.in_flight.claim_trial();
+                Ok(Reserved { index, backend, trial })
+            }
             Err(PickError::Exhausted) => Err(NoBackend::Exhausted),
             Err(PickError::AtCapacity) => Err(NoBackend::AtCapacity),
         }
@@ -127,6 +133,11 @@ impl Reserved {
     /// The chosen backend.
     pub fn backend(&self) -> &Arc<BackendState> {
         &self.backend
+    }
+
+    /// The trial that this session is to decide, if its backend is on one.
+    pub fn trial(&self) -> Option<TrialId> {
+        self.trial
     }
 }
 

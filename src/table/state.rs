@@ -5,11 +5,13 @@
 //! state. Nothing here decides eligibility: that is derived at table build.
 
 use crate::balance::in_flight::InFlight;
+use crate::balance::latency::Latency;
 use crate::config::BackendAddress;
 use crate::proxy::admission::sources::Sources;
 use crate::telemetry::counters::{Counter, CounterTable, Sharded};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 /// Names a backend for the life of the process; never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -37,8 +39,10 @@ pub struct BackendState {
     pub address_text: Arc<str>,
     /// Sessions holding this backend, from selection to close; all workers.
     pub in_flight: Arc<InFlight>,
-    /// Connect failures since the last success, all workers; see
-    /// [`BackendState::connect_failed`].
+    /// What its connects and first bytes take, for `peak-ewma`; all workers.
+    pub latency: Arc<Latency>,
+    /// Failures since the last success, all workers; see
+    /// [`BackendState::failed`].
     failures_in_a_row: AtomicU32,
     /// One shard a worker.
     pub counters: Sharded<BackendCounters>,
@@ -55,7 +59,20 @@ pub struct BackendCounters {
     pub bytes_in: Counter,
     /// Bytes to clients.
     pub bytes_out: Counter,
+    /// Sessions whose client spoke before the backend did.
+    pub questions: Counter,
+    /// Those of them that were answered.
+    pub answers: Counter,
+    /// Those of them that ended without an answer.
+    pub unanswered: Counter,
+    /// Sum of log2(microseconds to the first byte) over `answers`, in
+    /// [`LOG_UNIT`]ths: their mean is the logarithm of the geometric mean, which
+    /// a few answers of a minute do not move far.
+    pub answer_log2: Counter,
 }
+
+/// What one answer in `answer_log2` is counted in.
+pub const LOG_UNIT: f64 = 1024.0;
 
 /// What a frontend has done, whatever tables came and went. Identity is its
 /// name.
@@ -107,24 +124,50 @@ impl BackendState {
             address,
             address_text,
             in_flight: Arc::new(InFlight::new()),
+            latency: Arc::new(Latency::new()),
             failures_in_a_row: AtomicU32::new(0),
             counters: Sharded::new(workers, BackendCounters::default),
         }
     }
 
-    /// Notes a connect success: the row of failures ends. Costs one shared
-    /// load while the backend is well.
+    /// Notes a success: the row of failures ends. Where resets before the first
+    /// byte count as failures, a connection that stands is none yet; a first
+    /// byte or an end in order is. Costs one shared load while the backend is
+    /// well.
     #[inline]
-    pub fn connect_succeeded(&self) {
+    pub fn succeeded(&self) {
         if self.failures_in_a_row.load(Ordering::Relaxed) != 0 {
             self.failures_in_a_row.store(0, Ordering::Relaxed);
         }
     }
 
-    /// Notes a connect failure that is the backend's or its path's, never a
-    /// local one; gives the length of the row so far.
-    pub fn connect_failed(&self) -> u32 {
+    /// Notes a failed connect or early reset that is the backend's or its
+    /// path's, never a local one; gives the length of the row so far.
+    pub fn failed(&self) -> u32 {
         self.failures_in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1)
+    }
+
+    /// Notes that a client has spoken and now waits.
+    #[inline]
+    pub fn asked(&self, worker: usize) {
+        self.counters.of(worker).questions.add(1);
+    }
+
+    /// Notes the first byte of a session; `after` is the time since the client
+    /// spoke, `None` where the backend spoke first.
+    #[inline]
+    pub fn answered(&self, worker: usize, after: Option<Duration>) {
+        self.succeeded();
+        let Some(after) = after else { return };
+        let micros = (after.as_nanos() as f32 / 1e3).max(1.0);
+        let counters = self.counters.of(worker);
+        counters.answer_log2.add((f64::from(micros.log2()) * LOG_UNIT) as u64);
+        counters.answers.add(1);
+    }
+
+    /// Notes that a session ended while its client waited.
+    pub fn left_unanswered(&self, worker: usize) {
+        self.counters.of(worker).unanswered.add(1);
     }
 }
 

@@ -105,6 +105,24 @@ pub struct WorkerCounters {
     pub reports_dropped: Counter,
     /// Access-log lines that found their queue full.
     pub access_log_dropped: Counter,
+    /// What went on inside the worker's ring (row [`RingEvent`]).
+    pub ring_events: CounterTable,
+}
+
+/// What goes on inside a ring beside moving bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum RingEvent {
+    /// Completions had outgrown their queue.
+    Overflow,
+    /// A receive found no buffer.
+    Starved,
+    /// A send came back short and was resumed.
+    Resumed,
+    /// A completion named an operation long over.
+    Stray,
+    /// The kernel's flag for deferred work stood for none.
+    StaleFlag,
 }
 
 /// Trouble of our own, never blamed on a backend.
@@ -113,18 +131,25 @@ pub struct WorkerCounters {
 pub enum LocalError {
     /// EMFILE, ENFILE.
     Descriptors,
-    /// EADDRNOTAVAIL: no source port left.
+    /// EADDRNOTAVAIL: no source port left, or the source address is gone.
     Ports,
     /// ENOBUFS, ENOMEM.
     Memory,
+    /// ENETUNREACH, ENETDOWN from connect(2) itself: this host has no way there.
+    Route,
     /// Anything else that is ours.
     Other,
 }
 
 impl LocalError {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [LocalError; 4] =
-        [LocalError::Descriptors, LocalError::Ports, LocalError::Memory, LocalError::Other];
+    pub const ALL: [LocalError; 5] = [
+        LocalError::Descriptors,
+        LocalError::Ports,
+        LocalError::Memory,
+        LocalError::Route,
+        LocalError::Other,
+    ];
 
     /// Metric label.
     pub fn name(self) -> &'static str {
@@ -132,7 +157,30 @@ impl LocalError {
             LocalError::Descriptors => "descriptors",
             LocalError::Ports => "ports",
             LocalError::Memory => "memory",
+            LocalError::Route => "route",
             LocalError::Other => "other",
+        }
+    }
+}
+
+impl RingEvent {
+    /// Every kind, in the order of their numbers.
+    pub const ALL: [RingEvent; 5] = [
+        RingEvent::Overflow,
+        RingEvent::Starved,
+        RingEvent::Resumed,
+        RingEvent::Stray,
+        RingEvent::StaleFlag,
+    ];
+
+    /// Metric label.
+    pub fn name(self) -> &'static str {
+        match self {
+            RingEvent::Overflow => "overflow",
+            RingEvent::Starved => "starved",
+            RingEvent::Resumed => "resumed",
+            RingEvent::Stray => "stray",
+            RingEvent::StaleFlag => "stale-flag",
         }
     }
 }
@@ -149,6 +197,7 @@ impl WorkerCounters {
             connect_retries: Counter::default(),
             reports_dropped: Counter::default(),
             access_log_dropped: Counter::default(),
+            ring_events: CounterTable::new(RingEvent::ALL.len(), 1),
         }
     }
 }

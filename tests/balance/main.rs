@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod load;
+mod peak_ewma;
 mod round_robin;
 mod source_hash;
 
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use tidegate::balance::in_flight::InFlight;
+use tidegate::balance::latency::Latency;
 use tidegate::balance::{Balancer, Candidate, PickError, PickKey};
 use tidegate::config::Policy;
 
@@ -30,6 +32,7 @@ fn capped(specs: &[(u32, u32)]) -> Vec<Candidate> {
             weight,
             connections_max,
             in_flight: Arc::new(InFlight::new()),
+            latency: Arc::new(Latency::new()),
         })
         .collect()
 }
@@ -44,11 +47,11 @@ fn balancer(policy: Policy, weights: &[u32]) -> Balancer {
 
 /// Keys whose draws and clients differ from number to number.
 fn key(number: u64) -> PickKey {
-    PickKey { client: IpAddr::V4(Ipv4Addr::from_bits(number as u32)), draw: number }
+    PickKey { client: IpAddr::V4(Ipv4Addr::from_bits(number as u32)), draw: number, at: 0 }
 }
 
 fn client(ip: impl Into<IpAddr>) -> PickKey {
-    PickKey { client: ip.into(), draw: 0 }
+    PickKey { client: ip.into(), draw: 0, at: 0 }
 }
 
 /// Picks and gives back at once.

@@ -73,7 +73,7 @@ fn mapped_ipv6_client_is_the_ipv4_client_and_the_draw_does_not_matter() {
     for n in 0..500u64 {
         let v4 = Ipv4Addr::from_bits(n as u32 * 7_919);
         let plain = touch(&balancer, client(v4), &[]);
-        let mapped = PickKey { client: v4.to_ipv6_mapped().into(), draw: n };
+        let mapped = PickKey { client: v4.to_ipv6_mapped().into(), draw: n, at: 0 };
         assert_eq!(touch(&balancer, mapped, &[]), plain);
     }
 }

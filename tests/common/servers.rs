@@ -97,6 +97,23 @@ impl Nginx {
         nginx
     }
 
+    /// Stops its processes: the kernel goes on taking connections for it.
+    pub fn pause(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Ends the pause.
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let master = self.running.pid();
+        for pid in super::proc::children(master).into_iter().chain([master]) {
+            super::proc::signal(pid, signal);
+        }
+    }
+
     /// SIGKILL to the master and its worker.
     pub fn kill(&mut self) {
         self.running.kill();

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate::config::WhenNoneEligible;
-use tidegate::config::{Backend, BackendAddress, Config, OnRemoval, Pool, ProbeSpec};
+use tidegate::config::{Backend, BackendAddress, Config, EjectionSpec, OnRemoval, Pool, ProbeSpec};
 use tidegate::control::ProbeToken;
 use tidegate::health::{Intent, Observation};
 use tidegate::table::state::{BackendId, BackendState};
@@ -14,6 +14,15 @@ use tidegate::table::state::{BackendId, BackendState};
 const PROBE_LOST_MARGIN: Duration = Duration::from_secs(5);
 const LEAVING_CHECK: Duration = Duration::from_secs(1);
 const EJECTION_MAX: Duration = Duration::from_secs(300);
+const TRIAL_LOOK: Duration = Duration::from_millis(100);
+
+/// One session is to try it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Trial {
+    pub(crate) look_at: Instant,
+    /// What that session said.
+    pub(crate) told: Option<bool>,
+}
 
 #[derive(Debug, Clone)]
 pub(crate) struct InFlight {
@@ -38,6 +47,9 @@ pub(crate) struct ModelBackend {
     pub(crate) connects_told: u32,
     pub(crate) fails_open: bool,
     pub(crate) ejected_until: Option<Instant>,
+    pub(crate) trial: Option<Trial>,
+    /// As the controller says: what first bytes mean is tested elsewhere.
+    pub(crate) suspect: bool,
     pub(crate) back_at: Option<Instant>,
     pub(crate) repeats: u64,
     pub(crate) probe: Option<InFlight>,
@@ -85,6 +97,43 @@ impl ModelBackend {
 
     pub(crate) fn eligible(&self, probed: bool) -> bool {
         self.ejected_until.is_none() && self.eligible_but_for_ejection(probed)
+    }
+
+    /// Takes sessions, and not just one to try it.
+    pub(crate) fn takes_many(&self, probed: bool) -> bool {
+        self.eligible(probed) && self.trial.is_none()
+    }
+
+    /// By what probes say; suspicion comes on top.
+    pub(crate) fn shown(&self, probed: bool) -> Observation {
+        let serves = match self.observation {
+            Observation::Up => true,
+            Observation::Unknown => !probed || self.fails_open,
+            _ => false,
+        };
+        if serves && self.suspect { Observation::Suspect } else { self.observation }
+    }
+
+    fn eject(&mut self, spec: &EjectionSpec, now: Instant) {
+        let unit = spec.time.as_millis();
+        if let (Some(back), None) = (self.back_at, self.trial.take()) {
+            let faded = (now - back).as_millis() / unit;
+            self.repeats = self.repeats.saturating_sub(faded as u64);
+        }
+        self.repeats = (self.repeats + 1).min(EJECTION_MAX.as_millis().div_ceil(unit) as u64);
+        let length = (spec.time * self.repeats as u32).min(EJECTION_MAX);
+        self.ejected_until = Some(now + length);
+    }
+
+    fn begin_trial(&mut self, now: Instant) {
+        self.end_ejection(now);
+        self.trial = Some(Trial { look_at: now + TRIAL_LOOK, told: None });
+    }
+
+    fn end_trial(&mut self, now: Instant) {
+        if self.trial.take().is_some() {
+            self.back_at = Some(now);
+        }
     }
 
     fn end_ejection(&mut self, now: Instant) {
@@ -145,8 +194,29 @@ impl ModelPool {
         self.backends.iter().filter(|b| b.ejected_until.is_some()).count()
     }
 
+    pub(crate) fn on_trial(&self) -> usize {
+        self.backends.iter().filter(|b| b.trial.is_some()).count()
+    }
+
     pub(crate) fn eligible(&self) -> usize {
-        self.backends.iter().filter(|b| b.eligible(self.probed())).count()
+        self.backends.iter().filter(|b| b.takes_many(self.probed())).count()
+    }
+
+    pub(crate) fn watched(&self) -> bool {
+        self.spec.ejection.is_some_and(|e| e.slow_first_byte.is_some()) && self.backends.len() > 1
+    }
+
+    /// The controller looks at a trial.
+    fn look_at_trial(&mut self, id: BackendId, now: Instant) {
+        let allows = self.eligible() > 0 && self.ejected() + self.on_trial() <= self.ejected_max();
+        let b = self.backends.iter_mut().find(|b| b.id == id).unwrap();
+        match (b.trial.and_then(|trial| trial.told), &self.spec.ejection) {
+            (None, _) => {
+                b.trial = Some(Trial { look_at: now + TRIAL_LOOK, told: None });
+            }
+            (Some(false), Some(spec)) if allows => b.eject(spec, now),
+            (Some(_), _) => b.end_trial(now),
+        }
     }
 
     /// Who serves, in file order.
@@ -156,10 +226,13 @@ impl ModelPool {
         };
         let probed = self.probed();
         let primaries = tier(&|b| !b.spec.backup && b.eligible(probed));
-        if !primaries.is_empty() {
+        let try_only =
+            |id: &BackendId| self.backends.iter().any(|b| b.id == *id && b.trial.is_some());
+        if !primaries.is_empty() && !primaries.iter().all(try_only) {
             return primaries;
         }
-        let backups = tier(&|b| b.eligible(probed));
+        let mut backups = primaries;
+        backups.extend(tier(&|b| b.spec.backup && b.eligible(probed)));
         if !backups.is_empty() || self.spec.when_none_eligible == WhenNoneEligible::Refuse {
             return backups;
         }
@@ -168,6 +241,9 @@ impl ModelPool {
 
     /// The guard: what ejection must give back.
     fn settle(&mut self, now: Instant) {
+        if self.spec.ejection.is_none() || self.eligible() == 0 {
+            self.backends.iter_mut().for_each(|b| b.end_trial(now));
+        }
         loop {
             let probed = self.probed();
             let mut out: Vec<(Instant, BackendId)> =
@@ -197,13 +273,26 @@ impl Model {
     pub(crate) fn pass(&mut self, now: Instant) {
         for pool in &mut self.pools {
             let grace = pool.spec.startup_grace;
-            if pool.probed() && matches!(pool.startup, Startup::Waiting(at) if at + grace <= now) {
+            let mut looks: Vec<(Instant, BackendId)> =
+                pool.backends.iter().filter_map(|b| Some((b.trial?.look_at, b.id))).collect();
+            looks.retain(|(at, _)| *at <= now);
+            looks.sort();
+            let mut looks = looks.into_iter().peekable();
+            if let Startup::Waiting(at) = pool.startup
+                && pool.probed()
+                && at + grace <= now
+            {
+                // Who is eligible when a trial is looked at hangs on the order.
+                while let Some((_, id)) = looks.next_if(|(due, _)| *due <= at + grace) {
+                    pool.look_at_trial(id, now);
+                }
                 pool.startup = Startup::Open;
                 pool.backends.iter_mut().for_each(|b| b.fails_open = true);
             }
+            looks.for_each(|(_, id)| pool.look_at_trial(id, now));
             for b in &mut pool.backends {
                 if b.ejected_until.is_some_and(|until| until <= now) {
-                    b.end_ejection(now);
+                    b.begin_trial(now);
                 }
                 if pool.spec.probe.is_some() {
                     b.probe.take_if(|probe| probe.lost_at <= now);
@@ -253,10 +342,11 @@ impl Model {
 
     pub(crate) fn connect_failed(&mut self, id: BackendId, now: Instant) {
         let Some((pool, index)) = self.find(id) else { return };
-        let (probed, ejected, eligible) = (pool.probed(), pool.ejected(), pool.eligible());
+        let (probed, eligible) = (pool.probed(), pool.eligible());
+        let ejected = pool.ejected() + pool.on_trial();
         let ejected_max = pool.ejected_max();
         let b = &mut pool.backends[index];
-        if b.ejected_until.is_some() {
+        if b.ejected_until.is_some() || b.trial.is_some() {
             return;
         }
         if let Some(spec) = &pool.spec.probe {
@@ -278,14 +368,7 @@ impl Model {
             return;
         }
         if ejected < ejected_max && eligible > 1 {
-            let unit = spec.time.as_millis();
-            if let Some(back) = b.back_at {
-                let faded = (now - back).as_millis() / unit;
-                b.repeats = b.repeats.saturating_sub(faded as u64);
-            }
-            b.repeats = (b.repeats + 1).min(EJECTION_MAX.as_millis().div_ceil(unit) as u64);
-            let length = (spec.time * b.repeats as u32).min(EJECTION_MAX);
-            b.ejected_until = Some(now + length);
+            b.eject(&spec, now);
         }
     }
 
@@ -332,6 +415,8 @@ impl Model {
     }
 
     fn leave(&mut self, mut b: ModelBackend, rule: OnRemoval, now: Instant) {
+        b.end_trial(now);
+        b.suspect = false;
         if let Some(probe) = &mut b.probe {
             probe.stale = true;
         }
@@ -416,6 +501,8 @@ fn fresh(spec: &Backend, state: &Arc<BackendState>) -> ModelBackend {
         connects_told: 0,
         fails_open: false,
         ejected_until: None,
+        trial: None,
+        suspect: false,
         back_at: None,
         repeats: 0,
         probe: None,

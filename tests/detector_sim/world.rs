@@ -14,6 +14,9 @@ use tidegate::health::heartbeat::{
 pub(crate) const INTERVAL: Duration = Duration::from_millis(100);
 const MAX_DOWN: u8 = 50;
 
+/// Datagrams that wait while nobody reads; the rest are lost.
+const SOCKET_BUFFER: usize = 4;
+
 /// How a backend is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Doing {
@@ -121,6 +124,8 @@ impl World {
                 world.run(ran);
                 ran = millis;
             }
+            // Nobody reads: the socket's buffer overflows.
+            world.inbox.truncate(SOCKET_BUFFER);
         }
         world
     }

@@ -24,6 +24,7 @@ on_every_engine!(
     the_split_stays_exact_under_concurrency,
     least_connections_prefers_the_emptier_backend,
     random_and_two_choices_use_every_backend,
+    a_slow_backend_gets_far_less_than_its_share_and_is_tried_again,
     a_source_keeps_its_backend_over_restarts,
     removing_a_backend_moves_few_sources,
     backend_cap_is_never_exceeded,
@@ -174,6 +175,37 @@ fn random_and_two_choices_use_every_backend(engine: Engine) {
             assert!((60..=140).contains(&share), "{policy}: {share} of 300");
         }
     }
+}
+
+/// Answers HTTP after so many milliseconds.
+fn delayed(millis: &Arc<AtomicU64>) -> ScriptedBackend {
+    let (millis, answer) = (millis.clone(), backend::http("x", 200));
+    ScriptedBackend::start(script(move |conn| {
+        std::thread::sleep(ms(millis.load(Ordering::Relaxed)));
+        answer(conn);
+    }))
+}
+
+fn a_slow_backend_gets_far_less_than_its_share_and_is_tried_again(engine: Engine) {
+    let delays = [15, 15, 50].map(|millis| Arc::new(AtomicU64::new(millis)));
+    let backends = delays.each_ref().map(delayed);
+    let mut pool = Pool::new("web").key("balance = \"peak-ewma\"");
+    for (backend, name) in backends.iter().zip(["a", "b", "c"]) {
+        pool = pool.backend(name, backend.address());
+    }
+    let proxy = TestProxy::start(Conf::simple(engine, pool).workers(2));
+    let share = |sessions| {
+        let before = backends[2].accepted();
+        split(proxy.addr("web"), sessions, 2);
+        (backends[2].accepted() - before) as f64 / sessions as f64
+    };
+    let slow = share(300);
+    assert!(slow < 1.0 / 3.0 / 4.0, "{slow:.3} of the sessions went to the slow one");
+    delays[2].store(15, Ordering::Relaxed);
+    let started = Instant::now();
+    // What was known of it fades: from 50 ms to 15 takes 12 s.
+    eventually(secs(60), "it has its share again", || share(100) > 1.0 / 3.0 / 2.0);
+    measured(&format!("{slow:.3} while slow, its share again after {:.1?}", started.elapsed()));
 }
 
 /// Which backend each of 40 source addresses gets.

@@ -9,11 +9,20 @@ use crate::common::{
 };
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
 
-on_every_engine_alone!(nine_thousand_idle_sessions_cost_two_kib_each);
+on_every_engine_alone!(nine_thousand_idle_sessions_cost_a_kib_or_two_each);
 
 const SESSIONS: usize = 9_000;
 
-fn nine_thousand_idle_sessions_cost_two_kib_each(engine: Engine) {
+/// Resident bytes an idle session may cost. On the ring it has operations in
+/// flight, which are remembered.
+fn bytes_max(engine: Engine) -> f64 {
+    match engine {
+        Engine::Epoll => 1_024.0,
+        Engine::IoUring => 1_792.0,
+    }
+}
+
+fn nine_thousand_idle_sessions_cost_a_kib_or_two_each(engine: Engine) {
     if !have(&["python3"]) {
         return;
     }
@@ -38,7 +47,7 @@ fn nine_thousand_idle_sessions_cost_two_kib_each(engine: Engine) {
     let grown = proxy.rss_kib().saturating_sub(before);
     let each = grown as f64 * 1024.0 / SESSIONS as f64;
     measured(&format!("{SESSIONS} idle sessions: {each:.0} B each, {spent:?} of CPU in 2 s"));
-    assert!(each <= 2048.0, "{each:.0} B of resident memory for an idle session");
+    assert!(each <= bytes_max(engine), "{each:.0} B of resident memory for an idle session");
     assert!(spent < ms(400), "{spent:?} of CPU in 2 s of idleness");
     // They are idle, not dead.
     for session in sessions.iter().step_by(100) {

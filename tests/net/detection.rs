@@ -5,11 +5,11 @@
 
 use crate::common::turn;
 use crate::trials::{self, Fault};
-use crate::watch::FastProbes;
+use crate::watch::{FastProbes, Heartbeats};
 
-/// Tests `NAME` of one way of watching, each alone on the machine.
+/// One test for each fault and share of packets lost, alone on the machine.
 macro_rules! trials {
-    ($way:ident, $watch:expr, $($name:ident: $fault:expr),+ $(,)?) => {
+    ($way:ident, $watch:expr, $($name:ident: $fault:expr, $loss:expr);+ $(;)?) => {
         mod $way {
             mod alone {
                 use super::super::*;
@@ -17,7 +17,7 @@ macro_rules! trials {
                 $(#[test]
                 fn $name() {
                     let _turn = turn::alone();
-                    trials::run(&$watch, $fault);
+                    trials::run(&$watch, $fault, $loss);
                 })+
             }
         }
@@ -27,9 +27,19 @@ macro_rules! trials {
 trials!(
     probes,
     FastProbes,
-    killed_backend_is_seen: Fault::Killed,
-    frozen_backend_is_seen: Fault::Frozen,
-    cut_backend_is_seen: Fault::Cut,
-    backend_cut_one_way_is_seen: Fault::CutOneWay,
-    starved_backend_is_reported: Fault::Starved,
+    killed_backend_is_seen: Fault::Killed, 0.0;
+    frozen_backend_is_seen: Fault::Frozen, 0.0;
+    cut_backend_is_seen: Fault::Cut, 0.0;
+    backend_cut_one_way_is_seen: Fault::CutOneWay, 0.0;
+    starved_backend_is_reported: Fault::Starved, 0.0;
+);
+
+trials!(
+    heartbeats,
+    Heartbeats::new(),
+    killed_backend_is_seen: Fault::Killed, 0.0;
+    frozen_host_is_seen: Fault::AllFrozen, 0.0;
+    cut_backend_is_seen: Fault::Cut, 0.0;
+    cut_backend_is_seen_among_losses: Fault::Cut, 0.05;
+    starved_backend_is_reported: Fault::Starved, 0.0;
 );

@@ -11,6 +11,7 @@ use crate::common::servers::Running;
 use crate::common::{Engine, eventually, long, measured, ms, patience, proc, secs};
 use crate::hosts::{Hosts, Service};
 use crate::link::Link;
+use crate::link::channel::{Impairment, Loss};
 use crate::netns::networks_run;
 use crate::starve::Starved;
 use crate::traffic::{Pace, Session, Traffic, errors};
@@ -88,7 +89,7 @@ struct Site<'a> {
 fn trials(watch: &dyn Watch, fault: Fault) -> usize {
     match fault {
         _ if long() => 100,
-        Fault::Starved | Fault::CutOneWay => 3,
+        Fault::Starved | Fault::CutOneWay => 2,
         _ => watch.trials(),
     }
 }
@@ -102,12 +103,16 @@ fn settled(watch: &dyn Watch, fault: Fault) -> Duration {
     }
 }
 
-/// Runs the trials of one fault and says what came of them.
-pub fn run(watch: &dyn Watch, fault: Fault) {
+/// Runs the trials of one fault and says what came of them. All the while every
+/// link loses that share of packets, each way.
+pub fn run(watch: &dyn Watch, fault: Fault, loss: f64) {
     if !networks_run() {
         return;
     }
     let mut site = Site::start(watch);
+    for host in &site.hosts.backends {
+        host.link.set(Impairment { loss: Loss::Independent(loss), ..Impairment::default() });
+    }
     let pace = if fault == Fault::Starved { HEAVY_PACE } else { PACE };
     let traffic = Traffic::start(&site.hosts.client, site.proxy.addr("web"), pace);
     eventually(secs(10), "traffic flows", || traffic.done() > 100);
@@ -119,19 +124,20 @@ pub fn run(watch: &dyn Watch, fault: Fault) {
         std::thread::sleep(ms(phase.u64(..200)));
     }
     let sessions = traffic.stop();
-    report(watch, fault, &seen, &sessions, &site.proxy);
+    let what = format!("{fault:?} by {} at {}% loss", watch.name(), loss * 100.0);
+    report(&what, &seen, &sessions, &site.proxy);
     judge(watch, fault, &seen, &sessions, &site.proxy);
 }
 
-fn report(watch: &dyn Watch, fault: Fault, seen: &[Seen], sessions: &[Session], proxy: &TestProxy) {
+fn report(what: &str, seen: &[Seen], sessions: &[Session], proxy: &TestProxy) {
     let late = sessions.iter().filter(|one| one.result.is_ok() && one.took > LATE).count();
     let failed = sessions.iter().filter(|one| one.result.is_err()).count();
     // Down again after it was healed: by what was still under way.
     let downs = proxy.log().lines().filter(|line| is_out(line, "b")).count();
     let relapses = downs.saturating_sub(seen.iter().filter(|one| one.out.is_some()).count());
     measured(&format!(
-        "{fault:?} by {}: lowered {}; out {}; {relapses} relapses; of {} sessions {failed} failed, {late} took over {LATE:?}",
-        watch.name(),
+        "{what}: lowered {}; out {}; {relapses} relapses; \
+         of {} sessions {failed} failed, {late} took over {LATE:?}",
         quantiles(seen.iter().map(|one| one.lowered)),
         quantiles(seen.iter().map(|one| one.out)),
         sessions.len(),

@@ -6,9 +6,11 @@
 
 use crate::common::conf::{Conf, Pool};
 use crate::common::ms;
+use crate::common::proxy::PROGRAM;
 use crate::common::servers::Running;
 use crate::hosts::Host;
 use crate::trials::Fault;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 pub trait Watch {
@@ -62,7 +64,7 @@ impl Watch for FastProbes {
     }
 
     fn trials(&self) -> usize {
-        10
+        3
     }
 
     /// An interval with its jitter until the first probe that fails, its
@@ -71,5 +73,77 @@ impl Watch for FastProbes {
     /// now and then.
     fn promises(&self, fault: Fault) -> Option<Duration> {
         (fault != Fault::Starved).then_some(ms(700))
+    }
+}
+
+/// Heartbeats ten times a second from a sidecar on each host, and probes that
+/// ask the program now and then.
+pub struct Heartbeats {
+    key: tempfile::NamedTempFile,
+}
+
+const HEARTBEAT_PORT: u16 = 7946;
+
+impl Heartbeats {
+    pub fn new() -> Heartbeats {
+        // Made with mode 0600, as keys must have.
+        let key = tempfile::NamedTempFile::new_in("/tmp").expect("a key file");
+        std::fs::write(key.path(), [7; 32]).expect("write the key");
+        Heartbeats { key }
+    }
+}
+
+impl Watch for Heartbeats {
+    fn name(&self) -> &'static str {
+        "heartbeats"
+    }
+
+    fn pool(&self, pool: Pool) -> Pool {
+        let probe = "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \"hello\"\n\
+                     interval = \"2s\"\ntimeout = \"500ms\"\nfast_interval = \"500ms\"\nfall = 2\nrise = 1";
+        pool.probe(probe).heartbeat("interval = \"100ms\"\nttl = \"10s\"")
+    }
+
+    fn conf(&self, mut conf: Conf) -> Conf {
+        conf.heartbeat = format!(
+            "[heartbeat]\nlisten = \"0.0.0.0:{HEARTBEAT_PORT}\"\n[[heartbeat.key]]\nid = 1\n\
+             file = \"{}\"\npools = [\"web\"]\naddresses = [\"10.77.0.0/16\"]\n",
+            self.key.path().display()
+        );
+        conf
+    }
+
+    fn start_beside(&self, host: &Host, name: &str) -> Option<Running> {
+        let to = format!("{}:{HEARTBEAT_PORT}", host.link.a());
+        let mut command = Command::new(PROGRAM);
+        command.args(["heartbeat", "--to", &to, "--pool", "web", "--name", name]);
+        command.args(["--address", &host.address().to_string(), "--key-id", "1", "--key-file"]);
+        command.arg(self.key.path()).args(["--interval", "100ms", "--check", "tcp"]);
+        command.stdout(Stdio::null());
+        Some(host.namespace.run(|| Running::start(&mut command)))
+    }
+
+    fn trials(&self) -> usize {
+        4
+    }
+
+    /// A dozen heartbeats, to know their rhythm.
+    fn warms_up(&self) -> Duration {
+        ms(1200)
+    }
+
+    fn bears_grudges(&self) -> bool {
+        true
+    }
+
+    /// Less weight after half a second of silence, at the losses assumed of a
+    /// newcomer or with one heartbeat in twenty lost; the rest is the machine's.
+    /// Nothing is promised where heartbeats go on: it is the probes that see
+    /// it, in their own time.
+    fn promises(&self, fault: Fault) -> Option<Duration> {
+        match fault {
+            Fault::Cut | Fault::AllFrozen | Fault::Killed => Some(ms(750)),
+            _ => None,
+        }
     }
 }

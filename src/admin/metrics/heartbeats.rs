@@ -75,6 +75,7 @@ fn channel(out: &mut Encoder, snapshot: &Snapshot<'_>) {
 }
 
 type HeartValue = fn(&HeartStatus) -> f64;
+type Flag = fn(&BackendStatus) -> bool;
 
 fn backends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     let listening = || snapshot.control.pools.iter().filter(|pool| pool.heartbeats);
@@ -88,7 +89,7 @@ fn backends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     for backend in everybody() {
         samples.value(&labels(backend), f64::from(backend.ramp_percent) / 100.0);
     }
-    let flags: [(&Family, fn(&BackendStatus) -> bool); 2] = [
+    let flags: [(&Family, Flag); 2] = [
         (&families::IS_REGISTERED, |b| b.origin == Origin::Registered),
         (&families::BEATING, |b| b.pulse == Pulse::Beating),
     ];

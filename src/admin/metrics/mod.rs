@@ -20,7 +20,7 @@ use super::snapshot::{ServiceState, Snapshot};
 use crate::control::{BackendStatus, FrontendStatus};
 use crate::health::{Intent, Observation};
 use crate::proxy::close::{Cause, Phase, RefusedReason};
-use crate::telemetry::counters::{LocalError, WorkerCounters};
+use crate::telemetry::counters::{LocalError, RingEvent, WorkerCounters};
 use crate::telemetry::histograms::{BOUNDS_SECONDS, Series, SeriesData};
 use encoder::{Encoder, Family, counter, gauge, histogram};
 
@@ -71,6 +71,7 @@ mod families {
     pub(super) const WORKER_ACCEPTED: Family = counter("tidegate_worker_accepted_total", "Connections taken off the listen queues, by worker.");
     pub(super) const WORKER_ACTIVE: Family = gauge("tidegate_worker_active", "Sessions open, by worker.");
     pub(super) const HELD_AT_CAP: Family = counter("tidegate_accept_held_at_cap_total", "Times a listener stopped accepting because a cap was reached.");
+    pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "What went on inside the rings beside moving bytes, by worker; zero on epoll.");
     pub(super) const LOCAL_ERRORS: Family = counter("tidegate_local_errors_total", "Trouble of our own, never blamed on a backend.");
     pub(super) const CONNECT_RETRIES: Family = counter("tidegate_connect_retries_total", "Connect attempts beyond a session's first.");
     pub(super) const REPORTS_DROPPED: Family = counter("tidegate_reports_dropped_total", "Reports to the control thread that found its queue full.");
@@ -284,6 +285,13 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     });
     each(&families::HELD_AT_CAP, |w| w.accept_held_at_cap.get());
 
+    let mut samples = out.family(&families::RING_EVENTS);
+    for (name, worker) in names.iter().zip(snapshot.workers) {
+        for reason in RingEvent::ALL {
+            let count = worker.ring_events.cell(reason as usize, 0).get();
+            samples.count(&[("worker", name), ("reason", reason.name())], count);
+        }
+    }
     let mut samples = out.family(&families::LOCAL_ERRORS);
     for reason in LocalError::ALL {
         let total = sum(snapshot, |w| w.local_errors.cell(reason as usize, 0).get());

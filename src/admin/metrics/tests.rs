@@ -67,6 +67,7 @@ fn text() -> String {
     workers[0].ended.add(4);
     workers[1].session_end.cell(Cause::ClientReset as usize, Phase::Connect as usize).add(1);
     workers[1].local_errors.cell(LocalError::Ports as usize, 0).add(7);
+    workers[1].ring_events.cell(RingEvent::Resumed as usize, 0).add(3);
     render(&Snapshot {
         control: &control,
         workers: &workers,
@@ -219,6 +220,9 @@ fn counters_are_summed_over_workers_and_leaving_backends_repeat_no_series() {
     assert_eq!(parsed.get("tidegate_refused_total", &refused), 2.0);
     assert_eq!(parsed.get("tidegate_worker_active", &[("worker", "0")]), 5.0);
     assert_eq!(parsed.get("tidegate_local_errors_total", &[("reason", "ports")]), 7.0);
+    let resumed = |worker| [("worker", worker), ("reason", "resumed")];
+    assert_eq!(parsed.get("tidegate_ring_events_total", &resumed("1")), 3.0);
+    assert_eq!(parsed.get("tidegate_ring_events_total", &resumed("0")), 0.0);
 }
 
 #[test]

@@ -130,7 +130,8 @@ impl Seen {
         let backend = |value: &Value| SeenBackend {
             name: text(&value["name"]),
             weight: number(&value["weight"]),
-            effective: number(&value["effective_weight"]),
+            // What is left of a suspect's is not nothing.
+            effective: value["effective_weight"].as_f64().unwrap_or_default().ceil() as u64,
             intent: text(&value["intent"]),
             changed: value["last_transition"].as_object().map(|change| {
                 let ago = change["seconds_ago"].as_f64().unwrap_or_default();

@@ -25,8 +25,13 @@ const CONNECT_ATTEMPTS: u32 = 3;
 const CONNECT_ATTEMPTS_MAX: u32 = 16;
 const STARTUP_GRACE: Duration = Duration::from_secs(3);
 
-const EJECTION: EjectionSpec =
-    EjectionSpec { failures: 5, time: Duration::from_secs(10), max_ejected_percent: 50 };
+const EJECTION: EjectionSpec = EjectionSpec {
+    failures: 5,
+    time: Duration::from_secs(10),
+    max_ejected_percent: 50,
+    early_resets: true,
+    slow_first_byte: Some(Duration::from_secs(1)),
+};
 const EJECTION_FAILURES_MAX: u32 = 1_000;
 
 /// A pool with the places the checks across sections point at.
@@ -116,6 +121,12 @@ fn ejection(pool: &Section<'_, '_>, name: &str) -> Option<EjectionSpec> {
         max_ejected_percent: section
             .text("max_ejected", "a share such as \"50%\"", value::percent)
             .or(EJECTION.max_ejected_percent),
+        early_resets: section.boolean("early_resets").or(EJECTION.early_resets),
+        slow_first_byte: section
+            .text("slow_first_byte", "a duration such as \"1s\", or \"off\"", |text| {
+                value::duration_or_off(text, value::SLOW_FIRST_BYTE)
+            })
+            .or(EJECTION.slow_first_byte),
     };
     section.finish();
     Some(spec)

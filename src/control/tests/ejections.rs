@@ -50,8 +50,18 @@ fn an_ejection_ends_on_time_and_the_next_takes_a_whole_row_and_lasts_longer() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.refuse("a", 1, 5);
     let effects = bench.pass(Duration::from_secs(10));
-    assert_eq!(logs(&effects), ["a: ejected -> unknown: ejection ended: its time is over"]);
+    assert_eq!(
+        logs(&effects),
+        ["a: ejected -> trial: ejection ended: its time is over; one session is to try it"]
+    );
     assert_eq!(bench.serving(), ["a", "b"]);
+    let effects = bench.try_it("a", TrialPhase::Passed);
+    assert_eq!(
+        logs(&effects),
+        ["a: trial -> unknown: back in service: its trial session succeeded"]
+    );
+    assert_eq!(publishes(&effects), 0, "the table was right already");
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Opened)));
     assert!(bench.refuse("a", 801, 804).is_empty());
     let effects = bench.refuse("a", 805, 805);
     assert!(logs(&effects)[0].ends_with("out for 20s (ejection 2 in a row)"), "{effects:?}");
@@ -64,13 +74,92 @@ fn stragglers_during_an_ejection_do_not_make_a_long_row_after_it() {
     bench.refuse("a", 1, 500);
     bench.pass(Duration::from_secs(10));
     assert!(!bench.status("a").ejected);
+    assert!(logs(&bench.refuse("a", 500, 501)).is_empty(), "the trial is another's");
+    bench.try_it("a", TrialPhase::Passed);
     assert!(logs(&bench.refuse("a", 501, 501)).is_empty(), "one failure is no row of 501");
 }
 
 #[test]
+fn during_a_trial_one_session_gets_in_and_its_failure_ejects_for_longer() {
+    let mut bench = Bench::new(unprobed(&["a", "b"]));
+    bench.refuse("a", 1, 5);
+    bench.pass(Duration::from_secs(10));
+    let state = bench.status("a").state;
+    assert!(state.in_flight.try_enter(0));
+    assert!(!state.in_flight.try_enter(0), "a second session");
+    let trial = state.in_flight.claim_trial().unwrap();
+    state.in_flight.advance_trial(trial, TrialPhase::Failed);
+    let effects = bench.pass(TRIAL_LOOK);
+    assert_eq!(
+        logs(&effects),
+        ["a: trial -> ejected: its trial session failed; out for 20s (ejection 2 in a row)"]
+    );
+    assert_eq!(bench.serving(), ["b"]);
+    assert!(!state.in_flight.try_enter(0), "by an old table");
+    bench.pass(Duration::from_secs(20));
+    bench.try_it("a", TrialPhase::Passed);
+    assert!((0..3).all(|_| state.in_flight.try_enter(0)));
+}
+
+#[test]
+fn trial_whose_client_went_away_is_the_next_ones() {
+    let mut bench = Bench::new(unprobed(&["a", "b"]));
+    bench.refuse("a", 1, 5);
+    bench.pass(Duration::from_secs(10));
+    assert!(logs(&bench.try_it("a", TrialPhase::Open)).is_empty());
+    assert_eq!(logs(&bench.try_it("a", TrialPhase::Passed)).len(), 1);
+}
+
+#[test]
+fn where_nobody_else_is_eligible_there_is_no_trial() {
+    let mut bench = Bench::new(unprobed(&["a", "b"]));
+    bench.refuse("a", 1, 5);
+    bench.pass(Duration::from_secs(10));
+    let effects = bench.operator("b", Intent::Draining);
+    assert!(logs(&effects)[1].contains("no other backend of the pool is eligible"), "{effects:?}");
+    let state = bench.status("a").state;
+    assert!((0..3).all(|_| state.in_flight.try_enter(0)));
+}
+
+#[test]
+fn backups_stand_beside_primaries_that_are_all_on_trial() {
+    let mut spec = unprobed(&["a", "b"]);
+    spec.backends[1].backup = true;
+    let mut bench = Bench::new(spec);
+    bench.refuse("a", 1, 5);
+    assert_eq!(bench.serving(), ["b"]);
+    bench.pass(Duration::from_secs(10));
+    assert_eq!(bench.serving(), ["a", "b"]);
+    let effects = bench.try_it("a", TrialPhase::Passed);
+    assert_eq!(publishes(&effects), 1);
+    assert_eq!(bench.serving(), ["a"]);
+}
+
+#[test]
+fn early_resets_eject_and_leave_the_probes_verdict_alone() {
+    let mut bench = Bench::up(pool(&["a", "b"]));
+    let backend = bench.id("a");
+    let failure = ConnectFailure::EarlyReset;
+    let effects: Vec<Effect> = (1..=5)
+        .flat_map(|in_a_row| bench.apply(Event::ConnectFailed { backend, failure, in_a_row }))
+        .collect();
+    assert_eq!(
+        logs(&effects),
+        ["a: up -> ejected: 5 sessions failed in a row, last: reset before its first byte; \
+          out for 10s (ejection 1 in a row)"]
+    );
+    assert_eq!(bench.status("a").observation, Observation::Up);
+}
+
+#[test]
 fn the_last_eligible_backend_is_not_ejected_and_that_is_said_once() {
-    let always =
-        EjectionSpec { failures: 5, time: Duration::from_secs(10), max_ejected_percent: 100 };
+    let always = EjectionSpec {
+        failures: 5,
+        time: Duration::from_secs(10),
+        max_ejected_percent: 100,
+        early_resets: true,
+        slow_first_byte: None,
+    };
     let mut bench = Bench::new(Pool { ejection: Some(always), ..unprobed(&["a", "b"]) });
     bench.refuse("a", 1, 5);
     let effects = bench.refuse("b", 1, 100);
@@ -93,6 +182,9 @@ fn max_ejected_is_rounded_down_and_never_exceeded() {
     assert_eq!(bench.serving(), ["b", "c"]);
     bench.pass(Duration::from_secs(10));
     bench.refuse("b", 51, 51);
+    assert_eq!(bench.serving(), ["a", "b", "c"], "a is still on trial");
+    bench.try_it("a", TrialPhase::Passed);
+    bench.refuse("b", 52, 52);
     assert_eq!(bench.serving(), ["a", "c"], "held back no longer");
 }
 

@@ -83,7 +83,7 @@ fn counts_go_on_and_may_be_brought_up_to_date() {
 fn a_round_robin_goes_on_where_it_was() {
     let old = Bench::new(unprobed(&["a", "b", "c"]));
     let pick = |bench: &Bench| {
-        let key = crate::balance::PickKey { client: [127, 0, 0, 1].into(), draw: 0 };
+        let key = crate::balance::PickKey { client: [127, 0, 0, 1].into(), draw: 0, at: 0 };
         let table = bench.controller.current_table();
         table.pools[0].pick(key, &[]).unwrap().backend().name.to_string()
     };

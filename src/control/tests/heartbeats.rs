@@ -300,6 +300,31 @@ fn a_weight_is_bounded_by_the_configuration_and_a_load_takes_its_share() {
 }
 
 #[test]
+fn small_changes_of_weight_make_no_table() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    let said = |weight, sequence| Heartbeat { weight, ..heartbeat("a", sequence) };
+    bench.hear(said(50, 1));
+    bench.answer_but(&[]);
+    bench.pass(pace::PACE);
+    let effects: Vec<Effect> =
+        (2..100).flat_map(|n| bench.hear(said(50 + (n % 5) as u16, n))).collect();
+    assert_eq!((publishes(&effects), bench.status("a").weight), (0, 50));
+    bench.pass(pace::PACE);
+    assert_eq!(publishes(&bench.hear(said(55, 100))), 1);
+}
+
+#[test]
+fn a_sender_that_starts_is_asked_when_it_says_that_it_is_ready() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    let starting = |n| Heartbeat { state: SenderState::Starting, ..heartbeat("a", n) };
+    let effects: Vec<Effect> = (1..50).flat_map(|n| bench.hear(starting(n))).collect();
+    assert_eq!((probes(&effects), bench.status("a").eligible), (0, false));
+    bench.hear(heartbeat("a", 50));
+    bench.answer_but(&[]);
+    assert_eq!(bench.serving(), ["z", "a"]);
+}
+
+#[test]
 fn a_reload_keeps_who_registered_and_a_file_may_adopt_it() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.beat(&["a", "b"], &[], Duration::from_secs(1));

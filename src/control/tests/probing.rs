@@ -123,7 +123,13 @@ fn settled_backends_are_probed_each_interval_give_or_take_a_tenth() {
 fn absurdly_long_durations_overflow_nothing() {
     let max = Duration::MAX;
     let spec = ProbeSpec { interval: max, fast_interval: max, timeout: max, ..probe_spec() };
-    let ejection = EjectionSpec { failures: 1, time: max, max_ejected_percent: 100 };
+    let ejection = EjectionSpec {
+        failures: 1,
+        time: max,
+        max_ejected_percent: 100,
+        early_resets: true,
+        slow_first_byte: None,
+    };
     let forever = |names: &[&str]| Pool {
         probe: Some(Arc::new(spec.clone())),
         ejection: Some(ejection),

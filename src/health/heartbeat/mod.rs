@@ -88,6 +88,7 @@ mod round;
 #[cfg(test)]
 mod tests;
 
+pub use super::SUSPECT_WEIGHT_PERCENT;
 pub use arrivals::{Arrival, Arrivals};
 pub use detector::HeartbeatDetector;
 pub use guards::{Channel, ChannelGuard, Freeze, Frost, PathGuard, PathView, permit, stalled};
@@ -96,10 +97,6 @@ pub use reading::Reading;
 pub use round::{Answer, Try, TryId};
 
 use std::time::Duration;
-
-/// What is left of a suspect's weight, in percent: a suspicion is right more
-/// often than not, but a pool whose heartbeats are lost still has to serve.
-pub const SUSPECT_WEIGHT_PERCENT: u32 = 10;
 
 /// How long one try of a confirming probe may take. Ten times a round trip
 /// between data centres nearby, and short enough for two within the promised

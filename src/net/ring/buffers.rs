@@ -18,14 +18,6 @@ use std::sync::atomic::{AtomicU16, Ordering};
 /// pin more memory behind slow readers.
 pub const BUFFER_LEN: usize = 16 * 1024;
 
-/// Length of a bulk buffer.
-pub const BULK_LEN: usize = 128 * 1024;
-
-/// Bulk buffers of a ring, 8 MiB in all; streams beyond go on with pool
-/// buffers. The memory of those not in use is given back, but for a few.
-const BULK_MAX: usize = 64;
-const BULK_KEPT: usize = 4;
-
 /// More than that is cheaper to keep where it is than to copy.
 const ABSORB_MAX: usize = 4 * 1024;
 
@@ -43,7 +35,6 @@ pub struct Chunk {
 #[derive(Debug)]
 enum Source {
     Pool(Rc<Pool>, u16),
-    Bulk(Bulk),
     /// Not a `Box`: a pointer into it must stay good while the chunk moves.
     Own(Rc<[u8]>),
 }
@@ -56,23 +47,6 @@ pub(super) struct Pool {
     count: u16,
     /// Last in, first out: what was used last is still in the cache.
     free: RefCell<Vec<u16>>,
-}
-
-/// One big buffer, for a stream that is never short of bytes.
-#[derive(Debug)]
-pub(super) struct Bulk {
-    index: usize,
-    home: Rc<BulkHome>,
-}
-
-/// Where bulk buffers come from and go back to.
-#[derive(Debug)]
-pub(super) struct BulkHome {
-    base: NonNull<u8>,
-    /// Free, and with their memory: what was used last comes first.
-    warm: RefCell<Vec<usize>>,
-    /// Free, and without memory until they are used.
-    cold: RefCell<Vec<usize>>,
 }
 
 /// The ring in which free buffers are shown to the kernel.
@@ -139,7 +113,6 @@ impl Chunk {
     pub(super) fn pointer(&self) -> *const u8 {
         match &self.source {
             Source::Pool(pool, id) => pool.pointer(*id).wrapping_add(self.start as usize),
-            Source::Bulk(bulk) => bulk.pointer().wrapping_add(self.start as usize),
             Source::Own(bytes) => bytes.as_ptr().wrapping_add(self.start as usize),
         }
     }
@@ -180,76 +153,6 @@ impl Drop for Pool {
         // and is given back once. Nobody else points here: chunks hold the pool
         // alive, and the ring leaks its share where operations may still run.
         drop(unsafe { Box::from_raw(memory) });
-    }
-}
-
-// === impl Bulk ===
-
-impl Bulk {
-    /// A buffer, or none where all are in use.
-    pub(super) fn take(home: &Rc<BulkHome>) -> Option<Bulk> {
-        let warm = home.warm.borrow_mut().pop();
-        let index = warm.or_else(|| home.cold.borrow_mut().pop())?;
-        Some(Bulk { index, home: Rc::clone(home) })
-    }
-
-    pub(super) fn pointer(&self) -> *mut u8 {
-        self.home.pointer(self.index)
-    }
-
-    /// The first `len` bytes, which were received into it.
-    pub(super) fn filled(self, len: usize) -> Chunk {
-        assert!(len <= BULK_LEN, "the kernel received more than there was room for");
-        Chunk { source: Source::Bulk(self), start: 0, len: len as u32 }
-    }
-}
-
-impl Drop for Bulk {
-    fn drop(&mut self) {
-        let mut warm = self.home.warm.borrow_mut();
-        if warm.len() < BULK_KEPT {
-            warm.push(self.index);
-            return;
-        }
-        // Whole pages only, as the kernel asks.
-        let skipped = self.pointer().align_offset(RING_ALIGN);
-        let pages = self.pointer().wrapping_add(skipped);
-        let len = (BULK_LEN - skipped) / RING_ALIGN * RING_ALIGN;
-        // SAFETY: the pages lie inside this buffer, in a private anonymous
-        // allocation that lives as long as `home`. Nobody reads what was in
-        // them: the buffer is free from here on, and written before it is read
-        // again. A refusal only leaves the memory in place.
-        unsafe { libc::madvise(pages.cast(), len, libc::MADV_DONTNEED) };
-        self.home.cold.borrow_mut().push(self.index);
-    }
-}
-
-impl BulkHome {
-    pub(super) fn new() -> Rc<BulkHome> {
-        // SAFETY: the layout's size is not zero.
-        let memory = unsafe { alloc_zeroed(BulkHome::layout()) };
-        let Some(base) = NonNull::new(memory) else { handle_alloc_error(BulkHome::layout()) };
-        let cold = RefCell::new((0..BULK_MAX).rev().collect());
-        Rc::new(BulkHome { base, warm: RefCell::default(), cold })
-    }
-
-    /// An alignment the allocator need not arrange for, so that it asks the
-    /// kernel for fresh zeros and touches nothing.
-    fn layout() -> Layout {
-        Layout::array::<u8>(BULK_MAX * BULK_LEN).expect("8 MiB fit any address space")
-    }
-
-    fn pointer(&self, index: usize) -> *mut u8 {
-        debug_assert!(index < BULK_MAX);
-        self.base.as_ptr().wrapping_add(index * BULK_LEN)
-    }
-}
-
-impl Drop for BulkHome {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this very layout. Every buffer holds
-        // `self`, so none is in use or leaked with an operation.
-        unsafe { dealloc(self.base.as_ptr(), BulkHome::layout()) };
     }
 }
 

@@ -35,8 +35,6 @@ pub struct Event {
     pub tag: u64,
     /// This was its last event: the operation is over.
     pub last: bool,
-    /// After data: the kernel knows of more to receive.
-    pub more: bool,
     /// What.
     pub what: What,
 }
@@ -50,8 +48,6 @@ pub enum What {
     End,
     /// No buffer was to be had.
     Starved,
-    /// A bulk receive found nothing.
-    Drained,
     /// A receive ended for no fault of the connection's: it was cancelled or
     /// interrupted.
     Stopped,
@@ -68,7 +64,7 @@ pub enum What {
 }
 
 /// What went on inside, for those who ask.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
     /// Times completions had outgrown their queue.
     pub overflows: u64,

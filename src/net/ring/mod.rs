@@ -17,13 +17,13 @@ mod ops;
 #[cfg(test)]
 mod tests;
 
-pub use buffers::{BUFFER_LEN, BULK_LEN, Chunk};
+pub use buffers::{BUFFER_LEN, Chunk};
 pub use event::{Counts, Event, Interest, Settings, What};
 pub use ops::{Op, SEND_CHUNKS_MAX};
 
-use buffers::{BufferRing, Bulk, BulkHome};
+use buffers::BufferRing;
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
-use ops::{InFlight, Ops, Work, send_entry};
+use ops::{Bytes, Ops, Parcel, Work};
 use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -62,7 +62,6 @@ pub struct Wake(Rc<OwnedFd>);
 pub struct Ring {
     ring: ManuallyDrop<IoUring>,
     buffers: BufferRing,
-    bulk: Rc<BulkHome>,
     ops: Ops,
     wake: Wake,
     /// What did not fit into the submission queue.
@@ -104,7 +103,6 @@ impl Ring {
         let mut ring = Ring {
             ring: ManuallyDrop::new(ring),
             buffers,
-            bulk: BulkHome::new(),
             ops: Ops::default(),
             wake,
             backlog: VecDeque::new(),
@@ -196,24 +194,12 @@ impl Ring {
     /// event.
     pub fn receive(&mut self, socket: &Rc<OwnedFd>, tag: u64) -> Op {
         let entry = opcode::RecvMulti::new(types::Fd(socket.as_raw_fd()), GROUP).build();
-        self.start(socket, tag, Work::Receive, |_| entry)
-    }
-
-    /// Receives once what is there now, up to [`BULK_LEN`], into a big buffer;
-    /// nothing where too many of those are in use.
-    pub fn receive_bulk(&mut self, socket: &Rc<OwnedFd>, tag: u64) -> Option<Op> {
-        let bulk = Bulk::take(&self.bulk)?;
-        let fd = types::Fd(socket.as_raw_fd());
-        let entry = opcode::Recv::new(fd, bulk.pointer(), BULK_LEN as u32)
-            .flags(libc::MSG_DONTWAIT)
-            .build();
-        Some(self.start(socket, tag, Work::ReceiveBulk(bulk), |_| entry))
+        self.start(socket, tag, Work::Receive, entry)
     }
 
     /// Sends all of `chunk`.
     pub fn send(&mut self, socket: &Rc<OwnedFd>, tag: u64, chunk: Chunk) -> Op {
-        let fd = socket.as_raw_fd();
-        self.start(socket, tag, Work::SendOne(chunk), |work| send_entry(fd, work))
+        self.send_bytes(socket, tag, Bytes::One(chunk))
     }
 
     /// Sends all of the first [`SEND_CHUNKS_MAX`] chunks of `queue`, which
@@ -224,9 +210,15 @@ impl Ring {
         tag: u64,
         queue: &mut VecDeque<Chunk>,
     ) -> Op {
-        let fd = socket.as_raw_fd();
         let message = self.ops.message(queue);
-        self.start(socket, tag, Work::SendMany(message), |work| send_entry(fd, work))
+        self.send_bytes(socket, tag, Bytes::Many(message))
+    }
+
+    #[inline]
+    fn send_bytes(&mut self, socket: &Rc<OwnedFd>, tag: u64, bytes: Bytes) -> Op {
+        let entry = bytes.send_entry(socket.as_raw_fd());
+        let parcel = self.ops.pack(bytes);
+        self.start(socket, tag, Work::Send(parcel), entry)
     }
 
     /// Reports once when `socket` is as `interest` asks.
@@ -237,7 +229,7 @@ impl Ring {
             Interest::Writable => libc::POLLOUT,
         };
         let entry = opcode::PollAdd::new(types::Fd(socket.as_raw_fd()), mask as u32).build();
-        self.start(socket, tag, Work::Poll, |_| entry)
+        self.start(socket, tag, Work::Poll, entry)
     }
 
     /// Ends `op` early; its last event still comes. A no-op where it is over.
@@ -258,21 +250,13 @@ impl Ring {
     }
 
     fn push_cancel(&mut self, op: Op) {
-        let entry = opcode::AsyncCancel::new(op.0).build();
+        let entry = opcode::AsyncCancel::new(op.user_data()).build();
         self.push(entry.user_data(NOBODY).flags(squeue::Flags::SKIP_SUCCESS));
     }
 
-    fn start(
-        &mut self,
-        socket: &Rc<OwnedFd>,
-        tag: u64,
-        work: Work,
-        entry: impl FnOnce(&Work) -> squeue::Entry,
-    ) -> Op {
-        let entry = entry(&work);
-        let socket = Rc::clone(socket);
-        let op = self.ops.insert(InFlight { tag, socket, work, cancelled: false, nudged: false });
-        self.push(entry.user_data(op.0));
+    fn start(&mut self, socket: &Rc<OwnedFd>, tag: u64, work: Work, entry: squeue::Entry) -> Op {
+        let op = self.ops.insert(Rc::clone(socket), tag, work);
+        self.push(entry.user_data(op.user_data()));
         op
     }
 
@@ -423,23 +407,24 @@ impl Ring {
     pub fn next_event(&mut self) -> Option<Event> {
         while let Some(completion) = self.completed.get(self.taken) {
             let (result, flags) = (completion.result(), completion.flags());
-            let op = Op(completion.user_data());
+            let user_data = completion.user_data();
             self.taken += 1;
-            if let Some(event) = self.event(op, result, flags) {
+            if let Some(event) = self.event(user_data, result, flags) {
                 return Some(event);
             }
         }
         None
     }
 
-    fn event(&mut self, op: Op, result: i32, flags: u32) -> Option<Event> {
+    fn event(&mut self, user_data: u64, result: i32, flags: u32) -> Option<Event> {
         // Taken off the ring whatever else the completion says.
         let chunk = cqueue::buffer_select(flags)
             .map(|id| self.buffers.taken(id, usize::try_from(result).unwrap_or(0)));
-        if op.0 == NOBODY {
+        if user_data == NOBODY {
             return None;
         }
-        let Some(operation) = self.ops.get_mut(op) else {
+        let op = Op::named(user_data);
+        let Some((op, operation)) = op.and_then(|op| Some((op, self.ops.get_mut(op)?))) else {
             self.counts.strays += 1;
             return None;
         };
@@ -447,32 +432,16 @@ impl Ring {
         let last = !cqueue::more(flags);
         let what = match operation.work {
             Work::Receive => self.received(result, chunk),
-            Work::ReceiveBulk(_) => return self.received_bulk(op, result, flags),
             Work::Poll => What::Polled(match result {
                 errno if errno < 0 => Err(-errno),
                 mask => Ok(mask & i32::from(libc::POLLERR | libc::POLLHUP) != 0),
             }),
-            Work::SendOne(_) | Work::SendMany(_) => return self.sent(op, result),
+            Work::Send(parcel) => return self.sent(op, parcel, result),
         };
         if last {
             self.ops.remove(op);
         }
-        Some(Event { op, tag, last, more: false, what })
-    }
-
-    fn received_bulk(&mut self, op: Op, result: i32, flags: u32) -> Option<Event> {
-        let InFlight { tag, work, .. } = self.ops.remove(op)?;
-        let Work::ReceiveBulk(bulk) = work else { return None };
-        let what = match result {
-            1.. => What::Data(bulk.filled(result as usize)),
-            0 => What::End,
-            _ => match -result {
-                libc::EAGAIN => What::Drained,
-                libc::ECANCELED | libc::EINTR => What::Stopped,
-                errno => What::Failed(errno),
-            },
-        };
-        Some(Event { op, tag, last: true, more: cqueue::sock_nonempty(flags), what })
+        Some(Event { op, tag, last, what })
     }
 
     fn received(&mut self, result: i32, chunk: Option<Chunk>) -> What {
@@ -493,43 +462,28 @@ impl Ring {
     }
 
     /// A send came back: resumed where it is short, reported where it is over.
-    fn sent(&mut self, op: Op, result: i32) -> Option<Event> {
+    fn sent(&mut self, op: Op, parcel: Parcel, result: i32) -> Option<Event> {
         let closing = self.closing;
+        let left = self.ops.bytes(parcel).len();
         let operation = self.ops.get_mut(op)?;
         let tag = operation.tag;
         let sent = usize::try_from(result).unwrap_or(0);
-        let left = match &operation.work {
-            Work::SendOne(chunk) => chunk.len(),
-            Work::SendMany(message) => message.len(),
-            Work::Receive | Work::ReceiveBulk(_) | Work::Poll => 0,
-        };
         let nudged = std::mem::take(&mut operation.nudged);
         let resumable = sent > 0
             || matches!(-result, libc::EAGAIN | libc::EINTR)
             || nudged && -result == libc::ECANCELED;
         if sent < left && resumable && !operation.cancelled && !closing {
-            match &mut operation.work {
-                Work::SendOne(chunk) => chunk.advance(sent),
-                Work::SendMany(message) => {
-                    Rc::get_mut(message).expect("only `ops` holds a message").advance(sent);
-                }
-                Work::Receive | Work::ReceiveBulk(_) | Work::Poll => {}
-            }
-            let entry = send_entry(operation.socket.as_raw_fd(), &operation.work);
-            self.push(entry.user_data(op.0));
+            let fd = operation.fd();
+            let bytes = self.ops.bytes_mut(parcel);
+            bytes.advance(sent);
+            let entry = bytes.send_entry(fd);
+            self.push(entry.user_data(op.user_data()));
             self.counts.resumed += 1;
             // Not an end: progress, where there was any.
-            return (sent > 0).then_some(Event {
-                op,
-                tag,
-                last: false,
-                more: false,
-                what: What::Sent(sent),
-            });
+            return (sent > 0).then_some(Event { op, tag, last: false, what: What::Sent(sent) });
         }
-        if let Some(InFlight { work: Work::SendMany(message), .. }) = self.ops.remove(op) {
-            self.ops.recycle(message);
-        }
+        self.ops.remove(op);
+        self.ops.unpack(parcel);
         let what = match result {
             1.. if sent == left => What::Sent(sent),
             // Cut short because it was cancelled.
@@ -538,7 +492,7 @@ impl Ring {
             0 => What::SendFailed(libc::EPIPE),
             errno => What::SendFailed(-errno),
         };
-        Some(Event { op, tag, last: true, more: false, what })
+        Some(Event { op, tag, last: true, what })
     }
 }
 

@@ -6,10 +6,12 @@
 
 #![allow(unsafe_code)]
 
-use super::buffers::{Bulk, Chunk};
+use super::buffers::Chunk;
 use io_uring::{opcode, squeue, types};
+use slab::Slab;
 use std::collections::VecDeque;
-use std::os::fd::{OwnedFd, RawFd};
+use std::num::NonZeroU64;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
 /// Chunks one send takes at most.
@@ -18,29 +20,43 @@ pub const SEND_CHUNKS_MAX: usize = 32;
 /// Messages kept for the next queue to be sent; more would only hold memory.
 const SPARE_MESSAGES: usize = 64;
 
-/// An operation's name: generation and slot. Also the completion's `user_data`.
+/// An operation's name: generation and slot, the latter from 1. Also the
+/// completion's `user_data`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Op(pub(super) u64);
+pub struct Op(NonZeroU64);
 
+/// A place for an operation in flight. Small: an idle session has two, always.
 #[derive(Debug)]
 pub(super) struct InFlight {
     /// The caller's word for it.
     pub(super) tag: u64,
-    pub(super) socket: Rc<OwnedFd>,
+    /// None while the place is free.
+    socket: Option<Rc<OwnedFd>>,
     pub(super) work: Work,
+    generation: u32,
     /// Not to be resumed when it comes back short.
     pub(super) cancelled: bool,
     /// Cancelled only to learn how far it has come.
     pub(super) nudged: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(super) enum Work {
     Receive,
-    ReceiveBulk(Bulk),
     Poll,
-    SendOne(Chunk),
-    SendMany(Rc<Message>),
+    /// What is sent is found there.
+    Send(Parcel),
+}
+
+/// Where the bytes of a send in flight are kept.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Parcel(u32);
+
+/// The bytes of a send in flight.
+#[derive(Debug)]
+pub(super) enum Bytes {
+    One(Chunk),
+    Many(Rc<Message>),
 }
 
 /// A header and its vector for sendmsg(2), with the chunks they point into.
@@ -53,51 +69,97 @@ pub(super) struct Message {
 
 #[derive(Debug, Default)]
 pub(super) struct Ops {
-    slots: Vec<Slot>,
+    slots: Vec<InFlight>,
     free: Vec<u32>,
+    /// Those of sends; few are in flight at once, and reused while still hot.
+    parcels: Slab<Bytes>,
     spare: Vec<Rc<Message>>,
 }
 
-#[derive(Debug)]
-struct Slot {
-    generation: u32,
-    operation: Option<InFlight>,
+// === impl Op ===
+
+impl Op {
+    fn new(generation: u32, index: u32) -> Op {
+        let name = u64::from(generation) << 32 | (u64::from(index) + 1);
+        Op(NonZeroU64::new(name).expect("one was added"))
+    }
+
+    /// Of a completion; `None` for what is no operation's name.
+    #[inline]
+    pub(super) fn named(user_data: u64) -> Option<Op> {
+        NonZeroU64::new(user_data).map(Op)
+    }
+
+    #[inline]
+    pub(super) fn user_data(self) -> u64 {
+        self.0.get()
+    }
+
+    fn generation(self) -> u32 {
+        (self.0.get() >> 32) as u32
+    }
+
+    fn index(self) -> u32 {
+        (self.0.get() as u32).wrapping_sub(1)
+    }
 }
 
 // === impl Ops ===
 
 impl Ops {
     #[inline]
-    pub(super) fn insert(&mut self, operation: InFlight) -> Op {
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot { generation: 0, operation: None });
-            (self.slots.len() - 1) as u32
-        });
-        let slot = &mut self.slots[index as usize];
-        slot.operation = Some(operation);
-        Op(u64::from(slot.generation) << 32 | u64::from(index))
+    pub(super) fn insert(&mut self, socket: Rc<OwnedFd>, tag: u64, work: Work) -> Op {
+        let socket = Some(socket);
+        let (cancelled, nudged) = (false, false);
+        if let Some(index) = self.free.pop() {
+            let place = &mut self.slots[index as usize];
+            let generation = place.generation;
+            *place = InFlight { tag, socket, work, generation, cancelled, nudged };
+            return Op::new(generation, index);
+        }
+        let index = self.slots.len() as u32;
+        self.slots.push(InFlight { tag, socket, work, generation: 0, cancelled, nudged });
+        Op::new(0, index)
     }
 
     #[inline]
     pub(super) fn get_mut(&mut self, op: Op) -> Option<&mut InFlight> {
-        let slot = self.slots.get_mut(op.0 as u32 as usize)?;
-        if slot.generation != (op.0 >> 32) as u32 {
-            return None;
+        let place = self.slots.get_mut(op.index() as usize)?;
+        (place.generation == op.generation() && place.socket.is_some()).then_some(place)
+    }
+
+    /// It is over: lets go of its socket. A no-op where it was before.
+    #[inline]
+    pub(super) fn remove(&mut self, op: Op) {
+        if let Some(place) = self.get_mut(op) {
+            place.socket = None;
+            place.generation = place.generation.wrapping_add(1);
+            self.free.push(op.index());
         }
-        slot.operation.as_mut()
+    }
+
+    /// Keeps bytes that are to be sent until they are unpacked again.
+    #[inline]
+    pub(super) fn pack(&mut self, bytes: Bytes) -> Parcel {
+        Parcel(self.parcels.insert(bytes) as u32)
     }
 
     #[inline]
-    pub(super) fn remove(&mut self, op: Op) -> Option<InFlight> {
-        let index = op.0 as u32;
-        let slot = self.slots.get_mut(index as usize)?;
-        if slot.generation != (op.0 >> 32) as u32 {
-            return None;
+    pub(super) fn bytes(&self, parcel: Parcel) -> &Bytes {
+        &self.parcels[parcel.0 as usize]
+    }
+
+    #[inline]
+    pub(super) fn bytes_mut(&mut self, parcel: Parcel) -> &mut Bytes {
+        &mut self.parcels[parcel.0 as usize]
+    }
+
+    /// The send is over: gives its chunks back.
+    #[inline]
+    pub(super) fn unpack(&mut self, parcel: Parcel) {
+        if let Bytes::Many(message) = self.parcels.remove(parcel.0 as usize) {
+            self.recycle(message);
         }
-        let operation = slot.operation.take()?;
-        slot.generation = slot.generation.wrapping_add(1);
-        self.free.push(index);
-        Some(operation)
     }
 
     /// How many are in flight.
@@ -118,7 +180,7 @@ impl Ops {
     }
 
     /// Gives its chunks back and keeps the message for the next.
-    pub(super) fn recycle(&mut self, mut message: Rc<Message>) {
+    fn recycle(&mut self, mut message: Rc<Message>) {
         if self.spare.len() < SPARE_MESSAGES
             && let Some(inner) = Rc::get_mut(&mut message)
         {
@@ -130,6 +192,7 @@ impl Ops {
     /// Keeps everything in flight for ever.
     pub(super) fn leak(&mut self) {
         std::mem::forget(std::mem::take(&mut self.slots));
+        std::mem::forget(std::mem::take(&mut self.parcels));
     }
 }
 
@@ -182,20 +245,52 @@ impl std::fmt::Debug for Message {
     }
 }
 
-/// The submission for a send, or for what is left of it.
-pub(super) fn send_entry(fd: RawFd, work: &Work) -> squeue::Entry {
-    // Waiting for all of it measured 3 to 5 % better than resuming here; it
-    // comes back short all the same now and then.
-    let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
-    match work {
-        Work::SendOne(chunk) => {
-            opcode::Send::new(types::Fd(fd), chunk.pointer(), chunk.len() as u32)
-                .flags(flags)
-                .build()
+// === impl InFlight ===
+
+impl InFlight {
+    /// The descriptor it works on; -1, which is none, once it is over.
+    #[inline]
+    pub(super) fn fd(&self) -> RawFd {
+        self.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+}
+
+// === impl Bytes ===
+
+impl Bytes {
+    #[inline]
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Bytes::One(chunk) => chunk.len(),
+            Bytes::Many(message) => message.len(),
         }
-        Work::SendMany(message) => opcode::SendMsg::new(types::Fd(fd), &raw const message.header)
-            .flags(flags as u32)
-            .build(),
-        Work::Receive | Work::ReceiveBulk(_) | Work::Poll => unreachable!("only sends are sent"),
+    }
+
+    /// Forgets the first `bytes`, which are sent.
+    pub(super) fn advance(&mut self, bytes: usize) {
+        match self {
+            Bytes::One(chunk) => chunk.advance(bytes),
+            Bytes::Many(message) => {
+                Rc::get_mut(message).expect("only `ops` holds a message").advance(bytes);
+            }
+        }
+    }
+
+    /// The submission for a send of them, or of what is left of them.
+    #[inline]
+    pub(super) fn send_entry(&self, fd: RawFd) -> squeue::Entry {
+        // Waiting for all of it measured 3 to 5 % better than resuming here; it
+        // comes back short all the same now and then.
+        let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
+        match self {
+            Bytes::One(chunk) => {
+                opcode::Send::new(types::Fd(fd), chunk.pointer(), chunk.len() as u32)
+                    .flags(flags)
+                    .build()
+            }
+            Bytes::Many(message) => opcode::SendMsg::new(types::Fd(fd), &raw const message.header)
+                .flags(flags as u32)
+                .build(),
+        }
     }
 }

@@ -4,11 +4,15 @@
 //! the engine and closes its sockets.
 
 use super::Engine;
+use crate::balance::trial::{TrialId, TrialPhase};
+use crate::clock;
 use crate::proxy::close::{Cause, Ending};
 use crate::table::state::{BackendState, FrontendState};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 /// One session's sockets, inside the engine.
@@ -17,6 +21,11 @@ pub struct Flow {
     pub(super) engine: Engine,
     pub(super) key: u32,
 }
+
+/// A flow that is relayed; resolves, once, when that is over. Idle sessions are
+/// made of such futures: it is written by hand to be no bigger than a flow.
+#[derive(Debug)]
+pub struct Relay(Flow);
 
 /// How waiting for a connect ended otherwise than by success.
 #[derive(Debug)]
@@ -53,6 +62,10 @@ pub struct Meter {
     pub frontend: Arc<FrontendState>,
     /// The session's backend.
     pub backend: Arc<BackendState>,
+    /// The session decides its backend's trial.
+    pub trial: Option<TrialId>,
+    /// Whether somebody balances by first-byte times.
+    pub timed: bool,
 }
 
 /// A finished relay: how it ended, what it moved, and its sockets.
@@ -66,8 +79,38 @@ pub struct Relayed {
     pub bytes_out: u64,
     /// When the backend's first byte came.
     pub first_byte: Option<Instant>,
-    /// Client's and backend's, still open.
+    /// When the client spoke, if the backend never answered.
+    pub unanswered_since: Option<Instant>,
+    /// Client's and backend's, still open. Where both have ended, it may be the
+    /// closing of these that tells the side that ended first.
     pub sockets: [OwnedFd; 2],
+}
+
+// === impl Meter ===
+
+impl Meter {
+    /// The client spoke, and before the backend did.
+    pub(super) fn client_spoke(&self) {
+        self.backend.asked(self.worker);
+        self.advance_trial(TrialPhase::Spoken);
+    }
+
+    /// The backend's first byte is there, that long after the client's.
+    pub(super) fn backend_answered(&self, after: Option<Duration>, now: Instant) {
+        self.backend.answered(self.worker, after);
+        self.advance_trial(TrialPhase::Passed);
+        if self.timed
+            && let Some(after) = after
+        {
+            self.backend.latency.answered(after, clock::millis(now));
+        }
+    }
+
+    fn advance_trial(&self, phase: TrialPhase) {
+        if let Some(trial) = self.trial {
+            self.backend.in_flight.advance_trial(trial, phase);
+        }
+    }
 }
 
 // === impl Flow ===
@@ -90,17 +133,27 @@ impl Flow {
         self.engine.interrupted(self.key).await
     }
 
-    /// Moves bytes both ways to the end, beginning now; the future only waits
-    /// for it, and is small. Needs a connected backend socket.
-    pub fn relay(self, limits: Limits, meter: Meter) -> impl Future<Output = Relayed> {
+    /// Moves bytes both ways to the end, beginning now. Needs a connected
+    /// backend socket.
+    pub fn relay(self, limits: Limits, meter: Meter) -> Relay {
         self.engine.start_relay(self.key, limits, meter);
-        async move { self.engine.relayed(self.key).await }
+        Relay(self)
     }
 
     /// Turns the client away with RST, for a session that ends before it is
     /// relayed.
     pub fn refuse(self) {
         self.engine.refuse(self.key);
+    }
+}
+
+// === impl Relay ===
+
+impl Future for Relay {
+    type Output = Relayed;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Relayed> {
+        self.0.engine.poll_relayed(self.0.key, cx)
     }
 }
 

@@ -20,17 +20,20 @@ mod tests;
 mod verdict;
 
 pub use crate::net::ring::Settings as RingSettings;
-pub use flow::{ConnectEnd, Flow, Limits, Meter, Relayed};
+pub use flow::{ConnectEnd, Flow, Limits, Meter, Relay, Relayed};
 pub use ring::SETTINGS as RING_SETTINGS;
 
 use super::close::Cause;
 use crate::table::state::BackendId;
+use crate::telemetry::counters::WorkerCounters;
 use readiness::Readiness;
 use ring::Ringed;
 use shell::Shell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 /// One worker's engine; a handle, cheap to clone.
@@ -65,6 +68,13 @@ impl Engine {
     /// A ring engine for the current thread and its runtime.
     pub fn ring(spin: Option<Duration>, settings: RingSettings) -> io::Result<Engine> {
         Ok(Engine(Kind::Ring(Shell::new(Ringed::new(settings)?, spin))))
+    }
+
+    /// Counts what goes on inside for that worker, from now on.
+    pub fn count_for(&self, worker: Arc<WorkerCounters>) {
+        if let Kind::Ring(shell) = &self.0 {
+            shell.with_mover(|ringed| ringed.count_for(worker));
+        }
     }
 
     /// A flow for an accepted client; its reset is noticed before long.
@@ -117,8 +127,8 @@ impl Engine {
         either!(self, shell => shell.start_relay(key, limits, meter));
     }
 
-    async fn relayed(&self, key: u32) -> Relayed {
-        either!(self, shell => shell.relayed(key).await)
+    fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<Relayed> {
+        either!(self, shell => shell.poll_relayed(key, cx))
     }
 
     fn refuse(&self, key: u32) {

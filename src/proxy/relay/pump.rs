@@ -9,6 +9,7 @@
 mod bulk;
 
 use super::verdict::{Moved, Next, Verdict};
+use crate::net::pipe::Fill;
 use crate::proxy::close::Side;
 use bulk::Step;
 use std::io;
@@ -22,6 +23,10 @@ pub(super) const READ_BULK: usize = 256 * 1024;
 /// Full reads in a row, none of them held up by the receiver, that make a
 /// stream bulk: it moves through a pipe, or where there is none in big reads.
 const STREAK: u8 = 3;
+
+/// Each time a pipe was no use, the next has to wait for twice as many; so many
+/// times at most.
+const CRAMMED_MAX: u8 = 4;
 
 /// What one direction may ask to read before other sessions get their turn; the
 /// last read may go beyond it.
@@ -43,7 +48,7 @@ pub(super) trait Io {
     /// Bytes in the pipe; 0 where there is none.
     fn piped(&self, from: Side) -> usize;
     /// splice(2) from the socket into its empty pipe.
-    fn fill(&mut self, from: Side) -> io::Result<usize>;
+    fn fill(&mut self, from: Side) -> io::Result<Fill>;
     /// splice(2) from the pipe into the other side's socket.
     fn drain(&mut self, from: Side) -> io::Result<usize>;
 }
@@ -78,8 +83,11 @@ struct Stream {
     bytes: u64,
     /// Full reads in a row.
     streak: u8,
-    /// Fills in a row that were less than a full read.
+    /// Fills in a row that were less than a full read, or crammed.
     small_fills: u8,
+    last_crammed: bool,
+    /// How often the pipe turned out to be no use.
+    crammed: u8,
     mode: Mode,
 }
 
@@ -89,7 +97,8 @@ enum Mode {
     /// Through the buffer; bulk is noticed.
     #[default]
     Copy,
-    /// Through the buffer, in big reads for bulk: a pipe could not be had.
+    /// Through the buffer, in big reads for bulk: a pipe could not be had, or
+    /// was no use.
     CopyOnly,
     /// Through a pipe.
     Bulk,
@@ -125,6 +134,12 @@ impl Pump {
         socket.readable |= readable;
         socket.writable |= writable;
         socket.read_to_the_end |= read_to_the_end;
+    }
+
+    /// Whether that side has no room, as far as is known.
+    #[inline]
+    pub(super) fn is_full(&self, side: Side) -> bool {
+        !self.sockets[side as usize].writable
     }
 
     /// Bytes received from that side so far.
@@ -215,6 +230,7 @@ impl Pump {
             match io.send(to, &stream.kept[stream.sent..]) {
                 Ok(sent) => {
                     moved.sent = true;
+                    self.verdict.sent_to(to);
                     stream.sent += sent;
                     if stream.sent == stream.kept.len() {
                         // Freed, not cleared: an idle session holds no buffer.
@@ -246,6 +262,7 @@ impl Pump {
             match io.send(to, &bytes[sent..]) {
                 Ok(more) => {
                     moved.sent = true;
+                    self.verdict.sent_to(to);
                     sent += more;
                     self.sockets[to as usize].writable = sent == bytes.len();
                 }
@@ -267,7 +284,7 @@ impl Pump {
         moved.received[from as usize] += received as u64;
         if received == size {
             stream.streak = stream.streak.saturating_add(1);
-            if stream.streak == STREAK && stream.mode == Mode::Copy {
+            if stream.streak == STREAK << stream.crammed && stream.mode == Mode::Copy {
                 stream.mode = Mode::Bulk;
             }
         } else {

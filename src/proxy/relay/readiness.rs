@@ -13,9 +13,9 @@ use super::shell::State;
 use super::verdict::{Moved, Next, Verdict};
 use crate::clock;
 use crate::net::epoll::{BATCH, Batch, Epoll, Readiness as Event};
-use crate::net::pipe::{Pipe, Pipes};
+use crate::net::pipe::{Fill, Pipe, Pipes};
 use crate::net::{reactor, stream};
-use crate::proxy::close::Side;
+use crate::proxy::close::{Cause, Side};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -45,8 +45,19 @@ pub(super) struct Flow {
     pipes: [Option<Box<Pipe>>; 2],
     pump: Pump,
     registration: u32,
+    /// By [`Side`] number.
+    watched: [Watched; 2],
     /// Set while in `again`.
     queued: bool,
+}
+
+/// What a socket is watched for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Watched {
+    Not,
+    /// Everything but room to send.
+    Arrivals,
+    All,
 }
 
 /// Client's and backend's, by [`Side`] number.
@@ -80,11 +91,39 @@ impl Readiness {
         let mut wires =
             Wires { sockets: &flow.sockets, own: &mut flow.pipes, pool: &mut self.pipes };
         let next = flow.pump.turn(&mut wires, &mut self.buffer, moved);
+        for side in Side::BOTH {
+            if flow.watched[side as usize] == Watched::Arrivals && flow.pump.is_full(side) {
+                self.watch_room(key, flow, side);
+            }
+        }
         if next == Next::Again && !flow.queued {
             flow.queued = true;
             self.again.push_back(key);
         }
         next
+    }
+
+    /// From now on that side's room to send is reported, too. Most sessions
+    /// never fill a socket, and are spared the events.
+    #[cold]
+    fn watch_room(&self, key: u32, flow: &mut Flow, side: Side) {
+        let Some(socket) = &flow.sockets.0[side as usize] else { return };
+        let token = token(key, flow.registration, side);
+        if self.epoll.get_ref().watch_room(socket.as_fd(), token).is_ok() {
+            flow.watched[side as usize] = Watched::All;
+        }
+    }
+
+    /// Has that side's arrivals reported from now on, and those that are there.
+    fn watch(&self, key: u32, flow: &mut Flow, side: Side) -> io::Result<()> {
+        let Some(socket) = &flow.sockets.0[side as usize] else { return Ok(()) };
+        if flow.watched[side as usize] != Watched::Not {
+            return Ok(());
+        }
+        let token = token(key, flow.registration, side);
+        self.epoll.get_ref().watch(socket.as_fd(), token)?;
+        flow.watched[side as usize] = Watched::Arrivals;
+        Ok(())
     }
 
     fn handle(state: &mut State<Readiness>, event: Event, pace: &Pace) {
@@ -134,18 +173,34 @@ impl Mover for Readiness {
         self.pipes.has_spare()
     }
 
-    fn open(&mut self, key: u32, client: OwnedFd) -> io::Result<Flow> {
+    fn open(&mut self, _: u32, client: OwnedFd) -> io::Result<Flow> {
         self.registrations = self.registrations.wrapping_add(1);
-        let registration = self.registrations;
-        self.epoll.get_ref().watch(client.as_fd(), token(key, registration, Side::Client))?;
-        let sockets = Sockets([Some(client), None]);
-        let pipes = [None, None];
-        Ok(Flow { sockets, pipes, pump: Pump::new(), registration, queued: false })
+        Ok(Flow {
+            sockets: Sockets([Some(client), None]),
+            pipes: [None, None],
+            pump: Pump::new(),
+            registration: self.registrations,
+            watched: [Watched::Not; 2],
+            queued: false,
+        })
     }
 
-    fn attach(&mut self, key: u32, flow: &mut Flow, upstream: OwnedFd, _: bool) -> io::Result<()> {
+    fn attach(
+        &mut self,
+        key: u32,
+        flow: &mut Flow,
+        upstream: OwnedFd,
+        pending: bool,
+    ) -> io::Result<()> {
         let token = token(key, flow.registration, Side::Backend);
-        self.epoll.get_ref().watch(upstream.as_fd(), token)?;
+        let epoll = self.epoll.get_ref();
+        flow.watched[Side::Backend as usize] = if pending {
+            epoll.watch_all(upstream.as_fd(), token)?;
+            Watched::All
+        } else {
+            epoll.watch(upstream.as_fd(), token)?;
+            Watched::Arrivals
+        };
         flow.pump.renew(Side::Backend);
         flow.sockets.0[Side::Backend as usize] = Some(upstream);
         Ok(())
@@ -155,12 +210,23 @@ impl Mover for Readiness {
         flow.sockets.0[Side::Backend as usize] = None;
     }
 
-    fn watch_client(&mut self, _: u32, _: &mut Flow) {
-        // Since `open`.
+    fn watch_client(&mut self, key: u32, flow: &mut Flow) {
+        // Where it fails, `begin` finds out.
+        let _ = self.watch(key, flow, Side::Client);
     }
 
     fn begin(&mut self, key: u32, flow: &mut Flow, moved: &mut Moved) -> Next {
-        self.turn(key, flow, moved)
+        // The client's first bytes are mostly there already: they go out before
+        // it is watched, which would tell of them.
+        flow.pump.note(Side::Client, true, false, false);
+        let next = self.turn(key, flow, moved);
+        if matches!(next, Next::End(_)) {
+            return next;
+        }
+        match self.watch(key, flow, Side::Client) {
+            Ok(()) => next,
+            Err(_) => Next::End(flow.pump.verdict.cut(Cause::LocalResource)),
+        }
     }
 
     fn halt(&mut self, _: &mut Flow) {}
@@ -283,7 +349,7 @@ impl Io for Wires<'_> {
         self.own[from as usize].as_ref().map_or(0, |pipe| pipe.holds())
     }
 
-    fn fill(&mut self, from: Side) -> io::Result<usize> {
+    fn fill(&mut self, from: Side) -> io::Result<Fill> {
         match &mut self.own[from as usize] {
             Some(pipe) => pipe.fill(self.sockets.of(from)?),
             None => Err(io::Error::from_raw_os_error(libc::EBADF)),

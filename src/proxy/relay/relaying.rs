@@ -20,11 +20,22 @@ pub(super) struct Relaying {
     user_timeout: Limit,
     pub(super) meter: Meter,
     last_activity: Instant,
-    pub(super) first_byte: Option<Instant>,
+    pub(super) answer: Answer,
     /// When keepalive is to be switched on upstream; `None` once it is.
     liveness_due: Option<Instant>,
     /// Hidden progress was asked for since the last activity.
     pub(super) asked: bool,
+}
+
+/// Who has spoken, as far as it says something of the backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// Nobody yet.
+    NobodySpoke,
+    /// The client, then; the backend has not answered.
+    Awaited(Instant),
+    /// The backend, then, with its first byte.
+    Came(Instant),
 }
 
 /// A time limit in a quarter of the space: whole milliseconds, at least one;
@@ -54,7 +65,7 @@ impl Relaying {
             user_timeout: limits.user_timeout.into(),
             meter,
             last_activity: now,
-            first_byte: None,
+            answer: Answer::NobodySpoke,
             liveness_due: Some(now + LIVENESS_AFTER),
             asked: false,
         }
@@ -102,11 +113,35 @@ impl Relaying {
         if bytes_in != 0 {
             frontend.bytes_in.add(bytes_in);
             backend.bytes_in.add(bytes_in);
+            // What both sides said in one turn shows no order: no question then.
+            if self.answer == Answer::NobodySpoke && bytes_out == 0 {
+                self.answer = Answer::Awaited(now);
+                self.meter.client_spoke();
+            }
         }
         if bytes_out != 0 {
             frontend.bytes_out.add(bytes_out);
             backend.bytes_out.add(bytes_out);
-            self.first_byte.get_or_insert(now);
+            if !matches!(self.answer, Answer::Came(_)) {
+                self.first_byte(now);
+            }
+        }
+    }
+
+    #[cold]
+    fn first_byte(&mut self, now: Instant) {
+        let after = match self.answer {
+            Answer::Awaited(since) => Some(now.saturating_duration_since(since)),
+            _ => None,
+        };
+        self.answer = Answer::Came(now);
+        self.meter.backend_answered(after, now);
+    }
+
+    /// The session is over.
+    pub(super) fn over(&self) {
+        if matches!(self.answer, Answer::Awaited(_)) {
+            self.meter.backend.left_unanswered(self.meter.worker);
         }
     }
 }

@@ -8,7 +8,7 @@
 use super::flow::{ConnectEnd, Limits, Meter, Relayed};
 use super::mover::{Mover, Round};
 use super::pace::{Pace, TICK};
-use super::relaying::Relaying;
+use super::relaying::{Answer, Relaying};
 use super::verdict::{Moved, Next};
 use crate::clock;
 use crate::net::stream;
@@ -28,6 +28,10 @@ use std::time::{Duration, Instant};
 
 /// Batches in a row before accepts and other tasks of the worker get a turn.
 const BATCHES_A_TURN: u32 = 8;
+
+/// The same in time, for batches of bulk: eight of them can take 20 ms. Eight of
+/// small messages take less than this.
+const TURN_MAX: Duration = Duration::from_millis(2);
 
 /// Turns in a row before the thread really goes through its reactor's park:
 /// tokio-uring submits its own operations only there, not when a task yields.
@@ -111,6 +115,10 @@ impl<M: Mover> Shell<M> {
                 next_tick: started,
             }),
         })
+    }
+
+    pub(super) fn with_mover(&self, tell: impl FnOnce(&mut M)) {
+        tell(&mut self.state.borrow_mut().mover);
     }
 
     pub(super) fn open(&self, client: OwnedFd) -> io::Result<u32> {
@@ -209,18 +217,16 @@ impl<M: Mover> Shell<M> {
         .await
     }
 
-    pub(super) async fn relayed(&self, key: u32) -> Relayed {
-        poll_fn(|cx| {
+    pub(super) fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<Relayed> {
+        {
             let entry = &mut self.state.borrow_mut().flows[key as usize];
-            if matches!(entry.stage, Stage::Ended(..)) && M::is_settled(&entry.flow) {
-                return Poll::Ready(());
+            if !matches!(entry.stage, Stage::Ended(..)) || !M::is_settled(&entry.flow) {
+                // The same task waits until the end: one clone a session.
+                entry.waiter.get_or_insert_with(|| cx.waker().clone());
+                return Poll::Pending;
             }
-            // The same task waits until the end: one clone a session.
-            entry.waiter.get_or_insert_with(|| cx.waker().clone());
-            Poll::Pending
-        })
-        .await;
-        self.take_relayed(key)
+        }
+        Poll::Ready(self.take_relayed(key))
     }
 
     pub(super) fn start_relay(&self, key: u32, limits: Limits, meter: Meter) {
@@ -252,7 +258,14 @@ impl<M: Mover> Shell<M> {
             ending,
             bytes_in: M::bytes_from(&entry.flow, Side::Client),
             bytes_out: M::bytes_from(&entry.flow, Side::Backend),
-            first_byte: relaying.first_byte,
+            first_byte: match relaying.answer {
+                Answer::Came(at) => Some(at),
+                _ => None,
+            },
+            unanswered_since: match relaying.answer {
+                Answer::Awaited(since) => Some(since),
+                _ => None,
+            },
             sockets: M::take_sockets(&mut entry.flow).expect("a settled relay has both sockets"),
         }
     }
@@ -337,10 +350,12 @@ impl<M: Mover> Shell<M> {
     /// Handles what has happened, up to a turn's worth.
     fn turn(&self) -> io::Result<Round> {
         let mut busy = false;
+        let mut ends_at = None;
         for _ in 0..BATCHES_A_TURN {
             let state = &mut *self.state.borrow_mut();
             let round = M::round(state, &self.pace)?;
             busy |= round.busy;
+            let late = state.now >= *ends_at.get_or_insert(state.now + TURN_MAX);
             state.expire(&self.pace);
             if state.now >= state.next_tick {
                 state.next_tick = state.now + M::TICK;
@@ -348,6 +363,9 @@ impl<M: Mover> Shell<M> {
             }
             if round.drained && !state.mover.has_work() {
                 return Ok(Round { drained: true, busy });
+            }
+            if late {
+                break;
             }
         }
         Ok(Round { drained: false, busy: true })
@@ -531,7 +549,10 @@ impl<M: Mover> State<M> {
         let entry = &mut self.flows[key as usize];
         let setup = Stage::Setup(Setup::default());
         match std::mem::replace(&mut entry.stage, setup) {
-            Stage::Relaying(relaying) => entry.stage = Stage::Ended(ending, relaying),
+            Stage::Relaying(relaying) => {
+                relaying.over();
+                entry.stage = Stage::Ended(ending, relaying);
+            }
             other => {
                 entry.stage = other;
                 return;

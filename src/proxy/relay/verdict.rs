@@ -24,6 +24,9 @@ struct Standing {
     in_order: bool,
     /// All it had sent is passed on (or cannot be any more), and so is its FIN.
     finished: bool,
+    /// It was sent something after its end: if it had closed, it answers with a
+    /// reset.
+    sent_after_end: bool,
 }
 
 /// What one turn did.
@@ -107,13 +110,25 @@ impl Verdict {
         news
     }
 
+    /// Notes that something was sent to that side.
+    #[inline]
+    pub(super) fn sent_to(&mut self, side: Side) {
+        let side = &mut self.sides[side as usize];
+        side.sent_after_end |= side.ended;
+    }
+
     /// Passes the end of `from` on, once everything before it is sent: by
-    /// `shutdown` of the other side's writing half. A failure is not a FIN: it
-    /// ends the session and is passed on as a reset. True when the other side
-    /// turned out to have failed.
+    /// `shutdown` of the other side's writing half, or else by the close that
+    /// follows when both sides have ended. A failure is not a FIN: it ends the
+    /// session and is passed on as a reset. True when the other side turned out
+    /// to have failed.
     pub(super) fn finish(&mut self, from: Side, shutdown: impl FnOnce() -> io::Result<()>) -> bool {
         let side = &mut self.sides[from as usize];
         if std::mem::replace(&mut side.finished, true) || side.failure != 0 {
+            return false;
+        }
+        let other = self.sides[from.other() as usize];
+        if other.finished && !other.sent_after_end {
             return false;
         }
         match shutdown() {

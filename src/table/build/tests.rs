@@ -39,6 +39,7 @@ fn backend(pool: &str, number: u8) -> BackendInput {
         connections_max: 0,
         backup: false,
         eligible: true,
+        on_trial: false,
         in_service: true,
     }
 }
@@ -58,7 +59,7 @@ fn table(pools: Vec<PoolInput>, previous: Option<&Table>) -> Table {
 }
 
 fn draw(draw: u64) -> PickKey {
-    PickKey { client: IpAddr::V4(Ipv4Addr::LOCALHOST), draw }
+    PickKey { client: IpAddr::V4(Ipv4Addr::LOCALHOST), draw, at: 0 }
 }
 
 fn serving(pool: &PoolTable) -> String {

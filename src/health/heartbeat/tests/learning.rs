@@ -114,7 +114,7 @@ fn how_many_may_be_missing() {
         let (runs, _) = after(20_000, |sequence| lost[sequence as usize / 4 * 4], |_| 0);
         writeln!(
             out,
-            "{:>4}% alone {:>2} ({:>4} ms), in runs of four {:>2}",
+            "{:<4}% alone {:>2} ({:>4} ms), in runs of four {:>2}",
             per_mille as f64 / 10.0,
             alone.missing_allowed(),
             alone.timeout().as_millis(),
@@ -123,13 +123,13 @@ fn how_many_may_be_missing() {
         .unwrap();
     }
     expect![[r#"
-         0.1% alone  3 ( 310 ms), in runs of four  7
-           1% alone  3 ( 310 ms), in runs of four 12
-           5% alone  4 ( 410 ms), in runs of four 12
-          10% alone  6 ( 610 ms), in runs of four 12
-          20% alone  8 ( 810 ms), in runs of four 12
-          30% alone 10 (1010 ms), in runs of four 12
-          50% alone 12 (1210 ms), in runs of four 12
+        0.1 % alone  3 ( 310 ms), in runs of four  7
+        1   % alone  3 ( 310 ms), in runs of four 12
+        5   % alone  4 ( 410 ms), in runs of four 12
+        10  % alone  6 ( 610 ms), in runs of four 12
+        20  % alone  8 ( 810 ms), in runs of four 12
+        30  % alone 10 (1010 ms), in runs of four 12
+        50  % alone 12 (1210 ms), in runs of four 12
     "#]]
     .assert_eq(&out);
 }

@@ -1,10 +1,12 @@
 //! Bulk streams: through a pipe, without copying.
 //!
 //! A stream comes here after a few full reads in a row and goes back to copying
-//! when little arrives at a time, or when there is no pipe for it. Small
-//! messages never come here: two splices cost more than one copy.
+//! when little arrives at a time, when it arrives in pieces that fill the pipe
+//! with little, or when there is no pipe for it. Small messages never come here:
+//! two splices cost more than one copy.
 
-use super::{BYTES_A_TURN, Io, Mode, Pump, READ_SMALL, errno_of, is_would_block};
+use super::{BYTES_A_TURN, CRAMMED_MAX, Io, Mode, Pump, READ_SMALL, errno_of, is_would_block};
+use crate::net::pipe::Fill;
 use crate::proxy::close::Side;
 use crate::proxy::relay::verdict::Moved;
 use std::io;
@@ -42,7 +44,11 @@ impl Pump {
             }
             if self.streams[from as usize].small_fills == SMALL_FILLS {
                 io.close_pipe(from);
-                return self.copy_again(from, Mode::Copy);
+                let stream = &mut self.streams[from as usize];
+                let crammed = std::mem::take(&mut stream.last_crammed);
+                stream.crammed = (stream.crammed + u8::from(crammed)).min(CRAMMED_MAX);
+                let mode = if crammed { Mode::CopyOnly } else { Mode::Copy };
+                return self.copy_again(from, mode);
             }
             if budget == 0 {
                 return Step::Again;
@@ -51,13 +57,19 @@ impl Pump {
                 return self.copy_again(from, Mode::CopyOnly);
             }
             match io.fill(from) {
-                Ok(0) => self.end_of(from, 0, moved),
-                Ok(filled) => {
-                    budget = budget.saturating_sub(filled);
-                    self.filled(from, filled, moved);
+                Ok(Fill { bytes: 0, .. }) => self.end_of(from, 0, moved),
+                Ok(fill) => {
+                    budget = budget.saturating_sub(fill.bytes);
+                    self.filled(from, fill, moved);
                 }
                 Err(error) if is_would_block(&error) => {
-                    self.sockets[from as usize].readable = false;
+                    let socket = &mut self.sockets[from as usize];
+                    if socket.read_to_the_end {
+                        // splice(2) stops at an urgent mark; a read goes on.
+                        io.close_pipe(from);
+                        return self.copy_again(from, Mode::Copy);
+                    }
+                    socket.readable = false;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
@@ -82,18 +94,23 @@ impl Pump {
                 return false;
             }
             match io.drain(from) {
-                Ok(_) => moved.sent = true,
+                Ok(_) => {
+                    moved.sent = true;
+                    self.verdict.sent_to(to);
+                }
                 Err(error) => self.send_error(to, &error),
             }
         }
         true
     }
 
-    fn filled(&mut self, from: Side, filled: usize, moved: &mut Moved) {
+    fn filled(&mut self, from: Side, fill: Fill, moved: &mut Moved) {
         let stream = &mut self.streams[from as usize];
-        stream.bytes += filled as u64;
-        moved.received[from as usize] += filled as u64;
-        stream.small_fills = if filled < READ_SMALL { stream.small_fills + 1 } else { 0 };
+        stream.bytes += fill.bytes as u64;
+        moved.received[from as usize] += fill.bytes as u64;
+        let small = fill.crammed || fill.bytes < READ_SMALL;
+        stream.small_fills = if small { stream.small_fills + 1 } else { 0 };
+        stream.last_crammed = fill.crammed;
     }
 
     fn copy_again(&mut self, from: Side, mode: Mode) -> Step {

@@ -7,8 +7,9 @@
 //! In each direction there is at most one receive and one send. Bytes wait in a
 //! queue while a send is in flight; at the high-water mark the receive is
 //! cancelled, at the low one it is started again. A stream that is never short
-//! of bytes goes over to bulk: one big receive, then one big send, in turns.
+//! of bytes goes over to bulk: through a pipe, see `bulk`.
 
+use crate::net::pipe::{Pipe, Pipes};
 use crate::net::ring::{BUFFER_LEN, Chunk, Event, Interest, Op, Ring, What};
 use crate::net::stream;
 use crate::proxy::close::Side;
@@ -19,29 +20,29 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 /// Bytes queued at which a direction stops receiving, while buffers are plenty.
-/// It stops late: one receive takes as many buffers as are shown, which are 256
-/// KiB unless streams starve. The pool bounds all of them together; a bulk
-/// stream holds one big buffer and no more.
-pub(super) const HIGH_WATER: usize = 128 * 1024;
+/// It stops late: one receive takes as many buffers as are shown, which are 1
+/// MiB unless streams starve. The pool bounds all of them together.
+const HIGH_WATER: u32 = 128 * 1024;
 
 /// The same once less than half of the pool's buffers are left: slow readers
 /// must not take them all from the others.
-const HIGH_WATER_SCARCE: usize = 2 * BUFFER_LEN;
+const HIGH_WATER_SCARCE: u32 = 2 * BUFFER_LEN as u32;
 
 /// Where a cancelled receive goes on for so much longer, the cancellation has
 /// missed it: try again.
-const CANCEL_AGAIN: usize = 512 * 1024;
+const CANCEL_AGAIN: u32 = 512 * 1024;
 
 /// Full buffers in a row that make a stream bulk.
 const STREAK: u8 = 6;
 
-/// Bulk receives in a row that a small buffer would have held, which end it.
-const SMALL_TURNS: u8 = 8;
+/// Each time a pipe was no use, the next has to wait for twice as many; so many
+/// times at most.
+pub(super) const SHUNNED_MAX: u8 = 5;
 
 /// What an operation is for; the low bits of its tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-enum Use {
+pub(super) enum Use {
     Receive,
     /// Tagged with the side the bytes came from.
     Send,
@@ -50,6 +51,9 @@ enum Use {
     Watch,
     /// A socket that was drained by other means than a multishot receive.
     Readable,
+    /// A socket that has no room for what is in the pipe. Tagged with the side
+    /// the bytes came from.
+    Writable,
     /// A socket not received from, as its bytes wait.
     Stalled,
 }
@@ -58,15 +62,16 @@ enum Use {
 const CONNECT: u64 = Use::Connect as u64;
 const WATCH: u64 = Use::Watch as u64;
 const READABLE: u64 = Use::Readable as u64;
+const WRITABLE: u64 = Use::Writable as u64;
 const STALLED: u64 = Use::Stalled as u64;
 
 /// One session's sockets, streams and operations.
 #[derive(Debug, Default)]
 pub(in crate::proxy::relay) struct Flow {
     /// By side. Operations hold shares.
-    sockets: [Option<Rc<OwnedFd>>; 2],
+    pub(super) sockets: [Option<Rc<OwnedFd>>; 2],
     /// By the side the bytes come from.
-    streams: [Stream; 2],
+    pub(super) streams: [Stream; 2],
     pub(super) verdict: Verdict,
     /// Operations whose last event is still to come.
     operations: u32,
@@ -76,34 +81,54 @@ pub(in crate::proxy::relay) struct Flow {
     halted: bool,
 }
 
-/// Bytes from one side on their way to the other.
+/// Bytes from one side on their way to the other. Small: idle sessions have two.
 #[derive(Debug, Default)]
-struct Stream {
+pub(super) struct Stream {
     receive: Option<Op>,
     send: Option<Op>,
-    /// The poll of a socket that is not received from, for want of a buffer or
-    /// of bytes to fill a big one.
-    readable_poll: Option<Op>,
+    /// While neither of them can go on: for bytes to receive, or, where the pipe
+    /// holds some, for room to send.
+    poll: Option<Op>,
     /// The poll of a socket that is not received from, as its bytes wait.
     stalled_poll: Option<Op>,
-    /// Behind what is being sent. Unallocated mostly.
-    queue: VecDeque<Chunk>,
+    /// Behind what is being sent.
+    queue: Queue,
+    /// Never kept empty while the stream waits.
+    pub(super) pipe: Option<Box<Pipe>>,
+    pub(super) bytes: u64,
     /// Bytes queued or being sent.
-    queued: usize,
+    queued: u32,
     /// `queued` at which to cancel the receive, next time.
-    cancel_at: usize,
-    bytes: u64,
+    cancel_at: u32,
+    pub(super) mode: Mode,
     /// Waits for a buffer.
     starved: bool,
-    /// Received in big pieces.
-    bulk: bool,
-    /// Nothing is left to receive, as far as the last bulk receive knows.
-    drained: bool,
     /// Already reported as stalled.
     listed: bool,
-    /// Full buffers in a row; in bulk, small receives in a row.
-    streak: u8,
+    /// Full buffers in a row; in bulk, small fills in a row.
+    pub(super) streak: u8,
+    /// The last fill was crammed.
+    pub(super) crammed: bool,
+    /// How often a pipe was no use, or not to be had.
+    pub(super) shunned: u8,
 }
+
+/// How a stream's bytes are moved.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// By receives and sends; bulk is noticed.
+    #[default]
+    Ring,
+    /// Bulk, as soon as what was received before is sent.
+    ToBulk,
+    /// Through a pipe; nothing is received or queued.
+    Bulk,
+}
+
+/// Chunks that wait to be sent: mostly none, and then no memory either.
+#[derive(Debug, Default)]
+#[expect(clippy::box_collection, reason = "a quarter of the room in every idle session")]
+struct Queue(Option<Box<VecDeque<Chunk>>>);
 
 /// What an event means to the engine, beside what it moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,7 +164,7 @@ pub(super) enum Fed {
 
 // === tags ===
 
-fn tag(key: u32, side: Side, what: Use) -> u64 {
+pub(super) fn tag(key: u32, side: Side, what: Use) -> u64 {
     u64::from(key) << 8 | (side as u64) << 4 | what as u64
 }
 
@@ -210,7 +235,8 @@ impl Flow {
     pub(super) fn halt(&mut self, ring: &mut Ring) {
         self.halted = true;
         for stream in &mut self.streams {
-            stream.queue = VecDeque::new();
+            stream.queue = Queue::default();
+            stream.pipe = None;
             stream.starved = false;
         }
         self.cancel_all(ring);
@@ -220,8 +246,7 @@ impl Flow {
         if self.operations == 0 {
             return;
         }
-        let streams =
-            self.streams.iter().flat_map(|s| [s.receive, s.send, s.readable_poll, s.stalled_poll]);
+        let streams = self.streams.iter().flat_map(|s| [s.receive, s.send, s.poll, s.stalled_poll]);
         for op in streams.chain([self.connect, self.watch]).flatten() {
             ring.cancel(op);
         }
@@ -236,10 +261,23 @@ impl Flow {
         self.cancel_all(ring);
     }
 
-    /// Asks the sends in flight how far they are; false where there is none.
+    /// Asks whatever waits for room how far it is; false where nothing does.
     pub(super) fn ask_progress(&self, ring: &mut Ring) -> bool {
-        let sends = self.streams.iter().filter_map(|stream| stream.send);
-        sends.map(|op| ring.nudge(op)).count() > 0
+        let mut asked = false;
+        for stream in &self.streams {
+            if let Some(op) = stream.send {
+                ring.nudge(op);
+                asked = true;
+            } else if stream.pipe.is_some()
+                && let Some(op) = stream.poll
+            {
+                // Its end has the pipe tried again: there may be room, though
+                // too little for the kernel to tell.
+                ring.cancel(op);
+                asked = true;
+            }
+        }
+        asked
     }
 }
 
@@ -252,42 +290,49 @@ impl Flow {
         if self.halted
             || stream.receive.is_some()
             || stream.starved
-            || stream.readable_poll.is_some()
+            || stream.poll.is_some()
             || self.verdict.ended(from)
             || self.verdict.failed(from.other())
             || stream.queued > high_water(ring) / 2
         {
             return;
         }
+        if matches!(stream.mode, Mode::ToBulk | Mode::Bulk) {
+            if stream.queued == 0 {
+                stream.mode = Mode::Bulk;
+                self.wait(key, from, Use::Readable, ring);
+            }
+            return;
+        }
         let Some(socket) = &self.sockets[from as usize] else { return };
-        if stream.bulk {
-            if stream.queued > 0 {
-                return;
-            }
-            if stream.drained {
-                let tag = tag(key, from, Use::Readable);
-                stream.readable_poll = Some(ring.poll(socket, tag, Interest::Readable));
-                self.operations += 1;
-                return;
-            }
-            stream.receive = ring.receive_bulk(socket, tag(key, from, Use::Receive));
-            if stream.receive.is_none() {
-                // Too many are at it already.
-                stream.bulk = false;
-                stream.streak = 0;
-            }
-        }
-        if !stream.bulk {
-            stream.receive = Some(ring.receive(socket, tag(key, from, Use::Receive)));
-            stream.cancel_at = high_water(ring);
-        }
+        stream.receive = Some(ring.receive(socket, tag(key, from, Use::Receive)));
+        stream.cancel_at = high_water(ring);
         self.operations += 1;
+    }
+
+    /// Waits for bytes from that side, or for room for them at the other.
+    pub(super) fn wait(&mut self, key: u32, from: Side, what: Use, ring: &mut Ring) {
+        let (of, interest) = match what {
+            Use::Writable => (from.other(), Interest::Writable),
+            _ => (from, Interest::Readable),
+        };
+        if let Some(socket) = &self.sockets[of as usize] {
+            let poll = ring.poll(socket, tag(key, from, what), interest);
+            self.streams[from as usize].poll = Some(poll);
+            self.operations += 1;
+        }
     }
 
     /// Deals with what happened to an operation of this flow's.
     #[inline]
-    pub(super) fn handle(&mut self, event: Event, ring: &mut Ring, moved: &mut Moved) -> Meaning {
-        let Event { op, tag, last, more, what } = event;
+    pub(super) fn handle(
+        &mut self,
+        event: Event,
+        ring: &mut Ring,
+        pipes: &mut Pipes,
+        moved: &mut Moved,
+    ) -> Meaning {
+        let Event { op, tag, last, what } = event;
         let (key, side) = (key_of(tag), side_of(tag));
         if last {
             self.operations -= 1;
@@ -298,12 +343,8 @@ impl Flow {
         }
         let meaning = match what {
             What::Data(chunk) => {
-                self.judge_flow(side, chunk.len(), last, more, ring);
+                self.judge_flow(side, chunk.len(), ring);
                 self.received(key, side, chunk, ring, moved);
-                Meaning::Nothing
-            }
-            What::Drained => {
-                self.streams[side as usize].drained = true;
                 Meaning::Nothing
             }
             What::End => self.end_of(side, 0, moved),
@@ -312,11 +353,17 @@ impl Flow {
             What::Stopped => Meaning::Nothing,
             What::Sent(bytes) => {
                 self.sent(key, side, bytes, last, ring);
+                self.verdict.sent_to(side.other());
                 moved.sent = true;
                 Meaning::Nothing
             }
             What::SendFailed(errno) => self.send_failed(side, errno, ring),
-            What::Polled(result) => return self.polled(tag, op, result, ring),
+            What::Polled(result) => match tag & 0xF {
+                what @ (READABLE | WRITABLE) => {
+                    self.woken(key, side, what == READABLE, ring, pipes, moved)
+                }
+                _ => return self.polled(tag, op, result),
+            },
         };
         if last {
             self.arm(key, side, ring);
@@ -333,8 +380,8 @@ impl Flow {
 
     fn forget(&mut self, op: Op, side: Side) {
         let stream = &mut self.streams[side as usize];
-        let Stream { receive, send, readable_poll, stalled_poll, .. } = stream;
-        for held in [receive, send, readable_poll, stalled_poll] {
+        let Stream { receive, send, poll, stalled_poll, .. } = stream;
+        for held in [receive, send, poll, stalled_poll] {
             if *held == Some(op) {
                 *held = None;
                 return;
@@ -342,25 +389,19 @@ impl Flow {
         }
     }
 
-    /// Whether the stream is, or is no longer, one for big pieces.
-    fn judge_flow(&mut self, from: Side, len: usize, last: bool, more: bool, ring: &mut Ring) {
+    /// Whether the stream is one for a pipe.
+    fn judge_flow(&mut self, from: Side, len: usize, ring: &mut Ring) {
         let stream = &mut self.streams[from as usize];
-        if !stream.bulk {
-            stream.streak = if len == BUFFER_LEN { stream.streak + 1 } else { 0 };
-            if stream.streak >= STREAK {
-                stream.bulk = true;
-                stream.streak = 0;
-                if let Some(op) = stream.receive {
-                    ring.cancel(op);
-                }
-            }
-        } else if last {
-            // Of a bulk receive; what a multishot one still brings is not asked.
-            stream.drained = !more;
-            stream.streak = if len < BUFFER_LEN { stream.streak + 1 } else { 0 };
-            if stream.streak >= SMALL_TURNS {
-                stream.bulk = false;
-                stream.streak = 0;
+        if len < BUFFER_LEN {
+            stream.streak = 0;
+            return;
+        }
+        stream.streak = stream.streak.saturating_add(1);
+        if stream.streak >= STREAK << stream.shunned && stream.mode == Mode::Ring {
+            stream.mode = Mode::ToBulk;
+            stream.streak = 0;
+            if let Some(op) = stream.receive {
+                ring.cancel(op);
             }
         }
     }
@@ -373,12 +414,12 @@ impl Flow {
         let stream = &mut self.streams[from as usize];
         stream.bytes += chunk.len() as u64;
         moved.received[from as usize] += chunk.len() as u64;
-        stream.queued += chunk.len();
+        stream.queued += chunk.len() as u32;
         if stream.send.is_none() {
             stream.send = Some(ring.send(to, tag(key, from, Use::Send), chunk));
             self.operations += 1;
-        } else if !stream.queue.back_mut().is_some_and(|tail| tail.absorb(&chunk)) {
-            stream.queue.push_back(chunk);
+        } else {
+            stream.queue.push(chunk);
         }
         if stream.queued >= stream.cancel_at
             && let Some(op) = stream.receive
@@ -390,25 +431,21 @@ impl Flow {
 
     fn sent(&mut self, key: u32, from: Side, bytes: usize, last: bool, ring: &mut Ring) {
         let stream = &mut self.streams[from as usize];
-        stream.queued = stream.queued.saturating_sub(bytes);
-        if !last || stream.queue.is_empty() {
+        stream.queued = stream.queued.saturating_sub(bytes as u32);
+        if !last {
             return;
         }
         let Some(to) = &self.sockets[from.other() as usize] else { return };
-        let tag = tag(key, from, Use::Send);
-        stream.send = Some(ring.send_queue(to, tag, &mut stream.queue));
-        self.operations += 1;
-        if stream.queue.is_empty() {
-            // Freed, not kept: an idle session holds no memory for it.
-            stream.queue = VecDeque::new();
-        }
+        stream.send = stream.queue.send(to, tag(key, from, Use::Send), ring);
+        self.operations += u32::from(stream.send.is_some());
     }
 
     /// That side's peer cannot be sent to any more. What waits for it is thrown
     /// away; what it had sent is still read.
-    fn send_failed(&mut self, from: Side, errno: i32, ring: &mut Ring) -> Meaning {
+    pub(super) fn send_failed(&mut self, from: Side, errno: i32, ring: &mut Ring) -> Meaning {
         let stream = &mut self.streams[from as usize];
-        stream.queue = VecDeque::new();
+        stream.queue = Queue::default();
+        stream.pipe = None;
         stream.queued = 0;
         if let Some(op) = stream.receive {
             ring.cancel(op);
@@ -417,7 +454,7 @@ impl Flow {
         Meaning::Failed(from.other())
     }
 
-    fn end_of(&mut self, from: Side, errno: i32, moved: &mut Moved) -> Meaning {
+    pub(super) fn end_of(&mut self, from: Side, errno: i32, moved: &mut Moved) -> Meaning {
         self.verdict.end_of(from, errno);
         moved.ended = true;
         Meaning::Nothing
@@ -426,7 +463,8 @@ impl Flow {
     /// Passes an end on, once nothing is before it.
     fn finish(&mut self, from: Side) {
         let stream = &self.streams[from as usize];
-        if !self.verdict.ended(from) || stream.send.is_some() || !stream.queue.is_empty() {
+        let waits = stream.send.is_some() || stream.pipe.is_some() || !stream.queue.is_empty();
+        if waits || !self.verdict.ended(from) {
             return;
         }
         let to = self.sockets[from.other() as usize].as_deref();
@@ -441,17 +479,25 @@ impl Flow {
         Meaning::Starved { side, alone: stream.queued > 0 }
     }
 
-    /// There is something to receive on a socket that was drained.
-    fn readable(&mut self, key: u32, side: Side, ring: &mut Ring) -> Meaning {
-        if self.streams[side as usize].bulk {
-            self.streams[side as usize].drained = false;
-            self.arm(key, side, ring);
-            return Meaning::Nothing;
+    /// There are bytes on a socket that was drained, or room for those in the
+    /// pipe; or the wait for that was cut short.
+    fn woken(
+        &mut self,
+        key: u32,
+        side: Side,
+        readable: bool,
+        ring: &mut Ring,
+        pipes: &mut Pipes,
+        moved: &mut Moved,
+    ) -> Meaning {
+        match self.streams[side as usize].mode {
+            Mode::Bulk => self.splice(key, side, readable, ring, pipes, moved),
+            Mode::ToBulk => Meaning::Nothing,
+            Mode::Ring => self.starve(side),
         }
-        self.starve(side)
     }
 
-    fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>, ring: &mut Ring) -> Meaning {
+    fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>) -> Meaning {
         let side = side_of(tag);
         let failed = result.unwrap_or(true);
         match tag & 0xF {
@@ -463,7 +509,6 @@ impl Flow {
                 self.watch = None;
                 if result == Ok(true) { Meaning::ClientFailed } else { Meaning::Nothing }
             }
-            READABLE => self.readable(key_of(tag), side, ring),
             STALLED if result == Ok(true) && self.verdict.note_failure(side) => {
                 Meaning::Failed(side)
             }
@@ -480,9 +525,8 @@ impl Flow {
     fn is_stalled(&self, from: Side) -> bool {
         let stream = &self.streams[from as usize];
         stream.receive.is_none()
-            && stream.readable_poll.is_none()
             && stream.stalled_poll.is_none()
-            && stream.queued > 0
+            && (stream.pipe.is_some() || stream.queued > 0 && stream.poll.is_none())
             && !stream.starved
             && !self.verdict.ended(from)
             && !self.verdict.failed(from.other())
@@ -543,9 +587,7 @@ impl Flow {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Fed::Hungry,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 stream.starved = false;
-                let tag = tag(key, from, Use::Readable);
-                stream.readable_poll = Some(ring.poll(socket, tag, Interest::Readable));
-                self.operations += 1;
+                self.wait(key, from, Use::Readable, ring);
             }
             Err(error) => {
                 stream.starved = false;
@@ -557,9 +599,36 @@ impl Flow {
     }
 }
 
+// === impl Queue ===
+
+impl Queue {
+    fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// Behind the rest, and within its last buffer where it can be.
+    fn push(&mut self, chunk: Chunk) {
+        let queue = self.0.get_or_insert_default();
+        if !queue.back_mut().is_some_and(|tail| tail.absorb(&chunk)) {
+            queue.push_back(chunk);
+        }
+    }
+
+    /// Sends as much of it as one send takes; nothing where it is empty.
+    #[inline]
+    fn send(&mut self, to: &Rc<OwnedFd>, tag: u64, ring: &mut Ring) -> Option<Op> {
+        let queue = self.0.as_mut()?;
+        let op = ring.send_queue(to, tag, queue);
+        if queue.is_empty() {
+            self.0 = None;
+        }
+        Some(op)
+    }
+}
+
 /// See [`HIGH_WATER`].
 #[inline]
-fn high_water(ring: &Ring) -> usize {
+fn high_water(ring: &Ring) -> u32 {
     let left = ring.buffers_free() + ring.buffers_shown();
     if left * 2 >= ring.buffers_total() { HIGH_WATER } else { HIGH_WATER_SCARCE }
 }

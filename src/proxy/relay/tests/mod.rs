@@ -3,6 +3,7 @@
 
 mod ends;
 mod setup;
+mod shell;
 mod streams;
 
 use super::*;
@@ -14,7 +15,6 @@ use crate::table::state::{BackendState, FrontendId, FrontendState};
 use socket2::SockRef;
 use std::future::Future;
 use std::net::{TcpListener, TcpStream as StdTcpStream};
-use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -106,7 +106,7 @@ impl Rig {
 
     fn meter(&self) -> Meter {
         let (frontend, backend) = (Arc::clone(&self.frontend), Arc::clone(&self.backend));
-        Meter { worker: 0, frontend, backend }
+        Meter { worker: 0, frontend, backend, trial: None, timed: false }
     }
 
     fn bytes_in(&self) -> u64 {

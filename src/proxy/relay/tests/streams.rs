@@ -63,17 +63,24 @@ async fn exchange(rig: Rig, seed: u64) {
     let Session { client, backend, relayed } = rig.session(FOREVER);
     let ((mut client_reads, mut client_writes), (mut backend_reads, mut backend_writes)) =
         (client.into_split(), backend.into_split());
-    let (got_back, got_there, (), ()) = tokio::join!(
+    let over = async {
+        let relayed = relayed.await.unwrap();
+        // As the session does: one of the two may wait for this FIN.
+        drop(relayed.sockets);
+        let Relayed { ending, bytes_in, bytes_out, first_byte, .. } = relayed;
+        (ending, [bytes_in, bytes_out], first_byte)
+    };
+    let (got_back, got_there, (), (), (ending, counted, first_byte)) = tokio::join!(
         receive_all(&mut client_reads, seed + 1_000_000, random.fork()),
         receive_all(&mut backend_reads, seed, random.fork()),
         send_all(&mut client_writes, seed, lengths[0], random.fork()),
         send_all(&mut backend_writes, seed + 1_000_000, lengths[1], random.fork()),
+        over,
     );
     assert_eq!([got_there, got_back], lengths);
-    let relayed = relayed.await.unwrap();
-    assert_eq!(relayed.ending.cause, Cause::Finished, "{:?}", relayed.ending);
-    assert_eq!([relayed.bytes_in, relayed.bytes_out], lengths);
-    assert_eq!(relayed.first_byte.is_some(), lengths[1] > 0);
+    assert_eq!(ending.cause, Cause::Finished, "{ending:?}");
+    assert_eq!(counted, lengths);
+    assert_eq!(first_byte.is_some(), lengths[1] > 0);
 }
 
 #[test]
@@ -213,5 +220,108 @@ fn an_urgent_byte_stays_in_the_stream() {
         assert_eq!(&after, b"!a");
         drop((client, backend));
         relayed.await.unwrap();
+    });
+}
+
+const BULK: u64 = 6 * 1024 * 1024;
+
+/// Sends the bytes `at..at + BULK` of the stream `seed` one way, in big pieces.
+async fn bulk(from: &mut TcpStream, to: &mut TcpStream, seed: u64, at: u64) {
+    let sending = async {
+        for start in (at..at + BULK).step_by(256 * 1024) {
+            from.write_all(&stretch(seed, start, 256 * 1024)).await.unwrap();
+        }
+    };
+    let receiving = async {
+        let mut got = vec![0; BULK as usize];
+        to.read_exact(&mut got).await.unwrap();
+        assert!(got == stretch(seed, at, got.len()), "garbled after {at}");
+    };
+    tokio::join!(sending, receiving);
+}
+
+#[test]
+fn bulk_and_small_talk_take_turns_and_nothing_is_lost() {
+    on_each(|rig| async move {
+        let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+        let mut at = 0;
+        for _ in 0..4 {
+            bulk(&mut client, &mut backend, 1, at).await;
+            bulk(&mut backend, &mut client, 2, at).await;
+            at += BULK;
+            for _ in 0..40 {
+                let mut got = [0; 5];
+                client.write_all(&stretch(1, at, 5)).await.unwrap();
+                backend.read_exact(&mut got).await.unwrap();
+                assert_eq!(got, *stretch(1, at, 5));
+                backend.write_all(&stretch(2, at, 5)).await.unwrap();
+                client.read_exact(&mut got).await.unwrap();
+                assert_eq!(got, *stretch(2, at, 5));
+                at += 5;
+            }
+        }
+        drop((client, backend));
+        let relayed = relayed.await.unwrap();
+        assert_eq!((relayed.bytes_in, relayed.bytes_out), (at, at));
+    });
+}
+
+#[test]
+fn a_fin_behind_bulk_comes_after_the_last_byte_and_the_answer_still_passes() {
+    on_each(|rig| async move {
+        let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+        bulk(&mut client, &mut backend, 1, 0).await;
+        client.write_all(&stretch(1, BULK, 700_000)).await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut tail = Vec::new();
+        backend.read_to_end(&mut tail).await.unwrap();
+        assert!(tail == stretch(1, BULK, 700_000));
+        bulk(&mut backend, &mut client, 2, 0).await;
+        drop(backend);
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+        assert_eq!(relayed.await.unwrap().ending.cause, Cause::Finished);
+    });
+}
+
+#[test]
+fn an_urgent_byte_amid_bulk_holds_nothing_up() {
+    on_each(|rig| async move {
+        let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+        bulk(&mut backend, &mut client, 2, 0).await;
+        SockRef::from(&backend).send_out_of_band(b"!").unwrap();
+        backend.write_all(b"a").await.unwrap();
+        let mut after = [0; 2];
+        client.read_exact(&mut after).await.unwrap();
+        assert_eq!(&after, b"!a");
+        bulk(&mut backend, &mut client, 2, BULK).await;
+        drop((client, backend));
+        relayed.await.unwrap();
+    });
+}
+
+#[test]
+fn a_reset_amid_bulk_that_nobody_reads_is_told() {
+    on_each(|rig| async move {
+        for side in Side::BOTH {
+            let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+            bulk(&mut client, &mut backend, 1, 0).await;
+            let flood = async { while client.write_all(&[9; 1 << 16]).await.is_ok() {} };
+            let _ = tokio::time::timeout(Duration::from_millis(50), flood).await;
+            let (failing, other) = match side {
+                Side::Client => (client, backend),
+                Side::Backend => (backend, client),
+            };
+            reset(failing);
+            // A receiver that is gone ends it at once; a sender that is, once
+            // what it had sent is taken.
+            let reading = tokio::task::spawn_local(async move {
+                let mut other = other;
+                let mut buffer = vec![0; 1 << 18];
+                while other.read(&mut buffer).await.is_ok_and(|len| len > 0) {}
+            });
+            let ending = relayed.await.unwrap().ending;
+            assert_eq!(ending.cause, Cause::of_failure(side, libc::ECONNRESET));
+            reading.await.unwrap();
+        }
     });
 }

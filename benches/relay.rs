@@ -1,0 +1,147 @@
+//! What a relayed message costs on each engine: one connection through a worker
+//! of this process to an echo backend of this process, all over loopback. Run
+//! with `cargo bench --bench relay`; the last argument filters by name.
+//!
+//! Worker, backend and client are a thread each. On fewer than three free cores
+//! they take turns, and the time is that of all three.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
+use tidegate::clock;
+use tidegate::config;
+use tidegate::control::{Controller, Event};
+use tidegate::load::{Behaviour, Service, serve};
+use tidegate::net::listen;
+use tidegate::proxy::close::{Cause, Phase};
+use tidegate::proxy::context::{Reports, Shared};
+use tidegate::proxy::gate::Gate;
+use tidegate::proxy::worker::{Command, Plan, Runtime, Worker};
+use tidegate::table::publish::TablePublisher;
+use tidegate::telemetry::access_log::{AccessLog, Target};
+use tidegate::telemetry::counters::WorkerCounters;
+
+const SIZES: [(usize, &str); 3] = [(64, "64 B"), (16 * 1024, "16 KiB"), (1024 * 1024, "1 MiB")];
+
+/// What loopback sockets hold at least: a message up to this size is written
+/// whole before its echo is read.
+const FITS: usize = 16 * 1024;
+
+/// A worker that sends everything on `bind` to `backend`.
+fn balancer(runtime: Runtime, bind: SocketAddr, backend: SocketAddr) -> Worker {
+    let text = format!(
+        "[frontend.web]\nbind = [\"{bind}\"]\npool = \"web\"\n\
+         [[pool.web.backend]]\naddress = \"{backend}\"\n"
+    );
+    let mut controller = Controller::new(1, 7);
+    let config = config::parse(&text, "bench.toml").expect("valid");
+    controller.apply(Event::Configure(Arc::new(config)), clock::now());
+    let (_log, mut senders) = AccessLog::start(Target::Off, 1).unwrap();
+    let worker = Worker::start(Plan {
+        id: 0,
+        cpu: None,
+        runtime,
+        spin: None,
+        shared: Shared {
+            in_flight: Arc::default(),
+            gate: Arc::new(Gate::new()),
+            reports: Arc::new(Reports::new()),
+        },
+        tables: TablePublisher::new(controller.current_table()),
+        counters: Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT)),
+        access_log: senders.remove(0),
+        seed: 7,
+    })
+    .unwrap();
+    let socket = listen::bind(bind, 1).unwrap().remove(0);
+    worker.mailbox.send(Command::Listen(bind, Arc::new(socket)));
+    worker
+}
+
+/// A loopback address nobody has.
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// Sends a message and takes its echo, again and again.
+struct Client {
+    stream: TcpStream,
+    message: Vec<u8>,
+    /// Big messages are sent by another thread while the echo is taken.
+    go: Option<mpsc::Sender<()>>,
+}
+
+impl Client {
+    fn new(to: SocketAddr, size: usize) -> Client {
+        let stream = TcpStream::connect(to).unwrap();
+        stream.set_nodelay(true).unwrap();
+        let message = vec![b'x'; size];
+        let go = (size > FITS).then(|| {
+            let (go, asked) = mpsc::channel();
+            let (mut stream, message) = (stream.try_clone().unwrap(), message.clone());
+            thread::spawn(move || {
+                while asked.recv().is_ok() {
+                    stream.write_all(&message).unwrap();
+                }
+            });
+            go
+        });
+        Client { stream, message, go }
+    }
+
+    fn exchange(&mut self) {
+        match &self.go {
+            Some(go) => go.send(()).unwrap(),
+            None => self.stream.write_all(&self.message).unwrap(),
+        }
+        self.stream.read_exact(&mut self.message).unwrap();
+    }
+}
+
+fn relay(c: &mut Criterion) {
+    let (_backends, addresses) = serve(Service {
+        listen: vec!["127.0.0.1:0".parse().unwrap()],
+        behaviour: Behaviour::Echo,
+        threads: 1,
+        cpus: Vec::new(),
+        duration: None,
+    })
+    .unwrap();
+    let mut engines = vec![Runtime::Epoll];
+    match Runtime::io_uring_allowed() {
+        Ok(()) => engines.insert(0, Runtime::IoUring),
+        Err(error) => eprintln!("no io_uring here ({error}): only the epoll engine is measured"),
+    }
+    for runtime in engines {
+        let bind = free_address();
+        let worker = balancer(runtime, bind, addresses[0]);
+        for (size, name) in SIZES {
+            let mut client = Client::new(bind, size);
+            client.exchange();
+            let mut group = c.benchmark_group(format!("relay {name} and back"));
+            // Both ways.
+            group.throughput(Throughput::Bytes(2 * size as u64));
+            group.bench_function(BenchmarkId::from_parameter(runtime.name()), |b| {
+                b.iter(|| client.exchange());
+            });
+            group.finish();
+        }
+        worker.mailbox.send(Command::Stop);
+        worker.join();
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(2));
+    targets = relay
+}
+criterion_main!(benches);

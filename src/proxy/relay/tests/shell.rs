@@ -1,0 +1,156 @@
+//! The shell with movers that misbehave: the worker's other tasks must not pay.
+
+use super::*;
+use crate::net::reactor;
+use crate::proxy::relay::mover::{Mover, Round};
+use crate::proxy::relay::pace::Pace;
+use crate::proxy::relay::shell::State;
+use crate::proxy::relay::verdict::{Moved, Next, Verdict};
+use socket2::{Domain, Socket, Type};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
+use std::task::{Context, Poll};
+use tokio::io::unix::AsyncFd;
+
+/// Never finds a reason to sleep and never does anything: what a ring looks like
+/// whose flag for deferred work stands for none.
+#[derive(Debug)]
+struct Sleepless {
+    /// To be woken through the reactor, where it can be: a socket it writes to,
+    /// and the one it waits for.
+    bell: Option<(Socket, AsyncFd<Arc<Socket>>)>,
+}
+
+#[derive(Debug)]
+struct NoFlow;
+
+impl Sleepless {
+    fn new(has_bell: bool) -> Sleepless {
+        let bell = has_bell.then(|| {
+            let (ringer, bell) = Socket::pair(Domain::UNIX, Type::DGRAM, None).unwrap();
+            bell.set_nonblocking(true).unwrap();
+            (ringer, reactor::watch_readable(Arc::new(bell)).unwrap())
+        });
+        Sleepless { bell }
+    }
+}
+
+impl Mover for Sleepless {
+    type Flow = NoFlow;
+
+    const TICK: Duration = Duration::from_millis(100);
+
+    fn wants_tick(&self, _: bool) -> bool {
+        true
+    }
+
+    fn has_work(&self) -> bool {
+        true
+    }
+
+    fn round(state: &mut State<Sleepless>, _: &Pace) -> io::Result<Round> {
+        state.now = clock::now();
+        Ok(Round { drained: true, busy: false })
+    }
+
+    fn tick(_: &mut State<Sleepless>, _: &Pace) {}
+
+    fn doze(&mut self) -> bool {
+        false
+    }
+
+    fn poll_wake(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some((_, bell)) = &self.bell else { return Poll::Ready(Ok(())) };
+        bell.poll_read_ready(cx).map(|guard| guard.map(|mut guard| guard.clear_ready()))
+    }
+
+    fn rouse(&mut self) {}
+
+    fn ring_the_bell(&self) -> io::Result<bool> {
+        let Some((ringer, bell)) = &self.bell else { return Ok(false) };
+        let _ = bell.get_ref().recv(&mut [MaybeUninit::uninit(); 8]);
+        ringer.send(b"!").map(|_| true)
+    }
+
+    fn open(&mut self, _: u32, _: OwnedFd) -> io::Result<NoFlow> {
+        Ok(NoFlow)
+    }
+
+    fn attach(&mut self, _: u32, _: &mut NoFlow, _: OwnedFd, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn detach(&mut self, _: &mut NoFlow) {}
+
+    fn watch_client(&mut self, _: u32, _: &mut NoFlow) {}
+
+    fn begin(&mut self, _: u32, _: &mut NoFlow, _: &mut Moved) -> Next {
+        Next::Wait
+    }
+
+    fn halt(&mut self, _: &mut NoFlow) {}
+
+    fn is_settled(_: &NoFlow) -> bool {
+        true
+    }
+
+    fn tear_down(&mut self, _: &mut NoFlow) {}
+
+    fn ask_progress(&mut self, _: &mut NoFlow) -> bool {
+        false
+    }
+
+    fn verdict(_: &NoFlow) -> &Verdict {
+        unreachable!("there are no sessions")
+    }
+
+    fn bytes_from(_: &NoFlow, _: Side) -> u64 {
+        0
+    }
+
+    fn backend(_: &NoFlow) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn take_sockets(_: &mut NoFlow) -> Option<[OwnedFd; 2]> {
+        None
+    }
+
+    fn refuse(&mut self, _: &mut NoFlow) {}
+}
+
+/// What the rest of a worker does: timers, sockets, and, on tokio-uring,
+/// operations that are submitted only while the thread is parked.
+async fn the_rest_of_a_worker(runtime: Runtime) {
+    for _ in 0..10 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let (mut left, mut right) = tokio::net::UnixStream::pair().unwrap();
+        let writing = tokio::task::spawn_local(async move { left.write_all(b"x").await });
+        right.read_exact(&mut [0]).await.unwrap();
+        writing.await.unwrap().unwrap();
+        if runtime == Runtime::IoUring {
+            tokio_uring::no_op().await.unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_mover_that_never_dozes_lets_the_workers_other_tasks_run() {
+    let kinds = [(Runtime::Epoll, false), (Runtime::Epoll, true), (Runtime::IoUring, true)];
+    for (runtime, has_bell) in kinds {
+        // On a thread of its own: where it is starved, so is every time-out.
+        let (done, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            runtime.block_on(async {
+                let shell = Shell::new(Sleepless::new(has_bell), None);
+                let engine = tokio::task::spawn_local(shell.run());
+                the_rest_of_a_worker(runtime).await;
+                assert!(!engine.is_finished());
+                engine.abort();
+                done.send(()).unwrap();
+            })
+        });
+        let verdict = ended.recv_timeout(PATIENCE);
+        assert!(verdict.is_ok(), "the engine task starves {runtime:?}, bell: {has_bell}");
+    }
+}
