@@ -5,7 +5,7 @@
 //! crate calls `Instant::now` or `SystemTime::now`.
 
 use std::sync::LazyLock;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// The first time anybody asked for.
 static ORIGIN: LazyLock<Instant> = LazyLock::new(now);
@@ -26,4 +26,19 @@ pub fn now() -> Instant {
 #[allow(clippy::disallowed_methods)]
 pub fn wall() -> SystemTime {
     SystemTime::now()
+}
+
+/// Microseconds of the monotonic clock, as other processes of this machine count
+/// them (clock_gettime(2), CLOCK_MONOTONIC).
+pub fn monotonic_micros() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let (seconds, nanos) = (u64::try_from(time.tv_sec), u64::try_from(time.tv_nsec));
+    seconds.unwrap_or_default() * 1_000_000 + nanos.unwrap_or_default() / 1000
+}
+
+/// Blocks the calling thread for so long. For threads that may wait: never a
+/// worker, and the control thread only before it serves.
+#[allow(clippy::disallowed_methods)]
+pub fn pause(time: Duration) {
+    std::thread::sleep(time);
 }

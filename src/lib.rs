@@ -94,6 +94,9 @@
 //! - Architecture invariant: no operation is cancelled by dropping its future
 //!   while the kernel still works on it. Accept, connect and relay go by
 //!   readiness on non-blocking sockets; deadlines act on the sockets.
+//! - Architecture invariant: a listening socket is never bound anew for an upgrade
+//!   and never closed while somebody may be in its queue; what another process
+//!   goes on with gets no filter, for filters belong to the socket.
 //! - Architecture invariant: every session that ends is counted once, with one
 //!   cause and one phase.
 //! - Architecture invariant: intent, observation and ejection are stored apart;

@@ -164,6 +164,7 @@ fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
             engine: EngineChoice::Auto,
             spin: None,
             drain_timeout: Duration::from_secs(30),
+            upgrade_timeout: Duration::from_secs(30),
             connections_max: 1000,
         },
         admin: Admin { listen: AdminListen::Unix("/nowhere".into()), token_file: None },

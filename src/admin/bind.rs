@@ -10,9 +10,11 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use std::fs::{DirBuilder, Permissions};
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// A bound listener, not yet served. Dropping it removes its socket file if
@@ -36,6 +38,16 @@ pub(super) struct SocketFile {
     path: PathBuf,
     /// Device and inode.
     identity: (u64, u64),
+    /// Another process answers there.
+    kept: Arc<AtomicBool>,
+}
+
+/// Whether a listener's file is removed when it is dropped; shared with the
+/// listener, wherever that is.
+#[derive(Debug, Clone, Default)]
+pub struct FileKeeper {
+    identity: Option<(u64, u64)>,
+    kept: Arc<AtomicBool>,
 }
 
 /// Why the API cannot listen.
@@ -77,6 +89,36 @@ pub fn bind(admin: &Admin) -> Result<AdminListener, BindError> {
         AdminListen::Tcp(to) => {
             let socket = Listening::Tcp(bind_tcp(*to, address)?);
             Ok(AdminListener { socket, file: None, address: address.clone() })
+        }
+    }
+}
+
+/// Goes on with the listener of another process. `file` is the identity of its
+/// socket's file, if it had one of its own; the file stays until
+/// [`FileKeeper::own`] is called. `None` when the file is not there any more.
+pub fn take_over(
+    admin: &Admin,
+    socket: OwnedFd,
+    file: Option<(u64, u64)>,
+) -> Option<AdminListener> {
+    let address = admin.listen.clone();
+    let socket = Socket::from(socket);
+    socket.set_nonblocking(true).ok()?;
+    match (&admin.listen, file) {
+        (AdminListen::Unix(path), Some(identity)) => {
+            let found = std::fs::symlink_metadata(path).ok()?;
+            if (found.dev(), found.ino()) != identity {
+                return None;
+            }
+            let kept = Arc::new(AtomicBool::new(true));
+            let file = Some(SocketFile { path: path.clone(), identity, kept });
+            Some(AdminListener { socket: Listening::Unix(socket.into()), file, address })
+        }
+        (AdminListen::Unix(_), None) => {
+            Some(AdminListener { socket: Listening::Unix(socket.into()), file: None, address })
+        }
+        (AdminListen::Tcp(_), _) => {
+            Some(AdminListener { socket: Listening::Tcp(socket.into()), file: None, address })
         }
     }
 }
@@ -141,8 +183,8 @@ fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)
     socket.listen(BACKLOG)?;
     let made = std::fs::symlink_metadata(temporary)?;
     std::fs::rename(temporary, path)?;
-    let file = SocketFile { path: path.to_owned(), identity: (made.dev(), made.ino()) };
-    Ok((socket, file))
+    let identity = (made.dev(), made.ino());
+    Ok((socket, SocketFile { path: path.to_owned(), identity, kept: Arc::default() }))
 }
 
 /// Nothing is there, or a socket nobody listens on.
@@ -196,12 +238,53 @@ impl AdminListener {
             Listening::Unix(_) => self.address.clone(),
         }
     }
+
+    /// A second handle of the socket.
+    ///
+    /// # Errors
+    /// No descriptors left.
+    pub fn share(&self) -> io::Result<OwnedFd> {
+        match &self.socket {
+            Listening::Unix(listener) => listener.as_fd().try_clone_to_owned(),
+            Listening::Tcp(listener) => listener.as_fd().try_clone_to_owned(),
+        }
+    }
+
+    /// Says what becomes of the file.
+    pub fn file(&self) -> FileKeeper {
+        self.file.as_ref().map_or_else(FileKeeper::default, |file| FileKeeper {
+            identity: Some(file.identity),
+            kept: Arc::clone(&file.kept),
+        })
+    }
+}
+
+// === impl FileKeeper ===
+
+impl FileKeeper {
+    /// Device and inode of the file, if the listener has one of its own.
+    pub fn identity(&self) -> Option<(u64, u64)> {
+        self.identity
+    }
+
+    /// The file is another process's.
+    pub fn keep(&self) {
+        self.kept.store(true, Ordering::Relaxed);
+    }
+
+    /// The file is this process's, to be removed with the listener.
+    pub fn own(&self) {
+        self.kept.store(false, Ordering::Relaxed);
+    }
 }
 
 // === impl SocketFile ===
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        if self.kept.load(Ordering::Relaxed) {
+            return;
+        }
         let found = std::fs::symlink_metadata(&self.path);
         if found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
             // Left behind it is stale, and the next start replaces it.
@@ -278,6 +361,26 @@ mod tests {
         drop(ours);
         assert!(path.exists());
         drop(theirs);
+    }
+
+    #[test]
+    fn a_listener_that_moved_to_another_process_keeps_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let old = bind(&at(&path)).unwrap();
+        let (socket, file) = (old.share().unwrap(), old.file());
+        let new = take_over(&at(&path), socket, file.identity()).unwrap();
+        file.keep();
+        drop(old);
+        UnixStream::connect(&path).unwrap();
+        let (socket, keeper) = (new.share().unwrap(), new.file());
+        drop(new);
+        assert!(path.exists(), "it was not this one's yet");
+        let new = take_over(&at(&path), socket.try_clone().unwrap(), keeper.identity()).unwrap();
+        new.file().own();
+        drop(new);
+        assert!(!path.exists());
+        assert!(take_over(&at(&path), socket, keeper.identity()).is_none());
     }
 
     #[test]

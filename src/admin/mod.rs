@@ -13,6 +13,7 @@
 //! | `GET /v1/status` | JSON ([`status`]) |
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 422 with `problems` |
 //! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
+//! | `POST /v1/upgrade` | 200 `{pid, version, generation}`; 409 when it cannot be tried; 422 when the new process did not come to serve |
 //! | `GET /v1/pools/{pool}/backends/{name}/explain` | JSON ([`explain`]); 404 |
 //! | `POST /v1/shutdown` | 200 `{state: "draining"}` |
 //!
@@ -29,14 +30,16 @@ mod serve;
 pub mod snapshot;
 pub mod status;
 mod token;
+mod upgrade;
 
-pub use bind::{AdminListener, BindError, bind};
+pub use bind::{AdminListener, BindError, FileKeeper, bind, take_over};
 pub use serve::serve;
-pub use snapshot::{HeartbeatCounts, ReloadCounts, ServiceState, Snapshot};
+pub use snapshot::{HeartbeatCounts, ReloadCounts, ServiceState, Snapshot, UpgradeCounts};
 pub use token::{Token, TokenError, TokenStore};
 
 use crate::control::OperatorError;
 use crate::health::Intent;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use tokio::sync::oneshot;
@@ -72,8 +75,38 @@ pub enum Request {
         /// Whether it was done.
         reply: oneshot::Sender<Result<(), OperatorError>>,
     },
+    /// Hand everything to a new process of the program; answered once that
+    /// serves, or why it does not.
+    Upgrade {
+        /// Start this program instead of the one this process was started from.
+        binary: Option<PathBuf>,
+        /// Start it with this configuration file.
+        config: Option<PathBuf>,
+        /// What came of it.
+        reply: oneshot::Sender<Result<Upgraded, UpgradeError>>,
+    },
     /// Drain and exit; answered once draining has begun.
     Shutdown(oneshot::Sender<()>),
+}
+
+/// Another process serves.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Upgraded {
+    /// Its number.
+    pub pid: u32,
+    /// Of its program.
+    pub version: String,
+    /// Of the configuration it serves by.
+    pub generation: u64,
+}
+
+/// This process goes on; why, in words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UpgradeError {
+    /// It was not tried.
+    Refused(String),
+    /// The new process did not get as far as serving.
+    Failed(String),
 }
 
 /// A configuration is in force.

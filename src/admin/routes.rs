@@ -4,6 +4,7 @@
 //! for the control loop longer than [`ANSWER_MAX`].
 
 use super::guard::{Entrance, guard};
+use super::upgrade::upgrade;
 use super::{Problem, Readiness, ReloadError, Request, TokenStore};
 use crate::control::OperatorError;
 use crate::health::Intent;
@@ -63,7 +64,7 @@ struct Life {
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 const TEXT_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
-const JSON: &str = "application/json";
+pub(super) const JSON: &str = "application/json";
 
 /// Every endpoint behind the guard.
 pub(super) fn router(api: Arc<Api>) -> Router {
@@ -73,6 +74,7 @@ pub(super) fn router(api: Arc<Api>) -> Router {
         .route("/metrics", get(metrics))
         .route("/v1/status", get(status))
         .route("/v1/reload", post(reload))
+        .route("/v1/upgrade", post(upgrade))
         .route("/v1/shutdown", post(shutdown))
         .route("/v1/pools/{pool}/backends/{name}/drain", post(drain))
         .route("/v1/pools/{pool}/backends/{name}/undrain", post(undrain))
@@ -180,7 +182,7 @@ async fn wrong_method(method: Method, uri: Uri) -> Refusal {
     Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "wrong method", detail)
 }
 
-fn answer(content_type: &'static str, body: String) -> Response {
+pub(super) fn answer(content_type: &'static str, body: String) -> Response {
     ([(CONTENT_TYPE, content_type)], body).into_response()
 }
 
@@ -188,7 +190,7 @@ fn with_status(status: StatusCode, body: &ErrorBody<'_>) -> Response {
     (status, [(CONTENT_TYPE, JSON)], text(body)).into_response()
 }
 
-fn text(body: &impl Serialize) -> String {
+pub(super) fn text(body: &impl Serialize) -> String {
     serde_json::to_string(body).expect("plain data always serialises")
 }
 
@@ -197,16 +199,25 @@ fn text(body: &impl Serialize) -> String {
 impl Api {
     /// Sends one request to the control loop and waits for its reply.
     async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Refusal> {
+        self.ask_within(ANSWER_MAX, make).await
+    }
+
+    /// The same for what takes its time.
+    pub(super) async fn ask_within<T>(
+        &self,
+        limit: Duration,
+        make: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, Refusal> {
         let (reply, answer) = oneshot::channel();
         let exchange = async {
             self.requests.send(make(reply)).await.ok()?;
             answer.await.ok()
         };
-        let detail = match tokio::time::timeout(ANSWER_MAX, exchange).await {
+        let detail = match tokio::time::timeout(limit, exchange).await {
             Ok(Some(answer)) => return Ok(answer),
             Ok(None) => "the control loop has ended".to_owned(),
             Err(_) => format!(
-                "the control loop did not answer within {ANSWER_MAX:?}; \
+                "the control loop did not answer within {limit:?}; \
                  what was asked for may still happen"
             ),
         };

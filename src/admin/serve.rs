@@ -10,12 +10,14 @@ use super::routes::{Api, router};
 use super::{AdminListener, Readiness, Request, TokenStore};
 use axum::Router;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::future::Future;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -35,6 +37,10 @@ const CONNECTION_LIFE_MAX: Duration = Duration::from_secs(60);
 
 /// Time for a last answer to go out when a connection or the API ends.
 const LINGER_MAX: Duration = Duration::from_secs(1);
+
+/// How often a connection at its end is looked at until it has asked for
+/// something.
+const FIRST_REQUEST_STEP: Duration = Duration::from_millis(5);
 
 /// Pause after a failed accept (no descriptors, say), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -126,19 +132,33 @@ async fn connection(
     mut closing: watch::Receiver<bool>,
     _slot: OwnedSemaphorePermit,
 ) {
+    let asked = Arc::new(AtomicBool::new(false));
+    let (routes, noted) = (TowerToHyperService::new(routes), Arc::clone(&asked));
+    let service = service_fn(move |request| {
+        noted.store(true, Ordering::Relaxed);
+        routes.call(request)
+    });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_READ_MAX)
         .max_buf_size(HEAD_BYTES_MAX)
         // Clients such as `nc -N` end their side after the request.
         .half_close(true)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+        .serve_connection(TokioIo::new(stream), service);
     let mut served = pin!(served);
     tokio::select! {
         // What went wrong is the client's to know.
         _ = served.as_mut() => return,
         _ = closing.wait_for(|closing| *closing) => {}
         () = sleep(CONNECTION_LIFE_MAX) => {}
+    }
+    // Whoever was accepted is answered: its first request may be on its way.
+    // `serve` sets an end to this.
+    while !asked.load(Ordering::Relaxed) {
+        tokio::select! {
+            _ = served.as_mut() => return,
+            () = sleep(FIRST_REQUEST_STEP) => {}
+        }
     }
     served.as_mut().graceful_shutdown();
     let _ = timeout(LINGER_MAX, served).await;

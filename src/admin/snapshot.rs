@@ -35,6 +35,8 @@ pub struct Snapshot<'a> {
     pub state: ServiceState,
     /// Reloads since the start, by result.
     pub reloads: ReloadCounts,
+    /// Upgrades in place, by result.
+    pub upgrades: UpgradeCounts,
     /// Tables published so far.
     pub table_serial: u64,
     /// Sessions open in the whole process.
@@ -79,6 +81,17 @@ pub struct ReloadCounts {
     /// The file said nothing new.
     pub unchanged: u64,
     /// The file was bad, or a listener could not be bound.
+    pub refused: u64,
+}
+
+/// How upgrades in place ended, those of the processes before included.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct UpgradeCounts {
+    /// Another process took over.
+    pub done: u64,
+    /// The new process did not get as far as serving.
+    pub failed: u64,
+    /// It was not tried.
     pub refused: u64,
 }
 

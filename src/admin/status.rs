@@ -382,6 +382,7 @@ mod tests {
             uptime: Duration::from_millis(1_500),
             state: ServiceState::Draining,
             reloads: ReloadCounts::default(),
+            upgrades: crate::admin::UpgradeCounts::default(),
             table_serial: 12,
             connections_active: 5,
             connections_max: 100,

@@ -1,33 +1,57 @@
-//! The bound addresses: one listening socket for each worker and address.
+//! The bound addresses: the listening sockets of each worker and address.
 //!
 //! Owned by the control loop. A reload binds what is new before anything else
-//! changes, all or nothing, and retires what is gone afterwards. Workers hold
-//! shares of the sockets; an address is closed when the last share is dropped.
+//! changes, all or nothing, and retires what is gone afterwards; an upgrade
+//! hands everything on. Workers hold shares of the sockets; an address is closed
+//! when the last share is dropped, here and in whatever process shares it.
 
 use crate::config::{Config, Frontend};
 use crate::net::listen;
 use crate::proxy::worker::{Command, Worker};
+use serde::{Deserialize, Serialize};
 use socket2::Socket;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-/// Sockets of one address, in worker order.
-type Sockets = Vec<Arc<Socket>>;
+/// Who else holds an address's sockets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Holder {
+    /// Nobody, or a balancer that is on its way out: closing them closes the
+    /// address.
+    Nobody,
+    /// A service manager, which goes on listening when we are gone.
+    Manager,
+}
+
+/// The sockets of one address.
+#[derive(Debug, Clone)]
+pub(super) struct Group {
+    /// In the order workers take turns with them.
+    pub(super) sockets: Vec<Arc<Socket>>,
+    pub(super) holder: Holder,
+}
 
 /// Every address this process listens on.
 #[derive(Debug)]
 pub(super) struct Binds {
     workers: usize,
-    active: BTreeMap<SocketAddr, Sockets>,
+    active: BTreeMap<SocketAddr, Group>,
     /// Emptying their queues; closed once the workers have let go.
-    retiring: Vec<(SocketAddr, Sockets)>,
+    retiring: Vec<(SocketAddr, Group)>,
+    /// Given to us and not yet asked for.
+    inherited: BTreeMap<SocketAddr, Group>,
 }
 
 /// Addresses bound and not yet in use.
 #[derive(Debug)]
-pub(super) struct Fresh(BTreeMap<SocketAddr, Sockets>);
+pub(super) struct Fresh {
+    groups: BTreeMap<SocketAddr, Group>,
+    /// Those of them that do not listen yet.
+    silent: Vec<(SocketAddr, Arc<Socket>)>,
+}
 
 /// An address that could not be bound.
 #[derive(Debug)]
@@ -38,41 +62,77 @@ pub(super) struct Refused {
 
 impl Binds {
     pub(super) fn new(workers: usize) -> Binds {
-        Binds { workers, active: BTreeMap::new(), retiring: Vec::new() }
+        Binds { workers, active: BTreeMap::new(), retiring: Vec::new(), inherited: BTreeMap::new() }
+    }
+
+    /// Takes sockets of another process, for [`Binds::reserve_new`] to find.
+    pub(super) fn inherit(&mut self, groups: BTreeMap<SocketAddr, Group>) {
+        self.inherited = groups;
     }
 
     /// Binds the addresses of `config` that are not bound yet: all of them, or
     /// none.
-    pub(super) fn bind_new(&self, config: &Config) -> Result<Fresh, Refused> {
-        let mut fresh = BTreeMap::new();
+    pub(super) fn bind_new(&mut self, config: &Config) -> Result<Fresh, Refused> {
+        let mut fresh = self.reserve_new(config)?;
+        fresh.start()?;
+        Ok(fresh)
+    }
+
+    /// The same without letting anybody in yet; see [`Fresh::start`].
+    pub(super) fn reserve_new(&mut self, config: &Config) -> Result<Fresh, Refused> {
+        let mut fresh = Fresh { groups: BTreeMap::new(), silent: Vec::new() };
         for frontend in &config.frontends {
             for address in &frontend.binds {
                 if !self.active.contains_key(address) {
-                    fresh.insert(*address, self.bind(*address, frontend)?);
+                    let refused = |error| Refused { address: *address, error };
+                    self.reserve(*address, frontend, &mut fresh).map_err(refused)?;
                 }
             }
         }
-        Ok(Fresh(fresh))
+        Ok(fresh)
     }
 
-    fn bind(&self, address: SocketAddr, frontend: &Frontend) -> Result<Sockets, Refused> {
-        let bound = || -> io::Result<Sockets> {
-            // Sockets of ours that overlap would be in the way of the check; a
-            // reload that moves from a wildcard to one address is fine.
-            if !self.holds_port(address.port()) {
-                listen::taken(address)?;
+    fn reserve(
+        &self,
+        address: SocketAddr,
+        frontend: &Frontend,
+        fresh: &mut Fresh,
+    ) -> io::Result<()> {
+        let mut group = match self.inherited.get(&address) {
+            Some(group) => group.clone(),
+            None => {
+                // Sockets of ours that overlap would be in the way of the check;
+                // a reload that moves from a wildcard to one address is fine.
+                if !self.holds_port(address.port()) {
+                    listen::taken(address)?;
+                }
+                Group { sockets: Vec::new(), holder: Holder::Nobody }
             }
-            let sockets = listen::bind(address, self.workers)?;
-            for socket in &sockets {
-                listen::tune(socket, frontend.keepalive, frontend.user_timeout)?;
-            }
-            Ok(sockets.into_iter().map(Arc::new).collect())
         };
-        bound().map_err(|error| Refused { address, error })
+        if group.may_grow()? {
+            let missing = self.workers.saturating_sub(group.sockets.len());
+            for socket in listen::reserve(address, missing)? {
+                let socket = Arc::new(socket);
+                fresh.silent.push((address, Arc::clone(&socket)));
+                group.sockets.push(socket);
+            }
+        }
+        for socket in &group.sockets {
+            listen::prepare(socket)?;
+            listen::tune(socket, frontend.keepalive, frontend.user_timeout)?;
+        }
+        fresh.groups.insert(address, group);
+        Ok(())
     }
 
     fn holds_port(&self, port: u16) -> bool {
-        self.active.keys().any(|held| held.port() == port)
+        self.active.keys().chain(self.inherited.keys()).any(|held| held.port() == port)
+    }
+
+    /// Lets go of what was inherited and is not in `fresh`; says which.
+    pub(super) fn disclaim(&mut self, fresh: &Fresh) -> Vec<SocketAddr> {
+        let inherited = std::mem::take(&mut self.inherited);
+        inherited.into_keys().filter(|address| !fresh.groups.contains_key(address)).collect()
     }
 
     /// Whether an address that `config` wants is still being closed.
@@ -87,17 +147,19 @@ impl Binds {
     /// Puts `fresh` in use, brings socket options up to date and retires what
     /// `config` no longer names.
     pub(super) fn adopt(&mut self, fresh: Fresh, config: &Config, workers: &[Worker]) {
-        for (address, sockets) in fresh.0 {
-            for (worker, socket) in workers.iter().zip(&sockets) {
-                worker.mailbox.send(Command::Listen(address, Arc::clone(socket)));
+        for (address, group) in fresh.groups {
+            for (index, worker) in workers.iter().enumerate() {
+                for socket in group.of_worker(index, workers.len()) {
+                    worker.mailbox.send(Command::Listen(address, Arc::clone(socket)));
+                }
             }
-            self.active.insert(address, sockets);
+            self.active.insert(address, group);
         }
         let mut gone: Vec<SocketAddr> = self.active.keys().copied().collect();
         for frontend in &config.frontends {
             for address in &frontend.binds {
                 gone.retain(|held| held != address);
-                for socket in self.active.get(address).into_iter().flatten() {
+                for socket in self.active.get(address).into_iter().flat_map(|g| &g.sockets) {
                     if let Err(error) =
                         listen::tune(socket, frontend.keepalive, frontend.user_timeout)
                     {
@@ -120,8 +182,14 @@ impl Binds {
     }
 
     fn retire(&mut self, address: SocketAddr, workers: &[Worker]) {
-        let Some(sockets) = self.active.remove(&address) else { return };
-        for socket in &sockets {
+        let Some(group) = self.active.remove(&address) else { return };
+        if group.holder == Holder::Manager {
+            // What is queued there is for whom the manager starts next, and a
+            // filter would keep clients from that one, too.
+            self.let_go(address, group, workers);
+            return;
+        }
+        for socket in &group.sockets {
             if let Err(error) = listen::retire(socket) {
                 // Then clients may still be queued when it closes, and be reset.
                 tracing::warn!(%address, %error, "cannot keep new clients out while closing");
@@ -130,13 +198,32 @@ impl Binds {
         for worker in workers {
             worker.mailbox.send(Command::Retire(address));
         }
-        self.retiring.push((address, sockets));
+        self.retiring.push((address, group));
+    }
+
+    /// Another process accepts from our sockets now: stops accepting at once and
+    /// leaves the queues to it. What it has `not_taken` is retired.
+    pub(super) fn hand_over(&mut self, not_taken: &[SocketAddr], workers: &[Worker]) {
+        for address in not_taken {
+            self.retire(*address, workers);
+        }
+        for (address, group) in std::mem::take(&mut self.active) {
+            self.let_go(address, group, workers);
+        }
+    }
+
+    fn let_go(&mut self, address: SocketAddr, group: Group, workers: &[Worker]) {
+        for worker in workers {
+            worker.mailbox.send(Command::Release(address));
+        }
+        self.retiring.push((address, group));
     }
 
     /// Closes what the workers have let go of; true once nothing is retiring.
     pub(super) fn forget_retired(&mut self) -> bool {
-        let in_use = |sockets: &Sockets| sockets.iter().any(|socket| Arc::strong_count(socket) > 1);
-        self.retiring.retain(|(_, sockets)| in_use(sockets));
+        let in_use =
+            |group: &Group| group.sockets.iter().any(|socket| Arc::strong_count(socket) > 1);
+        self.retiring.retain(|(_, group)| in_use(group));
         self.retiring.is_empty()
     }
 
@@ -145,8 +232,83 @@ impl Binds {
         !self.retiring.is_empty()
     }
 
+    /// Everything in use, to be handed to another process.
+    pub(super) fn active(&self) -> impl Iterator<Item = (&SocketAddr, &Group)> {
+        self.active.iter()
+    }
+
     /// Listening sockets open now.
     pub(super) fn sockets(&self) -> usize {
-        (self.active.len() + self.retiring.len()) * self.workers
+        let retiring = self.retiring.iter().map(|(_, group)| group);
+        self.active.values().chain(retiring).map(|group| group.sockets.len()).sum()
+    }
+}
+
+// === impl Group ===
+
+impl Group {
+    /// Whether more sockets can listen on the same address beside these.
+    fn may_grow(&self) -> io::Result<bool> {
+        self.sockets.iter().try_fold(true, |all, socket| Ok(all && socket.reuse_port()?))
+    }
+
+    /// The sockets that worker number `index` of `count` accepts from: with
+    /// enough of them each belongs to one worker, else workers share.
+    fn of_worker(&self, index: usize, count: usize) -> impl Iterator<Item = &Arc<Socket>> {
+        let have = self.sockets.len();
+        let of_this = move |number: usize| match have < count {
+            true => number == index % have.max(1),
+            false => number % count == index,
+        };
+        self.sockets.iter().enumerate().filter(move |(n, _)| of_this(*n)).map(|(_, socket)| socket)
+    }
+}
+
+// === impl Fresh ===
+
+impl Fresh {
+    /// Lets clients in: they queue until a worker accepts.
+    pub(super) fn start(&mut self) -> Result<(), Refused> {
+        for (address, socket) in self.silent.drain(..) {
+            listen::start(&socket).map_err(|error| Refused { address, error })?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group(sockets: usize) -> Group {
+        let address = "127.0.0.1:0".parse().unwrap();
+        let socket = || listen::reserve(address, 1).unwrap().pop().unwrap();
+        let sockets = (0..sockets).map(|_| Arc::new(socket())).collect();
+        Group { sockets, holder: Holder::Nobody }
+    }
+
+    /// How many workers accept from each socket, and the fewest sockets a
+    /// worker has.
+    fn spread(sockets: usize, workers: usize) -> (Vec<usize>, usize) {
+        let group = group(sockets);
+        let mut takers = vec![0; sockets];
+        let mut fewest = usize::MAX;
+        for worker in 0..workers {
+            let mine: Vec<_> = group.of_worker(worker, workers).collect();
+            fewest = fewest.min(mine.len());
+            for socket in mine {
+                let at = group.sockets.iter().position(|one| Arc::ptr_eq(one, socket)).unwrap();
+                takers[at] += 1;
+            }
+        }
+        (takers, fewest)
+    }
+
+    #[test]
+    fn every_socket_has_a_worker_and_every_worker_a_socket() {
+        assert_eq!(spread(2, 2), (vec![1, 1], 1));
+        assert_eq!(spread(5, 2), (vec![1; 5], 2), "more sockets than workers");
+        assert_eq!(spread(1, 3), (vec![3], 1), "one socket that cannot be had twice");
+        assert_eq!(spread(2, 3), (vec![2, 1], 1));
     }
 }

@@ -5,15 +5,17 @@
 //! the last published table stays.
 
 use super::Exit;
+use super::admin_api::AdminApi;
 use super::binds::Binds;
 use super::drain::Draining;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
+use super::notify::Notifier;
+use super::pid_file::PidFile;
 use super::start::SessionCap;
+use super::upgrade::{UpgradeEvent, Upgrades};
 use crate::admin::process::ProcessFacts;
-use crate::admin::{
-    self, AdminListener, Readiness, ReloadCounts, Request, ServiceState, Snapshot, TokenStore,
-};
+use crate::admin::{self, Readiness, ReloadCounts, Request, ServiceState, Snapshot, TokenStore};
 use crate::clock;
 use crate::config::Config;
 use crate::config::watch::ConfigWatcher;
@@ -78,13 +80,19 @@ pub(super) struct Control {
     pub(super) restart_needed: Vec<String>,
     pub(super) session_cap: SessionCap,
     pub(super) draining: Option<Draining>,
+    pub(super) upgrades: Upgrades,
+    pub(super) notifier: Notifier,
+    /// `None` only at the very start.
+    pub(super) admin: Option<AdminApi>,
+    pub(super) pid_file: Option<PidFile>,
 }
 
 /// Signals the process obeys; pending for ever where it does not.
-struct Signals(Option<[Signal; 3]>);
+struct Signals(Option<[Signal; 4]>);
 
 enum Caught {
     Reload,
+    Upgrade,
     Stop(&'static str),
 }
 
@@ -100,6 +108,9 @@ enum Woken {
     DrainStep,
     /// Given-up addresses may be ready to be closed.
     Retiring,
+    Upgrade(UpgradeEvent),
+    /// The service manager wants to hear of us.
+    Beat,
 }
 
 impl Control {
@@ -108,18 +119,27 @@ impl Control {
         let changed = Arc::new(Notify::new());
         let _watcher = self.watch_file(&changed);
         let mut signals = Signals::listen(self.signals);
+        if self.upgrades.awaits_predecessor() {
+            self.catch_up().await;
+        }
         loop {
             match self.woken(&mut inbox, &changed, &mut signals).await {
+                Woken::Signal(Caught::Stop(name)) if self.upgrades.excuses_signal() => {
+                    tracing::info!(signal = name, "draining already; the next signal ends it");
+                }
                 Woken::Signal(Caught::Stop(_)) if self.draining.is_some() => {
                     tracing::warn!("second signal: exiting at once");
                     return Exit::Forced;
                 }
                 Woken::Signal(Caught::Stop(name)) => self.begin_drain(name),
                 Woken::Signal(Caught::Reload) | Woken::FileChanged => {
-                    if self.draining.is_none() {
+                    if self.draining.is_none() && !self.upgrades.holds_reload() {
                         let _ = self.reload().await;
                     }
                 }
+                Woken::Signal(Caught::Upgrade) => self.begin_upgrade(None, None, None),
+                Woken::Upgrade(event) => self.upgrade_event(event).await,
+                Woken::Beat => self.notifier.beat(clock::now()),
                 Woken::Request(request) => self.answer(request).await,
                 Woken::Reports => self.take_reports(),
                 Woken::Probed(event) => self.take_probed(event),
@@ -154,6 +174,7 @@ impl Control {
     ) -> Woken {
         let now = clock::now();
         let due = self.controller.next_due().unwrap_or(now + FAR).min(now + FAR);
+        let beat_due = self.notifier.next_beat(now);
         let drain_due = self.draining.as_ref().map_or(now + FAR, Draining::next_look);
         tokio::select! {
             caught = signals.next() => Woken::Signal(caught),
@@ -162,6 +183,8 @@ impl Control {
             () = self.shared.reports.arrived() => Woken::Reports,
             () = self.reception.arrived() => Woken::Heartbeats,
             Some(event) = self.probed.recv() => Woken::Probed(event),
+            event = self.upgrades.next() => Woken::Upgrade(event),
+            () = tokio::time::sleep_until(beat_due.into()) => Woken::Beat,
             () = tokio::time::sleep_until(due.into()) => Woken::Due,
             () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => Woken::Retiring,
             () = tokio::time::sleep_until(drain_due.into()), if self.draining.is_some() => {
@@ -207,6 +230,8 @@ impl Control {
                     // Who waits for a slot may have new backends to wait for.
                     self.shared.gate.opened();
                 }
+                // Another process probes; this one only ends its sessions.
+                Effect::Probe { .. } if self.upgrades.handed_over() => {}
                 Effect::Opened => self.shared.gate.opened(),
                 Effect::Probe { backend, token, address, spec } => {
                     self.probes.probe(backend, token, address, spec);
@@ -238,8 +263,14 @@ impl Control {
             Request::Metrics(reply) => {
                 let _ = reply.send(self.render(admin::metrics::render).await);
             }
+            // What has come too late for this process is answered by its end: the
+            // next one is to be asked.
+            Request::Reload(_) | Request::SetIntent { .. } if self.upgrades.handed_over() => {}
             Request::Reload(reply) => {
-                let _ = reply.send(self.reload().await);
+                let _ = reply.send(self.reload_unless_upgrading().await);
+            }
+            Request::Upgrade { binary, config, reply } => {
+                self.begin_upgrade(binary.as_deref(), config.as_deref(), Some(reply));
             }
             Request::Explain { pool, backend, reply } => {
                 self.feed([]);
@@ -279,6 +310,7 @@ impl Control {
                 Some(_) => ServiceState::Draining,
             },
             reloads: self.reloads,
+            upgrades: self.upgrades.counts(),
             table_serial: table.serial,
             connections_active: self.shared.in_flight.get(),
             connections_max: table.connections_max,
@@ -289,7 +321,7 @@ impl Control {
     }
 
     /// Fetches what the workers' histograms hold.
-    async fn collect_latency(&mut self) {
+    pub(super) async fn collect_latency(&mut self) {
         let asked: Vec<_> = self
             .workers
             .iter()
@@ -315,22 +347,6 @@ impl Control {
             .chain(control.leaving.iter().map(|backend| backend.id.0))
             .collect();
         self.latency.retain(|id| live.contains(&id));
-    }
-
-    /// Serves the admin API beside the loop.
-    pub(super) fn serve_admin(
-        &self,
-        listener: AdminListener,
-        tokens: Arc<TokenStore>,
-        requests: mpsc::Sender<Request>,
-        readiness: Readiness,
-    ) {
-        let serving = admin::serve(listener, tokens, requests, readiness, std::future::pending());
-        tokio::spawn(async move {
-            if let Err(error) = serving.await {
-                tracing::error!(%error, "the admin API has ended");
-            }
-        });
     }
 
     fn watch_file(&self, changed: &Arc<Notify>) -> Option<ConfigWatcher> {
@@ -364,11 +380,12 @@ fn log_transition(transition: &Transition) {
 
 impl Signals {
     fn listen(wanted: bool) -> Signals {
-        let all = || -> io::Result<[Signal; 3]> {
+        let all = || -> io::Result<[Signal; 4]> {
             Ok([
                 signal(SignalKind::terminate())?,
                 signal(SignalKind::interrupt())?,
                 signal(SignalKind::hangup())?,
+                signal(SignalKind::user_defined2())?,
             ])
         };
         Signals(wanted.then(all).and_then(|result| match result {
@@ -381,13 +398,14 @@ impl Signals {
     }
 
     async fn next(&mut self) -> Caught {
-        let Some([terminate, interrupt, hangup]) = &mut self.0 else {
+        let Some([terminate, interrupt, hangup, user2]) = &mut self.0 else {
             return std::future::pending().await;
         };
         tokio::select! {
             _ = terminate.recv() => Caught::Stop("SIGTERM"),
             _ = interrupt.recv() => Caught::Stop("SIGINT"),
             _ = hangup.recv() => Caught::Reload,
+            _ = user2.recv() => Caught::Upgrade,
         }
     }
 }

@@ -44,11 +44,22 @@ impl Control {
         if self.draining.is_some() {
             return;
         }
+        self.call_off_upgrade();
+        self.notifier.stopping();
+        self.binds.retire_all(&self.workers);
+        self.start_draining(why);
+    }
+
+    /// The same once another process has taken the listeners over.
+    pub(super) fn drain_what_is_left(&mut self) {
+        self.start_draining("another process serves");
+    }
+
+    fn start_draining(&mut self, why: &str) {
         self.readiness.set_draining();
         let timeout = self.config.process.drain_timeout;
         let sessions = self.shared.in_flight.get();
         tracing::info!(reason = why, sessions, ?timeout, "draining");
-        self.binds.retire_all(&self.workers);
         let now = clock::now();
         self.draining = Some(Draining { deadline: now + timeout, next_look: now, cut: None });
     }
@@ -62,7 +73,11 @@ impl Control {
         let now = clock::now();
         draining.next_look = now + STEP;
         let cut = draining.cut.map_or(0, |(cut, _)| cut);
-        if closed && open == 0 {
+        // What the process before still counts goes on with this one's farewell.
+        let counted = !self.upgrades.handed_over()
+            || !self.upgrades.awaits_predecessor()
+            || now >= draining.deadline;
+        if closed && open == 0 && counted {
             return Some(cut);
         }
         match draining.cut {
@@ -81,6 +96,7 @@ impl Control {
 
     /// Ends the workers and flushes the access log.
     pub(super) async fn finish(mut self, cut: u32) -> Exit {
+        self.say_farewell().await;
         for worker in &self.workers {
             worker.mailbox.send(Command::Stop);
         }
@@ -101,6 +117,10 @@ impl Control {
                 tracing::warn!(lines = lost, "access-log lines lost at exit");
             }
         }
+        if let Some(admin) = self.admin.take() {
+            admin.ended().await;
+        }
+        drop(self.pid_file.take());
         tracing::info!(sessions_cut = cut, "drained");
         Exit::Drained { cut }
     }

@@ -11,6 +11,9 @@ use crate::control::Event;
 use crate::heartbeat::keys::{Key, KeyRing, Secret};
 use crate::heartbeat::listen::{Prepared, Receiver};
 use crate::heartbeat::trust::{Gate, Limits, Reject};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 
 /// Heartbeats taken in one turn of the control loop; the rest wait for the next,
 /// so that the admin API is answered in between.
@@ -22,6 +25,8 @@ pub(super) struct Reception {
     receiver: Option<Receiver>,
     /// Of its losses, what the controller knows already.
     told: u64,
+    /// Sockets of the process before, until the first receiver takes them.
+    inherited: Vec<(SocketAddr, OwnedFd)>,
 }
 
 /// What a configuration asks for, with its addresses bound.
@@ -44,7 +49,8 @@ impl Reception {
     ///
     /// # Errors
     /// In words; the first address that cannot be bound.
-    pub(super) fn prepare(&self, config: &Config) -> Result<Change, String> {
+    pub(super) fn prepare(&mut self, config: &Config) -> Result<Change, String> {
+        let inherited = std::mem::take(&mut self.inherited);
         let Some(heartbeats) = &config.heartbeat else {
             return Ok(if self.receiver.is_some() { Change::Stop } else { Change::Nothing });
         };
@@ -58,9 +64,25 @@ impl Reception {
             Some(receiver) => Ok(Change::Adapt(receiver.prepare(listen).map_err(refused)?, keys)),
             None => {
                 let gate = Gate::new(keys, Limits::default(), fastrand::u64(..));
-                Ok(Change::Start(Receiver::start(listen, gate).map_err(refused)?))
+                Ok(Change::Start(Receiver::start_with(listen, inherited, gate).map_err(refused)?))
             }
         }
+    }
+
+    /// Goes on with sockets of the process before, by the addresses it was asked to
+    /// listen on.
+    pub(super) fn inherit(&mut self, sockets: Vec<(SocketAddr, OwnedFd)>) {
+        self.inherited = sockets;
+    }
+
+    /// For the next process to go on with.
+    pub(super) fn share(&self) -> io::Result<Vec<(SocketAddr, OwnedFd)>> {
+        self.receiver.as_ref().map_or(Ok(Vec::new()), Receiver::share)
+    }
+
+    /// Receives no more: the next process does.
+    pub(super) fn hand_over(&mut self) {
+        self.receiver = None;
     }
 
     /// Puts in force what was prepared.

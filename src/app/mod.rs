@@ -11,13 +11,22 @@
 //! (heartbeats and probes go on until then), workers end, access log is flushed,
 //! the admin socket goes last.
 
+mod activation;
+mod admin_api;
 mod binds;
 mod control_loop;
 mod drain;
 mod heartbeats;
 mod logging;
+mod notify;
+mod pid_file;
 mod reload;
 mod start;
+mod upgrade;
+
+pub use activation::Activated;
+pub use notify::Notifier;
+pub use upgrade::{Predecessor, Program};
 
 use crate::admin::Request;
 use crate::config::Problems;
@@ -30,11 +39,27 @@ use tokio::sync::mpsc;
 pub struct Options {
     /// The configuration file.
     pub config: PathBuf,
-    /// Obey SIGTERM, SIGINT and SIGHUP. Off for a balancer inside another
+    /// Obey SIGTERM, SIGINT, SIGHUP and SIGUSR2. Off for a balancer inside another
     /// program.
     pub signals: bool,
     /// Write the program's log. Off where another program does its own.
     pub logging: bool,
+}
+
+/// What a balancer that is a process of its own has around it; nothing, by
+/// default.
+#[derive(Debug, Default)]
+pub struct Surroundings {
+    /// The process whose place it takes.
+    pub predecessor: Option<Predecessor>,
+    /// Sockets a service manager has passed.
+    pub activated: Option<Activated>,
+    /// What to start when it is upgraded; without it, it cannot be.
+    pub program: Option<Program>,
+    /// The way to a service manager.
+    pub notifier: Notifier,
+    /// Where to leave its number.
+    pub pid_file: Option<PathBuf>,
 }
 
 /// Why a balancer did not start, or could not go on.
@@ -74,7 +99,16 @@ pub struct Running {
 /// # Errors
 /// See [`Failure`]. Nothing is left behind.
 pub fn start(options: Options) -> Result<Running, Failure> {
-    start::start(options)
+    start::start(options, Surroundings::default())
+}
+
+/// The same for a process of its own: with sockets it was given, and with
+/// somebody to tell that it is ready.
+///
+/// # Errors
+/// See [`Failure`]. Nothing is left behind, and a process before goes on.
+pub fn start_within(options: Options, surroundings: Surroundings) -> Result<Running, Failure> {
+    start::start(options, surroundings)
 }
 
 // === impl Running ===

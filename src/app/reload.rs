@@ -4,11 +4,13 @@
 //! can fail (reading, validating, binding, opening the log, the token) comes
 //! first and changes nothing; what follows cannot.
 
+use super::binds::{Fresh, Refused};
 use super::control_loop::Control;
 use super::start;
 use crate::admin::{Problem, ReloadError, Reloaded};
 use crate::config::{self, Config, Loaded};
 use crate::control::Event;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,9 +19,30 @@ const WANTED_BACK_MAX: Duration = Duration::from_secs(1);
 const WANTED_BACK_STEP: Duration = Duration::from_millis(10);
 
 impl Control {
+    /// Takes up what was written while the file was not watched yet: a process
+    /// that takes over must not miss what the one before put off.
+    pub(super) async fn catch_up(&mut self) {
+        let same = config::load(&self.path).is_ok_and(|loaded| loaded.digest == self.digest);
+        if !same {
+            let _ = self.reload().await;
+        }
+    }
+
+    /// As [`Control::reload`]; while an upgrade is under way, a refusal.
+    pub(super) async fn reload_unless_upgrading(&mut self) -> Result<Reloaded, ReloadError> {
+        if !self.upgrades.holds_reload() {
+            return self.reload().await;
+        }
+        self.reloads.refused += 1;
+        let why = "an upgrade is under way, and whoever serves after it reads the file again";
+        Err(self.refuse("", why.to_owned()))
+    }
+
     /// Reads the file again and puts it in force, where it says something new.
     pub(super) async fn reload(&mut self) -> Result<Reloaded, ReloadError> {
+        self.notifier.reloading();
         let result = self.try_reload().await;
+        self.notifier.ready();
         match &result {
             Ok(Reloaded { changed: true, generation, .. }) => {
                 self.reloads.changed += 1;
@@ -53,8 +76,8 @@ impl Control {
         }
         self.wait_for_addresses(&config).await;
         let fresh = self
-            .binds
             .bind_new(&config)
+            .await
             .map_err(|refused| self.refuse(&refused.address.to_string(), refused.to_string()))?;
         let heartbeats = self.reception.prepare(&config).map_err(|why| {
             let listen = config.heartbeat.as_ref().and_then(|heartbeat| heartbeat.listen.first());
@@ -103,6 +126,24 @@ impl Control {
         while self.binds.wanted_back(config) && !left.is_zero() {
             tokio::time::sleep(WANTED_BACK_STEP).await;
             left = left.saturating_sub(WANTED_BACK_STEP);
+        }
+    }
+
+    /// Binds what is new. The process before this one may be closing an address.
+    async fn bind_new(&mut self, config: &Config) -> Result<Fresh, Refused> {
+        let mut left = WANTED_BACK_MAX;
+        loop {
+            match self.binds.bind_new(config) {
+                Err(refused)
+                    if refused.error.kind() == ErrorKind::AddrInUse
+                        && self.upgrades.awaits_predecessor()
+                        && !left.is_zero() =>
+                {
+                    tokio::time::sleep(WANTED_BACK_STEP).await;
+                    left = left.saturating_sub(WANTED_BACK_STEP);
+                }
+                result => return result,
+            }
         }
     }
 

@@ -3,12 +3,15 @@
 //!
 //! Runs on the control thread, which it then hands to the control loop.
 
-use super::binds::{Binds, Refused};
+use super::admin_api::AdminApi;
+use super::binds::{Binds, Fresh, Refused};
 use super::control_loop::Control;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
-use super::{Exit, Failure, Options, Running};
-use crate::admin::{self, Readiness, ReloadCounts, Request, Token, TokenStore};
+use super::pid_file::PidFile;
+use super::upgrade::Upgrades;
+use super::{Exit, Failure, Options, Predecessor, Running, Surroundings};
+use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, Token, TokenStore};
 use crate::clock;
 use crate::config::{self, AccessLogTarget, Config, EngineChoice, Loaded};
 use crate::control::{Controller, Event};
@@ -22,8 +25,10 @@ use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::{AccessLog, AccessLogSender, Target};
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
-use std::path::Path;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// Probe results that may wait for the control loop.
@@ -36,13 +41,18 @@ const DESCRIPTORS_RESERVED: u64 = 256;
 /// A session's: client and backend.
 const DESCRIPTORS_A_SESSION: u64 = 2;
 
-pub(super) fn start(options: Options) -> Result<Running, Failure> {
+/// How long a new process waits for an address that the one before has just given
+/// up, and is still closing.
+const GIVEN_UP_MAX: Duration = Duration::from_secs(1);
+const GIVEN_UP_STEP: Duration = Duration::from_millis(20);
+
+pub(super) fn start(options: Options, surroundings: Surroundings) -> Result<Running, Failure> {
     let (requests, inbox) = mpsc::channel(admin::REQUESTS_MAX);
     let (ready, started) = std::sync::mpsc::sync_channel(1);
     let to_control = requests.clone();
     let thread = std::thread::Builder::new()
         .name("control".to_owned())
-        .spawn(move || control_thread(&options, to_control, inbox, &ready))
+        .spawn(move || control_thread(&options, surroundings, to_control, inbox, &ready))
         .map_err(|error| Failure::Runtime(format!("cannot start a thread: {error}")))?;
     match started.recv() {
         Ok(Ok(())) => Ok(Running { requests, thread }),
@@ -56,6 +66,7 @@ pub(super) fn start(options: Options) -> Result<Running, Failure> {
 
 fn control_thread(
     options: &Options,
+    surroundings: Surroundings,
     requests: mpsc::Sender<Request>,
     inbox: mpsc::Receiver<Request>,
     ready: &std::sync::mpsc::SyncSender<Result<(), Failure>>,
@@ -69,7 +80,7 @@ fn control_thread(
         }
     };
     runtime.block_on(async {
-        match bring_up(options, requests) {
+        match bring_up(options, surroundings, requests).await {
             Ok(control) => {
                 let _ = ready.send(Ok(()));
                 control.run(inbox).await
@@ -84,7 +95,11 @@ fn control_thread(
 
 /// Everything up to the first accepted connection. Must be called within the
 /// control thread's runtime.
-fn bring_up(options: &Options, requests: mpsc::Sender<Request>) -> Result<Control, Failure> {
+async fn bring_up(
+    options: &Options,
+    mut surroundings: Surroundings,
+    requests: mpsc::Sender<Request>,
+) -> Result<Control, Failure> {
     let Loaded { config, digest, warnings } =
         config::load(&options.config).map_err(Failure::Config)?;
     let log = if options.logging { LogHandle::install(&config.log) } else { LogHandle::none() };
@@ -99,15 +114,21 @@ fn bring_up(options: &Options, requests: mpsc::Sender<Request>) -> Result<Contro
     let (access_log, senders) = AccessLog::start(access_target(&config.log.access), count)
         .map_err(|error| Failure::Runtime(format!("cannot open the access log: {error}")))?;
     let token = load_token(&config).map_err(Failure::Runtime)?;
-    let admin = admin::bind(&config.admin).map_err(|error| Failure::Runtime(error.to_string()))?;
-    let binds = Binds::new(count);
-    let fresh = binds.bind_new(&config).map_err(|refused| Failure::Runtime(refused.to_string()))?;
+    let Listeners { admin, admin_taken, binds, fresh, not_taken } =
+        listeners(&config, count, &mut surroundings)?;
     let mut reception = Reception::default();
+    if let Some(before) = &mut surroundings.predecessor {
+        reception.inherit(before.take_heartbeats());
+    }
     let heartbeats = reception.prepare(&config).map_err(Failure::Runtime)?;
     reception.adopt(heartbeats);
 
     let seed = fastrand::u64(..);
     let mut controller = Controller::new(count, seed);
+    if let Some(before) = &surroundings.predecessor {
+        let generation = before.generation_of(digest);
+        controller.count_on(generation.saturating_sub(1), before.state().serial);
+    }
     let tables = TablePublisher::new(controller.current_table());
     let shared = Shared {
         in_flight: Arc::default(),
@@ -128,7 +149,6 @@ fn bring_up(options: &Options, requests: mpsc::Sender<Request>) -> Result<Contro
     })?;
 
     let (probe_results, probed) = mpsc::channel(PROBE_RESULTS_MAX);
-    let readiness = Readiness::new();
     let tokens = Arc::new(TokenStore::new(token));
     let config = Arc::new(config);
     let session_cap = SessionCap { descriptors };
@@ -146,7 +166,7 @@ fn bring_up(options: &Options, requests: mpsc::Sender<Request>) -> Result<Contro
         tables,
         workers,
         counters,
-        binds,
+        binds: Binds::new(count),
         shared,
         probes: ProbeRunner::start(probe_results),
         probed,
@@ -154,21 +174,145 @@ fn bring_up(options: &Options, requests: mpsc::Sender<Request>) -> Result<Contro
         latency: Merged::new(),
         access_log: Some(access_log),
         log,
-        readiness: readiness.clone(),
-        tokens: Arc::clone(&tokens),
+        readiness: Readiness::new(),
+        tokens,
         runtime,
         engine_reason,
         reloads: ReloadCounts::default(),
         restart_needed: Vec::new(),
         session_cap,
         draining: None,
+        upgrades: Upgrades::new(surroundings.program.take()),
+        notifier: std::mem::take(&mut surroundings.notifier),
+        admin: None,
+        pid_file: None,
     };
     control.perform(effects);
-    control.binds.adopt(fresh, &config, &control.workers);
-    announce(&control, &config, count);
-    control.serve_admin(admin, tokens, requests, readiness);
-    control.readiness.set_ready();
-    Ok(control)
+    let opening = Opening { admin, admin_taken, fresh, not_taken, requests };
+    let predecessor = surroundings.predecessor.take();
+    match control.open(opening, binds, &surroundings.pid_file, predecessor).await {
+        Ok(()) => Ok(control),
+        Err(failure) => {
+            for worker in control.workers {
+                worker.mailbox.send(Command::Stop);
+                worker.join();
+            }
+            Err(failure)
+        }
+    }
+}
+
+/// Everything clients and operators connect to, and what was not wanted of it.
+struct Listeners {
+    admin: AdminListener,
+    /// It is the one of the process before.
+    admin_taken: bool,
+    binds: Binds,
+    /// Nobody gets in yet.
+    fresh: Fresh,
+    /// Of the process before.
+    not_taken: Vec<SocketAddr>,
+}
+
+/// Takes what this process was given, and binds the rest.
+fn listeners(
+    config: &Config,
+    workers: usize,
+    surroundings: &mut Surroundings,
+) -> Result<Listeners, Failure> {
+    let mut binds = Binds::new(workers);
+    let mut admin = None;
+    if let Some(before) = &mut surroundings.predecessor {
+        binds.inherit(before.take_sockets());
+        admin = before.take_admin(config);
+    } else if let Some(mut activated) = surroundings.activated.take() {
+        admin = activated.take_admin(config);
+        binds.inherit(activated.take_sockets(config)?);
+    }
+    let admin_taken = admin.is_some();
+    let admin = match admin {
+        Some(admin) => admin,
+        None => admin::bind(&config.admin).map_err(|e| Failure::Runtime(e.to_string()))?,
+    };
+    let mut fresh = reserve(&mut binds, config, surroundings.predecessor.as_ref())?;
+    if surroundings.predecessor.is_none() {
+        fresh.start().map_err(|refused| Failure::Runtime(refused.to_string()))?;
+    }
+    let not_taken = binds.disclaim(&fresh);
+    Ok(Listeners { admin, admin_taken, binds, fresh, not_taken })
+}
+
+/// Binds what is new. The process before may be about to close an address.
+fn reserve(
+    binds: &mut Binds,
+    config: &Config,
+    before: Option<&Predecessor>,
+) -> Result<Fresh, Failure> {
+    let deadline = clock::now() + GIVEN_UP_MAX;
+    loop {
+        match binds.reserve_new(config) {
+            Ok(fresh) => return Ok(fresh),
+            Err(refused) if before.is_none() || clock::now() > deadline => {
+                return Err(Failure::Runtime(refused.to_string()));
+            }
+            Err(_) => clock::pause(GIVEN_UP_STEP),
+        }
+    }
+}
+
+/// What is left to be opened once everything is built.
+struct Opening {
+    admin: AdminListener,
+    admin_taken: bool,
+    fresh: Fresh,
+    not_taken: Vec<SocketAddr>,
+    requests: mpsc::Sender<Request>,
+}
+
+impl Control {
+    /// Takes the place of the process before, if there is one, and lets clients
+    /// and operators in.
+    async fn open(
+        &mut self,
+        opening: Opening,
+        binds: Binds,
+        pid_file: &Option<PathBuf>,
+        predecessor: Option<Predecessor>,
+    ) -> Result<(), Failure> {
+        let Opening { admin, admin_taken, mut fresh, not_taken, requests } = opening;
+        if let Some(before) = &predecessor {
+            let effects = self.controller.adopt(before.state(), clock::now());
+            self.perform(effects);
+            self.get_acquainted(before.state()).await;
+            let generation = self.controller.generation();
+            let known = before.ready(not_taken, admin_taken, generation)?;
+            self.take_over(&known);
+            fresh.start().map_err(|refused| Failure::Runtime(refused.to_string()))?;
+        }
+        let (tokens, readiness) = (Arc::clone(&self.tokens), self.readiness.clone());
+        let listen = self.started_with.admin.listen.to_string();
+        let api = AdminApi::serve(admin, listen, tokens, requests, readiness)
+            .map_err(|error| Failure::Runtime(format!("cannot serve the admin API: {error}")))?;
+        if let Some(before) = predecessor {
+            // Nothing can fail from here on: the process before stops accepting.
+            let draining = before.serving()?;
+            self.follow(draining);
+        }
+        api.own_file();
+        self.admin = Some(api);
+        let config = Arc::clone(&self.config);
+        self.binds = binds;
+        self.binds.adopt(fresh, &config, &self.workers);
+        announce(self, &config, self.workers.len());
+        self.pid_file = pid_file.as_deref().and_then(|path| {
+            PidFile::write(path)
+                .inspect_err(|error| tracing::error!(%error, "cannot write {}", path.display()))
+                .ok()
+        });
+        self.readiness.set_ready();
+        self.notifier.ready();
+        Ok(())
+    }
 }
 
 struct Workers<'a> {

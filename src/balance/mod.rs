@@ -96,6 +96,15 @@ pub struct Balancer {
     room_seen: CachePadded<AtomicUsize>,
 }
 
+/// How far a round robin has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Turn {
+    /// Below the period.
+    pub place: u64,
+    /// Picks after which it repeats itself.
+    pub period: u64,
+}
+
 /// What each policy makes ahead of time.
 #[derive(Debug)]
 enum Prepared {
@@ -205,6 +214,18 @@ impl Balancer {
     /// The candidates, in the order of their indices.
     pub fn candidates(&self) -> &[Candidate] {
         &self.candidates
+    }
+
+    /// Where a round robin has come to; `None` for other policies.
+    pub fn turn(&self) -> Option<Turn> {
+        self.as_round_robin().map(|(policy, _)| policy.turn())
+    }
+
+    /// Has a round robin go on from there, scaled to its own period.
+    pub fn go_on_from(&self, turn: Turn) {
+        if let Some((policy, _)) = self.as_round_robin() {
+            policy.go_on_from(turn);
+        }
     }
 
     fn find_room(&self) -> bool {

@@ -28,6 +28,11 @@ impl Position {
         self.0.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Goes on from `place`.
+    pub(super) fn move_to(&self, place: u64) {
+        self.0.store(place, Ordering::Relaxed);
+    }
+
     /// The next place as of some recent moment.
     pub(super) fn peek(&self) -> u64 {
         self.0.load(Ordering::Relaxed)

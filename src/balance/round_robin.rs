@@ -9,7 +9,7 @@
 
 use super::draw::Draws;
 use super::position::Position;
-use super::{Candidate, scan, smooth};
+use super::{Candidate, Turn, scan, smooth};
 use std::sync::Arc;
 
 /// Places one pick may take when those it got belong to somebody it cannot
@@ -90,6 +90,19 @@ impl RoundRobin {
             }
         }
         scan::enter(candidates, tried, || scan::by_weight(candidates, tried, &mut draws))
+    }
+
+    /// How far into its period it has come, and the period.
+    pub(super) fn turn(&self) -> Turn {
+        let period = self.sequence.len() as u64;
+        Turn { place: self.position.peek() % period, period }
+    }
+
+    /// Goes on as far into its period as another has come in its.
+    pub(super) fn go_on_from(&self, turn: Turn) {
+        let (place, period) = (u128::from(turn.place), u128::from(turn.period.max(1)));
+        let scaled = place % period * self.sequence.len() as u128 / period;
+        self.position.move_to(scaled as u64);
     }
 
     #[inline]

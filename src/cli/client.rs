@@ -70,12 +70,25 @@ const ANSWER_BYTES_MAX: usize = 256 * 1024 * 1024;
 /// # Errors
 /// See [`ClientError`].
 pub fn ask(args: &ClientArgs, method: Method, path: &str) -> Result<String, ClientError> {
+    ask_within(args, method, path, ANSWER_MAX)
+}
+
+/// The same for what takes its time.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn ask_within(
+    args: &ClientArgs,
+    method: Method,
+    path: &str,
+    limit: Duration,
+) -> Result<String, ClientError> {
     let token = args.token_file.as_deref().map(read_token).transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| ClientError::Unreachable(format!("cannot start: {error}")))?;
-    runtime.block_on(exchange(&args.admin, method, path, token.as_deref()))
+    runtime.block_on(exchange(&args.admin, method, path, token.as_deref(), limit))
 }
 
 fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
@@ -95,6 +108,7 @@ async fn exchange(
     method: Method,
     path: &str,
     token: Option<&str>,
+    limit: Duration,
 ) -> Result<String, ClientError> {
     let unreachable = |error: &dyn fmt::Display| {
         ClientError::Unreachable(format!("cannot reach the balancer at {address}: {error}"))
@@ -124,9 +138,9 @@ async fn exchange(
             Stream::Tcp(stream) => answer(stream, request).await,
         }
     };
-    let (status, body) = match timeout(ANSWER_MAX, answered).await {
+    let (status, body) = match timeout(limit, answered).await {
         Ok(answered) => answered.map_err(|error| unreachable(&error))?,
-        Err(_) => return Err(unreachable(&format!("no answer within {ANSWER_MAX:?}"))),
+        Err(_) => return Err(unreachable(&format!("no answer within {limit:?}"))),
     };
     judge(status, body, address)
 }
@@ -185,14 +199,14 @@ fn sentence(value: &Value) -> String {
 }
 
 /// Percent-encodes one path segment (RFC 3986, unreserved characters stay).
-pub fn segment(name: &str) -> String {
-    let mut encoded = String::with_capacity(name.len());
-    for byte in name.bytes() {
-        match byte {
+pub fn segment(name: impl AsRef<[u8]>) -> String {
+    let mut encoded = String::with_capacity(name.as_ref().len());
+    for byte in name.as_ref() {
+        match *byte {
             b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                encoded.push(byte as char);
+                encoded.push(char::from(*byte));
             }
-            _ => encoded.push_str(&format!("%{byte:02X}")),
+            byte => encoded.push_str(&format!("%{byte:02X}")),
         }
     }
     encoded

@@ -15,8 +15,10 @@ pub mod explain;
 pub mod heartbeat;
 pub mod reload;
 pub mod run;
+pub mod selftest;
 pub mod shutdown;
 pub mod status;
+pub mod upgrade;
 
 use clap::{Args, Parser, Subcommand};
 use client::ClientArgs;
@@ -61,7 +63,7 @@ pub enum Command {
     /// Run the balancer in the foreground.
     ///
     /// SIGTERM and SIGINT drain and exit, a second one exits at once; SIGHUP
-    /// reloads the configuration.
+    /// reloads the configuration; SIGUSR2 upgrades the binary in place.
     #[command(after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml")]
     Run(RunArgs),
     /// Validate a configuration: print every problem with its place.
@@ -74,6 +76,10 @@ pub enum Command {
     /// Have the running balancer read its configuration again.
     #[command(after_help = "Example:\n  tidegate reload --admin unix:/run/tidegate/admin.sock")]
     Reload(ClientArgs),
+    /// Have the running balancer hand everything to a new process of its program,
+    /// losing nothing.
+    #[command(after_help = upgrade::HELP)]
+    Upgrade(upgrade::UpgradeArgs),
     /// Show frontends, pools and backends of the running balancer.
     #[command(after_help = "Example:\n  tidegate status\n  tidegate status --json | jq .pools")]
     Status(ClientArgs),
@@ -91,6 +97,9 @@ pub enum Command {
         after_help = "Example:\n  tidegate shutdown --admin 127.0.0.1:9900 --token-file token"
     )]
     Shutdown(ClientArgs),
+    /// Prove on this machine that reloads, upgrades and dying backends lose nothing.
+    #[command(after_help = selftest::HELP)]
+    Selftest(selftest::SelftestArgs),
     /// Send heartbeats for a local service: whether it works, how many
     /// connections it has, when it stops.
     #[command(after_help = heartbeat::HELP)]
@@ -109,6 +118,9 @@ pub struct RunArgs {
     /// Configuration file (TOML).
     #[arg(long, short, value_name = "FILE")]
     pub config: PathBuf,
+    /// File to leave the process's number in while it serves.
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
 }
 
 /// `tidegate check`
@@ -160,11 +172,13 @@ fn dispatch(command: Command) -> Exit {
         Command::Check(args) => check::main(args),
         Command::Demo(args) => demo::main(args),
         Command::Reload(args) => reload::main(&args),
+        Command::Upgrade(args) => upgrade::main(&args),
         Command::Status(args) => status::main(&args),
         Command::Explain(args) => explain::main(&args),
         Command::Drain(args) => drain::drain(&args),
         Command::Undrain(args) => drain::undrain(&args),
         Command::Shutdown(args) => shutdown::main(&args),
+        Command::Selftest(args) => selftest::main(&args),
         Command::Heartbeat(args) => heartbeat::main(&args),
         Command::Bench(args) => bench::main(&args),
         Command::Backend(args) => backend::main(&args),
@@ -230,7 +244,10 @@ mod tests {
             "check --config f",
             "demo",
             "demo --backends 5 --for 1m",
+            "run --config f --pid-file p",
             "reload",
+            "selftest --reloads 1 --upgrades 2 --kills 3 --for 10s --seed 4",
+            "upgrade --binary /b --config f --json",
             "status --json --admin unix:/x",
             "drain a/b --admin 127.0.0.1:9900 --json",
             "explain a/b --admin 127.0.0.1:9900 --json",

@@ -95,8 +95,8 @@ pub struct HeartbeatKey {
     pub secret: Option<Secret>,
 }
 
-/// `[process]`. All but `drain_timeout` and `connections_max` need a restart
-/// to change.
+/// `[process]`. All but `drain_timeout`, `upgrade_timeout` and `connections_max`
+/// need a restart to change.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Process {
     /// `None`: one worker per CPU the process may use.
@@ -109,6 +109,8 @@ pub struct Process {
     pub spin: Option<Duration>,
     /// How long sessions may go on after the process was told to stop.
     pub drain_timeout: Duration,
+    /// How long a new process may take to serve when the program is upgraded.
+    pub upgrade_timeout: Duration,
     /// Sessions at once in the whole process.
     pub connections_max: u32,
 }

@@ -27,6 +27,10 @@ pub(super) struct DurationRange {
 pub(super) const TIME: DurationRange =
     DurationRange { min: Duration::from_millis(1), max: Duration::from_secs(30 * 24 * 3600) };
 
+/// An admin connection lives for a minute, and the answer comes over it.
+pub(super) const UPGRADE: DurationRange =
+    DurationRange { min: Duration::from_secs(1), max: Duration::from_secs(50) };
+
 /// `TCP_KEEPIDLE` counts whole seconds up to 32,767 (tcp(7), MAX_TCP_KEEPIDLE).
 pub(super) const KEEPALIVE: DurationRange =
     DurationRange { min: Duration::from_secs(1), max: Duration::from_secs(32_767) };

@@ -9,7 +9,8 @@
 //! `trials` (how ejected backends come back), `gray` (who does not answer),
 //! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
 //! means), `ramps` (slow start), `leaving` (removed backends), `operator`
-//! (drains), `publish` and `pace` (tables), `history`, `status` and `explain`.
+//! (drains), `publish` and `pace` (tables), `history`, `handover` (what the
+//! next process goes on with), `status` and `explain`.
 //! All of them work on one [`Controller`] and leave effects behind;
 //! only [`Controller::apply`] and its siblings hand them out.
 
@@ -17,6 +18,7 @@ mod configure;
 mod ejections;
 pub mod explain;
 mod gray;
+pub mod handover;
 mod heartbeats;
 mod history;
 mod leaving;

@@ -3,6 +3,7 @@
 
 mod ejections;
 mod gray;
+mod handover;
 mod heartbeats;
 mod probing;
 mod reloads;
@@ -82,6 +83,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             engine: EngineChoice::Auto,
             spin: None,
             drain_timeout: Duration::from_secs(30),
+            upgrade_timeout: Duration::from_secs(30),
             connections_max: 1000,
         },
         admin: Admin { listen: AdminListen::Unix("/nowhere".into()), token_file: None },

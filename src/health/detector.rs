@@ -144,6 +144,17 @@ impl Detector {
         Detector { rise, fall, state: State::Unknown, since: now, connect_row: ConnectRow::new() }
     }
 
+    /// Takes over a verdict reached elsewhere; the row starts anew.
+    pub fn restore(&mut self, verdict: Observation, since: Instant) {
+        self.connect_row.restart();
+        self.since = since;
+        self.state = match verdict {
+            Observation::Unknown => State::Unknown,
+            Observation::Up | Observation::Suspect => State::Up { probes: 0, connects: 0 },
+            Observation::Down => State::Down { successes: 0 },
+        };
+    }
+
     /// Takes one probe's result.
     pub fn observe(&mut self, success: bool, now: Instant) -> Option<Change> {
         if success {

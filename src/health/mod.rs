@@ -390,6 +390,13 @@ impl Calling {
 // === impl Intent ===
 
 impl Intent {
+    /// The one of that name.
+    pub fn named(name: &str) -> Option<Intent> {
+        [Intent::Ready, Intent::Draining, Intent::Maintenance]
+            .into_iter()
+            .find(|intent| intent.name() == name)
+    }
+
     /// As in status.
     pub fn name(self) -> &'static str {
         match self {
@@ -403,6 +410,13 @@ impl Intent {
 // === impl Observation ===
 
 impl Observation {
+    /// The one of that name.
+    pub fn named(name: &str) -> Option<Observation> {
+        [Observation::Unknown, Observation::Up, Observation::Suspect, Observation::Down]
+            .into_iter()
+            .find(|observation| observation.name() == name)
+    }
+
     /// As in status.
     pub fn name(self) -> &'static str {
         match self {

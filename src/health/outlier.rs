@@ -62,6 +62,23 @@ pub struct Outlier {
     ejections_total: u64,
 }
 
+/// What one process tells the next of an [`Outlier`]. Times are counted from the
+/// moment of the telling, in milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct SavedOutlier {
+    /// The present ejection began so long ago and lasts so much longer.
+    pub ejected: Option<(u64, u64)>,
+    /// The last ejection ended so long ago.
+    pub back_ms: Option<u64>,
+    /// See [`Outlier::repeats`].
+    pub repeats: u32,
+    /// See [`Outlier::held_total`].
+    pub held_total: u64,
+    /// See [`Outlier::ejections_total`].
+    pub ejections_total: u64,
+}
+
 #[derive(Debug, Clone, Copy)]
 enum Standing {
     In { since: Option<Instant> },
@@ -91,6 +108,43 @@ impl Outlier {
             held_total: 0,
             ejections_total: 0,
         }
+    }
+
+    /// For another process to go on with.
+    pub fn save(&self, now: Instant) -> SavedOutlier {
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let ago = |then: Instant| millis(now.saturating_duration_since(then));
+        let (ejected, back_ms) = match self.standing {
+            Standing::In { since } => (None, since.map(ago)),
+            Standing::Ejected { since, until } => {
+                (Some((ago(since), millis(until.saturating_duration_since(now)))), None)
+            }
+            // The next process makes a trial of its own.
+            Standing::Trial(trial) => (Some((ago(trial.since), 0)), None),
+        };
+        SavedOutlier {
+            ejected,
+            back_ms,
+            repeats: self.repeats,
+            held_total: self.held_total,
+            ejections_total: self.ejections_total,
+        }
+    }
+
+    /// Goes on with what another process has said at `now`; the row starts anew.
+    pub fn restore(&mut self, saved: &SavedOutlier, now: Instant) {
+        let before = |ms: u64| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
+        self.restart_row();
+        self.standing = match saved.ejected {
+            Some((ago, left)) => Standing::Ejected {
+                since: before(ago),
+                until: now + Duration::from_millis(left).min(EJECTION_MAX),
+            },
+            None => Standing::In { since: saved.back_ms.map(before) },
+        };
+        self.repeats = saved.repeats;
+        self.held_total = saved.held_total;
+        self.ejections_total = saved.ejections_total;
     }
 
     /// Takes a session's failure (`in_a_row` is the count all workers share).
@@ -384,6 +438,19 @@ mod tests {
             let end = look(TRIAL_MAX + seconds(1)).unwrap();
             assert_eq!(matches!(end, TrialEnd::Passed(_)), passes);
         }
+    }
+
+    #[test]
+    fn what_another_process_goes_on_with_is_the_same() {
+        let (mut outlier, mut now) = (Outlier::new(), crate::clock::now());
+        eject_and_return(&mut outlier, &mut now);
+        let mut other = Outlier::new();
+        other.restore(&outlier.save(now), now);
+        assert_eq!(other.back_since(), outlier.back_since());
+        let until = outlier.eject(&SPEC, now);
+        other.restore(&outlier.save(now + seconds(5)), now + seconds(5));
+        assert_eq!((other.until(), other.repeats(), other.ejections_total()), (Some(until), 2, 2));
+        assert_eq!(other.end(until), Some(seconds(20)));
     }
 
     #[test]

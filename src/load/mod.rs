@@ -9,6 +9,7 @@ mod crew;
 mod dial;
 mod exchange;
 mod lane;
+pub mod ledger;
 mod open_loop;
 mod plan;
 mod serve;

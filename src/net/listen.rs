@@ -28,22 +28,36 @@ pub fn taken(address: SocketAddr) -> io::Result<()> {
 pub fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
     // All are bound before any listens: no connection can land on the first
     // while the rest are not there yet.
-    let sockets = (0..count)
+    let sockets = reserve(address, count)?;
+    sockets.iter().try_for_each(start)?;
+    Ok(sockets)
+}
+
+/// The same, not yet listening: nobody can connect before [`start`].
+pub fn reserve(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
+    (0..count)
         .map(|_| {
             let socket = unbound(address)?;
             socket.set_reuse_port(true)?;
-            // Inherited by accepted sockets: no call for each connection.
-            socket.set_tcp_nodelay(true)?;
-            // Urgent bytes stay in the stream (tcp(7)). Inherited, too.
-            socket.set_out_of_band_inline(true)?;
+            prepare(&socket)?;
             socket.bind(&SockAddr::from(address))?;
             Ok(socket)
         })
-        .collect::<io::Result<Vec<_>>>()?;
-    for socket in &sockets {
-        socket.listen(BACKLOG)?;
-    }
-    Ok(sockets)
+        .collect()
+}
+
+/// Lets clients in.
+pub fn start(socket: &Socket) -> io::Result<()> {
+    socket.listen(BACKLOG)
+}
+
+/// Sets what holds for every listener and is inherited by what it accepts, so
+/// that no call is needed for each connection.
+pub fn prepare(socket: &Socket) -> io::Result<()> {
+    socket.set_nonblocking(true)?;
+    socket.set_tcp_nodelay(true)?;
+    // Urgent bytes stay in the stream (tcp(7)).
+    socket.set_out_of_band_inline(true)
 }
 
 fn unbound(address: SocketAddr) -> io::Result<Socket> {

@@ -8,6 +8,7 @@ pub mod cpu;
 pub mod datagram;
 pub mod epoll;
 pub mod errno;
+pub mod handover;
 mod ioctl;
 pub mod limits;
 pub mod listen;

@@ -41,6 +41,8 @@ const RETIRE_LINGER: Duration = Duration::from_millis(200);
 #[derive(Debug, Default)]
 pub(super) struct Retirement {
     deadline: Cell<Option<Instant>>,
+    /// The queue is another process's from now on.
+    released: Cell<bool>,
     asked: Notify,
 }
 
@@ -78,7 +80,8 @@ impl Listener {
     pub(super) async fn run(mut self, ctx: Rc<Context>) {
         let mut back_off = BACK_OFF_MIN;
         // Clients that wait for a slot below a cap outwait the retirement.
-        while !self.retirement.is_over() || self.holds_clients() {
+        while !self.retirement.is_released() && (!self.retirement.is_over() || self.holds_clients())
+        {
             match self.take_some(&ctx) {
                 Taken::QueueEmpty if self.retirement.is_over() => {}
                 Taken::One => {
@@ -233,6 +236,16 @@ impl Retirement {
             self.deadline.set(Some(clock::now() + RETIRE_LINGER));
             self.asked.notify_one();
         }
+    }
+
+    /// Ends the listener at once, whatever is in its queue.
+    pub(super) fn release(&self) {
+        self.released.set(true);
+        self.begin();
+    }
+
+    fn is_released(&self) -> bool {
+        self.released.get()
     }
 
     fn is_over(&self) -> bool {

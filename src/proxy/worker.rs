@@ -70,6 +70,8 @@ pub enum Command {
     Listen(SocketAddr, Arc<Socket>),
     /// Stop accepting there, once the queue is empty.
     Retire(SocketAddr),
+    /// Stop accepting there at once: the queue is somebody else's.
+    Release(SocketAddr),
     /// Reset every session of that backend.
     CutBackend(BackendId, Cause),
     /// Reset every session.
@@ -245,7 +247,7 @@ fn set_up(plan: Plan) -> io::Result<Rc<Context>> {
 /// sessions are tasks beside it.
 async fn serve(ctx: Rc<Context>, inbox: &Mailbox) {
     let mut engine = tokio::task::spawn_local(ctx.engine.clone().run());
-    let mut listeners: HashMap<SocketAddr, Rc<Retirement>> = HashMap::new();
+    let mut listeners: HashMap<SocketAddr, Vec<Rc<Retirement>>> = HashMap::new();
     loop {
         let command = tokio::select! {
             command = inbox.next() => command,
@@ -256,7 +258,7 @@ async fn serve(ctx: Rc<Context>, inbox: &Mailbox) {
                 let retirement = Rc::new(Retirement::default());
                 match Listener::new(bind, socket, Rc::clone(&retirement)) {
                     Ok(listener) => {
-                        listeners.insert(bind, retirement);
+                        listeners.entry(bind).or_default().push(retirement);
                         tokio::task::spawn_local(listener.run(Rc::clone(&ctx)));
                     }
                     Err(error) => {
@@ -265,8 +267,13 @@ async fn serve(ctx: Rc<Context>, inbox: &Mailbox) {
                 }
             }
             Command::Retire(bind) => {
-                if let Some(retirement) = listeners.remove(&bind) {
+                for retirement in listeners.remove(&bind).into_iter().flatten() {
                     retirement.begin();
+                }
+            }
+            Command::Release(bind) => {
+                for retirement in listeners.remove(&bind).into_iter().flatten() {
+                    retirement.release();
                 }
             }
             Command::CutBackend(backend, cause) => {

@@ -10,21 +10,32 @@ use loom::sync::atomic::{AtomicU64, Ordering};
 #[cfg(not(tidegate_loom))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A count with exactly one writing thread and any number of readers.
+/// A count with exactly one writing thread and any number of readers, on top of
+/// what was counted before the process took over from another.
 #[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
+pub struct Counter {
+    own: AtomicU64,
+    /// Written by the control thread alone.
+    before: AtomicU64,
+}
 
 impl Counter {
     /// Adds `n`. Only the owning thread may call this.
     #[inline]
     pub fn add(&self, n: u64) {
-        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+        self.own.store(self.own.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
     }
 
     /// The count as of some recent moment.
     #[inline]
     pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.before.load(Ordering::Relaxed).wrapping_add(self.own.load(Ordering::Relaxed))
+    }
+
+    /// Says what a predecessor has counted; replaces what was said before. Any
+    /// one thread may call this, beside the owning one.
+    pub fn carry(&self, before: u64) {
+        self.before.store(before, Ordering::Relaxed);
     }
 }
 

@@ -59,6 +59,18 @@ pub struct SeriesData {
     sum_nanos: u128,
 }
 
+/// What one process tells the next of a [`SeriesData`]; values in microseconds.
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct SavedSeries {
+    /// A value and how often it came, ascending.
+    pub values: Vec<(u64, u64)>,
+    /// The sum's whole seconds.
+    pub sum_seconds: u64,
+    /// What is left of it.
+    pub sum_nanos: u32,
+}
+
 #[derive(Debug, Default)]
 struct Slot {
     series: [Option<Recording>; Series::COUNT],
@@ -197,6 +209,28 @@ impl Merged {
         self.backends.get(&backend)?[series as usize].as_ref()
     }
 
+    /// What was recorded of that backend, for another process to go on with:
+    /// in the order of [`Series::ALL`], empty where nothing was.
+    pub fn save(&self, backend: u32) -> [SavedSeries; Series::COUNT] {
+        Series::ALL
+            .map(|series| self.get(backend, series).map(SeriesData::save).unwrap_or_default())
+    }
+
+    /// Adds what another process has recorded of that backend.
+    pub fn add_saved(&mut self, backend: u32, saved: &[SavedSeries; Series::COUNT]) {
+        for (series, saved) in Series::ALL.into_iter().zip(saved) {
+            if !saved.values.is_empty() {
+                let all = self.backends.entry(backend).or_default();
+                all[series as usize].get_or_insert_with(SeriesData::new).add_saved(saved);
+            }
+        }
+    }
+
+    /// Starts over, as after everything was [saved](Merged::save).
+    pub fn clear(&mut self) {
+        self.backends.clear();
+    }
+
     /// Drops everything about a backend that is gone for good.
     ///
     /// A delta that still arrives for it brings it back; [`Merged::retain`]
@@ -227,6 +261,30 @@ impl SeriesData {
         }
         self.count += recording.count;
         self.sum_nanos += recording.sum_nanos;
+    }
+
+    fn save(&self) -> SavedSeries {
+        let recorded = self.histogram.iter_recorded();
+        SavedSeries {
+            values: recorded
+                .map(|step| (step.value_iterated_to(), step.count_since_last_iteration()))
+                .collect(),
+            sum_seconds: u64::try_from(self.sum_nanos / 1_000_000_000).unwrap_or(u64::MAX),
+            sum_nanos: (self.sum_nanos % 1_000_000_000) as u32,
+        }
+    }
+
+    fn add_saved(&mut self, saved: &SavedSeries) {
+        for (value, count) in &saved.values {
+            // Whoever sent them clamped them; whoever did not is clamped here.
+            let value = (*value).min(SESSION_MAX.as_micros() as u64);
+            if self.histogram.record_n(value, *count).is_err() {
+                self.histogram.saturating_record_n(value, *count);
+            }
+            self.count = self.count.saturating_add(*count);
+        }
+        let nanos = u128::from(saved.sum_seconds) * 1_000_000_000 + u128::from(saved.sum_nanos);
+        self.sum_nanos = self.sum_nanos.saturating_add(nanos);
     }
 
     /// Values recorded.
@@ -393,6 +451,26 @@ mod tests {
         merged.absorb(delta);
         assert_eq!(merged.get(2, Series::Connect).unwrap().count(), 1);
         assert!(merged.get(2, Series::Session).is_none());
+    }
+
+    #[test]
+    fn what_another_process_adds_is_what_was_saved() {
+        let mut recorder = Recorder::new();
+        for value in [40, 900, 3_000_000, 77_000_000_000] {
+            recorder.record(3, Series::Session, micros(value));
+        }
+        let (mut one, mut other) = (Merged::new(), Merged::new());
+        one.absorb(recorder.take().unwrap());
+        let text = serde_json::to_string(&one.save(3)).unwrap();
+        other.add_saved(8, &serde_json::from_str(&text).unwrap());
+        let (saved, added) = (one.get(3, Series::Session), other.get(8, Series::Session));
+        let (saved, added) = (saved.unwrap(), added.unwrap());
+        assert_eq!((added.count(), added.sum_nanos), (saved.count(), saved.sum_nanos));
+        assert_eq!(added.cumulative(), saved.cumulative());
+        assert_eq!(added.quantile(0.5), saved.quantile(0.5));
+        assert!(other.get(8, Series::Connect).is_none());
+        other.add_saved(8, &one.save(3));
+        assert_eq!(other.get(8, Series::Session).unwrap().count(), 8);
     }
 
     #[test]

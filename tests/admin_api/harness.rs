@@ -13,7 +13,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tidegate::admin::{
-    self, Problem, Readiness, ReloadError, Reloaded, Request, Token, TokenStore,
+    self, Problem, Readiness, ReloadError, Reloaded, Request, Token, TokenStore, UpgradeError,
+    Upgraded,
 };
 use tidegate::clock;
 use tidegate::config::{Admin, AdminListen};
@@ -216,6 +217,14 @@ async fn play(control: Control, mut inbox: mpsc::Receiver<Request>, shut_down: A
                     }
                     ("web", false) => Err(OperatorError::UnknownBackend),
                     _ => Err(OperatorError::UnknownPool),
+                }));
+            }
+            Request::Upgrade { binary, config, reply } => {
+                let word = binary.map(|path| path.display().to_string());
+                drop(reply.send(match (word.as_deref(), config) {
+                    (Some("/broken one"), _) => Err(UpgradeError::Failed("it said: no".to_owned())),
+                    (Some(_), None) => Err(UpgradeError::Refused("not now".to_owned())),
+                    _ => Ok(Upgraded { pid: 77, version: "9".to_owned(), generation: 5 }),
                 }));
             }
             Request::Shutdown(reply) => {

@@ -98,7 +98,7 @@ fn wrong_methods_are_405_and_name_the_right_one() {
         assert_eq!(answer.refusal(), (405, "wrong method".to_owned()), "{path}");
         assert!(answer.head.contains("allow: get,head"), "{answer:?}");
     }
-    for path in ["/v1/reload", "/v1/shutdown", "/v1/pools/web/backends/a/drain"] {
+    for path in ["/v1/reload", "/v1/upgrade", "/v1/shutdown", "/v1/pools/web/backends/a/drain"] {
         for method in ["GET", "PUT", "DELETE"] {
             let answer = api.ask(method, path);
             assert_eq!(answer.refusal().0, 405, "{method} {path}");
@@ -106,6 +106,33 @@ fn wrong_methods_are_405_and_name_the_right_one() {
         }
     }
     assert!(!api.shut_down.load(Ordering::Relaxed));
+}
+
+#[test]
+fn an_upgrade_is_told_done_refused_or_failed() {
+    let api = Api::unix(Control::Answers);
+    let done = api.ask("POST", "/v1/upgrade").json();
+    let expected = serde_json::json!({"pid": 77, "version": "9", "generation": 5});
+    assert_eq!(done, expected);
+    let both = api.ask("POST", "/v1/upgrade?binary=/x&config=/y");
+    assert_eq!(both.status, 200, "{both:?}");
+    let refused = api.ask("POST", "/v1/upgrade?binary=/x");
+    assert_eq!(refused.refusal(), (409, "the upgrade is refused".to_owned()));
+    let failed = api.ask("POST", "/v1/upgrade?binary=%2Fbroken%20one");
+    assert_eq!(failed.refusal().0, 422);
+    assert_eq!(failed.json()["detail"], "it said: no");
+    assert_eq!(api.ask("POST", "/v1/upgrade?program=/x").refusal().0, 400);
+}
+
+#[test]
+fn over_tcp_an_upgrade_names_no_program_of_the_callers() {
+    let api = Api::tcp("127.0.0.1:0", Some(TOKEN));
+    let headers = ["Host: 127.0.0.1", "Content-Length: 0", &bearer(TOKEN)];
+    assert_eq!(api.raw("POST", "/v1/upgrade", &headers, b"").status, 200);
+    for query in ["binary=/x", "config=/y"] {
+        let refused = api.raw("POST", &format!("/v1/upgrade?{query}"), &headers, b"");
+        assert_eq!(refused.refusal(), (403, "not over TCP".to_owned()));
+    }
 }
 
 #[test]

@@ -16,6 +16,7 @@ pub mod proxy;
 pub mod servers;
 pub mod steady;
 pub mod turn;
+pub mod upgrade;
 
 use std::io::Write;
 use std::time::{Duration, Instant};

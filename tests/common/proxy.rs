@@ -7,6 +7,7 @@
 
 use super::conf::Conf;
 use super::http::{self, Answer};
+use super::upgrade::Serving;
 use super::{eventually, eventually_some, ms, patience, proc, secs};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -25,6 +26,8 @@ pub struct TestProxy {
     conf: Conf,
     config_path: PathBuf,
     child: Child,
+    /// The process that serves: the child, or one it was upgraded to.
+    serving: Serving,
     /// Open descriptors right after the start (or the last [`TestProxy::rebaseline`]).
     fd_baseline: usize,
     exited: Option<ExitStatus>,
@@ -63,7 +66,9 @@ impl TestProxy {
         let config_path = dir.path().join("tidegate.toml");
         std::fs::write(&config_path, render(&conf, dir.path())).expect("write the config");
         let child = spawn(&config_path, dir.path(), wrapper);
-        let mut proxy = TestProxy { dir, conf, config_path, child, fd_baseline: 0, exited: None };
+        let serving = Serving::TheChild;
+        let (fd_baseline, exited) = (0, None);
+        let mut proxy = TestProxy { dir, conf, config_path, child, serving, fd_baseline, exited };
         proxy.wait_ready()?;
         proxy.rebaseline();
         Ok(proxy)
@@ -83,7 +88,17 @@ impl TestProxy {
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.serving.pid(&self.child)
+    }
+
+    /// From now on that process is meant, which the one before was upgraded to.
+    pub fn serve_by(&mut self, pid: u32) {
+        self.serving.becomes(pid, &self.child);
+    }
+
+    /// Numbers of the processes before, gone or not.
+    pub fn pids_before(&self) -> Vec<u32> {
+        self.serving.before()
     }
 
     pub fn dir(&self) -> &Path {
@@ -270,7 +285,7 @@ impl TestProxy {
     pub fn wait_exit(&mut self, timeout: Duration) -> Option<i32> {
         let deadline = Instant::now() + patience(timeout);
         while Instant::now() < deadline {
-            if let Some(status) = self.child.try_wait().expect("wait for the child") {
+            if let Some(status) = self.serving.try_wait(&mut self.child) {
                 self.exited = Some(status);
                 return status.code();
             }
@@ -291,6 +306,7 @@ impl TestProxy {
     pub fn start_again(&mut self) {
         assert!(self.exited.is_some(), "it still runs");
         self.child = spawn(&self.config_path, self.dir.path(), &[]);
+        self.serving = Serving::TheChild;
         self.exited = None;
         self.wait_ready().unwrap_or_else(|log| panic!("no restart:\n{log}"));
         self.rebaseline();
@@ -385,8 +401,7 @@ impl TestProxy {
     /// Ends the child at once and reaps it.
     pub fn kill(&mut self) {
         if self.exited.is_none() {
-            let _ = self.child.kill();
-            self.exited = self.child.wait().ok();
+            self.exited = self.serving.kill(&mut self.child);
         }
     }
 }
@@ -394,10 +409,13 @@ impl TestProxy {
 fn spawn(config: &Path, dir: &Path, wrapper: &[&str]) -> Child {
     let log = File::options().create(true).append(true).open(dir.join("stderr")).expect("log");
     let mut words: Vec<&str> = wrapper.to_vec();
+    let pid_file = dir.join("pid");
     words.extend([PROGRAM, "run", "--config"]);
     Command::new(words[0])
         .args(&words[1..])
         .arg(config)
+        .arg("--pid-file")
+        .arg(pid_file)
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("a second handle of the log"))
         .stderr(log)

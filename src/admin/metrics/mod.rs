@@ -39,6 +39,7 @@ mod families {
     pub(super) const TABLE_GENERATION: Family = gauge("tidegate_table_generation", "Configurations accepted so far; the number of the one in force.");
     pub(super) const TABLE_SERIAL: Family = gauge("tidegate_table_serial", "Tables published so far.");
     pub(super) const RELOADS: Family = counter("tidegate_reloads_total", "Reloads, by result.");
+    pub(super) const UPGRADES: Family = counter("tidegate_upgrades_total", "Upgrades in place, by result.");
     pub(super) const RESTART_NEEDED: Family = gauge("tidegate_restart_needed", "Accepted settings that wait for a restart.");
     pub(super) const CONNECTIONS_ACTIVE: Family = gauge("tidegate_connections_active", "Sessions open in the whole process.");
     pub(super) const CONNECTIONS_MAX: Family = gauge("tidegate_connections_max", "Cap on sessions open in the whole process.");
@@ -111,6 +112,10 @@ fn whole(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     reloads.count(&[("result", "changed")], snapshot.reloads.changed);
     reloads.count(&[("result", "unchanged")], snapshot.reloads.unchanged);
     reloads.count(&[("result", "refused")], snapshot.reloads.refused);
+    let mut upgrades = out.family(&families::UPGRADES);
+    upgrades.count(&[("result", "done")], snapshot.upgrades.done);
+    upgrades.count(&[("result", "failed")], snapshot.upgrades.failed);
+    upgrades.count(&[("result", "refused")], snapshot.upgrades.refused);
     out.family(&families::RESTART_NEEDED).count(&[], snapshot.warnings.len() as u64);
     out.family(&families::CONNECTIONS_ACTIVE).count(&[], snapshot.connections_active.into());
     out.family(&families::CONNECTIONS_MAX).count(&[], snapshot.connections_max.into());

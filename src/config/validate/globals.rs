@@ -12,7 +12,7 @@ use toml::de::DeValue;
 use super::CONNECTIONS_MAX;
 use crate::config::address;
 use crate::config::file::{Field, Section};
-use crate::config::value::{self, Complaint, SPIN, TIME, shown};
+use crate::config::value::{self, Complaint, SPIN, TIME, UPGRADE, shown};
 use crate::config::{
     AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process,
 };
@@ -23,6 +23,7 @@ const WORKERS_MAX: u32 = 256;
 /// Where the admin API listens unless told otherwise.
 const ADMIN_SOCKET: &str = "/run/tidegate/admin.sock";
 
+const UPGRADE_TIMEOUT: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const PROCESS_CONNECTIONS: u32 = 100_000;
 
@@ -53,6 +54,11 @@ pub(super) fn process(top: &Section<'_, '_>) -> Process {
             })
             .or(default.spin),
         drain_timeout: duration(&section, "drain_timeout").or(default.drain_timeout),
+        upgrade_timeout: section
+            .text("upgrade_timeout", "a duration such as \"30s\"", |text| {
+                value::duration(text, UPGRADE)
+            })
+            .or(default.upgrade_timeout),
         connections_max: section
             .integer("connections_max", 1..=CONNECTIONS_MAX)
             .or(default.connections_max),
@@ -68,6 +74,7 @@ fn default_process() -> Process {
         engine: EngineChoice::Auto,
         spin: None,
         drain_timeout: DRAIN_TIMEOUT,
+        upgrade_timeout: UPGRADE_TIMEOUT,
         connections_max: PROCESS_CONNECTIONS,
     }
 }

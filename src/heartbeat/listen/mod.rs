@@ -108,6 +108,19 @@ impl Receiver {
     /// # Errors
     /// An address that cannot be bound, or no descriptors or thread to be had.
     pub fn start(listen: &[SocketAddr], gate: Gate) -> io::Result<Receiver> {
+        Receiver::start_with(listen, Vec::new(), gate)
+    }
+
+    /// The same, going on with sockets of another process by the addresses that
+    /// were asked for there.
+    ///
+    /// # Errors
+    /// As [`Receiver::start`].
+    pub fn start_with(
+        listen: &[SocketAddr],
+        inherited: Vec<(SocketAddr, OwnedFd)>,
+        gate: Gate,
+    ) -> io::Result<Receiver> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let inbox = Inbox { orders: Mutex::default(), wake: eventfd(0, flags)? };
         let mut receiver = Receiver {
@@ -117,6 +130,10 @@ impl Receiver {
             counts: Arc::default(),
             thread: None,
         };
+        *lock(&receiver.bound) = inherited
+            .into_iter()
+            .map(|(asked, socket)| Bound { asked, socket: Arc::new(socket) })
+            .collect();
         let prepared = receiver.prepare(listen)?;
         receiver.commit(prepared);
         let thread = thread::Thread::new(
@@ -173,6 +190,15 @@ impl Receiver {
         let bound = lock(&self.bound);
         let address = |one: &Bound| datagram::local_address(&one.socket).unwrap_or(one.asked);
         bound.iter().map(address).collect()
+    }
+
+    /// Second handles of its sockets, by the addresses asked for.
+    ///
+    /// # Errors
+    /// No descriptors left.
+    pub fn share(&self) -> io::Result<Vec<(SocketAddr, OwnedFd)>> {
+        let bound = lock(&self.bound);
+        bound.iter().map(|one| Ok((one.asked, one.socket.try_clone()?))).collect()
     }
 
     /// The smallest receive buffer among its sockets, in bytes, as the kernel

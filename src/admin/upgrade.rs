@@ -1,0 +1,102 @@
+//! `POST /v1/upgrade`: what may be asked for, and how the answer looks.
+//!
+//! Called by `routes`. The query may name another program and another
+//! configuration, but only over the Unix socket: whoever holds the token over TCP
+//! may operate the balancer, not run programs as its user.
+
+use super::guard::Entrance;
+use super::routes::{Api, JSON, Refusal, answer, text};
+use super::{Request, UpgradeError};
+use axum::extract::State;
+use axum::response::Response;
+use hyper::{StatusCode, Uri};
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Longer than the longest `upgrade_timeout` and the last step after it, and
+/// shorter than a connection's life.
+const UPGRADE_MAX: Duration = Duration::from_secs(58);
+
+#[derive(Debug, Default, PartialEq)]
+struct Wish {
+    binary: Option<PathBuf>,
+    config: Option<PathBuf>,
+}
+
+pub(super) async fn upgrade(State(api): State<Arc<Api>>, uri: Uri) -> Result<Response, Refusal> {
+    let Wish { binary, config } = wish(uri.query().unwrap_or_default())?;
+    if (binary.is_some() || config.is_some()) && api.entrance != Entrance::Unix {
+        let detail = "another program or configuration can be asked for over the Unix socket only";
+        return Err(Refusal::new(StatusCode::FORBIDDEN, "not over TCP", detail));
+    }
+    let ask = |reply| Request::Upgrade { binary, config, reply };
+    match api.ask_within(UPGRADE_MAX, ask).await? {
+        Ok(upgraded) => Ok(answer(JSON, text(&upgraded))),
+        Err(UpgradeError::Refused(why)) => {
+            Err(Refusal::new(StatusCode::CONFLICT, "the upgrade is refused", why))
+        }
+        Err(UpgradeError::Failed(why)) => {
+            let error = "the upgrade failed; the process before goes on";
+            Err(Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, error, why))
+        }
+    }
+}
+
+fn wish(query: &str) -> Result<Wish, Refusal> {
+    let bad = |detail: String| Refusal::new(StatusCode::BAD_REQUEST, "bad query", detail);
+    let mut wish = Wish::default();
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let path = decoded(value).filter(|path| !path.as_os_str().is_empty());
+        let path = path.ok_or_else(|| bad(format!("{key} is no path: {value:?}")))?;
+        match key {
+            "binary" => wish.binary = Some(path),
+            "config" => wish.config = Some(path),
+            _ => return Err(bad(format!("{key:?} is unknown; known are binary and config"))),
+        }
+    }
+    Ok(wish)
+}
+
+/// Percent-decoded; any bytes but NUL may be in a path.
+fn decoded(text: &str) -> Option<PathBuf> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        let byte = match byte {
+            b'%' => {
+                let digit = |byte: Option<u8>| char::from(byte?).to_digit(16);
+                (digit(rest.next())? * 16 + digit(rest.next())?) as u8
+            }
+            byte => byte,
+        };
+        if byte == 0 {
+            return None;
+        }
+        bytes.push(byte);
+    }
+    Some(OsString::from_vec(bytes).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_come_percent_decoded_and_whole() {
+        let got = wish("binary=%2Fopt%2Fa%20b&config=/etc/%C3%A4").unwrap();
+        assert_eq!(got.binary, Some("/opt/a b".into()));
+        assert_eq!(got.config, Some("/etc/\u{e4}".into()));
+        assert_eq!(wish("").unwrap(), Wish::default());
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused() {
+        for query in ["binary", "binary=", "binary=%2", "binary=%zz", "config=%00", "program=/x"] {
+            assert!(wish(query).is_err(), "{query}");
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! The admin API beside the control loop: serving it, ending it, and handing its
+//! socket to the next process.
+//!
+//! Owned by the control loop. It answers nothing itself.
+
+use super::upgrade::OfferedAdmin;
+use crate::admin::{self, AdminListener, FileKeeper, Readiness, Request, TokenStore};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+/// How long answers under way may take to go out at the end: a little longer than
+/// the API gives them.
+const END_MAX: Duration = Duration::from_millis(1500);
+
+/// The API while it is served.
+#[derive(Debug)]
+pub(super) struct AdminApi {
+    /// `None` once the next process has it.
+    socket: Option<OwnedFd>,
+    listen: String,
+    file: FileKeeper,
+    stop: Option<oneshot::Sender<()>>,
+    task: JoinHandle<()>,
+}
+
+// === impl AdminApi ===
+
+impl AdminApi {
+    /// Serves on the current runtime.
+    pub(super) fn serve(
+        listener: AdminListener,
+        listen: String,
+        tokens: Arc<TokenStore>,
+        requests: mpsc::Sender<Request>,
+        readiness: Readiness,
+    ) -> io::Result<AdminApi> {
+        let (socket, file) = (Some(listener.share()?), listener.file());
+        let (stop, stopped) = oneshot::channel::<()>();
+        let stopped = async {
+            // Without anybody to stop it, it goes on to the end of the runtime.
+            if stopped.await.is_err() {
+                std::future::pending().await
+            }
+        };
+        let serving = admin::serve(listener, tokens, requests, readiness, stopped);
+        let task = tokio::spawn(async move {
+            if let Err(error) = serving.await {
+                tracing::error!(%error, "the admin API has ended");
+            }
+        });
+        Ok(AdminApi { socket, listen, file, stop: Some(stop), task })
+    }
+
+    /// What another process needs to go on with it.
+    pub(super) fn offer(&self) -> io::Result<(OfferedAdmin, OwnedFd)> {
+        let gone = || io::Error::other("the admin socket is another process's already");
+        let socket = self.socket.as_ref().ok_or_else(gone)?.try_clone()?;
+        let offered = OfferedAdmin { listen: self.listen.clone(), file: self.file.identity() };
+        Ok((offered, socket))
+    }
+
+    /// The file is this process's to remove at the end.
+    pub(super) fn own_file(&self) {
+        self.file.own();
+    }
+
+    /// Another process answers from now on: takes no more connections, and leaves
+    /// the file alone.
+    pub(super) fn hand_over(&mut self) {
+        self.file.keep();
+        self.socket = None;
+        if let Some(stop) = self.stop.take() {
+            // It has ended by itself then.
+            let _ = stop.send(());
+        }
+    }
+
+    /// Waits for answers under way, where the API was told to stop.
+    pub(super) async fn ended(self) {
+        if self.stop.is_none() {
+            let _ = tokio::time::timeout(END_MAX, self.task).await;
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! The new process's side: takes what the old one offers, and its place.
+//!
+//! Called by `start` in the order of the messages. Every step may wait, and does
+//! so before anything is served; if any fails, this process ends and the old one
+//! goes on. It accepts nothing before it has said that it serves.
+
+use super::message::{
+    self, Commit, Farewell, Hello, MessageError, Offer, PROTOCOL, Ready, SavedLatency, Serving,
+};
+use crate::admin::{self, AdminListener};
+use crate::app::Failure;
+use crate::app::binds::Group;
+use crate::clock;
+use crate::config::Config;
+use crate::net::handover::Channel;
+use socket2::Socket;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// How long the old process may take for each of its messages; it has them at
+/// hand, and kills this one at its own deadline.
+const WORD_MAX: Duration = Duration::from_secs(30);
+
+/// How long a farewell may take: the old process is to be gone by its deadline.
+const FAREWELL_MAX: Duration = Duration::from_secs(2);
+
+/// How long an old process may drain: it hangs up when it ends, in whatever way,
+/// so this only has to be longer than any drain.
+const DRAIN_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// What this process was given by another of its kind.
+#[derive(Debug)]
+pub struct Predecessor {
+    channel: Channel,
+    stderr: OwnedFd,
+    admin: Option<OwnedFd>,
+    sockets: BTreeMap<SocketAddr, Group>,
+    heartbeats: Vec<(SocketAddr, OwnedFd)>,
+    offer: Offer,
+}
+
+/// The way to a process that still drains.
+#[derive(Debug)]
+pub(in crate::app) struct Draining {
+    farewell: mpsc::UnboundedReceiver<Commit>,
+}
+
+// === impl Predecessor ===
+
+impl Predecessor {
+    /// Greets the old process, if there is one that has started this one, and
+    /// takes its offer. To be called before anything reads standard input.
+    ///
+    /// # Errors
+    /// There is one and it is not to be understood.
+    pub fn greet() -> Result<Option<Predecessor>, Failure> {
+        if std::env::var_os(super::outgoing::MARK).is_none() {
+            return Ok(None);
+        }
+        let channel = Channel::from_stdin().map_err(|error| trouble(&error))?;
+        greet(channel).map(Some).map_err(|error| trouble(&error))
+    }
+
+    /// What `config` is to find bound.
+    pub(in crate::app) fn take_sockets(&mut self) -> BTreeMap<SocketAddr, Group> {
+        std::mem::take(&mut self.sockets)
+    }
+
+    /// Where heartbeats are received.
+    pub(in crate::app) fn take_heartbeats(&mut self) -> Vec<(SocketAddr, OwnedFd)> {
+        std::mem::take(&mut self.heartbeats)
+    }
+
+    /// The admin listener, where it is the one of `config`.
+    pub(in crate::app) fn take_admin(&mut self, config: &Config) -> Option<AdminListener> {
+        let (fd, offered) = (self.admin.take()?, self.offer.admin.as_ref()?);
+        if offered.listen != config.admin.listen.to_string() {
+            return None;
+        }
+        admin::take_over(&config.admin, fd, offered.file)
+    }
+
+    /// What is known, for the first table.
+    pub(in crate::app) fn state(&self) -> &crate::control::handover::Saved {
+        &self.offer.state
+    }
+
+    /// The number of a configuration with that digest.
+    pub(in crate::app) fn generation_of(&self, digest: u64) -> u64 {
+        let before = self.offer.state.generation;
+        if digest == self.offer.digest { before } else { before + 1 }
+    }
+
+    /// Says that everything is built, and waits for the word to take over, with
+    /// what is known by then.
+    pub(in crate::app) fn ready(
+        &self,
+        not_taken: Vec<SocketAddr>,
+        admin_taken: bool,
+        generation: u64,
+    ) -> Result<Commit, Failure> {
+        let ready = Ready { not_taken, admin_taken, generation };
+        let deadline = clock::now() + WORD_MAX;
+        message::send(&self.channel, &ready, &[], deadline).map_err(|error| trouble(&error))?;
+        message::receive(&self.channel, deadline).map_err(|error| trouble(&error))
+    }
+
+    /// Says that this process serves from now on, takes over the old one's
+    /// standard error, and listens for its farewell.
+    pub(in crate::app) fn serving(self) -> Result<Draining, Failure> {
+        let deadline = clock::now() + WORD_MAX;
+        message::send(&self.channel, &Serving {}, &[], deadline)
+            .map_err(|error| trouble(&error))?;
+        // On failure the log ends with the old process, which is no reason not
+        // to serve.
+        let _ = rustix::stdio::dup2_stderr(&self.stderr);
+        let (tell, farewell) = mpsc::unbounded_channel();
+        let channel = self.channel;
+        let wait = move || {
+            if let Ok(frame) = channel.receive(clock::now() + DRAIN_MAX)
+                && let Ok(Farewell(last)) = message::decode(&frame)
+            {
+                // Nobody to be told: this process is ending itself.
+                let _ = tell.send(last);
+            }
+        };
+        let named = std::thread::Builder::new().name("predecessor".to_owned());
+        if let Err(error) = named.spawn(wait) {
+            tracing::warn!(%error, "the old process's last sessions will not be counted");
+        }
+        Ok(Draining { farewell })
+    }
+}
+
+fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
+    let deadline = clock::now() + WORD_MAX;
+    let hello = Hello {
+        protocols: (PROTOCOL, PROTOCOL),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+    };
+    message::send(&channel, &hello, &[], deadline)?;
+    let frame = channel.receive(deadline)?;
+    let offer: Offer = message::decode(&frame)?;
+    let mut fds = frame.fds.into_iter();
+    let lost = |wanted: usize| crate::net::handover::ChannelError::LostDescriptors {
+        came: wanted.saturating_sub(1),
+        wanted,
+    };
+    let stderr = fds.next().ok_or(lost(1))?;
+    let admin = match offer.admin {
+        Some(_) => Some(fds.next().ok_or(lost(2))?),
+        None => None,
+    };
+    let mut sockets = BTreeMap::new();
+    for bind in &offer.listeners {
+        let mut group = Group { sockets: Vec::new(), holder: bind.holder };
+        for _ in 0..bind.sockets {
+            let fd = fds.next().ok_or(lost(bind.sockets as usize))?;
+            group.sockets.push(Arc::new(Socket::from(fd)));
+        }
+        sockets.insert(bind.address, group);
+    }
+    let heartbeats = offer.heartbeats.iter().copied().zip(fds).collect();
+    Ok(Predecessor { channel, stderr, admin, sockets, heartbeats, offer })
+}
+
+fn trouble(error: &dyn std::fmt::Display) -> Failure {
+    Failure::Runtime(format!("cannot take over from the process before: {error}"))
+}
+
+// === impl Draining ===
+
+impl Draining {
+    /// Waits until the old process has ended: its last counts, if it came to tell
+    /// them.
+    pub(in crate::app) async fn farewell(&mut self) -> Option<Commit> {
+        self.farewell.recv().await
+    }
+}
+
+/// Says farewell to the process that took over.
+pub(super) fn say_farewell(channel: &Channel, last: Commit) {
+    let deadline: Instant = clock::now() + FAREWELL_MAX;
+    if let Err(error) = message::send(channel, &Farewell(last), &[], deadline) {
+        tracing::warn!(%error, "the process that took over does not learn of the last sessions");
+    }
+}
+
+/// What was recorded, by the names the next process knows.
+pub(super) fn saved_latency(
+    saved: &crate::control::handover::Saved,
+    find: impl Fn(&str, &str, &str) -> Option<u32>,
+    latency: &crate::telemetry::histograms::Merged,
+) -> Vec<SavedLatency> {
+    let mut all = Vec::new();
+    for pool in &saved.pools {
+        for backend in &pool.backends {
+            let Some(id) = find(&pool.name, &backend.name, &backend.address) else { continue };
+            let series = latency.save(id);
+            if series.iter().any(|one| !one.values.is_empty()) {
+                all.push(SavedLatency {
+                    pool: pool.name.clone(),
+                    backend: backend.name.clone(),
+                    address: backend.address.clone(),
+                    series,
+                });
+            }
+        }
+    }
+    all
+}

@@ -1,0 +1,313 @@
+//! The old process's side: starts the new one and hands everything over.
+//!
+//! Runs on a thread of its own for each upgrade, since every step of it waits;
+//! tells the control loop by [`Progress`]. Whatever goes wrong before the new
+//! process says that it serves ends with that process killed and a reason; this
+//! one has then not stopped serving for a moment.
+
+use super::message::{self, Commit, Hello, MessageError, Offer, PROTOCOL, Ready, Serving};
+use super::program::CommandLine;
+use crate::clock;
+use crate::net::handover::{Channel, ChannelError};
+use socket2::Socket;
+use std::collections::VecDeque;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError, mpsc as sync};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot};
+
+/// Tells the new process that its standard input is the way to the old one; the
+/// value is the frames' protocol, for people who look.
+pub(super) const MARK: &str = "TIDEGATE_UPGRADE";
+
+/// Variables that were meant for this process alone.
+const NOT_FOR_THE_NEXT: [&str; 5] =
+    ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "WATCHDOG_PID"];
+
+/// What is kept of what the new process says on standard error.
+const LINES_KEPT: usize = 10;
+const LINE_BYTES_MAX: usize = 500;
+
+/// How long a process that has hung up may take to end by itself, so that its
+/// exit status can be told.
+const END_MAX: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(5);
+
+/// How the control loop is told.
+#[derive(Debug)]
+pub(in crate::app) enum Progress {
+    /// The new process waits for the word.
+    Ready(Box<AtTheReady>),
+    /// It came to nothing; why, in words.
+    Failed(String),
+}
+
+/// Everything for the last step.
+#[derive(Debug)]
+pub(in crate::app) struct AtTheReady {
+    pub(super) hello: Hello,
+    pub(super) ready: Ready,
+    /// Takes the word; dropping it calls the upgrade off.
+    pub(super) commit: sync::SyncSender<Commit>,
+    /// The new process serves, or why not.
+    pub(super) served: oneshot::Receiver<Result<Channel, String>>,
+}
+
+/// What one upgrade needs.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    pub(super) command: CommandLine,
+    pub(super) offer: Offer,
+    pub(super) admin: Option<OwnedFd>,
+    /// In the offer's order.
+    pub(super) sockets: Vec<Arc<Socket>>,
+    pub(super) heartbeats: Vec<OwnedFd>,
+    /// From the start of the program to its word that it serves.
+    pub(super) timeout: Duration,
+}
+
+/// An upgrade under way.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    channel: Channel,
+    progress: mpsc::UnboundedReceiver<Progress>,
+}
+
+/// The last lines of a process's standard error, which is copied to ours.
+#[derive(Debug, Clone, Default)]
+struct Tail(Arc<Mutex<TailState>>);
+
+#[derive(Debug, Default)]
+struct TailState {
+    lines: VecDeque<String>,
+    ended: bool,
+}
+
+/// Why a step failed.
+enum Trouble {
+    Message(MessageError),
+    Protocols((u16, u16)),
+    CalledOff,
+}
+
+// === impl Outgoing ===
+
+impl Outgoing {
+    /// Starts the new process on a thread of its own.
+    pub(super) fn start(attempt: Attempt) -> io::Result<Outgoing> {
+        let (channel, other) = Channel::pair()?;
+        let own = channel.try_clone()?;
+        let (to_control, progress) = mpsc::unbounded_channel();
+        std::thread::Builder::new()
+            .name("upgrade".to_owned())
+            .spawn(move || run(attempt, own, other, &to_control))?;
+        Ok(Outgoing { channel, progress })
+    }
+
+    /// What has come of it.
+    pub(super) async fn next(&mut self) -> Progress {
+        let ended = || Progress::Failed("the upgrade's thread has died".to_owned());
+        self.progress.recv().await.unwrap_or_else(ended)
+    }
+
+    /// Ends it; the new process is killed.
+    pub(super) fn call_off(&self) {
+        self.channel.hang_up();
+    }
+}
+
+fn run(
+    attempt: Attempt,
+    channel: Channel,
+    other: OwnedFd,
+    to_control: &mpsc::UnboundedSender<Progress>,
+) {
+    let deadline = clock::now() + attempt.timeout;
+    let tail = Tail::default();
+    let path = attempt.command.path.display().to_string();
+    let mut child = match spawn(&attempt.command, other) {
+        Ok(child) => child,
+        Err(error) => {
+            let why = format!("cannot start {path}: {error}");
+            let _ = to_control.send(Progress::Failed(why));
+            return;
+        }
+    };
+    if let Some(stderr) = child.stderr.take() {
+        tail.follow(stderr);
+    }
+    // Nobody may be there to be told: then this process is ending, and the new
+    // one ends with the connection.
+    match until_ready(attempt, &channel, deadline) {
+        Err(trouble) => {
+            let why = explain(&mut child, &tail, trouble);
+            let _ = to_control.send(Progress::Failed(why));
+        }
+        Ok((hello, ready)) => {
+            let (commit, word) = sync::sync_channel(1);
+            let (tell, served) = oneshot::channel();
+            let at = AtTheReady { hello, ready, commit, served };
+            let _ = to_control.send(Progress::Ready(Box::new(at)));
+            match until_serving(&channel, &word, deadline) {
+                Err(trouble) => {
+                    let _ = tell.send(Err(explain(&mut child, &tail, trouble)));
+                }
+                Ok(()) => {
+                    let _ = tell.send(Ok(channel));
+                    outlived(&mut child);
+                }
+            }
+        }
+    }
+}
+
+fn spawn(line: &CommandLine, other: OwnedFd) -> io::Result<Child> {
+    let mut command = Command::new(&line.path);
+    command.arg0(&line.name).args(&line.arguments).env(MARK, PROTOCOL.to_string());
+    for name in NOT_FOR_THE_NEXT {
+        command.env_remove(name);
+    }
+    // Standard input is a descriptor that a child gets without being open to
+    // every other child this process may start.
+    command.stdin(Stdio::from(other)).stderr(Stdio::piped()).spawn()
+}
+
+fn until_ready(
+    attempt: Attempt,
+    channel: &Channel,
+    deadline: Instant,
+) -> Result<(Hello, Ready), Trouble> {
+    let hello: Hello = message::receive(channel, deadline)?;
+    let (lowest, highest) = hello.protocols;
+    if !(lowest..=highest).contains(&PROTOCOL) {
+        return Err(Trouble::Protocols(hello.protocols));
+    }
+    let stderr = io::stderr();
+    let mut fds: Vec<BorrowedFd<'_>> = vec![stderr.as_fd()];
+    fds.extend(attempt.admin.iter().map(AsFd::as_fd));
+    fds.extend(attempt.sockets.iter().map(|socket| socket.as_fd()));
+    fds.extend(attempt.heartbeats.iter().map(AsFd::as_fd));
+    message::send(channel, &attempt.offer, &fds, deadline)?;
+    // From here on the new process holds them, and the control loop.
+    drop(attempt);
+    Ok((hello, message::receive(channel, deadline)?))
+}
+
+fn until_serving(
+    channel: &Channel,
+    word: &sync::Receiver<Commit>,
+    deadline: Instant,
+) -> Result<(), Trouble> {
+    let commit = word.recv().map_err(|_| Trouble::CalledOff)?;
+    message::send(channel, &commit, &[], deadline)?;
+    let Serving {} = message::receive(channel, deadline)?;
+    Ok(())
+}
+
+/// Kills the new process and says what went wrong, with what it said last.
+fn explain(child: &mut Child, tail: &Tail, trouble: Trouble) -> String {
+    let hung_up = matches!(
+        trouble,
+        Trouble::Message(MessageError::Channel(ChannelError::Closed | ChannelError::Io(_)))
+    );
+    let status = if hung_up { wait_for_end(child) } else { None };
+    if status.is_none() {
+        // Both fail only for a process that is gone.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    let what = match (trouble, status) {
+        (_, Some(status)) => format!("the new process ended before it served: {status}"),
+        (Trouble::Message(MessageError::Channel(ChannelError::TimedOut)), _) => {
+            "the new process was not ready in time".to_owned()
+        }
+        (Trouble::Message(MessageError::Channel(ChannelError::Closed)), _) => {
+            "the new process hung up".to_owned()
+        }
+        (Trouble::Message(error), _) => format!("the new process is not understood: {error}"),
+        (Trouble::Protocols((lowest, highest)), _) => format!(
+            "the new process speaks upgrade protocols {lowest} to {highest}, this one {PROTOCOL}"
+        ),
+        (Trouble::CalledOff, _) => "called off".to_owned(),
+    };
+    match tail.last_lines() {
+        lines if lines.is_empty() => what,
+        lines => format!("{what}; it said:\n{lines}"),
+    }
+}
+
+fn wait_for_end(child: &mut Child) -> Option<ExitStatus> {
+    let deadline = clock::now() + END_MAX;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if clock::now() < deadline => clock::pause(LOOK),
+            _ => return None,
+        }
+    }
+}
+
+/// Reaps the new process should it end while this one still drains.
+fn outlived(child: &mut Child) {
+    if let Ok(status) = child.wait() {
+        tracing::error!(%status, "the process that took over has ended");
+    }
+}
+
+// === impl Tail ===
+
+impl Tail {
+    /// Reads to the end, on a thread of its own: the process may leave the pipe
+    /// to others.
+    fn follow(&self, stderr: ChildStderr) {
+        let tail = self.clone();
+        let follow = move || {
+            let mut reader = BufReader::new(stderr);
+            let mut line = Vec::new();
+            while matches!(reader.read_until(b'\n', &mut line), Ok(1..)) {
+                // With our own standard error closed there is nobody to tell.
+                let _ = io::stderr().write_all(&line);
+                tail.keep(&line);
+                line.clear();
+            }
+            tail.state().ended = true;
+        };
+        let named = std::thread::Builder::new().name("upgrade-stderr".to_owned());
+        if named.spawn(follow).is_err() {
+            self.state().ended = true;
+        }
+    }
+
+    fn keep(&self, line: &[u8]) {
+        let mut state = self.state();
+        if state.lines.len() == LINES_KEPT {
+            state.lines.pop_front();
+        }
+        let text = String::from_utf8_lossy(&line[..line.len().min(LINE_BYTES_MAX)]);
+        state.lines.push_back(text.trim_end().to_owned());
+    }
+
+    fn last_lines(&self) -> String {
+        let deadline = clock::now() + END_MAX;
+        while !self.state().ended && clock::now() < deadline {
+            clock::pause(LOOK);
+        }
+        let state = self.state();
+        state.lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, TailState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Trouble ===
+
+impl From<MessageError> for Trouble {
+    fn from(error: MessageError) -> Trouble {
+        Trouble::Message(error)
+    }
+}

@@ -1,0 +1,158 @@
+//! The balancer under test: processes of this program, one after another.
+//!
+//! Used by the self-test alone, which talks to them as an operator would: a file,
+//! the admin API, signals. Whatever happens, dropping it ends them all.
+
+use super::Trouble;
+use crate::cli::client::{Address, ClientArgs, ClientError, ask, ask_within};
+use crate::clock;
+use hyper::Method;
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, test_kill_process, waitpid};
+use serde_json::Value;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// How long a process may take to serve.
+const START_MAX: Duration = Duration::from_secs(20);
+const LOOK: Duration = Duration::from_millis(10);
+
+/// The API gives an upgrade less.
+const UPGRADE_MAX: Duration = Duration::from_secs(70);
+
+/// Shown of the log where something went wrong.
+const LOG_BYTES_SHOWN: usize = 4000;
+
+/// Every process so far, in the order of their starts.
+#[derive(Debug)]
+pub(super) struct Balancer {
+    processes: Vec<Pid>,
+    client: ClientArgs,
+    log: PathBuf,
+}
+
+// === impl Balancer ===
+
+impl Balancer {
+    /// Starts the first process; returns once it serves.
+    pub(super) fn start(directory: &Path, config: &Path) -> Result<Balancer, Trouble> {
+        let log = directory.join("log");
+        let admin = Address::Unix(directory.join("admin.sock"));
+        let client = ClientArgs { admin, json: true, token_file: None };
+        // Processes that others have left are ours to wait for (prctl(2)).
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+            .map_err(|error| format!("cannot adopt processes: {error}"))?;
+        let program = std::env::current_exe().map_err(|error| format!("no program: {error}"))?;
+        let stderr = File::create(&log).map_err(|error| format!("cannot log: {error}"))?;
+        let child = Command::new(&program)
+            .args(["run", "--config"])
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .map_err(|error| format!("cannot start {}: {error}", program.display()))?;
+        let pid = pid_of(u64::from(child.id()))?;
+        let balancer = Balancer { processes: vec![pid], client, log };
+        let deadline = clock::now() + START_MAX;
+        while ask(&balancer.client, Method::GET, "/ready").is_err() {
+            let ended = waitpid(Some(pid), WaitOptions::NOHANG).is_ok_and(|end| end.is_some());
+            if ended || clock::now() > deadline {
+                return Err(format!("the balancer does not start:\n{}", balancer.last_lines()));
+            }
+            clock::pause(LOOK);
+        }
+        Ok(balancer)
+    }
+
+    /// Has it read its configuration again.
+    pub(super) fn reload(&self) -> Result<(), String> {
+        match ask(&self.client, Method::POST, "/v1/reload") {
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("a reload failed: {}", told(error))),
+        }
+    }
+
+    /// Upgrades it to itself.
+    pub(super) fn upgrade(&mut self) -> Result<(), String> {
+        let answer = ask_within(&self.client, Method::POST, "/v1/upgrade", UPGRADE_MAX);
+        let answer = answer.map_err(|error| format!("an upgrade failed: {}", told(error)))?;
+        let answer: Value = serde_json::from_str(&answer).unwrap_or_default();
+        self.processes.push(pid_of(answer["pid"].as_u64().unwrap_or_default())?);
+        Ok(())
+    }
+
+    /// Ends it in order; gives what was not as it should be, of any process.
+    pub(super) fn stop(mut self, limit: Duration) -> Vec<String> {
+        let mut broken = Vec::new();
+        if let Some(last) = self.processes.last() {
+            // It may have died; then its end says so.
+            let _ = kill_process(*last, Signal::TERM);
+        }
+        let deadline = clock::now() + limit;
+        let mut number = 0;
+        while let Some(pid) = self.processes.first().copied() {
+            match waitpid(Some(pid), WaitOptions::NOHANG) {
+                Ok(Some((_, status))) => {
+                    if status.exit_status() != Some(0) {
+                        broken.push(format!("process {number} ended with {status:?}"));
+                    }
+                }
+                // The process that had started it has waited for it.
+                Err(_) if test_kill_process(pid).is_err() => {}
+                // Of another parent that has not ended yet, or still at it.
+                Ok(None) | Err(_) if clock::now() < deadline => {
+                    clock::pause(LOOK);
+                    continue;
+                }
+                _ => {
+                    broken.push(format!("process {number} did not end within {limit:?}"));
+                    let _ = kill_process(pid, Signal::KILL);
+                }
+            }
+            self.processes.remove(0);
+            number += 1;
+        }
+        broken
+    }
+
+    /// The end of what it has logged.
+    pub(super) fn last_lines(&self) -> String {
+        last_lines(&self.log)
+    }
+
+    /// Where it logs.
+    pub(super) fn log(&self) -> PathBuf {
+        self.log.clone()
+    }
+}
+
+impl Drop for Balancer {
+    fn drop(&mut self) {
+        for pid in self.processes.drain(..) {
+            let _ = kill_process(pid, Signal::KILL);
+            let _ = waitpid(Some(pid), WaitOptions::empty());
+        }
+    }
+}
+
+/// The end of that log.
+pub(super) fn last_lines(log: &Path) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let from = text.len().saturating_sub(LOG_BYTES_SHOWN);
+    let from = (from..=text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or_default();
+    text[from..].trim_end().to_owned()
+}
+
+fn pid_of(number: u64) -> Result<Pid, String> {
+    let pid = i32::try_from(number).ok().and_then(Pid::from_raw);
+    pid.ok_or_else(|| format!("{number} is no process"))
+}
+
+fn told(error: ClientError) -> String {
+    match error {
+        ClientError::Token(text) | ClientError::Unreachable(text) => text,
+        ClientError::Refused(value) => value.to_string(),
+    }
+}

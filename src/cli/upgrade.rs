@@ -1,0 +1,98 @@
+//! `tidegate upgrade`: have the running balancer hand everything to a new process.
+//!
+//! Called by the command line; the admin API does the work. It waits until the
+//! new process serves, or says why it does not.
+
+use super::Exit;
+use super::client::{ClientArgs, ask_within, printable, report, segment};
+use clap::Args;
+use hyper::Method;
+use serde_json::Value;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub(super) const HELP: &str = "\
+Example:
+  tidegate upgrade
+  tidegate upgrade --binary /opt/tidegate-0.2/tidegate
+
+The new program is the one at the path the running balancer was started by,
+looked up anew, unless --binary names another. If it does not come to serve, the
+running one goes on, and the exit code is 1.";
+
+/// The API gives an upgrade less.
+const ANSWER_MAX: Duration = Duration::from_secs(70);
+
+/// `tidegate upgrade`
+#[derive(Debug, Args)]
+pub struct UpgradeArgs {
+    /// Start this program; over the Unix socket only.
+    #[arg(long, value_name = "FILE")]
+    pub binary: Option<PathBuf>,
+    /// Start it with this configuration; over the Unix socket only.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// How to reach the balancer.
+    #[command(flatten)]
+    pub client: ClientArgs,
+}
+
+/// Asks, and says who serves now.
+pub fn main(args: &UpgradeArgs) -> Exit {
+    let answer = ask_within(&args.client, Method::POST, &path(args), ANSWER_MAX);
+    report(&args.client, answer, |answer| printable(&shown(answer)))
+}
+
+fn path(args: &UpgradeArgs) -> String {
+    let mut path = "/v1/upgrade".to_owned();
+    let wishes = [("binary", &args.binary), ("config", &args.config)];
+    let wishes = wishes.into_iter().filter_map(|(key, file)| Some((key, file.as_deref()?)));
+    for (index, (key, file)) in wishes.enumerate() {
+        path.push(if index == 0 { '?' } else { '&' });
+        path.push_str(&format!("{key}={}", encoded(file)));
+    }
+    path
+}
+
+/// The balancer may have been started elsewhere: paths are made whole here.
+fn encoded(file: &Path) -> String {
+    let whole = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
+    segment(whole.as_os_str().as_bytes())
+}
+
+fn shown(answer: &Value) -> String {
+    format!(
+        "upgraded: process {}, version {}, serves by generation {}; the one before drains",
+        answer["pid"],
+        answer["version"].as_str().unwrap_or("unknown"),
+        answer["generation"]
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn paths_are_whole_and_encoded() {
+        let args = |binary: Option<&str>, config: Option<&str>| UpgradeArgs {
+            binary: binary.map(PathBuf::from),
+            config: config.map(PathBuf::from),
+            client: ClientArgs { admin: "unix:/x".parse().unwrap(), json: false, token_file: None },
+        };
+        assert_eq!(path(&args(None, None)), "/v1/upgrade");
+        assert_eq!(
+            path(&args(Some("/a b"), Some("/c"))),
+            "/v1/upgrade?binary=%2Fa%20b&config=%2Fc"
+        );
+        assert!(path(&args(None, Some("c"))).starts_with("/v1/upgrade?config=%2F"));
+    }
+
+    #[test]
+    fn the_answer_names_who_serves() {
+        let answer = json!({"pid": 7, "version": "0.2.0", "generation": 3});
+        assert!(shown(&answer).starts_with("upgraded: process 7, version 0.2.0, serves by"));
+    }
+}

@@ -1,0 +1,324 @@
+//! What one process tells the next when the program is upgraded in place, and
+//! how the next goes on with it.
+//!
+//! Called by `app` on both sides. Pure; the types are what travels (as JSON), so
+//! every field may be absent in what an older program says, and what a newer one
+//! adds is ignored. Names, never numbers, say who is meant.
+
+use super::schedule::Job;
+use super::{BackendEntry, Controller, Effect, PoolEntry, Startup};
+use crate::balance::Turn;
+use crate::health::outlier::SavedOutlier;
+use crate::health::{Intent, Observation};
+use crate::proxy::close::RefusedReason;
+use crate::table::state::{BackendId, BackendState, FrontendState};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+/// Everything known of frontends, pools and backends. Times are counted back
+/// from the moment of saving, in milliseconds.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Saved {
+    /// Accepted configurations.
+    pub generation: u64,
+    /// Tables made.
+    pub serial: u64,
+    /// In file order.
+    pub frontends: Vec<SavedFrontend>,
+    /// In file order.
+    pub pools: Vec<SavedPool>,
+}
+
+/// A frontend's counts.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedFrontend {
+    /// Its identity.
+    pub name: String,
+    /// See `FrontendCounters`.
+    pub sessions: u64,
+    /// From clients.
+    pub bytes_in: u64,
+    /// To clients.
+    pub bytes_out: u64,
+    /// By name of the reason.
+    pub refused: BTreeMap<String, u64>,
+}
+
+/// A pool.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedPool {
+    /// Its identity.
+    pub name: String,
+    /// It serves without probe results; see `health`.
+    pub open: bool,
+    /// Where its round robin has come to.
+    pub turn: Option<Turn>,
+    /// In file order.
+    pub backends: Vec<SavedBackend>,
+}
+
+/// A backend.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedBackend {
+    /// With pool and address its identity.
+    pub name: String,
+    /// As the file spells it.
+    pub address: String,
+    /// Name of the intent.
+    pub intent: String,
+    /// Age of the intent.
+    pub intent_ms: u64,
+    /// It may take new sessions.
+    pub eligible: bool,
+    /// Name of the probes' verdict.
+    pub observation: String,
+    /// Age of the observation.
+    pub observation_ms: u64,
+    /// Eligible while unknown.
+    pub fails_open: bool,
+    /// Ejections.
+    pub outlier: SavedOutlier,
+    /// See `BackendCounters`.
+    pub sessions: u64,
+    /// Connects that failed.
+    pub connect_failures: u64,
+    /// From clients.
+    pub bytes_in: u64,
+    /// To clients.
+    pub bytes_out: u64,
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// For another process to go on with.
+    pub fn save(&self, now: Instant) -> Saved {
+        let turns: HashMap<&str, Turn> = self
+            .table
+            .pools
+            .iter()
+            .filter_map(|pool| Some((&*pool.spec.name, pool.balancer.as_ref()?.turn()?)))
+            .collect();
+        let save_pool = |pool: &PoolEntry| SavedPool {
+            name: pool.spec.name.to_string(),
+            open: pool.startup == Startup::Open,
+            turn: turns.get(&*pool.spec.name).copied(),
+            backends: pool
+                .members
+                .iter()
+                .filter_map(|id| self.backends.get(id))
+                .map(|entry| save_backend(entry, now))
+                .collect(),
+        };
+        Saved {
+            generation: self.generation,
+            serial: self.serial,
+            frontends: self.frontends.iter().map(|entry| save_frontend(&entry.state)).collect(),
+            pools: self.pools.iter().map(save_pool).collect(),
+        }
+    }
+
+    /// Counts configurations and tables on from another process. To be called
+    /// before the first configuration.
+    pub fn count_on(&mut self, generation: u64, serial: u64) {
+        self.generation = generation;
+        self.serial = serial;
+    }
+
+    /// Goes on with what another process knows: operators' intents, health,
+    /// round robins, counts. What is not configured here is passed over. May be
+    /// called again with something newer.
+    pub fn adopt(&mut self, saved: &Saved, now: Instant) -> Vec<Effect> {
+        self.run_due(now);
+        for pool in &saved.pools {
+            self.adopt_pool(pool, now);
+        }
+        let effects = self.finish(now);
+        for pool in &self.table.pools {
+            let saved = saved.pools.iter().find(|saved| *saved.name == *pool.spec.name);
+            if let (Some(turn), Some(balancer)) = (saved.and_then(|s| s.turn), &pool.balancer) {
+                balancer.go_on_from(turn);
+            }
+        }
+        self.adopt_counts(saved);
+        effects
+    }
+
+    /// The same for the counts alone: sessions that the other process was left
+    /// with have ended.
+    pub fn adopt_counts(&self, saved: &Saved) {
+        for frontend in &saved.frontends {
+            let named = |name: &str| name == frontend.name;
+            if let Some(entry) = self.frontends.iter().find(|entry| named(&entry.state.name)) {
+                carry_frontend(&entry.state, frontend);
+            }
+        }
+        for (pool, backend) in every_backend(saved) {
+            if let Some(id) = self.find_saved(&pool.name, &backend.name, &backend.address)
+                && let Some(entry) = self.backends.get(&id)
+            {
+                carry_backend(&entry.state, backend);
+            }
+        }
+    }
+
+    /// The configured backend that another process knows by these.
+    pub fn find_saved(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
+        let id = self.find_backend(pool, name).ok()?;
+        let entry = self.backends.get(&id)?;
+        (*entry.state.address_text == *address).then_some(id)
+    }
+
+    /// Whether every backend that may take sessions in another process may do so
+    /// here, as far as its pool is configured for it.
+    pub fn serves_as(&self, saved: &Saved) -> bool {
+        let expected = every_backend(saved).filter(|(_, backend)| backend.eligible);
+        expected.into_iter().all(|(pool, backend)| {
+            let Some(entry) = self.pools.iter().find(|one| *one.spec.name == *pool.name) else {
+                return true;
+            };
+            match self.find_saved(&pool.name, &backend.name, &backend.address) {
+                Some(id) => self.backends.get(&id).is_none_or(|entry| entry.health.eligible()),
+                // It left the file, unless its heartbeats would bring it.
+                None => !entry.spec.heartbeat.as_ref().is_some_and(|spec| spec.register),
+            }
+        })
+    }
+
+    fn adopt_pool(&mut self, saved: &SavedPool, now: Instant) {
+        for backend in &saved.backends {
+            // Operators do not speak of addresses: an intent goes by the name.
+            let Ok(id) = self.find_backend(&saved.name, &backend.name) else { continue };
+            let same = self.find_saved(&saved.name, &backend.name, &backend.address).is_some();
+            let Some(entry) = self.backends.get_mut(&id) else { continue };
+            if let Some(intent) = Intent::named(&backend.intent) {
+                entry.health.intent = intent;
+                entry.health.intent_since = ago(now, backend.intent_ms);
+            }
+            if same {
+                adopt_health(entry, backend, now);
+                match entry.health.outlier.until() {
+                    Some(until) => self.schedule.set(Job::EjectionEnds(id), until),
+                    None => self.schedule.cancel(Job::EjectionEnds(id)),
+                }
+            }
+            self.work.touched.insert(id);
+            self.work.unsettled.insert(entry.pool);
+        }
+        self.adopt_startup(saved);
+    }
+
+    /// A pool whose backends are known need not get to know them.
+    fn adopt_startup(&mut self, saved: &SavedPool) {
+        let Some(pool) = self.pools.iter_mut().find(|pool| *pool.spec.name == *saved.name) else {
+            return;
+        };
+        let judged = |id: &BackendId| {
+            let entry = self.backends.get(id);
+            entry.is_some_and(|entry| entry.health.observation() != Observation::Unknown)
+        };
+        if pool.spec.probe.is_none() || pool.startup == Startup::Decided {
+            return;
+        }
+        if pool.members.iter().any(judged) {
+            pool.startup = Startup::Decided;
+        } else if saved.open {
+            pool.startup = Startup::Open;
+        } else {
+            return;
+        }
+        let id = pool.id;
+        self.schedule.cancel(Job::GraceEnds(id));
+    }
+}
+
+fn adopt_health(entry: &mut BackendEntry, saved: &SavedBackend, now: Instant) {
+    if let Some(detector) = &mut entry.health.detector {
+        match Observation::named(&saved.observation) {
+            None | Some(Observation::Unknown) => {
+                // What this process has found out itself is newer.
+                if detector.observation() == Observation::Unknown {
+                    entry.health.fails_open = saved.fails_open;
+                }
+            }
+            Some(verdict) => {
+                detector.restore(verdict, ago(now, saved.observation_ms));
+                entry.health.fails_open = false;
+            }
+        }
+    }
+    entry.health.outlier.restore(&saved.outlier, now);
+}
+
+fn save_backend(entry: &BackendEntry, now: Instant) -> SavedBackend {
+    let (state, health) = (&entry.state, &entry.health);
+    let age = |since: Instant| millis(now.saturating_duration_since(since));
+    let sum = |read: fn(&crate::table::state::BackendCounters) -> u64| state.counters.sum(read);
+    SavedBackend {
+        name: state.name.to_string(),
+        address: state.address_text.to_string(),
+        intent: health.intent.name().to_owned(),
+        intent_ms: age(health.intent_since),
+        eligible: health.eligible(),
+        observation: health.probed().unwrap_or(Observation::Unknown).name().to_owned(),
+        observation_ms: health.detector.as_ref().map_or(0, |detector| age(detector.since())),
+        fails_open: health.fails_open,
+        outlier: health.outlier.save(now),
+        sessions: sum(|c| c.sessions.get()),
+        connect_failures: sum(|c| c.connect_failures.get()),
+        bytes_in: sum(|c| c.bytes_in.get()),
+        bytes_out: sum(|c| c.bytes_out.get()),
+    }
+}
+
+fn save_frontend(state: &FrontendState) -> SavedFrontend {
+    let refused = |reason: RefusedReason| {
+        let total = state.counters.sum(|c| c.refused.cell(reason as usize, 0).get());
+        (reason.name().to_owned(), total)
+    };
+    SavedFrontend {
+        name: state.name.to_string(),
+        sessions: state.counters.sum(|c| c.sessions.get()),
+        bytes_in: state.counters.sum(|c| c.bytes_in.get()),
+        bytes_out: state.counters.sum(|c| c.bytes_out.get()),
+        refused: RefusedReason::ALL.into_iter().map(refused).collect(),
+    }
+}
+
+/// The first worker's shard carries what was counted elsewhere.
+fn carry_frontend(state: &FrontendState, saved: &SavedFrontend) {
+    let counters = state.counters.of(0);
+    counters.sessions.carry(saved.sessions);
+    counters.bytes_in.carry(saved.bytes_in);
+    counters.bytes_out.carry(saved.bytes_out);
+    for reason in RefusedReason::ALL {
+        let before = saved.refused.get(reason.name()).copied().unwrap_or_default();
+        counters.refused.cell(reason as usize, 0).carry(before);
+    }
+}
+
+fn carry_backend(state: &BackendState, saved: &SavedBackend) {
+    let counters = state.counters.of(0);
+    counters.sessions.carry(saved.sessions);
+    counters.connect_failures.carry(saved.connect_failures);
+    counters.bytes_in.carry(saved.bytes_in);
+    counters.bytes_out.carry(saved.bytes_out);
+}
+
+fn every_backend(saved: &Saved) -> impl Iterator<Item = (&SavedPool, &SavedBackend)> {
+    saved.pools.iter().flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)))
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn ago(now: Instant, ms: u64) -> Instant {
+    // A machine that has not been up for so long: then since it came up.
+    now.checked_sub(Duration::from_millis(ms)).unwrap_or(now)
+}

@@ -1,0 +1,122 @@
+//! What the next process knows when it takes over.
+
+use super::*;
+use crate::control::handover::Saved;
+use proptest::prelude::*;
+
+/// A controller of another process that goes on with what `old` knew, after the
+/// way through text.
+fn successor(old: &Bench, pool: Pool) -> Bench {
+    let text = serde_json::to_string(&old.controller.save(old.now)).unwrap();
+    let saved: Saved = serde_json::from_str(&text).unwrap();
+    let mut next =
+        Bench { controller: Controller::new(2, 2), began: old.now, now: old.now, asked: vec![] };
+    next.controller.count_on(saved.generation - 1, saved.serial);
+    next.configure(pool);
+    let effects = next.controller.adopt(&saved, next.now);
+    next.note(effects);
+    next
+}
+
+#[test]
+fn a_verdict_stands_and_nobody_waits_for_a_probe() {
+    let mut old = Bench::up(pool(&["a", "b"]));
+    old.refuse("a", 1, 3);
+    assert_eq!(old.serving(), ["b"]);
+    let next = successor(&old, pool(&["a", "b"]));
+    assert_eq!(next.serving(), ["b"]);
+    assert_eq!(next.status("a").observation, Observation::Down);
+    assert_eq!(next.controller.generation(), old.controller.generation());
+    assert!(next.controller.current_table().serial > old.controller.current_table().serial);
+}
+
+#[test]
+fn a_backend_that_is_new_waits_for_its_first_result() {
+    let old = Bench::up(pool(&["a"]));
+    let mut next = successor(&old, pool(&["a", "n"]));
+    assert_eq!(next.serving(), ["a"]);
+    next.pass(GRACE * 2);
+    assert_eq!(next.serving(), ["a"], "the pool is known: nobody fails open");
+}
+
+#[test]
+fn an_operators_drain_goes_by_the_name_and_health_by_the_address() {
+    let mut old = Bench::up(pool(&["a", "b"]));
+    old.operator("a", Intent::Draining);
+    let next = successor(&old, pool(&["a@9", "b"]));
+    assert_eq!(next.status("a").intent, Intent::Draining);
+    assert_eq!(next.status("a").observation, Observation::Unknown);
+    assert_eq!(next.serving(), ["b"]);
+}
+
+#[test]
+fn an_ejection_ends_when_it_would_have_ended() {
+    let mut old = Bench::new(unprobed(&["a", "b"]));
+    old.refuse("a", 1, 5);
+    old.pass(Duration::from_secs(4));
+    let mut next = successor(&old, unprobed(&["a", "b"]));
+    assert!(next.status("a").ejected);
+    assert_eq!(next.status("a").ejections_total, 1);
+    next.pass(Duration::from_millis(5900));
+    assert_eq!(next.serving(), ["b"]);
+    next.pass(Duration::from_millis(200));
+    assert_eq!(next.serving(), ["a", "b"]);
+}
+
+#[test]
+fn counts_go_on_and_may_be_brought_up_to_date() {
+    let old = Bench::new(unprobed(&["a", "b"]));
+    let counters = &old.status("a").state.counters;
+    counters.of(0).sessions.add(5);
+    counters.of(1).bytes_in.add(100);
+    let next = successor(&old, unprobed(&["a"]));
+    let state = next.status("a").state;
+    state.counters.of(0).sessions.add(1);
+    assert_eq!(state.counters.sum(|c| c.sessions.get()), 6);
+    assert_eq!(state.counters.sum(|c| c.bytes_in.get()), 100);
+    counters.of(1).sessions.add(2);
+    next.controller.adopt_counts(&old.controller.save(old.now));
+    assert_eq!(state.counters.sum(|c| c.sessions.get()), 8);
+}
+
+#[test]
+fn a_round_robin_goes_on_where_it_was() {
+    let old = Bench::new(unprobed(&["a", "b", "c"]));
+    let pick = |bench: &Bench| {
+        let key = crate::balance::PickKey { client: [127, 0, 0, 1].into(), draw: 0, at: 0 };
+        let table = bench.controller.current_table();
+        table.pools[0].pick(key, &[]).unwrap().backend().name.to_string()
+    };
+    let before: Vec<String> = (0..4).map(|_| pick(&old)).collect();
+    let next = successor(&old, unprobed(&["a", "b", "c"]));
+    let after: Vec<String> = (0..2).map(|_| pick(&next)).collect();
+    assert_eq!([before, after].concat(), ["a", "b", "c", "a", "b", "c"]);
+}
+
+#[test]
+fn a_pool_that_serves_without_results_goes_on_doing_so() {
+    let mut old = Bench::new(pool(&["a"]));
+    old.pass(GRACE * 2);
+    assert_eq!(old.serving(), ["a"]);
+    assert_eq!(successor(&old, pool(&["a"])).serving(), ["a"]);
+}
+
+proptest! {
+    #[test]
+    fn whatever_is_said_nothing_breaks(text in "\\PC{0,40}", n: u64, turn: (u64, u64)) {
+        let mut old = Bench::up(pool(&["a", "b"]));
+        let mut saved = old.controller.save(old.now);
+        saved.pools[0].turn = Some(crate::balance::Turn { place: turn.0, period: turn.1 });
+        let backend = &mut saved.pools[0].backends[0];
+        backend.observation = text.clone();
+        backend.intent = text;
+        backend.intent_ms = n;
+        backend.observation_ms = n;
+        backend.outlier.ejected = Some((n, n));
+        backend.outlier.repeats = n as u32;
+        backend.sessions = n;
+        old.controller.adopt(&saved, old.now);
+        old.pass(Duration::from_secs(400));
+        prop_assert!(!old.status("a").ejected);
+    }
+}

@@ -1,0 +1,240 @@
+//! One end of a ledger's stream: sends what the seed says, and checks each byte of
+//! what it receives.
+//!
+//! Called by the ledger, on a thread that may wait. It judges one end alone; that
+//! both ends saw the same is for the ledger to say.
+
+use super::{Fault, Kind, Order, Plan};
+use socket2::Socket;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::sync::LazyLock;
+use std::time::Duration;
+use xxhash_rust::xxh3::Xxh3;
+
+/// Length of the common block all content is cut from: a prime, so that no
+/// buffer size divides it and a repeated or skipped buffer shows.
+const BLOCK_LEN: usize = 1_048_573;
+
+static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let mut random = fastrand::Rng::with_seed(0x7469_6465);
+    (0..BLOCK_LEN).map(|_| random.u8(..)).collect()
+});
+
+/// What one end says about a stream.
+#[derive(Debug, Clone)]
+pub(super) struct Side {
+    pub(super) sent: u64,
+    pub(super) sent_hash: u64,
+    pub(super) received: u64,
+    pub(super) received_hash: u64,
+    pub(super) fault: Option<Fault>,
+}
+
+/// One direction's content: a walk around the block from a seeded start.
+#[derive(Clone, Copy)]
+struct Pattern(u64);
+
+impl Pattern {
+    fn up(seed: u64) -> Pattern {
+        Pattern(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) % BLOCK_LEN as u64)
+    }
+
+    fn down(seed: u64) -> Pattern {
+        Pattern(seed.wrapping_mul(0xC2B2_AE3D_27D4_EB4F) % BLOCK_LEN as u64)
+    }
+
+    /// The bytes from `position`, up to `most` of them or the block's edge.
+    fn at(self, position: u64, most: usize) -> &'static [u8] {
+        let start = ((self.0 + position) % BLOCK_LEN as u64) as usize;
+        &BLOCK[start..BLOCK_LEN.min(start + most)]
+    }
+}
+
+/// Until when one end reads.
+#[derive(Clone, Copy, PartialEq)]
+enum Until {
+    /// FIN, after exactly the planned number of bytes.
+    Fin,
+    /// The planned number of bytes; the peer is not asked for a FIN.
+    Count,
+    /// Whatever comes first of FIN and RST: only what did come is checked.
+    Anything,
+}
+
+pub(super) fn client_side(socket: &Socket, plan: &Plan) -> Side {
+    let mut half = Half::new(socket, plan.seed, Pattern::up(plan.seed), Pattern::down(plan.seed));
+    let result = (&*socket).write_all(&plan.seed.to_le_bytes()).map_err(|e| Fault::of("seed", &e));
+    let result = result.and_then(|()| match plan.order {
+        Order::ClientFinFirst => {
+            half.send(plan.up, true).and_then(|()| half.receive(plan.down, Until::Fin))
+        }
+        Order::BackendFinFirst => {
+            half.receive(plan.down, Until::Fin).and_then(|()| half.send(plan.up, true))
+        }
+        Order::Together => half.both(plan.up, true, plan.down, Until::Fin),
+        Order::ClientCloses => half.both(plan.up, false, plan.down, Until::Count),
+        Order::BackendCloses => half.both(plan.up, false, plan.down, Until::Fin),
+        Order::ClientAborts => half.abort(plan.up / 2),
+        Order::BackendAborts => half.suffer(plan.up, plan.down),
+    });
+    half.record(result.err())
+}
+
+pub(super) fn backend_side(socket: &Socket, plan: &Plan) -> Side {
+    let seed = !plan.seed;
+    let mut half = Half::new(socket, seed, Pattern::down(plan.seed), Pattern::up(plan.seed));
+    let result = match plan.order {
+        Order::ClientFinFirst => {
+            half.receive(plan.up, Until::Fin).and_then(|()| half.send(plan.down, true))
+        }
+        Order::BackendFinFirst => {
+            half.send(plan.down, true).and_then(|()| half.receive(plan.up, Until::Fin))
+        }
+        Order::Together => half.both(plan.down, true, plan.up, Until::Fin),
+        Order::ClientCloses => half.both(plan.down, false, plan.up, Until::Fin),
+        Order::BackendCloses => half.both(plan.down, false, plan.up, Until::Count),
+        Order::ClientAborts => half.suffer(plan.down, plan.up),
+        Order::BackendAborts => half.abort(plan.down / 2),
+    };
+    half.record(result.err())
+}
+
+struct Half<'a> {
+    socket: &'a Socket,
+    random: fastrand::Rng,
+    outgoing: Pattern,
+    incoming: Pattern,
+    sent: u64,
+    received: u64,
+    sent_hash: Xxh3,
+    received_hash: Xxh3,
+}
+
+impl<'a> Half<'a> {
+    fn new(socket: &'a Socket, seed: u64, outgoing: Pattern, incoming: Pattern) -> Half<'a> {
+        Half {
+            socket,
+            random: fastrand::Rng::with_seed(seed),
+            outgoing,
+            incoming,
+            sent: 0,
+            received: 0,
+            sent_hash: Xxh3::new(),
+            received_hash: Xxh3::new(),
+        }
+    }
+
+    fn record(self, fault: Option<Fault>) -> Side {
+        Side {
+            sent: self.sent,
+            sent_hash: self.sent_hash.digest(),
+            received: self.received,
+            received_hash: self.received_hash.digest(),
+            fault,
+        }
+    }
+
+    /// Sends `len` bytes in writes of 1 B to 1 MB, then perhaps FIN.
+    fn send(&mut self, len: u64, fin: bool) -> Result<(), Fault> {
+        while self.sent < len {
+            let most = self.random.f64() * (1e6f64).ln();
+            let most = (most.exp() as usize).min((len - self.sent) as usize);
+            let bytes = self.outgoing.at(self.sent, most);
+            let n = match (&*self.socket).write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => {
+                    result.map_err(|e| Fault::of(format_args!("write at {}", self.sent), &e))?
+                }
+            };
+            self.sent_hash.update(&bytes[..n]);
+            self.sent += n as u64;
+        }
+        if fin {
+            self.socket.shutdown(Shutdown::Write).map_err(|e| Fault::of("FIN", &e))?;
+        }
+        Ok(())
+    }
+
+    /// Receives, checking each byte.
+    fn receive(&mut self, len: u64, until: Until) -> Result<(), Fault> {
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            if until == Until::Count && self.received >= len {
+                return Ok(());
+            }
+            let n = match (&*self.socket).read(&mut buffer) {
+                Ok(0) if until == Until::Anything || self.received == len => return Ok(()),
+                Ok(0) => {
+                    let text = format!("FIN after {} of {len}", self.received);
+                    return Err(Fault::new(Kind::Reset, text));
+                }
+                Ok(n) => n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let text = format!("silence after {} of {len}", self.received);
+                    return Err(Fault::new(Kind::Silent, text));
+                }
+                Err(_) if until == Until::Anything => return Ok(()),
+                Err(error) => {
+                    let doing = format!("read at {} of {len}", self.received);
+                    return Err(Fault::of(doing, &error));
+                }
+            };
+            self.check(&buffer[..n])?;
+            if self.received > len {
+                let text = format!("{} bytes where {len} were sent", self.received);
+                return Err(Fault::new(Kind::Wrong, text));
+            }
+        }
+    }
+
+    fn check(&mut self, mut got: &[u8]) -> Result<(), Fault> {
+        self.received_hash.update(got);
+        while !got.is_empty() {
+            let wanted = self.incoming.at(self.received, got.len());
+            if got[..wanted.len()] != *wanted {
+                let at = wanted.iter().zip(got).take_while(|(a, b)| a == b).count() as u64;
+                return Err(Fault::new(
+                    Kind::Wrong,
+                    format!("wrong byte at {}", self.received + at),
+                ));
+            }
+            self.received += wanted.len() as u64;
+            got = &got[wanted.len()..];
+        }
+        Ok(())
+    }
+
+    /// Sends and receives at once.
+    fn both(&mut self, out: u64, fin: bool, into: u64, until: Until) -> Result<(), Fault> {
+        let mut writer = Half::new(self.socket, self.random.u64(..), self.outgoing, self.incoming);
+        let (written, read) = std::thread::scope(|scope| {
+            let thread = scope.spawn(|| writer.send(out, fin));
+            let read = self.receive(into, until);
+            (thread.join().expect("the writer does not panic"), read)
+        });
+        self.sent = writer.sent;
+        self.sent_hash = writer.sent_hash;
+        read.and(written)
+    }
+
+    /// Sends some and resets.
+    fn abort(&mut self, len: u64) -> Result<(), Fault> {
+        let sent = self.send(len, false);
+        self.socket.set_linger(Some(Duration::ZERO)).map_err(|e| Fault::of("linger", &e))?;
+        sent
+    }
+
+    /// Goes on as planned while the peer resets: errors are expected, wrong
+    /// bytes and silence are not.
+    fn suffer(&mut self, out: u64, into: u64) -> Result<(), Fault> {
+        let mut writer = Half::new(self.socket, self.random.u64(..), self.outgoing, self.incoming);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _ = writer.send(out, false);
+            });
+            self.receive(into, Until::Anything)
+        })
+    }
+}

@@ -1,0 +1,124 @@
+//! The processes a balancer is upgraded to: found, waited for and ended.
+//!
+//! Used by the proxy's handle. The test's process adopts them (prctl(2),
+//! PR_SET_CHILD_SUBREAPER) when the process that started them has ended, so that
+//! their exit codes are seen and none is left behind.
+
+use super::http::Answer;
+use super::proxy::TestProxy;
+use super::{eventually, patience, proc, secs};
+use rustix::process::{Pid, Signal, WaitOptions, getpid, set_child_subreaper, waitpid};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, ExitStatus};
+use std::time::{Duration, Instant};
+
+/// Which process serves.
+#[derive(Debug)]
+pub enum Serving {
+    /// The one the test has started.
+    TheChild,
+    /// One that this, or the last of `before`, was upgraded to.
+    Successor { pid: u32, before: Vec<u32> },
+}
+
+// === impl Serving ===
+
+impl Serving {
+    pub fn pid(&self, child: &Child) -> u32 {
+        match self {
+            Serving::TheChild => child.id(),
+            Serving::Successor { pid, .. } => *pid,
+        }
+    }
+
+    pub fn before(&self) -> Vec<u32> {
+        match self {
+            Serving::TheChild => Vec::new(),
+            Serving::Successor { before, .. } => before.clone(),
+        }
+    }
+
+    pub fn becomes(&mut self, new: u32, child: &Child) {
+        let mut before = self.before();
+        before.push(self.pid(child));
+        *self = Serving::Successor { pid: new, before };
+    }
+
+    /// Its exit status, once it has ended. Reaps the processes before as well.
+    pub fn try_wait(&self, child: &mut Child) -> Option<ExitStatus> {
+        let first = child.try_wait().expect("wait for the child");
+        match self {
+            Serving::TheChild => first,
+            Serving::Successor { pid, before } => {
+                for old in before.iter().skip(1) {
+                    let _ = reap(*old);
+                }
+                // The one that started it may have reaped it, with its status.
+                let gone = !std::path::Path::new(&format!("/proc/{pid}")).exists();
+                reap(*pid).or(gone.then(|| ExitStatus::from_raw(0)))
+            }
+        }
+    }
+
+    /// Ends it at once, and whatever is left of those before.
+    pub fn kill(&self, child: &mut Child) -> Option<ExitStatus> {
+        for pid in self.before().into_iter().chain([self.pid(child)]).skip(1) {
+            if !proc::is_dead(pid) {
+                proc::signal(pid, Signal::KILL);
+            }
+        }
+        let _ = child.kill();
+        let status = child.wait().ok();
+        if let Serving::Successor { .. } = self {
+            let deadline = Instant::now() + secs(2);
+            while Instant::now() < deadline {
+                if let Some(status) = self.try_wait(child) {
+                    return Some(status);
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        status
+    }
+}
+
+/// The exit status of a process that is ours by now and has ended.
+fn reap(pid: u32) -> Option<ExitStatus> {
+    let pid = Pid::from_raw(pid as i32)?;
+    // Not a child yet while the process that started it still drains.
+    let (_, status) = waitpid(Some(pid), WaitOptions::NOHANG).ok().flatten()?;
+    Some(ExitStatus::from_raw(status.as_raw()))
+}
+
+/// Makes this process the parent of orphans below it.
+pub fn adopt_orphans() {
+    set_child_subreaper(Some(getpid())).expect("PR_SET_CHILD_SUBREAPER");
+}
+
+// === impl TestProxy ===
+
+impl TestProxy {
+    /// Upgrades to the same program, which must succeed; gives the process before.
+    #[track_caller]
+    pub fn upgrade(&mut self) -> u32 {
+        let answer = self.try_upgrade("");
+        assert_eq!(answer.status, 200, "{}\n{}", answer.body, self.log());
+        let before = self.pid();
+        let pid = answer.json()["pid"].as_u64().expect("a pid") as u32;
+        assert_ne!(pid, before);
+        self.serve_by(pid);
+        before
+    }
+
+    /// Asks for an upgrade with that query.
+    pub fn try_upgrade(&self, query: &str) -> Answer {
+        adopt_orphans();
+        self.admin_request("POST", &format!("/v1/upgrade{query}"))
+    }
+
+    /// Waits until that process has ended.
+    #[track_caller]
+    pub fn wait_gone(&self, pid: u32, limit: Duration) {
+        eventually(patience(limit), &format!("process {pid} ends"), || proc::is_dead(pid));
+    }
+}

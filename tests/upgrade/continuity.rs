@@ -1,0 +1,290 @@
+//! What clients see of an upgrade: nothing.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::client::{self, End, connect};
+use crate::common::conf::{Conf, Pool};
+use crate::common::ledger::{Ledger, Sizes};
+use crate::common::proxy::TestProxy;
+use crate::common::steady::Steady;
+use crate::common::{
+    Engine, eventually, long, measured, ms, on_every_engine, on_every_engine_alone, patience, proc,
+    secs,
+};
+use rustix::process::Signal;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+on_every_engine!(
+    open_sessions_live_on_in_the_old_process_and_new_ones_go_to_the_new,
+    the_old_process_is_gone_by_its_deadline,
+    queued_clients_are_accepted_by_the_new_process,
+    a_signal_upgrades_as_well,
+    upgrades_follow_each_other_while_sessions_last,
+    the_number_of_workers_may_change,
+    a_bind_that_left_the_file_is_retired_and_a_new_one_is_bound,
+    the_admin_api_answers_without_a_gap,
+    an_old_process_that_is_told_to_stop_goes_on_draining,
+);
+on_every_engine_alone!(upgrades_and_reloads_under_load_lose_nothing);
+
+fn echo_proxy(engine: Engine, drain_timeout: &str) -> (ScriptedBackend, TestProxy) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
+    let proxy = TestProxy::start(conf.process(&format!("drain_timeout = \"{drain_timeout}\"")));
+    (backend, proxy)
+}
+
+fn open_session(proxy: &TestProxy) -> TcpStream {
+    let stream = connect(proxy.addr("web"));
+    client::exchange(&stream, b"hello").expect("an echo");
+    stream
+}
+
+fn open_sessions_live_on_in_the_old_process_and_new_ones_go_to_the_new(engine: Engine) {
+    let (_backend, mut proxy) = echo_proxy(engine, "60s");
+    let old_session = open_session(&proxy);
+    let old = proxy.upgrade();
+    let new_session = open_session(&proxy);
+    for (session, text) in [(&old_session, b"still here"), (&new_session, b"newly here")] {
+        assert_eq!(client::exchange(session, text).unwrap(), text);
+    }
+    assert_eq!(proxy.status()["connections_active"], 1, "the old one's session is its own");
+    assert!(!proc::is_dead(old));
+    drop(old_session);
+    proxy.wait_gone(old, secs(5));
+    assert_eq!(client::exchange(&new_session, b"on and on").unwrap(), b"on and on");
+    drop(new_session);
+    proxy.rebaseline();
+}
+
+fn the_old_process_is_gone_by_its_deadline(engine: Engine) {
+    let (_backend, mut proxy) = echo_proxy(engine, "1s");
+    let session = open_session(&proxy);
+    let start = Instant::now();
+    let old = proxy.upgrade();
+    assert_eq!(client::read_to_end(&session), End::Reset(0));
+    let after = start.elapsed();
+    assert!(after > ms(800) && after < patience(secs(3)), "cut after {after:?}");
+    proxy.wait_gone(old, secs(2));
+    client::exchange(&open_session(&proxy), b"fine").unwrap();
+    proxy.rebaseline();
+}
+
+/// Nobody accepts while the process is at its cap: clients wait in the kernel's
+/// queue, and there the successor finds them.
+fn queued_clients_are_accepted_by_the_new_process(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()))
+        .process("connections_max = 2\ndrain_timeout = \"60s\"");
+    let mut proxy = TestProxy::start(conf);
+    let held = [open_session(&proxy), open_session(&proxy)];
+    let queued: Vec<TcpStream> = (0..40).map(|_| connect(proxy.addr("web"))).collect();
+    let old = proxy.upgrade();
+    // Whoever waits longest is not the first on its worker: all at once.
+    std::thread::scope(|scope| {
+        for stream in queued {
+            scope.spawn(move || {
+                let answer = client::exchange(&stream, b"ping").expect("served by the new process");
+                assert_eq!(answer, b"ping");
+            });
+        }
+    });
+    drop(held);
+    proxy.wait_gone(old, secs(5));
+    proxy.rebaseline();
+}
+
+fn a_signal_upgrades_as_well(engine: Engine) {
+    let (_backend, mut proxy) = echo_proxy(engine, "60s");
+    crate::common::upgrade::adopt_orphans();
+    let session = open_session(&proxy);
+    let old = proxy.pid();
+    proxy.signal(Signal::USR2);
+    let pid_file = proxy.dir().join("pid");
+    let read = || std::fs::read_to_string(&pid_file).unwrap_or_default();
+    eventually(secs(10), "another process serves", || {
+        read().trim().parse().is_ok_and(|pid: u32| pid != old)
+    });
+    let new = read().trim().parse().unwrap();
+    proxy.serve_by(new);
+    eventually(secs(5), "it is ready", || proxy.admin_request("GET", "/ready").status == 200);
+    client::exchange(&session, b"still here").unwrap();
+    drop(session);
+    proxy.wait_gone(old, secs(5));
+    assert_eq!(read().trim(), new.to_string(), "the old one leaves the file alone");
+    proxy.rebaseline();
+}
+
+fn upgrades_follow_each_other_while_sessions_last(engine: Engine) {
+    let (_backend, mut proxy) = echo_proxy(engine, "60s");
+    let mut sessions = vec![open_session(&proxy)];
+    let mut processes = Vec::new();
+    for _ in 0..4 {
+        processes.push(proxy.upgrade());
+        sessions.push(open_session(&proxy));
+    }
+    for session in &sessions {
+        client::exchange(session, b"each in its own process").unwrap();
+    }
+    assert!(processes.iter().all(|pid| !proc::is_dead(*pid)));
+    assert_eq!(proxy.metric("tidegate_upgrades_total", &[("result", "done")]), 4.0);
+    drop(sessions);
+    for pid in processes {
+        proxy.wait_gone(pid, secs(5));
+    }
+    proxy.rebaseline();
+}
+
+fn the_number_of_workers_may_change(engine: Engine) {
+    let (_backend, mut proxy) = echo_proxy(engine, "10s");
+    for workers in [4, 1, 3] {
+        let mut conf = proxy.conf();
+        conf.workers = workers;
+        proxy.rewrite_by_rename(&proxy.render(&conf));
+        proxy.adopt(conf);
+        proxy.upgrade();
+        assert_eq!(proxy.status()["workers"], workers);
+        for _ in 0..60 {
+            client::exchange(&open_session(&proxy), b"every socket is served").unwrap();
+        }
+    }
+    proxy.rebaseline();
+}
+
+fn a_bind_that_left_the_file_is_retired_and_a_new_one_is_bound(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()))
+        .frontend("gone", "web", "")
+        .process("drain_timeout = \"20s\"");
+    let mut proxy = TestProxy::start(conf);
+    let gone = proxy.addr("gone");
+    let session = connect(gone);
+    client::exchange(&session, b"old").unwrap();
+    let mut conf = proxy.conf();
+    conf.frontends.pop();
+    let conf = conf.frontend("new", "web", "");
+    // The file is watched: the new process gets one of its own.
+    let path = proxy.dir().join("other.toml");
+    std::fs::write(&path, proxy.render(&conf)).unwrap();
+    let answer = proxy.try_upgrade(&format!("?config={}", path.display()));
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_eq!(answer.json()["generation"], 2, "another configuration");
+    proxy.serve_by(answer.json()["pid"].as_u64().unwrap() as u32);
+    proxy.adopt(conf);
+    client::exchange(&connect(proxy.addr("new")), b"new").unwrap();
+    client::exchange(&session, b"old").unwrap();
+    eventually(secs(5), "the old address refuses", || {
+        TcpStream::connect_timeout(&gone, ms(50))
+            .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+    });
+    client::exchange(&open_session(&proxy), b"the one that stayed takes clients").unwrap();
+    drop(session);
+    proxy.rebaseline();
+}
+
+fn the_admin_api_answers_without_a_gap(engine: Engine) {
+    let (_backend, mut proxy) = echo_proxy(engine, "10s");
+    let socket = proxy.dir().join("admin.sock");
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            let mut asked = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let answer = crate::common::http::over_unix(&socket, "GET", "/live");
+                assert_eq!(answer.expect("an answer").status, 200);
+                asked += 1;
+            }
+            asked
+        });
+        for _ in 0..5 {
+            proxy.upgrade();
+        }
+        stop.store(true, Ordering::Relaxed);
+        let asked: u32 = asking.join().expect("no request failed");
+        assert!(asked > 20, "{asked}");
+    });
+    proxy.rebaseline();
+}
+
+/// Whoever stops the service signals every process of it.
+fn an_old_process_that_is_told_to_stop_goes_on_draining(engine: Engine) {
+    let (_backend, mut proxy) = echo_proxy(engine, "60s");
+    let session = open_session(&proxy);
+    let old = proxy.upgrade();
+    proc::signal(old, Signal::TERM);
+    std::thread::sleep(ms(100));
+    client::exchange(&session, b"still served").unwrap();
+    proc::signal(old, Signal::TERM);
+    proxy.wait_gone(old, secs(2));
+    proxy.rebaseline();
+}
+
+/// Backends of two kinds and a frontend that come and go, weights that change,
+/// processes that follow each other; every byte of every stream is checked.
+fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
+    let (upgrades, reloads) = if long() { (100, 1000) } else { (5, 50) };
+    let ledger = Ledger::without_aborts(Sizes { most: 64 * 1024, large_one_in: 0 });
+    let streams = [(); 3].map(|()| ScriptedBackend::start(ledger.script()));
+    let short = ["a", "b"].map(|name| ScriptedBackend::start(backend::http(name, 200)));
+    let web = Pool::new("web").backend("a", short[0].address()).backend("b", short[1].address());
+    let led = Pool::new("led").backend("s0", streams[0].address());
+    let conf = Conf::new(engine).frontend("web", "web", "").frontend("led", "led", "");
+    let mut proxy = TestProxy::start(conf.pool(web).pool(led).process("drain_timeout = \"30s\""));
+    let (web, led) = (proxy.addr("web"), proxy.addr("led"));
+    let steady = Steady::start(web, 4);
+    let stop = AtomicBool::new(false);
+    let mut processes = Vec::new();
+    std::thread::scope(|scope| {
+        scope.spawn(|| ledger.run_until(&[led], &stop, 4));
+        let _stop_even_on_panic = StopOnDrop(&stop);
+        for round in 1..=reloads {
+            let mut conf = proxy.conf();
+            conf.pool_mut("web").backends[0].keys = format!("weight = {}", round % 900 + 1);
+            let pool = conf.pool_mut("led");
+            pool.backends.clear();
+            for n in [round % 3, (round + 1) % 3] {
+                *pool = pool.clone().backend(&format!("s{n}"), streams[n].address());
+            }
+            conf.frontends.truncate(2);
+            let conf = if round % 3 == 1 { conf.frontend("extra", "web", "") } else { conf };
+            proxy.reload(conf);
+            if round % (reloads / upgrades) == 0 {
+                processes.push(proxy.upgrade());
+            }
+            std::thread::sleep(ms(50));
+        }
+    });
+    let attempts = steady.stop();
+    let failed: Vec<_> = attempts.iter().filter(|one| one.result.is_err()).collect();
+    assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), attempts.len(), failed[0]);
+    ledger.settle();
+    ledger.assert_clean();
+    assert_eq!(processes.len(), upgrades);
+    for pid in processes {
+        proxy.wait_gone(pid, secs(31));
+    }
+    let done = proxy.metric("tidegate_upgrades_total", &[("result", "done")]);
+    assert_eq!(done, upgrades as f64);
+    let reloaded = proxy.metric("tidegate_reloads_total", &[("result", "changed")]);
+    assert_eq!(reloaded, reloads as f64);
+    // Every session of every process is in the last one's counts.
+    let sessions = proxy.metric("tidegate_sessions_total", &[]);
+    assert_eq!(sessions, (attempts.len() as u64 + ledger.streams()) as f64);
+    let ended = proxy.metric("tidegate_session_end_total", &[]);
+    assert_eq!(ended, sessions);
+    measured(&format!(
+        "{upgrades} upgrades and {reloads} reloads under {} sessions and {} streams, 0 failed",
+        attempts.len(),
+        ledger.streams()
+    ));
+    proxy.rebaseline();
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,149 @@
+//! Under a service manager: sockets it passes, and what it is told.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::client::{self, connect};
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::{PROGRAM, TestProxy};
+use crate::common::{Engine, eventually, have, on_every_engine, secs};
+use std::net::TcpListener;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::time::Duration;
+
+on_every_engine!(
+    the_manager_is_told_of_every_step,
+    a_passed_socket_is_used_and_outlives_the_process,
+    a_passed_socket_nobody_asks_for_is_an_error,
+);
+
+/// The manager's end of the notifications.
+struct Manager(UnixDatagram);
+
+impl Manager {
+    fn at(path: &Path) -> Manager {
+        let socket = UnixDatagram::bind(path).unwrap();
+        socket.set_read_timeout(Some(crate::common::patience(secs(10)))).unwrap();
+        Manager(socket)
+    }
+
+    /// The next message but the watchdog's.
+    fn next(&self) -> String {
+        loop {
+            let message = self.any();
+            if message != "WATCHDOG=1" {
+                return message;
+            }
+        }
+    }
+
+    fn any(&self) -> String {
+        let mut bytes = [0; 4096];
+        let n = self.0.recv(&mut bytes).expect("a message in time");
+        String::from_utf8(bytes[..n].to_vec()).unwrap()
+    }
+}
+
+fn the_manager_is_told_of_every_step(engine: Engine) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let manager = Manager::at(&path);
+    let backend = ScriptedBackend::start(backend::echo());
+    let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
+    let socket = format!("NOTIFY_SOCKET={}", path.display());
+    let wrapper = ["env", &socket, "WATCHDOG_USEC=200000"];
+    let mut proxy = TestProxy::start_under(conf, &wrapper);
+    let first = proxy.pid();
+    assert_eq!(manager.next(), format!("READY=1\nMAINPID={first}"));
+    assert_eq!(manager.any(), "WATCHDOG=1");
+    assert_eq!(manager.any(), "WATCHDOG=1");
+
+    let mut conf = proxy.conf();
+    conf.pool_mut("web").backends[0].keys = "weight = 2".into();
+    proxy.reload(conf);
+    let said = manager.next();
+    let micros = said.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").expect(&said);
+    assert!(micros.parse::<u64>().unwrap() > 1_000_000);
+    assert_eq!(manager.next(), format!("READY=1\nMAINPID={first}"));
+    // The watcher has seen the change, too, and found nothing new.
+    let reloads = || proxy.metric("tidegate_reloads_total", &[("result", "unchanged")]);
+    eventually(secs(5), "the watcher has looked", || reloads() >= 1.0);
+    assert!(manager.next().starts_with("RELOADING=1"));
+    assert_eq!(manager.next(), format!("READY=1\nMAINPID={first}"));
+
+    proxy.upgrade();
+    let second = proxy.pid();
+    let mut said = [manager.next(), manager.next()];
+    said.sort();
+    assert_eq!(said, [format!("MAINPID={second}"), format!("READY=1\nMAINPID={second}")]);
+    proxy.rebaseline();
+    proxy.sigterm();
+    assert_eq!(manager.next(), "STOPPING=1");
+    assert_eq!(proxy.wait_exit(secs(3)), Some(0));
+}
+
+/// Passes fd 3 (and 4) on as systemd does: LISTEN_PID is the process's own.
+const ACTIVATE: &str = "exec 3<&0; exec 0</dev/null; export LISTEN_PID=$$; exec \"$@\"";
+
+/// Runs the balancer with that listener passed; gives its exit code and output.
+fn run_with(listener: &TcpListener, config: &Path) -> std::process::Child {
+    std::process::Command::new("sh")
+        .args(["-c", ACTIVATE, "sh", PROGRAM, "run", "--config"])
+        .arg(config)
+        .env("LISTEN_FDS", "1")
+        .env("LISTEN_FDNAMES", "front")
+        .stdin(std::os::fd::OwnedFd::from(listener.try_clone().unwrap()))
+        .stdout(std::process::Stdio::null())
+        .stderr(std::fs::File::create(config.with_extension("log")).unwrap())
+        .spawn()
+        .unwrap()
+}
+
+fn a_passed_socket_is_used_and_outlives_the_process(engine: Engine) {
+    if !have(&["sh"]) {
+        return;
+    }
+    let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let backend = ScriptedBackend::start(backend::echo());
+    let mut conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
+    conf.frontends[0].binds = vec![address];
+    let config = dir.path().join("tidegate.toml");
+    let admin = format!("unix:{}", dir.path().join("admin.sock").display());
+    std::fs::write(&config, conf.render(&admin, "off")).unwrap();
+    for _ in 0..2 {
+        // Connected before anybody serves: that is what activation is for.
+        let early = connect(address);
+        let mut child = run_with(&listener, &config);
+        client::exchange(&early, b"worth the wait").unwrap();
+        for _ in 0..20 {
+            client::exchange(&connect(address), b"and many more").unwrap();
+        }
+        drop(early);
+        let pid = child.id();
+        crate::common::proc::signal(pid, rustix::process::Signal::TERM);
+        let status = child.wait().unwrap();
+        assert!(status.success(), "{status}");
+    }
+    // With nobody serving, clients still wait in the manager's socket.
+    let waiting = connect(address);
+    waiting.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert!(matches!(client::read_to_end(&waiting), client::End::Silence(0)));
+}
+
+fn a_passed_socket_nobody_asks_for_is_an_error(engine: Engine) {
+    if !have(&["sh"]) {
+        return;
+    }
+    let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let pool = Pool::new("web").backend("a", "127.0.0.1:9");
+    let config = dir.path().join("tidegate.toml");
+    let admin = format!("unix:{}", dir.path().join("admin.sock").display());
+    std::fs::write(&config, Conf::simple(engine, pool).render(&admin, "off")).unwrap();
+    let status = run_with(&listener, &config).wait().unwrap();
+    assert_eq!(status.code(), Some(3));
+    let said = std::fs::read_to_string(config.with_extension("log")).unwrap();
+    let named = format!("no bind of the configuration is {}", listener.local_addr().unwrap());
+    assert!(said.contains(&named) && said.contains("front"), "{said}");
+}

@@ -1,0 +1,176 @@
+//! What the new process knows: everything the one before did.
+
+use crate::common::backend::{self, Refusing, ScriptedBackend};
+use crate::common::client::{self, connect};
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::TestProxy;
+use crate::common::{Engine, eventually, on_every_engine, secs};
+use std::collections::BTreeMap;
+
+on_every_engine!(
+    drains_ejections_and_verdicts_survive,
+    no_counter_goes_backwards,
+    sessions_of_the_old_process_are_counted_when_they_end,
+    a_round_robin_goes_on_in_its_turn,
+    a_change_of_the_file_during_an_upgrade_is_taken_up,
+);
+
+fn drains_ejections_and_verdicts_survive(engine: Engine) {
+    let echo = ["a", "b"].map(|_| ScriptedBackend::start(backend::echo()));
+    let dead = [Refusing::new(), Refusing::new()];
+    let probe = "kind = \"tcp\"\ninterval = \"30s\"\ntimeout = \"1s\"";
+    let probed = Pool::new("probed")
+        .probe(probe)
+        .backend("up", echo[0].address())
+        .backend("dead", dead[0].address)
+        .backend("drained", echo[1].address());
+    let plain = Pool::new("plain")
+        .ejection("failures = 2\ntime = \"60s\"")
+        .backend("fine", echo[0].address())
+        .backend("ejected", dead[1].address);
+    let conf = Conf::new(engine).frontend("probed", "probed", "").frontend("plain", "plain", "");
+    let mut proxy = TestProxy::start(conf.pool(probed).pool(plain));
+    proxy.wait_backend("probed", "dead", "observation", "down");
+    proxy.wait_backend("probed", "up", "observation", "up");
+    proxy.cli_ok(&["drain", "probed/drained"]);
+    while proxy.backend("plain", "ejected")["ejected"] == false {
+        client::exchange(&connect(proxy.addr("plain")), b"x").unwrap();
+    }
+    proxy.upgrade();
+    // Read at once: no probe of its own has told the new process anything.
+    let status = |pool, name| proxy.backend(pool, name);
+    assert_eq!(status("probed", "up")["observation"], "up");
+    assert_eq!(status("probed", "dead")["observation"], "down");
+    assert_eq!(status("probed", "drained")["intent"], "draining");
+    assert_eq!(status("plain", "ejected")["ejected"], true);
+    assert_eq!(status("plain", "ejected")["ejections_total"], 1);
+    client::exchange(&connect(proxy.addr("probed")), b"served at once").unwrap();
+    assert_eq!(proxy.generation(), 1);
+    proxy.cli_ok(&["undrain", "probed/drained"]);
+    assert_eq!(proxy.backend("probed", "drained")["intent"], "ready");
+    proxy.rebaseline();
+}
+
+/// Every sample of a counter or histogram, by its series.
+fn totals(text: &str) -> BTreeMap<String, f64> {
+    let mut kinds = BTreeMap::new();
+    for line in text.lines() {
+        if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|l| l.split_once(' ')) {
+            kinds.insert(name.to_owned(), kind.to_owned());
+        }
+    }
+    let counted = |series: &str| {
+        let name = series.split('{').next().unwrap();
+        let base = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end));
+        let kind = |name: &str| kinds.get(name).map(String::as_str);
+        kind(name) == Some("counter") && !name.starts_with("process_")
+            || base.and_then(kind) == Some("histogram")
+    };
+    let samples = text.lines().filter(|line| !line.starts_with('#'));
+    let parsed = samples.filter_map(|line| line.rsplit_once(' '));
+    parsed
+        .filter(|(series, _)| counted(series))
+        .map(|(series, value)| (series.to_owned(), value.parse().unwrap()))
+        .collect()
+}
+
+fn no_counter_goes_backwards(engine: Engine) {
+    let server = ScriptedBackend::start(backend::echo());
+    let dead = Refusing::new();
+    let pool = Pool::new("web")
+        .key("connect_attempts = 2")
+        .ejection("failures = 3\ntime = \"1s\"")
+        .backend("a", server.address())
+        .backend("dead", dead.address);
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    let mut before = BTreeMap::new();
+    for _ in 0..3 {
+        for _ in 0..20 {
+            client::exchange(&connect(proxy.addr("web")), b"some bytes").unwrap();
+        }
+        let now = totals(&proxy.admin_request("GET", "/metrics").body);
+        assert_none_fell(&before, &now);
+        proxy.upgrade();
+        let then = totals(&proxy.admin_request("GET", "/metrics").body);
+        assert_none_fell(&now, &then);
+        before = then;
+    }
+    assert_eq!(proxy.metric("tidegate_sessions_total", &[]), 60.0);
+    assert_eq!(proxy.metric("tidegate_connect_seconds_count", &[("backend", "a")]), 60.0);
+    assert!(proxy.metric("tidegate_connect_failures_total", &[]) >= 3.0);
+    assert!(proxy.metric("tidegate_uptime_seconds", &[]) < 60.0);
+    proxy.rebaseline();
+}
+
+#[track_caller]
+fn assert_none_fell(before: &BTreeMap<String, f64>, now: &BTreeMap<String, f64>) {
+    for (series, was) in before {
+        let is = now.get(series).unwrap_or_else(|| panic!("{series} is gone, it was {was}"));
+        assert!(is >= was, "{series} fell from {was} to {is}");
+    }
+}
+
+fn sessions_of_the_old_process_are_counted_when_they_end(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let pool = Pool::new("web").backend("a", backend.address());
+    let conf = Conf::simple(engine, pool).process("drain_timeout = \"30s\"");
+    let mut proxy = TestProxy::start(conf);
+    let session = connect(proxy.addr("web"));
+    client::exchange(&session, b"12345").unwrap();
+    let old = proxy.upgrade();
+    client::exchange(&session, b"67890").unwrap();
+    let ended = |proxy: &TestProxy| proxy.metric("tidegate_session_end_total", &[]);
+    assert_eq!(ended(&proxy), 0.0);
+    drop(session);
+    proxy.wait_gone(old, secs(5));
+    eventually(secs(5), "the old process has told", || ended(&proxy) == 1.0);
+    assert_eq!(proxy.metric("tidegate_sessions_total", &[]), 1.0);
+    assert_eq!(proxy.metric("tidegate_bytes_total", &[("direction", "in")]), 10.0);
+    assert_eq!(proxy.metric("tidegate_backend_bytes_total", &[("direction", "out")]), 10.0);
+    assert_eq!(proxy.metric("tidegate_session_seconds_count", &[]), 1.0);
+    assert_eq!(proxy.metric("tidegate_worker_active", &[]), 0.0);
+    proxy.rebaseline();
+}
+
+fn a_round_robin_goes_on_in_its_turn(engine: Engine) {
+    let servers = ["a", "b", "c"].map(|name| ScriptedBackend::start(backend::name(name)));
+    let pool = ["a", "b", "c"]
+        .iter()
+        .zip(&servers)
+        .fold(Pool::new("web"), |pool, (name, server)| pool.backend(name, server.address()));
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    let mut order = String::new();
+    for _ in 0..6 {
+        order += &client::ask(proxy.addr("web")).unwrap();
+        proxy.upgrade();
+    }
+    assert_eq!(order, "abcabc");
+    proxy.rebaseline();
+}
+
+/// The old process puts the change off, and then it is not its any more.
+fn a_change_of_the_file_during_an_upgrade_is_taken_up(engine: Engine) {
+    let servers = ["a", "b"].map(|name| ScriptedBackend::start(backend::name(name)));
+    let pool = Pool::new("web").backend("a", servers[0].address());
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    for round in 0..6 {
+        let mut conf = proxy.conf();
+        let server = &servers[(round + 1) % 2];
+        let name = ["b", "a"][round % 2];
+        *conf.pool_mut("web") = Pool::new("web").backend(name, server.address());
+        let text = proxy.render(&conf);
+        let (path, dir) = (proxy.config_path().to_owned(), proxy.dir().to_owned());
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(10 * round as u64));
+            std::fs::write(dir.join("next.toml"), text).unwrap();
+            std::fs::rename(dir.join("next.toml"), path).unwrap();
+        });
+        proxy.upgrade();
+        writer.join().unwrap();
+        proxy.adopt(conf);
+        eventually(secs(5), "the new file is in force", || {
+            client::ask(proxy.addr("web")).unwrap() == name
+        });
+    }
+    proxy.rebaseline();
+}
