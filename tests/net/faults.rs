@@ -157,7 +157,7 @@ fn strict_and_far(hosts: &Hosts) -> Pool {
     hosts.backends.iter().for_each(|host| host.link.set(far));
     let probe = "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \"hello\"\n\
                  interval = \"1s\"\ntimeout = \"1s\"\nfall = 1";
-    let pool = hosts.pool().key("connect_timeout = \"1s\"");
+    let pool = hosts.pool().key("connect_timeout = \"2s\"");
     pool.probe(probe).ejection("failures = 1")
 }
 
@@ -187,7 +187,7 @@ fn stopped_balancer_blames_nobody(engine: Engine) {
     let traffic = Traffic::start(&hosts.client, proxy.addr("web"), PACE);
     eventually(secs(10), "traffic flows", || traffic.done() >= 16);
     let (known, stopped) = (proxy.log().len(), Instant::now());
-    for stall in [secs(3), ms(1500)] {
+    for stall in [secs(3), ms(2500)] {
         proxy.signal(Signal::STOP);
         // The stall itself is what is tested: seconds without a tick.
         std::thread::sleep(stall);

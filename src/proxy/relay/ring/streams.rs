@@ -24,8 +24,7 @@ use std::rc::Rc;
 /// MiB unless streams starve. The pool bounds all of them together.
 const HIGH_WATER: u32 = 128 * 1024;
 
-/// The same once less than half of the pool's buffers are left: slow readers
-/// must not take them all from the others.
+/// The same once less than half of the pool's buffers are left, for the others.
 const HIGH_WATER_SCARCE: u32 = 2 * BUFFER_LEN as u32;
 
 /// Where a cancelled receive goes on for so much longer, the cancellation has
@@ -594,7 +593,6 @@ impl Flow {
     }
 }
 
-/// See [`HIGH_WATER`].
 #[inline]
 fn high_water(ring: &Ring) -> u32 {
     let left = ring.buffers_free() + ring.buffers_shown();
