@@ -337,10 +337,12 @@ impl Sim {
             row = b.shared_row;
             b.shared_row += count;
         }
+        let begun = self.now;
         let events = (row + 1..=row + count).map(|in_a_row| Event::ConnectFailed {
             backend: id,
             failure: ConnectFailure::Refused,
             in_a_row,
+            begun,
         });
         let effects = self.controller.apply_all(events, self.now);
         self.model.pass(self.now);

@@ -214,8 +214,8 @@ impl Control {
     fn take_reports(&mut self) {
         let reports = Arc::clone(&self.shared.reports);
         let events = std::iter::from_fn(|| reports.pop()).map(|report| match report {
-            Report::ConnectFailed { backend, failure, in_a_row } => {
-                Event::ConnectFailed { backend, failure, in_a_row }
+            Report::ConnectFailed { backend, failure, in_a_row, begun } => {
+                Event::ConnectFailed { backend, failure, in_a_row, begun }
             }
         });
         self.feed(events);

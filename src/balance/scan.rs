@@ -12,6 +12,10 @@ use super::draw::Draws;
 /// lets us in first is good enough.
 const SCANS_MAX: u32 = 8;
 
+/// Equally loaded candidates that are remembered one by one: all of them in the
+/// pools that are scanned by choice.
+const EQUALS_MAX: usize = 64;
+
 /// Chooses until the chosen one lets us in. `choose` gives a usable candidate,
 /// or nobody if there is none.
 #[inline]
@@ -37,25 +41,53 @@ pub(super) fn least_loaded(
     tried: &[usize],
     draws: &mut Draws,
 ) -> Option<usize> {
-    let mut best: Option<(usize, Load)> = None;
-    let mut equals = 1;
+    let mut best: Option<Load> = None;
+    let mut equals = Equals { places: [0; EQUALS_MAX], seen: 0 };
     for (index, candidate) in candidates.iter().enumerate() {
         let Some(load) = usable(candidate, index, tried) else { continue };
-        match &best {
-            Some((_, least)) if least.is_below(load) => {}
-            Some((_, least)) if !load.is_below(*least) => {
-                equals += 1;
-                if draws.below(equals) == 0 {
-                    best = Some((index, load));
-                }
-            }
+        match best {
+            Some(least) if least.is_below(load) => {}
+            Some(least) if !load.is_below(least) => equals.add(index, draws),
             _ => {
-                best = Some((index, load));
-                equals = 1;
+                best = Some(load);
+                equals.seen = 0;
+                equals.add(index, draws);
             }
         }
     }
-    best.map(|(index, _)| index)
+    equals.draw(draws)
+}
+
+/// Equally loaded candidates: one random number at the end instead of one for
+/// each, which in an idle pool is most of a pick's cost.
+struct Equals {
+    places: [usize; EQUALS_MAX],
+    seen: usize,
+}
+
+impl Equals {
+    /// Beyond [`EQUALS_MAX`], a fair sample of them is kept (Vitter's algorithm R,
+    /// 1985).
+    #[inline]
+    fn add(&mut self, index: usize, draws: &mut Draws) {
+        let place = match self.seen {
+            seen if seen < EQUALS_MAX => seen,
+            seen => draws.below(seen as u64 + 1) as usize,
+        };
+        if let Some(kept) = self.places.get_mut(place) {
+            *kept = index;
+        }
+        self.seen += 1;
+    }
+
+    #[inline]
+    fn draw(&self, draws: &mut Draws) -> Option<usize> {
+        match self.seen.min(EQUALS_MAX) {
+            0 => None,
+            1 => Some(self.places[0]),
+            several => Some(self.places[draws.below(several as u64) as usize]),
+        }
+    }
 }
 
 /// A usable candidate, with probability in proportion to its weight among the

@@ -79,6 +79,9 @@ pub enum Event {
         failure: ConnectFailure,
         /// Failures since the last success, this one included.
         in_a_row: u32,
+        /// When the attempt began: what was under way when the backend came back
+        /// says nothing of it since.
+        begun: Instant,
     },
     /// A heartbeat whose signature and freshness are proven. Those that have
     /// arrived are to be given before or together with anything else, or their
@@ -377,8 +380,8 @@ impl Controller {
                 Event::Probed { backend, token, outcome } => {
                     self.probed(backend, token, outcome, now);
                 }
-                Event::ConnectFailed { backend, failure, in_a_row } => {
-                    self.connect_failed(backend, failure, in_a_row, now);
+                Event::ConnectFailed { backend, failure, in_a_row, begun } => {
+                    self.connect_failed(backend, failure, (in_a_row, begun), now);
                 }
                 Event::Heartbeat { .. } | Event::HeartbeatsLost(_) | Event::Tick => {}
             }

@@ -214,8 +214,8 @@ impl Bench {
     /// Connect failures `from..=to` of a row.
     fn refuse(&mut self, name: &str, from: u32, to: u32) -> Vec<Effect> {
         let backend = self.id(name);
-        let failed =
-            |in_a_row| Event::ConnectFailed { backend, failure: ConnectFailure::Refused, in_a_row };
+        let (failure, begun) = (ConnectFailure::Refused, self.now);
+        let failed = |in_a_row| Event::ConnectFailed { backend, failure, in_a_row, begun };
         (from..=to).flat_map(|k| self.apply(failed(k))).collect()
     }
 

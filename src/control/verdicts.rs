@@ -61,11 +61,12 @@ impl Controller {
         &mut self,
         id: BackendId,
         failure: ConnectFailure,
-        in_a_row: u32,
+        (in_a_row, begun): (u32, Instant),
         now: Instant,
     ) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        if !entry.health.outlier.takes_failures() {
+        // A connect whose SYN was lost before the backend came back fails late.
+        if !entry.health.outlier.takes_failures() || begun < entry.health.settled_since() {
             return;
         }
         let before = entry.health.observation();

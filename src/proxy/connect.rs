@@ -104,7 +104,7 @@ pub(super) async fn dial(
             Err(Failed::Over(ending)) => return Err(ending),
             Err(Failed::Blamed(failure, errno)) => {
                 held.decide(TrialPhase::Failed);
-                why = blame(ctx, held.backend(), failure, errno);
+                why = blame(ctx, held.backend(), failure, errno, started);
             }
             Err(Failed::Local(kind, errno)) => {
                 ctx.counters.local_errors.cell(kind as usize, 0).add(1);
@@ -161,9 +161,15 @@ fn judge(error: &io::Error, local: Option<LocalError>) -> Failed {
 }
 
 /// Counts a failure against the backend and tells the control thread.
-fn blame(ctx: &Context, backend: &BackendState, failure: ConnectFailure, errno: i32) -> Ending {
+fn blame(
+    ctx: &Context,
+    backend: &BackendState,
+    failure: ConnectFailure,
+    errno: i32,
+    begun: Instant,
+) -> Ending {
     backend.counters.of(ctx.id).connect_failures.add(1);
-    report(ctx, backend, failure);
+    report(ctx, backend, failure, begun);
     let cause = match failure {
         ConnectFailure::Refused => Cause::ConnectRefused,
         ConnectFailure::Timeout => Cause::ConnectTimeout,
@@ -173,9 +179,9 @@ fn blame(ctx: &Context, backend: &BackendState, failure: ConnectFailure, errno: 
 }
 
 /// Makes the row of failures longer and tells the control thread.
-fn report(ctx: &Context, backend: &BackendState, failure: ConnectFailure) {
+fn report(ctx: &Context, backend: &BackendState, failure: ConnectFailure, begun: Instant) {
     let in_a_row = backend.failed();
-    let report = Report::ConnectFailed { backend: backend.id, failure, in_a_row };
+    let report = Report::ConnectFailed { backend: backend.id, failure, in_a_row, begun };
     if !ctx.shared.reports.push(report) {
         ctx.counters.reports_dropped.add(1);
     }
@@ -262,7 +268,7 @@ impl Held {
     pub(super) fn reset_early(&mut self, ctx: &Context) {
         if self.early_resets {
             self.decide(TrialPhase::Failed);
-            report(ctx, &self.backend, ConnectFailure::EarlyReset);
+            report(ctx, &self.backend, ConnectFailure::EarlyReset, clock::now());
         }
     }
 

@@ -20,6 +20,7 @@ use std::cell::{Cell, RefCell};
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::Notify;
 
 /// Reports that may wait for the control thread. A backend that dies under
@@ -38,6 +39,8 @@ pub enum Report {
         failure: ConnectFailure,
         /// Failures since the last success.
         in_a_row: u32,
+        /// When the attempt began.
+        begun: Instant,
     },
 }
 

@@ -139,9 +139,10 @@ fn backups_stand_beside_primaries_that_are_all_on_trial() {
 fn early_resets_eject_and_leave_the_probes_verdict_alone() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let backend = bench.id("a");
-    let failure = ConnectFailure::EarlyReset;
+    let (failure, begun) = (ConnectFailure::EarlyReset, bench.now);
     let effects: Vec<Effect> = (1..=5)
-        .flat_map(|in_a_row| bench.apply(Event::ConnectFailed { backend, failure, in_a_row }))
+        .map(|in_a_row| Event::ConnectFailed { backend, failure, in_a_row, begun })
+        .flat_map(|event| bench.apply(event))
         .collect();
     assert_eq!(
         logs(&effects),

@@ -254,3 +254,28 @@ fn events_that_come_together_make_one_table() {
     assert_eq!((publishes(&effects), logs(&effects).len()), (1, 3));
     assert!(matches!(effects[0], Effect::Publish(_)), "before anything slow");
 }
+
+#[test]
+fn a_connect_begun_before_a_backend_came_back_says_nothing_of_it_since() {
+    let mut bench = Bench::up(pool(&["a", "b"]));
+    let (backend, lost_in_the_cut) = (bench.id("a"), bench.now);
+    let minute = Duration::from_secs(60);
+    bench.answer_all_for(minute, Some("no answer"));
+    assert_eq!(bench.status("a").observation, Observation::Down);
+    bench.answer_all_for(minute, None);
+    assert_eq!(bench.status("a").observation, Observation::Up);
+    let failure = ConnectFailure::Timeout;
+    let mut fail = |begun| {
+        for in_a_row in 1..=9 {
+            bench.apply(Event::ConnectFailed { backend, failure, in_a_row, begun });
+        }
+        let status = bench.status("a");
+        (status.observation, status.ejected)
+    };
+    assert_eq!(fail(lost_in_the_cut), (Observation::Up, false));
+    let later = bench.now;
+    for in_a_row in 10..=19 {
+        bench.apply(Event::ConnectFailed { backend, failure, in_a_row, begun: later });
+    }
+    assert_eq!(bench.status("a").observation, Observation::Down);
+}

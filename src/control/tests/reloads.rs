@@ -149,6 +149,7 @@ fn results_and_failures_of_removed_backends_are_ignored() {
     let (id, token) = bench.asked[0];
     bench.configure(pool(&["b"]));
     assert!(bench.answer(id, token, None).is_empty());
-    let failure = ConnectFailure::Timeout;
-    assert!(bench.apply(Event::ConnectFailed { backend: id, failure, in_a_row: 9 }).is_empty());
+    let (failure, begun) = (ConnectFailure::Timeout, bench.now);
+    let failed = Event::ConnectFailed { backend: id, failure, in_a_row: 9, begun };
+    assert!(bench.apply(failed).is_empty());
 }
