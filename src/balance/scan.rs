@@ -6,6 +6,7 @@
 
 use super::Candidate;
 use super::draw::Draws;
+use std::cmp::Ordering;
 
 /// Scans repeated because the chosen one filled up meanwhile. Each repeat means
 /// that another session got in, so the pool is moving; after these, whoever
@@ -45,10 +46,10 @@ pub(super) fn least_loaded(
     let mut equals = Equals { places: [0; EQUALS_MAX], seen: 0 };
     for (index, candidate) in candidates.iter().enumerate() {
         let Some(load) = usable(candidate, index, tried) else { continue };
-        match best {
-            Some(least) if least.is_below(load) => {}
-            Some(least) if !load.is_below(least) => equals.add(index, draws),
-            _ => {
+        match best.map_or(Ordering::Less, |least| load.compare(least)) {
+            Ordering::Greater => {}
+            Ordering::Equal => equals.add(index, draws),
+            Ordering::Less => {
                 best = Some(load);
                 equals.seen = 0;
                 equals.add(index, draws);
@@ -114,7 +115,7 @@ pub(super) fn by_weight(
 #[inline]
 pub(super) fn usable(candidate: &Candidate, index: usize, tried: &[usize]) -> Option<Load> {
     let held = u64::from(candidate.in_flight.get()) + 1;
-    (candidate.has_room() && !tried.contains(&index))
+    (candidate.has_room() && (tried.is_empty() || !tried.contains(&index)))
         .then_some(Load { held, weight: u64::from(candidate.weight) })
 }
 
@@ -129,8 +130,14 @@ impl Load {
     /// Compares by multiplying crosswise: no division, no rounding. Held is at
     /// most 2^32 and weights are below it, so the products fit.
     #[inline]
+    fn compare(self, other: Load) -> Ordering {
+        (self.held * other.weight).cmp(&(other.held * self.weight))
+    }
+
+    /// Whether it is the lesser load.
+    #[inline]
     pub(super) fn is_below(self, other: Load) -> bool {
-        self.held * other.weight < other.held * self.weight
+        self.compare(other) == Ordering::Less
     }
 
     /// The same with a price for each session.
