@@ -359,10 +359,10 @@ fn start_workers(with: Workers<'_>) -> Result<Vec<Worker>, Failure> {
 ///
 /// # Why `auto` is epoll
 ///
-/// Measured beside each other by `scripts/bench-peers`, the ring is a few
-/// percent ahead on small messages, and behind on bulk streams (it does not
-/// splice yet) and in memory for each idle session. It is also the younger of
-/// the two: until it has been soaked it is asked for by name.
+/// Measured beside each other by `scripts/bench-peers`, the ring is up to a tenth
+/// ahead on small messages, level or behind on streams, and larger in memory for
+/// each idle session. It is also the younger of the two: until it has been soaked
+/// it is asked for by name.
 fn choose_runtime(choice: EngineChoice) -> (Runtime, String) {
     let asked = "asked for in the configuration";
     match choice {
