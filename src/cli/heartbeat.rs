@@ -371,9 +371,16 @@ mod tests {
         assert_eq!(established(address).unwrap(), 0);
         let clients: Vec<_> =
             (0..3).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
-        assert_eq!(established(address).unwrap(), 3);
+        settles_at(address, 3);
         drop(clients);
-        assert_eq!(established(address).unwrap(), 0);
+        settles_at(address, 0);
+    }
+
+    /// The kernel's table may show a line twice, or not at all, where it changes
+    /// while it is read.
+    fn settles_at(address: SocketAddr, count: u32) {
+        let seen: Vec<_> = (0..100).map(|_| established(address).unwrap()).collect();
+        assert!(seen.contains(&count), "{seen:?}");
     }
 
     #[test]
