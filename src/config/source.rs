@@ -9,12 +9,11 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::heartbeat::keys::SECRET_BYTES_MAX;
+
 /// Largest configuration file: three times what 100,000 backends written out
 /// in full need. A larger one is refused before it is read to the end.
 pub const FILE_BYTES_MAX: usize = 16 * 1024 * 1024;
-
-/// Longest secret: a longer file is the wrong one.
-const SECRET_BYTES_MAX: usize = 1024;
 
 /// Longest part of a line kept for display, in characters.
 const LINE_CHARS_MAX: usize = 120;

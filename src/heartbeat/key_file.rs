@@ -1,6 +1,7 @@
 //! Reads a heartbeat secret from its file.
 //!
-//! Used by `app` when a configuration is taken and by `tidegate heartbeat`. It
+//! Used by `tidegate heartbeat` and by services that send for themselves; the keys
+//! of a configuration are read with it, by `config`, under the same bounds. It
 //! refuses files others could have read, keeps nothing, and never shows what a
 //! file holds.
 

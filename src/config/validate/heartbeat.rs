@@ -22,6 +22,7 @@ use crate::config::value::{show_duration, shown};
 use crate::config::{
     HeartbeatKey, HeartbeatSpec, Heartbeats, Secret, SecretFiles, WEIGHT_MAX, source,
 };
+use crate::heartbeat::keys::SECRET_BYTES_MIN;
 
 /// Each costs a socket and a place in the receiver's poll set.
 const LISTEN_MAX: usize = 16;
@@ -31,9 +32,6 @@ const KEYS_MAX: usize = 64;
 
 /// Ranges one key may list: it is checked for each datagram.
 const RANGES_MAX: usize = 64;
-
-/// HMAC-SHA-256 wants a key as long as its output (RFC 2104, section 3).
-const SECRET_BYTES_MIN: usize = 32;
 
 /// Each registered backend is state held on the word of a sender.
 const REGISTERED_MAX: u32 = 10_000;
