@@ -11,6 +11,8 @@ use crate::control::Event;
 use crate::heartbeat::keys::{Key, KeyRing, Secret};
 use crate::heartbeat::listen::{Prepared, Receiver};
 use crate::heartbeat::trust::{Gate, Limits, Reject};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -27,6 +29,20 @@ pub(super) struct Reception {
     told: u64,
     /// Sockets of the process before, until the first receiver takes them.
     inherited: Vec<(SocketAddr, OwnedFd)>,
+    /// Counted by the processes before.
+    before: SavedReception,
+    /// Counted to the end, once the next process receives.
+    ended: Option<SavedReception>,
+}
+
+/// What has been received, for the next process to count on from.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct SavedReception {
+    accepted: u64,
+    /// By name of the reason.
+    rejected: BTreeMap<String, u64>,
+    kernel_drops: u64,
 }
 
 /// What a configuration asks for, with its addresses bound.
@@ -82,7 +98,23 @@ impl Reception {
 
     /// Receives no more: the next process does.
     pub(super) fn hand_over(&mut self) {
+        self.ended = Some(self.save());
         self.receiver = None;
+    }
+
+    /// Everything counted by all the processes so far.
+    pub(super) fn save(&self) -> SavedReception {
+        if let Some(ended) = &self.ended {
+            return ended.clone();
+        }
+        let HeartbeatCounts { accepted, rejected, kernel_drops, .. } = self.counts();
+        let rejected = rejected.into_iter().map(|(reason, n)| (reason.to_owned(), n)).collect();
+        SavedReception { accepted, rejected, kernel_drops }
+    }
+
+    /// Counts on from the process before; may be called again with something newer.
+    pub(super) fn count_on(&mut self, before: &SavedReception) {
+        self.before = before.clone();
     }
 
     /// Puts in force what was prepared.
@@ -134,11 +166,15 @@ impl Reception {
     pub(super) fn counts(&self) -> HeartbeatCounts {
         let Some(receiver) = &self.receiver else { return HeartbeatCounts::default() };
         let counts = receiver.counts();
+        let rejected = |why: Reject| {
+            let before = self.before.rejected.get(why.name()).copied().unwrap_or_default();
+            counts.rejected(why).saturating_add(before)
+        };
         HeartbeatCounts {
             listen: receiver.addresses(),
-            accepted: counts.accepted(),
-            rejected: Reject::ALL.map(|why| (why.name(), counts.rejected(why))).to_vec(),
-            kernel_drops: counts.kernel_drops(),
+            accepted: counts.accepted().saturating_add(self.before.accepted),
+            rejected: Reject::ALL.map(|why| (why.name(), rejected(why))).to_vec(),
+            kernel_drops: counts.kernel_drops().saturating_add(self.before.kernel_drops),
         }
     }
 

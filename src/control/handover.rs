@@ -5,6 +5,8 @@
 //! every field may be absent in what an older program says, and what a newer one
 //! adds is ignored. Names, never numbers, say who is meant.
 
+use super::heartbeats::Misfit;
+use super::pace::PublishReason;
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, PoolEntry, Startup};
 use crate::balance::Turn;
@@ -29,6 +31,23 @@ pub struct Saved {
     pub frontends: Vec<SavedFrontend>,
     /// In file order.
     pub pools: Vec<SavedPool>,
+    /// Tables by reason.
+    pub published: BTreeMap<String, u64>,
+    /// Heartbeats taken.
+    pub heartbeats: u64,
+    /// Believed heartbeats that fitted nobody, by reason.
+    pub misfits: BTreeMap<String, u64>,
+    /// Times everybody was excused.
+    pub excuses: u64,
+}
+
+/// What the processes before this one have counted of the controller's own.
+#[derive(Debug, Default)]
+pub(super) struct Before {
+    published: [u64; PublishReason::ALL.len()],
+    heartbeats: u64,
+    misfits: [u64; Misfit::ALL.len()],
+    excuses: u64,
 }
 
 /// A frontend's counts.
@@ -45,6 +64,8 @@ pub struct SavedFrontend {
     pub bytes_out: u64,
     /// By name of the reason.
     pub refused: BTreeMap<String, u64>,
+    /// Let in past the limits of their sources.
+    pub untracked: u64,
 }
 
 /// A pool.
@@ -120,7 +141,36 @@ impl Controller {
             serial: self.serial,
             frontends: self.frontends.iter().map(|entry| save_frontend(&entry.state)).collect(),
             pools: self.pools.iter().map(save_pool).collect(),
+            published: self.published().map(|(reason, n)| (reason.name().to_owned(), n)).into(),
+            heartbeats: self.heartbeats_taken(),
+            misfits: self.misfits().map(|(misfit, n)| (misfit.name().to_owned(), n)).into(),
+            excuses: self.excuses(),
         }
+    }
+
+    /// Tables made for each reason, by all the processes so far.
+    pub(super) fn published(&self) -> [(PublishReason, u64); PublishReason::ALL.len()] {
+        let before = |reason| self.before.published[reason as usize];
+        PublishReason::ALL
+            .map(|reason| (reason, self.pace.published(reason).saturating_add(before(reason))))
+    }
+
+    /// The same of heartbeats taken.
+    pub(super) fn heartbeats_taken(&self) -> u64 {
+        self.heartbeats_total.saturating_add(self.before.heartbeats)
+    }
+
+    /// The same of heartbeats that fitted nobody.
+    pub(super) fn misfits(&self) -> [(Misfit, u64); Misfit::ALL.len()] {
+        let sum = |misfit: Misfit| {
+            self.misfits[misfit as usize].saturating_add(self.before.misfits[misfit as usize])
+        };
+        Misfit::ALL.map(|misfit| (misfit, sum(misfit)))
+    }
+
+    /// The same of times everybody was excused.
+    pub(super) fn excuses(&self) -> u64 {
+        self.guards.excuses_total.saturating_add(self.before.excuses)
     }
 
     /// Counts configurations and tables on from another process. To be called
@@ -151,7 +201,14 @@ impl Controller {
 
     /// The same for the counts alone: sessions that the other process was left
     /// with have ended.
-    pub fn adopt_counts(&self, saved: &Saved) {
+    pub fn adopt_counts(&mut self, saved: &Saved) {
+        let of = |counts: &BTreeMap<String, u64>, name| counts.get(name).copied().unwrap_or(0);
+        self.before = Before {
+            published: PublishReason::ALL.map(|reason| of(&saved.published, reason.name())),
+            heartbeats: saved.heartbeats,
+            misfits: Misfit::ALL.map(|misfit| of(&saved.misfits, misfit.name())),
+            excuses: saved.excuses,
+        };
         for frontend in &saved.frontends {
             let named = |name: &str| name == frontend.name;
             if let Some(entry) = self.frontends.iter().find(|entry| named(&entry.state.name)) {
@@ -287,6 +344,7 @@ fn save_frontend(state: &FrontendState) -> SavedFrontend {
         bytes_in: state.counters.sum(|c| c.bytes_in.get()),
         bytes_out: state.counters.sum(|c| c.bytes_out.get()),
         refused: RefusedReason::ALL.into_iter().map(refused).collect(),
+        untracked: state.counters.sum(|c| c.untracked.get()),
     }
 }
 
@@ -300,6 +358,7 @@ fn carry_frontend(state: &FrontendState, saved: &SavedFrontend) {
         let before = saved.refused.get(reason.name()).copied().unwrap_or_default();
         counters.refused.cell(reason as usize, 0).carry(before);
     }
+    counters.untracked.carry(saved.untracked);
 }
 
 fn carry_backend(state: &BackendState, saved: &SavedBackend) {

@@ -180,6 +180,8 @@ pub struct Controller {
     guards: suspicion::Guards,
     /// Authentic heartbeats that changed nothing, by [`Misfit`].
     misfits: [u64; Misfit::ALL.len()],
+    /// Counted by the processes before.
+    before: handover::Before,
     /// Heartbeats taken.
     heartbeats_total: u64,
     /// What the event at hand has touched; empty between events.
@@ -336,6 +338,7 @@ impl Controller {
             pace: pace::Pace::default(),
             guards: suspicion::Guards::default(),
             misfits: [0; Misfit::ALL.len()],
+            before: handover::Before::default(),
             heartbeats_total: 0,
             work: Work::default(),
         }

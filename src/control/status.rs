@@ -170,7 +170,7 @@ impl Controller {
                 .collect(),
             pools: self.pools.iter().map(|pool| self.pool_status(pool, now)).collect(),
             leaving: leaving.filter(|state| state.in_flight.get() > 0).map(Arc::clone).collect(),
-            published: PublishReason::ALL.map(|r| (r, self.pace.published(r))).to_vec(),
+            published: self.published().to_vec(),
             heartbeat: self.heartbeat_status(now),
         }
     }
@@ -178,9 +178,9 @@ impl Controller {
     /// Heartbeats as a whole.
     pub(super) fn heartbeat_status(&self, now: Instant) -> Option<HeartbeatStatus> {
         self.pools.iter().any(|pool| pool.spec.heartbeat.is_some()).then(|| HeartbeatStatus {
-            taken_total: self.heartbeats_total,
-            misfits: Misfit::ALL.map(|m| (m, self.misfits[m as usize])).to_vec(),
-            excuses_total: self.guards.excuses_total,
+            taken_total: self.heartbeats_taken(),
+            misfits: self.misfits().to_vec(),
+            excuses_total: self.excuses(),
             silent: self.channel(now) == Channel::Silent,
             frozen: freezing(self.guards.all.freeze(), now),
         })

@@ -7,8 +7,9 @@
 //! [`Counter::carry`]: crate::telemetry::counters::Counter::carry
 
 use crate::admin::{ReloadCounts, UpgradeCounts};
+use crate::app::heartbeats::SavedReception;
 use crate::proxy::close::{Cause, Phase};
-use crate::telemetry::counters::{LocalError, WorkerCounters};
+use crate::telemetry::counters::{LocalError, RingEvent, WorkerCounters};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ pub(super) struct Counts {
     reloads: (u64, u64, u64),
     /// Done, failed, refused.
     upgrades: (u64, u64, u64),
+    heartbeats: SavedReception,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -35,6 +37,7 @@ struct SavedWorker {
     connect_retries: u64,
     reports_dropped: u64,
     access_log_dropped: u64,
+    ring_events: BTreeMap<String, u64>,
 }
 
 // === impl Counts ===
@@ -44,11 +47,13 @@ impl Counts {
         workers: &[Arc<WorkerCounters>],
         reloads: ReloadCounts,
         upgrades: UpgradeCounts,
+        heartbeats: SavedReception,
     ) -> Counts {
         Counts {
             workers: workers.iter().map(|worker| SavedWorker::save(worker)).collect(),
             reloads: (reloads.changed, reloads.unchanged, reloads.refused),
             upgrades: (upgrades.done, upgrades.failed, upgrades.refused),
+            heartbeats,
         }
     }
 
@@ -60,6 +65,10 @@ impl Counts {
     pub(super) fn upgrades(&self) -> UpgradeCounts {
         let (done, failed, refused) = self.upgrades;
         UpgradeCounts { done, failed, refused }
+    }
+
+    pub(super) fn heartbeats(&self) -> &SavedReception {
+        &self.heartbeats
     }
 
     /// Has `workers` (at least one) count on; may be called again with something
@@ -90,6 +99,9 @@ impl SavedWorker {
         let errors = LocalError::ALL.map(|error| {
             (error.name().to_owned(), worker.local_errors.cell(error as usize, 0).get())
         });
+        let ring = RingEvent::ALL.map(|event| {
+            (event.name().to_owned(), worker.ring_events.cell(event as usize, 0).get())
+        });
         SavedWorker {
             ends,
             accepted: worker.accepted.get(),
@@ -98,6 +110,7 @@ impl SavedWorker {
             connect_retries: worker.connect_retries.get(),
             reports_dropped: worker.reports_dropped.get(),
             access_log_dropped: worker.access_log_dropped.get(),
+            ring_events: ring.into(),
         }
     }
 
@@ -110,6 +123,9 @@ impl SavedWorker {
         }
         for (error, n) in &other.local_errors {
             add(self.local_errors.entry(error.clone()).or_default(), *n);
+        }
+        for (event, n) in &other.ring_events {
+            add(self.ring_events.entry(event.clone()).or_default(), *n);
         }
         add(&mut self.accepted, other.accepted);
         add(&mut self.held_at_cap, other.held_at_cap);
@@ -128,6 +144,10 @@ impl SavedWorker {
         for error in LocalError::ALL {
             let total = self.local_errors.get(error.name()).copied().unwrap_or_default();
             worker.local_errors.cell(error as usize, 0).carry(total);
+        }
+        for event in RingEvent::ALL {
+            let total = self.ring_events.get(event.name()).copied().unwrap_or_default();
+            worker.ring_events.cell(event as usize, 0).carry(total);
         }
         worker.accepted.carry(self.accepted);
         // Whoever still has sessions shows them itself: none of them is ours.
@@ -162,10 +182,13 @@ mod tests {
             worker.accepted.add(n);
             worker.session_end.cell(2, 3).add(10 * n);
             worker.local_errors.cell(1, 0).add(100 * n);
+            worker.ring_events.cell(2, 0).add(1000 * n);
         }
         let reloads = ReloadCounts { changed: 1, unchanged: 2, refused: 3 };
         let upgrades = UpgradeCounts { done: 4, failed: 5, refused: 6 };
-        let text = serde_json::to_string(&Counts::save(&old, reloads, upgrades)).unwrap();
+        let heartbeats = SavedReception::default();
+        let counts = Counts::save(&old, reloads, upgrades, heartbeats);
+        let text = serde_json::to_string(&counts).unwrap();
         let saved: Counts = serde_json::from_str(&text).unwrap();
         assert_eq!((saved.reloads(), saved.upgrades()), (reloads, upgrades));
 
@@ -177,6 +200,8 @@ mod tests {
         assert_eq!(accepted, [1, 2 + 3 + 1]);
         assert_eq!(new[1].accepted.get() - new[1].ended.get(), 1, "only its own is open");
         let ends: u64 = new.iter().map(|worker| worker.session_end.cell(2, 3).get()).sum();
+        let ring: u64 = new.iter().map(|worker| worker.ring_events.cell(2, 0).get()).sum();
+        assert_eq!(ring, 6000);
         let errors: u64 = new.iter().map(|worker| worker.local_errors.cell(1, 0).get()).sum();
         assert_eq!((ends, errors), (60, 600));
     }

@@ -311,7 +311,9 @@ impl Control {
             self.controller.find_saved(pool, name, address).map(|id| id.0)
         };
         let latency = incoming::saved_latency(&state, find, &self.latency);
-        Commit { counts: Counts::save(&self.counters, self.reloads, upgrades), latency, state }
+        let heartbeats = self.reception.save();
+        let counts = Counts::save(&self.counters, self.reloads, upgrades, heartbeats);
+        Commit { counts, latency, state }
     }
 
     /// Goes on with what the process before knew when it gave the word.
@@ -351,6 +353,7 @@ impl Control {
 
     fn carry(&mut self, known: &Commit) {
         known.counts.carry(&self.counters);
+        self.reception.count_on(known.counts.heartbeats());
         for saved in &known.latency {
             let found = self.controller.find_saved(&saved.pool, &saved.backend, &saved.address);
             if let Some(id) = found {

@@ -69,7 +69,7 @@ fn counts_go_on_and_may_be_brought_up_to_date() {
     let counters = &old.status("a").state.counters;
     counters.of(0).sessions.add(5);
     counters.of(1).bytes_in.add(100);
-    let next = successor(&old, unprobed(&["a"]));
+    let mut next = successor(&old, unprobed(&["a"]));
     let state = next.status("a").state;
     state.counters.of(0).sessions.add(1);
     assert_eq!(state.counters.sum(|c| c.sessions.get()), 6);
@@ -77,6 +77,20 @@ fn counts_go_on_and_may_be_brought_up_to_date() {
     counters.of(1).sessions.add(2);
     next.controller.adopt_counts(&old.controller.save(old.now));
     assert_eq!(state.counters.sum(|c| c.sessions.get()), 8);
+}
+
+#[test]
+fn tables_made_before_go_on_being_counted_by_their_reason() {
+    let mut old = Bench::new(unprobed(&["a", "b"]));
+    old.refuse("a", 1, 5);
+    // The ejection ends here: the next process makes no table for it.
+    old.pass(Duration::from_secs(60));
+    let published = |bench: &Bench| bench.controller.status(bench.now).published;
+    let before = published(&old);
+    let next = successor(&old, unprobed(&["a", "b"]));
+    for ((reason, was), (_, is)) in before.iter().zip(published(&next)) {
+        assert!(is >= *was, "{reason:?} fell from {was} to {is}");
+    }
 }
 
 #[test]
