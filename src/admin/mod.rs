@@ -8,7 +8,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /live` | 200 while the API answers at all |
-//! | `GET /ready` | 200 when serving, 503 while starting or draining |
+//! | `GET /ready` | 200 when serving, 503 while starting or draining, or while a worker is stalled |
 //! | `GET /metrics` | Prometheus text 0.0.4 ([`metrics`]) |
 //! | `GET /v1/status` | JSON ([`status`]) |
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 422 with `problems` |
@@ -22,6 +22,8 @@
 
 mod bind;
 pub mod explain;
+#[cfg(debug_assertions)]
+mod faults;
 mod guard;
 pub mod metrics;
 pub mod process;
@@ -41,7 +43,7 @@ use crate::control::OperatorError;
 use crate::health::Intent;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use tokio::sync::oneshot;
 
 /// What the API asks of the control loop. A reply may find nobody waiting any
@@ -84,6 +86,18 @@ pub enum Request {
         config: Option<PathBuf>,
         /// What came of it.
         reply: oneshot::Sender<Result<Upgraded, UpgradeError>>,
+    },
+    /// Have something go wrong; answered whether there is such a thing. For tests.
+    #[cfg(debug_assertions)]
+    Fault {
+        /// What, or where.
+        place: String,
+        /// Whom it happens to.
+        worker: usize,
+        /// For how long.
+        millis: u64,
+        /// Whether it was ordered.
+        reply: oneshot::Sender<bool>,
     },
     /// Drain and exit; answered once draining has begun.
     Shutdown(oneshot::Sender<()>),
@@ -146,7 +160,14 @@ pub const REQUESTS_MAX: usize = 32;
 
 /// What `/ready` says, known without the control loop. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<AtomicU8>);
+pub struct Readiness(Arc<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    state: AtomicU8,
+    /// One more than the number of a stalled worker; 0 for none.
+    stalled: AtomicUsize,
+}
 
 const STARTING: u8 = 0;
 const READY: u8 = 1;
@@ -164,22 +185,33 @@ impl Readiness {
     /// draining.
     pub fn set_ready(&self) {
         // A drain asked for during start-up must not be undone.
-        let _ = self.0.compare_exchange(STARTING, READY, Ordering::Relaxed, Ordering::Relaxed);
+        let (from, to) = (STARTING, READY);
+        let _ = self.0.state.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// The process was told to stop.
     pub fn set_draining(&self) {
-        self.0.store(DRAINING, Ordering::Relaxed);
+        self.0.state.store(DRAINING, Ordering::Relaxed);
+    }
+
+    /// The loop of that worker does not turn: who connects to it waits.
+    pub fn set_stalled(&self, worker: Option<usize>) {
+        self.0.stalled.store(worker.map_or(0, |worker| worker + 1), Ordering::Relaxed);
+    }
+
+    /// A worker whose loop does not turn.
+    pub fn stalled(&self) -> Option<usize> {
+        self.0.stalled.load(Ordering::Relaxed).checked_sub(1)
     }
 
     /// True between [`Readiness::set_ready`] and [`Readiness::set_draining`].
     pub fn is_ready(&self) -> bool {
-        self.0.load(Ordering::Relaxed) == READY
+        self.0.state.load(Ordering::Relaxed) == READY
     }
 
     /// `starting`, `serving` or `draining`.
     pub fn name(&self) -> &'static str {
-        match self.0.load(Ordering::Relaxed) {
+        match self.0.state.load(Ordering::Relaxed) {
             STARTING => "starting",
             READY => "serving",
             _ => "draining",

@@ -68,7 +68,10 @@ pub(super) const JSON: &str = "application/json";
 
 /// Every endpoint behind the guard.
 pub(super) fn router(api: Arc<Api>) -> Router {
-    Router::new()
+    let router = Router::new();
+    #[cfg(debug_assertions)]
+    let router = super::faults::mount(router);
+    router
         .route("/live", get(live))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
@@ -91,6 +94,10 @@ async fn live(State(api): State<Arc<Api>>) -> Response {
 
 async fn ready(State(api): State<Arc<Api>>) -> Response {
     let state = api.readiness.name();
+    if let Some(worker) = api.readiness.stalled() {
+        let detail = format!("worker {worker} is stalled");
+        return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail).into_response();
+    }
     if api.readiness.is_ready() {
         return answer(JSON, text(&Life { state }));
     }
@@ -198,7 +205,10 @@ pub(super) fn text(body: &impl Serialize) -> String {
 
 impl Api {
     /// Sends one request to the control loop and waits for its reply.
-    async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Refusal> {
+    pub(super) async fn ask<T>(
+        &self,
+        make: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, Refusal> {
         self.ask_within(ANSWER_MAX, make).await
     }
 

@@ -10,9 +10,11 @@ use crate::control::{
 };
 use crate::health::{Pulse, Transition};
 use crate::table::state::{BackendState, FrontendCounters};
+use crate::telemetry::counters::{Panicked, WorkerCounters};
 use crate::telemetry::histograms::{Merged, Series};
 use serde::Serialize;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 #[derive(Serialize)]
@@ -23,6 +25,10 @@ struct Document<'a> {
     engine: &'a str,
     engine_reason: &'a str,
     workers: usize,
+    /// Those whose loop does not turn.
+    stalled: Vec<Stalled>,
+    worker_panics_total: u64,
+    worker_restarts_total: u64,
     uptime_seconds: f64,
     state: &'static str,
     connections_active: u32,
@@ -35,6 +41,14 @@ struct Document<'a> {
     pools: Vec<Pool<'a>>,
     /// Backends no longer configured that still hold sessions.
     leaving: Vec<Leaving<'a>>,
+}
+
+#[derive(Serialize)]
+struct Stalled {
+    worker: usize,
+    seconds: f64,
+    /// What it was last about.
+    stage: &'static str,
 }
 
 #[derive(Serialize)]
@@ -171,6 +185,13 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
         engine: snapshot.engine,
         engine_reason: snapshot.engine_reason,
         workers: snapshot.workers.len(),
+        stalled: stalled(snapshot.workers),
+        worker_panics_total: snapshot
+            .workers
+            .iter()
+            .flat_map(|worker| Panicked::ALL.map(|ended| worker.panics.cell(ended as usize, 0).get()))
+            .sum(),
+        worker_restarts_total: snapshot.workers.iter().map(|worker| worker.restarts.get()).sum(),
         uptime_seconds: millis(snapshot.uptime),
         state: snapshot.state.name(),
         connections_active: snapshot.connections_active,
@@ -182,6 +203,14 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
         leaving: control.leaving.iter().map(|backend| leaving(backend)).collect(),
     };
     serde_json::to_string(&document).expect("plain data with string keys always serialises")
+}
+
+fn stalled(workers: &[Arc<WorkerCounters>]) -> Vec<Stalled> {
+    let stalled = |(worker, counters): (usize, &Arc<WorkerCounters>)| {
+        let seconds = millis(counters.pulse.stalled_for()?);
+        Some(Stalled { worker, seconds, stage: counters.pulse.stage().name() })
+    };
+    workers.iter().enumerate().filter_map(stalled).collect()
 }
 
 fn heartbeats<'a>(status: &'a HeartbeatStatus, snapshot: &Snapshot<'a>) -> Heartbeats<'a> {

@@ -14,6 +14,7 @@ use super::notify::Notifier;
 use super::pid_file::PidFile;
 use super::start::SessionCap;
 use super::upgrade::{UpgradeEvent, Upgrades};
+use super::watchdog::{self, Finding, Watchdog};
 use crate::admin::process::ProcessFacts;
 use crate::admin::{self, Readiness, ReloadCounts, Request, ServiceState, Snapshot, TokenStore};
 use crate::clock;
@@ -24,6 +25,8 @@ use crate::health::Transition;
 use crate::health::probe::runner::ProbeRunner;
 use crate::proxy::close::Cause;
 use crate::proxy::context::{Report, Shared};
+#[cfg(debug_assertions)]
+use crate::proxy::faults::Fault;
 use crate::proxy::worker::{Command, Runtime, Worker};
 use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::AccessLog;
@@ -31,6 +34,7 @@ use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
 use std::collections::HashSet;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -82,6 +86,7 @@ pub(super) struct Control {
     pub(super) draining: Option<Draining>,
     pub(super) upgrades: Upgrades,
     pub(super) notifier: Notifier,
+    pub(super) watchdog: Watchdog,
     /// `None` only at the very start.
     pub(super) admin: Option<AdminApi>,
     pub(super) pid_file: Option<PidFile>,
@@ -111,6 +116,10 @@ enum Woken {
     Upgrade(UpgradeEvent),
     /// The service manager wants to hear of us.
     Beat,
+    /// Do the workers' loops turn?
+    Watch,
+    /// A worker has ended.
+    WorkerEnded,
 }
 
 impl Control {
@@ -139,13 +148,14 @@ impl Control {
                 }
                 Woken::Signal(Caught::Upgrade) => self.begin_upgrade(None, None, None),
                 Woken::Upgrade(event) => self.upgrade_event(event).await,
-                Woken::Beat => self.notifier.beat(clock::now()),
+                Woken::Beat => self.beat(),
+                Woken::Watch => self.watch(),
                 Woken::Request(request) => self.answer(request).await,
                 Woken::Reports => self.take_reports(),
                 Woken::Probed(event) => self.take_probed(event),
                 // Taken with every event; this turn is for them alone.
                 Woken::Heartbeats | Woken::Due => self.feed([Event::Tick]),
-                Woken::Retiring => {}
+                Woken::Retiring | Woken::WorkerEnded => {}
                 Woken::DrainStep => {
                     if let Some(cut) = self.drain_step() {
                         return self.finish(cut).await;
@@ -160,7 +170,10 @@ impl Control {
                 return Exit::WorkerDied;
             }
             if self.workers.iter().any(Worker::is_finished) {
-                tracing::error!("a worker thread has died");
+                tracing::error!("a worker has ended: the process ends");
+                if let Some(access_log) = self.access_log.take() {
+                    access_log.close();
+                }
                 return Exit::WorkerDied;
             }
         }
@@ -175,6 +188,7 @@ impl Control {
         let now = clock::now();
         let due = self.controller.next_due().unwrap_or(now + FAR).min(now + FAR);
         let beat_due = self.notifier.next_beat(now);
+        let watch_due = self.watchdog.next_look();
         let drain_due = self.draining.as_ref().map_or(now + FAR, Draining::next_look);
         tokio::select! {
             caught = signals.next() => Woken::Signal(caught),
@@ -184,13 +198,43 @@ impl Control {
             () = self.reception.arrived() => Woken::Heartbeats,
             Some(event) = self.probed.recv() => Woken::Probed(event),
             event = self.upgrades.next() => Woken::Upgrade(event),
+            () = self.shared.ended.notified() => Woken::WorkerEnded,
             () = tokio::time::sleep_until(beat_due.into()) => Woken::Beat,
+            () = tokio::time::sleep_until(watch_due.into()) => Woken::Watch,
             () = tokio::time::sleep_until(due.into()) => Woken::Due,
             () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => Woken::Retiring,
             () = tokio::time::sleep_until(drain_due.into()), if self.draining.is_some() => {
                 Woken::DrainStep
             }
         }
+    }
+
+    /// Tells the service manager that all is well: not while a worker has been
+    /// stalled for as long as the manager would wait for us.
+    fn beat(&mut self) {
+        let stalled = watchdog::longest_stall(&self.counters);
+        self.notifier.beat(clock::now(), stalled);
+    }
+
+    /// Looks after the workers' loops.
+    fn watch(&mut self) {
+        let wake = |worker: usize| self.workers[worker].wake();
+        let facts = watchdog::thread_facts;
+        let findings = self.watchdog.look(clock::now(), &self.counters, wake, facts);
+        for finding in findings {
+            match finding {
+                Finding::Stalled { worker, time, state } => {
+                    let stage = self.counters[worker].pulse.stage().name();
+                    let (cpu, thread) = (self.workers[worker].cpu(), watchdog::in_words(state));
+                    tracing::warn!(worker, cpu, ?time, stage, thread, "worker is stalled");
+                }
+                Finding::Turns { worker, time } => {
+                    tracing::warn!(worker, ?time, "worker turns again");
+                }
+            }
+        }
+        let stalled = |counters: &Arc<WorkerCounters>| counters.pulse.stalled_for().is_some();
+        self.readiness.set_stalled(self.counters.iter().position(stalled));
     }
 
     /// Feeds events to the controller and performs what follows. Heartbeats
@@ -258,10 +302,14 @@ impl Control {
         // A reply that finds nobody waiting any more is nobody's loss.
         match request {
             Request::Status(reply) => {
-                let _ = reply.send(self.render(admin::status::render).await);
+                if let Some(text) = self.render(admin::status::render).await {
+                    let _ = reply.send(text);
+                }
             }
             Request::Metrics(reply) => {
-                let _ = reply.send(self.render(admin::metrics::render).await);
+                if let Some(text) = self.render(admin::metrics::render).await {
+                    let _ = reply.send(text);
+                }
             }
             // What has come too late for this process is answered by its end: the
             // next one is to be asked.
@@ -282,6 +330,10 @@ impl Control {
                 let done = self.controller.set_intent(&pool, &backend, intent, clock::now());
                 let _ = reply.send(done.map(|effects| self.perform(effects)));
             }
+            #[cfg(debug_assertions)]
+            Request::Fault { place, worker, millis, reply } => {
+                let _ = reply.send(self.order_fault(&place, worker, millis));
+            }
             Request::Shutdown(reply) => {
                 self.begin_drain("admin request");
                 let _ = reply.send(());
@@ -289,14 +341,32 @@ impl Control {
         }
     }
 
-    /// Renders status or metrics from one moment's picture.
-    async fn render(&mut self, renderer: impl Fn(&Snapshot<'_>) -> String) -> String {
+    /// Has something go wrong; for tests. False where there is no such thing.
+    #[cfg(debug_assertions)]
+    fn order_fault(&self, place: &str, worker: usize, millis: u64) -> bool {
+        let command = match place {
+            "control" => panic!("a fault that was ordered: control"),
+            "stall" => Some(Command::Stall(Duration::from_millis(millis))),
+            place => Fault::from_name(place).map(Command::Fault),
+        };
+        let (Some(command), Some(worker)) = (command, self.workers.get(worker)) else {
+            return false;
+        };
+        worker.mailbox.send(command);
+        true
+    }
+
+    /// Renders status or metrics from one moment's picture; `None` where the
+    /// renderer panics, which is nobody's business but its reader's.
+    async fn render(&mut self, renderer: impl Fn(&Snapshot<'_>) -> String) -> Option<String> {
         self.collect_latency().await;
         let now = clock::now();
         let control = self.controller.status(now);
         self.forget_the_gone(&control);
         let table = self.tables.current();
-        renderer(&Snapshot {
+        let warnings = self.warnings();
+        let heartbeats = self.reception.counts();
+        let snapshot = Snapshot {
             control: &control,
             workers: &self.counters,
             latency: &self.latency,
@@ -314,10 +384,12 @@ impl Control {
             table_serial: table.serial,
             connections_active: self.shared.in_flight.get(),
             connections_max: table.connections_max,
-            warnings: &self.warnings(),
+            warnings: &warnings,
             process: ProcessFacts::read(self.started_wall),
-            heartbeats: &self.reception.counts(),
-        })
+            heartbeats: &heartbeats,
+        };
+        // Pure: it reads what is counted and leaves nothing half-way.
+        catch_unwind(AssertUnwindSafe(|| renderer(&snapshot))).ok()
     }
 
     /// Fetches what the workers' histograms hold.

@@ -10,6 +10,17 @@
 //! probes, ready. Stop: not ready, listeners retire, sessions finish or are cut
 //! (heartbeats and probes go on until then), workers end, access log is flushed,
 //! the admin socket goes last.
+//!
+//! # When something panics
+//!
+//! A worker begins anew by itself (see `proxy::life`), five times in a minute at
+//! most; then the process ends. So it does, at once, when the control thread
+//! panics. The sessions could go on, by the last table; but without probes,
+//! heartbeats and reloads the table is soon wrong, nobody could tell or mend it
+//! through the admin API, and no signal would end the process. A service manager
+//! that starts a new one within a second does better, and sockets it holds keep
+//! their queues. What the control thread runs was never trusted with traffic:
+//! rendering status and metrics is contained on its own.
 
 mod activation;
 mod admin_api;
@@ -19,10 +30,12 @@ mod drain;
 mod heartbeats;
 mod logging;
 mod notify;
+mod panics;
 mod pid_file;
 mod reload;
 mod start;
 mod upgrade;
+mod watchdog;
 
 pub use activation::Activated;
 pub use notify::Notifier;
@@ -83,8 +96,10 @@ pub enum Exit {
     },
     /// A second signal: at once, whatever was open.
     Forced,
-    /// A worker died.
+    /// A worker fell too often, or the receiver of heartbeats died.
     WorkerDied,
+    /// The control thread panicked: nobody would reload, probe or answer.
+    ControlDied,
 }
 
 /// A balancer that is up and serving.
@@ -121,6 +136,6 @@ impl Running {
 
     /// Waits for the end.
     pub fn wait(self) -> Exit {
-        self.thread.join().unwrap_or(Exit::WorkerDied)
+        self.thread.join().unwrap_or(Exit::ControlDied)
     }
 }

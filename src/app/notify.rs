@@ -87,10 +87,14 @@ impl Notifier {
         }
     }
 
-    /// The control loop is alive.
-    pub(super) fn beat(&mut self, now: Instant) {
+    /// The control loop is alive, and so are the workers: said unless one has
+    /// been `stalled` for as long as the manager waits. Another such time later
+    /// it acts.
+    pub(super) fn beat(&mut self, now: Instant, stalled: Option<Duration>) {
         if let Some(beat) = self.beat {
-            self.send("WATCHDOG=1");
+            if stalled.is_none_or(|stalled| stalled < beat * 2) {
+                self.send("WATCHDOG=1");
+            }
             self.next_beat = Some(now + beat);
         }
     }
@@ -151,12 +155,16 @@ mod tests {
         let mut notifier = Notifier::to(path.as_os_str(), Some(OsStr::new("3000000")));
         let now = clock::now();
         assert_eq!(notifier.next_beat(now), now);
-        notifier.beat(now);
+        notifier.beat(now, None);
         assert_eq!(receive(&manager), "WATCHDOG=1");
+        let three = Duration::from_secs(3);
+        notifier.beat(now, Some(three));
+        notifier.beat(now, Some(three - Duration::from_millis(1)));
+        assert_eq!(receive(&manager), "WATCHDOG=1", "said once");
         assert_eq!(notifier.next_beat(now), now + Duration::from_millis(1500));
         notifier.successor(77);
         assert_eq!(receive(&manager), "MAINPID=77");
-        notifier.beat(now);
+        notifier.beat(now, None);
         notifier.stopping();
         manager.set_nonblocking(true).unwrap();
         assert!(manager.recv(&mut [0; 9]).is_err());

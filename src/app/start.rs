@@ -10,7 +10,8 @@ use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::pid_file::PidFile;
 use super::upgrade::Upgrades;
-use super::{Exit, Failure, Options, Predecessor, Running, Surroundings};
+use super::watchdog::Watchdog;
+use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
 use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, Token, TokenStore};
 use crate::clock;
 use crate::config::{self, AccessLogTarget, Config, EngineChoice, Loaded};
@@ -18,6 +19,7 @@ use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
 use crate::net::{cpu, limits};
 use crate::proxy::close::{Cause, Phase};
+use crate::proxy::contain::contained;
 use crate::proxy::context::{Reports, Shared};
 use crate::proxy::gate::Gate;
 use crate::proxy::worker::{Command, Plan, Runtime, Worker};
@@ -83,7 +85,11 @@ fn control_thread(
         match bring_up(options, surroundings, requests).await {
             Ok(control) => {
                 let _ = ready.send(Ok(()));
-                control.run(inbox).await
+                // What it owned is given up, in order, after the panic.
+                contained(control.run(inbox)).await.unwrap_or_else(|_| {
+                    tracing::error!("the control thread panicked: the process ends");
+                    Exit::ControlDied
+                })
             }
             Err(failure) => {
                 let _ = ready.send(Err(failure));
@@ -102,7 +108,13 @@ async fn bring_up(
 ) -> Result<Control, Failure> {
     let Loaded { config, digest, warnings } =
         config::load(&options.config).map_err(Failure::Config)?;
-    let log = if options.logging { LogHandle::install(&config.log) } else { LogHandle::none() };
+    let log = match options.logging {
+        true => {
+            panics::install();
+            LogHandle::install(&config.log)
+        }
+        false => LogHandle::none(),
+    };
     for warning in &warnings {
         tracing::warn!("{}:{}:{}: {}", warning.file, warning.line, warning.column, warning.message);
     }
@@ -134,6 +146,7 @@ async fn bring_up(
         in_flight: Arc::default(),
         gate: Arc::new(Gate::new()),
         reports: Arc::new(Reports::new()),
+        ended: Arc::default(),
     };
     let counters: Vec<Arc<WorkerCounters>> =
         (0..count).map(|_| Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT))).collect();
@@ -184,6 +197,7 @@ async fn bring_up(
         draining: None,
         upgrades: Upgrades::new(surroundings.program.take()),
         notifier: std::mem::take(&mut surroundings.notifier),
+        watchdog: Watchdog::new(count, clock::now()),
         admin: None,
         pid_file: None,
     };

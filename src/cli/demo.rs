@@ -96,7 +96,7 @@ fn finish(screen: &Screen, balancer: Balancer, mut verdict: Verdict) -> Exit {
         app::Exit::Drained { cut } => {
             verdict.broken.push(format!("{cut} sessions were cut when the balancer drained"));
         }
-        app::Exit::Forced | app::Exit::WorkerDied => {
+        app::Exit::Forced | app::Exit::WorkerDied | app::Exit::ControlDied => {
             verdict.broken.push("the balancer did not come to its end in order".to_owned());
         }
     }

@@ -28,7 +28,7 @@ pub fn main(args: RunArgs) -> Exit {
     };
     match running.wait() {
         app::Exit::Drained { .. } => Exit::Fine,
-        app::Exit::Forced | app::Exit::WorkerDied => Exit::Failed,
+        app::Exit::Forced | app::Exit::WorkerDied | app::Exit::ControlDied => Exit::Failed,
     }
 }
 

@@ -40,6 +40,7 @@ fn render(status: &Value) -> String {
     for warning in list(&status["warnings"]) {
         text.push_str(&format!("warning: {}\n", word(warning)));
     }
+    text.push_str(&troubled_workers(status));
     text.push_str(&channel(&status["heartbeat"]));
     text.push('\n');
     text.push_str(&frontends(list(&status["frontends"])));
@@ -72,6 +73,27 @@ fn head(status: &Value) -> String {
         word(&status["connections_active"]),
         word(&status["connections_max"]),
     )
+}
+
+/// Workers that are stalled or have panicked; mostly there is nothing to say.
+fn troubled_workers(status: &Value) -> String {
+    let mut text = String::new();
+    for stalled in list(&status["stalled"]) {
+        text.push_str(&format!(
+            "WORKER {} STALLED for {}, while {}\n",
+            word(&stalled["worker"]),
+            age(&stalled["seconds"]),
+            word(&stalled["stage"]),
+        ));
+    }
+    if status["worker_panics_total"].as_u64().is_some_and(|panics| panics > 0) {
+        text.push_str(&format!(
+            "{} panics, {} restarts of workers: see the log\n",
+            word(&status["worker_panics_total"]),
+            word(&status["worker_restarts_total"]),
+        ));
+    }
+    text
 }
 
 fn frontends(frontends: &[Value]) -> String {

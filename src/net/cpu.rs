@@ -17,6 +17,11 @@ pub fn available() -> Vec<usize> {
     }
 }
 
+/// The calling thread, as the kernel numbers it.
+pub fn current_thread() -> i32 {
+    rustix::thread::gettid().as_raw_nonzero().get()
+}
+
 /// Binds the calling thread to `cpu`.
 pub fn pin_current_thread(cpu: usize) -> io::Result<()> {
     let mut set = CpuSet::new();

@@ -43,6 +43,8 @@ pub enum Cause {
     SourceConnections,
     /// Its source connects faster than it may.
     SourceRate,
+    /// A bug here: its task or its worker has panicked.
+    InternalError,
 }
 
 /// How far a session had come.
@@ -127,7 +129,7 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in the order of their numbers.
-    pub const ALL: [Cause; 18] = [
+    pub const ALL: [Cause; 19] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
@@ -146,6 +148,7 @@ impl Cause {
         Cause::Denied,
         Cause::SourceConnections,
         Cause::SourceRate,
+        Cause::InternalError,
     ];
 
     /// Metric label and access-log word.
@@ -169,6 +172,7 @@ impl Cause {
             Cause::Denied => "denied",
             Cause::SourceConnections => "source-connections",
             Cause::SourceRate => "source-rate",
+            Cause::InternalError => "internal-error",
         }
     }
 
@@ -280,6 +284,7 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
         Cause::BackendRemoved => b'D',
         Cause::LocalResource => b'R',
         Cause::Denied | Cause::SourceConnections | Cause::SourceRate => b'P',
+        Cause::InternalError => b'I',
     };
     let second = match phase {
         _ if first == b'P' => b'R',

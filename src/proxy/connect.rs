@@ -48,6 +48,8 @@ pub(super) struct Upstream {
 #[derive(Debug, Default)]
 pub(super) struct Attempts {
     pub(super) count: u8,
+    /// Waits for a backend below its cap.
+    pub(super) queued: bool,
     /// Whom the newest attempt went to.
     pub(super) last: Option<Arc<BackendState>>,
 }
@@ -80,7 +82,10 @@ pub(super) async fn dial(
             Err(NoBackend::NoneEligible | NoBackend::Exhausted) => return Err(why),
             Err(NoBackend::AtCapacity) => {
                 // Boxed, as rare: the room would be every session's otherwise.
-                Box::pin(wait_for_slot(ctx, flow, pool, client, &tried)).await?
+                attempts.queued = true;
+                let reserved = Box::pin(wait_for_slot(ctx, flow, pool, client, &tried)).await?;
+                attempts.queued = false;
+                reserved
             }
         };
         let index = reserved.index;
@@ -226,12 +231,25 @@ fn cut(phase: Phase, cause: Cause) -> Ending {
     Ending { cause, phase, errno: 0, closed_first: None }
 }
 
+// === impl Attempts ===
+
+impl Attempts {
+    /// Where a session stands that is not connected yet.
+    pub(super) fn phase(&self) -> Phase {
+        match self.count {
+            _ if self.queued => Phase::Queue,
+            0 => Phase::Admit,
+            _ => Phase::Connect,
+        }
+    }
+}
+
 // === impl Held ===
 
 impl Held {
-    fn new(reserved: Reserved, pool: &PoolTable, gate: &Arc<Gate>) -> Held {
+    fn new(mut reserved: Reserved, pool: &PoolTable, gate: &Arc<Gate>) -> Held {
         let backend = Arc::clone(reserved.backend());
-        let trial = reserved.trial();
+        let trial = reserved.take_trial();
         let early_resets = pool.spec.ejection.is_some_and(|spec| spec.early_resets);
         Held { reserved: Some(reserved), backend, gate: Arc::clone(gate), trial, early_resets }
     }

@@ -3,6 +3,8 @@
 //! Made by `worker`, held by the listener and session tasks through an `Rc`.
 //! Nothing here blocks; what crosses threads goes through bounded queues.
 
+use super::close::Cause;
+use super::faults::Faults;
 use super::gate::Gate;
 use super::relay::Engine;
 use crate::balance::PickKey;
@@ -60,6 +62,8 @@ pub struct Shared {
     pub gate: Arc<Gate>,
     /// To the control thread.
     pub reports: Arc<Reports>,
+    /// A worker has ended for good.
+    pub ended: Arc<Notify>,
 }
 
 /// One worker's surroundings.
@@ -77,9 +81,23 @@ pub struct Context {
     pub recorder: RefCell<Recorder>,
     /// This worker's queue to the access log.
     pub access_log: AccessLogSender,
+    /// What ends sessions whose task ends before they do.
+    pub broken_off_by: Cell<Cause>,
+    /// A connection has just been accepted, and is no session's task yet.
+    pub(super) admitting: Cell<bool>,
+    /// A listener's task has panicked.
+    pub(super) alarm: Notify,
+    pub(super) faults: Faults,
     tables: RefCell<TableReader>,
     random: RefCell<fastrand::Rng>,
     sessions: Cell<u64>,
+}
+
+/// What one thread of a worker leaves to the next.
+#[derive(Debug, Default)]
+pub struct Legacy {
+    recorder: Recorder,
+    sessions: u64,
 }
 
 // === impl Reports ===
@@ -118,6 +136,7 @@ impl Default for Reports {
 
 impl Context {
     /// The surroundings of worker `id`; `seed` drives its random draws.
+    #[allow(clippy::too_many_arguments)]
     pub fn new(
         id: usize,
         engine: Engine,
@@ -126,18 +145,28 @@ impl Context {
         counters: Arc<WorkerCounters>,
         access_log: AccessLogSender,
         seed: u64,
+        legacy: Legacy,
     ) -> Context {
         Context {
             id,
             engine,
             shared,
             counters,
-            recorder: RefCell::new(Recorder::new()),
+            recorder: RefCell::new(legacy.recorder),
             access_log,
+            broken_off_by: Cell::new(Cause::InternalError),
+            admitting: Cell::new(false),
+            alarm: Notify::new(),
+            faults: Faults::default(),
             tables: RefCell::new(tables),
             random: RefCell::new(fastrand::Rng::with_seed(seed)),
-            sessions: Cell::new(0),
+            sessions: Cell::new(legacy.sessions),
         }
+    }
+
+    /// What goes on with the next thread of this worker.
+    pub fn bequeath(&self) -> Legacy {
+        Legacy { recorder: self.recorder.take(), sessions: self.sessions.get() }
     }
 
     /// The newest table.

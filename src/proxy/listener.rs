@@ -9,12 +9,14 @@ use super::admission;
 use super::admission::sources::{Admitted, SourceSlot};
 use super::close::Cause;
 use super::context::Context;
-use super::session::{self, Arrival, Refusal};
+use super::faults::Fault;
+use super::session::{self, Arrival, Story};
 use super::slots::Slots;
 use crate::clock;
 use crate::net::{errno, listen, reactor};
 use crate::table::{FrontendRoute, Table};
 use crate::telemetry::counters::LocalError;
+use crate::telemetry::pulse::Stage;
 use socket2::Socket;
 use std::cell::Cell;
 use std::io;
@@ -112,13 +114,16 @@ impl Listener {
             self.last_route = Some((table.generation, Arc::clone(route)));
         }
         let Some((generation, route)) = self.last_route.clone() else { return Taken::QueueEmpty };
+        ctx.counters.pulse.at(Stage::Accepting);
+        let mut taken = Taken::One;
         for _ in 0..ACCEPTS_A_WAKE {
-            match self.take_one(ctx, &table, generation, &route) {
-                Taken::One => {}
-                stopped => return stopped,
+            taken = self.take_one(ctx, &table, generation, &route);
+            if !matches!(taken, Taken::One) {
+                break;
             }
         }
-        Taken::One
+        ctx.counters.pulse.at(Stage::Waiting);
+        taken
     }
 
     fn take_one(
@@ -194,20 +199,21 @@ fn start_session(
     socket: OwnedFd,
     client: SocketAddr,
 ) {
-    ctx.counters.accepted.add(1);
-    route.state.counters.of(ctx.id).sessions.add(1);
+    ctx.admitting.set(true);
+    let story = Story::new(ctx, client, route, generation);
+    ctx.faults.pass(Fault::Listener);
     match admit_source(ctx, route, client) {
         Ok(source) => slots.hold(source),
         Err(cause) => {
-            let route = Arc::clone(route);
-            let refusal = Refusal { socket, client, route, generation, cause };
-            return session::turn_away(ctx, refusal);
+            session::turn_away(socket, story, cause);
+            ctx.admitting.set(false);
+            return;
         }
     }
     let pick = route.pool.pick(ctx.pick_key(client.ip()), &[]);
-    let route = Arc::clone(route);
-    let arrival = Arrival { socket, client, route, generation, pick, slots };
-    tokio::task::spawn_local(session::run(Rc::clone(ctx), arrival));
+    let arrival = Arrival { socket, story, pick, slots };
+    tokio::task::spawn_local(session::run(arrival));
+    ctx.admitting.set(false);
 }
 
 fn admit_source(
@@ -230,6 +236,16 @@ fn admit_source(
 // === impl Retirement ===
 
 impl Retirement {
+    /// One that goes on from another thread's, if that had begun.
+    pub(super) fn due(deadline: Option<Instant>) -> Retirement {
+        Retirement { deadline: Cell::new(deadline), ..Retirement::default() }
+    }
+
+    /// When it is over, where it has begun.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.deadline.get()
+    }
+
     /// Starts the retirement: over in [`RETIRE_LINGER`].
     pub(super) fn begin(&self) {
         if self.deadline.get().is_none() {
@@ -244,7 +260,7 @@ impl Retirement {
         self.begin();
     }
 
-    fn is_released(&self) -> bool {
+    pub(super) fn is_released(&self) -> bool {
         self.released.get()
     }
 

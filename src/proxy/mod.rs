@@ -7,10 +7,15 @@
 pub mod admission;
 pub mod close;
 mod connect;
+pub mod contain;
 pub mod context;
+pub mod faults;
 pub mod gate;
+mod life;
 mod listener;
+mod posts;
 pub mod relay;
+mod restarts;
 mod session;
 mod slots;
 pub mod wheel;

@@ -2,11 +2,14 @@
 //! relay, close, account.
 //!
 //! Started by `listener` as a task of the worker. A paragraph to read: each
-//! step knows nothing of the next.
+//! step knows nothing of the next. A session that does not get to its end, as
+//! its task or its worker has panicked, is accounted for all the same: whoever
+//! holds its [`Story`] drops it, and that is an account.
 
 use super::close::{self, Cause, Ending, Phase, RefusedReason, Side};
 use super::connect::{self, Attempts, Held, Upstream};
 use super::context::Context;
+use super::faults::Fault;
 use super::relay::{Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
@@ -15,6 +18,7 @@ use crate::net::stream;
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
 use crate::telemetry::access_log::{Client, SessionRecord};
+use crate::telemetry::counters::Panicked;
 use crate::telemetry::histograms::Series;
 use std::io;
 use std::net::SocketAddr;
@@ -38,39 +42,33 @@ const EARLY_MAX: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Arrival {
     pub(super) socket: OwnedFd,
-    pub(super) client: SocketAddr,
-    pub(super) route: Arc<FrontendRoute>,
-    /// Generation of the table it is routed by.
-    pub(super) generation: u64,
+    pub(super) story: Story,
     /// Made before the session could wait for anything, so that a pool's room
     /// is what the listener saw.
     pub(super) pick: Result<Reserved, NoBackend>,
     pub(super) slots: Slots,
 }
 
-/// A connection whose source may not have it.
+/// What is known of a session when it ends, beside what was relayed. Dropping
+/// it untold accounts for a session that was broken off.
 #[derive(Debug)]
-pub(super) struct Refusal {
-    pub(super) socket: OwnedFd,
-    pub(super) client: SocketAddr,
-    pub(super) route: Arc<FrontendRoute>,
-    pub(super) generation: u64,
-    pub(super) cause: Cause,
-}
-
-/// What is known of a session when it ends, beside what was relayed.
-struct Story {
+pub(super) struct Story {
+    /// `None` once it is accounted for.
+    ctx: Option<Rc<Context>>,
     started: Instant,
     client: SocketAddr,
+    /// Generation of the table it is routed by.
     generation: u64,
     route: Arc<FrontendRoute>,
     attempts: Attempts,
     connect_time: Option<Duration>,
 }
 
-/// An established session. An idle one is made of little else than this.
-struct Session {
-    ctx: Rc<Context>,
+/// An established session, until it ends; dropped before that, it is broken off.
+struct Session(Option<Established>);
+
+/// An idle session is made of little else than this.
+struct Established {
     story: Story,
     slots: Slots,
     held: Held,
@@ -87,29 +85,39 @@ struct Totals {
     first_byte: Option<Duration>,
 }
 
+/// A session that is over, but for its last words.
+struct Closing {
+    /// To be reset once everything is sent.
+    socket: Option<OwnedFd>,
+    ending: Ending,
+    totals: Totals,
+    story: Story,
+    held: Option<Held>,
+    _slots: Slots,
+}
+
 /// Resets a client that admission has turned away: no backend has been thought
 /// of, and no task is made for it.
-pub(super) fn turn_away(ctx: &Context, refusal: Refusal) {
-    let Refusal { socket, client, route, generation, cause } = refusal;
+pub(super) fn turn_away(socket: OwnedFd, mut story: Story, cause: Cause) {
     stream::reset(socket);
     let ending = Ending { cause, phase: Phase::Admit, errno: 0, closed_first: None };
-    Story::new(client, route, generation).account(ctx, ending, Totals::default());
+    story.account(ending, &Totals::default());
 }
 
 /// Serves one client to the end.
-pub(super) fn run(ctx: Rc<Context>, arrival: Arrival) -> impl Future<Output = ()> {
-    let Arrival { socket, client, route, generation, pick, slots } = arrival;
+pub(super) fn run(arrival: Arrival) -> impl Future<Output = ()> {
+    let Arrival { socket, story, pick, slots } = arrival;
     // At once: a session can be cut from here on.
-    let opened = ctx.engine.open(socket);
-    let story = Story::new(client, route, generation);
+    let opened = story.ctx().engine.open(socket);
     // Boxed: it is over soon, and an idle session need not keep its room.
-    let setup = Box::pin(set_up(ctx, story, slots, opened, pick));
+    let setup = Box::pin(set_up(story, slots, opened, pick));
     async move {
         let mut session = match setup.await {
             Some(session) => session,
             None => return,
         };
-        let relayed = (&mut session.relay).await;
+        session.pass(Fault::Session);
+        let relayed = session.relay().await;
         if let Some(last_words) = session.end(relayed) {
             last_words.await;
         }
@@ -119,16 +127,15 @@ pub(super) fn run(ctx: Rc<Context>, arrival: Arrival) -> impl Future<Output = ()
 /// From accept to the relay; where it does not come to that, the session is
 /// over and accounted for.
 async fn set_up(
-    ctx: Rc<Context>,
     mut story: Story,
     slots: Slots,
     opened: io::Result<Flow>,
     pick: Result<Reserved, NoBackend>,
 ) -> Option<Session> {
-    match story.establish(&ctx, opened, pick).await {
-        Ok((flow, upstream)) => Some(Session::begin(ctx, story, slots, flow, upstream)),
+    match story.establish(opened, pick).await {
+        Ok((flow, upstream)) => Some(Session::begin(story, slots, flow, upstream)),
         Err(ending) => {
-            story.account(&ctx, ending, Totals::default());
+            story.account(ending, &Totals::default());
             drop(slots);
             None
         }
@@ -192,81 +199,129 @@ fn finish(relayed: Relayed) -> Option<OwnedFd> {
     }
 }
 
-/// Resets `socket` once the peer has acknowledged everything, or after
-/// [`FLUSH_MAX`]: a reset throws the send queue away.
-async fn reset_when_sent(socket: OwnedFd) {
-    let mut left = FLUSH_MAX;
-    while stream::unacknowledged(&socket) > 0 && !left.is_zero() {
-        tokio::time::sleep(FLUSH_STEP).await;
-        left = left.saturating_sub(FLUSH_STEP);
-    }
-    stream::reset(socket);
-}
-
 // === impl Session ===
 
 impl Session {
     /// Starts the relay.
-    fn begin(
-        ctx: Rc<Context>,
-        mut story: Story,
-        slots: Slots,
-        flow: Flow,
-        upstream: Upstream,
-    ) -> Session {
+    fn begin(mut story: Story, slots: Slots, flow: Flow, upstream: Upstream) -> Session {
         let Upstream { held, connect_time, since } = upstream;
-        story.connected(&ctx, held.backend(), connect_time);
-        let relay = story.relay(&ctx, flow, &held);
-        Session { ctx, story, slots, held, since, relay }
+        story.connected(held.backend(), connect_time);
+        let relay = story.relay(flow, &held);
+        Session(Some(Established { story, slots, held, since, relay }))
+    }
+
+    fn relay(&mut self) -> &mut Relay {
+        &mut self.0.as_mut().expect("a session is established until it ends").relay
     }
 
     /// Closes and accounts for a session whose relay is over; at once, but for
     /// the rare one whose last words still have to arrive.
-    fn end(self, relayed: Relayed) -> Option<Pin<Box<impl Future<Output = ()>>>> {
-        let Session { ctx, story, slots, mut held, since, relay } = self;
+    fn end(mut self, relayed: Relayed) -> Option<Pin<Box<impl Future<Output = ()>>>> {
+        let Established { story, slots, mut held, since, relay } = self.0.take()?;
         drop(relay);
-        let totals = story.relayed(&ctx, held.backend(), since, &relayed);
-        let ending = relayed.ending;
-        judge(&ctx, &mut held, &relayed);
-        let Some(last_words) = finish(relayed) else {
-            drop(held);
-            story.account(&ctx, ending, totals);
-            drop(slots);
-            return None;
+        let Relayed { ending, bytes_in, bytes_out, .. } = relayed;
+        let first_byte = relayed.first_byte.map(|at| at.saturating_duration_since(since));
+        let totals = Totals { bytes_in, bytes_out, first_byte };
+        story.relayed(held.backend(), &totals);
+        judge(story.ctx(), &mut held, &relayed);
+        let socket = finish(relayed);
+        let unsent = socket.is_some();
+        let mut closing =
+            Closing { socket, ending, totals, story, held: Some(held), _slots: slots };
+        unsent.then(|| Box::pin(async move { closing.reset_when_sent().await }))
+    }
+
+    #[inline]
+    fn pass(&self, place: Fault) {
+        if let Some(established) = &self.0 {
+            established.story.ctx().faults.pass(place);
+        }
+    }
+}
+
+impl Drop for Session {
+    /// Broken off: what it has moved so far is what there is to say. The relay
+    /// goes last and has both sockets reset, as neither side has had everything.
+    fn drop(&mut self) {
+        let Some(Established { mut story, slots, held, since, relay }) = self.0.take() else {
+            return;
         };
-        Some(Box::pin(async move {
-            reset_when_sent(last_words).await;
-            drop(held);
-            story.account(&ctx, ending, totals);
-            drop(slots);
-        }))
+        let cause = story.ctx().broken_off_by.get();
+        if let Some(so_far) = relay.so_far(cause) {
+            let first_byte = so_far.first_byte.map(|at| at.saturating_duration_since(since));
+            let (bytes_in, bytes_out) = (so_far.bytes_in, so_far.bytes_out);
+            let totals = Totals { bytes_in, bytes_out, first_byte };
+            story.relayed(held.backend(), &totals);
+            story.account(so_far.ending, &totals);
+        }
+        drop((held, story, slots));
+    }
+}
+
+// === impl Closing ===
+
+impl Closing {
+    /// Resets its socket once the peer has acknowledged everything, or after
+    /// [`FLUSH_MAX`]: a reset throws the send queue away.
+    async fn reset_when_sent(&mut self) {
+        let mut left = FLUSH_MAX;
+        while self.socket.as_ref().is_some_and(|socket| stream::unacknowledged(socket) > 0)
+            && !left.is_zero()
+        {
+            tokio::time::sleep(FLUSH_STEP).await;
+            left = left.saturating_sub(FLUSH_STEP);
+        }
+    }
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        if let Some(socket) = self.socket.take() {
+            stream::reset(socket);
+        }
+        drop(self.held.take());
+        self.story.account(self.ending, &self.totals);
     }
 }
 
 // === impl Story ===
 
 impl Story {
-    fn new(client: SocketAddr, route: Arc<FrontendRoute>, generation: u64) -> Story {
+    /// Begins with a connection that was accepted, and counts it.
+    pub(super) fn new(
+        ctx: &Rc<Context>,
+        client: SocketAddr,
+        route: &Arc<FrontendRoute>,
+        generation: u64,
+    ) -> Story {
+        ctx.counters.accepted.add(1);
+        route.state.counters.of(ctx.id).sessions.add(1);
         Story {
+            ctx: Some(Rc::clone(ctx)),
             started: clock::now(),
             client,
             generation,
-            route,
+            route: Arc::clone(route),
             attempts: Attempts::default(),
             connect_time: None,
         }
     }
 
+    fn ctx(&self) -> &Rc<Context> {
+        self.ctx.as_ref().expect("a session has its worker until it is accounted for")
+    }
+
     /// Connects the client's flow.
     async fn establish(
         &mut self,
-        ctx: &Context,
         opened: io::Result<Flow>,
         pick: Result<Reserved, NoBackend>,
     ) -> Result<(Flow, Upstream), Ending> {
+        let ctx = Rc::clone(self.ctx());
         let flow = opened.map_err(|error| connect::local_ending(Phase::Admit, &error))?;
+        ctx.faults.pass(Fault::Setup);
         let (pool, ip) = (&self.route.pool, self.client.ip());
-        match connect::dial(ctx, &flow, pool, ip, pick, &mut self.attempts).await {
+        match connect::dial(&ctx, &flow, pool, ip, pick, &mut self.attempts).await {
             Ok(upstream) => Ok((flow, upstream)),
             Err(ending) => {
                 // At once and with RST, so that silence is not taken for an answer.
@@ -276,7 +331,7 @@ impl Story {
         }
     }
 
-    fn relay(&self, ctx: &Context, flow: Flow, held: &Held) -> Relay {
+    fn relay(&self, flow: Flow, held: &Held) -> Relay {
         let spec = &self.route.spec;
         let limits = Limits {
             idle: spec.idle_timeout,
@@ -285,7 +340,7 @@ impl Story {
             user_timeout: spec.user_timeout,
         };
         let meter = Meter {
-            worker: ctx.id,
+            worker: self.ctx().id,
             frontend: Arc::clone(&self.route.state),
             backend: Arc::clone(held.backend()),
             trial: held.trial(),
@@ -294,44 +349,43 @@ impl Story {
         flow.relay(limits, meter)
     }
 
-    fn connected(&mut self, ctx: &Context, backend: &BackendState, connect_time: Duration) {
+    fn connected(&mut self, backend: &BackendState, connect_time: Duration) {
         self.connect_time = Some(connect_time);
+        let ctx = self.ctx();
         backend.counters.of(ctx.id).sessions.add(1);
         ctx.recorder.borrow_mut().record(backend.id.0, Series::Connect, connect_time);
     }
 
-    fn relayed(
-        &self,
-        ctx: &Context,
-        backend: &BackendState,
-        since: Instant,
-        end: &Relayed,
-    ) -> Totals {
-        let mut recorder = ctx.recorder.borrow_mut();
-        let first_byte = end.first_byte.map(|at| at.saturating_duration_since(since));
-        if let Some(took) = first_byte {
+    fn relayed(&self, backend: &BackendState, totals: &Totals) {
+        // Never in use here, but for a panic in the middle of it.
+        let Ok(mut recorder) = self.ctx().recorder.try_borrow_mut() else { return };
+        if let Some(took) = totals.first_byte {
             recorder.record(backend.id.0, Series::FirstByte, took);
         }
         let lasted = clock::now() - self.started;
         recorder.record(backend.id.0, Series::Session, lasted);
-        Totals { bytes_in: end.bytes_in, bytes_out: end.bytes_out, first_byte }
     }
 
-    fn account(self, ctx: &Context, ending: Ending, totals: Totals) {
+    /// Once; after that, nothing.
+    fn account(&mut self, ending: Ending, totals: &Totals) {
+        let Some(ctx) = self.ctx.take() else { return };
         let Ending { cause, phase, .. } = ending;
+        if std::thread::panicking() && !ctx.admitting.get() {
+            ctx.counters.panics.cell(Panicked::Session as usize, 0).add(1);
+        }
         ctx.counters.session_end.cell(cause as usize, phase as usize).add(1);
         ctx.counters.ended.add(1);
         if let Some(reason) = RefusedReason::of(ending) {
             let frontend = self.route.state.counters.of(ctx.id);
             frontend.refused.cell(reason as usize, 0).add(1);
         }
-        if ctx.access_log.enabled() && !ctx.access_log.push(self.into_record(ctx, ending, totals)) {
+        if ctx.access_log.enabled() && !ctx.access_log.push(self.record(&ctx, ending, totals)) {
             ctx.counters.access_log_dropped.add(1);
         }
     }
 
-    fn into_record(self, ctx: &Context, ending: Ending, totals: Totals) -> SessionRecord {
-        let backend = self.attempts.last;
+    fn record(&self, ctx: &Context, ending: Ending, totals: &Totals) -> SessionRecord {
+        let backend = &self.attempts.last;
         SessionRecord {
             time: clock::wall(),
             session: ctx.next_session(),
@@ -354,6 +408,17 @@ impl Story {
             connect: self.connect_time,
             first_byte: totals.first_byte,
             duration: clock::now() - self.started,
+        }
+    }
+}
+
+impl Drop for Story {
+    /// Broken off before it was established, unless it is accounted for.
+    fn drop(&mut self) {
+        if let Some(ctx) = &self.ctx {
+            let (cause, phase) = (ctx.broken_off_by.get(), self.attempts.phase());
+            let ending = Ending { cause, phase, errno: 0, closed_first: None };
+            self.account(ending, &Totals::default());
         }
     }
 }

@@ -2,26 +2,28 @@
 //! counters.
 //!
 //! Started by `app`, which talks to it through a [`Mailbox`]. Workers share
-//! nothing they write but the counts that balancing and caps need.
+//! nothing they write but the counts that balancing and caps need. A worker
+//! outlives its thread: where that falls to a panic, another goes on, see
+//! `life`.
 
 use super::close::Cause;
-use super::context::{Context, Shared};
-use super::listener::{Listener, Retirement};
+use super::context::Shared;
+#[cfg(debug_assertions)]
+use super::faults::Fault;
+use super::life::{Life, Station};
 use super::relay::{Engine, RING_SETTINGS};
-use crate::net::cpu;
 use crate::net::ring::Ring;
 use crate::table::publish::TablePublisher;
 use crate::table::state::BackendId;
 use crate::telemetry::access_log::AccessLogSender;
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::{Delta, Spent};
+use crate::telemetry::pulse::Pulse;
 use crossbeam::queue::SegQueue;
 use socket2::Socket;
-use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
@@ -41,7 +43,7 @@ pub enum Runtime {
 }
 
 /// What a worker is started with.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Plan {
     /// From 0.
     pub id: usize,
@@ -82,6 +84,12 @@ pub enum Command {
     GiveBack(Spent),
     /// End; sessions still open are dropped.
     Stop,
+    /// Panic at that place; for tests.
+    #[cfg(debug_assertions)]
+    Fault(Fault),
+    /// Do nothing at all for so long; for tests.
+    #[cfg(debug_assertions)]
+    Stall(Duration),
 }
 
 /// A worker's inbox. Unbounded in type, bounded in use: only the control thread
@@ -97,7 +105,8 @@ pub struct Mailbox {
 pub struct Worker {
     /// Its inbox.
     pub mailbox: Arc<Mailbox>,
-    thread: std::thread::JoinHandle<()>,
+    cpu: Option<usize>,
+    station: Arc<Station>,
 }
 
 // === impl Runtime ===
@@ -126,7 +135,7 @@ impl Runtime {
 
     /// The engine of a worker. Where there is no ring to be had for it although
     /// there was at start, readiness has to do.
-    fn engine(self, worker: usize, spin: Option<Duration>) -> io::Result<Engine> {
+    pub(super) fn engine(self, worker: usize, spin: Option<Duration>) -> io::Result<Engine> {
         if self == Runtime::Epoll {
             return Engine::readiness(spin);
         }
@@ -137,17 +146,14 @@ impl Runtime {
     }
 
     /// Runs `main` to its end on a fresh runtime of this kind.
-    pub(super) fn block_on(self, main: impl Future<Output = ()>) -> io::Result<()> {
+    pub(super) fn block_on<T>(self, main: impl Future<Output = T>) -> io::Result<T> {
         match self {
-            Runtime::IoUring => {
-                tokio_uring::Runtime::new(&ring_builder())?.block_on(main);
-            }
+            Runtime::IoUring => Ok(tokio_uring::Runtime::new(&ring_builder())?.block_on(main)),
             Runtime::Epoll => {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                tokio::task::LocalSet::new().block_on(&runtime, main);
+                Ok(tokio::task::LocalSet::new().block_on(&runtime, main))
             }
         }
-        Ok(())
     }
 }
 
@@ -170,8 +176,10 @@ impl Mailbox {
         self.arrived.notify_one();
     }
 
-    async fn next(&self) -> Command {
+    /// The next command. Each time it is woken, the worker's pulse is felt.
+    pub(super) async fn next(&self, pulse: &Pulse) -> Command {
         loop {
+            pulse.answer();
             if let Some(command) = self.commands.pop() {
                 return command;
             }
@@ -186,108 +194,28 @@ impl Worker {
     /// Starts the thread; returns once its runtime and engine stand.
     pub fn start(plan: Plan) -> io::Result<Worker> {
         let mailbox = Arc::new(Mailbox::default());
-        let (ready, started) = std::sync::mpsc::sync_channel::<io::Result<()>>(1);
-        let inbox = Arc::clone(&mailbox);
-        let thread =
-            std::thread::Builder::new().name(format!("worker-{}", plan.id)).spawn(move || {
-                if let Some(cpu) = plan.cpu
-                    && let Err(error) = cpu::pin_current_thread(cpu)
-                {
-                    tracing::warn!(worker = plan.id, cpu, %error, "not pinned");
-                }
-                let failed = ready.clone();
-                let ran = plan.runtime.block_on(async move {
-                    match set_up(plan) {
-                        Ok(ctx) => {
-                            let _ = ready.send(Ok(()));
-                            serve(ctx, &inbox).await;
-                        }
-                        Err(error) => {
-                            let _ = ready.send(Err(error));
-                        }
-                    }
-                });
-                if let Err(error) = ran {
-                    let _ = failed.send(Err(error));
-                }
-            })?;
-        match started.recv() {
-            Ok(Ok(())) => Ok(Worker { mailbox, thread }),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(io::Error::other("the worker thread died while it started")),
-        }
+        let cpu = plan.cpu;
+        let station = Life::begin(plan, Arc::clone(&mailbox))?;
+        Ok(Worker { mailbox, cpu, station })
     }
 
-    /// Whether its thread has ended.
+    /// The CPU its thread is bound to, if it is.
+    pub fn cpu(&self) -> Option<usize> {
+        self.cpu
+    }
+
+    /// Has it look at its mailbox, and answer to its pulse.
+    pub fn wake(&self) {
+        self.mailbox.arrived.notify_one();
+    }
+
+    /// Whether it has ended for good: told to, or fallen too often.
     pub fn is_finished(&self) -> bool {
-        self.thread.is_finished()
+        self.station.has_ended()
     }
 
-    /// Waits for the thread; false when it panicked.
+    /// Waits for the thread; false when it fell.
     pub fn join(self) -> bool {
-        self.thread.join().is_ok()
+        self.station.join()
     }
-}
-
-fn set_up(plan: Plan) -> io::Result<Rc<Context>> {
-    let engine = plan.runtime.engine(plan.id, plan.spin)?;
-    engine.count_for(Arc::clone(&plan.counters));
-    Ok(Rc::new(Context::new(
-        plan.id,
-        engine,
-        plan.shared,
-        plan.tables.reader(),
-        plan.counters,
-        plan.access_log,
-        plan.seed,
-    )))
-}
-
-/// Obeys commands until told to stop; the engine, the listeners and the
-/// sessions are tasks beside it.
-async fn serve(ctx: Rc<Context>, inbox: &Mailbox) {
-    let mut engine = tokio::task::spawn_local(ctx.engine.clone().run());
-    let mut listeners: HashMap<SocketAddr, Vec<Rc<Retirement>>> = HashMap::new();
-    loop {
-        let command = tokio::select! {
-            command = inbox.next() => command,
-            ended = &mut engine => panic!("the relay engine ended: {ended:?}"),
-        };
-        match command {
-            Command::Listen(bind, socket) => {
-                let retirement = Rc::new(Retirement::default());
-                match Listener::new(bind, socket, Rc::clone(&retirement)) {
-                    Ok(listener) => {
-                        listeners.entry(bind).or_default().push(retirement);
-                        tokio::task::spawn_local(listener.run(Rc::clone(&ctx)));
-                    }
-                    Err(error) => {
-                        tracing::error!(worker = ctx.id, %bind, %error, "cannot listen");
-                    }
-                }
-            }
-            Command::Retire(bind) => {
-                for retirement in listeners.remove(&bind).into_iter().flatten() {
-                    retirement.begin();
-                }
-            }
-            Command::Release(bind) => {
-                for retirement in listeners.remove(&bind).into_iter().flatten() {
-                    retirement.release();
-                }
-            }
-            Command::CutBackend(backend, cause) => {
-                ctx.engine.cut_backend(backend, cause);
-            }
-            Command::CutAll(cause) => {
-                ctx.engine.cut_all(cause);
-            }
-            Command::Collect(reply) => {
-                let _ = reply.send(ctx.recorder.borrow_mut().take());
-            }
-            Command::GiveBack(spent) => ctx.recorder.borrow_mut().give_back(spent),
-            Command::Stop => break,
-        }
-    }
-    engine.abort();
 }

@@ -8,7 +8,7 @@ pub mod build;
 pub mod publish;
 pub mod state;
 
-use crate::balance::trial::TrialId;
+use crate::balance::trial::{TrialId, TrialPhase};
 use crate::balance::{Balancer, PickError, PickKey};
 use crate::config;
 use state::{BackendState, FrontendState};
@@ -135,14 +135,19 @@ impl Reserved {
         &self.backend
     }
 
-    /// The trial that this session is to decide, if its backend is on one.
-    pub fn trial(&self) -> Option<TrialId> {
-        self.trial
+    /// The trial that this session is to decide, if its backend is on one. Given
+    /// once: whoever has it sees to it that it is decided or opened again.
+    pub fn take_trial(&mut self) -> Option<TrialId> {
+        self.trial.take()
     }
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
+        // Nobody has tried: the next session is to.
+        if let Some(trial) = self.trial.take() {
+            self.backend.in_flight.advance_trial(trial, TrialPhase::Open);
+        }
         self.backend.in_flight.leave();
     }
 }

@@ -4,6 +4,7 @@
 //! Each worker owns one shard of every counter set, on cache lines of its own;
 //! the admin API sums the shards. A counter never goes down.
 
+use super::pulse::Pulse;
 use crossbeam::utils::CachePadded;
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::{AtomicU64, Ordering};
@@ -107,6 +108,24 @@ pub struct WorkerCounters {
     pub access_log_dropped: Counter,
     /// What went on inside the worker's ring (row [`RingEvent`]).
     pub ring_events: CounterTable,
+    /// Panics (row [`Panicked`]).
+    pub panics: CounterTable,
+    /// Times the worker began anew after a panic.
+    pub restarts: Counter,
+    /// Times its loop did not turn; written by the control thread.
+    pub stalls: Counter,
+    /// Whether its loop turns.
+    pub pulse: CachePadded<Pulse>,
+}
+
+/// What a panic was the end of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Panicked {
+    /// One session.
+    Session,
+    /// The worker's thread, and every session on it.
+    Worker,
 }
 
 /// What goes on inside a ring beside moving bytes.
@@ -185,6 +204,19 @@ impl RingEvent {
     }
 }
 
+impl Panicked {
+    /// Both, in the order of their numbers.
+    pub const ALL: [Panicked; 2] = [Panicked::Session, Panicked::Worker];
+
+    /// Metric label.
+    pub fn name(self) -> &'static str {
+        match self {
+            Panicked::Session => "session",
+            Panicked::Worker => "worker",
+        }
+    }
+}
+
 impl WorkerCounters {
     /// All zero, for that many causes and phases.
     pub fn new(causes: usize, phases: usize) -> WorkerCounters {
@@ -198,6 +230,10 @@ impl WorkerCounters {
             reports_dropped: Counter::default(),
             access_log_dropped: Counter::default(),
             ring_events: CounterTable::new(RingEvent::ALL.len(), 1),
+            panics: CounterTable::new(Panicked::ALL.len(), 1),
+            restarts: Counter::default(),
+            stalls: Counter::default(),
+            pulse: CachePadded::default(),
         }
     }
 }

@@ -20,7 +20,7 @@ use super::snapshot::{ServiceState, Snapshot};
 use crate::control::{BackendStatus, FrontendStatus};
 use crate::health::{Intent, Observation};
 use crate::proxy::close::{Cause, Phase, RefusedReason};
-use crate::telemetry::counters::{LocalError, RingEvent, WorkerCounters};
+use crate::telemetry::counters::{LocalError, Panicked, RingEvent, WorkerCounters};
 use crate::telemetry::histograms::{BOUNDS_SECONDS, Series, SeriesData};
 use encoder::{Encoder, Family, counter, gauge, histogram};
 
@@ -71,6 +71,10 @@ mod families {
     pub(super) const WORKER_ACCEPTED: Family = counter("tidegate_worker_accepted_total", "Connections taken off the listen queues, by worker.");
     pub(super) const WORKER_ACTIVE: Family = gauge("tidegate_worker_active", "Sessions open, by worker.");
     pub(super) const HELD_AT_CAP: Family = counter("tidegate_accept_held_at_cap_total", "Times a listener stopped accepting because a cap was reached.");
+    pub(super) const WORKER_PANICS: Family = counter("tidegate_worker_panics_total", "Panics by what they ended: one session, or the worker's thread and every session on it.");
+    pub(super) const WORKER_RESTARTS: Family = counter("tidegate_worker_restarts_total", "Times a worker began anew after a panic.");
+    pub(super) const WORKER_STALLED: Family = gauge("tidegate_worker_stalled", "1 while the worker's loop does not turn.");
+    pub(super) const WORKER_STALLS: Family = counter("tidegate_worker_stalls_total", "Times the worker's loop did not turn for a second or more.");
     pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "What went on inside the rings beside moving bytes, by worker; zero on epoll.");
     pub(super) const LOCAL_ERRORS: Family = counter("tidegate_local_errors_total", "Trouble of our own, never blamed on a backend.");
     pub(super) const CONNECT_RETRIES: Family = counter("tidegate_connect_retries_total", "Connect attempts beyond a session's first.");
@@ -185,7 +189,10 @@ fn usual_phase(cause: Cause) -> Phase {
             Phase::Admit
         }
         Cause::QueueTimeout => Phase::Queue,
-        Cause::IdleTimeout | Cause::DrainDeadline | Cause::BackendRemoved => Phase::Data,
+        Cause::IdleTimeout
+        | Cause::DrainDeadline
+        | Cause::BackendRemoved
+        | Cause::InternalError => Phase::Data,
         Cause::HalfClosedTimeout => Phase::HalfClosed,
     }
 }
@@ -284,6 +291,17 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
         w.accepted.get().saturating_sub(ended)
     });
     each(&families::HELD_AT_CAP, |w| w.accept_held_at_cap.get());
+    each(&families::WORKER_RESTARTS, |w| w.restarts.get());
+    each(&families::WORKER_STALLED, |w| w.pulse.stalled_for().is_some().into());
+    each(&families::WORKER_STALLS, |w| w.stalls.get());
+
+    let mut samples = out.family(&families::WORKER_PANICS);
+    for (name, worker) in names.iter().zip(snapshot.workers) {
+        for reason in Panicked::ALL {
+            let count = worker.panics.cell(reason as usize, 0).get();
+            samples.count(&[("worker", name), ("reason", reason.name())], count);
+        }
+    }
 
     let mut samples = out.family(&families::RING_EVENTS);
     for (name, worker) in names.iter().zip(snapshot.workers) {

@@ -9,7 +9,7 @@
 use crate::admin::{ReloadCounts, UpgradeCounts};
 use crate::app::heartbeats::SavedReception;
 use crate::proxy::close::{Cause, Phase};
-use crate::telemetry::counters::{LocalError, RingEvent, WorkerCounters};
+use crate::telemetry::counters::{LocalError, Panicked, RingEvent, WorkerCounters};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -38,6 +38,9 @@ struct SavedWorker {
     reports_dropped: u64,
     access_log_dropped: u64,
     ring_events: BTreeMap<String, u64>,
+    panics: BTreeMap<String, u64>,
+    restarts: u64,
+    stalls: u64,
 }
 
 // === impl Counts ===
@@ -111,6 +114,13 @@ impl SavedWorker {
             reports_dropped: worker.reports_dropped.get(),
             access_log_dropped: worker.access_log_dropped.get(),
             ring_events: ring.into(),
+            panics: Panicked::ALL
+                .map(|ended| {
+                    (ended.name().to_owned(), worker.panics.cell(ended as usize, 0).get())
+                })
+                .into(),
+            restarts: worker.restarts.get(),
+            stalls: worker.stalls.get(),
         }
     }
 
@@ -132,6 +142,11 @@ impl SavedWorker {
         add(&mut self.connect_retries, other.connect_retries);
         add(&mut self.reports_dropped, other.reports_dropped);
         add(&mut self.access_log_dropped, other.access_log_dropped);
+        for (ended, n) in &other.panics {
+            add(self.panics.entry(ended.clone()).or_default(), *n);
+        }
+        add(&mut self.restarts, other.restarts);
+        add(&mut self.stalls, other.stalls);
     }
 
     fn carry(&self, worker: &WorkerCounters) {
@@ -156,6 +171,12 @@ impl SavedWorker {
         worker.connect_retries.carry(self.connect_retries);
         worker.reports_dropped.carry(self.reports_dropped);
         worker.access_log_dropped.carry(self.access_log_dropped);
+        for ended in Panicked::ALL {
+            let total = self.panics.get(ended.name()).copied().unwrap_or_default();
+            worker.panics.cell(ended as usize, 0).carry(total);
+        }
+        worker.restarts.carry(self.restarts);
+        worker.stalls.carry(self.stalls);
     }
 }
 
@@ -183,6 +204,8 @@ mod tests {
             worker.session_end.cell(2, 3).add(10 * n);
             worker.local_errors.cell(1, 0).add(100 * n);
             worker.ring_events.cell(2, 0).add(1000 * n);
+            worker.panics.cell(0, 0).add(1000 * n);
+            worker.stalls.add(n);
         }
         let reloads = ReloadCounts { changed: 1, unchanged: 2, refused: 3 };
         let upgrades = UpgradeCounts { done: 4, failed: 5, refused: 6 };
@@ -204,5 +227,8 @@ mod tests {
         assert_eq!(ring, 6000);
         let errors: u64 = new.iter().map(|worker| worker.local_errors.cell(1, 0).get()).sum();
         assert_eq!((ends, errors), (60, 600));
+        let panics: u64 = new.iter().map(|worker| worker.panics.cell(0, 0).get()).sum();
+        let stalls: u64 = new.iter().map(|worker| worker.stalls.get()).sum();
+        assert_eq!((panics, stalls), (6000, 6));
     }
 }

@@ -86,6 +86,19 @@ pub struct Relayed {
     pub sockets: [OwnedFd; 2],
 }
 
+/// What a relay has come to that is broken off.
+#[derive(Debug)]
+pub struct SoFar {
+    /// As if it ended now.
+    pub ending: Ending,
+    /// From the client.
+    pub bytes_in: u64,
+    /// To the client.
+    pub bytes_out: u64,
+    /// When the backend's first byte came.
+    pub first_byte: Option<Instant>,
+}
+
 // === impl Meter ===
 
 impl Meter {
@@ -148,6 +161,14 @@ impl Flow {
 }
 
 // === impl Relay ===
+
+impl Relay {
+    /// What it has come to if `cause` breaks it off now; `None` where nobody can
+    /// tell any more.
+    pub fn so_far(&self, cause: Cause) -> Option<SoFar> {
+        self.0.engine.so_far(self.0.key, cause)
+    }
+}
 
 impl Future for Relay {
     type Output = Relayed;

@@ -20,10 +20,12 @@ mod tests;
 mod verdict;
 
 pub use crate::net::ring::Settings as RingSettings;
-pub use flow::{ConnectEnd, Flow, Limits, Meter, Relay, Relayed};
+pub use flow::{ConnectEnd, Flow, Limits, Meter, Relay, Relayed, SoFar};
 pub use ring::SETTINGS as RING_SETTINGS;
 
 use super::close::Cause;
+#[cfg(debug_assertions)]
+use super::faults::Fault;
 use crate::table::state::BackendId;
 use crate::telemetry::counters::WorkerCounters;
 use readiness::Readiness;
@@ -72,6 +74,7 @@ impl Engine {
 
     /// Counts what goes on inside for that worker, from now on.
     pub fn count_for(&self, worker: Arc<WorkerCounters>) {
+        either!(self, shell => shell.count_for(Arc::clone(&worker)));
         if let Kind::Ring(shell) = &self.0 {
             shell.with_mover(|ringed| ringed.count_for(worker));
         }
@@ -106,6 +109,28 @@ impl Engine {
         }
     }
 
+    /// Resolves when a panic has left the engine in no state to go on.
+    pub(super) async fn broken(&self) {
+        either!(self, shell => shell.broken.notified().await)
+    }
+
+    /// The worker has fallen: dropping a session's flow only counts from now on.
+    /// What is open is closed with the engine, see [`Engine::bury`].
+    pub(super) fn fall(&self) {
+        either!(self, shell => shell.fall())
+    }
+
+    /// Drops a fallen worker's engine: every socket left in it is reset.
+    pub(super) fn bury(self) {
+        either!(self, shell => shell.bury())
+    }
+
+    /// The next pass of that place panics; for tests.
+    #[cfg(debug_assertions)]
+    pub(super) fn order(&self, fault: Fault) {
+        either!(self, shell => shell.faults.order(fault))
+    }
+
     async fn connected(
         &self,
         key: u32,
@@ -129,6 +154,10 @@ impl Engine {
 
     fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<Relayed> {
         either!(self, shell => shell.poll_relayed(key, cx))
+    }
+
+    fn so_far(&self, key: u32, cause: Cause) -> Option<SoFar> {
+        either!(self, shell => shell.so_far(key, cause))
     }
 
     fn refuse(&self, key: u32) {

@@ -249,6 +249,10 @@ impl Mover for Readiness {
         flow.pump.bytes_from(side)
     }
 
+    fn client(flow: &Flow) -> Option<BorrowedFd<'_>> {
+        flow.sockets.0[Side::Client as usize].as_ref().map(AsFd::as_fd)
+    }
+
     fn backend(flow: &Flow) -> Option<BorrowedFd<'_>> {
         flow.sockets.0[Side::Backend as usize].as_ref().map(AsFd::as_fd)
     }

@@ -5,6 +5,9 @@
 //! which the engines differ. It never touches a socket itself, never blocks and
 //! never picks a backend.
 
+mod fall;
+mod timers;
+
 use super::flow::{ConnectEnd, Limits, Meter, Relayed};
 use super::mover::{Mover, Round};
 use super::pace::{Pace, TICK};
@@ -13,18 +16,23 @@ use super::verdict::{Moved, Next};
 use crate::clock;
 use crate::net::stream;
 use crate::proxy::close::{Cause, Ending, Side};
+use crate::proxy::faults::{Fault, Faults};
 use crate::proxy::wheel::Wheel;
 use crate::table::state::BackendId;
+use crate::telemetry::counters::WorkerCounters;
+use crate::telemetry::pulse;
 use slab::Slab;
-use std::cell::RefCell;
+use std::cell::{Cell, OnceCell, RefCell};
 use std::fmt::Debug;
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
+use tokio::sync::Notify;
 
 /// Batches in a row before accepts and other tasks of the worker get a turn.
 const BATCHES_A_TURN: u32 = 8;
@@ -40,10 +48,6 @@ const TURNS_A_PARK: u32 = 32;
 /// microseconds, and are spared that.
 const WATCH_AFTER: Duration = Duration::from_millis(2 * TICK.as_millis() as u64);
 
-/// How long an ended session's operations may take to come back before its
-/// sockets are torn down under them. Cancelling takes microseconds.
-const SETTLE_MAX: Duration = Duration::from_millis(500);
-
 /// One worker's engine.
 #[derive(Debug)]
 pub(super) struct Shell<M: Mover> {
@@ -51,6 +55,13 @@ pub(super) struct Shell<M: Mover> {
     /// How long to poll after the last activity before sleeping.
     spin: Option<Duration>,
     state: RefCell<State<M>>,
+    /// A panic has left the state half-way.
+    pub(super) broken: Notify,
+    /// The worker has fallen: what is left is closed in `bury`.
+    fallen: Cell<bool>,
+    pub(super) faults: Faults,
+    /// Where it shows what it is about.
+    worker: OnceCell<Arc<WorkerCounters>>,
 }
 
 /// The sessions and what moves their bytes.
@@ -76,6 +87,8 @@ pub(super) struct Entry<F> {
     cut: Option<Cause>,
     /// Its session is gone; kept only until it has settled.
     orphaned: bool,
+    /// Its client was turned away.
+    refused: bool,
 }
 
 #[derive(Debug)]
@@ -113,15 +126,31 @@ impl<M: Mover> Shell<M> {
                 now: started,
                 next_tick: started,
             }),
+            broken: Notify::new(),
+            fallen: Cell::new(false),
+            faults: Faults::default(),
+            worker: OnceCell::new(),
         })
     }
 
+    pub(super) fn count_for(&self, worker: Arc<WorkerCounters>) {
+        // Told once.
+        let _ = self.worker.set(worker);
+    }
+
+    #[inline]
+    fn is_at(&self, stage: pulse::Stage) {
+        if let Some(worker) = self.worker.get() {
+            worker.pulse.at(stage);
+        }
+    }
+
     pub(super) fn with_mover(&self, tell: impl FnOnce(&mut M)) {
-        tell(&mut self.state.borrow_mut().mover);
+        tell(&mut self.hold().mover);
     }
 
     pub(super) fn open(&self, client: OwnedFd) -> io::Result<u32> {
-        let state = &mut *self.state.borrow_mut();
+        let state = &mut *self.hold();
         let vacant = state.flows.vacant_entry();
         let key = vacant.key() as u32;
         vacant.insert(Entry {
@@ -131,16 +160,17 @@ impl<M: Mover> Shell<M> {
             client_failed: false,
             cut: None,
             orphaned: false,
+            refused: false,
         });
         Ok(key)
     }
 
     pub(super) fn open_flows(&self) -> usize {
-        self.state.borrow().flows.len()
+        self.hold().flows.len()
     }
 
     pub(super) fn attach(&self, key: u32, upstream: OwnedFd) -> io::Result<()> {
-        let state = &mut *self.state.borrow_mut();
+        let state = &mut *self.hold();
         let entry = &mut state.flows[key as usize];
         state.mover.attach(key, &mut entry.flow, upstream, false)
     }
@@ -153,7 +183,7 @@ impl<M: Mover> Shell<M> {
     ) -> Result<(), ConnectEnd> {
         self.start_connect(key, upstream, deadline).map_err(ConnectEnd::Failed)?;
         let verdict = poll_fn(|cx| self.poll_connected(key, cx)).await;
-        let state = &mut *self.state.borrow_mut();
+        let state = &mut *self.hold();
         state.wheel.cancel(key);
         if verdict.is_err() {
             state.mover.detach(&mut state.flows[key as usize].flow);
@@ -163,7 +193,7 @@ impl<M: Mover> Shell<M> {
     }
 
     fn start_connect(&self, key: u32, upstream: OwnedFd, deadline: Instant) -> io::Result<()> {
-        let state = &mut *self.state.borrow_mut();
+        let state = &mut *self.hold();
         let entry = &mut state.flows[key as usize];
         state.mover.attach(key, &mut entry.flow, upstream, true)?;
         entry.stage = Stage::Setup(Setup { deadline: Some(deadline), ..Setup::default() });
@@ -175,7 +205,7 @@ impl<M: Mover> Shell<M> {
     }
 
     fn poll_connected(&self, key: u32, cx: &Context<'_>) -> Poll<Result<(), ConnectEnd>> {
-        let state = &mut *self.state.borrow_mut();
+        let state = &mut *self.hold();
         let entry = &mut state.flows[key as usize];
         if let Some(end) = entry.interruption() {
             return Poll::Ready(Err(end));
@@ -199,12 +229,12 @@ impl<M: Mover> Shell<M> {
 
     pub(super) async fn interrupted(&self, key: u32) -> ConnectEnd {
         {
-            let state = &mut *self.state.borrow_mut();
+            let state = &mut *self.hold();
             state.mover.watch_client(key, &mut state.flows[key as usize].flow);
             self.pace.hurry(&state.mover);
         }
         poll_fn(|cx| {
-            let entry = &mut self.state.borrow_mut().flows[key as usize];
+            let entry = &mut self.hold().flows[key as usize];
             match entry.interruption() {
                 Some(end) => Poll::Ready(end),
                 None => {
@@ -218,7 +248,7 @@ impl<M: Mover> Shell<M> {
 
     pub(super) fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<Relayed> {
         {
-            let entry = &mut self.state.borrow_mut().flows[key as usize];
+            let entry = &mut self.hold().flows[key as usize];
             if !matches!(entry.stage, Stage::Ended(..)) || !M::is_settled(&entry.flow) {
                 // The same task waits until the end: one clone a session.
                 entry.waiter.get_or_insert_with(|| cx.waker().clone());
@@ -229,10 +259,11 @@ impl<M: Mover> Shell<M> {
     }
 
     pub(super) fn start_relay(&self, key: u32, limits: Limits, meter: Meter) {
-        let state = &mut *self.state.borrow_mut();
+        let state = &mut *self.hold();
         state.now = clock::now();
         let entry = &mut state.flows[key as usize];
         entry.waiter = None;
+        self.faults.pass(Fault::Relay);
         entry.stage = Stage::Relaying(Box::new(Relaying::new(limits, meter, state.now)));
         if let Some(cause) = entry.cut {
             state.end_by_us(key, cause, &self.pace);
@@ -246,7 +277,7 @@ impl<M: Mover> Shell<M> {
     }
 
     fn take_relayed(&self, key: u32) -> Relayed {
-        let mut state = self.state.borrow_mut();
+        let mut state = self.hold();
         state.wheel.cancel(key);
         let entry = &mut state.flows[key as usize];
         let setup = Stage::Setup(Setup::default());
@@ -270,12 +301,23 @@ impl<M: Mover> Shell<M> {
     }
 
     pub(super) fn refuse(&self, key: u32) {
-        let state = &mut *self.state.borrow_mut();
-        state.mover.refuse(&mut state.flows[key as usize].flow);
+        let state = &mut *self.hold();
+        let entry = &mut state.flows[key as usize];
+        entry.refused = true;
+        state.mover.refuse(&mut entry.flow);
     }
 
     pub(super) fn remove(&self, key: u32) {
-        let state = &mut *self.state.borrow_mut();
+        let state = &mut *self.hold();
+        let entry = &mut state.flows[key as usize];
+        entry.waiter = None;
+        if let Stage::Relaying(relaying) = &entry.stage {
+            relaying.over();
+        }
+        if self.fallen.get() {
+            return;
+        }
+        entry.reset_leftovers::<M>();
         state.wheel.cancel(key);
         let entry = &mut state.flows[key as usize];
         if M::is_settled(&entry.flow) {
@@ -283,7 +325,6 @@ impl<M: Mover> Shell<M> {
             return;
         }
         entry.orphaned = true;
-        entry.waiter = None;
         state.mover.halt(&mut entry.flow);
         state.now = clock::now();
         state.expect_to_settle(key, &self.pace);
@@ -304,7 +345,7 @@ impl<M: Mover> Shell<M> {
     }
 
     fn cut_where(&self, cause: Cause, matches: impl Fn(&Stage) -> bool) -> usize {
-        let state = &mut *self.state.borrow_mut();
+        let state = &mut *self.hold();
         state.now = clock::now();
         let chosen = state.flows.iter().filter(|(_, e)| !e.orphaned && matches(&e.stage));
         let keys: Vec<u32> = chosen.map(|(key, _)| key as u32).collect();
@@ -325,16 +366,18 @@ impl<M: Mover> Shell<M> {
         let mut last_activity = clock::now();
         let mut turns = 0;
         loop {
+            self.is_at(pulse::Stage::Relaying);
             let Round { drained, busy } = self.turn()?;
-            let now = self.state.borrow().now;
+            self.is_at(pulse::Stage::Waiting);
+            let now = self.hold().now;
             if busy {
                 last_activity = now;
             }
             let spinning = self.spin.is_some_and(|spin| now - last_activity < spin);
             turns += 1;
             let due = turns >= TURNS_A_PARK;
-            let awake = !drained || spinning || !self.state.borrow_mut().mover.doze();
-            if awake && (!due || !self.state.borrow().mover.ring_the_bell()?) {
+            let awake = !drained || spinning || !self.hold().mover.doze();
+            if awake && (!due || !self.hold().mover.ring_the_bell()?) {
                 // Lets accepts and sessions run, and the reactor look around: no
                 // turn follows another without it, whatever the mover says.
                 tokio::task::yield_now().await;
@@ -342,7 +385,7 @@ impl<M: Mover> Shell<M> {
             }
             turns = 0;
             self.sleep(timer.as_mut()).await?;
-            self.state.borrow_mut().mover.rouse();
+            self.hold().mover.rouse();
         }
     }
 
@@ -351,8 +394,9 @@ impl<M: Mover> Shell<M> {
         let mut busy = false;
         let mut ends_at = None;
         for _ in 0..BATCHES_A_TURN {
-            let state = &mut *self.state.borrow_mut();
+            let state = &mut *self.hold();
             let round = M::round(state, &self.pace)?;
+            self.faults.pass(Fault::Engine);
             busy |= round.busy;
             let late = state.now >= *ends_at.get_or_insert(state.now + TURN_MAX);
             state.expire(&self.pace);
@@ -373,7 +417,7 @@ impl<M: Mover> Shell<M> {
     /// Sleeps until the mover, a timer or a session wants something.
     async fn sleep(&self, mut timer: std::pin::Pin<&mut tokio::time::Sleep>) -> io::Result<()> {
         let next = {
-            let state = self.state.borrow();
+            let state = self.hold();
             let wanted = state.mover.wants_tick(!state.flows.is_empty());
             let tick = wanted.then(|| self.pace.tick_after(state.next_tick));
             [state.wheel.next_due(), tick].into_iter().flatten().min()
@@ -384,7 +428,7 @@ impl<M: Mover> Shell<M> {
             timer.as_mut().reset(at.into());
         }
         poll_fn(|cx| {
-            if let Poll::Ready(woken) = self.state.borrow().mover.poll_wake(cx) {
+            if let Poll::Ready(woken) = self.hold().mover.poll_wake(cx) {
                 return Poll::Ready(woken);
             }
             if next.is_some() && timer.as_mut().poll(cx).is_ready() {
@@ -454,89 +498,6 @@ impl<M: Mover> State<M> {
         } else if matches!(entry.stage, Stage::Ended(..)) {
             entry.wake();
         }
-    }
-
-    /// Sets a flow's timer anew. The half-closed timer may be due long before
-    /// the idle one.
-    fn rearm(&mut self, key: u32, pace: &Pace) {
-        let entry = &self.flows[key as usize];
-        let Stage::Relaying(relaying) = &entry.stage else { return };
-        let half_closed = M::verdict(&entry.flow).closed_first().is_some();
-        let due = pace.tick_after(relaying.due(half_closed, self.now));
-        self.wheel.arm(key, due);
-        pace.kick_if_sooner(due);
-    }
-
-    fn expect_to_settle(&mut self, key: u32, pace: &Pace) {
-        let due = pace.tick_after(self.now + SETTLE_MAX);
-        self.wheel.arm(key, due);
-        pace.kick_if_sooner(due);
-    }
-
-    /// Fires the timers that are due.
-    fn expire(&mut self, pace: &Pace) {
-        let now = pace.tick_at(self.now);
-        if self.wheel.next_due().is_none_or(|due| due > now) {
-            return;
-        }
-        let mut fired = std::mem::take(&mut self.fired);
-        self.wheel.advance(now, &mut fired);
-        for key in fired.drain(..) {
-            self.timer_fired(key, pace);
-        }
-        self.fired = fired;
-    }
-
-    fn timer_fired(&mut self, key: u32, pace: &Pace) {
-        let now = self.now;
-        let entry = &mut self.flows[key as usize];
-        if entry.orphaned {
-            self.mover.tear_down(&mut entry.flow);
-            self.expect_to_settle(key, pace);
-            return;
-        }
-        match &mut entry.stage {
-            Stage::Setup(setup) => match setup.deadline {
-                Some(deadline) if now < deadline => {
-                    self.mover.watch_client(key, &mut entry.flow);
-                    self.wheel.arm(key, pace.tick_after(deadline));
-                }
-                _ => {
-                    setup.timed_out = true;
-                    entry.wake();
-                }
-            },
-            Stage::Relaying(_) => self.look_at_timers(key, pace),
-            Stage::Ended(..) => {
-                self.mover.tear_down(&mut entry.flow);
-                self.expect_to_settle(key, pace);
-            }
-        }
-    }
-
-    fn look_at_timers(&mut self, key: u32, pace: &Pace) {
-        let entry = &mut self.flows[key as usize];
-        let Stage::Relaying(relaying) = &mut entry.stage else { return };
-        let half_closed = M::verdict(&entry.flow).closed_first().is_some();
-        if relaying.is_idle(half_closed, self.now) {
-            if !relaying.asked && self.mover.ask_progress(&mut entry.flow) {
-                // The answer is there by the next tick, if there is one.
-                relaying.asked = true;
-                self.wheel.arm(key, pace.tick_at(self.now) + 2);
-                return;
-            }
-            let cause = if half_closed { Cause::HalfClosedTimeout } else { Cause::IdleTimeout };
-            self.end_by_us(key, cause, pace);
-            return;
-        }
-        if relaying.take_liveness(self.now)
-            && let Some(upstream) = M::backend(&entry.flow)
-        {
-            let (keepalive, user_timeout) = relaying.liveness();
-            // Refused at most for a socket that is dead already.
-            let _ = stream::set_liveness(upstream, keepalive, user_timeout);
-        }
-        self.rearm(key, pace);
     }
 
     fn end_by_us(&mut self, key: u32, cause: Cause, pace: &Pace) {

@@ -50,7 +50,7 @@ pub struct AccessLog {
 }
 
 /// One worker's end.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct AccessLogSender {
     shared: Arc<Shared>,
     worker: usize,

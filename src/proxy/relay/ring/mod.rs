@@ -229,6 +229,10 @@ impl Mover for Ringed {
         flow.bytes_from(side)
     }
 
+    fn client(flow: &Flow) -> Option<BorrowedFd<'_>> {
+        flow.socket(Side::Client).map(|socket| socket.as_fd())
+    }
+
     fn backend(flow: &Flow) -> Option<BorrowedFd<'_>> {
         flow.socket(Side::Backend).map(|socket| socket.as_fd())
     }

@@ -1,0 +1,101 @@
+//! The sessions' timers: armed for whatever is due first, looked at when they
+//! fire.
+//!
+//! Part of the shell; one wheel for all flows. It reads no clock: `now` is the
+//! time of the batch.
+
+use super::super::mover::Mover;
+use super::super::pace::Pace;
+use super::{Stage, State};
+use crate::net::stream;
+use crate::proxy::close::Cause;
+use std::time::Duration;
+
+/// How long an ended session's operations may take to come back before its
+/// sockets are torn down under them. Cancelling takes microseconds.
+const SETTLE_MAX: Duration = Duration::from_millis(500);
+
+impl<M: Mover> State<M> {
+    /// Sets a flow's timer anew. The half-closed timer may be due long before
+    /// the idle one.
+    pub(super) fn rearm(&mut self, key: u32, pace: &Pace) {
+        let entry = &self.flows[key as usize];
+        let Stage::Relaying(relaying) = &entry.stage else { return };
+        let half_closed = M::verdict(&entry.flow).closed_first().is_some();
+        let due = pace.tick_after(relaying.due(half_closed, self.now));
+        self.wheel.arm(key, due);
+        pace.kick_if_sooner(due);
+    }
+
+    pub(super) fn expect_to_settle(&mut self, key: u32, pace: &Pace) {
+        let due = pace.tick_after(self.now + SETTLE_MAX);
+        self.wheel.arm(key, due);
+        pace.kick_if_sooner(due);
+    }
+
+    /// Fires the timers that are due.
+    pub(super) fn expire(&mut self, pace: &Pace) {
+        let now = pace.tick_at(self.now);
+        if self.wheel.next_due().is_none_or(|due| due > now) {
+            return;
+        }
+        let mut fired = std::mem::take(&mut self.fired);
+        self.wheel.advance(now, &mut fired);
+        for key in fired.drain(..) {
+            self.timer_fired(key, pace);
+        }
+        self.fired = fired;
+    }
+
+    fn timer_fired(&mut self, key: u32, pace: &Pace) {
+        let now = self.now;
+        let entry = &mut self.flows[key as usize];
+        if entry.orphaned {
+            self.mover.tear_down(&mut entry.flow);
+            self.expect_to_settle(key, pace);
+            return;
+        }
+        match &mut entry.stage {
+            Stage::Setup(setup) => match setup.deadline {
+                Some(deadline) if now < deadline => {
+                    self.mover.watch_client(key, &mut entry.flow);
+                    self.wheel.arm(key, pace.tick_after(deadline));
+                }
+                _ => {
+                    setup.timed_out = true;
+                    entry.wake();
+                }
+            },
+            Stage::Relaying(_) => self.look_at_timers(key, pace),
+            Stage::Ended(..) => {
+                self.mover.tear_down(&mut entry.flow);
+                self.expect_to_settle(key, pace);
+            }
+        }
+    }
+
+    fn look_at_timers(&mut self, key: u32, pace: &Pace) {
+        let entry = &mut self.flows[key as usize];
+        let Stage::Relaying(relaying) = &mut entry.stage else { return };
+        let half_closed = M::verdict(&entry.flow).closed_first().is_some();
+        if relaying.is_idle(half_closed, self.now) {
+            if !relaying.asked && self.mover.ask_progress(&mut entry.flow) {
+                // The answer is there by the next tick, if there is one.
+                relaying.asked = true;
+                self.wheel.arm(key, pace.tick_at(self.now) + 2);
+                return;
+            }
+            let cause = if half_closed { Cause::HalfClosedTimeout } else { Cause::IdleTimeout };
+            self.end_by_us(key, cause, pace);
+            return;
+        }
+        if relaying.take_liveness(self.now)
+            && let Some(upstream) = M::backend(&entry.flow)
+        {
+            let (keepalive, user_timeout) = relaying.liveness();
+            // Refused at most for a socket that is dead already.
+            let _ = stream::set_liveness(upstream, keepalive, user_timeout);
+        }
+        self.rearm(key, pace);
+    }
+}
