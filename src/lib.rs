@@ -32,6 +32,7 @@
 //! | [`proxy`] | the data path: workers, listeners, sessions, the relay engine |
 //! | [`proxy::admission`] | whether one more connection may be accepted (pure) |
 //! | [`proxy::close`] | how sessions end: cause by phase (pure) |
+//! | [`proxy::contain`] | keeping a panic inside the future it happened in |
 //! | [`control`] | the controller: events and the time in, effects out (pure) |
 //! | [`table`] | the immutable snapshot sessions are routed by; its build and publication |
 //! | [`balance`] | the policies: prepared at table build, picked from without locks (pure) |
@@ -98,7 +99,11 @@
 //!   and never closed while somebody may be in its queue; what another process
 //!   goes on with gets no filter, for filters belong to the socket.
 //! - Architecture invariant: every session that ends is counted once, with one
-//!   cause and one phase.
+//!   cause and one phase; one whose task or worker panics, too.
+//! - Architecture invariant: what workers share is sound whenever any of them
+//!   panics: atomics, shards of their own, and guards that give back what they
+//!   hold. A worker falls alone, and its next thread waits for nobody
+//!   (`proxy::life`).
 //! - Architecture invariant: intent, observation and ejection are stored apart;
 //!   *eligible* is derived from them and stored nowhere.
 //! - Architecture invariant: everything that can grow has a named bound, and

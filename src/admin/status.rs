@@ -189,7 +189,9 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
         worker_panics_total: snapshot
             .workers
             .iter()
-            .flat_map(|worker| Panicked::ALL.map(|ended| worker.panics.cell(ended as usize, 0).get()))
+            .flat_map(|worker| {
+                Panicked::ALL.map(|ended| worker.panics.cell(ended as usize, 0).get())
+            })
             .sum(),
         worker_restarts_total: snapshot.workers.iter().map(|worker| worker.restarts.get()).sum(),
         uptime_seconds: millis(snapshot.uptime),

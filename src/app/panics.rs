@@ -38,9 +38,12 @@ fn report(panic: &PanicHookInfo<'_>) {
     let place = panic.location().map_or_else(|| "?".to_owned(), ToString::to_string);
     let what = panic.payload_as_str().unwrap_or("?");
     tracing::error!(thread, place, unreported, "panicked: {what}");
-    let backtrace = Backtrace::capture();
+    let (backtrace, thread) = (Backtrace::capture(), thread.to_owned());
     if backtrace.status() == BacktraceStatus::Captured {
-        tracing::error!(thread, "backtrace:\n{backtrace}");
+        // Finding the names takes a second at first, and a worker has to begin
+        // anew meanwhile. Without a thread there is no backtrace.
+        let tell = move || tracing::error!(thread, "backtrace:\n{backtrace}");
+        let _ = std::thread::Builder::new().name("backtrace".to_owned()).spawn(tell);
     }
 }
 

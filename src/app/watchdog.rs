@@ -132,7 +132,8 @@ pub(super) fn longest_stall(workers: &[Arc<WorkerCounters>]) -> Option<Duration>
 /// number of `schedstat` is nanoseconds spent waiting for a CPU).
 pub(super) fn thread_facts(thread: i32) -> ThreadFacts {
     let read = |file| std::fs::read_to_string(format!("/proc/self/task/{thread}/{file}"));
-    let after_name = |stat: String| stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    let after_name =
+        |stat: String| stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
     let waited = |text: String| text.split(' ').nth(1).and_then(|nanos| nanos.parse().ok());
     ThreadFacts {
         state: read("stat").ok().and_then(after_name),

@@ -221,9 +221,7 @@ impl Life {
         engine.count_for(Arc::clone(&counters));
         let legacy = std::mem::take(&mut self.legacy);
         let reader = tables.reader();
-        Ok(Rc::new(Context::new(
-            id, engine, shared, reader, counters, access_log, seed, legacy,
-        )))
+        Ok(Rc::new(Context::new(id, engine, shared, reader, counters, access_log, seed, legacy)))
     }
 
     /// Listens where the thread before did.

@@ -115,9 +115,7 @@ impl SavedWorker {
             access_log_dropped: worker.access_log_dropped.get(),
             ring_events: ring.into(),
             panics: Panicked::ALL
-                .map(|ended| {
-                    (ended.name().to_owned(), worker.panics.cell(ended as usize, 0).get())
-                })
+                .map(|ended| (ended.name().to_owned(), worker.panics.cell(ended as usize, 0).get()))
                 .into(),
             restarts: worker.restarts.get(),
             stalls: worker.stalls.get(),

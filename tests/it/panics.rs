@@ -1,0 +1,350 @@
+//! Panics and stalls, ordered by the tests: who suffers, who does not, and what
+//! an operator sees of it.
+//!
+//! The faults are there in builds with debug assertions alone; elsewhere this
+//! module only finds that they are not.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::client::{self, End, connect, exchange, try_connect};
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::TestProxy;
+use crate::common::{
+    Engine, eventually, http, measured, ms, on_every_engine, on_every_engine_alone, patience, secs,
+};
+use rustix::process::Signal;
+use std::net::TcpStream;
+use std::os::unix::net::UnixDatagram;
+use std::time::{Duration, Instant};
+
+on_every_engine!(
+    a_panic_in_a_session_ends_that_session_alone,
+    a_worker_that_falls_loses_its_sessions_and_nobody_elses,
+    who_waits_in_the_queue_of_a_worker_that_falls_is_served,
+    a_worker_that_falls_again_and_again_ends_the_process,
+    reload_and_upgrade_work_after_a_fall,
+    a_control_thread_that_panics_ends_the_process,
+    nobody_orders_faults_without_the_word,
+);
+
+on_every_engine_alone!(
+    a_fallen_worker_serves_again_within_a_tenth_of_a_second,
+    a_worker_that_does_not_turn_is_named,
+    a_process_that_was_stopped_has_no_stalled_worker,
+);
+
+/// A balancer that obeys orders of faults, and its echoing backend.
+fn start(engine: Engine, workers: usize) -> Option<(TestProxy, ScriptedBackend)> {
+    start_with(engine, workers, &[])
+}
+
+fn start_with(
+    engine: Engine,
+    workers: usize,
+    environment: &[&str],
+) -> Option<(TestProxy, ScriptedBackend)> {
+    if !cfg!(debug_assertions) {
+        return None;
+    }
+    let backend = ScriptedBackend::start(backend::echo());
+    let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
+    let wrapper = [&["env", "TIDEGATE_FAULTS=1"], environment].concat();
+    let proxy = TestProxy::start_under(conf.workers(workers), &wrapper);
+    assert_eq!(proxy.status()["engine"], engine.name());
+    Some((proxy, backend))
+}
+
+#[track_caller]
+fn order(proxy: &TestProxy, place: &str, worker: usize, millis: u64) {
+    let answer = proxy.admin_request("POST", &format!("/debug/fault/{place}/{worker}/{millis}"));
+    assert_eq!(answer.status, 200, "{}", answer.body);
+}
+
+fn of_worker(proxy: &TestProxy, metric: &str, worker: usize) -> f64 {
+    proxy.metric(metric, &[("worker", &worker.to_string())])
+}
+
+/// Times that worker has fallen.
+fn falls(proxy: &TestProxy, worker: usize) -> f64 {
+    let labels = [("worker", &*worker.to_string()), ("reason", "worker")];
+    proxy.metric("tidegate_worker_panics_total", &labels)
+}
+
+fn internal_errors(proxy: &TestProxy) -> f64 {
+    proxy.metric("tidegate_session_end_total", &[("cause", "internal-error")])
+}
+
+#[track_caller]
+fn wait_for_restarts(proxy: &TestProxy, worker: usize, count: f64) {
+    eventually(secs(10), "the worker serves again", || {
+        of_worker(proxy, "tidegate_worker_restarts_total", worker) == count
+    });
+}
+
+/// A served client of that worker.
+#[track_caller]
+fn client_of(proxy: &TestProxy, worker: usize) -> TcpStream {
+    for _ in 0..200 {
+        let before = of_worker(proxy, "tidegate_worker_accepted_total", worker);
+        let client = connect(proxy.addr("web"));
+        exchange(&client, b"whose are you").expect("an echo");
+        if of_worker(proxy, "tidegate_worker_accepted_total", worker) > before {
+            return client;
+        }
+    }
+    panic!("worker {worker} has taken none of 200 connections");
+}
+
+#[track_caller]
+fn echoes(client: &TcpStream) {
+    let block: Vec<u8> = (0..50_000).map(|_| fastrand::u8(..)).collect();
+    assert!(exchange(client, &block).expect("an echo") == block, "other bytes came back");
+}
+
+#[track_caller]
+fn everything_adds_up(proxy: &TestProxy) {
+    eventually(secs(10), "every session that was accepted is accounted for", || {
+        let ended = proxy.metric("tidegate_session_end_total", &[]);
+        proxy.metric("tidegate_worker_accepted_total", &[]) == ended
+            && proxy.metric("tidegate_worker_active", &[]) == 0.0
+            && proxy.metric("tidegate_connections_active", &[]) == 0.0
+            && proxy.metric("tidegate_backend_in_flight", &[]) == 0.0
+    });
+}
+
+fn a_panic_in_a_session_ends_that_session_alone(engine: Engine) {
+    let Some((proxy, _backend)) = start(engine, 1) else { return };
+    let other = connect(proxy.addr("web"));
+    echoes(&other);
+    for (place, phase) in [("setup", "admit"), ("session", "data")] {
+        order(&proxy, place, 0, 0);
+        assert_eq!(client::read_to_end(&connect(proxy.addr("web"))), End::Reset(0), "{place}");
+        let labels = [("cause", "internal-error"), ("phase", phase)];
+        eventually(secs(5), "it is accounted for", || {
+            proxy.metric("tidegate_session_end_total", &labels) == 1.0
+        });
+    }
+    echoes(&other);
+    let panics = |reason| proxy.metric("tidegate_worker_panics_total", &[("reason", reason)]);
+    assert_eq!((panics("session"), panics("worker")), (2.0, 0.0));
+    let log = proxy.log();
+    assert!(log.contains("panicked: a fault that was ordered: Setup"), "{log}");
+    assert!(log.contains("worker-0") && log.contains("src/proxy/faults.rs:"), "{log}");
+    let lines = proxy.wait_access_log(2);
+    assert!(lines.iter().all(|line| line["cause"] == "internal-error"), "{lines:?}");
+    assert_eq!(proxy.frontend("web")["sessions_active"], 1);
+    drop(other);
+    everything_adds_up(&proxy);
+}
+
+fn a_worker_that_falls_loses_its_sessions_and_nobody_elses(engine: Engine) {
+    let Some((proxy, _backend)) = start(engine, 2) else { return };
+    let survivor = client_of(&proxy, 0);
+    for (n, place) in (1..).zip(["worker", "engine", "listener", "relay"]) {
+        let busy = client_of(&proxy, 1);
+        let lost: Vec<TcpStream> = (0..3).map(|_| client_of(&proxy, 1)).collect();
+        let errors = internal_errors(&proxy);
+        order(&proxy, place, 1, 0);
+        eventually(secs(10), "the fault has come", || {
+            // Some of the places are passed only when somebody comes.
+            if let Ok(client) = try_connect(proxy.addr("web")) {
+                let _ = exchange(&client, b"x");
+            }
+            let _ = exchange(&busy, b"x");
+            falls(&proxy, 1) == f64::from(n)
+        });
+        for client in &lost {
+            assert_eq!(client::read_to_end(client), End::Reset(0), "{place}");
+        }
+        echoes(&survivor);
+        wait_for_restarts(&proxy, 1, f64::from(n));
+        assert!(internal_errors(&proxy) >= errors + 4.0, "{place}");
+        echoes(&client_of(&proxy, 1));
+    }
+    assert_eq!(falls(&proxy, 0), 0.0);
+    drop(survivor);
+    everything_adds_up(&proxy);
+    let lines = proxy.access_log();
+    let broken_off: Vec<_> =
+        lines.iter().filter(|line| line["cause"] == "internal-error").collect();
+    assert!(broken_off.iter().all(|line| line["worker"] == 1), "{broken_off:?}");
+    let relayed = broken_off.iter().filter(|line| {
+        line["phase"] == "data" && line["code"] == "ID" && line["bytes_in"].as_u64() >= Some(13)
+    });
+    assert!(relayed.count() >= 16, "what they had moved is told: {broken_off:?}");
+    let mut numbers: Vec<u64> =
+        lines.iter().map(|line| line["session"].as_u64().unwrap()).collect();
+    numbers.sort_unstable();
+    assert!(numbers.windows(2).all(|pair| pair[0] != pair[1]), "session numbers are unique");
+}
+
+fn who_waits_in_the_queue_of_a_worker_that_falls_is_served(engine: Engine) {
+    let Some((proxy, _backend)) = start(engine, 2) else { return };
+    for worker in [0, 1] {
+        // It takes nobody, then it falls with whoever has queued meanwhile.
+        order(&proxy, "stall", worker, 500);
+        order(&proxy, "worker", worker, 0);
+    }
+    let queued: Vec<TcpStream> = (0..40).map(|_| connect(proxy.addr("web"))).collect();
+    for client in &queued {
+        echoes(client);
+    }
+    for worker in [0, 1] {
+        wait_for_restarts(&proxy, worker, 1.0);
+    }
+    drop(queued);
+    everything_adds_up(&proxy);
+    assert_eq!(internal_errors(&proxy), 0.0, "nobody had a session yet");
+}
+
+fn a_worker_that_falls_again_and_again_ends_the_process(engine: Engine) {
+    let Some((mut proxy, _backend)) = start(engine, 1) else { return };
+    for n in 1..=5_u32 {
+        order(&proxy, "worker", 0, 0);
+        wait_for_restarts(&proxy, 0, f64::from(n));
+        echoes(&connect(proxy.addr("web")));
+    }
+    // Perhaps nobody is left to answer.
+    let socket = proxy.dir().join("admin.sock");
+    let _ = http::over_unix(&socket, "POST", "/debug/fault/worker/0/0");
+    assert_eq!(proxy.wait_exit(secs(10)), Some(3));
+    let log = proxy.log();
+    assert!(log.contains("worker falls again and again"), "{log}");
+}
+
+fn reload_and_upgrade_work_after_a_fall(engine: Engine) {
+    let Some((mut proxy, _backend)) = start(engine, 2) else { return };
+    order(&proxy, "worker", 1, 0);
+    wait_for_restarts(&proxy, 1, 1.0);
+    // Another address: the new thread listens there, and retires from it.
+    let conf = proxy.conf();
+    let mut both = conf.clone().frontend("two", "web", "");
+    both.pool_mut("web").backends[0].keys = "weight = 2".into();
+    let reloaded = proxy.reload(both);
+    assert_eq!(reloaded["generation"], 2);
+    for _ in 0..20 {
+        echoes(&connect(proxy.addr("two")));
+    }
+    let gone = proxy.addr("two");
+    proxy.reload(conf);
+    eventually(secs(5), "the address is closed", || try_connect(gone).is_err());
+    let survivor = client_of(&proxy, 1);
+    proxy.upgrade();
+    echoes(&survivor);
+    echoes(&client_of(&proxy, 1));
+    assert_eq!(falls(&proxy, 1), 1.0, "counted on by the next process");
+    drop(survivor);
+    let before = proxy.pids_before()[0];
+    eventually(secs(10), "the old process ends", || crate::common::proc::is_dead(before));
+    proxy.rebaseline();
+}
+
+fn a_control_thread_that_panics_ends_the_process(engine: Engine) {
+    let Some((mut proxy, _backend)) = start(engine, 1) else { return };
+    let client = connect(proxy.addr("web"));
+    echoes(&client);
+    // Nobody is left to answer.
+    let socket = proxy.dir().join("admin.sock");
+    let _ = http::over_unix(&socket, "POST", "/debug/fault/control/0/0");
+    assert_eq!(proxy.wait_exit(secs(10)), Some(3));
+    let log = proxy.log();
+    assert!(log.contains("a fault that was ordered: control"), "{log}");
+    assert!(log.contains("the control thread panicked: the process ends"), "{log}");
+}
+
+fn nobody_orders_faults_without_the_word(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
+    let proxy = TestProxy::start(conf);
+    assert_eq!(proxy.admin_request("POST", "/debug/fault/worker/0/0").status, 404);
+}
+
+// === alone ===
+
+/// What the log says of each restart.
+fn restarts_took(proxy: &TestProxy) -> Vec<Duration> {
+    let log = proxy.log();
+    let lines = log.lines().filter(|line| line.contains("worker serves again"));
+    lines
+        .map(|line| {
+            let (_, rest) = line.split_once("took_us=").expect("how long it took");
+            let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+            Duration::from_micros(digits.parse().expect("a number"))
+        })
+        .collect()
+}
+
+fn a_fallen_worker_serves_again_within_a_tenth_of_a_second(engine: Engine) {
+    let Some((proxy, backend)) = start(engine, 1) else { return };
+    for n in 1..=3_u32 {
+        let clients: Vec<TcpStream> = (0..300).map(|_| connect(proxy.addr("web"))).collect();
+        clients.iter().for_each(|client| drop(exchange(client, b"x").expect("an echo")));
+        order(&proxy, "worker", 0, 0);
+        wait_for_restarts(&proxy, 0, f64::from(n));
+        for client in &clients {
+            assert_eq!(client::read_to_end(client), End::Reset(0));
+        }
+        eventually(secs(10), "the backend has lost them, too", || backend.active() == 0);
+    }
+    assert_eq!(internal_errors(&proxy), 900.0);
+    let took = restarts_took(&proxy);
+    measured(&format!("a worker with 300 sessions, serving again after {took:?}"));
+    let best = took.iter().min().expect("three restarts");
+    assert!(took.len() == 3 && *best < patience(ms(100)), "{took:?}");
+    everything_adds_up(&proxy);
+}
+
+fn a_worker_that_does_not_turn_is_named(engine: Engine) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_nonblocking(true).unwrap();
+    let socket = format!("NOTIFY_SOCKET={}", path.display());
+    let environment = [&*socket, "WATCHDOG_USEC=1200000"];
+    let Some((proxy, _backend)) = start_with(engine, 2, &environment) else { return };
+    let beats = || {
+        let mut bytes = [0; 200];
+        std::iter::from_fn(|| manager.recv(&mut bytes).ok().map(|n| bytes[..n] == *b"WATCHDOG=1"))
+            .filter(|beat| *beat)
+            .count()
+    };
+    let survivor = client_of(&proxy, 0);
+    let stalled = |worker| of_worker(&proxy, "tidegate_worker_stalled", worker);
+    assert_eq!(stalled(1), 0.0);
+    order(&proxy, "stall", 1, 4_500);
+    eventually(secs(4), "it is noticed", || stalled(1) == 1.0);
+    echoes(&survivor);
+    let ready = proxy.admin_request("GET", "/ready");
+    assert_eq!((ready.status, ready.body.contains("worker 1 is stalled")), (503, true));
+    assert!(proxy.cli_ok(&["status"]).contains("WORKER 1 STALLED for"));
+    let line =
+        proxy.log().lines().find(|line| line.contains("worker is stalled")).map(String::from);
+    let line = line.expect("a line in the log");
+    assert!(line.contains("worker=1") && line.contains("stage=\"obeying a command\""), "{line}");
+    assert!(line.contains("thread=\"asleep\""), "{line}");
+    // From 1.2 s on the manager hears nothing more.
+    eventually(secs(4), "the service manager is not told that all is well", || {
+        beats();
+        let since = Instant::now();
+        std::thread::sleep(ms(1_000));
+        beats() == 0 && stalled(1) == 1.0 && since.elapsed() >= ms(1_000)
+    });
+    eventually(secs(10), "it turns again", || stalled(1) == 0.0);
+    assert_eq!(proxy.admin_request("GET", "/ready").status, 200);
+    assert!(proxy.log().contains("worker turns again"));
+    eventually(secs(5), "all is well", || beats() > 0);
+    let stalls = |worker| of_worker(&proxy, "tidegate_worker_stalls_total", worker);
+    assert_eq!((stalls(0), stalls(1)), (0.0, 1.0));
+    echoes(&client_of(&proxy, 1));
+    drop(survivor);
+}
+
+fn a_process_that_was_stopped_has_no_stalled_worker(engine: Engine) {
+    let Some((proxy, _backend)) = start(engine, 2) else { return };
+    proxy.signal(Signal::STOP);
+    std::thread::sleep(ms(2_500));
+    proxy.signal(Signal::CONT);
+    // Long enough for the watcher to look, and to look again.
+    std::thread::sleep(ms(800));
+    assert_eq!(proxy.metric("tidegate_worker_stalls_total", &[]), 0.0, "{}", proxy.log());
+    assert_eq!(proxy.admin_request("GET", "/ready").status, 200);
+}
