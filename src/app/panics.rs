@@ -36,7 +36,9 @@ fn report(panic: &PanicHookInfo<'_>) {
     let thread = std::thread::current();
     let thread = thread.name().unwrap_or("?");
     let place = panic.location().map_or_else(|| "?".to_owned(), ToString::to_string);
-    let what = panic.payload_as_str().unwrap_or("?");
+    let payload = panic.payload();
+    let text = payload.downcast_ref::<&str>().copied();
+    let what = text.or(payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("?");
     tracing::error!(thread, place, unreported, "panicked: {what}");
     let (backtrace, thread) = (Backtrace::capture(), thread.to_owned());
     if backtrace.status() == BacktraceStatus::Captured {

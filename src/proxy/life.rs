@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
+use tokio::task::JoinError;
 
 /// How often, and after which pause, a thread that cannot be had is tried for
 /// again: for want of memory or descriptors. Meanwhile clients queue.
@@ -328,10 +329,7 @@ async fn serve(ctx: &Rc<Context>, inbox: &Mailbox, posts: &Rc<Posts>) -> Outcome
         pulse.at(Stage::Waiting);
         let command = tokio::select! {
             command = inbox.next(pulse) => command,
-            ended = &mut engine => return Outcome::Fell(match ended {
-                Ok(_) => "its engine failed",
-                Err(_) => "its engine panicked",
-            }),
+            ended = &mut engine => return Outcome::Fell(engine_ended(ctx, ended)),
             () = ctx.engine.broken() => return Outcome::Fell("a session panicked in the engine"),
             () = ctx.alarm.notified() => return Outcome::Fell("a listener panicked"),
         };
@@ -367,6 +365,17 @@ async fn serve(ctx: &Rc<Context>, inbox: &Mailbox, posts: &Rc<Posts>) -> Outcome
     ctx.broken_off_by.set(Cause::DrainDeadline);
     engine.abort();
     Outcome::Stopped
+}
+
+/// Says why.
+fn engine_ended(ctx: &Context, ended: Result<io::Result<()>, JoinError>) -> &'static str {
+    match ended {
+        Ok(Err(error)) => {
+            tracing::error!(worker = ctx.id, %error, "the relay engine has failed");
+            "its engine failed"
+        }
+        _ => "its engine panicked",
+    }
 }
 
 // === impl Watch ===

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::balance::PickKey;
+use crate::balance::trial::TrialPhase;
 use crate::config::{BackendAddress, OnRemoval, Policy};
 use crate::table::NoBackend;
 use crate::table::state::{BackendId, FrontendId};
@@ -252,4 +253,22 @@ fn every_bind_leads_to_its_frontend_and_pool() {
     }
     assert!(table.route("127.0.0.1:81".parse().unwrap()).is_none());
     assert!(Table::empty().route("127.0.0.1:80".parse().unwrap()).is_none());
+}
+
+// === what a pick holds ===
+
+#[test]
+fn a_trial_that_nobody_made_of_a_pick_is_the_next_ones() {
+    let pool = pool("web", Policy::Random, 1);
+    let table = table(vec![pool_again(&pool)], None);
+    let in_flight = &pool.backends[0].state.in_flight;
+    in_flight.begin_trial();
+    // Dropped before its session could try, as by a panic.
+    drop(table.pools[0].pick(draw(0), &[]).unwrap());
+    assert_eq!((in_flight.get(), in_flight.trial()), (0, TrialPhase::Open));
+    let mut pick = table.pools[0].pick(draw(1), &[]).unwrap();
+    assert!(pick.take_trial().is_some() && pick.take_trial().is_none());
+    // Whoever took it decides.
+    drop(pick);
+    assert_eq!((in_flight.get(), in_flight.trial()), (0, TrialPhase::Claimed));
 }
