@@ -191,6 +191,8 @@ async fn play(control: Control, mut inbox: mpsc::Receiver<Request>, shut_down: A
             pending::<()>().await;
         }
         match request {
+            #[cfg(debug_assertions)]
+            Request::Fault { reply, .. } => drop(reply),
             Request::Status(reply) => drop(reply.send(STATUS.to_owned())),
             Request::Metrics(reply) => drop(reply.send("tidegate_x 1\n".to_owned())),
             Request::Reload(reply) => drop(reply.send(match control {

@@ -229,14 +229,16 @@ fn a_client_that_fails_while_its_bytes_wait_starts_the_half_closed_timer() {
 }
 
 #[test]
-fn a_dropped_session_closes_both_its_sockets() {
+fn a_dropped_session_resets_both_its_sockets_as_nothing_of_it_is_whole() {
     on_each(|rig| async move {
         let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
         client.write_all(b"x").await.unwrap();
         backend.read_exact(&mut [0]).await.unwrap();
         relayed.abort();
-        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
-        assert_eq!(backend.read(&mut [0]).await.unwrap(), 0);
+        for peer in [&mut client, &mut backend] {
+            let error = peer.read(&mut [0]).await.unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        }
     });
 }
 
