@@ -7,6 +7,7 @@
 use super::Exit;
 use super::admin_api::AdminApi;
 use super::binds::Binds;
+use super::confine::Confined;
 use super::drain::Draining;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
@@ -82,6 +83,7 @@ pub(super) struct Control {
     pub(super) draining: Option<Draining>,
     pub(super) upgrades: Upgrades,
     pub(super) notifier: Notifier,
+    pub(super) confined: Confined,
     /// `None` only at the very start.
     pub(super) admin: Option<AdminApi>,
     pub(super) pid_file: Option<PidFile>,
@@ -315,6 +317,7 @@ impl Control {
             connections_active: self.shared.in_flight.get(),
             connections_max: table.connections_max,
             warnings: &self.warnings(),
+            confinement: &self.confined.report,
             process: ProcessFacts::read(self.started_wall),
             heartbeats: &self.reception.counts(),
         })

@@ -184,6 +184,9 @@ fn needs_restart(started: &Config, now: &Config) -> Vec<String> {
         ("[process] pin", old.pin != new.pin),
         ("[process] engine", old.engine != new.engine),
         ("[process] spin", old.spin != new.spin),
+        ("[process] user", old.user != new.user),
+        ("[process] group", old.group != new.group),
+        ("[process] sandbox", old.sandbox != new.sandbox),
         ("[admin] listen", started.admin.listen != now.admin.listen),
         ("[log] format", started.log.format != now.log.format),
     ];

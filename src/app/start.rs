@@ -102,6 +102,7 @@ async fn bring_up(
 ) -> Result<Control, Failure> {
     let Loaded { config, digest, warnings } =
         config::load(&options.config).map_err(Failure::Config)?;
+    surroundings.confined.check(&config)?;
     let log = if options.logging { LogHandle::install(&config.log) } else { LogHandle::none() };
     for warning in &warnings {
         tracing::warn!("{}:{}:{}: {}", warning.file, warning.line, warning.column, warning.message);
@@ -184,6 +185,7 @@ async fn bring_up(
         draining: None,
         upgrades: Upgrades::new(surroundings.program.take()),
         notifier: std::mem::take(&mut surroundings.notifier),
+        confined: std::mem::take(&mut surroundings.confined),
         admin: None,
         pid_file: None,
     };
@@ -407,6 +409,7 @@ fn announce(control: &Control, config: &Config, workers: usize) {
         workers,
         "tidegate starts"
     );
+    control.confined.announce();
     for address in config.heartbeat.iter().flat_map(|heartbeat| &heartbeat.listen) {
         tracing::info!(%address, "listening for heartbeats");
     }

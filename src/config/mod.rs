@@ -97,7 +97,7 @@ pub struct HeartbeatKey {
 }
 
 /// `[process]`. All but `drain_timeout`, `upgrade_timeout` and `connections_max`
-/// need a restart to change.
+/// need a restart to change; most of the others may change with an upgrade.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Process {
     /// `None`: one worker per CPU the process may use.
@@ -114,6 +114,24 @@ pub struct Process {
     pub upgrade_timeout: Duration,
     /// Sessions at once in the whole process.
     pub connections_max: u32,
+    /// Whom the process becomes before it opens anything, by name or number;
+    /// `None`: it stays who started it.
+    pub user: Option<String>,
+    /// With which group; `None`: the groups the user database gives `user`.
+    pub group: Option<String>,
+    /// Whether it confines itself.
+    pub sandbox: Sandbox,
+}
+
+/// `sandbox = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sandbox {
+    /// As far as the kernel has it.
+    Auto,
+    /// Wholly, or not at all: then the process does not start.
+    On,
+    /// Not at all.
+    Off,
 }
 
 /// `engine = ...`
@@ -427,6 +445,19 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
     };
     let (config, warnings) = read(text, &file, NamedFiles::Read)?;
     Ok(Loaded { config, digest, warnings })
+}
+
+/// The same without the files it names, which somebody else may be meant to read.
+///
+/// # Errors
+/// As [`load`]'s.
+pub fn outline(path: &Path) -> Result<Config, Problems> {
+    let file = path.display().to_string();
+    let bytes = source::read_file(path).map_err(|message| Problems::of_file(&file, message))?;
+    match std::str::from_utf8(&bytes) {
+        Ok(text) => parse(text, &file),
+        Err(error) => Err(not_utf8(&bytes, &file, error.valid_up_to())),
+    }
 }
 
 /// Validates the text of a configuration; `file` is only its name in messages.

@@ -84,6 +84,7 @@ fn text() -> String {
         connections_active: 5,
         connections_max: 100,
         warnings: &[],
+        confinement: &crate::net::confinement::Confinement::none("off"),
         process: ProcessFacts { open_fds: Some(7), ..ProcessFacts::default() },
         heartbeats: &HeartbeatCounts::default(),
     })
