@@ -42,7 +42,7 @@
 //! | [`heartbeat::sender`] | sending them, for services and the sidecar (a shell) |
 //! | [`config`] | file text to validated model, or every problem at its place |
 //! | [`config::watch`] | noticing that the file may have changed (a shell) |
-//! | [`net`] | sockets, readiness, affinity, limits; the only unsafe code |
+//! | [`net`] | sockets, readiness, affinity, limits, what the process may do; the only unsafe code |
 //! | [`secret_file`] | reading a file that holds a secret, for whoever has one |
 //! | [`telemetry`] | per-worker counters and histograms, the access log |
 //! | [`clock`] | the only place time is read |

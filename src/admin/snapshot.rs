@@ -46,6 +46,8 @@ pub struct Snapshot<'a> {
     pub connections_max: u32,
     /// Settings that were accepted and wait for a restart, in words.
     pub warnings: &'a [String],
+    /// Admin connections closed to make room for newer ones.
+    pub admin_crowded: u64,
     /// What confines the process.
     pub confinement: &'a Confinement,
     /// What the kernel says of the process.

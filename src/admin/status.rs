@@ -391,6 +391,7 @@ mod tests {
             connections_active: 5,
             connections_max: 100,
             warnings: &["workers waits".to_owned()],
+            admin_crowded: 0,
             confinement: &Confinement::none("off"),
             process: ProcessFacts::default(),
             heartbeats: &HeartbeatCounts::default(),

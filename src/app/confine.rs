@@ -210,6 +210,11 @@ fn tell_privileges(report: &mut Confinement, most: CapabilitySet) {
     }
 }
 
+/// Where files lie elsewhere than those at the start did.
+const HINT: &str = "(the sandbox lets this process into the directories alone that its \
+                    configuration named at the start, and those of its program: a restart \
+                    names others)";
+
 /// More names than that tell nobody anything.
 const MANY: u32 = 8;
 
@@ -316,6 +321,16 @@ impl Confined {
             Some(asked) if *asked != now => Err(Failure::Runtime(changed_meanwhile())),
             _ => Ok(()),
         }
+    }
+
+    /// `why`, with a word on what may be behind it where it is a refusal of the
+    /// kernel's that this process has brought upon itself.
+    pub(super) fn explain(&self, why: String) -> String {
+        let refused = why.contains("ermission denied");
+        if !refused || !self.report.holds("landlock") || why.contains(HINT) {
+            return why;
+        }
+        format!("{why} {HINT}")
     }
 
     /// What every process this one starts is within.

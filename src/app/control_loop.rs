@@ -318,6 +318,7 @@ impl Control {
             connections_max: table.connections_max,
             warnings: &self.warnings(),
             confinement: &self.confined.report,
+            admin_crowded: self.admin.as_ref().map_or(0, AdminApi::crowded),
             process: ProcessFacts::read(self.started_wall),
             heartbeats: &self.reception.counts(),
         })

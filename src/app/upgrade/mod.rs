@@ -274,6 +274,7 @@ impl Control {
     ) {
         match result {
             Err(why) => {
+                let why = self.confined.explain(why);
                 self.upgrades.counts.failed += 1;
                 tracing::error!(reason = %why, "upgrade failed; this process goes on");
                 if let Some(reply) = under_way.reply {
