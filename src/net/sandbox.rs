@@ -5,7 +5,17 @@
 //! that this process starts are inside as well, for good. Nothing here decides
 //! what is needed but [`calls`], which lists the system calls of this program.
 
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod calls;
+
+/// On a processor whose calls nobody has looked at.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod calls {
+    pub(super) fn rules() -> Option<std::collections::BTreeMap<i64, Vec<seccompiler::SeccompRule>>>
+    {
+        None
+    }
+}
 
 use landlock::{
     ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, LandlockStatus, Ruleset, RulesetAttr,

@@ -162,7 +162,6 @@ fn another_host_is_refused_whatever_curl_sends() {
         ("a password", shutdown, &["-XPOST", "-u", "admin:0123456789-the-right-token"], "401"),
         ("the token in the query", "/v1/shutdown?token=0123456789-the-right-token", &["-XPOST"], "401"),
         ("a foreign host", shutdown, &["-XPOST", "-H", RIGHT, "-H", "Host: evil.example"], "403"),
-        ("two hosts", shutdown, &["-XPOST", "-H", RIGHT, "-H", "Host: 10.0.0.1", "-H", "host: evil.example"], "400"),
         ("a foreign origin", shutdown, &["-XPOST", "-H", RIGHT, "-H", "Origin: http://evil.example"], "403"),
         ("a foreign origin that reads", "/v1/status", &["-H", RIGHT, "-H", "Origin: http://evil.example"], "403"),
         ("a foreign program", "/v1/upgrade?binary=/bin/sh", &["-XPOST", "-H", RIGHT], "403"),
