@@ -43,7 +43,8 @@
 //! | [`heartbeat::sender`] | sending them, for services and the sidecar (a shell) |
 //! | [`config`] | file text to validated model, or every problem at its place |
 //! | [`config::watch`] | noticing that the file may have changed (a shell) |
-//! | [`net`] | sockets, readiness, affinity, limits; the only unsafe code |
+//! | [`net`] | sockets, readiness, affinity, limits, what the process may do; the only unsafe code |
+//! | [`secret_file`] | reading a file that holds a secret, for whoever has one |
 //! | [`telemetry`] | per-worker counters and histograms, the access log |
 //! | [`clock`] | the only place time is read |
 //!
@@ -79,13 +80,13 @@
 //!
 //! - Architecture invariant: `main` uses [`cli`], which uses [`app`], which uses
 //!   the shells [`admin`], [`proxy`], [`health::probe`], [`heartbeat::listen`],
-//!   [`heartbeat::sender`], [`heartbeat::key_file`], [`config::watch`]; these use
-//!   the core [`control`], [`table`], [`balance`], [`health`], [`heartbeat`],
-//!   [`config`]; the base [`net`], [`clock`], [`telemetry`] uses none of them.
+//!   [`heartbeat::sender`], [`config::watch`]; these use the core [`control`],
+//!   [`table`], [`balance`], [`health`], [`heartbeat`], [`config`]; the base
+//!   [`net`], [`clock`], [`telemetry`], [`secret_file`] uses none of them.
 //!   Nothing uses what is above it, and shells never use each other.
 //! - Architecture invariant: the core, [`proxy::admission`] and
 //!   [`proxy::close`] do no I/O and read no clock (but for [`config::load`],
-//!   which reads one file). Time and randomness come in as arguments, effects go
+//!   which reads one file and those that it names). Time and randomness come in as arguments, effects go
 //!   out as values.
 //! - Architecture invariant: unsafe code stands in [`net`] alone, and time is
 //!   read in [`clock`] alone.
@@ -121,5 +122,6 @@ pub mod heartbeat;
 pub mod load;
 pub mod net;
 pub mod proxy;
+pub mod secret_file;
 pub mod table;
 pub mod telemetry;

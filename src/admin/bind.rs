@@ -4,6 +4,7 @@
 //! not even for a moment; a live one is never taken over and what is not a
 //! socket is never removed.
 
+use super::serve::Crowding;
 use crate::config::{Admin, AdminListen};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -23,6 +24,7 @@ use std::time::Duration;
 pub struct AdminListener {
     pub(super) socket: Listening,
     pub(super) file: Option<SocketFile>,
+    pub(super) crowding: Crowding,
     address: AdminListen,
 }
 
@@ -88,7 +90,7 @@ pub fn bind(admin: &Admin) -> Result<AdminListener, BindError> {
         AdminListen::Unix(path) => bind_unix(path, address),
         AdminListen::Tcp(to) => {
             let socket = Listening::Tcp(bind_tcp(*to, address)?);
-            Ok(AdminListener { socket, file: None, address: address.clone() })
+            Ok(AdminListener::new(socket, None, address))
         }
     }
 }
@@ -101,7 +103,6 @@ pub fn take_over(
     socket: OwnedFd,
     file: Option<(u64, u64)>,
 ) -> Option<AdminListener> {
-    let address = admin.listen.clone();
     let socket = Socket::from(socket);
     socket.set_nonblocking(true).ok()?;
     match (&admin.listen, file) {
@@ -112,13 +113,13 @@ pub fn take_over(
             }
             let kept = Arc::new(AtomicBool::new(true));
             let file = Some(SocketFile { path: path.clone(), identity, kept });
-            Some(AdminListener { socket: Listening::Unix(socket.into()), file, address })
+            Some(AdminListener::new(Listening::Unix(socket.into()), file, &admin.listen))
         }
         (AdminListen::Unix(_), None) => {
-            Some(AdminListener { socket: Listening::Unix(socket.into()), file: None, address })
+            Some(AdminListener::new(Listening::Unix(socket.into()), None, &admin.listen))
         }
         (AdminListen::Tcp(_), _) => {
-            Some(AdminListener { socket: Listening::Tcp(socket.into()), file: None, address })
+            Some(AdminListener::new(Listening::Tcp(socket.into()), None, &admin.listen))
         }
     }
 }
@@ -166,11 +167,7 @@ fn bind_unix(path: &Path, address: &AdminListen) -> Result<AdminListener, BindEr
         let _ = std::fs::remove_file(&temporary);
     });
     let (socket, file) = socket.map_err(fail("listen on"))?;
-    Ok(AdminListener {
-        socket: Listening::Unix(socket.into()),
-        file: Some(file),
-        address: address.clone(),
-    })
+    Ok(AdminListener::new(Listening::Unix(socket.into()), Some(file), address))
 }
 
 fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)> {
@@ -229,6 +226,15 @@ fn lock(directory: &Path) -> Option<OwnedFd> {
 // === impl AdminListener ===
 
 impl AdminListener {
+    fn new(socket: Listening, file: Option<SocketFile>, address: &AdminListen) -> AdminListener {
+        AdminListener { socket, file, crowding: Crowding::default(), address: address.clone() }
+    }
+
+    /// What is counted while it is served.
+    pub fn crowding(&self) -> Crowding {
+        self.crowding.clone()
+    }
+
     /// As configured, except that port 0 has become the real port.
     pub fn address(&self) -> AdminListen {
         match &self.socket {

@@ -36,7 +36,7 @@ const BODY_READ_MAX: Duration = Duration::from_secs(5);
 pub(super) async fn guard(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
     let (parts, body) = request.into_parts();
     let checked = check_host(&parts.headers, parts.uri.host(), parts.version, api.entrance)
-        .and_then(|()| check_origin(&parts.method, &parts.headers))
+        .and_then(|()| check_origin(&parts.method, &parts.headers, api.entrance))
         .and_then(|()| check_token(&parts.method, &parts.headers, &api));
     if let Err(refusal) = checked {
         return refusal.into_response();
@@ -92,9 +92,11 @@ fn is_port(text: &str) -> bool {
     text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u16>().is_ok()
 }
 
-/// Only browsers send `Origin`, and no page has business here.
-fn check_origin(method: &Method, headers: &HeaderMap) -> Result<(), Refusal> {
-    if method == Method::POST && headers.contains_key(ORIGIN) {
+/// Only browsers send `Origin`, and no page has business here: not to change
+/// anything, and over TCP not to read either.
+fn check_origin(method: &Method, headers: &HeaderMap, entrance: Entrance) -> Result<(), Refusal> {
+    let matters = method == Method::POST || entrance != Entrance::Unix;
+    if matters && headers.contains_key(ORIGIN) {
         let detail = "requests from web pages are refused";
         return Err(Refusal::new(StatusCode::FORBIDDEN, "origin refused", detail));
     }

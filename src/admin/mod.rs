@@ -35,7 +35,7 @@ mod token;
 mod upgrade;
 
 pub use bind::{AdminListener, BindError, FileKeeper, bind, take_over};
-pub use serve::serve;
+pub use serve::{Crowding, serve};
 pub use snapshot::{HeartbeatCounts, ReloadCounts, ServiceState, Snapshot, UpgradeCounts};
 pub use token::{Token, TokenError, TokenStore};
 

@@ -1,32 +1,41 @@
 //! Serving the admin API: accept, bound, end.
 //!
 //! Runs on the control thread's runtime until `app` stops it. A slow or silent
-//! client costs one of [`CONNECTIONS_MAX`] slots for a bounded time and holds
-//! up nobody else's request.
+//! client costs one of [`CONNECTIONS_MAX`] seats until somebody newer wants it,
+//! and holds up nobody else's request.
 
 use super::bind::Listening;
 use super::guard::Entrance;
 use super::routes::{Api, router};
 use super::{AdminListener, Readiness, Request, TokenStore};
+use crate::clock;
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::pin::pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-/// Connections served at once; more wait in the kernel's queue.
+/// Connections served at once: a few people, a few scrapers, and room for all of
+/// them to come twice. Beyond it the one that has asked nothing for longest makes
+/// room, which is counted; while all are asking, newer ones wait in the kernel's
+/// queue.
 const CONNECTIONS_MAX: usize = 32;
+
+/// How long a connection may ask nothing before it has to make room: whoever
+/// connects to ask does so within a round trip.
+const IDLE_MIN: Duration = Duration::from_millis(100);
 
 /// A request's head must be there this soon, on a new or an idle connection.
 const HEADER_READ_MAX: Duration = Duration::from_secs(5);
@@ -48,6 +57,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A request's head may be this long; beyond it the answer is 431.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 
+/// Lines in it; browsers and scrapers send about twenty.
+const HEADERS_MAX: usize = 64;
+
 enum Acceptor {
     Unix(UnixListener),
     Tcp(TcpListener),
@@ -57,6 +69,32 @@ enum Stream {
     Unix(UnixStream),
     Tcp(TcpStream),
 }
+
+/// Connections closed to make room for newer ones; clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Crowding(Arc<AtomicU64>);
+
+/// Everybody served; at most [`CONNECTIONS_MAX`].
+struct Seats {
+    taken: VecDeque<Arc<Seat>>,
+    /// Somebody has left.
+    left: Arc<Notify>,
+    crowding: Crowding,
+}
+
+struct Seat {
+    /// A request is being answered.
+    asking: AtomicBool,
+    /// Since when it is not.
+    idle: Mutex<Instant>,
+    /// It is to make room.
+    leave: Notify,
+    gone: AtomicBool,
+    left: Arc<Notify>,
+}
+
+/// A connection's hold on its seat.
+struct Occupied(Arc<Seat>);
 
 /// Serves until `stop` completes, then lets answers under way go out and removes
 /// the socket file. Needs a tokio runtime with I/O and time.
@@ -70,7 +108,7 @@ pub async fn serve(
     readiness: Readiness,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let AdminListener { socket, file: _file, .. } = listener;
+    let AdminListener { socket, file: _file, crowding, .. } = listener;
     let (acceptor, entrance) = match socket {
         Listening::Unix(unix) => (Acceptor::Unix(UnixListener::from_std(unix)?), Entrance::Unix),
         Listening::Tcp(tcp) => {
@@ -81,7 +119,8 @@ pub async fn serve(
     let routes = router(Arc::new(Api { entrance, tokens, requests, readiness }));
     let (closing, _) = watch::channel(false);
     let mut connections = JoinSet::new();
-    accept_until(stop, &acceptor, &routes, &closing, &mut connections).await;
+    let seats = Seats { taken: VecDeque::new(), left: Arc::default(), crowding };
+    accept_until(stop, &acceptor, &routes, &closing, &mut connections, seats).await;
     drop(acceptor);
     closing.send_replace(true);
     // Whatever is left after that is cut off.
@@ -95,25 +134,17 @@ async fn accept_until(
     routes: &Router,
     closing: &watch::Sender<bool>,
     connections: &mut JoinSet<()>,
+    mut seats: Seats,
 ) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut stop = pin!(stop);
     loop {
         while connections.try_join_next().is_some() {}
-        let next = async {
-            let slot = Arc::clone(&slots).acquire_owned().await;
-            (slot.expect("the semaphore is never closed"), acceptor.accept().await)
-        };
-        let (slot, accepted) = tokio::select! {
+        let accepted = tokio::select! {
             () = &mut stop => return,
-            next = next => next,
+            accepted = acceptor.accept() => accepted,
         };
-        let (routes, closing) = (routes.clone(), closing.subscribe());
-        match accepted {
-            Ok(Stream::Unix(stream)) => {
-                connections.spawn(connection(stream, routes, closing, slot))
-            }
-            Ok(Stream::Tcp(stream)) => connections.spawn(connection(stream, routes, closing, slot)),
+        let stream = match accepted {
+            Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%error, "the admin API cannot accept a connection");
                 tokio::select! {
@@ -122,35 +153,61 @@ async fn accept_until(
                 }
             }
         };
+        // Only once there is somebody to make it for, who then is served even if
+        // the end comes meanwhile.
+        let stopped = tokio::select! {
+            () = &mut stop => true,
+            () = seats.make_room() => false,
+        };
+        let (routes, closing, seat) = (routes.clone(), closing.subscribe(), seats.take());
+        match stream {
+            Stream::Unix(stream) => connections.spawn(connection(stream, routes, closing, seat)),
+            Stream::Tcp(stream) => connections.spawn(connection(stream, routes, closing, seat)),
+        };
+        if stopped {
+            return;
+        }
     }
 }
 
-/// One client, from accept to close; holds a slot for as long.
+/// One client, from accept to close; holds a seat for as long.
 async fn connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     routes: Router,
     mut closing: watch::Receiver<bool>,
-    _slot: OwnedSemaphorePermit,
+    seat: Occupied,
 ) {
     let asked = Arc::new(AtomicBool::new(false));
     let (routes, noted) = (TowerToHyperService::new(routes), Arc::clone(&asked));
+    let of_service = Arc::clone(&seat.0);
     let service = service_fn(move |request| {
         noted.store(true, Ordering::Relaxed);
-        routes.call(request)
+        let (seat, answer) = (Arc::clone(&of_service), routes.call(request));
+        async move {
+            seat.asking.store(true, Ordering::Relaxed);
+            let answer = answer.await;
+            seat.rests();
+            answer
+        }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_READ_MAX)
         .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
         // Clients such as `nc -N` end their side after the request.
         .half_close(true)
         .serve_connection(TokioIo::new(stream), service);
     let mut served = pin!(served);
-    tokio::select! {
+    let crowded_out = tokio::select! {
         // What went wrong is the client's to know.
         _ = served.as_mut() => return,
-        _ = closing.wait_for(|closing| *closing) => {}
-        () = sleep(CONNECTION_LIFE_MAX) => {}
+        _ = closing.wait_for(|closing| *closing) => false,
+        () = sleep(CONNECTION_LIFE_MAX) => false,
+        () = seat.0.leave.notified() => true,
+    };
+    if crowded_out && !asked.load(Ordering::Relaxed) {
+        return;
     }
     // Whoever was accepted is answered: its first request may be on its way.
     // `serve` sets an end to this.
@@ -162,6 +219,83 @@ async fn connection(
     }
     served.as_mut().graceful_shutdown();
     let _ = timeout(LINGER_MAX, served).await;
+}
+
+// === impl Crowding ===
+
+impl Crowding {
+    /// How many, since the start.
+    pub fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+// === impl Seats ===
+
+impl Seats {
+    /// Waits until a seat is free, which the longest idle connection sees to.
+    /// Nothing is lost when this is given up half-way.
+    async fn make_room(&mut self) {
+        loop {
+            self.taken.retain(|seat| !seat.gone.load(Ordering::Relaxed));
+            if self.taken.len() < CONNECTIONS_MAX {
+                return;
+            }
+            let now = clock::now();
+            let idle = |seat: &Seat| now.saturating_duration_since(seat.idle_since());
+            let resting = self.taken.iter().enumerate().filter(|(_, seat)| !seat.is_asking());
+            let longest = resting.map(|(at, seat)| (idle(seat), at)).max();
+            match longest {
+                Some((time, at)) if time >= IDLE_MIN => {
+                    if let Some(seat) = self.taken.remove(at) {
+                        seat.leave.notify_one();
+                        self.crowding.0.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+                // Nobody yet.
+                _ => {
+                    let _ = timeout(IDLE_MIN, self.left.notified()).await;
+                }
+            }
+        }
+    }
+
+    fn take(&mut self) -> Occupied {
+        let seat = Arc::new(Seat {
+            asking: AtomicBool::new(false),
+            idle: Mutex::new(clock::now()),
+            leave: Notify::new(),
+            gone: AtomicBool::new(false),
+            left: Arc::clone(&self.left),
+        });
+        self.taken.push_back(Arc::clone(&seat));
+        Occupied(seat)
+    }
+}
+
+// === impl Seat ===
+
+impl Seat {
+    fn is_asking(&self) -> bool {
+        self.asking.load(Ordering::Relaxed)
+    }
+
+    fn idle_since(&self) -> Instant {
+        *self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its answer is ready.
+    fn rests(&self) {
+        *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = clock::now();
+        self.asking.store(false, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Occupied {
+    fn drop(&mut self) {
+        self.0.gone.store(true, Ordering::Relaxed);
+        self.0.left.notify_one();
+    }
 }
 
 // === impl Acceptor ===

@@ -6,6 +6,7 @@
 
 use super::process::ProcessFacts;
 use crate::control::ControlStatus;
+use crate::net::confinement::Confinement;
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
 use std::net::SocketAddr;
@@ -45,6 +46,10 @@ pub struct Snapshot<'a> {
     pub connections_max: u32,
     /// Settings that were accepted and wait for a restart, in words.
     pub warnings: &'a [String],
+    /// Admin connections closed to make room for newer ones.
+    pub admin_crowded: u64,
+    /// What confines the process.
+    pub confinement: &'a Confinement,
     /// What the kernel says of the process.
     pub process: ProcessFacts,
     /// What the receiver of heartbeats has counted.

@@ -9,6 +9,7 @@ use crate::control::{
     BackendStatus, Freezing, FrontendStatus, HeartbeatStatus, Origin, PoolStatus,
 };
 use crate::health::{Pulse, Transition};
+use crate::net::confinement::Confinement;
 use crate::table::state::{BackendState, FrontendCounters};
 use crate::telemetry::counters::{Panicked, WorkerCounters};
 use crate::telemetry::histograms::{Merged, Series};
@@ -35,6 +36,8 @@ struct Document<'a> {
     connections_max: u32,
     /// Settings that wait for a restart.
     warnings: &'a [String],
+    /// Layer by layer.
+    confinement: &'a Confinement,
     /// `null` where no pool takes heartbeats.
     heartbeat: Option<Heartbeats<'a>>,
     frontends: Vec<Frontend<'a>>,
@@ -199,6 +202,7 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
         connections_active: snapshot.connections_active,
         connections_max: snapshot.connections_max,
         warnings: snapshot.warnings,
+        confinement: snapshot.confinement,
         heartbeat: control.heartbeat.as_ref().map(|status| heartbeats(status, snapshot)),
         frontends: control.frontends.iter().map(frontend).collect(),
         pools: control.pools.iter().map(|p| pool(p, snapshot.latency, snapshot.now)).collect(),
@@ -418,6 +422,8 @@ mod tests {
             connections_active: 5,
             connections_max: 100,
             warnings: &["workers waits".to_owned()],
+            admin_crowded: 0,
+            confinement: &Confinement::none("off"),
             process: ProcessFacts::default(),
             heartbeats: &HeartbeatCounts::default(),
         });
@@ -451,7 +457,12 @@ mod tests {
             now,
             &expect![[r#"
 
-                {"version":"0.1.0","generation":5,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":1,"stalled":[],"worker_panics_total":0,"worker_restarts_total":0,"uptime_seconds":1.5,"state":"draining","connections_active":5,"connections_max":100,"warnings":["workers waits"],"heartbeat":null,"frontends":[
+                {"version":"0.1.0","generation":5,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":1,"stalled":[],"worker_panics_total":0,"worker_restarts_total":0,"uptime_seconds":1.5,"state":"draining","connections_active":5,"connections_max":100,"warnings":["workers waits"],"confinement":[
+                {"layer":"user","in_force":false,"detail":"off"},
+                {"layer":"capabilities","in_force":false,"detail":"off"},
+                {"layer":"no_new_privs","in_force":false,"detail":"off"},
+                {"layer":"landlock","in_force":false,"detail":"off"},
+                {"layer":"seccomp","in_force":false,"detail":"off"}],"heartbeat":null,"frontends":[
                 {"name":"web","binds":["[::1]:80"],"pool":"web","connections_max":0,"sessions_active":0,"sessions_total":0,"bytes_in_total":0,"bytes_out_total":0,"refused_total":5}]
                 ,"pools":[
                 {"name":"web","balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"backends":[

@@ -1,18 +1,18 @@
 //! The bearer token that admin requests over TCP carry.
 //!
 //! Read from its file at start and on reload, compared in constant time. It is
-//! never logged and never shown by `Debug`.
+//! never logged, never shown by `Debug`, and overwritten when it is dropped.
 
-use rustix::fs::{Mode, OFlags};
+use crate::secret_file::{self, Openness, SecretFileError};
 use std::fmt;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
+use zeroize::Zeroizing;
 
 /// A secret of at least 16 visible ASCII characters.
-pub struct Token(Box<[u8]>);
+pub struct Token(Zeroizing<Box<[u8]>>);
 
 /// The token in force, replaced on reload; shared with the running API.
 #[derive(Debug, Default)]
@@ -21,21 +21,13 @@ pub struct TokenStore(ArcSwapOption<Token>);
 /// Why a token file was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
-    /// The file cannot be read.
-    #[error("cannot read the token file {}: {source}", path.display())]
-    Unreadable {
+    /// It cannot be read, or others could.
+    #[error("the token file {} {why}", path.display())]
+    File {
         /// Which.
         path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// Users other than owner and group may read or write the file.
-    #[error("the token file {} is open to everyone (mode {mode:04o}); use chmod 0640", path.display())]
-    OpenToAll {
-        /// Which.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
+        /// What is wrong with it.
+        why: SecretFileError,
     },
     /// Too short, too long or not visible ASCII.
     #[error(
@@ -55,7 +47,7 @@ const TOKEN_MIN: usize = 16;
 const TOKEN_MAX: usize = 1024;
 
 /// A token and white space around it.
-const FILE_BYTES_MAX: u64 = 4096;
+const FILE_BYTES_MAX: usize = 4096;
 
 // === impl Token ===
 
@@ -65,22 +57,15 @@ impl Token {
     /// # Errors
     /// See [`TokenError`].
     pub fn load(path: &Path) -> Result<Token, TokenError> {
-        let unreadable = |source| TokenError::Unreadable { path: path.to_owned(), source };
-        // Non-blocking: a FIFO put there by mistake must not stop the start.
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| unreadable(e.into()))?;
-        // The mode of what was opened, not of what the path names by then.
-        let mode = rustix::fs::fstat(&fd).map_err(|e| unreadable(e.into()))?.st_mode & 0o7777;
-        if mode & 0o006 != 0 {
-            return Err(TokenError::OpenToAll { path: path.to_owned(), mode });
-        }
-        let mut text = Vec::new();
-        let file = std::fs::File::from(fd);
-        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut text).map_err(unreadable)?;
-        // The start of a longer file might look like a token.
-        let whole = text.len() as u64 <= FILE_BYTES_MAX;
-        let token = if whole { Token::new(&text) } else { None };
-        token.ok_or_else(|| TokenError::Unfit { path: path.to_owned() })
+        // A group may share it: Prometheus's, say.
+        let text = match secret_file::read(path, Openness::OwnerAndGroup, FILE_BYTES_MAX) {
+            Ok(text) => text,
+            Err(SecretFileError::TooLarge(_)) => {
+                return Err(TokenError::Unfit { path: path.to_owned() });
+            }
+            Err(why) => return Err(TokenError::File { path: path.to_owned(), why }),
+        };
+        Token::new(&text).ok_or_else(|| TokenError::Unfit { path: path.to_owned() })
     }
 
     /// `None` unless the trimmed text is a fit token.
@@ -88,7 +73,7 @@ impl Token {
         let text = text.trim_ascii();
         let fit = (TOKEN_MIN..=TOKEN_MAX).contains(&text.len())
             && text.iter().all(|byte| byte.is_ascii_graphic());
-        fit.then(|| Token(text.into()))
+        fit.then(|| Token(Zeroizing::new(text.into())))
     }
 
     /// Compares in a time that depends on the lengths alone.
@@ -161,11 +146,13 @@ mod tests {
         for mode in [0o644, 0o602, 0o666] {
             assert!(matches!(
                 load(b"0123456789abcdef", mode),
-                Err(TokenError::OpenToAll { mode: told, .. }) if told == mode
+                Err(TokenError::File { why: SecretFileError::Open { mode: told, .. }, .. })
+                    if told == mode
             ));
         }
         let missing = Token::load(Path::new("/no/such/token"));
-        assert!(matches!(missing, Err(TokenError::Unreadable { .. })));
+        let why = missing.map(drop).unwrap_err().to_string();
+        assert_eq!(why, "the token file /no/such/token cannot be read: no such file or directory");
     }
 
     #[test]

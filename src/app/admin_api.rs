@@ -4,7 +4,7 @@
 //! Owned by the control loop. It answers nothing itself.
 
 use super::upgrade::OfferedAdmin;
-use crate::admin::{self, AdminListener, FileKeeper, Readiness, Request, TokenStore};
+use crate::admin::{self, AdminListener, Crowding, FileKeeper, Readiness, Request, TokenStore};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -23,6 +23,7 @@ pub(super) struct AdminApi {
     socket: Option<OwnedFd>,
     listen: String,
     file: FileKeeper,
+    crowding: Crowding,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<()>,
 }
@@ -39,6 +40,7 @@ impl AdminApi {
         readiness: Readiness,
     ) -> io::Result<AdminApi> {
         let (socket, file) = (Some(listener.share()?), listener.file());
+        let crowding = listener.crowding();
         let (stop, stopped) = oneshot::channel::<()>();
         let stopped = async {
             // Without anybody to stop it, it goes on to the end of the runtime.
@@ -52,7 +54,12 @@ impl AdminApi {
                 tracing::error!(%error, "the admin API has ended");
             }
         });
-        Ok(AdminApi { socket, listen, file, stop: Some(stop), task })
+        Ok(AdminApi { socket, listen, file, crowding, stop: Some(stop), task })
+    }
+
+    /// Connections closed to make room for newer ones.
+    pub(super) fn crowded(&self) -> u64 {
+        self.crowding.count()
     }
 
     /// What another process needs to go on with it.

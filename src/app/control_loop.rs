@@ -7,6 +7,7 @@
 use super::Exit;
 use super::admin_api::AdminApi;
 use super::binds::Binds;
+use super::confine::Confined;
 use super::drain::Draining;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
@@ -87,6 +88,7 @@ pub(super) struct Control {
     pub(super) upgrades: Upgrades,
     pub(super) notifier: Notifier,
     pub(super) watchdog: Watchdog,
+    pub(super) confined: Confined,
     /// `None` only at the very start.
     pub(super) admin: Option<AdminApi>,
     pub(super) pid_file: Option<PidFile>,
@@ -385,6 +387,8 @@ impl Control {
             connections_active: self.shared.in_flight.get(),
             connections_max: table.connections_max,
             warnings: &warnings,
+            confinement: &self.confined.report,
+            admin_crowded: self.admin.as_ref().map_or(0, AdminApi::crowded),
             process: ProcessFacts::read(self.started_wall),
             heartbeats: &heartbeats,
         };

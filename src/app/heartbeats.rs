@@ -8,7 +8,7 @@
 use crate::admin::HeartbeatCounts;
 use crate::config::{Config, Heartbeats};
 use crate::control::Event;
-use crate::heartbeat::keys::{Key, KeyRing, Secret};
+use crate::heartbeat::keys::{Key, KeyRing};
 use crate::heartbeat::listen::{Prepared, Receiver};
 use crate::heartbeat::trust::{Gate, Limits, Reject};
 use serde::{Deserialize, Serialize};
@@ -187,9 +187,8 @@ impl Reception {
 fn key_ring(heartbeats: &Heartbeats) -> Result<KeyRing, String> {
     let mut keys = Vec::with_capacity(heartbeats.keys.len());
     for key in &heartbeats.keys {
-        let bytes = key.secret.as_ref().map_or(&[][..], |secret| secret.reveal());
-        let secret = Secret::new(bytes)
-            .map_err(|unfit| format!("the key file {}: {unfit}", key.file.display()))?;
+        let unread = || format!("the key file {} was not read", key.file.display());
+        let secret = key.secret.clone().ok_or_else(unread)?;
         keys.push(Key {
             id: key.id,
             secret,

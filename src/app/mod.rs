@@ -5,7 +5,7 @@
 //! nothing about traffic; it carries events to the controller and its effects
 //! out.
 //!
-//! Start: configuration, descriptor limit, engine, access log, admin socket,
+//! Start: privileges given up and sandbox ([`confine()`]), configuration, descriptor limit, engine, access log, admin socket,
 //! listeners, the receiver of heartbeats, first table, workers, accepting,
 //! probes, ready. Stop: not ready, listeners retire, sessions finish or are cut
 //! (heartbeats and probes go on until then), workers end, access log is flushed,
@@ -25,6 +25,7 @@
 mod activation;
 mod admin_api;
 mod binds;
+mod confine;
 mod control_loop;
 mod drain;
 mod heartbeats;
@@ -38,6 +39,7 @@ mod upgrade;
 mod watchdog;
 
 pub use activation::Activated;
+pub use confine::{Confined, confine};
 pub use notify::Notifier;
 pub use upgrade::{Predecessor, Program};
 
@@ -73,6 +75,8 @@ pub struct Surroundings {
     pub notifier: Notifier,
     /// Where to leave its number.
     pub pid_file: Option<PathBuf>,
+    /// What it has given up.
+    pub confined: Confined,
 }
 
 /// Why a balancer did not start, or could not go on.

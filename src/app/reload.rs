@@ -61,7 +61,7 @@ impl Control {
 
     async fn try_reload(&mut self) -> Result<Reloaded, ReloadError> {
         let loaded = config::load(&self.path).map_err(|problems| ReloadError {
-            problems: problems.list.iter().map(problem).collect(),
+            problems: problems.list.iter().map(|it| self.problem(it)).collect(),
         })?;
         let Loaded { config, digest, warnings } = loaded;
         // A new secret may come without a change of the file that names it.
@@ -156,22 +156,23 @@ impl Control {
             Some((index + 1, line[..at].chars().count() + 1))
         });
         let (line, column) = place.unwrap_or((1, 1));
+        let message = self.confined.explain(message);
         let file = self.path.display().to_string().into();
         ReloadError { problems: vec![Problem { file, line, column, message }] }
+    }
+
+    fn problem(&self, from: &config::Problem) -> Problem {
+        Problem {
+            file: Arc::clone(&from.file),
+            line: from.line,
+            column: from.column,
+            message: self.confined.explain(from.message.clone()),
+        }
     }
 
     /// What status and reload answers warn of.
     pub(super) fn warnings(&self) -> Vec<String> {
         self.restart_needed.clone()
-    }
-}
-
-fn problem(from: &config::Problem) -> Problem {
-    Problem {
-        file: Arc::clone(&from.file),
-        line: from.line,
-        column: from.column,
-        message: from.message.clone(),
     }
 }
 
@@ -184,6 +185,9 @@ fn needs_restart(started: &Config, now: &Config) -> Vec<String> {
         ("[process] pin", old.pin != new.pin),
         ("[process] engine", old.engine != new.engine),
         ("[process] spin", old.spin != new.spin),
+        ("[process] user", old.user != new.user),
+        ("[process] group", old.group != new.group),
+        ("[process] sandbox", old.sandbox != new.sandbox),
         ("[admin] listen", started.admin.listen != now.admin.listen),
         ("[log] format", started.log.format != now.log.format),
     ];

@@ -108,6 +108,7 @@ async fn bring_up(
 ) -> Result<Control, Failure> {
     let Loaded { config, digest, warnings } =
         config::load(&options.config).map_err(Failure::Config)?;
+    surroundings.confined.check(&config)?;
     let log = match options.logging {
         true => {
             panics::install();
@@ -198,6 +199,7 @@ async fn bring_up(
         upgrades: Upgrades::new(surroundings.program.take()),
         notifier: std::mem::take(&mut surroundings.notifier),
         watchdog: Watchdog::new(count, clock::now()),
+        confined: std::mem::take(&mut surroundings.confined),
         admin: None,
         pid_file: None,
     };
@@ -421,6 +423,7 @@ fn announce(control: &Control, config: &Config, workers: usize) {
         workers,
         "tidegate starts"
     );
+    control.confined.announce();
     for address in config.heartbeat.iter().flat_map(|heartbeat| &heartbeat.listen) {
         tracing::info!(%address, "listening for heartbeats");
     }

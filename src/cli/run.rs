@@ -40,7 +40,10 @@ fn surroundings(args: &RunArgs) -> Result<Surroundings, Failure> {
         .inspect_err(|error| eprintln!("tidegate: upgrades in place are off: {error}"))
         .ok();
     let notifier = Notifier::from_environment();
-    Ok(Surroundings { predecessor, activated, program, notifier, pid_file: args.pid_file.clone() })
+    let pid_file = args.pid_file.clone();
+    // Before there are threads, and before anything else is opened.
+    let confined = app::confine(&args.config, pid_file.as_deref(), predecessor.as_ref())?;
+    Ok(Surroundings { predecessor, activated, program, notifier, pid_file, confined })
 }
 
 /// What has another process do what this one was asked to.

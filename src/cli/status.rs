@@ -37,6 +37,7 @@ fn fit(text: &str, width: Option<usize>) -> String {
 
 fn render(status: &Value) -> String {
     let mut text = head(status);
+    text.push_str(&confinement(list(&status["confinement"])));
     for warning in list(&status["warnings"]) {
         text.push_str(&format!("warning: {}\n", word(warning)));
     }
@@ -94,6 +95,20 @@ fn troubled_workers(status: &Value) -> String {
         ));
     }
     text
+}
+
+/// What holds the process in, and what could and does not; nothing where an older
+/// balancer does not say.
+fn confinement(layers: &[Value]) -> String {
+    let named = |layer: &Value| format!("{} ({})", word(&layer["layer"]), word(&layer["detail"]));
+    let (held, not): (Vec<_>, Vec<_>) = layers.iter().partition(|layer| layer["in_force"] == true);
+    let line = |head: &str, layers: Vec<&Value>| match layers.is_empty() {
+        true => String::new(),
+        false => {
+            format!("{head}: {}\n", layers.into_iter().map(named).collect::<Vec<_>>().join(", "))
+        }
+    };
+    line("confined by", held) + &line("not confined by", not)
 }
 
 fn frontends(frontends: &[Value]) -> String {

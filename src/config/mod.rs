@@ -5,8 +5,8 @@
 //! walked with places (`file`) -> checks and defaults (`validate`, `value`,
 //! `address`) -> this model, or every problem found (`diagnose`). Runtime code
 //! finds no `Option` here that "must be some": every default is already filled
-//! in. Except for [`load`], which reads one file, and the shell [`watch`],
-//! nothing here does I/O.
+//! in. Except for [`load`], which reads one file and those that it names, and the
+//! shell [`watch`], nothing here does I/O.
 
 mod address;
 mod diagnose;
@@ -29,6 +29,7 @@ pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
 pub use source::FILE_BYTES_MAX;
 pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
 
+use crate::heartbeat::keys::Secret;
 use crate::proxy::admission::access::AccessList;
 use crate::proxy::admission::sources::SourceLimits;
 use diagnose::Report;
@@ -89,14 +90,14 @@ pub struct HeartbeatKey {
     pub pools: Vec<Arc<str>>,
     /// Ranges the announced address must lie in; at least one.
     pub addresses: Vec<IpNet>,
-    /// The file's bytes; `None` where the configuration was read by [`parse`],
+    /// What the file holds; `None` where the configuration was read by [`parse`],
     /// which opens no file. Part of the comparison: a file with another secret
     /// under the same name is another configuration.
     pub secret: Option<Secret>,
 }
 
 /// `[process]`. All but `drain_timeout`, `upgrade_timeout` and `connections_max`
-/// need a restart to change.
+/// need a restart to change; most of the others may change with an upgrade.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Process {
     /// `None`: one worker per CPU the process may use.
@@ -113,6 +114,24 @@ pub struct Process {
     pub upgrade_timeout: Duration,
     /// Sessions at once in the whole process.
     pub connections_max: u32,
+    /// Whom the process becomes before it opens anything, by name or number;
+    /// `None`: it stays who started it.
+    pub user: Option<String>,
+    /// With which group; `None`: the groups the user database gives `user`.
+    pub group: Option<String>,
+    /// Whether it confines itself.
+    pub sandbox: Sandbox,
+}
+
+/// `sandbox = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sandbox {
+    /// As far as the kernel has it.
+    Auto,
+    /// Wholly, or not at all: then the process does not start.
+    On,
+    /// Not at all.
+    Off,
 }
 
 /// `engine = ...`
@@ -222,13 +241,10 @@ pub struct SourceRules {
     pub limits: SourceLimits,
 }
 
-/// A shared secret, shown by nothing.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(Arc<[u8]>);
-
-/// What is done about files that hold secrets.
+/// What is done about the files that a configuration names: keys, and lists of
+/// ranges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum SecretFiles {
+enum NamedFiles {
     /// They are read and checked.
     Read,
     /// They are left alone.
@@ -413,7 +429,7 @@ pub const WEIGHT_MAX: u16 = 1000;
 /// Reads and validates a configuration file.
 ///
 /// Never blocks: anything but a regular file is refused, a FIFO too. The files
-/// of heartbeat keys are read as well, in the same way.
+/// it names (heartbeat keys, lists of ranges) are read as well, in the same way.
 ///
 /// # Errors
 /// Every problem found, with its place. Trouble with the file itself
@@ -427,12 +443,25 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
         Ok(text) => text,
         Err(error) => return Err(not_utf8(&bytes, &file, error.valid_up_to())),
     };
-    let (config, warnings) = read(text, &file, SecretFiles::Read)?;
+    let (config, warnings) = read(text, &file, NamedFiles::Read)?;
     Ok(Loaded { config, digest, warnings })
 }
 
+/// The same without the files it names, which somebody else may be meant to read.
+///
+/// # Errors
+/// As [`load`]'s.
+pub fn outline(path: &Path) -> Result<Config, Problems> {
+    let file = path.display().to_string();
+    let bytes = source::read_file(path).map_err(|message| Problems::of_file(&file, message))?;
+    match std::str::from_utf8(&bytes) {
+        Ok(text) => parse(text, &file),
+        Err(error) => Err(not_utf8(&bytes, &file, error.valid_up_to())),
+    }
+}
+
 /// Validates the text of a configuration; `file` is only its name in messages.
-/// Secrets it names are not read.
+/// Files it names (keys, lists of ranges) are not read.
 ///
 /// A byte order mark before the first character is skipped and counts as no
 /// column. Line ends may be LF or CRLF.
@@ -442,11 +471,11 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
 /// place, at most [`PROBLEMS_MAX`]. A text over [`FILE_BYTES_MAX`] is refused
 /// unread.
 pub fn parse(text: &str, file: &str) -> Result<Config, Problems> {
-    read(text, file, SecretFiles::Ignore).map(|(config, _)| config)
+    read(text, file, NamedFiles::Ignore).map(|(config, _)| config)
 }
 
 /// The model and the warnings.
-fn read(text: &str, file: &str, secrets: SecretFiles) -> Result<(Config, Vec<Problem>), Problems> {
+fn read(text: &str, file: &str, files: NamedFiles) -> Result<(Config, Vec<Problem>), Problems> {
     if text.len() > FILE_BYTES_MAX {
         return Err(Problems::of_file(file, source::too_large()));
     }
@@ -465,7 +494,7 @@ fn read(text: &str, file: &str, secrets: SecretFiles) -> Result<(Config, Vec<Pro
     }
     let document = DeTable::parse(text).map_err(|error| syntax_error(&source, &error))?;
     let report = Report::new(&source);
-    let config = validate::config(document.get_ref(), secrets, &report);
+    let config = validate::config(document.get_ref(), files, &report);
     report.finish().map(|warnings| (config, warnings))
 }
 
@@ -521,26 +550,6 @@ impl fmt::Display for AdminListen {
             AdminListen::Unix(path) => write!(f, "unix:{}", path.display()),
             AdminListen::Tcp(address) => address.fmt(f),
         }
-    }
-}
-
-// === impl Secret ===
-
-impl Secret {
-    /// Wraps the bytes of a key file.
-    pub fn new(bytes: &[u8]) -> Secret {
-        Secret(bytes.into())
-    }
-
-    /// For whoever signs or verifies.
-    pub fn reveal(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret(hidden)")
     }
 }
 

@@ -5,11 +5,9 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::ops::Range;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
-
-use crate::heartbeat::keys::SECRET_BYTES_MAX;
 
 /// Largest configuration file: three times what 100,000 backends written out
 /// in full need. A larger one is refused before it is read to the end.
@@ -48,30 +46,10 @@ pub(super) struct Excerpt {
 /// large. A FIFO or device is refused, not waited for: it is opened with
 /// `O_NONBLOCK` and looked at before the first read (open(2), fifo(7)).
 pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, String> {
-    read_bounded(open_regular(path)?.0, FILE_BYTES_MAX)?.ok_or_else(too_large)
+    read_bounded(open_regular(path)?, FILE_BYTES_MAX)?.ok_or_else(too_large)
 }
 
-/// The bytes of a file that holds a secret and that its owner alone may use,
-/// without one newline at the end if there is one.
-///
-/// # Errors
-/// A sentence for the operator, as for [`read_file`].
-pub(super) fn read_secret(path: &Path) -> Result<Vec<u8>, String> {
-    let (file, mode) = open_regular(path)?;
-    if mode & 0o077 != 0 {
-        return Err(format!("others may use the file (mode {mode:04o}); chmod it to 0600"));
-    }
-    let too_long = || format!("a secret has at most {SECRET_BYTES_MAX} bytes, and this file more");
-    let mut bytes = read_bounded(file, SECRET_BYTES_MAX + 1)?.ok_or_else(too_long)?;
-    bytes.pop_if(|last| *last == b'\n');
-    if bytes.len() > SECRET_BYTES_MAX {
-        return Err(too_long());
-    }
-    Ok(bytes)
-}
-
-/// The opened file and its permission bits.
-fn open_regular(path: &Path) -> Result<(File, u32), String> {
+fn open_regular(path: &Path) -> Result<File, String> {
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
@@ -85,7 +63,7 @@ fn open_regular(path: &Path) -> Result<(File, u32), String> {
     if !kind.is_file() {
         return Err("this is not a regular file".to_owned());
     }
-    Ok((file, kind.permissions().mode() & 0o7777))
+    Ok(file)
 }
 
 /// `None` where the file is longer than `bytes_max`.

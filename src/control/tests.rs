@@ -12,7 +12,7 @@ use super::*;
 use crate::balance::trial::TrialPhase;
 use crate::config::{
     Admin, AdminListen, Backend, EjectionSpec, EngineChoice, Frontend, Log, LogFormat, LogLevel,
-    OnRemoval, Policy, Pool, ProbeKind, Process, WhenNoneEligible,
+    OnRemoval, Policy, Pool, ProbeKind, Process, Sandbox, WhenNoneEligible,
 };
 use crate::health::Observation;
 use crate::health::outlier::TRIAL_LOOK;
@@ -85,6 +85,9 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             drain_timeout: Duration::from_secs(30),
             upgrade_timeout: Duration::from_secs(30),
             connections_max: 1000,
+            user: None,
+            group: None,
+            sandbox: Sandbox::Auto,
         },
         admin: Admin { listen: AdminListen::Unix("/nowhere".into()), token_file: None },
         log: Log {

@@ -83,6 +83,15 @@ impl Secret {
     }
 }
 
+/// Whether both sign alike, told in constant time: a file that holds another
+/// secret is another configuration.
+impl PartialEq for Secret {
+    fn eq(&self, other: &Secret) -> bool {
+        const PROOF: &[u8] = b"are you the same secret?";
+        self.verify(PROOF, &other.tag(PROOF))
+    }
+}
+
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret(hidden)")

@@ -10,7 +10,7 @@
 //! | [`wire`] | the datagram, byte by byte: encode, read, verify (pure) |
 //! | [`keys`] | secrets and what each may speak for (pure) |
 //! | [`trust`] | [`trust::Gate`]: what is believed, refused and why (pure) |
-//! | [`key_file`] | reading a secret from its file (a shell) |
+//! | [`key_file`] | reading a secret from its file |
 //! | [`listen`] | sockets and the thread that receives (a shell) |
 //! | [`sender`] | sending them, for services written in Rust (a shell) |
 

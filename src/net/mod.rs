@@ -1,9 +1,11 @@
-//! The kernel's side of things: sockets, readiness, CPU affinity, limits.
+//! The kernel's side of things: sockets, readiness, CPU affinity, limits, and
+//! what this process itself may do.
 //!
 //! Used by the shells (workers, probes, admin) and `app`. Thin and without
 //! policy: nothing here knows of sessions, pools or configuration, and nothing
 //! blocks.
 
+pub mod confinement;
 pub mod cpu;
 pub mod datagram;
 pub mod epoll;
@@ -13,8 +15,10 @@ mod ioctl;
 pub mod limits;
 pub mod listen;
 pub mod pipe;
+pub mod privileges;
 pub mod reactor;
 pub mod ring;
+pub mod sandbox;
 mod sockopt;
 pub mod stream;
 pub mod timer;

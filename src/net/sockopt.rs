@@ -1,6 +1,6 @@
 //! The few socket options no crate wraps.
 //!
-//! Used by `stream` and `datagram`. Each function is one setsockopt(2).
+//! Used by `listen`, `stream` and `datagram`. Each function is one setsockopt(2).
 
 #![allow(unsafe_code)]
 
@@ -18,6 +18,15 @@ pub(super) fn pick_port_at_connect(socket: BorrowedFd<'_>) -> io::Result<()> {
 pub(super) fn force_receive_buffer(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
     set(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, bytes)
+}
+
+/// IP_MINTTL (ip(7)) or IPV6_MINHOPCOUNT: packets that have come further than from
+/// a sender of 255 minus that many routers are dropped; 0 drops none.
+pub(super) fn least_hop_limit(socket: BorrowedFd<'_>, v6: bool, least: u8) -> io::Result<()> {
+    match v6 {
+        false => set(socket, libc::IPPROTO_IP, libc::IP_MINTTL, least.into()),
+        true => set(socket, libc::IPPROTO_IPV6, libc::IPV6_MINHOPCOUNT, least.into()),
+    }
 }
 
 /// SO_TIMESTAMPNS (socket(7)): each datagram comes with its time of arrival.

@@ -36,6 +36,7 @@ pub(crate) enum Control {
 pub(crate) struct Api {
     pub(crate) address: AdminListen,
     pub(crate) readiness: Readiness,
+    pub(crate) crowding: admin::Crowding,
     pub(crate) tokens: Arc<TokenStore>,
     pub(crate) shut_down: Arc<AtomicBool>,
     stop: Option<oneshot::Sender<()>>,
@@ -62,7 +63,7 @@ impl Api {
         dir: tempfile::TempDir,
     ) -> Api {
         let listener = admin::bind(&Admin { listen, token_file: None }).unwrap();
-        let address = listener.address();
+        let (address, crowding) = (listener.address(), listener.crowding());
         let tokens = token.map(|token| Token::new(token.as_bytes()).unwrap());
         let tokens = Arc::new(TokenStore::new(tokens));
         let (readiness, shut_down) = (Readiness::new(), Arc::new(AtomicBool::new(false)));
@@ -78,7 +79,16 @@ impl Api {
             let serve = admin::serve(listener, tokens, requests, readiness, stop);
             runtime.block_on(serve).unwrap();
         });
-        Api { address, readiness, tokens, shut_down, stop: Some(stop), thread: Some(thread), dir }
+        Api {
+            address,
+            crowding,
+            readiness,
+            tokens,
+            shut_down,
+            stop: Some(stop),
+            thread: Some(thread),
+            dir,
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {

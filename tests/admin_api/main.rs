@@ -236,12 +236,14 @@ fn names_rebound_to_our_address_are_refused() {
 }
 
 #[test]
-fn web_pages_cannot_change_anything() {
+fn web_pages_can_neither_change_nor_read_anything() {
     let tcp = Api::tcp("127.0.0.1:0", Some(TOKEN));
     let headers =
         ["Host: localhost", "Origin: http://localhost", &bearer(TOKEN), "Content-Length: 0"];
     let refused = tcp.raw("POST", "/v1/shutdown", &headers, b"");
     assert_eq!(refused.refusal(), (403, "origin refused".to_owned()));
+    let read = tcp.raw("GET", "/v1/status", &["Host: localhost", "Origin: null"], b"");
+    assert_eq!(read.refusal(), (403, "origin refused".to_owned()));
     assert!(!tcp.shut_down.load(Ordering::Relaxed));
 }
 
@@ -292,21 +294,42 @@ fn slow_heads_and_slow_bodies_lose_their_connection() {
 #[test]
 fn forty_connections_at_once_are_all_answered() {
     let api = Api::unix(Control::Answers);
-    let mut silent: Vec<_> = (0..40).map(|_| api.connect()).collect();
-    // Eight of them wait until a slot comes free.
-    for stream in silent.iter_mut().rev() {
+    let ask = |_| {
+        let mut stream = api.connect();
         stream.write_all(b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
-    }
-    for stream in &mut silent {
+        stream
+    };
+    // Eight of them wait until a seat comes free.
+    let mut asking: Vec<_> = (0..40).map(ask).collect();
+    for stream in &mut asking {
         assert_eq!(Answer::read(stream).status, 200);
     }
 }
 
 #[test]
-fn silent_clients_that_hold_every_slot_are_got_rid_of() {
+fn silent_clients_that_hold_every_seat_make_room_for_who_asks() {
     let api = Api::unix(Control::Answers);
-    let _silent: Vec<_> = (0..32).map(|_| api.connect()).collect();
+    let mut silent: Vec<_> = (0..32).map(|_| api.connect()).collect();
+    let asked = clock::now();
     assert_eq!(api.ask("GET", "/live").status, 200);
+    // Long before any of them would have been given up for its silence.
+    assert!(clock::now() - asked < Duration::from_secs(4));
+    let mut closed = Vec::new();
+    silent[0].read_to_end(&mut closed).expect("the oldest has made room");
+    assert!(closed.is_empty());
+    assert_eq!(api.crowding.count(), 1);
+}
+
+#[test]
+fn more_headers_than_anybody_sends_are_refused() {
+    let api = Api::unix(Control::Answers);
+    let with = |count: usize| {
+        let all: Vec<String> = (0..count).map(|number| format!("X-{number}: x")).collect();
+        let mut headers = vec!["Host: x"];
+        headers.extend(all.iter().map(String::as_str));
+        api.raw("GET", "/live", &headers, b"").status
+    };
+    assert_eq!((with(60), with(70)), (200, 431));
 }
 
 #[test]

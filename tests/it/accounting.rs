@@ -115,12 +115,13 @@ fn active_sessions_are_gauged(engine: Engine) {
 }
 
 /// Labels that the documentation allows.
-const LABELS: [&str; 12] = [
+const LABELS: [&str; 13] = [
     "frontend",
     "pool",
     "backend",
     "worker",
     "cause",
+    "layer",
     "phase",
     "direction",
     "reason",

@@ -20,6 +20,7 @@ mod common;
 mod accounting;
 mod balance;
 mod cli;
+mod confinement;
 mod drain;
 mod engine;
 mod failover;

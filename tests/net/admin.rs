@@ -1,17 +1,22 @@
-//! Who can reach the admin API: nobody from another host, unless told.
+//! Who can reach and use the admin API: nobody from another host, unless told,
+//! and then nobody without the token.
 //!
 //! Listening on a Unix socket or on loopback, it must not answer on any address
-//! that the client's or a backend's host can name. Requests themselves are
-//! other suites' business.
+//! that the client's or a backend's host can name. Listening on one, it must
+//! refuse what curl on such a host can think of, and go on for who may ask.
 
 use crate::common::ports::free_port;
 use crate::common::proxy::PROGRAM;
 use crate::common::servers::Running;
-use crate::common::{Engine, eventually, http, ms, on_every_engine, secs};
+use crate::common::{Engine, client, eventually, have, http, measured, ms, on_every_engine, proc};
+use crate::common::{patience, secs};
 use crate::hosts::{FRONTEND, Hosts};
 use crate::netns::{Namespace, networks_run};
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 on_every_engine!(unix_admin_socket_opens_no_port);
 
@@ -82,5 +87,155 @@ fn loopback_admin_answers_its_own_host_alone() {
             let error = from.run(|| TcpStream::connect_timeout(&to, ms(2000))).expect_err("no");
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused, "{to}");
         }
+    }
+}
+
+/// A balancer whose admin API other hosts reach.
+struct Open {
+    hosts: Hosts,
+    balancer: Running,
+    admin: SocketAddr,
+    frontend: SocketAddr,
+    _dir: tempfile::TempDir,
+}
+
+const TOKEN: &str = "0123456789-the-right-token";
+
+impl Open {
+    #[track_caller]
+    fn start(seed: u64) -> Open {
+        let hosts = Hosts::new(1, seed);
+        let admin = SocketAddr::from((FRONTEND, free_port()));
+        let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").unwrap();
+        let [token, config] = ["token", "tidegate.toml"].map(|name| dir.path().join(name));
+        std::fs::write(&token, TOKEN).unwrap();
+        std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let conf = hosts.conf(Engine::Epoll, hosts.pool());
+        let frontend = conf.address("web");
+        let listen = format!("{admin}\"\ntoken_file = \"{}", token.display());
+        std::fs::write(&config, conf.render(&listen, "off")).unwrap();
+        let mut command = Command::new(PROGRAM);
+        command.args(["run", "--config"]).arg(&config).stdout(Stdio::null()).stderr(Stdio::null());
+        let balancer = hosts.balancer.run(|| Running::start(&mut command));
+        let open = Open { hosts, balancer, admin, frontend, _dir: dir };
+        eventually(secs(20), "who has the token is answered", || {
+            open.curl("/ready", &["-H", RIGHT]) == "200"
+        });
+        open
+    }
+
+    /// The status curl gets on the client's host; 000 for none.
+    fn curl(&self, path: &str, arguments: &[&str]) -> String {
+        let mut command = Command::new("curl");
+        command.args(["-s", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "30"]);
+        command.args(arguments).arg(format!("http://{}{path}", self.admin));
+        let output = self.hosts.client.run(|| command.output()).expect("curl");
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+const RIGHT: &str = "Authorization: Bearer 0123456789-the-right-token";
+const WRONG: &str = "Authorization: Bearer 0123456789-the-wrong-token";
+
+#[test]
+fn another_host_is_refused_whatever_curl_sends() {
+    let _turn = crate::common::turn::shared();
+    if !networks_run() || !have(&["curl"]) {
+        return;
+    }
+    let open = Open::start(72);
+    let large = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(large.path(), vec![b'x'; 10_000_000]).unwrap();
+    let large = format!("@{}", large.path().display());
+    let long = format!("X: {}", "x".repeat(100_000));
+    let many: Vec<String> = (0..100).map(|number| format!("-HX-{number}: x")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).chain(["-H", RIGHT]).collect();
+    let shutdown = "/v1/shutdown";
+    #[rustfmt::skip]
+    let table: &[(&str, &str, &[&str], &str)] = &[
+        ("reading without a token", "/v1/status", &[], "401"),
+        ("metrics without a token", "/metrics", &[], "401"),
+        ("changing without a token", shutdown, &["-XPOST"], "401"),
+        ("a wrong token", shutdown, &["-XPOST", "-H", WRONG], "401"),
+        ("a token that is a part", shutdown, &["-XPOST", "-H", "Authorization: Bearer 0123456789"], "401"),
+        ("an empty token", shutdown, &["-XPOST", "-H", "Authorization: Bearer "], "401"),
+        ("a password", shutdown, &["-XPOST", "-u", "admin:0123456789-the-right-token"], "401"),
+        ("the token in the query", "/v1/shutdown?token=0123456789-the-right-token", &["-XPOST"], "401"),
+        ("a foreign host", shutdown, &["-XPOST", "-H", RIGHT, "-H", "Host: evil.example"], "403"),
+        ("a foreign origin", shutdown, &["-XPOST", "-H", RIGHT, "-H", "Origin: http://evil.example"], "403"),
+        ("a foreign origin that reads", "/v1/status", &["-H", RIGHT, "-H", "Origin: http://evil.example"], "403"),
+        ("a foreign program", "/v1/upgrade?binary=/bin/sh", &["-XPOST", "-H", RIGHT], "403"),
+        ("a huge body", "/v1/reload", &["-H", RIGHT, "-H", "Expect:", "--data-binary", &large], "413"),
+        ("a huge body in chunks", "/v1/reload", &["-H", RIGHT, "-H", "Expect:", "-H", "Transfer-Encoding: chunked", "--data-binary", &large], "413"),
+        ("a huge header", "/v1/status", &["-H", RIGHT, "-H", &long], "431"),
+        ("a hundred headers", "/v1/status", &many, "431"),
+        ("a path upwards", "/../../etc/passwd", &["--path-as-is", "-H", RIGHT], "404"),
+        ("a name upwards", "/v1/pools/..%2f..%2fetc/backends/passwd/explain", &["-H", RIGHT], "404"),
+        ("another method", shutdown, &["-XDELETE", "-H", RIGHT], "405"),
+        ("who may", "/v1/status", &["-H", RIGHT], "200"),
+    ];
+    for (what, path, arguments, wanted) in table {
+        assert_eq!(open.curl(path, arguments), *wanted, "{what}");
+    }
+}
+
+#[test]
+fn a_slow_head_from_another_host_is_cut_off() {
+    let _turn = crate::common::turn::shared();
+    if !networks_run() || !have(&["curl"]) {
+        return;
+    }
+    let open = Open::start(73);
+    let mut slow = open.hosts.client.run(|| TcpStream::connect(open.admin)).unwrap();
+    slow.set_read_timeout(Some(patience(secs(20)))).unwrap();
+    slow.write_all(format!("GET /v1/status HTTP/1.1\r\n{RIGHT}\r\nHost:").as_bytes()).unwrap();
+    let mut answer = String::new();
+    slow.read_to_string(&mut answer).expect("closed, not left open");
+    assert!(!answer.contains("200 OK"), "{answer}");
+    assert_eq!(open.curl("/v1/status", &["-H", RIGHT]), "200");
+}
+
+mod alone {
+    use super::*;
+
+    /// 1,000 connections that ask nothing: who may ask is answered all the same,
+    /// and traffic does not notice.
+    #[test]
+    fn a_thousand_admin_connections_are_in_nobodys_way() {
+        let _turn = crate::common::turn::alone();
+        if !networks_run() || !have(&["curl"]) {
+            return;
+        }
+        const COUNT: usize = 1_000;
+        tidegate::net::limits::raise_descriptor_limit();
+        let open = Open::start(74);
+        let _service = open.hosts.backends[0].start_echo();
+        let session = open.hosts.client.run(|| client::connect(open.frontend));
+        client::exchange(&session, b"before").unwrap();
+        let before = proc::fd_count(open.balancer.pid());
+        let crowd: Vec<TcpStream> = open.hosts.client.run(|| {
+            (0..COUNT)
+                .filter_map(|_| TcpStream::connect_timeout(&open.admin, ms(3000)).ok())
+                .collect()
+        });
+        let mut slowest = ms(0);
+        for _ in 0..5 {
+            let asked = Instant::now();
+            assert_eq!(open.curl("/v1/status", &["-H", RIGHT]), "200");
+            slowest = slowest.max(asked.elapsed());
+            client::exchange(&session, b"meanwhile").unwrap();
+            let another = open.hosts.client.run(|| client::connect(open.frontend));
+            client::exchange(&another, b"and others").unwrap();
+        }
+        let held = proc::fd_count(open.balancer.pid()).saturating_sub(before);
+        measured(&format!(
+            "{} of {COUNT} admin connections were taken; who asked was answered within {slowest:?}; \
+             {held} descriptors more",
+            crowd.len()
+        ));
+        // 32 seats, one in hand, and those whose answer is on its way.
+        assert!(held < 100, "{held} descriptors for them");
+        // The queue ahead of who asks: 128 connections, 32 every 100 ms.
+        assert!(slowest < patience(secs(10)), "{slowest:?}");
     }
 }

@@ -26,6 +26,7 @@ struct Bench {
     _backend: ScriptedBackend,
     proxy: TestProxy,
     session: TcpStream,
+    programs: tempfile::TempDir,
 }
 
 impl Bench {
@@ -36,12 +37,14 @@ impl Bench {
         let proxy = TestProxy::start(conf);
         let session = connect(proxy.addr("web"));
         client::exchange(&session, b"hello").unwrap();
-        Bench { _backend: backend, proxy, session }
+        let programs = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Bench { _backend: backend, proxy, session, programs }
     }
 
-    /// A program made of those lines.
+    /// A program made of those lines, beside the one that runs: the balancer may
+    /// start nothing from where its configuration lies.
     fn program(&self, lines: &str) -> PathBuf {
-        let path = self.proxy.dir().join("program");
+        let path = self.programs.path().join("program");
         // Written by another process: one that is being written cannot be run.
         let script = format!("cat > '{0}'; chmod 755 '{0}'", path.display());
         let mut shell = std::process::Command::new("sh")

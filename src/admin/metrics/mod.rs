@@ -41,6 +41,8 @@ mod families {
     pub(super) const RELOADS: Family = counter("tidegate_reloads_total", "Reloads, by result.");
     pub(super) const UPGRADES: Family = counter("tidegate_upgrades_total", "Upgrades in place, by result.");
     pub(super) const RESTART_NEEDED: Family = gauge("tidegate_restart_needed", "Accepted settings that wait for a restart.");
+    pub(super) const ADMIN_CROWDED: Family = counter("tidegate_admin_connections_dropped_total", "Admin connections that asked nothing and were closed to make room for newer ones.");
+    pub(super) const CONFINEMENT: Family = gauge("tidegate_confinement", "1 for each layer that confines the process, 0 for one that does not.");
     pub(super) const CONNECTIONS_ACTIVE: Family = gauge("tidegate_connections_active", "Sessions open in the whole process.");
     pub(super) const CONNECTIONS_MAX: Family = gauge("tidegate_connections_max", "Cap on sessions open in the whole process.");
 
@@ -121,6 +123,11 @@ fn whole(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     upgrades.count(&[("result", "failed")], snapshot.upgrades.failed);
     upgrades.count(&[("result", "refused")], snapshot.upgrades.refused);
     out.family(&families::RESTART_NEEDED).count(&[], snapshot.warnings.len() as u64);
+    out.family(&families::ADMIN_CROWDED).count(&[], snapshot.admin_crowded);
+    let mut confinement = out.family(&families::CONFINEMENT);
+    for layer in snapshot.confinement.layers() {
+        confinement.count(&[("layer", layer.layer)], layer.in_force.into());
+    }
     out.family(&families::CONNECTIONS_ACTIVE).count(&[], snapshot.connections_active.into());
     out.family(&families::CONNECTIONS_MAX).count(&[], snapshot.connections_max.into());
 }

@@ -84,6 +84,8 @@ fn text() -> String {
         connections_active: 5,
         connections_max: 100,
         warnings: &[],
+        admin_crowded: 0,
+        confinement: &crate::net::confinement::Confinement::none("off"),
         process: ProcessFacts { open_fds: Some(7), ..ProcessFacts::default() },
         heartbeats: &HeartbeatCounts::default(),
     })
@@ -176,6 +178,7 @@ fn the_text_is_strictly_well_formed_and_labels_are_of_the_closed_set() {
         "backend",
         "worker",
         "cause",
+        "layer",
         "phase",
         "direction",
         "reason",

@@ -84,6 +84,11 @@ impl Predecessor {
         admin::take_over(&config.admin, fd, offered.file)
     }
 
+    /// What confines that process, and so this one.
+    pub(in crate::app) fn confined(&self) -> &[String] {
+        &self.offer.confined
+    }
+
     /// What is known, for the first table.
     pub(in crate::app) fn state(&self) -> &crate::control::handover::Saved {
         &self.offer.state

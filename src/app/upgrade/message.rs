@@ -53,6 +53,10 @@ pub(super) struct Offer {
     pub(super) digest: u64,
     #[serde(default)]
     pub(super) state: Saved,
+    /// Layers of `net::confinement` that the new process has inherited and can
+    /// neither loosen nor put up again.
+    #[serde(default)]
+    pub(super) confined: Vec<String>,
 }
 
 /// The admin listener.
@@ -187,6 +191,7 @@ mod tests {
             heartbeats: vec!["127.0.0.1:7946".parse().unwrap()],
             digest: u64::MAX,
             state: Saved { generation: 3, ..Saved::default() },
+            confined: vec!["seccomp".to_owned()],
         };
         let text = String::from_utf8(encode(&offer)).unwrap();
         let newer = text.replacen('{', "{\"more\":[1],", 1);
@@ -218,7 +223,7 @@ mod tests {
             let offer = Offer {
                 protocol: 1, version: String::new(), admin: None, heartbeats: vec![], digest: 7,
                 listeners: vec![OfferedBind { address: ([127, 0, 0, 1], 80).into(), sockets: 2, holder: Holder::Nobody }],
-                state: Saved::default(),
+                state: Saved::default(), confined: vec![],
             };
             let mut body = encode(&offer);
             let at = at.index(body.len());

@@ -212,6 +212,7 @@ impl Control {
             heartbeats: heartbeats.iter().map(|(address, _)| *address).collect(),
             digest: self.digest,
             state: self.controller.save(clock::now()),
+            confined: self.confined.inherited(),
         };
         let sockets = active().flat_map(|(_, group)| group.sockets.iter().cloned()).collect();
         let timeout = self.config.process.upgrade_timeout;
@@ -273,6 +274,7 @@ impl Control {
     ) {
         match result {
             Err(why) => {
+                let why = self.confined.explain(why);
                 self.upgrades.counts.failed += 1;
                 tracing::error!(reason = %why, "upgrade failed; this process goes on");
                 if let Some(reply) = under_way.reply {

@@ -14,7 +14,7 @@ use super::{CONNECTIONS_MAX, sources};
 use crate::config::address;
 use crate::config::file::{Field, Named, Section};
 use crate::config::value::{self, Complaint, DurationRange, TIME, USER_TIMEOUT, show_duration};
-use crate::config::{Frontend, SecretFiles};
+use crate::config::{Frontend, NamedFiles};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);
@@ -32,7 +32,7 @@ pub(super) struct FrontendRead {
     pub(super) idle_timeout: Option<Range<usize>>,
 }
 
-pub(super) fn read(named: Named<'_, '_>, files: SecretFiles) -> FrontendRead {
+pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
     let Named { name, section, .. } = named;
     let (binds, bind_places) =
         binds(&section).into_iter().map(|b| (*b.get_ref(), b.span())).unzip();

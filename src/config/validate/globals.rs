@@ -14,7 +14,7 @@ use crate::config::address;
 use crate::config::file::{Field, Section};
 use crate::config::value::{self, Complaint, SPIN, TIME, UPGRADE, shown};
 use crate::config::{
-    AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process,
+    AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process, Sandbox,
 };
 
 /// More workers than this share too many structures to be of use.
@@ -22,6 +22,9 @@ const WORKERS_MAX: u32 = 256;
 
 /// Where the admin API listens unless told otherwise.
 const ADMIN_SOCKET: &str = "/run/tidegate/admin.sock";
+
+/// The C library's bound on the length of a name (useradd(8)).
+const ACCOUNT_CHARS_MAX: usize = 32;
 
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -44,6 +47,7 @@ pub(super) fn process(top: &Section<'_, '_>) -> Process {
         ("io_uring", EngineChoice::IoUring),
         ("epoll", EngineChoice::Epoll),
     ];
+    let sandboxes = [("auto", Sandbox::Auto), ("on", Sandbox::On), ("off", Sandbox::Off)];
     let process = Process {
         workers: workers(&section).or(default.workers),
         pin: section.boolean("pin").or(default.pin),
@@ -62,9 +66,36 @@ pub(super) fn process(top: &Section<'_, '_>) -> Process {
         connections_max: section
             .integer("connections_max", 1..=CONNECTIONS_MAX)
             .or(default.connections_max),
+        user: optional(account(&section, "user", "\"tidegate\"")),
+        group: optional(account(&section, "group", "\"tidegate\"")),
+        sandbox: section.choice("sandbox", &sandboxes).or(default.sandbox),
     };
+    if let (Some(place), None) = (section.key_place("group"), section.key_place("user")) {
+        let complaint = Complaint::new("group without user").help("set user as well");
+        section.report.error(place, complaint);
+    }
     section.finish();
     process
+}
+
+/// A user's or group's name (useradd(8)) or number. Whether there is one of that
+/// name is this machine's business, and seen at the start.
+fn account(section: &Section<'_, '_>, key: &'static str, example: &str) -> Field<String> {
+    section.text(key, &format!("a name such as {example}"), |text| {
+        let fit = |byte: u8| byte.is_ascii_alphanumeric() || b"._-$".contains(&byte);
+        if text.is_empty() || text.len() > ACCOUNT_CHARS_MAX || !text.bytes().all(fit) {
+            return Err(Complaint::new(format!("{} is no name of a {key}", shown(text))));
+        }
+        if key == "user" && (text == "root" || text.bytes().all(|byte| byte == b'0')) {
+            let complaint = Complaint::new("the user the process becomes may not be root");
+            return Err(complaint.help("leave user out, and it stays who starts it"));
+        }
+        Ok(text.to_owned())
+    })
+}
+
+fn optional<T>(field: Field<T>) -> Option<T> {
+    field.good().map(Spanned::into_inner)
 }
 
 fn default_process() -> Process {
@@ -76,6 +107,9 @@ fn default_process() -> Process {
         drain_timeout: DRAIN_TIMEOUT,
         upgrade_timeout: UPGRADE_TIMEOUT,
         connections_max: PROCESS_CONNECTIONS,
+        user: None,
+        group: None,
+        sandbox: Sandbox::Auto,
     }
 }
 

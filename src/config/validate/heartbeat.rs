@@ -19,10 +19,9 @@ use crate::config::diagnose::Report;
 use crate::config::file::Section;
 use crate::config::value::{self, Complaint, HEARTBEAT_INTERVAL, did_you_mean_or};
 use crate::config::value::{show_duration, shown};
-use crate::config::{
-    HeartbeatKey, HeartbeatSpec, Heartbeats, Secret, SecretFiles, WEIGHT_MAX, source,
-};
-use crate::heartbeat::keys::SECRET_BYTES_MIN;
+use crate::config::{HeartbeatKey, HeartbeatSpec, Heartbeats, NamedFiles, WEIGHT_MAX};
+use crate::heartbeat::key_file::{self, KeyFileError, Unfit};
+use crate::heartbeat::keys::{SECRET_BYTES_MAX, SECRET_BYTES_MIN, Secret};
 
 /// Each costs a socket and a place in the receiver's poll set.
 const LISTEN_MAX: usize = 16;
@@ -58,7 +57,7 @@ struct KeyPlaces {
     pools: Vec<Range<usize>>,
 }
 
-pub(super) fn read(top: &Section<'_, '_>, secrets: SecretFiles) -> Option<HeartbeatRead> {
+pub(super) fn read(top: &Section<'_, '_>, files: NamedFiles) -> Option<HeartbeatRead> {
     let section = top.table("heartbeat", "[heartbeat]".to_owned())?;
     let listen = addresses(&section, "listen", "\"0.0.0.0:7946\"");
     let too_many = |place: Range<usize>, what: &str, max: usize| {
@@ -76,23 +75,23 @@ pub(super) fn read(top: &Section<'_, '_>, secrets: SecretFiles) -> Option<Heartb
     if let Some(beyond) = sections.get(KEYS_MAX) {
         too_many(beyond.header.clone(), "keys", KEYS_MAX);
     }
-    let (models, keys) = sections.into_iter().map(|each| key(each, secrets)).unzip();
+    let (models, keys) = sections.into_iter().map(|each| key(each, files)).unzip();
     let (listen_places, listen) =
         listen.into_iter().map(|each| (each.span(), each.into_inner())).unzip();
     section.finish();
     Some(HeartbeatRead { model: Heartbeats { listen, keys: models }, listen_places, keys })
 }
 
-fn key(section: Section<'_, '_>, secrets: SecretFiles) -> (HeartbeatKey, KeyPlaces) {
+fn key(section: Section<'_, '_>, files: NamedFiles) -> (HeartbeatKey, KeyPlaces) {
     let id = section.integer("id", 1..=u32::MAX);
     if id.is_absent() {
         section.missing("id", "1");
     }
     let file = section.text("file", "a file path", |text| {
         let path = file_path(text)?;
-        let secret = match secrets {
-            SecretFiles::Read => Some(secret(&path)?),
-            SecretFiles::Ignore => None,
+        let secret = match files {
+            NamedFiles::Read => Some(secret(&path)?),
+            NamedFiles::Ignore => None,
         };
         Ok((path, secret))
     });
@@ -122,16 +121,17 @@ fn key(section: Section<'_, '_>, secrets: SecretFiles) -> (HeartbeatKey, KeyPlac
 }
 
 fn secret(path: &Path) -> Result<Secret, Complaint> {
-    let wrong = |why: String| {
-        Complaint::new(format!("the key file {} is unfit: {why}", shown(&path.to_string_lossy())))
-    };
-    let bytes = source::read_secret(path).map_err(wrong)?;
-    let length = bytes.len();
-    if length < SECRET_BYTES_MIN {
-        return Err(wrong(format!("{length} bytes, at least {SECRET_BYTES_MIN} are needed"))
-            .help("make one with: head -c 32 /dev/urandom > FILE; chmod 0600 FILE"));
-    }
-    Ok(Secret::new(&bytes))
+    key_file::read(path).map_err(|KeyFileError { path, why }| {
+        let file = shown(&path.to_string_lossy());
+        match why {
+            Unfit::File(why) => Complaint::new(format!("the key file {file} {why}")),
+            Unfit::Length(found) => {
+                let needed = format!("{SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} are needed");
+                Complaint::new(format!("the key file {file} holds {found}; {needed}"))
+                    .help("make one with: head -c 32 /dev/urandom > FILE; chmod 0600 FILE")
+            }
+        }
+    })
 }
 
 pub(super) fn of_pool(pool: &Section<'_, '_>, name: &str) -> Option<HeartbeatSpec> {

@@ -17,7 +17,7 @@ use toml::de::DeTable;
 use super::diagnose::Report;
 use super::file::Section;
 use super::value::Complaint;
-use super::{Config, SecretFiles};
+use super::{Config, NamedFiles};
 
 /// Most frontends: each costs a listener per bind and worker.
 pub const FRONTENDS_MAX: usize = 4_096;
@@ -38,11 +38,7 @@ pub(super) const CONNECTIONS_MAX: u32 = 10_000_000;
 
 /// The model of `document`. Where `report` holds an error afterwards, the
 /// result is a filler and must not be used.
-pub(super) fn config<'a>(
-    document: &DeTable<'a>,
-    secrets: SecretFiles,
-    report: &Report<'_>,
-) -> Config {
+pub(super) fn config<'a>(document: &DeTable<'a>, files: NamedFiles, report: &Report<'_>) -> Config {
     let top = Section::new(report, document, "the file".to_owned(), 0..0);
     let process = globals::process(&top);
     let admin = globals::admin(&top);
@@ -50,10 +46,10 @@ pub(super) fn config<'a>(
     let frontends: Vec<_> = top
         .named_tables("frontend")
         .into_iter()
-        .map(|named| frontend::read(named, secrets))
+        .map(|named| frontend::read(named, files))
         .collect();
     let pools: Vec<_> = top.named_tables("pool").into_iter().map(pool::read).collect();
-    let heartbeat = heartbeat::read(&top, secrets);
+    let heartbeat = heartbeat::read(&top, files);
     require_something(&top, document, frontends.len(), pools.len());
     cross::check(report, &admin, &frontends, &pools);
     heartbeat::check(report, heartbeat.as_ref(), &pools);

@@ -15,7 +15,7 @@ use super::frontend::any_number;
 use super::globals::file_path;
 use crate::config::file::{Field, Section};
 use crate::config::value::{self, Complaint, shown};
-use crate::config::{SecretFiles, SourceRules, source};
+use crate::config::{NamedFiles, SourceRules, source};
 use crate::proxy::admission::access::AccessList;
 use crate::proxy::admission::sources::{Rate, SourceLimits};
 
@@ -34,7 +34,7 @@ const PREFIX_V6: u32 = 64;
 pub(super) fn read(
     frontend: &Section<'_, '_>,
     name: &str,
-    files: SecretFiles,
+    files: NamedFiles,
 ) -> Option<Arc<SourceRules>> {
     let label = format!("[frontend.{}.sources]", value::cut(name));
     let section = frontend.table("sources", label)?;
@@ -65,7 +65,7 @@ struct List {
 }
 
 impl List {
-    fn read(section: &Section<'_, '_>, verb: Verb, files: SecretFiles) -> List {
+    fn read(section: &Section<'_, '_>, verb: Verb, files: NamedFiles) -> List {
         let (key, file_key) = match verb {
             Verb::Allow => ("allow", "allow_file"),
             Verb::Deny => ("deny", "deny_file"),
@@ -75,8 +75,8 @@ impl List {
         let file = section.text(file_key, "a file path", |text| {
             let path = file_path(text)?;
             let ranges = match files {
-                SecretFiles::Read => ranges_of_file(&path)?,
-                SecretFiles::Ignore => Vec::new(),
+                NamedFiles::Read => ranges_of_file(&path)?,
+                NamedFiles::Ignore => Vec::new(),
             };
             Ok((path, ranges))
         });

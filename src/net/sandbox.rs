@@ -1,0 +1,191 @@
+//! Walls a process builds around itself: landlock for files, seccomp for system
+//! calls.
+//!
+//! Called by `app::confine` while there is one thread; later threads and programs
+//! that this process starts are inside as well, for good. Nothing here decides
+//! what is needed but [`calls`], which lists the system calls of this program.
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod calls;
+
+/// On a processor whose calls nobody has looked at.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod calls {
+    pub(super) fn rules() -> Option<std::collections::BTreeMap<i64, Vec<seccompiler::SeccompRule>>>
+    {
+        None
+    }
+}
+
+use landlock::{
+    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, LandlockStatus, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags, path_beneath_rules,
+};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use std::io;
+use std::path::PathBuf;
+
+/// What stays open to a process that can open nothing else. Everything below a
+/// directory is meant with it; what does not exist is passed over.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Paths {
+    /// To be read, and run.
+    pub run: Vec<PathBuf>,
+    /// To be read.
+    pub read: Vec<PathBuf>,
+    /// Directories in which files and sockets may be made, written, renamed and
+    /// removed.
+    pub write: Vec<PathBuf>,
+}
+
+/// Newest landlock interface that was looked at; older kernels get what they
+/// have.
+const INTERFACE: ABI = ABI::V6;
+
+/// What landlock calls reading, without running.
+const READ: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ReadFile | ReadDir});
+
+/// No making of directories, devices or links, no moving between directories.
+const WRITE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
+    ReadFile | ReadDir | WriteFile | Truncate | MakeReg | MakeSock | RemoveFile
+});
+
+/// Closes the file system to this thread but for `paths`, and forbids it to
+/// signal processes outside (landlock(7)). Sockets are not touched. Gives how far
+/// that goes, in words.
+///
+/// # Errors
+/// In words: the kernel does not have it, or refuses.
+pub fn close_files(paths: &Paths) -> Result<String, String> {
+    let refused = |error: &dyn std::fmt::Display| format!("the kernel refuses: {error}");
+    let restricted = || -> Result<_, landlock::RulesetError> {
+        Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(INTERFACE))?
+            .scope(Scope::Signal)?
+            .create()?
+            .add_rules(path_beneath_rules(&paths.run, READ | AccessFs::Execute))?
+            .add_rules(path_beneath_rules(&paths.read, READ))?
+            .add_rules(path_beneath_rules(&paths.write, WRITE))?
+            .restrict_self()
+    };
+    let status = restricted().map_err(|error| refused(&error))?;
+    let version = match status.landlock {
+        LandlockStatus::Available { effective_abi, .. } => {
+            format!("version {}", effective_abi as i32)
+        }
+        LandlockStatus::NotEnabled => return Err("switched off in this kernel (lsm=)".to_owned()),
+        LandlockStatus::NotImplemented => return Err("not in this kernel".to_owned()),
+    };
+    match status.ruleset {
+        RulesetStatus::FullyEnforced => Ok(version),
+        RulesetStatus::PartiallyEnforced => Ok(format!("{version}, which has a part of it")),
+        RulesetStatus::NotEnforced => Err("the kernel has none of it".to_owned()),
+    }
+}
+
+/// Limits this thread to the system calls of this program; gives how many there
+/// are, in words. Any other fails with `ENOSYS`, as on a kernel that does not
+/// have it, so that libraries fall back; and it is logged by the kernel
+/// (seccomp(2), `SECCOMP_FILTER_FLAG_LOG`).
+///
+/// # Errors
+/// In words: the kernel does not have it or refuses, or this processor's calls
+/// are not listed.
+pub fn close_calls() -> Result<String, String> {
+    let rules = calls::rules().ok_or("not for this processor")?;
+    let count = rules.len();
+    let arch = std::env::consts::ARCH.try_into().map_err(|_| "not for this processor")?;
+    let otherwise = SeccompAction::Errno(libc::ENOSYS as u32);
+    let filter = SeccompFilter::new(rules, otherwise, SeccompAction::Allow, arch)
+        .and_then(TryInto::<BpfProgram>::try_into)
+        .map_err(|error| format!("no filter: {error}"))?;
+    install(&filter).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOSYS | libc::EINVAL) => "not in this kernel".to_owned(),
+        _ => format!("the kernel refuses: {error}"),
+    })?;
+    Ok(format!("{count} system calls"))
+}
+
+/// Whether a filter is in force for this thread, whoever has set it.
+pub fn calls_are_closed() -> bool {
+    use rustix::thread::SecureComputingMode;
+    rustix::thread::secure_computing_mode().is_ok_and(|mode| mode == SecureComputingMode::Filter)
+}
+
+#[expect(unsafe_code, reason = "seccomp(2) takes a pointer to a program")]
+fn install(filter: &BpfProgram) -> io::Result<()> {
+    let mut program: Vec<libc::sock_filter> = filter
+        .iter()
+        .map(|one| libc::sock_filter { code: one.code, jt: one.jt, jf: one.jf, k: one.k })
+        .collect();
+    let len = u16::try_from(program.len()).map_err(|_| io::Error::other("filter too long"))?;
+    let whole = libc::sock_fprog { len, filter: program.as_mut_ptr() };
+    // Without the second flag kernels before 5.16 slow the whole process down, to
+    // keep it from guessing at its own memory.
+    let flags = libc::SECCOMP_FILTER_FLAG_LOG | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
+    // SAFETY: the kernel copies `len` instructions from `filter`, which is
+    // `program`'s buffer of that length, alive to the end of this function; it
+    // writes nothing. The call changes what later calls may do, not memory.
+    let done = unsafe {
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const whole)
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On a thread of its own: what is closed stays closed for it.
+    fn alone<T: Send>(act: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| scope.spawn(act).join().unwrap())
+    }
+
+    #[test]
+    fn files_outside_of_the_paths_are_closed_and_those_inside_are_not() {
+        let [read, write, other] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        for dir in [&read, &write, &other] {
+            std::fs::write(dir.path().join("f"), "x").unwrap();
+        }
+        let paths = Paths {
+            read: vec![read.path().to_owned(), "/no/such".into()],
+            write: vec![write.path().to_owned()],
+            run: Vec::new(),
+        };
+        let closed = alone(|| {
+            crate::net::privileges::gain_none().unwrap();
+            close_files(&paths).map(|_| {
+                assert!(std::fs::read(read.path().join("f")).is_ok());
+                assert!(std::fs::write(read.path().join("f"), "y").is_err());
+                assert!(std::fs::write(write.path().join("g"), "y").is_ok());
+                assert!(std::fs::rename(write.path().join("g"), write.path().join("h")).is_ok());
+                assert!(std::fs::remove_file(write.path().join("h")).is_ok());
+                assert!(std::os::unix::net::UnixListener::bind(write.path().join("s")).is_ok());
+                let error = std::fs::read(other.path().join("f")).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+            })
+        });
+        if let Err(why) = closed {
+            assert!(std::env::var_os("CI").is_none(), "landlock: {why}");
+            eprintln!("skipped: landlock: {why}");
+        }
+        assert!(std::fs::read(other.path().join("f")).is_ok(), "others are not touched");
+    }
+
+    #[test]
+    fn calls_beyond_the_list_fail_as_on_an_older_kernel() {
+        let (changed_root, packet, usual) = alone(|| {
+            crate::net::privileges::gain_none().unwrap();
+            close_calls().expect("seccomp");
+            assert!(calls_are_closed());
+            let changed_root = rustix::process::chroot("/");
+            let packet = socket2::Socket::new(socket2::Domain::PACKET, socket2::Type::DGRAM, None);
+            let usual = std::thread::spawn(|| std::fs::read("/proc/self/stat").is_ok()).join();
+            (changed_root, packet.unwrap_err(), usual.unwrap())
+        });
+        assert_eq!(changed_root, Err(rustix::io::Errno::NOSYS));
+        assert_eq!(packet.raw_os_error(), Some(libc::ENOSYS));
+        assert!(usual, "threads and files go on");
+    }
+}

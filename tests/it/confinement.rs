@@ -1,0 +1,359 @@
+//! What the balancer gives up: its user, its capabilities, the files and the
+//! system calls it does not need; and that it goes on as before.
+//!
+//! What needs root says so and is skipped loudly without. Every other suite runs
+//! confined as well, for that is the default.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::client::{self, connect};
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::{PROGRAM, TestProxy};
+use crate::common::servers::Running;
+use crate::common::upgrade::adopt_orphans;
+use crate::common::{Engine, eventually, http, on_every_engine, proc, secs, skip};
+use serde_json::Value;
+use std::fs::{self, Permissions};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+on_every_engine!(as_a_user_of_its_own_it_binds_low_ports_reloads_and_is_upgraded);
+
+/// Nobody: these numbers stand in no database.
+const USER: u32 = 54_321;
+const OTHER: u32 = 54_322;
+
+/// A balancer in a directory that its user owns, with a program of its own that
+/// this user may run.
+struct Place {
+    dir: tempfile::TempDir,
+    backend: ScriptedBackend,
+    low: [u16; 2],
+}
+
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        skip("only root can become somebody else");
+    }
+    root
+}
+
+impl Place {
+    fn new() -> Place {
+        let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").unwrap();
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        fs::create_dir(dir.path().join("own")).unwrap();
+        chown(dir.path().join("own"), Some(USER), Some(USER)).unwrap();
+        fs::copy(PROGRAM, dir.path().join("tidegate")).unwrap();
+        Place { dir, backend: ScriptedBackend::start(backend::echo()), low: low_ports() }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join("own").join(name)
+    }
+
+    /// Writes a file of that user and mode.
+    fn write(&self, name: &str, text: &str, owner: u32, mode: u32) -> PathBuf {
+        let path = self.file(name);
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        chown(&path, Some(owner), Some(owner)).unwrap();
+        path
+    }
+
+    fn configure(&self, engine: Engine, ports: &[u16], more: &str) {
+        let binds: Vec<String> = ports.iter().map(|port| format!("\"127.0.0.1:{port}\"")).collect();
+        let text = format!(
+            "[process]\nworkers = 2\nengine = \"{}\"\nuser = \"{USER}\"\ngroup = \"{USER}\"\n\
+             sandbox = \"on\"\n[admin]\nlisten = \"unix:{}\"\n[log]\naccess = \"{}\"\n\
+             [frontend.web]\nbind = [{}]\npool = \"web\"\n\
+             [[pool.web.backend]]\naddress = \"{}\"\n{more}",
+            engine.name(),
+            self.file("admin.sock").display(),
+            self.file("access.log").display(),
+            binds.join(", "),
+            self.backend.address(),
+        );
+        self.write("tidegate.toml", &text, USER, 0o600);
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(self.dir.path().join("tidegate"));
+        command.args(["run", "--config"]).arg(self.file("tidegate.toml"));
+        command.arg("--pid-file").arg(self.file("pid"));
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command
+    }
+
+    fn ask(&self, method: &str, target: &str) -> http::Answer {
+        http::over_unix(&self.file("admin.sock"), method, target).unwrap()
+    }
+
+    fn wait_ready(&self) {
+        let ready = || http::over_unix(&self.file("admin.sock"), "GET", "/ready");
+        eventually(secs(20), "it is ready", || ready().is_ok_and(|answer| answer.status == 200));
+    }
+
+    fn serves(&self, port: u16) {
+        let client = connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+        client::exchange(&client, b"hello").unwrap();
+    }
+
+    fn pid(&self) -> u32 {
+        fs::read_to_string(self.file("pid")).unwrap().trim().parse().unwrap()
+    }
+}
+
+/// Two ports that only the privileged may bind.
+fn low_ports() -> [u16; 2] {
+    let free = |port: &u16| TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)).is_ok();
+    let mut all: Vec<u16> = (600..1000).collect();
+    fastrand::shuffle(&mut all);
+    let found: Vec<u16> = all.into_iter().filter(free).take(2).collect();
+    found.try_into().unwrap()
+}
+
+/// One field of `/proc/PID/task/TID/status`, of every thread, each value once.
+fn of_every_thread(pid: u32, field: &str) -> Vec<String> {
+    let mut found: Vec<String> = fs::read_dir(format!("/proc/{pid}/task"))
+        .unwrap()
+        .filter_map(|task| fs::read_to_string(task.unwrap().path().join("status")).ok())
+        .map(|text| {
+            let line = text.lines().find_map(|line| line.strip_prefix(&format!("{field}:")));
+            line.unwrap_or("").split_whitespace().collect::<Vec<_>>().join(" ")
+        })
+        .collect();
+    found.sort();
+    found.dedup();
+    found
+}
+
+/// Everything is given up, on every thread.
+#[track_caller]
+fn is_confined(pid: u32, status: &Value) {
+    let own = [(); 4].map(|()| USER.to_string()).join(" ");
+    let one = |field| of_every_thread(pid, field);
+    assert_eq!((one("Uid"), one("Gid")), (vec![own.clone()], vec![own]));
+    assert_eq!(one("Groups"), [USER.to_string()]);
+    // CAP_NET_BIND_SERVICE is the 11th.
+    for set in ["CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(one(set), ["0000000000000400"], "{set}");
+    }
+    assert_eq!((one("NoNewPrivs"), one("Seccomp")), (vec!["1".into()], vec!["2".into()]));
+    assert_eq!(one("Seccomp_filters"), ["1"], "an upgrade stacks none");
+    let layers = status["confinement"].as_array().unwrap();
+    assert_eq!(layers.len(), 5);
+    assert!(layers.iter().all(|layer| layer["in_force"] == true), "{layers:#?}");
+}
+
+fn as_a_user_of_its_own_it_binds_low_ports_reloads_and_is_upgraded(engine: Engine) {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    place.configure(engine, &place.low[..1], "");
+    let _first = Running::start(&mut place.command());
+    place.wait_ready();
+    place.serves(place.low[0]);
+    is_confined(place.pid(), &place.ask("GET", "/v1/status").json());
+    for name in ["admin.sock", "pid", "access.log"] {
+        assert_eq!(fs::metadata(place.file(name)).unwrap().uid(), USER, "{name}");
+    }
+
+    place.configure(engine, &place.low, "");
+    assert_eq!(place.ask("POST", "/v1/reload").status, 200);
+    place.serves(place.low[1]);
+
+    adopt_orphans();
+    for _ in 0..2 {
+        let before = place.pid();
+        let upgraded = place.ask("POST", "/v1/upgrade");
+        assert_eq!(upgraded.status, 200, "{}", upgraded.body);
+        eventually(secs(5), "the new one has left its number", || place.pid() != before);
+        is_confined(place.pid(), &place.ask("GET", "/v1/status").json());
+        place.low.map(|port| place.serves(port));
+    }
+    let last = place.pid();
+    assert_eq!(place.ask("POST", "/v1/shutdown").status, 200);
+    eventually(secs(10), "the last has ended", || {
+        proc::is_dead(last) || !Path::new(&format!("/proc/{last}")).exists()
+    });
+}
+
+#[test]
+fn a_key_only_root_may_read_is_an_error_at_the_start_and_at_a_reload() {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    let key = place.write("hb.key", &"k".repeat(32), 0, 0o600);
+    let keys = format!(
+        "[heartbeat]\nlisten = \"127.0.0.1:{}\"\n[[heartbeat.key]]\nid = 1\nfile = \"{}\"\n\
+         pools = \"web\"\naddresses = \"127.0.0.0/8\"\n[pool.web.heartbeat]\n",
+        crate::common::ports::free_port(),
+        key.display()
+    );
+    let words = "hb.key\" cannot be read: permission denied";
+    place.configure(Engine::Epoll, &place.low, &keys);
+    let refused = place.command().output().unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(refused.status.code() == Some(1) && said.contains(words), "{said}");
+
+    place.configure(Engine::Epoll, &place.low, "");
+    let _balancer = Running::start(place.command().stderr(Stdio::null()));
+    place.wait_ready();
+    place.configure(Engine::Epoll, &place.low, &keys);
+    let refused = place.ask("POST", "/v1/reload");
+    let message = refused.json()["problems"][0]["message"].as_str().unwrap().to_owned();
+    assert!(refused.status == 422 && message.contains("cannot be read"), "{message}");
+    place.write("hb.key", &"k".repeat(32), USER, 0o600);
+    assert_eq!(place.ask("POST", "/v1/reload").status, 200);
+}
+
+#[test]
+fn whoever_cannot_become_the_user_does_not_start() {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    place.configure(Engine::Epoll, &place.low, "");
+    let tries = |command: &mut Command| {
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    place.write(
+        "tidegate.toml",
+        &fs::read_to_string(place.file("tidegate.toml")).unwrap(),
+        OTHER,
+        0o644,
+    );
+    let (code, said) = tries(place.command().uid(OTHER).gid(OTHER));
+    assert_eq!(code, Some(3), "{said}");
+    assert!(
+        said.contains("[process] user: 54322:54322 cannot become 54321: cannot set the"),
+        "{said}"
+    );
+    let text = fs::read_to_string(place.file("tidegate.toml")).unwrap();
+    let text = text.replace(&format!("user = \"{USER}\""), "user = \"no-such-user\"");
+    place.write("tidegate.toml", &text.replace(&format!("group = \"{USER}\"\n"), ""), OTHER, 0o644);
+    let (code, said) = tries(&mut place.command());
+    assert_eq!(code, Some(3), "{said}");
+    assert!(said.contains("[process] user: there is no user \"no-such-user\""), "{said}");
+}
+
+fn simple(line: &str) -> (ScriptedBackend, TestProxy) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let pool = Pool::new("web").backend("a", backend.address());
+    let proxy = TestProxy::start(Conf::simple(Engine::Epoll, pool).process(line));
+    (backend, proxy)
+}
+
+#[test]
+fn by_default_other_directories_are_closed_and_the_answer_says_why() {
+    let (_backend, proxy) = simple("");
+    let status = proxy.status();
+    let layers = status["confinement"].as_array().unwrap();
+    let landlock = layers.iter().find(|one| one["layer"] == "landlock").unwrap();
+    if landlock["in_force"] == false {
+        return skip(&format!("no landlock: {landlock}"));
+    }
+    assert_eq!(proxy.metric("tidegate_confinement", &[("layer", "seccomp")]), 1.0);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let mut conf = proxy.conf();
+    conf.access = Some(elsewhere.path().join("a.log").display().to_string());
+    proxy.rewrite_in_place(&proxy.render(&conf));
+    let refused = proxy.admin_request("POST", "/v1/reload");
+    assert_eq!(refused.status, 422, "{}", refused.body);
+    assert!(refused.body.contains("the sandbox lets this process into"), "{}", refused.body);
+    client::exchange(&connect(proxy.addr("web")), b"and it goes on").unwrap();
+    assert!(proxy.cli_ok(&["status"]).contains("confined by: "));
+    proxy.rewrite_in_place(&proxy.render(&proxy.conf()));
+}
+
+#[test]
+fn switched_off_nothing_is_put_up_and_a_change_waits_for_a_restart() {
+    let (_backend, mut proxy) = simple("sandbox = \"off\"");
+    let inherited = of_every_thread(std::process::id(), "NoNewPrivs");
+    assert_eq!(of_every_thread(proxy.pid(), "NoNewPrivs"), inherited);
+    for layer in ["landlock", "seccomp"] {
+        assert_eq!(proxy.metric("tidegate_confinement", &[("layer", layer)]), 0.0, "{layer}");
+    }
+    let mut conf = proxy.conf();
+    conf.process = conf.process.replace("off", "on");
+    let warned = proxy.reload(conf);
+    assert!(warned["warnings"][0].as_str().unwrap().starts_with("[process] sandbox changed"));
+}
+
+#[test]
+fn no_secret_shows_in_anything_the_balancer_says() {
+    const TOKEN: &str = "token-that-nobody-must-see";
+    const KEY: &str = "key-that-nobody-must-see-32-bytes";
+    let backend = ScriptedBackend::start(backend::echo());
+    let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").unwrap();
+    let file = |name: &str| dir.path().join(name);
+    for (name, text) in [("token", TOKEN), ("key", KEY)] {
+        fs::write(file(name), text).unwrap();
+        fs::set_permissions(file(name), Permissions::from_mode(0o600)).unwrap();
+    }
+    let admin = format!("127.0.0.1:{}", crate::common::ports::free_port());
+    let text = format!(
+        "[process]\nworkers = 1\n[admin]\nlisten = \"{admin}\"\ntoken_file = \"{}\"\n\
+         [log]\nlevel = \"trace\"\naccess = \"{}\"\n\
+         [frontend.web]\nbind = \"127.0.0.1:{}\"\npool = \"web\"\n\
+         [heartbeat]\nlisten = \"127.0.0.1:{}\"\n[[heartbeat.key]]\nid = 1\nfile = \"{}\"\n\
+         pools = \"web\"\naddresses = \"127.0.0.0/8\"\n[pool.web.heartbeat]\n\
+         [[pool.web.backend]]\nname = \"a\"\naddress = \"{}\"\n",
+        file("token").display(),
+        file("access.log").display(),
+        crate::common::ports::free_port(),
+        crate::common::ports::free_port(),
+        file("key").display(),
+        backend.address(),
+    );
+    fs::write(file("t.toml"), text).unwrap();
+    let log = fs::File::create(file("log")).unwrap();
+    let mut command = Command::new(PROGRAM);
+    command.args(["run", "--config"]).arg(file("t.toml"));
+    command.env("RUST_LOG", "trace").stdout(log.try_clone().unwrap()).stderr(log);
+    let _balancer = Running::start(&mut command);
+    let to: SocketAddr = admin.parse().unwrap();
+    eventually(secs(20), "it is ready", || {
+        http::over_tcp(to, "/ready").is_ok_and(|answer| answer.status == 200)
+    });
+    let mut said: Vec<String> =
+        ["/v1/status", "/metrics", "/v1/pools/web/backends/a/explain", "/x"]
+            .map(|path| http::over_tcp(to, path).unwrap().body)
+            .into();
+    let cli = |arguments: &[&str]| {
+        let token = file("token").display().to_string();
+        let output = Command::new(PROGRAM)
+            .args(arguments)
+            .args(["--admin", &admin, "--token-file", &token])
+            .output()
+            .unwrap();
+        format!("{output:?}")
+    };
+    said.extend(
+        [&["status"][..], &["reload"], &["explain", "web/a"], &["drain", "web/a"]].map(cli),
+    );
+    let config = file("t.toml").display().to_string();
+    let check = Command::new(PROGRAM).args(["check", "--config", &config]).output().unwrap();
+    said.push(format!("{check:?}"));
+    said.push(format!("{:?}", tidegate::config::load(&file("t.toml")).unwrap()));
+    // A wrong key file is told without what is in it.
+    fs::write(file("key"), "short-key").unwrap();
+    said.push(cli(&["reload"]));
+    eventually(secs(5), "the refusal is in the log", || {
+        fs::read_to_string(file("log")).unwrap().contains("configuration refused")
+    });
+    said.push(fs::read_to_string(file("log")).unwrap());
+    assert!(said.iter().any(|text| text.contains("holds 9 bytes")), "the reload was refused");
+    for text in &said {
+        for secret in [TOKEN, KEY, "short-key", "nobody-must-see"] {
+            assert!(!text.contains(secret), "{secret} in {text}");
+        }
+    }
+}
