@@ -150,6 +150,7 @@ fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
         name: format!("f{index}").into(),
         binds: vec![([127, 0, 0, 1], 80 + index as u16).into()],
         pool: Arc::clone(&pool.name),
+        first_byte_timeout: None,
         idle_timeout: None,
         half_closed_timeout: None,
         keepalive: None,

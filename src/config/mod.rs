@@ -194,6 +194,9 @@ pub struct Frontend {
     pub binds: Vec<SocketAddr>,
     /// Name of an existing pool.
     pub pool: Arc<str>,
+    /// Close a session in which nobody has said a word for so long after it was
+    /// established; `None` is off.
+    pub first_byte_timeout: Option<Duration>,
     /// Close a session in which nothing moved for so long; `None` is off.
     pub idle_timeout: Option<Duration>,
     /// The same once one side has sent FIN; `None` is off.

@@ -96,6 +96,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             name: "in".into(),
             binds: vec![([127, 0, 0, 1], 80).into()],
             pool: Arc::clone(&pools[0].name),
+            first_byte_timeout: None,
             idle_timeout: None,
             half_closed_timeout: None,
             keepalive: None,

@@ -27,6 +27,8 @@ pub enum Cause {
     NoBackend,
     /// A backend slot did not come free in time.
     QueueTimeout,
+    /// Neither side said a word within the first-byte timeout.
+    FirstByteTimeout,
     /// Nothing moved for the idle timeout.
     IdleTimeout,
     /// Nothing moved for the half-closed timeout after one side's FIN.
@@ -127,7 +129,7 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in the order of their numbers.
-    pub const ALL: [Cause; 18] = [
+    pub const ALL: [Cause; 19] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
@@ -138,6 +140,7 @@ impl Cause {
         Cause::ConnectFailed,
         Cause::NoBackend,
         Cause::QueueTimeout,
+        Cause::FirstByteTimeout,
         Cause::IdleTimeout,
         Cause::HalfClosedTimeout,
         Cause::DrainDeadline,
@@ -161,6 +164,7 @@ impl Cause {
             Cause::ConnectFailed => "connect-failed",
             Cause::NoBackend => "no-backend",
             Cause::QueueTimeout => "queue-timeout",
+            Cause::FirstByteTimeout => "first-byte-timeout",
             Cause::IdleTimeout => "idle-timeout",
             Cause::HalfClosedTimeout => "half-closed-timeout",
             Cause::DrainDeadline => "drain-deadline",
@@ -177,6 +181,7 @@ impl Cause {
         match self {
             Cause::ConnectTimeout => "connect_timeout",
             Cause::QueueTimeout => "queue_timeout",
+            Cause::FirstByteTimeout => "first_byte_timeout",
             Cause::IdleTimeout => "idle_timeout",
             Cause::HalfClosedTimeout => "half_closed_timeout",
             Cause::DrainDeadline => "drain_timeout",
@@ -275,7 +280,7 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
         }
         Cause::ConnectTimeout | Cause::QueueTimeout => b's',
         Cause::NoBackend => b'S',
-        Cause::IdleTimeout | Cause::HalfClosedTimeout => b'c',
+        Cause::FirstByteTimeout | Cause::IdleTimeout | Cause::HalfClosedTimeout => b'c',
         Cause::DrainDeadline => b'K',
         Cause::BackendRemoved => b'D',
         Cause::LocalResource => b'R',

@@ -183,7 +183,10 @@ fn finish(relayed: Relayed) -> Option<OwnedFd> {
             drop(backend);
             Some(client)
         }
-        Cause::Finished | Cause::IdleTimeout | Cause::HalfClosedTimeout => None,
+        Cause::Finished
+        | Cause::FirstByteTimeout
+        | Cause::IdleTimeout
+        | Cause::HalfClosedTimeout => None,
         _ => {
             stream::reset(client);
             stream::reset(backend);
@@ -279,6 +282,7 @@ impl Story {
     fn relay(&self, ctx: &Context, flow: Flow, held: &Held) -> Relay {
         let spec = &self.route.spec;
         let limits = Limits {
+            first_byte: spec.first_byte_timeout,
             idle: spec.idle_timeout,
             half_closed: spec.half_closed_timeout,
             keepalive: spec.keepalive,

@@ -185,7 +185,9 @@ fn usual_phase(cause: Cause) -> Phase {
             Phase::Admit
         }
         Cause::QueueTimeout => Phase::Queue,
-        Cause::IdleTimeout | Cause::DrainDeadline | Cause::BackendRemoved => Phase::Data,
+        Cause::FirstByteTimeout
+        | Cause::IdleTimeout
+        | Cause::DrainDeadline | Cause::BackendRemoved => Phase::Data,
         Cause::HalfClosedTimeout => Phase::HalfClosed,
     }
 }

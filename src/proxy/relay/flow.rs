@@ -43,6 +43,8 @@ pub enum ConnectEnd {
 /// A session's timers.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
+    /// Nobody has said a word for so long: over. `None` is off.
+    pub first_byte: Option<Duration>,
     /// Nothing moved for so long: over. `None` is off.
     pub idle: Option<Duration>,
     /// The same once one side has ended. `None` is off.

@@ -234,6 +234,7 @@ fn every_bind_leads_to_its_frontend_and_pool() {
             name: "main".into(),
             binds: binds.clone(),
             pool: "db".into(),
+            first_byte_timeout: None,
             idle_timeout: None,
             half_closed_timeout: None,
             keepalive: None,

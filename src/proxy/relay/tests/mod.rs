@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// No timers.
 const FOREVER: Limits =
-    Limits { idle: None, half_closed: None, keepalive: None, user_timeout: None };
+    Limits { first_byte: None, idle: None, half_closed: None, keepalive: None, user_timeout: None };
 
 /// An engine that runs, and whom its flows are counted for.
 #[derive(Clone)]
