@@ -51,6 +51,7 @@ fn balancer(runtime: Runtime, bind: SocketAddr, backend: SocketAddr) -> Worker {
             in_flight: Arc::default(),
             gate: Arc::new(Gate::new()),
             reports: Arc::new(Reports::new()),
+            buffers: Arc::default(),
         },
         tables: TablePublisher::new(controller.current_table()),
         counters: Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT)),

@@ -112,6 +112,8 @@ fn random_pool(rng: &mut Rng, index: usize) -> Pool {
             _ => Policy::LeastConnections,
         },
         connect_timeout: Duration::from_secs(5),
+        queue_max: 0,
+        queue_timeout: Duration::from_secs(5),
         connect_attempts: 3,
         when_none_eligible: *rng
             .choice(&[WhenNoneEligible::Refuse, WhenNoneEligible::TryAll])
@@ -167,6 +169,7 @@ fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
             drain_timeout: Duration::from_secs(30),
             upgrade_timeout: Duration::from_secs(30),
             connections_max: 1000,
+            buffers_max: 1 << 28,
         },
         admin: Admin { listen: AdminListen::Unix("/nowhere".into()), token_file: None },
         log: Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off },

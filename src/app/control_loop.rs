@@ -314,6 +314,8 @@ impl Control {
             table_serial: table.serial,
             connections_active: self.shared.in_flight.get(),
             connections_max: table.connections_max,
+            queued: &self.shared.gate.all_queued(),
+            buffers: &self.shared.buffers,
             warnings: &self.warnings(),
             process: ProcessFacts::read(self.started_wall),
             heartbeats: &self.reception.counts(),

@@ -95,8 +95,8 @@ pub struct HeartbeatKey {
     pub secret: Option<Secret>,
 }
 
-/// `[process]`. All but `drain_timeout`, `upgrade_timeout` and `connections_max`
-/// need a restart to change.
+/// `[process]`. All but `drain_timeout`, `upgrade_timeout`, `connections_max` and
+/// `buffers_max` need a restart to change.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Process {
     /// `None`: one worker per CPU the process may use.
@@ -113,6 +113,9 @@ pub struct Process {
     pub upgrade_timeout: Duration,
     /// Sessions at once in the whole process.
     pub connections_max: u32,
+    /// Bytes held for sessions, all together: received and not yet sent, and
+    /// pipes by their size.
+    pub buffers_max: usize,
 }
 
 /// `engine = ...`
@@ -247,6 +250,11 @@ pub struct Pool {
     pub balance: Policy,
     /// Deadline of one connect attempt.
     pub connect_timeout: Duration,
+    /// Clients that may wait in line while every backend is at its cap; beyond it
+    /// they wait in the kernel's queue. Exceeded by at most one a worker.
+    pub queue_max: u32,
+    /// How long one may wait there.
+    pub queue_timeout: Duration,
     /// Connect attempts for one session, each on another backend; at least 1.
     pub connect_attempts: u8,
     /// What to do when no backend is eligible.

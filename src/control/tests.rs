@@ -53,6 +53,8 @@ fn pool(backends: &[&str]) -> Pool {
         name: "web".into(),
         balance: Policy::WeightedRoundRobin,
         connect_timeout: Duration::from_secs(5),
+        queue_max: 0,
+        queue_timeout: Duration::from_secs(5),
         connect_attempts: 3,
         when_none_eligible: WhenNoneEligible::Refuse,
         startup_grace: GRACE,
@@ -85,6 +87,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             drain_timeout: Duration::from_secs(30),
             upgrade_timeout: Duration::from_secs(30),
             connections_max: 1000,
+            buffers_max: 1 << 28,
         },
         admin: Admin { listen: AdminListen::Unix("/nowhere".into()), token_file: None },
         log: Log {

@@ -4,6 +4,7 @@
 //! policy: nothing here knows of sessions, pools or configuration, and nothing
 //! blocks.
 
+pub mod budget;
 pub mod cpu;
 pub mod datagram;
 pub mod epoll;

@@ -13,6 +13,8 @@ pub enum Cause {
     ClientReset,
     /// The backend reset the connection.
     BackendReset,
+    /// The client ended its side without a word while it waited in line.
+    ClientLeft,
     /// The client stopped answering (keepalive, `TCP_USER_TIMEOUT`, no route).
     ClientLost,
     /// The backend stopped answering.
@@ -129,10 +131,11 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in the order of their numbers.
-    pub const ALL: [Cause; 19] = [
+    pub const ALL: [Cause; 20] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
+        Cause::ClientLeft,
         Cause::ClientLost,
         Cause::BackendLost,
         Cause::ConnectRefused,
@@ -157,6 +160,7 @@ impl Cause {
             Cause::Finished => "finished",
             Cause::ClientReset => "client-reset",
             Cause::BackendReset => "backend-reset",
+            Cause::ClientLeft => "client-left",
             Cause::ClientLost => "client-lost",
             Cause::BackendLost => "backend-lost",
             Cause::ConnectRefused => "connect-refused",
@@ -274,7 +278,7 @@ impl RefusedReason {
 pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
     let first = match cause {
         Cause::Finished => b'-',
-        Cause::ClientReset | Cause::ClientLost => b'C',
+        Cause::ClientReset | Cause::ClientLeft | Cause::ClientLost => b'C',
         Cause::BackendReset | Cause::BackendLost | Cause::ConnectRefused | Cause::ConnectFailed => {
             b'S'
         }

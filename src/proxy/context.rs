@@ -9,6 +9,7 @@ use crate::balance::PickKey;
 use crate::balance::in_flight::InFlight;
 use crate::clock;
 use crate::health::ConnectFailure;
+use crate::net::budget::Budget;
 use crate::table::Table;
 use crate::table::publish::TableReader;
 use crate::table::state::BackendId;
@@ -60,6 +61,8 @@ pub struct Shared {
     pub gate: Arc<Gate>,
     /// To the control thread.
     pub reports: Arc<Reports>,
+    /// What sessions may have buffered; `process.buffers_max`.
+    pub buffers: Arc<Budget>,
 }
 
 /// One worker's surroundings.

@@ -9,11 +9,11 @@ use super::admission;
 use super::admission::sources::{Admitted, SourceSlot};
 use super::close::Cause;
 use super::context::Context;
-use super::session::{self, Arrival, Refusal};
+use super::session::{self, Arrival, Refusal, Start};
 use super::slots::Slots;
 use crate::clock;
 use crate::net::{errno, listen, reactor};
-use crate::table::{FrontendRoute, Table};
+use crate::table::{FrontendRoute, NoBackend, PoolTable, Table};
 use crate::telemetry::counters::LocalError;
 use socket2::Socket;
 use std::cell::Cell;
@@ -174,7 +174,8 @@ impl Listener {
             let table = ctx.table();
             let route = table.route(self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
             // The slots are given back at once: the next accept takes its own.
-            admission::room(&shared.in_flight, &table, route).then_some(())
+            let queued = shared.gate.queued(&route.pool.spec.name);
+            admission::room(&shared.in_flight, &table, route, queued).then_some(())
         });
         tokio::select! {
             () = admitted => {}
@@ -204,10 +205,23 @@ fn start_session(
             return session::turn_away(ctx, refusal);
         }
     }
-    let pick = route.pool.pick(ctx.pick_key(client.ip()), &[]);
+    let start = start_of(ctx, &route.pool, client);
     let route = Arc::clone(route);
-    let arrival = Arrival { socket, client, route, generation, pick, slots };
+    let arrival = Arrival { socket, client, route, generation, start, slots };
     tokio::task::spawn_local(session::run(Rc::clone(ctx), arrival));
+}
+
+/// A backend, or a place in the line for one.
+fn start_of(ctx: &Context, pool: &PoolTable, client: SocketAddr) -> Start {
+    let (gate, name) = (&ctx.shared.gate, &pool.spec.name);
+    if gate.queued(name) == 0 {
+        match pool.pick(ctx.pick_key(client.ip()), &[]) {
+            Err(NoBackend::AtCapacity) => {}
+            pick => return Start::Picked(pick),
+        }
+    }
+    ctx.counters.queued.add(1);
+    Start::Queued(gate.join(name))
 }
 
 fn admit_source(

@@ -10,6 +10,7 @@ mod connect;
 pub mod context;
 pub mod gate;
 mod listener;
+mod queue;
 pub mod relay;
 mod session;
 mod slots;

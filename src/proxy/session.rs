@@ -7,6 +7,8 @@
 use super::close::{self, Cause, Ending, Phase, RefusedReason, Side};
 use super::connect::{self, Attempts, Held, Upstream};
 use super::context::Context;
+use super::gate::Place;
+use super::queue;
 use super::relay::{Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
@@ -42,10 +44,18 @@ pub(super) struct Arrival {
     pub(super) route: Arc<FrontendRoute>,
     /// Generation of the table it is routed by.
     pub(super) generation: u64,
-    /// Made before the session could wait for anything, so that a pool's room
-    /// is what the listener saw.
-    pub(super) pick: Result<Reserved, NoBackend>,
+    pub(super) start: Start,
     pub(super) slots: Slots,
+}
+
+/// What a session begins with. Made before it could wait for anything, so that a
+/// pool's room is what the listener saw, and its line the order of arrival.
+#[derive(Debug)]
+pub(super) enum Start {
+    /// A choice of backend.
+    Picked(Result<Reserved, NoBackend>),
+    /// A place in the line for one.
+    Queued(Place),
 }
 
 /// A connection whose source may not have it.
@@ -98,12 +108,12 @@ pub(super) fn turn_away(ctx: &Context, refusal: Refusal) {
 
 /// Serves one client to the end.
 pub(super) fn run(ctx: Rc<Context>, arrival: Arrival) -> impl Future<Output = ()> {
-    let Arrival { socket, client, route, generation, pick, slots } = arrival;
+    let Arrival { socket, client, route, generation, start, slots } = arrival;
     // At once: a session can be cut from here on.
     let opened = ctx.engine.open(socket);
     let story = Story::new(client, route, generation);
     // Boxed: it is over soon, and an idle session need not keep its room.
-    let setup = Box::pin(set_up(ctx, story, slots, opened, pick));
+    let setup = Box::pin(set_up(ctx, story, slots, opened, start));
     async move {
         let mut session = match setup.await {
             Some(session) => session,
@@ -123,9 +133,9 @@ async fn set_up(
     mut story: Story,
     slots: Slots,
     opened: io::Result<Flow>,
-    pick: Result<Reserved, NoBackend>,
+    start: Start,
 ) -> Option<Session> {
-    match story.establish(&ctx, opened, pick).await {
+    match story.establish(&ctx, opened, start).await {
         Ok((flow, upstream)) => Some(Session::begin(ctx, story, slots, flow, upstream)),
         Err(ending) => {
             story.account(&ctx, ending, Totals::default());
@@ -265,11 +275,10 @@ impl Story {
         &mut self,
         ctx: &Context,
         opened: io::Result<Flow>,
-        pick: Result<Reserved, NoBackend>,
+        start: Start,
     ) -> Result<(Flow, Upstream), Ending> {
         let flow = opened.map_err(|error| connect::local_ending(Phase::Admit, &error))?;
-        let (pool, ip) = (&self.route.pool, self.client.ip());
-        match connect::dial(ctx, &flow, pool, ip, pick, &mut self.attempts).await {
+        match self.reach_backend(ctx, &flow, start).await {
             Ok(upstream) => Ok((flow, upstream)),
             Err(ending) => {
                 // At once and with RST, so that silence is not taken for an answer.
@@ -277,6 +286,26 @@ impl Story {
                 Err(ending)
             }
         }
+    }
+
+    async fn reach_backend(
+        &mut self,
+        ctx: &Context,
+        flow: &Flow,
+        start: Start,
+    ) -> Result<Upstream, Ending> {
+        let ip = self.client.ip();
+        let pick = match start {
+            Start::Picked(pick) => pick,
+            Start::Queued(place) => {
+                // Boxed, as rare: the room would be every session's otherwise.
+                let served = Box::pin(queue::wait(ctx, flow, place, &self.route, ip)).await?;
+                self.generation = served.generation.unwrap_or(self.generation);
+                self.route = served.route;
+                served.pick
+            }
+        };
+        connect::dial(ctx, flow, &self.route.pool, ip, pick, &mut self.attempts).await
     }
 
     fn relay(&self, ctx: &Context, flow: Flow, held: &Held) -> Relay {

@@ -8,6 +8,7 @@ use super::close::Cause;
 use super::context::{Context, Shared};
 use super::listener::{Listener, Retirement};
 use super::relay::{Engine, RING_SETTINGS};
+use crate::net::budget::Budget;
 use crate::net::cpu;
 use crate::net::ring::Ring;
 use crate::table::publish::TablePublisher;
@@ -126,13 +127,18 @@ impl Runtime {
 
     /// The engine of a worker. Where there is no ring to be had for it although
     /// there was at start, readiness has to do.
-    fn engine(self, worker: usize, spin: Option<Duration>) -> io::Result<Engine> {
+    fn engine(
+        self,
+        worker: usize,
+        spin: Option<Duration>,
+        budget: &Arc<Budget>,
+    ) -> io::Result<Engine> {
         if self == Runtime::Epoll {
-            return Engine::readiness(spin);
+            return Engine::readiness(spin, Arc::clone(budget));
         }
-        Engine::ring(spin, RING_SETTINGS).or_else(|error| {
+        Engine::ring(spin, RING_SETTINGS, Arc::clone(budget)).or_else(|error| {
             tracing::warn!(worker, %error, "no ring for this worker; it uses readiness");
-            Engine::readiness(spin)
+            Engine::readiness(spin, Arc::clone(budget))
         })
     }
 
@@ -230,7 +236,7 @@ impl Worker {
 }
 
 fn set_up(plan: Plan) -> io::Result<Rc<Context>> {
-    let engine = plan.runtime.engine(plan.id, plan.spin)?;
+    let engine = plan.runtime.engine(plan.id, plan.spin, &plan.shared.buffers)?;
     engine.count_for(Arc::clone(&plan.counters));
     Ok(Rc::new(Context::new(
         plan.id,

@@ -39,6 +39,23 @@ impl Counter {
     }
 }
 
+/// A level with exactly one writing thread: goes up and down.
+#[derive(Debug, Default)]
+pub struct Level(AtomicU64);
+
+impl Level {
+    /// It is `level` now. Only the owning thread may call this.
+    #[inline]
+    pub fn set(&self, level: u64) {
+        self.0.store(level, Ordering::Relaxed);
+    }
+
+    /// The level as of some recent moment.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// A fixed table of counters, such as cause by phase.
 #[derive(Debug)]
 pub struct CounterTable {
@@ -97,6 +114,8 @@ pub struct WorkerCounters {
     pub ended: Counter,
     /// Times a listener stopped accepting because a cap was reached.
     pub accept_held_at_cap: Counter,
+    /// Sessions that had to wait in line for a backend.
+    pub queued: Counter,
     /// Times accept failed and the listener backed off (row [`LocalError`]).
     pub local_errors: CounterTable,
     /// Connect attempts beyond a session's first.
@@ -107,6 +126,8 @@ pub struct WorkerCounters {
     pub access_log_dropped: Counter,
     /// What went on inside the worker's ring (row [`RingEvent`]).
     pub ring_events: CounterTable,
+    /// Bytes of the ring's pool that hold what was received and not yet sent.
+    pub ring_held: Level,
 }
 
 /// What goes on inside a ring beside moving bytes.
@@ -193,11 +214,13 @@ impl WorkerCounters {
             accepted: Counter::default(),
             ended: Counter::default(),
             accept_held_at_cap: Counter::default(),
+            queued: Counter::default(),
             local_errors: CounterTable::new(LocalError::ALL.len(), 1),
             connect_retries: Counter::default(),
             reports_dropped: Counter::default(),
             access_log_dropped: Counter::default(),
             ring_events: CounterTable::new(RingEvent::ALL.len(), 1),
+            ring_held: Level::default(),
         }
     }
 }

@@ -28,6 +28,7 @@ mod heartbeats;
 mod heartbeats_flood;
 mod hostile;
 mod idle;
+mod limits;
 mod passive;
 mod relay;
 mod reload;

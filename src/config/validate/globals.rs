@@ -12,7 +12,7 @@ use toml::de::DeValue;
 use super::CONNECTIONS_MAX;
 use crate::config::address;
 use crate::config::file::{Field, Section};
-use crate::config::value::{self, Complaint, SPIN, TIME, UPGRADE, shown};
+use crate::config::value::{self, BUFFERS, Complaint, SPIN, TIME, UPGRADE, shown};
 use crate::config::{
     AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process,
 };
@@ -26,6 +26,8 @@ const ADMIN_SOCKET: &str = "/run/tidegate/admin.sock";
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const PROCESS_CONNECTIONS: u32 = 100_000;
+/// Room for 256 stalled bulk streams to hold a pipe each.
+const BUFFERS_DEFAULT: usize = 256 << 20;
 
 /// `[admin]` with the place of its address.
 pub(super) struct AdminRead {
@@ -62,6 +64,12 @@ pub(super) fn process(top: &Section<'_, '_>) -> Process {
         connections_max: section
             .integer("connections_max", 1..=CONNECTIONS_MAX)
             .or(default.connections_max),
+        buffers_max: section
+            .text("buffers_max", "a size such as \"256MiB\"", |text| {
+                // What a machine cannot address it cannot reach.
+                value::size(text, BUFFERS).map(|size| usize::try_from(size).unwrap_or(usize::MAX))
+            })
+            .or(default.buffers_max),
     };
     section.finish();
     process
@@ -76,6 +84,7 @@ fn default_process() -> Process {
         drain_timeout: DRAIN_TIMEOUT,
         upgrade_timeout: UPGRADE_TIMEOUT,
         connections_max: PROCESS_CONNECTIONS,
+        buffers_max: BUFFERS_DEFAULT,
     }
 }
 

@@ -135,6 +135,12 @@ impl Flow {
         self.engine.interrupted(self.key).await
     }
 
+    /// Whether the client has ended its side (FIN) without having said anything.
+    /// For a flow that is not relayed yet.
+    pub fn client_left_silently(&self) -> bool {
+        self.engine.client_left_silently(self.key)
+    }
+
     /// Moves bytes both ways to the end, beginning now. Needs a connected
     /// backend socket.
     pub fn relay(self, limits: Limits, meter: Meter) -> Relay {

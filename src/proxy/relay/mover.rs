@@ -55,6 +55,8 @@ pub(super) trait Mover: Sized + Debug {
 
     fn bytes_from(flow: &Self::Flow, side: Side) -> u64;
 
+    fn client(flow: &Self::Flow) -> Option<BorrowedFd<'_>>;
+
     fn backend(flow: &Self::Flow) -> Option<BorrowedFd<'_>>;
 
     /// Takes both sockets out of a settled, connected session.

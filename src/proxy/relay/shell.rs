@@ -216,6 +216,12 @@ impl<M: Mover> Shell<M> {
         .await
     }
 
+    pub(super) fn client_left_silently(&self, key: u32) -> bool {
+        let entry = &self.state.borrow().flows[key as usize];
+        let client = M::client(&entry.flow);
+        client.is_some_and(|client| matches!(stream::peek(client, &mut [0]), Ok(0)))
+    }
+
     pub(super) fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<Relayed> {
         {
             let entry = &mut self.state.borrow_mut().flows[key as usize];

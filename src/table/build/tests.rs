@@ -16,6 +16,8 @@ fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
             name: name.into(),
             balance,
             connect_timeout: Duration::from_secs(5),
+            queue_max: 0,
+            queue_timeout: Duration::from_secs(5),
             connect_attempts: 3,
             when_none_eligible: WhenNoneEligible::Refuse,
             startup_grace: Duration::from_secs(5),

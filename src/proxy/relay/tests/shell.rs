@@ -108,6 +108,10 @@ impl Mover for Sleepless {
         0
     }
 
+    fn client(_: &NoFlow) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     fn backend(_: &NoFlow) -> Option<BorrowedFd<'_>> {
         None
     }
