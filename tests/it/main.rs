@@ -32,4 +32,6 @@ mod limits;
 mod passive;
 mod relay;
 mod reload;
+mod slow;
 mod sources;
+mod storms;

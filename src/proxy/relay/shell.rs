@@ -217,9 +217,8 @@ impl<M: Mover> Shell<M> {
     }
 
     pub(super) fn client_left_silently(&self, key: u32) -> bool {
-        let entry = &self.state.borrow().flows[key as usize];
-        let client = M::client(&entry.flow);
-        client.is_some_and(|client| matches!(stream::peek(client, &mut [0]), Ok(0)))
+        let left = |client| matches!(stream::peek(client, &mut [0]), Ok(0));
+        M::client(&self.state.borrow().flows[key as usize].flow).is_some_and(left)
     }
 
     pub(super) fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<Relayed> {
@@ -296,12 +295,10 @@ impl<M: Mover> Shell<M> {
         self.pace.hurry(&state.mover);
     }
 
-    /// Ends every flow, whatever it is doing; gives their number.
     pub(super) fn cut_all(&self, cause: Cause) -> usize {
         self.cut_where(cause, |_| true)
     }
 
-    /// Ends every relayed flow of one backend; gives their number.
     pub(super) fn cut_backend(&self, backend: BackendId, cause: Cause) -> usize {
         self.cut_where(
             cause,
@@ -352,7 +349,6 @@ impl<M: Mover> Shell<M> {
         }
     }
 
-    /// Handles what has happened, up to a turn's worth.
     fn turn(&self) -> io::Result<Round> {
         let mut busy = false;
         let mut ends_at = None;
@@ -479,7 +475,6 @@ impl<M: Mover> State<M> {
         pace.kick_if_sooner(due);
     }
 
-    /// Fires the timers that are due.
     fn expire(&mut self, pace: &Pace) {
         let now = pace.tick_at(self.now);
         if self.wheel.next_due().is_none_or(|due| due > now) {
