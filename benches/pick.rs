@@ -160,6 +160,8 @@ fn spec(balance: Policy) -> Arc<config::Pool> {
         name: "web".into(),
         balance,
         connect_timeout: Duration::from_secs(5),
+        queue_max: 0,
+        queue_timeout: Duration::from_secs(5),
         connect_attempts: 3,
         when_none_eligible: WhenNoneEligible::Refuse,
         startup_grace: Duration::from_secs(5),

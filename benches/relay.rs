@@ -52,6 +52,7 @@ fn balancer(runtime: Runtime, bind: SocketAddr, backend: SocketAddr) -> Worker {
             gate: Arc::new(Gate::new()),
             reports: Arc::new(Reports::new()),
             ended: Arc::default(),
+            buffers: Arc::default(),
         },
         tables: TablePublisher::new(controller.current_table()),
         counters: Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT)),

@@ -112,6 +112,8 @@ fn random_pool(rng: &mut Rng, index: usize) -> Pool {
             _ => Policy::LeastConnections,
         },
         connect_timeout: Duration::from_secs(5),
+        queue_max: 0,
+        queue_timeout: Duration::from_secs(5),
         connect_attempts: 3,
         when_none_eligible: *rng
             .choice(&[WhenNoneEligible::Refuse, WhenNoneEligible::TryAll])
@@ -150,6 +152,7 @@ fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
         name: format!("f{index}").into(),
         binds: vec![([127, 0, 0, 1], 80 + index as u16).into()],
         pool: Arc::clone(&pool.name),
+        first_byte_timeout: None,
         idle_timeout: None,
         half_closed_timeout: None,
         keepalive: None,
@@ -169,6 +172,7 @@ fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
             user: None,
             group: None,
             sandbox: Sandbox::Auto,
+            buffers_max: 1 << 28,
         },
         admin: Admin { listen: AdminListen::Unix("/nowhere".into()), token_file: None },
         log: Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off },

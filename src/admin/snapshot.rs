@@ -7,8 +7,10 @@
 use super::process::ProcessFacts;
 use crate::control::ControlStatus;
 use crate::net::confinement::Confinement;
+use crate::net::budget::Budget;
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -44,6 +46,10 @@ pub struct Snapshot<'a> {
     pub connections_active: u32,
     /// Cap on those.
     pub connections_max: u32,
+    /// Clients in line, by pool; pools without any are left out.
+    pub queued: &'a HashMap<Arc<str>, usize>,
+    /// What sessions' buffers take.
+    pub buffers: &'a Budget,
     /// Settings that were accepted and wait for a restart, in words.
     pub warnings: &'a [String],
     /// Admin connections closed to make room for newer ones.

@@ -99,6 +99,8 @@ struct Pool<'a> {
     registered: usize,
     /// 0 where nobody may register.
     registered_max: u32,
+    /// Clients that wait in line for a backend below its cap.
+    queued: usize,
     backends: Vec<Backend<'a>>,
 }
 
@@ -205,7 +207,7 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
         confinement: snapshot.confinement,
         heartbeat: control.heartbeat.as_ref().map(|status| heartbeats(status, snapshot)),
         frontends: control.frontends.iter().map(frontend).collect(),
-        pools: control.pools.iter().map(|p| pool(p, snapshot.latency, snapshot.now)).collect(),
+        pools: control.pools.iter().map(|p| pool(p, snapshot)).collect(),
         leaving: control.leaving.iter().map(|backend| leaving(backend)).collect(),
     };
     serde_json::to_string(&document).expect("plain data with string keys always serialises")
@@ -256,7 +258,8 @@ fn frontend(status: &FrontendStatus) -> Frontend<'_> {
     }
 }
 
-fn pool<'a>(status: &'a PoolStatus, latency: &Merged, now: Instant) -> Pool<'a> {
+fn pool<'a>(status: &'a PoolStatus, snapshot: &Snapshot<'_>) -> Pool<'a> {
+    let (latency, now) = (snapshot.latency, snapshot.now);
     Pool {
         name: &status.name,
         balance: status.balance,
@@ -264,6 +267,7 @@ fn pool<'a>(status: &'a PoolStatus, latency: &Merged, now: Instant) -> Pool<'a> 
         frozen: status.frozen.as_ref().map(frozen),
         registered: status.registered,
         registered_max: status.registered_max,
+        queued: snapshot.queued.get(&status.name).copied().unwrap_or_default(),
         backends: status.backends.iter().map(|b| backend(b, latency, now)).collect(),
     }
 }
@@ -369,11 +373,13 @@ mod tests {
     use crate::clock;
     use crate::control::ControlStatus;
     use crate::health::{Intent, Observation};
+    use crate::net::budget::Budget;
     use crate::proxy::close::{Cause, Phase, RefusedReason};
     use crate::table::state::{BackendId, FrontendId, FrontendState};
     use crate::telemetry::counters::WorkerCounters;
     use crate::telemetry::histograms::Recorder;
     use expect_test::{Expect, expect};
+    use std::collections::HashMap;
     use std::sync::Arc;
 
     fn backend(id: u32, name: &str, now: Instant) -> BackendStatus {
@@ -421,6 +427,8 @@ mod tests {
             table_serial: 12,
             connections_active: 5,
             connections_max: 100,
+            buffers: &Budget::default(),
+            queued: &HashMap::from([("web".into(), 3)]),
             warnings: &["workers waits".to_owned()],
             admin_crowded: 0,
             confinement: &Confinement::none("off"),
@@ -465,7 +473,7 @@ mod tests {
                 {"layer":"seccomp","in_force":false,"detail":"off"}],"heartbeat":null,"frontends":[
                 {"name":"web","binds":["[::1]:80"],"pool":"web","connections_max":0,"sessions_active":0,"sessions_total":0,"bytes_in_total":0,"bytes_out_total":0,"refused_total":5}]
                 ,"pools":[
-                {"name":"web","balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"backends":[
+                {"name":"web","balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"queued":3,"backends":[
                 {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","observation":"up","ejected":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
                 {"p50":0.0002,"p99":0.0002},"first_byte_seconds":
                 {"p50":null,"p99":null},"last_transition":

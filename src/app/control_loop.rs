@@ -389,6 +389,8 @@ impl Control {
             warnings: &warnings,
             confinement: &self.confined.report,
             admin_crowded: self.admin.as_ref().map_or(0, AdminApi::crowded),
+            queued: &self.shared.gate.all_queued(),
+            buffers: &self.shared.buffers,
             process: ProcessFacts::read(self.started_wall),
             heartbeats: &heartbeats,
         };

@@ -111,6 +111,7 @@ impl Control {
             );
         }
         self.config = Arc::clone(&config);
+        self.shared.buffers.set_max(config.process.buffers_max);
         let in_force = self.session_cap.apply(&config, self.binds.sockets());
         self.feed([Event::Configure(in_force)]);
         self.reception.adopt(heartbeats);

@@ -17,6 +17,7 @@ use crate::clock;
 use crate::config::{self, AccessLogTarget, Config, EngineChoice, Loaded};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
+use crate::net::budget::Budget;
 use crate::net::{cpu, limits};
 use crate::proxy::close::{Cause, Phase};
 use crate::proxy::contain::contained;
@@ -148,6 +149,7 @@ async fn bring_up(
         gate: Arc::new(Gate::new()),
         reports: Arc::new(Reports::new()),
         ended: Arc::default(),
+        buffers: Arc::new(Budget::new(config.process.buffers_max)),
     };
     let counters: Vec<Arc<WorkerCounters>> =
         (0..count).map(|_| Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT))).collect();

@@ -179,6 +179,9 @@ fn pool_table(pool: &Value) -> String {
 /// What else there is to say of a pool.
 fn remarks(pool: &Value) -> String {
     let mut text = String::new();
+    if let Some(queued) = pool["queued"].as_u64().filter(|queued| *queued > 0) {
+        text.push_str(&format!(", {queued} waiting"));
+    }
     if let Some(max) = pool["registered_max"].as_u64().filter(|max| *max > 0) {
         text.push_str(&format!(", {} registered of {max}", word(&pool["registered"])));
     }

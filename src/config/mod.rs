@@ -96,8 +96,9 @@ pub struct HeartbeatKey {
     pub secret: Option<Secret>,
 }
 
-/// `[process]`. All but `drain_timeout`, `upgrade_timeout` and `connections_max`
-/// need a restart to change; most of the others may change with an upgrade.
+/// `[process]`. All but `drain_timeout`, `upgrade_timeout`, `connections_max` and
+/// `buffers_max` need a restart to change; most of the others may change with an
+/// upgrade.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Process {
     /// `None`: one worker per CPU the process may use.
@@ -114,6 +115,9 @@ pub struct Process {
     pub upgrade_timeout: Duration,
     /// Sessions at once in the whole process.
     pub connections_max: u32,
+    /// Bytes held for sessions, all together: received and not yet sent, and
+    /// pipes by their size.
+    pub buffers_max: usize,
     /// Whom the process becomes before it opens anything, by name or number;
     /// `None`: it stays who started it.
     pub user: Option<String>,
@@ -213,6 +217,9 @@ pub struct Frontend {
     pub binds: Vec<SocketAddr>,
     /// Name of an existing pool.
     pub pool: Arc<str>,
+    /// Close a session in which nobody has said a word for so long after it was
+    /// established; `None` is off.
+    pub first_byte_timeout: Option<Duration>,
     /// Close a session in which nothing moved for so long; `None` is off.
     pub idle_timeout: Option<Duration>,
     /// The same once one side has sent FIN; `None` is off.
@@ -260,6 +267,11 @@ pub struct Pool {
     pub balance: Policy,
     /// Deadline of one connect attempt.
     pub connect_timeout: Duration,
+    /// Clients that may wait in line while every backend is at its cap; beyond it
+    /// they wait in the kernel's queue. Exceeded by at most one a worker.
+    pub queue_max: u32,
+    /// How long one may wait there.
+    pub queue_timeout: Duration,
     /// Connect attempts for one session, each on another backend; at least 1.
     pub connect_attempts: u8,
     /// What to do when no backend is eligible.

@@ -22,6 +22,16 @@ pub(super) struct DurationRange {
     pub(super) max: Duration,
 }
 
+/// The span a size must lie in, in bytes, both ends included.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SizeRange {
+    pub(super) min: u64,
+    pub(super) max: u64,
+}
+
+/// Units of sizes, smallest first.
+const SIZE_UNITS: [(&str, u32); 5] = [("B", 0), ("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
+
 /// Durations in general: timers tick in milliseconds, and a month is more
 /// likely a slip than a wish.
 pub(super) const TIME: DurationRange =
@@ -76,6 +86,10 @@ const SHOWN_CHARS_MAX: usize = 60;
 /// length at most, so a wrong name costs microseconds even among thousands.
 const SUGGESTION_CANDIDATES_MAX: usize = 2_000;
 
+/// A megabyte is about what one worker's first bulk stream takes; a terabyte is
+/// more likely a slip than a wish.
+pub(super) const BUFFERS: SizeRange = SizeRange { min: 1 << 20, max: 1 << 40 };
+
 /// A shorter part of a word says little about which word was meant.
 const PART_CHARS_MIN: usize = 5;
 
@@ -111,6 +125,32 @@ pub(super) fn duration_or_off(
         }
         other => other.map(Some),
     }
+}
+
+/// A size such as `64KiB`, in bytes.
+pub(super) fn size(text: &str, range: SizeRange) -> Result<u64, Complaint> {
+    let wrong = || {
+        Complaint::new(format!("{} is not a size", shown(text)))
+            .help("write a whole number and a unit (B, KiB, MiB, GiB), such as \"64MiB\"")
+    };
+    let unit_at = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+    let (number, unit) = text.split_at(unit_at);
+    let (_, shift) = SIZE_UNITS.into_iter().find(|(name, _)| *name == unit).ok_or_else(wrong)?;
+    if number.is_empty() {
+        return Err(wrong());
+    }
+    let value = number.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
+    value.filter(|value| (range.min..=range.max).contains(value)).ok_or_else(|| {
+        let (min, max) = (show_size(range.min), show_size(range.max));
+        Complaint::new(format!("{} is outside {min} to {max}", shown(text)))
+    })
+}
+
+/// As the file would write it.
+fn show_size(bytes: u64) -> String {
+    let divides = |(_, shift): &(&str, u32)| bytes.is_multiple_of(1 << shift);
+    let (unit, shift) = SIZE_UNITS.into_iter().rev().find(divides).unwrap_or(SIZE_UNITS[0]);
+    format!("{}{unit}", bytes >> shift)
 }
 
 /// A keepalive time in whole seconds, or `off`.
@@ -347,6 +387,18 @@ mod tests {
         {
             assert_eq!(read(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn sizes_are_whole_numbers_with_a_binary_unit() {
+        let read = |text| size(text, BUFFERS).ok();
+        assert_eq!(read("1MiB"), Some(1 << 20));
+        assert_eq!(read("2048KiB"), Some(2 << 20));
+        assert_eq!(read("1TiB"), Some(1 << 40));
+        for wrong in ["", "5", "MiB", "64MB", "1.5GiB", "-1MiB", "1 MiB", "1023KiB", "2TiB"] {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
+        assert_eq!(read("99999999999999999999GiB"), None);
     }
 
     #[test]

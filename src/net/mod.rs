@@ -6,6 +6,7 @@
 //! blocks.
 
 pub mod confinement;
+pub mod budget;
 pub mod cpu;
 pub mod datagram;
 pub mod epoll;

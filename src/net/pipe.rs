@@ -4,6 +4,7 @@
 //! Used by the relay engines. A worker has a bounded pool; a pipe is taken when
 //! there is something to move and given back as soon as it is empty.
 
+use super::budget::{Budget, Share};
 use super::ioctl;
 use rustix::pipe::{
     PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice,
@@ -12,6 +13,7 @@ use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// Asked of the kernel for each pipe; beyond its limits for users other than
 /// root (pipe(7), `pipe-user-pages-soft`) pipes stay smaller.
@@ -22,7 +24,8 @@ const PIPE_BYTES: usize = 1024 * 1024;
 const CRAMMED: usize = 4;
 
 /// Pipes one worker may have. A stalled receiver pins one, at most
-/// [`PIPE_BYTES`] of it; streams beyond this number are copied.
+/// [`PIPE_BYTES`] of it; streams beyond this number, or beyond what the budget
+/// has left, are copied.
 pub const PIPES_MAX: usize = 64;
 
 /// Unused pipes kept open.
@@ -34,6 +37,7 @@ pub struct Pipe {
     ends: Ends,
     holds: usize,
     _counted: Counted,
+    _share: Share,
 }
 
 /// A worker's pipes.
@@ -43,6 +47,8 @@ pub struct Pipes {
     /// Since the last [`Pipes::trim`].
     used: bool,
     in_use: Rc<Cell<usize>>,
+    /// Each pipe in use takes its size from it.
+    budget: Arc<Budget>,
 }
 
 #[derive(Debug)]
@@ -119,15 +125,25 @@ impl Pipe {
 // === impl Pipes ===
 
 impl Pipes {
-    /// An empty pipe; `None` at [`PIPES_MAX`] or when the kernel gives none.
+    /// None yet.
+    pub fn new(budget: Arc<Budget>) -> Pipes {
+        Pipes { budget, ..Pipes::default() }
+    }
+
+    /// An empty pipe; `None` at [`PIPES_MAX`], when the kernel gives none or when
+    /// the budget has no room for what it may hold.
     pub fn take(&mut self) -> Option<Pipe> {
         if self.in_use.get() == PIPES_MAX {
             return None;
         }
         self.used = true;
         let ends = self.spare.pop().or_else(|| Ends::new().ok())?;
+        let Some(share) = self.budget.try_take(ends.size) else {
+            self.spare.push(ends);
+            return None;
+        };
         self.in_use.set(self.in_use.get() + 1);
-        Some(Pipe { ends, holds: 0, _counted: Counted(Rc::clone(&self.in_use)) })
+        Some(Pipe { ends, holds: 0, _counted: Counted(Rc::clone(&self.in_use)), _share: share })
     }
 
     /// Closes the spare pipes if none was taken since the last call: to be
@@ -194,6 +210,20 @@ mod tests {
         assert!(pool.has_spare(), "one was used a moment ago");
         pool.trim();
         assert!(!pool.has_spare());
+    }
+
+    #[test]
+    fn pipes_take_their_size_from_the_budget() {
+        let budget = Arc::new(Budget::new(PIPE_BYTES));
+        let mut pool = Pipes::new(Arc::clone(&budget));
+        let pipe = pool.take().unwrap();
+        assert_eq!(budget.used(), pipe.ends.size);
+        let rest = budget.take(budget.max() - budget.used());
+        assert!(pool.take().is_none() && pool.has_spare());
+        drop(rest);
+        pool.give_back(pipe);
+        assert_eq!(budget.used(), 0);
+        assert!(pool.take().is_some());
     }
 
     #[test]

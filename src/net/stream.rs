@@ -103,6 +103,13 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(received)
 }
 
+/// Looks at what there is, as far as it goes into `buffer`, and leaves it to be
+/// received; `Ok(0)` is the peer's FIN.
+pub fn peek(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
+    let (there, _) = rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT | RecvFlags::PEEK)?;
+    Ok(there)
+}
+
 /// Takes what there is, at most `buffer`'s length, and throws it away: on a TCP
 /// socket nothing is copied (tcp(7), MSG_TRUNC). `Ok(0)` is the peer's FIN.
 #[inline]

@@ -28,13 +28,20 @@ pub enum Held {
     Process,
     /// The frontend's `connections_max`.
     Frontend,
-    /// Every backend in service is at its `connections_max`.
+    /// Every backend in service is at its `connections_max`, and `queue_max`
+    /// clients wait already.
     Pool,
 }
 
-/// Raises the process's and the frontend's count, or neither.
-pub fn admit(process: &InFlight, table: &Table, route: &FrontendRoute) -> Result<(), Held> {
-    if !route.pool.has_room() {
+/// Raises the process's and the frontend's count, or neither. `queued` clients
+/// wait for a backend of the pool already.
+pub fn admit(
+    process: &InFlight,
+    table: &Table,
+    route: &FrontendRoute,
+    queued: usize,
+) -> Result<(), Held> {
+    if !may_come(route, queued) {
         return Err(Held::Pool);
     }
     if !process.try_enter(table.connections_max) {
@@ -47,12 +54,21 @@ pub fn admit(process: &InFlight, table: &Table, route: &FrontendRoute) -> Result
     Ok(())
 }
 
+/// Whether the pool has a slot for one more, or a place to wait for one. Who waits
+/// comes first: where there is a line, its end is where to go.
+fn may_come(route: &FrontendRoute, queued: usize) -> bool {
+    if queued == 0 && route.pool.has_room() {
+        return true;
+    }
+    queued < route.pool.spec.queue_max as usize
+}
+
 /// Whether [`admit`] would succeed now; raises nothing.
-pub fn room(process: &InFlight, table: &Table, route: &FrontendRoute) -> bool {
+pub fn room(process: &InFlight, table: &Table, route: &FrontendRoute, queued: usize) -> bool {
     let below = |count: &InFlight, max: u32| max == 0 || count.get() < max;
     below(process, table.connections_max)
         && below(&route.state.in_flight, route.spec.connections_max)
-        && route.pool.has_room()
+        && may_come(route, queued)
 }
 
 /// Whether `client` may have this connection; what it gives is held as long as

@@ -13,6 +13,8 @@ pub enum Cause {
     ClientReset,
     /// The backend reset the connection.
     BackendReset,
+    /// The client ended its side without a word while it waited in line.
+    ClientLeft,
     /// The client stopped answering (keepalive, `TCP_USER_TIMEOUT`, no route).
     ClientLost,
     /// The backend stopped answering.
@@ -27,6 +29,8 @@ pub enum Cause {
     NoBackend,
     /// A backend slot did not come free in time.
     QueueTimeout,
+    /// Neither side said a word within the first-byte timeout.
+    FirstByteTimeout,
     /// Nothing moved for the idle timeout.
     IdleTimeout,
     /// Nothing moved for the half-closed timeout after one side's FIN.
@@ -129,10 +133,11 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in the order of their numbers.
-    pub const ALL: [Cause; 19] = [
+    pub const ALL: [Cause; 21] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
+        Cause::ClientLeft,
         Cause::ClientLost,
         Cause::BackendLost,
         Cause::ConnectRefused,
@@ -140,6 +145,7 @@ impl Cause {
         Cause::ConnectFailed,
         Cause::NoBackend,
         Cause::QueueTimeout,
+        Cause::FirstByteTimeout,
         Cause::IdleTimeout,
         Cause::HalfClosedTimeout,
         Cause::DrainDeadline,
@@ -157,6 +163,7 @@ impl Cause {
             Cause::Finished => "finished",
             Cause::ClientReset => "client-reset",
             Cause::BackendReset => "backend-reset",
+            Cause::ClientLeft => "client-left",
             Cause::ClientLost => "client-lost",
             Cause::BackendLost => "backend-lost",
             Cause::ConnectRefused => "connect-refused",
@@ -164,6 +171,7 @@ impl Cause {
             Cause::ConnectFailed => "connect-failed",
             Cause::NoBackend => "no-backend",
             Cause::QueueTimeout => "queue-timeout",
+            Cause::FirstByteTimeout => "first-byte-timeout",
             Cause::IdleTimeout => "idle-timeout",
             Cause::HalfClosedTimeout => "half-closed-timeout",
             Cause::DrainDeadline => "drain-deadline",
@@ -181,6 +189,7 @@ impl Cause {
         match self {
             Cause::ConnectTimeout => "connect_timeout",
             Cause::QueueTimeout => "queue_timeout",
+            Cause::FirstByteTimeout => "first_byte_timeout",
             Cause::IdleTimeout => "idle_timeout",
             Cause::HalfClosedTimeout => "half_closed_timeout",
             Cause::DrainDeadline => "drain_timeout",
@@ -273,13 +282,13 @@ impl RefusedReason {
 pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
     let first = match cause {
         Cause::Finished => b'-',
-        Cause::ClientReset | Cause::ClientLost => b'C',
+        Cause::ClientReset | Cause::ClientLeft | Cause::ClientLost => b'C',
         Cause::BackendReset | Cause::BackendLost | Cause::ConnectRefused | Cause::ConnectFailed => {
             b'S'
         }
         Cause::ConnectTimeout | Cause::QueueTimeout => b's',
         Cause::NoBackend => b'S',
-        Cause::IdleTimeout | Cause::HalfClosedTimeout => b'c',
+        Cause::FirstByteTimeout | Cause::IdleTimeout | Cause::HalfClosedTimeout => b'c',
         Cause::DrainDeadline => b'K',
         Cause::BackendRemoved => b'D',
         Cause::LocalResource => b'R',

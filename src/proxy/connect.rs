@@ -62,8 +62,8 @@ enum Failed {
 }
 
 /// Connects `flow` to a backend of `pool`. `first` is the pick made at accept.
-/// Waits for a slot, at most the connect timeout, where every backend is at its
-/// cap.
+/// Waits for a slot, at most `queue_timeout`, where every untried backend is at
+/// its cap.
 pub(super) async fn dial(
     ctx: &Context,
     flow: &Flow,
@@ -192,7 +192,8 @@ fn report(ctx: &Context, backend: &BackendState, failure: ConnectFailure, begun:
     }
 }
 
-/// Waits until some untried backend has a slot.
+/// Waits until some untried backend has a slot: beside the line of those that
+/// have not tried any, for the line's next slot may be of one that was tried.
 async fn wait_for_slot(
     ctx: &Context,
     flow: &Flow,
@@ -208,7 +209,7 @@ async fn wait_for_slot(
             ConnectEnd::Cut(cause) => cut(Phase::Queue, cause),
             _ => client_gone(Phase::Queue, libc::ECONNRESET),
         }),
-        () = tokio::time::sleep(pool.spec.connect_timeout) => Err(Ending {
+        () = tokio::time::sleep(pool.spec.queue_timeout) => Err(Ending {
             cause: Cause::QueueTimeout,
             phase: Phase::Queue,
             errno: 0,

@@ -11,6 +11,7 @@ use crate::balance::PickKey;
 use crate::balance::in_flight::InFlight;
 use crate::clock;
 use crate::health::ConnectFailure;
+use crate::net::budget::Budget;
 use crate::table::Table;
 use crate::table::publish::TableReader;
 use crate::table::state::BackendId;
@@ -64,6 +65,8 @@ pub struct Shared {
     pub reports: Arc<Reports>,
     /// A worker has ended for good.
     pub ended: Arc<Notify>,
+    /// What sessions may have buffered; `process.buffers_max`.
+    pub buffers: Arc<Budget>,
 }
 
 /// One worker's surroundings.

@@ -218,7 +218,7 @@ impl Life {
     fn set_up(&mut self) -> io::Result<Rc<Context>> {
         let Plan { id, runtime, spin, shared, tables, counters, access_log, seed, .. } =
             self.plan.clone();
-        let engine = runtime.engine(id, spin)?;
+        let engine = runtime.engine(id, spin, &shared.buffers)?;
         engine.count_for(Arc::clone(&counters));
         let legacy = std::mem::take(&mut self.legacy);
         let reader = tables.reader();

@@ -10,11 +10,11 @@ use super::admission::sources::{Admitted, SourceSlot};
 use super::close::Cause;
 use super::context::Context;
 use super::faults::Fault;
-use super::session::{self, Arrival, Story};
+use super::session::{self, Arrival, Start, Story};
 use super::slots::Slots;
 use crate::clock;
 use crate::net::{errno, listen, reactor};
-use crate::table::{FrontendRoute, Table};
+use crate::table::{FrontendRoute, NoBackend, PoolTable, Table};
 use crate::telemetry::counters::LocalError;
 use crate::telemetry::pulse::Stage;
 use socket2::Socket;
@@ -179,7 +179,8 @@ impl Listener {
             let table = ctx.table();
             let route = table.route(self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
             // The slots are given back at once: the next accept takes its own.
-            admission::room(&shared.in_flight, &table, route).then_some(())
+            let queued = shared.gate.queued(&route.pool.spec.name);
+            admission::room(&shared.in_flight, &table, route, queued).then_some(())
         });
         tokio::select! {
             () = admitted => {}
@@ -210,10 +211,23 @@ fn start_session(
             return;
         }
     }
-    let pick = route.pool.pick(ctx.pick_key(client.ip()), &[]);
-    let arrival = Arrival { socket, story, pick, slots };
+    let start = start_of(ctx, &route.pool, client);
+    let arrival = Arrival { socket, story, start, slots };
     tokio::task::spawn_local(session::run(arrival));
     ctx.admitting.set(false);
+}
+
+/// A backend, or a place in the line for one.
+fn start_of(ctx: &Context, pool: &PoolTable, client: SocketAddr) -> Start {
+    let (gate, name) = (&ctx.shared.gate, &pool.spec.name);
+    if gate.queued(name) == 0 {
+        match pool.pick(ctx.pick_key(client.ip()), &[]) {
+            Err(NoBackend::AtCapacity) => {}
+            pick => return Start::Picked(pick),
+        }
+    }
+    ctx.counters.queued.add(1);
+    Start::Queued(gate.join(name))
 }
 
 fn admit_source(

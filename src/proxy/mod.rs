@@ -14,6 +14,7 @@ pub mod gate;
 mod life;
 mod listener;
 mod posts;
+mod queue;
 pub mod relay;
 mod restarts;
 mod session;

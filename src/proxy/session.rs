@@ -10,6 +10,8 @@ use super::close::{self, Cause, Ending, Phase, RefusedReason, Side};
 use super::connect::{self, Attempts, Held, Upstream};
 use super::context::Context;
 use super::faults::Fault;
+use super::gate::Place;
+use super::queue;
 use super::relay::{Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
@@ -43,10 +45,18 @@ const EARLY_MAX: Duration = Duration::from_secs(10);
 pub(super) struct Arrival {
     pub(super) socket: OwnedFd,
     pub(super) story: Story,
-    /// Made before the session could wait for anything, so that a pool's room
-    /// is what the listener saw.
-    pub(super) pick: Result<Reserved, NoBackend>,
+    pub(super) start: Start,
     pub(super) slots: Slots,
+}
+
+/// What a session begins with. Made before it could wait for anything, so that a
+/// pool's room is what the listener saw, and its line the order of arrival.
+#[derive(Debug)]
+pub(super) enum Start {
+    /// A choice of backend.
+    Picked(Result<Reserved, NoBackend>),
+    /// A place in the line for one.
+    Queued(Place),
 }
 
 /// What is known of a session when it ends, beside what was relayed. Dropping
@@ -106,11 +116,11 @@ pub(super) fn turn_away(socket: OwnedFd, mut story: Story, cause: Cause) {
 
 /// Serves one client to the end.
 pub(super) fn run(arrival: Arrival) -> impl Future<Output = ()> {
-    let Arrival { socket, story, pick, slots } = arrival;
+    let Arrival { socket, story, start, slots } = arrival;
     // At once: a session can be cut from here on.
     let opened = story.ctx().engine.open(socket);
     // Boxed: it is over soon, and an idle session need not keep its room.
-    let setup = Box::pin(set_up(story, slots, opened, pick));
+    let setup = Box::pin(set_up(story, slots, opened, start));
     async move {
         let mut session = match setup.await {
             Some(session) => session,
@@ -130,9 +140,9 @@ async fn set_up(
     mut story: Story,
     slots: Slots,
     opened: io::Result<Flow>,
-    pick: Result<Reserved, NoBackend>,
+    start: Start,
 ) -> Option<Session> {
-    match story.establish(opened, pick).await {
+    match story.establish(opened, start).await {
         Ok((flow, upstream)) => Some(Session::begin(story, slots, flow, upstream)),
         Err(ending) => {
             story.account(ending, &Totals::default());
@@ -190,7 +200,10 @@ fn finish(relayed: Relayed) -> Option<OwnedFd> {
             drop(backend);
             Some(client)
         }
-        Cause::Finished | Cause::IdleTimeout | Cause::HalfClosedTimeout => None,
+        Cause::Finished
+        | Cause::FirstByteTimeout
+        | Cause::IdleTimeout
+        | Cause::HalfClosedTimeout => None,
         _ => {
             stream::reset(client);
             stream::reset(backend);
@@ -315,13 +328,12 @@ impl Story {
     async fn establish(
         &mut self,
         opened: io::Result<Flow>,
-        pick: Result<Reserved, NoBackend>,
+        start: Start,
     ) -> Result<(Flow, Upstream), Ending> {
         let ctx = Rc::clone(self.ctx());
         let flow = opened.map_err(|error| connect::local_ending(Phase::Admit, &error))?;
         ctx.faults.pass(Fault::Setup);
-        let (pool, ip) = (&self.route.pool, self.client.ip());
-        match connect::dial(&ctx, &flow, pool, ip, pick, &mut self.attempts).await {
+        match self.reach_backend(&ctx, &flow, start).await {
             Ok(upstream) => Ok((flow, upstream)),
             Err(ending) => {
                 // At once and with RST, so that silence is not taken for an answer.
@@ -331,9 +343,30 @@ impl Story {
         }
     }
 
+    async fn reach_backend(
+        &mut self,
+        ctx: &Context,
+        flow: &Flow,
+        start: Start,
+    ) -> Result<Upstream, Ending> {
+        let ip = self.client.ip();
+        let pick = match start {
+            Start::Picked(pick) => pick,
+            Start::Queued(place) => {
+                // Boxed, as rare: the room would be every session's otherwise.
+                let served = Box::pin(queue::wait(ctx, flow, place, &self.route, ip)).await?;
+                self.generation = served.generation.unwrap_or(self.generation);
+                self.route = served.route;
+                served.pick
+            }
+        };
+        connect::dial(ctx, flow, &self.route.pool, ip, pick, &mut self.attempts).await
+    }
+
     fn relay(&self, flow: Flow, held: &Held) -> Relay {
         let spec = &self.route.spec;
         let limits = Limits {
+            first_byte: spec.first_byte_timeout,
             idle: spec.idle_timeout,
             half_closed: spec.half_closed_timeout,
             keepalive: spec.keepalive,

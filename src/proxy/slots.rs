@@ -29,7 +29,12 @@ impl Slots {
         table: &Table,
         route: &FrontendRoute,
     ) -> Result<Slots, Held> {
-        let admitted = admission::admit(&shared.in_flight, table, route);
+        let admitted = admission::admit(
+            &shared.in_flight,
+            table,
+            route,
+            shared.gate.queued(&route.pool.spec.name),
+        );
         if admitted == Err(Held::Frontend) {
             // The process's count was up for a moment: somebody may have found
             // it full meanwhile.

@@ -12,6 +12,7 @@ use super::context::Shared;
 use super::faults::Fault;
 use super::life::{Life, Station};
 use super::relay::{Engine, RING_SETTINGS};
+use crate::net::budget::Budget;
 use crate::net::ring::Ring;
 use crate::table::publish::TablePublisher;
 use crate::table::state::BackendId;
@@ -135,13 +136,18 @@ impl Runtime {
 
     /// The engine of a worker. Where there is no ring to be had for it although
     /// there was at start, readiness has to do.
-    pub(super) fn engine(self, worker: usize, spin: Option<Duration>) -> io::Result<Engine> {
+    pub(super) fn engine(
+        self,
+        worker: usize,
+        spin: Option<Duration>,
+        budget: &Arc<Budget>,
+    ) -> io::Result<Engine> {
         if self == Runtime::Epoll {
-            return Engine::readiness(spin);
+            return Engine::readiness(spin, Arc::clone(budget));
         }
-        Engine::ring(spin, RING_SETTINGS).or_else(|error| {
+        Engine::ring(spin, RING_SETTINGS, Arc::clone(budget)).or_else(|error| {
             tracing::warn!(worker, %error, "no ring for this worker; it uses readiness");
-            Engine::readiness(spin)
+            Engine::readiness(spin, Arc::clone(budget))
         })
     }
 

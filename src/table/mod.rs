@@ -100,6 +100,11 @@ impl Table {
     pub fn route(&self, bind: SocketAddr) -> Option<&Arc<FrontendRoute>> {
         self.by_bind.get(&bind)
     }
+
+    /// What has become of the frontend with that state; `None` where it has left.
+    pub fn frontend(&self, state: &Arc<FrontendState>) -> Option<&Arc<FrontendRoute>> {
+        self.frontends.iter().find(|route| Arc::ptr_eq(&route.state, state))
+    }
 }
 
 // === impl PoolTable ===

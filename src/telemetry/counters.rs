@@ -40,6 +40,23 @@ impl Counter {
     }
 }
 
+/// A level with exactly one writing thread: goes up and down.
+#[derive(Debug, Default)]
+pub struct Level(AtomicU64);
+
+impl Level {
+    /// It is `level` now. Only the owning thread may call this.
+    #[inline]
+    pub fn set(&self, level: u64) {
+        self.0.store(level, Ordering::Relaxed);
+    }
+
+    /// The level as of some recent moment.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// A fixed table of counters, such as cause by phase.
 #[derive(Debug)]
 pub struct CounterTable {
@@ -98,6 +115,8 @@ pub struct WorkerCounters {
     pub ended: Counter,
     /// Times a listener stopped accepting because a cap was reached.
     pub accept_held_at_cap: Counter,
+    /// Sessions that had to wait in line for a backend.
+    pub queued: Counter,
     /// Times accept failed and the listener backed off (row [`LocalError`]).
     pub local_errors: CounterTable,
     /// Connect attempts beyond a session's first.
@@ -116,6 +135,8 @@ pub struct WorkerCounters {
     pub stalls: Counter,
     /// Whether its loop turns.
     pub pulse: CachePadded<Pulse>,
+    /// Bytes of the ring's pool that hold what was received and not yet sent.
+    pub ring_held: Level,
 }
 
 /// What a panic was the end of.
@@ -225,6 +246,7 @@ impl WorkerCounters {
             accepted: Counter::default(),
             ended: Counter::default(),
             accept_held_at_cap: Counter::default(),
+            queued: Counter::default(),
             local_errors: CounterTable::new(LocalError::ALL.len(), 1),
             connect_retries: Counter::default(),
             reports_dropped: Counter::default(),
@@ -234,6 +256,7 @@ impl WorkerCounters {
             restarts: Counter::default(),
             stalls: Counter::default(),
             pulse: CachePadded::default(),
+            ring_held: Level::default(),
         }
     }
 }

@@ -13,6 +13,12 @@ on_every_engine_alone!(nine_thousand_idle_sessions_cost_a_kib_or_two_each);
 
 const SESSIONS: usize = 9_000;
 
+/// Where memory is looked at on the way up.
+const STEPS: [usize; 4] = [1_000, 3_000, 6_000, SESSIONS];
+
+/// What a second crowd of sessions may take beyond the first.
+const LEFT_KIB_MAX: u64 = 1024;
+
 /// Resident bytes an idle session may cost. On the ring it has operations in
 /// flight, which are remembered.
 fn bytes_max(engine: Engine) -> f64 {
@@ -39,14 +45,22 @@ fn nine_thousand_idle_sessions_cost_a_kib_or_two_each(engine: Engine) {
         proxy.backend("web", "a")["sessions_active"] == 0
     });
     let before = proxy.rss_kib();
-    let sessions = open_sessions(&proxy, SESSIONS);
+    let (mut sessions, mut points) = (Vec::new(), Vec::new());
+    for step in STEPS {
+        sessions.extend(open_sessions(&proxy, step - sessions.len()));
+        points.push((step as f64, proxy.rss_kib() as f64 * 1024.0));
+    }
     assert_eq!(proxy.backend("web", "a")["sessions_active"], SESSIONS);
     let idle_cpu = proxy.cpu_time();
     std::thread::sleep(secs(2));
     let spent = proxy.cpu_time() - idle_cpu;
     let grown = proxy.rss_kib().saturating_sub(before);
     let each = grown as f64 * 1024.0 / SESSIONS as f64;
-    measured(&format!("{SESSIONS} idle sessions: {each:.0} B each, {spent:?} of CPU in 2 s"));
+    measured(&format!(
+        "{SESSIONS} idle sessions: {each:.0} B each, slope {:.0} B over {STEPS:?}, {spent:?} of CPU \
+         in 2 s",
+        slope(&points)
+    ));
     assert!(each <= bytes_max(engine), "{each:.0} B of resident memory for an idle session");
     assert!(spent < ms(400), "{spent:?} of CPU in 2 s of idleness");
     // They are idle, not dead.
@@ -54,9 +68,32 @@ fn nine_thousand_idle_sessions_cost_a_kib_or_two_each(engine: Engine) {
         assert_eq!(exchange(session, b"y").unwrap(), b"y");
     }
     drop(sessions);
-    eventually(secs(30), "every session has ended", || {
-        proxy.backend("web", "a")["sessions_active"] == 0
+    let ended = || proxy.backend("web", "a")["sessions_active"] == 0;
+    eventually(secs(30), "every session has ended", ended);
+    // The allocator may keep what it had; it is not to need more for the next.
+    let (peak, after) = (before + grown, proxy.rss_kib());
+    let again = open_sessions(&proxy, SESSIONS / 3);
+    let second = proxy.rss_kib();
+    measured(&format!(
+        "{before} KiB before, {peak} at the peak, {after} after, {second} with a third again"
+    ));
+    assert!(
+        second <= peak + LEFT_KIB_MAX,
+        "{second} KiB with a third of the sessions, {peak} with all"
+    );
+    drop(again);
+    eventually(secs(30), "these have ended, too", ended);
+}
+
+/// Of the line of least squares through `points`.
+fn slope(points: &[(f64, f64)]) -> f64 {
+    let count = points.len() as f64;
+    let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
+    let (x, y) = (mean(|p| p.0), mean(|p| p.1));
+    let (above, below) = points.iter().fold((0.0, 0.0), |(above, below), p| {
+        (above + (p.0 - x) * (p.1 - y), below + (p.0 - x) * (p.0 - x))
     });
+    above / below
 }
 
 /// Sessions that have each carried one byte both ways, from several source

@@ -46,6 +46,10 @@ mod families {
     pub(super) const CONNECTIONS_ACTIVE: Family = gauge("tidegate_connections_active", "Sessions open in the whole process.");
     pub(super) const CONNECTIONS_MAX: Family = gauge("tidegate_connections_max", "Cap on sessions open in the whole process.");
 
+    pub(super) const BUFFERED: Family = gauge("tidegate_buffered_bytes", "Memory taken by bytes received and not yet sent, and by the pipes in use.");
+    pub(super) const BUFFERS_MAX: Family = gauge("tidegate_buffers_max_bytes", "Cap on that, beside the io_uring engine's fixed pools.");
+    pub(super) const BUFFERS_REFUSED: Family = counter("tidegate_buffers_refused_total", "Times bytes were left with the kernel because the cap on buffered bytes was reached.");
+
     pub(super) const SESSIONS: Family = counter("tidegate_sessions_total", "Connections accepted, by frontend.");
     pub(super) const SESSIONS_ACTIVE: Family = gauge("tidegate_sessions_active", "Sessions open, by frontend.");
     pub(super) const BYTES: Family = counter("tidegate_bytes_total", "Bytes relayed, by frontend; in is from clients, out is to clients.");
@@ -77,6 +81,8 @@ mod families {
     pub(super) const WORKER_RESTARTS: Family = counter("tidegate_worker_restarts_total", "Times a worker began anew after a panic.");
     pub(super) const WORKER_STALLED: Family = gauge("tidegate_worker_stalled", "1 while the worker's loop does not turn.");
     pub(super) const WORKER_STALLS: Family = counter("tidegate_worker_stalls_total", "Times the worker's loop did not turn for a second or more.");
+    pub(super) const QUEUED: Family = gauge("tidegate_pool_queued", "Clients that wait in line for a backend of the pool below its cap.");
+    pub(super) const QUEUED_TOTAL: Family = counter("tidegate_queued_total", "Sessions that had to wait in such a line.");
     pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "What went on inside the rings beside moving bytes, by worker; zero on epoll.");
     pub(super) const LOCAL_ERRORS: Family = counter("tidegate_local_errors_total", "Trouble of our own, never blamed on a backend.");
     pub(super) const CONNECT_RETRIES: Family = counter("tidegate_connect_retries_total", "Connect attempts beyond a session's first.");
@@ -130,6 +136,10 @@ fn whole(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     }
     out.family(&families::CONNECTIONS_ACTIVE).count(&[], snapshot.connections_active.into());
     out.family(&families::CONNECTIONS_MAX).count(&[], snapshot.connections_max.into());
+    let pools = sum(snapshot, |w| w.ring_held.get());
+    out.family(&families::BUFFERED).count(&[], snapshot.buffers.used() as u64 + pools);
+    out.family(&families::BUFFERS_MAX).count(&[], snapshot.buffers.max() as u64);
+    out.family(&families::BUFFERS_REFUSED).count(&[], snapshot.buffers.refused());
 }
 
 fn frontends(out: &mut Encoder, frontends: &[FrontendStatus]) {
@@ -195,8 +205,9 @@ fn usual_phase(cause: Cause) -> Phase {
         Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => {
             Phase::Admit
         }
-        Cause::QueueTimeout => Phase::Queue,
-        Cause::IdleTimeout
+        Cause::QueueTimeout | Cause::ClientLeft => Phase::Queue,
+        Cause::FirstByteTimeout
+        | Cause::IdleTimeout
         | Cause::DrainDeadline
         | Cause::BackendRemoved
         | Cause::InternalError => Phase::Data,
@@ -322,7 +333,13 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
         let total = sum(snapshot, |w| w.local_errors.cell(reason as usize, 0).get());
         samples.count(&[("reason", reason.name())], total);
     }
-    let totals: [(&Family, WorkerValue); 3] = [
+    let mut samples = out.family(&families::QUEUED);
+    for pool in &snapshot.control.pools {
+        let queued = snapshot.queued.get(&pool.name).copied().unwrap_or_default();
+        samples.count(&[("pool", &pool.name)], queued as u64);
+    }
+    let totals: [(&Family, WorkerValue); 4] = [
+        (&families::QUEUED_TOTAL, |w| w.queued.get()),
         (&families::CONNECT_RETRIES, |w| w.connect_retries.get()),
         (&families::REPORTS_DROPPED, |w| w.reports_dropped.get()),
         (&families::ACCESS_LOG_DROPPED, |w| w.access_log_dropped.get()),

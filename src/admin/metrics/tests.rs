@@ -6,6 +6,7 @@ use crate::admin::snapshot::{HeartbeatCounts, ReloadCounts};
 use crate::clock;
 use crate::config::BackendAddress;
 use crate::control::{ControlStatus, PoolStatus, PublishReason};
+use crate::net::budget::Budget;
 use crate::table::state::{BackendId, BackendState, FrontendId, FrontendState};
 use crate::telemetry::histograms::{Merged, Recorder};
 use std::collections::{BTreeMap, HashMap};
@@ -83,6 +84,8 @@ fn text() -> String {
         table_serial: 12,
         connections_active: 5,
         connections_max: 100,
+        buffers: &Budget::default(),
+        queued: &HashMap::from([("web".into(), 3)]),
         warnings: &[],
         admin_crowded: 0,
         confinement: &crate::net::confinement::Confinement::none("off"),

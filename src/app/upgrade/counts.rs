@@ -35,6 +35,7 @@ struct SavedWorker {
     held_at_cap: u64,
     local_errors: BTreeMap<String, u64>,
     connect_retries: u64,
+    queued: u64,
     reports_dropped: u64,
     access_log_dropped: u64,
     ring_events: BTreeMap<String, u64>,
@@ -111,6 +112,7 @@ impl SavedWorker {
             held_at_cap: worker.accept_held_at_cap.get(),
             local_errors: errors.into(),
             connect_retries: worker.connect_retries.get(),
+            queued: worker.queued.get(),
             reports_dropped: worker.reports_dropped.get(),
             access_log_dropped: worker.access_log_dropped.get(),
             ring_events: ring.into(),
@@ -138,6 +140,7 @@ impl SavedWorker {
         add(&mut self.accepted, other.accepted);
         add(&mut self.held_at_cap, other.held_at_cap);
         add(&mut self.connect_retries, other.connect_retries);
+        add(&mut self.queued, other.queued);
         add(&mut self.reports_dropped, other.reports_dropped);
         add(&mut self.access_log_dropped, other.access_log_dropped);
         for (ended, n) in &other.panics {
@@ -167,6 +170,7 @@ impl SavedWorker {
         worker.ended.carry(self.accepted);
         worker.accept_held_at_cap.carry(self.held_at_cap);
         worker.connect_retries.carry(self.connect_retries);
+        worker.queued.carry(self.queued);
         worker.reports_dropped.carry(self.reports_dropped);
         worker.access_log_dropped.carry(self.access_log_dropped);
         for ended in Panicked::ALL {

@@ -41,6 +41,8 @@ pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
         section.missing("pool", "\"NAME\", the name of a [pool.NAME]");
     }
     let idle_timeout = timer(&section, "idle_timeout", TIME);
+    let first_byte_timeout = timer(&section, "first_byte_timeout", TIME);
+    warn_of_long_first_byte_timeout(&section, &first_byte_timeout, &idle_timeout);
     let keepalive = section.text("keepalive", TIMER, value::keepalive);
     let user_timeout = timer(&section, "user_timeout", USER_TIMEOUT);
     warn_of_short_user_timeout(&section, &user_timeout, &keepalive);
@@ -49,6 +51,8 @@ pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
         name: name.into(),
         binds,
         pool: pool.or("".into()),
+        // Off: services whose clients may keep a fresh connection in hand are common.
+        first_byte_timeout: first_byte_timeout.or(None),
         idle_timeout: idle_timeout.or(Some(IDLE_TIMEOUT)),
         half_closed_timeout: timer(&section, "half_closed_timeout", TIME)
             .or(Some(HALF_CLOSED_TIMEOUT)),
@@ -143,6 +147,28 @@ fn nothing(key: &str) -> &'static str {
         "pools" => "no pool",
         "addresses" => "no range",
         _ => "no address",
+    }
+}
+
+/// Only a warning: the other timer does the work, under its own name.
+fn warn_of_long_first_byte_timeout(
+    section: &Section<'_, '_>,
+    first_byte: &Field<Option<Duration>>,
+    idle: &Field<Option<Duration>>,
+) {
+    let idle = match idle {
+        Field::Good(idle) => *idle.get_ref(),
+        Field::Absent => Some(IDLE_TIMEOUT),
+        Field::Bad => None,
+    };
+    if let (Field::Good(field), Some(idle)) = (first_byte, idle)
+        && field.get_ref().is_some_and(|first_byte| first_byte >= idle)
+    {
+        let complaint = Complaint::new(format!(
+            "first_byte_timeout is not below idle_timeout ({}), which will end such a session first",
+            show_duration(idle)
+        ));
+        section.report.warning(field.span(), complaint);
     }
 }
 

@@ -12,7 +12,7 @@ use toml::de::DeValue;
 use super::CONNECTIONS_MAX;
 use crate::config::address;
 use crate::config::file::{Field, Section};
-use crate::config::value::{self, Complaint, SPIN, TIME, UPGRADE, shown};
+use crate::config::value::{self, BUFFERS, Complaint, SPIN, TIME, UPGRADE, shown};
 use crate::config::{
     AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process, Sandbox,
 };
@@ -29,6 +29,8 @@ const ACCOUNT_CHARS_MAX: usize = 32;
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const PROCESS_CONNECTIONS: u32 = 100_000;
+/// Room for 256 stalled bulk streams to hold a pipe each.
+const BUFFERS_DEFAULT: usize = 256 << 20;
 
 /// `[admin]` with the place of its address.
 pub(super) struct AdminRead {
@@ -69,6 +71,12 @@ pub(super) fn process(top: &Section<'_, '_>) -> Process {
         user: optional(account(&section, "user", "\"tidegate\"")),
         group: optional(account(&section, "group", "\"tidegate\"")),
         sandbox: section.choice("sandbox", &sandboxes).or(default.sandbox),
+        buffers_max: section
+            .text("buffers_max", "a size such as \"256MiB\"", |text| {
+                // What a machine cannot address it cannot reach.
+                value::size(text, BUFFERS).map(|size| usize::try_from(size).unwrap_or(usize::MAX))
+            })
+            .or(default.buffers_max),
     };
     if let (Some(place), None) = (section.key_place("group"), section.key_place("user")) {
         let complaint = Complaint::new("group without user").help("set user as well");
@@ -110,6 +118,7 @@ fn default_process() -> Process {
         user: None,
         group: None,
         sandbox: Sandbox::Auto,
+        buffers_max: BUFFERS_DEFAULT,
     }
 }
 

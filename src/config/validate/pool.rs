@@ -23,6 +23,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_ATTEMPTS: u32 = 3;
 /// Sixteen covers any partial outage; more only delays the refusal.
 const CONNECT_ATTEMPTS_MAX: u32 = 16;
+/// More clients than that are not served before they have left.
+const QUEUE_MAX: u32 = 1_000_000;
 const STARTUP_GRACE: Duration = Duration::from_secs(3);
 
 const EJECTION: EjectionSpec = EjectionSpec {
@@ -59,10 +61,13 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
     let may_be_empty = heartbeat.as_ref().is_some_and(|spec| spec.register);
     let (backends, address_places) = backends(&section, name, may_be_empty);
     let attempts = section.integer("connect_attempts", 1..=CONNECT_ATTEMPTS_MAX);
+    let connect_time = connect_timeout.or(CONNECT_TIMEOUT);
     let model = Pool {
         name: name.into(),
         balance: section.choice("balance", &policies).or(Policy::WeightedRoundRobin),
-        connect_timeout: connect_timeout.or(CONNECT_TIMEOUT),
+        connect_timeout: connect_time,
+        queue_max: section.integer("queue_max", 0..=QUEUE_MAX).or(0),
+        queue_timeout: duration(&section, "queue_timeout").or(connect_time),
         connect_attempts: narrow(attempts.or(CONNECT_ATTEMPTS)),
         when_none_eligible: section
             .choice("when_none_eligible", &none_eligible)

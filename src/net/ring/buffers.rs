@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+use crate::net::budget::Share;
 use io_uring::types::BufRingEntry;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
@@ -35,8 +36,15 @@ pub struct Chunk {
 #[derive(Debug)]
 enum Source {
     Pool(Rc<Pool>, u16),
+    Own(Rc<Own>),
+}
+
+/// Bytes outside the pool.
+#[derive(Debug)]
+struct Own {
     /// Not a `Box`: a pointer into it must stay good while the chunk moves.
-    Own(Rc<[u8]>),
+    bytes: Rc<[u8]>,
+    _share: Share,
 }
 
 /// A fixed number of buffers, some with the kernel, some in chunks, the rest
@@ -65,9 +73,10 @@ pub(super) struct BufferRing {
 // === impl Chunk ===
 
 impl Chunk {
-    /// A copy of `bytes`, outside the pool.
-    pub fn copied(bytes: &[u8]) -> Chunk {
-        Chunk { source: Source::Own(bytes.into()), start: 0, len: bytes.len() as u32 }
+    /// A copy of `bytes`, outside the pool; `share` is as many of a budget's.
+    pub fn copied(bytes: &[u8], share: Share) -> Chunk {
+        let own = Own { bytes: bytes.into(), _share: share };
+        Chunk { source: Source::Own(Rc::new(own)), start: 0, len: bytes.len() as u32 }
     }
 
     /// Bytes left in it.
@@ -113,7 +122,7 @@ impl Chunk {
     pub(super) fn pointer(&self) -> *const u8 {
         match &self.source {
             Source::Pool(pool, id) => pool.pointer(*id).wrapping_add(self.start as usize),
-            Source::Own(bytes) => bytes.as_ptr().wrapping_add(self.start as usize),
+            Source::Own(own) => own.bytes.as_ptr().wrapping_add(self.start as usize),
         }
     }
 }

@@ -122,7 +122,11 @@ impl Ring {
         let mut ring = Ring::new(Settings { buffers: 2, shown: 2 })?;
         let (left, right) = std::os::unix::net::UnixStream::pair()?;
         let [left, right] = [left, right].map(|socket| Rc::new(OwnedFd::from(socket)));
-        ring.send(&left, 0, Chunk::copied(b"?"));
+        ring.send(
+            &left,
+            0,
+            Chunk::copied(b"?", std::sync::Arc::new(super::budget::Budget::default()).take(1)),
+        );
         ring.receive(&right, 1);
         ring.enter()?;
         let mut arrived = false;

@@ -1,8 +1,13 @@
 //! The ring against real socket pairs: bytes, shortage, cancellation, its end.
 
 use super::*;
+use crate::net::budget::Budget;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+
+fn copied(bytes: &[u8]) -> Chunk {
+    Chunk::copied(bytes, std::sync::Arc::new(Budget::default()).take(bytes.len()))
+}
 
 fn pair() -> (Rc<OwnedFd>, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -76,7 +81,7 @@ fn a_long_queue_is_sent_whole_to_a_slow_reader() {
     let mut ring = small(2);
     let (ours, mut theirs) = pair();
     let block: Vec<u8> = (0..BUFFER_LEN).map(|i| (i % 251) as u8).collect();
-    let mut queue: VecDeque<Chunk> = (0..64).map(|_| Chunk::copied(&block)).collect();
+    let mut queue: VecDeque<Chunk> = (0..64).map(|_| copied(&block)).collect();
     let reader = std::thread::spawn(move || {
         let mut all = Vec::new();
         theirs.read_to_end(&mut all).unwrap();
@@ -104,7 +109,7 @@ fn a_long_queue_is_sent_whole_to_a_slow_reader() {
 fn a_nudged_send_says_how_far_it_is_and_goes_on() {
     let mut ring = small(2);
     let (ours, mut theirs) = pair();
-    let mut queue: VecDeque<Chunk> = (0..32).map(|_| Chunk::copied(&[3; BUFFER_LEN])).collect();
+    let mut queue: VecDeque<Chunk> = (0..32).map(|_| copied(&[3; BUFFER_LEN])).collect();
     let op = ring.send_queue(&ours, 0, &mut queue);
     ring.enter().unwrap();
     assert!(ring.next_event().is_none(), "the socket took it all");
@@ -178,7 +183,7 @@ fn a_ring_dropped_with_operations_in_flight_reaps_them() {
     let mut ring = small(2);
     let (ours, _theirs) = pair();
     ring.receive(&ours, 0);
-    let mut queue: VecDeque<Chunk> = (0..32).map(|_| Chunk::copied(&[3; BUFFER_LEN])).collect();
+    let mut queue: VecDeque<Chunk> = (0..32).map(|_| copied(&[3; BUFFER_LEN])).collect();
     ring.send_queue(&ours, 0, &mut queue);
     ring.poll(&ours, 0, Interest::Failure);
     ring.enter().unwrap();

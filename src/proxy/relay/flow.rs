@@ -43,6 +43,8 @@ pub enum ConnectEnd {
 /// A session's timers.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
+    /// Nobody has said a word for so long: over. `None` is off.
+    pub first_byte: Option<Duration>,
     /// Nothing moved for so long: over. `None` is off.
     pub idle: Option<Duration>,
     /// The same once one side has ended. `None` is off.
@@ -144,6 +146,12 @@ impl Flow {
     /// from outside; pending otherwise, for ever.
     pub async fn interrupted(&self) -> ConnectEnd {
         self.engine.interrupted(self.key).await
+    }
+
+    /// Whether the client has ended its side (FIN) without having said anything.
+    /// For a flow that is not relayed yet.
+    pub fn client_left_silently(&self) -> bool {
+        self.engine.client_left_silently(self.key)
     }
 
     /// Moves bytes both ways to the end, beginning now. Needs a connected

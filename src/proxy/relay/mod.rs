@@ -26,6 +26,7 @@ pub use ring::SETTINGS as RING_SETTINGS;
 use super::close::Cause;
 #[cfg(debug_assertions)]
 use super::faults::Fault;
+use crate::net::budget::Budget;
 use crate::table::state::BackendId;
 use crate::telemetry::counters::WorkerCounters;
 use readiness::Readiness;
@@ -62,14 +63,19 @@ macro_rules! either {
 
 impl Engine {
     /// A readiness engine for the current thread's runtime. `spin` is how long
-    /// to poll after the last activity before sleeping.
-    pub fn readiness(spin: Option<Duration>) -> io::Result<Engine> {
-        Ok(Engine(Kind::Readiness(Shell::new(Readiness::new()?, spin))))
+    /// to poll after the last activity before sleeping, `budget` what all engines
+    /// of the process together may hold.
+    pub fn readiness(spin: Option<Duration>, budget: Arc<Budget>) -> io::Result<Engine> {
+        Ok(Engine(Kind::Readiness(Shell::new(Readiness::new(budget)?, spin))))
     }
 
     /// A ring engine for the current thread and its runtime.
-    pub fn ring(spin: Option<Duration>, settings: RingSettings) -> io::Result<Engine> {
-        Ok(Engine(Kind::Ring(Shell::new(Ringed::new(settings)?, spin))))
+    pub fn ring(
+        spin: Option<Duration>,
+        settings: RingSettings,
+        budget: Arc<Budget>,
+    ) -> io::Result<Engine> {
+        Ok(Engine(Kind::Ring(Shell::new(Ringed::new(settings, budget)?, spin))))
     }
 
     /// Counts what goes on inside for that worker, from now on.
@@ -146,6 +152,10 @@ impl Engine {
 
     async fn interrupted(&self, key: u32) -> ConnectEnd {
         either!(self, shell => shell.interrupted(key).await)
+    }
+
+    fn client_left_silently(&self, key: u32) -> bool {
+        either!(self, shell => shell.client_left_silently(key))
     }
 
     fn start_relay(&self, key: u32, limits: Limits, meter: Meter) {

@@ -4,11 +4,14 @@
 //! Driven by the readiness engine with a socket pair behind [`Io`], and by
 //! tests with a scripted one. It owns no socket, reads no clock and knows no
 //! timers. Bytes that could not be sent are the only thing it ever keeps: at
-//! most one buffer or pipe a direction, none while a session is idle.
+//! most one buffer or pipe a direction, none while a session is idle, and none
+//! anew once the process's budget is spent.
 
 mod bulk;
+mod scarce;
 
 use super::verdict::{Moved, Next, Verdict};
+use crate::net::budget::Share;
 use crate::net::pipe::Fill;
 use crate::proxy::close::Side;
 use bulk::Step;
@@ -37,6 +40,12 @@ const BYTES_A_TURN: usize = 1024 * 1024;
 pub(super) trait Io {
     /// recv(2), non-blocking.
     fn receive(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize>;
+    /// The same, and what was received stays to be received.
+    fn peek(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Whether so many bytes may be received that may have to be kept.
+    fn may_keep(&self, bytes: usize) -> bool;
+    /// Bytes are kept, as long as the share lives.
+    fn keep(&self, bytes: usize) -> Share;
     /// send(2), non-blocking.
     fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize>;
     /// shutdown(2) of the writing half.
@@ -76,10 +85,8 @@ struct Socket {
 /// Bytes from one side on their way to the other.
 #[derive(Debug, Default)]
 struct Stream {
-    /// Received and not yet sent; empty (and unallocated) mostly.
-    kept: Vec<u8>,
-    /// How much of `kept` is sent.
-    sent: usize,
+    /// Received and not yet sent; mostly none.
+    kept: Option<Box<Kept>>,
     bytes: u64,
     /// Full reads in a row.
     streak: u8,
@@ -89,6 +96,15 @@ struct Stream {
     /// How often the pipe turned out to be no use.
     crammed: u8,
     mode: Mode,
+}
+
+/// The one buffer of a direction.
+#[derive(Debug)]
+struct Kept {
+    bytes: Vec<u8>,
+    /// How much of it is sent.
+    sent: usize,
+    _share: Share,
 }
 
 /// How a stream's bytes are moved.
@@ -164,8 +180,9 @@ impl Pump {
             self.verdict.failed(side)
                 && self.sockets[side as usize].readable
                 && !self.verdict.ended(side)
-                && self.streams[side as usize].kept.is_empty()
+                && self.streams[side as usize].kept.is_none()
                 && io.piped(side) == 0
+                && (self.sockets[side.other() as usize].writable || io.may_keep(READ_SMALL))
         })
     }
 
@@ -201,6 +218,12 @@ impl Pump {
             let size =
                 if self.streams[from as usize].streak >= STREAK { READ_BULK } else { READ_SMALL };
             budget = budget.saturating_sub(size);
+            if !io.may_keep(size) {
+                if !self.forward_scarce(from, io, &mut buffer[..READ_SMALL], moved) {
+                    return false;
+                }
+                continue;
+            }
             match io.receive(from, &mut buffer[..size]) {
                 Ok(0) => self.end_of(from, 0, moved),
                 Ok(received) => {
@@ -222,20 +245,18 @@ impl Pump {
     #[inline]
     fn send_kept(&mut self, from: Side, io: &impl Io, moved: &mut Moved) -> bool {
         let to = from.other();
-        if self.streams[from as usize].kept.is_empty() {
-            return true;
-        }
-        while self.sockets[to as usize].writable && !self.verdict.failed(to) {
-            let stream = &mut self.streams[from as usize];
-            match io.send(to, &stream.kept[stream.sent..]) {
+        while let Some(kept) = &mut self.streams[from as usize].kept {
+            if !self.sockets[to as usize].writable || self.verdict.failed(to) {
+                break;
+            }
+            match io.send(to, &kept.bytes[kept.sent..]) {
                 Ok(sent) => {
                     moved.sent = true;
                     self.verdict.sent_to(to);
-                    stream.sent += sent;
-                    if stream.sent == stream.kept.len() {
+                    kept.sent += sent;
+                    if kept.sent == kept.bytes.len() {
                         // Freed, not cleared: an idle session holds no buffer.
-                        stream.kept = Vec::new();
-                        stream.sent = 0;
+                        self.streams[from as usize].kept = None;
                         return true;
                     }
                     // send(2) took less than it was given: no more room.
@@ -244,13 +265,11 @@ impl Pump {
                 Err(error) => self.send_error(to, &error),
             }
         }
-        let failed = self.verdict.failed(to);
-        if failed {
-            let stream = &mut self.streams[from as usize];
-            stream.kept = Vec::new();
-            stream.sent = 0;
+        let stream = &mut self.streams[from as usize];
+        if self.verdict.failed(to) {
+            stream.kept = None;
         }
-        failed
+        stream.kept.is_none()
     }
 
     /// Sends what was just received, and keeps what does not go out.
@@ -274,7 +293,9 @@ impl Pump {
             // The receiver is the bottleneck: big reads would only pin memory.
             stream.streak = 0;
             stream.mode = if stream.mode == Mode::Bulk { Mode::Copy } else { stream.mode };
-            stream.kept = bytes[sent..].to_vec();
+            let rest = &bytes[sent..];
+            let _share = io.keep(rest.len());
+            stream.kept = Some(Box::new(Kept { bytes: rest.to_vec(), sent: 0, _share }));
         }
     }
 

@@ -12,6 +12,7 @@ use super::pump::{Io, Pump, READ_BULK};
 use super::shell::State;
 use super::verdict::{Moved, Next, Verdict};
 use crate::clock;
+use crate::net::budget::{Budget, Share};
 use crate::net::epoll::{BATCH, Batch, Epoll, Readiness as Event};
 use crate::net::pipe::{Fill, Pipe, Pipes};
 use crate::net::{reactor, stream};
@@ -19,6 +20,7 @@ use crate::proxy::close::{Cause, Side};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
@@ -32,6 +34,7 @@ pub(super) struct Readiness {
     /// Read into and sent from; what is left over moves to the flow.
     buffer: Box<[u8]>,
     pipes: Pipes,
+    budget: Arc<Budget>,
     batch: Batch,
     /// Tells a flow's registration from an earlier one in the same slot.
     registrations: u32,
@@ -69,18 +72,20 @@ struct Wires<'a> {
     sockets: &'a Sockets,
     own: &'a mut [Option<Box<Pipe>>; 2],
     pool: &'a mut Pipes,
+    budget: &'a Arc<Budget>,
 }
 
 // === impl Readiness ===
 
 impl Readiness {
     /// On the current thread's runtime.
-    pub(super) fn new() -> io::Result<Readiness> {
+    pub(super) fn new(budget: Arc<Budget>) -> io::Result<Readiness> {
         Ok(Readiness {
             epoll: reactor::watch_readable(Epoll::new()?)?,
             again: VecDeque::new(),
             buffer: vec![0; READ_BULK].into_boxed_slice(),
-            pipes: Pipes::default(),
+            pipes: Pipes::new(Arc::clone(&budget)),
+            budget,
             batch: Batch::new(),
             registrations: 0,
         })
@@ -88,8 +93,12 @@ impl Readiness {
 
     /// Moves what can be moved on one flow.
     fn turn(&mut self, key: u32, flow: &mut Flow, moved: &mut Moved) -> Next {
-        let mut wires =
-            Wires { sockets: &flow.sockets, own: &mut flow.pipes, pool: &mut self.pipes };
+        let mut wires = Wires {
+            sockets: &flow.sockets,
+            own: &mut flow.pipes,
+            pool: &mut self.pipes,
+            budget: &self.budget,
+        };
         let next = flow.pump.turn(&mut wires, &mut self.buffer, moved);
         for side in Side::BOTH {
             if flow.watched[side as usize] == Watched::Arrivals && flow.pump.is_full(side) {
@@ -324,6 +333,19 @@ impl Io for Wires<'_> {
     #[inline]
     fn receive(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize> {
         stream::receive(self.sockets.of(side)?, buffer)
+    }
+
+    fn peek(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize> {
+        stream::peek(self.sockets.of(side)?, buffer)
+    }
+
+    #[inline]
+    fn may_keep(&self, bytes: usize) -> bool {
+        self.budget.has(bytes)
+    }
+
+    fn keep(&self, bytes: usize) -> Share {
+        self.budget.take(bytes)
     }
 
     #[inline]

@@ -5,6 +5,7 @@
 
 use super::flow::{Limits, Meter};
 use super::verdict::Moved;
+use crate::proxy::close::Cause;
 use std::time::{Duration, Instant};
 
 /// Sessions younger than this get no keepalive or user timeout on the upstream
@@ -14,6 +15,7 @@ const LIVENESS_AFTER: Duration = Duration::from_secs(10);
 /// A session's timers and meter.
 #[derive(Debug)]
 pub(super) struct Relaying {
+    first_byte: Limit,
     idle: Limit,
     half_closed: Limit,
     keepalive: Limit,
@@ -59,6 +61,7 @@ impl Limit {
 impl Relaying {
     pub(super) fn new(limits: Limits, meter: Meter, now: Instant) -> Relaying {
         Relaying {
+            first_byte: limits.first_byte.into(),
             idle: limits.idle.into(),
             half_closed: limits.half_closed.into(),
             keepalive: limits.keepalive.into(),
@@ -71,8 +74,16 @@ impl Relaying {
         }
     }
 
-    fn limit(&self, half_closed: bool) -> Option<Duration> {
-        if half_closed { self.half_closed.get() } else { self.idle.get() }
+    /// How long nothing may move, and what it is called when that is over. Who
+    /// has ended its side is not one that keeps its first byte back.
+    fn limit(&self, half_closed: bool) -> Option<(Duration, Cause)> {
+        if half_closed {
+            return self.half_closed.get().map(|limit| (limit, Cause::HalfClosedTimeout));
+        }
+        let idle = self.idle.get().map(|limit| (limit, Cause::IdleTimeout));
+        let first_byte = self.first_byte.get().filter(|_| self.answer == Answer::NobodySpoke);
+        let first_byte = first_byte.map(|limit| (limit, Cause::FirstByteTimeout));
+        [first_byte, idle].into_iter().flatten().min_by_key(|(limit, _)| *limit)
     }
 
     /// The upstream leg's keepalive and user timeout.
@@ -80,10 +91,10 @@ impl Relaying {
         (self.keepalive.get(), self.user_timeout.get())
     }
 
-    /// Whether nothing has moved for as long as is allowed.
-    pub(super) fn is_idle(&self, half_closed: bool, now: Instant) -> bool {
+    /// The time limit that is over: nothing has moved for as long as is allowed.
+    pub(super) fn overdue(&self, half_closed: bool, now: Instant) -> Option<Cause> {
         let idle = now.saturating_duration_since(self.last_activity);
-        self.limit(half_closed).is_some_and(|limit| idle >= limit)
+        self.limit(half_closed).filter(|(limit, _)| idle >= *limit).map(|(_, cause)| cause)
     }
 
     /// Whether the upstream's keepalive is to be switched on now; once.
@@ -93,7 +104,7 @@ impl Relaying {
 
     /// When to look at the timers next.
     pub(super) fn due(&self, half_closed: bool, now: Instant) -> Instant {
-        let idle = self.limit(half_closed).map(|limit| self.last_activity + limit);
+        let idle = self.limit(half_closed).map(|(limit, _)| self.last_activity + limit);
         // Both off: look again in a day.
         let never = now + Duration::from_secs(86_400);
         [idle, self.liveness_due].into_iter().flatten().min().unwrap_or(never)

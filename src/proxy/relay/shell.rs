@@ -246,6 +246,11 @@ impl<M: Mover> Shell<M> {
         .await
     }
 
+    pub(super) fn client_left_silently(&self, key: u32) -> bool {
+        let left = |client| matches!(stream::peek(client, &mut [0]), Ok(0));
+        M::client(&self.state.borrow().flows[key as usize].flow).is_some_and(left)
+    }
+
     pub(super) fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<Relayed> {
         {
             let entry = &mut self.hold().flows[key as usize];
@@ -331,12 +336,10 @@ impl<M: Mover> Shell<M> {
         self.pace.hurry(&state.mover);
     }
 
-    /// Ends every flow, whatever it is doing; gives their number.
     pub(super) fn cut_all(&self, cause: Cause) -> usize {
         self.cut_where(cause, |_| true)
     }
 
-    /// Ends every relayed flow of one backend; gives their number.
     pub(super) fn cut_backend(&self, backend: BackendId, cause: Cause) -> usize {
         self.cut_where(
             cause,
@@ -389,7 +392,6 @@ impl<M: Mover> Shell<M> {
         }
     }
 
-    /// Handles what has happened, up to a turn's worth.
     fn turn(&self) -> io::Result<Round> {
         let mut busy = false;
         let mut ends_at = None;

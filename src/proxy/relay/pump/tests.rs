@@ -2,11 +2,13 @@
 //! order of events.
 
 use super::*;
+use crate::net::budget::Budget;
 use crate::proxy::close::Side::{Backend, Client};
 use crate::proxy::close::{Cause, Ending, Phase};
 use proptest::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// Two sockets whose peers are played by the test.
 #[derive(Default)]
@@ -16,6 +18,7 @@ struct Script {
     pipes_left: usize,
     /// Whether pipes turn out to be full of little.
     crams: bool,
+    budget: Arc<Budget>,
 }
 
 #[derive(Default)]
@@ -46,6 +49,24 @@ impl Io for Script {
                 Err(io::Error::from_raw_os_error(errno))
             }
         }
+    }
+
+    fn peek(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize> {
+        let fake = &self.sockets[side as usize];
+        let arrived = fake.arrived.borrow().clone();
+        if arrived.is_empty() {
+            return self.receive(side, buffer);
+        }
+        arrived.iter().zip(&mut *buffer).for_each(|(byte, slot)| *slot = *byte);
+        Ok(arrived.len().min(buffer.len()))
+    }
+
+    fn may_keep(&self, bytes: usize) -> bool {
+        self.budget.has(bytes)
+    }
+
+    fn keep(&self, bytes: usize) -> Share {
+        self.budget.take(bytes)
     }
 
     fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize> {
@@ -159,6 +180,11 @@ impl Bench {
         self.edge(side);
     }
 
+    /// Nothing may be kept (in the copying modes; pipes have their own count).
+    fn spend(&mut self, all: bool) {
+        self.script.budget.set_max(if all { 0 } else { usize::MAX });
+    }
+
     fn sent_to(&self, side: Side) -> Vec<u8> {
         self.script.sockets[side as usize].sent.borrow().clone()
     }
@@ -169,7 +195,8 @@ impl Bench {
 
     fn kept(&self) -> usize {
         let piped: usize = Side::BOTH.into_iter().map(|side| self.script.piped(side)).sum();
-        self.pump.streams.iter().map(|stream| stream.kept.capacity()).sum::<usize>() + piped
+        let kept = self.pump.streams.iter().filter_map(|stream| stream.kept.as_ref());
+        kept.map(|kept| kept.bytes.capacity()).sum::<usize>() + piped
     }
 }
 
@@ -359,6 +386,35 @@ fn a_reader_that_stalls_pins_one_read_and_no_more() {
 }
 
 #[test]
+fn where_the_budget_is_spent_nothing_is_kept_and_nothing_lost() {
+    let mut bench = Bench::new(0);
+    bench.spend(true);
+    for _ in 0..100 {
+        bench.arrive(Client, &[7; READ_SMALL]);
+        bench.make_room(Backend, 1000);
+    }
+    assert_eq!(bench.kept(), 0);
+    assert_eq!(bench.sent_to(Backend).len(), 100 * 1000);
+    assert_eq!(bench.received[Client as usize], 100 * 1000, "no more is taken than is sent");
+    assert!(bench.script.budget.refused() > 0);
+    bench.end(Client, 0);
+    assert!(!bench.fin_sent_to(Backend));
+
+    bench.make_room(Backend, usize::MAX / 2);
+    assert_eq!(bench.sent_to(Backend).len(), 100 * READ_SMALL);
+    assert!(bench.fin_sent_to(Backend));
+}
+
+#[test]
+fn what_is_kept_is_counted_until_it_is_sent() {
+    let mut bench = Bench::new(10);
+    bench.arrive(Client, &[7; 100]);
+    assert_eq!(bench.script.budget.used(), 90);
+    bench.make_room(Backend, 1000);
+    assert_eq!(bench.script.budget.used(), 0);
+}
+
+#[test]
 fn a_firehose_gives_others_their_turn() {
     let mut bench = Bench::new(usize::MAX);
     bench.script.sockets[Client as usize].arrived.borrow_mut().extend(vec![1; 4 * BYTES_A_TURN]);
@@ -410,9 +466,11 @@ proptest! {
     fn every_byte_before_a_fin_arrives_once_and_in_order(
         acts in prop::collection::vec(act(), 0..40),
         pipes in 0..3usize,
+        spent in any::<bool>(),
     ) {
         let mut bench = Bench::new(0);
         bench.script.pipes_left = pipes;
+        bench.spend(spent);
         let mut owed: [Vec<u8>; 2] = Default::default();
         let mut next_byte = 0u8;
         for act in acts {
@@ -453,9 +511,11 @@ proptest! {
         acts in prop::collection::vec(act(), 0..20),
         failing in any::<bool>(),
         pipes in 0..3usize,
+        spent in any::<bool>(),
     ) {
         let mut bench = Bench::new(0);
         bench.script.pipes_left = pipes;
+        bench.spend(spent);
         for act in acts {
             match act {
                 Act::Arrive(from, size) => bench.arrive(side(from), &vec![1; size]),

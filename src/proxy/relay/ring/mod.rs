@@ -8,6 +8,7 @@
 
 mod bulk;
 mod queue;
+mod shortage;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -17,24 +18,27 @@ use super::pace::Pace;
 use super::shell::State;
 use super::verdict::{Moved, Next, Verdict};
 use crate::clock;
+use crate::net::budget::Budget;
 use crate::net::pipe::Pipes;
 use crate::net::ring::{BUFFER_LEN, Counts, Event, Ring, Settings, Wake};
 use crate::net::{reactor, stream};
 use crate::proxy::close::Side;
 use crate::telemetry::counters::{RingEvent, WorkerCounters};
+use shortage::{Fed, Larder};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use streams::{Fed, Flow, Meaning};
+use streams::{Flow, Meaning};
 use tokio::io::unix::AsyncFd;
 
 /// 16 MiB at most for a worker, and only as much as was ever in use at once.
 /// 256 were enough for 512 busy sessions and 64 cost them 20 %; the rest is for
 /// slow readers, each of which pins eight. Where they run out, sessions go on
-/// with a buffer each of their own, slower. Few are shown at first: those stay
+/// with a buffer each of their own, slower, and where the process's budget has no
+/// room for that, with none. Few are shown at first: those stay
 /// in the cache, and a sender faster than its reader fills no more than those
 /// before it is stopped. But one system call completes up to forty receives
 /// (twice twenty pieces of deferred work), and each needs one: showing sixteen
@@ -58,7 +62,7 @@ pub(super) struct Ringed {
     /// Sides not received from since the last tick.
     stalled: Vec<(u32, Side)>,
     /// For reading where there is no buffer.
-    scratch: Box<[u8]>,
+    larder: Larder,
     /// Starvations seen at the last tick, and ticks since there was one.
     starved_before: u64,
     quiet_ticks: u32,
@@ -71,16 +75,16 @@ pub(super) struct Ringed {
 
 impl Ringed {
     /// On the current thread and its runtime.
-    pub(super) fn new(settings: Settings) -> io::Result<Ringed> {
+    pub(super) fn new(settings: Settings, budget: Arc<Budget>) -> io::Result<Ringed> {
         let ring = Ring::new(settings)?;
         let bell = reactor::watch_readable(ring.wake())?;
         Ok(Ringed {
             ring,
             bell,
-            pipes: Pipes::default(),
+            pipes: Pipes::new(Arc::clone(&budget)),
             starved: VecDeque::new(),
             stalled: Vec::new(),
-            scratch: vec![0; BUFFER_LEN].into_boxed_slice(),
+            larder: Larder::new(budget),
             starved_before: 0,
             quiet_ticks: 0,
             shown_by: None,
@@ -108,6 +112,14 @@ impl Ringed {
         add(RingEvent::Resumed, |counts| counts.resumed);
         add(RingEvent::Stray, |counts| counts.strays);
         add(RingEvent::StaleFlag, |counts| counts.stale_flags);
+    }
+
+    /// Shows how much of the pool holds received bytes.
+    fn show_held(&self) {
+        let Some(worker) = &self.shown_by else { return };
+        let ring = &self.ring;
+        let idle = ring.buffers_free() + ring.buffers_shown();
+        worker.ring_held.set((ring.buffers_total().saturating_sub(idle) * BUFFER_LEN) as u64);
     }
 
     #[inline]
@@ -148,14 +160,17 @@ impl Ringed {
             if !entry.is_relaying() || !entry.flow.is_starved(side) {
                 continue;
             }
-            let Ringed { ring, scratch, starved, stalled, .. } = &mut state.mover;
+            let Ringed { ring, larder, starved, stalled, .. } = &mut state.mover;
             let mut moved = Moved::default();
-            match entry.flow.feed(key, side, ring, scratch, &mut moved) {
+            let mut failed = false;
+            match entry.flow.feed(key, side, ring, larder, &mut moved) {
                 Fed::Done => {}
                 Fed::Hungry => starved.push_back((key, side)),
                 Fed::Waits => stalled.push((key, side)),
+                Fed::Failed => failed = true,
             }
             let next = entry.flow.verdict.ending().map_or(Next::Wait, Next::End);
+            state.note_failure(key, failed, pace);
             state.progress(key, &moved, next, pace);
         }
     }
@@ -281,6 +296,7 @@ impl Mover for Ringed {
         mover.stalled = stalled;
         mover.pipes.trim();
         mover.show_counts();
+        mover.show_held();
         let starved = mover.ring.counts().starved;
         if std::mem::replace(&mut mover.starved_before, starved) != starved {
             mover.quiet_ticks = 0;
@@ -297,6 +313,7 @@ impl Mover for Ringed {
         let dozes = self.starved.is_empty() && self.ring.doze();
         if dozes {
             self.show_counts();
+            self.show_held();
         }
         dozes
     }

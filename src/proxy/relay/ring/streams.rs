@@ -15,7 +15,6 @@ use crate::net::ring::{BUFFER_LEN, Chunk, Event, Interest, Op, Ring, What};
 use crate::net::stream;
 use crate::proxy::close::Side;
 use crate::proxy::relay::verdict::{Moved, Verdict};
-use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -77,7 +76,7 @@ pub(in crate::proxy::relay) struct Flow {
     connect: Option<Op>,
     watch: Option<Op>,
     /// Over: nothing new is started, and what still comes is dropped.
-    halted: bool,
+    pub(super) halted: bool,
 }
 
 /// Bytes from one side on their way to the other. Small: idle sessions have two.
@@ -96,12 +95,14 @@ pub(super) struct Stream {
     pub(super) pipe: Option<Box<Pipe>>,
     pub(super) bytes: u64,
     /// Bytes queued or being sent.
-    queued: u32,
+    pub(super) queued: u32,
     /// `queued` at which to cancel the receive, next time.
     cancel_at: u32,
     pub(super) mode: Mode,
     /// Waits for a buffer.
-    starved: bool,
+    pub(super) starved: bool,
+    /// Has no buffer to keep bytes in, and waits for room to send them at once.
+    pub(super) dry: bool,
     /// Already reported as stalled.
     listed: bool,
     /// Full buffers in a row; in bulk, small fills in a row.
@@ -143,17 +144,6 @@ pub(super) enum Meaning {
     Stalled(Side),
     /// That side has failed, and it is news.
     Failed(Side),
-}
-
-/// What came of asking for bytes without a receive in flight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fed {
-    /// It is no longer starved.
-    Done,
-    /// It still is.
-    Hungry,
-    /// It waits for its own bytes to be sent.
-    Waits,
 }
 
 // === tags ===
@@ -262,7 +252,7 @@ impl Flow {
             if let Some(op) = stream.send {
                 ring.nudge(op);
                 asked = true;
-            } else if stream.pipe.is_some()
+            } else if (stream.pipe.is_some() || stream.dry)
                 && let Some(op) = stream.poll
             {
                 // Its end has the pipe tried again: there may be room, though
@@ -400,7 +390,14 @@ impl Flow {
         }
     }
 
-    fn received(&mut self, key: u32, from: Side, chunk: Chunk, ring: &mut Ring, moved: &mut Moved) {
+    pub(super) fn received(
+        &mut self,
+        key: u32,
+        from: Side,
+        chunk: Chunk,
+        ring: &mut Ring,
+        moved: &mut Moved,
+    ) {
         if self.verdict.failed(from.other()) {
             return;
         }
@@ -455,7 +452,7 @@ impl Flow {
     }
 
     /// Passes an end on, once nothing is before it.
-    fn finish(&mut self, from: Side) {
+    pub(super) fn finish(&mut self, from: Side) {
         let stream = &self.streams[from as usize];
         let waits = stream.send.is_some() || stream.pipe.is_some() || !stream.queue.is_empty();
         if waits || !self.verdict.ended(from) {
@@ -484,6 +481,7 @@ impl Flow {
         pipes: &mut Pipes,
         moved: &mut Moved,
     ) -> Meaning {
+        self.streams[side as usize].dry = false;
         match self.streams[side as usize].mode {
             Mode::Bulk => self.splice(key, side, readable, ring, pipes, moved),
             Mode::ToBulk => Meaning::Nothing,
@@ -520,7 +518,7 @@ impl Flow {
         let stream = &self.streams[from as usize];
         stream.receive.is_none()
             && stream.stalled_poll.is_none()
-            && (stream.pipe.is_some() || stream.queued > 0 && stream.poll.is_none())
+            && (stream.pipe.is_some() || stream.dry || stream.queued > 0 && stream.poll.is_none())
             && !stream.starved
             && !self.verdict.ended(from)
             && !self.verdict.failed(from.other())
@@ -539,57 +537,6 @@ impl Flow {
             self.streams[from as usize].stalled_poll = Some(poll);
             self.operations += 1;
         }
-    }
-
-    /// Whether that side waits for a buffer.
-    pub(super) fn is_starved(&self, from: Side) -> bool {
-        !self.halted && self.streams[from as usize].starved
-    }
-
-    /// Gets a starved side going again: with a receive where there are buffers,
-    /// else by reading through `scratch` what its empty queue can take.
-    pub(super) fn feed(
-        &mut self,
-        key: u32,
-        from: Side,
-        ring: &mut Ring,
-        scratch: &mut [u8],
-        moved: &mut Moved,
-    ) -> Fed {
-        let stream = &mut self.streams[from as usize];
-        if ring.buffers_shown() > 0 {
-            stream.starved = false;
-            self.arm(key, from, ring);
-            return Fed::Done;
-        }
-        if stream.queued > 0 {
-            // The end of the send tries again.
-            stream.starved = false;
-            return Fed::Waits;
-        }
-        let Some(socket) = &self.sockets[from as usize] else { return Fed::Done };
-        match stream::receive(socket, scratch) {
-            Ok(0) => {
-                stream.starved = false;
-                self.end_of(from, 0, moved);
-            }
-            Ok(received) => {
-                let chunk = Chunk::copied(&scratch[..received]);
-                self.received(key, from, chunk, ring, moved);
-                return Fed::Hungry;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Fed::Hungry,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                stream.starved = false;
-                self.wait(key, from, Use::Readable, ring);
-            }
-            Err(error) => {
-                stream.starved = false;
-                self.end_of(from, error.raw_os_error().unwrap_or(libc::EIO), moved);
-            }
-        }
-        self.finish(from);
-        Fed::Done
     }
 }
 

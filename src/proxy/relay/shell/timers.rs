@@ -8,7 +8,6 @@ use super::super::mover::Mover;
 use super::super::pace::Pace;
 use super::{Stage, State};
 use crate::net::stream;
-use crate::proxy::close::Cause;
 use std::time::Duration;
 
 /// How long an ended session's operations may take to come back before its
@@ -78,14 +77,13 @@ impl<M: Mover> State<M> {
         let entry = &mut self.flows[key as usize];
         let Stage::Relaying(relaying) = &mut entry.stage else { return };
         let half_closed = M::verdict(&entry.flow).closed_first().is_some();
-        if relaying.is_idle(half_closed, self.now) {
+        if let Some(cause) = relaying.overdue(half_closed, self.now) {
             if !relaying.asked && self.mover.ask_progress(&mut entry.flow) {
                 // The answer is there by the next tick, if there is one.
                 relaying.asked = true;
                 self.wheel.arm(key, pace.tick_at(self.now) + 2);
                 return;
             }
-            let cause = if half_closed { Cause::HalfClosedTimeout } else { Cause::IdleTimeout };
             self.end_by_us(key, cause, pace);
             return;
         }

@@ -248,8 +248,8 @@ fn a_dropped_engine_lets_go_of_every_socket() {
         let peers = std::cell::RefCell::new(Vec::new());
         let main = async {
             let engine = match ring {
-                None => Engine::readiness(None).unwrap(),
-                Some(settings) => Engine::ring(None, settings).unwrap(),
+                None => Engine::readiness(None, Arc::default()).unwrap(),
+                Some(settings) => Engine::ring(None, settings, Arc::default()).unwrap(),
             };
             let task = tokio::task::spawn_local(engine.clone().run());
             let rig = Rig::new(engine);

@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// No timers.
 const FOREVER: Limits =
-    Limits { idle: None, half_closed: None, keepalive: None, user_timeout: None };
+    Limits { first_byte: None, idle: None, half_closed: None, keepalive: None, user_timeout: None };
 
 /// An engine that runs, and whom its flows are counted for.
 #[derive(Clone)]
@@ -44,11 +44,15 @@ struct Session {
 /// A ring that starves all the time.
 const TINY: RingSettings = RingSettings { buffers: 4, shown: 2 };
 
-/// Runs `test` on each engine, and on a ring that has hardly any buffers.
+/// Runs `test` on each engine, also on a ring that has hardly any buffers, and
+/// where the budget allows none.
 fn on_each<F: Future<Output = ()>>(test: impl Fn(Rig) -> F) {
-    on(Runtime::Epoll, || Engine::readiness(None), &test);
-    on(Runtime::IoUring, || Engine::ring(None, RING_SETTINGS), &test);
-    on(Runtime::IoUring, || Engine::ring(None, TINY), &test);
+    for max in [usize::MAX, 0] {
+        let budget = || Arc::new(Budget::new(max));
+        on(Runtime::Epoll, || Engine::readiness(None, budget()), &test);
+        on(Runtime::IoUring, || Engine::ring(None, TINY, budget()), &test);
+    }
+    on(Runtime::IoUring, || Engine::ring(None, RING_SETTINGS, Arc::default()), &test);
 }
 
 fn on<F: Future<Output = ()>>(

@@ -1,0 +1,97 @@
+//! Storms of clients that reset, and of clients that connect and close: nothing
+//! is left behind, and others are served meanwhile.
+
+use crate::common::client::{self, connect, try_connect};
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::{PROGRAM, TestProxy};
+use crate::common::{Engine, eventually, long, measured, on_every_engine_alone, secs};
+use crate::slow::Service;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+on_every_engine_alone!(
+    storm_of_resets_leaves_others_served_and_no_memory_taken,
+    flood_of_connects_and_closes_leaves_others_served_and_no_memory_taken,
+);
+
+/// What is left of memory between two storms alike: caches, not leaks.
+const LEFT_KIB_MAX: u64 = 2048;
+
+fn lasting() -> Duration {
+    if long() { secs(30) } else { secs(2) }
+}
+
+fn start(engine: Engine) -> (TestProxy, Service) {
+    let backend = Service::start("echo");
+    let others = Pool::new("others").backend("a", backend.address);
+    let conf = Conf::new(engine).frontend("others", "others", "");
+    (TestProxy::start(conf.pool(others)), backend)
+}
+
+/// Runs `storm` twice beside other clients; gives how many sessions a second it
+/// made and how long the slowest of the others took.
+fn endure(proxy: &TestProxy, storm: impl Fn() + Sync) -> (f64, Duration) {
+    let (mut rate, mut slowest, mut memory) = (0.0_f64, Duration::ZERO, Vec::new());
+    let sessions = || proxy.metric("tidegate_sessions_total", &[]);
+    for _ in 0..2 {
+        let (over, begun, before) = (AtomicBool::new(false), Instant::now(), sessions());
+        let mut others = 0_u32;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                storm();
+                over.store(true, Ordering::Relaxed);
+            });
+            while !over.load(Ordering::Relaxed) {
+                let start = Instant::now();
+                let stream = connect(proxy.addr("others"));
+                assert_eq!(client::exchange(&stream, b"well").unwrap(), b"well");
+                slowest = slowest.max(start.elapsed());
+                others += 1;
+            }
+        });
+        // Each of them was; a full queue of the kernel's costs it a second.
+        assert!(others > 0, "no others were served");
+        rate = rate.max((sessions() - before - f64::from(others)) / begun.elapsed().as_secs_f64());
+        eventually(secs(20), "every session has ended", || {
+            proxy.metric("tidegate_sessions_active", &[]) == 0.0
+        });
+        memory.push(proxy.rss_kib());
+    }
+    measured(&format!(
+        "{rate:.0} sessions a second; slowest of the others {slowest:.1?}; resident {memory:?} KiB"
+    ));
+    assert!(memory[1] <= memory[0] + LEFT_KIB_MAX, "{memory:?} KiB after each");
+    (rate, slowest)
+}
+
+fn storm_of_resets_leaves_others_served_and_no_memory_taken(engine: Engine) {
+    let (proxy, _backend) = start(engine);
+    let seconds = format!("{}s", lasting().as_secs());
+    let to = proxy.addr("others").to_string();
+    let (rate, _) = endure(&proxy, || {
+        let mut storm = Command::new(PROGRAM);
+        storm.args(["bench", "--to", &to, "--close", "reset", "--for", &seconds, "short"]);
+        assert!(storm.stdout(Stdio::null()).status().expect("run the storm").success());
+    });
+    assert!(rate > 200.0, "{rate} a second are no storm");
+}
+
+fn flood_of_connects_and_closes_leaves_others_served_and_no_memory_taken(engine: Engine) {
+    let (proxy, _backend) = start(engine);
+    let address = proxy.addr("others");
+    let (rate, _) = endure(&proxy, || {
+        let until = Instant::now() + lasting();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    while Instant::now() < until {
+                        // Ports may run short for a moment: then there is no flood.
+                        let _ = try_connect(address).map(drop);
+                    }
+                });
+            }
+        });
+    });
+    assert!(rate > 200.0, "{rate} a second are no flood");
+}
