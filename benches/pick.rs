@@ -159,6 +159,7 @@ fn spec(balance: Policy) -> Arc<config::Pool> {
     Arc::new(config::Pool {
         name: "web".into(),
         balance,
+        source: [].into(),
         connect_timeout: Duration::from_secs(5),
         connect_attempts: 3,
         when_none_eligible: WhenNoneEligible::Refuse,

@@ -8,6 +8,9 @@ use super::bind::Listening;
 use super::guard::Entrance;
 use super::routes::{Api, router};
 use super::{AdminListener, Readiness, Request, TokenStore};
+use crate::clock;
+use crate::net::errno;
+use crate::telemetry::counters::{LocalAt, WorkerCounters};
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
@@ -45,6 +48,9 @@ const FIRST_REQUEST_STEP: Duration = Duration::from_millis(5);
 /// Pause after a failed accept (no descriptors, say), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Failed accepts are told of at most so often.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
+
 /// A request's head may be this long; beyond it the answer is 431.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 
@@ -68,6 +74,7 @@ pub async fn serve(
     tokens: Arc<TokenStore>,
     requests: mpsc::Sender<Request>,
     readiness: Readiness,
+    counters: Arc<WorkerCounters>,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let AdminListener { socket, file: _file, .. } = listener;
@@ -81,7 +88,8 @@ pub async fn serve(
     let routes = router(Arc::new(Api { entrance, tokens, requests, readiness }));
     let (closing, _) = watch::channel(false);
     let mut connections = JoinSet::new();
-    accept_until(stop, &acceptor, &routes, &closing, &mut connections).await;
+    let accepting = Accepting { acceptor: &acceptor, counters: &counters };
+    accept_until(stop, accepting, &routes, &closing, &mut connections).await;
     drop(acceptor);
     closing.send_replace(true);
     // Whatever is left after that is cut off.
@@ -89,15 +97,22 @@ pub async fn serve(
     Ok(())
 }
 
+/// Where connections come from, and where trouble with that is counted.
+struct Accepting<'a> {
+    acceptor: &'a Acceptor,
+    counters: &'a WorkerCounters,
+}
+
 async fn accept_until(
     stop: impl Future<Output = ()>,
-    acceptor: &Acceptor,
+    Accepting { acceptor, counters }: Accepting<'_>,
     routes: &Router,
     closing: &watch::Sender<bool>,
     connections: &mut JoinSet<()>,
 ) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut stop = pin!(stop);
+    let mut told = None;
     loop {
         while connections.try_join_next().is_some() {}
         let next = async {
@@ -115,7 +130,12 @@ async fn accept_until(
             }
             Ok(Stream::Tcp(stream)) => connections.spawn(connection(stream, routes, closing, slot)),
             Err(error) => {
-                tracing::warn!(%error, "the admin API cannot accept a connection");
+                counters.local_trouble(errno::local_kind(&error), LocalAt::Admin);
+                let now = clock::now();
+                if told.is_none_or(|told| now >= told + TELL_AGAIN) {
+                    told = Some(now);
+                    tracing::warn!(%error, "the admin API cannot accept a connection");
+                }
                 tokio::select! {
                     () = &mut stop => return,
                     () = sleep(ACCEPT_PAUSE) => continue,

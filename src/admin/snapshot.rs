@@ -6,6 +6,7 @@
 
 use super::process::ProcessFacts;
 use crate::control::ControlStatus;
+use crate::control::ports::{PortLimits, PortWatch};
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
 use std::net::SocketAddr;
@@ -45,6 +46,16 @@ pub struct Snapshot<'a> {
     pub connections_max: u32,
     /// Settings that were accepted and wait for a restart, in words.
     pub warnings: &'a [String],
+    /// What runs short on this machine, in words.
+    pub troubles: &'a [String],
+    /// What the control thread counts of trouble of our own.
+    pub control_counts: &'a WorkerCounters,
+    /// Lines of the program's log that were lost.
+    pub log_dropped: u64,
+    /// Local ports in use.
+    pub ports: &'a PortWatch,
+    /// What the kernel has of those.
+    pub port_limits: PortLimits,
     /// What the kernel says of the process.
     pub process: ProcessFacts,
     /// What the receiver of heartbeats has counted.

@@ -28,7 +28,7 @@ struct Document<'a> {
     connections_active: u32,
     connections_max: u32,
     /// Settings that wait for a restart.
-    warnings: &'a [String],
+    warnings: Vec<&'a String>,
     /// `null` where no pool takes heartbeats.
     heartbeat: Option<Heartbeats<'a>>,
     frontends: Vec<Frontend<'a>>,
@@ -175,7 +175,7 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
         state: snapshot.state.name(),
         connections_active: snapshot.connections_active,
         connections_max: snapshot.connections_max,
-        warnings: snapshot.warnings,
+        warnings: snapshot.warnings.iter().chain(snapshot.troubles).collect(),
         heartbeat: control.heartbeat.as_ref().map(|status| heartbeats(status, snapshot)),
         frontends: control.frontends.iter().map(frontend).collect(),
         pools: control.pools.iter().map(|p| pool(p, snapshot.latency, snapshot.now)).collect(),
@@ -333,6 +333,7 @@ mod tests {
     use crate::admin::snapshot::{HeartbeatCounts, ReloadCounts, ServiceState};
     use crate::clock;
     use crate::control::ControlStatus;
+    use crate::control::ports::{PortLimits, PortWatch, Reuse};
     use crate::health::{Intent, Observation};
     use crate::proxy::close::{Cause, Phase, RefusedReason};
     use crate::table::state::{BackendId, FrontendId, FrontendState};
@@ -387,6 +388,11 @@ mod tests {
             connections_active: 5,
             connections_max: 100,
             warnings: &["workers waits".to_owned()],
+            troubles: &[],
+            control_counts: &WorkerCounters::new(1, 1),
+            log_dropped: 0,
+            ports: &PortWatch::default(),
+            port_limits: PortLimits { ports: 28_232, reuse: Reuse::Loopback },
             process: ProcessFacts::default(),
             heartbeats: &HeartbeatCounts::default(),
         });

@@ -14,6 +14,7 @@ use super::notify::Notifier;
 use super::pid_file::PidFile;
 use super::start::SessionCap;
 use super::upgrade::{UpgradeEvent, Upgrades};
+use super::upkeep::Upkeep;
 use crate::admin::process::ProcessFacts;
 use crate::admin::{self, Readiness, ReloadCounts, Request, ServiceState, Snapshot, TokenStore};
 use crate::clock;
@@ -85,6 +86,12 @@ pub(super) struct Control {
     /// `None` only at the very start.
     pub(super) admin: Option<AdminApi>,
     pub(super) pid_file: Option<PidFile>,
+    pub(super) pid_file_failures: u64,
+    /// What this thread counts.
+    pub(super) local: Arc<WorkerCounters>,
+    pub(super) upkeep: Upkeep,
+    /// Of the processes before.
+    pub(super) log_dropped_before: u64,
 }
 
 /// Signals the process obeys; pending for ever where it does not.
@@ -111,6 +118,8 @@ enum Woken {
     Upgrade(UpgradeEvent),
     /// The service manager wants to hear of us.
     Beat,
+    /// Time to look after what was put off, and what runs out.
+    Upkeep,
 }
 
 impl Control {
@@ -134,11 +143,12 @@ impl Control {
                 Woken::Signal(Caught::Stop(name)) => self.begin_drain(name),
                 Woken::Signal(Caught::Reload) | Woken::FileChanged => {
                     if self.draining.is_none() && !self.upgrades.holds_reload() {
-                        let _ = self.reload().await;
+                        self.reload_when_told().await;
                     }
                 }
                 Woken::Signal(Caught::Upgrade) => self.begin_upgrade(None, None, None),
                 Woken::Upgrade(event) => self.upgrade_event(event).await,
+                Woken::Upkeep => self.upkeep().await,
                 Woken::Beat => self.notifier.beat(clock::now()),
                 Woken::Request(request) => self.answer(request).await,
                 Woken::Reports => self.take_reports(),
@@ -174,6 +184,7 @@ impl Control {
     ) -> Woken {
         let now = clock::now();
         let due = self.controller.next_due().unwrap_or(now + FAR).min(now + FAR);
+        let upkeep_due = self.upkeep.next();
         let beat_due = self.notifier.next_beat(now);
         let drain_due = self.draining.as_ref().map_or(now + FAR, Draining::next_look);
         tokio::select! {
@@ -186,6 +197,7 @@ impl Control {
             event = self.upgrades.next() => Woken::Upgrade(event),
             () = tokio::time::sleep_until(beat_due.into()) => Woken::Beat,
             () = tokio::time::sleep_until(due.into()) => Woken::Due,
+            () = tokio::time::sleep_until(upkeep_due.into()) => Woken::Upkeep,
             () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => Woken::Retiring,
             () = tokio::time::sleep_until(drain_due.into()), if self.draining.is_some() => {
                 Woken::DrainStep
@@ -315,6 +327,11 @@ impl Control {
             connections_active: self.shared.in_flight.get(),
             connections_max: table.connections_max,
             warnings: &self.warnings(),
+            troubles: &self.upkeep.troubles(self.controller.backends()),
+            control_counts: &self.local,
+            log_dropped: self.log_dropped(),
+            ports: &self.upkeep.ports,
+            port_limits: self.upkeep.limits(),
             process: ProcessFacts::read(self.started_wall),
             heartbeats: &self.reception.counts(),
         })
@@ -349,15 +366,15 @@ impl Control {
         self.latency.retain(|id| live.contains(&id));
     }
 
+    /// Lines of the log lost by this process and those before.
+    pub(super) fn log_dropped(&self) -> u64 {
+        self.log_dropped_before + self.log.dropped()
+    }
+
     fn watch_file(&self, changed: &Arc<Notify>) -> Option<ConfigWatcher> {
         let notify = Arc::clone(changed);
         match ConfigWatcher::start(&self.path, move || notify.notify_one()) {
-            Ok(watcher) => {
-                if let Some(reason) = watcher.polling_reason() {
-                    tracing::warn!(reason, "the configuration file is polled");
-                }
-                Some(watcher)
-            }
+            Ok(watcher) => Some(watcher),
             Err(error) => {
                 tracing::warn!(%error, "the configuration file is not watched; use SIGHUP");
                 None

@@ -23,6 +23,7 @@ mod pid_file;
 mod reload;
 mod start;
 mod upgrade;
+mod upkeep;
 
 pub use activation::Activated;
 pub use notify::Notifier;

@@ -13,6 +13,7 @@ mod ioctl;
 pub mod limits;
 pub mod listen;
 pub mod pipe;
+pub mod ports;
 pub mod reactor;
 pub mod ring;
 mod sockopt;

@@ -43,6 +43,8 @@ pub struct Pipes {
     /// Since the last [`Pipes::trim`].
     used: bool,
     in_use: Rc<Cell<usize>>,
+    /// Why the kernel gave none, since [`Pipes::trouble`] was last asked.
+    trouble: Option<io::Error>,
 }
 
 #[derive(Debug)]
@@ -125,9 +127,18 @@ impl Pipes {
             return None;
         }
         self.used = true;
-        let ends = self.spare.pop().or_else(|| Ends::new().ok())?;
+        let ends = match self.spare.pop() {
+            Some(ends) => ends,
+            None => Ends::new().map_err(|error| self.trouble = Some(error)).ok()?,
+        };
         self.in_use.set(self.in_use.get() + 1);
         Some(Pipe { ends, holds: 0, _counted: Counted(Rc::clone(&self.in_use)) })
+    }
+
+    /// Why the kernel gave no pipe, once after it did not.
+    #[inline]
+    pub fn trouble(&mut self) -> Option<io::Error> {
+        self.trouble.take()
     }
 
     /// Closes the spare pipes if none was taken since the last call: to be

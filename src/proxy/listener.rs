@@ -14,7 +14,7 @@ use super::slots::Slots;
 use crate::clock;
 use crate::net::{errno, listen, reactor};
 use crate::table::{FrontendRoute, Table};
-use crate::telemetry::counters::LocalError;
+use crate::telemetry::counters::LocalAt;
 use socket2::Socket;
 use std::cell::Cell;
 use std::io;
@@ -63,16 +63,41 @@ enum Taken {
     QueueEmpty,
     AtCap,
     Starved,
+    /// A connection that broke before it was taken.
+    Spoilt,
 }
 
 impl Listener {
-    pub(super) fn new(
+    fn new(
         bind: SocketAddr,
         socket: Arc<Socket>,
         retirement: Rc<Retirement>,
     ) -> io::Result<Listener> {
         let socket = reactor::watch_readable(socket)?;
         Ok(Listener { bind, socket, retirement, last_route: None })
+    }
+
+    /// Listens until retired; where the socket cannot be watched, as soon as it
+    /// can: clients are in its queue already.
+    pub(super) async fn serve(
+        ctx: Rc<Context>,
+        bind: SocketAddr,
+        socket: Arc<Socket>,
+        retirement: Rc<Retirement>,
+    ) {
+        loop {
+            match Listener::new(bind, Arc::clone(&socket), Rc::clone(&retirement)) {
+                Ok(listener) => {
+                    drop(socket);
+                    return listener.run(ctx).await;
+                }
+                Err(error) => ctx.local_trouble(errno::local_kind(&error), LocalAt::Accept, &error),
+            }
+            if retirement.is_released() || retirement.is_over() {
+                return;
+            }
+            tokio::time::sleep(BACK_OFF_MAX).await;
+        }
     }
 
     /// Accepts until it is retired and its queue is empty. Dropping the
@@ -84,7 +109,7 @@ impl Listener {
         {
             match self.take_some(&ctx) {
                 Taken::QueueEmpty if self.retirement.is_over() => {}
-                Taken::One => {
+                Taken::One | Taken::Spoilt => {
                     back_off = BACK_OFF_MIN;
                     tokio::task::yield_now().await;
                 }
@@ -112,13 +137,16 @@ impl Listener {
             self.last_route = Some((table.generation, Arc::clone(route)));
         }
         let Some((generation, route)) = self.last_route.clone() else { return Taken::QueueEmpty };
+        // An errno that comes for every connection is no single connection's.
+        let mut all_spoilt = true;
         for _ in 0..ACCEPTS_A_WAKE {
             match self.take_one(ctx, &table, generation, &route) {
-                Taken::One => {}
+                Taken::One => all_spoilt = false,
+                Taken::Spoilt => {}
                 stopped => return stopped,
             }
         }
-        Taken::One
+        if all_spoilt { Taken::Starved } else { Taken::One }
     }
 
     fn take_one(
@@ -128,6 +156,9 @@ impl Listener {
         generation: u64,
         route: &Arc<FrontendRoute>,
     ) -> Taken {
+        if ctx.is_short() {
+            return Taken::Starved;
+        }
         let shared = &ctx.shared;
         let slots = match Slots::take(shared, table, route) {
             Ok(slots) => slots,
@@ -142,10 +173,9 @@ impl Listener {
                 Taken::One
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Taken::QueueEmpty,
-            Err(error) if errno::accept_may_go_on(&error) => Taken::One,
+            Err(error) if errno::accept_may_go_on(&error) => Taken::Spoilt,
             Err(error) => {
-                let kind = errno::local_trouble(&error).unwrap_or(LocalError::Other);
-                ctx.counters.local_errors.cell(kind as usize, 0).add(1);
+                ctx.local_trouble(errno::local_kind(&error), LocalAt::Accept, &error);
                 Taken::Starved
             }
         }

@@ -11,10 +11,11 @@ use super::relay::{Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
 use crate::config::Policy;
-use crate::net::stream;
+use crate::net::{errno, stream};
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
 use crate::telemetry::access_log::{Client, SessionRecord};
+use crate::telemetry::counters::LocalAt;
 use crate::telemetry::histograms::Series;
 use std::io;
 use std::net::SocketAddr;
@@ -168,6 +169,16 @@ fn is_early_reset(ending: Ending, waited: Duration) -> bool {
         && waited <= EARLY_MAX
 }
 
+/// Whether the upstream connection was closed by us first: the kernel then keeps
+/// its port for a minute (RFC 9293 section 3.3.2, TIME-WAIT). A reset frees it.
+fn leaves_time_wait(ending: Ending) -> bool {
+    match ending.cause {
+        Cause::Finished | Cause::HalfClosedTimeout => ending.closed_first == Some(Side::Client),
+        Cause::IdleTimeout => true,
+        _ => false,
+    }
+}
+
 /// Closes both sockets the way the session ended: FIN for an end in order and
 /// for idle time-outs, RST for a reset or a cut. What one side had sent before
 /// its reset is given time to reach the other: that socket is given back, to be
@@ -228,6 +239,9 @@ impl Session {
         let totals = story.relayed(&ctx, held.backend(), since, &relayed);
         let ending = relayed.ending;
         judge(&ctx, &mut held, &relayed);
+        if leaves_time_wait(ending) {
+            held.lingers();
+        }
         let Some(last_words) = finish(relayed) else {
             drop(held);
             story.account(&ctx, ending, totals);
@@ -264,7 +278,10 @@ impl Story {
         opened: io::Result<Flow>,
         pick: Result<Reserved, NoBackend>,
     ) -> Result<(Flow, Upstream), Ending> {
-        let flow = opened.map_err(|error| connect::local_ending(Phase::Admit, &error))?;
+        let flow = opened.map_err(|error| {
+            ctx.local_trouble(errno::local_kind(&error), LocalAt::Connect, &error);
+            connect::local_ending(Phase::Admit, &error)
+        })?;
         let (pool, ip) = (&self.route.pool, self.client.ip());
         match connect::dial(ctx, &flow, pool, ip, pick, &mut self.attempts).await {
             Ok(upstream) => Ok((flow, upstream)),
@@ -319,6 +336,10 @@ impl Story {
 
     fn account(self, ctx: &Context, ending: Ending, totals: Totals) {
         let Ending { cause, phase, .. } = ending;
+        if cause == Cause::LocalResource && !matches!(phase, Phase::Admit | Phase::Connect) {
+            let error = io::Error::from_raw_os_error(ending.errno);
+            ctx.local_trouble(errno::local_kind(&error), LocalAt::Relay, &error);
+        }
         ctx.counters.session_end.cell(cause as usize, phase as usize).add(1);
         ctx.counters.ended.add(1);
         if let Some(reason) = RefusedReason::of(ending) {

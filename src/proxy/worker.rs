@@ -256,15 +256,10 @@ async fn serve(ctx: Rc<Context>, inbox: &Mailbox) {
         match command {
             Command::Listen(bind, socket) => {
                 let retirement = Rc::new(Retirement::default());
-                match Listener::new(bind, socket, Rc::clone(&retirement)) {
-                    Ok(listener) => {
-                        listeners.entry(bind).or_default().push(retirement);
-                        tokio::task::spawn_local(listener.run(Rc::clone(&ctx)));
-                    }
-                    Err(error) => {
-                        tracing::error!(worker = ctx.id, %bind, %error, "cannot listen");
-                    }
-                }
+                let serving =
+                    Listener::serve(Rc::clone(&ctx), bind, socket, Rc::clone(&retirement));
+                listeners.entry(bind).or_default().push(retirement);
+                tokio::task::spawn_local(serving);
             }
             Command::Retire(bind) => {
                 for retirement in listeners.remove(&bind).into_iter().flatten() {

@@ -7,6 +7,7 @@
 pub mod build;
 pub mod publish;
 pub mod state;
+pub mod ways;
 
 use crate::balance::trial::TrialId;
 use crate::balance::{Balancer, PickError, PickKey};

@@ -7,3 +7,4 @@
 pub mod access_log;
 pub mod counters;
 pub mod histograms;
+pub mod log_queue;

@@ -31,4 +31,5 @@ mod idle;
 mod passive;
 mod relay;
 mod reload;
+mod shortage;
 mod sources;

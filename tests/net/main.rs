@@ -34,4 +34,5 @@ mod channel;
 mod detection;
 mod emulator;
 mod faults;
+mod ports;
 mod streams;

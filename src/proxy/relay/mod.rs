@@ -72,9 +72,7 @@ impl Engine {
 
     /// Counts what goes on inside for that worker, from now on.
     pub fn count_for(&self, worker: Arc<WorkerCounters>) {
-        if let Kind::Ring(shell) = &self.0 {
-            shell.with_mover(|ringed| ringed.count_for(worker));
-        }
+        either!(self, shell => shell.with_mover(|mover| mover.count_for(worker)));
     }
 
     /// A flow for an accepted client; its reset is noticed before long.

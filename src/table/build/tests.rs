@@ -15,6 +15,7 @@ fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
         spec: Arc::new(config::Pool {
             name: name.into(),
             balance,
+            source: [].into(),
             connect_timeout: Duration::from_secs(5),
             connect_attempts: 3,
             when_none_eligible: WhenNoneEligible::Refuse,

@@ -19,9 +19,9 @@ use super::verdict::{Moved, Next, Verdict};
 use crate::clock;
 use crate::net::pipe::Pipes;
 use crate::net::ring::{BUFFER_LEN, Counts, Event, Ring, Settings, Wake};
-use crate::net::{reactor, stream};
+use crate::net::{errno, reactor, stream};
 use crate::proxy::close::Side;
-use crate::telemetry::counters::{RingEvent, WorkerCounters};
+use crate::telemetry::counters::{LocalAt, RingEvent, WorkerCounters};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -276,6 +276,9 @@ impl Mover for Ringed {
         let mover = &mut state.mover;
         mover.stalled = stalled;
         mover.pipes.trim();
+        if let (Some(error), Some(worker)) = (mover.pipes.trouble(), &mover.shown_by) {
+            worker.local_trouble(errno::local_kind(&error), LocalAt::Relay);
+        }
         mover.show_counts();
         let starved = mover.ring.counts().starved;
         if std::mem::replace(&mut mover.starved_before, starved) != starved {
