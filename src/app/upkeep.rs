@@ -101,7 +101,10 @@ impl Control {
             self.upkeep.reload = false;
             self.reload_when_told().await;
         }
-        if let Some(path) = self.upkeep.pid_file.take() {
+        // Another process's number is to stand there from then on.
+        if let Some(path) = self.upkeep.pid_file.take()
+            && !self.upgrades.handed_over()
+        {
             self.write_pid_file(path);
         }
         if now >= self.upkeep.next_look {
@@ -160,7 +163,8 @@ fn can_read(path: &std::path::Path) -> bool {
 /// it: what comes from many places comes as text.
 fn shortage(message: &str) -> Option<io::Error> {
     let message = message.to_lowercase();
-    let all = [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::ENOBUFS, libc::ENOSPC];
+    // One's words begin with another's: the longer first.
+    let all = [libc::ENFILE, libc::EMFILE, libc::ENOMEM, libc::ENOBUFS, libc::ENOSPC];
     all.into_iter().map(io::Error::from_raw_os_error).find(|error| {
         let text = error.to_string().to_lowercase();
         let words = text.split(" (os error").next().unwrap_or_default();

@@ -34,7 +34,7 @@ pub struct Ways {
 pub struct Way {
     /// `None`: the kernel chooses.
     source: Option<IpAddr>,
-    /// In the milliseconds of [`crate::clock::millis`].
+    /// In the milliseconds of the process's clock.
     spent_until: AtomicU64,
     /// Of a way with an address of its own; the other's are its backend's.
     counts: Option<Sharded<WayCounts>>,

@@ -8,7 +8,9 @@ use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::Running;
-use crate::common::{Engine, client, eventually, have, measured, ms, on_every_engine, secs, skip};
+use crate::common::{
+    Engine, client, eventually, have, measured, ms, on_every_engine, proc, secs, skip,
+};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::OpenOptionsExt;
@@ -110,9 +112,9 @@ impl Injected {
 
     /// Lets go, in order: a killed tracer would leave threads stopped for a moment.
     fn stop(self) {
-        crate::common::proc::signal(self.0.pid(), rustix::process::Signal::TERM);
+        proc::signal(self.0.pid(), rustix::process::Signal::TERM);
         let pid = self.0.pid();
-        eventually(secs(10), "strace has ended", || crate::common::proc::is_dead(pid));
+        eventually(secs(10), "strace has ended", || proc::is_dead(pid));
     }
 }
 
@@ -127,9 +129,9 @@ fn is_traced(pid: u32) -> bool {
 
 /// A balancer before one backend, and a session that is open.
 struct Scene {
-    proxy: TestProxy,
+    // Dropped first: the balancer is to have no session left.
     session: TcpStream,
-    // Dropped last: sessions end with it.
+    proxy: TestProxy,
     backend: ScriptedBackend,
 }
 
@@ -155,6 +157,10 @@ impl Scene {
             echoed
         });
         assert!(echoed == bytes, "the echo differs");
+    }
+
+    fn has_no_pipe(&self) -> bool {
+        !proc::fds(self.proxy.pid()).iter().any(|fd| fd.starts_with("pipe:"))
     }
 
     fn check_during(&self, fault: &Fault) -> Option<TcpStream> {
@@ -185,7 +191,8 @@ impl Scene {
             let waiting = waiting.expect("in the queue");
             assert_eq!(client::exchange(&waiting, b"patience").unwrap(), b"patience");
         }
-        eventually(secs(1), "new clients are served", || {
+        // A second on a machine with nothing else to do.
+        eventually(secs(3), "new clients are served", || {
             let Ok(client) = client::try_connect(self.proxy.addr("web")) else { return false };
             client.set_read_timeout(Some(ms(500))).unwrap();
             client::exchange(&client, b"new").is_ok_and(|answer| answer == b"new")
@@ -218,6 +225,9 @@ fn every_errno_of_a_shortage_is_ours_and_passes(engine: Engine) {
             scene.proxy.metric("tidegate_local_errors_total", &labels)
         };
         let before = count();
+        if fault.call == "pipe2" {
+            eventually(secs(10), "no spare pipe is left", || scene.has_no_pipe());
+        }
         let Some(injected) = Injected::start(scene.proxy.pid(), fault.call, fault.errno) else {
             return;
         };
@@ -249,7 +259,7 @@ fn changed_file_that_could_not_be_opened_is_read_when_it_can(engine: Engine) {
     scene.bulk();
     assert_eq!(scene.proxy.generation(), generation);
     injected.stop();
-    eventually(secs(1), "the file is in force", || scene.proxy.generation() > generation);
+    eventually(secs(3), "the file is in force", || scene.proxy.generation() > generation);
     let labels = [("reason", "descriptors"), ("at", "reload")];
     assert!(scene.proxy.metric("tidegate_local_errors_total", &labels) >= 1.0);
 }
@@ -310,9 +320,9 @@ fn number_that_cannot_be_written_is_written_once_it_can(engine: Engine) {
     let wrapper = ["sh", "-c", script, "sh"].map(str::to_owned);
     let proxy = start_under(engine, &backend, &wrapper);
     let path = proxy.dir().join("pid");
-    assert!(proxy.log().contains("it is tried again"), "{}", proxy.log());
+    eventually(secs(5), "the trouble is told of", || proxy.log().contains("it is tried again"));
     std::fs::remove_dir(&path).unwrap();
-    eventually(secs(2), "the number is there", || {
+    eventually(secs(4), "the number is there", || {
         std::fs::read_to_string(&path).is_ok_and(|text| text.trim() == proxy.pid().to_string())
     });
 }
@@ -322,8 +332,9 @@ fn lack_of_inotify_instances_means_polling_until_there_are_some(engine: Engine) 
     if !have(&["unshare", "nsenter"]) {
         return;
     }
-    let allowed = Command::new("unshare").args(["-Ur", "sh", "-c", &format!("echo 0 >{LIMIT}")]);
-    let allowed = allowed.stderr(Stdio::null()).status();
+    let mut shell = Command::new("unshare");
+    shell.args(["-Ur", "sh", "-c", &format!("echo 0 >{LIMIT}")]);
+    let allowed = shell.stderr(Stdio::null()).status();
     if !allowed.is_ok_and(|status| status.success()) {
         return skip("no user namespace with limits of its own here");
     }
@@ -331,7 +342,7 @@ fn lack_of_inotify_instances_means_polling_until_there_are_some(engine: Engine) 
     let script = format!("echo 0 >{LIMIT}; exec \"$@\"");
     let wrapper = ["unshare", "-Ur", "sh", "-c", &script, "sh"].map(str::to_owned);
     let mut proxy = start_under(engine, &backend, &wrapper);
-    assert!(proxy.log().contains("the configuration file is polled"), "{}", proxy.log());
+    eventually(secs(5), "that is told", || proxy.log().contains("configuration file is polled"));
     let (generation, mut conf) = (proxy.generation(), proxy.conf());
     *conf.pool_mut("web") = conf.pool_mut("web").clone().key("connect_attempts = 2");
     proxy.rewrite_by_rename(&proxy.render(&conf));

@@ -79,7 +79,7 @@ fn ports_used_up_at_one_address_are_had_at_the_next(engine: Engine) {
     assert_eq!((site.used(SOURCES[0]), site.used(SOURCES[1])), (0, PORTS / 2));
     site.assert_backend_is_not_blamed();
     others.into_iter().for_each(client::reset);
-    eventually(secs(1), "the first address serves again", || {
+    eventually(secs(3), "the first address serves again", || {
         site.session(500).is_some() && site.used(SOURCES[0]) > 0
     });
 }
@@ -106,7 +106,7 @@ fn no_port_left_is_ours_and_over_at_once(engine: Engine) {
     });
     // Resets leave no port behind.
     sessions.into_iter().take(PORTS).for_each(client::reset);
-    eventually(secs(1), "clients are served again", || site.session(901).is_some());
+    eventually(secs(3), "clients are served again", || site.session(901).is_some());
 }
 
 /// One that no interface has: refused at a reload, with its place.

@@ -186,6 +186,8 @@ fn the_text_is_strictly_well_formed_and_labels_are_of_the_closed_set() {
         "phase",
         "direction",
         "reason",
+        "at",
+        "source",
         "result",
         "engine",
         "version",
