@@ -135,6 +135,12 @@ struct Scene {
     quiet: TcpStream,
     proxy: TestProxy,
     backend: ScriptedBackend,
+    /// Pipes it has from whoever started it.
+    pipes: usize,
+}
+
+fn pipes_of(proxy: &TestProxy) -> usize {
+    proc::fds(proxy.pid()).iter().filter(|fd| fd.starts_with("pipe:")).count()
 }
 
 impl Scene {
@@ -146,7 +152,8 @@ impl Scene {
         let session = client::connect(proxy.addr("web"));
         let quiet = client::connect(proxy.addr("web"));
         assert_eq!(client::exchange(&quiet, b"hush").unwrap(), b"hush");
-        let scene = Scene { session, quiet, proxy, backend };
+        let pipes = pipes_of(&proxy);
+        let scene = Scene { session, quiet, proxy, backend, pipes };
         scene.bulk();
         scene
     }
@@ -164,7 +171,7 @@ impl Scene {
     }
 
     fn has_no_pipe(&self) -> bool {
-        !proc::fds(self.proxy.pid()).iter().any(|fd| fd.starts_with("pipe:"))
+        pipes_of(&self.proxy) == self.pipes
     }
 
     fn check_during(&self, fault: &Fault) -> Option<TcpStream> {
