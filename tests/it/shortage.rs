@@ -250,7 +250,8 @@ fn every_errno_of_a_shortage_is_ours_and_passes(engine: Engine) {
             assert!(count() > before, "{call}: {errno} is not counted\n{}", scene.proxy.log());
         }
     }
-    assert_eq!(scene.backend.active(), 2, "the sessions are the same still");
+    // The last client's session may be closing.
+    eventually(secs(5), "only the two sessions are left", || scene.backend.active() == 2);
 }
 
 fn changed_file_that_could_not_be_opened_is_read_when_it_can(engine: Engine) {
