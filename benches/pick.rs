@@ -159,6 +159,7 @@ fn spec(balance: Policy) -> Arc<config::Pool> {
     Arc::new(config::Pool {
         name: "web".into(),
         balance,
+        source: [].into(),
         connect_timeout: Duration::from_secs(5),
         queue_max: 0,
         queue_timeout: Duration::from_secs(5),

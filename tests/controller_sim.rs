@@ -69,6 +69,7 @@ fn random_probe(rng: &mut Rng) -> Option<Arc<ProbeSpec>> {
         timeout,
         rise: rng.u32(1..4),
         fall: rng.u32(1..6),
+        source: [].into(),
     };
     (rng.u8(..4) > 0).then(|| Arc::new(spec))
 }
@@ -111,6 +112,7 @@ fn random_pool(rng: &mut Rng, index: usize) -> Pool {
             n if n % 2 == 0 => Policy::WeightedRoundRobin,
             _ => Policy::LeastConnections,
         },
+        source: [].into(),
         connect_timeout: Duration::from_secs(5),
         queue_max: 0,
         queue_timeout: Duration::from_secs(5),

@@ -9,6 +9,8 @@ use super::guard::Entrance;
 use super::routes::{Api, router};
 use super::{AdminListener, Readiness, Request, TokenStore};
 use crate::clock;
+use crate::net::errno;
+use crate::telemetry::counters::{LocalAt, WorkerCounters};
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
@@ -53,6 +55,9 @@ const FIRST_REQUEST_STEP: Duration = Duration::from_millis(5);
 
 /// Pause after a failed accept (no descriptors, say), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Failed accepts are told of at most so often.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
 
 /// A request's head may be this long; beyond it the answer is 431.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
@@ -106,6 +111,7 @@ pub async fn serve(
     tokens: Arc<TokenStore>,
     requests: mpsc::Sender<Request>,
     readiness: Readiness,
+    counters: Arc<WorkerCounters>,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let AdminListener { socket, file: _file, crowding, .. } = listener;
@@ -120,7 +126,8 @@ pub async fn serve(
     let (closing, _) = watch::channel(false);
     let mut connections = JoinSet::new();
     let seats = Seats { taken: VecDeque::new(), left: Arc::default(), crowding };
-    accept_until(stop, &acceptor, &routes, &closing, &mut connections, seats).await;
+    let accepting = Accepting { acceptor: &acceptor, counters: &counters };
+    accept_until(stop, accepting, &routes, &closing, &mut connections, seats).await;
     drop(acceptor);
     closing.send_replace(true);
     // Whatever is left after that is cut off.
@@ -128,15 +135,22 @@ pub async fn serve(
     Ok(())
 }
 
+/// Where connections come from, and where trouble with that is counted.
+struct Accepting<'a> {
+    acceptor: &'a Acceptor,
+    counters: &'a WorkerCounters,
+}
+
 async fn accept_until(
     stop: impl Future<Output = ()>,
-    acceptor: &Acceptor,
+    Accepting { acceptor, counters }: Accepting<'_>,
     routes: &Router,
     closing: &watch::Sender<bool>,
     connections: &mut JoinSet<()>,
     mut seats: Seats,
 ) {
     let mut stop = pin!(stop);
+    let mut told = None;
     loop {
         while connections.try_join_next().is_some() {}
         let accepted = tokio::select! {
@@ -146,7 +160,12 @@ async fn accept_until(
         let stream = match accepted {
             Ok(stream) => stream,
             Err(error) => {
-                tracing::warn!(%error, "the admin API cannot accept a connection");
+                counters.local_trouble(errno::local_kind(&error), LocalAt::Admin);
+                let now = clock::now();
+                if told.is_none_or(|told| now >= told + TELL_AGAIN) {
+                    told = Some(now);
+                    tracing::warn!(%error, "the admin API cannot accept a connection");
+                }
                 tokio::select! {
                     () = &mut stop => return,
                     () = sleep(ACCEPT_PAUSE) => continue,

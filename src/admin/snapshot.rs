@@ -6,8 +6,9 @@
 
 use super::process::ProcessFacts;
 use crate::control::ControlStatus;
-use crate::net::confinement::Confinement;
+use crate::control::ports::{PortLimits, PortWatch};
 use crate::net::budget::Budget;
+use crate::net::confinement::Confinement;
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
 use std::collections::HashMap;
@@ -56,6 +57,16 @@ pub struct Snapshot<'a> {
     pub admin_crowded: u64,
     /// What confines the process.
     pub confinement: &'a Confinement,
+    /// What runs short on this machine, in words.
+    pub troubles: &'a [String],
+    /// What the control thread counts of trouble of our own.
+    pub control_counts: &'a WorkerCounters,
+    /// Lines of the program's log that were lost.
+    pub log_dropped: u64,
+    /// Local ports in use.
+    pub ports: &'a PortWatch,
+    /// What the kernel has of those.
+    pub port_limits: PortLimits,
     /// What the kernel says of the process.
     pub process: ProcessFacts,
     /// What the receiver of heartbeats has counted.

@@ -35,7 +35,7 @@ struct Document<'a> {
     connections_active: u32,
     connections_max: u32,
     /// Settings that wait for a restart.
-    warnings: &'a [String],
+    warnings: Vec<&'a String>,
     /// Layer by layer.
     confinement: &'a Confinement,
     /// `null` where no pool takes heartbeats.
@@ -203,7 +203,7 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
         state: snapshot.state.name(),
         connections_active: snapshot.connections_active,
         connections_max: snapshot.connections_max,
-        warnings: snapshot.warnings,
+        warnings: snapshot.warnings.iter().chain(snapshot.troubles).collect(),
         confinement: snapshot.confinement,
         heartbeat: control.heartbeat.as_ref().map(|status| heartbeats(status, snapshot)),
         frontends: control.frontends.iter().map(frontend).collect(),
@@ -372,6 +372,7 @@ mod tests {
     use crate::admin::snapshot::{HeartbeatCounts, ReloadCounts, ServiceState};
     use crate::clock;
     use crate::control::ControlStatus;
+    use crate::control::ports::{PortLimits, PortWatch, Reuse};
     use crate::health::{Intent, Observation};
     use crate::net::budget::Budget;
     use crate::proxy::close::{Cause, Phase, RefusedReason};
@@ -432,6 +433,11 @@ mod tests {
             warnings: &["workers waits".to_owned()],
             admin_crowded: 0,
             confinement: &Confinement::none("off"),
+            troubles: &[],
+            control_counts: &WorkerCounters::new(1, 1),
+            log_dropped: 0,
+            ports: &PortWatch::default(),
+            port_limits: PortLimits { ports: 28_232, reuse: Reuse::Loopback },
             process: ProcessFacts::default(),
             heartbeats: &HeartbeatCounts::default(),
         });

@@ -5,6 +5,7 @@
 
 use super::upgrade::OfferedAdmin;
 use crate::admin::{self, AdminListener, Crowding, FileKeeper, Readiness, Request, TokenStore};
+use crate::telemetry::counters::WorkerCounters;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -38,6 +39,7 @@ impl AdminApi {
         tokens: Arc<TokenStore>,
         requests: mpsc::Sender<Request>,
         readiness: Readiness,
+        counters: Arc<WorkerCounters>,
     ) -> io::Result<AdminApi> {
         let (socket, file) = (Some(listener.share()?), listener.file());
         let crowding = listener.crowding();
@@ -48,7 +50,7 @@ impl AdminApi {
                 std::future::pending().await
             }
         };
-        let serving = admin::serve(listener, tokens, requests, readiness, stopped);
+        let serving = admin::serve(listener, tokens, requests, readiness, counters, stopped);
         let task = tokio::spawn(async move {
             if let Err(error) = serving.await {
                 tracing::error!(%error, "the admin API has ended");

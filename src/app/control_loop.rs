@@ -15,6 +15,7 @@ use super::notify::Notifier;
 use super::pid_file::PidFile;
 use super::start::SessionCap;
 use super::upgrade::{UpgradeEvent, Upgrades};
+use super::upkeep::Upkeep;
 use super::watchdog::{self, Finding, Watchdog};
 use crate::admin::process::ProcessFacts;
 use crate::admin::{self, Readiness, ReloadCounts, Request, ServiceState, Snapshot, TokenStore};
@@ -92,6 +93,12 @@ pub(super) struct Control {
     /// `None` only at the very start.
     pub(super) admin: Option<AdminApi>,
     pub(super) pid_file: Option<PidFile>,
+    pub(super) pid_file_failures: u64,
+    /// What this thread counts.
+    pub(super) local: Arc<WorkerCounters>,
+    pub(super) upkeep: Upkeep,
+    /// Of the processes before.
+    pub(super) log_dropped_before: u64,
 }
 
 /// Signals the process obeys; pending for ever where it does not.
@@ -122,6 +129,8 @@ enum Woken {
     Watch,
     /// A worker has ended.
     WorkerEnded,
+    /// Time to look after what was put off, and what runs out.
+    Upkeep,
 }
 
 impl Control {
@@ -145,13 +154,14 @@ impl Control {
                 Woken::Signal(Caught::Stop(name)) => self.begin_drain(name),
                 Woken::Signal(Caught::Reload) | Woken::FileChanged => {
                     if self.draining.is_none() && !self.upgrades.holds_reload() {
-                        let _ = self.reload().await;
+                        self.reload_when_told().await;
                     }
                 }
                 Woken::Signal(Caught::Upgrade) => self.begin_upgrade(None, None, None),
                 Woken::Upgrade(event) => self.upgrade_event(event).await,
                 Woken::Beat => self.beat(),
                 Woken::Watch => self.watch(),
+                Woken::Upkeep => self.upkeep().await,
                 Woken::Request(request) => self.answer(request).await,
                 Woken::Reports => self.take_reports(),
                 Woken::Probed(event) => self.take_probed(event),
@@ -189,6 +199,7 @@ impl Control {
     ) -> Woken {
         let now = clock::now();
         let due = self.controller.next_due().unwrap_or(now + FAR).min(now + FAR);
+        let upkeep_due = self.upkeep.next();
         let beat_due = self.notifier.next_beat(now);
         let watch_due = self.watchdog.next_look();
         let drain_due = self.draining.as_ref().map_or(now + FAR, Draining::next_look);
@@ -204,6 +215,7 @@ impl Control {
             () = tokio::time::sleep_until(beat_due.into()) => Woken::Beat,
             () = tokio::time::sleep_until(watch_due.into()) => Woken::Watch,
             () = tokio::time::sleep_until(due.into()) => Woken::Due,
+            () = tokio::time::sleep_until(upkeep_due.into()) => Woken::Upkeep,
             () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => Woken::Retiring,
             () = tokio::time::sleep_until(drain_due.into()), if self.draining.is_some() => {
                 Woken::DrainStep
@@ -391,6 +403,11 @@ impl Control {
             admin_crowded: self.admin.as_ref().map_or(0, AdminApi::crowded),
             queued: &self.shared.gate.all_queued(),
             buffers: &self.shared.buffers,
+            troubles: &self.upkeep.troubles(self.controller.backends()),
+            control_counts: &self.local,
+            log_dropped: self.log_dropped(),
+            ports: &self.upkeep.ports,
+            port_limits: self.upkeep.limits(),
             process: ProcessFacts::read(self.started_wall),
             heartbeats: &heartbeats,
         };
@@ -427,15 +444,15 @@ impl Control {
         self.latency.retain(|id| live.contains(&id));
     }
 
+    /// Lines of the log lost by this process and those before.
+    pub(super) fn log_dropped(&self) -> u64 {
+        self.log_dropped_before + self.log.dropped()
+    }
+
     fn watch_file(&self, changed: &Arc<Notify>) -> Option<ConfigWatcher> {
         let notify = Arc::clone(changed);
         match ConfigWatcher::start(&self.path, move || notify.notify_one()) {
-            Ok(watcher) => {
-                if let Some(reason) = watcher.polling_reason() {
-                    tracing::warn!(reason, "the configuration file is polled");
-                }
-                Some(watcher)
-            }
+            Ok(watcher) => Some(watcher),
             Err(error) => {
                 tracing::warn!(%error, "the configuration file is not watched; use SIGHUP");
                 None

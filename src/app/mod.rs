@@ -36,6 +36,7 @@ mod pid_file;
 mod reload;
 mod start;
 mod upgrade;
+mod upkeep;
 mod watchdog;
 
 pub use activation::Activated;

@@ -15,8 +15,9 @@ impl PidFile {
     pub(super) fn write(path: &Path) -> io::Result<PidFile> {
         let mut whole = path.as_os_str().to_owned();
         whole.push(format!(".{}", std::process::id()));
-        std::fs::write(&whole, format!("{}\n", std::process::id()))?;
-        std::fs::rename(&whole, path).inspect_err(|_| {
+        let written = std::fs::write(&whole, format!("{}\n", std::process::id()))
+            .and_then(|()| std::fs::rename(&whole, path));
+        written.inspect_err(|_| {
             let _ = std::fs::remove_file(&whole);
         })?;
         Ok(PidFile(path.to_owned()))

@@ -79,6 +79,7 @@ impl Control {
             .bind_new(&config)
             .await
             .map_err(|refused| self.refuse(&refused.address.to_string(), refused.to_string()))?;
+        start::try_sources(&config).map_err(|(at, why)| self.refuse(&at.to_string(), why))?;
         let heartbeats = self.reception.prepare(&config).map_err(|why| {
             let listen = config.heartbeat.as_ref().and_then(|heartbeat| heartbeat.listen.first());
             let place = listen.map_or_else(String::new, ToString::to_string);

@@ -8,8 +8,8 @@ use super::binds::{Binds, Fresh, Refused};
 use super::control_loop::Control;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
-use super::pid_file::PidFile;
 use super::upgrade::Upgrades;
+use super::upkeep::Upkeep;
 use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
 use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, Token, TokenStore};
@@ -18,7 +18,7 @@ use crate::config::{self, AccessLogTarget, Config, EngineChoice, Loaded};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
 use crate::net::budget::Budget;
-use crate::net::{cpu, limits};
+use crate::net::{cpu, limits, stream};
 use crate::proxy::close::{Cause, Phase};
 use crate::proxy::contain::contained;
 use crate::proxy::context::{Reports, Shared};
@@ -28,7 +28,8 @@ use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::{AccessLog, AccessLogSender, Target};
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -134,6 +135,7 @@ async fn bring_up(
     if let Some(before) = &mut surroundings.predecessor {
         reception.inherit(before.take_heartbeats());
     }
+    try_sources(&config).map_err(|(_, why)| Failure::Runtime(why))?;
     let heartbeats = reception.prepare(&config).map_err(Failure::Runtime)?;
     reception.adopt(heartbeats);
 
@@ -153,6 +155,7 @@ async fn bring_up(
     };
     let counters: Vec<Arc<WorkerCounters>> =
         (0..count).map(|_| Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT))).collect();
+    let local = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
     let workers = start_workers(Workers {
         config: &config,
         runtime,
@@ -184,7 +187,7 @@ async fn bring_up(
         counters,
         binds: Binds::new(count),
         shared,
-        probes: ProbeRunner::start(probe_results),
+        probes: ProbeRunner::counting(probe_results, Arc::clone(&local)),
         probed,
         reception,
         latency: Merged::new(),
@@ -204,6 +207,10 @@ async fn bring_up(
         confined: std::mem::take(&mut surroundings.confined),
         admin: None,
         pid_file: None,
+        pid_file_failures: 0,
+        local,
+        upkeep: Upkeep::new(clock::now()),
+        log_dropped_before: 0,
     };
     control.perform(effects);
     let opening = Opening { admin, admin_taken, fresh, not_taken, requests };
@@ -309,8 +316,11 @@ impl Control {
         }
         let (tokens, readiness) = (Arc::clone(&self.tokens), self.readiness.clone());
         let listen = self.started_with.admin.listen.to_string();
-        let api = AdminApi::serve(admin, listen, tokens, requests, readiness)
-            .map_err(|error| Failure::Runtime(format!("cannot serve the admin API: {error}")))?;
+        let api =
+            AdminApi::serve(admin, listen, tokens, requests, readiness, Arc::clone(&self.local))
+                .map_err(|error| {
+                    Failure::Runtime(format!("cannot serve the admin API: {error}"))
+                })?;
         if let Some(before) = predecessor {
             // Nothing can fail from here on: the process before stops accepting.
             let draining = before.serving()?;
@@ -322,11 +332,9 @@ impl Control {
         self.binds = binds;
         self.binds.adopt(fresh, &config, &self.workers);
         announce(self, &config, self.workers.len());
-        self.pid_file = pid_file.as_deref().and_then(|path| {
-            PidFile::write(path)
-                .inspect_err(|error| tracing::error!(%error, "cannot write {}", path.display()))
-                .ok()
-        });
+        if let Some(path) = pid_file {
+            self.write_pid_file(path.clone());
+        }
         self.readiness.set_ready();
         self.notifier.ready();
         Ok(())
@@ -471,6 +479,22 @@ pub(super) fn access_target(target: &AccessLogTarget) -> Target {
         AccessLogTarget::Stdout => Target::Stdout,
         AccessLogTarget::File(path) => Target::File(path.clone()),
     }
+}
+
+/// Whether connections can start where the pools say; else where not, and why.
+pub(super) fn try_sources(config: &Config) -> Result<(), (IpAddr, String)> {
+    let all: BTreeSet<IpAddr> =
+        config.pools.iter().flat_map(|pool| pool.source.iter().copied()).collect();
+    for source in all {
+        stream::try_source(source).map_err(|error| {
+            let hint = match error.raw_os_error() {
+                Some(libc::EADDRNOTAVAIL) => ": no interface of this host has that address",
+                _ => "",
+            };
+            (source, format!("no connection can start at source {source}: {error}{hint}"))
+        })?;
+    }
+    Ok(())
 }
 
 /// The admin token, where one is configured.

@@ -270,6 +270,7 @@ fn spec(args: &HeartbeatArgs) -> Option<ProbeSpec> {
         timeout: args.check_interval.min(CHECK_TIMEOUT_MAX),
         rise: 1,
         fall: 1,
+        source: [].into(),
     })
 }
 

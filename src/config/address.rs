@@ -49,6 +49,19 @@ pub(super) fn backend_address(text: &str) -> Result<BackendAddress, Complaint> {
     Ok(BackendAddress::Tcp(address))
 }
 
+/// An address of this host that connections start at.
+pub(super) fn source_address(text: &str) -> Result<IpAddr, Complaint> {
+    let Ok(ip) = text.parse::<IpAddr>() else {
+        return Err(Complaint::new(format!("{} is not an IP address", shown(text)))
+            .help("write an address of this host without a port, such as \"10.0.0.5\""));
+    };
+    if ip.is_unspecified() || ip.is_multicast() || ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
+        return Err(Complaint::new(format!("{ip} is not an address connections can start at"))
+            .help("without this key the kernel chooses one"));
+    }
+    Ok(ip)
+}
+
 /// Where the admin API listens.
 pub(super) fn admin_listen(text: &str) -> Result<AdminListen, Complaint> {
     match text.strip_prefix("unix:") {

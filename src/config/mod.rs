@@ -17,7 +17,7 @@ mod value;
 pub mod watch;
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +27,7 @@ use toml::de::DeTable;
 
 pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
 pub use source::FILE_BYTES_MAX;
-pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
+pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX};
 
 use crate::heartbeat::keys::Secret;
 use crate::proxy::admission::access::AccessList;
@@ -265,6 +265,10 @@ pub struct Pool {
     pub name: Arc<str>,
     /// How a backend is chosen.
     pub balance: Policy,
+    /// Addresses of this host that connections to backends (and probes) start
+    /// at, in turn, where they are of the backend's family; empty: the kernel
+    /// chooses. At most [`POOL_SOURCES_MAX`], none twice.
+    pub source: Arc<[IpAddr]>,
     /// Deadline of one connect attempt.
     pub connect_timeout: Duration,
     /// Clients that may wait in line while every backend is at its cap; beyond it
@@ -345,6 +349,8 @@ pub struct ProbeSpec {
     pub rise: u32,
     /// Failures in a row that take a backend down; at least 1.
     pub fall: u32,
+    /// The pool's: where probes start.
+    pub source: Arc<[IpAddr]>,
 }
 
 /// `kind = ...`

@@ -37,6 +37,10 @@ const SETTLE: Duration = Duration::from_millis(100);
 /// How often the file is looked at without being told.
 const POLL: Duration = Duration::from_secs(2);
 
+/// The same where the kernel reports nothing: that look is all there is then, and
+/// the kernel is asked for reports again each time.
+const POLL_ALONE: Duration = Duration::from_secs(1);
+
 /// Symbolic links followed before giving up, as the kernel does (path_resolution(7)).
 const LINKS_MAX: usize = 40;
 
@@ -126,7 +130,7 @@ impl ConfigWatcher {
         Self::start_with(path, Settings { poll: POLL, notify: true }, on_change)
     }
 
-    /// Why changes are only polled for every two seconds; `None` while the
+    /// Why changes are only polled for every second; `None` while the
     /// kernel reports them. Never ends with a full stop.
     pub fn polling_reason(&self) -> Option<String> {
         self.shared.lock().polling_reason.clone()
@@ -239,7 +243,9 @@ fn leaves(kind: EventKind) -> bool {
 impl Watch {
     fn run(mut self, mut seen: Option<Look>, on_change: &impl Fn()) {
         loop {
-            let wake = self.shared.wait(self.settings.poll);
+            let alone = self.shared.lock().polling_reason.is_some();
+            let poll = self.settings.poll;
+            let wake = self.shared.wait(if alone { poll.min(POLL_ALONE) } else { poll });
             if matches!(wake, Wake::Stop) {
                 return;
             }
@@ -272,12 +278,24 @@ impl Watch {
         let mut way = Way::walk(&self.path);
         for _ in 0..SETUP_ROUNDS_MAX {
             let outcome = self.watch(&way);
-            self.shared.lock().polling_reason = outcome.err();
+            self.told(outcome.err());
             let again = Way::walk(&self.path);
             if again == way {
                 return;
             }
             way = again;
+        }
+    }
+
+    /// Notes whether the kernel reports changes, and tells when that changes.
+    fn told(&self, reason: Option<String>) {
+        let before = std::mem::replace(&mut self.shared.lock().polling_reason, reason.clone());
+        match (before, reason) {
+            (before, Some(reason)) if before.as_ref() != Some(&reason) => {
+                tracing::warn!(reason, "the configuration file is polled");
+            }
+            (Some(_), None) => tracing::info!("the configuration file is watched again"),
+            _ => {}
         }
     }
 

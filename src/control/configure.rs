@@ -174,7 +174,7 @@ impl Controller {
             registered: 0,
             full_noticed: None,
             guard: Default::default(),
-            confirming: suspicion::confirming(spec.probe.as_deref()),
+            confirming: suspicion::confirming(spec),
             in_service_since: None,
         };
         if let Some(old) = old {
@@ -259,6 +259,7 @@ impl Controller {
             if let Some((mut entry, arrival)) = found {
                 entry.pool = pool_id;
                 entry.spec = spec.clone();
+                entry.state.start_from(&pool.source, self.workers);
                 return (entry, arrival);
             }
         }
@@ -277,6 +278,7 @@ impl Controller {
         let id = BackendId(self.ids.backend);
         let (name, address) = (Arc::clone(&spec.name), spec.address.clone());
         let state = BackendState::new(id, Arc::clone(&pool.name), name, address, self.workers);
+        state.start_from(&pool.source, self.workers);
         BackendEntry {
             state: Arc::new(state),
             pool: pool_id,

@@ -332,6 +332,7 @@ impl Controller {
             Some(entry) => entry,
             None => self.new_entry(&pool_spec, &spec, pool_id, now),
         };
+        entry.state.start_from(&pool_spec.source, self.workers);
         entry.pool = pool_id;
         entry.spec = spec;
         entry.origin = Origin::Registered;

@@ -24,6 +24,7 @@ mod history;
 mod leaving;
 mod operator;
 mod pace;
+pub mod ports;
 mod probing;
 mod publish;
 mod ramps;
@@ -416,6 +417,11 @@ impl Controller {
     /// Accepted configurations so far.
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// Every backend configured or registered, in no order.
+    pub fn backends(&self) -> impl Iterator<Item = &Arc<BackendState>> {
+        self.backends.values().map(|entry| &entry.state)
     }
 
     /// The newest table; an empty one before the first configuration.

@@ -9,7 +9,7 @@
 use super::heartbeats::ttl;
 use super::schedule::Job;
 use super::{Controller, Effect, Notice, Origin, PoolId, ProbeToken};
-use crate::config::{HeartbeatSpec, ProbeKind, ProbeSpec};
+use crate::config::{HeartbeatSpec, Pool, ProbeKind, ProbeSpec};
 use crate::health::heartbeat::guards::{Frost, permit, stalled};
 use crate::health::heartbeat::{
     Answer, Arrival, Ask, Beat, Channel, ChannelGuard, PathGuard, PathView, State, Step,
@@ -64,8 +64,8 @@ pub(super) struct Guards {
 
 /// The probe that confirms a suspicion in a pool: of its own kind, or a plain
 /// connect.
-pub(super) fn confirming(probe: Option<&ProbeSpec>) -> Arc<ProbeSpec> {
-    let kind = probe.map_or(ProbeKind::Tcp, |spec| spec.kind.clone());
+pub(super) fn confirming(pool: &Pool) -> Arc<ProbeSpec> {
+    let kind = pool.probe.as_ref().map_or(ProbeKind::Tcp, |spec| spec.kind.clone());
     Arc::new(ProbeSpec {
         kind,
         interval: TRY_TIMEOUT,
@@ -73,6 +73,7 @@ pub(super) fn confirming(probe: Option<&ProbeSpec>) -> Arc<ProbeSpec> {
         timeout: TRY_TIMEOUT,
         rise: 1,
         fall: 1,
+        source: Arc::clone(&pool.source),
     })
 }
 

@@ -30,6 +30,7 @@ fn probe_spec() -> ProbeSpec {
         timeout: TIMEOUT,
         rise: 2,
         fall: 3,
+        source: [].into(),
     }
 }
 
@@ -52,6 +53,7 @@ fn pool(backends: &[&str]) -> Pool {
     Pool {
         name: "web".into(),
         balance: Policy::WeightedRoundRobin,
+        source: [].into(),
         connect_timeout: Duration::from_secs(5),
         queue_max: 0,
         queue_timeout: Duration::from_secs(5),

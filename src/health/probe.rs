@@ -23,9 +23,12 @@ mod tests;
 use super::ProbeOutcome;
 use crate::clock;
 use crate::config::{BackendAddress, ProbeKind, ProbeSpec};
+use crate::net::{errno, stream};
+use crate::table::ways::WAYS_TRIED_MAX;
+use crate::telemetry::counters::LocalError;
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
@@ -62,25 +65,35 @@ enum Fault {
     /// The backend or the path is to blame.
     Backend(String),
     /// We are.
-    Local(String),
+    Local(String, LocalError),
 }
 
 /// Runs one probe. It takes no longer than the spec's timeout, not counting
 /// what this process itself stood still.
 pub async fn run(address: &BackendAddress, spec: &ProbeSpec) -> ProbeOutcome {
+    run_and_tell(address, spec).await.0
+}
+
+/// The same, and what we were short of where that was our own trouble.
+async fn run_and_tell(
+    address: &BackendAddress,
+    spec: &ProbeSpec,
+) -> (ProbeOutcome, Option<LocalError>) {
     let started = clock::now();
     let mut stage = Stage::Connecting;
     let verdict = tokio::select! {
         // What has come counts, however late we look.
         biased;
-        verdict = attempt(address, &spec.kind, &mut stage) => Some(verdict),
+        verdict = attempt(address, spec, &mut stage) => Some(verdict),
         () = awake_for(spec.timeout) => None,
     };
     let verdict = verdict.unwrap_or_else(|| Err(stage.overdue(spec.timeout)));
     match verdict {
-        Ok(()) => ProbeOutcome::Success { took: started.elapsed() },
-        Err(Fault::Backend(reason)) => ProbeOutcome::Failure { reason: bounded(reason) },
-        Err(Fault::Local(reason)) => ProbeOutcome::Local { reason: bounded(reason) },
+        Ok(()) => (ProbeOutcome::Success { took: started.elapsed() }, None),
+        Err(Fault::Backend(reason)) => (ProbeOutcome::Failure { reason: bounded(reason) }, None),
+        Err(Fault::Local(reason, kind)) => {
+            (ProbeOutcome::Local { reason: bounded(reason) }, Some(kind))
+        }
     }
 }
 
@@ -100,12 +113,13 @@ async fn awake_for(limit: Duration) {
 
 async fn attempt(
     address: &BackendAddress,
-    kind: &ProbeKind,
+    spec: &ProbeSpec,
     stage: &mut Stage,
 ) -> Result<(), Fault> {
+    let kind = &spec.kind;
     match address {
         BackendAddress::Tcp(to) => {
-            let stream = connect_tcp(*to, kind).await?;
+            let stream = connect_tcp_from_any(&spec.source, *to, kind).await?;
             converse(stream, kind, address, stage).await
         }
         BackendAddress::Unix(path) => {
@@ -115,13 +129,43 @@ async fn attempt(
     }
 }
 
-async fn connect_tcp(to: SocketAddr, kind: &ProbeKind) -> Result<TcpStream, Fault> {
+/// From the first of `sources` that has a free port, as sessions start there;
+/// where none is of the family, from where the kernel chooses.
+async fn connect_tcp_from_any(
+    sources: &[IpAddr],
+    to: SocketAddr,
+    kind: &ProbeKind,
+) -> Result<TcpStream, Fault> {
+    let fitting = sources.iter().filter(|source| source.is_ipv4() == to.is_ipv4());
+    let mut ended = None;
+    for source in fitting.take(WAYS_TRIED_MAX) {
+        match connect_tcp(Some(*source), to, kind).await {
+            Err(Fault::Local(reason, LocalError::Ports)) => {
+                ended = Some(Err(Fault::Local(reason, LocalError::Ports)));
+            }
+            decided => return decided,
+        }
+    }
+    match ended {
+        Some(ended) => ended,
+        None => connect_tcp(None, to, kind).await,
+    }
+}
+
+async fn connect_tcp(
+    source: Option<IpAddr>,
+    to: SocketAddr,
+    kind: &ProbeKind,
+) -> Result<TcpStream, Fault> {
     let socket = match to {
         SocketAddr::V4(_) => TcpSocket::new_v4(),
         SocketAddr::V6(_) => TcpSocket::new_v6(),
     }
     .map_err(connect_fault)?;
     socket.set_nodelay(true).map_err(connect_fault)?;
+    if let Some(source) = source {
+        stream::start_at(&socket, source).map_err(connect_fault)?;
+    }
     if *kind == ProbeKind::Tcp {
         let raw = socket2::SockRef::from(&socket);
         raw.set_linger(Some(Duration::ZERO)).map_err(connect_fault)?;
@@ -298,12 +342,12 @@ fn sort_fault(error: &io::Error) -> Option<Fault> {
     let words = match error.raw_os_error()? {
         libc::EMFILE => "too many open files in this process",
         libc::ENFILE => "too many open files in the system",
-        libc::EADDRNOTAVAIL => "no source port left",
+        libc::EADDRNOTAVAIL | libc::EADDRINUSE => "no source port left",
         libc::ENOBUFS => "no buffer space left",
         libc::ENOMEM => "out of memory",
         _ => return None,
     };
-    Some(Fault::Local(words.to_owned()))
+    Some(Fault::Local(words.to_owned(), errno::local_kind(error)))
 }
 
 /// A quotation that fits a log line and holds no control characters.

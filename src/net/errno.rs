@@ -12,7 +12,8 @@ pub fn local_trouble(error: &io::Error) -> Option<LocalError> {
     match error.raw_os_error()? {
         libc::EMFILE | libc::ENFILE => Some(LocalError::Descriptors),
         libc::EADDRNOTAVAIL | libc::EADDRINUSE => Some(LocalError::Ports),
-        libc::ENOBUFS | libc::ENOMEM => Some(LocalError::Memory),
+        // ENOSPC: the limit on what all epoll sets of a user watch (epoll_ctl(2)).
+        libc::ENOBUFS | libc::ENOMEM | libc::ENOSPC => Some(LocalError::Memory),
         // A firewall or policy of this host, a socket family it lacks, or a
         // Unix socket whose directory we may not enter.
         libc::EPERM | libc::EACCES | libc::EAFNOSUPPORT | libc::EINVAL => Some(LocalError::Other),
@@ -32,6 +33,17 @@ pub fn local_trouble_at_once(error: &io::Error) -> Option<LocalError> {
         libc::ENETUNREACH | libc::ENETDOWN | libc::ENONET => Some(LocalError::Route),
         _ => local_trouble(error),
     }
+}
+
+/// Trouble that is ours whatever the errno: the call concerns nobody else.
+pub fn local_kind(error: &io::Error) -> LocalError {
+    local_trouble(error).unwrap_or(LocalError::Other)
+}
+
+/// Whether a call that moves bytes failed for want of memory alone: the
+/// connection is well, and the same call may succeed later.
+pub fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::ENOMEM))
 }
 
 /// Whether accept(2) failed only for the connection it was about to return:

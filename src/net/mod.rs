@@ -5,8 +5,8 @@
 //! policy: nothing here knows of sessions, pools or configuration, and nothing
 //! blocks.
 
-pub mod confinement;
 pub mod budget;
+pub mod confinement;
 pub mod cpu;
 pub mod datagram;
 pub mod epoll;
@@ -16,6 +16,7 @@ mod ioctl;
 pub mod limits;
 pub mod listen;
 pub mod pipe;
+pub mod ports;
 pub mod privileges;
 pub mod reactor;
 pub mod ring;

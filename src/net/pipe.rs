@@ -49,6 +49,8 @@ pub struct Pipes {
     in_use: Rc<Cell<usize>>,
     /// Each pipe in use takes its size from it.
     budget: Arc<Budget>,
+    /// Why the kernel gave none, since [`Pipes::trouble`] was last asked.
+    trouble: Option<io::Error>,
 }
 
 #[derive(Debug)]
@@ -137,13 +139,22 @@ impl Pipes {
             return None;
         }
         self.used = true;
-        let ends = self.spare.pop().or_else(|| Ends::new().ok())?;
+        let ends = match self.spare.pop() {
+            Some(ends) => ends,
+            None => Ends::new().map_err(|error| self.trouble = Some(error)).ok()?,
+        };
         let Some(share) = self.budget.try_take(ends.size) else {
             self.spare.push(ends);
             return None;
         };
         self.in_use.set(self.in_use.get() + 1);
         Some(Pipe { ends, holds: 0, _counted: Counted(Rc::clone(&self.in_use)), _share: share })
+    }
+
+    /// Why the kernel gave no pipe, once after it did not.
+    #[inline]
+    pub fn trouble(&mut self) -> Option<io::Error> {
+        self.trouble.take()
     }
 
     /// Closes the spare pipes if none was taken since the last call: to be

@@ -41,10 +41,8 @@ pub fn connect(peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
     connect_from(None, peer)
 }
 
-/// Starts connecting to `peer` on a new socket, from the address `source` and
-/// any port that makes the connection unique: the kernel picks it when it knows
-/// both ends (ip(7), IP_BIND_ADDRESS_NO_PORT). `source` is for TCP peers of its
-/// own family.
+/// Starts connecting to `peer` on a new socket, from the address `source` if one
+/// is given; see [`start_at`]. It is for TCP peers of its own family.
 pub fn connect_from(source: Option<IpAddr>, peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
     let (domain, protocol, peer) = match peer {
         Peer::Tcp(tcp) => (Domain::for_address(tcp), Some(Protocol::TCP), SockAddr::from(tcp)),
@@ -55,27 +53,47 @@ pub fn connect_from(source: Option<IpAddr>, peer: Peer<'_>) -> io::Result<(Owned
         socket.set_tcp_nodelay(true)?;
     }
     if let Some(source) = source {
-        super::sockopt::pick_port_at_connect(socket.as_fd())?;
-        socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
+        start_at(&socket, source)?;
     }
     let how_far = match socket.connect(&peer) {
         Ok(()) => Connecting::Done,
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Connecting::Pending,
         // connect(2): a Unix socket whose backlog is full says EAGAIN and is
         // not connecting; the backend is not keeping up, as when TCP times out.
+        // Of TCP it is this kernel that is short of entries for the route.
         Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
-            return Err(io::Error::from_raw_os_error(libc::ECONNREFUSED));
+            let says = if protocol.is_some() { libc::ENOBUFS } else { libc::ECONNREFUSED };
+            return Err(io::Error::from_raw_os_error(says));
         }
         Err(error) => return Err(error),
     };
     Ok((socket.into(), how_far))
 }
 
-/// As [`connect`], and looks again at once where the peer is on this host: the
+/// Whether connections can start at `source` now: it is an address of this host.
+pub fn try_source(source: IpAddr) -> io::Result<()> {
+    let domain = if source.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(domain, kind, Some(Protocol::TCP))?;
+    start_at(&socket, source)
+}
+
+/// Has the TCP socket, not connected yet, connect from that address and whatever
+/// port makes the connection unique: the kernel picks it when it knows both ends
+/// (ip(7), IP_BIND_ADDRESS_NO_PORT).
+pub fn start_at(socket: impl AsFd, source: IpAddr) -> io::Result<()> {
+    super::sockopt::pick_port_at_connect(socket.as_fd())?;
+    SockRef::from(&socket).bind(&SockAddr::from(SocketAddr::new(source, 0)))
+}
+
+/// As [`connect_from`], and looks again at once where the peer is on this host: the
 /// handshake with it is over, one way or the other, by the time connect(2)
 /// returns, although that says "in progress".
-pub fn connect_and_look(peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
-    let (socket, how_far) = connect(peer)?;
+pub fn connect_and_look(
+    source: Option<IpAddr>,
+    peer: Peer<'_>,
+) -> io::Result<(OwnedFd, Connecting)> {
+    let (socket, how_far) = connect_from(source, peer)?;
     let Peer::Tcp(address) = peer else { return Ok((socket, how_far)) };
     if how_far == Connecting::Done || !address.ip().is_loopback() {
         return Ok((socket, how_far));
@@ -196,10 +214,10 @@ mod tests {
         for host in ["127.0.0.1:0", "[::1]:0"] {
             let listener = std::net::TcpListener::bind(host).unwrap();
             let address = listener.local_addr().unwrap();
-            let (_socket, how_far) = connect_and_look(Peer::Tcp(address)).unwrap();
+            let (_socket, how_far) = connect_and_look(None, Peer::Tcp(address)).unwrap();
             assert_eq!(how_far, Connecting::Done);
             drop(listener);
-            let refused = connect_and_look(Peer::Tcp(address)).unwrap_err();
+            let refused = connect_and_look(None, Peer::Tcp(address)).unwrap_err();
             assert_eq!(refused.raw_os_error(), Some(libc::ECONNREFUSED));
         }
     }
@@ -210,7 +228,7 @@ mod tests {
         listener[0].listen(0).unwrap();
         let address = listener[0].local_addr().unwrap().as_socket().unwrap();
         let connects: Vec<_> =
-            (0..3).map(|_| connect_and_look(Peer::Tcp(address)).unwrap()).collect();
+            (0..3).map(|_| connect_and_look(None, Peer::Tcp(address)).unwrap()).collect();
         assert!(connects.iter().any(|(_, how_far)| *how_far == Connecting::Pending));
     }
 }

@@ -117,6 +117,9 @@ pub enum RefusedReason {
 impl Cause {
     /// The cause when a socket of `side` fails with `errno`.
     pub fn of_failure(side: Side, errno: i32) -> Cause {
+        if matches!(errno, libc::ENOMEM | libc::ENOBUFS | libc::EMFILE | libc::ENFILE) {
+            return Cause::LocalResource;
+        }
         let lost = matches!(
             errno,
             libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH | libc::ENETDOWN

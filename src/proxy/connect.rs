@@ -15,10 +15,12 @@ use crate::health::ConnectFailure;
 use crate::net::errno;
 use crate::net::stream::{self, Connecting, Peer};
 use crate::table::state::BackendState;
+use crate::table::ways::Way;
 use crate::table::{NoBackend, PoolTable, Reserved};
-use crate::telemetry::counters::LocalError;
+use crate::telemetry::counters::{LocalAt, LocalError};
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,6 +35,9 @@ pub(super) struct Held {
     trial: Option<TrialId>,
     /// A connection that stands is no success yet.
     early_resets: bool,
+    worker: u16,
+    /// Whose port the connection holds, where that is counted by the way.
+    way: Option<Arc<Way>>,
 }
 
 /// A connected backend.
@@ -89,14 +94,14 @@ pub(super) async fn dial(
             }
         };
         let index = reserved.index;
-        let mut held = Held::new(reserved, pool, &ctx.shared.gate);
+        let mut held = Held::new(reserved, pool, ctx);
         attempts.count += 1;
         attempts.last = Some(Arc::clone(held.backend()));
         if attempts.count > 1 {
             ctx.counters.connect_retries.add(1);
         }
         let started = clock::now();
-        match attempt(flow, held.backend(), started + pool.spec.connect_timeout).await {
+        match attempt(ctx, flow, &mut held, started + pool.spec.connect_timeout).await {
             Ok(()) => {
                 let since = clock::now();
                 let connect_time = since - started;
@@ -112,8 +117,9 @@ pub(super) async fn dial(
                 why = blame(ctx, held.backend(), failure, errno, started);
             }
             Err(Failed::Local(kind, errno)) => {
-                ctx.counters.local_errors.cell(kind as usize, 0).add(1);
-                why = local_ending(Phase::Connect, &io::Error::from_raw_os_error(errno));
+                let error = io::Error::from_raw_os_error(errno);
+                ctx.local_trouble(kind, LocalAt::Connect, &error);
+                why = local_ending(Phase::Connect, &error);
                 // Ports and routes are had for each destination apart.
                 if !matches!(kind, LocalError::Ports | LocalError::Route) {
                     return Err(why);
@@ -129,15 +135,19 @@ pub(super) async fn dial(
     }
 }
 
-async fn attempt(flow: &Flow, backend: &BackendState, deadline: Instant) -> Result<(), Failed> {
-    let peer = match &backend.address {
-        BackendAddress::Tcp(address) => Peer::Tcp(*address),
-        BackendAddress::Unix(path) => Peer::Unix(path),
-    };
+async fn attempt(
+    ctx: &Context,
+    flow: &Flow,
+    held: &mut Held,
+    deadline: Instant,
+) -> Result<(), Failed> {
     let (upstream, how_far) =
-        stream::connect_and_look(peer).map_err(|e| judge(&e, errno::local_trouble_at_once(&e)))?;
+        start(ctx, held).map_err(|e| judge(&e, errno::local_trouble_at_once(&e)))?;
     match how_far {
-        Connecting::Done => flow.attach(upstream).map_err(|e| judge(&e, errno::local_trouble(&e))),
+        // Nobody but this host has a part in that.
+        Connecting::Done => {
+            flow.attach(upstream).map_err(|e| judge(&e, Some(errno::local_kind(&e))))
+        }
         Connecting::Pending => flow.connected(upstream, deadline).await.map_err(|end| match end {
             ConnectEnd::Failed(error) => judge(&error, errno::local_trouble(&error)),
             ConnectEnd::TimedOut => Failed::Blamed(ConnectFailure::Timeout, libc::ETIMEDOUT),
@@ -145,6 +155,34 @@ async fn attempt(flow: &Flow, backend: &BackendState, deadline: Instant) -> Resu
             ConnectEnd::Cut(cause) => Failed::Over(cut(Phase::Connect, cause)),
         }),
     }
+}
+
+/// Starts the connection, on the next way in turn that has a free port.
+fn start(ctx: &Context, held: &mut Held) -> io::Result<(OwnedFd, Connecting)> {
+    let backend = Arc::clone(held.backend());
+    let peer = match &backend.address {
+        BackendAddress::Tcp(address) => Peer::Tcp(*address),
+        BackendAddress::Unix(path) => return stream::connect(Peer::Unix(path)),
+    };
+    let now = clock::millis(clock::now());
+    let mut ended = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
+    for way in backend.ways.load().in_turn(now) {
+        match stream::connect_and_look(way.source(), peer) {
+            Err(error) if errno::local_trouble(&error) == Some(LocalError::Ports) => {
+                way.is_spent(now);
+                if way.source().is_some() {
+                    ctx.local_trouble(LocalError::Ports, LocalAt::Connect, &error);
+                }
+                ended = error;
+            }
+            Err(error) => return Err(error),
+            Ok(begun) => {
+                held.begins(way);
+                return Ok(begun);
+            }
+        }
+    }
+    Err(ended)
 }
 
 /// Whose fault a failed connect is: ours where `local` says so.
@@ -248,11 +286,30 @@ impl Attempts {
 // === impl Held ===
 
 impl Held {
-    fn new(mut reserved: Reserved, pool: &PoolTable, gate: &Arc<Gate>) -> Held {
+    fn new(mut reserved: Reserved, pool: &PoolTable, ctx: &Context) -> Held {
         let backend = Arc::clone(reserved.backend());
         let trial = reserved.take_trial();
         let early_resets = pool.spec.ejection.is_some_and(|spec| spec.early_resets);
-        Held { reserved: Some(reserved), backend, gate: Arc::clone(gate), trial, early_resets }
+        let gate = Arc::clone(&ctx.shared.gate);
+        let (reserved, worker) = (Some(reserved), ctx.id as u16);
+        Held { reserved, backend, gate, trial, early_resets, worker, way: None }
+    }
+
+    /// Its connection starts on that way.
+    fn begins(&mut self, way: &Arc<Way>) {
+        if let Some(counts) = way.counts() {
+            counts.of(self.worker.into()).begun.add(1);
+            self.way = Some(Arc::clone(way));
+        }
+    }
+
+    /// Its port stays in TIME_WAIT once the connection is closed.
+    pub(super) fn lingers(&self) {
+        let worker = self.worker.into();
+        match self.way.as_ref().and_then(|way| way.counts()) {
+            Some(counts) => counts.of(worker).lingering.add(1),
+            None => self.backend.counters.of(worker).lingering.add(1),
+        }
     }
 
     pub(super) fn trial(&self) -> Option<TrialId> {
@@ -306,6 +363,9 @@ impl Drop for Held {
     fn drop(&mut self) {
         // Nothing was learnt: the next session is to try.
         self.decide(TrialPhase::Open);
+        if let Some(counts) = self.way.as_ref().and_then(|way| way.counts()) {
+            counts.of(self.worker.into()).ended.add(1);
+        }
         // The slot first: whoever the gate wakes must find it free.
         self.reserved = None;
         self.gate.opened();

@@ -16,14 +16,15 @@ use crate::table::Table;
 use crate::table::publish::TableReader;
 use crate::table::state::BackendId;
 use crate::telemetry::access_log::AccessLogSender;
-use crate::telemetry::counters::WorkerCounters;
+use crate::telemetry::counters::{LocalAt, LocalError, WorkerCounters};
 use crate::telemetry::histograms::Recorder;
 use crossbeam::queue::ArrayQueue;
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// Reports that may wait for the control thread. A backend that dies under
@@ -94,6 +95,11 @@ pub struct Context {
     tables: RefCell<TableReader>,
     random: RefCell<fastrand::Rng>,
     sessions: Cell<u64>,
+    /// Until then no client is taken: there would be nothing to serve it with.
+    short_until: Cell<Option<Instant>>,
+    /// When trouble of our own was last told of, by its kind, and how often it
+    /// came since.
+    told: [Cell<(Option<Instant>, u64)>; LocalError::ALL.len()],
 }
 
 /// What one thread of a worker leaves to the next.
@@ -102,6 +108,12 @@ pub struct Legacy {
     recorder: Recorder,
     sessions: u64,
 }
+/// How long no client is taken after a session found nothing to be served with.
+/// Those that come meanwhile wait in the kernel's queue instead of being reset.
+const SHORT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Trouble of one kind is told of at most so often by each worker.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
 
 // === impl Reports ===
 
@@ -164,12 +176,45 @@ impl Context {
             tables: RefCell::new(tables),
             random: RefCell::new(fastrand::Rng::with_seed(seed)),
             sessions: Cell::new(legacy.sessions),
+            short_until: Cell::new(None),
+            told: Default::default(),
         }
     }
 
     /// What goes on with the next thread of this worker.
     pub fn bequeath(&self) -> Legacy {
         Legacy { recorder: self.recorder.take(), sessions: self.sessions.get() }
+    }
+
+    /// Counts trouble of our own and tells of it. A lack of descriptors or memory
+    /// has the listeners wait a moment.
+    #[cold]
+    pub fn local_trouble(&self, kind: LocalError, at: LocalAt, error: &io::Error) {
+        self.counters.local_trouble(kind, at);
+        let now = clock::now();
+        if at == LocalAt::Connect && matches!(kind, LocalError::Descriptors | LocalError::Memory) {
+            self.short_until.set(Some(now + SHORT_PAUSE));
+        }
+        let told = &self.told[kind as usize];
+        let (last, since) = told.get();
+        if last.is_some_and(|last| now < last + TELL_AGAIN) {
+            told.set((last, since + 1));
+            return;
+        }
+        told.set((Some(now), 0));
+        let (reason, at, worker) = (kind.name(), at.name(), self.id);
+        tracing::warn!(reason, at, worker, untold = since, %error, "trouble of our own");
+    }
+
+    /// Whether sessions ran short of something a moment ago.
+    #[inline]
+    pub fn is_short(&self) -> bool {
+        let Some(until) = self.short_until.get() else { return false };
+        let short = clock::now() < until;
+        if !short {
+            self.short_until.set(None);
+        }
+        short
     }
 
     /// The newest table.

@@ -306,18 +306,13 @@ fn listen(
     socket: Arc<Socket>,
     retirement: Rc<Retirement>,
 ) {
-    match Listener::new(bind, Arc::clone(&socket), Rc::clone(&retirement)) {
-        Ok(listener) => {
-            posts.add(bind, socket, Rc::clone(&retirement));
-            let (watch, posts) = (Watch(Rc::clone(ctx)), Rc::clone(posts));
-            tokio::task::spawn_local(async move {
-                let watch = watch;
-                listener.run(Rc::clone(&watch.0)).await;
-                posts.remove(&retirement);
-            });
-        }
-        Err(error) => tracing::error!(worker = ctx.id, %bind, %error, "cannot listen"),
-    }
+    posts.add(bind, Arc::clone(&socket), Rc::clone(&retirement));
+    let (watch, posts) = (Watch(Rc::clone(ctx)), Rc::clone(posts));
+    tokio::task::spawn_local(async move {
+        let watch = watch;
+        Listener::serve(Rc::clone(&watch.0), bind, socket, Rc::clone(&retirement)).await;
+        posts.remove(&retirement);
+    });
 }
 
 /// Obeys commands until told to stop; the engine, the listeners and the

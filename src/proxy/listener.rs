@@ -15,7 +15,7 @@ use super::slots::Slots;
 use crate::clock;
 use crate::net::{errno, listen, reactor};
 use crate::table::{FrontendRoute, NoBackend, PoolTable, Table};
-use crate::telemetry::counters::LocalError;
+use crate::telemetry::counters::LocalAt;
 use crate::telemetry::pulse::Stage;
 use socket2::Socket;
 use std::cell::Cell;
@@ -65,16 +65,41 @@ enum Taken {
     QueueEmpty,
     AtCap,
     Starved,
+    /// A connection that broke before it was taken.
+    Spoilt,
 }
 
 impl Listener {
-    pub(super) fn new(
+    fn new(
         bind: SocketAddr,
         socket: Arc<Socket>,
         retirement: Rc<Retirement>,
     ) -> io::Result<Listener> {
         let socket = reactor::watch_readable(socket)?;
         Ok(Listener { bind, socket, retirement, last_route: None })
+    }
+
+    /// Listens until retired; where the socket cannot be watched, as soon as it
+    /// can: clients are in its queue already.
+    pub(super) async fn serve(
+        ctx: Rc<Context>,
+        bind: SocketAddr,
+        socket: Arc<Socket>,
+        retirement: Rc<Retirement>,
+    ) {
+        loop {
+            match Listener::new(bind, Arc::clone(&socket), Rc::clone(&retirement)) {
+                Ok(listener) => {
+                    drop(socket);
+                    return listener.run(ctx).await;
+                }
+                Err(error) => ctx.local_trouble(errno::local_kind(&error), LocalAt::Accept, &error),
+            }
+            if retirement.is_released() || retirement.is_over() {
+                return;
+            }
+            tokio::time::sleep(BACK_OFF_MAX).await;
+        }
     }
 
     /// Accepts until it is retired and its queue is empty. Dropping the
@@ -86,7 +111,7 @@ impl Listener {
         {
             match self.take_some(&ctx) {
                 Taken::QueueEmpty if self.retirement.is_over() => {}
-                Taken::One => {
+                Taken::One | Taken::Spoilt => {
                     back_off = BACK_OFF_MIN;
                     tokio::task::yield_now().await;
                 }
@@ -115,15 +140,28 @@ impl Listener {
         }
         let Some((generation, route)) = self.last_route.clone() else { return Taken::QueueEmpty };
         ctx.counters.pulse.at(Stage::Accepting);
-        let mut taken = Taken::One;
-        for _ in 0..ACCEPTS_A_WAKE {
-            taken = self.take_one(ctx, &table, generation, &route);
-            if !matches!(taken, Taken::One) {
-                break;
-            }
-        }
+        let taken = self.take_several(ctx, &table, generation, &route);
         ctx.counters.pulse.at(Stage::Waiting);
         taken
+    }
+
+    fn take_several(
+        &mut self,
+        ctx: &Rc<Context>,
+        table: &Table,
+        generation: u64,
+        route: &Arc<FrontendRoute>,
+    ) -> Taken {
+        // An errno that comes for every connection is no single connection's.
+        let mut all_spoilt = true;
+        for _ in 0..ACCEPTS_A_WAKE {
+            match self.take_one(ctx, table, generation, route) {
+                Taken::One => all_spoilt = false,
+                Taken::Spoilt => {}
+                stopped => return stopped,
+            }
+        }
+        if all_spoilt { Taken::Starved } else { Taken::One }
     }
 
     fn take_one(
@@ -133,6 +171,9 @@ impl Listener {
         generation: u64,
         route: &Arc<FrontendRoute>,
     ) -> Taken {
+        if ctx.is_short() {
+            return Taken::Starved;
+        }
         let shared = &ctx.shared;
         let slots = match Slots::take(shared, table, route) {
             Ok(slots) => slots,
@@ -147,10 +188,9 @@ impl Listener {
                 Taken::One
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Taken::QueueEmpty,
-            Err(error) if errno::accept_may_go_on(&error) => Taken::One,
+            Err(error) if errno::accept_may_go_on(&error) => Taken::Spoilt,
             Err(error) => {
-                let kind = errno::local_trouble(&error).unwrap_or(LocalError::Other);
-                ctx.counters.local_errors.cell(kind as usize, 0).add(1);
+                ctx.local_trouble(errno::local_kind(&error), LocalAt::Accept, &error);
                 Taken::Starved
             }
         }

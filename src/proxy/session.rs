@@ -16,11 +16,11 @@ use super::relay::{Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
 use crate::config::Policy;
-use crate::net::stream;
+use crate::net::{errno, stream};
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
 use crate::telemetry::access_log::{Client, SessionRecord};
-use crate::telemetry::counters::Panicked;
+use crate::telemetry::counters::{LocalAt, Panicked};
 use crate::telemetry::histograms::Series;
 use std::io;
 use std::net::SocketAddr;
@@ -185,6 +185,16 @@ fn is_early_reset(ending: Ending, waited: Duration) -> bool {
         && waited <= EARLY_MAX
 }
 
+/// Whether the upstream connection was closed by us first: the kernel then keeps
+/// its port for a minute (RFC 9293 section 3.3.2, TIME-WAIT). A reset frees it.
+fn leaves_time_wait(ending: Ending) -> bool {
+    match ending.cause {
+        Cause::Finished | Cause::HalfClosedTimeout => ending.closed_first == Some(Side::Client),
+        Cause::IdleTimeout => true,
+        _ => false,
+    }
+}
+
 /// Closes both sockets the way the session ended: FIN for an end in order and
 /// for idle time-outs, RST for a reset or a cut. What one side had sent before
 /// its reset is given time to reach the other: that socket is given back, to be
@@ -237,6 +247,9 @@ impl Session {
         let totals = Totals { bytes_in, bytes_out, first_byte };
         story.relayed(held.backend(), &totals);
         judge(story.ctx(), &mut held, &relayed);
+        if leaves_time_wait(ending) {
+            held.lingers();
+        }
         let socket = finish(relayed);
         let unsent = socket.is_some();
         let mut closing =
@@ -331,7 +344,10 @@ impl Story {
         start: Start,
     ) -> Result<(Flow, Upstream), Ending> {
         let ctx = Rc::clone(self.ctx());
-        let flow = opened.map_err(|error| connect::local_ending(Phase::Admit, &error))?;
+        let flow = opened.map_err(|error| {
+            ctx.local_trouble(errno::local_kind(&error), LocalAt::Connect, &error);
+            connect::local_ending(Phase::Admit, &error)
+        })?;
         ctx.faults.pass(Fault::Setup);
         match self.reach_backend(&ctx, &flow, start).await {
             Ok(upstream) => Ok((flow, upstream)),
@@ -405,6 +421,10 @@ impl Story {
         let Ending { cause, phase, .. } = ending;
         if std::thread::panicking() && !ctx.admitting.get() {
             ctx.counters.panics.cell(Panicked::Session as usize, 0).add(1);
+        }
+        if cause == Cause::LocalResource && !matches!(phase, Phase::Admit | Phase::Connect) {
+            let error = io::Error::from_raw_os_error(ending.errno);
+            ctx.local_trouble(errno::local_kind(&error), LocalAt::Relay, &error);
         }
         ctx.counters.session_end.cell(cause as usize, phase as usize).add(1);
         ctx.counters.ended.add(1);

@@ -7,6 +7,7 @@
 pub mod build;
 pub mod publish;
 pub mod state;
+pub mod ways;
 
 use crate::balance::trial::{TrialId, TrialPhase};
 use crate::balance::{Balancer, PickError, PickKey};

@@ -4,11 +4,14 @@
 //! read by the admin API. A reload that keeps a backend's identity keeps its
 //! state. Nothing here decides eligibility: that is derived at table build.
 
+use super::ways::Ways;
 use crate::balance::in_flight::InFlight;
 use crate::balance::latency::Latency;
 use crate::config::BackendAddress;
 use crate::proxy::admission::sources::Sources;
 use crate::telemetry::counters::{Counter, CounterTable, Sharded};
+use arc_swap::ArcSwap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -44,6 +47,8 @@ pub struct BackendState {
     /// Failures since the last success, all workers; see
     /// [`BackendState::failed`].
     failures_in_a_row: AtomicU32,
+    /// Where connections to it start; replaced by the controller alone.
+    pub ways: ArcSwap<Ways>,
     /// One shard a worker.
     pub counters: Sharded<BackendCounters>,
 }
@@ -53,6 +58,9 @@ pub struct BackendState {
 pub struct BackendCounters {
     /// Sessions whose upstream connection stood.
     pub sessions: Counter,
+    /// Connections closed by us first, from wherever the kernel chose: their ports
+    /// are in TIME_WAIT for a while.
+    pub lingering: Counter,
     /// Connect attempts that failed through the backend or the path to it.
     pub connect_failures: Counter,
     /// Bytes from clients.
@@ -126,7 +134,20 @@ impl BackendState {
             in_flight: Arc::new(InFlight::new()),
             latency: Arc::new(Latency::new()),
             failures_in_a_row: AtomicU32::new(0),
+            ways: ArcSwap::from_pointee(Ways::any()),
             counters: Sharded::new(workers, BackendCounters::default),
+        }
+    }
+
+    /// Has connections start at `sources` from now on; see [`Ways::new`].
+    pub fn start_from(&self, sources: &[IpAddr], workers: usize) {
+        let to = match &self.address {
+            BackendAddress::Tcp(to) => Some(*to),
+            BackendAddress::Unix(_) => None,
+        };
+        let before = self.ways.load();
+        if !before.are_by(sources, to) {
+            self.ways.store(Arc::new(Ways::new(sources, to, workers, &before)));
         }
     }
 

@@ -117,7 +117,7 @@ pub struct WorkerCounters {
     pub accept_held_at_cap: Counter,
     /// Sessions that had to wait in line for a backend.
     pub queued: Counter,
-    /// Times accept failed and the listener backed off (row [`LocalError`]).
+    /// Trouble of our own: row [`LocalError`], column [`LocalAt`].
     pub local_errors: CounterTable,
     /// Connect attempts beyond a session's first.
     pub connect_retries: Counter,
@@ -173,12 +173,54 @@ pub enum LocalError {
     Descriptors,
     /// EADDRNOTAVAIL: no source port left, or the source address is gone.
     Ports,
-    /// ENOBUFS, ENOMEM.
+    /// ENOBUFS, ENOMEM; ENOSPC of an epoll set.
     Memory,
     /// ENETUNREACH, ENETDOWN from connect(2) itself: this host has no way there.
     Route,
     /// Anything else that is ours.
     Other,
+}
+
+/// What was being done when we ran short ourselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum LocalAt {
+    /// Taking a client off a listen queue, or listening at all.
+    Accept,
+    /// Opening a session, or its connection to a backend.
+    Connect,
+    /// Moving bytes, or opening a pipe for them.
+    Relay,
+    /// Taking a connection of the admin API.
+    Admin,
+    /// Probing a backend.
+    Probe,
+    /// Reading the configuration again.
+    Reload,
+}
+
+impl LocalAt {
+    /// Every one, in the order of their numbers.
+    pub const ALL: [LocalAt; 6] = [
+        LocalAt::Accept,
+        LocalAt::Connect,
+        LocalAt::Relay,
+        LocalAt::Admin,
+        LocalAt::Probe,
+        LocalAt::Reload,
+    ];
+
+    /// Metric label.
+    pub fn name(self) -> &'static str {
+        match self {
+            LocalAt::Accept => "accept",
+            LocalAt::Connect => "connect",
+            LocalAt::Relay => "relay",
+            LocalAt::Admin => "admin",
+            LocalAt::Probe => "probe",
+            LocalAt::Reload => "reload",
+        }
+    }
 }
 
 impl LocalError {
@@ -239,6 +281,11 @@ impl Panicked {
 }
 
 impl WorkerCounters {
+    /// Counts trouble of our own.
+    pub fn local_trouble(&self, kind: LocalError, at: LocalAt) {
+        self.local_errors.cell(kind as usize, at as usize).add(1);
+    }
+
     /// All zero, for that many causes and phases.
     pub fn new(causes: usize, phases: usize) -> WorkerCounters {
         WorkerCounters {
@@ -247,7 +294,7 @@ impl WorkerCounters {
             ended: Counter::default(),
             accept_held_at_cap: Counter::default(),
             queued: Counter::default(),
-            local_errors: CounterTable::new(LocalError::ALL.len(), 1),
+            local_errors: CounterTable::new(LocalError::ALL.len(), LocalAt::ALL.len()),
             connect_retries: Counter::default(),
             reports_dropped: Counter::default(),
             access_log_dropped: Counter::default(),

@@ -20,6 +20,7 @@ use tidegate::clock;
 use tidegate::config::{Admin, AdminListen};
 use tidegate::control::OperatorError;
 use tidegate::health::Intent;
+use tidegate::telemetry::counters::WorkerCounters;
 use tokio::sync::{mpsc, oneshot};
 
 pub(crate) const TOKEN: &str = "a-token-of-fair-length";
@@ -76,7 +77,8 @@ impl Api {
             let (requests, inbox) = mpsc::channel(admin::REQUESTS_MAX);
             runtime.spawn(play(control, inbox, shut_down));
             let stop = async { drop(stopped.await) };
-            let serve = admin::serve(listener, tokens, requests, readiness, stop);
+            let counters = Arc::new(WorkerCounters::new(1, 1));
+            let serve = admin::serve(listener, tokens, requests, readiness, counters, stop);
             runtime.block_on(serve).unwrap();
         });
         Api {

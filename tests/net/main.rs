@@ -35,4 +35,5 @@ mod detection;
 mod emulator;
 mod faults;
 mod floods;
+mod ports;
 mod streams;

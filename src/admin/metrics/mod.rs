@@ -17,10 +17,11 @@
 //!   Whether it takes traffic, all things considered, is `backend_eligible`.
 
 use super::snapshot::{ServiceState, Snapshot};
+use crate::control::ports;
 use crate::control::{BackendStatus, FrontendStatus};
 use crate::health::{Intent, Observation};
 use crate::proxy::close::{Cause, Phase, RefusedReason};
-use crate::telemetry::counters::{LocalError, Panicked, RingEvent, WorkerCounters};
+use crate::telemetry::counters::{LocalAt, LocalError, Panicked, RingEvent, WorkerCounters};
 use crate::telemetry::histograms::{BOUNDS_SECONDS, Series, SeriesData};
 use encoder::{Encoder, Family, counter, gauge, histogram};
 
@@ -71,6 +72,8 @@ mod families {
     pub(super) const CONNECT_SECONDS: Family = histogram("tidegate_connect_seconds", "Time to connect to the backend.");
     pub(super) const FIRST_BYTE_SECONDS: Family = histogram("tidegate_first_byte_seconds", "Time from the upstream connection to the backend's first byte.");
     pub(super) const SESSION_SECONDS: Family = histogram("tidegate_session_seconds", "Time from accept to close.");
+    pub(super) const PORTS_USED: Family = gauge("tidegate_source_ports_used", "Local ports in use for connections to the backend from one source address; an estimate.");
+    pub(super) const PORTS_MAX: Family = gauge("tidegate_source_ports_max", "Local ports there are for each pair of a source address and a backend.");
     pub(super) const LEAVING_BACKENDS: Family = gauge("tidegate_leaving_backends", "Backends no longer configured that still hold sessions.");
     pub(super) const LEAVING_SESSIONS: Family = gauge("tidegate_leaving_sessions", "Sessions on backends no longer configured.");
 
@@ -89,6 +92,8 @@ mod families {
     pub(super) const REPORTS_DROPPED: Family = counter("tidegate_reports_dropped_total", "Reports to the control thread that found its queue full.");
     pub(super) const ACCESS_LOG_DROPPED: Family = counter("tidegate_access_log_dropped_total", "Access-log lines that found their queue full.");
 
+    pub(super) const LOG_DROPPED: Family = counter("tidegate_log_dropped_total", "Lines of the program's log that were lost to a stuck reader or a full disk.");
+
     pub(super) const OPEN_FDS: Family = gauge("process_open_fds", "Open file descriptors.");
     pub(super) const MAX_FDS: Family = gauge("process_max_fds", "Limit on open file descriptors.");
     pub(super) const RESIDENT: Family = gauge("process_resident_memory_bytes", "Memory held in RAM.");
@@ -105,6 +110,7 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
     backends(&mut out, snapshot);
     heartbeats::render(&mut out, snapshot);
     histograms(&mut out, snapshot);
+    source_ports(&mut out, snapshot);
     leaving(&mut out, snapshot);
     workers(&mut out, snapshot);
     process(&mut out, snapshot);
@@ -253,6 +259,20 @@ fn backends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     }
 }
 
+fn source_ports(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+    let mut samples = out.family(&families::PORTS_USED);
+    let all = snapshot.control.pools.iter().flat_map(|pool| &pool.backends);
+    for backend in all.filter(|backend| ports::has_ports(&backend.state)) {
+        let [pool, name] = labels(backend);
+        for way in backend.state.ways.load().iter() {
+            let source = way.source().map_or_else(|| "any".to_owned(), |ip| ip.to_string());
+            let used = snapshot.ports.used(&backend.state, way, snapshot.port_limits);
+            samples.count(&[pool, name, ("source", &source)], used);
+        }
+    }
+    out.family(&families::PORTS_MAX).count(&[], snapshot.port_limits.ports.into());
+}
+
 fn labels(backend: &BackendStatus) -> [(&'static str, &str); 2] {
     [("pool", &backend.state.pool), ("backend", &backend.state.name)]
 }
@@ -330,8 +350,11 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     }
     let mut samples = out.family(&families::LOCAL_ERRORS);
     for reason in LocalError::ALL {
-        let total = sum(snapshot, |w| w.local_errors.cell(reason as usize, 0).get());
-        samples.count(&[("reason", reason.name())], total);
+        for at in LocalAt::ALL {
+            let cell = |w: &WorkerCounters| w.local_errors.cell(reason as usize, at as usize).get();
+            let total = sum(snapshot, cell) + cell(snapshot.control_counts);
+            samples.count(&[("reason", reason.name()), ("at", at.name())], total);
+        }
     }
     let mut samples = out.family(&families::QUEUED);
     for pool in &snapshot.control.pools {
@@ -347,6 +370,7 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     for (family, value) in totals {
         out.family(family).count(&[], sum(snapshot, value));
     }
+    out.family(&families::LOG_DROPPED).count(&[], snapshot.log_dropped);
 }
 
 fn sum(snapshot: &Snapshot<'_>, value: impl Fn(&WorkerCounters) -> u64) -> u64 {

@@ -5,6 +5,7 @@ use crate::admin::process::ProcessFacts;
 use crate::admin::snapshot::{HeartbeatCounts, ReloadCounts};
 use crate::clock;
 use crate::config::BackendAddress;
+use crate::control::ports::{PortLimits, PortWatch, Reuse};
 use crate::control::{ControlStatus, PoolStatus, PublishReason};
 use crate::net::budget::Budget;
 use crate::table::state::{BackendId, BackendState, FrontendId, FrontendState};
@@ -67,7 +68,8 @@ fn text() -> String {
     workers[0].accepted.add(9);
     workers[0].ended.add(4);
     workers[1].session_end.cell(Cause::ClientReset as usize, Phase::Connect as usize).add(1);
-    workers[1].local_errors.cell(LocalError::Ports as usize, 0).add(7);
+    workers[1].local_trouble(LocalError::Ports, LocalAt::Connect);
+    workers[1].local_errors.cell(LocalError::Ports as usize, LocalAt::Connect as usize).add(6);
     workers[1].ring_events.cell(RingEvent::Resumed as usize, 0).add(3);
     render(&Snapshot {
         control: &control,
@@ -89,6 +91,11 @@ fn text() -> String {
         warnings: &[],
         admin_crowded: 0,
         confinement: &crate::net::confinement::Confinement::none("off"),
+        troubles: &[],
+        control_counts: &WorkerCounters::new(1, 1),
+        log_dropped: 0,
+        ports: &PortWatch::default(),
+        port_limits: PortLimits { ports: 28_232, reuse: Reuse::Loopback },
         process: ProcessFacts { open_fds: Some(7), ..ProcessFacts::default() },
         heartbeats: &HeartbeatCounts::default(),
     })
@@ -185,6 +192,8 @@ fn the_text_is_strictly_well_formed_and_labels_are_of_the_closed_set() {
         "phase",
         "direction",
         "reason",
+        "at",
+        "source",
         "result",
         "engine",
         "version",
@@ -225,7 +234,10 @@ fn counters_are_summed_over_workers_and_leaving_backends_repeat_no_series() {
     let refused = [("frontend", "we\"b\\\n"), ("reason", "queue-timeout")];
     assert_eq!(parsed.get("tidegate_refused_total", &refused), 2.0);
     assert_eq!(parsed.get("tidegate_worker_active", &[("worker", "0")]), 5.0);
-    assert_eq!(parsed.get("tidegate_local_errors_total", &[("reason", "ports")]), 7.0);
+    assert_eq!(
+        parsed.get("tidegate_local_errors_total", &[("reason", "ports"), ("at", "connect")]),
+        7.0
+    );
     let resumed = |worker| [("worker", worker), ("reason", "resumed")];
     assert_eq!(parsed.get("tidegate_ring_events_total", &resumed("1")), 3.0);
     assert_eq!(parsed.get("tidegate_ring_events_total", &resumed("0")), 0.0);

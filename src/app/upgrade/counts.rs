@@ -9,7 +9,7 @@
 use crate::admin::{ReloadCounts, UpgradeCounts};
 use crate::app::heartbeats::SavedReception;
 use crate::proxy::close::{Cause, Phase};
-use crate::telemetry::counters::{LocalError, Panicked, RingEvent, WorkerCounters};
+use crate::telemetry::counters::{LocalAt, LocalError, Panicked, RingEvent, WorkerCounters};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,6 +19,8 @@ use std::sync::Arc;
 #[serde(default)]
 pub(super) struct Counts {
     workers: Vec<SavedWorker>,
+    /// Lines of the program's log that were lost.
+    pub(super) log_dropped: u64,
     /// Changed, unchanged, refused.
     reloads: (u64, u64, u64),
     /// Done, failed, refused.
@@ -49,12 +51,19 @@ struct SavedWorker {
 impl Counts {
     pub(super) fn save(
         workers: &[Arc<WorkerCounters>],
+        control: &WorkerCounters,
         reloads: ReloadCounts,
         upgrades: UpgradeCounts,
         heartbeats: SavedReception,
     ) -> Counts {
         Counts {
-            workers: workers.iter().map(|worker| SavedWorker::save(worker)).collect(),
+            // The control thread's go as those of one more worker.
+            workers: workers
+                .iter()
+                .map(|worker| SavedWorker::save(worker))
+                .chain([SavedWorker::save(control)])
+                .collect(),
+            log_dropped: 0,
             reloads: (reloads.changed, reloads.unchanged, reloads.refused),
             upgrades: (upgrades.done, upgrades.failed, upgrades.refused),
             heartbeats,
@@ -100,8 +109,9 @@ impl SavedWorker {
                 by_phase.insert(phase.name().to_owned(), total);
             }
         }
-        let errors = LocalError::ALL.map(|error| {
-            (error.name().to_owned(), worker.local_errors.cell(error as usize, 0).get())
+        let errors = local_cells().map(|(error, at)| {
+            let total = worker.local_errors.cell(error as usize, at as usize).get();
+            (local_key(error, at), total)
         });
         let ring = RingEvent::ALL.map(|event| {
             (event.name().to_owned(), worker.ring_events.cell(event as usize, 0).get())
@@ -110,7 +120,7 @@ impl SavedWorker {
             ends,
             accepted: worker.accepted.get(),
             held_at_cap: worker.accept_held_at_cap.get(),
-            local_errors: errors.into(),
+            local_errors: errors.collect(),
             connect_retries: worker.connect_retries.get(),
             queued: worker.queued.get(),
             reports_dropped: worker.reports_dropped.get(),
@@ -157,9 +167,10 @@ impl SavedWorker {
             let cell = worker.session_end.cell(cause as usize, phase as usize);
             cell.carry(total.unwrap_or_default());
         }
-        for error in LocalError::ALL {
-            let total = self.local_errors.get(error.name()).copied().unwrap_or_default();
-            worker.local_errors.cell(error as usize, 0).carry(total);
+        for (error, at) in local_cells() {
+            let total = self.local_errors.get(&local_key(error, at)).copied();
+            let cell = worker.local_errors.cell(error as usize, at as usize);
+            cell.carry(total.unwrap_or_default());
         }
         for event in RingEvent::ALL {
             let total = self.ring_events.get(event.name()).copied().unwrap_or_default();
@@ -184,6 +195,14 @@ impl SavedWorker {
 
 fn cells() -> impl Iterator<Item = (Cause, Phase)> {
     Cause::ALL.into_iter().flat_map(|cause| Phase::ALL.into_iter().map(move |phase| (cause, phase)))
+}
+
+fn local_cells() -> impl Iterator<Item = (LocalError, LocalAt)> {
+    LocalError::ALL.into_iter().flat_map(|kind| LocalAt::ALL.into_iter().map(move |at| (kind, at)))
+}
+
+fn local_key(kind: LocalError, at: LocalAt) -> String {
+    format!("{} {}", kind.name(), at.name())
 }
 
 fn add(sum: &mut u64, n: u64) {
@@ -212,7 +231,7 @@ mod tests {
         let reloads = ReloadCounts { changed: 1, unchanged: 2, refused: 3 };
         let upgrades = UpgradeCounts { done: 4, failed: 5, refused: 6 };
         let heartbeats = SavedReception::default();
-        let counts = Counts::save(&old, reloads, upgrades, heartbeats);
+        let counts = Counts::save(&old, &workers(1)[0], reloads, upgrades, heartbeats);
         let text = serde_json::to_string(&counts).unwrap();
         let saved: Counts = serde_json::from_str(&text).unwrap();
         assert_eq!((saved.reloads(), saved.upgrades()), (reloads, upgrades));

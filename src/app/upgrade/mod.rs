@@ -314,7 +314,9 @@ impl Control {
         };
         let latency = incoming::saved_latency(&state, find, &self.latency);
         let heartbeats = self.reception.save();
-        let counts = Counts::save(&self.counters, self.reloads, upgrades, heartbeats);
+        let (workers, own) = (&self.counters, &self.local);
+        let mut counts = Counts::save(workers, own, self.reloads, upgrades, heartbeats);
+        counts.log_dropped = self.log_dropped();
         Commit { counts, latency, state }
     }
 
@@ -355,6 +357,7 @@ impl Control {
 
     fn carry(&mut self, known: &Commit) {
         known.counts.carry(&self.counters);
+        self.log_dropped_before = known.counts.log_dropped;
         self.reception.count_on(known.counts.heartbeats());
         for saved in &known.latency {
             let found = self.controller.find_saved(&saved.pool, &saved.backend, &saved.address);

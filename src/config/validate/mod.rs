@@ -32,6 +32,10 @@ pub const POOLS_MAX: usize = 10_000;
 /// an operator waits for a reload.
 pub const BACKENDS_MAX: usize = 100_000;
 
+/// Most addresses the connections of one pool start at: with a usual range of
+/// ports, enough for 1.8 million connections to each backend.
+pub const POOL_SOURCES_MAX: usize = 64;
+
 /// Largest value of any `connections_max`: more sockets than one address pair
 /// and one machine's memory allow.
 pub(super) const CONNECTIONS_MAX: u32 = 10_000_000;

@@ -3,6 +3,7 @@
 //! `cross`.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::globals::duration;
-use super::{CONNECTIONS_MAX, heartbeat, probe};
+use super::{CONNECTIONS_MAX, POOL_SOURCES_MAX, frontend, heartbeat, probe};
 use crate::config::address;
 use crate::config::file::{Field, Named, Section};
 use crate::config::value::{self, Complaint, SLOW_START, shown};
@@ -60,11 +61,13 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
     let heartbeat = heartbeat::of_pool(&section, name);
     let may_be_empty = heartbeat.as_ref().is_some_and(|spec| spec.register);
     let (backends, address_places) = backends(&section, name, may_be_empty);
+    let source = sources(&section);
     let attempts = section.integer("connect_attempts", 1..=CONNECT_ATTEMPTS_MAX);
     let connect_time = connect_timeout.or(CONNECT_TIMEOUT);
     let model = Pool {
         name: name.into(),
         balance: section.choice("balance", &policies).or(Policy::WeightedRoundRobin),
+        source: Arc::clone(&source),
         connect_timeout: connect_time,
         queue_max: section.integer("queue_max", 0..=QUEUE_MAX).or(0),
         queue_timeout: duration(&section, "queue_timeout").or(connect_time),
@@ -74,7 +77,7 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
             .or(WhenNoneEligible::Refuse),
         startup_grace: duration(&section, "startup_grace").or(STARTUP_GRACE),
         on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
-        probe: probe::read(&section, name).map(Arc::new),
+        probe: probe::read(&section, name, source).map(Arc::new),
         ejection: ejection(&section, name),
         heartbeat: heartbeat.map(Arc::new),
         slow_start: section
@@ -92,6 +95,25 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
         heartbeat: heartbeat_place,
         address_places,
     }
+}
+
+/// Where connections start.
+fn sources(pool: &Section<'_, '_>) -> Arc<[IpAddr]> {
+    let wants = ("an address or a list of addresses", "addresses such as \"10.0.0.5\"");
+    let read = frontend::any_number(pool, "source", wants, address::source_address);
+    let mut sources: Vec<IpAddr> = Vec::with_capacity(read.len());
+    for one in &read {
+        if sources.contains(one.get_ref()) {
+            let message = format!("source {} is given twice", one.get_ref());
+            pool.report.error(one.span(), Complaint::new(message));
+        } else if sources.len() == POOL_SOURCES_MAX {
+            let message = format!("a pool has at most {POOL_SOURCES_MAX} sources");
+            pool.report.error(one.span(), Complaint::new(message));
+            break;
+        }
+        sources.push(*one.get_ref());
+    }
+    sources.into()
 }
 
 /// A number already checked to fit.

@@ -1,7 +1,9 @@
 //! `[pool.NAME.probe]`: what a probe does and when. Called while a pool is
 //! read. Never sends a probe.
 
+use std::net::IpAddr;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::globals::duration;
@@ -48,7 +50,7 @@ struct KindKeys {
 const KINDS: [(&str, Kind); 3] =
     [("tcp", Kind::Tcp), ("send-expect", Kind::SendExpect), ("http", Kind::Http)];
 
-pub(super) fn read(pool: &Section<'_, '_>, name: &str) -> Option<ProbeSpec> {
+pub(super) fn read(pool: &Section<'_, '_>, name: &str, source: Arc<[IpAddr]>) -> Option<ProbeSpec> {
     let label = format!("[pool.{}.probe]", value::cut(name));
     let section = pool.table("probe", label)?;
     let kind = section.choice("kind", &KINDS);
@@ -67,6 +69,7 @@ pub(super) fn read(pool: &Section<'_, '_>, name: &str) -> Option<ProbeSpec> {
         timeout,
         rise: section.integer("rise", 1..=COUNT_MAX).or(RISE),
         fall: section.integer("fall", 1..=COUNT_MAX).or(FALL),
+        source,
     };
     section.finish();
     Some(spec)

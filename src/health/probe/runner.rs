@@ -8,6 +8,7 @@ use crate::config::{BackendAddress, ProbeSpec};
 use crate::control::{Event, ProbeToken};
 use crate::health::ProbeOutcome;
 use crate::table::state::BackendId;
+use crate::telemetry::counters::{LocalAt, WorkerCounters};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -47,6 +48,8 @@ struct Running {
     requested: HashMap<BackendId, Request>,
     running: HashMap<BackendId, AbortHandle>,
     tasks: JoinSet<Ended>,
+    /// Of the thread this runs on.
+    counters: Option<Arc<WorkerCounters>>,
 }
 
 // === impl ProbeRunner ===
@@ -60,6 +63,20 @@ impl ProbeRunner {
 
     /// As [`ProbeRunner::start`] with another bound, at least 1.
     pub fn with_running_max(results: mpsc::Sender<Event>, running_max: usize) -> ProbeRunner {
+        ProbeRunner::build(results, running_max, None)
+    }
+
+    /// As [`ProbeRunner::start`]; trouble of our own is counted there, which this
+    /// thread alone writes.
+    pub fn counting(results: mpsc::Sender<Event>, counters: Arc<WorkerCounters>) -> ProbeRunner {
+        ProbeRunner::build(results, PROBES_RUNNING_MAX, Some(counters))
+    }
+
+    fn build(
+        results: mpsc::Sender<Event>,
+        running_max: usize,
+        counters: Option<Arc<WorkerCounters>>,
+    ) -> ProbeRunner {
         let (requests, incoming) = mpsc::unbounded_channel();
         let running = Running {
             running_max: running_max.max(1),
@@ -67,6 +84,7 @@ impl ProbeRunner {
             requested: HashMap::new(),
             running: HashMap::new(),
             tasks: JoinSet::new(),
+            counters,
         };
         tokio::spawn(running.serve(incoming, results));
         ProbeRunner { requests }
@@ -129,8 +147,12 @@ impl Running {
         while self.running.len() < self.running_max {
             let Some(backend) = self.queue.pop_front() else { return };
             let Some(request) = self.requested.remove(&backend) else { continue };
+            let counters = self.counters.clone();
             let task = self.tasks.spawn(async move {
-                let outcome = super::run(&request.address, &request.spec).await;
+                let (outcome, short) = super::run_and_tell(&request.address, &request.spec).await;
+                if let (Some(kind), Some(counters)) = (short, counters) {
+                    counters.local_trouble(kind, LocalAt::Probe);
+                }
                 (request.backend, request.token, outcome)
             });
             self.running.insert(backend, task);

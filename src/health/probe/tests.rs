@@ -20,6 +20,7 @@ fn spec(kind: ProbeKind) -> ProbeSpec {
         timeout: TIMEOUT,
         rise: 2,
         fall: 3,
+        source: [].into(),
     }
 }
 
@@ -347,8 +348,8 @@ fn a_unix_socket_with_a_full_accept_queue_fails_at_once_and_says_so() {
 fn our_own_shortages_are_never_blamed_on_the_backend() {
     for errno in [libc::EMFILE, libc::ENFILE, libc::EADDRNOTAVAIL, libc::ENOBUFS, libc::ENOMEM] {
         let error = || io::Error::from_raw_os_error(errno);
-        assert!(matches!(connect_fault(error()), Fault::Local(_)), "{errno}");
-        assert!(matches!(talk_fault(error()), Fault::Local(_)), "{errno}");
+        assert!(matches!(connect_fault(error()), Fault::Local(..)), "{errno}");
+        assert!(matches!(talk_fault(error()), Fault::Local(..)), "{errno}");
     }
     let refused = io::Error::from_raw_os_error(libc::ECONNREFUSED);
     assert!(matches!(connect_fault(refused), Fault::Backend(_)));

@@ -80,10 +80,10 @@ impl Engine {
 
     /// Counts what goes on inside for that worker, from now on.
     pub fn count_for(&self, worker: Arc<WorkerCounters>) {
-        either!(self, shell => shell.count_for(Arc::clone(&worker)));
-        if let Kind::Ring(shell) = &self.0 {
-            shell.with_mover(|ringed| ringed.count_for(worker));
-        }
+        either!(self, shell => {
+            shell.count_for(Arc::clone(&worker));
+            shell.with_mover(|mover| mover.count_for(worker));
+        });
     }
 
     /// A flow for an accepted client; its reset is noticed before long.

@@ -12,6 +12,7 @@ mod scarce;
 
 use super::verdict::{Moved, Next, Verdict};
 use crate::net::budget::Share;
+use crate::net::errno;
 use crate::net::pipe::Fill;
 use crate::proxy::close::Side;
 use bulk::Step;
@@ -70,6 +71,8 @@ pub(super) struct Pump {
     /// Indexed by side.
     sockets: [Socket; 2],
     pub(super) verdict: Verdict,
+    /// A call of the last turn failed for want of memory.
+    short: bool,
 }
 
 /// What is known of one socket; edge-triggered, so it must be remembered.
@@ -166,12 +169,21 @@ impl Pump {
     /// Moves what can be moved, through `buffer` (at least [`READ_BULK`]).
     #[inline]
     pub(super) fn turn(&mut self, io: &mut impl Io, buffer: &mut [u8], moved: &mut Moved) -> Next {
+        self.short = false;
         let again = self.forward(Side::Client, io, buffer, moved)
             | self.forward(Side::Backend, io, buffer, moved);
         if let Some(ending) = self.verdict.ending() {
             return Next::End(ending);
         }
-        if again || self.failed_but_unread(io) { Next::Again } else { Next::Wait }
+        let again = again || self.failed_but_unread(io);
+        if again && !self.short { Next::Again } else { Next::Wait }
+    }
+
+    /// Whether the last turn stopped for want of memory: no socket will tell when
+    /// to go on, so another turn is to be tried later.
+    #[inline]
+    pub(super) fn is_short(&self) -> bool {
+        self.short
     }
 
     /// A side that failed while it was sent to, after its own turn to be read.
@@ -235,6 +247,10 @@ impl Pump {
                     return false;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if errno::is_shortage(&error) => {
+                    self.short = true;
+                    return false;
+                }
                 Err(error) => self.end_of(from, errno_of(&error), moved),
             }
         }
@@ -245,10 +261,8 @@ impl Pump {
     #[inline]
     fn send_kept(&mut self, from: Side, io: &impl Io, moved: &mut Moved) -> bool {
         let to = from.other();
-        while let Some(kept) = &mut self.streams[from as usize].kept {
-            if !self.sockets[to as usize].writable || self.verdict.failed(to) {
-                break;
-            }
+        while self.may_send(to) {
+            let Some(kept) = &mut self.streams[from as usize].kept else { break };
             match io.send(to, &kept.bytes[kept.sent..]) {
                 Ok(sent) => {
                     moved.sent = true;
@@ -277,7 +291,7 @@ impl Pump {
     fn send_fresh(&mut self, from: Side, io: &impl Io, bytes: &[u8], moved: &mut Moved) {
         let to = from.other();
         let mut sent = 0;
-        while sent < bytes.len() && self.sockets[to as usize].writable && !self.verdict.failed(to) {
+        while sent < bytes.len() && self.may_send(to) {
             match io.send(to, &bytes[sent..]) {
                 Ok(more) => {
                     moved.sent = true;
@@ -297,6 +311,11 @@ impl Pump {
             let _share = io.keep(rest.len());
             stream.kept = Some(Box::new(Kept { bytes: rest.to_vec(), sent: 0, _share }));
         }
+    }
+
+    #[inline]
+    fn may_send(&self, to: Side) -> bool {
+        self.sockets[to as usize].writable && !self.verdict.failed(to) && !self.short
     }
 
     fn received(&mut self, from: Side, received: usize, size: usize, moved: &mut Moved) {
@@ -337,6 +356,8 @@ impl Pump {
         let socket = &mut self.sockets[to as usize];
         if is_would_block(error) {
             socket.writable = false;
+        } else if errno::is_shortage(error) {
+            self.short = true;
         } else if error.kind() != io::ErrorKind::Interrupted {
             socket.read_to_the_end();
             self.verdict.send_failed(to, errno_of(error));

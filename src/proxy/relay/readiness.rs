@@ -15,8 +15,9 @@ use crate::clock;
 use crate::net::budget::{Budget, Share};
 use crate::net::epoll::{BATCH, Batch, Epoll, Readiness as Event};
 use crate::net::pipe::{Fill, Pipe, Pipes};
-use crate::net::{reactor, stream};
+use crate::net::{errno, reactor, stream};
 use crate::proxy::close::{Cause, Side};
+use crate::telemetry::counters::{LocalAt, LocalError, WorkerCounters};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -36,6 +37,10 @@ pub(super) struct Readiness {
     pipes: Pipes,
     budget: Arc<Budget>,
     batch: Batch,
+    /// Flows that ran short of memory: tried again at the next tick.
+    short: Vec<u32>,
+    /// Whose counters show trouble of our own.
+    shown_by: Option<Arc<WorkerCounters>>,
     /// Tells a flow's registration from an earlier one in the same slot.
     registrations: u32,
 }
@@ -52,6 +57,8 @@ pub(super) struct Flow {
     watched: [Watched; 2],
     /// Set while in `again`.
     queued: bool,
+    /// Set while in `short`.
+    short: bool,
 }
 
 /// What a socket is watched for.
@@ -87,8 +94,15 @@ impl Readiness {
             pipes: Pipes::new(Arc::clone(&budget)),
             budget,
             batch: Batch::new(),
+            short: Vec::new(),
+            shown_by: None,
             registrations: 0,
         })
+    }
+
+    /// Counts trouble of our own for that worker from now on.
+    pub(super) fn count_for(&mut self, worker: Arc<WorkerCounters>) {
+        self.shown_by = Some(worker);
     }
 
     /// Moves what can be moved on one flow.
@@ -109,7 +123,29 @@ impl Readiness {
             flow.queued = true;
             self.again.push_back(key);
         }
+        if let Some(error) = self.pipes.trouble() {
+            self.count(errno::local_kind(&error));
+        }
+        if flow.pump.is_short() {
+            self.ran_short(key, flow);
+        }
         next
+    }
+
+    /// Has a flow that ran short of memory go on in a while.
+    #[cold]
+    fn ran_short(&mut self, key: u32, flow: &mut Flow) {
+        self.count(LocalError::Memory);
+        if !std::mem::replace(&mut flow.short, true) {
+            self.short.push(key);
+        }
+    }
+
+    #[cold]
+    fn count(&self, kind: LocalError) {
+        if let Some(worker) = &self.shown_by {
+            worker.local_trouble(kind, LocalAt::Relay);
+        }
     }
 
     /// From now on that side's room to send is reported, too. Most sessions
@@ -177,9 +213,9 @@ impl Mover for Readiness {
 
     const TICK: Duration = Duration::from_millis(500);
 
-    /// Edges are not lost; only unused pipes are waited for.
+    /// Edges are not lost; only unused pipes and free memory are waited for.
     fn wants_tick(&self, _: bool) -> bool {
-        self.pipes.has_spare()
+        self.pipes.has_spare() || !self.short.is_empty()
     }
 
     fn open(&mut self, _: u32, client: OwnedFd) -> io::Result<Flow> {
@@ -191,6 +227,7 @@ impl Mover for Readiness {
             registration: self.registrations,
             watched: [Watched::Not; 2],
             queued: false,
+            short: false,
         })
     }
 
@@ -301,6 +338,14 @@ impl Mover for Readiness {
 
     fn tick(state: &mut State<Readiness>, _: &Pace) {
         state.mover.pipes.trim();
+        for key in std::mem::take(&mut state.mover.short) {
+            // A flow that came after does no harm: a turn too many.
+            let Some(entry) = state.flows.get_mut(key as usize) else { continue };
+            entry.flow.short = false;
+            if !std::mem::replace(&mut entry.flow.queued, true) {
+                state.mover.again.push_back(key);
+            }
+        }
     }
 
     fn doze(&mut self) -> bool {

@@ -6,6 +6,7 @@
 //! two splices cost more than one copy.
 
 use super::{BYTES_A_TURN, CRAMMED_MAX, Io, Mode, Pump, READ_SMALL, errno_of, is_would_block};
+use crate::net::errno;
 use crate::net::pipe::Fill;
 use crate::proxy::close::Side;
 use crate::proxy::relay::verdict::Moved;
@@ -77,6 +78,11 @@ impl Pump {
                     io.close_pipe(from);
                     return self.copy_again(from, Mode::CopyOnly);
                 }
+                Err(error) if errno::is_shortage(&error) => {
+                    // A copy needs less.
+                    io.close_pipe(from);
+                    return self.copy_again(from, Mode::CopyOnly);
+                }
                 Err(error) => self.end_of(from, errno_of(&error), moved),
             }
         }
@@ -90,7 +96,7 @@ impl Pump {
                 io.close_pipe(from);
                 return true;
             }
-            if !self.sockets[to as usize].writable {
+            if !self.may_send(to) {
                 return false;
             }
             match io.drain(from) {

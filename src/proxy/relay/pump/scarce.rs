@@ -6,6 +6,7 @@
 //! a system call a message more, and is left as soon as the budget has room.
 
 use super::{Io, Pump, errno_of, is_would_block};
+use crate::net::errno;
 use crate::proxy::close::Side;
 use crate::proxy::relay::verdict::Moved;
 use std::io;
@@ -34,12 +35,16 @@ impl Pump {
                 return false;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return true,
+            Err(error) if errno::is_shortage(&error) => {
+                self.short = true;
+                return false;
+            }
             Err(error) => {
                 self.end_of(from, errno_of(&error), moved);
                 return true;
             }
         };
-        if !self.sockets[to as usize].writable {
+        if !self.may_send(to) {
             return false;
         }
         match io.send(to, &buffer[..there]) {
@@ -59,7 +64,7 @@ impl Pump {
                 }
                 // Where it has failed, the caller sees; where it was interrupted,
                 // it tries again.
-                self.sockets[to as usize].writable
+                self.sockets[to as usize].writable && !self.short
             }
         }
     }

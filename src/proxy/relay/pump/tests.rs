@@ -29,11 +29,26 @@ struct Fake {
     sent: RefCell<Vec<u8>>,
     room: Cell<usize>,
     fin_sent: Cell<bool>,
+    /// Calls that fail for want of memory before one succeeds.
+    short: Cell<u32>,
+}
+
+impl Fake {
+    fn runs_short(&self) -> io::Result<()> {
+        match self.short.get().checked_sub(1) {
+            None => Ok(()),
+            Some(left) => {
+                self.short.set(left);
+                Err(io::Error::from_raw_os_error(libc::ENOMEM))
+            }
+        }
+    }
 }
 
 impl Io for Script {
     fn receive(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize> {
         let fake = &self.sockets[side as usize];
+        fake.runs_short()?;
         let mut arrived = fake.arrived.borrow_mut();
         let count = arrived.len().min(buffer.len());
         if count > 0 {
@@ -72,6 +87,7 @@ impl Io for Script {
     fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize> {
         let fake = &self.sockets[side as usize];
         assert!(!fake.fin_sent.get(), "sent behind our own FIN");
+        fake.runs_short()?;
         if fake.end.get().is_some_and(|errno| errno != 0) {
             return Err(io::Error::from_raw_os_error(libc::EPIPE));
         }
@@ -219,6 +235,21 @@ fn fin_follows_the_last_byte_and_the_other_direction_stays_open() {
     assert_eq!((ending.cause, ending.phase), (Cause::Finished, Phase::Closed));
     assert_eq!(ending.closed_first, Some(Client));
     assert_eq!(bench.sent_to(Client), b"answer");
+}
+
+#[test]
+fn want_of_memory_ends_nothing_and_has_the_pump_ask_for_another_turn() {
+    let mut bench = Bench::new(100);
+    for side in [Client, Backend] {
+        bench.script.sockets[side as usize].short.set(1);
+        bench.arrive(Client, b"piece");
+        assert!(bench.pump.is_short(), "nothing else will tell it to go on");
+        // No edge comes: the turn is the engine's idea.
+        let mut moved = Moved::default();
+        let next = bench.pump.turn(&mut bench.script, &mut bench.buffer, &mut moved);
+        assert_eq!((next, bench.pump.is_short()), (Next::Wait, false));
+    }
+    assert_eq!(bench.sent_to(Backend), b"piecepiece");
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //! here.
 
 use super::streams::{Flow, Meaning, Mode, SHUNNED_MAX, Use};
+use crate::net::errno;
 use crate::net::pipe::{Fill, Pipes};
 use crate::net::ring::{BUFFER_LEN, Ring};
 use crate::proxy::close::Side;
@@ -134,6 +135,8 @@ impl Flow {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Filled::Nothing,
             // This kind of socket cannot be spliced (splice(2)).
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Filled::NoPipe,
+            // A receive needs less.
+            Err(error) if errno::is_shortage(&error) => Filled::NoPipe,
             Err(error) => {
                 self.end_of(from, errno_of(&error), moved);
                 Filled::Ended

@@ -21,9 +21,9 @@ use crate::clock;
 use crate::net::budget::Budget;
 use crate::net::pipe::Pipes;
 use crate::net::ring::{BUFFER_LEN, Counts, Event, Ring, Settings, Wake};
-use crate::net::{reactor, stream};
+use crate::net::{errno, reactor, stream};
 use crate::proxy::close::Side;
-use crate::telemetry::counters::{RingEvent, WorkerCounters};
+use crate::telemetry::counters::{LocalAt, RingEvent, WorkerCounters};
 use shortage::{Fed, Larder};
 use std::collections::VecDeque;
 use std::io;
@@ -295,6 +295,9 @@ impl Mover for Ringed {
         let mover = &mut state.mover;
         mover.stalled = stalled;
         mover.pipes.trim();
+        if let (Some(error), Some(worker)) = (mover.pipes.trouble(), &mover.shown_by) {
+            worker.local_trouble(errno::local_kind(&error), LocalAt::Relay);
+        }
         mover.show_counts();
         mover.show_held();
         let starved = mover.ring.counts().starved;

@@ -1,0 +1,187 @@
+//! What the control loop looks after now and then: local ports that run out,
+//! and what a shortage on this machine has put off.
+//!
+//! Called by the control loop's ticks. It only ever tries again; what it cannot
+//! do it leaves for the next time.
+
+use super::control_loop::Control;
+use super::pid_file::PidFile;
+use crate::clock;
+use crate::control::Effect;
+use crate::control::ports::{self, PortLimits, PortWatch, Reuse};
+use crate::net::errno;
+use crate::net::ports::LocalPorts;
+use crate::table::state::BackendState;
+use crate::telemetry::counters::LocalAt;
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often what was put off is tried again: well within the second in which
+/// everything is to be back.
+const TRY_AGAIN: Duration = Duration::from_millis(500);
+
+/// Troubles that status shows.
+const TROUBLES_MAX: usize = 8;
+
+/// What is looked after.
+#[derive(Debug)]
+pub(super) struct Upkeep {
+    next: Instant,
+    next_look: Instant,
+    pub(super) ports: PortWatch,
+    local_ports: LocalPorts,
+    /// A changed file that could not be read for want of something of ours.
+    reload: bool,
+    /// A file that could not be written.
+    pid_file: Option<PathBuf>,
+}
+
+// === impl Upkeep ===
+
+impl Upkeep {
+    pub(super) fn new(now: Instant) -> Upkeep {
+        Upkeep {
+            next: now,
+            next_look: now,
+            ports: PortWatch::default(),
+            local_ports: LocalPorts::open(),
+            reload: false,
+            pid_file: None,
+        }
+    }
+
+    /// When [`Control::upkeep`] is wanted next.
+    pub(super) fn next(&self) -> Instant {
+        self.next
+    }
+
+    pub(super) fn limits(&self) -> PortLimits {
+        let reuse = match self.local_ports.tw_reuse {
+            0 => Reuse::Never,
+            1 => Reuse::Always,
+            _ => Reuse::Loopback,
+        };
+        PortLimits { ports: self.local_ports.count, reuse }
+    }
+
+    /// What an operator had better know of, in words; a few of them at most.
+    pub(super) fn troubles<'a>(
+        &self,
+        backends: impl Iterator<Item = &'a Arc<BackendState>>,
+    ) -> Vec<String> {
+        let limits = self.limits();
+        let mut words = Vec::new();
+        for backend in backends.filter(|_| self.ports.warnings() > 0) {
+            for way in backend.ways.load().iter() {
+                if self.ports.is_warned(backend.id, way.source()) && words.len() < TROUBLES_MAX {
+                    let used = self.ports.used(backend, way, limits);
+                    words.push(ports::in_words(backend, way, used, limits));
+                }
+            }
+        }
+        words
+    }
+
+    fn again_soon(&mut self) {
+        self.next = self.next.min(clock::now() + TRY_AGAIN);
+    }
+}
+
+impl Control {
+    pub(super) async fn upkeep(&mut self) {
+        let now = clock::now();
+        if self.upkeep.reload && self.upgrades.holds_reload() {
+            // Whoever serves after it reads the file anyway.
+            self.upkeep.reload = false;
+        }
+        if self.upkeep.reload && can_read(&self.path) {
+            self.upkeep.reload = false;
+            self.reload_when_told().await;
+        }
+        // Another process's number is to stand there from then on.
+        if let Some(path) = self.upkeep.pid_file.take()
+            && !self.upgrades.handed_over()
+        {
+            self.write_pid_file(path);
+        }
+        if now >= self.upkeep.next_look {
+            self.upkeep.next_look = now + ports::LOOK;
+            self.upkeep.local_ports.read();
+            let limits = self.upkeep.limits();
+            let notices = self.upkeep.ports.look(self.controller.backends(), limits);
+            self.perform(notices.into_iter().map(Effect::Notice).collect());
+        }
+        self.upkeep.next = self.upkeep.next_look;
+        if self.upkeep.reload || self.upkeep.pid_file.is_some() {
+            self.upkeep.again_soon();
+        }
+    }
+
+    /// Reloads because the file has changed or a signal came: nobody waits for
+    /// the answer, so where we ran short of something it is done later.
+    pub(super) async fn reload_when_told(&mut self) {
+        let Err(refused) = self.reload().await else { return };
+        let Some(error) = refused.problems.iter().find_map(|problem| shortage(&problem.message))
+        else {
+            return;
+        };
+        self.local.local_trouble(errno::local_kind(&error), LocalAt::Reload);
+        tracing::warn!(%error, "the reload is tried again as soon as that is over");
+        self.upkeep.reload = true;
+        self.upkeep.again_soon();
+    }
+
+    /// Leaves this process's number; where it cannot be written, it is tried
+    /// again.
+    pub(super) fn write_pid_file(&mut self, path: PathBuf) {
+        match PidFile::write(&path) {
+            Ok(written) => self.pid_file = Some(written),
+            Err(error) => {
+                if self.pid_file_failures == 0 {
+                    tracing::error!(%error, "cannot write {}; it is tried again", path.display());
+                }
+                self.pid_file_failures += 1;
+                self.upkeep.pid_file = Some(path);
+                self.upkeep.again_soon();
+            }
+        }
+    }
+}
+
+/// Whether the shortage is over, as far as a file can tell.
+fn can_read(path: &std::path::Path) -> bool {
+    match File::open(path) {
+        Ok(_) => true,
+        Err(error) => errno::local_trouble(&error).is_none(),
+    }
+}
+
+/// The shortage of our own that a refusal speaks of, by the kernel's words for
+/// it: what comes from many places comes as text.
+fn shortage(message: &str) -> Option<io::Error> {
+    let message = message.to_lowercase();
+    // One's words begin with another's: the longer first.
+    let all = [libc::ENFILE, libc::EMFILE, libc::ENOMEM, libc::ENOBUFS, libc::ENOSPC];
+    all.into_iter().map(io::Error::from_raw_os_error).find(|error| {
+        let text = error.to_string().to_lowercase();
+        let words = text.split(" (os error").next().unwrap_or_default();
+        message.contains(words)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shortage_is_told_from_a_bad_file() {
+        let errno = |message| shortage(message).and_then(|error| error.raw_os_error());
+        assert_eq!(errno("cannot open the file: too many open files"), Some(libc::EMFILE));
+        assert_eq!(errno("x: Too many open files in system (os error 23)"), Some(libc::ENFILE));
+        assert_eq!(errno("cannot open the file: no such file or directory"), None);
+        assert_eq!(errno("unknown key \"pols\" in [frontend.web]"), None);
+    }
+}
