@@ -174,7 +174,7 @@ fn as_a_user_of_its_own_it_binds_low_ports_reloads_and_is_upgraded(engine: Engin
         assert_eq!(upgraded.status, 200, "{}", upgraded.body);
         eventually(secs(5), "the new one has left its number", || place.pid() != before);
         is_confined(place.pid(), &place.ask("GET", "/v1/status").json());
-        place.low.map(|port| place.serves(port));
+        place.low.iter().for_each(|port| place.serves(*port));
     }
     let last = place.pid();
     assert_eq!(place.ask("POST", "/v1/shutdown").status, 200);
