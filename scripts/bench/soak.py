@@ -172,6 +172,7 @@ class Soak:
             "seconds": time.monotonic() - self.began,
             "reloads": world.reloads, "upgrades": world.upgrades, "broken": world.broken,
             "errors": {name: load.failures() for name, load in world.loads.items()},
+            "done": {name: load.done() for name, load in world.loads.items()},
             "samples": self.samples,
         }
         result["verdict"] = soak_verdict.judge(result) if self.samples else []

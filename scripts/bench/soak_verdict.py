@@ -78,15 +78,26 @@ def judge(run):
     samples, warm_up = run["samples"], run["options"]["warm_up"]
     judged = [one for one in samples if one["at"] >= warm_up]
     long_enough = bool(judged) and judged[-1]["at"] - judged[0]["at"] >= JUDGED_MIN
-    verdict = [losses(run), broken(run)]
+    verdict = [work(run), losses(run), broken(run)]
     verdict.append(growth(samples, warm_up, long_enough))
-    verdict.append(descriptors(judged, samples, warm_up, long_enough))
+    # With upgrades, some sessions are another process's in every sample.
+    steady = long_enough and not run["upgrades"]
+    verdict.append(descriptors(judged, samples, warm_up, steady))
     verdict += latency(samples, warm_up, long_enough, run["options"]["foreign"])
     return verdict
 
 
 def promise(name, held, text):
     return {"name": name, "held": held, "text": text}
+
+
+def work(run):
+    """Nothing is lost where nothing is tried."""
+    idle = [name for name, done in run["done"].items() if not done]
+    text = ", ".join(f"{name} {done:,}" for name, done in run["done"].items())
+    # The first windows are yet to come.
+    held = not idle if run["complete"] or not idle else None
+    return promise("load made", held, text)
 
 
 def losses(run):

@@ -45,7 +45,7 @@ class Load:
 
     def __init__(self, name, command, log):
         self.name, self.command, self.log = name, command, log
-        self.windows, self.errors, self.units = [], {}, 0
+        self.windows, self.errors, self.before = [], {}, 0
         self.runs, self.broken = 0, None
         self.changed = threading.Condition()
         self.stopping = False
@@ -53,7 +53,7 @@ class Load:
 
     def start(self):
         self.runs += 1
-        self.counted = {}
+        self.counted, self.units = {}, 0
         self.process = started(self.command, stdout=subprocess.PIPE, stderr=self.log, text=True)
         # Reads alone: whoever starts processes must be the main thread.
         self.reader = threading.Thread(target=self.read, args=(self.process,), daemon=True)
@@ -79,12 +79,20 @@ class Load:
         errors = found.get("errors") or {
             kind: found[kind] for kind in ("refused", "reset", "wrong", "silent") if found.get(kind)
         }
-        if ledger or "window" not in found:
+        whole = ledger or "window" not in found
+        if whole:
             self.counted = errors
         else:
             for kind, count in errors.items():
                 self.counted[kind] = self.counted.get(kind, 0) + count
+        units = found.get("streams") or found.get("requests") or found.get("opened") or 0
+        self.units = units if whole else self.units + units
         self.windows.append(found)
+
+    def done(self):
+        """Streams, answers or connections, of all runs so far."""
+        with self.changed:
+            return self.before + self.units
 
     def failures(self):
         """Errors by kind, of all runs so far."""
@@ -104,8 +112,11 @@ class Load:
     def close_books(self):
         self.reader.join(5)
         self.errors, self.counted = self.failures(), {}
-        # 3 also where a ledger found faults, which the counts tell.
-        if self.process.returncode != 0 and not self.errors:
+        self.before, self.units = self.done(), 0
+        # 3 also where a ledger found faults, which the counts tell. One that was
+        # ended before it could begin has nothing to say.
+        early = self.stopping and self.process.returncode == -signal.SIGTERM
+        if self.process.returncode != 0 and not self.errors and not early:
             self.broken = f"{self.name} ended with {self.process.returncode}"
 
     def window_after(self, seen, patience):
