@@ -29,11 +29,10 @@ const BAD: Impairment = Impairment {
 /// They mostly wait, for what was lost to be sent again: so many keep the links busy.
 const AT_ONCE: usize = 256;
 
-/// `TIDEGATE_STREAMS` says how many; else a million where long runs were asked for.
-fn streams() -> u64 {
-    let count = std::env::var("TIDEGATE_STREAMS").ok();
-    let count = count.map(|text| text.parse().expect("TIDEGATE_STREAMS is a number"));
-    count.unwrap_or(if long() { 1_000_000 } else { 10_000 })
+/// How many streams, and the first one's seed, may be said by the environment.
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|error| panic!("{name}={text}: {error}")))
 }
 
 fn streams_are_whole_over_bad_links(engine: Engine) {
@@ -46,9 +45,10 @@ fn streams_are_whole_over_bad_links(engine: Engine) {
     let _backends: Vec<_> = hosts.backends.iter().map(|host| host.serve(ledger.script())).collect();
     let proxy = hosts.start(hosts.conf(engine, hosts.pool()));
     hosts.backends.iter().for_each(|host| host.link.set(BAD));
-    let streams = streams();
+    let streams = number("TIDEGATE_STREAMS").unwrap_or(if long() { 1_000_000 } else { 10_000 });
+    let first = number("TIDEGATE_SEED").unwrap_or(0);
     let start = Instant::now();
-    hosts.client.run(|| ledger.run(&[proxy.addr("web")], 0..streams, AT_ONCE));
+    hosts.client.run(|| ledger.run(&[proxy.addr("web")], first..first + streams, AT_ONCE));
     let took = start.elapsed();
     ledger.settle();
     ledger.assert_clean();
