@@ -400,3 +400,27 @@ fn without_json_the_report_is_for_people() {
     }
     assert!(output.stderr.is_empty(), "progress is for terminals only");
 }
+
+// === windows ===
+
+#[test]
+fn windows_are_printed_as_they_end_and_add_up_to_the_whole() {
+    let _turn = turn::shared();
+    let backend = Backend::start("respond");
+    let line = "open-loop --rate 1000 -c 6 --threads 2 --every 100ms --for 650ms";
+    let output = bench(backend.address, line);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut lines: Vec<Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect();
+    let whole = lines.pop().unwrap();
+    no_errors(&whole);
+    assert!(whole["window"].is_null() && lines.len() >= 2, "{text}");
+    let numbers: Vec<u64> = lines.iter().map(|line| count(line, "window")).collect();
+    assert!(numbers.is_sorted_by(|one, next| one < next), "{numbers:?}");
+    // What came after the last of them is in the whole alone.
+    let sum: u64 = lines.iter().map(|line| count(line, "requests")).sum();
+    assert!(sum > 0 && sum <= count(&whole, "requests"), "{text}");
+    assert_eq!(answered(&whole), count(&backend.stop(), "requests"));
+    let latency = lines[0]["latency_seconds"]["p99"].as_f64();
+    assert!(latency.is_some_and(|seconds| seconds > 0.0), "{text}");
+}

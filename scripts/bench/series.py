@@ -26,6 +26,9 @@ RELOADS = 7
 
 COLOURS = ["#0b6e4f", "#4a6fa5", "#c77d3a", "#8a4f9e", "#b03a48", "#6bbf95", "#888888"]
 
+# A longer line has no marks at its points.
+MARKED_MAX = 50
+
 
 def measured(options, root, directory, cpus):
     """The three series: {title: ..., x: ..., y: ..., lines: {name: [[x, y], ...]}}."""
@@ -134,7 +137,7 @@ def reload_millis(root, directory, policy, count):
 
 class Answer:
     def __init__(self, status, body):
-        self.status = status
+        self.status, self.body = status, body
         self.changed = status == 200 and b'"changed":true' in body.replace(b" ", b"")
 
 
@@ -174,10 +177,10 @@ def table(found):
 WIDTH, HEIGHT, LEFT, GAP = 960, 300, 70, 80
 
 
-def chart(found, heading):
+def chart(found, heading, title="How Tidegate's costs grow"):
     """A panel for each series, from zero or, where it spans decades, in
     logarithms."""
-    body, y = [text(16, 24, "How Tidegate's costs grow", 16, "bold"), text(16, 42, heading, 10)], 70
+    body, y = [text(16, 24, title, 16, "bold"), text(16, 42, heading, 10)], 70
     for one in found:
         body += panel(one, y)
         y += HEIGHT + GAP
@@ -206,7 +209,7 @@ def panel(one, top):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in sorted(line))
         shown.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for x, y in line:
+        for x, y in line if len(line) <= MARKED_MAX else []:
             shown.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3" fill="{colour}"/>')
         place = top + 30 + 18 * number
         shown.append(f'<rect x="{WIDTH - 215}" y="{place - 9}" width="11" height="11" fill="{colour}"/>')
@@ -223,6 +226,7 @@ def scale(values, low, high):
         place = lambda value: low + (math.log10(value) - first) / (last - first) * (high - low)  # noqa: E731
         place.marks = [10.0 ** power for power in range(first, last + 1)]
     else:
+        largest = max(largest, 1e-9)
         step = 10.0 ** math.floor(math.log10(largest))
         step = step / 2 if largest / step < 3 else step
         end = math.ceil(largest / step) * step

@@ -22,7 +22,7 @@ use crate::admin::{self, Readiness, ReloadCounts, Request, ServiceState, Snapsho
 use crate::clock;
 use crate::config::Config;
 use crate::config::watch::ConfigWatcher;
-use crate::control::{ControlStatus, Controller, Effect, Event};
+use crate::control::{Controller, Effect, Event};
 use crate::health::Transition;
 use crate::health::probe::runner::ProbeRunner;
 use crate::proxy::close::Cause;
@@ -31,10 +31,10 @@ use crate::proxy::context::{Report, Shared};
 use crate::proxy::faults::Fault;
 use crate::proxy::worker::{Command, Runtime, Worker};
 use crate::table::publish::TablePublisher;
+use crate::table::state::BackendId;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
-use std::collections::HashSet;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -46,6 +46,11 @@ use tokio::sync::{Notify, mpsc, oneshot};
 /// How long a worker may take to hand its histograms over; a busy one answers
 /// within a turn, a stuck one must not hold the scrape up.
 const COLLECT_MAX: Duration = Duration::from_millis(250);
+
+/// Backends that may come before the workers' histograms are fetched though nobody
+/// asks for them: a worker keeps some 10 KB of each that had sessions until they
+/// are, gone or not. As many as [`SPARE_MAX`](crate::telemetry::histograms::SPARE_MAX).
+const UNCOLLECTED_MAX: u32 = 256;
 
 /// How often given-up addresses are looked at until they are closed: before
 /// that, new clients get no answer instead of a refusal.
@@ -75,6 +80,8 @@ pub(super) struct Control {
     pub(super) probed: mpsc::Receiver<Event>,
     pub(super) reception: Reception,
     pub(super) latency: Merged,
+    /// Backends that had been seen when it was last collected.
+    pub(super) collected: u32,
     /// `None` only at the very end.
     pub(super) access_log: Option<AccessLog>,
     pub(super) log: LogHandle,
@@ -174,6 +181,7 @@ impl Control {
                     }
                 }
             }
+            self.bound_latency().await;
             // After every event: the pause before `Retiring` begins anew with each,
             // and on a busy loop would never end.
             self.binds.forget_retired();
@@ -376,7 +384,6 @@ impl Control {
         self.collect_latency().await;
         let now = clock::now();
         let control = self.controller.status(now);
-        self.forget_the_gone(&control);
         let table = self.tables.current();
         let warnings = self.warnings();
         let heartbeats = self.reception.counts();
@@ -415,8 +422,18 @@ impl Control {
         catch_unwind(AssertUnwindSafe(|| renderer(&snapshot))).ok()
     }
 
-    /// Fetches what the workers' histograms hold.
+    /// Fetches what the workers' histograms hold though nobody asks for it, once so
+    /// many backends have come that those gone could fill the memory.
+    async fn bound_latency(&mut self) {
+        if self.controller.backends_seen().wrapping_sub(self.collected) >= UNCOLLECTED_MAX {
+            self.collect_latency().await;
+        }
+    }
+
+    /// Fetches what the workers' histograms hold, and drops those of backends that are
+    /// gone for good.
     pub(super) async fn collect_latency(&mut self) {
+        self.collected = self.controller.backends_seen();
         let asked: Vec<_> = self
             .workers
             .iter()
@@ -432,16 +449,8 @@ impl Control {
                 worker.mailbox.send(Command::GiveBack(self.latency.absorb(delta)));
             }
         }
-    }
-
-    /// Drops the histograms of backends that are gone for good.
-    fn forget_the_gone(&mut self, control: &ControlStatus) {
-        let configured = control.pools.iter().flat_map(|pool| &pool.backends);
-        let live: HashSet<u32> = configured
-            .map(|backend| backend.state.id.0)
-            .chain(control.leaving.iter().map(|backend| backend.id.0))
-            .collect();
-        self.latency.retain(|id| live.contains(&id));
+        let controller = &self.controller;
+        self.latency.retain(|id| controller.is_known(BackendId(id)));
     }
 
     /// Lines of the log lost by this process and those before.

@@ -191,6 +191,7 @@ async fn bring_up(
         probed,
         reception,
         latency: Merged::new(),
+        collected: 0,
         access_log: Some(access_log),
         log,
         readiness: Readiness::new(),

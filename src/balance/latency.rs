@@ -78,6 +78,26 @@ impl Latency {
         self.0.first_byte.note(took, at);
     }
 
+    /// Both estimates at that time, in microseconds, for another process: to
+    /// connect, and to the first byte. `None` where nothing is known (any more).
+    pub fn save(&self, at: u64) -> Option<[f32; 2]> {
+        self.estimate(at).map(|_| [self.0.connect.read(at), self.0.first_byte.read(at)])
+    }
+
+    /// Goes on with what another process knew, as if it had been seen now: a worse
+    /// one seen here meanwhile stays.
+    pub fn restore(&self, saved: [f32; 2], at: u64) {
+        for (peak, micros) in [&self.0.connect, &self.0.first_byte].into_iter().zip(saved) {
+            // Of less nothing is left; beyond a `Duration`, or no number, nothing is meant.
+            let took = Duration::try_from_secs_f64(f64::from(micros) / 1e6);
+            if let Ok(took) = took
+                && micros >= KNOWN_MIN
+            {
+                peak.note(took, at);
+            }
+        }
+    }
+
     /// The estimate at that time, in microseconds; `None` where nothing is
     /// known (any more).
     #[inline]
@@ -209,6 +229,20 @@ mod tests {
         latency.answered(Duration::from_secs(1), 0);
         assert!(latency.estimate(46_000) < Some(11.0 * MS), "100 times less after 46 s");
         assert_eq!(latency.estimate(200_000), None);
+    }
+
+    #[test]
+    fn what_is_restored_elsewhere_is_what_was_saved_and_fades_on() {
+        let (old, new) = (Latency::new(), Latency::new());
+        assert_eq!(old.save(5), None);
+        old.connected(millis(2), 0);
+        old.answered(millis(50), 0);
+        new.restore(old.save(10_000).expect("something is known"), 77);
+        assert!(near(new.estimate(77), 52.0 * MS / std::f32::consts::E));
+        assert!(near(new.estimate(10_077), 52.0 * MS / std::f32::consts::E.powi(2)));
+        new.restore([f32::NAN, -1.0], 10_077);
+        new.restore([f32::INFINITY, 0.0], 10_077);
+        assert!(near(new.estimate(10_077), 52.0 * MS / std::f32::consts::E.powi(2)));
     }
 
     #[test]

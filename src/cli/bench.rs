@@ -5,11 +5,13 @@
 
 use super::crew::{self, WorkArgs};
 use super::{Exit, duration};
-use crate::load::{self, Close, Mode, Plan, Report};
+use crate::load::{self, Close, Mode, Plan, Report, Window};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::mpsc;
 use std::time::Duration;
 
 /// `tidegate bench`
@@ -44,6 +46,10 @@ pub struct BenchArgs {
     /// How long to measure, once all connections stand.
     #[arg(long = "for", value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub duration: Duration,
+    /// Print each such part of the measured time when it is over, as a line of
+    /// its own; and the whole at the end, also in one line with --json.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub every: Option<Duration>,
     /// Source addresses, 127.0.0.1 and on, when one has too few ports
     /// [default: as many as the connections need].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=250))]
@@ -109,7 +115,7 @@ pub fn main(args: &BenchArgs) -> Exit {
             return Exit::Usage;
         }
     };
-    match run(plan) {
+    match run(args, plan) {
         Ok(report) => {
             show(args, &report);
             if done(args.mode, &report) > 0 {
@@ -125,7 +131,7 @@ pub fn main(args: &BenchArgs) -> Exit {
     }
 }
 
-fn run(plan: Plan) -> Result<Report, String> {
+fn run(args: &BenchArgs, plan: Plan) -> Result<Report, String> {
     let limit = crate::net::limits::raise_descriptor_limit();
     let needed = plan.connections as u64 + DESCRIPTORS_SPARE;
     if needed > limit {
@@ -134,9 +140,14 @@ fn run(plan: Plan) -> Result<Report, String> {
             plan.connections
         ));
     }
-    let crew = load::start(plan).map_err(|error| error.to_string())?;
-    crew::watch(&crew).map_err(|error| error.to_string())?;
-    let reports = crew.join().map_err(|error| error.to_string())?;
+    let (windows, over) = mpsc::channel();
+    let crew = load::start(plan, windows).map_err(|error| error.to_string())?;
+    let reports = std::thread::scope(|scope| {
+        scope.spawn(move || show_windows(args, over));
+        crew::watch(&crew)?;
+        crew.join()
+    });
+    let reports = reports.map_err(|error| error.to_string())?;
     let sum = reports.into_iter().reduce(|sum, report| sum.merge(&report));
     sum.ok_or_else(|| "no thread ran".to_owned())
 }
@@ -159,6 +170,7 @@ fn plan(args: &BenchArgs) -> Result<Plan, String> {
         size,
         answer: args.answer.unwrap_or(size).max(1),
         duration: args.duration,
+        window: args.every,
         threads: args.work.threads,
         cpus: args.work.cpus()?,
         sources: sources(args)?,
@@ -227,9 +239,51 @@ fn done(mode: ModeName, report: &Report) -> u64 {
 }
 
 fn show(args: &BenchArgs, report: &Report) {
-    let text =
-        if args.work.json { format!("{:#}", document(args, report)) } else { lines(args, report) };
+    let text = match (args.work.json, args.every) {
+        (true, None) => format!("{:#}", document(args, report)),
+        (true, Some(_)) => document(args, report).to_string(),
+        (false, _) => lines(args, report),
+    };
     crew::print(text.trim_end());
+}
+
+/// Prints each window once every thread has handed in its part, until the threads
+/// have ended.
+fn show_windows(args: &BenchArgs, over: mpsc::Receiver<Window>) {
+    let mut parts: BTreeMap<u64, (usize, Report)> = BTreeMap::new();
+    for (number, part) in over {
+        let (count, sum) = match parts.remove(&number) {
+            Some((count, sum)) => (count + 1, sum.merge(&part)),
+            None => (1, part),
+        };
+        if count < args.work.threads {
+            parts.insert(number, (count, sum));
+            continue;
+        }
+        // What a thread that was held up left out never comes.
+        parts = parts.split_off(&number);
+        let text = if args.work.json {
+            let mut line = document(args, &sum);
+            line["window"] = number.into();
+            line.to_string()
+        } else {
+            window_line(args, number, &sum)
+        };
+        crew::print(&text);
+    }
+}
+
+fn window_line(args: &BenchArgs, number: u64, report: &Report) -> String {
+    let seconds = report.elapsed.as_secs_f64();
+    let amount = done(args.mode, report) as f64;
+    let mut text = format!("{number:>6}: {:>10.0} /s", amount / seconds.max(f64::MIN_POSITIVE));
+    if report.latencies() > 0 {
+        for (percentile, name) in [(50.0, "p50"), (99.0, "p99")] {
+            let _ = write!(text, "  {name} {}", crew::span(report.latency_at(percentile)));
+        }
+    }
+    let _ = write!(text, "  {} errors", report.errors_total());
+    text
 }
 
 /// Percentiles in reports, with their names.

@@ -18,6 +18,7 @@ pub mod run;
 pub mod selftest;
 pub mod shutdown;
 pub mod status;
+pub mod streams;
 pub mod upgrade;
 
 use clap::{Args, Parser, Subcommand};
@@ -107,6 +108,10 @@ pub enum Command {
     /// Make load and measure: requests, streams, held connections.
     #[command(after_help = bench::HELP)]
     Bench(bench::BenchArgs),
+    /// Send streams of which every byte is known through a balancer to backends
+    /// of this command's own; say what was lost.
+    #[command(after_help = streams::HELP)]
+    Streams(streams::StreamsArgs),
     /// Run servers that answer load, well or badly.
     #[command(after_help = backend::HELP)]
     Backend(backend::BackendArgs),
@@ -181,6 +186,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Selftest(args) => selftest::main(&args),
         Command::Heartbeat(args) => heartbeat::main(&args),
         Command::Bench(args) => bench::main(&args),
+        Command::Streams(args) => streams::main(&args),
         Command::Backend(args) => backend::main(&args),
     }
 }

@@ -118,26 +118,25 @@ fn judge(outcome: &Outcome, seed: u64) -> Exit {
     Exit::Failed
 }
 
-/// Streams, not faults: both ends may complain of the same.
 fn verdict(faults: &[Fault]) -> String {
-    let count = |kind: Kind| {
+    let [refused, reset, wrong, silent] = streams_with(faults);
+    let mut text = format!("{refused} refused, {reset} reset, {wrong} bytes wrong");
+    if silent > 0 {
+        text.push_str(&format!(", {silent} silent"));
+    }
+    text
+}
+
+/// Streams, not faults, for both ends may complain of the same:
+/// how many streams were refused, were reset, had wrong bytes, fell silent.
+pub(super) fn streams_with(faults: &[Fault]) -> [usize; 4] {
+    [Kind::Refused, Kind::Reset, Kind::Wrong, Kind::Silent].map(|kind| {
         let of_kind = faults.iter().filter(|fault| fault.kind == kind);
         let mut seeds: Vec<_> = of_kind.map(|fault| fault.plan.map(|plan| plan.seed)).collect();
         seeds.sort_unstable();
         seeds.dedup();
         seeds.len()
-    };
-    let mut text = format!(
-        "{} refused, {} reset, {} bytes wrong",
-        count(Kind::Refused),
-        count(Kind::Reset),
-        count(Kind::Wrong)
-    );
-    match count(Kind::Silent) {
-        0 => {}
-        silent => text.push_str(&format!(", {silent} silent")),
-    }
-    text
+    })
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::table::state::{BackendId, BackendState};
 use std::time::{Duration, Instant};
 
 /// `slow_first_byte` where there is somebody to compare with.
-fn watched(pool: &PoolEntry) -> Option<Duration> {
+pub(super) fn watched(pool: &PoolEntry) -> Option<Duration> {
     let slow = pool.spec.ejection.and_then(|spec| spec.slow_first_byte);
     slow.filter(|_| pool.members.len() > 1)
 }

@@ -5,11 +5,13 @@
 //! every field may be absent in what an older program says, and what a newer one
 //! adds is ignored. Names, never numbers, say who is meant.
 
+use super::gray::watched;
 use super::heartbeats::Misfit;
 use super::pace::PublishReason;
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, PoolEntry, Startup};
 use crate::balance::Turn;
+use crate::health::gray::SavedWatch;
 use crate::health::outlier::SavedOutlier;
 use crate::health::{Intent, Observation};
 use crate::proxy::close::RefusedReason;
@@ -78,6 +80,8 @@ pub struct SavedPool {
     pub open: bool,
     /// Where its round robin has come to.
     pub turn: Option<Turn>,
+    /// It has been in service for so long.
+    pub in_service_ms: Option<u64>,
     /// In file order.
     pub backends: Vec<SavedBackend>,
 }
@@ -104,6 +108,10 @@ pub struct SavedBackend {
     pub fails_open: bool,
     /// Ejections.
     pub outlier: SavedOutlier,
+    /// What its first bytes have shown.
+    pub watch: SavedWatch,
+    /// Its slow start began so long ago.
+    pub ramp_ms: Option<u64>,
     /// See `BackendCounters`.
     pub sessions: u64,
     /// Connects that failed.
@@ -129,6 +137,9 @@ impl Controller {
             name: pool.spec.name.to_string(),
             open: pool.startup == Startup::Open,
             turn: turns.get(&*pool.spec.name).copied(),
+            in_service_ms: pool
+                .in_service_since
+                .map(|since| millis(now.saturating_duration_since(since))),
             backends: pool
                 .members
                 .iter()
@@ -231,6 +242,12 @@ impl Controller {
         (*entry.state.address_text == *address).then_some(id)
     }
 
+    /// The same one's state.
+    pub fn saved_state(&self, pool: &str, name: &str, address: &str) -> Option<&BackendState> {
+        let id = self.find_saved(pool, name, address)?;
+        self.backends.get(&id).map(|entry| &*entry.state)
+    }
+
     /// Whether every backend that may take sessions in another process may do so
     /// here, as far as its pool is configured for it.
     pub fn serves_as(&self, saved: &Saved) -> bool {
@@ -248,6 +265,13 @@ impl Controller {
     }
 
     fn adopt_pool(&mut self, saved: &SavedPool, now: Instant) {
+        let Some(pool) = self.pools.iter_mut().find(|pool| *pool.spec.name == *saved.name) else {
+            return;
+        };
+        let is_watched = watched(pool).is_some();
+        if let Some(ms) = saved.in_service_ms {
+            pool.in_service_since = Some(ago(now, ms));
+        }
         for backend in &saved.backends {
             // Operators do not speak of addresses: an intent goes by the name.
             let Ok(id) = self.find_backend(&saved.name, &backend.name) else { continue };
@@ -259,6 +283,9 @@ impl Controller {
             }
             if same {
                 adopt_health(entry, backend, now);
+                if is_watched {
+                    entry.health.gray.restore(&backend.watch, now);
+                }
                 match entry.health.outlier.until() {
                     Some(until) => self.schedule.set(Job::EjectionEnds(id), until),
                     None => self.schedule.cancel(Job::EjectionEnds(id)),
@@ -266,6 +293,9 @@ impl Controller {
             }
             self.work.touched.insert(id);
             self.work.unsettled.insert(entry.pool);
+            if same && backend.eligible {
+                self.adopt_ramp(id, backend.ramp_ms.map(Duration::from_millis), now);
+            }
         }
         self.adopt_startup(saved);
     }
@@ -326,6 +356,8 @@ fn save_backend(entry: &BackendEntry, now: Instant) -> SavedBackend {
         observation_ms: health.detector.as_ref().map_or(0, |detector| age(detector.since())),
         fails_open: health.fails_open,
         outlier: health.outlier.save(now),
+        watch: health.gray.save(now),
+        ramp_ms: entry.ramp.map(|ramp| age(ramp.since)),
         sessions: sum(|c| c.sessions.get()),
         connect_failures: sum(|c| c.connect_failures.get()),
         bytes_in: sum(|c| c.bytes_in.get()),

@@ -61,6 +61,16 @@ impl Controller {
         self.leaving.insert(id, Leaving { entry, cut_at });
     }
 
+    /// Whether it is configured, or has left and sessions are on it yet.
+    pub fn is_known(&self, id: BackendId) -> bool {
+        self.backends.contains_key(&id) || self.leaving.contains_key(&id)
+    }
+
+    /// How many backends there have been so far; goes around at 2^32.
+    pub fn backends_seen(&self) -> u32 {
+        self.ids.backend
+    }
+
     /// The removed backend that is the very one of that pool and spec.
     pub(super) fn leaving_as(&self, pool: &str, spec: &config::Backend) -> Option<BackendId> {
         let same = |leaving: &&Leaving| {

@@ -15,7 +15,7 @@ use super::{Controller, PoolId};
 use crate::health::heartbeat::Ramp;
 use crate::table::state::BackendId;
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 // === impl Controller ===
 
@@ -81,6 +81,27 @@ impl Controller {
             self.schedule.cancel(Job::Ramp(*id));
             self.pace.backend(*id);
         }
+    }
+
+    /// Goes on with a slow start of that age, or with the full share where there is
+    /// none: nobody who serves in another process comes into service by its upgrade.
+    pub(super) fn adopt_ramp(&mut self, id: BackendId, age: Option<Duration>, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        if !entry.health.eligible() {
+            return;
+        }
+        entry.served = true;
+        let since = age.and_then(|age| now.checked_sub(age));
+        let ramp = since.zip(pool.spec.slow_start).map(|(since, over)| Ramp { since, over });
+        entry.ramp_share = ramp.map_or(100, |ramp| ramp.percent(now));
+        let next = ramp.and_then(|ramp| ramp.next_step(now));
+        entry.ramp = ramp.filter(|_| next.is_some());
+        match next {
+            Some(at) => self.schedule.set(Job::Ramp(id), at),
+            None => self.schedule.cancel(Job::Ramp(id)),
+        }
+        self.pace.backend(id);
     }
 
     /// The next step is due.

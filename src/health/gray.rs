@@ -38,6 +38,7 @@
 //! cannot be told apart is a pool where most requests are quick and some are
 //! meant to wait on a fresh connection: those switch it off.
 
+use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
 /// Between two looks. A hang is found within two of them after it has lasted
@@ -103,6 +104,17 @@ pub struct Watch {
     /// Mean log2(microseconds) of the newest closed window.
     usual: Option<f64>,
     suspect: Option<Instant>,
+}
+
+/// What another process goes on with after an upgrade.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedWatch {
+    /// It has been a suspect for so long.
+    pub suspect_ms: Option<u64>,
+    /// See `usual` of [`Watch`]. Without it the others would have nothing to be
+    /// compared with, and suspects would be cleared at the first look.
+    pub usual: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -237,6 +249,26 @@ impl Watch {
                 shown(usual)
             ))
         })
+    }
+
+    /// For another process.
+    pub fn save(&self, now: Instant) -> SavedWatch {
+        let millis = |since: Instant| {
+            u64::try_from(now.saturating_duration_since(since).as_millis()).unwrap_or(u64::MAX)
+        };
+        SavedWatch { suspect_ms: self.suspect.map(millis), usual: self.typical() }
+    }
+
+    /// Goes on with what another process has said at `now`.
+    pub fn restore(&mut self, saved: &SavedWatch, now: Instant) {
+        let before = |ms| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
+        self.usual = saved.usual.filter(|log2| log2.is_finite()).or(self.usual);
+        match saved.suspect_ms.map(before) {
+            Some(since) => self.suspect(since),
+            None => {
+                self.clear();
+            }
+        }
     }
 
     /// It is a suspect from now on.

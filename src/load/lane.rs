@@ -5,6 +5,7 @@
 //! made, all threads meet, the measured time, a short wait for answers still
 //! out, the end.
 
+use super::Window;
 use super::crew::Place;
 use super::dial::Dialer;
 use super::exchange::Exchange;
@@ -18,6 +19,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// Nanoseconds since the thread began.
@@ -52,8 +54,13 @@ pub(super) struct Lane<'a> {
     pub(super) place: &'a Place,
     pub(super) dialer: Dialer,
     pub(super) epoll: Epoll,
+    /// Of the whole run or, where it has windows, since the last of them.
     pub(super) report: Report,
     pub(super) phase: Phase,
+    windows: &'a mpsc::Sender<Window>,
+    /// The windows so far, and how many they are.
+    past: Option<Report>,
+    window: u64,
     /// Slots to wake, with when.
     due: BinaryHeap<Reverse<(Nanos, u32)>>,
     /// Connections that stand now.
@@ -103,15 +110,22 @@ pub(super) trait Loop {
 }
 
 /// Runs one thread of `plan`.
-pub(super) fn run(plan: &Plan, place: &Place) -> io::Result<Report> {
+pub(super) fn run(
+    plan: &Plan,
+    place: &Place,
+    windows: &mpsc::Sender<Window>,
+) -> io::Result<Report> {
     let count = place.share(plan.connections);
     match plan.mode {
         Mode::PingPong | Mode::Short(_) | Mode::Idle | Mode::Churn { .. } => {
-            drive(plan, place, |_| Ok(Exchange::new(plan, count)))
+            drive(plan, place, windows, |_| Ok(Exchange::new(plan, count)))
         }
-        Mode::Upload | Mode::Download => drive(plan, place, |_| Ok(Streams::new(plan, count))),
+        Mode::Upload | Mode::Download => {
+            drive(plan, place, windows, |_| Ok(Streams::new(plan, count)))
+        }
         Mode::OpenLoop { rate } => {
-            drive(plan, place, |lane| OpenLoop::new(lane, count, rate / place.count as f64))
+            let rate = rate / place.count as f64;
+            drive(plan, place, windows, |lane| OpenLoop::new(lane, count, rate))
         }
     }
 }
@@ -119,9 +133,10 @@ pub(super) fn run(plan: &Plan, place: &Place) -> io::Result<Report> {
 fn drive<L: Loop>(
     plan: &Plan,
     place: &Place,
+    windows: &mpsc::Sender<Window>,
     build: impl FnOnce(&Lane<'_>) -> io::Result<L>,
 ) -> io::Result<Report> {
-    let prepared = Lane::new(plan, place).and_then(|mut lane| {
+    let prepared = Lane::new(plan, place, windows).and_then(|mut lane| {
         let mut mode = build(&lane)?;
         lane.setup(&mut mode)?;
         lane.someone_there()?;
@@ -135,13 +150,17 @@ fn drive<L: Loop>(
     let (mut lane, mut mode) = prepared?;
     lane.timed(&mut mode)?;
     lane.grace(&mut mode)?;
-    Ok(lane.report)
+    Ok(lane.whole())
 }
 
 // === impl Lane ===
 
 impl<'a> Lane<'a> {
-    fn new(plan: &'a Plan, place: &'a Place) -> io::Result<Lane<'a>> {
+    fn new(
+        plan: &'a Plan,
+        place: &'a Place,
+        windows: &'a mpsc::Sender<Window>,
+    ) -> io::Result<Lane<'a>> {
         Ok(Lane {
             plan,
             place,
@@ -149,6 +168,9 @@ impl<'a> Lane<'a> {
             epoll: Epoll::new()?,
             report: Report::new(),
             phase: Phase::Setup,
+            windows,
+            past: None,
+            window: 0,
             due: BinaryHeap::with_capacity(place.share(plan.connections)),
             open: 0,
             began: clock::now(),
@@ -230,9 +252,39 @@ impl<'a> Lane<'a> {
         let mut batch = Batch::new();
         while self.at < until && !self.place.stopped() {
             self.step(mode, &mut batch, until)?;
+            self.turn_window();
         }
-        self.report.elapsed = Duration::from_nanos(self.tick() - self.started);
+        let elapsed = self.tick() - self.started;
+        self.report.elapsed = Duration::from_nanos(elapsed);
         Ok(())
+    }
+
+    /// Where a window is over, hands it out and begins the next one.
+    fn turn_window(&mut self) {
+        let Some(span) = self.plan.window.map(nanos) else { return };
+        let begun = self.started + span.saturating_mul(self.window);
+        if self.at < begun.saturating_add(span) {
+            return;
+        }
+        self.report.elapsed = Duration::from_nanos(self.at - begun);
+        let over = std::mem::replace(&mut self.report, Report::new());
+        self.past = Some(match self.past.take() {
+            Some(past) => past.merge(&over),
+            None => over.clone(),
+        });
+        // Whoever wanted them has gone; the sum is still wanted.
+        let _ = self.windows.send((self.window, over));
+        // A thread that was held up for longer than a window skips what it missed.
+        self.window = (self.at - self.started) / span.max(1);
+    }
+
+    /// Everything measured, all windows together.
+    fn whole(self) -> Report {
+        match self.past {
+            // The last part's elapsed counts from the beginning.
+            Some(past) => self.report.merge(&past),
+            None => self.report,
+        }
     }
 
     fn grace(&mut self, mode: &mut impl Loop) -> io::Result<()> {
@@ -283,10 +335,12 @@ impl<'a> Lane<'a> {
 
     fn show(&self) {
         let gauge = self.place.gauge();
-        let (report, holds) =
-            (&self.report, matches!(self.plan.mode, Mode::Idle | Mode::Churn { .. }));
-        gauge.units.store(if holds { report.opened } else { report.requests }, Relaxed);
-        gauge.bytes.store(report.bytes_in + report.bytes_out, Relaxed);
+        let holds = matches!(self.plan.mode, Mode::Idle | Mode::Churn { .. });
+        let units = |report: &Report| if holds { report.opened } else { report.requests };
+        let bytes = |report: &Report| report.bytes_in + report.bytes_out;
+        let before = self.past.as_ref().map_or((0, 0), |past| (units(past), bytes(past)));
+        gauge.units.store(before.0 + units(&self.report), Relaxed);
+        gauge.bytes.store(before.1 + bytes(&self.report), Relaxed);
         gauge.open.store(self.open, Relaxed);
     }
 }

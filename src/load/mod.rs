@@ -22,14 +22,21 @@ pub use serve::{Behaviour, Served, Service, serve};
 pub use tally::{Kind, Report};
 
 use std::io;
+use std::sync::mpsc;
 
-/// Starts the load that `plan` describes, on threads of its own.
+/// What one thread measured in a window, and which window of the measured time
+/// that was, from 0 on.
+pub type Window = (u64, Report);
+
+/// Starts the load that `plan` describes, on threads of its own. Where it has
+/// windows, each thread sends every one of its own to `windows`, in order, until
+/// nobody receives them any more.
 ///
 /// # Errors
 /// A thread cannot be had. What a thread cannot do once it runs comes out of
 /// [`Crew::join`].
-pub fn start(plan: Plan) -> io::Result<Crew<Report>> {
+pub fn start(plan: Plan, windows: mpsc::Sender<Window>) -> io::Result<Crew<Report>> {
     let threads = plan.threads;
     let cpus = plan.cpus.clone();
-    Crew::start("load", threads, &cpus, move |place| lane::run(&plan, &place))
+    Crew::start("load", threads, &cpus, move |place| lane::run(&plan, &place, &windows))
 }

@@ -65,6 +65,9 @@ pub struct Plan {
     pub answer: usize,
     /// How long to measure, once all connections stand.
     pub duration: Duration,
+    /// Measured time that makes one window, each reported when it is over; or
+    /// none but the whole.
+    pub window: Option<Duration>,
     /// Threads; at least one.
     pub threads: usize,
     /// CPUs to pin them to, or none.

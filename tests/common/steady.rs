@@ -7,9 +7,9 @@
 use super::http;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// One session: a new connection, one request, the whole answer.
 #[derive(Debug)]
@@ -28,10 +28,19 @@ pub struct Steady {
 impl Steady {
     /// `threads` sessions at a time.
     pub fn start(address: SocketAddr, threads: usize) -> Steady {
+        Steady::paced(address, threads, f64::INFINITY)
+    }
+
+    /// The same, but no more than `rate` sessions begun a second.
+    pub fn paced(address: SocketAddr, threads: usize, rate: f64) -> Steady {
         let stop = Arc::new(AtomicBool::new(false));
-        let run = move |stop: Arc<AtomicBool>| {
+        let (begin, next) = (Instant::now(), Arc::new(AtomicU64::new(0)));
+        let run = move |stop: Arc<AtomicBool>, next: Arc<AtomicU64>| {
             let mut attempts = Vec::new();
             while !stop.load(Ordering::Relaxed) {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                let due = begin + Duration::from_secs_f64(number as f64 / rate);
+                std::thread::sleep(due.saturating_duration_since(Instant::now()));
                 let began = Instant::now();
                 let result = http::over_tcp(address, "/").and_then(|answer| match answer.status {
                     200 => Ok(answer.body),
@@ -46,8 +55,8 @@ impl Steady {
             attempts
         };
         let threads = (0..threads).map(|_| {
-            let stop = stop.clone();
-            std::thread::spawn(move || run(stop))
+            let (stop, next) = (stop.clone(), next.clone());
+            std::thread::spawn(move || run(stop, next))
         });
         Steady { threads: threads.collect(), stop }
     }

@@ -5,11 +5,12 @@
 //! their exit codes are seen and none is left behind.
 
 use super::http::Answer;
-use super::proxy::TestProxy;
+use super::proxy::{PROGRAM, TestProxy};
 use super::{eventually, patience, proc, secs};
 use rustix::process::{Pid, Signal, WaitOptions, getpid, set_child_subreaper, waitpid};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ExitStatus};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 /// Which process serves.
@@ -101,7 +102,32 @@ impl TestProxy {
     /// Upgrades to the same program, which must succeed; gives the process before.
     #[track_caller]
     pub fn upgrade(&mut self) -> u32 {
-        let answer = self.try_upgrade("");
+        self.upgrade_with("")
+    }
+
+    /// The same to another program, which must be one that works.
+    #[track_caller]
+    pub fn upgrade_to(&mut self, program: &Path) -> u32 {
+        self.upgrade_with(&format!("?binary={}", program.display()))
+    }
+
+    /// Another build of the program: that at `TIDEGATE_OTHER_BUILD`, or a copy of
+    /// this one that only its length tells from it.
+    pub fn other_build(&self) -> PathBuf {
+        if let Some(path) = std::env::var_os("TIDEGATE_OTHER_BUILD") {
+            return PathBuf::from(path);
+        }
+        let path = self.dir().join("other-build");
+        // Copied by another process: a file that is open for writing cannot be run.
+        let script = format!("cp '{PROGRAM}' '{0}' && printf other >> '{0}'", path.display());
+        let status = Command::new("sh").args(["-c", &script]).status().expect("a shell");
+        assert!(status.success(), "{script}");
+        path
+    }
+
+    #[track_caller]
+    fn upgrade_with(&mut self, query: &str) -> u32 {
+        let answer = self.try_upgrade(query);
         assert_eq!(answer.status, 200, "{}\n{}", answer.body, self.log());
         let before = self.pid();
         let pid = answer.json()["pid"].as_u64().expect("a pid") as u32;

@@ -395,3 +395,34 @@ fn process_change_that_needs_a_restart_is_named(engine: Engine) {
     assert!(warning.contains("[process] workers"), "{warning}");
     assert!(proxy.log().contains(warning), "warned of in the log: {}", proxy.log());
 }
+
+/// What workers had recorded of them was kept until somebody asked for it, and came
+/// all at once then. Nothing here is an engine's.
+#[test]
+fn backends_that_come_and_go_leave_nothing_behind_though_nobody_asks() {
+    const EACH: u32 = 100;
+    let _turn = crate::common::turn::shared();
+    let everywhere = SocketAddr::from(([0, 0, 0, 0], crate::common::ports::free_port()));
+    let backend = ScriptedBackend::start_on(everywhere, backend::echo());
+    let pool = |round: u32| {
+        (0..EACH).fold(Pool::new("web"), |pool, n| {
+            let address = format!("127.0.{}.{}:{}", round + 1, n + 1, everywhere.port());
+            pool.backend(&format!("r{round}n{n}"), address)
+        })
+    };
+    let mut proxy = TestProxy::start(Conf::simple(Engine::Epoll, pool(0)));
+    for round in 1..=30 {
+        let mut conf = proxy.conf();
+        conf.pools = vec![pool(round)];
+        proxy.reload(conf);
+        for _ in 0..EACH {
+            client::exchange(&connect(proxy.addr("web")), b"x").expect("an echo");
+        }
+    }
+    let before = proxy.rss_kib();
+    proxy.status();
+    let grown = proxy.rss_kib().saturating_sub(before);
+    measured(&format!("{grown} KiB for the first look at 3,000 backends that are gone"));
+    assert!(grown < 8 * 1024, "{grown} KiB");
+    eventually(secs(5), "every session ends", || backend.active() == 0);
+}

@@ -26,18 +26,29 @@ const BAD: Impairment = Impairment {
     partition: false,
 };
 
+/// They mostly wait, for what was lost to be sent again: so many keep the links busy.
+const AT_ONCE: usize = 256;
+
+/// How many streams, and the first one's seed, may be said by the environment.
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|error| panic!("{name}={text}: {error}")))
+}
+
 fn streams_are_whole_over_bad_links(engine: Engine) {
     if !networks_run() {
         return;
     }
     let hosts = Hosts::new(2, 20);
-    let ledger = Ledger::without_aborts(Sizes { most: 64 * 1024, large_one_in: 50 });
+    // Large ones take a second each over such links, and are what it waits for.
+    let ledger = Ledger::without_aborts(Sizes { most: 64 * 1024, large_one_in: 1000 });
     let _backends: Vec<_> = hosts.backends.iter().map(|host| host.serve(ledger.script())).collect();
     let proxy = hosts.start(hosts.conf(engine, hosts.pool()));
     hosts.backends.iter().for_each(|host| host.link.set(BAD));
-    let streams = if long() { 100_000 } else { 400 };
+    let streams = number("TIDEGATE_STREAMS").unwrap_or(if long() { 1_000_000 } else { 10_000 });
+    let first = number("TIDEGATE_SEED").unwrap_or(0);
     let start = Instant::now();
-    hosts.client.run(|| ledger.run(&[proxy.addr("web")], 0..streams, 32));
+    hosts.client.run(|| ledger.run(&[proxy.addr("web")], first..first + streams, AT_ONCE));
     let took = start.elapsed();
     ledger.settle();
     ledger.assert_clean();

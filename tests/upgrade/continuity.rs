@@ -4,16 +4,16 @@ use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::ledger::{Ledger, Sizes};
-use crate::common::proxy::TestProxy;
-use crate::common::steady::Steady;
+use crate::common::proxy::{PROGRAM, TestProxy};
+use crate::common::steady::{Attempt, Steady};
 use crate::common::{
     Engine, eventually, long, measured, ms, on_every_engine, on_every_engine_alone, patience, proc,
     secs,
 };
 use rustix::process::Signal;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 on_every_engine!(
     open_sessions_live_on_in_the_old_process_and_new_ones_go_to_the_new,
@@ -220,6 +220,12 @@ fn an_old_process_that_is_told_to_stop_goes_on_draining(engine: Engine) {
     proxy.rebaseline();
 }
 
+/// The load while builds alternate, as a share of what this machine can.
+const LOAD: f64 = 0.7;
+
+/// How long sessions may go on in a process that was upgraded.
+const DRAIN: Duration = secs(30);
+
 /// Backends of two kinds and a frontend that come and go, weights that change,
 /// processes that follow each other; every byte of every stream is checked.
 fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
@@ -232,11 +238,14 @@ fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
     let conf = Conf::new(engine).frontend("web", "web", "").frontend("led", "led", "");
     let mut proxy = TestProxy::start(conf.pool(web).pool(led).process("drain_timeout = \"30s\""));
     let (web, led) = (proxy.addr("web"), proxy.addr("led"));
-    let steady = Steady::start(web, 4);
+    let (mut attempts, capacity) = at_full_speed(&ledger, web, led);
+    let load = capacity.map(|rate| LOAD * rate);
+    let builds = [proxy.other_build(), PROGRAM.into()];
+    let steady = Steady::paced(web, 4, load[0]);
     let stop = AtomicBool::new(false);
     let mut processes = Vec::new();
     std::thread::scope(|scope| {
-        scope.spawn(|| ledger.run_until(&[led], &stop, 4));
+        scope.spawn(|| ledger.run_paced(1 << 32, &[led], &stop, 8, load[1]));
         let _stop_even_on_panic = StopOnDrop(&stop);
         for round in 1..=reloads {
             let mut conf = proxy.conf();
@@ -250,19 +259,25 @@ fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
             let conf = if round % 3 == 1 { conf.frontend("extra", "web", "") } else { conf };
             proxy.reload(conf);
             if round % (reloads / upgrades) == 0 {
-                processes.push(proxy.upgrade());
+                let build = &builds[processes.len() % 2];
+                processes.push((proxy.upgrade_to(build), Instant::now()));
+            }
+            // No session lasts as long as its process may.
+            let is_due = |since: &Instant| since.elapsed() > DRAIN + patience(secs(2));
+            for (old, _) in processes.iter().filter(|(_, since)| is_due(since)) {
+                assert!(proc::is_dead(*old), "{old} outlived its deadline");
             }
             std::thread::sleep(ms(50));
         }
     });
-    let attempts = steady.stop();
+    attempts.extend(steady.stop());
     let failed: Vec<_> = attempts.iter().filter(|one| one.result.is_err()).collect();
     assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), attempts.len(), failed[0]);
     ledger.settle();
     ledger.assert_clean();
     assert_eq!(processes.len(), upgrades);
-    for pid in processes {
-        proxy.wait_gone(pid, secs(31));
+    for (pid, _) in processes {
+        proxy.wait_gone(pid, DRAIN);
     }
     let done = proxy.metric("tidegate_upgrades_total", &[("result", "done")]);
     assert_eq!(done, upgrades as f64);
@@ -274,11 +289,29 @@ fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
     let ended = proxy.metric("tidegate_session_end_total", &[]);
     assert_eq!(ended, sessions);
     measured(&format!(
-        "{upgrades} upgrades and {reloads} reloads under {} sessions and {} streams, 0 failed",
+        "{upgrades} upgrades and {reloads} reloads under {} sessions and {} streams \
+         ({:.0} and {:.0} a second, {LOAD} of what it can), 0 failed",
         attempts.len(),
-        ledger.streams()
+        ledger.streams(),
+        load[0],
+        load[1],
     ));
     proxy.rebaseline();
+}
+
+/// A second of as many sessions and streams as there can be; gives the sessions, and
+/// how many of each there were a second.
+fn at_full_speed(ledger: &Ledger, web: SocketAddr, led: SocketAddr) -> (Vec<Attempt>, [f64; 2]) {
+    let (steady, stop, start) = (Steady::start(web, 4), AtomicBool::new(false), Instant::now());
+    std::thread::scope(|scope| {
+        scope.spawn(|| ledger.run_until(&[led], &stop, 4));
+        std::thread::sleep(secs(1));
+        stop.store(true, Ordering::Relaxed);
+    });
+    let attempts = steady.stop();
+    let seconds = start.elapsed().as_secs_f64();
+    let rates = [attempts.len() as f64, ledger.streams() as f64].map(|count| count / seconds);
+    (attempts, rates)
 }
 
 struct StopOnDrop<'a>(&'a AtomicBool);

@@ -4,7 +4,7 @@ use crate::common::backend::{self, Refusing, ScriptedBackend};
 use crate::common::client::{self, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, on_every_engine, secs};
+use crate::common::{Engine, eventually, ms, on_every_engine, secs};
 use std::collections::BTreeMap;
 
 on_every_engine!(
@@ -12,6 +12,7 @@ on_every_engine!(
     no_counter_goes_backwards,
     sessions_of_the_old_process_are_counted_when_they_end,
     a_round_robin_goes_on_in_its_turn,
+    the_slow_one_is_known_at_once,
     a_change_of_the_file_during_an_upgrade_is_taken_up,
 );
 
@@ -152,6 +153,32 @@ fn a_round_robin_goes_on_in_its_turn(engine: Engine) {
         proxy.upgrade();
     }
     assert_eq!(order, "abcabc");
+    proxy.rebaseline();
+}
+
+/// A process that knows nothing would give it half of the first sessions.
+fn the_slow_one_is_known_at_once(engine: Engine) {
+    let quick = ScriptedBackend::start(backend::echo());
+    let slow = ScriptedBackend::start(backend::script(|conn| {
+        let mut buffer = [0; 16];
+        if let Ok(n @ 1..) = conn.read(&mut buffer) {
+            std::thread::sleep(ms(700));
+            let _ = conn.write_all(&buffer[..n]);
+        }
+    }));
+    let pool = Pool::new("web").key("balance = \"peak-ewma\"");
+    let pool = pool.backend("quick", quick.address()).backend("slow", slow.address());
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    let ask = |proxy: &TestProxy| {
+        client::exchange(&connect(proxy.addr("web")), b"hello").expect("an echo");
+    };
+    while slow.accepted() == 0 || quick.accepted() == 0 {
+        ask(&proxy);
+    }
+    proxy.upgrade();
+    let before = slow.accepted();
+    (0..8).for_each(|_| ask(&proxy));
+    assert_eq!(slow.accepted(), before, "the slow one was asked again");
     proxy.rebaseline();
 }
 

@@ -93,6 +93,19 @@ pub(in crate::app) struct Commit {
     pub(super) counts: Counts,
     #[serde(default)]
     pub(super) latency: Vec<SavedLatency>,
+    /// Of all backends somebody has tried lately.
+    #[serde(default)]
+    pub(super) estimates: Vec<SavedEstimate>,
+}
+
+/// What `peak-ewma` goes by of one backend.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct SavedEstimate {
+    pub(super) pool: String,
+    pub(super) backend: String,
+    pub(super) address: String,
+    /// See `Latency::save`.
+    pub(super) micros: [f32; 2],
 }
 
 /// One backend's histograms.

@@ -32,7 +32,7 @@ use crate::clock;
 use crate::control::handover::Saved;
 use crate::net::handover::Channel;
 use counts::Counts;
-use message::{Commit, Offer, OfferedBind, PROTOCOL};
+use message::{Commit, Offer, OfferedBind, PROTOCOL, SavedEstimate};
 use outgoing::{AtTheReady, Attempt, Outgoing, Progress};
 use std::path::Path;
 use std::time::Duration;
@@ -317,7 +317,23 @@ impl Control {
         let (workers, own) = (&self.counters, &self.local);
         let mut counts = Counts::save(workers, own, self.reloads, upgrades, heartbeats);
         counts.log_dropped = self.log_dropped();
-        Commit { counts, latency, state }
+        let estimates = self.estimates(&state);
+        Commit { counts, latency, state, estimates }
+    }
+
+    /// What answers take, of whom something is known.
+    fn estimates(&self, state: &Saved) -> Vec<SavedEstimate> {
+        let at = clock::millis(clock::now());
+        let every = state
+            .pools
+            .iter()
+            .flat_map(|pool| pool.backends.iter().map(|one| (&pool.name, &one.name, &one.address)));
+        let estimate = |(pool, backend, address): (&String, &String, &String)| {
+            let micros = self.controller.saved_state(pool, backend, address)?.latency.save(at)?;
+            let [pool, backend, address] = [pool, backend, address].map(String::clone);
+            Some(SavedEstimate { pool, backend, address, micros })
+        };
+        every.filter_map(estimate).collect()
     }
 
     /// Goes on with what the process before knew when it gave the word.
@@ -326,6 +342,13 @@ impl Control {
         self.perform(effects);
         self.reloads = known.counts.reloads();
         self.upgrades.counts = known.counts.upgrades();
+        let at = clock::millis(clock::now());
+        for saved in &known.estimates {
+            let (pool, name, address) = (&saved.pool, &saved.backend, &saved.address);
+            if let Some(state) = self.controller.saved_state(pool, name, address) {
+                state.latency.restore(saved.micros, at);
+            }
+        }
         self.carry(known);
     }
 

@@ -3,7 +3,7 @@
 use super::*;
 use crate::table::state::LOG_UNIT;
 
-fn watched(backends: &[&str]) -> Pool {
+pub(super) fn watched(backends: &[&str]) -> Pool {
     let ejection = EjectionSpec {
         failures: 5,
         time: Duration::from_secs(10),
@@ -16,7 +16,7 @@ fn watched(backends: &[&str]) -> Pool {
 
 impl Bench {
     /// So many sessions answered in a millisecond, as a worker counts them.
-    fn quick(&self, name: &str, sessions: u64) {
+    pub(super) fn quick(&self, name: &str, sessions: u64) {
         let state = self.status(name).state;
         let counters = state.counters.of(1);
         counters.questions.add(sessions);
@@ -29,7 +29,7 @@ impl Bench {
     }
 
     /// The next `looks` looks: the quick ones answer, the hanging ones do not.
-    fn looks(&mut self, looks: u32, quick: &[&str], hanging: &[&str]) -> Vec<Effect> {
+    pub(super) fn looks(&mut self, looks: u32, quick: &[&str], hanging: &[&str]) -> Vec<Effect> {
         (0..looks)
             .flat_map(|_| {
                 quick.iter().for_each(|name| self.quick(name, 5));

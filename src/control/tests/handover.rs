@@ -1,5 +1,6 @@
 //! What the next process knows when it takes over.
 
+use super::gray::watched;
 use super::*;
 use crate::control::handover::Saved;
 use proptest::prelude::*;
@@ -61,6 +62,57 @@ fn an_ejection_ends_when_it_would_have_ended() {
     assert_eq!(next.serving(), ["b"]);
     next.pass(Duration::from_millis(200));
     assert_eq!(next.serving(), ["a", "b"]);
+}
+
+#[test]
+fn a_suspect_stays_one_until_it_answers() {
+    let spec = watched(&["a", "b", "c"]);
+    let mut old = Bench::new(spec.clone());
+    old.looks(10, &["a", "b", "c"], &[]);
+    old.looks(10, &["a", "b"], &["c"]);
+    assert_eq!(old.status("c").observation, Observation::Suspect);
+    let mut next = successor(&old, spec.clone());
+    assert_eq!(next.status("c").observation, Observation::Suspect);
+    assert_eq!(next.status("c").effective_weight, 1.0);
+    // Before anybody has asked anything there is no news of it.
+    next.looks(5, &[], &[]);
+    assert_eq!(next.status("c").observation, Observation::Suspect);
+    next.looks(5, &["a", "b", "c"], &[]);
+    assert_ne!(next.status("c").observation, Observation::Suspect);
+    let unwatched = successor(&old, unprobed(&["a", "b", "c"]));
+    assert_eq!(unwatched.status("c").effective_weight, 10.0, "nobody looks at it any more");
+}
+
+#[test]
+fn a_slow_start_goes_on_where_it_was_and_nobody_begins_one() {
+    let slow =
+        |names: &[&str]| Pool { slow_start: Some(Duration::from_secs(10)), ..unprobed(names) };
+    let mut old = Bench::new(slow(&["a", "b"]));
+    old.pass(Duration::from_secs(20));
+    old.configure(slow(&["a", "b", "late"]));
+    old.pass(Duration::from_secs(4));
+    let share = |bench: &Bench, name: &str| bench.status(name).ramp_percent;
+    assert_eq!((share(&old, "a"), share(&old, "late")), (100, 40));
+    let mut next = successor(&old, slow(&["a", "b", "late"]));
+    assert_eq!((share(&next, "a"), share(&next, "b"), share(&next, "late")), (100, 100, 40));
+    assert_eq!(next.status("late").effective_weight, 4.0);
+    next.pass(Duration::from_millis(1100));
+    assert_eq!(share(&next, "late"), 50);
+    next.pass(Duration::from_secs(6));
+    assert_eq!(share(&next, "late"), 100);
+    // The pool has been in service for long: who comes now starts slowly.
+    next.configure(slow(&["a", "b", "late", "new"]));
+    assert_eq!(share(&next, "new"), 10);
+}
+
+#[test]
+fn nobody_who_serves_starts_slowly_because_of_probes_that_begin_anew() {
+    let slow = || Pool { slow_start: Some(Duration::from_secs(10)), ..pool(&["a", "b"]) };
+    let mut old = Bench::up(slow());
+    old.answer_all_for(Duration::from_secs(20), None);
+    let next = successor(&old, slow());
+    assert_eq!(next.serving(), ["a", "b"]);
+    assert_eq!(next.status("b").ramp_percent, 100);
 }
 
 #[test]

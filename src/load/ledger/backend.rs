@@ -62,8 +62,15 @@ impl Backend {
     /// # Errors
     /// No port, descriptor or thread is left.
     pub fn start(ledger: Arc<Ledger>) -> io::Result<Backend> {
-        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let mut backend = Backend { address: any, ledger, running: None };
+        Backend::start_at(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), ledger)
+    }
+
+    /// Listens there; port 0 is any.
+    ///
+    /// # Errors
+    /// As with [`Backend::start`], or somebody else listens there.
+    pub fn start_at(address: SocketAddr, ledger: Arc<Ledger>) -> io::Result<Backend> {
+        let mut backend = Backend { address, ledger, running: None };
         backend.revive()?;
         Ok(backend)
     }

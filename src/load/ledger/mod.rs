@@ -26,6 +26,9 @@ use std::time::Duration;
 /// A connect takes no longer on a machine that works.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 
+/// A client that waits for its stream's time looks this often whether to stop.
+const STOP_LOOK: Duration = Duration::from_millis(50);
+
 /// Between looks for the other end's record.
 const LOOK: Duration = Duration::from_micros(200);
 
@@ -211,6 +214,30 @@ impl Ledger {
         self.run_clients(addresses, at_once, || {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             (!stop.load(Ordering::Relaxed)).then_some(seed)
+        });
+    }
+
+    /// The same, but stream number n not before n / `rate` seconds have passed,
+    /// whether or not earlier ones have ended while there is one of `at_once` free.
+    pub fn run_paced(
+        &self,
+        first: u64,
+        addresses: &[SocketAddr],
+        stop: &AtomicBool,
+        at_once: usize,
+        rate: f64,
+    ) {
+        let (next, begin) = (AtomicU64::new(0), clock::now());
+        self.run_clients(addresses, at_once, || {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let due = begin + Duration::from_secs_f64(number as f64 / rate);
+            while !stop.load(Ordering::Relaxed) {
+                match due.saturating_duration_since(clock::now()) {
+                    Duration::ZERO => return Some(first + number),
+                    wait => clock::pause(wait.min(STOP_LOOK)),
+                }
+            }
+            None
         });
     }
 
