@@ -22,6 +22,8 @@
 
 mod bind;
 pub mod explain;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod guard;
 pub mod metrics;
 pub mod process;

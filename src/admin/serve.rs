@@ -126,7 +126,7 @@ async fn accept_until(
 }
 
 /// One client, from accept to close; holds a slot for as long.
-async fn connection(
+pub(super) async fn connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     routes: Router,
     mut closing: watch::Receiver<bool>,

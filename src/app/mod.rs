@@ -26,6 +26,8 @@ mod upgrade;
 
 pub use activation::Activated;
 pub use notify::Notifier;
+#[cfg(any(test, fuzzing))]
+pub use upgrade::fuzz;
 pub use upgrade::{Predecessor, Program};
 
 use crate::admin::Request;

@@ -109,6 +109,12 @@ impl Predecessor {
         message::receive(&self.channel, deadline).map_err(|error| trouble(&error))
     }
 
+    /// As [`Predecessor::serving`], but in here and without a word.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn wait_for_farewell(self, deadline: Instant) -> Result<Farewell, MessageError> {
+        message::receive(&self.channel, deadline)
+    }
+
     /// Says that this process serves from now on, takes over the old one's
     /// standard error, and listens for its farewell.
     pub(in crate::app) fn serving(self) -> Result<Draining, Failure> {
@@ -136,7 +142,7 @@ impl Predecessor {
     }
 }
 
-fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
+pub(super) fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
     let deadline = clock::now() + WORD_MAX;
     let hello = Hello {
         protocols: (PROTOCOL, PROTOCOL),
