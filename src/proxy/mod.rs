@@ -12,6 +12,8 @@ pub mod gate;
 mod listener;
 pub mod relay;
 mod session;
+#[cfg(test)]
+mod sim;
 mod slots;
 pub mod wheel;
 pub mod worker;

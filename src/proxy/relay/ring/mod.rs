@@ -92,6 +92,12 @@ impl Ringed {
         self.shown_by = Some(worker);
     }
 
+    #[cfg(test)]
+    pub(super) fn is_clean(&self) -> bool {
+        let buffers = self.ring.buffers_free() + self.ring.buffers_shown();
+        self.ring.in_flight() == 0 && buffers == self.ring.buffers_total()
+    }
+
     /// Adds what the ring has counted since the last time.
     fn show_counts(&mut self) {
         let now = self.ring.counts();

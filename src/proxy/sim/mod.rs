@@ -1,0 +1,127 @@
+//! The whole data path in a machine that is not there: listener, admission,
+//! sessions, connects and both engines above a fake kernel, driven by a seed.
+//!
+//! Every system call may fail with every errno it knows, come back short or
+//! late, and time jumps. Each run is a seed, named when it fails:
+//! `SIM_SEED=n` replays it, `SIM_SEEDS=n` sets how many are tried.
+
+mod judge;
+mod world;
+
+use crate::net::fake::{Call, Fault, Plan};
+use crate::proxy::worker::Runtime;
+use world::{Script, World};
+
+/// Failed once.
+const REGRESSION_SEEDS: [(Runtime, u64); 0] = [];
+
+/// Of each engine, by default.
+const SEEDS: u64 = 150;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+/// Runs `script` to its end on a machine of its own; gives its trace.
+fn run(runtime: Runtime, script: Script) -> Outcome {
+    let replay = format!("SIM_SEED={} on {}: {script:?}", script.seed, runtime.name());
+    let ran = std::panic::catch_unwind(|| World::run(runtime, script));
+    ran.unwrap_or_else(|_| panic!("replay with {replay}"))
+}
+
+/// What a run leaves behind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Outcome {
+    trace: u64,
+    calls: Vec<Call>,
+    causes: Vec<&'static str>,
+}
+
+fn seeds() -> std::ops::Range<u64> {
+    match number("SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => {
+            let first = number("SIM_FIRST").unwrap_or(1);
+            first..first + number("SIM_SEEDS").unwrap_or(SEEDS)
+        }
+    }
+}
+
+fn try_seeds(runtime: Runtime) {
+    let mut seen = std::collections::BTreeMap::new();
+    let known = REGRESSION_SEEDS.iter().filter(|(engine, _)| *engine == runtime);
+    for seed in known.map(|(_, seed)| *seed).chain(seeds()) {
+        for cause in run(runtime, Script::random(seed)).causes {
+            *seen.entry(cause).or_insert(0_u64) += 1;
+        }
+    }
+    eprintln!("{}: {seen:?}", runtime.name());
+    if number("SIM_SEED").is_none() {
+        let usual = ["finished", "client-reset", "backend-reset", "local-resource"];
+        let missing: Vec<_> = usual.iter().filter(|cause| !seen.contains_key(*cause)).collect();
+        assert!(missing.is_empty(), "no session ended as {missing:?}: {seen:?}");
+    }
+}
+
+#[test]
+fn sessions_keep_every_promise_on_readiness_whatever_fails() {
+    try_seeds(Runtime::Epoll);
+}
+
+#[test]
+fn sessions_keep_every_promise_on_the_ring_whatever_fails() {
+    try_seeds(Runtime::IoUring);
+}
+
+#[test]
+fn the_same_seed_gives_the_same_trace() {
+    for runtime in [Runtime::Epoll, Runtime::IoUring] {
+        for seed in 1..8 {
+            let script = Script::random(seed);
+            assert_eq!(run(runtime, script), run(runtime, script), "seed {seed}");
+        }
+    }
+}
+
+/// Every errno, and a short count, at every call of a few whole sessions.
+fn try_every_fault(runtime: Runtime) {
+    let mut tried = 0;
+    for seed in 1..=number("SIM_MATRIX").unwrap_or(3) {
+        let script = Script::calm(seed);
+        let calm = run(runtime, script);
+        assert!(calm.causes.iter().all(|cause| *cause == "finished"), "{:?}", calm.causes);
+        for (index, call) in calm.calls.iter().enumerate() {
+            for fault in call.faults() {
+                run(runtime, Script { fault: Some((index as u64, fault)), ..script });
+                tried += 1;
+            }
+        }
+    }
+    eprintln!("{}: {tried} faults", runtime.name());
+}
+
+#[test]
+fn every_errno_at_every_call_of_a_session_is_survived_on_readiness() {
+    try_every_fault(Runtime::Epoll);
+}
+
+#[test]
+fn every_errno_at_every_call_of_a_session_is_survived_on_the_ring() {
+    try_every_fault(Runtime::IoUring);
+}
+
+impl Script {
+    fn plan(&self, rng: &mut fastrand::Rng) -> Plan {
+        match (self.fault, self.calm) {
+            (Some((index, fault)), _) => Plan::At(index, fault),
+            (None, true) => Plan::Never,
+            (None, false) => {
+                let one_in = rng.choice([3, 20, 100, 1000]).unwrap_or(100);
+                Plan::Random { one_in, left: rng.u32(..12) }
+            }
+        }
+    }
+}
+
+/// For scripts, which are copied.
+type At = Option<(u64, Fault)>;
