@@ -13,9 +13,12 @@ pub fn local_trouble(error: &io::Error) -> Option<LocalError> {
         libc::EMFILE | libc::ENFILE => Some(LocalError::Descriptors),
         libc::EADDRNOTAVAIL | libc::EADDRINUSE => Some(LocalError::Ports),
         libc::ENOBUFS | libc::ENOMEM => Some(LocalError::Memory),
-        // A firewall or policy of this host, a socket family it lacks, or a
-        // Unix socket whose directory we may not enter.
-        libc::EPERM | libc::EACCES | libc::EAFNOSUPPORT | libc::EINVAL => Some(LocalError::Other),
+        // A firewall or policy of this host, a socket family it lacks, a Unix
+        // socket whose directory we may not enter, or this user's limit on
+        // watched sockets (epoll_ctl(2), ENOSPC).
+        libc::ENOSPC | libc::EPERM | libc::EACCES | libc::EAFNOSUPPORT | libc::EINVAL => {
+            Some(LocalError::Other)
+        }
         _ => None,
     }
 }

@@ -109,8 +109,16 @@ pub enum RefusedReason {
 // === impl Cause ===
 
 impl Cause {
-    /// The cause when a socket of `side` fails with `errno`.
+    /// The cause when a socket of `side` fails with `errno`. What this host has
+    /// run out of is nobody's fault at the other end.
     pub fn of_failure(side: Side, errno: i32) -> Cause {
+        let ours = matches!(
+            errno,
+            libc::ENOMEM | libc::ENOBUFS | libc::EMFILE | libc::ENFILE | libc::ENOSPC
+        );
+        if ours {
+            return Cause::LocalResource;
+        }
         let lost = matches!(
             errno,
             libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH | libc::ENETDOWN

@@ -11,10 +11,11 @@ use super::relay::{Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
 use crate::config::Policy;
-use crate::net::stream;
+use crate::net::{errno, stream};
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
 use crate::telemetry::access_log::{Client, SessionRecord};
+use crate::telemetry::counters::LocalError;
 use crate::telemetry::histograms::Series;
 use std::io;
 use std::net::SocketAddr;
@@ -227,6 +228,11 @@ impl Session {
         drop(relay);
         let totals = story.relayed(&ctx, held.backend(), since, &relayed);
         let ending = relayed.ending;
+        if ending.cause == Cause::LocalResource {
+            let error = io::Error::from_raw_os_error(ending.errno);
+            let kind = errno::local_trouble(&error).unwrap_or(LocalError::Other);
+            ctx.counters.local_errors.cell(kind as usize, 0).add(1);
+        }
         judge(&ctx, &mut held, &relayed);
         let Some(last_words) = finish(relayed) else {
             drop(held);

@@ -311,12 +311,13 @@ impl SeriesData {
             let lowest = self.histogram.lowest_equivalent(step.value_iterated_to());
             let bucket = BOUNDS_SECONDS.iter().position(|bound| lowest as f64 <= bound * 1e6);
             if let Some(bucket) = bucket {
-                buckets[bucket] += step.count_since_last_iteration();
+                let more = step.count_since_last_iteration();
+                buckets[bucket] = u64::saturating_add(buckets[bucket], more);
             }
         }
         let mut sum = 0;
         buckets.map(|n| {
-            sum += n;
+            sum = u64::saturating_add(sum, n);
             sum
         })
     }

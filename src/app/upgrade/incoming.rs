@@ -92,7 +92,7 @@ impl Predecessor {
     /// The number of a configuration with that digest.
     pub(in crate::app) fn generation_of(&self, digest: u64) -> u64 {
         let before = self.offer.state.generation;
-        if digest == self.offer.digest { before } else { before + 1 }
+        if digest == self.offer.digest { before } else { before.saturating_add(1) }
     }
 
     /// Says that everything is built, and waits for the word to take over, with

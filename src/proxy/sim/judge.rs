@@ -75,12 +75,19 @@ fn judge_session(
         "connect-refused" | "connect-failed" => {
             check(any_backend(|s| s.peer_failed), "a backend is blamed")
         }
-        "local-resource" => check(world.was_injected(kernel, is_ours), "nothing ran out"),
+        "local-resource" => judge_shortage(kernel, record.errno),
         "idle-timeout" | "half-closed-timeout" => check(world.jumped, "it was not idle for long"),
         "drain-deadline" | "backend-removed" => check(world.cut, "nobody cut it"),
         "connect-timeout" | "queue-timeout" | "no-backend" => Ok(()),
         _ => Err("an unknown end"),
     }
+}
+
+/// Something ran out, or connect(2) itself found no route.
+fn judge_shortage(kernel: &Kernel, errno: Option<i32>) -> Result<(), &'static str> {
+    let is_that = |injected: &i32| errno.is_none_or(|errno| errno == *injected);
+    let ours = errno.is_none_or(|errno| is_ours(errno) || errno == libc::ENETUNREACH);
+    check(ours && kernel.injected.iter().any(is_that), "nothing ran out")
 }
 
 /// An end in order: everything is delivered, and both are told.
@@ -141,10 +148,4 @@ fn judge_leftovers(world: &World) {
     }
     let (accepted, ended) = (ctx.counters.accepted.get(), ctx.counters.ended.get());
     assert_eq!((accepted, ended), (world.records.len() as u64, world.records.len() as u64));
-}
-
-impl World {
-    fn was_injected(&self, kernel: &Kernel, what: fn(i32) -> bool) -> bool {
-        kernel.injected.iter().any(|errno| what(*errno))
-    }
 }

@@ -22,12 +22,38 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Runs `script` to its end on a machine of its own; gives its trace.
-fn run(runtime: Runtime, script: Script) -> Outcome {
-    let replay = format!("SIM_SEED={} on {}: {script:?}", script.seed, runtime.name());
-    let ran = std::panic::catch_unwind(|| World::run(runtime, script));
-    ran.unwrap_or_else(|_| panic!("replay with {replay}"))
+/// Runs `script` to its end on a machine of its own; gives what came of it, or
+/// how to replay it.
+fn try_run(runtime: Runtime, script: Script) -> Result<Outcome, String> {
+    std::panic::catch_unwind(|| World::run(runtime, script)).map_err(|_| {
+        format!("replay with SIM_SEED={} on {}: {script:?}", script.seed, runtime.name())
+    })
 }
+
+fn run(runtime: Runtime, script: Script) -> Outcome {
+    try_run(runtime, script).unwrap_or_else(|replay| panic!("{replay}"))
+}
+
+/// Runs all of them; fails with every one that failed, up to a few.
+fn run_all(runtime: Runtime, scripts: impl Iterator<Item = Script>) -> Seen {
+    const FAILURES_MAX: usize = 20;
+    let (mut seen, mut failed) = (Seen::new(), Vec::new());
+    for script in scripts {
+        match try_run(runtime, script) {
+            Ok(outcome) => {
+                outcome.causes.into_iter().for_each(|cause| *seen.entry(cause).or_default() += 1);
+            }
+            Err(replay) => failed.push(replay),
+        }
+        assert!(failed.len() < FAILURES_MAX, "{}", failed.join("\n"));
+    }
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+    eprintln!("{}: {seen:?}", runtime.name());
+    seen
+}
+
+/// How often sessions ended how.
+type Seen = std::collections::BTreeMap<&'static str, u64>;
 
 /// What a run leaves behind.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,14 +74,9 @@ fn seeds() -> std::ops::Range<u64> {
 }
 
 fn try_seeds(runtime: Runtime) {
-    let mut seen = std::collections::BTreeMap::new();
     let known = REGRESSION_SEEDS.iter().filter(|(engine, _)| *engine == runtime);
-    for seed in known.map(|(_, seed)| *seed).chain(seeds()) {
-        for cause in run(runtime, Script::random(seed)).causes {
-            *seen.entry(cause).or_insert(0_u64) += 1;
-        }
-    }
-    eprintln!("{}: {seen:?}", runtime.name());
+    let seeds = known.map(|(_, seed)| *seed).chain(seeds());
+    let seen = run_all(runtime, seeds.map(Script::random));
     if number("SIM_SEED").is_none() {
         let usual = ["finished", "client-reset", "backend-reset", "local-resource"];
         let missing: Vec<_> = usual.iter().filter(|cause| !seen.contains_key(*cause)).collect();
@@ -85,19 +106,15 @@ fn the_same_seed_gives_the_same_trace() {
 
 /// Every errno, and a short count, at every call of a few whole sessions.
 fn try_every_fault(runtime: Runtime) {
-    let mut tried = 0;
     for seed in 1..=number("SIM_MATRIX").unwrap_or(3) {
         let script = Script::calm(seed);
         let calm = run(runtime, script);
         assert!(calm.causes.iter().all(|cause| *cause == "finished"), "{:?}", calm.causes);
-        for (index, call) in calm.calls.iter().enumerate() {
-            for fault in call.faults() {
-                run(runtime, Script { fault: Some((index as u64, fault)), ..script });
-                tried += 1;
-            }
-        }
+        let every = (0..).zip(calm.calls).flat_map(|(index, call)| {
+            call.faults().map(move |fault| Script { fault: Some((index, fault)), ..script })
+        });
+        run_all(runtime, every);
     }
-    eprintln!("{}: {tried} faults", runtime.name());
 }
 
 #[test]
