@@ -70,6 +70,15 @@ struct Entry {
     user_data: u64,
 }
 
+/// An entry of the ring of buffers (`struct io_uring_buf`).
+#[repr(C)]
+struct ShownBuffer {
+    address: u64,
+    len: u32,
+    id: u16,
+    _reserved: u16,
+}
+
 #[derive(Debug)]
 struct Operation {
     entry: Entry,
@@ -167,16 +176,10 @@ impl Uring {
         }
         let index = self.head & (count - 1);
         self.head = self.head.wrapping_add(1);
-        // SAFETY: as above; entries below the tail are initialised: address (u64),
-        // length (u32), number (u16).
-        let (to, len, id) = unsafe {
-            (
-                std::ptr::read(at(index, 0) as *const u64),
-                std::ptr::read(at(index, 8) as *const u32),
-                std::ptr::read(at(index, 12) as *const u16),
-            )
-        };
-        Some((to as *mut u8, len, id))
+        let entry = at(index, 0) as *const ShownBuffer;
+        // SAFETY: as above; entries below the tail are initialised.
+        let ShownBuffer { address, len, id, .. } = unsafe { std::ptr::read(entry) };
+        Some((address as *mut u8, len, id))
     }
 }
 
