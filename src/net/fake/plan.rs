@@ -96,9 +96,17 @@ impl Call {
             ],
             // How a connect that was pending ends.
             Call::Decide => &[ECONNREFUSED, ECONNRESET, ETIMEDOUT, EHOSTUNREACH, ENETUNREACH],
-            Call::Receive => {
-                &[EAGAIN, EINTR, ECONNRESET, ETIMEDOUT, EHOSTUNREACH, ENETUNREACH, ENOMEM, ENOBUFS]
-            }
+            Call::Receive => &[
+                EAGAIN,
+                EINTR,
+                ECONNRESET,
+                ETIMEDOUT,
+                EHOSTUNREACH,
+                ENETUNREACH,
+                ENOMEM,
+                ENOBUFS,
+                EIO,
+            ],
             Call::Send => {
                 &[EAGAIN, EINTR, EPIPE, ECONNRESET, ETIMEDOUT, EHOSTUNREACH, ENOBUFS, ENOMEM]
             }

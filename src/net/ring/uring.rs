@@ -12,6 +12,10 @@ use std::io;
 use std::os::fd::RawFd;
 
 /// See the module's documentation.
+#[cfg_attr(
+    test,
+    expect(clippy::large_enum_variant, reason = "one a worker; outside tests it is the other")
+)]
 pub(super) enum Uring {
     Real(IoUring),
     /// The fake kernel of this thread.
@@ -114,6 +118,7 @@ impl Uring {
 
     /// Submits, and has what was put off done in the same system call: sends
     /// and cancellations often leave some.
+    #[inline]
     pub(super) fn enter(&self, queued: u32) -> io::Result<()> {
         either!(self, fake::ring_enter(), ring => {
             let flags = EnterFlags::GETEVENTS.bits();
@@ -131,11 +136,13 @@ impl Uring {
         })
     }
 
+    #[inline]
     pub(super) fn has_completions(&mut self) -> bool {
         either!(self, fake::ring_has_completions(), ring => !ring.completion().is_empty())
     }
 
     /// Whether the eventfd is to be rung.
+    #[inline]
     pub(super) fn wake_me(&mut self, wake: bool) {
         either!(self, fake::ring_wakes(wake), ring => match wake {
             true => ring.completion().enable_eventfd(),

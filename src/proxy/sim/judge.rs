@@ -41,7 +41,7 @@ fn backend_of<'k>(kernel: &'k Kernel, client: &Socket) -> Option<&'k Socket> {
         .filter(|socket| {
             socket.got_from == Some(client.stream) || client.got_from == Some(socket.stream)
         })
-        .last()
+        .next_back()
 }
 
 fn judge_session(

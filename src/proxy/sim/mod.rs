@@ -16,7 +16,7 @@ use world::{Script, World};
 const REGRESSION_SEEDS: [(Runtime, u64); 0] = [];
 
 /// Of each engine, by default.
-const SEEDS: u64 = 150;
+const SEEDS: u64 = 100;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
@@ -106,7 +106,7 @@ fn the_same_seed_gives_the_same_trace() {
 
 /// Every errno, and a short count, at every call of a few whole sessions.
 fn try_every_fault(runtime: Runtime) {
-    for seed in 1..=number("SIM_MATRIX").unwrap_or(3) {
+    for seed in 1..=number("SIM_MATRIX").unwrap_or(2) {
         let script = Script::calm(seed);
         let calm = run(runtime, script);
         assert!(calm.causes.iter().all(|cause| *cause == "finished"), "{:?}", calm.causes);
@@ -125,6 +125,20 @@ fn every_errno_at_every_call_of_a_session_is_survived_on_readiness() {
 #[test]
 fn every_errno_at_every_call_of_a_session_is_survived_on_the_ring() {
     try_every_fault(Runtime::IoUring);
+}
+
+#[test]
+fn a_connect_that_the_ring_cannot_wait_for_is_a_lack_of_ours() {
+    let mut causes = Vec::new();
+    for seed in 1..9 {
+        let script = Script::calm(seed);
+        let calls = run(Runtime::IoUring, script).calls;
+        let poll = calls.iter().position(|call| *call == Call::RingPoll);
+        let Some(index) = poll else { continue };
+        let fault = Some((index as u64, Fault::Errno(libc::ENOMEM)));
+        causes.extend(run(Runtime::IoUring, Script { fault, ..script }).causes);
+    }
+    assert!(causes.contains(&"local-resource"), "{causes:?}");
 }
 
 impl Script {

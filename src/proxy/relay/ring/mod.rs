@@ -128,7 +128,7 @@ impl Ringed {
         let next = entry.flow.verdict.ending().map_or(Next::Wait, Next::End);
         match meaning {
             Meaning::Nothing => {}
-            Meaning::Connected { failed } => state.connect_decided(key, failed),
+            Meaning::Connected(how) => state.connect_decided(key, how),
             Meaning::ClientFailed => state.client_failed(key),
             Meaning::Starved { side, alone } => {
                 if !alone {
