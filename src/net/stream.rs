@@ -53,8 +53,8 @@ pub fn connect_from(source: Option<IpAddr>, peer: Peer<'_>) -> io::Result<(Owned
         Peer::Unix(path) => (Domain::UNIX, None, SockAddr::unix(path)?),
     };
     #[cfg(test)]
-    if let (Some(tcp), Some(socket)) = (peer.as_socket(), peer.as_socket().and_then(fake::socket)) {
-        return connect_faked(socket?, tcp);
+    if let Some(socket) = peer.as_socket().and_then(fake::socket) {
+        return connect_faked(socket?);
     }
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), protocol)?;
     if protocol.is_some() {
@@ -78,7 +78,7 @@ pub fn connect_from(source: Option<IpAddr>, peer: Peer<'_>) -> io::Result<(Owned
 }
 
 #[cfg(test)]
-fn connect_faked(socket: OwnedFd, _: SocketAddr) -> io::Result<(OwnedFd, Connecting)> {
+fn connect_faked(socket: OwnedFd) -> io::Result<(OwnedFd, Connecting)> {
     match fake::connect(&socket) {
         Some(Err(error)) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
         _ => Ok((socket, Connecting::Pending)),

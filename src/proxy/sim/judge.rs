@@ -139,11 +139,11 @@ fn judge_leftovers(world: &World) {
     assert_eq!(ctx.engine.open_flows(), 0);
     assert!(ctx.engine.is_clean(), "buffers or operations are left");
     assert_eq!(ctx.shared.in_flight.get(), 0);
-    let table = ctx.table();
-    for frontend in &table.frontends {
+    for frontend in world.tables.iter().flat_map(|table| &table.frontends) {
         assert_eq!(frontend.state.in_flight.get(), 0, "frontend");
     }
-    for backend in table.pools.iter().flat_map(|pool| &pool.serving) {
+    let pools = world.tables.iter().flat_map(|table| &table.pools);
+    for backend in pools.flat_map(|pool| &pool.serving) {
         assert_eq!(backend.in_flight.get(), 0, "{}", backend.name);
     }
     let (accepted, ended) = (ctx.counters.accepted.get(), ctx.counters.ended.get());

@@ -13,7 +13,8 @@ use crate::proxy::worker::Runtime;
 use world::{Script, World};
 
 /// Failed once.
-const REGRESSION_SEEDS: [(Runtime, u64); 0] = [];
+const REGRESSION_SEEDS: [(Runtime, u64); 4] =
+    [(Runtime::Epoll, 88), (Runtime::Epoll, 143), (Runtime::IoUring, 1), (Runtime::IoUring, 23)];
 
 /// Of each engine, by default.
 const SEEDS: u64 = 100;

@@ -16,6 +16,7 @@ use crate::proxy::gate::Gate;
 use crate::proxy::listener::{Listener, Retirement};
 use crate::proxy::relay::{Engine, RingSettings};
 use crate::proxy::worker::Runtime;
+use crate::table::Table;
 use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::{AccessLogSender, SessionRecord};
 use crate::telemetry::counters::WorkerCounters;
@@ -41,6 +42,8 @@ pub(super) struct World {
     pub(super) ctx: Rc<Context>,
     pub(super) records: Vec<SessionRecord>,
     pub(super) reports: Vec<Report>,
+    /// All that were in force.
+    pub(super) tables: Vec<Arc<Table>>,
     controller: Controller,
     publisher: TablePublisher,
     listener: Arc<Socket>,
@@ -143,8 +146,9 @@ impl World {
         let clients_left = if script.calm { 1 } else { rng.u32(1..7) };
         let config = Arc::new(config::parse(&config_text(&mut rng), "sim").unwrap());
         let effects = controller.apply(Event::Configure(config), clock::now());
-        let world = World {
+        let mut world = World {
             ctx: Rc::new(ctx),
+            tables: Vec::new(),
             records: Vec::new(),
             reports: Vec::new(),
             controller,
@@ -166,9 +170,10 @@ impl World {
         world
     }
 
-    fn perform(&self, effects: Vec<Effect>) {
+    fn perform(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             if let Effect::Publish(table) = effect {
+                self.tables.push(Arc::clone(&table));
                 self.publisher.publish(table);
                 self.ctx.shared.gate.opened();
             }
