@@ -17,7 +17,7 @@ const REGRESSION_SEEDS: [(Runtime, u64); 4] =
     [(Runtime::Epoll, 88), (Runtime::Epoll, 143), (Runtime::IoUring, 1), (Runtime::IoUring, 23)];
 
 /// Of each engine, by default.
-const SEEDS: u64 = 100;
+const SEEDS: u64 = 300;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
