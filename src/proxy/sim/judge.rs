@@ -36,12 +36,11 @@ fn client_of(record: &SessionRecord) -> usize {
 
 /// The backend's socket of that client's session, where bytes tell.
 fn backend_of<'k>(kernel: &'k Kernel, client: &Socket) -> Option<&'k Socket> {
-    let with_bytes = kernel.sockets.iter().filter(|socket| socket.role != Role::Client);
-    with_bytes
-        .filter(|socket| {
-            socket.got_from == Some(client.stream) || client.got_from == Some(socket.stream)
-        })
-        .next_back()
+    let talked = |socket: &&Socket| {
+        socket.role != Role::Client
+            && (socket.got_from == Some(client.stream) || client.got_from == Some(socket.stream))
+    };
+    kernel.sockets.iter().rfind(talked)
 }
 
 fn judge_session(
