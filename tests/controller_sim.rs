@@ -7,6 +7,8 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, too.
 
+#[path = "controller_sim/chaos.rs"]
+mod chaos;
 #[path = "controller_sim/heartbeats.rs"]
 mod heartbeats;
 #[path = "controller_sim/model.rs"]

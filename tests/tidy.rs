@@ -21,7 +21,7 @@ const EXCUSED_USES: [(&str, &str); 0] = [];
 
 /// Layers from the bottom; a module uses its own layer and those below it.
 /// The longest matching prefix counts.
-const LAYERS: [(&str, Layer); 24] = [
+const LAYERS: [(&str, Layer); 25] = [
     ("net", Layer::Base),
     ("clock", Layer::Base),
     ("telemetry", Layer::Base),
@@ -44,6 +44,7 @@ const LAYERS: [(&str, Layer); 24] = [
     ("app", Layer::App),
     ("demo", Layer::App),
     ("cli", Layer::Cli),
+    ("fuzz", Layer::Cli),
     ("main", Layer::Main),
     ("lib", Layer::Main),
 ];

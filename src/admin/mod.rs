@@ -24,6 +24,8 @@ mod bind;
 pub mod explain;
 #[cfg(debug_assertions)]
 mod faults;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod guard;
 pub mod metrics;
 pub mod process;

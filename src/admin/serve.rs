@@ -240,6 +240,18 @@ async fn connection(
     let _ = timeout(LINGER_MAX, served).await;
 }
 
+/// The only client there is, for whoever plays one without a listener.
+#[cfg(any(test, fuzzing))]
+pub(super) async fn only_connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    routes: Router,
+    closing: watch::Receiver<bool>,
+) {
+    let (taken, crowding) = (VecDeque::new(), Crowding::default());
+    let mut seats = Seats { taken, left: Arc::default(), crowding };
+    connection(stream, routes, closing, seats.take()).await;
+}
+
 // === impl Crowding ===
 
 impl Crowding {

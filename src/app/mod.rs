@@ -42,6 +42,8 @@ mod watchdog;
 pub use activation::Activated;
 pub use confine::{Confined, confine};
 pub use notify::Notifier;
+#[cfg(any(test, fuzzing))]
+pub use upgrade::fuzz;
 pub use upgrade::{Predecessor, Program};
 
 use crate::admin::Request;

@@ -185,10 +185,12 @@ impl Controller {
     }
 
     /// Counts configurations and tables on from another process. To be called
-    /// before the first configuration.
+    /// before the first configuration. What is beyond any count leaves room to
+    /// count on from.
     pub fn count_on(&mut self, generation: u64, serial: u64) {
-        self.generation = generation;
-        self.serial = serial;
+        const COUNT_MAX: u64 = u64::MAX / 2;
+        self.generation = generation.min(COUNT_MAX);
+        self.serial = serial.min(COUNT_MAX);
     }
 
     /// Goes on with what another process knows: operators' intents, health,

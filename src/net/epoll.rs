@@ -58,12 +58,20 @@ pub struct Readiness {
 impl Epoll {
     /// An empty set.
     pub fn new() -> io::Result<Epoll> {
+        #[cfg(test)]
+        if let Some(created) = super::fake::epoll_create() {
+            return created.map(Epoll);
+        }
         Ok(Epoll(epoll::create(epoll::CreateFlags::CLOEXEC)?))
     }
 
     /// Watches `socket` for everything but room to send, edge-triggered, until
     /// it is closed. A fresh socket has room, and would only say so.
     pub fn watch(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        #[cfg(test)]
+        if let Some(answer) = super::fake::epoll_watch(&socket, token, arrivals()) {
+            return answer;
+        }
         epoll::add(&self.0, socket, epoll::EventData::new_u64(token), arrivals())?;
         Ok(())
     }
@@ -71,6 +79,10 @@ impl Epoll {
     /// Watches `socket` for everything, as [`Epoll::watch`].
     pub fn watch_all(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         let interest = arrivals() | epoll::EventFlags::OUT;
+        #[cfg(test)]
+        if let Some(answer) = super::fake::epoll_watch(&socket, token, interest) {
+            return answer;
+        }
         epoll::add(&self.0, socket, epoll::EventData::new_u64(token), interest)?;
         Ok(())
     }
@@ -79,6 +91,10 @@ impl Epoll {
     /// it is ready for already is told again.
     pub fn watch_room(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         let interest = arrivals() | epoll::EventFlags::OUT;
+        #[cfg(test)]
+        if let Some(answer) = super::fake::epoll_watch(&socket, token, interest) {
+            return answer;
+        }
         epoll::modify(&self.0, socket, epoll::EventData::new_u64(token), interest)?;
         Ok(())
     }
@@ -109,6 +125,16 @@ impl Epoll {
             tv_nsec: timeout.subsec_nanos().into(),
         };
         batch.0.clear();
+        #[cfg(test)]
+        if let Some(events) = super::fake::epoll_wait(BATCH) {
+            return match events {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+                events => {
+                    batch.0.extend(events.into_iter().flatten());
+                    Ok(())
+                }
+            };
+        }
         match epoll::wait(&self.0, rustix::buffer::spare_capacity(&mut batch.0), Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),

@@ -303,6 +303,13 @@ impl Channel {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+impl From<UnixStream> for Channel {
+    fn from(stream: UnixStream) -> Channel {
+        Channel(stream)
+    }
+}
+
 /// Time until the deadline, for a socket's time-out, which takes no zero.
 fn left(deadline: Instant) -> Result<std::time::Duration, ChannelError> {
     let left = deadline.saturating_duration_since(clock::now());

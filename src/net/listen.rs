@@ -93,6 +93,10 @@ pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
 }
 
 fn take(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
+    #[cfg(test)]
+    if let Some(answer) = super::fake::accept(&listener) {
+        return answer;
+    }
     let (socket, peer) = acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
     let peer = peer
         .and_then(|any| SocketAddr::try_from(any).ok())
@@ -102,6 +106,10 @@ fn take(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
 
 /// Whether a connection waits in the queue to be accepted.
 pub fn has_queued(listener: impl AsFd) -> bool {
+    #[cfg(test)]
+    if let Some(answer) = super::fake::has_queued(&listener) {
+        return answer;
+    }
     let mut fds = [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)];
     let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
     // An error would say the same as an empty queue: nobody to be served.

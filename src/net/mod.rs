@@ -11,6 +11,8 @@ pub mod cpu;
 pub mod datagram;
 pub mod epoll;
 pub mod errno;
+#[cfg(test)]
+pub(crate) mod fake;
 pub mod handover;
 mod ioctl;
 pub mod limits;

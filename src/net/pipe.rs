@@ -78,6 +78,10 @@ struct Counted(Rc<Cell<usize>>);
 
 impl Ends {
     fn new() -> io::Result<Ends> {
+        #[cfg(test)]
+        if let Some(pipe) = super::fake::pipe() {
+            return pipe.map(|(read, write, size)| Ends { read, write, size });
+        }
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // A smaller pipe works as well, in more steps.
         let size = match fcntl_setpipe_size(&write, PIPE_BYTES) {
@@ -105,6 +109,13 @@ impl Pipe {
     /// Takes what has arrived at `socket`, as far as there is room. Only for an
     /// empty pipe: a full one would say `WouldBlock` as well.
     pub fn fill(&mut self, socket: impl AsFd) -> io::Result<Fill> {
+        #[cfg(test)]
+        if let Some(filled) = super::fake::fill(&socket, &self.ends.write) {
+            let (bytes, left) = filled?;
+            self.holds += bytes;
+            let crammed = bytes < self.ends.size / CRAMMED && bytes > 0 && left >= bytes as u64;
+            return Ok(Fill { bytes, crammed });
+        }
         let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
         let bytes = splice(&socket, None, &self.ends.write, None, PIPE_BYTES, flags)?;
         self.holds += bytes;
@@ -117,6 +128,10 @@ impl Pipe {
 
     /// Sends what is in it, as far as `socket` has room.
     pub fn drain(&mut self, socket: impl AsFd) -> io::Result<usize> {
+        #[cfg(test)]
+        if let Some(drained) = super::fake::drain(&socket, &self.ends.read) {
+            return drained.inspect(|moved| self.holds -= moved);
+        }
         let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
         let moved = splice(&self.ends.read, None, socket, None, self.holds, flags)?;
         self.holds -= moved;

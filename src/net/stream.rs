@@ -4,6 +4,8 @@
 //! Used by the workers. Every call is one system call unless its name says
 //! otherwise; errors come back as they are, for `errno` to judge.
 
+#[cfg(test)]
+use super::fake;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
@@ -48,6 +50,10 @@ pub fn connect_from(source: Option<IpAddr>, peer: Peer<'_>) -> io::Result<(Owned
         Peer::Tcp(tcp) => (Domain::for_address(tcp), Some(Protocol::TCP), SockAddr::from(tcp)),
         Peer::Unix(path) => (Domain::UNIX, None, SockAddr::unix(path)?),
     };
+    #[cfg(test)]
+    if let Some(socket) = peer.as_socket().and_then(fake::socket) {
+        return connect_faked(socket?);
+    }
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), protocol)?;
     if protocol.is_some() {
         socket.set_tcp_nodelay(true)?;
@@ -87,6 +93,15 @@ pub fn start_at(socket: impl AsFd, source: IpAddr) -> io::Result<()> {
 }
 
 /// As [`connect_from`], and looks again at once where the peer is on this host: the
+#[cfg(test)]
+fn connect_faked(socket: OwnedFd) -> io::Result<(OwnedFd, Connecting)> {
+    match fake::connect(&socket) {
+        Some(Err(error)) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok((socket, Connecting::Pending)),
+    }
+}
+
+/// As [`connect`], and looks again at once where the peer is on this host: the
 /// handshake with it is over, one way or the other, by the time connect(2)
 /// returns, although that says "in progress".
 pub fn connect_and_look(
@@ -98,6 +113,16 @@ pub fn connect_and_look(
     if how_far == Connecting::Done || !address.ip().is_loopback() {
         return Ok((socket, how_far));
     }
+    #[cfg(test)]
+    if let Some(answer) = fake::connect(&socket) {
+        return match answer {
+            Ok(()) => Ok((socket, Connecting::Done)),
+            Err(error) if error.raw_os_error() == Some(libc::EALREADY) => {
+                Ok((socket, Connecting::Pending))
+            }
+            Err(error) => Err(error),
+        };
+    }
     // connect(2) on a connecting socket tells how that went.
     match rustix::net::connect(&socket, &address) {
         Ok(()) | Err(rustix::io::Errno::ISCONN) => Ok((socket, Connecting::Done)),
@@ -108,6 +133,10 @@ pub fn connect_and_look(
 
 /// How a connect that was pending ended, once the socket has become writable.
 pub fn connect_result(socket: impl AsFd) -> io::Result<()> {
+    #[cfg(test)]
+    if let Some(answer) = fake::take_error(&socket) {
+        return answer;
+    }
     match SockRef::from(&socket).take_error()? {
         None => Ok(()),
         Some(error) => Err(error),
@@ -117,6 +146,10 @@ pub fn connect_result(socket: impl AsFd) -> io::Result<()> {
 /// Receives what there is into `buffer`; `Ok(0)` is the peer's FIN.
 #[inline]
 pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
+    #[cfg(test)]
+    if let Some(answer) = fake::receive(&socket, buffer) {
+        return answer;
+    }
     let (received, _) = rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT)?;
     Ok(received)
 }
@@ -139,11 +172,19 @@ pub fn discard(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
 /// Sends as much of `bytes` as there is room for.
 #[inline]
 pub fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
+    #[cfg(test)]
+    if let Some(answer) = fake::send(&socket, bytes) {
+        return answer;
+    }
     Ok(rustix::net::send(socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
 }
 
 /// Sends FIN behind whatever is queued (RFC 9293 section 3.6: half-close).
 pub fn shutdown_write(socket: impl AsFd) -> io::Result<()> {
+    #[cfg(test)]
+    if let Some(answer) = fake::shutdown_write(&socket) {
+        return answer;
+    }
     rustix::net::shutdown(socket, Shutdown::Write)?;
     Ok(())
 }
@@ -152,6 +193,10 @@ pub fn shutdown_write(socket: impl AsFd) -> io::Result<()> {
 /// connection was cut (socket(7), SO_LINGER with a time of zero). On a Unix
 /// socket it is a plain close, which has the same effect there.
 pub fn reset(socket: OwnedFd) {
+    #[cfg(test)]
+    if fake::reset_on_close(&socket).is_some() {
+        return;
+    }
     // A failure here can only turn the RST into a FIN.
     let _ = SockRef::from(&socket).set_linger(Some(Duration::ZERO));
     drop(socket);
@@ -159,12 +204,20 @@ pub fn reset(socket: OwnedFd) {
 
 /// Makes the last close of `socket` a reset, as [`reset`] does at once.
 pub fn reset_on_close(socket: impl AsFd) {
+    #[cfg(test)]
+    if fake::reset_on_close(&socket).is_some() {
+        return;
+    }
     let _ = SockRef::from(&socket).set_linger(Some(Duration::ZERO));
 }
 
 /// Tears the connection down without closing the descriptor: the peer gets RST
 /// (connect(2), AF_UNSPEC), and whoever waits on the socket is woken.
 pub fn tear_down(socket: impl AsFd) {
+    #[cfg(test)]
+    if fake::tear_down(&socket).is_some() {
+        return;
+    }
     // Neither can fail in a way that leaves anyone waiting.
     let _ = rustix::net::connect_unspec(&socket);
     let _ = rustix::net::shutdown(&socket, Shutdown::Both);
@@ -173,11 +226,19 @@ pub fn tear_down(socket: impl AsFd) {
 /// Bytes sent but not yet acknowledged by the peer's kernel (tcp(7), SIOCOUTQ);
 /// 0 where that cannot be told.
 pub fn unacknowledged(socket: impl AsFd) -> u64 {
+    #[cfg(test)]
+    if let Some(answer) = fake::unacknowledged(&socket) {
+        return answer;
+    }
     super::ioctl::out_queue(socket.as_fd())
 }
 
 /// Keeps the byte marked urgent in the stream instead of dropping it (tcp(7)).
 pub fn keep_urgent_inline(socket: impl AsFd) {
+    #[cfg(test)]
+    if fake::set_option(&socket).is_some() {
+        return;
+    }
     let _ = SockRef::from(&socket).set_out_of_band_inline(true);
 }
 
@@ -188,6 +249,10 @@ pub fn set_liveness(
     keepalive: Option<Duration>,
     user_timeout: Option<Duration>,
 ) -> io::Result<()> {
+    #[cfg(test)]
+    if let Some(answer) = fake::set_option(&socket) {
+        return answer;
+    }
     let socket = SockRef::from(&socket);
     if socket.local_addr()?.is_unix() {
         return Ok(());

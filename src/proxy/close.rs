@@ -115,9 +115,14 @@ pub enum RefusedReason {
 // === impl Cause ===
 
 impl Cause {
-    /// The cause when a socket of `side` fails with `errno`.
+    /// The cause when a socket of `side` fails with `errno`. What this host has
+    /// run out of is nobody's fault at the other end.
     pub fn of_failure(side: Side, errno: i32) -> Cause {
-        if matches!(errno, libc::ENOMEM | libc::ENOBUFS | libc::EMFILE | libc::ENFILE) {
+        let ours = matches!(
+            errno,
+            libc::ENOMEM | libc::ENOBUFS | libc::EMFILE | libc::ENFILE | libc::ENOSPC
+        );
+        if ours {
             return Cause::LocalResource;
         }
         let lost = matches!(

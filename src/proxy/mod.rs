@@ -18,6 +18,8 @@ mod queue;
 pub mod relay;
 mod restarts;
 mod session;
+#[cfg(test)]
+mod sim;
 mod slots;
 pub mod wheel;
 pub mod worker;

@@ -71,6 +71,10 @@ pub struct SavedSeries {
     pub sum_nanos: u32,
 }
 
+/// Values beyond this are not taken over from another process: whoever sums the
+/// counts up must not overflow, now or while they grow here.
+const SAVED_COUNT_MAX: u64 = u64::MAX / 2;
+
 #[derive(Debug, Default)]
 struct Slot {
     series: [Option<Recording>; Series::COUNT],
@@ -278,10 +282,11 @@ impl SeriesData {
         for (value, count) in &saved.values {
             // Whoever sent them clamped them; whoever did not is clamped here.
             let value = (*value).min(SESSION_MAX.as_micros() as u64);
-            if self.histogram.record_n(value, *count).is_err() {
-                self.histogram.saturating_record_n(value, *count);
+            let count = (*count).min(SAVED_COUNT_MAX.saturating_sub(self.count));
+            if self.histogram.record_n(value, count).is_err() {
+                self.histogram.saturating_record_n(value, count);
             }
-            self.count = self.count.saturating_add(*count);
+            self.count += count;
         }
         let nanos = u128::from(saved.sum_seconds) * 1_000_000_000 + u128::from(saved.sum_nanos);
         self.sum_nanos = self.sum_nanos.saturating_add(nanos);

@@ -22,7 +22,7 @@ const INTERVAL: Duration = Duration::from_millis(100);
 const SENDERS: usize = 8;
 const SEEDS: u64 = 24;
 
-struct Sender {
+pub(crate) struct Sender {
     name: Arc<str>,
     port: u16,
     incarnation: u64,
@@ -47,7 +47,7 @@ struct Sim {
     loss: u8,
 }
 
-fn heartbeat_config(rng: &mut Rng) -> Config {
+pub(crate) fn heartbeat_config(rng: &mut Rng) -> Config {
     let mut config = random_config(rng, None);
     config.pools.truncate(1);
     config.frontends.truncate(1);
@@ -71,6 +71,33 @@ fn heartbeat_config(rng: &mut Rng) -> Config {
     pool.slow_start = rng.bool().then(|| Duration::from_secs(rng.u64(1..10)));
     config.pools = vec![Arc::new(pool)];
     config
+}
+
+impl Sender {
+    pub(crate) fn new(number: u16, start: Instant) -> Sender {
+        Sender {
+            name: format!("b{number}").into(),
+            port: 2000 + number,
+            incarnation: 1,
+            sequence: 0,
+            state: SenderState::Ready,
+            alive: true,
+            next: start,
+        }
+    }
+
+    /// Its next message, or an older one, or one of another life or place.
+    pub(crate) fn go_on(&mut self, random: u8) -> &Sender {
+        match random % 32 {
+            0 => self.incarnation += 1,
+            1 => self.sequence = self.sequence.saturating_sub(3),
+            2 => self.state = SenderState::Draining,
+            3 => self.state = SenderState::Ready,
+            4 => self.port ^= 64,
+            _ => self.sequence += 1,
+        }
+        self
+    }
 }
 
 impl Sim {
@@ -284,7 +311,7 @@ impl Sim {
     }
 }
 
-fn beat(sender: &Sender, at: Instant) -> Event {
+pub(crate) fn beat(sender: &Sender, at: Instant) -> Event {
     let heartbeat = Heartbeat {
         pool: "p0".into(),
         name: Arc::clone(&sender.name),

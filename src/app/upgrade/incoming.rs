@@ -97,7 +97,7 @@ impl Predecessor {
     /// The number of a configuration with that digest.
     pub(in crate::app) fn generation_of(&self, digest: u64) -> u64 {
         let before = self.offer.state.generation;
-        if digest == self.offer.digest { before } else { before + 1 }
+        if digest == self.offer.digest { before } else { before.saturating_add(1) }
     }
 
     /// Says that everything is built, and waits for the word to take over, with
@@ -112,6 +112,12 @@ impl Predecessor {
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &ready, &[], deadline).map_err(|error| trouble(&error))?;
         message::receive(&self.channel, deadline).map_err(|error| trouble(&error))
+    }
+
+    /// As [`Predecessor::serving`], but in here and without a word.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn wait_for_farewell(self, deadline: Instant) -> Result<Farewell, MessageError> {
+        message::receive(&self.channel, deadline)
     }
 
     /// Says that this process serves from now on, takes over the old one's
@@ -141,7 +147,7 @@ impl Predecessor {
     }
 }
 
-fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
+pub(super) fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
     let deadline = clock::now() + WORD_MAX;
     let hello = Hello {
         protocols: (PROTOCOL, PROTOCOL),

@@ -15,6 +15,8 @@
 //! and drains (new).
 
 mod counts;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod incoming;
 mod message;
 mod outgoing;

@@ -16,13 +16,14 @@ mod event;
 mod ops;
 #[cfg(test)]
 mod tests;
+mod uring;
 
 pub use buffers::{BUFFER_LEN, Chunk};
 pub use event::{Counts, Event, Interest, Settings, What};
 pub use ops::{Op, SEND_CHUNKS_MAX};
 
 use buffers::BufferRing;
-use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
+use io_uring::{cqueue, opcode, squeue, types};
 use ops::{Bytes, Ops, Parcel, Work};
 use std::collections::VecDeque;
 use std::io;
@@ -30,6 +31,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::atomic::{Ordering, fence};
+use uring::{Standing, Uring};
 
 /// Submissions between two system calls; more wait in a queue here.
 const SUBMISSIONS: u32 = 2048;
@@ -60,7 +62,7 @@ pub struct Wake(Rc<OwnedFd>);
 
 /// The ring.
 pub struct Ring {
-    ring: ManuallyDrop<IoUring>,
+    ring: ManuallyDrop<Uring>,
     buffers: BufferRing,
     ops: Ops,
     wake: Wake,
@@ -80,25 +82,16 @@ pub struct Ring {
 impl Ring {
     /// A ring of the calling thread's, which alone may use it.
     pub fn new(settings: Settings) -> io::Result<Ring> {
-        let ring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_taskrun_flag()
-            .setup_submit_all()
-            .setup_cqsize(COMPLETIONS)
-            .build(SUBMISSIONS)?;
-        if !ring.params().is_feature_nodrop() || !ring.params().is_feature_skip_cqe_on_success() {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
-        }
+        let ring = Uring::new(SUBMISSIONS, COMPLETIONS)?;
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let wake = Wake(Rc::new(rustix::event::eventfd(0, flags)?));
         let mut buffers = BufferRing::new(settings.buffers, settings.shown)?;
-        ring.submitter().register_eventfd(wake.as_raw_fd())?;
+        ring.register_eventfd(wake.as_raw_fd())?;
         let (address, count) = (buffers.address(), buffers.count());
         // SAFETY: the address is that of `count` zeroed entries, page-aligned.
         // They live as long as `buffers`, which is freed only after the ring is
         // closed (see `drop`).
-        unsafe { ring.submitter().register_buf_ring_with_flags(address, count, GROUP, 0) }?;
+        unsafe { ring.register_buffers(address, count, GROUP) }?;
         buffers.refill();
         let mut ring = Ring {
             ring: ManuallyDrop::new(ring),
@@ -276,8 +269,8 @@ impl Ring {
         // the operation it is named for, which `ops` keeps, unmoved, until the
         // kernel reports the operation over, or for ever (`drop`). Receives
         // point nowhere; their buffers are the pool's.
-        let pushed = unsafe { self.ring.submission().push(&entry) };
-        if pushed.is_err() {
+        let pushed = unsafe { self.ring.push(&entry) };
+        if !pushed {
             self.backlog.push_back(entry);
         }
     }
@@ -293,13 +286,10 @@ impl Ring {
         self.pending = false;
         loop {
             self.shorten_backlog();
-            let submission = self.ring.submission();
-            let overflowed = submission.cq_overflow();
-            let queued = submission.len() as u32;
-            let needed = queued > 0 || submission.taskrun() || overflowed;
-            drop(submission);
+            let Standing { queued, deferred, overflowed } = self.ring.standing();
+            let needed = queued > 0 || deferred || overflowed;
             self.counts.overflows += u64::from(overflowed);
-            if needed && let Err(error) = self.submit(queued) {
+            if needed && let Err(error) = self.ring.enter(queued) {
                 match error.raw_os_error() {
                     // Interrupted, or completions must be taken first.
                     Some(libc::EINTR | libc::EAGAIN | libc::EBUSY) => {}
@@ -315,23 +305,13 @@ impl Ring {
         }
     }
 
-    /// Submits, and has what was put off done in the same system call: sends
-    /// and cancellations often leave some.
-    fn submit(&self, queued: u32) -> io::Result<usize> {
-        let flags = EnterFlags::GETEVENTS.bits();
-        // SAFETY: no argument is passed by pointer, nothing is waited for, and
-        // what the queued entries point to is kept as `push` says.
-        unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, 0, flags, None) }
-    }
-
     fn shorten_backlog(&mut self) {
         if self.backlog.is_empty() {
             return;
         }
-        let mut submission = self.ring.submission();
         while let Some(entry) = self.backlog.front() {
             // SAFETY: as in `push`.
-            if unsafe { submission.push(entry) }.is_err() {
+            if !unsafe { self.ring.push(entry) } {
                 break;
             }
             self.backlog.pop_front();
@@ -343,7 +323,7 @@ impl Ring {
             self.completed.clear();
             self.taken = 0;
         }
-        self.completed.extend(self.ring.completion());
+        self.ring.take(&mut self.completed);
     }
 
     /// Whether nothing waits to be dealt with. Then the ring dozes: [`Wake`]
@@ -352,7 +332,7 @@ impl Ring {
         if !self.backlog.is_empty() || self.taken != self.completed.len() {
             return false;
         }
-        self.ring.completion().enable_eventfd();
+        self.ring.wake_me(true);
         // The kernel looks at the flag after it has queued something; we look
         // for something queued after setting the flag. One of the two sees the
         // other. (The kernel's side has no full barrier everywhere, hence the
@@ -373,28 +353,27 @@ impl Ring {
     /// ever.) So the flag counts only while having it done brings something.
     fn nothing_waits(&mut self) -> bool {
         for _ in 0..STALE_FLAG_TRIES {
-            if !self.ring.completion().is_empty() {
+            if self.ring.has_completions() {
                 return false;
             }
-            let submission = self.ring.submission();
-            if !submission.is_empty() || submission.cq_overflow() {
+            let Standing { queued, deferred, overflowed } = self.ring.standing();
+            if queued > 0 || overflowed {
                 return false;
             }
-            if !submission.taskrun() {
+            if !deferred {
                 return true;
             }
-            drop(submission);
-            if self.submit(0).is_err() {
+            if self.ring.enter(0).is_err() {
                 return false;
             }
         }
         self.counts.stale_flags += 1;
-        self.ring.completion().is_empty()
+        !self.ring.has_completions()
     }
 
     /// Ends a doze: no more wake-ups, as they cost the kernel a write each.
     pub fn rouse(&mut self) {
-        self.ring.completion().disable_eventfd();
+        self.ring.wake_me(false);
     }
 
     /// Makes [`Wake`] readable, whether it dozes or not.
@@ -516,10 +495,7 @@ impl Drop for Ring {
             if self.in_flight() == 0 {
                 break;
             }
-            let wait = types::Timespec::new().nsec(REAP_WAIT_NANOS);
-            let arguments = types::SubmitArgs::new().timespec(&wait);
-            // A time-out is no error here, and any other shows in `enter`.
-            let _ = self.ring.submitter().submit_with_args(1, &arguments);
+            self.ring.wait(REAP_WAIT_NANOS);
         }
         if self.in_flight() > 0 {
             self.buffers.leak();

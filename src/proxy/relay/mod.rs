@@ -107,6 +107,19 @@ impl Engine {
         either!(self, shell => shell.cut_backend(backend, cause))
     }
 
+    /// Whether everything the engine had of buffers and operations is back.
+    #[cfg(test)]
+    pub(in crate::proxy) fn is_clean(&self) -> bool {
+        match &self.0 {
+            Kind::Readiness(_) => true,
+            Kind::Ring(shell) => {
+                let mut clean = false;
+                shell.with_mover(|ringed| clean = ringed.is_clean());
+                clean
+            }
+        }
+    }
+
     /// Drives every flow; runs as long as the worker.
     pub async fn run(self) -> io::Result<()> {
         match self.0 {

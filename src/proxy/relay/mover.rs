@@ -93,6 +93,16 @@ pub(super) trait Mover: Sized + Debug {
     fn ring_the_bell(&self) -> io::Result<bool>;
 }
 
+/// How a pending connect came to an end, from good to bad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Decided {
+    Well,
+    /// The socket knows how.
+    Failed,
+    /// It goes on, but nobody would learn of its end: this host failed to wait.
+    Unwatched(i32),
+}
+
 /// What a round came to.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Round {
@@ -100,4 +110,15 @@ pub(super) struct Round {
     pub(super) drained: bool,
     /// Something was done.
     pub(super) busy: bool,
+}
+
+/// Of a poll: whether the socket has failed, or the errno of the poll itself.
+impl From<Result<bool, i32>> for Decided {
+    fn from(polled: Result<bool, i32>) -> Decided {
+        match polled {
+            Ok(false) => Decided::Well,
+            Ok(true) => Decided::Failed,
+            Err(errno) => Decided::Unwatched(errno),
+        }
+    }
 }

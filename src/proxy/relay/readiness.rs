@@ -6,7 +6,7 @@
 //! [`epoll::BATCH`](crate::net::epoll::BATCH) sockets a batch. It never blocks
 //! and keeps no operation in flight.
 
-use super::mover::{Mover, Round};
+use super::mover::{Decided, Mover, Round};
 use super::pace::Pace;
 use super::pump::{Io, Pump, READ_BULK};
 use super::shell::State;
@@ -193,7 +193,8 @@ impl Readiness {
         } else if side == Side::Client && event.failed {
             state.client_failed(key);
         } else if side == Side::Backend && (event.writable || event.hang_up) {
-            state.connect_decided(key, event.hang_up);
+            let how = if event.hang_up { Decided::Failed } else { Decided::Well };
+            state.connect_decided(key, how);
         }
     }
 

@@ -9,7 +9,7 @@ mod fall;
 mod timers;
 
 use super::flow::{ConnectEnd, Limits, Meter, Relayed};
-use super::mover::{Mover, Round};
+use super::mover::{Decided, Mover, Round};
 use super::pace::{Pace, TICK};
 use super::relaying::{Answer, Relaying};
 use super::verdict::{Moved, Next};
@@ -103,10 +103,8 @@ enum Stage {
 struct Setup {
     /// When the pending connect has taken too long.
     deadline: Option<Instant>,
-    /// The pending connect came to an end.
-    decided: bool,
-    /// Its end was a failure: the socket knows which.
-    failed: bool,
+    /// How the pending connect came to an end.
+    decided: Option<Decided>,
     timed_out: bool,
 }
 
@@ -212,8 +210,11 @@ impl<M: Mover> Shell<M> {
         }
         match entry.stage {
             // Writable and well is connected; only a failure is worth asking for.
-            Stage::Setup(Setup { decided: true, failed: false, .. }) => Poll::Ready(Ok(())),
-            Stage::Setup(Setup { decided: true, .. }) => {
+            Stage::Setup(Setup { decided: Some(Decided::Well), .. }) => Poll::Ready(Ok(())),
+            Stage::Setup(Setup { decided: Some(Decided::Unwatched(errno)), .. }) => {
+                Poll::Ready(Err(ConnectEnd::Failed(io::Error::from_raw_os_error(errno))))
+            }
+            Stage::Setup(Setup { decided: Some(Decided::Failed), .. }) => {
                 let gone = || io::Error::from_raw_os_error(libc::EBADF);
                 let socket = M::backend(&entry.flow).ok_or_else(gone);
                 let verdict = socket.and_then(stream::connect_result);
@@ -447,12 +448,11 @@ impl<M: Mover> Shell<M> {
 // === impl State ===
 
 impl<M: Mover> State<M> {
-    /// A pending connect came to an end, and whether that was a failure.
-    pub(super) fn connect_decided(&mut self, key: u32, failed: bool) {
+    /// A pending connect came to an end; the worst that is said of it holds.
+    pub(super) fn connect_decided(&mut self, key: u32, how: Decided) {
         let entry = &mut self.flows[key as usize];
         if let Stage::Setup(setup) = &mut entry.stage {
-            setup.decided = true;
-            setup.failed |= failed;
+            setup.decided = setup.decided.max(Some(how));
             entry.wake();
         }
     }

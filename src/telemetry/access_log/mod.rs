@@ -148,6 +148,22 @@ impl AccessLogSender {
     }
 }
 
+#[cfg(test)]
+impl AccessLogSender {
+    /// A log that keeps its records until [`AccessLogSender::take`] takes them.
+    pub(crate) fn kept() -> AccessLogSender {
+        let queues = Box::new([ArrayQueue::new(QUEUE_MAX)]);
+        AccessLogSender {
+            shared: Arc::new(Shared { enabled: AtomicBool::new(true), queues }),
+            worker: 0,
+        }
+    }
+
+    pub(crate) fn take(&self) -> Option<SessionRecord> {
+        self.shared.queues[self.worker].pop()
+    }
+}
+
 // === impl Shared ===
 
 impl Shared {

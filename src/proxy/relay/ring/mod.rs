@@ -96,6 +96,12 @@ impl Ringed {
         self.shown_by = Some(worker);
     }
 
+    #[cfg(test)]
+    pub(super) fn is_clean(&self) -> bool {
+        let buffers = self.ring.buffers_free() + self.ring.buffers_shown();
+        self.ring.in_flight() == 0 && buffers == self.ring.buffers_total()
+    }
+
     /// Adds what the ring has counted since the last time.
     fn show_counts(&mut self) {
         let now = self.ring.counts();
@@ -134,7 +140,7 @@ impl Ringed {
         let next = entry.flow.verdict.ending().map_or(Next::Wait, Next::End);
         match meaning {
             Meaning::Nothing => {}
-            Meaning::Connected { failed } => state.connect_decided(key, failed),
+            Meaning::Connected(how) => state.connect_decided(key, how),
             Meaning::ClientFailed => state.client_failed(key),
             Meaning::Starved { side, alone } => {
                 if !alone {

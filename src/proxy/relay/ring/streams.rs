@@ -14,6 +14,7 @@ use crate::net::pipe::{Pipe, Pipes};
 use crate::net::ring::{BUFFER_LEN, Chunk, Event, Interest, Op, Ring, What};
 use crate::net::stream;
 use crate::proxy::close::Side;
+use crate::proxy::relay::mover::Decided;
 use crate::proxy::relay::verdict::{Moved, Verdict};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -129,10 +130,8 @@ pub(super) enum Mode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Meaning {
     Nothing,
-    /// The pending connect was decided, and whether it failed.
-    Connected {
-        failed: bool,
-    },
+    /// The pending connect was decided.
+    Connected(Decided),
     /// The client has failed before it was relayed.
     ClientFailed,
     /// No buffer for bytes of that side; `alone` where it took them all itself.
@@ -491,11 +490,10 @@ impl Flow {
 
     fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>) -> Meaning {
         let side = side_of(tag);
-        let failed = result.unwrap_or(true);
         match tag & 0xF {
             CONNECT if self.connect == Some(op) => {
                 self.connect = None;
-                Meaning::Connected { failed }
+                Meaning::Connected(result.into())
             }
             WATCH if self.watch == Some(op) => {
                 self.watch = None;

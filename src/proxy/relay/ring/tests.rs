@@ -3,6 +3,7 @@
 use super::streams::{Flow, Meaning, Mode};
 use super::*;
 use crate::net::stream::Peer;
+use crate::proxy::relay::mover::Decided;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
@@ -36,7 +37,7 @@ fn a_refusal_that_comes_after_the_attempt_was_given_up_says_nothing_of_the_next(
     let (connecting, _) = stream::connect(Peer::Tcp(open.local_addr().unwrap())).unwrap();
     flow.attach(0, connecting, true, &mut ring);
     let meanings = handle_all(&mut flow, &mut ring);
-    assert_eq!(meanings, [Meaning::Nothing, Meaning::Connected { failed: false }]);
+    assert_eq!(meanings, [Meaning::Nothing, Meaning::Connected(Decided::Well)]);
     assert_eq!(flow.verdict.closed_first(), None);
     assert!(flow.is_settled());
 }

@@ -1,0 +1,85 @@
+//! The fuzz targets without a fuzzer: every seed, and thousands of mutations of
+//! them, the same on every run.
+//!
+//! What a fuzzer has found goes into `tests/fuzz/seeds` and is tried here ever
+//! after.
+
+use fastrand::Rng;
+use std::path::Path;
+
+/// The files of those directories, in the order of their names.
+fn seeds(directories: &[&str]) -> Vec<Vec<u8>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut paths: Vec<_> = directories
+        .iter()
+        .flat_map(|directory| std::fs::read_dir(root.join(directory)).unwrap())
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.is_file())
+        .collect();
+    paths.sort();
+    assert!(!paths.is_empty(), "no seeds in {directories:?}");
+    paths.iter().map(|path| std::fs::read(path).unwrap()).collect()
+}
+
+/// One small change, of the kinds that fuzzers make.
+fn mutate(bytes: &mut Vec<u8>, seeds: &[Vec<u8>], rng: &mut Rng) {
+    let at = rng.usize(..=bytes.len());
+    let to = rng.usize(at..=bytes.len().min(at + 24));
+    match rng.u8(..8) {
+        0 => bytes.truncate(at),
+        1 => drop(bytes.drain(at..to)),
+        2 => bytes.insert(at, rng.u8(..)),
+        3 => {
+            let again = bytes[at..to].to_vec();
+            bytes.splice(to..to, again);
+        }
+        4 => {
+            let other = &seeds[rng.usize(..seeds.len())];
+            let from = rng.usize(..=other.len());
+            let piece = other[from..other.len().min(from + 40)].to_vec();
+            bytes.splice(at..to, piece);
+        }
+        5 => {
+            let odd = ["18446744073709551615", "-1", "\"", "[", "\u{1F600}", "\r\n", "0", "%00"];
+            let odd = odd[rng.usize(..odd.len())].bytes();
+            bytes.splice(at..to, odd);
+        }
+        _ if at < bytes.len() => bytes[at] ^= 1 << rng.u8(..8),
+        _ => {}
+    }
+}
+
+fn try_mutations(directories: &[&str], count: usize, check: fn(&[u8])) {
+    let seeds = seeds(directories);
+    seeds.iter().for_each(|seed| check(seed));
+    let mut rng = Rng::with_seed(7);
+    for _ in 0..count {
+        let mut bytes = seeds[rng.usize(..seeds.len())].clone();
+        for _ in 0..rng.u8(1..6) {
+            mutate(&mut bytes, &seeds, &mut rng);
+        }
+        let caught = std::panic::catch_unwind(|| check(&bytes));
+        assert!(caught.is_ok(), "on these bytes: {}", bytes.escape_ascii());
+    }
+}
+
+#[test]
+fn configurations_bent_in_any_way_are_taken_or_refused_at_a_place() {
+    let directories = ["config", "tests/config_cases/valid", "tests/config_cases/invalid"];
+    try_mutations(&directories, 4_000, super::config::check);
+}
+
+#[test]
+fn heartbeats_bent_in_any_way_are_believed_once_and_only_if_signed() {
+    try_mutations(&["tests/fuzz/seeds/heartbeat"], 4_000, super::heartbeat::check);
+}
+
+#[test]
+fn admin_requests_bent_in_any_way_are_answered_and_get_no_further_than_they_may() {
+    try_mutations(&["tests/fuzz/seeds/admin"], 6_000, super::admin::check);
+}
+
+#[test]
+fn upgrade_messages_bent_in_any_way_are_taken_or_refused() {
+    try_mutations(&["tests/fuzz/seeds/handshake"], 6_000, super::handshake::check);
+}

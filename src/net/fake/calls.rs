@@ -1,0 +1,289 @@
+//! The system calls, as `net`'s wrappers make them: `None` where this thread has
+//! no fake kernel, or the descriptor is none of its.
+//!
+//! Called by the wrappers alone.
+
+use super::plan;
+use super::socket::{Role, Standing, Told, write_stream};
+use super::{Call, Fault, Kernel, Pipe, try_with};
+use rustix::event::epoll::{Event, EventFlags};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+type Answer<T> = Option<io::Result<T>>;
+
+fn errno<T>(errno: i32) -> io::Result<T> {
+    Err(io::Error::from_raw_os_error(errno))
+}
+
+/// Runs `call` on the socket behind `fd`.
+fn on<T>(fd: &impl AsFd, call: impl FnOnce(&mut Kernel, usize) -> io::Result<T>) -> Answer<T> {
+    let fd = fd.as_fd().as_raw_fd();
+    try_with(|kernel| kernel.find(fd).map(|id| call(kernel, id))).flatten()
+}
+
+pub(in crate::net) fn socket(address: SocketAddr) -> Answer<OwnedFd> {
+    try_with(|kernel| match kernel.fault(Call::Socket, None) {
+        Some(Fault::Errno(error)) => errno(error),
+        _ => kernel.add_socket(Role::Backend(address)).map(|(own, _)| own),
+    })
+}
+
+/// The first connect(2), and the one that asks again.
+pub(in crate::net) fn connect(fd: &impl AsFd) -> Answer<()> {
+    on(fd, |kernel, id| match kernel.sockets[id].standing {
+        Standing::Fresh => {
+            if let Some(Fault::Errno(error)) = kernel.fault(Call::Connect, Some(id)) {
+                kernel.sockets[id].dead = true;
+                return errno(error);
+            }
+            kernel.sockets[id].standing = Standing::Connecting;
+            if kernel.connects_at_once && kernel.rng.bool() {
+                kernel.decide(id);
+            }
+            errno(libc::EINPROGRESS)
+        }
+        Standing::Connecting if kernel.sockets[id].dead => {
+            errno(std::mem::take(&mut kernel.sockets[id].error))
+        }
+        Standing::Connecting => errno(libc::EALREADY),
+        Standing::Up => Ok(()),
+    })
+}
+
+pub(in crate::net) fn take_error(fd: &impl AsFd) -> Answer<()> {
+    on(fd, |kernel, id| match std::mem::take(&mut kernel.sockets[id].error) {
+        0 => Ok(()),
+        error => errno(error),
+    })
+}
+
+pub(in crate::net) fn receive(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize> {
+    on(fd, |kernel, id| {
+        let (stream, from, count) = kernel.take(Call::Receive, id, buffer.len() as u64)?;
+        write_stream(stream, from, &mut buffer[..count as usize]);
+        Ok(count as usize)
+    })
+}
+
+pub(in crate::net) fn send(fd: &impl AsFd, bytes: &[u8]) -> Answer<usize> {
+    on(fd, |kernel, id| {
+        let count = kernel.way(Call::Send, id, bytes.len() as u64)? as usize;
+        kernel.sockets[id].put(&bytes[..count]);
+        kernel.after_put(id);
+        Ok(count)
+    })
+}
+
+pub(in crate::net) fn shutdown_write(fd: &impl AsFd) -> Answer<()> {
+    on(fd, |kernel, id| {
+        if let Some(Fault::Errno(error)) = kernel.fault(Call::Shutdown, Some(id)) {
+            return errno(error);
+        }
+        if kernel.sockets[id].dead {
+            return errno(libc::ENOTCONN);
+        }
+        kernel.sockets[id].shut = true;
+        kernel.sockets[id].told = Told::Fin;
+        kernel.changed(id);
+        Ok(())
+    })
+}
+
+pub(in crate::net) fn reset_on_close(fd: &impl AsFd) -> Option<()> {
+    on(fd, |kernel, id| {
+        kernel.sockets[id].reset_on_close = true;
+        Ok(())
+    })
+    .map(|_| ())
+}
+
+pub(in crate::net) fn tear_down(fd: &impl AsFd) -> Option<()> {
+    on(fd, |kernel, id| {
+        kernel.sockets[id].fail(libc::ECONNABORTED);
+        kernel.sockets[id].told = Told::Reset;
+        kernel.changed(id);
+        Ok(())
+    })
+    .map(|_| ())
+}
+
+/// Options of sockets; what they are for is not played.
+pub(in crate::net) fn set_option(fd: &impl AsFd) -> Answer<()> {
+    on(fd, |kernel, id| match kernel.fault(Call::Option, Some(id)) {
+        Some(Fault::Errno(error)) => errno(error),
+        _ => Ok(()),
+    })
+}
+
+pub(in crate::net) fn unacknowledged(fd: &impl AsFd) -> Option<u64> {
+    on(fd, |kernel, _| Ok(kernel.rng.u64(..3))).and_then(Result::ok)
+}
+
+pub(in crate::net) fn accept(fd: &impl AsFd) -> Answer<(OwnedFd, SocketAddr)> {
+    let fd = fd.as_fd();
+    try_with(|kernel| {
+        let listener = fd.as_raw_fd();
+        if !kernel.listeners.contains_key(&listener) {
+            return None;
+        }
+        while rustix::net::recv(fd, &mut [0_u8; 8], rustix::net::RecvFlags::DONTWAIT).is_ok() {}
+        if kernel.listeners[&listener] == 0 {
+            return Some(errno(libc::EAGAIN));
+        }
+        match kernel.fault(Call::Accept, None) {
+            // It is nothing to be told of but the next to come.
+            Some(Fault::Errno(libc::EAGAIN)) | Some(Fault::Short) | None => {}
+            Some(Fault::Errno(error)) => return Some(errno(error)),
+        }
+        *kernel.listeners.get_mut(&listener)? -= 1;
+        let added = kernel.add_socket(Role::Client);
+        Some(added.map(|(own, id)| (own, Kernel::address_of(id))))
+    })
+    .flatten()
+}
+
+pub(in crate::net) fn has_queued(fd: &impl AsFd) -> Option<bool> {
+    let fd = fd.as_fd().as_raw_fd();
+    try_with(|kernel| kernel.listeners.get(&fd).map(|queue| *queue > 0)).flatten()
+}
+
+// === pipes ===
+
+/// Both ends, to read from and to write to, and how much it holds.
+pub(in crate::net) fn pipe() -> Answer<(OwnedFd, OwnedFd, usize)> {
+    try_with(|kernel| {
+        if let Some(Fault::Errno(error)) = kernel.fault(Call::Pipe, None) {
+            return errno(error);
+        }
+        kernel.note_closed();
+        let flags = rustix::pipe::PipeFlags::CLOEXEC;
+        let (read_alarm, read) = rustix::pipe::pipe_with(flags)?;
+        let (write_alarm, write) = rustix::pipe::pipe_with(flags)?;
+        let size = kernel.rng.choice([4096, 65_536, 1 << 20]).unwrap_or(4096);
+        kernel.pipes.push(Pipe {
+            ends: [read.as_raw_fd(), write.as_raw_fd()],
+            alarms: [read_alarm, write_alarm],
+            size,
+            holds: Default::default(),
+        });
+        Ok((read, write, size as usize))
+    })
+}
+
+/// splice(2) from a socket into a pipe; bytes, and how many are left.
+pub(in crate::net) fn fill(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<(usize, u64)> {
+    on(fd, |kernel, id| {
+        let at = kernel.pipe(1, pipe);
+        let held: u64 = kernel.pipes[at].holds.iter().map(|(_, _, len)| len).sum();
+        let room = kernel.pipes[at].size.saturating_sub(held);
+        assert!(room > 0, "a full pipe is filled");
+        let (stream, from, count) = kernel.take(Call::Fill, id, room)?;
+        if count > 0 {
+            kernel.pipes[at].holds.push_back((stream, from, count));
+        }
+        Ok((count as usize, kernel.sockets[id].waiting()))
+    })
+}
+
+/// splice(2) from a pipe into a socket.
+pub(in crate::net) fn drain(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<usize> {
+    on(fd, |kernel, id| {
+        let at = kernel.pipe(0, pipe);
+        let Some((stream, from, held)) = kernel.pipes[at].holds.front().copied() else {
+            return errno(libc::EAGAIN);
+        };
+        let count = kernel.way(Call::Drain, id, held)?;
+        let mut bytes = vec![0; count as usize];
+        write_stream(stream, from, &mut bytes);
+        kernel.pipes[at].holds.pop_front();
+        if count < held {
+            kernel.pipes[at].holds.push_front((stream, from + count, held - count));
+        }
+        kernel.sockets[id].put(&bytes);
+        kernel.after_put(id);
+        Ok(count as usize)
+    })
+}
+
+// === the epoll set ===
+
+pub(in crate::net) fn epoll_create() -> Answer<OwnedFd> {
+    try_with(Kernel::epoll_create)
+}
+
+pub(in crate::net) fn epoll_watch(fd: &impl AsFd, token: u64, interest: EventFlags) -> Answer<()> {
+    on(fd, |kernel, id| kernel.epoll_watch(id, token, interest))
+}
+
+pub(in crate::net) fn epoll_wait(most: usize) -> Answer<Vec<Event>> {
+    try_with(|kernel| kernel.epoll_wait(most))
+}
+
+// === impl Kernel ===
+
+impl Kernel {
+    fn pipe(&self, end: usize, fd: &OwnedFd) -> usize {
+        let fd = fd.as_raw_fd();
+        let at = self.pipes.iter().rposition(|pipe| pipe.ends[end] == fd);
+        at.expect("a pipe of this kernel's")
+    }
+
+    /// Bytes that have arrived: stream, begin, length; zero of them is the end.
+    pub(super) fn take(&mut self, call: Call, id: usize, most: u64) -> io::Result<(u8, u64, u64)> {
+        let most = match self.fault(call, Some(id)) {
+            Some(Fault::Errno(error)) => {
+                self.told_later(id, error);
+                return errno(error);
+            }
+            Some(Fault::Short) => self.rng.u64(1..=most),
+            _ => most,
+        };
+        let stream = self.sockets[id].stream;
+        match self.sockets[id].take(most.min(self.most)) {
+            Ok((from, count)) => {
+                self.note(count);
+                if self.sockets[id].waiting() > 0 {
+                    // As when they came a moment later.
+                    self.changed(id);
+                }
+                Ok((stream, from, count))
+            }
+            Err(error) => errno(error),
+        }
+    }
+
+    /// How many of so many bytes may be sent now.
+    pub(super) fn way(&mut self, call: Call, id: usize, most: u64) -> io::Result<u64> {
+        let most = match self.fault(call, Some(id)) {
+            Some(Fault::Errno(error)) => {
+                self.told_later(id, error);
+                return errno(error);
+            }
+            Some(Fault::Short) => {
+                // As when there was room again a moment later.
+                self.changed(id);
+                self.rng.u64(1..=most)
+            }
+            None => most,
+        };
+        self.sockets[id].make_way(most).or_else(errno)
+    }
+
+    pub(super) fn after_put(&mut self, id: usize) {
+        let Kernel { sockets, .. } = self;
+        let (got, dead) = (sockets[id].got, sockets[id].dead);
+        self.note((id, got));
+        if dead {
+            self.changed(id);
+        }
+    }
+
+    /// A socket that would block though it would not is ready a moment later.
+    fn told_later(&mut self, id: usize, error: i32) {
+        if error == libc::EAGAIN || !plan::survives(error) {
+            self.changed(id);
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! A kernel that is not there: sockets, pipes, an epoll set and a ring whose
+//! every answer follows from a seed, behind the system calls of `net`.
+//!
+//! Installed on a thread by the simulator of `proxy`; the code above `net` runs
+//! on it unchanged. Descriptors are real ones (of pipes that carry nothing), so
+//! that owning and closing them is real, too. Built for tests alone.
+
+mod calls;
+mod plan;
+mod poll;
+mod socket;
+mod uring;
+
+pub(in crate::net) use calls::*;
+pub(crate) use plan::{Call, Fault, Plan, is_ours};
+pub(crate) use socket::{Role, Socket, Told};
+pub(in crate::net) use uring::*;
+
+use fastrand::Rng;
+use poll::Set;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use uring::Uring;
+
+thread_local! {
+    static KERNEL: RefCell<Option<Kernel>> = const { RefCell::new(None) };
+}
+
+/// The kernel of one simulated machine.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    pub(crate) rng: Rng,
+    pub(crate) plan: Plan,
+    /// Calls so far that can fail.
+    pub(crate) calls: u64,
+    /// Every one of them, where they are wanted.
+    pub(crate) log: Option<Vec<Call>>,
+    /// All there ever were; closed ones stay.
+    pub(crate) sockets: Vec<Socket>,
+    by_fd: HashMap<RawFd, usize>,
+    pipes: Vec<Pipe>,
+    /// Clients in their queues.
+    listeners: HashMap<RawFd, u32>,
+    set: Set,
+    uring: Uring,
+    /// Whose connects are decided at once, as on loopback.
+    pub(crate) connects_at_once: bool,
+    /// How much one call moves at most.
+    pub(crate) most: u64,
+    /// Errnos that calls were made to give.
+    pub(crate) injected: Vec<i32>,
+    /// Descriptors whose socket was gone when they were used.
+    pub(crate) misused: u64,
+    trace: DefaultHasher,
+}
+
+/// The bytes in a pipe, as stretches of streams.
+#[derive(Debug)]
+struct Pipe {
+    ends: [RawFd; 2],
+    alarms: [OwnedFd; 2],
+    size: u64,
+    /// Stream, begin, length.
+    holds: VecDeque<(u8, u64, u64)>,
+}
+
+/// Puts `kernel` behind this thread's system calls, for as long as it is kept.
+pub(crate) struct Installed;
+
+/// On the kernel of this thread, which has one.
+pub(crate) fn with<T>(run: impl FnOnce(&mut Kernel) -> T) -> T {
+    try_with(run).expect("a kernel is installed")
+}
+
+pub(crate) fn is_installed() -> bool {
+    KERNEL.with_borrow(Option::is_some)
+}
+
+fn try_with<T>(run: impl FnOnce(&mut Kernel) -> T) -> Option<T> {
+    KERNEL.with_borrow_mut(|kernel| kernel.as_mut().map(run))
+}
+
+// === impl Installed ===
+
+impl Installed {
+    pub(crate) fn new(kernel: Kernel) -> Installed {
+        KERNEL.set(Some(kernel));
+        Installed
+    }
+}
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        KERNEL.set(None);
+    }
+}
+
+// === impl Kernel ===
+
+impl Kernel {
+    pub(crate) fn new(seed: u64) -> Kernel {
+        let mut rng = Rng::with_seed(seed);
+        Kernel {
+            uring: Uring::new(&mut rng),
+            connects_at_once: rng.bool(),
+            most: rng.choice([7, 700, 1 << 20, 1 << 20]).unwrap_or(7),
+            rng,
+            plan: Plan::Never,
+            calls: 0,
+            log: None,
+            sockets: Vec::new(),
+            by_fd: HashMap::new(),
+            pipes: Vec::new(),
+            listeners: HashMap::new(),
+            set: Set::default(),
+            injected: Vec::new(),
+            misused: 0,
+            trace: DefaultHasher::new(),
+        }
+    }
+
+    /// What has happened so far, in a number.
+    pub(crate) fn trace(&self) -> u64 {
+        self.trace.finish()
+    }
+
+    /// Something that belongs to the trace.
+    pub(crate) fn note(&mut self, what: impl Hash) {
+        what.hash(&mut self.trace);
+    }
+
+    /// Before each call that can fail: what goes wrong with it. What says that a
+    /// connection is gone makes it so.
+    fn fault(&mut self, call: Call, socket: Option<usize>) -> Option<Fault> {
+        let index = self.calls;
+        self.calls += 1;
+        if let Some(log) = &mut self.log {
+            log.push(call);
+        }
+        let fault = self.plan.fault(call, index, &mut self.rng);
+        self.note((call, socket, fault));
+        if let Some(Fault::Errno(errno)) = fault {
+            self.injected.push(errno);
+        }
+        if let Some(Fault::Errno(errno)) = fault
+            && let Some(id) = socket
+        {
+            let socket = &mut self.sockets[id];
+            socket.injected.push(errno);
+            if !plan::survives(errno) && !matches!(call, Call::Option | Call::Watch) {
+                socket.fail(errno);
+                // This call tells; the next says that it is over.
+                socket.error = 0;
+                socket.peer_failed = true;
+                self.changed(id);
+            }
+        }
+        fault
+    }
+
+    /// A socket of the balancer's: what it owns, and its number.
+    fn add_socket(&mut self, role: Role) -> io::Result<(OwnedFd, usize)> {
+        let (alarm, own) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let (id, fd) = (self.sockets.len(), own.as_raw_fd());
+        self.note_closed();
+        // The number of each stream is its socket's; 0 would be that of none.
+        self.sockets.push(Socket::new(role, (id % 250) as u8 + 1, fd, alarm));
+        self.by_fd.insert(fd, id);
+        Ok((own, id))
+    }
+
+    /// The socket behind a descriptor, where it is one of this kernel's.
+    fn find(&self, fd: RawFd) -> Option<usize> {
+        self.by_fd.get(&fd).copied()
+    }
+
+    /// One more client is in the queue of that listener.
+    pub(crate) fn arrive(&mut self, listener: RawFd) {
+        *self.listeners.entry(listener).or_default() += 1;
+    }
+
+    pub(crate) fn queued(&self) -> u32 {
+        self.listeners.values().sum()
+    }
+
+    /// Something became of the socket that those who wait for it must learn.
+    pub(crate) fn changed(&mut self, id: usize) {
+        self.set.wake(id);
+    }
+
+    /// Sees which descriptors the balancer has closed, and tells their peers.
+    pub(crate) fn note_closed(&mut self) {
+        for id in hung_up(self.sockets.iter().map(|socket| socket.alarm.as_ref())) {
+            let fd = self.sockets[id].fd;
+            self.sockets[id].closed();
+            self.by_fd.remove(&fd);
+            self.set.forget(id);
+            self.note(("closed", id, self.sockets[id].told as u8));
+        }
+        let gone = hung_up(self.pipes.iter().map(|pipe| Some(&pipe.alarms[0])));
+        for at in gone.into_iter().rev() {
+            self.pipes.remove(at);
+        }
+    }
+
+    pub(crate) fn open_pipes(&self) -> usize {
+        self.pipes.len()
+    }
+
+    pub(crate) fn is_garbled(&self) -> bool {
+        self.sockets.iter().any(|socket| socket.garbled)
+    }
+}
+
+/// Which of these are hung up.
+fn hung_up<'a>(alarms: impl Iterator<Item = Option<&'a OwnedFd>>) -> Vec<usize> {
+    let (mut which, mut fds) = (Vec::new(), Vec::new());
+    for (index, alarm) in alarms.enumerate() {
+        if let Some(alarm) = alarm {
+            which.push(index);
+            fds.push(PollFd::from_borrowed_fd(alarm.as_fd(), PollFlags::empty()));
+        }
+    }
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    rustix::event::poll(&mut fds, Some(&at_once)).expect("polling pipes of ours");
+    let told = which.into_iter().zip(&fds);
+    told.filter(|(_, fd)| !fd.revents().is_empty()).map(|(index, _)| index).collect()
+}
+
+// === impl Kernel: what peers and paths do ===
+
+impl Kernel {
+    /// The peer sends so many more bytes.
+    pub(crate) fn peer_sends(&mut self, id: usize, bytes: u64) {
+        let socket = &mut self.sockets[id];
+        if socket.is_open() && !socket.fin && !socket.dead {
+            socket.sent += bytes;
+            self.changed(id);
+        }
+    }
+
+    /// The peer ends its stream; with `gone` it has closed altogether.
+    pub(crate) fn peer_ends(&mut self, id: usize, gone: bool) {
+        let socket = &mut self.sockets[id];
+        if socket.is_open() && !socket.dead {
+            socket.fin = true;
+            socket.gone |= gone;
+            self.changed(id);
+        }
+    }
+
+    /// The connection breaks.
+    pub(crate) fn peer_fails(&mut self, id: usize, errno: i32) {
+        let socket = &mut self.sockets[id];
+        if socket.is_open() && !socket.dead {
+            socket.peer_failed = true;
+            let errno = if socket.fin && errno == libc::ECONNRESET { libc::EPIPE } else { errno };
+            socket.fail(errno);
+            self.changed(id);
+        }
+    }
+
+    /// The peer has read, so there is room for so much more.
+    pub(crate) fn peer_reads(&mut self, id: usize, bytes: u64) {
+        let socket = &mut self.sockets[id];
+        if socket.is_open() {
+            socket.room = socket.room.saturating_add(bytes);
+            self.changed(id);
+        }
+    }
+
+    /// A connect that is pending comes to its end.
+    pub(crate) fn decide(&mut self, id: usize) {
+        if self.sockets[id].standing != socket::Standing::Connecting || !self.sockets[id].is_open()
+        {
+            return;
+        }
+        match self.fault(Call::Decide, Some(id)) {
+            // Told by the socket, as soon as it is asked.
+            Some(Fault::Errno(errno)) => self.sockets[id].error = errno,
+            _ => self.sockets[id].standing = socket::Standing::Up,
+        }
+        self.changed(id);
+    }
+
+    /// What goes on by itself: operations of the ring, now and then a wake-up
+    /// for nothing.
+    pub(crate) fn go_on(&mut self) {
+        self.note_closed();
+        self.run_ring(false);
+    }
+
+    /// Wakes whoever watches that socket, for nothing.
+    pub(crate) fn wake_for_nothing(&mut self, id: usize) {
+        self.changed(id);
+    }
+
+    pub(crate) fn address_of(client: usize) -> SocketAddr {
+        ([192, 0, 2, 1], 10_000 + client as u16).into()
+    }
+}

@@ -1,0 +1,384 @@
+//! The fake kernel's io_uring: submissions as the real one reads them, and
+//! completions late, in any order and at times short.
+//!
+//! Used by `net::ring` in the real one's place. It reads and writes the memory
+//! that submissions name, and does so late: memory given up too early shows as
+//! garbled bytes. See io_uring_enter(2) and the header `linux/io_uring.h`.
+
+#![allow(unsafe_code)]
+
+use super::poll::ring as ring_bell;
+use super::socket::write_stream;
+use super::{Call, Fault, Kernel, try_with};
+use fastrand::Rng;
+use io_uring::squeue;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::RawFd;
+
+/// A completion: `user_data`, result, flags.
+pub(in crate::net) type Completion = (u64, i32, u32);
+
+const SEND_MESSAGE: u8 = 9;
+const POLL: u8 = 6;
+const CANCEL: u8 = 14;
+const SEND: u8 = 26;
+const RECEIVE: u8 = 27;
+
+/// Flags of completions.
+const BUFFER: u32 = 1;
+const MORE: u32 = 2;
+const BUFFER_SHIFT: u32 = 16;
+
+/// Of AsyncCancel: everything.
+const CANCEL_ANY: u32 = 1 << 2;
+
+/// Of submissions: no completion where it succeeds.
+const SKIP_SUCCESS: u8 = 1 << 6;
+
+/// Buffers one receive takes in a row at most.
+const MULTISHOT_MAX: u32 = 8;
+
+#[derive(Debug, Default)]
+pub(super) struct Uring {
+    /// Submissions it takes before it must be entered.
+    size: usize,
+    queued: VecDeque<Entry>,
+    in_flight: Vec<Operation>,
+    /// Done, and put off until it is entered.
+    deferred: VecDeque<Completion>,
+    completed: VecDeque<Completion>,
+    bell: Option<RawFd>,
+    wakes: bool,
+    /// Where the buffers are shown, how many entries there are, and how many
+    /// were taken.
+    buffers: (u64, u16),
+    head: u16,
+    /// The flag for deferred work stands, though there may be none.
+    flagged: bool,
+}
+
+/// What a submission says, by the offsets of the header.
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    code: u8,
+    flags: u8,
+    fd: RawFd,
+    address: u64,
+    len: u32,
+    bits: u32,
+    user_data: u64,
+}
+
+/// An entry of the ring of buffers (`struct io_uring_buf`).
+#[repr(C)]
+struct ShownBuffer {
+    address: u64,
+    len: u32,
+    id: u16,
+    _reserved: u16,
+}
+
+#[derive(Debug)]
+struct Operation {
+    entry: Entry,
+    socket: usize,
+    /// Of a send: bytes that are out.
+    done: u64,
+}
+
+// === the ring, as `net::ring` uses it ===
+
+pub(in crate::net) fn ring_new() -> bool {
+    super::is_installed()
+}
+
+pub(in crate::net) fn ring_register_bell(bell: RawFd) {
+    on(|kernel| (kernel.uring.bell, kernel.uring.wakes) = (Some(bell), true));
+}
+
+pub(in crate::net) fn ring_register_buffers(address: u64, count: u16) {
+    on(|kernel| kernel.uring.buffers = (address, count));
+}
+
+/// False where the queue is full.
+pub(in crate::net) fn ring_push(entry: &squeue::Entry) -> bool {
+    on(|kernel| {
+        let uring = &mut kernel.uring;
+        let fits = uring.queued.len() < uring.size;
+        if fits {
+            uring.queued.push_back(Entry::read(entry));
+        }
+        fits
+    })
+}
+
+/// Submissions queued, and whether there is deferred work.
+pub(in crate::net) fn ring_standing() -> (u32, bool) {
+    on(|kernel| (kernel.uring.queued.len() as u32, kernel.uring.flagged))
+}
+
+pub(in crate::net) fn ring_enter() -> io::Result<()> {
+    on(Kernel::enter_ring)
+}
+
+pub(in crate::net) fn ring_take() -> Vec<Completion> {
+    on(|kernel| kernel.uring.completed.drain(..).collect())
+}
+
+pub(in crate::net) fn ring_has_completions() -> bool {
+    on(|kernel| !kernel.uring.completed.is_empty())
+}
+
+pub(in crate::net) fn ring_wakes(wakes: bool) {
+    on(|kernel| kernel.uring.wakes = wakes);
+}
+
+/// As if time passed: whatever can come to its end does.
+pub(in crate::net) fn ring_wait() {
+    on(|kernel| kernel.run_ring(true));
+}
+
+fn on<T>(run: impl FnOnce(&mut Kernel) -> T) -> T {
+    try_with(run).expect("a fake ring is of a fake kernel")
+}
+
+// === impl Uring ===
+
+impl Uring {
+    pub(super) fn new(rng: &mut Rng) -> Uring {
+        let size = rng.choice([3, 64]).unwrap_or(64);
+        Uring { size, ..Uring::default() }
+    }
+
+    /// Completions are only queued, as with IORING_SETUP_DEFER_TASKRUN.
+    fn complete(&mut self, completion: Completion) {
+        self.deferred.push_back(completion);
+        self.flagged = true;
+        if self.wakes
+            && let Some(bell) = self.bell
+        {
+            ring_bell(bell);
+        }
+    }
+
+    /// A buffer of the ring's, unless all are taken: where, how long, its number.
+    fn take_buffer(&mut self) -> Option<(*mut u8, u32, u16)> {
+        let (address, count) = self.buffers;
+        let at = |index: u16, offset: u64| address + u64::from(index) * 16 + offset;
+        // SAFETY: the ring's owner has registered an array of `count` entries of
+        // 16 bytes there, which lives as long as the ring; the tail is a u16 at
+        // offset 14 of the first (`struct io_uring_buf_ring`), which this thread
+        // alone writes, and not now.
+        let tail = unsafe { std::ptr::read_volatile(at(0, 14) as *const u16) };
+        if tail == self.head {
+            return None;
+        }
+        let index = self.head & (count - 1);
+        self.head = self.head.wrapping_add(1);
+        let entry = at(index, 0) as *const ShownBuffer;
+        // SAFETY: as above; entries below the tail are initialised.
+        let ShownBuffer { address, len, id, .. } = unsafe { std::ptr::read(entry) };
+        Some((address as *mut u8, len, id))
+    }
+}
+
+// === impl Entry ===
+
+impl Entry {
+    fn read(entry: &squeue::Entry) -> Entry {
+        // SAFETY: an entry is 64 bytes of plain data (`struct io_uring_sqe`), all
+        // initialised, and borrowed for as long as they are copied.
+        let bytes = unsafe { *std::ptr::from_ref(entry).cast::<[u8; 64]>() };
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four"));
+        let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight"));
+        Entry {
+            code: bytes[0],
+            flags: bytes[1],
+            fd: word(4) as RawFd,
+            address: long(16),
+            len: word(24),
+            bits: word(28),
+            user_data: long(32),
+        }
+    }
+
+    /// The memory of a send, as stretches.
+    fn memory(&self) -> Vec<(*const u8, usize)> {
+        if self.code == SEND {
+            return vec![(self.address as *const u8, self.len as usize)];
+        }
+        // SAFETY: whoever submits a message keeps the header, unmoved, until the
+        // operation is over, as it is not yet.
+        let header = unsafe { &*(self.address as *const libc::msghdr) };
+        // SAFETY: and so the vector it points to, of that length.
+        let vector = unsafe { std::slice::from_raw_parts(header.msg_iov, header.msg_iovlen as _) };
+        vector.iter().map(|part| (part.iov_base.cast_const().cast(), part.iov_len)).collect()
+    }
+
+    /// A copy of at most `most` bytes behind the first `skip`.
+    fn bytes(&self, skip: u64, most: u64) -> Vec<u8> {
+        let mut all = Vec::new();
+        for (start, len) in self.memory() {
+            // SAFETY: whoever submits a send keeps its bytes, unmoved and
+            // unchanged, until the operation is over, as it is not yet.
+            all.extend_from_slice(unsafe { std::slice::from_raw_parts(start, len) });
+        }
+        let skip = skip as usize;
+        let end = all.len().min(skip + most as usize);
+        all[skip..end].to_vec()
+    }
+
+    fn total(&self) -> u64 {
+        self.memory().iter().map(|(_, len)| *len as u64).sum()
+    }
+}
+
+// === impl Kernel ===
+
+impl Kernel {
+    fn enter_ring(&mut self) -> io::Result<()> {
+        if let Some(Fault::Errno(errno)) = self.fault(Call::Enter, None) {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        while let Some(entry) = self.uring.queued.pop_front() {
+            self.submit(entry);
+        }
+        self.run_ring(false);
+        self.uring.flagged = self.rng.u8(..16) == 0;
+        let Kernel { uring, .. } = self;
+        uring.completed.append(&mut uring.deferred);
+        Ok(())
+    }
+
+    fn submit(&mut self, entry: Entry) {
+        if entry.code == CANCEL {
+            return self.cancel(entry);
+        }
+        match self.find(entry.fd) {
+            Some(socket) => self.uring.in_flight.push(Operation { entry, socket, done: 0 }),
+            None => {
+                self.misused += 1;
+                self.uring.complete((entry.user_data, -libc::EBADF, 0));
+            }
+        }
+    }
+
+    fn cancel(&mut self, entry: Entry) {
+        let all = entry.bits & CANCEL_ANY != 0;
+        let mut found = false;
+        for at in (0..self.uring.in_flight.len()).rev() {
+            let Operation { entry: other, socket, .. } = self.uring.in_flight[at];
+            // Now and then a receive is about to go on, and is missed.
+            let busy = other.code == RECEIVE && self.sockets[socket].waiting() > 0;
+            let missed = !all && busy && self.rng.u8(..4) == 0;
+            if (all || other.user_data == entry.address) && !missed {
+                let operation = self.uring.in_flight.swap_remove(at);
+                let done = operation.done as i32;
+                let result = if done > 0 { done } else { -libc::ECANCELED };
+                self.uring.complete((operation.entry.user_data, result, 0));
+                found = true;
+            }
+        }
+        if !found || entry.flags & SKIP_SUCCESS == 0 {
+            let result = if found { 0 } else { -libc::ENOENT };
+            self.uring.complete((entry.user_data, result, 0));
+        }
+    }
+
+    /// Operations that can go on may do so, in any order; with `all`, all do.
+    pub(super) fn run_ring(&mut self, all: bool) {
+        let mut order: Vec<u64> =
+            self.uring.in_flight.iter().map(|operation| operation.entry.user_data).collect();
+        self.rng.shuffle(&mut order);
+        for user_data in order {
+            if all || self.rng.u8(..4) > 0 {
+                let same = |operation: &Operation| operation.entry.user_data == user_data;
+                if let Some(at) = self.uring.in_flight.iter().position(same) {
+                    self.run_operation(at);
+                }
+            }
+        }
+    }
+
+    fn run_operation(&mut self, at: usize) {
+        let Operation { entry, socket, .. } = self.uring.in_flight[at];
+        let over = match entry.code {
+            RECEIVE => self.run_receive(entry, socket),
+            SEND | SEND_MESSAGE => self.run_send(at),
+            POLL => self.run_poll(entry, socket),
+            other => panic!("operation {other} is not played"),
+        };
+        if let Some(result) = over {
+            self.note((entry.user_data, result));
+            self.uring.in_flight.swap_remove(at);
+            self.uring.complete((entry.user_data, result, 0));
+        }
+    }
+
+    /// A multishot receive: goes on until it ends, which is what is given back.
+    fn run_receive(&mut self, entry: Entry, socket: usize) -> Option<i32> {
+        for _ in 0..MULTISHOT_MAX {
+            if self.sockets[socket].ready() & libc::POLLIN as u32 == 0 {
+                return None;
+            }
+            let Some((to, len, id)) = self.uring.take_buffer() else {
+                return Some(-libc::ENOBUFS);
+            };
+            match self.take(Call::RingReceive, socket, u64::from(len)) {
+                Ok((stream, from, count)) if count > 0 => {
+                    // SAFETY: a buffer shown to the kernel is the kernel's, for
+                    // `len` bytes, until a completion names it; and no more than
+                    // that were taken.
+                    let bytes = unsafe { std::slice::from_raw_parts_mut(to, count as usize) };
+                    write_stream(stream, from, bytes);
+                    let flags = BUFFER | MORE | u32::from(id) << BUFFER_SHIFT;
+                    self.uring.complete((entry.user_data, count as i32, flags));
+                }
+                ended => {
+                    self.uring.head = self.uring.head.wrapping_sub(1);
+                    return Some(ended.map_or_else(|e| -e.raw_os_error().unwrap_or(0), |_| 0));
+                }
+            }
+        }
+        None
+    }
+
+    fn run_send(&mut self, at: usize) -> Option<i32> {
+        let Operation { entry, socket, done } = self.uring.in_flight[at];
+        let waits = self.sockets[socket].ready() & libc::POLLOUT as u32 == 0;
+        if waits && self.rng.u8(..16) > 0 {
+            return None;
+        }
+        let left = entry.total() - done;
+        let partial = |result: i32| if done > 0 { done as i32 } else { result };
+        match self.way(Call::RingSend, socket, left) {
+            Ok(count) => {
+                let bytes = entry.bytes(done, count);
+                self.sockets[socket].put(&bytes);
+                self.after_put(socket);
+                self.uring.in_flight[at].done += count;
+                // All of it, or as much as there happened to be room for.
+                let short = count < left && self.rng.u8(..4) == 0;
+                (count == left || short).then_some((done + count) as i32)
+            }
+            Err(error) => match error.raw_os_error().unwrap_or(libc::EIO) {
+                // Waits for room, or says so where it was made to.
+                libc::EAGAIN if self.rng.u8(..8) > 0 => None,
+                errno => Some(partial(-errno)),
+            },
+        }
+    }
+
+    fn run_poll(&mut self, entry: Entry, socket: usize) -> Option<i32> {
+        let always = (libc::POLLERR | libc::POLLHUP) as u32;
+        let ready = self.sockets[socket].ready() & (entry.bits | always);
+        if ready == 0 && self.rng.u8(..16) > 0 {
+            return None;
+        }
+        match self.fault(Call::RingPoll, Some(socket)) {
+            Some(Fault::Errno(errno)) => Some(-errno),
+            _ => (ready != 0).then_some(ready as i32),
+        }
+    }
+}

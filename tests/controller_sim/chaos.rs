@@ -1,0 +1,380 @@
+//! Controller, detectors, table build and admission in one world where anything
+//! comes at any time: reloads in the middle of everything, results of probes
+//! nobody remembers, clocks that jump forth and back, upgrades from one
+//! controller to the next, and sessions that hold on to old tables.
+//!
+//! Nothing says what must happen, only what must always hold. `SIM_SEED=n`
+//! replays a run.
+
+use crate::heartbeats::{Sender, beat, heartbeat_config};
+use crate::{SeedGuard, number, random_config};
+use fastrand::Rng;
+use std::collections::{HashMap, HashSet, hash_map::DefaultHasher};
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tidegate::balance::PickKey;
+use tidegate::balance::in_flight::InFlight;
+use tidegate::balance::trial::TrialPhase;
+use tidegate::config::*;
+use tidegate::control::handover::Saved;
+use tidegate::control::{Controller, Effect, Event, Origin, ProbeToken};
+use tidegate::health::{ConnectFailure, Intent, ProbeOutcome};
+use tidegate::proxy::admission;
+use tidegate::table::state::{BackendId, FrontendState};
+use tidegate::table::{Reserved, Table};
+
+const SEEDS: u64 = 30;
+const STEPS: usize = 300;
+
+/// How often what is rare has happened.
+#[derive(Debug, Default, Clone, Copy)]
+struct Seen {
+    ejected: usize,
+    registered: usize,
+    admitted: usize,
+    upgrades: usize,
+}
+
+/// A client that was let in, and what it holds.
+struct Session {
+    frontend: Arc<FrontendState>,
+    /// Dropping it gives the backend's slot back.
+    reserved: Option<Reserved>,
+}
+
+struct World {
+    rng: Rng,
+    controller: Controller,
+    now: Instant,
+    config: Arc<Config>,
+    table: Arc<Table>,
+    generation: u64,
+    senders: Vec<Sender>,
+    /// All that were ever asked for: answers may come twice, late or never.
+    asked: Vec<(BackendId, ProbeToken)>,
+    process: InFlight,
+    sessions: Vec<Session>,
+    trace: DefaultHasher,
+    seen: Seen,
+}
+
+impl World {
+    fn new(seed: u64, start: Instant) -> World {
+        let mut rng = Rng::with_seed(seed);
+        let controller = Controller::new(2, seed);
+        let config = Arc::new(World::random_config(&mut rng, None));
+        let senders = (0..4).map(|number| Sender::new(number, start)).collect();
+        let mut world = World {
+            table: controller.current_table(),
+            rng,
+            controller,
+            now: start,
+            config,
+            generation: 0,
+            senders,
+            asked: Vec::new(),
+            process: InFlight::new(),
+            sessions: Vec::new(),
+            trace: DefaultHasher::new(),
+            seen: Seen::default(),
+        };
+        world.configure();
+        world
+    }
+
+    fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
+        let mut config = if rng.bool() { heartbeat_config(rng) } else { random_config(rng, old) };
+        config.process.connections_max = rng.u32(1..30);
+        for frontend in &mut config.frontends {
+            frontend.connections_max = *rng.choice(&[0, 3, 10]).unwrap();
+        }
+        for pool in &mut config.pools {
+            let cap = *rng.choice(&[0, 1, 4]).unwrap();
+            Arc::make_mut(pool).backends.iter_mut().for_each(|b| b.connections_max = cap);
+        }
+        config
+    }
+
+    fn step(&mut self) {
+        self.pass();
+        match self.rng.u8(..24) {
+            0..5 => self.answer(),
+            5..8 => self.connect_failures(),
+            8 => self.operator(),
+            9..14 => self.heartbeat(),
+            14..17 => self.arrive(),
+            17..19 => self.leave(),
+            19 if self.rng.bool() => {
+                self.config = Arc::new(World::random_config(&mut self.rng, Some(&self.config)));
+                self.configure();
+            }
+            20 if self.rng.u8(..4) == 0 => self.upgrade(),
+            _ => self.apply([Event::Tick]),
+        }
+    }
+
+    /// Mostly a little, sometimes to what is due, sometimes a leap, sometimes
+    /// back.
+    fn pass(&mut self) {
+        let millis = |rng: &mut Rng, most| Duration::from_millis(rng.u64(..most));
+        self.now = match self.rng.u8(..40) {
+            0 => self.now + Duration::from_secs(self.rng.u64(1..400_000)),
+            1 => {
+                self.now.checked_sub(Duration::from_secs(self.rng.u64(1..1000))).unwrap_or(self.now)
+            }
+            2 => self.now - millis(&mut self.rng, 50),
+            3..20 => self.controller.next_due().map_or(self.now, |due| due.max(self.now)),
+            20..30 => self.now + millis(&mut self.rng, 3000),
+            _ => self.now,
+        };
+    }
+
+    fn apply(&mut self, events: impl IntoIterator<Item = Event>) {
+        let effects = self.controller.apply_all(events, self.now);
+        self.take(effects);
+    }
+
+    fn configure(&mut self) {
+        self.generation += 1;
+        self.apply([Event::Configure(Arc::clone(&self.config))]);
+        assert_eq!(self.table.generation, self.generation, "a configuration is published");
+    }
+
+    fn take(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Publish(table) => {
+                    assert!(table.serial > self.table.serial, "tables count up");
+                    assert!(table.generation >= self.table.generation, "generations count up");
+                    (table.serial, table.generation).hash(&mut self.trace);
+                    self.table = table;
+                }
+                Effect::Probe { backend, token, .. } => self.asked.push((backend, token)),
+                Effect::Log(t) => (&t.backend, t.from, t.to, &t.reason).hash(&mut self.trace),
+                Effect::Notice(_) | Effect::Opened | Effect::CutSessions(_) => {}
+            }
+        }
+        self.check_table();
+        self.check_status();
+    }
+
+    fn check_table(&self) {
+        assert_eq!(self.table.connections_max, self.config.process.connections_max);
+        let known = self.known();
+        for pool in &self.table.pools {
+            for backend in &pool.serving {
+                assert_eq!(backend.pool, pool.spec.name);
+                assert!(known.contains(&backend.id), "{} serves, whoever it is", backend.name);
+            }
+        }
+        for frontend in &self.table.frontends {
+            assert_eq!(frontend.pool.spec.name, frontend.spec.pool);
+        }
+    }
+
+    /// Who is configured, or registered where the pool lets backends register.
+    fn known(&self) -> HashSet<BackendId> {
+        let status = self.controller.status(self.now);
+        let pools = status.pools.iter().flat_map(|pool| {
+            let spec = self.config.pool(&pool.name).expect("every pool is configured");
+            let registers = spec.heartbeat.as_ref().is_some_and(|spec| spec.register);
+            pool.backends.iter().filter(move |b| {
+                let same = |c: &&Backend| c.name == b.state.name && c.address == b.state.address;
+                let configured = spec.backends.iter().any(|c| same(&c));
+                configured || registers && matches!(b.origin, Origin::Registered)
+            })
+        });
+        pools.map(|b| b.state.id).collect()
+    }
+
+    fn check_status(&mut self) {
+        let status = self.controller.status(self.now);
+        assert_eq!(status.generation, self.generation);
+        for pool in &status.pools {
+            let spec = self.config.pool(&pool.name).expect("every pool is configured");
+            let percent = spec.ejection.map_or(0, |e| usize::from(e.max_ejected_percent));
+            let ejected = pool.backends.iter().filter(|b| b.ejected).count();
+            assert!(ejected <= pool.backends.len() * percent / 100, "too many are ejected");
+            self.seen.ejected += ejected;
+            for b in &pool.backends {
+                self.seen.registered += usize::from(b.origin == Origin::Registered && b.eligible);
+                assert!(b.effective_weight <= f64::from(b.weight), "{b:#?}");
+                assert!(b.effective_weight >= 0.0, "{b:#?}");
+                let configured = spec.backends.iter().find(|c| c.name == b.state.name);
+                if let (Some(configured), None) = (configured, &spec.heartbeat) {
+                    assert_eq!(b.weight, u32::from(configured.weight), "{b:#?}");
+                }
+                assert!(b.eligible || b.effective_weight == 0.0, "{b:#?}");
+            }
+        }
+    }
+
+    fn answer(&mut self) {
+        let Some((backend, token)) = self.rng.choice(&self.asked).copied() else { return };
+        let token = if self.rng.u8(..10) == 0 { ProbeToken(self.rng.u64(..)) } else { token };
+        let outcome = match self.rng.u8(..8) {
+            0 => ProbeOutcome::Local { reason: "no port".into() },
+            1..4 => ProbeOutcome::Failure { reason: "broken".into() },
+            _ => ProbeOutcome::Success { took: Duration::from_millis(self.rng.u64(..3000)) },
+        };
+        self.apply([Event::Probed { backend, token, outcome }]);
+    }
+
+    fn connect_failures(&mut self) {
+        let backend = match self.rng.choice(&self.asked) {
+            Some((backend, _)) if self.rng.bool() => *backend,
+            _ => BackendId(self.rng.u32(..40)),
+        };
+        let failures = [ConnectFailure::Refused, ConnectFailure::Timeout, ConnectFailure::Other(5)];
+        let failure = *self.rng.choice(&failures).unwrap();
+        let begun = self.now - Duration::from_millis(self.rng.u64(..9000));
+        let rows: Vec<u32> = (0..self.rng.usize(1..9)).map(|_| self.rng.u32(..12)).collect();
+        let event = |in_a_row| Event::ConnectFailed { backend, failure, in_a_row, begun };
+        self.apply(rows.into_iter().map(event));
+    }
+
+    fn operator(&mut self) {
+        let intents = [Intent::Ready, Intent::Draining, Intent::Maintenance];
+        let intent = *self.rng.choice(&intents).unwrap();
+        let (pool, name) = (self.rng.u8(..3), self.rng.u8(..6));
+        let done =
+            self.controller.set_intent(&format!("p{pool}"), &format!("b{name}"), intent, self.now);
+        if let Ok(effects) = done {
+            self.take(effects);
+        }
+    }
+
+    fn heartbeat(&mut self) {
+        let mut events = Vec::new();
+        for _ in 0..self.rng.u8(1..5) {
+            let at = self.now - Duration::from_millis(self.rng.u64(..500));
+            let index = self.rng.usize(..self.senders.len());
+            let random = self.rng.u8(..);
+            events.push(beat(self.senders[index].go_on(random), at));
+        }
+        if self.rng.u8(..8) == 0 {
+            events.push(Event::HeartbeatsLost(self.rng.u64(..100)));
+        }
+        self.rng.shuffle(&mut events);
+        self.apply(events);
+    }
+
+    /// As the listener does it.
+    fn arrive(&mut self) {
+        let table = Arc::clone(&self.table);
+        let Some(route) = self.rng.choice(&table.frontends) else { return };
+        if admission::admit(&self.process, &table, route, 0).is_err() {
+            return;
+        }
+        assert!(self.process.get() <= table.connections_max, "beyond the process's cap");
+        let max = route.spec.connections_max;
+        assert!(max == 0 || route.state.in_flight.get() <= max, "beyond the frontend's cap");
+        let client = [10, 0, 0, self.rng.u8(..)].into();
+        let key = PickKey { client, draw: self.rng.u64(..), at: 0 };
+        let mut reserved = route.pool.pick(key, &[]).ok();
+        if let Some(reserved) = &mut reserved {
+            let backend = Arc::clone(reserved.backend());
+            assert!(route.pool.serving.iter().any(|b| b.id == backend.id), "picked from nowhere");
+            if let Some(trial) = reserved.take_trial() {
+                let phases = [TrialPhase::Passed, TrialPhase::Failed, TrialPhase::Open];
+                backend.in_flight.advance_trial(trial, *self.rng.choice(&phases).unwrap());
+            }
+        }
+        self.seen.admitted += 1;
+        self.sessions.push(Session { frontend: Arc::clone(&route.state), reserved });
+    }
+
+    fn leave(&mut self) {
+        if self.sessions.is_empty() {
+            return;
+        }
+        let session = self.sessions.swap_remove(self.rng.usize(..self.sessions.len()));
+        self.end(session);
+    }
+
+    fn end(&self, session: Session) {
+        drop(session.reserved);
+        session.frontend.in_flight.leave();
+        self.process.leave();
+    }
+
+    /// Another process goes on with the same file; sessions stay with this one.
+    fn upgrade(&mut self) {
+        let saved = self.controller.save(self.now);
+        let text = serde_json::to_string(&saved).unwrap();
+        let saved: Saved = serde_json::from_str(&text).unwrap();
+        self.seen.upgrades += 1;
+        let intents = self.intents();
+        for session in std::mem::take(&mut self.sessions) {
+            self.end(session);
+        }
+        let mut next = Controller::new(self.rng.usize(1..4), self.rng.u64(..));
+        next.count_on(saved.generation - 1, saved.serial);
+        self.controller = next;
+        self.asked.clear();
+        // A process does not begin before the one it follows.
+        self.apply([Event::Configure(Arc::clone(&self.config))]);
+        let effects = self.controller.adopt(&saved, self.now);
+        self.take(effects);
+        for (who, intent) in self.intents() {
+            assert!(intents.get(&who).is_none_or(|before| *before == intent), "{who:?}");
+        }
+    }
+
+    /// Of those in the file: who registers comes back by itself.
+    fn intents(&self) -> HashMap<(String, String), Intent> {
+        let status = self.controller.status(self.now);
+        let pools = status.pools.iter().flat_map(|pool| {
+            let of = |state: &str| (pool.name.to_string(), state.to_owned());
+            pool.backends.iter().map(move |b| (of(&b.state.name), b.intent))
+        });
+        pools.collect()
+    }
+
+    fn run(seed: u64, start: Instant) -> (u64, Seen) {
+        let mut world = World::new(seed, start);
+        for _ in 0..STEPS {
+            world.step();
+        }
+        for session in std::mem::take(&mut world.sessions) {
+            world.end(session);
+        }
+        assert_eq!(world.process.get(), 0);
+        for pool in &world.table.pools {
+            pool.serving.iter().for_each(|backend| assert_eq!(backend.in_flight.get(), 0));
+        }
+        (world.trace.finish(), world.seen)
+    }
+}
+
+#[test]
+fn what_must_hold_holds_whatever_comes_and_however_clocks_jump() {
+    let start = tidegate::clock::now() + Duration::from_secs(10_000_000);
+    let seeds = match number("SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("SIM_SEEDS").unwrap_or(SEEDS),
+    };
+    let many = seeds.end - seeds.start >= SEEDS;
+    let mut all = Seen::default();
+    for seed in seeds {
+        let _guard = SeedGuard(seed);
+        let (_, seen) = World::run(seed, start);
+        all.ejected += seen.ejected;
+        all.registered += seen.registered;
+        all.admitted += seen.admitted;
+        all.upgrades += seen.upgrades;
+    }
+    let least = all.ejected.min(all.registered).min(all.admitted).min(all.upgrades);
+    assert!(!many || least > 10, "hardly ever seen: {all:?}");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_world() {
+    let start = tidegate::clock::now() + Duration::from_secs(10_000_000);
+    for seed in 0..6 {
+        let _guard = SeedGuard(seed);
+        assert_eq!(World::run(seed, start).0, World::run(seed, start).0);
+    }
+    assert_ne!(World::run(1, start).0, World::run(2, start).0, "the trace sees something");
+}
