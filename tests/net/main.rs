@@ -23,6 +23,8 @@ mod hosts;
 mod link;
 #[allow(dead_code)]
 mod netns;
+#[allow(dead_code)]
+mod site;
 mod starve;
 mod traffic;
 #[allow(dead_code)]
@@ -35,4 +37,5 @@ mod detection;
 mod emulator;
 mod faults;
 mod floods;
+mod silence;
 mod streams;

@@ -1,0 +1,130 @@
+//! Heartbeats between hosts when the trouble is not the backends': the balancer
+//! stands still or starves, or a backend is merely far away.
+//!
+//! Every backend here beats, through a sidecar on its own host. What silence
+//! means when it *is* the backend's is in [`crate::detection`].
+
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::TestProxy;
+use crate::common::servers::Running;
+use crate::common::{Engine, eventually, measured, ms, on_every_engine, secs};
+use crate::hosts::{Hosts, Service};
+use crate::link::channel::Impairment;
+use crate::netns::networks_run;
+use crate::starve::Starved;
+use crate::traffic::{Pace, Traffic, errors};
+use crate::watch::{Heartbeats, Watch};
+use rustix::process::Signal;
+use std::time::{Duration, Instant};
+
+on_every_engine!(
+    stopped_balancer_takes_no_silence_for_a_death,
+    starved_balancer_takes_no_silence_for_a_death,
+);
+
+const PACE: Pace = Pace { at_once: 8, pause: ms(5), patience: secs(10) };
+
+/// Silence is final after two seconds, and one failed probe or connect is, too.
+const STRICT: &str = "interval = \"100ms\"\nttl = \"2s\"\nrequire = true";
+const STRICT_PROBE: &str = "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \"hello\"\n\
+                            interval = \"500ms\"\ntimeout = \"500ms\"\nfall = 1";
+
+/// A site whose backends all beat.
+struct Beating {
+    hosts: Hosts,
+    proxy: TestProxy,
+    _services: Vec<Service>,
+    _beside: Vec<Option<Running>>,
+}
+
+impl Beating {
+    /// That many backends, `away` from the balancer.
+    #[track_caller]
+    fn start(engine: Engine, backends: usize, away: Duration, pool: impl Fn(Pool) -> Pool) -> Self {
+        let (hosts, watch) = (Hosts::new(backends, 90), Heartbeats::new());
+        let far = Impairment { delay: away, ..Impairment::default() };
+        hosts.backends.iter().for_each(|host| host.link.set(far));
+        let services = hosts.backends.iter().map(|host| host.start_echo()).collect();
+        let conf: Conf = watch.conf(hosts.conf(engine, pool(hosts.pool())));
+        let proxy = hosts.start(conf);
+        let beside =
+            hosts.backends.iter().map(|host| watch.start_beside(host, host.name)).collect();
+        for host in &hosts.backends {
+            proxy.wait_backend("web", host.name, "observation", "up");
+        }
+        Beating { hosts, proxy, _services: services, _beside: beside }
+    }
+
+    /// Waits until each has been heard so often since now.
+    #[track_caller]
+    fn wait_for_beats(&self, count: u64) {
+        let heard = |name: &str| {
+            let heartbeat = &self.proxy.backend("web", name)["heartbeat"];
+            (heartbeat["incarnation"].clone(), heartbeat["sequence"].as_u64().unwrap_or(0))
+        };
+        for host in &self.hosts.backends {
+            let before = heard(host.name);
+            let what = format!("{} is heard {count} times", host.name);
+            eventually(secs(10), &what, || heard(host.name).1 >= before.1 + count);
+        }
+    }
+
+    /// No state of any backend has changed since `known` bytes of the log,
+    /// though sessions and heartbeats went on for a while.
+    #[track_caller]
+    fn assert_nobody_blamed(&self, traffic: &Traffic, known: usize) {
+        let done = traffic.done();
+        self.wait_for_beats(10);
+        eventually(secs(10), "traffic goes on", || traffic.done() >= done + 16);
+        let said = self.proxy.log()[known..].to_string();
+        assert!(!said.contains(" to="), "{said}");
+        for host in &self.hosts.backends {
+            let state = self.proxy.backend("web", host.name);
+            assert_eq!((&state["observation"], &state["eligible"]), (&"up".into(), &true.into()));
+        }
+    }
+}
+
+fn strict(pool: Pool) -> Pool {
+    let pool = pool.key("connect_timeout = \"2s\"").heartbeat(STRICT);
+    pool.probe(STRICT_PROBE).ejection("failures = 1")
+}
+
+fn stopped_balancer_takes_no_silence_for_a_death(engine: Engine) {
+    if !networks_run() {
+        return;
+    }
+    // Heartbeats, probes and connects are under way at any time.
+    let site = Beating::start(engine, 3, ms(30), strict);
+    let traffic = Traffic::start(&site.hosts.client, site.proxy.addr("web"), PACE);
+    site.wait_for_beats(10);
+    let (known, stopped) = (site.proxy.log().len(), Instant::now());
+    for stall in [secs(3), ms(700)] {
+        site.proxy.signal(Signal::STOP);
+        // The stall itself is what is tested: longer than ttl, and shorter.
+        std::thread::sleep(stall);
+        site.proxy.signal(Signal::CONT);
+        site.assert_nobody_blamed(&traffic, known);
+    }
+    assert_eq!(errors(&traffic.stop(), stopped), Vec::<String>::new());
+    assert!(site.proxy.metric("tidegate_heartbeat_excuses_total", &[]) >= 2.0);
+}
+
+fn starved_balancer_takes_no_silence_for_a_death(engine: Engine) {
+    if !networks_run() {
+        return;
+    }
+    let site = Beating::start(engine, 3, ms(30), strict);
+    let pace = Pace { at_once: 64, ..PACE };
+    let traffic = Traffic::start(&site.hosts.client, site.proxy.addr("web"), pace);
+    site.wait_for_beats(10);
+    let (known, start, before) = (site.proxy.log().len(), Instant::now(), traffic.done());
+    let starved = Starved::new(&[site.proxy.pid()]);
+    // A hundredth of a CPU for a while, with every heartbeat read late.
+    std::thread::sleep(ms(2500));
+    let carried = traffic.done() - before;
+    measured(&format!("{carried} sessions in 2.5 s of 1 % by {}", starved.how()));
+    drop(starved);
+    site.assert_nobody_blamed(&traffic, known);
+    assert_eq!(errors(&traffic.stop(), start), Vec::<String>::new());
+}
