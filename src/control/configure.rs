@@ -174,7 +174,7 @@ impl Controller {
             registered: 0,
             full_noticed: None,
             guard: Default::default(),
-            confirming: suspicion::confirming(spec.probe.as_deref()),
+            confirming: suspicion::confirming(spec),
             in_service_since: None,
         };
         if let Some(old) = old {

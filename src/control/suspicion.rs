@@ -9,11 +9,11 @@
 use super::heartbeats::ttl;
 use super::schedule::Job;
 use super::{Controller, Effect, Notice, Origin, PoolId, ProbeToken};
-use crate::config::{HeartbeatSpec, ProbeKind, ProbeSpec};
+use crate::config::{self, HeartbeatSpec, ProbeKind, ProbeSpec};
 use crate::health::heartbeat::guards::{Frost, permit, stalled};
 use crate::health::heartbeat::{
     Answer, Arrival, Ask, Beat, Channel, ChannelGuard, PathGuard, PathView, State, Step,
-    TRY_TIMEOUT, Try, TryId,
+    TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN, Try, TryId,
 };
 use crate::health::{ProbeOutcome, Pulse, REFUSED};
 use crate::heartbeat::SenderState;
@@ -63,14 +63,17 @@ pub(super) struct Guards {
 }
 
 /// The probe that confirms a suspicion in a pool: of its own kind, or a plain
-/// connect.
-pub(super) fn confirming(probe: Option<&ProbeSpec>) -> Arc<ProbeSpec> {
-    let kind = probe.map_or(ProbeKind::Tcp, |spec| spec.kind.clone());
+/// connect. Its time-out is the longest a try may have: what the pool itself
+/// allows, within the detector's bounds.
+pub(super) fn confirming(pool: &config::Pool) -> Arc<ProbeSpec> {
+    let kind = pool.probe.as_ref().map_or(ProbeKind::Tcp, |spec| spec.kind.clone());
+    let allowed = pool.probe.as_ref().map_or(pool.connect_timeout, |spec| spec.timeout);
+    let timeout = allowed.clamp(TRY_TIMEOUT_MIN, TRY_TIMEOUT_MAX);
     Arc::new(ProbeSpec {
         kind,
-        interval: TRY_TIMEOUT,
-        fast_interval: TRY_TIMEOUT,
-        timeout: TRY_TIMEOUT,
+        interval: timeout,
+        fast_interval: timeout,
+        timeout,
         rise: 1,
         fall: 1,
     })
@@ -383,13 +386,19 @@ impl Controller {
         }
         self.ids.probe += 1;
         let token = ProbeToken(self.ids.probe);
-        let lost_at = now + next.timeout + super::probing::PROBE_LOST_MARGIN;
+        let timeout = next.timeout.min(pool.confirming.timeout);
+        let spec = if timeout == pool.confirming.timeout {
+            Arc::clone(&pool.confirming)
+        } else {
+            Arc::new(ProbeSpec { timeout, ..(*pool.confirming).clone() })
+        };
+        let lost_at = now + timeout + super::probing::PROBE_LOST_MARGIN;
         entry.trying = Some(Trying { token, id: next.id, lost_at });
         self.work.effects.push(Effect::Probe {
             backend: id,
             token,
             address: entry.state.address.clone(),
-            spec: Arc::clone(&pool.confirming),
+            spec,
         });
     }
 

@@ -43,7 +43,12 @@ impl Controller {
             return;
         }
         match outcome {
-            ProbeOutcome::Success { .. } => self.weigh_probe(id, None, now),
+            ProbeOutcome::Success { took } => {
+                if let Some(heart) = &mut entry.heart {
+                    heart.detector.reached(took);
+                }
+                self.weigh_probe(id, None, now);
+            }
             ProbeOutcome::Failure { reason } => self.weigh_probe(id, Some(reason), now),
             ProbeOutcome::Local { reason } => self.notice_local_trouble(id, &reason, now),
         }

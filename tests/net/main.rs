@@ -27,7 +27,6 @@ mod netns;
 mod site;
 mod starve;
 mod traffic;
-#[allow(dead_code)]
 mod trials;
 mod watch;
 

@@ -7,7 +7,7 @@
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::Running;
-use crate::common::{Engine, eventually, measured, ms, on_every_engine, secs};
+use crate::common::{Engine, eventually, measured, ms, on_every_engine, secs, turn};
 use crate::hosts::{Hosts, Service};
 use crate::link::channel::Impairment;
 use crate::netns::networks_run;
@@ -17,10 +17,7 @@ use crate::watch::{Heartbeats, Watch};
 use rustix::process::Signal;
 use std::time::{Duration, Instant};
 
-on_every_engine!(
-    stopped_balancer_takes_no_silence_for_a_death,
-    starved_balancer_takes_no_silence_for_a_death,
-);
+on_every_engine!(stopped_balancer_takes_no_silence_for_a_death);
 
 const PACE: Pace = Pace { at_once: 8, pause: ms(5), patience: secs(10) };
 
@@ -31,10 +28,11 @@ const STRICT_PROBE: &str = "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \
 
 /// A site whose backends all beat.
 struct Beating {
-    hosts: Hosts,
+    // Ends first, while there still is a network around it.
     proxy: TestProxy,
+    beside: Vec<Option<Running>>,
     _services: Vec<Service>,
-    _beside: Vec<Option<Running>>,
+    hosts: Hosts,
 }
 
 impl Beating {
@@ -52,20 +50,14 @@ impl Beating {
         for host in &hosts.backends {
             proxy.wait_backend("web", host.name, "observation", "up");
         }
-        Beating { hosts, proxy, _services: services, _beside: beside }
+        Beating { proxy, beside, _services: services, hosts }
     }
 
-    /// Waits until each has been heard so often since now.
+    /// Waits until each has been heard so many times more.
     #[track_caller]
     fn wait_for_beats(&self, count: u64) {
-        let heard = |name: &str| {
-            let heartbeat = &self.proxy.backend("web", name)["heartbeat"];
-            (heartbeat["incarnation"].clone(), heartbeat["sequence"].as_u64().unwrap_or(0))
-        };
         for host in &self.hosts.backends {
-            let before = heard(host.name);
-            let what = format!("{} is heard {count} times", host.name);
-            eventually(secs(10), &what, || heard(host.name).1 >= before.1 + count);
+            self.proxy.wait_beats("web", host.name, count);
         }
     }
 
@@ -110,11 +102,13 @@ fn stopped_balancer_takes_no_silence_for_a_death(engine: Engine) {
     assert!(site.proxy.metric("tidegate_heartbeat_excuses_total", &[]) >= 2.0);
 }
 
-fn starved_balancer_takes_no_silence_for_a_death(engine: Engine) {
+#[test]
+fn starved_balancer_takes_no_silence_for_a_death() {
+    let _turn = turn::shared();
     if !networks_run() {
         return;
     }
-    let site = Beating::start(engine, 3, ms(30), strict);
+    let site = Beating::start(Engine::Epoll, 3, ms(30), strict);
     let pace = Pace { at_once: 64, ..PACE };
     let traffic = Traffic::start(&site.hosts.client, site.proxy.addr("web"), pace);
     site.wait_for_beats(10);
@@ -127,4 +121,47 @@ fn starved_balancer_takes_no_silence_for_a_death(engine: Engine) {
     drop(starved);
     site.assert_nobody_blamed(&traffic, known);
     assert_eq!(errors(&traffic.stop(), start), Vec::<String>::new());
+}
+
+/// A backend is asked before it joins and before silence takes it out. Both
+/// must work over a way that an answer takes long to come back on: twice that
+/// for a connect, four times for a question that is asked and answered.
+fn far_backends_join_are_vouched_for_and_are_taken_out(pool: impl Fn(Pool) -> Pool) {
+    if !networks_run() {
+        return;
+    }
+    let mut site = Beating::start(Engine::Epoll, 3, ms(150), pool);
+    let alive = site.proxy.sender("web", "a");
+    let timeout = alive["try_timeout_seconds"].as_f64().unwrap_or(0.0);
+    assert!((0.3..=1.0).contains(&timeout), "as long as it takes: {alive:#}");
+    site.wait_for_beats(10);
+    // The sidecar dies, the service goes on: it answers when it is asked.
+    site.beside[1] = None;
+    let pulse = || site.proxy.explained("web", "b")["heartbeat"]["pulse"].clone();
+    eventually(secs(8), "it is asked and answers", || pulse() == "vouched");
+    let mute = site.proxy.backend("web", "b");
+    assert_eq!((&mute["eligible"], &mute["ejected"]), (&true.into(), &false.into()), "{mute:#}");
+    let cut = Instant::now();
+    site.hosts.backends[2].link.partition(true);
+    site.proxy.wait_backend("web", "c", "observation", "down");
+    measured(&format!("cut at {:?} round trip, out after {:?}", ms(300), cut.elapsed()));
+    assert_eq!(site.proxy.backend("web", "b")["eligible"], true, "{}", site.proxy.log());
+}
+
+#[test]
+fn far_backends_that_are_asked_by_a_connect() {
+    let _turn = turn::shared();
+    far_backends_join_are_vouched_for_and_are_taken_out(|pool| {
+        pool.heartbeat("interval = \"100ms\"\nrequire = true")
+    });
+}
+
+#[test]
+fn far_backends_that_are_asked_by_a_probe_that_speaks() {
+    let _turn = turn::shared();
+    let probe = "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \"hello\"\n\
+                 interval = \"5s\"\ntimeout = \"1s\"\nfall = 3";
+    far_backends_join_are_vouched_for_and_are_taken_out(|pool| {
+        pool.probe(probe).heartbeat("interval = \"100ms\"\nrequire = true")
+    });
 }

@@ -64,10 +64,11 @@ pub struct Seen {
 
 pub struct Site<'a> {
     watch: &'a dyn Watch,
-    pub hosts: Hosts,
+    // Ends first, while there still is a network around it.
     pub proxy: TestProxy,
-    services: Vec<Service>,
     beside: Vec<Option<Running>>,
+    services: Vec<Service>,
+    pub hosts: Hosts,
     starved: Option<Starved>,
     /// What each backend is called now.
     names: Vec<String>,

@@ -6,10 +6,11 @@
 //! one out is asked for, and granted by `guards`.
 
 use super::flaps::Flaps;
+use super::reach::Reach;
 use super::round::{Progress, Round};
 use super::{
     Answer, Arrival, Arrivals, Ask, Beat, Change, Channel, DOUBT_INTERVAL, RECOVERY_BEATS, Reading,
-    SUSPECT_WEIGHT_PERCENT, State, Step, TRY_TIMEOUT, Try, TryId, phi,
+    SUSPECT_WEIGHT_PERCENT, State, Step, Try, TryId, phi,
 };
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,7 @@ const PHI_DEVIATION_MIN: f64 = 0.1;
 #[derive(Debug, Clone)]
 pub struct HeartbeatDetector {
     arrivals: Arrivals,
+    reach: Reach,
     standing: Standing,
     since: Instant,
     /// The probing under way.
@@ -93,6 +95,7 @@ impl HeartbeatDetector {
     pub fn new(interval: Duration, now: Instant) -> HeartbeatDetector {
         HeartbeatDetector {
             arrivals: Arrivals::new(interval),
+            reach: Reach::default(),
             standing: Standing::Waiting,
             since: now,
             round: None,
@@ -215,11 +218,13 @@ impl HeartbeatDetector {
         match progress {
             Progress::Ignored | Progress::Wait => Step::default(),
             Progress::Again(next) => Step::probe(next),
-            Progress::Answered => {
+            Progress::Answered(took) => {
+                self.reach.answered(took);
                 self.end_round(now);
                 self.answered(now)
             }
             Progress::Failed(evidence) => {
+                self.reach.failed();
                 self.end_round(now);
                 self.confirmed(Confirmed { evidence, proven: false }, now)
             }
@@ -229,6 +234,12 @@ impl HeartbeatDetector {
                 self.confirmed(Confirmed { evidence, proven: true }, now)
             }
         }
+    }
+
+    /// The pool's own probe, of the kind that confirms, was answered after so
+    /// long: later tries get as much time. It clears no suspicion.
+    pub fn reached(&mut self, took: Duration) {
+        self.reach.answered(took);
     }
 
     /// A session's connect (or the pool's own probe) was refused. A crash shows
@@ -381,6 +392,7 @@ impl HeartbeatDetector {
             mean_interval: mean,
             missing_allowed: arrivals.missing_allowed(),
             timeout: arrivals.timeout(),
+            try_timeout: self.reach.timeout(),
             silence,
             phi_normal: silence.map_or(0.0, |silence| phi::normal(silence, mean, deviation)),
             phi_exponential: silence.map_or(0.0, |silence| phi::exponential(silence, mean)),
@@ -478,7 +490,8 @@ impl HeartbeatDetector {
     }
 
     fn start_round(&mut self, now: Instant) -> Step {
-        let (round, first) = Round::start(self.tries(), &mut self.try_serial, now);
+        let (round, first) =
+            Round::start((self.tries(), self.reach.timeout()), &mut self.try_serial, now);
         self.round = Some(round);
         self.next_round = None;
         Step::probe(first)
@@ -495,7 +508,7 @@ impl HeartbeatDetector {
         }
         let within = self.arrivals.interval().mul_f64(CONFIRMED_WITHIN);
         let left = within.saturating_sub(self.arrivals.timeout());
-        let fit = left.as_nanos() / TRY_TIMEOUT.as_nanos();
+        let fit = left.as_nanos() / self.reach.timeout().as_nanos();
         u32::try_from(fit).unwrap_or(TRIES_MAX).clamp(TRIES, TRIES_MAX)
     }
 
