@@ -2,8 +2,10 @@
 //! after the other is hurt and healed.
 //!
 //! Who was hurt recovers while others are, so a trial waits for nobody.
-//! Detection is read from `/v1/status`, polled every few milliseconds: from just
-//! before the fault to the answer that first shows it. Nothing here judges.
+//! When a fault was seen is taken from the balancer's log, to the time of the
+//! machine's clock, so that a test on a busy machine is not what is measured;
+//! `/v1/status`, polled every few milliseconds, says that it was. Nothing here
+//! judges.
 
 use crate::common::conf::Conf;
 use crate::common::proxy::TestProxy;
@@ -15,7 +17,7 @@ use crate::link::channel::{Impairment, Loss};
 use crate::starve::Starved;
 use crate::watch::Watch;
 use rustix::process::Signal;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// What happens to one backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,7 +115,7 @@ impl Site<'_> {
             let since = self.whole_since[victim];
             eligible.iter().all(|one| *one) && since.is_some_and(|at| at.elapsed() >= settled)
         });
-        let start = Instant::now();
+        let (start, start_wall) = (Instant::now(), SystemTime::now());
         self.hurt(victim, fault);
         let (mut lowered, mut out, mut blamed) = (None, None, Vec::new());
         while out.is_none() && start.elapsed() < BLIND {
@@ -129,12 +131,37 @@ impl Site<'_> {
             blamed.extend(others.map(|one| self.names[one].clone()));
             std::thread::sleep(LOOK);
         }
+        let (lowered_logged, out_logged) = self.logged(victim, start_wall);
+        let earlier = |seen: Option<Duration>, logged: Option<Duration>| {
+            seen.map(|seen| logged.map_or(seen, |logged| logged.min(seen)))
+        };
+        let (lowered, out) = (earlier(lowered, lowered_logged), earlier(out, out_logged));
         self.heal(victim, fault);
         if self.watch.bears_grudges() {
             self.rename(victim);
         }
         blamed.dedup();
         Seen { fault: start, lowered, out, healed: Instant::now(), blamed }
+    }
+
+    /// When the log says that the victim got less or nothing, after the fault.
+    fn logged(&self, victim: usize, fault: SystemTime) -> (Option<Duration>, Option<Duration>) {
+        let mark = format!("backend={} ", self.names[victim]);
+        let (mut lowered, mut out) = (None, None);
+        for line in self.proxy.log().lines().filter(|line| line.contains(&mark)) {
+            let time = line.split(' ').next().and_then(|word| humantime::parse_rfc3339(word).ok());
+            let Some(Ok(after)) = time.map(|time| time.duration_since(fault)) else { continue };
+            let to = |states: &[&str]| {
+                states.iter().any(|state| line.contains(&format!(" to=\"{state}\"")))
+            };
+            if to(&["suspect", "starting", "down", "ejected"]) {
+                lowered.get_or_insert(after);
+            }
+            if to(&["starting", "down", "ejected"]) {
+                out.get_or_insert(after);
+            }
+        }
+        (lowered, out)
     }
 
     /// Whether each takes sessions; notes whether each does at full weight.
