@@ -156,7 +156,7 @@ impl Controller {
         }
     }
 
-    fn notice_local_trouble(&mut self, id: BackendId, reason: &str, now: Instant) {
+    pub(super) fn notice_local_trouble(&mut self, id: BackendId, reason: &str, now: Instant) {
         let quiet = |at: Instant| now.saturating_duration_since(at) < LOCAL_TROUBLE_NOTICE_INTERVAL;
         if self.local_trouble_noticed.is_some_and(quiet) {
             return;
@@ -166,7 +166,7 @@ impl Controller {
         self.work.effects.push(Effect::Notice(Notice {
             pool: Arc::clone(&entry.state.pool),
             backend: Some(Arc::clone(&entry.state.name)),
-            message: format!("probe not run for want of resources here: {reason}"),
+            message: format!("probe not run because of trouble here: {reason}"),
         }));
     }
 }

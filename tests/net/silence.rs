@@ -123,6 +123,27 @@ fn starved_balancer_takes_no_silence_for_a_death() {
     assert_eq!(errors(&traffic.stop(), start), Vec::<String>::new());
 }
 
+/// Neither its probes nor its sessions get any farther than our own routing
+/// table, and its heartbeats go on.
+#[test]
+fn a_route_that_is_missing_here_is_not_the_backends_fault() {
+    let _turn = turn::shared();
+    if !networks_run() {
+        return;
+    }
+    let site = Beating::start(Engine::Epoll, 3, ms(1), strict);
+    let traffic = Traffic::start(&site.hosts.client, site.proxy.addr("web"), PACE);
+    site.wait_for_beats(10);
+    let (known, lost) = (site.proxy.log().len(), Instant::now());
+    site.hosts.balancer.ip(&format!("route del {}", site.hosts.backends[1].link.b()));
+    let noticed = || site.proxy.log()[known..].contains("no route on this host");
+    eventually(secs(10), "a probe finds no route", noticed);
+    let route = || site.proxy.metric("tidegate_local_errors_total", &[("reason", "route")]);
+    eventually(secs(10), "so do sessions", || route() >= 10.0);
+    site.assert_nobody_blamed(&traffic, known);
+    assert_eq!(errors(&traffic.stop(), lost), Vec::<String>::new(), "others served them");
+}
+
 /// A backend is asked before it joins and before silence takes it out. Both
 /// must work over a way that an answer takes long to come back on: twice that
 /// for a connect, four times for a question that is asked and answered.
