@@ -141,6 +141,10 @@ impl Controller {
         let Some(trying) = entry.trying.take_if(|trying| trying.token == token) else {
             return false;
         };
+        if let ProbeOutcome::Local { reason } = outcome {
+            self.notice_local_trouble(id, reason, now);
+        }
+        let Some(entry) = self.backends.get_mut(&id) else { return true };
         let Some(heart) = &mut entry.heart else { return true };
         let answer = match outcome {
             ProbeOutcome::Success { .. } => Answer::Answered,
@@ -327,7 +331,12 @@ impl Controller {
     pub(super) fn path_view(&self, pool: Option<PoolId>, now: Instant) -> PathView {
         let one = |entry: &&super::BackendEntry| pool.is_none_or(|pool| entry.pool == pool);
         let hearts = self.backends.values().filter(one).filter_map(|entry| entry.heart.as_deref());
-        PathView::of(hearts.map(|heart| &heart.detector), now)
+        let guard = match pool {
+            None => Some(&self.guards.all),
+            Some(id) => self.pool(id).map(|pool| &pool.guard),
+        };
+        let frozen = guard.and_then(PathGuard::freeze).map(|freeze| freeze.since);
+        PathView::of(hearts.map(|heart| &heart.detector), frozen, now)
     }
 
     /// What the heartbeats' channel as a whole is like.

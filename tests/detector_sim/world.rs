@@ -274,7 +274,8 @@ impl World {
     fn view(&self, path: usize) -> PathView {
         let all = path == self.scenario.pools.len();
         let members = self.nodes.iter().filter(|node| all || node.pool == path);
-        PathView::of(members.map(|node| &node.detector), self.now())
+        let frozen = self.paths[path].freeze().map(|freeze| freeze.since);
+        PathView::of(members.map(|node| &node.detector), frozen, self.now())
     }
 
     fn channel_state(&self) -> Channel {

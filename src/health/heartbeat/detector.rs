@@ -366,6 +366,13 @@ impl HeartbeatDetector {
         self.answered_at.is_some_and(|at| now.saturating_duration_since(at) < late)
     }
 
+    /// Whether it was heard an interval or more after `since`, or answered a
+    /// probe after it: nothing that was under way by then.
+    pub fn heard_since(&self, since: Instant) -> bool {
+        let beaten = self.arrivals.newest_at().is_some_and(|at| at >= since + self.interval());
+        beaten || self.answered_at.is_some_and(|at| at > since)
+    }
+
     /// Everything, for people.
     pub fn reading(&self, now: Instant) -> Reading {
         let arrivals = &self.arrivals;

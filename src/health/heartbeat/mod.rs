@@ -71,7 +71,8 @@
 //! a third try is made where it ends within `14.5 · interval`. A try is 100 ms
 //! where answers take less than about half of that, else up to a second. That
 //! holds while probes can be made here and no guard objects: those that die
-//! together with half of their pool are out a good second later.
+//! together with half of their pool are out about a quarter of a second later
+//! than one alone, where the others are heard.
 //!
 //! What the bound costs: a path that is dead for longer than that, in both
 //! directions and for one backend alone, looks like a death. `scripts/detector-sim`
