@@ -98,9 +98,9 @@ fn half_that_die_at_once_are_out_once_the_others_have_shown_that_the_path_works(
 
 #[test]
 fn when_we_go_deaf_to_one_after_the_other_nobody_is_taken_out() {
-    // Half of each pool first, the rest before the first are confirmed.
+    // Half of each pool first, the rest before the first are suspect.
     let doing = |backend: usize, at: u64| match at {
-        10_000..12_000 if backend % 2 == 0 || at >= 10_350 => Doing::Dead,
+        10_000..12_000 if backend % 2 == 0 || at >= 10_200 => Doing::Dead,
         _ => Doing::Fine,
     };
     for seed in 0..100 {
