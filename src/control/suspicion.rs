@@ -252,10 +252,11 @@ impl Controller {
     /// The guards may have changed their mind about whom they held back.
     fn reconsider(&mut self, pool: Option<PoolId>, now: Instant) {
         for id in self.members_of(pool) {
-            let heart = self.backends.get(&id).and_then(|entry| entry.heart.as_deref());
-            let Some(heart) = heart else { continue };
-            let step = heart.detector.reconsider();
+            let Some(entry) = self.backends.get_mut(&id) else { continue };
+            let Some(heart) = &mut entry.heart else { continue };
+            let step = heart.detector.reconsider(now);
             self.follow(id, step, now);
+            self.rearm(id);
         }
     }
 

@@ -265,7 +265,8 @@ impl World {
 
     fn reconsider(&mut self) {
         for index in 0..self.nodes.len() {
-            let step = self.nodes[index].detector.reconsider();
+            let now = self.now();
+            let step = self.nodes[index].detector.reconsider(now);
             self.take(index, step);
         }
     }

@@ -25,6 +25,9 @@ const TRIES_MAX: u32 = 3;
 /// Further tries end within so many intervals of the last heartbeat.
 const CONFIRMED_WITHIN: f64 = 14.5;
 
+/// What a guard has held back is not confirmed anew so soon after the suspicion.
+const CONFIRMED_FOR: Duration = Duration::from_secs(1);
+
 /// Phi's deviation is at least that share of the interval: one that is too
 /// regular makes phi leap.
 const PHI_DEVIATION_MIN: f64 = 0.1;
@@ -294,15 +297,18 @@ impl HeartbeatDetector {
     }
 
     /// The guards may have changed their mind: asks again for what was held
-    /// back.
-    pub fn reconsider(&self) -> Step {
-        let ask = match &self.standing {
-            Standing::Suspect(Suspicion { confirmed: Some(confirmed), .. }) => {
-                Some(Ask::Eject { proven: confirmed.proven })
-            }
-            _ => None,
+    /// back. Who has been suspect for a while is asked anew first: the path may be
+    /// back, and so may the backend.
+    pub fn reconsider(&mut self, now: Instant) -> Step {
+        let Standing::Suspect(Suspicion { confirmed: Some(confirmed), .. }) = &self.standing else {
+            return Step::default();
         };
-        Step { change: None, ask }
+        let stale = now.saturating_duration_since(self.since) > CONFIRMED_FOR;
+        match (confirmed.proven || !stale, &self.round) {
+            (true, _) => Step { change: None, ask: Some(Ask::Eject { proven: confirmed.proven }) },
+            (false, Some(_)) => Step::default(),
+            (false, None) => self.start_round(now),
+        }
     }
 
     /// We were deaf or late, for whatever reason: silence counts from `now`,
