@@ -39,6 +39,8 @@ pub struct Snapshot<'a> {
     pub state: ServiceState,
     /// Reloads since the start, by result.
     pub reloads: ReloadCounts,
+    /// Changes of standing that the log left out.
+    pub transitions_unlogged: u64,
     /// Upgrades in place, by result.
     pub upgrades: UpgradeCounts,
     /// Tables published so far.

@@ -424,6 +424,7 @@ mod tests {
             uptime: Duration::from_millis(1_500),
             state: ServiceState::Draining,
             reloads: ReloadCounts::default(),
+            transitions_unlogged: 0,
             upgrades: crate::admin::UpgradeCounts::default(),
             table_serial: 12,
             connections_active: 5,

@@ -14,6 +14,7 @@ use super::logging::LogHandle;
 use super::notify::Notifier;
 use super::pid_file::PidFile;
 use super::start::SessionCap;
+use super::transition_log::TransitionLog;
 use super::upgrade::{UpgradeEvent, Upgrades};
 use super::upkeep::Upkeep;
 use super::watchdog::{self, Finding, Watchdog};
@@ -23,7 +24,6 @@ use crate::clock;
 use crate::config::Config;
 use crate::config::watch::ConfigWatcher;
 use crate::control::{Controller, Effect, Event};
-use crate::health::Transition;
 use crate::health::probe::runner::ProbeRunner;
 use crate::proxy::close::Cause;
 use crate::proxy::context::{Report, Shared};
@@ -92,6 +92,7 @@ pub(super) struct Control {
     pub(super) reloads: ReloadCounts,
     pub(super) restart_needed: Vec<String>,
     pub(super) session_cap: SessionCap,
+    pub(super) transitions: TransitionLog,
     pub(super) draining: Option<Draining>,
     pub(super) upgrades: Upgrades,
     pub(super) notifier: Notifier,
@@ -173,7 +174,10 @@ impl Control {
                 Woken::Reports => self.take_reports(),
                 Woken::Probed(event) => self.take_probed(event),
                 // Taken with every event; this turn is for them alone.
-                Woken::Heartbeats | Woken::Due => self.feed([Event::Tick]),
+                Woken::Heartbeats | Woken::Due => {
+                    self.feed([Event::Tick]);
+                    self.transitions.catch_up(clock::now());
+                }
                 Woken::Retiring | Woken::WorkerEnded => {}
                 Woken::DrainStep => {
                     if let Some(cut) = self.drain_step() {
@@ -206,7 +210,8 @@ impl Control {
         signals: &mut Signals,
     ) -> Woken {
         let now = clock::now();
-        let due = self.controller.next_due().unwrap_or(now + FAR).min(now + FAR);
+        let dues = [self.controller.next_due(), self.transitions.due()];
+        let due = dues.into_iter().flatten().fold(now + FAR, Instant::min);
         let upkeep_due = self.upkeep.next();
         let beat_due = self.notifier.next_beat(now);
         let watch_due = self.watchdog.next_look();
@@ -302,7 +307,7 @@ impl Control {
                 Effect::Probe { backend, token, address, spec } => {
                     self.probes.probe(backend, token, address, spec);
                 }
-                Effect::Log(transition) => log_transition(&transition),
+                Effect::Log(transition) => self.transitions.log(&transition, clock::now()),
                 Effect::Notice(notice) => {
                     let backend = notice.backend.as_deref().unwrap_or("");
                     if notice.pool.is_empty() {
@@ -401,6 +406,7 @@ impl Control {
                 Some(_) => ServiceState::Draining,
             },
             reloads: self.reloads,
+            transitions_unlogged: self.transitions.unlogged(),
             upgrades: self.upgrades.counts(),
             table_serial: table.serial,
             connections_active: self.shared.in_flight.get(),
@@ -467,16 +473,6 @@ impl Control {
                 None
             }
         }
-    }
-}
-
-fn log_transition(transition: &Transition) {
-    let Transition { pool, backend, from, to, reason, lasted, .. } = transition;
-    let lasted = humantime::format_duration(Duration::from_millis(lasted.as_millis() as u64));
-    if matches!(*to, "down" | "ejected" | "suspect") {
-        tracing::warn!(%pool, %backend, from, to, reason, %lasted, "backend");
-    } else {
-        tracing::info!(%pool, %backend, from, to, reason, %lasted, "backend");
     }
 }
 

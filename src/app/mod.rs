@@ -35,6 +35,7 @@ mod panics;
 mod pid_file;
 mod reload;
 mod start;
+mod transition_log;
 mod upgrade;
 mod upkeep;
 mod watchdog;

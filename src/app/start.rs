@@ -170,7 +170,7 @@ async fn bring_up(
     let (probe_results, probed) = mpsc::channel(PROBE_RESULTS_MAX);
     let tokens = Arc::new(TokenStore::new(token));
     let config = Arc::new(config);
-    let session_cap = SessionCap { descriptors };
+    let mut session_cap = SessionCap::new(descriptors);
     let in_force = session_cap.apply(&config, 0);
     let effects = controller.apply(Event::Configure(in_force), clock::now());
     let mut control = Control {
@@ -199,6 +199,7 @@ async fn bring_up(
         runtime,
         engine_reason,
         reloads: ReloadCounts::default(),
+        transitions: Default::default(),
         restart_needed: Vec::new(),
         session_cap,
         draining: None,
@@ -446,30 +447,43 @@ fn announce(control: &Control, config: &Config, workers: usize) {
 }
 
 /// How many sessions the descriptor limit allows.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) struct SessionCap {
     descriptors: u64,
+    /// What was wanted and what was allowed when it was last said.
+    said: Option<(u32, u32)>,
 }
 
 impl SessionCap {
+    pub(super) fn new(descriptors: u64) -> SessionCap {
+        SessionCap { descriptors, said: None }
+    }
+
     /// `config` with a `connections_max` that cannot run out of descriptors;
-    /// says so where that lowers it.
-    pub(super) fn apply(self, config: &Arc<Config>, listeners: usize) -> Arc<Config> {
+    /// says so where that lowers it to another figure than before.
+    pub(super) fn apply(&mut self, config: &Arc<Config>, listeners: usize) -> Arc<Config> {
         let own = DESCRIPTORS_RESERVED + listeners as u64;
         let allowed = self.descriptors.saturating_sub(own) / DESCRIPTORS_A_SESSION;
         let allowed = u32::try_from(allowed.max(1)).unwrap_or(u32::MAX);
         if config.process.connections_max <= allowed {
+            self.said = None;
             return Arc::clone(config);
         }
-        tracing::warn!(
-            connections_max = config.process.connections_max,
-            in_force = allowed,
-            descriptors = self.descriptors,
-            "the limit on open descriptors allows fewer sessions; raise LimitNOFILE or ulimit -n"
-        );
+        if self.is_news(config.process.connections_max, allowed) {
+            tracing::warn!(
+                connections_max = config.process.connections_max,
+                in_force = allowed,
+                descriptors = self.descriptors,
+                "the limit on open descriptors allows fewer sessions; raise LimitNOFILE or ulimit -n"
+            );
+        }
         let mut lowered = Config::clone(config);
         lowered.process.connections_max = allowed;
         Arc::new(lowered)
+    }
+
+    fn is_news(&mut self, wanted: u32, allowed: u32) -> bool {
+        self.said.replace((wanted, allowed)) != Some((wanted, allowed))
     }
 }
 
@@ -507,5 +521,18 @@ pub(super) fn load_token(config: &Config) -> Result<Option<Token>, String> {
 impl std::fmt::Display for Refused {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "cannot listen on {}: {}", self.address, self.error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_on_descriptors_is_said_once_for_each_figure() {
+        let mut cap = SessionCap::new(1024);
+        assert!(cap.is_news(5000, 384));
+        assert!(!cap.is_news(5000, 384), "every reload would say it again");
+        assert!(cap.is_news(5000, 380) && cap.is_news(6000, 380));
     }
 }

@@ -9,11 +9,11 @@
 use super::heartbeats::ttl;
 use super::schedule::Job;
 use super::{Controller, Effect, Notice, Origin, PoolId, ProbeToken};
-use crate::config::{HeartbeatSpec, Pool, ProbeKind, ProbeSpec};
+use crate::config::{self, HeartbeatSpec, ProbeKind, ProbeSpec};
 use crate::health::heartbeat::guards::{Frost, permit, stalled};
 use crate::health::heartbeat::{
     Answer, Arrival, Ask, Beat, Channel, ChannelGuard, PathGuard, PathView, State, Step,
-    TRY_TIMEOUT, Try, TryId,
+    TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN, Try, TryId,
 };
 use crate::health::{ProbeOutcome, Pulse, REFUSED};
 use crate::heartbeat::SenderState;
@@ -63,14 +63,17 @@ pub(super) struct Guards {
 }
 
 /// The probe that confirms a suspicion in a pool: of its own kind, or a plain
-/// connect.
-pub(super) fn confirming(pool: &Pool) -> Arc<ProbeSpec> {
+/// connect. Its time-out is the longest a try may have: what the pool itself
+/// allows, within the detector's bounds.
+pub(super) fn confirming(pool: &config::Pool) -> Arc<ProbeSpec> {
     let kind = pool.probe.as_ref().map_or(ProbeKind::Tcp, |spec| spec.kind.clone());
+    let allowed = pool.probe.as_ref().map_or(pool.connect_timeout, |spec| spec.timeout);
+    let timeout = allowed.clamp(TRY_TIMEOUT_MIN, TRY_TIMEOUT_MAX);
     Arc::new(ProbeSpec {
         kind,
-        interval: TRY_TIMEOUT,
-        fast_interval: TRY_TIMEOUT,
-        timeout: TRY_TIMEOUT,
+        interval: timeout,
+        fast_interval: timeout,
+        timeout,
         rise: 1,
         fall: 1,
         source: Arc::clone(&pool.source),
@@ -139,6 +142,10 @@ impl Controller {
         let Some(trying) = entry.trying.take_if(|trying| trying.token == token) else {
             return false;
         };
+        if let ProbeOutcome::Local { reason } = outcome {
+            self.notice_local_trouble(id, reason, now);
+        }
+        let Some(entry) = self.backends.get_mut(&id) else { return true };
         let Some(heart) = &mut entry.heart else { return true };
         let answer = match outcome {
             ProbeOutcome::Success { .. } => Answer::Answered,
@@ -246,10 +253,11 @@ impl Controller {
     /// The guards may have changed their mind about whom they held back.
     fn reconsider(&mut self, pool: Option<PoolId>, now: Instant) {
         for id in self.members_of(pool) {
-            let heart = self.backends.get(&id).and_then(|entry| entry.heart.as_deref());
-            let Some(heart) = heart else { continue };
-            let step = heart.detector.reconsider();
+            let Some(entry) = self.backends.get_mut(&id) else { continue };
+            let Some(heart) = &mut entry.heart else { continue };
+            let step = heart.detector.reconsider(now);
             self.follow(id, step, now);
+            self.rearm(id);
         }
     }
 
@@ -325,7 +333,12 @@ impl Controller {
     pub(super) fn path_view(&self, pool: Option<PoolId>, now: Instant) -> PathView {
         let one = |entry: &&super::BackendEntry| pool.is_none_or(|pool| entry.pool == pool);
         let hearts = self.backends.values().filter(one).filter_map(|entry| entry.heart.as_deref());
-        PathView::of(hearts.map(|heart| &heart.detector), now)
+        let guard = match pool {
+            None => Some(&self.guards.all),
+            Some(id) => self.pool(id).map(|pool| &pool.guard),
+        };
+        let frozen = guard.and_then(PathGuard::freeze).map(|freeze| freeze.since);
+        PathView::of(hearts.map(|heart| &heart.detector), frozen, now)
     }
 
     /// What the heartbeats' channel as a whole is like.
@@ -384,13 +397,19 @@ impl Controller {
         }
         self.ids.probe += 1;
         let token = ProbeToken(self.ids.probe);
-        let lost_at = now + next.timeout + super::probing::PROBE_LOST_MARGIN;
+        let timeout = next.timeout.min(pool.confirming.timeout);
+        let spec = if timeout == pool.confirming.timeout {
+            Arc::clone(&pool.confirming)
+        } else {
+            Arc::new(ProbeSpec { timeout, ..(*pool.confirming).clone() })
+        };
+        let lost_at = now + timeout + super::probing::PROBE_LOST_MARGIN;
         entry.trying = Some(Trying { token, id: next.id, lost_at });
         self.work.effects.push(Effect::Probe {
             backend: id,
             token,
             address: entry.state.address.clone(),
-            spec: Arc::clone(&pool.confirming),
+            spec,
         });
     }
 

@@ -43,7 +43,12 @@ impl Controller {
             return;
         }
         match outcome {
-            ProbeOutcome::Success { .. } => self.weigh_probe(id, None, now),
+            ProbeOutcome::Success { took } => {
+                if let Some(heart) = &mut entry.heart {
+                    heart.detector.reached(took);
+                }
+                self.weigh_probe(id, None, now);
+            }
             ProbeOutcome::Failure { reason } => self.weigh_probe(id, Some(reason), now),
             ProbeOutcome::Local { reason } => self.notice_local_trouble(id, &reason, now),
         }
@@ -151,7 +156,7 @@ impl Controller {
         }
     }
 
-    fn notice_local_trouble(&mut self, id: BackendId, reason: &str, now: Instant) {
+    pub(super) fn notice_local_trouble(&mut self, id: BackendId, reason: &str, now: Instant) {
         let quiet = |at: Instant| now.saturating_duration_since(at) < LOCAL_TROUBLE_NOTICE_INTERVAL;
         if self.local_trouble_noticed.is_some_and(quiet) {
             return;
@@ -161,7 +166,7 @@ impl Controller {
         self.work.effects.push(Effect::Notice(Notice {
             pool: Arc::clone(&entry.state.pool),
             backend: Some(Arc::clone(&entry.state.name)),
-            message: format!("probe not run for want of resources here: {reason}"),
+            message: format!("probe not run because of trouble here: {reason}"),
         }));
     }
 }

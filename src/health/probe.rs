@@ -172,13 +172,35 @@ async fn connect_tcp(
         // A refinement; where it is refused the probe works all the same.
         let _ = raw.set_tcp_quickack(false);
     }
-    let stream = socket.connect(to).await.map_err(connect_fault)?;
+    let stream =
+        telling_when(socket.connect(to)).await.map_err(|(error, at_once)| {
+            match at_once.then(|| errno::local_trouble_at_once(&error)).flatten() {
+                Some(kind) => Fault::Local(local_words(kind, &error), kind),
+                None => connect_fault(error),
+            }
+        })?;
     // Nobody listens, but the port the kernel lent us is the very one we
     // called: TCP's simultaneous open then connects us to ourselves.
     if stream.local_addr().is_ok_and(|from| from == to) {
         return Err(Fault::Backend("connection refused".to_owned()));
     }
     Ok(stream)
+}
+
+/// Waits for a connect and says of its error whether connect(2) gave it at
+/// once, before any packet could have left this host: only then does it speak
+/// of our own routes and interfaces.
+async fn telling_when<T>(
+    connect: impl Future<Output = io::Result<T>>,
+) -> Result<T, (io::Error, bool)> {
+    let mut connect = std::pin::pin!(connect);
+    let mut at_once = true;
+    std::future::poll_fn(|task| {
+        let polled = connect.as_mut().poll(task);
+        let first = std::mem::replace(&mut at_once, false);
+        polled.map_err(|error| (error, first))
+    })
+    .await
 }
 
 async fn converse(
@@ -336,18 +358,23 @@ fn talk_fault(error: io::Error) -> Fault {
     })
 }
 
-/// Want of descriptors, source ports or memory is our own trouble and proves
-/// nothing about the backend.
+/// Want of descriptors, source ports or memory, or a prohibition of this host,
+/// is our own trouble and proves nothing about the backend.
 fn sort_fault(error: &io::Error) -> Option<Fault> {
-    let words = match error.raw_os_error()? {
-        libc::EMFILE => "too many open files in this process",
-        libc::ENFILE => "too many open files in the system",
-        libc::EADDRNOTAVAIL | libc::EADDRINUSE => "no source port left",
-        libc::ENOBUFS => "no buffer space left",
-        libc::ENOMEM => "out of memory",
-        _ => return None,
-    };
-    Some(Fault::Local(words.to_owned(), errno::local_kind(error)))
+    let kind = errno::local_trouble(error)?;
+    Some(Fault::Local(local_words(kind, error), kind))
+}
+
+fn local_words(kind: LocalError, error: &io::Error) -> String {
+    match (kind, error.raw_os_error()) {
+        (LocalError::Descriptors, Some(libc::ENFILE)) => "too many open files in the system".into(),
+        (LocalError::Descriptors, _) => "too many open files in this process".into(),
+        (LocalError::Ports, _) => "no source port left".into(),
+        (LocalError::Memory, Some(libc::ENOBUFS)) => "no buffer space left".into(),
+        (LocalError::Memory, _) => "out of memory".into(),
+        (LocalError::Route, _) => format!("no route on this host: {error}"),
+        (LocalError::Other, _) => format!("this host does not allow it: {error}"),
+    }
 }
 
 /// A quotation that fits a log line and holds no control characters.

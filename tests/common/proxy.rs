@@ -165,6 +165,30 @@ impl TestProxy {
         find(&find(&status["pools"], pool)["backends"], name).clone()
     }
 
+    /// Why one backend is in its state.
+    #[track_caller]
+    pub fn explained(&self, pool: &str, name: &str) -> Value {
+        let path = format!("/v1/pools/{pool}/backends/{name}/explain");
+        let answer = self.admin_request("GET", &path);
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        answer.json()
+    }
+
+    /// What the detector reads from one backend's heartbeats; null before any.
+    #[track_caller]
+    pub fn sender(&self, pool: &str, name: &str) -> Value {
+        self.explained(pool, name)["heartbeat"]["sender"].clone()
+    }
+
+    /// Waits until so many more of its heartbeats have been taken.
+    #[track_caller]
+    pub fn wait_beats(&self, pool: &str, name: &str, count: u64) {
+        let taken = || self.sender(pool, name)["received_total"].as_u64().unwrap_or(0);
+        let wanted = taken() + count;
+        let what = format!("{pool}/{name} is heard {count} times");
+        eventually(secs(10), &what, || taken() >= wanted);
+    }
+
     /// One frontend of `/v1/status`.
     #[track_caller]
     pub fn frontend(&self, name: &str) -> Value {

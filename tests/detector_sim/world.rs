@@ -265,7 +265,8 @@ impl World {
 
     fn reconsider(&mut self) {
         for index in 0..self.nodes.len() {
-            let step = self.nodes[index].detector.reconsider();
+            let now = self.now();
+            let step = self.nodes[index].detector.reconsider(now);
             self.take(index, step);
         }
     }
@@ -274,7 +275,8 @@ impl World {
     fn view(&self, path: usize) -> PathView {
         let all = path == self.scenario.pools.len();
         let members = self.nodes.iter().filter(|node| all || node.pool == path);
-        PathView::of(members.map(|node| &node.detector), self.now())
+        let frozen = self.paths[path].freeze().map(|freeze| freeze.since);
+        PathView::of(members.map(|node| &node.detector), frozen, self.now())
     }
 
     fn channel_state(&self) -> Channel {

@@ -45,9 +45,10 @@ fn arrival_is_when_the_kernel_received_it_not_when_it_was_asked_for() {
     let before = Instant::now();
     let _sender = Sender::start(settings(to)).unwrap();
     eventually("ten", || (receiver.counts().accepted() >= 10).then_some(()));
-    let first = receiver.pop().unwrap();
+    let (first, tenth) = (receiver.pop().unwrap(), Instant::now());
     assert!(first.at >= before - Duration::from_millis(1), "not before it was sent");
-    assert!(first.at.elapsed() >= Duration::from_millis(150), "nine intervals ago");
+    // A first that is sent late shortens the first of the nine intervals since.
+    assert!(tenth - first.at >= Duration::from_millis(150), "{:?}", tenth - first.at);
 }
 
 #[test]
@@ -103,10 +104,9 @@ fn an_address_that_is_taken_is_refused_and_nothing_changes() {
 
 #[test]
 fn a_wildcard_may_be_narrowed_on_the_same_port() {
-    let port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let wide = SocketAddr::new("0.0.0.0".parse().unwrap(), port);
+    let receiver = Receiver::start(&["0.0.0.0:0".parse().unwrap()], gate()).unwrap();
+    let port = receiver.addresses()[0].port();
     let narrow = SocketAddr::new("127.0.0.1".parse().unwrap(), port);
-    let receiver = Receiver::start(&[wide], gate()).unwrap();
     let _sender = Sender::start(settings(narrow)).unwrap();
     heard(&receiver, "a first", |_| true);
     receiver.commit(receiver.prepare(&[narrow]).unwrap());
@@ -119,5 +119,5 @@ fn a_wildcard_may_be_narrowed_on_the_same_port() {
 fn a_dropped_receiver_frees_its_address() {
     let (receiver, to) = receiver();
     drop(receiver);
-    UdpSocket::bind(to).unwrap();
+    eventually("the address is free", || UdpSocket::bind(to).is_ok().then_some(()));
 }

@@ -20,8 +20,9 @@ fn heartbeats_come_at_their_interval_with_nothing_missing() {
         assert_eq!(next.heartbeat.incarnation, first.heartbeat.incarnation);
         if sequence == 25 {
             let took = next.at - first.at;
-            // 24 intervals of 20 ms; a busy machine may skip some.
-            assert!(took >= Duration::from_millis(470), "{took:?}");
+            // 24 intervals of 20 ms, the first of which is shorter where a busy
+            // machine sends the first heartbeat late; it may also skip some.
+            assert!(took >= Duration::from_millis(455), "{took:?}");
         }
     }
     assert!(sender.sent() >= 25);

@@ -2,10 +2,13 @@
 
 use crate::place::{heard, key_file, receiver};
 use rustix::process::{Pid, Signal, kill_process};
+use socket2::{Domain, Socket, Type};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tidegate::heartbeat::SenderState;
 
@@ -51,18 +54,20 @@ impl Drop for Sidecar {
 #[test]
 fn a_service_is_ready_only_while_its_check_succeeds() {
     let ((_dir, key), (receiver, to)) = (key_file(), receiver());
-    let place = TcpListener::bind("127.0.0.1:0").unwrap();
-    let service = place.local_addr().unwrap();
-    drop(place);
+    // Its port is taken from the start, so that nobody else gets it, and the
+    // check's own connect does not either.
+    let place = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    place.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let service = place.local_addr().unwrap().as_socket().unwrap();
     let _sidecar = sidecar(to, service, &key, &["--name", "a", "--weight", "5"]);
     let first = heard(&receiver, "a first", |_| true).heartbeat;
     assert_eq!((first.state, &*first.name), (SenderState::Starting, "a"));
     let is = |state| move |one: &tidegate::heartbeat::listen::Arrived| one.heartbeat.state == state;
 
-    let listener = TcpListener::bind(service).unwrap();
+    place.listen(16).unwrap();
     let ready = heard(&receiver, "ready", is(SenderState::Ready)).heartbeat;
     assert_eq!((ready.weight, ready.address), (5, service));
-    drop(listener);
+    drop(place);
     heard(&receiver, "not ready any more", is(SenderState::Starting));
 }
 
@@ -81,9 +86,11 @@ fn connections_of_the_service_are_told() {
 fn an_http_check_wants_a_good_status() {
     let ((_dir, key), (receiver, to)) = (key_file(), receiver());
     let service = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = service.local_addr().unwrap();
+    let (address, asked) = (service.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
+    let count = Arc::clone(&asked);
     std::thread::spawn(move || {
         for (number, client) in service.incoming().enumerate() {
+            count.fetch_add(1, Ordering::Relaxed);
             let status = if number < 3 { "503 Later" } else { "200 OK" };
             let (mut client, mut question) = (client.unwrap(), [0; 1024]);
             let length = client.read(&mut question).unwrap();
@@ -93,9 +100,8 @@ fn an_http_check_wants_a_good_status() {
     });
     let http = ["--check", "http", "--check-path", "/health"];
     let _sidecar = sidecar(to, address, &key, &http);
-    let first = heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
-    // Three checks at 50 ms failed before.
-    assert!(first.heartbeat.sequence > 3, "{first:?}");
+    heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
+    assert!(asked.load(Ordering::Relaxed) > 3, "three were told to come later");
 }
 
 #[test]
@@ -104,11 +110,13 @@ fn sigterm_drains_then_stops_and_exits_with_0() {
     let service = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut sidecar = sidecar(to, service.local_addr().unwrap(), &key, &["--drain", "300ms"]);
     heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
+    let told = Instant::now();
     sidecar.signal(Signal::TERM);
-    let draining = heard(&receiver, "draining", |one| one.heartbeat.state == SenderState::Draining);
+    heard(&receiver, "draining", |one| one.heartbeat.state == SenderState::Draining);
     let stopping = heard(&receiver, "stopping", |one| one.heartbeat.state == SenderState::Stopping);
-    let drained = stopping.at - draining.at;
-    assert!(drained >= Duration::from_millis(250), "{drained:?}");
+    // Not since it said so: a busy machine may say it late.
+    let drained = stopping.at - told;
+    assert!(drained >= Duration::from_millis(290), "{drained:?}");
     assert_eq!(sidecar.end(), (Some(0), String::new()));
 }
 

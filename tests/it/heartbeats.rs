@@ -1,8 +1,8 @@
 //! Heartbeats end to end: signed datagrams over real sockets, the sidecar, and
 //! what becomes of traffic.
 //!
-//! Heartbeats concern the control thread alone, whatever the engine, so these
-//! run on one.
+//! Who comes, dies and goes is tried on both engines, for its sessions are
+//! theirs; the rest concerns the control thread alone and runs on one.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
@@ -10,9 +10,10 @@ use crate::common::conf::{Conf, Pool};
 use crate::common::ports::free_port;
 use crate::common::proxy::{PROGRAM, TestProxy};
 use crate::common::steady::{Steady, failures_since};
-use crate::common::{Engine, eventually, http, measured, ms, secs, turn};
+use crate::common::{Engine, eventually, http, measured, ms, on_every_engine, secs, turn};
 use serde_json::Value;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::io::Read;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, UNIX_EPOCH};
@@ -20,6 +21,12 @@ use tidegate::heartbeat::SenderState;
 use tidegate::heartbeat::keys::Secret;
 use tidegate::heartbeat::sender::{Sender, Settings};
 use tidegate::heartbeat::wire::{Draft, Identity, encode};
+
+on_every_engine!(
+    a_signed_sender_joins_serves_and_leaves_without_a_session_lost,
+    a_dead_backend_is_out_in_a_second_and_comes_back_slowly,
+    a_draining_sender_keeps_its_sessions_and_gets_no_new_ones,
+);
 
 /// Quick enough for a test, slow enough for a busy machine.
 const QUICK: &str = "register = true\ninterval = \"50ms\"\nttl = \"1s\"\nforget_after = \"1s\"";
@@ -67,7 +74,11 @@ impl Keys {
     }
 
     pub fn start(&self, pool: Pool) -> TestProxy {
-        let conf = Conf::simple(Engine::Epoll, pool);
+        self.start_on(Engine::Epoll, pool)
+    }
+
+    fn start_on(&self, engine: Engine, pool: Pool) -> TestProxy {
+        let conf = Conf::simple(engine, pool);
         TestProxy::start(Conf { heartbeat: self.section(&[1]), ..conf })
     }
 
@@ -144,11 +155,9 @@ pub fn wait(proxy: &TestProxy, pool: &str, name: &str, field: &str, value: impl 
     });
 }
 
-#[test]
-fn a_signed_sender_joins_serves_and_leaves_without_a_session_lost() {
-    let _turn = turn::shared();
+fn a_signed_sender_joins_serves_and_leaves_without_a_session_lost(engine: Engine) {
     let keys = Keys::new();
-    let proxy = keys.start(Pool::new("web").heartbeat("register = true"));
+    let proxy = keys.start_on(engine, Pool::new("web").heartbeat("register = true"));
     let echo = ScriptedBackend::start(backend::echo());
     let sender = keys.sender("a", &echo, 1);
     eventually(secs(5), "it is registered", || names(&proxy) == ["a"]);
@@ -212,18 +221,17 @@ fn silence_makes_suspect_then_down_then_expired_then_forgotten() {
     assert_eq!(names(&proxy).len(), 2);
 }
 
-#[test]
-fn a_dead_backend_is_out_in_a_second_and_comes_back_slowly() {
-    let _turn = turn::shared();
+fn a_dead_backend_is_out_in_a_second_and_comes_back_slowly(engine: Engine) {
     let keys = Keys::new();
-    let pool = Pool::new("web").key("slow_start = \"2s\"").heartbeat("register = true");
-    let proxy = keys.start(pool);
+    let pool = Pool::new("web").key("slow_start = \"1s\"").heartbeat("register = true");
+    let proxy = keys.start_on(engine, pool);
     let (mut dying, other) = (named("a"), named("b"));
     let address = dying.socket_address();
     let (mut sidecar, _other) = (keys.sidecar("a", &dying), keys.sidecar("b", &other));
     wait(&proxy, "web", "a", "eligible", true);
     wait(&proxy, "web", "b", "eligible", true);
-    std::thread::sleep(secs(2)); // The pool has to be in service for as long as a slow start.
+    let up_for = || proxy.sender("web", "b")["detector_seconds"].as_f64().unwrap_or(0.0);
+    eventually(secs(10), "in service for as long as a slow start", || up_for() > 1.0);
     let steady = Steady::start(proxy.addr("web"), 2);
     sidecar.kill();
     dying.stop();
@@ -238,6 +246,7 @@ fn a_dead_backend_is_out_in_a_second_and_comes_back_slowly() {
     let ramping = proxy.backend("web", "a");
     assert!(ramping["ramp_percent"].as_u64().unwrap() < 100, "{ramping:#}");
     wait(&proxy, "web", "a", "ramp_percent", 100);
+    assert!(proxy.sender("web", "a")["downs_total"].as_u64() >= Some(1));
     let failed = failures_since(&steady.stop(), out).len();
     assert_eq!(failed, 0, "new sessions noticed nothing once it was out");
 }
@@ -290,6 +299,34 @@ fn no_more_senders_register_than_the_pool_allows() {
     let full = || proxy.metric("tidegate_heartbeats_rejected_total", &[("reason", "pool-full")]);
     eventually(secs(5), "others are refused", || full() > 3.0);
     assert_eq!(names(&proxy).len(), 2);
+}
+
+fn a_draining_sender_keeps_its_sessions_and_gets_no_new_ones(engine: Engine) {
+    let keys = Keys::new();
+    let proxy = keys.start_on(engine, Pool::new("web").heartbeat("register = true"));
+    let [one, two] = ["a", "b"].map(|name| ScriptedBackend::start(backend::greet(name)));
+    let draining = keys.ready("a", &one);
+    wait(&proxy, "web", "a", "eligible", true);
+    let (session, name) = greeted(&proxy);
+    assert_eq!(name, b'a');
+    let _other = keys.ready("b", &two);
+    wait(&proxy, "web", "b", "eligible", true);
+    draining.set_state(SenderState::Draining);
+    wait(&proxy, "web", "a", "eligible", false);
+    // A goodbye may wait a moment for the next table.
+    let all_elsewhere = || (0..10).all(|_| greeted(&proxy).1 == b'b');
+    eventually(secs(2), "new sessions go elsewhere", all_elsewhere);
+    assert_eq!(client::exchange(&session, b"still here").unwrap(), b"still here");
+    draining.set_state(SenderState::Ready);
+    wait(&proxy, "web", "a", "eligible", true);
+    eventually(secs(5), "it serves again", || greeted(&proxy).1 == b'a');
+}
+
+/// A new session, and the first letter its backend said.
+fn greeted(proxy: &TestProxy) -> (TcpStream, u8) {
+    let (mut session, mut name) = (client::connect(proxy.addr("web")), [0]);
+    session.read_exact(&mut name).unwrap();
+    (session, name[0])
 }
 
 #[test]
@@ -384,6 +421,10 @@ mod alone {
         assert!(tables <= took.as_secs_f64() * 10.0 + 2.0, "{tables} tables in {took:?}");
         assert!(tables >= 5.0, "newcomers were let in: {tables}");
         assert!(failed.is_empty(), "{} failed, first: {:?}", failed.len(), failed.first());
+        let lines = proxy.log().lines().filter(|line| line.contains("pool=web")).count() as f64;
+        let unlogged = proxy.metric("tidegate_transitions_unlogged_total", &[]);
+        assert!(lines < (took.as_secs_f64() + 5.0) * 60.0, "{lines} lines in {took:?}");
+        assert!(unlogged > 1000.0 && proxy.log().contains("more changes of backends"));
         assert!(attempts.len() > 50 && server.accepted() > 1000, "{}", server.accepted());
     }
 }

@@ -5,7 +5,7 @@ use super::heartbeats::{Keys, wait};
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::Pool;
 use crate::common::proxy::TestProxy;
-use crate::common::{measured, ms, secs, turn};
+use crate::common::{eventually, measured, ms, secs, turn};
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -59,18 +59,36 @@ fn flood(to: SocketAddr, wanted: &AtomicBool, over: &AtomicBool, sent: &AtomicU6
     }
 }
 
-/// How long a backend that dies without a word goes on being eligible.
-fn time_to_see_a_death(keys: &Keys, proxy: &TestProxy, name: &str) -> Duration {
+/// How long a backend that dies without a word goes on being eligible; `begin`
+/// makes the noise it dies in. It has joined before: newcomers are held back in
+/// a flood from their own address.
+fn time_to_see_a_death(
+    keys: &Keys,
+    proxy: &TestProxy,
+    name: &str,
+    begin: impl FnOnce(),
+) -> Duration {
     let mut dying = ScriptedBackend::start(backend::name(name));
     let mut sidecar = keys.sidecar(name, &dying);
     wait(proxy, "web", name, "eligible", true);
     // The detector trusts a newcomer's rhythm only after some beats.
-    std::thread::sleep(secs(1));
+    proxy.wait_beats("web", name, 20);
+    begin();
     sidecar.kill();
     dying.stop();
     let died = Instant::now();
     wait(proxy, "web", name, "eligible", false);
     died.elapsed()
+}
+
+/// Ends the flood, in a panic too: the scope would wait for it for ever.
+struct Ends<'a>(&'a AtomicBool, &'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.1.store(true, Ordering::Relaxed);
+        self.0.store(false, Ordering::Relaxed);
+    }
 }
 
 mod alone {
@@ -92,14 +110,22 @@ mod alone {
         let mut took = [Vec::new(), Vec::new()];
         std::thread::scope(|scope| {
             scope.spawn(|| flood(to, &wanted, &over, &sent));
+            let _ends = Ends(&wanted, &over);
             for round in 0..ROUNDS {
                 for (flooded, times) in took.iter_mut().enumerate() {
-                    wanted.store(flooded == 1, Ordering::Relaxed);
-                    times.push(time_to_see_a_death(&keys, &proxy, &format!("a{round}-{flooded}")));
+                    let name = format!("a{round}-{flooded}");
+                    times.push(time_to_see_a_death(&keys, &proxy, &name, || {
+                        if flooded == 1 {
+                            let half_a_second = sent.load(Ordering::Relaxed) + RATE / 2;
+                            wanted.store(true, Ordering::Relaxed);
+                            eventually(secs(10), "it is flooded", || {
+                                sent.load(Ordering::Relaxed) > half_a_second
+                            });
+                        }
+                    }));
+                    wanted.store(false, Ordering::Relaxed);
                 }
             }
-            over.store(true, Ordering::Relaxed);
-            wanted.store(false, Ordering::Relaxed);
         });
         took.iter_mut().for_each(|times| times.sort());
         let [quiet, flooded] = took.map(|times| times[ROUNDS / 2]);

@@ -4,7 +4,8 @@
 //! do and measure is in [`crate::trials`].
 
 use crate::common::turn;
-use crate::trials::{self, Fault};
+use crate::site::Fault;
+use crate::trials;
 use crate::watch::{FastProbes, Heartbeats};
 
 /// One test for each fault and share of packets lost, alone on the machine.

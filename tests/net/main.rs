@@ -23,9 +23,10 @@ mod hosts;
 mod link;
 #[allow(dead_code)]
 mod netns;
+#[allow(dead_code)]
+mod site;
 mod starve;
 mod traffic;
-#[allow(dead_code)]
 mod trials;
 mod watch;
 
@@ -36,4 +37,5 @@ mod emulator;
 mod faults;
 mod floods;
 mod ports;
+mod silence;
 mod streams;

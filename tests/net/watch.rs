@@ -9,7 +9,7 @@ use crate::common::ms;
 use crate::common::proxy::PROGRAM;
 use crate::common::servers::Running;
 use crate::hosts::Host;
-use crate::trials::Fault;
+use crate::site::Fault;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -29,9 +29,6 @@ pub trait Watch {
     fn start_beside(&self, _host: &Host, _name: &str) -> Option<Running> {
         None
     }
-
-    /// Trials of a fault, unless the long versions are asked for.
-    fn trials(&self) -> usize;
 
     /// How long it watches a backend before it knows it.
     fn warms_up(&self) -> Duration {
@@ -61,10 +58,6 @@ impl Watch for FastProbes {
             "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \"hello\"\ninterval = \"200ms\"\n\
              fast_interval = \"100ms\"\ntimeout = \"100ms\"\nfall = 2\nrise = 1",
         )
-    }
-
-    fn trials(&self) -> usize {
-        3
     }
 
     /// An interval with its jitter until the first probe that fails, its
@@ -122,10 +115,6 @@ impl Watch for Heartbeats {
         command.arg(self.key.path()).args(["--interval", "100ms", "--check", "tcp"]);
         command.stdout(Stdio::null());
         Some(host.namespace.run(|| Running::start(&mut command)))
-    }
-
-    fn trials(&self) -> usize {
-        4
     }
 
     /// A dozen heartbeats, to know their rhythm.

@@ -89,6 +89,7 @@ mod families {
     pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "What went on inside the rings beside moving bytes, by worker; zero on epoll.");
     pub(super) const LOCAL_ERRORS: Family = counter("tidegate_local_errors_total", "Trouble of our own, never blamed on a backend.");
     pub(super) const CONNECT_RETRIES: Family = counter("tidegate_connect_retries_total", "Connect attempts beyond a session's first.");
+    pub(super) const UNLOGGED: Family = counter("tidegate_transitions_unlogged_total", "Changes of backends that the log left out, for its pool had too many within a second.");
     pub(super) const REPORTS_DROPPED: Family = counter("tidegate_reports_dropped_total", "Reports to the control thread that found its queue full.");
     pub(super) const ACCESS_LOG_DROPPED: Family = counter("tidegate_access_log_dropped_total", "Access-log lines that found their queue full.");
 
@@ -356,6 +357,7 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
             samples.count(&[("reason", reason.name()), ("at", at.name())], total);
         }
     }
+    out.family(&families::UNLOGGED).count(&[], snapshot.transitions_unlogged);
     let mut samples = out.family(&families::QUEUED);
     for pool in &snapshot.control.pools {
         let queued = snapshot.queued.get(&pool.name).copied().unwrap_or_default();

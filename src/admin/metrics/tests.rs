@@ -82,6 +82,7 @@ fn text() -> String {
         uptime: Duration::from_millis(1_500),
         state: ServiceState::Serving,
         reloads: ReloadCounts { changed: 1, unchanged: 2, refused: 3 },
+        transitions_unlogged: 5,
         upgrades: crate::admin::UpgradeCounts { done: 4, failed: 5, refused: 6 },
         table_serial: 12,
         connections_active: 5,

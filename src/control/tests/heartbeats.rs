@@ -1,7 +1,7 @@
 //! Heartbeats: who joins, who leaves, what silence does, what share each gets.
 
 use super::*;
-use crate::health::heartbeat::TRY_TIMEOUT;
+use crate::health::heartbeat::TRY_TIMEOUT_MAX;
 use crate::heartbeat::SenderState;
 
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -450,7 +450,7 @@ fn a_confirming_probe_leaves_the_regular_ones_their_turn() {
     let effects = bench.beat(&["b", "c"], &[], Duration::from_secs(20));
     let id = bench.controller.find_backend("web", "a").unwrap();
     let regular = effects.iter().filter(|effect| {
-        matches!(effect, Effect::Probe { backend, spec, .. } if *backend == id && spec.timeout > TRY_TIMEOUT)
+        matches!(effect, Effect::Probe { backend, spec, .. } if *backend == id && spec.interval > TRY_TIMEOUT_MAX)
     });
     assert!(regular.count() >= 5, "one each two seconds");
 }

@@ -6,10 +6,11 @@
 //! one out is asked for, and granted by `guards`.
 
 use super::flaps::Flaps;
+use super::reach::Reach;
 use super::round::{Progress, Round};
 use super::{
     Answer, Arrival, Arrivals, Ask, Beat, Change, Channel, DOUBT_INTERVAL, RECOVERY_BEATS, Reading,
-    SUSPECT_WEIGHT_PERCENT, State, Step, TRY_TIMEOUT, Try, TryId, phi,
+    SUSPECT_WEIGHT_PERCENT, State, Step, Try, TryId, phi,
 };
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,9 @@ const TRIES_MAX: u32 = 3;
 /// Further tries end within so many intervals of the last heartbeat.
 const CONFIRMED_WITHIN: f64 = 14.5;
 
+/// What a guard has held back is not confirmed anew so soon after the suspicion.
+const CONFIRMED_FOR: Duration = Duration::from_secs(1);
+
 /// Phi's deviation is at least that share of the interval: one that is too
 /// regular makes phi leap.
 const PHI_DEVIATION_MIN: f64 = 0.1;
@@ -32,6 +36,7 @@ const PHI_DEVIATION_MIN: f64 = 0.1;
 #[derive(Debug, Clone)]
 pub struct HeartbeatDetector {
     arrivals: Arrivals,
+    reach: Reach,
     standing: Standing,
     since: Instant,
     /// The probing under way.
@@ -93,6 +98,7 @@ impl HeartbeatDetector {
     pub fn new(interval: Duration, now: Instant) -> HeartbeatDetector {
         HeartbeatDetector {
             arrivals: Arrivals::new(interval),
+            reach: Reach::default(),
             standing: Standing::Waiting,
             since: now,
             round: None,
@@ -215,11 +221,13 @@ impl HeartbeatDetector {
         match progress {
             Progress::Ignored | Progress::Wait => Step::default(),
             Progress::Again(next) => Step::probe(next),
-            Progress::Answered => {
+            Progress::Answered(took) => {
+                self.reach.answered(took);
                 self.end_round(now);
                 self.answered(now)
             }
             Progress::Failed(evidence) => {
+                self.reach.failed();
                 self.end_round(now);
                 self.confirmed(Confirmed { evidence, proven: false }, now)
             }
@@ -229,6 +237,12 @@ impl HeartbeatDetector {
                 self.confirmed(Confirmed { evidence, proven: true }, now)
             }
         }
+    }
+
+    /// The pool's own probe, of the kind that confirms, was answered after so
+    /// long: later tries get as much time. It clears no suspicion.
+    pub fn reached(&mut self, took: Duration) {
+        self.reach.answered(took);
     }
 
     /// A session's connect (or the pool's own probe) was refused. A crash shows
@@ -283,15 +297,18 @@ impl HeartbeatDetector {
     }
 
     /// The guards may have changed their mind: asks again for what was held
-    /// back.
-    pub fn reconsider(&self) -> Step {
-        let ask = match &self.standing {
-            Standing::Suspect(Suspicion { confirmed: Some(confirmed), .. }) => {
-                Some(Ask::Eject { proven: confirmed.proven })
-            }
-            _ => None,
+    /// back. Who has been suspect for a while is asked anew first: the path may be
+    /// back, and so may the backend.
+    pub fn reconsider(&mut self, now: Instant) -> Step {
+        let Standing::Suspect(Suspicion { confirmed: Some(confirmed), .. }) = &self.standing else {
+            return Step::default();
         };
-        Step { change: None, ask }
+        let stale = now.saturating_duration_since(self.since) > CONFIRMED_FOR;
+        match (confirmed.proven || !stale, &self.round) {
+            (true, _) => Step { change: None, ask: Some(Ask::Eject { proven: confirmed.proven }) },
+            (false, Some(_)) => Step::default(),
+            (false, None) => self.start_round(now),
+        }
     }
 
     /// We were deaf or late, for whatever reason: silence counts from `now`,
@@ -355,6 +372,13 @@ impl HeartbeatDetector {
         self.answered_at.is_some_and(|at| now.saturating_duration_since(at) < late)
     }
 
+    /// Whether it was heard an interval or more after `since`, or answered a
+    /// probe after it: nothing that was under way by then.
+    pub fn heard_since(&self, since: Instant) -> bool {
+        let beaten = self.arrivals.newest_at().is_some_and(|at| at >= since + self.interval());
+        beaten || self.answered_at.is_some_and(|at| at > since)
+    }
+
     /// Everything, for people.
     pub fn reading(&self, now: Instant) -> Reading {
         let arrivals = &self.arrivals;
@@ -381,6 +405,7 @@ impl HeartbeatDetector {
             mean_interval: mean,
             missing_allowed: arrivals.missing_allowed(),
             timeout: arrivals.timeout(),
+            try_timeout: self.reach.timeout(),
             silence,
             phi_normal: silence.map_or(0.0, |silence| phi::normal(silence, mean, deviation)),
             phi_exponential: silence.map_or(0.0, |silence| phi::exponential(silence, mean)),
@@ -478,7 +503,8 @@ impl HeartbeatDetector {
     }
 
     fn start_round(&mut self, now: Instant) -> Step {
-        let (round, first) = Round::start(self.tries(), &mut self.try_serial, now);
+        let (round, first) =
+            Round::start((self.tries(), self.reach.timeout()), &mut self.try_serial, now);
         self.round = Some(round);
         self.next_round = None;
         Step::probe(first)
@@ -495,7 +521,7 @@ impl HeartbeatDetector {
         }
         let within = self.arrivals.interval().mul_f64(CONFIRMED_WITHIN);
         let left = within.saturating_sub(self.arrivals.timeout());
-        let fit = left.as_nanos() / TRY_TIMEOUT.as_nanos();
+        let fit = left.as_nanos() / self.reach.timeout().as_nanos();
         u32::try_from(fit).unwrap_or(TRIES_MAX).clamp(TRIES, TRIES_MAX)
     }
 

@@ -11,8 +11,9 @@
 //!   socket, our key, our switch: silence no longer makes a suspect, probes
 //!   decide.
 //! - [`PathGuard`]: at least half of a path's backends (two at least) became
-//!   suspect together. Taking them out waits until the others have shown for
-//!   [`CORRELATED_HOLD`] that the path works.
+//!   suspect together. Taking them out waits until the others have been heard
+//!   anew, an interval or more after it began: it takes a good
+//!   [`CORRELATED_LOOK`] where the path works, and for ever where it is us.
 //! - [`permit`]: at most so many percent of a pool are out at once; one of a
 //!   pool of two or three, none of a pool of one.
 //!
@@ -22,9 +23,13 @@
 use super::{HeartbeatDetector, State};
 use std::time::{Duration, Instant};
 
-/// How long a path must go on working, for the others, before those that fell
-/// together are taken out.
-pub const CORRELATED_HOLD: Duration = Duration::from_secs(1);
+/// How often a frozen path is looked at for the others' signs of life. Shorter
+/// than confirming a suspicion takes, and more than two usual intervals.
+pub const CORRELATED_LOOK: Duration = Duration::from_millis(250);
+
+/// From then on a backend counts as heard that is merely not overdue: senders
+/// may be slower than that.
+const CORRELATED_HOLD: Duration = Duration::from_secs(1);
 
 /// Suspicions this many intervals apart are one event: backends differ in
 /// phase by one interval and in what they are allowed to miss by several.
@@ -34,10 +39,10 @@ const CORRELATED_INTERVALS: u32 = 5;
 /// timeout, so that the guard is there before the first suspect.
 const SILENT_INTERVALS: f64 = 2.2;
 
-/// A quarter of a path's backends must be heard for it to work; after that many
-/// [`CORRELATED_HOLD`]s any will do, for nine of ten may well have died.
+/// A quarter of a path's backends must be heard for it to work; after that long
+/// any will do, for nine of ten may well have died.
 const HEARD_PARTS: usize = 4;
-const PATIENCE: u32 = 5;
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the heartbeats' channel as a whole is like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +85,7 @@ pub struct PathView {
     pub suspects: usize,
     /// Suspect, and became so together with others just now.
     pub fresh: usize,
-    /// Heard in time, or answering probes.
+    /// Heard in time, or answering probes; while the path is frozen: since then.
     pub heard: usize,
     /// Answering probes.
     pub answering: usize,
@@ -179,14 +184,16 @@ impl ChannelGuard {
 // === impl PathView ===
 
 impl PathView {
-    /// Counts.
+    /// Counts. `frozen`: since when the path is, if it is.
     pub fn of<'a>(
         detectors: impl IntoIterator<Item = &'a HeartbeatDetector>,
+        frozen: Option<Instant>,
         now: Instant,
     ) -> PathView {
         let mut view = PathView::default();
         for detector in detectors {
             let answers = detector.answers(now);
+            let heard = heard(detector, frozen, now);
             view.members += 1;
             view.answering += usize::from(answers);
             match detector.state() {
@@ -195,11 +202,11 @@ impl PathView {
                 // It is still out, but it is heard.
                 State::Recovering => {
                     view.down += usize::from(detector.was_down());
-                    view.heard += 1;
+                    view.heard += usize::from(heard);
                 }
                 State::Up => {
                     view.live += 1;
-                    view.heard += usize::from(answers || !detector.overdue(now));
+                    view.heard += usize::from(heard);
                 }
                 State::Suspect => {
                     view.live += 1;
@@ -207,7 +214,7 @@ impl PathView {
                     let window = detector.interval() * CORRELATED_INTERVALS;
                     let age = now.saturating_duration_since(detector.since());
                     view.fresh += usize::from(age <= window);
-                    view.heard += usize::from(answers || !detector.overdue(now));
+                    view.heard += usize::from(heard);
                 }
             }
         }
@@ -217,6 +224,15 @@ impl PathView {
     fn together(self) -> bool {
         self.fresh > 1 && self.fresh * 2 >= self.live
     }
+}
+
+/// Whether it shows that its path works. On a frozen one what was heard before
+/// shows nothing, nor does a silence that is not long enough yet to mean
+/// anything: when we go deaf, backends fall silent one after the other.
+fn heard(detector: &HeartbeatDetector, frozen: Option<Instant>, now: Instant) -> bool {
+    let in_time = detector.answers(now) || !detector.overdue(now);
+    let Some(since) = frozen else { return in_time };
+    detector.heard_since(since) || (in_time && now >= since + CORRELATED_HOLD)
 }
 
 // === impl PathGuard ===
@@ -233,7 +249,7 @@ impl PathGuard {
             let reason =
                 format!("{} of {} backends became suspect together", view.fresh, view.live);
             self.freeze = Some(Freeze { since: now, reason: reason.clone() });
-            self.look_at = Some(now + CORRELATED_HOLD);
+            self.look_at = Some(now + CORRELATED_LOOK);
             return Some(Frost::Froze(reason));
         };
         if view.suspects == 0 {
@@ -244,15 +260,15 @@ impl PathGuard {
         }
         let PathView { heard, members, .. } = view;
         let held = now.saturating_duration_since(freeze.since);
-        let enough = if held < CORRELATED_HOLD * PATIENCE { HEARD_PARTS } else { view.live };
+        let enough = if held < PATIENCE { HEARD_PARTS } else { view.live };
         if heard > 0 && heard * enough >= view.live {
             let held = held.as_millis();
             return self.thaw(format!(
-                "{heard} of {members} backends were heard for {held} ms meanwhile: \
+                "{heard} of {members} backends were heard in the {held} ms since: \
                  the path works"
             ));
         }
-        self.look_at = Some(now + CORRELATED_HOLD);
+        self.look_at = Some(now + CORRELATED_LOOK);
         None
     }
 

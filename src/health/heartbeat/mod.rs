@@ -34,9 +34,10 @@
 //!   at [`SUSPECT_WEIGHT_PERCENT`], and is probed every [`DOUBT_INTERVAL`] for
 //!   as long as that lasts. It never goes down while it answers.
 //! - **What a probe is.** The pool's own probe where it has one, a plain TCP
-//!   connect where it has none; each try is a fresh connect and has
-//!   [`TRY_TIMEOUT`], since the kernel would repeat a lost SYN only after a
-//!   second. Trouble of our own (no descriptors, no ports) proves nothing: the
+//!   connect where it has none; each try is a fresh connect, since the kernel
+//!   would repeat a lost SYN only after a second. It has as long as answers have
+//!   taken so far ([`reach`]): 100 ms for backends nearby, up to a second, but no
+//!   longer than the pool's own probe (or its connects) may take. Trouble of our own (no descriptors, no ports) proves nothing: the
 //!   try is made again.
 //! - **Coming back** takes heartbeats, a hold-down that doubles with each
 //!   failure ([`flaps`]), a probe, and then a slow start ([`ramp`]).
@@ -65,11 +66,13 @@
 //!
 //! # Bounds
 //!
-//! A silent death is confirmed within `12.5 · interval + 200 ms` of the last
+//! A silent death is confirmed within `12.5 · interval + 2 tries` of the last
 //! heartbeat's arrival, 1.45 s at 100 ms, whatever was measured; above 15 % loss
-//! a third try is made where it ends within `14.5 · interval`. That holds while
-//! probes can be made here and no guard objects: those that die together with
-//! half of their pool are out a good second later.
+//! a third try is made where it ends within `14.5 · interval`. A try is 100 ms
+//! where answers take less than about half of that, else up to a second. That
+//! holds while probes can be made here and no guard objects: those that die
+//! together with half of their pool are out about a quarter of a second later
+//! than one alone, where the others are heard.
 //!
 //! What the bound costs: a path that is dead for longer than that, in both
 //! directions and for one backend alone, looks like a death. `scripts/detector-sim`
@@ -83,6 +86,7 @@ pub mod flaps;
 pub mod guards;
 pub mod phi;
 pub mod ramp;
+mod reach;
 mod reading;
 mod round;
 #[cfg(test)]
@@ -93,16 +97,11 @@ pub use arrivals::{Arrival, Arrivals};
 pub use detector::HeartbeatDetector;
 pub use guards::{Channel, ChannelGuard, Freeze, Frost, PathGuard, PathView, permit, stalled};
 pub use ramp::Ramp;
+pub use reach::{TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN};
 pub use reading::Reading;
 pub use round::{Answer, Try, TryId};
 
 use std::time::Duration;
-
-/// How long one try of a confirming probe may take. Ten times a round trip
-/// between data centres nearby, and short enough for two within the promised
-/// bound. Backends farther away would fail every try; they are better off with
-/// a pool's probe alone.
-pub const TRY_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Heartbeats in time that a backend needs before it is probed for coming back.
 pub const RECOVERY_BEATS: u32 = 3;

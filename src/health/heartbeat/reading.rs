@@ -39,6 +39,8 @@ pub struct Reading {
     pub missing_allowed: u32,
     /// Silence that makes it suspect.
     pub timeout: Duration,
+    /// How long a confirming try may take.
+    pub try_timeout: Duration,
     /// Since the newest heartbeat.
     pub silence: Option<Duration>,
     /// Normal tail; a figure, not a verdict.

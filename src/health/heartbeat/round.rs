@@ -4,7 +4,7 @@
 //! The heartbeat detector owns at most one at a time. It asks for tries and
 //! counts what becomes of them; it never makes one, and reads no clock.
 
-use super::TRY_TIMEOUT;
+use super::TRY_TIMEOUT_MIN;
 use std::time::{Duration, Instant};
 
 /// A try whose result has not been reported that long after its timeout is
@@ -47,8 +47,8 @@ pub(super) enum Progress {
     Again(Try),
     /// The next try is due later.
     Wait,
-    /// Over: it works.
-    Answered,
+    /// Over: it works, and took that long to say so.
+    Answered(Duration),
     /// Over: every try failed; the evidence in words.
     Failed(String),
     /// Over: refused.
@@ -61,13 +61,15 @@ pub(super) struct Round {
     /// Tries that have to fail; at least 1.
     tries: u32,
     failed: u32,
+    /// Of each try.
+    timeout: Duration,
     stage: Stage,
 }
 
 /// Invariant: there is always a next event, so a round never hangs.
 #[derive(Debug, Clone, Copy)]
 enum Stage {
-    Flying { id: TryId, lost_at: Instant },
+    Flying { id: TryId, since: Instant, lost_at: Instant },
     Pausing { until: Instant },
 }
 
@@ -75,9 +77,13 @@ enum Stage {
 
 impl Round {
     /// The first try is due now. `serial` numbers the owner's tries.
-    pub(super) fn start(tries: u32, serial: &mut u64, now: Instant) -> (Round, Try) {
-        let (stage, next) = fly(serial, now);
-        (Round { tries: tries.max(1), failed: 0, stage }, next)
+    pub(super) fn start(
+        (tries, timeout): (u32, Duration),
+        serial: &mut u64,
+        now: Instant,
+    ) -> (Round, Try) {
+        let (stage, next) = fly(timeout, serial, now);
+        (Round { tries: tries.max(1), failed: 0, timeout, stage }, next)
     }
 
     /// Takes a result.
@@ -88,14 +94,15 @@ impl Round {
         serial: &mut u64,
         now: Instant,
     ) -> Progress {
-        if !matches!(self.stage, Stage::Flying { id: awaited, .. } if awaited == id) {
-            return Progress::Ignored;
-        }
+        let since = match self.stage {
+            Stage::Flying { id: awaited, since, .. } if awaited == id => since,
+            _ => return Progress::Ignored,
+        };
         match answer {
-            Answer::Answered => Progress::Answered,
+            Answer::Answered => Progress::Answered(now.saturating_duration_since(since)),
             Answer::Refused => Progress::Refused,
             Answer::Local => {
-                self.stage = Stage::Pausing { until: now + TRY_TIMEOUT };
+                self.stage = Stage::Pausing { until: now + TRY_TIMEOUT_MIN };
                 Progress::Wait
             }
             Answer::Failed(reason) => {
@@ -107,7 +114,7 @@ impl Round {
                         "{failed} confirming probe{s} failed, last: {reason}"
                     ));
                 }
-                let (stage, next) = fly(serial, now);
+                let (stage, next) = fly(self.timeout, serial, now);
                 self.stage = stage;
                 Progress::Again(next)
             }
@@ -116,7 +123,7 @@ impl Round {
 
     /// Starts anew: what was found so far may be our own doing.
     pub(super) fn restart(&mut self, serial: &mut u64, now: Instant) -> Try {
-        let (stage, next) = fly(serial, now);
+        let (stage, next) = fly(self.timeout, serial, now);
         self.failed = 0;
         self.stage = stage;
         next
@@ -127,7 +134,7 @@ impl Round {
         if now < self.due() {
             return None;
         }
-        let (stage, next) = fly(serial, now);
+        let (stage, next) = fly(self.timeout, serial, now);
         self.stage = stage;
         Some(next)
     }
@@ -141,9 +148,9 @@ impl Round {
     }
 }
 
-fn fly(serial: &mut u64, now: Instant) -> (Stage, Try) {
+fn fly(timeout: Duration, serial: &mut u64, now: Instant) -> (Stage, Try) {
     *serial += 1;
     let id = TryId(*serial);
-    let lost_at = now + TRY_TIMEOUT + REPORT_MARGIN;
-    (Stage::Flying { id, lost_at }, Try { id, timeout: TRY_TIMEOUT })
+    let lost_at = now + timeout + REPORT_MARGIN;
+    (Stage::Flying { id, since: now, lost_at }, Try { id, timeout })
 }

@@ -351,8 +351,24 @@ fn our_own_shortages_are_never_blamed_on_the_backend() {
         assert!(matches!(connect_fault(error()), Fault::Local(..)), "{errno}");
         assert!(matches!(talk_fault(error()), Fault::Local(..)), "{errno}");
     }
-    let refused = io::Error::from_raw_os_error(libc::ECONNREFUSED);
-    assert!(matches!(connect_fault(refused), Fault::Backend(_)));
+    for errno in [libc::ECONNREFUSED, libc::EHOSTUNREACH, libc::ENETUNREACH] {
+        let error = io::Error::from_raw_os_error(errno);
+        assert!(matches!(connect_fault(error), Fault::Backend(_)), "{errno} by ICMP");
+    }
+}
+
+#[test]
+fn an_error_is_known_to_come_at_once_or_later() {
+    let error = || io::Error::from_raw_os_error(libc::ENETUNREACH);
+    on_runtime(async {
+        let (_, at_once) = telling_when::<()>(async { Err(error()) }).await.unwrap_err();
+        assert!(at_once, "connect(2) itself gave it");
+        let later = async {
+            tokio::task::yield_now().await;
+            Err::<(), _>(error())
+        };
+        assert!(!telling_when(later).await.unwrap_err().1, "a message from the path");
+    });
 }
 
 #[test]

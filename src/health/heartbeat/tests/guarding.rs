@@ -1,7 +1,7 @@
 //! What the guards over many backends allow.
 
 use super::*;
-use guards::{CORRELATED_HOLD, down_max};
+use guards::{CORRELATED_LOOK, down_max};
 
 fn view(live: usize, fresh: usize) -> PathView {
     let heard = live - fresh;
@@ -72,9 +72,9 @@ fn half_that_fall_together_wait_until_the_others_show_that_the_path_works() {
     let freezes = [guard.freeze(), None];
     let refused = permit(false, view(4, 2), 50, Channel::Alive, freezes).unwrap_err();
     assert_eq!(refused, "2 of 4 backends became suspect together");
-    assert_eq!(guard.due(), Some(now + CORRELATED_HOLD));
-    assert_eq!(guard.look(view(4, 2), now + ms(900)), None);
-    let thawed = guard.look(view(4, 2), now + CORRELATED_HOLD).unwrap();
+    assert_eq!(guard.due(), Some(now + CORRELATED_LOOK));
+    assert_eq!(guard.look(view(4, 2), now + ms(200)), None);
+    let thawed = guard.look(view(4, 2), now + CORRELATED_LOOK).unwrap();
     assert!(matches!(thawed, Frost::Thawed(reason) if reason.contains("the path works")));
     assert_eq!((guard.freeze(), guard.due()), (None, None));
 }
@@ -110,10 +110,13 @@ fn detectors_are_counted_by_how_they_stand() {
     while heard.now < now {
         heard.beat();
     }
-    let view = PathView::of([&silent.detector, &down.detector, &heard.detector], now);
+    let all = [&silent.detector, &down.detector, &heard.detector];
+    let view = PathView::of(all, None, now);
     assert_eq!((view.members, view.live, view.down), (3, 2, 1));
     assert_eq!((view.suspects, view.fresh), (1, 1));
-    assert!(view.heard >= 1);
+    assert_eq!(view.heard, 1);
+    let frozen = |since| PathView::of(all, Some(since), now).heard;
+    assert_eq!((frozen(now - INTERVAL * 2), frozen(now)), (1, 0), "nothing since");
 }
 
 #[test]

@@ -185,7 +185,7 @@ fn what_the_guards_hold_back_is_asked_for_again_every_second() {
     assert!(lab.detector.hold("2 of 4 are down".to_owned()));
     assert!(!lab.detector.hold("2 of 4 are down".to_owned()), "no news");
     assert_eq!(lab.detector.reading(lab.now).held.as_deref(), Some("2 of 4 are down"));
-    assert_eq!(lab.detector.reconsider().ask, Some(Ask::Eject { proven: false }));
+    assert_eq!(lab.detector.reconsider(lab.now).ask, Some(Ask::Eject { proven: false }));
     lab.ask = None;
     lab.wait(DOUBT_INTERVAL);
     lab.answer(failed());
