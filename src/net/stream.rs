@@ -30,8 +30,9 @@ pub enum Connecting {
     Pending,
 }
 
-/// Between keepalive probes once the idle time is over.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// Between keepalive probes once the idle time is over, where that is not
+/// shorter itself.
+const KEEPALIVE_INTERVAL_MAX: Duration = Duration::from_secs(15);
 
 /// Unanswered keepalive probes that end a connection.
 const KEEPALIVE_PROBES: u32 = 4;
@@ -168,13 +169,15 @@ pub fn set_liveness(
         return Ok(());
     }
     match keepalive {
-        Some(idle) => socket.set_tcp_keepalive(
-            &TcpKeepalive::new()
-                // The kernel counts whole seconds from 1 to 32,767.
-                .with_time(idle.clamp(Duration::from_secs(1), Duration::from_secs(32_767)))
-                .with_interval(KEEPALIVE_INTERVAL)
-                .with_retries(KEEPALIVE_PROBES),
-        )?,
+        Some(idle) => {
+            // The kernel counts whole seconds from 1 to 32,767.
+            let idle = idle.clamp(Duration::from_secs(1), Duration::from_secs(32_767));
+            let keepalive = TcpKeepalive::new()
+                .with_time(idle)
+                .with_interval(idle.min(KEEPALIVE_INTERVAL_MAX))
+                .with_retries(KEEPALIVE_PROBES);
+            socket.set_tcp_keepalive(&keepalive)?;
+        }
         None => socket.set_keepalive(false)?,
     }
     socket.set_tcp_user_timeout(user_timeout)

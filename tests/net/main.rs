@@ -34,4 +34,6 @@ mod channel;
 mod detection;
 mod emulator;
 mod faults;
+#[allow(dead_code)]
+mod scenes;
 mod streams;
