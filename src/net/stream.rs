@@ -152,6 +152,20 @@ pub fn unacknowledged(socket: impl AsFd) -> u64 {
     super::ioctl::out_queue(socket.as_fd())
 }
 
+/// The errno of a TCP connection that is dead though we have not ended it and
+/// its error is not to be had any more: the kernel tells it once, and may have
+/// told it to a send that it then reported as a short one. A peer's FIN alone
+/// leaves a connection in CLOSE_WAIT, not in CLOSE (RFC 9293 section 3.3.2).
+/// `None` where the connection stands or is none of TCP's.
+pub fn died_of(socket: impl AsFd) -> Option<i32> {
+    /// `TCP_CLOSE` of `net/tcp_states.h`.
+    const CLOSE: u8 = 7;
+    let info = super::sockopt::tcp_info(socket.as_fd()).filter(|info| info.tcpi_state == CLOSE)?;
+    // It was sent to again and again when it was given up.
+    let in_vain = info.tcpi_retransmits > 0 || info.tcpi_probes > 0;
+    Some(if in_vain { libc::ETIMEDOUT } else { libc::ECONNRESET })
+}
+
 /// Keeps the byte marked urgent in the stream instead of dropping it (tcp(7)).
 pub fn keep_urgent_inline(socket: impl AsFd) {
     let _ = SockRef::from(&socket).set_out_of_band_inline(true);
@@ -186,6 +200,28 @@ pub fn set_liveness(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reset_that_somebody_else_was_told_of_is_no_end_in_order() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let pair = || {
+            let ours = std::net::TcpStream::connect(address).unwrap();
+            (ours, listener.accept().unwrap().0)
+        };
+        let (mut closed, peer) = pair();
+        drop(peer);
+        assert_eq!(std::io::Read::read(&mut closed, &mut [0]).unwrap(), 0);
+        assert_eq!(died_of(&closed), None);
+        let (mut fallen, peer) = pair();
+        reset(peer.into());
+        let told = std::io::Write::write(&mut fallen, &[0]).unwrap_err();
+        assert_eq!(told.raw_os_error(), Some(libc::ECONNRESET));
+        assert_eq!(std::io::Read::read(&mut fallen, &mut [0]).unwrap(), 0, "as after a FIN");
+        assert_eq!(died_of(&fallen), Some(libc::ECONNRESET));
+        let (unix, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert_eq!(died_of(&unix), None);
+    }
 
     #[test]
     fn a_connect_within_the_host_is_decided_at_once() {

@@ -18,8 +18,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// Where the module stands in Debian, and where it is part of nginx nobody
-/// needs to name it.
+/// Where Debian has it (libnginx-mod-stream).
 const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
 /// One balancer, and the session that is held through it.
@@ -45,14 +44,20 @@ pub fn all(site: &Site, scene: &Scene) -> Vec<Candidate> {
     if std::env::var("TIDEGATE_PEERS").is_ok_and(|value| value == "1") {
         let peers: [(&str, Config); 2] = [("haproxy", haproxy), ("nginx", nginx)];
         for (name, config) in peers {
-            match servers::find(name) {
-                Some(_) => all.push(peer(name, config, site, scene)),
+            if is_here(name) {
+                all.push(peer(name, config, site, scene));
+            } else {
                 // The comparison is what is missing, not the test.
-                None => report("SKIPPED", &format!("no comparison: {name} not found")),
+                report("SKIPPED", &format!("no comparison: {name} not found"));
             }
         }
     }
     all
+}
+
+/// nginx without its stream module is of no use.
+fn is_here(name: &str) -> bool {
+    servers::find(name).is_some() && (name != "nginx" || Path::new(NGINX_STREAM).exists())
 }
 
 fn places(site: &Site) -> (SocketAddr, SocketAddr) {
@@ -131,18 +136,13 @@ fn haproxy(_: &Path, frontend: SocketAddr, backend: SocketAddr, limits: &Limits)
 }
 
 fn nginx(dir: &Path, frontend: SocketAddr, backend: SocketAddr, limits: &Limits) -> String {
-    let module = if Path::new(NGINX_STREAM).exists() {
-        format!("load_module {NGINX_STREAM};\n")
-    } else {
-        String::new()
-    };
     let user = if rustix::process::geteuid().is_root() { "user root;\n" } else { "" };
     let (client, server) = limits.keepalive.map_or((String::new(), ""), |time| {
         let idle = time.as_secs();
         (format!(" so_keepalive={idle}:{idle}:4"), "proxy_socket_keepalive on;")
     });
     format!(
-        "{module}{user}daemon off;\nworker_processes 1;\npid {}/pid;\nerror_log stderr crit;\n\
+        "load_module {NGINX_STREAM};\n{user}daemon off;\nworker_processes 1;\npid {}/pid;\nerror_log stderr crit;\n\
          events {{ worker_connections 1000; }}\nstream {{\n  tcp_nodelay on;\n  \
          proxy_half_close on;\n  proxy_timeout {};\n  proxy_connect_timeout {};\n  {server}\n  \
          server {{ listen {frontend}{client}; proxy_pass {backend}; }}\n}}\n",

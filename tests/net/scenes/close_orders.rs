@@ -9,20 +9,24 @@
 
 use super::Act::{Acknowledged, Fin, Reset, SeesTheEnd, Send};
 use super::Step::{Backend, Client, Connect};
-use super::{Bytes, SCENE, STREAM, Scene, open, reset, scenes};
+use super::{Bytes, GONE, SCENE, STREAM, Scene, fin, reset, scenes};
 
 scenes! {
     client_fin_before_data_while_the_backend_is_idle: Scene {
         steps: &[&[Connect, Client(Fin), Backend(SeesTheEnd), Backend(Fin)]],
+        client: fin(Bytes::None),
+        backend: fin(Bytes::None),
         ..SCENE
     };
     client_fin_before_data_while_the_backend_sends: Scene {
         steps: &[&[Connect, Backend(Send(STREAM)), Client(Fin), Backend(SeesTheEnd)],
             &[Backend(Send(STREAM)), Backend(Fin)]],
+        backend: fin(Bytes::None),
         ..SCENE
     };
     client_fin_after_data_while_the_backend_is_idle: Scene {
         steps: &[&[Connect, Client(Send(STREAM)), Client(Fin), Backend(SeesTheEnd), Backend(Fin)]],
+        client: fin(Bytes::None),
         ..SCENE
     };
     client_fin_after_data_while_the_backend_sends: Scene {
@@ -32,15 +36,19 @@ scenes! {
     };
     backend_fin_before_data_while_the_client_is_idle: Scene {
         steps: &[&[Connect, Backend(Fin), Client(SeesTheEnd), Client(Fin)]],
+        client: fin(Bytes::None),
+        backend: fin(Bytes::None),
         ..SCENE
     };
     backend_fin_before_data_while_the_client_sends: Scene {
         steps: &[&[Connect, Client(Send(STREAM)), Backend(Fin), Client(SeesTheEnd)],
             &[Client(Send(STREAM)), Client(Fin)]],
+        client: fin(Bytes::None),
         ..SCENE
     };
     backend_fin_after_data_while_the_client_is_idle: Scene {
         steps: &[&[Connect, Backend(Send(STREAM)), Backend(Fin), Client(SeesTheEnd), Client(Fin)]],
+        backend: fin(Bytes::None),
         ..SCENE
     };
     backend_fin_after_data_while_the_client_sends: Scene {
@@ -50,21 +58,21 @@ scenes! {
     };
     client_rst_before_data_while_the_backend_is_idle: Scene {
         steps: &[&[Connect, Client(Reset)]],
-        client: open(Bytes::None),
+        client: GONE,
         backend: reset(Bytes::None),
         cause: "client-reset",
         ..SCENE
     };
     client_rst_before_data_while_the_backend_sends: Scene {
         steps: &[&[Connect, Backend(Send(STREAM)), Client(Reset), Backend(Send(STREAM))]],
-        client: open(Bytes::Some),
+        client: GONE,
         backend: reset(Bytes::None),
         cause: "client-reset",
         ..SCENE
     };
     client_rst_after_data_while_the_backend_is_idle: Scene {
         steps: &[&[Connect, Client(Send(STREAM)), Client(Acknowledged), Client(Reset)]],
-        client: open(Bytes::None),
+        client: GONE,
         backend: reset(Bytes::All),
         cause: "client-reset",
         ..SCENE
@@ -72,7 +80,7 @@ scenes! {
     client_rst_after_data_while_the_backend_sends: Scene {
         steps: &[&[Connect, Backend(Send(STREAM)), Client(Send(STREAM)), Client(Acknowledged)],
             &[Client(Reset), Backend(Send(STREAM))]],
-        client: open(Bytes::Some),
+        client: GONE,
         backend: reset(Bytes::All),
         cause: "client-reset",
         ..SCENE
@@ -80,21 +88,21 @@ scenes! {
     backend_rst_before_data_while_the_client_is_idle: Scene {
         steps: &[&[Connect, Backend(Reset)]],
         client: reset(Bytes::None),
-        backend: open(Bytes::None),
+        backend: GONE,
         cause: "backend-reset",
         ..SCENE
     };
     backend_rst_before_data_while_the_client_sends: Scene {
         steps: &[&[Connect, Client(Send(STREAM)), Backend(Reset), Client(Send(STREAM))]],
         client: reset(Bytes::None),
-        backend: open(Bytes::Some),
+        backend: GONE,
         cause: "backend-reset",
         ..SCENE
     };
     backend_rst_after_data_while_the_client_is_idle: Scene {
         steps: &[&[Connect, Backend(Send(STREAM)), Backend(Acknowledged), Backend(Reset)]],
         client: reset(Bytes::All),
-        backend: open(Bytes::None),
+        backend: GONE,
         cause: "backend-reset",
         ..SCENE
     };
@@ -102,7 +110,7 @@ scenes! {
         steps: &[&[Connect, Client(Send(STREAM)), Backend(Send(STREAM)), Backend(Acknowledged)],
             &[Backend(Reset), Client(Send(STREAM))]],
         client: reset(Bytes::All),
-        backend: open(Bytes::Some),
+        backend: GONE,
         cause: "backend-reset",
         ..SCENE
     };

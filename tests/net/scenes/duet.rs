@@ -61,6 +61,8 @@ pub struct End {
     wrong_at: Option<u64>,
     reading: Reading,
     reads_at: Instant,
+    /// It has reset.
+    gone: bool,
     /// A write was told of the other end's reset.
     reset_told: bool,
     end: Option<(Ended, Instant)>,
@@ -85,6 +87,11 @@ impl Duet {
         let connected = from.run(|| TcpStream::connect_timeout(&self.frontend, patience(STEP_MAX)));
         match connected {
             Ok(stream) => self.client.take(stream),
+            // It stood, and was reset before we looked.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                self.client.connected = true;
+                self.client.end = Some((Ended::Reset, Instant::now()));
+            }
             Err(error) => self.note_stuck(format!("connect: {error}")),
         }
     }
@@ -167,7 +174,7 @@ impl Duet {
     /// How long after the mark the first end came.
     pub fn first_end(&self) -> Option<Duration> {
         let ends = [&self.client, &self.backend].into_iter().filter_map(|end| end.end);
-        ends.map(|(_, at)| at.saturating_duration_since(self.marked)).min()
+        ends.filter_map(|(_, at)| at.checked_duration_since(self.marked)).min()
     }
 }
 
@@ -188,6 +195,7 @@ impl End {
             wrong_at: None,
             reading: Reading::Eager,
             reads_at: Instant::now(),
+            gone: false,
             reset_told: false,
             end: None,
         }
@@ -227,6 +235,7 @@ impl End {
 
     pub fn ended(&self) -> Ended {
         match self.end {
+            _ if self.gone => Ended::Gone,
             Some((end, _)) => end,
             None if self.connected => Ended::Open,
             None => Ended::Never,
@@ -242,6 +251,7 @@ impl End {
         if let Some(stream) = self.stream.take() {
             let linger = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
             linger.expect("a socket can be told to reset");
+            self.gone = true;
         }
     }
 

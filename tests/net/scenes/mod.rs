@@ -141,6 +141,8 @@ pub enum Ended {
     Reset,
     /// Nothing said it is over.
     Open,
+    /// It has reset the connection itself.
+    Gone,
     /// There was no connection.
     Never,
 }
@@ -203,19 +205,27 @@ pub const fn open(bytes: Bytes) -> Seen {
     Seen { bytes, end: Ended::Open }
 }
 
+/// Has reset, and saw whatever it saw before.
+pub const GONE: Seen = Seen { bytes: Bytes::Some, end: Ended::Gone };
+
 /// Never connected.
 pub const NEVER: Seen = Seen { bytes: Bytes::None, end: Ended::Never };
 
-/// Makes a test of each scene, of its name.
+/// Makes a test of each scene, of its name, and a list of all.
 macro_rules! scenes {
-    ($($(#[$doc:meta])* $name:ident: $scene:expr;)+) => {$(
-        $(#[$doc])*
-        #[test]
-        fn $name() {
-            const THIS: crate::scenes::Scene = $scene;
-            crate::scenes::play::play(stringify!($name), &THIS);
-        }
-    )+};
+    ($($(#[$doc:meta])* $name:ident: $scene:expr;)+) => {
+        /// Every scene of this file, by its name.
+        pub static ALL: &[(&str, crate::scenes::Scene)] = &[$((stringify!($name), $scene)),+];
+
+        $(
+            $(#[$doc])*
+            #[test]
+            fn $name() {
+                let (name, scene) = ALL.iter().find(|(name, _)| *name == stringify!($name)).unwrap();
+                crate::scenes::play::play(name, scene);
+            }
+        )+
+    };
 }
 use scenes;
 
@@ -245,8 +255,10 @@ impl Seen {
 
 impl fmt::Display for Seen {
     fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.end == Ended::Never {
-            return to.write_str("never connected");
+        match self.end {
+            Ended::Never => return to.write_str("never connected"),
+            Ended::Gone => return to.write_str("gone"),
+            _ => {}
         }
         let bytes = match self.bytes {
             Bytes::All => "all, ",

@@ -7,7 +7,7 @@
 use super::Act::{Acknowledged, Fin, Reads, Receives, Reset, SeesTheEnd, Send};
 use super::Step::{Accept, Backend, Client, Connect, Dial, Each, Hosts, Link, Mark, Pause};
 use super::{
-    Bytes, IN_ORDER, LIMITS, Leg, Limits, MIDSTREAM, NEVER, Reading, SCENE, STREAM, Scene, Step,
+    Bytes, GONE, IN_ORDER, LIMITS, Leg, Limits, MIDSTREAM, NEVER, Reading, SCENE, STREAM, Scene, Step,
     Way, open, reset, scenes,
 };
 use crate::common::{ms, secs};
@@ -113,8 +113,7 @@ scenes! {
         limits: SILENCE,
         steps: &[MIDSTREAM, &[Link(Leg::Backend, Way::Out, cut), Mark, Client(Send(1000))]],
         client: reset(Bytes::All),
-        // It gets the segment and its end by whatever the balancer sends last.
-        backend: reset(Bytes::All),
+        backend: open(Bytes::All),
         when: SILENCE_ENDS,
         cause: "backend-lost",
         ..SCENE
@@ -209,11 +208,12 @@ scenes! {
     path_swallows_large_packets_for_good: Scene {
         limits: SILENCE,
         steps: &[
+            MIDSTREAM,
             &[Link(Leg::Backend, Way::Both, |how| how.largest = Some(1200))],
-            MIDSTREAM, &[Mark, Client(Send(STREAM))],
+            &[Mark, Client(Send(STREAM))],
         ],
         client: reset(Bytes::All),
-        backend: reset(Bytes::Some),
+        backend: open(Bytes::Some),
         when: SILENCE_ENDS,
         cause: "backend-lost",
         ..SCENE
@@ -303,7 +303,7 @@ scenes! {
     backend_resets_midstream: Scene {
         steps: &[MIDSTREAM, &[Mark, Backend(Reset)]],
         client: reset(Bytes::All),
-        backend: open(Bytes::All),
+        backend: GONE,
         when: (ms(0), secs(4)),
         cause: "backend-reset",
         ..SCENE
@@ -315,6 +315,7 @@ scenes! {
             &[Backend(Acknowledged), Mark, Backend(Reset)],
         ],
         client: reset(Bytes::All),
+        backend: GONE,
         when: (ms(0), secs(4)),
         cause: "backend-reset",
         ..SCENE
@@ -325,6 +326,7 @@ scenes! {
             MIDSTREAM, &[Backend(Fin), Client(SeesTheEnd), Client(Send(STREAM))],
             &[Client(Acknowledged), Client(Reset)],
         ],
+        client: GONE,
         backend: reset(Bytes::All),
         cause: "client-reset",
         ..SCENE

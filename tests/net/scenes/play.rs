@@ -99,7 +99,8 @@ fn settle(one: &mut Candidate, scene: &Scene) {
 fn judge(name: &str, scene: &Scene, one: &Candidate, outcome: &Outcome, site: &Site) {
     let problems = outcome.problems(scene, one);
     if let Some(proxy) = one.ours() {
-        assert!(problems.is_empty(), "{} on {}: {problems:#?}", name, one.name);
+        let log = proxy.access_log();
+        assert!(problems.is_empty(), "{name} on {}: {problems:#?}, by its log: {log:#?}", one.name);
         if !scene.cause.is_empty() {
             let line = proxy.wait_access_log(1).pop().expect("there is one");
             assert_eq!(line["cause"], scene.cause, "{name} on {}: {line:#}", one.name);
