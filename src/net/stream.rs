@@ -161,9 +161,14 @@ pub fn died_of(socket: impl AsFd) -> Option<i32> {
     /// `TCP_CLOSE` of `net/tcp_states.h`.
     const CLOSE: u8 = 7;
     let info = super::sockopt::tcp_info(socket.as_fd()).filter(|info| info.tcpi_state == CLOSE)?;
-    // It was sent to again and again when it was given up.
-    let in_vain = info.tcpi_retransmits > 0 || info.tcpi_probes > 0;
-    Some(if in_vain { libc::ETIMEDOUT } else { libc::ECONNRESET })
+    // Sent to in vain, or kept from sending, when the kernel gave it up: then no
+    // data had gone out for the whole of the limit.
+    let limit = SockRef::from(&socket).tcp_user_timeout().ok().flatten();
+    let quiet = Duration::from_millis(info.tcpi_last_data_sent.into());
+    let given_up = info.tcpi_retransmits > 0
+        || info.tcpi_probes > 0
+        || limit.is_some_and(|limit| !limit.is_zero() && quiet >= limit);
+    Some(if given_up { libc::ETIMEDOUT } else { libc::ECONNRESET })
 }
 
 /// Keeps the byte marked urgent in the stream instead of dropping it (tcp(7)).
