@@ -7,8 +7,8 @@
 use super::Act::{Acknowledged, Fin, Reads, Receives, Reset, SeesTheEnd, Send};
 use super::Step::{Accept, Backend, Client, Connect, Dial, Each, Hosts, Link, Mark, Pause};
 use super::{
-    Bytes, GONE, IN_ORDER, LIMITS, Leg, Limits, MIDSTREAM, NEVER, Reading, SCENE, STREAM, Scene, Step,
-    Way, open, reset, scenes,
+    Bytes, GONE, IN_ORDER, LIMITS, Leg, Limits, MIDSTREAM, NEVER, Reading, SCENE, STREAM, Scene,
+    Step, Way, open, reset, scenes,
 };
 use crate::common::{ms, secs};
 use crate::link::channel::{Impairment, Loss};
@@ -270,7 +270,6 @@ scenes! {
         backend: open(Bytes::Some),
         when: SILENCE_ENDS,
         cause: "backend-lost",
-        ..SCENE
     };
     /// Case 17: a window of a segment at most, and a reader in no hurry.
     window_is_tiny: Scene {

@@ -11,8 +11,8 @@ use super::duet;
 use super::leaks;
 use super::site::Site;
 use super::{
-    Bytes, GONE, IN_ORDER, LIMITS, Leg, Limits, MIDSTREAM, Reading, SCENE, STREAM, Scene, Way, fin, open,
-    reset, scenes,
+    Bytes, GONE, IN_ORDER, LIMITS, Leg, Limits, MIDSTREAM, Reading, SCENE, STREAM, Scene, Way, fin,
+    open, reset, scenes,
 };
 use crate::common::{client, eventually, eventually_some, ms, patience, secs};
 use crate::link::channel::Impairment;
