@@ -167,6 +167,18 @@ impl Candidate {
         }
     }
 
+    /// Waits until ours knows that the backend has taken the connection, which
+    /// the backend knows first.
+    pub fn wait_established(&self) {
+        if let Some(proxy) = self.ours()
+            && self.duet.stuck.is_none()
+        {
+            eventually(secs(10), "the session is established", || {
+                proxy.metric("tidegate_backend_sessions_total", &[]) >= 1.0
+            });
+        }
+    }
+
     /// Stops or continues all of it.
     pub fn signal(&self, signal: Signal) {
         let pid = match &self.program {

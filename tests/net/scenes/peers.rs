@@ -22,7 +22,7 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::time::Instant;
 
-const IDLE: Limits = Limits { idle: ms(700), connect: ms(500), ..LIMITS };
+const IDLE: Limits = Limits { idle: ms(1200), connect: secs(1), ..LIMITS };
 
 scenes! {
     /// Case 23.

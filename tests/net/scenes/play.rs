@@ -65,6 +65,7 @@ fn perform(step: &Step, site: &Site, candidates: &mut [Candidate]) {
         Step::Connect => each(candidates, |one| {
             one.duet.dial(&site.client);
             one.duet.accept();
+            one.wait_established();
         }),
         Step::Dial => each(candidates, |one| one.duet.dial(&site.client)),
         Step::Accept => each(candidates, |one| one.duet.accept()),
