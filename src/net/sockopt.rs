@@ -1,6 +1,7 @@
 //! The few socket options no crate wraps.
 //!
-//! Used by `listen`, `stream` and `datagram`. Each function is one setsockopt(2).
+//! Used by `listen`, `stream` and `datagram`. Each function is one setsockopt(2) or
+//! getsockopt(2).
 
 #![allow(unsafe_code)]
 
@@ -37,6 +38,25 @@ pub(super) fn tell_timestamps(socket: BorrowedFd<'_>) -> io::Result<()> {
 /// SO_RXQ_OVFL (socket(7)): datagrams come with the count of dropped ones.
 pub(super) fn tell_drops(socket: BorrowedFd<'_>) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1)
+}
+
+/// TCP_INFO (tcp(7)); `None` where it is no TCP socket.
+pub(super) fn tcp_info(socket: BorrowedFd<'_>) -> Option<libc::tcp_info> {
+    // SAFETY: a C struct of plain integers, for which all zeros is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: both pointers are valid for the call, and the kernel writes no
+    // more than `len` bytes of the struct: older kernels less, newer no more.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut len,
+        )
+    };
+    (result == 0).then_some(info)
 }
 
 fn set(

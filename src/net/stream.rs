@@ -32,8 +32,9 @@ pub enum Connecting {
     Pending,
 }
 
-/// Between keepalive probes once the idle time is over.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// Between keepalive probes once the idle time is over, where that is not
+/// shorter itself.
+const KEEPALIVE_INTERVAL_MAX: Duration = Duration::from_secs(15);
 
 /// Unanswered keepalive probes that end a connection.
 const KEEPALIVE_PROBES: u32 = 4;
@@ -233,6 +234,25 @@ pub fn unacknowledged(socket: impl AsFd) -> u64 {
     super::ioctl::out_queue(socket.as_fd())
 }
 
+/// The errno of a TCP connection that is dead though we have not ended it and
+/// its error is not to be had any more: the kernel tells it once, and may have
+/// told it to a send that it then reported as a short one. A peer's FIN alone
+/// leaves a connection in CLOSE_WAIT, not in CLOSE (RFC 9293 section 3.3.2).
+/// `None` where the connection stands or is none of TCP's.
+pub fn died_of(socket: impl AsFd) -> Option<i32> {
+    /// `TCP_CLOSE` of `net/tcp_states.h`.
+    const CLOSE: u8 = 7;
+    let info = super::sockopt::tcp_info(socket.as_fd()).filter(|info| info.tcpi_state == CLOSE)?;
+    // Sent to in vain, or kept from sending, when the kernel gave it up: then no
+    // data had gone out for the whole of the limit.
+    let limit = SockRef::from(&socket).tcp_user_timeout().ok().flatten();
+    let quiet = Duration::from_millis(info.tcpi_last_data_sent.into());
+    let given_up = info.tcpi_retransmits > 0
+        || info.tcpi_probes > 0
+        || limit.is_some_and(|limit| !limit.is_zero() && quiet >= limit);
+    Some(if given_up { libc::ETIMEDOUT } else { libc::ECONNRESET })
+}
+
 /// Keeps the byte marked urgent in the stream instead of dropping it (tcp(7)).
 pub fn keep_urgent_inline(socket: impl AsFd) {
     #[cfg(test)]
@@ -258,13 +278,15 @@ pub fn set_liveness(
         return Ok(());
     }
     match keepalive {
-        Some(idle) => socket.set_tcp_keepalive(
-            &TcpKeepalive::new()
-                // The kernel counts whole seconds from 1 to 32,767.
-                .with_time(idle.clamp(Duration::from_secs(1), Duration::from_secs(32_767)))
-                .with_interval(KEEPALIVE_INTERVAL)
-                .with_retries(KEEPALIVE_PROBES),
-        )?,
+        Some(idle) => {
+            // The kernel counts whole seconds from 1 to 32,767.
+            let idle = idle.clamp(Duration::from_secs(1), Duration::from_secs(32_767));
+            let keepalive = TcpKeepalive::new()
+                .with_time(idle)
+                .with_interval(idle.min(KEEPALIVE_INTERVAL_MAX))
+                .with_retries(KEEPALIVE_PROBES);
+            socket.set_tcp_keepalive(&keepalive)?;
+        }
         None => socket.set_keepalive(false)?,
     }
     socket.set_tcp_user_timeout(user_timeout)
@@ -273,6 +295,28 @@ pub fn set_liveness(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reset_that_somebody_else_was_told_of_is_no_end_in_order() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let pair = || {
+            let ours = std::net::TcpStream::connect(address).unwrap();
+            (ours, listener.accept().unwrap().0)
+        };
+        let (mut closed, peer) = pair();
+        drop(peer);
+        assert_eq!(std::io::Read::read(&mut closed, &mut [0]).unwrap(), 0);
+        assert_eq!(died_of(&closed), None);
+        let (mut fallen, peer) = pair();
+        reset(peer.into());
+        let told = std::io::Write::write(&mut fallen, &[0]).unwrap_err();
+        assert_eq!(told.raw_os_error(), Some(libc::ECONNRESET));
+        assert_eq!(std::io::Read::read(&mut fallen, &mut [0]).unwrap(), 0, "as after a FIN");
+        assert_eq!(died_of(&fallen), Some(libc::ECONNRESET));
+        let (unix, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert_eq!(died_of(&unix), None);
+    }
 
     #[test]
     fn a_connect_within_the_host_is_decided_at_once() {

@@ -23,6 +23,7 @@ const BAD: Impairment = Impairment {
     corrupt: 0.001,
     rate: None,
     queue: 256 * 1024,
+    largest: None,
     partition: false,
 };
 

@@ -9,8 +9,9 @@ use crate::proxy::close::Cause;
 use std::time::{Duration, Instant};
 
 /// Sessions younger than this get no keepalive or user timeout on the upstream
-/// leg: neither could act earlier, and short sessions save the system calls.
-const LIVENESS_AFTER: Duration = Duration::from_secs(10);
+/// leg, for short sessions save the system calls; unless one of the two could
+/// act earlier, see [`liveness_after`].
+const LIVENESS_AFTER_MAX: Duration = Duration::from_secs(10);
 
 /// A session's timers and meter.
 #[derive(Debug)]
@@ -58,6 +59,14 @@ impl Limit {
     }
 }
 
+/// When the upstream leg's limits are to be set: in time for either to act as
+/// soon as it may. Half of it, for the kernel looks only when it sends again,
+/// and is told when to look by the limit it knows of (tcp(7), `TCP_USER_TIMEOUT`).
+fn liveness_after(limits: &Limits) -> Duration {
+    let either = [limits.keepalive, limits.user_timeout].into_iter().flatten();
+    either.map(|limit| limit / 2).fold(LIVENESS_AFTER_MAX, Duration::min)
+}
+
 impl Relaying {
     pub(super) fn new(limits: Limits, meter: Meter, now: Instant) -> Relaying {
         Relaying {
@@ -69,7 +78,7 @@ impl Relaying {
             meter,
             last_activity: now,
             answer: Answer::NobodySpoke,
-            liveness_due: Some(now + LIVENESS_AFTER),
+            liveness_due: Some(now + liveness_after(&limits)),
             asked: false,
         }
     }

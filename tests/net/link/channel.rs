@@ -30,6 +30,9 @@ pub struct Impairment {
     pub rate: Option<u64>,
     /// Bytes that may wait for their turn at that rate; more are dropped.
     pub queue: usize,
+    /// Larger packets vanish, and nobody is told: a path that swallows what it
+    /// cannot carry (RFC 2923 section 2.1).
+    pub largest: Option<usize>,
     /// Nothing gets through. What was on the way already does.
     pub partition: bool,
 }
@@ -96,6 +99,7 @@ impl Default for Impairment {
             corrupt: 0.0,
             rate: None,
             queue: 256 * 1024,
+            largest: None,
             partition: false,
         }
     }
@@ -130,7 +134,7 @@ impl Channel {
         if how.partition {
             return Fate::Partitioned;
         }
-        if lost {
+        if lost || how.largest.is_some_and(|largest| bytes > largest) {
             return Fate::Lost;
         }
         let Some(sent) = self.sent_by(bytes, now, how) else { return Fate::Overflowed };

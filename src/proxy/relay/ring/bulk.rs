@@ -121,7 +121,7 @@ impl Flow {
         };
         match filled {
             Ok(Fill { bytes: 0, .. }) => {
-                self.end_of(from, 0, moved);
+                self.end_of(from, self.failure_behind_end(from), moved);
                 Filled::Ended
             }
             Ok(Fill { bytes, crammed }) => {

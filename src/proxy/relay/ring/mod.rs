@@ -7,6 +7,7 @@
 //! belongs to `net::ring`.
 
 mod bulk;
+mod end;
 mod queue;
 mod shortage;
 mod streams;

@@ -84,7 +84,7 @@ pub(in crate::proxy::relay) struct Flow {
 #[derive(Debug, Default)]
 pub(super) struct Stream {
     receive: Option<Op>,
-    send: Option<Op>,
+    pub(super) send: Option<Op>,
     /// While neither of them can go on: for bytes to receive, or, where the pipe
     /// holds some, for room to send.
     poll: Option<Op>,
@@ -330,7 +330,7 @@ impl Flow {
                 self.received(key, side, chunk, ring, moved);
                 Meaning::Nothing
             }
-            What::End => self.end_of(side, 0, moved),
+            What::End => self.end_of(side, self.failure_behind_end(side), moved),
             What::Failed(errno) => self.end_of(side, errno, moved),
             What::Starved => return self.starve(side),
             What::Stopped => Meaning::Nothing,
