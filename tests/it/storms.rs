@@ -1,11 +1,12 @@
 //! Storms of clients that reset, and of clients that connect and close: nothing
 //! is left behind, and others are served meanwhile.
 
-use crate::common::client::{self, connect, try_connect};
+use crate::common::client::{self, connect, connect_from};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::{PROGRAM, TestProxy};
 use crate::common::{Engine, eventually, long, measured, on_every_engine_alone, secs};
 use crate::slow::Service;
+use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -83,11 +84,15 @@ fn flood_of_connects_and_closes_leaves_others_served_and_no_memory_taken(engine:
     let (rate, _) = endure(&proxy, || {
         let until = Instant::now() + lasting();
         std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    while Instant::now() < until {
-                        // Ports may run short for a moment: then there is no flood.
-                        let _ = try_connect(address).map(drop);
+            for thread in 0..4 {
+                scope.spawn(move || {
+                    // From many addresses: the ports of one are soon in TIME-WAIT.
+                    for number in 0_u32.. {
+                        if Instant::now() >= until {
+                            break;
+                        }
+                        let source = Ipv4Addr::new(127, 0, 4 + thread, (number % 250) as u8);
+                        let _ = connect_from(source.into(), address).map(drop);
                     }
                 });
             }

@@ -48,6 +48,8 @@ const TINY: RingSettings = RingSettings { buffers: 4, shown: 2 };
 /// where the budget allows none.
 fn on_each<F: Future<Output = ()>>(test: impl Fn(Rig) -> F) {
     for max in [usize::MAX, 0] {
+        // Shown where a test fails.
+        eprintln!("a budget of {max}");
         let budget = || Arc::new(Budget::new(max));
         on(Runtime::Epoll, || Engine::readiness(None, budget()), &test);
         on(Runtime::IoUring, || Engine::ring(None, TINY, budget()), &test);
