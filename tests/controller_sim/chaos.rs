@@ -6,8 +6,9 @@
 //! Nothing says what must happen, only what must always hold. `SIM_SEED=n`
 //! replays a run.
 
+use crate::drawn::random_config;
 use crate::heartbeats::{Sender, beat, heartbeat_config};
-use crate::{SeedGuard, number, random_config};
+use crate::{SeedGuard, number};
 use fastrand::Rng;
 use std::collections::{HashMap, HashSet, hash_map::DefaultHasher};
 use std::hash::{Hash, Hasher};

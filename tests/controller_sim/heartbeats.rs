@@ -5,7 +5,8 @@
 //!
 //! `SIM_SEED=n` replays a run.
 
-use crate::{SeedGuard, number, random_config};
+use crate::drawn::random_config;
+use crate::{SeedGuard, number};
 use fastrand::Rng;
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,0 +1,137 @@
+//! Random configurations, by a seed.
+//!
+//! Called by the simulation at its start and at each reload. It keeps nothing.
+
+use fastrand::Rng;
+use std::sync::Arc;
+use std::time::Duration;
+use tidegate::config::*;
+
+pub fn millis(rng: &mut Rng, low: u64, high: u64) -> Duration {
+    Duration::from_millis(rng.u64(low..=high))
+}
+
+pub fn random_probe(rng: &mut Rng) -> Option<Arc<ProbeSpec>> {
+    let timeout = millis(rng, 100, 900);
+    let fast_interval = timeout + millis(rng, 0, 500);
+    let spec = ProbeSpec {
+        kind: ProbeKind::Tcp,
+        interval: fast_interval + millis(rng, 0, 2000),
+        fast_interval,
+        timeout,
+        rise: rng.u32(1..4),
+        fall: rng.u32(1..6),
+        source: [].into(),
+    };
+    (rng.u8(..4) > 0).then(|| Arc::new(spec))
+}
+
+pub fn random_backend(rng: &mut Rng, pool: usize, name: usize) -> Backend {
+    let port = 1000 + 100 * pool as u16 + 10 * name as u16 + u16::from(rng.u8(..8) == 0);
+    Backend {
+        name: format!("b{name}").into(),
+        address: BackendAddress::Tcp(([127, 0, 0, 1], port).into()),
+        weight: rng.u16(1..=20),
+        backup: rng.u8(..4) == 0,
+        connections_max: 0,
+    }
+}
+
+pub fn random_pool(rng: &mut Rng, index: usize) -> Pool {
+    let mut backends: Vec<Backend> = Vec::new();
+    for name in 0..6 {
+        if rng.bool() {
+            backends.push(random_backend(rng, index, name));
+        }
+    }
+    if backends.is_empty() {
+        backends.push(random_backend(rng, index, 0));
+    }
+    rng.shuffle(&mut backends);
+    let ejection = EjectionSpec {
+        failures: rng.u32(1..6),
+        time: millis(rng, 500, 100_000),
+        max_ejected_percent: rng.u8(0..=100),
+        early_resets: true,
+        slow_first_byte: (rng.u8(..4) == 0).then(|| millis(rng, 100, 3000)),
+    };
+    Pool {
+        name: format!("p{index}").into(),
+        // The policy is not the controller's business, and Maglev tables take
+        // long to build without optimisation.
+        balance: match rng.u8(..50) {
+            0 => Policy::SourceHash,
+            n if n % 2 == 0 => Policy::WeightedRoundRobin,
+            _ => Policy::LeastConnections,
+        },
+        source: [].into(),
+        connect_timeout: Duration::from_secs(5),
+        queue_max: 0,
+        queue_timeout: Duration::from_secs(5),
+        connect_attempts: 3,
+        when_none_eligible: *rng
+            .choice(&[WhenNoneEligible::Refuse, WhenNoneEligible::TryAll])
+            .unwrap(),
+        startup_grace: millis(rng, 1, 4000),
+        on_removal: if rng.bool() {
+            OnRemoval::Keep
+        } else {
+            OnRemoval::CloseAfter(millis(rng, 1, 10_000))
+        },
+        probe: random_probe(rng),
+        ejection: (rng.u8(..5) > 0).then_some(ejection),
+        heartbeat: None,
+        slow_start: None,
+        backends,
+    }
+}
+
+/// Keeps much of `old`: reloads mostly change little.
+pub fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
+    let mut pools = Vec::new();
+    for index in 0..3 {
+        let kept = old.and_then(|old| old.pool(&format!("p{index}")));
+        let pool = match (kept, rng.u8(..8)) {
+            (Some(kept), 0..=2) => Pool::clone(kept),
+            (Some(kept), 3..=5) => {
+                let other = random_pool(rng, index);
+                Pool { probe: kept.probe.clone(), ejection: kept.ejection, ..other }
+            }
+            (_, 6) if index > 0 => continue,
+            _ => random_pool(rng, index),
+        };
+        pools.push(Arc::new(pool));
+    }
+    let frontends = pools.iter().enumerate().map(|(index, pool)| Frontend {
+        name: format!("f{index}").into(),
+        binds: vec![([127, 0, 0, 1], 80 + index as u16).into()],
+        pool: Arc::clone(&pool.name),
+        first_byte_timeout: None,
+        idle_timeout: None,
+        half_closed_timeout: None,
+        keepalive: None,
+        user_timeout: None,
+        connections_max: 0,
+        sources: None,
+    });
+    Config {
+        process: Process {
+            workers: None,
+            pin: false,
+            engine: EngineChoice::Auto,
+            spin: None,
+            drain_timeout: Duration::from_secs(30),
+            upgrade_timeout: Duration::from_secs(30),
+            connections_max: 1000,
+            user: None,
+            group: None,
+            sandbox: Sandbox::Auto,
+            buffers_max: 1 << 28,
+        },
+        admin: Admin { listen: AdminListen::Unix("/nowhere".into()), token_file: None },
+        log: Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off },
+        frontends: frontends.collect(),
+        pools,
+        heartbeat: None,
+    }
+}
