@@ -172,7 +172,7 @@ fn a_half_closed_session_has_a_timer_of_its_own() {
 /// Fills the way to a backend that does not read.
 async fn fill(client: &mut TcpStream) {
     // Until nothing moves. A pause alone may be the machine's own.
-    let (block, mut pauses) = ([9; 1 << 16], 0);
+    let (block, mut pauses) = (vec![9; 1 << 16], 0);
     while pauses < 5 {
         match tokio::time::timeout(Duration::from_millis(40), client.write(&block)).await {
             Ok(written) => pauses = written.map(|_| 0).unwrap(),
