@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 use tidegate::config::*;
 
-pub fn millis(rng: &mut Rng, low: u64, high: u64) -> Duration {
+pub(crate) fn millis(rng: &mut Rng, low: u64, high: u64) -> Duration {
     Duration::from_millis(rng.u64(low..=high))
 }
 
-pub fn random_probe(rng: &mut Rng) -> Option<Arc<ProbeSpec>> {
+fn random_probe(rng: &mut Rng) -> Option<Arc<ProbeSpec>> {
     let timeout = millis(rng, 100, 900);
     let fast_interval = timeout + millis(rng, 0, 500);
     let spec = ProbeSpec {
@@ -26,7 +26,7 @@ pub fn random_probe(rng: &mut Rng) -> Option<Arc<ProbeSpec>> {
     (rng.u8(..4) > 0).then(|| Arc::new(spec))
 }
 
-pub fn random_backend(rng: &mut Rng, pool: usize, name: usize) -> Backend {
+fn random_backend(rng: &mut Rng, pool: usize, name: usize) -> Backend {
     let port = 1000 + 100 * pool as u16 + 10 * name as u16 + u16::from(rng.u8(..8) == 0);
     Backend {
         name: format!("b{name}").into(),
@@ -37,7 +37,7 @@ pub fn random_backend(rng: &mut Rng, pool: usize, name: usize) -> Backend {
     }
 }
 
-pub fn random_pool(rng: &mut Rng, index: usize) -> Pool {
+fn random_pool(rng: &mut Rng, index: usize) -> Pool {
     let mut backends: Vec<Backend> = Vec::new();
     for name in 0..6 {
         if rng.bool() {
@@ -87,7 +87,7 @@ pub fn random_pool(rng: &mut Rng, index: usize) -> Pool {
 }
 
 /// Keeps much of `old`: reloads mostly change little.
-pub fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
+pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
     let mut pools = Vec::new();
     for index in 0..3 {
         let kept = old.and_then(|old| old.pool(&format!("p{index}")));
