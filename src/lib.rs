@@ -43,6 +43,7 @@
 //! | [`heartbeat::sender`] | sending them, for services and the sidecar (a shell) |
 //! | [`config`] | file text to validated model, or every problem at its place |
 //! | [`config::watch`] | noticing that the file may have changed (a shell) |
+//! | [`load`] | load and the servers that answer it, for `bench`, `streams`, `selftest` (a shell) |
 //! | [`net`] | sockets, readiness, affinity, limits, what the process may do; the only unsafe code |
 //! | [`secret_file`] | reading a file that holds a secret, for whoever has one |
 //! | [`telemetry`] | per-worker counters and histograms, the access log |
@@ -55,7 +56,8 @@
 //!    accepts.
 //! 2. *route*, *pick*: the bind address names the frontend in the worker's
 //!    table, the pool's [`balance::Balancer`] chooses and raises the backend's
-//!    in-flight count in one step.
+//!    in-flight count in one step. Where every backend is full, the pool may
+//!    have a line to wait in (`proxy::queue`).
 //! 3. *connect*: `proxy::connect`, with a deadline; failures go to another
 //!    backend and, as a report, to the control thread.
 //! 4. *relay*: [`proxy::relay`]; one long-lived engine task a worker drives all
@@ -92,7 +94,8 @@
 //!   read in [`clock`] alone.
 //! - Architecture invariant: there is one table in force, behind one `ArcSwap`
 //!   with one writer. A session takes route, pool and balancer from one load of
-//!   it, retries included, and never looks at a newer one.
+//!   it, retries included, and never looks at a newer one; who waits in line for a
+//!   backend (`proxy::queue`) takes them when its turn comes.
 //! - Architecture invariant: no operation is cancelled by dropping its future
 //!   while the kernel still works on it. Accept, connect and relay go by
 //!   readiness on non-blocking sockets; deadlines act on the sockets.

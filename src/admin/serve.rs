@@ -59,7 +59,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Failed accepts are told of at most so often.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
 
-/// A request's head may be this long; beyond it the answer is 431.
+/// A request's head may be this long; beyond twice of it the answer is 431 for
+/// certain, as it is measured after each read, of this length at most.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 
 /// Lines in it; browsers and scrapers send about twenty.

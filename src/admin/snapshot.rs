@@ -53,6 +53,8 @@ pub struct Snapshot<'a> {
     pub queued: &'a HashMap<Arc<str>, usize>,
     /// What sessions' buffers take.
     pub buffers: &'a Budget,
+    /// Times bytes were left with the kernel for want of room in those.
+    pub buffers_refused: u64,
     /// Settings that were accepted and wait for a restart, in words.
     pub warnings: &'a [String],
     /// Admin connections closed to make room for newer ones.

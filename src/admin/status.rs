@@ -430,6 +430,7 @@ mod tests {
             connections_active: 5,
             connections_max: 100,
             buffers: &Budget::default(),
+            buffers_refused: 0,
             queued: &HashMap::from([("web".into(), 3)]),
             warnings: &["workers waits".to_owned()],
             admin_crowded: 0,

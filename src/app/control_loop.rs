@@ -15,7 +15,7 @@ use super::notify::Notifier;
 use super::pid_file::PidFile;
 use super::start::SessionCap;
 use super::transition_log::TransitionLog;
-use super::upgrade::{UpgradeEvent, Upgrades};
+use super::upgrade::{Rarities, UpgradeEvent, Upgrades};
 use super::upkeep::Upkeep;
 use super::watchdog::{self, Finding, Watchdog};
 use crate::admin::process::ProcessFacts;
@@ -106,7 +106,7 @@ pub(super) struct Control {
     pub(super) local: Arc<WorkerCounters>,
     pub(super) upkeep: Upkeep,
     /// Of the processes before.
-    pub(super) log_dropped_before: u64,
+    pub(super) rarities_before: Rarities,
 }
 
 /// Signals the process obeys; pending for ever where it does not.
@@ -390,7 +390,7 @@ impl Control {
         let now = clock::now();
         let control = self.controller.status(now);
         let table = self.tables.current();
-        let warnings = self.warnings();
+        let (warnings, rarities) = (self.warnings(), self.rarities());
         let heartbeats = self.reception.counts();
         let snapshot = Snapshot {
             control: &control,
@@ -406,19 +406,20 @@ impl Control {
                 Some(_) => ServiceState::Draining,
             },
             reloads: self.reloads,
-            transitions_unlogged: self.transitions.unlogged(),
+            transitions_unlogged: rarities.unlogged,
             upgrades: self.upgrades.counts(),
             table_serial: table.serial,
             connections_active: self.shared.in_flight.get(),
             connections_max: table.connections_max,
             warnings: &warnings,
             confinement: &self.confined.report,
-            admin_crowded: self.admin.as_ref().map_or(0, AdminApi::crowded),
+            admin_crowded: rarities.admin_crowded,
+            buffers_refused: rarities.buffers_refused,
             queued: &self.shared.gate.all_queued(),
             buffers: &self.shared.buffers,
             troubles: &self.upkeep.troubles(self.controller.backends()),
             control_counts: &self.local,
-            log_dropped: self.log_dropped(),
+            log_dropped: rarities.log_dropped,
             ports: &self.upkeep.ports,
             port_limits: self.upkeep.limits(),
             process: ProcessFacts::read(self.started_wall),
@@ -459,9 +460,17 @@ impl Control {
         self.latency.retain(|id| controller.is_known(BackendId(id)));
     }
 
-    /// Lines of the log lost by this process and those before.
-    pub(super) fn log_dropped(&self) -> u64 {
-        self.log_dropped_before + self.log.dropped()
+    /// What hardly ever happens, as often as it did in this process and those before.
+    pub(super) fn rarities(&self) -> Rarities {
+        let before = self.rarities_before;
+        let crowded = self.admin.as_ref().map_or(0, AdminApi::crowded);
+        let refused = self.shared.buffers.refused();
+        Rarities {
+            log_dropped: before.log_dropped.saturating_add(self.log.dropped()),
+            unlogged: before.unlogged.saturating_add(self.transitions.unlogged()),
+            admin_crowded: before.admin_crowded.saturating_add(crowded),
+            buffers_refused: before.buffers_refused.saturating_add(refused),
+        }
     }
 
     fn watch_file(&self, changed: &Arc<Notify>) -> Option<ConfigWatcher> {

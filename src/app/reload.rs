@@ -24,7 +24,7 @@ impl Control {
     pub(super) async fn catch_up(&mut self) {
         let same = config::load(&self.path).is_ok_and(|loaded| loaded.digest == self.digest);
         if !same {
-            let _ = self.reload().await;
+            self.reload_when_told().await;
         }
     }
 

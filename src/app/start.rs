@@ -8,7 +8,7 @@ use super::binds::{Binds, Fresh, Refused};
 use super::control_loop::Control;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
-use super::upgrade::Upgrades;
+use super::upgrade::{Rarities, Upgrades};
 use super::upkeep::Upkeep;
 use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
@@ -212,7 +212,7 @@ async fn bring_up(
         pid_file_failures: 0,
         local,
         upkeep: Upkeep::new(clock::now()),
-        log_dropped_before: 0,
+        rarities_before: Rarities::default(),
     };
     control.perform(effects);
     let opening = Opening { admin, admin_taken, fresh, not_taken, requests };

@@ -97,6 +97,8 @@ impl Control {
             // Whoever serves after it reads the file anyway.
             self.upkeep.reload = false;
         }
+        // Nothing is bound anew any more.
+        self.upkeep.reload &= self.draining.is_none();
         if self.upkeep.reload && can_read(&self.path) {
             self.upkeep.reload = false;
             self.reload_when_told().await;

@@ -93,7 +93,6 @@ pub fn start_at(socket: impl AsFd, source: IpAddr) -> io::Result<()> {
     SockRef::from(&socket).bind(&SockAddr::from(SocketAddr::new(source, 0)))
 }
 
-/// As [`connect_from`], and looks again at once where the peer is on this host: the
 #[cfg(test)]
 fn connect_faked(socket: OwnedFd) -> io::Result<(OwnedFd, Connecting)> {
     match fake::connect(&socket) {
@@ -102,7 +101,7 @@ fn connect_faked(socket: OwnedFd) -> io::Result<(OwnedFd, Connecting)> {
     }
 }
 
-/// As [`connect`], and looks again at once where the peer is on this host: the
+/// As [`connect_from`], and looks again at once where the peer is on this host: the
 /// handshake with it is over, one way or the other, by the time connect(2)
 /// returns, although that says "in progress".
 pub fn connect_and_look(

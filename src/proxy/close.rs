@@ -39,7 +39,8 @@ pub enum Cause {
     DrainDeadline,
     /// Its backend left the pool and the grace after that is over.
     BackendRemoved,
-    /// Descriptors, memory, ports or buffers ran out here.
+    /// Descriptors, memory or ports ran out here, or this host has no route or
+    /// forbids the connect.
     LocalResource,
     /// The frontend's `sources` do not let that address in.
     Denied,

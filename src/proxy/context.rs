@@ -108,6 +108,7 @@ pub struct Legacy {
     recorder: Recorder,
     sessions: u64,
 }
+
 /// How long no client is taken after a session found nothing to be served with.
 /// Those that come meanwhile wait in the kernel's queue instead of being reset.
 const SHORT_PAUSE: Duration = Duration::from_millis(100);

@@ -219,6 +219,8 @@ impl Life {
         let Plan { id, runtime, spin, shared, tables, counters, access_log, seed, .. } =
             self.plan.clone();
         let engine = runtime.engine(id, spin, &shared.buffers)?;
+        // Of the thread before, if it had a ring.
+        counters.ring_held.set(0);
         engine.count_for(Arc::clone(&counters));
         let legacy = std::mem::take(&mut self.legacy);
         let reader = tables.reader();
@@ -342,7 +344,10 @@ async fn serve(ctx: &Rc<Context>, inbox: &Mailbox, posts: &Rc<Posts>) -> Outcome
                 ctx.engine.cut_all(cause);
             }
             Command::Collect(reply) => {
-                let _ = reply.send(ctx.recorder.borrow_mut().take());
+                // Who has given up waiting gets it the next time.
+                if !reply.is_closed() {
+                    let _ = reply.send(ctx.recorder.borrow_mut().take());
+                }
             }
             Command::GiveBack(spent) => ctx.recorder.borrow_mut().give_back(spent),
             Command::Stop => break,

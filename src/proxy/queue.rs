@@ -38,11 +38,11 @@ pub(super) async fn wait(
     client: IpAddr,
 ) -> Result<Served, Ending> {
     let (mut route, mut generation) = (Arc::clone(came_by), None);
-    let mut serial = ctx.table().serial;
+    let mut serial = None;
     let pick = place.wait_until(|| {
         let table = ctx.table();
-        if table.serial != serial {
-            serial = table.serial;
+        if serial != Some(table.serial) {
+            serial = Some(table.serial);
             if let Some(newer) = table.frontend(&route.state) {
                 (route, generation) = (Arc::clone(newer), Some(table.generation));
             }

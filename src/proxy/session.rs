@@ -190,7 +190,7 @@ fn is_early_reset(ending: Ending, waited: Duration) -> bool {
 fn leaves_time_wait(ending: Ending) -> bool {
     match ending.cause {
         Cause::Finished | Cause::HalfClosedTimeout => ending.closed_first == Some(Side::Client),
-        Cause::IdleTimeout => true,
+        Cause::IdleTimeout | Cause::FirstByteTimeout => true,
         _ => false,
     }
 }
@@ -370,7 +370,9 @@ impl Story {
             Start::Picked(pick) => pick,
             Start::Queued(place) => {
                 // Boxed, as rare: the room would be every session's otherwise.
+                self.attempts.queued = true;
                 let served = Box::pin(queue::wait(ctx, flow, place, &self.route, ip)).await?;
+                self.attempts.queued = false;
                 self.generation = served.generation.unwrap_or(self.generation);
                 self.route = served.route;
                 served.pick

@@ -112,17 +112,19 @@ impl TestProxy {
     }
 
     /// Another build of the program: that at `TIDEGATE_OTHER_BUILD`, or a copy of
-    /// this one that only its length tells from it.
-    pub fn other_build(&self) -> PathBuf {
+    /// this one that only its length tells from it, which lies in a directory of its
+    /// own beside the program's: the balancer may start nothing from elsewhere.
+    pub fn other_build(&self) -> (PathBuf, Option<tempfile::TempDir>) {
         if let Some(path) = std::env::var_os("TIDEGATE_OTHER_BUILD") {
-            return PathBuf::from(path);
+            return (PathBuf::from(path), None);
         }
-        let path = self.dir().join("other-build");
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+        let path = dir.path().join("other-build");
         // Copied by another process: a file that is open for writing cannot be run.
         let script = format!("cp '{PROGRAM}' '{0}' && printf other >> '{0}'", path.display());
         let status = Command::new("sh").args(["-c", &script]).status().expect("a shell");
         assert!(status.success(), "{script}");
-        path
+        (path, Some(dir))
     }
 
     #[track_caller]

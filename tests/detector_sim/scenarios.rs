@@ -50,7 +50,7 @@ fn two_seconds_without_any_path_take_nobody_out() {
     let world = World::play(between(10_000, 12_000, everybody, Doing::Dead));
     assert_eq!(world.count(State::Down), 0, "{:#?}", world.log);
     assert!(!world.held.is_empty(), "the guards say why");
-    for backend in 0..8 {
+    for backend in 0..8_usize {
         assert_eq!(world.state(backend), State::Up);
         let back = world.reached(backend, State::Up, 12_000);
         assert!(back.is_none_or(|at| at < 13_500), "{back:?}");
@@ -87,9 +87,10 @@ fn a_death_during_our_stall_is_found_after_it() {
 
 #[test]
 fn half_that_die_at_once_are_out_once_the_others_have_shown_that_the_path_works() {
-    let world = World::play(between(10_000, 60_000, |backend| backend % 2 == 0, Doing::Dead));
-    for backend in 0..8 {
-        let expected = if backend % 2 == 0 { State::Down } else { State::Up };
+    let world =
+        World::play(between(10_000, 60_000, |backend| backend.is_multiple_of(2), Doing::Dead));
+    for backend in 0..8_usize {
+        let expected = if backend.is_multiple_of(2) { State::Down } else { State::Up };
         assert_eq!(world.state(backend), expected);
         let down = world.reached(backend, State::Down, 0);
         assert!(down.is_none_or(|at| (10_450..11_300).contains(&at)), "{down:?}");
@@ -100,7 +101,7 @@ fn half_that_die_at_once_are_out_once_the_others_have_shown_that_the_path_works(
 fn when_we_go_deaf_to_one_after_the_other_nobody_is_taken_out() {
     // Half of each pool first, the rest before the first are suspect.
     let doing = |backend: usize, at: u64| match at {
-        10_000..12_000 if backend % 2 == 0 || at >= 10_200 => Doing::Dead,
+        10_000..12_000 if backend.is_multiple_of(2) || at >= 10_200 => Doing::Dead,
         _ => Doing::Fine,
     };
     for seed in 0..100 {

@@ -115,7 +115,7 @@ fn active_sessions_are_gauged(engine: Engine) {
 }
 
 /// Labels that the documentation allows.
-const LABELS: [&str; 13] = [
+const LABELS: [&str; 15] = [
     "frontend",
     "pool",
     "backend",
@@ -129,6 +129,8 @@ const LABELS: [&str; 13] = [
     "engine",
     "version",
     "le",
+    "at",
+    "source",
 ];
 
 fn every_sample_has_a_declared_type_and_closed_labels(engine: Engine) {

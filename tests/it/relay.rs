@@ -15,7 +15,7 @@ use crate::common::{
 };
 use sha2::{Digest, Sha256};
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::time::Instant;
@@ -220,8 +220,8 @@ fn slow_backend_does_not_grow_the_balancer(engine: Engine) {
     let before = proxy.rss_kib();
     let block = vec![7u8; 1 << 20];
     let clients: Vec<_> = (0..CLIENTS).map(|_| connect(proxy.addr("web"))).collect();
-    let mut sent = 0;
-    for mut client in &clients {
+    let fill = |mut client: &TcpStream| {
+        let mut sent = 0;
         client.set_write_timeout(Some(ms(300))).unwrap();
         let blocked = (0..256).any(|_| match client.write(&block) {
             Ok(n) => {
@@ -234,7 +234,12 @@ fn slow_backend_does_not_grow_the_balancer(engine: Engine) {
             }
         });
         assert!(blocked, "256 MiB went into a backend that does not read");
-    }
+        sent
+    };
+    let sent: u64 = std::thread::scope(|scope| {
+        let filling: Vec<_> = clients.iter().map(|client| scope.spawn(|| fill(client))).collect();
+        filling.into_iter().map(|one| one.join().unwrap()).sum()
+    });
     let grown = proxy.rss_kib().saturating_sub(before);
     measured(&format!("{CLIENTS} blocked clients hold {grown} KiB; {} MiB sent", sent >> 20));
     // epoll keeps one read for each; the ring engine's sessions share each

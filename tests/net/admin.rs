@@ -167,7 +167,7 @@ fn another_host_is_refused_whatever_curl_sends() {
         ("a foreign program", "/v1/upgrade?binary=/bin/sh", &["-XPOST", "-H", RIGHT], "403"),
         ("a huge body", "/v1/reload", &["-H", RIGHT, "-H", "Expect:", "--data-binary", &large], "413"),
         ("a huge body in chunks", "/v1/reload", &["-H", RIGHT, "-H", "Expect:", "-H", "Transfer-Encoding: chunked", "--data-binary", &large], "413"),
-        ("a huge header", "/v1/status", &["-H", RIGHT, "-H", &long], "431"),
+        ("a huge head", "/v1/status", &["-H", RIGHT, "-H", &long, "-H", &long], "431"),
         ("a hundred headers", "/v1/status", &many, "431"),
         ("a path upwards", "/../../etc/passwd", &["--path-as-is", "-H", RIGHT], "404"),
         ("a name upwards", "/v1/pools/..%2f..%2fetc/backends/passwd/explain", &["-H", RIGHT], "404"),

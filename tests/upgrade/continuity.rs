@@ -240,7 +240,8 @@ fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
     let (web, led) = (proxy.addr("web"), proxy.addr("led"));
     let (mut attempts, capacity) = at_full_speed(&ledger, web, led);
     let load = capacity.map(|rate| LOAD * rate);
-    let builds = [proxy.other_build(), PROGRAM.into()];
+    let (other, _beside) = proxy.other_build();
+    let builds = [other, PROGRAM.into()];
     let steady = Steady::paced(web, 4, load[0]);
     let stop = AtomicBool::new(false);
     let mut processes = Vec::new();

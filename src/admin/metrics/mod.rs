@@ -146,7 +146,7 @@ fn whole(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     let pools = sum(snapshot, |w| w.ring_held.get());
     out.family(&families::BUFFERED).count(&[], snapshot.buffers.used() as u64 + pools);
     out.family(&families::BUFFERS_MAX).count(&[], snapshot.buffers.max() as u64);
-    out.family(&families::BUFFERS_REFUSED).count(&[], snapshot.buffers.refused());
+    out.family(&families::BUFFERS_REFUSED).count(&[], snapshot.buffers_refused);
 }
 
 fn frontends(out: &mut Encoder, frontends: &[FrontendStatus]) {

@@ -88,6 +88,7 @@ fn text() -> String {
         connections_active: 5,
         connections_max: 100,
         buffers: &Budget::default(),
+        buffers_refused: 0,
         queued: &HashMap::from([("web".into(), 3)]),
         warnings: &[],
         admin_crowded: 0,

@@ -19,13 +19,27 @@ use std::sync::Arc;
 #[serde(default)]
 pub(super) struct Counts {
     workers: Vec<SavedWorker>,
-    /// Lines of the program's log that were lost.
-    pub(super) log_dropped: u64,
+    /// By the whole process.
+    pub(super) rarities: Rarities,
     /// Changed, unchanged, refused.
     reloads: (u64, u64, u64),
     /// Done, failed, refused.
     upgrades: (u64, u64, u64),
     heartbeats: SavedReception,
+}
+
+/// What the whole process counts of things that hardly ever happen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(in crate::app) struct Rarities {
+    /// Lines of the log that were lost.
+    pub(in crate::app) log_dropped: u64,
+    /// Changes of backends that the log left out.
+    pub(in crate::app) unlogged: u64,
+    /// Admin connections closed to make room for others.
+    pub(in crate::app) admin_crowded: u64,
+    /// Times bytes were left with the kernel.
+    pub(in crate::app) buffers_refused: u64,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -63,7 +77,7 @@ impl Counts {
                 .map(|worker| SavedWorker::save(worker))
                 .chain([SavedWorker::save(control)])
                 .collect(),
-            log_dropped: 0,
+            rarities: Rarities::default(),
             reloads: (reloads.changed, reloads.unchanged, reloads.refused),
             upgrades: (upgrades.done, upgrades.failed, upgrades.refused),
             heartbeats,

@@ -25,6 +25,7 @@ mod program;
 pub use incoming::Predecessor;
 pub use program::Program;
 
+pub(super) use counts::Rarities;
 pub(super) use incoming::Draining as PredecessorDraining;
 pub(super) use message::OfferedAdmin;
 
@@ -283,7 +284,7 @@ impl Control {
                     let _ = reply.send(Err(UpgradeError::Failed(why)));
                 }
                 if under_way.reload {
-                    let _ = self.reload().await;
+                    self.reload_when_told().await;
                 }
             }
             Ok((channel, AtTheReady { hello, ready, .. })) => {
@@ -318,7 +319,7 @@ impl Control {
         let heartbeats = self.reception.save();
         let (workers, own) = (&self.counters, &self.local);
         let mut counts = Counts::save(workers, own, self.reloads, upgrades, heartbeats);
-        counts.log_dropped = self.log_dropped();
+        counts.rarities = self.rarities();
         let estimates = self.estimates(&state);
         Commit { counts, latency, state, estimates }
     }
@@ -382,7 +383,7 @@ impl Control {
 
     fn carry(&mut self, known: &Commit) {
         known.counts.carry(&self.counters);
-        self.log_dropped_before = known.counts.log_dropped;
+        self.rarities_before = known.counts.rarities;
         self.reception.count_on(known.counts.heartbeats());
         for saved in &known.latency {
             let found = self.controller.find_saved(&saved.pool, &saved.backend, &saved.address);

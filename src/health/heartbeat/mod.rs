@@ -78,7 +78,7 @@
 //! directions and for one backend alone, looks like a death. `scripts/detector-sim`
 //! measures how rarely a healthy backend is taken out: never in 2,777
 //! backend-hours at each of 0.1 to 30 % independent loss; where whole bursts of
-//! 150 ms are lost, 0.1 to 3 times an hour.
+//! 150 ms are lost, 0.08 to 3 times an hour.
 
 pub mod arrivals;
 mod detector;

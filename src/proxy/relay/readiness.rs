@@ -16,7 +16,7 @@ use crate::net::budget::{Budget, Share};
 use crate::net::epoll::{BATCH, Batch, Epoll, Readiness as Event};
 use crate::net::pipe::{Fill, Pipe, Pipes};
 use crate::net::{errno, reactor, stream};
-use crate::proxy::close::{Cause, Side};
+use crate::proxy::close::{Cause, Ending, Side};
 use crate::telemetry::counters::{LocalAt, LocalError, WorkerCounters};
 use std::collections::VecDeque;
 use std::io;
@@ -272,7 +272,11 @@ impl Mover for Readiness {
         }
         match self.watch(key, flow, Side::Client) {
             Ok(()) => next,
-            Err(_) => Next::End(flow.pump.verdict.cut(Cause::LocalResource)),
+            Err(error) => {
+                let errno = error.raw_os_error().unwrap_or(0);
+                let cut = flow.pump.verdict.cut(Cause::LocalResource);
+                Next::End(Ending { errno, ..cut })
+            }
         }
     }
 

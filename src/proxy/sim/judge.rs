@@ -82,9 +82,13 @@ fn judge_session(
     }
 }
 
-/// Something ran out, or connect(2) itself found no route.
+/// Something ran out, or connect(2) itself found no route. A way without ports is
+/// left alone for a while, by whichever error it was found out.
 fn judge_shortage(kernel: &Kernel, errno: Option<i32>) -> Result<(), &'static str> {
-    let is_that = |injected: &i32| errno.is_none_or(|errno| errno == *injected);
+    let no_port = |errno| matches!(errno, libc::EADDRNOTAVAIL | libc::EADDRINUSE);
+    let is_that = |injected: &i32| {
+        errno.is_none_or(|errno| errno == *injected || no_port(errno) && no_port(*injected))
+    };
     let ours = errno.is_none_or(|errno| is_ours(errno) || errno == libc::ENETUNREACH);
     check(ours && kernel.injected.iter().any(is_that), "nothing ran out")
 }

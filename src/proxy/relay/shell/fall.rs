@@ -107,7 +107,10 @@ impl<F> Entry<F> {
         let in_order = match &self.stage {
             Stage::Ended(ending, _) => matches!(
                 ending.cause,
-                Cause::Finished | Cause::IdleTimeout | Cause::HalfClosedTimeout
+                Cause::Finished
+                    | Cause::FirstByteTimeout
+                    | Cause::IdleTimeout
+                    | Cause::HalfClosedTimeout
             ),
             _ => self.refused,
         };

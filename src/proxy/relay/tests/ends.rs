@@ -218,7 +218,8 @@ fn a_slow_reader_is_not_idle() {
 
 #[test]
 fn a_client_that_fails_while_its_bytes_wait_starts_the_half_closed_timer() {
-    on_each_with_room(|rig| async move {
+    // Without the ring's bulk: it waits for room with its pipe empty at times.
+    on_each_within(usize::MAX, &|rig: Rig| async move {
         let Session { mut client, backend, relayed } = rig.session(idle(60_000, 300));
         fill(&mut client).await;
         tokio::time::sleep(Duration::from_millis(250)).await;

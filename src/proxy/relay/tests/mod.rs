@@ -48,16 +48,11 @@ const TINY: RingSettings = RingSettings { buffers: 4, shown: 2 };
 /// where the budget allows none.
 fn on_each<F: Future<Output = ()>>(test: impl Fn(Rig) -> F) {
     on_each_within(0, &test);
-    on_each_with_room(test);
-}
-
-/// The same without those where the budget allows none: for what is about bytes
-/// that wait, of which there may be none where hardly any are held.
-fn on_each_with_room<F: Future<Output = ()>>(test: impl Fn(Rig) -> F) {
     on_each_within(usize::MAX, &test);
     on(Runtime::IoUring, || Engine::ring(None, RING_SETTINGS, Arc::default()), &test);
 }
 
+/// On both engines, the ring a small one, with that much room for bytes that wait.
 fn on_each_within<F: Future<Output = ()>>(max: usize, test: impl Fn(Rig) -> F) {
     let budget = || Arc::new(Budget::new(max));
     on(Runtime::Epoll, || Engine::readiness(None, budget()), &test);
