@@ -219,7 +219,7 @@ fn a_slow_reader_is_not_idle() {
 #[test]
 fn a_client_that_fails_while_its_bytes_wait_starts_the_half_closed_timer() {
     // Without the ring's bulk: it waits for room with its pipe empty at times.
-    on_each_within(usize::MAX, &|rig: Rig| async move {
+    on_each_within(usize::MAX, |rig| async move {
         let Session { mut client, backend, relayed } = rig.session(idle(60_000, 300));
         fill(&mut client).await;
         tokio::time::sleep(Duration::from_millis(250)).await;
