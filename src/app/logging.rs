@@ -5,6 +5,7 @@
 
 use crate::config::{Log, LogFormat, LogLevel};
 use crate::telemetry::log_queue::LogQueue;
+use std::sync::OnceLock;
 use std::time::Duration;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::writer::EitherWriter as Either;
@@ -19,6 +20,10 @@ pub(super) struct LogHandle {
     level: Option<reload::Handle<LevelFilter, Registry>>,
     queue: Option<LogQueue>,
 }
+
+/// The process's own log, for its very last lines: they come after everything that
+/// the control loop owned, its handle included.
+static INSTALLED: OnceLock<LogQueue> = OnceLock::new();
 
 /// How long the last lines may take to be written.
 const FLUSH_MAX: Duration = Duration::from_millis(500);
@@ -49,7 +54,11 @@ impl LogHandle {
             LogFormat::Json => base.with(fmt::layer().json().with_writer(writer)).try_init(),
         };
         let level = installed.is_ok().then_some(handle);
-        LogHandle { queue: queue.filter(|_| level.is_some()), level }
+        let queue = queue.filter(|_| level.is_some());
+        if let Some(queue) = &queue {
+            let _ = INSTALLED.set(queue.clone());
+        }
+        LogHandle { queue, level }
     }
 
     /// Lines lost so far to a stuck reader or a full disk.
@@ -71,6 +80,13 @@ impl Drop for LogHandle {
         if let Some(queue) = &self.queue {
             queue.flush(FLUSH_MAX);
         }
+    }
+}
+
+/// Waits until what has been logged is written, [`FLUSH_MAX`] at most.
+pub(super) fn flush() {
+    if let Some(queue) = INSTALLED.get() {
+        queue.flush(FLUSH_MAX);
     }
 }
 

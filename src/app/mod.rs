@@ -144,6 +144,8 @@ impl Running {
 
     /// Waits for the end.
     pub fn wait(self) -> Exit {
-        self.thread.join().unwrap_or(Exit::ControlDied)
+        let exit = self.thread.join().unwrap_or(Exit::ControlDied);
+        logging::flush();
+        exit
     }
 }

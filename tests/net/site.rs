@@ -212,6 +212,12 @@ impl Site<'_> {
         self.proxy.reload(conf);
         self.beside[victim] = None;
         self.beside[victim] = self.watch.start_beside(host, &name);
+        if self.beside[victim].is_some() {
+            // It says `starting` first, and does not serve for as long.
+            eventually(secs(10), "its heartbeats say that it is ready", || {
+                self.proxy.backend("web", &name)["heartbeat"]["sender_state"] == "ready"
+            });
+        }
         self.names[victim] = name;
         self.whole_since[victim] = None;
     }
