@@ -393,7 +393,7 @@ fn process_change_that_needs_a_restart_is_named(engine: Engine) {
     let warnings = proxy.status()["warnings"].clone();
     let warning = warnings[0].as_str().unwrap_or_else(|| panic!("no warning in {warnings}"));
     assert!(warning.contains("[process] workers"), "{warning}");
-    assert!(proxy.log().contains(warning), "warned of in the log: {}", proxy.log());
+    eventually(secs(5), "it is warned of in the log", || proxy.log().contains(warning));
 }
 
 /// What workers had recorded of them was kept until somebody asked for it, and came
