@@ -5,6 +5,7 @@
 //! candidate empty; it never compares in floating point.
 
 use super::draw::Draws;
+use super::scan::Load;
 use super::two_choices::TwoChoices;
 use super::{Candidate, scan};
 
@@ -51,10 +52,12 @@ impl LeastConnections {
         let mut draws = Draws::new(draw);
         match self {
             LeastConnections::Scan(factors) => {
-                scan::enter(candidates, tried, || least(candidates, factors, tried, &mut draws))
+                let load = |index: usize, candidate: &Candidate| whole(candidate, factors[index]);
+                scan::enter(candidates, tried, || least(candidates, load, tried, &mut draws))
             }
             LeastConnections::ScanCrosswise => {
-                scan::enter(candidates, tried, || scan::least_loaded(candidates, tried, &mut draws))
+                let load = |_, candidate: &Candidate| Load::of(candidate);
+                scan::enter(candidates, tried, || least(candidates, load, tried, &mut draws))
             }
             LeastConnections::Large(two) => two.pick(candidates, draw, tried),
         }
@@ -76,23 +79,31 @@ fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// As [`scan::least_loaded`], by whole loads: whether there is room is asked only
-/// of those no worse than the best so far, and equals are bits of a word.
 #[inline]
-fn least(
+fn whole(candidate: &Candidate, factor: u64) -> u64 {
+    (u64::from(candidate.in_flight.get()) + 1) * factor
+}
+
+/// The usable candidate with the least load; each of several equals is as likely
+/// as the others. Whether there is room is asked only of those no worse than the
+/// best so far.
+#[inline]
+fn least<L: Ord + Copy>(
     candidates: &[Candidate],
-    factors: &[u64],
+    load: impl Fn(usize, &Candidate) -> L,
     tried: &[usize],
     draws: &mut Draws,
 ) -> Option<usize> {
-    let (mut least, mut equals, mut bit) = (u64::MAX, 0_u64, 1_u64);
-    for (candidate, factor) in candidates.iter().zip(factors) {
-        let load = (u64::from(candidate.in_flight.get()) + 1) * factor;
-        if load <= least && candidate.has_room() && !is_tried(tried, bit) {
-            equals = if load < least { bit } else { equals | bit };
-            least = load;
+    let (mut least, mut equals): (Option<L>, u64) = (None, 0);
+    for (index, candidate) in candidates.iter().enumerate() {
+        let (load, bit) = (load(index, candidate), 1 << index);
+        if least.is_none_or(|least| load <= least)
+            && candidate.has_room()
+            && (tried.is_empty() || !tried.contains(&index))
+        {
+            equals = if least == Some(load) { equals | bit } else { bit };
+            least = Some(load);
         }
-        bit <<= 1;
     }
     let several = u64::from(equals.count_ones());
     match several {
@@ -100,11 +111,6 @@ fn least(
         1 => Some(equals.trailing_zeros() as usize),
         _ => Some(place_of_bit(equals, draws.below(several) as u32) as usize),
     }
-}
-
-#[inline]
-fn is_tried(tried: &[usize], bit: u64) -> bool {
-    !tried.is_empty() && tried.contains(&(bit.trailing_zeros() as usize))
 }
 
 /// Where the bit is that has `rank` set ones below it; `rank` is below their
@@ -147,8 +153,10 @@ mod tests {
             let candidates: Vec<Candidate> =
                 pool.iter().map(|(weight, held, max)| candidate(*weight, *held, *max)).collect();
             let factors = factors(&candidates).unwrap();
-            let ours = least(&candidates, &factors, &tried, &mut Draws::new(draw));
-            let theirs = scan::least_loaded(&candidates, &tried, &mut Draws::new(draw));
+            let whole = |index: usize, candidate: &Candidate| whole(candidate, factors[index]);
+            let crosswise = |_, candidate: &Candidate| Load::of(candidate);
+            let ours = least(&candidates, whole, &tried, &mut Draws::new(draw));
+            let theirs = least(&candidates, crosswise, &tried, &mut Draws::new(draw));
             prop_assert_eq!(ours, theirs);
         }
     }

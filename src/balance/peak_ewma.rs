@@ -42,6 +42,6 @@ impl PeakEwma {
 fn is_cheaper((a, load_a): (&Candidate, Load), (b, load_b): (&Candidate, Load), at: u64) -> bool {
     match (a.latency.estimate(at), b.latency.estimate(at)) {
         (Some(sooner), Some(later)) => load_a.costs_less(sooner, load_b, later),
-        _ => load_a.is_below(load_b),
+        _ => load_a < load_b,
     }
 }

@@ -13,10 +13,6 @@ use std::cmp::Ordering;
 /// lets us in first is good enough.
 const SCANS_MAX: u32 = 8;
 
-/// Equally loaded candidates that are remembered one by one: all of them in the
-/// pools that are scanned by choice.
-const EQUALS_MAX: usize = 64;
-
 /// Chooses until the chosen one lets us in. `choose` gives a usable candidate,
 /// or nobody if there is none.
 #[inline]
@@ -42,53 +38,25 @@ pub(super) fn least_loaded(
     tried: &[usize],
     draws: &mut Draws,
 ) -> Option<usize> {
-    let mut best: Option<Load> = None;
-    let mut equals = Equals { places: [0; EQUALS_MAX], seen: 0 };
+    let mut best: Option<(usize, Load)> = None;
+    let mut equals = 1;
     for (index, candidate) in candidates.iter().enumerate() {
         let Some(load) = usable(candidate, index, tried) else { continue };
-        match best.map_or(Ordering::Less, |least| load.compare(least)) {
+        match best.map_or(Ordering::Less, |(_, least)| load.cmp(&least)) {
             Ordering::Greater => {}
-            Ordering::Equal => equals.add(index, draws),
+            Ordering::Equal => {
+                equals += 1;
+                if draws.below(equals) == 0 {
+                    best = Some((index, load));
+                }
+            }
             Ordering::Less => {
-                best = Some(load);
-                equals.seen = 0;
-                equals.add(index, draws);
+                best = Some((index, load));
+                equals = 1;
             }
         }
     }
-    equals.draw(draws)
-}
-
-/// Equally loaded candidates: one random number at the end instead of one for
-/// each, which in an idle pool is most of a pick's cost.
-struct Equals {
-    places: [usize; EQUALS_MAX],
-    seen: usize,
-}
-
-impl Equals {
-    /// Beyond [`EQUALS_MAX`], a fair sample of them is kept (Vitter's algorithm R,
-    /// 1985).
-    #[inline]
-    fn add(&mut self, index: usize, draws: &mut Draws) {
-        let place = match self.seen {
-            seen if seen < EQUALS_MAX => seen,
-            seen => draws.below(seen as u64 + 1) as usize,
-        };
-        if let Some(kept) = self.places.get_mut(place) {
-            *kept = index;
-        }
-        self.seen += 1;
-    }
-
-    #[inline]
-    fn draw(&self, draws: &mut Draws) -> Option<usize> {
-        match self.seen.min(EQUALS_MAX) {
-            0 => None,
-            1 => Some(self.places[0]),
-            several => Some(self.places[draws.below(several as u64) as usize]),
-        }
-    }
+    best.map(|(index, _)| index)
 }
 
 /// A usable candidate, with probability in proportion to its weight among the
@@ -114,9 +82,8 @@ pub(super) fn by_weight(
 /// The load of a candidate that is untried and below its cap.
 #[inline]
 pub(super) fn usable(candidate: &Candidate, index: usize, tried: &[usize]) -> Option<Load> {
-    let held = u64::from(candidate.in_flight.get()) + 1;
-    (candidate.has_room() && (tried.is_empty() || !tried.contains(&index)))
-        .then_some(Load { held, weight: u64::from(candidate.weight) })
+    let load = Load::of(candidate);
+    (candidate.has_room() && (tried.is_empty() || !tried.contains(&index))).then_some(load)
 }
 
 /// (in-flight + 1) / weight; the 1 is the session about to be added.
@@ -127,23 +94,42 @@ pub(super) struct Load {
 }
 
 impl Load {
-    /// Compares by multiplying crosswise: no division, no rounding. Held is at
-    /// most 2^32 and weights are below it, so the products fit.
+    /// Of one session more.
     #[inline]
-    fn compare(self, other: Load) -> Ordering {
-        (self.held * other.weight).cmp(&(other.held * self.weight))
+    pub(super) fn of(candidate: &Candidate) -> Load {
+        let held = u64::from(candidate.in_flight.get()) + 1;
+        Load { held, weight: u64::from(candidate.weight) }
     }
 
-    /// Whether it is the lesser load.
-    #[inline]
-    pub(super) fn is_below(self, other: Load) -> bool {
-        self.compare(other) == Ordering::Less
-    }
-
-    /// The same with a price for each session.
+    /// Compares loads with a price for each session.
     #[inline]
     pub(super) fn costs_less(self, price: f32, other: Load, other_price: f32) -> bool {
         let (mine, theirs) = (self.held * other.weight, other.held * self.weight);
         f64::from(price) * (mine as f64) < f64::from(other_price) * (theirs as f64)
     }
 }
+
+impl Ord for Load {
+    /// Compares by multiplying crosswise: no division, no rounding. Held is at
+    /// most 2^32 and weights are below it, so the products fit.
+    #[inline]
+    fn cmp(&self, other: &Load) -> Ordering {
+        (self.held * other.weight).cmp(&(other.held * self.weight))
+    }
+}
+
+impl PartialOrd for Load {
+    #[inline]
+    fn partial_cmp(&self, other: &Load) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Load {
+    #[inline]
+    fn eq(&self, other: &Load) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Load {}

@@ -37,7 +37,7 @@ impl TwoChoices {
         draw: u64,
         tried: &[usize],
     ) -> Option<usize> {
-        self.pick_by(candidates, draw, tried, |(_, a), (_, b)| a.is_below(b))
+        self.pick_by(candidates, draw, tried, |(_, a), (_, b)| a < b)
     }
 
     /// The same with another idea of better: `prefers(a, b)` says whether `a`

@@ -138,6 +138,18 @@ impl Cause {
         }
     }
 
+    /// Whether both sockets are closed in order, with FIN. After a reset one side
+    /// may still have its last words coming; after anything else both are reset.
+    pub fn closes_in_order(self) -> bool {
+        matches!(
+            self,
+            Cause::Finished
+                | Cause::FirstByteTimeout
+                | Cause::IdleTimeout
+                | Cause::HalfClosedTimeout
+        )
+    }
+
     /// Number of causes.
     pub const COUNT: usize = Cause::ALL.len();
 

@@ -141,8 +141,9 @@ async fn attempt(
     held: &mut Held,
     deadline: Instant,
 ) -> Result<(), Failed> {
-    let (upstream, how_far) =
-        start(ctx, held).map_err(|e| judge(&e, errno::local_trouble_at_once(&e)))?;
+    let ((upstream, how_far), way) =
+        start(ctx, &held.backend).map_err(|e| judge(&e, errno::local_trouble_at_once(&e)))?;
+    held.way = way;
     match how_far {
         // Nobody but this host has a part in that.
         Connecting::Done => {
@@ -157,12 +158,14 @@ async fn attempt(
     }
 }
 
+/// A connection that has begun, and the way it goes where that counts its ports.
+type Begun = ((OwnedFd, Connecting), Option<Arc<Way>>);
+
 /// Starts the connection, on the next way in turn that has a free port.
-fn start(ctx: &Context, held: &mut Held) -> io::Result<(OwnedFd, Connecting)> {
-    let backend = Arc::clone(held.backend());
+fn start(ctx: &Context, backend: &BackendState) -> io::Result<Begun> {
     let peer = match &backend.address {
         BackendAddress::Tcp(address) => Peer::Tcp(*address),
-        BackendAddress::Unix(path) => return stream::connect(Peer::Unix(path)),
+        BackendAddress::Unix(path) => return Ok((stream::connect(Peer::Unix(path))?, None)),
     };
     let now = clock::millis(clock::now());
     let mut ended = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
@@ -177,8 +180,9 @@ fn start(ctx: &Context, held: &mut Held) -> io::Result<(OwnedFd, Connecting)> {
             }
             Err(error) => return Err(error),
             Ok(begun) => {
-                held.begins(way);
-                return Ok(begun);
+                let counts = way.counts();
+                counts.inspect(|counts| counts.of(ctx.id).begun.add(1));
+                return Ok((begun, counts.map(|_| Arc::clone(way))));
             }
         }
     }
@@ -293,14 +297,6 @@ impl Held {
         let gate = Arc::clone(&ctx.shared.gate);
         let (reserved, worker) = (Some(reserved), ctx.id as u16);
         Held { reserved, backend, gate, trial, early_resets, worker, way: None }
-    }
-
-    /// Its connection starts on that way.
-    fn begins(&mut self, way: &Arc<Way>) {
-        if let Some(counts) = way.counts() {
-            counts.of(self.worker.into()).begun.add(1);
-            self.way = Some(Arc::clone(way));
-        }
     }
 
     /// Its port stays in TIME_WAIT once the connection is closed.

@@ -210,10 +210,7 @@ fn finish(relayed: Relayed) -> Option<OwnedFd> {
             drop(backend);
             Some(client)
         }
-        Cause::Finished
-        | Cause::FirstByteTimeout
-        | Cause::IdleTimeout
-        | Cause::HalfClosedTimeout => None,
+        cause if cause.closes_in_order() => None,
         _ => {
             stream::reset(client);
             stream::reset(backend);

@@ -105,13 +105,7 @@ impl<F> Entry<F> {
     /// the end of a stream that was broken off must not look like its end.
     pub(super) fn reset_leftovers<M: Mover<Flow = F>>(&self) {
         let in_order = match &self.stage {
-            Stage::Ended(ending, _) => matches!(
-                ending.cause,
-                Cause::Finished
-                    | Cause::FirstByteTimeout
-                    | Cause::IdleTimeout
-                    | Cause::HalfClosedTimeout
-            ),
+            Stage::Ended(ending, _) => ending.cause.closes_in_order(),
             _ => self.refused,
         };
         if in_order {
