@@ -235,13 +235,15 @@ def socket_address(host, port):
 
 class Tidegate(Candidate):
     engine = ""
+    # More keys of [process].
+    keys = ""
 
     def binary(self):
         return os.path.join(self.root, "target/release/tidegate")
 
     def command(self):
         text = (
-            f'[process]\nworkers = {self.threads}\nengine = "{self.engine}"\npin = false\n'
+            f'[process]\nworkers = {self.threads}\nengine = "{self.engine}"\npin = false\n{self.keys}'
             f'[admin]\nlisten = "unix:{self.directory}/admin.sock"\n[log]\nlevel = "error"\n'
         )
         for kind in KINDS:
@@ -276,6 +278,14 @@ class TidegateEpoll(Tidegate):
     engine = "epoll"
 
 
+class TidegateSpin(TidegateEpoll):
+    """Polls for a moment before it sleeps: for those with a CPU to give away."""
+
+    name = "tidegate-spin"
+    keys = 'spin = "50us"\n'
+    only = ("ping-pong",)
+
+
 class Direct(Candidate):
     """No balancer at all: the floor of what the machine spends."""
 
@@ -292,7 +302,7 @@ class Direct(Candidate):
 
 
 # In the order of the rounds: what is compared with comes first.
-ALL = [HAProxy, TidegateRing, TidegateEpoll, Nginx, Envoy, HAProxySplice, Direct]
+ALL = [HAProxy, TidegateRing, TidegateEpoll, Nginx, Envoy, HAProxySplice, TidegateSpin, Direct]
 
 
 def available(root):

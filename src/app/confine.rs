@@ -58,6 +58,14 @@ const SYSTEM_RUN: [&str; 9] =
 /// Settings of the system and what the kernel says.
 const SYSTEM_READ: [&str; 5] = ["/etc", "/proc", "/sys", "/dev/null", "/dev/urandom"];
 
+/// With `sandbox = "auto"`: a later configuration may name a key or a list that lies
+/// anywhere, and no running process can be let in there afterwards. Who may read
+/// what is left to the owners and modes of files.
+const ANYWHERE: &str = "/";
+
+/// With `sandbox = "auto"`: where a later configuration is most likely to write.
+const LOGS: &str = "/var/log";
+
 /// What the one user beside root needs: to bind low ports, now and at a reload.
 const FOR_A_USER: CapabilitySet = CapabilitySet::NET_BIND_SERVICE;
 
@@ -210,10 +218,14 @@ fn tell_privileges(report: &mut Confinement, most: CapabilitySet) {
     }
 }
 
-/// Where files lie elsewhere than those at the start did.
-const HINT: &str = "(the sandbox lets this process into the directories alone that its \
-                    configuration named at the start, and those of its program: a restart \
-                    names others)";
+/// Where files are to be written elsewhere than those at the start were.
+const HINT: &str = "(the sandbox lets this process write into /var/log and the directories \
+                    alone that its configuration named at the start: a restart names others)";
+
+/// With `sandbox = "on"`.
+const HINT_STRICT: &str = "(the sandbox lets this process into the directories alone that its \
+                           configuration named at the start, and those of its program: a \
+                           restart names others)";
 
 /// More names than that tell nobody anything.
 const MANY: u32 = 8;
@@ -265,6 +277,10 @@ fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths 
         read: SYSTEM_READ.map(PathBuf::from).to_vec(),
         write: Vec::new(),
     };
+    if config.process.sandbox == Sandbox::Auto {
+        paths.read.push(PathBuf::from(ANYWHERE));
+        paths.write.push(PathBuf::from(LOGS));
+    }
     // Where the next program is looked for; releases lie beside each other.
     for program in [std::env::current_exe().ok(), std::env::args_os().next().map(PathBuf::from)] {
         let Some(program) = program.filter(|program| program.components().count() > 1) else {
@@ -326,11 +342,15 @@ impl Confined {
     /// `why`, with a word on what may be behind it where it is a refusal of the
     /// kernel's that this process has brought upon itself.
     pub(super) fn explain(&self, why: String) -> String {
+        let hint = match &self.asked {
+            Some(Asked { sandbox: Sandbox::On, .. }) => HINT_STRICT,
+            _ => HINT,
+        };
         let refused = why.contains("ermission denied");
-        if !refused || !self.report.holds("landlock") || why.contains(HINT) {
+        if !refused || !self.report.holds("landlock") || why.contains(hint) {
             return why;
         }
-        format!("{why} {HINT}")
+        format!("{why} {hint}")
     }
 
     /// What every process this one starts is within.

@@ -26,6 +26,10 @@ const PACE: Pace = Pace { at_once: 8, pause: ms(20), patience: secs(8) };
 /// CPU can.
 const HEAVY_PACE: Pace = Pace { at_once: 16, pause: ms(5), patience: secs(8) };
 
+/// Where packets are lost besides, what was sent into the fault may be lost again
+/// and again once it is over, each time twice as late (RFC 6298).
+const LOSSY_PATIENCE: Duration = secs(30);
+
 /// A session that took longer has felt the fault.
 const LATE: Duration = Duration::from_millis(150);
 
@@ -48,7 +52,10 @@ pub fn run(watch: &dyn Watch, fault: Fault, loss: f64) {
         return;
     }
     let mut site = Site::start(watch, loss);
-    let pace = if fault == Fault::Starved { HEAVY_PACE } else { PACE };
+    let mut pace = if fault == Fault::Starved { HEAVY_PACE } else { PACE };
+    if loss > 0.0 {
+        pace.patience = LOSSY_PATIENCE;
+    }
     let traffic = Traffic::start(&site.hosts.client, site.proxy.addr("web"), pace);
     eventually(secs(10), "traffic flows", || traffic.done() > 100);
     let mut phase = fastrand::Rng::with_seed(80);

@@ -67,6 +67,14 @@ pub(in crate::net) fn receive(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize
     })
 }
 
+pub(in crate::net) fn peek(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize> {
+    on(fd, |kernel, id| {
+        let (stream, from, count) = kernel.look(id, buffer.len() as u64)?;
+        write_stream(stream, from, &mut buffer[..count as usize]);
+        Ok(count as usize)
+    })
+}
+
 pub(in crate::net) fn send(fd: &impl AsFd, bytes: &[u8]) -> Answer<usize> {
     on(fd, |kernel, id| {
         let count = kernel.way(Call::Send, id, bytes.len() as u64)? as usize;
@@ -232,26 +240,41 @@ impl Kernel {
 
     /// Bytes that have arrived: stream, begin, length; zero of them is the end.
     pub(super) fn take(&mut self, call: Call, id: usize, most: u64) -> io::Result<(u8, u64, u64)> {
+        let most = match self.sockets[id].has_shown(most) {
+            true => most,
+            false => self.may_take(call, id, most)?,
+        };
+        let socket = &mut self.sockets[id];
+        let (from, count) = socket.take(most).or_else(errno)?;
+        let stream = socket.stream;
+        self.note(count);
+        if self.sockets[id].waiting() > 0 {
+            // As when they came a moment later.
+            self.changed(id);
+        }
+        Ok((stream, from, count))
+    }
+
+    /// As [`Kernel::take`], and they stay where they are.
+    fn look(&mut self, id: usize, most: u64) -> io::Result<(u8, u64, u64)> {
+        let most = self.may_take(Call::Receive, id, most)?;
+        let socket = &mut self.sockets[id];
+        let (from, count) = socket.look(most).or_else(errno)?;
+        let stream = socket.stream;
+        self.note(("seen", count));
+        Ok((stream, from, count))
+    }
+
+    fn may_take(&mut self, call: Call, id: usize, most: u64) -> io::Result<u64> {
         let most = match self.fault(call, Some(id)) {
             Some(Fault::Errno(error)) => {
                 self.told_later(id, error);
                 return errno(error);
             }
             Some(Fault::Short) => self.rng.u64(1..=most),
-            _ => most,
+            None => most,
         };
-        let stream = self.sockets[id].stream;
-        match self.sockets[id].take(most.min(self.most)) {
-            Ok((from, count)) => {
-                self.note(count);
-                if self.sockets[id].waiting() > 0 {
-                    // As when they came a moment later.
-                    self.changed(id);
-                }
-                Ok((stream, from, count))
-            }
-            Err(error) => errno(error),
-        }
+        Ok(most.min(self.most))
     }
 
     /// How many of so many bytes may be sent now.

@@ -64,6 +64,8 @@ pub(crate) struct Socket {
     /// So many the peer has sent, and so many of them were received.
     pub(crate) sent: u64,
     pub(crate) taken: u64,
+    /// So many of them somebody has looked at.
+    seen: u64,
     /// The peer has ended its stream.
     pub(crate) fin: bool,
     /// So many bytes have arrived at the peer, and of which stream they are.
@@ -96,6 +98,7 @@ impl Socket {
             stream,
             sent: 0,
             taken: 0,
+            seen: 0,
             fin: false,
             got: 0,
             got_from: None,
@@ -121,6 +124,12 @@ impl Socket {
         self.sent - self.taken
     }
 
+    /// Whether the next so many bytes were looked at already: then taking them
+    /// cannot fail.
+    pub(super) fn has_shown(&self, bytes: u64) -> bool {
+        self.taken + bytes <= self.seen
+    }
+
     /// poll(2)'s bits.
     pub(super) fn ready(&self) -> u32 {
         let bit = |so: bool, flag: i16| if so { flag as u32 } else { 0 };
@@ -133,13 +142,20 @@ impl Socket {
     }
 
     /// Takes at most `most` bytes: where they begin, and how many. Zero of them
-    /// is the end. What came before a failure is still there (`tcp_recvmsg`).
+    /// is the end.
     pub(super) fn take(&mut self, most: u64) -> Result<(u64, u64), i32> {
+        let (from, count) = self.look(most)?;
+        self.taken += count;
+        Ok((from, count))
+    }
+
+    /// The same, and they stay to be taken. What came before a failure is still
+    /// there (`tcp_recvmsg`).
+    pub(super) fn look(&mut self, most: u64) -> Result<(u64, u64), i32> {
         if self.waiting() > 0 {
             let count = self.waiting().min(most);
-            let from = self.taken;
-            self.taken += count;
-            return Ok((from, count));
+            self.seen = self.seen.max(self.taken + count);
+            return Ok((self.taken, count));
         }
         match std::mem::take(&mut self.error) {
             0 if self.fin || self.dead => Ok((self.taken, 0)),

@@ -142,6 +142,7 @@ fn judge_leftovers(world: &World) {
     assert_eq!(ctx.engine.open_flows(), 0);
     assert!(ctx.engine.is_clean(), "buffers or operations are left");
     assert_eq!(ctx.shared.in_flight.get(), 0);
+    assert_eq!(world.budget.used(), 0, "bytes are held for nobody");
     for frontend in world.tables.iter().flat_map(|table| &table.frontends) {
         assert_eq!(frontend.state.in_flight.get(), 0, "frontend");
     }

@@ -9,6 +9,7 @@ use crate::balance::in_flight::InFlight;
 use crate::clock;
 use crate::config;
 use crate::control::{Controller, Effect, Event};
+use crate::net::budget::Budget;
 use crate::net::fake::{self, Installed, Kernel, Role};
 use crate::proxy::close::{Cause, Phase};
 use crate::proxy::context::{Context, Legacy, Report, Reports, Shared};
@@ -40,6 +41,8 @@ pub(super) struct Script {
 pub(super) struct World {
     pub(super) rng: Rng,
     pub(super) ctx: Rc<Context>,
+    /// Of bytes that are held.
+    pub(super) budget: Arc<Budget>,
     pub(super) records: Vec<SessionRecord>,
     pub(super) reports: Vec<Report>,
     /// All that were in force.
@@ -61,6 +64,11 @@ pub(super) struct World {
 /// Virtual time after which a session that nobody holds up must have ended:
 /// three connects, and what a reset may be held back.
 const END_MAX: Duration = Duration::from_secs(12);
+
+/// Mostly plenty; or for a few reads, for one, for none.
+fn some_budget(rng: &mut Rng) -> usize {
+    rng.choice([usize::MAX, usize::MAX, 100_000, 20_000, 0]).unwrap_or(usize::MAX)
+}
 
 fn config_text(rng: &mut Rng) -> String {
     let backend =
@@ -104,14 +112,16 @@ impl World {
         let local = tokio::task::LocalSet::new();
         let outcome = local.block_on(&tokio, async {
             let mut rng = Rng::with_seed(script.seed ^ 0x5151);
+            let budget = Arc::new(Budget::new(some_budget(&mut rng)));
             let engine = match runtime {
-                Runtime::Epoll => Engine::readiness(None, Arc::default()),
+                Runtime::Epoll => Engine::readiness(None, Arc::clone(&budget)),
                 Runtime::IoUring => {
                     let buffers = rng.choice([4, 64, 256]).unwrap();
-                    Engine::ring(None, RingSettings { buffers, shown: 4 }, Arc::default())
+                    let settings = RingSettings { buffers, shown: 4 };
+                    Engine::ring(None, settings, Arc::clone(&budget))
                 }
             };
-            let mut world = World::new(rng, engine.unwrap(), script);
+            let mut world = World::new(rng, engine.unwrap(), budget, script);
             let task = tokio::task::spawn_local(world.ctx.engine.clone().run());
             world.live().await;
             world.end().await;
@@ -123,7 +133,7 @@ impl World {
         outcome
     }
 
-    fn new(mut rng: Rng, engine: Engine, script: Script) -> World {
+    fn new(mut rng: Rng, engine: Engine, budget: Arc<Budget>, script: Script) -> World {
         let mut controller = Controller::new(1, rng.u64(..));
         let publisher = TablePublisher::new(controller.current_table());
         let shared = Shared {
@@ -131,7 +141,7 @@ impl World {
             gate: Arc::new(Gate::new()),
             reports: Arc::new(Reports::new()),
             ended: Arc::default(),
-            buffers: Arc::default(),
+            buffers: Arc::clone(&budget),
         };
         let counters = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
         let tables = publisher.reader();
@@ -151,6 +161,7 @@ impl World {
         let effects = controller.apply(Event::Configure(config), clock::now());
         let mut world = World {
             ctx: Rc::new(ctx),
+            budget,
             tables: Vec::new(),
             records: Vec::new(),
             reports: Vec::new(),
@@ -259,7 +270,8 @@ impl World {
 
     /// What operators do.
     fn interfere(&mut self) {
-        match self.rng.u8(..3) {
+        match self.rng.u8(..4) {
+            3 => self.budget.set_max(some_budget(&mut self.rng)),
             0 => {
                 self.cut = true;
                 self.ctx.engine.cut_all(Cause::DrainDeadline);
