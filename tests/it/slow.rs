@@ -137,8 +137,24 @@ fn p99(proxy: &TestProxy, lasting: Duration) -> Duration {
     took[took.len() * 99 / 100]
 }
 
+/// Waits until the senders to all those who read slowly are held back: thousands
+/// of streams that begin, and fill every buffer there is, are another load.
+fn wait_until_stalled(proxy: &TestProxy) {
+    const CALM_FOR: u32 = 4;
+    let (mut last, mut calm) = (0.0, 0);
+    eventually(secs(60), "no sender is faster than its reader", || {
+        std::thread::sleep(ms(500));
+        let now =
+            proxy.metric("tidegate_bytes_total", &[("frontend", "stream"), ("direction", "out")]);
+        // They read 1.3 MB a second.
+        let stalled = now - std::mem::replace(&mut last, now) < 1e6;
+        calm = if stalled { calm + 1 } else { 0 };
+        calm == CALM_FOR
+    });
+}
+
 fn slow_clients_leave_others_their_latency_and_the_host_its_memory(engine: Engine) {
-    let (size, lasting, rounds) = if long() { (5000, secs(5), 4) } else { (400, ms(1500), 2) };
+    let (size, lasting, rounds) = if long() { (5000, secs(5), 8) } else { (400, ms(1500), 2) };
     if proc::raise_own_fd_limit() < 2 * size as u64 + 500 {
         return skip("the hard limit of descriptors is too low");
     }
@@ -154,7 +170,7 @@ fn slow_clients_leave_others_their_latency_and_the_host_its_memory(engine: Engin
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| crowd.dawdle(&over));
-            std::thread::sleep(secs(1));
+            wait_until_stalled(&proxy);
             crowded.push(p99(&proxy, lasting));
             over.store(true, Ordering::Relaxed);
         });
