@@ -37,6 +37,7 @@ class Candidate:
     name = ""
     # Workload families it takes part in; None for all.
     only = None
+    setups = ("pinned", "free")
 
     def __init__(self, root, directory, backends, base_port, threads, cpu):
         self.root, self.threads, self.cpu = root, threads, cpu
@@ -286,6 +287,29 @@ class TidegateSpin(TidegateEpoll):
     only = ("ping-pong",)
 
 
+class Bare(Candidate):
+    """A relay that does nothing else (bare.c): what nobody can do without."""
+
+    name = "bare"
+    only = ("ping-pong", "short", "download", "upload", "open-loop")
+    # It has one thread.
+    setups = ("pinned",)
+
+    def binary(self):
+        return os.path.join(self.root, "target/bench-peers/bare")
+
+    def command(self):
+        source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bare.c")
+        os.makedirs(os.path.dirname(self.binary()), exist_ok=True)
+        subprocess.run(["cc", "-O2", "-o", self.binary(), source], check=True)
+        # The first backend of each kind alone.
+        ports = [[str(self.ports[kind]), str(self.backends[kind][0][1])] for kind in KINDS]
+        return [self.binary()] + sum(ports, [])
+
+    def version(self):
+        return "-"
+
+
 class Direct(Candidate):
     """No balancer at all: the floor of what the machine spends."""
 
@@ -302,7 +326,7 @@ class Direct(Candidate):
 
 
 # In the order of the rounds: what is compared with comes first.
-ALL = [HAProxy, TidegateRing, TidegateEpoll, Nginx, Envoy, HAProxySplice, TidegateSpin, Direct]
+ALL = [HAProxy, TidegateRing, TidegateEpoll, Nginx, Envoy, HAProxySplice, TidegateSpin, Bare, Direct]
 
 
 def available(root):
@@ -311,6 +335,7 @@ def available(root):
         HAProxy: find("haproxy"),
         HAProxySplice: find("haproxy"),
         Nginx: find("nginx"),
+        Bare: find("cc"),
         Envoy: os.access(os.path.join(root, "target/peers/envoy"), os.X_OK),
     }
     return [one for one in ALL if there.get(one, True)]

@@ -159,7 +159,7 @@ def write_json(path, results):
 
 COLOURS = {
     "tidegate-io_uring": "#0b6e4f", "tidegate-epoll": "#6bbf95", "haproxy": "#888888",
-    "haproxy-splice": "#bbbbbb", "nginx": "#4a6fa5", "envoy": "#c77d3a", "tidegate-spin": "#2e9e75",
+    "haproxy-splice": "#bbbbbb", "nginx": "#4a6fa5", "envoy": "#c77d3a", "tidegate-spin": "#2e9e75", "bare": "#b03a48",
 }
 WIDTH, BAR, GAP, LEFT, RIGHT = 960, 11, 16, 250, 40
 

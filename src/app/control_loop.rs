@@ -49,8 +49,8 @@ const COLLECT_MAX: Duration = Duration::from_millis(250);
 
 /// Backends that may come before the workers' histograms are fetched though nobody
 /// asks for them: a worker keeps some 10 KB of each that had sessions until they
-/// are, gone or not. As many as [`SPARE_MAX`](crate::telemetry::histograms::SPARE_MAX).
-const UNCOLLECTED_MAX: u32 = 256;
+/// are, gone or not.
+const UNCOLLECTED_MAX: u32 = crate::telemetry::histograms::SPARE_MAX as u32;
 
 /// How often given-up addresses are looked at until they are closed: before
 /// that, new clients get no answer instead of a refusal.

@@ -62,13 +62,10 @@ impl Ways {
     /// By those of `sources` that are of the backend's family; where there is
     /// none, the kernel chooses. A way that was there `before` goes on counting.
     pub fn new(sources: &[IpAddr], to: Option<SocketAddr>, workers: usize, before: &Ways) -> Ways {
-        let fits = |source: &&IpAddr| to.is_some_and(|to| to.is_ipv4() == source.is_ipv4());
-        let list: Vec<Arc<Way>> = sources
-            .iter()
-            .filter(fits)
+        let list: Vec<Arc<Way>> = of_family(sources, to)
             .map(|source| {
-                let known = before.list.iter().find(|way| way.source == Some(*source));
-                known.map_or_else(|| Arc::new(Way::from(*source, workers)), Arc::clone)
+                let known = before.list.iter().find(|way| way.source == Some(source));
+                known.map_or_else(|| Arc::new(Way::from(source, workers)), Arc::clone)
             })
             .collect();
         match list.is_empty() {
@@ -79,9 +76,8 @@ impl Ways {
 
     /// Whether they are the ways over those sources already.
     pub fn are_by(&self, sources: &[IpAddr], to: Option<SocketAddr>) -> bool {
-        let fits = |source: &&IpAddr| to.is_some_and(|to| to.is_ipv4() == source.is_ipv4());
         let mine = self.list.iter().filter_map(|way| way.source);
-        mine.eq(sources.iter().filter(fits).copied())
+        mine.eq(of_family(sources, to))
     }
 
     /// Those that had a free port when last tried, from the next in turn on; at
@@ -102,6 +98,12 @@ impl Ways {
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Way>> {
         self.list.iter()
     }
+}
+
+/// Those from which that address can be reached at all.
+fn of_family(sources: &[IpAddr], to: Option<SocketAddr>) -> impl Iterator<Item = IpAddr> {
+    let fits = move |source: &IpAddr| to.is_some_and(|to| to.is_ipv4() == source.is_ipv4());
+    sources.iter().copied().filter(fits)
 }
 
 // === impl Way ===
