@@ -74,6 +74,8 @@ pub struct Counts {
     pub starved: u64,
     /// Sends that came back short and were resumed.
     pub resumed: u64,
+    /// Operations the kernel had no memory for, and that are tried again.
+    pub short: u64,
     /// Completions that named an operation long over. Never seen.
     pub strays: u64,
 }

@@ -14,6 +14,7 @@
 mod buffers;
 mod event;
 mod ops;
+mod shelf;
 #[cfg(test)]
 mod tests;
 mod uring;
@@ -25,6 +26,7 @@ pub use ops::{Op, SEND_CHUNKS_MAX};
 use buffers::BufferRing;
 use io_uring::{cqueue, opcode, squeue, types};
 use ops::{Bytes, Ops, Parcel, Work};
+use shelf::Shelf;
 use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -71,6 +73,8 @@ pub struct Ring {
     /// Taken off the completion queue; `taken` of them are dealt with.
     completed: Vec<cqueue::Entry>,
     taken: usize,
+    /// What ran short of memory.
+    shelf: Shelf,
     /// Something was queued since the last system call.
     pending: bool,
     counts: Counts,
@@ -101,6 +105,7 @@ impl Ring {
             backlog: VecDeque::new(),
             completed: Vec::new(),
             taken: 0,
+            shelf: Shelf::default(),
             pending: false,
             counts: Counts::default(),
             closing: false,
@@ -233,14 +238,16 @@ impl Ring {
     pub fn cancel(&mut self, op: Op) {
         if let Some(operation) = self.ops.get_mut(op) {
             operation.cancelled = true;
-            self.push_cancel(op);
+            if !self.give_up_shelved(op) {
+                self.push_cancel(op);
+            }
         }
     }
 
     /// Asks a send how far it has come: where it has moved at all, a
     /// [`What::Sent`] that is not the last comes, and it goes on.
     pub fn nudge(&mut self, op: Op) {
-        if let Some(operation) = self.ops.get_mut(op) {
+        if let Some(operation) = self.ops.get_mut(op).filter(|operation| !operation.shelved) {
             operation.nudged = true;
             self.push_cancel(op);
         }
@@ -388,6 +395,9 @@ impl Ring {
     /// The next thing that happened, of what `enter` took.
     #[inline]
     pub fn next_event(&mut self) -> Option<Event> {
+        if let Some(event) = self.next_given_up() {
+            return Some(event);
+        }
         while let Some(completion) = self.completed.get(self.taken) {
             let (result, flags) = (completion.result(), completion.flags());
             let user_data = completion.user_data();
@@ -411,9 +421,12 @@ impl Ring {
             self.counts.strays += 1;
             return None;
         };
-        let tag = operation.tag;
+        let (tag, work) = (operation.tag, operation.work);
         let last = !cqueue::more(flags);
-        let what = match operation.work {
+        if last && Ring::is_shortage(work, result) && self.shelve(op) {
+            return None;
+        }
+        let what = match work {
             Work::Receive => self.received(result, chunk),
             Work::Poll => What::Polled(match result {
                 errno if errno < 0 => Err(-errno),
@@ -482,6 +495,7 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         self.closing = true;
+        self.clear_shelf();
         if self.in_flight() > 0 {
             let everything = types::CancelBuilder::any().all();
             let entry = opcode::AsyncCancel2::new(everything).build().user_data(NOBODY);

@@ -38,6 +38,8 @@ pub(super) struct InFlight {
     pub(super) cancelled: bool,
     /// Cancelled only to learn how far it has come.
     pub(super) nudged: bool,
+    /// Unknown to the kernel until it is tried again.
+    pub(super) shelved: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -110,15 +112,15 @@ impl Ops {
     #[inline]
     pub(super) fn insert(&mut self, socket: Rc<OwnedFd>, tag: u64, work: Work) -> Op {
         let socket = Some(socket);
-        let (cancelled, nudged) = (false, false);
+        let (cancelled, nudged, shelved) = (false, false, false);
         if let Some(index) = self.free.pop() {
             let place = &mut self.slots[index as usize];
             let generation = place.generation;
-            *place = InFlight { tag, socket, work, generation, cancelled, nudged };
+            *place = InFlight { tag, socket, work, generation, cancelled, nudged, shelved };
             return Op::new(generation, index);
         }
         let index = self.slots.len() as u32;
-        self.slots.push(InFlight { tag, socket, work, generation: 0, cancelled, nudged });
+        self.slots.push(InFlight { tag, socket, work, generation: 0, cancelled, nudged, shelved });
         Op::new(0, index)
     }
 

@@ -142,6 +142,29 @@ fn a_connect_that_the_ring_cannot_wait_for_is_a_lack_of_ours() {
     assert!(causes.contains(&"local-resource"), "{causes:?}");
 }
 
+#[test]
+fn an_operation_of_the_ring_without_memory_is_tried_again_and_its_session_goes_on() {
+    let shortages = [
+        (Call::RingSend, libc::ENOMEM),
+        (Call::RingSend, libc::ENOBUFS),
+        (Call::RingReceive, libc::ENOMEM),
+    ];
+    for (call, errno) in shortages {
+        let mut tried = 0;
+        for script in (1..9).map(Script::calm) {
+            let calls = run(Runtime::IoUring, script).calls;
+            let places = calls.iter().enumerate().filter(|(_, one)| **one == call);
+            for (index, _) in places {
+                let fault = Some((index as u64, Fault::Errno(errno)));
+                let causes = run(Runtime::IoUring, Script { fault, ..script }).causes;
+                assert!(causes.iter().all(|cause| *cause == "finished"), "{call:?}: {causes:?}");
+                tried += 1;
+            }
+        }
+        assert!(tried > 10, "{call:?} was made {tried} times");
+    }
+}
+
 impl Script {
     fn plan(&self, rng: &mut fastrand::Rng) -> Plan {
         match (self.fault, self.calm) {

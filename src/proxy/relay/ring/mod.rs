@@ -24,7 +24,7 @@ use crate::net::pipe::Pipes;
 use crate::net::ring::{BUFFER_LEN, Counts, Event, Ring, Settings, Wake};
 use crate::net::{errno, reactor, stream};
 use crate::proxy::close::Side;
-use crate::telemetry::counters::{LocalAt, RingEvent, WorkerCounters};
+use crate::telemetry::counters::{LocalAt, LocalError, RingEvent, WorkerCounters};
 use shortage::{Fed, Larder};
 use std::collections::VecDeque;
 use std::io;
@@ -115,6 +115,9 @@ impl Ringed {
             worker.ring_events.cell(event as usize, 0).add(count(&now) - count(&before));
         };
         add(RingEvent::Overflow, |counts| counts.overflows);
+        for _ in before.short..now.short {
+            worker.local_trouble(LocalError::Memory, LocalAt::Relay);
+        }
         add(RingEvent::Starved, |counts| counts.starved);
         add(RingEvent::Resumed, |counts| counts.resumed);
         add(RingEvent::Stray, |counts| counts.strays);
@@ -305,6 +308,7 @@ impl Mover for Ringed {
         if let (Some(error), Some(worker)) = (mover.pipes.trouble(), &mover.shown_by) {
             worker.local_trouble(errno::local_kind(&error), LocalAt::Relay);
         }
+        mover.ring.retry_shelved();
         mover.show_counts();
         mover.show_held();
         let starved = mover.ring.counts().starved;
