@@ -152,7 +152,7 @@ impl World {
         doorbell.set_nonblocking(true).unwrap();
         listener.set_nonblocking(true).unwrap();
         let portions: &[u64] =
-            if script.calm { &[300, 40_000] } else { &[1, 300, 20_000, 400_000] };
+            if script.calm { &[300, 40_000, 400_000] } else { &[1, 300, 20_000, 400_000] };
         let portion = *rng.choice(portions).unwrap();
         // Bulk byte by byte would take for ever.
         fake::with(|kernel| kernel.most = kernel.most.max(portion / 50));

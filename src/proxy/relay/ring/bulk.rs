@@ -2,9 +2,9 @@
 //!
 //! A stream comes here after a few full buffers in a row, once all of them are
 //! sent, and goes back to receives when little arrives at a time, when it arrives
-//! in pieces that fill the pipe with little, or when there is no pipe for it. The ring only tells when to go on: splice(2) itself is a
-//! plain call, as one by the ring measured the same. Small messages never come
-//! here.
+//! in pieces that fill the pipe with little, or when there is no pipe for it. The
+//! ring only tells when to go on: splice(2) itself is a plain call, as one by the
+//! ring measured the same. Small messages never come here.
 
 use super::streams::{Flow, Meaning, Mode, SHUNNED_MAX, Use};
 use crate::net::errno;
@@ -54,6 +54,10 @@ impl Flow {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.wait(key, from, Use::Writable, ring);
                     return Meaning::Nothing;
+                }
+                Err(error) if errno::is_shortage(&error) => {
+                    self.streams[from as usize].short = true;
+                    return Meaning::Short(from);
                 }
                 Err(error) => return self.send_failed(from, errno_of(&error), ring),
             }

@@ -62,6 +62,8 @@ pub(super) struct Ringed {
     starved: VecDeque<(u32, Side)>,
     /// Sides not received from since the last tick.
     stalled: Vec<(u32, Side)>,
+    /// Sides the kernel had no memory for since the last tick.
+    short: Vec<(u32, Side)>,
     /// For reading where there is no buffer.
     larder: Larder,
     /// Starvations seen at the last tick, and ticks since there was one.
@@ -85,6 +87,7 @@ impl Ringed {
             pipes: Pipes::new(Arc::clone(&budget)),
             starved: VecDeque::new(),
             stalled: Vec::new(),
+            short: Vec::new(),
             larder: Larder::new(budget),
             starved_before: 0,
             quiet_ticks: 0,
@@ -141,7 +144,17 @@ impl Ringed {
         let mut moved = Moved::default();
         let Ringed { ring, pipes, .. } = &mut state.mover;
         let meaning = entry.flow.handle(event, ring, pipes, &mut moved);
-        let next = entry.flow.verdict.ending().map_or(Next::Wait, Next::End);
+        Ringed::go_on(state, key, meaning, &moved, pace);
+        if last {
+            state.settle(key);
+        }
+    }
+
+    /// What an event, or a try without one, leaves to do.
+    #[inline]
+    fn go_on(state: &mut State<Ringed>, key: u32, meaning: Meaning, moved: &Moved, pace: &Pace) {
+        let verdict = &state.flows[key as usize].flow.verdict;
+        let next = verdict.ending().map_or(Next::Wait, Next::End);
         match meaning {
             Meaning::Nothing => {}
             Meaning::Connected(how) => state.connect_decided(key, how),
@@ -153,11 +166,34 @@ impl Ringed {
                 state.mover.starved.push_back((key, side));
             }
             Meaning::Stalled(side) => state.mover.stalled.push((key, side)),
+            Meaning::Short(side) => state.mover.ran_short(key, side),
             Meaning::Failed(_) => state.note_failure(key, true, pace),
         }
-        state.progress(key, &moved, next, pace);
-        if last {
-            state.settle(key);
+        state.progress(key, moved, next, pace);
+    }
+
+    /// Has that side go on at the next tick.
+    #[cold]
+    fn ran_short(&mut self, key: u32, side: Side) {
+        if let Some(worker) = &self.shown_by {
+            worker.local_trouble(LocalError::Memory, LocalAt::Relay);
+        }
+        self.short.push((key, side));
+    }
+
+    /// Has everything go on that ran short of memory.
+    fn retry_short(state: &mut State<Ringed>, pace: &Pace) {
+        state.mover.ring.retry_shelved();
+        for (key, side) in std::mem::take(&mut state.mover.short) {
+            // A flow that came after is not short.
+            let Some(entry) = state.flows.get_mut(key as usize) else { continue };
+            if !entry.is_relaying() {
+                continue;
+            }
+            let mut moved = Moved::default();
+            let Ringed { ring, pipes, .. } = &mut state.mover;
+            let meaning = entry.flow.retry_short(key, side, ring, pipes, &mut moved);
+            Ringed::go_on(state, key, meaning, &moved, pace);
         }
     }
 
@@ -172,14 +208,18 @@ impl Ringed {
             }
             let Ringed { ring, larder, starved, stalled, .. } = &mut state.mover;
             let mut moved = Moved::default();
-            let mut failed = false;
+            let (mut failed, mut short) = (false, false);
             match entry.flow.feed(key, side, ring, larder, &mut moved) {
                 Fed::Done => {}
                 Fed::Hungry => starved.push_back((key, side)),
                 Fed::Waits => stalled.push((key, side)),
+                Fed::Short => short = true,
                 Fed::Failed => failed = true,
             }
             let next = entry.flow.verdict.ending().map_or(Next::Wait, Next::End);
+            if short {
+                state.mover.ran_short(key, side);
+            }
             state.note_failure(key, failed, pace);
             state.progress(key, &moved, next, pace);
         }
@@ -293,7 +333,8 @@ impl Mover for Ringed {
         Ok(Round { drained: true, busy })
     }
 
-    fn tick(state: &mut State<Ringed>, _: &Pace) {
+    fn tick(state: &mut State<Ringed>, pace: &Pace) {
+        Ringed::retry_short(state, pace);
         let mut stalled = std::mem::take(&mut state.mover.stalled);
         for (key, side) in stalled.drain(..) {
             if let Some(entry) = state.flows.get_mut(key as usize)
@@ -308,7 +349,6 @@ impl Mover for Ringed {
         if let (Some(error), Some(worker)) = (mover.pipes.trouble(), &mover.shown_by) {
             worker.local_trouble(errno::local_kind(&error), LocalAt::Relay);
         }
-        mover.ring.retry_shelved();
         mover.show_counts();
         mover.show_held();
         let starved = mover.ring.counts().starved;

@@ -1,12 +1,15 @@
 //! When there is no buffer in the ring to receive into: with one of the
-//! session's own, and where the process's budget has none left, with none.
+//! session's own, and where the process's budget has none left, with none. And
+//! when the kernel itself has no memory: later.
 //!
 //! Driven by `Ringed` for sides that starve. It never drops a byte: what can
 //! be neither kept nor sent stays in the kernel's receive buffer, and TCP holds
 //! the sender back.
 
-use super::streams::{Flow, Use};
+use super::streams::{Flow, Meaning, Use};
 use crate::net::budget::Budget;
+use crate::net::errno;
+use crate::net::pipe::Pipes;
 use crate::net::ring::{BUFFER_LEN, Chunk, Ring};
 use crate::net::stream;
 use crate::proxy::close::Side;
@@ -33,6 +36,8 @@ pub(super) enum Fed {
     Hungry,
     /// It waits for its own bytes to be sent.
     Waits,
+    /// The kernel has no memory for it.
+    Short,
     /// The side across has failed, and it is news.
     Failed,
 }
@@ -112,6 +117,9 @@ impl Flow {
         if error.kind() == io::ErrorKind::Interrupted {
             return Fed::Hungry;
         }
+        if errno::is_shortage(error) {
+            return self.fall_short(from);
+        }
         self.streams[from as usize].starved = false;
         if error.kind() == io::ErrorKind::WouldBlock {
             self.wait(key, from, Use::Readable, ring);
@@ -138,6 +146,7 @@ impl Flow {
             Ok(sent) => sent,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Fed::Hungry,
+            Err(error) if errno::is_shortage(&error) => return self.fall_short(from),
             Err(error) => {
                 self.streams[from as usize].starved = false;
                 self.send_failed(from, error.raw_os_error().unwrap_or(libc::EIO), ring);
@@ -166,6 +175,35 @@ impl Flow {
         stream.dry = true;
         self.wait(key, from, Use::Writable, ring);
         Fed::Waits
+    }
+
+    fn fall_short(&mut self, from: Side) -> Fed {
+        let stream = &mut self.streams[from as usize];
+        (stream.starved, stream.short) = (false, true);
+        Fed::Short
+    }
+
+    /// Goes on where the kernel had no memory.
+    pub(super) fn retry_short(
+        &mut self,
+        key: u32,
+        from: Side,
+        ring: &mut Ring,
+        pipes: &mut Pipes,
+        moved: &mut Moved,
+    ) -> Meaning {
+        let stream = &mut self.streams[from as usize];
+        if self.halted || !std::mem::take(&mut stream.short) {
+            return Meaning::Nothing;
+        }
+        if stream.pipe.is_none() {
+            stream.starved = true;
+            return Meaning::Starved { side: from, alone: true };
+        }
+        let meaning = self.splice(key, from, false, ring, pipes, moved);
+        self.arm(key, from, ring);
+        self.finish(from);
+        meaning
     }
 
     /// Takes from the socket what was sent: as many bytes as `sent` is long.

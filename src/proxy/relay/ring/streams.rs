@@ -104,6 +104,9 @@ pub(super) struct Stream {
     pub(super) starved: bool,
     /// Has no buffer to keep bytes in, and waits for room to send them at once.
     pub(super) dry: bool,
+    /// The kernel had no memory to go on; nothing is in flight, and it is tried
+    /// again at a tick.
+    pub(super) short: bool,
     /// Already reported as stalled.
     listed: bool,
     /// Full buffers in a row; in bulk, small fills in a row.
@@ -141,6 +144,8 @@ pub(super) enum Meaning {
     },
     /// That side is not received from, as its bytes wait.
     Stalled(Side),
+    /// The kernel has no memory to move bytes of that side.
+    Short(Side),
     /// That side has failed, and it is news.
     Failed(Side),
 }
@@ -221,6 +226,7 @@ impl Flow {
             stream.queue = Queue::default();
             stream.pipe = None;
             stream.starved = false;
+            stream.short = false;
         }
         self.cancel_all(ring);
     }
@@ -273,6 +279,7 @@ impl Flow {
         if self.halted
             || stream.receive.is_some()
             || stream.starved
+            || stream.short
             || stream.poll.is_some()
             || self.verdict.ended(from)
             || self.verdict.failed(from.other())
@@ -518,6 +525,7 @@ impl Flow {
             && stream.stalled_poll.is_none()
             && (stream.pipe.is_some() || stream.dry || stream.queued > 0 && stream.poll.is_none())
             && !stream.starved
+            && !stream.short
             && !self.verdict.ended(from)
             && !self.verdict.failed(from.other())
     }
