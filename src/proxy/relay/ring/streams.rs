@@ -349,6 +349,7 @@ impl Flow {
             }
             What::SendFailed(errno) => self.send_failed(side, errno, ring),
             What::Polled(result) => match tag & 0xF {
+                READABLE | WRITABLE if result == Err(libc::ENOMEM) => self.wait_short(side),
                 what @ (READABLE | WRITABLE) => {
                     self.woken(key, side, what == READABLE, ring, pipes, moved)
                 }
@@ -493,6 +494,14 @@ impl Flow {
             Mode::ToBulk => Meaning::Nothing,
             Mode::Ring => self.starve(side),
         }
+    }
+
+    /// The kernel had no memory even to wait with: it is asked again at a tick.
+    #[cold]
+    fn wait_short(&mut self, side: Side) -> Meaning {
+        let stream = &mut self.streams[side as usize];
+        (stream.dry, stream.short) = (false, true);
+        Meaning::Short(side)
     }
 
     fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>) -> Meaning {
