@@ -163,6 +163,8 @@ pub enum RingEvent {
     Stray,
     /// The kernel's flag for deferred work stood for none.
     StaleFlag,
+    /// Operations of an ended session did not come back: its sockets were reset.
+    TornDown,
 }
 
 /// Trouble of our own, never blamed on a backend.
@@ -247,12 +249,13 @@ impl LocalError {
 
 impl RingEvent {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [RingEvent; 5] = [
+    pub const ALL: [RingEvent; 6] = [
         RingEvent::Overflow,
         RingEvent::Starved,
         RingEvent::Resumed,
         RingEvent::Stray,
         RingEvent::StaleFlag,
+        RingEvent::TornDown,
     ];
 
     /// Metric label.
@@ -263,6 +266,7 @@ impl RingEvent {
             RingEvent::Resumed => "resumed",
             RingEvent::Stray => "stray",
             RingEvent::StaleFlag => "stale-flag",
+            RingEvent::TornDown => "torn-down",
         }
     }
 }

@@ -503,6 +503,13 @@ impl TestProxy {
             .collect()
     }
 
+    /// The lines of the access log that do not hold `text`: it may be long.
+    pub fn access_lines_without(&self, text: &str) -> String {
+        let file = std::fs::File::open(self.dir.path().join("access.log")).expect("it is there");
+        let lines = std::io::BufRead::lines(std::io::BufReader::new(file)).map_while(Result::ok);
+        lines.filter(|line| !line.contains(text)).collect::<Vec<_>>().join("\n")
+    }
+
     /// Waits for the access log to hold `count` lines and gives them.
     #[track_caller]
     pub fn wait_access_log(&self, count: usize) -> Vec<Value> {

@@ -52,6 +52,10 @@ fn streams_are_whole_over_bad_links(engine: Engine) {
     hosts.client.run(|| ledger.run(&[proxy.addr("web")], first..first + streams, AT_ONCE));
     let took = start.elapsed();
     ledger.settle();
+    if !ledger.faults().is_empty() {
+        // Of a million, those that may tell why.
+        eprintln!("{}", proxy.access_lines_without("\"cause\":\"finished\""));
+    }
     ledger.assert_clean();
     assert_eq!(ledger.streams(), streams);
     let mut lost = 0;

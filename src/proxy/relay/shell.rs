@@ -89,6 +89,8 @@ pub(super) struct Entry<F> {
     orphaned: bool,
     /// Its client was turned away.
     refused: bool,
+    /// How often it was seen unsettled since it ended.
+    looks: u8,
 }
 
 #[derive(Debug)]
@@ -159,6 +161,7 @@ impl<M: Mover> Shell<M> {
             cut: None,
             orphaned: false,
             refused: false,
+            looks: 0,
         });
         Ok(key)
     }

@@ -278,6 +278,9 @@ impl Mover for Ringed {
     }
 
     fn tear_down(&mut self, flow: &mut Flow) {
+        if let Some(worker) = &self.shown_by {
+            worker.ring_events.cell(RingEvent::TornDown as usize, 0).add(1);
+        }
         flow.tear_down(&mut self.ring);
     }
 

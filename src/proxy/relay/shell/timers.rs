@@ -10,9 +10,12 @@ use super::{Stage, State};
 use crate::net::stream;
 use std::time::Duration;
 
-/// How long an ended session's operations may take to come back before its
-/// sockets are torn down under them. Cancelling takes microseconds.
-const SETTLE_MAX: Duration = Duration::from_millis(500);
+/// How often an ended session is looked at whose operations have not come back,
+/// and how often in vain before its sockets are torn down under them. Cancelling
+/// takes microseconds. Looks are counted, not time: while this thread itself stands
+/// still nothing can come back, and a reset would break a stream that is whole.
+const SETTLE_LOOK: Duration = Duration::from_millis(100);
+const SETTLE_LOOKS: u8 = 5;
 
 impl<M: Mover> State<M> {
     /// Sets a flow's timer anew. The half-closed timer may be due long before
@@ -27,9 +30,19 @@ impl<M: Mover> State<M> {
     }
 
     pub(super) fn expect_to_settle(&mut self, key: u32, pace: &Pace) {
-        let due = pace.tick_after(self.now + SETTLE_MAX);
+        let due = pace.tick_after(self.now + SETTLE_LOOK);
         self.wheel.arm(key, due);
         pace.kick_if_sooner(due);
+    }
+
+    /// Its operations have still not come back.
+    fn unsettled(&mut self, key: u32, pace: &Pace) {
+        let entry = &mut self.flows[key as usize];
+        entry.looks = entry.looks.saturating_add(1);
+        if entry.looks >= SETTLE_LOOKS {
+            self.mover.tear_down(&mut entry.flow);
+        }
+        self.expect_to_settle(key, pace);
     }
 
     /// Fires the timers that are due.
@@ -50,9 +63,7 @@ impl<M: Mover> State<M> {
         let now = self.now;
         let entry = &mut self.flows[key as usize];
         if entry.orphaned {
-            self.mover.tear_down(&mut entry.flow);
-            self.expect_to_settle(key, pace);
-            return;
+            return self.unsettled(key, pace);
         }
         match &mut entry.stage {
             Stage::Setup(setup) => match setup.deadline {
@@ -66,10 +77,7 @@ impl<M: Mover> State<M> {
                 }
             },
             Stage::Relaying(_) => self.look_at_timers(key, pace),
-            Stage::Ended(..) => {
-                self.mover.tear_down(&mut entry.flow);
-                self.expect_to_settle(key, pace);
-            }
+            Stage::Ended(..) => self.unsettled(key, pace),
         }
     }
 
