@@ -281,6 +281,10 @@ impl Mover for Ringed {
         if let Some(worker) = &self.shown_by {
             worker.ring_events.cell(RingEvent::TornDown as usize, 0).add(1);
         }
+        tracing::warn!(
+            operations = flow.in_flight(),
+            "operations of an ended session do not come back; its sockets are reset"
+        );
         flow.tear_down(&mut self.ring);
     }
 

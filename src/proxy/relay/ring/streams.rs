@@ -231,6 +231,24 @@ impl Flow {
         self.cancel_all(ring);
     }
 
+    /// What has not come back, in words.
+    pub(super) fn in_flight(&self) -> String {
+        let name = |name: &'static str, op: Option<Op>| op.map(|op| format!("{name} {op:?}"));
+        let mut there = vec![name("connect", self.connect), name("watch", self.watch)];
+        for (side, stream) in Side::BOTH.into_iter().zip(&self.streams) {
+            let named = |what| format!("{what} from {side:?}");
+            let ops = [
+                ("receive", stream.receive),
+                ("send", stream.send),
+                ("poll", stream.poll),
+                ("stalled poll", stream.stalled_poll),
+            ];
+            there.extend(ops.map(|(what, op)| op.map(|_| named(what))));
+        }
+        let there: Vec<String> = there.into_iter().flatten().collect();
+        format!("{} in all: {}", self.operations, there.join(", "))
+    }
+
     fn cancel_all(&self, ring: &mut Ring) {
         if self.operations == 0 {
             return;

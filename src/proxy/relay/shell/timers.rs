@@ -38,8 +38,9 @@ impl<M: Mover> State<M> {
     /// Its operations have still not come back.
     fn unsettled(&mut self, key: u32, pace: &Pace) {
         let entry = &mut self.flows[key as usize];
-        entry.looks = entry.looks.saturating_add(1);
-        if entry.looks >= SETTLE_LOOKS {
+        entry.looks += 1;
+        if entry.looks == SETTLE_LOOKS {
+            entry.looks = 0;
             self.mover.tear_down(&mut entry.flow);
         }
         self.expect_to_settle(key, pace);
