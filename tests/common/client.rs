@@ -90,6 +90,17 @@ pub fn read_to_end(mut stream: &TcpStream) -> End {
     }
 }
 
+/// Connects and reads to the end. Where the connection is reset at once, that may
+/// show while it is made.
+#[track_caller]
+pub fn connect_and_read_to_end(address: SocketAddr) -> End {
+    match try_connect(address) {
+        Ok(stream) => read_to_end(&stream),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => End::Reset(0),
+        Err(error) => panic!("connect to {address}: {error}"),
+    }
+}
+
 fn with_deadlines(stream: &TcpStream) -> io::Result<()> {
     stream.set_read_timeout(Some(patience(secs(20))))?;
     stream.set_write_timeout(Some(patience(secs(20))))?;

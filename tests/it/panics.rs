@@ -117,7 +117,8 @@ fn a_panic_in_a_session_ends_that_session_alone(engine: Engine) {
     echoes(&other);
     for (place, phase) in [("setup", "admit"), ("session", "data")] {
         order(&proxy, place, 0, 0);
-        assert_eq!(client::read_to_end(&connect(proxy.addr("web"))), End::Reset(0), "{place}");
+        let end = client::connect_and_read_to_end(proxy.addr("web"));
+        assert_eq!(end, End::Reset(0), "{place}");
         let labels = [("cause", "internal-error"), ("phase", phase)];
         eventually(secs(5), "it is accounted for", || {
             proxy.metric("tidegate_session_end_total", &labels) == 1.0

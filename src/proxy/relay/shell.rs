@@ -73,6 +73,8 @@ pub(super) struct State<M: Mover> {
     fired: Vec<u32>,
     /// Read once a batch.
     pub(super) now: Instant,
+    /// When the mover had nothing left to do, at last.
+    idle_at: Instant,
     next_tick: Instant,
 }
 
@@ -124,6 +126,7 @@ impl<M: Mover> Shell<M> {
                 wheel: Wheel::new(0),
                 fired: Vec::new(),
                 now: started,
+                idle_at: started,
                 next_tick: started,
             }),
             broken: Notify::new(),
@@ -391,6 +394,10 @@ impl<M: Mover> Shell<M> {
                 continue;
             }
             turns = 0;
+            if !awake {
+                let state = &mut *self.hold();
+                state.idle_at = state.now;
+            }
             self.sleep(timer.as_mut()).await?;
             self.hold().mover.rouse();
         }

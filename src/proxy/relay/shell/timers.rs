@@ -12,8 +12,9 @@ use std::time::Duration;
 
 /// How often an ended session is looked at whose operations have not come back,
 /// and how often in vain before its sockets are torn down under them. Cancelling
-/// takes microseconds. Looks are counted, not time: while this thread itself stands
-/// still nothing can come back, and a reset would break a stream that is whole.
+/// takes microseconds. A look counts only where the mover has had nothing left to do
+/// since: to a worker that gets no processor, or is behind, operations come back
+/// late, and a reset would break streams that are whole.
 const SETTLE_LOOK: Duration = Duration::from_millis(100);
 const SETTLE_LOOKS: u8 = 5;
 
@@ -38,7 +39,9 @@ impl<M: Mover> State<M> {
     /// Its operations have still not come back.
     fn unsettled(&mut self, key: u32, pace: &Pace) {
         let entry = &mut self.flows[key as usize];
-        entry.looks += 1;
+        // About since the last look: that one may be wrong, not all of them.
+        let caught_up = self.now.saturating_duration_since(self.idle_at) <= SETTLE_LOOK * 2;
+        entry.looks += u8::from(caught_up);
         if entry.looks == SETTLE_LOOKS {
             entry.looks = 0;
             self.mover.tear_down(&mut entry.flow);

@@ -7,6 +7,7 @@ use crate::proxy::relay::pace::Pace;
 use crate::proxy::relay::shell::State;
 use crate::proxy::relay::verdict::{Moved, Next, Verdict};
 use socket2::{Domain, Socket, Type};
+use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::task::{Context, Poll};
@@ -19,8 +20,13 @@ struct Sleepless {
     /// To be woken through the reactor, where it can be: a socket it writes to,
     /// and the one it waits for.
     bell: Option<(Socket, AsyncFd<Arc<Socket>>)>,
+    /// It does sleep after all.
+    dozes: bool,
+    /// Sessions that were torn down.
+    torn_down: Rc<Cell<u32>>,
 }
 
+/// A session whose operations never come back.
 #[derive(Debug)]
 struct NoFlow;
 
@@ -31,7 +37,7 @@ impl Sleepless {
             bell.set_nonblocking(true).unwrap();
             (ringer, reactor::watch_readable(Arc::new(bell)).unwrap())
         });
-        Sleepless { bell }
+        Sleepless { bell, dozes: false, torn_down: Rc::default() }
     }
 }
 
@@ -45,7 +51,7 @@ impl Mover for Sleepless {
     }
 
     fn has_work(&self) -> bool {
-        true
+        !self.dozes
     }
 
     fn round(state: &mut State<Sleepless>, _: &Pace) -> io::Result<Round> {
@@ -56,10 +62,13 @@ impl Mover for Sleepless {
     fn tick(_: &mut State<Sleepless>, _: &Pace) {}
 
     fn doze(&mut self) -> bool {
-        false
+        self.dozes
     }
 
     fn poll_wake(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.dozes {
+            return Poll::Pending;
+        }
         let Some((_, bell)) = &self.bell else { return Poll::Ready(Ok(())) };
         bell.poll_read_ready(cx).map(|guard| guard.map(|mut guard| guard.clear_ready()))
     }
@@ -91,10 +100,12 @@ impl Mover for Sleepless {
     fn halt(&mut self, _: &mut NoFlow) {}
 
     fn is_settled(_: &NoFlow) -> bool {
-        true
+        false
     }
 
-    fn tear_down(&mut self, _: &mut NoFlow) {}
+    fn tear_down(&mut self, _: &mut NoFlow) {
+        self.torn_down.set(self.torn_down.get() + 1);
+    }
 
     fn ask_progress(&mut self, _: &mut NoFlow) -> bool {
         false
@@ -157,4 +168,36 @@ fn a_mover_that_never_dozes_lets_the_workers_other_tasks_run() {
         let verdict = ended.recv_timeout(PATIENCE);
         assert!(verdict.is_ok(), "the engine task starves {runtime:?}, bell: {has_bell}");
     }
+}
+
+/// How often a session was torn down a second after it was dropped, or as soon as
+/// it was.
+fn torn_down(dozes: bool) -> u32 {
+    Runtime::Epoll
+        .block_on(async {
+            let torn_down = Rc::new(Cell::new(0));
+            let mover = Sleepless { bell: None, dozes, torn_down: Rc::clone(&torn_down) };
+            let shell = Shell::new(mover, None);
+            let engine = tokio::task::spawn_local(Rc::clone(&shell).run());
+            let (client, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+            let key = shell.open(client.into()).unwrap();
+            shell.remove(key);
+            let enough = if dozes { PATIENCE } else { Duration::from_secs(1) };
+            let begun = clock::now();
+            while begun.elapsed() < enough && torn_down.get() == 0 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            engine.abort();
+            torn_down.get()
+        })
+        .unwrap()
+}
+
+/// A worker that has got no processor for a second has ended sessions whose
+/// operations are done, but not looked at yet: to reset those would break streams
+/// that are whole.
+#[test]
+fn a_session_is_torn_down_only_where_nothing_else_is_left_to_come_back() {
+    assert_eq!(torn_down(false), 0);
+    assert_eq!(torn_down(true), 1);
 }
