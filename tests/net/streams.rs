@@ -30,7 +30,8 @@ const BAD: Impairment = Impairment {
 /// They mostly wait, for what was lost to be sent again: so many keep the links busy.
 const AT_ONCE: usize = 256;
 
-/// How many streams, and the first one's seed, may be said by the environment.
+/// How many streams, how many at once, and the first one's seed may be said by the
+/// environment.
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(text.parse().unwrap_or_else(|error| panic!("{name}={text}: {error}")))
@@ -48,8 +49,9 @@ fn streams_are_whole_over_bad_links(engine: Engine) {
     hosts.backends.iter().for_each(|host| host.link.set(BAD));
     let streams = number("TIDEGATE_STREAMS").unwrap_or(if long() { 1_000_000 } else { 10_000 });
     let first = number("TIDEGATE_SEED").unwrap_or(0);
+    let at_once = number("TIDEGATE_AT_ONCE").map_or(AT_ONCE, |many| many as usize);
     let start = Instant::now();
-    hosts.client.run(|| ledger.run(&[proxy.addr("web")], first..first + streams, AT_ONCE));
+    hosts.client.run(|| ledger.run(&[proxy.addr("web")], first..first + streams, at_once));
     let took = start.elapsed();
     ledger.settle();
     if !ledger.faults().is_empty() {
