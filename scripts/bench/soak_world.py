@@ -112,15 +112,12 @@ class Load:
     def close_books(self):
         self.reader.join(5)
         self.errors, self.counted = self.failures(), {}
-        measured = self.units
         self.before, self.units = self.done(), 0
         # 3 also where a ledger found faults, which the counts tell. One that was
-        # ended before it could begin, or had hardly begun (3: it measured nothing),
-        # has nothing to say; what all runs did together is judged beside this.
-        early = self.stopping and (
-            self.process.returncode == -signal.SIGTERM
-            or self.process.returncode == 3 and measured == 0
-        )
+        # ended before it could begin, or had hardly begun (3: it measured nothing,
+        # whatever it had opened), has nothing to say; what all runs did together is
+        # judged beside this.
+        early = self.stopping and self.process.returncode in (-signal.SIGTERM, 3)
         if self.process.returncode != 0 and not self.errors and not early:
             self.broken = f"{self.name} ended with {self.process.returncode}"
 
