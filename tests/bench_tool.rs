@@ -357,16 +357,18 @@ fn an_interrupt_ends_a_run_early_with_its_report() {
     let _turn = turn::shared();
     let backend = Backend::start("echo");
     let to = backend.address.to_string();
-    let child = Command::new(PROGRAM)
-        .args(["bench", "--to", &to, "--json", "ping-pong", "-c", "2", "--for", "60s"])
+    let mut child = Command::new(PROGRAM)
+        .args(["bench", "--to", &to, "--json", "--every", "100ms"])
+        .args(["ping-pong", "-c", "2", "--for", "60s"])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    std::thread::sleep(common::ms(300));
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    lines.next().expect("a first window: the measured time has begun");
     proc::signal(child.id(), Signal::INT);
-    let output = child.wait_with_output().unwrap();
-    let run: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    assert_eq!(output.status.code(), Some(0));
+    let last = lines.last().expect("the report");
+    let run: Value = serde_json::from_str(&last).expect("JSON");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
     assert!(count(&run, "requests") > 0 && run["seconds"].as_f64().unwrap() < 30.0, "{run}");
 }
 

@@ -139,6 +139,7 @@ pub fn slow_read(chunk: usize, pause: Duration) -> Script {
         let _ = conn.socket.set_recv_buffer_size(128 * 1024);
         let mut buffer = vec![0; chunk];
         while matches!(conn.read(&mut buffer), Ok(n) if n > 0) {
+            // Its pace.
             std::thread::sleep(pause);
         }
     })
@@ -349,6 +350,7 @@ fn accept_loop(listener: &Socket, shared: &Arc<Shared>, script: &Script) {
             if shared.stopping.load(Ordering::SeqCst) {
                 return;
             }
+            // A failure stays for a while: do not ask a million times.
             std::thread::sleep(Duration::from_millis(1));
             continue;
         };

@@ -120,13 +120,20 @@ pub fn eventually(timeout: Duration, what: &str, mut done: impl FnMut() -> bool)
 /// Waits until `get` gives something and returns it; panics naming `what`
 /// after the (patient) timeout.
 #[track_caller]
-pub fn eventually_some<T>(timeout: Duration, what: &str, mut get: impl FnMut() -> Option<T>) -> T {
+pub fn eventually_some<T>(timeout: Duration, what: &str, get: impl FnMut() -> Option<T>) -> T {
+    within(timeout, get).unwrap_or_else(|| panic!("waited {timeout:?} in vain: {what}"))
+}
+
+/// What `get` gives first within the (patient) timeout, for callers with more to
+/// say of a failure. Asks once at least.
+pub fn within<T>(timeout: Duration, mut get: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + patience(timeout);
     loop {
-        if let Some(value) = get() {
-            return value;
+        let got = get();
+        if got.is_some() || Instant::now() >= deadline {
+            return got;
         }
-        assert!(Instant::now() < deadline, "waited {timeout:?} in vain: {what}");
+        // Between two questions.
         std::thread::sleep(ms(5));
     }
 }

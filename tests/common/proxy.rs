@@ -8,14 +8,14 @@
 use super::conf::Conf;
 use super::http::{self, Answer};
 use super::upgrade::Serving;
-use super::{eventually, eventually_some, ms, patience, proc, secs};
+use super::{eventually, eventually_some, ms, proc, secs, within};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_tidegate");
@@ -307,15 +307,12 @@ impl TestProxy {
     /// Waits for the process to end by itself and gives its exit code.
     #[track_caller]
     pub fn wait_exit(&mut self, timeout: Duration) -> Option<i32> {
-        let deadline = Instant::now() + patience(timeout);
-        while Instant::now() < deadline {
-            if let Some(status) = self.serving.try_wait(&mut self.child) {
-                self.exited = Some(status);
-                return status.code();
-            }
-            std::thread::sleep(ms(5));
-        }
-        panic!("the balancer still runs after {timeout:?}\n{}", self.log());
+        let status = within(timeout, || self.serving.try_wait(&mut self.child));
+        let Some(status) = status else {
+            panic!("the balancer still runs after {timeout:?}\n{}", self.log());
+        };
+        self.exited = Some(status);
+        status.code()
     }
 
     /// Ends it in order and starts it anew on the same file.
@@ -342,6 +339,7 @@ impl TestProxy {
         // The server's end of the last admin connection may still be closing.
         let mut last = self.fd_count();
         self.fd_baseline = eventually_some(secs(5), "a steady number of descriptors", || {
+            // Far enough from the last count to differ from it.
             std::thread::sleep(ms(20));
             let count = self.fd_count();
             let steady = count == last;
@@ -357,27 +355,21 @@ impl TestProxy {
         if self.exited.is_some() {
             return;
         }
-        let deadline = Instant::now() + patience(secs(10));
-        while sum_active(&self.status()) > 0 {
-            assert!(
-                Instant::now() < deadline,
-                "sessions left: {:#}\nthe balancer's sockets: {:#?}",
-                self.status(),
-                proc::tcp_sockets(self.pid())
-            );
-            std::thread::sleep(ms(10));
-        }
-        let deadline = Instant::now() + patience(secs(5));
-        while self.fd_count() > self.fd_baseline {
-            assert!(
-                Instant::now() < deadline,
-                "{} descriptors open, {} at the start: {:#?}",
-                self.fd_count(),
-                self.fd_baseline,
-                proc::fds(self.pid())
-            );
-            std::thread::sleep(ms(10));
-        }
+        let none_left = within(secs(10), || (sum_active(&self.status()) == 0).then_some(()));
+        assert!(
+            none_left.is_some(),
+            "sessions left: {:#}\nthe balancer's sockets: {:#?}",
+            self.status(),
+            proc::tcp_sockets(self.pid())
+        );
+        let as_before = within(secs(5), || (self.fd_count() <= self.fd_baseline).then_some(()));
+        assert!(
+            as_before.is_some(),
+            "{} descriptors open, {} at the start: {:#?}",
+            self.fd_count(),
+            self.fd_baseline,
+            proc::fds(self.pid())
+        );
         self.sigterm();
         let code = self.wait_exit(secs(2));
         assert_eq!(code, Some(0), "SIGTERM without sessions ends in order\n{}", self.log());
@@ -385,19 +377,19 @@ impl TestProxy {
 
     fn wait_ready(&mut self) -> Result<(), String> {
         let socket = self.dir.path().join("admin.sock");
-        let deadline = Instant::now() + patience(secs(20));
-        loop {
-            if let Some(status) = self.child.try_wait().expect("wait for the child") {
+        let ready = || http::over_unix(&socket, "GET", "/ready").is_ok_and(|a| a.status == 200);
+        let came_to =
+            within(secs(20), || match self.child.try_wait().expect("wait for the child") {
+                Some(status) => Some(Err(status)),
+                None => ready().then_some(Ok(())),
+            });
+        match came_to {
+            Some(Ok(())) => Ok(()),
+            Some(Err(status)) => {
                 self.exited = Some(status);
-                return Err(format!("{status}\n{}", self.log()));
+                Err(format!("{status}\n{}", self.log()))
             }
-            if http::over_unix(&socket, "GET", "/ready").is_ok_and(|answer| answer.status == 200) {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err(format!("not ready in time\n{}", self.log()));
-            }
-            std::thread::sleep(ms(5));
+            None => Err(format!("not ready in time\n{}", self.log())),
         }
     }
 }
@@ -448,8 +440,11 @@ fn spawn(config: &Path, dir: &Path, wrapper: &[&str]) -> Child {
 }
 
 fn render(conf: &Conf, dir: &Path) -> String {
-    let access = dir.join("access.log");
-    conf.render(&admin_address(dir), &access.to_string_lossy())
+    conf.render(&admin_address(dir), &access_log_path(dir).to_string_lossy())
+}
+
+fn access_log_path(dir: &Path) -> PathBuf {
+    dir.join("access.log")
 }
 
 fn admin_address(dir: &Path) -> String {
@@ -496,7 +491,7 @@ pub fn sum_samples(text: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
 /// The access log so far, a JSON object a line.
 impl TestProxy {
     pub fn access_log(&self) -> Vec<Value> {
-        std::fs::read_to_string(self.dir.path().join("access.log"))
+        std::fs::read_to_string(access_log_path(self.dir.path()))
             .unwrap_or_default()
             .lines()
             .map(|line| serde_json::from_str(line).expect("a JSON object a line"))
@@ -505,7 +500,7 @@ impl TestProxy {
 
     /// The lines of the access log that do not hold `text`: it may be long.
     pub fn access_lines_without(&self, text: &str) -> String {
-        let file = std::fs::File::open(self.dir.path().join("access.log")).expect("it is there");
+        let file = std::fs::File::open(access_log_path(self.dir.path())).expect("it is there");
         let lines = std::io::BufRead::lines(std::io::BufReader::new(file)).map_while(Result::ok);
         lines.filter(|line| !line.contains(text)).collect::<Vec<_>>().join("\n")
     }
@@ -514,7 +509,7 @@ impl TestProxy {
     #[track_caller]
     pub fn wait_access_log(&self, count: usize) -> Vec<Value> {
         eventually(secs(10), &format!("{count} lines in the access log"), || {
-            let text = std::fs::read_to_string(self.dir.path().join("access.log"));
+            let text = std::fs::read_to_string(access_log_path(self.dir.path()));
             text.is_ok_and(|text| text.lines().count() >= count && text.ends_with('\n'))
         });
         self.access_log()

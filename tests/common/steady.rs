@@ -40,6 +40,7 @@ impl Steady {
             while !stop.load(Ordering::Relaxed) {
                 let number = next.fetch_add(1, Ordering::Relaxed);
                 let due = begin + Duration::from_secs_f64(number as f64 / rate);
+                // The pace asked for.
                 std::thread::sleep(due.saturating_duration_since(Instant::now()));
                 let began = Instant::now();
                 let result = http::over_tcp(address, "/").and_then(|answer| match answer.status {

@@ -6,12 +6,12 @@
 
 use super::http::Answer;
 use super::proxy::{PROGRAM, TestProxy};
-use super::{eventually, patience, proc, secs};
+use super::{eventually, patience, proc, secs, within};
 use rustix::process::{Pid, Signal, WaitOptions, getpid, set_child_subreaper, waitpid};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Which process serves.
 #[derive(Debug)]
@@ -71,13 +71,7 @@ impl Serving {
         let _ = child.kill();
         let status = child.wait().ok();
         if let Serving::Successor { .. } = self {
-            let deadline = Instant::now() + secs(2);
-            while Instant::now() < deadline {
-                if let Some(status) = self.try_wait(child) {
-                    return Some(status);
-                }
-                std::thread::sleep(Duration::from_millis(5));
-            }
+            return within(secs(2), || self.try_wait(child)).or(status);
         }
         status
     }
