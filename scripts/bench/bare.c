@@ -2,20 +2,24 @@
  * and times nothing.
  *
  * Built and run by `candidates` as a measuring stick: how far from it a balancer is
- * shows what its own work costs, and where even this is no faster, nobody is. One
- * thread, one edge-triggered epoll set, 256 KiB reads. It serves nobody well: a
- * receiver that does not read holds everybody up.
+ * shows what its own work costs, and where even this is no faster, nobody is. Each
+ * process has one edge-triggered epoll set and reads 256 KiB. It serves nobody well:
+ * a receiver that does not read holds everybody up.
  *
- *   bare LISTEN-PORT CONNECT-PORT [LISTEN-PORT CONNECT-PORT ...]    on 127.0.0.1
+ *   bare PROCESSES LISTEN-PORT CONNECT-PORT [LISTEN-PORT CONNECT-PORT ...]
+ *
+ * on 127.0.0.1. The first process's end is the others'.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -52,6 +56,7 @@ static void listen_on(int port, int to) {
     struct sockaddr_in address = local(port);
     must(fd, "socket");
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on);
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     must(bind(fd, (struct sockaddr *)&address, sizeof address), "bind");
     must(listen(fd, 4096), "listen");
@@ -107,9 +112,18 @@ static void forward(int fd, unsigned events) {
 
 int main(int count, char **arguments) {
     static struct epoll_event events[EVENTS];
+    if (count < 2) return 2;
+    for (int more = atoi(arguments[1]); more > 1; more--) {
+        int child = fork();
+        must(child, "fork");
+        if (child == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGTERM);
+            break;
+        }
+    }
     set = epoll_create1(EPOLL_CLOEXEC);
     must(set, "epoll_create1");
-    for (int at = 1; at + 1 < count; at += 2) {
+    for (int at = 2; at + 1 < count; at += 2) {
         listen_on(atoi(arguments[at]), atoi(arguments[at + 1]));
     }
     for (;;) {

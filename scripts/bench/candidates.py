@@ -37,7 +37,6 @@ class Candidate:
     name = ""
     # Workload families it takes part in; None for all.
     only = None
-    setups = ("pinned", "free")
 
     def __init__(self, root, directory, backends, base_port, threads, cpu):
         self.root, self.threads, self.cpu = root, threads, cpu
@@ -292,9 +291,6 @@ class Bare(Candidate):
 
     name = "bare"
     only = ("ping-pong", "short", "download", "upload", "open-loop")
-    # It has one thread.
-    setups = ("pinned",)
-
     def binary(self):
         return os.path.join(self.root, "target/bench-peers/bare")
 
@@ -304,7 +300,7 @@ class Bare(Candidate):
         subprocess.run(["cc", "-O2", "-o", self.binary(), source], check=True)
         # The first backend of each kind alone.
         ports = [[str(self.ports[kind]), str(self.backends[kind][0][1])] for kind in KINDS]
-        return [self.binary()] + sum(ports, [])
+        return [self.binary(), str(self.threads)] + sum(ports, [])
 
     def version(self):
         return "-"

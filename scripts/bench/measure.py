@@ -148,7 +148,9 @@ class Setup:
         busy, stolen = kernel.machine_seconds()
         return {
             "balancer": kernel.cpu_seconds(one.pids()),
-            # Ourselves and the load generators that have ended.
+            # The load generators that have ended.
+            "load": times.children_user + times.children_system,
+            # Ourselves and them.
             "ours": kernel.cpu_seconds(ours) + sum(times[:4]),
             "busy": busy,
             "stolen": stolen,
@@ -212,6 +214,7 @@ def summed_up(workload, report, before, after):
     return {
         "rate": timed / report["seconds"],
         "cpu": spent["balancer"] / all_units if all_units else None,
+        "load": spent["load"] / all_units if all_units else None,
         "busy": spent["busy"] / all_units if all_units else None,
         "foreign": max(0.0, spent["busy"] + spent["stolen"] - spent["ours"]) / capacity,
         "p50": latency.get("p50"),

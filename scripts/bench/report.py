@@ -55,7 +55,7 @@ def analyse(workload, rounds):
             "ratio": {key: spread(ratios(rounds, name, key)) for key, _ in MEASURES},
             "absolute": {
                 key: median_of(rounds, name, key)
-                for key in ("rate", "cpu", "busy", "p50", "p99", "p99.9")
+                for key in ("rate", "cpu", "load", "busy", "p50", "p99", "p99.9")
             },
             "foreign_max": max((sample["foreign"] for sample in mine), default=0.0),
             "failed": len(rounds) - len(mine),
@@ -105,7 +105,7 @@ def table(results):
             open_loop = one["family"] == "open-loop"
             lines += ["", f"{one['title']}   [{one['unit']}]"]
             rows = [["", "rate x", "CPU x", "busy x"] + (["p99 x"] if open_loop else [])
-                    + ["rate", "CPU each", "busy each", "p50", "p99"]]
+                    + ["rate", "CPU each", "load each", "busy each", "p50", "p99"]]
             for name, row in one["rows"].items():
                 ratio, absolute = row["ratio"], row["absolute"]
                 marks = "*" if row["errors"] else ""
@@ -119,6 +119,7 @@ def table(results):
                 cells += [
                     rate(absolute["rate"], one["unit"]),
                     "-" if is_direct else amount(absolute["cpu"], one["unit"]),
+                    amount(absolute["load"], one["unit"]),
                     amount(absolute["busy"], one["unit"]),
                     amount(absolute["p50"], ""), amount(absolute["p99"], ""),
                 ]
