@@ -6,6 +6,9 @@
 use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// A link for each open descriptor (proc(5)).
+const OPEN_FDS: &str = "/proc/self/fd";
+
 /// See the fields; `None` where `/proc` does not tell.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct ProcessFacts {
@@ -42,14 +45,12 @@ impl ProcessFacts {
 /// a millisecond for each thousand, which a worker on the same CPU has to wait for.
 fn open_fds() -> Option<u64> {
     let size = fs::metadata(OPEN_FDS).ok()?.len();
-    if size > 0 { Some(size) } else { listed(OPEN_FDS) }
+    if size > 0 { Some(size) } else { listed_fds() }
 }
 
-const OPEN_FDS: &str = "/proc/self/fd";
-
 /// The listing holds a descriptor itself.
-fn listed(directory: &str) -> Option<u64> {
-    Some((fs::read_dir(directory).ok()?.count() as u64).saturating_sub(1))
+fn listed_fds() -> Option<u64> {
+    Some((fs::read_dir(OPEN_FDS).ok()?.count() as u64).saturating_sub(1))
 }
 
 /// `VmRSS:   1234 kB`
@@ -70,7 +71,7 @@ mod tests {
         let after = ProcessFacts::read(crate::clock::wall());
         // Other tests open and close files meanwhile; the order of size holds.
         assert!(after.open_fds.unwrap() >= 10 && after.open_fds <= after.max_fds);
-        assert!(listed(OPEN_FDS).unwrap() >= 10, "as older kernels tell it");
+        assert!(listed_fds().unwrap() >= 10, "as older kernels tell it");
         assert!(after.resident_bytes.unwrap() > 100_000);
         assert!(after.cpu >= before.cpu && after.cpu.unwrap() > Duration::ZERO);
         assert!(after.started.unwrap() > Duration::from_secs(1_700_000_000));

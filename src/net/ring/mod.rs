@@ -189,13 +189,19 @@ impl Ring {
     }
 }
 
+/// The submission for a multishot receive into pool buffers.
+#[inline]
+fn receive_entry(fd: RawFd) -> squeue::Entry {
+    opcode::RecvMulti::new(types::Fd(fd), GROUP).build()
+}
+
 // === impl Ring: operations ===
 
 impl Ring {
     /// Receives from `socket` into pool buffers as bytes come, until the last
     /// event.
     pub fn receive(&mut self, socket: &Rc<OwnedFd>, tag: u64) -> Op {
-        let entry = opcode::RecvMulti::new(types::Fd(socket.as_raw_fd()), GROUP).build();
+        let entry = receive_entry(socket.as_raw_fd());
         self.start(socket, tag, Work::Receive, entry)
     }
 

@@ -6,8 +6,7 @@
 //! again: the engine's tick does.
 
 use super::ops::{Op, Work};
-use super::{Event, GROUP, Ring, What};
-use io_uring::{opcode, types};
+use super::{Event, Ring, What, receive_entry};
 
 /// See the module's documentation. Empty but in a shortage.
 #[derive(Debug, Default)]
@@ -53,7 +52,7 @@ impl Ring {
             }
             let fd = operation.fd();
             let entry = match operation.work {
-                Work::Receive => opcode::RecvMulti::new(types::Fd(fd), GROUP).build(),
+                Work::Receive => receive_entry(fd),
                 Work::Send(parcel) => self.ops.bytes(parcel).send_entry(fd),
                 Work::Poll => continue,
             };

@@ -118,13 +118,12 @@ impl Ringed {
             worker.ring_events.cell(event as usize, 0).add(count(&now) - count(&before));
         };
         add(RingEvent::Overflow, |counts| counts.overflows);
-        for _ in before.short..now.short {
-            worker.local_trouble(LocalError::Memory, LocalAt::Relay);
-        }
         add(RingEvent::Starved, |counts| counts.starved);
         add(RingEvent::Resumed, |counts| counts.resumed);
         add(RingEvent::Stray, |counts| counts.strays);
         add(RingEvent::StaleFlag, |counts| counts.stale_flags);
+        let memory = worker.local_errors.cell(LocalError::Memory as usize, LocalAt::Relay as usize);
+        memory.add(now.short - before.short);
     }
 
     /// Shows how much of the pool holds received bytes.
@@ -282,7 +281,7 @@ impl Mover for Ringed {
             worker.ring_events.cell(RingEvent::TornDown as usize, 0).add(1);
         }
         tracing::warn!(
-            operations = flow.in_flight(),
+            operations = flow.describe_operations(),
             "operations of an ended session do not come back; its sockets are reset"
         );
         flow.tear_down(&mut self.ring);

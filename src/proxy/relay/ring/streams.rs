@@ -231,31 +231,31 @@ impl Flow {
         self.cancel_all(ring);
     }
 
+    /// What is in flight, and what it is for.
+    fn in_flight(&self) -> impl Iterator<Item = (&'static str, Op)> {
+        let of = |stream: &Stream| {
+            let Stream { receive, send, poll, stalled_poll, .. } = stream;
+            [
+                ("receive", *receive),
+                ("send", *send),
+                ("poll", *poll),
+                ("stalled poll", *stalled_poll),
+            ]
+        };
+        let shared = [("connect", self.connect), ("watch", self.watch)];
+        let all = self.streams.iter().flat_map(of).chain(shared);
+        all.filter_map(|(name, op)| Some((name, op?)))
+    }
+
     /// What has not come back, in words.
-    pub(super) fn in_flight(&self) -> String {
-        let name = |name: &'static str, op: Option<Op>| op.map(|op| format!("{name} {op:?}"));
-        let mut there = vec![name("connect", self.connect), name("watch", self.watch)];
-        for (side, stream) in Side::BOTH.into_iter().zip(&self.streams) {
-            let named = |what| format!("{what} from {side:?}");
-            let ops = [
-                ("receive", stream.receive),
-                ("send", stream.send),
-                ("poll", stream.poll),
-                ("stalled poll", stream.stalled_poll),
-            ];
-            there.extend(ops.map(|(what, op)| op.map(|_| named(what))));
-        }
-        let there: Vec<String> = there.into_iter().flatten().collect();
-        format!("{} in all: {}", self.operations, there.join(", "))
+    pub(super) fn describe_operations(&self) -> String {
+        let names: Vec<&str> = self.in_flight().map(|(name, _)| name).collect();
+        format!("{} in all: {}", self.operations, names.join(", "))
     }
 
     fn cancel_all(&self, ring: &mut Ring) {
-        if self.operations == 0 {
-            return;
-        }
-        let streams = self.streams.iter().flat_map(|s| [s.receive, s.send, s.poll, s.stalled_poll]);
-        for op in streams.chain([self.connect, self.watch]).flatten() {
-            ring.cancel(op);
+        if self.operations > 0 {
+            self.in_flight().for_each(|(_, op)| ring.cancel(op));
         }
     }
 
