@@ -18,6 +18,7 @@ import measure  # noqa: E402
 import report  # noqa: E402
 import series  # noqa: E402
 import syscalls  # noqa: E402
+import tables  # noqa: E402
 import workloads  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -177,7 +178,9 @@ def main():
     report.write_json(os.path.join(place, "results.json"), results)
     with open(os.path.join(place, "chart.svg"), "w") as file:
         file.write(report.chart(results))
-    print("\nwritten: target/bench-peers/results.json, target/bench-peers/chart.svg")
+    with open(os.path.join(place, "tables.md"), "w") as file:
+        file.write(tables.of(results))
+    print("\nwritten: results.json, chart.svg and tables.md in target/bench-peers")
     return 0
 
 
