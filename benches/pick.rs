@@ -3,7 +3,8 @@
 //! `cargo bench --bench pick`; the last argument filters by name.
 //!
 //! Beside them stands what one would write first: a smooth weighted round robin
-//! behind a mutex.
+//! behind a mutex. All hold a slot of the chosen one and give it back, as a session
+//! does; what that alone costs is `pick/slot-alone`.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -63,15 +64,29 @@ fn session(balancer: &Balancer, number: u64) -> usize {
 }
 
 /// The textbook version.
-struct Naive(Mutex<Vec<(i64, i64)>>);
+struct Naive {
+    /// Weight and balance of each.
+    peers: Mutex<Vec<(i64, i64)>>,
+    in_flight: Vec<InFlight>,
+}
 
 impl Naive {
     fn new(count: usize) -> Naive {
-        Naive(Mutex::new((0..count).map(|i| (i64::from(weight(i)), 0)).collect()))
+        Naive {
+            peers: Mutex::new((0..count).map(|i| (i64::from(weight(i)), 0)).collect()),
+            in_flight: (0..count).map(|_| InFlight::new()).collect(),
+        }
+    }
+
+    fn session(&self) -> usize {
+        let index = self.pick();
+        assert!(self.in_flight[index].try_enter(1_000));
+        self.in_flight[index].leave();
+        index
     }
 
     fn pick(&self) -> usize {
-        let mut peers = self.0.lock().unwrap();
+        let mut peers = self.peers.lock().unwrap();
         let (mut best, mut total) = (0, 0);
         for i in 0..peers.len() {
             peers[i].1 += peers[i].0;
@@ -126,8 +141,14 @@ fn picks(c: &mut Criterion) {
             bench_both(c, policy.name(), size, |number| session(&balancer, number));
         }
         let naive = Naive::new(size);
-        bench_both(c, "naive-mutex", size, |_| naive.pick());
+        bench_both(c, "naive-mutex", size, |_| naive.session());
     }
+    let slot = InFlight::new();
+    bench_both(c, "slot-alone", 1, |_| {
+        assert!(slot.try_enter(1_000));
+        slot.leave();
+        0
+    });
 }
 
 fn full_pool(c: &mut Criterion) {
