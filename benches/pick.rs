@@ -4,7 +4,7 @@
 //!
 //! Beside them stands what one would write first: a smooth weighted round robin
 //! behind a mutex. All hold a slot of the chosen one and give it back, as a session
-//! does; what that alone costs is `pick/slot-alone`.
+//! does; what that alone costs is `slot`.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -143,11 +143,18 @@ fn picks(c: &mut Criterion) {
         let naive = Naive::new(size);
         bench_both(c, "naive-mutex", size, |_| naive.session());
     }
+}
+
+fn slot(c: &mut Criterion) {
     let slot = InFlight::new();
-    bench_both(c, "slot-alone", 1, |_| {
+    let hold = |_| {
         assert!(slot.try_enter(1_000));
         slot.leave();
         0
+    };
+    c.benchmark_group("slot").bench_function("alone", |b| b.iter(|| hold(0)));
+    contended(hold, || {
+        c.benchmark_group("slot").bench_function("contended", |b| b.iter(|| hold(0)));
     });
 }
 
@@ -260,6 +267,6 @@ criterion_group! {
         .sample_size(10)
         .warm_up_time(Duration::from_millis(50))
         .measurement_time(Duration::from_millis(200));
-    targets = picks, full_pool, tables
+    targets = picks, slot, full_pool, tables
 }
 criterion_main!(benches);
