@@ -17,9 +17,11 @@ pub mod servers;
 pub mod steady;
 pub mod turn;
 pub mod upgrade;
+pub mod wait;
+
+pub use wait::{eventually, eventually_some, ms, patience, secs, within};
 
 use std::io::Write;
-use std::time::{Duration, Instant};
 
 /// Which engine the balancer under test is told to run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,52 +93,6 @@ macro_rules! on_every_engine_alone {
 }
 
 pub(crate) use {on_every_engine, on_every_engine_alone};
-
-/// `limit` times the factor in `TIDEGATE_TEST_PATIENCE` (1 where it is unset):
-/// for slow machines, valgrind and the like.
-pub fn patience(limit: Duration) -> Duration {
-    let factor = std::env::var("TIDEGATE_TEST_PATIENCE")
-        .map(|text| text.parse::<f64>().expect("TIDEGATE_TEST_PATIENCE is a number"))
-        .unwrap_or(1.0);
-    limit.mul_f64(factor)
-}
-
-/// Seconds, for readable call sites.
-pub const fn secs(n: u64) -> Duration {
-    Duration::from_secs(n)
-}
-
-/// Milliseconds, for readable call sites.
-pub const fn ms(n: u64) -> Duration {
-    Duration::from_millis(n)
-}
-
-/// Waits until `done` holds; panics naming `what` after the (patient) timeout.
-#[track_caller]
-pub fn eventually(timeout: Duration, what: &str, mut done: impl FnMut() -> bool) {
-    eventually_some(timeout, what, || done().then_some(()));
-}
-
-/// Waits until `get` gives something and returns it; panics naming `what`
-/// after the (patient) timeout.
-#[track_caller]
-pub fn eventually_some<T>(timeout: Duration, what: &str, get: impl FnMut() -> Option<T>) -> T {
-    within(timeout, get).unwrap_or_else(|| panic!("waited {timeout:?} in vain: {what}"))
-}
-
-/// What `get` gives first within the (patient) timeout, for callers with more to
-/// say of a failure. Asks once at least.
-pub fn within<T>(timeout: Duration, mut get: impl FnMut() -> Option<T>) -> Option<T> {
-    let deadline = Instant::now() + patience(timeout);
-    loop {
-        let got = get();
-        if got.is_some() || Instant::now() >= deadline {
-            return got;
-        }
-        // Between two questions.
-        std::thread::sleep(ms(5));
-    }
-}
 
 /// Whether the long versions of the tests were asked for (`TIDEGATE_LONG=1`).
 pub fn long() -> bool {

@@ -55,6 +55,7 @@ fn flood(to: std::net::SocketAddr) -> u64 {
             let _ = socket.send_to(&forged, to);
             sent += 1;
         }
+        // Its rate, in batches of a millisecond.
         std::thread::sleep(Duration::from_millis(1));
     }
     sent

@@ -12,3 +12,6 @@ mod place;
 mod receiver;
 mod sender;
 mod sidecar;
+#[allow(dead_code)]
+#[path = "../common/wait.rs"]
+mod wait;

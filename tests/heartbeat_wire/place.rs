@@ -1,8 +1,9 @@
 //! A receiver with one key, and how tests wait for what it hears.
 
+use crate::wait::eventually_some;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tidegate::heartbeat::keys::{Key, KeyRing, Secret};
 use tidegate::heartbeat::listen::{Arrived, Receiver};
 use tidegate::heartbeat::sender::Settings;
@@ -10,6 +11,9 @@ use tidegate::heartbeat::trust::{Gate, Limits};
 use tidegate::heartbeat::wire::Identity;
 
 pub const SECRET: [u8; 32] = [b'k'; 32];
+
+/// How long tests wait for what must come.
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub fn secret() -> Secret {
     Secret::new(&SECRET).unwrap()
@@ -57,19 +61,7 @@ pub fn key_file() -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
-/// What `try_it` gives as soon as it gives something.
-pub fn eventually<T>(what: &str, mut try_it: impl FnMut() -> Option<T>) -> T {
-    let began = Instant::now();
-    loop {
-        if let Some(found) = try_it() {
-            return found;
-        }
-        assert!(began.elapsed() < Duration::from_secs(20), "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
 /// The next heartbeat that is as `wanted`; others before it are dropped.
 pub fn heard(receiver: &Receiver, what: &str, wanted: impl Fn(&Arrived) -> bool) -> Arrived {
-    eventually(what, || std::iter::from_fn(|| receiver.pop()).find(&wanted))
+    eventually_some(PATIENCE, what, || std::iter::from_fn(|| receiver.pop()).find(&wanted))
 }

@@ -1,6 +1,7 @@
 //! The receiver: what it hands on, counts, and keeps over a reload.
 
-use crate::place::{eventually, gate, heard, key, receiver, secret, settings};
+use crate::place::{PATIENCE, gate, heard, key, receiver, secret, settings};
+use crate::wait::eventually;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 use tidegate::heartbeat::keys::{Key, KeyRing};
@@ -33,7 +34,7 @@ fn the_control_thread_is_woken() {
     runtime.block_on(async {
         for _ in 0..5 {
             let arrived = receiver.arrived();
-            tokio::time::timeout(Duration::from_secs(20), arrived).await.expect("woken");
+            tokio::time::timeout(PATIENCE, arrived).await.expect("woken");
             while receiver.pop().is_some() {}
         }
     });
@@ -44,7 +45,7 @@ fn arrival_is_when_the_kernel_received_it_not_when_it_was_asked_for() {
     let (receiver, to) = receiver();
     let before = Instant::now();
     let _sender = Sender::start(settings(to)).unwrap();
-    eventually("ten", || (receiver.counts().accepted() >= 10).then_some(()));
+    eventually(PATIENCE, "ten", || receiver.counts().accepted() >= 10);
     let (first, tenth) = (receiver.pop().unwrap(), Instant::now());
     assert!(first.at >= before - Duration::from_millis(1), "not before it was sent");
     // A first that is sent late shortens the first of the nine intervals since.
@@ -59,9 +60,9 @@ fn keys_are_replaced_without_losing_the_socket_or_a_sender() {
     let other = Key { id: 8, secret: secret(), ..key() };
     receiver.set_keys(KeyRing::new([other.clone()]).unwrap());
     let unknown = || receiver.counts().rejected(Reject::UnknownKey);
-    eventually("a refusal", || (unknown() > 0).then_some(()));
+    eventually(PATIENCE, "a refusal", || unknown() > 0);
     receiver.set_keys(KeyRing::new([other, key()]).unwrap());
-    let refused = eventually("quiet", || (unknown() > 0).then(unknown));
+    let refused = unknown();
     heard(&receiver, "belief again", |arrived| arrived.heartbeat.sequence > refused);
     assert_eq!(receiver.addresses(), [to]);
 }
@@ -84,8 +85,8 @@ fn addresses_come_and_go_and_the_ones_that_stay_lose_nothing() {
     receiver.commit(again);
     let old = || receiver.counts().rejected(Reject::OldIncarnation);
     let before = old();
-    eventually("the old address is still heard", || (old() > before + 3).then_some(()));
-    eventually("the new one is closed", || UdpSocket::bind(addresses[1]).is_ok().then_some(()));
+    eventually(PATIENCE, "the old address is still heard", || old() > before + 3);
+    eventually(PATIENCE, "the new one is closed", || UdpSocket::bind(addresses[1]).is_ok());
     assert!(first.heartbeat.incarnation > 0);
 }
 
@@ -119,5 +120,5 @@ fn a_wildcard_may_be_narrowed_on_the_same_port() {
 fn a_dropped_receiver_frees_its_address() {
     let (receiver, to) = receiver();
     drop(receiver);
-    eventually("the address is free", || UdpSocket::bind(to).is_ok().then_some(()));
+    eventually(PATIENCE, "the address is free", || UdpSocket::bind(to).is_ok());
 }
