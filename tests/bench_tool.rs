@@ -17,6 +17,7 @@
 #[path = "common/mod.rs"]
 mod common;
 
+use common::backend::{ScriptedBackend, echo};
 use common::conf::{Conf, Pool};
 use common::proxy::{PROGRAM, TestProxy};
 use common::{Engine, on_every_engine, proc, turn};
@@ -25,6 +26,7 @@ use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::Ordering;
 
 /// A `tidegate backend` that is up.
 struct Backend {
@@ -355,20 +357,20 @@ fn options_that_mean_nothing_in_a_mode_are_usage_errors() {
 #[test]
 fn an_interrupt_ends_a_run_early_with_its_report() {
     let _turn = turn::shared();
-    let backend = Backend::start("echo");
-    let to = backend.address.to_string();
-    let mut child = Command::new(PROGRAM)
-        .args(["bench", "--to", &to, "--json", "--every", "100ms"])
-        .args(["ping-pong", "-c", "2", "--for", "60s"])
+    let backend = ScriptedBackend::start(echo());
+    let child = Command::new(PROGRAM)
+        .args(["bench", "--to", backend.address(), "--json", "ping-pong", "--size", "64"])
+        .args(["-c", "2", "--for", "60s"])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
-    lines.next().expect("a first window: the measured time has begun");
+    // The third request follows an answer: one of the two connections has had one.
+    let echoed = || backend.counts().bytes_written.load(Ordering::Relaxed);
+    common::eventually(common::secs(20), "three requests", || echoed() >= 3 * 64);
     proc::signal(child.id(), Signal::INT);
-    let last = lines.last().expect("the report");
-    let run: Value = serde_json::from_str(&last).expect("JSON");
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let output = child.wait_with_output().unwrap();
+    let run: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(output.status.code(), Some(0));
     assert!(count(&run, "requests") > 0 && run["seconds"].as_f64().unwrap() < 30.0, "{run}");
 }
 

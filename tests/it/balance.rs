@@ -181,6 +181,7 @@ fn random_and_two_choices_use_every_backend(engine: Engine) {
 fn delayed(millis: &Arc<AtomicU64>) -> ScriptedBackend {
     let (millis, answer) = (millis.clone(), backend::http("x", 200));
     ScriptedBackend::start(script(move |conn| {
+        // Slowness is what it is for.
         std::thread::sleep(ms(millis.load(Ordering::Relaxed)));
         answer(conn);
     }))
