@@ -291,6 +291,7 @@ class Bare(Candidate):
 
     name = "bare"
     only = ("ping-pong", "short", "download", "upload", "open-loop")
+
     def binary(self):
         return os.path.join(self.root, "target/bench-peers/bare")
 

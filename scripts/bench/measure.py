@@ -211,11 +211,15 @@ def summed_up(workload, report, before, after):
     timed, all_units = workload.done(report)
     capacity = spent["wall"] * os.cpu_count()
     latency = report["latency_seconds"]
+
+    def each(whose):
+        return spent[whose] / all_units if all_units else None
+
     return {
         "rate": timed / report["seconds"],
-        "cpu": spent["balancer"] / all_units if all_units else None,
-        "load": spent["load"] / all_units if all_units else None,
-        "busy": spent["busy"] / all_units if all_units else None,
+        "cpu": each("balancer"),
+        "load": each("load"),
+        "busy": each("busy"),
         "foreign": max(0.0, spent["busy"] + spent["stolen"] - spent["ours"]) / capacity,
         "p50": latency.get("p50"),
         "p99": latency.get("p99"),
