@@ -388,7 +388,7 @@ impl Story {
             user_timeout: spec.user_timeout,
         };
         let meter = Meter {
-            worker: self.ctx().id,
+            worker: self.ctx().id as u16,
             frontend: Arc::clone(&self.route.state),
             backend: Arc::clone(held.backend()),
             trial: held.trial(),

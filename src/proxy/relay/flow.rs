@@ -58,8 +58,8 @@ pub struct Limits {
 /// Where a flow's bytes are counted while they move.
 #[derive(Debug)]
 pub struct Meter {
-    /// The writing worker.
-    pub worker: usize,
+    /// The writing worker. Small: see the size of `Relaying`.
+    pub worker: u16,
     /// The session's frontend.
     pub frontend: Arc<FrontendState>,
     /// The session's backend.
@@ -106,13 +106,13 @@ pub struct SoFar {
 impl Meter {
     /// The client spoke, and before the backend did.
     pub(super) fn client_spoke(&self) {
-        self.backend.asked(self.worker);
+        self.backend.asked(self.worker.into());
         self.advance_trial(TrialPhase::Spoken);
     }
 
     /// The backend's first byte is there, that long after the client's.
     pub(super) fn backend_answered(&self, after: Option<Duration>, now: Instant) {
-        self.backend.answered(self.worker, after);
+        self.backend.answered(self.worker.into(), after);
         self.advance_trial(TrialPhase::Passed);
         if self.timed
             && let Some(after) = after

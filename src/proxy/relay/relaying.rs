@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// act earlier, see [`liveness_after`].
 const LIVENESS_AFTER_MAX: Duration = Duration::from_secs(10);
 
-/// A session's timers and meter.
+/// A session's timers and meter. Idle sessions have one each, in a box.
 #[derive(Debug)]
 pub(super) struct Relaying {
     first_byte: Limit,
@@ -29,6 +29,11 @@ pub(super) struct Relaying {
     /// Hidden progress was asked for since the last activity.
     pub(super) asked: bool,
 }
+
+// With these sizes, glibc's malloc places it in the room that the alignment of a
+// session's task (tokio: 128 bytes) leaves before the next: eight bytes more
+// measured 128 more for each idle session.
+const _: () = assert!(size_of::<Relaying>() <= 104);
 
 /// Who has spoken, as far as it says something of the backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,8 +133,8 @@ impl Relaying {
         }
         self.last_activity = now;
         self.asked = false;
-        let frontend = self.meter.frontend.counters.of(self.meter.worker);
-        let backend = self.meter.backend.counters.of(self.meter.worker);
+        let frontend = self.meter.frontend.counters.of(self.meter.worker.into());
+        let backend = self.meter.backend.counters.of(self.meter.worker.into());
         if bytes_in != 0 {
             frontend.bytes_in.add(bytes_in);
             backend.bytes_in.add(bytes_in);
@@ -161,7 +166,7 @@ impl Relaying {
     /// The session is over.
     pub(super) fn over(&self) {
         if matches!(self.answer, Answer::Awaited(_)) {
-            self.meter.backend.left_unanswered(self.meter.worker);
+            self.meter.backend.left_unanswered(self.meter.worker.into());
         }
     }
 }
