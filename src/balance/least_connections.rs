@@ -5,9 +5,11 @@
 //! candidate empty; it never compares in floating point.
 
 use super::draw::Draws;
+use super::in_flight::InFlight;
 use super::scan::Load;
 use super::two_choices::TwoChoices;
 use super::{Candidate, scan};
+use std::sync::Arc;
 
 /// Candidates one pick looks at: up to here the least loaded of all is chosen,
 /// at a cost of some 100 ns. Beyond, reading every backend's count would cost
@@ -22,12 +24,20 @@ const MULTIPLE_MAX: u64 = 1 << 31;
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) enum LeastConnections {
-    /// Every candidate is looked at; (in-flight + 1) times its factor is its load.
-    Scan(Box<[u64]>),
+    /// Every candidate is looked at.
+    Scan(Box<[Scanned]>),
     /// The weights have no small common multiple; loads are compared crosswise.
     ScanCrosswise,
     /// More than [`SCANNED_MAX`] candidates.
     Large(TwoChoices),
+}
+
+/// What a scan reads of a candidate, side by side in memory.
+#[derive(Debug)]
+pub(super) struct Scanned {
+    in_flight: Arc<InFlight>,
+    /// Times (in-flight + 1) is the load.
+    factor: u64,
 }
 
 // === impl LeastConnections ===
@@ -38,7 +48,7 @@ impl LeastConnections {
         if candidates.len() > SCANNED_MAX {
             return LeastConnections::Large(TwoChoices::new(candidates));
         }
-        factors(candidates).map_or(LeastConnections::ScanCrosswise, LeastConnections::Scan)
+        scanned(candidates).map_or(LeastConnections::ScanCrosswise, LeastConnections::Scan)
     }
 
     /// The least loaded of those that can be used.
@@ -51,8 +61,14 @@ impl LeastConnections {
     ) -> Option<usize> {
         let mut draws = Draws::new(draw);
         match self {
-            LeastConnections::Scan(factors) => {
-                let load = |index: usize, candidate: &Candidate| whole(candidate, factors[index]);
+            LeastConnections::Scan(scanned) => {
+                if tried.is_empty() {
+                    let index = lightest(scanned, &mut draws)?;
+                    if candidates[index].try_enter() {
+                        return Some(index);
+                    }
+                }
+                let load = |index: usize, _: &Candidate| scanned[index].load();
                 scan::enter(candidates, tried, || least(candidates, load, tried, &mut draws))
             }
             LeastConnections::ScanCrosswise => {
@@ -64,24 +80,40 @@ impl LeastConnections {
     }
 }
 
-/// The least common multiple of the weights over each weight: what makes loads
-/// whole numbers that compare as they are. `None` beyond [`MULTIPLE_MAX`].
-fn factors(candidates: &[Candidate]) -> Option<Box<[u64]>> {
+/// With the least common multiple of the weights over each weight as factors, which
+/// makes loads whole numbers that compare as they are. `None` beyond
+/// [`MULTIPLE_MAX`].
+fn scanned(candidates: &[Candidate]) -> Option<Box<[Scanned]>> {
     let weights = || candidates.iter().map(|candidate| u64::from(candidate.weight.max(1)));
     let multiple = weights().try_fold(1_u64, |multiple, weight| {
         let next = multiple / gcd(multiple, weight) * weight;
         (next <= MULTIPLE_MAX).then_some(next)
     })?;
-    Some(weights().map(|weight| multiple / weight).collect())
+    let with_factor = candidates.iter().zip(weights()).map(|(candidate, weight)| Scanned {
+        in_flight: Arc::clone(&candidate.in_flight),
+        factor: multiple / weight,
+    });
+    Some(with_factor.collect())
 }
 
 fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
+/// The candidate with the least load, usable or not; each of several equals is as
+/// likely as the others. Mostly it is usable, and asking that of one is cheaper
+/// than of all.
 #[inline]
-fn whole(candidate: &Candidate, factor: u64) -> u64 {
-    (u64::from(candidate.in_flight.get()) + 1) * factor
+fn lightest(scanned: &[Scanned], draws: &mut Draws) -> Option<usize> {
+    let (mut least, mut equals) = (u64::MAX, 0);
+    for (index, scanned) in scanned.iter().enumerate() {
+        let (load, bit) = (scanned.load(), 1_u64 << index);
+        // Without a branch: which one is least nobody can predict.
+        let before = if load < least { 0 } else { equals };
+        equals = before | if load <= least { bit } else { 0 };
+        least = least.min(load);
+    }
+    one_of(equals, draws)
 }
 
 /// The usable candidate with the least load; each of several equals is as likely
@@ -105,11 +137,27 @@ fn least<L: Ord + Copy>(
             least = Some(load);
         }
     }
-    let several = u64::from(equals.count_ones());
+    one_of(equals, draws)
+}
+
+/// The place of one of the bits that are set, each as likely as the others.
+#[inline]
+fn one_of(bits: u64, draws: &mut Draws) -> Option<usize> {
+    let several = u64::from(bits.count_ones());
     match several {
         0 => None,
-        1 => Some(equals.trailing_zeros() as usize),
-        _ => Some(place_of_bit(equals, draws.below(several) as u32) as usize),
+        1 => Some(bits.trailing_zeros() as usize),
+        _ => Some(place_of_bit(bits, draws.below(several) as u32) as usize),
+    }
+}
+
+// === impl Scanned ===
+
+impl Scanned {
+    /// Of one session more.
+    #[inline]
+    fn load(&self) -> u64 {
+        (u64::from(self.in_flight.get()) + 1) * self.factor
     }
 }
 
@@ -152,12 +200,39 @@ mod tests {
         ) {
             let candidates: Vec<Candidate> =
                 pool.iter().map(|(weight, held, max)| candidate(*weight, *held, *max)).collect();
-            let factors = factors(&candidates).unwrap();
-            let whole = |index: usize, candidate: &Candidate| whole(candidate, factors[index]);
+            let scanned = scanned(&candidates).unwrap();
+            let whole = |index: usize, _: &Candidate| scanned[index].load();
             let crosswise = |_, candidate: &Candidate| Load::of(candidate);
             let ours = least(&candidates, whole, &tried, &mut Draws::new(draw));
             let theirs = least(&candidates, crosswise, &tried, &mut Draws::new(draw));
             prop_assert_eq!(ours, theirs);
+        }
+
+        /// The quick way chooses from the same equals as the careful one where
+        /// everybody is usable, and gives nobody a session who is not.
+        #[test]
+        fn the_lightest_is_the_least_loaded_where_all_have_room(
+            pool in prop::collection::vec((1_u32..13, 0_u32..6, 0_u32..8), 1..=SCANNED_MAX),
+            draw: u64,
+        ) {
+            let roomy: Vec<Candidate> =
+                pool.iter().map(|(weight, held, _)| candidate(*weight, *held, 0)).collect();
+            let loads = scanned(&roomy).unwrap();
+            let careful = |index: usize, _: &Candidate| loads[index].load();
+            prop_assert_eq!(
+                lightest(&loads, &mut Draws::new(draw)),
+                least(&roomy, careful, &[], &mut Draws::new(draw))
+            );
+            let capped: Vec<Candidate> =
+                pool.iter().map(|(weight, held, max)| candidate(*weight, *held, *max)).collect();
+            let usable = capped.iter().any(Candidate::has_room);
+            match LeastConnections::new(&capped).pick(&capped, draw, &[]) {
+                Some(index) => {
+                    let (_, held, max) = pool[index];
+                    prop_assert!(max == 0 || held < max);
+                }
+                None => prop_assert!(!usable),
+            }
         }
     }
 
@@ -176,7 +251,7 @@ mod tests {
     #[test]
     fn weights_without_a_small_common_multiple_are_compared_crosswise() {
         let primes = [65_521, 65_519, 65_497].map(|weight| candidate(weight, 0, 0));
-        assert!(factors(&primes).is_none());
+        assert!(scanned(&primes).is_none());
         assert_eq!(LeastConnections::new(&primes).pick(&primes, 1, &[]), Some(0));
     }
 }
