@@ -39,6 +39,11 @@ const KEEPALIVE_INTERVAL_MAX: Duration = Duration::from_secs(15);
 /// Unanswered keepalive probes that end a connection.
 const KEEPALIVE_PROBES: u32 = 4;
 
+/// What the kernel may queue to be sent to a peer on this host; it counts double,
+/// with its own bookkeeping (socket(7), SO_SNDBUF). As much as any process may ask
+/// for where `net.core.wmem_max` is as usual.
+const NEAR_QUEUE: usize = 208 * 1024;
+
 /// Starts connecting to `peer` on a new socket.
 pub fn connect(peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
     connect_from(None, peer)
@@ -204,6 +209,24 @@ pub fn reset(socket: OwnedFd) {
     // A failure here can only turn the RST into a FIN.
     let _ = SockRef::from(&socket).set_linger(Some(Duration::ZERO));
     drop(socket);
+}
+
+/// Keeps what is queued for a peer on this very host short enough to stay in the
+/// caches, before much is sent to it.
+///
+/// On its way to another host a stream needs a queue as long as the way, which the
+/// kernel finds out. On this one nothing is on its way: what is queued only waits
+/// for the peer's turn on a CPU, and where it is megabytes each byte goes out to
+/// memory and comes back. Measured with uploads and downloads of full speed: a
+/// quarter to a third less CPU for each byte, and up to a fifth more of them. A
+/// no-op for other peers, and where the kernel refuses.
+pub fn shorten_near_queue(socket: impl AsFd) {
+    let socket = SockRef::from(&socket);
+    let ip = |address: io::Result<SockAddr>| Some(address.ok()?.as_socket()?.ip().to_canonical());
+    let Some(peer) = ip(socket.peer_addr()) else { return };
+    if peer.is_loopback() || ip(socket.local_addr()) == Some(peer) {
+        let _ = socket.set_send_buffer_size(NEAR_QUEUE);
+    }
 }
 
 /// Makes the last close of `socket` a reset, as [`reset`] does at once.

@@ -51,6 +51,8 @@ pub(super) trait Io {
     fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize>;
     /// shutdown(2) of the writing half.
     fn shutdown_write(&self, side: Side) -> io::Result<()>;
+    /// Much is going to be sent to that side.
+    fn expect_bulk(&self, to: Side);
     /// Makes sure there is a pipe; false where none is to be had.
     fn open_pipe(&mut self, from: Side) -> bool;
     /// Gives the pipe up, and what is in it.
@@ -239,7 +241,7 @@ impl Pump {
             match io.receive(from, &mut buffer[..size]) {
                 Ok(0) => self.end_of(from, 0, moved),
                 Ok(received) => {
-                    self.received(from, received, size, moved);
+                    self.received(from, received, size, io, moved);
                     self.send_fresh(from, io, &buffer[..received], moved);
                 }
                 Err(error) if is_would_block(&error) => {
@@ -318,7 +320,14 @@ impl Pump {
         self.sockets[to as usize].writable && !self.verdict.failed(to) && !self.short
     }
 
-    fn received(&mut self, from: Side, received: usize, size: usize, moved: &mut Moved) {
+    fn received(
+        &mut self,
+        from: Side,
+        received: usize,
+        size: usize,
+        io: &impl Io,
+        moved: &mut Moved,
+    ) {
         let stream = &mut self.streams[from as usize];
         stream.bytes += received as u64;
         moved.received[from as usize] += received as u64;
@@ -326,6 +335,7 @@ impl Pump {
             stream.streak = stream.streak.saturating_add(1);
             if stream.streak == STREAK << stream.crammed && stream.mode == Mode::Copy {
                 stream.mode = Mode::Bulk;
+                io.expect_bulk(from.other());
             }
         } else {
             stream.streak = 0;

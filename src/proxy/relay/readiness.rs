@@ -407,6 +407,12 @@ impl Io for Wires<'_> {
         stream::shutdown_write(self.sockets.of(side)?)
     }
 
+    fn expect_bulk(&self, to: Side) {
+        if let Some(socket) = &self.sockets.0[to as usize] {
+            stream::shorten_near_queue(socket);
+        }
+    }
+
     fn open_pipe(&mut self, from: Side) -> bool {
         let own = &mut self.own[from as usize];
         if own.is_none() {

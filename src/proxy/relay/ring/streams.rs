@@ -307,7 +307,11 @@ impl Flow {
         }
         if matches!(stream.mode, Mode::ToBulk | Mode::Bulk) {
             if stream.queued == 0 {
-                stream.mode = Mode::Bulk;
+                if std::mem::replace(&mut stream.mode, Mode::Bulk) == Mode::ToBulk
+                    && let Some(to) = &self.sockets[from.other() as usize]
+                {
+                    stream::shorten_near_queue(to);
+                }
                 self.wait(key, from, Use::Readable, ring);
             }
             return;

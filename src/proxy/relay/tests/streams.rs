@@ -267,6 +267,30 @@ fn bulk_and_small_talk_take_turns_and_nothing_is_lost() {
 }
 
 #[test]
+fn bulk_for_a_peer_on_this_host_is_queued_no_longer_than_the_caches_hold() {
+    let test = |rig: Rig| async move {
+        let queue = |socket: &OwnedFd| SockRef::from(socket).send_buffer_size().unwrap();
+        for talks in [true, false] {
+            let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+            if talks {
+                client.write_all(&stretch(1, 0, 5_000)).await.unwrap();
+                backend.read_exact(&mut [0; 5_000]).await.unwrap();
+            } else {
+                bulk(&mut client, &mut backend, 1, 0).await;
+            }
+            drop((client, backend));
+            let [client, upstream] = relayed.await.unwrap().sockets;
+            // 208 KiB, counted double; the kernel begins with more.
+            let short = 2 * 208 * 1024;
+            assert!(queue(&client) > short, "towards who sent");
+            assert_eq!(queue(&upstream) == short, !talks, "{}", queue(&upstream));
+        }
+    };
+    on(Runtime::Epoll, || Engine::readiness(None, Arc::default()), test);
+    on(Runtime::IoUring, || Engine::ring(None, RING_SETTINGS, Arc::default()), test);
+}
+
+#[test]
 fn a_fin_behind_bulk_comes_after_the_last_byte_and_the_answer_still_passes() {
     on_each(|rig| async move {
         let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
