@@ -39,10 +39,12 @@ const KEEPALIVE_INTERVAL_MAX: Duration = Duration::from_secs(15);
 /// Unanswered keepalive probes that end a connection.
 const KEEPALIVE_PROBES: u32 = 4;
 
-/// What the kernel may queue to be sent to a peer on this host; it counts double,
-/// with its own bookkeeping (socket(7), SO_SNDBUF). As much as any process may ask
-/// for where `net.core.wmem_max` is as usual.
-const NEAR_QUEUE: usize = 208 * 1024;
+/// What the kernel may queue for a peer on this host, to be sent and to be
+/// received; it counts double, with its own bookkeeping (socket(7), SO_SNDBUF). The
+/// first is as much as any process may ask for where `net.core.wmem_max` is as
+/// usual. Less than 208 KiB of the second measured worse than no bound.
+const NEAR_SEND_QUEUE: usize = 208 * 1024;
+const NEAR_RECEIVE_QUEUE: usize = 256 * 1024;
 
 /// Starts connecting to `peer` on a new socket.
 pub fn connect(peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
@@ -211,22 +213,30 @@ pub fn reset(socket: OwnedFd) {
     drop(socket);
 }
 
-/// Keeps what is queued for a peer on this very host short enough to stay in the
-/// caches, before much is sent to it.
+/// Keeps what is queued between this process and peers on this very host short
+/// enough to stay in the caches, before much is moved from one socket to the other.
 ///
-/// On its way to another host a stream needs a queue as long as the way, which the
+/// On its way to another host a stream needs queues as long as the way, which the
 /// kernel finds out. On this one nothing is on its way: what is queued only waits
-/// for the peer's turn on a CPU, and where it is megabytes each byte goes out to
-/// memory and comes back. Measured with uploads and downloads of full speed: a
-/// quarter to a third less CPU for each byte, and up to a fifth more of them. A
-/// no-op for other peers, and where the kernel refuses.
-pub fn shorten_near_queue(socket: impl AsFd) {
-    let socket = SockRef::from(&socket);
-    let ip = |address: io::Result<SockAddr>| Some(address.ok()?.as_socket()?.ip().to_canonical());
-    let Some(peer) = ip(socket.peer_addr()) else { return };
-    if peer.is_loopback() || ip(socket.local_addr()) == Some(peer) {
-        let _ = socket.set_send_buffer_size(NEAR_QUEUE);
+/// for somebody's turn on a CPU, and where that is megabytes each byte goes out to
+/// memory and comes back. A no-op for other peers, and where the kernel refuses. A
+/// receive queue that has grown longer stays: what its sender was promised room
+/// for would be dropped.
+pub fn shorten_near_queues(from: impl AsFd, to: impl AsFd) {
+    let (from, to) = (SockRef::from(&from), SockRef::from(&to));
+    if is_near(&to) {
+        let _ = to.set_send_buffer_size(NEAR_SEND_QUEUE);
     }
+    if is_near(&from) && from.recv_buffer_size().is_ok_and(|bytes| bytes < 2 * NEAR_RECEIVE_QUEUE) {
+        let _ = from.set_recv_buffer_size(NEAR_RECEIVE_QUEUE);
+    }
+}
+
+/// Whether the peer is on this host.
+fn is_near(socket: &Socket) -> bool {
+    let ip = |address: io::Result<SockAddr>| Some(address.ok()?.as_socket()?.ip().to_canonical());
+    ip(socket.peer_addr())
+        .is_some_and(|peer| peer.is_loopback() || ip(socket.local_addr()) == Some(peer))
 }
 
 /// Makes the last close of `socket` a reset, as [`reset`] does at once.

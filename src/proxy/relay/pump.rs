@@ -51,8 +51,8 @@ pub(super) trait Io {
     fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize>;
     /// shutdown(2) of the writing half.
     fn shutdown_write(&self, side: Side) -> io::Result<()>;
-    /// Much is going to be sent to that side.
-    fn expect_bulk(&self, to: Side);
+    /// Much is going to be received from that side, and sent to the other.
+    fn expect_bulk(&self, from: Side);
     /// Makes sure there is a pipe; false where none is to be had.
     fn open_pipe(&mut self, from: Side) -> bool;
     /// Gives the pipe up, and what is in it.
@@ -335,7 +335,7 @@ impl Pump {
             stream.streak = stream.streak.saturating_add(1);
             if stream.streak == STREAK << stream.crammed && stream.mode == Mode::Copy {
                 stream.mode = Mode::Bulk;
-                io.expect_bulk(from.other());
+                io.expect_bulk(from);
             }
         } else {
             stream.streak = 0;

@@ -407,9 +407,9 @@ impl Io for Wires<'_> {
         stream::shutdown_write(self.sockets.of(side)?)
     }
 
-    fn expect_bulk(&self, to: Side) {
-        if let Some(socket) = &self.sockets.0[to as usize] {
-            stream::shorten_near_queue(socket);
+    fn expect_bulk(&self, from: Side) {
+        if let (Ok(from), Ok(to)) = (self.sockets.of(from), self.sockets.of(from.other())) {
+            stream::shorten_near_queues(from, to);
         }
     }
 

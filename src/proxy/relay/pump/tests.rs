@@ -18,8 +18,8 @@ struct Script {
     pipes_left: usize,
     /// Whether pipes turn out to be full of little.
     crams: bool,
-    /// Towards which sides much was announced.
-    bulk_to: RefCell<Vec<Side>>,
+    /// From which sides much was announced.
+    bulk_from: RefCell<Vec<Side>>,
     budget: Arc<Budget>,
 }
 
@@ -108,8 +108,8 @@ impl Io for Script {
         Ok(())
     }
 
-    fn expect_bulk(&self, to: Side) {
-        self.bulk_to.borrow_mut().push(to);
+    fn expect_bulk(&self, from: Side) {
+        self.bulk_from.borrow_mut().push(from);
     }
 
     fn open_pipe(&mut self, from: Side) -> bool {
@@ -357,7 +357,7 @@ fn a_bulk_stream_takes_a_pipe_and_gives_it_back_when_idle() {
     bench.arrive(Backend, &vec![5; 2_000_000]);
     assert_eq!(bench.pump.streams[Backend as usize].mode, Mode::Bulk);
     assert_eq!(bench.script.pipes_left, 1, "nothing moves, so others may have it");
-    assert_eq!(*bench.script.bulk_to.borrow(), [Client], "announced once");
+    assert_eq!(*bench.script.bulk_from.borrow(), [Backend], "announced once");
 
     for _ in 0..20 {
         bench.arrive(Backend, b"now small");

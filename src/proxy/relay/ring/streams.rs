@@ -308,9 +308,12 @@ impl Flow {
         if matches!(stream.mode, Mode::ToBulk | Mode::Bulk) {
             if stream.queued == 0 {
                 if std::mem::replace(&mut stream.mode, Mode::Bulk) == Mode::ToBulk
-                    && let Some(to) = &self.sockets[from.other() as usize]
+                    && let [Some(one), Some(other)] = &self.sockets
                 {
-                    stream::shorten_near_queue(to);
+                    match from {
+                        Side::Client => stream::shorten_near_queues(one, other),
+                        Side::Backend => stream::shorten_near_queues(other, one),
+                    }
                 }
                 self.wait(key, from, Use::Readable, ring);
             }
