@@ -51,7 +51,8 @@ pub(super) trait Io {
     fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize>;
     /// shutdown(2) of the writing half.
     fn shutdown_write(&self, side: Side) -> io::Result<()>;
-    /// Much is going to be received from that side, and sent to the other.
+    /// Much is going to be received from that side, and sent to the other. Said
+    /// once.
     fn expect_bulk(&self, from: Side);
     /// Makes sure there is a pipe; false where none is to be had.
     fn open_pipe(&mut self, from: Side) -> bool;
@@ -100,6 +101,8 @@ struct Stream {
     last_crammed: bool,
     /// How often the pipe turned out to be no use.
     crammed: u8,
+    /// It was bulk before.
+    announced: bool,
     mode: Mode,
 }
 
@@ -335,7 +338,9 @@ impl Pump {
             stream.streak = stream.streak.saturating_add(1);
             if stream.streak == STREAK << stream.crammed && stream.mode == Mode::Copy {
                 stream.mode = Mode::Bulk;
-                io.expect_bulk(from);
+                if !std::mem::replace(&mut stream.announced, true) {
+                    io.expect_bulk(from);
+                }
             }
         } else {
             stream.streak = 0;

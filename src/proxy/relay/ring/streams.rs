@@ -78,6 +78,8 @@ pub(in crate::proxy::relay) struct Flow {
     watch: Option<Op>,
     /// Over: nothing new is started, and what still comes is dropped.
     pub(super) halted: bool,
+    /// Which streams were bulk before, by the side the bytes come from.
+    were_bulk: [bool; 2],
 }
 
 /// Bytes from one side on their way to the other. Small: idle sessions have two.
@@ -307,7 +309,8 @@ impl Flow {
         }
         if matches!(stream.mode, Mode::ToBulk | Mode::Bulk) {
             if stream.queued == 0 {
-                if std::mem::replace(&mut stream.mode, Mode::Bulk) == Mode::ToBulk
+                stream.mode = Mode::Bulk;
+                if !std::mem::replace(&mut self.were_bulk[from as usize], true)
                     && let [Some(one), Some(other)] = &self.sockets
                 {
                     match from {
