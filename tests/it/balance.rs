@@ -264,6 +264,7 @@ fn all_get_their_turn(proxy: &TestProxy, backends: &[&ScriptedBackend], cap: u64
         for _ in 0..clients {
             scope.spawn(move || {
                 let stream = greeted(address);
+                // Long enough for others to want its place.
                 std::thread::sleep(ms(20));
                 drop(stream);
             });

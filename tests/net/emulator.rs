@@ -319,35 +319,32 @@ fn two_links_know_nothing_of_each_other() {
     assert_eq!((pair.send_to_b(100, Duration::ZERO).len(), send_other()), (100, 0));
 }
 
-#[test]
-fn what_a_killed_run_left_is_swept() {
-    let _turn = turn::shared();
-    if !networks_run() {
-        return;
-    }
-    let ip = servers::find("ip").unwrap();
-    let mut gone = Command::new("true").spawn().unwrap();
-    gone.wait().unwrap();
-    let name = format!("tg-{}-0-left", gone.id());
-    assert!(Command::new(&ip).args(["netns", "add", &name]).status().unwrap().success());
-    let mut left =
-        Command::new(&ip).args(["netns", "exec", &name, "sleep", "600"]).spawn().unwrap();
-    // Another test that begins just now may sweep it first.
-    eventually(secs(5), "the program runs inside", || {
-        if left.try_wait().unwrap().is_some() {
-            return true;
-        }
-        let inside = Command::new(&ip).args(["netns", "pids", &name]).output().unwrap();
-        String::from_utf8_lossy(&inside.stdout).trim() == left.id().to_string()
-    });
-    netns::sweep();
-    assert_eq!(netns::owned_by(gone.id()), Vec::<String>::new());
-    let status = left.wait().unwrap();
-    assert!(!status.success(), "it was killed: {status}");
-}
-
 mod alone {
     use super::*;
+
+    #[test]
+    fn what_a_killed_run_left_is_swept() {
+        // Any other test that begins would sweep it first.
+        let _turn = turn::alone();
+        if !networks_run() {
+            return;
+        }
+        let ip = servers::find("ip").unwrap();
+        let mut gone = Command::new("true").spawn().unwrap();
+        gone.wait().unwrap();
+        let name = format!("tg-{}-0-left", gone.id());
+        assert!(Command::new(&ip).args(["netns", "add", &name]).status().unwrap().success());
+        let mut left =
+            Command::new(&ip).args(["netns", "exec", &name, "sleep", "600"]).spawn().unwrap();
+        eventually(secs(5), "the program runs inside", || {
+            let inside = Command::new(&ip).args(["netns", "pids", &name]).output().unwrap();
+            String::from_utf8_lossy(&inside.stdout).trim() == left.id().to_string()
+        });
+        netns::sweep();
+        assert_eq!(netns::owned_by(gone.id()), Vec::<String>::new());
+        let status = left.wait().unwrap();
+        assert!(!status.success(), "it was killed: {status}");
+    }
 
     #[test]
     fn nothing_is_left_behind() {

@@ -78,7 +78,8 @@ pub(in crate::proxy::relay) struct Flow {
     watch: Option<Op>,
     /// Over: nothing new is started, and what still comes is dropped.
     pub(super) halted: bool,
-    /// Which streams were bulk before, by the side the bytes come from.
+    /// Which streams were bulk before, by the side the bytes come from. Here is
+    /// room for it; in a stream it would make two of them longer.
     were_bulk: [bool; 2],
 }
 
@@ -311,12 +312,10 @@ impl Flow {
             if stream.queued == 0 {
                 stream.mode = Mode::Bulk;
                 if !std::mem::replace(&mut self.were_bulk[from as usize], true)
-                    && let [Some(one), Some(other)] = &self.sockets
+                    && let (Some(socket), Some(to)) =
+                        (&self.sockets[from as usize], &self.sockets[from.other() as usize])
                 {
-                    match from {
-                        Side::Client => stream::shorten_near_queues(one, other),
-                        Side::Backend => stream::shorten_near_queues(other, one),
-                    }
+                    stream::shorten_near_queues(socket, to);
                 }
                 self.wait(key, from, Use::Readable, ring);
             }
