@@ -53,6 +53,7 @@ fn pool(backends: &[&str]) -> Pool {
     Pool {
         name: "web".into(),
         balance: Policy::WeightedRoundRobin,
+        hash_slots: crate::config::HASH_SLOTS,
         source: [].into(),
         connect_timeout: Duration::from_secs(5),
         queue_max: 0,

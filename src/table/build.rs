@@ -150,11 +150,11 @@ fn build_balancer(
     if candidates.is_empty() {
         return None;
     }
-    let (policy, size) = (pool.spec.balance, pool.backends.len());
+    let (policy, slots) = (pool.spec.balance, pool.spec.hash_slots);
     let before = previous.and_then(|p| p.balancer.as_ref());
     match before {
-        Some(same) if same.does_for(policy, &candidates, size) => Some(Arc::clone(same)),
-        _ => Some(Arc::new(Balancer::of_pool(policy, candidates, size, before.map(|b| &**b)))),
+        Some(same) if same.does_for(policy, &candidates, slots) => Some(Arc::clone(same)),
+        _ => Some(Arc::new(Balancer::of_pool(policy, candidates, slots, before.map(|b| &**b)))),
     }
 }
 

@@ -16,6 +16,7 @@ fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
         spec: Arc::new(config::Pool {
             name: name.into(),
             balance,
+            hash_slots: crate::config::HASH_SLOTS,
             source: [].into(),
             connect_timeout: Duration::from_secs(5),
             queue_max: 0,
