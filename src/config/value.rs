@@ -246,6 +246,11 @@ fn status_range(part: &str) -> Result<(u16, u16), Complaint> {
         return Err(Complaint::new(format!("the range {low}-{high} is upside down"))
             .help(format!("write \"{high}-{low}\"")));
     }
+    if high < 200 && !(low..=high).contains(&101) {
+        let message = format!("no final status is in {low}-{high}, so no probe could succeed");
+        let help = "a 1xx response but 101 is followed by the final one, whose status counts";
+        return Err(Complaint::new(message).help(help));
+    }
     Ok((low, high))
 }
 
