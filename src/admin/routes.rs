@@ -63,6 +63,9 @@ struct Life {
 /// it less than our 503.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
 
+/// The same for a reload, which may wait for the writer of a file.
+const RELOAD_MAX: Duration = Duration::from_secs(12);
+
 const TEXT_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub(super) const JSON: &str = "application/json";
 
@@ -113,7 +116,7 @@ async fn status(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
 }
 
 async fn reload(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
-    Ok(match api.ask(Request::Reload).await? {
+    Ok(match api.ask_within(RELOAD_MAX, Request::Reload).await? {
         Ok(reloaded) => answer(JSON, text(&reloaded)),
         Err(refused) => refused_file(&refused),
     })

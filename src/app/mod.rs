@@ -24,6 +24,7 @@
 
 mod activation;
 mod admin_api;
+mod asked;
 mod binds;
 mod confine;
 mod control_loop;

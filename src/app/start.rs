@@ -4,6 +4,7 @@
 //! Runs on the control thread, which it then hands to the control loop.
 
 use super::admin_api::AdminApi;
+use super::asked::Asked;
 use super::binds::{Binds, Fresh, Refused};
 use super::control_loop::Control;
 use super::heartbeats::Reception;
@@ -199,6 +200,8 @@ async fn bring_up(
         runtime,
         engine_reason,
         reloads: ReloadCounts::default(),
+        watcher: None,
+        asked: Asked::default(),
         transitions: Default::default(),
         restart_needed: Vec::new(),
         session_cap,

@@ -492,4 +492,13 @@ impl Config {
     pub fn pool(&self, name: &str) -> Option<&Arc<Pool>> {
         self.pools.iter().find(|pool| &*pool.name == name)
     }
+
+    /// Every file that is read together with this configuration.
+    pub fn named_files(&self) -> Vec<PathBuf> {
+        let token = self.admin.token_file.iter();
+        let keys = self.heartbeat.iter().flat_map(|heartbeat| &heartbeat.keys);
+        let rules = self.frontends.iter().filter_map(|frontend| frontend.sources.as_ref());
+        let lists = rules.flat_map(|rules| rules.allow_file.iter().chain(&rules.deny_file));
+        token.chain(keys.map(|key| &key.file)).chain(lists).cloned().collect()
+    }
 }

@@ -34,6 +34,7 @@ mod panics;
 mod passive;
 mod relay;
 mod reload;
+mod rewrites;
 mod shortage;
 mod slow;
 mod sources;
