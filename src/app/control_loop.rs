@@ -320,10 +320,10 @@ impl Control {
                 }
                 Effect::Log(transition) => self.transitions.log(&transition, clock::now()),
                 Effect::Notice(notice) => {
-                    let backend = notice.backend.as_deref().unwrap_or("");
                     if notice.pool.is_empty() {
                         tracing::warn!("{}", notice.message);
                     } else {
+                        let backend = notice.backend.as_deref();
                         tracing::warn!(pool = %notice.pool, backend, "{}", notice.message);
                     }
                 }

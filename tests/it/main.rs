@@ -30,6 +30,7 @@ mod heartbeats_flood;
 mod hostile;
 mod idle;
 mod limits;
+mod ordinary_user;
 mod panics;
 mod passive;
 mod relay;
