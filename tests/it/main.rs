@@ -34,6 +34,7 @@ mod panics;
 mod passive;
 mod relay;
 mod reload;
+mod settling;
 mod shortage;
 mod slow;
 mod sources;
