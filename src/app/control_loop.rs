@@ -309,6 +309,7 @@ impl Control {
             match effect {
                 Effect::Publish(table) => {
                     self.tables.publish(table);
+                    self.readiness.set_undecided(self.controller.undecided_pools());
                     // Who waits for a slot may have new backends to wait for.
                     self.shared.gate.opened();
                 }

@@ -36,6 +36,7 @@ mod passive;
 mod relay;
 mod reload;
 mod rewrites;
+mod settling;
 mod shortage;
 mod slow;
 mod sources;
