@@ -227,7 +227,8 @@ fn input(
             in_service: true,
         })
         .collect();
-    let pools = vec![PoolInput { spec: Arc::clone(spec), backends }];
+    let pools =
+        vec![PoolInput { spec: Arc::clone(spec), backends, stand_ins: vec![], undecided: false }];
     Input { generation: 1, serial: 1, connections_max: 0, frontends: Vec::new(), pools }
 }
 

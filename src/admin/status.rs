@@ -96,7 +96,8 @@ struct Frontend<'a> {
 struct Pool<'a> {
     name: &'a str,
     balance: &'static str,
-    /// `refuse` or `try-all` while nobody is eligible.
+    /// While nobody is eligible: `refuse` or `try-all`; before the first verdict
+    /// `wait`, or `former` where former backends serve.
     none_eligible: Option<&'static str>,
     /// Why no silent backend is taken out.
     frozen: Option<Frozen<'a>>,

@@ -25,6 +25,7 @@
 //! with each upgrade, for the kernel allows 16 layers. So the old process says in
 //! its offer what is in force, and the new one adds nothing to that.
 
+use super::admin_place::{self, Place};
 use super::{Failure, Predecessor};
 use crate::config::{self, AccessLogTarget, AdminListen, Config, Sandbox};
 use crate::net::confinement::Confinement;
@@ -40,6 +41,8 @@ pub struct Confined {
     pub(super) report: Confinement,
     /// The settings it was confined by; `None` inside another program.
     asked: Option<Asked>,
+    /// Where the admin API listens.
+    pub(super) admin: Option<Place>,
 }
 
 /// The keys of `[process]` that are obeyed here.
@@ -85,6 +88,7 @@ impl Default for Confined {
         Confined {
             report: Confinement::none("this balancer runs inside another program"),
             asked: None,
+            admin: None,
         }
     }
 }
@@ -100,7 +104,7 @@ pub fn confine(
     before: Option<&Predecessor>,
 ) -> Result<Confined, Failure> {
     // Only what is needed to become who is to read the rest.
-    let Ok(config) = config::outline(path) else {
+    let Ok(mut config) = config::outline(path) else {
         let problems = config::load(path).err();
         let changed = || Failure::Runtime(changed_meanwhile());
         return Err(problems.map_or_else(changed, Failure::Config));
@@ -116,7 +120,9 @@ pub fn confine(
     }
     let mut report = Confinement::none("sandbox = \"off\"");
     let identity = identity(&asked)?;
-    prepare_directory(&config, identity.as_ref())?;
+    let admin = admin_place(&config, identity.as_ref(), before)?;
+    config.admin.listen = admin.listen.clone();
+    let process = &config.process;
     if let Some(identity) = &identity {
         become_user(identity, for_a_user(&config))?;
     }
@@ -132,7 +138,7 @@ pub fn confine(
     if process.sandbox == Sandbox::On {
         demand(&report)?;
     }
-    Ok(Confined { report, asked: Some(asked) })
+    Ok(Confined { report, asked: Some(asked), admin: Some(admin) })
 }
 
 fn changed_meanwhile() -> String {
@@ -164,8 +170,22 @@ fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> 
     privileges::hide_memory().map_err(|error| refused("keep its memory to itself", &error))
 }
 
-/// Makes the directory of the admin socket where there is none, for whoever is to
-/// bind the socket in it.
+/// Where the admin API listens. A process that becomes another user has its
+/// directory made here, because it could not make it afterwards.
+fn admin_place(
+    config: &Config,
+    identity: Option<&Identity>,
+    before: Option<&Predecessor>,
+) -> Result<Place, Failure> {
+    if identity.is_none() && config.admin.is_default() {
+        return admin_place::settle(&config.admin, before.and_then(Predecessor::admin_listen));
+    }
+    prepare_directory(config, identity)?;
+    Ok(Place { listen: config.admin.listen.clone(), reason: None })
+}
+
+/// Makes the directory of the admin socket if it is missing, for the user that binds
+/// the socket in it.
 fn prepare_directory(config: &Config, identity: Option<&Identity>) -> Result<(), Failure> {
     let AdminListen::Unix(socket) = &config.admin.listen else { return Ok(()) };
     let directory = directory_of(socket);
@@ -182,7 +202,9 @@ fn prepare_directory(config: &Config, identity: Option<&Identity>) -> Result<(),
     };
     made().map_err(|error| {
         let directory = directory.display();
-        Failure::Runtime(format!("cannot make {directory} for the admin socket: {error}"))
+        Failure::Runtime(format!(
+            "cannot make {directory} for the admin socket: {error}; make it, or set [admin] listen"
+        ))
     })
 }
 

@@ -6,6 +6,7 @@
 
 use super::Exit;
 use super::admin_api::AdminApi;
+use super::asked::Asked;
 use super::binds::Binds;
 use super::confine::Confined;
 use super::drain::Draining;
@@ -90,6 +91,9 @@ pub(super) struct Control {
     pub(super) runtime: Runtime,
     pub(super) engine_reason: String,
     pub(super) reloads: ReloadCounts,
+    /// `None` until the loop runs, or where the file cannot be watched.
+    pub(super) watcher: Option<ConfigWatcher>,
+    pub(super) asked: Asked,
     pub(super) restart_needed: Vec<String>,
     pub(super) session_cap: SessionCap,
     pub(super) transitions: TransitionLog,
@@ -122,7 +126,9 @@ enum Caught {
 enum Woken {
     Signal(Caught),
     Request(Request),
-    FileChanged,
+    FileComplete,
+    /// A reload that was asked for has waited too long for the file.
+    AskedTooLong,
     Reports,
     Heartbeats,
     Probed(Event),
@@ -145,7 +151,8 @@ impl Control {
     /// Runs until the process is to end.
     pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Request>) -> Exit {
         let changed = Arc::new(Notify::new());
-        let _watcher = self.watch_file(&changed);
+        self.watcher = self.watch_file(&changed);
+        self.watch_named_files();
         let mut signals = Signals::listen(self.signals);
         if self.upgrades.awaits_predecessor() {
             self.catch_up().await;
@@ -160,11 +167,13 @@ impl Control {
                     return Exit::Forced;
                 }
                 Woken::Signal(Caught::Stop(name)) => self.begin_drain(name),
-                Woken::Signal(Caught::Reload) | Woken::FileChanged => {
+                Woken::Signal(Caught::Reload) => {
                     if self.draining.is_none() && !self.upgrades.holds_reload() {
-                        self.reload_when_told().await;
+                        self.ask_for_reload(None).await;
                     }
                 }
+                Woken::FileComplete => self.file_is_complete().await,
+                Woken::AskedTooLong => self.refuse_asked(),
                 Woken::Signal(Caught::Upgrade) => self.begin_upgrade(None, None, None),
                 Woken::Upgrade(event) => self.upgrade_event(event).await,
                 Woken::Beat => self.beat(),
@@ -216,10 +225,12 @@ impl Control {
         let beat_due = self.notifier.next_beat(now);
         let watch_due = self.watchdog.next_look();
         let drain_due = self.draining.as_ref().map_or(now + FAR, Draining::next_look);
+        let asked_due = self.asked.due().unwrap_or(now + FAR);
         tokio::select! {
             caught = signals.next() => Woken::Signal(caught),
             Some(request) = inbox.recv() => Woken::Request(request),
-            () = changed.notified() => Woken::FileChanged,
+            () = changed.notified() => Woken::FileComplete,
+            () = tokio::time::sleep_until(asked_due.into()) => Woken::AskedTooLong,
             () = self.shared.reports.arrived() => Woken::Reports,
             () = self.reception.arrived() => Woken::Heartbeats,
             Some(event) = self.probed.recv() => Woken::Probed(event),
@@ -298,6 +309,7 @@ impl Control {
             match effect {
                 Effect::Publish(table) => {
                     self.tables.publish(table);
+                    self.readiness.set_undecided(self.controller.undecided_pools());
                     // Who waits for a slot may have new backends to wait for.
                     self.shared.gate.opened();
                 }
@@ -309,10 +321,10 @@ impl Control {
                 }
                 Effect::Log(transition) => self.transitions.log(&transition, clock::now()),
                 Effect::Notice(notice) => {
-                    let backend = notice.backend.as_deref().unwrap_or("");
                     if notice.pool.is_empty() {
                         tracing::warn!("{}", notice.message);
                     } else {
+                        let backend = notice.backend.as_deref();
                         tracing::warn!(pool = %notice.pool, backend, "{}", notice.message);
                     }
                 }
@@ -341,9 +353,7 @@ impl Control {
             // What has come too late for this process is answered by its end: the
             // next one is to be asked.
             Request::Reload(_) | Request::SetIntent { .. } if self.upgrades.handed_over() => {}
-            Request::Reload(reply) => {
-                let _ = reply.send(self.reload_unless_upgrading().await);
-            }
+            Request::Reload(reply) => self.ask_for_reload(Some(reply)).await,
             Request::Upgrade { binary, config, reply } => {
                 self.begin_upgrade(binary.as_deref(), config.as_deref(), Some(reply));
             }
@@ -472,6 +482,13 @@ impl Control {
             unlogged: before.unlogged.saturating_add(self.transitions.unlogged()),
             admin_crowded: before.admin_crowded.saturating_add(crowded),
             buffers_refused: before.buffers_refused.saturating_add(refused),
+        }
+    }
+
+    /// Waits for writers of the files that the configuration names, too.
+    pub(super) fn watch_named_files(&self) {
+        if let Some(watcher) = &self.watcher {
+            watcher.wait_for_writers_of(self.config.named_files());
         }
     }
 

@@ -24,6 +24,8 @@
 
 mod activation;
 mod admin_api;
+pub mod admin_place;
+mod asked;
 mod binds;
 mod confine;
 mod control_loop;

@@ -13,6 +13,7 @@ pub mod demo;
 pub mod drain;
 pub mod explain;
 pub mod heartbeat;
+mod reach;
 pub mod reload;
 pub mod run;
 pub mod selftest;

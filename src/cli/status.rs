@@ -187,6 +187,8 @@ fn remarks(pool: &Value) -> String {
     }
     match pool["none_eligible"].as_str() {
         Some("try-all") => text.push_str(", NOBODY ELIGIBLE: all are tried"),
+        Some("former") => text.push_str(", no verdict yet: former backends serve"),
+        Some("wait") => text.push_str(", no verdict yet: clients wait for one"),
         Some(_) => text.push_str(", NOBODY ELIGIBLE: clients are refused"),
         None => {}
     }

@@ -28,7 +28,8 @@ use toml::de::DeTable;
 
 pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
 pub use globals::{
-    AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process, Sandbox,
+    ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
+    Process, Sandbox,
 };
 pub use source::FILE_BYTES_MAX;
 pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX};
@@ -491,5 +492,14 @@ impl Config {
     /// The pool of that name.
     pub fn pool(&self, name: &str) -> Option<&Arc<Pool>> {
         self.pools.iter().find(|pool| &*pool.name == name)
+    }
+
+    /// Every file that is read together with this configuration.
+    pub fn named_files(&self) -> Vec<PathBuf> {
+        let token = self.admin.token_file.iter();
+        let keys = self.heartbeat.iter().flat_map(|heartbeat| &heartbeat.keys);
+        let rules = self.frontends.iter().filter_map(|frontend| frontend.sources.as_ref());
+        let lists = rules.flat_map(|rules| rules.allow_file.iter().chain(&rules.deny_file));
+        token.chain(keys.map(|key| &key.file)).chain(lists).cloned().collect()
     }
 }

@@ -8,8 +8,8 @@
 //! `verdicts` (what their results mean), `ejections` (the pool's guard),
 //! `trials` (how ejected backends come back), `gray` (who does not answer),
 //! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
-//! means), `ramps` (slow start), `leaving` (removed backends), `operator`
-//! (drains), `publish` and `pace` (tables), `history`, `handover` (what the
+//! means), `ramps` (slow start), `leaving` (removed backends), `settling`
+//! (pools of which no backend has been judged yet), `operator` (drains), `publish` and `pace` (tables), `history`, `handover` (what the
 //! next process goes on with), `status` and `explain`.
 //! All of them work on one [`Controller`] and leave effects behind;
 //! only [`Controller::apply`] and its siblings hand them out.
@@ -30,6 +30,7 @@ mod probing;
 mod publish;
 mod ramps;
 mod schedule;
+mod settling;
 mod status;
 mod suspicion;
 #[cfg(test)]
@@ -225,6 +226,8 @@ struct PoolEntry {
     confirming: Arc<ProbeSpec>,
     /// Since when somebody serves; `None`: nobody does.
     in_service_since: Option<Instant>,
+    /// While none of its backends serves and some have no verdict yet.
+    settling: Option<settling::Settling>,
 }
 
 /// How a backend got into its pool.
@@ -444,6 +447,7 @@ impl Controller {
                 Job::LookAtTrial(id) => self.look_at_trial(id, now),
                 Job::LookForGray => self.look_for_gray(now),
                 Job::GraceEnds(pool) => self.grace_over(pool),
+                Job::SettlingEnds(pool) => self.settled(pool),
                 Job::CutSessions(id) => self.cut_sessions(id),
                 Job::LeavingCheck => self.check_leaving(now),
                 Job::Heartbeat(id) => self.check_heartbeat(id, now),
@@ -466,6 +470,7 @@ impl Controller {
             self.settle_guard(pool, now);
         }
         self.settle_ramps(now);
+        self.look_at_settling();
         if let Some(reason) = self.table_due(now) {
             let table = self.rebuild();
             self.table_made(reason, now);

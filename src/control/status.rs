@@ -77,8 +77,10 @@ pub struct PoolStatus {
     /// In file order, then registered ones by age.
     pub backends: Vec<BackendStatus>,
     /// What happens while nobody is eligible, if nobody is: `refuse` or
-    /// `try-all`.
+    /// `try-all`; `wait` or `former` while no backend has been judged yet.
     pub none_eligible: Option<&'static str>,
+    /// Nobody serves, and clients wait for the first verdict.
+    pub undecided: bool,
     /// Why no silent backend is taken out, if so.
     pub frozen: Option<Freezing>,
     /// Members that registered.
@@ -195,9 +197,11 @@ impl Controller {
         let backends: Vec<BackendStatus> =
             members.map(|entry| backend_status(entry, pool, now)).collect();
         let nobody = !backends.iter().any(|backend| backend.eligible);
-        let rule = match pool.spec.when_none_eligible {
-            WhenNoneEligible::Refuse => "refuse",
-            WhenNoneEligible::TryAll => "try-all",
+        let rule = match (&pool.settling, pool.spec.when_none_eligible) {
+            (Some(settling), _) if !settling.stand_ins.is_empty() => "former",
+            (_, WhenNoneEligible::TryAll) => "try-all",
+            (Some(_), WhenNoneEligible::Refuse) => "wait",
+            (None, WhenNoneEligible::Refuse) => "refuse",
         };
         let heartbeat = pool.spec.heartbeat.as_ref();
         let may_register = heartbeat.filter(|spec| spec.register);
@@ -206,6 +210,7 @@ impl Controller {
             balance: pool.spec.balance.name(),
             backends,
             none_eligible: nobody.then_some(rule),
+            undecided: nobody && rule == "wait",
             frozen: freezing(pool.guard.freeze(), now),
             registered: pool.registered,
             registered_max: may_register.map_or(0, |spec| spec.backends_max),
@@ -299,6 +304,7 @@ impl PoolStatus {
             balance: "random",
             backends,
             none_eligible: None,
+            undecided: false,
             frozen: None,
             registered: 0,
             registered_max: 0,

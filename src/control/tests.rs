@@ -7,6 +7,7 @@ mod handover;
 mod heartbeats;
 mod probing;
 mod reloads;
+mod settling;
 
 use super::*;
 use crate::balance::trial::TrialPhase;

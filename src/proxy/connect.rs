@@ -84,7 +84,9 @@ pub(super) async fn dial(
     loop {
         let reserved = match choice {
             Ok(reserved) => reserved,
-            Err(NoBackend::NoneEligible | NoBackend::Exhausted) => return Err(why),
+            Err(NoBackend::NoneEligible | NoBackend::Undecided | NoBackend::Exhausted) => {
+                return Err(why);
+            }
             Err(NoBackend::AtCapacity) => {
                 // Boxed, as rare: the room would be every session's otherwise.
                 attempts.queued = true;

@@ -11,7 +11,7 @@ use crate::admin::{self, AdminListener};
 use crate::app::Failure;
 use crate::app::binds::Group;
 use crate::clock;
-use crate::config::Config;
+use crate::config::Admin;
 use crate::net::handover::Channel;
 use socket2::Socket;
 use std::collections::BTreeMap;
@@ -75,13 +75,18 @@ impl Predecessor {
         std::mem::take(&mut self.heartbeats)
     }
 
-    /// The admin listener, where it is the one of `config`.
-    pub(in crate::app) fn take_admin(&mut self, config: &Config) -> Option<AdminListener> {
+    /// Where its admin API listens.
+    pub(in crate::app) fn admin_listen(&self) -> Option<&str> {
+        Some(self.offer.admin.as_ref()?.listen.as_str())
+    }
+
+    /// The admin listener, where it is the one that `admin` names.
+    pub(in crate::app) fn take_admin(&mut self, admin: &Admin) -> Option<AdminListener> {
         let (fd, offered) = (self.admin.take()?, self.offer.admin.as_ref()?);
-        if offered.listen != config.admin.listen.to_string() {
+        if offered.listen != admin.listen.to_string() {
             return None;
         }
-        admin::take_over(&config.admin, fd, offered.file)
+        admin::take_over(admin, fd, offered.file)
     }
 
     /// What confines that process, and so this one.

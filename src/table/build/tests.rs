@@ -32,6 +32,8 @@ fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
             backends: Vec::new(),
         }),
         backends: (0..backends).map(|i| backend(name, i)).collect(),
+        stand_ins: vec![],
+        undecided: false,
     }
 }
 
@@ -55,7 +57,12 @@ fn again(backend: &BackendInput) -> BackendInput {
 }
 
 fn pool_again(pool: &PoolInput) -> PoolInput {
-    PoolInput { spec: Arc::clone(&pool.spec), backends: pool.backends.iter().map(again).collect() }
+    PoolInput {
+        spec: Arc::clone(&pool.spec),
+        backends: pool.backends.iter().map(again).collect(),
+        stand_ins: vec![],
+        undecided: pool.undecided,
+    }
 }
 
 fn table(pools: Vec<PoolInput>, previous: Option<&Table>) -> Table {
