@@ -29,6 +29,7 @@ pub mod fuzz;
 mod guard;
 pub mod metrics;
 pub mod process;
+mod rejections;
 mod routes;
 mod serve;
 pub mod snapshot;

@@ -360,7 +360,9 @@ impl Control {
             Request::Explain { pool, backend, reply } => {
                 self.feed([]);
                 let explained = self.controller.explain(&pool, &backend, clock::now());
-                let _ = reply.send(explained.map(|explained| admin::explain::render(&explained)));
+                let rejected = self.reception.rejection(&pool, &backend);
+                let render = |explained| admin::explain::render(&explained, rejected.as_ref());
+                let _ = reply.send(explained.map(render));
             }
             Request::SetIntent { pool, backend, intent, reply } => {
                 self.feed([]);

@@ -9,6 +9,7 @@ use crate::config::{self, HeartbeatSpec};
 use crate::health::detector::State;
 use crate::health::heartbeat::{Channel, PathView};
 use crate::health::{Observation, Transition};
+use crate::heartbeat::rejections::Rejection;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,8 @@ pub struct Explained {
     pub probe: Option<ProbeView>,
     /// What heartbeats its pool expects.
     pub heartbeat_spec: Option<Arc<HeartbeatSpec>>,
+    /// The last heartbeat in its name that was rejected.
+    pub rejected: Option<Rejection>,
     /// Passive ejection.
     pub ejection: EjectionView,
     /// Of the slow start under way: how long it takes, and since when.
@@ -121,6 +124,7 @@ impl Controller {
                 fails_open: entry.health.fails_open,
             }),
             heartbeat_spec: pool.spec.heartbeat.clone(),
+            rejected: self.rejections.of(&pool.spec.name, backend).cloned(),
             ejection: EjectionView {
                 spec: pool.spec.ejection,
                 left: outlier.until().map(|until| until.saturating_duration_since(now)),

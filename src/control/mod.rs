@@ -22,6 +22,7 @@ pub mod handover;
 mod heartbeats;
 mod history;
 mod leaving;
+mod misfits;
 mod operator;
 mod pace;
 pub mod ports;
@@ -37,8 +38,8 @@ pub(crate) mod tests;
 mod trials;
 mod verdicts;
 
-pub use heartbeats::Misfit;
 pub use history::TRANSITIONS_MAX;
+pub use misfits::Misfit;
 pub use pace::PublishReason;
 pub use publish::Weight;
 pub use status::{
@@ -50,6 +51,7 @@ use crate::config::{self, BackendAddress, Config, ProbeSpec};
 use crate::health::heartbeat::{PathGuard, Ramp};
 use crate::health::{BackendHealth, ConnectFailure, Intent, ProbeOutcome, Transition};
 use crate::heartbeat::Heartbeat;
+use crate::heartbeat::rejections::Rejections;
 use crate::table::Table;
 use crate::table::state::{BackendId, BackendState, FrontendState};
 use schedule::{Job, Schedule};
@@ -182,6 +184,8 @@ pub struct Controller {
     guards: suspicion::Guards,
     /// Authentic heartbeats that changed nothing, by [`Misfit`].
     misfits: [u64; Misfit::ALL.len()],
+    /// Their senders.
+    rejections: Rejections,
     /// Counted by the processes before.
     before: handover::Before,
     /// Heartbeats taken.
@@ -342,6 +346,7 @@ impl Controller {
             pace: pace::Pace::default(),
             guards: suspicion::Guards::default(),
             misfits: [0; Misfit::ALL.len()],
+            rejections: Rejections::default(),
             before: handover::Before::default(),
             heartbeats_total: 0,
             work: Work::default(),

@@ -6,6 +6,7 @@ use super::{BackendEntry, Controller, Misfit, Origin, PoolEntry, PublishReason};
 use crate::config::WhenNoneEligible;
 use crate::health::heartbeat::{Channel, Freeze, Reading};
 use crate::health::{Calling, Intent, Observation, Pulse, Transition};
+use crate::heartbeat::rejections::Rejection;
 use crate::table::state::{BackendState, FrontendState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,6 +35,8 @@ pub struct HeartbeatStatus {
     pub taken_total: u64,
     /// Authentic ones that changed nothing, by reason.
     pub misfits: Vec<(Misfit, u64)>,
+    /// Their senders, in no order.
+    pub rejections: Vec<Rejection>,
     /// Times nobody's silence counted, because we were late or deaf.
     pub excuses_total: u64,
     /// Nobody at all is heard.
@@ -182,6 +185,7 @@ impl Controller {
         self.pools.iter().any(|pool| pool.spec.heartbeat.is_some()).then(|| HeartbeatStatus {
             taken_total: self.heartbeats_taken(),
             misfits: self.misfits().to_vec(),
+            rejections: self.rejections.all().cloned().collect(),
             excuses_total: self.excuses(),
             silent: self.channel(now) == Channel::Silent,
             frozen: freezing(self.guards.all.freeze(), now),

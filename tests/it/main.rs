@@ -27,6 +27,7 @@ mod failover;
 mod harness;
 mod heartbeats;
 mod heartbeats_flood;
+mod heartbeats_rejected;
 mod hostile;
 mod idle;
 mod limits;
