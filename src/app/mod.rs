@@ -35,6 +35,7 @@ mod notify;
 mod panics;
 mod pid_file;
 mod reload;
+mod reload_diff;
 mod start;
 mod transition_log;
 mod upgrade;

@@ -455,6 +455,7 @@ impl Story {
             errno: (ending.errno != 0).then_some(ending.errno),
             closed_first: ending.closed_first.map(Side::name),
             attempts: u32::from(self.attempts.count),
+            tries: self.attempts.failed(),
             bytes_in: totals.bytes_in,
             bytes_out: totals.bytes_out,
             connect: self.connect_time,
