@@ -71,10 +71,8 @@ fn debug_and_trace_tell_of_tables_probes_reloads_and_upgrades(engine: Engine) {
     let text = proxy.render(&conf).replace("[log]", "[log]\nlevel = \"trace\"");
     proxy.rewrite_by_rename(&text);
     assert_eq!(proxy.admin_request("POST", "/v1/reload").status, 200);
-    let (before, answer) = (proxy.log().len(), proxy.cli_ok(&["upgrade", "--json"]));
-    let answer: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
-    let pid = answer["pid"].as_u64().expect("a number");
-    proxy.serve_by(u32::try_from(pid).expect("a pid"));
+    let known = proxy.log().len();
+    let before = proxy.upgrade();
     for line in [
         "DEBUG tidegate::app::reload: reload change=\"backend web/a changes\"",
         ": table published generation=",
@@ -84,8 +82,9 @@ fn debug_and_trace_tell_of_tables_probes_reloads_and_upgrades(engine: Engine) {
         eventually(secs(10), line, || proxy.log().contains(line));
     }
     for step in ["new process has started pid=", "new process is ready", "this process serves;"] {
-        assert!(proxy.log()[before..].contains(step), "{step}: {}", proxy.log());
+        eventually(secs(10), step, || proxy.log()[known..].contains(step));
     }
+    proxy.wait_gone(before, secs(10));
     // Nothing on the way of the bytes.
     let known = proxy.log().lines().filter(|line| line.contains("tidegate::proxy")).count();
     for _ in 0..20 {
