@@ -158,10 +158,14 @@ impl Reception {
             self.told = dropped;
         }
         let arrived = std::iter::from_fn(|| receiver.pop()).take(TURN_MAX);
-        events.extend(arrived.map(|arrived| Event::Heartbeat {
-            heartbeat: arrived.heartbeat,
-            at: arrived.at,
-            stands_for: arrived.stands_for,
+        events.extend(arrived.map(|arrived| {
+            let (pool, backend) = (&arrived.heartbeat.pool, &arrived.heartbeat.name);
+            tracing::trace!(%pool, %backend, sequence = arrived.heartbeat.sequence, "heartbeat");
+            Event::Heartbeat {
+                heartbeat: arrived.heartbeat,
+                at: arrived.at,
+                stands_for: arrived.stands_for,
+            }
         }));
         events
     }

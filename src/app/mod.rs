@@ -36,6 +36,7 @@ mod notify;
 mod panics;
 mod pid_file;
 mod reload;
+mod reload_diff;
 mod start;
 mod transition_log;
 mod upgrade;

@@ -20,6 +20,7 @@ pub mod selftest;
 pub mod shutdown;
 pub mod status;
 pub mod streams;
+mod table;
 pub mod upgrade;
 
 use clap::{Args, Parser, Subcommand};

@@ -442,6 +442,7 @@ impl Story {
             errno: (ending.errno != 0).then_some(ending.errno),
             closed_first: ending.closed_first.map(Side::name),
             attempts: u32::from(self.attempts.count),
+            tries: self.attempts.failed(),
             bytes_in: totals.bytes.bytes_in,
             bytes_out: totals.bytes.bytes_out,
             bytes_undelivered: totals.bytes.undelivered,

@@ -114,6 +114,7 @@ impl Predecessor {
         generation: u64,
     ) -> Result<Commit, Failure> {
         let ready = Ready { not_taken, admin_taken, generation };
+        tracing::debug!(generation, admin_taken, "ready to take over from the old process");
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &ready, &[], deadline).map_err(|error| trouble(&error))?;
         message::receive(&self.channel, deadline).map_err(|error| trouble(&error))
@@ -131,6 +132,7 @@ impl Predecessor {
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &Serving {}, &[], deadline)
             .map_err(|error| trouble(&error))?;
+        tracing::debug!("this process serves; the old one stops accepting");
         // On failure the log ends with the old process, which is no reason not
         // to serve.
         let _ = rustix::stdio::dup2_stderr(&self.stderr);
