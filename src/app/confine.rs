@@ -21,11 +21,15 @@
 //!
 //! # What an upgrade inherits
 //!
-//! All of it: landlock and seccomp cannot be loosened, and must not be stacked
-//! with each upgrade, for the kernel allows 16 layers. So the old process says in
-//! its offer what is in force, and the new one adds nothing to that.
+//! Under the supervisor nothing: it gives up no rights, starts the next process, and
+//! that one builds all of this for itself.
+//!
+//! Without a supervisor (`run --single`) all of it: landlock and seccomp cannot be
+//! loosened, and must not be stacked with each upgrade, for the kernel allows 16 layers.
+//! So the old process says in its offer what is in force, and the new one adds nothing
+//! to that.
 
-use super::{Failure, Predecessor};
+use super::Failure;
 use crate::config::{self, AccessLogTarget, AdminListen, Config, Sandbox};
 use crate::net::confinement::Confinement;
 use crate::net::privileges::{self, CapabilitySet, Identity};
@@ -91,13 +95,15 @@ impl Default for Confined {
 
 /// Confines this process by the settings in the file at `path`.
 ///
+/// `inherited` are the layers that stand already.
+///
 /// # Errors
 /// The configuration is bad; the user cannot be assumed; or `sandbox = "on"` and
 /// something of it cannot be had. The process is to end then.
 pub fn confine(
     path: &Path,
     pid_file: Option<&Path>,
-    before: Option<&Predecessor>,
+    inherited: &[String],
 ) -> Result<Confined, Failure> {
     // Only what is needed to become who is to read the rest.
     let Ok(config) = config::outline(path) else {
@@ -125,7 +131,6 @@ pub fn confine(
         let _ = privileges::reduce(kept(&config));
     }
     tell_privileges(&mut report, kept(&config));
-    let inherited = before.map_or(&[][..], Predecessor::confined);
     if process.sandbox != Sandbox::Off || !inherited.is_empty() {
         wall_in(&mut report, &paths(path, pid_file, &config), inherited);
     }
