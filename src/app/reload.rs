@@ -127,7 +127,8 @@ impl Control {
         let in_force = self.session_cap.apply(&config, self.binds.sockets());
         self.feed([Event::Configure(in_force)]);
         self.reception.adopt(heartbeats);
-        self.binds.adopt(fresh, &config, &self.workers);
+        self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.supervised.write_intents(&self.controller);
         let generation = self.controller.generation();
         Ok(Reloaded { generation, changed: true, warnings: self.warnings() })
     }

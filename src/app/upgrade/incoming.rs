@@ -58,7 +58,7 @@ impl Predecessor {
     /// # Errors
     /// There is one and it is not to be understood.
     pub fn greet() -> Result<Option<Predecessor>, Failure> {
-        if std::env::var_os(super::outgoing::MARK).is_none() {
+        if std::env::var_os(crate::net::handover::MARK).is_none() {
             return Ok(None);
         }
         let channel = Channel::from_stdin().map_err(|error| trouble(&error))?;
@@ -76,7 +76,7 @@ impl Predecessor {
     }
 
     /// Where its admin API listens.
-    pub(in crate::app) fn admin_listen(&self) -> Option<&str> {
+    pub fn admin_listen(&self) -> Option<&str> {
         Some(self.offer.admin.as_ref()?.listen.as_str())
     }
 
@@ -90,7 +90,7 @@ impl Predecessor {
     }
 
     /// What confines that process, and so this one.
-    pub(in crate::app) fn confined(&self) -> &[String] {
+    pub fn confined(&self) -> &[String] {
         &self.offer.confined
     }
 
