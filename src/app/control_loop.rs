@@ -8,7 +8,7 @@ use super::Exit;
 use super::admin_api::AdminApi;
 use super::binds::Binds;
 use super::confine::Confined;
-use super::drain::Draining;
+use super::drain::{Draining, Leaving};
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::notify::Notifier;
@@ -94,6 +94,8 @@ pub(super) struct Control {
     pub(super) session_cap: SessionCap,
     pub(super) transitions: TransitionLog,
     pub(super) draining: Option<Draining>,
+    /// `None` once it drains.
+    pub(super) leaving: Option<Leaving>,
     pub(super) upgrades: Upgrades,
     pub(super) notifier: Notifier,
     pub(super) watchdog: Watchdog,
@@ -159,12 +161,9 @@ impl Control {
                     tracing::warn!("second signal: exiting at once");
                     return Exit::Forced;
                 }
-                Woken::Signal(Caught::Stop(name)) => self.begin_drain(name),
-                Woken::Signal(Caught::Reload) | Woken::FileChanged => {
-                    if self.draining.is_none() && !self.upgrades.holds_reload() {
-                        self.reload_when_told().await;
-                    }
-                }
+                Woken::Signal(Caught::Stop(name)) => self.told_to_stop(name),
+                Woken::Signal(Caught::Reload) => self.reload_asked_by("SIGHUP").await,
+                Woken::FileChanged => self.reload_asked_by("a change of the file").await,
                 Woken::Signal(Caught::Upgrade) => self.begin_upgrade(None, None, None),
                 Woken::Upgrade(event) => self.upgrade_event(event).await,
                 Woken::Beat => self.beat(),
@@ -215,7 +214,8 @@ impl Control {
         let upkeep_due = self.upkeep.next();
         let beat_due = self.notifier.next_beat(now);
         let watch_due = self.watchdog.next_look();
-        let drain_due = self.draining.as_ref().map_or(now + FAR, Draining::next_look);
+        let leave_due = self.leaving.map(|leaving| leaving.until);
+        let drain_due = self.draining.as_ref().map(Draining::next_look).or(leave_due);
         tokio::select! {
             caught = signals.next() => Woken::Signal(caught),
             Some(request) = inbox.recv() => Woken::Request(request),
@@ -230,7 +230,7 @@ impl Control {
             () = tokio::time::sleep_until(due.into()) => Woken::Due,
             () = tokio::time::sleep_until(upkeep_due.into()) => Woken::Upkeep,
             () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => Woken::Retiring,
-            () = tokio::time::sleep_until(drain_due.into()), if self.draining.is_some() => {
+            () = tokio::time::sleep_until(drain_due.unwrap_or(now + FAR).into()) => {
                 Woken::DrainStep
             }
         }
@@ -320,6 +320,7 @@ impl Control {
                     for worker in &self.workers {
                         worker.mailbox.send(Command::CutBackend(backend, Cause::BackendRemoved));
                     }
+                    self.order_cut(backend);
                 }
             }
         }
@@ -342,7 +343,7 @@ impl Control {
             // next one is to be asked.
             Request::Reload(_) | Request::SetIntent { .. } if self.upgrades.handed_over() => {}
             Request::Reload(reply) => {
-                let _ = reply.send(self.reload_unless_upgrading().await);
+                let _ = reply.send(self.reload_on_request().await);
             }
             Request::Upgrade { binary, config, reply } => {
                 self.begin_upgrade(binary.as_deref(), config.as_deref(), Some(reply));
@@ -355,6 +356,9 @@ impl Control {
             Request::SetIntent { pool, backend, intent, reply } => {
                 self.feed([]);
                 let done = self.controller.set_intent(&pool, &backend, intent, clock::now());
+                if done.is_ok() {
+                    self.order_intent(&pool, &backend, intent);
+                }
                 let _ = reply.send(done.map(|effects| self.perform(effects)));
             }
             #[cfg(debug_assertions)]
@@ -362,7 +366,7 @@ impl Control {
                 let _ = reply.send(self.order_fault(&place, worker, millis));
             }
             Request::Shutdown(reply) => {
-                self.begin_drain("admin request");
+                self.leave("admin request");
                 let _ = reply.send(());
             }
         }
@@ -401,15 +405,15 @@ impl Control {
             engine_reason: &self.engine_reason,
             now,
             uptime: now - self.started,
-            state: match self.draining {
-                None => ServiceState::Serving,
-                Some(_) => ServiceState::Draining,
+            state: match self.draining.is_none() && self.leaving.is_none() {
+                true => ServiceState::Serving,
+                false => ServiceState::Draining,
             },
             reloads: self.reloads,
             transitions_unlogged: rarities.unlogged,
             upgrades: self.upgrades.counts(),
             table_serial: table.serial,
-            connections_active: self.shared.in_flight.get(),
+            connections_active: self.sessions(),
             connections_max: table.connections_max,
             warnings: &warnings,
             confinement: &self.confined.report,

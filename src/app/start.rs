@@ -203,6 +203,7 @@ async fn bring_up(
         restart_needed: Vec::new(),
         session_cap,
         draining: None,
+        leaving: None,
         upgrades: Upgrades::new(surroundings.program.take()),
         notifier: std::mem::take(&mut surroundings.notifier),
         watchdog: Watchdog::new(count, clock::now()),
