@@ -216,6 +216,7 @@ async fn bring_up(
         restart_needed: Vec::new(),
         session_cap,
         draining: None,
+        leaving: None,
         upgrades: Upgrades::new(starter),
         notifier: std::mem::take(&mut surroundings.notifier),
         supervised: std::mem::take(&mut surroundings.supervised),
