@@ -18,7 +18,9 @@ mod common;
 
 mod broken;
 mod continuity;
+mod crash;
 mod heartbeats;
 mod manager;
 mod selftest;
+mod signals;
 mod state;
