@@ -6,6 +6,7 @@
 
 use super::Exit;
 use super::admin_api::AdminApi;
+use super::asked::Asked;
 use super::binds::Binds;
 use super::confine::Confined;
 use super::drain::Draining;
@@ -91,6 +92,9 @@ pub(super) struct Control {
     pub(super) runtime: Runtime,
     pub(super) engine_reason: String,
     pub(super) reloads: ReloadCounts,
+    /// `None` until the loop runs, or where the file cannot be watched.
+    pub(super) watcher: Option<ConfigWatcher>,
+    pub(super) asked: Asked,
     pub(super) restart_needed: Vec<String>,
     pub(super) session_cap: SessionCap,
     pub(super) transitions: TransitionLog,
@@ -115,7 +119,9 @@ pub(super) struct Control {
 enum Woken {
     Signal(Caught),
     Request(Request),
-    FileChanged,
+    FileComplete,
+    /// A reload that was asked for has waited too long for the file.
+    AskedTooLong,
     Reports,
     Heartbeats,
     Probed(Event),
@@ -142,7 +148,8 @@ impl Control {
     /// Runs until the process is to end.
     pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Request>) -> Exit {
         let changed = Arc::new(Notify::new());
-        let _watcher = self.watch_file(&changed);
+        self.watcher = self.watch_file(&changed);
+        self.watch_named_files();
         if self.upgrades.awaits_predecessor() {
             self.catch_up().await;
         }
@@ -156,11 +163,13 @@ impl Control {
                     return Exit::Forced;
                 }
                 Woken::Signal(Caught::Stop(name)) => self.begin_drain(name),
-                Woken::Signal(Caught::Reload) | Woken::FileChanged => {
+                Woken::Signal(Caught::Reload) => {
                     if self.draining.is_none() && !self.upgrades.holds_reload() {
-                        self.reload_when_told().await;
+                        self.ask_for_reload(None).await;
                     }
                 }
+                Woken::FileComplete => self.file_is_complete().await,
+                Woken::AskedTooLong => self.refuse_asked(),
                 Woken::Signal(Caught::Upgrade) => self.begin_upgrade(Wish::default(), None, None),
                 Woken::Upgrade(event) => self.upgrade_event(event).await,
                 Woken::Beat => self.beat(),
@@ -210,10 +219,12 @@ impl Control {
         let beat_due = self.notifier.next_beat(now);
         let watch_due = self.watchdog.next_look();
         let drain_due = self.draining.as_ref().map_or(now + FAR, Draining::next_look);
+        let asked_due = self.asked.due().unwrap_or(now + FAR);
         tokio::select! {
             caught = self.signals.next() => Woken::Signal(caught),
             Some(request) = inbox.recv() => Woken::Request(request),
-            () = changed.notified() => Woken::FileChanged,
+            () = changed.notified() => Woken::FileComplete,
+            () = tokio::time::sleep_until(asked_due.into()) => Woken::AskedTooLong,
             () = self.shared.reports.arrived() => Woken::Reports,
             () = self.reception.arrived() => Woken::Heartbeats,
             Some(event) = self.probed.recv() => Woken::Probed(event),
@@ -285,6 +296,9 @@ impl Control {
         while let Ok(event) = self.probed.try_recv() {
             events.push(event);
         }
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            events.iter().for_each(|event| self.log_event(event));
+        }
         self.feed(events);
     }
 
@@ -295,7 +309,27 @@ impl Control {
                 Event::ConnectFailed { backend, failure, in_a_row, begun }
             }
         });
+        let events: Vec<Event> = events.collect();
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            events.iter().for_each(|event| self.log_event(event));
+        }
         self.feed(events);
+    }
+
+    /// One piece of evidence, for the log at `debug`.
+    fn log_event(&self, event: &Event) {
+        let name = |id| self.controller.name_of(id).unwrap_or_default();
+        match event {
+            Event::Probed { backend, outcome, .. } => {
+                let (pool, backend) = name(*backend);
+                tracing::debug!(%pool, %backend, result = %outcome, "probe ended");
+            }
+            Event::ConnectFailed { backend, failure, in_a_row, .. } => {
+                let (pool, backend) = name(*backend);
+                tracing::debug!(%pool, %backend, %failure, in_a_row, "session failed at backend");
+            }
+            _ => {}
+        }
     }
 
     /// Carries the controller's effects out.
@@ -303,8 +337,13 @@ impl Control {
         for effect in effects {
             match effect {
                 Effect::Publish(table) => {
+                    let (generation, serial) = (table.generation, table.serial);
+                    let serving = table.pools.iter().map(|pool| pool.serving.len()).sum::<usize>();
+                    let pools = table.pools.len();
+                    tracing::debug!(generation, serial, pools, serving, "table published");
                     self.tables.publish(table);
                     self.supervised.changed();
+                    self.readiness.set_undecided(self.controller.undecided_pools());
                     // Who waits for a slot may have new backends to wait for.
                     self.shared.gate.opened();
                 }
@@ -313,6 +352,7 @@ impl Control {
                     if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
                 Effect::Opened => self.shared.gate.opened(),
                 Effect::Probe { backend, token, address, spec } => {
+                    tracing::trace!(%address, "probe begins");
                     self.probes.probe(backend, token, address, spec);
                 }
                 Effect::Log(transition) => {
@@ -320,10 +360,10 @@ impl Control {
                     self.transitions.log(&transition, clock::now());
                 }
                 Effect::Notice(notice) => {
-                    let backend = notice.backend.as_deref().unwrap_or("");
                     if notice.pool.is_empty() {
                         tracing::warn!("{}", notice.message);
                     } else {
+                        let backend = notice.backend.as_deref();
                         tracing::warn!(pool = %notice.pool, backend, "{}", notice.message);
                     }
                 }
@@ -352,9 +392,7 @@ impl Control {
             // What has come too late for this process is answered by its end: the
             // next one is to be asked.
             Request::Reload(_) | Request::SetIntent { .. } if self.upgrades.handed_over() => {}
-            Request::Reload(reply) => {
-                let _ = reply.send(self.reload_unless_upgrading().await);
-            }
+            Request::Reload(reply) => self.ask_for_reload(Some(reply)).await,
             Request::Upgrade { binary, config, asked_over, reply } => {
                 let wish = Wish { binary, config };
                 self.begin_upgrade(wish, asked_over, Some(reply));
@@ -362,7 +400,9 @@ impl Control {
             Request::Explain { pool, backend, reply } => {
                 self.feed([]);
                 let explained = self.controller.explain(&pool, &backend, clock::now());
-                let _ = reply.send(explained.map(|explained| admin::explain::render(&explained)));
+                let rejected = self.reception.rejection(&pool, &backend);
+                let render = |explained| admin::explain::render(&explained, rejected.as_ref());
+                let _ = reply.send(explained.map(render));
             }
             Request::SetIntent { pool, backend, intent, reply } => {
                 self.feed([]);
@@ -484,6 +524,13 @@ impl Control {
             unlogged: before.unlogged.saturating_add(self.transitions.unlogged()),
             admin_crowded: before.admin_crowded.saturating_add(crowded),
             buffers_refused: before.buffers_refused.saturating_add(refused),
+        }
+    }
+
+    /// Waits for writers of the files that the configuration names, too.
+    pub(super) fn watch_named_files(&self) {
+        if let Some(watcher) = &self.watcher {
+            watcher.wait_for_writers_of(self.config.named_files());
         }
     }
 

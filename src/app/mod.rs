@@ -24,6 +24,8 @@
 
 mod activation;
 mod admin_api;
+pub mod admin_place;
+mod asked;
 mod binds;
 mod confine;
 mod control_loop;
@@ -33,6 +35,7 @@ mod logging;
 mod notify;
 mod panics;
 mod reload;
+mod reload_diff;
 mod signals;
 mod start;
 mod supervised;

@@ -9,7 +9,7 @@ use super::binds::{Group, Holder};
 use super::upgrade::OfferedAdmin;
 use crate::admin::{self, AdminListener};
 use crate::clock;
-use crate::config::Config;
+use crate::config::Admin;
 use crate::control::Controller;
 use crate::control::handover::Saved;
 use crate::supervisor::{Given, Link, News, Store};
@@ -254,11 +254,11 @@ impl Kept {
         std::mem::take(&mut self.binds)
     }
 
-    /// The admin listener, where it is the one of `config`.
-    pub(super) fn take_admin(&mut self, config: &Config) -> Option<AdminListener> {
+    /// The admin listener, where it is the one of the configuration.
+    pub(super) fn take_admin(&mut self, admin: &Admin) -> Option<AdminListener> {
         let (offered, socket) = self.admin.take()?;
-        (offered.listen == config.admin.listen.to_string())
-            .then(|| admin::take_over(&config.admin, socket, offered.file))?
+        (offered.listen == admin.listen.to_string())
+            .then(|| admin::take_over(admin, socket, offered.file))?
     }
 }
 

@@ -12,6 +12,7 @@ use crate::app::{
 use crate::net::handover;
 use crate::supervisor::program::Program;
 use crate::supervisor::{self, Link};
+use crate::telemetry::logfmt::one_line;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
@@ -65,7 +66,7 @@ fn serve(args: &RunArgs, surroundings: impl FnOnce() -> Result<Surroundings, Fai
             return Exit::Refused;
         }
         Err(failure @ Failure::Runtime(_)) => {
-            eprintln!("tidegate: {failure}");
+            eprintln!("tidegate: {}", one_line(&failure.to_string()));
             return Exit::Failed;
         }
     };
@@ -83,7 +84,7 @@ fn supervised_surroundings(
     let predecessor = Predecessor::greet()?;
     let notifier = Notifier::to_supervisor(Arc::clone(link));
     // Before there are threads. The process before was confined by itself alone.
-    let confined = app::confine(&args.config, None, &[])?;
+    let confined = app::confine(&args.config, None, predecessor.as_ref(), true)?;
     Ok(Surroundings { predecessor, supervised, notifier, confined, ..Surroundings::default() })
 }
 
@@ -96,9 +97,8 @@ fn single_surroundings(args: &RunArgs) -> Result<Surroundings, Failure> {
         .ok();
     let notifier = Notifier::from_environment();
     let pid_file = args.pid_file.clone();
-    let inherited = predecessor.as_ref().map_or(&[][..], Predecessor::confined);
     // Before there are threads, and before anything else is opened.
-    let confined = app::confine(&args.config, pid_file.as_deref(), inherited)?;
+    let confined = app::confine(&args.config, pid_file.as_deref(), predecessor.as_ref(), false)?;
     let supervised = Supervised::default();
     Ok(Surroundings { predecessor, activated, supervised, program, notifier, pid_file, confined })
 }
