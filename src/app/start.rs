@@ -234,6 +234,7 @@ async fn bring_up(
         let effects = control.controller.adopt(state, clock::now());
         control.perform(effects);
     }
+    control.signals.let_through();
     let opening = Opening { admin, admin_taken, fresh, not_taken, requests };
     let predecessor = surroundings.predecessor.take();
     match control.open(opening, binds, &surroundings.pid_file, predecessor).await {
