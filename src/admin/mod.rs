@@ -44,6 +44,7 @@ pub use token::{Token, TokenError, TokenStore};
 
 use crate::control::OperatorError;
 use crate::health::Intent;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -87,6 +88,8 @@ pub enum Request {
         binary: Option<PathBuf>,
         /// Start it with this configuration file.
         config: Option<PathBuf>,
+        /// The connection over which it was asked for, which shows by whom.
+        asked_over: Option<Arc<OwnedFd>>,
         /// What came of it.
         reply: oneshot::Sender<Result<Upgraded, UpgradeError>>,
     },
@@ -197,6 +200,11 @@ impl Readiness {
     /// The process was told to stop.
     pub fn set_draining(&self) {
         self.0.state.store(DRAINING, Ordering::Relaxed);
+    }
+
+    /// The process that was to take over has ended: ready as before.
+    pub fn set_ready_again(&self) {
+        self.0.state.store(READY, Ordering::Relaxed);
     }
 
     /// The loop of that worker does not turn: who connects to it waits.

@@ -104,6 +104,8 @@ struct Pool<'a> {
     registered: usize,
     /// 0 where nobody may register.
     registered_max: u32,
+    probes: bool,
+    heartbeats: bool,
     /// Clients that wait in line for a backend below its cap.
     queued: usize,
     backends: Vec<Backend<'a>>,
@@ -122,6 +124,7 @@ struct Backend<'a> {
     intent: &'static str,
     observation: &'static str,
     ejected: bool,
+    on_trial: bool,
     ejections_total: u64,
     /// Ejections that the pool's guard held back.
     ejections_held_total: u64,
@@ -288,6 +291,8 @@ fn pool<'a>(
         frozen: status.frozen.as_ref().map(frozen),
         registered: status.registered,
         registered_max: status.registered_max,
+        probes: status.probes,
+        heartbeats: status.heartbeats,
         queued: snapshot.queued.get(&status.name).copied().unwrap_or_default(),
         backends: status.backends.iter().map(of).collect(),
     }
@@ -310,6 +315,7 @@ fn backend<'a>(
         intent: status.intent.name(),
         observation: status.observation.name(),
         ejected: status.ejected,
+        on_trial: status.on_trial,
         ejections_total: status.ejections_total,
         ejections_held_total: status.ejections_held_total,
         eligible: status.eligible,
@@ -507,8 +513,8 @@ mod tests {
                 {"layer":"seccomp","in_force":false,"detail":"off"}],"heartbeat":null,"frontends":[
                 {"name":"web","binds":["[::1]:80"],"pool":"web","connections_max":0,"sessions_active":0,"sessions_total":0,"bytes_in_total":0,"bytes_out_total":0,"refused_total":5}]
                 ,"pools":[
-                {"name":"web","balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"queued":3,"backends":[
-                {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","observation":"up","ejected":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
+                {"name":"web","balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"probes":false,"heartbeats":false,"queued":3,"backends":[
+                {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","observation":"up","ejected":false,"on_trial":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
                 {"p50":0.0002,"p99":0.0002},"first_byte_seconds":
                 {"p50":null,"p99":null},"last_transition":
                 {"from":"up","to":"draining","reason":"operator","seconds_ago":2.5,"lasted_seconds":60.0}}]}],"leaving":[

@@ -13,8 +13,9 @@ use super::drain::Draining;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::notify::Notifier;
-use super::pid_file::PidFile;
+use super::signals::{Caught, Signals};
 use super::start::SessionCap;
+use super::supervised::Supervised;
 use super::transition_log::TransitionLog;
 use super::upgrade::{Rarities, UpgradeEvent, Upgrades};
 use super::upkeep::Upkeep;
@@ -31,17 +32,17 @@ use crate::proxy::context::{Report, Shared};
 #[cfg(debug_assertions)]
 use crate::proxy::faults::Fault;
 use crate::proxy::worker::{Command, Runtime, Worker};
+use crate::supervisor::pid_file::PidFile;
+use crate::supervisor::{News, Wish};
 use crate::table::publish::TablePublisher;
 use crate::table::state::BackendId;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
-use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 /// How long a worker may take to hand its histograms over; a busy one answers
@@ -64,7 +65,7 @@ const FAR: Duration = Duration::from_secs(3600);
 #[derive(Debug)]
 pub(super) struct Control {
     pub(super) path: PathBuf,
-    pub(super) signals: bool,
+    pub(super) signals: Signals,
     pub(super) digest: u64,
     /// What cannot change without a restart is as it was in this one.
     pub(super) started_with: Arc<Config>,
@@ -100,6 +101,7 @@ pub(super) struct Control {
     pub(super) draining: Option<Draining>,
     pub(super) upgrades: Upgrades,
     pub(super) notifier: Notifier,
+    pub(super) supervised: Supervised,
     pub(super) watchdog: Watchdog,
     pub(super) confined: Confined,
     /// `None` only at the very start.
@@ -111,15 +113,6 @@ pub(super) struct Control {
     pub(super) upkeep: Upkeep,
     /// Of the processes before.
     pub(super) rarities_before: Rarities,
-}
-
-/// Signals the process obeys; pending for ever where it does not.
-struct Signals(Option<[Signal; 4]>);
-
-enum Caught {
-    Reload,
-    Upgrade,
-    Stop(&'static str),
 }
 
 /// What woke the loop.
@@ -145,6 +138,10 @@ enum Woken {
     WorkerEnded,
     /// Time to look after what was put off, and what runs out.
     Upkeep,
+    /// The supervisor has something to say.
+    News(News),
+    /// Time to leave with it what is known.
+    Snapshot,
 }
 
 impl Control {
@@ -153,12 +150,11 @@ impl Control {
         let changed = Arc::new(Notify::new());
         self.watcher = self.watch_file(&changed);
         self.watch_named_files();
-        let mut signals = Signals::listen(self.signals);
         if self.upgrades.awaits_predecessor() {
             self.catch_up().await;
         }
         loop {
-            match self.woken(&mut inbox, &changed, &mut signals).await {
+            match self.woken(&mut inbox, &changed).await {
                 Woken::Signal(Caught::Stop(name)) if self.upgrades.excuses_signal() => {
                     tracing::info!(signal = name, "draining already; the next signal ends it");
                 }
@@ -174,11 +170,14 @@ impl Control {
                 }
                 Woken::FileComplete => self.file_is_complete().await,
                 Woken::AskedTooLong => self.refuse_asked(),
-                Woken::Signal(Caught::Upgrade) => self.begin_upgrade(None, None, None),
+
+                Woken::Signal(Caught::Upgrade) => self.begin_upgrade(Wish::default(), None, None),
                 Woken::Upgrade(event) => self.upgrade_event(event).await,
                 Woken::Beat => self.beat(),
                 Woken::Watch => self.watch(),
                 Woken::Upkeep => self.upkeep().await,
+                Woken::News(news) => self.hear(news),
+                Woken::Snapshot => self.supervised.write(self.digest, &self.controller),
                 Woken::Request(request) => self.answer(request).await,
                 Woken::Reports => self.take_reports(),
                 Woken::Probed(event) => self.take_probed(event),
@@ -212,22 +211,18 @@ impl Control {
         }
     }
 
-    async fn woken(
-        &mut self,
-        inbox: &mut mpsc::Receiver<Request>,
-        changed: &Notify,
-        signals: &mut Signals,
-    ) -> Woken {
+    async fn woken(&mut self, inbox: &mut mpsc::Receiver<Request>, changed: &Notify) -> Woken {
         let now = clock::now();
         let dues = [self.controller.next_due(), self.transitions.due()];
         let due = dues.into_iter().flatten().fold(now + FAR, Instant::min);
         let upkeep_due = self.upkeep.next();
+        let snapshot_due = self.supervised.next_write(now);
         let beat_due = self.notifier.next_beat(now);
         let watch_due = self.watchdog.next_look();
         let drain_due = self.draining.as_ref().map_or(now + FAR, Draining::next_look);
         let asked_due = self.asked.due().unwrap_or(now + FAR);
         tokio::select! {
-            caught = signals.next() => Woken::Signal(caught),
+            caught = self.signals.next() => Woken::Signal(caught),
             Some(request) = inbox.recv() => Woken::Request(request),
             () = changed.notified() => Woken::FileComplete,
             () = tokio::time::sleep_until(asked_due.into()) => Woken::AskedTooLong,
@@ -235,6 +230,8 @@ impl Control {
             () = self.reception.arrived() => Woken::Heartbeats,
             Some(event) = self.probed.recv() => Woken::Probed(event),
             event = self.upgrades.next() => Woken::Upgrade(event),
+            news = self.supervised.news() => Woken::News(news),
+            () = tokio::time::sleep_until(snapshot_due.into()) => Woken::Snapshot,
             () = self.shared.ended.notified() => Woken::WorkerEnded,
             () = tokio::time::sleep_until(beat_due.into()) => Woken::Beat,
             () = tokio::time::sleep_until(watch_due.into()) => Woken::Watch,
@@ -243,6 +240,16 @@ impl Control {
             () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => Woken::Retiring,
             () = tokio::time::sleep_until(drain_due.into()), if self.draining.is_some() => {
                 Woken::DrainStep
+            }
+        }
+    }
+
+    fn hear(&mut self, news: News) {
+        match news {
+            News::GoOn(status) => self.go_on(status),
+            News::Alone => {
+                tracing::error!("the supervisor has died: this process drains and ends");
+                self.begin_drain("no supervisor");
             }
         }
     }
@@ -290,6 +297,9 @@ impl Control {
         while let Ok(event) = self.probed.try_recv() {
             events.push(event);
         }
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            events.iter().for_each(|event| self.log_event(event));
+        }
         self.feed(events);
     }
 
@@ -300,7 +310,27 @@ impl Control {
                 Event::ConnectFailed { backend, failure, in_a_row, begun }
             }
         });
+        let events: Vec<Event> = events.collect();
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            events.iter().for_each(|event| self.log_event(event));
+        }
         self.feed(events);
+    }
+
+    /// One piece of evidence, for the log at `debug`.
+    fn log_event(&self, event: &Event) {
+        let name = |id| self.controller.name_of(id).unwrap_or_default();
+        match event {
+            Event::Probed { backend, outcome, .. } => {
+                let (pool, backend) = name(*backend);
+                tracing::debug!(%pool, %backend, result = %outcome, "probe ended");
+            }
+            Event::ConnectFailed { backend, failure, in_a_row, .. } => {
+                let (pool, backend) = name(*backend);
+                tracing::debug!(%pool, %backend, %failure, in_a_row, "session failed at backend");
+            }
+            _ => {}
+        }
     }
 
     /// Carries the controller's effects out.
@@ -308,18 +338,28 @@ impl Control {
         for effect in effects {
             match effect {
                 Effect::Publish(table) => {
+                    let (generation, serial) = (table.generation, table.serial);
+                    let serving = table.pools.iter().map(|pool| pool.serving.len()).sum::<usize>();
+                    let pools = table.pools.len();
+                    tracing::debug!(generation, serial, pools, serving, "table published");
                     self.tables.publish(table);
                     self.readiness.set_undecided(self.controller.undecided_pools());
+                    self.supervised.changed();
                     // Who waits for a slot may have new backends to wait for.
                     self.shared.gate.opened();
                 }
                 // Another process probes; this one only ends its sessions.
-                Effect::Probe { .. } if self.upgrades.handed_over() => {}
+                Effect::Probe { .. }
+                    if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
                 Effect::Opened => self.shared.gate.opened(),
                 Effect::Probe { backend, token, address, spec } => {
+                    tracing::trace!(%address, "probe begins");
                     self.probes.probe(backend, token, address, spec);
                 }
-                Effect::Log(transition) => self.transitions.log(&transition, clock::now()),
+                Effect::Log(transition) => {
+                    self.supervised.changed();
+                    self.transitions.log(&transition, clock::now());
+                }
                 Effect::Notice(notice) => {
                     if notice.pool.is_empty() {
                         tracing::warn!("{}", notice.message);
@@ -354,8 +394,9 @@ impl Control {
             // next one is to be asked.
             Request::Reload(_) | Request::SetIntent { .. } if self.upgrades.handed_over() => {}
             Request::Reload(reply) => self.ask_for_reload(Some(reply)).await,
-            Request::Upgrade { binary, config, reply } => {
-                self.begin_upgrade(binary.as_deref(), config.as_deref(), Some(reply));
+            Request::Upgrade { binary, config, asked_over, reply } => {
+                let wish = Wish { binary, config };
+                self.begin_upgrade(wish, asked_over, Some(reply));
             }
             Request::Explain { pool, backend, reply } => {
                 self.feed([]);
@@ -367,7 +408,9 @@ impl Control {
             Request::SetIntent { pool, backend, intent, reply } => {
                 self.feed([]);
                 let done = self.controller.set_intent(&pool, &backend, intent, clock::now());
-                let _ = reply.send(done.map(|effects| self.perform(effects)));
+                let done = done.map(|effects| self.perform(effects));
+                self.supervised.write_intents(&self.controller);
+                let _ = reply.send(done);
             }
             #[cfg(debug_assertions)]
             Request::Fault { place, worker, millis, reply } => {
@@ -500,40 +543,6 @@ impl Control {
                 tracing::warn!(%error, "the configuration file is not watched; use SIGHUP");
                 None
             }
-        }
-    }
-}
-
-// === impl Signals ===
-
-impl Signals {
-    fn listen(wanted: bool) -> Signals {
-        let all = || -> io::Result<[Signal; 4]> {
-            Ok([
-                signal(SignalKind::terminate())?,
-                signal(SignalKind::interrupt())?,
-                signal(SignalKind::hangup())?,
-                signal(SignalKind::user_defined2())?,
-            ])
-        };
-        Signals(wanted.then(all).and_then(|result| match result {
-            Ok(signals) => Some(signals),
-            Err(error) => {
-                tracing::error!(%error, "signals are not obeyed");
-                None
-            }
-        }))
-    }
-
-    async fn next(&mut self) -> Caught {
-        let Some([terminate, interrupt, hangup, user2]) = &mut self.0 else {
-            return std::future::pending().await;
-        };
-        tokio::select! {
-            _ = terminate.recv() => Caught::Stop("SIGTERM"),
-            _ = interrupt.recv() => Caught::Stop("SIGINT"),
-            _ = hangup.recv() => Caught::Reload,
-            _ = user2.recv() => Caught::Upgrade,
         }
     }
 }

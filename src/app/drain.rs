@@ -46,7 +46,7 @@ impl Control {
         }
         self.call_off_upgrade();
         self.notifier.stopping();
-        self.binds.retire_all(&self.workers);
+        self.binds.retire_all(&self.workers, &self.supervised);
         self.start_draining(why);
     }
 
@@ -77,7 +77,7 @@ impl Control {
         let counted = !self.upgrades.handed_over()
             || !self.upgrades.awaits_predecessor()
             || now >= draining.deadline;
-        if closed && open == 0 && counted {
+        if closed && open == 0 && counted && !self.upgrades.is_stepping_down() {
             return Some(cut);
         }
         match draining.cut {

@@ -6,6 +6,7 @@
 
 use super::binds::{Fresh, Refused};
 use super::control_loop::Control;
+use super::reload_diff;
 use super::start;
 use crate::admin::{Problem, ReloadError, Reloaded};
 use crate::config::{self, Config, Loaded};
@@ -98,6 +99,11 @@ impl Control {
             })?;
         }
 
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            for change in reload_diff::diff(&self.config, &config) {
+                tracing::debug!(change, "reload");
+            }
+        }
         let config = Arc::new(config);
         self.digest = digest;
         self.tokens.set(token);
@@ -121,7 +127,8 @@ impl Control {
         let in_force = self.session_cap.apply(&config, self.binds.sockets());
         self.feed([Event::Configure(in_force)]);
         self.reception.adopt(heartbeats);
-        self.binds.adopt(fresh, &config, &self.workers);
+        self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.supervised.write_intents(&self.controller);
         let generation = self.controller.generation();
         Ok(Reloaded { generation, changed: true, warnings: self.warnings() })
     }

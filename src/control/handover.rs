@@ -122,6 +122,43 @@ pub struct SavedBackend {
     pub bytes_out: u64,
 }
 
+// === impl Saved ===
+
+impl Saved {
+    /// The same for a process that counts from zero: what was counted since this was
+    /// saved is lost, and half of a count is worse than none.
+    pub fn without_counts(mut self) -> Saved {
+        self.frontends.clear();
+        (self.published, self.misfits) = (BTreeMap::new(), BTreeMap::new());
+        (self.heartbeats, self.excuses) = (0, 0);
+        for backend in self.pools.iter_mut().flat_map(|pool| &mut pool.backends) {
+            (backend.sessions, backend.connect_failures) = (0, 0);
+            (backend.bytes_in, backend.bytes_out) = (0, 0);
+        }
+        self
+    }
+
+    /// Takes operators' intents from `newer`; a backend that is not in it is ready.
+    pub fn set_intents(&mut self, newer: &Saved) {
+        for backend in self.pools.iter_mut().flat_map(|pool| &mut pool.backends) {
+            backend.intent = Intent::Ready.name().to_owned();
+        }
+        for (pool, wanted) in every_backend(newer) {
+            let Some(into) = self.pools.iter_mut().find(|one| one.name == pool.name) else {
+                self.pools.push(SavedPool { backends: vec![wanted.clone()], ..pool.clone() });
+                continue;
+            };
+            match into.backends.iter_mut().find(|one| one.name == wanted.name) {
+                Some(backend) => {
+                    backend.intent.clone_from(&wanted.intent);
+                    backend.intent_ms = wanted.intent_ms;
+                }
+                None => into.backends.push(wanted.clone()),
+            }
+        }
+    }
+}
+
 // === impl Controller ===
 
 impl Controller {
@@ -156,6 +193,31 @@ impl Controller {
             heartbeats: self.heartbeats_taken(),
             misfits: self.misfits().map(|(misfit, n)| (misfit.name().to_owned(), n)).into(),
             excuses: self.excuses(),
+        }
+    }
+
+    /// Operators' intents alone, by names: of backends that are not simply ready.
+    pub fn save_intents(&self, now: Instant) -> Saved {
+        let save = |entry: &BackendEntry| SavedBackend {
+            name: entry.state.name.to_string(),
+            intent: entry.health.intent.name().to_owned(),
+            intent_ms: millis(now.saturating_duration_since(entry.health.intent_since)),
+            ..SavedBackend::default()
+        };
+        let pools = self.pools.iter().map(|pool| SavedPool {
+            name: pool.spec.name.to_string(),
+            backends: pool
+                .members
+                .iter()
+                .filter_map(|id| self.backends.get(id))
+                .filter(|entry| entry.health.intent != Intent::Ready)
+                .map(save)
+                .collect(),
+            ..SavedPool::default()
+        });
+        Saved {
+            pools: pools.filter(|pool| !pool.backends.is_empty()).collect(),
+            ..Saved::default()
         }
     }
 

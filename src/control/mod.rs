@@ -422,6 +422,12 @@ impl Controller {
         self.schedule.next()
     }
 
+    /// Pool and name of a configured backend.
+    pub fn name_of(&self, id: BackendId) -> Option<(Arc<str>, Arc<str>)> {
+        let state = &self.backends.get(&id)?.state;
+        Some((Arc::clone(&state.pool), Arc::clone(&state.name)))
+    }
+
     /// Accepted configurations so far.
     pub fn generation(&self) -> u64 {
         self.generation

@@ -89,6 +89,8 @@ pub struct PoolStatus {
     pub registered_max: u32,
     /// Whether it takes heartbeats.
     pub heartbeats: bool,
+    /// Whether its backends are probed.
+    pub probes: bool,
 }
 
 /// A backend as status shows it.
@@ -112,6 +114,8 @@ pub struct BackendStatus {
     pub observation: Observation,
     /// Passively ejected now.
     pub ejected: bool,
+    /// One session at a time tries it.
+    pub on_trial: bool,
     /// Ejections so far.
     pub ejections_total: u64,
     /// Ejections the pool's guard held back so far.
@@ -215,6 +219,7 @@ impl Controller {
             registered: pool.registered,
             registered_max: may_register.map_or(0, |spec| spec.backends_max),
             heartbeats: heartbeat.is_some(),
+            probes: pool.spec.probe.is_some(),
         }
     }
 }
@@ -234,6 +239,7 @@ pub(super) fn backend_status(
         intent: entry.health.intent,
         observation: entry.health.observation(),
         ejected: entry.health.outlier.is_ejected(),
+        on_trial: entry.health.outlier.is_on_trial(),
         ejections_total: entry.health.outlier.ejections_total(),
         ejections_held_total: entry.health.outlier.held_total(),
         eligible: entry.health.eligible(),
@@ -283,6 +289,7 @@ impl BackendStatus {
             intent: Intent::Ready,
             observation: Observation::Unknown,
             ejected: false,
+            on_trial: false,
             ejections_total: 0,
             ejections_held_total: 0,
             eligible: true,
@@ -309,6 +316,7 @@ impl PoolStatus {
             registered: 0,
             registered_max: 0,
             heartbeats: false,
+            probes: false,
         }
     }
 }

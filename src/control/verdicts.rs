@@ -75,6 +75,7 @@ impl Controller {
             }
             return;
         };
+        entry.health.recent.note(failure, now);
         // A connect whose SYN was lost before the backend came back fails late.
         if !entry.health.outlier.takes_failures() || begun < entry.health.settled_since() {
             return;

@@ -58,7 +58,7 @@ impl Predecessor {
     /// # Errors
     /// There is one and it is not to be understood.
     pub fn greet() -> Result<Option<Predecessor>, Failure> {
-        if std::env::var_os(super::outgoing::MARK).is_none() {
+        if std::env::var_os(crate::net::handover::MARK).is_none() {
             return Ok(None);
         }
         let channel = Channel::from_stdin().map_err(|error| trouble(&error))?;
@@ -76,7 +76,7 @@ impl Predecessor {
     }
 
     /// Where its admin API listens.
-    pub(in crate::app) fn admin_listen(&self) -> Option<&str> {
+    pub fn admin_listen(&self) -> Option<&str> {
         Some(self.offer.admin.as_ref()?.listen.as_str())
     }
 
@@ -90,7 +90,7 @@ impl Predecessor {
     }
 
     /// What confines that process, and so this one.
-    pub(in crate::app) fn confined(&self) -> &[String] {
+    pub fn confined(&self) -> &[String] {
         &self.offer.confined
     }
 
@@ -114,6 +114,7 @@ impl Predecessor {
         generation: u64,
     ) -> Result<Commit, Failure> {
         let ready = Ready { not_taken, admin_taken, generation };
+        tracing::debug!(generation, admin_taken, "ready to take over from the old process");
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &ready, &[], deadline).map_err(|error| trouble(&error))?;
         message::receive(&self.channel, deadline).map_err(|error| trouble(&error))
@@ -131,6 +132,7 @@ impl Predecessor {
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &Serving {}, &[], deadline)
             .map_err(|error| trouble(&error))?;
+        tracing::debug!("this process serves; the old one stops accepting");
         // On failure the log ends with the old process, which is no reason not
         // to serve.
         let _ = rustix::stdio::dup2_stderr(&self.stderr);

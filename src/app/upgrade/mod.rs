@@ -2,9 +2,10 @@
 //! sockets and goes on, this one drains.
 //!
 //! Driven by the control loop for SIGUSR2 and the admin API. The files:
-//! `program` (what is started), `outgoing` (the old process's side, on a thread
-//! of its own), `incoming` (the new one's, during its start), `message` (what
-//! they say), `counts` (what they count). Sockets are handed on and never bound
+//! `process` (who starts and ends the new one), `outgoing` (the old process's side,
+//! on a thread of its own), `incoming` (the new one's, during its start), `message`
+//! (what they say), `counts` (what they count), `stepping` (the old one's last
+//! second). Sockets are handed on and never bound
 //! anew: closing one of several listeners of an address would reset whoever is in
 //! its queue.
 //!
@@ -12,7 +13,8 @@
 //! sockets (old); the new one validates, builds, says *ready* (old); the old one
 //! gives the word with everything known by then (old); the new one says
 //! *serving*, and accepts (both, on the same queues); the old one stops accepting
-//! and drains (new).
+//! and drains (new). For one second more it keeps sockets and table, and accepts again
+//! if the new one ends in that time.
 
 mod counts;
 #[cfg(any(test, fuzzing))]
@@ -20,25 +22,30 @@ pub mod fuzz;
 mod incoming;
 mod message;
 mod outgoing;
-mod program;
+mod process;
+mod stepping;
 
 pub use incoming::Predecessor;
-pub use program::Program;
 
 pub(super) use counts::Rarities;
 pub(super) use incoming::Draining as PredecessorDraining;
 pub(super) use message::OfferedAdmin;
+pub(super) use process::Starter;
 
 use super::control_loop::Control;
 use crate::admin::{UpgradeCounts, UpgradeError, Upgraded};
 use crate::clock;
 use crate::control::handover::Saved;
 use crate::net::handover::Channel;
+use crate::supervisor::Wish;
 use counts::Counts;
 use message::{Commit, Offer, OfferedBind, PROTOCOL, SavedEstimate};
 use outgoing::{AtTheReady, Attempt, Outgoing, Progress};
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::Duration;
+use stepping::SteppingDown;
 use tokio::sync::oneshot;
 
 /// How long the new process may take from the word to serving: it has all it
@@ -57,10 +64,11 @@ type Reply = oneshot::Sender<Result<Upgraded, UpgradeError>>;
 #[derive(Debug, Default)]
 pub(super) struct Upgrades {
     /// `None` where there is nothing to start: inside another program.
-    program: Option<Program>,
+    starter: Option<Starter>,
     counts: UpgradeCounts,
     under_way: Option<UnderWay>,
     successor: Option<Successor>,
+    stepping_down: Option<SteppingDown>,
     predecessor: Option<PredecessorDraining>,
 }
 
@@ -87,13 +95,17 @@ pub(super) enum UpgradeEvent {
     Progress(Progress),
     /// The process before has ended; with its last counts, if it came to tell them.
     Farewell(Option<Box<Commit>>),
+    /// The process that took over has ended, with no success.
+    Ended(ExitStatus),
+    /// It has lived long enough.
+    SteppedDown,
 }
 
 // === impl Upgrades ===
 
 impl Upgrades {
-    pub(super) fn new(program: Option<Program>) -> Upgrades {
-        Upgrades { program, ..Upgrades::default() }
+    pub(super) fn new(starter: Option<Starter>) -> Upgrades {
+        Upgrades { starter, ..Upgrades::default() }
     }
 
     pub(super) fn counts(&self) -> UpgradeCounts {
@@ -141,7 +153,14 @@ impl Upgrades {
                 None => std::future::pending().await,
             }
         };
+        let stepping_down = async {
+            match &mut self.stepping_down {
+                Some(stepping) => stepping.next().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
+            event = stepping_down => event,
             progress = progress => UpgradeEvent::Progress(progress),
             last = farewell => UpgradeEvent::Farewell(last.map(Box::new)),
         }
@@ -154,28 +173,30 @@ impl Control {
     /// Starts an upgrade; who asked is answered when it has ended.
     pub(super) fn begin_upgrade(
         &mut self,
-        binary: Option<&Path>,
-        config: Option<&Path>,
+        wish: Wish,
+        asked_over: Option<Arc<OwnedFd>>,
         reply: Option<Reply>,
     ) {
-        match self.start_upgrade(binary, config) {
+        match self.start_upgrade(wish, asked_over) {
             Ok(outgoing) => {
                 self.upgrades.under_way = Some(UnderWay { outgoing, reply, reload: false });
             }
-            Err(why) => {
-                self.upgrades.counts.refused += 1;
-                tracing::error!(reason = %why, "upgrade refused");
-                if let Some(reply) = reply {
-                    let _ = reply.send(Err(UpgradeError::Refused(why)));
-                }
-            }
+            Err(why) => self.refuse_upgrade(why, reply),
+        }
+    }
+
+    fn refuse_upgrade(&mut self, why: String, reply: Option<Reply>) {
+        self.upgrades.counts.refused += 1;
+        tracing::error!(reason = %why, "upgrade refused");
+        if let Some(reply) = reply {
+            let _ = reply.send(Err(UpgradeError::Refused(why)));
         }
     }
 
     fn start_upgrade(
         &mut self,
-        binary: Option<&Path>,
-        config: Option<&Path>,
+        wish: Wish,
+        asked_over: Option<Arc<OwnedFd>>,
     ) -> Result<Outgoing, String> {
         if self.draining.is_some() {
             return Err("this process is draining".to_owned());
@@ -183,21 +204,16 @@ impl Control {
         if self.upgrades.under_way.is_some() {
             return Err("an upgrade is under way".to_owned());
         }
-        let Some(program) = &self.upgrades.program else {
+        let Some(starter) = &self.upgrades.starter else {
             return Err("this balancer runs inside another program".to_owned());
         };
-        if std::process::id() == 1 {
-            return Err("this is process 1, and with it everything else would end: \
-                        run it under an init, or replace the container"
-                .to_owned());
-        }
-        let command = program.command_line(binary, config)?;
-        tracing::info!(program = %command.path.display(), "upgrade begins");
-        let attempt = self.attempt(command).map_err(|error| error.to_string())?;
+        let start = starter.prepare(wish, asked_over)?;
+        tracing::info!("upgrade begins");
+        let attempt = self.attempt(start).map_err(|error| error.to_string())?;
         Outgoing::start(attempt).map_err(|error| error.to_string())
     }
 
-    fn attempt(&self, command: program::CommandLine) -> std::io::Result<Attempt> {
+    fn attempt(&self, start: process::Start) -> std::io::Result<Attempt> {
         let active = || self.binds.active();
         let listeners = active().map(|(address, group)| OfferedBind {
             address: *address,
@@ -220,7 +236,7 @@ impl Control {
         let sockets = active().flat_map(|(_, group)| group.sockets.iter().cloned()).collect();
         let timeout = self.config.process.upgrade_timeout;
         let heartbeats = heartbeats.into_iter().map(|(_, socket)| socket).collect();
-        Ok(Attempt { command, offer, admin, sockets, heartbeats, timeout })
+        Ok(Attempt { start, offer, admin, sockets, heartbeats, timeout })
     }
 
     /// Goes on with what has happened.
@@ -233,9 +249,12 @@ impl Control {
                     None => tracing::warn!("the process before has ended without a word"),
                 }
             }
+            UpgradeEvent::Ended(status) => self.go_on(status),
+            UpgradeEvent::SteppedDown => self.stepped_down(),
             UpgradeEvent::Progress(progress) => {
                 let Some(under_way) = self.upgrades.under_way.take() else { return };
                 let result = match progress {
+                    Progress::Refused(why) => return self.upgrade_refused(under_way, why).await,
                     Progress::Failed(why) => Err(why),
                     Progress::Ready(at) => self.commit(*at, &under_way.outgoing).await,
                 };
@@ -250,7 +269,7 @@ impl Control {
         at: AtTheReady,
         outgoing: &Outgoing,
     ) -> Result<(Channel, AtTheReady), String> {
-        let AtTheReady { hello, ready, commit, mut served } = at;
+        let AtTheReady { hello, ready, commit, mut served, ended } = at;
         self.collect_latency().await;
         let mut counts = self.upgrades.counts;
         counts.done += 1;
@@ -264,7 +283,9 @@ impl Control {
         }
         let (_, done) = oneshot::channel();
         match verdict {
-            Ok(Ok(Ok(channel))) => Ok((channel, AtTheReady { hello, ready, commit, served: done })),
+            Ok(Ok(Ok(channel))) => {
+                Ok((channel, AtTheReady { hello, ready, commit, served: done, ended }))
+            }
             Ok(Ok(Err(why))) => Err(why),
             _ => Err("the upgrade's thread has died".to_owned()),
         }
@@ -287,25 +308,25 @@ impl Control {
                     self.reload_when_told().await;
                 }
             }
-            Ok((channel, AtTheReady { hello, ready, .. })) => {
+            Ok((channel, AtTheReady { hello, ready, ended, .. })) => {
                 self.upgrades.counts.done += 1;
                 let (pid, version) = (hello.pid, hello.version);
                 tracing::info!(pid, %version, "upgrade done: that process serves, this one drains");
                 self.notifier.successor(pid);
                 self.upgrades.successor = Some(Successor { channel, signalled: false });
                 self.latency.clear();
-                self.binds.hand_over(&ready.not_taken, &self.workers);
-                self.reception.hand_over();
+                self.step_down(&ready, ended);
                 if let Some(reply) = under_way.reply {
                     let _ = reply.send(Ok(Upgraded { pid, version, generation: ready.generation }));
                 }
-                if ready.admin_taken
-                    && let Some(admin) = &mut self.admin
-                {
-                    admin.hand_over();
-                }
-                self.drain_what_is_left();
             }
+        }
+    }
+
+    async fn upgrade_refused(&mut self, under_way: UnderWay, why: String) {
+        self.refuse_upgrade(why, under_way.reply);
+        if under_way.reload {
+            self.reload_when_told().await;
         }
     }
 
