@@ -91,7 +91,7 @@ pub fn ask_within(
     runtime.block_on(exchange(&args.admin, method, path, token.as_deref(), limit))
 }
 
-fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
+pub(super) fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         ClientError::Token(format!("cannot read the token file {}: {error}", path.display()))
     })?;
