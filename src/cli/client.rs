@@ -97,7 +97,7 @@ pub fn ask_within(
     })
 }
 
-fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
+pub(super) fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         ClientError::Request(format!("cannot read the token file {}: {error}", path.display()))
     })?;

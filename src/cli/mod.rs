@@ -80,7 +80,7 @@ pub enum Command {
     Demo(DemoArgs),
     /// Say by the exit code whether the running balancer takes new clients.
     #[command(after_help = ready::HELP)]
-    Ready(ready::ReadyArgs),
+    Ready(ClientArgs),
     /// Have the running balancer read its configuration again.
     #[command(after_help = "Example:\n  tidegate reload --admin unix:/run/tidegate/admin.sock")]
     Reload(ClientArgs),
