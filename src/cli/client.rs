@@ -23,7 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 /// How to reach a running balancer.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
     /// Admin address: unix:PATH or IP:PORT. Default: $TIDEGATE_ADMIN, else what
     /// --config names, else unix:/run/tidegate/admin.sock, else this user's own.

@@ -73,8 +73,8 @@ pub enum Command {
     #[command(after_help = "Example:\n  tidegate check --config /etc/tidegate/tidegate.toml")]
     Check(CheckArgs),
     /// Show the balancer at work: built-in backends, one of which dies and
-    /// comes back, in one process.
-    #[command(after_help = "Example:\n  tidegate demo --backends 4 --for 30s")]
+    /// comes back, a reload and an upgrade under load.
+    #[command(after_help = "Example:\n  tidegate demo --backends 4 --play 5m")]
     Demo(DemoArgs),
     /// Have the running balancer read its configuration again.
     #[command(after_help = "Example:\n  tidegate reload --admin unix:/run/tidegate/admin.sock")]
@@ -144,9 +144,12 @@ pub struct DemoArgs {
     /// Built-in backends to start.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub backends: u16,
-    /// How long to go on, such as 10s or 1m.
-    #[arg(long = "for", value_name = "TIME", default_value = "10s", value_parser = duration)]
+    /// Length of the demo, such as 20s or 1m.
+    #[arg(long = "for", value_name = "TIME", default_value = "40s", value_parser = duration)]
     pub duration: Duration,
+    /// Time at the end to try the balancer; default: what is left of --for.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub play: Option<Duration>,
 }
 
 /// `tidegate drain`, `undrain` and `explain`
@@ -252,6 +255,7 @@ mod tests {
             "check --config f",
             "demo",
             "demo --backends 5 --for 1m",
+            "demo --for 5s --play 10m",
             "run --config f --pid-file p",
             "reload",
             "selftest --reloads 1 --upgrades 2 --kills 3 --for 10s --seed 4",
@@ -291,8 +295,8 @@ mod tests {
     }
 
     #[test]
-    fn demo_runs_ten_seconds_unless_told() {
+    fn demo_runs_forty_seconds_unless_told() {
         let Command::Demo(args) = parse(&["demo"]).unwrap() else { panic!("another command") };
-        assert_eq!((args.backends, args.duration), (3, Duration::from_secs(10)));
+        assert_eq!((args.backends, args.duration), (3, Duration::from_secs(40)));
     }
 }
