@@ -67,7 +67,10 @@ pub enum Command {
     ///
     /// SIGTERM and SIGINT drain and exit, a second one exits at once; SIGHUP
     /// reloads the configuration; SIGUSR2 upgrades the binary in place.
-    #[command(after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml")]
+    #[command(
+        alias = "start",
+        after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml"
+    )]
     Run(RunArgs),
     /// Validate a configuration: print every problem with its place.
     #[command(after_help = "Example:\n  tidegate check --config /etc/tidegate/tidegate.toml")]
@@ -97,6 +100,7 @@ pub enum Command {
     Undrain(DrainArgs),
     /// Have the running balancer drain and exit, as SIGTERM does.
     #[command(
+        alias = "stop",
         after_help = "Example:\n  tidegate shutdown --admin 127.0.0.1:9900 --token-file token"
     )]
     Shutdown(ClientArgs),
@@ -252,6 +256,9 @@ mod tests {
     fn the_contract_command_lines_are_taken() {
         for line in [
             "run --config f",
+            "start --config f",
+            "stop --admin unix:/x",
+            "status --config f",
             "check --config f",
             "demo",
             "demo --backends 5 --for 1m",
