@@ -4,6 +4,7 @@
 //! Called by the control loop with what the controller knows. Pure: it reads no
 //! clock and does no I/O.
 
+use super::rejections::{self, Rejected};
 use super::status::{
     Frozen, LastTransition, Number, frozen, last_transition, millis, number, thousandths,
 };
@@ -12,8 +13,9 @@ use crate::control::explain::{Explained, GuardView, ProbeView};
 use crate::control::{BackendStatus, HeartStatus, Origin};
 use crate::health::detector::State;
 use crate::health::{Calling, Intent, Observation};
+use crate::heartbeat::rejections::Rejection;
 use serde::Serialize;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -34,7 +36,7 @@ struct Document<'a> {
     sessions_active: u32,
     weight: WeightView,
     probe: Option<Probe>,
-    heartbeat: Option<Heartbeat>,
+    heartbeat: Option<Heartbeat<'a>>,
     ejection: Ejection,
     failures: Failures,
     slow_start: Option<SlowStart>,
@@ -69,10 +71,12 @@ struct Probe {
 }
 
 #[derive(Serialize)]
-struct Heartbeat {
+struct Heartbeat<'a> {
     required: bool,
     pulse: &'static str,
     sender: Option<Sender>,
+    /// The last one in its name that was rejected.
+    rejected: Option<Rejected<'a>>,
 }
 
 /// What the sender says and how its rhythm reads.
@@ -160,8 +164,16 @@ struct Guards<'a> {
     pool_senders: usize,
 }
 
-/// The text of the explanation.
-pub fn render(explained: &Explained) -> String {
+/// A sender that has not been rejected for so long has stopped, or is heard.
+const REJECTED_LATELY: Duration = Duration::from_secs(60);
+
+/// The text of the explanation. `refused` is what the receiver of heartbeats has
+/// rejected last in the backend's name.
+pub fn render(explained: &Explained, refused: Option<&Rejection>) -> String {
+    let rejected = match (refused, &explained.rejected) {
+        (Some(one), Some(other)) => Some(rejections::preferred(one, other)),
+        (one, other) => one.or(other.as_ref()),
+    };
     let backend = &explained.backend;
     let document = Document {
         pool: &backend.state.pool,
@@ -169,7 +181,8 @@ pub fn render(explained: &Explained) -> String {
         address: backend.state.address.to_string(),
         registered: backend.origin == Origin::Registered,
         eligible: backend.eligible,
-        why: why(explained),
+        why: why(explained)
+            + &rejected.map_or_else(String::new, |last| being_rejected(last, explained.now)),
         observation: backend.observation.name(),
         observation_seconds: millis(explained.observed_for),
         intent: backend.intent.name(),
@@ -177,10 +190,10 @@ pub fn render(explained: &Explained) -> String {
         backup: backend.backup,
         connections_max: backend.connections_max,
         connections_max_in_force: explained.connections_max,
-        sessions_active: backend.state.in_flight.get(),
+        sessions_active: backend.state.in_flight.total(),
         weight: weight(explained),
         probe: explained.probe.as_ref().map(probe),
-        heartbeat: heartbeat(explained),
+        heartbeat: heartbeat(explained, rejected),
         ejection: ejection(explained),
         failures: failures(explained),
         slow_start: explained.ramp.map(|(takes, since)| SlowStart {
@@ -230,6 +243,15 @@ fn why(explained: &Explained) -> String {
             "it waits for the first result of its probes or heartbeats".to_owned()
         }
     }
+}
+
+/// What to add while heartbeats in its name are rejected.
+fn being_rejected(last: &Rejection, now: Instant) -> String {
+    if last.row == 0 || now.saturating_duration_since(last.at) > REJECTED_LATELY {
+        return String::new();
+    }
+    let whose = if last.signed { "its heartbeats are" } else { "unsigned heartbeats are" };
+    format!("; {whose} rejected: {} ({})", last.words(), last.help)
 }
 
 /// Why nothing says whether it works.
@@ -338,13 +360,17 @@ fn probe(view: &ProbeView) -> Probe {
     }
 }
 
-fn heartbeat(explained: &Explained) -> Option<Heartbeat> {
+fn heartbeat<'a>(
+    explained: &'a Explained,
+    rejected: Option<&'a Rejection>,
+) -> Option<Heartbeat<'a>> {
     let spec = explained.heartbeat_spec.as_ref()?;
     let backend = &explained.backend;
     Some(Heartbeat {
         required: spec.require || backend.origin == Origin::Registered,
         pulse: backend.pulse.name(),
         sender: backend.heart.as_ref().map(|heart| sender(heart, backend, explained)),
+        rejected: rejected.map(|last| rejections::rejected(last, explained.now)),
     })
 }
 

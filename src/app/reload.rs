@@ -12,6 +12,8 @@ use crate::admin::{Problem, ReloadError, Reloaded};
 use crate::config::{self, Config, Loaded};
 use crate::control::Event;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,18 +21,43 @@ use std::time::Duration;
 const WANTED_BACK_MAX: Duration = Duration::from_secs(1);
 const WANTED_BACK_STEP: Duration = Duration::from_millis(10);
 
+/// Why a process that drains reads no file.
+const DRAINS: &str = "this process is draining; the next one reads the file";
+
 impl Control {
     /// Takes up what was written while the file was not watched yet: a process
     /// that takes over must not miss what the one before put off.
     pub(super) async fn catch_up(&mut self) {
         let same = config::load(&self.path).is_ok_and(|loaded| loaded.digest == self.digest);
         if !same {
+            self.ask_for_reload(None).await;
+        }
+    }
+
+    /// Whether this process drains, and so reads no file any more: its listeners
+    /// would open again. Says so in the log.
+    pub(super) fn drains_instead(&mut self, asked_by: &str) -> bool {
+        let drains = self.draining.is_some();
+        if drains {
+            self.reloads.refused += 1;
+            tracing::warn!(asked_by, "reload refused: {DRAINS}");
+        }
+        drains
+    }
+
+    /// The same unless it drains; an upgrade under way holds it back.
+    pub(super) async fn reload_asked_by(&mut self, asked_by: &str) {
+        if !self.drains_instead(asked_by) && !self.upgrades.holds_reload() {
             self.reload_when_told().await;
         }
     }
 
-    /// As [`Control::reload`]; while an upgrade is under way, a refusal.
-    pub(super) async fn reload_unless_upgrading(&mut self) -> Result<Reloaded, ReloadError> {
+    /// As [`Control::reload`]; while this process drains or an upgrade is under
+    /// way, a refusal.
+    pub(super) async fn reload_on_request(&mut self) -> Result<Reloaded, ReloadError> {
+        if self.drains_instead("admin request") {
+            return Err(ReloadError::NotNow(DRAINS));
+        }
         if !self.upgrades.holds_reload() {
             return self.reload().await;
         }
@@ -52,8 +79,10 @@ impl Control {
             Ok(_) => self.reloads.unchanged += 1,
             Err(refused) => {
                 self.reloads.refused += 1;
-                for Problem { file, line, column, message } in &refused.problems {
-                    tracing::error!("configuration refused: {file}:{line}:{column}: {message}");
+                if let ReloadError::Problems(problems) = refused {
+                    for Problem { file, line, column, message } in problems {
+                        tracing::error!("configuration refused: {file}:{line}:{column}: {message}");
+                    }
                 }
             }
         }
@@ -61,8 +90,8 @@ impl Control {
     }
 
     async fn try_reload(&mut self) -> Result<Reloaded, ReloadError> {
-        let loaded = config::load(&self.path).map_err(|problems| ReloadError {
-            problems: problems.list.iter().map(|it| self.problem(it)).collect(),
+        let loaded = config::load(&self.path).map_err(|problems| {
+            ReloadError::Problems(problems.list.iter().map(|it| self.problem(it)).collect())
         })?;
         let Loaded { config, digest, warnings } = loaded;
         // A new secret may come without a change of the file that names it.
@@ -73,7 +102,9 @@ impl Control {
             self.digest = digest;
             self.tokens.set(token);
             let generation = self.controller.generation();
-            return Ok(Reloaded { generation, changed: false, warnings: self.warnings() });
+            let mut warnings = self.warnings();
+            warnings.extend(replaced_outside(&self.path).inspect(|why| tracing::warn!("{why}")));
+            return Ok(Reloaded { generation, changed: false, warnings });
         }
         self.wait_for_addresses(&config).await;
         let fresh = self
@@ -118,11 +149,13 @@ impl Control {
             );
         }
         self.config = Arc::clone(&config);
+        self.watch_named_files();
         self.shared.buffers.set_max(config.process.buffers_max);
         let in_force = self.session_cap.apply(&config, self.binds.sockets());
         self.feed([Event::Configure(in_force)]);
         self.reception.adopt(heartbeats);
-        self.binds.adopt(fresh, &config, &self.workers);
+        self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.supervised.write_intents(&self.controller);
         let generation = self.controller.generation();
         Ok(Reloaded { generation, changed: true, warnings: self.warnings() })
     }
@@ -157,7 +190,7 @@ impl Control {
 
     /// A refusal for a reason the text alone does not show; it points at the
     /// first mention of `word` in the file.
-    fn refuse(&self, word: &str, message: String) -> ReloadError {
+    pub(super) fn refuse(&self, word: &str, message: String) -> ReloadError {
         let text = std::fs::read_to_string(&self.path).unwrap_or_default();
         let place = text.lines().enumerate().find_map(|(index, line)| {
             let at = line.find(word).filter(|_| !word.is_empty())?;
@@ -166,7 +199,7 @@ impl Control {
         let (line, column) = place.unwrap_or((1, 1));
         let message = self.confined.explain(message);
         let file = self.path.display().to_string().into();
-        ReloadError { problems: vec![Problem { file, line, column, message }] }
+        ReloadError::Problems(vec![Problem { file, line, column, message }])
     }
 
     fn problem(&self, from: &config::Problem) -> Problem {
@@ -182,6 +215,17 @@ impl Control {
     pub(super) fn warnings(&self) -> Vec<String> {
         self.restart_needed.clone()
     }
+}
+
+/// A warning where the path leads to a file that was replaced elsewhere: a mount
+/// of one file into a container keeps the old file.
+fn replaced_outside(path: &Path) -> Option<String> {
+    std::fs::metadata(path).ok().filter(|data| data.nlink() == 0)?;
+    Some(format!(
+        "the file behind {} has been deleted or replaced, and a mount keeps it; \
+         mount its directory instead of the file, or restart to read the new one",
+        path.display()
+    ))
 }
 
 /// Settings of `now` that differ from what the process was started with and

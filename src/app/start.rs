@@ -5,11 +5,14 @@
 
 use super::admin_api::AdminApi;
 use super::admin_place;
+use super::asked::Asked;
 use super::binds::{Binds, Fresh, Refused};
 use super::control_loop::Control;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
-use super::upgrade::{Rarities, Upgrades};
+use super::signals::Signals;
+use super::supervised::{Kept, Snapshot};
+use super::upgrade::{Rarities, Starter, Upgrades};
 use super::upkeep::Upkeep;
 use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
@@ -122,6 +125,9 @@ async fn bring_up(
     for warning in &warnings {
         tracing::warn!("{}:{}:{}: {}", warning.file, warning.line, warning.column, warning.message);
     }
+    // Before anybody can be told that this process serves.
+    let signals = if options.signals { Signals::obey()? } else { Signals::default() };
+    let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
     let (runtime, engine_reason) = choose_runtime(config.process.engine);
     let cpus = cpu::available();
     let count = config.process.workers.unwrap_or(cpus.len());
@@ -131,7 +137,7 @@ async fn bring_up(
         .map_err(|error| Failure::Runtime(format!("cannot open the access log: {error}")))?;
     let token = load_token(&config).map_err(Failure::Runtime)?;
     let Listeners { admin, admin_taken, binds, fresh, not_taken } =
-        listeners(&config, count, &mut surroundings)?;
+        listeners(&config, count, &mut surroundings, kept)?;
     let mut reception = Reception::default();
     if let Some(before) = &mut surroundings.predecessor {
         reception.inherit(before.take_heartbeats());
@@ -145,6 +151,9 @@ async fn bring_up(
     if let Some(before) = &surroundings.predecessor {
         let generation = before.generation_of(digest);
         controller.count_on(generation.saturating_sub(1), before.state().serial);
+    } else if let Some(Snapshot { digest: before, state }) = &known {
+        let generation = state.generation.saturating_add(u64::from(*before != digest));
+        controller.count_on(generation.saturating_sub(1), state.serial);
     }
     let tables = TablePublisher::new(controller.current_table());
     let shared = Shared {
@@ -175,9 +184,10 @@ async fn bring_up(
     let mut session_cap = SessionCap::new(descriptors);
     let in_force = session_cap.apply(&config, 0);
     let effects = controller.apply(Event::Configure(in_force), clock::now());
+    let starter = Starter::of(surroundings.supervised.link(), surroundings.program.take());
     let mut control = Control {
         path: options.config.clone(),
-        signals: options.signals,
+        signals,
         digest,
         started_with: Arc::clone(&config),
         config: Arc::clone(&config),
@@ -201,12 +211,16 @@ async fn bring_up(
         runtime,
         engine_reason,
         reloads: ReloadCounts::default(),
+        watcher: None,
+        asked: Asked::default(),
         transitions: Default::default(),
         restart_needed: Vec::new(),
         session_cap,
         draining: None,
-        upgrades: Upgrades::new(surroundings.program.take()),
+        leaving: None,
+        upgrades: Upgrades::new(starter),
         notifier: std::mem::take(&mut surroundings.notifier),
+        supervised: std::mem::take(&mut surroundings.supervised),
         watchdog: Watchdog::new(count, clock::now()),
         confined: std::mem::take(&mut surroundings.confined),
         admin: None,
@@ -217,6 +231,10 @@ async fn bring_up(
         rarities_before: Rarities::default(),
     };
     control.perform(effects);
+    if let Some(Snapshot { state, .. }) = &known {
+        let effects = control.controller.adopt(state, clock::now());
+        control.perform(effects);
+    }
     let opening = Opening { admin, admin_taken, fresh, not_taken, requests };
     let predecessor = surroundings.predecessor.take();
     match control.open(opening, binds, &surroundings.pid_file, predecessor).await {
@@ -248,9 +266,11 @@ fn listeners(
     config: &Config,
     workers: usize,
     surroundings: &mut Surroundings,
+    mut kept: Kept,
 ) -> Result<Listeners, Failure> {
     let mut binds = Binds::new(workers);
-    let mut admin = surroundings.activated.as_mut().and_then(|passed| passed.take_admin(config));
+    let mut passed = surroundings.activated.take().or_else(|| kept.activated.take());
+    let mut admin = passed.as_mut().and_then(|passed| passed.take_admin(config));
     let settled = match &admin {
         Some(_) => config.admin.clone(),
         None => admin_settled(config, surroundings)?,
@@ -258,8 +278,11 @@ fn listeners(
     if let Some(before) = &mut surroundings.predecessor {
         binds.inherit(before.take_sockets());
         admin = before.take_admin(&settled);
-    } else if let Some(activated) = surroundings.activated.take() {
+    } else if let Some(activated) = passed {
         binds.inherit(activated.take_sockets(config)?);
+    } else {
+        admin = kept.take_admin(&settled);
+        binds.inherit(kept.take_binds());
     }
     let admin_taken = admin.is_some();
     let admin = match admin {
@@ -347,10 +370,14 @@ impl Control {
             self.follow(draining);
         }
         api.own_file();
+        if let Ok((offered, socket)) = api.offer() {
+            self.supervised.hold_admin(offered, &socket);
+        }
         self.admin = Some(api);
         let config = Arc::clone(&self.config);
         self.binds = binds;
-        self.binds.adopt(fresh, &config, &self.workers);
+        self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.supervised.write_intents(&self.controller);
         announce(self, &config, self.workers.len());
         if let Some(path) = pid_file {
             self.write_pid_file(path.clone());

@@ -153,8 +153,10 @@ fn heartbeats(heartbeat: &Value) -> String {
     }
     let needed = if heartbeat["required"] == true { "required" } else { "not required" };
     let sender = &heartbeat["sender"];
+    let rejected = rejected(&heartbeat["rejected"]);
     if sender.is_null() {
-        return format!("{} ({needed}); none heard", word(&heartbeat["pulse"]));
+        let text = format!("{} ({needed}); none heard\n{rejected}", word(&heartbeat["pulse"]));
+        return text.trim_end().to_owned();
     }
     let mut text = format!(
         "{} ({needed}); last one {} ago, suspect after {}, expires after {}\n",
@@ -206,6 +208,29 @@ fn heartbeats(heartbeat: &Value) -> String {
     if !sender["held"].is_null() {
         let _ = writeln!(text, "HELD, though confirmed to be gone: {}", word(&sender["held"]));
     }
+    text + &rejected
+}
+
+/// The last heartbeat in its name that was rejected; empty where there is none.
+fn rejected(last: &Value) -> String {
+    if last.is_null() {
+        return String::new();
+    }
+    let mut text = format!(
+        "rejected: {} so far, last {} ago from {} (key {}): {}",
+        word(&last["total"]),
+        age(&last["seconds_ago"]),
+        word(&last["from"]),
+        word(&last["key"]),
+        word(&last["reason"]),
+    );
+    if let Some(skew) = last["skew_seconds"].as_f64() {
+        let way = if skew < 0.0 { "behind" } else { "ahead" };
+        let _ = write!(text, ", its clock is {} {way}", short(&skew.abs().into()));
+    }
+    let proof =
+        if last["signed"] == true { "" } else { "; NOT SIGNED, so anything may have sent it" };
+    let _ = write!(text, "{proof}\n  {}", word(&last["help"]));
     text
 }
 

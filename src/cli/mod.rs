@@ -14,6 +14,7 @@ pub mod drain;
 pub mod explain;
 pub mod heartbeat;
 mod reach;
+pub mod ready;
 pub mod reload;
 pub mod run;
 pub mod selftest;
@@ -23,6 +24,7 @@ pub mod streams;
 mod table;
 pub mod upgrade;
 
+use crate::net::signals;
 use clap::{Args, Parser, Subcommand};
 use client::ClientArgs;
 use std::path::PathBuf;
@@ -79,6 +81,9 @@ pub enum Command {
     /// comes back, a reload and an upgrade under load.
     #[command(after_help = "Example:\n  tidegate demo --backends 4 --play 5m")]
     Demo(DemoArgs),
+    /// Say by the exit code whether the running balancer takes new clients.
+    #[command(after_help = ready::HELP)]
+    Ready(ready::ReadyArgs),
     /// Have the running balancer read its configuration again.
     #[command(after_help = "Example:\n  tidegate reload --admin unix:/run/tidegate/admin.sock")]
     Reload(ClientArgs),
@@ -93,8 +98,8 @@ pub enum Command {
     #[command(after_help = "Example:\n  tidegate explain web/10.0.0.11:8080")]
     Explain(DrainArgs),
     /// Give a backend no new sessions; the ones it has run to their end.
-    #[command(after_help = "Example:\n  tidegate drain web/10.0.0.11:8080")]
-    Drain(DrainArgs),
+    #[command(after_help = drain::HELP)]
+    Drain(drain::DrainOrder),
     /// Give a drained backend new sessions again.
     #[command(after_help = "Example:\n  tidegate undrain web/10.0.0.11:8080")]
     Undrain(DrainArgs),
@@ -129,9 +134,12 @@ pub struct RunArgs {
     /// Configuration file (TOML).
     #[arg(long, short, value_name = "FILE")]
     pub config: PathBuf,
-    /// File to leave the process's number in while it serves.
+    /// File to leave the number of the process to be signalled in while it serves.
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
+    /// Serve in this process, without a supervisor.
+    #[arg(long)]
+    pub single: bool,
 }
 
 /// `tidegate check`
@@ -156,7 +164,7 @@ pub struct DemoArgs {
     pub play: Option<Duration>,
 }
 
-/// `tidegate drain`, `undrain` and `explain`
+/// `tidegate undrain` and `explain`; part of `drain`
 #[derive(Debug, Args)]
 pub struct DrainArgs {
     /// Pool and backend, parted by the first slash.
@@ -169,6 +177,8 @@ pub struct DrainArgs {
 
 /// Reads the arguments of this process and does what they say.
 pub fn main() -> ExitCode {
+    // Before anything else: none of them may end a process that is to obey them.
+    let before = signals::hold_back();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -177,6 +187,9 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { Exit::Usage } else { Exit::Fine }.into();
         }
     };
+    if !matches!(cli.command, Command::Run(_)) {
+        before.restore();
+    }
     dispatch(cli.command).into()
 }
 
@@ -185,6 +198,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(args),
         Command::Demo(args) => demo::main(args),
+        Command::Ready(args) => ready::main(&args),
         Command::Reload(args) => reload::main(&args),
         Command::Upgrade(args) => upgrade::main(&args),
         Command::Status(args) => status::main(&args),
@@ -209,6 +223,18 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 // === impl Exit ===
+
+impl Exit {
+    /// Of a process of this program that has ended with `code`.
+    fn of(code: u8) -> Exit {
+        match code {
+            0 => Exit::Fine,
+            1 => Exit::Refused,
+            2 => Exit::Usage,
+            _ => Exit::Failed,
+        }
+    }
+}
 
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> ExitCode {
@@ -245,7 +271,8 @@ mod tests {
         let Command::Drain(args) = parse(&["drain", "web/unix:/run/a.sock"]).unwrap() else {
             panic!("another command");
         };
-        let (pool, backend) = (args.target.pool.as_str(), args.target.backend.as_str());
+        let target = args.what.target;
+        let (pool, backend) = (target.pool.as_str(), target.backend.as_str());
         assert_eq!((pool, backend), ("web", "unix:/run/a.sock"));
         for wrong in ["web", "/a", "web/", ""] {
             assert_eq!(parse(&["drain", wrong]).unwrap_err().exit_code(), 2, "{wrong}");
@@ -264,11 +291,15 @@ mod tests {
             "demo --backends 5 --for 1m",
             "demo --for 5s --play 10m",
             "run --config f --pid-file p",
+            "run --config f --single",
             "reload",
             "selftest --reloads 1 --upgrades 2 --kills 3 --for 10s --seed 4",
             "upgrade --binary /b --config f --json",
             "status --json --admin unix:/x",
             "drain a/b --admin 127.0.0.1:9900 --json",
+            "drain a/b --wait",
+            "drain --wait=30s a/b",
+            "ready --admin unix:/x",
             "explain a/b --admin 127.0.0.1:9900 --json",
             "undrain a/b --admin [::1]:9900 --token-file t",
             "shutdown --admin localhost:9900",
@@ -292,6 +323,8 @@ mod tests {
             "demo --for soon",
             "demo --backends 0",
             "drain",
+            "drain a/b --wait=0s",
+            "drain a/b --wait=soon",
             "heartbeat",
             "heartbeat --to 10.0.0.5 --pool p --address 10.0.0.1:80 --key-id 1 --key-file f",
             "heartbeat --to 10.0.0.5:7 --pool p --address 0.0.0.0:80 --key-id 1 --key-file f",

@@ -198,6 +198,8 @@ fn remarks(pool: &Value) -> String {
     }
     match pool["none_eligible"].as_str() {
         Some("try-all") => text.push_str(", NO BACKEND ELIGIBLE: all are tried"),
+        Some("former") => text.push_str(", no verdict yet: former backends serve"),
+        Some("wait") => text.push_str(", no verdict yet: clients wait for one"),
         Some(_) => text.push_str(", NO BACKEND ELIGIBLE: clients are refused"),
         None => {}
     }
@@ -209,6 +211,25 @@ fn remarks(pool: &Value) -> String {
         ));
     }
     text
+}
+
+/// Senders whose rejected heartbeats the text shows.
+const REJECTIONS_SHOWN_MAX: usize = 5;
+
+/// One sender whose heartbeats are rejected.
+fn rejected(rejection: &Value) -> String {
+    let skew = rejection["skew_seconds"].as_f64().filter(|skew| skew.abs() >= 1.0);
+    let skew = skew.map_or_else(String::new, |skew| format!(", clock {skew:+.0}s"));
+    format!(
+        "  rejected: {}/{} from {}: {}{skew}, {} times, last {} ago; {}\n",
+        word(&rejection["pool"]),
+        word(&rejection["backend"]),
+        word(&rejection["from"]),
+        word(&rejection["reason"]),
+        word(&rejection["total"]),
+        age(&rejection["seconds_ago"]),
+        word(&rejection["help"]),
+    )
 }
 
 /// Heartbeats as a whole, where they are taken.
@@ -224,6 +245,13 @@ fn channel(heartbeat: &Value) -> String {
         word(&heartbeat["rejected_total"]),
         word(&heartbeat["kernel_drops_total"]),
     );
+    let rejections = list(&heartbeat["rejections"]);
+    for rejection in rejections.iter().take(REJECTIONS_SHOWN_MAX) {
+        text.push_str(&rejected(rejection));
+    }
+    if rejections.len() > REJECTIONS_SHOWN_MAX {
+        text.push_str("  more rejected senders are in --json\n");
+    }
     if heartbeat["silent"] == true {
         text.push_str("NO HEARTBEATS AT ALL arrive: probes alone decide\n");
     }

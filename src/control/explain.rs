@@ -3,13 +3,14 @@
 //! Called by `app` for `tidegate explain` and the admin API. It derives, it
 //! never changes anything.
 
-use super::status::{BackendStatus, Freezing, HeartbeatStatus, PoolStatus, backend_status};
+use super::status::{BackendStatus, Freezing, HeartbeatStatus, backend_status, freezing};
 use super::{Controller, OperatorError, Weight};
 use crate::config::{self, HeartbeatSpec};
 use crate::health::detector::State;
 use crate::health::heartbeat::{Channel, PathView};
 use crate::health::recent::{RECENT, Recent};
 use crate::health::{Observation, Transition};
+use crate::heartbeat::rejections::Rejection;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,8 @@ pub struct Explained {
     pub probe: Option<ProbeView>,
     /// What heartbeats its pool expects.
     pub heartbeat_spec: Option<Arc<HeartbeatSpec>>,
+    /// The last heartbeat in its name that was rejected.
+    pub rejected: Option<Rejection>,
     /// Passive ejection.
     pub ejection: EjectionView,
     /// Of the slow start under way: how long it takes, and since when.
@@ -119,7 +122,7 @@ impl Controller {
         let entry = self.backends.get(&id).ok_or(OperatorError::UnknownBackend)?;
         let pool = self.pool(entry.pool).ok_or(OperatorError::UnknownPool)?;
         let since = |at: Instant| now.saturating_duration_since(at);
-        let PoolStatus { frozen, .. } = self.pool_status(pool, now);
+        let frozen = freezing(pool.guard.freeze(), now);
         let all: Option<HeartbeatStatus> = self.heartbeat_status(now);
         let outlier = &entry.health.outlier;
         let probe = pool.spec.probe.as_ref().zip(entry.health.detector.as_ref());
@@ -139,6 +142,7 @@ impl Controller {
                 fails_open: entry.health.fails_open,
             }),
             heartbeat_spec: pool.spec.heartbeat.clone(),
+            rejected: self.rejections.of(&pool.spec.name, backend).cloned(),
             ejection: EjectionView {
                 spec: pool.spec.ejection,
                 left: outlier.until().map(|until| until.saturating_duration_since(now)),

@@ -18,6 +18,7 @@ mod common;
 
 mod broken;
 mod continuity;
+mod elsewhere;
 mod heartbeats;
 mod manager;
 mod selftest;

@@ -51,10 +51,12 @@ pub struct SessionRecord {
     pub attempts: u32,
     /// Those that failed, in order.
     pub tries: Vec<Try>,
-    /// From the client.
+    /// Sent on to the backend.
     pub bytes_in: u64,
-    /// To the client.
+    /// Sent on to the client.
     pub bytes_out: u64,
+    /// Come from either side, and not taken by the other's kernel.
+    pub bytes_undelivered: u64,
     /// How long the connect that succeeded took.
     #[serde(rename = "connect_seconds", serialize_with = "seconds_or_null")]
     pub connect: Option<Duration>,
