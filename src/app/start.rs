@@ -159,6 +159,7 @@ async fn bring_up(
     let shared = Shared {
         in_flight: Arc::default(),
         gate: Arc::new(Gate::new()),
+        numbers: Arc::default(),
         reports: Arc::new(Reports::new()),
         ended: Arc::default(),
         buffers: Arc::new(Budget::new(config.process.buffers_max)),
