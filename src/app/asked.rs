@@ -74,7 +74,7 @@ impl Control {
     async fn reload_for(&mut self, waiting: Vec<Option<Reply>>) {
         let result = match self.draining {
             None => self.reload_unless_upgrading().await,
-            Some(_) => Err(self.refuse("", "the process is draining".to_owned())),
+            Some(_) => Err(self.refuse("the process is draining".to_owned())),
         };
         for reply in waiting.into_iter().flatten() {
             // A client that has left needs no answer.
@@ -91,7 +91,7 @@ impl Control {
             file.display()
         );
         tracing::error!(held_for = ?HELD_MAX, "reload refused: {why}");
-        let refused = self.refuse("", why);
+        let refused = self.refuse(why);
         self.reloads.refused += 1;
         self.notifier.reloading();
         self.notifier.ready();

@@ -25,9 +25,11 @@
 //! with each upgrade, for the kernel allows 16 layers. So the old process says in
 //! its offer what is in force, and the new one adds nothing to that.
 
-use super::{Failure, Predecessor};
-use crate::config::{self, AccessLogTarget, AdminListen, Config, Sandbox};
+use super::refused::holders_in_the_way;
+use super::{Failure, Predecessor, preflight};
+use crate::config::{self, AccessLogTarget, AdminListen, Config, Problems, Sandbox};
 use crate::net::confinement::Confinement;
+use crate::net::holders::Holder;
 use crate::net::privileges::{self, CapabilitySet, Identity};
 use crate::net::sandbox::{self, Paths};
 use std::os::unix::fs::DirBuilderExt;
@@ -40,6 +42,8 @@ pub struct Confined {
     pub(super) report: Confinement,
     /// The settings it was confined by; `None` inside another program.
     asked: Option<Asked>,
+    /// Processes that listen where this one is to.
+    pub(super) in_the_way: Vec<(u64, Holder)>,
 }
 
 /// The keys of `[process]` that are obeyed here.
@@ -85,6 +89,7 @@ impl Default for Confined {
         Confined {
             report: Confinement::none("this balancer runs inside another program"),
             asked: None,
+            in_the_way: Vec::new(),
         }
     }
 }
@@ -100,7 +105,7 @@ pub fn confine(
     before: Option<&Predecessor>,
 ) -> Result<Confined, Failure> {
     // Only what is needed to become who is to read the rest.
-    let Ok(config) = config::outline(path) else {
+    let Ok((config, origin)) = config::outline(path) else {
         let problems = config::load(path).err();
         let changed = || Failure::Runtime(changed_meanwhile());
         return Err(problems.map_or_else(changed, Failure::Config));
@@ -115,7 +120,10 @@ pub fn confine(
         return Err(Failure::Runtime("cannot give up privileges: there are threads".to_owned()));
     }
     let mut report = Confinement::none("sandbox = \"off\"");
-    let identity = identity(&asked)?;
+    // An upgrade takes the addresses from the process before.
+    let in_the_way = if before.is_none() { holders_in_the_way(&config) } else { Vec::new() };
+    let identity = preflight::identity(&config, &origin)
+        .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
     prepare_directory(&config, identity.as_ref())?;
     if let Some(identity) = &identity {
         become_user(identity, for_a_user(&config))?;
@@ -132,23 +140,11 @@ pub fn confine(
     if process.sandbox == Sandbox::On {
         demand(&report)?;
     }
-    Ok(Confined { report, asked: Some(asked) })
+    Ok(Confined { report, asked: Some(asked), in_the_way })
 }
 
 fn changed_meanwhile() -> String {
     "the configuration changed while the process started".to_owned()
-}
-
-/// The user to become; `None` where this process is to stay who it is.
-fn identity(asked: &Asked) -> Result<Option<Identity>, Failure> {
-    let Some(user) = &asked.user else { return Ok(None) };
-    let identity = Identity::find(user, asked.group.as_deref())
-        .map_err(|why| Failure::Runtime(format!("[process] user: {why}")))?;
-    if identity.is_root() {
-        let why = format!("[process] user: {user:?} is root, whom the process is not to be");
-        return Err(Failure::Runtime(why));
-    }
-    Ok(Some(identity))
 }
 
 fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> {

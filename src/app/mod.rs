@@ -34,6 +34,8 @@ mod logging;
 mod notify;
 mod panics;
 mod pid_file;
+mod preflight;
+mod refused;
 mod reload;
 mod start;
 mod transition_log;
@@ -44,12 +46,13 @@ mod watchdog;
 pub use activation::Activated;
 pub use confine::{Confined, confine};
 pub use notify::Notifier;
+pub use preflight::preflight;
 #[cfg(any(test, fuzzing))]
 pub use upgrade::fuzz;
 pub use upgrade::{Predecessor, Program};
 
 use crate::admin::Request;
-use crate::config::Problems;
+use crate::config::{Problem, Problems};
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 use tokio::sync::mpsc;
@@ -90,6 +93,10 @@ pub enum Failure {
     /// The configuration was refused.
     #[error("{0}")]
     Config(Problems),
+    /// Something that the configuration asks for cannot be had now, such as an
+    /// address that is taken.
+    #[error("{0}")]
+    At(Box<Problem>),
     /// An address is taken, a thread or descriptor could not be had.
     #[error("{0}")]
     Runtime(String),

@@ -132,8 +132,11 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 pub struct CheckArgs {
     /// Configuration file (TOML).
+    #[arg(value_name = "FILE", required_unless_present = "config", conflicts_with = "config")]
+    pub file: Option<PathBuf>,
+    /// The same, as `run` takes it.
     #[arg(long, short, value_name = "FILE")]
-    pub config: PathBuf,
+    pub config: Option<PathBuf>,
 }
 
 /// `tidegate demo`
@@ -248,6 +251,7 @@ mod tests {
         for line in [
             "run --config f",
             "check --config f",
+            "check f",
             "demo",
             "demo --backends 5 --for 1m",
             "run --config f --pid-file p",

@@ -21,6 +21,10 @@ pub fn main(args: RunArgs) -> Exit {
             eprintln!("{}", problems.render(std::io::stderr().is_terminal()));
             return Exit::Refused;
         }
+        Err(Failure::At(problem)) => {
+            eprintln!("{}", problem.render(std::io::stderr().is_terminal()));
+            return Exit::Failed;
+        }
         Err(failure @ Failure::Runtime(_)) => {
             eprintln!("tidegate: {failure}");
             return Exit::Failed;

@@ -75,7 +75,7 @@ impl Balancer {
                     return Ok(Balancer { running, requests, frontend, admin });
                 }
                 Err(Failure::Config(problems)) => return Err(problems.render(false)),
-                Err(failure @ Failure::Runtime(_)) => why = failure.to_string(),
+                Err(failure @ (Failure::Runtime(_) | Failure::At(_))) => why = failure.to_string(),
             }
         }
         Err(format!("the balancer does not start: {why}"))

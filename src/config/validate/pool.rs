@@ -17,7 +17,8 @@ use crate::config::address;
 use crate::config::file::{Field, Named, Section};
 use crate::config::value::{self, Complaint, SLOW_START, shown};
 use crate::config::{
-    Backend, BackendAddress, EjectionSpec, OnRemoval, Policy, Pool, WEIGHT_MAX, WhenNoneEligible,
+    Backend, BackendAddress, EjectionSpec, OnRemoval, Policy, Pool, Spot, WEIGHT_MAX,
+    WhenNoneEligible,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -111,6 +112,7 @@ fn sources(pool: &Section<'_, '_>) -> Arc<[IpAddr]> {
             pool.report.error(one.span(), Complaint::new(message));
             break;
         }
+        pool.report.keep(Spot::Source(*one.get_ref()), Some(one.span()));
         sources.push(*one.get_ref());
     }
     sources.into()
