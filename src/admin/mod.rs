@@ -8,7 +8,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /live` | 200 while the API answers at all |
-//! | `GET /ready` | 200 when serving, 503 while starting or draining, or while a worker is stalled |
+//! | `GET /ready` | 200 when serving, 503 while starting or draining, while a worker is stalled, or while a pool waits for its first verdict |
 //! | `GET /metrics` | Prometheus text 0.0.4 ([`metrics`]) |
 //! | `GET /v1/status` | JSON ([`status`]) |
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 422 with `problems` |
@@ -29,6 +29,7 @@ pub mod fuzz;
 mod guard;
 pub mod metrics;
 pub mod process;
+mod rejections;
 mod routes;
 mod serve;
 pub mod snapshot;
@@ -174,6 +175,8 @@ struct Known {
     state: AtomicU8,
     /// One more than the number of a stalled worker; 0 for none.
     stalled: AtomicUsize,
+    /// Pools in which nobody serves before a first verdict.
+    undecided: AtomicUsize,
 }
 
 const STARTING: u8 = 0;
@@ -209,6 +212,16 @@ impl Readiness {
     /// A worker whose loop does not turn.
     pub fn stalled(&self) -> Option<usize> {
         self.0.stalled.load(Ordering::Relaxed).checked_sub(1)
+    }
+
+    /// So many pools have nobody to serve before a first verdict.
+    pub fn set_undecided(&self, pools: usize) {
+        self.0.undecided.store(pools, Ordering::Relaxed);
+    }
+
+    /// Pools in which nobody serves before a first verdict.
+    pub fn undecided(&self) -> usize {
+        self.0.undecided.load(Ordering::Relaxed)
     }
 
     /// True between [`Readiness::set_ready`] and [`Readiness::set_draining`].

@@ -101,6 +101,12 @@ async fn ready(State(api): State<Arc<Api>>) -> Response {
         let detail = format!("worker {worker} is stalled");
         return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail).into_response();
     }
+    let undecided = api.readiness.undecided();
+    if api.readiness.is_ready() && undecided > 0 {
+        let s = if undecided == 1 { " waits" } else { "s wait" };
+        let detail = format!("{undecided} pool{s} for the first verdict on a backend");
+        return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail).into_response();
+    }
     if api.readiness.is_ready() {
         return answer(JSON, text(&Life { state }));
     }

@@ -25,6 +25,7 @@
 //! with each upgrade, for the kernel allows 16 layers. So the old process says in
 //! its offer what is in force, and the new one adds nothing to that.
 
+use super::admin_place::{self, Place};
 use super::refused::holders_in_the_way;
 use super::{Failure, Predecessor, preflight};
 use crate::config::{self, AccessLogTarget, AdminListen, Config, Problems, Sandbox};
@@ -42,6 +43,8 @@ pub struct Confined {
     pub(super) report: Confinement,
     /// The settings it was confined by; `None` inside another program.
     asked: Option<Asked>,
+    /// Where the admin API listens.
+    pub(super) admin: Option<Place>,
     /// Processes that listen where this one is to.
     pub(super) in_the_way: Vec<(u64, Holder)>,
 }
@@ -89,6 +92,7 @@ impl Default for Confined {
         Confined {
             report: Confinement::none("this balancer runs inside another program"),
             asked: None,
+            admin: None,
             in_the_way: Vec::new(),
         }
     }
@@ -105,7 +109,7 @@ pub fn confine(
     before: Option<&Predecessor>,
 ) -> Result<Confined, Failure> {
     // Only what is needed to become who is to read the rest.
-    let Ok((config, origin)) = config::outline(path) else {
+    let Ok((mut config, origin)) = config::outline(path) else {
         let problems = config::load(path).err();
         let changed = || Failure::Runtime(changed_meanwhile());
         return Err(problems.map_or_else(changed, Failure::Config));
@@ -124,7 +128,9 @@ pub fn confine(
     let in_the_way = if before.is_none() { holders_in_the_way(&config) } else { Vec::new() };
     let identity = preflight::identity(&config, &origin)
         .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
-    prepare_directory(&config, identity.as_ref())?;
+    let admin = admin_place(&config, identity.as_ref(), before)?;
+    config.admin.listen = admin.listen.clone();
+    let process = &config.process;
     if let Some(identity) = &identity {
         become_user(identity, for_a_user(&config))?;
     }
@@ -140,7 +146,7 @@ pub fn confine(
     if process.sandbox == Sandbox::On {
         demand(&report)?;
     }
-    Ok(Confined { report, asked: Some(asked), in_the_way })
+    Ok(Confined { report, asked: Some(asked), admin: Some(admin), in_the_way })
 }
 
 fn changed_meanwhile() -> String {
@@ -160,8 +166,22 @@ fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> 
     privileges::hide_memory().map_err(|error| refused("keep its memory to itself", &error))
 }
 
-/// Makes the directory of the admin socket where there is none, for whoever is to
-/// bind the socket in it.
+/// Where the admin API listens. A process that becomes another user has its
+/// directory made here, because it could not make it afterwards.
+fn admin_place(
+    config: &Config,
+    identity: Option<&Identity>,
+    before: Option<&Predecessor>,
+) -> Result<Place, Failure> {
+    if identity.is_none() && config.admin.is_default() {
+        return admin_place::settle(&config.admin, before.and_then(Predecessor::admin_listen));
+    }
+    prepare_directory(config, identity)?;
+    Ok(Place { listen: config.admin.listen.clone(), reason: None })
+}
+
+/// Makes the directory of the admin socket if it is missing, for the user that binds
+/// the socket in it.
 fn prepare_directory(config: &Config, identity: Option<&Identity>) -> Result<(), Failure> {
     let AdminListen::Unix(socket) = &config.admin.listen else { return Ok(()) };
     let directory = directory_of(socket);
@@ -178,7 +198,9 @@ fn prepare_directory(config: &Config, identity: Option<&Identity>) -> Result<(),
     };
     made().map_err(|error| {
         let directory = directory.display();
-        Failure::Runtime(format!("cannot make {directory} for the admin socket: {error}"))
+        Failure::Runtime(format!(
+            "cannot make {directory} for the admin socket: {error}; make it, or set [admin] listen"
+        ))
     })
 }
 

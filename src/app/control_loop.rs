@@ -290,6 +290,9 @@ impl Control {
         while let Ok(event) = self.probed.try_recv() {
             events.push(event);
         }
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            events.iter().for_each(|event| self.log_event(event));
+        }
         self.feed(events);
     }
 
@@ -300,7 +303,27 @@ impl Control {
                 Event::ConnectFailed { backend, failure, in_a_row, begun }
             }
         });
+        let events: Vec<Event> = events.collect();
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            events.iter().for_each(|event| self.log_event(event));
+        }
         self.feed(events);
+    }
+
+    /// One piece of evidence, for the log at `debug`.
+    fn log_event(&self, event: &Event) {
+        let name = |id| self.controller.name_of(id).unwrap_or_default();
+        match event {
+            Event::Probed { backend, outcome, .. } => {
+                let (pool, backend) = name(*backend);
+                tracing::debug!(%pool, %backend, result = %outcome, "probe ended");
+            }
+            Event::ConnectFailed { backend, failure, in_a_row, .. } => {
+                let (pool, backend) = name(*backend);
+                tracing::debug!(%pool, %backend, %failure, in_a_row, "session failed at backend");
+            }
+            _ => {}
+        }
     }
 
     /// Carries the controller's effects out.
@@ -308,7 +331,12 @@ impl Control {
         for effect in effects {
             match effect {
                 Effect::Publish(table) => {
+                    let (generation, serial) = (table.generation, table.serial);
+                    let serving = table.pools.iter().map(|pool| pool.serving.len()).sum::<usize>();
+                    let pools = table.pools.len();
+                    tracing::debug!(generation, serial, pools, serving, "table published");
                     self.tables.publish(table);
+                    self.readiness.set_undecided(self.controller.undecided_pools());
                     // Who waits for a slot may have new backends to wait for.
                     self.shared.gate.opened();
                 }
@@ -316,14 +344,15 @@ impl Control {
                 Effect::Probe { .. } if self.upgrades.handed_over() => {}
                 Effect::Opened => self.shared.gate.opened(),
                 Effect::Probe { backend, token, address, spec } => {
+                    tracing::trace!(%address, "probe begins");
                     self.probes.probe(backend, token, address, spec);
                 }
                 Effect::Log(transition) => self.transitions.log(&transition, clock::now()),
                 Effect::Notice(notice) => {
-                    let backend = notice.backend.as_deref().unwrap_or("");
                     if notice.pool.is_empty() {
                         tracing::warn!("{}", notice.message);
                     } else {
+                        let backend = notice.backend.as_deref();
                         tracing::warn!(pool = %notice.pool, backend, "{}", notice.message);
                     }
                 }
@@ -359,7 +388,9 @@ impl Control {
             Request::Explain { pool, backend, reply } => {
                 self.feed([]);
                 let explained = self.controller.explain(&pool, &backend, clock::now());
-                let _ = reply.send(explained.map(|explained| admin::explain::render(&explained)));
+                let rejected = self.reception.rejection(&pool, &backend);
+                let render = |explained| admin::explain::render(&explained, rejected.as_ref());
+                let _ = reply.send(explained.map(render));
             }
             Request::SetIntent { pool, backend, intent, reply } => {
                 self.feed([]);

@@ -24,6 +24,7 @@
 
 mod activation;
 mod admin_api;
+pub mod admin_place;
 mod asked;
 mod binds;
 mod confine;
@@ -37,6 +38,7 @@ mod pid_file;
 mod preflight;
 mod refused;
 mod reload;
+mod reload_diff;
 mod start;
 mod transition_log;
 mod upgrade;

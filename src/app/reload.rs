@@ -7,6 +7,7 @@
 use super::binds::Fresh;
 use super::control_loop::Control;
 use super::refused::Refused;
+use super::reload_diff;
 use super::start;
 use crate::admin::{Problem, ReloadError, Reloaded};
 use crate::config::{self, Config, Loaded, Severity, Spot};
@@ -109,6 +110,11 @@ impl Control {
             }
         }
 
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            for change in reload_diff::diff(&self.config, &config) {
+                tracing::debug!(change, "reload");
+            }
+        }
         let config = Arc::new(config);
         self.digest = digest;
         self.tokens.set(token);

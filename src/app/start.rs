@@ -4,6 +4,7 @@
 //! Runs on the control thread, which it then hands to the control loop.
 
 use super::admin_api::AdminApi;
+use super::admin_place;
 use super::asked::Asked;
 use super::binds::{Binds, Fresh};
 use super::control_loop::Control;
@@ -16,7 +17,7 @@ use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
 use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, Token, TokenStore};
 use crate::clock;
-use crate::config::{self, AccessLogTarget, Config, EngineChoice, Loaded, Origin};
+use crate::config::{self, AccessLogTarget, Admin, Config, EngineChoice, Loaded, Origin};
 use crate::config::{Problem, Problems, Spot};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
@@ -257,18 +258,21 @@ fn listeners(
     surroundings: &mut Surroundings,
 ) -> Result<Listeners, Failure> {
     let mut binds = Binds::new(workers);
-    let mut admin = None;
+    let mut admin = surroundings.activated.as_mut().and_then(|passed| passed.take_admin(config));
+    let settled = match &admin {
+        Some(_) => config.admin.clone(),
+        None => admin_settled(config, surroundings)?,
+    };
     if let Some(before) = &mut surroundings.predecessor {
         binds.inherit(before.take_sockets());
-        admin = before.take_admin(config);
-    } else if let Some(mut activated) = surroundings.activated.take() {
-        admin = activated.take_admin(config);
+        admin = before.take_admin(&settled);
+    } else if let Some(activated) = surroundings.activated.take() {
         binds.inherit(activated.take_sockets(config)?);
     }
     let admin_taken = admin.is_some();
     let admin = match admin {
         Some(admin) => admin,
-        None => admin::bind(&config.admin).map_err(|error| {
+        None => admin::bind(&settled).map_err(|error| {
             Failure::At(Box::new(origin.error(&Spot::AdminListen, error.to_string(), None)))
         })?,
     };
@@ -281,6 +285,19 @@ fn listeners(
     }
     let not_taken = binds.disclaim(&fresh);
     Ok(Listeners { admin, admin_taken, binds, fresh, not_taken })
+}
+
+/// Where the admin API listens; a line in the log if that is not the usual place.
+fn admin_settled(config: &Config, surroundings: &mut Surroundings) -> Result<Admin, Failure> {
+    let before = surroundings.predecessor.as_ref().and_then(Predecessor::admin_listen);
+    let place = match surroundings.confined.admin.take() {
+        Some(place) => place,
+        None => admin_place::settle(&config.admin, before)?,
+    };
+    if let Some(reason) = &place.reason {
+        tracing::info!(address = %place.listen, %reason, "admin API listens in this user's own directory");
+    }
+    Ok(Admin { listen: place.listen, ..config.admin.clone() })
 }
 
 /// Binds what is new. The process before may be about to close an address.
@@ -331,7 +348,7 @@ impl Control {
             fresh.start().map_err(|refused| Failure::At(Box::new(at(refused))))?;
         }
         let (tokens, readiness) = (Arc::clone(&self.tokens), self.readiness.clone());
-        let listen = self.started_with.admin.listen.to_string();
+        let listen = admin.address().to_string();
         let api =
             AdminApi::serve(admin, listen, tokens, requests, readiness, Arc::clone(&self.local))
                 .map_err(|error| {

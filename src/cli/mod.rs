@@ -13,12 +13,14 @@ pub mod demo;
 pub mod drain;
 pub mod explain;
 pub mod heartbeat;
+mod reach;
 pub mod reload;
 pub mod run;
 pub mod selftest;
 pub mod shutdown;
 pub mod status;
 pub mod streams;
+mod table;
 pub mod upgrade;
 
 use clap::{Args, Parser, Subcommand};

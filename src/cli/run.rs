@@ -6,6 +6,7 @@
 
 use super::{Exit, RunArgs};
 use crate::app::{self, Activated, Failure, Notifier, Options, Predecessor, Program, Surroundings};
+use crate::telemetry::logfmt::one_line;
 use std::ffi::OsString;
 use std::io::IsTerminal;
 
@@ -26,7 +27,7 @@ pub fn main(args: RunArgs) -> Exit {
             return Exit::Failed;
         }
         Err(failure @ Failure::Runtime(_)) => {
-            eprintln!("tidegate: {failure}");
+            eprintln!("tidegate: {}", one_line(&failure.to_string()));
             return Exit::Failed;
         }
     };

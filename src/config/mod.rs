@@ -30,7 +30,8 @@ use toml::de::DeTable;
 
 pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
 pub use globals::{
-    AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process, Sandbox,
+    ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
+    Process, Sandbox,
 };
 pub use origin::{Origin, Spot};
 pub use source::FILE_BYTES_MAX;
@@ -173,6 +174,9 @@ pub struct Pool {
     pub name: Arc<str>,
     /// How a backend is chosen.
     pub balance: Policy,
+    /// Slots of the table that `source-hash` looks clients up in; a prime, never
+    /// fewer than the pool may have backends.
+    pub hash_slots: u32,
     /// Addresses of this host that connections to backends (and probes) start
     /// at, in turn, where they are of the backend's family; empty: the kernel
     /// chooses. At most [`POOL_SOURCES_MAX`], none twice.
@@ -351,6 +355,10 @@ pub enum BackendAddress {
 /// Largest weight a backend may have: keeps the smooth sequence of two
 /// co-prime neighbours within 2,000 slots.
 pub const WEIGHT_MAX: u16 = 1000;
+
+/// `hash_slots` where a pool does not say: 100 slots a backend, and so shares
+/// that are 1 % apart, up to 655 backends.
+pub const HASH_SLOTS: u32 = 65_537;
 
 /// Reads and validates a configuration file.
 ///

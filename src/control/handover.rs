@@ -6,7 +6,7 @@
 //! adds is ignored. Names, never numbers, say who is meant.
 
 use super::gray::watched;
-use super::heartbeats::Misfit;
+use super::misfits::Misfit;
 use super::pace::PublishReason;
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, PoolEntry, Startup};

@@ -8,8 +8,8 @@
 //! `verdicts` (what their results mean), `ejections` (the pool's guard),
 //! `trials` (how ejected backends come back), `gray` (who does not answer),
 //! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
-//! means), `ramps` (slow start), `leaving` (removed backends), `operator`
-//! (drains), `publish` and `pace` (tables), `history`, `handover` (what the
+//! means), `ramps` (slow start), `leaving` (removed backends), `settling`
+//! (pools of which no backend has been judged yet), `operator` (drains), `publish` and `pace` (tables), `history`, `handover` (what the
 //! next process goes on with), `status` and `explain`.
 //! All of them work on one [`Controller`] and leave effects behind;
 //! only [`Controller::apply`] and its siblings hand them out.
@@ -22,6 +22,7 @@ pub mod handover;
 mod heartbeats;
 mod history;
 mod leaving;
+mod misfits;
 mod operator;
 mod pace;
 pub mod ports;
@@ -29,6 +30,7 @@ mod probing;
 mod publish;
 mod ramps;
 mod schedule;
+mod settling;
 mod status;
 mod suspicion;
 #[cfg(test)]
@@ -36,8 +38,8 @@ pub(crate) mod tests;
 mod trials;
 mod verdicts;
 
-pub use heartbeats::Misfit;
 pub use history::TRANSITIONS_MAX;
+pub use misfits::Misfit;
 pub use pace::PublishReason;
 pub use publish::Weight;
 pub use status::{
@@ -49,6 +51,7 @@ use crate::config::{self, BackendAddress, Config, ProbeSpec};
 use crate::health::heartbeat::{PathGuard, Ramp};
 use crate::health::{BackendHealth, ConnectFailure, Intent, ProbeOutcome, Transition};
 use crate::heartbeat::Heartbeat;
+use crate::heartbeat::rejections::Rejections;
 use crate::table::Table;
 use crate::table::state::{BackendId, BackendState, FrontendState};
 use schedule::{Job, Schedule};
@@ -181,6 +184,8 @@ pub struct Controller {
     guards: suspicion::Guards,
     /// Authentic heartbeats that changed nothing, by [`Misfit`].
     misfits: [u64; Misfit::ALL.len()],
+    /// Their senders.
+    rejections: Rejections,
     /// Counted by the processes before.
     before: handover::Before,
     /// Heartbeats taken.
@@ -221,6 +226,8 @@ struct PoolEntry {
     confirming: Arc<ProbeSpec>,
     /// Since when somebody serves; `None`: nobody does.
     in_service_since: Option<Instant>,
+    /// While none of its backends serves and some have no verdict yet.
+    settling: Option<settling::Settling>,
 }
 
 /// How a backend got into its pool.
@@ -339,6 +346,7 @@ impl Controller {
             pace: pace::Pace::default(),
             guards: suspicion::Guards::default(),
             misfits: [0; Misfit::ALL.len()],
+            rejections: Rejections::default(),
             before: handover::Before::default(),
             heartbeats_total: 0,
             work: Work::default(),
@@ -414,6 +422,12 @@ impl Controller {
         self.schedule.next()
     }
 
+    /// Pool and name of a configured backend.
+    pub fn name_of(&self, id: BackendId) -> Option<(Arc<str>, Arc<str>)> {
+        let state = &self.backends.get(&id)?.state;
+        Some((Arc::clone(&state.pool), Arc::clone(&state.name)))
+    }
+
     /// Accepted configurations so far.
     pub fn generation(&self) -> u64 {
         self.generation
@@ -439,6 +453,7 @@ impl Controller {
                 Job::LookAtTrial(id) => self.look_at_trial(id, now),
                 Job::LookForGray => self.look_for_gray(now),
                 Job::GraceEnds(pool) => self.grace_over(pool),
+                Job::SettlingEnds(pool) => self.settled(pool),
                 Job::CutSessions(id) => self.cut_sessions(id),
                 Job::LeavingCheck => self.check_leaving(now),
                 Job::Heartbeat(id) => self.check_heartbeat(id, now),
@@ -461,6 +476,7 @@ impl Controller {
             self.settle_guard(pool, now);
         }
         self.settle_ramps(now);
+        self.look_at_settling();
         if let Some(reason) = self.table_due(now) {
             let table = self.rebuild();
             self.table_made(reason, now);

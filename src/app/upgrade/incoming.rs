@@ -11,7 +11,7 @@ use crate::admin::{self, AdminListener};
 use crate::app::Failure;
 use crate::app::binds::Group;
 use crate::clock;
-use crate::config::Config;
+use crate::config::Admin;
 use crate::net::handover::Channel;
 use socket2::Socket;
 use std::collections::BTreeMap;
@@ -75,13 +75,18 @@ impl Predecessor {
         std::mem::take(&mut self.heartbeats)
     }
 
-    /// The admin listener, where it is the one of `config`.
-    pub(in crate::app) fn take_admin(&mut self, config: &Config) -> Option<AdminListener> {
+    /// Where its admin API listens.
+    pub(in crate::app) fn admin_listen(&self) -> Option<&str> {
+        Some(self.offer.admin.as_ref()?.listen.as_str())
+    }
+
+    /// The admin listener, where it is the one that `admin` names.
+    pub(in crate::app) fn take_admin(&mut self, admin: &Admin) -> Option<AdminListener> {
         let (fd, offered) = (self.admin.take()?, self.offer.admin.as_ref()?);
-        if offered.listen != config.admin.listen.to_string() {
+        if offered.listen != admin.listen.to_string() {
             return None;
         }
-        admin::take_over(&config.admin, fd, offered.file)
+        admin::take_over(admin, fd, offered.file)
     }
 
     /// What confines that process, and so this one.
@@ -109,6 +114,7 @@ impl Predecessor {
         generation: u64,
     ) -> Result<Commit, Failure> {
         let ready = Ready { not_taken, admin_taken, generation };
+        tracing::debug!(generation, admin_taken, "ready to take over from the old process");
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &ready, &[], deadline).map_err(|error| trouble(&error))?;
         message::receive(&self.channel, deadline).map_err(|error| trouble(&error))
@@ -126,6 +132,7 @@ impl Predecessor {
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &Serving {}, &[], deadline)
             .map_err(|error| trouble(&error))?;
+        tracing::debug!("this process serves; the old one stops accepting");
         // On failure the log ends with the old process, which is no reason not
         // to serve.
         let _ = rustix::stdio::dup2_stderr(&self.stderr);

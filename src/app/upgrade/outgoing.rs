@@ -181,6 +181,7 @@ fn until_ready(
     deadline: Instant,
 ) -> Result<(Hello, Ready), Trouble> {
     let hello: Hello = message::receive(channel, deadline)?;
+    tracing::debug!(pid = hello.pid, version = %hello.version, "new process has started");
     let (lowest, highest) = hello.protocols;
     if !(lowest..=highest).contains(&PROTOCOL) {
         return Err(Trouble::Protocols(hello.protocols));
@@ -191,9 +192,12 @@ fn until_ready(
     fds.extend(attempt.sockets.iter().map(|socket| socket.as_fd()));
     fds.extend(attempt.heartbeats.iter().map(AsFd::as_fd));
     message::send(channel, &attempt.offer, &fds, deadline)?;
+    tracing::debug!(descriptors = fds.len(), "sockets and state sent to the new process");
     // From here on the new process holds them, and the control loop.
     drop(attempt);
-    Ok((hello, message::receive(channel, deadline)?))
+    let ready = message::receive(channel, deadline)?;
+    tracing::debug!("new process is ready");
+    Ok((hello, ready))
 }
 
 fn until_serving(
@@ -203,6 +207,7 @@ fn until_serving(
 ) -> Result<(), Trouble> {
     let commit = word.recv().map_err(|_| Trouble::CalledOff)?;
     message::send(channel, &commit, &[], deadline)?;
+    tracing::debug!("new process has been told to take over");
     let Serving {} = message::receive(channel, deadline)?;
     Ok(())
 }
