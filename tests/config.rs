@@ -300,6 +300,7 @@ fn problems_serialise_with_their_place_and_message() {
             "line": 1,
             "column": 10,
             "message": problems.list[0].message,
+            "help": "is the file complete?",
         }])
     );
 }
