@@ -139,7 +139,7 @@ fn answer(request: Request, refuses: bool) -> Request {
             let problem =
                 Problem { file: "f".into(), line: 1, column: 1, message: "wrong".to_owned() };
             let reloaded = Reloaded { generation: 2, changed: true, warnings: Vec::new() };
-            let refused = ReloadError { problems: vec![problem] };
+            let refused = ReloadError::Problems(vec![problem]);
             let _ = reply.send(if refuses { Err(refused) } else { Ok(reloaded) });
             Request::Reload(nobody())
         }

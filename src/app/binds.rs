@@ -11,7 +11,7 @@ use crate::net::listen;
 use crate::proxy::worker::{Command, Worker};
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -139,10 +139,9 @@ impl Binds {
     /// Whether an address that `config` wants is still being closed.
     pub(super) fn wanted_back(&mut self, config: &Config) -> bool {
         self.forget_retired();
-        let wanted = |address: &SocketAddr| {
-            config.frontends.iter().any(|frontend| frontend.binds.contains(address))
-        };
-        self.retiring.iter().any(|(address, _)| wanted(address))
+        let retiring: HashSet<SocketAddr> = self.retiring.iter().map(|(at, _)| *at).collect();
+        let mut wanted = config.frontends.iter().flat_map(|frontend| &frontend.binds);
+        !retiring.is_empty() && wanted.any(|address| retiring.contains(address))
     }
 
     /// Puts `fresh` in use, brings socket options up to date and retires what
@@ -159,10 +158,10 @@ impl Binds {
             group.listen(address, workers);
             self.active.insert(address, group);
         }
-        let mut gone: Vec<SocketAddr> = self.active.keys().copied().collect();
+        let mut gone: BTreeSet<SocketAddr> = self.active.keys().copied().collect();
         for frontend in &config.frontends {
             for address in &frontend.binds {
-                gone.retain(|held| held != address);
+                gone.remove(address);
                 for socket in self.active.get(address).into_iter().flat_map(|g| &g.sockets) {
                     if let Err(error) =
                         listen::tune(socket, frontend.keepalive, frontend.user_timeout)

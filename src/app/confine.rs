@@ -29,8 +29,8 @@
 //! So the old process says in its offer what is in force, and the new one adds nothing
 //! to that.
 
+use super::Failure;
 use super::admin_place::{self, Place};
-use super::{Failure, Predecessor};
 use crate::config::{self, AccessLogTarget, AdminListen, Config, Sandbox};
 use crate::net::confinement::Confinement;
 use crate::net::privileges::{self, CapabilitySet, Identity};
@@ -97,9 +97,18 @@ impl Default for Confined {
     }
 }
 
+/// What the process before says of confinement.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Before<'a> {
+    /// The layers that stand already.
+    pub inherited: &'a [String],
+    /// Where its admin API listens.
+    pub admin: Option<&'a str>,
+}
+
 /// Confines this process by the settings in the file at `path`.
 ///
-/// Without a supervisor the layers of the process `before` stand already.
+/// `before` is what this process has from the one before it.
 ///
 /// # Errors
 /// The configuration is bad; the user cannot be assumed; or `sandbox = "on"` and
@@ -107,9 +116,9 @@ impl Default for Confined {
 pub fn confine(
     path: &Path,
     pid_file: Option<&Path>,
-    before: Option<&Predecessor>,
-    supervised: bool,
+    before: Before<'_>,
 ) -> Result<Confined, Failure> {
+    let Before { inherited, admin: place_before } = before;
     // Only what is needed to become who is to read the rest.
     let Ok(mut config) = config::outline(path) else {
         let problems = config::load(path).err();
@@ -127,7 +136,7 @@ pub fn confine(
     }
     let mut report = Confinement::none("sandbox = \"off\"");
     let identity = identity(&asked)?;
-    let admin = admin_place(&config, identity.as_ref(), before)?;
+    let admin = admin_place(&config, identity.as_ref(), place_before)?;
     config.admin.listen = admin.listen.clone();
     let process = &config.process;
     if let Some(identity) = &identity {
@@ -138,8 +147,6 @@ pub fn confine(
         let _ = privileges::reduce(kept(&config));
     }
     tell_privileges(&mut report, kept(&config));
-    let before = before.filter(|_| !supervised);
-    let inherited = before.map_or(&[][..], Predecessor::confined);
     if process.sandbox != Sandbox::Off || !inherited.is_empty() {
         wall_in(&mut report, &paths(path, pid_file, &config), inherited);
     }
@@ -183,10 +190,10 @@ fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> 
 fn admin_place(
     config: &Config,
     identity: Option<&Identity>,
-    before: Option<&Predecessor>,
+    before: Option<&str>,
 ) -> Result<Place, Failure> {
     if identity.is_none() && config.admin.is_default() {
-        return admin_place::settle(&config.admin, before.and_then(Predecessor::admin_listen));
+        return admin_place::settle(&config.admin, before);
     }
     prepare_directory(config, identity)?;
     Ok(Place { listen: config.admin.listen.clone(), reason: None })

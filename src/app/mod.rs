@@ -45,7 +45,7 @@ mod upkeep;
 mod watchdog;
 
 pub use activation::{Activated, passed};
-pub use confine::{Confined, confine};
+pub use confine::{Before, Confined, confine};
 pub use notify::Notifier;
 pub use supervised::{Supervised, activated_name};
 pub use upgrade::Predecessor;

@@ -21,6 +21,9 @@ use std::time::Duration;
 const WANTED_BACK_MAX: Duration = Duration::from_secs(1);
 const WANTED_BACK_STEP: Duration = Duration::from_millis(10);
 
+/// Why a process that drains reads no file.
+const DRAINS: &str = "this process is draining; the next one reads the file";
+
 impl Control {
     /// Takes up what was written while the file was not watched yet: a process
     /// that takes over must not miss what the one before put off.
@@ -31,8 +34,30 @@ impl Control {
         }
     }
 
-    /// As [`Control::reload`]; while an upgrade is under way, a refusal.
-    pub(super) async fn reload_unless_upgrading(&mut self) -> Result<Reloaded, ReloadError> {
+    /// Whether this process drains, and so reads no file any more: its listeners
+    /// would open again. Says so in the log.
+    pub(super) fn drains_instead(&mut self, asked_by: &str) -> bool {
+        let drains = self.draining.is_some();
+        if drains {
+            self.reloads.refused += 1;
+            tracing::warn!(asked_by, "reload refused: {DRAINS}");
+        }
+        drains
+    }
+
+    /// The same unless it drains; an upgrade under way holds it back.
+    pub(super) async fn reload_asked_by(&mut self, asked_by: &str) {
+        if !self.drains_instead(asked_by) && !self.upgrades.holds_reload() {
+            self.reload_when_told().await;
+        }
+    }
+
+    /// As [`Control::reload`]; while this process drains or an upgrade is under
+    /// way, a refusal.
+    pub(super) async fn reload_on_request(&mut self) -> Result<Reloaded, ReloadError> {
+        if self.drains_instead("admin request") {
+            return Err(ReloadError::NotNow(DRAINS));
+        }
         if !self.upgrades.holds_reload() {
             return self.reload().await;
         }
@@ -54,8 +79,10 @@ impl Control {
             Ok(_) => self.reloads.unchanged += 1,
             Err(refused) => {
                 self.reloads.refused += 1;
-                for Problem { file, line, column, message } in &refused.problems {
-                    tracing::error!("configuration refused: {file}:{line}:{column}: {message}");
+                if let ReloadError::Problems(problems) = refused {
+                    for Problem { file, line, column, message } in problems {
+                        tracing::error!("configuration refused: {file}:{line}:{column}: {message}");
+                    }
                 }
             }
         }
@@ -63,8 +90,8 @@ impl Control {
     }
 
     async fn try_reload(&mut self) -> Result<Reloaded, ReloadError> {
-        let loaded = config::load(&self.path).map_err(|problems| ReloadError {
-            problems: problems.list.iter().map(|it| self.problem(it)).collect(),
+        let loaded = config::load(&self.path).map_err(|problems| {
+            ReloadError::Problems(problems.list.iter().map(|it| self.problem(it)).collect())
         })?;
         let Loaded { config, digest, warnings } = loaded;
         // A new secret may come without a change of the file that names it.
@@ -172,7 +199,7 @@ impl Control {
         let (line, column) = place.unwrap_or((1, 1));
         let message = self.confined.explain(message);
         let file = self.path.display().to_string().into();
-        ReloadError { problems: vec![Problem { file, line, column, message }] }
+        ReloadError::Problems(vec![Problem { file, line, column, message }])
     }
 
     fn problem(&self, from: &config::Problem) -> Problem {

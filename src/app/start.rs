@@ -216,6 +216,7 @@ async fn bring_up(
         restart_needed: Vec::new(),
         session_cap,
         draining: None,
+        leaving: None,
         upgrades: Upgrades::new(starter),
         notifier: std::mem::take(&mut surroundings.notifier),
         supervised: std::mem::take(&mut surroundings.supervised),
@@ -268,8 +269,8 @@ fn listeners(
     mut kept: Kept,
 ) -> Result<Listeners, Failure> {
     let mut binds = Binds::new(workers);
-    let mut activated = surroundings.activated.take().or(kept.activated.take());
-    let mut admin = activated.as_mut().and_then(|passed| passed.take_admin(config));
+    let mut passed = surroundings.activated.take().or_else(|| kept.activated.take());
+    let mut admin = passed.as_mut().and_then(|passed| passed.take_admin(config));
     let settled = match &admin {
         Some(_) => config.admin.clone(),
         None => admin_settled(config, surroundings)?,
@@ -277,7 +278,7 @@ fn listeners(
     if let Some(before) = &mut surroundings.predecessor {
         binds.inherit(before.take_sockets());
         admin = before.take_admin(&settled);
-    } else if let Some(activated) = activated {
+    } else if let Some(activated) = passed {
         binds.inherit(activated.take_sockets(config)?);
     } else {
         admin = kept.take_admin(&settled);

@@ -254,11 +254,11 @@ impl Kept {
         std::mem::take(&mut self.binds)
     }
 
-    /// The admin listener, where it is the one of the configuration.
-    pub(super) fn take_admin(&mut self, admin: &Admin) -> Option<AdminListener> {
+    /// The admin listener, where it is the one that `wanted` names.
+    pub(super) fn take_admin(&mut self, wanted: &Admin) -> Option<AdminListener> {
         let (offered, socket) = self.admin.take()?;
-        (offered.listen == admin.listen.to_string())
-            .then(|| admin::take_over(admin, socket, offered.file))?
+        (offered.listen == wanted.listen.to_string())
+            .then(|| admin::take_over(wanted, socket, offered.file))?
     }
 }
 

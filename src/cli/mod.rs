@@ -14,6 +14,7 @@ pub mod drain;
 pub mod explain;
 pub mod heartbeat;
 mod reach;
+pub mod ready;
 pub mod reload;
 pub mod run;
 pub mod selftest;
@@ -77,6 +78,9 @@ pub enum Command {
     /// comes back, in one process.
     #[command(after_help = "Example:\n  tidegate demo --backends 4 --for 30s")]
     Demo(DemoArgs),
+    /// Say by the exit code whether the running balancer takes new clients.
+    #[command(after_help = ready::HELP)]
+    Ready(ready::ReadyArgs),
     /// Have the running balancer read its configuration again.
     #[command(after_help = "Example:\n  tidegate reload --admin unix:/run/tidegate/admin.sock")]
     Reload(ClientArgs),
@@ -91,8 +95,8 @@ pub enum Command {
     #[command(after_help = "Example:\n  tidegate explain web/10.0.0.11:8080")]
     Explain(DrainArgs),
     /// Give a backend no new sessions; the ones it has run to their end.
-    #[command(after_help = "Example:\n  tidegate drain web/10.0.0.11:8080")]
-    Drain(DrainArgs),
+    #[command(after_help = drain::HELP)]
+    Drain(drain::DrainOrder),
     /// Give a drained backend new sessions again.
     #[command(after_help = "Example:\n  tidegate undrain web/10.0.0.11:8080")]
     Undrain(DrainArgs),
@@ -153,7 +157,7 @@ pub struct DemoArgs {
     pub duration: Duration,
 }
 
-/// `tidegate drain`, `undrain` and `explain`
+/// `tidegate undrain` and `explain`; part of `drain`
 #[derive(Debug, Args)]
 pub struct DrainArgs {
     /// Pool and backend, parted by the first slash.
@@ -187,6 +191,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(args),
         Command::Demo(args) => demo::main(args),
+        Command::Ready(args) => ready::main(&args),
         Command::Reload(args) => reload::main(&args),
         Command::Upgrade(args) => upgrade::main(&args),
         Command::Status(args) => status::main(&args),
@@ -259,7 +264,8 @@ mod tests {
         let Command::Drain(args) = parse(&["drain", "web/unix:/run/a.sock"]).unwrap() else {
             panic!("another command");
         };
-        let (pool, backend) = (args.target.pool.as_str(), args.target.backend.as_str());
+        let target = args.what.target;
+        let (pool, backend) = (target.pool.as_str(), target.backend.as_str());
         assert_eq!((pool, backend), ("web", "unix:/run/a.sock"));
         for wrong in ["web", "/a", "web/", ""] {
             assert_eq!(parse(&["drain", wrong]).unwrap_err().exit_code(), 2, "{wrong}");
@@ -280,6 +286,9 @@ mod tests {
             "upgrade --binary /b --config f --json",
             "status --json --admin unix:/x",
             "drain a/b --admin 127.0.0.1:9900 --json",
+            "drain a/b --wait",
+            "drain --wait=30s a/b",
+            "ready --admin unix:/x",
             "explain a/b --admin 127.0.0.1:9900 --json",
             "undrain a/b --admin [::1]:9900 --token-file t",
             "shutdown --admin localhost:9900",
@@ -303,6 +312,8 @@ mod tests {
             "demo --for soon",
             "demo --backends 0",
             "drain",
+            "drain a/b --wait=0s",
+            "drain a/b --wait=soon",
             "heartbeat",
             "heartbeat --to 10.0.0.5 --pool p --address 10.0.0.1:80 --key-id 1 --key-file f",
             "heartbeat --to 10.0.0.5:7 --pool p --address 0.0.0.0:80 --key-id 1 --key-file f",

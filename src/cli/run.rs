@@ -7,7 +7,7 @@
 
 use super::{Exit, RunArgs};
 use crate::app::{
-    self, Activated, Failure, Notifier, Options, Predecessor, Supervised, Surroundings,
+    self, Activated, Before, Failure, Notifier, Options, Predecessor, Supervised, Surroundings,
 };
 use crate::net::handover;
 use crate::supervisor::program::Program;
@@ -83,8 +83,9 @@ fn supervised_surroundings(
 ) -> Result<Surroundings, Failure> {
     let predecessor = Predecessor::greet()?;
     let notifier = Notifier::to_supervisor(Arc::clone(link));
+    let place = predecessor.as_ref().and_then(Predecessor::admin_listen);
     // Before there are threads. The process before was confined by itself alone.
-    let confined = app::confine(&args.config, None, predecessor.as_ref(), true)?;
+    let confined = app::confine(&args.config, None, Before { inherited: &[], admin: place })?;
     Ok(Surroundings { predecessor, supervised, notifier, confined, ..Surroundings::default() })
 }
 
@@ -97,8 +98,12 @@ fn single_surroundings(args: &RunArgs) -> Result<Surroundings, Failure> {
         .ok();
     let notifier = Notifier::from_environment();
     let pid_file = args.pid_file.clone();
+    let before = Before {
+        inherited: predecessor.as_ref().map_or(&[][..], Predecessor::confined),
+        admin: predecessor.as_ref().and_then(Predecessor::admin_listen),
+    };
     // Before there are threads, and before anything else is opened.
-    let confined = app::confine(&args.config, pid_file.as_deref(), predecessor.as_ref(), false)?;
+    let confined = app::confine(&args.config, pid_file.as_deref(), before)?;
     let supervised = Supervised::default();
     Ok(Surroundings { predecessor, activated, supervised, program, notifier, pid_file, confined })
 }

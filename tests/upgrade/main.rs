@@ -19,6 +19,7 @@ mod common;
 mod broken;
 mod continuity;
 mod crash;
+mod elsewhere;
 mod heartbeats;
 mod manager;
 mod selftest;

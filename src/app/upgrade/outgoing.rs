@@ -156,12 +156,13 @@ fn run(
             let _ = to_control.send(Progress::Failed(why));
         }
         Ok((hello, ready)) => {
+            let level = hello.level;
             let (commit, word) = sync::sync_channel(1);
             let (tell, served) = oneshot::channel();
             let (tell_end, ended) = oneshot::channel();
             let at = AtTheReady { hello, ready, commit, served, ended };
             let _ = to_control.send(Progress::Ready(Box::new(at)));
-            match until_serving(&channel, &word, deadline) {
+            match until_serving(&channel, &word, level, deadline) {
                 Err(trouble) => {
                     let _ = tell.send(Err(explain(&mut process, &tail, trouble)));
                 }
@@ -205,10 +206,11 @@ fn until_ready(
 fn until_serving(
     channel: &Channel,
     word: &sync::Receiver<Commit>,
+    level: u16,
     deadline: Instant,
 ) -> Result<(), Trouble> {
     let commit = word.recv().map_err(|_| Trouble::CalledOff)?;
-    message::send(channel, &commit, &[], deadline)?;
+    message::send_known(channel, commit, level, deadline)?;
     tracing::debug!("new process has been told to take over");
     let Serving {} = message::receive(channel, deadline)?;
     Ok(())
