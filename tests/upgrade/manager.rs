@@ -16,6 +16,22 @@ on_every_engine!(
     a_passed_socket_nobody_asks_for_is_an_error,
 );
 
+/// Where systemd is installed, by its own judgement.
+#[test]
+fn the_unit_that_comes_along_is_one_for_systemd_252() {
+    let unit = include_str!("../../config/tidegate.service");
+    assert!(unit.contains("\nType=notify\n") && unit.contains("\nNotifyAccess=main\n"));
+    assert!(unit.contains("\nExecStart=/usr/bin/tidegate run "));
+    let Some(analyze) = crate::common::servers::find("systemd-analyze") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tidegate.service");
+    // A program that is there.
+    std::fs::write(&path, unit.replace("/usr/bin/tidegate ", "/bin/true ")).unwrap();
+    let output = std::process::Command::new(analyze).arg("verify").arg(&path).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !said.contains("tidegate.service"), "{said}");
+}
+
 /// The manager's end of the notifications.
 struct Manager(UnixDatagram);
 
