@@ -10,7 +10,7 @@ use crate::admin::{self, AdminListener};
 use crate::config::{AdminListen, Config};
 use crate::net::handover;
 use socket2::Socket;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -79,9 +79,9 @@ impl Activated {
         self,
         config: &Config,
     ) -> Result<BTreeMap<SocketAddr, Group>, Failure> {
-        let wanted = |address: &SocketAddr| {
-            config.frontends.iter().any(|frontend| frontend.binds.contains(address))
-        };
+        let binds: HashSet<&SocketAddr> =
+            config.frontends.iter().flat_map(|frontend| &frontend.binds).collect();
+        let wanted = |address: &SocketAddr| binds.contains(address);
         let mut groups: BTreeMap<SocketAddr, Group> = BTreeMap::new();
         let mut unmatched = Vec::new();
         for passed in self.0 {

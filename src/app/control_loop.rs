@@ -9,7 +9,7 @@ use super::admin_api::AdminApi;
 use super::asked::Asked;
 use super::binds::Binds;
 use super::confine::Confined;
-use super::drain::Draining;
+use super::drain::{Draining, Leaving};
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::notify::Notifier;
@@ -99,6 +99,8 @@ pub(super) struct Control {
     pub(super) session_cap: SessionCap,
     pub(super) transitions: TransitionLog,
     pub(super) draining: Option<Draining>,
+    /// `None` once it drains.
+    pub(super) leaving: Option<Leaving>,
     pub(super) upgrades: Upgrades,
     pub(super) notifier: Notifier,
     pub(super) supervised: Supervised,
@@ -162,15 +164,10 @@ impl Control {
                     tracing::warn!("second signal: exiting at once");
                     return Exit::Forced;
                 }
-                Woken::Signal(Caught::Stop(name)) => self.begin_drain(name),
-                Woken::Signal(Caught::Reload) => {
-                    if self.draining.is_none() && !self.upgrades.holds_reload() {
-                        self.ask_for_reload(None).await;
-                    }
-                }
+                Woken::Signal(Caught::Stop(name)) => self.told_to_stop(name),
+                Woken::Signal(Caught::Reload) => self.reload_by_signal().await,
                 Woken::FileComplete => self.file_is_complete().await,
                 Woken::AskedTooLong => self.refuse_asked(),
-
                 Woken::Signal(Caught::Upgrade) => self.begin_upgrade(Wish::default(), None, None),
                 Woken::Upgrade(event) => self.upgrade_event(event).await,
                 Woken::Beat => self.beat(),
@@ -219,8 +216,9 @@ impl Control {
         let snapshot_due = self.supervised.next_write(now);
         let beat_due = self.notifier.next_beat(now);
         let watch_due = self.watchdog.next_look();
-        let drain_due = self.draining.as_ref().map_or(now + FAR, Draining::next_look);
         let asked_due = self.asked.due().unwrap_or(now + FAR);
+        let leave_due = self.leaving.map(|leaving| leaving.until);
+        let drain_due = self.draining.as_ref().map(Draining::next_look).or(leave_due);
         tokio::select! {
             caught = self.signals.next() => Woken::Signal(caught),
             Some(request) = inbox.recv() => Woken::Request(request),
@@ -238,7 +236,7 @@ impl Control {
             () = tokio::time::sleep_until(due.into()) => Woken::Due,
             () = tokio::time::sleep_until(upkeep_due.into()) => Woken::Upkeep,
             () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => Woken::Retiring,
-            () = tokio::time::sleep_until(drain_due.into()), if self.draining.is_some() => {
+            () = tokio::time::sleep_until(drain_due.unwrap_or(now + FAR).into()) => {
                 Woken::DrainStep
             }
         }
@@ -372,6 +370,7 @@ impl Control {
                     for worker in &self.workers {
                         worker.mailbox.send(Command::CutBackend(backend, Cause::BackendRemoved));
                     }
+                    self.order_cut(backend);
                 }
             }
         }
@@ -408,6 +407,9 @@ impl Control {
             Request::SetIntent { pool, backend, intent, reply } => {
                 self.feed([]);
                 let done = self.controller.set_intent(&pool, &backend, intent, clock::now());
+                if done.is_ok() {
+                    self.order_intent(&pool, &backend, intent);
+                }
                 let done = done.map(|effects| self.perform(effects));
                 self.supervised.write_intents(&self.controller);
                 let _ = reply.send(done);
@@ -417,7 +419,7 @@ impl Control {
                 let _ = reply.send(self.order_fault(&place, worker, millis));
             }
             Request::Shutdown(reply) => {
-                self.begin_drain("admin request");
+                self.leave("admin request");
                 let _ = reply.send(());
             }
         }
@@ -456,15 +458,15 @@ impl Control {
             engine_reason: &self.engine_reason,
             now,
             uptime: now - self.started,
-            state: match self.draining {
-                None => ServiceState::Serving,
-                Some(_) => ServiceState::Draining,
+            state: match self.draining.is_none() && self.leaving.is_none() {
+                true => ServiceState::Serving,
+                false => ServiceState::Draining,
             },
             reloads: self.reloads,
             transitions_unlogged: rarities.unlogged,
             upgrades: self.upgrades.counts(),
             table_serial: table.serial,
-            connections_active: self.shared.in_flight.get(),
+            connections_active: self.sessions(),
             connections_max: table.connections_max,
             warnings: &warnings,
             confinement: &self.confined.report,

@@ -88,6 +88,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             pin: false,
             engine: EngineChoice::Auto,
             spin: None,
+            leave_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             upgrade_timeout: Duration::from_secs(30),
             connections_max: 1000,
@@ -105,6 +106,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
         frontends: vec![Frontend {
             name: "in".into(),
             binds: vec![([127, 0, 0, 1], 80).into()],
+            bind_options: Default::default(),
             pool: Arc::clone(&pools[0].name),
             first_byte_timeout: None,
             idle_timeout: None,

@@ -145,8 +145,9 @@ impl TestProxy {
         (path, Some(dir))
     }
 
+    /// The same with this query.
     #[track_caller]
-    fn upgrade_with(&mut self, query: &str) -> u32 {
+    pub fn upgrade_with(&mut self, query: &str) -> u32 {
         let answer = self.try_upgrade(query);
         assert_eq!(answer.status, 200, "{}\n{}", answer.body, self.log());
         let before = self.pid();

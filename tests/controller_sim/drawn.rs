@@ -106,6 +106,7 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
     let frontends = pools.iter().enumerate().map(|(index, pool)| Frontend {
         name: format!("f{index}").into(),
         binds: vec![([127, 0, 0, 1], 80 + index as u16).into()],
+        bind_options: Default::default(),
         pool: Arc::clone(&pool.name),
         first_byte_timeout: None,
         idle_timeout: None,
@@ -121,6 +122,7 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
             pin: false,
             engine: EngineChoice::Auto,
             spin: None,
+            leave_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             upgrade_timeout: Duration::from_secs(30),
             connections_max: 1000,

@@ -9,6 +9,7 @@ use super::message::{self, Commit, Hello, MessageError, Offer, PROTOCOL, Ready, 
 use super::process::{NotStarted, Process, Start};
 use crate::clock;
 use crate::net::handover::{Channel, ChannelError};
+use crate::net::signals;
 use socket2::Socket;
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Write};
@@ -130,6 +131,8 @@ fn run(
     other: OwnedFd,
     to_control: &mpsc::UnboundedSender<Progress>,
 ) {
+    // The new process begins without them, too: none may end it before it obeys them.
+    signals::hold_back();
     let deadline = clock::now() + attempt.timeout;
     let tail = Tail::default();
     let Attempt { start, offer, admin, sockets, heartbeats, .. } = attempt;
@@ -153,12 +156,13 @@ fn run(
             let _ = to_control.send(Progress::Failed(why));
         }
         Ok((hello, ready)) => {
+            let level = hello.level;
             let (commit, word) = sync::sync_channel(1);
             let (tell, served) = oneshot::channel();
             let (tell_end, ended) = oneshot::channel();
             let at = AtTheReady { hello, ready, commit, served, ended };
             let _ = to_control.send(Progress::Ready(Box::new(at)));
-            match until_serving(&channel, &word, deadline) {
+            match until_serving(&channel, &word, level, deadline) {
                 Err(trouble) => {
                     let _ = tell.send(Err(explain(&mut process, &tail, trouble)));
                 }
@@ -202,10 +206,11 @@ fn until_ready(
 fn until_serving(
     channel: &Channel,
     word: &sync::Receiver<Commit>,
+    level: u16,
     deadline: Instant,
 ) -> Result<(), Trouble> {
     let commit = word.recv().map_err(|_| Trouble::CalledOff)?;
-    message::send(channel, &commit, &[], deadline)?;
+    message::send_known(channel, commit, level, deadline)?;
     tracing::debug!("new process has been told to take over");
     let Serving {} = message::receive(channel, deadline)?;
     Ok(())
