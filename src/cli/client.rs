@@ -97,7 +97,7 @@ pub fn ask_within(
     })
 }
 
-fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
+pub(super) fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         ClientError::Request(format!("cannot read the token file {}: {error}", path.display()))
     })?;
@@ -253,7 +253,9 @@ fn refusal(value: &Value) -> String {
         let file = problem["file"].as_str()?;
         let (line, column) = (problem["line"].as_u64()?, problem["column"].as_u64()?);
         let message = problem["message"].as_str()?;
-        Some(format!("{file}:{line}:{column}: error: {message}"))
+        let plain = || format!("{file}:{line}:{column}: error: {message}");
+        // An older balancer sends no rendered text.
+        Some(problem["rendered"].as_str().map_or_else(plain, |text| format!("{text}\n")))
     };
     let problems = value["problems"].as_array().into_iter().flatten();
     let mut lines: Vec<String> = problems.filter_map(problem).collect();
@@ -346,6 +348,13 @@ mod tests {
             "problems": [{"file": "t.toml", "line": 3, "column": 7, "message": "no such pool"}],
         });
         assert_eq!(refusal(&value), "t.toml:3:7: error: no such pool\ntidegate: refused");
+        let rendered = "t.toml:3:7: error: no such pool\n3 | pool = \"x\"";
+        let value = json!({
+            "error": "refused", "detail": "1 problem",
+            "problems": [{"file": "t.toml", "line": 3, "column": 7, "message": "no such pool",
+                          "rendered": rendered}],
+        });
+        assert_eq!(refusal(&value), format!("{rendered}\n\ntidegate: refused"));
         let value = json!({"error": "unknown pool", "detail": "no pool is named \"x\""});
         assert_eq!(refusal(&value), "tidegate: unknown pool: no pool is named \"x\"");
     }

@@ -83,7 +83,7 @@ pub enum Command {
     Demo(DemoArgs),
     /// Say by the exit code whether the running balancer takes new clients.
     #[command(after_help = ready::HELP)]
-    Ready(ready::ReadyArgs),
+    Ready(ClientArgs),
     /// Have the running balancer read its configuration again.
     #[command(after_help = "Example:\n  tidegate reload --admin unix:/run/tidegate/admin.sock")]
     Reload(ClientArgs),
@@ -146,8 +146,11 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 pub struct CheckArgs {
     /// Configuration file (TOML).
+    #[arg(value_name = "FILE", required_unless_present = "config", conflicts_with = "config")]
+    pub file: Option<PathBuf>,
+    /// The same, as `run` takes it.
     #[arg(long, short, value_name = "FILE")]
-    pub config: PathBuf,
+    pub config: Option<PathBuf>,
 }
 
 /// `tidegate demo`
@@ -287,6 +290,7 @@ mod tests {
             "stop --admin unix:/x",
             "status --config f",
             "check --config f",
+            "check f",
             "demo",
             "demo --backends 5 --for 1m",
             "demo --for 5s --play 10m",
