@@ -17,6 +17,7 @@ use crate::net::stream::{self, Connecting, Peer};
 use crate::table::state::BackendState;
 use crate::table::ways::Way;
 use crate::table::{NoBackend, PoolTable, Reserved};
+use crate::telemetry::access_log::Try;
 use crate::telemetry::counters::{LocalAt, LocalError};
 use std::io;
 use std::net::IpAddr;
@@ -73,7 +74,13 @@ pub(super) struct Attempts {
     pub(super) queued: bool,
     /// Whom the newest attempt went to.
     pub(super) last: Option<Arc<BackendState>>,
+    /// `None` while none failed: most sessions keep no room for it.
+    tries: Option<Box<Tries>>,
 }
+
+/// Attempts that failed; at most `connect_attempts`.
+#[derive(Debug, Default)]
+struct Tries(Vec<Try>);
 
 /// Why one attempt came to nothing.
 enum Failed {
@@ -98,7 +105,9 @@ pub(super) async fn dial(
     loop {
         let reserved = match choice {
             Ok(reserved) => reserved,
-            Err(NoBackend::NoneEligible | NoBackend::Exhausted) => return Err(why),
+            Err(NoBackend::NoneEligible | NoBackend::Undecided | NoBackend::Exhausted) => {
+                return Err(why);
+            }
             Err(NoBackend::AtCapacity) => {
                 // Boxed, as rare: the room would be every session's otherwise.
                 attempts.queued = true;
@@ -129,9 +138,11 @@ pub(super) async fn dial(
             Err(Failed::Over(ending)) => return Err(ending),
             Err(Failed::Blamed(failure, errno)) => {
                 held.decide(TrialPhase::Failed);
+                attempts.note(held.backend(), failure.name(), errno, started);
                 why = blame(ctx, held.backend(), failure, errno, started);
             }
             Err(Failed::Local(kind, errno)) => {
+                attempts.note(held.backend(), kind.name(), errno, started);
                 let error = io::Error::from_raw_os_error(errno);
                 ctx.local_trouble(kind, LocalAt::Connect, &error);
                 why = local_ending(Phase::Connect, &error);
@@ -304,6 +315,24 @@ impl Tried {
 // === impl Attempts ===
 
 impl Attempts {
+    /// Notes that the backend reset the connection, which stood since then, before a
+    /// word was said.
+    pub(super) fn note_reset(&mut self, held: &Held, errno: i32, since: Instant) {
+        self.tried.push(held.index());
+        self.note(held.backend(), ConnectFailure::EarlyReset.name(), errno, since);
+    }
+
+    /// Notes that an attempt failed.
+    fn note(&mut self, backend: &BackendState, failure: &'static str, errno: i32, begun: Instant) {
+        let (backend, took) = (Arc::clone(&backend.name), clock::now() - begun);
+        self.tries.get_or_insert_default().0.push(Try { backend, failure, errno, took });
+    }
+
+    /// Those that failed, for the session's record.
+    pub(super) fn failed(&self) -> Vec<Try> {
+        self.tries.as_ref().map_or_else(Vec::new, |tries| tries.0.clone())
+    }
+
     /// Where a session stands that is not connected yet.
     pub(super) fn phase(&self) -> Phase {
         match self.count {
@@ -364,7 +393,7 @@ impl Held {
     }
 
     /// Its backend's place in the pool.
-    pub(super) fn index(&self) -> usize {
+    fn index(&self) -> usize {
         self.reserved.as_ref().map_or(usize::MAX, |reserved| reserved.index)
     }
 

@@ -58,6 +58,7 @@ pub(super) struct Story {
     /// `None` once it is accounted for.
     ctx: Option<Rc<Context>>,
     started: Instant,
+    number: u64,
     client: SocketAddr,
     /// Generation of the table it is routed by.
     generation: u64,
@@ -222,6 +223,7 @@ impl Session {
         drop(relay);
         if relayed.untouched && story.has_another_try() {
             held.reset_unused(story.ctx(), since);
+            story.attempts.note_reset(&held, relayed.ending.errno, since);
             return Some(story.try_another(slots, held, relayed));
         }
         let Relayed { ending, bytes, .. } = relayed;
@@ -290,6 +292,7 @@ impl Story {
         Story {
             ctx: Some(Rc::clone(ctx)),
             started: clock::now(),
+            number: ctx.next_session(),
             client,
             generation,
             route: Arc::clone(route),
@@ -356,9 +359,8 @@ impl Story {
     }
 
     /// Leaves its backend, which has never heard of it, for another.
-    fn try_another(mut self, slots: Slots, held: Held, relayed: Relayed) -> Another {
+    fn try_another(self, slots: Slots, held: Held, relayed: Relayed) -> Another {
         let [client, _] = relayed.sockets;
-        self.attempts.tried.push(held.index());
         // Before the next pick: its slot may be what that needs.
         drop(held);
         let opened = self.ctx().engine.open(client);
@@ -427,7 +429,7 @@ impl Story {
         let backend = &self.attempts.last;
         SessionRecord {
             time: clock::wall(),
-            session: ctx.next_session(),
+            session: self.number,
             worker: ctx.id as u32,
             generation: self.generation,
             frontend: Some(Arc::clone(&self.route.state.name)),
@@ -442,6 +444,7 @@ impl Story {
             errno: (ending.errno != 0).then_some(ending.errno),
             closed_first: ending.closed_first.map(Side::name),
             attempts: u32::from(self.attempts.count),
+            tries: self.attempts.failed(),
             bytes_in: totals.bytes.bytes_in,
             bytes_out: totals.bytes.bytes_out,
             bytes_undelivered: totals.bytes.undelivered,

@@ -12,7 +12,7 @@ pub mod ways;
 use crate::balance::trial::{TrialId, TrialPhase};
 use crate::balance::{Balancer, PickError, PickKey};
 use crate::config;
-use state::{BackendState, FrontendState};
+use state::{BackendState, FrontendId, FrontendState};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -32,6 +32,8 @@ pub struct Table {
     /// In file order.
     pub pools: Vec<Arc<PoolTable>>,
     by_bind: HashMap<SocketAddr, Arc<FrontendRoute>>,
+    /// Positions in `frontends`.
+    by_id: HashMap<FrontendId, usize>,
 }
 
 /// A frontend and the pool it routes to.
@@ -57,6 +59,8 @@ pub struct PoolTable {
     /// Over `serving`; `None` when nobody may serve. Tables in a row share it
     /// while it would come out the same.
     pub balancer: Option<Arc<Balancer>>,
+    /// Nobody serves, and a first verdict is due: clients wait for it.
+    pub undecided: bool,
 }
 
 /// A chosen backend whose in-flight count was raised; dropping it lowers the
@@ -74,6 +78,8 @@ pub struct Reserved {
 pub enum NoBackend {
     /// Nobody is eligible.
     NoneEligible,
+    /// Nobody is yet, and a first verdict is due.
+    Undecided,
     /// Everybody in service was tried already.
     Exhausted,
     /// Whoever is untried is at its cap.
@@ -93,6 +99,7 @@ impl Table {
             frontends: Vec::new(),
             pools: Vec::new(),
             by_bind: HashMap::new(),
+            by_id: HashMap::new(),
         }
     }
 
@@ -104,7 +111,8 @@ impl Table {
 
     /// What has become of the frontend with that state; `None` where it has left.
     pub fn frontend(&self, state: &Arc<FrontendState>) -> Option<&Arc<FrontendRoute>> {
-        self.frontends.iter().find(|route| Arc::ptr_eq(&route.state, state))
+        let route = self.frontends.get(*self.by_id.get(&state.id)?)?;
+        Arc::ptr_eq(&route.state, state).then_some(route)
     }
 }
 
@@ -113,7 +121,10 @@ impl Table {
 impl PoolTable {
     /// Chooses a backend outside `tried` (positions in `serving`).
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<Reserved, NoBackend> {
-        let balancer = self.balancer.as_ref().ok_or(NoBackend::NoneEligible)?;
+        let Some(balancer) = &self.balancer else {
+            let due = self.undecided;
+            return Err(if due { NoBackend::Undecided } else { NoBackend::NoneEligible });
+        };
         match balancer.pick(key, tried) {
             Ok(index) => {
                 let backend = Arc::clone(&self.serving[index]);
