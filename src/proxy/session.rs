@@ -16,7 +16,6 @@ use super::relay::{Bytes, Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
 use crate::config::Policy;
-use crate::health::ConnectFailure;
 use crate::net::{errno, stream};
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
@@ -224,7 +223,8 @@ impl Session {
         drop(relay);
         if relayed.untouched && story.has_another_try() {
             held.reset_unused(story.ctx(), since);
-            return Some(story.try_another(slots, held, relayed, since));
+            story.attempts.note_reset(&held, relayed.ending.errno, since);
+            return Some(story.try_another(slots, held, relayed));
         }
         let Relayed { ending, bytes, .. } = relayed;
         let first_byte = relayed.first_byte.map(|at| at.saturating_duration_since(since));
@@ -359,17 +359,8 @@ impl Story {
     }
 
     /// Leaves its backend, which has never heard of it, for another.
-    fn try_another(
-        mut self,
-        slots: Slots,
-        held: Held,
-        relayed: Relayed,
-        since: Instant,
-    ) -> Another {
+    fn try_another(self, slots: Slots, held: Held, relayed: Relayed) -> Another {
         let [client, _] = relayed.sockets;
-        let (failure, errno) = (ConnectFailure::EarlyReset.name(), relayed.ending.errno);
-        self.attempts.note(held.backend(), failure, errno, since);
-        self.attempts.tried.push(held.index());
         // Before the next pick: its slot may be what that needs.
         drop(held);
         let opened = self.ctx().engine.open(client);
