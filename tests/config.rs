@@ -228,7 +228,7 @@ fn unfit_key_files_are_problems_at_their_place() {
     for (secret, mode, why) in [
         (&[7; 32][..], 0o640, "is open to others than its owner (mode 0640)"),
         (&[7; 31][..], 0o600, "holds 31 bytes; 32 to 1024 are needed"),
-        (&[7; 5000][..], 0o600, "holds more than 1025 bytes; 32 to 1024 are needed"),
+        (&[7; 5000][..], 0o600, "holds more than 1024 bytes; 32 to 1024 are needed"),
     ] {
         let (_directory, path) = with_key(secret, mode);
         let problems = config::load(&path).unwrap_err();
@@ -300,6 +300,7 @@ fn problems_serialise_with_their_place_and_message() {
             "line": 1,
             "column": 10,
             "message": problems.list[0].message,
+            "help": "is the file complete?",
         }])
     );
 }

@@ -93,7 +93,7 @@ impl Control {
             file.display()
         );
         tracing::error!(held_for = ?HELD_MAX, "reload refused: {why}");
-        let refused = self.refuse("", why);
+        let refused = self.refuse(why);
         self.reloads.refused += 1;
         self.notifier.reloading();
         self.notifier.ready();

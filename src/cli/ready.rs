@@ -4,8 +4,8 @@
 //! blocking exchange without a runtime.
 
 use super::Exit;
-use super::client::Address;
-use clap::Args;
+use super::client::{Address, ClientArgs, read_token, report};
+use super::reach::Reached;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -19,17 +19,6 @@ Example:
 Exit codes: 0 ready; 3 not ready (starting, leaving, draining, a stalled worker),
 or nobody answers.";
 
-/// `tidegate ready`
-#[derive(Debug, Args)]
-pub struct ReadyArgs {
-    /// Admin address: unix:PATH or IP:PORT.
-    #[arg(long, value_name = "ADDR", default_value = "unix:/run/tidegate/admin.sock")]
-    pub admin: Address,
-    /// Print the API's JSON.
-    #[arg(long)]
-    pub json: bool,
-}
-
 /// For each of connect, write and read: a balancer that is ready needs a
 /// thousandth of it.
 const STEP_MAX: Duration = Duration::from_secs(2);
@@ -37,14 +26,22 @@ const STEP_MAX: Duration = Duration::from_secs(2);
 /// The answer is a line of JSON.
 const ANSWER_BYTES_MAX: u64 = 64 * 1024;
 
-const REQUEST: &[u8] = b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
-
 /// Asks once.
-pub fn main(args: &ReadyArgs) -> Exit {
-    let answer = match ask(&args.admin) {
+pub fn main(args: &ClientArgs) -> Exit {
+    let refused = |error| report(args, Err(error), |_| String::new());
+    let reached = match Reached::balancer(args) {
+        Ok(reached) => reached,
+        Err(error) => return refused(error),
+    };
+    let token = args.token_file.as_deref().or(reached.token_file.as_deref());
+    let request = match token.map(read_token).transpose() {
+        Ok(token) => request(token.as_deref()),
+        Err(error) => return refused(error),
+    };
+    let answer = match ask_first(&reached.places, &request) {
         Ok(answer) => answer,
-        Err(error) => {
-            complain(&format!("cannot reach the balancer at {}: {error}", args.admin));
+        Err(why) => {
+            complain(&format!("cannot reach the balancer: {why}"));
             return Exit::Failed;
         }
     };
@@ -62,10 +59,22 @@ pub fn main(args: &ReadyArgs) -> Exit {
             Exit::Failed
         }
         _ => {
-            complain(&format!("what answers at {} is not the admin API", args.admin));
+            complain("what answers is not the admin API");
             Exit::Failed
         }
     }
+}
+
+/// Asks at the first place where somebody is; else why nobody is.
+fn ask_first(places: &[Address], request: &str) -> Result<String, String> {
+    let mut why = Vec::new();
+    for place in places {
+        match ask(place, request) {
+            Ok(answer) => return Ok(answer),
+            Err(error) => why.push(format!("{place}: {error}")),
+        }
+    }
+    Err(why.join("; "))
 }
 
 fn complain(text: &str) {
@@ -73,25 +82,30 @@ fn complain(text: &str) {
     let _ = writeln!(io::stderr(), "tidegate: {}", super::client::printable(text));
 }
 
-fn ask(address: &Address) -> io::Result<String> {
+fn request(token: Option<&str>) -> String {
+    let token = token.map_or_else(String::new, |it| format!("Authorization: Bearer {it}\r\n"));
+    format!("GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{token}\r\n")
+}
+
+fn ask(address: &Address, request: &str) -> io::Result<String> {
     match address {
         Address::Unix(path) => {
             let stream = UnixStream::connect(path)?;
             stream.set_read_timeout(Some(STEP_MAX))?;
             stream.set_write_timeout(Some(STEP_MAX))?;
-            exchange(&stream)
+            exchange(&stream, request)
         }
         Address::Tcp(address) => {
             let stream = TcpStream::connect_timeout(address, STEP_MAX)?;
             stream.set_read_timeout(Some(STEP_MAX))?;
             stream.set_write_timeout(Some(STEP_MAX))?;
-            exchange(&stream)
+            exchange(&stream, request)
         }
     }
 }
 
-fn exchange(mut stream: impl Read + Write) -> io::Result<String> {
-    stream.write_all(REQUEST)?;
+fn exchange(mut stream: impl Read + Write, request: &str) -> io::Result<String> {
+    stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer)?;
     Ok(String::from_utf8_lossy(&answer).into_owned())

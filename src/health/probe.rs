@@ -119,7 +119,8 @@ async fn attempt(
             converse(stream, kind, address, stage).await
         }
         BackendAddress::Unix(path) => {
-            let stream = UnixStream::connect(path).await.map_err(connect_fault)?;
+            let stream =
+                UnixStream::connect(stream::unix_name(path)).await.map_err(connect_fault)?;
             converse(stream, kind, address, stage).await
         }
     }

@@ -403,6 +403,7 @@ impl Control {
         let (workers, own) = (&self.counters, &self.local);
         let mut counts = Counts::save(workers, own, self.reloads, upgrades, heartbeats);
         counts.rarities = self.rarities();
+        counts.session_numbers = self.shared.numbers.for_next_process();
         let estimates = self.estimates(&state);
         Commit { counts, latency, state, estimates, parts: 0 }
     }
@@ -424,6 +425,7 @@ impl Control {
 
     /// Goes on with what the process before knew when it gave the word.
     pub(super) fn take_over(&mut self, known: &Commit) {
+        self.shared.numbers.continue_from(known.counts.session_numbers);
         let effects = self.controller.adopt(&known.state, clock::now());
         self.perform(effects);
         self.reloads = known.counts.reloads();

@@ -17,7 +17,7 @@ use crate::config::address;
 use crate::config::file::{Field, Named, Section};
 use crate::config::value::{self, Complaint, SLOW_START, shown};
 use crate::config::{
-    Backend, BackendAddress, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, Pool, WEIGHT_MAX,
+    Backend, BackendAddress, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, Pool, Spot, WEIGHT_MAX,
     WhenNoneEligible,
 };
 
@@ -155,6 +155,7 @@ fn sources(pool: &Section<'_, '_>) -> Arc<[IpAddr]> {
             pool.report.error(one.span(), Complaint::new(message));
             break;
         }
+        pool.report.keep(Spot::Source(*one.get_ref()), Some(one.span()));
         sources.push(*one.get_ref());
     }
     sources.into()
