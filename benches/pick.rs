@@ -186,6 +186,7 @@ fn states(count: usize) -> Vec<Arc<BackendState>> {
 fn spec(balance: Policy) -> Arc<config::Pool> {
     Arc::new(config::Pool {
         name: "web".into(),
+        hash_slots: config::HASH_SLOTS,
         balance,
         source: [].into(),
         connect_timeout: Duration::from_secs(5),
@@ -226,7 +227,8 @@ fn input(
             in_service: true,
         })
         .collect();
-    let pools = vec![PoolInput { spec: Arc::clone(spec), backends }];
+    let pools =
+        vec![PoolInput { spec: Arc::clone(spec), backends, stand_ins: vec![], undecided: false }];
     Input { generation: 1, serial: 1, connections_max: 0, frontends: Vec::new(), pools }
 }
 

@@ -15,6 +15,8 @@ mod drawn;
 mod heartbeats;
 #[path = "controller_sim/model.rs"]
 mod model;
+#[path = "controller_sim/settling.rs"]
+mod settling;
 
 use drawn::{millis, random_config};
 use fastrand::Rng;
@@ -39,6 +41,7 @@ struct Seen {
     suspects: u64,
     trials_passed: u64,
     trials_failed: u64,
+    stood_in: u64,
 }
 
 struct Sim {
@@ -319,14 +322,18 @@ impl Sim {
         assert_eq!(table.pools.len(), self.model.pools.len());
         for (pool, expected) in table.pools.iter().zip(&self.model.pools) {
             let serving: Vec<BackendId> = pool.serving.iter().map(|s| s.id).collect();
+            assert_eq!(pool.undecided, serving.is_empty() && expected.settling.is_some());
+            self.seen.stood_in += u64::from(
+                pool.serving.iter().any(|s| !expected.backends.iter().any(|b| b.id == s.id)),
+            );
             assert_eq!(serving, expected.serving(), "pool {}: {expected:#?}", pool.spec.name);
         }
         if published && !configured {
-            let standing = |table: &Table| -> Vec<Vec<(BackendId, u32)>> {
+            let standing = |table: &Table| -> Vec<(bool, Vec<(BackendId, u32)>)> {
                 let pool = |p: &Arc<PoolTable>| {
                     let candidates = p.balancer.iter().flat_map(|b| b.candidates());
                     let weights = candidates.map(|candidate| candidate.weight);
-                    p.serving.iter().map(|s| s.id).zip(weights).collect()
+                    (p.undecided, p.serving.iter().map(|s| s.id).zip(weights).collect())
                 };
                 table.pools.iter().map(pool).collect()
             };
@@ -463,10 +470,11 @@ fn the_controller_does_what_the_model_says_whatever_happens() {
         let _guard = SeedGuard(seed);
         let (_, seen) = Sim::run(seed, start);
         all.suspects += seen.suspects;
+        all.stood_in += seen.stood_in;
         all.trials_passed += seen.trials_passed;
         all.trials_failed += seen.trials_failed;
     }
-    let least = all.suspects.min(all.trials_passed).min(all.trials_failed);
+    let least = all.suspects.min(all.trials_passed).min(all.trials_failed).min(all.stood_in);
     assert!(!many || least > 50, "hardly ever seen: {all:?}");
 }
 

@@ -143,11 +143,11 @@ fn answer(request: Request, refuses: bool) -> Request {
             let _ = reply.send(if refuses { Err(refused) } else { Ok(reloaded) });
             Request::Reload(nobody())
         }
-        Request::Upgrade { binary, config, reply } => {
+        Request::Upgrade { binary, config, asked_over, reply } => {
             let upgraded = Upgraded { pid: 1, version: "1".to_owned(), generation: 2 };
             let refused = UpgradeError::Refused("not now".to_owned());
             let _ = reply.send(if refuses { Err(refused) } else { Ok(upgraded) });
-            Request::Upgrade { binary, config, reply: nobody() }
+            Request::Upgrade { binary, config, asked_over, reply: nobody() }
         }
     }
 }

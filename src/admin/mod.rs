@@ -8,7 +8,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /live` | 200 while the API answers at all |
-//! | `GET /ready` | 200 when serving, 503 while starting or draining, or while a worker is stalled |
+//! | `GET /ready` | 200 when serving, 503 while starting or draining, while a worker is stalled, or while a pool waits for its first verdict |
 //! | `GET /metrics` | Prometheus text 0.0.4 ([`metrics`]) |
 //! | `GET /v1/status` | JSON ([`status`]) |
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 409 while draining; 422 with `problems` |
@@ -29,6 +29,7 @@ pub mod fuzz;
 mod guard;
 pub mod metrics;
 pub mod process;
+mod rejections;
 mod routes;
 mod serve;
 pub mod snapshot;
@@ -43,6 +44,7 @@ pub use token::{Token, TokenError, TokenStore};
 
 use crate::control::OperatorError;
 use crate::health::Intent;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -86,6 +88,8 @@ pub enum Request {
         binary: Option<PathBuf>,
         /// Start it with this configuration file.
         config: Option<PathBuf>,
+        /// The connection over which it was asked for, which shows by whom.
+        asked_over: Option<Arc<OwnedFd>>,
         /// What came of it.
         reply: oneshot::Sender<Result<Upgraded, UpgradeError>>,
     },
@@ -171,6 +175,8 @@ struct Known {
     state: AtomicU8,
     /// One more than the number of a stalled worker; 0 for none.
     stalled: AtomicUsize,
+    /// Pools in which nobody serves before a first verdict.
+    undecided: AtomicUsize,
 }
 
 const STARTING: u8 = 0;
@@ -198,6 +204,11 @@ impl Readiness {
         self.0.state.store(DRAINING, Ordering::Relaxed);
     }
 
+    /// The process that was to take over has ended: ready as before.
+    pub fn set_ready_again(&self) {
+        self.0.state.store(READY, Ordering::Relaxed);
+    }
+
     /// The loop of that worker does not turn: who connects to it waits.
     pub fn set_stalled(&self, worker: Option<usize>) {
         self.0.stalled.store(worker.map_or(0, |worker| worker + 1), Ordering::Relaxed);
@@ -206,6 +217,16 @@ impl Readiness {
     /// A worker whose loop does not turn.
     pub fn stalled(&self) -> Option<usize> {
         self.0.stalled.load(Ordering::Relaxed).checked_sub(1)
+    }
+
+    /// So many pools have nobody to serve before a first verdict.
+    pub fn set_undecided(&self, pools: usize) {
+        self.0.undecided.store(pools, Ordering::Relaxed);
+    }
+
+    /// Pools in which nobody serves before a first verdict.
+    pub fn undecided(&self) -> usize {
+        self.0.undecided.load(Ordering::Relaxed)
     }
 
     /// True between [`Readiness::set_ready`] and [`Readiness::set_draining`].

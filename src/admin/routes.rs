@@ -63,6 +63,9 @@ struct Life {
 /// it less than our 503.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
 
+/// The same for a reload, which may wait for the writer of a file.
+const RELOAD_MAX: Duration = Duration::from_secs(12);
+
 const TEXT_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub(super) const JSON: &str = "application/json";
 
@@ -98,6 +101,12 @@ async fn ready(State(api): State<Arc<Api>>) -> Response {
         let detail = format!("worker {worker} is stalled");
         return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail).into_response();
     }
+    let undecided = api.readiness.undecided();
+    if api.readiness.is_ready() && undecided > 0 {
+        let s = if undecided == 1 { " waits" } else { "s wait" };
+        let detail = format!("{undecided} pool{s} for the first verdict on a backend");
+        return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail).into_response();
+    }
     if api.readiness.is_ready() {
         return answer(JSON, text(&Life { state }));
     }
@@ -113,7 +122,7 @@ async fn status(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
 }
 
 async fn reload(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
-    Ok(match api.ask(Request::Reload).await? {
+    Ok(match api.ask_within(RELOAD_MAX, Request::Reload).await? {
         Ok(reloaded) => answer(JSON, text(&reloaded)),
         Err(ReloadError::Problems(problems)) => refused_file(&problems),
         Err(ReloadError::NotNow(why)) => {

@@ -27,32 +27,42 @@ struct Passed {
     address: AdminListen,
 }
 
+/// Takes what the environment says was passed, with the manager's words for it. To be
+/// called before anything opens a descriptor.
+///
+/// # Errors
+/// A descriptor is closed.
+pub fn passed() -> Result<Vec<(String, OwnedFd)>, Failure> {
+    let variable = |name: &str| std::env::var(name).ok();
+    if variable("LISTEN_PID") != Some(std::process::id().to_string()) {
+        return Ok(Vec::new());
+    }
+    let count = variable("LISTEN_FDS").unwrap_or_default();
+    let count: usize = count
+        .parse()
+        .map_err(|_| refuse(format!("LISTEN_FDS is {count:?}, which is no number")))?;
+    let fds = handover::take_activated(count).map_err(|error| refuse(error.to_string()))?;
+    let names = variable("LISTEN_FDNAMES").unwrap_or_default();
+    let names = names.split(':').map(str::to_owned).chain(std::iter::repeat(String::new()));
+    let named = |name: String| if name.is_empty() { "unknown".to_owned() } else { name };
+    Ok(names.map(named).zip(fds).collect())
+}
+
+fn refuse(why: String) -> Failure {
+    Failure::Runtime(format!("socket activation: {why}"))
+}
+
 // === impl Activated ===
 
 impl Activated {
-    /// Takes what the environment says was passed. To be called before anything
-    /// opens a descriptor.
+    /// Looks at what was passed.
     ///
     /// # Errors
-    /// A descriptor is closed, or is no listening stream socket.
-    pub fn take() -> Result<Option<Activated>, Failure> {
-        let variable = |name: &str| std::env::var(name).ok();
-        if variable("LISTEN_PID") != Some(std::process::id().to_string()) {
-            return Ok(None);
-        }
-        let refuse = |why: String| Failure::Runtime(format!("socket activation: {why}"));
-        let count = variable("LISTEN_FDS").unwrap_or_default();
-        let count: usize = count
-            .parse()
-            .map_err(|_| refuse(format!("LISTEN_FDS is {count:?}, which is no number")))?;
-        let fds = handover::take_activated(count).map_err(|error| refuse(error.to_string()))?;
-        let names = variable("LISTEN_FDNAMES").unwrap_or_default();
-        let mut names = names.split(':').map(str::to_owned);
-        let passed = |fd: OwnedFd| {
-            let name = names.next().filter(|name| !name.is_empty());
-            Passed::of(fd.into(), name.unwrap_or_else(|| "unknown".to_owned())).map_err(refuse)
-        };
-        Ok(Some(Activated(fds.into_iter().map(passed).collect::<Result<_, _>>()?)))
+    /// One is no listening stream socket.
+    pub fn of(passed: Vec<(String, OwnedFd)>) -> Result<Activated, Failure> {
+        let passed =
+            passed.into_iter().map(|(name, fd)| Passed::of(fd.into(), name).map_err(refuse));
+        Ok(Activated(passed.collect::<Result<_, _>>()?))
     }
 
     /// The admin listener, if it is among them.

@@ -21,11 +21,16 @@
 //!
 //! # What an upgrade inherits
 //!
-//! All of it: landlock and seccomp cannot be loosened, and must not be stacked
-//! with each upgrade, for the kernel allows 16 layers. So the old process says in
-//! its offer what is in force, and the new one adds nothing to that.
+//! Under the supervisor nothing: it gives up no rights, starts the next process, and
+//! that one builds all of this for itself.
+//!
+//! Without a supervisor (`run --single`) all of it: landlock and seccomp cannot be
+//! loosened, and must not be stacked with each upgrade, for the kernel allows 16 layers.
+//! So the old process says in its offer what is in force, and the new one adds nothing
+//! to that.
 
-use super::{Failure, Predecessor};
+use super::Failure;
+use super::admin_place::{self, Place};
 use crate::config::{self, AccessLogTarget, AdminListen, Config, Sandbox};
 use crate::net::confinement::Confinement;
 use crate::net::privileges::{self, CapabilitySet, Identity};
@@ -40,6 +45,8 @@ pub struct Confined {
     pub(super) report: Confinement,
     /// The settings it was confined by; `None` inside another program.
     asked: Option<Asked>,
+    /// Where the admin API listens.
+    pub(super) admin: Option<Place>,
 }
 
 /// The keys of `[process]` that are obeyed here.
@@ -85,11 +92,23 @@ impl Default for Confined {
         Confined {
             report: Confinement::none("this balancer runs inside another program"),
             asked: None,
+            admin: None,
         }
     }
 }
 
+/// What the process before says of confinement.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Before<'a> {
+    /// The layers that stand already.
+    pub inherited: &'a [String],
+    /// Where its admin API listens.
+    pub admin: Option<&'a str>,
+}
+
 /// Confines this process by the settings in the file at `path`.
+///
+/// `before` is what this process has from the one before it.
 ///
 /// # Errors
 /// The configuration is bad; the user cannot be assumed; or `sandbox = "on"` and
@@ -97,10 +116,11 @@ impl Default for Confined {
 pub fn confine(
     path: &Path,
     pid_file: Option<&Path>,
-    before: Option<&Predecessor>,
+    before: Before<'_>,
 ) -> Result<Confined, Failure> {
+    let Before { inherited, admin: place_before } = before;
     // Only what is needed to become who is to read the rest.
-    let Ok(config) = config::outline(path) else {
+    let Ok(mut config) = config::outline(path) else {
         let problems = config::load(path).err();
         let changed = || Failure::Runtime(changed_meanwhile());
         return Err(problems.map_or_else(changed, Failure::Config));
@@ -116,7 +136,9 @@ pub fn confine(
     }
     let mut report = Confinement::none("sandbox = \"off\"");
     let identity = identity(&asked)?;
-    prepare_directory(&config, identity.as_ref())?;
+    let admin = admin_place(&config, identity.as_ref(), place_before)?;
+    config.admin.listen = admin.listen.clone();
+    let process = &config.process;
     if let Some(identity) = &identity {
         become_user(identity, for_a_user(&config))?;
     }
@@ -125,14 +147,13 @@ pub fn confine(
         let _ = privileges::reduce(kept(&config));
     }
     tell_privileges(&mut report, kept(&config));
-    let inherited = before.map_or(&[][..], Predecessor::confined);
     if process.sandbox != Sandbox::Off || !inherited.is_empty() {
         wall_in(&mut report, &paths(path, pid_file, &config), inherited);
     }
     if process.sandbox == Sandbox::On {
         demand(&report)?;
     }
-    Ok(Confined { report, asked: Some(asked) })
+    Ok(Confined { report, asked: Some(asked), admin: Some(admin) })
 }
 
 fn changed_meanwhile() -> String {
@@ -164,8 +185,22 @@ fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> 
     privileges::hide_memory().map_err(|error| refused("keep its memory to itself", &error))
 }
 
-/// Makes the directory of the admin socket where there is none, for whoever is to
-/// bind the socket in it.
+/// Where the admin API listens. A process that becomes another user has its
+/// directory made here, because it could not make it afterwards.
+fn admin_place(
+    config: &Config,
+    identity: Option<&Identity>,
+    before: Option<&str>,
+) -> Result<Place, Failure> {
+    if identity.is_none() && config.admin.is_default() {
+        return admin_place::settle(&config.admin, before);
+    }
+    prepare_directory(config, identity)?;
+    Ok(Place { listen: config.admin.listen.clone(), reason: None })
+}
+
+/// Makes the directory of the admin socket if it is missing, for the user that binds
+/// the socket in it.
 fn prepare_directory(config: &Config, identity: Option<&Identity>) -> Result<(), Failure> {
     let AdminListen::Unix(socket) = &config.admin.listen else { return Ok(()) };
     let directory = directory_of(socket);
@@ -182,7 +217,9 @@ fn prepare_directory(config: &Config, identity: Option<&Identity>) -> Result<(),
     };
     made().map_err(|error| {
         let directory = directory.display();
-        Failure::Runtime(format!("cannot make {directory} for the admin socket: {error}"))
+        Failure::Runtime(format!(
+            "cannot make {directory} for the admin socket: {error}; make it, or set [admin] listen"
+        ))
     })
 }
 

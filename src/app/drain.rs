@@ -82,7 +82,7 @@ impl Control {
         self.leaving = None;
         self.call_off_upgrade();
         self.notifier.stopping();
-        self.binds.retire_all(&self.workers);
+        self.binds.retire_all(&self.workers, &self.supervised);
         self.start_draining(why);
         self.order_end_within(self.config.process.drain_timeout);
     }
@@ -119,7 +119,7 @@ impl Control {
         let counted = !self.upgrades.handed_over()
             || !self.upgrades.awaits_predecessor()
             || now >= draining.deadline;
-        if closed && open == 0 && counted {
+        if closed && open == 0 && counted && !self.upgrades.is_stepping_down() {
             return Some(cut);
         }
         match draining.cut {

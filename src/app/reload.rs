@@ -6,11 +6,14 @@
 
 use super::binds::{Fresh, Refused};
 use super::control_loop::Control;
+use super::reload_diff;
 use super::start;
 use crate::admin::{Problem, ReloadError, Reloaded};
 use crate::config::{self, Config, Loaded};
 use crate::control::Event;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,7 +30,7 @@ impl Control {
     pub(super) async fn catch_up(&mut self) {
         let same = config::load(&self.path).is_ok_and(|loaded| loaded.digest == self.digest);
         if !same {
-            self.reload_when_told().await;
+            self.ask_for_reload(None).await;
         }
     }
 
@@ -40,13 +43,6 @@ impl Control {
             tracing::warn!(asked_by, "reload refused: {DRAINS}");
         }
         drains
-    }
-
-    /// The same unless it drains; an upgrade under way holds it back.
-    pub(super) async fn reload_asked_by(&mut self, asked_by: &str) {
-        if !self.drains_instead(asked_by) && !self.upgrades.holds_reload() {
-            self.reload_when_told().await;
-        }
     }
 
     /// As [`Control::reload`]; while this process drains or an upgrade is under
@@ -99,7 +95,9 @@ impl Control {
             self.digest = digest;
             self.tokens.set(token);
             let generation = self.controller.generation();
-            return Ok(Reloaded { generation, changed: false, warnings: self.warnings() });
+            let mut warnings = self.warnings();
+            warnings.extend(replaced_outside(&self.path).inspect(|why| tracing::warn!("{why}")));
+            return Ok(Reloaded { generation, changed: false, warnings });
         }
         self.wait_for_addresses(&config).await;
         let fresh = self
@@ -121,6 +119,11 @@ impl Control {
             })?;
         }
 
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            for change in reload_diff::diff(&self.config, &config) {
+                tracing::debug!(change, "reload");
+            }
+        }
         let config = Arc::new(config);
         self.digest = digest;
         self.tokens.set(token);
@@ -139,11 +142,13 @@ impl Control {
             );
         }
         self.config = Arc::clone(&config);
+        self.watch_named_files();
         self.shared.buffers.set_max(config.process.buffers_max);
         let in_force = self.session_cap.apply(&config, self.binds.sockets());
         self.feed([Event::Configure(in_force)]);
         self.reception.adopt(heartbeats);
-        self.binds.adopt(fresh, &config, &self.workers);
+        self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.supervised.write_intents(&self.controller);
         let generation = self.controller.generation();
         Ok(Reloaded { generation, changed: true, warnings: self.warnings() })
     }
@@ -178,7 +183,7 @@ impl Control {
 
     /// A refusal for a reason the text alone does not show; it points at the
     /// first mention of `word` in the file.
-    fn refuse(&self, word: &str, message: String) -> ReloadError {
+    pub(super) fn refuse(&self, word: &str, message: String) -> ReloadError {
         let text = std::fs::read_to_string(&self.path).unwrap_or_default();
         let place = text.lines().enumerate().find_map(|(index, line)| {
             let at = line.find(word).filter(|_| !word.is_empty())?;
@@ -203,6 +208,17 @@ impl Control {
     pub(super) fn warnings(&self) -> Vec<String> {
         self.restart_needed.clone()
     }
+}
+
+/// A warning where the path leads to a file that was replaced elsewhere: a mount
+/// of one file into a container keeps the old file.
+fn replaced_outside(path: &Path) -> Option<String> {
+    std::fs::metadata(path).ok().filter(|data| data.nlink() == 0)?;
+    Some(format!(
+        "the file behind {} has been deleted or replaced, and a mount keeps it; \
+         mount its directory instead of the file, or restart to read the new one",
+        path.display()
+    ))
 }
 
 /// Settings of `now` that differ from what the process was started with and

@@ -4,17 +4,21 @@
 //! Runs on the control thread, which it then hands to the control loop.
 
 use super::admin_api::AdminApi;
+use super::admin_place;
+use super::asked::Asked;
 use super::binds::{Binds, Fresh, Refused};
 use super::control_loop::Control;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
-use super::upgrade::{Rarities, Upgrades};
+use super::signals::Signals;
+use super::supervised::{Kept, Snapshot};
+use super::upgrade::{Rarities, Starter, Upgrades};
 use super::upkeep::Upkeep;
 use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
 use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, Token, TokenStore};
 use crate::clock;
-use crate::config::{self, AccessLogTarget, Config, EngineChoice, Loaded};
+use crate::config::{self, AccessLogTarget, Admin, Config, EngineChoice, Loaded};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
 use crate::net::budget::Budget;
@@ -121,6 +125,9 @@ async fn bring_up(
     for warning in &warnings {
         tracing::warn!("{}:{}:{}: {}", warning.file, warning.line, warning.column, warning.message);
     }
+    // Before anybody can be told that this process serves.
+    let signals = if options.signals { Signals::obey()? } else { Signals::default() };
+    let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
     let (runtime, engine_reason) = choose_runtime(config.process.engine);
     let cpus = cpu::available();
     let count = config.process.workers.unwrap_or(cpus.len());
@@ -130,7 +137,7 @@ async fn bring_up(
         .map_err(|error| Failure::Runtime(format!("cannot open the access log: {error}")))?;
     let token = load_token(&config).map_err(Failure::Runtime)?;
     let Listeners { admin, admin_taken, binds, fresh, not_taken } =
-        listeners(&config, count, &mut surroundings)?;
+        listeners(&config, count, &mut surroundings, kept)?;
     let mut reception = Reception::default();
     if let Some(before) = &mut surroundings.predecessor {
         reception.inherit(before.take_heartbeats());
@@ -144,6 +151,9 @@ async fn bring_up(
     if let Some(before) = &surroundings.predecessor {
         let generation = before.generation_of(digest);
         controller.count_on(generation.saturating_sub(1), before.state().serial);
+    } else if let Some(Snapshot { digest: before, state }) = &known {
+        let generation = state.generation.saturating_add(u64::from(*before != digest));
+        controller.count_on(generation.saturating_sub(1), state.serial);
     }
     let tables = TablePublisher::new(controller.current_table());
     let shared = Shared {
@@ -173,9 +183,10 @@ async fn bring_up(
     let mut session_cap = SessionCap::new(descriptors);
     let in_force = session_cap.apply(&config, 0);
     let effects = controller.apply(Event::Configure(in_force), clock::now());
+    let starter = Starter::of(surroundings.supervised.link(), surroundings.program.take());
     let mut control = Control {
         path: options.config.clone(),
-        signals: options.signals,
+        signals,
         digest,
         started_with: Arc::clone(&config),
         config: Arc::clone(&config),
@@ -199,13 +210,16 @@ async fn bring_up(
         runtime,
         engine_reason,
         reloads: ReloadCounts::default(),
+        watcher: None,
+        asked: Asked::default(),
         transitions: Default::default(),
         restart_needed: Vec::new(),
         session_cap,
         draining: None,
         leaving: None,
-        upgrades: Upgrades::new(surroundings.program.take()),
+        upgrades: Upgrades::new(starter),
         notifier: std::mem::take(&mut surroundings.notifier),
+        supervised: std::mem::take(&mut surroundings.supervised),
         watchdog: Watchdog::new(count, clock::now()),
         confined: std::mem::take(&mut surroundings.confined),
         admin: None,
@@ -216,6 +230,10 @@ async fn bring_up(
         rarities_before: Rarities::default(),
     };
     control.perform(effects);
+    if let Some(Snapshot { state, .. }) = &known {
+        let effects = control.controller.adopt(state, clock::now());
+        control.perform(effects);
+    }
     let opening = Opening { admin, admin_taken, fresh, not_taken, requests };
     let predecessor = surroundings.predecessor.take();
     match control.open(opening, binds, &surroundings.pid_file, predecessor).await {
@@ -247,20 +265,28 @@ fn listeners(
     config: &Config,
     workers: usize,
     surroundings: &mut Surroundings,
+    mut kept: Kept,
 ) -> Result<Listeners, Failure> {
     let mut binds = Binds::new(workers);
-    let mut admin = None;
+    let mut passed = surroundings.activated.take().or_else(|| kept.activated.take());
+    let mut admin = passed.as_mut().and_then(|passed| passed.take_admin(config));
+    let settled = match &admin {
+        Some(_) => config.admin.clone(),
+        None => admin_settled(config, surroundings)?,
+    };
     if let Some(before) = &mut surroundings.predecessor {
         binds.inherit(before.take_sockets());
-        admin = before.take_admin(config);
-    } else if let Some(mut activated) = surroundings.activated.take() {
-        admin = activated.take_admin(config);
+        admin = before.take_admin(&settled);
+    } else if let Some(activated) = passed {
         binds.inherit(activated.take_sockets(config)?);
+    } else {
+        admin = kept.take_admin(&settled);
+        binds.inherit(kept.take_binds());
     }
     let admin_taken = admin.is_some();
     let admin = match admin {
         Some(admin) => admin,
-        None => admin::bind(&config.admin).map_err(|e| Failure::Runtime(e.to_string()))?,
+        None => admin::bind(&settled).map_err(|e| Failure::Runtime(e.to_string()))?,
     };
     let mut fresh = reserve(&mut binds, config, surroundings.predecessor.as_ref())?;
     if surroundings.predecessor.is_none() {
@@ -268,6 +294,19 @@ fn listeners(
     }
     let not_taken = binds.disclaim(&fresh);
     Ok(Listeners { admin, admin_taken, binds, fresh, not_taken })
+}
+
+/// Where the admin API listens; a line in the log if that is not the usual place.
+fn admin_settled(config: &Config, surroundings: &mut Surroundings) -> Result<Admin, Failure> {
+    let before = surroundings.predecessor.as_ref().and_then(Predecessor::admin_listen);
+    let place = match surroundings.confined.admin.take() {
+        Some(place) => place,
+        None => admin_place::settle(&config.admin, before)?,
+    };
+    if let Some(reason) = &place.reason {
+        tracing::info!(address = %place.listen, %reason, "admin API listens in this user's own directory");
+    }
+    Ok(Admin { listen: place.listen, ..config.admin.clone() })
 }
 
 /// Binds what is new. The process before may be about to close an address.
@@ -318,7 +357,7 @@ impl Control {
             fresh.start().map_err(|refused| Failure::Runtime(refused.to_string()))?;
         }
         let (tokens, readiness) = (Arc::clone(&self.tokens), self.readiness.clone());
-        let listen = self.started_with.admin.listen.to_string();
+        let listen = admin.address().to_string();
         let api =
             AdminApi::serve(admin, listen, tokens, requests, readiness, Arc::clone(&self.local))
                 .map_err(|error| {
@@ -330,10 +369,14 @@ impl Control {
             self.follow(draining);
         }
         api.own_file();
+        if let Ok((offered, socket)) = api.offer() {
+            self.supervised.hold_admin(offered, &socket);
+        }
         self.admin = Some(api);
         let config = Arc::clone(&self.config);
         self.binds = binds;
-        self.binds.adopt(fresh, &config, &self.workers);
+        self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.supervised.write_intents(&self.controller);
         announce(self, &config, self.workers.len());
         if let Some(path) = pid_file {
             self.write_pid_file(path.clone());

@@ -5,13 +5,13 @@
 //! do it leaves for the next time.
 
 use super::control_loop::Control;
-use super::pid_file::PidFile;
 use crate::admin::ReloadError;
 use crate::clock;
 use crate::control::Effect;
 use crate::control::ports::{self, PortLimits, PortWatch, Reuse};
 use crate::net::errno;
 use crate::net::ports::LocalPorts;
+use crate::supervisor::pid_file::PidFile;
 use crate::table::state::BackendState;
 use crate::telemetry::counters::LocalAt;
 use std::fs::File;

@@ -5,6 +5,7 @@
 //! shape, not its meaning.
 
 use super::Exit;
+use super::reach::{Reached, Stream, connect};
 use clap::Args;
 use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
 use hyper::body::Bytes;
@@ -19,15 +20,18 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 /// How to reach a running balancer.
 #[derive(Debug, Args)]
 pub struct ClientArgs {
-    /// Admin address: unix:PATH or IP:PORT.
-    #[arg(long, value_name = "ADDR", default_value = "unix:/run/tidegate/admin.sock")]
-    pub admin: Address,
+    /// Admin address: unix:PATH or IP:PORT. Default: $TIDEGATE_ADMIN, else what
+    /// --config names, else unix:/run/tidegate/admin.sock, else this user's own.
+    #[arg(long, value_name = "ADDR")]
+    pub admin: Option<Address>,
+    /// Configuration of the balancer: says where the admin API listens.
+    #[arg(long, short, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Print the API's JSON.
     #[arg(long)]
     pub json: bool,
@@ -48,16 +52,13 @@ pub enum Address {
 /// A request refused, or no answer at all; displays for standard error.
 #[derive(Debug)]
 pub enum ClientError {
-    /// The token file is unfit.
-    Token(String),
+    /// What to ask with is unfit: a token file, an admin address.
+    Request(String),
     /// The balancer said no: its JSON, or its text where that is none.
     Refused(Value),
     /// Nobody answered, or not as the admin API does.
     Unreachable(String),
 }
-
-/// A live balancer accepts at once.
-const CONNECT_MAX: Duration = Duration::from_secs(5);
 
 /// The API itself gives its control loop 5 s and answers in any case.
 const ANSWER_MAX: Duration = Duration::from_secs(15);
@@ -83,28 +84,34 @@ pub fn ask_within(
     path: &str,
     limit: Duration,
 ) -> Result<String, ClientError> {
-    let token = args.token_file.as_deref().map(read_token).transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| ClientError::Unreachable(format!("cannot start: {error}")))?;
-    runtime.block_on(exchange(&args.admin, method, path, token.as_deref(), limit))
+    let reached = Reached::balancer(args)?;
+    let token = args.token_file.as_deref().or(reached.token_file.as_deref());
+    let token = token.map(read_token).transpose()?;
+    runtime.block_on(async {
+        let (address, stream) = connect(&reached.places).await?;
+        exchange(&address, stream, method, path, token.as_deref(), limit).await
+    })
 }
 
 pub(super) fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
     let text = std::fs::read_to_string(path).map_err(|error| {
-        ClientError::Token(format!("cannot read the token file {}: {error}", path.display()))
+        ClientError::Request(format!("cannot read the token file {}: {error}", path.display()))
     })?;
     let token = text.trim();
     if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
         let path = path.display();
-        return Err(ClientError::Token(format!("the token file {path} holds no token")));
+        return Err(ClientError::Request(format!("the token file {path} holds no token")));
     }
     Ok(token.to_owned())
 }
 
 async fn exchange(
     address: &Address,
+    stream: Stream,
     method: Method,
     path: &str,
     token: Option<&str>,
@@ -122,16 +129,6 @@ async fn exchange(
         request = request.header(AUTHORIZATION, format!("Bearer {token}"));
     }
     let request = request.body(Empty::new()).map_err(|error| unreachable(&error))?;
-    let connected = async {
-        match address {
-            Address::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
-            Address::Tcp(to) => Ok::<_, io::Error>(Stream::Tcp(TcpStream::connect(to).await?)),
-        }
-    };
-    let stream = match timeout(CONNECT_MAX, connected).await {
-        Ok(connected) => connected.map_err(|error| unreachable(&error))?,
-        Err(_) => return Err(unreachable(&format!("no connection within {CONNECT_MAX:?}"))),
-    };
     let answered = async {
         match stream {
             Stream::Unix(stream) => answer(stream, request).await,
@@ -143,11 +140,6 @@ async fn exchange(
         Err(_) => return Err(unreachable(&format!("no answer within {limit:?}"))),
     };
     judge(status, body, address)
-}
-
-enum Stream {
-    Unix(UnixStream),
-    Tcp(TcpStream),
 }
 
 async fn answer(
@@ -238,7 +230,7 @@ pub fn report(
 fn fail(args: &ClientArgs, error: &ClientError) -> Exit {
     match error {
         ClientError::Unreachable(text) => complain(&format!("tidegate: {text}"), Exit::Failed),
-        ClientError::Token(text) => complain(&format!("tidegate: {text}"), Exit::Refused),
+        ClientError::Request(text) => complain(&format!("tidegate: {text}"), Exit::Refused),
         ClientError::Refused(value) => {
             if args.json {
                 print(&value.to_string());

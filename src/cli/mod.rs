@@ -13,6 +13,7 @@ pub mod demo;
 pub mod drain;
 pub mod explain;
 pub mod heartbeat;
+mod reach;
 pub mod ready;
 pub mod reload;
 pub mod run;
@@ -20,8 +21,10 @@ pub mod selftest;
 pub mod shutdown;
 pub mod status;
 pub mod streams;
+mod table;
 pub mod upgrade;
 
+use crate::net::signals;
 use clap::{Args, Parser, Subcommand};
 use client::ClientArgs;
 use std::path::PathBuf;
@@ -127,9 +130,12 @@ pub struct RunArgs {
     /// Configuration file (TOML).
     #[arg(long, short, value_name = "FILE")]
     pub config: PathBuf,
-    /// File to leave the process's number in while it serves.
+    /// File to leave the number of the process to be signalled in while it serves.
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
+    /// Serve in this process, without a supervisor.
+    #[arg(long)]
+    pub single: bool,
 }
 
 /// `tidegate check`
@@ -164,6 +170,8 @@ pub struct DrainArgs {
 
 /// Reads the arguments of this process and does what they say.
 pub fn main() -> ExitCode {
+    // Before anything else: none of them may end a process that is to obey them.
+    let before = signals::hold_back();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -172,6 +180,9 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { Exit::Usage } else { Exit::Fine }.into();
         }
     };
+    if !matches!(cli.command, Command::Run(_)) {
+        before.restore();
+    }
     dispatch(cli.command).into()
 }
 
@@ -205,6 +216,18 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 // === impl Exit ===
+
+impl Exit {
+    /// Of a process of this program that has ended with `code`.
+    fn of(code: u8) -> Exit {
+        match code {
+            0 => Exit::Fine,
+            1 => Exit::Refused,
+            2 => Exit::Usage,
+            _ => Exit::Failed,
+        }
+    }
+}
 
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> ExitCode {
@@ -257,6 +280,7 @@ mod tests {
             "demo",
             "demo --backends 5 --for 1m",
             "run --config f --pid-file p",
+            "run --config f --single",
             "reload",
             "selftest --reloads 1 --upgrades 2 --kills 3 --for 10s --seed 4",
             "upgrade --binary /b --config f --json",

@@ -5,6 +5,7 @@
 
 use super::Exit;
 use super::client::{Address, ClientArgs, read_token, report};
+use super::reach::Reached;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -25,17 +26,22 @@ const STEP_MAX: Duration = Duration::from_secs(2);
 /// The answer is a line of JSON.
 const ANSWER_BYTES_MAX: u64 = 64 * 1024;
 
-
 /// Asks once.
 pub fn main(args: &ClientArgs) -> Exit {
-    let request = match args.token_file.as_deref().map(read_token).transpose() {
-        Ok(token) => request(token.as_deref()),
-        Err(error) => return report(args, Err(error), |_| String::new()),
+    let refused = |error| report(args, Err(error), |_| String::new());
+    let reached = match Reached::balancer(args) {
+        Ok(reached) => reached,
+        Err(error) => return refused(error),
     };
-    let answer = match ask(&args.admin, &request) {
+    let token = args.token_file.as_deref().or(reached.token_file.as_deref());
+    let request = match token.map(read_token).transpose() {
+        Ok(token) => request(token.as_deref()),
+        Err(error) => return refused(error),
+    };
+    let answer = match ask_first(&reached.places, &request) {
         Ok(answer) => answer,
-        Err(error) => {
-            complain(&format!("cannot reach the balancer at {}: {error}", args.admin));
+        Err(why) => {
+            complain(&format!("cannot reach the balancer: {why}"));
             return Exit::Failed;
         }
     };
@@ -53,10 +59,22 @@ pub fn main(args: &ClientArgs) -> Exit {
             Exit::Failed
         }
         _ => {
-            complain(&format!("what answers at {} is not the admin API", args.admin));
+            complain("what answers is not the admin API");
             Exit::Failed
         }
     }
+}
+
+/// Asks at the first place where somebody is; else why nobody is.
+fn ask_first(places: &[Address], request: &str) -> Result<String, String> {
+    let mut why = Vec::new();
+    for place in places {
+        match ask(place, request) {
+            Ok(answer) => return Ok(answer),
+            Err(error) => why.push(format!("{place}: {error}")),
+        }
+    }
+    Err(why.join("; "))
 }
 
 fn complain(text: &str) {

@@ -63,6 +63,9 @@ pub enum EngineChoice {
     Epoll,
 }
 
+/// Where the admin API listens unless told otherwise.
+pub const ADMIN_SOCKET: &str = "/run/tidegate/admin.sock";
+
 /// `[admin]`. A change needs a restart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Admin {
@@ -120,6 +123,15 @@ pub enum AccessLogTarget {
     Stdout,
     /// Appended to this file; reopened when the file is moved away.
     File(PathBuf),
+}
+
+// === impl Admin ===
+
+impl Admin {
+    /// The default place. A process that cannot use it chooses another one.
+    pub fn is_default(&self) -> bool {
+        self.listen == AdminListen::Unix(PathBuf::from(ADMIN_SOCKET))
+    }
 }
 
 // === impl AdminListen ===

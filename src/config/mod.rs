@@ -28,7 +28,8 @@ use toml::de::DeTable;
 
 pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
 pub use globals::{
-    AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process, Sandbox,
+    ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
+    Process, Sandbox,
 };
 pub use source::FILE_BYTES_MAX;
 pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX};
@@ -157,6 +158,9 @@ pub struct Pool {
     pub name: Arc<str>,
     /// How a backend is chosen.
     pub balance: Policy,
+    /// Slots of the table that `source-hash` looks clients up in; a prime, never
+    /// fewer than the pool may have backends.
+    pub hash_slots: u32,
     /// Addresses of this host that connections to backends (and probes) start
     /// at, in turn, where they are of the backend's family; empty: the kernel
     /// chooses. At most [`POOL_SOURCES_MAX`], none twice.
@@ -336,6 +340,10 @@ pub enum BackendAddress {
 /// co-prime neighbours within 2,000 slots.
 pub const WEIGHT_MAX: u16 = 1000;
 
+/// `hash_slots` where a pool does not say: 100 slots a backend, and so shares
+/// that are 1 % apart, up to 655 backends.
+pub const HASH_SLOTS: u32 = 65_537;
+
 /// Reads and validates a configuration file.
 ///
 /// Never blocks: anything but a regular file is refused, a FIFO too. The files
@@ -484,5 +492,14 @@ impl Config {
     /// The pool of that name.
     pub fn pool(&self, name: &str) -> Option<&Arc<Pool>> {
         self.pools.iter().find(|pool| &*pool.name == name)
+    }
+
+    /// Every file that is read together with this configuration.
+    pub fn named_files(&self) -> Vec<PathBuf> {
+        let token = self.admin.token_file.iter();
+        let keys = self.heartbeat.iter().flat_map(|heartbeat| &heartbeat.keys);
+        let rules = self.frontends.iter().filter_map(|frontend| frontend.sources.as_ref());
+        let lists = rules.flat_map(|rules| rules.allow_file.iter().chain(&rules.deny_file));
+        token.chain(keys.map(|key| &key.file)).chain(lists).cloned().collect()
     }
 }

@@ -29,6 +29,8 @@ struct Before {
     backends: BTreeMap<BackendId, BackendEntry>,
     /// Configured and leaving ones.
     known: HashMap<Identity, BackendId>,
+    /// What probes have found at an address, by how they were made.
+    verdicts: HashMap<BackendAddress, Vec<(Arc<ProbeSpec>, Detector)>>,
 }
 
 /// How a backend got into the new configuration.
@@ -56,6 +58,7 @@ impl Controller {
     pub(super) fn configure(&mut self, config: &Config, now: Instant) {
         self.generation += 1;
         self.connections_max = config.process.connections_max;
+        let former = self.former();
         self.configure_frontends(config);
         let mut before = self.take_before();
         let mut starting = Vec::new();
@@ -63,6 +66,7 @@ impl Controller {
             self.configure_pool(spec, &mut before, &mut starting, now);
         }
         self.remove_rest(before, now);
+        self.begin_settling(&former, now);
         self.start_all(&starting, now);
         self.configure_gray(now);
         self.work.unsettled.extend(self.pools.iter().map(|pool| pool.id));
@@ -89,7 +93,26 @@ impl Controller {
         }
     }
 
+    /// What probes have found by now. A backend of another name at the same address
+    /// goes on from it.
+    fn verdicts(&self) -> HashMap<BackendAddress, Vec<(Arc<ProbeSpec>, Detector)>> {
+        let mut verdicts: HashMap<_, Vec<_>> = HashMap::new();
+        for pool in &self.pools {
+            let Some(spec) = &pool.spec.probe else { continue };
+            for entry in pool.members.iter().filter_map(|id| self.backends.get(id)) {
+                if let Some(detector) = &entry.health.detector
+                    && detector.observation() != Observation::Unknown
+                {
+                    let found = (Arc::clone(spec), detector.clone());
+                    verdicts.entry(entry.state.address.clone()).or_default().push(found);
+                }
+            }
+        }
+        verdicts
+    }
+
     fn take_before(&mut self) -> Before {
+        let verdicts = self.verdicts();
         let pools = self.pools.take();
         let backends = std::mem::take(&mut self.backends);
         let mut known = HashMap::new();
@@ -101,7 +124,7 @@ impl Controller {
             known.insert((name.0, name.1, state.address.clone()), state.id);
         }
         let pools = pools.into_iter().map(|pool| (Arc::clone(&pool.spec.name), pool)).collect();
-        Before { pools, backends, known }
+        Before { pools, backends, known, verdicts }
     }
 
     fn configure_pool(
@@ -124,6 +147,11 @@ impl Controller {
             entry.origin = origin;
             if arrival == Arrival::Came {
                 self.take_intent(&mut entry, now);
+            }
+            if arrival == Arrival::Came
+                && let Some(verdict) = before.verdict(&backend.address, spec.probe.as_deref())
+            {
+                entry.health.detector = Some(verdict);
             }
             let known = entry.health.clone();
             if old.as_ref().is_none_or(|old| old.spec.ejection.is_none()) {
@@ -175,9 +203,11 @@ impl Controller {
             guard: Default::default(),
             confirming: suspicion::confirming(spec),
             in_service_since: None,
+            settling: None,
         };
         if let Some(old) = old {
             pool.in_service_since = old.in_service_since;
+            pool.settling = old.settling;
             if spec.heartbeat.is_some() {
                 pool.guard = old.guard;
                 pool.full_noticed = old.full_noticed;
@@ -387,6 +417,7 @@ impl Controller {
             self.pools.iter().map(|pool| (pool.id, pool.spec.on_removal)).collect();
         for pool in before.pools.values() {
             self.schedule.cancel(Job::GraceEnds(pool.id));
+            self.schedule.cancel(Job::SettlingEnds(pool.id));
             // The pool went with its backends: its last word holds.
             on_removal.insert(pool.id, pool.spec.on_removal);
         }
@@ -401,6 +432,17 @@ impl Controller {
         for (index, id) in (0..count).zip(starting) {
             self.start_probing(*id, (index, count), now);
         }
+    }
+}
+
+// === impl Before ===
+
+impl Before {
+    /// What probes of that very spec have found at that address; the newest.
+    fn verdict(&self, address: &BackendAddress, spec: Option<&ProbeSpec>) -> Option<Detector> {
+        let found = self.verdicts.get(address)?.iter();
+        let same = found.filter(|(probe, _)| Some(&**probe) == spec);
+        same.map(|(_, detector)| detector).max_by_key(|detector| detector.since()).cloned()
     }
 }
 

@@ -6,7 +6,7 @@
 //! adds is ignored. Names, never numbers, say who is meant.
 
 use super::gray::watched;
-use super::heartbeats::Misfit;
+use super::misfits::Misfit;
 use super::pace::PublishReason;
 use super::schedule::Job;
 use super::{
@@ -166,6 +166,52 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
+// === impl Saved ===
+
+impl Saved {
+    /// The same for a process that counts from zero: what was counted since this was
+    /// saved is lost, and half of a count is worse than none.
+    pub fn without_counts(mut self) -> Saved {
+        self.frontends.clear();
+        (self.published, self.misfits) = (BTreeMap::new(), BTreeMap::new());
+        (self.heartbeats, self.excuses) = (0, 0);
+        for backend in self.pools.iter_mut().flat_map(|pool| &mut pool.backends) {
+            (backend.sessions, backend.connect_failures) = (0, 0);
+            (backend.bytes_in, backend.bytes_out) = (0, 0);
+        }
+        self
+    }
+
+    /// Takes operators' intents from `newer`; a backend that is not in it is ready.
+    pub fn set_intents(&mut self, newer: &Saved) {
+        self.left.clone_from(&newer.left);
+        let mut wanted: HashMap<[&str; 3], (&SavedPool, &SavedBackend)> = every_backend(newer)
+            .map(|(pool, one)| ([&*pool.name, &*one.name, &*one.address], (pool, one)))
+            .collect();
+        for pool in &mut self.pools {
+            for backend in &mut pool.backends {
+                match wanted.remove(&[&*pool.name, &*backend.name, &*backend.address]) {
+                    Some((_, newer)) => {
+                        backend.intent.clone_from(&newer.intent);
+                        backend.intent_ms = newer.intent_ms;
+                    }
+                    None => backend.intent = Intent::Ready.name().to_owned(),
+                }
+            }
+        }
+        // Of those nothing else is known.
+        let unknown: Vec<SavedPool> = wanted
+            .into_values()
+            .map(|(pool, one)| SavedPool {
+                name: pool.name.clone(),
+                backends: vec![one.clone()],
+                ..SavedPool::default()
+            })
+            .collect();
+        self.pools.extend(unknown);
+    }
+}
+
 // === impl Controller ===
 
 impl Controller {
@@ -203,6 +249,33 @@ impl Controller {
             misfits: self.misfits().map(|(misfit, n)| (misfit.name().to_owned(), n)).into(),
             excuses: self.excuses(),
             left: self.kept.save(now),
+        }
+    }
+
+    /// Operators' intents alone, by names: of backends that are not simply ready.
+    pub fn save_intents(&self, now: Instant) -> Saved {
+        let save = |entry: &BackendEntry| SavedBackend {
+            name: entry.state.name.to_string(),
+            address: entry.state.address_text.to_string(),
+            intent: entry.health.intent.name().to_owned(),
+            intent_ms: millis(now.saturating_duration_since(entry.health.intent_since)),
+            ..SavedBackend::default()
+        };
+        let pools = self.pools.iter().map(|pool| SavedPool {
+            name: pool.spec.name.to_string(),
+            backends: pool
+                .members
+                .iter()
+                .filter_map(|id| self.backends.get(id))
+                .filter(|entry| entry.health.intent != Intent::Ready)
+                .map(save)
+                .collect(),
+            ..SavedPool::default()
+        });
+        Saved {
+            pools: pools.filter(|pool| !pool.backends.is_empty()).collect(),
+            left: self.kept.save(now),
+            ..Saved::default()
         }
     }
 

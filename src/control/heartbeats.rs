@@ -26,6 +26,7 @@ mod saved;
 
 pub use saved::SavedHeart;
 
+use super::misfits::Misfit;
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, Notice, Origin, PoolId};
 use crate::config::{self, BackendAddress, HeartbeatSpec};
@@ -46,26 +47,6 @@ const TTL_INTERVALS: u32 = 3;
 
 /// A pool that is full says so this often.
 const FULL_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
-
-/// Why an authentic heartbeat changed nothing; a closed set, the label of a
-/// metric.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Misfit {
-    /// No pool of that name takes heartbeats (any more).
-    UnknownPool,
-    /// No backend of that name, and the pool lets nobody register.
-    UnknownBackend,
-    /// The file has a backend of that name at another address.
-    ConfiguredName,
-    /// The file has a backend of another name at that address.
-    ConfiguredAddress,
-    /// A sender that started later has the name or the address.
-    OlderSender,
-    /// The address is one of our own: sessions would come back to us.
-    OwnAddress,
-    /// The pool has as many registered backends as it may.
-    PoolFull,
-}
 
 /// What one backend's heartbeats have said.
 #[derive(Debug)]
@@ -102,34 +83,6 @@ pub(super) struct Load {
     mean: f64,
     /// In percent, a multiple of [`Load::STEP`], 25..=100.
     share: u32,
-}
-
-// === impl Misfit ===
-
-impl Misfit {
-    /// Every reason there is.
-    pub const ALL: [Misfit; 7] = [
-        Misfit::UnknownPool,
-        Misfit::UnknownBackend,
-        Misfit::ConfiguredName,
-        Misfit::ConfiguredAddress,
-        Misfit::OlderSender,
-        Misfit::OwnAddress,
-        Misfit::PoolFull,
-    ];
-
-    /// As in metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Misfit::UnknownPool => "unknown-pool",
-            Misfit::UnknownBackend => "unknown-backend",
-            Misfit::ConfiguredName => "configured-name",
-            Misfit::ConfiguredAddress => "configured-address",
-            Misfit::OlderSender => "older-sender",
-            Misfit::OwnAddress => "own-address",
-            Misfit::PoolFull => "pool-full",
-        }
-    }
 }
 
 // === impl Load ===
@@ -221,13 +174,14 @@ impl Controller {
         match self.speaker(heartbeat, now) {
             Ok(Some(id)) => {
                 self.heartbeats_total += u64::from(stands_for);
+                self.rejections.believed(&heartbeat.pool, &heartbeat.name);
                 if stands_for > 1 {
                     self.excuse_gap(id, at, now);
                 }
                 self.heard(id, heartbeat, at, now);
             }
             Ok(None) => {}
-            Err(misfit) => self.misfits[misfit as usize] += 1,
+            Err(misfit) => self.misfit(misfit, heartbeat, now),
         }
     }
 

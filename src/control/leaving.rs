@@ -2,7 +2,7 @@
 //!
 //! The controller moves them here on a reload or when their heartbeats end,
 //! takes them back when they are configured or heard again, and forgets them once their last session has ended. They
-//! are in no table and are not probed; status shows those with sessions.
+//! are not probed, and in no table but for those that stand in (`settling`); status shows those with sessions.
 
 use super::configure::Identity;
 use super::schedule::{Job, after};
@@ -114,6 +114,7 @@ impl Controller {
 
     /// Its removal grace is over.
     pub(super) fn cut_sessions(&mut self, id: BackendId) {
+        self.stands_in_no_more(id);
         if let Some(leaving) = self.leaving.get(&id)
             && leaving.entry.state.in_flight.total() > 0
         {
@@ -124,8 +125,9 @@ impl Controller {
     /// Forgets removed backends without sessions; asks again for the cut of
     /// sessions that came in past it.
     pub(super) fn check_leaving(&mut self, now: Instant) {
+        let stand_ins = self.stand_ins();
         self.leaving.retain(|id, leaving| {
-            let empty = leaving.entry.state.in_flight.total() == 0;
+            let empty = leaving.entry.state.in_flight.total() == 0 && !stand_ins.contains(id);
             if empty {
                 self.schedule.cancel(Job::CutSessions(*id));
                 self.left.remove(&identity(&leaving.entry));

@@ -8,9 +8,9 @@
 //! `verdicts` (what their results mean), `ejections` (the pool's guard),
 //! `pools` (finding them), `trials` (how ejected backends come back), `gray` (who does not answer),
 //! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
-//! means), `ramps` (slow start), `leaving` (removed backends), `intents` (what was wanted of them), `elsewhere`
-//! (sessions of the processes before), `operator`
-//! (drains), `publish` and `pace` (tables), `history`, `handover` (what the
+//! means), `ramps` (slow start), `leaving` (removed backends), `intents` (what was
+//! wanted of them), `elsewhere` (sessions of the processes before), `settling`
+//! (pools of which no backend has been judged yet), `operator` (drains), `publish` and `pace` (tables), `history`, `handover` (what the
 //! next process goes on with), `status` and `explain`.
 //! All of them work on one [`Controller`] and leave effects behind;
 //! only [`Controller::apply`] and its siblings hand them out.
@@ -25,6 +25,7 @@ mod heartbeats;
 mod history;
 mod intents;
 mod leaving;
+mod misfits;
 mod operator;
 mod pace;
 mod pools;
@@ -33,6 +34,7 @@ mod probing;
 mod publish;
 mod ramps;
 mod schedule;
+mod settling;
 mod status;
 mod suspicion;
 #[cfg(test)]
@@ -40,9 +42,10 @@ pub(crate) mod tests;
 mod trials;
 mod verdicts;
 
-pub use heartbeats::{Misfit, SavedHeart};
+pub use heartbeats::SavedHeart;
 pub use history::{SavedTransition, TRANSITIONS_MAX};
 pub use intents::{KEPT_FOR, KEPT_MAX, SavedIntent};
+pub use misfits::Misfit;
 pub use pace::PublishReason;
 pub use publish::Weight;
 pub use status::{
@@ -54,6 +57,7 @@ use crate::config::{self, BackendAddress, Config, ProbeSpec};
 use crate::health::heartbeat::{PathGuard, Ramp};
 use crate::health::{BackendHealth, ConnectFailure, Intent, ProbeOutcome, Transition};
 use crate::heartbeat::Heartbeat;
+use crate::heartbeat::rejections::Rejections;
 use crate::table::Table;
 use crate::table::state::{BackendId, BackendState, FrontendState};
 use schedule::{Job, Schedule};
@@ -179,6 +183,8 @@ pub struct Controller {
     leaving: BTreeMap<BackendId, Leaving>,
     /// Those of `leaving` by what makes them the same backend.
     left: HashMap<configure::Identity, BackendId>,
+    /// Pools that are settling.
+    settling: BTreeSet<PoolId>,
     /// Every backend that is ejected or on trial; some may not be any more.
     out: BTreeSet<(PoolId, BackendId)>,
     /// What operators wanted of backends that have left.
@@ -193,6 +199,8 @@ pub struct Controller {
     guards: suspicion::Guards,
     /// Authentic heartbeats that changed nothing, by [`Misfit`].
     misfits: [u64; Misfit::ALL.len()],
+    /// Their senders.
+    rejections: Rejections,
     /// Counted by the processes before.
     before: handover::Before,
     /// Heartbeats taken.
@@ -241,6 +249,8 @@ struct PoolEntry {
     confirming: Arc<ProbeSpec>,
     /// Since when somebody serves; `None`: nobody does.
     in_service_since: Option<Instant>,
+    /// While none of its backends serves and some have no verdict yet.
+    settling: Option<settling::Settling>,
 }
 
 /// How a backend got into its pool.
@@ -353,6 +363,7 @@ impl Controller {
             backends: BTreeMap::new(),
             leaving: BTreeMap::new(),
             left: HashMap::new(),
+            settling: BTreeSet::new(),
             out: BTreeSet::new(),
             kept: intents::Kept::default(),
             own: Default::default(),
@@ -363,6 +374,7 @@ impl Controller {
             pace: pace::Pace::default(),
             guards: suspicion::Guards::default(),
             misfits: [0; Misfit::ALL.len()],
+            rejections: Rejections::default(),
             before: handover::Before::default(),
             heartbeats_total: 0,
             work: Work::default(),
@@ -438,6 +450,12 @@ impl Controller {
         self.schedule.next()
     }
 
+    /// Pool and name of a configured backend.
+    pub fn name_of(&self, id: BackendId) -> Option<(Arc<str>, Arc<str>)> {
+        let state = &self.backends.get(&id)?.state;
+        Some((Arc::clone(&state.pool), Arc::clone(&state.name)))
+    }
+
     /// Accepted configurations so far.
     pub fn generation(&self) -> u64 {
         self.generation
@@ -463,6 +481,7 @@ impl Controller {
                 Job::LookAtTrial(id) => self.look_at_trial(id, now),
                 Job::LookForGray => self.look_for_gray(now),
                 Job::GraceEnds(pool) => self.grace_over(pool),
+                Job::SettlingEnds(pool) => self.settled(pool),
                 Job::CutSessions(id) => self.cut_sessions(id),
                 Job::LeavingCheck => self.check_leaving(now),
                 Job::Heartbeat(id) => self.check_heartbeat(id, now),
@@ -484,6 +503,7 @@ impl Controller {
         while let Some(pool) = self.work.unsettled.pop_first() {
             self.settle_guard(pool, now);
         }
+        self.look_at_settling();
         self.settle_ramps(now);
         if let Some(reason) = self.table_due(now) {
             let table = self.rebuild();

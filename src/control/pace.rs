@@ -82,6 +82,11 @@ impl Pace {
         self.members.insert(pool);
     }
 
+    /// Whose standing may have changed since they were taken.
+    pub(super) fn fresh(&self) -> impl Iterator<Item = &BackendId> {
+        self.fresh.iter()
+    }
+
     /// Whose standing may have changed since the last call.
     pub(super) fn take_fresh(&mut self) -> Vec<BackendId> {
         std::mem::take(&mut self.fresh)

@@ -80,3 +80,12 @@ impl<'a> IntoIterator for &'a Pools {
         self.list.iter()
     }
 }
+
+impl<'a> IntoIterator for &'a mut Pools {
+    type Item = &'a mut PoolEntry;
+    type IntoIter = std::slice::IterMut<'a, PoolEntry>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.list.iter_mut()
+    }
+}

@@ -3,12 +3,13 @@
 //! The controller calls it at the end of each event. It builds, it does not
 //! publish: that is the shell's part.
 
-use super::{BackendEntry, Controller, Origin, PoolEntry};
+use super::{BackendEntry, Controller, Leaving, Origin, PoolEntry};
 use crate::config::{self, WhenNoneEligible};
 use crate::health::{Calling, Intent};
 use crate::table::Table;
 use crate::table::build::{self, BackendInput, FrontendInput, PoolInput};
 use crate::table::state::BackendId;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// All that a table says of a backend and that can change between reloads.
@@ -58,6 +59,11 @@ pub(super) fn empty_table() -> Table {
 // === impl Standing ===
 
 impl Standing {
+    /// Whether the table has it take sessions.
+    pub(super) fn is_eligible(self) -> bool {
+        self.weight > 0
+    }
+
     fn of(entry: &BackendEntry, pool: &PoolEntry) -> Standing {
         Standing {
             weight: entry.weight(&pool.spec).parts(),
@@ -100,6 +106,23 @@ fn ramped(connections_max: u32, share: u32) -> u32 {
     }
     let cap = u64::from(connections_max) * u64::from(share) / 100;
     u32::try_from(cap).unwrap_or(u32::MAX).max(1)
+}
+
+/// The former backends that serve until the pool's own have been judged, each with
+/// what the table before said of it.
+fn stand_ins(pool: &PoolEntry, leaving: &BTreeMap<BackendId, Leaving>) -> Vec<BackendInput> {
+    let ids = pool.settling.iter().flat_map(|settling| &settling.stand_ins);
+    let entries = ids.filter_map(|id| Some(&leaving.get(id)?.entry));
+    let input = |entry: &BackendEntry| BackendInput {
+        state: Arc::clone(&entry.state),
+        effective_weight: entry.published.weight.max(1),
+        connections_max: entry.published.connections_max,
+        backup: entry.spec.backup,
+        eligible: true,
+        on_trial: false,
+        in_service: true,
+    };
+    entries.map(input).collect()
 }
 
 // === impl BackendEntry ===
@@ -163,7 +186,12 @@ impl Controller {
                     in_service: entry.in_service(),
                 });
             }
-            pools.push(PoolInput { spec: Arc::clone(&pool.spec), backends });
+            pools.push(PoolInput {
+                spec: Arc::clone(&pool.spec),
+                backends,
+                stand_ins: stand_ins(pool, &self.leaving),
+                undecided: pool.settling.is_some(),
+            });
         }
         let frontends = self.frontends.iter().map(|frontend| FrontendInput {
             state: Arc::clone(&frontend.state),

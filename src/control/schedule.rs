@@ -28,6 +28,8 @@ pub(super) enum Job {
     LookForGray,
     /// Fail open unless there was a result.
     GraceEnds(PoolId),
+    /// Wait no longer for a pool's first verdict.
+    SettlingEnds(PoolId),
     /// Its removal grace is over.
     CutSessions(BackendId),
     /// Forget removed backends without sessions.

@@ -6,6 +6,7 @@ use super::{BackendEntry, Controller, Misfit, Origin, PoolEntry, PublishReason};
 use crate::config::WhenNoneEligible;
 use crate::health::heartbeat::{Channel, Freeze, Reading};
 use crate::health::{Calling, Intent, Observation, Pulse, Transition};
+use crate::heartbeat::rejections::Rejection;
 use crate::table::state::{BackendState, FrontendState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,6 +35,8 @@ pub struct HeartbeatStatus {
     pub taken_total: u64,
     /// Authentic ones that changed nothing, by reason.
     pub misfits: Vec<(Misfit, u64)>,
+    /// Their senders, in no order.
+    pub rejections: Vec<Rejection>,
     /// Times nobody's silence counted, because we were late or deaf.
     pub excuses_total: u64,
     /// Nobody at all is heard.
@@ -74,8 +77,10 @@ pub struct PoolStatus {
     /// In file order, then registered ones by age.
     pub backends: Vec<BackendStatus>,
     /// What happens while nobody is eligible, if nobody is: `refuse` or
-    /// `try-all`.
+    /// `try-all`; `wait` or `former` while no backend has been judged yet.
     pub none_eligible: Option<&'static str>,
+    /// Nobody serves, and clients wait for the first verdict.
+    pub undecided: bool,
     /// Why no silent backend is taken out, if so.
     pub frozen: Option<Freezing>,
     /// Members that registered.
@@ -84,6 +89,8 @@ pub struct PoolStatus {
     pub registered_max: u32,
     /// Whether it takes heartbeats.
     pub heartbeats: bool,
+    /// Whether its backends are probed.
+    pub probes: bool,
 }
 
 /// A backend as status shows it.
@@ -107,6 +114,8 @@ pub struct BackendStatus {
     pub observation: Observation,
     /// Passively ejected now.
     pub ejected: bool,
+    /// One session at a time tries it.
+    pub on_trial: bool,
     /// Ejections so far.
     pub ejections_total: u64,
     /// Ejections the pool's guard held back so far.
@@ -180,6 +189,7 @@ impl Controller {
         (self.pools.listening() > 0).then(|| HeartbeatStatus {
             taken_total: self.heartbeats_taken(),
             misfits: self.misfits().to_vec(),
+            rejections: self.rejections.all().cloned().collect(),
             excuses_total: self.excuses(),
             silent: self.channel(now) == Channel::Silent,
             frozen: freezing(self.guards.all.freeze(), now),
@@ -191,9 +201,11 @@ impl Controller {
         let backends: Vec<BackendStatus> =
             members.map(|entry| backend_status(entry, pool, now)).collect();
         let nobody = !backends.iter().any(|backend| backend.eligible);
-        let rule = match pool.spec.when_none_eligible {
-            WhenNoneEligible::Refuse => "refuse",
-            WhenNoneEligible::TryAll => "try-all",
+        let rule = match (&pool.settling, pool.spec.when_none_eligible) {
+            (Some(settling), _) if !settling.stand_ins.is_empty() => "former",
+            (_, WhenNoneEligible::TryAll) => "try-all",
+            (Some(_), WhenNoneEligible::Refuse) => "wait",
+            (None, WhenNoneEligible::Refuse) => "refuse",
         };
         let heartbeat = pool.spec.heartbeat.as_ref();
         let may_register = heartbeat.filter(|spec| spec.register);
@@ -202,10 +214,12 @@ impl Controller {
             balance: pool.spec.balance.name(),
             backends,
             none_eligible: nobody.then_some(rule),
+            undecided: nobody && rule == "wait",
             frozen: freezing(pool.guard.freeze(), now),
             registered: pool.registered,
             registered_max: may_register.map_or(0, |spec| spec.backends_max),
             heartbeats: heartbeat.is_some(),
+            probes: pool.spec.probe.is_some(),
         }
     }
 }
@@ -225,6 +239,7 @@ pub(super) fn backend_status(
         intent: entry.health.intent,
         observation: entry.health.observation(),
         ejected: entry.health.outlier.is_ejected(),
+        on_trial: entry.health.outlier.is_on_trial(),
         ejections_total: entry.health.outlier.ejections_total(),
         ejections_held_total: entry.health.outlier.held_total(),
         eligible: entry.health.eligible(),
@@ -274,6 +289,7 @@ impl BackendStatus {
             intent: Intent::Ready,
             observation: Observation::Unknown,
             ejected: false,
+            on_trial: false,
             ejections_total: 0,
             ejections_held_total: 0,
             eligible: true,
@@ -295,10 +311,12 @@ impl PoolStatus {
             balance: "random",
             backends,
             none_eligible: None,
+            undecided: false,
             frozen: None,
             registered: 0,
             registered_max: 0,
             heartbeats: false,
+            probes: false,
         }
     }
 }

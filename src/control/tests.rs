@@ -7,6 +7,7 @@ mod handover;
 mod heartbeats;
 mod probing;
 mod reloads;
+mod settling;
 
 use super::*;
 use crate::balance::trial::TrialPhase;
@@ -53,6 +54,7 @@ fn pool(backends: &[&str]) -> Pool {
     Pool {
         name: "web".into(),
         balance: Policy::WeightedRoundRobin,
+        hash_slots: crate::config::HASH_SLOTS,
         source: [].into(),
         connect_timeout: Duration::from_secs(5),
         queue_max: 0,

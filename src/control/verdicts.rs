@@ -69,7 +69,13 @@ impl Controller {
         (in_a_row, begun): (u32, Instant),
         now: Instant,
     ) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.get_mut(&id) else {
+            if failure != ConnectFailure::EarlyReset {
+                self.stands_in_no_more(id);
+            }
+            return;
+        };
+        entry.health.recent.note(failure, now);
         // A connect whose SYN was lost before the backend came back fails late.
         if !entry.health.outlier.takes_failures() || begun < entry.health.settled_since() {
             return;

@@ -21,6 +21,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+/// Clients of a pool that may wait for its first verdict; more wait in the kernel's
+/// queue.
+pub const UNDECIDED_QUEUE_MAX: usize = 4096;
+
 /// Which cap is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Held {
@@ -29,7 +33,7 @@ pub enum Held {
     /// The frontend's `connections_max`.
     Frontend,
     /// Every backend in service is at its `connections_max`, and `queue_max`
-    /// clients wait already.
+    /// clients wait already; or [`UNDECIDED_QUEUE_MAX`] wait for a first verdict.
     Pool,
 }
 
@@ -57,6 +61,9 @@ pub fn admit(
 /// Whether the pool has a slot for one more, or a place to wait for one. Who waits
 /// comes first: where there is a line, its end is where to go.
 fn may_come(route: &FrontendRoute, queued: usize) -> bool {
+    if route.pool.undecided {
+        return queued < UNDECIDED_QUEUE_MAX.max(route.pool.spec.queue_max as usize);
+    }
     if queued == 0 && route.pool.has_room() {
         return true;
     }

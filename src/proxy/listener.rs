@@ -257,16 +257,19 @@ fn start_session(
     ctx.admitting.set(false);
 }
 
-/// A backend, or a place in the line for one.
+/// A backend, or a place in the line for one (or for the pool's first verdict).
 fn start_of(ctx: &Context, pool: &PoolTable, client: SocketAddr) -> Start {
     let (gate, name) = (&ctx.shared.gate, &pool.spec.name);
     if gate.queued(name) == 0 {
         match pool.pick(ctx.pick_key(client.ip()), &[]) {
-            Err(NoBackend::AtCapacity) => {}
+            Err(NoBackend::AtCapacity | NoBackend::Undecided) => {}
             pick => return Start::Picked(pick),
         }
     }
     ctx.counters.queued.add(1);
+    if pool.undecided {
+        ctx.counters.undecided_waits.add(1);
+    }
     Start::Queued(gate.join(name))
 }
 

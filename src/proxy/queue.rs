@@ -1,4 +1,5 @@
-//! Waiting in line for a backend below its cap, before the first connect.
+//! Waiting in line for a backend below its cap, or for the pool's first verdict,
+//! before the first connect.
 //!
 //! Called by `session` for clients that `listener` has given a place in their
 //! pool's line. Who waits goes by the newest table, as no backend has been
@@ -29,7 +30,8 @@ pub(super) struct Served {
 }
 
 /// Waits until the client is first in line and a backend has room, at most for
-/// the pool's `queue_timeout`.
+/// the pool's `queue_timeout`, and before that for a first verdict until
+/// `startup_grace` is over.
 pub(super) async fn wait(
     ctx: &Context,
     flow: &Flow,
@@ -48,17 +50,21 @@ pub(super) async fn wait(
             }
         }
         match route.pool.pick(ctx.pick_key(client), &[]) {
-            Err(NoBackend::AtCapacity) => None,
+            Err(NoBackend::AtCapacity | NoBackend::Undecided) => None,
             pick => Some(pick),
         }
     });
+    let spec = &came_by.pool.spec;
+    // The controller ends the wait for a verdict; this is only its latest end.
+    let grace = if came_by.pool.undecided { spec.startup_grace } else { Duration::ZERO };
+    let longest = spec.queue_timeout.saturating_add(grace);
     // All are readiness futures: dropping the losers loses nothing.
     let pick = tokio::select! {
         biased;
         pick = pick => pick,
         end = flow.interrupted() => return Err(interrupted(end)),
         () = has_left(flow) => return Err(over(Cause::ClientLeft, Some(Side::Client))),
-        () = tokio::time::sleep(came_by.pool.spec.queue_timeout) => {
+        () = tokio::time::sleep(longest) => {
             return Err(over(Cause::QueueTimeout, None));
         }
     };

@@ -43,6 +43,11 @@ pub struct PoolInput {
     pub spec: Arc<config::Pool>,
     /// In file order.
     pub backends: Vec<BackendInput>,
+    /// Former backends that serve while none of those does.
+    pub stand_ins: Vec<BackendInput>,
+    /// Some of the backends have no verdict yet, and clients wait for one rather
+    /// than be refused.
+    pub undecided: bool,
 }
 
 /// One backend's standing at this moment.
@@ -108,10 +113,11 @@ fn by_name(pools: &[Arc<PoolTable>]) -> HashMap<&str, &Arc<PoolTable>> {
 
 fn build_pool(pool: PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<PoolTable> {
     let in_service = tier_in_service(&pool);
-    let serving = in_service.iter().map(|b| Arc::clone(&b.state)).collect();
+    let serving: Vec<_> = in_service.iter().map(|b| Arc::clone(&b.state)).collect();
     let candidates = in_service.iter().map(|b| candidate(b)).collect();
     let balancer = build_balancer(&pool, candidates, previous);
-    let built = PoolTable { serving, balancer, spec: pool.spec };
+    let undecided = pool.undecided && serving.is_empty();
+    let built = PoolTable { serving, balancer, undecided, spec: pool.spec };
     match previous {
         Some(before) if is_same(&built, before) => Arc::clone(before),
         _ => Arc::new(built),
@@ -119,7 +125,8 @@ fn build_pool(pool: PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<PoolTab
 }
 
 /// The eligible primaries, else the eligible backups (which join primaries that
-/// are all on trial), else (`try-all`) everything no operator took out.
+/// are all on trial), else former ones that stand in, else (`try-all`) everything no
+/// operator took out.
 fn tier_in_service(pool: &PoolInput) -> Vec<&BackendInput> {
     let eligible = |backup: bool| -> Vec<&BackendInput> {
         pool.backends.iter().filter(|b| b.eligible && b.backup == backup).collect()
@@ -127,6 +134,9 @@ fn tier_in_service(pool: &PoolInput) -> Vec<&BackendInput> {
     let mut tier = eligible(false);
     if tier.iter().all(|b| b.on_trial) {
         tier.extend(eligible(true));
+    }
+    if tier.is_empty() {
+        tier.extend(&pool.stand_ins);
     }
     if tier.is_empty() && pool.spec.when_none_eligible == WhenNoneEligible::TryAll {
         tier = pool.backends.iter().filter(|b| b.in_service).collect();
@@ -152,11 +162,11 @@ fn build_balancer(
     if candidates.is_empty() {
         return None;
     }
-    let (policy, size) = (pool.spec.balance, pool.backends.len());
+    let (policy, slots) = (pool.spec.balance, pool.spec.hash_slots);
     let before = previous.and_then(|p| p.balancer.as_ref());
     match before {
-        Some(same) if same.does_for(policy, &candidates, size) => Some(Arc::clone(same)),
-        _ => Some(Arc::new(Balancer::of_pool(policy, candidates, size, before.map(|b| &**b)))),
+        Some(same) if same.does_for(policy, &candidates, slots) => Some(Arc::clone(same)),
+        _ => Some(Arc::new(Balancer::of_pool(policy, candidates, slots, before.map(|b| &**b)))),
     }
 }
 
@@ -169,6 +179,7 @@ fn is_same(built: &PoolTable, before: &PoolTable) -> bool {
         _ => false,
     };
     same_balancer
+        && built.undecided == before.undecided
         && Arc::ptr_eq(&built.spec, &before.spec)
         && built.serving.len() == before.serving.len()
         && built.serving.iter().zip(&before.serving).all(|(new, old)| Arc::ptr_eq(new, old))

@@ -59,6 +59,8 @@ pub struct PoolTable {
     /// Over `serving`; `None` when nobody may serve. Tables in a row share it
     /// while it would come out the same.
     pub balancer: Option<Arc<Balancer>>,
+    /// Nobody serves, and a first verdict is due: clients wait for it.
+    pub undecided: bool,
 }
 
 /// A chosen backend whose in-flight count was raised; dropping it lowers the
@@ -76,6 +78,8 @@ pub struct Reserved {
 pub enum NoBackend {
     /// Nobody is eligible.
     NoneEligible,
+    /// Nobody is yet, and a first verdict is due.
+    Undecided,
     /// Everybody in service was tried already.
     Exhausted,
     /// Whoever is untried is at its cap.
@@ -117,7 +121,10 @@ impl Table {
 impl PoolTable {
     /// Chooses a backend outside `tried` (positions in `serving`).
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<Reserved, NoBackend> {
-        let balancer = self.balancer.as_ref().ok_or(NoBackend::NoneEligible)?;
+        let Some(balancer) = &self.balancer else {
+            let due = self.undecided;
+            return Err(if due { NoBackend::Undecided } else { NoBackend::NoneEligible });
+        };
         match balancer.pick(key, tried) {
             Ok(index) => {
                 let backend = Arc::clone(&self.serving[index]);

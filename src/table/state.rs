@@ -173,6 +173,11 @@ impl BackendState {
         self.failures_in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1)
     }
 
+    /// The length of the row of failures so far.
+    pub fn failed_in_a_row(&self) -> u32 {
+        self.failures_in_a_row.load(Ordering::Relaxed)
+    }
+
     /// Notes that a client has spoken and now waits.
     #[inline]
     pub fn asked(&self, worker: usize) {

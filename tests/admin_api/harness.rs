@@ -235,7 +235,7 @@ async fn play(control: Control, mut inbox: mpsc::Receiver<Request>, shut_down: A
                     _ => Err(OperatorError::UnknownPool),
                 }));
             }
-            Request::Upgrade { binary, config, reply } => {
+            Request::Upgrade { binary, config, reply, .. } => {
                 let word = binary.map(|path| path.display().to_string());
                 drop(reply.send(match (word.as_deref(), config) {
                     (Some("/broken one"), _) => Err(UpgradeError::Failed("it said: no".to_owned())),

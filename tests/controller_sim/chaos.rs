@@ -163,8 +163,13 @@ impl World {
     fn check_table(&self) {
         assert_eq!(self.table.connections_max, self.config.process.connections_max);
         let known = self.known();
-        for pool in &self.table.pools {
+        let status = self.controller.status(self.now);
+        for (pool, status) in self.table.pools.iter().zip(&status.pools) {
             for backend in &pool.serving {
+                if status.none_eligible == Some("former") {
+                    assert!(self.controller.is_known(backend.id), "{} has gone", backend.name);
+                    continue;
+                }
                 assert_eq!(backend.pool, pool.spec.name);
                 assert!(known.contains(&backend.id), "{} serves, whoever it is", backend.name);
             }

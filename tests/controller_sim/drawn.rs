@@ -57,6 +57,7 @@ fn random_pool(rng: &mut Rng, index: usize) -> Pool {
     };
     Pool {
         name: format!("p{index}").into(),
+        hash_slots: 65_537,
         // The policy is not the controller's business, and Maglev tables take
         // long to build without optimisation.
         balance: match rng.u8(..50) {

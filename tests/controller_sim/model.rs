@@ -72,6 +72,9 @@ pub(crate) struct ModelPool {
     pub(crate) spec: Arc<Pool>,
     pub(crate) startup: Startup,
     pub(crate) backends: Vec<ModelBackend>,
+    /// Nobody serves before a first verdict; until then at the latest, and who
+    /// stands in.
+    pub(crate) settling: Option<(Instant, Vec<BackendId>)>,
 }
 
 #[derive(Debug, Default)]
@@ -79,6 +82,8 @@ pub(crate) struct Model {
     pub(crate) pools: Vec<ModelPool>,
     pub(crate) leaving: Vec<ModelBackend>,
     pub(crate) check_at: Option<Instant>,
+    /// By frontend: its pool.
+    pub(crate) routes: HashMap<String, String>,
 }
 
 impl ModelBackend {
@@ -233,7 +238,13 @@ impl ModelPool {
         }
         let mut backups = primaries;
         backups.extend(tier(&|b| b.spec.backup && b.eligible(probed)));
-        if !backups.is_empty() || self.spec.when_none_eligible == WhenNoneEligible::Refuse {
+        if !backups.is_empty() {
+            return backups;
+        }
+        if let Some((_, stand_ins)) = self.settling.as_ref().filter(|(_, ids)| !ids.is_empty()) {
+            return stand_ins.clone();
+        }
+        if self.spec.when_none_eligible == WhenNoneEligible::Refuse {
             return backups;
         }
         tier(&|b| b.intent == Intent::Ready)
@@ -299,14 +310,25 @@ impl Model {
                 }
             }
         }
-        if self.check_at.is_some_and(|at| at <= now) {
-            self.leaving.retain(|b| b.state.in_flight.get() > 0);
+        let check_at = self.check_at.filter(|at| *at <= now);
+        self.end_standing_in(check_at.unwrap_or(now));
+        if check_at.is_some() {
+            let stand_ins: Vec<BackendId> =
+                self.pools.iter().filter_map(|p| p.settling.clone()).flat_map(|s| s.1).collect();
+            let stays = |b: &ModelBackend| b.state.in_flight.get() > 0 || stand_ins.contains(&b.id);
+            self.leaving.retain(stays);
             self.check_at = (!self.leaving.is_empty()).then(|| now + LEAVING_CHECK);
         }
+        self.end_standing_in(now);
     }
 
     pub(crate) fn settle(&mut self, now: Instant) {
-        self.pools.iter_mut().for_each(|pool| pool.settle(now));
+        for pool in &mut self.pools {
+            pool.settle(now);
+            if pool.is_settled() {
+                pool.settling = None;
+            }
+        }
     }
 
     pub(crate) fn probe_started(
@@ -341,7 +363,12 @@ impl Model {
     }
 
     pub(crate) fn connect_failed(&mut self, id: BackendId, now: Instant) {
-        let Some((pool, index)) = self.find(id) else { return };
+        let Some((pool, index)) = self.find(id) else {
+            for (_, stand_ins) in self.pools.iter_mut().filter_map(|p| p.settling.as_mut()) {
+                stand_ins.retain(|one| *one != id);
+            }
+            return;
+        };
         let (probed, eligible) = (pool.probed(), pool.eligible());
         let ejected = pool.ejected() + pool.on_trial();
         let ejected_max = pool.ejected_max();
@@ -380,6 +407,7 @@ impl Model {
         now: Instant,
     ) {
         let intents = self.intents();
+        let former = self.former();
         let mut old_pools = std::mem::take(&mut self.pools);
         for spec in &config.pools {
             let position = old_pools.iter().position(|p| p.spec.name == spec.name);
@@ -402,7 +430,8 @@ impl Model {
             if startup == Startup::Open {
                 backends.iter_mut().for_each(|b| b.fails_open = true);
             }
-            self.pools.push(ModelPool { spec: Arc::clone(spec), startup, backends });
+            let settling = old.as_ref().and_then(|old| old.settling.clone());
+            self.pools.push(ModelPool { spec: Arc::clone(spec), startup, backends, settling });
             if let Some(mut old) = old {
                 let rest = std::mem::take(&mut old.backends);
                 rest.into_iter().for_each(|b| self.leave(b, spec.on_removal, now));
@@ -412,6 +441,7 @@ impl Model {
             let rule = old.spec.on_removal;
             old.backends.into_iter().for_each(|b| self.leave(b, rule, now));
         }
+        self.begin_settling(config, &former, now);
     }
 
     fn leave(&mut self, mut b: ModelBackend, rule: OnRemoval, now: Instant) {

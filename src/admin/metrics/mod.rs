@@ -86,6 +86,8 @@ mod families {
     pub(super) const WORKER_STALLS: Family = counter("tidegate_worker_stalls_total", "Times the worker's loop did not turn for a second or more.");
     pub(super) const QUEUED: Family = gauge("tidegate_pool_queued", "Clients that wait in line for a backend of the pool below its cap.");
     pub(super) const QUEUED_TOTAL: Family = counter("tidegate_queued_total", "Sessions that had to wait in such a line.");
+    pub(super) const UNDECIDED: Family = gauge("tidegate_pool_undecided", "1 while nobody of the pool serves, its backends have no verdict yet, and clients wait for one.");
+    pub(super) const UNDECIDED_WAITS: Family = counter("tidegate_undecided_waits_total", "Sessions that had to wait for their pool's first verdict.");
     pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "What went on inside the rings beside moving bytes, by worker; zero on epoll.");
     pub(super) const LOCAL_ERRORS: Family = counter("tidegate_local_errors_total", "Trouble of our own, never blamed on a backend.");
     pub(super) const CONNECT_RETRIES: Family = counter("tidegate_connect_retries_total", "Connect attempts beyond a session's first.");
@@ -363,8 +365,13 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
         let queued = snapshot.queued.get(&pool.name).copied().unwrap_or_default();
         samples.count(&[("pool", &pool.name)], queued as u64);
     }
-    let totals: [(&Family, WorkerValue); 4] = [
+    let mut samples = out.family(&families::UNDECIDED);
+    for pool in &snapshot.control.pools {
+        samples.count(&[("pool", &pool.name)], pool.undecided.into());
+    }
+    let totals: [(&Family, WorkerValue); 5] = [
         (&families::QUEUED_TOTAL, |w| w.queued.get()),
+        (&families::UNDECIDED_WAITS, |w| w.undecided_waits.get()),
         (&families::CONNECT_RETRIES, |w| w.connect_retries.get()),
         (&families::REPORTS_DROPPED, |w| w.reports_dropped.get()),
         (&families::ACCESS_LOG_DROPPED, |w| w.access_log_dropped.get()),

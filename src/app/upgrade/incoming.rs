@@ -13,7 +13,7 @@ use crate::admin::{self, AdminListener};
 use crate::app::Failure;
 use crate::app::binds::Group;
 use crate::clock;
-use crate::config::Config;
+use crate::config::Admin;
 use crate::net::handover::Channel;
 use socket2::Socket;
 use std::collections::BTreeMap;
@@ -73,7 +73,7 @@ impl Predecessor {
     /// # Errors
     /// There is one and it is not to be understood.
     pub fn greet() -> Result<Option<Predecessor>, Failure> {
-        if std::env::var_os(super::outgoing::MARK).is_none() {
+        if std::env::var_os(crate::net::handover::MARK).is_none() {
             return Ok(None);
         }
         let channel = Channel::from_stdin().map_err(|error| trouble(&error))?;
@@ -90,17 +90,22 @@ impl Predecessor {
         std::mem::take(&mut self.heartbeats)
     }
 
-    /// The admin listener, where it is the one of `config`.
-    pub(in crate::app) fn take_admin(&mut self, config: &Config) -> Option<AdminListener> {
+    /// Where its admin API listens.
+    pub fn admin_listen(&self) -> Option<&str> {
+        Some(self.offer.admin.as_ref()?.listen.as_str())
+    }
+
+    /// The admin listener, where it is the one that `admin` names.
+    pub(in crate::app) fn take_admin(&mut self, admin: &Admin) -> Option<AdminListener> {
         let (fd, offered) = (self.admin.take()?, self.offer.admin.as_ref()?);
-        if offered.listen != config.admin.listen.to_string() {
+        if offered.listen != admin.listen.to_string() {
             return None;
         }
-        admin::take_over(&config.admin, fd, offered.file)
+        admin::take_over(admin, fd, offered.file)
     }
 
     /// What confines that process, and so this one.
-    pub(in crate::app) fn confined(&self) -> &[String] {
+    pub fn confined(&self) -> &[String] {
         &self.offer.confined
     }
 
@@ -124,6 +129,7 @@ impl Predecessor {
         generation: u64,
     ) -> Result<Commit, Failure> {
         let ready = Ready { not_taken, admin_taken, generation };
+        tracing::debug!(generation, admin_taken, "ready to take over from the old process");
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &ready, &[], deadline).map_err(|error| trouble(&error))?;
         let known = || {
@@ -146,6 +152,7 @@ impl Predecessor {
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &Serving {}, &[], deadline)
             .map_err(|error| trouble(&error))?;
+        tracing::debug!("this process serves; the old one stops accepting");
         // On failure the log ends with the old process, which is no reason not
         // to serve.
         let _ = rustix::stdio::dup2_stderr(&self.stderr);

@@ -2,10 +2,11 @@
 //! sockets and goes on, this one drains.
 //!
 //! Driven by the control loop for SIGUSR2 and the admin API. The files:
-//! `program` (what is started), `outgoing` (the old process's side, on a thread
-//! of its own), `incoming` (the new one's, during its start), `message` (what
-//! they say), `counts` (what they count), `reports` (what the old one says while it
-//! drains, and what it is told). Sockets are handed on and never bound
+//! `process` (who starts and ends the new one), `outgoing` (the old process's side,
+//! on a thread of its own), `incoming` (the new one's, during its start), `message`
+//! (what they say), `counts` (what they count), `stepping` (the old one's last
+//! second), `words` (reports and orders while it drains), `reports` (how those are
+//! sent). Sockets are handed on and never bound
 //! anew: closing one of several listeners of an address would reset whoever is in
 //! its queue.
 //!
@@ -13,7 +14,8 @@
 //! sockets (old); the new one validates, builds, says *ready* (old); the old one
 //! gives the word with everything known by then (old); the new one says
 //! *serving*, and accepts (both, on the same queues); the old one stops accepting
-//! and drains (new).
+//! and drains (new). For one second more it keeps sockets and table, and accepts again
+//! if the new one ends in that time.
 
 mod counts;
 #[cfg(any(test, fuzzing))]
@@ -21,33 +23,36 @@ pub mod fuzz;
 mod incoming;
 mod message;
 mod outgoing;
-mod program;
+mod process;
 mod reports;
+mod stepping;
+mod words;
 
 pub use incoming::Predecessor;
-pub use program::Program;
 
 pub(super) use counts::Rarities;
 pub(super) use incoming::Draining as PredecessorDraining;
 pub(super) use message::OfferedAdmin;
+pub(super) use process::Starter;
 
 use super::control_loop::Control;
 use crate::admin::{UpgradeCounts, UpgradeError, Upgraded};
 use crate::clock;
-use crate::control::Effect;
-use crate::control::elsewhere::HeldBackend;
 use crate::control::handover::Saved;
-use crate::health::Intent;
 use crate::net::handover::Channel;
-use crate::table::state::BackendId;
+use crate::supervisor::Wish;
 use counts::Counts;
 use incoming::Word;
 use message::{Commit, LEVEL, Offer, OfferedBind, PROTOCOL, SavedEstimate};
 use outgoing::{AtTheReady, Attempt, Outgoing, Progress};
-use reports::{Order, OrderedIntent, Report, Reporter};
-use std::path::Path;
+use reports::Order;
+use std::os::fd::OwnedFd;
+use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use stepping::SteppingDown;
+use tokio::sync::oneshot;
+use words::Successor;
 
 /// How long the new process may take from the word to serving: it has all it
 /// needs by then, and meanwhile the control loop does nothing else.
@@ -58,9 +63,6 @@ const COMMIT_MAX: Duration = Duration::from_secs(5);
 const ACQUAINTED_MAX: Duration = Duration::from_secs(3);
 const ACQUAINTED_STEP: Duration = Duration::from_millis(20);
 
-/// Orders that may wait for the control loop.
-const ORDERS_MAX: usize = 16;
-
 /// Who asked gets this.
 type Reply = oneshot::Sender<Result<Upgraded, UpgradeError>>;
 
@@ -68,10 +70,11 @@ type Reply = oneshot::Sender<Result<Upgraded, UpgradeError>>;
 #[derive(Debug, Default)]
 pub(super) struct Upgrades {
     /// `None` where there is nothing to start: inside another program.
-    program: Option<Program>,
+    starter: Option<Starter>,
     counts: UpgradeCounts,
     under_way: Option<UnderWay>,
     successor: Option<Successor>,
+    stepping_down: Option<SteppingDown>,
     predecessor: Option<PredecessorDraining>,
     /// Sessions of the processes before.
     elsewhere: u32,
@@ -86,19 +89,6 @@ struct UnderWay {
     reload: bool,
 }
 
-/// The process that took over.
-#[derive(Debug)]
-struct Successor {
-    channel: Channel,
-    /// What it understands; see `message`.
-    level: u16,
-    /// `None` where it takes no reports.
-    reporter: Option<Reporter>,
-    orders: mpsc::Receiver<Order>,
-    /// A first signal to stop says nothing new to a process that drains already.
-    signalled: bool,
-}
-
 /// What the control loop is woken for.
 #[derive(Debug)]
 pub(super) enum UpgradeEvent {
@@ -107,13 +97,17 @@ pub(super) enum UpgradeEvent {
     Word(Option<Word>),
     /// The next process wants something.
     Order(Order),
+    /// The process that took over has ended, with no success.
+    Ended(ExitStatus),
+    /// It has lived long enough.
+    SteppedDown,
 }
 
 // === impl Upgrades ===
 
 impl Upgrades {
-    pub(super) fn new(program: Option<Program>) -> Upgrades {
-        Upgrades { program, ..Upgrades::default() }
+    pub(super) fn new(starter: Option<Starter>) -> Upgrades {
+        Upgrades { starter, ..Upgrades::default() }
     }
 
     pub(super) fn counts(&self) -> UpgradeCounts {
@@ -173,35 +167,19 @@ impl Upgrades {
                 None => std::future::pending().await,
             }
         };
+        let stepping_down = async {
+            match &mut self.stepping_down {
+                Some(stepping) => stepping.next().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
+            event = stepping_down => event,
             progress = progress => UpgradeEvent::Progress(progress),
             word = word => UpgradeEvent::Word(word),
             Some(order) = order => UpgradeEvent::Order(order),
         }
     }
-}
-
-// === impl Successor ===
-
-impl Successor {
-    fn new(channel: Channel, level: u16) -> Successor {
-        let (tell, orders) = mpsc::channel(ORDERS_MAX);
-        let reporter = match (level, channel.try_clone(), channel.try_clone()) {
-            (1.., Ok(to_read), Ok(to_write)) => {
-                let listen = move || while pass_order_on(&to_read, &tell).is_some() {};
-                let named = std::thread::Builder::new().name("successor".to_owned());
-                named.spawn(listen).and_then(|_| Reporter::start(to_write)).ok()
-            }
-            _ => None,
-        };
-        Successor { channel, level, reporter, orders, signalled: false }
-    }
-}
-
-/// Waits for one order; `None` when the next process is gone.
-fn pass_order_on(channel: &Channel, tell: &mpsc::Sender<Order>) -> Option<()> {
-    let order = message::receive(channel, clock::now() + incoming::DRAIN_MAX).ok()?;
-    tell.blocking_send(order).ok()
 }
 
 // === impl Control ===
@@ -210,28 +188,30 @@ impl Control {
     /// Starts an upgrade; who asked is answered when it has ended.
     pub(super) fn begin_upgrade(
         &mut self,
-        binary: Option<&Path>,
-        config: Option<&Path>,
+        wish: Wish,
+        asked_over: Option<Arc<OwnedFd>>,
         reply: Option<Reply>,
     ) {
-        match self.start_upgrade(binary, config) {
+        match self.start_upgrade(wish, asked_over) {
             Ok(outgoing) => {
                 self.upgrades.under_way = Some(UnderWay { outgoing, reply, reload: false });
             }
-            Err(why) => {
-                self.upgrades.counts.refused += 1;
-                tracing::error!(reason = %why, "upgrade refused");
-                if let Some(reply) = reply {
-                    let _ = reply.send(Err(UpgradeError::Refused(why)));
-                }
-            }
+            Err(why) => self.refuse_upgrade(why, reply),
+        }
+    }
+
+    fn refuse_upgrade(&mut self, why: String, reply: Option<Reply>) {
+        self.upgrades.counts.refused += 1;
+        tracing::error!(reason = %why, "upgrade refused");
+        if let Some(reply) = reply {
+            let _ = reply.send(Err(UpgradeError::Refused(why)));
         }
     }
 
     fn start_upgrade(
         &mut self,
-        binary: Option<&Path>,
-        config: Option<&Path>,
+        wish: Wish,
+        asked_over: Option<Arc<OwnedFd>>,
     ) -> Result<Outgoing, String> {
         if self.draining.is_some() || self.leaving.is_some() {
             return Err("this process is draining".to_owned());
@@ -239,21 +219,16 @@ impl Control {
         if self.upgrades.under_way.is_some() {
             return Err("an upgrade is under way".to_owned());
         }
-        let Some(program) = &self.upgrades.program else {
+        let Some(starter) = &self.upgrades.starter else {
             return Err("this balancer runs inside another program".to_owned());
         };
-        if std::process::id() == 1 {
-            return Err("this is process 1, and with it everything else would end: \
-                        run it under an init, or replace the container"
-                .to_owned());
-        }
-        let command = program.command_line(binary, config)?;
-        tracing::info!(program = %command.path.display(), "upgrade begins");
-        let attempt = self.attempt(command).map_err(|error| error.to_string())?;
+        let start = starter.prepare(wish, asked_over)?;
+        tracing::info!("upgrade begins");
+        let attempt = self.attempt(start).map_err(|error| error.to_string())?;
         Outgoing::start(attempt).map_err(|error| error.to_string())
     }
 
-    fn attempt(&self, command: program::CommandLine) -> std::io::Result<Attempt> {
+    fn attempt(&self, start: process::Start) -> std::io::Result<Attempt> {
         let active = || self.binds.active();
         let listeners = active().map(|(address, group)| OfferedBind {
             address: *address,
@@ -277,7 +252,7 @@ impl Control {
         let sockets = active().flat_map(|(_, group)| group.sockets.iter().cloned()).collect();
         let timeout = self.config.process.upgrade_timeout;
         let heartbeats = heartbeats.into_iter().map(|(_, socket)| socket).collect();
-        Ok(Attempt { command, offer, admin, sockets, heartbeats, timeout })
+        Ok(Attempt { start, offer, admin, sockets, heartbeats, timeout })
     }
 
     /// Goes on with what has happened.
@@ -295,9 +270,12 @@ impl Control {
                 }
             }
             UpgradeEvent::Order(order) => self.obey(&order),
+            UpgradeEvent::Ended(status) => self.go_on(status),
+            UpgradeEvent::SteppedDown => self.stepped_down(),
             UpgradeEvent::Progress(progress) => {
                 let Some(under_way) = self.upgrades.under_way.take() else { return };
                 let result = match progress {
+                    Progress::Refused(why) => return self.upgrade_refused(under_way, why).await,
                     Progress::Failed(why) => Err(why),
                     Progress::Ready(at) => self.commit(*at, &under_way.outgoing).await,
                 };
@@ -312,7 +290,7 @@ impl Control {
         at: AtTheReady,
         outgoing: &Outgoing,
     ) -> Result<(Channel, AtTheReady), String> {
-        let AtTheReady { hello, ready, commit, mut served } = at;
+        let AtTheReady { hello, ready, commit, mut served, ended } = at;
         self.collect_latency().await;
         let mut counts = self.upgrades.counts;
         counts.done += 1;
@@ -326,7 +304,9 @@ impl Control {
         }
         let (_, done) = oneshot::channel();
         match verdict {
-            Ok(Ok(Ok(channel))) => Ok((channel, AtTheReady { hello, ready, commit, served: done })),
+            Ok(Ok(Ok(channel))) => {
+                Ok((channel, AtTheReady { hello, ready, commit, served: done, ended }))
+            }
             Ok(Ok(Err(why))) => Err(why),
             _ => Err("the upgrade's thread has died".to_owned()),
         }
@@ -349,25 +329,25 @@ impl Control {
                     self.reload_when_told().await;
                 }
             }
-            Ok((channel, AtTheReady { hello, ready, .. })) => {
+            Ok((channel, AtTheReady { hello, ready, ended, .. })) => {
                 self.upgrades.counts.done += 1;
                 let (pid, version) = (hello.pid, hello.version);
                 tracing::info!(pid, %version, "upgrade done: that process serves, this one drains");
                 self.notifier.successor(pid);
                 self.upgrades.successor = Some(Successor::new(channel, hello.level));
                 self.latency.clear();
-                self.binds.hand_over(&ready.not_taken, &self.workers);
-                self.reception.hand_over();
+                self.step_down(&ready, ended);
                 if let Some(reply) = under_way.reply {
                     let _ = reply.send(Ok(Upgraded { pid, version, generation: ready.generation }));
                 }
-                if ready.admin_taken
-                    && let Some(admin) = &mut self.admin
-                {
-                    admin.hand_over();
-                }
-                self.drain_what_is_left();
             }
+        }
+    }
+
+    async fn upgrade_refused(&mut self, under_way: UnderWay, why: String) {
+        self.refuse_upgrade(why, under_way.reply);
+        if under_way.reload {
+            self.reload_when_told().await;
         }
     }
 
@@ -438,80 +418,6 @@ impl Control {
 
     pub(super) fn follow(&mut self, predecessor: PredecessorDraining) {
         self.upgrades.predecessor = Some(predecessor);
-    }
-
-    fn take_report(&mut self, report: &Report) {
-        self.upgrades.elsewhere = report.sessions;
-        let (backends, frontends) = (&report.backends, &report.frontends);
-        let effects = self.controller.held_elsewhere(backends, frontends, clock::now());
-        self.perform(effects);
-        // Whoever waits for a cap may have room.
-        self.shared.gate.opened();
-    }
-
-    /// Tells the next process what sessions are left, where it is time to.
-    pub(super) fn report(&mut self) {
-        let sessions = self.sessions();
-        let reporter = self.upgrades.successor.as_mut().and_then(|next| next.reporter.as_mut());
-        if let Some(reporter) = reporter {
-            reporter.report(&self.controller, sessions, clock::now());
-        }
-    }
-
-    /// Does what the next process wants, and has the one before do it, too.
-    fn obey(&mut self, order: &Order) {
-        if let Some(HeldBackend { pool, name, address, .. }) = &order.cut
-            && let Some(id) = self.controller.find_known(pool, name, address)
-        {
-            self.perform(vec![Effect::CutSessions(id)]);
-        }
-        if let Some(OrderedIntent { pool, backend, intent }) = &order.intent
-            && let Some(intent) = Intent::named(intent)
-            && let Ok(effects) = self.controller.set_intent(pool, backend, intent, clock::now())
-        {
-            self.perform(effects);
-            self.order_intent(pool, backend, intent);
-        }
-        if let Some(ms) = order.end_within_ms {
-            let time = Duration::from_millis(ms);
-            self.end_within(time);
-            self.order_end_within(time);
-        }
-    }
-
-    /// Has the process before reset that backend's sessions, too.
-    pub(super) fn order_cut(&self, id: BackendId) {
-        if let Some(before) = &self.upgrades.predecessor
-            && let Some(state) = self.controller.known(id)
-        {
-            let cut = HeldBackend {
-                pool: state.pool.to_string(),
-                name: state.name.to_string(),
-                address: state.address_text.to_string(),
-                sessions: 0,
-            };
-            before.order(&Order { cut: Some(cut), ..Order::default() });
-        }
-    }
-
-    /// Has the process before know what an operator wants.
-    pub(super) fn order_intent(&self, pool: &str, backend: &str, intent: Intent) {
-        if let Some(before) = &self.upgrades.predecessor {
-            let intent = OrderedIntent {
-                pool: pool.to_owned(),
-                backend: backend.to_owned(),
-                intent: intent.name().to_owned(),
-            };
-            before.order(&Order { intent: Some(intent), ..Order::default() });
-        }
-    }
-
-    /// Has the process before end by then.
-    pub(super) fn order_end_within(&self, time: Duration) {
-        if let Some(before) = &self.upgrades.predecessor {
-            let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-            before.order(&Order { end_within_ms: Some(ms), ..Order::default() });
-        }
     }
 
     fn take_farewell(&mut self, last: &Commit) {

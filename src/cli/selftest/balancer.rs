@@ -39,7 +39,7 @@ impl Balancer {
     pub(super) fn start(directory: &Path, config: &Path) -> Result<Balancer, Trouble> {
         let log = directory.join("log");
         let admin = Address::Unix(directory.join("admin.sock"));
-        let client = ClientArgs { admin, json: true, token_file: None };
+        let client = ClientArgs { admin: Some(admin), config: None, json: true, token_file: None };
         // Processes that others have left are ours to wait for (prctl(2)).
         rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
             .map_err(|error| format!("cannot adopt processes: {error}"))?;
@@ -152,7 +152,7 @@ fn pid_of(number: u64) -> Result<Pid, String> {
 
 fn told(error: ClientError) -> String {
     match error {
-        ClientError::Token(text) | ClientError::Unreachable(text) => text,
+        ClientError::Request(text) | ClientError::Unreachable(text) => text,
         ClientError::Refused(value) => value.to_string(),
     }
 }

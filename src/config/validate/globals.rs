@@ -14,14 +14,12 @@ use crate::config::address;
 use crate::config::file::{Field, Section};
 use crate::config::value::{self, BUFFERS, Complaint, SPIN, TIME, UPGRADE, shown};
 use crate::config::{
-    AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process, Sandbox,
+    ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
+    Process, Sandbox,
 };
 
 /// More workers than this share too many structures to be of use.
 const WORKERS_MAX: u32 = 256;
-
-/// Where the admin API listens unless told otherwise.
-const ADMIN_SOCKET: &str = "/run/tidegate/admin.sock";
 
 /// The C library's bound on the length of a name (useradd(8)).
 const ACCOUNT_CHARS_MAX: usize = 32;

@@ -4,6 +4,7 @@
 //! feeds the events that come back to the controller. It keeps the order of
 //! requests, never runs two probes of one backend, and judges nothing.
 
+use super::sources::Turns;
 use crate::config::{BackendAddress, ProbeSpec};
 use crate::control::{Event, ProbeToken};
 use crate::health::ProbeOutcome;
@@ -48,6 +49,7 @@ struct Running {
     requested: HashMap<BackendId, Request>,
     running: HashMap<BackendId, AbortHandle>,
     tasks: JoinSet<Ended>,
+    turns: Turns,
     /// Of the thread this runs on.
     counters: Option<Arc<WorkerCounters>>,
 }
@@ -84,6 +86,7 @@ impl ProbeRunner {
             requested: HashMap::new(),
             running: HashMap::new(),
             tasks: JoinSet::new(),
+            turns: Turns::default(),
             counters,
         };
         tokio::spawn(running.serve(incoming, results));
@@ -148,8 +151,10 @@ impl Running {
             let Some(backend) = self.queue.pop_front() else { return };
             let Some(request) = self.requested.remove(&backend) else { continue };
             let counters = self.counters.clone();
+            let turn = self.turns.next(backend, &request.spec.source);
             let task = self.tasks.spawn(async move {
-                let (outcome, short) = super::run_and_tell(&request.address, &request.spec).await;
+                let probe = super::run_and_tell(&request.address, &request.spec, turn);
+                let (outcome, short) = probe.await;
                 if let (Some(kind), Some(counters)) = (short, counters) {
                     counters.local_trouble(kind, LocalAt::Probe);
                 }

@@ -7,8 +7,12 @@ use runner::ProbeRunner;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Instant;
+use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::mpsc;
+
+mod answers;
+mod sources;
 
 const TIMEOUT: Duration = Duration::from_millis(300);
 

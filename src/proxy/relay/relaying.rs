@@ -13,6 +13,13 @@ use std::time::{Duration, Instant};
 /// act earlier, see [`liveness_after`].
 const LIVENESS_AFTER_MAX: Duration = Duration::from_secs(10);
 
+/// See [`Relaying::looked`].
+const ASKED: u32 = 1 << 31;
+
+/// How long last words may stand still on their way where neither the half-closed nor
+/// the user timeout is on.
+const PATIENCE_DEFAULT: Duration = Duration::from_secs(60);
+
 /// A session's timers and meter. Idle sessions have one each, in a box.
 #[derive(Debug)]
 pub(super) struct Relaying {
@@ -26,8 +33,9 @@ pub(super) struct Relaying {
     pub(super) answer: Answer,
     /// When keepalive is to be switched on upstream; `None` once it is.
     liveness_due: Option<Instant>,
-    /// Hidden progress was asked for since the last activity.
-    pub(super) asked: bool,
+    /// How long the queue was, at the last look, of sockets that tell no more; and in
+    /// the bit [`ASKED`], whether progress was asked for since the last activity.
+    looked: u32,
 }
 
 // With these sizes, glibc's malloc places it in the room that the alignment of a
@@ -84,7 +92,7 @@ impl Relaying {
             last_activity: now,
             answer: Answer::NobodySpoke,
             liveness_due: Some(now + liveness_after(&limits)),
-            asked: false,
+            looked: 0,
         }
     }
 
@@ -127,30 +135,70 @@ impl Relaying {
     /// Counts what a turn moved.
     #[inline]
     pub(super) fn account(&mut self, moved: &Moved, now: Instant) {
-        let [bytes_in, bytes_out] = moved.received;
-        if bytes_in | bytes_out == 0 && !moved.sent && !moved.ended {
+        let ([asked, answered], [bytes_in, bytes_out]) = (moved.received, moved.sent);
+        if asked | answered | bytes_in | bytes_out == 0 && !moved.ended {
             return;
         }
         self.last_activity = now;
-        self.asked = false;
+        self.looked &= !ASKED;
+        self.count(moved);
+        // What both sides said in one turn shows no order: no question then.
+        if asked != 0 && answered == 0 && self.answer == Answer::NobodySpoke {
+            self.answer = Answer::Awaited(now);
+            self.meter.client_spoke();
+        }
+        if answered != 0 && !matches!(self.answer, Answer::Came(_)) {
+            self.first_byte(now);
+        }
+    }
+
+    /// Counts what was sent on.
+    #[inline]
+    pub(super) fn count(&self, moved: &Moved) {
+        let [bytes_in, bytes_out] = moved.sent;
         let frontend = self.meter.frontend.counters.of(self.meter.worker.into());
         let backend = self.meter.backend.counters.of(self.meter.worker.into());
         if bytes_in != 0 {
             frontend.bytes_in.add(bytes_in);
             backend.bytes_in.add(bytes_in);
-            // What both sides said in one turn shows no order: no question then.
-            if self.answer == Answer::NobodySpoke && bytes_out == 0 {
-                self.answer = Answer::Awaited(now);
-                self.meter.client_spoke();
-            }
         }
         if bytes_out != 0 {
             frontend.bytes_out.add(bytes_out);
             backend.bytes_out.add(bytes_out);
-            if !matches!(self.answer, Answer::Came(_)) {
-                self.first_byte(now);
-            }
         }
+    }
+
+    /// The kernels have passed bytes on since: the last so long ago.
+    pub(super) fn moved_unseen(&mut self, ago: Duration, now: Instant) {
+        if let Some(at) = now.checked_sub(ago) {
+            self.last_activity = self.last_activity.max(at);
+        }
+    }
+
+    /// Whether a queue, of which only the length is known, is another than at the last
+    /// look; if so, something has moved just now.
+    pub(super) fn looks_moved(&mut self, queued: u64, now: Instant) -> bool {
+        let queued = queued.min((!ASKED).into()) as u32;
+        let moved = self.looked & !ASKED != queued;
+        if moved {
+            (self.looked, self.last_activity) = (queued, now);
+        }
+        moved
+    }
+
+    /// Whether progress that does not show may be asked for: once after the last
+    /// activity.
+    pub(super) fn may_ask(&mut self) -> bool {
+        let may = self.looked & ASKED == 0;
+        self.looked |= ASKED;
+        may
+    }
+
+    /// How long the last words of a side that failed may stand still on their way to
+    /// the other before they are given up.
+    pub(super) fn patience(&self) -> Duration {
+        let limits = [self.half_closed.get(), self.user_timeout.get()];
+        limits.into_iter().flatten().min().unwrap_or(PATIENCE_DEFAULT)
     }
 
     #[cold]

@@ -16,6 +16,7 @@ fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
         spec: Arc::new(config::Pool {
             name: name.into(),
             balance,
+            hash_slots: crate::config::HASH_SLOTS,
             source: [].into(),
             connect_timeout: Duration::from_secs(5),
             queue_max: 0,
@@ -31,6 +32,8 @@ fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
             backends: Vec::new(),
         }),
         backends: (0..backends).map(|i| backend(name, i)).collect(),
+        stand_ins: vec![],
+        undecided: false,
     }
 }
 
@@ -54,7 +57,12 @@ fn again(backend: &BackendInput) -> BackendInput {
 }
 
 fn pool_again(pool: &PoolInput) -> PoolInput {
-    PoolInput { spec: Arc::clone(&pool.spec), backends: pool.backends.iter().map(again).collect() }
+    PoolInput {
+        spec: Arc::clone(&pool.spec),
+        backends: pool.backends.iter().map(again).collect(),
+        stand_ins: vec![],
+        undecided: pool.undecided,
+    }
 }
 
 fn table(pools: Vec<PoolInput>, previous: Option<&Table>) -> Table {
