@@ -136,8 +136,14 @@ fn answer(request: Request, refuses: bool) -> Request {
             Request::SetIntent { pool, backend, intent, reply: nobody() }
         }
         Request::Reload(reply) => {
-            let problem =
-                Problem { file: "f".into(), line: 1, column: 1, message: "wrong".to_owned() };
+            let problem = Problem {
+                file: "f".into(),
+                line: 1,
+                column: 1,
+                message: "wrong".to_owned(),
+                help: None,
+                rendered: "f:1:1: error: wrong".to_owned(),
+            };
             let reloaded = Reloaded { generation: 2, changed: true, warnings: Vec::new() };
             let refused = ReloadError::Problems(vec![problem]);
             let _ = reply.send(if refuses { Err(refused) } else { Ok(reloaded) });

@@ -160,6 +160,11 @@ pub struct Problem {
     pub column: usize,
     /// One line.
     pub message: String,
+    /// What would be right, on one line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub help: Option<String>,
+    /// All of it with the source line and a caret, as `tidegate check` shows it.
+    pub rendered: String,
 }
 
 /// Requests that may wait for the control loop; more wait in their connections,

@@ -5,8 +5,10 @@
 //! hands everything on. Workers hold shares of the sockets; an address is closed
 //! when the last share is dropped, here and in whatever process shares it.
 
+use super::refused::Refused;
 use super::supervised::Supervised;
 use crate::config::{Config, Frontend};
+use crate::net::holders::{self, Listening, overlap};
 use crate::net::listen;
 use crate::proxy::worker::{Command, Worker};
 use serde::{Deserialize, Serialize};
@@ -54,13 +56,6 @@ pub(super) struct Fresh {
     silent: Vec<(SocketAddr, Arc<Socket>)>,
 }
 
-/// An address that could not be bound.
-#[derive(Debug)]
-pub(super) struct Refused {
-    pub(super) address: SocketAddr,
-    pub(super) error: io::Error,
-}
-
 impl Binds {
     pub(super) fn new(workers: usize) -> Binds {
         Binds { workers, active: BTreeMap::new(), retiring: Vec::new(), inherited: BTreeMap::new() }
@@ -82,11 +77,20 @@ impl Binds {
     /// The same without letting anybody in yet; see [`Fresh::start`].
     pub(super) fn reserve_new(&mut self, config: &Config) -> Result<Fresh, Refused> {
         let mut fresh = Fresh { groups: BTreeMap::new(), silent: Vec::new() };
+        let foreign = self.foreign(config);
         for frontend in &config.frontends {
             for address in &frontend.binds {
-                if !self.active.contains_key(address) {
-                    let refused = |error| Refused { address: *address, error };
-                    self.reserve(*address, frontend, &mut fresh).map_err(refused)?;
+                if self.active.contains_key(address) {
+                    continue;
+                }
+                if let Some(other) = foreign.iter().find(|other| overlap(other.address, *address)) {
+                    return Err(Refused::taken(*address, *other));
+                }
+                match self.reserve(*address, frontend, &mut fresh) {
+                    Err(error) if frontend.options_of(address).if_ipv6 && no_ipv6(&error) => {
+                        tracing::info!(%address, %error, "no IPv6 here; listening on IPv4 alone");
+                    }
+                    done => done.map_err(|error| Refused::new(*address, error))?,
                 }
             }
         }
@@ -99,20 +103,21 @@ impl Binds {
         frontend: &Frontend,
         fresh: &mut Fresh,
     ) -> io::Result<()> {
+        let freebind = frontend.options_of(&address).freebind;
         let mut group = match self.inherited.get(&address) {
             Some(group) => group.clone(),
             None => {
-                // Sockets of ours that overlap would be in the way of the check;
-                // a reload that moves from a wildcard to one address is fine.
-                if !self.holds_port(address.port()) {
-                    listen::taken(address)?;
+                // Sockets of this process that overlap would be in the way of this
+                // check; `foreign` has looked for others.
+                if !self.overlaps(address) {
+                    listen::taken(address, freebind)?;
                 }
                 Group { sockets: Vec::new(), holder: Holder::Nobody }
             }
         };
         if group.may_grow()? {
             let missing = self.workers.saturating_sub(group.sockets.len());
-            for socket in listen::reserve(address, missing)? {
+            for socket in listen::reserve(address, missing, freebind)? {
                 let socket = Arc::new(socket);
                 fresh.silent.push((address, Arc::clone(&socket)));
                 group.sockets.push(socket);
@@ -126,8 +131,37 @@ impl Binds {
         Ok(())
     }
 
-    fn holds_port(&self, port: u16) -> bool {
-        self.active.keys().chain(self.inherited.keys()).any(|held| held.port() == port)
+    /// Whether this process holds a socket that a check by bind(2) would find.
+    fn overlaps(&self, address: SocketAddr) -> bool {
+        let mut held = self.active.keys().chain(self.inherited.keys());
+        held.any(|held| overlap(*held, address))
+    }
+
+    /// Listening sockets of this host that are none of this process's; looked for
+    /// only where bind(2) cannot tell them apart: a new address overlaps one that
+    /// is held, and SO_REUSEPORT would let both share the traffic. A socket that
+    /// several processes hold is one socket.
+    fn foreign(&self, config: &Config) -> Vec<Listening> {
+        let binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
+        let unsure: Vec<SocketAddr> = binds
+            .filter(|address| !self.active.contains_key(address) && self.overlaps(**address))
+            .copied()
+            .collect();
+        if unsure.is_empty() {
+            return Vec::new();
+        }
+        let groups = self.active.values().chain(self.inherited.values());
+        let groups = groups.chain(self.retiring.iter().map(|(_, group)| group));
+        let ours: HashSet<u64> = groups
+            .flat_map(|group| &group.sockets)
+            .filter_map(|socket| holders::number_of(&**socket).ok())
+            .collect();
+        let mut all = holders::listening().unwrap_or_default();
+        all.retain(|other| {
+            !ours.contains(&other.socket)
+                && unsure.iter().any(|address| overlap(*address, other.address))
+        });
+        all
     }
 
     /// Lets go of what was inherited and is not in `fresh`; says which.
@@ -271,6 +305,11 @@ impl Binds {
     }
 }
 
+/// Whether the kernel has no IPv6 at all, or no address of it.
+fn no_ipv6(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
 // === impl Group ===
 
 impl Group {
@@ -306,7 +345,7 @@ impl Fresh {
     /// Lets clients in: they queue until a worker accepts.
     pub(super) fn start(&mut self) -> Result<(), Refused> {
         for (address, socket) in self.silent.drain(..) {
-            listen::start(&socket).map_err(|error| Refused { address, error })?;
+            listen::start(&socket).map_err(|error| Refused::new(address, error))?;
         }
         Ok(())
     }
@@ -318,7 +357,7 @@ mod tests {
 
     fn group(sockets: usize) -> Group {
         let address = "127.0.0.1:0".parse().unwrap();
-        let socket = || listen::reserve(address, 1).unwrap().pop().unwrap();
+        let socket = || listen::reserve(address, 1, false).unwrap().pop().unwrap();
         let sockets = (0..sockets).map(|_| Arc::new(socket())).collect();
         Group { sockets, holder: Holder::Nobody }
     }

@@ -29,10 +29,12 @@
 //! So the old process says in its offer what is in force, and the new one adds nothing
 //! to that.
 
-use super::Failure;
 use super::admin_place::{self, Place};
-use crate::config::{self, AccessLogTarget, AdminListen, Config, Sandbox};
+use super::refused::holders_in_the_way;
+use super::{Failure, preflight};
+use crate::config::{self, AccessLogTarget, AdminListen, Config, Problems, Sandbox};
 use crate::net::confinement::Confinement;
+use crate::net::holders::Holder;
 use crate::net::privileges::{self, CapabilitySet, Identity};
 use crate::net::sandbox::{self, Paths};
 use std::os::unix::fs::DirBuilderExt;
@@ -47,6 +49,8 @@ pub struct Confined {
     asked: Option<Asked>,
     /// Where the admin API listens.
     pub(super) admin: Option<Place>,
+    /// Processes that listen where this one is to.
+    pub(super) in_the_way: Vec<(u64, Holder)>,
 }
 
 /// The keys of `[process]` that are obeyed here.
@@ -93,6 +97,7 @@ impl Default for Confined {
             report: Confinement::none("this balancer runs inside another program"),
             asked: None,
             admin: None,
+            in_the_way: Vec::new(),
         }
     }
 }
@@ -104,6 +109,8 @@ pub struct Before<'a> {
     pub inherited: &'a [String],
     /// Where its admin API listens.
     pub admin: Option<&'a str>,
+    /// There is one, and this one takes its addresses over.
+    pub upgrade: bool,
 }
 
 /// Confines this process by the settings in the file at `path`.
@@ -118,9 +125,9 @@ pub fn confine(
     pid_file: Option<&Path>,
     before: Before<'_>,
 ) -> Result<Confined, Failure> {
-    let Before { inherited, admin: place_before } = before;
+    let Before { inherited, admin: place_before, upgrade } = before;
     // Only what is needed to become who is to read the rest.
-    let Ok(mut config) = config::outline(path) else {
+    let Ok((mut config, origin)) = config::outline(path) else {
         let problems = config::load(path).err();
         let changed = || Failure::Runtime(changed_meanwhile());
         return Err(problems.map_or_else(changed, Failure::Config));
@@ -135,7 +142,10 @@ pub fn confine(
         return Err(Failure::Runtime("cannot give up privileges: there are threads".to_owned()));
     }
     let mut report = Confinement::none("sandbox = \"off\"");
-    let identity = identity(&asked)?;
+    // An upgrade takes the addresses from the process before.
+    let in_the_way = if !upgrade { holders_in_the_way(&config) } else { Vec::new() };
+    let identity = preflight::identity(&config, &origin)
+        .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
     let admin = admin_place(&config, identity.as_ref(), place_before)?;
     config.admin.listen = admin.listen.clone();
     let process = &config.process;
@@ -153,23 +163,11 @@ pub fn confine(
     if process.sandbox == Sandbox::On {
         demand(&report)?;
     }
-    Ok(Confined { report, asked: Some(asked), admin: Some(admin) })
+    Ok(Confined { report, asked: Some(asked), admin: Some(admin), in_the_way })
 }
 
 fn changed_meanwhile() -> String {
     "the configuration changed while the process started".to_owned()
-}
-
-/// The user to become; `None` where this process is to stay who it is.
-fn identity(asked: &Asked) -> Result<Option<Identity>, Failure> {
-    let Some(user) = &asked.user else { return Ok(None) };
-    let identity = Identity::find(user, asked.group.as_deref())
-        .map_err(|why| Failure::Runtime(format!("[process] user: {why}")))?;
-    if identity.is_root() {
-        let why = format!("[process] user: {user:?} is root, whom the process is not to be");
-        return Err(Failure::Runtime(why));
-    }
-    Ok(Some(identity))
 }
 
 fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> {

@@ -165,14 +165,9 @@ impl Control {
                     return Exit::Forced;
                 }
                 Woken::Signal(Caught::Stop(name)) => self.told_to_stop(name),
-                Woken::Signal(Caught::Reload) => {
-                    if !self.drains_instead("SIGHUP") && !self.upgrades.holds_reload() {
-                        self.ask_for_reload(None).await;
-                    }
-                }
+                Woken::Signal(Caught::Reload) => self.reload_by_signal().await,
                 Woken::FileComplete => self.file_is_complete().await,
                 Woken::AskedTooLong => self.refuse_asked(),
-
                 Woken::Signal(Caught::Upgrade) => self.begin_upgrade(Wish::default(), None, None),
                 Woken::Upgrade(event) => self.upgrade_event(event).await,
                 Woken::Beat => self.beat(),
@@ -221,9 +216,9 @@ impl Control {
         let snapshot_due = self.supervised.next_write(now);
         let beat_due = self.notifier.next_beat(now);
         let watch_due = self.watchdog.next_look();
+        let asked_due = self.asked.due().unwrap_or(now + FAR);
         let leave_due = self.leaving.map(|leaving| leaving.until);
         let drain_due = self.draining.as_ref().map(Draining::next_look).or(leave_due);
-        let asked_due = self.asked.due().unwrap_or(now + FAR);
         tokio::select! {
             caught = self.signals.next() => Woken::Signal(caught),
             Some(request) = inbox.recv() => Woken::Request(request),
@@ -412,10 +407,10 @@ impl Control {
             Request::SetIntent { pool, backend, intent, reply } => {
                 self.feed([]);
                 let done = self.controller.set_intent(&pool, &backend, intent, clock::now());
-                let done = done.map(|effects| self.perform(effects));
                 if done.is_ok() {
                     self.order_intent(&pool, &backend, intent);
                 }
+                let done = done.map(|effects| self.perform(effects));
                 self.supervised.write_intents(&self.controller);
                 let _ = reply.send(done);
             }

@@ -34,6 +34,8 @@ mod heartbeats;
 mod logging;
 mod notify;
 mod panics;
+mod preflight;
+mod refused;
 mod reload;
 mod reload_diff;
 mod signals;
@@ -47,13 +49,14 @@ mod watchdog;
 pub use activation::{Activated, passed};
 pub use confine::{Before, Confined, confine};
 pub use notify::Notifier;
+pub use preflight::preflight;
 pub use supervised::{Supervised, activated_name};
 pub use upgrade::Predecessor;
 #[cfg(any(test, fuzzing))]
 pub use upgrade::fuzz;
 
 use crate::admin::Request;
-use crate::config::Problems;
+use crate::config::{Problem, Problems};
 use crate::supervisor::program::Program;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
@@ -98,6 +101,10 @@ pub enum Failure {
     /// The configuration was refused.
     #[error("{0}")]
     Config(Problems),
+    /// Something that the configuration asks for cannot be had now, such as an
+    /// address that is taken.
+    #[error("{0}")]
+    At(Box<Problem>),
     /// An address is taken, a thread or descriptor could not be had.
     #[error("{0}")]
     Runtime(String),

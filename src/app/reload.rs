@@ -4,12 +4,13 @@
 //! can fail (reading, validating, binding, opening the log, the token) comes
 //! first and changes nothing; what follows cannot.
 
-use super::binds::{Fresh, Refused};
+use super::binds::Fresh;
 use super::control_loop::Control;
+use super::refused::Refused;
 use super::reload_diff;
 use super::start;
 use crate::admin::{Problem, ReloadError, Reloaded};
-use crate::config::{self, Config, Loaded};
+use crate::config::{self, Config, Loaded, Severity, Spot};
 use crate::control::Event;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
@@ -45,6 +46,13 @@ impl Control {
         drains
     }
 
+    /// The same unless it drains; an upgrade under way holds it back.
+    pub(super) async fn reload_asked_by(&mut self, asked_by: &str) {
+        if !self.drains_instead(asked_by) && !self.upgrades.holds_reload() {
+            self.reload_when_told().await;
+        }
+    }
+
     /// As [`Control::reload`]; while this process drains or an upgrade is under
     /// way, a refusal.
     pub(super) async fn reload_on_request(&mut self) -> Result<Reloaded, ReloadError> {
@@ -56,7 +64,7 @@ impl Control {
         }
         self.reloads.refused += 1;
         let why = "an upgrade is under way, and whoever serves after it reads the file again";
-        Err(self.refuse("", why.to_owned()))
+        Err(self.refuse(why.to_owned()))
     }
 
     /// Reads the file again and puts it in force, where it says something new.
@@ -73,8 +81,11 @@ impl Control {
             Err(refused) => {
                 self.reloads.refused += 1;
                 if let ReloadError::Problems(problems) = refused {
-                    for Problem { file, line, column, message } in problems {
-                        tracing::error!("configuration refused: {file}:{line}:{column}: {message}");
+                    for Problem { file, line, column, message, help, .. } in problems {
+                        let help = help.iter().map(|help| format!("; {help}")).collect::<String>();
+                        tracing::error!(
+                            "configuration refused: {file}:{line}:{column}: {message}{help}"
+                        );
                     }
                 }
             }
@@ -86,9 +97,13 @@ impl Control {
         let loaded = config::load(&self.path).map_err(|problems| {
             ReloadError::Problems(problems.list.iter().map(|it| self.problem(it)).collect())
         })?;
-        let Loaded { config, digest, warnings } = loaded;
+        let Loaded { config, digest, warnings, origin } = loaded;
+        let refuse = |control: &Control, spot: Spot, why: String| {
+            control.refused(&origin.error(&spot, why, None))
+        };
         // A new secret may come without a change of the file that names it.
-        let token = start::load_token(&config).map_err(|why| self.refuse("", why))?;
+        let token = start::load_token(&config)
+            .map_err(|why| self.refused(&start::token_problem(&origin, why)))?;
         // Other comments or another layout say nothing new; but files that the
         // file names may have changed while it did not.
         if config == *self.config {
@@ -103,20 +118,23 @@ impl Control {
         let fresh = self
             .bind_new(&config)
             .await
-            .map_err(|refused| self.refuse(&refused.address.to_string(), refused.to_string()))?;
-        start::try_sources(&config).map_err(|(at, why)| self.refuse(&at.to_string(), why))?;
+            .map_err(|refused| self.refused(&refused.problem(&config, &origin)))?;
+        start::try_sources(&config).map_err(|(at, why)| refuse(self, Spot::Source(at), why))?;
         let heartbeats = self.reception.prepare(&config).map_err(|why| {
             let listen = config.heartbeat.as_ref().and_then(|heartbeat| heartbeat.listen.first());
-            let place = listen.map_or_else(String::new, ToString::to_string);
-            self.refuse(&place, why)
+            match listen {
+                Some(at) => refuse(self, Spot::HeartbeatListen(*at), why),
+                None => self.refuse(why),
+            }
         })?;
         if config.log.access != self.config.log.access
             && let Some(access_log) = &mut self.access_log
         {
-            access_log.set_target(start::access_target(&config.log.access)).map_err(|error| {
-                let why = format!("cannot open the access log: {error}");
-                self.refuse("access", why)
-            })?;
+            let target = start::access_target(&config.log.access);
+            if let Err(error) = access_log.set_target(target) {
+                let why = start::access_log_refusal(&error);
+                return Err(refuse(self, Spot::AccessLog, why));
+            }
         }
 
         if tracing::enabled!(tracing::Level::DEBUG) {
@@ -181,26 +199,26 @@ impl Control {
         }
     }
 
-    /// A refusal for a reason the text alone does not show; it points at the
-    /// first mention of `word` in the file.
-    pub(super) fn refuse(&self, word: &str, message: String) -> ReloadError {
-        let text = std::fs::read_to_string(&self.path).unwrap_or_default();
-        let place = text.lines().enumerate().find_map(|(index, line)| {
-            let at = line.find(word).filter(|_| !word.is_empty())?;
-            Some((index + 1, line[..at].chars().count() + 1))
-        });
-        let (line, column) = place.unwrap_or((1, 1));
-        let message = self.confined.explain(message);
-        let file = self.path.display().to_string().into();
-        ReloadError::Problems(vec![Problem { file, line, column, message }])
+    /// A refusal for a reason that has no place in the file.
+    pub(super) fn refuse(&self, message: String) -> ReloadError {
+        let file: Arc<str> = self.path.display().to_string().into();
+        self.refused(&config::Problem::of_file(&file, Severity::Error, message, None))
+    }
+
+    fn refused(&self, problem: &config::Problem) -> ReloadError {
+        ReloadError::Problems(vec![self.problem(problem)])
     }
 
     fn problem(&self, from: &config::Problem) -> Problem {
+        let mut from = from.clone();
+        from.message = self.confined.explain(from.message);
         Problem {
-            file: Arc::clone(&from.file),
+            rendered: from.render(false),
+            file: from.file,
             line: from.line,
             column: from.column,
-            message: self.confined.explain(from.message.clone()),
+            message: from.message,
+            help: from.help,
         }
     }
 

@@ -34,7 +34,7 @@ pub(super) enum Caught {
 // === impl Signals ===
 
 impl Signals {
-    /// Obeys signals from now on: on this thread, within its runtime.
+    /// Puts the handlers up, within this thread's runtime.
     pub(super) fn obey() -> Result<Signals, Failure> {
         let all = || -> io::Result<[Signal; 4]> {
             Ok([
@@ -46,8 +46,14 @@ impl Signals {
         };
         let listeners =
             all().map_err(|error| Failure::Runtime(format!("cannot take signals: {error}")))?;
-        signals::let_through();
         Ok(Signals { listeners: Some(listeners), stopped: None })
+    }
+
+    /// Lets them come, to this thread: those that were started before go on undisturbed.
+    pub(super) fn let_through(&self) {
+        if self.listeners.is_some() {
+            signals::let_through();
+        }
     }
 
     /// The next one that counts.

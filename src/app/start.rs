@@ -6,10 +6,11 @@
 use super::admin_api::AdminApi;
 use super::admin_place;
 use super::asked::Asked;
-use super::binds::{Binds, Fresh, Refused};
+use super::binds::{Binds, Fresh};
 use super::control_loop::Control;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
+use super::refused::Refused;
 use super::signals::Signals;
 use super::supervised::{Kept, Snapshot};
 use super::upgrade::{Rarities, Starter, Upgrades};
@@ -18,7 +19,8 @@ use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
 use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, Token, TokenStore};
 use crate::clock;
-use crate::config::{self, AccessLogTarget, Admin, Config, EngineChoice, Loaded};
+use crate::config::{self, AccessLogTarget, Admin, Config, EngineChoice, Loaded, Origin};
+use crate::config::{Problem, Problems, Spot};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
 use crate::net::budget::Budget;
@@ -112,7 +114,7 @@ async fn bring_up(
     mut surroundings: Surroundings,
     requests: mpsc::Sender<Request>,
 ) -> Result<Control, Failure> {
-    let Loaded { config, digest, warnings } =
+    let Loaded { config, digest, warnings, origin } =
         config::load(&options.config).map_err(Failure::Config)?;
     surroundings.confined.check(&config)?;
     let log = match options.logging {
@@ -130,19 +132,22 @@ async fn bring_up(
     let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
     let (runtime, engine_reason) = choose_runtime(config.process.engine);
     let cpus = cpu::available();
-    let count = config.process.workers.unwrap_or(cpus.len());
+    let count = config.process.workers.unwrap_or_else(|| auto_workers(cpus.len()));
     let descriptors = limits::raise_descriptor_limit();
 
     let (access_log, senders) = AccessLog::start(access_target(&config.log.access), count)
-        .map_err(|error| Failure::Runtime(format!("cannot open the access log: {error}")))?;
-    let token = load_token(&config).map_err(Failure::Runtime)?;
+        .map_err(|error| origin.error(&Spot::AccessLog, access_log_refusal(&error), None))
+        .map_err(|problem| Failure::Config(Problems::from(problem)))?;
+    let token = load_token(&config).map_err(|why| token_problem(&origin, why));
+    let token = token.map_err(|problem| Failure::Config(Problems::from(*problem)))?;
     let Listeners { admin, admin_taken, binds, fresh, not_taken } =
-        listeners(&config, count, &mut surroundings, kept)?;
+        listeners(&config, &origin, count, &mut surroundings, kept)?;
     let mut reception = Reception::default();
     if let Some(before) = &mut surroundings.predecessor {
         reception.inherit(before.take_heartbeats());
     }
-    try_sources(&config).map_err(|(_, why)| Failure::Runtime(why))?;
+    try_sources(&config)
+        .map_err(|(at, why)| Failure::At(Box::new(origin.error(&Spot::Source(at), why, None))))?;
     let heartbeats = reception.prepare(&config).map_err(Failure::Runtime)?;
     reception.adopt(heartbeats);
 
@@ -159,6 +164,7 @@ async fn bring_up(
     let shared = Shared {
         in_flight: Arc::default(),
         gate: Arc::new(Gate::new()),
+        numbers: Arc::default(),
         reports: Arc::new(Reports::new()),
         ended: Arc::default(),
         buffers: Arc::new(Budget::new(config.process.buffers_max)),
@@ -234,7 +240,8 @@ async fn bring_up(
         let effects = control.controller.adopt(state, clock::now());
         control.perform(effects);
     }
-    let opening = Opening { admin, admin_taken, fresh, not_taken, requests };
+    control.signals.let_through();
+    let opening = Opening { admin, admin_taken, fresh, not_taken, requests, origin };
     let predecessor = surroundings.predecessor.take();
     match control.open(opening, binds, &surroundings.pid_file, predecessor).await {
         Ok(()) => Ok(control),
@@ -263,6 +270,7 @@ struct Listeners {
 /// Takes what this process was given, and binds the rest.
 fn listeners(
     config: &Config,
+    origin: &Origin,
     workers: usize,
     surroundings: &mut Surroundings,
     mut kept: Kept,
@@ -286,11 +294,16 @@ fn listeners(
     let admin_taken = admin.is_some();
     let admin = match admin {
         Some(admin) => admin,
-        None => admin::bind(&settled).map_err(|e| Failure::Runtime(e.to_string()))?,
+        None => admin::bind(&settled).map_err(|error| {
+            Failure::At(Box::new(origin.error(&Spot::AdminListen, error.to_string(), None)))
+        })?,
     };
-    let mut fresh = reserve(&mut binds, config, surroundings.predecessor.as_ref())?;
-    if surroundings.predecessor.is_none() {
-        fresh.start().map_err(|refused| Failure::Runtime(refused.to_string()))?;
+    let known = &surroundings.confined.in_the_way;
+    let at = |refused: Refused| Failure::At(Box::new(refused.with(known).problem(config, origin)));
+    let before = surroundings.predecessor.as_ref();
+    let mut fresh = reserve(&mut binds, config, before).map_err(at)?;
+    if before.is_none() {
+        fresh.start().map_err(at)?;
     }
     let not_taken = binds.disclaim(&fresh);
     Ok(Listeners { admin, admin_taken, binds, fresh, not_taken })
@@ -314,14 +327,12 @@ fn reserve(
     binds: &mut Binds,
     config: &Config,
     before: Option<&Predecessor>,
-) -> Result<Fresh, Failure> {
+) -> Result<Fresh, Refused> {
     let deadline = clock::now() + GIVEN_UP_MAX;
     loop {
         match binds.reserve_new(config) {
             Ok(fresh) => return Ok(fresh),
-            Err(refused) if before.is_none() || clock::now() > deadline => {
-                return Err(Failure::Runtime(refused.to_string()));
-            }
+            Err(refused) if before.is_none() || clock::now() > deadline => return Err(refused),
             Err(_) => clock::pause(GIVEN_UP_STEP),
         }
     }
@@ -334,6 +345,7 @@ struct Opening {
     fresh: Fresh,
     not_taken: Vec<SocketAddr>,
     requests: mpsc::Sender<Request>,
+    origin: Origin,
 }
 
 impl Control {
@@ -346,7 +358,7 @@ impl Control {
         pid_file: &Option<PathBuf>,
         predecessor: Option<Predecessor>,
     ) -> Result<(), Failure> {
-        let Opening { admin, admin_taken, mut fresh, not_taken, requests } = opening;
+        let Opening { admin, admin_taken, mut fresh, not_taken, requests, origin } = opening;
         if let Some(before) = &predecessor {
             let effects = self.controller.adopt(before.state(), clock::now());
             self.perform(effects);
@@ -354,7 +366,8 @@ impl Control {
             let generation = self.controller.generation();
             let known = before.ready(not_taken, admin_taken, generation)?;
             self.take_over(&known);
-            fresh.start().map_err(|refused| Failure::Runtime(refused.to_string()))?;
+            let at = |refused: Refused| refused.problem(&self.config, &origin);
+            fresh.start().map_err(|refused| Failure::At(Box::new(at(refused))))?;
         }
         let (tokens, readiness) = (Arc::clone(&self.tokens), self.readiness.clone());
         let listen = admin.address().to_string();
@@ -425,6 +438,17 @@ fn start_workers(with: Workers<'_>) -> Result<Vec<Worker>, Failure> {
         }
     }
     Ok(workers)
+}
+
+/// One worker per CPU, and no more than a quota of CPU time lets run at once.
+fn auto_workers(cpus: usize) -> usize {
+    match cpu::quota() {
+        Some(quota) if quota < cpus => {
+            tracing::info!(cpus, quota, "a CPU quota allows fewer workers than there are CPUs");
+            quota
+        }
+        _ => cpus,
+    }
 }
 
 /// The engine and, in words, why that one.
@@ -556,16 +580,21 @@ pub(super) fn try_sources(config: &Config) -> Result<(), (IpAddr, String)> {
     Ok(())
 }
 
+/// The token file is unfit.
+pub(super) fn token_problem(origin: &Origin, why: String) -> Box<Problem> {
+    let help = "make one with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)";
+    Box::new(origin.error(&Spot::TokenFile, why, Some(help.to_owned())))
+}
+
+/// What is said of an access log that cannot be opened.
+pub(super) fn access_log_refusal(error: &std::io::Error) -> String {
+    format!("cannot open the access log: {error}")
+}
+
 /// The admin token, where one is configured.
 pub(super) fn load_token(config: &Config) -> Result<Option<Token>, String> {
     let load = |path: &Path| Token::load(path).map_err(|error| error.to_string());
     config.admin.token_file.as_deref().map(load).transpose()
-}
-
-impl std::fmt::Display for Refused {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "cannot listen on {}: {}", self.address, self.error)
-    }
 }
 
 #[cfg(test)]

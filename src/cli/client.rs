@@ -23,7 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 /// How to reach a running balancer.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
     /// Admin address: unix:PATH or IP:PORT. Default: $TIDEGATE_ADMIN, else what
     /// --config names, else unix:/run/tidegate/admin.sock, else this user's own.
@@ -170,7 +170,13 @@ fn judge(status: StatusCode, body: String, address: &Address) -> Result<String, 
     let value =
         serde_json::from_str::<Value>(&body).ok().filter(|value| value["error"].is_string());
     match value {
-        Some(value) if status.is_client_error() => Err(ClientError::Refused(value)),
+        Some(mut value) if status.is_client_error() => {
+            if status == StatusCode::UNAUTHORIZED {
+                value["hint"] =
+                    "give the token of [admin] token_file with --token-file FILE".into();
+            }
+            Err(ClientError::Refused(value))
+        }
         Some(value) => Err(ClientError::Unreachable(format!(
             "the balancer at {address} cannot answer: {}",
             sentence(&value)
@@ -184,9 +190,10 @@ fn judge(status: StatusCode, body: String, address: &Address) -> Result<String, 
 /// `error: detail` of an error answer.
 fn sentence(value: &Value) -> String {
     let error = value["error"].as_str().unwrap_or_default();
+    let hint = value["hint"].as_str().map_or_else(String::new, |hint| format!("; {hint}"));
     match value["detail"].as_str() {
-        Some(detail) if !detail.is_empty() => format!("{error}: {detail}"),
-        _ => error.to_owned(),
+        Some(detail) if !detail.is_empty() => format!("{error}: {detail}{hint}"),
+        _ => format!("{error}{hint}"),
     }
 }
 
@@ -246,7 +253,9 @@ fn refusal(value: &Value) -> String {
         let file = problem["file"].as_str()?;
         let (line, column) = (problem["line"].as_u64()?, problem["column"].as_u64()?);
         let message = problem["message"].as_str()?;
-        Some(format!("{file}:{line}:{column}: error: {message}"))
+        let plain = || format!("{file}:{line}:{column}: error: {message}");
+        // An older balancer sends no rendered text.
+        Some(problem["rendered"].as_str().map_or_else(plain, |text| format!("{text}\n")))
     };
     let problems = value["problems"].as_array().into_iter().flatten();
     let mut lines: Vec<String> = problems.filter_map(problem).collect();
@@ -339,6 +348,13 @@ mod tests {
             "problems": [{"file": "t.toml", "line": 3, "column": 7, "message": "no such pool"}],
         });
         assert_eq!(refusal(&value), "t.toml:3:7: error: no such pool\ntidegate: refused");
+        let rendered = "t.toml:3:7: error: no such pool\n3 | pool = \"x\"";
+        let value = json!({
+            "error": "refused", "detail": "1 problem",
+            "problems": [{"file": "t.toml", "line": 3, "column": 7, "message": "no such pool",
+                          "rendered": rendered}],
+        });
+        assert_eq!(refusal(&value), format!("{rendered}\n\ntidegate: refused"));
         let value = json!({"error": "unknown pool", "detail": "no pool is named \"x\""});
         assert_eq!(refusal(&value), "tidegate: unknown pool: no pool is named \"x\"");
     }
@@ -354,6 +370,10 @@ mod tests {
             judged(StatusCode::SERVICE_UNAVAILABLE, said),
             Err(ClientError::Unreachable(_))
         ));
+        let Err(ClientError::Refused(value)) = judged(StatusCode::UNAUTHORIZED, said) else {
+            panic!("not refused");
+        };
+        assert!(refusal(&value).contains("--token-file FILE"), "{}", refusal(&value));
         let foreign = judged(StatusCode::NOT_FOUND, "<html>");
         assert!(matches!(foreign, Err(ClientError::Unreachable(_))));
     }

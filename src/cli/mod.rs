@@ -70,14 +70,17 @@ pub enum Command {
     /// SIGTERM and SIGINT drain and exit (after leave_delay, where it is set, which a
     /// second one ends), one during the drain exits at once; SIGHUP
     /// reloads the configuration; SIGUSR2 upgrades the binary in place.
-    #[command(after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml")]
+    #[command(
+        alias = "start",
+        after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml"
+    )]
     Run(RunArgs),
     /// Validate a configuration: print every problem with its place.
     #[command(after_help = "Example:\n  tidegate check --config /etc/tidegate/tidegate.toml")]
     Check(CheckArgs),
     /// Show the balancer at work: built-in backends, one of which dies and
-    /// comes back, in one process.
-    #[command(after_help = "Example:\n  tidegate demo --backends 4 --for 30s")]
+    /// comes back, a reload and an upgrade under load.
+    #[command(after_help = "Example:\n  tidegate demo --backends 4 --play 5m")]
     Demo(DemoArgs),
     /// Say by the exit code whether the running balancer takes new clients.
     #[command(after_help = ready::HELP)]
@@ -103,6 +106,7 @@ pub enum Command {
     Undrain(DrainArgs),
     /// Have the running balancer drain and exit, as SIGTERM does.
     #[command(
+        alias = "stop",
         after_help = "Example:\n  tidegate shutdown --admin 127.0.0.1:9900 --token-file token"
     )]
     Shutdown(ClientArgs),
@@ -143,8 +147,11 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 pub struct CheckArgs {
     /// Configuration file (TOML).
+    #[arg(value_name = "FILE", required_unless_present = "config", conflicts_with = "config")]
+    pub file: Option<PathBuf>,
+    /// The same, as `run` takes it.
     #[arg(long, short, value_name = "FILE")]
-    pub config: PathBuf,
+    pub config: Option<PathBuf>,
 }
 
 /// `tidegate demo`
@@ -153,9 +160,12 @@ pub struct DemoArgs {
     /// Built-in backends to start.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub backends: u16,
-    /// How long to go on, such as 10s or 1m.
-    #[arg(long = "for", value_name = "TIME", default_value = "10s", value_parser = duration)]
+    /// Length of the demo, such as 20s or 1m.
+    #[arg(long = "for", value_name = "TIME", default_value = "40s", value_parser = duration)]
     pub duration: Duration,
+    /// Time at the end to try the balancer; default: what is left of --for.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub play: Option<Duration>,
 }
 
 /// `tidegate undrain` and `explain`; part of `drain`
@@ -277,9 +287,14 @@ mod tests {
     fn the_contract_command_lines_are_taken() {
         for line in [
             "run --config f",
+            "start --config f",
+            "stop --admin unix:/x",
+            "status --config f",
             "check --config f",
+            "check f",
             "demo",
             "demo --backends 5 --for 1m",
+            "demo --for 5s --play 10m",
             "run --config f --pid-file p",
             "run --config f --single",
             "reload",
@@ -325,8 +340,8 @@ mod tests {
     }
 
     #[test]
-    fn demo_runs_ten_seconds_unless_told() {
+    fn demo_runs_forty_seconds_unless_told() {
         let Command::Demo(args) = parse(&["demo"]).unwrap() else { panic!("another command") };
-        assert_eq!((args.backends, args.duration), (3, Duration::from_secs(10)));
+        assert_eq!((args.backends, args.duration), (3, Duration::from_secs(40)));
     }
 }

@@ -74,10 +74,11 @@ impl Reached {
 }
 
 fn outline(file: &Path) -> Result<Config, ClientError> {
-    config::outline(file).map_err(|problems| {
+    let (config, _) = config::outline(file).map_err(|problems| {
         let file = file.display();
         ClientError::Request(format!("cannot take the admin address from {file}:\n{problems}"))
-    })
+    })?;
+    Ok(config)
 }
 
 /// Connects to the first place where a balancer answers.

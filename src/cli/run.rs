@@ -65,6 +65,10 @@ fn serve(args: &RunArgs, surroundings: impl FnOnce() -> Result<Surroundings, Fai
             eprintln!("{}", problems.render(std::io::stderr().is_terminal()));
             return Exit::Refused;
         }
+        Err(Failure::At(problem)) => {
+            eprintln!("{}", problem.render(std::io::stderr().is_terminal()));
+            return Exit::Failed;
+        }
         Err(failure @ Failure::Runtime(_)) => {
             eprintln!("tidegate: {}", one_line(&failure.to_string()));
             return Exit::Failed;
@@ -85,7 +89,11 @@ fn supervised_surroundings(
     let notifier = Notifier::to_supervisor(Arc::clone(link));
     let place = predecessor.as_ref().and_then(Predecessor::admin_listen);
     // Before there are threads. The process before was confined by itself alone.
-    let confined = app::confine(&args.config, None, Before { inherited: &[], admin: place })?;
+    let confined = app::confine(
+        &args.config,
+        None,
+        Before { inherited: &[], admin: place, upgrade: predecessor.is_some() },
+    )?;
     Ok(Surroundings { predecessor, supervised, notifier, confined, ..Surroundings::default() })
 }
 
@@ -101,6 +109,7 @@ fn single_surroundings(args: &RunArgs) -> Result<Surroundings, Failure> {
     let before = Before {
         inherited: predecessor.as_ref().map_or(&[][..], Predecessor::confined),
         admin: predecessor.as_ref().and_then(Predecessor::admin_listen),
+        upgrade: predecessor.is_some(),
     };
     // Before there are threads, and before anything else is opened.
     let confined = app::confine(&args.config, pid_file.as_deref(), before)?;

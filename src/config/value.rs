@@ -295,10 +295,12 @@ pub(super) fn choice<T: Copy>(text: &str, words: &[(&str, T)]) -> Result<T, Comp
         return Ok(*value);
     }
     let complaint = Complaint::new(format!("{} is not a known value", shown(text)));
-    Err(complaint.help(did_you_mean_or(text, words.iter().map(|(word, _)| *word), || {
-        let words: Vec<String> = words.iter().map(|(word, _)| format!("\"{word}\"")).collect();
-        format!("known values: {}", words.join(", "))
-    })))
+    let all: Vec<String> = words.iter().map(|(word, _)| format!("\"{word}\"")).collect();
+    let all = format!("known values: {}", all.join(", "));
+    Err(complaint.help(match nearest(text, words.iter().map(|(word, _)| *word)) {
+        Some(near) => format!("did you mean \"{near}\"? {all}"),
+        None => all,
+    }))
 }
 
 /// `did you mean "..."?` where a candidate is near, else what `otherwise` says.

@@ -9,8 +9,9 @@
 //! `pools` (finding them), `trials` (how ejected backends come back), `gray` (who does not answer),
 //! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
 //! means), `ramps` (slow start), `leaving` (removed backends), `intents` (what was
-//! wanted of them), `elsewhere` (sessions of the processes before), `settling`
-//! (pools of which no backend has been judged yet), `operator` (drains), `publish` and `pace` (tables), `history`, `handover` (what the
+//! wanted of them), `settling` (pools of which no backend has been judged yet),
+//! `elsewhere` (sessions of the processes before), `operator` (drains), `publish` and
+//! `pace` (tables), `history`, `handover` (what the
 //! next process goes on with), `status` and `explain`.
 //! All of them work on one [`Controller`] and leave effects behind;
 //! only [`Controller::apply`] and its siblings hand them out.
@@ -177,14 +178,14 @@ pub struct Controller {
     /// Positions in `frontends`.
     frontend_names: HashMap<Arc<str>, usize>,
     pools: pools::Pools,
+    /// How many of them are settling.
+    settling: usize,
     /// Every configured backend, whichever pool it is in.
     backends: BTreeMap<BackendId, BackendEntry>,
     /// Removed backends that may still hold sessions.
     leaving: BTreeMap<BackendId, Leaving>,
     /// Those of `leaving` by what makes them the same backend.
     left: HashMap<configure::Identity, BackendId>,
-    /// Pools that are settling.
-    settling: BTreeSet<PoolId>,
     /// Every backend that is ejected or on trial; some may not be any more.
     out: BTreeSet<(PoolId, BackendId)>,
     /// What operators wanted of backends that have left.
@@ -360,10 +361,10 @@ impl Controller {
             frontends: Vec::new(),
             frontend_names: HashMap::new(),
             pools: pools::Pools::default(),
+            settling: 0,
             backends: BTreeMap::new(),
             leaving: BTreeMap::new(),
             left: HashMap::new(),
-            settling: BTreeSet::new(),
             out: BTreeSet::new(),
             kept: intents::Kept::default(),
             own: Default::default(),
@@ -503,8 +504,8 @@ impl Controller {
         while let Some(pool) = self.work.unsettled.pop_first() {
             self.settle_guard(pool, now);
         }
-        self.look_at_settling();
         self.settle_ramps(now);
+        self.look_at_settling();
         if let Some(reason) = self.table_due(now) {
             let table = self.rebuild();
             self.table_made(reason, now);

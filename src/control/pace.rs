@@ -82,9 +82,9 @@ impl Pace {
         self.members.insert(pool);
     }
 
-    /// Whose standing may have changed since they were taken.
-    pub(super) fn fresh(&self) -> impl Iterator<Item = &BackendId> {
-        self.fresh.iter()
+    /// Whose standing may have changed since the last table.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = &BackendId> {
+        self.waiting.iter()
     }
 
     /// Whose standing may have changed since the last call.

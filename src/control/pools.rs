@@ -56,6 +56,11 @@ impl Pools {
         self.list.iter()
     }
 
+    /// In file order.
+    pub(super) fn iter_mut(&mut self) -> std::slice::IterMut<'_, PoolEntry> {
+        self.list.iter_mut()
+    }
+
     /// How many of them take heartbeats.
     pub(super) fn listening(&self) -> usize {
         self.listening
@@ -78,14 +83,5 @@ impl<'a> IntoIterator for &'a Pools {
 
     fn into_iter(self) -> Self::IntoIter {
         self.list.iter()
-    }
-}
-
-impl<'a> IntoIterator for &'a mut Pools {
-    type Item = &'a mut PoolEntry;
-    type IntoIter = std::slice::IterMut<'a, PoolEntry>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        self.list.iter_mut()
     }
 }

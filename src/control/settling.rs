@@ -61,7 +61,8 @@ impl Controller {
                 predecessors.entry(&frontend.spec.pool).or_default().insert(before);
             }
         }
-        for pool in &mut self.pools {
+        self.settling = 0;
+        for pool in self.pools.iter_mut() {
             let before = pool.settling.take();
             let members = || pool.members.iter().filter_map(|id| self.backends.get(id));
             if members().any(|entry| entry.health.eligible()) || !members().any(is_undecided) {
@@ -76,17 +77,16 @@ impl Controller {
             let until = until.unwrap_or_else(|| after(now, pool.spec.startup_grace));
             self.schedule.set(Job::SettlingEnds(pool.id), until.max(now));
             pool.settling = Some(Settling { until, stand_ins });
+            self.settling += 1;
         }
-        let settling = self.pools.iter().filter(|pool| pool.settling.is_some());
-        self.settling = settling.map(|pool| pool.id).collect();
     }
 
     /// Ends it in the pools that need it no more. An event changes few backends.
     pub(super) fn look_at_settling(&mut self) {
-        if self.settling.is_empty() {
+        if self.settling == 0 {
             return;
         }
-        let changed = self.work.touched.iter().chain(self.pace.fresh());
+        let changed = self.work.touched.iter().chain(self.pace.waiting());
         let pools: BTreeSet<PoolId> =
             changed.filter_map(|id| Some(self.backends.get(id)?.pool)).collect();
         let over = |pool: &PoolId| {
@@ -103,18 +103,17 @@ impl Controller {
     /// From now on the pool's own backends decide alone.
     pub(super) fn settled(&mut self, pool: PoolId) {
         self.schedule.cancel(Job::SettlingEnds(pool));
-        self.settling.remove(&pool);
         let Some(pool) = self.pool_mut(pool) else { return };
         if pool.settling.take().is_some() {
+            self.settling -= 1;
             self.work.rebuild.get_or_insert(PublishReason::Health);
         }
     }
 
     /// A former backend does not take sessions any more.
     pub(super) fn stands_in_no_more(&mut self, id: BackendId) {
-        for pool in &self.settling {
-            let pool = self.pools.get_mut(*pool);
-            let Some(settling) = pool.and_then(|pool| pool.settling.as_mut()) else { continue };
+        let settling = self.pools.iter_mut().filter_map(|pool| pool.settling.as_mut());
+        for settling in settling {
             let before = settling.stand_ins.len();
             settling.stand_ins.retain(|one| *one != id);
             if settling.stand_ins.len() != before {
@@ -125,8 +124,7 @@ impl Controller {
 
     /// The former backends that serve.
     pub(super) fn stand_ins(&self) -> BTreeSet<BackendId> {
-        let pools = self.settling.iter().filter_map(|pool| self.pools.get(*pool));
-        let settling = pools.filter_map(|pool| pool.settling.as_ref());
+        let settling = self.pools.iter().filter_map(|pool| pool.settling.as_ref());
         settling.flat_map(|settling| settling.stand_ins.iter().copied()).collect()
     }
 

@@ -106,6 +106,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
         frontends: vec![Frontend {
             name: "in".into(),
             binds: vec![([127, 0, 0, 1], 80).into()],
+            bind_options: Default::default(),
             pool: Arc::clone(&pools[0].name),
             first_byte_timeout: None,
             idle_timeout: None,

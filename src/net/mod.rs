@@ -14,6 +14,7 @@ pub mod errno;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod handover;
+pub mod holders;
 mod ioctl;
 pub mod limits;
 pub mod listen;

@@ -239,12 +239,3 @@ impl Successor {
         self.wait(ANSWER_MAX);
     }
 }
-
-#[cfg(test)]
-impl Link {
-    /// A link and the other end of it.
-    pub(crate) fn pair() -> (Arc<Link>, Packets) {
-        let (one, other) = Packets::pair(Duration::from_secs(1)).unwrap();
-        (Arc::new(Link { packets: one, asking: Mutex::default() }), other)
-    }
-}

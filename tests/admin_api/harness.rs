@@ -261,6 +261,8 @@ fn refused_file() -> ReloadError {
         line,
         column: 7,
         message: message.to_owned(),
+        help: (line == 9).then(|| "did you mean \"weight\"?".to_owned()),
+        rendered: format!("t.toml:{line}:7: error: {message}"),
     };
     ReloadError::Problems(vec![problem(3, "no such pool"), problem(9, "unknown key")])
 }

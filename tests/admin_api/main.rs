@@ -141,8 +141,10 @@ fn a_refused_file_is_422_with_every_problem() {
     let answer = api.ask("POST", "/v1/reload");
     assert_eq!(answer.refusal().0, 422);
     let expected = serde_json::json!([
-        {"file": "t.toml", "line": 3, "column": 7, "message": "no such pool"},
-        {"file": "t.toml", "line": 9, "column": 7, "message": "unknown key"},
+        {"file": "t.toml", "line": 3, "column": 7, "message": "no such pool",
+         "rendered": "t.toml:3:7: error: no such pool"},
+        {"file": "t.toml", "line": 9, "column": 7, "message": "unknown key",
+         "help": "did you mean \"weight\"?", "rendered": "t.toml:9:7: error: unknown key"},
     ]);
     assert_eq!(answer.json()["problems"], expected);
 }

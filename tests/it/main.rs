@@ -19,6 +19,7 @@ mod common;
 
 mod accounting;
 mod balance;
+mod binds;
 mod cli;
 mod confinement;
 mod drain;

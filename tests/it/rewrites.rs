@@ -8,7 +8,8 @@ use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::{self, Engine, eventually, ms, on_every_engine, secs};
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -167,8 +168,11 @@ fn a_reload_waits_for_the_writer_of_a_list(engine: Engine) {
         let answer = asked.join().unwrap();
         assert_eq!(answer.json()["changed"], true, "{}", answer.body);
     });
-    let denied = connect(bed.proxy.addr("last"));
-    assert!(client::exchange(&denied, b"x").is_err(), "the list is in force as a whole");
+    let answered = TcpStream::connect(bed.proxy.addr("last")).and_then(|mut denied| {
+        denied.write_all(b"x")?;
+        denied.read_exact(&mut [0])
+    });
+    assert!(answered.is_err(), "the list is in force as a whole");
 }
 
 fn a_reload_is_refused_while_a_writer_does_not_end(engine: Engine) {
@@ -210,5 +214,5 @@ fn a_file_replaced_behind_a_mount_is_warned_of(engine: Engine) {
     assert_eq!(answer["changed"], false, "{answer}");
     let warning = answer["warnings"][0].as_str().unwrap_or_default();
     assert!(warning.contains("has been deleted or replaced"), "{answer}");
-    assert!(bed.proxy.log().contains("mount its directory"), "{}", bed.proxy.log());
+    eventually(secs(5), "the log says it, too", || bed.proxy.log().contains("mount its directory"));
 }

@@ -5,8 +5,8 @@
 //! `process` (who starts and ends the new one), `outgoing` (the old process's side,
 //! on a thread of its own), `incoming` (the new one's, during its start), `message`
 //! (what they say), `counts` (what they count), `stepping` (the old one's last
-//! second), `words` (reports and orders while it drains), `reports` (how those are
-//! sent). Sockets are handed on and never bound
+//! second), `reports` (what the old one says while it drains, and what it is told).
+//! Sockets are handed on and never bound
 //! anew: closing one of several listeners of an address would reset whoever is in
 //! its queue.
 //!
@@ -26,7 +26,6 @@ mod outgoing;
 mod process;
 mod reports;
 mod stepping;
-mod words;
 
 pub use incoming::Predecessor;
 
@@ -38,21 +37,24 @@ pub(super) use process::Starter;
 use super::control_loop::Control;
 use crate::admin::{UpgradeCounts, UpgradeError, Upgraded};
 use crate::clock;
+use crate::control::Effect;
+use crate::control::elsewhere::HeldBackend;
 use crate::control::handover::Saved;
+use crate::health::Intent;
 use crate::net::handover::Channel;
 use crate::supervisor::Wish;
+use crate::table::state::BackendId;
 use counts::Counts;
 use incoming::Word;
 use message::{Commit, LEVEL, Offer, OfferedBind, PROTOCOL, SavedEstimate};
 use outgoing::{AtTheReady, Attempt, Outgoing, Progress};
-use reports::Order;
+use reports::{Order, OrderedIntent, Report, Reporter};
 use std::os::fd::OwnedFd;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 use stepping::SteppingDown;
-use tokio::sync::oneshot;
-use words::Successor;
+use tokio::sync::{mpsc, oneshot};
 
 /// How long the new process may take from the word to serving: it has all it
 /// needs by then, and meanwhile the control loop does nothing else.
@@ -62,6 +64,9 @@ const COMMIT_MAX: Duration = Duration::from_secs(5);
 /// times a usual interval, half of which the old process receives meanwhile.
 const ACQUAINTED_MAX: Duration = Duration::from_secs(3);
 const ACQUAINTED_STEP: Duration = Duration::from_millis(20);
+
+/// Orders that may wait for the control loop.
+const ORDERS_MAX: usize = 16;
 
 /// Who asked gets this.
 type Reply = oneshot::Sender<Result<Upgraded, UpgradeError>>;
@@ -89,18 +94,31 @@ struct UnderWay {
     reload: bool,
 }
 
+/// The process that took over.
+#[derive(Debug)]
+struct Successor {
+    channel: Channel,
+    /// What it understands; see `message`.
+    level: u16,
+    /// `None` where it takes no reports.
+    reporter: Option<Reporter>,
+    orders: mpsc::Receiver<Order>,
+    /// A first signal to stop says nothing new to a process that drains already.
+    signalled: bool,
+}
+
 /// What the control loop is woken for.
 #[derive(Debug)]
 pub(super) enum UpgradeEvent {
     Progress(Progress),
-    /// The process before says something; `None`: it has ended without a farewell.
-    Word(Option<Word>),
-    /// The next process wants something.
-    Order(Order),
     /// The process that took over has ended, with no success.
     Ended(ExitStatus),
     /// It has lived long enough.
     SteppedDown,
+    /// The process before says something; `None`: it has ended without a farewell.
+    Word(Option<Word>),
+    /// The next process wants something.
+    Order(Order),
 }
 
 // === impl Upgrades ===
@@ -180,6 +198,29 @@ impl Upgrades {
             Some(order) = order => UpgradeEvent::Order(order),
         }
     }
+}
+
+// === impl Successor ===
+
+impl Successor {
+    fn new(channel: Channel, level: u16) -> Successor {
+        let (tell, orders) = mpsc::channel(ORDERS_MAX);
+        let reporter = match (level, channel.try_clone(), channel.try_clone()) {
+            (1.., Ok(to_read), Ok(to_write)) => {
+                let listen = move || while pass_order_on(&to_read, &tell).is_some() {};
+                let named = std::thread::Builder::new().name("successor".to_owned());
+                named.spawn(listen).and_then(|_| Reporter::start(to_write)).ok()
+            }
+            _ => None,
+        };
+        Successor { channel, level, reporter, orders, signalled: false }
+    }
+}
+
+/// Waits for one order; `None` when the next process is gone.
+fn pass_order_on(channel: &Channel, tell: &mpsc::Sender<Order>) -> Option<()> {
+    let order = message::receive(channel, clock::now() + incoming::DRAIN_MAX).ok()?;
+    tell.blocking_send(order).ok()
 }
 
 // === impl Control ===
@@ -269,9 +310,9 @@ impl Control {
                     _ => tracing::warn!("the process before has ended without a word"),
                 }
             }
-            UpgradeEvent::Order(order) => self.obey(&order),
             UpgradeEvent::Ended(status) => self.go_on(status),
             UpgradeEvent::SteppedDown => self.stepped_down(),
+            UpgradeEvent::Order(order) => self.obey(&order),
             UpgradeEvent::Progress(progress) => {
                 let Some(under_way) = self.upgrades.under_way.take() else { return };
                 let result = match progress {
@@ -362,6 +403,7 @@ impl Control {
         let (workers, own) = (&self.counters, &self.local);
         let mut counts = Counts::save(workers, own, self.reloads, upgrades, heartbeats);
         counts.rarities = self.rarities();
+        counts.session_numbers = self.shared.numbers.for_next_process();
         let estimates = self.estimates(&state);
         Commit { counts, latency, state, estimates, parts: 0 }
     }
@@ -383,6 +425,7 @@ impl Control {
 
     /// Goes on with what the process before knew when it gave the word.
     pub(super) fn take_over(&mut self, known: &Commit) {
+        self.shared.numbers.continue_from(known.counts.session_numbers);
         let effects = self.controller.adopt(&known.state, clock::now());
         self.perform(effects);
         self.reloads = known.counts.reloads();
@@ -418,6 +461,80 @@ impl Control {
 
     pub(super) fn follow(&mut self, predecessor: PredecessorDraining) {
         self.upgrades.predecessor = Some(predecessor);
+    }
+
+    fn take_report(&mut self, report: &Report) {
+        self.upgrades.elsewhere = report.sessions;
+        let (backends, frontends) = (&report.backends, &report.frontends);
+        let effects = self.controller.held_elsewhere(backends, frontends, clock::now());
+        self.perform(effects);
+        // Whoever waits for a cap may have room.
+        self.shared.gate.opened();
+    }
+
+    /// Tells the next process what sessions are left, where it is time to.
+    pub(super) fn report(&mut self) {
+        let sessions = self.sessions();
+        let reporter = self.upgrades.successor.as_mut().and_then(|next| next.reporter.as_mut());
+        if let Some(reporter) = reporter {
+            reporter.report(&self.controller, sessions, clock::now());
+        }
+    }
+
+    /// Does what the next process wants, and has the one before do it, too.
+    fn obey(&mut self, order: &Order) {
+        if let Some(HeldBackend { pool, name, address, .. }) = &order.cut
+            && let Some(id) = self.controller.find_known(pool, name, address)
+        {
+            self.perform(vec![Effect::CutSessions(id)]);
+        }
+        if let Some(OrderedIntent { pool, backend, intent }) = &order.intent
+            && let Some(intent) = Intent::named(intent)
+            && let Ok(effects) = self.controller.set_intent(pool, backend, intent, clock::now())
+        {
+            self.perform(effects);
+            self.order_intent(pool, backend, intent);
+        }
+        if let Some(ms) = order.end_within_ms {
+            let time = Duration::from_millis(ms);
+            self.end_within(time);
+            self.order_end_within(time);
+        }
+    }
+
+    /// Has the process before reset that backend's sessions, too.
+    pub(super) fn order_cut(&self, id: BackendId) {
+        if let Some(before) = &self.upgrades.predecessor
+            && let Some(state) = self.controller.known(id)
+        {
+            let cut = HeldBackend {
+                pool: state.pool.to_string(),
+                name: state.name.to_string(),
+                address: state.address_text.to_string(),
+                sessions: 0,
+            };
+            before.order(&Order { cut: Some(cut), ..Order::default() });
+        }
+    }
+
+    /// Has the process before know what an operator wants.
+    pub(super) fn order_intent(&self, pool: &str, backend: &str, intent: Intent) {
+        if let Some(before) = &self.upgrades.predecessor {
+            let intent = OrderedIntent {
+                pool: pool.to_owned(),
+                backend: backend.to_owned(),
+                intent: intent.name().to_owned(),
+            };
+            before.order(&Order { intent: Some(intent), ..Order::default() });
+        }
+    }
+
+    /// Has the process before end by then.
+    pub(super) fn order_end_within(&self, time: Duration) {
+        if let Some(before) = &self.upgrades.predecessor {
+            let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+            before.order(&Order { end_within_ms: Some(ms), ..Order::default() });
+        }
     }
 
     fn take_farewell(&mut self, last: &Commit) {

@@ -9,6 +9,7 @@ use super::message::{self, Commit, Hello, MessageError, Offer, PROTOCOL, Ready, 
 use super::process::{NotStarted, Process, Start};
 use crate::clock;
 use crate::net::handover::{Channel, ChannelError};
+use crate::net::signals;
 use socket2::Socket;
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Write};
@@ -130,6 +131,8 @@ fn run(
     other: OwnedFd,
     to_control: &mpsc::UnboundedSender<Progress>,
 ) {
+    // The new process begins without them, too: none may end it before it obeys them.
+    signals::hold_back();
     let deadline = clock::now() + attempt.timeout;
     let tail = Tail::default();
     let Attempt { start, offer, admin, sockets, heartbeats, .. } = attempt;

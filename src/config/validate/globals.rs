@@ -15,7 +15,7 @@ use crate::config::file::{Field, Section};
 use crate::config::value::{self, BUFFERS, Complaint, SPIN, TIME, UPGRADE, shown};
 use crate::config::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
-    Process, Sandbox,
+    Process, Sandbox, Spot,
 };
 
 /// More workers than this share too many structures to be of use.
@@ -82,6 +82,8 @@ pub(super) fn process(top: &Section<'_, '_>) -> Process {
             })
             .or(default.buffers_max),
     };
+    section.report.keep(Spot::User, section.node("user").map(Spanned::span));
+    section.report.keep(Spot::Group, section.node("group").map(Spanned::span));
     if let (Some(place), None) = (section.key_place("group"), section.key_place("user")) {
         let complaint = Complaint::new("group without user").help("set user as well");
         section.report.error(place, complaint);
@@ -177,13 +179,30 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
             ),
         );
     }
+    if let (Some(place), true) = (token_file.place(), is_unix(&listen)) {
+        let complaint = Complaint::new("token_file has no effect on a Unix socket");
+        let help =
+            "the socket's mode (0600) decides who may connect; a token is for listen = \"IP:PORT\"";
+        section.report.warning(place, complaint.help(help));
+    }
     let place = listen.place();
+    section.report.keep(Spot::AdminListen, place.clone());
+    section.report.keep(Spot::TokenFile, token_file.place());
     let model = Admin {
         listen: listen.or(default),
         token_file: token_file.good().map(Spanned::into_inner),
     };
     section.finish();
     AdminRead { model, listen: place }
+}
+
+/// Whether the API listens on a Unix socket, written out or by default.
+fn is_unix(listen: &Field<AdminListen>) -> bool {
+    match listen {
+        Field::Good(listen) => matches!(listen.get_ref(), AdminListen::Unix(_)),
+        Field::Absent => true,
+        Field::Bad => false,
+    }
 }
 
 fn is_loopback(address: &SocketAddr) -> bool {
@@ -211,6 +230,7 @@ pub(super) fn log(top: &Section<'_, '_>) -> Log {
         ("trace", LogLevel::Trace),
     ];
     let formats = [("text", LogFormat::Text), ("json", LogFormat::Json)];
+    section.report.keep(Spot::AccessLog, section.node("access").map(Spanned::span));
     let log = Log {
         level: section.choice("level", &levels).or(default.level),
         format: section.choice("format", &formats).or(default.format),

@@ -245,6 +245,7 @@ fn every_bind_leads_to_its_frontend_and_pool() {
         spec: config::Frontend {
             name: "main".into(),
             binds: binds.clone(),
+            bind_options: Default::default(),
             pool: "db".into(),
             first_byte_timeout: None,
             idle_timeout: None,
