@@ -146,7 +146,7 @@ fn full_file_states_the_built_in_defaults() {
 #[test]
 fn every_key_stands_in_the_full_file() {
     let text = fs::read_to_string(root().join("config/full.toml")).unwrap();
-    let keys = "workers pin engine spin drain_timeout upgrade_timeout connections_max buffers_max user group sandbox listen token_file level \
+    let keys = "workers pin engine spin leave_delay drain_timeout upgrade_timeout connections_max buffers_max user group sandbox listen token_file level \
         format access bind pool first_byte_timeout idle_timeout half_closed_timeout keepalive \
         user_timeout balance connect_timeout queue_max queue_timeout connect_attempts when_none_eligible \
         startup_grace on_removal kind interval fast_interval timeout rise fall send \
@@ -232,7 +232,7 @@ fn unfit_key_files_are_problems_at_their_place() {
     for (secret, mode, why) in [
         (&[7; 32][..], 0o640, "is open to others than its owner (mode 0640)"),
         (&[7; 31][..], 0o600, "holds 31 bytes; 32 to 1024 are needed"),
-        (&[7; 5000][..], 0o600, "holds more than 1025 bytes; 32 to 1024 are needed"),
+        (&[7; 5000][..], 0o600, "holds more than 1024 bytes; 32 to 1024 are needed"),
     ] {
         let (_directory, path) = with_key(secret, mode);
         let problems = config::load(&path).unwrap_err();

@@ -39,10 +39,17 @@ impl Asked {
 }
 
 impl Control {
+    /// SIGHUP: the same as a request, without an answer.
+    pub(super) async fn reload_by_signal(&mut self) {
+        if !self.drains_instead("SIGHUP") && !self.upgrades.holds_reload() {
+            self.ask_for_reload(None).await;
+        }
+    }
+
     /// Reloads on request, as soon as the file is complete.
     pub(super) async fn ask_for_reload(&mut self, reply: Option<Reply>) {
         match &self.watcher {
-            Some(watcher) if self.asked.waiting.len() < ASKED_MAX => {
+            Some(watcher) if self.draining.is_none() && self.asked.waiting.len() < ASKED_MAX => {
                 self.asked.waiting.push(reply);
                 self.asked.since.get_or_insert(clock::now());
                 watcher.ask();
@@ -66,16 +73,11 @@ impl Control {
         if waiting.iter().any(Option::is_some) {
             return self.reload_for(waiting).await;
         }
-        if self.draining.is_none() && !self.upgrades.holds_reload() {
-            self.reload_when_told().await;
-        }
+        self.reload_asked_by("a change of the file").await;
     }
 
     async fn reload_for(&mut self, waiting: Vec<Option<Reply>>) {
-        let result = match self.draining {
-            None => self.reload_unless_upgrading().await,
-            Some(_) => Err(self.refuse("the process is draining".to_owned())),
-        };
+        let result = self.reload_on_request().await;
         for reply in waiting.into_iter().flatten() {
             // A client that has left needs no answer.
             let _ = reply.send(result.clone());

@@ -6,13 +6,14 @@
 //! when the last share is dropped, here and in whatever process shares it.
 
 use super::refused::Refused;
+use super::supervised::Supervised;
 use crate::config::{Config, Frontend};
 use crate::net::holders::{self, Listening, overlap};
 use crate::net::listen;
 use crate::proxy::worker::{Command, Worker};
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -172,27 +173,29 @@ impl Binds {
     /// Whether an address that `config` wants is still being closed.
     pub(super) fn wanted_back(&mut self, config: &Config) -> bool {
         self.forget_retired();
-        let wanted = |address: &SocketAddr| {
-            config.frontends.iter().any(|frontend| frontend.binds.contains(address))
-        };
-        self.retiring.iter().any(|(address, _)| wanted(address))
+        let retiring: HashSet<SocketAddr> = self.retiring.iter().map(|(at, _)| *at).collect();
+        let mut wanted = config.frontends.iter().flat_map(|frontend| &frontend.binds);
+        !retiring.is_empty() && wanted.any(|address| retiring.contains(address))
     }
 
     /// Puts `fresh` in use, brings socket options up to date and retires what
     /// `config` no longer names.
-    pub(super) fn adopt(&mut self, fresh: Fresh, config: &Config, workers: &[Worker]) {
+    pub(super) fn adopt(
+        &mut self,
+        fresh: Fresh,
+        config: &Config,
+        workers: &[Worker],
+        supervised: &Supervised,
+    ) {
         for (address, group) in fresh.groups {
-            for (index, worker) in workers.iter().enumerate() {
-                for socket in group.of_worker(index, workers.len()) {
-                    worker.mailbox.send(Command::Listen(address, Arc::clone(socket)));
-                }
-            }
+            supervised.hold(address, &group);
+            group.listen(address, workers);
             self.active.insert(address, group);
         }
-        let mut gone: Vec<SocketAddr> = self.active.keys().copied().collect();
+        let mut gone: BTreeSet<SocketAddr> = self.active.keys().copied().collect();
         for frontend in &config.frontends {
             for address in &frontend.binds {
-                gone.retain(|held| held != address);
+                gone.remove(address);
                 for socket in self.active.get(address).into_iter().flat_map(|g| &g.sockets) {
                     if let Err(error) =
                         listen::tune(socket, frontend.keepalive, frontend.user_timeout)
@@ -203,20 +206,22 @@ impl Binds {
             }
         }
         for address in gone {
-            self.retire(address, workers);
+            self.retire(address, workers, supervised);
         }
     }
 
     /// Retires everything.
-    pub(super) fn retire_all(&mut self, workers: &[Worker]) {
+    pub(super) fn retire_all(&mut self, workers: &[Worker], supervised: &Supervised) {
         let all: Vec<SocketAddr> = self.active.keys().copied().collect();
         for address in all {
-            self.retire(address, workers);
+            self.retire(address, workers, supervised);
         }
     }
 
-    fn retire(&mut self, address: SocketAddr, workers: &[Worker]) {
+    fn retire(&mut self, address: SocketAddr, workers: &[Worker], supervised: &Supervised) {
         let Some(group) = self.active.remove(&address) else { return };
+        // First: from then on a crash closes the address.
+        supervised.release(address, &group);
         if group.holder == Holder::Manager {
             // What is queued there is for whom the manager starts next, and a
             // filter would keep clients from that one, too.
@@ -235,15 +240,37 @@ impl Binds {
         self.retiring.push((address, group));
     }
 
-    /// Another process accepts from our sockets now: stops accepting at once and
-    /// leaves the queues to it. What it has `not_taken` is retired.
-    pub(super) fn hand_over(&mut self, not_taken: &[SocketAddr], workers: &[Worker]) {
+    /// Another process accepts from our sockets now: stops accepting at once and leaves
+    /// the queues to it, but for what it has `not_taken`. The sockets stay open.
+    pub(super) fn step_down(&mut self, not_taken: &[SocketAddr], workers: &[Worker]) {
+        for address in self.active.keys().filter(|address| !not_taken.contains(address)) {
+            for worker in workers {
+                worker.mailbox.send(Command::Release(*address));
+            }
+        }
+    }
+
+    /// That process has ended: accepts again.
+    pub(super) fn go_on(&mut self, not_taken: &[SocketAddr], workers: &[Worker]) {
+        for (address, group) in &self.active {
+            if !not_taken.contains(address) {
+                group.listen(*address, workers);
+            }
+        }
+    }
+
+    /// That process has lived long enough: lets go of what it accepts from, and retires
+    /// what it has `not_taken`.
+    pub(super) fn hand_over(
+        &mut self,
+        not_taken: &[SocketAddr],
+        workers: &[Worker],
+        supervised: &Supervised,
+    ) {
         for address in not_taken {
-            self.retire(*address, workers);
+            self.retire(*address, workers, supervised);
         }
-        for (address, group) in std::mem::take(&mut self.active) {
-            self.let_go(address, group, workers);
-        }
+        self.retiring.extend(std::mem::take(&mut self.active));
     }
 
     fn let_go(&mut self, address: SocketAddr, group: Group, workers: &[Worker]) {
@@ -289,6 +316,15 @@ impl Group {
     /// Whether more sockets can listen on the same address beside these.
     fn may_grow(&self) -> io::Result<bool> {
         self.sockets.iter().try_fold(true, |all, socket| Ok(all && socket.reuse_port()?))
+    }
+
+    /// Has every worker accept from those that are its own.
+    fn listen(&self, address: SocketAddr, workers: &[Worker]) {
+        for (index, worker) in workers.iter().enumerate() {
+            for socket in self.of_worker(index, workers.len()) {
+                worker.mailbox.send(Command::Listen(address, Arc::clone(socket)));
+            }
+        }
     }
 
     /// The sockets that worker number `index` of `count` accepts from: with

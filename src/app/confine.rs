@@ -21,13 +21,17 @@
 //!
 //! # What an upgrade inherits
 //!
-//! All of it: landlock and seccomp cannot be loosened, and must not be stacked
-//! with each upgrade, for the kernel allows 16 layers. So the old process says in
-//! its offer what is in force, and the new one adds nothing to that.
+//! Under the supervisor nothing: it gives up no rights, starts the next process, and
+//! that one builds all of this for itself.
+//!
+//! Without a supervisor (`run --single`) all of it: landlock and seccomp cannot be
+//! loosened, and must not be stacked with each upgrade, for the kernel allows 16 layers.
+//! So the old process says in its offer what is in force, and the new one adds nothing
+//! to that.
 
 use super::admin_place::{self, Place};
 use super::refused::holders_in_the_way;
-use super::{Failure, Predecessor, preflight};
+use super::{Failure, preflight};
 use crate::config::{self, AccessLogTarget, AdminListen, Config, Problems, Sandbox};
 use crate::net::confinement::Confinement;
 use crate::net::holders::Holder;
@@ -98,7 +102,20 @@ impl Default for Confined {
     }
 }
 
+/// What the process before says of confinement.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Before<'a> {
+    /// The layers that stand already.
+    pub inherited: &'a [String],
+    /// Where its admin API listens.
+    pub admin: Option<&'a str>,
+    /// There is one, and this one takes its addresses over.
+    pub upgrade: bool,
+}
+
 /// Confines this process by the settings in the file at `path`.
+///
+/// `before` is what this process has from the one before it.
 ///
 /// # Errors
 /// The configuration is bad; the user cannot be assumed; or `sandbox = "on"` and
@@ -106,8 +123,9 @@ impl Default for Confined {
 pub fn confine(
     path: &Path,
     pid_file: Option<&Path>,
-    before: Option<&Predecessor>,
+    before: Before<'_>,
 ) -> Result<Confined, Failure> {
+    let Before { inherited, admin: place_before, upgrade } = before;
     // Only what is needed to become who is to read the rest.
     let Ok((mut config, origin)) = config::outline(path) else {
         let problems = config::load(path).err();
@@ -125,10 +143,10 @@ pub fn confine(
     }
     let mut report = Confinement::none("sandbox = \"off\"");
     // An upgrade takes the addresses from the process before.
-    let in_the_way = if before.is_none() { holders_in_the_way(&config) } else { Vec::new() };
+    let in_the_way = if !upgrade { holders_in_the_way(&config) } else { Vec::new() };
     let identity = preflight::identity(&config, &origin)
         .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
-    let admin = admin_place(&config, identity.as_ref(), before)?;
+    let admin = admin_place(&config, identity.as_ref(), place_before)?;
     config.admin.listen = admin.listen.clone();
     let process = &config.process;
     if let Some(identity) = &identity {
@@ -139,7 +157,6 @@ pub fn confine(
         let _ = privileges::reduce(kept(&config));
     }
     tell_privileges(&mut report, kept(&config));
-    let inherited = before.map_or(&[][..], Predecessor::confined);
     if process.sandbox != Sandbox::Off || !inherited.is_empty() {
         wall_in(&mut report, &paths(path, pid_file, &config), inherited);
     }
@@ -171,10 +188,10 @@ fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> 
 fn admin_place(
     config: &Config,
     identity: Option<&Identity>,
-    before: Option<&Predecessor>,
+    before: Option<&str>,
 ) -> Result<Place, Failure> {
     if identity.is_none() && config.admin.is_default() {
-        return admin_place::settle(&config.admin, before.and_then(Predecessor::admin_listen));
+        return admin_place::settle(&config.admin, before);
     }
     prepare_directory(config, identity)?;
     Ok(Place { listen: config.admin.listen.clone(), reason: None })

@@ -9,12 +9,13 @@ use super::admin_api::AdminApi;
 use super::asked::Asked;
 use super::binds::Binds;
 use super::confine::Confined;
-use super::drain::Draining;
+use super::drain::{Draining, Leaving};
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::notify::Notifier;
-use super::pid_file::PidFile;
+use super::signals::{Caught, Signals};
 use super::start::SessionCap;
+use super::supervised::Supervised;
 use super::transition_log::TransitionLog;
 use super::upgrade::{Rarities, UpgradeEvent, Upgrades};
 use super::upkeep::Upkeep;
@@ -31,17 +32,17 @@ use crate::proxy::context::{Report, Shared};
 #[cfg(debug_assertions)]
 use crate::proxy::faults::Fault;
 use crate::proxy::worker::{Command, Runtime, Worker};
+use crate::supervisor::pid_file::PidFile;
+use crate::supervisor::{News, Wish};
 use crate::table::publish::TablePublisher;
 use crate::table::state::BackendId;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
-use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 /// How long a worker may take to hand its histograms over; a busy one answers
@@ -64,7 +65,7 @@ const FAR: Duration = Duration::from_secs(3600);
 #[derive(Debug)]
 pub(super) struct Control {
     pub(super) path: PathBuf,
-    pub(super) signals: bool,
+    pub(super) signals: Signals,
     pub(super) digest: u64,
     /// What cannot change without a restart is as it was in this one.
     pub(super) started_with: Arc<Config>,
@@ -98,8 +99,11 @@ pub(super) struct Control {
     pub(super) session_cap: SessionCap,
     pub(super) transitions: TransitionLog,
     pub(super) draining: Option<Draining>,
+    /// `None` once it drains.
+    pub(super) leaving: Option<Leaving>,
     pub(super) upgrades: Upgrades,
     pub(super) notifier: Notifier,
+    pub(super) supervised: Supervised,
     pub(super) watchdog: Watchdog,
     pub(super) confined: Confined,
     /// `None` only at the very start.
@@ -111,15 +115,6 @@ pub(super) struct Control {
     pub(super) upkeep: Upkeep,
     /// Of the processes before.
     pub(super) rarities_before: Rarities,
-}
-
-/// Signals the process obeys; pending for ever where it does not.
-struct Signals(Option<[Signal; 4]>);
-
-enum Caught {
-    Reload,
-    Upgrade,
-    Stop(&'static str),
 }
 
 /// What woke the loop.
@@ -145,6 +140,10 @@ enum Woken {
     WorkerEnded,
     /// Time to look after what was put off, and what runs out.
     Upkeep,
+    /// The supervisor has something to say.
+    News(News),
+    /// Time to leave with it what is known.
+    Snapshot,
 }
 
 impl Control {
@@ -153,12 +152,11 @@ impl Control {
         let changed = Arc::new(Notify::new());
         self.watcher = self.watch_file(&changed);
         self.watch_named_files();
-        let mut signals = Signals::listen(self.signals);
         if self.upgrades.awaits_predecessor() {
             self.catch_up().await;
         }
         loop {
-            match self.woken(&mut inbox, &changed, &mut signals).await {
+            match self.woken(&mut inbox, &changed).await {
                 Woken::Signal(Caught::Stop(name)) if self.upgrades.excuses_signal() => {
                     tracing::info!(signal = name, "draining already; the next signal ends it");
                 }
@@ -166,19 +164,17 @@ impl Control {
                     tracing::warn!("second signal: exiting at once");
                     return Exit::Forced;
                 }
-                Woken::Signal(Caught::Stop(name)) => self.begin_drain(name),
-                Woken::Signal(Caught::Reload) => {
-                    if self.draining.is_none() && !self.upgrades.holds_reload() {
-                        self.ask_for_reload(None).await;
-                    }
-                }
+                Woken::Signal(Caught::Stop(name)) => self.told_to_stop(name),
+                Woken::Signal(Caught::Reload) => self.reload_by_signal().await,
                 Woken::FileComplete => self.file_is_complete().await,
                 Woken::AskedTooLong => self.refuse_asked(),
-                Woken::Signal(Caught::Upgrade) => self.begin_upgrade(None, None, None),
+                Woken::Signal(Caught::Upgrade) => self.begin_upgrade(Wish::default(), None, None),
                 Woken::Upgrade(event) => self.upgrade_event(event).await,
                 Woken::Beat => self.beat(),
                 Woken::Watch => self.watch(),
                 Woken::Upkeep => self.upkeep().await,
+                Woken::News(news) => self.hear(news),
+                Woken::Snapshot => self.supervised.write(self.digest, &self.controller),
                 Woken::Request(request) => self.answer(request).await,
                 Woken::Reports => self.take_reports(),
                 Woken::Probed(event) => self.take_probed(event),
@@ -212,22 +208,19 @@ impl Control {
         }
     }
 
-    async fn woken(
-        &mut self,
-        inbox: &mut mpsc::Receiver<Request>,
-        changed: &Notify,
-        signals: &mut Signals,
-    ) -> Woken {
+    async fn woken(&mut self, inbox: &mut mpsc::Receiver<Request>, changed: &Notify) -> Woken {
         let now = clock::now();
         let dues = [self.controller.next_due(), self.transitions.due()];
         let due = dues.into_iter().flatten().fold(now + FAR, Instant::min);
         let upkeep_due = self.upkeep.next();
+        let snapshot_due = self.supervised.next_write(now);
         let beat_due = self.notifier.next_beat(now);
         let watch_due = self.watchdog.next_look();
-        let drain_due = self.draining.as_ref().map_or(now + FAR, Draining::next_look);
         let asked_due = self.asked.due().unwrap_or(now + FAR);
+        let leave_due = self.leaving.map(|leaving| leaving.until);
+        let drain_due = self.draining.as_ref().map(Draining::next_look).or(leave_due);
         tokio::select! {
-            caught = signals.next() => Woken::Signal(caught),
+            caught = self.signals.next() => Woken::Signal(caught),
             Some(request) = inbox.recv() => Woken::Request(request),
             () = changed.notified() => Woken::FileComplete,
             () = tokio::time::sleep_until(asked_due.into()) => Woken::AskedTooLong,
@@ -235,14 +228,26 @@ impl Control {
             () = self.reception.arrived() => Woken::Heartbeats,
             Some(event) = self.probed.recv() => Woken::Probed(event),
             event = self.upgrades.next() => Woken::Upgrade(event),
+            news = self.supervised.news() => Woken::News(news),
+            () = tokio::time::sleep_until(snapshot_due.into()) => Woken::Snapshot,
             () = self.shared.ended.notified() => Woken::WorkerEnded,
             () = tokio::time::sleep_until(beat_due.into()) => Woken::Beat,
             () = tokio::time::sleep_until(watch_due.into()) => Woken::Watch,
             () = tokio::time::sleep_until(due.into()) => Woken::Due,
             () = tokio::time::sleep_until(upkeep_due.into()) => Woken::Upkeep,
             () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => Woken::Retiring,
-            () = tokio::time::sleep_until(drain_due.into()), if self.draining.is_some() => {
+            () = tokio::time::sleep_until(drain_due.unwrap_or(now + FAR).into()) => {
                 Woken::DrainStep
+            }
+        }
+    }
+
+    fn hear(&mut self, news: News) {
+        match news {
+            News::GoOn(status) => self.go_on(status),
+            News::Alone => {
+                tracing::error!("the supervisor has died: this process drains and ends");
+                self.begin_drain("no supervisor");
             }
         }
     }
@@ -337,17 +342,22 @@ impl Control {
                     tracing::debug!(generation, serial, pools, serving, "table published");
                     self.tables.publish(table);
                     self.readiness.set_undecided(self.controller.undecided_pools());
+                    self.supervised.changed();
                     // Who waits for a slot may have new backends to wait for.
                     self.shared.gate.opened();
                 }
                 // Another process probes; this one only ends its sessions.
-                Effect::Probe { .. } if self.upgrades.handed_over() => {}
+                Effect::Probe { .. }
+                    if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
                 Effect::Opened => self.shared.gate.opened(),
                 Effect::Probe { backend, token, address, spec } => {
                     tracing::trace!(%address, "probe begins");
                     self.probes.probe(backend, token, address, spec);
                 }
-                Effect::Log(transition) => self.transitions.log(&transition, clock::now()),
+                Effect::Log(transition) => {
+                    self.supervised.changed();
+                    self.transitions.log(&transition, clock::now());
+                }
                 Effect::Notice(notice) => {
                     if notice.pool.is_empty() {
                         tracing::warn!("{}", notice.message);
@@ -360,6 +370,7 @@ impl Control {
                     for worker in &self.workers {
                         worker.mailbox.send(Command::CutBackend(backend, Cause::BackendRemoved));
                     }
+                    self.order_cut(backend);
                 }
             }
         }
@@ -382,8 +393,9 @@ impl Control {
             // next one is to be asked.
             Request::Reload(_) | Request::SetIntent { .. } if self.upgrades.handed_over() => {}
             Request::Reload(reply) => self.ask_for_reload(Some(reply)).await,
-            Request::Upgrade { binary, config, reply } => {
-                self.begin_upgrade(binary.as_deref(), config.as_deref(), Some(reply));
+            Request::Upgrade { binary, config, asked_over, reply } => {
+                let wish = Wish { binary, config };
+                self.begin_upgrade(wish, asked_over, Some(reply));
             }
             Request::Explain { pool, backend, reply } => {
                 self.feed([]);
@@ -395,14 +407,19 @@ impl Control {
             Request::SetIntent { pool, backend, intent, reply } => {
                 self.feed([]);
                 let done = self.controller.set_intent(&pool, &backend, intent, clock::now());
-                let _ = reply.send(done.map(|effects| self.perform(effects)));
+                if done.is_ok() {
+                    self.order_intent(&pool, &backend, intent);
+                }
+                let done = done.map(|effects| self.perform(effects));
+                self.supervised.write_intents(&self.controller);
+                let _ = reply.send(done);
             }
             #[cfg(debug_assertions)]
             Request::Fault { place, worker, millis, reply } => {
                 let _ = reply.send(self.order_fault(&place, worker, millis));
             }
             Request::Shutdown(reply) => {
-                self.begin_drain("admin request");
+                self.leave("admin request");
                 let _ = reply.send(());
             }
         }
@@ -441,15 +458,15 @@ impl Control {
             engine_reason: &self.engine_reason,
             now,
             uptime: now - self.started,
-            state: match self.draining {
-                None => ServiceState::Serving,
-                Some(_) => ServiceState::Draining,
+            state: match self.draining.is_none() && self.leaving.is_none() {
+                true => ServiceState::Serving,
+                false => ServiceState::Draining,
             },
             reloads: self.reloads,
             transitions_unlogged: rarities.unlogged,
             upgrades: self.upgrades.counts(),
             table_serial: table.serial,
-            connections_active: self.shared.in_flight.get(),
+            connections_active: self.sessions(),
             connections_max: table.connections_max,
             warnings: &warnings,
             confinement: &self.confined.report,
@@ -528,40 +545,6 @@ impl Control {
                 tracing::warn!(%error, "the configuration file is not watched; use SIGHUP");
                 None
             }
-        }
-    }
-}
-
-// === impl Signals ===
-
-impl Signals {
-    fn listen(wanted: bool) -> Signals {
-        let all = || -> io::Result<[Signal; 4]> {
-            Ok([
-                signal(SignalKind::terminate())?,
-                signal(SignalKind::interrupt())?,
-                signal(SignalKind::hangup())?,
-                signal(SignalKind::user_defined2())?,
-            ])
-        };
-        Signals(wanted.then(all).and_then(|result| match result {
-            Ok(signals) => Some(signals),
-            Err(error) => {
-                tracing::error!(%error, "signals are not obeyed");
-                None
-            }
-        }))
-    }
-
-    async fn next(&mut self) -> Caught {
-        let Some([terminate, interrupt, hangup, user2]) = &mut self.0 else {
-            return std::future::pending().await;
-        };
-        tokio::select! {
-            _ = terminate.recv() => Caught::Stop("SIGTERM"),
-            _ = interrupt.recv() => Caught::Stop("SIGINT"),
-            _ = hangup.recv() => Caught::Reload,
-            _ = user2.recv() => Caught::Upgrade,
         }
     }
 }

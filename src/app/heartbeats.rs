@@ -97,10 +97,30 @@ impl Reception {
         self.receiver.as_ref().map_or(Ok(Vec::new()), Receiver::share)
     }
 
-    /// Receives no more: the next process does.
-    pub(super) fn hand_over(&mut self) {
+    /// Receives no more: the next process does. The sockets stay open.
+    pub(super) fn step_down(&mut self) {
+        self.inherited = self.share().unwrap_or_default();
         self.ended = Some(self.save());
         self.receiver = None;
+    }
+
+    /// That process has lived long enough: lets go of the sockets.
+    pub(super) fn hand_over(&mut self) {
+        self.inherited = Vec::new();
+    }
+
+    /// That process has ended: receives again.
+    ///
+    /// # Errors
+    /// In words, as of [`Reception::prepare`].
+    pub(super) fn go_on(&mut self, config: &Config) -> Result<(), String> {
+        if let Some(before) = self.ended.take() {
+            self.before = before;
+        }
+        let change = self.prepare(config)?;
+        self.told = 0;
+        self.adopt(change);
+        Ok(())
     }
 
     /// Everything counted by all the processes so far.

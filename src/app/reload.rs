@@ -6,6 +6,7 @@
 
 use super::binds::Fresh;
 use super::control_loop::Control;
+use super::preflight;
 use super::refused::Refused;
 use super::reload_diff;
 use super::start;
@@ -22,6 +23,9 @@ use std::time::Duration;
 const WANTED_BACK_MAX: Duration = Duration::from_secs(1);
 const WANTED_BACK_STEP: Duration = Duration::from_millis(10);
 
+/// Why a process that drains reads no file.
+const DRAINS: &str = "this process is draining; the next one reads the file";
+
 impl Control {
     /// Takes up what was written while the file was not watched yet: a process
     /// that takes over must not miss what the one before put off.
@@ -32,8 +36,30 @@ impl Control {
         }
     }
 
-    /// As [`Control::reload`]; while an upgrade is under way, a refusal.
-    pub(super) async fn reload_unless_upgrading(&mut self) -> Result<Reloaded, ReloadError> {
+    /// Whether this process drains, and so reads no file any more: its listeners
+    /// would open again. Says so in the log.
+    pub(super) fn drains_instead(&mut self, asked_by: &str) -> bool {
+        let drains = self.draining.is_some();
+        if drains {
+            self.reloads.refused += 1;
+            tracing::warn!(asked_by, "reload refused: {DRAINS}");
+        }
+        drains
+    }
+
+    /// The same unless it drains; an upgrade under way holds it back.
+    pub(super) async fn reload_asked_by(&mut self, asked_by: &str) {
+        if !self.drains_instead(asked_by) && !self.upgrades.holds_reload() {
+            self.reload_when_told().await;
+        }
+    }
+
+    /// As [`Control::reload`]; while this process drains or an upgrade is under
+    /// way, a refusal.
+    pub(super) async fn reload_on_request(&mut self) -> Result<Reloaded, ReloadError> {
+        if self.drains_instead("admin request") {
+            return Err(ReloadError::NotNow(DRAINS));
+        }
         if !self.upgrades.holds_reload() {
             return self.reload().await;
         }
@@ -55,11 +81,13 @@ impl Control {
             Ok(_) => self.reloads.unchanged += 1,
             Err(refused) => {
                 self.reloads.refused += 1;
-                for Problem { file, line, column, message, help, .. } in &refused.problems {
-                    let help = help.iter().map(|help| format!("; {help}")).collect::<String>();
-                    tracing::error!(
-                        "configuration refused: {file}:{line}:{column}: {message}{help}"
-                    );
+                if let ReloadError::Problems(problems) = refused {
+                    for Problem { file, line, column, message, help, .. } in problems {
+                        let help = help.iter().map(|help| format!("; {help}")).collect::<String>();
+                        tracing::error!(
+                            "configuration refused: {file}:{line}:{column}: {message}{help}"
+                        );
+                    }
                 }
             }
         }
@@ -67,16 +95,16 @@ impl Control {
     }
 
     async fn try_reload(&mut self) -> Result<Reloaded, ReloadError> {
-        let loaded = config::load(&self.path).map_err(|problems| ReloadError {
-            problems: problems.list.iter().map(|it| self.problem(it)).collect(),
+        let loaded = config::load(&self.path).map_err(|problems| {
+            ReloadError::Problems(problems.list.iter().map(|it| self.problem(it)).collect())
         })?;
         let Loaded { config, digest, warnings, origin } = loaded;
         let refuse = |control: &Control, spot: Spot, why: String| {
             control.refused(&origin.error(&spot, why, None))
         };
         // A new secret may come without a change of the file that names it.
-        let token = start::load_token(&config)
-            .map_err(|why| self.refused(&start::token_problem(&origin, why)))?;
+        let token = preflight::load_token(&config)
+            .map_err(|why| self.refused(&preflight::token_problem(&origin, why)))?;
         // Other comments or another layout say nothing new; but files that the
         // file names may have changed while it did not.
         if config == *self.config {
@@ -92,7 +120,7 @@ impl Control {
             .bind_new(&config)
             .await
             .map_err(|refused| self.refused(&refused.problem(&config, &origin)))?;
-        start::try_sources(&config).map_err(|(at, why)| refuse(self, Spot::Source(at), why))?;
+        preflight::try_sources(&config).map_err(|(at, why)| refuse(self, Spot::Source(at), why))?;
         let heartbeats = self.reception.prepare(&config).map_err(|why| {
             let listen = config.heartbeat.as_ref().and_then(|heartbeat| heartbeat.listen.first());
             match listen {
@@ -105,7 +133,7 @@ impl Control {
         {
             let target = start::access_target(&config.log.access);
             if let Err(error) = access_log.set_target(target) {
-                let why = start::access_log_refusal(&error);
+                let why = preflight::access_log_refusal(&error);
                 return Err(refuse(self, Spot::AccessLog, why));
             }
         }
@@ -138,7 +166,8 @@ impl Control {
         let in_force = self.session_cap.apply(&config, self.binds.sockets());
         self.feed([Event::Configure(in_force)]);
         self.reception.adopt(heartbeats);
-        self.binds.adopt(fresh, &config, &self.workers);
+        self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.supervised.write_intents(&self.controller);
         let generation = self.controller.generation();
         Ok(Reloaded { generation, changed: true, warnings: self.warnings() })
     }
@@ -178,7 +207,7 @@ impl Control {
     }
 
     fn refused(&self, problem: &config::Problem) -> ReloadError {
-        ReloadError { problems: vec![self.problem(problem)] }
+        ReloadError::Problems(vec![self.problem(problem)])
     }
 
     fn problem(&self, from: &config::Problem) -> Problem {

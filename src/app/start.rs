@@ -10,19 +10,22 @@ use super::binds::{Binds, Fresh};
 use super::control_loop::Control;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
+use super::preflight::{access_log_refusal, load_token, token_problem, try_sources};
 use super::refused::Refused;
-use super::upgrade::{Rarities, Upgrades};
+use super::signals::Signals;
+use super::supervised::{Kept, Snapshot};
+use super::upgrade::{Rarities, Starter, Upgrades};
 use super::upkeep::Upkeep;
 use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
-use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, Token, TokenStore};
+use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, TokenStore};
 use crate::clock;
 use crate::config::{self, AccessLogTarget, Admin, Config, EngineChoice, Loaded, Origin};
-use crate::config::{Problem, Problems, Spot};
+use crate::config::{Problems, Spot};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
 use crate::net::budget::Budget;
-use crate::net::{cpu, limits, stream};
+use crate::net::{cpu, limits};
 use crate::proxy::close::{Cause, Phase};
 use crate::proxy::contain::contained;
 use crate::proxy::context::{Reports, Shared};
@@ -32,9 +35,8 @@ use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::{AccessLog, AccessLogSender, Target};
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
-use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -125,6 +127,9 @@ async fn bring_up(
     for warning in &warnings {
         tracing::warn!("{}:{}:{}: {}", warning.file, warning.line, warning.column, warning.message);
     }
+    // Before anybody can be told that this process serves.
+    let signals = if options.signals { Signals::obey()? } else { Signals::default() };
+    let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
     let (runtime, engine_reason) = choose_runtime(config.process.engine);
     let cpus = cpu::available();
     let count = config.process.workers.unwrap_or_else(|| auto_workers(cpus.len()));
@@ -136,7 +141,7 @@ async fn bring_up(
     let token = load_token(&config).map_err(|why| token_problem(&origin, why));
     let token = token.map_err(|problem| Failure::Config(Problems::from(*problem)))?;
     let Listeners { admin, admin_taken, binds, fresh, not_taken } =
-        listeners(&config, &origin, count, &mut surroundings)?;
+        listeners(&config, &origin, count, &mut surroundings, kept)?;
     let mut reception = Reception::default();
     if let Some(before) = &mut surroundings.predecessor {
         reception.inherit(before.take_heartbeats());
@@ -151,11 +156,15 @@ async fn bring_up(
     if let Some(before) = &surroundings.predecessor {
         let generation = before.generation_of(digest);
         controller.count_on(generation.saturating_sub(1), before.state().serial);
+    } else if let Some(Snapshot { digest: before, state }) = &known {
+        let generation = state.generation.saturating_add(u64::from(*before != digest));
+        controller.count_on(generation.saturating_sub(1), state.serial);
     }
     let tables = TablePublisher::new(controller.current_table());
     let shared = Shared {
         in_flight: Arc::default(),
         gate: Arc::new(Gate::new()),
+        numbers: Arc::default(),
         reports: Arc::new(Reports::new()),
         ended: Arc::default(),
         buffers: Arc::new(Budget::new(config.process.buffers_max)),
@@ -180,9 +189,10 @@ async fn bring_up(
     let mut session_cap = SessionCap::new(descriptors);
     let in_force = session_cap.apply(&config, 0);
     let effects = controller.apply(Event::Configure(in_force), clock::now());
+    let starter = Starter::of(surroundings.supervised.link(), surroundings.program.take());
     let mut control = Control {
         path: options.config.clone(),
-        signals: options.signals,
+        signals,
         digest,
         started_with: Arc::clone(&config),
         config: Arc::clone(&config),
@@ -212,8 +222,10 @@ async fn bring_up(
         restart_needed: Vec::new(),
         session_cap,
         draining: None,
-        upgrades: Upgrades::new(surroundings.program.take()),
+        leaving: None,
+        upgrades: Upgrades::new(starter),
         notifier: std::mem::take(&mut surroundings.notifier),
+        supervised: std::mem::take(&mut surroundings.supervised),
         watchdog: Watchdog::new(count, clock::now()),
         confined: std::mem::take(&mut surroundings.confined),
         admin: None,
@@ -224,6 +236,11 @@ async fn bring_up(
         rarities_before: Rarities::default(),
     };
     control.perform(effects);
+    if let Some(Snapshot { state, .. }) = &known {
+        let effects = control.controller.adopt(state, clock::now());
+        control.perform(effects);
+    }
+    control.signals.let_through();
     let opening = Opening { admin, admin_taken, fresh, not_taken, requests, origin };
     let predecessor = surroundings.predecessor.take();
     match control.open(opening, binds, &surroundings.pid_file, predecessor).await {
@@ -256,9 +273,11 @@ fn listeners(
     origin: &Origin,
     workers: usize,
     surroundings: &mut Surroundings,
+    mut kept: Kept,
 ) -> Result<Listeners, Failure> {
     let mut binds = Binds::new(workers);
-    let mut admin = surroundings.activated.as_mut().and_then(|passed| passed.take_admin(config));
+    let mut passed = surroundings.activated.take().or_else(|| kept.activated.take());
+    let mut admin = passed.as_mut().and_then(|passed| passed.take_admin(config));
     let settled = match &admin {
         Some(_) => config.admin.clone(),
         None => admin_settled(config, surroundings)?,
@@ -266,8 +285,11 @@ fn listeners(
     if let Some(before) = &mut surroundings.predecessor {
         binds.inherit(before.take_sockets());
         admin = before.take_admin(&settled);
-    } else if let Some(activated) = surroundings.activated.take() {
+    } else if let Some(activated) = passed {
         binds.inherit(activated.take_sockets(config)?);
+    } else {
+        admin = kept.take_admin(&settled);
+        binds.inherit(kept.take_binds());
     }
     let admin_taken = admin.is_some();
     let admin = match admin {
@@ -360,10 +382,14 @@ impl Control {
             self.follow(draining);
         }
         api.own_file();
+        if let Ok((offered, socket)) = api.offer() {
+            self.supervised.hold_admin(offered, &socket);
+        }
         self.admin = Some(api);
         let config = Arc::clone(&self.config);
         self.binds = binds;
-        self.binds.adopt(fresh, &config, &self.workers);
+        self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.supervised.write_intents(&self.controller);
         announce(self, &config, self.workers.len());
         if let Some(path) = pid_file {
             self.write_pid_file(path.clone());
@@ -536,39 +562,6 @@ pub(super) fn access_target(target: &AccessLogTarget) -> Target {
         AccessLogTarget::Stdout => Target::Stdout,
         AccessLogTarget::File(path) => Target::File(path.clone()),
     }
-}
-
-/// Whether connections can start where the pools say; else where not, and why.
-pub(super) fn try_sources(config: &Config) -> Result<(), (IpAddr, String)> {
-    let all: BTreeSet<IpAddr> =
-        config.pools.iter().flat_map(|pool| pool.source.iter().copied()).collect();
-    for source in all {
-        stream::try_source(source).map_err(|error| {
-            let hint = match error.raw_os_error() {
-                Some(libc::EADDRNOTAVAIL) => ": no interface of this host has that address",
-                _ => "",
-            };
-            (source, format!("no connection can start at source {source}: {error}{hint}"))
-        })?;
-    }
-    Ok(())
-}
-
-/// The token file is unfit.
-pub(super) fn token_problem(origin: &Origin, why: String) -> Box<Problem> {
-    let help = "make one with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)";
-    Box::new(origin.error(&Spot::TokenFile, why, Some(help.to_owned())))
-}
-
-/// What is said of an access log that cannot be opened.
-pub(super) fn access_log_refusal(error: &std::io::Error) -> String {
-    format!("cannot open the access log: {error}")
-}
-
-/// The admin token, where one is configured.
-pub(super) fn load_token(config: &Config) -> Result<Option<Token>, String> {
-    let load = |path: &Path| Token::load(path).map_err(|error| error.to_string());
-    config.admin.token_file.as_deref().map(load).transpose()
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 /// How to reach a running balancer.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
     /// Admin address: unix:PATH or IP:PORT. Default: $TIDEGATE_ADMIN, else what
     /// --config names, else unix:/run/tidegate/admin.sock, else this user's own.
@@ -97,7 +97,7 @@ pub fn ask_within(
     })
 }
 
-fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
+pub(super) fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         ClientError::Request(format!("cannot read the token file {}: {error}", path.display()))
     })?;
@@ -170,7 +170,13 @@ fn judge(status: StatusCode, body: String, address: &Address) -> Result<String, 
     let value =
         serde_json::from_str::<Value>(&body).ok().filter(|value| value["error"].is_string());
     match value {
-        Some(value) if status.is_client_error() => Err(ClientError::Refused(value)),
+        Some(mut value) if status.is_client_error() => {
+            if status == StatusCode::UNAUTHORIZED {
+                value["hint"] =
+                    "give the token of [admin] token_file with --token-file FILE".into();
+            }
+            Err(ClientError::Refused(value))
+        }
         Some(value) => Err(ClientError::Unreachable(format!(
             "the balancer at {address} cannot answer: {}",
             sentence(&value)
@@ -184,9 +190,10 @@ fn judge(status: StatusCode, body: String, address: &Address) -> Result<String, 
 /// `error: detail` of an error answer.
 fn sentence(value: &Value) -> String {
     let error = value["error"].as_str().unwrap_or_default();
+    let hint = value["hint"].as_str().map_or_else(String::new, |hint| format!("; {hint}"));
     match value["detail"].as_str() {
-        Some(detail) if !detail.is_empty() => format!("{error}: {detail}"),
-        _ => error.to_owned(),
+        Some(detail) if !detail.is_empty() => format!("{error}: {detail}{hint}"),
+        _ => format!("{error}{hint}"),
     }
 }
 
@@ -363,6 +370,10 @@ mod tests {
             judged(StatusCode::SERVICE_UNAVAILABLE, said),
             Err(ClientError::Unreachable(_))
         ));
+        let Err(ClientError::Refused(value)) = judged(StatusCode::UNAUTHORIZED, said) else {
+            panic!("not refused");
+        };
+        assert!(refusal(&value).contains("--token-file FILE"), "{}", refusal(&value));
         let foreign = judged(StatusCode::NOT_FOUND, "<html>");
         assert!(matches!(foreign, Err(ClientError::Unreachable(_))));
     }

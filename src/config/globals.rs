@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// `[process]`. All but `drain_timeout`, `upgrade_timeout`, `connections_max` and
+/// `[process]`. All but `leave_delay`, `drain_timeout`, `upgrade_timeout`, `connections_max` and
 /// `buffers_max` need a restart to change; most of the others may change with an
 /// upgrade.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,7 +20,10 @@ pub struct Process {
     pub engine: EngineChoice,
     /// How long a worker polls after its last activity before it sleeps.
     pub spin: Option<Duration>,
-    /// How long sessions may go on after the process was told to stop.
+    /// How long it goes on accepting after it was told to stop, while `/ready` says
+    /// no already; zero: not at all.
+    pub leave_delay: Duration,
+    /// How long sessions may go on after that.
     pub drain_timeout: Duration,
     /// How long a new process may take to serve when the program is upgraded.
     pub upgrade_timeout: Duration,

@@ -3,7 +3,7 @@
 //! Called by `app` for `tidegate explain` and the admin API. It derives, it
 //! never changes anything.
 
-use super::status::{BackendStatus, Freezing, HeartbeatStatus, PoolStatus, backend_status};
+use super::status::{BackendStatus, Freezing, HeartbeatStatus, backend_status, freezing};
 use super::{Controller, OperatorError, Weight};
 use crate::config::{self, HeartbeatSpec};
 use crate::health::detector::State;
@@ -122,7 +122,7 @@ impl Controller {
         let entry = self.backends.get(&id).ok_or(OperatorError::UnknownBackend)?;
         let pool = self.pool(entry.pool).ok_or(OperatorError::UnknownPool)?;
         let since = |at: Instant| now.saturating_duration_since(at);
-        let PoolStatus { frozen, .. } = self.pool_status(pool, now);
+        let frozen = freezing(pool.guard.freeze(), now);
         let all: Option<HeartbeatStatus> = self.heartbeat_status(now);
         let outlier = &entry.health.outlier;
         let probe = pool.spec.probe.as_ref().zip(entry.health.detector.as_ref());

@@ -22,15 +22,19 @@
 //! change nothing. No load takes more than three quarters:
 //! a backend that says it is full still shows whether it is.
 
+mod saved;
+
+pub use saved::SavedHeart;
+
 use super::misfits::Misfit;
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, Notice, Origin, PoolId};
 use crate::config::{self, BackendAddress, HeartbeatSpec};
+use crate::health::Calling;
 use crate::health::heartbeat::{Beat, HeartbeatDetector, State};
-use crate::health::{Calling, Pulse};
 use crate::heartbeat::{Heartbeat, SenderState};
 use crate::table::state::BackendId;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -66,6 +70,8 @@ pub(super) struct Heart {
     pub(super) expired: bool,
     /// Silence before then was our own doing.
     pub(super) excused_at: Instant,
+    /// Another process has said all this; nothing was heard here yet.
+    adopted: bool,
 }
 
 /// How busy a sender says it is, made steady: an exponential mean, of which a
@@ -186,8 +192,7 @@ impl Controller {
         heartbeat: &Heartbeat,
         now: Instant,
     ) -> Result<Option<BackendId>, Misfit> {
-        let index = self.pool_index.get(&heartbeat.pool).ok_or(Misfit::UnknownPool)?;
-        let pool = &self.pools[*index];
+        let pool = self.pools.named(&heartbeat.pool).ok_or(Misfit::UnknownPool)?;
         let spec = Arc::clone(pool.spec.heartbeat.as_ref().ok_or(Misfit::UnknownPool)?);
         let named = pool.names.get(&heartbeat.name).copied();
         let placed = pool.addresses.get(&heartbeat.address).copied();
@@ -228,14 +233,12 @@ impl Controller {
     }
 
     fn is_our_own(&self, address: SocketAddr) -> bool {
-        let reaches = |bind: &SocketAddr| {
-            *bind == address
-                || (bind.ip().is_unspecified()
-                    && bind.port() == address.port()
-                    && bind.is_ipv4() == address.is_ipv4()
-                    && address.ip().is_loopback())
+        let any = match address.ip() {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         };
-        self.frontends.iter().any(|frontend| frontend.spec.binds.iter().any(reaches))
+        let wildcard = SocketAddr::new(any, address.port());
+        self.own.contains(&address) || (address.ip().is_loopback() && self.own.contains(&wildcard))
     }
 
     fn check_room(
@@ -261,7 +264,6 @@ impl Controller {
         Err(Misfit::PoolFull)
     }
 
-    /// Makes a new member of the pool, or takes one back that was leaving.
     fn register(
         &mut self,
         pool_id: PoolId,
@@ -269,42 +271,8 @@ impl Controller {
         heartbeat: &Heartbeat,
         now: Instant,
     ) -> BackendId {
-        let Some(pool) = self.pool(pool_id) else {
-            unreachable!("the pool was looked up for this very heartbeat")
-        };
-        let pool_spec = Arc::clone(&pool.spec);
-        let spec = config::Backend {
-            name: Arc::clone(&heartbeat.name),
-            address: BackendAddress::Tcp(heartbeat.address),
-            weight: heartbeat.weight.clamp(1, spec.weight_max.max(1)),
-            backup: false,
-            connections_max: 0,
-        };
-        let returned =
-            self.leaving_as(&pool_spec.name, &spec).and_then(|id| self.come_back(id, now));
-        let mut entry = match returned {
-            Some(entry) => entry,
-            None => self.new_entry(&pool_spec, &spec, pool_id, now),
-        };
-        entry.state.start_from(&pool_spec.source, self.workers);
-        entry.pool = pool_id;
-        entry.spec = spec;
-        entry.origin = Origin::Registered;
-        entry.heart = None;
-        entry.health.pulse = Pulse::Awaited;
-        if let Some((intent, since)) = self.intent_of_namesake(&pool_spec.name, &heartbeat.name) {
-            entry.health.intent = intent;
-            entry.health.intent_since = since;
-        }
-        let id = entry.state.id;
-        self.backends.insert(id, entry);
-        if let Some(pool) = self.pool_mut(pool_id) {
-            pool.members.push(id);
-            pool.registered += 1;
-            pool.names.insert(Arc::clone(&heartbeat.name), id);
-            pool.addresses.insert(heartbeat.address, id);
-        }
-        self.join_probing(id, pool_id, now);
+        let who = (Arc::clone(&heartbeat.name), heartbeat.address, heartbeat.weight);
+        let id = self.admit(pool_id, spec, who, now);
         let reason = format!(
             "registered by its heartbeat at {} (key {})",
             heartbeat.address, heartbeat.key_id
@@ -316,7 +284,7 @@ impl Controller {
     /// Takes a registered backend out of its pool for good.
     pub(super) fn unregister(&mut self, id: BackendId, reason: &str, now: Instant) {
         let Some(entry) = self.backends.remove(&id) else { return };
-        let Some(pool) = self.pools.iter_mut().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get_mut(entry.pool) else { return };
         pool.members.retain(|member| *member != id);
         pool.registered = pool.registered.saturating_sub(1);
         if pool.names.get(&entry.spec.name) == Some(&id) {
@@ -339,7 +307,7 @@ impl Controller {
     /// Takes what a known backend's heartbeat says.
     fn heard(&mut self, id: BackendId, heartbeat: &Heartbeat, at: Instant, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
         let interval = heartbeat.interval.clamp(INTERVAL_MIN, INTERVAL_MAX);
         let heart = entry.heart.get_or_insert_with(|| {
@@ -358,6 +326,7 @@ impl Controller {
         heart.interval = interval;
         heart.last_at = heart.last_at.max(at);
         heart.expired = false;
+        heart.adopted = false;
         let lighter = heart.load.heard(heartbeat.load);
         let ttl = ttl(&spec, interval);
         if lighter || before != (heart.weight_in_force, false) {
@@ -406,7 +375,7 @@ impl Controller {
         }
         let lasted = now.saturating_duration_since(entry.calling_since);
         entry.calling_since = now;
-        let sessions = entry.state.in_flight.get();
+        let sessions = entry.state.in_flight.total();
         let reason = match calling {
             Calling::Sessions => "its heartbeats say that it takes sessions".to_owned(),
             _ => format!("its heartbeats say so; no new sessions, {sessions} go on"),
@@ -417,7 +386,7 @@ impl Controller {
     /// `ttl` may be over.
     pub(super) fn heartbeat_ttl(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
         let Some((ttl, over)) = entry.expiry(&spec) else {
             self.pulse_changed(id, "no heartbeat since they are required", None, now);
@@ -492,6 +461,7 @@ impl Heart {
             last_at: at,
             expired: false,
             excused_at: at,
+            adopted: false,
         }
     }
 }

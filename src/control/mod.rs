@@ -6,25 +6,30 @@
 //!
 //! The files: `configure` (what a reload keeps), `probing` (when probes run),
 //! `verdicts` (what their results mean), `ejections` (the pool's guard),
-//! `trials` (how ejected backends come back), `gray` (who does not answer),
+//! `pools` (finding them), `trials` (how ejected backends come back), `gray` (who does not answer),
 //! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
-//! means), `ramps` (slow start), `leaving` (removed backends), `settling`
-//! (pools of which no backend has been judged yet), `operator` (drains), `publish` and `pace` (tables), `history`, `handover` (what the
+//! means), `ramps` (slow start), `leaving` (removed backends), `intents` (what was
+//! wanted of them), `settling` (pools of which no backend has been judged yet),
+//! `elsewhere` (sessions of the processes before), `operator` (drains), `publish` and
+//! `pace` (tables), `history`, `handover` (what the
 //! next process goes on with), `status` and `explain`.
 //! All of them work on one [`Controller`] and leave effects behind;
 //! only [`Controller::apply`] and its siblings hand them out.
 
 mod configure;
 mod ejections;
+pub mod elsewhere;
 pub mod explain;
 mod gray;
 pub mod handover;
 mod heartbeats;
 mod history;
+mod intents;
 mod leaving;
 mod misfits;
 mod operator;
 mod pace;
+mod pools;
 pub mod ports;
 mod probing;
 mod publish;
@@ -38,7 +43,9 @@ pub(crate) mod tests;
 mod trials;
 mod verdicts;
 
-pub use history::TRANSITIONS_MAX;
+pub use heartbeats::SavedHeart;
+pub use history::{SavedTransition, TRANSITIONS_MAX};
+pub use intents::{KEPT_FOR, KEPT_MAX, SavedIntent};
 pub use misfits::Misfit;
 pub use pace::PublishReason;
 pub use publish::Weight;
@@ -168,18 +175,27 @@ pub struct Controller {
     connections_max: u32,
     /// In file order.
     frontends: Vec<FrontendEntry>,
-    /// In file order.
-    pools: Vec<PoolEntry>,
+    /// Positions in `frontends`.
+    frontend_names: HashMap<Arc<str>, usize>,
+    pools: pools::Pools,
+    /// How many of them are settling.
+    settling: usize,
     /// Every configured backend, whichever pool it is in.
     backends: BTreeMap<BackendId, BackendEntry>,
     /// Removed backends that may still hold sessions.
     leaving: BTreeMap<BackendId, Leaving>,
+    /// Those of `leaving` by what makes them the same backend.
+    left: HashMap<configure::Identity, BackendId>,
+    /// Every backend that is ejected or on trial; some may not be any more.
+    out: BTreeSet<(PoolId, BackendId)>,
+    /// What operators wanted of backends that have left.
+    kept: intents::Kept,
+    /// Where our own listeners are bound.
+    own: std::collections::HashSet<SocketAddr>,
     schedule: Schedule,
     ids: Ids,
     table: Arc<Table>,
     local_trouble_noticed: Option<Instant>,
-    /// Positions in `pools`.
-    pool_index: HashMap<Arc<str>, usize>,
     pace: pace::Pace,
     guards: suspicion::Guards,
     /// Authentic heartbeats that changed nothing, by [`Misfit`].
@@ -205,6 +221,11 @@ struct FrontendEntry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct PoolId(u32);
 
+impl PoolId {
+    /// No pool has this number.
+    const NONE: PoolId = PoolId(0);
+}
+
 /// A configured pool.
 #[derive(Debug)]
 struct PoolEntry {
@@ -214,9 +235,12 @@ struct PoolEntry {
     /// `Controller::backends`.
     members: Vec<BackendId>,
     startup: Startup,
-    /// Members by name and by address; kept where heartbeats are taken.
+    /// Members by name.
     names: HashMap<Arc<str>, BackendId>,
+    /// Members by address; kept where heartbeats are taken.
     addresses: HashMap<SocketAddr, BackendId>,
+    /// Whether the file has backups for it.
+    has_backups: bool,
     /// Members that are registered.
     registered: usize,
     full_noticed: Option<Instant>,
@@ -335,14 +359,19 @@ impl Controller {
             serial: 0,
             connections_max: 0,
             frontends: Vec::new(),
-            pools: Vec::new(),
+            frontend_names: HashMap::new(),
+            pools: pools::Pools::default(),
+            settling: 0,
             backends: BTreeMap::new(),
             leaving: BTreeMap::new(),
+            left: HashMap::new(),
+            out: BTreeSet::new(),
+            kept: intents::Kept::default(),
+            own: Default::default(),
             schedule: Schedule::default(),
             ids: Ids::default(),
             table: Arc::new(publish::empty_table()),
             local_trouble_noticed: None,
-            pool_index: HashMap::new(),
             pace: pace::Pace::default(),
             guards: suspicion::Guards::default(),
             misfits: [0; Misfit::ALL.len()],
@@ -486,13 +515,13 @@ impl Controller {
         std::mem::take(&mut self.work.effects)
     }
 
-    /// The pool of that id. Pools are few, backends many: a scan will do.
+    /// The pool of that number.
     fn pool(&self, id: PoolId) -> Option<&PoolEntry> {
-        self.pools.iter().find(|pool| pool.id == id)
+        self.pools.get(id)
     }
 
     fn pool_mut(&mut self, id: PoolId) -> Option<&mut PoolEntry> {
-        self.pools.iter_mut().find(|pool| pool.id == id)
+        self.pools.get_mut(id)
     }
 
     /// Records a change of a configured backend's standing.

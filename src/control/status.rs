@@ -178,7 +178,7 @@ impl Controller {
                 })
                 .collect(),
             pools: self.pools.iter().map(|pool| self.pool_status(pool, now)).collect(),
-            leaving: leaving.filter(|state| state.in_flight.get() > 0).map(Arc::clone).collect(),
+            leaving: leaving.filter(|state| state.in_flight.total() > 0).map(Arc::clone).collect(),
             published: self.published().to_vec(),
             heartbeat: self.heartbeat_status(now),
         }
@@ -186,7 +186,7 @@ impl Controller {
 
     /// Heartbeats as a whole.
     pub(super) fn heartbeat_status(&self, now: Instant) -> Option<HeartbeatStatus> {
-        self.pools.iter().any(|pool| pool.spec.heartbeat.is_some()).then(|| HeartbeatStatus {
+        (self.pools.listening() > 0).then(|| HeartbeatStatus {
             taken_total: self.heartbeats_taken(),
             misfits: self.misfits().to_vec(),
             rejections: self.rejections.all().cloned().collect(),
@@ -268,7 +268,7 @@ fn heart_status(entry: &BackendEntry, pool: &PoolEntry, now: Instant) -> Option<
     })
 }
 
-fn freezing(freeze: Option<&Freeze>, now: Instant) -> Option<Freezing> {
+pub(super) fn freezing(freeze: Option<&Freeze>, now: Instant) -> Option<Freezing> {
     freeze.map(|freeze| Freezing {
         reason: freeze.reason.clone(),
         lasted: now.saturating_duration_since(freeze.since),

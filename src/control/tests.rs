@@ -88,6 +88,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             pin: false,
             engine: EngineChoice::Auto,
             spin: None,
+            leave_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             upgrade_timeout: Duration::from_secs(30),
             connections_max: 1000,

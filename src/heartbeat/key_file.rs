@@ -50,8 +50,8 @@ fn secret(path: &Path) -> Result<Secret, Unfit> {
     let most = SECRET_BYTES_MAX + END_BYTES_MAX;
     let bytes = match secret_file::read(path, Openness::OwnerAlone, most) {
         Ok(bytes) => bytes,
-        Err(SecretFileError::TooLarge(max)) => {
-            return Err(Unfit::Length(format!("more than {max} bytes")));
+        Err(SecretFileError::TooLarge(_)) => {
+            return Err(Unfit::Length(format!("more than {SECRET_BYTES_MAX} bytes")));
         }
         Err(error) => return Err(error.into()),
     };
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn short_and_endless_files_are_refused_without_their_content() {
         assert!(refusal(b"secret", 0o600).contains("holds 6 bytes"));
-        assert!(refusal(&[b'x'; 5000], 0o600).contains("holds more than 1040 bytes"));
+        assert!(refusal(&[b'x'; 5000], 0o600).contains("holds more than 1024 bytes"));
         assert!(!refusal(b"secret", 0o600).contains("secret\""));
     }
 }

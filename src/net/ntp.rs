@@ -12,7 +12,7 @@ pub fn is_synchronised() -> Option<bool> {
     let mut asked: libc::timex = unsafe { std::mem::zeroed() };
     // SAFETY: `asked` is valid for writes; its `modes` of zero changes nothing.
     let state = unsafe { libc::adjtimex(&raw mut asked) };
-    (state >= 0).then(|| state != libc::TIME_ERROR && asked.status & libc::STA_UNSYNC == 0)
+    (state >= 0).then_some(state != libc::TIME_ERROR && asked.status & libc::STA_UNSYNC == 0)
 }
 
 #[cfg(test)]

@@ -58,6 +58,7 @@ pub(super) struct Story {
     /// `None` once it is accounted for.
     ctx: Option<Rc<Context>>,
     started: Instant,
+    number: u64,
     client: SocketAddr,
     /// Generation of the table it is routed by.
     generation: u64,
@@ -290,6 +291,7 @@ impl Story {
         Story {
             ctx: Some(Rc::clone(ctx)),
             started: clock::now(),
+            number: ctx.next_session(),
             client,
             generation,
             route: Arc::clone(route),
@@ -427,7 +429,7 @@ impl Story {
         let backend = &self.attempts.last;
         SessionRecord {
             time: clock::wall(),
-            session: ctx.next_session(),
+            session: self.number,
             worker: ctx.id as u32,
             generation: self.generation,
             frontend: Some(Arc::clone(&self.route.state.name)),

@@ -95,6 +95,7 @@ pub fn build(input: Input, previous: Option<&Table>) -> Table {
         .iter()
         .flat_map(|f| f.spec.binds.iter().map(move |bind| (*bind, Arc::clone(f))))
         .collect();
+    let by_id = frontends.iter().map(|route| route.state.id).zip(0..).collect();
     Table {
         generation: input.generation,
         serial: input.serial,
@@ -102,6 +103,7 @@ pub fn build(input: Input, previous: Option<&Table>) -> Table {
         frontends,
         pools,
         by_bind,
+        by_id,
     }
 }
 

@@ -139,6 +139,11 @@ impl BackendState {
         }
     }
 
+    /// What makes it the same backend: pool, name and address.
+    pub fn identity(&self) -> (Arc<str>, Arc<str>, Arc<str>) {
+        (Arc::clone(&self.pool), Arc::clone(&self.name), Arc::clone(&self.address_text))
+    }
+
     /// Has connections start at `sources` from now on; see [`Ways::new`].
     pub fn start_from(&self, sources: &[IpAddr], workers: usize) {
         let to = match &self.address {

@@ -152,6 +152,14 @@ fn a_refused_file_is_422_with_every_problem() {
 // --- a control loop in trouble ---
 
 #[test]
+fn a_reload_while_draining_is_a_conflict_and_names_no_file() {
+    let answer = Api::unix(Control::Drains).ask("POST", "/v1/reload");
+    assert_eq!(answer.refusal(), (409, "the reload is refused".to_owned()));
+    assert_eq!(answer.json()["detail"], "this process is draining");
+    assert!(answer.json().get("problems").is_none());
+}
+
+#[test]
 fn a_control_loop_that_does_not_answer_gives_503_in_time() {
     let api = Api::unix(Control::Hangs);
     let start = clock::now();

@@ -70,6 +70,21 @@ pub fn children(pid: u32) -> Vec<u32> {
         .collect()
 }
 
+/// SIGKILL to a process and all below it. They are stopped first: none starts another
+/// meanwhile.
+pub fn kill_with_all_below(pid: u32) {
+    signal(pid, Signal::STOP);
+    for child in children(pid) {
+        kill_with_all_below(child);
+    }
+    signal(pid, Signal::KILL);
+}
+
+/// Its parent.
+pub fn parent(pid: u32) -> u32 {
+    status_field(pid, "PPid:") as u32
+}
+
 /// Gone, or a zombie that waits for its parent.
 pub fn is_dead(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| {

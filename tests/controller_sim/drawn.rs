@@ -122,6 +122,7 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
             pin: false,
             engine: EngineChoice::Auto,
             spin: None,
+            leave_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             upgrade_timeout: Duration::from_secs(30),
             connections_max: 1000,

@@ -4,7 +4,7 @@ use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, ms, on_every_engine, patience, proc, secs};
+use crate::common::{Engine, eventually, ms, on_every_engine, patience, secs};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -80,9 +80,7 @@ impl Bench {
         let metric = self.proxy.metric("tidegate_upgrades_total", &[("result", result)]);
         assert_eq!(metric, count, "{result}");
         assert!(self.proxy.log().contains("upgrade"), "{}", self.proxy.log());
-        eventually(secs(5), "no other process is left", || {
-            proc::children(self.proxy.pid()).is_empty()
-        });
+        eventually(secs(5), "no other process is left", || self.proxy.others().is_empty());
     }
 
     /// An upgrade to the real thing works after all that.
@@ -188,9 +186,7 @@ fn two_upgrades_at_once_are_one_too_many(engine: Engine) {
     let slow = bench.program("#!/bin/sh\nexec sleep 60\n");
     std::thread::scope(|scope| {
         let first = scope.spawn(|| bench.proxy.try_upgrade(&format!("?binary={}", slow.display())));
-        eventually(secs(2), "the first is under way", || {
-            !proc::children(bench.proxy.pid()).is_empty()
-        });
+        eventually(secs(2), "the first is under way", || !bench.proxy.others().is_empty());
         let second = bench.proxy.try_upgrade("");
         assert_eq!(second.status, 409, "{}", second.body);
         assert!(second.body.contains("under way"), "{}", second.body);
@@ -207,8 +203,8 @@ fn stopping_ends_an_upgrade_under_way(engine: Engine) {
     let slow = bench.program("#!/bin/sh\nexec sleep 60\n");
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| bench.proxy.try_upgrade(&format!("?binary={}", slow.display())));
-        eventually(secs(2), "it is under way", || !proc::children(bench.proxy.pid()).is_empty());
-        let child = proc::children(bench.proxy.pid())[0];
+        eventually(secs(2), "it is under way", || !bench.proxy.others().is_empty());
+        let child = bench.proxy.others()[0];
         bench.proxy.sigterm();
         bench.proxy.wait_gone(child, secs(2));
         let answer = asked.join().unwrap();

@@ -57,6 +57,12 @@ pub(super) fn process(top: &Section<'_, '_>) -> Process {
                 value::duration_or_off(text, SPIN)
             })
             .or(default.spin),
+        leave_delay: section
+            .text("leave_delay", "a duration such as \"5s\"", |text| match text {
+                "0s" => Ok(Duration::ZERO),
+                text => value::duration(text, TIME),
+            })
+            .or(default.leave_delay),
         drain_timeout: duration(&section, "drain_timeout").or(default.drain_timeout),
         upgrade_timeout: section
             .text("upgrade_timeout", "a duration such as \"30s\"", |text| {
@@ -112,6 +118,7 @@ fn default_process() -> Process {
         pin: true,
         engine: EngineChoice::Auto,
         spin: None,
+        leave_delay: Duration::ZERO,
         drain_timeout: DRAIN_TIMEOUT,
         upgrade_timeout: UPGRADE_TIMEOUT,
         connections_max: PROCESS_CONNECTIONS,

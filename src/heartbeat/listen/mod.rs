@@ -286,10 +286,10 @@ impl Told {
     fn rejected(&mut self, refused: &Refused<'_>, from: SocketAddr, now: Instant) -> bool {
         let reason = refused.reason;
         let rejected = Rejected {
-            claim: refused.parsed.map(|parsed| (parsed.pool, parsed.name)),
+            claim: refused.claim.map(|claim| (claim.pool, claim.name)),
             signed: reason.is_signed(),
             from: Some(from),
-            key_id: refused.parsed.map(|parsed| parsed.key_id),
+            key_id: refused.claim.map(|claim| claim.key_id),
             reason: reason.name(),
             help: reason.help(),
             skew: refused.skew,

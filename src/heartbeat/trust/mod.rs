@@ -117,11 +117,21 @@ pub enum Reject {
 pub struct Refused<'d> {
     /// Why.
     pub reason: Reject,
-    /// What it says, where it could be read. Nothing of it is proven unless
-    /// [`Reject::is_signed`] says so.
-    pub parsed: Option<Parsed<'d>>,
+    /// Who it says it is, where it could be read.
+    pub claim: Option<Claim<'d>>,
     /// The sender's clock less ours, in milliseconds.
     pub skew: Option<i64>,
+}
+
+/// Who a datagram says it is; proven only where [`Reject::is_signed`] says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim<'d> {
+    /// Pool it speaks for.
+    pub pool: &'d str,
+    /// Backend name.
+    pub name: &'d str,
+    /// The key it names.
+    pub key_id: u32,
 }
 
 /// Judges datagrams.
@@ -177,14 +187,14 @@ impl Gate {
         now: Instant,
         wall: SystemTime,
     ) -> Result<Heartbeat, Refused<'d>> {
-        let unread = |wrong: Malformed| Refused { reason: wrong.into(), parsed: None, skew: None };
+        let unread = |wrong: Malformed| Refused { reason: wrong.into(), claim: None, skew: None };
         let parsed = Parsed::read(datagram).map_err(unread)?;
         let wall = wall.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_millis() as u64;
         let moment = Moment { now, wall, skew_max: self.limits.skew_max };
         let source = from.ip().to_canonical();
         self.believe(&parsed, source, moment).map_err(|reason| Refused {
             reason,
-            parsed: Some(parsed),
+            claim: Some(Claim { pool: parsed.pool, name: parsed.name, key_id: parsed.key_id }),
             skew: reason.is_signed().then(|| parsed.sent.wrapping_sub(wall) as i64),
         })
     }

@@ -139,6 +139,7 @@ impl World {
         let shared = Shared {
             in_flight: Arc::new(InFlight::new()),
             gate: Arc::new(Gate::new()),
+            numbers: Arc::default(),
             reports: Arc::new(Reports::new()),
             ended: Arc::default(),
             buffers: Arc::clone(&budget),

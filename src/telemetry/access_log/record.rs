@@ -16,7 +16,8 @@ pub struct SessionRecord {
     /// When the session ended.
     #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
-    /// Unique in the process; below 2^53, as JSON readers keep no more.
+    /// Unique in the process and those it was upgraded from; below 2^53, as JSON readers
+    /// keep no more.
     pub session: u64,
     /// Number of the worker that served it.
     pub worker: u32,
