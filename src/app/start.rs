@@ -10,6 +10,7 @@ use super::binds::{Binds, Fresh};
 use super::control_loop::Control;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
+use super::preflight::{access_log_refusal, load_token, token_problem, try_sources};
 use super::refused::Refused;
 use super::signals::Signals;
 use super::supervised::{Kept, Snapshot};
@@ -17,14 +18,14 @@ use super::upgrade::{Rarities, Starter, Upgrades};
 use super::upkeep::Upkeep;
 use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
-use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, Token, TokenStore};
+use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, TokenStore};
 use crate::clock;
 use crate::config::{self, AccessLogTarget, Admin, Config, EngineChoice, Loaded, Origin};
-use crate::config::{Problem, Problems, Spot};
+use crate::config::{Problems, Spot};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
 use crate::net::budget::Budget;
-use crate::net::{cpu, limits, stream};
+use crate::net::{cpu, limits};
 use crate::proxy::close::{Cause, Phase};
 use crate::proxy::contain::contained;
 use crate::proxy::context::{Reports, Shared};
@@ -34,9 +35,8 @@ use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::{AccessLog, AccessLogSender, Target};
 use crate::telemetry::counters::WorkerCounters;
 use crate::telemetry::histograms::Merged;
-use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -562,39 +562,6 @@ pub(super) fn access_target(target: &AccessLogTarget) -> Target {
         AccessLogTarget::Stdout => Target::Stdout,
         AccessLogTarget::File(path) => Target::File(path.clone()),
     }
-}
-
-/// Whether connections can start where the pools say; else where not, and why.
-pub(super) fn try_sources(config: &Config) -> Result<(), (IpAddr, String)> {
-    let all: BTreeSet<IpAddr> =
-        config.pools.iter().flat_map(|pool| pool.source.iter().copied()).collect();
-    for source in all {
-        stream::try_source(source).map_err(|error| {
-            let hint = match error.raw_os_error() {
-                Some(libc::EADDRNOTAVAIL) => ": no interface of this host has that address",
-                _ => "",
-            };
-            (source, format!("no connection can start at source {source}: {error}{hint}"))
-        })?;
-    }
-    Ok(())
-}
-
-/// The token file is unfit.
-pub(super) fn token_problem(origin: &Origin, why: String) -> Box<Problem> {
-    let help = "make one with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)";
-    Box::new(origin.error(&Spot::TokenFile, why, Some(help.to_owned())))
-}
-
-/// What is said of an access log that cannot be opened.
-pub(super) fn access_log_refusal(error: &std::io::Error) -> String {
-    format!("cannot open the access log: {error}")
-}
-
-/// The admin token, where one is configured.
-pub(super) fn load_token(config: &Config) -> Result<Option<Token>, String> {
-    let load = |path: &Path| Token::load(path).map_err(|error| error.to_string());
-    config.admin.token_file.as_deref().map(load).transpose()
 }
 
 #[cfg(test)]
