@@ -45,7 +45,7 @@ fn render(status: &Value, width: Option<usize>) -> String {
     }
     text.push_str(&troubled_workers(status));
     text.push_str(&channel(&status["heartbeat"]));
-    text = wrap(&text, width);
+    text = wrap(text.trim_end(), width);
     text.push_str("\n\n");
     text.push_str(&frontends(list(&status["frontends"]), width));
     for pool in list(&status["pools"]) {
