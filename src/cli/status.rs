@@ -423,7 +423,6 @@ mod tests {
             2 workers, 12 of 100000 sessions, engine epoll (configured)
             warning: process.workers: 2 runs until a restart, then 4
 
-
             FRONTEND  BIND                    POOL  ACTIVE  SESSIONS     IN      OUT  REFUSED
             web       0.0.0.0:8080,[::]:8080  web       12     12345  999 B  5.0 GiB        0
 
