@@ -318,11 +318,12 @@ impl Controller {
     /// called again with something newer.
     pub fn adopt(&mut self, saved: &Saved, now: Instant) -> Vec<Effect> {
         self.run_due(now);
-        for left in &saved.left {
-            self.adopt_intent(left, now);
-        }
         for pool in &saved.pools {
             self.adopt_pool(pool, now);
+        }
+        // They may be newer than the rest.
+        for left in &saved.left {
+            self.adopt_intent(left, now);
         }
         let effects = self.finish(now);
         let turns: HashMap<&str, Turn> =
