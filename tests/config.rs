@@ -14,6 +14,9 @@ use std::time::Duration;
 use proptest::prelude::*;
 use tidegate::config::{self, Config, Loaded, Problems};
 
+#[path = "config/rules.rs"]
+mod rules;
+
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
@@ -150,10 +153,11 @@ fn every_key_stands_in_the_full_file() {
         expect path host method status failures time max_ejected \
         early_resets slow_first_byte name address weight \
         backup slow_start register require ttl forget_after backends_max weight_max id \
-        file pools addresses";
+        file pools addresses freebind contains";
     for key in keys.split(' ') {
         let stands = |line: &str| {
-            line.trim_start_matches(['#', ' ']).split('=').next().is_some_and(|k| k.trim() == key)
+            let mut names = line.trim_start_matches(['#', ' ']).split(['=', '{', ',']);
+            names.any(|name| name.trim() == key)
         };
         assert!(text.lines().any(stands), "{key} is missing");
     }

@@ -132,7 +132,7 @@ async fn bring_up(
     let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
     let (runtime, engine_reason) = choose_runtime(config.process.engine);
     let cpus = cpu::available();
-    let count = config.process.workers.unwrap_or(cpus.len());
+    let count = config.process.workers.unwrap_or_else(|| auto_workers(cpus.len()));
     let descriptors = limits::raise_descriptor_limit();
 
     let (access_log, senders) = AccessLog::start(access_target(&config.log.access), count)
@@ -438,6 +438,17 @@ fn start_workers(with: Workers<'_>) -> Result<Vec<Worker>, Failure> {
         }
     }
     Ok(workers)
+}
+
+/// One worker per CPU, and no more than a quota of CPU time lets run at once.
+fn auto_workers(cpus: usize) -> usize {
+    match cpu::quota() {
+        Some(quota) if quota < cpus => {
+            tracing::info!(cpus, quota, "a CPU quota allows fewer workers than there are CPUs");
+            quota
+        }
+        _ => cpus,
+    }
 }
 
 /// The engine and, in words, why that one.

@@ -13,6 +13,7 @@ use annotate_snippets::renderer::{DEFAULT_ERROR_STYLE, DEFAULT_WARNING_STYLE, Ef
 use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
 use serde::Serialize;
 
+use super::file::Field;
 use super::origin::{Origin, Spot};
 use super::source::{Excerpt, Source};
 use super::value::Complaint;
@@ -79,6 +80,8 @@ pub(super) struct Report<'s> {
     errors: RefCell<Findings>,
     warnings: RefCell<Findings>,
     spots: RefCell<HashMap<Spot, Range<usize>>>,
+    /// Caps that stand in the file: place, name and value.
+    limits: RefCell<Vec<(Range<usize>, &'static str, u32)>>,
 }
 
 #[derive(Debug, Default)]
@@ -230,7 +233,8 @@ impl std::error::Error for Problems {}
 impl<'s> Report<'s> {
     pub(super) fn new(source: &'s Source<'s>) -> Self {
         let (errors, warnings) = (RefCell::default(), RefCell::default());
-        Report { source, errors, warnings, spots: RefCell::default() }
+        let (spots, limits) = (RefCell::default(), RefCell::default());
+        Report { source, errors, warnings, spots, limits }
     }
 
     /// Notes an error at `place`.
@@ -253,6 +257,26 @@ impl<'s> Report<'s> {
     pub(super) fn keep(&self, spot: Spot, place: Option<Range<usize>>) {
         if let Some(place) = place {
             self.spots.borrow_mut().entry(spot).or_insert(place);
+        }
+    }
+
+    /// Notes a cap on sessions, where one is given.
+    pub(super) fn limit(&self, name: &'static str, field: &Field<u32>) {
+        if let Field::Good(value) = field
+            && *value.get_ref() > 0
+        {
+            self.limits.borrow_mut().push((value.span(), name, *value.get_ref()));
+        }
+    }
+
+    /// Warns of the caps that the whole process's keeps from being reached.
+    pub(super) fn warn_of_idle_limits(&self, process: u32) {
+        for (place, name, value) in self.limits.take() {
+            if value > process {
+                let message =
+                    format!("{name} is never reached: connections_max of [process] is {process}");
+                self.warning(place, Complaint::new(message));
+            }
         }
     }
 

@@ -270,12 +270,12 @@ pub struct ProbeSpec {
 pub enum ProbeKind {
     /// The connection is accepted.
     Tcp,
-    /// The answer to `send` starts with `expect`. `send` may be empty.
+    /// The answer to `send` is as `expect` says. `send` may be empty.
     SendExpect {
         /// Bytes sent after connecting.
         send: Vec<u8>,
-        /// What the answer must start with.
-        expect: Vec<u8>,
+        /// What the answer must hold.
+        expect: Expect,
     },
     /// An HTTP/1.1 request whose status lies in `status`.
     Http {
@@ -288,6 +288,15 @@ pub enum ProbeKind {
         /// Inclusive ranges, each within 100..=599.
         status: Vec<(u16, u16)>,
     },
+}
+
+/// `expect = ...`: what an answer must hold, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Expect {
+    /// At its start.
+    Starts(Vec<u8>),
+    /// Anywhere.
+    Contains(Vec<u8>),
 }
 
 /// `[pool.NAME.ejection]`: what sessions tell of backends.

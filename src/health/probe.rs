@@ -24,7 +24,7 @@ mod tests;
 
 use super::ProbeOutcome;
 use crate::clock;
-use crate::config::{BackendAddress, ProbeKind, ProbeSpec};
+use crate::config::{BackendAddress, Expect, ProbeKind, ProbeSpec};
 use crate::net::{errno, stream};
 use crate::telemetry::counters::LocalError;
 use std::fmt;
@@ -189,7 +189,10 @@ async fn converse(
             *stage = Stage::Sending;
             stream.write_all(send).await.map_err(talk_fault)?;
             *stage = Stage::Answer;
-            answer::starts_with(&mut stream, expect).await
+            match expect {
+                Expect::Starts(with) => answer::starts_with(&mut stream, with).await,
+                Expect::Contains(what) => answer::contains(&mut stream, what).await,
+            }
         }
         ProbeKind::Http { path, host, method, status } => {
             *stage = Stage::Sending;

@@ -315,8 +315,21 @@ impl Tried {
 // === impl Attempts ===
 
 impl Attempts {
+    /// Notes that the backend reset the connection, which stood since then, before a
+    /// word was said.
+    pub(super) fn note_reset(&mut self, held: &Held, errno: i32, since: Instant) {
+        self.tried.push(held.index());
+        self.note(held.backend(), ConnectFailure::EarlyReset.name(), errno, since);
+    }
+
     /// Notes that an attempt failed.
-    fn note(&mut self, backend: &BackendState, failure: &'static str, errno: i32, begun: Instant) {
+    pub(super) fn note(
+        &mut self,
+        backend: &BackendState,
+        failure: &'static str,
+        errno: i32,
+        begun: Instant,
+    ) {
         let (backend, took) = (Arc::clone(&backend.name), clock::now() - begun);
         self.tries.get_or_insert_default().0.push(Try { backend, failure, errno, took });
     }
@@ -386,7 +399,7 @@ impl Held {
     }
 
     /// Its backend's place in the pool.
-    pub(super) fn index(&self) -> usize {
+    fn index(&self) -> usize {
         self.reserved.as_ref().map_or(usize::MAX, |reserved| reserved.index)
     }
 

@@ -223,6 +223,7 @@ impl Session {
         drop(relay);
         if relayed.untouched && story.has_another_try() {
             held.reset_unused(story.ctx(), since);
+            story.attempts.note_reset(&held, relayed.ending.errno, since);
             return Some(story.try_another(slots, held, relayed));
         }
         let Relayed { ending, bytes, .. } = relayed;
@@ -358,9 +359,8 @@ impl Story {
     }
 
     /// Leaves its backend, which has never heard of it, for another.
-    fn try_another(mut self, slots: Slots, held: Held, relayed: Relayed) -> Another {
+    fn try_another(self, slots: Slots, held: Held, relayed: Relayed) -> Another {
         let [client, _] = relayed.sockets;
-        self.attempts.tried.push(held.index());
         // Before the next pick: its slot may be what that needs.
         drop(held);
         let opened = self.ctx().engine.open(client);

@@ -348,6 +348,14 @@ fn exhausted_descriptors_are_not_blamed_on_backends(engine: Engine) {
     assert_eq!(standing, (&false.into(), &"up".into(), &true.into()), "{state:#}");
 }
 
+/// Resets without a word, once the connection stands beyond doubt.
+fn resets_in_a_moment() -> backend::Script {
+    script(|conn| {
+        std::thread::sleep(ms(50));
+        conn.reset();
+    })
+}
+
 /// A pool whose first pick is a backend of that script, and its second an echo.
 fn two_of(first: backend::Script) -> (ScriptedBackend, ScriptedBackend, Pool) {
     let (a, b) = (ScriptedBackend::start(first), ScriptedBackend::start(backend::echo()));
@@ -357,7 +365,7 @@ fn two_of(first: backend::Script) -> (ScriptedBackend, ScriptedBackend, Pool) {
 }
 
 fn a_backend_that_resets_before_a_word_is_left_for_another(engine: Engine) {
-    let (_a, b, pool) = two_of(script(|conn| conn.reset()));
+    let (_a, b, pool) = two_of(resets_in_a_moment());
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     let client = connect(proxy.addr("web"));
     // Without a word from anybody.
@@ -368,13 +376,15 @@ fn a_backend_that_resets_before_a_word_is_left_for_another(engine: Engine) {
     let line = &proxy.wait_access_log(1)[0];
     assert_eq!((&line["cause"], &line["backend"]), (&"finished".into(), &"b".into()), "{line:#}");
     assert_eq!((&line["attempts"], &line["bytes_in"]), (&2.into(), &5.into()), "{line:#}");
+    let tries = &line["tries"];
+    assert_eq!((&tries[0]["backend"], &tries[0]["failure"]), (&"a".into(), &"early-reset".into()));
     assert_eq!(proxy.backend("web", "a")["connect_failures_total"], 1);
     assert_eq!(proxy.metric("tidegate_connect_retries_total", &[]), 1.0);
     assert_eq!(proxy.metric("tidegate_session_end_total", &[]), 1.0);
 }
 
 fn a_session_that_every_backend_resets_is_reset(engine: Engine) {
-    let backends = [(); 2].map(|()| ScriptedBackend::start(script(|conn| conn.reset())));
+    let backends = [(); 2].map(|()| ScriptedBackend::start(resets_in_a_moment()));
     let pool =
         Pool::new("web").backend("a", backends[0].address()).backend("b", backends[1].address());
     let proxy = TestProxy::start(Conf::simple(engine, pool));

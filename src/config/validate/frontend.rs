@@ -28,8 +28,6 @@ pub(super) struct FrontendRead {
     pub(super) bind_places: Vec<Range<usize>>,
     /// Where `pool` stands, if a pool was named.
     pub(super) pool: Option<Range<usize>>,
-    /// Where `idle_timeout` stands, if it does.
-    pub(super) idle_timeout: Option<Range<usize>>,
 }
 
 pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
@@ -48,7 +46,9 @@ pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
     let keepalive = section.text("keepalive", TIMER, value::keepalive);
     let user_timeout = timer(&section, "user_timeout", USER_TIMEOUT);
     warn_of_short_user_timeout(&section, &user_timeout, &keepalive);
-    let (pool_place, idle_place) = (pool.place(), idle_timeout.place());
+    let pool_place = pool.place();
+    let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
+    section.report.limit("connections_max of this frontend", &connections_max);
     let model = Frontend {
         name: name.into(),
         binds,
@@ -61,11 +61,11 @@ pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
             .or(Some(HALF_CLOSED_TIMEOUT)),
         keepalive: keepalive.or(Some(KEEPALIVE)),
         user_timeout: user_timeout.or(Some(USER_TIMEOUT_DEFAULT)),
-        connections_max: section.integer("connections_max", 0..=CONNECTIONS_MAX).or(0),
+        connections_max: connections_max.or(0),
         sources: sources::read(&section, name, files),
     };
     section.finish();
-    FrontendRead { model, bind_places, pool: pool_place, idle_timeout: idle_place }
+    FrontendRead { model, bind_places, pool: pool_place }
 }
 
 const TIMER: &str = "a duration such as \"30s\", or \"off\"";

@@ -179,6 +179,12 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
             ),
         );
     }
+    if let (Some(place), true) = (token_file.place(), is_unix(&listen)) {
+        let complaint = Complaint::new("token_file has no effect on a Unix socket");
+        let help =
+            "the socket's mode (0600) decides who may connect; a token is for listen = \"IP:PORT\"";
+        section.report.warning(place, complaint.help(help));
+    }
     let place = listen.place();
     section.report.keep(Spot::AdminListen, place.clone());
     section.report.keep(Spot::TokenFile, token_file.place());
@@ -188,6 +194,15 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
     };
     section.finish();
     AdminRead { model, listen: place }
+}
+
+/// Whether the API listens on a Unix socket, written out or by default.
+fn is_unix(listen: &Field<AdminListen>) -> bool {
+    match listen {
+        Field::Good(listen) => matches!(listen.get_ref(), AdminListen::Unix(_)),
+        Field::Absent => true,
+        Field::Bad => false,
+    }
 }
 
 fn is_loopback(address: &SocketAddr) -> bool {

@@ -141,8 +141,15 @@ pub(super) fn of_pool(pool: &Section<'_, '_>, name: &str) -> Option<HeartbeatSpe
     let label = format!("[pool.{}.heartbeat]", value::cut(name));
     let section = pool.table("heartbeat", label)?;
     let (interval, ttl) = times(&section);
+    let register = section.boolean("register").or(false);
+    for key in ["forget_after", "backends_max", "weight_max"] {
+        if let (Some(place), false) = (section.key_place(key), register) {
+            let message = format!("{key} has no effect without register = true");
+            section.report.warning(place, Complaint::new(message));
+        }
+    }
     let spec = HeartbeatSpec {
-        register: section.boolean("register").or(false),
+        register,
         require: section.boolean("require").or(false),
         interval,
         ttl,

@@ -43,8 +43,6 @@ pub(super) struct PoolRead {
     pub(super) model: Pool,
     /// Where the name stands.
     pub(super) place: Range<usize>,
-    /// Where `connect_timeout` stands, if it does.
-    pub(super) connect_timeout: Option<Range<usize>>,
     /// Where the heartbeat table's name stands, if there is one.
     pub(super) heartbeat: Option<Range<usize>>,
     /// Where each address stands; as many as `model.backends`.
@@ -59,7 +57,6 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
     let balance = section.choice("balance", &policies).or(Policy::WeightedRoundRobin);
     let slots = hash_slots(&section, balance);
     let connect_timeout = duration(&section, "connect_timeout");
-    let connect_place = connect_timeout.place();
     let heartbeat_place = section.key_place("heartbeat");
     let heartbeat = heartbeat::of_pool(&section, name);
     let may_be_empty = heartbeat.as_ref().is_some_and(|spec| spec.register);
@@ -93,14 +90,9 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
             .or(None),
         backends,
     };
+    warn_of_idle_keys(&section, &model);
     section.finish();
-    PoolRead {
-        model,
-        place,
-        connect_timeout: connect_place,
-        heartbeat: heartbeat_place,
-        address_places,
-    }
+    PoolRead { model, place, heartbeat: heartbeat_place, address_places }
 }
 
 /// The size of the table that `source-hash` needs.
@@ -139,6 +131,37 @@ fn enough_slots(
         pool.report.error(place, Complaint::new(message).help(format!("{help}{enough}")));
     }
     slots
+}
+
+/// Keys that need another one to mean something, and sources of a family that no
+/// backend has.
+fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &Pool) {
+    let idle = |key: &str, why: String| {
+        if let Some(place) = pool.key_place(key) {
+            let message = format!("{key} has no effect: {why}");
+            pool.report.warning(place, Complaint::new(message));
+        }
+    };
+    if pool.key_place("queue_max").is_none() {
+        idle("queue_timeout", "no client waits without queue_max".to_owned());
+    }
+    if model.probe.is_none() && model.heartbeat.is_none() {
+        idle("startup_grace", "the pool has neither probes nor heartbeats".to_owned());
+    }
+    if model.heartbeat.as_ref().is_some_and(|spec| spec.register) || model.backends.is_empty() {
+        return;
+    }
+    for v4 in [true, false] {
+        let is_of = |backend: &Backend| match backend.address {
+            BackendAddress::Tcp(address) => address.is_ipv4() == v4,
+            BackendAddress::Unix(_) => false,
+        };
+        let source = model.source.iter().find(|source| source.is_ipv4() == v4);
+        if let Some(source) = source.filter(|_| !model.backends.iter().any(is_of)) {
+            let family = if v4 { "IPv4" } else { "IPv6" };
+            idle("source", format!("{source} needs a backend with an {family} address"));
+        }
+    }
 }
 
 /// Where connections start.
@@ -257,7 +280,9 @@ fn backend(section: Section<'_, '_>, seen: &mut Seen) -> Option<(Backend, Range<
     }
     let weight = section.integer("weight", 1..=u32::from(WEIGHT_MAX)).or(1);
     let backup = section.boolean("backup").or(false);
-    let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX).or(0);
+    let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
+    section.report.limit("connections_max of this backend", &connections_max);
+    let connections_max = connections_max.or(0);
     if let Field::Good(name) = &name {
         seen.name(&section, name);
     }

@@ -12,6 +12,9 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 /// no HTTP server.
 const HEAD_BYTES_MAX: usize = 8 * 1024;
 
+/// How much of an answer is searched: `INFO` of a Redis server has about 5 KiB.
+const CONTAINS_BYTES_MAX: usize = 64 * 1024;
+
 /// Room for one read: holds a short health page whole.
 const READ_BYTES: usize = 4 * 1024;
 
@@ -54,6 +57,36 @@ pub(super) async fn starts_with(
         }
     }
     Ok(())
+}
+
+/// Reads until the answer holds `what`, or has ended or grown too long without it.
+pub(super) async fn contains(
+    stream: &mut (impl AsyncRead + Unpin),
+    what: &[u8],
+) -> Result<(), Fault> {
+    let mut answer = Vec::with_capacity(READ_BYTES);
+    loop {
+        // Only what is new can complete it.
+        let from = answer.len().saturating_sub(what.len());
+        let room = CONTAINS_BYTES_MAX - answer.len();
+        if (&mut *stream).take(room as u64).read_buf(&mut answer).await.map_err(talk_fault)? == 0 {
+            return Err(Fault::Backend(format!(
+                "connection closed after {} bytes ({}), expected {} in them",
+                answer.len(),
+                quote(&answer),
+                quote(what)
+            )));
+        }
+        if answer[from..].windows(what.len()).any(|window| window == what) {
+            return Ok(());
+        }
+        if answer.len() >= CONTAINS_BYTES_MAX {
+            return Err(Fault::Backend(format!(
+                "{CONTAINS_BYTES_MAX} bytes of answer without {}",
+                quote(what)
+            )));
+        }
+    }
 }
 
 /// Reads up to the final status line and holds its status against `wanted`.

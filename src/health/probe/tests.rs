@@ -29,7 +29,10 @@ fn spec(kind: ProbeKind) -> ProbeSpec {
 }
 
 fn ping() -> ProbeSpec {
-    spec(ProbeKind::SendExpect { send: b"PING\r\n".to_vec(), expect: b"+PONG".to_vec() })
+    spec(ProbeKind::SendExpect {
+        send: b"PING\r\n".to_vec(),
+        expect: Expect::Starts(b"+PONG".to_vec()),
+    })
 }
 
 fn http() -> ProbeSpec {

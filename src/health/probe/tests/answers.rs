@@ -15,6 +15,36 @@ async fn outcome(answer: &'static [&'static [u8]], status: (u16, u16)) -> ProbeO
     run(&server(answer).await, &wants(status)).await
 }
 
+async fn holds_master(answer: &'static [&'static [u8]]) -> ProbeOutcome {
+    let expect = Expect::Contains(b"role:master".to_vec());
+    let spec = spec(ProbeKind::SendExpect { send: b"INFO\r\n".to_vec(), expect });
+    run(&server(answer).await, &spec).await
+}
+
+#[test]
+fn an_answer_may_hold_what_is_expected_anywhere() {
+    on_runtime(async {
+        let first: &'static [&'static [u8]] = &[b"role:master\r\n"];
+        let late: &'static [&'static [u8]] = &[b"# Replication\r\nrole:master\r\nconnected"];
+        let split: &'static [&'static [u8]] = &[b"# Replication\r\nrole:", b"mas", b"ter"];
+        for answer in [first, late, split] {
+            assert_success(&holds_master(answer).await);
+        }
+        let reason = failure(holds_master(&[b"role:slave\r\n", b"role:maste"]).await);
+        assert!(reason.starts_with("connection closed after 22 bytes"), "{reason}");
+        assert!(reason.ends_with("expected \"role:master\" in them"), "{reason}");
+    });
+}
+
+#[test]
+fn an_answer_without_end_is_searched_up_to_a_bound() {
+    on_runtime(async {
+        let whole: &'static [u8] = Vec::leak(vec![b'x'; 200 * 1024]);
+        let reason = failure(holds_master(Box::leak(Box::new([whole]))).await);
+        assert_eq!(reason, "65536 bytes of answer without \"role:master\"");
+    });
+}
+
 #[test]
 fn interim_responses_are_skipped_and_the_final_status_counts() {
     on_runtime(async {
