@@ -34,6 +34,7 @@ mod notify;
 mod panics;
 mod pid_file;
 mod reload;
+mod rendering;
 mod start;
 mod transition_log;
 mod upgrade;

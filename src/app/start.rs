@@ -8,6 +8,7 @@ use super::binds::{Binds, Fresh, Refused};
 use super::control_loop::Control;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
+use super::rendering::{Latencies, Rendering};
 use super::upgrade::{Rarities, Upgrades};
 use super::upkeep::Upkeep;
 use super::watchdog::Watchdog;
@@ -27,7 +28,6 @@ use crate::proxy::worker::{Command, Plan, Runtime, Worker};
 use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::{AccessLog, AccessLogSender, Target};
 use crate::telemetry::counters::WorkerCounters;
-use crate::telemetry::histograms::Merged;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -190,8 +190,8 @@ async fn bring_up(
         probes: ProbeRunner::counting(probe_results, Arc::clone(&local)),
         probed,
         reception,
-        latency: Merged::new(),
-        collected: 0,
+        latency: Latencies::default(),
+        rendering: Rendering::default(),
         access_log: Some(access_log),
         log,
         readiness: Readiness::new(),

@@ -3,7 +3,7 @@
 //! Called by `app` for `tidegate explain` and the admin API. It derives, it
 //! never changes anything.
 
-use super::status::{BackendStatus, Freezing, HeartbeatStatus, PoolStatus, backend_status};
+use super::status::{BackendStatus, Freezing, HeartbeatStatus, backend_status, freezing};
 use super::{Controller, OperatorError, Weight};
 use crate::config::{self, HeartbeatSpec};
 use crate::health::detector::State;
@@ -101,7 +101,6 @@ impl Controller {
         let entry = self.backends.get(&id).ok_or(OperatorError::UnknownBackend)?;
         let pool = self.pool(entry.pool).ok_or(OperatorError::UnknownPool)?;
         let since = |at: Instant| now.saturating_duration_since(at);
-        let PoolStatus { frozen, .. } = self.pool_status(pool, now);
         let all: Option<HeartbeatStatus> = self.heartbeat_status(now);
         let outlier = &entry.health.outlier;
         let probe = pool.spec.probe.as_ref().zip(entry.health.detector.as_ref());
@@ -129,7 +128,7 @@ impl Controller {
             ramp: entry.ramp.map(|ramp| (ramp.over, since(ramp.since))),
             guards: GuardView {
                 channel_silent: self.channel(now) == Channel::Silent,
-                pool_frozen: frozen,
+                pool_frozen: freezing(pool.guard.freeze(), now),
                 all_frozen: all.and_then(|all| all.frozen),
                 view: self.path_view(Some(pool.id), now),
                 max_ejected_percent: self.max_down_percent(pool),

@@ -42,8 +42,8 @@ pub use history::TRANSITIONS_MAX;
 pub use pace::PublishReason;
 pub use publish::Weight;
 pub use status::{
-    BackendStatus, ControlStatus, Freezing, FrontendStatus, HeartStatus, HeartbeatStatus,
-    PoolStatus,
+    BackendStatus, ControlStatus, Freezing, FrontendStatus, Gathering, HeartStatus,
+    HeartbeatStatus, PoolStatus,
 };
 
 use crate::config::{self, BackendAddress, Config, ProbeSpec};
@@ -373,10 +373,7 @@ impl Controller {
                 Event::Heartbeat { heartbeat, at, stands_for } => {
                     self.heartbeat(&heartbeat, (at.min(now), stands_for), now);
                 }
-                Event::HeartbeatsLost(count) => {
-                    let s = if count == 1 { " was" } else { "s were" };
-                    self.excuse_all(&format!("{count} heartbeat{s} lost on this machine"), now);
-                }
+                Event::HeartbeatsLost(count) => self.heartbeats_lost(count, now),
                 other => later.push(other),
             }
         }

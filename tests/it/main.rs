@@ -34,6 +34,7 @@ mod panics;
 mod passive;
 mod relay;
 mod reload;
+mod scrapes;
 mod settling;
 mod shortage;
 mod slow;
