@@ -296,8 +296,8 @@ impl Control {
                 // Another process probes; this one only ends its sessions.
                 Effect::Probe { .. } if self.upgrades.handed_over() => {}
                 Effect::Opened => self.shared.gate.opened(),
-                Effect::Probe { backend, token, address, spec } => {
-                    self.probes.probe(backend, token, address, spec);
+                Effect::Probe { lane, backend, token, address, spec } => {
+                    self.probes.probe(lane, backend, token, address, spec);
                 }
                 Effect::Log(transition) => self.transitions.log(&transition, clock::now()),
                 Effect::Notice(notice) => {

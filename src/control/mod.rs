@@ -109,6 +109,8 @@ pub enum Effect {
     Publish(Arc<Table>),
     /// Run one probe and report it as [`Event::Probed`].
     Probe {
+        /// Whose turn it is.
+        lane: ProbeLane,
         /// Whom.
         backend: BackendId,
         /// To be given back with the result.
@@ -135,6 +137,15 @@ pub enum Effect {
 /// taken for a newer probe's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ProbeToken(pub u64);
+
+/// Where a probe waits while too many run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ProbeLane {
+    /// Names its pool: pools take turns.
+    pub pool: u32,
+    /// A verdict is being changed, or there is none yet: before others of its pool.
+    pub urgent: bool,
+}
 
 /// A warning that is no change of standing.
 #[derive(Debug, Clone, PartialEq, Eq)]

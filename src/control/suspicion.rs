@@ -8,7 +8,7 @@
 
 use super::heartbeats::ttl;
 use super::schedule::Job;
-use super::{Controller, Effect, Notice, Origin, PoolId, ProbeToken};
+use super::{Controller, Effect, Notice, Origin, PoolId, ProbeLane, ProbeToken};
 use crate::config::{self, HeartbeatSpec, ProbeKind, ProbeSpec};
 use crate::health::heartbeat::guards::{Frost, permit, stalled};
 use crate::health::heartbeat::{
@@ -439,6 +439,7 @@ impl Controller {
         let lost_at = now + timeout + super::probing::PROBE_LOST_MARGIN;
         entry.trying = Some(Trying { token, id: next.id, lost_at });
         self.work.effects.push(Effect::Probe {
+            lane: ProbeLane { pool: pool.id.0, urgent: true },
             backend: id,
             token,
             address: entry.state.address.clone(),

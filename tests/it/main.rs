@@ -32,6 +32,7 @@ mod idle;
 mod limits;
 mod panics;
 mod passive;
+mod probes;
 mod relay;
 mod reload;
 mod scrapes;

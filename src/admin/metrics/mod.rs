@@ -91,6 +91,7 @@ mod families {
     pub(super) const QUEUED_TOTAL: Family = counter("tidegate_queued_total", "Sessions that had to wait in such a line.");
     pub(super) const UNDECIDED: Family = gauge("tidegate_pool_undecided", "1 while nobody of the pool serves, its backends have no verdict yet, and clients wait for one.");
     pub(super) const UNDECIDED_WAITS: Family = counter("tidegate_undecided_waits_total", "Sessions that had to wait for their pool's first verdict.");
+    pub(super) const PROBES_WAITED: Family = counter("tidegate_probes_waited_total", "Probes that had to wait for others to end, for too many ran at once.");
     pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "What went on inside the rings beside moving bytes, by worker; zero on epoll.");
     pub(super) const LOCAL_ERRORS: Family = counter("tidegate_local_errors_total", "Trouble of our own, never blamed on a backend.");
     pub(super) const CONNECT_RETRIES: Family = counter("tidegate_connect_retries_total", "Connect attempts beyond a session's first.");
@@ -408,6 +409,7 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     for (family, value) in totals {
         out.family(family).count(&[], sum(snapshot, value));
     }
+    out.family(&families::PROBES_WAITED).count(&[], snapshot.control_counts.probes_waited.get());
     out.family(&families::LOG_DROPPED).count(&[], snapshot.log_dropped);
 }
 
