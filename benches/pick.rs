@@ -186,6 +186,7 @@ fn states(count: usize) -> Vec<Arc<BackendState>> {
 fn spec(balance: Policy) -> Arc<config::Pool> {
     Arc::new(config::Pool {
         name: "web".into(),
+        hash_slots: config::HASH_SLOTS,
         balance,
         source: [].into(),
         connect_timeout: Duration::from_secs(5),

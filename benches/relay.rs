@@ -50,6 +50,7 @@ fn balancer(runtime: Runtime, bind: SocketAddr, backend: SocketAddr) -> Worker {
         shared: Shared {
             in_flight: Arc::default(),
             gate: Arc::new(Gate::new()),
+            numbers: Arc::default(),
             reports: Arc::new(Reports::new()),
             ended: Arc::default(),
             buffers: Arc::default(),

@@ -30,7 +30,9 @@ def split(address):
 
 to, pool, name, address, key_id, key_file = sys.argv[1:7]
 count = int(sys.argv[7]) if len(sys.argv) > 7 else sys.maxsize
-key = open(key_file, "rb").read().removesuffix(b"\n")
+key = open(key_file, "rb").read()
+text = key.rstrip(b" \t\r\n\f")
+key = text if all(32 <= byte <= 126 for byte in text) else key.removesuffix(b"\n")
 sender = socket.socket(socket.AF_INET6 if to.startswith("[") else socket.AF_INET, socket.SOCK_DGRAM)
 started = int(time.time() * 1000)
 for sequence in range(1, count + 1):

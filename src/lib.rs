@@ -44,6 +44,7 @@
 //! | [`config`] | file text to validated model, or every problem at its place |
 //! | [`config::watch`] | noticing that the file may have changed (a shell) |
 //! | [`load`] | load and the servers that answer it, for `bench`, `streams`, `selftest` (a shell) |
+//! | [`supervisor`] | the parent process: holds sockets, starts, reaps and replaces the process that serves |
 //! | [`net`] | sockets, readiness, affinity, limits, what the process may do; the only unsafe code |
 //! | [`secret_file`] | reading a file that holds a secret, for whoever has one |
 //! | [`telemetry`] | per-worker counters and histograms, the access log |
@@ -82,7 +83,7 @@
 //!
 //! - Architecture invariant: `main` uses [`cli`], which uses [`app`], which uses
 //!   the shells [`admin`], [`proxy`], [`health::probe`], [`heartbeat::listen`],
-//!   [`heartbeat::sender`], [`config::watch`]; these use the core [`control`],
+//!   [`heartbeat::sender`], [`config::watch`], [`supervisor`]; these use the core [`control`],
 //!   [`table`], [`balance`], [`health`], [`heartbeat`], [`config`]; the base
 //!   [`net`], [`clock`], [`telemetry`], [`secret_file`] uses none of them.
 //!   Nothing uses what is above it, and shells never use each other.
@@ -128,5 +129,6 @@ pub mod load;
 pub mod net;
 pub mod proxy;
 pub mod secret_file;
+pub mod supervisor;
 pub mod table;
 pub mod telemetry;

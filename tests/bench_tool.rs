@@ -428,3 +428,20 @@ fn windows_are_printed_as_they_end_and_add_up_to_the_whole() {
     let latency = lines[0]["latency_seconds"]["p99"].as_f64();
     assert!(latency.is_some_and(|seconds| seconds > 0.0), "{text}");
 }
+
+#[test]
+fn a_server_that_does_not_answer_as_bench_needs_is_named_with_what_would() {
+    let _turn = turn::shared();
+    let http = ScriptedBackend::start(common::backend::http("a", 200));
+    for (mode, server) in [("ping-pong", http.address()), ("short", http.address())] {
+        let output = Command::new(PROGRAM)
+            .args(["bench", mode, "--to", server, "--for", "300ms", "--connections", "2"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{output:?}");
+        for words in ["nothing was measured", mode, "--answer", "tidegate backend", "HTTP"] {
+            assert!(said.contains(words), "no {words:?} in {said}");
+        }
+    }
+}

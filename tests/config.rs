@@ -14,6 +14,9 @@ use std::time::Duration;
 use proptest::prelude::*;
 use tidegate::config::{self, Config, Loaded, Problems};
 
+#[path = "config/rules.rs"]
+mod rules;
+
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
@@ -143,17 +146,18 @@ fn full_file_states_the_built_in_defaults() {
 #[test]
 fn every_key_stands_in_the_full_file() {
     let text = fs::read_to_string(root().join("config/full.toml")).unwrap();
-    let keys = "workers pin engine spin drain_timeout upgrade_timeout connections_max buffers_max user group sandbox listen token_file level \
+    let keys = "workers pin engine spin leave_delay drain_timeout upgrade_timeout connections_max buffers_max user group sandbox listen token_file level \
         format access bind pool first_byte_timeout idle_timeout half_closed_timeout keepalive \
         user_timeout balance connect_timeout queue_max queue_timeout connect_attempts when_none_eligible \
         startup_grace on_removal kind interval fast_interval timeout rise fall send \
         expect path host method status failures time max_ejected \
         early_resets slow_first_byte name address weight \
         backup slow_start register require ttl forget_after backends_max weight_max id \
-        file pools addresses";
+        file pools addresses freebind contains";
     for key in keys.split(' ') {
         let stands = |line: &str| {
-            line.trim_start_matches(['#', ' ']).split('=').next().is_some_and(|k| k.trim() == key)
+            let mut names = line.trim_start_matches(['#', ' ']).split(['=', '{', ',']);
+            names.any(|name| name.trim() == key)
         };
         assert!(text.lines().any(stands), "{key} is missing");
     }
@@ -228,7 +232,7 @@ fn unfit_key_files_are_problems_at_their_place() {
     for (secret, mode, why) in [
         (&[7; 32][..], 0o640, "is open to others than its owner (mode 0640)"),
         (&[7; 31][..], 0o600, "holds 31 bytes; 32 to 1024 are needed"),
-        (&[7; 5000][..], 0o600, "holds more than 1025 bytes; 32 to 1024 are needed"),
+        (&[7; 5000][..], 0o600, "holds more than 1024 bytes; 32 to 1024 are needed"),
     ] {
         let (_directory, path) = with_key(secret, mode);
         let problems = config::load(&path).unwrap_err();
@@ -300,6 +304,7 @@ fn problems_serialise_with_their_place_and_message() {
             "line": 1,
             "column": 10,
             "message": problems.list[0].message,
+            "help": "is the file complete?",
         }])
     );
 }

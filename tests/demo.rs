@@ -107,32 +107,37 @@ impl Drop for Demo {
 #[test]
 fn three_backends_are_shown_with_split_failover_and_recovery() {
     let began = clock::now();
-    let (output, directory) = run("--backends 3 --for 3s");
+    let (output, directory) = run("--backends 3 --for 5s");
     let (text, took) = (text(&output), clock::now() - began);
     assert_eq!(output.status.code(), Some(0), "{text}");
     for expected in [
-        "a balancer and 3 backends in one process",
+        "a balancer and 3 backends on this machine",
         "All backends are up\n   backend  weight  expected     got   share\n   b1            5 ",
         "is killed: its port refuses, its connections are reset",
         "taken out after ",
         " 0 of them begun after it was taken out",
         "cause backend-reset",
         "taken back after ",
+        "`tidegate explain` says of b1: it is down: ",
         "All backends are up again\n",
+        "The configuration changes under load: b3 gets weight 3\n   generation 2 is in force after ",
+        "reload: 0 of ",
+        "The program is upgraded in place, to itself\n   process ",
+        "5 of 5 connections that stay are open\n",
         "The balancer drains\n",
         "Summary\n",
         "drained: every session ended by itself, none was cut\n",
     ] {
         assert!(text.contains(expected), "no {expected:?} in\n{text}");
     }
-    assert_eq!(text.matches("none failed: exactly the weights").count(), 3, "{text}");
-    assert!(took < Duration::from_secs(8), "took {took:?}\n{text}");
+    assert_eq!(text.matches("none failed: exactly the weights").count(), 4, "{text}");
+    assert!(took < Duration::from_secs(20), "took {took:?}\n{text}");
     assert!(is_empty(&directory), "files are left");
 }
 
 #[test]
 fn nothing_listens_any_more_once_it_is_over() {
-    let (output, _directory) = run("--backends 2 --for 3s");
+    let (output, _directory) = run("--backends 2 --for 5s");
     let text = text(&output);
     let frontend: SocketAddr = word_after(&text, "frontend").parse().unwrap();
     let admin = word_after(&text, "admin API").strip_prefix("http://").unwrap().parse().unwrap();
@@ -144,7 +149,7 @@ fn nothing_listens_any_more_once_it_is_over() {
 
 #[test]
 fn without_a_terminal_there_are_no_control_characters() {
-    let (output, _directory) = run("--backends 1 --for 3s");
+    let (output, _directory) = run("--backends 1 --for 5s");
     let odd = |byte: &&u8| byte.is_ascii_control() && **byte != b'\n';
     assert_eq!(output.stdout.iter().chain(&output.stderr).find(odd), None, "{}", text(&output));
     assert!(output.stderr.is_empty(), "{}", text(&output));
@@ -152,7 +157,7 @@ fn without_a_terminal_there_are_no_control_characters() {
 
 #[test]
 fn one_backend_says_that_there_is_no_failover_to_show_and_ends_well() {
-    let (output, directory) = run("--backends 1 --for 3s");
+    let (output, directory) = run("--backends 1 --for 5s");
     let text = text(&output);
     assert_eq!(output.status.code(), Some(0), "{text}");
     assert!(text.contains("With one backend there is nobody to fail over to: not shown."));
@@ -163,12 +168,12 @@ fn one_backend_says_that_there_is_no_failover_to_show_and_ends_well() {
 #[test]
 fn sixty_four_backends_end_well_and_in_time() {
     let began = clock::now();
-    let (output, directory) = run("--backends 64 --for 3s");
+    let (output, directory) = run("--backends 64 --for 5s");
     let (text, took) = (text(&output), clock::now() - began);
     assert_eq!(output.status.code(), Some(0), "{text}");
     assert!(text.contains("+52 more"), "{text}");
     // With so many probes a drain once never came to look whether it was over.
-    assert!(took < Duration::from_secs(9), "took {took:?}\n{text}");
+    assert!(took < Duration::from_secs(20), "took {took:?}\n{text}");
     assert!(is_empty(&directory), "files are left");
 }
 
@@ -177,7 +182,7 @@ fn too_short_a_time_is_lengthened_and_said_so() {
     let (output, _directory) = run("--backends 1 --for 10ms");
     let text = text(&output);
     assert_eq!(output.status.code(), Some(0), "{text}");
-    assert!(text.starts_with("--for 10ms is too short to show everything: 3s\n"), "{text}");
+    assert!(text.starts_with("--for 10ms is too short to show everything: 5s\n"), "{text}");
 }
 
 #[test]
@@ -206,11 +211,11 @@ fn the_printed_lines_work_and_an_edited_configuration_is_taken_over() {
         assert!(output.status.success(), "{line}: {}", text(&output));
         ran += 1;
     }
-    assert_eq!(ran, 2, "status and undrain");
+    assert_eq!(ran, 4, "status, explain, undrain and upgrade");
 
-    let changed = fs::read_to_string(&config).unwrap().replace("weight = 5", "weight = 7");
+    let changed = fs::read_to_string(&config).unwrap().replace("weight = 6", "weight = 7");
     fs::write(&config, changed).unwrap();
-    demo.wait_for("a changed configuration is in force: 2");
+    demo.wait_for("a changed configuration is in force: 3");
     fs::write(&config, "[nonsense]\n").unwrap();
     demo.wait_for("the changed configuration was refused");
 

@@ -21,7 +21,7 @@ const EXCUSED_USES: [(&str, &str); 0] = [];
 
 /// Layers from the bottom; a module uses its own layer and those below it.
 /// The longest matching prefix counts.
-const LAYERS: [(&str, Layer); 25] = [
+const LAYERS: [(&str, Layer); 26] = [
     ("net", Layer::Base),
     ("clock", Layer::Base),
     ("telemetry", Layer::Base),
@@ -41,6 +41,7 @@ const LAYERS: [(&str, Layer); 25] = [
     ("heartbeat::listen", Layer::Shell),
     ("heartbeat::sender", Layer::Shell),
     ("config::watch", Layer::Shell),
+    ("supervisor", Layer::Shell),
     ("app", Layer::App),
     ("demo", Layer::App),
     ("cli", Layer::Cli),

@@ -136,18 +136,24 @@ fn answer(request: Request, refuses: bool) -> Request {
             Request::SetIntent { pool, backend, intent, reply: nobody() }
         }
         Request::Reload(reply) => {
-            let problem =
-                Problem { file: "f".into(), line: 1, column: 1, message: "wrong".to_owned() };
+            let problem = Problem {
+                file: "f".into(),
+                line: 1,
+                column: 1,
+                message: "wrong".to_owned(),
+                help: None,
+                rendered: "f:1:1: error: wrong".to_owned(),
+            };
             let reloaded = Reloaded { generation: 2, changed: true, warnings: Vec::new() };
-            let refused = ReloadError { problems: vec![problem] };
+            let refused = ReloadError::Problems(vec![problem]);
             let _ = reply.send(if refuses { Err(refused) } else { Ok(reloaded) });
             Request::Reload(nobody())
         }
-        Request::Upgrade { binary, config, reply } => {
+        Request::Upgrade { binary, config, asked_over, reply } => {
             let upgraded = Upgraded { pid: 1, version: "1".to_owned(), generation: 2 };
             let refused = UpgradeError::Refused("not now".to_owned());
             let _ = reply.send(if refuses { Err(refused) } else { Ok(upgraded) });
-            Request::Upgrade { binary, config, reply: nobody() }
+            Request::Upgrade { binary, config, asked_over, reply: nobody() }
         }
     }
 }

@@ -11,7 +11,7 @@
 //! | `GET /ready` | 200 when serving, 503 while starting or draining, while a worker is stalled, or while a pool waits for its first verdict |
 //! | `GET /metrics` | Prometheus text 0.0.4 ([`metrics`]) |
 //! | `GET /v1/status` | JSON ([`status`]) |
-//! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 422 with `problems` |
+//! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 409 while draining; 422 with `problems` |
 //! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
 //! | `POST /v1/upgrade` | 200 `{pid, version, generation}`; 409 when it cannot be tried; 422 when the new process did not come to serve |
 //! | `GET /v1/pools/{pool}/backends/{name}/explain` | JSON ([`explain`]); 404 |
@@ -30,6 +30,7 @@ pub mod fuzz;
 mod guard;
 pub mod metrics;
 pub mod process;
+mod rejections;
 mod routes;
 mod serve;
 pub mod snapshot;
@@ -44,6 +45,7 @@ pub use token::{Token, TokenError, TokenStore};
 
 use crate::control::OperatorError;
 use crate::health::Intent;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -87,6 +89,8 @@ pub enum Request {
         binary: Option<PathBuf>,
         /// Start it with this configuration file.
         config: Option<PathBuf>,
+        /// The connection over which it was asked for, which shows by whom.
+        asked_over: Option<Arc<OwnedFd>>,
         /// What came of it.
         reply: oneshot::Sender<Result<Upgraded, UpgradeError>>,
     },
@@ -137,11 +141,13 @@ pub struct Reloaded {
     pub warnings: Vec<String>,
 }
 
-/// A file was refused; what was in force stays.
+/// A file was refused, or not even read; what was in force stays.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReloadError {
+pub enum ReloadError {
     /// Everything wrong with it.
-    pub problems: Vec<Problem>,
+    Problems(Vec<Problem>),
+    /// Why no file is read now, in words.
+    NotNow(&'static str),
 }
 
 /// One thing wrong at one place.
@@ -155,6 +161,11 @@ pub struct Problem {
     pub column: usize,
     /// One line.
     pub message: String,
+    /// What would be right, on one line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub help: Option<String>,
+    /// All of it with the source line and a caret, as `tidegate check` shows it.
+    pub rendered: String,
 }
 
 /// Requests that may wait for the control loop; more wait in their connections,
@@ -197,6 +208,11 @@ impl Readiness {
     /// The process was told to stop.
     pub fn set_draining(&self) {
         self.0.state.store(DRAINING, Ordering::Relaxed);
+    }
+
+    /// The process that was to take over has ended: ready as before.
+    pub fn set_ready_again(&self) {
+        self.0.state.store(READY, Ordering::Relaxed);
     }
 
     /// The loop of that worker does not turn: who connects to it waits.

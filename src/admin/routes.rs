@@ -65,6 +65,9 @@ struct Life {
 /// it less than our 503.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
 
+/// The same for a reload, which may wait for the writer of a file.
+const RELOAD_MAX: Duration = Duration::from_secs(12);
+
 const TEXT_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub(super) const JSON: &str = "application/json";
 
@@ -121,19 +124,22 @@ async fn status(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
 }
 
 async fn reload(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
-    Ok(match api.ask(Request::Reload).await? {
+    Ok(match api.ask_within(RELOAD_MAX, Request::Reload).await? {
         Ok(reloaded) => answer(JSON, text(&reloaded)),
-        Err(refused) => refused_file(&refused),
+        Err(ReloadError::Problems(problems)) => refused_file(&problems),
+        Err(ReloadError::NotNow(why)) => {
+            return Err(Refusal::new(StatusCode::CONFLICT, "the reload is refused", why));
+        }
     })
 }
 
-fn refused_file(refused: &ReloadError) -> Response {
-    let detail = match refused.problems.as_slice() {
+fn refused_file(problems: &[Problem]) -> Response {
+    let detail = match problems {
         [one] => one.message.clone(),
         several => format!("{} problems", several.len()),
     };
     let error = "the configuration is refused; the one in force stays";
-    let body = ErrorBody { error, detail: &detail, problems: Some(&refused.problems) };
+    let body = ErrorBody { error, detail: &detail, problems: Some(problems) };
     with_status(StatusCode::UNPROCESSABLE_ENTITY, &body)
 }
 

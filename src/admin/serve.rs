@@ -12,6 +12,7 @@ use crate::clock;
 use crate::net::errno;
 use crate::telemetry::counters::{LocalAt, WorkerCounters};
 use axum::Router;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -19,6 +20,7 @@ use hyper_util::service::TowerToHyperService;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -75,6 +77,10 @@ enum Stream {
     Unix(UnixStream),
     Tcp(TcpStream),
 }
+
+/// The Unix socket over which a request came; goes with it.
+#[derive(Debug, Clone)]
+pub(super) struct AskedOver(pub(super) Arc<OwnedFd>);
 
 /// Connections closed to make room for newer ones; clones share it.
 #[derive(Debug, Clone, Default)]
@@ -181,8 +187,14 @@ async fn accept_until(
         };
         let (routes, closing, seat) = (routes.clone(), closing.subscribe(), seats.take());
         match stream {
-            Stream::Unix(stream) => connections.spawn(connection(stream, routes, closing, seat)),
-            Stream::Tcp(stream) => connections.spawn(connection(stream, routes, closing, seat)),
+            Stream::Unix(stream) => {
+                let asked_over = stream.as_fd().try_clone_to_owned().ok();
+                let asked_over = asked_over.map(|socket| AskedOver(Arc::new(socket)));
+                connections.spawn(connection(stream, asked_over, routes, closing, seat))
+            }
+            Stream::Tcp(stream) => {
+                connections.spawn(connection(stream, None, routes, closing, seat))
+            }
         };
         if stopped {
             return;
@@ -193,6 +205,7 @@ async fn accept_until(
 /// One client, from accept to close; holds a seat for as long.
 async fn connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
+    asked_over: Option<AskedOver>,
     routes: Router,
     mut closing: watch::Receiver<bool>,
     seat: Occupied,
@@ -200,8 +213,11 @@ async fn connection(
     let asked = Arc::new(AtomicBool::new(false));
     let (routes, noted) = (TowerToHyperService::new(routes), Arc::clone(&asked));
     let of_service = Arc::clone(&seat.0);
-    let service = service_fn(move |request| {
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         noted.store(true, Ordering::Relaxed);
+        if let Some(asked_over) = &asked_over {
+            request.extensions_mut().insert(asked_over.clone());
+        }
         let (seat, answer) = (Arc::clone(&of_service), routes.call(request));
         async move {
             seat.asking.store(true, Ordering::Relaxed);
@@ -250,7 +266,7 @@ pub(super) async fn only_connection(
 ) {
     let (taken, crowding) = (VecDeque::new(), Crowding::default());
     let mut seats = Seats { taken, left: Arc::default(), crowding };
-    connection(stream, routes, closing, seats.take()).await;
+    connection(stream, None, routes, closing, seats.take()).await;
 }
 
 // === impl Crowding ===

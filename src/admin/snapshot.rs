@@ -7,6 +7,7 @@
 use super::process::ProcessFacts;
 use crate::control::ControlStatus;
 use crate::control::ports::{PortLimits, PortWatch};
+use crate::heartbeat::rejections::Rejection;
 use crate::net::budget::Budget;
 use crate::net::confinement::Confinement;
 use crate::telemetry::counters::WorkerCounters;
@@ -90,6 +91,8 @@ pub struct HeartbeatCounts {
     pub rejected: Vec<(&'static str, u64)>,
     /// Datagrams the kernel dropped because the socket's buffer was full.
     pub kernel_drops: u64,
+    /// Senders whose heartbeats were refused, the last first.
+    pub rejections: Vec<Rejection>,
 }
 
 /// Where the process is in its life, as status shows it.

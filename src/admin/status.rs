@@ -3,12 +3,14 @@
 //! Called by the control loop with a [`Snapshot`]. Pure: it reads no clock and
 //! does no I/O.
 
+use super::rejections::{self, ByBackend, Rejected, SHOWN_MAX};
 use super::snapshot::Snapshot;
 use crate::config::BackendAddress;
 use crate::control::{
     BackendStatus, Freezing, FrontendStatus, HeartbeatStatus, Origin, PoolStatus,
 };
 use crate::health::{Pulse, Transition};
+use crate::heartbeat::rejections::Rejection;
 use crate::net::confinement::Confinement;
 use crate::table::state::{BackendState, FrontendCounters};
 use crate::telemetry::counters::{Panicked, WorkerCounters};
@@ -61,6 +63,8 @@ struct Heartbeats<'a> {
     /// By whatever reason.
     rejected_total: u64,
     kernel_drops_total: u64,
+    /// Senders whose heartbeats were rejected, the last first.
+    rejections: Vec<Rejected<'a>>,
     /// Times nobody's silence counted, because we were late or deaf.
     excuses_total: u64,
     /// Nobody at all is heard.
@@ -100,6 +104,8 @@ struct Pool<'a> {
     registered: usize,
     /// 0 where nobody may register.
     registered_max: u32,
+    probes: bool,
+    heartbeats: bool,
     /// Clients that wait in line for a backend below its cap.
     queued: usize,
     backends: Vec<Backend<'a>>,
@@ -118,6 +124,7 @@ struct Backend<'a> {
     intent: &'static str,
     observation: &'static str,
     ejected: bool,
+    on_trial: bool,
     ejections_total: u64,
     /// Ejections that the pool's guard held back.
     ejections_held_total: u64,
@@ -125,7 +132,7 @@ struct Backend<'a> {
     /// Of its full share; below 100 during a slow start.
     ramp_percent: u32,
     /// `null` where none were heard and none are needed.
-    heartbeat: Option<Heart>,
+    heartbeat: Option<Heart<'a>>,
     sessions_active: u32,
     sessions_total: u64,
     connect_failures_total: u64,
@@ -138,7 +145,7 @@ struct Backend<'a> {
 
 /// What its heartbeats amount to; the figures are `null` until the first.
 #[derive(Serialize)]
-struct Heart {
+struct Heart<'a> {
     pulse: &'static str,
     sender_state: Option<&'static str>,
     silent_seconds: Option<f64>,
@@ -146,6 +153,8 @@ struct Heart {
     loss: Option<f64>,
     load: Option<u16>,
     held: Option<String>,
+    /// The last one in its name that was rejected.
+    rejected: Option<Rejected<'a>>,
 }
 
 /// Whole numbers as such: most weights are.
@@ -184,6 +193,8 @@ struct Leaving<'a> {
 /// The text of `/v1/status`.
 pub fn render(snapshot: &Snapshot<'_>) -> String {
     let control = snapshot.control;
+    let unfit = control.heartbeat.iter().flat_map(|status| &status.rejections);
+    let rejections = ByBackend::new(snapshot.heartbeats.rejections.iter().chain(unfit));
     let document = Document {
         version: snapshot.version,
         generation: control.generation,
@@ -208,7 +219,7 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
         confinement: snapshot.confinement,
         heartbeat: control.heartbeat.as_ref().map(|status| heartbeats(status, snapshot)),
         frontends: control.frontends.iter().map(frontend).collect(),
-        pools: control.pools.iter().map(|p| pool(p, snapshot)).collect(),
+        pools: control.pools.iter().map(|p| pool(p, &rejections, snapshot)).collect(),
         leaving: control.leaving.iter().map(|backend| leaving(backend)).collect(),
     };
     serde_json::to_string(&document).expect("plain data with string keys always serialises")
@@ -225,7 +236,12 @@ fn stalled(workers: &[Arc<WorkerCounters>]) -> Vec<Stalled> {
 fn heartbeats<'a>(status: &'a HeartbeatStatus, snapshot: &Snapshot<'a>) -> Heartbeats<'a> {
     let misfits: u64 = status.misfits.iter().map(|(_, count)| count).sum();
     let received = snapshot.heartbeats;
+    let mut rejections: Vec<&Rejection> =
+        received.rejections.iter().chain(&status.rejections).collect();
+    rejections.sort_by_key(|rejection| std::cmp::Reverse(rejection.at));
+    let shown = rejections.into_iter().take(SHOWN_MAX);
     Heartbeats {
+        rejections: shown.map(|rejection| rejections::rejected(rejection, snapshot.now)).collect(),
         listen: &received.listen,
         accepted_total: received.accepted,
         rejected_total: received.rejected.iter().map(|(_, count)| count).sum::<u64>() + misfits,
@@ -247,7 +263,7 @@ fn frontend(status: &FrontendStatus) -> Frontend<'_> {
         binds: &status.binds,
         pool: &status.pool,
         connections_max: status.connections_max,
-        sessions_active: status.state.in_flight.get(),
+        sessions_active: status.state.in_flight.total(),
         sessions_total: sum(|c| c.sessions.get()),
         bytes_in_total: sum(|c| c.bytes_in.get()),
         bytes_out_total: sum(|c| c.bytes_out.get()),
@@ -259,8 +275,15 @@ fn frontend(status: &FrontendStatus) -> Frontend<'_> {
     }
 }
 
-fn pool<'a>(status: &'a PoolStatus, snapshot: &Snapshot<'_>) -> Pool<'a> {
-    let (latency, now) = (snapshot.latency, snapshot.now);
+fn pool<'a>(
+    status: &'a PoolStatus,
+    rejections: &ByBackend<'a>,
+    snapshot: &Snapshot<'_>,
+) -> Pool<'a> {
+    let of = |one: &'a BackendStatus| {
+        let rejected = rejections.of(&status.name, &one.state.name);
+        backend(one, rejected, (snapshot.latency, snapshot.now))
+    };
     Pool {
         name: &status.name,
         balance: status.balance,
@@ -268,12 +291,18 @@ fn pool<'a>(status: &'a PoolStatus, snapshot: &Snapshot<'_>) -> Pool<'a> {
         frozen: status.frozen.as_ref().map(frozen),
         registered: status.registered,
         registered_max: status.registered_max,
+        probes: status.probes,
+        heartbeats: status.heartbeats,
         queued: snapshot.queued.get(&status.name).copied().unwrap_or_default(),
-        backends: status.backends.iter().map(|b| backend(b, latency, now)).collect(),
+        backends: status.backends.iter().map(of).collect(),
     }
 }
 
-fn backend<'a>(status: &'a BackendStatus, latency: &Merged, now: Instant) -> Backend<'a> {
+fn backend<'a>(
+    status: &'a BackendStatus,
+    rejected: Option<&'a Rejection>,
+    (latency, now): (&Merged, Instant),
+) -> Backend<'a> {
     let state = &status.state;
     Backend {
         name: &state.name,
@@ -286,12 +315,13 @@ fn backend<'a>(status: &'a BackendStatus, latency: &Merged, now: Instant) -> Bac
         intent: status.intent.name(),
         observation: status.observation.name(),
         ejected: status.ejected,
+        on_trial: status.on_trial,
         ejections_total: status.ejections_total,
         ejections_held_total: status.ejections_held_total,
         eligible: status.eligible,
         ramp_percent: status.ramp_percent,
-        heartbeat: heart(status),
-        sessions_active: state.in_flight.get(),
+        heartbeat: heart(status, rejected.map(|last| rejections::rejected(last, now))),
+        sessions_active: state.in_flight.total(),
         sessions_total: state.counters.sum(|c| c.sessions.get()),
         connect_failures_total: state.counters.sum(|c| c.connect_failures.get()),
         bytes_in_total: state.counters.sum(|c| c.bytes_in.get()),
@@ -302,8 +332,8 @@ fn backend<'a>(status: &'a BackendStatus, latency: &Merged, now: Instant) -> Bac
     }
 }
 
-fn heart(status: &BackendStatus) -> Option<Heart> {
-    if status.heart.is_none() && status.pulse == Pulse::Absent {
+fn heart<'a>(status: &BackendStatus, rejected: Option<Rejected<'a>>) -> Option<Heart<'a>> {
+    if status.heart.is_none() && status.pulse == Pulse::Absent && rejected.is_none() {
         return None;
     }
     let heart = status.heart.as_ref();
@@ -316,6 +346,7 @@ fn heart(status: &BackendStatus) -> Option<Heart> {
         loss: heart.map(|heart| thousandths(heart.reading.loss)),
         load: heart.map(|heart| heart.load),
         held: heart.and_then(|heart| heart.reading.held.clone()),
+        rejected,
     })
 }
 
@@ -353,7 +384,7 @@ fn leaving(state: &BackendState) -> Leaving<'_> {
         pool: &state.pool,
         name: &state.name,
         address: address(&state.address),
-        sessions_active: state.in_flight.get(),
+        sessions_active: state.in_flight.total(),
     }
 }
 
@@ -483,8 +514,8 @@ mod tests {
                 {"layer":"seccomp","in_force":false,"detail":"off"}],"heartbeat":null,"frontends":[
                 {"name":"web","binds":["[::1]:80"],"pool":"web","connections_max":0,"sessions_active":0,"sessions_total":0,"bytes_in_total":0,"bytes_out_total":0,"refused_total":5}]
                 ,"pools":[
-                {"name":"web","balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"queued":3,"backends":[
-                {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","observation":"up","ejected":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
+                {"name":"web","balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"probes":false,"heartbeats":false,"queued":3,"backends":[
+                {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","observation":"up","ejected":false,"on_trial":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
                 {"p50":0.0002,"p99":0.0002},"first_byte_seconds":
                 {"p50":null,"p99":null},"last_transition":
                 {"from":"up","to":"draining","reason":"operator","seconds_ago":2.5,"lasted_seconds":60.0}}]}],"leaving":[
@@ -496,7 +527,8 @@ mod tests {
     fn what_never_happened_is_null() {
         let now = clock::now();
         let fresh = BackendStatus { last_transition: None, ..backend(7, "a", now) };
-        let value = serde_json::to_value(super::backend(&fresh, &Merged::new(), now)).unwrap();
+        let value =
+            serde_json::to_value(super::backend(&fresh, None, (&Merged::new(), now))).unwrap();
         assert!(value["last_transition"].is_null());
         assert!(value["connect_seconds"]["p50"].is_null());
         assert!(value["connect_seconds"].as_object().unwrap().contains_key("p99"));

@@ -6,9 +6,11 @@
 
 use super::guard::Entrance;
 use super::routes::{Api, JSON, Refusal, answer, text};
+use super::serve::AskedOver;
 use super::{Request, UpgradeError};
 use axum::extract::State;
 use axum::response::Response;
+use hyper::http::Extensions;
 use hyper::{StatusCode, Uri};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -26,13 +28,18 @@ struct Wish {
     config: Option<PathBuf>,
 }
 
-pub(super) async fn upgrade(State(api): State<Arc<Api>>, uri: Uri) -> Result<Response, Refusal> {
+pub(super) async fn upgrade(
+    State(api): State<Arc<Api>>,
+    uri: Uri,
+    extensions: Extensions,
+) -> Result<Response, Refusal> {
     let Wish { binary, config } = wish(uri.query().unwrap_or_default())?;
     if (binary.is_some() || config.is_some()) && api.entrance != Entrance::Unix {
         let detail = "another program or configuration can be asked for over the Unix socket only";
         return Err(Refusal::new(StatusCode::FORBIDDEN, "not over TCP", detail));
     }
-    let ask = |reply| Request::Upgrade { binary, config, reply };
+    let asked_over = extensions.get().map(|AskedOver(socket)| Arc::clone(socket));
+    let ask = |reply| Request::Upgrade { binary, config, asked_over, reply };
     match api.ask_within(UPGRADE_MAX, ask).await? {
         Ok(upgraded) => Ok(answer(JSON, text(&upgraded))),
         Err(UpgradeError::Refused(why)) => {

@@ -10,7 +10,7 @@ use crate::admin::{self, AdminListener};
 use crate::config::{AdminListen, Config};
 use crate::net::handover;
 use socket2::Socket;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -27,32 +27,42 @@ struct Passed {
     address: AdminListen,
 }
 
+/// Takes what the environment says was passed, with the manager's words for it. To be
+/// called before anything opens a descriptor.
+///
+/// # Errors
+/// A descriptor is closed.
+pub fn passed() -> Result<Vec<(String, OwnedFd)>, Failure> {
+    let variable = |name: &str| std::env::var(name).ok();
+    if variable("LISTEN_PID") != Some(std::process::id().to_string()) {
+        return Ok(Vec::new());
+    }
+    let count = variable("LISTEN_FDS").unwrap_or_default();
+    let count: usize = count
+        .parse()
+        .map_err(|_| refuse(format!("LISTEN_FDS is {count:?}, which is no number")))?;
+    let fds = handover::take_activated(count).map_err(|error| refuse(error.to_string()))?;
+    let names = variable("LISTEN_FDNAMES").unwrap_or_default();
+    let names = names.split(':').map(str::to_owned).chain(std::iter::repeat(String::new()));
+    let named = |name: String| if name.is_empty() { "unknown".to_owned() } else { name };
+    Ok(names.map(named).zip(fds).collect())
+}
+
+fn refuse(why: String) -> Failure {
+    Failure::Runtime(format!("socket activation: {why}"))
+}
+
 // === impl Activated ===
 
 impl Activated {
-    /// Takes what the environment says was passed. To be called before anything
-    /// opens a descriptor.
+    /// Looks at what was passed.
     ///
     /// # Errors
-    /// A descriptor is closed, or is no listening stream socket.
-    pub fn take() -> Result<Option<Activated>, Failure> {
-        let variable = |name: &str| std::env::var(name).ok();
-        if variable("LISTEN_PID") != Some(std::process::id().to_string()) {
-            return Ok(None);
-        }
-        let refuse = |why: String| Failure::Runtime(format!("socket activation: {why}"));
-        let count = variable("LISTEN_FDS").unwrap_or_default();
-        let count: usize = count
-            .parse()
-            .map_err(|_| refuse(format!("LISTEN_FDS is {count:?}, which is no number")))?;
-        let fds = handover::take_activated(count).map_err(|error| refuse(error.to_string()))?;
-        let names = variable("LISTEN_FDNAMES").unwrap_or_default();
-        let mut names = names.split(':').map(str::to_owned);
-        let passed = |fd: OwnedFd| {
-            let name = names.next().filter(|name| !name.is_empty());
-            Passed::of(fd.into(), name.unwrap_or_else(|| "unknown".to_owned())).map_err(refuse)
-        };
-        Ok(Some(Activated(fds.into_iter().map(passed).collect::<Result<_, _>>()?)))
+    /// One is no listening stream socket.
+    pub fn of(passed: Vec<(String, OwnedFd)>) -> Result<Activated, Failure> {
+        let passed =
+            passed.into_iter().map(|(name, fd)| Passed::of(fd.into(), name).map_err(refuse));
+        Ok(Activated(passed.collect::<Result<_, _>>()?))
     }
 
     /// The admin listener, if it is among them.
@@ -69,9 +79,9 @@ impl Activated {
         self,
         config: &Config,
     ) -> Result<BTreeMap<SocketAddr, Group>, Failure> {
-        let wanted = |address: &SocketAddr| {
-            config.frontends.iter().any(|frontend| frontend.binds.contains(address))
-        };
+        let binds: HashSet<&SocketAddr> =
+            config.frontends.iter().flat_map(|frontend| &frontend.binds).collect();
+        let wanted = |address: &SocketAddr| binds.contains(address);
         let mut groups: BTreeMap<SocketAddr, Group> = BTreeMap::new();
         let mut unmatched = Vec::new();
         for passed in self.0 {

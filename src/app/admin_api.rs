@@ -3,6 +3,7 @@
 //!
 //! Owned by the control loop. It answers nothing itself.
 
+use super::control_loop::Control;
 use super::upgrade::OfferedAdmin;
 use crate::admin::{self, AdminListener, Crowding, FileKeeper, Readiness, Request, TokenStore};
 use crate::telemetry::counters::WorkerCounters;
@@ -25,6 +26,7 @@ pub(super) struct AdminApi {
     listen: String,
     file: FileKeeper,
     crowding: Crowding,
+    requests: mpsc::Sender<Request>,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<()>,
 }
@@ -50,13 +52,14 @@ impl AdminApi {
                 std::future::pending().await
             }
         };
+        let own = requests.clone();
         let serving = admin::serve(listener, tokens, requests, readiness, counters, stopped);
         let task = tokio::spawn(async move {
             if let Err(error) = serving.await {
                 tracing::error!(%error, "the admin API has ended");
             }
         });
-        Ok(AdminApi { socket, listen, file, crowding, stop: Some(stop), task })
+        Ok(AdminApi { socket, listen, file, crowding, requests: own, stop: Some(stop), task })
     }
 
     /// Connections closed to make room for newer ones.
@@ -77,11 +80,16 @@ impl AdminApi {
         self.file.own();
     }
 
+    /// The next process has lived long enough to keep the socket.
+    pub(super) fn hand_over(&mut self) {
+        self.step_down();
+        self.socket = None;
+    }
+
     /// Another process answers from now on: takes no more connections, and leaves
     /// the file alone.
-    pub(super) fn hand_over(&mut self) {
+    pub(super) fn step_down(&mut self) {
         self.file.keep();
-        self.socket = None;
         if let Some(stop) = self.stop.take() {
             // It has ended by itself then.
             let _ = stop.send(());
@@ -92,6 +100,32 @@ impl AdminApi {
     pub(super) async fn ended(self) {
         if self.stop.is_none() {
             let _ = tokio::time::timeout(END_MAX, self.task).await;
+        }
+    }
+}
+
+impl Control {
+    /// Answers again after [`AdminApi::step_down`]: the process that was to has ended.
+    pub(super) fn serve_admin_again(&mut self) {
+        let Some(before) = self.admin.take() else { return };
+        let admin = &self.started_with.admin;
+        let listener = match before.offer() {
+            Ok((offered, socket)) => admin::take_over(admin, socket, offered.file),
+            Err(_) => None,
+        };
+        // It may have removed the socket's file as it ended.
+        let listener = listener.map_or_else(|| admin::bind(admin), Ok);
+        let (tokens, readiness) = (Arc::clone(&self.tokens), self.readiness.clone());
+        let (listen, local) = (before.listen.clone(), Arc::clone(&self.local));
+        let served = listener.map_err(io::Error::other).and_then(|listener| {
+            AdminApi::serve(listener, listen, tokens, before.requests.clone(), readiness, local)
+        });
+        match served {
+            Ok(api) => {
+                api.own_file();
+                self.admin = Some(api);
+            }
+            Err(error) => tracing::error!(%error, "the admin API cannot be served again"),
         }
     }
 }

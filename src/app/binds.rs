@@ -5,12 +5,15 @@
 //! hands everything on. Workers hold shares of the sockets; an address is closed
 //! when the last share is dropped, here and in whatever process shares it.
 
+use super::refused::Refused;
+use super::supervised::Supervised;
 use crate::config::{Config, Frontend};
+use crate::net::holders::{self, Listening, overlap};
 use crate::net::listen;
 use crate::proxy::worker::{Command, Worker};
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -53,13 +56,6 @@ pub(super) struct Fresh {
     silent: Vec<(SocketAddr, Arc<Socket>)>,
 }
 
-/// An address that could not be bound.
-#[derive(Debug)]
-pub(super) struct Refused {
-    pub(super) address: SocketAddr,
-    pub(super) error: io::Error,
-}
-
 impl Binds {
     pub(super) fn new(workers: usize) -> Binds {
         Binds { workers, active: BTreeMap::new(), retiring: Vec::new(), inherited: BTreeMap::new() }
@@ -81,11 +77,20 @@ impl Binds {
     /// The same without letting anybody in yet; see [`Fresh::start`].
     pub(super) fn reserve_new(&mut self, config: &Config) -> Result<Fresh, Refused> {
         let mut fresh = Fresh { groups: BTreeMap::new(), silent: Vec::new() };
+        let foreign = self.foreign(config);
         for frontend in &config.frontends {
             for address in &frontend.binds {
-                if !self.active.contains_key(address) {
-                    let refused = |error| Refused { address: *address, error };
-                    self.reserve(*address, frontend, &mut fresh).map_err(refused)?;
+                if self.active.contains_key(address) {
+                    continue;
+                }
+                if let Some(other) = foreign.iter().find(|other| overlap(other.address, *address)) {
+                    return Err(Refused::taken(*address, *other));
+                }
+                match self.reserve(*address, frontend, &mut fresh) {
+                    Err(error) if frontend.options_of(address).if_ipv6 && no_ipv6(&error) => {
+                        tracing::info!(%address, %error, "no IPv6 here; listening on IPv4 alone");
+                    }
+                    done => done.map_err(|error| Refused::new(*address, error))?,
                 }
             }
         }
@@ -98,20 +103,21 @@ impl Binds {
         frontend: &Frontend,
         fresh: &mut Fresh,
     ) -> io::Result<()> {
+        let freebind = frontend.options_of(&address).freebind;
         let mut group = match self.inherited.get(&address) {
             Some(group) => group.clone(),
             None => {
-                // Sockets of ours that overlap would be in the way of the check;
-                // a reload that moves from a wildcard to one address is fine.
-                if !self.holds_port(address.port()) {
-                    listen::taken(address)?;
+                // Sockets of this process that overlap would be in the way of this
+                // check; `foreign` has looked for others.
+                if !self.overlaps(address) {
+                    listen::taken(address, freebind)?;
                 }
                 Group { sockets: Vec::new(), holder: Holder::Nobody }
             }
         };
         if group.may_grow()? {
             let missing = self.workers.saturating_sub(group.sockets.len());
-            for socket in listen::reserve(address, missing)? {
+            for socket in listen::reserve(address, missing, freebind)? {
                 let socket = Arc::new(socket);
                 fresh.silent.push((address, Arc::clone(&socket)));
                 group.sockets.push(socket);
@@ -125,8 +131,37 @@ impl Binds {
         Ok(())
     }
 
-    fn holds_port(&self, port: u16) -> bool {
-        self.active.keys().chain(self.inherited.keys()).any(|held| held.port() == port)
+    /// Whether this process holds a socket that a check by bind(2) would find.
+    fn overlaps(&self, address: SocketAddr) -> bool {
+        let mut held = self.active.keys().chain(self.inherited.keys());
+        held.any(|held| overlap(*held, address))
+    }
+
+    /// Listening sockets of this host that are none of this process's; looked for
+    /// only where bind(2) cannot tell them apart: a new address overlaps one that
+    /// is held, and SO_REUSEPORT would let both share the traffic. A socket that
+    /// several processes hold is one socket.
+    fn foreign(&self, config: &Config) -> Vec<Listening> {
+        let binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
+        let unsure: Vec<SocketAddr> = binds
+            .filter(|address| !self.active.contains_key(address) && self.overlaps(**address))
+            .copied()
+            .collect();
+        if unsure.is_empty() {
+            return Vec::new();
+        }
+        let groups = self.active.values().chain(self.inherited.values());
+        let groups = groups.chain(self.retiring.iter().map(|(_, group)| group));
+        let ours: HashSet<u64> = groups
+            .flat_map(|group| &group.sockets)
+            .filter_map(|socket| holders::number_of(&**socket).ok())
+            .collect();
+        let mut all = holders::listening().unwrap_or_default();
+        all.retain(|other| {
+            !ours.contains(&other.socket)
+                && unsure.iter().any(|address| overlap(*address, other.address))
+        });
+        all
     }
 
     /// Lets go of what was inherited and is not in `fresh`; says which.
@@ -138,27 +173,29 @@ impl Binds {
     /// Whether an address that `config` wants is still being closed.
     pub(super) fn wanted_back(&mut self, config: &Config) -> bool {
         self.forget_retired();
-        let wanted = |address: &SocketAddr| {
-            config.frontends.iter().any(|frontend| frontend.binds.contains(address))
-        };
-        self.retiring.iter().any(|(address, _)| wanted(address))
+        let retiring: HashSet<SocketAddr> = self.retiring.iter().map(|(at, _)| *at).collect();
+        let mut wanted = config.frontends.iter().flat_map(|frontend| &frontend.binds);
+        !retiring.is_empty() && wanted.any(|address| retiring.contains(address))
     }
 
     /// Puts `fresh` in use, brings socket options up to date and retires what
     /// `config` no longer names.
-    pub(super) fn adopt(&mut self, fresh: Fresh, config: &Config, workers: &[Worker]) {
+    pub(super) fn adopt(
+        &mut self,
+        fresh: Fresh,
+        config: &Config,
+        workers: &[Worker],
+        supervised: &Supervised,
+    ) {
         for (address, group) in fresh.groups {
-            for (index, worker) in workers.iter().enumerate() {
-                for socket in group.of_worker(index, workers.len()) {
-                    worker.mailbox.send(Command::Listen(address, Arc::clone(socket)));
-                }
-            }
+            supervised.hold(address, &group);
+            group.listen(address, workers);
             self.active.insert(address, group);
         }
-        let mut gone: Vec<SocketAddr> = self.active.keys().copied().collect();
+        let mut gone: BTreeSet<SocketAddr> = self.active.keys().copied().collect();
         for frontend in &config.frontends {
             for address in &frontend.binds {
-                gone.retain(|held| held != address);
+                gone.remove(address);
                 for socket in self.active.get(address).into_iter().flat_map(|g| &g.sockets) {
                     if let Err(error) =
                         listen::tune(socket, frontend.keepalive, frontend.user_timeout)
@@ -169,20 +206,22 @@ impl Binds {
             }
         }
         for address in gone {
-            self.retire(address, workers);
+            self.retire(address, workers, supervised);
         }
     }
 
     /// Retires everything.
-    pub(super) fn retire_all(&mut self, workers: &[Worker]) {
+    pub(super) fn retire_all(&mut self, workers: &[Worker], supervised: &Supervised) {
         let all: Vec<SocketAddr> = self.active.keys().copied().collect();
         for address in all {
-            self.retire(address, workers);
+            self.retire(address, workers, supervised);
         }
     }
 
-    fn retire(&mut self, address: SocketAddr, workers: &[Worker]) {
+    fn retire(&mut self, address: SocketAddr, workers: &[Worker], supervised: &Supervised) {
         let Some(group) = self.active.remove(&address) else { return };
+        // First: from then on a crash closes the address.
+        supervised.release(address, &group);
         if group.holder == Holder::Manager {
             // What is queued there is for whom the manager starts next, and a
             // filter would keep clients from that one, too.
@@ -201,15 +240,37 @@ impl Binds {
         self.retiring.push((address, group));
     }
 
-    /// Another process accepts from our sockets now: stops accepting at once and
-    /// leaves the queues to it. What it has `not_taken` is retired.
-    pub(super) fn hand_over(&mut self, not_taken: &[SocketAddr], workers: &[Worker]) {
+    /// Another process accepts from our sockets now: stops accepting at once and leaves
+    /// the queues to it, but for what it has `not_taken`. The sockets stay open.
+    pub(super) fn step_down(&mut self, not_taken: &[SocketAddr], workers: &[Worker]) {
+        for address in self.active.keys().filter(|address| !not_taken.contains(address)) {
+            for worker in workers {
+                worker.mailbox.send(Command::Release(*address));
+            }
+        }
+    }
+
+    /// That process has ended: accepts again.
+    pub(super) fn go_on(&mut self, not_taken: &[SocketAddr], workers: &[Worker]) {
+        for (address, group) in &self.active {
+            if !not_taken.contains(address) {
+                group.listen(*address, workers);
+            }
+        }
+    }
+
+    /// That process has lived long enough: lets go of what it accepts from, and retires
+    /// what it has `not_taken`.
+    pub(super) fn hand_over(
+        &mut self,
+        not_taken: &[SocketAddr],
+        workers: &[Worker],
+        supervised: &Supervised,
+    ) {
         for address in not_taken {
-            self.retire(*address, workers);
+            self.retire(*address, workers, supervised);
         }
-        for (address, group) in std::mem::take(&mut self.active) {
-            self.let_go(address, group, workers);
-        }
+        self.retiring.extend(std::mem::take(&mut self.active));
     }
 
     fn let_go(&mut self, address: SocketAddr, group: Group, workers: &[Worker]) {
@@ -244,12 +305,26 @@ impl Binds {
     }
 }
 
+/// Whether the kernel has no IPv6 at all, or no address of it.
+fn no_ipv6(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
 // === impl Group ===
 
 impl Group {
     /// Whether more sockets can listen on the same address beside these.
     fn may_grow(&self) -> io::Result<bool> {
         self.sockets.iter().try_fold(true, |all, socket| Ok(all && socket.reuse_port()?))
+    }
+
+    /// Has every worker accept from those that are its own.
+    fn listen(&self, address: SocketAddr, workers: &[Worker]) {
+        for (index, worker) in workers.iter().enumerate() {
+            for socket in self.of_worker(index, workers.len()) {
+                worker.mailbox.send(Command::Listen(address, Arc::clone(socket)));
+            }
+        }
     }
 
     /// The sockets that worker number `index` of `count` accepts from: with
@@ -270,7 +345,7 @@ impl Fresh {
     /// Lets clients in: they queue until a worker accepts.
     pub(super) fn start(&mut self) -> Result<(), Refused> {
         for (address, socket) in self.silent.drain(..) {
-            listen::start(&socket).map_err(|error| Refused { address, error })?;
+            listen::start(&socket).map_err(|error| Refused::new(address, error))?;
         }
         Ok(())
     }
@@ -282,7 +357,7 @@ mod tests {
 
     fn group(sockets: usize) -> Group {
         let address = "127.0.0.1:0".parse().unwrap();
-        let socket = || listen::reserve(address, 1).unwrap().pop().unwrap();
+        let socket = || listen::reserve(address, 1, false).unwrap().pop().unwrap();
         let sockets = (0..sockets).map(|_| Arc::new(socket())).collect();
         Group { sockets, holder: Holder::Nobody }
     }

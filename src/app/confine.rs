@@ -21,13 +21,20 @@
 //!
 //! # What an upgrade inherits
 //!
-//! All of it: landlock and seccomp cannot be loosened, and must not be stacked
-//! with each upgrade, for the kernel allows 16 layers. So the old process says in
-//! its offer what is in force, and the new one adds nothing to that.
+//! Under the supervisor nothing: it gives up no rights, starts the next process, and
+//! that one builds all of this for itself.
+//!
+//! Without a supervisor (`run --single`) all of it: landlock and seccomp cannot be
+//! loosened, and must not be stacked with each upgrade, for the kernel allows 16 layers.
+//! So the old process says in its offer what is in force, and the new one adds nothing
+//! to that.
 
-use super::{Failure, Predecessor};
-use crate::config::{self, AccessLogTarget, AdminListen, Config, Sandbox};
+use super::admin_place::{self, Place};
+use super::refused::holders_in_the_way;
+use super::{Failure, preflight};
+use crate::config::{self, AccessLogTarget, AdminListen, Config, Problems, Sandbox};
 use crate::net::confinement::Confinement;
+use crate::net::holders::Holder;
 use crate::net::privileges::{self, CapabilitySet, Identity};
 use crate::net::sandbox::{self, Paths};
 use std::os::unix::fs::DirBuilderExt;
@@ -40,6 +47,10 @@ pub struct Confined {
     pub(super) report: Confinement,
     /// The settings it was confined by; `None` inside another program.
     asked: Option<Asked>,
+    /// Where the admin API listens.
+    pub(super) admin: Option<Place>,
+    /// Processes that listen where this one is to.
+    pub(super) in_the_way: Vec<(u64, Holder)>,
 }
 
 /// The keys of `[process]` that are obeyed here.
@@ -85,11 +96,26 @@ impl Default for Confined {
         Confined {
             report: Confinement::none("this balancer runs inside another program"),
             asked: None,
+            admin: None,
+            in_the_way: Vec::new(),
         }
     }
 }
 
+/// What the process before says of confinement.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Before<'a> {
+    /// The layers that stand already.
+    pub inherited: &'a [String],
+    /// Where its admin API listens.
+    pub admin: Option<&'a str>,
+    /// There is one, and this one takes its addresses over.
+    pub upgrade: bool,
+}
+
 /// Confines this process by the settings in the file at `path`.
+///
+/// `before` is what this process has from the one before it.
 ///
 /// # Errors
 /// The configuration is bad; the user cannot be assumed; or `sandbox = "on"` and
@@ -97,10 +123,11 @@ impl Default for Confined {
 pub fn confine(
     path: &Path,
     pid_file: Option<&Path>,
-    before: Option<&Predecessor>,
+    before: Before<'_>,
 ) -> Result<Confined, Failure> {
+    let Before { inherited, admin: place_before, upgrade } = before;
     // Only what is needed to become who is to read the rest.
-    let Ok(config) = config::outline(path) else {
+    let Ok((mut config, origin)) = config::outline(path) else {
         let problems = config::load(path).err();
         let changed = || Failure::Runtime(changed_meanwhile());
         return Err(problems.map_or_else(changed, Failure::Config));
@@ -115,8 +142,13 @@ pub fn confine(
         return Err(Failure::Runtime("cannot give up privileges: there are threads".to_owned()));
     }
     let mut report = Confinement::none("sandbox = \"off\"");
-    let identity = identity(&asked)?;
-    prepare_directory(&config, identity.as_ref())?;
+    // An upgrade takes the addresses from the process before.
+    let in_the_way = if !upgrade { holders_in_the_way(&config) } else { Vec::new() };
+    let identity = preflight::identity(&config, &origin)
+        .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
+    let admin = admin_place(&config, identity.as_ref(), place_before)?;
+    config.admin.listen = admin.listen.clone();
+    let process = &config.process;
     if let Some(identity) = &identity {
         become_user(identity, for_a_user(&config))?;
     }
@@ -125,30 +157,17 @@ pub fn confine(
         let _ = privileges::reduce(kept(&config));
     }
     tell_privileges(&mut report, kept(&config));
-    let inherited = before.map_or(&[][..], Predecessor::confined);
     if process.sandbox != Sandbox::Off || !inherited.is_empty() {
         wall_in(&mut report, &paths(path, pid_file, &config), inherited);
     }
     if process.sandbox == Sandbox::On {
         demand(&report)?;
     }
-    Ok(Confined { report, asked: Some(asked) })
+    Ok(Confined { report, asked: Some(asked), admin: Some(admin), in_the_way })
 }
 
 fn changed_meanwhile() -> String {
     "the configuration changed while the process started".to_owned()
-}
-
-/// The user to become; `None` where this process is to stay who it is.
-fn identity(asked: &Asked) -> Result<Option<Identity>, Failure> {
-    let Some(user) = &asked.user else { return Ok(None) };
-    let identity = Identity::find(user, asked.group.as_deref())
-        .map_err(|why| Failure::Runtime(format!("[process] user: {why}")))?;
-    if identity.is_root() {
-        let why = format!("[process] user: {user:?} is root, whom the process is not to be");
-        return Err(Failure::Runtime(why));
-    }
-    Ok(Some(identity))
 }
 
 fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> {
@@ -164,8 +183,22 @@ fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> 
     privileges::hide_memory().map_err(|error| refused("keep its memory to itself", &error))
 }
 
-/// Makes the directory of the admin socket where there is none, for whoever is to
-/// bind the socket in it.
+/// Where the admin API listens. A process that becomes another user has its
+/// directory made here, because it could not make it afterwards.
+fn admin_place(
+    config: &Config,
+    identity: Option<&Identity>,
+    before: Option<&str>,
+) -> Result<Place, Failure> {
+    if identity.is_none() && config.admin.is_default() {
+        return admin_place::settle(&config.admin, before);
+    }
+    prepare_directory(config, identity)?;
+    Ok(Place { listen: config.admin.listen.clone(), reason: None })
+}
+
+/// Makes the directory of the admin socket if it is missing, for the user that binds
+/// the socket in it.
 fn prepare_directory(config: &Config, identity: Option<&Identity>) -> Result<(), Failure> {
     let AdminListen::Unix(socket) = &config.admin.listen else { return Ok(()) };
     let directory = directory_of(socket);
@@ -182,7 +215,9 @@ fn prepare_directory(config: &Config, identity: Option<&Identity>) -> Result<(),
     };
     made().map_err(|error| {
         let directory = directory.display();
-        Failure::Runtime(format!("cannot make {directory} for the admin socket: {error}"))
+        Failure::Runtime(format!(
+            "cannot make {directory} for the admin socket: {error}; make it, or set [admin] listen"
+        ))
     })
 }
 

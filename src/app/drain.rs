@@ -1,5 +1,6 @@
-//! Stopping in order: nobody new, sessions finish until the deadline, the rest
-//! is cut and counted, every thread is joined.
+//! Stopping in order: `leave_delay` for whoever routes clients here to notice, then
+//! nobody new, sessions finish until the deadline, the rest is cut and counted,
+//! every thread is joined.
 //!
 //! Driven by the control loop's ticks.
 
@@ -38,16 +39,52 @@ impl Draining {
     }
 }
 
+/// A process that was told to stop and still accepts, while `/ready` says no.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Leaving {
+    /// Then the drain begins.
+    pub(super) until: Instant,
+}
+
 impl Control {
+    /// A signal to stop: leaves, and if it leaves already, drains at once.
+    pub(super) fn told_to_stop(&mut self, why: &str) {
+        if self.leaving.is_some() {
+            self.begin_drain(why);
+        } else {
+            self.leave(why);
+        }
+    }
+
+    /// Says that it is not ready any more, and starts the drain `leave_delay`
+    /// later; without effect once it has said so.
+    pub(super) fn leave(&mut self, why: &str) {
+        let delay = self.config.process.leave_delay;
+        if self.draining.is_some() || self.leaving.is_some() {
+            return;
+        }
+        if delay.is_zero() {
+            self.begin_drain(why);
+            return;
+        }
+        self.call_off_upgrade();
+        self.notifier.stopping();
+        self.readiness.set_draining();
+        self.leaving = Some(Leaving { until: clock::now() + delay });
+        tracing::info!(reason = why, leave_delay = ?delay, "leaving: /ready says no, clients are still accepted; a second signal starts the drain");
+    }
+
     /// Starts the drain; without effect while one is under way.
     pub(super) fn begin_drain(&mut self, why: &str) {
         if self.draining.is_some() {
             return;
         }
+        self.leaving = None;
         self.call_off_upgrade();
         self.notifier.stopping();
-        self.binds.retire_all(&self.workers);
+        self.binds.retire_all(&self.workers, &self.supervised);
         self.start_draining(why);
+        self.order_end_within(self.config.process.drain_timeout);
     }
 
     /// The same once another process has taken the listeners over.
@@ -58,7 +95,7 @@ impl Control {
     fn start_draining(&mut self, why: &str) {
         self.readiness.set_draining();
         let timeout = self.config.process.drain_timeout;
-        let sessions = self.shared.in_flight.get();
+        let sessions = self.sessions();
         tracing::info!(reason = why, sessions, ?timeout, "draining");
         let now = clock::now();
         self.draining = Some(Draining { deadline: now + timeout, next_look: now, cut: None });
@@ -67,8 +104,13 @@ impl Control {
     /// Looks at a drain's progress; gives the number of sessions cut once it is
     /// over.
     pub(super) fn drain_step(&mut self) -> Option<u32> {
+        if self.leaving.is_some_and(|leaving| clock::now() >= leaving.until) {
+            self.begin_drain("leave_delay is over");
+        }
         let closed = self.binds.forget_retired();
-        let open = self.shared.in_flight.get();
+        self.report();
+        // Those of the process before go on until the same deadline.
+        let open = self.sessions();
         let draining = self.draining.as_mut()?;
         let now = clock::now();
         draining.next_look = now + STEP;
@@ -77,7 +119,7 @@ impl Control {
         let counted = !self.upgrades.handed_over()
             || !self.upgrades.awaits_predecessor()
             || now >= draining.deadline;
-        if closed && open == 0 && counted {
+        if closed && open == 0 && counted && !self.upgrades.is_stepping_down() {
             return Some(cut);
         }
         match draining.cut {
@@ -87,10 +129,25 @@ impl Control {
                 for worker in &self.workers {
                     worker.mailbox.send(Command::CutAll(Cause::DrainDeadline));
                 }
+                self.order_end_within(Duration::ZERO);
                 None
             }
             Some((cut, at)) if now >= at + CUT_GRACE => Some(cut),
             _ => None,
+        }
+    }
+
+    /// Sessions of this process and those before.
+    pub(super) fn sessions(&self) -> u32 {
+        self.shared.in_flight.get().saturating_add(self.upgrades.sessions_elsewhere())
+    }
+
+    /// Another process wants this one to end within that time.
+    pub(super) fn end_within(&mut self, time: Duration) {
+        let now = clock::now();
+        if let Some(draining) = &mut self.draining {
+            draining.deadline = draining.deadline.min(now + time);
+            draining.next_look = now;
         }
     }
 

@@ -10,6 +10,7 @@ use crate::config::{Config, Heartbeats};
 use crate::control::Event;
 use crate::heartbeat::keys::{Key, KeyRing};
 use crate::heartbeat::listen::{Prepared, Receiver};
+use crate::heartbeat::rejections::{Rejection, Warning, skew_words};
 use crate::heartbeat::trust::{Gate, Limits, Reject};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -96,10 +97,30 @@ impl Reception {
         self.receiver.as_ref().map_or(Ok(Vec::new()), Receiver::share)
     }
 
-    /// Receives no more: the next process does.
-    pub(super) fn hand_over(&mut self) {
+    /// Receives no more: the next process does. The sockets stay open.
+    pub(super) fn step_down(&mut self) {
+        self.inherited = self.share().unwrap_or_default();
         self.ended = Some(self.save());
         self.receiver = None;
+    }
+
+    /// That process has lived long enough: lets go of the sockets.
+    pub(super) fn hand_over(&mut self) {
+        self.inherited = Vec::new();
+    }
+
+    /// That process has ended: receives again.
+    ///
+    /// # Errors
+    /// In words, as of [`Reception::prepare`].
+    pub(super) fn go_on(&mut self, config: &Config) -> Result<(), String> {
+        if let Some(before) = self.ended.take() {
+            self.before = before;
+        }
+        let change = self.prepare(config)?;
+        self.told = 0;
+        self.adopt(change);
+        Ok(())
     }
 
     /// Everything counted by all the processes so far.
@@ -144,9 +165,12 @@ impl Reception {
     }
 
     /// What has arrived, oldest first, and what was lost here; at most
-    /// [`TURN_MAX`] events and one.
+    /// [`TURN_MAX`] events and one. Logs what there is to say of the rejected.
     pub(super) fn take(&mut self) -> Vec<Event> {
         let Some(receiver) = &self.receiver else { return Vec::new() };
+        while let Some(warning) = receiver.pop_warning() {
+            warn(&warning);
+        }
         let mut events = Vec::new();
         let dropped = receiver.dropped();
         if dropped > self.told {
@@ -154,12 +178,21 @@ impl Reception {
             self.told = dropped;
         }
         let arrived = std::iter::from_fn(|| receiver.pop()).take(TURN_MAX);
-        events.extend(arrived.map(|arrived| Event::Heartbeat {
-            heartbeat: arrived.heartbeat,
-            at: arrived.at,
-            stands_for: arrived.stands_for,
+        events.extend(arrived.map(|arrived| {
+            let (pool, backend) = (&arrived.heartbeat.pool, &arrived.heartbeat.name);
+            tracing::trace!(%pool, %backend, sequence = arrived.heartbeat.sequence, "heartbeat");
+            Event::Heartbeat {
+                heartbeat: arrived.heartbeat,
+                at: arrived.at,
+                stands_for: arrived.stands_for,
+            }
         }));
         events
+    }
+
+    /// What was rejected in the name of one backend.
+    pub(super) fn rejection(&self, pool: &str, name: &str) -> Option<Rejection> {
+        self.receiver.as_ref().and_then(|receiver| receiver.rejection(pool, name))
     }
 
     /// For status and metrics.
@@ -175,6 +208,7 @@ impl Reception {
             accepted: counts.accepted().saturating_add(self.before.accepted),
             rejected: Reject::ALL.map(|why| (why.name(), rejected(why))).to_vec(),
             kernel_drops: counts.kernel_drops().saturating_add(self.before.kernel_drops),
+            rejections: receiver.rejections(),
         }
     }
 
@@ -182,6 +216,27 @@ impl Reception {
     pub(super) fn is_dead(&self) -> bool {
         self.receiver.as_ref().is_some_and(Receiver::is_finished)
     }
+}
+
+fn warn(warning: &Warning) {
+    let rejection = &warning.rejection;
+    let (pool, backend) = match &rejection.claim {
+        Some((pool, name)) => (&**pool, &**name),
+        None => ("", ""),
+    };
+    tracing::warn!(
+        pool,
+        backend,
+        from = rejection.from.map(tracing::field::display),
+        key = rejection.key_id,
+        reason = rejection.reason,
+        skew = rejection.skew.map(skew_words),
+        signed = rejection.signed,
+        rejected = rejection.count,
+        suppressed = warning.suppressed,
+        help = rejection.help,
+        "heartbeats rejected; they count as missing"
+    );
 }
 
 fn key_ring(heartbeats: &Heartbeats) -> Result<KeyRing, String> {

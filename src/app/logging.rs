@@ -5,6 +5,7 @@
 
 use crate::config::{Log, LogFormat, LogLevel};
 use crate::telemetry::log_queue::LogQueue;
+use crate::telemetry::logfmt::Logfmt;
 use std::sync::OnceLock;
 use std::time::Duration;
 use tracing::level_filters::LevelFilter;
@@ -49,7 +50,8 @@ impl LogHandle {
         let installed = match log.format {
             LogFormat::Text => {
                 let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-                base.with(fmt::layer().with_writer(writer).with_ansi(ansi)).try_init()
+                let layer = fmt::layer().fmt_fields(Logfmt).with_writer(writer).with_ansi(ansi);
+                base.with(layer).try_init()
             }
             LogFormat::Json => base.with(fmt::layer().json().with_writer(writer)).try_init(),
         };

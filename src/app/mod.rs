@@ -24,6 +24,8 @@
 
 mod activation;
 mod admin_api;
+pub mod admin_place;
+mod asked;
 mod binds;
 mod confine;
 mod control_loop;
@@ -32,24 +34,31 @@ mod heartbeats;
 mod logging;
 mod notify;
 mod panics;
-mod pid_file;
+mod preflight;
+mod refused;
 mod reload;
+mod reload_diff;
 mod rendering;
+mod signals;
 mod start;
+mod supervised;
 mod transition_log;
 mod upgrade;
 mod upkeep;
 mod watchdog;
 
-pub use activation::Activated;
-pub use confine::{Confined, confine};
+pub use activation::{Activated, passed};
+pub use confine::{Before, Confined, confine};
 pub use notify::Notifier;
+pub use preflight::preflight;
+pub use supervised::{Supervised, activated_name};
+pub use upgrade::Predecessor;
 #[cfg(any(test, fuzzing))]
 pub use upgrade::fuzz;
-pub use upgrade::{Predecessor, Program};
 
 use crate::admin::Request;
-use crate::config::Problems;
+use crate::config::{Problem, Problems};
+use crate::supervisor::program::Program;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 use tokio::sync::mpsc;
@@ -74,7 +83,10 @@ pub struct Surroundings {
     pub predecessor: Option<Predecessor>,
     /// Sockets a service manager has passed.
     pub activated: Option<Activated>,
-    /// What to start when it is upgraded; without it, it cannot be.
+    /// The process that has started it and starts others.
+    pub supervised: Supervised,
+    /// What to start when it is upgraded, where it has no supervisor; without either, it
+    /// cannot be.
     pub program: Option<Program>,
     /// The way to a service manager.
     pub notifier: Notifier,
@@ -90,6 +102,10 @@ pub enum Failure {
     /// The configuration was refused.
     #[error("{0}")]
     Config(Problems),
+    /// Something that the configuration asks for cannot be had now, such as an
+    /// address that is taken.
+    #[error("{0}")]
+    At(Box<Problem>),
     /// An address is taken, a thread or descriptor could not be had.
     #[error("{0}")]
     Runtime(String),

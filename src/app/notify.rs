@@ -1,89 +1,84 @@
-//! Telling a service manager how the process is (sd_notify(3)): ready, reloading,
-//! stopping, alive, and which process to look at after an upgrade.
+//! Telling how the process is: a service manager, or the supervisor, which tells one.
 //!
-//! Owned by the control loop. Datagrams to `NOTIFY_SOCKET`, sent without waiting;
-//! one that is lost is lost. Without that variable nothing is sent.
+//! Owned by the control loop, which says when: ready, reloading, stopping, alive, and
+//! which process to look at after an upgrade. It knows the watchdog's times.
 
-use crate::clock;
-use std::ffi::OsStr;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use crate::supervisor::{Link, manager, manager::Manager};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Without a watchdog there is nothing to do for so long.
 const NEVER: Duration = Duration::from_secs(3600);
 
-/// The way to the service manager, if there is one.
+/// The way to whom it concerns, if there is anybody.
 #[derive(Debug, Default)]
 pub struct Notifier {
-    to: Option<(UnixDatagram, SocketAddr)>,
+    to: To,
     /// Half of what the manager waits before it acts.
     beat: Option<Duration>,
     next_beat: Option<Instant>,
+    /// Another process speaks for the service.
+    quiet: bool,
+}
+
+#[derive(Debug, Default)]
+enum To {
+    #[default]
+    Nobody,
+    Manager(Manager),
+    Supervisor(Arc<Link>),
 }
 
 // === impl Notifier ===
 
 impl Notifier {
-    /// As the environment says.
+    /// To the service manager that the environment names.
     pub fn from_environment() -> Notifier {
-        let variable = |name: &str| std::env::var_os(name);
-        let Some(path) = variable("NOTIFY_SOCKET") else { return Notifier::default() };
-        let for_us = variable("WATCHDOG_PID")
-            .is_none_or(|pid| pid.to_str() == Some(&std::process::id().to_string()));
-        let micros = variable("WATCHDOG_USEC").filter(|_| for_us);
-        Notifier::to(&path, micros.as_deref())
+        Notifier::new(To::Manager(Manager::from_environment()), manager::watchdog())
     }
 
-    fn to(path: &OsStr, watchdog_micros: Option<&OsStr>) -> Notifier {
-        let micros = watchdog_micros
-            .and_then(OsStr::to_str)
-            .and_then(|text| text.parse::<u64>().ok())
-            .filter(|micros| *micros > 1);
-        let to = UnixDatagram::unbound().and_then(|socket| {
-            socket.set_nonblocking(true)?;
-            Ok((socket, address(path)?))
-        });
-        match to {
-            Ok(to) => Notifier {
-                to: Some(to),
-                beat: micros.map(|micros| Duration::from_micros(micros / 2)),
-                next_beat: None,
-            },
-            Err(error) => {
-                tracing::warn!(%error, "NOTIFY_SOCKET cannot be used");
-                Notifier::default()
-            }
-        }
+    /// To the supervisor.
+    pub fn to_supervisor(link: Arc<Link>) -> Notifier {
+        Notifier::new(To::Supervisor(link), manager::watchdog())
+    }
+
+    fn new(to: To, watchdog: Option<Duration>) -> Notifier {
+        let beat = watchdog.map(|time| time / 2);
+        Notifier { to, beat, next_beat: None, quiet: false }
     }
 
     /// Serving, on the configuration in force.
     pub(super) fn ready(&self) {
-        self.send(&format!("READY=1\nMAINPID={}", std::process::id()));
+        self.say(Manager::ready, Link::ready);
     }
 
     /// Reading the configuration again; [`Notifier::ready`] ends it.
     pub(super) fn reloading(&self) {
-        self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", clock::monotonic_micros()));
+        self.say(Manager::reloading, Link::reloading);
     }
 
     pub(super) fn stopping(&self) {
-        self.send("STOPPING=1");
+        self.say(Manager::stopping, Link::stopping);
     }
 
-    /// Another process is the service now.
+    /// Another process is the service now: what it says of itself counts, and this one's
+    /// word no longer.
     pub(super) fn successor(&mut self, pid: u32) {
-        self.send(&format!("MAINPID={pid}"));
-        // What it says of itself counts, and this one's word no longer.
-        *self = Notifier::default();
+        self.say(|manager| manager.main_process(pid), Link::successor_serves);
+        self.quiet = true;
+    }
+
+    /// This process is the service again.
+    pub(super) fn goes_on(&mut self) {
+        self.quiet = false;
+        self.ready();
     }
 
     /// When [`Notifier::beat`] is wanted next.
     pub(super) fn next_beat(&self, now: Instant) -> Instant {
         match self.beat {
-            Some(_) => self.next_beat.unwrap_or(now),
-            None => now + NEVER,
+            Some(_) if !self.quiet => self.next_beat.unwrap_or(now),
+            _ => now + NEVER,
         }
     }
 
@@ -93,32 +88,27 @@ impl Notifier {
     pub(super) fn beat(&mut self, now: Instant, stalled: Option<Duration>) {
         if let Some(beat) = self.beat {
             if stalled.is_none_or(|stalled| stalled < beat * 2) {
-                self.send("WATCHDOG=1");
+                self.say(Manager::beat, Link::beat);
             }
             self.next_beat = Some(now + beat);
         }
     }
 
-    fn send(&self, message: &str) {
-        if let Some((socket, to)) = &self.to
-            && let Err(error) = socket.send_to_addr(message.as_bytes(), to)
-        {
-            tracing::warn!(%error, "the service manager cannot be told: {message:?}");
+    fn say(&self, to_manager: impl Fn(&Manager), to_supervisor: impl Fn(&Link)) {
+        match &self.to {
+            _ if self.quiet => {}
+            To::Nobody => {}
+            To::Manager(manager) => to_manager(manager),
+            To::Supervisor(link) => to_supervisor(link),
         }
-    }
-}
-
-/// A path, or an abstract name behind `@` (unix(7)).
-fn address(path: &OsStr) -> std::io::Result<SocketAddr> {
-    match path.as_bytes().strip_prefix(b"@") {
-        Some(name) => SocketAddr::from_abstract_name(name),
-        None => SocketAddr::from_pathname(path),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock;
+    use std::os::unix::net::UnixDatagram;
 
     fn receive(socket: &UnixDatagram) -> String {
         socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -128,54 +118,27 @@ mod tests {
     }
 
     #[test]
-    fn messages_go_to_a_path_or_an_abstract_name() {
+    fn the_watchdog_is_fed_at_half_its_time_while_this_process_is_the_service() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
-        let manager = UnixDatagram::bind(&path).unwrap();
-        let notifier = Notifier::to(path.as_os_str(), None);
-        notifier.ready();
-        assert_eq!(receive(&manager), format!("READY=1\nMAINPID={}", std::process::id()));
-        notifier.reloading();
-        let said = receive(&manager);
-        let micros = said.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap();
-        assert!(micros.parse::<u64>().unwrap() > 0);
-
-        let name = format!("tidegate-notify-{}", std::process::id());
-        let manager =
-            UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
-        Notifier::to(OsStr::new(&format!("@{name}")), None).stopping();
-        assert_eq!(receive(&manager), "STOPPING=1");
-    }
-
-    #[test]
-    fn the_watchdog_is_fed_at_half_its_time_until_somebody_else_is_looked_at() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("notify");
-        let manager = UnixDatagram::bind(&path).unwrap();
-        let mut notifier = Notifier::to(path.as_os_str(), Some(OsStr::new("3000000")));
+        let socket = UnixDatagram::bind(&path).unwrap();
+        let to = To::Manager(Manager::at(path.as_os_str()));
+        let mut notifier = Notifier::new(to, Some(Duration::from_secs(3)));
         let now = clock::now();
         assert_eq!(notifier.next_beat(now), now);
         notifier.beat(now, None);
-        assert_eq!(receive(&manager), "WATCHDOG=1");
+        assert_eq!(receive(&socket), "WATCHDOG=1");
         let three = Duration::from_secs(3);
         notifier.beat(now, Some(three));
         notifier.beat(now, Some(three - Duration::from_millis(1)));
-        assert_eq!(receive(&manager), "WATCHDOG=1", "said once");
+        assert_eq!(receive(&socket), "WATCHDOG=1", "said once");
         assert_eq!(notifier.next_beat(now), now + Duration::from_millis(1500));
         notifier.successor(77);
-        assert_eq!(receive(&manager), "MAINPID=77");
+        assert_eq!(receive(&socket), "MAINPID=77");
         notifier.beat(now, None);
         notifier.stopping();
-        manager.set_nonblocking(true).unwrap();
-        assert!(manager.recv(&mut [0; 9]).is_err());
         assert!(notifier.next_beat(now) > now + Duration::from_secs(60));
-    }
-
-    #[test]
-    fn a_senseless_watchdog_is_none() {
-        for text in ["0", "-1", "soon", ""] {
-            let notifier = Notifier::to(OsStr::new("/nowhere"), Some(OsStr::new(text)));
-            assert!(notifier.beat.is_none(), "{text}");
-        }
+        notifier.goes_on();
+        assert!(receive(&socket).starts_with("READY=1"), "nothing meanwhile");
     }
 }

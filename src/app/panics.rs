@@ -44,7 +44,11 @@ fn report(panic: &PanicHookInfo<'_>) {
     if backtrace.status() == BacktraceStatus::Captured {
         // Finding the names takes a second at first, and a worker has to begin
         // anew meanwhile. Without a thread there is no backtrace.
-        let tell = move || tracing::error!(thread, "backtrace:\n{backtrace}");
+        let tell = move || {
+            for line in backtrace.to_string().lines() {
+                tracing::error!(thread, "backtrace: {line}");
+            }
+        };
         let _ = std::thread::Builder::new().name("backtrace".to_owned()).spawn(tell);
     }
 }

@@ -4,13 +4,17 @@
 //! can fail (reading, validating, binding, opening the log, the token) comes
 //! first and changes nothing; what follows cannot.
 
-use super::binds::{Fresh, Refused};
+use super::binds::Fresh;
 use super::control_loop::Control;
+use super::refused::Refused;
+use super::reload_diff;
 use super::start;
 use crate::admin::{Problem, ReloadError, Reloaded};
-use crate::config::{self, Config, Loaded};
+use crate::config::{self, Config, Loaded, Severity, Spot};
 use crate::control::Event;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,24 +22,49 @@ use std::time::Duration;
 const WANTED_BACK_MAX: Duration = Duration::from_secs(1);
 const WANTED_BACK_STEP: Duration = Duration::from_millis(10);
 
+/// Why a process that drains reads no file.
+const DRAINS: &str = "this process is draining; the next one reads the file";
+
 impl Control {
     /// Takes up what was written while the file was not watched yet: a process
     /// that takes over must not miss what the one before put off.
     pub(super) async fn catch_up(&mut self) {
         let same = config::load(&self.path).is_ok_and(|loaded| loaded.digest == self.digest);
         if !same {
+            self.ask_for_reload(None).await;
+        }
+    }
+
+    /// Whether this process drains, and so reads no file any more: its listeners
+    /// would open again. Says so in the log.
+    pub(super) fn drains_instead(&mut self, asked_by: &str) -> bool {
+        let drains = self.draining.is_some();
+        if drains {
+            self.reloads.refused += 1;
+            tracing::warn!(asked_by, "reload refused: {DRAINS}");
+        }
+        drains
+    }
+
+    /// The same unless it drains; an upgrade under way holds it back.
+    pub(super) async fn reload_asked_by(&mut self, asked_by: &str) {
+        if !self.drains_instead(asked_by) && !self.upgrades.holds_reload() {
             self.reload_when_told().await;
         }
     }
 
-    /// As [`Control::reload`]; while an upgrade is under way, a refusal.
-    pub(super) async fn reload_unless_upgrading(&mut self) -> Result<Reloaded, ReloadError> {
+    /// As [`Control::reload`]; while this process drains or an upgrade is under
+    /// way, a refusal.
+    pub(super) async fn reload_on_request(&mut self) -> Result<Reloaded, ReloadError> {
+        if self.drains_instead("admin request") {
+            return Err(ReloadError::NotNow(DRAINS));
+        }
         if !self.upgrades.holds_reload() {
             return self.reload().await;
         }
         self.reloads.refused += 1;
         let why = "an upgrade is under way, and whoever serves after it reads the file again";
-        Err(self.refuse("", why.to_owned()))
+        Err(self.refuse(why.to_owned()))
     }
 
     /// Reads the file again and puts it in force, where it says something new.
@@ -51,8 +80,13 @@ impl Control {
             Ok(_) => self.reloads.unchanged += 1,
             Err(refused) => {
                 self.reloads.refused += 1;
-                for Problem { file, line, column, message } in &refused.problems {
-                    tracing::error!("configuration refused: {file}:{line}:{column}: {message}");
+                if let ReloadError::Problems(problems) = refused {
+                    for Problem { file, line, column, message, help, .. } in problems {
+                        let help = help.iter().map(|help| format!("; {help}")).collect::<String>();
+                        tracing::error!(
+                            "configuration refused: {file}:{line}:{column}: {message}{help}"
+                        );
+                    }
                 }
             }
         }
@@ -60,40 +94,54 @@ impl Control {
     }
 
     async fn try_reload(&mut self) -> Result<Reloaded, ReloadError> {
-        let loaded = config::load(&self.path).map_err(|problems| ReloadError {
-            problems: problems.list.iter().map(|it| self.problem(it)).collect(),
+        let loaded = config::load(&self.path).map_err(|problems| {
+            ReloadError::Problems(problems.list.iter().map(|it| self.problem(it)).collect())
         })?;
-        let Loaded { config, digest, warnings } = loaded;
+        let Loaded { config, digest, warnings, origin } = loaded;
+        let refuse = |control: &Control, spot: Spot, why: String| {
+            control.refused(&origin.error(&spot, why, None))
+        };
         // A new secret may come without a change of the file that names it.
-        let token = start::load_token(&config).map_err(|why| self.refuse("", why))?;
+        let token = start::load_token(&config)
+            .map_err(|why| self.refused(&start::token_problem(&origin, why)))?;
         // Other comments or another layout say nothing new; but files that the
         // file names may have changed while it did not.
         if config == *self.config {
             self.digest = digest;
             self.tokens.set(token);
             let generation = self.controller.generation();
-            return Ok(Reloaded { generation, changed: false, warnings: self.warnings() });
+            let mut warnings = self.warnings();
+            warnings.extend(replaced_outside(&self.path).inspect(|why| tracing::warn!("{why}")));
+            return Ok(Reloaded { generation, changed: false, warnings });
         }
         self.wait_for_addresses(&config).await;
         let fresh = self
             .bind_new(&config)
             .await
-            .map_err(|refused| self.refuse(&refused.address.to_string(), refused.to_string()))?;
-        start::try_sources(&config).map_err(|(at, why)| self.refuse(&at.to_string(), why))?;
+            .map_err(|refused| self.refused(&refused.problem(&config, &origin)))?;
+        start::try_sources(&config).map_err(|(at, why)| refuse(self, Spot::Source(at), why))?;
         let heartbeats = self.reception.prepare(&config).map_err(|why| {
             let listen = config.heartbeat.as_ref().and_then(|heartbeat| heartbeat.listen.first());
-            let place = listen.map_or_else(String::new, ToString::to_string);
-            self.refuse(&place, why)
+            match listen {
+                Some(at) => refuse(self, Spot::HeartbeatListen(*at), why),
+                None => self.refuse(why),
+            }
         })?;
         if config.log.access != self.config.log.access
             && let Some(access_log) = &mut self.access_log
         {
-            access_log.set_target(start::access_target(&config.log.access)).map_err(|error| {
-                let why = format!("cannot open the access log: {error}");
-                self.refuse("access", why)
-            })?;
+            let target = start::access_target(&config.log.access);
+            if let Err(error) = access_log.set_target(target) {
+                let why = start::access_log_refusal(&error);
+                return Err(refuse(self, Spot::AccessLog, why));
+            }
         }
 
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            for change in reload_diff::diff(&self.config, &config) {
+                tracing::debug!(change, "reload");
+            }
+        }
         let config = Arc::new(config);
         self.digest = digest;
         self.tokens.set(token);
@@ -112,11 +160,13 @@ impl Control {
             );
         }
         self.config = Arc::clone(&config);
+        self.watch_named_files();
         self.shared.buffers.set_max(config.process.buffers_max);
         let in_force = self.session_cap.apply(&config, self.binds.sockets());
         self.feed([Event::Configure(in_force)]);
         self.reception.adopt(heartbeats);
-        self.binds.adopt(fresh, &config, &self.workers);
+        self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.supervised.write_intents(&self.controller);
         let generation = self.controller.generation();
         Ok(Reloaded { generation, changed: true, warnings: self.warnings() })
     }
@@ -149,26 +199,26 @@ impl Control {
         }
     }
 
-    /// A refusal for a reason the text alone does not show; it points at the
-    /// first mention of `word` in the file.
-    fn refuse(&self, word: &str, message: String) -> ReloadError {
-        let text = std::fs::read_to_string(&self.path).unwrap_or_default();
-        let place = text.lines().enumerate().find_map(|(index, line)| {
-            let at = line.find(word).filter(|_| !word.is_empty())?;
-            Some((index + 1, line[..at].chars().count() + 1))
-        });
-        let (line, column) = place.unwrap_or((1, 1));
-        let message = self.confined.explain(message);
-        let file = self.path.display().to_string().into();
-        ReloadError { problems: vec![Problem { file, line, column, message }] }
+    /// A refusal for a reason that has no place in the file.
+    pub(super) fn refuse(&self, message: String) -> ReloadError {
+        let file: Arc<str> = self.path.display().to_string().into();
+        self.refused(&config::Problem::of_file(&file, Severity::Error, message, None))
+    }
+
+    fn refused(&self, problem: &config::Problem) -> ReloadError {
+        ReloadError::Problems(vec![self.problem(problem)])
     }
 
     fn problem(&self, from: &config::Problem) -> Problem {
+        let mut from = from.clone();
+        from.message = self.confined.explain(from.message);
         Problem {
-            file: Arc::clone(&from.file),
+            rendered: from.render(false),
+            file: from.file,
             line: from.line,
             column: from.column,
-            message: self.confined.explain(from.message.clone()),
+            message: from.message,
+            help: from.help,
         }
     }
 
@@ -176,6 +226,17 @@ impl Control {
     pub(super) fn warnings(&self) -> Vec<String> {
         self.restart_needed.clone()
     }
+}
+
+/// A warning where the path leads to a file that was replaced elsewhere: a mount
+/// of one file into a container keeps the old file.
+fn replaced_outside(path: &Path) -> Option<String> {
+    std::fs::metadata(path).ok().filter(|data| data.nlink() == 0)?;
+    Some(format!(
+        "the file behind {} has been deleted or replaced, and a mount keeps it; \
+         mount its directory instead of the file, or restart to read the new one",
+        path.display()
+    ))
 }
 
 /// Settings of `now` that differ from what the process was started with and

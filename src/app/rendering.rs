@@ -41,7 +41,7 @@ const UNCOLLECTED_MAX: u32 = crate::telemetry::histograms::SPARE_MAX as u32;
 
 /// Who wants to read what.
 #[derive(Debug)]
-pub(super) enum Asked {
+pub(super) enum Reader {
     Status(oneshot::Sender<String>),
     Metrics(oneshot::Sender<String>),
 }
@@ -50,9 +50,9 @@ pub(super) enum Asked {
 #[derive(Debug, Default)]
 pub(super) struct Rendering {
     /// For the next picture. Bounded by the admin API's connections.
-    asked: Vec<Asked>,
+    asked: Vec<Reader>,
     /// The picture under way, and who gets it: those who had asked when it began.
-    gathering: Option<(Gathering, Vec<Asked>)>,
+    gathering: Option<(Gathering, Vec<Reader>)>,
     running: Option<JoinHandle<()>>,
     /// Backends that had been seen when the histograms were last collected.
     collected: u32,
@@ -131,7 +131,7 @@ impl Rendering {
 
 impl Control {
     /// Has status or metrics rendered soon.
-    pub(super) fn ask_for(&mut self, asked: Asked) {
+    pub(super) fn ask_for(&mut self, asked: Reader) {
         self.rendering.asked.push(asked);
     }
 
@@ -175,15 +175,15 @@ impl Control {
             engine_reason: self.engine_reason.clone(),
             now,
             uptime: now - self.started,
-            state: match self.draining {
-                None => ServiceState::Serving,
-                Some(_) => ServiceState::Draining,
+            state: match self.draining.is_none() && self.leaving.is_none() {
+                true => ServiceState::Serving,
+                false => ServiceState::Draining,
             },
             reloads: self.reloads,
             transitions_unlogged: rarities.unlogged,
             upgrades: self.upgrades.counts(),
             table_serial: table.serial,
-            connections_active: self.shared.in_flight.get(),
+            connections_active: self.sessions(),
             connections_max: table.connections_max,
             queued: self.shared.gate.all_queued(),
             buffers: Arc::clone(&self.shared.buffers),
@@ -230,7 +230,7 @@ impl Control {
         Collecting {
             asked: self.workers.iter().map(|worker| ask(&worker.mailbox)).collect(),
             latency: self.latency.clone(),
-            known: self.controller.known().collect(),
+            known: self.controller.all_known().collect(),
             seen,
         }
     }
@@ -279,7 +279,7 @@ impl Collected {
 // === impl Picture ===
 
 impl Picture {
-    fn render(self, collected: Collected, asked: Vec<Asked>) {
+    fn render(self, collected: Collected, asked: Vec<Reader>) {
         let latencies = collected.latency.clone();
         collected.absorb();
         let latency = latencies.lock();
@@ -290,9 +290,9 @@ impl Picture {
         for asked in asked {
             // A reply that finds nobody waiting any more is nobody's loss.
             let _ = match asked {
-                Asked::Status(reply) => reply
+                Reader::Status(reply) => reply
                     .send(status.get_or_insert_with(|| admin::status::render(&snapshot)).clone()),
-                Asked::Metrics(reply) => reply
+                Reader::Metrics(reply) => reply
                     .send(metrics.get_or_insert_with(|| admin::metrics::render(&snapshot)).clone()),
             };
         }

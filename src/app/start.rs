@@ -4,18 +4,24 @@
 //! Runs on the control thread, which it then hands to the control loop.
 
 use super::admin_api::AdminApi;
-use super::binds::{Binds, Fresh, Refused};
+use super::admin_place;
+use super::asked::Asked;
+use super::binds::{Binds, Fresh};
 use super::control_loop::Control;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
+use super::refused::Refused;
 use super::rendering::{Latencies, Rendering};
-use super::upgrade::{Rarities, Upgrades};
+use super::signals::Signals;
+use super::supervised::{Kept, Snapshot};
+use super::upgrade::{Rarities, Starter, Upgrades};
 use super::upkeep::Upkeep;
 use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
 use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, Token, TokenStore};
 use crate::clock;
-use crate::config::{self, AccessLogTarget, Config, EngineChoice, Loaded};
+use crate::config::{self, AccessLogTarget, Admin, Config, EngineChoice, Loaded, Origin};
+use crate::config::{Problem, Problems, Spot};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
 use crate::net::budget::Budget;
@@ -108,7 +114,7 @@ async fn bring_up(
     mut surroundings: Surroundings,
     requests: mpsc::Sender<Request>,
 ) -> Result<Control, Failure> {
-    let Loaded { config, digest, warnings } =
+    let Loaded { config, digest, warnings, origin } =
         config::load(&options.config).map_err(Failure::Config)?;
     surroundings.confined.check(&config)?;
     let log = match options.logging {
@@ -121,21 +127,27 @@ async fn bring_up(
     for warning in &warnings {
         tracing::warn!("{}:{}:{}: {}", warning.file, warning.line, warning.column, warning.message);
     }
+    // Before anybody can be told that this process serves.
+    let signals = if options.signals { Signals::obey()? } else { Signals::default() };
+    let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
     let (runtime, engine_reason) = choose_runtime(config.process.engine);
     let cpus = cpu::available();
-    let count = config.process.workers.unwrap_or(cpus.len());
+    let count = config.process.workers.unwrap_or_else(|| auto_workers(cpus.len()));
     let descriptors = limits::raise_descriptor_limit();
 
     let (access_log, senders) = AccessLog::start(access_target(&config.log.access), count)
-        .map_err(|error| Failure::Runtime(format!("cannot open the access log: {error}")))?;
-    let token = load_token(&config).map_err(Failure::Runtime)?;
+        .map_err(|error| origin.error(&Spot::AccessLog, access_log_refusal(&error), None))
+        .map_err(|problem| Failure::Config(Problems::from(problem)))?;
+    let token = load_token(&config).map_err(|why| token_problem(&origin, why));
+    let token = token.map_err(|problem| Failure::Config(Problems::from(*problem)))?;
     let Listeners { admin, admin_taken, binds, fresh, not_taken } =
-        listeners(&config, count, &mut surroundings)?;
+        listeners(&config, &origin, count, &mut surroundings, kept)?;
     let mut reception = Reception::default();
     if let Some(before) = &mut surroundings.predecessor {
         reception.inherit(before.take_heartbeats());
     }
-    try_sources(&config).map_err(|(_, why)| Failure::Runtime(why))?;
+    try_sources(&config)
+        .map_err(|(at, why)| Failure::At(Box::new(origin.error(&Spot::Source(at), why, None))))?;
     let heartbeats = reception.prepare(&config).map_err(Failure::Runtime)?;
     reception.adopt(heartbeats);
 
@@ -144,11 +156,15 @@ async fn bring_up(
     if let Some(before) = &surroundings.predecessor {
         let generation = before.generation_of(digest);
         controller.count_on(generation.saturating_sub(1), before.state().serial);
+    } else if let Some(Snapshot { digest: before, state }) = &known {
+        let generation = state.generation.saturating_add(u64::from(*before != digest));
+        controller.count_on(generation.saturating_sub(1), state.serial);
     }
     let tables = TablePublisher::new(controller.current_table());
     let shared = Shared {
         in_flight: Arc::default(),
         gate: Arc::new(Gate::new()),
+        numbers: Arc::default(),
         reports: Arc::new(Reports::new()),
         ended: Arc::default(),
         buffers: Arc::new(Budget::new(config.process.buffers_max)),
@@ -173,9 +189,10 @@ async fn bring_up(
     let mut session_cap = SessionCap::new(descriptors);
     let in_force = session_cap.apply(&config, 0);
     let effects = controller.apply(Event::Configure(in_force), clock::now());
+    let starter = Starter::of(surroundings.supervised.link(), surroundings.program.take());
     let mut control = Control {
         path: options.config.clone(),
-        signals: options.signals,
+        signals,
         digest,
         started_with: Arc::clone(&config),
         config: Arc::clone(&config),
@@ -199,12 +216,16 @@ async fn bring_up(
         runtime,
         engine_reason,
         reloads: ReloadCounts::default(),
+        watcher: None,
+        asked: Asked::default(),
         transitions: Default::default(),
         restart_needed: Vec::new(),
         session_cap,
         draining: None,
-        upgrades: Upgrades::new(surroundings.program.take()),
+        leaving: None,
+        upgrades: Upgrades::new(starter),
         notifier: std::mem::take(&mut surroundings.notifier),
+        supervised: std::mem::take(&mut surroundings.supervised),
         watchdog: Watchdog::new(count, clock::now()),
         confined: std::mem::take(&mut surroundings.confined),
         admin: None,
@@ -215,7 +236,12 @@ async fn bring_up(
         rarities_before: Rarities::default(),
     };
     control.perform(effects);
-    let opening = Opening { admin, admin_taken, fresh, not_taken, requests };
+    if let Some(Snapshot { state, .. }) = &known {
+        let effects = control.controller.adopt(state, clock::now());
+        control.perform(effects);
+    }
+    control.signals.let_through();
+    let opening = Opening { admin, admin_taken, fresh, not_taken, requests, origin };
     let predecessor = surroundings.predecessor.take();
     match control.open(opening, binds, &surroundings.pid_file, predecessor).await {
         Ok(()) => Ok(control),
@@ -244,29 +270,56 @@ struct Listeners {
 /// Takes what this process was given, and binds the rest.
 fn listeners(
     config: &Config,
+    origin: &Origin,
     workers: usize,
     surroundings: &mut Surroundings,
+    mut kept: Kept,
 ) -> Result<Listeners, Failure> {
     let mut binds = Binds::new(workers);
-    let mut admin = None;
+    let mut passed = surroundings.activated.take().or_else(|| kept.activated.take());
+    let mut admin = passed.as_mut().and_then(|passed| passed.take_admin(config));
+    let settled = match &admin {
+        Some(_) => config.admin.clone(),
+        None => admin_settled(config, surroundings)?,
+    };
     if let Some(before) = &mut surroundings.predecessor {
         binds.inherit(before.take_sockets());
-        admin = before.take_admin(config);
-    } else if let Some(mut activated) = surroundings.activated.take() {
-        admin = activated.take_admin(config);
+        admin = before.take_admin(&settled);
+    } else if let Some(activated) = passed {
         binds.inherit(activated.take_sockets(config)?);
+    } else {
+        admin = kept.take_admin(&settled);
+        binds.inherit(kept.take_binds());
     }
     let admin_taken = admin.is_some();
     let admin = match admin {
         Some(admin) => admin,
-        None => admin::bind(&config.admin).map_err(|e| Failure::Runtime(e.to_string()))?,
+        None => admin::bind(&settled).map_err(|error| {
+            Failure::At(Box::new(origin.error(&Spot::AdminListen, error.to_string(), None)))
+        })?,
     };
-    let mut fresh = reserve(&mut binds, config, surroundings.predecessor.as_ref())?;
-    if surroundings.predecessor.is_none() {
-        fresh.start().map_err(|refused| Failure::Runtime(refused.to_string()))?;
+    let known = &surroundings.confined.in_the_way;
+    let at = |refused: Refused| Failure::At(Box::new(refused.with(known).problem(config, origin)));
+    let before = surroundings.predecessor.as_ref();
+    let mut fresh = reserve(&mut binds, config, before).map_err(at)?;
+    if before.is_none() {
+        fresh.start().map_err(at)?;
     }
     let not_taken = binds.disclaim(&fresh);
     Ok(Listeners { admin, admin_taken, binds, fresh, not_taken })
+}
+
+/// Where the admin API listens; a line in the log if that is not the usual place.
+fn admin_settled(config: &Config, surroundings: &mut Surroundings) -> Result<Admin, Failure> {
+    let before = surroundings.predecessor.as_ref().and_then(Predecessor::admin_listen);
+    let place = match surroundings.confined.admin.take() {
+        Some(place) => place,
+        None => admin_place::settle(&config.admin, before)?,
+    };
+    if let Some(reason) = &place.reason {
+        tracing::info!(address = %place.listen, %reason, "admin API listens in this user's own directory");
+    }
+    Ok(Admin { listen: place.listen, ..config.admin.clone() })
 }
 
 /// Binds what is new. The process before may be about to close an address.
@@ -274,14 +327,12 @@ fn reserve(
     binds: &mut Binds,
     config: &Config,
     before: Option<&Predecessor>,
-) -> Result<Fresh, Failure> {
+) -> Result<Fresh, Refused> {
     let deadline = clock::now() + GIVEN_UP_MAX;
     loop {
         match binds.reserve_new(config) {
             Ok(fresh) => return Ok(fresh),
-            Err(refused) if before.is_none() || clock::now() > deadline => {
-                return Err(Failure::Runtime(refused.to_string()));
-            }
+            Err(refused) if before.is_none() || clock::now() > deadline => return Err(refused),
             Err(_) => clock::pause(GIVEN_UP_STEP),
         }
     }
@@ -294,6 +345,7 @@ struct Opening {
     fresh: Fresh,
     not_taken: Vec<SocketAddr>,
     requests: mpsc::Sender<Request>,
+    origin: Origin,
 }
 
 impl Control {
@@ -306,7 +358,7 @@ impl Control {
         pid_file: &Option<PathBuf>,
         predecessor: Option<Predecessor>,
     ) -> Result<(), Failure> {
-        let Opening { admin, admin_taken, mut fresh, not_taken, requests } = opening;
+        let Opening { admin, admin_taken, mut fresh, not_taken, requests, origin } = opening;
         if let Some(before) = &predecessor {
             let effects = self.controller.adopt(before.state(), clock::now());
             self.perform(effects);
@@ -314,10 +366,11 @@ impl Control {
             let generation = self.controller.generation();
             let known = before.ready(not_taken, admin_taken, generation)?;
             self.take_over(&known);
-            fresh.start().map_err(|refused| Failure::Runtime(refused.to_string()))?;
+            let at = |refused: Refused| refused.problem(&self.config, &origin);
+            fresh.start().map_err(|refused| Failure::At(Box::new(at(refused))))?;
         }
         let (tokens, readiness) = (Arc::clone(&self.tokens), self.readiness.clone());
-        let listen = self.started_with.admin.listen.to_string();
+        let listen = admin.address().to_string();
         let api =
             AdminApi::serve(admin, listen, tokens, requests, readiness, Arc::clone(&self.local))
                 .map_err(|error| {
@@ -329,10 +382,14 @@ impl Control {
             self.follow(draining);
         }
         api.own_file();
+        if let Ok((offered, socket)) = api.offer() {
+            self.supervised.hold_admin(offered, &socket);
+        }
         self.admin = Some(api);
         let config = Arc::clone(&self.config);
         self.binds = binds;
-        self.binds.adopt(fresh, &config, &self.workers);
+        self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.supervised.write_intents(&self.controller);
         announce(self, &config, self.workers.len());
         if let Some(path) = pid_file {
             self.write_pid_file(path.clone());
@@ -381,6 +438,17 @@ fn start_workers(with: Workers<'_>) -> Result<Vec<Worker>, Failure> {
         }
     }
     Ok(workers)
+}
+
+/// One worker per CPU, and no more than a quota of CPU time lets run at once.
+fn auto_workers(cpus: usize) -> usize {
+    match cpu::quota() {
+        Some(quota) if quota < cpus => {
+            tracing::info!(cpus, quota, "a CPU quota allows fewer workers than there are CPUs");
+            quota
+        }
+        _ => cpus,
+    }
 }
 
 /// The engine and, in words, why that one.
@@ -512,16 +580,21 @@ pub(super) fn try_sources(config: &Config) -> Result<(), (IpAddr, String)> {
     Ok(())
 }
 
+/// The token file is unfit.
+pub(super) fn token_problem(origin: &Origin, why: String) -> Box<Problem> {
+    let help = "make one with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)";
+    Box::new(origin.error(&Spot::TokenFile, why, Some(help.to_owned())))
+}
+
+/// What is said of an access log that cannot be opened.
+pub(super) fn access_log_refusal(error: &std::io::Error) -> String {
+    format!("cannot open the access log: {error}")
+}
+
 /// The admin token, where one is configured.
 pub(super) fn load_token(config: &Config) -> Result<Option<Token>, String> {
     let load = |path: &Path| Token::load(path).map_err(|error| error.to_string());
     config.admin.token_file.as_deref().map(load).transpose()
-}
-
-impl std::fmt::Display for Refused {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "cannot listen on {}: {}", self.address, self.error)
-    }
 }
 
 #[cfg(test)]

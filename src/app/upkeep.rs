@@ -5,12 +5,13 @@
 //! do it leaves for the next time.
 
 use super::control_loop::Control;
-use super::pid_file::PidFile;
+use crate::admin::ReloadError;
 use crate::clock;
 use crate::control::Effect;
 use crate::control::ports::{self, PortLimits, PortWatch, Reuse};
 use crate::net::errno;
 use crate::net::ports::LocalPorts;
+use crate::supervisor::pid_file::PidFile;
 use crate::table::state::BackendState;
 use crate::telemetry::counters::LocalAt;
 use std::fs::File;
@@ -128,8 +129,8 @@ impl Control {
     /// the answer, so where we ran short of something it is done later.
     pub(super) async fn reload_when_told(&mut self) {
         let Err(refused) = self.reload().await else { return };
-        let Some(error) = refused.problems.iter().find_map(|problem| shortage(&problem.message))
-        else {
+        let ReloadError::Problems(problems) = refused else { return };
+        let Some(error) = problems.iter().find_map(|problem| shortage(&problem.message)) else {
             return;
         };
         self.local.local_trouble(errno::local_kind(&error), LocalAt::Reload);

@@ -21,13 +21,19 @@ pub struct InFlight(CachePadded<Cells>);
 #[derive(Debug)]
 struct Cells {
     held: AtomicU32,
+    /// Held by the processes before this one; counts towards caps.
+    elsewhere: AtomicU32,
     trial: Trial,
 }
 
 impl InFlight {
     /// Nothing held.
     pub fn new() -> InFlight {
-        InFlight(CachePadded::new(Cells { held: AtomicU32::new(0), trial: Trial::new() }))
+        InFlight(CachePadded::new(Cells {
+            held: AtomicU32::new(0),
+            elsewhere: AtomicU32::new(0),
+            trial: Trial::new(),
+        }))
     }
 
     /// Takes a slot unless `max` are held; a `max` of 0 means no cap. During a
@@ -44,6 +50,7 @@ impl InFlight {
             cell.fetch_add(1, Ordering::Relaxed);
             return true;
         }
+        let max = max.saturating_sub(self.elsewhere());
         let mut held = cell.load(Ordering::Relaxed);
         while held < max {
             match cell.compare_exchange_weak(held, held + 1, Ordering::AcqRel, Ordering::Relaxed) {
@@ -70,7 +77,7 @@ impl InFlight {
     /// Whether [`InFlight::try_enter`] with that `max` would let somebody in.
     #[inline]
     pub fn has_room(&self, max: u32) -> bool {
-        (max == 0 || self.get() < max) && self.0.trial.has_room()
+        (max == 0 || self.total() < max) && self.0.trial.has_room()
     }
 
     /// Gives a slot back. Every successful `try_enter` is left exactly once.
@@ -84,6 +91,23 @@ impl InFlight {
     #[inline]
     pub fn get(&self) -> u32 {
         self.0.held.load(Ordering::Relaxed)
+    }
+
+    /// Sessions that the processes before this one hold, as they last said.
+    #[inline]
+    pub fn elsewhere(&self) -> u32 {
+        self.0.elsewhere.load(Ordering::Relaxed)
+    }
+
+    /// Notes what the processes before hold. For the controller.
+    pub fn set_elsewhere(&self, sessions: u32) {
+        self.0.elsewhere.store(sessions, Ordering::Relaxed);
+    }
+
+    /// Sessions held by this process and those before.
+    #[inline]
+    pub fn total(&self) -> u32 {
+        self.get().saturating_add(self.elsewhere())
     }
 }
 
@@ -139,6 +163,17 @@ mod tests {
         in_flight.leave();
         assert!(in_flight.try_enter(2));
         assert_eq!(in_flight.get(), 2);
+    }
+
+    #[test]
+    fn what_another_process_holds_counts_towards_the_cap() {
+        let in_flight = InFlight::new();
+        in_flight.set_elsewhere(2);
+        assert!(!in_flight.try_enter(2) && !in_flight.has_room(2));
+        assert!(in_flight.try_enter(3) && !in_flight.try_enter(3));
+        assert_eq!((in_flight.get(), in_flight.total()), (1, 3));
+        in_flight.set_elsewhere(0);
+        assert!(in_flight.has_room(2) && in_flight.try_enter(2));
     }
 
     #[test]

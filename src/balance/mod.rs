@@ -30,7 +30,7 @@ mod source_hash;
 pub mod trial;
 mod two_choices;
 
-use crate::config::Policy;
+use crate::config::{HASH_SLOTS, Policy};
 use crossbeam::utils::CachePadded;
 use in_flight::InFlight;
 use latency::Latency;
@@ -86,8 +86,8 @@ pub enum PickError {
 #[derive(Debug)]
 pub struct Balancer {
     policy: Policy,
-    /// Backends configured in the pool; sizes the Maglev table.
-    pool_size: usize,
+    /// Slots of the Maglev table.
+    hash_slots: u32,
     candidates: Box<[Candidate]>,
     prepared: Prepared,
     /// Whether some candidate has no cap: then there is always room.
@@ -129,17 +129,15 @@ impl Balancer {
         candidates: Vec<Candidate>,
         previous: Option<&Balancer>,
     ) -> Balancer {
-        let pool_size = candidates.len();
-        Balancer::of_pool(policy, candidates, pool_size, previous)
+        Balancer::of_pool(policy, candidates, HASH_SLOTS, previous)
     }
 
-    /// The same for a pool with `pool_size` backends configured, of which
-    /// `candidates` are the ones in service. The size of a Maglev table goes by
-    /// the former, so that it does not change with health.
+    /// The same for a pool with that `hash_slots` (a prime): `source-hash` alone
+    /// uses it. The size of its table never follows the number of backends.
     pub fn of_pool(
         policy: Policy,
         mut candidates: Vec<Candidate>,
-        pool_size: usize,
+        hash_slots: u32,
         previous: Option<&Balancer>,
     ) -> Balancer {
         for candidate in &mut candidates {
@@ -158,11 +156,11 @@ impl Balancer {
             Policy::Random => Prepared::Random(Random::new(&candidates)),
             Policy::TwoChoices => Prepared::TwoChoices(TwoChoices::new(&candidates)),
             Policy::PeakEwma => Prepared::PeakEwma(PeakEwma::new(&candidates)),
-            Policy::SourceHash => Prepared::SourceHash(SourceHash::new(&candidates, pool_size)),
+            Policy::SourceHash => Prepared::SourceHash(SourceHash::new(&candidates, hash_slots)),
         };
         Balancer {
             policy,
-            pool_size,
+            hash_slots,
             prepared,
             uncapped: candidates.iter().any(|c| c.connections_max == 0),
             candidates,
@@ -172,10 +170,9 @@ impl Balancer {
 
     /// Whether [`Balancer::of_pool`] with these arguments would give a balancer
     /// that does the same as this one: then this one can simply stay.
-    pub fn does_for(&self, policy: Policy, candidates: &[Candidate], pool_size: usize) -> bool {
+    pub fn does_for(&self, policy: Policy, candidates: &[Candidate], hash_slots: u32) -> bool {
         self.policy == policy
-            && (policy != Policy::SourceHash
-                || source_hash::slots_for(self.pool_size) == source_hash::slots_for(pool_size))
+            && (policy != Policy::SourceHash || self.hash_slots == hash_slots)
             && self.candidates.len() == candidates.len()
             && self.candidates.iter().zip(candidates).all(|(a, b)| a.is_same_as(b))
     }

@@ -7,7 +7,9 @@
 //! # The mapping, for other implementations
 //!
 //! 1. Sort the candidates by key (the address as text), bytewise.
-//! 2. M = 65,537 for a pool of up to 650 configured backends, else 655,373.
+//! 2. M is the pool's `hash_slots`, a prime. It comes from the configuration
+//!    alone: a size that followed the number of backends would move nearly every
+//!    client whenever it changed.
 //! 3. For each, XXH3-128 of the key with seed [`SEED`]: offset = low 64 bits
 //!    mod M, skip = high 64 bits mod (M - 1) + 1.
 //! 4. Fill by Maglev with weights (see `maglev::fill`).
@@ -25,17 +27,6 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 /// "tidegate" in ASCII. Fixed, so that machines agree without being told.
 const SEED: u64 = 0x7469_6465_6761_7465;
 
-/// Slots for up to [`SMALL_POOL_MAX`] backends: the paper's size. 128 KiB.
-const SLOTS: u32 = 65_537;
-
-/// Backends in a pool beyond which [`SLOTS`] gives each fewer than 100 slots
-/// and shares get more than 1 % apart.
-const SMALL_POOL_MAX: usize = 650;
-
-/// Slots for larger pools, also prime: 100 each up to 6,500 backends, 65 at
-/// 10,000. 2.5 MiB.
-const SLOTS_LARGE: u32 = 655_373;
-
 /// Alternatives hashed before the candidates are gone through in turn.
 const ALTERNATIVES_MAX: u64 = 16;
 
@@ -43,6 +34,8 @@ const ALTERNATIVES_MAX: u64 = 16;
 #[derive(Debug)]
 pub(super) struct SourceHash {
     slots: Slots,
+    /// M: how many slots there are.
+    size: u32,
     /// The candidates' indices, sorted by key.
     canonical: Box<[u32]>,
 }
@@ -54,18 +47,9 @@ enum Slots {
     Wide(Box<[u32]>),
 }
 
-/// Slots for a pool with so many backends configured.
-///
-/// It follows the configuration rather than who is eligible: the size of the
-/// table may not change with health, for with it goes nearly every client.
-pub(super) fn slots_for(pool_size: usize) -> u32 {
-    if pool_size <= SMALL_POOL_MAX { SLOTS } else { SLOTS_LARGE }
-}
-
 impl SourceHash {
-    /// Over `candidates` (at least one) of a pool with `pool_size` backends.
-    pub(super) fn new(candidates: &[Candidate], pool_size: usize) -> SourceHash {
-        let size = slots_for(pool_size.max(candidates.len()));
+    /// Over `candidates` (at least one), with so many slots (a prime).
+    pub(super) fn new(candidates: &[Candidate], size: u32) -> SourceHash {
         let mut canonical: Box<[u32]> = (0..candidates.len() as u32).collect();
         canonical.sort_by_key(|&index| &candidates[index as usize].key);
         let in_order = || canonical.iter().map(|&index| &candidates[index as usize]);
@@ -74,12 +58,12 @@ impl SourceHash {
         let weights: Vec<u32> = in_order().map(|c| c.weight).collect();
         let filled = maglev::fill(size, &preferences, &weights);
         let indices = filled.into_iter().map(|order| canonical[order as usize]);
-        let slots = if size == SLOTS {
+        let slots = if u16::try_from(candidates.len() - 1).is_ok() {
             Slots::Narrow(indices.map(|index| index as u16).collect())
         } else {
             Slots::Wide(indices.collect())
         };
-        SourceHash { slots, canonical }
+        SourceHash { slots, size, canonical }
     }
 
     /// The client's candidate, or its first alternative that can be used.
@@ -106,9 +90,10 @@ impl SourceHash {
 
     #[inline]
     fn at(&self, hash: u64) -> usize {
+        let slot = (hash % u64::from(self.size)) as usize;
         match &self.slots {
-            Slots::Narrow(slots) => slots[(hash % u64::from(SLOTS)) as usize].into(),
-            Slots::Wide(slots) => slots[(hash % u64::from(SLOTS_LARGE)) as usize] as usize,
+            Slots::Narrow(slots) => slots[slot].into(),
+            Slots::Wide(slots) => slots[slot] as usize,
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use super::crew::{self, WorkArgs};
 use super::{Exit, duration};
-use crate::load::{self, Close, Mode, Plan, Report, Window};
+use crate::load::{self, Close, Kind, Mode, Plan, Report, Window};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -95,6 +95,8 @@ Example:
   tidegate bench --to 127.0.0.1:8080 churn --connections 20000 --sources 4
   tidegate backend --listen 127.0.0.1:9000 echo     # something to measure
 
+ping-pong, short and open-loop send --size bytes and wait for --answer bytes: the
+server must answer so, as echo does. An HTTP server does not.
 An interrupt ends the run early and prints what there is. Exit code 3 when
 nothing at all was measured; errors beside results are counted by kind and are
 no failure.";
@@ -121,7 +123,7 @@ pub fn main(args: &BenchArgs) -> Exit {
             if done(args.mode, &report) > 0 {
                 return Exit::Fine;
             }
-            eprintln!("tidegate: bench: nothing was measured");
+            eprintln!("tidegate: bench: nothing was measured{}", hint(args, &report));
             Exit::Failed
         }
         Err(why) => {
@@ -129,6 +131,28 @@ pub fn main(args: &BenchArgs) -> Exit {
             Exit::Failed
         }
     }
+}
+
+/// What the mode needs of a server, if the server seems not to have it.
+fn hint(args: &BenchArgs, report: &Report) -> String {
+    let wrong = [Kind::Excess, Kind::Closed, Kind::Reset, Kind::Unanswered];
+    let count = |kind: &Kind| report.errors(*kind);
+    let asks = matches!(args.mode, ModeName::PingPong | ModeName::Short | ModeName::OpenLoop);
+    if !asks || wrong.iter().all(|kind| count(kind) == 0) {
+        return String::new();
+    }
+    let what = match count(&Kind::Excess) {
+        0 => "gave no answer of that length",
+        _ => "sent more than that",
+    };
+    let name = args.mode.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
+    format!(
+        ": {name} sends --size bytes and waits for --answer bytes (as many, by default); the \
+         server at {} {what}. Measure a server that does so, such as `tidegate backend --listen \
+         IP:PORT echo`. For an HTTP server use an HTTP load generator, or `tidegate bench` with \
+         idle or churn, which ask nothing",
+        args.to
+    )
 }
 
 fn run(args: &BenchArgs, plan: Plan) -> Result<Report, String> {

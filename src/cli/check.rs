@@ -1,22 +1,30 @@
 //! `tidegate check`: every problem of a file with its place, or one line.
 //!
-//! Called by `cli`. It binds nothing and changes nothing.
+//! Called by `cli`. It looks at everything that `run` looks at, on this host and
+//! as this user, and changes nothing.
 
 use super::{CheckArgs, Exit};
-use crate::config::{self, Loaded};
+use crate::app;
+use crate::config::{self, Loaded, Severity};
 use std::io::{IsTerminal, Write};
 
 /// Validates a file: problems and warnings on standard error, a summary of a
 /// good file on standard output.
 pub fn main(args: CheckArgs) -> Exit {
     let colour = std::io::stderr().is_terminal();
-    match config::load(&args.config) {
-        Ok(loaded) => {
-            for warning in &loaded.warnings {
-                eprintln!("{}", warning.render(colour));
+    // The command line takes one of the two.
+    let path = args.file.or(args.config).unwrap_or_default();
+    match config::load(&path) {
+        Ok(mut loaded) => {
+            loaded.warnings.extend(app::preflight(&loaded));
+            for problem in &loaded.warnings {
+                eprintln!("{}", problem.render(colour));
+            }
+            if loaded.warnings.iter().any(|problem| problem.severity == Severity::Error) {
+                return Exit::Refused;
             }
             // A reader that has gone away needs no summary.
-            let _ = writeln!(std::io::stdout(), "{}: {}", args.config.display(), summary(&loaded));
+            let _ = writeln!(std::io::stdout(), "{}: {}", path.display(), summary(&loaded));
             Exit::Fine
         }
         Err(problems) => {

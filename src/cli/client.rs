@@ -5,6 +5,7 @@
 //! shape, not its meaning.
 
 use super::Exit;
+use super::reach::{Reached, Stream, connect};
 use clap::Args;
 use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
 use hyper::body::Bytes;
@@ -19,15 +20,18 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 /// How to reach a running balancer.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
-    /// Admin address: unix:PATH or IP:PORT.
-    #[arg(long, value_name = "ADDR", default_value = "unix:/run/tidegate/admin.sock")]
-    pub admin: Address,
+    /// Admin address: unix:PATH or IP:PORT. Default: $TIDEGATE_ADMIN, else what
+    /// --config names, else unix:/run/tidegate/admin.sock, else this user's own.
+    #[arg(long, value_name = "ADDR")]
+    pub admin: Option<Address>,
+    /// Configuration of the balancer: says where the admin API listens.
+    #[arg(long, short, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Print the API's JSON.
     #[arg(long)]
     pub json: bool,
@@ -48,16 +52,13 @@ pub enum Address {
 /// A request refused, or no answer at all; displays for standard error.
 #[derive(Debug)]
 pub enum ClientError {
-    /// The token file is unfit.
-    Token(String),
+    /// What to ask with is unfit: a token file, an admin address.
+    Request(String),
     /// The balancer said no: its JSON, or its text where that is none.
     Refused(Value),
     /// Nobody answered, or not as the admin API does.
     Unreachable(String),
 }
-
-/// A live balancer accepts at once.
-const CONNECT_MAX: Duration = Duration::from_secs(5);
 
 /// The API itself gives its control loop 5 s and answers in any case.
 const ANSWER_MAX: Duration = Duration::from_secs(15);
@@ -83,28 +84,34 @@ pub fn ask_within(
     path: &str,
     limit: Duration,
 ) -> Result<String, ClientError> {
-    let token = args.token_file.as_deref().map(read_token).transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| ClientError::Unreachable(format!("cannot start: {error}")))?;
-    runtime.block_on(exchange(&args.admin, method, path, token.as_deref(), limit))
+    let reached = Reached::balancer(args)?;
+    let token = args.token_file.as_deref().or(reached.token_file.as_deref());
+    let token = token.map(read_token).transpose()?;
+    runtime.block_on(async {
+        let (address, stream) = connect(&reached.places).await?;
+        exchange(&address, stream, method, path, token.as_deref(), limit).await
+    })
 }
 
-fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
+pub(super) fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
     let text = std::fs::read_to_string(path).map_err(|error| {
-        ClientError::Token(format!("cannot read the token file {}: {error}", path.display()))
+        ClientError::Request(format!("cannot read the token file {}: {error}", path.display()))
     })?;
     let token = text.trim();
     if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
         let path = path.display();
-        return Err(ClientError::Token(format!("the token file {path} holds no token")));
+        return Err(ClientError::Request(format!("the token file {path} holds no token")));
     }
     Ok(token.to_owned())
 }
 
 async fn exchange(
     address: &Address,
+    stream: Stream,
     method: Method,
     path: &str,
     token: Option<&str>,
@@ -122,16 +129,6 @@ async fn exchange(
         request = request.header(AUTHORIZATION, format!("Bearer {token}"));
     }
     let request = request.body(Empty::new()).map_err(|error| unreachable(&error))?;
-    let connected = async {
-        match address {
-            Address::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
-            Address::Tcp(to) => Ok::<_, io::Error>(Stream::Tcp(TcpStream::connect(to).await?)),
-        }
-    };
-    let stream = match timeout(CONNECT_MAX, connected).await {
-        Ok(connected) => connected.map_err(|error| unreachable(&error))?,
-        Err(_) => return Err(unreachable(&format!("no connection within {CONNECT_MAX:?}"))),
-    };
     let answered = async {
         match stream {
             Stream::Unix(stream) => answer(stream, request).await,
@@ -143,11 +140,6 @@ async fn exchange(
         Err(_) => return Err(unreachable(&format!("no answer within {limit:?}"))),
     };
     judge(status, body, address)
-}
-
-enum Stream {
-    Unix(UnixStream),
-    Tcp(TcpStream),
 }
 
 async fn answer(
@@ -178,7 +170,13 @@ fn judge(status: StatusCode, body: String, address: &Address) -> Result<String, 
     let value =
         serde_json::from_str::<Value>(&body).ok().filter(|value| value["error"].is_string());
     match value {
-        Some(value) if status.is_client_error() => Err(ClientError::Refused(value)),
+        Some(mut value) if status.is_client_error() => {
+            if status == StatusCode::UNAUTHORIZED {
+                value["hint"] =
+                    "give the token of [admin] token_file with --token-file FILE".into();
+            }
+            Err(ClientError::Refused(value))
+        }
         Some(value) => Err(ClientError::Unreachable(format!(
             "the balancer at {address} cannot answer: {}",
             sentence(&value)
@@ -192,9 +190,10 @@ fn judge(status: StatusCode, body: String, address: &Address) -> Result<String, 
 /// `error: detail` of an error answer.
 fn sentence(value: &Value) -> String {
     let error = value["error"].as_str().unwrap_or_default();
+    let hint = value["hint"].as_str().map_or_else(String::new, |hint| format!("; {hint}"));
     match value["detail"].as_str() {
-        Some(detail) if !detail.is_empty() => format!("{error}: {detail}"),
-        _ => error.to_owned(),
+        Some(detail) if !detail.is_empty() => format!("{error}: {detail}{hint}"),
+        _ => format!("{error}{hint}"),
     }
 }
 
@@ -238,7 +237,7 @@ pub fn report(
 fn fail(args: &ClientArgs, error: &ClientError) -> Exit {
     match error {
         ClientError::Unreachable(text) => complain(&format!("tidegate: {text}"), Exit::Failed),
-        ClientError::Token(text) => complain(&format!("tidegate: {text}"), Exit::Refused),
+        ClientError::Request(text) => complain(&format!("tidegate: {text}"), Exit::Refused),
         ClientError::Refused(value) => {
             if args.json {
                 print(&value.to_string());
@@ -254,7 +253,9 @@ fn refusal(value: &Value) -> String {
         let file = problem["file"].as_str()?;
         let (line, column) = (problem["line"].as_u64()?, problem["column"].as_u64()?);
         let message = problem["message"].as_str()?;
-        Some(format!("{file}:{line}:{column}: error: {message}"))
+        let plain = || format!("{file}:{line}:{column}: error: {message}");
+        // An older balancer sends no rendered text.
+        Some(problem["rendered"].as_str().map_or_else(plain, |text| format!("{text}\n")))
     };
     let problems = value["problems"].as_array().into_iter().flatten();
     let mut lines: Vec<String> = problems.filter_map(problem).collect();
@@ -347,6 +348,13 @@ mod tests {
             "problems": [{"file": "t.toml", "line": 3, "column": 7, "message": "no such pool"}],
         });
         assert_eq!(refusal(&value), "t.toml:3:7: error: no such pool\ntidegate: refused");
+        let rendered = "t.toml:3:7: error: no such pool\n3 | pool = \"x\"";
+        let value = json!({
+            "error": "refused", "detail": "1 problem",
+            "problems": [{"file": "t.toml", "line": 3, "column": 7, "message": "no such pool",
+                          "rendered": rendered}],
+        });
+        assert_eq!(refusal(&value), format!("{rendered}\n\ntidegate: refused"));
         let value = json!({"error": "unknown pool", "detail": "no pool is named \"x\""});
         assert_eq!(refusal(&value), "tidegate: unknown pool: no pool is named \"x\"");
     }
@@ -362,6 +370,10 @@ mod tests {
             judged(StatusCode::SERVICE_UNAVAILABLE, said),
             Err(ClientError::Unreachable(_))
         ));
+        let Err(ClientError::Refused(value)) = judged(StatusCode::UNAUTHORIZED, said) else {
+            panic!("not refused");
+        };
+        assert!(refusal(&value).contains("--token-file FILE"), "{}", refusal(&value));
         let foreign = judged(StatusCode::NOT_FOUND, "<html>");
         assert!(matches!(foreign, Err(ClientError::Unreachable(_))));
     }

@@ -1,16 +1,19 @@
-//! `tidegate demo`: a balancer and its backends in one process, shown at work.
+//! `tidegate demo`: a balancer and its backends, shown at work.
 //!
 //! Called by the command line. It needs no configuration, no privileges and no
 //! network but loopback; it never says anything it did not measure in the same
 //! run, and it leaves nothing behind.
 //!
 //! The files: `backends` (the built-in servers), `place` (temporary directory
-//! and configuration), `balancer` (starting and asking the real one), `traffic`
-//! (the clients), `show` (what is done in which order, and what must hold),
+//! and configuration), `balancer` (starting and asking the real one, a process of its
+//! own), `traffic`
+//! (the clients), `show` (what is done in which order, and what must hold), `change`
+//! (its reload, its explanation and its upgrade),
 //! `split` (measured against expected), `screen` (what people see).
 
 mod backends;
 mod balancer;
+mod change;
 mod place;
 mod screen;
 mod show;
@@ -18,20 +21,22 @@ mod split;
 mod traffic;
 
 use super::{DemoArgs, Exit};
-use crate::app;
 use crate::clock;
 use backends::Backends;
-use balancer::Balancer;
+use balancer::{Balancer, Ended};
 use place::Place;
 use screen::{Gone, Screen};
-use show::{Show, Verdict};
+use show::{Show, Time, Verdict};
 use std::io;
 use std::time::Duration;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Everything there is to show takes this long.
-const LENGTH_MIN: Duration = Duration::from_secs(3);
+const LENGTH_MIN: Duration = Duration::from_secs(5);
+
+/// Left to the sessions of a demo that takes longer than it was to.
+const DRAIN_MORE: Duration = Duration::from_secs(60);
 
 /// What could not even be started.
 type Trouble = String;
@@ -62,7 +67,8 @@ fn run(args: &DemoArgs) -> Result<Exit, Trouble> {
 
     let backends = Backends::start(usize::from(args.backends))
         .map_err(|error| format!("cannot start the backends: {error}"))?;
-    let place = Place::create().map_err(|error| error.to_string())?;
+    let drain = length + args.play.unwrap_or_default() + DRAIN_MORE;
+    let place = Place::create(drain).map_err(|error| error.to_string())?;
     let balancer = Balancer::start(&place, backends.all())?;
 
     let screen = Screen::new(length);
@@ -71,7 +77,8 @@ fn run(args: &DemoArgs) -> Result<Exit, Trouble> {
         let takes = humantime::format_duration(LENGTH_MIN);
         let _ = screen.line(&format!("--for {asked} is too short to show everything: {takes}"));
     }
-    let show = Show::new(&screen, &backends, &place, &balancer, started, length);
+    let time = Time { started, length, play: args.play };
+    let show = Show::new(&screen, &backends, &place, &balancer, time);
     let verdict = runtime.block_on(async {
         tokio::select! {
             ended = show.run() => ended.unwrap_or_else(|Gone| show.cut_short("nobody reads on")),
@@ -86,19 +93,15 @@ fn run(args: &DemoArgs) -> Result<Exit, Trouble> {
 
 /// Waits for the balancer's end and sums up.
 fn finish(screen: &Screen, balancer: Balancer, mut verdict: Verdict) -> Exit {
-    match balancer.wait() {
-        app::Exit::Drained { cut: 0 } => {
-            verdict.summary.push("drained: every session ended by itself, none was cut".to_owned());
-        }
-        app::Exit::Drained { cut } if verdict.cut_short => {
-            verdict.summary.push(format!("drained: {cut} sessions were cut"));
-        }
-        app::Exit::Drained { cut } => {
-            verdict.broken.push(format!("{cut} sessions were cut when the balancer drained"));
-        }
-        app::Exit::Forced | app::Exit::WorkerDied | app::Exit::ControlDied => {
-            verdict.broken.push("the balancer did not come to its end in order".to_owned());
-        }
+    let Ended { cut, broken } = balancer.wait();
+    if !broken.is_empty() {
+        verdict.broken.extend(broken);
+    } else if cut == 0 {
+        verdict.summary.push("drained: every session ended by itself, none was cut".to_owned());
+    } else if verdict.cut_short {
+        verdict.summary.push(format!("drained: {cut} sessions were cut"));
+    } else {
+        verdict.broken.push(format!("{cut} sessions were cut when the balancer drained"));
     }
     screen.close();
     let _ = screen.line("");

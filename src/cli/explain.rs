@@ -5,7 +5,8 @@
 //! as `-`.
 
 use super::client::{ask, printable, report, segment};
-use super::status::{age, list, word};
+use super::status::{age, list, plural, terminal_width, word};
+use super::table::wrap;
 use super::{DrainArgs, Exit};
 use hyper::Method;
 use serde_json::Value;
@@ -16,7 +17,8 @@ pub fn main(args: &DrainArgs) -> Exit {
     let (pool, backend) = (segment(&args.target.pool), segment(&args.target.backend));
     let path = format!("/v1/pools/{pool}/backends/{backend}/explain");
     let answer = ask(&args.client, Method::GET, &path);
-    report(&args.client, answer, |facts| printable(&render(facts)))
+    let width = terminal_width();
+    report(&args.client, answer, |facts| wrap(&printable(&render(facts)), width))
 }
 
 fn render(facts: &Value) -> String {
@@ -45,6 +47,7 @@ fn render(facts: &Value) -> String {
     line("Weight", weight(&facts["weight"]));
     line("Sessions", sessions(facts));
     line("Slow start", slow_start(&facts["slow_start"]));
+    line("Failures", failures(&facts["failures"]));
     line("Probes", probes(&facts["probe"]));
     line("Heartbeats", heartbeats(&facts["heartbeat"]));
     line("Ejection", ejection(&facts["ejection"]));
@@ -56,6 +59,9 @@ fn render(facts: &Value) -> String {
 
 fn verdict(facts: &Value) -> String {
     match facts["eligible"].as_bool() {
+        Some(true) if !facts["ejection"]["trial_seconds"].is_null() => {
+            "TAKES one trial session at a time".to_owned()
+        }
         Some(true) => "TAKES new sessions".to_owned(),
         Some(false) => "takes NO new sessions".to_owned(),
         None => "-".to_owned(),
@@ -92,6 +98,29 @@ fn slow_start(ramp: &Value) -> String {
     format!("{percent}% after {since} of {}", age(&ramp["takes_seconds"]))
 }
 
+fn failures(failures: &Value) -> String {
+    let within = short(&failures["within_seconds"]);
+    let mut text = match &failures["last"] {
+        Value::Null => format!("none in the last {within}"),
+        last => format!(
+            "{}, {} before a first byte in the last {within}; last {} ago: {}",
+            plural(&failures["connects"], "failed connect"),
+            plural(&failures["early_resets"], "reset"),
+            short(&failures["last_seconds_ago"]),
+            word(last),
+        ),
+    };
+    if failures["in_a_row"].as_u64().is_some_and(|row| row > 0) {
+        let _ = write!(text, "; {} in a row", word(&failures["in_a_row"]));
+        if !failures["eject_at"].is_null() {
+            let _ = write!(text, ", {} eject it", word(&failures["eject_at"]));
+        }
+    }
+    let _ =
+        write!(text, "; {} since the start", plural(&failures["connects_total"], "failed connect"));
+    text
+}
+
 fn probes(probe: &Value) -> String {
     if probe.is_null() {
         return "none in this pool".to_owned();
@@ -102,12 +131,13 @@ fn probes(probe: &Value) -> String {
         (0, 0, 0) => String::new(),
         (0, 0, well) => format!("; {well} of {} successes in a row", word(&probe["rise"])),
         (failed, connects, _) => format!(
-            "; {failed} probes and {connects} connects failed in a row, {} take it out",
+            "; {} and {} failed in a row, {} take it out",
+            plural(&failed.into(), "probe"),
+            plural(&connects.into(), "connect"),
             word(&probe["fall"])
         ),
     };
-    let open =
-        if probe["fails_open"] == true { "; taken for well until its first result" } else { "" };
+    let open = if probe["fails_open"] == true { "; it serves until its first result" } else { "" };
     format!(
         "{} for {} ({} each {}){row}{open}",
         word(&probe["observation"]),
@@ -123,8 +153,10 @@ fn heartbeats(heartbeat: &Value) -> String {
     }
     let needed = if heartbeat["required"] == true { "required" } else { "not required" };
     let sender = &heartbeat["sender"];
+    let rejected = rejected(&heartbeat["rejected"]);
     if sender.is_null() {
-        return format!("{} ({needed}); none heard", word(&heartbeat["pulse"]));
+        let text = format!("{} ({needed}); none heard\n{rejected}", word(&heartbeat["pulse"]));
+        return text.trim_end().to_owned();
     }
     let mut text = format!(
         "{} ({needed}); last one {} ago, suspect after {}, expires after {}\n",
@@ -145,36 +177,60 @@ fn heartbeats(heartbeat: &Value) -> String {
     );
     let _ = writeln!(
         text,
-        "rhythm: each {} (learned {}), jitter {}, {}% lost, {} may be missing in a row",
+        "rhythm: each {} (learned {}), jitter {}; {} may be missing in a row, at a loss of {}%",
         short(&sender["interval_seconds"]),
         short(&sender["interval_learned_seconds"]),
         short(&sender["jitter_seconds"]),
-        percent(&sender["loss"]),
         word(&sender["missing_allowed"]),
+        percent(&sender["loss"]),
     );
     let _ = writeln!(
         text,
-        "detector: {} for {}, {} suspicions, {} times down, phi {} (normal) {} (exponential)",
+        "detector: {} for {}, {}, {} down, phi {} (normal) {} (exponential)",
         word(&sender["detector"]),
         age(&sender["detector_seconds"]),
-        word(&sender["suspicions_total"]),
-        word(&sender["downs_total"]),
+        plural(&sender["suspicions_total"], "suspicion"),
+        plural(&sender["downs_total"], "time"),
         word(&sender["phi_normal"]),
         word(&sender["phi_exponential"]),
     );
     let _ = writeln!(
         text,
-        "key {}, incarnation {}, sequence {}; {} received, {} lost in {}",
+        "key {}, incarnation {}, sequence {}; {} received, {} lost ({}%) in {}",
         word(&sender["key"]),
         word(&sender["incarnation"]),
         word(&sender["sequence"]),
         word(&sender["received_total"]),
         word(&sender["lost_total"]),
+        percent(&sender["lost_share"]),
         age(&sender["known_seconds"]),
     );
     if !sender["held"].is_null() {
         let _ = writeln!(text, "HELD, though confirmed to be gone: {}", word(&sender["held"]));
     }
+    text + &rejected
+}
+
+/// The last heartbeat in its name that was rejected; empty where there is none.
+fn rejected(last: &Value) -> String {
+    if last.is_null() {
+        return String::new();
+    }
+    let mut text = format!(
+        "rejected: {} so far, last {} ago from {} (key {}): {}",
+        word(&last["total"]),
+        age(&last["seconds_ago"]),
+        word(&last["from"]),
+        word(&last["key"]),
+        word(&last["reason"]),
+    );
+    if let Some(skew) = last["skew_seconds"].as_f64() {
+        let way = if skew < 0.0 { "behind" } else { "ahead" };
+        let _ = write!(text, ", its clock is {} {way}", short(&skew.abs().into()));
+    }
+    let proof =
+        if last["signed"] == true { "" } else { "; NOT SIGNED, so anything may have sent it" };
+    let _ = write!(text, "{proof}\n  {}", word(&last["help"]));
     text
 }
 
@@ -191,6 +247,9 @@ fn ejection(ejection: &Value) -> String {
             word(&ejection["in_a_row"])
         );
     }
+    if !ejection["trial_seconds"].is_null() {
+        return format!("ON TRIAL for {}; {counts}", age(&ejection["trial_seconds"]));
+    }
     if ejection["on"] == false {
         return "off in this pool".to_owned();
     }
@@ -200,7 +259,9 @@ fn ejection(ejection: &Value) -> String {
 fn guards(guards: &Value) -> String {
     let mut text = String::new();
     if guards["channel_silent"] == true {
-        text.push_str("NO HEARTBEATS AT ALL arrive: silence makes nobody suspect, probes decide\n");
+        text.push_str(
+            "NO HEARTBEATS AT ALL arrive: silence makes no backend suspect, probes decide\n",
+        );
     }
     for (key, whom) in [("pool_frozen", "this pool"), ("all_frozen", "any pool")] {
         let frozen = &guards[key];
@@ -276,7 +337,7 @@ mod tests {
             "state": "ready", "state_seconds": 7300.0, "key": 1, "incarnation": 17,
             "sequence": 72000, "weight_asked": 10, "load": 500, "load_smoothed": 480.2,
             "in_flight": 3, "known_seconds": 7300.0, "detector": "down", "detector_seconds": 75.0,
-            "received_total": 71990, "lost_total": 10, "loss": 0.001, "jitter_seconds": 0.0012,
+            "received_total": 71990, "lost_total": 10, "lost_share": 0.0, "loss": 0.001, "jitter_seconds": 0.0012,
             "interval_seconds": 0.1, "interval_learned_seconds": 0.1, "missing_allowed": 3,
             "timeout_seconds": 0.325, "silent_seconds": 75.6, "ttl_seconds": 10.0,
             "phi_normal": 300.0, "phi_exponential": 300.0,
@@ -305,6 +366,9 @@ mod tests {
             "connections_max": 0, "connections_max_in_force": 0, "sessions_active": 3,
             "weight": weight, "probe": null, "slow_start": null,
             "heartbeat": {"required": true, "pulse": "silent", "sender": sender},
+            "failures": {"within_seconds": 12.0, "connects": 3, "early_resets": 1,
+                "last": "connection refused", "last_seconds_ago": 1.25, "in_a_row": 2,
+                "eject_at": 5, "connects_total": 9},
             "ejection": {"on": true, "ejected": false, "total": 0, "held_total": 0},
             "guards": guards, "history": history,
         });
@@ -317,18 +381,19 @@ mod tests {
             Weight      0 = 10 x 0% (health) x 100% (slow start) x 65% (load)
             Sessions    3 now, no cap
             Slow start  none under way
+            Failures    3 failed connects, 1 reset before a first byte in the last 12 s; last 1.25 s ago: connection refused; 2 in a row, 5 eject it; 9 failed connects since the start
             Probes      none in this pool
             Heartbeats  silent (required); last one 1m 15s ago, suspect after 325 ms, expires after 10 s
                         sender: ready for 2h 1m, asks for weight 10, load 500 of 1000 (480 smoothed), 3 connections
-                        rhythm: each 100 ms (learned 100 ms), jitter 1.2 ms, 0.1% lost, 3 may be missing in a row
-                        detector: down for 1m 15s, 1 suspicions, 1 times down, phi 300.0 (normal) 300.0 (exponential)
-                        key 1, incarnation 17, sequence 72000; 71990 received, 10 lost in 2h 1m
+                        rhythm: each 100 ms (learned 100 ms), jitter 1.2 ms; 3 may be missing in a row, at a loss of 0.1%
+                        detector: down for 1m 15s, 1 suspicion, 1 time down, phi 300.0 (normal) 300.0 (exponential)
+                        key 1, incarnation 17, sequence 72000; 71990 received, 10 lost (0.0%) in 2h 1m
             Ejection    not now; 0 so far, 0 held back by the pool's guard
-            Guards      FROZEN for 0s: no silent backend of this pool is taken out: 2 of 4 backends became suspect together
+            Guards      FROZEN for 600ms: no silent backend of this pool is taken out: 2 of 4 backends became suspect together
                         senders in this pool: 5, heard 2, suspect 2, down 1; at most 50% may be out
 
             What happened, newest first:
-                1m 15s ago  suspect -> down      after 0s       2 confirming probes failed
+                1m 15s ago  suspect -> down      after 200ms    2 confirming probes failed
                 1m 15s ago  up -> suspect        after 1h 56m   no heartbeat for 325 ms
         "#]]
         .assert_eq(&render(&facts));

@@ -21,8 +21,10 @@ use crate::config::{BackendAddress, ProbeKind, ProbeSpec};
 use crate::health::ProbeOutcome;
 use crate::health::probe;
 use crate::heartbeat::sender::{Sender, Settings};
+use crate::heartbeat::trust::SKEW_MAX;
 use crate::heartbeat::wire::Identity;
 use crate::heartbeat::{SenderState, key_file};
+use crate::net::{ntp, sock_diag};
 use clap::{Args, ValueEnum};
 use std::future::Future;
 use std::io;
@@ -105,7 +107,7 @@ while running, or a second signal.";
 /// Longest a check may take.
 const CHECK_TIMEOUT_MAX: Duration = Duration::from_secs(1);
 
-/// Reading /proc/net/tcp costs the kernel a walk over all connections.
+/// Counting costs the kernel a walk over all connections.
 const COUNT_EVERY: Duration = Duration::from_secs(1);
 
 /// Where Linux lists connections (proc(5)), of this network namespace.
@@ -147,6 +149,7 @@ pub fn main(args: &HeartbeatArgs) -> Exit {
 async fn run(args: &HeartbeatArgs, settings: Settings) -> io::Result<Exit> {
     // Before the first heartbeat, which must not be the last unless it says so.
     let mut stop = Stop::listen()?;
+    warn_of_clock();
     let sender = Sender::start(settings)?;
     sender.set_weight(args.weight);
     tokio::select! {
@@ -169,6 +172,18 @@ async fn run(args: &HeartbeatArgs, settings: Settings) -> io::Result<Exit> {
     crew::print("stopping");
     sender.close();
     Ok(Exit::Fine)
+}
+
+/// Balancers answer nothing, so a sender cannot tell that its clock makes them
+/// reject its heartbeats. What can be known here is whether the clock is kept.
+fn warn_of_clock() {
+    if ntp::is_synchronised() == Some(false) {
+        let most = humantime::format_duration(SKEW_MAX);
+        eprintln!(
+            "tidegate: heartbeat: the kernel says that this clock is not synchronised; \
+             balancers reject heartbeats of a clock that is more than {most} off theirs"
+        );
+    }
 }
 
 /// Checks the service for ever.
@@ -274,8 +289,13 @@ fn spec(args: &HeartbeatArgs) -> Option<ProbeSpec> {
     })
 }
 
-/// Established connections the service at `local` has accepted.
+/// Established connections the service at `local` has accepted: from sock_diag,
+/// or from /proc where the kernel has no sock_diag or something forbids it.
 fn established(local: SocketAddr) -> io::Result<u32> {
+    sock_diag::established(local).or_else(|_| established_by_proc(local))
+}
+
+fn established_by_proc(local: SocketAddr) -> io::Result<u32> {
     let mut sum = 0_u32;
     for table in TABLES {
         match std::fs::read_to_string(table) {
@@ -322,7 +342,10 @@ fn listed_address(text: &str) -> Option<SocketAddr> {
 
 fn peer(text: &str) -> Result<SocketAddr, String> {
     match text.parse::<SocketAddr>() {
-        Ok(address) if address.port() != 0 && !address.ip().is_unspecified() => Ok(address),
+        Ok(address) if address.port() != 0 && !address.ip().is_unspecified() => {
+            // IPv4 mapped into IPv6 is the IPv4 address everywhere.
+            Ok(SocketAddr::new(address.ip().to_canonical(), address.port()))
+        }
         _ => Err("an address and a port such as 10.0.0.5:7946 are needed".to_owned()),
     }
 }
@@ -372,15 +395,19 @@ mod tests {
         assert_eq!(established(address).unwrap(), 0);
         let clients: Vec<_> =
             (0..3).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
-        settles_at(address, 3);
+        for count in [established, established_by_proc] {
+            settles_at(count, address, 3);
+        }
         drop(clients);
-        settles_at(address, 0);
+        for count in [established, established_by_proc] {
+            settles_at(count, address, 0);
+        }
     }
 
     /// The kernel's table may show a line twice, or not at all, where it changes
     /// while it is read.
-    fn settles_at(address: SocketAddr, count: u32) {
-        let seen: Vec<_> = (0..100).map(|_| established(address).unwrap()).collect();
+    fn settles_at(counts: fn(SocketAddr) -> io::Result<u32>, address: SocketAddr, count: u32) {
+        let seen: Vec<_> = (0..100).map(|_| counts(address).unwrap()).collect();
         assert!(seen.contains(&count), "{seen:?}");
     }
 

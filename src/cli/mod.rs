@@ -13,14 +13,18 @@ pub mod demo;
 pub mod drain;
 pub mod explain;
 pub mod heartbeat;
+mod reach;
+pub mod ready;
 pub mod reload;
 pub mod run;
 pub mod selftest;
 pub mod shutdown;
 pub mod status;
 pub mod streams;
+mod table;
 pub mod upgrade;
 
+use crate::net::signals;
 use clap::{Args, Parser, Subcommand};
 use client::ClientArgs;
 use std::path::PathBuf;
@@ -65,15 +69,21 @@ pub enum Command {
     ///
     /// SIGTERM and SIGINT drain and exit, a second one exits at once; SIGHUP
     /// reloads the configuration; SIGUSR2 upgrades the binary in place.
-    #[command(after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml")]
+    #[command(
+        alias = "start",
+        after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml"
+    )]
     Run(RunArgs),
     /// Validate a configuration: print every problem with its place.
     #[command(after_help = "Example:\n  tidegate check --config /etc/tidegate/tidegate.toml")]
     Check(CheckArgs),
     /// Show the balancer at work: built-in backends, one of which dies and
-    /// comes back, in one process.
-    #[command(after_help = "Example:\n  tidegate demo --backends 4 --for 30s")]
+    /// comes back, a reload and an upgrade under load.
+    #[command(after_help = "Example:\n  tidegate demo --backends 4 --play 5m")]
     Demo(DemoArgs),
+    /// Say by the exit code whether the running balancer takes new clients.
+    #[command(after_help = ready::HELP)]
+    Ready(ClientArgs),
     /// Have the running balancer read its configuration again.
     #[command(after_help = "Example:\n  tidegate reload --admin unix:/run/tidegate/admin.sock")]
     Reload(ClientArgs),
@@ -88,13 +98,14 @@ pub enum Command {
     #[command(after_help = "Example:\n  tidegate explain web/10.0.0.11:8080")]
     Explain(DrainArgs),
     /// Give a backend no new sessions; the ones it has run to their end.
-    #[command(after_help = "Example:\n  tidegate drain web/10.0.0.11:8080")]
-    Drain(DrainArgs),
+    #[command(after_help = drain::HELP)]
+    Drain(drain::DrainOrder),
     /// Give a drained backend new sessions again.
     #[command(after_help = "Example:\n  tidegate undrain web/10.0.0.11:8080")]
     Undrain(DrainArgs),
     /// Have the running balancer drain and exit, as SIGTERM does.
     #[command(
+        alias = "stop",
         after_help = "Example:\n  tidegate shutdown --admin 127.0.0.1:9900 --token-file token"
     )]
     Shutdown(ClientArgs),
@@ -123,17 +134,23 @@ pub struct RunArgs {
     /// Configuration file (TOML).
     #[arg(long, short, value_name = "FILE")]
     pub config: PathBuf,
-    /// File to leave the process's number in while it serves.
+    /// File to leave the number of the process to be signalled in while it serves.
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
+    /// Serve in this process, without a supervisor.
+    #[arg(long)]
+    pub single: bool,
 }
 
 /// `tidegate check`
 #[derive(Debug, Args)]
 pub struct CheckArgs {
     /// Configuration file (TOML).
+    #[arg(value_name = "FILE", required_unless_present = "config", conflicts_with = "config")]
+    pub file: Option<PathBuf>,
+    /// The same, as `run` takes it.
     #[arg(long, short, value_name = "FILE")]
-    pub config: PathBuf,
+    pub config: Option<PathBuf>,
 }
 
 /// `tidegate demo`
@@ -142,12 +159,15 @@ pub struct DemoArgs {
     /// Built-in backends to start.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub backends: u16,
-    /// How long to go on, such as 10s or 1m.
-    #[arg(long = "for", value_name = "TIME", default_value = "10s", value_parser = duration)]
+    /// Length of the demo, such as 20s or 1m.
+    #[arg(long = "for", value_name = "TIME", default_value = "40s", value_parser = duration)]
     pub duration: Duration,
+    /// Time at the end to try the balancer; default: what is left of --for.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub play: Option<Duration>,
 }
 
-/// `tidegate drain`, `undrain` and `explain`
+/// `tidegate undrain` and `explain`; part of `drain`
 #[derive(Debug, Args)]
 pub struct DrainArgs {
     /// Pool and backend, parted by the first slash.
@@ -160,6 +180,8 @@ pub struct DrainArgs {
 
 /// Reads the arguments of this process and does what they say.
 pub fn main() -> ExitCode {
+    // Before anything else: none of them may end a process that is to obey them.
+    let before = signals::hold_back();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -168,6 +190,9 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { Exit::Usage } else { Exit::Fine }.into();
         }
     };
+    if !matches!(cli.command, Command::Run(_)) {
+        before.restore();
+    }
     dispatch(cli.command).into()
 }
 
@@ -176,6 +201,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(args),
         Command::Demo(args) => demo::main(args),
+        Command::Ready(args) => ready::main(&args),
         Command::Reload(args) => reload::main(&args),
         Command::Upgrade(args) => upgrade::main(&args),
         Command::Status(args) => status::main(&args),
@@ -200,6 +226,18 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 // === impl Exit ===
+
+impl Exit {
+    /// Of a process of this program that has ended with `code`.
+    fn of(code: u8) -> Exit {
+        match code {
+            0 => Exit::Fine,
+            1 => Exit::Refused,
+            2 => Exit::Usage,
+            _ => Exit::Failed,
+        }
+    }
+}
 
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> ExitCode {
@@ -236,7 +274,8 @@ mod tests {
         let Command::Drain(args) = parse(&["drain", "web/unix:/run/a.sock"]).unwrap() else {
             panic!("another command");
         };
-        let (pool, backend) = (args.target.pool.as_str(), args.target.backend.as_str());
+        let target = args.what.target;
+        let (pool, backend) = (target.pool.as_str(), target.backend.as_str());
         assert_eq!((pool, backend), ("web", "unix:/run/a.sock"));
         for wrong in ["web", "/a", "web/", ""] {
             assert_eq!(parse(&["drain", wrong]).unwrap_err().exit_code(), 2, "{wrong}");
@@ -247,15 +286,24 @@ mod tests {
     fn the_contract_command_lines_are_taken() {
         for line in [
             "run --config f",
+            "start --config f",
+            "stop --admin unix:/x",
+            "status --config f",
             "check --config f",
+            "check f",
             "demo",
             "demo --backends 5 --for 1m",
+            "demo --for 5s --play 10m",
             "run --config f --pid-file p",
+            "run --config f --single",
             "reload",
             "selftest --reloads 1 --upgrades 2 --kills 3 --for 10s --seed 4",
             "upgrade --binary /b --config f --json",
             "status --json --admin unix:/x",
             "drain a/b --admin 127.0.0.1:9900 --json",
+            "drain a/b --wait",
+            "drain --wait=30s a/b",
+            "ready --admin unix:/x",
             "explain a/b --admin 127.0.0.1:9900 --json",
             "undrain a/b --admin [::1]:9900 --token-file t",
             "shutdown --admin localhost:9900",
@@ -279,6 +327,8 @@ mod tests {
             "demo --for soon",
             "demo --backends 0",
             "drain",
+            "drain a/b --wait=0s",
+            "drain a/b --wait=soon",
             "heartbeat",
             "heartbeat --to 10.0.0.5 --pool p --address 10.0.0.1:80 --key-id 1 --key-file f",
             "heartbeat --to 10.0.0.5:7 --pool p --address 0.0.0.0:80 --key-id 1 --key-file f",
@@ -289,8 +339,8 @@ mod tests {
     }
 
     #[test]
-    fn demo_runs_ten_seconds_unless_told() {
+    fn demo_runs_forty_seconds_unless_told() {
         let Command::Demo(args) = parse(&["demo"]).unwrap() else { panic!("another command") };
-        assert_eq!((args.backends, args.duration), (3, Duration::from_secs(10)));
+        assert_eq!((args.backends, args.duration), (3, Duration::from_secs(40)));
     }
 }

@@ -1,18 +1,62 @@
 //! `tidegate run`: the balancer in the foreground.
 //!
-//! Called by `cli`. It takes what the process was started with (sockets of a
-//! process before or of a service manager), starts `app`, waits for its end and
-//! turns that into an exit code.
+//! Called by `cli`. It is the supervisor, or a process the supervisor has started, or
+//! (`--single`) a balancer without one. It takes what the process was started with
+//! (sockets of a process before or of a service manager), starts what it is, waits for
+//! its end and turns that into an exit code.
 
 use super::{Exit, RunArgs};
-use crate::app::{self, Activated, Failure, Notifier, Options, Predecessor, Program, Surroundings};
+use crate::app::{
+    self, Activated, Before, Failure, Notifier, Options, Predecessor, Supervised, Surroundings,
+};
+use crate::net::handover;
+use crate::supervisor::program::Program;
+use crate::supervisor::{self, Link};
+use crate::telemetry::logfmt::one_line;
 use std::ffi::OsString;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
+use std::sync::Arc;
 
 /// Runs the balancer until it is told to stop.
 pub fn main(args: RunArgs) -> Exit {
-    let running = surroundings(&args).and_then(|surroundings| {
-        let options = Options { config: args.config, signals: true, logging: true };
+    // Before anything opens a descriptor.
+    match Link::from_environment() {
+        Ok(Some((link, given))) => {
+            let supervised = Supervised::new(Arc::clone(&link), given);
+            serve(&args, || supervised_surroundings(&args, &link, supervised))
+        }
+        // A process without a supervisor starts one of its own kind.
+        Ok(None) if args.single || std::env::var_os(handover::MARK).is_some() => {
+            serve(&args, || single_surroundings(&args))
+        }
+        Ok(None) => supervise(&args),
+        Err(error) => {
+            eprintln!("tidegate: the supervisor is not understood: {error}");
+            Exit::Failed
+        }
+    }
+}
+
+fn supervise(args: &RunArgs) -> Exit {
+    let run = || -> Result<u8, Failure> {
+        let activated = app::passed()?.into_iter();
+        let kept = activated.map(|(name, fd)| (app::activated_name(&name), fd)).collect();
+        let failed = |error: io::Error| Failure::Runtime(error.to_string());
+        let program = Program::of_this_process(child_arguments(args)).map_err(failed)?;
+        supervisor::run(program, args.pid_file.clone(), kept).map_err(failed)
+    };
+    match run() {
+        Ok(code) => Exit::of(code),
+        Err(failure) => {
+            eprintln!("tidegate: the supervisor cannot run: {failure}");
+            Exit::Failed
+        }
+    }
+}
+
+fn serve(args: &RunArgs, surroundings: impl FnOnce() -> Result<Surroundings, Failure>) -> Exit {
+    let running = surroundings().and_then(|surroundings| {
+        let options = Options { config: args.config.clone(), signals: true, logging: true };
         app::start_within(options, surroundings)
     });
     let running = match running {
@@ -21,8 +65,12 @@ pub fn main(args: RunArgs) -> Exit {
             eprintln!("{}", problems.render(std::io::stderr().is_terminal()));
             return Exit::Refused;
         }
+        Err(Failure::At(problem)) => {
+            eprintln!("{}", problem.render(std::io::stderr().is_terminal()));
+            return Exit::Failed;
+        }
         Err(failure @ Failure::Runtime(_)) => {
-            eprintln!("tidegate: {failure}");
+            eprintln!("tidegate: {}", one_line(&failure.to_string()));
             return Exit::Failed;
         }
     };
@@ -32,28 +80,56 @@ pub fn main(args: RunArgs) -> Exit {
     }
 }
 
-fn surroundings(args: &RunArgs) -> Result<Surroundings, Failure> {
-    // Before anything opens a descriptor.
-    let activated = Activated::take()?;
+fn supervised_surroundings(
+    args: &RunArgs,
+    link: &Arc<Link>,
+    supervised: Supervised,
+) -> Result<Surroundings, Failure> {
     let predecessor = Predecessor::greet()?;
-    let program = Program::of_this_process(arguments(args))
+    let notifier = Notifier::to_supervisor(Arc::clone(link));
+    let place = predecessor.as_ref().and_then(Predecessor::admin_listen);
+    // Before there are threads. The process before was confined by itself alone.
+    let confined = app::confine(
+        &args.config,
+        None,
+        Before { inherited: &[], admin: place, upgrade: predecessor.is_some() },
+    )?;
+    Ok(Surroundings { predecessor, supervised, notifier, confined, ..Surroundings::default() })
+}
+
+fn single_surroundings(args: &RunArgs) -> Result<Surroundings, Failure> {
+    let passed = app::passed()?;
+    let activated = (!passed.is_empty()).then(|| Activated::of(passed)).transpose()?;
+    let predecessor = Predecessor::greet()?;
+    let program = Program::of_this_process(single_arguments(args))
         .inspect_err(|error| eprintln!("tidegate: upgrades in place are off: {error}"))
         .ok();
     let notifier = Notifier::from_environment();
     let pid_file = args.pid_file.clone();
+    let before = Before {
+        inherited: predecessor.as_ref().map_or(&[][..], Predecessor::confined),
+        admin: predecessor.as_ref().and_then(Predecessor::admin_listen),
+        upgrade: predecessor.is_some(),
+    };
     // Before there are threads, and before anything else is opened.
-    let confined = app::confine(&args.config, pid_file.as_deref(), predecessor.as_ref())?;
-    Ok(Surroundings { predecessor, activated, program, notifier, pid_file, confined })
+    let confined = app::confine(&args.config, pid_file.as_deref(), before)?;
+    let supervised = Supervised::default();
+    Ok(Surroundings { predecessor, activated, supervised, program, notifier, pid_file, confined })
 }
 
 /// What has another process do what this one was asked to.
-fn arguments(args: &RunArgs) -> Vec<OsString> {
-    let RunArgs { config, pid_file } = args;
-    let mut words = vec!["run".into(), "--config".into(), config.into()];
-    if let Some(pid_file) = pid_file {
+fn single_arguments(args: &RunArgs) -> Vec<OsString> {
+    let mut words = child_arguments(args);
+    words.push("--single".into());
+    if let Some(pid_file) = &args.pid_file {
         words.extend(["--pid-file".into(), pid_file.into()]);
     }
     words
+}
+
+/// What has a process serve for the supervisor.
+fn child_arguments(args: &RunArgs) -> Vec<OsString> {
+    vec!["run".into(), "--config".into(), (&args.config).into()]
 }
 
 #[cfg(test)]
@@ -64,7 +140,7 @@ mod tests {
 
     #[test]
     fn the_next_process_is_asked_for_the_same() {
-        for line in ["run -c a", "run --config=a --pid-file b"] {
+        for line in ["run -c a --single", "run --single --config=a --pid-file b"] {
             let parse = |words: Vec<OsString>| {
                 let all = std::iter::once("tidegate".into()).chain(words);
                 match Cli::try_parse_from(all).unwrap().command {
@@ -73,8 +149,11 @@ mod tests {
                 }
             };
             let first = parse(line.split(' ').map(OsString::from).collect());
-            let next = parse(arguments(&first));
-            assert_eq!((first.config, first.pid_file), (next.config, next.pid_file));
+            let next = parse(single_arguments(&first));
+            assert_eq!(
+                (first.config, first.pid_file, first.single),
+                (next.config, next.pid_file, next.single)
+            );
         }
     }
 }

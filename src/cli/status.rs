@@ -6,6 +6,7 @@
 
 use super::Exit;
 use super::client::{ClientArgs, ask, printable, report};
+use super::table::{Column, Table, wrap};
 use hyper::Method;
 use serde_json::Value;
 use std::io::IsTerminal;
@@ -14,12 +15,13 @@ use std::time::Duration;
 /// Asks and prints a table, or the JSON.
 pub fn main(args: &ClientArgs) -> Exit {
     let answer = ask(args, Method::GET, "/v1/status");
-    report(args, answer, |status| fit(&printable(&render(status)), terminal_width()))
+    let width = terminal_width();
+    report(args, answer, |status| fit(&printable(&render(status, width)), width))
 }
 
 /// Columns of the terminal; `None` where output goes elsewhere and is kept
 /// whole.
-fn terminal_width() -> Option<usize> {
+pub(super) fn terminal_width() -> Option<usize> {
     let out = std::io::stdout();
     let size = out.is_terminal().then(|| rustix::termios::tcgetwinsize(&out).ok())??;
     (size.ws_col > 0).then_some(size.ws_col.into())
@@ -35,44 +37,50 @@ fn fit(text: &str, width: Option<usize>) -> String {
     text.lines().map(cut).collect::<Vec<String>>().join("\n")
 }
 
-fn render(status: &Value) -> String {
+/// For a terminal of `width` columns; `None`: each row in one line.
+fn render(status: &Value, width: Option<usize>) -> String {
     let mut text = head(status);
-    text.push_str(&confinement(list(&status["confinement"])));
     for warning in list(&status["warnings"]) {
         text.push_str(&format!("warning: {}\n", word(warning)));
     }
     text.push_str(&troubled_workers(status));
     text.push_str(&channel(&status["heartbeat"]));
-    text.push('\n');
-    text.push_str(&frontends(list(&status["frontends"])));
+    text = wrap(&text, width);
+    text.push_str("\n\n");
+    text.push_str(&frontends(list(&status["frontends"]), width));
     for pool in list(&status["pools"]) {
         text.push('\n');
-        text.push_str(&pool_table(pool));
+        text.push_str(&pool_table(pool, width));
     }
     for backend in list(&status["leaving"]) {
         text.push_str(&format!(
-            "\nleaving: {}/{} ({}) still holds {} sessions\n",
+            "\nleaving: {}/{} ({}) still holds {}\n",
             word(&backend["pool"]),
             word(&backend["name"]),
             word(&backend["address"]),
-            word(&backend["sessions_active"]),
+            plural(&backend["sessions_active"], "session"),
         ));
+    }
+    let confinement = confinement(list(&status["confinement"]));
+    if !confinement.is_empty() {
+        text.push('\n');
+        text.push_str(&wrap(&confinement, width));
     }
     text
 }
 
 fn head(status: &Value) -> String {
     format!(
-        "tidegate {}: {}, generation {}, up {}\n{} workers, engine {} ({}), {} of {} sessions\n",
+        "tidegate {}: {}, generation {}, up {}\n{}, {} of {} sessions, engine {} ({})\n",
         word(&status["version"]),
         word(&status["state"]),
         word(&status["generation"]),
         age(&status["uptime_seconds"]),
-        word(&status["workers"]),
-        word(&status["engine"]),
-        word(&status["engine_reason"]),
+        plural(&status["workers"], "worker"),
         word(&status["connections_active"]),
         word(&status["connections_max"]),
+        word(&status["engine"]),
+        word(&status["engine_reason"]),
     )
 }
 
@@ -89,42 +97,42 @@ fn troubled_workers(status: &Value) -> String {
     }
     if status["worker_panics_total"].as_u64().is_some_and(|panics| panics > 0) {
         text.push_str(&format!(
-            "{} panics, {} restarts of workers: see the log\n",
-            word(&status["worker_panics_total"]),
-            word(&status["worker_restarts_total"]),
+            "{}, {} of workers: see the log\n",
+            plural(&status["worker_panics_total"], "panic"),
+            plural(&status["worker_restarts_total"], "restart"),
         ));
     }
     text
 }
 
-/// What holds the process in, and what could and does not; nothing where an older
-/// balancer does not say.
+/// What holds the process in; what could and does not, with its reason. Nothing if an
+/// older balancer does not say.
 fn confinement(layers: &[Value]) -> String {
-    let named = |layer: &Value| format!("{} ({})", word(&layer["layer"]), word(&layer["detail"]));
-    let (held, not): (Vec<_>, Vec<_>) = layers.iter().partition(|layer| layer["in_force"] == true);
-    let line = |head: &str, layers: Vec<&Value>| match layers.is_empty() {
+    let held = |layer: &&Value| layer["in_force"] == true;
+    let name = |layer: &Value| word(&layer["layer"]);
+    let reason = |layer: &Value| format!("{} ({})", name(layer), word(&layer["detail"]));
+    let line = |head: &str, layers: Vec<String>| match layers.is_empty() {
         true => String::new(),
-        false => {
-            format!("{head}: {}\n", layers.into_iter().map(named).collect::<Vec<_>>().join(", "))
-        }
+        false => format!("{head}: {}\n", layers.join(", ")),
     };
-    line("confined by", held) + &line("not confined by", not)
+    line("confined by", layers.iter().filter(held).map(name).collect())
+        + &line("not confined by", layers.iter().filter(|l| !held(l)).map(reason).collect())
 }
 
-fn frontends(frontends: &[Value]) -> String {
-    let mut table = Table::new(&[
-        "FRONTEND",
-        "BIND",
-        "POOL",
-        "<ACTIVE",
-        "<SESSIONS",
-        "<IN",
-        "<OUT",
-        "<REFUSED",
+fn frontends(frontends: &[Value], width: Option<usize>) -> String {
+    let mut table = Table::new([
+        Column::left("FRONTEND", 0),
+        Column::left("BIND", 1),
+        Column::left("POOL", 0),
+        Column::right("ACTIVE", 0),
+        Column::right("SESSIONS", 2),
+        Column::right("IN", 4),
+        Column::right("OUT", 3),
+        Column::right("REFUSED", 0),
     ]);
     for frontend in frontends {
         let binds: Vec<String> = list(&frontend["binds"]).iter().map(word).collect();
-        table.row(vec![
+        let cells = vec![
             word(&frontend["name"]),
             binds.join(","),
             word(&frontend["pool"]),
@@ -133,47 +141,50 @@ fn frontends(frontends: &[Value]) -> String {
             size(&frontend["bytes_in_total"]),
             size(&frontend["bytes_out_total"]),
             word(&frontend["refused_total"]),
-        ]);
+        ];
+        table.row(cells, String::new());
     }
-    table.finish()
+    table.finish(width)
 }
 
-fn pool_table(pool: &Value) -> String {
+fn pool_table(pool: &Value, width: Option<usize>) -> String {
     let backends = list(&pool["backends"]);
     let eligible = backends.iter().filter(|b| b["eligible"] == true).count();
     let (name, balance) = (word(&pool["name"]), word(&pool["balance"]));
     let title = format!(
-        "POOL {name}: {balance}, {eligible} of {} eligible{}\n",
+        "POOL {name}: {balance}, {eligible} of {} eligible{}",
         backends.len(),
         remarks(pool)
     );
-    let mut table = Table::new(&[
-        "BACKEND",
-        "ADDRESS",
-        "STATE",
-        "<WEIGHT",
-        "<ACTIVE",
-        "<SESSIONS",
-        "<FAILED",
-        "<P50",
-        "<P99",
-        "LAST CHANGE",
-    ]);
+    // A backend without a name of its own is named after its address.
+    let named = backends.iter().any(|backend| backend["name"] != backend["address"]);
+    let columns = [
+        Column::left("BACKEND", 0),
+        Column::left("ADDRESS", if named { 1 } else { 5 }),
+        Column::left("STATE", 0),
+        Column::right("WEIGHT", 0),
+        Column::right("ACTIVE", 0),
+        Column::right("SESSIONS", 2),
+        Column::right("FAILED", 0),
+        Column::right("CONNECT P50", 4),
+        Column::right("CONNECT P99", 3),
+    ];
+    let mut table = Table::noted(columns, "LAST CHANGE");
     for backend in backends {
-        table.row(vec![
+        let cells = vec![
             word(&backend["name"]),
             word(&backend["address"]),
-            state(backend),
+            state(backend, pool),
             weight(backend),
             word(&backend["sessions_active"]),
             word(&backend["sessions_total"]),
             word(&backend["connect_failures_total"]),
             latency(&backend["connect_seconds"]["p50"]),
             latency(&backend["connect_seconds"]["p99"]),
-            last_change(&backend["last_transition"]),
-        ]);
+        ];
+        table.row(cells, last_change(&backend["last_transition"]));
     }
-    title + &table.finish()
+    wrap(&title, width) + "\n" + &table.finish(width)
 }
 
 /// What else there is to say of a pool.
@@ -186,10 +197,10 @@ fn remarks(pool: &Value) -> String {
         text.push_str(&format!(", {} registered of {max}", word(&pool["registered"])));
     }
     match pool["none_eligible"].as_str() {
-        Some("try-all") => text.push_str(", NOBODY ELIGIBLE: all are tried"),
+        Some("try-all") => text.push_str(", NO BACKEND ELIGIBLE: all are tried"),
         Some("former") => text.push_str(", no verdict yet: former backends serve"),
         Some("wait") => text.push_str(", no verdict yet: clients wait for one"),
-        Some(_) => text.push_str(", NOBODY ELIGIBLE: clients are refused"),
+        Some(_) => text.push_str(", NO BACKEND ELIGIBLE: clients are refused"),
         None => {}
     }
     if !pool["frozen"].is_null() {
@@ -200,6 +211,25 @@ fn remarks(pool: &Value) -> String {
         ));
     }
     text
+}
+
+/// Senders whose rejected heartbeats the text shows.
+const REJECTIONS_SHOWN_MAX: usize = 5;
+
+/// One sender whose heartbeats are rejected.
+fn rejected(rejection: &Value) -> String {
+    let skew = rejection["skew_seconds"].as_f64().filter(|skew| skew.abs() >= 1.0);
+    let skew = skew.map_or_else(String::new, |skew| format!(", clock {skew:+.0}s"));
+    format!(
+        "  rejected: {}/{} from {}: {}{skew}, {} times, last {} ago; {}\n",
+        word(&rejection["pool"]),
+        word(&rejection["backend"]),
+        word(&rejection["from"]),
+        word(&rejection["reason"]),
+        word(&rejection["total"]),
+        age(&rejection["seconds_ago"]),
+        word(&rejection["help"]),
+    )
 }
 
 /// Heartbeats as a whole, where they are taken.
@@ -215,6 +245,13 @@ fn channel(heartbeat: &Value) -> String {
         word(&heartbeat["rejected_total"]),
         word(&heartbeat["kernel_drops_total"]),
     );
+    let rejections = list(&heartbeat["rejections"]);
+    for rejection in rejections.iter().take(REJECTIONS_SHOWN_MAX) {
+        text.push_str(&rejected(rejection));
+    }
+    if rejections.len() > REJECTIONS_SHOWN_MAX {
+        text.push_str("  more rejected senders are in --json\n");
+    }
     if heartbeat["silent"] == true {
         text.push_str("NO HEARTBEATS AT ALL arrive: probes alone decide\n");
     }
@@ -229,14 +266,20 @@ fn channel(heartbeat: &Value) -> String {
 }
 
 /// The one word that matters most: what an operator did, then an ejection, then
-/// what its own heartbeats ask for, then what probes and heartbeats show.
-fn state(backend: &Value) -> String {
+/// what its own heartbeats ask for, then what probes and heartbeats show, if the pool
+/// has any.
+fn state(backend: &Value, pool: &Value) -> String {
     let mut state = match backend["intent"].as_str() {
         Some(intent) if intent != "ready" => intent.to_owned(),
         _ if backend["ejected"] == true => "ejected".to_owned(),
         _ if is_told(&backend["heartbeat"]["sender_state"]) => {
             word(&backend["heartbeat"]["sender_state"])
         }
+        _ if backend["on_trial"] == true => "trial".to_owned(),
+        Some("ready") if never_known(backend, pool) => match pool["heartbeats"] == true {
+            true => "not heard".to_owned(),
+            false => "no probes".to_owned(),
+        },
         _ => word(&backend["observation"]),
     };
     if backend["backup"] == true {
@@ -246,6 +289,11 @@ fn state(backend: &Value) -> String {
         state.push_str(" registered");
     }
     state
+}
+
+/// Whether it serves, and nothing will say whether it works.
+fn never_known(backend: &Value, pool: &Value) -> bool {
+    backend["observation"] == "unknown" && backend["eligible"] == true && pool["probes"] == false
 }
 
 /// Whether its own heartbeats ask for no sessions.
@@ -264,7 +312,7 @@ fn weight(backend: &Value) -> String {
 
 fn last_change(transition: &Value) -> String {
     if transition.is_null() {
-        return "-".to_owned();
+        return String::new();
     }
     let (from, to) = (word(&transition["from"]), word(&transition["to"]));
     format!(
@@ -288,9 +336,19 @@ pub(super) fn word(value: &Value) -> String {
     }
 }
 
+/// `1 worker`, `2 workers`.
+pub(super) fn plural(count: &Value, what: &str) -> String {
+    let s = if *count == 1 { "" } else { "s" };
+    format!("{} {what}{s}", word(count))
+}
+
 /// The two largest units.
 pub(super) fn age(seconds: &Value) -> String {
-    let Some(whole) = seconds.as_f64().map(|s| s as u64) else { return "-".to_owned() };
+    let Some(exact) = seconds.as_f64() else { return "-".to_owned() };
+    if exact < 1.0 {
+        return format!("{:.0}ms", (exact * 1e3).floor());
+    }
+    let whole = exact as u64;
     let (days, hours, minutes) = (whole / 86_400, whole / 3600 % 24, whole / 60 % 60);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{whole}s"),
@@ -322,47 +380,6 @@ fn size(bytes: &Value) -> String {
         unit += 1;
     }
     format!("{value:.1} {}", UNITS[unit])
-}
-
-/// Columns as wide as their widest cell; those headed `<` are set flush right.
-struct Table {
-    right: Vec<bool>,
-    rows: Vec<Vec<String>>,
-}
-
-// === impl Table ===
-
-impl Table {
-    fn new(header: &[&str]) -> Table {
-        Table {
-            right: header.iter().map(|name| name.starts_with('<')).collect(),
-            rows: vec![header.iter().map(|name| name.trim_start_matches('<').to_owned()).collect()],
-        }
-    }
-
-    fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells);
-    }
-
-    fn finish(&self) -> String {
-        let width = |column: usize| {
-            self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..self.right.len()).map(width).collect();
-        let mut text = String::new();
-        for row in &self.rows {
-            let mut line = String::new();
-            for ((cell, width), right) in row.iter().zip(&widths).zip(&self.right) {
-                match right {
-                    true => line.push_str(&format!("{cell:>width$}  ")),
-                    false => line.push_str(&format!("{cell:<width$}  ")),
-                }
-            }
-            text.push_str(line.trim_end());
-            text.push('\n');
-        }
-        text
-    }
 }
 
 #[cfg(test)]
@@ -403,34 +420,81 @@ mod tests {
     fn everything_stands_on_one_screen() {
         expect![[r#"
             tidegate 0.1.0: serving, generation 3, up 2h 3m
-            2 workers, engine epoll (configured), 12 of 100000 sessions
+            2 workers, 12 of 100000 sessions, engine epoll (configured)
             warning: process.workers: 2 runs until a restart, then 4
+
 
             FRONTEND  BIND                    POOL  ACTIVE  SESSIONS     IN      OUT  REFUSED
             web       0.0.0.0:8080,[::]:8080  web       12     12345  999 B  5.0 GiB        0
 
             POOL web: random, 1 of 2 eligible
-            BACKEND  ADDRESS           STATE            WEIGHT  ACTIVE  SESSIONS  FAILED     P50      P99  LAST CHANGE
-            a        10.0.0.11:8080    suspect             1/3      12     12000       0  213 us  31.2 ms  -
-            b        unix:/run/b.sock  draining backup       1       0       345       7       -    2.5 s  up -> draining 1m 15s ago: operator
+            BACKEND  ADDRESS           STATE            WEIGHT  ACTIVE  SESSIONS  FAILED  CONNECT P50  CONNECT P99  LAST CHANGE
+            a        10.0.0.11:8080    suspect             1/3      12     12000       0       213 us      31.2 ms
+            b        unix:/run/b.sock  draining backup       1       0       345       7            -        2.5 s  up -> draining 1m 15s ago: operator
 
             leaving: web/c (10.0.0.9:80) still holds 2 sessions
         "#]]
-        .assert_eq(&render(&example()));
+        .assert_eq(&render(&example(), None));
     }
 
     #[test]
     fn lines_are_cut_to_the_terminal() {
-        let text = fit(&render(&example()), Some(20));
+        let text = fit(&render(&example(), Some(20)), Some(20));
         assert!(text.lines().all(|line| line.chars().count() <= 20), "{text}");
-        assert!(text.starts_with("tidegate 0.1.0: ser…\n"));
+        assert!(text.starts_with("tidegate 0.1.0:\n"), "{text}");
         assert_eq!(fit("äöü", Some(3)), "äöü");
     }
 
     #[test]
+    fn state_and_reason_are_whole_in_eighty_columns() {
+        let backend = |name: &str, state: &str, reason: &str| {
+            json!({"name": name, "address": name, "weight": 1, "effective_weight": 1,
+                "backup": false, "intent": "ready", "observation": state, "ejected": false,
+                "eligible": true, "sessions_active": 12, "sessions_total": 1_234_567,
+                "connect_failures_total": 3, "connect_seconds": {"p50": 0.0002, "p99": 0.03},
+                "last_transition": {"from": "up", "to": state, "reason": reason,
+                                    "seconds_ago": 0.25, "lasted_seconds": 3.0}})
+        };
+        let reason = "3 probes failed in a row, last: connection refused";
+        let mut status = example();
+        status["pools"][0]["backends"] = json!([
+            backend("10.100.200.11:8080", "down", reason),
+            backend("10.100.200.12:8080", "unknown", "ejection ended"),
+        ]);
+        status["pools"][0]["probes"] = json!(false);
+        status["confinement"] = json!([
+            {"layer": "seccomp", "in_force": true, "detail": "a filter of 120 calls"},
+            {"layer": "landlock", "in_force": false, "detail": "disabled in this kernel"},
+        ]);
+        expect![[r#"
+            tidegate 0.1.0: serving, generation 3, up 2h 3m
+            2 workers, 12 of 100000 sessions, engine epoll (configured)
+            warning: process.workers: 2 runs until a restart, then 4
+
+            FRONTEND  BIND                    POOL  ACTIVE  SESSIONS      OUT  REFUSED
+            web       0.0.0.0:8080,[::]:8080  web       12     12345  5.0 GiB        0
+
+            POOL web: random, 2 of 2 eligible
+            BACKEND             STATE      WEIGHT  ACTIVE  SESSIONS  FAILED  CONNECT P99
+            10.100.200.11:8080  down            1      12   1234567       3      30.0 ms
+                up -> down 250ms ago: 3 probes failed in a row, last: connection refused
+            10.100.200.12:8080  no probes       1      12   1234567       3      30.0 ms
+                up -> unknown 250ms ago: ejection ended
+
+            leaving: web/c (10.0.0.9:80) still holds 2 sessions
+
+            confined by: seccomp
+            not confined by: landlock (disabled in this kernel)"#]]
+        .assert_eq(&render(&status, Some(80)));
+        let text = render(&status, Some(80));
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        assert!(text.contains(reason) && text.contains("no probes"), "{text}");
+    }
+
+    #[test]
     fn an_answer_without_the_fields_still_prints() {
-        assert!(render(&json!({})).starts_with("tidegate -: -, generation -, up -\n"));
-        assert!(render(&json!({"pools": [{"backends": [{}]}]})).contains("0 of 1 eligible"));
+        assert!(render(&json!({}), None).starts_with("tidegate -: -, generation -, up -\n"));
+        assert!(render(&json!({"pools": [{"backends": [{}]}]}), None).contains("0 of 1 eligible"));
     }
 
     #[test]
@@ -438,7 +502,8 @@ mod tests {
         let sizes: Vec<String> =
             [0u64, 1023, 1024, 1_048_575, u64::MAX].map(|n| size(&json!(n))).into();
         assert_eq!(sizes, ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "16.0 EiB"]);
-        let ages: Vec<String> = [0, 59, 61, 3600, 90_000].map(|n| age(&json!(n))).into();
-        assert_eq!(ages, ["0s", "59s", "1m 1s", "1h 0m", "1d 1h"]);
+        let ages: Vec<String> =
+            [0.0, 0.325, 0.9999, 1.9, 59.0, 61.0, 3600.0, 90_000.0].map(|n| age(&json!(n))).into();
+        assert_eq!(ages, ["0ms", "325ms", "999ms", "1s", "59s", "1m 1s", "1h 0m", "1d 1h"]);
     }
 }

@@ -21,18 +21,20 @@ The new program is the one at the path the running balancer was started by,
 looked up anew, unless --binary names another. If it does not come to serve, the
 running one goes on, and the exit code is 1.";
 
+const CONFIG: &str = "\
+Configuration for the new process; over the Unix socket only. Also says where the \
+admin API listens";
+
 /// The API gives an upgrade less.
 const ANSWER_MAX: Duration = Duration::from_secs(70);
 
 /// `tidegate upgrade`
 #[derive(Debug, Args)]
+#[command(mut_arg("config", |arg| arg.help(CONFIG)))]
 pub struct UpgradeArgs {
     /// Start this program; over the Unix socket only.
     #[arg(long, value_name = "FILE")]
     pub binary: Option<PathBuf>,
-    /// Start it with this configuration; over the Unix socket only.
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
     /// How to reach the balancer.
     #[command(flatten)]
     pub client: ClientArgs,
@@ -46,7 +48,7 @@ pub fn main(args: &UpgradeArgs) -> Exit {
 
 fn path(args: &UpgradeArgs) -> String {
     let mut path = "/v1/upgrade".to_owned();
-    let wishes = [("binary", &args.binary), ("config", &args.config)];
+    let wishes = [("binary", &args.binary), ("config", &args.client.config)];
     let wishes = wishes.into_iter().filter_map(|(key, file)| Some((key, file.as_deref()?)));
     for (index, (key, file)) in wishes.enumerate() {
         path.push(if index == 0 { '?' } else { '&' });
@@ -79,8 +81,12 @@ mod tests {
     fn paths_are_whole_and_encoded() {
         let args = |binary: Option<&str>, config: Option<&str>| UpgradeArgs {
             binary: binary.map(PathBuf::from),
-            config: config.map(PathBuf::from),
-            client: ClientArgs { admin: "unix:/x".parse().unwrap(), json: false, token_file: None },
+            client: ClientArgs {
+                admin: None,
+                config: config.map(PathBuf::from),
+                json: false,
+                token_file: None,
+            },
         };
         assert_eq!(path(&args(None, None)), "/v1/upgrade");
         assert_eq!(

@@ -5,13 +5,26 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::path::PathBuf;
 
+use super::source;
 use super::value::{Complaint, cut, shown};
 use super::{AdminListen, BackendAddress};
 
 /// `sun_path` is 108 bytes with its final NUL (unix(7)).
 const UNIX_PATH_BYTES_MAX: usize = 107;
 
-/// An address to listen on.
+/// An address to listen on; two of them for `*:PORT`, every IPv4 and every IPv6
+/// address of this host.
+pub(super) fn bind_addresses(text: &str) -> Result<Vec<SocketAddr>, Complaint> {
+    match text.strip_prefix("*:") {
+        Some(port) => {
+            let port = port_number(text, port)?;
+            Ok(vec![(Ipv4Addr::UNSPECIFIED, port).into(), (Ipv6Addr::UNSPECIFIED, port).into()])
+        }
+        None => bind_address(text).map(|address| vec![address]),
+    }
+}
+
+/// One address to listen on.
 pub(super) fn bind_address(text: &str) -> Result<SocketAddr, Complaint> {
     if text.starts_with("unix:") {
         return Err(Complaint::new(format!(
@@ -51,7 +64,7 @@ pub(super) fn backend_address(text: &str) -> Result<BackendAddress, Complaint> {
 
 /// An address of this host that connections start at.
 pub(super) fn source_address(text: &str) -> Result<IpAddr, Complaint> {
-    let Ok(ip) = text.parse::<IpAddr>() else {
+    let Ok(ip) = text.parse::<IpAddr>().map(|ip| ip.to_canonical()) else {
         return Err(Complaint::new(format!("{} is not an IP address", shown(text)))
             .help("write an address of this host without a port, such as \"10.0.0.5\""));
     };
@@ -65,6 +78,10 @@ pub(super) fn source_address(text: &str) -> Result<IpAddr, Complaint> {
 /// Where the admin API listens.
 pub(super) fn admin_listen(text: &str) -> Result<AdminListen, Complaint> {
     match text.strip_prefix("unix:") {
+        Some(path) if path.starts_with('@') => {
+            Err(Complaint::new("the admin API cannot listen on an abstract Unix socket")
+                .help("any user of this host could connect to it; give a file path"))
+        }
         Some(path) => unix_path(path).map(AdminListen::Unix),
         None => socket_address(text).map(AdminListen::Tcp),
     }
@@ -82,9 +99,13 @@ fn unix_path(path: &str) -> Result<PathBuf, Complaint> {
         return Err(Complaint::new("the path of the Unix socket is missing")
             .help("write \"unix:/path/to/socket\""));
     }
-    if path.starts_with('@') || path.contains('\0') {
+    if path.contains('\0') {
         return Err(Complaint::new(format!("{} is not a file path", shown(path)))
-            .help("abstract Unix sockets are not supported"));
+            .help("for an abstract Unix socket write \"unix:@name\""));
+    }
+    if path == "@" {
+        return Err(Complaint::new("the name of the abstract Unix socket is missing")
+            .help("write \"unix:@name\""));
     }
     if path.len() > UNIX_PATH_BYTES_MAX {
         return Err(Complaint::new(format!(
@@ -178,7 +199,7 @@ fn ipv6_address(text: &str, rest: &str) -> Result<SocketAddr, Complaint> {
     let link_local = ip.is_unicast_link_local();
     if link_local && scope.is_none() {
         return Err(Complaint::new(format!("{ip} is link-local and needs a scope id"))
-            .help(format!("write \"[{ip}%2]:{port}\", where 2 is the interface's index")));
+            .help(format!("write \"[{ip}%eth0]:{port}\", with the interface's name or index")));
     }
     if !link_local && scope.is_some() {
         return Err(Complaint::new(format!("{ip} is not link-local and takes no scope id")));
@@ -188,10 +209,18 @@ fn ipv6_address(text: &str, rest: &str) -> Result<SocketAddr, Complaint> {
 
 fn scope_id(text: &str) -> Result<u32, Complaint> {
     match text.parse::<u32>() {
-        Ok(index) if index > 0 => Ok(index),
-        _ => Err(Complaint::new(format!("{} is not a scope id", shown(text)))
-            .help("give the interface's index, the number `ip link` shows before its name")),
+        Ok(index) if index > 0 => return Ok(index),
+        Ok(_) => {}
+        Err(_) => match source::interface_index(text) {
+            Some(index) => return Ok(index),
+            None => {
+                return Err(Complaint::new(format!("there is no interface {}", shown(text)))
+                    .help("give the name of an interface or its index; `ip link` shows both"));
+            }
+        },
     }
+    Err(Complaint::new(format!("{} is not a scope id", shown(text)))
+        .help("give the name of an interface or its index; `ip link` shows both"))
 }
 
 fn port_number(text: &str, port: &str) -> Result<u16, Complaint> {

@@ -4,6 +4,7 @@
 //! API). Never reads the file again: a problem carries all it needs.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,6 +13,8 @@ use annotate_snippets::renderer::{DEFAULT_ERROR_STYLE, DEFAULT_WARNING_STYLE, Ef
 use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
 use serde::Serialize;
 
+use super::file::Field;
+use super::origin::{Origin, Spot};
 use super::source::{Excerpt, Source};
 use super::value::Complaint;
 
@@ -21,7 +24,7 @@ pub const PROBLEMS_MAX: usize = 1_000;
 
 /// One thing wrong at one place.
 ///
-/// Serialises as `{file, line, column, message}`.
+/// Serialises as `{file, line, column, message, help}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// The file as the operator named it.
@@ -36,7 +39,7 @@ pub struct Problem {
     #[serde(skip)]
     pub severity: Severity,
     /// What would be right, on one line.
-    #[serde(skip)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub help: Option<String>,
     /// Absent where the file itself could not be read.
     #[serde(skip)]
@@ -76,6 +79,9 @@ pub(super) struct Report<'s> {
     pub(super) source: &'s Source<'s>,
     errors: RefCell<Findings>,
     warnings: RefCell<Findings>,
+    spots: RefCell<HashMap<Spot, Range<usize>>>,
+    /// Caps that stand in the file: place, name and value.
+    limits: RefCell<Vec<(Range<usize>, &'static str, u32)>>,
 }
 
 #[derive(Debug, Default)]
@@ -88,7 +94,12 @@ struct Findings {
 // === impl Problem ===
 
 impl Problem {
-    fn new(source: &Source<'_>, place: &Range<usize>, severity: Severity, what: Complaint) -> Self {
+    pub(super) fn new(
+        source: &Source<'_>,
+        place: &Range<usize>,
+        severity: Severity,
+        what: Complaint,
+    ) -> Self {
         let (line, column) = source.locate(place.start);
         Problem {
             file: Arc::clone(&source.file),
@@ -99,6 +110,17 @@ impl Problem {
             help: what.help,
             excerpt: Some(source.excerpt(place)),
         }
+    }
+
+    /// One with the file as a whole, shown at its first character.
+    pub fn of_file(
+        file: &Arc<str>,
+        severity: Severity,
+        message: String,
+        help: Option<String>,
+    ) -> Self {
+        let (file, excerpt) = (Arc::clone(file), None);
+        Problem { file, line: 1, column: 1, message, severity, help, excerpt }
     }
 
     /// `FILE:LINE:COLUMN: error: message`, the source line with a caret, then
@@ -171,17 +193,7 @@ impl fmt::Display for Severity {
 impl Problems {
     /// Trouble with the file as a whole, shown at its first character.
     pub(super) fn of_file(file: &str, message: impl Into<String>) -> Self {
-        let file: Arc<str> = file.into();
-        let problem = Problem {
-            file: Arc::clone(&file),
-            line: 1,
-            column: 1,
-            message: message.into(),
-            severity: Severity::Error,
-            help: None,
-            excerpt: None,
-        };
-        Problems { file, list: vec![problem], omitted: 0 }
+        Problem::of_file(&file.into(), Severity::Error, message.into(), None).into()
     }
 
     /// One error that ends the reading.
@@ -202,6 +214,12 @@ impl Problems {
     }
 }
 
+impl From<Problem> for Problems {
+    fn from(problem: Problem) -> Problems {
+        Problems { file: Arc::clone(&problem.file), list: vec![problem], omitted: 0 }
+    }
+}
+
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.render(false).trim_end())
@@ -214,7 +232,9 @@ impl std::error::Error for Problems {}
 
 impl<'s> Report<'s> {
     pub(super) fn new(source: &'s Source<'s>) -> Self {
-        Report { source, errors: RefCell::default(), warnings: RefCell::default() }
+        let (errors, warnings) = (RefCell::default(), RefCell::default());
+        let (spots, limits) = (RefCell::default(), RefCell::default());
+        Report { source, errors, warnings, spots, limits }
     }
 
     /// Notes an error at `place`.
@@ -233,17 +253,45 @@ impl<'s> Report<'s> {
         self.warnings.borrow_mut().push(place, || what);
     }
 
+    /// Keeps where something stands, for problems found later.
+    pub(super) fn keep(&self, spot: Spot, place: Option<Range<usize>>) {
+        if let Some(place) = place {
+            self.spots.borrow_mut().entry(spot).or_insert(place);
+        }
+    }
+
+    /// Notes a cap on sessions, where one is given.
+    pub(super) fn limit(&self, name: &'static str, field: &Field<u32>) {
+        if let Field::Good(value) = field
+            && *value.get_ref() > 0
+        {
+            self.limits.borrow_mut().push((value.span(), name, *value.get_ref()));
+        }
+    }
+
+    /// Warns of the caps that the whole process's keeps from being reached.
+    pub(super) fn warn_of_idle_limits(&self, process: u32) {
+        for (place, name, value) in self.limits.take() {
+            if value > process {
+                let message =
+                    format!("{name} is never reached: connections_max of [process] is {process}");
+                self.warning(place, Complaint::new(message));
+            }
+        }
+    }
+
     /// `FILE:LINE:COLUMN`, to name another place in a message.
     pub(super) fn place_name(&self, place: &Range<usize>) -> String {
         let (line, column) = self.source.locate(place.start);
         format!("{}:{line}:{column}", self.source.file)
     }
 
-    /// The warnings, or the errors if there was any.
-    pub(super) fn finish(self) -> Result<Vec<Problem>, Problems> {
+    /// The warnings and where things stand, or the errors if there was any.
+    pub(super) fn finish(self) -> Result<(Vec<Problem>, Origin), Problems> {
         let errors = self.errors.into_inner();
         if errors.list.is_empty() {
-            return Ok(self.warnings.into_inner().into_problems(self.source, Severity::Warning));
+            let warnings = self.warnings.into_inner().into_problems(self.source, Severity::Warning);
+            return Ok((warnings, Origin::new(self.source, self.spots.into_inner())));
         }
         let omitted = errors.omitted;
         let list = errors.into_problems(self.source, Severity::Error);

@@ -122,7 +122,10 @@ impl<'r, 'a> Section<'r, 'a> {
 
     /// The raw value of a key, which from now on is a known key.
     pub(super) fn node(&self, key: &'static str) -> Option<&'r Node<'a>> {
-        self.known.borrow_mut().push(key);
+        let mut known = self.known.borrow_mut();
+        if !known.contains(&key) {
+            known.push(key);
+        }
         self.table.get(key)
     }
 

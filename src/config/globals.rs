@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// `[process]`. All but `drain_timeout`, `upgrade_timeout`, `connections_max` and
+/// `[process]`. All but `leave_delay`, `drain_timeout`, `upgrade_timeout`, `connections_max` and
 /// `buffers_max` need a restart to change; most of the others may change with an
 /// upgrade.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,7 +20,10 @@ pub struct Process {
     pub engine: EngineChoice,
     /// How long a worker polls after its last activity before it sleeps.
     pub spin: Option<Duration>,
-    /// How long sessions may go on after the process was told to stop.
+    /// How long it goes on accepting after it was told to stop, while `/ready` says
+    /// no already; zero: not at all.
+    pub leave_delay: Duration,
+    /// How long sessions may go on after that.
     pub drain_timeout: Duration,
     /// How long a new process may take to serve when the program is upgraded.
     pub upgrade_timeout: Duration,
@@ -59,6 +62,9 @@ pub enum EngineChoice {
     /// Never touch io_uring.
     Epoll,
 }
+
+/// Where the admin API listens unless told otherwise.
+pub const ADMIN_SOCKET: &str = "/run/tidegate/admin.sock";
 
 /// `[admin]`. A change of where it listens needs a restart.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +125,15 @@ pub enum AccessLogTarget {
     Stdout,
     /// Appended to this file; reopened when the file is moved away.
     File(PathBuf),
+}
+
+// === impl Admin ===
+
+impl Admin {
+    /// The default place. A process that cannot use it chooses another one.
+    pub fn is_default(&self) -> bool {
+        self.listen == AdminListen::Unix(PathBuf::from(ADMIN_SOCKET))
+    }
 }
 
 // === impl AdminListen ===

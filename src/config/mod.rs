@@ -12,11 +12,13 @@ mod address;
 mod diagnose;
 mod file;
 mod globals;
+mod origin;
 mod source;
 mod validate;
 mod value;
 pub mod watch;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -28,8 +30,10 @@ use toml::de::DeTable;
 
 pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
 pub use globals::{
-    AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process, Sandbox,
+    ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
+    Process, Sandbox,
 };
+pub use origin::{Origin, Spot};
 pub use source::FILE_BYTES_MAX;
 pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX};
 
@@ -50,6 +54,8 @@ pub struct Loaded {
     /// What the operator should know and the file is not refused for, ordered
     /// by place.
     pub warnings: Vec<Problem>,
+    /// Where its values stand.
+    pub origin: Origin,
 }
 
 /// A whole configuration, proven consistent by `validate`.
@@ -107,6 +113,8 @@ pub struct Frontend {
     pub name: Arc<str>,
     /// At least one; IPv6 wildcards are v6-only.
     pub binds: Vec<SocketAddr>,
+    /// Of those binds that have any.
+    pub bind_options: BTreeMap<SocketAddr, BindOptions>,
     /// Name of an existing pool.
     pub pool: Arc<str>,
     /// Close a session in which nobody has said a word for so long after it was
@@ -125,6 +133,15 @@ pub struct Frontend {
     /// Who may connect and how much one source may ask for; `None`: everybody,
     /// anything.
     pub sources: Option<Arc<SourceRules>>,
+}
+
+/// How an address is bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BindOptions {
+    /// Listen even while no interface has the address (ip(7), `IP_FREEBIND`).
+    pub freebind: bool,
+    /// The IPv6 half of `*:PORT`: left out on a host without IPv6.
+    pub if_ipv6: bool,
 }
 
 /// `[frontend.NAME.sources]`
@@ -157,6 +174,9 @@ pub struct Pool {
     pub name: Arc<str>,
     /// How a backend is chosen.
     pub balance: Policy,
+    /// Slots of the table that `source-hash` looks clients up in; a prime, never
+    /// fewer than the pool may have backends.
+    pub hash_slots: u32,
     /// Addresses of this host that connections to backends (and probes) start
     /// at, in turn, where they are of the backend's family; empty: the kernel
     /// chooses. At most [`POOL_SOURCES_MAX`], none twice.
@@ -250,12 +270,12 @@ pub struct ProbeSpec {
 pub enum ProbeKind {
     /// The connection is accepted.
     Tcp,
-    /// The answer to `send` starts with `expect`. `send` may be empty.
+    /// The answer to `send` is as `expect` says. `send` may be empty.
     SendExpect {
         /// Bytes sent after connecting.
         send: Vec<u8>,
-        /// What the answer must start with.
-        expect: Vec<u8>,
+        /// What the answer must hold.
+        expect: Expect,
     },
     /// An HTTP/1.1 request whose status lies in `status`.
     Http {
@@ -268,6 +288,15 @@ pub enum ProbeKind {
         /// Inclusive ranges, each within 100..=599.
         status: Vec<(u16, u16)>,
     },
+}
+
+/// `expect = ...`: what an answer must hold, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Expect {
+    /// At its start.
+    Starts(Vec<u8>),
+    /// Anywhere.
+    Contains(Vec<u8>),
 }
 
 /// `[pool.NAME.ejection]`: what sessions tell of backends.
@@ -336,6 +365,10 @@ pub enum BackendAddress {
 /// co-prime neighbours within 2,000 slots.
 pub const WEIGHT_MAX: u16 = 1000;
 
+/// `hash_slots` where a pool does not say: 100 slots a backend, and so shares
+/// that are 1 % apart, up to 655 backends.
+pub const HASH_SLOTS: u32 = 65_537;
+
 /// Reads and validates a configuration file.
 ///
 /// Never blocks: anything but a regular file is refused, a FIFO too. The files
@@ -353,19 +386,21 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
         Ok(text) => text,
         Err(error) => return Err(not_utf8(&bytes, &file, error.valid_up_to())),
     };
-    let (config, warnings) = read(text, &file, NamedFiles::Read)?;
-    Ok(Loaded { config, digest, warnings })
+    let (config, warnings, origin) = read(text, &file, NamedFiles::Read)?;
+    Ok(Loaded { config, digest, warnings, origin })
 }
 
 /// The same without the files it names, which somebody else may be meant to read.
 ///
 /// # Errors
 /// As [`load`]'s.
-pub fn outline(path: &Path) -> Result<Config, Problems> {
+pub fn outline(path: &Path) -> Result<(Config, Origin), Problems> {
     let file = path.display().to_string();
     let bytes = source::read_file(path).map_err(|message| Problems::of_file(&file, message))?;
     match std::str::from_utf8(&bytes) {
-        Ok(text) => parse(text, &file),
+        Ok(text) => {
+            read(text, &file, NamedFiles::Ignore).map(|(config, _, origin)| (config, origin))
+        }
         Err(error) => Err(not_utf8(&bytes, &file, error.valid_up_to())),
     }
 }
@@ -381,11 +416,15 @@ pub fn outline(path: &Path) -> Result<Config, Problems> {
 /// place, at most [`PROBLEMS_MAX`]. A text over [`FILE_BYTES_MAX`] is refused
 /// unread.
 pub fn parse(text: &str, file: &str) -> Result<Config, Problems> {
-    read(text, file, NamedFiles::Ignore).map(|(config, _)| config)
+    read(text, file, NamedFiles::Ignore).map(|(config, ..)| config)
 }
 
-/// The model and the warnings.
-fn read(text: &str, file: &str, files: NamedFiles) -> Result<(Config, Vec<Problem>), Problems> {
+/// The model, the warnings, and where things stand.
+fn read(
+    text: &str,
+    file: &str,
+    files: NamedFiles,
+) -> Result<(Config, Vec<Problem>, Origin), Problems> {
     if text.len() > FILE_BYTES_MAX {
         return Err(Problems::of_file(file, source::too_large()));
     }
@@ -405,7 +444,7 @@ fn read(text: &str, file: &str, files: NamedFiles) -> Result<(Config, Vec<Proble
     let document = DeTable::parse(text).map_err(|error| syntax_error(&source, &error))?;
     let report = Report::new(&source);
     let config = validate::config(document.get_ref(), files, &report);
-    report.finish().map(|warnings| (config, warnings))
+    report.finish().map(|(warnings, origin)| (config, warnings, origin))
 }
 
 fn not_utf8(bytes: &[u8], file: &str, offset: usize) -> Problems {
@@ -478,11 +517,29 @@ impl Policy {
     ];
 }
 
+// === impl Frontend ===
+
+impl Frontend {
+    /// How that address of the frontend is bound.
+    pub fn options_of(&self, bind: &SocketAddr) -> BindOptions {
+        self.bind_options.get(bind).copied().unwrap_or_default()
+    }
+}
+
 // === impl Config ===
 
 impl Config {
     /// The pool of that name.
     pub fn pool(&self, name: &str) -> Option<&Arc<Pool>> {
         self.pools.iter().find(|pool| &*pool.name == name)
+    }
+
+    /// Every file that is read together with this configuration.
+    pub fn named_files(&self) -> Vec<PathBuf> {
+        let token = self.admin.token_file.iter();
+        let keys = self.heartbeat.iter().flat_map(|heartbeat| &heartbeat.keys);
+        let rules = self.frontends.iter().filter_map(|frontend| frontend.sources.as_ref());
+        let lists = rules.flat_map(|rules| rules.allow_file.iter().chain(&rules.deny_file));
+        token.chain(keys.map(|key| &key.file)).chain(lists).cloned().collect()
     }
 }

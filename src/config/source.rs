@@ -75,6 +75,13 @@ fn read_bounded(file: File, bytes_max: usize) -> Result<Option<Vec<u8>>, String>
     Ok((bytes.len() <= bytes_max).then_some(bytes))
 }
 
+/// The index of the network interface of that name, where there is one.
+pub(super) fn interface_index(name: &str) -> Option<u32> {
+    use rustix::net::{AddressFamily, SocketType, netdevice, socket};
+    let socket = socket(AddressFamily::UNIX, SocketType::DGRAM, None).ok()?;
+    netdevice::name_to_index(&socket, name).ok().filter(|index| *index > 0)
+}
+
 /// What is said of a file beyond the bound.
 pub(super) fn too_large() -> String {
     format!("the file is larger than {} MiB", FILE_BYTES_MAX / (1024 * 1024))

@@ -4,6 +4,7 @@
 //! server, and never panics on any text.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use super::OnRemoval;
@@ -31,6 +32,10 @@ pub(super) struct SizeRange {
 
 /// Units of sizes, smallest first.
 const SIZE_UNITS: [(&str, u32); 5] = [("B", 0), ("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
+
+/// Slots of a hash table: enough for a test with two backends, and at 2 bytes
+/// each 10 MB.
+pub(super) const HASH_SLOTS: RangeInclusive<u32> = 251..=5_000_011;
 
 /// Durations in general: timers tick in milliseconds, and a month is more
 /// likely a slip than a wish.
@@ -241,6 +246,11 @@ fn status_range(part: &str) -> Result<(u16, u16), Complaint> {
         return Err(Complaint::new(format!("the range {low}-{high} is upside down"))
             .help(format!("write \"{high}-{low}\"")));
     }
+    if high < 200 && !(low..=high).contains(&101) {
+        let message = format!("no final status is in {low}-{high}, so no probe could succeed");
+        let help = "a 1xx response but 101 is followed by the final one, whose status counts";
+        return Err(Complaint::new(message).help(help));
+    }
     Ok((low, high))
 }
 
@@ -285,10 +295,12 @@ pub(super) fn choice<T: Copy>(text: &str, words: &[(&str, T)]) -> Result<T, Comp
         return Ok(*value);
     }
     let complaint = Complaint::new(format!("{} is not a known value", shown(text)));
-    Err(complaint.help(did_you_mean_or(text, words.iter().map(|(word, _)| *word), || {
-        let words: Vec<String> = words.iter().map(|(word, _)| format!("\"{word}\"")).collect();
-        format!("known values: {}", words.join(", "))
-    })))
+    let all: Vec<String> = words.iter().map(|(word, _)| format!("\"{word}\"")).collect();
+    let all = format!("known values: {}", all.join(", "));
+    Err(complaint.help(match nearest(text, words.iter().map(|(word, _)| *word)) {
+        Some(near) => format!("did you mean \"{near}\"? {all}"),
+        None => all,
+    }))
 }
 
 /// `did you mean "..."?` where a candidate is near, else what `otherwise` says.
@@ -345,6 +357,30 @@ pub(super) fn cut(text: &str) -> String {
     }
     // escape_debug also escapes the single quote, which reads badly here.
     short.replace("\\'", "'")
+}
+
+/// Whether `number` is fit for a hash table: only with a prime does each
+/// backend's preference list hold every slot.
+pub(super) fn prime(number: u32) -> Result<(), Complaint> {
+    if is_prime(number) {
+        return Ok(());
+    }
+    let below = (*HASH_SLOTS.start()..number).rev().find(|other| is_prime(*other));
+    let near: Vec<String> =
+        below.into_iter().chain([prime_from(number)]).map(|prime| prime.to_string()).collect();
+    Err(Complaint::new(format!("hash_slots must be a prime, not {number}"))
+        .help(format!("primes near it: {}", near.join(", "))))
+}
+
+/// The first prime from `number` on that is in [`HASH_SLOTS`]: its end is one.
+pub(super) fn prime_from(number: u32) -> u32 {
+    let end = *HASH_SLOTS.end();
+    (number..=end).find(|other| is_prime(*other)).unwrap_or(end)
+}
+
+fn is_prime(number: u32) -> bool {
+    let divides = |divisor: u32| number.is_multiple_of(divisor);
+    number >= 2 && !(2..).take_while(|divisor| divisor * divisor <= number).any(divides)
 }
 
 // === impl Complaint ===

@@ -9,30 +9,52 @@
 //! Kubernetes ConfigMap (`..data` is replaced by rename). Watched is each
 //! directory in which a name on the way from the path to the final file stands
 //! that could be swapped: every symbolic link met, and the file itself. After
-//! each event the way is walked anew.
+//! each event the way is walked again.
 //!
 //! A slow look at the file catches what inotify(7) cannot see: network file
 //! systems, a directory replaced as a whole. Where inotify is refused, that
 //! look is all there is, and it compares contents too.
+//!
+//! # Never a half-written file
+//! A valid prefix of a TOML file is common, so validation does not protect
+//! against reading too early. The application is told only once every writer of
+//! the file, and of the files that the configuration names, has closed it (see
+//! [`settle`]). The same holds for a reload that an operator asks for
+//! ([`ConfigWatcher::ask`]), which is told at once where nothing is being
+//! written.
 
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::ffi::OsString;
+mod settle;
+mod way;
+
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use notify::event::{AccessKind, AccessMode, ModifyKind};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
+use self::settle::{Happening, Settling, Times, Verdict, Warning};
+use self::way::Way;
 use super::source;
+use crate::clock;
 
-/// How long after a first event more are awaited: a file is written in
-/// several steps, and a directory swap is several renames.
-const SETTLE: Duration = Duration::from_millis(100);
+/// How long nothing may happen before a change counts as complete: editors write
+/// a file twice, and a directory swap is several renames.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// The same in all while events keep coming.
+const SETTLE_MAX: Duration = Duration::from_secs(3);
+
+/// How long an open writer may be silent before the file is read as it stands.
+const SILENCE: Duration = Duration::from_secs(15);
+
+/// How often a writer that never stops is warned of.
+const WARN: Duration = Duration::from_secs(60);
 
 /// How often the file is looked at without being told.
 const POLL: Duration = Duration::from_secs(2);
@@ -41,11 +63,12 @@ const POLL: Duration = Duration::from_secs(2);
 /// the kernel is asked for reports again each time.
 const POLL_ALONE: Duration = Duration::from_secs(1);
 
-/// Symbolic links followed before giving up, as the kernel does (path_resolution(7)).
-const LINKS_MAX: usize = 40;
+/// Files named by a configuration that are watched for writers; those beyond are
+/// read as they stand.
+pub const NAMED_MAX: usize = 256;
 
 /// How often the set of watched directories is corrected in a row while links
-/// move under our feet; the next event or look goes on.
+/// move under our feet; the next event or look continues.
 const SETUP_ROUNDS_MAX: usize = 8;
 
 /// Watches one file until dropped. Dropping waits for a call of `on_change`
@@ -57,23 +80,34 @@ pub struct ConfigWatcher {
 }
 
 /// What the notifier's thread, ours and the owner share.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
     wake: Condvar,
+    times: Times,
 }
 
 #[derive(Debug, Default)]
 struct State {
     /// An event since the last look.
     dirty: bool,
+    /// One of the configuration file's since it was last told of.
+    changed: bool,
+    /// The owner wants to be told, changed or not.
+    asked: bool,
+    /// It has asked since the last look.
+    woken: bool,
     stop: bool,
-    /// Paths whose events matter: see [`Way`].
-    relevant: HashSet<PathBuf>,
+    settling: Settling,
+    /// Paths whose events matter (see [`Way`]), and whether the configuration
+    /// file itself is reached by them.
+    relevant: HashMap<PathBuf, bool>,
     /// The watched directories.
     directories: HashSet<PathBuf>,
     /// One of them went away; a new one may bear its name and even its inode.
     lost: bool,
+    /// What the configuration names.
+    named: Vec<PathBuf>,
     /// Why there is no notification, only the slow look.
     polling_reason: Option<String>,
 }
@@ -83,17 +117,10 @@ struct State {
 struct Settings {
     poll: Duration,
     notify: bool,
+    silence: Duration,
 }
 
-/// The names on the way from the configured path to the final file whose
-/// replacement changes what is read.
-#[derive(Debug, PartialEq, Eq, Default)]
-struct Way {
-    /// Full paths, each below a directory free of symbolic links.
-    names: Vec<PathBuf>,
-}
-
-/// What a look at the file shows; `None` where there is none.
+/// What a look at a file shows; `None` where there is none.
 #[derive(Debug, PartialEq, Eq, Clone, Copy)]
 struct Look {
     device: u64,
@@ -107,12 +134,19 @@ struct Look {
 
 /// The watching thread's own state.
 struct Watch {
+    /// The configuration file.
     path: PathBuf,
     shared: Arc<Shared>,
     settings: Settings,
     notifier: Option<RecommendedWatcher>,
     /// Watched directories with device and inode, to notice a replaced one.
     directories: HashMap<PathBuf, (u64, u64)>,
+    /// The configuration file, then what it names, at the last look.
+    looks: Vec<(PathBuf, Option<Look>)>,
+    /// The configuration file when its owner was last told.
+    told: Option<Look>,
+    /// What `looks` shows is known to be written to its end.
+    complete: bool,
 }
 
 // === impl ConfigWatcher ===
@@ -120,14 +154,15 @@ struct Watch {
 impl ConfigWatcher {
     /// Watches `path`, which need not exist yet. `on_change` is called on a
     /// thread of its own, at most ten times a second, and means only that the
-    /// file may have changed.
+    /// file may have changed, and is written to its end.
     ///
     /// # Errors
     /// The working directory of a relative path is gone, or no thread can be
     /// started. That inotify is refused is no error: see
     /// [`ConfigWatcher::polling_reason`].
     pub fn start(path: &Path, on_change: impl Fn() + Send + 'static) -> io::Result<ConfigWatcher> {
-        Self::start_with(path, Settings { poll: POLL, notify: true }, on_change)
+        let settings = Settings { poll: POLL, notify: true, silence: SILENCE };
+        Self::start_with(path, settings, on_change)
     }
 
     /// Why changes are only polled for every second; `None` while the
@@ -136,25 +171,63 @@ impl ConfigWatcher {
         self.shared.lock().polling_reason.clone()
     }
 
+    /// Has `on_change` called as soon as the file and those it names are written
+    /// to their end: at once where nothing is being written.
+    pub fn ask(&self) {
+        let mut state = self.shared.lock();
+        (state.asked, state.woken) = (true, true);
+        self.shared.wake.notify_all();
+    }
+
+    /// Also waits for writers of these files, which are read together with the
+    /// watched one; at most [`NAMED_MAX`] of them. A change of theirs alone calls
+    /// nothing.
+    pub fn wait_for_writers_of(&self, mut named: Vec<PathBuf>) {
+        named.truncate(NAMED_MAX);
+        let mut state = self.shared.lock();
+        if state.named != named {
+            state.named = named;
+            state.dirty = true;
+            self.shared.wake.notify_all();
+        }
+    }
+
+    /// A file that a writer has open right now, as far as the kernel reports it.
+    pub fn being_written(&self) -> Option<PathBuf> {
+        self.shared.lock().settling.open_file().map(Path::to_owned)
+    }
+
     fn start_with(
         path: &Path,
         settings: Settings,
         on_change: impl Fn() + Send + 'static,
     ) -> io::Result<ConfigWatcher> {
-        let shared = Arc::new(Shared::default());
+        let times = Times {
+            settle: SETTLE,
+            settle_max: SETTLE_MAX,
+            confirm: POLL_ALONE.min(settings.poll),
+            silence: settings.silence,
+            warn: WARN,
+        };
+        let (state, wake) = (Mutex::default(), Condvar::new());
+        let shared = Arc::new(Shared { state, wake, times });
         let mut watch = Watch {
             path: std::path::absolute(path)?,
             shared: Arc::clone(&shared),
             settings,
             notifier: None,
             directories: HashMap::new(),
+            looks: Vec::new(),
+            told: None,
+            complete: true,
         };
         // Before the thread starts: a change right after `start` is noticed.
         watch.follow();
-        let seen = watch.look();
+        watch.looks = watch.look();
+        watch.told = watch.looks.first().and_then(|(_, look)| *look);
         let thread = thread::Builder::new()
             .name("config-watch".to_owned())
-            .spawn(move || watch.run(seen, &on_change))?;
+            .spawn(move || watch.run(&on_change))?;
         Ok(ConfigWatcher { shared, thread: Some(thread) })
     }
 }
@@ -183,47 +256,53 @@ impl Shared {
     /// Called on the notifier's thread.
     fn notice(&self, event: &notify::Result<notify::Event>) {
         let mut state = self.lock();
-        let matters = match event {
-            Ok(event) => {
-                let lost = leaves(event.kind)
-                    && event.paths.iter().any(|path| state.directories.contains(path));
-                state.lost |= lost;
-                lost || event.need_rescan()
-                    || (changes(event.kind)
-                        && event.paths.iter().any(|path| state.relevant.contains(path)))
-            }
-            Err(_) => true,
-        };
-        if matters {
+        if state.notice(event, clock::now(), &self.times) {
             state.dirty = true;
             self.wake.notify_all();
         }
     }
 
-    /// Waits for an event at most `poll`; returns whether to go on.
-    fn wait(&self, poll: Duration) -> Wake {
-        let idle = |state: &mut State| !state.stop && !state.dirty;
+    /// Waits for an event or a question, until `due` at most; false to stop.
+    fn wait(&self, due: Instant) -> bool {
+        let idle = |state: &mut State| !state.stop && !state.dirty && !state.woken;
+        let left = due.saturating_duration_since(clock::now());
         let state = self.lock();
         let (state, _) =
-            self.wake.wait_timeout_while(state, poll, idle).unwrap_or_else(PoisonError::into_inner);
-        if !state.dirty && !state.stop {
-            return Wake::Look;
-        }
-        let running = |state: &mut State| !state.stop;
-        let (mut state, _) = self
-            .wake
-            .wait_timeout_while(state, SETTLE, running)
-            .unwrap_or_else(PoisonError::into_inner);
-        state.dirty = false;
-        if state.stop { Wake::Stop } else { Wake::Event }
+            self.wake.wait_timeout_while(state, left, idle).unwrap_or_else(PoisonError::into_inner);
+        !state.stop
     }
 }
 
-/// Why the thread woke.
-enum Wake {
-    Stop,
-    Event,
-    Look,
+// === impl State ===
+
+impl State {
+    /// Whether the event matters.
+    fn notice(
+        &mut self,
+        event: &notify::Result<notify::Event>,
+        now: Instant,
+        times: &Times,
+    ) -> bool {
+        let Ok(event) = event else {
+            self.changed = true;
+            return true;
+        };
+        let lost =
+            leaves(event.kind) && event.paths.iter().any(|path| self.directories.contains(path));
+        self.lost |= lost;
+        let everything = lost || event.need_rescan();
+        self.changed |= everything;
+        let mut matters = everything;
+        if changes(event.kind) {
+            for path in &event.paths {
+                let Some(of_configuration) = self.relevant.get(path) else { continue };
+                self.changed |= of_configuration;
+                self.settling.event(path, happening(event.kind, path), now, times);
+                matters = true;
+            }
+        }
+        matters
+    }
 }
 
 /// Reading the file, as each reload does, must not look like a change.
@@ -238,57 +317,118 @@ fn leaves(kind: EventKind) -> bool {
     matches!(kind, EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)))
 }
 
+/// What an event says of the file of that name.
+fn happening(kind: EventKind, path: &Path) -> Happening {
+    // Who creates a file by opening it writes next; a link arrives whole.
+    let begun = || fs::symlink_metadata(path).is_ok_and(|data| data.is_file() && data.len() == 0);
+    match kind {
+        EventKind::Modify(ModifyKind::Data(_)) => Happening::Written,
+        EventKind::Create(_) if begun() => Happening::Written,
+        EventKind::Modify(ModifyKind::Metadata(_)) => Happening::Touched,
+        _ => Happening::Whole,
+    }
+}
+
 // === impl Watch ===
 
 impl Watch {
-    fn run(mut self, mut seen: Option<Look>, on_change: &impl Fn()) {
-        loop {
-            let alone = self.shared.lock().polling_reason.is_some();
-            let poll = self.settings.poll;
-            let wake = self.shared.wait(if alone { poll.min(POLL_ALONE) } else { poll });
-            if matches!(wake, Wake::Stop) {
-                return;
-            }
-            self.follow();
-            let now = self.look();
-            if matches!(wake, Wake::Event) || now != seen {
-                on_change();
-            }
-            seen = now;
+    fn run(mut self, on_change: &impl Fn()) {
+        let mut due = clock::now() + self.poll();
+        while self.shared.wait(due) {
+            due = self.turn(on_change);
         }
     }
 
-    fn look(&self) -> Option<Look> {
-        let data = fs::metadata(&self.path).ok()?;
-        let polling = self.shared.lock().polling_reason.is_some();
-        let bytes = if polling { source::read_file(&self.path).ok() } else { None };
-        Some(Look {
-            device: data.dev(),
-            inode: data.ino(),
-            size: data.size(),
-            modified: (data.mtime(), data.mtime_nsec()),
-            changed: (data.ctime(), data.ctime_nsec()),
-            digest: bytes.map(|bytes| xxhash_rust::xxh3::xxh3_64(&bytes)),
+    fn poll(&self) -> Duration {
+        let alone = self.shared.lock().polling_reason.is_some();
+        if alone { self.settings.poll.min(POLL_ALONE) } else { self.settings.poll }
+    }
+
+    /// Looks at everything once and tells what is to be told; returns when to look
+    /// again.
+    fn turn(&mut self, on_change: &impl Fn()) -> Instant {
+        let explained = {
+            let mut state = self.shared.lock();
+            state.woken = false;
+            std::mem::take(&mut state.dirty)
+        };
+        self.follow();
+        let looks = self.look();
+        let differs = looks != self.looks;
+        self.looks = looks;
+        let now = clock::now();
+        let next_poll = now + self.poll();
+        let seen = self.looks.first().and_then(|(_, look)| *look);
+
+        let shared = Arc::clone(&self.shared);
+        let mut state = shared.lock();
+        if differs && !explained {
+            state.settling.looks_different(now, &shared.times);
+        }
+        self.complete = match (explained, differs) {
+            (true, _) => state.settling.open_file().is_none(),
+            (false, true) => false,
+            (false, false) => self.complete,
+        };
+        let verdict = state.settling.verdict(now, &shared.times, &mut warn);
+        self.complete |= verdict == Verdict::Settled;
+        state.changed |= seen != self.told;
+        // An event since the look: it decides, in the next turn.
+        if state.dirty {
+            return now;
+        }
+        let tell = match verdict {
+            Verdict::Settled => state.changed || state.asked,
+            Verdict::Wait(_) => state.asked && self.complete,
+        };
+        if tell {
+            (state.changed, state.asked) = (false, false);
+            self.told = seen;
+            drop(state);
+            on_change();
+        }
+        match verdict {
+            Verdict::Settled => next_poll,
+            Verdict::Wait(until) => until.min(next_poll),
+        }
+    }
+
+    /// Every file that matters, as it is now.
+    fn look(&self) -> Vec<(PathBuf, Option<Look>)> {
+        let (polling, named) = {
+            let state = self.shared.lock();
+            (state.polling_reason.is_some(), state.named.clone())
+        };
+        let all = std::iter::once(self.path.clone()).chain(named);
+        all.map(|path| {
+            let look = Look::at(&path, polling);
+            (path, look)
         })
+        .collect()
     }
 
-    /// Walks the way to the file and watches its directories; repeats while
-    /// the way changes between the walk and the watch.
+    /// Walks the way to each file and watches its directories; repeats while
+    /// a way changes between the walk and the watch.
     fn follow(&mut self) {
-        let mut way = Way::walk(&self.path);
+        let mut ways = self.walk();
         for _ in 0..SETUP_ROUNDS_MAX {
-            let outcome = self.watch(&way);
-            self.told(outcome.err());
-            let again = Way::walk(&self.path);
-            if again == way {
+            let outcome = self.watch(&ways);
+            self.told_of(outcome.err());
+            let again = self.walk();
+            if again == ways {
                 return;
             }
-            way = again;
+            ways = again;
         }
+    }
+
+    fn walk(&self) -> Vec<Way> {
+        let named = self.shared.lock().named.clone();
+        std::iter::once(&self.path).chain(&named).map(|path| Way::walk(path)).collect()
     }
 
     /// Notes whether the kernel reports changes, and tells when that changes.
-    fn told(&self, reason: Option<String>) {
+    fn told_of(&self, reason: Option<String>) {
         let before = std::mem::replace(&mut self.shared.lock().polling_reason, reason.clone());
         match (before, reason) {
             (before, Some(reason)) if before.as_ref() != Some(&reason) => {
@@ -299,14 +439,22 @@ impl Watch {
         }
     }
 
-    fn watch(&mut self, way: &Way) -> Result<(), String> {
+    fn watch(&mut self, ways: &[Way]) -> Result<(), String> {
         if !self.settings.notify {
             return Err("notification is switched off".to_owned());
         }
-        let wanted = way.directories();
+        let wanted: HashMap<_, _> = ways.iter().flat_map(Way::directories).collect();
         let lost = {
             let mut state = self.shared.lock();
-            state.relevant = way.names.iter().cloned().collect();
+            state.relevant.clear();
+            for (index, way) in ways.iter().enumerate().rev() {
+                let of_configuration = index == 0;
+                for name in &way.names {
+                    state.relevant.insert(name.clone(), of_configuration);
+                }
+            }
+            let State { relevant, settling, .. } = &mut *state;
+            settling.keep_only(|path| relevant.contains_key(path));
             state.directories = wanted.keys().cloned().collect();
             std::mem::take(&mut state.lost)
         };
@@ -338,6 +486,38 @@ impl Watch {
     }
 }
 
+fn warn(warning: Warning) {
+    match warning {
+        Warning::StillOpen(path) => tracing::warn!(
+            file = %path.display(),
+            silent_for = ?SILENCE,
+            "a writer keeps a configuration file open without writing; reading the file as it is"
+        ),
+        Warning::StillWritten(path, time) => tracing::warn!(
+            file = %path.display(),
+            for_seconds = time.as_secs(),
+            "a configuration file is still being written; the configuration in force stays until the writer closes it"
+        ),
+    }
+}
+
+// === impl Look ===
+
+impl Look {
+    fn at(path: &Path, with_digest: bool) -> Option<Look> {
+        let data = fs::metadata(path).ok()?;
+        let bytes = if with_digest { source::read_file(path).ok() } else { None };
+        Some(Look {
+            device: data.dev(),
+            inode: data.ino(),
+            size: data.size(),
+            modified: (data.mtime(), data.mtime_nsec()),
+            changed: (data.ctime(), data.ctime_nsec()),
+            digest: bytes.map(|bytes| xxhash_rust::xxh3::xxh3_64(&bytes)),
+        })
+    }
+}
+
 fn new_notifier(shared: &Arc<Shared>) -> Result<RecommendedWatcher, String> {
     let shared = Arc::clone(shared);
     notify::recommended_watcher(move |event| shared.notice(&event))
@@ -354,73 +534,6 @@ fn reason(directory: &Path, error: &notify::Error) -> String {
         }
         _ => format!("cannot watch {}: {error}", directory.display()),
     }
-}
-
-// === impl Way ===
-
-impl Way {
-    /// Follows `path`, which is absolute, link by link. Ends at the file, at
-    /// the first missing name or at [`LINKS_MAX`].
-    fn walk(path: &Path) -> Way {
-        let mut names = Vec::new();
-        let mut links = 0;
-        let mut at = PathBuf::from("/");
-        let mut ahead: VecDeque<OsString> = parts(path).collect();
-        while let Some(part) = ahead.pop_front() {
-            if part == ".." {
-                at.pop();
-                continue;
-            }
-            let here = at.join(&part);
-            let kind = fs::symlink_metadata(&here).map(|data| data.file_type());
-            let target = match kind {
-                Ok(kind) if kind.is_symlink() => fs::read_link(&here).ok(),
-                Ok(_) => None,
-                Err(_) => {
-                    names.push(here);
-                    break;
-                }
-            };
-            let Some(target) = target else {
-                if ahead.is_empty() {
-                    names.push(here);
-                    break;
-                }
-                at = here;
-                continue;
-            };
-            names.push(here);
-            links += 1;
-            if links > LINKS_MAX {
-                break;
-            }
-            if target.is_absolute() {
-                at = PathBuf::from("/");
-            }
-            parts(&target).rev().for_each(|part| ahead.push_front(part));
-        }
-        Way { names }
-    }
-
-    /// The directories the names stand in, with device and inode.
-    fn directories(&self) -> HashMap<PathBuf, (u64, u64)> {
-        let parents = self.names.iter().filter_map(|name| name.parent());
-        parents
-            .filter_map(|parent| {
-                let data = fs::metadata(parent).ok()?;
-                Some((parent.to_owned(), (data.dev(), data.ino())))
-            })
-            .collect()
-    }
-}
-
-/// The parts of a path that lead somewhere.
-fn parts(path: &Path) -> impl DoubleEndedIterator<Item = OsString> {
-    path.components().filter_map(|part| match part {
-        Component::Normal(name) => Some(name.to_owned()),
-        Component::ParentDir => Some("..".into()),
-        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
-    })
 }
 
 #[cfg(test)]

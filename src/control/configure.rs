@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Pool, name, address: what makes a backend the same backend.
-type Identity = (Arc<str>, Arc<str>, BackendAddress);
+pub(super) type Identity = (Arc<str>, Arc<str>, BackendAddress);
 
 /// What was there before the reload.
 struct Before {
@@ -29,8 +29,6 @@ struct Before {
     backends: BTreeMap<BackendId, BackendEntry>,
     /// Configured and leaving ones.
     known: HashMap<Identity, BackendId>,
-    /// By pool and name: operators do not speak of addresses.
-    intents: HashMap<(Arc<str>, Arc<str>), (Intent, Instant)>,
     /// What probes have found at an address, by how they were made.
     verdicts: HashMap<BackendAddress, Vec<(Arc<ProbeSpec>, Detector)>>,
 }
@@ -69,8 +67,6 @@ impl Controller {
         }
         self.remove_rest(before, now);
         self.begin_settling(&former, now);
-        let names = self.pools.iter().map(|pool| Arc::clone(&pool.spec.name));
-        self.pool_index = names.zip(0..).collect();
         self.start_all(&starting, now);
         self.configure_gray(now);
         self.work.unsettled.extend(self.pools.iter().map(|pool| pool.id));
@@ -83,6 +79,8 @@ impl Controller {
             .into_iter()
             .map(|entry| (Arc::clone(&entry.spec.name), entry.state))
             .collect();
+        self.own = config.frontends.iter().flat_map(|spec| spec.binds.iter().copied()).collect();
+        self.frontend_names.clear();
         for spec in &config.frontends {
             let state = known.remove(&spec.name).unwrap_or_else(|| {
                 self.ids.frontend += 1;
@@ -90,6 +88,7 @@ impl Controller {
                 let name = Arc::clone(&spec.name);
                 Arc::new(FrontendState::new(id, name, self.workers, RefusedReason::COUNT))
             });
+            self.frontend_names.insert(Arc::clone(&spec.name), self.frontends.len());
             self.frontends.push(FrontendEntry { state, spec: spec.clone() });
         }
     }
@@ -114,20 +113,18 @@ impl Controller {
 
     fn take_before(&mut self) -> Before {
         let verdicts = self.verdicts();
-        let pools = std::mem::take(&mut self.pools);
+        let pools = self.pools.take();
         let backends = std::mem::take(&mut self.backends);
         let mut known = HashMap::new();
-        let mut intents = HashMap::new();
         // Leaving ones first: where a name is in both, what is configured rules.
         let leaving = self.leaving.values().map(|leaving| &leaving.entry);
         for entry in leaving.chain(backends.values()) {
             let state = &entry.state;
             let name = (Arc::clone(&state.pool), Arc::clone(&state.name));
-            intents.insert(name.clone(), (entry.health.intent, entry.health.intent_since));
             known.insert((name.0, name.1, state.address.clone()), state.id);
         }
         let pools = pools.into_iter().map(|pool| (Arc::clone(&pool.spec.name), pool)).collect();
-        Before { pools, backends, known, intents, verdicts }
+        Before { pools, backends, known, verdicts }
     }
 
     fn configure_pool(
@@ -148,10 +145,8 @@ impl Controller {
             let (mut entry, arrival) = self.known_or_new(spec, &backend, id, before, now);
             let was_needed = old_heartbeat.as_ref().is_some_and(|old| entry.needs_heartbeats(old));
             entry.origin = origin;
-            let name = (Arc::clone(&spec.name), Arc::clone(&backend.name));
-            if let Some((intent, since)) = before.intents.get(&name) {
-                entry.health.intent = *intent;
-                entry.health.intent_since = *since;
+            if arrival == Arrival::Came {
+                self.take_intent(&mut entry, now);
             }
             if arrival == Arrival::Came
                 && let Some(verdict) = before.verdict(&backend.address, spec.probe.as_deref())
@@ -167,6 +162,9 @@ impl Controller {
                 respecify(&mut entry, old_probe.as_deref(), spec.probe.as_deref(), arrival, now);
             self.fit_heartbeats(&mut entry, spec, arrival, was_needed, now);
             let backend = entry.state.id;
+            if !entry.health.outlier.takes_failures() {
+                self.out.insert((id, backend));
+            }
             members.push(backend);
             self.backends.insert(backend, entry);
             match plan {
@@ -199,6 +197,7 @@ impl Controller {
             startup,
             names: HashMap::new(),
             addresses: HashMap::new(),
+            has_backups: spec.backends.iter().any(|backend| backend.backup),
             registered: 0,
             full_noticed: None,
             guard: Default::default(),
@@ -214,14 +213,15 @@ impl Controller {
                 pool.full_noticed = old.full_noticed;
             }
         }
-        if spec.heartbeat.is_some() {
-            for entry in pool.members.iter().filter_map(|id| self.backends.get(id)) {
-                pool.names.insert(Arc::clone(&entry.spec.name), entry.state.id);
-                if let BackendAddress::Tcp(address) = entry.state.address {
-                    pool.addresses.insert(address, entry.state.id);
-                }
-                pool.registered += usize::from(entry.origin == Origin::Registered);
+        for entry in pool.members.iter().filter_map(|id| self.backends.get(id)) {
+            pool.names.insert(Arc::clone(&entry.spec.name), entry.state.id);
+            if spec.heartbeat.is_none() {
+                continue;
             }
+            if let BackendAddress::Tcp(address) = entry.state.address {
+                pool.addresses.insert(address, entry.state.id);
+            }
+            pool.registered += usize::from(entry.origin == Origin::Registered);
         }
         pool
     }
@@ -304,11 +304,23 @@ impl Controller {
         pool_id: PoolId,
         now: Instant,
     ) -> BackendEntry {
+        let entry = self.entry_of(Arc::clone(&pool.name), spec, pool_id, now);
+        entry.state.start_from(&pool.source, self.workers);
+        entry
+    }
+
+    /// The same for a pool of that name.
+    pub(super) fn entry_of(
+        &mut self,
+        pool: Arc<str>,
+        spec: &config::Backend,
+        pool_id: PoolId,
+        now: Instant,
+    ) -> BackendEntry {
         self.ids.backend += 1;
         let id = BackendId(self.ids.backend);
         let (name, address) = (Arc::clone(&spec.name), spec.address.clone());
-        let state = BackendState::new(id, Arc::clone(&pool.name), name, address, self.workers);
-        state.start_from(&pool.source, self.workers);
+        let state = BackendState::new(id, pool, name, address, self.workers);
         BackendEntry {
             state: Arc::new(state),
             pool: pool_id,
@@ -331,7 +343,7 @@ impl Controller {
 
     /// Starts the probing of a backend that joins a pool between reloads.
     pub(super) fn join_probing(&mut self, id: BackendId, pool: PoolId, now: Instant) {
-        let Some(pool) = self.pools.iter_mut().find(|entry| entry.id == pool) else { return };
+        let Some(pool) = self.pools.get_mut(pool) else { return };
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let plan = respecify(entry, None, pool.spec.probe.as_deref(), Arrival::Came, now);
         if plan == ProbePlan::GoOn {

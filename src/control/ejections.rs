@@ -80,7 +80,7 @@ impl Controller {
         now: Instant,
     ) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.ejection else { return };
         let Some(row) = entry.health.outlier.failed(in_a_row, &spec) else { return };
         if !entry.health.eligible() {
@@ -123,6 +123,7 @@ impl Controller {
             humantime::format_duration(until - now),
             entry.health.outlier.repeats()
         );
+        self.out.insert((entry.pool, id));
         self.schedule.set(Job::EjectionEnds(id), until);
         self.record(id, (from, "ejected"), reason, lasted, now);
     }
@@ -141,6 +142,9 @@ impl Controller {
     /// spec changed, or the backends that carried on without the ejected ones
     /// are gone. The ones that would end first go first.
     pub(super) fn settle_guard(&mut self, pool: PoolId, now: Instant) {
+        if !self.has_out(pool) {
+            return;
+        }
         self.settle_trials(pool, now);
         let Some(pool) = self.pool(pool) else { return };
         let mut view = self.guard_view(pool);
@@ -171,6 +175,23 @@ impl Controller {
                 self.end_ejection(id, "no other backend of the pool is eligible", now);
             }
         }
+    }
+
+    /// Whether some backend of the pool is ejected or on trial; forgets those that
+    /// are not any more.
+    fn has_out(&mut self, pool: PoolId) -> bool {
+        let noted = self.out.range((pool, BackendId(0))..=(pool, BackendId(u32::MAX)));
+        let noted: Vec<(PoolId, BackendId)> = noted.copied().collect();
+        let mut any = false;
+        for (pool, id) in noted {
+            let entry = self.backends.get(&id).filter(|entry| entry.pool == pool);
+            if entry.is_some_and(|entry| !entry.health.outlier.takes_failures()) {
+                any = true;
+            } else {
+                self.out.remove(&(pool, id));
+            }
+        }
+        any
     }
 
     pub(super) fn guard_view(&self, pool: &PoolEntry) -> GuardView {

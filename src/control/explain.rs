@@ -8,7 +8,9 @@ use super::{Controller, OperatorError, Weight};
 use crate::config::{self, HeartbeatSpec};
 use crate::health::detector::State;
 use crate::health::heartbeat::{Channel, PathView};
+use crate::health::recent::{RECENT, Recent};
 use crate::health::{Observation, Transition};
+use crate::heartbeat::rejections::Rejection;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,10 +35,14 @@ pub struct Explained {
     pub probe: Option<ProbeView>,
     /// What heartbeats its pool expects.
     pub heartbeat_spec: Option<Arc<HeartbeatSpec>>,
+    /// The last heartbeat in its name that was rejected.
+    pub rejected: Option<Rejection>,
     /// Passive ejection.
     pub ejection: EjectionView,
     /// Of the slow start under way: how long it takes, and since when.
     pub ramp: Option<(Duration, Duration)>,
+    /// Failures of its sessions lately.
+    pub failures: FailuresView,
     /// What may keep it in though it is confirmed to be gone.
     pub guards: GuardView,
     /// Newest first; at most [`TRANSITIONS_MAX`](super::TRANSITIONS_MAX).
@@ -67,6 +73,21 @@ pub struct EjectionView {
     pub left: Option<Duration>,
     /// Ejections in a row, as of the last one.
     pub repeats: u32,
+    /// For how long one session at a time tries it, if so.
+    pub trial: Option<Duration>,
+}
+
+/// Failed connects and early resets of a backend.
+#[derive(Debug, Clone)]
+pub struct FailuresView {
+    /// `None`: nothing failed.
+    pub recent: Option<Recent>,
+    /// For how long failures were looked for, at most a minute.
+    pub watched: Duration,
+    /// In a row by now.
+    pub in_a_row: u32,
+    /// Failed connects since the backend was configured.
+    pub connects_total: u64,
 }
 
 /// The guards over a backend's pool.
@@ -120,10 +141,18 @@ impl Controller {
                 fails_open: entry.health.fails_open,
             }),
             heartbeat_spec: pool.spec.heartbeat.clone(),
+            rejected: self.rejections.of(&pool.spec.name, backend).cloned(),
             ejection: EjectionView {
                 spec: pool.spec.ejection,
                 left: outlier.until().map(|until| until.saturating_duration_since(now)),
                 repeats: outlier.repeats(),
+                trial: outlier.trial_lasts(now),
+            },
+            failures: FailuresView {
+                recent: entry.health.recent.view(now),
+                watched: since(entry.health.since).min(RECENT),
+                in_a_row: outlier.row(entry.state.failed_in_a_row()),
+                connects_total: entry.state.counters.sum(|c| c.connect_failures.get()),
             },
             ramp: entry.ramp.map(|ramp| (ramp.over, since(ramp.since))),
             guards: GuardView {

@@ -6,10 +6,13 @@
 //! adds is ignored. Names, never numbers, say who is meant.
 
 use super::gray::watched;
-use super::heartbeats::Misfit;
+use super::misfits::Misfit;
 use super::pace::PublishReason;
 use super::schedule::Job;
-use super::{BackendEntry, Controller, Effect, PoolEntry, Startup};
+use super::{
+    BackendEntry, Controller, Effect, Origin, PoolEntry, SavedHeart, SavedIntent, SavedTransition,
+    Startup,
+};
 use crate::balance::Turn;
 use crate::health::gray::SavedWatch;
 use crate::health::outlier::SavedOutlier;
@@ -41,7 +44,13 @@ pub struct Saved {
     pub misfits: BTreeMap<String, u64>,
     /// Times everybody was excused.
     pub excuses: u64,
+    /// What operators wanted of backends that have left.
+    #[serde(skip_serializing_if = "is_default")]
+    pub left: Vec<SavedIntent>,
 }
+
+/// Transitions in one [`Saved`]: where backends have more, each keeps its newest.
+const HISTORY_MAX: usize = 200_000;
 
 /// What the processes before this one have counted of the controller's own.
 #[derive(Debug, Default)]
@@ -82,7 +91,10 @@ pub struct SavedPool {
     pub turn: Option<Turn>,
     /// It has been in service for so long.
     pub in_service_ms: Option<u64>,
-    /// In file order.
+    /// Its backends' heartbeats, and those that registered, are told of.
+    #[serde(skip_serializing_if = "is_default")]
+    pub hearts: bool,
+    /// In file order, then registered ones by age.
     pub backends: Vec<SavedBackend>,
 }
 
@@ -95,31 +107,100 @@ pub struct SavedBackend {
     /// As the file spells it.
     pub address: String,
     /// Name of the intent.
+    #[serde(skip_serializing_if = "is_default")]
     pub intent: String,
     /// Age of the intent.
+    #[serde(skip_serializing_if = "is_default")]
     pub intent_ms: u64,
     /// It may take new sessions.
+    #[serde(skip_serializing_if = "is_default")]
     pub eligible: bool,
     /// Name of the probes' verdict.
+    #[serde(skip_serializing_if = "is_default")]
     pub observation: String,
     /// Age of the observation.
+    #[serde(skip_serializing_if = "is_default")]
     pub observation_ms: u64,
     /// Eligible while unknown.
+    #[serde(skip_serializing_if = "is_default")]
     pub fails_open: bool,
     /// Ejections.
+    #[serde(skip_serializing_if = "is_default")]
     pub outlier: SavedOutlier,
     /// What its first bytes have shown.
+    #[serde(skip_serializing_if = "is_default")]
     pub watch: SavedWatch,
     /// Its slow start began so long ago.
+    #[serde(skip_serializing_if = "is_default")]
     pub ramp_ms: Option<u64>,
     /// See `BackendCounters`.
+    #[serde(skip_serializing_if = "is_default")]
     pub sessions: u64,
     /// Connects that failed.
+    #[serde(skip_serializing_if = "is_default")]
     pub connect_failures: u64,
     /// From clients.
+    #[serde(skip_serializing_if = "is_default")]
     pub bytes_in: u64,
     /// To clients.
+    #[serde(skip_serializing_if = "is_default")]
     pub bytes_out: u64,
+    /// Its heartbeats brought it; it is in no file.
+    #[serde(skip_serializing_if = "is_default")]
+    pub registered: bool,
+    /// What its heartbeats have said.
+    #[serde(skip_serializing_if = "is_default")]
+    pub heart: Option<SavedHeart>,
+    /// What they ask for has stood for so long.
+    #[serde(skip_serializing_if = "is_default")]
+    pub calling_ms: u64,
+    /// What counts of its health has stood for so long.
+    #[serde(skip_serializing_if = "is_default")]
+    pub observed_ms: Option<u64>,
+    /// Oldest first.
+    #[serde(skip_serializing_if = "is_default")]
+    pub history: Vec<SavedTransition>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+// === impl Saved ===
+
+impl Saved {
+    /// The same for a process that counts from zero: what was counted since this was
+    /// saved is lost, and half of a count is worse than none.
+    pub fn without_counts(mut self) -> Saved {
+        self.frontends.clear();
+        (self.published, self.misfits) = (BTreeMap::new(), BTreeMap::new());
+        (self.heartbeats, self.excuses) = (0, 0);
+        for backend in self.pools.iter_mut().flat_map(|pool| &mut pool.backends) {
+            (backend.sessions, backend.connect_failures) = (0, 0);
+            (backend.bytes_in, backend.bytes_out) = (0, 0);
+        }
+        self
+    }
+
+    /// Takes operators' intents from `newer`; a backend that is not in it is ready.
+    pub fn set_intents(&mut self, newer: &Saved) {
+        for backend in self.pools.iter_mut().flat_map(|pool| &mut pool.backends) {
+            backend.intent = Intent::Ready.name().to_owned();
+        }
+        for (pool, wanted) in every_backend(newer) {
+            let Some(into) = self.pools.iter_mut().find(|one| one.name == pool.name) else {
+                self.pools.push(SavedPool { backends: vec![wanted.clone()], ..pool.clone() });
+                continue;
+            };
+            match into.backends.iter_mut().find(|one| one.name == wanted.name) {
+                Some(backend) => {
+                    backend.intent.clone_from(&wanted.intent);
+                    backend.intent_ms = wanted.intent_ms;
+                }
+                None => into.backends.push(wanted.clone()),
+            }
+        }
+    }
 }
 
 // === impl Controller ===
@@ -133,6 +214,7 @@ impl Controller {
             .iter()
             .filter_map(|pool| Some((&*pool.spec.name, pool.balancer.as_ref()?.turn()?)))
             .collect();
+        let history = HISTORY_MAX / self.backends.len().max(1);
         let save_pool = |pool: &PoolEntry| SavedPool {
             name: pool.spec.name.to_string(),
             open: pool.startup == Startup::Open,
@@ -140,11 +222,12 @@ impl Controller {
             in_service_ms: pool
                 .in_service_since
                 .map(|since| millis(now.saturating_duration_since(since))),
+            hearts: pool.spec.heartbeat.is_some(),
             backends: pool
                 .members
                 .iter()
                 .filter_map(|id| self.backends.get(id))
-                .map(|entry| save_backend(entry, now))
+                .map(|entry| save_backend(entry, history.max(1), now))
                 .collect(),
         };
         Saved {
@@ -156,6 +239,32 @@ impl Controller {
             heartbeats: self.heartbeats_taken(),
             misfits: self.misfits().map(|(misfit, n)| (misfit.name().to_owned(), n)).into(),
             excuses: self.excuses(),
+            left: self.kept.save(now),
+        }
+    }
+
+    /// Operators' intents alone, by names: of backends that are not simply ready.
+    pub fn save_intents(&self, now: Instant) -> Saved {
+        let save = |entry: &BackendEntry| SavedBackend {
+            name: entry.state.name.to_string(),
+            intent: entry.health.intent.name().to_owned(),
+            intent_ms: millis(now.saturating_duration_since(entry.health.intent_since)),
+            ..SavedBackend::default()
+        };
+        let pools = self.pools.iter().map(|pool| SavedPool {
+            name: pool.spec.name.to_string(),
+            backends: pool
+                .members
+                .iter()
+                .filter_map(|id| self.backends.get(id))
+                .filter(|entry| entry.health.intent != Intent::Ready)
+                .map(save)
+                .collect(),
+            ..SavedPool::default()
+        });
+        Saved {
+            pools: pools.filter(|pool| !pool.backends.is_empty()).collect(),
+            ..Saved::default()
         }
     }
 
@@ -198,14 +307,18 @@ impl Controller {
     /// called again with something newer.
     pub fn adopt(&mut self, saved: &Saved, now: Instant) -> Vec<Effect> {
         self.run_due(now);
+        for left in &saved.left {
+            self.adopt_intent(left, now);
+        }
         for pool in &saved.pools {
             self.adopt_pool(pool, now);
         }
         let effects = self.finish(now);
+        let turns: HashMap<&str, Turn> =
+            saved.pools.iter().filter_map(|pool| Some((&*pool.name, pool.turn?))).collect();
         for pool in &self.table.pools {
-            let saved = saved.pools.iter().find(|saved| *saved.name == *pool.spec.name);
-            if let (Some(turn), Some(balancer)) = (saved.and_then(|s| s.turn), &pool.balancer) {
-                balancer.go_on_from(turn);
+            if let (Some(turn), Some(balancer)) = (turns.get(&*pool.spec.name), &pool.balancer) {
+                balancer.go_on_from(*turn);
             }
         }
         self.adopt_counts(saved);
@@ -223,8 +336,8 @@ impl Controller {
             excuses: saved.excuses,
         };
         for frontend in &saved.frontends {
-            let named = |name: &str| name == frontend.name;
-            if let Some(entry) = self.frontends.iter().find(|entry| named(&entry.state.name)) {
+            let named = self.frontend_names.get(frontend.name.as_str());
+            if let Some(entry) = named.and_then(|at| self.frontends.get(*at)) {
                 carry_frontend(&entry.state, frontend);
             }
         }
@@ -255,7 +368,7 @@ impl Controller {
     pub fn serves_as(&self, saved: &Saved) -> bool {
         let expected = every_backend(saved).filter(|(_, backend)| backend.eligible);
         expected.into_iter().all(|(pool, backend)| {
-            let Some(entry) = self.pools.iter().find(|one| *one.spec.name == *pool.name) else {
+            let Some(entry) = self.pools.named(&pool.name) else {
                 return true;
             };
             match self.find_saved(&pool.name, &backend.name, &backend.address) {
@@ -267,44 +380,86 @@ impl Controller {
     }
 
     fn adopt_pool(&mut self, saved: &SavedPool, now: Instant) {
-        let Some(pool) = self.pools.iter_mut().find(|pool| *pool.spec.name == *saved.name) else {
+        let Some(pool) = self.pools.named_mut(&saved.name) else {
             return;
         };
         let is_watched = watched(pool).is_some();
         if let Some(ms) = saved.in_service_ms {
             pool.in_service_since = Some(ago(now, ms));
         }
+        self.drop_unregistered(saved, now);
         for backend in &saved.backends {
-            // Operators do not speak of addresses: an intent goes by the name.
-            let Ok(id) = self.find_backend(&saved.name, &backend.name) else { continue };
-            let same = self.find_saved(&saved.name, &backend.name, &backend.address).is_some();
+            let id = self.find_saved(&saved.name, &backend.name, &backend.address);
+            let Some(id) = id.or_else(|| self.adopt_registered(saved, backend, now)) else {
+                self.keep_intent(saved, backend, now);
+                continue;
+            };
+            self.adopt_heart(id, backend, now);
             let Some(entry) = self.backends.get_mut(&id) else { continue };
             if let Some(intent) = Intent::named(&backend.intent) {
                 entry.health.intent = intent;
                 entry.health.intent_since = ago(now, backend.intent_ms);
             }
-            if same {
-                adopt_health(entry, backend, now);
-                if is_watched {
-                    entry.health.gray.restore(&backend.watch, now);
+            adopt_health(entry, backend, now);
+            let (pool, name) = (&entry.state.pool, &entry.state.name);
+            entry.history.adopt(&backend.history, (pool, name), now);
+            if let Some(ms) = backend.observed_ms {
+                entry.observed_since = ago(now, ms);
+            }
+            if is_watched {
+                entry.health.gray.restore(&backend.watch, now);
+            }
+            match entry.health.outlier.until() {
+                Some(until) => {
+                    self.out.insert((entry.pool, id));
+                    self.schedule.set(Job::EjectionEnds(id), until);
                 }
-                match entry.health.outlier.until() {
-                    Some(until) => self.schedule.set(Job::EjectionEnds(id), until),
-                    None => self.schedule.cancel(Job::EjectionEnds(id)),
-                }
+                None => self.schedule.cancel(Job::EjectionEnds(id)),
             }
             self.work.touched.insert(id);
             self.work.unsettled.insert(entry.pool);
-            if same && backend.eligible {
+            if backend.eligible {
                 self.adopt_ramp(id, backend.ramp_ms.map(Duration::from_millis), now);
             }
         }
         self.adopt_startup(saved);
     }
 
+    /// What an operator wanted of a backend that this configuration is without:
+    /// it may come back.
+    fn keep_intent(&mut self, pool: &SavedPool, backend: &SavedBackend, now: Instant) {
+        let Some(intent) = Intent::named(&backend.intent) else { return };
+        let who = (pool.name.as_str().into(), backend.name.as_str().into());
+        let wanted = (intent, ago(now, backend.intent_ms));
+        self.kept.keep((who.0, who.1, backend.address.as_str().into()), wanted, now);
+    }
+
+    /// The same of one that has left there.
+    fn adopt_intent(&mut self, left: &SavedIntent, now: Instant) {
+        let Some(intent) = Intent::named(&left.intent) else { return };
+        let since = ago(now, left.intent_ms);
+        match self.find_saved(&left.pool, &left.name, &left.address) {
+            Some(id) => {
+                // It came back during the upgrade.
+                if let Some(entry) = self.backends.get_mut(&id)
+                    && entry.health.intent == Intent::Ready
+                {
+                    (entry.health.intent, entry.health.intent_since) = (intent, since);
+                    self.work.touched.insert(id);
+                }
+            }
+            None => {
+                let [pool, name, address] =
+                    [&left.pool, &left.name, &left.address].map(|text| text.as_str().into());
+                let at = ago(now, left.left_ms);
+                self.kept.keep((pool, name, address), (intent, since), at);
+            }
+        }
+    }
+
     /// A pool whose backends are known need not get to know them.
     fn adopt_startup(&mut self, saved: &SavedPool) {
-        let Some(pool) = self.pools.iter_mut().find(|pool| *pool.spec.name == *saved.name) else {
+        let Some(pool) = self.pools.named_mut(&saved.name) else {
             return;
         };
         let judged = |id: &BackendId| {
@@ -344,7 +499,7 @@ fn adopt_health(entry: &mut BackendEntry, saved: &SavedBackend, now: Instant) {
     entry.health.outlier.restore(&saved.outlier, now);
 }
 
-fn save_backend(entry: &BackendEntry, now: Instant) -> SavedBackend {
+fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBackend {
     let (state, health) = (&entry.state, &entry.health);
     let age = |since: Instant| millis(now.saturating_duration_since(since));
     let sum = |read: fn(&crate::table::state::BackendCounters) -> u64| state.counters.sum(read);
@@ -364,6 +519,11 @@ fn save_backend(entry: &BackendEntry, now: Instant) -> SavedBackend {
         connect_failures: sum(|c| c.connect_failures.get()),
         bytes_in: sum(|c| c.bytes_in.get()),
         bytes_out: sum(|c| c.bytes_out.get()),
+        registered: entry.origin == Origin::Registered,
+        heart: entry.heart.as_ref().map(|heart| heart.save(now)),
+        calling_ms: age(entry.calling_since),
+        observed_ms: Some(age(entry.observed_since)),
+        history: entry.history.save(history, now),
     }
 }
 

@@ -22,14 +22,19 @@
 //! change nothing. No load takes more than three quarters:
 //! a backend that says it is full still shows whether it is.
 
+mod saved;
+
+pub use saved::SavedHeart;
+
+use super::misfits::Misfit;
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, Notice, Origin, PoolId};
 use crate::config::{self, BackendAddress, HeartbeatSpec};
+use crate::health::Calling;
 use crate::health::heartbeat::{Beat, HeartbeatDetector, State};
-use crate::health::{Calling, Pulse};
 use crate::heartbeat::{Heartbeat, SenderState};
 use crate::table::state::BackendId;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,26 +47,6 @@ const TTL_INTERVALS: u32 = 3;
 
 /// A pool that is full says so this often.
 const FULL_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
-
-/// Why an authentic heartbeat changed nothing; a closed set, the label of a
-/// metric.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Misfit {
-    /// No pool of that name takes heartbeats (any more).
-    UnknownPool,
-    /// No backend of that name, and the pool lets nobody register.
-    UnknownBackend,
-    /// The file has a backend of that name at another address.
-    ConfiguredName,
-    /// The file has a backend of another name at that address.
-    ConfiguredAddress,
-    /// A sender that started later has the name or the address.
-    OlderSender,
-    /// The address is one of our own: sessions would come back to us.
-    OwnAddress,
-    /// The pool has as many registered backends as it may.
-    PoolFull,
-}
 
 /// What one backend's heartbeats have said.
 #[derive(Debug)]
@@ -87,6 +72,8 @@ pub(super) struct Heart {
     pub(super) excused: Duration,
     /// What of that was for heartbeats lost here, and not for being late.
     pub(super) deaf: Duration,
+    /// Another process has said all this; nothing was heard here yet.
+    adopted: bool,
 }
 
 /// How busy a sender says it is, made steady: an exponential mean, of which a
@@ -98,34 +85,6 @@ pub(super) struct Load {
     mean: f64,
     /// In percent, a multiple of [`Load::STEP`], 25..=100.
     share: u32,
-}
-
-// === impl Misfit ===
-
-impl Misfit {
-    /// Every reason there is.
-    pub const ALL: [Misfit; 7] = [
-        Misfit::UnknownPool,
-        Misfit::UnknownBackend,
-        Misfit::ConfiguredName,
-        Misfit::ConfiguredAddress,
-        Misfit::OlderSender,
-        Misfit::OwnAddress,
-        Misfit::PoolFull,
-    ];
-
-    /// As in metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Misfit::UnknownPool => "unknown-pool",
-            Misfit::UnknownBackend => "unknown-backend",
-            Misfit::ConfiguredName => "configured-name",
-            Misfit::ConfiguredAddress => "configured-address",
-            Misfit::OlderSender => "older-sender",
-            Misfit::OwnAddress => "own-address",
-            Misfit::PoolFull => "pool-full",
-        }
-    }
 }
 
 // === impl Load ===
@@ -217,13 +176,14 @@ impl Controller {
         match self.speaker(heartbeat, now) {
             Ok(Some(id)) => {
                 self.heartbeats_total += u64::from(stands_for);
+                self.rejections.believed(&heartbeat.pool, &heartbeat.name);
                 if stands_for > 1 {
                     self.excuse_gap(id, at, now);
                 }
                 self.heard(id, heartbeat, at, now);
             }
             Ok(None) => {}
-            Err(misfit) => self.misfits[misfit as usize] += 1,
+            Err(misfit) => self.misfit(misfit, heartbeat, now),
         }
     }
 
@@ -234,8 +194,7 @@ impl Controller {
         heartbeat: &Heartbeat,
         now: Instant,
     ) -> Result<Option<BackendId>, Misfit> {
-        let index = self.pool_index.get(&heartbeat.pool).ok_or(Misfit::UnknownPool)?;
-        let pool = &self.pools[*index];
+        let pool = self.pools.named(&heartbeat.pool).ok_or(Misfit::UnknownPool)?;
         let spec = Arc::clone(pool.spec.heartbeat.as_ref().ok_or(Misfit::UnknownPool)?);
         let named = pool.names.get(&heartbeat.name).copied();
         let placed = pool.addresses.get(&heartbeat.address).copied();
@@ -276,14 +235,12 @@ impl Controller {
     }
 
     fn is_our_own(&self, address: SocketAddr) -> bool {
-        let reaches = |bind: &SocketAddr| {
-            *bind == address
-                || (bind.ip().is_unspecified()
-                    && bind.port() == address.port()
-                    && bind.is_ipv4() == address.is_ipv4()
-                    && address.ip().is_loopback())
+        let any = match address.ip() {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         };
-        self.frontends.iter().any(|frontend| frontend.spec.binds.iter().any(reaches))
+        let wildcard = SocketAddr::new(any, address.port());
+        self.own.contains(&address) || (address.ip().is_loopback() && self.own.contains(&wildcard))
     }
 
     fn check_room(
@@ -309,7 +266,6 @@ impl Controller {
         Err(Misfit::PoolFull)
     }
 
-    /// Makes a new member of the pool, or takes one back that was leaving.
     fn register(
         &mut self,
         pool_id: PoolId,
@@ -317,42 +273,8 @@ impl Controller {
         heartbeat: &Heartbeat,
         now: Instant,
     ) -> BackendId {
-        let Some(pool) = self.pool(pool_id) else {
-            unreachable!("the pool was looked up for this very heartbeat")
-        };
-        let pool_spec = Arc::clone(&pool.spec);
-        let spec = config::Backend {
-            name: Arc::clone(&heartbeat.name),
-            address: BackendAddress::Tcp(heartbeat.address),
-            weight: heartbeat.weight.clamp(1, spec.weight_max.max(1)),
-            backup: false,
-            connections_max: 0,
-        };
-        let returned =
-            self.leaving_as(&pool_spec.name, &spec).and_then(|id| self.come_back(id, now));
-        let mut entry = match returned {
-            Some(entry) => entry,
-            None => self.new_entry(&pool_spec, &spec, pool_id, now),
-        };
-        entry.state.start_from(&pool_spec.source, self.workers);
-        entry.pool = pool_id;
-        entry.spec = spec;
-        entry.origin = Origin::Registered;
-        entry.heart = None;
-        entry.health.pulse = Pulse::Awaited;
-        if let Some((intent, since)) = self.intent_of_namesake(&pool_spec.name, &heartbeat.name) {
-            entry.health.intent = intent;
-            entry.health.intent_since = since;
-        }
-        let id = entry.state.id;
-        self.backends.insert(id, entry);
-        if let Some(pool) = self.pool_mut(pool_id) {
-            pool.members.push(id);
-            pool.registered += 1;
-            pool.names.insert(Arc::clone(&heartbeat.name), id);
-            pool.addresses.insert(heartbeat.address, id);
-        }
-        self.join_probing(id, pool_id, now);
+        let who = (Arc::clone(&heartbeat.name), heartbeat.address, heartbeat.weight);
+        let id = self.admit(pool_id, spec, who, now);
         let reason = format!(
             "registered by its heartbeat at {} (key {})",
             heartbeat.address, heartbeat.key_id
@@ -364,7 +286,7 @@ impl Controller {
     /// Takes a registered backend out of its pool for good.
     pub(super) fn unregister(&mut self, id: BackendId, reason: &str, now: Instant) {
         let Some(entry) = self.backends.remove(&id) else { return };
-        let Some(pool) = self.pools.iter_mut().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get_mut(entry.pool) else { return };
         pool.members.retain(|member| *member != id);
         pool.registered = pool.registered.saturating_sub(1);
         if pool.names.get(&entry.spec.name) == Some(&id) {
@@ -387,7 +309,7 @@ impl Controller {
     /// Takes what a known backend's heartbeat says.
     fn heard(&mut self, id: BackendId, heartbeat: &Heartbeat, at: Instant, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
         let interval = heartbeat.interval.clamp(INTERVAL_MIN, INTERVAL_MAX);
         let heart = entry.heart.get_or_insert_with(|| {
@@ -407,6 +329,7 @@ impl Controller {
         heart.last_at = heart.last_at.max(at);
         (heart.excused, heart.deaf) = (Duration::ZERO, Duration::ZERO);
         heart.expired = false;
+        heart.adopted = false;
         let lighter = heart.load.heard(heartbeat.load);
         let ttl = ttl(&spec, interval);
         if lighter || before != (heart.weight_in_force, false) {
@@ -455,7 +378,7 @@ impl Controller {
         }
         let lasted = now.saturating_duration_since(entry.calling_since);
         entry.calling_since = now;
-        let sessions = entry.state.in_flight.get();
+        let sessions = entry.state.in_flight.total();
         let reason = match calling {
             Calling::Sessions => "its heartbeats say that it takes sessions".to_owned(),
             _ => format!("its heartbeats say so; no new sessions, {sessions} go on"),
@@ -466,7 +389,7 @@ impl Controller {
     /// `ttl` may be over.
     pub(super) fn heartbeat_ttl(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
         let Some((ttl, over)) = entry.expiry(&spec) else {
             self.pulse_changed(id, "no heartbeat since they are required", None, now);
@@ -542,6 +465,7 @@ impl Heart {
             expired: false,
             excused: Duration::ZERO,
             deaf: Duration::ZERO,
+            adopted: false,
         }
     }
 }

@@ -4,6 +4,7 @@
 //! takes them back when they are configured or heard again, and forgets them once their last session has ended. They
 //! are not probed, and in no table but for those that stand in (`settling`); status shows those with sessions.
 
+use super::configure::Identity;
 use super::schedule::{Job, after};
 use super::{BackendEntry, Controller, Effect, Leaving};
 use crate::config::{self, OnRemoval};
@@ -52,13 +53,21 @@ impl Controller {
         if let Some(at) = cut_at {
             self.schedule.set(Job::CutSessions(id), at);
         }
-        if !self.schedule.is_set(Job::LeavingCheck) {
-            self.schedule.set(Job::LeavingCheck, now + LEAVING_CHECK_INTERVAL);
-        }
+        self.watch_leaving(now);
         let transition = removal(&entry, reason, on_removal, now);
         entry.history.add(transition.clone());
         self.work.effects.push(Effect::Log(transition));
+        let wanted = (entry.health.intent, entry.health.intent_since);
+        self.kept.keep(entry.state.identity(), wanted, now);
+        self.left.insert(identity(&entry), id);
         self.leaving.insert(id, Leaving { entry, cut_at });
+    }
+
+    /// Has those that left counted from now on.
+    pub(super) fn watch_leaving(&mut self, now: Instant) {
+        if !self.schedule.is_set(Job::LeavingCheck) {
+            self.schedule.set(Job::LeavingCheck, now + LEAVING_CHECK_INTERVAL);
+        }
     }
 
     /// Whether it is configured, or has left and sessions are on it yet.
@@ -67,7 +76,7 @@ impl Controller {
     }
 
     /// Every backend that is known in that way.
-    pub fn known(&self) -> impl Iterator<Item = BackendId> {
+    pub fn all_known(&self) -> impl Iterator<Item = BackendId> {
         self.backends.keys().chain(self.leaving.keys()).copied()
     }
 
@@ -77,28 +86,25 @@ impl Controller {
     }
 
     /// The removed backend that is the very one of that pool and spec.
-    pub(super) fn leaving_as(&self, pool: &str, spec: &config::Backend) -> Option<BackendId> {
-        let same = |leaving: &&Leaving| {
-            let state = &leaving.entry.state;
-            state.name == spec.name && *state.pool == *pool && state.address == spec.address
-        };
-        self.leaving.values().find(same).map(|leaving| leaving.entry.state.id)
+    pub(super) fn leaving_as(&self, pool: &Arc<str>, spec: &config::Backend) -> Option<BackendId> {
+        self.left.get(&(Arc::clone(pool), Arc::clone(&spec.name), spec.address.clone())).copied()
     }
 
-    /// What an operator wanted of removed backends of that name: intents do not
-    /// speak of addresses.
-    pub(super) fn intent_of_namesake(&self, pool: &str, name: &str) -> Option<(Intent, Instant)> {
-        let same = |leaving: &&Leaving| {
-            let state = &leaving.entry.state;
-            *state.name == *name && *state.pool == *pool
-        };
-        let youngest = self.leaving.values().rev().find(same)?;
-        Some((youngest.entry.health.intent, youngest.entry.health.intent_since))
+    /// Takes up what an operator wanted of the backend before it left, where its
+    /// sessions or [`KEPT_FOR`](super::KEPT_FOR) have not ended since.
+    pub(super) fn take_intent(&mut self, entry: &mut BackendEntry, now: Instant) {
+        if let Some((intent, since)) = self.kept.take(&entry.state.identity(), now)
+            && entry.health.intent == Intent::Ready
+        {
+            entry.health.intent = intent;
+            entry.health.intent_since = since;
+        }
     }
 
     /// Takes a removed backend back, with all that was known of it.
     pub(super) fn come_back(&mut self, id: BackendId, now: Instant) -> Option<BackendEntry> {
         let mut entry = self.leaving.remove(&id)?.entry;
+        self.left.remove(&identity(&entry));
         self.schedule.cancel(Job::CutSessions(id));
         match entry.health.outlier.until() {
             Some(until) if until > now => self.schedule.set(Job::EjectionEnds(id), until),
@@ -115,7 +121,7 @@ impl Controller {
     pub(super) fn cut_sessions(&mut self, id: BackendId) {
         self.stands_in_no_more(id);
         if let Some(leaving) = self.leaving.get(&id)
-            && leaving.entry.state.in_flight.get() > 0
+            && leaving.entry.state.in_flight.total() > 0
         {
             self.work.effects.push(Effect::CutSessions(id));
         }
@@ -126,9 +132,10 @@ impl Controller {
     pub(super) fn check_leaving(&mut self, now: Instant) {
         let stand_ins = self.stand_ins();
         self.leaving.retain(|id, leaving| {
-            let empty = leaving.entry.state.in_flight.get() == 0 && !stand_ins.contains(id);
+            let empty = leaving.entry.state.in_flight.total() == 0 && !stand_ins.contains(id);
             if empty {
                 self.schedule.cancel(Job::CutSessions(*id));
+                self.left.remove(&identity(&leaving.entry));
             } else if leaving.cut_at.is_some_and(|at| at < now)
                 && !self.schedule.is_set(Job::CutSessions(*id))
             {
@@ -142,8 +149,13 @@ impl Controller {
     }
 }
 
+pub(super) fn identity(entry: &BackendEntry) -> Identity {
+    let state = &entry.state;
+    (Arc::clone(&state.pool), Arc::clone(&state.name), state.address.clone())
+}
+
 fn removal(entry: &BackendEntry, reason: &str, on_removal: OnRemoval, now: Instant) -> Transition {
-    let sessions = entry.state.in_flight.get();
+    let sessions = entry.state.in_flight.total();
     let fate = match on_removal {
         OnRemoval::Keep => "run to their end".to_owned(),
         OnRemoval::CloseAfter(grace) => {

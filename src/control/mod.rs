@@ -6,24 +6,30 @@
 //!
 //! The files: `configure` (what a reload keeps), `probing` (when probes run),
 //! `verdicts` (what their results mean), `ejections` (the pool's guard),
-//! `trials` (how ejected backends come back), `gray` (who does not answer),
+//! `pools` (finding them), `trials` (how ejected backends come back), `gray` (who does not answer),
 //! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
-//! means), `ramps` (slow start), `leaving` (removed backends), `settling`
-//! (pools of which no backend has been judged yet), `operator` (drains), `publish` and `pace` (tables), `history`, `handover` (what the
+//! means), `ramps` (slow start), `leaving` (removed backends), `intents` (what was
+//! wanted of them), `settling` (pools of which no backend has been judged yet),
+//! `elsewhere` (sessions of the processes before), `operator` (drains), `publish` and
+//! `pace` (tables), `history`, `handover` (what the
 //! next process goes on with), `status` and `explain`.
 //! All of them work on one [`Controller`] and leave effects behind;
 //! only [`Controller::apply`] and its siblings hand them out.
 
 mod configure;
 mod ejections;
+pub mod elsewhere;
 pub mod explain;
 mod gray;
 pub mod handover;
 mod heartbeats;
 mod history;
+mod intents;
 mod leaving;
+mod misfits;
 mod operator;
 mod pace;
+mod pools;
 pub mod ports;
 mod probing;
 mod publish;
@@ -37,8 +43,10 @@ pub(crate) mod tests;
 mod trials;
 mod verdicts;
 
-pub use heartbeats::Misfit;
-pub use history::TRANSITIONS_MAX;
+pub use heartbeats::SavedHeart;
+pub use history::{SavedTransition, TRANSITIONS_MAX};
+pub use intents::{KEPT_FOR, KEPT_MAX, SavedIntent};
+pub use misfits::Misfit;
 pub use pace::PublishReason;
 pub use publish::Weight;
 pub use status::{
@@ -50,6 +58,7 @@ use crate::config::{self, BackendAddress, Config, ProbeSpec};
 use crate::health::heartbeat::{PathGuard, Ramp};
 use crate::health::{BackendHealth, ConnectFailure, Intent, ProbeOutcome, Transition};
 use crate::heartbeat::Heartbeat;
+use crate::heartbeat::rejections::Rejections;
 use crate::table::Table;
 use crate::table::state::{BackendId, BackendState, FrontendState};
 use schedule::{Job, Schedule};
@@ -177,22 +186,33 @@ pub struct Controller {
     connections_max: u32,
     /// In file order.
     frontends: Vec<FrontendEntry>,
-    /// In file order.
-    pools: Vec<PoolEntry>,
+    /// Positions in `frontends`.
+    frontend_names: HashMap<Arc<str>, usize>,
+    pools: pools::Pools,
+    /// How many of them are settling.
+    settling: usize,
     /// Every configured backend, whichever pool it is in.
     backends: BTreeMap<BackendId, BackendEntry>,
     /// Removed backends that may still hold sessions.
     leaving: BTreeMap<BackendId, Leaving>,
+    /// Those of `leaving` by what makes them the same backend.
+    left: HashMap<configure::Identity, BackendId>,
+    /// Every backend that is ejected or on trial; some may not be any more.
+    out: BTreeSet<(PoolId, BackendId)>,
+    /// What operators wanted of backends that have left.
+    kept: intents::Kept,
+    /// Where our own listeners are bound.
+    own: std::collections::HashSet<SocketAddr>,
     schedule: Schedule,
     ids: Ids,
     table: Arc<Table>,
     local_trouble_noticed: Option<Instant>,
-    /// Positions in `pools`.
-    pool_index: HashMap<Arc<str>, usize>,
     pace: pace::Pace,
     guards: suspicion::Guards,
     /// Authentic heartbeats that changed nothing, by [`Misfit`].
     misfits: [u64; Misfit::ALL.len()],
+    /// Their senders.
+    rejections: Rejections,
     /// Counted by the processes before.
     before: handover::Before,
     /// Heartbeats taken.
@@ -212,6 +232,11 @@ struct FrontendEntry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct PoolId(u32);
 
+impl PoolId {
+    /// No pool has this number.
+    const NONE: PoolId = PoolId(0);
+}
+
 /// A configured pool.
 #[derive(Debug)]
 struct PoolEntry {
@@ -221,9 +246,12 @@ struct PoolEntry {
     /// `Controller::backends`.
     members: Vec<BackendId>,
     startup: Startup,
-    /// Members by name and by address; kept where heartbeats are taken.
+    /// Members by name.
     names: HashMap<Arc<str>, BackendId>,
+    /// Members by address; kept where heartbeats are taken.
     addresses: HashMap<SocketAddr, BackendId>,
+    /// Whether the file has backups for it.
+    has_backups: bool,
     /// Members that are registered.
     registered: usize,
     full_noticed: Option<Instant>,
@@ -342,17 +370,23 @@ impl Controller {
             serial: 0,
             connections_max: 0,
             frontends: Vec::new(),
-            pools: Vec::new(),
+            frontend_names: HashMap::new(),
+            pools: pools::Pools::default(),
+            settling: 0,
             backends: BTreeMap::new(),
             leaving: BTreeMap::new(),
+            left: HashMap::new(),
+            out: BTreeSet::new(),
+            kept: intents::Kept::default(),
+            own: Default::default(),
             schedule: Schedule::default(),
             ids: Ids::default(),
             table: Arc::new(publish::empty_table()),
             local_trouble_noticed: None,
-            pool_index: HashMap::new(),
             pace: pace::Pace::default(),
             guards: suspicion::Guards::default(),
             misfits: [0; Misfit::ALL.len()],
+            rejections: Rejections::default(),
             before: handover::Before::default(),
             heartbeats_total: 0,
             work: Work::default(),
@@ -425,6 +459,12 @@ impl Controller {
         self.schedule.next()
     }
 
+    /// Pool and name of a configured backend.
+    pub fn name_of(&self, id: BackendId) -> Option<(Arc<str>, Arc<str>)> {
+        let state = &self.backends.get(&id)?.state;
+        Some((Arc::clone(&state.pool), Arc::clone(&state.name)))
+    }
+
     /// Accepted configurations so far.
     pub fn generation(&self) -> u64 {
         self.generation
@@ -483,13 +523,13 @@ impl Controller {
         std::mem::take(&mut self.work.effects)
     }
 
-    /// The pool of that id. Pools are few, backends many: a scan will do.
+    /// The pool of that number.
     fn pool(&self, id: PoolId) -> Option<&PoolEntry> {
-        self.pools.iter().find(|pool| pool.id == id)
+        self.pools.get(id)
     }
 
     fn pool_mut(&mut self, id: PoolId) -> Option<&mut PoolEntry> {
-        self.pools.iter_mut().find(|pool| pool.id == id)
+        self.pools.get_mut(id)
     }
 
     /// Records a change of a configured backend's standing.

@@ -20,15 +20,8 @@ impl Controller {
         pool: &str,
         backend: &str,
     ) -> Result<BackendId, OperatorError> {
-        let pool = self
-            .pools
-            .iter()
-            .find(|entry| &*entry.spec.name == pool)
-            .ok_or(OperatorError::UnknownPool)?;
-        let named = |id: &&BackendId| {
-            self.backends.get(id).is_some_and(|entry| &*entry.spec.name == backend)
-        };
-        pool.members.iter().find(named).copied().ok_or(OperatorError::UnknownBackend)
+        let pool = self.pools.named(pool).ok_or(OperatorError::UnknownPool)?;
+        pool.names.get(backend).copied().ok_or(OperatorError::UnknownBackend)
     }
 
     /// Sets the intent and records the change, if it is one.
@@ -41,7 +34,7 @@ impl Controller {
         let lasted = now.saturating_duration_since(entry.health.intent_since);
         entry.health.intent = intent;
         entry.health.intent_since = now;
-        let sessions = entry.state.in_flight.get();
+        let sessions = entry.state.in_flight.total();
         let reason = match intent {
             Intent::Ready => "operator: takes sessions again".to_owned(),
             Intent::Draining | Intent::Maintenance => {

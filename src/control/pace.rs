@@ -35,6 +35,8 @@ pub enum PublishReason {
 pub(super) struct Pace {
     /// Their standing may have changed for the better, or a little.
     waiting: BTreeSet<BackendId>,
+    /// Those of them that came since the last look.
+    fresh: Vec<BackendId>,
     /// Members came or went; these pools' tables are wrong.
     members: BTreeSet<PoolId>,
     /// No table for heartbeats before then.
@@ -71,6 +73,7 @@ impl Pace {
     /// A backend's standing may have changed, and there is no hurry.
     pub(super) fn backend(&mut self, id: BackendId) {
         self.waiting.insert(id);
+        self.fresh.push(id);
     }
 
     /// The pool has members that its table does not know, or the other way
@@ -79,9 +82,14 @@ impl Pace {
         self.members.insert(pool);
     }
 
-    /// Whose standing may have changed.
+    /// Whose standing may have changed since the last table.
     pub(super) fn waiting(&self) -> impl Iterator<Item = &BackendId> {
         self.waiting.iter()
+    }
+
+    /// Whose standing may have changed since the last call.
+    pub(super) fn take_fresh(&mut self) -> Vec<BackendId> {
+        std::mem::take(&mut self.fresh)
     }
 
     /// Tables so far for that reason.
@@ -121,18 +129,22 @@ impl Controller {
         if reason.is_some() || health {
             return reason.or(self.work.cause).or(Some(PublishReason::Health));
         }
-        let waiting = std::mem::take(&mut self.pace.waiting);
-        self.pace.waiting = waiting.into_iter().filter(|id| self.moved(*id)).collect();
         if self.pace.waiting.is_empty() && self.pace.members.is_empty() {
             return None;
         }
-        match self.pace.not_before {
-            Some(at) if at > now => {
+        if let Some(at) = self.pace.not_before
+            && at > now
+        {
+            // Whether they have really moved is asked once, then.
+            if !self.schedule.is_set(Job::Publish) {
                 self.schedule.set(Job::Publish, at);
-                None
             }
-            _ => Some(PublishReason::Heartbeat),
+            return None;
         }
+        let waiting = std::mem::take(&mut self.pace.waiting);
+        self.pace.waiting = waiting.into_iter().filter(|id| self.moved(*id)).collect();
+        let due = !self.pace.waiting.is_empty() || !self.pace.members.is_empty();
+        due.then_some(PublishReason::Heartbeat)
     }
 
     /// Notes that a table was made.

@@ -33,7 +33,7 @@ impl Controller {
     /// Asks for a probe of a backend whose time has come.
     pub(super) fn start_probe(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = &pool.spec.probe else { return };
         debug_assert!(entry.in_flight.is_none(), "a backend's probes never overlap");
         match entry.trying {
@@ -78,7 +78,7 @@ impl Controller {
         now: Instant,
     ) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = &pool.spec.probe else { return };
         if let Some(probe) = &mut entry.in_flight {
             // It is still out there; its end will start the schedule.

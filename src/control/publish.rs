@@ -68,8 +68,7 @@ impl Standing {
         Standing {
             weight: entry.weight(&pool.spec).parts(),
             connections_max: entry.cap(),
-            on_trial: entry.health.outlier.is_on_trial()
-                && pool.spec.backends.iter().any(|backend| backend.backup),
+            on_trial: entry.health.outlier.is_on_trial() && pool.has_backups,
             last_resort: pool.spec.when_none_eligible == WhenNoneEligible::TryAll
                 && entry.in_service(),
         }
@@ -171,7 +170,7 @@ impl Controller {
     /// Builds the next table from everything known now.
     pub(super) fn rebuild(&mut self) -> Arc<Table> {
         self.serial += 1;
-        let mut pools = Vec::with_capacity(self.pools.len());
+        let mut pools = Vec::with_capacity(self.pools.iter().len());
         for pool in &self.pools {
             let mut backends = Vec::with_capacity(pool.members.len());
             for id in &pool.members {

@@ -23,8 +23,8 @@ impl Controller {
     /// Starts and ends slow starts where eligibility has changed.
     pub(super) fn settle_ramps(&mut self, now: Instant) {
         let mut changed = BTreeSet::new();
-        let candidates: Vec<BackendId> =
-            self.work.touched.iter().chain(self.pace.waiting()).copied().collect();
+        let mut candidates = self.pace.take_fresh();
+        candidates.extend(&self.work.touched);
         for id in candidates {
             if let Some(pool) = self.settle_ramp(id, now) {
                 changed.insert(pool);
@@ -38,7 +38,7 @@ impl Controller {
     /// The pool of a backend that came into service or went out of it.
     fn settle_ramp(&mut self, id: BackendId, now: Instant) -> Option<PoolId> {
         let entry = self.backends.get_mut(&id)?;
-        let pool = self.pools.iter().find(|pool| pool.id == entry.pool)?;
+        let pool = self.pools.get(entry.pool)?;
         let serves = entry.health.eligible();
         if std::mem::replace(&mut entry.served, serves) == serves {
             return None;
@@ -62,7 +62,7 @@ impl Controller {
     /// Keeps since when the pool is in service, and ends slow starts that have
     /// nobody to be slower than.
     pub(super) fn settle_pool_ramps(&mut self, pool: PoolId, now: Instant) {
-        let Some(entry) = self.pools.iter_mut().find(|entry| entry.id == pool) else { return };
+        let Some(entry) = self.pools.get_mut(pool) else { return };
         let serving = || {
             let members = entry.members.iter().filter_map(|id| self.backends.get(id));
             members.filter(|member| member.served)
@@ -87,7 +87,7 @@ impl Controller {
     /// none: nobody who serves in another process comes into service by its upgrade.
     pub(super) fn adopt_ramp(&mut self, id: BackendId, age: Option<Duration>, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
         if !entry.health.eligible() {
             return;
         }

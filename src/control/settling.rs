@@ -61,7 +61,8 @@ impl Controller {
                 predecessors.entry(&frontend.spec.pool).or_default().insert(before);
             }
         }
-        for pool in &mut self.pools {
+        self.settling = 0;
+        for pool in self.pools.iter_mut() {
             let before = pool.settling.take();
             let members = || pool.members.iter().filter_map(|id| self.backends.get(id));
             if members().any(|entry| entry.health.eligible()) || !members().any(is_undecided) {
@@ -76,12 +77,13 @@ impl Controller {
             let until = until.unwrap_or_else(|| after(now, pool.spec.startup_grace));
             self.schedule.set(Job::SettlingEnds(pool.id), until.max(now));
             pool.settling = Some(Settling { until, stand_ins });
+            self.settling += 1;
         }
     }
 
     /// Ends it in the pools that need it no more. An event changes few backends.
     pub(super) fn look_at_settling(&mut self) {
-        if self.pools.iter().all(|pool| pool.settling.is_none()) {
+        if self.settling == 0 {
             return;
         }
         let changed = self.work.touched.iter().chain(self.pace.waiting());
@@ -103,6 +105,7 @@ impl Controller {
         self.schedule.cancel(Job::SettlingEnds(pool));
         let Some(pool) = self.pool_mut(pool) else { return };
         if pool.settling.take().is_some() {
+            self.settling -= 1;
             self.work.rebuild.get_or_insert(PublishReason::Health);
         }
     }

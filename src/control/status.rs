@@ -6,6 +6,7 @@ use super::{BackendEntry, Controller, Misfit, Origin, PoolEntry, PublishReason};
 use crate::config::WhenNoneEligible;
 use crate::health::heartbeat::{Channel, Freeze, Reading};
 use crate::health::{Calling, Intent, Observation, Pulse, Transition};
+use crate::heartbeat::rejections::Rejection;
 use crate::table::state::{BackendId, BackendState, FrontendState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,6 +35,8 @@ pub struct HeartbeatStatus {
     pub taken_total: u64,
     /// Authentic ones that changed nothing, by reason.
     pub misfits: Vec<(Misfit, u64)>,
+    /// Their senders, in no order.
+    pub rejections: Vec<Rejection>,
     /// Times nobody's silence counted, because we were late or deaf.
     pub excuses_total: u64,
     /// Nobody at all is heard.
@@ -86,6 +89,8 @@ pub struct PoolStatus {
     pub registered_max: u32,
     /// Whether it takes heartbeats.
     pub heartbeats: bool,
+    /// Whether its backends are probed.
+    pub probes: bool,
 }
 
 /// A backend as status shows it.
@@ -109,6 +114,8 @@ pub struct BackendStatus {
     pub observation: Observation,
     /// Passively ejected now.
     pub ejected: bool,
+    /// One session at a time tries it.
+    pub on_trial: bool,
     /// Ejections so far.
     pub ejections_total: u64,
     /// Ejections the pool's guard held back so far.
@@ -192,7 +199,7 @@ impl Controller {
                 })
                 .collect(),
             pools: self.pools.iter().map(|pool| pool_status(pool, now)).collect(),
-            leaving: leaving.filter(|state| state.in_flight.get() > 0).map(Arc::clone).collect(),
+            leaving: leaving.filter(|state| state.in_flight.total() > 0).map(Arc::clone).collect(),
             published: self.published().to_vec(),
             heartbeat: self.heartbeat_status(now),
         };
@@ -218,9 +225,10 @@ impl Controller {
 
     /// Heartbeats as a whole.
     pub(super) fn heartbeat_status(&self, now: Instant) -> Option<HeartbeatStatus> {
-        self.pools.iter().any(|pool| pool.spec.heartbeat.is_some()).then(|| HeartbeatStatus {
+        (self.pools.listening() > 0).then(|| HeartbeatStatus {
             taken_total: self.heartbeats_taken(),
             misfits: self.misfits().to_vec(),
+            rejections: self.rejections.all().cloned().collect(),
             excuses_total: self.excuses(),
             silent: self.channel(now) == Channel::Silent,
             frozen: freezing(self.guards.all.freeze(), now),
@@ -257,6 +265,7 @@ fn pool_status(pool: &PoolEntry, now: Instant) -> PoolStatus {
         registered: pool.registered,
         registered_max: may_register.map_or(0, |spec| spec.backends_max),
         heartbeats: heartbeat.is_some(),
+        probes: pool.spec.probe.is_some(),
     }
 }
 
@@ -275,6 +284,7 @@ pub(super) fn backend_status(
         intent: entry.health.intent,
         observation: entry.health.observation(),
         ejected: entry.health.outlier.is_ejected(),
+        on_trial: entry.health.outlier.is_on_trial(),
         ejections_total: entry.health.outlier.ejections_total(),
         ejections_held_total: entry.health.outlier.held_total(),
         eligible: entry.health.eligible(),
@@ -324,6 +334,7 @@ impl BackendStatus {
             intent: Intent::Ready,
             observation: Observation::Unknown,
             ejected: false,
+            on_trial: false,
             ejections_total: 0,
             ejections_held_total: 0,
             eligible: true,
@@ -350,6 +361,7 @@ impl PoolStatus {
             registered: 0,
             registered_max: 0,
             heartbeats: false,
+            probes: false,
         }
     }
 }

@@ -262,7 +262,7 @@ impl Controller {
         let view = self.path_view(pool, now);
         let guard = match pool {
             None => Some(&mut self.guards.all),
-            Some(id) => self.pools.iter_mut().find(|p| p.id == id).map(|pool| &mut pool.guard),
+            Some(id) => self.pools.get_mut(id).map(|pool| &mut pool.guard),
         };
         let Some(guard) = guard else { return };
         let frost = guard.look(view, now);
@@ -346,7 +346,7 @@ impl Controller {
         now: Instant,
     ) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = &pool.spec.heartbeat else { return };
         let before = entry.health.observation();
         entry.health.pulse = entry.pulse(spec, now);
@@ -363,15 +363,23 @@ impl Controller {
     }
 
     /// Everything the guards look at, of one pool or of all.
-    pub(super) fn path_view(&self, pool: Option<PoolId>, now: Instant) -> PathView {
-        let one = |entry: &&super::BackendEntry| pool.is_none_or(|pool| entry.pool == pool);
-        let hearts = self.backends.values().filter(one).filter_map(|entry| entry.heart.as_deref());
-        let guard = match pool {
-            None => Some(&self.guards.all),
-            Some(id) => self.pool(id).map(|pool| &pool.guard),
-        };
-        let frozen = guard.and_then(PathGuard::freeze).map(|freeze| freeze.since);
-        PathView::of(hearts.map(|heart| &heart.detector), frozen, now)
+    pub(super) fn path_view<'a>(&'a self, pool: Option<PoolId>, now: Instant) -> PathView {
+        let since = |guard: &PathGuard| guard.freeze().map(|freeze| freeze.since);
+        let detector =
+            |entry: &'a super::BackendEntry| entry.heart.as_deref().map(|heart| &heart.detector);
+        match pool {
+            None => {
+                let all = self.backends.values().filter_map(detector);
+                PathView::of(all, since(&self.guards.all), now)
+            }
+            Some(id) => {
+                let pool = self.pool(id);
+                let members = pool.map_or(&[][..], |pool| &pool.members);
+                let entries = members.iter().filter_map(|id| self.backends.get(id));
+                let frozen = pool.and_then(|pool| since(&pool.guard));
+                PathView::of(entries.filter_map(detector), frozen, now)
+            }
+        }
     }
 
     /// What the heartbeats' channel as a whole is like.
@@ -412,8 +420,7 @@ impl Controller {
     /// A pool's guard, and the one over all where there are several pools.
     fn look_both(&mut self, pool: PoolId, now: Instant) {
         self.look(Some(pool), now);
-        let listening = self.pools.iter().filter(|pool| pool.spec.heartbeat.is_some()).count();
-        if listening > 1 {
+        if self.pools.listening() > 1 {
             self.look(None, now);
         }
     }
@@ -421,7 +428,7 @@ impl Controller {
     /// Asks the shell for one fresh connect; a regular probe gives way to it.
     fn start_try(&mut self, id: BackendId, next: Try, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let Some(pool) = self.pools.iter().find(|pool| pool.id == entry.pool) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
         if entry.in_flight.take().is_some()
             && let Some(spec) = &pool.spec.probe
         {
@@ -449,7 +456,7 @@ impl Controller {
 
     /// Wakes the detector when it wants to be; a little too early does no harm,
     /// and spares the schedule a change with every heartbeat.
-    fn rearm(&mut self, id: BackendId) {
+    pub(super) fn rearm(&mut self, id: BackendId) {
         let heart = self.backends.get(&id).and_then(|entry| entry.heart.as_deref());
         let Some(at) = heart.and_then(|heart| heart.detector.due()) else { return };
         let job = Job::Heartbeat(id);
@@ -461,8 +468,7 @@ impl Controller {
     }
 
     fn tick_interval(&self) -> Duration {
-        let specs = self.pools.iter().filter_map(|pool| pool.spec.heartbeat.as_ref());
-        specs.map(|spec| spec.interval).min().unwrap_or(TICK_MIN).max(TICK_MIN)
+        self.pools.fastest().unwrap_or(TICK_MIN).max(TICK_MIN)
     }
 
     /// Everybody whose heartbeats are (or were) heard.
@@ -471,10 +477,10 @@ impl Controller {
     }
 
     fn members_of(&self, pool: Option<PoolId>) -> Vec<BackendId> {
-        let belongs = |(id, entry): (&BackendId, &super::BackendEntry)| {
-            pool.is_none_or(|pool| pool == entry.pool).then_some(*id)
-        };
-        self.backends.iter().filter_map(belongs).collect()
+        match pool {
+            None => self.backends.keys().copied().collect(),
+            Some(id) => self.pool(id).map_or_else(Vec::new, |pool| pool.members.clone()),
+        }
     }
 }
 

@@ -54,6 +54,7 @@ fn pool(backends: &[&str]) -> Pool {
     Pool {
         name: "web".into(),
         balance: Policy::WeightedRoundRobin,
+        hash_slots: crate::config::HASH_SLOTS,
         source: [].into(),
         connect_timeout: Duration::from_secs(5),
         queue_max: 0,
@@ -87,6 +88,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             pin: false,
             engine: EngineChoice::Auto,
             spin: None,
+            leave_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             upgrade_timeout: Duration::from_secs(30),
             connections_max: 1000,
@@ -108,6 +110,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
         frontends: vec![Frontend {
             name: "in".into(),
             binds: vec![([127, 0, 0, 1], 80).into()],
+            bind_options: Default::default(),
             pool: Arc::clone(&pools[0].name),
             first_byte_timeout: None,
             idle_timeout: None,

@@ -29,7 +29,7 @@ impl Controller {
     /// Sees whether the trial is decided.
     pub(super) fn look_at_trial(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let spec = self.pools.iter().find(|pool| pool.id == entry.pool);
+        let spec = self.pools.get(entry.pool);
         let spec = spec.and_then(|pool| pool.spec.ejection);
         let answer_expected = spec.is_some_and(|spec| spec.slow_first_byte.is_some());
         let phase = entry.state.in_flight.trial();

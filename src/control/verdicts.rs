@@ -75,6 +75,7 @@ impl Controller {
             }
             return;
         };
+        entry.health.recent.note(failure, now);
         // A connect whose SYN was lost before the backend came back fails late.
         if !entry.health.outlier.takes_failures() || begun < entry.health.settled_since() {
             return;
@@ -125,7 +126,7 @@ impl Controller {
         let Some(detector) = &mut entry.health.detector else { return };
         let change = detector.observe(failure.is_none(), now);
         entry.health.fails_open = false;
-        if let Some(pool) = self.pools.iter_mut().find(|pool| pool.id == entry.pool) {
+        if let Some(pool) = self.pools.get_mut(entry.pool) {
             pool.startup = Startup::Decided;
             self.schedule.cancel(Job::GraceEnds(pool.id));
         }

@@ -250,6 +250,11 @@ impl ConnectRow {
         in_a_row.saturating_sub(base).max(1)
     }
 
+    /// The length of the row at that shared count, as far as it was measured.
+    pub fn length(&self, in_a_row: u32) -> u32 {
+        self.base.map_or(0, |base| in_a_row.saturating_sub(base))
+    }
+
     /// Something other than a connect success ended the row.
     pub fn restart(&mut self) {
         self.base = None;

@@ -58,10 +58,12 @@ pub mod gray;
 pub mod heartbeat;
 pub mod outlier;
 pub mod probe;
+pub mod recent;
 
 use detector::Detector;
 use gray::Watch;
 use outlier::Outlier;
+use recent::RecentFailures;
 use std::time::{Duration, Instant};
 
 /// What is left of a suspect's weight, in percent: enough to go on learning
@@ -86,6 +88,8 @@ pub struct BackendHealth {
     pub pulse: Pulse,
     /// What its heartbeats ask for.
     pub calling: Calling,
+    /// Failures of sessions during the last minute.
+    pub recent: RecentFailures,
     /// What its first bytes say.
     pub gray: Watch,
     /// Eligible while unknown; see the module's documentation. Ends with the
@@ -263,6 +267,7 @@ impl BackendHealth {
             intent_since: now,
             detector,
             outlier: Outlier::new(),
+            recent: RecentFailures::default(),
             pulse: Pulse::Absent,
             calling: Calling::Sessions,
             gray: Watch::default(),
@@ -429,6 +434,29 @@ impl Observation {
 }
 
 // === impl ConnectFailure ===
+
+impl std::fmt::Display for ProbeOutcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            ProbeOutcome::Success { took } => write!(f, "success after {took:.1?}"),
+            ProbeOutcome::Failure { reason } => write!(f, "failure: {reason}"),
+            ProbeOutcome::Local { reason } => write!(f, "not run: {reason}"),
+        }
+    }
+}
+
+impl ConnectFailure {
+    /// As in the access log.
+    pub fn name(self) -> &'static str {
+        match self {
+            ConnectFailure::Refused => "refused",
+            ConnectFailure::Timeout => "timeout",
+            ConnectFailure::Unreachable => "unreachable",
+            ConnectFailure::EarlyReset => "early-reset",
+            ConnectFailure::Other(_) => "other",
+        }
+    }
+}
 
 impl std::fmt::Display for ConnectFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

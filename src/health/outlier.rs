@@ -290,6 +290,12 @@ impl Outlier {
         }
     }
 
+    /// Failures in a row that count towards an ejection, given the count that all
+    /// workers share.
+    pub fn row(&self, in_a_row: u32) -> u32 {
+        if self.takes_failures() { self.row.length(in_a_row) } else { 0 }
+    }
+
     /// Ejections in a row, as of the last one.
     pub fn repeats(&self) -> u32 {
         self.repeats

@@ -16,30 +16,24 @@
 //! the kernel resets a connection closed on unread data (RFC 2525, section
 //! 2.17): a health page had better be short, or asked for with `HEAD`.
 
+mod answer;
 pub mod runner;
+mod sources;
 #[cfg(test)]
 mod tests;
 
 use super::ProbeOutcome;
 use crate::clock;
-use crate::config::{BackendAddress, ProbeKind, ProbeSpec};
+use crate::config::{BackendAddress, Expect, ProbeKind, ProbeSpec};
 use crate::net::{errno, stream};
-use crate::table::ways::WAYS_TRIED_MAX;
 use crate::telemetry::counters::LocalError;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::MissedTickBehavior;
-
-/// A status line is a few dozen bytes; what goes on for longer than this is no
-/// HTTP server.
-const STATUS_LINE_BYTES_MAX: usize = 8 * 1024;
-
-/// Room for one read: holds a short health page whole.
-const READ_BYTES: usize = 4 * 1024;
 
 /// Bytes of an answer that a failure reason quotes.
 const QUOTE_BYTES_MAX: usize = 48;
@@ -71,20 +65,22 @@ enum Fault {
 /// Runs one probe. It takes no longer than the spec's timeout, not counting
 /// what this process itself stood still.
 pub async fn run(address: &BackendAddress, spec: &ProbeSpec) -> ProbeOutcome {
-    run_and_tell(address, spec).await.0
+    run_and_tell(address, spec, 0).await.0
 }
 
-/// The same, and what we were short of where that was our own trouble.
+/// The same from the source whose turn it is, and what we were short of where
+/// that was our own trouble.
 async fn run_and_tell(
     address: &BackendAddress,
     spec: &ProbeSpec,
+    turn: usize,
 ) -> (ProbeOutcome, Option<LocalError>) {
     let started = clock::now();
     let mut stage = Stage::Connecting;
     let verdict = tokio::select! {
         // What has come counts, however late we look.
         biased;
-        verdict = attempt(address, spec, &mut stage) => Some(verdict),
+        verdict = attempt(address, (spec, turn), &mut stage) => Some(verdict),
         () = awake_for(spec.timeout) => None,
     };
     let verdict = verdict.unwrap_or_else(|| Err(stage.overdue(spec.timeout)));
@@ -113,42 +109,20 @@ async fn awake_for(limit: Duration) {
 
 async fn attempt(
     address: &BackendAddress,
-    spec: &ProbeSpec,
+    (spec, turn): (&ProbeSpec, usize),
     stage: &mut Stage,
 ) -> Result<(), Fault> {
     let kind = &spec.kind;
     match address {
         BackendAddress::Tcp(to) => {
-            let stream = connect_tcp_from_any(&spec.source, *to, kind).await?;
+            let stream = sources::connect((&spec.source, turn), *to, kind).await?;
             converse(stream, kind, address, stage).await
         }
         BackendAddress::Unix(path) => {
-            let stream = UnixStream::connect(path).await.map_err(connect_fault)?;
+            let stream =
+                UnixStream::connect(stream::unix_name(path)).await.map_err(connect_fault)?;
             converse(stream, kind, address, stage).await
         }
-    }
-}
-
-/// From the first of `sources` that has a free port, as sessions start there;
-/// where none is of the family, from where the kernel chooses.
-async fn connect_tcp_from_any(
-    sources: &[IpAddr],
-    to: SocketAddr,
-    kind: &ProbeKind,
-) -> Result<TcpStream, Fault> {
-    let fitting = sources.iter().filter(|source| source.is_ipv4() == to.is_ipv4());
-    let mut ended = None;
-    for source in fitting.take(WAYS_TRIED_MAX) {
-        match connect_tcp(Some(*source), to, kind).await {
-            Err(Fault::Local(reason, LocalError::Ports)) => {
-                ended = Some(Err(Fault::Local(reason, LocalError::Ports)));
-            }
-            decided => return decided,
-        }
-    }
-    match ended {
-        Some(ended) => ended,
-        None => connect_tcp(None, to, kind).await,
     }
 }
 
@@ -215,7 +189,10 @@ async fn converse(
             *stage = Stage::Sending;
             stream.write_all(send).await.map_err(talk_fault)?;
             *stage = Stage::Answer;
-            expect_answer(&mut stream, expect).await
+            match expect {
+                Expect::Starts(with) => answer::starts_with(&mut stream, with).await,
+                Expect::Contains(what) => answer::contains(&mut stream, what).await,
+            }
         }
         ProbeKind::Http { path, host, method, status } => {
             *stage = Stage::Sending;
@@ -223,36 +200,9 @@ async fn converse(
             let request = request(method, path, &host);
             stream.write_all(request.as_bytes()).await.map_err(talk_fault)?;
             *stage = Stage::StatusLine;
-            let line = read_status_line(&mut stream).await?;
-            judge_status_line(&line, status)
+            answer::http(&mut stream, status).await
         }
     }
-}
-
-/// Reads until the answer starts with `expect`, or cannot any more.
-async fn expect_answer(stream: &mut (impl AsyncRead + Unpin), expect: &[u8]) -> Result<(), Fault> {
-    let mut answer = vec![0; expect.len().max(QUOTE_BYTES_MAX)];
-    let mut held = 0;
-    while held < expect.len() {
-        let count = stream.read(&mut answer[held..]).await.map_err(talk_fault)?;
-        if count == 0 {
-            return Err(Fault::Backend(format!(
-                "connection closed after {held} bytes ({}), expected {}",
-                quote(&answer[..held]),
-                quote(expect)
-            )));
-        }
-        held += count;
-        let compared = held.min(expect.len());
-        if answer[..compared] != expect[..compared] {
-            return Err(Fault::Backend(format!(
-                "answer started with {}, expected {}",
-                quote(&answer[..held]),
-                quote(expect)
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// RFC 9112, sections 3 and 9.6. Path, host and method come from the validated
@@ -270,63 +220,6 @@ fn default_host(address: &BackendAddress) -> String {
         BackendAddress::Tcp(address) => address.to_string(),
         BackendAddress::Unix(_) => "localhost".to_owned(),
     }
-}
-
-/// The first line without its end. Reads no further than the packet it ends
-/// in.
-async fn read_status_line(stream: &mut (impl AsyncRead + Unpin)) -> Result<Vec<u8>, Fault> {
-    let mut line = Vec::with_capacity(READ_BYTES);
-    loop {
-        let before = line.len();
-        let room = (STATUS_LINE_BYTES_MAX - before) as u64;
-        if room == 0 {
-            return Err(Fault::Backend(format!(
-                "no line end within {STATUS_LINE_BYTES_MAX} bytes of answer, which started with {}",
-                quote(&line)
-            )));
-        }
-        let count = (&mut *stream).take(room).read_buf(&mut line).await.map_err(talk_fault)?;
-        if let Some(end) = line[before..].iter().position(|byte| *byte == b'\n') {
-            line.truncate(before + end);
-            line.pop_if(|byte| *byte == b'\r');
-            return Ok(line);
-        }
-        if count == 0 {
-            return Err(Fault::Backend(format!(
-                "connection closed after {before} bytes ({}), expected a status line",
-                quote(&line)
-            )));
-        }
-    }
-}
-
-/// RFC 9112, section 4: `HTTP/1.1 200 OK`; the words after the number may be
-/// missing.
-fn judge_status_line(line: &[u8], wanted: &[(u16, u16)]) -> Result<(), Fault> {
-    let Some(status) = parse_status(line) else {
-        return Err(Fault::Backend(format!(
-            "answer started with {}, expected an HTTP/1 status line",
-            quote(line)
-        )));
-    };
-    if wanted.iter().any(|(low, high)| (*low..=*high).contains(&status)) {
-        return Ok(());
-    }
-    let ranges: Vec<String> = wanted
-        .iter()
-        .map(|(low, high)| if low == high { low.to_string() } else { format!("{low}-{high}") })
-        .collect();
-    Err(Fault::Backend(format!("status {status}, expected {}", ranges.join(","))))
-}
-
-fn parse_status(line: &[u8]) -> Option<u16> {
-    let rest = line.strip_prefix(b"HTTP/1.")?;
-    let [b'0'..=b'9', b' ', digits @ ..] = rest else { return None };
-    let (number, after) = digits.split_at_checked(3)?;
-    if !number.iter().all(u8::is_ascii_digit) || !matches!(after.first(), None | Some(b' ')) {
-        return None;
-    }
-    std::str::from_utf8(number).ok()?.parse().ok().filter(|status| *status >= 100)
 }
 
 /// Sorts an error of socket or connect.
@@ -369,7 +262,7 @@ fn local_words(kind: LocalError, error: &io::Error) -> String {
     match (kind, error.raw_os_error()) {
         (LocalError::Descriptors, Some(libc::ENFILE)) => "too many open files in the system".into(),
         (LocalError::Descriptors, _) => "too many open files in this process".into(),
-        (LocalError::Ports, _) => "no source port left".into(),
+        (LocalError::Ports, _) => "no source port left, or no such source address here".into(),
         (LocalError::Memory, Some(libc::ENOBUFS)) => "no buffer space left".into(),
         (LocalError::Memory, _) => "out of memory".into(),
         (LocalError::Route, _) => format!("no route on this host: {error}"),

@@ -8,6 +8,9 @@ use super::keys::{SECRET_BYTES_MAX, SECRET_BYTES_MIN, Secret};
 use crate::secret_file::{self, Openness, SecretFileError};
 use std::path::{Path, PathBuf};
 
+/// White space at the end of a file that is not part of the longest secret.
+const END_BYTES_MAX: usize = 16;
+
 /// Why a key file was refused.
 #[derive(Debug, thiserror::Error)]
 #[error("the key file {} {why}", path.display())]
@@ -32,8 +35,10 @@ pub enum Unfit {
     Length(String),
 }
 
-/// Reads the secret in the file at `path`: its bytes as they are, without one
-/// newline at the end if there is one.
+/// Reads the secret in the file at `path`: its bytes as they are, but for their
+/// end. Of a file that is text (printable ASCII), the white space at its end is
+/// not part of the secret, however the editor or the system ends lines; of any
+/// other, one newline at the end is not.
 ///
 /// # Errors
 /// See [`KeyFileError`].
@@ -42,16 +47,23 @@ pub fn read(path: &Path) -> Result<Secret, KeyFileError> {
 }
 
 fn secret(path: &Path) -> Result<Secret, Unfit> {
-    // With its newline.
-    let bytes = match secret_file::read(path, Openness::OwnerAlone, SECRET_BYTES_MAX + 1) {
+    let most = SECRET_BYTES_MAX + END_BYTES_MAX;
+    let bytes = match secret_file::read(path, Openness::OwnerAlone, most) {
         Ok(bytes) => bytes,
-        Err(SecretFileError::TooLarge(max)) => {
-            return Err(Unfit::Length(format!("more than {max} bytes")));
+        Err(SecretFileError::TooLarge(_)) => {
+            return Err(Unfit::Length(format!("more than {SECRET_BYTES_MAX} bytes")));
         }
         Err(error) => return Err(error.into()),
     };
-    let secret = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
-    Secret::new(secret).map_err(|unfit| Unfit::Length(format!("{} bytes", unfit.0)))
+    Secret::new(without_end(&bytes)).map_err(|unfit| Unfit::Length(format!("{} bytes", unfit.0)))
+}
+
+fn without_end(bytes: &[u8]) -> &[u8] {
+    let trimmed = bytes.trim_ascii_end();
+    if trimmed.iter().all(|byte| matches!(byte, b' '..=b'~')) {
+        return trimmed;
+    }
+    bytes.strip_suffix(b"\n").unwrap_or(bytes)
 }
 
 #[cfg(test)]
@@ -84,6 +96,21 @@ mod tests {
     }
 
     #[test]
+    fn white_space_at_the_end_of_a_text_is_not_part_of_the_secret() {
+        let tag = |content: &[u8]| {
+            let (_dir, path) = file(content, 0o600);
+            read(&path).unwrap().tag(b"x")
+        };
+        let text = b"0123456789abcdef 0123456789abcdef";
+        for end in ["\n", "\r\n", " ", "\n\n", " \t\r\n"] {
+            assert_eq!(tag(&[text, end.as_bytes()].concat()), tag(text), "{end:?}");
+        }
+        assert_ne!(tag(&[b" ", &text[..]].concat()), tag(text), "only at the end");
+        let binary = [&[200; 32][..], b"\r"].concat();
+        assert_ne!(tag(&binary), tag(&binary[..32]), "random bytes stay as they are");
+    }
+
+    #[test]
     fn a_file_others_may_read_is_refused_with_its_mode() {
         for mode in [0o640, 0o604, 0o666, 0o610] {
             let said = refusal(&[7; 32], mode);
@@ -94,7 +121,7 @@ mod tests {
     #[test]
     fn short_and_endless_files_are_refused_without_their_content() {
         assert!(refusal(b"secret", 0o600).contains("holds 6 bytes"));
-        assert!(refusal(&[b'x'; 5000], 0o600).contains("holds more than 1025 bytes"));
+        assert!(refusal(&[b'x'; 5000], 0o600).contains("holds more than 1024 bytes"));
         assert!(!refusal(b"secret", 0o600).contains("secret\""));
     }
 }

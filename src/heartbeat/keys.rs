@@ -106,8 +106,9 @@ impl Key {
         self.pools.iter().any(|own| **own == *pool)
     }
 
-    /// Whether it may announce that address.
+    /// Whether it may announce that address. IPv4 mapped into IPv6 is IPv4.
     pub fn covers_address(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
         self.addresses.iter().any(|range| range.contains(&address))
     }
 }

@@ -10,6 +10,7 @@
 //! | [`wire`] | the datagram, byte by byte: encode, read, verify (pure) |
 //! | [`keys`] | secrets and what each may speak for (pure) |
 //! | [`trust`] | [`trust::Gate`]: what is believed, refused and why (pure) |
+//! | [`rejections`] | which senders are rejected, and when to warn of it (pure) |
 //! | [`key_file`] | reading a secret from its file |
 //! | [`listen`] | sockets and the thread that receives (a shell) |
 //! | [`sender`] | sending them, for services written in Rust (a shell) |
@@ -17,7 +18,7 @@
 pub mod key_file;
 pub mod keys;
 pub mod listen;
-
+pub mod rejections;
 pub mod sender;
 #[cfg(test)]
 mod testing;

@@ -1,10 +1,13 @@
 //! Which CPUs there are for us, and pinning a thread to one.
 //!
 //! Used at start-up. The cpuset of the process (container, taskset) is
-//! respected: CPUs outside it are never named.
+//! respected: CPUs outside it are never named. So is a quota of CPU time, which
+//! container runtimes set as a limit.
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use std::fs;
 use std::io;
+use std::path::Path;
 
 /// The CPUs this process may run on, ascending; never empty.
 pub fn available() -> Vec<usize> {
@@ -15,6 +18,57 @@ pub fn available() -> Vec<usize> {
         // More CPUs than the set has room for: count them without names.
         _ => (0..std::thread::available_parallelism().map_or(1, |n| n.get())).collect(),
     }
+}
+
+/// Where the kernel's control groups are mounted (cgroups(7)).
+const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// CPUs' worth of time that this process may use, rounded up; `None` where no
+/// control group limits it.
+pub fn quota() -> Option<usize> {
+    let membership = fs::read_to_string("/proc/self/cgroup").ok()?;
+    quota_of(Path::new(CGROUPS), &membership)
+}
+
+/// The smallest quota of the groups in `membership` (/proc/PID/cgroup) and of
+/// those around them.
+fn quota_of(root: &Path, membership: &str) -> Option<usize> {
+    let mut smallest: Option<usize> = None;
+    for line in membership.lines() {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(group)) = (parts.next(), parts.next()) else { continue };
+        let mounts: &[&str] = match controllers {
+            // Version 2, alone or beside version 1.
+            "" => &["", "unified"],
+            some if some.split(',').any(|one| one == "cpu") => &["cpu", "cpu,cpuacct"],
+            _ => continue,
+        };
+        for mount in mounts.iter().map(|mount| root.join(mount)) {
+            let group = mount.join(group.trim_start_matches('/'));
+            // Inside a container only the outer ones may be in sight.
+            for directory in group.ancestors().take_while(|one| one.starts_with(&mount)) {
+                let found = quota_in(directory);
+                smallest = smallest.into_iter().chain(found).min();
+            }
+        }
+    }
+    smallest
+}
+
+/// The quota of one control group.
+fn quota_in(group: &Path) -> Option<usize> {
+    let read = |file: &str| fs::read_to_string(group.join(file)).ok();
+    let (quota, period) = match read("cpu.max") {
+        Some(text) => {
+            let (quota, period) = text.trim().split_once(' ')?;
+            (quota.to_owned(), period.to_owned())
+        }
+        None => (read("cpu.cfs_quota_us")?, read("cpu.cfs_period_us")?),
+    };
+    // "max" and -1 are no quota.
+    let quota: usize = quota.trim().parse().ok()?;
+    let period: usize = period.trim().parse().ok().filter(|period| *period > 0)?;
+    Some(quota.div_ceil(period).max(1))
 }
 
 /// The calling thread, as the kernel numbers it.
@@ -28,4 +82,53 @@ pub fn pin_current_thread(cpu: usize) -> io::Result<()> {
     set.set(cpu);
     sched_setaffinity(None, &set)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A mounted hierarchy with those files, and the quota of that membership.
+    fn quota(files: &[(&str, &str)], membership: &str) -> Option<usize> {
+        let root = tempfile::tempdir().unwrap();
+        for (file, text) in files {
+            let file = root.path().join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        }
+        quota_of(root.path(), membership)
+    }
+
+    #[test]
+    fn a_quota_of_cpu_time_is_rounded_up() {
+        let v2 = |text| quota(&[("a/b/cpu.max", text)], "0::/a/b\n");
+        assert_eq!(v2("150000 100000\n"), Some(2));
+        assert_eq!(v2("200000 100000\n"), Some(2));
+        assert_eq!(v2("10000 100000\n"), Some(1));
+        assert_eq!(v2("max 100000\n"), None);
+        assert_eq!(v2("nonsense"), None);
+        assert_eq!(quota(&[], "0::/a/b\n"), None);
+    }
+
+    #[test]
+    fn the_narrowest_of_all_groups_around_holds() {
+        let files = [("cpu.max", "400000 100000"), ("a/cpu.max", "100000 100000")];
+        assert_eq!(quota(&files, "0::/a/b\n"), Some(1));
+        assert_eq!(quota(&files, "0::/elsewhere\n"), Some(4));
+        // In a container: its own group is the root of what is mounted.
+        assert_eq!(quota(&[("cpu.max", "300000 100000")], "0::/\n"), Some(3));
+    }
+
+    #[test]
+    fn version_1_is_read_as_well() {
+        let files = |quota| {
+            [
+                ("cpu,cpuacct/x/cpu.cfs_quota_us", quota),
+                ("cpu,cpuacct/x/cpu.cfs_period_us", "50000"),
+            ]
+        };
+        let membership = "12:memory:/x\n4:cpu,cpuacct:/x\n";
+        assert_eq!(quota(&files("125000\n"), membership), Some(3));
+        assert_eq!(quota(&files("-1\n"), membership), None);
+    }
 }

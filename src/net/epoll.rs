@@ -66,13 +66,18 @@ impl Epoll {
     }
 
     /// Watches `socket` for everything but room to send, edge-triggered, until
-    /// it is closed. A fresh socket has room, and would only say so.
+    /// it is closed. A fresh socket has room, and would only say so. One that is
+    /// watched already is so by this token from now on.
     pub fn watch(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         #[cfg(test)]
         if let Some(answer) = super::fake::epoll_watch(&socket, token, arrivals()) {
             return answer;
         }
-        epoll::add(&self.0, socket, epoll::EventData::new_u64(token), arrivals())?;
+        let data = epoll::EventData::new_u64(token);
+        match epoll::add(&self.0, socket, data, arrivals()) {
+            Err(rustix::io::Errno::EXIST) => epoll::modify(&self.0, socket, data, arrivals())?,
+            added => added?,
+        }
         Ok(())
     }
 

@@ -42,6 +42,10 @@ const PIECE: usize = 1024 * 1024;
 
 const MAGIC: [u8; 4] = *b"TGUP";
 
+/// Tells a new process that its standard input is the way to the old one; the value is
+/// for people who look.
+pub const MARK: &str = "TIDEGATE_UPGRADE";
+
 /// Of the frame, not of what it carries.
 const FRAME_VERSION: u16 = 1;
 
@@ -337,20 +341,26 @@ pub fn take_activated(count: usize) -> io::Result<Vec<OwnedFd>> {
         let message = format!("{count} descriptors are more than {ACTIVATED_MAX}");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    let mut taken = Vec::with_capacity(count);
-    for number in (ACTIVATED_FIRST..).take(count) {
-        // SAFETY: setting close-on-exec touches no memory; a number that is
-        // not open gives EBADF.
-        let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor is open, as the call before has shown, and by
-        // the protocol it was passed to this process to own; the caller sees to
-        // it that nothing in the process has opened one yet.
-        taken.push(unsafe { OwnedFd::from_raw_fd(number) });
+    (ACTIVATED_FIRST..).take(count).map(take_inherited).collect()
+}
+
+/// Takes ownership of descriptor `number`, which this process was started with to
+/// own, and makes it close-on-exec. To be called once for each, before anything else
+/// opens descriptors.
+///
+/// # Errors
+/// It is not open.
+pub fn take_inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: setting close-on-exec touches no memory; a number that is not open
+    // gives EBADF.
+    let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
     }
-    Ok(taken)
+    // SAFETY: the descriptor is open, as the call before has shown, and whoever
+    // started this process gave it to this process to own; the caller sees to it that
+    // nothing in the process has opened one yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 #[cfg(test)]

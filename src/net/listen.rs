@@ -17,10 +17,10 @@ use std::time::Duration;
 /// `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
 
-/// Whether somebody else already listens there. SO_REUSEPORT alone would let
+/// Whether another socket listens there already. SO_REUSEPORT alone would let
 /// two processes of one user share the traffic in silence.
-pub fn taken(address: SocketAddr) -> io::Result<()> {
-    let socket = unbound(address)?;
+pub fn taken(address: SocketAddr, freebind: bool) -> io::Result<()> {
+    let socket = unbound(address, freebind)?;
     socket.bind(&SockAddr::from(address))?;
     socket.listen(1)
 }
@@ -30,16 +30,17 @@ pub fn taken(address: SocketAddr) -> io::Result<()> {
 pub fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
     // All are bound before any listens: no connection can land on the first
     // while the rest are not there yet.
-    let sockets = reserve(address, count)?;
+    let sockets = reserve(address, count, false)?;
     sockets.iter().try_for_each(start)?;
     Ok(sockets)
 }
 
-/// The same, not yet listening: nobody can connect before [`start`].
-pub fn reserve(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
+/// The same, not yet listening: no client can connect before [`start`]. With
+/// `freebind` no interface needs to have the address (ip(7), IP_FREEBIND).
+pub fn reserve(address: SocketAddr, count: usize, freebind: bool) -> io::Result<Vec<Socket>> {
     (0..count)
         .map(|_| {
-            let socket = unbound(address)?;
+            let socket = unbound(address, freebind)?;
             socket.set_reuse_port(true)?;
             prepare(&socket)?;
             socket.bind(&SockAddr::from(address))?;
@@ -62,12 +63,17 @@ pub fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_out_of_band_inline(true)
 }
 
-fn unbound(address: SocketAddr) -> io::Result<Socket> {
+fn unbound(address: SocketAddr, freebind: bool) -> io::Result<Socket> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
+    }
+    match address {
+        SocketAddr::V4(_) if freebind => socket.set_freebind_v4(true)?,
+        SocketAddr::V6(_) if freebind => socket.set_freebind_v6(true)?,
+        _ => {}
     }
     Ok(socket)
 }
@@ -192,9 +198,9 @@ mod tests {
     #[test]
     fn an_address_somebody_listens_on_is_taken() {
         let (address, socket) = any_port();
-        assert_eq!(taken(address).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(taken(address, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(socket);
-        taken(address).unwrap();
+        taken(address, false).unwrap();
     }
 
     #[test]

@@ -8,10 +8,13 @@
 use super::fake;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
+use std::borrow::Cow;
+use std::ffi::OsString;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Whom to connect to.
@@ -46,6 +49,18 @@ const KEEPALIVE_PROBES: u32 = 4;
 const NEAR_SEND_QUEUE: usize = 208 * 1024;
 const NEAR_RECEIVE_QUEUE: usize = 256 * 1024;
 
+/// The name of a Unix socket as the kernel takes it: a leading `@` stands for the
+/// NUL byte of an abstract socket (unix(7)).
+pub fn unix_name(path: &Path) -> Cow<'_, Path> {
+    match path.as_os_str().as_bytes().strip_prefix(b"@") {
+        Some(name) => {
+            let name = [b"\0", name].concat();
+            Cow::Owned(PathBuf::from(OsString::from_vec(name)))
+        }
+        None => Cow::Borrowed(path),
+    }
+}
+
 /// Starts connecting to `peer` on a new socket.
 pub fn connect(peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
     connect_from(None, peer)
@@ -56,7 +71,7 @@ pub fn connect(peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
 pub fn connect_from(source: Option<IpAddr>, peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
     let (domain, protocol, peer) = match peer {
         Peer::Tcp(tcp) => (Domain::for_address(tcp), Some(Protocol::TCP), SockAddr::from(tcp)),
-        Peer::Unix(path) => (Domain::UNIX, None, SockAddr::unix(path)?),
+        Peer::Unix(path) => (Domain::UNIX, None, SockAddr::unix(unix_name(path))?),
     };
     #[cfg(test)]
     if let Some(socket) = peer.as_socket().and_then(fake::socket) {
@@ -65,6 +80,8 @@ pub fn connect_from(source: Option<IpAddr>, peer: Peer<'_>) -> io::Result<(Owned
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), protocol)?;
     if protocol.is_some() {
         socket.set_tcp_nodelay(true)?;
+        // Before the first byte can come. What is accepted has it from its listener.
+        keep_urgent_inline(&socket);
     }
     if let Some(source) = source {
         start_at(&socket, source)?;
@@ -260,13 +277,64 @@ pub fn tear_down(socket: impl AsFd) {
     let _ = rustix::net::shutdown(&socket, Shutdown::Both);
 }
 
+/// How far a socket is with what it was given to send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Delivery {
+    /// Bytes that the peer's kernel has not acknowledged (tcp(7), SIOCOUTQ), a FIN
+    /// as one of them. On a Unix socket: memory of what the peer has not read.
+    pub waiting: u64,
+    /// How long ago the last of it got further; `None` where that cannot be told, as
+    /// on a Unix socket. A little longer than it is: the kernel counts in its ticks.
+    pub quiet: Option<Duration>,
+    /// The peer's kernel has no room for what waits, and answers when it is asked.
+    pub blocked: bool,
+    /// The connection is no more.
+    pub dead: bool,
+}
+
+/// What the kernel's clock ticks may take away from a time it tells.
+const KERNEL_TICK_MAX: Duration = Duration::from_millis(10);
+
+/// Two system calls.
+///
+/// The kernel sends data when its peer has made room for it by taking some, and only
+/// then: probes of a closed window and of an idle connection carry none. So the time
+/// of the last data sent is when the peer was last seen taking any, unless it was
+/// sent once more for want of an answer; then it is that of the last answer.
+pub fn delivery(socket: impl AsFd) -> Delivery {
+    /// `TCP_CLOSE` of `net/tcp_states.h`.
+    const CLOSE: u8 = 7;
+    #[cfg(test)]
+    if let Some(answer) = fake::delivery(&socket) {
+        return answer;
+    }
+    let waiting = super::ioctl::out_queue(socket.as_fd());
+    let Some(info) = super::sockopt::tcp_info(socket.as_fd()) else {
+        return Delivery { waiting, quiet: None, blocked: false, dead: false };
+    };
+    let millis = match info.tcpi_retransmits {
+        0 => info.tcpi_last_data_sent,
+        _ => info.tcpi_last_ack_recv,
+    };
+    let quiet = Some(Duration::from_millis(millis.into()) + KERNEL_TICK_MAX);
+    let dead = info.tcpi_state == CLOSE;
+    // One probe may be on its way.
+    let answers = info.tcpi_retransmits == 0 && info.tcpi_probes <= 1;
+    Delivery { waiting, quiet, blocked: waiting > 0 && answers && !dead, dead }
+}
+
+/// Bytes that wait at the socket to be received; 0 where that cannot be told.
+pub fn unread(socket: impl AsFd) -> u64 {
+    #[cfg(test)]
+    if let Some(answer) = fake::unread(&socket) {
+        return answer;
+    }
+    super::ioctl::in_queue(socket.as_fd())
+}
+
 /// Bytes sent but not yet acknowledged by the peer's kernel (tcp(7), SIOCOUTQ);
 /// 0 where that cannot be told.
 pub fn unacknowledged(socket: impl AsFd) -> u64 {
-    #[cfg(test)]
-    if let Some(answer) = fake::unacknowledged(&socket) {
-        return answer;
-    }
     super::ioctl::out_queue(socket.as_fd())
 }
 
@@ -291,10 +359,6 @@ pub fn died_of(socket: impl AsFd) -> Option<i32> {
 
 /// Keeps the byte marked urgent in the stream instead of dropping it (tcp(7)).
 pub fn keep_urgent_inline(socket: impl AsFd) {
-    #[cfg(test)]
-    if fake::set_option(&socket).is_some() {
-        return;
-    }
     let _ = SockRef::from(&socket).set_out_of_band_inline(true);
 }
 

@@ -138,16 +138,16 @@ impl Cause {
         }
     }
 
-    /// Whether both sockets are closed in order, with FIN. After a reset one side
-    /// may still have its last words coming; after anything else both are reset.
-    pub fn closes_in_order(self) -> bool {
-        matches!(
-            self,
-            Cause::Finished
-                | Cause::FirstByteTimeout
-                | Cause::IdleTimeout
-                | Cause::HalfClosedTimeout
-        )
+    /// Whether both sockets are closed in order, with FIN, when so many bytes were
+    /// not delivered. To a peer, a stream cut short must not look like a whole one.
+    pub fn closes_in_order(self, undelivered: u64) -> bool {
+        match self {
+            Cause::Finished => true,
+            Cause::FirstByteTimeout | Cause::IdleTimeout | Cause::HalfClosedTimeout => {
+                undelivered == 0
+            }
+            _ => false,
+        }
     }
 
     /// Number of causes.

@@ -17,12 +17,18 @@ use crate::net::stream::{self, Connecting, Peer};
 use crate::table::state::BackendState;
 use crate::table::ways::Way;
 use crate::table::{NoBackend, PoolTable, Reserved};
+use crate::telemetry::access_log::Try;
 use crate::telemetry::counters::{LocalAt, LocalError};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// A reset that comes later is not early: clients that only send, such as those of a
+/// log server, are reset one day by a restart, and that says nothing of how the backend
+/// takes new sessions.
+pub(super) const EARLY_MAX: Duration = Duration::from_secs(10);
 
 /// A session's hold on its backend; dropping it gives the slot back and opens
 /// the gate.
@@ -49,15 +55,32 @@ pub(super) struct Upstream {
     pub(super) since: Instant,
 }
 
-/// What the dialling left behind, for the session's record.
+/// Nobody has been tried.
+pub(super) const NOBODY: Ending =
+    Ending { cause: Cause::NoBackend, phase: Phase::Admit, errno: 0, closed_first: None };
+
+/// Backends that failed a session, by their place in the pool: mostly none, and then
+/// no memory either.
+#[derive(Debug, Default)]
+#[expect(clippy::box_collection, reason = "a third of the room in every idle session")]
+pub(super) struct Tried(Option<Box<Vec<usize>>>);
+
+/// What the dialling left behind, for the session's record and for another try.
 #[derive(Debug, Default)]
 pub(super) struct Attempts {
     pub(super) count: u8,
+    pub(super) tried: Tried,
     /// Waits for a backend below its cap.
     pub(super) queued: bool,
     /// Whom the newest attempt went to.
     pub(super) last: Option<Arc<BackendState>>,
+    /// `None` while none failed: most sessions keep no room for it.
+    tries: Option<Box<Tries>>,
 }
+
+/// Attempts that failed; at most `connect_attempts`.
+#[derive(Debug, Default)]
+struct Tries(Vec<Try>);
 
 /// Why one attempt came to nothing.
 enum Failed {
@@ -66,9 +89,9 @@ enum Failed {
     Over(Ending),
 }
 
-/// Connects `flow` to a backend of `pool`. `first` is the pick made at accept.
-/// Waits for a slot, at most `queue_timeout`, where every untried backend is at
-/// its cap.
+/// Connects `flow` to a backend of `pool`. `first` is the pick that was made, `why`
+/// how the session ends where that is of nobody. Waits for a slot, at most
+/// `queue_timeout`, where every untried backend is at its cap.
 pub(super) async fn dial(
     ctx: &Context,
     flow: &Flow,
@@ -76,11 +99,9 @@ pub(super) async fn dial(
     client: IpAddr,
     first: Result<Reserved, NoBackend>,
     attempts: &mut Attempts,
+    mut why: Ending,
 ) -> Result<Upstream, Ending> {
-    let mut tried: Vec<usize> = Vec::new();
     let mut choice = first;
-    let mut why =
-        Ending { cause: Cause::NoBackend, phase: Phase::Admit, errno: 0, closed_first: None };
     loop {
         let reserved = match choice {
             Ok(reserved) => reserved,
@@ -90,7 +111,8 @@ pub(super) async fn dial(
             Err(NoBackend::AtCapacity) => {
                 // Boxed, as rare: the room would be every session's otherwise.
                 attempts.queued = true;
-                let reserved = Box::pin(wait_for_slot(ctx, flow, pool, client, &tried)).await?;
+                let tried = attempts.tried.list();
+                let reserved = Box::pin(wait_for_slot(ctx, flow, pool, client, tried)).await?;
                 attempts.queued = false;
                 reserved
             }
@@ -116,9 +138,11 @@ pub(super) async fn dial(
             Err(Failed::Over(ending)) => return Err(ending),
             Err(Failed::Blamed(failure, errno)) => {
                 held.decide(TrialPhase::Failed);
+                attempts.note(held.backend(), failure.name(), errno, started);
                 why = blame(ctx, held.backend(), failure, errno, started);
             }
             Err(Failed::Local(kind, errno)) => {
+                attempts.note(held.backend(), kind.name(), errno, started);
                 let error = io::Error::from_raw_os_error(errno);
                 ctx.local_trouble(kind, LocalAt::Connect, &error);
                 why = local_ending(Phase::Connect, &error);
@@ -132,8 +156,8 @@ pub(super) async fn dial(
         if attempts.count >= pool.spec.connect_attempts {
             return Err(why);
         }
-        tried.push(index);
-        choice = pool.pick(ctx.pick_key(client), &tried);
+        attempts.tried.push(index);
+        choice = pool.pick(ctx.pick_key(client), attempts.tried.list());
     }
 }
 
@@ -276,9 +300,38 @@ fn cut(phase: Phase, cause: Cause) -> Ending {
     Ending { cause, phase, errno: 0, closed_first: None }
 }
 
+// === impl Tried ===
+
+impl Tried {
+    pub(super) fn list(&self) -> &[usize] {
+        self.0.as_ref().map_or(&[], |tried| tried.as_slice())
+    }
+
+    pub(super) fn push(&mut self, index: usize) {
+        self.0.get_or_insert_default().push(index);
+    }
+}
+
 // === impl Attempts ===
 
 impl Attempts {
+    /// Notes that an attempt failed.
+    pub(super) fn note(
+        &mut self,
+        backend: &BackendState,
+        failure: &'static str,
+        errno: i32,
+        begun: Instant,
+    ) {
+        let (backend, took) = (Arc::clone(&backend.name), clock::now() - begun);
+        self.tries.get_or_insert_default().0.push(Try { backend, failure, errno, took });
+    }
+
+    /// Those that failed, for the session's record.
+    pub(super) fn failed(&self) -> Vec<Try> {
+        self.tries.as_ref().map_or_else(Vec::new, |tries| tries.0.clone())
+    }
+
     /// Where a session stands that is not connected yet.
     pub(super) fn phase(&self) -> Phase {
         match self.count {
@@ -336,6 +389,21 @@ impl Held {
     /// The connection broke before anybody said anything.
     pub(super) fn failed_trial(&mut self) {
         self.decide(TrialPhase::Failed);
+    }
+
+    /// Its backend's place in the pool.
+    pub(super) fn index(&self) -> usize {
+        self.reserved.as_ref().map_or(usize::MAX, |reserved| reserved.index)
+    }
+
+    /// The backend reset the connection, which stood since `since`, before either side
+    /// said anything: as good as refused, where it comes soon.
+    pub(super) fn reset_unused(&mut self, ctx: &Context, since: Instant) {
+        self.decide(TrialPhase::Failed);
+        self.backend.counters.of(ctx.id).connect_failures.add(1);
+        if clock::now() - since <= EARLY_MAX {
+            report(ctx, &self.backend, ConnectFailure::EarlyReset, since);
+        }
     }
 
     /// The backend reset the connection before it said anything.

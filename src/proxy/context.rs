@@ -6,6 +6,7 @@
 use super::close::Cause;
 use super::faults::Faults;
 use super::gate::Gate;
+use super::numbers::Numbers;
 use super::relay::Engine;
 use crate::balance::PickKey;
 use crate::balance::in_flight::InFlight;
@@ -68,6 +69,8 @@ pub struct Shared {
     pub ended: Arc<Notify>,
     /// What sessions may have buffered; `process.buffers_max`.
     pub buffers: Arc<Budget>,
+    /// For new sessions.
+    pub numbers: Arc<Numbers>,
 }
 
 /// One worker's surroundings.
@@ -94,7 +97,8 @@ pub struct Context {
     pub(super) faults: Faults,
     tables: RefCell<TableReader>,
     random: RefCell<fastrand::Rng>,
-    sessions: Cell<u64>,
+    /// The rest of its block of session numbers.
+    numbers: Cell<(u64, u64)>,
     /// Until then no client is taken: there would be nothing to serve it with.
     short_until: Cell<Option<Instant>>,
     /// When trouble of our own was last told of, by its kind, and how often it
@@ -106,7 +110,7 @@ pub struct Context {
 #[derive(Debug, Default)]
 pub struct Legacy {
     recorder: Recorder,
-    sessions: u64,
+    numbers: (u64, u64),
 }
 
 /// How long no client is taken after a session found nothing to be served with.
@@ -176,7 +180,7 @@ impl Context {
             faults: Faults::default(),
             tables: RefCell::new(tables),
             random: RefCell::new(fastrand::Rng::with_seed(seed)),
-            sessions: Cell::new(legacy.sessions),
+            numbers: Cell::new(legacy.numbers),
             short_until: Cell::new(None),
             told: Default::default(),
         }
@@ -184,7 +188,7 @@ impl Context {
 
     /// What goes on with the next thread of this worker.
     pub fn bequeath(&self) -> Legacy {
-        Legacy { recorder: self.recorder.take(), sessions: self.sessions.get() }
+        Legacy { recorder: self.recorder.take(), numbers: self.numbers.get() }
     }
 
     /// Counts trouble of our own and tells of it. A lack of descriptors or memory
@@ -236,11 +240,14 @@ impl Context {
         PickKey { client, draw: self.draw(), at: clock::millis(clock::now()) }
     }
 
-    /// A number for a new session, unique in the process: worker in the upper
-    /// 16 bits, count in the lower 48.
+    /// A number for a new session, which no other session has.
     pub fn next_session(&self) -> u64 {
-        let count = self.sessions.get() + 1;
-        self.sessions.set(count);
-        (self.id as u64) << 48 | count
+        let (mut next, mut end) = self.numbers.get();
+        if next == end {
+            let block = self.shared.numbers.block();
+            (next, end) = (block.start, block.end);
+        }
+        self.numbers.set((next + 1, end));
+        next
     }
 }

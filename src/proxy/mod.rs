@@ -13,6 +13,7 @@ pub mod faults;
 pub mod gate;
 mod life;
 mod listener;
+pub mod numbers;
 mod posts;
 mod queue;
 pub mod relay;

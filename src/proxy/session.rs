@@ -12,10 +12,11 @@ use super::context::Context;
 use super::faults::Fault;
 use super::gate::Place;
 use super::queue;
-use super::relay::{Flow, Limits, Meter, Relay, Relayed};
+use super::relay::{Bytes, Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
 use crate::config::Policy;
+use crate::health::ConnectFailure;
 use crate::net::{errno, stream};
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
@@ -25,20 +26,9 @@ use crate::telemetry::histograms::Series;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// How long a reset is held back so that what was sent before it can still
-/// arrive. It is looked at every [`FLUSH_STEP`].
-const FLUSH_MAX: Duration = Duration::from_secs(1);
-const FLUSH_STEP: Duration = Duration::from_millis(5);
-
-/// A reset that comes later after the client's first byte is not early: clients
-/// that only send, such as those of a log server, are reset one day by a
-/// restart, and that says nothing of how the backend takes new sessions.
-const EARLY_MAX: Duration = Duration::from_secs(10);
 
 /// An accepted and admitted connection.
 #[derive(Debug)]
@@ -57,6 +47,9 @@ pub(super) enum Start {
     Picked(Result<Reserved, NoBackend>),
     /// A place in the line for one.
     Queued(Place),
+    /// Another try: the backend it had reset the connection before a word was said.
+    /// How the session ends where there is no other.
+    Again(Ending),
 }
 
 /// What is known of a session when it ends, beside what was relayed. Dropping
@@ -66,6 +59,7 @@ pub(super) struct Story {
     /// `None` once it is accounted for.
     ctx: Option<Rc<Context>>,
     started: Instant,
+    number: u64,
     client: SocketAddr,
     /// Generation of the table it is routed by.
     generation: u64,
@@ -90,28 +84,23 @@ struct Established {
 /// What a relay came to, for the account.
 #[derive(Default)]
 struct Totals {
-    bytes_in: u64,
-    bytes_out: u64,
+    bytes: Bytes,
     first_byte: Option<Duration>,
 }
 
-/// A session that is over, but for its last words.
-struct Closing {
-    /// To be reset once everything is sent.
-    socket: Option<OwnedFd>,
+/// How a session ended that was not relayed, and what its client had said in vain.
+struct Refused {
     ending: Ending,
-    totals: Totals,
-    story: Story,
-    held: Option<Held>,
-    _slots: Slots,
+    unread: u64,
 }
 
 /// Resets a client that admission has turned away: no backend has been thought
 /// of, and no task is made for it.
 pub(super) fn turn_away(socket: OwnedFd, mut story: Story, cause: Cause) {
+    let unread = stream::unread(&socket);
     stream::reset(socket);
     let ending = Ending { cause, phase: Phase::Admit, errno: 0, closed_first: None };
-    story.account(ending, &Totals::default());
+    story.account(ending, &Totals::unread(unread));
 }
 
 /// Serves one client to the end.
@@ -120,18 +109,25 @@ pub(super) fn run(arrival: Arrival) -> impl Future<Output = ()> {
     // At once: a session can be cut from here on.
     let opened = story.ctx().engine.open(socket);
     // Boxed: it is over soon, and an idle session need not keep its room.
-    let setup = Box::pin(set_up(story, slots, opened, start));
+    let mut setup = Box::pin(set_up(story, slots, opened, start));
     async move {
-        let mut session = match setup.await {
-            Some(session) => session,
-            None => return,
-        };
-        session.pass(Fault::Session);
-        let relayed = session.relay().await;
-        if let Some(last_words) = session.end(relayed) {
-            last_words.await;
+        while let Some(mut session) = setup.await {
+            session.pass(Fault::Session);
+            let relayed = session.relay().await;
+            let Some(Another { story, slots, opened, start }) = session.end(relayed) else {
+                return;
+            };
+            setup = Box::pin(set_up(story, slots, opened, start));
         }
     }
+}
+
+/// A session that tries another backend.
+struct Another {
+    story: Story,
+    slots: Slots,
+    opened: io::Result<Flow>,
+    start: Start,
 }
 
 /// From accept to the relay; where it does not come to that, the session is
@@ -144,8 +140,8 @@ async fn set_up(
 ) -> Option<Session> {
     match story.establish(opened, start).await {
         Ok((flow, upstream)) => Some(Session::begin(story, slots, flow, upstream)),
-        Err(ending) => {
-            story.account(ending, &Totals::default());
+        Err(Refused { ending, unread }) => {
+            story.account(ending, &Totals::unread(unread));
             drop(slots);
             None
         }
@@ -182,40 +178,27 @@ fn is_early_reset(ending: Ending, waited: Duration) -> bool {
         && ending.phase == Phase::Data
         && ending.errno == libc::ECONNRESET
         && ending.closed_first == Some(Side::Backend)
-        && waited <= EARLY_MAX
+        && waited <= connect::EARLY_MAX
 }
 
 /// Whether the upstream connection was closed by us first: the kernel then keeps
-/// its port for a minute (RFC 9293 section 3.3.2, TIME-WAIT). A reset frees it.
-fn leaves_time_wait(ending: Ending) -> bool {
+/// its port for a minute (RFC 9293 section 3.3.2, TIME-WAIT), from the moment the
+/// backend's FIN comes, so that no later reset can free it.
+fn leaves_time_wait(ending: Ending, undelivered: u64) -> bool {
     match ending.cause {
-        Cause::Finished | Cause::HalfClosedTimeout => ending.closed_first == Some(Side::Client),
-        Cause::IdleTimeout | Cause::FirstByteTimeout => true,
-        _ => false,
+        Cause::Finished => ending.closed_first == Some(Side::Client),
+        cause if !cause.closes_in_order(undelivered) => false,
+        Cause::HalfClosedTimeout => ending.closed_first == Some(Side::Client),
+        _ => true,
     }
 }
 
-/// Closes both sockets the way the session ended: FIN for an end in order and
-/// for idle time-outs, RST for a reset or a cut. What one side had sent before
-/// its reset is given time to reach the other: that socket is given back, to be
-/// reset when everything is sent.
-fn finish(relayed: Relayed) -> Option<OwnedFd> {
-    let [client, backend] = relayed.sockets;
-    match relayed.ending.cause {
-        Cause::ClientReset | Cause::ClientLost => {
-            drop(client);
-            Some(backend)
-        }
-        Cause::BackendReset | Cause::BackendLost => {
-            drop(backend);
-            Some(client)
-        }
-        cause if cause.closes_in_order() => None,
-        _ => {
-            stream::reset(client);
-            stream::reset(backend);
-            None
-        }
+/// Closes both sockets the way the session ended: with FIN for an end in order, and
+/// after time-outs where nothing is lost by it; with RST otherwise. What a side had
+/// sent before it failed is with the other by now, or never will be.
+fn close(ending: Ending, undelivered: u64, sockets: [OwnedFd; 2]) {
+    if !ending.cause.closes_in_order(undelivered) {
+        sockets.into_iter().for_each(stream::reset);
     }
 }
 
@@ -234,24 +217,28 @@ impl Session {
         &mut self.0.as_mut().expect("a session is established until it ends").relay
     }
 
-    /// Closes and accounts for a session whose relay is over; at once, but for
-    /// the rare one whose last words still have to arrive.
-    fn end(mut self, relayed: Relayed) -> Option<Pin<Box<impl Future<Output = ()>>>> {
-        let Established { story, slots, mut held, since, relay } = self.0.take()?;
+    /// Closes and accounts for a session whose relay is over, unless it may try
+    /// another backend.
+    fn end(mut self, relayed: Relayed) -> Option<Another> {
+        let Established { mut story, slots, mut held, since, relay } = self.0.take()?;
         drop(relay);
-        let Relayed { ending, bytes_in, bytes_out, .. } = relayed;
+        if relayed.untouched && story.has_another_try() {
+            held.reset_unused(story.ctx(), since);
+            return Some(story.try_another(slots, held, relayed, since));
+        }
+        let Relayed { ending, bytes, .. } = relayed;
         let first_byte = relayed.first_byte.map(|at| at.saturating_duration_since(since));
-        let totals = Totals { bytes_in, bytes_out, first_byte };
+        let totals = Totals { bytes, first_byte };
         story.relayed(held.backend(), &totals);
         judge(story.ctx(), &mut held, &relayed);
-        if leaves_time_wait(ending) {
+        if leaves_time_wait(ending, bytes.undelivered) {
             held.lingers();
         }
-        let socket = finish(relayed);
-        let unsent = socket.is_some();
-        let mut closing =
-            Closing { socket, ending, totals, story, held: Some(held), _slots: slots };
-        unsent.then(|| Box::pin(async move { closing.reset_when_sent().await }))
+        close(ending, bytes.undelivered, relayed.sockets);
+        drop(held);
+        story.account(ending, &totals);
+        drop(slots);
+        None
     }
 
     #[inline]
@@ -272,8 +259,7 @@ impl Drop for Session {
         let cause = story.ctx().broken_off_by.get();
         if let Some(so_far) = relay.so_far(cause) {
             let first_byte = so_far.first_byte.map(|at| at.saturating_duration_since(since));
-            let (bytes_in, bytes_out) = (so_far.bytes_in, so_far.bytes_out);
-            let totals = Totals { bytes_in, bytes_out, first_byte };
+            let totals = Totals { bytes: so_far.bytes, first_byte };
             story.relayed(held.backend(), &totals);
             story.account(so_far.ending, &totals);
         }
@@ -281,29 +267,13 @@ impl Drop for Session {
     }
 }
 
-// === impl Closing ===
+// === impl Totals ===
 
-impl Closing {
-    /// Resets its socket once the peer has acknowledged everything, or after
-    /// [`FLUSH_MAX`]: a reset throws the send queue away.
-    async fn reset_when_sent(&mut self) {
-        let mut left = FLUSH_MAX;
-        while self.socket.as_ref().is_some_and(|socket| stream::unacknowledged(socket) > 0)
-            && !left.is_zero()
-        {
-            tokio::time::sleep(FLUSH_STEP).await;
-            left = left.saturating_sub(FLUSH_STEP);
-        }
-    }
-}
-
-impl Drop for Closing {
-    fn drop(&mut self) {
-        if let Some(socket) = self.socket.take() {
-            stream::reset(socket);
-        }
-        drop(self.held.take());
-        self.story.account(self.ending, &self.totals);
+impl Totals {
+    /// Of a session that was not relayed.
+    fn unread(unread: u64) -> Totals {
+        let bytes = Bytes { undelivered: unread, ..Bytes::default() };
+        Totals { bytes, first_byte: None }
     }
 }
 
@@ -322,6 +292,7 @@ impl Story {
         Story {
             ctx: Some(Rc::clone(ctx)),
             started: clock::now(),
+            number: ctx.next_session(),
             client,
             generation,
             route: Arc::clone(route),
@@ -339,19 +310,18 @@ impl Story {
         &mut self,
         opened: io::Result<Flow>,
         start: Start,
-    ) -> Result<(Flow, Upstream), Ending> {
+    ) -> Result<(Flow, Upstream), Refused> {
         let ctx = Rc::clone(self.ctx());
         let flow = opened.map_err(|error| {
             ctx.local_trouble(errno::local_kind(&error), LocalAt::Connect, &error);
-            connect::local_ending(Phase::Admit, &error)
+            Refused { ending: connect::local_ending(Phase::Admit, &error), unread: 0 }
         })?;
         ctx.faults.pass(Fault::Setup);
         match self.reach_backend(&ctx, &flow, start).await {
             Ok(upstream) => Ok((flow, upstream)),
             Err(ending) => {
                 // At once and with RST, so that silence is not taken for an answer.
-                flow.refuse();
-                Err(ending)
+                Err(Refused { ending, unread: flow.refuse() })
             }
         }
     }
@@ -363,8 +333,13 @@ impl Story {
         start: Start,
     ) -> Result<Upstream, Ending> {
         let ip = self.client.ip();
+        let mut why = connect::NOBODY;
         let pick = match start {
             Start::Picked(pick) => pick,
+            Start::Again(ending) => {
+                why = ending;
+                self.route.pool.pick(ctx.pick_key(ip), self.attempts.tried.list())
+            }
             Start::Queued(place) => {
                 // Boxed, as rare: the room would be every session's otherwise.
                 self.attempts.queued = true;
@@ -375,7 +350,30 @@ impl Story {
                 served.pick
             }
         };
-        connect::dial(ctx, flow, &self.route.pool, ip, pick, &mut self.attempts).await
+        connect::dial(ctx, flow, &self.route.pool, ip, pick, &mut self.attempts, why).await
+    }
+
+    /// Whether it may be made to go to another backend.
+    fn has_another_try(&self) -> bool {
+        self.attempts.count < self.route.pool.spec.connect_attempts
+    }
+
+    /// Leaves its backend, which has never heard of it, for another.
+    fn try_another(
+        mut self,
+        slots: Slots,
+        held: Held,
+        relayed: Relayed,
+        since: Instant,
+    ) -> Another {
+        let [client, _] = relayed.sockets;
+        let (failure, errno) = (ConnectFailure::EarlyReset.name(), relayed.ending.errno);
+        self.attempts.note(held.backend(), failure, errno, since);
+        self.attempts.tried.push(held.index());
+        // Before the next pick: its slot may be what that needs.
+        drop(held);
+        let opened = self.ctx().engine.open(client);
+        Another { story: self, slots, opened, start: Start::Again(relayed.ending) }
     }
 
     fn relay(&self, flow: Flow, held: &Held) -> Relay {
@@ -440,7 +438,7 @@ impl Story {
         let backend = &self.attempts.last;
         SessionRecord {
             time: clock::wall(),
-            session: ctx.next_session(),
+            session: self.number,
             worker: ctx.id as u32,
             generation: self.generation,
             frontend: Some(Arc::clone(&self.route.state.name)),
@@ -455,8 +453,10 @@ impl Story {
             errno: (ending.errno != 0).then_some(ending.errno),
             closed_first: ending.closed_first.map(Side::name),
             attempts: u32::from(self.attempts.count),
-            bytes_in: totals.bytes_in,
-            bytes_out: totals.bytes_out,
+            tries: self.attempts.failed(),
+            bytes_in: totals.bytes.bytes_in,
+            bytes_out: totals.bytes.bytes_out,
+            bytes_undelivered: totals.bytes.undelivered,
             connect: self.connect_time,
             first_byte: totals.first_byte,
             duration: clock::now() - self.started,

@@ -95,6 +95,7 @@ pub fn build(input: Input, previous: Option<&Table>) -> Table {
         .iter()
         .flat_map(|f| f.spec.binds.iter().map(move |bind| (*bind, Arc::clone(f))))
         .collect();
+    let by_id = frontends.iter().map(|route| route.state.id).zip(0..).collect();
     Table {
         generation: input.generation,
         serial: input.serial,
@@ -102,6 +103,7 @@ pub fn build(input: Input, previous: Option<&Table>) -> Table {
         frontends,
         pools,
         by_bind,
+        by_id,
     }
 }
 
@@ -160,11 +162,11 @@ fn build_balancer(
     if candidates.is_empty() {
         return None;
     }
-    let (policy, size) = (pool.spec.balance, pool.backends.len());
+    let (policy, slots) = (pool.spec.balance, pool.spec.hash_slots);
     let before = previous.and_then(|p| p.balancer.as_ref());
     match before {
-        Some(same) if same.does_for(policy, &candidates, size) => Some(Arc::clone(same)),
-        _ => Some(Arc::new(Balancer::of_pool(policy, candidates, size, before.map(|b| &**b)))),
+        Some(same) if same.does_for(policy, &candidates, slots) => Some(Arc::clone(same)),
+        _ => Some(Arc::new(Balancer::of_pool(policy, candidates, slots, before.map(|b| &**b)))),
     }
 }
 

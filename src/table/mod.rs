@@ -12,7 +12,7 @@ pub mod ways;
 use crate::balance::trial::{TrialId, TrialPhase};
 use crate::balance::{Balancer, PickError, PickKey};
 use crate::config;
-use state::{BackendState, FrontendState};
+use state::{BackendState, FrontendId, FrontendState};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -32,6 +32,8 @@ pub struct Table {
     /// In file order.
     pub pools: Vec<Arc<PoolTable>>,
     by_bind: HashMap<SocketAddr, Arc<FrontendRoute>>,
+    /// Positions in `frontends`.
+    by_id: HashMap<FrontendId, usize>,
 }
 
 /// A frontend and the pool it routes to.
@@ -97,6 +99,7 @@ impl Table {
             frontends: Vec::new(),
             pools: Vec::new(),
             by_bind: HashMap::new(),
+            by_id: HashMap::new(),
         }
     }
 
@@ -108,7 +111,8 @@ impl Table {
 
     /// What has become of the frontend with that state; `None` where it has left.
     pub fn frontend(&self, state: &Arc<FrontendState>) -> Option<&Arc<FrontendRoute>> {
-        self.frontends.iter().find(|route| Arc::ptr_eq(&route.state, state))
+        let route = self.frontends.get(*self.by_id.get(&state.id)?)?;
+        Arc::ptr_eq(&route.state, state).then_some(route)
     }
 }
 

@@ -139,6 +139,11 @@ impl BackendState {
         }
     }
 
+    /// What makes it the same backend: pool, name and address.
+    pub fn identity(&self) -> (Arc<str>, Arc<str>, Arc<str>) {
+        (Arc::clone(&self.pool), Arc::clone(&self.name), Arc::clone(&self.address_text))
+    }
+
     /// Has connections start at `sources` from now on; see [`Ways::new`].
     pub fn start_from(&self, sources: &[IpAddr], workers: usize) {
         let to = match &self.address {
@@ -166,6 +171,11 @@ impl BackendState {
     /// path's, never a local one; gives the length of the row so far.
     pub fn failed(&self) -> u32 {
         self.failures_in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1)
+    }
+
+    /// The length of the row of failures so far.
+    pub fn failed_in_a_row(&self) -> u32 {
+        self.failures_in_a_row.load(Ordering::Relaxed)
     }
 
     /// Notes that a client has spoken and now waits.

@@ -8,4 +8,5 @@ pub mod access_log;
 pub mod counters;
 pub mod histograms;
 pub mod log_queue;
+pub mod logfmt;
 pub mod pulse;

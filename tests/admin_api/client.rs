@@ -32,7 +32,8 @@ fn the_client_exits_1_when_refused_and_says_why_on_standard_error() {
     let refused = api.cli(&["reload"]);
     assert_eq!(refused.status.code(), Some(1));
     let text = String::from_utf8(refused.stderr).unwrap();
-    assert!(text.starts_with("t.toml:3:7: error: no such pool\nt.toml:9:7: error: unknown key\n"));
+    let problems = "t.toml:3:7: error: no such pool\n\nt.toml:9:7: error: unknown key\n";
+    assert!(text.starts_with(problems), "{text}");
 }
 
 #[test]

@@ -30,6 +30,7 @@ pub(crate) const TOKEN: &str = "a-token-of-fair-length";
 pub(crate) enum Control {
     Answers,
     RefusesTheFile,
+    Drains,
     Hangs,
     HasEnded,
 }
@@ -210,6 +211,7 @@ async fn play(control: Control, mut inbox: mpsc::Receiver<Request>, shut_down: A
             Request::Metrics(reply) => drop(reply.send("tidegate_x 1\n".to_owned())),
             Request::Reload(reply) => drop(reply.send(match control {
                 Control::RefusesTheFile => Err(refused_file()),
+                Control::Drains => Err(ReloadError::NotNow("this process is draining")),
                 _ => Ok(Reloaded {
                     generation: 4,
                     changed: true,
@@ -234,7 +236,7 @@ async fn play(control: Control, mut inbox: mpsc::Receiver<Request>, shut_down: A
                     _ => Err(OperatorError::UnknownPool),
                 }));
             }
-            Request::Upgrade { binary, config, reply } => {
+            Request::Upgrade { binary, config, reply, .. } => {
                 let word = binary.map(|path| path.display().to_string());
                 drop(reply.send(match (word.as_deref(), config) {
                     (Some("/broken one"), _) => Err(UpgradeError::Failed("it said: no".to_owned())),
@@ -260,8 +262,10 @@ fn refused_file() -> ReloadError {
         line,
         column: 7,
         message: message.to_owned(),
+        help: (line == 9).then(|| "did you mean \"weight\"?".to_owned()),
+        rendered: format!("t.toml:{line}:7: error: {message}"),
     };
-    ReloadError { problems: vec![problem(3, "no such pool"), problem(9, "unknown key")] }
+    ReloadError::Problems(vec![problem(3, "no such pool"), problem(9, "unknown key")])
 }
 
 pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {

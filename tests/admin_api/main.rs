@@ -141,13 +141,23 @@ fn a_refused_file_is_422_with_every_problem() {
     let answer = api.ask("POST", "/v1/reload");
     assert_eq!(answer.refusal().0, 422);
     let expected = serde_json::json!([
-        {"file": "t.toml", "line": 3, "column": 7, "message": "no such pool"},
-        {"file": "t.toml", "line": 9, "column": 7, "message": "unknown key"},
+        {"file": "t.toml", "line": 3, "column": 7, "message": "no such pool",
+         "rendered": "t.toml:3:7: error: no such pool"},
+        {"file": "t.toml", "line": 9, "column": 7, "message": "unknown key",
+         "help": "did you mean \"weight\"?", "rendered": "t.toml:9:7: error: unknown key"},
     ]);
     assert_eq!(answer.json()["problems"], expected);
 }
 
 // --- a control loop in trouble ---
+
+#[test]
+fn a_reload_while_draining_is_a_conflict_and_names_no_file() {
+    let answer = Api::unix(Control::Drains).ask("POST", "/v1/reload");
+    assert_eq!(answer.refusal(), (409, "the reload is refused".to_owned()));
+    assert_eq!(answer.json()["detail"], "this process is draining");
+    assert!(answer.json().get("problems").is_none());
+}
 
 #[test]
 fn a_control_loop_that_does_not_answer_gives_503_in_time() {

@@ -44,17 +44,56 @@ proptest! {
     }
 }
 
+/// Whether one more backend, and then one less, moves at most its share of the
+/// clients and 2 %.
+fn one_more_and_one_less(weights: &[u32], clients: u32) {
+    let (n, all) = (weights.len(), weighted(weights));
+    let of = |candidates: &[Candidate]| {
+        homes(&Balancer::new(Policy::SourceHash, candidates.to_vec(), None), clients)
+    };
+    let (with, without) = (of(&all), of(&all[..n - 1]));
+    let share = f64::from(weights[n - 1]) / f64::from(weights.iter().sum::<u32>());
+    let moved = moved(&with, &without);
+    assert!(moved <= share + 0.02, "{moved} of the clients moved between {} and {n}", n - 1);
+}
+
+/// The numbers of backends at which one more is looked at.
+fn sizes() -> Vec<usize> {
+    let long = std::env::var("TIDEGATE_LONG").is_ok_and(|value| value == "1");
+    if long { (2..=2_000).collect() } else { vec![2, 3, 10, 100, 650, 651, 652, 1_999, 2_000] }
+}
+
 #[test]
-fn large_pool_loses_few_sources_when_one_backend_goes() {
-    // Below 651 eligible of 700 configured: the size of the table stays.
+fn one_backend_more_or_less_moves_few_clients_whatever_the_size_of_the_pool() {
+    for size in sizes() {
+        one_more_and_one_less(&vec![1; size], 20_000);
+    }
+}
+
+#[test]
+fn one_backend_more_or_less_moves_few_clients_with_weights() {
+    for size in sizes() {
+        let weights: Vec<u32> = (0..size as u32).map(|n| n.wrapping_mul(37) % 1_000 + 1).collect();
+        one_more_and_one_less(&weights, 20_000);
+    }
+}
+
+#[test]
+fn pool_with_many_backends_down_keeps_the_clients_of_the_others() {
     let all = weighted(&[1; 700]);
-    let before = homes(&Balancer::of_pool(Policy::SourceHash, all.clone(), 700, None), 20_000);
-    let some = all[..640].to_vec();
-    let after = homes(&Balancer::of_pool(Policy::SourceHash, some.clone(), 700, None), 20_000);
+    let of = |candidates: &[Candidate]| {
+        homes(&Balancer::of_pool(Policy::SourceHash, candidates.to_vec(), 65_537, None), 20_000)
+    };
+    let (before, after) = (of(&all), of(&all[..640]));
     assert!(moved(&before, &after) <= 60.0 / 700.0 + 0.05, "{}", moved(&before, &after));
-    let after_one =
-        homes(&Balancer::of_pool(Policy::SourceHash, some[1..].to_vec(), 700, None), 20_000);
-    assert!(moved(&after, &after_one) <= 1.0 / 640.0 + 0.02, "{}", moved(&after, &after_one));
+}
+
+#[test]
+fn every_backend_has_a_slot_where_there_are_as_many_slots_as_backends() {
+    let all = weighted(&[1; 251]);
+    let balancer = Balancer::of_pool(Policy::SourceHash, all, 251, None);
+    let hit = hits(&balancer, 20_000);
+    assert!(hit.iter().all(|hits| *hits > 0), "{hit:?}");
 }
 
 #[test]
@@ -128,11 +167,15 @@ fn golden_homes_of_clients_hold() {
     assert_eq!(equal, GOLDEN_EQUAL);
     let uneven = orders(&balancer(Policy::SourceHash, &[1, 2, 3, 4, 5]));
     assert_eq!(uneven, GOLDEN_UNEVEN);
-    let large = orders(&balancer(Policy::SourceHash, &[1; 1_000]));
-    assert_eq!(large, GOLDEN_LARGE);
+    let many = orders(&balancer(Policy::SourceHash, &[1; 1_000]));
+    assert_eq!(many, GOLDEN_MANY);
+    let more_slots = Balancer::of_pool(Policy::SourceHash, weighted(&[1; 1_000]), 655_373, None);
+    assert_eq!(orders(&more_slots), GOLDEN_MORE_SLOTS);
 }
 
 const GOLDEN_EQUAL: [[usize; 4]; 4] = [[2, 1, 0, 4], [4, 0, 2, 1], [4, 0, 1, 3], [2, 4, 1, 3]];
 const GOLDEN_UNEVEN: [[usize; 4]; 4] = [[4, 1, 2, 3], [4, 2, 1, 3], [4, 1, 0, 3], [2, 4, 1, 3]];
-const GOLDEN_LARGE: [[usize; 4]; 4] =
+const GOLDEN_MANY: [[usize; 4]; 4] =
+    [[986, 665, 664, 119], [357, 878, 204, 723], [224, 138, 743, 0], [328, 5, 22, 234]];
+const GOLDEN_MORE_SLOTS: [[usize; 4]; 4] =
     [[746, 9, 194, 299], [215, 15, 346, 250], [536, 468, 405, 128], [519, 137, 7, 433]];

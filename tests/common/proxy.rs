@@ -26,7 +26,7 @@ pub struct TestProxy {
     conf: Conf,
     config_path: PathBuf,
     child: Child,
-    /// The process that serves: the child, or one it was upgraded to.
+    /// The process that serves, and the one to signal.
     serving: Serving,
     /// Open descriptors right after the start (or the last [`TestProxy::rebaseline`]).
     fd_baseline: usize,
@@ -61,12 +61,29 @@ impl TestProxy {
 
     /// Starts the balancer; an exit before it is ready gives its log back.
     pub fn try_start(conf: Conf, wrapper: &[&str]) -> Result<TestProxy, String> {
+        TestProxy::try_start_as(conf, wrapper, false)
+    }
+
+    /// Starts it without a supervisor (`run --single`).
+    #[track_caller]
+    pub fn start_single(conf: Conf) -> TestProxy {
+        TestProxy::start_single_under(conf, &[])
+    }
+
+    /// The same under a wrapper.
+    #[track_caller]
+    pub fn start_single_under(conf: Conf, wrapper: &[&str]) -> TestProxy {
+        TestProxy::try_start_as(conf, wrapper, true)
+            .unwrap_or_else(|log| panic!("the balancer did not come up:\n{log}"))
+    }
+
+    fn try_start_as(conf: Conf, wrapper: &[&str], single: bool) -> Result<TestProxy, String> {
         // Directly under /tmp: a Unix socket's path holds 107 bytes at most.
         let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").expect("temp dir");
         let config_path = dir.path().join("tidegate.toml");
         std::fs::write(&config_path, render(&conf, dir.path())).expect("write the config");
-        let child = spawn(&config_path, dir.path(), wrapper);
-        let serving = Serving::TheChild;
+        let child = spawn(&config_path, dir.path(), wrapper, single);
+        let serving = Serving::new(single);
         let (fd_baseline, exited) = (0, None);
         let mut proxy = TestProxy { dir, conf, config_path, child, serving, fd_baseline, exited };
         proxy.wait_ready()?;
@@ -87,13 +104,29 @@ impl TestProxy {
         self.conf.clone()
     }
 
+    /// The process that serves.
     pub fn pid(&self) -> u32 {
-        self.serving.pid(&self.child)
+        self.serving.pid()
+    }
+
+    /// The process to signal: the supervisor, where there is one.
+    pub fn service(&self) -> u32 {
+        self.serving.service(&self.child)
+    }
+
+    /// Its processes beside the one that serves.
+    pub fn others(&self) -> Vec<u32> {
+        self.serving.others()
+    }
+
+    /// Looks again for the process that serves: the one before has crashed.
+    pub fn find_serving(&mut self) {
+        self.serving.find(&self.child);
     }
 
     /// From now on that process is meant, which the one before was upgraded to.
     pub fn serve_by(&mut self, pid: u32) {
-        self.serving.becomes(pid, &self.child);
+        self.serving.becomes(pid);
     }
 
     /// Numbers of the processes before, gone or not.
@@ -293,7 +326,7 @@ impl TestProxy {
     // --- life ---
 
     pub fn signal(&self, signal: Signal) {
-        proc::signal(self.pid(), signal);
+        proc::signal(self.service(), signal);
     }
 
     pub fn sigterm(&self) {
@@ -326,8 +359,8 @@ impl TestProxy {
     #[track_caller]
     pub fn start_again(&mut self) {
         assert!(self.exited.is_some(), "it still runs");
-        self.child = spawn(&self.config_path, self.dir.path(), &[]);
-        self.serving = Serving::TheChild;
+        self.child = spawn(&self.config_path, self.dir.path(), &[], false);
+        self.serving = Serving::new(false);
         self.exited = None;
         self.wait_ready().unwrap_or_else(|log| panic!("no restart:\n{log}"));
         self.rebaseline();
@@ -384,7 +417,10 @@ impl TestProxy {
                 None => ready().then_some(Ok(())),
             });
         match came_to {
-            Some(Ok(())) => Ok(()),
+            Some(Ok(())) => {
+                self.serving.find(&self.child);
+                Ok(())
+            }
             Some(Err(status)) => {
                 self.exited = Some(status);
                 Err(format!("{status}\n{}", self.log()))
@@ -422,7 +458,7 @@ impl TestProxy {
     }
 }
 
-fn spawn(config: &Path, dir: &Path, wrapper: &[&str]) -> Child {
+fn spawn(config: &Path, dir: &Path, wrapper: &[&str], single: bool) -> Child {
     let log = File::options().create(true).append(true).open(dir.join("stderr")).expect("log");
     let mut words: Vec<&str> = wrapper.to_vec();
     let pid_file = dir.join("pid");
@@ -432,6 +468,7 @@ fn spawn(config: &Path, dir: &Path, wrapper: &[&str]) -> Child {
         .arg(config)
         .arg("--pid-file")
         .arg(pid_file)
+        .args(single.then_some("--single"))
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("a second handle of the log"))
         .stderr(log)

@@ -44,15 +44,15 @@ impl Running {
         if self.reaped {
             return;
         }
-        // Children first read, then all killed: a dead parent lists none. The
-        // parent is gone before the children are, so that nobody holds a
-        // listening socket that nobody accepts from.
+        // Children first read, then all killed: a dead parent lists none, and one that
+        // is stopped starts none.
+        proc::signal(self.pid(), Signal::STOP);
         let children = proc::children(self.pid());
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         for pid in &children {
             proc::signal(*pid, Signal::KILL);
         }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
         // Orphans are somebody else's to reap; dead is what counts here.
         super::eventually(secs(10), "the children are dead", || {
             children.iter().all(|pid| proc::is_dead(*pid))

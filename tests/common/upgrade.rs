@@ -1,8 +1,9 @@
 //! The processes a balancer is upgraded to: found, waited for and ended.
 //!
-//! Used by the proxy's handle. The test's process adopts them (prctl(2),
-//! PR_SET_CHILD_SUBREAPER) when the process that started them has ended, so that
-//! their exit codes are seen and none is left behind.
+//! Used by the proxy's handle. Under a supervisor that is who reaps them. Without one
+//! the test's process adopts them (prctl(2), PR_SET_CHILD_SUBREAPER) when the process
+//! that started them has ended, so that their exit codes are seen and none is left
+//! behind.
 
 use super::http::Answer;
 use super::proxy::{PROGRAM, TestProxy};
@@ -13,64 +14,87 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
 
-/// Which process serves.
-#[derive(Debug)]
-pub enum Serving {
-    /// The one the test has started.
-    TheChild,
-    /// One that this, or the last of `before`, was upgraded to.
-    Successor { pid: u32, before: Vec<u32> },
+/// Which process serves, and which one is the service to whoever signals it.
+#[derive(Debug, Default)]
+pub struct Serving {
+    /// There is no supervisor: the process that serves is the service.
+    single: bool,
+    /// The supervisor, or the process that serves; 0 before it is known.
+    service: u32,
+    pid: u32,
+    before: Vec<u32>,
 }
 
 // === impl Serving ===
 
 impl Serving {
-    pub fn pid(&self, child: &Child) -> u32 {
-        match self {
-            Serving::TheChild => child.id(),
-            Serving::Successor { pid, .. } => *pid,
+    pub fn new(single: bool) -> Serving {
+        Serving { single, ..Serving::default() }
+    }
+
+    /// Looks for the processes below the one the test has started, which may be a
+    /// wrapper that stays.
+    pub fn find(&mut self, child: &Child) {
+        let mut line = vec![child.id()];
+        while let [one] = proc::children(line[line.len() - 1])[..] {
+            line.push(one);
         }
+        self.pid = line[line.len() - 1];
+        self.service = if self.single { self.pid } else { line[line.len().saturating_sub(2)] };
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub fn service(&self, child: &Child) -> u32 {
+        if self.service == 0 { child.id() } else { self.service }
     }
 
     pub fn before(&self) -> Vec<u32> {
-        match self {
-            Serving::TheChild => Vec::new(),
-            Serving::Successor { before, .. } => before.clone(),
+        self.before.clone()
+    }
+
+    /// Processes of the service beside the one that serves.
+    pub fn others(&self) -> Vec<u32> {
+        let mut all = proc::children(self.service);
+        all.retain(|pid| *pid != self.pid);
+        all
+    }
+
+    pub fn becomes(&mut self, new: u32) {
+        self.before.push(self.pid);
+        self.pid = new;
+        if self.single {
+            self.service = new;
         }
     }
 
-    pub fn becomes(&mut self, new: u32, child: &Child) {
-        let mut before = self.before();
-        before.push(self.pid(child));
-        *self = Serving::Successor { pid: new, before };
-    }
-
-    /// Its exit status, once it has ended. Reaps the processes before as well.
+    /// The service's exit status, once it has ended. Reaps the processes before as well.
     pub fn try_wait(&self, child: &mut Child) -> Option<ExitStatus> {
         let first = child.try_wait().expect("wait for the child");
-        match self {
-            Serving::TheChild => first,
-            Serving::Successor { pid, before } => {
-                for old in before.iter().skip(1) {
-                    let _ = reap(*old);
-                }
-                // The one that started it may have reaped it, with its status.
-                let gone = !std::path::Path::new(&format!("/proc/{pid}")).exists();
-                reap(*pid).or(gone.then(|| ExitStatus::from_raw(0)))
-            }
+        if !self.single || self.before.is_empty() {
+            return first;
         }
+        for old in self.before.iter().skip(1) {
+            let _ = reap(*old);
+        }
+        // The one that started it may have reaped it, with its status.
+        let gone = !std::path::Path::new(&format!("/proc/{}", self.pid)).exists();
+        reap(self.pid).or(gone.then(|| ExitStatus::from_raw(0)))
     }
 
-    /// Ends it at once, and whatever is left of those before.
+    /// Ends every process of it at once.
     pub fn kill(&self, child: &mut Child) -> Option<ExitStatus> {
-        for pid in self.before().into_iter().chain([self.pid(child)]).skip(1) {
-            if !proc::is_dead(pid) {
+        proc::kill_with_all_below(child.id());
+        for pid in self.before().into_iter().chain([self.pid]) {
+            if pid != 0 && pid != child.id() && !proc::is_dead(pid) {
                 proc::signal(pid, Signal::KILL);
             }
         }
         let _ = child.kill();
         let status = child.wait().ok();
-        if let Serving::Successor { .. } = self {
+        if self.single && !self.before.is_empty() {
             return within(secs(2), || self.try_wait(child)).or(status);
         }
         status
@@ -121,8 +145,9 @@ impl TestProxy {
         (path, Some(dir))
     }
 
+    /// The same with this query.
     #[track_caller]
-    fn upgrade_with(&mut self, query: &str) -> u32 {
+    pub fn upgrade_with(&mut self, query: &str) -> u32 {
         let answer = self.try_upgrade(query);
         assert_eq!(answer.status, 200, "{}\n{}", answer.body, self.log());
         let before = self.pid();

@@ -57,6 +57,7 @@ fn random_pool(rng: &mut Rng, index: usize) -> Pool {
     };
     Pool {
         name: format!("p{index}").into(),
+        hash_slots: 65_537,
         // The policy is not the controller's business, and Maglev tables take
         // long to build without optimisation.
         balance: match rng.u8(..50) {
@@ -105,6 +106,7 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
     let frontends = pools.iter().enumerate().map(|(index, pool)| Frontend {
         name: format!("f{index}").into(),
         binds: vec![([127, 0, 0, 1], 80 + index as u16).into()],
+        bind_options: Default::default(),
         pool: Arc::clone(&pool.name),
         first_byte_timeout: None,
         idle_timeout: None,
@@ -120,6 +122,7 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
             pin: false,
             engine: EngineChoice::Auto,
             spin: None,
+            leave_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             upgrade_timeout: Duration::from_secs(30),
             connections_max: 1000,

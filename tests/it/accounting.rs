@@ -17,6 +17,7 @@ on_every_engine!(
     every_sample_has_a_declared_type_and_closed_labels,
     wrong_paths_and_methods_are_told_apart,
     access_log_is_reopened_when_moved_away,
+    session_numbers_are_small_unique_and_continued_over_an_upgrade,
 );
 
 /// One session that sends `up` bytes and gets them back.
@@ -94,6 +95,24 @@ fn access_log_lines_say_all_that_is_documented(engine: Engine) {
     let seconds = ["connect_seconds", "first_byte_seconds", "duration_seconds"]
         .map(|field| line[field].as_f64().unwrap_or_else(|| panic!("{field} in {line:#}")));
     assert!(seconds[0] <= seconds[2] && seconds[1] <= seconds[2], "{line:#}");
+}
+
+fn session_numbers_are_small_unique_and_continued_over_an_upgrade(engine: Engine) {
+    let (_backend, mut proxy) = echo_proxy(engine);
+    let numbers = |proxy: &TestProxy, count: usize| {
+        let lines = proxy.wait_access_log(count);
+        lines.iter().map(|line| line["session"].as_u64().unwrap()).collect::<Vec<u64>>()
+    };
+    (0..100).for_each(|_| echo_session(&proxy, 1));
+    let before = numbers(&proxy, 100);
+    assert!(before.iter().all(|number| (1..1000).contains(number)), "{before:?}");
+    let old = proxy.upgrade();
+    proxy.wait_gone(old, secs(10));
+    (0..100).for_each(|_| echo_session(&proxy, 1));
+    let mut all = numbers(&proxy, 200);
+    all.sort_unstable();
+    assert!(all.windows(2).all(|pair| pair[0] < pair[1]), "a number came twice: {all:?}");
+    assert!(all[100] > before[99] && all[199] < 2_000_000, "{all:?}");
 }
 
 fn active_sessions_are_gauged(engine: Engine) {

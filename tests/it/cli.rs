@@ -113,6 +113,66 @@ fn status_is_for_people_and_for_machines(engine: Engine) {
     assert_eq!((&machines["workers"], &machines["state"]), (&2.into(), &"serving".into()));
 }
 
+/// A file that `check` and `run` refuse with the same first line, exit code 1.
+#[track_caller]
+fn refused_alike(name: &str, text: &str, directory: &std::path::Path, why: &str) {
+    let file = directory.join("t.toml");
+    std::fs::write(&file, text).unwrap();
+    let file = file.to_string_lossy();
+    let mut said = Vec::new();
+    for arguments in [&["check", &file][..], &["run", "--config", &file][..]] {
+        let output = tidegate(arguments);
+        assert_eq!(output.status.code(), Some(1), "{name}: {output:?}");
+        let text = stderr(&output);
+        assert!(text.contains(why) && text.contains('^'), "{name}: {text}");
+        said.push(text.lines().find(|line| line.contains("error:")).unwrap_or_default().to_owned());
+    }
+    assert_eq!(said[0], said[1], "{name}");
+}
+
+#[test]
+fn check_refuses_what_run_refuses() {
+    use std::os::unix::fs::PermissionsExt;
+    let _turn = turn::shared();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let token = |name: &str, text: &str, mode: u32| {
+        let file = path.join(name);
+        std::fs::write(&file, text).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    token("short", "abc", 0o600);
+    token("open", "0123456789abcdef0123", 0o644);
+    let conf = || Conf::simple(Engine::Epoll, Pool::new("web").backend("a", "127.0.0.1:9"));
+    let admin = format!("127.0.0.1:{}", crate::common::ports::free_port());
+    let text = |conf: &Conf| conf.render(&admin, "off");
+    for (name, why) in [
+        ("missing", "missing"),
+        ("short", "must hold 16 to 1024 visible ASCII characters"),
+        ("open", "is open to others than its owner"),
+    ] {
+        let line = format!("[admin]\ntoken_file = \"{}\"\n", path.join(name).display());
+        refused_alike(name, &text(&conf()).replace("[admin]\n", &line), path, why);
+    }
+    let unknown = conf().process("user = \"no-such-user\"");
+    refused_alike("user", &text(&unknown), path, "no-such-user");
+    let mut logs = conf();
+    logs.access = Some("/nonexistent/access.log".into());
+    refused_alike("access log", &text(&logs), path, "cannot open the access log: No such file");
+    let mut source = conf();
+    source.pools[0].keys = "source = \"203.0.113.7\"".into();
+    let file = path.join("source.toml");
+    std::fs::write(&file, source.render("unix:/tmp/tg-none.sock", "off")).unwrap();
+    let output = tidegate(&["check", &file.to_string_lossy()]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(stderr(&output).contains("no connection can start at source 203.0.113.7"));
+    // And says nothing of what would do.
+    let file = path.join("good.toml");
+    std::fs::write(&file, conf().render("unix:/tmp/tg-none.sock", "off")).unwrap();
+    let output = tidegate(&["check", "--config", &file.to_string_lossy()]);
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()), "{output:?}");
+}
+
 fn taken_address_is_a_runtime_failure(engine: Engine) {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mut conf = Conf::simple(engine, Pool::new("web").backend("a", "127.0.0.1:9"));

@@ -9,7 +9,6 @@ use crate::common::client::{self, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::{PROGRAM, TestProxy};
 use crate::common::servers::Running;
-use crate::common::upgrade::adopt_orphans;
 use crate::common::{Engine, eventually, http, on_every_engine, proc, secs, skip};
 use serde_json::Value;
 use std::fs::{self, Permissions};
@@ -102,7 +101,8 @@ impl Place {
         client::exchange(&client, b"hello").unwrap();
     }
 
-    fn pid(&self) -> u32 {
+    /// The supervisor, who is root still, and leaves its own number.
+    fn service(&self) -> u32 {
         fs::read_to_string(self.file("pid")).unwrap().trim().parse().unwrap()
     }
 }
@@ -158,8 +158,11 @@ fn as_a_user_of_its_own_it_binds_low_ports_reloads_and_is_upgraded(engine: Engin
     let _first = Running::start(&mut place.command());
     place.wait_ready();
     place.serves(place.low[0]);
-    is_confined(place.pid(), &place.ask("GET", "/v1/status").json());
-    for name in ["admin.sock", "pid", "access.log"] {
+    let service = place.service();
+    assert_eq!(of_every_thread(service, "Uid"), ["0 0 0 0"]);
+    let mut serving = proc::children(service)[0];
+    is_confined(serving, &place.ask("GET", "/v1/status").json());
+    for name in ["admin.sock", "access.log"] {
         assert_eq!(fs::metadata(place.file(name)).unwrap().uid(), USER, "{name}");
     }
 
@@ -167,16 +170,15 @@ fn as_a_user_of_its_own_it_binds_low_ports_reloads_and_is_upgraded(engine: Engin
     assert_eq!(place.ask("POST", "/v1/reload").status, 200);
     place.serves(place.low[1]);
 
-    adopt_orphans();
     for _ in 0..2 {
-        let before = place.pid();
         let upgraded = place.ask("POST", "/v1/upgrade");
         assert_eq!(upgraded.status, 200, "{}", upgraded.body);
-        eventually(secs(5), "the new one has left its number", || place.pid() != before);
-        is_confined(place.pid(), &place.ask("GET", "/v1/status").json());
+        serving = upgraded.json()["pid"].as_u64().unwrap() as u32;
+        is_confined(serving, &place.ask("GET", "/v1/status").json());
         place.low.iter().for_each(|port| place.serves(*port));
     }
-    let last = place.pid();
+    assert_eq!(place.service(), service);
+    let last = serving;
     assert_eq!(place.ask("POST", "/v1/shutdown").status, 200);
     eventually(secs(10), "the last has ended", || {
         proc::is_dead(last) || !Path::new(&format!("/proc/{last}")).exists()

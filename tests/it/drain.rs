@@ -7,10 +7,14 @@ use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End, connect, try_connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, ms, on_every_engine, patience, secs};
+use crate::common::{
+    Engine, eventually, long, ms, on_every_engine, on_every_engine_alone, patience, secs,
+};
 use rustix::process::Signal;
-use std::net::TcpStream;
-use std::time::Instant;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 on_every_engine!(
     sigterm_lets_open_sessions_finish,
@@ -24,7 +28,14 @@ on_every_engine!(
     drain_over_the_api_equals_the_command,
     drain_survives_a_reload,
     unknown_backend_is_refused,
+    a_reload_while_draining_is_refused_whoever_asks,
+    a_leaving_balancer_serves_on_until_its_delay_is_over,
+    a_second_signal_ends_the_delay_and_a_third_the_process,
+    ready_says_by_its_exit_code_whether_clients_are_taken,
+    drain_waits_for_the_last_session_and_says_what_is_left,
+    a_drain_stays_with_the_machine_and_outlives_a_moment_out_of_the_file,
 );
+on_every_engine_alone!(clients_behind_a_router_notice_nothing_of_a_balancer_that_leaves);
 
 fn echo_proxy(engine: Engine, drain_timeout: &str) -> (ScriptedBackend, TestProxy) {
     let backend = ScriptedBackend::start(backend::echo());
@@ -97,6 +108,8 @@ fn second_signal_exits_at_once(engine: Engine) {
     let _open = open_session(&proxy);
     proxy.sigterm();
     eventually(secs(2), "it drains", || proxy.admin_request("GET", "/ready").status == 503);
+    // Longer than what counts as a repetition.
+    std::thread::sleep(ms(200));
     let start = Instant::now();
     proxy.sigterm();
     assert_eq!(proxy.wait_exit(secs(2)), Some(3), "{}", proxy.log());
@@ -197,4 +210,188 @@ fn unknown_backend_is_refused(engine: Engine) {
     assert_eq!(answer.status, 404, "{}", answer.body);
     assert!(answer.json()["error"].is_string());
     assert_eq!(proxy.cli(&["drain", "no-slash"]).status.code(), Some(2), "a usage error");
+}
+
+/// The listeners would open again, and their clients be cut at the deadline.
+fn a_reload_while_draining_is_refused_whoever_asks(engine: Engine) {
+    let (_backend, mut proxy) = echo_proxy(engine, "20s");
+    let open = open_session(&proxy);
+    proxy.sigterm();
+    let address = proxy.addr("web");
+    eventually(secs(5), "new connections are refused", || try_connect(address).is_err());
+
+    let answer = proxy.admin_request("POST", "/v1/reload");
+    assert_eq!(answer.status, 409, "{}", answer.body);
+    let detail = answer.json()["detail"].as_str().unwrap_or_default().to_owned();
+    assert!(detail.contains("draining"), "{detail}");
+    proxy.sighup();
+    let text = proxy.render(&proxy.conf());
+    proxy.rewrite_by_rename(&format!("# another comment\n{text}"));
+    for asked in ["admin request", "SIGHUP", "a change of the file"] {
+        eventually(secs(5), &format!("{asked} is refused in the log"), || {
+            proxy.log().lines().any(|l| l.contains("reload refused") && l.contains(asked))
+        });
+    }
+    assert!(try_connect(address).is_err(), "nobody new gets in");
+    assert_eq!(proxy.cli(&["reload"]).status.code(), Some(1));
+    client::exchange(&open, b"still served").expect("the old session goes on");
+    drop(open);
+    assert_eq!(proxy.wait_exit(secs(5)), Some(0), "{}", proxy.log());
+}
+
+fn leaving_proxy(engine: Engine, delay: &str) -> (ScriptedBackend, TestProxy) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
+    let keys = format!("leave_delay = \"{delay}\"\ndrain_timeout = \"20s\"");
+    (backend, TestProxy::start(conf.process(&keys)))
+}
+
+fn is_ready(proxy: &TestProxy) -> bool {
+    proxy.admin_request("GET", "/ready").status == 200
+}
+
+fn a_leaving_balancer_serves_on_until_its_delay_is_over(engine: Engine) {
+    let (_backend, mut proxy) = leaving_proxy(engine, "2s");
+    let began = Instant::now();
+    proxy.sigterm();
+    eventually(secs(2), "/ready says no", || !is_ready(&proxy));
+    let open = open_session(&proxy);
+    assert_eq!(proxy.status()["state"], "draining");
+    let address = proxy.addr("web");
+    eventually(secs(10), "then the drain begins", || try_connect(address).is_err());
+    assert!(began.elapsed() > ms(1800), "after {:?}", began.elapsed());
+    client::exchange(&open, b"still served").expect("what was let in goes on");
+    drop(open);
+    assert_eq!(proxy.wait_exit(secs(5)), Some(0), "{}", proxy.log());
+}
+
+fn a_second_signal_ends_the_delay_and_a_third_the_process(engine: Engine) {
+    let (_backend, mut proxy) = leaving_proxy(engine, "60s");
+    let _open = open_session(&proxy);
+    proxy.sigterm();
+    eventually(secs(2), "/ready says no", || !is_ready(&proxy));
+    let address = proxy.addr("web");
+    assert!(try_connect(address).is_ok());
+    std::thread::sleep(ms(150));
+    proxy.sigterm();
+    eventually(secs(5), "the drain begins", || try_connect(address).is_err());
+    std::thread::sleep(ms(150));
+    proxy.sigterm();
+    assert_eq!(proxy.wait_exit(secs(5)), Some(3), "{}", proxy.log());
+}
+
+fn ready_says_by_its_exit_code_whether_clients_are_taken(engine: Engine) {
+    let (_backend, mut proxy) = leaving_proxy(engine, "60s");
+    let ready = |proxy: &TestProxy| proxy.cli(&["ready"]);
+    assert_eq!(ready(&proxy).status.code(), Some(0));
+    assert!(ready(&proxy).stdout.is_empty());
+    assert_eq!(proxy.cli_ok(&["ready", "--json"]).trim(), r#"{"state":"serving"}"#);
+    proxy.sigterm();
+    eventually(secs(2), "/ready says no", || !is_ready(&proxy));
+    let output = ready(&proxy);
+    assert_eq!(output.status.code(), Some(3));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("not ready: draining"), "{said}");
+    std::thread::sleep(ms(150));
+    proxy.sigterm();
+    assert_eq!(proxy.wait_exit(secs(5)), Some(0));
+    let output = ready(&proxy);
+    assert_eq!(output.status.code(), Some(3), "nobody is there: {output:?}");
+}
+
+fn drain_waits_for_the_last_session_and_says_what_is_left(engine: Engine) {
+    let (_backend, proxy) = echo_proxy(engine, "20s");
+    let held = [open_session(&proxy), open_session(&proxy)];
+    let output = proxy.cli(&["drain", "--wait=300ms", "web/a"]);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("web/a has 2 sessions left"), "{said}");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| proxy.cli(&["drain", "web/a", "--wait"]));
+        std::thread::sleep(ms(500));
+        assert!(!waiting.is_finished());
+        drop(held);
+        let output = waiting.join().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(said.contains("web/a has no sessions"), "{said}");
+    });
+    assert_eq!(proxy.cli(&["drain", "web/nobody", "--wait"]).status.code(), Some(1));
+}
+
+fn a_drain_stays_with_the_machine_and_outlives_a_moment_out_of_the_file(engine: Engine) {
+    let ([a, b], mut proxy) = two_greeting(engine);
+    let third = ScriptedBackend::start(backend::greet("c"));
+    proxy.cli_ok(&["drain", "web/a"]);
+    let both = proxy.conf();
+    let pool = |first: &ScriptedBackend| {
+        Pool::new("web").backend("a", first.address()).backend("b", b.address())
+    };
+    let mut without = proxy.conf();
+    *without.pool_mut("web") = Pool::new("web").backend("b", b.address());
+    proxy.reload(without);
+    std::thread::sleep(ms(1500));
+    proxy.reload(both);
+    assert_eq!(proxy.backend("web", "a")["intent"], "draining");
+    assert!((0..10).all(|_| greeted(&proxy).1 == b'b'));
+    let mut moved = proxy.conf();
+    *moved.pool_mut("web") = pool(&third);
+    proxy.reload(moved);
+    assert_eq!(proxy.backend("web", "a")["intent"], "ready");
+    assert!((0..10).any(|_| greeted(&proxy).1 == b'c'));
+    let mut back = proxy.conf();
+    *back.pool_mut("web") = pool(&a);
+    proxy.reload(back);
+    assert_eq!(proxy.backend("web", "a")["intent"], "draining");
+}
+
+/// Sends clients to whoever says that it is ready, and looks every 100 ms.
+fn clients_behind_a_router_notice_nothing_of_a_balancer_that_leaves(engine: Engine) {
+    let attempts = if long() { 5_000 } else { 600 };
+    let (_one, mut leaves) = leaving_proxy(engine, "1s");
+    let (_two, stays) = leaving_proxy(engine, "1s");
+    let all = [&leaves, &stays].map(|proxy| (proxy.addr("web"), proxy.dir().join("admin.sock")));
+    let routed: Mutex<Vec<SocketAddr>> = Mutex::new(all.iter().map(|(to, _)| *to).collect());
+    let (made, failed) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let ready = |socket: &std::path::Path| {
+                    crate::common::http::over_unix(socket, "GET", "/ready")
+                        .is_ok_and(|answer| answer.status == 200)
+                };
+                let now = all.iter().filter(|(_, socket)| ready(socket)).map(|(to, _)| *to);
+                *routed.lock().unwrap() = now.collect();
+                std::thread::sleep(ms(100));
+            }
+        });
+        for client in 0..8 {
+            let (routed, made, failed, over) = (&routed, &made, &failed, &over);
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    let nth = made.fetch_add(1, Ordering::Relaxed);
+                    let to = {
+                        let routed = routed.lock().unwrap();
+                        routed[(nth + client) % routed.len()]
+                    };
+                    let served = try_connect(to)
+                        .is_ok_and(|stream| client::exchange(&stream, b"hello").is_ok());
+                    failed.fetch_add(usize::from(!served), Ordering::Relaxed);
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            });
+        }
+        let reached = |share: usize| {
+            eventually(secs(120), "attempts are made", || {
+                made.load(Ordering::Relaxed) >= attempts * share / 100
+            });
+        };
+        reached(20);
+        leaves.sigterm();
+        assert_eq!(leaves.wait_exit(secs(20)), Some(0), "{}", leaves.log());
+        reached(100);
+        over.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(failed.load(Ordering::Relaxed), 0, "of {}", made.load(Ordering::Relaxed));
 }

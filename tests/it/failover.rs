@@ -4,7 +4,7 @@
 //! What may fail is exactly what was already on a dead backend; everything new
 //! goes elsewhere.
 
-use crate::common::backend::{self, Refusing, ScriptedBackend, Unresponsive};
+use crate::common::backend::{self, Refusing, ScriptedBackend, Unresponsive, script};
 use crate::common::client::{self, End, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
@@ -15,7 +15,7 @@ use crate::common::{
     proc, secs,
 };
 use std::io::Read;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Instant;
 
 on_every_engine!(
@@ -31,6 +31,9 @@ on_every_engine!(
     revived_backend_serves_again,
     http_probe_takes_out_a_backend_that_answers_503,
     send_expect_probe_speaks_redis,
+    a_backend_that_resets_before_a_word_is_left_for_another,
+    a_session_that_every_backend_resets_is_reset,
+    a_backend_that_ends_in_order_before_a_word_is_believed,
 );
 on_every_engine_alone!(
     killed_backend_costs_only_its_own_connections,
@@ -343,4 +346,61 @@ fn exhausted_descriptors_are_not_blamed_on_backends(engine: Engine) {
     assert_eq!(state["connect_failures_total"], 0, "{state:#}");
     let standing = (&state["ejected"], &state["observation"], &state["eligible"]);
     assert_eq!(standing, (&false.into(), &"up".into(), &true.into()), "{state:#}");
+}
+
+/// Resets without a word, once the connection stands beyond doubt.
+fn resets_in_a_moment() -> backend::Script {
+    script(|conn| {
+        std::thread::sleep(ms(50));
+        conn.reset();
+    })
+}
+
+/// A pool whose first pick is a backend of that script, and its second an echo.
+fn two_of(first: backend::Script) -> (ScriptedBackend, ScriptedBackend, Pool) {
+    let (a, b) = (ScriptedBackend::start(first), ScriptedBackend::start(backend::echo()));
+    let pool =
+        Pool::new("web").backend_with("a", a.address(), "weight = 1000").backend("b", b.address());
+    (a, b, pool)
+}
+
+fn a_backend_that_resets_before_a_word_is_left_for_another(engine: Engine) {
+    let (_a, b, pool) = two_of(resets_in_a_moment());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let client = connect(proxy.addr("web"));
+    // Without a word from anybody.
+    eventually(secs(5), "the other backend has the session", || b.active() == 1);
+    assert_eq!(client::exchange(&client, b"hello").unwrap(), b"hello");
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client::read_to_end(&client), End::Fin(0));
+    let line = &proxy.wait_access_log(1)[0];
+    assert_eq!((&line["cause"], &line["backend"]), (&"finished".into(), &"b".into()), "{line:#}");
+    assert_eq!((&line["attempts"], &line["bytes_in"]), (&2.into(), &5.into()), "{line:#}");
+    assert_eq!(proxy.backend("web", "a")["connect_failures_total"], 1);
+    assert_eq!(proxy.metric("tidegate_connect_retries_total", &[]), 1.0);
+    assert_eq!(proxy.metric("tidegate_session_end_total", &[]), 1.0);
+}
+
+fn a_session_that_every_backend_resets_is_reset(engine: Engine) {
+    let backends = [(); 2].map(|()| ScriptedBackend::start(resets_in_a_moment()));
+    let pool =
+        Pool::new("web").backend("a", backends[0].address()).backend("b", backends[1].address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    assert_eq!(client::connect_and_read_to_end(proxy.addr("web")), End::Reset(0));
+    let line = &proxy.wait_access_log(1)[0];
+    assert_eq!((&line["cause"], &line["attempts"]), (&"backend-reset".into(), &2.into()));
+    eventually(secs(5), "no slot is left behind", || {
+        ["a", "b"].iter().all(|name| proxy.backend("web", name)["sessions_active"] == 0)
+    });
+}
+
+fn a_backend_that_ends_in_order_before_a_word_is_believed(engine: Engine) {
+    let (_a, b, pool) = two_of(script(|conn| conn.fin()));
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let client = connect(proxy.addr("web"));
+    assert_eq!(client::read_to_end(&client), End::Fin(0));
+    drop(client);
+    let line = &proxy.wait_access_log(1)[0];
+    assert_eq!((&line["cause"], &line["attempts"]), (&"finished".into(), &1.into()), "{line:#}");
+    assert_eq!(b.accepted(), 0);
 }

@@ -50,7 +50,7 @@ impl Keys {
     }
 
     /// The file of a secret of one byte value.
-    fn file(&self, byte: u8) -> String {
+    pub fn file(&self, byte: u8) -> String {
         let path = self.dir.path().join(format!("{byte}.key"));
         // Once: a sidecar may be reading it just now.
         if !path.exists() {

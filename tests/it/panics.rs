@@ -24,6 +24,7 @@ on_every_engine!(
     reload_and_upgrade_work_after_a_fall,
     a_control_thread_that_panics_ends_the_process,
     nobody_orders_faults_without_the_word,
+    a_process_whose_control_thread_panics_is_replaced_at_once,
 );
 
 on_every_engine_alone!(
@@ -51,6 +52,17 @@ fn start_with(
     let proxy = TestProxy::start_under(conf.workers(workers), &wrapper);
     assert_eq!(proxy.status()["engine"], engine.name());
     Some((proxy, backend))
+}
+
+/// The same without a supervisor, which would start another process.
+fn start_single(engine: Engine, workers: usize) -> Option<(TestProxy, ScriptedBackend)> {
+    if !cfg!(debug_assertions) {
+        return None;
+    }
+    let backend = ScriptedBackend::start(backend::echo());
+    let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
+    let wrapper = ["env", "TIDEGATE_FAULTS=1"];
+    Some((TestProxy::start_single_under(conf.workers(workers), &wrapper), backend))
 }
 
 #[track_caller]
@@ -198,7 +210,7 @@ fn who_waits_in_the_queue_of_a_worker_that_falls_is_served(engine: Engine) {
 }
 
 fn a_worker_that_falls_again_and_again_ends_the_process(engine: Engine) {
-    let Some((mut proxy, _backend)) = start(engine, 1) else { return };
+    let Some((mut proxy, _backend)) = start_single(engine, 1) else { return };
     for n in 1..=5_u32 {
         order(&proxy, "worker", 0, 0);
         wait_for_restarts(&proxy, 0, f64::from(n));
@@ -240,7 +252,7 @@ fn reload_and_upgrade_work_after_a_fall(engine: Engine) {
 }
 
 fn a_control_thread_that_panics_ends_the_process(engine: Engine) {
-    let Some((mut proxy, _backend)) = start(engine, 1) else { return };
+    let Some((mut proxy, _backend)) = start_single(engine, 1) else { return };
     let client = connect(proxy.addr("web"));
     echoes(&client);
     // Nobody is left to answer.
@@ -250,6 +262,22 @@ fn a_control_thread_that_panics_ends_the_process(engine: Engine) {
     let log = proxy.log();
     assert!(log.contains("a fault that was ordered: control"), "{log}");
     assert!(log.contains("the control thread panicked: the process ends"), "{log}");
+}
+
+fn a_process_whose_control_thread_panics_is_replaced_at_once(engine: Engine) {
+    let Some((mut proxy, _backend)) = start(engine, 1) else { return };
+    let before = proxy.pid();
+    let socket = proxy.dir().join("admin.sock");
+    let _ = http::over_unix(&socket, "POST", "/debug/fault/control/0/0");
+    proxy.wait_gone(before, secs(5));
+    echoes(&connect(proxy.addr("web")));
+    eventually(secs(10), "another process answers", || {
+        http::over_unix(&socket, "GET", "/ready").is_ok_and(|answer| answer.status == 200)
+    });
+    proxy.find_serving();
+    assert_ne!(proxy.pid(), before);
+    assert!(proxy.log().contains("ended with code 3; this process takes its place"));
+    proxy.rebaseline();
 }
 
 fn nobody_orders_faults_without_the_word(engine: Engine) {

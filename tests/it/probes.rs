@@ -8,7 +8,7 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 const PROBE: &str =
-    "interval = \"500ms\"\ntimeout = \"400ms\"\nfast_interval = \"200ms\"\nfall = 2";
+    "interval = \"500ms\"\ntimeout = \"400ms\"\nfast_interval = \"400ms\"\nfall = 2";
 
 /// How long a death of the pool `web`'s one backend takes to be seen.
 fn death(proxy: &TestProxy, name: &str, backend: ScriptedBackend) -> Duration {

@@ -249,6 +249,18 @@ fn reload_command_says_how_it_went(engine: Engine) {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(text.contains("tidegate.toml:2:1: error:"), "{text}");
+    for word in ["2 | workerz = 1", "^^^^^^^", "help: did you mean \"workers\"?"] {
+        assert!(text.contains(word), "{word:?} in {text}");
+    }
+    // A wrong word lists the right ones, in the answer and in the log.
+    proxy.rewrite_by_rename("[process]\nengine = \"quick\"\n");
+    let answer = proxy.admin_request("POST", "/v1/reload").json();
+    let problems = answer["problems"].as_array().cloned().unwrap_or_default();
+    let help = problems.iter().filter_map(|problem| problem["help"].as_str());
+    let right = "known values: \"auto\", \"io_uring\", \"epoll\"";
+    assert!(help.collect::<String>().contains(right), "{answer:#}");
+    // There it is one quoted value.
+    eventually(secs(5), "the log says it, too", || proxy.log().replace('\\', "").contains(right));
     proxy.sigterm();
     assert_eq!(proxy.wait_exit(secs(3)), Some(0));
     assert_eq!(proxy.cli(&["reload"]).status.code(), Some(3), "nobody to ask");

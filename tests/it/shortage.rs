@@ -335,7 +335,7 @@ fn number_that_cannot_be_written_is_written_once_it_can(engine: Engine) {
     eventually(secs(5), "the trouble is told of", || proxy.log().contains("it is tried again"));
     std::fs::remove_dir(&path).unwrap();
     eventually(secs(4), "the number is there", || {
-        std::fs::read_to_string(&path).is_ok_and(|text| text.trim() == proxy.pid().to_string())
+        std::fs::read_to_string(&path).is_ok_and(|text| text.trim() == proxy.service().to_string())
     });
 }
 

@@ -12,6 +12,7 @@ use std::time::Instant;
 
 on_every_engine!(
     who_may_not_connect_is_reset_and_no_backend_hears_of_it,
+    a_range_of_ipv4_written_as_ipv6_denies,
     lists_of_files_are_read_again_by_a_reload,
     a_hundred_thousand_ranges_slow_nobody,
     one_source_has_so_many_sessions_and_another_has_its_own,
@@ -49,6 +50,13 @@ fn holds(mut stream: &TcpStream) -> bool {
 
 fn refused(proxy: &TestProxy, reason: &str) -> f64 {
     proxy.metric("tidegate_refused_total", &[("frontend", "web"), ("reason", reason)])
+}
+
+fn a_range_of_ipv4_written_as_ipv6_denies(engine: Engine) {
+    let (proxy, _backend) = start(engine, r#"deny = ["::ffff:127.0.0.3"]"#);
+    let address = proxy.addr("web");
+    assert!(is_served(GOOD, address));
+    assert!(!is_served(BAD, address), "the rule has no effect");
 }
 
 fn who_may_not_connect_is_reset_and_no_backend_hears_of_it(engine: Engine) {

@@ -32,6 +32,7 @@ mod trials;
 mod watch;
 
 mod admin;
+mod binds;
 mod channel;
 mod detection;
 mod emulator;

@@ -5,10 +5,12 @@
 //! end in a reset stay out: a lost RST is never sent again.
 
 use crate::common::ledger::{Ledger, Sizes};
+use crate::common::proxy::TestProxy;
 use crate::common::{Engine, long, measured, ms, on_every_engine};
 use crate::hosts::Hosts;
 use crate::link::channel::{Impairment, Loss};
 use crate::netns::networks_run;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 on_every_engine!(streams_are_whole_over_bad_links);
@@ -37,6 +39,15 @@ fn number(name: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|error| panic!("{name}={text}: {error}")))
 }
 
+/// The access log has counted what both ends hold.
+fn assert_log_agrees(proxy: &TestProxy, ledger: &Ledger) {
+    let lines = proxy.wait_access_log(ledger.streams() as usize);
+    let sum = |field: &str| lines.iter().map(|line| line[field].as_u64().unwrap()).sum::<u64>();
+    let held = (ledger.bytes_up.load(Relaxed), ledger.bytes_down.load(Relaxed));
+    assert_eq!((sum("bytes_in"), sum("bytes_out")), held);
+    assert_eq!(sum("bytes_undelivered"), 0);
+}
+
 fn streams_are_whole_over_bad_links(engine: Engine) {
     if !networks_run() {
         return;
@@ -60,6 +71,7 @@ fn streams_are_whole_over_bad_links(engine: Engine) {
     }
     ledger.assert_clean();
     assert_eq!(ledger.streams(), streams);
+    assert_log_agrees(&proxy, &ledger);
     let mut lost = 0;
     for host in &hosts.backends {
         for counts in [host.link.a_to_b().counts(), host.link.b_to_a().counts()] {

@@ -17,6 +17,16 @@ use tidegate::heartbeat::wire::Identity;
 /// Heartbeats concern the control thread alone: one engine will do.
 #[test]
 fn registered_backends_serve_without_a_gap() {
+    serve_without_a_gap(ms(50), "5s");
+}
+
+/// The new process cannot wait for the next heartbeat of each.
+#[test]
+fn registered_backends_that_are_rarely_heard_serve_without_a_gap() {
+    serve_without_a_gap(secs(5), "30s");
+}
+
+fn serve_without_a_gap(interval: std::time::Duration, ttl: &str) {
     let _turn = turn::shared();
     let dir = tempfile::tempdir().unwrap();
     let key = dir.path().join("key");
@@ -28,15 +38,18 @@ fn registered_backends_serve_without_a_gap() {
          pools = [\"web\"]\naddresses = [\"127.0.0.0/8\"]\n",
         key.display()
     );
-    let heartbeat = "register = true\ninterval = \"50ms\"\nttl = \"5s\"\nforget_after = \"30s\"";
-    let pool = Pool { heartbeat: heartbeat.into(), ..Pool::new("web") };
+    let heartbeat = format!(
+        "register = true\ninterval = \"{}\"\nttl = \"{ttl}\"\nforget_after = \"30s\"",
+        humantime::format_duration(interval)
+    );
+    let pool = Pool { heartbeat, ..Pool::new("web") };
     let mut proxy =
         TestProxy::start(Conf { heartbeat: section, ..Conf::simple(Engine::Epoll, pool) });
     let servers = ["a", "b"].map(|name| (name, ScriptedBackend::start(backend::http(name, 200))));
     let senders = servers.each_ref().map(|(name, server)| {
         let identity = Identity::new("web", name, server.socket_address()).unwrap();
         let secret = Secret::new(&[7; 32]).unwrap();
-        let settings = Settings { to: vec![to], identity, key_id: 1, secret, interval: ms(50) };
+        let settings = Settings { to: vec![to], identity, key_id: 1, secret, interval };
         let sender = Sender::start(settings).unwrap();
         sender.set_state(SenderState::Ready);
         sender
@@ -48,8 +61,10 @@ fn registered_backends_serve_without_a_gap() {
     eventually(secs(10), "both have joined", || known(&proxy) == 2);
     let steady = Steady::start(proxy.addr("web"), 2);
     for _ in 0..4 {
+        let began = std::time::Instant::now();
         let old = proxy.upgrade();
-        assert_eq!(known(&proxy), 2, "known before it serves");
+        let took = began.elapsed();
+        assert_eq!(known(&proxy), 2, "known before it serves, after {took:?}");
         proxy.wait_gone(old, secs(5));
     }
     let attempts = steady.stop();

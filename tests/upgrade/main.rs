@@ -18,7 +18,10 @@ mod common;
 
 mod broken;
 mod continuity;
+mod crash;
+mod elsewhere;
 mod heartbeats;
 mod manager;
 mod selftest;
+mod signals;
 mod state;

@@ -4,7 +4,7 @@ use crate::common::backend::{self, Refusing, ScriptedBackend};
 use crate::common::client::{self, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, ms, on_every_engine, secs};
+use crate::common::{Engine, eventually, ms, on_every_engine, on_every_engine_alone, secs};
 use std::collections::BTreeMap;
 
 on_every_engine!(
@@ -14,7 +14,9 @@ on_every_engine!(
     a_round_robin_goes_on_in_its_turn,
     the_slow_one_is_known_at_once,
     a_change_of_the_file_during_an_upgrade_is_taken_up,
+    a_backends_history_goes_on,
 );
+on_every_engine_alone!(five_thousand_backends_are_handed_over_in_time);
 
 fn drains_ejections_and_verdicts_survive(engine: Engine) {
     let echo = ["a", "b"].map(|_| ScriptedBackend::start(backend::echo()));
@@ -206,5 +208,44 @@ fn a_change_of_the_file_during_an_upgrade_is_taken_up(engine: Engine) {
             client::ask(proxy.addr("web")).unwrap() == name
         });
     }
+    proxy.rebaseline();
+}
+
+fn a_backends_history_goes_on(engine: Engine) {
+    let server = ScriptedBackend::start(backend::echo());
+    let pool = Pool::new("web").backend("a", server.address());
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    proxy.cli_ok(&["drain", "web/a"]);
+    proxy.cli_ok(&["undrain", "web/a"]);
+    let states = |proxy: &TestProxy| -> Vec<String> {
+        let explained = proxy.explained("web", "a");
+        let history = explained["history"].as_array().unwrap().iter();
+        history.map(|one| one["to"].as_str().unwrap().to_owned()).collect()
+    };
+    let before = states(&proxy);
+    assert_eq!(before[..2], ["ready", "draining"]);
+    for _ in 0..2 {
+        proxy.upgrade();
+        assert_eq!(states(&proxy), before);
+    }
+    assert_eq!(proxy.backend("web", "a")["last_transition"]["to"], "ready");
+    proxy.rebaseline();
+}
+
+/// Look-ups by name once took twelve seconds of it.
+fn five_thousand_backends_are_handed_over_in_time(engine: Engine) {
+    let server = ScriptedBackend::start(backend::echo());
+    let mut pool = Pool::new("web").backend("a", server.address());
+    for number in 0..5_000u32 {
+        let ip = std::net::Ipv4Addr::from_bits(0x7f10_0000 + number);
+        pool = pool.backend(&format!("b{number}"), format!("{ip}:9"));
+    }
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    proxy.cli_ok(&["drain", "web/b4999"]);
+    let began = std::time::Instant::now();
+    proxy.upgrade();
+    let took = began.elapsed();
+    assert!(took < crate::common::patience(secs(4)), "took {took:?}");
+    assert_eq!(proxy.backend("web", "b4999")["intent"], "draining");
     proxy.rebaseline();
 }

@@ -21,6 +21,8 @@ pub(super) struct Counts {
     workers: Vec<SavedWorker>,
     /// By the whole process.
     pub(super) rarities: Rarities,
+    /// Where the next process's session numbers start.
+    pub(super) session_numbers: u64,
     /// Changed, unchanged, refused.
     reloads: (u64, u64, u64),
     /// Done, failed, refused.
@@ -78,6 +80,7 @@ impl Counts {
                 .chain([SavedWorker::save(control)])
                 .collect(),
             rarities: Rarities::default(),
+            session_numbers: 0,
             reloads: (reloads.changed, reloads.unchanged, reloads.refused),
             upgrades: (upgrades.done, upgrades.failed, upgrades.refused),
             heartbeats,

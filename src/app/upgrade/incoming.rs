@@ -5,13 +5,15 @@
 //! goes on. It accepts nothing before it has said that it serves.
 
 use super::message::{
-    self, Commit, Farewell, Hello, MessageError, Offer, PROTOCOL, Ready, SavedLatency, Serving,
+    self, Commit, Farewell, Hello, LEVEL, Message, MessageError, Offer, PROTOCOL, Ready,
+    SavedLatency, Serving,
 };
+use super::reports::{Order, Report, Writer};
 use crate::admin::{self, AdminListener};
 use crate::app::Failure;
 use crate::app::binds::Group;
 use crate::clock;
-use crate::config::Config;
+use crate::config::Admin;
 use crate::net::handover::Channel;
 use socket2::Socket;
 use std::collections::BTreeMap;
@@ -25,12 +27,15 @@ use tokio::sync::mpsc;
 /// hand, and kills this one at its own deadline.
 const WORD_MAX: Duration = Duration::from_secs(30);
 
+/// Words of the old process that may wait for the control loop.
+const WORDS_MAX: usize = 16;
+
 /// How long a farewell may take: the old process is to be gone by its deadline.
 const FAREWELL_MAX: Duration = Duration::from_secs(2);
 
 /// How long an old process may drain: it hangs up when it ends, in whatever way,
 /// so this only has to be longer than any drain.
-const DRAIN_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+pub(super) const DRAIN_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// What this process was given by another of its kind.
 #[derive(Debug)]
@@ -46,7 +51,17 @@ pub struct Predecessor {
 /// The way to a process that still drains.
 #[derive(Debug)]
 pub(in crate::app) struct Draining {
-    farewell: mpsc::UnboundedReceiver<Commit>,
+    words: mpsc::Receiver<Word>,
+    /// `None` where it takes no orders.
+    orders: Option<Writer>,
+}
+
+/// What a process that drains says.
+#[derive(Debug)]
+pub(in crate::app) enum Word {
+    Report(Report),
+    /// It ends now, and says nothing more.
+    Farewell(Box<Commit>),
 }
 
 // === impl Predecessor ===
@@ -58,7 +73,7 @@ impl Predecessor {
     /// # Errors
     /// There is one and it is not to be understood.
     pub fn greet() -> Result<Option<Predecessor>, Failure> {
-        if std::env::var_os(super::outgoing::MARK).is_none() {
+        if std::env::var_os(crate::net::handover::MARK).is_none() {
             return Ok(None);
         }
         let channel = Channel::from_stdin().map_err(|error| trouble(&error))?;
@@ -75,17 +90,22 @@ impl Predecessor {
         std::mem::take(&mut self.heartbeats)
     }
 
-    /// The admin listener, where it is the one of `config`.
-    pub(in crate::app) fn take_admin(&mut self, config: &Config) -> Option<AdminListener> {
+    /// Where its admin API listens.
+    pub fn admin_listen(&self) -> Option<&str> {
+        Some(self.offer.admin.as_ref()?.listen.as_str())
+    }
+
+    /// The admin listener, where it is the one that `admin` names.
+    pub(in crate::app) fn take_admin(&mut self, admin: &Admin) -> Option<AdminListener> {
         let (fd, offered) = (self.admin.take()?, self.offer.admin.as_ref()?);
-        if offered.listen != config.admin.listen.to_string() {
+        if offered.listen != admin.listen.to_string() {
             return None;
         }
-        admin::take_over(&config.admin, fd, offered.file)
+        admin::take_over(admin, fd, offered.file)
     }
 
     /// What confines that process, and so this one.
-    pub(in crate::app) fn confined(&self) -> &[String] {
+    pub fn confined(&self) -> &[String] {
         &self.offer.confined
     }
 
@@ -109,15 +129,21 @@ impl Predecessor {
         generation: u64,
     ) -> Result<Commit, Failure> {
         let ready = Ready { not_taken, admin_taken, generation };
+        tracing::debug!(generation, admin_taken, "ready to take over from the old process");
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &ready, &[], deadline).map_err(|error| trouble(&error))?;
-        message::receive(&self.channel, deadline).map_err(|error| trouble(&error))
+        let known = || {
+            let frame = self.channel.receive(deadline)?;
+            message::receive_known(&self.channel, &frame, deadline)
+        };
+        known().map_err(|error: MessageError| trouble(&error))
     }
 
     /// As [`Predecessor::serving`], but in here and without a word.
     #[cfg(any(test, fuzzing))]
     pub(super) fn wait_for_farewell(self, deadline: Instant) -> Result<Farewell, MessageError> {
-        message::receive(&self.channel, deadline)
+        let frame = self.channel.receive(deadline)?;
+        message::receive_known(&self.channel, &frame, deadline)
     }
 
     /// Says that this process serves from now on, takes over the old one's
@@ -126,25 +152,36 @@ impl Predecessor {
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &Serving {}, &[], deadline)
             .map_err(|error| trouble(&error))?;
+        tracing::debug!("this process serves; the old one stops accepting");
         // On failure the log ends with the old process, which is no reason not
         // to serve.
         let _ = rustix::stdio::dup2_stderr(&self.stderr);
-        let (tell, farewell) = mpsc::unbounded_channel();
+        let (tell, words) = mpsc::channel(WORDS_MAX);
         let channel = self.channel;
-        let wait = move || {
-            if let Ok(frame) = channel.receive(clock::now() + DRAIN_MAX)
-                && let Ok(Farewell(last)) = message::decode(&frame)
-            {
-                // Nobody to be told: this process is ending itself.
-                let _ = tell.send(last);
-            }
+        let orders = match self.offer.level {
+            0 => None,
+            _ => channel.try_clone().and_then(Writer::start).ok(),
         };
+        // Nobody to be told: this process is ending itself.
+        let wait = move || while listen(&channel, &tell).is_some() {};
         let named = std::thread::Builder::new().name("predecessor".to_owned());
         if let Err(error) = named.spawn(wait) {
             tracing::warn!(%error, "the old process's last sessions will not be counted");
         }
-        Ok(Draining { farewell })
+        Ok(Draining { words, orders })
     }
+}
+
+/// Passes one word on; `None` after the last.
+fn listen(channel: &Channel, tell: &mpsc::Sender<Word>) -> Option<()> {
+    let frame = channel.receive(clock::now() + DRAIN_MAX).ok()?;
+    if frame.kind == Report::KIND {
+        return tell.blocking_send(Word::Report(message::decode(&frame).ok()?)).ok();
+    }
+    let deadline = clock::now() + WORD_MAX;
+    let Farewell(last) = message::receive_known(channel, &frame, deadline).ok()?;
+    let _ = tell.blocking_send(Word::Farewell(Box::new(last)));
+    None
 }
 
 pub(super) fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
@@ -153,6 +190,7 @@ pub(super) fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
         protocols: (PROTOCOL, PROTOCOL),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
+        level: LEVEL,
     };
     message::send(&channel, &hello, &[], deadline)?;
     let frame = channel.receive(deadline)?;
@@ -187,17 +225,24 @@ fn trouble(error: &dyn std::fmt::Display) -> Failure {
 // === impl Draining ===
 
 impl Draining {
-    /// Waits until the old process has ended: its last counts, if it came to tell
-    /// them.
-    pub(in crate::app) async fn farewell(&mut self) -> Option<Commit> {
-        self.farewell.recv().await
+    /// What the old process says next; `None`: it has ended without a farewell.
+    pub(in crate::app) async fn next(&mut self) -> Option<Word> {
+        self.words.recv().await
+    }
+
+    /// Has it do something. An older program does not; one that does not read
+    /// has missed it.
+    pub(super) fn order(&self, order: &Order) {
+        if self.orders.as_ref().is_some_and(|orders| !orders.send(order)) {
+            tracing::warn!("the process before does not read its orders; one is lost");
+        }
     }
 }
 
 /// Says farewell to the process that took over.
-pub(super) fn say_farewell(channel: &Channel, last: Commit) {
+pub(super) fn say_farewell(channel: &Channel, last: Commit, level: u16) {
     let deadline: Instant = clock::now() + FAREWELL_MAX;
-    if let Err(error) = message::send(channel, &Farewell(last), &[], deadline) {
+    if let Err(error) = message::send_known(channel, Farewell(last), level, deadline) {
         tracing::warn!(%error, "the process that took over does not learn of the last sessions");
     }
 }

@@ -1,15 +1,19 @@
 //! What the old and the new process say to each other, in order: *hello* (new),
 //! *offer* (old, with the sockets), *ready* (new), *commit* (old), *serving*
-//! (new), and, when the old one's last session has ended, *farewell* (old).
+//! (new), then *reports* (old) and *orders* (new), and, when the old one's last
+//! session has ended, *farewell* (old). *Commit* and *farewell* are followed by
+//! as many *parts* as they announce.
 //!
 //! Used by `outgoing` and `incoming`. Bodies are JSON: fields may be absent in
-//! what an older program says, and what a newer one adds is ignored. Nothing here
-//! reads or writes a socket.
+//! what an older program says, and what a newer one adds is ignored. What an
+//! older program would stumble over (parts, reports, orders) is sent to programs
+//! of [`LEVEL`] 1 or more alone.
 
 use super::counts::Counts;
+use super::reports::{Order, Report};
 use crate::app::binds::Holder;
 use crate::control::handover::Saved;
-use crate::net::handover::{Channel, ChannelError, Frame};
+use crate::net::handover::{BODY_MAX, Channel, ChannelError, Frame};
 use crate::telemetry::histograms::{SavedSeries, Series};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -19,6 +23,17 @@ use std::time::Instant;
 
 /// The order of messages and what each must hold. A program may speak several.
 pub(super) const PROTOCOL: u16 = 1;
+
+/// What a program of that protocol understands beyond its first form: 1: parts,
+/// reports and orders.
+pub(super) const LEVEL: u16 = 1;
+
+/// Histograms go in parts of about so many bytes: neither side holds the text of
+/// all of them at once, and no number of backends is too many for a frame.
+const PART_BYTES: usize = 4 * 1024 * 1024;
+
+/// Parts of one message: 16 GB.
+const PARTS_MAX: u32 = 4_096;
 
 /// What a frame's body is.
 pub(super) trait Message: Serialize + DeserializeOwned {
@@ -34,6 +49,9 @@ pub(super) struct Hello {
     /// Of the program.
     pub(super) version: String,
     pub(super) pid: u32,
+    /// See [`LEVEL`].
+    #[serde(default)]
+    pub(super) level: u16,
 }
 
 /// *These sockets are yours if you want them*. Descriptors: standard error, the
@@ -57,6 +75,9 @@ pub(super) struct Offer {
     /// neither loosen nor put up again.
     #[serde(default)]
     pub(super) confined: Vec<String>,
+    /// See [`LEVEL`].
+    #[serde(default)]
+    pub(super) level: u16,
 }
 
 /// The admin listener.
@@ -87,7 +108,7 @@ pub(super) struct Ready {
 }
 
 /// *Go on with this.* Everything as of now, histograms included.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(in crate::app) struct Commit {
     pub(super) state: Saved,
     pub(super) counts: Counts,
@@ -96,6 +117,16 @@ pub(in crate::app) struct Commit {
     /// Of all backends somebody has tried lately.
     #[serde(default)]
     pub(super) estimates: Vec<SavedEstimate>,
+    /// So many parts follow.
+    #[serde(default)]
+    pub(super) parts: u32,
+}
+
+/// More of a [`Commit`].
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct Part {
+    pub(super) latency: Vec<SavedLatency>,
 }
 
 /// What `peak-ewma` goes by of one backend.
@@ -133,6 +164,8 @@ pub(super) enum MessageError {
     Channel(#[from] ChannelError),
     #[error("message {found} came instead of {NAME}", NAME = .wanted)]
     Unexpected { found: u16, wanted: &'static str },
+    #[error("{0} parts are more than {PARTS_MAX}")]
+    TooManyParts(u32),
     #[error("{name} makes no sense: {error}")]
     Senseless { name: &'static str, error: serde_json::Error },
 }
@@ -153,6 +186,9 @@ messages! {
     Commit = 4 "commit",
     Serving = 5 "serving",
     Farewell = 6 "farewell",
+    Part = 7 "part",
+    Report = 8 "report",
+    Order = 9 "order",
 }
 
 pub(super) fn encode(message: &impl Message) -> Vec<u8> {
@@ -181,6 +217,85 @@ pub(super) fn receive<M: Message>(channel: &Channel, deadline: Instant) -> Resul
     decode(&channel.receive(deadline)?)
 }
 
+/// Sends *commit* or *farewell*, in the form that a program of that level takes.
+pub(super) fn send_known<M: Message + AsMut<Commit>>(
+    channel: &Channel,
+    mut message: M,
+    level: u16,
+    deadline: Instant,
+) -> Result<(), MessageError> {
+    if level == 0 {
+        let mut body = encode(&message);
+        if body.len() > BODY_MAX {
+            // It goes on without histograms rather than not at all.
+            message.as_mut().latency.clear();
+            body = encode(&message);
+        }
+        return Ok(channel.send(M::KIND, &body, &[], deadline)?);
+    }
+    let parts = in_parts(std::mem::take(&mut message.as_mut().latency));
+    message.as_mut().parts = u32::try_from(parts.len()).unwrap_or(u32::MAX);
+    send(channel, &message, &[], deadline)?;
+    for latency in parts {
+        send(channel, &Part { latency }, &[], deadline)?;
+    }
+    Ok(())
+}
+
+fn in_parts(latency: Vec<SavedLatency>) -> Vec<Vec<SavedLatency>> {
+    let mut parts: Vec<Vec<SavedLatency>> = Vec::new();
+    let mut room = 0;
+    for one in latency {
+        // A value and its count take some ten digits each.
+        let values: usize = one.series.iter().map(|series| series.values.len()).sum();
+        let size = 20 * values + one.pool.len() + one.backend.len() + one.address.len() + 300;
+        if size > room {
+            parts.push(Vec::new());
+            room = PART_BYTES;
+        }
+        room = room.saturating_sub(size);
+        parts.extend(parts.is_empty().then(Vec::new));
+        if let Some(part) = parts.last_mut() {
+            part.push(one);
+        }
+    }
+    parts
+}
+
+/// The message in that frame, with the parts that follow it.
+pub(super) fn receive_known<M: Message + AsMut<Commit>>(
+    channel: &Channel,
+    frame: &Frame,
+    deadline: Instant,
+) -> Result<M, MessageError> {
+    let mut message: M = decode(frame)?;
+    let known = message.as_mut();
+    if known.parts > PARTS_MAX {
+        return Err(MessageError::TooManyParts(known.parts));
+    }
+    for _ in 0..std::mem::take(&mut known.parts) {
+        let Part { latency } = receive(channel, deadline)?;
+        known.latency.extend(latency);
+    }
+    Ok(message)
+}
+
+// === impl Commit ===
+
+impl AsMut<Commit> for Commit {
+    fn as_mut(&mut self) -> &mut Commit {
+        self
+    }
+}
+
+// === impl Farewell ===
+
+impl AsMut<Commit> for Farewell {
+    fn as_mut(&mut self) -> &mut Commit {
+        &mut self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,6 +320,7 @@ mod tests {
             digest: u64::MAX,
             state: Saved { generation: 3, ..Saved::default() },
             confined: vec!["seccomp".to_owned()],
+            level: LEVEL,
         };
         let text = String::from_utf8(encode(&offer)).unwrap();
         let newer = text.replacen('{', "{\"more\":[1],", 1);
@@ -220,15 +336,51 @@ mod tests {
         assert!(error.to_string().starts_with("ready makes no sense: missing field"), "{error}");
     }
 
+    /// What a hundred thousand backends with every bucket filled would take is far
+    /// above what a frame holds.
+    #[test]
+    fn histograms_of_any_size_come_whole_in_frames_of_bounded_size() {
+        let values: Vec<(u64, u64)> = (0..2_000).map(|n| (n * 1_000, 1 + n)).collect();
+        let series = SavedSeries { values, sum_seconds: 1, sum_nanos: 2 };
+        let latency: Vec<SavedLatency> = (0..300)
+            .map(|n| SavedLatency {
+                pool: "web".to_owned(),
+                backend: format!("b{n}"),
+                address: "10.0.0.1:80".to_owned(),
+                series: [(); Series::COUNT].map(|()| series.clone()),
+            })
+            .collect();
+        let known = Commit { latency, ..Commit::default() };
+        let parts = in_parts(known.latency.clone());
+        assert!(parts.len() > 2);
+        for part in parts {
+            assert!(encode(&Part { latency: part }).len() <= PART_BYTES + 200_000);
+        }
+        for level in [0, LEVEL] {
+            let (one, other) = Channel::pair().unwrap();
+            let other = Channel::from(std::os::unix::net::UnixStream::from(other));
+            let deadline = crate::clock::now() + std::time::Duration::from_secs(30);
+            let sent = known.clone();
+            let sender = std::thread::spawn(move || send_known(&one, sent, level, deadline));
+            let frame = other.receive(deadline).unwrap();
+            let got: Commit = receive_known(&other, &frame, deadline).unwrap();
+            sender.join().unwrap().unwrap();
+            assert!(got == known, "level {level}");
+        }
+    }
+
     proptest! {
         #[test]
-        fn whatever_body_comes_is_a_message_or_an_error(kind in 0u16..8, body in prop::collection::vec(any::<u8>(), 0..300)) {
+        fn whatever_body_comes_is_a_message_or_an_error(kind in 0u16..11, body in prop::collection::vec(any::<u8>(), 0..300)) {
             let frame = frame(kind, body);
             let _ = decode::<Hello>(&frame);
             let _ = decode::<Offer>(&frame);
             let _ = decode::<Ready>(&frame);
             let _ = decode::<Commit>(&frame);
             let _ = decode::<Farewell>(&frame);
+            let _ = decode::<Part>(&frame);
+            let _ = decode::<Report>(&frame);
+            let _ = decode::<Order>(&frame);
         }
 
         #[test]
@@ -236,7 +388,7 @@ mod tests {
             let offer = Offer {
                 protocol: 1, version: String::new(), admin: None, heartbeats: vec![], digest: 7,
                 listeners: vec![OfferedBind { address: ([127, 0, 0, 1], 80).into(), sockets: 2, holder: Holder::Nobody }],
-                state: Saved::default(), confined: vec![],
+                state: Saved::default(), confined: vec![], level: 0,
             };
             let mut body = encode(&offer);
             let at = at.index(body.len());

@@ -2,9 +2,11 @@
 //! sockets and goes on, this one drains.
 //!
 //! Driven by the control loop for SIGUSR2 and the admin API. The files:
-//! `program` (what is started), `outgoing` (the old process's side, on a thread
-//! of its own), `incoming` (the new one's, during its start), `message` (what
-//! they say), `counts` (what they count). Sockets are handed on and never bound
+//! `process` (who starts and ends the new one), `outgoing` (the old process's side,
+//! on a thread of its own), `incoming` (the new one's, during its start), `message`
+//! (what they say), `counts` (what they count), `stepping` (the old one's last
+//! second), `reports` (what the old one says while it drains, and what it is told).
+//! Sockets are handed on and never bound
 //! anew: closing one of several listeners of an address would reset whoever is in
 //! its queue.
 //!
@@ -12,7 +14,8 @@
 //! sockets (old); the new one validates, builds, says *ready* (old); the old one
 //! gives the word with everything known by then (old); the new one says
 //! *serving*, and accepts (both, on the same queues); the old one stops accepting
-//! and drains (new).
+//! and drains (new). For one second more it keeps sockets and table, and accepts again
+//! if the new one ends in that time.
 
 mod counts;
 #[cfg(any(test, fuzzing))]
@@ -20,26 +23,38 @@ pub mod fuzz;
 mod incoming;
 mod message;
 mod outgoing;
-mod program;
+mod process;
+mod reports;
+mod stepping;
 
 pub use incoming::Predecessor;
-pub use program::Program;
 
 pub(super) use counts::Rarities;
 pub(super) use incoming::Draining as PredecessorDraining;
 pub(super) use message::OfferedAdmin;
+pub(super) use process::Starter;
 
 use super::control_loop::Control;
 use crate::admin::{UpgradeCounts, UpgradeError, Upgraded};
 use crate::clock;
+use crate::control::Effect;
+use crate::control::elsewhere::HeldBackend;
 use crate::control::handover::Saved;
+use crate::health::Intent;
 use crate::net::handover::Channel;
+use crate::supervisor::Wish;
+use crate::table::state::BackendId;
 use counts::Counts;
-use message::{Commit, Offer, OfferedBind, PROTOCOL, SavedEstimate};
+use incoming::Word;
+use message::{Commit, LEVEL, Offer, OfferedBind, PROTOCOL, SavedEstimate};
 use outgoing::{AtTheReady, Attempt, Outgoing, Progress};
-use std::path::Path;
+use reports::{Order, OrderedIntent, Report, Reporter};
+use std::os::fd::OwnedFd;
+use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::oneshot;
+use stepping::SteppingDown;
+use tokio::sync::{mpsc, oneshot};
 
 /// How long the new process may take from the word to serving: it has all it
 /// needs by then, and meanwhile the control loop does nothing else.
@@ -50,6 +65,9 @@ const COMMIT_MAX: Duration = Duration::from_secs(5);
 const ACQUAINTED_MAX: Duration = Duration::from_secs(3);
 const ACQUAINTED_STEP: Duration = Duration::from_millis(20);
 
+/// Orders that may wait for the control loop.
+const ORDERS_MAX: usize = 16;
+
 /// Who asked gets this.
 type Reply = oneshot::Sender<Result<Upgraded, UpgradeError>>;
 
@@ -57,11 +75,14 @@ type Reply = oneshot::Sender<Result<Upgraded, UpgradeError>>;
 #[derive(Debug, Default)]
 pub(super) struct Upgrades {
     /// `None` where there is nothing to start: inside another program.
-    program: Option<Program>,
+    starter: Option<Starter>,
     counts: UpgradeCounts,
     under_way: Option<UnderWay>,
     successor: Option<Successor>,
+    stepping_down: Option<SteppingDown>,
     predecessor: Option<PredecessorDraining>,
+    /// Sessions of the processes before.
+    elsewhere: u32,
 }
 
 #[derive(Debug)]
@@ -77,6 +98,11 @@ struct UnderWay {
 #[derive(Debug)]
 struct Successor {
     channel: Channel,
+    /// What it understands; see `message`.
+    level: u16,
+    /// `None` where it takes no reports.
+    reporter: Option<Reporter>,
+    orders: mpsc::Receiver<Order>,
     /// A first signal to stop says nothing new to a process that drains already.
     signalled: bool,
 }
@@ -85,15 +111,21 @@ struct Successor {
 #[derive(Debug)]
 pub(super) enum UpgradeEvent {
     Progress(Progress),
-    /// The process before has ended; with its last counts, if it came to tell them.
-    Farewell(Option<Box<Commit>>),
+    /// The process that took over has ended, with no success.
+    Ended(ExitStatus),
+    /// It has lived long enough.
+    SteppedDown,
+    /// The process before says something; `None`: it has ended without a farewell.
+    Word(Option<Word>),
+    /// The next process wants something.
+    Order(Order),
 }
 
 // === impl Upgrades ===
 
 impl Upgrades {
-    pub(super) fn new(program: Option<Program>) -> Upgrades {
-        Upgrades { program, ..Upgrades::default() }
+    pub(super) fn new(starter: Option<Starter>) -> Upgrades {
+        Upgrades { starter, ..Upgrades::default() }
     }
 
     pub(super) fn counts(&self) -> UpgradeCounts {
@@ -109,6 +141,11 @@ impl Upgrades {
     /// its last sessions are not counted, and it may hold addresses.
     pub(super) fn awaits_predecessor(&self) -> bool {
         self.predecessor.is_some()
+    }
+
+    /// Sessions of the processes before, as they last said.
+    pub(super) fn sessions_elsewhere(&self) -> u32 {
+        self.elsewhere
     }
 
     /// Whether this signal to stop asks for nothing that is not under way.
@@ -135,17 +172,55 @@ impl Upgrades {
             }
         };
         let predecessor = &mut self.predecessor;
-        let farewell = async {
+        let word = async {
             match predecessor {
-                Some(predecessor) => predecessor.farewell().await,
+                Some(predecessor) => predecessor.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        let successor = &mut self.successor;
+        let order = async {
+            match successor {
+                Some(successor) => successor.orders.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        let stepping_down = async {
+            match &mut self.stepping_down {
+                Some(stepping) => stepping.next().await,
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
+            event = stepping_down => event,
             progress = progress => UpgradeEvent::Progress(progress),
-            last = farewell => UpgradeEvent::Farewell(last.map(Box::new)),
+            word = word => UpgradeEvent::Word(word),
+            Some(order) = order => UpgradeEvent::Order(order),
         }
     }
+}
+
+// === impl Successor ===
+
+impl Successor {
+    fn new(channel: Channel, level: u16) -> Successor {
+        let (tell, orders) = mpsc::channel(ORDERS_MAX);
+        let reporter = match (level, channel.try_clone(), channel.try_clone()) {
+            (1.., Ok(to_read), Ok(to_write)) => {
+                let listen = move || while pass_order_on(&to_read, &tell).is_some() {};
+                let named = std::thread::Builder::new().name("successor".to_owned());
+                named.spawn(listen).and_then(|_| Reporter::start(to_write)).ok()
+            }
+            _ => None,
+        };
+        Successor { channel, level, reporter, orders, signalled: false }
+    }
+}
+
+/// Waits for one order; `None` when the next process is gone.
+fn pass_order_on(channel: &Channel, tell: &mpsc::Sender<Order>) -> Option<()> {
+    let order = message::receive(channel, clock::now() + incoming::DRAIN_MAX).ok()?;
+    tell.blocking_send(order).ok()
 }
 
 // === impl Control ===
@@ -154,50 +229,47 @@ impl Control {
     /// Starts an upgrade; who asked is answered when it has ended.
     pub(super) fn begin_upgrade(
         &mut self,
-        binary: Option<&Path>,
-        config: Option<&Path>,
+        wish: Wish,
+        asked_over: Option<Arc<OwnedFd>>,
         reply: Option<Reply>,
     ) {
-        match self.start_upgrade(binary, config) {
+        match self.start_upgrade(wish, asked_over) {
             Ok(outgoing) => {
                 self.upgrades.under_way = Some(UnderWay { outgoing, reply, reload: false });
             }
-            Err(why) => {
-                self.upgrades.counts.refused += 1;
-                tracing::error!(reason = %why, "upgrade refused");
-                if let Some(reply) = reply {
-                    let _ = reply.send(Err(UpgradeError::Refused(why)));
-                }
-            }
+            Err(why) => self.refuse_upgrade(why, reply),
+        }
+    }
+
+    fn refuse_upgrade(&mut self, why: String, reply: Option<Reply>) {
+        self.upgrades.counts.refused += 1;
+        tracing::error!(reason = %why, "upgrade refused");
+        if let Some(reply) = reply {
+            let _ = reply.send(Err(UpgradeError::Refused(why)));
         }
     }
 
     fn start_upgrade(
         &mut self,
-        binary: Option<&Path>,
-        config: Option<&Path>,
+        wish: Wish,
+        asked_over: Option<Arc<OwnedFd>>,
     ) -> Result<Outgoing, String> {
-        if self.draining.is_some() {
+        if self.draining.is_some() || self.leaving.is_some() {
             return Err("this process is draining".to_owned());
         }
         if self.upgrades.under_way.is_some() {
             return Err("an upgrade is under way".to_owned());
         }
-        let Some(program) = &self.upgrades.program else {
+        let Some(starter) = &self.upgrades.starter else {
             return Err("this balancer runs inside another program".to_owned());
         };
-        if std::process::id() == 1 {
-            return Err("this is process 1, and with it everything else would end: \
-                        run it under an init, or replace the container"
-                .to_owned());
-        }
-        let command = program.command_line(binary, config)?;
-        tracing::info!(program = %command.path.display(), "upgrade begins");
-        let attempt = self.attempt(command).map_err(|error| error.to_string())?;
+        let start = starter.prepare(wish, asked_over)?;
+        tracing::info!("upgrade begins");
+        let attempt = self.attempt(start).map_err(|error| error.to_string())?;
         Outgoing::start(attempt).map_err(|error| error.to_string())
     }
 
-    fn attempt(&self, command: program::CommandLine) -> std::io::Result<Attempt> {
+    fn attempt(&self, start: process::Start) -> std::io::Result<Attempt> {
         let active = || self.binds.active();
         let listeners = active().map(|(address, group)| OfferedBind {
             address: *address,
@@ -216,26 +288,35 @@ impl Control {
             digest: self.digest,
             state: self.controller.save(clock::now()),
             confined: self.confined.inherited(),
+            level: LEVEL,
         };
         let sockets = active().flat_map(|(_, group)| group.sockets.iter().cloned()).collect();
         let timeout = self.config.process.upgrade_timeout;
         let heartbeats = heartbeats.into_iter().map(|(_, socket)| socket).collect();
-        Ok(Attempt { command, offer, admin, sockets, heartbeats, timeout })
+        Ok(Attempt { start, offer, admin, sockets, heartbeats, timeout })
     }
 
     /// Goes on with what has happened.
     pub(super) async fn upgrade_event(&mut self, event: UpgradeEvent) {
         match event {
-            UpgradeEvent::Farewell(last) => {
+            UpgradeEvent::Word(Some(Word::Report(report))) => self.take_report(&report),
+            UpgradeEvent::Word(last) => {
                 self.upgrades.predecessor = None;
+                self.upgrades.elsewhere = 0;
+                self.controller.held_here_alone();
+                self.shared.gate.opened();
                 match last {
-                    Some(last) => self.take_farewell(&last),
-                    None => tracing::warn!("the process before has ended without a word"),
+                    Some(Word::Farewell(last)) => self.take_farewell(&last),
+                    _ => tracing::warn!("the process before has ended without a word"),
                 }
             }
+            UpgradeEvent::Ended(status) => self.go_on(status),
+            UpgradeEvent::SteppedDown => self.stepped_down(),
+            UpgradeEvent::Order(order) => self.obey(&order),
             UpgradeEvent::Progress(progress) => {
                 let Some(under_way) = self.upgrades.under_way.take() else { return };
                 let result = match progress {
+                    Progress::Refused(why) => return self.upgrade_refused(under_way, why).await,
                     Progress::Failed(why) => Err(why),
                     Progress::Ready(at) => self.commit(*at, &under_way.outgoing).await,
                 };
@@ -250,7 +331,7 @@ impl Control {
         at: AtTheReady,
         outgoing: &Outgoing,
     ) -> Result<(Channel, AtTheReady), String> {
-        let AtTheReady { hello, ready, commit, mut served } = at;
+        let AtTheReady { hello, ready, commit, mut served, ended } = at;
         self.collect_latency().await;
         let mut counts = self.upgrades.counts;
         counts.done += 1;
@@ -264,7 +345,9 @@ impl Control {
         }
         let (_, done) = oneshot::channel();
         match verdict {
-            Ok(Ok(Ok(channel))) => Ok((channel, AtTheReady { hello, ready, commit, served: done })),
+            Ok(Ok(Ok(channel))) => {
+                Ok((channel, AtTheReady { hello, ready, commit, served: done, ended }))
+            }
             Ok(Ok(Err(why))) => Err(why),
             _ => Err("the upgrade's thread has died".to_owned()),
         }
@@ -287,25 +370,25 @@ impl Control {
                     self.reload_when_told().await;
                 }
             }
-            Ok((channel, AtTheReady { hello, ready, .. })) => {
+            Ok((channel, AtTheReady { hello, ready, ended, .. })) => {
                 self.upgrades.counts.done += 1;
                 let (pid, version) = (hello.pid, hello.version);
                 tracing::info!(pid, %version, "upgrade done: that process serves, this one drains");
                 self.notifier.successor(pid);
-                self.upgrades.successor = Some(Successor { channel, signalled: false });
+                self.upgrades.successor = Some(Successor::new(channel, hello.level));
                 self.latency.lock().clear();
-                self.binds.hand_over(&ready.not_taken, &self.workers);
-                self.reception.hand_over();
+                self.step_down(&ready, ended);
                 if let Some(reply) = under_way.reply {
                     let _ = reply.send(Ok(Upgraded { pid, version, generation: ready.generation }));
                 }
-                if ready.admin_taken
-                    && let Some(admin) = &mut self.admin
-                {
-                    admin.hand_over();
-                }
-                self.drain_what_is_left();
             }
+        }
+    }
+
+    async fn upgrade_refused(&mut self, under_way: UnderWay, why: String) {
+        self.refuse_upgrade(why, under_way.reply);
+        if under_way.reload {
+            self.reload_when_told().await;
         }
     }
 
@@ -320,8 +403,9 @@ impl Control {
         let (workers, own) = (&self.counters, &self.local);
         let mut counts = Counts::save(workers, own, self.reloads, upgrades, heartbeats);
         counts.rarities = self.rarities();
+        counts.session_numbers = self.shared.numbers.for_next_process();
         let estimates = self.estimates(&state);
-        Commit { counts, latency, state, estimates }
+        Commit { counts, latency, state, estimates, parts: 0 }
     }
 
     /// What answers take, of whom something is known.
@@ -341,6 +425,7 @@ impl Control {
 
     /// Goes on with what the process before knew when it gave the word.
     pub(super) fn take_over(&mut self, known: &Commit) {
+        self.shared.numbers.continue_from(known.counts.session_numbers);
         let effects = self.controller.adopt(&known.state, clock::now());
         self.perform(effects);
         self.reloads = known.counts.reloads();
@@ -356,9 +441,12 @@ impl Control {
     }
 
     /// Listens to heartbeats until every backend that served in the process before
-    /// serves here, or [`ACQUAINTED_MAX`]: those that joined by their heartbeats
-    /// are known by nothing else.
+    /// serves here, or [`ACQUAINTED_MAX`]: an older program says nothing of those
+    /// that joined by their heartbeats.
     pub(super) async fn get_acquainted(&mut self, known: &Saved) {
+        if known.pools.iter().any(|pool| pool.hearts) {
+            return;
+        }
         let deadline = clock::now() + ACQUAINTED_MAX;
         while self.config.heartbeat.is_some() && clock::now() < deadline {
             let mut events = self.reception.take();
@@ -373,6 +461,80 @@ impl Control {
 
     pub(super) fn follow(&mut self, predecessor: PredecessorDraining) {
         self.upgrades.predecessor = Some(predecessor);
+    }
+
+    fn take_report(&mut self, report: &Report) {
+        self.upgrades.elsewhere = report.sessions;
+        let (backends, frontends) = (&report.backends, &report.frontends);
+        let effects = self.controller.held_elsewhere(backends, frontends, clock::now());
+        self.perform(effects);
+        // Whoever waits for a cap may have room.
+        self.shared.gate.opened();
+    }
+
+    /// Tells the next process what sessions are left, where it is time to.
+    pub(super) fn report(&mut self) {
+        let sessions = self.sessions();
+        let reporter = self.upgrades.successor.as_mut().and_then(|next| next.reporter.as_mut());
+        if let Some(reporter) = reporter {
+            reporter.report(&self.controller, sessions, clock::now());
+        }
+    }
+
+    /// Does what the next process wants, and has the one before do it, too.
+    fn obey(&mut self, order: &Order) {
+        if let Some(HeldBackend { pool, name, address, .. }) = &order.cut
+            && let Some(id) = self.controller.find_known(pool, name, address)
+        {
+            self.perform(vec![Effect::CutSessions(id)]);
+        }
+        if let Some(OrderedIntent { pool, backend, intent }) = &order.intent
+            && let Some(intent) = Intent::named(intent)
+            && let Ok(effects) = self.controller.set_intent(pool, backend, intent, clock::now())
+        {
+            self.perform(effects);
+            self.order_intent(pool, backend, intent);
+        }
+        if let Some(ms) = order.end_within_ms {
+            let time = Duration::from_millis(ms);
+            self.end_within(time);
+            self.order_end_within(time);
+        }
+    }
+
+    /// Has the process before reset that backend's sessions, too.
+    pub(super) fn order_cut(&self, id: BackendId) {
+        if let Some(before) = &self.upgrades.predecessor
+            && let Some(state) = self.controller.known(id)
+        {
+            let cut = HeldBackend {
+                pool: state.pool.to_string(),
+                name: state.name.to_string(),
+                address: state.address_text.to_string(),
+                sessions: 0,
+            };
+            before.order(&Order { cut: Some(cut), ..Order::default() });
+        }
+    }
+
+    /// Has the process before know what an operator wants.
+    pub(super) fn order_intent(&self, pool: &str, backend: &str, intent: Intent) {
+        if let Some(before) = &self.upgrades.predecessor {
+            let intent = OrderedIntent {
+                pool: pool.to_owned(),
+                backend: backend.to_owned(),
+                intent: intent.name().to_owned(),
+            };
+            before.order(&Order { intent: Some(intent), ..Order::default() });
+        }
+    }
+
+    /// Has the process before end by then.
+    pub(super) fn order_end_within(&self, time: Duration) {
+        if let Some(before) = &self.upgrades.predecessor {
+            let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+            before.order(&Order { end_within_ms: Some(ms), ..Order::default() });
+        }
     }
 
     fn take_farewell(&mut self, last: &Commit) {
@@ -400,7 +562,11 @@ impl Control {
         }
         let counts = self.upgrades.counts;
         if let Some(successor) = self.upgrades.successor.take() {
-            incoming::say_farewell(&successor.channel, self.what_is_known(counts));
+            if let Some(reporter) = successor.reporter {
+                reporter.finish();
+            }
+            let known = self.what_is_known(counts);
+            incoming::say_farewell(&successor.channel, known, successor.level);
         }
     }
 

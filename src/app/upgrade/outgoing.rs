@@ -6,26 +6,18 @@
 //! one has then not stopped serving for a moment.
 
 use super::message::{self, Commit, Hello, MessageError, Offer, PROTOCOL, Ready, Serving};
-use super::program::CommandLine;
+use super::process::{NotStarted, Process, Start};
 use crate::clock;
 use crate::net::handover::{Channel, ChannelError};
+use crate::net::signals;
 use socket2::Socket;
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, PoisonError, mpsc as sync};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
-
-/// Tells the new process that its standard input is the way to the old one; the
-/// value is the frames' protocol, for people who look.
-pub(super) const MARK: &str = "TIDEGATE_UPGRADE";
-
-/// Variables that were meant for this process alone.
-const NOT_FOR_THE_NEXT: [&str; 5] =
-    ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "WATCHDOG_PID"];
 
 /// What is kept of what the new process says on standard error.
 const LINES_KEPT: usize = 10;
@@ -34,11 +26,15 @@ const LINE_BYTES_MAX: usize = 500;
 /// How long a process that has hung up may take to end by itself, so that its
 /// exit status can be told.
 const END_MAX: Duration = Duration::from_millis(500);
+
+/// Between two looks at what it has said.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// How the control loop is told.
 #[derive(Debug)]
 pub(in crate::app) enum Progress {
+    /// The supervisor does not start one; why, in words.
+    Refused(String),
     /// The new process waits for the word.
     Ready(Box<AtTheReady>),
     /// It came to nothing; why, in words.
@@ -54,12 +50,14 @@ pub(in crate::app) struct AtTheReady {
     pub(super) commit: sync::SyncSender<Commit>,
     /// The new process serves, or why not.
     pub(super) served: oneshot::Receiver<Result<Channel, String>>,
+    /// It has ended after that, where this process is its parent.
+    pub(super) ended: oneshot::Receiver<ExitStatus>,
 }
 
 /// What one upgrade needs.
 #[derive(Debug)]
 pub(super) struct Attempt {
-    pub(super) command: CommandLine,
+    pub(super) start: Start,
     pub(super) offer: Offer,
     pub(super) admin: Option<OwnedFd>,
     /// In the offer's order.
@@ -67,6 +65,14 @@ pub(super) struct Attempt {
     pub(super) heartbeats: Vec<OwnedFd>,
     /// From the start of the program to its word that it serves.
     pub(super) timeout: Duration,
+}
+
+/// What the new process is offered.
+struct Given {
+    offer: Offer,
+    admin: Option<OwnedFd>,
+    sockets: Vec<Arc<Socket>>,
+    heartbeats: Vec<OwnedFd>,
 }
 
 /// An upgrade under way.
@@ -125,99 +131,100 @@ fn run(
     other: OwnedFd,
     to_control: &mpsc::UnboundedSender<Progress>,
 ) {
+    // The new process begins without them, too: none may end it before it obeys them.
+    signals::hold_back();
     let deadline = clock::now() + attempt.timeout;
     let tail = Tail::default();
-    let path = attempt.command.path.display().to_string();
-    let mut child = match spawn(&attempt.command, other) {
-        Ok(child) => child,
-        Err(error) => {
-            let why = format!("cannot start {path}: {error}");
-            let _ = to_control.send(Progress::Failed(why));
+    let Attempt { start, offer, admin, sockets, heartbeats, .. } = attempt;
+    let (mut process, stderr) = match start.start(other) {
+        Ok(started) => started,
+        Err(not_started) => {
+            let _ = to_control.send(match not_started {
+                NotStarted::Refused(why) => Progress::Refused(why),
+                NotStarted::Failed(why) => Progress::Failed(why),
+            });
             return;
         }
     };
-    if let Some(stderr) = child.stderr.take() {
-        tail.follow(stderr);
-    }
+    tail.follow(stderr);
+    let given = Given { offer, admin, sockets, heartbeats };
     // Nobody may be there to be told: then this process is ending, and the new
     // one ends with the connection.
-    match until_ready(attempt, &channel, deadline) {
+    match until_ready(given, &channel, deadline) {
         Err(trouble) => {
-            let why = explain(&mut child, &tail, trouble);
+            let why = explain(&mut process, &tail, trouble);
             let _ = to_control.send(Progress::Failed(why));
         }
         Ok((hello, ready)) => {
+            let level = hello.level;
             let (commit, word) = sync::sync_channel(1);
             let (tell, served) = oneshot::channel();
-            let at = AtTheReady { hello, ready, commit, served };
+            let (tell_end, ended) = oneshot::channel();
+            let at = AtTheReady { hello, ready, commit, served, ended };
             let _ = to_control.send(Progress::Ready(Box::new(at)));
-            match until_serving(&channel, &word, deadline) {
+            match until_serving(&channel, &word, level, deadline) {
                 Err(trouble) => {
-                    let _ = tell.send(Err(explain(&mut child, &tail, trouble)));
+                    let _ = tell.send(Err(explain(&mut process, &tail, trouble)));
                 }
                 Ok(()) => {
                     let _ = tell.send(Ok(channel));
-                    outlived(&mut child);
+                    if let Some(status) = process.outlived() {
+                        tracing::error!(%status, "the process that took over has ended");
+                        let _ = tell_end.send(status);
+                    }
                 }
             }
         }
     }
 }
 
-fn spawn(line: &CommandLine, other: OwnedFd) -> io::Result<Child> {
-    let mut command = Command::new(&line.path);
-    command.arg0(&line.name).args(&line.arguments).env(MARK, PROTOCOL.to_string());
-    for name in NOT_FOR_THE_NEXT {
-        command.env_remove(name);
-    }
-    // Standard input is a descriptor that a child gets without being open to
-    // every other child this process may start.
-    command.stdin(Stdio::from(other)).stderr(Stdio::piped()).spawn()
-}
-
 fn until_ready(
-    attempt: Attempt,
+    given: Given,
     channel: &Channel,
     deadline: Instant,
 ) -> Result<(Hello, Ready), Trouble> {
     let hello: Hello = message::receive(channel, deadline)?;
+    tracing::debug!(pid = hello.pid, version = %hello.version, "new process has started");
     let (lowest, highest) = hello.protocols;
     if !(lowest..=highest).contains(&PROTOCOL) {
         return Err(Trouble::Protocols(hello.protocols));
     }
     let stderr = io::stderr();
     let mut fds: Vec<BorrowedFd<'_>> = vec![stderr.as_fd()];
-    fds.extend(attempt.admin.iter().map(AsFd::as_fd));
-    fds.extend(attempt.sockets.iter().map(|socket| socket.as_fd()));
-    fds.extend(attempt.heartbeats.iter().map(AsFd::as_fd));
-    message::send(channel, &attempt.offer, &fds, deadline)?;
+    fds.extend(given.admin.iter().map(AsFd::as_fd));
+    fds.extend(given.sockets.iter().map(|socket| socket.as_fd()));
+    fds.extend(given.heartbeats.iter().map(AsFd::as_fd));
+    message::send(channel, &given.offer, &fds, deadline)?;
+    tracing::debug!(descriptors = fds.len(), "sockets and state sent to the new process");
     // From here on the new process holds them, and the control loop.
-    drop(attempt);
-    Ok((hello, message::receive(channel, deadline)?))
+    drop(given);
+    let ready = message::receive(channel, deadline)?;
+    tracing::debug!("new process is ready");
+    Ok((hello, ready))
 }
 
 fn until_serving(
     channel: &Channel,
     word: &sync::Receiver<Commit>,
+    level: u16,
     deadline: Instant,
 ) -> Result<(), Trouble> {
     let commit = word.recv().map_err(|_| Trouble::CalledOff)?;
-    message::send(channel, &commit, &[], deadline)?;
+    message::send_known(channel, commit, level, deadline)?;
+    tracing::debug!("new process has been told to take over");
     let Serving {} = message::receive(channel, deadline)?;
     Ok(())
 }
 
 /// Kills the new process and says what went wrong, with what it said last.
-fn explain(child: &mut Child, tail: &Tail, trouble: Trouble) -> String {
+fn explain(process: &mut Process, tail: &Tail, trouble: Trouble) -> String {
     let hung_up = matches!(
         trouble,
         Trouble::Message(MessageError::Channel(ChannelError::Closed | ChannelError::Io(_)))
     );
-    let status = if hung_up { wait_for_end(child) } else { None };
+    let status = if hung_up { process.wait(END_MAX) } else { None };
     if status.is_none() {
-        // Both fail only for a process that is gone.
-        let _ = child.kill();
-        let _ = child.wait();
+        process.kill();
     }
     let what = match (trouble, status) {
         (_, Some(status)) => format!("the new process ended before it served: {status}"),
@@ -239,30 +246,12 @@ fn explain(child: &mut Child, tail: &Tail, trouble: Trouble) -> String {
     }
 }
 
-fn wait_for_end(child: &mut Child) -> Option<ExitStatus> {
-    let deadline = clock::now() + END_MAX;
-    loop {
-        match child.try_wait() {
-            Ok(Some(status)) => return Some(status),
-            Ok(None) if clock::now() < deadline => clock::pause(LOOK),
-            _ => return None,
-        }
-    }
-}
-
-/// Reaps the new process should it end while this one still drains.
-fn outlived(child: &mut Child) {
-    if let Ok(status) = child.wait() {
-        tracing::error!(%status, "the process that took over has ended");
-    }
-}
-
 // === impl Tail ===
 
 impl Tail {
     /// Reads to the end, on a thread of its own: the process may leave the pipe
     /// to others.
-    fn follow(&self, stderr: ChildStderr) {
+    fn follow(&self, stderr: io::PipeReader) {
         let tail = self.clone();
         let follow = move || {
             let mut reader = BufReader::new(stderr);

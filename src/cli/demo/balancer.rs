@@ -1,27 +1,55 @@
-//! The real balancer inside the demo's process: started as `run` starts it, and
-//! asked through the channel its admin API uses.
+//! The real balancer: `tidegate run` as a process of its own, asked through its admin
+//! API.
 //!
 //! Used by the demo alone. What it tells comes from the status and metrics
 //! texts that anybody could fetch with curl.
+//!
+//! The demo adopts every process that an upgrade leaves, and waits for all of them.
 
 use super::backends::Backend;
 use super::place::{NAME, Place};
-use crate::admin::Request;
-use crate::app::{self, Failure, Options, Running};
+use crate::cli::client::{Address, ClientArgs, ClientError, ask_within};
+use crate::clock;
+use hyper::Method;
+use rustix::process::{
+    Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid,
+};
 use serde_json::Value;
+use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use tokio::sync::{mpsc, oneshot};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-/// Somebody may take a port between its choice and its use, now and then.
+/// Another process may take a port between its choice and its use, now and then.
 const STARTS_MAX: usize = 5;
+
+/// How long a process may take to serve, and to end once its sessions have ended.
+const START_MAX: Duration = Duration::from_secs(20);
+const END_MAX: Duration = Duration::from_secs(20);
+const LOOK: Duration = Duration::from_millis(5);
+
+/// The API answers an upgrade within less.
+const ANSWER_MAX: Duration = Duration::from_secs(70);
 
 /// The running balancer and where it is reached.
 #[derive(Debug)]
 pub(super) struct Balancer {
-    running: Running,
-    requests: mpsc::Sender<Request>,
+    /// The first process, and those it was upgraded to.
+    processes: std::cell::RefCell<Vec<Pid>>,
+    client: ClientArgs,
+    log: std::path::PathBuf,
     pub(super) frontend: SocketAddr,
     pub(super) admin: SocketAddr,
+}
+
+/// How every process of the balancer came to its end.
+#[derive(Debug, Default)]
+pub(super) struct Ended {
+    /// Sessions that a drain cut.
+    pub(super) cut: u64,
+    /// What was not as it should be.
+    pub(super) broken: Vec<String>,
 }
 
 /// What status said at one moment.
@@ -61,52 +89,142 @@ pub(super) struct Metrics(String);
 impl Balancer {
     /// Starts it on free loopback ports in front of `backends`.
     pub(super) fn start(place: &Place, backends: &[Backend]) -> Result<Balancer, String> {
+        // Processes that others have left are to be waited for here (prctl(2)).
+        set_child_subreaper(Some(getpid())).map_err(|error| format!("no adoption: {error}"))?;
         let mut why = String::new();
         for _ in 0..STARTS_MAX {
             let ports = free_addresses().map_err(|error| format!("no free port: {error}"))?;
-            let [frontend, admin] = ports;
             place
-                .write_config(frontend, admin, backends)
+                .write_config(ports, backends)
                 .map_err(|error| format!("cannot write the configuration: {error}"))?;
-            let options = Options { config: place.config(), signals: false, logging: false };
-            match app::start(options) {
-                Ok(running) => {
-                    let requests = running.requests();
-                    return Ok(Balancer { running, requests, frontend, admin });
-                }
-                Err(Failure::Config(problems)) => return Err(problems.render(false)),
-                Err(failure @ Failure::Runtime(_)) => why = failure.to_string(),
+            match Balancer::try_start(place, ports) {
+                Ok(balancer) => return Ok(balancer),
+                Err(error) => why = error,
             }
         }
         Err(format!("the balancer does not start: {why}"))
     }
 
+    fn try_start(place: &Place, [frontend, admin]: [SocketAddr; 2]) -> Result<Balancer, String> {
+        let log = place.log();
+        let program = std::env::current_exe().map_err(|error| format!("no program: {error}"))?;
+        let stderr = File::create(&log).map_err(|error| format!("cannot log: {error}"))?;
+        let mut run = Command::new(&program);
+        run.args(["run", "--config"]).arg(place.config());
+        // The demo alone obeys the terminal's interrupt.
+        run.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).process_group(0);
+        let child = run.spawn().map_err(|error| format!("{}: {error}", program.display()))?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let token_file = Some(place.token());
+        let client =
+            ClientArgs { admin: Some(Address::Tcp(admin)), config: None, json: true, token_file };
+        let processes = std::cell::RefCell::new(pid.into_iter().collect());
+        let balancer = Balancer { processes, client, log, frontend, admin };
+        let deadline = clock::now() + START_MAX;
+        while ask_within(&balancer.client, Method::GET, "/ready", START_MAX).is_err() {
+            let ended = waitpid(pid, WaitOptions::NOHANG).is_ok_and(|end| end.is_some());
+            if ended || clock::now() > deadline {
+                return Err(balancer.said());
+            }
+            clock::pause(LOOK);
+        }
+        Ok(balancer)
+    }
+
     /// What status says; `None` once the balancer has ended.
     pub(super) async fn seen(&self) -> Option<Seen> {
-        let text = self.ask(Request::Status).await?;
+        let text = self.ask(Method::GET, "/v1/status".to_owned()).await.ok()?;
         Some(Seen::read(&serde_json::from_str(&text).ok()?))
     }
 
     /// What the metrics say.
     pub(super) async fn metrics(&self) -> Option<Metrics> {
-        self.ask(Request::Metrics).await.map(Metrics)
+        self.ask(Method::GET, "/metrics".to_owned()).await.ok().map(Metrics)
+    }
+
+    /// Why a backend gets what it gets.
+    pub(super) async fn explained(&self, backend: &str) -> Result<Value, String> {
+        let path = format!("/v1/pools/{NAME}/backends/{backend}/explain");
+        let text = self.ask(Method::GET, path).await?;
+        serde_json::from_str(&text).map_err(|error| error.to_string())
+    }
+
+    /// Has it read its configuration again.
+    pub(super) async fn reload(&self) -> Result<(), String> {
+        self.ask(Method::POST, "/v1/reload".to_owned()).await.map(drop)
+    }
+
+    /// Upgrades it to its own program; gives the number of the new process.
+    pub(super) async fn upgrade(&self) -> Result<u64, String> {
+        let text = self.ask(Method::POST, "/v1/upgrade".to_owned()).await?;
+        let answer: Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+        let pid = answer["pid"].as_u64().unwrap_or_default();
+        self.processes.borrow_mut().extend(i32::try_from(pid).ok().and_then(Pid::from_raw));
+        Ok(pid)
     }
 
     /// Asks it to drain and exit; returns once it has begun to.
     pub(super) async fn shut_down(&self) {
         // No answer means that it has ended already.
-        let _ = self.ask(Request::Shutdown).await;
+        let _ = self.ask(Method::POST, "/v1/shutdown".to_owned()).await;
     }
 
-    /// Waits for its end.
-    pub(super) fn wait(self) -> app::Exit {
-        self.running.wait()
+    /// Waits for the end of every process.
+    pub(super) fn wait(self) -> Ended {
+        let mut ended = Ended::default();
+        let deadline = clock::now() + END_MAX;
+        loop {
+            match waitpid(None, WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) => {
+                    self.processes.borrow_mut().retain(|one| *one != pid);
+                    if status.exit_status() != Some(0) {
+                        ended.broken.push(format!("a process of the balancer ended: {status:?}"));
+                    }
+                }
+                Ok(None) if clock::now() < deadline => clock::pause(LOOK),
+                Ok(None) => {
+                    ended.broken.push(format!("the balancer did not end within {END_MAX:?}"));
+                    break;
+                }
+                // None is left.
+                Err(_) => {
+                    self.processes.borrow_mut().clear();
+                    break;
+                }
+            }
+        }
+        let log = self.said();
+        let cut = |line: &str| line.split_once("drained sessions_cut=")?.1.parse::<u64>().ok();
+        ended.cut = log.lines().filter_map(cut).sum();
+        if !ended.broken.is_empty() {
+            ended.broken.extend(log.lines().rev().take(3).map(str::to_owned));
+        }
+        ended
     }
 
-    async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Request) -> Option<T> {
-        let (reply, answer) = oneshot::channel();
-        self.requests.send(make(reply)).await.ok()?;
-        answer.await.ok()
+    /// Its log.
+    fn said(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    async fn ask(&self, method: Method, path: String) -> Result<String, String> {
+        let client = self.client.clone();
+        let asked = move || ask_within(&client, method, &path, ANSWER_MAX);
+        match tokio::task::spawn_blocking(asked).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(ClientError::Request(text) | ClientError::Unreachable(text))) => Err(text),
+            Ok(Err(ClientError::Refused(value))) => Err(value.to_string()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+}
+
+impl Drop for Balancer {
+    fn drop(&mut self) {
+        for pid in self.processes.borrow_mut().drain(..) {
+            let _ = kill_process(pid, Signal::KILL);
+            let _ = waitpid(Some(pid), WaitOptions::empty());
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Pool and frontend.
 pub(super) const NAME: &str = "demo";
@@ -27,12 +28,14 @@ const ACCESS_LOG_BYTES_MAX: u64 = 32 * 1024 * 1024;
 #[derive(Debug)]
 pub(super) struct Place {
     directory: PathBuf,
+    drain: Duration,
 }
 
 impl Place {
     /// Makes the directory (mode 0700) and the token (mode 0600).
-    pub(super) fn create() -> io::Result<Place> {
-        let place = Place { directory: fresh_directory()? };
+    /// Sessions may go on for `drain` when the balancer stops or is upgraded.
+    pub(super) fn create(drain: Duration) -> io::Result<Place> {
+        let place = Place { directory: fresh_directory()?, drain };
         let mut random = [0u8; TOKEN_BYTES];
         fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
         let token: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -55,20 +58,26 @@ impl Place {
         self.directory.join("access.log")
     }
 
+    /// What the balancer logs.
+    pub(super) fn log(&self) -> PathBuf {
+        self.directory.join("log")
+    }
+
     /// Writes the configuration, whole or not at all.
     pub(super) fn write_config(
         &self,
-        frontend: SocketAddr,
-        admin: SocketAddr,
+        [frontend, admin]: [SocketAddr; 2],
         backends: &[Backend],
     ) -> io::Result<()> {
         let (token, access) = (quoted(&self.token())?, quoted(&self.access_log())?);
+        let drain = self.drain.as_secs().max(1);
         let mut text = format!(
             r#"# The demo's configuration. Change it while the demo runs and save it: it is
 # put in force at once, or refused as a whole if something is wrong with it.
 
 [process]
-drain_timeout = "2s"
+# Until then the connections that stay may go on after an upgrade.
+drain_timeout = "{drain}s"
 
 [admin]
 listen = "{admin}"
@@ -182,10 +191,10 @@ mod tests {
 
     #[test]
     fn the_configuration_is_one_that_check_accepts_without_a_warning() {
-        let place = Place::create().unwrap();
+        let place = Place::create(Duration::from_secs(40)).unwrap();
         let (frontend, admin) =
             ("127.0.0.1:8001".parse().unwrap(), "127.0.0.1:8002".parse().unwrap());
-        place.write_config(frontend, admin, &backends()).unwrap();
+        place.write_config([frontend, admin], &backends()).unwrap();
         let loaded = config::load(&place.config()).unwrap();
         assert!(loaded.warnings.is_empty());
         assert_eq!(loaded.config.pools[0].backends[0].weight, 5);
@@ -194,7 +203,7 @@ mod tests {
 
     #[test]
     fn the_directory_is_private_and_goes_away_with_its_owner() {
-        let place = Place::create().unwrap();
+        let place = Place::create(Duration::from_secs(40)).unwrap();
         let directory = place.directory.clone();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&directory), mode(&place.token())), (0o700, 0o600));

@@ -43,35 +43,43 @@ pub(super) struct Verdict {
     pub(super) cut_short: bool,
 }
 
+/// How long everything takes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Time {
+    pub(super) started: Instant,
+    pub(super) length: Duration,
+    /// Of the rest that is the user's; `None`: what is left of `length`.
+    pub(super) play: Option<Duration>,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Show<'a> {
-    screen: &'a Screen,
-    backends: &'a Backends,
-    place: &'a Place,
-    balancer: &'a Balancer,
+    pub(super) screen: &'a Screen,
+    pub(super) backends: &'a Backends,
+    pub(super) place: &'a Place,
+    pub(super) balancer: &'a Balancer,
     names: Vec<String>,
-    phase: Duration,
+    pub(super) phase: Duration,
     ends: Instant,
+    play: Option<Duration>,
     verdict: RefCell<Verdict>,
     /// All of the promises were put to the test.
     complete: Cell<bool>,
 }
 
 impl<'a> Show<'a> {
-    /// For a demo that began at `started` and takes `length`.
     pub(super) fn new(
         screen: &'a Screen,
         backends: &'a Backends,
         place: &'a Place,
         balancer: &'a Balancer,
-        started: Instant,
-        length: Duration,
+        Time { started, length, play }: Time,
     ) -> Show<'a> {
         let names = backends.all().iter().map(|backend| backend.name.clone()).collect();
-        let phase = (length / 6).clamp(PHASE_MIN, PHASE_MAX);
+        let phase = (length / 10).clamp(PHASE_MIN, PHASE_MAX);
         let (ends, verdict, complete) = (started + length, RefCell::default(), Cell::new(false));
-        Show { screen, backends, place, balancer, names, phase, ends, verdict, complete }
+        Show { screen, backends, place, balancer, names, phase, ends, play, verdict, complete }
     }
 
     /// Shows everything. The balancer is draining when this is over.
@@ -96,6 +104,8 @@ impl<'a> Show<'a> {
             self.say("With one backend there is nobody to fail over to: not shown.")?;
             self.sum_up("one backend: no failover to show");
         }
+        self.reload().await?;
+        self.upgrade(&long).await?;
         self.complete.set(true);
         self.rest().await?;
         self.account().await?;
@@ -118,18 +128,18 @@ impl<'a> Show<'a> {
         let Seen { engine, engine_reason, workers, .. } = seen;
         let plural = if count == 1 { "" } else { "s" };
         self.line(&format!(
-            "Tidegate {version}: a balancer and {count} backend{plural} in one process"
+            "Tidegate {version}: a balancer and {count} backend{plural} on this machine"
         ))?;
         self.say(&format!("frontend       {}", balancer.frontend))?;
         self.say(&format!("admin API      http://{}", balancer.admin))?;
         self.say(&format!("configuration  {config} (change it: it is taken over at once)"))?;
-        self.say(&format!("engine         {engine} ({engine_reason}), {workers} workers"))?;
+        self.say(&format!("engine         {engine} ({engine_reason}); workers: {workers}"))?;
         self.say(&format!("clients        {RATE} connections a second, {LONG_LIVED} that stay"))
     }
 
     /// One measured stretch with its table. A stretch in which the table
     /// changed, or somebody else connected, shows nothing and is done again.
-    async fn split(&self, title: &str, length: Duration) -> Result<(), Gone> {
+    pub(super) async fn split(&self, title: &str, length: Duration) -> Result<(), Gone> {
         self.line("")?;
         self.line(title)?;
         self.screen.now(title);
@@ -191,6 +201,7 @@ impl<'a> Show<'a> {
         let tally = traffic.finish(1).await;
         self.tell_failures(&tally, noticed, self.retries().await - retries)?;
         self.tell_long_lived(name, &long.standing()).await?;
+        self.explain(name).await?;
         self.split(&format!("{name} is down"), self.phase / 2).await?;
         self.revive(victim).await
     }
@@ -312,7 +323,8 @@ impl<'a> Show<'a> {
 
     /// What is left of `--for` is the user's.
     async fn rest(&self) -> Result<(), Gone> {
-        let left = self.ends.saturating_duration_since(clock::now());
+        let ends = self.play.map_or(self.ends, |play| clock::now() + play);
+        let left = ends.saturating_duration_since(clock::now());
         if left.is_zero() {
             return Ok(());
         }
@@ -326,8 +338,8 @@ impl<'a> Show<'a> {
         let begun_with = self.seen().await;
         let mut before = begun_with.clone();
         let mut refused = 0;
-        while clock::now() < self.ends {
-            let left = self.ends.saturating_duration_since(clock::now());
+        while clock::now() < ends {
+            let left = ends.saturating_duration_since(clock::now());
             sleep(LOOK_SLOW.min(left)).await;
             let now = self.seen().await;
             self.tell_news(&before, &now, &mut refused).await?;
@@ -356,7 +368,9 @@ impl<'a> Show<'a> {
                  http://{admin}/v1/pools/{NAME}/backends/{last}/drain"
             ),
             format!("{program} status --admin {admin}"),
+            format!("{program} explain {NAME}/{last} --admin {admin}"),
             format!("{program} undrain {NAME}/{last} --admin {admin} --token-file {token}"),
+            format!("{program} upgrade --admin {admin} --token-file {token}"),
             format!("tail -f {log}"),
         ]
     }
@@ -416,7 +430,7 @@ impl<'a> Show<'a> {
         Ok(())
     }
 
-    fn traffic(&self, rate: u32) -> Traffic {
+    pub(super) fn traffic(&self, rate: u32) -> Traffic {
         Traffic::start(self.balancer.frontend, self.names.clone(), rate)
     }
 
@@ -433,7 +447,7 @@ impl<'a> Show<'a> {
     }
 
     /// Looks at status until it is as wished, at most [`NOTICE_MAX`].
-    async fn until(&self, wished: impl Fn(&Seen) -> bool) -> Option<Seen> {
+    pub(super) async fn until(&self, wished: impl Fn(&Seen) -> bool) -> Option<Seen> {
         let deadline = clock::now() + NOTICE_MAX;
         while clock::now() < deadline {
             let seen = self.seen().await;
@@ -445,7 +459,7 @@ impl<'a> Show<'a> {
         None
     }
 
-    async fn seen(&self) -> Seen {
+    pub(super) async fn seen(&self) -> Seen {
         self.balancer.seen().await.unwrap_or_default()
     }
 
@@ -454,20 +468,20 @@ impl<'a> Show<'a> {
         metrics.map_or(0, |metrics| metrics.count("tidegate_connect_retries_total"))
     }
 
-    fn line(&self, text: &str) -> Result<(), Gone> {
+    pub(super) fn line(&self, text: &str) -> Result<(), Gone> {
         self.screen.line(text)
     }
 
     /// A line below a title.
-    fn say(&self, text: &str) -> Result<(), Gone> {
+    pub(super) fn say(&self, text: &str) -> Result<(), Gone> {
         self.line(&format!("   {text}"))
     }
 
-    fn sum_up(&self, text: &str) {
+    pub(super) fn sum_up(&self, text: &str) {
         self.verdict.borrow_mut().summary.push(text.to_owned());
     }
 
-    fn broken(&self, what: String) {
+    pub(super) fn broken(&self, what: String) {
         self.verdict.borrow_mut().broken.push(what);
     }
 }

@@ -1,5 +1,5 @@
 //! Checks that span sections: pools that frontends name, addresses that clash,
-//! timers that contradict, bounds on counts. Called once per file, after every
+//! bounds on counts. Called once per file, after every
 //! section was read. Linear in the size of the file.
 
 use std::collections::{HashMap, HashSet};
@@ -11,7 +11,7 @@ use super::globals::AdminRead;
 use super::pool::PoolRead;
 use super::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
 use crate::config::diagnose::Report;
-use crate::config::value::{Complaint, did_you_mean_or, show_duration, shown};
+use crate::config::value::{Complaint, did_you_mean_or, shown};
 use crate::config::{AdminListen, BackendAddress};
 
 pub(super) fn check(
@@ -27,11 +27,9 @@ pub(super) fn check(
     loops(report, admin, pools, &taken);
 }
 
-/// Every frontend's pool exists, every pool is used, and the two agree on
-/// their timers.
+/// Every frontend's pool exists, and every pool is used.
 fn routes(report: &Report<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
-    let by_name: HashMap<&str, &PoolRead> =
-        pools.iter().map(|pool| (&*pool.model.name, pool)).collect();
+    let known: HashSet<&str> = pools.iter().map(|pool| &*pool.model.name).collect();
     let mut used = HashSet::new();
     for frontend in frontends {
         let Some(place) = &frontend.pool else {
@@ -39,56 +37,24 @@ fn routes(report: &Report<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
         };
         let name = &*frontend.model.pool;
         used.insert(name);
-        match by_name.get(name) {
-            Some(pool) => timers(report, frontend, pool),
-            None => report.error_with(place.clone(), || {
-                let names = pools.iter().map(|pool| &*pool.model.name);
-                let complaint = Complaint::new(format!("there is no pool {}", shown(name)));
-                complaint.help(did_you_mean_or(name, names, || match pools {
-                    [] => "add [pool.NAME] with at least one [[pool.NAME.backend]]".to_owned(),
-                    [only] => format!("the only pool is {}", shown(&only.model.name)),
-                    _ => "name one of the [pool.NAME] tables".to_owned(),
-                }))
-            }),
+        if known.contains(name) {
+            continue;
         }
+        report.error_with(place.clone(), || {
+            let names = pools.iter().map(|pool| &*pool.model.name);
+            let complaint = Complaint::new(format!("there is no pool {}", shown(name)));
+            complaint.help(did_you_mean_or(name, names, || match pools {
+                [] => "add [pool.NAME] with at least one [[pool.NAME.backend]]".to_owned(),
+                [only] => format!("the only pool is {}", shown(&only.model.name)),
+                _ => "name one of the [pool.NAME] tables".to_owned(),
+            }))
+        });
     }
     for pool in pools {
         if !used.contains(&*pool.model.name) {
             let message = format!("no frontend uses pool {}", shown(&pool.model.name));
             report.warning(pool.place.clone(), Complaint::new(message));
         }
-    }
-}
-
-/// A session would be closed as idle while it still may wait for its backend.
-/// Shown at the frontend's time-out where it is written out, else at the
-/// pool's; with neither written out the defaults agree.
-fn timers(report: &Report<'_>, frontend: &FrontendRead, pool: &PoolRead) {
-    let Some(idle) = frontend.model.idle_timeout else {
-        return;
-    };
-    let connect = pool.model.connect_timeout;
-    if connect <= idle {
-        return;
-    }
-    if let Some(place) = &frontend.idle_timeout {
-        report.error(
-            place.clone(),
-            Complaint::new(format!(
-                "idle_timeout is below the connect_timeout of pool {} ({})",
-                shown(&pool.model.name),
-                show_duration(connect)
-            )),
-        );
-    } else if let Some(place) = &pool.connect_timeout {
-        report.error(
-            place.clone(),
-            Complaint::new(format!(
-                "connect_timeout is above the idle_timeout of frontend {} ({})",
-                shown(&frontend.model.name),
-                show_duration(idle)
-            )),
-        );
     }
 }
 

@@ -14,7 +14,7 @@ use super::{CONNECTIONS_MAX, sources};
 use crate::config::address;
 use crate::config::file::{Field, Named, Section};
 use crate::config::value::{self, Complaint, DurationRange, TIME, USER_TIMEOUT, show_duration};
-use crate::config::{Frontend, NamedFiles};
+use crate::config::{BindOptions, Frontend, NamedFiles, Spot};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);
@@ -28,14 +28,14 @@ pub(super) struct FrontendRead {
     pub(super) bind_places: Vec<Range<usize>>,
     /// Where `pool` stands, if a pool was named.
     pub(super) pool: Option<Range<usize>>,
-    /// Where `idle_timeout` stands, if it does.
-    pub(super) idle_timeout: Option<Range<usize>>,
 }
 
 pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
     let Named { name, section, .. } = named;
-    let (binds, bind_places) =
-        binds(&section).into_iter().map(|b| (*b.get_ref(), b.span())).unzip();
+    let read = binds(&section);
+    let bind_options = read.iter().filter(|bind| bind.options != BindOptions::default());
+    let bind_options = bind_options.map(|bind| (bind.address, bind.options)).collect();
+    let (binds, bind_places) = read.into_iter().map(|bind| (bind.address, bind.place)).unzip();
     let pool = section.text("pool", "the name of a pool", |text| Ok(Arc::<str>::from(text)));
     if pool.is_absent() {
         section.missing("pool", "\"NAME\", the name of a [pool.NAME]");
@@ -46,10 +46,13 @@ pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
     let keepalive = section.text("keepalive", TIMER, value::keepalive);
     let user_timeout = timer(&section, "user_timeout", USER_TIMEOUT);
     warn_of_short_user_timeout(&section, &user_timeout, &keepalive);
-    let (pool_place, idle_place) = (pool.place(), idle_timeout.place());
+    let pool_place = pool.place();
+    let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
+    section.report.limit("connections_max of this frontend", &connections_max);
     let model = Frontend {
         name: name.into(),
         binds,
+        bind_options,
         pool: pool.or("".into()),
         // Off: services whose clients may keep a fresh connection in hand are common.
         first_byte_timeout: first_byte_timeout.or(None),
@@ -58,11 +61,11 @@ pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
             .or(Some(HALF_CLOSED_TIMEOUT)),
         keepalive: keepalive.or(Some(KEEPALIVE)),
         user_timeout: user_timeout.or(Some(USER_TIMEOUT_DEFAULT)),
-        connections_max: section.integer("connections_max", 0..=CONNECTIONS_MAX).or(0),
+        connections_max: connections_max.or(0),
         sources: sources::read(&section, name, files),
     };
     section.finish();
-    FrontendRead { model, bind_places, pool: pool_place, idle_timeout: idle_place }
+    FrontendRead { model, bind_places, pool: pool_place }
 }
 
 const TIMER: &str = "a duration such as \"30s\", or \"off\"";
@@ -75,8 +78,88 @@ fn timer(
     section.text(key, TIMER, |text| value::duration_or_off(text, range))
 }
 
-fn binds(section: &Section<'_, '_>) -> Vec<Spanned<SocketAddr>> {
-    addresses(section, "bind", "[\"0.0.0.0:8080\"]")
+/// One address of a bind and where it stands.
+struct BindRead {
+    address: SocketAddr,
+    options: BindOptions,
+    place: Range<usize>,
+}
+
+/// `bind`: an address, a table of one with its options, or a list of both.
+fn binds(section: &Section<'_, '_>) -> Vec<BindRead> {
+    let (key, example) = ("bind", "[\"0.0.0.0:8080\"]");
+    let Some(node) = section.node(key) else {
+        section.missing(key, example);
+        return Vec::new();
+    };
+    let nodes = match node.get_ref() {
+        DeValue::String(_) | DeValue::Table(_) => std::slice::from_ref(node),
+        DeValue::Array(array) => {
+            if array.is_empty() {
+                let complaint = Complaint::new("bind lists no address");
+                section
+                    .report
+                    .error(node.span(), complaint.help(format!("write bind = {example}")));
+            }
+            array
+        }
+        _ => {
+            let _: Field<()> = section.wrong_type(key, node, "an address or a list of addresses");
+            return Vec::new();
+        }
+    };
+    let mut binds = Vec::with_capacity(nodes.len());
+    for node in nodes {
+        let (addresses, freebind, place) = match node.get_ref() {
+            DeValue::String(text) => match address::bind_addresses(text) {
+                Ok(addresses) => (addresses, false, node.span()),
+                Err(complaint) => {
+                    section.report.error(node.span(), complaint.named(key));
+                    continue;
+                }
+            },
+            DeValue::Table(table) => {
+                let label = "a table of bind".to_owned();
+                let table = Section::new(section.report, table, label, node.span());
+                let Some(found) = bind_table(table) else { continue };
+                found
+            }
+            _ => {
+                let wants = "addresses such as \"0.0.0.0:8080\", or tables with an address";
+                let _: Field<()> = section.wrong_type(key, node, wants);
+                continue;
+            }
+        };
+        let pair = addresses.len() == 2;
+        for address in addresses {
+            let options = BindOptions { freebind, if_ipv6: pair && address.is_ipv6() };
+            section.report.keep(Spot::Bind(address), Some(place.clone()));
+            binds.push(BindRead { address, options, place: place.clone() });
+        }
+    }
+    binds
+}
+
+/// `{ address = "...", freebind = true }`
+fn bind_table(table: Section<'_, '_>) -> Option<(Vec<SocketAddr>, bool, Range<usize>)> {
+    let wants = "an address such as \"0.0.0.0:8080\"";
+    let addresses = table.text("address", wants, address::bind_addresses);
+    if addresses.is_absent() {
+        table.missing("address", "\"0.0.0.0:8080\"");
+    }
+    let freebind = table.boolean("freebind");
+    if let (Field::Good(addresses), Field::Good(free)) = (&addresses, &freebind)
+        && addresses.get_ref().iter().any(|address| address.ip().is_unspecified())
+        && *free.get_ref()
+    {
+        let complaint = Complaint::new("freebind has no effect on a wildcard address");
+        let help = "leave it out: a wildcard address is always there";
+        table.report.error(free.span(), complaint.help(help));
+    }
+    table.finish();
+    let addresses = addresses.good()?;
+    let place = addresses.span();
+    Some((addresses.into_inner(), freebind.or(false), place))
 }
 
 /// One address to listen on, or a list of them.

@@ -14,14 +14,12 @@ use crate::config::address;
 use crate::config::file::{Field, Section};
 use crate::config::value::{self, BUFFERS, Complaint, SPIN, TIME, UPGRADE, shown};
 use crate::config::{
-    AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel, Process, Sandbox,
+    ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
+    Process, Sandbox, Spot,
 };
 
 /// More workers than this share too many structures to be of use.
 const WORKERS_MAX: u32 = 256;
-
-/// Where the admin API listens unless told otherwise.
-const ADMIN_SOCKET: &str = "/run/tidegate/admin.sock";
 
 /// The C library's bound on the length of a name (useradd(8)).
 const ACCOUNT_CHARS_MAX: usize = 32;
@@ -63,6 +61,12 @@ pub(super) fn process(top: &Section<'_, '_>) -> Process {
                 value::duration_or_off(text, SPIN)
             })
             .or(default.spin),
+        leave_delay: section
+            .text("leave_delay", "a duration such as \"5s\"", |text| match text {
+                "0s" => Ok(Duration::ZERO),
+                text => value::duration(text, TIME),
+            })
+            .or(default.leave_delay),
         drain_timeout: duration(&section, "drain_timeout").or(default.drain_timeout),
         upgrade_timeout: section
             .text("upgrade_timeout", "a duration such as \"30s\"", |text| {
@@ -82,6 +86,8 @@ pub(super) fn process(top: &Section<'_, '_>) -> Process {
             })
             .or(default.buffers_max),
     };
+    section.report.keep(Spot::User, section.node("user").map(Spanned::span));
+    section.report.keep(Spot::Group, section.node("group").map(Spanned::span));
     if let (Some(place), None) = (section.key_place("group"), section.key_place("user")) {
         let complaint = Complaint::new("group without user").help("set user as well");
         section.report.error(place, complaint);
@@ -116,6 +122,7 @@ fn default_process() -> Process {
         pin: true,
         engine: EngineChoice::Auto,
         spin: None,
+        leave_delay: Duration::ZERO,
         drain_timeout: DRAIN_TIMEOUT,
         upgrade_timeout: UPGRADE_TIMEOUT,
         connections_max: PROCESS_CONNECTIONS,
@@ -178,7 +185,15 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
             ),
         );
     }
+    if let (Some(place), true) = (token_file.place(), is_unix(&listen)) {
+        let complaint = Complaint::new("token_file has no effect on a Unix socket");
+        let help =
+            "the socket's mode (0600) decides who may connect; a token is for listen = \"IP:PORT\"";
+        section.report.warning(place, complaint.help(help));
+    }
     let place = listen.place();
+    section.report.keep(Spot::AdminListen, place.clone());
+    section.report.keep(Spot::TokenFile, token_file.place());
     let model = Admin {
         listen: listen.or(default),
         token_file: token_file.good().map(Spanned::into_inner),
@@ -188,6 +203,15 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
     };
     section.finish();
     AdminRead { model, listen: place }
+}
+
+/// Whether the API listens on a Unix socket, written out or by default.
+fn is_unix(listen: &Field<AdminListen>) -> bool {
+    match listen {
+        Field::Good(listen) => matches!(listen.get_ref(), AdminListen::Unix(_)),
+        Field::Absent => true,
+        Field::Bad => false,
+    }
 }
 
 fn is_loopback(address: &SocketAddr) -> bool {
@@ -215,6 +239,7 @@ pub(super) fn log(top: &Section<'_, '_>) -> Log {
         ("trace", LogLevel::Trace),
     ];
     let formats = [("text", LogFormat::Text), ("json", LogFormat::Json)];
+    section.report.keep(Spot::AccessLog, section.node("access").map(Spanned::span));
     let log = Log {
         level: section.choice("level", &levels).or(default.level),
         format: section.choice("format", &formats).or(default.format),

@@ -19,7 +19,7 @@ use crate::config::diagnose::Report;
 use crate::config::file::Section;
 use crate::config::value::{self, Complaint, HEARTBEAT_INTERVAL, did_you_mean_or};
 use crate::config::value::{show_duration, shown};
-use crate::config::{HeartbeatKey, HeartbeatSpec, Heartbeats, NamedFiles, WEIGHT_MAX};
+use crate::config::{HeartbeatKey, HeartbeatSpec, Heartbeats, NamedFiles, Spot, WEIGHT_MAX};
 use crate::heartbeat::key_file::{self, KeyFileError, Unfit};
 use crate::heartbeat::keys::{SECRET_BYTES_MAX, SECRET_BYTES_MIN, Secret};
 
@@ -76,6 +76,9 @@ pub(super) fn read(top: &Section<'_, '_>, files: NamedFiles) -> Option<Heartbeat
         too_many(beyond.header.clone(), "keys", KEYS_MAX);
     }
     let (models, keys) = sections.into_iter().map(|each| key(each, files)).unzip();
+    for one in &listen {
+        section.report.keep(Spot::HeartbeatListen(*one.get_ref()), Some(one.span()));
+    }
     let (listen_places, listen) =
         listen.into_iter().map(|each| (each.span(), each.into_inner())).unzip();
     section.finish();
@@ -138,8 +141,15 @@ pub(super) fn of_pool(pool: &Section<'_, '_>, name: &str) -> Option<HeartbeatSpe
     let label = format!("[pool.{}.heartbeat]", value::cut(name));
     let section = pool.table("heartbeat", label)?;
     let (interval, ttl) = times(&section);
+    let register = section.boolean("register").or(false);
+    for key in ["forget_after", "backends_max", "weight_max"] {
+        if let (Some(place), false) = (section.key_place(key), register) {
+            let message = format!("{key} has no effect without register = true");
+            section.report.warning(place, Complaint::new(message));
+        }
+    }
     let spec = HeartbeatSpec {
-        register: section.boolean("register").or(false),
+        register,
         require: section.boolean("require").or(false),
         interval,
         ttl,

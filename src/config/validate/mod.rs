@@ -57,6 +57,7 @@ pub(super) fn config<'a>(document: &DeTable<'a>, files: NamedFiles, report: &Rep
     require_something(&top, document, frontends.len(), pools.len());
     cross::check(report, &admin, &frontends, &pools);
     heartbeat::check(report, heartbeat.as_ref(), &pools);
+    report.warn_of_idle_limits(process.connections_max);
     top.finish();
     Config {
         process,

@@ -17,7 +17,8 @@ use crate::config::address;
 use crate::config::file::{Field, Named, Section};
 use crate::config::value::{self, Complaint, SLOW_START, shown};
 use crate::config::{
-    Backend, BackendAddress, EjectionSpec, OnRemoval, Policy, Pool, WEIGHT_MAX, WhenNoneEligible,
+    Backend, BackendAddress, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, Pool, Spot, WEIGHT_MAX,
+    WhenNoneEligible,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -42,8 +43,6 @@ pub(super) struct PoolRead {
     pub(super) model: Pool,
     /// Where the name stands.
     pub(super) place: Range<usize>,
-    /// Where `connect_timeout` stands, if it does.
-    pub(super) connect_timeout: Option<Range<usize>>,
     /// Where the heartbeat table's name stands, if there is one.
     pub(super) heartbeat: Option<Range<usize>>,
     /// Where each address stands; as many as `model.backends`.
@@ -55,18 +54,22 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
     let policies = Policy::ALL.map(|policy| (policy.name(), policy));
     let none_eligible =
         [("refuse", WhenNoneEligible::Refuse), ("try-all", WhenNoneEligible::TryAll)];
+    let balance = section.choice("balance", &policies).or(Policy::WeightedRoundRobin);
+    let slots = hash_slots(&section, balance);
     let connect_timeout = duration(&section, "connect_timeout");
-    let connect_place = connect_timeout.place();
     let heartbeat_place = section.key_place("heartbeat");
     let heartbeat = heartbeat::of_pool(&section, name);
     let may_be_empty = heartbeat.as_ref().is_some_and(|spec| spec.register);
     let (backends, address_places) = backends(&section, name, may_be_empty);
+    let registered = heartbeat.as_ref().filter(|spec| spec.register).map(|spec| spec.backends_max);
+    let hash_slots = enough_slots(&section, balance, slots, (backends.len(), registered));
     let source = sources(&section);
     let attempts = section.integer("connect_attempts", 1..=CONNECT_ATTEMPTS_MAX);
     let connect_time = connect_timeout.or(CONNECT_TIMEOUT);
     let model = Pool {
         name: name.into(),
-        balance: section.choice("balance", &policies).or(Policy::WeightedRoundRobin),
+        balance,
+        hash_slots,
         source: Arc::clone(&source),
         connect_timeout: connect_time,
         queue_max: section.integer("queue_max", 0..=QUEUE_MAX).or(0),
@@ -87,13 +90,77 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
             .or(None),
         backends,
     };
+    warn_of_idle_keys(&section, &model);
     section.finish();
-    PoolRead {
-        model,
-        place,
-        connect_timeout: connect_place,
-        heartbeat: heartbeat_place,
-        address_places,
+    PoolRead { model, place, heartbeat: heartbeat_place, address_places }
+}
+
+/// The size of the table that `source-hash` needs.
+fn hash_slots(pool: &Section<'_, '_>, balance: Policy) -> Field<u32> {
+    let slots = pool.integer("hash_slots", value::HASH_SLOTS);
+    let Field::Good(given) = &slots else { return slots };
+    if let Err(complaint) = value::prime(*given.get_ref()) {
+        pool.report.error(given.span(), complaint);
+        return Field::Bad;
+    }
+    if balance != Policy::SourceHash {
+        let message = format!("hash_slots has no effect with balance = \"{}\"", balance.name());
+        pool.report.warning(given.span(), Complaint::new(message));
+    }
+    slots
+}
+
+/// Each backend needs a slot to be picked: those in the file, and those that may
+/// register.
+fn enough_slots(
+    pool: &Section<'_, '_>,
+    balance: Policy,
+    slots: Field<u32>,
+    (in_file, registered): (usize, Option<u32>),
+) -> u32 {
+    let place = slots.place().unwrap_or_else(|| pool.header.clone());
+    let known = !slots.is_bad();
+    let slots = slots.or(HASH_SLOTS);
+    let most = in_file + registered.unwrap_or(0) as usize;
+    if known && balance == Policy::SourceHash && most > slots as usize {
+        let which = if registered.is_some() { " in this file and in backends_max" } else { "" };
+        let message = format!("{most} backends{which} are more than hash_slots ({slots})");
+        let help = "write a prime of at least 100 for each backend, such as hash_slots = ";
+        let enough = most.saturating_mul(100).min(*value::HASH_SLOTS.end() as usize);
+        let enough = value::prime_from(u32::try_from(enough).unwrap_or(slots));
+        pool.report.error(place, Complaint::new(message).help(format!("{help}{enough}")));
+    }
+    slots
+}
+
+/// Keys that need another one to mean something, and sources of a family that no
+/// backend has.
+fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &Pool) {
+    let idle = |key: &str, why: String| {
+        if let Some(place) = pool.key_place(key) {
+            let message = format!("{key} has no effect: {why}");
+            pool.report.warning(place, Complaint::new(message));
+        }
+    };
+    if pool.key_place("queue_max").is_none() {
+        idle("queue_timeout", "no client waits without queue_max".to_owned());
+    }
+    if model.probe.is_none() && model.heartbeat.is_none() {
+        idle("startup_grace", "the pool has neither probes nor heartbeats".to_owned());
+    }
+    if model.heartbeat.as_ref().is_some_and(|spec| spec.register) || model.backends.is_empty() {
+        return;
+    }
+    for v4 in [true, false] {
+        let is_of = |backend: &Backend| match backend.address {
+            BackendAddress::Tcp(address) => address.is_ipv4() == v4,
+            BackendAddress::Unix(_) => false,
+        };
+        let source = model.source.iter().find(|source| source.is_ipv4() == v4);
+        if let Some(source) = source.filter(|_| !model.backends.iter().any(is_of)) {
+            let family = if v4 { "IPv4" } else { "IPv6" };
+            idle("source", format!("{source} needs a backend with an {family} address"));
+        }
     }
 }
 
@@ -111,6 +178,7 @@ fn sources(pool: &Section<'_, '_>) -> Arc<[IpAddr]> {
             pool.report.error(one.span(), Complaint::new(message));
             break;
         }
+        pool.report.keep(Spot::Source(*one.get_ref()), Some(one.span()));
         sources.push(*one.get_ref());
     }
     sources.into()
@@ -212,7 +280,9 @@ fn backend(section: Section<'_, '_>, seen: &mut Seen) -> Option<(Backend, Range<
     }
     let weight = section.integer("weight", 1..=u32::from(WEIGHT_MAX)).or(1);
     let backup = section.boolean("backup").or(false);
-    let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX).or(0);
+    let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
+    section.report.limit("connections_max of this backend", &connections_max);
+    let connections_max = connections_max.or(0);
     if let Field::Good(name) = &name {
         seen.name(&section, name);
     }

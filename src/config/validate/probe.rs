@@ -6,10 +6,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use toml::Spanned;
+use toml::de::DeValue;
+
 use super::globals::duration;
 use crate::config::file::{Field, Section};
 use crate::config::value::{self, Complaint, show_duration, shown};
-use crate::config::{ProbeKind, ProbeSpec};
+use crate::config::{Expect, ProbeKind, ProbeSpec};
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST_INTERVAL: Duration = Duration::from_millis(500);
@@ -40,7 +43,7 @@ enum Kind {
 /// The keys only some kinds take.
 struct KindKeys {
     send: Field<Vec<u8>>,
-    expect: Field<Vec<u8>>,
+    expect: Field<Expect>,
     path: Field<String>,
     host: Field<String>,
     method: Field<String>,
@@ -78,11 +81,54 @@ pub(super) fn read(pool: &Section<'_, '_>, name: &str, source: Arc<[IpAddr]>) ->
 fn kind_keys(section: &Section<'_, '_>) -> KindKeys {
     KindKeys {
         send: section.text("send", "a string", |text| bytes(text, 0, SEND_BYTES_MAX)),
-        expect: section.text("expect", "a string", |text| bytes(text, 1, EXPECT_BYTES_MAX)),
+        expect: expect(section),
         path: section.text("path", "a string", path),
         host: section.text("host", "a string", host),
         method: section.text("method", "a string", method),
         status: section.text("status", "a string such as \"200-399\"", value::status_ranges),
+    }
+}
+
+/// `"..."` or `{ starts = "..." }`, what the answer starts with, or
+/// `{ contains = "..." }`, what it holds anywhere.
+fn expect(section: &Section<'_, '_>) -> Field<Expect> {
+    let read = |text: &str| bytes(text, 1, EXPECT_BYTES_MAX);
+    let Some(node) = section.node("expect") else { return Field::Absent };
+    match node.get_ref() {
+        DeValue::Table(table) => {
+            let label = "the table of expect".to_owned();
+            let table = Section::new(section.report, table, label, node.span());
+            let starts = table.text("starts", "a string", read);
+            let contains = table.text("contains", "a string", read);
+            table.finish();
+            let bad = starts.is_bad() || contains.is_bad();
+            let expect = match (starts.good(), contains.good()) {
+                (Some(starts), None) => Some(Expect::Starts(starts.into_inner())),
+                (None, Some(contains)) => Some(Expect::Contains(contains.into_inner())),
+                _ => None,
+            };
+            if expect.is_none() && !bad {
+                let complaint = Complaint::new("expect takes one of starts and contains");
+                let help = "write expect = { contains = \"...\" }";
+                section.report.error(node.span(), complaint.help(help));
+            }
+            expect.map_or(Field::Bad, |expect| Field::Good(Spanned::new(node.span(), expect)))
+        }
+        DeValue::String(_) => {
+            let text = section.text("expect", "a string", read);
+            let place = text.place();
+            match (text.good(), place) {
+                (Some(text), Some(place)) => {
+                    Field::Good(Spanned::new(place, Expect::Starts(text.into_inner())))
+                }
+                _ => Field::Bad,
+            }
+        }
+        _ => section.wrong_type(
+            "expect",
+            node,
+            "a string, or a table such as { contains = \"...\" }",
+        ),
     }
 }
 
@@ -220,11 +266,11 @@ impl KindKeys {
             Kind::Tcp => ProbeKind::Tcp,
             Kind::SendExpect => ProbeKind::SendExpect {
                 send: self.send.or(Vec::new()),
-                expect: self.expect.or(Vec::new()),
+                expect: self.expect.or(Expect::Starts(Vec::new())),
             },
             Kind::Http => ProbeKind::Http {
                 path: self.path.or("/".to_owned()),
-                host: self.host.good().map(toml::Spanned::into_inner),
+                host: self.host.good().map(Spanned::into_inner),
                 method: self.method.or("GET".to_owned()),
                 status: self.status.or(vec![(200, 399)]),
             },

@@ -2,12 +2,14 @@
 //! for. Called while each frontend is read. Opens no file but the lists it is
 //! told of, and those only where it is told to.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use toml::Spanned;
 
 use super::CONNECTIONS_MAX;
@@ -26,6 +28,9 @@ const RANGES_MAX: usize = 1_000_000;
 /// Connections a second and burst: beyond, no limit is meant.
 const RATE_MAX: u32 = 1_000_000;
 
+/// Leading bits of every IPv4 address that is written as IPv6 (RFC 4291, 2.5.5.2).
+const MAPPED_BITS: u8 = 96;
+
 const PREFIX_V4: u32 = 32;
 /// What a customer commonly holds (RFC 6177): one address more or less means
 /// nothing.
@@ -42,6 +47,7 @@ pub(super) fn read(
         (List::read(&section, Verb::Allow, files), List::read(&section, Verb::Deny, files));
     refuse_contradictions(&section, &allow, &deny);
     refuse_too_many(&section, &allow, &deny);
+    warn_of_idle_ranges(&section, &allow, &deny);
     let limits = limits(&section);
     section.finish();
     let anything = allow.is_given() || deny.is_given() || limits.are_any();
@@ -51,10 +57,19 @@ pub(super) fn read(
     })
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Verb {
     Allow,
     Deny,
+}
+
+impl Verb {
+    fn past(self) -> &'static str {
+        match self {
+            Verb::Allow => "allowed",
+            Verb::Deny => "denied",
+        }
+    }
 }
 
 /// Ranges of one kind, from the configuration and from a file.
@@ -124,6 +139,47 @@ fn refuse_too_many(section: &Section<'_, '_>, allow: &List, deny: &List) {
     }
 }
 
+/// Ranges that change no verdict: given twice, or within a wider one of the same
+/// verdict. What list files add is not known well enough to judge by.
+fn warn_of_idle_ranges(section: &Section<'_, '_>, allow: &List, deny: &List) {
+    let mut known: HashMap<IpNet, (Verb, Range<usize>)> = HashMap::new();
+    let all = allow.inline.iter().map(|range| (Verb::Allow, range));
+    let all = all.chain(deny.inline.iter().map(|range| (Verb::Deny, range)));
+    let idle = |place: Range<usize>, net: &IpNet, why: String| {
+        section.report.warning(place, Complaint::new(format!("{net} has no effect: {why}")));
+    };
+    for (verb, range) in all.clone() {
+        match known.get(range.get_ref()) {
+            Some((other, first)) if *other == verb => {
+                let first = section.report.place_name(first);
+                idle(range.span(), range.get_ref(), format!("it is at {first} already"));
+            }
+            // Refused as a contradiction.
+            Some(_) => {}
+            None => drop(known.insert(*range.get_ref(), (verb, range.span()))),
+        }
+    }
+    if allow.file.is_some() || deny.file.is_some() {
+        return;
+    }
+    for (verb, range) in all {
+        let mut around = std::iter::successors(range.get_ref().supernet(), IpNet::supernet);
+        let around =
+            around.find_map(|net| known.get(&net).map(|(verb, place)| (net, *verb, place)));
+        match around {
+            Some((net, other, place)) if other == verb => {
+                let (place, verb) = (section.report.place_name(place), verb.past());
+                idle(range.span(), range.get_ref(), format!("{net} is {verb} at {place}"));
+            }
+            None if verb == Verb::Deny && allow.is_given() => {
+                let why = "allow does not hold it, so it is denied anyway";
+                idle(range.span(), range.get_ref(), why.to_owned());
+            }
+            _ => {}
+        }
+    }
+}
+
 fn limits(section: &Section<'_, '_>) -> SourceLimits {
     let rate = section.text("rate", "a rate such as \"100/s\", or \"off\"", rate);
     let burst = section.integer("burst", 1..=RATE_MAX);
@@ -131,6 +187,15 @@ fn limits(section: &Section<'_, '_>) -> SourceLimits {
         let complaint = Complaint::new("burst means nothing without rate");
         section.report.error(place, complaint.help("add rate = \"100/s\""));
     }
+    let limited = ["rate", "connections_max"].iter().any(|key| section.key_place(key).is_some());
+    for key in ["prefix_v4", "prefix_v6"] {
+        if let (Some(place), false) = (section.key_place(key), limited) {
+            let complaint = Complaint::new(format!("{key} means nothing without a limit"));
+            section.report.error(place, complaint.help("add connections_max or rate"));
+        }
+    }
+    let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
+    section.report.limit("connections_max of one source", &connections_max);
     let burst = burst.good().map(Spanned::into_inner);
     let rate = rate.or(None).map(|PerTime { count, time }| Rate {
         interval: time / count,
@@ -140,7 +205,7 @@ fn limits(section: &Section<'_, '_>) -> SourceLimits {
     SourceLimits {
         prefix_v4: narrow(section.integer("prefix_v4", 0..=32).or(PREFIX_V4)),
         prefix_v6: narrow(section.integer("prefix_v6", 0..=128).or(PREFIX_V6)),
-        connections_max: section.integer("connections_max", 0..=CONNECTIONS_MAX).or(0),
+        connections_max: connections_max.or(0),
         rate,
     }
 }
@@ -200,11 +265,29 @@ pub(super) fn range(text: &str) -> Result<IpNet, Complaint> {
                 .help("write ADDRESS/BITS, such as \"10.0.0.0/8\" or \"fd00::/8\"")
         },
     )?;
+    let net = as_ipv4(net, text)?;
     if net != net.trunc() {
         return Err(Complaint::new(format!("{} has bits beyond its length", shown(text)))
             .help(format!("write \"{}\"", net.trunc())));
     }
     Ok(net)
+}
+
+/// IPv4 clients are looked up as such, so a range of IPv4 addresses that is written
+/// as IPv6 (`::ffff:10.0.0.1`) means the IPv4 range.
+fn as_ipv4(net: IpNet, text: &str) -> Result<IpNet, Complaint> {
+    let Some(mapped) = (match net {
+        IpNet::V6(v6) => v6.addr().to_ipv4_mapped(),
+        IpNet::V4(_) => None,
+    }) else {
+        return Ok(net);
+    };
+    let bits = net.prefix_len().checked_sub(MAPPED_BITS);
+    let v4 = bits.and_then(|bits| Ipv4Net::new(mapped, bits).ok());
+    v4.map(IpNet::V4).ok_or_else(|| {
+        Complaint::new(format!("{} is wider than the IPv4 addresses written as IPv6", shown(text)))
+            .help("write the IPv4 range, such as \"10.0.0.0/8\"; \"0.0.0.0/0\" is all of IPv4")
+    })
 }
 
 /// One range a line; blank lines and what follows `#` say nothing.

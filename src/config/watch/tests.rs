@@ -1,9 +1,11 @@
 //! The watcher against a real file system: every way files get replaced.
 //! Waits for events only; a missed one fails after a long patience.
 
+use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::sync::mpsc::{Receiver, channel};
 
+use super::way::LINKS_MAX;
 use super::*;
 
 /// Longer than any test may run: what is noticed, the kernel told us.
@@ -26,12 +28,33 @@ fn watched(path: &Path, settings: Settings) -> Watched {
 }
 
 fn notified(path: &Path) -> Watched {
-    let watched = watched(path, Settings { poll: NEVER, notify: true });
+    let watched = watched(path, Settings { poll: NEVER, notify: true, silence: SILENCE });
     assert_eq!(watched.watcher.polling_reason(), None);
     watched
 }
 
+fn polling(millis: u64, notify: bool) -> Settings {
+    Settings { poll: Duration::from_millis(millis), notify, silence: SILENCE }
+}
+
+/// Writes `content` piece by piece through one descriptor, with pauses that are
+/// longer than the watcher's.
+fn write_slowly(mut file: fs::File, content: &str) {
+    for piece in content.as_bytes().chunks(content.len().div_ceil(6)) {
+        file.write_all(piece).unwrap();
+        thread::sleep(SETTLE + SETTLE / 4);
+    }
+}
+
 impl Watched {
+    /// One call, with that content, and none before or after.
+    #[track_caller]
+    fn sees_only(&self, content: &str) {
+        let first = self.changes.recv_timeout(PATIENCE).expect("a change was missed");
+        assert_eq!(first, content);
+        assert!(self.is_quiet(), "told twice");
+    }
+
     #[track_caller]
     fn sees(&self, content: &str) {
         while self.changes.recv_timeout(PATIENCE).expect("a change was missed") != content {}
@@ -153,7 +176,7 @@ fn without_inotify_the_file_is_polled_and_the_reason_told() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
-    let watched = watched(&file, Settings { poll: Duration::from_millis(20), notify: false });
+    let watched = watched(&file, polling(20, false));
     assert!(watched.watcher.polling_reason().is_some());
     for content in ["1", "2", "3"] {
         fs::write(&file, content).unwrap();
@@ -168,7 +191,7 @@ fn replaced_directory_is_found_by_the_slow_look() {
     let file = old.join("t.toml");
     fs::create_dir(&old).unwrap();
     fs::write(&file, "0").unwrap();
-    let watched = watched(&file, Settings { poll: Duration::from_millis(20), notify: true });
+    let watched = watched(&file, polling(20, true));
     fs::create_dir(&new).unwrap();
     fs::write(new.join("t.toml"), "1").unwrap();
     fs::rename(&old, root.path().join("etc.old")).unwrap();
@@ -183,7 +206,7 @@ fn directory_deleted_and_made_again_is_noticed_each_time() {
     fs::create_dir(root.path().join("etc")).unwrap();
     fs::write(&file, "0").unwrap();
     // The parent of the watched directory is not watched: the look helps.
-    let watched = watched(&file, Settings { poll: Duration::from_millis(50), notify: true });
+    let watched = watched(&file, polling(50, true));
     for content in ["1", "2", "3"] {
         fs::remove_dir_all(root.path().join("etc")).unwrap();
         fs::create_dir(root.path().join("etc")).unwrap();
@@ -213,4 +236,92 @@ fn endless_links_end_the_walk() {
     let file = directory.path().join("t.toml");
     symlink("t.toml", &file).unwrap();
     assert_eq!(Way::walk(&file).names.len(), LINKS_MAX + 1);
+}
+
+#[test]
+fn a_file_written_slowly_is_told_of_once_and_whole() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("t.toml");
+    fs::write(&file, "0").unwrap();
+    let watched = notified(&file);
+    write_slowly(fs::File::create(&file).unwrap(), "a slow writer, truncating");
+    watched.sees_only("a slow writer, truncating");
+    let appended = fs::OpenOptions::new().append(true).open(&file).unwrap();
+    write_slowly(appended, ", then appending");
+    watched.sees_only("a slow writer, truncating, then appending");
+    fs::remove_file(&file).unwrap();
+    write_slowly(fs::File::create(&file).unwrap(), "a new file");
+    watched.sees_only("a new file");
+}
+
+#[test]
+fn a_file_that_is_not_written_to_yet_is_not_told_of() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("t.toml");
+    let watched = notified(&file);
+    let mut writer = fs::File::create(&file).unwrap();
+    assert!(watched.is_quiet(), "an empty file was taken for a whole one");
+    writer.write_all(b"1").unwrap();
+    drop(writer);
+    watched.sees_only("1");
+}
+
+#[test]
+fn two_writes_in_a_row_are_told_of_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("t.toml");
+    fs::write(&file, "0").unwrap();
+    let watched = notified(&file);
+    fs::write(&file, "1").unwrap();
+    thread::sleep(SETTLE / 2);
+    fs::write(&file, "2").unwrap();
+    watched.sees_only("2");
+}
+
+#[test]
+fn a_writer_that_says_no_more_is_waited_for_as_long_as_the_bound() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("t.toml");
+    fs::write(&file, "0").unwrap();
+    let silence = 6 * SETTLE;
+    let watched = watched(&file, Settings { poll: NEVER, notify: true, silence });
+    let mut writer = fs::OpenOptions::new().append(true).open(&file).unwrap();
+    writer.write_all(b"1").unwrap();
+    assert!(watched.is_quiet(), "the writer has it open");
+    watched.sees_only("01");
+}
+
+#[test]
+fn a_question_is_answered_at_once_or_when_the_writer_is_done() {
+    let directory = tempfile::tempdir().unwrap();
+    let (file, list) = (directory.path().join("t.toml"), directory.path().join("list"));
+    fs::write(&file, "0").unwrap();
+    fs::write(&list, "a").unwrap();
+    let watched = notified(&file);
+    watched.watcher.wait_for_writers_of(vec![list.clone()]);
+    watched.watcher.ask();
+    watched.sees_only("0");
+    for path in [&file, &list] {
+        let mut writer = fs::OpenOptions::new().append(true).open(path).unwrap();
+        writer.write_all(b"1").unwrap();
+        // The kernel's report arrives within this time, or the look sees more.
+        thread::sleep(SETTLE / 2);
+        assert_eq!(watched.watcher.being_written().as_ref(), Some(path));
+        watched.watcher.ask();
+        assert!(watched.is_quiet(), "answered while a writer was at it");
+        drop(writer);
+        watched.sees_only("01");
+    }
+    fs::write(&list, "b").unwrap();
+    assert!(watched.is_quiet(), "a list alone asks for nothing");
+}
+
+#[test]
+fn a_polled_file_is_told_of_once_two_looks_agree() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("t.toml");
+    fs::write(&file, "0").unwrap();
+    let watched = watched(&file, polling(500, false));
+    write_slowly(fs::File::create(&file).unwrap(), "a slow writer");
+    watched.sees_only("a slow writer");
 }

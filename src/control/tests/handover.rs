@@ -2,6 +2,7 @@
 
 use super::gray::watched;
 use super::*;
+use crate::control::elsewhere::{HeldBackend, HeldFrontend};
 use crate::control::handover::Saved;
 use proptest::prelude::*;
 
@@ -41,13 +42,151 @@ fn a_backend_that_is_new_waits_for_its_first_result() {
 }
 
 #[test]
-fn an_operators_drain_goes_by_the_name_and_health_by_the_address() {
+fn an_operators_drain_and_health_go_by_the_address() {
     let mut old = Bench::up(pool(&["a", "b"]));
     old.operator("a", Intent::Draining);
-    let next = successor(&old, pool(&["a@9", "b"]));
+    let same = successor(&old, pool(&["a", "b"]));
+    assert_eq!(same.status("a").intent, Intent::Draining);
+    let mut moved = successor(&old, pool(&["a@9", "b"]));
+    assert_eq!(moved.status("a").intent, Intent::Ready);
+    assert_eq!(moved.status("a").observation, Observation::Unknown);
+    moved.configure(pool(&["a", "b"]));
+    assert_eq!(moved.status("a").intent, Intent::Draining, "it has come back");
+}
+
+#[test]
+fn a_drained_backend_that_is_out_of_the_file_meanwhile_comes_back_drained() {
+    let mut old = Bench::up(pool(&["a", "b"]));
+    old.operator("a", Intent::Draining);
+    old.configure(pool(&["b"]));
+    old.pass(Duration::from_secs(5));
+    let back = successor(&old, pool(&["a", "b"]));
+    assert_eq!(back.status("a").intent, Intent::Draining);
+    let mut later = successor(&old, pool(&["b"]));
+    later.pass(Duration::from_secs(5));
+    later.configure(pool(&["a", "b"]));
+    assert_eq!(later.status("a").intent, Intent::Draining);
+    assert_eq!(later.serving(), ["b"]);
+}
+
+#[test]
+fn history_goes_on_and_is_not_told_twice() {
+    let mut old = Bench::up(pool(&["a", "b"]));
+    old.pass(Duration::from_secs(7));
+    old.operator("a", Intent::Draining);
+    let reasons = |bench: &Bench| -> Vec<(String, Duration)> {
+        let explained = bench.controller.explain("web", "a", bench.now).unwrap();
+        let age = |t: &crate::health::Transition| bench.now - t.at;
+        explained.history.iter().map(|t| (format!("{} {}", t.to, t.reason), age(t))).collect()
+    };
+    let mut next = successor(&old, pool(&["a", "b"]));
+    assert_eq!(reasons(&next), reasons(&old));
+    assert_eq!(reasons(&next).len(), 2);
+    next.operator("a", Intent::Ready);
+    let saved = old.controller.save(old.now);
+    next.controller.adopt(&saved, next.now);
+    assert_eq!(reasons(&next).len(), 3);
+    let explained = next.controller.explain("web", "a", next.now).unwrap();
+    assert_eq!(explained.history[0].to, "ready", "the newest is what happened here");
+}
+
+#[test]
+fn what_a_program_without_hearts_and_history_says_is_understood() {
+    let saved: Saved = serde_json::from_str(
+        r#"{"generation":1,"serial":9,"frontends":[{"name":"in","sessions":7,"bytes_in":0,
+        "bytes_out":0,"refused":{},"untracked":0}],"pools":[{"name":"web","open":false,
+        "turn":null,"in_service_ms":50,"backends":[{"name":"a","address":"127.0.0.1:1097",
+        "intent":"draining","intent_ms":3,"eligible":false,"observation":"up",
+        "observation_ms":5,"fails_open":false,"outlier":{"ejected":null,"back_ms":null,
+        "repeats":0,"held_total":0,"ejections_total":0},"watch":{"suspect_ms":null,
+        "usual":null},"ramp_ms":null,"sessions":4,"connect_failures":0,"bytes_in":0,
+        "bytes_out":0}]}],"published":{},"heartbeats":0,"misfits":{},"excuses":0}"#,
+    )
+    .unwrap();
+    let mut next = Bench::new(pool(&["a", "b"]));
+    next.controller.adopt(&saved, next.now);
     assert_eq!(next.status("a").intent, Intent::Draining);
-    assert_eq!(next.status("a").observation, Observation::Unknown);
-    assert_eq!(next.serving(), ["b"]);
+    assert_eq!(next.status("a").observation, Observation::Up);
+    assert_eq!(next.status("a").state.counters.sum(|c| c.sessions.get()), 4);
+}
+
+#[test]
+fn sessions_elsewhere_count_until_they_end_there() {
+    let old = Bench::new(unprobed(&["a", "b"]));
+    let mut next = successor(&old, unprobed(&["a", "b"]));
+    let address = next.status("a").state.address_text.to_string();
+    let held = |name: &str, address: &str, sessions| HeldBackend {
+        pool: "web".to_owned(),
+        name: name.to_owned(),
+        address: address.to_owned(),
+        sessions,
+    };
+    let frontends = [HeldFrontend { name: "in".to_owned(), sessions: 5 }];
+    let backends = [held("a", &address, 2), held("gone", "127.0.0.9:9", 3)];
+    next.controller.held_elsewhere(&backends, &frontends, next.now);
+    let status = next.controller.status(next.now);
+    assert_eq!(status.frontends[0].state.in_flight.total(), 5);
+    assert_eq!(next.status("a").state.in_flight.total(), 2);
+    assert!(!next.status("a").state.in_flight.try_enter(2), "caps count both");
+    let leaving: Vec<_> = status.leaving.iter().map(|state| &*state.name).collect();
+    assert_eq!(leaving, ["gone"]);
+
+    // What leaves here is cut there as well.
+    next.configure(Pool {
+        on_removal: OnRemoval::CloseAfter(Duration::from_secs(2)),
+        ..unprobed(&["b"])
+    });
+    let a = next.controller.find_known("web", "a", &address).unwrap();
+    assert_eq!(cuts(&next.pass(Duration::from_millis(2100))), [a]);
+    next.controller.held_elsewhere(&[held("gone", "127.0.0.9:9", 0)], &[], next.now);
+    next.pass(Duration::from_secs(2));
+    assert!(next.controller.find_known("web", "gone", "127.0.0.9:9").is_none());
+    next.controller.held_here_alone();
+    assert!(next.controller.status(next.now).leaving.is_empty());
+}
+
+mod alone {
+    use super::*;
+
+    fn many(prefix: &str, pools: u32, each: u32) -> Arc<Config> {
+        let pool = |number: u32| Pool {
+            name: format!("{prefix}{number}").into(),
+            backends: (0..each)
+                .map(|one| Backend {
+                    name: format!("b{one}").into(),
+                    address: BackendAddress::Tcp(
+                        (std::net::Ipv4Addr::from_bits(number * each + one + 1), 80).into(),
+                    ),
+                    ..backend("a")
+                })
+                .collect(),
+            ..unprobed(&[])
+        };
+        config((0..pools).map(pool).collect())
+    }
+
+    /// Twenty times as many take twenty times as long, not four hundred times.
+    #[test]
+    fn ten_thousand_backends_are_handed_over_in_no_time() {
+        for (pools, each) in [(1, 10_000), (2_500, 4)] {
+            let now = crate::clock::now();
+            let mut old = Controller::new(1, 1);
+            old.apply(Event::Configure(many("p", pools, each)), now);
+            let saved = old.save(now);
+            let mut next = Controller::new(1, 2);
+            next.apply(Event::Configure(many("p", pools, each)), now);
+            let began = crate::clock::now();
+            next.adopt(&saved, now);
+            assert!(next.serves_as(&saved));
+            for pool in &saved.pools {
+                for one in &pool.backends {
+                    next.find_saved(&pool.name, &one.name, &one.address).expect("it is there");
+                }
+            }
+            let took = crate::clock::now() - began;
+            assert!(took < Duration::from_secs(4), "{pools} x {each}: {took:?}");
+        }
+    }
 }
 
 #[test]

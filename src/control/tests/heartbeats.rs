@@ -489,3 +489,130 @@ fn a_confirming_probe_leaves_the_regular_ones_their_turn() {
     });
     assert!(regular.count() >= 5, "one each two seconds");
 }
+
+/// A controller of another process that goes on with what `old` knew.
+fn upgraded(old: &Bench, pool: Pool) -> Bench {
+    let text = serde_json::to_string(&old.controller.save(old.now)).unwrap();
+    let saved = serde_json::from_str(&text).unwrap();
+    let mut next =
+        Bench { controller: Controller::new(2, 2), began: old.began, now: old.now, asked: vec![] };
+    next.configure(pool);
+    // As the offer and as the last word.
+    for _ in 0..2 {
+        let effects = next.controller.adopt(&saved, next.now);
+        next.note(effects);
+    }
+    next
+}
+
+/// Heartbeats of these names at an interval of five seconds.
+fn slowly(bench: &mut Bench, names: &[&str], times: std::ops::Range<u64>) {
+    let interval = Duration::from_secs(5);
+    for sequence in times {
+        for name in names {
+            bench.hear(Heartbeat { interval, ..heartbeat(name, sequence) });
+        }
+        let next = bench.now + interval;
+        bench.serve_until(next, &[]);
+    }
+}
+
+fn slow_pool() -> Pool {
+    let slow = config::HeartbeatSpec { interval: Duration::from_secs(5), ..spec() };
+    Pool { heartbeat: Some(Arc::new(slow)), ..unprobed(&["z"]) }
+}
+
+#[test]
+fn after_an_upgrade_registered_backends_serve_before_anybody_is_heard() {
+    let mut old = Bench::new(slow_pool());
+    slowly(&mut old, &["a", "b", "c"], 1..20);
+    old.hear(Heartbeat { state: SenderState::Draining, ..heartbeat("b", 30) });
+    old.operator("c", Intent::Draining);
+    assert_eq!(old.serving(), ["z", "a"]);
+    let mut next = upgraded(&old, slow_pool());
+    assert_eq!(next.names(), ["z", "a", "b", "c"]);
+    assert_eq!(next.serving(), ["z", "a"]);
+    assert_eq!(next.status("b").calling, crate::health::Calling::Draining);
+    let reading = |bench: &Bench| bench.status("a").heart.unwrap().reading;
+    assert_eq!(reading(&next).beats_total, reading(&old).beats_total);
+    assert_eq!(reading(&next).sequence, reading(&old).sequence);
+    assert_eq!(next.status("a").last_transition.unwrap().to, "up");
+    // It is heard again, and then it dies.
+    slowly(&mut next, &["a", "b", "c"], 31..36);
+    assert_eq!(reading(&next).lost_total, reading(&old).lost_total + 11);
+    assert_eq!(next.serving(), ["z", "a", "b"]);
+    next.serve_until(next.now + Duration::from_secs(200), &["a", "b", "c"]);
+    assert_eq!(next.serving(), ["z"]);
+}
+
+#[test]
+fn who_stops_while_an_upgrade_is_under_way_is_gone_from_the_next_process() {
+    let mut old = Bench::new(slow_pool());
+    slowly(&mut old, &["a", "b"], 1..5);
+    let mut next = upgraded(&old, slow_pool());
+    next.hear(Heartbeat { interval: Duration::from_secs(5), ..heartbeat("b", 9) });
+    for name in ["a", "b"] {
+        old.hear(Heartbeat { state: SenderState::Stopping, ..heartbeat(name, 8) });
+    }
+    let saved = old.controller.save(old.now);
+    next.controller.adopt(&saved, next.now);
+    assert_eq!(next.names(), ["z", "b"], "b has been heard since");
+}
+
+#[test]
+fn ten_thousand_slow_senders_are_all_there_after_an_upgrade() {
+    let many = || {
+        let slow = config::HeartbeatSpec {
+            interval: Duration::from_secs(5),
+            backends_max: 20_000,
+            ..spec()
+        };
+        Pool { heartbeat: Some(Arc::new(slow)), ..unprobed(&[]) }
+    };
+    let mut old = Bench::new(many());
+    for number in 0..10_000u32 {
+        let address = (std::net::Ipv4Addr::from_bits(0x0a00_0001 + number), 80).into();
+        let name = format!("n{number}").into();
+        old.hear(Heartbeat {
+            name,
+            address,
+            interval: Duration::from_secs(5),
+            ..heartbeat("a", 1)
+        });
+    }
+    old.answer_but(&[]);
+    old.pass(pace::PACE);
+    assert_eq!(old.serving().len(), 10_000);
+    let next = upgraded(&old, many());
+    assert_eq!(next.serving().len(), 10_000);
+}
+
+mod alone {
+    use super::*;
+
+    fn cost_with(pools: usize) -> Duration {
+        let pool = |number: usize| Pool {
+            name: if number + 1 == pools { "web".into() } else { format!("p{number}").into() },
+            ..open_pool(&["z"])
+        };
+        let mut bench = Bench::new(open_pool(&["z"]));
+        bench.apply(Event::Configure(config((0..pools).map(pool).collect())));
+        bench.hear(heartbeat("a", 1));
+        bench.answer_but(&[]);
+        let round = |bench: &mut Bench, round: u64| {
+            let began = crate::clock::now();
+            for sequence in 2 + round * 300..302 + round * 300 {
+                bench.now += Duration::from_millis(1);
+                bench.hear(heartbeat("a", sequence));
+            }
+            crate::clock::now() - began
+        };
+        (0..5).map(|at| round(&mut bench, at)).min().unwrap()
+    }
+
+    #[test]
+    fn a_heartbeat_costs_the_same_however_many_pools_there_are() {
+        let (few, many) = (cost_with(2), cost_with(5_000));
+        assert!(many < few * 4, "{few:?} with 2 pools, {many:?} with 5,000");
+    }
+}

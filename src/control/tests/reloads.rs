@@ -26,14 +26,33 @@ fn unknown_names_are_told_apart_and_change_nothing() {
 }
 
 #[test]
-fn a_drain_survives_reloads_even_with_a_new_address() {
+fn a_drain_survives_reloads_and_does_not_follow_the_name_to_another_address() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.operator("a", Intent::Draining);
     bench.configure(unprobed(&["b", "a"]));
     assert_eq!(bench.serving(), ["b"]);
     bench.configure(unprobed(&["b", "a@4711"]));
-    assert_eq!(bench.serving(), ["b"]);
-    assert_eq!(bench.status("a").intent, Intent::Draining);
+    assert_eq!(bench.serving(), ["b", "a"]);
+    assert_eq!(bench.status("a").intent, Intent::Ready);
+    bench.configure(unprobed(&["b", "a"]));
+    assert_eq!(bench.status("a").intent, Intent::Draining, "this one was drained");
+}
+
+#[test]
+fn a_drained_backend_that_is_out_of_the_file_for_a_moment_comes_back_drained() {
+    let mut bench = Bench::new(unprobed(&["a", "b"]));
+    bench.operator("a", Intent::Draining);
+    for away in [Duration::from_millis(1500), KEPT_FOR - Duration::from_secs(1)] {
+        bench.configure(unprobed(&["b"]));
+        bench.pass(away);
+        bench.configure(unprobed(&["a", "b"]));
+        assert_eq!(bench.status("a").intent, Intent::Draining, "after {away:?}");
+        assert_eq!(bench.serving(), ["b"]);
+    }
+    bench.configure(unprobed(&["b"]));
+    bench.pass(KEPT_FOR);
+    bench.configure(unprobed(&["a", "b"]));
+    assert_eq!(bench.status("a").intent, Intent::Ready, "nobody remembers for ever");
 }
 
 #[test]
@@ -134,12 +153,10 @@ fn a_backend_that_comes_back_while_leaving_gets_its_state_back() {
 fn a_forgotten_backend_starts_over_with_a_new_id() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let old = bench.id("a");
-    bench.operator("a", Intent::Draining);
     bench.configure(pool(&["b"]));
     bench.answer_all_for(Duration::from_secs(5), None);
     bench.configure(pool(&["a", "b"]));
     assert!(bench.id("a") > old);
-    assert_eq!(bench.status("a").intent, Intent::Ready);
     assert_eq!(bench.status("a").observation, Observation::Unknown);
 }
 

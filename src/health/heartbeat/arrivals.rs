@@ -9,6 +9,10 @@
 //! other. The expected time follows an alpha-beta filter: it settles on the
 //! true phase and the true interval, also of a sender whose clock is off.
 
+mod saved;
+
+pub use saved::SavedArrivals;
+
 use super::{Beat, INTERVAL_MAX, INTERVAL_MIN};
 use std::time::{Duration, Instant};
 

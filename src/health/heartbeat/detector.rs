@@ -5,6 +5,10 @@
 //! clock, makes no probe itself, and knows nothing of other backends: taking
 //! one out is asked for, and granted by `guards`.
 
+mod saved;
+
+pub use saved::SavedDetector;
+
 use super::flaps::Flaps;
 use super::reach::Reach;
 use super::round::{Progress, Round};

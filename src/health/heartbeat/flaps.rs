@@ -45,6 +45,16 @@ impl Flaps {
         self.fade(now);
     }
 
+    /// As another process knew it.
+    pub(super) fn of(count: u32, up_since: Option<Instant>) -> Flaps {
+        Flaps { count: count.min(COUNT_MAX), up_since }
+    }
+
+    /// For another process.
+    pub(super) fn parts(&self) -> (u32, Option<Instant>) {
+        (self.count, self.up_since)
+    }
+
     /// Failures that still count.
     pub fn count(&self) -> u32 {
         self.count

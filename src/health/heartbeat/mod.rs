@@ -94,7 +94,7 @@ mod tests;
 
 pub use super::SUSPECT_WEIGHT_PERCENT;
 pub use arrivals::{Arrival, Arrivals};
-pub use detector::HeartbeatDetector;
+pub use detector::{HeartbeatDetector, SavedDetector};
 pub use guards::{Channel, ChannelGuard, Freeze, Frost, PathGuard, PathView, permit, stalled};
 pub use ramp::Ramp;
 pub use reach::{TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN};

@@ -43,6 +43,17 @@ pub(super) struct Reach {
 // === impl Reach ===
 
 impl Reach {
+    /// As another process knew it; what makes no sense is not known.
+    pub(super) fn knowing(known: Option<(f64, f64)>) -> Reach {
+        let sane = |value: f64| (0.0..=3600.0).contains(&value);
+        Reach { known: known.filter(|(time, more)| sane(*time) && sane(*more)), failed: 0 }
+    }
+
+    /// Time and deviation, for another process.
+    pub(super) fn known(&self) -> Option<(f64, f64)> {
+        self.known
+    }
+
     /// It answered after that long.
     pub(super) fn answered(&mut self, took: Duration) {
         self.failed = 0;

@@ -5,6 +5,7 @@
 //! pool those go first whose verdict is being changed; it never runs two probes of
 //! one backend, and judges nothing.
 
+use super::sources::Turns;
 use crate::config::{BackendAddress, ProbeSpec};
 use crate::control::{Event, ProbeLane, ProbeToken};
 use crate::health::ProbeOutcome;
@@ -50,19 +51,20 @@ type Ended = (BackendId, ProbeToken, ProbeOutcome);
 #[derive(Debug)]
 struct Running {
     running_max: usize,
-    turns: Turns,
+    lanes: Lanes,
     /// Bounded by the number of backends: a newer request takes the place of
     /// an older one.
     requested: HashMap<BackendId, Request>,
     running: HashMap<BackendId, (AbortHandle, u32)>,
     tasks: JoinSet<Ended>,
+    turns: Turns,
     /// Of the thread this runs on.
     counters: Option<Arc<WorkerCounters>>,
 }
 
 /// Who is next.
 #[derive(Debug, Default)]
-struct Turns {
+struct Lanes {
     /// Those in which somebody waits or runs.
     pools: HashMap<u32, Lane>,
     /// Those in which somebody waits: how many run, when it had its last turn, which.
@@ -80,9 +82,9 @@ struct Lane {
     others: VecDeque<BackendId>,
 }
 
-// === impl Turns ===
+// === impl Lanes ===
 
-impl Turns {
+impl Lanes {
     fn join(&mut self, lane: ProbeLane, backend: BackendId) {
         self.change(lane.pool, |pool| {
             let queue = if lane.urgent { &mut pool.urgent } else { &mut pool.others };
@@ -157,10 +159,11 @@ impl ProbeRunner {
         let (requests, incoming) = mpsc::unbounded_channel();
         let running = Running {
             running_max: running_max.max(1),
-            turns: Turns::default(),
+            lanes: Lanes::default(),
             requested: HashMap::new(),
             running: HashMap::new(),
             tasks: JoinSet::new(),
+            turns: Turns::default(),
             counters,
         };
         tokio::spawn(running.serve(incoming, results));
@@ -223,28 +226,30 @@ impl Running {
         let (backend, lane) = (request.backend, request.lane);
         if let Some((older, pool)) = self.running.remove(&backend) {
             older.abort();
-            self.turns.ended(pool);
+            self.lanes.ended(pool);
         }
         let before = self.requested.insert(backend, request).map(|older| older.lane);
         // Its place stays, unless it has become urgent; a second place is passed over.
         if before != Some(lane) {
-            self.turns.join(lane, backend);
+            self.lanes.join(lane, backend);
         }
     }
 
     /// Starts what there is room for.
     fn fill(&mut self) {
-        while let Some((pool, backend)) = self.turns.next(self.running.len(), self.running_max) {
+        while let Some((pool, backend)) = self.lanes.next(self.running.len(), self.running_max) {
             let Some(request) = self.requested.remove(&backend) else { continue };
             let counters = self.counters.clone();
+            let turn = self.turns.next(backend, &request.spec.source);
             let task = self.tasks.spawn(async move {
-                let (outcome, short) = super::run_and_tell(&request.address, &request.spec).await;
+                let probe = super::run_and_tell(&request.address, &request.spec, turn);
+                let (outcome, short) = probe.await;
                 if let (Some(kind), Some(counters)) = (short, counters) {
                     counters.local_trouble(kind, LocalAt::Probe);
                 }
                 (request.backend, request.token, outcome)
             });
-            self.turns.began(pool);
+            self.lanes.began(pool);
             self.running.insert(backend, (task, pool));
         }
     }
@@ -264,7 +269,7 @@ impl Running {
             return None;
         }
         if let Some((_, pool)) = self.running.remove(&backend) {
-            self.turns.ended(pool);
+            self.lanes.ended(pool);
         }
         ended.ok().map(|(_, result)| result)
     }

@@ -10,8 +10,12 @@ const LANE: ProbeLane = ProbeLane { pool: 1, urgent: false };
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Instant;
+use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::mpsc;
+
+mod answers;
+mod sources;
 
 const TIMEOUT: Duration = Duration::from_millis(300);
 
@@ -28,7 +32,10 @@ fn spec(kind: ProbeKind) -> ProbeSpec {
 }
 
 fn ping() -> ProbeSpec {
-    spec(ProbeKind::SendExpect { send: b"PING\r\n".to_vec(), expect: b"+PONG".to_vec() })
+    spec(ProbeKind::SendExpect {
+        send: b"PING\r\n".to_vec(),
+        expect: Expect::Starts(b"+PONG".to_vec()),
+    })
 }
 
 fn http() -> ProbeSpec {

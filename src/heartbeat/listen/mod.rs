@@ -23,11 +23,13 @@ mod thread;
 
 use super::Heartbeat;
 use super::keys::KeyRing;
-use super::trust::{Gate, Reject};
+use super::rejections::{Rejected, Rejection, Rejections, Warning};
+use super::trust::{Gate, Refused, Reject};
 use crate::net::datagram;
 use crate::telemetry::counters::Counter;
 use queue::Queue;
 use rustix::event::{EventfdFlags, eventfd};
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -56,8 +58,21 @@ pub struct Receiver {
     inbox: Arc<Inbox>,
     queue: Arc<Queue>,
     counts: Arc<Counts>,
+    told: Arc<Mutex<Told>>,
     thread: Option<JoinHandle<()>>,
 }
+
+/// What the thread has to tell of rejected heartbeats.
+#[derive(Debug, Default)]
+struct Told {
+    rejections: Rejections,
+    /// Not taken yet; `rejections` bounds how many come.
+    warnings: VecDeque<Warning>,
+}
+
+/// Warnings that wait to be taken. Only where the control thread has stood still
+/// for minutes are there more, and the oldest are dropped.
+const WARNINGS_WAITING_MAX: usize = 256;
 
 /// Sockets for [`Receiver::commit`]. Dropped, the new ones are closed again.
 #[derive(Debug)]
@@ -128,6 +143,7 @@ impl Receiver {
             inbox: Arc::new(inbox),
             queue: Arc::default(),
             counts: Arc::default(),
+            told: Arc::default(),
             thread: None,
         };
         *lock(&receiver.bound) = inherited
@@ -140,7 +156,7 @@ impl Receiver {
             gate,
             Arc::clone(&receiver.inbox),
             Arc::clone(&receiver.queue),
-            Arc::clone(&receiver.counts),
+            (Arc::clone(&receiver.counts), Arc::clone(&receiver.told)),
         );
         let builder = std::thread::Builder::new().name("heartbeats".to_owned());
         receiver.thread = Some(builder.spawn(move || thread.run())?);
@@ -219,6 +235,23 @@ impl Receiver {
         self.queue.arrived().await;
     }
 
+    /// The oldest warning about rejected heartbeats that waits.
+    pub fn pop_warning(&self) -> Option<Warning> {
+        lock(&self.told).warnings.pop_front()
+    }
+
+    /// The rejected senders that are known, the last rejected first.
+    pub fn rejections(&self) -> Vec<Rejection> {
+        let mut all: Vec<Rejection> = lock(&self.told).rejections.all().cloned().collect();
+        all.sort_by_key(|rejection| std::cmp::Reverse(rejection.at));
+        all
+    }
+
+    /// What was rejected in the name of one backend.
+    pub fn rejection(&self, pool: &str, name: &str) -> Option<Rejection> {
+        lock(&self.told).rejections.of(pool, name).cloned()
+    }
+
     /// Whether the thread has ended by itself, which only a bug can bring about.
     pub fn is_finished(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
@@ -243,6 +276,31 @@ impl Drop for Receiver {
             // Its panic has been reported on standard error already.
             let _ = thread.join();
         }
+    }
+}
+
+// === impl Told ===
+
+impl Told {
+    /// Notes a rejected datagram; whether there is a warning about it.
+    fn rejected(&mut self, refused: &Refused<'_>, from: SocketAddr, now: Instant) -> bool {
+        let reason = refused.reason;
+        let rejected = Rejected {
+            claim: refused.claim.map(|claim| (claim.pool, claim.name)),
+            signed: reason.is_signed(),
+            from: Some(from),
+            key_id: refused.claim.map(|claim| claim.key_id),
+            reason: reason.name(),
+            help: reason.help(),
+            skew: refused.skew,
+            warns: reason != Reject::Replayed,
+        };
+        let Some(warning) = self.rejections.add(&rejected, now) else { return false };
+        if self.warnings.len() >= WARNINGS_WAITING_MAX {
+            self.warnings.pop_front();
+        }
+        self.warnings.push_back(warning);
+        true
     }
 }
 

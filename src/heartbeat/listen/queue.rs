@@ -43,6 +43,11 @@ impl Queue {
         lock(&self.waiting).pop()
     }
 
+    /// There is something to look at beside the queue.
+    pub(super) fn wake(&self) {
+        self.arrived.notify_one();
+    }
+
     pub(super) async fn arrived(&self) {
         self.arrived.notified().await;
     }

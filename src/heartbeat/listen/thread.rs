@@ -4,14 +4,14 @@
 //! datagrams and orders.
 
 use super::queue::Queue;
-use super::{Arrived, Counts, Inbox, Order};
+use super::{Arrived, Counts, Inbox, Order, Told, lock};
 use crate::clock;
 use crate::heartbeat::trust::Gate;
 use crate::net::datagram::{BATCH, Batch, Message};
 use rustix::event::{PollFd, PollFlags, poll};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Batches taken from one socket before the others and the orders have their
@@ -27,6 +27,9 @@ pub(super) struct Thread {
     inbox: Arc<Inbox>,
     queue: Arc<Queue>,
     counts: Arc<Counts>,
+    told: Arc<Mutex<Told>>,
+    /// Some heartbeat was rejected, so what is believed may end a row.
+    rejected_any: bool,
     sockets: Vec<Socket>,
     batch: Batch,
     /// Believed ones of this batch.
@@ -55,13 +58,15 @@ impl Thread {
         gate: Gate,
         inbox: Arc<Inbox>,
         queue: Arc<Queue>,
-        counts: Arc<Counts>,
+        (counts, told): (Arc<Counts>, Arc<Mutex<Told>>),
     ) -> Thread {
         Thread {
             gate,
             inbox,
             queue,
             counts,
+            told,
+            rejected_any: false,
             sockets: Vec::new(),
             batch: Batch::new(),
             believed: Vec::with_capacity(BATCH),
@@ -135,7 +140,7 @@ impl Thread {
 
     fn judge(&mut self, index: usize, taken: Taken) {
         let socket = &mut self.sockets[index];
-        let mut accepted = 0;
+        let (mut accepted, mut warned) = (0, false);
         for message in self.batch.messages() {
             if let Some(dropped) = message.dropped {
                 let since = dropped.wrapping_sub(socket.dropped);
@@ -145,13 +150,25 @@ impl Thread {
             let (at, wall) = taken.arrival(&message);
             let at = self.last.map_or(at, |last| at.max(last));
             self.last = Some(at);
-            match self.gate.admit(message.bytes, message.from, at, wall) {
+            match self.gate.judge(message.bytes, message.from, at, wall) {
                 Ok(heartbeat) => {
                     accepted += 1;
+                    if self.rejected_any {
+                        lock(&self.told).rejections.believed(&heartbeat.pool, &heartbeat.name);
+                    }
                     self.believed.push(Arrived { heartbeat, at, stands_for: 1 });
                 }
-                Err(reason) => self.counts.rejected[reason as usize].add(1),
+                Err(refused) => {
+                    self.counts.rejected[refused.reason as usize].add(1);
+                    if refused.reason.is_listed() {
+                        self.rejected_any = true;
+                        warned |= lock(&self.told).rejected(&refused, message.from, at);
+                    }
+                }
             }
+        }
+        if warned {
+            self.queue.wake();
         }
         self.counts.accepted.add(accepted);
     }

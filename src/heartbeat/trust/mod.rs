@@ -37,7 +37,8 @@
 //! our clocks. One of the same incarnation that disagrees later is believed all
 //! the same where it agrees with what the wall clock would show had it gone on
 //! as the monotonic one has. An incarnation that begins while our clock is wrong
-//! is refused; `stale` or `future` then count up.
+//! is refused; `stale` or `future` then count up, and [`super::rejections`] has the
+//! sender named in the log and in status.
 //!
 //! A heartbeat older than the newest carries no news, so it is refused:
 //! `reordered` if it is among the last [`WINDOW`] and new to us, `replayed` if
@@ -61,7 +62,7 @@ use super::keys::KeyRing;
 use super::wire::{Malformed, Parsed};
 use limit::Limiter;
 use senders::{Moment, Senders};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use senders::{SENDERS_MAX, WINDOW};
@@ -111,6 +112,28 @@ pub enum Reject {
     SendersFull,
 }
 
+/// A datagram that is not believed, and what can be told of its sender.
+#[derive(Debug, Clone, Copy)]
+pub struct Refused<'d> {
+    /// Why.
+    pub reason: Reject,
+    /// Who it says it is, where it could be read.
+    pub claim: Option<Claim<'d>>,
+    /// The sender's clock less ours, in milliseconds.
+    pub skew: Option<i64>,
+}
+
+/// Who a datagram says it is; proven only where [`Reject::is_signed`] says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim<'d> {
+    /// Pool it speaks for.
+    pub pool: &'d str,
+    /// Backend name.
+    pub name: &'d str,
+    /// The key it names.
+    pub key_id: u32,
+}
+
 /// Judges datagrams.
 #[derive(Debug)]
 pub struct Gate {
@@ -150,10 +173,40 @@ impl Gate {
         now: Instant,
         wall: SystemTime,
     ) -> Result<Heartbeat, Reject> {
-        let parsed = Parsed::read(datagram)?;
-        let key = self.keys.get(parsed.key_id).ok_or(Reject::UnknownKey)?;
+        self.judge(datagram, from, now, wall).map_err(|refused| refused.reason)
+    }
+
+    /// The same, and what can be told of a sender that is not believed.
+    ///
+    /// # Errors
+    /// As [`Gate::admit`].
+    pub fn judge<'d>(
+        &mut self,
+        datagram: &'d [u8],
+        from: SocketAddr,
+        now: Instant,
+        wall: SystemTime,
+    ) -> Result<Heartbeat, Refused<'d>> {
+        let unread = |wrong: Malformed| Refused { reason: wrong.into(), claim: None, skew: None };
+        let parsed = Parsed::read(datagram).map_err(unread)?;
+        let wall = wall.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_millis() as u64;
+        let moment = Moment { now, wall, skew_max: self.limits.skew_max };
         let source = from.ip().to_canonical();
-        self.limiter.pass(source, now)?;
+        self.believe(&parsed, source, moment).map_err(|reason| Refused {
+            reason,
+            claim: Some(Claim { pool: parsed.pool, name: parsed.name, key_id: parsed.key_id }),
+            skew: reason.is_signed().then(|| parsed.sent.wrapping_sub(wall) as i64),
+        })
+    }
+
+    fn believe(
+        &mut self,
+        parsed: &Parsed<'_>,
+        source: IpAddr,
+        moment: Moment,
+    ) -> Result<Heartbeat, Reject> {
+        let key = self.keys.get(parsed.key_id).ok_or(Reject::UnknownKey)?;
+        self.limiter.pass(source, moment.now)?;
         if !parsed.verify(&key.secret) {
             return Err(Reject::Signature);
         }
@@ -163,10 +216,8 @@ impl Gate {
         if !key.covers_address(parsed.address.ip()) {
             return Err(Reject::WrongAddress);
         }
-        let wall = wall.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_millis() as u64;
-        let moment = Moment { now, wall, skew_max: self.limits.skew_max };
-        let (pool, name) = self.senders.judge(&parsed, moment)?;
-        self.limiter.proven(source, now);
+        let (pool, name) = self.senders.judge(parsed, moment)?;
+        self.limiter.proven(source, moment.now);
         Ok(Heartbeat {
             pool,
             name,
@@ -231,6 +282,55 @@ impl Reject {
             Reject::Replayed => "replayed",
             Reject::Reordered => "reordered",
             Reject::SendersFull => "senders-full",
+        }
+    }
+
+    /// Whether a key in force had signed the datagram: its sender is proven.
+    pub fn is_signed(self) -> bool {
+        match self {
+            Reject::Malformed
+            | Reject::UnknownVersion
+            | Reject::UnknownKey
+            | Reject::Limited
+            | Reject::Overload
+            | Reject::Signature => false,
+            Reject::WrongPool
+            | Reject::WrongAddress
+            | Reject::Stale
+            | Reject::Future
+            | Reject::OldIncarnation
+            | Reject::Replayed
+            | Reject::Reordered
+            | Reject::SendersFull => true,
+        }
+    }
+
+    /// Whether senders with that reason are listed: not where the network
+    /// reorders datagrams, and not those in a flood, which are counted.
+    pub fn is_listed(self) -> bool {
+        !matches!(self, Reject::Reordered | Reject::Limited | Reject::Overload)
+    }
+
+    /// What an operator can do about it.
+    pub fn help(self) -> &'static str {
+        match self {
+            Reject::Malformed => "this is no heartbeat; find out what sends to this port",
+            Reject::UnknownVersion => "run the same version of Tidegate on both sides",
+            Reject::UnknownKey => "no [[heartbeat.key]] has this id; correct the id on one side",
+            Reject::Limited | Reject::Overload => "find out what floods this port",
+            Reject::Signature => "compare the key files of both sides",
+            Reject::WrongPool => "add the pool to the pools of its [[heartbeat.key]]",
+            Reject::WrongAddress => "add the address to the addresses of its [[heartbeat.key]]",
+            Reject::Stale | Reject::Future => {
+                "synchronise the clocks of both hosts; at most 30s may lie between them"
+            }
+            Reject::OldIncarnation => {
+                "another sender of this name started later, or this one's clock was set back; \
+                 give each backend one sender, or restart it"
+            }
+            Reject::Replayed => "the network repeats datagrams, or two senders share one identity",
+            Reject::Reordered => "the network reorders datagrams",
+            Reject::SendersFull => "10,000 senders are known; start fewer under new names",
         }
     }
 

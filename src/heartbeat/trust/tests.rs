@@ -347,3 +347,16 @@ fn reasons_have_one_name_and_number_each() {
         assert_eq!(Reject::ALL.iter().filter(|other| other.name() == reason.name()).count(), 1);
     }
 }
+
+#[test]
+fn refusal_says_who_and_by_how_much_the_clock_is_off() {
+    let mut place = Place::new();
+    let datagram = Mouth::new().say();
+    place.wall += 300_000;
+    let wall = UNIX_EPOCH + Duration::from_millis(place.wall);
+    let from = SOURCE.parse().unwrap();
+    let refused = place.gate.judge(&datagram, from, place.now, wall).unwrap_err();
+    let claim = refused.claim.unwrap();
+    assert_eq!((refused.reason, refused.skew), (Reject::Stale, Some(-300_000)));
+    assert_eq!((claim.pool, claim.name, claim.key_id), ("web", "a", 7));
+}

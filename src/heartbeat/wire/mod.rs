@@ -252,6 +252,8 @@ impl Identity {
     /// # Errors
     /// Names outside the configuration's rules, addresses nobody can connect to.
     pub fn new(pool: &str, name: &str, address: SocketAddr) -> Result<Identity, Unfit> {
+        // IPv4 mapped into IPv6 is the IPv4 address everywhere.
+        let address = SocketAddr::new(address.ip().to_canonical(), address.port());
         if !is_name(pool) {
             return Err(Unfit::Pool(pool.to_owned()));
         }

@@ -128,10 +128,17 @@ fn a_backend_without_a_name_goes_by_its_address() {
 
 #[test]
 fn addresses_nobody_can_connect_to_are_refused() {
-    for address in ["0.0.0.0:80", "10.0.0.1:0", "[::]:80", "[fe80::1]:80", "[::ffff:10.0.0.1]:80"] {
+    for address in ["0.0.0.0:80", "10.0.0.1:0", "[::]:80", "[fe80::1]:80"] {
         let refused = Identity::new("web", "a", address.parse().unwrap());
         assert!(matches!(refused, Err(Unfit::Address(_))), "{address}");
     }
+}
+
+#[test]
+fn ipv4_address_mapped_into_ipv6_is_announced_as_ipv4() {
+    let mapped = "[::ffff:10.0.0.1]:80".parse().unwrap();
+    let identity = Identity::new("web", "10.0.0.1:80", mapped).unwrap();
+    assert_eq!(identity.address(), "10.0.0.1:80".parse().unwrap());
 }
 
 #[test]

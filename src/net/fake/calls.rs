@@ -6,6 +6,8 @@
 use super::plan;
 use super::socket::{Role, Standing, Told, write_stream};
 use super::{Call, Fault, Kernel, Pipe, try_with};
+use crate::clock;
+use crate::net::stream::Delivery;
 use rustix::event::epoll::{Event, EventFlags};
 use std::io;
 use std::net::SocketAddr;
@@ -125,8 +127,18 @@ pub(in crate::net) fn set_option(fd: &impl AsFd) -> Answer<()> {
     })
 }
 
-pub(in crate::net) fn unacknowledged(fd: &impl AsFd) -> Option<u64> {
-    on(fd, |kernel, _| Ok(kernel.rng.u64(..3))).and_then(Result::ok)
+pub(in crate::net) fn delivery(fd: &impl AsFd) -> Option<Delivery> {
+    on(fd, |kernel, id| {
+        let socket = &kernel.sockets[id];
+        let quiet = clock::now().saturating_duration_since(socket.moved_at);
+        let (waiting, dead) = (socket.queued(), socket.dead);
+        Ok(Delivery { waiting, quiet: Some(quiet), blocked: false, dead })
+    })
+    .and_then(Result::ok)
+}
+
+pub(in crate::net) fn unread(fd: &impl AsFd) -> Option<u64> {
+    on(fd, |kernel, id| Ok(kernel.sockets[id].waiting())).and_then(Result::ok)
 }
 
 pub(in crate::net) fn accept(fd: &impl AsFd) -> Answer<(OwnedFd, SocketAddr)> {
@@ -295,9 +307,13 @@ impl Kernel {
     }
 
     pub(super) fn after_put(&mut self, id: usize) {
+        // Mostly it is there at once; else it is queued for a while.
+        if self.rng.u8(..4) > 0 {
+            self.sockets[id].deliver(u64::MAX);
+        }
         let Kernel { sockets, .. } = self;
-        let (got, dead) = (sockets[id].got, sockets[id].dead);
-        self.note((id, got));
+        let (put, dead) = (sockets[id].put, sockets[id].dead);
+        self.note((id, put));
         if dead {
             self.changed(id);
         }

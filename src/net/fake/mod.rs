@@ -78,7 +78,8 @@ pub(crate) fn with<T>(run: impl FnOnce(&mut Kernel) -> T) -> T {
 }
 
 pub(crate) fn is_installed() -> bool {
-    KERNEL.with_borrow(Option::is_some)
+    // In use: it is there.
+    KERNEL.with(|kernel| kernel.try_borrow().map_or(true, |kernel| kernel.is_some()))
 }
 
 fn try_with<T>(run: impl FnOnce(&mut Kernel) -> T) -> Option<T> {
@@ -288,10 +289,18 @@ impl Kernel {
         self.changed(id);
     }
 
-    /// What goes on by itself: operations of the ring, now and then a wake-up
-    /// for nothing.
+    /// What goes on by itself: bytes arrive at the peers, and operations of the ring
+    /// are done.
     pub(crate) fn go_on(&mut self) {
         self.note_closed();
+        let busy = |socket: &&mut Socket| socket.is_open() && socket.queued() > 0;
+        for socket in self.sockets.iter_mut().filter(busy) {
+            match self.rng.u8(..3) {
+                0 => {}
+                1 => socket.deliver(self.rng.u64(1..10_000)),
+                _ => socket.deliver(u64::MAX),
+            }
+        }
         self.run_ring(false);
     }
 

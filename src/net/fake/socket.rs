@@ -3,9 +3,11 @@
 //! Owned by the fake kernel. The bytes of a stream follow from its number, so
 //! none is kept, and every one that comes out is compared with what went in.
 
+use crate::clock;
 use std::net::SocketAddr;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::LazyLock;
+use std::time::Instant;
 
 /// What a stream's bytes are cut from; prime, so that no power of two repeats.
 static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -68,9 +70,13 @@ pub(crate) struct Socket {
     seen: u64,
     /// The peer has ended its stream.
     pub(crate) fin: bool,
-    /// So many bytes have arrived at the peer, and of which stream they are.
+    /// So many bytes were sent to the peer, so many of them have arrived there, and of
+    /// which stream they are.
+    pub(crate) put: u64,
     pub(crate) got: u64,
     pub(crate) got_from: Option<u8>,
+    /// When bytes were sent, or arrived, at last.
+    pub(super) moved_at: Instant,
     pub(crate) garbled: bool,
     /// What may be sent before there is no room.
     pub(crate) room: u64,
@@ -100,8 +106,10 @@ impl Socket {
             taken: 0,
             seen: 0,
             fin: false,
+            put: 0,
             got: 0,
             got_from: None,
+            moved_at: clock::now(),
             garbled: false,
             room: 64 * 1024,
             dead: false,
@@ -180,14 +188,30 @@ impl Socket {
         }
     }
 
+    /// What has not arrived at the peer; a FIN behind it counts as well.
+    pub(super) fn queued(&self) -> u64 {
+        let left = self.put - self.got;
+        left + u64::from(left > 0 && self.shut)
+    }
+
+    /// So much of what is queued arrives.
+    pub(super) fn deliver(&mut self, most: u64) {
+        let left = self.put - self.got;
+        if left > 0 && !self.dead {
+            self.got += left.min(most);
+            self.moved_at = clock::now();
+        }
+    }
+
     /// These bytes go to the peer; there was room for them.
     pub(super) fn put(&mut self, bytes: &[u8]) {
         let Some(first) = bytes.first() else { return };
         let stream = *self.got_from.get_or_insert(*first);
         let mut expected = vec![0; bytes.len()];
-        write_stream(stream, self.got, &mut expected);
+        write_stream(stream, self.put, &mut expected);
         self.garbled |= expected != bytes;
-        self.got += bytes.len() as u64;
+        self.put += bytes.len() as u64;
+        self.moved_at = clock::now();
         self.room -= bytes.len() as u64;
         if self.gone {
             // `tcp_reset` in Linux: after the peer's FIN it reads as EPIPE.
@@ -211,14 +235,17 @@ impl Socket {
             let unread = self.waiting() > 0;
             self.told = if self.reset_on_close || unread { Told::Reset } else { Told::Fin };
         }
+        if self.told == Told::Fin {
+            self.deliver(u64::MAX);
+        }
     }
 }
 
 impl std::fmt::Debug for Socket {
     /// On one line: there are many.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Socket { role, stream, standing, sent, taken, got, got_from, .. } = self;
-        write!(f, "{role:?} #{stream} {standing:?} sent {sent} taken {taken} got {got}")?;
+        let Socket { role, stream, standing, sent, taken, put, got, got_from, .. } = self;
+        write!(f, "{role:?} #{stream} {standing:?} sent {sent} taken {taken} put {put} got {got}")?;
         write!(
             f,
             " of {got_from:?} room {} told {:?} injected {:?}",

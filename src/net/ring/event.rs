@@ -56,8 +56,10 @@ pub enum What {
     /// A send was carried on by that many bytes, which is all of them if it was
     /// the last event.
     Sent(usize),
-    /// A send failed, or was cancelled (`ECANCELED`).
+    /// A send failed, or was cancelled (`ECANCELED`) before it had sent anything.
     SendFailed(i32),
+    /// A send was cancelled after so many bytes more.
+    SendCut(usize),
     /// A poll: whether the socket has failed or been hung up, or the errno of
     /// the poll itself.
     Polled(Result<bool, i32>),

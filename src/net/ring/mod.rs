@@ -488,8 +488,7 @@ impl Ring {
         self.ops.unpack(parcel);
         let what = match result {
             1.. if sent == left => What::Sent(sent),
-            // Cut short because it was cancelled.
-            1.. => What::SendFailed(libc::ECANCELED),
+            1.. => What::SendCut(sent),
             // A send that takes nothing and names no reason cannot go on.
             0 => What::SendFailed(libc::EPIPE),
             errno => What::SendFailed(-errno),

@@ -70,19 +70,32 @@ pub struct Meter {
     pub timed: bool,
 }
 
+/// What a session moved.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Bytes {
+    /// Sent on to the backend.
+    pub bytes_in: u64,
+    /// Sent on to the client.
+    pub bytes_out: u64,
+    /// Come from either side, and not taken by the kernel of the other when it was
+    /// over; none of a session that finished.
+    pub undelivered: u64,
+}
+
 /// A finished relay: how it ended, what it moved, and its sockets.
 #[derive(Debug)]
 pub struct Relayed {
     /// Cause, phase, who closed first.
     pub ending: Ending,
-    /// From the client.
-    pub bytes_in: u64,
-    /// To the client.
-    pub bytes_out: u64,
+    /// What it moved.
+    pub bytes: Bytes,
     /// When the backend's first byte came.
     pub first_byte: Option<Instant>,
     /// When the client spoke, if the backend never answered.
     pub unanswered_since: Option<Instant>,
+    /// The backend reset the connection before either side had said or ended
+    /// anything: another may serve the client as if this one had never been.
+    pub untouched: bool,
     /// Client's and backend's, still open. Where both have ended, it may be the
     /// closing of these that tells the side that ended first.
     pub sockets: [OwnedFd; 2],
@@ -93,10 +106,8 @@ pub struct Relayed {
 pub struct SoFar {
     /// As if it ended now.
     pub ending: Ending,
-    /// From the client.
-    pub bytes_in: u64,
-    /// To the client.
-    pub bytes_out: u64,
+    /// What it moved.
+    pub bytes: Bytes,
     /// When the backend's first byte came.
     pub first_byte: Option<Instant>,
 }
@@ -162,9 +173,9 @@ impl Flow {
     }
 
     /// Turns the client away with RST, for a session that ends before it is
-    /// relayed.
-    pub fn refuse(self) {
-        self.engine.refuse(self.key);
+    /// relayed; gives the number of bytes it had sent.
+    pub fn refuse(self) -> u64 {
+        self.engine.refuse(self.key)
     }
 }
 

@@ -20,7 +20,7 @@ mod tests;
 mod verdict;
 
 pub use crate::net::ring::Settings as RingSettings;
-pub use flow::{ConnectEnd, Flow, Limits, Meter, Relay, Relayed, SoFar};
+pub use flow::{Bytes, ConnectEnd, Flow, Limits, Meter, Relay, Relayed, SoFar};
 pub use ring::SETTINGS as RING_SETTINGS;
 
 use super::close::Cause;
@@ -183,7 +183,7 @@ impl Engine {
         either!(self, shell => shell.so_far(key, cause))
     }
 
-    fn refuse(&self, key: u32) {
+    fn refuse(&self, key: u32) -> u64 {
         either!(self, shell => shell.refuse(key))
     }
 

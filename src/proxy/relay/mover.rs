@@ -4,7 +4,7 @@
 
 use super::pace::Pace;
 use super::shell::State;
-use super::verdict::{Moved, Next, Verdict};
+use super::verdict::{Carried, Moved, Next, Verdict};
 use crate::proxy::close::Side;
 use std::fmt::Debug;
 use std::io;
@@ -53,7 +53,8 @@ pub(super) trait Mover: Sized + Debug {
 
     fn verdict(flow: &Self::Flow) -> &Verdict;
 
-    fn bytes_from(flow: &Self::Flow, side: Side) -> u64;
+    /// What became of that side's bytes.
+    fn carried(flow: &Self::Flow, from: Side) -> Carried;
 
     fn client(flow: &Self::Flow) -> Option<BorrowedFd<'_>>;
 

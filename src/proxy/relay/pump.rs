@@ -10,7 +10,7 @@
 mod bulk;
 mod scarce;
 
-use super::verdict::{Moved, Next, Verdict};
+use super::verdict::{Carried, Moved, Next, Verdict};
 use crate::net::budget::Share;
 use crate::net::errno;
 use crate::net::pipe::Fill;
@@ -93,7 +93,7 @@ struct Socket {
 struct Stream {
     /// Received and not yet sent; mostly none.
     kept: Option<Box<Kept>>,
-    bytes: u64,
+    carried: Carried,
     /// Full reads in a row.
     streak: u8,
     /// Fills in a row that were less than a full read, or crammed.
@@ -166,9 +166,9 @@ impl Pump {
         !self.sockets[side as usize].writable
     }
 
-    /// Bytes received from that side so far.
-    pub(super) fn bytes_from(&self, side: Side) -> u64 {
-        self.streams[side as usize].bytes
+    /// What became of that side's bytes so far.
+    pub(super) fn carried(&self, from: Side) -> Carried {
+        self.streams[from as usize].carried
     }
 
     /// Moves what can be moved, through `buffer` (at least [`READ_BULK`]).
@@ -270,10 +270,10 @@ impl Pump {
             let Some(kept) = &mut self.streams[from as usize].kept else { break };
             match io.send(to, &kept.bytes[kept.sent..]) {
                 Ok(sent) => {
-                    moved.sent = true;
-                    self.verdict.sent_to(to);
                     kept.sent += sent;
-                    if kept.sent == kept.bytes.len() {
+                    let all = kept.sent == kept.bytes.len();
+                    self.sent_on(from, sent, moved);
+                    if all {
                         // Freed, not cleared: an idle session holds no buffer.
                         self.streams[from as usize].kept = None;
                         return true;
@@ -299,8 +299,7 @@ impl Pump {
         while sent < bytes.len() && self.may_send(to) {
             match io.send(to, &bytes[sent..]) {
                 Ok(more) => {
-                    moved.sent = true;
-                    self.verdict.sent_to(to);
+                    self.sent_on(from, more, moved);
                     sent += more;
                     self.sockets[to as usize].writable = sent == bytes.len();
                 }
@@ -318,6 +317,14 @@ impl Pump {
         }
     }
 
+    /// The other side's socket has taken so many bytes.
+    #[inline]
+    fn sent_on(&mut self, from: Side, bytes: usize, moved: &mut Moved) {
+        self.streams[from as usize].carried.sent += bytes as u64;
+        moved.sent[from as usize] += bytes as u64;
+        self.verdict.sent_to(from.other());
+    }
+
     #[inline]
     fn may_send(&self, to: Side) -> bool {
         self.sockets[to as usize].writable && !self.verdict.failed(to) && !self.short
@@ -332,7 +339,7 @@ impl Pump {
         moved: &mut Moved,
     ) {
         let stream = &mut self.streams[from as usize];
-        stream.bytes += received as u64;
+        stream.carried.received += received as u64;
         moved.received[from as usize] += received as u64;
         if received == size {
             stream.streak = stream.streak.saturating_add(1);

@@ -10,7 +10,7 @@ use super::mover::{Decided, Mover, Round};
 use super::pace::Pace;
 use super::pump::{Io, Pump, READ_BULK};
 use super::shell::State;
-use super::verdict::{Moved, Next, Verdict};
+use super::verdict::{Carried, Moved, Next, Verdict};
 use crate::clock;
 use crate::net::budget::{Budget, Share};
 use crate::net::epoll::{BATCH, Batch, Epoll, Readiness as Event};
@@ -178,11 +178,6 @@ impl Readiness {
         if flow.registration != registration {
             return;
         }
-        if event.urgent
-            && let Some(socket) = &flow.sockets.0[side as usize]
-        {
-            stream::keep_urgent_inline(socket);
-        }
         flow.pump.note(side, event.readable, event.writable, event.hang_up || event.urgent);
         if entry.is_relaying() {
             let news = event.failed && entry.flow.pump.verdict.note_failure(side);
@@ -296,8 +291,8 @@ impl Mover for Readiness {
         &flow.pump.verdict
     }
 
-    fn bytes_from(flow: &Flow, side: Side) -> u64 {
-        flow.pump.bytes_from(side)
+    fn carried(flow: &Flow, from: Side) -> Carried {
+        flow.pump.carried(from)
     }
 
     fn client(flow: &Flow) -> Option<BorrowedFd<'_>> {

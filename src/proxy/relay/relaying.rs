@@ -13,6 +13,17 @@ use std::time::{Duration, Instant};
 /// act earlier, see [`liveness_after`].
 const LIVENESS_AFTER_MAX: Duration = Duration::from_secs(10);
 
+/// See [`lump_time`].
+const LUMPS_FROM: Duration = Duration::from_secs(20);
+const LUMP_TIME: Duration = Duration::from_secs(15);
+
+/// See [`Relaying::looked`].
+const ASKED: u32 = 1 << 31;
+
+/// How long last words may stand still on their way where neither the half-closed nor
+/// the user timeout is on.
+const PATIENCE_DEFAULT: Duration = Duration::from_secs(60);
+
 /// A session's timers and meter. Idle sessions have one each, in a box.
 #[derive(Debug)]
 pub(super) struct Relaying {
@@ -26,8 +37,9 @@ pub(super) struct Relaying {
     pub(super) answer: Answer,
     /// When keepalive is to be switched on upstream; `None` once it is.
     liveness_due: Option<Instant>,
-    /// Hidden progress was asked for since the last activity.
-    pub(super) asked: bool,
+    /// How long the queue was, at the last look, of sockets that tell no more; and in
+    /// the bit [`ASKED`], whether progress was asked for since the last activity.
+    looked: u32,
 }
 
 // With these sizes, glibc's malloc places it in the room that the alignment of a
@@ -64,6 +76,16 @@ impl Limit {
     }
 }
 
+/// How much longer than `limit` a peer without room may show nothing.
+///
+/// Its kernel frees what a reader has read in lumps, as it came in: 128 KiB and more
+/// where the sender was quick, for which a reader of 4 kB a second takes half a minute.
+/// Until then all it says is that there is no room. Limits that are shorter anyway
+/// cannot wait for that.
+fn lump_time(limit: Duration) -> Duration {
+    if limit < LUMPS_FROM { Duration::ZERO } else { LUMP_TIME }
+}
+
 /// When the upstream leg's limits are to be set: in time for either to act as
 /// soon as it may. Half of it, for the kernel looks only when it sends again,
 /// and is told when to look by the limit it knows of (tcp(7), `TCP_USER_TIMEOUT`).
@@ -84,7 +106,7 @@ impl Relaying {
             last_activity: now,
             answer: Answer::NobodySpoke,
             liveness_due: Some(now + liveness_after(&limits)),
-            asked: false,
+            looked: 0,
         }
     }
 
@@ -103,6 +125,11 @@ impl Relaying {
     /// The upstream leg's keepalive and user timeout.
     pub(super) fn liveness(&self) -> (Option<Duration>, Option<Duration>) {
         (self.keepalive.get(), self.user_timeout.get())
+    }
+
+    /// How long nothing may move now; for ever where all timers are off.
+    pub(super) fn limit_now(&self, half_closed: bool) -> Duration {
+        self.limit(half_closed).map_or(Duration::MAX, |(limit, _)| limit)
     }
 
     /// The time limit that is over: nothing has moved for as long as is allowed.
@@ -127,30 +154,79 @@ impl Relaying {
     /// Counts what a turn moved.
     #[inline]
     pub(super) fn account(&mut self, moved: &Moved, now: Instant) {
-        let [bytes_in, bytes_out] = moved.received;
-        if bytes_in | bytes_out == 0 && !moved.sent && !moved.ended {
+        let ([asked, answered], [bytes_in, bytes_out]) = (moved.received, moved.sent);
+        if asked | answered | bytes_in | bytes_out == 0 && !moved.ended {
             return;
         }
         self.last_activity = now;
-        self.asked = false;
+        self.looked &= !ASKED;
+        self.count(moved);
+        // What both sides said in one turn shows no order: no question then.
+        if asked != 0 && answered == 0 && self.answer == Answer::NobodySpoke {
+            self.answer = Answer::Awaited(now);
+            self.meter.client_spoke();
+        }
+        if answered != 0 && !matches!(self.answer, Answer::Came(_)) {
+            self.first_byte(now);
+        }
+    }
+
+    /// Counts what was sent on.
+    #[inline]
+    pub(super) fn count(&self, moved: &Moved) {
+        let [bytes_in, bytes_out] = moved.sent;
         let frontend = self.meter.frontend.counters.of(self.meter.worker.into());
         let backend = self.meter.backend.counters.of(self.meter.worker.into());
         if bytes_in != 0 {
             frontend.bytes_in.add(bytes_in);
             backend.bytes_in.add(bytes_in);
-            // What both sides said in one turn shows no order: no question then.
-            if self.answer == Answer::NobodySpoke && bytes_out == 0 {
-                self.answer = Answer::Awaited(now);
-                self.meter.client_spoke();
-            }
         }
         if bytes_out != 0 {
             frontend.bytes_out.add(bytes_out);
             backend.bytes_out.add(bytes_out);
-            if !matches!(self.answer, Answer::Came(_)) {
-                self.first_byte(now);
-            }
         }
+    }
+
+    /// The kernels have passed bytes on since: the last so long ago, and there may be
+    /// more that does not show where the peer is `blocked`.
+    pub(super) fn moved_unseen(
+        &mut self,
+        ago: Duration,
+        blocked: bool,
+        limit: Duration,
+        now: Instant,
+    ) {
+        let ago = if blocked { ago.saturating_sub(lump_time(limit)) } else { ago };
+        if let Some(at) = now.checked_sub(ago) {
+            self.last_activity = self.last_activity.max(at);
+        }
+    }
+
+    /// Whether a queue, of which only the length is known, is another than at the last
+    /// look; if so, something has moved just now.
+    pub(super) fn looks_moved(&mut self, queued: u64, now: Instant) -> bool {
+        let queued = queued.min((!ASKED).into()) as u32;
+        let moved = self.looked & !ASKED != queued;
+        if moved {
+            (self.looked, self.last_activity) = (queued, now);
+        }
+        moved
+    }
+
+    /// Whether progress that does not show may be asked for: once after the last
+    /// activity.
+    pub(super) fn may_ask(&mut self) -> bool {
+        let may = self.looked & ASKED == 0;
+        self.looked |= ASKED;
+        may
+    }
+
+    /// How long the last words of a side that failed may stand still on their way to
+    /// the other before they are given up.
+    pub(super) fn patience(&self) -> Duration {
+        let limits = [self.half_closed.get(), self.user_timeout.get()];
+        let least = limits.into_iter().flatten().min().unwrap_or(PATIENCE_DEFAULT);
+        least + lump_time(least)
     }
 
     #[cold]

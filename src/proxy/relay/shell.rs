@@ -5,6 +5,7 @@
 //! which the engines differ. It never touches a socket itself, never blocks and
 //! never picks a backend.
 
+mod delivery;
 mod fall;
 mod timers;
 
@@ -15,7 +16,7 @@ use super::relaying::{Answer, Relaying};
 use super::verdict::{Moved, Next};
 use crate::clock;
 use crate::net::stream;
-use crate::proxy::close::{Cause, Ending, Side};
+use crate::proxy::close::{Cause, Ending, Phase, Side};
 use crate::proxy::faults::{Fault, Faults};
 use crate::proxy::wheel::Wheel;
 use crate::table::state::BackendId;
@@ -91,7 +92,7 @@ pub(super) struct Entry<F> {
     orphaned: bool,
     /// Its client was turned away.
     refused: bool,
-    /// How often it was seen unsettled since it ended.
+    /// How often it was looked at since it ended.
     looks: u8,
 }
 
@@ -100,6 +101,8 @@ enum Stage {
     /// Before the relay; the connect of the backend socket may be pending.
     Setup(Setup),
     Relaying(Box<Relaying>),
+    /// A side has failed, and what it had sent before is on its way to the other.
+    Delivering(Ending, Box<Relaying>),
     Ended(Ending, Box<Relaying>),
 }
 
@@ -298,8 +301,7 @@ impl<M: Mover> Shell<M> {
         };
         Relayed {
             ending,
-            bytes_in: M::bytes_from(&entry.flow, Side::Client),
-            bytes_out: M::bytes_from(&entry.flow, Side::Backend),
+            bytes: delivery::bytes::<M>(&entry.flow, ending),
             first_byte: match relaying.answer {
                 Answer::Came(at) => Some(at),
                 _ => None,
@@ -308,15 +310,18 @@ impl<M: Mover> Shell<M> {
                 Answer::Awaited(since) => Some(since),
                 _ => None,
             },
+            untouched: is_untouched::<M>(&entry.flow, ending, relaying.answer),
             sockets: M::take_sockets(&mut entry.flow).expect("a settled relay has both sockets"),
         }
     }
 
-    pub(super) fn refuse(&self, key: u32) {
+    pub(super) fn refuse(&self, key: u32) -> u64 {
         let state = &mut *self.hold();
         let entry = &mut state.flows[key as usize];
         entry.refused = true;
+        let unread = M::client(&entry.flow).map_or(0, stream::unread);
         state.mover.refuse(&mut entry.flow);
+        unread
     }
 
     pub(super) fn remove(&self, key: u32) {
@@ -350,7 +355,7 @@ impl<M: Mover> Shell<M> {
     pub(super) fn cut_backend(&self, backend: BackendId, cause: Cause) -> usize {
         self.cut_where(
             cause,
-            |stage| matches!(stage, Stage::Relaying(r) if r.meter.backend.id == backend),
+            |stage| matches!(stage, Stage::Relaying(r) | Stage::Delivering(_, r) if r.meter.backend.id == backend),
         )
     }
 
@@ -365,6 +370,15 @@ impl<M: Mover> Shell<M> {
         self.pace.hurry(&state.mover);
         keys.len()
     }
+}
+
+/// Whether a backend is gone of which the client need never know.
+fn is_untouched<M: Mover>(flow: &M::Flow, ending: Ending, answer: Answer) -> bool {
+    ending.cause == Cause::BackendReset
+        && ending.phase == Phase::Data
+        && answer == Answer::NobodySpoke
+        && Side::BOTH.into_iter().all(|side| M::carried(flow, side).received == 0)
+        && !M::verdict(flow).failed(Side::Client)
 }
 
 // === impl Shell: the task ===
@@ -480,7 +494,11 @@ impl<M: Mover> State<M> {
     #[inline]
     pub(super) fn progress(&mut self, key: u32, moved: &Moved, next: Next, pace: &Pace) {
         let entry = &mut self.flows[key as usize];
-        let Stage::Relaying(relaying) = &mut entry.stage else { return };
+        let relaying = match &mut entry.stage {
+            Stage::Relaying(relaying) => relaying,
+            Stage::Ended(_, relaying) => return relaying.count(moved),
+            _ => return,
+        };
         relaying.account(moved, self.now);
         if let Next::End(ending) = next {
             self.end(key, ending, pace);
@@ -499,7 +517,7 @@ impl<M: Mover> State<M> {
     /// An operation of this flow has come back: hands the session its sockets,
     /// or lets go of one that nobody waits for.
     #[inline]
-    pub(super) fn settle(&mut self, key: u32) {
+    pub(super) fn settle(&mut self, key: u32, pace: &Pace) {
         let entry = &mut self.flows[key as usize];
         if !M::is_settled(&entry.flow) {
             return;
@@ -508,7 +526,7 @@ impl<M: Mover> State<M> {
             self.wheel.cancel(key);
             self.flows.remove(key as usize);
         } else if matches!(entry.stage, Stage::Ended(..)) {
-            entry.wake();
+            self.settled(key, pace);
         }
     }
 
@@ -532,8 +550,7 @@ impl<M: Mover> State<M> {
         }
         self.mover.halt(&mut entry.flow);
         if M::is_settled(&entry.flow) {
-            self.wheel.cancel(key);
-            entry.wake();
+            self.settled(key, pace);
         } else {
             self.expect_to_settle(key, pace);
         }
@@ -545,6 +562,7 @@ impl<M: Mover> State<M> {
         match entry.stage {
             Stage::Relaying(_) => self.end_by_us(key, cause, pace),
             Stage::Setup(_) => entry.wake(),
+            Stage::Delivering(..) => self.stop_delivery(key),
             Stage::Ended(..) => {}
         }
     }

@@ -12,6 +12,8 @@ pub(super) struct Verdict {
     sides: [Standing; 2],
     /// Which side ended first.
     closed_first: Option<Side>,
+    /// Whom a FIN was sent to.
+    told_fin: [bool; 2],
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -34,10 +36,20 @@ struct Standing {
 pub(super) struct Moved {
     /// Bytes received from each side, by [`Side`] number.
     pub(super) received: [u64; 2],
-    /// Bytes were sent somewhere.
-    pub(super) sent: bool,
+    /// Bytes sent on, by the number of the side they came from.
+    pub(super) sent: [u64; 2],
     /// A side's end was seen this turn.
     pub(super) ended: bool,
+}
+
+/// What became of the bytes of one direction.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Carried {
+    /// Received from the side they come from.
+    pub(super) received: u64,
+    /// Of these, taken by the other side's socket. The rest is kept, or was thrown
+    /// away as there was nobody left to take it.
+    pub(super) sent: u64,
 }
 
 /// What a turn asks for next.
@@ -131,7 +143,9 @@ impl Verdict {
         if other.finished && !other.sent_after_end {
             return false;
         }
-        match shutdown() {
+        let told = shutdown();
+        self.told_fin[from.other() as usize] = told.is_ok();
+        match told {
             Err(error) if !self.failed(from.other()) => {
                 self.send_failed(from.other(), error.raw_os_error().unwrap_or(libc::EIO));
                 true
@@ -156,6 +170,22 @@ impl Verdict {
         }
         let over = self.sides.iter().all(|side| side.finished);
         over.then_some(Ending { cause: Cause::Finished, phase, errno: 0, closed_first })
+    }
+
+    /// Whether a FIN was sent to that side.
+    pub(super) fn was_told_fin(&self, side: Side) -> bool {
+        self.told_fin[side as usize]
+    }
+
+    /// Who still takes what the other had sent before it failed, once the session
+    /// ends with that failure.
+    pub(super) fn survivor(&self, ending: Ending) -> Option<Side> {
+        let survivor = match ending.cause {
+            Cause::ClientReset | Cause::ClientLost => Side::Backend,
+            Cause::BackendReset | Cause::BackendLost => Side::Client,
+            _ => return None,
+        };
+        (!self.failed(survivor)).then_some(survivor)
     }
 
     /// The ending when the session is ended by us.

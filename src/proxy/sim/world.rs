@@ -139,6 +139,7 @@ impl World {
         let shared = Shared {
             in_flight: Arc::new(InFlight::new()),
             gate: Arc::new(Gate::new()),
+            numbers: Arc::default(),
             reports: Arc::new(Reports::new()),
             ended: Arc::default(),
             buffers: Arc::clone(&budget),
@@ -235,6 +236,7 @@ impl World {
         let Some(id) = self.some_socket() else { return };
         let bytes = self.rng.u64(1..=self.portion);
         let (reset, gone) = (self.rng.u8(..3) > 0, !self.calm && self.rng.u8(..3) == 0);
+        fake::with(Kernel::note_closed);
         fake::with(|kernel| match kind {
             4..10 => kernel.peer_sends(id, bytes),
             10..14 => kernel.decide(id),
@@ -367,7 +369,8 @@ impl World {
         fake::with(|kernel| {
             for record in &self.records {
                 let ends = (record.cause, record.phase, record.errno, record.closed_first);
-                kernel.note((ends, record.bytes_in, record.bytes_out, record.attempts));
+                let bytes = (record.bytes_in, record.bytes_out, record.bytes_undelivered);
+                kernel.note((ends, bytes, record.attempts));
             }
             Outcome {
                 trace: kernel.trace(),

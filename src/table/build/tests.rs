@@ -16,6 +16,7 @@ fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
         spec: Arc::new(config::Pool {
             name: name.into(),
             balance,
+            hash_slots: crate::config::HASH_SLOTS,
             source: [].into(),
             connect_timeout: Duration::from_secs(5),
             queue_max: 0,
@@ -244,6 +245,7 @@ fn every_bind_leads_to_its_frontend_and_pool() {
         spec: config::Frontend {
             name: "main".into(),
             binds: binds.clone(),
+            bind_options: Default::default(),
             pool: "db".into(),
             first_byte_timeout: None,
             idle_timeout: None,

@@ -14,7 +14,7 @@ mod record;
 mod sink;
 mod writer;
 
-pub use record::{Client, SessionRecord};
+pub use record::{Client, SessionRecord, Try};
 
 use crossbeam::channel::{Sender, bounded, unbounded};
 use crossbeam::queue::ArrayQueue;

@@ -16,7 +16,8 @@ pub struct SessionRecord {
     /// When the session ended.
     #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
-    /// Unique in the process; below 2^53, as JSON readers keep no more.
+    /// Unique in the process and those it was upgraded from; below 2^53, as JSON readers
+    /// keep no more.
     pub session: u64,
     /// Number of the worker that served it.
     pub worker: u32,
@@ -48,10 +49,14 @@ pub struct SessionRecord {
     pub closed_first: Option<&'static str>,
     /// Connect attempts made.
     pub attempts: u32,
-    /// From the client.
+    /// Those that failed, in order.
+    pub tries: Vec<Try>,
+    /// Sent on to the backend.
     pub bytes_in: u64,
-    /// To the client.
+    /// Sent on to the client.
     pub bytes_out: u64,
+    /// Come from either side, and not taken by the other's kernel.
+    pub bytes_undelivered: u64,
     /// How long the connect that succeeded took.
     #[serde(rename = "connect_seconds", serialize_with = "seconds_or_null")]
     pub connect: Option<Duration>,
@@ -61,6 +66,20 @@ pub struct SessionRecord {
     /// From accept to close.
     #[serde(rename = "duration_seconds", serialize_with = "seconds")]
     pub duration: Duration,
+}
+
+/// A connect attempt that failed.
+#[derive(Debug, Clone, Serialize)]
+pub struct Try {
+    /// Name of the backend.
+    pub backend: Arc<str>,
+    /// How (`health::ConnectFailure`), or which resource of this host was missing.
+    pub failure: &'static str,
+    /// Of the call that failed.
+    pub errno: i32,
+    /// How long it took.
+    #[serde(rename = "seconds", serialize_with = "seconds")]
+    pub took: Duration,
 }
 
 /// A client's address.

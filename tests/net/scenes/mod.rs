@@ -9,6 +9,7 @@
 
 mod candidate;
 mod close_orders;
+mod delivery;
 mod duet;
 mod leaks;
 mod map;

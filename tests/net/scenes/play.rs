@@ -9,6 +9,7 @@ use super::candidate::{self, Candidate};
 use super::leaks;
 use super::site::Site;
 use super::{Ended, STEP_MAX, Scene, Seen, Step};
+use crate::common::proxy::TestProxy;
 use crate::common::{ms, patience, report, turn};
 use crate::netns::networks_run;
 use std::time::Duration;
@@ -106,6 +107,7 @@ fn judge(name: &str, scene: &Scene, one: &Candidate, outcome: &Outcome, site: &S
             // Some scenes have a session before the one that is judged.
             let sessions = proxy.metric("tidegate_sessions_total", &[]) as usize;
             let lines = proxy.wait_access_log(sessions.max(1));
+            assert_metrics(proxy, &lines);
             // Each worker writes its own in order.
             let time = |line: &serde_json::Value| line["time"].as_str().unwrap_or("").to_owned();
             let line = lines.into_iter().max_by_key(time).expect("there is one");
@@ -133,16 +135,44 @@ fn judge(name: &str, scene: &Scene, one: &Candidate, outcome: &Outcome, site: &S
 #[track_caller]
 fn assert_counts(scene: &Scene, one: &Candidate, line: &serde_json::Value) {
     let (client, backend) = (&one.duet.client, &one.duet.backend);
+    let count = |field: &str| line[field].as_u64().expect("a count");
     let ends = [
         (scene.backend, client, backend, "bytes_in"),
         (scene.client, backend, client, "bytes_out"),
     ];
+    let (mut lost, mut missing) = (0, 0);
     for (seen, from, to, field) in ends {
-        let counted = line[field].as_u64().expect("a count");
+        let counted = count(field);
         if seen.bytes == super::Bytes::All {
             assert_eq!(counted, from.asked_to_send(), "{field} on {}: {line:#}", one.name);
         }
         assert!(counted >= to.received(), "{field} on {}: {line:#}", one.name);
+        assert!(counted <= from.asked_to_send(), "{field} on {}: {line:#}", one.name);
+        // Who has read up to an end has all that its kernel had.
+        match to.ended() {
+            Ended::Fin => assert_eq!(counted, to.received(), "{field} on {}: {line:#}", one.name),
+            Ended::Reset => lost += counted - to.received(),
+            _ => {}
+        }
+        missing += from.asked_to_send() - to.received();
+    }
+    let undelivered = count("bytes_undelivered");
+    assert!(undelivered >= lost, "{lost} B lost on {}: {line:#}", one.name);
+    // A bad cable may have lost the acknowledgement alone.
+    let spoilt = scene.steps.iter().copied().flatten().any(|step| matches!(step, Step::Link(..)));
+    assert!(spoilt || undelivered <= missing, "{missing} B missing on {}: {line:#}", one.name);
+    if line["cause"] == "finished" {
+        assert_eq!(undelivered, 0, "on {}: {line:#}", one.name);
+    }
+}
+
+/// The metrics say what the log says, all its lines together.
+#[track_caller]
+fn assert_metrics(proxy: &TestProxy, lines: &[serde_json::Value]) {
+    for (field, direction) in [("bytes_in", "in"), ("bytes_out", "out")] {
+        let logged: u64 = lines.iter().map(|line| line[field].as_u64().expect("a count")).sum();
+        let counted = proxy.metric("tidegate_bytes_total", &[("direction", direction)]);
+        assert_eq!(counted as u64, logged, "{direction}");
     }
 }
 

@@ -58,7 +58,13 @@ impl Pump {
                 return self.copy_again(from, Mode::CopyOnly);
             }
             match io.fill(from) {
-                Ok(Fill { bytes: 0, .. }) => self.end_of(from, 0, moved),
+                Ok(Fill { bytes: 0, .. }) => {
+                    // The end, or an urgent mark that an end stands behind
+                    // (`tcp_splice_read` in Linux): a read knows.
+                    self.sockets[from as usize].read_to_the_end();
+                    io.close_pipe(from);
+                    return self.copy_again(from, Mode::Copy);
+                }
                 Ok(fill) => {
                     budget = budget.saturating_sub(fill.bytes);
                     self.filled(from, fill, moved);
@@ -100,10 +106,9 @@ impl Pump {
                 return false;
             }
             match io.drain(from) {
-                Ok(_) => {
-                    moved.sent = true;
-                    self.verdict.sent_to(to);
-                }
+                // Not to be had from a pipe that holds something.
+                Ok(0) => self.send_error(to, &io::Error::from_raw_os_error(libc::EIO)),
+                Ok(sent) => self.sent_on(from, sent, moved),
                 Err(error) => self.send_error(to, &error),
             }
         }
@@ -112,7 +117,7 @@ impl Pump {
 
     fn filled(&mut self, from: Side, fill: Fill, moved: &mut Moved) {
         let stream = &mut self.streams[from as usize];
-        stream.bytes += fill.bytes as u64;
+        stream.carried.received += fill.bytes as u64;
         moved.received[from as usize] += fill.bytes as u64;
         let small = fill.crammed || fill.bytes < READ_SMALL;
         stream.small_fills = if small { stream.small_fills + 1 } else { 0 };

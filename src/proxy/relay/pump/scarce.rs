@@ -49,8 +49,7 @@ impl Pump {
         }
         match io.send(to, &buffer[..there]) {
             Ok(sent) => {
-                moved.sent = true;
-                self.verdict.sent_to(to);
+                self.sent_on(from, sent, moved);
                 self.sockets[to as usize].writable = sent == there;
                 self.take(from, io, &mut buffer[..sent], moved);
                 sent == there
@@ -78,7 +77,7 @@ impl Pump {
                 Ok(0) => return self.end_of(from, libc::EIO, moved),
                 Ok(more) => {
                     taken += more;
-                    self.streams[from as usize].bytes += more as u64;
+                    self.streams[from as usize].carried.received += more as u64;
                     moved.received[from as usize] += more as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

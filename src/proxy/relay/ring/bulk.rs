@@ -6,7 +6,7 @@
 //! ring only tells when to go on: splice(2) itself is a plain call, as one by the
 //! ring measured the same. Small messages never come here.
 
-use super::streams::{Flow, Meaning, Mode, SHUNNED_MAX, Use};
+use super::streams::{Flow, Meaning, Mode, SHUNNED_MAX, Stream, Use};
 use crate::net::errno;
 use crate::net::pipe::{Fill, Pipes};
 use crate::net::ring::{BUFFER_LEN, Ring};
@@ -28,8 +28,11 @@ enum Filled {
     Some(usize),
     /// There is nothing to receive now.
     Nothing,
-    /// The side has ended.
-    Ended,
+    /// The side has failed.
+    Failed,
+    /// The end, or an urgent mark that an end stands behind (`tcp_splice_read` in
+    /// Linux): a receive knows.
+    Unclear,
     /// No pipe, or none of use to this socket.
     NoPipe,
 }
@@ -80,7 +83,11 @@ impl Flow {
                     self.wait(key, from, Use::Readable, ring);
                     break;
                 }
-                Filled::Ended => break,
+                Filled::Failed => break,
+                Filled::Unclear => {
+                    self.leave_bulk(from);
+                    break;
+                }
                 Filled::NoPipe => {
                     self.streams[from as usize].crammed = true;
                     self.leave_bulk(from);
@@ -95,13 +102,18 @@ impl Flow {
 
     /// Sends all that is in the pipe.
     fn empty_pipe(&mut self, from: Side, moved: &mut Moved) -> io::Result<()> {
-        let Some(pipe) = &mut self.streams[from as usize].pipe else { return Ok(()) };
+        let Stream { pipe, carried, .. } = &mut self.streams[from as usize];
+        let Some(pipe) = pipe else { return Ok(()) };
         let Some(to) = &self.sockets[from.other() as usize] else { return Ok(()) };
         while pipe.holds() > 0 {
             match pipe.drain(to) {
                 // Not to be had from a pipe that holds something.
                 Ok(0) => return Err(io::Error::from_raw_os_error(libc::EIO)),
-                Ok(_) => moved.sent = true,
+                Ok(sent) => {
+                    carried.sent += sent as u64;
+                    moved.sent[from as usize] += sent as u64;
+                    self.verdict.sent_to(from.other());
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -124,12 +136,9 @@ impl Flow {
             }
         };
         match filled {
-            Ok(Fill { bytes: 0, .. }) => {
-                self.end_of(from, self.failure_behind_end(from), moved);
-                Filled::Ended
-            }
+            Ok(Fill { bytes: 0, .. }) => Filled::Unclear,
             Ok(Fill { bytes, crammed }) => {
-                stream.bytes += bytes as u64;
+                stream.carried.received += bytes as u64;
                 moved.received[from as usize] += bytes as u64;
                 let small = crammed || bytes < BUFFER_LEN;
                 stream.streak = if small { stream.streak + 1 } else { 0 };
@@ -143,7 +152,7 @@ impl Flow {
             Err(error) if errno::is_shortage(&error) => Filled::NoPipe,
             Err(error) => {
                 self.end_of(from, errno_of(&error), moved);
-                Filled::Ended
+                Filled::Failed
             }
         }
     }

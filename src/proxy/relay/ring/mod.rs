@@ -6,6 +6,7 @@
 //! an idle session holds no buffer. Nothing here is unsafe: what the kernel uses
 //! belongs to `net::ring`.
 
+mod account;
 mod bulk;
 mod end;
 mod queue;
@@ -17,7 +18,7 @@ mod tests;
 use super::mover::{Mover, Round};
 use super::pace::Pace;
 use super::shell::State;
-use super::verdict::{Moved, Next, Verdict};
+use super::verdict::{Carried, Moved, Next, Verdict};
 use crate::clock;
 use crate::net::budget::Budget;
 use crate::net::pipe::Pipes;
@@ -145,7 +146,7 @@ impl Ringed {
         let meaning = entry.flow.handle(event, ring, pipes, &mut moved);
         Ringed::go_on(state, key, meaning, &moved, pace);
         if last {
-            state.settle(key);
+            state.settle(key, pace);
         }
     }
 
@@ -245,9 +246,6 @@ impl Mover for Ringed {
         upstream: OwnedFd,
         pending: bool,
     ) -> io::Result<()> {
-        // Nothing tells of an urgent byte before it is dropped. Accepted
-        // sockets have this from their listener.
-        stream::keep_urgent_inline(&upstream);
         flow.attach(key, upstream, pending, &mut self.ring);
         Ok(())
     }
@@ -296,8 +294,8 @@ impl Mover for Ringed {
         &flow.verdict
     }
 
-    fn bytes_from(flow: &Flow, side: Side) -> u64 {
-        flow.bytes_from(side)
+    fn carried(flow: &Flow, from: Side) -> Carried {
+        flow.carried(from)
     }
 
     fn client(flow: &Flow) -> Option<BorrowedFd<'_>> {

@@ -157,8 +157,7 @@ impl Flow {
             }
         };
         if sent > 0 {
-            moved.sent = true;
-            self.verdict.sent_to(from.other());
+            self.sent_on(from, sent, moved);
             let all = seen.len();
             if let Err(errno) = self.take(from, socket, &mut seen[..sent], moved) {
                 self.streams[from as usize].starved = false;
@@ -221,7 +220,7 @@ impl Flow {
                 Ok(0) => return Err(libc::EIO),
                 Ok(more) => {
                     taken += more;
-                    self.streams[from as usize].bytes += more as u64;
+                    self.streams[from as usize].carried.received += more as u64;
                     moved.received[from as usize] += more as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -15,7 +15,7 @@ use crate::net::ring::{BUFFER_LEN, Chunk, Event, Interest, Op, Ring, What};
 use crate::net::stream;
 use crate::proxy::close::Side;
 use crate::proxy::relay::mover::Decided;
-use crate::proxy::relay::verdict::{Moved, Verdict};
+use crate::proxy::relay::verdict::{Carried, Moved, Verdict};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -97,7 +97,7 @@ pub(super) struct Stream {
     queue: Queue,
     /// Never kept empty while the stream waits.
     pub(super) pipe: Option<Box<Pipe>>,
-    pub(super) bytes: u64,
+    pub(super) carried: Carried,
     /// Bytes queued or being sent.
     pub(super) queued: u32,
     /// `queued` at which to cancel the receive, next time.
@@ -210,10 +210,6 @@ impl Flow {
     pub(super) fn take_sockets(&mut self) -> Option<[OwnedFd; 2]> {
         let [client, backend] = std::mem::take(&mut self.sockets);
         Some([Rc::into_inner(client?)?, Rc::into_inner(backend?)?])
-    }
-
-    pub(super) fn bytes_from(&self, side: Side) -> u64 {
-        self.streams[side as usize].bytes
     }
 
     /// Whether no operation is in flight.
@@ -356,6 +352,7 @@ impl Flow {
             self.forget(op, side);
         }
         if self.halted {
+            self.note_late(side, &what, moved);
             return Meaning::Nothing;
         }
         let meaning = match what {
@@ -369,10 +366,13 @@ impl Flow {
             What::Starved => return self.starve(side),
             What::Stopped => Meaning::Nothing,
             What::Sent(bytes) => {
+                self.sent_on(side, bytes, moved);
                 self.sent(key, side, bytes, last, ring);
-                self.verdict.sent_to(side.other());
-                moved.sent = true;
                 Meaning::Nothing
+            }
+            What::SendCut(bytes) => {
+                self.sent_on(side, bytes, moved);
+                self.send_failed(side, libc::ECANCELED, ring)
             }
             What::SendFailed(errno) => self.send_failed(side, errno, ring),
             What::Polled(result) => match tag & 0xF {
@@ -432,12 +432,12 @@ impl Flow {
         ring: &mut Ring,
         moved: &mut Moved,
     ) {
+        let stream = &mut self.streams[from as usize];
+        stream.carried.received += chunk.len() as u64;
         if self.verdict.failed(from.other()) {
             return;
         }
         let Some(to) = &self.sockets[from.other() as usize] else { return };
-        let stream = &mut self.streams[from as usize];
-        stream.bytes += chunk.len() as u64;
         moved.received[from as usize] += chunk.len() as u64;
         stream.queued += chunk.len() as u32;
         if stream.send.is_none() {

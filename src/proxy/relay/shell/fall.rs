@@ -7,9 +7,9 @@
 use super::super::flow::SoFar;
 use super::super::mover::Mover;
 use super::super::relaying::Answer;
-use super::{Entry, Shell, Stage, State};
+use super::{Entry, Shell, Stage, State, delivery};
 use crate::net::stream;
-use crate::proxy::close::{Cause, Side};
+use crate::proxy::close::Cause;
 use std::cell::RefMut;
 use std::ops::{Deref, DerefMut};
 use tokio::sync::Notify;
@@ -66,14 +66,15 @@ impl<M: Mover> Shell<M> {
         let state = self.state.try_borrow().ok()?;
         let entry = state.flows.get(key as usize)?;
         let (ending, answer) = match &entry.stage {
-            Stage::Ended(ending, relaying) => (*ending, relaying.answer),
+            Stage::Ended(ending, relaying) | Stage::Delivering(ending, relaying) => {
+                (*ending, relaying.answer)
+            }
             Stage::Relaying(relaying) => (M::verdict(&entry.flow).cut(cause), relaying.answer),
             Stage::Setup(_) => (M::verdict(&entry.flow).cut(cause), Answer::NobodySpoke),
         };
         Some(SoFar {
             ending,
-            bytes_in: M::bytes_from(&entry.flow, Side::Client),
-            bytes_out: M::bytes_from(&entry.flow, Side::Backend),
+            bytes: delivery::bytes::<M>(&entry.flow, ending),
             first_byte: match answer {
                 Answer::Came(at) => Some(at),
                 _ => None,
@@ -105,7 +106,10 @@ impl<F> Entry<F> {
     /// the end of a stream that was broken off must not look like its end.
     pub(super) fn reset_leftovers<M: Mover<Flow = F>>(&self) {
         let in_order = match &self.stage {
-            Stage::Ended(ending, _) => ending.cause.closes_in_order(),
+            Stage::Ended(ending, _) => {
+                let bytes = delivery::bytes::<M>(&self.flow, *ending);
+                ending.cause.closes_in_order(bytes.undelivered)
+            }
             _ => self.refused,
         };
         if in_order {

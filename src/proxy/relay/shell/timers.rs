@@ -6,7 +6,7 @@
 
 use super::super::mover::Mover;
 use super::super::pace::Pace;
-use super::{Stage, State};
+use super::{Stage, State, delivery};
 use crate::net::stream;
 use std::time::Duration;
 
@@ -81,6 +81,7 @@ impl<M: Mover> State<M> {
                 }
             },
             Stage::Relaying(_) => self.look_at_timers(key, pace),
+            Stage::Delivering(..) => self.look_at_delivery(key, pace),
             Stage::Ended(..) => self.unsettled(key, pace),
         }
     }
@@ -89,15 +90,18 @@ impl<M: Mover> State<M> {
         let entry = &mut self.flows[key as usize];
         let Stage::Relaying(relaying) = &mut entry.stage else { return };
         let half_closed = M::verdict(&entry.flow).closed_first().is_some();
-        if let Some(cause) = relaying.overdue(half_closed, self.now) {
-            if !relaying.asked && self.mover.ask_progress(&mut entry.flow) {
+        if relaying.overdue(half_closed, self.now).is_some() {
+            let limit = relaying.limit_now(half_closed);
+            let unsure = delivery::note_progress::<M>(&entry.flow, relaying, limit, self.now);
+            if unsure && relaying.may_ask() && self.mover.ask_progress(&mut entry.flow) {
                 // The answer is there by the next tick, if there is one.
-                relaying.asked = true;
                 self.wheel.arm(key, pace.tick_at(self.now) + 2);
                 return;
             }
-            self.end_by_us(key, cause, pace);
-            return;
+            if let Some(cause) = relaying.overdue(half_closed, self.now) {
+                self.end_by_us(key, cause, pace);
+                return;
+            }
         }
         if relaying.take_liveness(self.now)
             && let Some(upstream) = M::backend(&entry.flow)

@@ -94,9 +94,87 @@ fn a_reset_behind_half_a_megabyte_waits_for_its_slow_reader() {
         let received = tokio::task::spawn_local(drain(client));
         let relayed = relayed.await.unwrap();
         assert_eq!(relayed.ending.cause, Cause::BackendReset);
-        assert_eq!(relayed.bytes_out, sent as u64);
+        assert_eq!(relayed.bytes.bytes_out, sent as u64);
         drop(relayed);
         assert_eq!(received.await.unwrap(), sent);
+    });
+}
+
+/// A session whose client has not read the answer of a backend that is gone.
+async fn unread_answer(rig: &Rig, limits: Limits, answer: usize) -> Session {
+    let Session { client, mut backend, relayed } = rig.session(limits);
+    SockRef::from(&client).set_recv_buffer_size(8192).unwrap();
+    backend.write_all(&vec![7; answer]).await.unwrap();
+    eventually("all is received", || crate::net::stream::unacknowledged(&backend) == 0).await;
+    let (other, _) = tcp_pair();
+    let other = TcpStream::from_std(other).unwrap();
+    reset(std::mem::replace(&mut backend, other));
+    Session { client, backend, relayed }
+}
+
+#[test]
+fn a_reset_waits_until_the_reader_has_everything() {
+    on_each(|rig| async move {
+        let answer = 200_000;
+        let limits = idle(60_000, 1_000);
+        let Session { mut client, backend: _, relayed } = unread_answer(&rig, limits, answer).await;
+        let mut buffer = vec![0; answer / 20];
+        let mut left = answer;
+        while left > 0 {
+            assert!(!relayed.is_finished() || left < answer / 2, "{left} B are on their way");
+            tokio::time::sleep(Duration::from_millis(70)).await;
+            left -= client.read(&mut buffer).await.unwrap();
+        }
+        let relayed = relayed.await.unwrap();
+        assert_eq!(relayed.ending.cause, Cause::BackendReset);
+        let bytes = Bytes { bytes_in: 0, bytes_out: answer as u64, undelivered: 0 };
+        assert_eq!(relayed.bytes, bytes);
+    });
+}
+
+#[test]
+fn last_words_that_stand_still_are_given_up_and_counted() {
+    on_each(|rig| async move {
+        let session = unread_answer(&rig, idle(60_000, 400), 200_000).await;
+        let relayed = session.relayed.await.unwrap();
+        assert!(relayed.bytes.undelivered > 0, "{relayed:?}");
+        let given_up = relayed.bytes.bytes_out <= 200_000;
+        assert!(given_up && !relayed.ending.cause.closes_in_order(relayed.bytes.undelivered));
+        relayed.sockets.into_iter().for_each(crate::net::stream::reset);
+        drop(session.client);
+    });
+}
+
+#[test]
+fn a_cut_ends_the_wait_for_last_words() {
+    on_each(|rig| async move {
+        let session = unread_answer(&rig, FOREVER, 200_000).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(!session.relayed.is_finished());
+        assert_eq!(rig.engine.cut_backend(BackendId(0), Cause::DrainDeadline), 1);
+        let relayed = session.relayed.await.unwrap();
+        assert!(relayed.bytes.undelivered > 0, "{relayed:?}");
+        relayed.sockets.into_iter().for_each(crate::net::stream::reset);
+        drop(session.client);
+    });
+}
+
+#[test]
+fn a_time_out_with_bytes_on_their_way_counts_them() {
+    on_each(|rig| async move {
+        let Session { mut client, backend, relayed } = rig.session(idle(200, 200));
+        fill(&mut client).await;
+        let relayed = relayed.await.unwrap();
+        assert_eq!(relayed.ending.cause, Cause::IdleTimeout);
+        let mut got = vec![0; 1 << 16];
+        let mut backend = backend;
+        let Bytes { bytes_in, undelivered, .. } = relayed.bytes;
+        relayed.sockets.into_iter().for_each(crate::net::stream::reset);
+        let mut read = 0;
+        while let Ok(len @ 1..) = backend.read(&mut got).await {
+            read += len as u64;
+        }
+        assert!(read < bytes_in && bytes_in - read <= undelivered, "{read} of {bytes_in}");
     });
 }
 

@@ -130,6 +130,9 @@ impl Rig {
     fn session_with(&self, limits: Limits, tune: impl Fn(SockRef<'_>)) -> Session {
         let (client, downstream) = tcp_pair();
         let (upstream, backend) = tcp_pair();
+        // As `listen` and `connect` do.
+        crate::net::stream::keep_urgent_inline(&downstream);
+        crate::net::stream::keep_urgent_inline(&upstream);
         tune(SockRef::from(&upstream));
         tune(SockRef::from(&backend));
         let flow = self.engine.open(downstream.into()).unwrap();

@@ -53,7 +53,7 @@ fn a_connect_that_succeeds_is_relayed_over() {
         backend.read_exact(&mut got).await.unwrap();
         assert_eq!(&got, b"ping");
         drop((client, backend));
-        assert_eq!(relayed.await.unwrap().bytes_in, 4);
+        assert_eq!(relayed.await.unwrap().bytes.bytes_in, 4);
     });
 }
 

@@ -5,7 +5,7 @@ use crate::net::reactor;
 use crate::proxy::relay::mover::{Mover, Round};
 use crate::proxy::relay::pace::Pace;
 use crate::proxy::relay::shell::State;
-use crate::proxy::relay::verdict::{Moved, Next, Verdict};
+use crate::proxy::relay::verdict::{Carried, Moved, Next, Verdict};
 use socket2::{Domain, Socket, Type};
 use std::cell::Cell;
 use std::mem::MaybeUninit;
@@ -115,8 +115,8 @@ impl Mover for Sleepless {
         unreachable!("there are no sessions")
     }
 
-    fn bytes_from(_: &NoFlow, _: Side) -> u64 {
-        0
+    fn carried(_: &NoFlow, _: Side) -> Carried {
+        Carried::default()
     }
 
     fn client(_: &NoFlow) -> Option<BorrowedFd<'_>> {

@@ -67,7 +67,8 @@ async fn exchange(rig: Rig, seed: u64) {
         let relayed = relayed.await.unwrap();
         // As the session does: one of the two may wait for this FIN.
         drop(relayed.sockets);
-        let Relayed { ending, bytes_in, bytes_out, first_byte, .. } = relayed;
+        let Relayed { ending, bytes, first_byte, .. } = relayed;
+        let Bytes { bytes_in, bytes_out, .. } = bytes;
         (ending, [bytes_in, bytes_out], first_byte)
     };
     let (got_back, got_there, (), (), (ending, counted, first_byte)) = tokio::join!(
@@ -121,8 +122,8 @@ fn short_sessions_reuse_each_others_places() {
                         _ => drop((session.client, session.backend)),
                     }
                     let relayed = session.relayed.await.unwrap();
-                    assert_eq!(relayed.bytes_in, 64);
-                    assert!(relayed.bytes_out >= 64);
+                    assert_eq!(relayed.bytes.bytes_in, 64);
+                    assert!(relayed.bytes.bytes_out >= 64);
                 })
             });
             for session in sessions.collect::<Vec<_>>() {
@@ -169,7 +170,7 @@ fn a_reader_that_stalls_holds_its_sender_up_and_loses_nothing() {
             at += len as u64;
         }
         drop((sending.await.unwrap(), backend));
-        assert_eq!(relayed.await.unwrap().bytes_in, total);
+        assert_eq!(relayed.await.unwrap().bytes.bytes_in, total);
     });
 }
 
@@ -205,8 +206,6 @@ fn stalled_readers_do_not_starve_the_others() {
 fn an_urgent_byte_stays_in_the_stream() {
     on_each(|rig| async move {
         let Session { client, mut backend, relayed } = rig.session_with(FOREVER, |_| {});
-        // The listener does this for accepted sockets; here it is the other
-        // direction that the engine answers for.
         backend.write_all(b"be").await.unwrap();
         let mut client = client;
         let mut got = [0; 2];
@@ -262,7 +261,7 @@ fn bulk_and_small_talk_take_turns_and_nothing_is_lost() {
         }
         drop((client, backend));
         let relayed = relayed.await.unwrap();
-        assert_eq!((relayed.bytes_in, relayed.bytes_out), (at, at));
+        assert_eq!((relayed.bytes.bytes_in, relayed.bytes.bytes_out), (at, at));
     });
 }
 
@@ -324,6 +323,34 @@ fn an_urgent_byte_amid_bulk_holds_nothing_up() {
         bulk(&mut backend, &mut client, 2, BULK).await;
         drop((client, backend));
         relayed.await.unwrap();
+    });
+}
+
+#[test]
+fn bulk_an_urgent_byte_and_a_fin_lose_nothing() {
+    let runs = if std::env::var("TIDEGATE_LONG").is_ok_and(|long| long == "1") { 200 } else { 8 };
+    on_each(|rig| async move {
+        for run in 0..runs {
+            let Session { client, backend, relayed } = rig.session(FOREVER);
+            let (mut from, mut to) =
+                if run % 2 == 0 { (client, backend) } else { (backend, client) };
+            let (bulk, tail) = ([300_000, 4_000_000][run / 2 % 2], [10, 100_000][run / 4 % 2]);
+            let sending = async {
+                from.write_all(&vec![1; bulk]).await.unwrap();
+                from.writable().await.unwrap();
+                while SockRef::from(&from).send_out_of_band(b"!").is_err() {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                from.write_all(&vec![2; tail]).await.unwrap();
+                from.shutdown().await.unwrap();
+            };
+            let mut got = Vec::new();
+            let (read, ()) = tokio::join!(to.read_to_end(&mut got), sending);
+            read.unwrap();
+            assert_eq!((got.len(), got[bulk]), (bulk + 1 + tail, b'!'), "run {run}");
+            to.shutdown().await.unwrap();
+            relayed.await.unwrap();
+        }
     });
 }
 

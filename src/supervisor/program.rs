@@ -1,16 +1,18 @@
-//! Which program an upgrade starts, and with which arguments.
+//! Which program is started, and with which arguments.
 //!
-//! Made once at start, from what this process was started with; asked by each
-//! upgrade. It looks the path up anew each time, so that a file that was replaced
-//! (or a link that was turned) is taken.
+//! Made once at start, from what this process was started with; asked for each process
+//! that is to be started. It looks the path up each time, so that a file that was
+//! replaced (or a link that was turned) is taken.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// How this process was started.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
     /// The first word of its command line.
     name: OsString,
@@ -20,15 +22,6 @@ pub struct Program {
     file: PathBuf,
     /// Everything after the first word.
     arguments: Vec<OsString>,
-}
-
-/// One upgrade's command line.
-#[derive(Debug)]
-pub(super) struct CommandLine {
-    pub(super) path: PathBuf,
-    /// The first word, as other processes see it.
-    pub(super) name: OsString,
-    pub(super) arguments: Vec<OsString>,
 }
 
 // === impl Program ===
@@ -44,29 +37,42 @@ impl Program {
         Ok(Program { name, directory, file: std::env::current_exe()?, arguments })
     }
 
-    /// What to start: `binary`, or whatever is found now by the name this
-    /// process was started by; with `config` in the place of its own
+    /// This program, or `binary` in its place; with `config` in the place of its
     /// configuration file.
-    pub(super) fn command_line(
-        &self,
-        binary: Option<&Path>,
-        config: Option<&Path>,
-    ) -> Result<CommandLine, String> {
-        let (path, name) = match binary {
-            Some(binary) => (self.directory.join(binary), binary.as_os_str().to_owned()),
-            None => (self.find(std::env::var_os("PATH").as_deref()), self.name.clone()),
-        };
-        check(&path)?;
-        let mut arguments = self.arguments.clone();
-        if let Some(config) = config {
-            let config = self.directory.join(config);
-            if let Some(at) = arguments.iter().position(|word| word == "--config")
-                && let Some(word) = arguments.get_mut(at + 1)
-            {
-                *word = config.into();
-            }
+    pub(crate) fn wished(&self, binary: Option<&Path>, config: Option<&Path>) -> Program {
+        let mut wished = self.clone();
+        if let Some(binary) = binary {
+            wished.file = self.directory.join(binary);
+            wished.name = wished.file.clone().into();
         }
-        Ok(CommandLine { path, name, arguments })
+        if let Some(config) = config
+            && let Some(at) = wished.arguments.iter().position(|word| word == "--config")
+            && let Some(word) = wished.arguments.get_mut(at + 1)
+        {
+            *word = self.directory.join(config).into();
+        }
+        wished
+    }
+
+    /// Starts whatever is found now by the name this process was started by.
+    ///
+    /// # Errors
+    /// In words: there is no program.
+    pub(crate) fn command(&self) -> Result<Command, String> {
+        let path = self.path()?;
+        let mut command = Command::new(path);
+        command.arg0(&self.name).args(&self.arguments);
+        Ok(command)
+    }
+
+    /// Where that is.
+    ///
+    /// # Errors
+    /// In words: there is no program.
+    pub(crate) fn path(&self) -> Result<PathBuf, String> {
+        let path = self.find(std::env::var_os("PATH").as_deref());
+        check(&path)?;
+        Ok(path)
     }
 
     /// As a shell would find it: by the path, or in the directories of `PATH`;
@@ -113,15 +119,15 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_looked_up_anew_from_where_the_process_was_started() {
+    fn a_path_is_looked_up_each_time_from_where_the_process_was_started() {
         let dir = tempfile::tempdir().unwrap();
         let program = program("./tidegate", dir.path());
-        let error = program.command_line(None, None).unwrap_err();
+        let error = program.command().unwrap_err();
         assert!(error.contains("tidegate: No such file"), "{error}");
         executable(&dir.path().join("tidegate"));
-        let line = program.command_line(None, None).unwrap();
-        assert_eq!(line.path, dir.path().join("./tidegate"));
-        assert_eq!((line.name, line.arguments), ("./tidegate".into(), program.arguments));
+        assert_eq!(program.path().unwrap(), dir.path().join("./tidegate"));
+        let command = program.command().unwrap();
+        assert_eq!(command.get_args().collect::<Vec<_>>(), ["run", "--config", "a.toml"]);
     }
 
     #[test]
@@ -136,15 +142,15 @@ mod tests {
     }
 
     #[test]
-    fn another_binary_and_another_configuration_are_taken() {
+    fn another_binary_and_another_configuration_are_taken_and_kept() {
         let dir = tempfile::tempdir().unwrap();
         executable(&dir.path().join("new"));
         let program = program("tidegate", dir.path());
-        let line =
-            program.command_line(Some(Path::new("new")), Some(Path::new("/b.toml"))).unwrap();
-        assert_eq!(line.path, dir.path().join("new"));
-        assert_eq!(line.arguments, ["run", "--config", "/b.toml"]);
-        let error = program.command_line(Some(dir.path()), None).unwrap_err();
+        let wished = program.wished(Some(Path::new("new")), Some(Path::new("/b.toml")));
+        assert_eq!(wished.path().unwrap(), dir.path().join("new"));
+        assert_eq!(wished.arguments, ["run", "--config", "/b.toml"]);
+        assert_eq!(wished.wished(None, None), wished, "the next one is the same");
+        let error = program.wished(Some(dir.path()), None).path().unwrap_err();
         assert!(error.contains("no program"), "{error}");
     }
 }

@@ -1,21 +1,28 @@
-//! A file that holds the number of the process that serves, for whoever signals
-//! it.
+//! A file that holds the number of the process to be signalled.
 //!
 //! Written when the process serves, by rename, so that a reader finds a whole
 //! number; removed at the end unless another process has written it since.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// This process's entry; dropping it removes the file if it is still ours.
 #[derive(Debug)]
-pub(super) struct PidFile(PathBuf);
+pub struct PidFile(PathBuf);
 
 impl PidFile {
-    pub(super) fn write(path: &Path) -> io::Result<PidFile> {
+    /// Writes it.
+    ///
+    /// # Errors
+    /// It cannot be written or renamed.
+    pub fn write(path: &Path) -> io::Result<PidFile> {
         let mut whole = path.as_os_str().to_owned();
         whole.push(format!(".{}", std::process::id()));
-        let written = std::fs::write(&whole, format!("{}\n", std::process::id()))
+        // Of a process that had this number before; whose directory it is, is not sure.
+        let _ = std::fs::remove_file(&whole);
+        let written = File::create_new(&whole)
+            .and_then(|mut file| writeln!(file, "{}", std::process::id()))
             .and_then(|()| std::fs::rename(&whole, path));
         written.inspect_err(|_| {
             let _ = std::fs::remove_file(&whole);

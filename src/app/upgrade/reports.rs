@@ -1,0 +1,185 @@
+//! What goes between the two processes after the new one serves: how many
+//! sessions the old one still has, and what it is to do with them.
+//!
+//! Used by the upgrade on both sides. The old process sends a [`Report`] of what
+//! has changed at most every [`REPORT_INTERVAL`], and passes on what the process
+//! before it reports; the new one sends an [`Order`] now and then. Frames are
+//! written by a thread of their own, so that a process that does not read holds
+//! up nobody. Neither side needs them: an older program's sessions are unknown
+//! until its farewell, as before.
+
+use super::message::{self, Message};
+use crate::clock;
+use crate::control::Controller;
+use crate::control::elsewhere::{HeldBackend, HeldFrontend};
+use crate::net::handover::Channel;
+use crate::table::state::{BackendId, FrontendId};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::sync::mpsc::{self, SyncSender, TrySendError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long the counts of the old process may be behind.
+pub(super) const REPORT_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Backends in one report: some 400 KB. Further ones are in the next.
+const REPORT_BACKENDS_MAX: usize = 4_096;
+
+/// Frames that wait for a process that does not read; while there are so many,
+/// reports wait and orders are dropped.
+const FRAMES_MAX: usize = 64;
+
+/// How long one frame may take.
+const FRAME_MAX: Duration = Duration::from_secs(5);
+
+/// *So many sessions are left*: what has changed since the last report.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(in crate::app) struct Report {
+    pub(super) backends: Vec<HeldBackend>,
+    pub(super) frontends: Vec<HeldFrontend>,
+    /// All of them.
+    pub(super) sessions: u32,
+}
+
+/// *Do this*: what is set.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(in crate::app) struct Order {
+    /// Reset that backend's sessions: its removal grace is over.
+    pub(super) cut: Option<HeldBackend>,
+    /// An operator's word on a backend.
+    pub(super) intent: Option<OrderedIntent>,
+    /// End within so many milliseconds.
+    pub(super) end_within_ms: Option<u64>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(in crate::app) struct OrderedIntent {
+    pub(super) pool: String,
+    pub(super) backend: String,
+    /// Its name.
+    pub(super) intent: String,
+}
+
+/// Sends frames from a thread of its own.
+#[derive(Debug)]
+pub(super) struct Writer {
+    frames: SyncSender<(u16, Vec<u8>)>,
+    thread: JoinHandle<()>,
+}
+
+/// What the next process has been told.
+#[derive(Debug)]
+pub(super) struct Reporter {
+    writer: Writer,
+    backends: HashMap<BackendId, u32>,
+    frontends: HashMap<FrontendId, u32>,
+    sessions: u32,
+    next: Instant,
+}
+
+// === impl Writer ===
+
+impl Writer {
+    pub(super) fn start(channel: Channel) -> std::io::Result<Writer> {
+        let (frames, waiting) = mpsc::sync_channel::<(u16, Vec<u8>)>(FRAMES_MAX);
+        let write = move || {
+            while let Ok((kind, body)) = waiting.recv() {
+                if channel.send(kind, &body, &[], clock::now() + FRAME_MAX).is_err() {
+                    // The other process is gone, and nothing is left to be told.
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("upgrade-words".to_owned()).spawn(write)?;
+        Ok(Writer { frames, thread })
+    }
+
+    /// False where the other process does not read at the moment.
+    pub(super) fn send<M: Message>(&self, message: &M) -> bool {
+        let frame = (M::KIND, message::encode(message));
+        !matches!(self.frames.try_send(frame), Err(TrySendError::Full(_)))
+    }
+
+    /// Waits until everything is sent.
+    fn finish(self) {
+        drop(self.frames);
+        // It catches its own errors.
+        let _ = self.thread.join();
+    }
+}
+
+// === impl Reporter ===
+
+impl Reporter {
+    pub(super) fn start(channel: Channel) -> std::io::Result<Reporter> {
+        Ok(Reporter {
+            writer: Writer::start(channel)?,
+            backends: HashMap::new(),
+            frontends: HashMap::new(),
+            sessions: 0,
+            next: clock::now(),
+        })
+    }
+
+    /// Tells what has changed, where it is time to.
+    pub(super) fn report(&mut self, controller: &Controller, sessions: u32, now: Instant) {
+        if now < self.next {
+            return;
+        }
+        self.next = now + REPORT_INTERVAL;
+        let mut report = Report { sessions, ..Report::default() };
+        let (mut backends, mut frontends) = (Vec::new(), Vec::new());
+        for state in controller.every_known() {
+            let open = state.in_flight.total();
+            let told = self.backends.get(&state.id).copied().unwrap_or(0);
+            if open == told {
+                continue;
+            }
+            if backends.len() == REPORT_BACKENDS_MAX {
+                // The next one goes on from here.
+                self.next = now;
+                break;
+            }
+            backends.push((state.id, open));
+            report.backends.push(HeldBackend {
+                pool: state.pool.to_string(),
+                name: state.name.to_string(),
+                address: state.address_text.to_string(),
+                sessions: open,
+            });
+        }
+        for state in controller.frontends() {
+            let open = state.in_flight.total();
+            if open != self.frontends.get(&state.id).copied().unwrap_or(0) {
+                frontends.push((state.id, open));
+                report
+                    .frontends
+                    .push(HeldFrontend { name: state.name.to_string(), sessions: open });
+            }
+        }
+        let news = sessions != self.sessions || !backends.is_empty() || !frontends.is_empty();
+        if news && self.writer.send(&report) {
+            self.sessions = sessions;
+            note(&mut self.backends, backends);
+            note(&mut self.frontends, frontends);
+        }
+    }
+
+    /// Waits until everything is sent.
+    pub(super) fn finish(self) {
+        self.writer.finish();
+    }
+}
+
+fn note<K: Eq + std::hash::Hash>(told: &mut HashMap<K, u32>, news: Vec<(K, u32)>) {
+    for (who, open) in news {
+        match open {
+            0 => told.remove(&who),
+            open => told.insert(who, open),
+        };
+    }
+}

@@ -1,0 +1,120 @@
+//! The last second of a process whose successor serves: it accepts nothing, but keeps
+//! everything, and goes on if the successor ends.
+//!
+//! Part of the control loop. A successor that has got so far and ends at once has met
+//! something that no check could show: a signal, a limit, a bug in its first sessions.
+
+use super::message::Ready;
+use super::{UpgradeEvent, Upgrades};
+use crate::app::control_loop::Control;
+use crate::app::supervised;
+use crate::clock;
+use std::net::SocketAddr;
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+
+/// How long the successor has to live.
+const STEPPING_DOWN: Duration = Duration::from_secs(1);
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct SteppingDown {
+    until: Instant,
+    /// Addresses the successor does not serve.
+    not_taken: Vec<SocketAddr>,
+    admin_taken: bool,
+    /// The successor's end, where this process is its parent.
+    ended: Option<oneshot::Receiver<ExitStatus>>,
+}
+
+// === impl SteppingDown ===
+
+impl SteppingDown {
+    pub(super) async fn next(&mut self) -> UpgradeEvent {
+        let ended = &mut self.ended;
+        let failed = async {
+            if let Some(receiver) = ended {
+                let came = receiver.await;
+                // It is not to be asked again.
+                *ended = None;
+                if let Ok(status) = came
+                    && !status.success()
+                {
+                    return status;
+                }
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            status = failed => UpgradeEvent::Ended(status),
+            () = tokio::time::sleep_until(self.until.into()) => UpgradeEvent::SteppedDown,
+        }
+    }
+}
+
+// === impl Upgrades ===
+
+impl Upgrades {
+    /// Whether this process might go on yet.
+    pub(in crate::app) fn is_stepping_down(&self) -> bool {
+        self.stepping_down.is_some()
+    }
+}
+
+// === impl Control ===
+
+impl Control {
+    pub(super) fn step_down(&mut self, ready: &Ready, ended: oneshot::Receiver<ExitStatus>) {
+        let until = clock::now() + STEPPING_DOWN;
+        let (not_taken, admin_taken) = (ready.not_taken.clone(), ready.admin_taken);
+        self.binds.step_down(&not_taken, &self.workers);
+        self.reception.step_down();
+        if admin_taken && let Some(admin) = &mut self.admin {
+            admin.step_down();
+        }
+        let ended = Some(ended);
+        self.upgrades.stepping_down = Some(SteppingDown { until, not_taken, admin_taken, ended });
+        self.drain_what_is_left();
+    }
+
+    /// The successor lives: this process lets go.
+    pub(super) fn stepped_down(&mut self) {
+        let Some(stepping) = self.upgrades.stepping_down.take() else { return };
+        self.binds.hand_over(&stepping.not_taken, &self.workers, &self.supervised);
+        self.reception.hand_over();
+        if stepping.admin_taken
+            && let Some(admin) = &mut self.admin
+        {
+            admin.hand_over();
+        }
+        if let Some(link) = self.supervised.link() {
+            link.let_go();
+        }
+    }
+
+    /// The successor has ended: this process serves again.
+    pub(in crate::app) fn go_on(&mut self, status: ExitStatus) {
+        // Too late: the supervisor learns of it by what was said before.
+        let Some(stepping) = self.upgrades.stepping_down.take() else { return };
+        let reason = supervised::in_words(status);
+        tracing::error!(reason, "this process goes on: it accepts again");
+        self.upgrades.successor = None;
+        self.upgrades.counts.done = self.upgrades.counts.done.saturating_sub(1);
+        self.upgrades.counts.failed += 1;
+        self.draining = None;
+        self.binds.go_on(&stepping.not_taken, &self.workers);
+        if stepping.admin_taken {
+            self.serve_admin_again();
+        }
+        if let Err(error) = self.reception.go_on(&self.config) {
+            tracing::error!(error, "heartbeats are not received again");
+        }
+        self.readiness.set_ready_again();
+        self.notifier.goes_on();
+        if let Some(link) = self.supervised.link() {
+            link.goes_on();
+        }
+        self.supervised.write_intents(&self.controller);
+    }
+}

@@ -1,0 +1,79 @@
+//! Where in a file its values stand, for problems that are found after the file
+//! was read: an address that is taken, a user that does not exist. Filled while
+//! the file is validated, asked by the application.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::diagnose::{Problem, Severity};
+use super::source::Source;
+use super::value::Complaint;
+
+/// A value that more can be wrong with than its text shows.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Spot {
+    /// A bind address of a frontend.
+    Bind(SocketAddr),
+    /// A source address of a pool.
+    Source(IpAddr),
+    /// An address that heartbeats are received at.
+    HeartbeatListen(SocketAddr),
+    /// `[admin] listen`
+    AdminListen,
+    /// `[admin] token_file`
+    TokenFile,
+    /// `[log] access`
+    AccessLog,
+    /// `[process] user`
+    User,
+    /// `[process] group`
+    Group,
+}
+
+/// The text of a file and the places of what stands in it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Origin {
+    file: Arc<str>,
+    text: Arc<str>,
+    spots: HashMap<Spot, Range<usize>>,
+}
+
+impl Origin {
+    pub(super) fn new(source: &Source<'_>, spots: HashMap<Spot, Range<usize>>) -> Origin {
+        Origin { file: Arc::clone(&source.file), text: source.text.into(), spots }
+    }
+
+    /// An error at that spot; at the first character where the file says nothing of
+    /// it. `message` and `help` are one line each.
+    pub fn error(&self, spot: &Spot, message: impl Into<String>, help: Option<String>) -> Problem {
+        self.problem(spot, Severity::Error, message.into(), help)
+    }
+
+    /// The same, as a warning.
+    pub fn warning(
+        &self,
+        spot: &Spot,
+        message: impl Into<String>,
+        help: Option<String>,
+    ) -> Problem {
+        self.problem(spot, Severity::Warning, message.into(), help)
+    }
+
+    fn problem(
+        &self,
+        spot: &Spot,
+        severity: Severity,
+        message: String,
+        help: Option<String>,
+    ) -> Problem {
+        match self.spots.get(spot) {
+            Some(place) => {
+                let source = Source::new(&self.file, &self.text);
+                Problem::new(&source, place, severity, Complaint { message, help })
+            }
+            None => Problem::of_file(&self.file, severity, message, help),
+        }
+    }
+}

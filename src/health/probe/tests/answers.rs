@@ -1,0 +1,99 @@
+//! Answers that come in several parts: interim responses before the final one.
+
+use super::*;
+
+fn wants(status: (u16, u16)) -> ProbeSpec {
+    spec(ProbeKind::Http {
+        path: "/".into(),
+        host: None,
+        method: "GET".into(),
+        status: vec![status],
+    })
+}
+
+async fn outcome(answer: &'static [&'static [u8]], status: (u16, u16)) -> ProbeOutcome {
+    run(&server(answer).await, &wants(status)).await
+}
+
+async fn holds_master(answer: &'static [&'static [u8]]) -> ProbeOutcome {
+    let expect = Expect::Contains(b"role:master".to_vec());
+    let spec = spec(ProbeKind::SendExpect { send: b"INFO\r\n".to_vec(), expect });
+    run(&server(answer).await, &spec).await
+}
+
+#[test]
+fn an_answer_may_hold_what_is_expected_anywhere() {
+    on_runtime(async {
+        let first: &'static [&'static [u8]] = &[b"role:master\r\n"];
+        let late: &'static [&'static [u8]] = &[b"# Replication\r\nrole:master\r\nconnected"];
+        let split: &'static [&'static [u8]] = &[b"# Replication\r\nrole:", b"mas", b"ter"];
+        for answer in [first, late, split] {
+            assert_success(&holds_master(answer).await);
+        }
+        let reason = failure(holds_master(&[b"role:slave\r\n", b"role:maste"]).await);
+        assert!(reason.starts_with("connection closed after 22 bytes"), "{reason}");
+        assert!(reason.ends_with("expected \"role:master\" in them"), "{reason}");
+    });
+}
+
+#[test]
+fn an_answer_without_end_is_searched_up_to_a_bound() {
+    on_runtime(async {
+        let whole: &'static [u8] = Vec::leak(vec![b'x'; 200 * 1024]);
+        let reason = failure(holds_master(Box::leak(Box::new([whole]))).await);
+        assert_eq!(reason, "65536 bytes of answer without \"role:master\"");
+    });
+}
+
+#[test]
+fn interim_responses_are_skipped_and_the_final_status_counts() {
+    on_runtime(async {
+        const EARLY: &[u8] = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\r\n";
+        static GOOD: [&[u8]; 2] = [EARLY, b"HTTP/1.1 200 OK\r\n\r\n"];
+        static BAD: [&[u8]; 2] = [EARLY, b"HTTP/1.1 503 no\r\n\r\n"];
+        assert_success(&outcome(&GOOD, (200, 399)).await);
+        let reason = failure(outcome(&BAD, (200, 399)).await);
+        assert_eq!(reason, "status 503, expected 200-399");
+    });
+}
+
+#[test]
+fn interim_responses_may_come_in_one_packet_or_in_many() {
+    on_runtime(async {
+        let one: &'static [&'static [u8]] =
+            &[b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102\r\n\r\nHTTP/1.0 204\r\n\r\n"];
+        let many: &'static [&'static [u8]] =
+            &[b"HTTP/1.1 1", b"00 Continue\r", b"\n\r", b"\nHTTP/1.1 204", b"\n"];
+        for answer in [one, many] {
+            assert_success(&outcome(answer, (204, 204)).await);
+        }
+    });
+}
+
+#[test]
+fn interim_responses_never_pass_even_where_their_status_is_in_the_range() {
+    on_runtime(async {
+        let reason = failure(outcome(&[b"HTTP/1.1 100 Continue\r\n\r\n"], (100, 399)).await);
+        assert!(reason.starts_with("connection closed after 25 bytes"), "{reason}");
+    });
+}
+
+#[test]
+fn switching_protocols_is_final() {
+    on_runtime(async {
+        let answer: &'static [&'static [u8]] =
+            &[b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n"];
+        assert_success(&outcome(answer, (101, 101)).await);
+        assert_eq!(failure(outcome(answer, (200, 399)).await), "status 101, expected 200-399");
+    });
+}
+
+#[test]
+fn interim_responses_without_end_fail_at_the_bound() {
+    static ENDLESS: [&[u8]; 300] = [b"HTTP/1.1 102 Processing\r\nX: 0123456789\r\n\r\n"; 300];
+    on_runtime(async {
+        let whole: &'static [u8] = Vec::leak(ENDLESS.concat());
+        let reason = failure(outcome(Box::leak(Box::new([whole])), (200, 399)).await);
+        assert!(reason.starts_with("no final status line within 8192 bytes"), "{reason}");
+    });
+}

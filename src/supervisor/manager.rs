@@ -1,0 +1,141 @@
+//! Telling a service manager how this process is (sd_notify(3)): ready, reloading,
+//! stopping, alive.
+//!
+//! Used by the supervisor and, where there is none, by `app::notify`. Datagrams to
+//! `NOTIFY_SOCKET`, sent without waiting; one that is lost is lost. Without that
+//! variable nothing is sent.
+
+use crate::clock;
+use std::ffi::{OsStr, OsString};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
+
+/// Where to send.
+pub(super) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
+
+/// How long the manager waits for a word before it acts, and whose word.
+pub(super) const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
+pub(super) const WATCHDOG_PID: &str = "WATCHDOG_PID";
+
+/// The way to the service manager, if there is one.
+#[derive(Debug, Default)]
+pub struct Manager(Option<(UnixDatagram, SocketAddr)>);
+
+// === impl Manager ===
+
+impl Manager {
+    /// As the environment says.
+    pub fn from_environment() -> Manager {
+        std::env::var_os(NOTIFY_SOCKET).map_or_else(Manager::default, |path| Manager::at(&path))
+    }
+
+    /// At a path or an abstract name.
+    pub fn at(path: &OsStr) -> Manager {
+        let to = UnixDatagram::unbound().and_then(|socket| {
+            socket.set_nonblocking(true)?;
+            Ok((socket, address(path)?))
+        });
+        match to {
+            Ok(to) => Manager(Some(to)),
+            Err(error) => {
+                tracing::warn!(%error, "NOTIFY_SOCKET cannot be used");
+                Manager::default()
+            }
+        }
+    }
+
+    /// Serving, on the configuration in force.
+    pub fn ready(&self) {
+        self.send(&format!("READY=1\nMAINPID={}", std::process::id()));
+    }
+
+    /// Reading the configuration again; [`Manager::ready`] ends it.
+    pub fn reloading(&self) {
+        self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", clock::monotonic_micros()));
+    }
+
+    /// Draining.
+    pub fn stopping(&self) {
+        self.send("STOPPING=1");
+    }
+
+    /// Alive.
+    pub fn beat(&self) {
+        self.send("WATCHDOG=1");
+    }
+
+    /// Another process is the service now.
+    pub fn main_process(&self, pid: u32) {
+        self.send(&format!("MAINPID={pid}"));
+    }
+
+    fn send(&self, message: &str) {
+        if let Some((socket, to)) = &self.0
+            && let Err(error) = socket.send_to_addr(message.as_bytes(), to)
+        {
+            tracing::warn!(%error, "the service manager cannot be told: {message:?}");
+        }
+    }
+}
+
+/// What the manager wants a sign of life within, where it wants one of this process.
+pub fn watchdog() -> Option<Duration> {
+    let for_us = std::env::var_os(WATCHDOG_PID)
+        .is_none_or(|pid| pid.to_str() == Some(&std::process::id().to_string()));
+    micros(std::env::var_os(WATCHDOG_USEC).filter(|_| for_us))
+}
+
+fn micros(text: Option<OsString>) -> Option<Duration> {
+    let micros = text?.to_str()?.parse::<u64>().ok().filter(|micros| *micros > 1)?;
+    Some(Duration::from_micros(micros))
+}
+
+/// A path, or an abstract name behind `@` (unix(7)).
+fn address(path: &OsStr) -> std::io::Result<SocketAddr> {
+    match path.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn receive(socket: &UnixDatagram) -> String {
+        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let mut bytes = [0; 200];
+        let n = socket.recv(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes[..n]).into_owned()
+    }
+
+    #[test]
+    fn messages_go_to_a_path_or_an_abstract_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        let manager = Manager::at(path.as_os_str());
+        manager.ready();
+        assert_eq!(receive(&socket), format!("READY=1\nMAINPID={}", std::process::id()));
+        manager.reloading();
+        let said = receive(&socket);
+        let micros = said.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap();
+        assert!(micros.parse::<u64>().unwrap() > 0);
+
+        let name = format!("tidegate-notify-{}", std::process::id());
+        let socket =
+            UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+        Manager::at(OsStr::new(&format!("@{name}"))).stopping();
+        assert_eq!(receive(&socket), "STOPPING=1");
+    }
+
+    #[test]
+    fn a_senseless_watchdog_is_none() {
+        for text in ["0", "-1", "soon", ""] {
+            assert_eq!(micros(Some(text.into())), None, "{text}");
+        }
+        assert_eq!(micros(Some("3000000".into())), Some(Duration::from_secs(3)));
+    }
+}

@@ -1,0 +1,95 @@
+//! The program's log: one line an event, whatever is in it, and what each level has.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::TestProxy;
+use crate::common::{Engine, client, eventually, on_every_engine, secs};
+
+on_every_engine!(
+    text_from_outside_forges_no_line_in_either_format,
+    debug_and_trace_tell_of_tables_probes_reloads_and_upgrades,
+);
+
+/// A name and a path that try to pass for a line of their own.
+const FORGED: &str = "a\\n2026-01-01T00:00:00Z ERROR forged: pool=\\\"web\\\" b\\u001b[31m";
+
+fn text_from_outside_forges_no_line_in_either_format(engine: Engine) {
+    let a = ScriptedBackend::start(backend::name("a"));
+    let conf = Conf::simple(engine, Pool::new("web").backend("a", a.address()));
+    let mut proxy = TestProxy::start(conf);
+    for format in ["text", "json"] {
+        let known = proxy.log().lines().count();
+        let mut text = proxy.render(&proxy.conf());
+        text.push_str(&format!(
+            "\n[[pool.web.backend]]\naddress = \"unix:/nowhere/{FORGED}\"\n\
+             [pool.web.probe]\nkind = \"tcp\"\ninterval = \"50ms\"\ntimeout = \"50ms\"\n"
+        ));
+        let text = text.replace("[log]", &format!("[log]\nformat = \"{format}\""));
+        proxy.rewrite_by_rename(&text);
+        if format == "text" {
+            assert_eq!(proxy.admin_request("POST", "/v1/reload").status, 200);
+        } else {
+            proxy.restart();
+        }
+        let lines = || proxy.log().lines().skip(known).map(String::from).collect::<Vec<_>>();
+        let tells = || lines().into_iter().find(|line| line.contains("first probe failed"));
+        eventually(secs(10), "the death of the strange one is logged", || tells().is_some());
+        assert!(!proxy.log().contains('\x1b'), "a terminal would obey: {}", proxy.log());
+        let lines = lines();
+        let own = |line: &&String| line.starts_with("20") || line.starts_with('{');
+        assert!(lines.iter().all(|line| own(&line)), "{lines:#?}");
+        assert!(!lines.iter().any(|line| line.starts_with("2026-01-01")), "{lines:#?}");
+        let line = tells().expect("it was there");
+        if format == "json" {
+            let value: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+            assert_eq!(value["fields"]["pool"], "web");
+            let name = value["fields"]["backend"].as_str().expect("a name");
+            assert!(name.contains("/a\n2026"), "{name:?}");
+        } else {
+            assert!(
+                line.contains(r#"backend="unix:/nowhere/a\n2026-01-01T00:00:00Z ERROR forged"#),
+                "{line}"
+            );
+            assert!(line.contains(r#"pool=\"web\" b\u001b[31m""#), "{line}");
+        }
+    }
+}
+
+fn debug_and_trace_tell_of_tables_probes_reloads_and_upgrades(engine: Engine) {
+    let a = ScriptedBackend::start(backend::name("a"));
+    let pool =
+        Pool::new("web").probe("kind = \"tcp\"\ninterval = \"100ms\"").backend("a", a.address());
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    assert!(!proxy.log().contains("DEBUG"), "{}", proxy.log());
+    for level in ["debug", "trace"] {
+        let text = proxy.render(&proxy.conf());
+        proxy.rewrite_by_rename(&text.replace("[log]", &format!("[log]\nlevel = \"{level}\"")));
+        assert_eq!(proxy.admin_request("POST", "/v1/reload").status, 200);
+    }
+    let mut conf = proxy.conf();
+    conf.pool_mut("web").backends[0].keys.push_str("weight = 3");
+    let text = proxy.render(&conf).replace("[log]", "[log]\nlevel = \"trace\"");
+    proxy.rewrite_by_rename(&text);
+    assert_eq!(proxy.admin_request("POST", "/v1/reload").status, 200);
+    let known = proxy.log().len();
+    let before = proxy.upgrade();
+    for line in [
+        "DEBUG tidegate::app::reload: reload change=\"backend web/a changes\"",
+        ": table published generation=",
+        ": probe ended pool=web backend=a result=\"success after",
+        "TRACE tidegate::app::control_loop: probe begins address=",
+    ] {
+        eventually(secs(10), line, || proxy.log().contains(line));
+    }
+    for step in ["new process has started pid=", "new process is ready", "this process serves;"] {
+        eventually(secs(10), step, || proxy.log()[known..].contains(step));
+    }
+    proxy.wait_gone(before, secs(10));
+    // Nothing on the way of the bytes.
+    let known = proxy.log().lines().filter(|line| line.contains("tidegate::proxy")).count();
+    for _ in 0..20 {
+        client::ask(proxy.addr("web")).expect("an answer");
+    }
+    let lines = proxy.log().lines().filter(|line| line.contains("tidegate::proxy")).count();
+    assert_eq!(lines, known, "{}", proxy.log());
+}

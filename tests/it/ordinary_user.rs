@@ -1,0 +1,171 @@
+//! The first use by a user without privileges: no `[admin] listen`, no `--admin`.
+//!
+//! Run by root, the tests become a user that owns nothing; else they stay who
+//! they are.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::ports::free_port;
+use crate::common::proxy::PROGRAM;
+use crate::common::{Engine, client, eventually, on_every_engine, secs};
+use std::fs::File;
+use std::net::SocketAddr;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+on_every_engine!(
+    commands_find_the_balancer_in_the_runtime_directory_before_and_after_an_upgrade,
+    a_user_without_a_runtime_directory_gets_a_directory_in_tmp,
+);
+
+/// A balancer that this user started, and what commands of this user see.
+struct OwnBalancer {
+    dir: tempfile::TempDir,
+    uid: Option<u32>,
+    runtime: Option<PathBuf>,
+    config: PathBuf,
+    address: SocketAddr,
+    child: Child,
+}
+
+impl OwnBalancer {
+    fn start(engine: Engine, uid: u32, with_runtime: bool, backend: SocketAddr) -> OwnBalancer {
+        let uid = rustix::process::geteuid().is_root().then_some(uid);
+        let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").unwrap();
+        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let runtime = with_runtime.then(|| dir.path().join("runtime"));
+        if let Some(runtime) = &runtime {
+            std::fs::create_dir(runtime).unwrap();
+            std::fs::set_permissions(runtime, PermissionsExt::from_mode(0o700)).unwrap();
+            chown(runtime, uid, uid).unwrap();
+        }
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let config = dir.path().join("tidegate.toml");
+        let text = format!(
+            "[process]\nworkers = 1\nengine = \"{}\"\n[frontend.web]\nbind = \"{address}\"\n\
+             pool = \"web\"\n[[pool.web.backend]]\nname = \"a\"\naddress = \"{backend}\"\n",
+            engine.name()
+        );
+        std::fs::write(&config, text).unwrap();
+        let log = File::create(dir.path().join("stderr")).unwrap();
+        let mut run = as_user(uid, runtime.as_deref());
+        run.args(["run", "--config"]).arg(&config);
+        run.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let child = run.spawn().unwrap();
+        OwnBalancer { dir, uid, runtime, config, address, child }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Output {
+        as_user(self.uid, self.runtime.as_deref()).args(arguments).output().unwrap()
+    }
+
+    #[track_caller]
+    fn told(&self, arguments: &[&str]) -> String {
+        let output = self.command(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}\n{}", self.log());
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[track_caller]
+    fn wait_until_it_answers(&mut self) {
+        eventually(secs(20), "a command reaches the balancer", || {
+            let ended = self.child.try_wait().unwrap();
+            assert_eq!(ended, None, "it did not start:\n{}", self.log());
+            self.command(&["status"]).status.success()
+        });
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("stderr")).unwrap()
+    }
+
+    /// Ends it, by a command, and waits until its socket is gone.
+    #[track_caller]
+    fn shut_down(mut self, socket: &Path) {
+        self.told(&["shutdown"]);
+        eventually(secs(20), "the socket goes with the balancer", || !socket.exists());
+        eventually(secs(20), "the process ends", || self.child.try_wait().unwrap().is_some());
+    }
+}
+
+impl Drop for OwnBalancer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn as_user(uid: Option<u32>, runtime: Option<&Path>) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.env_remove("TIDEGATE_ADMIN").env_remove("XDG_RUNTIME_DIR");
+    if let Some(runtime) = runtime {
+        command.env("XDG_RUNTIME_DIR", runtime);
+    }
+    if let Some(uid) = uid {
+        // The standard library clears the supplementary groups as well.
+        command.uid(uid).gid(uid);
+    }
+    command
+}
+
+fn commands_find_the_balancer_in_the_runtime_directory_before_and_after_an_upgrade(engine: Engine) {
+    let a = ScriptedBackend::start(backend::name("a"));
+    let mut own = OwnBalancer::start(engine, 65534, true, a.address().parse().unwrap());
+    own.wait_until_it_answers();
+    let socket = own.runtime.clone().unwrap().join("tidegate/admin.sock");
+    let line = format!("address=unix:{}", socket.display());
+    let said = own.log().lines().filter(|it| it.contains(&line)).count();
+    assert_eq!(said, 1, "{}", own.log());
+    assert!(own.log().contains("/run/tidegate"), "it says why: {}", own.log());
+    assert_eq!(client::ask(own.address).unwrap(), "a");
+
+    let config = own.config.to_str().unwrap().to_owned();
+    own.told(&["drain", "web/a"]);
+    own.told(&["undrain", "web/a", "--config", &config]);
+    own.told(&["explain", "web/a"]);
+    let reloaded = own.told(&["reload"]);
+    assert!(reloaded.contains("unchanged") && !reloaded.contains("warning"), "{reloaded}");
+    own.told(&["upgrade"]);
+    let status = own.told(&["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    assert_eq!(status["warnings"], serde_json::json!([]), "{status}");
+    assert_eq!(client::ask(own.address).unwrap(), "a");
+    own.shut_down(&socket);
+}
+
+fn a_user_without_a_runtime_directory_gets_a_directory_in_tmp(engine: Engine) {
+    if !rustix::process::geteuid().is_root() {
+        // This user may have a balancer of its own there.
+        return;
+    }
+    // No account has such a number, and no other test.
+    let uid = 1_900_000_000 + u32::from(free_port()) * 2 + u32::from(engine == Engine::Epoll);
+    let a = ScriptedBackend::start(backend::name("a"));
+    let mut own = OwnBalancer::start(engine, uid, false, a.address().parse().unwrap());
+    own.wait_until_it_answers();
+    let directory = PathBuf::from(format!("/tmp/tidegate-{uid}"));
+    let mode = std::fs::metadata(&directory).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+    let socket = directory.join("admin.sock");
+
+    // The variable precedes what a command finds by itself.
+    let output = as_user(own.uid, None)
+        .env("TIDEGATE_ADMIN", "unix:/nowhere/admin.sock")
+        .arg("status")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(3) && said.contains("unix:/nowhere/"), "{output:?}");
+    own.shut_down(&socket);
+
+    // A directory that another user made first is not used, neither to listen nor to ask.
+    chown(&directory, Some(0), Some(0)).unwrap();
+    let output = as_user(Some(uid), None).arg("status").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("is not a directory of this user"), "{said}");
+    let mut own = OwnBalancer::start(engine, uid, false, a.address().parse().unwrap());
+    eventually(secs(20), "it refuses to start", || own.child.try_wait().unwrap().is_some());
+    assert!(own.log().contains("set [admin] listen"), "{}", own.log());
+    std::fs::remove_dir_all(&directory).unwrap();
+}

@@ -1,0 +1,123 @@
+//! Binds on hosts of their own: addresses that no interface has yet, hosts without
+//! IPv6, a backend on the port of a wildcard.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::client;
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::{PROGRAM, TestProxy};
+use crate::common::{Engine, on_every_engine};
+use crate::netns::{Namespace, networks_run};
+use std::net::SocketAddr;
+use std::process::Command;
+
+on_every_engine!(
+    an_absent_address_is_bound_where_the_file_says_so,
+    a_star_is_ipv4_alone_on_a_host_without_ipv6,
+);
+
+/// A host with one balancer, whose file can be rewritten.
+struct Host {
+    proxy: TestProxy,
+    // Here to live as long.
+    _backend: ScriptedBackend,
+    namespace: Namespace,
+}
+
+impl Host {
+    fn new(engine: Engine, prepare: impl FnOnce(&Namespace)) -> Host {
+        let namespace = Namespace::new("balancer");
+        prepare(&namespace);
+        let backend = namespace.run(|| ScriptedBackend::start(backend::name("a")));
+        let pool = Pool::new("web").backend("a", backend.address());
+        let mut conf = Conf::simple(engine, pool);
+        conf.frontend_mut("web").binds = vec![SocketAddr::from(([127, 0, 0, 1], 8080))];
+        let proxy = namespace.run(|| TestProxy::start(conf));
+        Host { proxy, _backend: backend, namespace }
+    }
+
+    fn ask(&self, address: &str) -> std::io::Result<String> {
+        let address = address.parse().unwrap();
+        self.namespace.run(|| client::ask(address))
+    }
+
+    /// The answer to a reload of the file with that bind instead.
+    fn rebind(&self, bind: &str) -> crate::common::http::Answer {
+        let text = self.proxy.render(&self.proxy.conf());
+        let old = "\"127.0.0.1:8080\"";
+        assert!(text.contains(old), "{text}");
+        self.proxy.rewrite_by_rename(&text.replace(old, bind));
+        self.proxy.admin_request("POST", "/v1/reload")
+    }
+
+    /// What `check` says of the file.
+    fn check(&self) -> String {
+        let path = self.proxy.config_path();
+        let output = self.namespace.run(|| Command::new(PROGRAM).arg("check").arg(path).output());
+        let output = output.unwrap();
+        format!("{:?}\n{}", output.status.code(), String::from_utf8_lossy(&output.stderr))
+    }
+}
+
+fn an_absent_address_is_bound_where_the_file_says_so(engine: Engine) {
+    if !networks_run() {
+        return;
+    }
+    let mut host = Host::new(engine, |_| {});
+    let absent = "{ address = \"192.0.2.9:8080\" }";
+    let answer = host.rebind(absent);
+    assert_eq!(answer.status, 422, "{}", answer.body);
+    for word in ["no interface of this host has that address", "freebind = true", ".toml:"] {
+        assert!(answer.body.contains(word), "{}", answer.body);
+    }
+    let said = host.check();
+    assert!(said.starts_with("Some(1)") && said.contains("no interface of this host"), "{said}");
+
+    for free in [
+        "{ address = \"192.0.2.9:8080\", freebind = true }",
+        "{ address = \"[2001:db8::9]:8080\", freebind = true }, \
+         { address = \"192.0.2.9:8080\", freebind = true }",
+    ] {
+        let answer = host.rebind(free);
+        assert_eq!(answer.status, 200, "{}", answer.body);
+    }
+    let said = host.check();
+    assert!(said.starts_with("Some(0)"), "{said}");
+    host.namespace.ip("address add 192.0.2.9/32 dev lo");
+    assert_eq!(host.ask("192.0.2.9:8080").unwrap(), "a", "the address has come");
+    host.proxy.rebaseline();
+}
+
+fn a_star_is_ipv4_alone_on_a_host_without_ipv6(engine: Engine) {
+    if !networks_run() {
+        return;
+    }
+    let mut host = Host::new(engine, |_| {});
+    host.namespace.sysctl("ipv6/conf/all/disable_ipv6", "1");
+    let answer = host.rebind("\"*:8081\"");
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_eq!(host.ask("127.0.0.1:8081").unwrap(), "a");
+    host.proxy.rebaseline();
+}
+
+/// Nothing here is an engine's.
+#[test]
+fn a_wildcard_and_a_backend_on_its_port_are_both_named() {
+    let _turn = crate::common::turn::shared();
+    if !networks_run() {
+        return;
+    }
+    let host =
+        Host::new(Engine::Epoll, |namespace| namespace.ip("address add 192.0.2.1/32 dev lo"));
+    let address = SocketAddr::from(([192, 0, 2, 1], 9000));
+    let _backend =
+        host.namespace.run(|| ScriptedBackend::start_on(address, backend::name("other")));
+    let text = host.proxy.render(&host.proxy.conf());
+    let old = host.proxy.conf().pools[0].backends[0].address.clone();
+    let text = text.replace("127.0.0.1:8080", "0.0.0.0:9000").replace(&old, "192.0.2.1:9000");
+    host.proxy.rewrite_by_rename(&text);
+    let answer = host.proxy.admin_request("POST", "/v1/reload");
+    assert_eq!(answer.status, 422, "{}", answer.body);
+    for word in ["0.0.0.0:9000", "listens on 192.0.2.1:9000", "it is backend web/a of this file"] {
+        assert!(answer.body.contains(word), "{word}: {}", answer.body);
+    }
+}

@@ -1,0 +1,280 @@
+//! Signals, from the first moment of a process on: each is obeyed, none ends a process
+//! that is to obey it.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::client::{self, connect, try_connect};
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::{PROGRAM, TestProxy};
+use crate::common::{
+    Engine, eventually, eventually_some, have, long, ms, on_every_engine, patience, proc, secs,
+};
+use rustix::process::{Pid, Signal, kill_process_group};
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+on_every_engine!(
+    signals_from_the_first_moment_are_obeyed,
+    a_signal_as_soon_as_the_service_is_ready_is_obeyed,
+    stopping_while_it_starts_loses_no_client,
+    signals_to_the_whole_group_during_upgrades_end_nobody,
+    without_a_supervisor_signals_to_the_whole_group_during_upgrades_end_nobody,
+    a_stop_signal_that_is_repeated_at_once_counts_once,
+    a_second_stop_signal_ends_all_of_it,
+);
+
+fn conf(engine: Engine, backend: &ScriptedBackend) -> Conf {
+    let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
+    conf.process("drain_timeout = \"20s\"")
+}
+
+/// Starts, of each kind a few or many.
+fn starts() -> usize {
+    if long() { 250 } else { 6 }
+}
+
+/// A process in a directory of its own, in a group of its own, started over and over.
+struct Bench {
+    _backend: ScriptedBackend,
+    conf: Conf,
+    dir: tempfile::TempDir,
+}
+
+struct Started(Child);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        proc::kill_with_all_below(self.0.id());
+        let _ = self.0.wait();
+    }
+}
+
+impl Bench {
+    fn new(engine: Engine) -> Bench {
+        let backend = ScriptedBackend::start(backend::echo());
+        let conf = conf(engine, &backend);
+        let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").unwrap();
+        let admin = format!("unix:{}", dir.path().join("admin.sock").display());
+        std::fs::write(dir.path().join("t.toml"), conf.render(&admin, "off")).unwrap();
+        Bench { _backend: backend, conf, dir }
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn start(&self, more: &[&str], notify: Option<&Path>) -> Started {
+        let log = std::fs::File::create(self.path("log")).unwrap();
+        let mut command = Command::new(PROGRAM);
+        command.args(["run", "--config"]).arg(self.path("t.toml")).args(more);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).process_group(0);
+        command.envs(notify.map(|path| ("NOTIFY_SOCKET", path)));
+        Started(command.spawn().unwrap())
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    fn ask(&self, method: &str, target: &str) -> Option<crate::common::http::Answer> {
+        crate::common::http::over_unix(&self.path("admin.sock"), method, target).ok()
+    }
+
+    fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        let answer = self.ask("GET", "/metrics");
+        answer.map_or(0.0, |it| crate::common::proxy::sum_samples(&it.body, name, labels))
+    }
+
+    fn is_ready(&self) -> bool {
+        self.ask("GET", "/ready").is_some_and(|answer| answer.status == 200)
+    }
+}
+
+/// Waits until the program itself runs: it holds SIGHUP back first thing.
+fn begun(child: &Child) {
+    eventually(secs(10), "the program has begun", || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()));
+        let status = status.unwrap_or_default();
+        let held = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+        let held = held.and_then(|held| u64::from_str_radix(held.trim(), 16).ok());
+        held.is_some_and(|held| held & 1 == 1)
+    });
+}
+
+fn signals_from_the_first_moment_are_obeyed(engine: Engine) {
+    let bench = Bench::new(engine);
+    for round in 0..starts() {
+        for more in [&[][..], &["--single"]] {
+            let mut started = bench.start(more, None);
+            begun(&started.0);
+            std::thread::sleep(ms(fastrand::u64(0..60)));
+            let pid = started.0.id();
+            proc::signal(pid, Signal::HUP);
+            let upgrade = more.is_empty() && round % 3 == 0;
+            if upgrade {
+                proc::signal(pid, Signal::USR2);
+            }
+            eventually(secs(20), "it serves", || {
+                assert!(!proc::is_dead(pid), "{}", bench.log());
+                bench.is_ready()
+            });
+            let reloads = || bench.metric("tidegate_reloads_total", &[]);
+            let upgrades = || bench.metric("tidegate_upgrades_total", &[("result", "done")]);
+            eventually(secs(10), "the signal is obeyed", || {
+                if upgrade { upgrades() == 1.0 } else { reloads() >= 1.0 }
+            });
+            client::exchange(&connect(bench.conf.address("web")), b"hello").unwrap();
+            proc::signal(pid, Signal::TERM);
+            assert_eq!(started.0.wait().unwrap().code(), Some(0), "{}", bench.log());
+        }
+    }
+}
+
+fn a_signal_as_soon_as_the_service_is_ready_is_obeyed(engine: Engine) {
+    let bench = Bench::new(engine);
+    let path = bench.path("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(patience(secs(20)))).unwrap();
+    for round in 0..starts() {
+        let more: &[&str] = if round % 2 == 0 { &[] } else { &["--single"] };
+        let mut started = bench.start(more, Some(&path));
+        let mut said = [0; 100];
+        let n = eventually_some(secs(20), "it is ready", || manager.recv(&mut said).ok());
+        proc::signal(started.0.id(), Signal::HUP);
+        assert!(said[..n].starts_with(b"READY=1"));
+        let reloads = || bench.metric("tidegate_reloads_total", &[]);
+        eventually(secs(10), "it has reloaded", || {
+            assert!(!proc::is_dead(started.0.id()), "{}", bench.log());
+            reloads() >= 1.0
+        });
+        proc::signal(started.0.id(), Signal::TERM);
+        assert_eq!(started.0.wait().unwrap().code(), Some(0), "{}", bench.log());
+        // What else it has said.
+        manager.set_nonblocking(true).unwrap();
+        while manager.recv(&mut said).is_ok() {}
+        manager.set_nonblocking(false).unwrap();
+    }
+}
+
+fn stopping_while_it_starts_loses_no_client(engine: Engine) {
+    let bench = Bench::new(engine);
+    let address = bench.conf.address("web");
+    let mut served = 0;
+    for round in 0..starts() {
+        let more: &[&str] = if round % 2 == 0 { &[] } else { &["--single"] };
+        let mut started = bench.start(more, None);
+        begun(&started.0);
+        let pid = started.0.id();
+        std::thread::scope(|scope| {
+            let clients = scope.spawn(move || {
+                let mut served = 0;
+                while !proc::is_dead(pid) {
+                    // Nobody listens yet, or no more; but who is in gets an answer.
+                    if let Ok(stream) = try_connect(address) {
+                        let answer = client::exchange(&stream, b"hello");
+                        assert_eq!(answer.expect("who was taken is served"), b"hello");
+                        served += 1;
+                    }
+                }
+                served
+            });
+            std::thread::sleep(ms(fastrand::u64(0..100)));
+            proc::signal(pid, Signal::TERM);
+            let ended = started.0.wait().unwrap();
+            assert_eq!(ended.code(), Some(0), "{}", bench.log());
+            served += clients.join().expect("no client lost");
+        });
+    }
+    crate::common::measured(&format!("{served} clients while it started and stopped"));
+}
+
+fn signals_to_the_whole_group_during_upgrades_end_nobody(engine: Engine) {
+    group_signals(engine, false);
+}
+
+fn without_a_supervisor_signals_to_the_whole_group_during_upgrades_end_nobody(engine: Engine) {
+    group_signals(engine, true);
+}
+
+/// SIGHUP to every process of the group, all the time.
+fn group_signals(engine: Engine, single: bool) {
+    if !have(&["setsid"]) {
+        return;
+    }
+    let backend = ScriptedBackend::start(backend::echo());
+    let conf = conf(engine, &backend);
+    // It becomes the first of a group of its own, under the same number.
+    let wrapper = ["setsid"];
+    let mut proxy = match single {
+        true => TestProxy::start_single_under(conf, &wrapper),
+        false => TestProxy::start_under(conf, &wrapper),
+    };
+    let group = Pid::from_raw(proxy.service() as i32).unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let _ = kill_process_group(group, Signal::HUP);
+                std::thread::sleep(ms(1));
+            }
+        });
+        for _ in 0..if long() { 100 } else { 6 } {
+            let answer = proxy.try_upgrade("");
+            let pid = (answer.status == 200).then(|| answer.json()["pid"].as_u64());
+            if let Some(Some(pid)) = pid {
+                proxy.serve_by(pid as u32);
+            }
+            let served = try_connect(proxy.addr("web"))
+                .and_then(|stream| client::exchange(&stream, b"hello"));
+            if pid.is_none() || served.is_err() {
+                stop.store(true, std::sync::atomic::Ordering::Relaxed);
+                panic!("{} {}: {served:?}", answer.status, answer.body);
+            }
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    for old in proxy.pids_before() {
+        proxy.wait_gone(old, secs(10));
+    }
+    eventually(secs(5), "it answers", || proxy.admin_request("GET", "/ready").status == 200);
+    proxy.rebaseline();
+}
+
+fn a_stop_signal_that_is_repeated_at_once_counts_once(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    for single in [false, true] {
+        let mut proxy = match single {
+            true => TestProxy::start_single(conf(engine, &backend)),
+            false => TestProxy::start(conf(engine, &backend)),
+        };
+        let session = connect(proxy.addr("web"));
+        client::exchange(&session, b"hello").unwrap();
+        // As timeout(1) sends it: to the process, and to its group.
+        proxy.sigterm();
+        std::thread::sleep(ms(5));
+        proxy.sigterm();
+        std::thread::sleep(ms(300));
+        client::exchange(&session, b"still here").unwrap();
+        drop(session);
+        assert_eq!(proxy.wait_exit(secs(5)), Some(0), "{}", proxy.log());
+    }
+}
+
+fn a_second_stop_signal_ends_all_of_it(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let mut proxy = TestProxy::start(conf(engine, &backend));
+    let old_session = connect(proxy.addr("web"));
+    client::exchange(&old_session, b"hello").unwrap();
+    let old = proxy.upgrade();
+    let session = connect(proxy.addr("web"));
+    client::exchange(&session, b"hello").unwrap();
+    proxy.sigterm();
+    eventually_some(secs(5), "it drains", || {
+        (proxy.admin_request("GET", "/ready").status == 503).then_some(())
+    });
+    std::thread::sleep(ms(300));
+    proxy.sigterm();
+    assert_eq!(proxy.wait_exit(secs(5)), Some(3));
+    assert!(proc::is_dead(old));
+}
