@@ -39,6 +39,7 @@ mod preflight;
 mod refused;
 mod reload;
 mod reload_diff;
+mod rendering;
 mod signals;
 mod start;
 mod supervised;

@@ -13,6 +13,7 @@ use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::preflight::{access_log_refusal, load_token, token_problem, try_sources};
 use super::refused::Refused;
+use super::rendering::{Latencies, Rendering};
 use super::signals::Signals;
 use super::supervised::{Kept, Snapshot};
 use super::upgrade::{Rarities, Starter, Upgrades};
@@ -35,7 +36,6 @@ use crate::proxy::worker::{Command, Plan, Runtime, Worker};
 use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::{AccessLog, AccessLogSender, Target};
 use crate::telemetry::counters::WorkerCounters;
-use crate::telemetry::histograms::Merged;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -208,8 +208,8 @@ async fn bring_up(
         probes: ProbeRunner::counting(probe_results, Arc::clone(&local)),
         probed,
         reception,
-        latency: Merged::new(),
-        collected: 0,
+        latency: Latencies::default(),
+        rendering: Rendering::default(),
         access_log: Some(access_log),
         log,
         readiness: Readiness::new(),
