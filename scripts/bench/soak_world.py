@@ -13,6 +13,7 @@ import threading
 import time
 
 import candidates
+import kernel
 import measure
 import series
 
@@ -170,8 +171,9 @@ class World:
             [self.options.program, "run", "--config", self.config],
             stdout=self.log, stderr=self.log,
         )
-        self.pids = [self.balancer.pid]
         self.await_ready()
+        # The supervisor's, which holds no sessions and is not measured.
+        self.pids = kernel.children(self.balancer.pid)[1:]
         self.generation = self.status()["generation"]
         self.start_loads()
 
@@ -226,24 +228,26 @@ class World:
         """Ends the balancer in order, and whatever else is left."""
         for load in self.loads.values():
             candidates.end(load.process)
-        deadline = time.monotonic() + 15
-        for pid in reversed(self.pids):
-            self.end(pid, deadline)
+        if self.balancer:
+            self.end_balancer(time.monotonic() + 15)
         if self.echo:
             candidates.end(self.echo)
         self.log.close()
 
-    def end(self, pid, deadline):
-        if pid == self.pids[-1] and alive(pid):
-            os.kill(pid, signal.SIGTERM)
-        while alive(pid):
-            if time.monotonic() > deadline:
-                self.broken.append(f"balancer process {pid} did not end")
+    def end_balancer(self, deadline):
+        if self.balancer.poll() is None:
+            self.balancer.send_signal(signal.SIGTERM)
+        try:
+            code = self.balancer.wait(max(0.1, deadline - time.monotonic()))
+            if code != 0:
+                self.broken.append(f"the balancer ended with {code}")
+        except subprocess.TimeoutExpired:
+            self.broken.append("the balancer did not end")
+            below = kernel.children(self.balancer.pid)[1:]
+            self.balancer.kill()
+            self.balancer.wait()
+            for pid in filter(alive, below):
                 os.kill(pid, signal.SIGKILL)
-                return
-            time.sleep(0.05)
-        if pid == self.balancer.pid and self.balancer.wait() != 0:
-            self.broken.append(f"the balancer ended with {self.balancer.returncode}")
 
     def last_lines(self):
         with open(self.log.name, errors="replace") as file:

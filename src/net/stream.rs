@@ -286,6 +286,8 @@ pub struct Delivery {
     /// How long ago the last of it got further; `None` where that cannot be told, as
     /// on a Unix socket. A little longer than it is: the kernel counts in its ticks.
     pub quiet: Option<Duration>,
+    /// The peer's kernel has no room for what waits, and answers when it is asked.
+    pub blocked: bool,
     /// The connection is no more.
     pub dead: bool,
 }
@@ -308,14 +310,17 @@ pub fn delivery(socket: impl AsFd) -> Delivery {
     }
     let waiting = super::ioctl::out_queue(socket.as_fd());
     let Some(info) = super::sockopt::tcp_info(socket.as_fd()) else {
-        return Delivery { waiting, quiet: None, dead: false };
+        return Delivery { waiting, quiet: None, blocked: false, dead: false };
     };
     let millis = match info.tcpi_retransmits {
         0 => info.tcpi_last_data_sent,
         _ => info.tcpi_last_ack_recv,
     };
     let quiet = Some(Duration::from_millis(millis.into()) + KERNEL_TICK_MAX);
-    Delivery { waiting, quiet, dead: info.tcpi_state == CLOSE }
+    let dead = info.tcpi_state == CLOSE;
+    // One probe may be on its way.
+    let answers = info.tcpi_retransmits == 0 && info.tcpi_probes <= 1;
+    Delivery { waiting, quiet, blocked: waiting > 0 && answers && !dead, dead }
 }
 
 /// Bytes that wait at the socket to be received; 0 where that cannot be told.

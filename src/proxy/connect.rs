@@ -316,7 +316,13 @@ impl Tried {
 
 impl Attempts {
     /// Notes that an attempt failed.
-    fn note(&mut self, backend: &BackendState, failure: &'static str, errno: i32, begun: Instant) {
+    pub(super) fn note(
+        &mut self,
+        backend: &BackendState,
+        failure: &'static str,
+        errno: i32,
+        begun: Instant,
+    ) {
         let (backend, took) = (Arc::clone(&backend.name), clock::now() - begun);
         self.tries.get_or_insert_default().0.push(Try { backend, failure, errno, took });
     }

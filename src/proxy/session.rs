@@ -16,6 +16,7 @@ use super::relay::{Bytes, Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
 use crate::config::Policy;
+use crate::health::ConnectFailure;
 use crate::net::{errno, stream};
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
@@ -223,7 +224,7 @@ impl Session {
         drop(relay);
         if relayed.untouched && story.has_another_try() {
             held.reset_unused(story.ctx(), since);
-            return Some(story.try_another(slots, held, relayed));
+            return Some(story.try_another(slots, held, relayed, since));
         }
         let Relayed { ending, bytes, .. } = relayed;
         let first_byte = relayed.first_byte.map(|at| at.saturating_duration_since(since));
@@ -358,8 +359,16 @@ impl Story {
     }
 
     /// Leaves its backend, which has never heard of it, for another.
-    fn try_another(mut self, slots: Slots, held: Held, relayed: Relayed) -> Another {
+    fn try_another(
+        mut self,
+        slots: Slots,
+        held: Held,
+        relayed: Relayed,
+        since: Instant,
+    ) -> Another {
         let [client, _] = relayed.sockets;
+        let (failure, errno) = (ConnectFailure::EarlyReset.name(), relayed.ending.errno);
+        self.attempts.note(held.backend(), failure, errno, since);
         self.attempts.tried.push(held.index());
         // Before the next pick: its slot may be what that needs.
         drop(held);

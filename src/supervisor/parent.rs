@@ -349,7 +349,10 @@ impl Parent {
                     old.tell(&Order::Ended(status.as_raw()));
                 }
             }
-            Role::SteppingDown | Role::Leaving => {}
+            Role::SteppingDown | Role::Leaving if status.exit_status() == Some(0) => {}
+            Role::SteppingDown | Role::Leaving => {
+                say(format_args!("{}, which was draining", in_words(child.pid, status)));
+            }
             Role::Main => self.main_ended(&mut child, status),
         }
     }

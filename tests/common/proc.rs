@@ -85,6 +85,15 @@ pub fn parent(pid: u32) -> u32 {
     status_field(pid, "PPid:") as u32
 }
 
+/// Every thread of it is stopped.
+pub fn is_stopped(pid: u32) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+    tasks.flatten().all(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+    })
+}
+
 /// Gone, or a zombie that waits for its parent.
 pub fn is_dead(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| {

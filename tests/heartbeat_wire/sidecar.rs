@@ -117,7 +117,10 @@ fn sigterm_drains_then_stops_and_exits_with_0() {
     // Not since it said so: a busy machine may say it late.
     let drained = stopping.at - told;
     assert!(drained >= Duration::from_millis(290), "{drained:?}");
-    assert_eq!(sidecar.end(), (Some(0), String::new()));
+    let (code, said) = sidecar.end();
+    // Of this host's clock it may have something to say.
+    let said: Vec<&str> = said.lines().filter(|line| !line.contains("not synchronised")).collect();
+    assert_eq!((code, said), (Some(0), Vec::new()));
 }
 
 #[test]

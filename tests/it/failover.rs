@@ -348,6 +348,14 @@ fn exhausted_descriptors_are_not_blamed_on_backends(engine: Engine) {
     assert_eq!(standing, (&false.into(), &"up".into(), &true.into()), "{state:#}");
 }
 
+/// Resets without a word, once the connection stands beyond doubt.
+fn resets_in_a_moment() -> backend::Script {
+    script(|conn| {
+        std::thread::sleep(ms(50));
+        conn.reset();
+    })
+}
+
 /// A pool whose first pick is a backend of that script, and its second an echo.
 fn two_of(first: backend::Script) -> (ScriptedBackend, ScriptedBackend, Pool) {
     let (a, b) = (ScriptedBackend::start(first), ScriptedBackend::start(backend::echo()));
@@ -357,7 +365,7 @@ fn two_of(first: backend::Script) -> (ScriptedBackend, ScriptedBackend, Pool) {
 }
 
 fn a_backend_that_resets_before_a_word_is_left_for_another(engine: Engine) {
-    let (_a, b, pool) = two_of(script(|conn| conn.reset()));
+    let (_a, b, pool) = two_of(resets_in_a_moment());
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     let client = connect(proxy.addr("web"));
     // Without a word from anybody.
@@ -374,7 +382,7 @@ fn a_backend_that_resets_before_a_word_is_left_for_another(engine: Engine) {
 }
 
 fn a_session_that_every_backend_resets_is_reset(engine: Engine) {
-    let backends = [(); 2].map(|()| ScriptedBackend::start(script(|conn| conn.reset())));
+    let backends = [(); 2].map(|()| ScriptedBackend::start(resets_in_a_moment()));
     let pool =
         Pool::new("web").backend("a", backends[0].address()).backend("b", backends[1].address());
     let proxy = TestProxy::start(Conf::simple(engine, pool));

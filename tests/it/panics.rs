@@ -269,8 +269,8 @@ fn a_process_whose_control_thread_panics_is_replaced_at_once(engine: Engine) {
     let before = proxy.pid();
     let socket = proxy.dir().join("admin.sock");
     let _ = http::over_unix(&socket, "POST", "/debug/fault/control/0/0");
-    echoes(&connect(proxy.addr("web")));
     proxy.wait_gone(before, secs(5));
+    echoes(&connect(proxy.addr("web")));
     eventually(secs(10), "another process answers", || {
         http::over_unix(&socket, "GET", "/ready").is_ok_and(|answer| answer.status == 200)
     });

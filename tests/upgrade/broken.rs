@@ -4,7 +4,7 @@ use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, ms, on_every_engine, patience, secs};
+use crate::common::{Engine, eventually, have, ms, on_every_engine, patience, secs};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -20,6 +20,7 @@ on_every_engine!(
     a_draining_process_is_not_upgraded,
     two_upgrades_at_once_are_one_too_many,
     stopping_ends_an_upgrade_under_way,
+    another_program_is_for_root_and_the_supervisors_user_alone,
 );
 
 struct Bench {
@@ -213,4 +214,40 @@ fn stopping_ends_an_upgrade_under_way(engine: Engine) {
     });
     drop(bench.session);
     assert_eq!(bench.proxy.wait_exit(secs(3)), Some(0));
+}
+
+/// The admin socket may be open to others; to name a program they are not let.
+fn another_program_is_for_root_and_the_supervisors_user_alone(engine: Engine) {
+    use std::process::{Command, Stdio};
+    if !rustix::process::geteuid().is_root() || !have(&["setpriv", "python3"]) {
+        return crate::common::skip("only root can become another user");
+    }
+    let bench = Bench::new(engine);
+    let socket = bench.proxy.dir().join("admin.sock");
+    for (path, mode) in [(bench.proxy.dir(), 0o755), (&*socket, 0o666)] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let ask = |query: &str| {
+        let python = "import socket, sys\ns = socket.socket(socket.AF_UNIX)\n\
+                      s.connect(sys.argv[1])\n\
+                      s.sendall(f'POST /v1/upgrade{sys.argv[2]} HTTP/1.1\\r\\nHost: x\\r\\n\
+                      Connection: close\\r\\n\\r\\n'.encode())\n\
+                      print(s.makefile().read())";
+        let output = Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups", "python3", "-c", python])
+            .arg(&socket)
+            .arg(query)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for query in ["?binary=/bin/true", "?config=/etc/other.toml"] {
+        let said = ask(query);
+        assert!(said.contains(" 409 ") && said.contains("user 65534 asks"), "{said}");
+    }
+    bench.goes_on("refused", 2.0);
+    // The usual program is started for whoever may use the socket.
+    assert!(ask("").contains(" 200 "));
+    drop(bench.session);
 }

@@ -71,6 +71,7 @@ fn clients_in_the_listen_queue_are_served_by_the_next_process(engine: Engine) {
     // It accepts nobody any more, and then it is gone.
     let before = proxy.pid();
     proc::signal(before, Signal::STOP);
+    eventually(secs(5), "all of it has stopped", || proc::is_stopped(before));
     let queued: Vec<TcpStream> = (0..40).map(|_| connect(proxy.addr("web"))).collect();
     proc::signal(before, Signal::KILL);
     for stream in &queued {

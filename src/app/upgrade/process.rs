@@ -73,6 +73,11 @@ impl Starter {
         asked_over: Option<Arc<OwnedFd>>,
     ) -> Result<Start, String> {
         Ok(match self {
+            Starter::Own(_) if std::process::id() == 1 => {
+                return Err("this is process 1, and with it everything else would end: run it \
+                            without --single, or under an init"
+                    .to_owned());
+            }
             Starter::Own(program) => {
                 let program = program.wished(wish.binary.as_deref(), wish.config.as_deref());
                 let command = Box::new(program.command()?);

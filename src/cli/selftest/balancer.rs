@@ -1,14 +1,13 @@
-//! The balancer under test: processes of this program, one after another.
+//! The balancer under test: a supervisor and the processes it starts, of this program.
 //!
-//! Used by the self-test alone, which talks to them as an operator would: a file,
-//! the admin API, signals. Whatever happens, dropping it ends them all.
+//! Used by the self-test alone, which talks to it as an operator would: a file, the admin
+//! API, signals. Whatever happens, dropping it ends them all.
 
 use super::Trouble;
 use crate::cli::client::{Address, ClientArgs, ClientError, ask, ask_within};
 use crate::clock;
 use hyper::Method;
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, test_kill_process, waitpid};
-use serde_json::Value;
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,16 +17,20 @@ use std::time::Duration;
 const START_MAX: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(10);
 
+/// Between two signals to stop, the second of which ends it at once.
+const END_AT_ONCE: Duration = Duration::from_millis(250);
+
 /// The API gives an upgrade less.
 const UPGRADE_MAX: Duration = Duration::from_secs(70);
 
 /// Shown of the log where something went wrong.
 const LOG_BYTES_SHOWN: usize = 4000;
 
-/// Every process so far, in the order of their starts.
+/// The supervisor, and the way to the process that serves.
 #[derive(Debug)]
 pub(super) struct Balancer {
-    processes: Vec<Pid>,
+    /// `None` once it was waited for.
+    service: Option<Pid>,
     client: ClientArgs,
     log: PathBuf,
 }
@@ -40,9 +43,6 @@ impl Balancer {
         let log = directory.join("log");
         let admin = Address::Unix(directory.join("admin.sock"));
         let client = ClientArgs { admin: Some(admin), config: None, json: true, token_file: None };
-        // Processes that others have left are ours to wait for (prctl(2)).
-        rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
-            .map_err(|error| format!("cannot adopt processes: {error}"))?;
         let program = std::env::current_exe().map_err(|error| format!("no program: {error}"))?;
         let stderr = File::create(&log).map_err(|error| format!("cannot log: {error}"))?;
         let child = Command::new(&program)
@@ -54,7 +54,7 @@ impl Balancer {
             .spawn()
             .map_err(|error| format!("cannot start {}: {error}", program.display()))?;
         let pid = pid_of(u64::from(child.id()))?;
-        let balancer = Balancer { processes: vec![pid], client, log };
+        let balancer = Balancer { service: Some(pid), client, log };
         let deadline = clock::now() + START_MAX;
         while ask(&balancer.client, Method::GET, "/ready").is_err() {
             let ended = waitpid(Some(pid), WaitOptions::NOHANG).is_ok_and(|end| end.is_some());
@@ -75,46 +75,28 @@ impl Balancer {
     }
 
     /// Upgrades it to itself.
-    pub(super) fn upgrade(&mut self) -> Result<(), String> {
+    pub(super) fn upgrade(&self) -> Result<(), String> {
         let answer = ask_within(&self.client, Method::POST, "/v1/upgrade", UPGRADE_MAX);
-        let answer = answer.map_err(|error| format!("an upgrade failed: {}", told(error)))?;
-        let answer: Value = serde_json::from_str(&answer).unwrap_or_default();
-        self.processes.push(pid_of(answer["pid"].as_u64().unwrap_or_default())?);
-        Ok(())
+        answer.map(|_| ()).map_err(|error| format!("an upgrade failed: {}", told(error)))
     }
 
-    /// Ends it in order; gives what was not as it should be, of any process.
+    /// Ends it in order; gives what was not as it should be. The supervisor ends with the
+    /// last of its processes.
     pub(super) fn stop(mut self, limit: Duration) -> Vec<String> {
-        let mut broken = Vec::new();
-        if let Some(last) = self.processes.last() {
-            // It may have died; then its end says so.
-            let _ = kill_process(*last, Signal::TERM);
-        }
+        let Some(service) = self.service else { return Vec::new() };
+        // It may have died; then its end says so.
+        let _ = kill_process(service, Signal::TERM);
         let deadline = clock::now() + limit;
-        let mut number = 0;
-        while let Some(pid) = self.processes.first().copied() {
-            match waitpid(Some(pid), WaitOptions::NOHANG) {
-                Ok(Some((_, status))) => {
-                    if status.exit_status() != Some(0) {
-                        broken.push(format!("process {number} ended with {status:?}"));
-                    }
-                }
-                // The process that had started it has waited for it.
-                Err(_) if test_kill_process(pid).is_err() => {}
-                // Of another parent that has not ended yet, or still at it.
-                Ok(None) | Err(_) if clock::now() < deadline => {
-                    clock::pause(LOOK);
-                    continue;
-                }
-                _ => {
-                    broken.push(format!("process {number} did not end within {limit:?}"));
-                    let _ = kill_process(pid, Signal::KILL);
-                }
+        while clock::now() < deadline {
+            if let Ok(Some((_, status))) = waitpid(Some(service), WaitOptions::NOHANG) {
+                self.service = None;
+                let in_order = status.exit_status() == Some(0);
+                let broken = (!in_order).then(|| format!("the balancer ended with {status:?}"));
+                return broken.into_iter().collect();
             }
-            self.processes.remove(0);
-            number += 1;
+            clock::pause(LOOK);
         }
-        broken
+        vec![format!("the balancer did not end within {limit:?}")]
     }
 
     /// The end of what it has logged.
@@ -130,9 +112,12 @@ impl Balancer {
 
 impl Drop for Balancer {
     fn drop(&mut self) {
-        for pid in self.processes.drain(..) {
-            let _ = kill_process(pid, Signal::KILL);
-            let _ = waitpid(Some(pid), WaitOptions::empty());
+        if let Some(service) = self.service {
+            // A second signal within the time of a repetition would not count.
+            let _ = kill_process(service, Signal::TERM);
+            clock::pause(END_AT_ONCE);
+            let _ = kill_process(service, Signal::TERM);
+            let _ = waitpid(Some(service), WaitOptions::empty());
         }
     }
 }

@@ -131,7 +131,8 @@ pub(in crate::net) fn delivery(fd: &impl AsFd) -> Option<Delivery> {
     on(fd, |kernel, id| {
         let socket = &kernel.sockets[id];
         let quiet = clock::now().saturating_duration_since(socket.moved_at);
-        Ok(Delivery { waiting: socket.queued(), quiet: Some(quiet), dead: socket.dead })
+        let (waiting, dead) = (socket.queued(), socket.dead);
+        Ok(Delivery { waiting, quiet: Some(quiet), blocked: false, dead })
     })
     .and_then(Result::ok)
 }

@@ -13,6 +13,10 @@ use std::time::{Duration, Instant};
 /// act earlier, see [`liveness_after`].
 const LIVENESS_AFTER_MAX: Duration = Duration::from_secs(10);
 
+/// See [`lump_time`].
+const LUMPS_FROM: Duration = Duration::from_secs(20);
+const LUMP_TIME: Duration = Duration::from_secs(15);
+
 /// See [`Relaying::looked`].
 const ASKED: u32 = 1 << 31;
 
@@ -72,6 +76,16 @@ impl Limit {
     }
 }
 
+/// How much longer than `limit` a peer without room may show nothing.
+///
+/// Its kernel frees what a reader has read in lumps, as it came in: 128 KiB and more
+/// where the sender was quick, for which a reader of 4 kB a second takes half a minute.
+/// Until then all it says is that there is no room. Limits that are shorter anyway
+/// cannot wait for that.
+fn lump_time(limit: Duration) -> Duration {
+    if limit < LUMPS_FROM { Duration::ZERO } else { LUMP_TIME }
+}
+
 /// When the upstream leg's limits are to be set: in time for either to act as
 /// soon as it may. Half of it, for the kernel looks only when it sends again,
 /// and is told when to look by the limit it knows of (tcp(7), `TCP_USER_TIMEOUT`).
@@ -111,6 +125,11 @@ impl Relaying {
     /// The upstream leg's keepalive and user timeout.
     pub(super) fn liveness(&self) -> (Option<Duration>, Option<Duration>) {
         (self.keepalive.get(), self.user_timeout.get())
+    }
+
+    /// How long nothing may move now; for ever where all timers are off.
+    pub(super) fn limit_now(&self, half_closed: bool) -> Duration {
+        self.limit(half_closed).map_or(Duration::MAX, |(limit, _)| limit)
     }
 
     /// The time limit that is over: nothing has moved for as long as is allowed.
@@ -168,8 +187,16 @@ impl Relaying {
         }
     }
 
-    /// The kernels have passed bytes on since: the last so long ago.
-    pub(super) fn moved_unseen(&mut self, ago: Duration, now: Instant) {
+    /// The kernels have passed bytes on since: the last so long ago, and there may be
+    /// more that does not show where the peer is `blocked`.
+    pub(super) fn moved_unseen(
+        &mut self,
+        ago: Duration,
+        blocked: bool,
+        limit: Duration,
+        now: Instant,
+    ) {
+        let ago = if blocked { ago.saturating_sub(lump_time(limit)) } else { ago };
         if let Some(at) = now.checked_sub(ago) {
             self.last_activity = self.last_activity.max(at);
         }
@@ -198,7 +225,8 @@ impl Relaying {
     /// the other before they are given up.
     pub(super) fn patience(&self) -> Duration {
         let limits = [self.half_closed.get(), self.user_timeout.get()];
-        limits.into_iter().flatten().min().unwrap_or(PATIENCE_DEFAULT)
+        let least = limits.into_iter().flatten().min().unwrap_or(PATIENCE_DEFAULT);
+        least + lump_time(least)
     }
 
     #[cold]

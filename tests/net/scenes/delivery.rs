@@ -161,10 +161,9 @@ scenes! {
     /// Each becomes an ordinary byte, though the next comes at once.
     urgent_bytes_come_in_a_row: Scene {
         steps: &[
-            &[Connect, Backend(SendUrgent), Backend(SendUrgent), Backend(Send(3))],
-            &[Backend(SendUrgent), Backend(SendUrgent), Client(SendUrgent), Client(SendUrgent)],
-            &[Client(Send(3)), Client(SendUrgent), Client(Receives(7)), Backend(Receives(6))],
-            IN_ORDER,
+            &[Connect, Backend(Send(1000)), Client(Receives(1000))],
+            &[Backend(SendUrgent); 20], &[Backend(Send(3)), Client(Receives(1023))],
+            &[Client(SendUrgent); 20], &[Client(Send(3)), Backend(Receives(23))], IN_ORDER,
         ],
         ..SCENE
     };

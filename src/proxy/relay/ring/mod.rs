@@ -6,6 +6,7 @@
 //! an idle session holds no buffer. Nothing here is unsafe: what the kernel uses
 //! belongs to `net::ring`.
 
+mod account;
 mod bulk;
 mod end;
 mod queue;

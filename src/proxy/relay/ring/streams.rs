@@ -212,10 +212,6 @@ impl Flow {
         Some([Rc::into_inner(client?)?, Rc::into_inner(backend?)?])
     }
 
-    pub(super) fn carried(&self, from: Side) -> Carried {
-        self.streams[from as usize].carried
-    }
-
     /// Whether no operation is in flight.
     #[inline]
     pub(super) fn is_settled(&self) -> bool {
@@ -398,27 +394,6 @@ impl Flow {
             return Meaning::Stalled(side);
         }
         meaning
-    }
-
-    /// What an operation did before it was stopped is counted, though nothing more is
-    /// made of it.
-    #[cold]
-    fn note_late(&mut self, side: Side, what: &What, moved: &mut Moved) {
-        match what {
-            What::Data(chunk) => {
-                self.streams[side as usize].carried.received += chunk.len() as u64;
-            }
-            What::Sent(bytes) | What::SendCut(bytes) => self.sent_on(side, *bytes, moved),
-            _ => {}
-        }
-    }
-
-    /// The other side's socket has taken so many bytes.
-    #[inline]
-    pub(super) fn sent_on(&mut self, from: Side, bytes: usize, moved: &mut Moved) {
-        self.streams[from as usize].carried.sent += bytes as u64;
-        moved.sent[from as usize] += bytes as u64;
-        self.verdict.sent_to(from.other());
     }
 
     fn forget(&mut self, op: Op, side: Side) {

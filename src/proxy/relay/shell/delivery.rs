@@ -59,12 +59,15 @@ fn socket<M: Mover>(flow: &M::Flow, side: Side) -> Option<BorrowedFd<'_>> {
 pub(super) fn note_progress<M: Mover>(
     flow: &M::Flow,
     relaying: &mut Relaying,
+    limit: Duration,
     now: Instant,
 ) -> bool {
     let mut queued = None;
     for side in Side::BOTH {
         match socket::<M>(flow, side).map(stream::delivery) {
-            Some(Delivery { quiet: Some(ago), .. }) => relaying.moved_unseen(ago, now),
+            Some(Delivery { quiet: Some(ago), blocked, .. }) => {
+                relaying.moved_unseen(ago, blocked, limit, now);
+            }
             Some(Delivery { quiet: None, waiting, .. }) => {
                 queued = Some(queued.unwrap_or(0) + waiting);
             }
@@ -97,7 +100,7 @@ impl<M: Mover> State<M> {
         let survivor = M::verdict(&entry.flow).survivor(*ending);
         let survivor = survivor.and_then(|side| socket::<M>(&entry.flow, side));
         match survivor.map(stream::delivery) {
-            Some(Delivery { waiting: 1.., quiet: Some(quiet), dead: false }) => {
+            Some(Delivery { waiting: 1.., quiet: Some(quiet), dead: false, .. }) => {
                 quiet < relaying.patience()
             }
             _ => false,

@@ -91,7 +91,8 @@ impl<M: Mover> State<M> {
         let Stage::Relaying(relaying) = &mut entry.stage else { return };
         let half_closed = M::verdict(&entry.flow).closed_first().is_some();
         if relaying.overdue(half_closed, self.now).is_some() {
-            let unsure = delivery::note_progress::<M>(&entry.flow, relaying, self.now);
+            let limit = relaying.limit_now(half_closed);
+            let unsure = delivery::note_progress::<M>(&entry.flow, relaying, limit, self.now);
             if unsure && relaying.may_ask() && self.mover.ask_progress(&mut entry.flow) {
                 // The answer is there by the next tick, if there is one.
                 self.wheel.arm(key, pace.tick_at(self.now) + 2);

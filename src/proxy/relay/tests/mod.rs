@@ -131,7 +131,8 @@ impl Rig {
         let (client, downstream) = tcp_pair();
         let (upstream, backend) = tcp_pair();
         // As `listen` and `connect` do.
-        [&downstream, &upstream].map(crate::net::stream::keep_urgent_inline);
+        crate::net::stream::keep_urgent_inline(&downstream);
+        crate::net::stream::keep_urgent_inline(&upstream);
         tune(SockRef::from(&upstream));
         tune(SockRef::from(&backend));
         let flow = self.engine.open(downstream.into()).unwrap();
