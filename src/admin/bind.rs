@@ -305,7 +305,11 @@ mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
 
     fn at(path: &Path) -> Admin {
-        Admin { listen: AdminListen::Unix(path.to_owned()), token_file: None }
+        Admin {
+            listen: AdminListen::Unix(path.to_owned()),
+            token_file: None,
+            backend_metrics_max: 0,
+        }
     }
 
     #[test]
@@ -400,8 +404,8 @@ mod tests {
     #[test]
     fn a_tcp_port_in_use_is_told_apart() {
         let listen = AdminListen::Tcp("127.0.0.1:0".parse().unwrap());
-        let first = bind(&Admin { listen, token_file: None }).unwrap();
-        let again = Admin { listen: first.address(), token_file: None };
+        let first = bind(&Admin { listen, token_file: None, backend_metrics_max: 0 }).unwrap();
+        let again = Admin { listen: first.address(), token_file: None, backend_metrics_max: 0 };
         assert!(matches!(bind(&again), Err(BindError::Live(_))));
     }
 }

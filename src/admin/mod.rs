@@ -21,6 +21,7 @@
 //! Errors are `{"error", "detail"}`. Bodies are read, bounded and ignored.
 
 mod bind;
+mod body;
 pub mod explain;
 #[cfg(debug_assertions)]
 mod faults;

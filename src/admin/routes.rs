@@ -3,12 +3,14 @@
 //! Mounted by `serve`, behind `guard`. Handlers hold no state and never wait
 //! for the control loop longer than [`ANSWER_MAX`].
 
+use super::body::Pieces;
 use super::guard::{Entrance, guard};
 use super::upgrade::upgrade;
 use super::{Problem, Readiness, ReloadError, Request, TokenStore};
 use crate::control::OperatorError;
 use crate::health::Intent;
 use axum::Router;
+use axum::body::Body;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::middleware::from_fn_with_state;
@@ -114,11 +116,11 @@ async fn ready(State(api): State<Arc<Api>>) -> Response {
 }
 
 async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
-    Ok(answer(TEXT_METRICS, api.ask(Request::Metrics).await?))
+    Ok(long_answer(TEXT_METRICS, api.ask(Request::Metrics).await?))
 }
 
 async fn status(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
-    Ok(answer(JSON, api.ask(Request::Status).await?))
+    Ok(long_answer(JSON, api.ask(Request::Status).await?))
 }
 
 async fn reload(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
@@ -203,6 +205,10 @@ async fn wrong_method(method: Method, uri: Uri) -> Refusal {
 
 pub(super) fn answer(content_type: &'static str, body: String) -> Response {
     ([(CONTENT_TYPE, content_type)], body).into_response()
+}
+
+fn long_answer(content_type: &'static str, body: String) -> Response {
+    ([(CONTENT_TYPE, content_type)], Body::new(Pieces::new(body))).into_response()
 }
 
 fn with_status(status: StatusCode, body: &ErrorBody<'_>) -> Response {

@@ -76,6 +76,8 @@ pub struct Snapshot<'a> {
     pub process: ProcessFacts,
     /// What the receiver of heartbeats has counted.
     pub heartbeats: &'a HeartbeatCounts,
+    /// With more backends than that the metrics have no series of each.
+    pub backend_metrics_max: usize,
 }
 
 /// What the receiver of heartbeats has counted; all zero where there is none.

@@ -474,6 +474,7 @@ mod tests {
             port_limits: PortLimits { ports: 28_232, reuse: Reuse::Loopback },
             process: ProcessFacts::default(),
             heartbeats: &HeartbeatCounts::default(),
+            backend_metrics_max: 100,
         });
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert!(value.is_object());

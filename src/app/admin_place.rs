@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     fn admin(listen: &str) -> Admin {
-        Admin { listen: AdminListen::Unix(listen.into()), token_file: None }
+        Admin { listen: AdminListen::Unix(listen.into()), token_file: None, backend_metrics_max: 0 }
     }
 
     #[test]

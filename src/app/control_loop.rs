@@ -13,6 +13,7 @@ use super::drain::{Draining, Leaving};
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::notify::Notifier;
+use super::rendering::{Latencies, Reader, Rendering};
 use super::signals::{Caught, Signals};
 use super::start::SessionCap;
 use super::supervised::Supervised;
@@ -20,8 +21,7 @@ use super::transition_log::TransitionLog;
 use super::upgrade::{Rarities, UpgradeEvent, Upgrades};
 use super::upkeep::Upkeep;
 use super::watchdog::{self, Finding, Watchdog};
-use crate::admin::process::ProcessFacts;
-use crate::admin::{self, Readiness, ReloadCounts, Request, ServiceState, Snapshot, TokenStore};
+use crate::admin::{self, Readiness, ReloadCounts, Request, TokenStore};
 use crate::clock;
 use crate::config::Config;
 use crate::config::watch::ConfigWatcher;
@@ -35,24 +35,12 @@ use crate::proxy::worker::{Command, Runtime, Worker};
 use crate::supervisor::pid_file::PidFile;
 use crate::supervisor::{News, Wish};
 use crate::table::publish::TablePublisher;
-use crate::table::state::BackendId;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::counters::WorkerCounters;
-use crate::telemetry::histograms::Merged;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tokio::sync::{Notify, mpsc, oneshot};
-
-/// How long a worker may take to hand its histograms over; a busy one answers
-/// within a turn, a stuck one must not hold the scrape up.
-const COLLECT_MAX: Duration = Duration::from_millis(250);
-
-/// Backends that may come before the workers' histograms are fetched though nobody
-/// asks for them: a worker keeps some 10 KB of each that had sessions until they
-/// are, gone or not.
-const UNCOLLECTED_MAX: u32 = crate::telemetry::histograms::SPARE_MAX as u32;
+use tokio::sync::{Notify, mpsc};
 
 /// How often given-up addresses are looked at until they are closed: before
 /// that, new clients get no answer instead of a refusal.
@@ -81,9 +69,8 @@ pub(super) struct Control {
     pub(super) probes: ProbeRunner,
     pub(super) probed: mpsc::Receiver<Event>,
     pub(super) reception: Reception,
-    pub(super) latency: Merged,
-    /// Backends that had been seen when it was last collected.
-    pub(super) collected: u32,
+    pub(super) latency: Latencies,
+    pub(super) rendering: Rendering,
     /// `None` only at the very end.
     pub(super) access_log: Option<AccessLog>,
     pub(super) log: LogHandle,
@@ -136,6 +123,8 @@ enum Woken {
     Beat,
     /// Do the workers' loops turn?
     Watch,
+    /// Status or metrics are under way.
+    Rendering,
     /// A worker has ended.
     WorkerEnded,
     /// Time to look after what was put off, and what runs out.
@@ -172,6 +161,7 @@ impl Control {
                 Woken::Upgrade(event) => self.upgrade_event(event).await,
                 Woken::Beat => self.beat(),
                 Woken::Watch => self.watch(),
+                Woken::Rendering => self.render_on(),
                 Woken::Upkeep => self.upkeep().await,
                 Woken::News(news) => self.hear(news),
                 Woken::Snapshot => self.supervised.write(self.digest, &self.controller),
@@ -190,7 +180,7 @@ impl Control {
                     }
                 }
             }
-            self.bound_latency().await;
+            self.bound_latency();
             // After every event: the pause before `Retiring` begins anew with each,
             // and on a busy loop would never end.
             self.binds.forget_retired();
@@ -231,6 +221,7 @@ impl Control {
             news = self.supervised.news() => Woken::News(news),
             () = tokio::time::sleep_until(snapshot_due.into()) => Woken::Snapshot,
             () = self.shared.ended.notified() => Woken::WorkerEnded,
+            () = self.rendering.due() => Woken::Rendering,
             () = tokio::time::sleep_until(beat_due.into()) => Woken::Beat,
             () = tokio::time::sleep_until(watch_due.into()) => Woken::Watch,
             () = tokio::time::sleep_until(due.into()) => Woken::Due,
@@ -350,9 +341,9 @@ impl Control {
                 Effect::Probe { .. }
                     if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
                 Effect::Opened => self.shared.gate.opened(),
-                Effect::Probe { backend, token, address, spec } => {
+                Effect::Probe { lane, backend, token, address, spec } => {
                     tracing::trace!(%address, "probe begins");
-                    self.probes.probe(backend, token, address, spec);
+                    self.probes.probe(lane, backend, token, address, spec);
                 }
                 Effect::Log(transition) => {
                     self.supervised.changed();
@@ -379,16 +370,8 @@ impl Control {
     async fn answer(&mut self, request: Request) {
         // A reply that finds nobody waiting any more is nobody's loss.
         match request {
-            Request::Status(reply) => {
-                if let Some(text) = self.render(admin::status::render).await {
-                    let _ = reply.send(text);
-                }
-            }
-            Request::Metrics(reply) => {
-                if let Some(text) = self.render(admin::metrics::render).await {
-                    let _ = reply.send(text);
-                }
-            }
+            Request::Status(reply) => self.ask_for(Reader::Status(reply)),
+            Request::Metrics(reply) => self.ask_for(Reader::Metrics(reply)),
             // What has come too late for this process is answered by its end: the
             // next one is to be asked.
             Request::Reload(_) | Request::SetIntent { .. } if self.upgrades.handed_over() => {}
@@ -438,83 +421,6 @@ impl Control {
         };
         worker.mailbox.send(command);
         true
-    }
-
-    /// Renders status or metrics from one moment's picture; `None` where the
-    /// renderer panics, which is nobody's business but its reader's.
-    async fn render(&mut self, renderer: impl Fn(&Snapshot<'_>) -> String) -> Option<String> {
-        self.collect_latency().await;
-        let now = clock::now();
-        let control = self.controller.status(now);
-        let table = self.tables.current();
-        let (warnings, rarities) = (self.warnings(), self.rarities());
-        let heartbeats = self.reception.counts();
-        let snapshot = Snapshot {
-            control: &control,
-            workers: &self.counters,
-            latency: &self.latency,
-            version: env!("CARGO_PKG_VERSION"),
-            engine: self.runtime.name(),
-            engine_reason: &self.engine_reason,
-            now,
-            uptime: now - self.started,
-            state: match self.draining.is_none() && self.leaving.is_none() {
-                true => ServiceState::Serving,
-                false => ServiceState::Draining,
-            },
-            reloads: self.reloads,
-            transitions_unlogged: rarities.unlogged,
-            upgrades: self.upgrades.counts(),
-            table_serial: table.serial,
-            connections_active: self.sessions(),
-            connections_max: table.connections_max,
-            warnings: &warnings,
-            confinement: &self.confined.report,
-            admin_crowded: rarities.admin_crowded,
-            buffers_refused: rarities.buffers_refused,
-            queued: &self.shared.gate.all_queued(),
-            buffers: &self.shared.buffers,
-            troubles: &self.upkeep.troubles(self.controller.backends()),
-            control_counts: &self.local,
-            log_dropped: rarities.log_dropped,
-            ports: &self.upkeep.ports,
-            port_limits: self.upkeep.limits(),
-            process: ProcessFacts::read(self.started_wall),
-            heartbeats: &heartbeats,
-        };
-        // Pure: it reads what is counted and leaves nothing half-way.
-        catch_unwind(AssertUnwindSafe(|| renderer(&snapshot))).ok()
-    }
-
-    /// Fetches what the workers' histograms hold though nobody asks for it, once so
-    /// many backends have come that those gone could fill the memory.
-    async fn bound_latency(&mut self) {
-        if self.controller.backends_seen().wrapping_sub(self.collected) >= UNCOLLECTED_MAX {
-            self.collect_latency().await;
-        }
-    }
-
-    /// Fetches what the workers' histograms hold, and drops those of backends that are
-    /// gone for good.
-    pub(super) async fn collect_latency(&mut self) {
-        self.collected = self.controller.backends_seen();
-        let asked: Vec<_> = self
-            .workers
-            .iter()
-            .map(|worker| {
-                let (reply, answer) = oneshot::channel();
-                worker.mailbox.send(Command::Collect(reply));
-                answer
-            })
-            .collect();
-        let deadline = (clock::now() + COLLECT_MAX).into();
-        for (worker, answer) in self.workers.iter().zip(asked) {
-            if let Ok(Ok(Some(delta))) = tokio::time::timeout_at(deadline, answer).await {
-                worker.mailbox.send(Command::GiveBack(self.latency.absorb(delta)));
-            }
-        }
-        let controller = &self.controller;
-        self.latency.retain(|id| controller.is_known(BackendId(id)));
     }
 
     /// What hardly ever happens, as often as it did in this process and those before.

@@ -8,10 +8,12 @@ use super::admin_place;
 use super::asked::Asked;
 use super::binds::{Binds, Fresh};
 use super::control_loop::Control;
+use super::engine::choose_runtime;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::preflight::{access_log_refusal, load_token, token_problem, try_sources};
 use super::refused::Refused;
+use super::rendering::{Latencies, Rendering};
 use super::signals::Signals;
 use super::supervised::{Kept, Snapshot};
 use super::upgrade::{Rarities, Starter, Upgrades};
@@ -20,7 +22,7 @@ use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
 use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, TokenStore};
 use crate::clock;
-use crate::config::{self, AccessLogTarget, Admin, Config, EngineChoice, Loaded, Origin};
+use crate::config::{self, AccessLogTarget, Admin, Config, Loaded, Origin};
 use crate::config::{Problems, Spot};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
@@ -34,7 +36,6 @@ use crate::proxy::worker::{Command, Plan, Runtime, Worker};
 use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::{AccessLog, AccessLogSender, Target};
 use crate::telemetry::counters::WorkerCounters;
-use crate::telemetry::histograms::Merged;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -207,8 +208,8 @@ async fn bring_up(
         probes: ProbeRunner::counting(probe_results, Arc::clone(&local)),
         probed,
         reception,
-        latency: Merged::new(),
-        collected: 0,
+        latency: Latencies::default(),
+        rendering: Rendering::default(),
         access_log: Some(access_log),
         log,
         readiness: Readiness::new(),
@@ -449,49 +450,6 @@ fn auto_workers(cpus: usize) -> usize {
         }
         _ => cpus,
     }
-}
-
-/// The engine and, in words, why that one.
-///
-/// # Why `auto` is epoll
-///
-/// Measured beside each other by `scripts/bench-peers`, the ring is up to a tenth
-/// ahead on small messages, level or behind on streams, and larger in memory for
-/// each idle session. It is also the younger of the two: until it has been soaked
-/// it is asked for by name.
-fn choose_runtime(choice: EngineChoice) -> (Runtime, String) {
-    let asked = "asked for in the configuration";
-    match choice {
-        EngineChoice::Epoll => (Runtime::Epoll, asked.to_owned()),
-        EngineChoice::IoUring => match Runtime::io_uring_allowed() {
-            Ok(()) => (Runtime::IoUring, asked.to_owned()),
-            Err(error) => (Runtime::Epoll, refusal(&error)),
-        },
-        EngineChoice::Auto => {
-            let other = match Runtime::io_uring_allowed() {
-                Ok(()) => "io_uring is allowed and taken when asked for".to_owned(),
-                Err(error) => refusal(&error),
-            };
-            (Runtime::Epoll, format!("what auto takes; {other}"))
-        }
-    }
-}
-
-fn refusal(error: &std::io::Error) -> String {
-    let hint = match error.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES) => {
-            let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
-            match disabled.as_deref().map(str::trim) {
-                Ok("1" | "2") => ": the sysctl kernel.io_uring_disabled forbids it",
-                _ => ": a seccomp profile or security module forbids it",
-            }
-        }
-        Some(libc::ENOSYS) => ": this kernel or sandbox does not have it",
-        Some(libc::ENOMEM) => ": memory or locked-memory limit",
-        Some(libc::EINVAL) => ": this kernel is too old for it",
-        _ => "",
-    };
-    format!("io_uring is refused ({error}){hint}")
 }
 
 /// Says what is up, once.

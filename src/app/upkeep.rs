@@ -32,7 +32,8 @@ const TROUBLES_MAX: usize = 8;
 pub(super) struct Upkeep {
     next: Instant,
     next_look: Instant,
-    pub(super) ports: PortWatch,
+    /// Shared with a rendering that is under way.
+    pub(super) ports: Arc<PortWatch>,
     local_ports: LocalPorts,
     /// A changed file that could not be read for want of something of ours.
     reload: bool,
@@ -47,7 +48,7 @@ impl Upkeep {
         Upkeep {
             next: now,
             next_look: now,
-            ports: PortWatch::default(),
+            ports: Arc::default(),
             local_ports: LocalPorts::open(),
             reload: false,
             pid_file: None,
@@ -68,27 +69,27 @@ impl Upkeep {
         PortLimits { ports: self.local_ports.count, reuse }
     }
 
-    /// What an operator had better know of, in words; a few of them at most.
-    pub(super) fn troubles<'a>(
-        &self,
-        backends: impl Iterator<Item = &'a Arc<BackendState>>,
-    ) -> Vec<String> {
-        let limits = self.limits();
-        let mut words = Vec::new();
-        for backend in backends.filter(|_| self.ports.warnings() > 0) {
-            for way in backend.ways.load().iter() {
-                if self.ports.is_warned(backend.id, way.source()) && words.len() < TROUBLES_MAX {
-                    let used = self.ports.used(backend, way, limits);
-                    words.push(ports::in_words(backend, way, used, limits));
-                }
-            }
-        }
-        words
-    }
-
     fn again_soon(&mut self) {
         self.next = self.next.min(clock::now() + TRY_AGAIN);
     }
+}
+
+/// What an operator had better know of, in words; a few of them at most.
+pub(super) fn troubles<'a>(
+    watch: &PortWatch,
+    limits: PortLimits,
+    backends: impl Iterator<Item = &'a Arc<BackendState>>,
+) -> Vec<String> {
+    let mut words = Vec::new();
+    for backend in backends.filter(|_| watch.warnings() > 0) {
+        for way in backend.ways.load().iter() {
+            if watch.is_warned(backend.id, way.source()) && words.len() < TROUBLES_MAX {
+                let used = watch.used(backend, way, limits);
+                words.push(ports::in_words(backend, way, used, limits));
+            }
+        }
+    }
+    words
 }
 
 impl Control {
@@ -114,7 +115,8 @@ impl Control {
             self.upkeep.next_look = now + ports::LOOK;
             self.upkeep.local_ports.read();
             let limits = self.upkeep.limits();
-            let notices = self.upkeep.ports.look(self.controller.backends(), limits);
+            let notices =
+                Arc::make_mut(&mut self.upkeep.ports).look(self.controller.backends(), limits);
             self.perform(notices.into_iter().map(Effect::Notice).collect());
         }
         self.upkeep.next = self.upkeep.next_look;

@@ -25,8 +25,11 @@ const LATE_MAX: Duration = Duration::from_millis(250);
 pub(super) struct ThreadFacts {
     /// The letter of proc_pid_stat(5); `None` where it cannot be read.
     pub(super) state: Option<char>,
-    /// How long it has waited for a CPU, in all.
+    /// How long it has waited for a CPU, in all; the kernel adds to it only once the
+    /// thread runs at last.
     pub(super) waited: Duration,
+    /// How long it has run, in all.
+    pub(super) ran: Duration,
 }
 
 /// The watcher.
@@ -41,8 +44,12 @@ pub(super) struct Watchdog {
 struct Watched {
     /// Since when it owes an answer.
     since: Instant,
-    /// Waited for a CPU by the first look it owed one.
-    waited: Option<Duration>,
+    /// What the kernel said at the first look at which it owed one.
+    first: Option<ThreadFacts>,
+    /// What the kernel said last, and when.
+    last: Option<(Instant, ThreadFacts)>,
+    /// It was found waiting for a CPU that long, beyond what the kernel has added up.
+    in_line: Duration,
     stalled: bool,
 }
 
@@ -71,7 +78,7 @@ pub(super) enum Finding {
 
 impl Watchdog {
     pub(super) fn new(workers: usize, now: Instant) -> Watchdog {
-        let watched = Watched { since: now, waited: None, stalled: false };
+        let watched = Watched::new(now);
         Watchdog { watched: vec![watched; workers], next_look: now + STEP }
     }
 
@@ -101,14 +108,14 @@ impl Watchdog {
                     findings.push(Finding::Turns { worker, time });
                     pulse.set_stalled(None);
                 }
-                (watched.since, watched.waited) = (now, None);
+                *watched = Watched::new(now);
             } else if watched.stalled {
                 pulse.set_stalled(Some(now.saturating_duration_since(watched.since)));
             } else if excused {
-                (watched.since, watched.waited) = (now, None);
+                *watched = Watched::new(now);
             } else {
-                let ThreadFacts { state, waited } = facts();
-                let starved = waited.saturating_sub(*watched.waited.get_or_insert(waited));
+                let facts = facts();
+                let (state, starved) = (facts.state, watched.starved(facts, now));
                 let time = now.saturating_duration_since(watched.since);
                 if time.saturating_sub(starved) >= STALLED_AFTER {
                     watched.stalled = true;
@@ -123,25 +130,49 @@ impl Watchdog {
     }
 }
 
+// === impl Watched ===
+
+impl Watched {
+    fn new(since: Instant) -> Watched {
+        Watched { since, first: None, last: None, in_line: Duration::ZERO, stalled: false }
+    }
+
+    /// How long it has waited for a CPU since the first look. While it waits the
+    /// kernel has not added that up: a thread that may run, and has not run since the
+    /// last look, was waiting all the while.
+    fn starved(&mut self, facts: ThreadFacts, now: Instant) -> Duration {
+        let first = *self.first.get_or_insert(facts);
+        if let Some((at, last)) = self.last.replace((now, facts)) {
+            if facts.waited > last.waited {
+                // It ran: what it waited for is in the kernel's sum from now on.
+                self.in_line = Duration::ZERO;
+            }
+            // Nobody has run for no time at all: then the kernel does not say.
+            let stood = facts.ran == last.ran && !facts.ran.is_zero();
+            if stood && facts.state == Some('R') && last.state == Some('R') {
+                self.in_line += now.saturating_duration_since(at);
+            }
+        }
+        facts.waited.saturating_sub(first.waited) + self.in_line
+    }
+}
+
 /// How long the worst of them has not turned.
 pub(super) fn longest_stall(workers: &[Arc<WorkerCounters>]) -> Option<Duration> {
     workers.iter().filter_map(|worker| worker.pulse.stalled_for()).max()
 }
 
 /// What the kernel says of a thread of this process (proc_pid_stat(5); the second
-/// number of `schedstat` is nanoseconds spent waiting for a CPU).
+/// numbers of `schedstat` are nanoseconds spent on a CPU and waiting for one).
 pub(super) fn thread_facts(thread: i32) -> ThreadFacts {
     let read = |file| std::fs::read_to_string(format!("/proc/self/task/{thread}/{file}"));
     let after_name =
         |stat: String| stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-    let waited = |text: String| text.split(' ').nth(1).and_then(|nanos| nanos.parse().ok());
-    ThreadFacts {
-        state: read("stat").ok().and_then(after_name),
-        waited: read("schedstat")
-            .ok()
-            .and_then(waited)
-            .map_or(Duration::ZERO, Duration::from_nanos),
-    }
+    let times = read("schedstat").unwrap_or_default();
+    let mut times = times.split(' ').map(|nanos| nanos.parse().unwrap_or(0));
+    let mut next = || Duration::from_nanos(times.next().unwrap_or(0));
+    let (ran, waited) = (next(), next());
+    ThreadFacts { state: read("stat").ok().and_then(after_name), waited, ran }
 }
 
 /// The letter in words.
@@ -165,7 +196,7 @@ mod tests {
         now: Instant,
         workers: Vec<Arc<WorkerCounters>>,
         watchdog: Watchdog,
-        waited: Duration,
+        facts: ThreadFacts,
     }
 
     impl World {
@@ -174,19 +205,25 @@ mod tests {
             let one = || Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
             let workers = vec![one(), one()];
             workers.iter().for_each(|worker| worker.pulse.runs_on(1));
-            World { now, workers, watchdog: Watchdog::new(2, now), waited: Duration::ZERO }
+            let facts = ThreadFacts { state: Some('R'), ..ThreadFacts::default() };
+            World { now, workers, watchdog: Watchdog::new(2, now), facts }
         }
 
         /// `turning` workers answer, then time passes, then the watcher looks.
         fn step(&mut self, turning: &[usize], time: Duration) -> Vec<Finding> {
             turning.iter().for_each(|worker| self.workers[*worker].pulse.answer());
             self.now += time;
-            let facts = ThreadFacts { state: Some('R'), waited: self.waited };
+            let facts = self.facts;
             self.watchdog.look(self.now, &self.workers, |_| {}, |_| facts)
         }
 
+        /// The same for threads that run all the while.
         fn steps(&mut self, turning: &[usize], count: u32) -> Vec<Finding> {
-            (0..count).flat_map(|_| self.step(turning, STEP)).collect()
+            let step = |_| {
+                self.facts.ran += STEP;
+                self.step(turning, STEP)
+            };
+            (0..count).flat_map(step).collect()
         }
     }
 
@@ -222,10 +259,34 @@ mod tests {
         let mut world = World::new();
         world.steps(&[0, 1], 2);
         for _ in 0..40 {
-            world.waited += STEP;
+            world.facts.waited += STEP;
             assert_eq!(world.step(&[0], STEP), []);
         }
         let found = world.steps(&[0], 5);
+        assert!(matches!(found[..], [Finding::Stalled { worker: 1, .. }]), "{found:?}");
+    }
+
+    #[test]
+    fn who_is_in_line_for_a_cpu_is_starved_though_the_kernel_has_not_added_it_up() {
+        let mut world = World::new();
+        world.steps(&[0, 1], 2);
+        // May run, and does not: neither of its times grows.
+        for _ in 0..40 {
+            assert_eq!(world.step(&[0], STEP), []);
+        }
+        // It runs at last, for a moment, and waits again.
+        world.facts.waited += STEP * 40;
+        world.facts.ran += Duration::from_micros(50);
+        for _ in 0..40 {
+            assert_eq!(world.step(&[0], STEP), []);
+        }
+        // A loop without an end runs, and one that waits for a lock may not.
+        let found = world.steps(&[0], 6);
+        assert!(matches!(found[..], [Finding::Stalled { worker: 1, .. }]), "{found:?}");
+        let mut world = World::new();
+        world.facts.state = Some('S');
+        world.steps(&[0, 1], 2);
+        let found: Vec<Finding> = (0..10).flat_map(|_| world.step(&[0], STEP)).collect();
         assert!(matches!(found[..], [Finding::Stalled { worker: 1, .. }]), "{found:?}");
     }
 

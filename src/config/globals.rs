@@ -66,13 +66,15 @@ pub enum EngineChoice {
 /// Where the admin API listens unless told otherwise.
 pub const ADMIN_SOCKET: &str = "/run/tidegate/admin.sock";
 
-/// `[admin]`. A change needs a restart.
+/// `[admin]`. A change of where it listens needs a restart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Admin {
     /// Where the API listens.
     pub listen: AdminListen,
     /// File holding the bearer token (trailing white space ignored).
     pub token_file: Option<PathBuf>,
+    /// With more backends than that the metrics have no series of each.
+    pub backend_metrics_max: u32,
 }
 
 /// An admin address.

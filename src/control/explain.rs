@@ -122,7 +122,6 @@ impl Controller {
         let entry = self.backends.get(&id).ok_or(OperatorError::UnknownBackend)?;
         let pool = self.pool(entry.pool).ok_or(OperatorError::UnknownPool)?;
         let since = |at: Instant| now.saturating_duration_since(at);
-        let frozen = freezing(pool.guard.freeze(), now);
         let all: Option<HeartbeatStatus> = self.heartbeat_status(now);
         let outlier = &entry.health.outlier;
         let probe = pool.spec.probe.as_ref().zip(entry.health.detector.as_ref());
@@ -158,7 +157,7 @@ impl Controller {
             ramp: entry.ramp.map(|ramp| (ramp.over, since(ramp.since))),
             guards: GuardView {
                 channel_silent: self.channel(now) == Channel::Silent,
-                pool_frozen: frozen,
+                pool_frozen: freezing(pool.guard.freeze(), now),
                 all_frozen: all.and_then(|all| all.frozen),
                 view: self.path_view(Some(pool.id), now),
                 max_ejected_percent: self.max_down_percent(pool),

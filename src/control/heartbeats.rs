@@ -68,8 +68,10 @@ pub(super) struct Heart {
     pub(super) last_at: Instant,
     /// Silent for `ttl`.
     pub(super) expired: bool,
-    /// Silence before then was our own doing.
-    pub(super) excused_at: Instant,
+    /// So much of the silence since then was our own doing.
+    pub(super) excused: Duration,
+    /// What of that was for heartbeats lost here, and not for being late.
+    pub(super) deaf: Duration,
     /// Another process has said all this; nothing was heard here yet.
     adopted: bool,
 }
@@ -325,6 +327,7 @@ impl Controller {
         heart.in_flight = heartbeat.in_flight;
         heart.interval = interval;
         heart.last_at = heart.last_at.max(at);
+        (heart.excused, heart.deaf) = (Duration::ZERO, Duration::ZERO);
         heart.expired = false;
         heart.adopted = false;
         let lighter = heart.load.heard(heartbeat.load);
@@ -460,7 +463,8 @@ impl Heart {
             first_at: at,
             last_at: at,
             expired: false,
-            excused_at: at,
+            excused: Duration::ZERO,
+            deaf: Duration::ZERO,
             adopted: false,
         }
     }

@@ -75,6 +75,11 @@ impl Controller {
         self.backends.contains_key(&id) || self.leaving.contains_key(&id)
     }
 
+    /// Every backend that is known in that way.
+    pub fn all_known(&self) -> impl Iterator<Item = BackendId> {
+        self.backends.keys().chain(self.leaving.keys()).copied()
+    }
+
     /// How many backends there have been so far; goes around at 2^32.
     pub fn backends_seen(&self) -> u32 {
         self.ids.backend

@@ -50,8 +50,8 @@ pub use misfits::Misfit;
 pub use pace::PublishReason;
 pub use publish::Weight;
 pub use status::{
-    BackendStatus, ControlStatus, Freezing, FrontendStatus, HeartStatus, HeartbeatStatus,
-    PoolStatus,
+    BackendStatus, ControlStatus, Freezing, FrontendStatus, Gathering, HeartStatus,
+    HeartbeatStatus, PoolStatus,
 };
 
 use crate::config::{self, BackendAddress, Config, ProbeSpec};
@@ -118,6 +118,8 @@ pub enum Effect {
     Publish(Arc<Table>),
     /// Run one probe and report it as [`Event::Probed`].
     Probe {
+        /// Whose turn it is.
+        lane: ProbeLane,
         /// Whom.
         backend: BackendId,
         /// To be given back with the result.
@@ -144,6 +146,15 @@ pub enum Effect {
 /// taken for a newer probe's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ProbeToken(pub u64);
+
+/// Where a probe waits while too many run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ProbeLane {
+    /// Names its pool: pools take turns.
+    pub pool: u32,
+    /// A verdict is being changed, or there is none yet: before others of its pool.
+    pub urgent: bool,
+}
 
 /// A warning that is no change of standing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -407,10 +418,7 @@ impl Controller {
                 Event::Heartbeat { heartbeat, at, stands_for } => {
                     self.heartbeat(&heartbeat, (at.min(now), stands_for), now);
                 }
-                Event::HeartbeatsLost(count) => {
-                    let s = if count == 1 { " was" } else { "s were" };
-                    self.excuse_all(&format!("{count} heartbeat{s} lost on this machine"), now);
-                }
+                Event::HeartbeatsLost(count) => self.heartbeats_lost(count, now),
                 other => later.push(other),
             }
         }

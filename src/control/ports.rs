@@ -52,7 +52,7 @@ pub enum Reuse {
 type Key = (BackendId, Option<IpAddr>);
 
 /// What was seen so far.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct PortWatch {
     /// How many connections had lingered at the last looks, oldest first; only
     /// of whom had any.

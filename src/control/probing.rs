@@ -5,7 +5,7 @@
 //! one before is over, or given up as lost. It never judges a result.
 
 use super::schedule::{Job, after};
-use super::{Controller, Effect, ProbeInFlight, ProbeToken};
+use super::{Controller, Effect, ProbeInFlight, ProbeLane, ProbeToken};
 use crate::config::ProbeSpec;
 use crate::health::Observation;
 use crate::table::state::BackendId;
@@ -49,7 +49,11 @@ impl Controller {
         let lost_at = after(now, spec.timeout) + PROBE_LOST_MARGIN;
         entry.in_flight = Some(ProbeInFlight { token, started: now, lost_at, stale: false });
         self.schedule.set(Job::ProbeLost(id), lost_at);
+        let urgent = entry.health.detector.as_ref().is_some_and(|detector| {
+            detector.changing() || detector.observation() == Observation::Unknown
+        });
         self.work.effects.push(Effect::Probe {
+            lane: ProbeLane { pool: pool.id.0, urgent },
             backend: id,
             token,
             address: entry.state.address.clone(),

@@ -7,7 +7,7 @@ use crate::config::WhenNoneEligible;
 use crate::health::heartbeat::{Channel, Freeze, Reading};
 use crate::health::{Calling, Intent, Observation, Pulse, Transition};
 use crate::heartbeat::rejections::Rejection;
-use crate::table::state::{BackendState, FrontendState};
+use crate::table::state::{BackendId, BackendState, FrontendState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -159,13 +159,34 @@ pub struct HeartStatus {
     pub ttl: Duration,
 }
 
+/// A picture that is being made, some backends at a time.
+#[derive(Debug)]
+pub struct Gathering {
+    status: ControlStatus,
+    /// Still to come: each with the place of its pool, the last first.
+    left: Vec<(u32, BackendId)>,
+}
+
 // === impl Controller ===
 
 impl Controller {
     /// What status and metrics show.
     pub fn status(&self, now: Instant) -> ControlStatus {
+        let mut gathering = self.begin_status(now);
+        while self.gather(&mut gathering, usize::MAX, now) {}
+        gathering.finish()
+    }
+
+    /// Everything but the backends, who come by [`Controller::gather`]: those of
+    /// now, as they are by then.
+    pub fn begin_status(&self, now: Instant) -> Gathering {
         let leaving = self.leaving.values().map(|leaving| &leaving.entry.state);
-        ControlStatus {
+        let places = (0..).zip(&self.pools);
+        let members =
+            places.flat_map(|(place, pool)| pool.members.iter().map(move |id| (place, *id)));
+        let mut left: Vec<(u32, BackendId)> = members.collect();
+        left.reverse();
+        let status = ControlStatus {
             generation: self.generation,
             frontends: self
                 .frontends
@@ -177,11 +198,29 @@ impl Controller {
                     connections_max: frontend.spec.connections_max,
                 })
                 .collect(),
-            pools: self.pools.iter().map(|pool| self.pool_status(pool, now)).collect(),
+            pools: self.pools.iter().map(|pool| pool_status(pool, now)).collect(),
             leaving: leaving.filter(|state| state.in_flight.total() > 0).map(Arc::clone).collect(),
             published: self.published().to_vec(),
             heartbeat: self.heartbeat_status(now),
+        };
+        Gathering { status, left }
+    }
+
+    /// Adds up to `most` backends; false once there are no more. One that has left
+    /// meanwhile is left out.
+    pub fn gather(&self, gathering: &mut Gathering, most: usize, now: Instant) -> bool {
+        let from = gathering.left.len().saturating_sub(most);
+        for (place, id) in gathering.left.drain(from..).rev() {
+            let Some(entry) = self.backends.get(&id) else { continue };
+            let Some(pool) = self.pool(entry.pool) else { continue };
+            let status = &mut gathering.status.pools[place as usize];
+            let backend = backend_status(entry, pool, now);
+            if backend.eligible {
+                (status.none_eligible, status.undecided) = (None, false);
+            }
+            status.backends.push(backend);
         }
+        !gathering.left.is_empty()
     }
 
     /// Heartbeats as a whole.
@@ -195,32 +234,38 @@ impl Controller {
             frozen: freezing(self.guards.all.freeze(), now),
         })
     }
+}
 
-    pub(super) fn pool_status(&self, pool: &PoolEntry, now: Instant) -> PoolStatus {
-        let members = pool.members.iter().filter_map(|id| self.backends.get(id));
-        let backends: Vec<BackendStatus> =
-            members.map(|entry| backend_status(entry, pool, now)).collect();
-        let nobody = !backends.iter().any(|backend| backend.eligible);
-        let rule = match (&pool.settling, pool.spec.when_none_eligible) {
-            (Some(settling), _) if !settling.stand_ins.is_empty() => "former",
-            (_, WhenNoneEligible::TryAll) => "try-all",
-            (Some(_), WhenNoneEligible::Refuse) => "wait",
-            (None, WhenNoneEligible::Refuse) => "refuse",
-        };
-        let heartbeat = pool.spec.heartbeat.as_ref();
-        let may_register = heartbeat.filter(|spec| spec.register);
-        PoolStatus {
-            name: Arc::clone(&pool.spec.name),
-            balance: pool.spec.balance.name(),
-            backends,
-            none_eligible: nobody.then_some(rule),
-            undecided: nobody && rule == "wait",
-            frozen: freezing(pool.guard.freeze(), now),
-            registered: pool.registered,
-            registered_max: may_register.map_or(0, |spec| spec.backends_max),
-            heartbeats: heartbeat.is_some(),
-            probes: pool.spec.probe.is_some(),
-        }
+// === impl Gathering ===
+
+impl Gathering {
+    /// The picture.
+    pub fn finish(self) -> ControlStatus {
+        self.status
+    }
+}
+
+/// A pool without its backends, of whom none is eligible therefore.
+fn pool_status(pool: &PoolEntry, now: Instant) -> PoolStatus {
+    let rule = match (&pool.settling, pool.spec.when_none_eligible) {
+        (Some(settling), _) if !settling.stand_ins.is_empty() => "former",
+        (_, WhenNoneEligible::TryAll) => "try-all",
+        (Some(_), WhenNoneEligible::Refuse) => "wait",
+        (None, WhenNoneEligible::Refuse) => "refuse",
+    };
+    let heartbeat = pool.spec.heartbeat.as_ref();
+    let may_register = heartbeat.filter(|spec| spec.register);
+    PoolStatus {
+        name: Arc::clone(&pool.spec.name),
+        balance: pool.spec.balance.name(),
+        backends: Vec::with_capacity(pool.members.len()),
+        none_eligible: Some(rule),
+        undecided: rule == "wait",
+        frozen: freezing(pool.guard.freeze(), now),
+        registered: pool.registered,
+        registered_max: may_register.map_or(0, |spec| spec.backends_max),
+        heartbeats: heartbeat.is_some(),
+        probes: pool.spec.probe.is_some(),
     }
 }
 

@@ -8,7 +8,7 @@
 
 use super::heartbeats::ttl;
 use super::schedule::Job;
-use super::{Controller, Effect, Notice, Origin, PoolId, ProbeToken};
+use super::{Controller, Effect, Notice, Origin, PoolId, ProbeLane, ProbeToken};
 use crate::config::{self, HeartbeatSpec, ProbeKind, ProbeSpec};
 use crate::health::heartbeat::guards::{Frost, permit, stalled};
 use crate::health::heartbeat::{
@@ -164,29 +164,61 @@ impl Controller {
         true
     }
 
-    /// Heartbeats were lost on this machine, or we were late: nobody's silence
-    /// counts.
-    pub(super) fn excuse_all(&mut self, why: &str, now: Instant) {
-        self.guards.channel.excuse(now);
+    /// So many heartbeats were lost on this machine. Any sender's next one may have
+    /// been among them, so each is given the time of one more, but all in all no
+    /// more than `ttl`: losses without end must not keep a dead backend.
+    pub(super) fn heartbeats_lost(&mut self, count: u64, now: Instant) {
+        let s = if count == 1 { " was" } else { "s were" };
+        self.notice_excuse(&format!("{count} heartbeat{s} lost on this machine"), now);
+        self.guards.channel.excuse(self.guards.slowest, now);
+        let pools: Vec<(PoolId, Arc<HeartbeatSpec>)> = self
+            .pools
+            .iter()
+            .filter_map(|pool| Some((pool.id, Arc::clone(pool.spec.heartbeat.as_ref()?))))
+            .collect();
+        let everybody: Vec<BackendId> = self.hearts().map(|(id, _)| id).collect();
+        for id in everybody {
+            let Some(entry) = self.backends.get_mut(&id) else { continue };
+            let Some(heart) = &mut entry.heart else { continue };
+            let spec = pools.iter().find(|(pool, _)| *pool == entry.pool);
+            let most = spec.map_or(Duration::ZERO, |(_, spec)| ttl(spec, heart.interval));
+            let lost = heart.interval.min(most.saturating_sub(heart.deaf));
+            heart.deaf += lost;
+            if !lost.is_zero() {
+                self.excuse(id, lost, now);
+            }
+        }
+    }
+
+    /// We were late by so much: that part of everybody's silence does not count.
+    fn excuse_all(&mut self, lost: Duration, why: &str, now: Instant) {
+        self.notice_excuse(why, now);
+        self.guards.channel.excuse(lost, now);
+        let everybody: Vec<BackendId> = self.hearts().map(|(id, _)| id).collect();
+        everybody.into_iter().for_each(|id| self.excuse(id, lost, now));
+    }
+
+    fn excuse(&mut self, id: BackendId, lost: Duration, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(heart) = &mut entry.heart else { return };
+        let silence = now.saturating_duration_since(heart.last_at);
+        heart.excused = (heart.excused + lost).min(silence);
+        let step = heart.detector.excuse(lost, now);
+        self.follow(id, step, now);
+        self.rearm(id);
+    }
+
+    fn notice_excuse(&mut self, why: &str, now: Instant) {
         self.guards.excuses_total += 1;
         let quiet = |at: Instant| now.saturating_duration_since(at) < STALL_NOTICE_INTERVAL;
         if !self.guards.stall_noticed.is_some_and(quiet) {
             self.guards.stall_noticed = Some(now);
-            let message = format!("{why}: until now no backend's silence counts");
+            let message = format!("{why}: so much of the backends' silence does not count");
             self.work.effects.push(Effect::Notice(Notice {
                 pool: "".into(),
                 backend: None,
                 message,
             }));
-        }
-        let everybody: Vec<BackendId> = self.hearts().map(|(id, _)| id).collect();
-        for id in everybody {
-            let Some(entry) = self.backends.get_mut(&id) else { continue };
-            let Some(heart) = &mut entry.heart else { continue };
-            heart.excused_at = now;
-            let step = heart.detector.excuse(now);
-            self.follow(id, step, now);
-            self.rearm(id);
         }
     }
 
@@ -194,7 +226,7 @@ impl Controller {
     pub(super) fn excuse_gap(&mut self, id: BackendId, at: Instant, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(heart) = &mut entry.heart else { return };
-        let step = heart.detector.excuse(at);
+        let step = heart.detector.excuse(Duration::ZERO, at);
         self.follow(id, step, now);
     }
 
@@ -202,8 +234,9 @@ impl Controller {
     pub(super) fn notice_stall(&mut self, now: Instant) {
         let Some(due) = self.schedule.due(Job::GuardTick) else { return };
         if stalled(due, now, self.tick_interval()) {
-            let late = now.saturating_duration_since(due).as_millis();
-            self.excuse_all(&format!("the control thread was {late} ms late"), now);
+            let late = now.saturating_duration_since(due);
+            let why = format!("the control thread was {} ms late", late.as_millis());
+            self.excuse_all(late, &why, now);
             self.schedule.set(Job::GuardTick, now + self.tick_interval());
         }
     }
@@ -413,6 +446,7 @@ impl Controller {
         let lost_at = now + timeout + super::probing::PROBE_LOST_MARGIN;
         entry.trying = Some(Trying { token, id: next.id, lost_at });
         self.work.effects.push(Effect::Probe {
+            lane: ProbeLane { pool: pool.id.0, urgent: true },
             backend: id,
             token,
             address: entry.state.address.clone(),
@@ -477,6 +511,6 @@ impl super::BackendEntry {
     pub(super) fn expiry(&self, spec: &HeartbeatSpec) -> Option<(Duration, Instant)> {
         let heart = self.heart.as_deref()?;
         let ttl = ttl(spec, heart.interval);
-        Some((ttl, heart.last_at.max(heart.excused_at) + ttl))
+        Some((ttl, heart.last_at + heart.excused + ttl))
     }
 }

@@ -97,7 +97,11 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             sandbox: Sandbox::Auto,
             buffers_max: 1 << 28,
         },
-        admin: Admin { listen: AdminListen::Unix("/nowhere".into()), token_file: None },
+        admin: Admin {
+            listen: AdminListen::Unix("/nowhere".into()),
+            token_file: None,
+            backend_metrics_max: 0,
+        },
         log: Log {
             level: LogLevel::Info,
             format: LogFormat::Text,

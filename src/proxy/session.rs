@@ -24,6 +24,7 @@ use crate::telemetry::counters::{LocalAt, Panicked};
 use crate::telemetry::histograms::Series;
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -64,7 +65,8 @@ pub(super) struct Story {
     generation: u64,
     route: Arc<FrontendRoute>,
     attempts: Attempts,
-    connect_time: Option<Duration>,
+    /// How long the connect took, in microseconds; idle sessions save the room.
+    connect_micros: Option<NonZeroU32>,
 }
 
 /// An established session, until it ends; dropped before that, it is broken off.
@@ -297,7 +299,7 @@ impl Story {
             generation,
             route: Arc::clone(route),
             attempts: Attempts::default(),
-            connect_time: None,
+            connect_micros: None,
         }
     }
 
@@ -338,7 +340,7 @@ impl Story {
             Start::Picked(pick) => pick,
             Start::Again(ending) => {
                 why = ending;
-                self.route.pool.pick(ctx.pick_key(ip), self.attempts.tried.list())
+                self.route.pool.pick(ctx.pick_key(ip), self.attempts.tried())
             }
             Start::Queued(place) => {
                 // Boxed, as rare: the room would be every session's otherwise.
@@ -387,7 +389,8 @@ impl Story {
     }
 
     fn connected(&mut self, backend: &BackendState, connect_time: Duration) {
-        self.connect_time = Some(connect_time);
+        let micros = u32::try_from(connect_time.as_micros()).unwrap_or(u32::MAX);
+        self.connect_micros = NonZeroU32::new(micros.max(1));
         let ctx = self.ctx();
         backend.counters.of(ctx.id).sessions.add(1);
         ctx.recorder.borrow_mut().record(backend.id.0, Series::Connect, connect_time);
@@ -448,7 +451,7 @@ impl Story {
             bytes_in: totals.bytes.bytes_in,
             bytes_out: totals.bytes.bytes_out,
             bytes_undelivered: totals.bytes.undelivered,
-            connect: self.connect_time,
+            connect: self.connect_micros.map(|micros| Duration::from_micros(micros.get().into())),
             first_byte: totals.first_byte,
             duration: clock::now() - self.started,
         }

@@ -117,6 +117,8 @@ pub struct WorkerCounters {
     pub accept_held_at_cap: Counter,
     /// Sessions that had to wait in line for a backend.
     pub queued: Counter,
+    /// Probes that had to wait for others to end.
+    pub probes_waited: Counter,
     /// Sessions that had to wait for their pool's first verdict.
     pub undecided_waits: Counter,
     /// Trouble of our own: row [`LocalError`], column [`LocalAt`].
@@ -300,6 +302,7 @@ impl WorkerCounters {
             ended: Counter::default(),
             accept_held_at_cap: Counter::default(),
             queued: Counter::default(),
+            probes_waited: Counter::default(),
             undecided_waits: Counter::default(),
             local_errors: CounterTable::new(LocalError::ALL.len(), LocalAt::ALL.len()),
             connect_retries: Counter::default(),

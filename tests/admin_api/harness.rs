@@ -64,7 +64,8 @@ impl Api {
         control: Control,
         dir: tempfile::TempDir,
     ) -> Api {
-        let listener = admin::bind(&Admin { listen, token_file: None }).unwrap();
+        let listener =
+            admin::bind(&Admin { listen, token_file: None, backend_metrics_max: 0 }).unwrap();
         let (address, crowding) = (listener.address(), listener.crowding());
         let tokens = token.map(|token| Token::new(token.as_bytes()).unwrap());
         let tokens = Arc::new(TokenStore::new(tokens));

@@ -131,7 +131,11 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
             sandbox: Sandbox::Auto,
             buffers_max: 1 << 28,
         },
-        admin: Admin { listen: AdminListen::Unix("/nowhere".into()), token_file: None },
+        admin: Admin {
+            listen: AdminListen::Unix("/nowhere".into()),
+            token_file: None,
+            backend_metrics_max: 0,
+        },
         log: Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off },
         frontends: frontends.collect(),
         pools,

@@ -176,9 +176,10 @@ impl World {
         let now = self.now();
         let due = self.start + Duration::from_millis(ran + 1);
         if stalled(due, now, INTERVAL) {
-            self.channel.excuse(now);
+            let lost = now - due;
+            self.channel.excuse(lost, now);
             for index in 0..self.nodes.len() {
-                let step = self.nodes[index].detector.excuse(now);
+                let step = self.nodes[index].detector.excuse(lost, now);
                 self.take(index, step);
             }
         }

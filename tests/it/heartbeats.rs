@@ -61,7 +61,7 @@ impl Keys {
     }
 
     /// `[heartbeat]` with keys whose id is their secret's byte.
-    fn section(&self, ids: &[u8]) -> String {
+    pub fn section(&self, ids: &[u8]) -> String {
         let key = |id: &u8| {
             let file = self.file(*id);
             format!(
@@ -88,12 +88,29 @@ impl Keys {
     }
 
     fn sender_with(&self, name: &str, backend: &ScriptedBackend, key_id: u32, byte: u8) -> Sender {
+        self.sender_every(name, backend, (key_id, byte), ms(50))
+    }
+
+    /// One that serves and says so every `interval`.
+    pub fn ready_every(&self, name: &str, backend: &ScriptedBackend, interval: Duration) -> Sender {
+        let sender = self.sender_every(name, backend, (1, 1), interval);
+        sender.set_state(SenderState::Ready);
+        sender
+    }
+
+    fn sender_every(
+        &self,
+        name: &str,
+        backend: &ScriptedBackend,
+        (key_id, byte): (u32, u8),
+        interval: Duration,
+    ) -> Sender {
         let settings = Settings {
             to: vec![self.to()],
             identity: Identity::new("web", name, backend.socket_address()).unwrap(),
             key_id,
             secret: Secret::new(&[byte; 32]).unwrap(),
-            interval: ms(50),
+            interval,
         };
         Sender::start(settings).unwrap()
     }

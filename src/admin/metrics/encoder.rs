@@ -65,39 +65,54 @@ impl Encoder {
 
 impl Samples<'_> {
     pub(super) fn count(&mut self, labels: &[Label<'_>], value: u64) {
-        self.sample("", labels, None, value);
+        self.sample("", "", labels, None, value);
     }
 
     pub(super) fn value(&mut self, labels: &[Label<'_>], value: f64) {
-        self.sample("", labels, None, value);
+        self.sample("", "", labels, None, value);
+    }
+
+    /// The same of one that has its [`prepared`] labels, and perhaps more.
+    pub(super) fn count_of(&mut self, prepared: &str, more: &[Label<'_>], value: u64) {
+        self.sample("", prepared, more, None, value);
+    }
+
+    pub(super) fn value_of(&mut self, prepared: &str, value: f64) {
+        self.sample("", prepared, &[], None, value);
     }
 
     /// One cumulative bucket; `None` is `+Inf`.
-    pub(super) fn bucket(&mut self, labels: &[Label<'_>], bound: Option<f64>, count: u64) {
+    pub(super) fn bucket(&mut self, prepared: &str, bound: Option<f64>, count: u64) {
         match bound {
-            Some(bound) => self.sample("_bucket", labels, Some(&bound), count),
-            None => self.sample("_bucket", labels, Some(&"+Inf"), count),
+            Some(bound) => self.sample("_bucket", prepared, &[], Some(&bound), count),
+            None => self.sample("_bucket", prepared, &[], Some(&"+Inf"), count),
         }
     }
 
-    pub(super) fn sum_and_count(&mut self, labels: &[Label<'_>], sum: f64, count: u64) {
-        self.sample("_sum", labels, None, sum);
-        self.sample("_count", labels, None, count);
+    pub(super) fn sum_and_count(&mut self, prepared: &str, sum: f64, count: u64) {
+        self.sample("_sum", prepared, &[], None, sum);
+        self.sample("_count", prepared, &[], None, count);
     }
 
     fn sample(
         &mut self,
         suffix: &str,
+        prepared: &str,
         labels: &[Label<'_>],
         le: Option<&dyn Display>,
         value: impl Display,
     ) {
-        push(self.text, format_args!("{}{suffix}", self.name));
+        self.text.push_str(self.name);
+        self.text.push_str(suffix);
         let mut before = '{';
-        for (name, value) in labels {
-            push(self.text, format_args!("{before}{name}=\""));
-            escape(self.text, value, true);
-            self.text.push('"');
+        if !prepared.is_empty() {
+            self.text.push('{');
+            self.text.push_str(prepared);
+            before = ',';
+        }
+        for label in labels {
+            self.text.push(before);
+            push_label(self.text, label);
             before = ',';
         }
         if let Some(le) = le {
@@ -109,6 +124,25 @@ impl Samples<'_> {
         }
         push(self.text, format_args!(" {value}\n"));
     }
+}
+
+/// Labels as text, for those who have many samples.
+pub(super) fn prepared(labels: &[Label<'_>]) -> String {
+    let mut text = String::new();
+    for label in labels {
+        if !text.is_empty() {
+            text.push(',');
+        }
+        push_label(&mut text, label);
+    }
+    text
+}
+
+fn push_label(text: &mut String, (name, value): &Label<'_>) {
+    text.push_str(name);
+    text.push_str("=\"");
+    escape(text, value, true);
+    text.push('"');
 }
 
 fn push(text: &mut String, arguments: std::fmt::Arguments<'_>) {
@@ -138,7 +172,7 @@ mod tests {
         let family = gauge("g", "A \\ and a\nnewline, a \" as it is.");
         encoder.family(&family).count(&[("backend", "a\"b\\c\nd"), ("pool", "")], 3);
         encoder.family(&counter("c_total", "None yet."));
-        encoder.family(&histogram("h", "H.")).bucket(&[], Some(0.00005), 1);
+        encoder.family(&histogram("h", "H.")).bucket("", Some(0.00005), 1);
         expect![[r#"
             # HELP g A \\ and a\nnewline, a " as it is.
             # TYPE g gauge

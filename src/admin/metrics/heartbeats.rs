@@ -4,8 +4,8 @@
 //! Called while the metrics are rendered. Backends whose pool takes no
 //! heartbeats have no series here. Pure.
 
+use super::One;
 use super::encoder::{Encoder, Family, counter, gauge};
-use super::labels;
 use crate::admin::snapshot::Snapshot;
 use crate::control::{BackendStatus, HeartStatus, Origin};
 use crate::health::{Observation, Pulse};
@@ -21,7 +21,7 @@ mod families {
     pub(super) const ACCEPTED: Family = counter("tidegate_heartbeats_total", "Heartbeats believed.");
     pub(super) const REJECTED: Family = counter("tidegate_heartbeats_rejected_total", "Heartbeats refused, by reason.");
     pub(super) const KERNEL_DROPS: Family = counter("tidegate_heartbeat_kernel_drops_total", "Heartbeats the kernel dropped because the socket's buffer was full.");
-    pub(super) const EXCUSES: Family = counter("tidegate_heartbeat_excuses_total", "Times nobody's silence counted, because the balancer was late or lost heartbeats.");
+    pub(super) const EXCUSES: Family = counter("tidegate_heartbeat_excuses_total", "Times a part of every backend's silence did not count, because the balancer was late or lost heartbeats.");
     pub(super) const SILENT: Family = gauge("tidegate_heartbeat_channel_silent", "1 while no heartbeat at all arrives though several backends should send.");
     pub(super) const ALL_FROZEN: Family = gauge("tidegate_heartbeat_frozen", "1 while no silent backend of any pool is taken out.");
     pub(super) const IS_REGISTERED: Family = gauge("tidegate_backend_registered", "1 where heartbeats brought the backend, 0 where the file did.");
@@ -36,7 +36,7 @@ mod families {
 }
 
 /// Tables, guards, the channel, and each backend's rhythm.
-pub(super) fn render(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+pub(super) fn render(out: &mut Encoder, snapshot: &Snapshot<'_>, each: &[One<'_>]) {
     let control = snapshot.control;
     let mut samples = out.family(&families::PUBLISHED);
     for (reason, total) in &control.published {
@@ -56,7 +56,7 @@ pub(super) fn render(out: &mut Encoder, snapshot: &Snapshot<'_>) {
         samples.count(&[("pool", &pool.name)], pool.registered as u64);
     }
     channel(out, snapshot);
-    backends(out, snapshot);
+    backends(out, each);
 }
 
 fn channel(out: &mut Encoder, snapshot: &Snapshot<'_>) {
@@ -77,17 +77,16 @@ fn channel(out: &mut Encoder, snapshot: &Snapshot<'_>) {
 type HeartValue = fn(&HeartStatus) -> f64;
 type Flag = fn(&BackendStatus) -> bool;
 
-fn backends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
-    let listening = || snapshot.control.pools.iter().filter(|pool| pool.heartbeats);
-    let all = || listening().flat_map(|pool| &pool.backends);
-    let everybody = || snapshot.control.pools.iter().flat_map(|pool| &pool.backends);
+fn backends(out: &mut Encoder, each: &[One<'_>]) {
+    let listening = || each.iter().filter(|one| one.heartbeats);
     let mut samples = out.family(&families::SUSPECT);
-    for backend in everybody() {
-        samples.count(&labels(backend), (backend.observation == Observation::Suspect).into());
+    for one in each {
+        let suspect = one.status.observation == Observation::Suspect;
+        samples.count_of(&one.labels, &[], suspect.into());
     }
     let mut samples = out.family(&families::RAMP);
-    for backend in everybody() {
-        samples.value(&labels(backend), f64::from(backend.ramp_percent) / 100.0);
+    for one in each {
+        samples.value_of(&one.labels, f64::from(one.status.ramp_percent) / 100.0);
     }
     let flags: [(&Family, Flag); 2] = [
         (&families::IS_REGISTERED, |b| b.origin == Origin::Registered),
@@ -95,8 +94,8 @@ fn backends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     ];
     for (family, flag) in flags {
         let mut samples = out.family(family);
-        for backend in all() {
-            samples.count(&labels(backend), flag(backend).into());
+        for one in listening() {
+            samples.count_of(&one.labels, &[], flag(one.status).into());
         }
     }
     let figures: [(&Family, HeartValue); 5] = [
@@ -108,9 +107,9 @@ fn backends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     ];
     for (family, figure) in figures {
         let mut samples = out.family(family);
-        for backend in all() {
-            if let Some(heart) = &backend.heart {
-                samples.value(&labels(backend), figure(heart));
+        for one in listening() {
+            if let Some(heart) = &one.status.heart {
+                samples.value_of(&one.labels, figure(heart));
             }
         }
     }

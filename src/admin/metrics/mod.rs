@@ -1,6 +1,6 @@
 //! `/metrics`: Prometheus text exposition format 0.0.4.
 //!
-//! Called by the control loop with a [`Snapshot`]. Pure. Labels come from the
+//! Called on a thread of its own with a [`Snapshot`]. Pure. Labels come from the
 //! configuration and from fixed sets, never from clients.
 //!
 //! What a series means over time:
@@ -18,12 +18,12 @@
 
 use super::snapshot::{ServiceState, Snapshot};
 use crate::control::ports;
-use crate::control::{BackendStatus, FrontendStatus};
+use crate::control::{BackendStatus, FrontendStatus, PoolStatus};
 use crate::health::{Intent, Observation};
 use crate::proxy::close::{Cause, Phase, RefusedReason};
 use crate::telemetry::counters::{LocalAt, LocalError, Panicked, RingEvent, WorkerCounters};
 use crate::telemetry::histograms::{BOUNDS_SECONDS, Series, SeriesData};
-use encoder::{Encoder, Family, counter, gauge, histogram};
+use encoder::{Encoder, Family, counter, gauge, histogram, prepared};
 
 mod encoder;
 mod heartbeats;
@@ -58,6 +58,9 @@ mod families {
     pub(super) const REFUSED: Family = counter("tidegate_refused_total", "Clients turned away before they had a backend, by frontend.");
     pub(super) const SESSION_END: Family = counter("tidegate_session_end_total", "Ended sessions by what ended them and how far they had come.");
 
+    pub(super) const POOL_BACKENDS: Family = gauge("tidegate_pool_backends", "Backends of the pool.");
+    pub(super) const POOL_ELIGIBLE: Family = gauge("tidegate_pool_backends_eligible", "Backends of the pool that may take new sessions.");
+    pub(super) const OMITTED: Family = gauge("tidegate_backend_metrics_omitted", "Backends without series of their own, for there are more than backend_metrics_max.");
     pub(super) const BACKEND_UP: Family = gauge("tidegate_backend_up", "0 when probes or heartbeats found the backend down, else 1.");
     pub(super) const BACKEND_ELIGIBLE: Family = gauge("tidegate_backend_eligible", "1 when the backend may take new sessions, all things considered.");
     pub(super) const BACKEND_WEIGHT: Family = gauge("tidegate_backend_weight", "Weight balanced by; 0 while not eligible.");
@@ -88,6 +91,7 @@ mod families {
     pub(super) const QUEUED_TOTAL: Family = counter("tidegate_queued_total", "Sessions that had to wait in such a line.");
     pub(super) const UNDECIDED: Family = gauge("tidegate_pool_undecided", "1 while nobody of the pool serves, its backends have no verdict yet, and clients wait for one.");
     pub(super) const UNDECIDED_WAITS: Family = counter("tidegate_undecided_waits_total", "Sessions that had to wait for their pool's first verdict.");
+    pub(super) const PROBES_WAITED: Family = counter("tidegate_probes_waited_total", "Probes that had to wait for others to end, for too many ran at once.");
     pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "What went on inside the rings beside moving bytes, by worker; zero on epoll.");
     pub(super) const LOCAL_ERRORS: Family = counter("tidegate_local_errors_total", "Trouble of our own, never blamed on a backend.");
     pub(super) const CONNECT_RETRIES: Family = counter("tidegate_connect_retries_total", "Connect attempts beyond a session's first.");
@@ -104,20 +108,57 @@ mod families {
     pub(super) const START_TIME: Family = gauge("process_start_time_seconds", "When the process started, in seconds since 1970.");
 }
 
+/// A backend that has series of its own.
+struct One<'a> {
+    status: &'a BackendStatus,
+    /// Its pool takes heartbeats.
+    heartbeats: bool,
+    /// Its labels as text.
+    labels: String,
+}
+
 /// The text of `/metrics`.
 pub fn render(snapshot: &Snapshot<'_>) -> String {
     let mut out = Encoder::new();
+    let count: usize = snapshot.control.pools.iter().map(|pool| pool.backends.len()).sum();
+    let each = if count <= snapshot.backend_metrics_max { each(snapshot) } else { Vec::new() };
     whole(&mut out, snapshot);
     frontends(&mut out, &snapshot.control.frontends);
     session_ends(&mut out, snapshot);
-    backends(&mut out, snapshot);
-    heartbeats::render(&mut out, snapshot);
-    histograms(&mut out, snapshot);
-    source_ports(&mut out, snapshot);
+    pools(&mut out, snapshot, count - each.len());
+    backends(&mut out, &each);
+    heartbeats::render(&mut out, snapshot, &each);
+    histograms(&mut out, snapshot, &each);
+    source_ports(&mut out, snapshot, &each);
     leaving(&mut out, snapshot);
     workers(&mut out, snapshot);
     process(&mut out, snapshot);
     out.finish()
+}
+
+fn each<'a>(snapshot: &Snapshot<'a>) -> Vec<One<'a>> {
+    let pools = snapshot.control.pools.iter();
+    let all = pools.flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)));
+    let one = |(pool, status): (&PoolStatus, &'a BackendStatus)| One {
+        status,
+        heartbeats: pool.heartbeats,
+        labels: prepared(&[("pool", &status.state.pool), ("backend", &status.state.name)]),
+    };
+    all.map(one).collect()
+}
+
+fn pools(out: &mut Encoder, snapshot: &Snapshot<'_>, omitted: usize) {
+    let pools = &snapshot.control.pools;
+    let mut samples = out.family(&families::POOL_BACKENDS);
+    for pool in pools {
+        samples.count(&[("pool", &pool.name)], pool.backends.len() as u64);
+    }
+    let mut samples = out.family(&families::POOL_ELIGIBLE);
+    for pool in pools {
+        let eligible = pool.backends.iter().filter(|backend| backend.eligible).count();
+        samples.count(&[("pool", &pool.name)], eligible as u64);
+    }
+    out.family(&families::OMITTED).count(&[], omitted as u64);
 }
 
 fn whole(out: &mut Encoder, snapshot: &Snapshot<'_>) {
@@ -239,48 +280,41 @@ const BACKEND_VALUES: [(&Family, BackendValue); 9] = [
     (&families::CONNECT_FAILURES, |b| b.state.counters.sum(|c| c.connect_failures.get())),
 ];
 
-fn backends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
-    let all = || snapshot.control.pools.iter().flat_map(|pool| &pool.backends);
+fn backends(out: &mut Encoder, each: &[One<'_>]) {
     for (family, value) in BACKEND_VALUES {
         let mut samples = out.family(family);
-        for backend in all() {
-            samples.count(&labels(backend), value(backend));
+        for one in each {
+            samples.count_of(&one.labels, &[], value(one.status));
         }
     }
     let mut samples = out.family(&families::BACKEND_WEIGHT);
-    for backend in all() {
-        samples.value(&labels(backend), backend.effective_weight);
+    for one in each {
+        samples.value_of(&one.labels, one.status.effective_weight);
     }
     let mut samples = out.family(&families::BACKEND_BYTES);
-    for backend in all() {
-        let [pool, name] = labels(backend);
-        let counters = &backend.state.counters;
+    for one in each {
+        let counters = &one.status.state.counters;
         let bytes_in = counters.sum(|c| c.bytes_in.get());
-        samples.count(&[pool, name, ("direction", "in")], bytes_in);
+        samples.count_of(&one.labels, &[("direction", "in")], bytes_in);
         let bytes_out = counters.sum(|c| c.bytes_out.get());
-        samples.count(&[pool, name, ("direction", "out")], bytes_out);
+        samples.count_of(&one.labels, &[("direction", "out")], bytes_out);
     }
 }
 
-fn source_ports(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+fn source_ports(out: &mut Encoder, snapshot: &Snapshot<'_>, each: &[One<'_>]) {
     let mut samples = out.family(&families::PORTS_USED);
-    let all = snapshot.control.pools.iter().flat_map(|pool| &pool.backends);
-    for backend in all.filter(|backend| ports::has_ports(&backend.state)) {
-        let [pool, name] = labels(backend);
-        for way in backend.state.ways.load().iter() {
+    for one in each.iter().filter(|one| ports::has_ports(&one.status.state)) {
+        let state = &one.status.state;
+        for way in state.ways.load().iter() {
             let source = way.source().map_or_else(|| "any".to_owned(), |ip| ip.to_string());
-            let used = snapshot.ports.used(&backend.state, way, snapshot.port_limits);
-            samples.count(&[pool, name, ("source", &source)], used);
+            let used = snapshot.ports.used(state, way, snapshot.port_limits);
+            samples.count_of(&one.labels, &[("source", &source)], used);
         }
     }
     out.family(&families::PORTS_MAX).count(&[], snapshot.port_limits.ports.into());
 }
 
-fn labels(backend: &BackendStatus) -> [(&'static str, &str); 2] {
-    [("pool", &backend.state.pool), ("backend", &backend.state.name)]
-}
-
-fn histograms(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+fn histograms(out: &mut Encoder, snapshot: &Snapshot<'_>, each: &[One<'_>]) {
     let all = [
         (&families::CONNECT_SECONDS, Series::Connect),
         (&families::FIRST_BYTE_SECONDS, Series::FirstByte),
@@ -288,19 +322,15 @@ fn histograms(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     ];
     for (family, series) in all {
         let mut samples = out.family(family);
-        for backend in snapshot.control.pools.iter().flat_map(|pool| &pool.backends) {
-            if let Some(data) = snapshot.latency.get(backend.state.id.0, series) {
-                one_histogram(&mut samples, &labels(backend), data);
+        for one in each {
+            if let Some(data) = snapshot.latency.get(one.status.state.id.0, series) {
+                one_histogram(&mut samples, &one.labels, data);
             }
         }
     }
 }
 
-fn one_histogram(
-    samples: &mut encoder::Samples<'_>,
-    labels: &[(&'static str, &str); 2],
-    data: &SeriesData,
-) {
+fn one_histogram(samples: &mut encoder::Samples<'_>, labels: &str, data: &SeriesData) {
     for (bound, count) in BOUNDS_SECONDS.iter().zip(data.cumulative()) {
         samples.bucket(labels, Some(*bound), count);
     }
@@ -379,6 +409,7 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     for (family, value) in totals {
         out.family(family).count(&[], sum(snapshot, value));
     }
+    out.family(&families::PROBES_WAITED).count(&[], snapshot.control_counts.probes_waited.get());
     out.family(&families::LOG_DROPPED).count(&[], snapshot.log_dropped);
 }
 

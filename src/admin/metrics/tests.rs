@@ -100,6 +100,7 @@ fn text() -> String {
         port_limits: PortLimits { ports: 28_232, reuse: Reuse::Loopback },
         process: ProcessFacts { open_fds: Some(7), ..ProcessFacts::default() },
         heartbeats: &HeartbeatCounts::default(),
+        backend_metrics_max: 100,
     })
 }
 

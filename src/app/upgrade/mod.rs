@@ -376,7 +376,7 @@ impl Control {
                 tracing::info!(pid, %version, "upgrade done: that process serves, this one drains");
                 self.notifier.successor(pid);
                 self.upgrades.successor = Some(Successor::new(channel, hello.level));
-                self.latency.clear();
+                self.latency.lock().clear();
                 self.step_down(&ready, ended);
                 if let Some(reply) = under_way.reply {
                     let _ = reply.send(Ok(Upgraded { pid, version, generation: ready.generation }));
@@ -398,7 +398,7 @@ impl Control {
         let find = |pool: &str, name: &str, address: &str| {
             self.controller.find_saved(pool, name, address).map(|id| id.0)
         };
-        let latency = incoming::saved_latency(&state, find, &self.latency);
+        let latency = incoming::saved_latency(&state, find, &self.latency.lock());
         let heartbeats = self.reception.save();
         let (workers, own) = (&self.counters, &self.local);
         let mut counts = Counts::save(workers, own, self.reloads, upgrades, heartbeats);
@@ -550,7 +550,7 @@ impl Control {
         for saved in &known.latency {
             let found = self.controller.find_saved(&saved.pool, &saved.backend, &saved.address);
             if let Some(id) = found {
-                self.latency.add_saved(id.0, &saved.series);
+                self.latency.lock().add_saved(id.0, &saved.series);
             }
         }
     }

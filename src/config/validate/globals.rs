@@ -27,6 +27,10 @@ const ACCOUNT_CHARS_MAX: usize = 32;
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const PROCESS_CONNECTIONS: u32 = 100_000;
+
+/// As many backends as a file may have.
+const BACKEND_METRICS: u32 = 100_000;
+const BACKEND_METRICS_MAX: u32 = 1_000_000;
 /// Room for 256 stalled bulk streams to hold a pipe each.
 const BUFFERS_DEFAULT: usize = 256 << 20;
 
@@ -160,7 +164,9 @@ pub(super) fn duration(section: &Section<'_, '_>, key: &'static str) -> Field<Du
 pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
     let default = AdminListen::Unix(PathBuf::from(ADMIN_SOCKET));
     let Some(section) = top.table("admin", "[admin]".to_owned()) else {
-        return AdminRead { model: Admin { listen: default, token_file: None }, listen: None };
+        let model =
+            Admin { listen: default, token_file: None, backend_metrics_max: BACKEND_METRICS };
+        return AdminRead { model, listen: None };
     };
     let listen = section.text("listen", "an address", address::admin_listen);
     let token_file = section.text("token_file", "a file path", file_path);
@@ -191,6 +197,9 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
     let model = Admin {
         listen: listen.or(default),
         token_file: token_file.good().map(Spanned::into_inner),
+        backend_metrics_max: section
+            .integer("backend_metrics_max", 0..=BACKEND_METRICS_MAX)
+            .or(BACKEND_METRICS),
     };
     section.finish();
     AdminRead { model, listen: place }

@@ -101,7 +101,8 @@ impl Heart {
             first_at: ago(now, saved.first_ms),
             last_at,
             expired: saved.expired,
-            excused_at: last_at,
+            excused: Duration::ZERO,
+            deaf: Duration::ZERO,
             adopted: true,
         }
     }

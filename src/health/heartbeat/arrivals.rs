@@ -137,6 +137,11 @@ struct Newest {
     lag: f64,
 }
 
+/// `at`, as much later as was lost, but not later than `now`.
+pub(super) fn later(at: Instant, lost: Duration, now: Instant) -> Instant {
+    at.checked_add(lost).map_or(now, |later| later.min(now)).max(at)
+}
+
 // === impl Arrivals ===
 
 impl Arrivals {
@@ -199,14 +204,13 @@ impl Arrivals {
 
     /// We, not the sender or the path, were the cause of what is missing (a
     /// stall, a full socket buffer): the next gap teaches nothing, nor do
-    /// heartbeats that had queued up and come all at once, and silence is
-    /// counted from `now`.
-    pub fn excuse(&mut self, now: Instant) {
+    /// heartbeats that had queued up and come all at once, and the time `lost`
+    /// does not count as silence. What was silence before stays silence.
+    pub fn excuse(&mut self, lost: Duration, now: Instant) {
         self.gap_excused = true;
         self.unlearning_until = Some(now + Duration::from_secs_f64(2.0 * self.interval));
         if let Some(newest) = &mut self.newest {
-            newest.arrived = newest.arrived.max(now);
-            newest.lag = 0.0;
+            newest.arrived = later(newest.arrived, lost, now);
         }
     }
 

@@ -315,13 +315,16 @@ impl HeartbeatDetector {
         }
     }
 
-    /// We were deaf or late, for whatever reason: silence counts from `now`,
-    /// gaps and delays until then teach nothing, and probes of that time are
-    /// made again.
-    pub fn excuse(&mut self, now: Instant) -> Step {
-        self.arrivals.excuse(now);
+    /// We were deaf or late for so long by `now`, for whatever reason: that much
+    /// silence does not count, gaps and delays until then teach nothing, and a
+    /// probe of that time is made again.
+    pub fn excuse(&mut self, lost: Duration, now: Instant) -> Step {
+        self.arrivals.excuse(lost, now);
         match &mut self.round {
-            Some(round) => Step::probe(round.restart(&mut self.try_serial, now)),
+            Some(round) => {
+                let again = round.repeat(lost, &mut self.try_serial, now);
+                again.map_or_else(Step::default, Step::probe)
+            }
             None => Step::default(),
         }
     }

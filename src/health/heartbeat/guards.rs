@@ -4,7 +4,7 @@
 //! [`PathGuard`] for each pool and for all pools together, and asks them before
 //! it takes anything out. They never judge a single backend, and read no clock.
 //!
-//! - [`stalled`]: our own loop was late, so nobody's silence counts: call
+//! - [`stalled`]: our own loop was late, and that much silence does not count: call
 //!   [`HeartbeatDetector::excuse`] on every detector. The controller wants a
 //!   tick of its own every interval, to notice.
 //! - [`ChannelGuard`]: *nobody* is heard. Either all died at once or it is our
@@ -20,6 +20,7 @@
 //! None of them holds back what is *proven*: a refused connect shows that path
 //! and host work and the service does not.
 
+use super::arrivals::later;
 use super::{HeartbeatDetector, State};
 use std::time::{Duration, Instant};
 
@@ -164,9 +165,9 @@ impl ChannelGuard {
         silent
     }
 
-    /// Silence was our own doing: it counts from now on.
-    pub fn excuse(&mut self, now: Instant) {
-        self.last = self.last.map(|last| last.max(now));
+    /// So much of the silence was our own doing: it does not count.
+    pub fn excuse(&mut self, lost: Duration, now: Instant) {
+        self.last = self.last.map(|last| later(last, lost, now));
     }
 
     /// `live` backends are expected to be heard, the slowest every `interval`.

@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 /// made again: then the report is lost, not the answer.
 const REPORT_MARGIN: Duration = Duration::from_millis(200);
 
+/// Tries of one round that are made again because we were late.
+const REPEATS_MAX: u32 = 2;
+
 /// Names one try of one detector, so that a late result is not taken for a
 /// newer one's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -61,6 +64,8 @@ pub(super) struct Round {
     /// Tries that have to fail; at least 1.
     tries: u32,
     failed: u32,
+    /// Tries made again for our being late.
+    repeats: u32,
     /// Of each try.
     timeout: Duration,
     stage: Stage,
@@ -83,7 +88,7 @@ impl Round {
         now: Instant,
     ) -> (Round, Try) {
         let (stage, next) = fly(timeout, serial, now);
-        (Round { tries: tries.max(1), failed: 0, timeout, stage }, next)
+        (Round { tries: tries.max(1), failed: 0, repeats: 0, timeout, stage }, next)
     }
 
     /// Takes a result.
@@ -121,12 +126,24 @@ impl Round {
         }
     }
 
-    /// Starts anew: what was found so far may be our own doing.
-    pub(super) fn restart(&mut self, serial: &mut u64, now: Instant) -> Try {
-        let (stage, next) = fly(self.timeout, serial, now);
-        self.failed = 0;
-        self.stage = stage;
-        next
+    /// We were late for so long: the try to make again, as what becomes of the one
+    /// under way may be our own doing. What failed before it stays failed, and after
+    /// [`REPEATS_MAX`] the one under way is waited for: being late again and again
+    /// must not keep a round from its end.
+    pub(super) fn repeat(&mut self, lost: Duration, serial: &mut u64, now: Instant) -> Option<Try> {
+        match &mut self.stage {
+            Stage::Flying { lost_at, .. } if self.repeats >= REPEATS_MAX => {
+                *lost_at = lost_at.checked_add(lost).unwrap_or(now).min(now + self.timeout);
+                None
+            }
+            Stage::Flying { .. } => {
+                self.repeats += 1;
+                let (stage, next) = fly(self.timeout, serial, now);
+                self.stage = stage;
+                Some(next)
+            }
+            Stage::Pausing { .. } => None,
+        }
     }
 
     /// The try to make now, if its time has come.

@@ -1,24 +1,32 @@
 //! Runs the probes the controller asks for, so many at a time.
 //!
 //! `app` passes each [`Effect::Probe`](crate::control::Effect::Probe) on and
-//! feeds the events that come back to the controller. It keeps the order of
-//! requests, never runs two probes of one backend, and judges nothing.
+//! feeds the events that come back to the controller. Pools take turns, and within a
+//! pool those go first whose verdict is being changed; it never runs two probes of
+//! one backend, and judges nothing.
 
 use super::sources::Turns;
 use crate::config::{BackendAddress, ProbeSpec};
-use crate::control::{Event, ProbeToken};
+use crate::control::{Event, ProbeLane, ProbeToken};
 use crate::health::ProbeOutcome;
 use crate::table::state::BackendId;
 use crate::telemetry::counters::{LocalAt, WorkerCounters};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 
 /// Probes that run at once: a descriptor each, so well below the usual limits,
 /// and enough for ten thousand hanging backends to have their turn within ten
-/// timeouts. More wait in order of request.
+/// timeouts. More wait; the pool that runs the fewest has the next turn.
 pub const PROBES_RUNNING_MAX: usize = 1024;
+
+/// One in so many of those is kept for pools that run few: one whose backends all
+/// hang takes the others, and a death elsewhere is found as soon as ever.
+const KEPT_ONE_IN: usize = 4;
+
+/// A pool runs few while it runs less than one in so many of those that are kept.
+const FEW_ONE_IN: usize = 8;
 
 /// Hands requests to the task that runs them; dropping it ends the task and
 /// all its probes.
@@ -30,6 +38,7 @@ pub struct ProbeRunner {
 /// One probe to run.
 #[derive(Debug)]
 struct Request {
+    lane: ProbeLane,
     backend: BackendId,
     token: ProbeToken,
     address: BackendAddress,
@@ -42,16 +51,84 @@ type Ended = (BackendId, ProbeToken, ProbeOutcome);
 #[derive(Debug)]
 struct Running {
     running_max: usize,
-    /// Backends in order of request; each is in `requested`.
-    queue: VecDeque<BackendId>,
+    lanes: Lanes,
     /// Bounded by the number of backends: a newer request takes the place of
     /// an older one.
     requested: HashMap<BackendId, Request>,
-    running: HashMap<BackendId, AbortHandle>,
+    running: HashMap<BackendId, (AbortHandle, u32)>,
     tasks: JoinSet<Ended>,
     turns: Turns,
     /// Of the thread this runs on.
     counters: Option<Arc<WorkerCounters>>,
+}
+
+/// Who is next.
+#[derive(Debug, Default)]
+struct Lanes {
+    /// Those in which somebody waits or runs.
+    pools: HashMap<u32, Lane>,
+    /// Those in which somebody waits: how many run, when it had its last turn, which.
+    waiting: BTreeSet<(usize, u64, u32)>,
+    turn: u64,
+}
+
+/// One pool.
+#[derive(Debug, Default)]
+struct Lane {
+    running: usize,
+    last_turn: u64,
+    /// In order of request; each is in `Running::requested`, or was.
+    urgent: VecDeque<BackendId>,
+    others: VecDeque<BackendId>,
+}
+
+// === impl Lanes ===
+
+impl Lanes {
+    fn join(&mut self, lane: ProbeLane, backend: BackendId) {
+        self.change(lane.pool, |pool| {
+            let queue = if lane.urgent { &mut pool.urgent } else { &mut pool.others };
+            queue.push_back(backend);
+        });
+    }
+
+    /// Whose turn it is, while `running` of `max` run.
+    fn next(&mut self, running: usize, max: usize) -> Option<(u32, BackendId)> {
+        let (own, _, pool) = *self.waiting.first()?;
+        let kept = max / KEPT_ONE_IN;
+        let few = own < (kept / FEW_ONE_IN).max(1);
+        if running >= max || (running >= max - kept && !few) {
+            return None;
+        }
+        self.turn += 1;
+        let turn = self.turn;
+        let backend = self.change(pool, |pool| {
+            pool.last_turn = turn;
+            pool.urgent.pop_front().or_else(|| pool.others.pop_front())
+        });
+        Some((pool, backend?))
+    }
+
+    fn began(&mut self, pool: u32) {
+        self.change(pool, |pool| pool.running += 1);
+    }
+
+    fn ended(&mut self, pool: u32) {
+        self.change(pool, |pool| pool.running = pool.running.saturating_sub(1));
+    }
+
+    /// Keeps `waiting` true to what `change` makes of the pool.
+    fn change<T>(&mut self, pool: u32, change: impl FnOnce(&mut Lane) -> T) -> T {
+        let lane = self.pools.entry(pool).or_default();
+        self.waiting.remove(&(lane.running, lane.last_turn, pool));
+        let result = change(lane);
+        if !lane.urgent.is_empty() || !lane.others.is_empty() {
+            self.waiting.insert((lane.running, lane.last_turn, pool));
+        } else if lane.running == 0 {
+            self.pools.remove(&pool);
+        }
+        result
+    }
 }
 
 // === impl ProbeRunner ===
@@ -82,7 +159,7 @@ impl ProbeRunner {
         let (requests, incoming) = mpsc::unbounded_channel();
         let running = Running {
             running_max: running_max.max(1),
-            queue: VecDeque::new(),
+            lanes: Lanes::default(),
             requested: HashMap::new(),
             running: HashMap::new(),
             tasks: JoinSet::new(),
@@ -97,13 +174,14 @@ impl ProbeRunner {
     /// backend that has not ended is given up without a result.
     pub fn probe(
         &self,
+        lane: ProbeLane,
         backend: BackendId,
         token: ProbeToken,
         address: BackendAddress,
         spec: Arc<ProbeSpec>,
     ) {
         // It fails only when nobody listens for results any more.
-        let _ = self.requests.send(Request { backend, token, address, spec });
+        let _ = self.requests.send(Request { lane, backend, token, address, spec });
     }
 }
 
@@ -118,7 +196,16 @@ impl Running {
         loop {
             tokio::select! {
                 request = incoming.recv() => match request {
-                    Some(request) => self.enqueue(request),
+                    Some(request) => {
+                        let backend = request.backend;
+                        self.enqueue(request);
+                        self.fill();
+                        if let (true, Some(counters)) =
+                            (self.requested.contains_key(&backend), &self.counters)
+                        {
+                            counters.probes_waited.add(1);
+                        }
+                    }
                     None => return,
                 },
                 Some(ended) = self.tasks.join_next_with_id() => {
@@ -136,19 +223,21 @@ impl Running {
     }
 
     fn enqueue(&mut self, request: Request) {
-        let backend = request.backend;
-        if let Some(older) = self.running.remove(&backend) {
+        let (backend, lane) = (request.backend, request.lane);
+        if let Some((older, pool)) = self.running.remove(&backend) {
             older.abort();
+            self.lanes.ended(pool);
         }
-        if self.requested.insert(backend, request).is_none() {
-            self.queue.push_back(backend);
+        let before = self.requested.insert(backend, request).map(|older| older.lane);
+        // Its place stays, unless it has become urgent; a second place is passed over.
+        if before != Some(lane) {
+            self.lanes.join(lane, backend);
         }
     }
 
     /// Starts what there is room for.
     fn fill(&mut self) {
-        while self.running.len() < self.running_max {
-            let Some(backend) = self.queue.pop_front() else { return };
+        while let Some((pool, backend)) = self.lanes.next(self.running.len(), self.running_max) {
             let Some(request) = self.requested.remove(&backend) else { continue };
             let counters = self.counters.clone();
             let turn = self.turns.next(backend, &request.spec.source);
@@ -160,7 +249,8 @@ impl Running {
                 }
                 (request.backend, request.token, outcome)
             });
-            self.running.insert(backend, task);
+            self.lanes.began(pool);
+            self.running.insert(backend, (task, pool));
         }
     }
 
@@ -172,13 +262,15 @@ impl Running {
             Err(error) => {
                 let id = error.id();
                 let mut running = self.running.iter();
-                (id, running.find(|(_, task)| task.id() == id).map(|(backend, _)| *backend)?)
+                (id, running.find(|(_, (task, _))| task.id() == id).map(|(backend, _)| *backend)?)
             }
         };
-        if self.running.get(&backend).is_none_or(|task| task.id() != id) {
+        if self.running.get(&backend).is_none_or(|(task, _)| task.id() != id) {
             return None;
         }
-        self.running.remove(&backend);
+        if let Some((_, pool)) = self.running.remove(&backend) {
+            self.lanes.ended(pool);
+        }
         ended.ok().map(|(_, result)| result)
     }
 }

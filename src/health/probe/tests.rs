@@ -1,9 +1,12 @@
 //! Probes against real sockets on loopback.
 
 use super::*;
+use crate::control::ProbeLane;
 use crate::control::{Event, ProbeToken};
 use crate::table::state::BackendId;
 use runner::ProbeRunner;
+
+const LANE: ProbeLane = ProbeLane { pool: 1, urgent: false };
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Instant;
@@ -402,8 +405,8 @@ fn a_backend_that_dies_and_comes_back_is_seen_by_the_controller() {
             assert!(clock::now() < patience, "only saw {seen:?}");
             for effect in controller.apply(event, clock::now()) {
                 match effect {
-                    Effect::Probe { backend, token, address, spec } => {
-                        runner.probe(backend, token, address, spec);
+                    Effect::Probe { backend, token, address, spec, .. } => {
+                        runner.probe(LANE, backend, token, address, spec);
                     }
                     Effect::Log(transition) => seen.push(transition.to),
                     _ => {}
@@ -443,9 +446,9 @@ fn the_runner_runs_no_more_than_its_bound_and_in_order() {
         let (mute, good) = (mute().await, server(&[b"+PONG"]).await);
         let started: Instant = clock::now();
         for n in 0..4 {
-            runner.probe(BackendId(n), ProbeToken(n.into()), mute.clone(), Arc::new(ping()));
+            runner.probe(LANE, BackendId(n), ProbeToken(n.into()), mute.clone(), Arc::new(ping()));
         }
-        runner.probe(BackendId(4), ProbeToken(4), good, Arc::new(ping()));
+        runner.probe(LANE, BackendId(4), ProbeToken(4), good, Arc::new(ping()));
         let mut order = Vec::new();
         for _ in 0..5 {
             let (backend, token, outcome) = next(&mut results).await;
@@ -466,13 +469,49 @@ fn a_newer_request_replaces_the_older_one_of_its_backend() {
         let (sender, mut results) = mpsc::channel(1);
         let runner = ProbeRunner::with_running_max(sender, 1);
         let (mute, good) = (mute().await, server(&[b"+PONG"]).await);
-        runner.probe(BackendId(1), ProbeToken(1), mute, Arc::new(ping()));
+        runner.probe(LANE, BackendId(1), ProbeToken(1), mute, Arc::new(ping()));
         tokio::task::yield_now().await;
-        runner.probe(BackendId(1), ProbeToken(2), good, Arc::new(ping()));
+        runner.probe(LANE, BackendId(1), ProbeToken(2), good, Arc::new(ping()));
         let (_, token, outcome) = next(&mut results).await;
         assert_eq!(token, ProbeToken(2));
         assert_success(&outcome);
         drop(runner);
         assert!(results.recv().await.is_none(), "no other result, and the task has ended");
+    });
+}
+
+#[test]
+fn a_pool_whose_backends_all_hang_keeps_no_other_pool_waiting() {
+    on_runtime(async {
+        let (sender, mut results) = mpsc::channel(1);
+        let runner = ProbeRunner::with_running_max(sender, 8);
+        let (mute, good) = (mute().await, server(&[b"+PONG"]).await);
+        for n in 0..100 {
+            runner.probe(LANE, BackendId(n), ProbeToken(0), mute.clone(), Arc::new(ping()));
+        }
+        let other = ProbeLane { pool: 2, urgent: false };
+        runner.probe(other, BackendId(200), ProbeToken(0), good, Arc::new(ping()));
+        let (first, _, outcome) = next(&mut results).await;
+        assert_eq!(first, BackendId(200), "it need not even wait for the first to time out");
+        assert_success(&outcome);
+    });
+}
+
+#[test]
+fn who_is_about_to_change_goes_first_in_its_pool() {
+    on_runtime(async {
+        let (sender, mut results) = mpsc::channel(1);
+        let runner = ProbeRunner::with_running_max(sender, 1);
+        let mute = mute().await;
+        for n in 0..4 {
+            runner.probe(LANE, BackendId(n), ProbeToken(0), mute.clone(), Arc::new(ping()));
+        }
+        let urgent = ProbeLane { urgent: true, ..LANE };
+        runner.probe(urgent, BackendId(3), ProbeToken(1), mute.clone(), Arc::new(ping()));
+        let mut order = Vec::new();
+        for _ in 0..4 {
+            order.push(next(&mut results).await.0.0);
+        }
+        assert_eq!(order, [0, 3, 1, 2]);
     });
 }

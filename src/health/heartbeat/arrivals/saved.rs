@@ -112,7 +112,7 @@ impl Arrivals {
             beats_total: saved.beats_total.min(u64::MAX / 2),
             lost_total: saved.lost_total.min(u64::MAX / 2),
         };
-        arrivals.excuse(now);
+        arrivals.excuse(Duration::MAX, now);
         arrivals
     }
 }

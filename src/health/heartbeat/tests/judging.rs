@@ -160,20 +160,55 @@ fn a_sender_that_stops_is_out_at_once_and_back_without_a_hold_down() {
 fn a_stall_of_ours_condemns_nobody() {
     let mut lab = Lab::up();
     lab.now += ms(3_000);
-    let step = lab.detector.excuse(lab.now);
+    let step = lab.detector.excuse(Duration::MAX, lab.now);
     lab.take(step);
     lab.wait(ms(200));
     lab.beat_now();
     assert!(lab.story.is_empty(), "{:?}", lab.story);
 
-    // In the midst of a confirming probe: what failed meanwhile counts for
-    // nothing.
+    // In the midst of a confirming probe: what fails meanwhile counts for nothing.
     lab.fall_silent();
-    lab.answer(failed());
-    let step = lab.detector.excuse(lab.now);
+    let under_way = lab.asked;
+    let step = lab.detector.excuse(ms(300), lab.now);
     lab.take(step);
+    let again = std::mem::replace(&mut lab.asked, under_way);
+    lab.answer(failed());
+    lab.asked = again;
     lab.answer(failed());
     assert_eq!(lab.ask.as_ref().map(|ask| matches!(ask, Ask::Probe(_))), Some(true));
+}
+
+#[test]
+fn being_late_again_and_again_puts_a_verdict_off_by_the_time_lost_and_no_more() {
+    let (late, every) = (ms(300), ms(1_500));
+    let took = |late: Duration| {
+        let mut lab = Lab::up();
+        let (began, mut lost) = (lab.now, Duration::ZERO);
+        let mut next = lab.now + every;
+        while lab.detector.state() != State::Down {
+            assert!(lab.now < began + Duration::from_secs(20), "{:?}", lab.story);
+            lab.now += ms(50);
+            if lab.now >= next {
+                (lab.now, lost) = (lab.now + late, lost + late);
+                next = lab.now + every;
+                let step = lab.detector.excuse(late, lab.now);
+                lab.take(step);
+            }
+            let step = lab.detector.check(Channel::Alive, lab.now);
+            lab.take(step);
+            if lab.asked.is_some() {
+                lab.answer(failed());
+            }
+            if matches!(lab.ask.take(), Some(Ask::Eject { .. })) {
+                let step = lab.detector.eject(lab.now);
+                lab.take(step);
+            }
+        }
+        (lab.now - began, lost)
+    };
+    let (usual, _) = took(Duration::ZERO);
+    let (with, lost) = took(late);
+    assert!(with <= usual + lost + ms(200), "{with:?} instead of {usual:?}, {lost:?} were lost");
 }
 
 #[test]
@@ -286,7 +321,7 @@ fn the_whole_matrix() {
         ("2 s late", |lab| lab.detector.check(Channel::Alive, lab.now + ms(2_000))),
         ("refused", |lab| lab.detector.refused(lab.now)),
         ("stopping", |lab| lab.detector.stopping(lab.now)),
-        ("excuse", |lab| lab.detector.excuse(lab.now)),
+        ("excuse", |lab| lab.detector.excuse(Duration::MAX, lab.now)),
         ("eject", |lab| lab.detector.eject(lab.now)),
     ];
     let mut out = format!("{:<11}", "");

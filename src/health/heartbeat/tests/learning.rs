@@ -92,7 +92,7 @@ fn what_an_outage_or_we_swallowed_is_not_learned() {
     // Deaf for three seconds: some were dropped, some queued and come at once.
     let mut stalled = arrivals.clone();
     let awake = now + ms(3_000);
-    stalled.excuse(awake);
+    stalled.excuse(Duration::MAX, awake);
     for sequence in 2_010..2_030 {
         stalled.beat(&beat(1, sequence), false, awake);
     }

@@ -83,7 +83,7 @@ fn apply(lab: &mut Lab, input: Input) {
         }
         Input::Refused => lab.detector.refused(now),
         Input::Stopping => lab.detector.stopping(now),
-        Input::Excuse => lab.detector.excuse(now),
+        Input::Excuse => lab.detector.excuse(Duration::MAX, now),
         Input::Eject => lab.detector.eject(now),
         Input::Hold => {
             lab.detector.hold("a guard".to_owned());

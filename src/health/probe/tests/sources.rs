@@ -35,7 +35,13 @@ async fn origins(spec: &Arc<ProbeSpec>, count: usize) -> [Vec<String>; 2] {
     let mut seen = [Vec::new(), Vec::new()];
     for _ in 0..count {
         for (n, (address, origins)) in backends.iter_mut().enumerate() {
-            runner.probe(BackendId(n as u32), ProbeToken(1), address.clone(), Arc::clone(spec));
+            runner.probe(
+                LANE,
+                BackendId(n as u32),
+                ProbeToken(1),
+                address.clone(),
+                Arc::clone(spec),
+            );
             assert_success(&next(&mut results).await.2);
             seen[n].push(origins.recv().await.unwrap().to_string());
         }

@@ -1,0 +1,69 @@
+//! Probes of many backends at once.
+
+use crate::common::backend::{self, ScriptedBackend};
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::TestProxy;
+use crate::common::{Engine, eventually, long, measured, ms, secs, turn};
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+const PROBE: &str =
+    "interval = \"500ms\"\ntimeout = \"400ms\"\nfast_interval = \"400ms\"\nfall = 2";
+
+/// How long a death of the pool `web`'s one backend takes to be seen.
+fn death(proxy: &TestProxy, name: &str, backend: ScriptedBackend) -> Duration {
+    proxy.wait_backend("web", name, "observation", "up");
+    let path = format!("/v1/pools/web/backends/{name}/explain");
+    let began = Instant::now();
+    drop(backend);
+    eventually(secs(30), "its death is seen", || {
+        proxy.admin_request("GET", &path).json()["observation"] == "down"
+    });
+    began.elapsed()
+}
+
+mod alone {
+    use super::*;
+
+    #[test]
+    fn a_death_is_seen_as_soon_beside_thousands_of_backends_that_hang() {
+        let _turn = turn::alone();
+        let count = if long() { 5_000 } else { 3_000 };
+        let start = || {
+            let named = |n: u32| (format!("d{n}"), ScriptedBackend::start(backend::http("d", 200)));
+            let backends: Vec<_> = (0..3).map(named).collect();
+            let web = Pool::new("web").probe(PROBE);
+            let web = backends
+                .iter()
+                .fold(web, |pool, (name, backend)| pool.backend(name, backend.address()));
+            (backends, Conf::simple(Engine::Epoll, web))
+        };
+        let deaths = |proxy: &TestProxy, backends: Vec<(String, ScriptedBackend)>| {
+            let all = backends.into_iter().map(|(name, backend)| death(proxy, &name, backend));
+            let mut took: Vec<Duration> = all.collect();
+            took.sort();
+            took
+        };
+        let (backends, conf) = start();
+        let alone = deaths(&TestProxy::start(conf), backends);
+
+        // Nobody accepts there: connections stand or not, and no probe is answered.
+        let hanging = TcpListener::bind("0.0.0.0:0").unwrap();
+        let mute = "kind = \"send-expect\"\nsend = \"?\"\nexpect = \"!\"\ninterval = \"2s\"\n\
+                    timeout = \"1s\"\nfast_interval = \"1s\"";
+        let many = Pool::new("many").probe(mute).key("startup_grace = \"1s\"");
+        let port = hanging.local_addr().unwrap().port();
+        let addresses = (0..count).map(|n| format!("127.9.{}.{}:{port}", n / 250, n % 250 + 1));
+        let many = (0..count)
+            .zip(addresses)
+            .fold(many, |pool, (n, address)| pool.backend(&format!("h{n}"), address));
+        let (backends, conf) = start();
+        let proxy = TestProxy::start(conf.pool(many));
+        let beside = deaths(&proxy, backends);
+        let waited = proxy.metric("tidegate_probes_waited_total", &[]);
+        measured(&format!(
+            "deaths seen after {alone:.0?} alone, {beside:.0?} beside {count} that hang; {waited} probes waited"
+        ));
+        assert!(beside[1] < alone[1].mul_f64(1.5) + ms(300), "{beside:?} instead of {alone:?}");
+    }
+}
