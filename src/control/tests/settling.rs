@@ -148,8 +148,8 @@ fn the_grace_ends_the_wait_where_one_verdict_is_bad_and_the_rest_stay_out() {
 #[test]
 fn a_pool_whose_backends_an_operator_took_out_waits_for_no_verdict() {
     let mut bench = Bench::new(pool(&["a"]));
+    assert!(undecided(&bench));
     bench.operator("a", Intent::Draining);
-    bench.configure(pool(&["a"]));
     assert!(!undecided(&bench) && bench.serving().is_empty());
     // A drain does not follow the name to another address.
     bench.configure(pool(&["a@4711"]));
