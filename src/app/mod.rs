@@ -30,6 +30,7 @@ mod binds;
 mod confine;
 mod control_loop;
 mod drain;
+mod engine;
 mod heartbeats;
 mod logging;
 mod notify;

@@ -6,14 +6,15 @@
 //! no file.
 
 use super::refused::Refused;
-use super::start;
+use crate::admin::Token;
 use crate::config::{AccessLogTarget, AdminListen, Config, Loaded, Origin, Problem, Spot};
-use crate::net::listen;
 use crate::net::privileges::Identity;
+use crate::net::{listen, stream};
 use rustix::fs::{Access, access};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::ErrorKind;
-use std::net::UdpSocket;
+use std::net::{IpAddr, UdpSocket};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -36,7 +37,7 @@ pub fn preflight(loaded: &Loaded) -> Vec<Problem> {
     found.extend(other.and_then(|other| unreadable_token(config, origin, other)));
     found.extend(admin_socket(config, origin));
     binds(config, origin, &mut found);
-    if let Err((source, why)) = start::try_sources(config) {
+    if let Err((source, why)) = try_sources(config) {
         found.push(origin.error(&Spot::Source(source), why, None));
     }
     found.extend(heartbeats(config, origin));
@@ -61,7 +62,7 @@ pub(super) fn identity(config: &Config, origin: &Origin) -> Result<Option<Identi
 
 /// The admin token can be read and is fit, as far as this user can see.
 fn token(config: &Config, origin: &Origin) -> Result<(), Box<Problem>> {
-    start::load_token(config).map(drop).map_err(|why| start::token_problem(origin, why))
+    load_token(config).map(drop).map_err(|why| token_problem(origin, why))
 }
 
 /// A secret that belongs to another user is closed to the one that reads it.
@@ -80,7 +81,7 @@ fn unreadable_token(config: &Config, origin: &Origin, identity: &Identity) -> Op
 fn access_log(config: &Config, origin: &Origin, by_another: bool) -> Option<Problem> {
     let AccessLogTarget::File(path) = &config.log.access else { return None };
     let why = unwritable(path, by_another)?;
-    Some(origin.error(&Spot::AccessLog, start::access_log_refusal(&why), None))
+    Some(origin.error(&Spot::AccessLog, access_log_refusal(&why), None))
 }
 
 /// Why the file cannot be opened for appending, as open(2) would say it.
@@ -161,4 +162,37 @@ fn heartbeats(config: &Config, origin: &Origin) -> Option<Problem> {
         let message = format!("cannot listen for heartbeats on {address}: {error}");
         missing.then(|| origin.error(&Spot::HeartbeatListen(*address), message, None))
     })
+}
+
+/// Whether connections can start where the pools say; else where not, and why.
+pub(super) fn try_sources(config: &Config) -> Result<(), (IpAddr, String)> {
+    let all: BTreeSet<IpAddr> =
+        config.pools.iter().flat_map(|pool| pool.source.iter().copied()).collect();
+    for source in all {
+        stream::try_source(source).map_err(|error| {
+            let hint = match error.raw_os_error() {
+                Some(libc::EADDRNOTAVAIL) => ": no interface of this host has that address",
+                _ => "",
+            };
+            (source, format!("no connection can start at source {source}: {error}{hint}"))
+        })?;
+    }
+    Ok(())
+}
+
+/// The token file is unfit.
+pub(super) fn token_problem(origin: &Origin, why: String) -> Box<Problem> {
+    let help = "make one with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)";
+    Box::new(origin.error(&Spot::TokenFile, why, Some(help.to_owned())))
+}
+
+/// What is said of an access log that cannot be opened.
+pub(super) fn access_log_refusal(error: &std::io::Error) -> String {
+    format!("cannot open the access log: {error}")
+}
+
+/// The admin token, where one is configured.
+pub(super) fn load_token(config: &Config) -> Result<Option<Token>, String> {
+    let load = |path: &Path| Token::load(path).map_err(|error| error.to_string());
+    config.admin.token_file.as_deref().map(load).transpose()
 }

@@ -6,6 +6,7 @@
 
 use super::binds::Fresh;
 use super::control_loop::Control;
+use super::preflight;
 use super::refused::Refused;
 use super::reload_diff;
 use super::start;
@@ -102,8 +103,8 @@ impl Control {
             control.refused(&origin.error(&spot, why, None))
         };
         // A new secret may come without a change of the file that names it.
-        let token = start::load_token(&config)
-            .map_err(|why| self.refused(&start::token_problem(&origin, why)))?;
+        let token = preflight::load_token(&config)
+            .map_err(|why| self.refused(&preflight::token_problem(&origin, why)))?;
         // Other comments or another layout say nothing new; but files that the
         // file names may have changed while it did not.
         if config == *self.config {
@@ -119,7 +120,7 @@ impl Control {
             .bind_new(&config)
             .await
             .map_err(|refused| self.refused(&refused.problem(&config, &origin)))?;
-        start::try_sources(&config).map_err(|(at, why)| refuse(self, Spot::Source(at), why))?;
+        preflight::try_sources(&config).map_err(|(at, why)| refuse(self, Spot::Source(at), why))?;
         let heartbeats = self.reception.prepare(&config).map_err(|why| {
             let listen = config.heartbeat.as_ref().and_then(|heartbeat| heartbeat.listen.first());
             match listen {
@@ -132,7 +133,7 @@ impl Control {
         {
             let target = start::access_target(&config.log.access);
             if let Err(error) = access_log.set_target(target) {
-                let why = start::access_log_refusal(&error);
+                let why = preflight::access_log_refusal(&error);
                 return Err(refuse(self, Spot::AccessLog, why));
             }
         }

@@ -8,8 +8,10 @@ use super::admin_place;
 use super::asked::Asked;
 use super::binds::{Binds, Fresh};
 use super::control_loop::Control;
+use super::engine::choose_runtime;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
+use super::preflight::{access_log_refusal, load_token, token_problem, try_sources};
 use super::refused::Refused;
 use super::rendering::{Latencies, Rendering};
 use super::signals::Signals;
@@ -18,14 +20,14 @@ use super::upgrade::{Rarities, Starter, Upgrades};
 use super::upkeep::Upkeep;
 use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
-use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, Token, TokenStore};
+use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, TokenStore};
 use crate::clock;
-use crate::config::{self, AccessLogTarget, Admin, Config, EngineChoice, Loaded, Origin};
-use crate::config::{Problem, Problems, Spot};
+use crate::config::{self, AccessLogTarget, Admin, Config, Loaded, Origin};
+use crate::config::{Problems, Spot};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
 use crate::net::budget::Budget;
-use crate::net::{cpu, limits, stream};
+use crate::net::{cpu, limits};
 use crate::proxy::close::{Cause, Phase};
 use crate::proxy::contain::contained;
 use crate::proxy::context::{Reports, Shared};
@@ -34,9 +36,8 @@ use crate::proxy::worker::{Command, Plan, Runtime, Worker};
 use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::{AccessLog, AccessLogSender, Target};
 use crate::telemetry::counters::WorkerCounters;
-use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -451,49 +452,6 @@ fn auto_workers(cpus: usize) -> usize {
     }
 }
 
-/// The engine and, in words, why that one.
-///
-/// # Why `auto` is epoll
-///
-/// Measured beside each other by `scripts/bench-peers`, the ring is up to a tenth
-/// ahead on small messages, level or behind on streams, and larger in memory for
-/// each idle session. It is also the younger of the two: until it has been soaked
-/// it is asked for by name.
-fn choose_runtime(choice: EngineChoice) -> (Runtime, String) {
-    let asked = "asked for in the configuration";
-    match choice {
-        EngineChoice::Epoll => (Runtime::Epoll, asked.to_owned()),
-        EngineChoice::IoUring => match Runtime::io_uring_allowed() {
-            Ok(()) => (Runtime::IoUring, asked.to_owned()),
-            Err(error) => (Runtime::Epoll, refusal(&error)),
-        },
-        EngineChoice::Auto => {
-            let other = match Runtime::io_uring_allowed() {
-                Ok(()) => "io_uring is allowed and taken when asked for".to_owned(),
-                Err(error) => refusal(&error),
-            };
-            (Runtime::Epoll, format!("what auto takes; {other}"))
-        }
-    }
-}
-
-fn refusal(error: &std::io::Error) -> String {
-    let hint = match error.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES) => {
-            let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
-            match disabled.as_deref().map(str::trim) {
-                Ok("1" | "2") => ": the sysctl kernel.io_uring_disabled forbids it",
-                _ => ": a seccomp profile or security module forbids it",
-            }
-        }
-        Some(libc::ENOSYS) => ": this kernel or sandbox does not have it",
-        Some(libc::ENOMEM) => ": memory or locked-memory limit",
-        Some(libc::EINVAL) => ": this kernel is too old for it",
-        _ => "",
-    };
-    format!("io_uring is refused ({error}){hint}")
-}
-
 /// Says what is up, once.
 fn announce(control: &Control, config: &Config, workers: usize) {
     tracing::info!(
@@ -562,39 +520,6 @@ pub(super) fn access_target(target: &AccessLogTarget) -> Target {
         AccessLogTarget::Stdout => Target::Stdout,
         AccessLogTarget::File(path) => Target::File(path.clone()),
     }
-}
-
-/// Whether connections can start where the pools say; else where not, and why.
-pub(super) fn try_sources(config: &Config) -> Result<(), (IpAddr, String)> {
-    let all: BTreeSet<IpAddr> =
-        config.pools.iter().flat_map(|pool| pool.source.iter().copied()).collect();
-    for source in all {
-        stream::try_source(source).map_err(|error| {
-            let hint = match error.raw_os_error() {
-                Some(libc::EADDRNOTAVAIL) => ": no interface of this host has that address",
-                _ => "",
-            };
-            (source, format!("no connection can start at source {source}: {error}{hint}"))
-        })?;
-    }
-    Ok(())
-}
-
-/// The token file is unfit.
-pub(super) fn token_problem(origin: &Origin, why: String) -> Box<Problem> {
-    let help = "make one with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)";
-    Box::new(origin.error(&Spot::TokenFile, why, Some(help.to_owned())))
-}
-
-/// What is said of an access log that cannot be opened.
-pub(super) fn access_log_refusal(error: &std::io::Error) -> String {
-    format!("cannot open the access log: {error}")
-}
-
-/// The admin token, where one is configured.
-pub(super) fn load_token(config: &Config) -> Result<Option<Token>, String> {
-    let load = |path: &Path| Token::load(path).map_err(|error| error.to_string());
-    config.admin.token_file.as_deref().map(load).transpose()
 }
 
 #[cfg(test)]

@@ -90,6 +90,11 @@ impl Supervised {
         Supervised { link: Some(link), given: Some(given), ..Supervised::default() }
     }
 
+    /// Whether this process goes on with the sockets of one that has crashed.
+    pub fn takes_over(&self) -> bool {
+        self.given.as_ref().is_some_and(|given| given.before.is_some())
+    }
+
     /// The way to it.
     pub(super) fn link(&self) -> Option<&Arc<Link>> {
         self.link.as_ref()

@@ -135,7 +135,7 @@ pub fn main(args: &BenchArgs) -> Exit {
 
 /// What the mode needs of a server, if the server seems not to have it.
 fn hint(args: &BenchArgs, report: &Report) -> String {
-    let wrong = [Kind::Excess, Kind::Closed, Kind::Reset, Kind::Unanswered];
+    let wrong = [Kind::Excess, Kind::Closed, Kind::Unanswered];
     let count = |kind: &Kind| report.errors(*kind);
     let asks = matches!(args.mode, ModeName::PingPong | ModeName::Short | ModeName::OpenLoop);
     if !asks || wrong.iter().all(|kind| count(kind) == 0) {

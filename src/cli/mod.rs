@@ -67,7 +67,8 @@ Exit codes: 0 fine; 1 a refused configuration or request; 2 a usage error;
 pub enum Command {
     /// Run the balancer in the foreground.
     ///
-    /// SIGTERM and SIGINT drain and exit, a second one exits at once; SIGHUP
+    /// SIGTERM and SIGINT drain and exit (after leave_delay, where it is set, which a
+    /// second one ends), one during the drain exits at once; SIGHUP
     /// reloads the configuration; SIGUSR2 upgrades the binary in place.
     #[command(
         alias = "start",

@@ -145,18 +145,18 @@ mod tests {
     #[test]
     fn the_command_line_precedes_the_variable_and_that_the_file() {
         let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("t.toml");
+        let path = dir.path().join("t.toml");
         let rest = "[frontend.a]\nbind = \"127.0.0.1:1\"\npool = \"a\"\n\
                     [[pool.a.backend]]\naddress = \"127.0.0.1:2\"\n";
         let text = format!("[admin]\nlisten = \"127.0.0.1:9900\"\ntoken_file = \"/t\"\n{rest}");
-        std::fs::write(&file, text).unwrap();
-        let file = Some(file.as_path());
+        std::fs::write(&path, text).unwrap();
+        let file = Some(path.as_path());
         assert_eq!(places(Some("unix:/a"), Some("unix:/b"), file), ["unix:/a"]);
         assert_eq!(places(None, Some("unix:/b"), file), ["unix:/b"]);
         assert_eq!(places(None, None, file), ["127.0.0.1:9900"]);
         let reached = Reached::by(None, None, file).unwrap();
         assert_eq!(reached.token_file, Some("/t".into()));
-        std::fs::write(file.unwrap(), rest).unwrap();
+        std::fs::write(&path, rest).unwrap();
         for file in [file, None] {
             let all = places(None, None, file);
             assert_eq!(all[0], "unix:/run/tidegate/admin.sock");

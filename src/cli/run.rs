@@ -89,11 +89,9 @@ fn supervised_surroundings(
     let notifier = Notifier::to_supervisor(Arc::clone(link));
     let place = predecessor.as_ref().and_then(Predecessor::admin_listen);
     // Before there are threads. The process before was confined by itself alone.
-    let confined = app::confine(
-        &args.config,
-        None,
-        Before { inherited: &[], admin: place, upgrade: predecessor.is_some() },
-    )?;
+    let upgrade = predecessor.is_some() || supervised.takes_over();
+    let before = Before { inherited: &[], admin: place, upgrade };
+    let confined = app::confine(&args.config, None, before)?;
     Ok(Surroundings { predecessor, supervised, notifier, confined, ..Surroundings::default() })
 }
 

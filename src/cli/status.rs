@@ -45,7 +45,7 @@ fn render(status: &Value, width: Option<usize>) -> String {
     }
     text.push_str(&troubled_workers(status));
     text.push_str(&channel(&status["heartbeat"]));
-    text = wrap(&text, width);
+    text = wrap(text.trim_end(), width);
     text.push_str("\n\n");
     text.push_str(&frontends(list(&status["frontends"]), width));
     for pool in list(&status["pools"]) {
@@ -422,7 +422,6 @@ mod tests {
             tidegate 0.1.0: serving, generation 3, up 2h 3m
             2 workers, 12 of 100000 sessions, engine epoll (configured)
             warning: process.workers: 2 runs until a restart, then 4
-
 
             FRONTEND  BIND                    POOL  ACTIVE  SESSIONS     IN      OUT  REFUSED
             web       0.0.0.0:8080,[::]:8080  web       12     12345  999 B  5.0 GiB        0

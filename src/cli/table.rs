@@ -27,6 +27,9 @@ const GAP: usize = 2;
 /// Of lines that go on in the next.
 const INDENT: &str = "    ";
 
+/// A label at the start of a line is shorter.
+const LABEL_MAX: usize = 14;
+
 // === impl Column ===
 
 impl Column {
@@ -63,7 +66,7 @@ impl Table {
         let beside = self.width() + GAP + notes.max(self.heading.len()) <= limit;
         while !beside && self.width() > limit && self.drop_one() {}
         let widths = self.widths();
-        let names = self.columns.iter().map(|column| column.name.to_owned()).collect();
+        let names: Vec<String> = self.columns.iter().map(|column| column.name.to_owned()).collect();
         let mut text = String::new();
         self.line(&mut text, &widths, &names, if beside { self.heading } else { "" });
         for (cells, note) in self.rows.iter().zip(&self.notes) {
@@ -77,7 +80,7 @@ impl Table {
         text
     }
 
-    fn line(&self, text: &mut String, widths: &[usize], cells: &Vec<String>, note: &str) {
+    fn line(&self, text: &mut String, widths: &[usize], cells: &[String], note: &str) {
         let mut line = String::new();
         for ((cell, width), column) in cells.iter().zip(widths).zip(&self.columns) {
             let fill = " ".repeat(width.saturating_sub(cell.chars().count()));
@@ -112,8 +115,8 @@ impl Table {
     }
 }
 
-/// Breaks lines that are longer than `width` between words. The indentation of a
-/// line is kept for those it is broken into, and deeper.
+/// Breaks lines that are longer than `width` between words. What follows stands below
+/// the first word after the indentation, or after a label such as `State       up`.
 pub(super) fn wrap(text: &str, width: Option<usize>) -> String {
     let Some(width) = width else { return text.to_owned() };
     let lines: Vec<String> = text.lines().map(|line| wrap_line(line, width)).collect();
@@ -121,29 +124,35 @@ pub(super) fn wrap(text: &str, width: Option<usize>) -> String {
 }
 
 fn wrap_line(line: &str, width: usize) -> String {
-    if line.chars().count() <= width {
-        return line.to_owned();
+    let indent = " ".repeat(hanging(line));
+    let (mut text, mut rest) = (String::new(), line.to_owned());
+    while rest.chars().count() > width {
+        let Some(at) = break_at(&rest, width) else { break };
+        text.push_str(rest[..at].trim_end());
+        text.push('\n');
+        rest = format!("{indent}{}", rest[at..].trim_start());
     }
-    let own: String = line.chars().take_while(|c| *c == ' ').collect();
-    let (mut text, mut used) = (String::new(), 0);
-    for word in line.split(' ').filter(|word| !word.is_empty()) {
-        let length = word.chars().count();
-        if used == 0 {
-            text.push_str(&own);
-            used = own.chars().count();
-        } else if used + 1 + length > width {
-            text.push('\n');
-            let indent = if own.is_empty() { INDENT } else { &own };
-            text.push_str(indent);
-            used = indent.chars().count();
-        } else {
-            text.push(' ');
-            used += 1;
-        }
-        text.push_str(word);
-        used += length;
+    text + &rest
+}
+
+/// Column of what a line that is broken goes on with.
+fn hanging(line: &str) -> usize {
+    let own = line.chars().take_while(|c| *c == ' ').count();
+    let label = line.find("  ").filter(|at| (1..LABEL_MAX).contains(at));
+    match label {
+        _ if own > 0 => own,
+        Some(at) => at + line[at..].chars().take_while(|c| *c == ' ').count(),
+        None => INDENT.len(),
     }
-    text
+}
+
+/// The last space that leaves at most `width` characters before it, else the first
+/// one; none before the first word.
+fn break_at(line: &str, width: usize) -> Option<usize> {
+    let first = line.len() - line.trim_start().len();
+    let spaces = || line.char_indices().enumerate().filter(|(_, (at, c))| *c == ' ' && *at > first);
+    let fits = spaces().filter(|(column, _)| *column <= width).last();
+    fits.or_else(|| spaces().next()).map(|(_, (at, _))| at)
 }
 
 #[cfg(test)]
@@ -196,6 +205,7 @@ mod tests {
     fn lines_are_broken_between_words_and_no_word_is_lost() {
         assert_eq!(wrap("one two three", Some(9)), "one two\n    three");
         assert_eq!(wrap("  one two", Some(6)), "  one\n  two");
+        assert_eq!(wrap("State  up for 3s", Some(13)), "State  up for\n       3s");
         assert_eq!(wrap("unbreakable", Some(3)), "unbreakable");
         assert_eq!(wrap("as it is", None), "as it is");
     }

@@ -184,22 +184,31 @@ impl Saved {
 
     /// Takes operators' intents from `newer`; a backend that is not in it is ready.
     pub fn set_intents(&mut self, newer: &Saved) {
-        for backend in self.pools.iter_mut().flat_map(|pool| &mut pool.backends) {
-            backend.intent = Intent::Ready.name().to_owned();
-        }
-        for (pool, wanted) in every_backend(newer) {
-            let Some(into) = self.pools.iter_mut().find(|one| one.name == pool.name) else {
-                self.pools.push(SavedPool { backends: vec![wanted.clone()], ..pool.clone() });
-                continue;
-            };
-            match into.backends.iter_mut().find(|one| one.name == wanted.name) {
-                Some(backend) => {
-                    backend.intent.clone_from(&wanted.intent);
-                    backend.intent_ms = wanted.intent_ms;
+        self.left.clone_from(&newer.left);
+        let mut wanted: HashMap<[&str; 3], (&SavedPool, &SavedBackend)> = every_backend(newer)
+            .map(|(pool, one)| ([&*pool.name, &*one.name, &*one.address], (pool, one)))
+            .collect();
+        for pool in &mut self.pools {
+            for backend in &mut pool.backends {
+                match wanted.remove(&[&*pool.name, &*backend.name, &*backend.address]) {
+                    Some((_, newer)) => {
+                        backend.intent.clone_from(&newer.intent);
+                        backend.intent_ms = newer.intent_ms;
+                    }
+                    None => backend.intent = Intent::Ready.name().to_owned(),
                 }
-                None => into.backends.push(wanted.clone()),
             }
         }
+        // Of those nothing else is known.
+        let unknown: Vec<SavedPool> = wanted
+            .into_values()
+            .map(|(pool, one)| SavedPool {
+                name: pool.name.clone(),
+                backends: vec![one.clone()],
+                ..SavedPool::default()
+            })
+            .collect();
+        self.pools.extend(unknown);
     }
 }
 
@@ -247,6 +256,7 @@ impl Controller {
     pub fn save_intents(&self, now: Instant) -> Saved {
         let save = |entry: &BackendEntry| SavedBackend {
             name: entry.state.name.to_string(),
+            address: entry.state.address_text.to_string(),
             intent: entry.health.intent.name().to_owned(),
             intent_ms: millis(now.saturating_duration_since(entry.health.intent_since)),
             ..SavedBackend::default()
@@ -264,6 +274,7 @@ impl Controller {
         });
         Saved {
             pools: pools.filter(|pool| !pool.backends.is_empty()).collect(),
+            left: self.kept.save(now),
             ..Saved::default()
         }
     }
@@ -307,11 +318,12 @@ impl Controller {
     /// called again with something newer.
     pub fn adopt(&mut self, saved: &Saved, now: Instant) -> Vec<Effect> {
         self.run_due(now);
-        for left in &saved.left {
-            self.adopt_intent(left, now);
-        }
         for pool in &saved.pools {
             self.adopt_pool(pool, now);
+        }
+        // They may be newer than the rest.
+        for left in &saved.left {
+            self.adopt_intent(left, now);
         }
         let effects = self.finish(now);
         let turns: HashMap<&str, Turn> =

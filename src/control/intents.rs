@@ -78,7 +78,9 @@ impl Kept {
     /// It comes back.
     pub(super) fn take(&mut self, who: &Identity, now: Instant) -> Option<(Intent, Instant)> {
         self.expire(now);
-        self.by_identity.remove(who).map(|left| (left.intent, left.since))
+        let left = self.by_identity.remove(who)?;
+        let in_time = now.saturating_duration_since(left.at) < KEPT_FOR;
+        in_time.then_some((left.intent, left.since))
     }
 
     /// Intents forgotten for want of room.

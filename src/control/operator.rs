@@ -1,8 +1,8 @@
 //! What operators ask for: drain, undrain, maintenance.
 //!
 //! Called by the controller on behalf of the admin API. An intent belongs to
-//! pool + name and outlives reloads, even ones that change the address; it ends
-//! when the name leaves the configuration and its last session has ended.
+//! pool, name and address and outlives reloads; when such a backend leaves the
+//! configuration it is kept for a while (`intents`), should the backend come back.
 //! Probes go on whatever the intent, so that status shows a backend's health
 //! before it is put back.
 

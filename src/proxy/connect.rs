@@ -59,17 +59,10 @@ pub(super) struct Upstream {
 pub(super) const NOBODY: Ending =
     Ending { cause: Cause::NoBackend, phase: Phase::Admit, errno: 0, closed_first: None };
 
-/// Backends that failed a session, by their place in the pool: mostly none, and then
-/// no memory either.
-#[derive(Debug, Default)]
-#[expect(clippy::box_collection, reason = "a third of the room in every idle session")]
-pub(super) struct Tried(Option<Box<Vec<usize>>>);
-
 /// What the dialling left behind, for the session's record and for another try.
 #[derive(Debug, Default)]
 pub(super) struct Attempts {
     pub(super) count: u8,
-    pub(super) tried: Tried,
     /// Waits for a backend below its cap.
     pub(super) queued: bool,
     /// Whom the newest attempt went to.
@@ -80,7 +73,12 @@ pub(super) struct Attempts {
 
 /// Attempts that failed; at most `connect_attempts`.
 #[derive(Debug, Default)]
-struct Tries(Vec<Try>);
+struct Tries {
+    /// For the session's record.
+    told: Vec<Try>,
+    /// Whom they went to, by their places in the pool.
+    backends: Vec<usize>,
+}
 
 /// Why one attempt came to nothing.
 enum Failed {
@@ -111,7 +109,7 @@ pub(super) async fn dial(
             Err(NoBackend::AtCapacity) => {
                 // Boxed, as rare: the room would be every session's otherwise.
                 attempts.queued = true;
-                let tried = attempts.tried.list();
+                let tried = attempts.tried();
                 let reserved = Box::pin(wait_for_slot(ctx, flow, pool, client, tried)).await?;
                 attempts.queued = false;
                 reserved
@@ -156,8 +154,8 @@ pub(super) async fn dial(
         if attempts.count >= pool.spec.connect_attempts {
             return Err(why);
         }
-        attempts.tried.push(index);
-        choice = pool.pick(ctx.pick_key(client), attempts.tried.list());
+        attempts.leave(index);
+        choice = pool.pick(ctx.pick_key(client), attempts.tried());
     }
 }
 
@@ -300,21 +298,16 @@ fn cut(phase: Phase, cause: Cause) -> Ending {
     Ending { cause, phase, errno: 0, closed_first: None }
 }
 
-// === impl Tried ===
-
-impl Tried {
-    pub(super) fn list(&self) -> &[usize] {
-        self.0.as_ref().map_or(&[], |tried| tried.as_slice())
-    }
-
-    pub(super) fn push(&mut self, index: usize) {
-        self.0.get_or_insert_default().push(index);
-    }
-}
-
 // === impl Attempts ===
 
 impl Attempts {
+    /// Notes that the backend reset the connection, which stood since then, before a
+    /// word was said.
+    pub(super) fn note_reset(&mut self, held: &Held, errno: i32, since: Instant) {
+        self.leave(held.index());
+        self.note(held.backend(), ConnectFailure::EarlyReset.name(), errno, since);
+    }
+
     /// Notes that an attempt failed.
     pub(super) fn note(
         &mut self,
@@ -324,12 +317,22 @@ impl Attempts {
         begun: Instant,
     ) {
         let (backend, took) = (Arc::clone(&backend.name), clock::now() - begun);
-        self.tries.get_or_insert_default().0.push(Try { backend, failure, errno, took });
+        self.tries.get_or_insert_default().told.push(Try { backend, failure, errno, took });
+    }
+
+    /// That backend is not to be tried again.
+    fn leave(&mut self, index: usize) {
+        self.tries.get_or_insert_default().backends.push(index);
+    }
+
+    /// Backends that are not to be tried again.
+    pub(super) fn tried(&self) -> &[usize] {
+        self.tries.as_ref().map_or(&[], |tries| &tries.backends)
     }
 
     /// Those that failed, for the session's record.
     pub(super) fn failed(&self) -> Vec<Try> {
-        self.tries.as_ref().map_or_else(Vec::new, |tries| tries.0.clone())
+        self.tries.as_ref().map_or_else(Vec::new, |tries| tries.told.clone())
     }
 
     /// Where a session stands that is not connected yet.
@@ -392,7 +395,7 @@ impl Held {
     }
 
     /// Its backend's place in the pool.
-    pub(super) fn index(&self) -> usize {
+    fn index(&self) -> usize {
         self.reserved.as_ref().map_or(usize::MAX, |reserved| reserved.index)
     }
 

@@ -16,7 +16,6 @@ use super::relay::{Bytes, Flow, Limits, Meter, Relay, Relayed};
 use super::slots::Slots;
 use crate::clock;
 use crate::config::Policy;
-use crate::health::ConnectFailure;
 use crate::net::{errno, stream};
 use crate::table::state::BackendState;
 use crate::table::{FrontendRoute, NoBackend, Reserved};
@@ -25,6 +24,7 @@ use crate::telemetry::counters::{LocalAt, Panicked};
 use crate::telemetry::histograms::Series;
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -65,7 +65,8 @@ pub(super) struct Story {
     generation: u64,
     route: Arc<FrontendRoute>,
     attempts: Attempts,
-    connect_time: Option<Duration>,
+    /// How long the connect took, in microseconds; idle sessions save the room.
+    connect_micros: Option<NonZeroU32>,
 }
 
 /// An established session, until it ends; dropped before that, it is broken off.
@@ -224,7 +225,8 @@ impl Session {
         drop(relay);
         if relayed.untouched && story.has_another_try() {
             held.reset_unused(story.ctx(), since);
-            return Some(story.try_another(slots, held, relayed, since));
+            story.attempts.note_reset(&held, relayed.ending.errno, since);
+            return Some(story.try_another(slots, held, relayed));
         }
         let Relayed { ending, bytes, .. } = relayed;
         let first_byte = relayed.first_byte.map(|at| at.saturating_duration_since(since));
@@ -297,7 +299,7 @@ impl Story {
             generation,
             route: Arc::clone(route),
             attempts: Attempts::default(),
-            connect_time: None,
+            connect_micros: None,
         }
     }
 
@@ -338,7 +340,7 @@ impl Story {
             Start::Picked(pick) => pick,
             Start::Again(ending) => {
                 why = ending;
-                self.route.pool.pick(ctx.pick_key(ip), self.attempts.tried.list())
+                self.route.pool.pick(ctx.pick_key(ip), self.attempts.tried())
             }
             Start::Queued(place) => {
                 // Boxed, as rare: the room would be every session's otherwise.
@@ -359,17 +361,8 @@ impl Story {
     }
 
     /// Leaves its backend, which has never heard of it, for another.
-    fn try_another(
-        mut self,
-        slots: Slots,
-        held: Held,
-        relayed: Relayed,
-        since: Instant,
-    ) -> Another {
+    fn try_another(self, slots: Slots, held: Held, relayed: Relayed) -> Another {
         let [client, _] = relayed.sockets;
-        let (failure, errno) = (ConnectFailure::EarlyReset.name(), relayed.ending.errno);
-        self.attempts.note(held.backend(), failure, errno, since);
-        self.attempts.tried.push(held.index());
         // Before the next pick: its slot may be what that needs.
         drop(held);
         let opened = self.ctx().engine.open(client);
@@ -396,7 +389,8 @@ impl Story {
     }
 
     fn connected(&mut self, backend: &BackendState, connect_time: Duration) {
-        self.connect_time = Some(connect_time);
+        let micros = u32::try_from(connect_time.as_micros()).unwrap_or(u32::MAX);
+        self.connect_micros = NonZeroU32::new(micros.max(1));
         let ctx = self.ctx();
         backend.counters.of(ctx.id).sessions.add(1);
         ctx.recorder.borrow_mut().record(backend.id.0, Series::Connect, connect_time);
@@ -457,7 +451,7 @@ impl Story {
             bytes_in: totals.bytes.bytes_in,
             bytes_out: totals.bytes.bytes_out,
             bytes_undelivered: totals.bytes.undelivered,
-            connect: self.connect_time,
+            connect: self.connect_micros.map(|micros| Duration::from_micros(micros.get().into())),
             first_byte: totals.first_byte,
             duration: clock::now() - self.started,
         }

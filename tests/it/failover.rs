@@ -376,6 +376,8 @@ fn a_backend_that_resets_before_a_word_is_left_for_another(engine: Engine) {
     let line = &proxy.wait_access_log(1)[0];
     assert_eq!((&line["cause"], &line["backend"]), (&"finished".into(), &"b".into()), "{line:#}");
     assert_eq!((&line["attempts"], &line["bytes_in"]), (&2.into(), &5.into()), "{line:#}");
+    let tries = &line["tries"];
+    assert_eq!((&tries[0]["backend"], &tries[0]["failure"]), (&"a".into(), &"early-reset".into()));
     assert_eq!(proxy.backend("web", "a")["connect_failures_total"], 1);
     assert_eq!(proxy.metric("tidegate_connect_retries_total", &[]), 1.0);
     assert_eq!(proxy.metric("tidegate_session_end_total", &[]), 1.0);

@@ -42,7 +42,7 @@ fn polling(millis: u64, notify: bool) -> Settings {
 fn write_slowly(mut file: fs::File, content: &str) {
     for piece in content.as_bytes().chunks(content.len().div_ceil(6)) {
         file.write_all(piece).unwrap();
-        thread::sleep(SETTLE + SETTLE / 4);
+        clock::pause(SETTLE + SETTLE / 4);
     }
 }
 
@@ -273,7 +273,7 @@ fn two_writes_in_a_row_are_told_of_once() {
     fs::write(&file, "0").unwrap();
     let watched = notified(&file);
     fs::write(&file, "1").unwrap();
-    thread::sleep(SETTLE / 2);
+    clock::pause(SETTLE / 2);
     fs::write(&file, "2").unwrap();
     watched.sees_only("2");
 }
@@ -305,7 +305,7 @@ fn a_question_is_answered_at_once_or_when_the_writer_is_done() {
         let mut writer = fs::OpenOptions::new().append(true).open(path).unwrap();
         writer.write_all(b"1").unwrap();
         // The kernel's report arrives within this time, or the look sees more.
-        thread::sleep(SETTLE / 2);
+        clock::pause(SETTLE / 2);
         assert_eq!(watched.watcher.being_written().as_ref(), Some(path));
         watched.watcher.ask();
         assert!(watched.is_quiet(), "answered while a writer was at it");

@@ -69,6 +69,25 @@ fn a_drained_backend_that_is_out_of_the_file_meanwhile_comes_back_drained() {
     assert_eq!(later.serving(), ["b"]);
 }
 
+/// As after a crash: intents are written at once, all else now and then.
+#[test]
+fn intents_that_are_newer_than_all_else_rule() {
+    let mut old = Bench::up(pool(&["a", "b", "c"]));
+    old.operator("a", Intent::Draining);
+    let mut known = old.controller.save(old.now).without_counts();
+    old.operator("a", Intent::Ready);
+    old.operator("b", Intent::Draining);
+    old.operator("c", Intent::Draining);
+    old.configure(pool(&["a", "b"]));
+    let text = serde_json::to_string(&old.controller.save_intents(old.now)).unwrap();
+    known.set_intents(&serde_json::from_str(&text).unwrap());
+    let mut next = Bench::new(pool(&["a", "b", "c"]));
+    next.controller.adopt(&known, next.now);
+    let intents = ["a", "b", "c"].map(|name| next.status(name).intent);
+    assert_eq!(intents, [Intent::Ready, Intent::Draining, Intent::Draining]);
+    assert_eq!(next.status("b").observation, Observation::Up);
+}
+
 #[test]
 fn history_goes_on_and_is_not_told_twice() {
     let mut old = Bench::up(pool(&["a", "b"]));
