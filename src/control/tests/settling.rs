@@ -151,7 +151,4 @@ fn a_pool_whose_backends_an_operator_took_out_waits_for_no_verdict() {
     assert!(undecided(&bench));
     bench.operator("a", Intent::Draining);
     assert!(!undecided(&bench) && bench.serving().is_empty());
-    // A drain does not follow the name to another address.
-    bench.configure(pool(&["a@4711"]));
-    assert!(undecided(&bench));
 }
