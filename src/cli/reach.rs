@@ -156,7 +156,7 @@ mod tests {
         assert_eq!(places(None, None, file), ["127.0.0.1:9900"]);
         let reached = Reached::by(None, None, file).unwrap();
         assert_eq!(reached.token_file, Some("/t".into()));
-        std::fs::write(file.unwrap(), rest).unwrap();
+        std::fs::write(dir.path().join("t.toml"), rest).unwrap();
         for file in [file, None] {
             let all = places(None, None, file);
             assert_eq!(all[0], "unix:/run/tidegate/admin.sock");

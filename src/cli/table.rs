@@ -63,7 +63,7 @@ impl Table {
         let beside = self.width() + GAP + notes.max(self.heading.len()) <= limit;
         while !beside && self.width() > limit && self.drop_one() {}
         let widths = self.widths();
-        let names = self.columns.iter().map(|column| column.name.to_owned()).collect();
+        let names: Vec<String> = self.columns.iter().map(|column| column.name.to_owned()).collect();
         let mut text = String::new();
         self.line(&mut text, &widths, &names, if beside { self.heading } else { "" });
         for (cells, note) in self.rows.iter().zip(&self.notes) {
@@ -77,7 +77,7 @@ impl Table {
         text
     }
 
-    fn line(&self, text: &mut String, widths: &[usize], cells: &Vec<String>, note: &str) {
+    fn line(&self, text: &mut String, widths: &[usize], cells: &[String], note: &str) {
         let mut line = String::new();
         for ((cell, width), column) in cells.iter().zip(widths).zip(&self.columns) {
             let fill = " ".repeat(width.saturating_sub(cell.chars().count()));
