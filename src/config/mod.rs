@@ -124,6 +124,9 @@ pub struct Frontend {
     pub idle_timeout: Option<Duration>,
     /// The same once one side has sent FIN; `None` is off.
     pub half_closed_timeout: Option<Duration>,
+    /// How long at least a peer without room for what waits may take nothing before
+    /// one of the three ends the session; `None`: as they say.
+    pub stalled_timeout: Option<Duration>,
     /// TCP keepalive idle time on both legs; `None` is off.
     pub keepalive: Option<Duration>,
     /// `TCP_USER_TIMEOUT` on both legs; `None` leaves the kernel's.
