@@ -33,7 +33,7 @@ pub(super) struct FrontendRead {
     pub(super) pool: Option<Range<usize>>,
 }
 
-pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
+pub(super) fn read(named: Named<'_, '_>, files: NamedFiles<'_>) -> FrontendRead {
     let Named { name, section, .. } = named;
     let read = binds(&section);
     let bind_options = read.iter().filter(|bind| bind.options != BindOptions::default());
