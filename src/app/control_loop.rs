@@ -141,7 +141,7 @@ impl Control {
         let changed = Arc::new(Notify::new());
         self.watcher = self.watch_file(&changed);
         self.watch_named_files();
-        if self.upgrades.awaits_predecessor() {
+        if self.upgrades.awaits_predecessor() || self.supervised.in_force.awaits_the_file() {
             self.catch_up().await;
         }
         loop {

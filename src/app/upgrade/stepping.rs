@@ -110,11 +110,17 @@ impl Control {
         if let Err(error) = self.reception.go_on(&self.config) {
             tracing::error!(error, "heartbeats are not received again");
         }
+        // What operators have wanted of the successor.
+        if let Some(newer) = self.supervised.read_intents() {
+            let effects = self.controller.adopt_intents(&newer, clock::now());
+            self.perform(effects);
+        }
         self.readiness.set_ready_again();
         self.notifier.goes_on();
         if let Some(link) = self.supervised.link() {
             link.goes_on();
         }
         self.supervised.write_intents(&self.controller);
+        self.supervised.in_force.write();
     }
 }

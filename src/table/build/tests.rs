@@ -251,6 +251,7 @@ fn every_bind_leads_to_its_frontend_and_pool() {
             first_byte_timeout: None,
             idle_timeout: None,
             half_closed_timeout: None,
+            stalled_timeout: None,
             keepalive: None,
             user_timeout: None,
             connections_max: 0,
