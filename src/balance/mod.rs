@@ -11,6 +11,8 @@
 //!   compare-and-swap that enforces its cap.
 //! - A candidate that is tried or at its cap is passed over; a pick fails only
 //!   after every candidate was looked at.
+//! - A candidate in its slow start gets at most its share of the picks while others
+//!   have room, whatever the loads are.
 //! - Every pick is bounded: a handful of quick looks, then at most a few scans
 //!   over the candidates.
 
