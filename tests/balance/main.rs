@@ -7,6 +7,7 @@
 mod load;
 mod peak_ewma;
 mod round_robin;
+mod slow_start;
 mod source_hash;
 
 use proptest::prelude::*;
@@ -31,6 +32,7 @@ fn capped(specs: &[(u32, u32)]) -> Vec<Candidate> {
             key: format!("10.0.{}.{}:80", i / 256, i % 256).into(),
             weight,
             connections_max,
+            slow_start: false,
             in_flight: Arc::new(InFlight::new()),
             latency: Arc::new(Latency::new()),
         })

@@ -23,6 +23,7 @@ on_every_engine!(
     the_split_stays_exact_over_reloads_of_other_pools,
     the_split_stays_exact_under_concurrency,
     least_connections_prefers_the_emptier_backend,
+    a_restarted_backend_gets_no_more_than_its_share_in_its_slow_start,
     random_and_two_choices_use_every_backend,
     a_slow_backend_gets_far_less_than_its_share_and_is_tried_again,
     a_source_keeps_its_backend_over_restarts,
@@ -155,6 +156,62 @@ fn greeted(address: SocketAddr) -> TcpStream {
     let mut stream = client::connect(address);
     stream.read_exact(&mut [0]).expect("a greeting");
     stream
+}
+
+/// So many sessions that stay, each with the name of its backend.
+fn named_sessions(address: SocketAddr, count: usize) -> Vec<(char, TcpStream)> {
+    let open = || {
+        let (mut stream, mut name) = (client::connect(address), [0]);
+        stream.read_exact(&mut name).expect("a greeting");
+        (char::from(name[0]), stream)
+    };
+    (0..count).map(|_| open()).collect()
+}
+
+fn a_restarted_backend_gets_no_more_than_its_share_in_its_slow_start(engine: Engine) {
+    const POLICIES: [&str; 3] = ["least-connections", "two-choices", "peak-ewma"];
+    let [mut a, b, c] = ["a", "b", "c"].map(|name| ScriptedBackend::start(backend::greet(name)));
+    let pool = |policy: &str| {
+        Pool::new(policy)
+            .key(&format!("balance = \"{policy}\""))
+            .key("slow_start = \"3s\"")
+            .probe(TCP_PROBE)
+            .backend("a", a.address())
+            .backend("b", b.address())
+            .backend("c", c.address())
+    };
+    let conf = POLICIES.iter().fold(Conf::new(engine), |conf, policy| {
+        conf.frontend(policy, policy, "").pool(pool(policy))
+    });
+    let proxy = TestProxy::start(conf);
+    let each = |observation: &str| {
+        POLICIES
+            .iter()
+            .for_each(|policy| proxy.wait_backend(policy, "a", "observation", observation));
+    };
+    each("up");
+    let up = Instant::now();
+    let mut held: Vec<_> =
+        POLICIES.iter().flat_map(|policy| named_sessions(proxy.addr(policy), 60)).collect();
+    eventually(secs(10), "in service for as long as a slow start", || up.elapsed() > ms(3_100));
+    let address = a.socket_address();
+    a.stop();
+    held.retain(|(name, _)| *name != 'a');
+    each("down");
+    let _restarted = ScriptedBackend::start_on(address, backend::greet("a"));
+    each("up");
+    for policy in POLICIES {
+        let (mut sessions, mut ramp) = (Vec::new(), 0.0);
+        while sessions.len() < 60 && ramp < 50.0 {
+            sessions.extend(named_sessions(proxy.addr(policy), 20));
+            ramp = proxy.backend(policy, "a")["ramp_percent"].as_f64().unwrap();
+        }
+        let its = sessions.iter().filter(|(name, _)| *name == 'a').count();
+        let share = ramp / (200.0 + ramp) * sessions.len() as f64;
+        measured(&format!("{policy}: {its} of {}, its share is {share:.1}", sessions.len()));
+        assert!((its as f64) < share + 12.0, "{policy}: {its} of {}", sessions.len());
+        held.extend(sessions);
+    }
 }
 
 fn random_and_two_choices_use_every_backend(engine: Engine) {

@@ -44,6 +44,7 @@ fn backend(pool: &str, number: u8) -> BackendInput {
         state: Arc::new(BackendState::new(BackendId(number.into()), pool.into(), name, address, 1)),
         effective_weight: 1,
         connections_max: 0,
+        slow_start: false,
         backup: false,
         eligible: true,
         on_trial: false,
