@@ -5,6 +5,7 @@
 use crate::common::backend::{self, ScriptedBackend, script};
 use crate::common::client::{self, connect_from};
 use crate::common::conf::{Conf, Pool};
+use crate::common::proc::raise_own_fd_limit;
 use crate::common::proxy::TestProxy;
 use crate::common::servers::{Nginx, Redis, redis_benchmark};
 use crate::common::{
@@ -169,49 +170,41 @@ fn named_sessions(address: SocketAddr, count: usize) -> Vec<(char, TcpStream)> {
 }
 
 fn a_restarted_backend_gets_no_more_than_its_share_in_its_slow_start(engine: Engine) {
-    const POLICIES: [&str; 3] = ["least-connections", "two-choices", "peak-ewma"];
     let [mut a, b, c] = ["a", "b", "c"].map(|name| ScriptedBackend::start(backend::greet(name)));
-    let pool = |policy: &str| {
-        Pool::new(policy)
-            .key(&format!("balance = \"{policy}\""))
-            .key("slow_start = \"3s\"")
-            .probe(TCP_PROBE)
-            .backend("a", a.address())
-            .backend("b", b.address())
-            .backend("c", c.address())
-    };
-    let conf = POLICIES.iter().fold(Conf::new(engine), |conf, policy| {
-        conf.frontend(policy, policy, "").pool(pool(policy))
-    });
-    let proxy = TestProxy::start(conf);
-    let each = |observation: &str| {
-        POLICIES
-            .iter()
-            .for_each(|policy| proxy.wait_backend(policy, "a", "observation", observation));
-    };
-    each("up");
+    let pool = Pool::new("web")
+        .key("balance = \"least-connections\"\nslow_start = \"3s\"")
+        .probe(TCP_PROBE)
+        .backend("a", a.address())
+        .backend("b", b.address())
+        .backend("c", c.address());
+    raise_own_fd_limit();
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    ["a", "b", "c"].iter().for_each(|name| proxy.wait_backend("web", name, "observation", "up"));
     let up = Instant::now();
-    let mut held: Vec<_> =
-        POLICIES.iter().flat_map(|policy| named_sessions(proxy.addr(policy), 60)).collect();
-    eventually(secs(10), "in service for as long as a slow start", || up.elapsed() > ms(3_100));
+    let before = named_sessions(proxy.addr("web"), 30);
+    assert_eq!(of_a(&before), 10);
     let address = a.socket_address();
     a.stop();
-    held.retain(|(name, _)| *name != 'a');
-    each("down");
+    drop(before);
+    proxy.wait_backend("web", "a", "observation", "down");
+    let others = named_sessions(proxy.addr("web"), 800);
+    assert_eq!(of_a(&others), 0);
+    eventually(secs(10), "in service for as long as a slow start", || up.elapsed() > ms(3_100));
     let _restarted = ScriptedBackend::start_on(address, backend::greet("a"));
-    each("up");
-    for policy in POLICIES {
-        let (mut sessions, mut ramp) = (Vec::new(), 0.0);
-        while sessions.len() < 60 && ramp < 50.0 {
-            sessions.extend(named_sessions(proxy.addr(policy), 20));
-            ramp = proxy.backend(policy, "a")["ramp_percent"].as_f64().unwrap();
-        }
-        let its = sessions.iter().filter(|(name, _)| *name == 'a').count();
-        let share = ramp / (200.0 + ramp) * sessions.len() as f64;
-        measured(&format!("{policy}: {its} of {}, its share is {share:.1}", sessions.len()));
-        assert!((its as f64) < share + 12.0, "{policy}: {its} of {}", sessions.len());
-        held.extend(sessions);
+    proxy.wait_backend("web", "a", "observation", "up");
+    let (mut sessions, mut ramp) = (Vec::new(), 0.0);
+    while sessions.len() < 40 && ramp < 40.0 {
+        sessions.extend(named_sessions(proxy.addr("web"), 10));
+        ramp = proxy.backend("web", "a")["ramp_percent"].as_f64().unwrap();
     }
+    let (its, all) = (of_a(&sessions), sessions.len());
+    let share = ramp / (200.0 + ramp) * all as f64;
+    measured(&format!("{its} of {all}, its share is {share:.1}"));
+    assert!((its as f64) < share + 10.0, "{its} of {all}");
+}
+
+fn of_a(sessions: &[(char, TcpStream)]) -> usize {
+    sessions.iter().filter(|(name, _)| *name == 'a').count()
 }
 
 fn random_and_two_choices_use_every_backend(engine: Engine) {
