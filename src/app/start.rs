@@ -95,7 +95,7 @@ fn control_thread(
             Ok(control) => {
                 let _ = ready.send(Ok(()));
                 // What it owned is given up, in order, after the panic.
-                contained(control.run(inbox)).await.unwrap_or_else(|_| {
+                Box::pin(contained(control.run(inbox))).await.unwrap_or_else(|_| {
                     tracing::error!("the control thread panicked: the process ends");
                     Exit::ControlDied
                 })
