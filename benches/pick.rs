@@ -45,6 +45,7 @@ fn candidates(count: usize) -> Vec<Candidate> {
             key: format!("10.0.{}.{}:80", i / 256, i % 256).into(),
             weight: weight(i),
             connections_max: 1_000,
+            slow_start: false,
             in_flight: Arc::new(InFlight::new()),
             latency: latency(i),
         })
@@ -221,6 +222,7 @@ fn input(
             state: Arc::clone(state),
             effective_weight: weight(i),
             connections_max: 0,
+            slow_start: false,
             backup: false,
             eligible: true,
             on_trial: false,

@@ -32,7 +32,7 @@
 use super::admin_place::{self, Place};
 use super::refused::holders_in_the_way;
 use super::{Failure, preflight};
-use crate::config::{self, AccessLogTarget, AdminListen, Config, Problems, Sandbox};
+use crate::config::{self, AccessLogTarget, AdminListen, Config, Problems, Sandbox, Texts};
 use crate::net::confinement::Confinement;
 use crate::net::holders::Holder;
 use crate::net::privileges::{self, CapabilitySet, Identity};
@@ -111,6 +111,8 @@ pub struct Before<'a> {
     pub admin: Option<&'a str>,
     /// There is one, and this one takes its addresses over.
     pub upgrade: bool,
+    /// What this process starts with in the place of its files.
+    pub instead: Option<&'a Texts>,
 }
 
 /// Confines this process by the settings in the file at `path`.
@@ -125,9 +127,10 @@ pub fn confine(
     pid_file: Option<&Path>,
     before: Before<'_>,
 ) -> Result<Confined, Failure> {
-    let Before { inherited, admin: place_before, upgrade } = before;
+    let Before { inherited, admin: place_before, upgrade, instead } = before;
     // Only what is needed to become who is to read the rest.
-    let Ok((mut config, origin)) = config::outline(path) else {
+    let outline = instead.map_or_else(|| config::outline(path), config::outline_kept);
+    let Ok((mut config, origin)) = outline else {
         let problems = config::load(path).err();
         let changed = || Failure::Runtime(changed_meanwhile());
         return Err(problems.map_or_else(changed, Failure::Config));

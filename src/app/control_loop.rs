@@ -141,7 +141,7 @@ impl Control {
         let changed = Arc::new(Notify::new());
         self.watcher = self.watch_file(&changed);
         self.watch_named_files();
-        if self.upgrades.awaits_predecessor() {
+        if self.upgrades.awaits_predecessor() || self.supervised.in_force.awaits_the_file() {
             self.catch_up().await;
         }
         loop {
@@ -163,7 +163,7 @@ impl Control {
                 Woken::Watch => self.watch(),
                 Woken::Rendering => self.render_on(),
                 Woken::Upkeep => self.upkeep().await,
-                Woken::News(news) => self.hear(news),
+                Woken::News(news) => self.hear(news).await,
                 Woken::Snapshot => self.supervised.write(self.digest, &self.controller),
                 Woken::Request(request) => self.answer(request).await,
                 Woken::Reports => self.take_reports(),
@@ -233,9 +233,9 @@ impl Control {
         }
     }
 
-    fn hear(&mut self, news: News) {
+    async fn hear(&mut self, news: News) {
         match news {
-            News::GoOn(status) => self.go_on(status),
+            News::GoOn(status) => self.go_on(status).await,
             News::Alone => {
                 tracing::error!("the supervisor has died: this process drains and ends");
                 self.begin_drain("no supervisor");

@@ -5,6 +5,7 @@
 //! can fail (an address that cannot be bound) happens in [`Reception::prepare`]
 //! and changes nothing; what follows cannot.
 
+use super::control_loop::Control;
 use crate::admin::HeartbeatCounts;
 use crate::config::{Config, Heartbeats};
 use crate::control::Event;
@@ -215,6 +216,16 @@ impl Reception {
     /// Whether the thread that should be receiving has ended.
     pub(super) fn is_dead(&self) -> bool {
         self.receiver.as_ref().is_some_and(Receiver::is_finished)
+    }
+}
+
+impl Control {
+    /// Has the supervisor keep what this process receives on.
+    pub(super) fn hold_heartbeats(&mut self) {
+        match self.reception.share() {
+            Ok(sockets) => self.supervised.hold_heartbeats(&sockets),
+            Err(error) => tracing::warn!(%error, "a crash would lose heartbeats"),
+        }
     }
 }
 

@@ -32,6 +32,7 @@ mod control_loop;
 mod drain;
 mod engine;
 mod heartbeats;
+mod in_force;
 mod logging;
 mod notify;
 mod panics;

@@ -28,10 +28,11 @@ const DRAINS: &str = "this process is draining; the next one reads the file";
 
 impl Control {
     /// Takes up what was written while the file was not watched yet: a process
-    /// that takes over must not miss what the one before put off.
+    /// that takes over must not miss what the one before put off. So is a file that was
+    /// not used at the start after a crash.
     pub(super) async fn catch_up(&mut self) {
         let same = config::load(&self.path).is_ok_and(|loaded| loaded.digest == self.digest);
-        if !same {
+        if !same || self.supervised.in_force.awaits_the_file() {
             self.ask_for_reload(None).await;
         }
     }
@@ -98,7 +99,7 @@ impl Control {
         let loaded = config::load(&self.path).map_err(|problems| {
             ReloadError::Problems(problems.list.iter().map(|it| self.problem(it)).collect())
         })?;
-        let Loaded { config, digest, warnings, origin } = loaded;
+        let Loaded { config, text, digest, warnings, origin } = loaded;
         let refuse = |control: &Control, spot: Spot, why: String| {
             control.refused(&origin.error(&spot, why, None))
         };
@@ -110,6 +111,7 @@ impl Control {
         if config == *self.config {
             self.digest = digest;
             self.tokens.set(token);
+            self.supervised.in_force.reloaded(&self.path, text, &config);
             let generation = self.controller.generation();
             let mut warnings = self.warnings();
             warnings.extend(replaced_outside(&self.path).inspect(|why| tracing::warn!("{why}")));
@@ -167,7 +169,9 @@ impl Control {
         self.feed([Event::Configure(in_force)]);
         self.reception.adopt(heartbeats);
         self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.hold_heartbeats();
         self.supervised.write_intents(&self.controller);
+        self.supervised.in_force.reloaded(&self.path, text, &config);
         let generation = self.controller.generation();
         Ok(Reloaded { generation, changed: true, warnings: self.warnings() })
     }

@@ -99,6 +99,8 @@ struct Picture {
     buffers: Arc<Budget>,
     buffers_refused: u64,
     warnings: Vec<String>,
+    /// What is wrong with the file since a crash.
+    note: Option<String>,
     admin_crowded: u64,
     confinement: Confinement,
     control_counts: Arc<WorkerCounters>,
@@ -189,6 +191,7 @@ impl Control {
             buffers: Arc::clone(&self.shared.buffers),
             buffers_refused: rarities.buffers_refused,
             warnings: self.warnings(),
+            note: self.supervised.in_force.note(),
             admin_crowded: rarities.admin_crowded,
             confinement: self.confined.report.clone(),
             control_counts: Arc::clone(&self.local),
@@ -284,7 +287,8 @@ impl Picture {
         collected.absorb();
         let latency = latencies.lock();
         let states = self.control.pools.iter().flat_map(|pool| &pool.backends).map(|b| &b.state);
-        let troubles = upkeep::troubles(&self.ports, self.port_limits, states);
+        let mut troubles = upkeep::troubles(&self.ports, self.port_limits, states);
+        troubles.extend(self.note.clone());
         let snapshot = self.snapshot(&latency, &troubles);
         let (mut status, mut metrics) = (None, None);
         for asked in asked {

@@ -11,7 +11,7 @@ use super::control_loop::Control;
 use super::engine::choose_runtime;
 use super::heartbeats::Reception;
 use super::logging::LogHandle;
-use super::preflight::{access_log_refusal, load_token, token_problem, try_sources};
+use super::preflight::{access_log_refusal, token_problem, try_sources};
 use super::refused::Refused;
 use super::rendering::{Latencies, Rendering};
 use super::signals::Signals;
@@ -22,7 +22,7 @@ use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
 use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, TokenStore};
 use crate::clock;
-use crate::config::{self, AccessLogTarget, Admin, Config, Loaded, Origin};
+use crate::config::{AccessLogTarget, Admin, Config, Loaded, Origin};
 use crate::config::{Problems, Spot};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
@@ -115,8 +115,8 @@ async fn bring_up(
     mut surroundings: Surroundings,
     requests: mpsc::Sender<Request>,
 ) -> Result<Control, Failure> {
-    let Loaded { config, digest, warnings, origin } =
-        config::load(&options.config).map_err(Failure::Config)?;
+    let Loaded { config, text, digest, warnings, origin } =
+        surroundings.supervised.in_force.load(&options.config)?;
     surroundings.confined.check(&config)?;
     let log = match options.logging {
         true => {
@@ -130,7 +130,7 @@ async fn bring_up(
     }
     // Before anybody can be told that this process serves.
     let signals = if options.signals { Signals::obey()? } else { Signals::default() };
-    let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
+    let (mut kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
     let (runtime, engine_reason) = choose_runtime(config.process.engine);
     let cpus = cpu::available();
     let count = config.process.workers.unwrap_or_else(|| auto_workers(cpus.len()));
@@ -139,14 +139,18 @@ async fn bring_up(
     let (access_log, senders) = AccessLog::start(access_target(&config.log.access), count)
         .map_err(|error| origin.error(&Spot::AccessLog, access_log_refusal(&error), None))
         .map_err(|problem| Failure::Config(Problems::from(problem)))?;
-    let token = load_token(&config).map_err(|why| token_problem(&origin, why));
+    let token = surroundings.supervised.in_force.load_token(&config);
+    let token = token.map_err(|why| token_problem(&origin, why));
     let token = token.map_err(|problem| Failure::Config(Problems::from(*problem)))?;
+    surroundings.supervised.in_force.started_with(&options.config, text, &config);
+    let heartbeats = kept.take_heartbeats();
     let Listeners { admin, admin_taken, binds, fresh, not_taken } =
         listeners(&config, &origin, count, &mut surroundings, kept)?;
     let mut reception = Reception::default();
-    if let Some(before) = &mut surroundings.predecessor {
-        reception.inherit(before.take_heartbeats());
-    }
+    reception.inherit(match &mut surroundings.predecessor {
+        Some(before) => before.take_heartbeats(),
+        None => heartbeats,
+    });
     try_sources(&config)
         .map_err(|(at, why)| Failure::At(Box::new(origin.error(&Spot::Source(at), why, None))))?;
     let heartbeats = reception.prepare(&config).map_err(Failure::Runtime)?;
@@ -390,7 +394,9 @@ impl Control {
         let config = Arc::clone(&self.config);
         self.binds = binds;
         self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.hold_heartbeats();
         self.supervised.write_intents(&self.controller);
+        self.supervised.in_force.write();
         announce(self, &config, self.workers.len());
         if let Some(path) = pid_file {
             self.write_pid_file(path.clone());

@@ -6,10 +6,11 @@
 
 use super::activation::Activated;
 use super::binds::{Group, Holder};
+use super::in_force::InForce;
 use super::upgrade::OfferedAdmin;
 use crate::admin::{self, AdminListener};
 use crate::clock;
-use crate::config::Admin;
+use crate::config::{Admin, Texts};
 use crate::control::Controller;
 use crate::control::handover::{Saved, Saving};
 use crate::supervisor::{Given, Link, News, Store};
@@ -19,6 +20,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::{Arc, mpsc as sync};
 use std::time::{Duration, Instant};
@@ -48,6 +50,9 @@ const WITHOUT_KNOWLEDGE: u8 = 3;
 pub struct Supervised {
     link: Option<Arc<Link>>,
     given: Option<Given>,
+    pub(super) in_force: InForce,
+    /// Addresses for heartbeats whose sockets are kept.
+    hearts: Vec<SocketAddr>,
     intents: Option<Store>,
     /// Takes what is known to the thread that writes it.
     writer: Option<sync::SyncSender<Snapshot>>,
@@ -68,6 +73,8 @@ enum Name {
     Bind(SocketAddr, Holder),
     /// The admin listener.
     Admin(OfferedAdmin),
+    /// An address for heartbeats.
+    Heartbeats(SocketAddr),
     /// What a service manager has passed, by its word for it.
     Activated(String),
 }
@@ -80,11 +87,12 @@ pub(super) struct Snapshot {
     pub(super) state: Saved,
 }
 
-/// Listening sockets of a process that has crashed, or of a service manager.
+/// Sockets of a process that has crashed, or of a service manager.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
     binds: BTreeMap<SocketAddr, Group>,
     admin: Option<(OfferedAdmin, OwnedFd)>,
+    heartbeats: Vec<(SocketAddr, OwnedFd)>,
     pub(super) activated: Option<Activated>,
 }
 
@@ -96,9 +104,16 @@ pub fn activated_name(name: &str) -> String {
 // === impl Supervised ===
 
 impl Supervised {
-    /// By what the supervisor has said first.
-    pub fn new(link: Arc<Link>, given: Given) -> Supervised {
-        Supervised { link: Some(link), given: Some(given), ..Supervised::default() }
+    /// By what the supervisor has said first, for a start with the configuration file at
+    /// `path`.
+    pub fn new(link: Arc<Link>, mut given: Given, path: &Path) -> Supervised {
+        let in_force = InForce::of(&mut given, path);
+        Supervised { link: Some(link), given: Some(given), in_force, ..Supervised::default() }
+    }
+
+    /// The texts that this process starts with in the place of its files.
+    pub fn instead(&self) -> Option<&Texts> {
+        self.in_force.instead()
     }
 
     /// Whether this process goes on with the sockets of one that has crashed.
@@ -128,6 +143,7 @@ impl Supervised {
         if let Some(before) = &given.before {
             tracing::error!(attempt = given.attempt, "{before}; this process takes its place");
         }
+        self.in_force.announce();
         let known = given.before.is_some().then(|| known(&given));
         let (writer, snapshots) = sync::sync_channel(1);
         let write = move || write_all(&given.known, &snapshots);
@@ -168,6 +184,25 @@ impl Supervised {
     pub(super) fn hold_admin(&self, offered: OfferedAdmin, socket: &OwnedFd) {
         if let Some(link) = &self.link {
             link.hold(&name_of(&Name::Admin(offered)), std::iter::once(socket.as_fd()));
+        }
+    }
+
+    /// Has copies of the sockets for heartbeats kept, those and no others.
+    pub(super) fn hold_heartbeats(&mut self, sockets: &[(SocketAddr, OwnedFd)]) {
+        let Some(link) = &self.link else { return };
+        let name = |address: SocketAddr| name_of(&Name::Heartbeats(address));
+        self.hearts.retain(|held| {
+            let stays = sockets.iter().any(|(address, _)| address == held);
+            if !stays {
+                link.release(&name(*held));
+            }
+            stays
+        });
+        for (address, socket) in sockets {
+            if !self.hearts.contains(address) {
+                link.hold(&name(*address), std::iter::once(socket.as_fd()));
+                self.hearts.push(*address);
+            }
         }
     }
 
@@ -240,6 +275,11 @@ impl Supervised {
             tracing::warn!(%error, "a crash would lose the operators' last wishes");
         }
     }
+
+    /// Those that another process may have left there since.
+    pub(super) fn read_intents(&self) -> Option<Saved> {
+        serde_json::from_slice(&self.intents.as_ref()?.read()?).ok()
+    }
 }
 
 /// All that a process before has left, with operators' last intents.
@@ -284,6 +324,9 @@ impl Kept {
                 Ok(Name::Admin(offered)) => {
                     kept.admin = sockets.into_iter().next().map(|socket| (offered, socket));
                 }
+                Ok(Name::Heartbeats(address)) => {
+                    kept.heartbeats.extend(sockets.into_iter().map(|socket| (address, socket)));
+                }
                 Ok(Name::Activated(name)) => {
                     activated.extend(sockets.into_iter().map(|fd| (name.clone(), fd)));
                 }
@@ -300,6 +343,11 @@ impl Kept {
     /// What the configuration is to find bound.
     pub(super) fn take_binds(&mut self) -> BTreeMap<SocketAddr, Group> {
         std::mem::take(&mut self.binds)
+    }
+
+    /// What heartbeats are received on.
+    pub(super) fn take_heartbeats(&mut self) -> Vec<(SocketAddr, OwnedFd)> {
+        std::mem::take(&mut self.heartbeats)
     }
 
     /// The admin listener, where it is the one that `wanted` names.

@@ -5,6 +5,21 @@
 //! cap is never overshot however many workers race; lowered exactly once by
 //! whoever raised it. A backend on trial lets a single session in, whatever its
 //! cap. Model-checked with loom. Never blocks.
+//!
+//! # Sessions of a backend that died
+//!
+//! One count serves caps and loads, so a session that outlives its backend (the
+//! backend has sent its FIN, the client has not closed) is load of whatever starts at
+//! that address next. This is on purpose. A second count, of the sessions begun since
+//! the backend last came up, would be wrong where the backend never died: one that
+//! was `down` because it was too slow for its probes, or out of reach for a moment,
+//! still serves its old sessions and would get all new ones on top, just when it
+//! recovers. `down` does not tell the two apart, and the end a backend has sent does
+//! so only at the price of two more shared writes in each session that the backend
+//! ends first. The error left is on the safe side and bounded: a reset ends a
+//! session at once, a FIN within `half_closed_timeout` (where that is off, when the
+//! client closes), silence within `user_timeout` or keepalive. Until then a restarted
+//! backend gets fewer sessions.
 
 use super::trial::{Trial, TrialId, TrialPhase};
 use crossbeam::utils::CachePadded;

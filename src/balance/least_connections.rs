@@ -7,6 +7,7 @@
 use super::draw::Draws;
 use super::in_flight::InFlight;
 use super::scan::Load;
+use super::slow_start::Passed;
 use super::two_choices::TwoChoices;
 use super::{Candidate, scan};
 use std::sync::Arc;
@@ -43,10 +44,10 @@ pub(super) struct Scanned {
 // === impl LeastConnections ===
 
 impl LeastConnections {
-    /// Over `candidates` (at least one).
-    pub(super) fn new(candidates: &[Candidate]) -> LeastConnections {
+    /// Over `candidates` (at least one); `slow` as for [`TwoChoices::new`].
+    pub(super) fn new(candidates: &[Candidate], slow: bool) -> LeastConnections {
         if candidates.len() > SCANNED_MAX {
-            return LeastConnections::Large(TwoChoices::new(candidates));
+            return LeastConnections::Large(TwoChoices::new(candidates, slow));
         }
         scanned(candidates).map_or(LeastConnections::ScanCrosswise, LeastConnections::Scan)
     }
@@ -57,25 +58,25 @@ impl LeastConnections {
         &self,
         candidates: &[Candidate],
         draw: u64,
-        tried: &[usize],
+        passed: Passed<'_>,
     ) -> Option<usize> {
         let mut draws = Draws::new(draw);
         match self {
             LeastConnections::Scan(scanned) => {
-                if tried.is_empty() {
+                if passed.is_nobody() {
                     let index = lightest(scanned, &mut draws)?;
                     if candidates[index].try_enter() {
                         return Some(index);
                     }
                 }
                 let load = |index: usize, _: &Candidate| scanned[index].load();
-                scan::enter(candidates, tried, || least(candidates, load, tried, &mut draws))
+                scan::enter(candidates, passed, || least(candidates, load, passed, &mut draws))
             }
             LeastConnections::ScanCrosswise => {
                 let load = |_, candidate: &Candidate| Load::of(candidate);
-                scan::enter(candidates, tried, || least(candidates, load, tried, &mut draws))
+                scan::enter(candidates, passed, || least(candidates, load, passed, &mut draws))
             }
-            LeastConnections::Large(two) => two.pick(candidates, draw, tried),
+            LeastConnections::Large(two) => two.pick(candidates, draw, passed),
         }
     }
 }
@@ -123,7 +124,7 @@ fn lightest(scanned: &[Scanned], draws: &mut Draws) -> Option<usize> {
 fn least<L: Ord + Copy>(
     candidates: &[Candidate],
     load: impl Fn(usize, &Candidate) -> L,
-    tried: &[usize],
+    passed: Passed<'_>,
     draws: &mut Draws,
 ) -> Option<usize> {
     let (mut least, mut equals): (Option<L>, u64) = (None, 0);
@@ -131,7 +132,7 @@ fn least<L: Ord + Copy>(
         let (load, bit) = (load(index, candidate), 1 << index);
         if least.is_none_or(|least| load <= least)
             && candidate.has_room()
-            && (tried.is_empty() || !tried.contains(&index))
+            && !passed.has(index, candidate)
         {
             equals = if least == Some(load) { equals | bit } else { bit };
             least = Some(load);
@@ -203,8 +204,8 @@ mod tests {
             let scanned = scanned(&candidates).unwrap();
             let whole = |index: usize, _: &Candidate| scanned[index].load();
             let crosswise = |_, candidate: &Candidate| Load::of(candidate);
-            let ours = least(&candidates, whole, &tried, &mut Draws::new(draw));
-            let theirs = least(&candidates, crosswise, &tried, &mut Draws::new(draw));
+            let ours = least(&candidates, whole, Passed::over(&tried), &mut Draws::new(draw));
+            let theirs = least(&candidates, crosswise, Passed::over(&tried), &mut Draws::new(draw));
             prop_assert_eq!(ours, theirs);
         }
 
@@ -221,12 +222,12 @@ mod tests {
             let careful = |index: usize, _: &Candidate| loads[index].load();
             prop_assert_eq!(
                 lightest(&loads, &mut Draws::new(draw)),
-                least(&roomy, careful, &[], &mut Draws::new(draw))
+                least(&roomy, careful, Passed::over(&[]), &mut Draws::new(draw))
             );
             let capped: Vec<Candidate> =
                 pool.iter().map(|(weight, held, max)| candidate(*weight, *held, *max)).collect();
             let usable = capped.iter().any(Candidate::has_room);
-            match LeastConnections::new(&capped).pick(&capped, draw, &[]) {
+            match LeastConnections::new(&capped, false).pick(&capped, draw, Passed::over(&[])) {
                 Some(index) => {
                     let (_, held, max) = pool[index];
                     prop_assert!(max == 0 || held < max);
@@ -241,6 +242,7 @@ mod tests {
             key: "a".into(),
             weight,
             connections_max,
+            slow_start: false,
             in_flight: Default::default(),
             latency: Default::default(),
         };
@@ -252,6 +254,9 @@ mod tests {
     fn weights_without_a_small_common_multiple_are_compared_crosswise() {
         let primes = [65_521, 65_519, 65_497].map(|weight| candidate(weight, 0, 0));
         assert!(scanned(&primes).is_none());
-        assert_eq!(LeastConnections::new(&primes).pick(&primes, 1, &[]), Some(0));
+        assert_eq!(
+            LeastConnections::new(&primes, false).pick(&primes, 1, Passed::over(&[])),
+            Some(0)
+        );
     }
 }

@@ -25,6 +25,7 @@ mod position;
 mod random;
 mod round_robin;
 mod scan;
+mod slow_start;
 mod smooth;
 mod source_hash;
 pub mod trial;
@@ -32,12 +33,14 @@ mod two_choices;
 
 use crate::config::{HASH_SLOTS, Policy};
 use crossbeam::utils::CachePadded;
+use draw::Draws;
 use in_flight::InFlight;
 use latency::Latency;
 use least_connections::LeastConnections;
 use peak_ewma::PeakEwma;
 use random::Random;
 use round_robin::RoundRobin;
+use slow_start::{Passed, SlowStarts};
 use source_hash::SourceHash;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -54,6 +57,9 @@ pub struct Candidate {
     pub weight: u32,
     /// Cap on `in_flight`; 0 means none.
     pub connections_max: u32,
+    /// It is in its slow start: its share of the picks is at most that of its
+    /// weight, however little load it has.
+    pub slow_start: bool,
     /// Shared by all workers and all tables.
     pub in_flight: Arc<InFlight>,
     /// Likewise; read by `peak-ewma` alone.
@@ -90,6 +96,8 @@ pub struct Balancer {
     hash_slots: u32,
     candidates: Box<[Candidate]>,
     prepared: Prepared,
+    /// For the policies that compare loads, while some candidate starts slowly.
+    slow_starts: Option<SlowStarts>,
     /// Whether some candidate has no cap: then there is always room.
     uncapped: bool,
     /// Where there was room last.
@@ -144,6 +152,10 @@ impl Balancer {
             candidate.weight = candidate.weight.max(1);
         }
         let candidates = candidates.into_boxed_slice();
+        let compares_loads =
+            matches!(policy, Policy::LeastConnections | Policy::TwoChoices | Policy::PeakEwma);
+        let slow_starts = compares_loads.then(|| SlowStarts::new(&candidates)).flatten();
+        let slow = slow_starts.is_some();
         let prepared = match policy {
             _ if candidates.is_empty() => Prepared::Nobody,
             Policy::WeightedRoundRobin => Prepared::RoundRobin(RoundRobin::new(
@@ -151,17 +163,18 @@ impl Balancer {
                 previous.and_then(Balancer::as_round_robin),
             )),
             Policy::LeastConnections => {
-                Prepared::LeastConnections(LeastConnections::new(&candidates))
+                Prepared::LeastConnections(LeastConnections::new(&candidates, slow))
             }
             Policy::Random => Prepared::Random(Random::new(&candidates)),
-            Policy::TwoChoices => Prepared::TwoChoices(TwoChoices::new(&candidates)),
-            Policy::PeakEwma => Prepared::PeakEwma(PeakEwma::new(&candidates)),
+            Policy::TwoChoices => Prepared::TwoChoices(TwoChoices::new(&candidates, slow)),
+            Policy::PeakEwma => Prepared::PeakEwma(PeakEwma::new(&candidates, slow)),
             Policy::SourceHash => Prepared::SourceHash(SourceHash::new(&candidates, hash_slots)),
         };
         Balancer {
             policy,
             hash_slots,
             prepared,
+            slow_starts,
             uncapped: candidates.iter().any(|c| c.connections_max == 0),
             candidates,
             room_seen: CachePadded::new(AtomicUsize::new(0)),
@@ -182,16 +195,9 @@ impl Balancer {
     /// exactly once.
     #[inline]
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<usize, PickError> {
-        let candidates = &*self.candidates;
-        let PickKey { client, draw, at } = key;
-        let picked = match &self.prepared {
-            Prepared::Nobody => None,
-            Prepared::RoundRobin(policy) => policy.pick(candidates, draw, tried),
-            Prepared::LeastConnections(policy) => policy.pick(candidates, draw, tried),
-            Prepared::Random(policy) => policy.pick(candidates, draw, tried),
-            Prepared::TwoChoices(policy) => policy.pick(candidates, draw, tried),
-            Prepared::PeakEwma(policy) => policy.pick(candidates, draw, at, tried),
-            Prepared::SourceHash(policy) => policy.pick(candidates, client, tried),
+        let picked = match &self.slow_starts {
+            None => self.pick_passing(key, Passed::over(tried)),
+            Some(slow_starts) => self.pick_slowly(slow_starts, key, tried),
         };
         picked.ok_or_else(|| self.why_nobody(tried))
     }
@@ -223,6 +229,31 @@ impl Balancer {
         if let Some((policy, _)) = self.as_round_robin() {
             policy.go_on_from(turn);
         }
+    }
+
+    #[inline]
+    fn pick_passing(&self, key: PickKey, passed: Passed<'_>) -> Option<usize> {
+        let candidates = &*self.candidates;
+        let PickKey { client, draw, at } = key;
+        match &self.prepared {
+            Prepared::Nobody => None,
+            Prepared::RoundRobin(policy) => policy.pick(candidates, draw, passed.tried()),
+            Prepared::LeastConnections(policy) => policy.pick(candidates, draw, passed),
+            Prepared::Random(policy) => policy.pick(candidates, draw, passed.tried()),
+            Prepared::TwoChoices(policy) => policy.pick(candidates, draw, passed),
+            Prepared::PeakEwma(policy) => policy.pick(candidates, draw, at, passed),
+            Prepared::SourceHash(policy) => policy.pick(candidates, client, passed.tried()),
+        }
+    }
+
+    /// The same while some candidates start slowly. Where only those that it passes
+    /// over have room, one of them gets the session.
+    #[cold]
+    fn pick_slowly(&self, slow: &SlowStarts, key: PickKey, tried: &[usize]) -> Option<usize> {
+        let mut draws = Draws::new(key.draw);
+        let passed = slow.draw(&mut draws, tried);
+        let key = PickKey { draw: draws.next(), ..key };
+        self.pick_passing(key, passed).or_else(|| self.pick_passing(key, Passed::over(tried)))
     }
 
     fn find_room(&self) -> bool {
@@ -269,5 +300,6 @@ impl Candidate {
             && self.key == other.key
             && self.weight.max(1) == other.weight.max(1)
             && self.connections_max == other.connections_max
+            && self.slow_start == other.slow_start
     }
 }

@@ -10,6 +10,7 @@
 //! long) load alone is compared. So a new backend is tried at once, and not by
 //! everybody at once.
 
+use super::slow_start::Passed;
 use super::two_choices::TwoChoices;
 use super::{Candidate, scan::Load};
 
@@ -18,9 +19,9 @@ use super::{Candidate, scan::Load};
 pub(super) struct PeakEwma(TwoChoices);
 
 impl PeakEwma {
-    /// Over `candidates` (at least one).
-    pub(super) fn new(candidates: &[Candidate]) -> PeakEwma {
-        PeakEwma(TwoChoices::new(candidates))
+    /// Over `candidates` (at least one); `slow` as for [`TwoChoices::new`].
+    pub(super) fn new(candidates: &[Candidate], slow: bool) -> PeakEwma {
+        PeakEwma(TwoChoices::new(candidates, slow))
     }
 
     /// The cheaper of two that can be used, as of `at` (milliseconds).
@@ -30,9 +31,9 @@ impl PeakEwma {
         candidates: &[Candidate],
         draw: u64,
         at: u64,
-        tried: &[usize],
+        passed: Passed<'_>,
     ) -> Option<usize> {
-        self.0.pick_by(candidates, draw, tried, |(a, load_a), (b, load_b)| {
+        self.0.pick_by(candidates, draw, passed, |(a, load_a), (b, load_b)| {
             is_cheaper((a, load_a), (b, load_b), at)
         })
     }

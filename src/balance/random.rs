@@ -6,6 +6,7 @@
 
 use super::alias::AliasTable;
 use super::draw::Draws;
+use super::slow_start::Passed;
 use super::{Candidate, scan};
 
 /// Draws before every candidate is looked at; with half of the weight out of
@@ -39,6 +40,7 @@ impl Random {
                 return Some(index);
             }
         }
-        scan::enter(candidates, tried, || scan::by_weight(candidates, tried, &mut draws))
+        let passed = Passed::over(tried);
+        scan::enter(candidates, passed, || scan::by_weight(candidates, passed, &mut draws))
     }
 }

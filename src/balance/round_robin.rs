@@ -9,6 +9,7 @@
 
 use super::draw::Draws;
 use super::position::Position;
+use super::slow_start::Passed;
 use super::{Candidate, Turn, scan, smooth};
 use std::sync::Arc;
 
@@ -89,7 +90,8 @@ impl RoundRobin {
                 return Some(index);
             }
         }
-        scan::enter(candidates, tried, || scan::by_weight(candidates, tried, &mut draws))
+        let passed = Passed::over(tried);
+        scan::enter(candidates, passed, || scan::by_weight(candidates, passed, &mut draws))
     }
 
     /// How far into its period it has come, and the period.

@@ -6,6 +6,7 @@
 
 use super::Candidate;
 use super::draw::Draws;
+use super::slow_start::Passed;
 use std::cmp::Ordering;
 
 /// Scans repeated because the chosen one filled up meanwhile. Each repeat means
@@ -18,7 +19,7 @@ const SCANS_MAX: u32 = 8;
 #[inline]
 pub(super) fn enter(
     candidates: &[Candidate],
-    tried: &[usize],
+    passed: Passed<'_>,
     mut choose: impl FnMut() -> Option<usize>,
 ) -> Option<usize> {
     for _ in 0..SCANS_MAX {
@@ -27,7 +28,11 @@ pub(super) fn enter(
             return Some(index);
         }
     }
-    (0..candidates.len()).find(|&index| !tried.contains(&index) && candidates[index].try_enter())
+    let enters = |index: &usize| {
+        let candidate = &candidates[*index];
+        !passed.has(*index, candidate) && candidate.try_enter()
+    };
+    (0..candidates.len()).find(enters)
 }
 
 /// The usable candidate with the least (in-flight + 1) / weight; each of
@@ -35,13 +40,13 @@ pub(super) fn enter(
 #[inline]
 pub(super) fn least_loaded(
     candidates: &[Candidate],
-    tried: &[usize],
+    passed: Passed<'_>,
     draws: &mut Draws,
 ) -> Option<usize> {
     let mut best: Option<(usize, Load)> = None;
     let mut equals = 1;
     for (index, candidate) in candidates.iter().enumerate() {
-        let Some(load) = usable(candidate, index, tried) else { continue };
+        let Some(load) = usable(candidate, index, passed) else { continue };
         match best.map_or(Ordering::Less, |(_, least)| load.cmp(&least)) {
             Ordering::Greater => {}
             Ordering::Equal => {
@@ -63,13 +68,13 @@ pub(super) fn least_loaded(
 /// usable ones.
 pub(super) fn by_weight(
     candidates: &[Candidate],
-    tried: &[usize],
+    passed: Passed<'_>,
     draws: &mut Draws,
 ) -> Option<usize> {
     let mut chosen = None;
     let mut total = 0;
     for (index, candidate) in candidates.iter().enumerate() {
-        if usable(candidate, index, tried).is_some() {
+        if usable(candidate, index, passed).is_some() {
             total += u64::from(candidate.weight);
             if draws.below(total) < u64::from(candidate.weight) {
                 chosen = Some(index);
@@ -79,11 +84,11 @@ pub(super) fn by_weight(
     chosen
 }
 
-/// The load of a candidate that is untried and below its cap.
+/// The load of a candidate that is not passed over and below its cap.
 #[inline]
-pub(super) fn usable(candidate: &Candidate, index: usize, tried: &[usize]) -> Option<Load> {
+pub(super) fn usable(candidate: &Candidate, index: usize, passed: Passed<'_>) -> Option<Load> {
     let load = Load::of(candidate);
-    (candidate.has_room() && (tried.is_empty() || !tried.contains(&index))).then_some(load)
+    (candidate.has_room() && !passed.has(index, candidate)).then_some(load)
 }
 
 /// (in-flight + 1) / weight; the 1 is the session about to be added.

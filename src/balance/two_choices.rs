@@ -9,6 +9,7 @@ use super::Candidate;
 use super::alias::AliasTable;
 use super::draw::Draws;
 use super::scan::{self, Load};
+use super::slow_start::Passed;
 
 /// Pairs drawn before every candidate is looked at.
 const PAIRS_MAX: usize = 4;
@@ -24,9 +25,12 @@ pub(super) struct TwoChoices {
 }
 
 impl TwoChoices {
-    /// Over `candidates` (at least one).
-    pub(super) fn new(candidates: &[Candidate]) -> TwoChoices {
-        TwoChoices { alias: AliasTable::new(candidates.iter().map(|c| c.weight)) }
+    /// Over `candidates` (at least one). Where `slow` says that some of them are
+    /// in their slow start, each of those is one of the two only when it is let in:
+    /// the other is never drawn among them.
+    pub(super) fn new(candidates: &[Candidate], slow: bool) -> TwoChoices {
+        let weight = |c: &Candidate| if slow && c.slow_start { 0 } else { c.weight };
+        TwoChoices { alias: AliasTable::new(candidates.iter().map(weight)) }
     }
 
     /// The better of two that can be used; the only one if one of them cannot.
@@ -35,9 +39,9 @@ impl TwoChoices {
         &self,
         candidates: &[Candidate],
         draw: u64,
-        tried: &[usize],
+        passed: Passed<'_>,
     ) -> Option<usize> {
-        self.pick_by(candidates, draw, tried, |(_, a), (_, b)| a < b)
+        self.pick_by(candidates, draw, passed, |(_, a), (_, b)| a < b)
     }
 
     /// The same with another idea of better: `prefers(a, b)` says whether `a`
@@ -47,25 +51,26 @@ impl TwoChoices {
         &self,
         candidates: &[Candidate],
         draw: u64,
-        tried: &[usize],
+        passed: Passed<'_>,
         prefers: impl Fn((&Candidate, Load), (&Candidate, Load)) -> bool,
     ) -> Option<usize> {
         let mut draws = Draws::new(draw);
         for _ in 0..PAIRS_MAX {
-            let (first, second) = self.pair(candidates.len(), &mut draws);
-            if let Some(index) = better(candidates, tried, first, second, &prefers)
+            let (first, second) = self.pair(candidates.len(), passed.let_in(), &mut draws);
+            if let Some(index) = better(candidates, passed, first, second, &prefers)
                 && candidates[index].try_enter()
             {
                 return Some(index);
             }
         }
-        scan::enter(candidates, tried, || scan::least_loaded(candidates, tried, &mut draws))
+        scan::enter(candidates, passed, || scan::least_loaded(candidates, passed, &mut draws))
     }
 
-    /// Two drawn by weight, different ones where there are two.
+    /// Two drawn by weight, different ones where there are two; `first` has been
+    /// drawn already where it is given.
     #[inline]
-    fn pair(&self, count: usize, draws: &mut Draws) -> (usize, usize) {
-        let first = self.alias.draw(draws);
+    fn pair(&self, count: usize, first: Option<usize>, draws: &mut Draws) -> (usize, usize) {
+        let first = first.unwrap_or_else(|| self.alias.draw(draws));
         for _ in 0..SECOND_DRAWS_MAX {
             let second = self.alias.draw(draws);
             if second != first {
@@ -83,14 +88,14 @@ impl TwoChoices {
 #[inline]
 fn better(
     candidates: &[Candidate],
-    tried: &[usize],
+    passed: Passed<'_>,
     first: usize,
     second: usize,
     prefers: impl Fn((&Candidate, Load), (&Candidate, Load)) -> bool,
 ) -> Option<usize> {
     let loads = (
-        scan::usable(&candidates[first], first, tried),
-        scan::usable(&candidates[second], second, tried),
+        scan::usable(&candidates[first], first, passed),
+        scan::usable(&candidates[second], second, passed),
     );
     match loads {
         (Some(a), Some(b)) if prefers((&candidates[second], b), (&candidates[first], a)) => {

@@ -22,7 +22,7 @@ pub fn main(args: RunArgs) -> Exit {
     // Before anything opens a descriptor.
     match Link::from_environment() {
         Ok(Some((link, given))) => {
-            let supervised = Supervised::new(Arc::clone(&link), given);
+            let supervised = Supervised::new(Arc::clone(&link), given, &args.config);
             serve(&args, || supervised_surroundings(&args, &link, supervised))
         }
         // A process without a supervisor starts one of its own kind.
@@ -90,7 +90,7 @@ fn supervised_surroundings(
     let place = predecessor.as_ref().and_then(Predecessor::admin_listen);
     // Before there are threads. The process before was confined by itself alone.
     let upgrade = predecessor.is_some() || supervised.takes_over();
-    let before = Before { inherited: &[], admin: place, upgrade };
+    let before = Before { inherited: &[], admin: place, upgrade, instead: supervised.instead() };
     let confined = app::confine(&args.config, None, before)?;
     Ok(Surroundings { predecessor, supervised, notifier, confined, ..Surroundings::default() })
 }
@@ -108,6 +108,7 @@ fn single_surroundings(args: &RunArgs) -> Result<Surroundings, Failure> {
         inherited: predecessor.as_ref().map_or(&[][..], Predecessor::confined),
         admin: predecessor.as_ref().and_then(Predecessor::admin_listen),
         upgrade: predecessor.is_some(),
+        instead: None,
     };
     // Before there are threads, and before anything else is opened.
     let confined = app::confine(&args.config, pid_file.as_deref(), before)?;

@@ -14,6 +14,7 @@ mod file;
 mod globals;
 mod origin;
 mod source;
+mod texts;
 mod validate;
 mod value;
 pub mod watch;
@@ -35,6 +36,7 @@ pub use globals::{
 };
 pub use origin::{Origin, Spot};
 pub use source::FILE_BYTES_MAX;
+pub use texts::Texts;
 pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX};
 
 use crate::heartbeat::keys::Secret;
@@ -49,6 +51,8 @@ use value::Complaint;
 pub struct Loaded {
     /// The model.
     pub config: Config,
+    /// The file's text.
+    pub text: String,
     /// XXH3 of the file's bytes: an unchanged file makes no new generation.
     pub digest: u64,
     /// What the operator should know and the file is not refused for, ordered
@@ -124,6 +128,9 @@ pub struct Frontend {
     pub idle_timeout: Option<Duration>,
     /// The same once one side has sent FIN; `None` is off.
     pub half_closed_timeout: Option<Duration>,
+    /// How long at least a peer without room for what waits may take nothing before
+    /// one of the three ends the session; `None`: as they say.
+    pub stalled_timeout: Option<Duration>,
     /// TCP keepalive idle time on both legs; `None` is off.
     pub keepalive: Option<Duration>,
     /// `TCP_USER_TIMEOUT` on both legs; `None` leaves the kernel's.
@@ -160,9 +167,11 @@ pub struct SourceRules {
 /// What is done about the files that a configuration names: keys, and lists of
 /// ranges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum NamedFiles {
+enum NamedFiles<'t> {
     /// They are read and checked.
     Read,
+    /// Those that are among these texts are checked; the others are read.
+    Kept(&'t Texts),
     /// They are left alone.
     Ignore,
 }
@@ -381,13 +390,26 @@ pub const HASH_SLOTS: u32 = 65_537;
 pub fn load(path: &Path) -> Result<Loaded, Problems> {
     let file = path.display().to_string();
     let bytes = source::read_file(path).map_err(|message| Problems::of_file(&file, message))?;
-    let digest = xxhash_rust::xxh3::xxh3_64(&bytes);
-    let text = match std::str::from_utf8(&bytes) {
-        Ok(text) => text,
-        Err(error) => return Err(not_utf8(&bytes, &file, error.valid_up_to())),
-    };
-    let (config, warnings, origin) = read(text, &file, NamedFiles::Read)?;
-    Ok(Loaded { config, digest, warnings, origin })
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        not_utf8(error.as_bytes(), &file, at)
+    })?;
+    loaded(text, &file, NamedFiles::Read)
+}
+
+/// The same from texts that were kept. A named file that is not among them is read.
+///
+/// # Errors
+/// As [`load`]'s.
+pub fn load_kept(texts: &Texts) -> Result<Loaded, Problems> {
+    let file = texts.path().display().to_string();
+    loaded(texts.text().to_owned(), &file, NamedFiles::Kept(texts))
+}
+
+fn loaded(text: String, file: &str, files: NamedFiles<'_>) -> Result<Loaded, Problems> {
+    let digest = xxhash_rust::xxh3::xxh3_64(text.as_bytes());
+    let (config, warnings, origin) = read(&text, file, files)?;
+    Ok(Loaded { config, text, digest, warnings, origin })
 }
 
 /// The same without the files it names, which somebody else may be meant to read.
@@ -403,6 +425,15 @@ pub fn outline(path: &Path) -> Result<(Config, Origin), Problems> {
         }
         Err(error) => Err(not_utf8(&bytes, &file, error.valid_up_to())),
     }
+}
+
+/// The same from texts that were kept.
+///
+/// # Errors
+/// As [`load`]'s.
+pub fn outline_kept(texts: &Texts) -> Result<(Config, Origin), Problems> {
+    let file = texts.path().display().to_string();
+    read(texts.text(), &file, NamedFiles::Ignore).map(|(config, _, origin)| (config, origin))
 }
 
 /// Validates the text of a configuration; `file` is only its name in messages.
@@ -423,7 +454,7 @@ pub fn parse(text: &str, file: &str) -> Result<Config, Problems> {
 fn read(
     text: &str,
     file: &str,
-    files: NamedFiles,
+    files: NamedFiles<'_>,
 ) -> Result<(Config, Vec<Problem>, Origin), Problems> {
     if text.len() > FILE_BYTES_MAX {
         return Err(Problems::of_file(file, source::too_large()));

@@ -50,6 +50,10 @@ pub(super) const UPGRADE: DurationRange =
 pub(super) const KEEPALIVE: DurationRange =
     DurationRange { min: Duration::from_secs(1), max: Duration::from_secs(32_767) };
 
+/// Sessions keep it in sixteen bits of seconds.
+pub(super) const STALLED: DurationRange =
+    DurationRange { min: Duration::from_secs(1), max: Duration::from_secs(32_767) };
+
 /// `TCP_USER_TIMEOUT` is a C int of milliseconds, so under 24.9 days.
 pub(super) const USER_TIMEOUT: DurationRange =
     DurationRange { min: Duration::from_millis(1), max: Duration::from_secs(24 * 24 * 3600) };

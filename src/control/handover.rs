@@ -309,33 +309,6 @@ impl Controller {
         }
     }
 
-    /// Operators' intents alone, by names: of backends that are not simply ready.
-    pub fn save_intents(&self, now: Instant) -> Saved {
-        let save = |entry: &BackendEntry| SavedBackend {
-            name: entry.state.name.to_string(),
-            address: entry.state.address_text.to_string(),
-            intent: entry.health.intent.name().to_owned(),
-            intent_ms: millis(now.saturating_duration_since(entry.health.intent_since)),
-            ..SavedBackend::default()
-        };
-        let pools = self.pools.iter().map(|pool| SavedPool {
-            name: pool.spec.name.to_string(),
-            backends: pool
-                .members
-                .iter()
-                .filter_map(|id| self.backends.get(id))
-                .filter(|entry| entry.health.intent != Intent::Ready)
-                .map(save)
-                .collect(),
-            ..SavedPool::default()
-        });
-        Saved {
-            pools: pools.filter(|pool| !pool.backends.is_empty()).collect(),
-            left: self.kept.save(now),
-            ..Saved::default()
-        }
-    }
-
     /// Tables made for each reason, by all the processes so far.
     pub(super) fn published(&self) -> [(PublishReason, u64); PublishReason::ALL.len()] {
         let before = |reason| self.before.published[reason as usize];
@@ -450,6 +423,9 @@ impl Controller {
 
     fn adopt_pool(&mut self, saved: &SavedPool, now: Instant) {
         let Some(pool) = self.pools.named_mut(&saved.name) else {
+            for backend in saved.backends.iter().filter(|one| one.intent != Intent::Ready.name()) {
+                self.keep_intent(saved, backend, now);
+            }
             return;
         };
         let is_watched = watched(pool).is_some();
@@ -495,38 +471,6 @@ impl Controller {
             }
         }
         self.adopt_startup(saved);
-    }
-
-    /// What an operator wanted of a backend that this configuration is without:
-    /// it may come back.
-    fn keep_intent(&mut self, pool: &SavedPool, backend: &SavedBackend, now: Instant) {
-        let Some(intent) = Intent::named(&backend.intent) else { return };
-        let who = (pool.name.as_str().into(), backend.name.as_str().into());
-        let wanted = (intent, ago(now, backend.intent_ms));
-        self.kept.keep((who.0, who.1, backend.address.as_str().into()), wanted, now);
-    }
-
-    /// The same of one that has left there.
-    fn adopt_intent(&mut self, left: &SavedIntent, now: Instant) {
-        let Some(intent) = Intent::named(&left.intent) else { return };
-        let since = ago(now, left.intent_ms);
-        match self.find_saved(&left.pool, &left.name, &left.address) {
-            Some(id) => {
-                // It came back during the upgrade.
-                if let Some(entry) = self.backends.get_mut(&id)
-                    && entry.health.intent == Intent::Ready
-                {
-                    (entry.health.intent, entry.health.intent_since) = (intent, since);
-                    self.work.touched.insert(id);
-                }
-            }
-            None => {
-                let [pool, name, address] =
-                    [&left.pool, &left.name, &left.address].map(|text| text.as_str().into());
-                let at = ago(now, left.left_ms);
-                self.kept.keep((pool, name, address), (intent, since), at);
-            }
-        }
     }
 
     /// A pool whose backends are known need not get to know them.
@@ -635,15 +579,15 @@ fn carry_backend(state: &BackendState, saved: &SavedBackend) {
     counters.bytes_out.carry(saved.bytes_out);
 }
 
-fn every_backend(saved: &Saved) -> impl Iterator<Item = (&SavedPool, &SavedBackend)> {
+pub(super) fn every_backend(saved: &Saved) -> impl Iterator<Item = (&SavedPool, &SavedBackend)> {
     saved.pools.iter().flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)))
 }
 
-fn millis(time: Duration) -> u64 {
+pub(super) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn ago(now: Instant, ms: u64) -> Instant {
+pub(super) fn ago(now: Instant, ms: u64) -> Instant {
     // A machine that has not been up for so long: then since it came up.
     now.checked_sub(Duration::from_millis(ms)).unwrap_or(now)
 }

@@ -5,9 +5,12 @@
 //! is without a drained backend for a moment does not put it back into service.
 //! It decides nothing and reads no clock.
 
+use super::handover::{Saved, SavedBackend, SavedPool, ago, every_backend, millis};
+use super::pace::PublishReason;
+use super::{BackendEntry, Controller, Effect};
 use crate::health::Intent;
 use serde::{Deserialize, Serialize};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -126,6 +129,100 @@ impl Kept {
         }
         is_it
     }
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Operators' intents alone, by names: of backends that are not simply ready.
+    pub fn save_intents(&self, now: Instant) -> Saved {
+        let save = |entry: &BackendEntry| SavedBackend {
+            name: entry.state.name.to_string(),
+            address: entry.state.address_text.to_string(),
+            intent: entry.health.intent.name().to_owned(),
+            intent_ms: millis(now.saturating_duration_since(entry.health.intent_since)),
+            ..SavedBackend::default()
+        };
+        let pools = self.pools.iter().map(|pool| SavedPool {
+            name: pool.spec.name.to_string(),
+            backends: pool
+                .members
+                .iter()
+                .filter_map(|id| self.backends.get(id))
+                .filter(|entry| entry.health.intent != Intent::Ready)
+                .map(save)
+                .collect(),
+            ..SavedPool::default()
+        });
+        Saved {
+            pools: pools.filter(|pool| !pool.backends.is_empty()).collect(),
+            left: self.kept.save(now),
+            ..Saved::default()
+        }
+    }
+
+    /// Goes on with operators' intents as another process has saved them
+    /// ([`Controller::save_intents`]); a backend that is not among them is ready.
+    pub fn adopt_intents(&mut self, newer: &Saved, now: Instant) -> Vec<Effect> {
+        self.run_due(now);
+        let left = newer.left.iter().map(|one| [&*one.pool, &*one.name, &*one.address]);
+        let wanted: HashSet<[&str; 3]> = every_backend(newer).map(identity).chain(left).collect();
+        let own = self.save_intents(now);
+        let back = every_backend(&own).filter(|one| !wanted.contains(&identity(*one)));
+        let back = back.map(|one| (one, Some(Intent::Ready)));
+        let saved = every_backend(newer).map(|one| (one, Intent::named(&one.1.intent)));
+        for ((pool, backend), intent) in saved.chain(back) {
+            let Some(id) = self.find_saved(&pool.name, &backend.name, &backend.address) else {
+                self.keep_intent(pool, backend, now);
+                continue;
+            };
+            let known = self.backends.get(&id).map(|entry| entry.health.intent);
+            if let Some(intent) = intent.filter(|wanted| known != Some(*wanted)) {
+                self.change_intent(id, intent, now);
+                self.work.cause = Some(PublishReason::Operator);
+            }
+        }
+        for left in &newer.left {
+            self.adopt_intent(left, now);
+        }
+        self.finish(now)
+    }
+
+    /// What an operator wanted of a backend that this configuration is without:
+    /// it may come back.
+    pub(super) fn keep_intent(&mut self, pool: &SavedPool, backend: &SavedBackend, now: Instant) {
+        let Some(intent) = Intent::named(&backend.intent) else { return };
+        let who = (pool.name.as_str().into(), backend.name.as_str().into());
+        let wanted = (intent, ago(now, backend.intent_ms));
+        self.kept.keep((who.0, who.1, backend.address.as_str().into()), wanted, now);
+    }
+
+    /// Goes on with an intent of a backend that has left in the other process.
+    pub(super) fn adopt_intent(&mut self, left: &SavedIntent, now: Instant) {
+        let Some(intent) = Intent::named(&left.intent) else { return };
+        let since = ago(now, left.intent_ms);
+        match self.find_saved(&left.pool, &left.name, &left.address) {
+            Some(id) => {
+                // It came back during the upgrade.
+                if let Some(entry) = self.backends.get_mut(&id)
+                    && entry.health.intent == Intent::Ready
+                {
+                    (entry.health.intent, entry.health.intent_since) = (intent, since);
+                    self.work.touched.insert(id);
+                }
+            }
+            None => {
+                let [pool, name, address] =
+                    [&left.pool, &left.name, &left.address].map(|text| text.as_str().into());
+                let at = ago(now, left.left_ms);
+                self.kept.keep((pool, name, address), (intent, since), at);
+            }
+        }
+    }
+}
+
+fn identity<'s>((pool, backend): (&'s SavedPool, &'s SavedBackend)) -> [&'s str; 3] {
+    [&pool.name, &backend.name, &backend.address]
 }
 
 #[cfg(test)]

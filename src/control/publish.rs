@@ -19,6 +19,8 @@ pub(super) struct Standing {
     weight: u32,
     /// Cap; 0 means none.
     connections_max: u32,
+    /// It is in its slow start.
+    slow_start: bool,
     /// Matters where there are backups, to step in meanwhile, and is false in
     /// other pools.
     on_trial: bool,
@@ -68,6 +70,7 @@ impl Standing {
         Standing {
             weight: entry.weight(&pool.spec).parts(),
             connections_max: entry.cap(),
+            slow_start: entry.ramp.is_some(),
             on_trial: entry.health.outlier.is_on_trial() && pool.has_backups,
             last_resort: pool.spec.when_none_eligible == WhenNoneEligible::TryAll
                 && entry.in_service(),
@@ -117,6 +120,7 @@ fn stand_ins(pool: &PoolEntry, leaving: &BTreeMap<BackendId, Leaving>) -> Vec<Ba
         state: Arc::clone(&entry.state),
         effective_weight: entry.published.weight.max(1),
         connections_max: entry.published.connections_max,
+        slow_start: entry.published.slow_start,
         backup: entry.spec.backup,
         eligible: true,
         on_trial: false,
@@ -211,6 +215,7 @@ impl Controller {
                 state: Arc::clone(&entry.state),
                 effective_weight: entry.published.weight.max(1),
                 connections_max: entry.published.connections_max,
+                slow_start: entry.published.slow_start,
                 backup: entry.spec.backup,
                 eligible: entry.published.weight > 0,
                 on_trial: entry.published.on_trial,

@@ -116,6 +116,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             first_byte_timeout: None,
             idle_timeout: None,
             half_closed_timeout: None,
+            stalled_timeout: None,
             keepalive: None,
             user_timeout: None,
             connections_max: 0,

@@ -46,6 +46,14 @@ pub fn read(path: &Path) -> Result<Secret, KeyFileError> {
     secret(path).map_err(|why| KeyFileError { path: path.to_owned(), why })
 }
 
+/// The same of what the file at `path` held when it was read before.
+///
+/// # Errors
+/// See [`KeyFileError`].
+pub fn of_bytes(path: &Path, bytes: &[u8]) -> Result<Secret, KeyFileError> {
+    fit(bytes).map_err(|why| KeyFileError { path: path.to_owned(), why })
+}
+
 fn secret(path: &Path) -> Result<Secret, Unfit> {
     let most = SECRET_BYTES_MAX + END_BYTES_MAX;
     let bytes = match secret_file::read(path, Openness::OwnerAlone, most) {
@@ -55,7 +63,11 @@ fn secret(path: &Path) -> Result<Secret, Unfit> {
         }
         Err(error) => return Err(error.into()),
     };
-    Secret::new(without_end(&bytes)).map_err(|unfit| Unfit::Length(format!("{} bytes", unfit.0)))
+    fit(&bytes)
+}
+
+fn fit(bytes: &[u8]) -> Result<Secret, Unfit> {
+    Secret::new(without_end(bytes)).map_err(|unfit| Unfit::Length(format!("{} bytes", unfit.0)))
 }
 
 fn without_end(bytes: &[u8]) -> &[u8] {

@@ -375,6 +375,7 @@ impl Story {
             first_byte: spec.first_byte_timeout,
             idle: spec.idle_timeout,
             half_closed: spec.half_closed_timeout,
+            stalled: spec.stalled_timeout,
             keepalive: spec.keepalive,
             user_timeout: spec.user_timeout,
         };

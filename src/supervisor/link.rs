@@ -37,6 +37,9 @@ pub struct Given {
     pub intents: Store,
     /// All else that was known.
     pub known: Store,
+    /// The texts of the configuration in force; a supervisor of an older program has no
+    /// place for them.
+    pub texts: Option<Store>,
     /// It takes the place of a process that has ended by itself: how, in words.
     pub before: Option<String>,
     /// Starts in a row that came to nothing, this one included.
@@ -203,17 +206,13 @@ fn given(packets: &Packets) -> io::Result<Given> {
             },
             Some(Order::Begin(attempt, before)) => {
                 let mut fds = fds.into_iter();
-                let mut store = || {
-                    let files = [fds.next(), fds.next()];
-                    let [Some(one), Some(other)] = files else {
-                        return Err(io::Error::other("files of the supervisor are missing"));
-                    };
-                    Ok(Store::of([one, other]))
+                let mut store = || Some(Store::of([fds.next()?, fds.next()?]));
+                let all: [_; STORES] = [store(), store(), store()];
+                let [Some(intents), Some(known), texts] = all else {
+                    return Err(io::Error::other("files of the supervisor are missing"));
                 };
-                let [intents, known] = [store()?, store()?];
-                const _: () = assert!(STORES == 2);
                 let before = Some(before).filter(|before| !before.is_empty());
-                return Ok(Given { held, intents, known, before, attempt });
+                return Ok(Given { held, intents, known, texts, before, attempt });
             }
             _ => {}
         }

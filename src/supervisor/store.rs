@@ -13,8 +13,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Operators' intents, and all else that is known.
-pub(super) const STORES: usize = 2;
+/// Operators' intents, all else that is known, and the texts of the configuration in
+/// force.
+pub(super) const STORES: usize = 3;
 const _: () = assert!(2 * STORES <= FDS_MAX);
 
 /// Longest text kept.

@@ -60,6 +60,9 @@ pub struct BackendInput {
     pub effective_weight: u32,
     /// Cap; 0 means none.
     pub connections_max: u32,
+    /// It is in its slow start: its share of new sessions is at most that of its
+    /// weight.
+    pub slow_start: bool,
     /// Serves only when no primary is eligible.
     pub backup: bool,
     /// Derived by `health`.
@@ -181,6 +184,7 @@ fn candidate(backend: &BackendInput) -> Candidate {
         key: Arc::clone(&backend.state.address_text),
         weight: backend.effective_weight.max(1),
         connections_max: backend.connections_max,
+        slow_start: backend.slow_start,
         in_flight: Arc::clone(&backend.state.in_flight),
         latency: Arc::clone(&backend.state.latency),
     }

@@ -141,3 +141,39 @@ fn two_choices_spread_better_than_one() {
     assert!(spread(Policy::TwoChoices) <= 104, "{}", spread(Policy::TwoChoices));
     assert!(spread(Policy::Random) >= 115, "{}", spread(Policy::Random));
 }
+
+/// A digest of picks over loads that change, one session in three given back.
+fn digest(policy: Policy, pool: usize) -> u64 {
+    let specs: Vec<(u32, u32)> = (0..pool as u32)
+        .map(|i| (1 + i % 7 * 31, if i % 3 == 0 { 0 } else { 5 + i % 11 }))
+        .collect();
+    let balancer = Balancer::new(policy, capped(&specs), None);
+    let (mut digest, mut open) = (0xcbf2_9ce4_8422_2325_u64, VecDeque::new());
+    for number in 0..2_000_u64 {
+        let tried: &[usize] = if number % 5 == 0 { &[1, 0] } else { &[] };
+        let picked = balancer.pick(key(number), tried);
+        let place = picked.map_or(u64::MAX, |index| index as u64);
+        digest = (digest ^ place).wrapping_mul(0x0000_0100_0000_01b3);
+        open.extend(picked);
+        if number % 3 == 0
+            && let Some(index) = open.pop_front()
+        {
+            balancer.candidates()[index].in_flight.leave();
+        }
+    }
+    digest
+}
+
+#[test]
+fn picks_of_a_pool_without_slow_starts_never_change() {
+    let of = |policy| [3, 64, 65, 300].map(|pool| digest(policy, pool));
+    let [large, larger] = [11_141_600_931_862_497_057, 2_732_424_063_310_007_167];
+    assert_eq!(
+        of(Policy::LeastConnections),
+        [5_524_337_606_492_773_702, 12_884_080_393_330_266_714, large, larger]
+    );
+    for policy in [Policy::TwoChoices, Policy::PeakEwma] {
+        let digests = [1_850_196_424_221_371_496, 13_532_494_057_566_551_295, large, larger];
+        assert_eq!(of(policy), digests, "{policy:?}");
+    }
+}

@@ -7,13 +7,14 @@
 mod load;
 mod peak_ewma;
 mod round_robin;
+mod slow_start;
 mod source_hash;
 
 use proptest::prelude::*;
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use tidegate::balance::in_flight::InFlight;
 use tidegate::balance::latency::Latency;
@@ -31,6 +32,7 @@ fn capped(specs: &[(u32, u32)]) -> Vec<Candidate> {
             key: format!("10.0.{}.{}:80", i / 256, i % 256).into(),
             weight,
             connections_max,
+            slow_start: false,
             in_flight: Arc::new(InFlight::new()),
             latency: Arc::new(Latency::new()),
         })
@@ -160,8 +162,9 @@ struct Seen {
     peak: AtomicU32,
 }
 
-/// Opens sessions as fast as it can, holding up to three, and closes them all.
-fn hammer(balancer: &Balancer, seen: &[Seen], thread: u64) {
+/// Opens sessions as fast as it can, holding up to three, and closes them all. All
+/// threads hold theirs at once at the start, however the scheduler runs them.
+fn hammer(balancer: &Balancer, seen: &[Seen], thread: u64, all_open: &Barrier) {
     let close = |index: usize| {
         seen[index].inside.fetch_sub(1, Ordering::SeqCst);
         balancer.candidates()[index].in_flight.leave();
@@ -176,7 +179,10 @@ fn hammer(balancer: &Balancer, seen: &[Seen], thread: u64) {
             }
             Err(error) => assert_eq!(error, PickError::AtCapacity),
         }
-        if open.len() > 2 || number % 7 == 0 {
+        if number == 2 {
+            all_open.wait();
+        }
+        if number > 2 && (open.len() > 2 || number % 7 == 0) {
             open.pop_front().into_iter().for_each(close);
         }
     }
@@ -189,10 +195,11 @@ fn eight_threads_never_overshoot_a_cap_and_leave_nothing_behind() {
         let caps = [(5, 3), (1, 1), (2, 7), (1, 2)];
         let balancer = Balancer::new(policy, capped(&caps), None);
         let seen: [Seen; 4] = Default::default();
+        let all_open = Barrier::new(8);
         thread::scope(|scope| {
             for thread in 0..8 {
-                let (balancer, seen) = (&balancer, &seen);
-                scope.spawn(move || hammer(balancer, seen, thread));
+                let (balancer, seen, all_open) = (&balancer, &seen, &all_open);
+                scope.spawn(move || hammer(balancer, seen, thread, all_open));
             }
         });
         for (seen, (_, cap)) in seen.iter().zip(caps) {

@@ -325,8 +325,11 @@ impl TestProxy {
 
     // --- life ---
 
+    /// To the supervisor, which passes on what can be taken; the process that serves is
+    /// stopped and continued itself.
     pub fn signal(&self, signal: Signal) {
-        proc::signal(self.service(), signal);
+        let direct = matches!(signal, Signal::STOP | Signal::CONT);
+        proc::signal(if direct { self.pid() } else { self.service() }, signal);
     }
 
     pub fn sigterm(&self) {

@@ -111,6 +111,7 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
         first_byte_timeout: None,
         idle_timeout: None,
         half_closed_timeout: None,
+        stalled_timeout: None,
         keepalive: None,
         user_timeout: None,
         connections_max: 0,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate::config::WhenNoneEligible;
 use tidegate::config::{Backend, BackendAddress, Config, EjectionSpec, OnRemoval, Pool, ProbeSpec};
-use tidegate::control::ProbeToken;
+use tidegate::control::{KEPT_FOR, ProbeToken};
 use tidegate::health::{Intent, Observation};
 use tidegate::table::state::{BackendId, BackendState};
 
@@ -84,11 +84,21 @@ pub(crate) struct Model {
     pub(crate) check_at: Option<Instant>,
     /// By frontend: its pool.
     pub(crate) routes: HashMap<String, String>,
+    /// What was wanted of backends that have left, and when they left.
+    kept: HashMap<Identity, (Intent, Instant)>,
 }
+
+/// Pool, name, address.
+type Identity = (String, String, BackendAddress);
 
 impl ModelBackend {
     fn identity(&self) -> (&str, &str, &BackendAddress) {
         (&self.state.pool, &self.state.name, &self.state.address)
+    }
+
+    fn owned_identity(&self) -> Identity {
+        let (pool, name, address) = self.identity();
+        (pool.to_owned(), name.to_owned(), address.clone())
     }
 
     fn eligible_but_for_ejection(&self, probed: bool) -> bool {
@@ -406,7 +416,6 @@ impl Model {
         states: &HashMap<(String, String), Arc<BackendState>>,
         now: Instant,
     ) {
-        let intents = self.intents();
         let former = self.former();
         let mut old_pools = std::mem::take(&mut self.pools);
         for spec in &config.pools {
@@ -415,9 +424,7 @@ impl Model {
             let mut backends = Vec::new();
             for backend in &spec.backends {
                 let state = &states[&(spec.name.to_string(), backend.name.to_string())];
-                let mut b = self.claim(old.as_mut(), spec, backend, state, now);
-                let name = (spec.name.to_string(), backend.name.to_string());
-                b.intent = intents.get(&name).copied().unwrap_or(Intent::Ready);
+                let b = self.claim(old.as_mut(), spec, backend, state, now);
                 backends.push(b);
             }
             let judged = backends.iter().any(|b| b.observation != Observation::Unknown);
@@ -447,6 +454,10 @@ impl Model {
     fn leave(&mut self, mut b: ModelBackend, rule: OnRemoval, now: Instant) {
         b.end_trial(now);
         b.suspect = false;
+        match b.intent {
+            Intent::Ready => self.kept.remove(&b.owned_identity()),
+            wanted => self.kept.insert(b.owned_identity(), (wanted, now)),
+        };
         if let Some(probe) = &mut b.probe {
             probe.stale = true;
         }
@@ -456,15 +467,6 @@ impl Model {
         };
         self.leaving.push(b);
         self.check_at.get_or_insert(now + LEAVING_CHECK);
-    }
-
-    fn intents(&self) -> HashMap<(String, String), Intent> {
-        let configured = self.pools.iter().flat_map(|pool| &pool.backends);
-        // By id, so that of two leaving ones the younger rules.
-        let mut leaving: Vec<_> = self.leaving.iter().collect();
-        leaving.sort_by_key(|b| b.id);
-        let name = |b: &ModelBackend| (b.state.pool.to_string(), b.state.name.to_string());
-        leaving.into_iter().chain(configured).map(|b| (name(b), b.intent)).collect()
     }
 
     /// The old backend of that identity, or a new one.
@@ -493,7 +495,18 @@ impl Model {
             b.connects_for_ejection = 0;
             Some(b)
         });
-        let Some(mut b) = known else { return fresh(spec, state) };
+        let kept = match stays {
+            true => None,
+            false => {
+                let (pool, name, address) = identity;
+                self.kept.remove(&(pool.to_owned(), name.to_owned(), address.clone()))
+            }
+        };
+        let Some(mut b) = known else {
+            let in_time = kept.filter(|(_, left)| now - *left < KEPT_FOR);
+            let intent = in_time.map_or(Intent::Ready, |(wanted, _)| wanted);
+            return ModelBackend { intent, ..fresh(spec, state) };
+        };
         assert!(Arc::ptr_eq(&b.state, state), "{identity:?} lost its state");
         b.spec = spec.clone();
         b.cut_at = None;

@@ -5,6 +5,7 @@
 use crate::common::backend::{self, ScriptedBackend, script};
 use crate::common::client::{self, connect_from};
 use crate::common::conf::{Conf, Pool};
+use crate::common::proc::raise_own_fd_limit;
 use crate::common::proxy::TestProxy;
 use crate::common::servers::{Nginx, Redis, redis_benchmark};
 use crate::common::{
@@ -23,6 +24,7 @@ on_every_engine!(
     the_split_stays_exact_over_reloads_of_other_pools,
     the_split_stays_exact_under_concurrency,
     least_connections_prefers_the_emptier_backend,
+    a_restarted_backend_gets_no_more_than_its_share_in_its_slow_start,
     random_and_two_choices_use_every_backend,
     a_slow_backend_gets_far_less_than_its_share_and_is_tried_again,
     a_source_keeps_its_backend_over_restarts,
@@ -155,6 +157,54 @@ fn greeted(address: SocketAddr) -> TcpStream {
     let mut stream = client::connect(address);
     stream.read_exact(&mut [0]).expect("a greeting");
     stream
+}
+
+/// So many sessions that stay, each with the name of its backend.
+fn named_sessions(address: SocketAddr, count: usize) -> Vec<(char, TcpStream)> {
+    let open = || {
+        let (mut stream, mut name) = (client::connect(address), [0]);
+        stream.read_exact(&mut name).expect("a greeting");
+        (char::from(name[0]), stream)
+    };
+    (0..count).map(|_| open()).collect()
+}
+
+fn a_restarted_backend_gets_no_more_than_its_share_in_its_slow_start(engine: Engine) {
+    let [mut a, b, c] = ["a", "b", "c"].map(|name| ScriptedBackend::start(backend::greet(name)));
+    let pool = Pool::new("web")
+        .key("balance = \"least-connections\"\nslow_start = \"3s\"")
+        .probe(TCP_PROBE)
+        .backend("a", a.address())
+        .backend("b", b.address())
+        .backend("c", c.address());
+    raise_own_fd_limit();
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    ["a", "b", "c"].iter().for_each(|name| proxy.wait_backend("web", name, "observation", "up"));
+    let up = Instant::now();
+    let before = named_sessions(proxy.addr("web"), 30);
+    assert_eq!(of_a(&before), 10);
+    let address = a.socket_address();
+    a.stop();
+    drop(before);
+    proxy.wait_backend("web", "a", "observation", "down");
+    let others = named_sessions(proxy.addr("web"), 800);
+    assert_eq!(of_a(&others), 0);
+    eventually(secs(10), "in service for as long as a slow start", || up.elapsed() > ms(3_100));
+    let _restarted = ScriptedBackend::start_on(address, backend::greet("a"));
+    proxy.wait_backend("web", "a", "observation", "up");
+    let (mut sessions, mut ramp) = (Vec::new(), 0.0);
+    while sessions.len() < 40 && ramp < 40.0 {
+        sessions.extend(named_sessions(proxy.addr("web"), 10));
+        ramp = proxy.backend("web", "a")["ramp_percent"].as_f64().unwrap();
+    }
+    let (its, all) = (of_a(&sessions), sessions.len());
+    let share = ramp / (200.0 + ramp) * all as f64;
+    measured(&format!("{its} of {all}, its share is {share:.1}"));
+    assert!((its as f64) < share + 10.0, "{its} of {all}");
+}
+
+fn of_a(sessions: &[(char, TcpStream)]) -> usize {
+    sessions.iter().filter(|(name, _)| *name == 'a').count()
 }
 
 fn random_and_two_choices_use_every_backend(engine: Engine) {

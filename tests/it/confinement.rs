@@ -242,7 +242,7 @@ fn whoever_cannot_become_the_user_does_not_start() {
     let text = text.replace(&format!("user = \"{USER}\""), "user = \"no-such-user\"");
     place.write("tidegate.toml", &text.replace(&format!("group = \"{USER}\"\n"), ""), OTHER, 0o644);
     let (code, said) = tries(&mut place.command());
-    assert_eq!(code, Some(3), "{said}");
+    assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("[process] user: there is no user \"no-such-user\""), "{said}");
 }
 

@@ -245,7 +245,8 @@ fn stuck_receiver_ends_by_the_idle_timeout(engine: Engine) {
         move |_| gate.wait()
     }));
     let pool = to(&backend).key("connect_timeout = \"500ms\"");
-    let conf = Conf::new(engine).frontend("web", "web", "idle_timeout = \"700ms\"").pool(pool);
+    let keys = "idle_timeout = \"700ms\"\nstalled_timeout = \"off\"";
+    let conf = Conf::new(engine).frontend("web", "web", keys).pool(pool);
     let proxy = TestProxy::start(conf);
     let mut client = connect(proxy.addr("web"));
     client.set_write_timeout(Some(ms(300))).unwrap();

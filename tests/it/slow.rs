@@ -3,7 +3,8 @@
 //!
 //! A small crowd by default; the full 5,000 with `TIDEGATE_LONG=1`.
 
-use crate::common::client::{self, connect};
+use crate::common::backend::{ScriptedBackend, script};
+use crate::common::client::{self, End, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::ports::free_port;
 use crate::common::proxy::{PROGRAM, TestProxy};
@@ -19,7 +20,10 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-on_every_engine!(client_that_never_reads_stalls_its_own_sender_and_nobody_else);
+on_every_engine!(
+    client_that_never_reads_stalls_its_own_sender_and_nobody_else,
+    a_slow_reader_whose_kernel_has_no_room_for_seconds_is_not_idle,
+);
 on_every_engine_alone!(slow_clients_leave_others_their_latency_and_the_host_its_memory);
 
 /// `tidegate backend` in that mode, in a process of its own.
@@ -195,4 +199,29 @@ fn slow_clients_leave_others_their_latency_and_the_host_its_memory(engine: Engin
     assert!(held <= (32 * 1024 + pools + 512) as f64 * 1024.0, "{held} B buffered");
     // Timing is for reading; only a collapse is a failure.
     assert!(with < without * 20 + ms(50), "{without:?} without, {with:?} with");
+}
+
+/// Its kernel makes room in lumps, for which so slow a reader takes longer than any of
+/// the two timers.
+fn a_slow_reader_whose_kernel_has_no_room_for_seconds_is_not_idle(engine: Engine) {
+    const ANSWER: usize = 1 << 20;
+    let backend = ScriptedBackend::start(script(|conn| {
+        let _ = conn.write_all(&vec![7; ANSWER]);
+        conn.drain();
+    }));
+    let pool = Pool::new("web").backend("a", backend.address());
+    let keys = "idle_timeout = \"1s\"\nhalf_closed_timeout = \"1s\"";
+    let proxy = TestProxy::start(Conf::new(engine).frontend("web", "web", keys).pool(pool));
+    let mut client = connect(proxy.addr("web"));
+    let (mut piece, mut got) = (vec![0; 4096], 0);
+    let until = Instant::now() + secs(8);
+    while Instant::now() < until {
+        got += client.read(&mut piece).expect("the stream goes on");
+        std::thread::sleep(ms(250));
+    }
+    assert!(got < ANSWER / 2, "{got} bytes: not a slow reader");
+    // From now on it is a quick one, which ends.
+    let rest = (ANSWER - got) as u64;
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(client::read_to_end(&client), End::Fin(rest));
 }

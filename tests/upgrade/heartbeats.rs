@@ -2,13 +2,16 @@
 //! before it serves.
 
 use crate::common::backend::{self, ScriptedBackend};
+use crate::common::client::{self, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::ports::free_port;
 use crate::common::proxy::TestProxy;
 use crate::common::steady::Steady;
-use crate::common::{Engine, eventually, ms, secs, turn};
-use std::net::{Ipv4Addr, SocketAddr};
+use crate::common::{Engine, eventually, ms, proc, secs, turn};
+use rustix::process::Signal;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 use tidegate::heartbeat::SenderState;
 use tidegate::heartbeat::keys::Secret;
 use tidegate::heartbeat::sender::{Sender, Settings};
@@ -26,51 +29,117 @@ fn registered_backends_that_are_rarely_heard_serve_without_a_gap() {
     serve_without_a_gap(secs(5), "30s");
 }
 
-fn serve_without_a_gap(interval: std::time::Duration, ttl: &str) {
+/// Senders are not heard again before a connection is tried, and the sockets outlive the
+/// process that reads them.
+#[test]
+fn after_a_crash_registered_backends_serve_at_once_and_no_datagram_is_lost() {
     let _turn = turn::shared();
-    let dir = tempfile::tempdir().unwrap();
-    let key = dir.path().join("key");
-    std::fs::write(&key, [7; 32]).unwrap();
-    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let to: SocketAddr = (Ipv4Addr::LOCALHOST, free_port()).into();
-    let section = format!(
-        "[heartbeat]\nlisten = \"{to}\"\n[[heartbeat.key]]\nid = 1\nfile = \"{}\"\n\
-         pools = [\"web\"]\naddresses = [\"127.0.0.0/8\"]\n",
-        key.display()
-    );
-    let heartbeat = format!(
-        "register = true\ninterval = \"{}\"\nttl = \"{ttl}\"\nforget_after = \"30s\"",
-        humantime::format_duration(interval)
-    );
-    let pool = Pool { heartbeat, ..Pool::new("web") };
-    let mut proxy =
-        TestProxy::start(Conf { heartbeat: section, ..Conf::simple(Engine::Epoll, pool) });
-    let servers = ["a", "b"].map(|name| (name, ScriptedBackend::start(backend::http(name, 200))));
-    let senders = servers.each_ref().map(|(name, server)| {
-        let identity = Identity::new("web", name, server.socket_address()).unwrap();
-        let secret = Secret::new(&[7; 32]).unwrap();
-        let settings = Settings { to: vec![to], identity, key_id: 1, secret, interval };
-        let sender = Sender::start(settings).unwrap();
-        sender.set_state(SenderState::Ready);
-        sender
+    let mut site = Site::start(secs(5), "30s");
+    // Longer than what is known takes to be left with the supervisor.
+    std::thread::sleep(ms(1500));
+    let before = site.proxy.pid();
+    proc::signal(before, Signal::STOP);
+    eventually(secs(5), "all of it has stopped", || proc::is_stopped(before));
+    // Each change is sent at once.
+    let leaving = site.senders.remove(0);
+    leaving.set_state(SenderState::Draining);
+    std::thread::sleep(ms(100));
+    // It says that it stops, and nothing after that.
+    drop(leaving);
+    proc::signal(before, Signal::KILL);
+    let answer = client::exchange(&connect(site.proxy.addr("web")), b"GET / HTTP/1.0\r\n\r\n");
+    assert!(answer.expect("served").starts_with(b"HTTP/1."));
+    let socket = site.proxy.dir().join("admin.sock");
+    eventually(secs(10), "another process serves", || {
+        proc::is_dead(before)
+            && crate::common::http::over_unix(&socket, "GET", "/ready")
+                .is_ok_and(|answer| answer.status == 200)
     });
-    let known = |proxy: &TestProxy| {
-        let backends = proxy.status()["pools"][0]["backends"].as_array().unwrap().clone();
+    site.proxy.find_serving();
+    eventually(secs(10), "what was sent meanwhile is taken", || site.known() == 1);
+    // Also an address that a reload has named.
+    let mut moved = site.proxy.conf();
+    let to: SocketAddr = (Ipv4Addr::LOCALHOST, free_port()).into();
+    moved.heartbeat = moved.heartbeat.replace(&site.to.to_string(), &to.to_string());
+    site.proxy.reload(moved);
+    let before = site.proxy.pid();
+    proc::signal(before, Signal::KILL);
+    assert!(UdpSocket::bind(to).is_err(), "the address is never free");
+    assert!(UdpSocket::bind(site.to).is_ok(), "the one that was given up is");
+    eventually(secs(10), "another process serves", || {
+        proc::is_dead(before)
+            && crate::common::http::over_unix(&socket, "GET", "/ready")
+                .is_ok_and(|answer| answer.status == 200)
+    });
+    site.proxy.find_serving();
+    site.proxy.rebaseline();
+}
+
+/// A balancer of two backends that have joined by their heartbeats.
+struct Site {
+    proxy: TestProxy,
+    to: SocketAddr,
+    senders: Vec<Sender>,
+    _servers: [ScriptedBackend; 2],
+    _dir: tempfile::TempDir,
+}
+
+impl Site {
+    fn start(interval: Duration, ttl: &str) -> Site {
+        let dir = tempfile::tempdir().unwrap();
+        let key = dir.path().join("key");
+        std::fs::write(&key, [7; 32]).unwrap();
+        std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let to: SocketAddr = (Ipv4Addr::LOCALHOST, free_port()).into();
+        let section = format!(
+            "[heartbeat]\nlisten = \"{to}\"\n[[heartbeat.key]]\nid = 1\nfile = \"{}\"\n\
+             pools = [\"web\"]\naddresses = [\"127.0.0.0/8\"]\n",
+            key.display()
+        );
+        let heartbeat = format!(
+            "register = true\ninterval = \"{}\"\nttl = \"{ttl}\"\nforget_after = \"30s\"",
+            humantime::format_duration(interval)
+        );
+        let pool = Pool { heartbeat, ..Pool::new("web") };
+        let conf = Conf { heartbeat: section, ..Conf::simple(Engine::Epoll, pool) };
+        let proxy = TestProxy::start(conf);
+        let servers =
+            ["a", "b"].map(|name| (name, ScriptedBackend::start(backend::http(name, 200))));
+        let senders = servers.each_ref().map(|(name, server)| {
+            let identity = Identity::new("web", name, server.socket_address()).unwrap();
+            let secret = Secret::new(&[7; 32]).unwrap();
+            let settings = Settings { to: vec![to], identity, key_id: 1, secret, interval };
+            let sender = Sender::start(settings).unwrap();
+            sender.set_state(SenderState::Ready);
+            sender
+        });
+        let servers = servers.map(|(_, server)| server);
+        let senders = senders.into();
+        let site = Site { proxy, to, senders, _servers: servers, _dir: dir };
+        eventually(secs(10), "both have joined", || site.known() == 2);
+        site
+    }
+
+    fn known(&self) -> usize {
+        let backends = self.proxy.status()["pools"][0]["backends"].as_array().unwrap().clone();
         backends.iter().filter(|backend| backend["eligible"] == true).count()
-    };
-    eventually(secs(10), "both have joined", || known(&proxy) == 2);
-    let steady = Steady::start(proxy.addr("web"), 2);
+    }
+}
+
+fn serve_without_a_gap(interval: Duration, ttl: &str) {
+    let _turn = turn::shared();
+    let mut site = Site::start(interval, ttl);
+    let steady = Steady::start(site.proxy.addr("web"), 2);
     for _ in 0..4 {
         let began = std::time::Instant::now();
-        let old = proxy.upgrade();
+        let old = site.proxy.upgrade();
         let took = began.elapsed();
-        assert_eq!(known(&proxy), 2, "known before it serves, after {took:?}");
-        proxy.wait_gone(old, secs(5));
+        assert_eq!(site.known(), 2, "known before it serves, after {took:?}");
+        site.proxy.wait_gone(old, secs(5));
     }
     let attempts = steady.stop();
     let failed: Vec<_> = attempts.iter().filter(|one| one.result.is_err()).collect();
     assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), attempts.len(), failed[0]);
     assert!(attempts.len() > 50);
-    drop(senders);
-    proxy.rebaseline();
+    site.proxy.rebaseline();
 }

@@ -21,6 +21,7 @@ mod continuity;
 mod crash;
 mod elsewhere;
 mod heartbeats;
+mod in_force;
 mod manager;
 mod selftest;
 mod signals;

@@ -310,7 +310,7 @@ impl Control {
                     _ => tracing::warn!("the process before has ended without a word"),
                 }
             }
-            UpgradeEvent::Ended(status) => self.go_on(status),
+            UpgradeEvent::Ended(status) => self.go_on(status).await,
             UpgradeEvent::SteppedDown => self.stepped_down(),
             UpgradeEvent::Order(order) => self.obey(&order),
             UpgradeEvent::Progress(progress) => {

@@ -5,6 +5,7 @@
 //! something that no check could show: a signal, a limit, a bug in its first sessions.
 
 use super::message::Ready;
+use super::reports::Order;
 use super::{UpgradeEvent, Upgrades};
 use crate::app::control_loop::Control;
 use crate::app::supervised;
@@ -16,6 +17,9 @@ use tokio::sync::oneshot;
 
 /// How long the successor has to live.
 const STEPPING_DOWN: Duration = Duration::from_secs(1);
+
+/// How long its last orders may take to be read once it has ended.
+const LAST_ORDERS_MAX: Duration = Duration::from_millis(500);
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -94,11 +98,12 @@ impl Control {
     }
 
     /// The successor has ended: this process serves again.
-    pub(in crate::app) fn go_on(&mut self, status: ExitStatus) {
+    pub(in crate::app) async fn go_on(&mut self, status: ExitStatus) {
         // Too late: the supervisor learns of it by what was said before.
         let Some(stepping) = self.upgrades.stepping_down.take() else { return };
         let reason = supervised::in_words(status);
         tracing::error!(reason, "this process goes on: it accepts again");
+        self.take_last_intents().await;
         self.upgrades.successor = None;
         self.upgrades.counts.done = self.upgrades.counts.done.saturating_sub(1);
         self.upgrades.counts.failed += 1;
@@ -116,5 +121,29 @@ impl Control {
             link.goes_on();
         }
         self.supervised.write_intents(&self.controller);
+        self.supervised.in_force.write();
+    }
+
+    /// What operators have wanted of the successor: what it has sent here, and what it
+    /// has left with the supervisor, which comes before an operator has an answer.
+    async fn take_last_intents(&mut self) {
+        let mut intents = Vec::new();
+        if let Some(successor) = &mut self.upgrades.successor {
+            let orders = &mut successor.orders;
+            // It has ended, and so its orders end.
+            let all = async {
+                while let Some(order) = orders.recv().await {
+                    intents.extend(order.intent);
+                }
+            };
+            let _ = tokio::time::timeout(LAST_ORDERS_MAX, all).await;
+        }
+        for intent in intents {
+            self.obey(&Order { intent: Some(intent), ..Order::default() });
+        }
+        if let Some(newer) = self.supervised.read_intents() {
+            let effects = self.controller.adopt_intents(&newer, clock::now());
+            self.perform(effects);
+        }
     }
 }

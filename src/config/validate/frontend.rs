@@ -13,11 +13,14 @@ use toml::de::DeValue;
 use super::{CONNECTIONS_MAX, sources};
 use crate::config::address;
 use crate::config::file::{Field, Named, Section};
-use crate::config::value::{self, Complaint, DurationRange, TIME, USER_TIMEOUT, show_duration};
+use crate::config::value::{
+    self, Complaint, DurationRange, STALLED, TIME, USER_TIMEOUT, show_duration,
+};
 use crate::config::{BindOptions, Frontend, NamedFiles, Spot};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);
+const STALLED_TIMEOUT: Duration = Duration::from_secs(45);
 const KEEPALIVE: Duration = Duration::from_secs(60);
 const USER_TIMEOUT_DEFAULT: Duration = Duration::from_secs(120);
 
@@ -30,7 +33,7 @@ pub(super) struct FrontendRead {
     pub(super) pool: Option<Range<usize>>,
 }
 
-pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
+pub(super) fn read(named: Named<'_, '_>, files: NamedFiles<'_>) -> FrontendRead {
     let Named { name, section, .. } = named;
     let read = binds(&section);
     let bind_options = read.iter().filter(|bind| bind.options != BindOptions::default());
@@ -59,6 +62,7 @@ pub(super) fn read(named: Named<'_, '_>, files: NamedFiles) -> FrontendRead {
         idle_timeout: idle_timeout.or(Some(IDLE_TIMEOUT)),
         half_closed_timeout: timer(&section, "half_closed_timeout", TIME)
             .or(Some(HALF_CLOSED_TIMEOUT)),
+        stalled_timeout: timer(&section, "stalled_timeout", STALLED).or(Some(STALLED_TIMEOUT)),
         keepalive: keepalive.or(Some(KEEPALIVE)),
         user_timeout: user_timeout.or(Some(USER_TIMEOUT_DEFAULT)),
         connections_max: connections_max.or(0),

@@ -57,7 +57,7 @@ struct KeyPlaces {
     pools: Vec<Range<usize>>,
 }
 
-pub(super) fn read(top: &Section<'_, '_>, files: NamedFiles) -> Option<HeartbeatRead> {
+pub(super) fn read(top: &Section<'_, '_>, files: NamedFiles<'_>) -> Option<HeartbeatRead> {
     let section = top.table("heartbeat", "[heartbeat]".to_owned())?;
     let listen = addresses(&section, "listen", "\"0.0.0.0:7946\"");
     let too_many = |place: Range<usize>, what: &str, max: usize| {
@@ -85,7 +85,7 @@ pub(super) fn read(top: &Section<'_, '_>, files: NamedFiles) -> Option<Heartbeat
     Some(HeartbeatRead { model: Heartbeats { listen, keys: models }, listen_places, keys })
 }
 
-fn key(section: Section<'_, '_>, files: NamedFiles) -> (HeartbeatKey, KeyPlaces) {
+fn key(section: Section<'_, '_>, files: NamedFiles<'_>) -> (HeartbeatKey, KeyPlaces) {
     let id = section.integer("id", 1..=u32::MAX);
     if id.is_absent() {
         section.missing("id", "1");
@@ -93,7 +93,8 @@ fn key(section: Section<'_, '_>, files: NamedFiles) -> (HeartbeatKey, KeyPlaces)
     let file = section.text("file", "a file path", |text| {
         let path = file_path(text)?;
         let secret = match files {
-            NamedFiles::Read => Some(secret(&path)?),
+            NamedFiles::Read => Some(secret(&path, None)?),
+            NamedFiles::Kept(texts) => Some(secret(&path, texts.named(&path))?),
             NamedFiles::Ignore => None,
         };
         Ok((path, secret))
@@ -123,8 +124,12 @@ fn key(section: Section<'_, '_>, files: NamedFiles) -> (HeartbeatKey, KeyPlaces)
     (model, places)
 }
 
-fn secret(path: &Path) -> Result<Secret, Complaint> {
-    key_file::read(path).map_err(|KeyFileError { path, why }| {
+fn secret(path: &Path, kept: Option<&[u8]>) -> Result<Secret, Complaint> {
+    let secret = match kept {
+        Some(kept) => key_file::of_bytes(path, kept),
+        None => key_file::read(path),
+    };
+    secret.map_err(|KeyFileError { path, why }| {
         let file = shown(&path.to_string_lossy());
         match why {
             Unfit::File(why) => Complaint::new(format!("the key file {file} {why}")),

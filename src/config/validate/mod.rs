@@ -42,7 +42,11 @@ pub(super) const CONNECTIONS_MAX: u32 = 10_000_000;
 
 /// The model of `document`. Where `report` holds an error afterwards, the
 /// result is a filler and must not be used.
-pub(super) fn config<'a>(document: &DeTable<'a>, files: NamedFiles, report: &Report<'_>) -> Config {
+pub(super) fn config<'a>(
+    document: &DeTable<'a>,
+    files: NamedFiles<'_>,
+    report: &Report<'_>,
+) -> Config {
     let top = Section::new(report, document, "the file".to_owned(), 0..0);
     let process = globals::process(&top);
     let admin = globals::admin(&top);

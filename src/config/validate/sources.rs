@@ -2,6 +2,7 @@
 //! for. Called while each frontend is read. Opens no file but the lists it is
 //! told of, and those only where it is told to.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::ops::Range;
@@ -39,7 +40,7 @@ const PREFIX_V6: u32 = 64;
 pub(super) fn read(
     frontend: &Section<'_, '_>,
     name: &str,
-    files: NamedFiles,
+    files: NamedFiles<'_>,
 ) -> Option<Arc<SourceRules>> {
     let label = format!("[frontend.{}.sources]", value::cut(name));
     let section = frontend.table("sources", label)?;
@@ -80,7 +81,7 @@ struct List {
 }
 
 impl List {
-    fn read(section: &Section<'_, '_>, verb: Verb, files: NamedFiles) -> List {
+    fn read(section: &Section<'_, '_>, verb: Verb, files: NamedFiles<'_>) -> List {
         let (key, file_key) = match verb {
             Verb::Allow => ("allow", "allow_file"),
             Verb::Deny => ("deny", "deny_file"),
@@ -90,7 +91,8 @@ impl List {
         let file = section.text(file_key, "a file path", |text| {
             let path = file_path(text)?;
             let ranges = match files {
-                NamedFiles::Read => ranges_of_file(&path)?,
+                NamedFiles::Read => ranges_of_file(&path, None)?,
+                NamedFiles::Kept(texts) => ranges_of_file(&path, texts.named(&path))?,
                 NamedFiles::Ignore => Vec::new(),
             };
             Ok((path, ranges))
@@ -291,10 +293,13 @@ fn as_ipv4(net: IpNet, text: &str) -> Result<IpNet, Complaint> {
 }
 
 /// One range a line; blank lines and what follows `#` say nothing.
-fn ranges_of_file(path: &Path) -> Result<Vec<IpNet>, Complaint> {
+fn ranges_of_file(path: &Path, kept: Option<&[u8]>) -> Result<Vec<IpNet>, Complaint> {
     let shown_path = shown(&path.to_string_lossy());
     let unfit = |why: String| Complaint::new(format!("the list {shown_path} is unfit: {why}"));
-    let bytes = source::read_file(path).map_err(unfit)?;
+    let bytes = match kept {
+        Some(kept) => Cow::Borrowed(kept),
+        None => Cow::Owned(source::read_file(path).map_err(unfit)?),
+    };
     let text = std::str::from_utf8(&bytes).map_err(|_| unfit("it is not UTF-8".to_owned()))?;
     let mut ranges = Vec::new();
     for (index, line) in text.lines().enumerate() {

@@ -88,6 +88,38 @@ fn intents_that_are_newer_than_all_else_rule() {
     assert_eq!(next.status("b").observation, Observation::Up);
 }
 
+/// As where the next process ends in its first second.
+#[test]
+fn intents_of_the_next_process_are_taken_back_by_the_one_before() {
+    let mut old = Bench::up(pool(&["a", "b", "c", "d"]));
+    for name in ["a", "d"] {
+        old.operator(name, Intent::Draining);
+    }
+    let mut next = successor(&old, pool(&["a", "b", "c"]));
+    next.operator("a", Intent::Ready);
+    next.operator("b", Intent::Draining);
+    let newer = next.controller.save_intents(next.now);
+    old.controller.adopt_intents(&newer, old.now);
+    let intents = ["a", "b", "c", "d"].map(|name| old.status(name).intent);
+    let (ready, draining) = (Intent::Ready, Intent::Draining);
+    assert_eq!(intents, [ready, draining, ready, draining], "d was not configured there");
+    assert_eq!(old.serving(), ["a", "c"]);
+}
+
+/// A pool that is missing for once does not put a drained backend back into service.
+#[test]
+fn intents_of_a_pool_that_left_are_kept_across_an_upgrade() {
+    let mut old = Bench::up(pool(&["a", "b"]));
+    old.operator("a", Intent::Draining);
+    let mut next = Bench::new(Pool { name: "other".into(), ..pool(&["x"]) });
+    next.controller.adopt(&old.controller.save(old.now), next.now);
+    let newer = next.controller.save_intents(next.now);
+    old.controller.adopt_intents(&newer, old.now);
+    assert_eq!(old.status("a").intent, Intent::Draining);
+    next.configure(pool(&["a", "b"]));
+    assert_eq!(next.status("a").intent, Intent::Draining);
+}
+
 #[test]
 fn history_goes_on_and_is_not_told_twice() {
     let mut old = Bench::up(pool(&["a", "b"]));

@@ -408,7 +408,7 @@ fn who_comes_back_late_starts_slowly_and_a_whole_pool_does_not() {
 }
 
 #[test]
-fn a_slow_start_holds_the_cap_down_as_well() {
+fn a_slow_start_holds_the_cap_down_and_bounds_the_share_as_well() {
     let slow = Some(Duration::from_secs(10));
     let mut pool = Pool { slow_start: slow, ..unprobed(&["a", "b"]) };
     pool.backends[1].connections_max = 50;
@@ -418,9 +418,16 @@ fn a_slow_start_holds_the_cap_down_as_well() {
     bench.operator("b", Intent::Ready);
     let explained = bench.controller.explain("web", "b", bench.now).unwrap();
     assert_eq!((explained.connections_max, explained.weight.ramp), (5, 10));
+    assert_eq!(slow_starts(&bench), [false, true]);
     bench.pass(Duration::from_secs(11));
     let explained = bench.controller.explain("web", "b", bench.now).unwrap();
     assert_eq!((explained.connections_max, explained.weight.ramp), (50, 100));
+    assert_eq!(slow_starts(&bench), [false, false]);
+}
+
+fn slow_starts(bench: &Bench) -> Vec<bool> {
+    let balancer = bench.controller.current_table().pools[0].balancer.clone().unwrap();
+    balancer.candidates().iter().map(|candidate| candidate.slow_start).collect()
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Slow start: how much of its share a backend takes while it warms up.
 //!
-//! The controller applies the percentage to its weight and its cap alike: with
-//! least-connections an empty backend attracts everybody, whatever its weight.
+//! The controller applies the percentage to its weight and its cap alike. Policies
+//! that compare loads prefer an empty backend whatever its weight is, so the
+//! balancer also bounds its share of the picks until the ramp is over.
 //! It never reads a clock and holds no timer.
 
 use std::time::{Duration, Instant};

@@ -49,6 +49,9 @@ pub struct Limits {
     pub idle: Option<Duration>,
     /// The same once one side has ended. `None` is off.
     pub half_closed: Option<Duration>,
+    /// How long at least a peer without room may take nothing before one of the three
+    /// above acts. `None`: as they say.
+    pub stalled: Option<Duration>,
     /// TCP keepalive of the upstream leg.
     pub keepalive: Option<Duration>,
     /// `TCP_USER_TIMEOUT` of the upstream leg.

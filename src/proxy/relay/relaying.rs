@@ -13,10 +13,6 @@ use std::time::{Duration, Instant};
 /// act earlier, see [`liveness_after`].
 const LIVENESS_AFTER_MAX: Duration = Duration::from_secs(10);
 
-/// See [`lump_time`].
-const LUMPS_FROM: Duration = Duration::from_secs(20);
-const LUMP_TIME: Duration = Duration::from_secs(15);
-
 /// See [`Relaying::looked`].
 const ASKED: u32 = 1 << 31;
 
@@ -30,7 +26,8 @@ pub(super) struct Relaying {
     first_byte: Limit,
     idle: Limit,
     half_closed: Limit,
-    keepalive: Limit,
+    stalled: Seconds,
+    keepalive: Seconds,
     user_timeout: Limit,
     pub(super) meter: Meter,
     last_activity: Instant,
@@ -63,6 +60,24 @@ pub(super) enum Answer {
 #[derive(Debug, Clone, Copy)]
 struct Limit(u32);
 
+/// A time limit of whole seconds, rounded up, in half of that space; 0 is off. The
+/// longest is 18 hours.
+#[derive(Debug, Clone, Copy)]
+struct Seconds(u16);
+
+impl From<Option<Duration>> for Seconds {
+    fn from(limit: Option<Duration>) -> Seconds {
+        let up = |limit: Duration| limit.as_millis().div_ceil(1000).max(1);
+        Seconds(limit.map_or(0, |limit| u16::try_from(up(limit)).unwrap_or(u16::MAX)))
+    }
+}
+
+impl Seconds {
+    fn get(self) -> Option<Duration> {
+        (self.0 != 0).then(|| Duration::from_secs(self.0.into()))
+    }
+}
+
 impl From<Option<Duration>> for Limit {
     fn from(limit: Option<Duration>) -> Limit {
         let millis = |limit: Duration| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
@@ -74,16 +89,6 @@ impl Limit {
     fn get(self) -> Option<Duration> {
         (self.0 != 0).then(|| Duration::from_millis(self.0.into()))
     }
-}
-
-/// How much longer than `limit` a peer without room may show nothing.
-///
-/// Its kernel frees what a reader has read in lumps, as it came in: 128 KiB and more
-/// where the sender was quick, for which a reader of 4 kB a second takes half a minute.
-/// Until then all it says is that there is no room. Limits that are shorter anyway
-/// cannot wait for that.
-fn lump_time(limit: Duration) -> Duration {
-    if limit < LUMPS_FROM { Duration::ZERO } else { LUMP_TIME }
 }
 
 /// When the upstream leg's limits are to be set: in time for either to act as
@@ -100,6 +105,7 @@ impl Relaying {
             first_byte: limits.first_byte.into(),
             idle: limits.idle.into(),
             half_closed: limits.half_closed.into(),
+            stalled: limits.stalled.into(),
             keepalive: limits.keepalive.into(),
             user_timeout: limits.user_timeout.into(),
             meter,
@@ -196,7 +202,7 @@ impl Relaying {
         limit: Duration,
         now: Instant,
     ) {
-        let ago = if blocked { ago.saturating_sub(lump_time(limit)) } else { ago };
+        let ago = if blocked { ago.saturating_sub(self.grace(limit)) } else { ago };
         if let Some(at) = now.checked_sub(ago) {
             self.last_activity = self.last_activity.max(at);
         }
@@ -226,7 +232,16 @@ impl Relaying {
     pub(super) fn patience(&self) -> Duration {
         let limits = [self.half_closed.get(), self.user_timeout.get()];
         let least = limits.into_iter().flatten().min().unwrap_or(PATIENCE_DEFAULT);
-        least + lump_time(least)
+        least + self.grace(least)
+    }
+
+    /// How much longer than `limit` a peer without room may show nothing.
+    ///
+    /// Its kernel frees what a reader has read in lumps, as it came in: 128 KiB and more
+    /// where the sender was quick, for which a reader of 4 kB a second takes half a
+    /// minute. Until then all it says is that there is no room.
+    fn grace(&self, limit: Duration) -> Duration {
+        self.stalled.get().unwrap_or_default().saturating_sub(limit)
     }
 
     #[cold]

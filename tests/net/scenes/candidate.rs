@@ -68,7 +68,7 @@ fn ours(engine: Engine, site: &Site, scene: &Scene) -> Candidate {
     let (_, backend) = places(site);
     let Limits { connect, idle, half_closed, user_timeout, keepalive } = scene.limits;
     let mut keys = format!(
-        "idle_timeout = \"{}ms\"\nhalf_closed_timeout = \"{}ms\"",
+        "idle_timeout = \"{}ms\"\nhalf_closed_timeout = \"{}ms\"\nstalled_timeout = \"off\"",
         idle.as_millis(),
         half_closed.as_millis()
     );

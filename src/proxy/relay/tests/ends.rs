@@ -5,6 +5,7 @@ use crate::proxy::close::Ending;
 
 fn idle(idle: u64, half_closed: u64) -> Limits {
     Limits {
+        stalled: None,
         idle: Some(Duration::from_millis(idle)),
         half_closed: Some(Duration::from_millis(half_closed)),
         ..FOREVER

@@ -23,8 +23,14 @@ use tokio::task::JoinHandle;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// No timers.
-const FOREVER: Limits =
-    Limits { first_byte: None, idle: None, half_closed: None, keepalive: None, user_timeout: None };
+const FOREVER: Limits = Limits {
+    first_byte: None,
+    idle: None,
+    half_closed: None,
+    stalled: None,
+    keepalive: None,
+    user_timeout: None,
+};
 
 /// An engine that runs, and whom its flows are counted for.
 #[derive(Clone)]

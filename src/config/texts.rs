@@ -1,0 +1,126 @@
+//! The texts a configuration was read from, with those of the files it names: for a
+//! process that takes the place of one that crashed while the files on disk are bad.
+//!
+//! Collected by `app` after each configuration that comes into force, read by
+//! [`super::load_kept`]. Secrets are among them.
+
+use super::{Config, source};
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use zeroize::Zeroizing;
+
+/// Most bytes of named files that are collected: four times the largest file. What is
+/// beyond is read from disk.
+const NAMED_BYTES_MAX: usize = 4 * source::FILE_BYTES_MAX;
+
+/// See the module's documentation.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Texts {
+    path: PathBuf,
+    text: String,
+    named: Vec<(PathBuf, Zeroizing<Vec<u8>>)>,
+}
+
+// === impl Texts ===
+
+impl Texts {
+    /// `text` was read at `path` and is `config`; reads the files it names.
+    pub fn of(path: &Path, text: String, config: &Config) -> Texts {
+        let mut room = NAMED_BYTES_MAX;
+        let mut named = Vec::new();
+        for path in config.named_files() {
+            let bytes = source::read_file(&path).ok().map(Zeroizing::new);
+            if let Some(bytes) = bytes.filter(|bytes| bytes.len() <= room) {
+                room -= bytes.len();
+                named.push((path, bytes));
+            }
+        }
+        Texts { path: path.to_owned(), text, named }
+    }
+
+    /// Where the configuration was read.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it says.
+    pub(super) fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// What a file that it names holds; `None` where that is not known.
+    pub fn named(&self, path: &Path) -> Option<&[u8]> {
+        let found = self.named.iter().find(|(named, _)| named == path);
+        found.map(|(_, bytes)| bytes.as_slice())
+    }
+
+    /// For another process: each path and each text with its length before it.
+    pub fn encode(&self) -> Zeroizing<Vec<u8>> {
+        let mut all = Zeroizing::new(Vec::new());
+        let own = std::iter::once((&self.path, self.text.as_bytes()));
+        let named = self.named.iter().map(|(path, bytes)| (path, bytes.as_slice()));
+        for (path, bytes) in own.chain(named) {
+            for part in [path.as_os_str().as_bytes(), bytes] {
+                all.extend((part.len() as u64).to_le_bytes());
+                all.extend(part);
+            }
+        }
+        all
+    }
+
+    /// What another process has left.
+    pub fn decode(mut bytes: &[u8]) -> Option<Texts> {
+        let (path, text) = (take(&mut bytes)?, take(&mut bytes)?);
+        let text = String::from_utf8(text.to_vec()).ok()?;
+        let mut named = Vec::new();
+        while !bytes.is_empty() {
+            let (path, bytes) = (take(&mut bytes)?, take(&mut bytes)?);
+            named.push((path_of(path), Zeroizing::new(bytes.to_vec())));
+        }
+        Some(Texts { path: path_of(path), text, named })
+    }
+}
+
+fn take<'b>(bytes: &mut &'b [u8]) -> Option<&'b [u8]> {
+    let (length, rest) = bytes.split_first_chunk()?;
+    let (part, rest) = rest.split_at_checked(usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
+    *bytes = rest;
+    Some(part)
+}
+
+fn path_of(bytes: &[u8]) -> PathBuf {
+    OsString::from_vec(bytes.to_vec()).into()
+}
+
+impl std::fmt::Debug for Texts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Texts { path, text, named } = self;
+        let (bytes, named) = (text.len(), named.len());
+        write!(f, "Texts({}, {bytes} bytes, {named} named files)", path.display())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn texts_survive_the_way_and_name_no_secret() {
+        let named = vec![("/key".into(), Zeroizing::new(vec![0xFF, 0, 7]))];
+        let texts = Texts { path: "a b".into(), text: "x = 1\n".into(), named };
+        let again = Texts::decode(&texts.encode()).unwrap();
+        assert_eq!(again, texts);
+        assert_eq!(again.named(Path::new("/key")), Some(&[0xFF, 0, 7][..]));
+        assert_eq!(again.named(Path::new("/other")), None);
+        assert_eq!(format!("{again:?}"), "Texts(a b, 6 bytes, 1 named files)");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_bytes_come_are_texts_or_none(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+            let _ = Texts::decode(&bytes);
+        }
+    }
+}
