@@ -12,7 +12,7 @@ use crate::admin::{self, AdminListener};
 use crate::clock;
 use crate::config::{Admin, Texts};
 use crate::control::Controller;
-use crate::control::handover::Saved;
+use crate::control::handover::{Saved, Saving};
 use crate::supervisor::{Given, Link, News, Store};
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
@@ -30,6 +30,13 @@ use tokio::sync::mpsc;
 /// part in [`SHARE`] of the control thread's time.
 const PACE: Duration = Duration::from_secs(1);
 const SHARE: u32 = 50;
+
+/// It is gathered for so long before events have their turn, and for this long they
+/// have it.
+const SLICE_MAX: Duration = Duration::from_millis(1);
+
+/// Backends between two looks at the clock.
+const SLICE_STEP: usize = 32;
 
 /// Without a due time.
 const FAR: Duration = Duration::from_secs(3600);
@@ -49,6 +56,10 @@ pub struct Supervised {
     intents: Option<Store>,
     /// Takes what is known to the thread that writes it.
     writer: Option<sync::SyncSender<Snapshot>>,
+    /// Gathered and not taken yet: the thread still writes the one before.
+    waiting: Option<Snapshot>,
+    /// Being gathered, and the time it has taken so far.
+    saving: Option<(Saving, Duration)>,
     changed: bool,
     next_write: Option<Instant>,
     news: Option<mpsc::UnboundedReceiver<News>>,
@@ -204,24 +215,55 @@ impl Supervised {
 
     /// When [`Supervised::write`] is wanted.
     pub(super) fn next_write(&self, now: Instant) -> Instant {
-        match (&self.writer, self.changed) {
+        let wanted = self.changed || self.saving.is_some() || self.waiting.is_some();
+        match (&self.writer, wanted) {
             (Some(_), true) => self.next_write.unwrap_or(now),
             _ => now + FAR,
         }
     }
 
-    /// Leaves everything known with the supervisor.
+    /// Leaves everything known with the supervisor. Gathering many backends takes
+    /// several calls; what changes meanwhile is in the next snapshot.
     pub(super) fn write(&mut self, digest: u64, controller: &Controller) {
         let begun = clock::now();
-        let state = controller.save(begun).without_counts();
-        if let Some(writer) = &self.writer
-            && writer.try_send(Snapshot { digest, state }).is_ok()
-        {
-            self.changed = false;
+        if let Some(waiting) = self.waiting.take() {
+            self.hand_over(waiting);
+            self.next_write = Some(begun + PACE);
+            return;
         }
-        let now = clock::now();
-        let took = now.saturating_duration_since(begun);
-        self.next_write = Some(now + PACE.max(took * SHARE));
+        // A reload has another digest: it is begun once more.
+        let saving = self.saving.take().filter(|(saving, _)| controller.can_go_on(saving));
+        let (mut saving, spent) = saving.unwrap_or_else(|| {
+            self.changed = false;
+            (controller.begin_save(begun), Duration::ZERO)
+        });
+        let complete = loop {
+            if !controller.save_on(&mut saving, SLICE_STEP) {
+                break true;
+            }
+            if clock::now().saturating_duration_since(begun) >= SLICE_MAX {
+                break false;
+            }
+        };
+        if complete {
+            self.hand_over(Snapshot { digest, state: controller.end_save(saving) });
+            let now = clock::now();
+            let spent = spent + now.saturating_duration_since(begun);
+            self.next_write = Some(now + PACE.max(spent * SHARE));
+        } else {
+            let now = clock::now();
+            self.saving = Some((saving, spent + now.saturating_duration_since(begun)));
+            self.next_write = Some(now + SLICE_MAX);
+        }
+    }
+
+    /// Gives it to the thread that writes, or keeps it until that has time: to drop
+    /// thousands of backends takes as long as to gather them.
+    fn hand_over(&mut self, snapshot: Snapshot) {
+        let Some(writer) = &self.writer else { return };
+        if let Err(sync::TrySendError::Full(snapshot)) = writer.try_send(snapshot) {
+            self.waiting = Some(snapshot);
+        }
     }
 
     /// Leaves operators' intents there, at once.
@@ -254,7 +296,8 @@ fn known(given: &Given) -> Snapshot {
 }
 
 fn write_all(store: &Store, snapshots: &sync::Receiver<Snapshot>) {
-    while let Ok(snapshot) = snapshots.recv() {
+    while let Ok(Snapshot { digest, state }) = snapshots.recv() {
+        let snapshot = Snapshot { digest, state: state.without_counts() };
         let written = serde_json::to_vec(&snapshot).map_err(io::Error::other);
         if let Err(error) = written.and_then(|text| store.write(&text)) {
             tracing::warn!(%error, "a crash would lose what is known of the backends");

@@ -8,7 +8,7 @@ use super::control_loop::Control;
 use crate::admin::ReloadError;
 use crate::clock;
 use crate::control::Effect;
-use crate::control::ports::{self, PortLimits, PortWatch, Reuse};
+use crate::control::ports::{self, PortLimits, PortLook, PortWatch, Reuse};
 use crate::net::errno;
 use crate::net::ports::LocalPorts;
 use crate::supervisor::pid_file::PidFile;
@@ -27,6 +27,12 @@ const TRY_AGAIN: Duration = Duration::from_millis(500);
 /// Troubles that status shows.
 const TROUBLES_MAX: usize = 8;
 
+/// Backends whose local ports are looked at in one turn: some half a millisecond.
+const PORTS_MAX: usize = 1_000;
+
+/// From one turn of a look to the next.
+const PORTS_PAUSE: Duration = Duration::from_millis(1);
+
 /// What is looked after.
 #[derive(Debug)]
 pub(super) struct Upkeep {
@@ -35,6 +41,8 @@ pub(super) struct Upkeep {
     /// Shared with a rendering that is under way.
     pub(super) ports: Arc<PortWatch>,
     local_ports: LocalPorts,
+    /// The look at them that is under way, and when it began.
+    look: Option<(PortLook, Instant)>,
     /// A changed file that could not be read for want of something of ours.
     reload: bool,
     /// A file that could not be written.
@@ -50,6 +58,7 @@ impl Upkeep {
             next_look: now,
             ports: Arc::default(),
             local_ports: LocalPorts::open(),
+            look: None,
             reload: false,
             pid_file: None,
         }
@@ -112,17 +121,33 @@ impl Control {
             self.write_pid_file(path);
         }
         if now >= self.upkeep.next_look {
-            self.upkeep.next_look = now + ports::LOOK;
-            self.upkeep.local_ports.read();
-            let limits = self.upkeep.limits();
-            let notices =
-                Arc::make_mut(&mut self.upkeep.ports).look(self.controller.backends(), limits);
-            self.perform(notices.into_iter().map(Effect::Notice).collect());
+            self.look_at_ports(now);
         }
         self.upkeep.next = self.upkeep.next_look;
         if self.upkeep.reload || self.upkeep.pid_file.is_some() {
             self.upkeep.again_soon();
         }
+    }
+
+    /// Looks at some backends' ports, and says what came out once all have had
+    /// their turn.
+    fn look_at_ports(&mut self, now: Instant) {
+        let (mut look, began) = self.upkeep.look.take().unwrap_or_else(|| {
+            self.upkeep.local_ports.read();
+            (PortLook::default(), now)
+        });
+        let limits = self.upkeep.limits();
+        let watch = Arc::make_mut(&mut self.upkeep.ports);
+        let backends = self.controller.backends_after(look.after()).take(PORTS_MAX);
+        watch.look(&mut look, backends, limits);
+        if self.controller.backends_after(look.after()).next().is_some() {
+            self.upkeep.look = Some((look, began));
+            self.upkeep.next_look = now + PORTS_PAUSE;
+            return;
+        }
+        let notices = watch.complete(look);
+        self.upkeep.next_look = (began + ports::LOOK).max(now + PORTS_PAUSE);
+        self.perform(notices.into_iter().map(Effect::Notice).collect());
     }
 
     /// Reloads because the file has changed or a signal came: nobody waits for

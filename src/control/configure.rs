@@ -162,9 +162,7 @@ impl Controller {
                 respecify(&mut entry, old_probe.as_deref(), spec.probe.as_deref(), arrival, now);
             self.fit_heartbeats(&mut entry, spec, arrival, was_needed, now);
             let backend = entry.state.id;
-            if !entry.health.outlier.takes_failures() {
-                self.out.insert((id, backend));
-            }
+            self.note_out(&entry);
             members.push(backend);
             self.backends.insert(backend, entry);
             match plan {

@@ -11,6 +11,7 @@ use super::{BackendEntry, Controller, Effect, Notice, PoolEntry, PoolId};
 use crate::config::EjectionSpec;
 use crate::health::ConnectFailure;
 use crate::table::state::BackendId;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ pub(super) struct GuardView {
     suspect: usize,
     /// Backends that may be ejected at once.
     ejected_max: usize,
-    /// Backends that are eligible now, without those on trial.
+    /// Backends that are eligible now, without those on trial; 2 stands for any more.
     eligible: usize,
     /// All of the pool's backends.
     backends: usize,
@@ -180,10 +181,9 @@ impl Controller {
     /// Whether some backend of the pool is ejected or on trial; forgets those that
     /// are not any more.
     fn has_out(&mut self, pool: PoolId) -> bool {
-        let noted = self.out.range((pool, BackendId(0))..=(pool, BackendId(u32::MAX)));
-        let noted: Vec<(PoolId, BackendId)> = noted.copied().collect();
+        let noted: Vec<BackendId> = noted(&self.out, pool).collect();
         let mut any = false;
-        for (pool, id) in noted {
+        for id in noted {
             let entry = self.backends.get(&id).filter(|entry| entry.pool == pool);
             if entry.is_some_and(|entry| !entry.health.outlier.takes_failures()) {
                 any = true;
@@ -195,20 +195,47 @@ impl Controller {
     }
 
     pub(super) fn guard_view(&self, pool: &PoolEntry) -> GuardView {
-        let members = || pool.members.iter().filter_map(|id| Some((*id, self.backends.get(id)?)));
+        let members = pool.members.iter().filter_map(|id| self.backends.get(id));
         let percent = pool.spec.ejection.map_or(0, |spec| spec.max_ejected_percent);
+        let out = || self.of_pool(&self.out, pool.id).map(|entry| (entry, &entry.health.outlier));
+        let ejected = out().filter(|(_, outlier)| outlier.is_ejected());
+        let suspect = self.of_pool(&self.suspects, pool.id).map(|entry| &entry.health);
         GuardView {
-            ejected: members()
-                .filter(|(_, entry): &(_, &BackendEntry)| entry.health.outlier.is_ejected())
-                .map(|(id, _)| id)
-                .collect(),
-            on_trial: members().filter(|(_, entry)| entry.health.outlier.is_on_trial()).count(),
-            suspect: members()
-                .filter(|(_, entry)| entry.health.gray.is_suspect() && entry.health.takes_many())
-                .count(),
+            ejected: ejected.map(|(entry, _)| entry.state.id).collect(),
+            on_trial: out().filter(|(_, outlier)| outlier.is_on_trial()).count(),
+            suspect: suspect.filter(|it| it.gray.is_suspect() && it.takes_many()).count(),
             ejected_max: ejected_max(percent, pool.members.len()),
-            eligible: members().filter(|(_, entry)| entry.health.takes_many()).count(),
+            // A walk over all of them would cost milliseconds.
+            eligible: members.filter(|entry| entry.health.takes_many()).take(2).count(),
             backends: pool.members.len(),
         }
     }
+
+    /// The backends that are noted for a pool.
+    pub(super) fn of_pool<'a>(
+        &'a self,
+        of: &'a BTreeSet<(PoolId, BackendId)>,
+        pool: PoolId,
+    ) -> impl Iterator<Item = &'a BackendEntry> {
+        let entries = noted(of, pool).filter_map(|id| self.backends.get(&id));
+        entries.filter(move |entry| entry.pool == pool)
+    }
+
+    /// Notes a backend that joins a pool where it is ejected, on trial or suspect.
+    pub(super) fn note_out(&mut self, entry: &BackendEntry) {
+        let who = (entry.pool, entry.state.id);
+        if !entry.health.outlier.takes_failures() {
+            self.out.insert(who);
+        }
+        if entry.health.gray.is_suspect() {
+            self.suspects.insert(who);
+        }
+    }
+}
+
+fn noted(
+    of: &BTreeSet<(PoolId, BackendId)>,
+    pool: PoolId,
+) -> impl Iterator<Item = BackendId> + use<'_> {
+    of.range((pool, BackendId(0))..=(pool, BackendId(u32::MAX))).map(|(_, id)| *id)
 }

@@ -1,16 +1,46 @@
 //! Gray backends: reads what workers count of first bytes, and makes suspects.
 //!
 //! Called by the controller every [`LOOK_INTERVAL`] while some pool of several
-//! backends has `slow_first_byte`. The judgement is `health::gray`'s; here
+//! backends has `slow_first_byte`. A look at many backends takes several turns, so
+//! that nothing else has to wait for it. The judgement is `health::gray`'s; here
 //! counts go in, and the guard is kept: as many backends of a pool as may be
 //! ejected at once, and at least one, may be suspect or ejected. It never takes
 //! a backend out of service.
 
 use super::schedule::Job;
-use super::{Controller, PoolEntry};
+use super::{Controller, PoolEntry, PoolId};
 use crate::health::gray::{Counts, LOOK_INTERVAL, PoolView, Verdict, Watch};
 use crate::table::state::{BackendId, BackendState};
 use std::time::{Duration, Instant};
+
+/// Backends that are looked at in one turn (each is looked at twice in a look): some
+/// half a millisecond.
+const TURN_MAX: usize = 1_000;
+
+/// From one turn of a look to the next.
+const TURN_PAUSE: Duration = Duration::from_millis(1);
+
+/// A look that is under way.
+#[derive(Debug, Default)]
+pub(super) struct Round {
+    began: Option<Instant>,
+    /// Still to come, the next one last.
+    pools: Vec<PoolId>,
+    stage: Option<Stage>,
+}
+
+/// How far the look at one pool is.
+#[derive(Debug)]
+struct Stage {
+    pool: PoolId,
+    /// As they were when it began.
+    members: Vec<BackendId>,
+    /// Those before have been looked at.
+    at: usize,
+    view: PoolView,
+    /// All have taken their counts.
+    judging: bool,
+}
 
 /// `slow_first_byte` where there is somebody to compare with.
 pub(super) fn watched(pool: &PoolEntry) -> Option<Duration> {
@@ -46,28 +76,58 @@ impl Controller {
         }
         if !self.pools.iter().any(|pool| watched(pool).is_some()) {
             self.schedule.cancel(Job::LookForGray);
+            self.round = Round::default();
         } else if !self.schedule.is_set(Job::LookForGray) {
             self.schedule.set(Job::LookForGray, now + LOOK_INTERVAL);
         }
     }
 
-    /// Looks at every backend that is watched.
+    /// Goes on with the look at every backend that is watched, or begins one.
     pub(super) fn look_for_gray(&mut self, now: Instant) {
+        if self.round.began.is_none() {
+            let watched = self.pools.iter().filter(|pool| watched(pool).is_some());
+            self.round.pools = watched.map(|pool| pool.id).collect();
+            self.round.pools.reverse();
+        }
+        let began = *self.round.began.get_or_insert(now);
+        let mut left = TURN_MAX;
+        while left > 0 {
+            let stage = self.round.stage.take();
+            let Some(stage) = stage.or_else(|| self.next_pool()) else {
+                self.round = Round::default();
+                let next = (began + LOOK_INTERVAL).max(now + TURN_PAUSE);
+                self.schedule.set(Job::LookForGray, next);
+                return;
+            };
+            self.round.stage = self.look_on(stage, &mut left, now);
+        }
+        self.schedule.set(Job::LookForGray, now + TURN_PAUSE);
+    }
+
+    fn next_pool(&mut self) -> Option<Stage> {
+        let id = self.round.pools.pop()?;
+        let members = self.pool(id).map_or_else(Vec::new, |pool| pool.members.clone());
+        Some(Stage { pool: id, members, at: 0, view: PoolView::default(), judging: false })
+    }
+
+    /// Looks at some backends of a pool: all of them take their counts before the
+    /// first is judged. `None` once it is done.
+    fn look_on(&mut self, mut stage: Stage, left: &mut usize, now: Instant) -> Option<Stage> {
+        // A reload may have switched it off meanwhile.
+        let slow = self.pool(stage.pool).and_then(watched)?;
+        let end = stage.members.len().min(stage.at + *left);
+        let slice = stage.at..end;
+        *left -= slice.len();
+        stage.at = end;
         let mut found = Vec::new();
-        for pool in &self.pools {
-            let Some(slow) = watched(pool) else { continue };
-            for id in &pool.members {
-                if let Some(entry) = self.backends.get_mut(id) {
-                    entry.health.gray.take(counted(&entry.state), now);
-                }
-            }
-            let watches = pool.members.iter().filter_map(|id| self.backends.get(id));
-            let view = PoolView::of(watches.map(|entry| &entry.health.gray));
-            for id in &pool.members {
-                let Some(entry) = self.backends.get_mut(id) else { continue };
-                if let Some(verdict) = entry.health.gray.judge(&view, slow, now) {
-                    found.push((*id, verdict));
-                }
+        for id in &stage.members[slice] {
+            let Some(entry) = self.backends.get_mut(id) else { continue };
+            let watch = &mut entry.health.gray;
+            if !stage.judging {
+                watch.take(counted(&entry.state), now);
+                stage.view.add(watch);
+            } else if let Some(verdict) = watch.judge(&stage.view, slow, now) {
+                found.push((*id, verdict));
             }
         }
         for (id, verdict) in found {
@@ -76,7 +136,14 @@ impl Controller {
                 Verdict::Clear(reason) => self.clear_suspect(id, reason, now),
             }
         }
-        self.schedule.set(Job::LookForGray, now + LOOK_INTERVAL);
+        if end == stage.members.len() {
+            if stage.judging {
+                return None;
+            }
+            stage.view.complete();
+            (stage.judging, stage.at) = (true, 0);
+        }
+        Some(stage)
     }
 
     fn make_suspect(&mut self, id: BackendId, reason: String, now: Instant) {
@@ -91,6 +158,7 @@ impl Controller {
         if let Some(entry) = self.backends.get_mut(&id) {
             entry.health.gray.suspect(now);
             entry.observed_since = now;
+            self.suspects.insert((entry.pool, id));
         }
         self.record(id, (from, "suspect"), reason, lasted, now);
     }
@@ -99,6 +167,7 @@ impl Controller {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let from = entry.health.observation().name();
         let Some(since) = entry.health.gray.clear() else { return };
+        self.suspects.remove(&(entry.pool, id));
         let to = entry.health.observation().name();
         if from == to {
             // Probes or heartbeats say worse of it, or the same.

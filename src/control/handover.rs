@@ -18,9 +18,11 @@ use crate::health::gray::SavedWatch;
 use crate::health::outlier::SavedOutlier;
 use crate::health::{Intent, Observation};
 use crate::proxy::close::RefusedReason;
+use crate::table::PoolTable;
 use crate::table::state::{BackendId, BackendState, FrontendState};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Everything known of frontends, pools and backends. Times are counted back
@@ -47,6 +49,19 @@ pub struct Saved {
     /// What operators wanted of backends that have left.
     #[serde(skip_serializing_if = "is_default")]
     pub left: Vec<SavedIntent>,
+}
+
+/// A [`Saved`] that is being made, a slice at a time.
+#[derive(Debug)]
+pub struct Saving {
+    at: Instant,
+    generation: u64,
+    /// Transitions of each backend.
+    history: usize,
+    /// The last one is under way.
+    pools: Vec<SavedPool>,
+    /// Its members that are still to come, the last first.
+    left: Vec<BackendId>,
 }
 
 /// Transitions in one [`Saved`]: where backends have more, each keeps its newest.
@@ -217,38 +232,80 @@ impl Saved {
 impl Controller {
     /// For another process to go on with.
     pub fn save(&self, now: Instant) -> Saved {
-        let turns: HashMap<&str, Turn> = self
-            .table
-            .pools
-            .iter()
-            .filter_map(|pool| Some((&*pool.spec.name, pool.balancer.as_ref()?.turn()?)))
-            .collect();
-        let history = HISTORY_MAX / self.backends.len().max(1);
-        let save_pool = |pool: &PoolEntry| SavedPool {
-            name: pool.spec.name.to_string(),
-            open: pool.startup == Startup::Open,
-            turn: turns.get(&*pool.spec.name).copied(),
-            in_service_ms: pool
-                .in_service_since
-                .map(|since| millis(now.saturating_duration_since(since))),
-            hearts: pool.spec.heartbeat.is_some(),
-            backends: pool
-                .members
-                .iter()
-                .filter_map(|id| self.backends.get(id))
-                .map(|entry| save_backend(entry, history.max(1), now))
-                .collect(),
-        };
+        let mut saving = self.begin_save(now);
+        self.save_on(&mut saving, usize::MAX);
         Saved {
-            generation: self.generation,
-            serial: self.serial,
             frontends: self.frontends.iter().map(|entry| save_frontend(&entry.state)).collect(),
-            pools: self.pools.iter().map(save_pool).collect(),
             published: self.published().map(|(reason, n)| (reason.name().to_owned(), n)).into(),
             heartbeats: self.heartbeats_taken(),
             misfits: self.misfits().map(|(misfit, n)| (misfit.name().to_owned(), n)).into(),
             excuses: self.excuses(),
-            left: self.kept.save(now),
+            ..self.end_save(saving)
+        }
+    }
+
+    /// The same in slices, and without the controller's and the frontends' counts:
+    /// backends come by [`Controller::save_on`], those of now as they are by then.
+    pub fn begin_save(&self, now: Instant) -> Saving {
+        Saving {
+            at: now,
+            generation: self.generation,
+            history: (HISTORY_MAX / self.backends.len().max(1)).max(1),
+            pools: Vec::new(),
+            left: Vec::new(),
+        }
+    }
+
+    /// Adds up to `most` backends and pools; false once there are no more. A backend
+    /// that has left meanwhile is left out. After a reload another one is to be
+    /// begun: [`Controller::can_go_on`].
+    pub fn save_on(&self, saving: &mut Saving, most: usize) -> bool {
+        for _ in 0..most {
+            let Some(id) = saving.left.pop() else {
+                let place = saving.pools.len();
+                let Some(pool) = self.pools.iter().as_slice().get(place) else { return false };
+                saving.pools.push(Controller::save_pool(
+                    pool,
+                    self.table.pools.get(place),
+                    saving.at,
+                ));
+                saving.left.extend(pool.members.iter().rev());
+                continue;
+            };
+            if let (Some(pool), Some(entry)) = (saving.pools.last_mut(), self.backends.get(&id)) {
+                pool.backends.push(save_backend(entry, saving.history, saving.at));
+            }
+        }
+        true
+    }
+
+    /// A pool without its backends.
+    fn save_pool(pool: &PoolEntry, table: Option<&Arc<PoolTable>>, now: Instant) -> SavedPool {
+        let table = table.filter(|table| table.spec.name == pool.spec.name);
+        let age = |since: Instant| millis(now.saturating_duration_since(since));
+        SavedPool {
+            name: pool.spec.name.to_string(),
+            open: pool.startup == Startup::Open,
+            turn: table.and_then(|table| table.balancer.as_ref()?.turn()),
+            in_service_ms: pool.in_service_since.map(age),
+            hearts: pool.spec.heartbeat.is_some(),
+            backends: Vec::with_capacity(pool.members.len()),
+        }
+    }
+
+    /// Whether what was begun is still about the configuration in force.
+    pub fn can_go_on(&self, saving: &Saving) -> bool {
+        saving.generation == self.generation
+    }
+
+    /// All that was gathered.
+    pub fn end_save(&self, saving: Saving) -> Saved {
+        Saved {
+            generation: saving.generation,
+            serial: self.serial,
+            pools: saving.pools,
+            left: self.kept.save(saving.at),
+            ..Saved::default()
         }
     }
 
@@ -396,6 +453,9 @@ impl Controller {
             }
             if is_watched {
                 entry.health.gray.restore(&backend.watch, now);
+                if entry.health.gray.is_suspect() {
+                    self.suspects.insert((entry.pool, id));
+                }
             }
             match entry.health.outlier.until() {
                 Some(until) => {

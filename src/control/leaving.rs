@@ -43,6 +43,7 @@ impl Controller {
         self.schedule.cancel(Job::EjectionEnds(id));
         self.forget_trial(&mut entry, now);
         entry.health.gray = Watch::default();
+        self.suspects.remove(&(entry.pool, id));
         if let Some(probe) = &mut entry.in_flight {
             probe.stale = true;
         }

@@ -64,6 +64,7 @@ use crate::table::state::{BackendId, BackendState, FrontendState};
 use schedule::{Job, Schedule};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -199,6 +200,10 @@ pub struct Controller {
     left: HashMap<configure::Identity, BackendId>,
     /// Every backend that is ejected or on trial; some may not be any more.
     out: BTreeSet<(PoolId, BackendId)>,
+    /// The same of those that are suspect.
+    suspects: BTreeSet<(PoolId, BackendId)>,
+    /// The look at first bytes that is under way.
+    round: gray::Round,
     /// What operators wanted of backends that have left.
     kept: intents::Kept,
     /// Where our own listeners are bound.
@@ -377,6 +382,8 @@ impl Controller {
             leaving: BTreeMap::new(),
             left: HashMap::new(),
             out: BTreeSet::new(),
+            suspects: BTreeSet::new(),
+            round: gray::Round::default(),
             kept: intents::Kept::default(),
             own: Default::default(),
             schedule: Schedule::default(),
@@ -473,6 +480,15 @@ impl Controller {
     /// Every backend configured or registered, in no order.
     pub fn backends(&self) -> impl Iterator<Item = &Arc<BackendState>> {
         self.backends.values().map(|entry| &entry.state)
+    }
+
+    /// Those that came after `last`, oldest first.
+    pub fn backends_after(
+        &self,
+        last: Option<BackendId>,
+    ) -> impl Iterator<Item = &Arc<BackendState>> {
+        let from = last.map_or(Bound::Unbounded, Bound::Excluded);
+        self.backends.range((from, Bound::Unbounded)).map(|(_, entry)| &entry.state)
     }
 
     /// The newest table; an empty one before the first configuration.

@@ -37,8 +37,10 @@ pub(super) struct Pace {
     waiting: BTreeSet<BackendId>,
     /// Those of them that came since the last look.
     fresh: Vec<BackendId>,
-    /// Members came or went; these pools' tables are wrong.
+    /// Members came or went, or may stand in no more; these pools' tables are wrong.
     members: BTreeSet<PoolId>,
+    /// Backends of these pools have moved, and the table that is due says so.
+    moved: BTreeSet<PoolId>,
     /// No table for heartbeats before then.
     not_before: Option<Instant>,
     /// Tables so far, by [`PublishReason`].
@@ -102,6 +104,7 @@ impl Pace {
         self.published[reason as usize] += 1;
         self.waiting.clear();
         self.members.clear();
+        self.moved.clear();
         if reason == PublishReason::Heartbeat {
             self.not_before = Some(now + PACE);
         }
@@ -117,12 +120,11 @@ impl Controller {
         let reason = self.work.rebuild.take();
         let mut health = false;
         for id in touched {
-            if !self.moved(id) {
-                continue;
-            }
+            let Some(pool) = self.moved(id) else { continue };
             if self.may_wait(id) {
                 self.pace.backend(id);
             } else {
+                self.pace.moved.insert(pool);
                 health = true;
             }
         }
@@ -142,9 +144,16 @@ impl Controller {
             return None;
         }
         let waiting = std::mem::take(&mut self.pace.waiting);
-        self.pace.waiting = waiting.into_iter().filter(|id| self.moved(*id)).collect();
+        self.pace.waiting = waiting.into_iter().filter(|id| self.moved(*id).is_some()).collect();
         let due = !self.pace.waiting.is_empty() || !self.pace.members.is_empty();
         due.then_some(PublishReason::Heartbeat)
+    }
+
+    /// The pools of which the newest table is wrong.
+    pub(super) fn wrong_pools(&self) -> BTreeSet<PoolId> {
+        let moved = self.pace.waiting.iter().filter_map(|id| self.moved(*id));
+        let known = self.pace.members.iter().chain(&self.pace.moved).copied();
+        known.chain(moved).collect()
     }
 
     /// Notes that a table was made.

@@ -43,6 +43,11 @@ impl Pools {
         self.list.get_mut(*self.by_id.get(&id)?)
     }
 
+    /// Its place in file order.
+    pub(super) fn place(&self, id: PoolId) -> Option<usize> {
+        self.by_id.get(&id).copied()
+    }
+
     pub(super) fn named(&self, name: &str) -> Option<&PoolEntry> {
         self.list.get(*self.by_name.get(name)?)
     }

@@ -56,41 +56,66 @@ type Key = (BackendId, Option<IpAddr>);
 pub struct PortWatch {
     /// How many connections had lingered at the last looks, oldest first; only
     /// of whom had any.
-    lingered: HashMap<Key, VecDeque<u64>>,
+    // Shared by clones: a picture for a scrape is one.
+    lingered: HashMap<Key, Arc<VecDeque<u64>>>,
     warned: HashSet<Key>,
+}
+
+/// A look that is under way.
+#[derive(Debug, Default)]
+pub struct PortLook {
+    /// The last one looked at.
+    after: Option<BackendId>,
+    seen: HashSet<Key>,
+    high: HashSet<Key>,
+    news: Vec<Notice>,
+}
+
+// === impl PortLook ===
+
+impl PortLook {
+    /// Backends up to this one have been looked at.
+    pub fn after(&self) -> Option<BackendId> {
+        self.after
+    }
 }
 
 // === impl PortWatch ===
 
 impl PortWatch {
-    /// Looks at every backend, once every [`LOOK`]; says who has come to 80 % of
-    /// the ports since the last time.
+    /// Looks at some backends, each once every [`LOOK`].
     pub fn look<'a>(
         &mut self,
+        look: &mut PortLook,
         backends: impl Iterator<Item = &'a Arc<BackendState>>,
         limits: PortLimits,
-    ) -> Vec<Notice> {
-        let mut seen = HashSet::new();
-        let mut high = HashSet::new();
-        let mut news = Vec::new();
-        for backend in backends.filter(|backend| has_ports(backend)) {
+    ) {
+        for backend in backends {
+            look.after = Some(backend.id);
+            if !has_ports(backend) {
+                continue;
+            }
             for way in backend.ways.load().iter() {
                 let key = (backend.id, way.source());
-                self.remember(key, lingering(backend, way), &mut seen);
+                self.remember(key, lingering(backend, way), &mut look.seen);
                 let used = self.used(backend, way, limits);
                 let percent = used * 100 / u64::from(limits.ports.max(1));
                 let was_high = self.warned.contains(&key);
                 if percent >= WARN_PERCENT && !was_high {
-                    news.push(notice(backend, way, used, limits));
+                    look.news.push(notice(backend, way, used, limits));
                 }
                 if percent >= WARN_PERCENT || was_high && percent > CLEAR_PERCENT {
-                    high.insert(key);
+                    look.high.insert(key);
                 }
             }
         }
-        self.lingered.retain(|key, _| seen.contains(key));
-        self.warned = high;
-        shortened(news)
+    }
+
+    /// All have been looked at: who has come to 80 % of the ports since the last time.
+    pub fn complete(&mut self, look: PortLook) -> Vec<Notice> {
+        self.lingered.retain(|key, _| look.seen.contains(key));
+        self.warned = look.high;
+        shortened(look.news)
     }
 
     /// Ports held on one way to a backend: open connections, and closed ones in
@@ -128,7 +153,7 @@ impl PortWatch {
             return;
         }
         seen.insert(key);
-        let past = self.lingered.entry(key).or_default();
+        let past = Arc::make_mut(self.lingered.entry(key).or_default());
         past.push_back(lingering);
         if past.len() > LINGER_LOOKS + 1 {
             past.pop_front();
@@ -207,7 +232,9 @@ mod tests {
     }
 
     fn look(watch: &mut PortWatch, backend: &Arc<BackendState>) -> Vec<String> {
-        let notices = watch.look(std::iter::once(backend), LIMITS);
+        let mut look = PortLook::default();
+        watch.look(&mut look, std::iter::once(backend), LIMITS);
+        let notices = watch.complete(look);
         notices.into_iter().map(|notice| notice.message).collect()
     }
 

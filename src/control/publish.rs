@@ -3,7 +3,7 @@
 //! The controller calls it at the end of each event. It builds, it does not
 //! publish: that is the shell's part.
 
-use super::{BackendEntry, Controller, Leaving, Origin, PoolEntry};
+use super::{BackendEntry, Controller, Leaving, Origin, PoolEntry, PoolId};
 use crate::config::{self, WhenNoneEligible};
 use crate::health::{Calling, Intent};
 use crate::table::Table;
@@ -156,10 +156,11 @@ impl BackendEntry {
 // === impl Controller ===
 
 impl Controller {
-    /// Whether the newest table is wrong about that backend.
-    pub(super) fn moved(&self, id: BackendId) -> bool {
-        let Some(entry) = self.backends.get(&id) else { return false };
-        self.pool(entry.pool).is_some_and(|pool| Standing::of(entry, pool) != entry.published)
+    /// The pool of a backend that the newest table is wrong about.
+    pub(super) fn moved(&self, id: BackendId) -> Option<PoolId> {
+        let entry = self.backends.get(&id)?;
+        let pool = self.pool(entry.pool)?;
+        (Standing::of(entry, pool) != entry.published).then_some(pool.id)
     }
 
     /// Whether the table may wait for that backend's news: it takes part with
@@ -171,45 +172,70 @@ impl Controller {
             && Standing::of(entry, pool).weight > entry.published.weight
     }
 
-    /// Builds the next table from everything known now.
+    /// Builds the next table: all of it after a reload, else the pools of which the
+    /// newest one is wrong.
     pub(super) fn rebuild(&mut self) -> Arc<Table> {
         self.serial += 1;
-        let mut pools = Vec::with_capacity(self.pools.iter().len());
-        for pool in &self.pools {
-            let mut backends = Vec::with_capacity(pool.members.len());
-            for id in &pool.members {
-                let Some(entry) = self.backends.get_mut(id) else { continue };
-                entry.published = Standing::of(entry, pool);
-                backends.push(BackendInput {
-                    state: Arc::clone(&entry.state),
-                    effective_weight: entry.published.weight.max(1),
-                    connections_max: entry.published.connections_max,
-                    slow_start: entry.published.slow_start,
-                    backup: entry.spec.backup,
-                    eligible: entry.published.weight > 0,
-                    on_trial: entry.published.on_trial,
-                    in_service: entry.in_service(),
-                });
-            }
-            pools.push(PoolInput {
-                spec: Arc::clone(&pool.spec),
-                backends,
-                stand_ins: stand_ins(pool, &self.leaving),
-                undecided: pool.settling.is_some(),
+        let table = if self.table.generation == self.generation {
+            let places = self.wrong_pools().into_iter().filter_map(|id| self.pools.place(id));
+            let places: Vec<usize> = places.collect();
+            let changed = places.into_iter().filter_map(|place| self.pool_input(place));
+            let changed = changed.collect();
+            build::update(&self.table, self.serial, changed)
+        } else {
+            let places = 0..self.pools.iter().len();
+            let pools = places.filter_map(|place| Some(self.pool_input(place)?.1)).collect();
+            let frontends = self.frontends.iter().map(|frontend| FrontendInput {
+                state: Arc::clone(&frontend.state),
+                spec: frontend.spec.clone(),
+            });
+            let input = build::Input {
+                generation: self.generation,
+                serial: self.serial,
+                connections_max: self.connections_max,
+                frontends: frontends.collect(),
+                pools,
+            };
+            build::build(input, Some(&self.table))
+        };
+        #[cfg(debug_assertions)]
+        self.check_published();
+        self.table = Arc::new(table);
+        Arc::clone(&self.table)
+    }
+
+    /// What a table is to say of the pool at that place.
+    fn pool_input(&mut self, place: usize) -> Option<(usize, PoolInput)> {
+        let pool = self.pools.iter().as_slice().get(place)?;
+        let mut backends = Vec::with_capacity(pool.members.len());
+        for id in &pool.members {
+            let Some(entry) = self.backends.get_mut(id) else { continue };
+            entry.published = Standing::of(entry, pool);
+            backends.push(BackendInput {
+                state: Arc::clone(&entry.state),
+                effective_weight: entry.published.weight.max(1),
+                connections_max: entry.published.connections_max,
+                slow_start: entry.published.slow_start,
+                backup: entry.spec.backup,
+                eligible: entry.published.weight > 0,
+                on_trial: entry.published.on_trial,
+                in_service: entry.in_service(),
             });
         }
-        let frontends = self.frontends.iter().map(|frontend| FrontendInput {
-            state: Arc::clone(&frontend.state),
-            spec: frontend.spec.clone(),
-        });
-        let input = build::Input {
-            generation: self.generation,
-            serial: self.serial,
-            connections_max: self.connections_max,
-            frontends: frontends.collect(),
-            pools,
+        let input = PoolInput {
+            spec: Arc::clone(&pool.spec),
+            backends,
+            stand_ins: stand_ins(pool, &self.leaving),
+            undecided: pool.settling.is_some(),
         };
-        self.table = Arc::new(build::build(input, Some(&self.table)));
-        Arc::clone(&self.table)
+        Some((place, input))
+    }
+
+    /// No backend has moved without being noted.
+    #[cfg(debug_assertions)]
+    fn check_published(&self) {
+        for id in self.backends.keys() {
+            assert!(self.moved(*id).is_none(), "{:?} has moved", self.name_of(*id));
+        }
     }
 }

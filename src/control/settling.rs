@@ -104,19 +104,25 @@ impl Controller {
     pub(super) fn settled(&mut self, pool: PoolId) {
         self.schedule.cancel(Job::SettlingEnds(pool));
         let Some(pool) = self.pool_mut(pool) else { return };
+        let id = pool.id;
         if pool.settling.take().is_some() {
             self.settling -= 1;
+            self.pace.members(id);
             self.work.rebuild.get_or_insert(PublishReason::Health);
         }
     }
 
     /// A former backend does not take sessions any more.
     pub(super) fn stands_in_no_more(&mut self, id: BackendId) {
-        let settling = self.pools.iter_mut().filter_map(|pool| pool.settling.as_mut());
-        for settling in settling {
+        if self.settling == 0 {
+            return;
+        }
+        for pool in self.pools.iter_mut() {
+            let Some(settling) = &mut pool.settling else { continue };
             let before = settling.stand_ins.len();
             settling.stand_ins.retain(|one| *one != id);
             if settling.stand_ins.len() != before {
+                self.pace.members(pool.id);
                 self.work.rebuild.get_or_insert(PublishReason::Health);
             }
         }

@@ -7,6 +7,7 @@ mod handover;
 mod heartbeats;
 mod probing;
 mod reloads;
+mod scale;
 mod settling;
 
 use super::*;

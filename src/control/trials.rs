@@ -48,9 +48,9 @@ impl Controller {
         let Some(pool) = self.pool(pool) else { return };
         let entries = || pool.members.iter().filter_map(|id| self.backends.get(id));
         let off = pool.spec.ejection.is_none();
-        if entries().all(|entry| entry.health.outlier.takes_failures())
-            || (!off && self.guard_view(pool).has_others())
-        {
+        let all_in =
+            self.of_pool(&self.out, pool.id).all(|entry| entry.health.outlier.takes_failures());
+        if all_in || (!off && self.guard_view(pool).has_others()) {
             return;
         }
         let on_trial = entries().filter(|entry| entry.health.outlier.is_on_trial());

@@ -167,15 +167,23 @@ impl PoolView {
     /// Over every backend of a pool, after each has taken its counts.
     pub fn of<'a>(watches: impl Iterator<Item = &'a Watch>) -> PoolView {
         let mut view = PoolView::default();
-        for watch in watches {
-            let counts = watch.last.unwrap_or_default();
-            view.answers = view.answers.wrapping_add(counts.answers);
-            view.waiting = view.waiting.saturating_add(counts.waiting());
-            view.usuals.extend(watch.typical());
-            view.hanging += usize::from(watch.hangs() && watch.typical().is_some());
-        }
-        view.usuals.sort_by(f64::total_cmp);
+        watches.for_each(|watch| view.add(watch));
+        view.complete();
         view
+    }
+
+    /// Adds one that has taken its counts.
+    pub fn add(&mut self, watch: &Watch) {
+        let counts = watch.last.unwrap_or_default();
+        self.answers = self.answers.wrapping_add(counts.answers);
+        self.waiting = self.waiting.saturating_add(counts.waiting());
+        self.usuals.extend(watch.typical());
+        self.hanging += usize::from(watch.hangs() && watch.typical().is_some());
+    }
+
+    /// All have been added.
+    pub fn complete(&mut self) {
+        self.usuals.sort_by(f64::total_cmp);
     }
 
     /// The others' usual time in seconds; of two in the middle the longer.

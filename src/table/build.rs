@@ -94,11 +94,11 @@ pub fn build(input: Input, previous: Option<&Table>) -> Table {
             Some(Arc::new(FrontendRoute { state: frontend.state, spec: frontend.spec, pool }))
         })
         .collect();
-    let by_bind = frontends
-        .iter()
-        .flat_map(|f| f.spec.binds.iter().map(move |bind| (*bind, Arc::clone(f))))
-        .collect();
-    let by_id = frontends.iter().map(|route| route.state.id).zip(0..).collect();
+    let by_bind = (0..)
+        .zip(&frontends)
+        .flat_map(|(place, route)| route.spec.binds.iter().map(move |bind| (*bind, place)));
+    let by_bind = Arc::new(by_bind.collect());
+    let by_id = Arc::new(frontends.iter().map(|route| route.state.id).zip(0..).collect());
     Table {
         generation: input.generation,
         serial: input.serial,
@@ -107,6 +107,38 @@ pub fn build(input: Input, previous: Option<&Table>) -> Table {
         pools,
         by_bind,
         by_id,
+    }
+}
+
+/// The table after `previous`, of the same configuration: what is not among `changed`
+/// (pools by their places) is as before, and costs no look.
+pub fn update(previous: &Table, serial: u64, changed: Vec<(usize, PoolInput)>) -> Table {
+    let mut pools = previous.pools.clone();
+    let mut replaced: HashMap<*const PoolTable, Arc<PoolTable>> = HashMap::new();
+    for (place, input) in changed {
+        let Some(before) = previous.pools.get(place) else { continue };
+        let built = build_pool(input, Some(before));
+        if !Arc::ptr_eq(&built, before) {
+            replaced.insert(Arc::as_ptr(before), Arc::clone(&built));
+            pools[place] = built;
+        }
+    }
+    let frontends = previous.frontends.iter().map(|route| {
+        let Some(pool) = replaced.get(&Arc::as_ptr(&route.pool)) else { return Arc::clone(route) };
+        Arc::new(FrontendRoute {
+            state: Arc::clone(&route.state),
+            spec: route.spec.clone(),
+            pool: Arc::clone(pool),
+        })
+    });
+    Table {
+        generation: previous.generation,
+        serial,
+        connections_max: previous.connections_max,
+        frontends: frontends.collect(),
+        pools,
+        by_bind: Arc::clone(&previous.by_bind),
+        by_id: Arc::clone(&previous.by_id),
     }
 }
 

@@ -31,9 +31,10 @@ pub struct Table {
     pub frontends: Vec<Arc<FrontendRoute>>,
     /// In file order.
     pub pools: Vec<Arc<PoolTable>>,
-    by_bind: HashMap<SocketAddr, Arc<FrontendRoute>>,
-    /// Positions in `frontends`.
-    by_id: HashMap<FrontendId, usize>,
+    /// Positions in `frontends`; shared by the tables of a configuration.
+    by_bind: Arc<HashMap<SocketAddr, usize>>,
+    /// The same.
+    by_id: Arc<HashMap<FrontendId, usize>>,
 }
 
 /// A frontend and the pool it routes to.
@@ -98,15 +99,15 @@ impl Table {
             connections_max: 0,
             frontends: Vec::new(),
             pools: Vec::new(),
-            by_bind: HashMap::new(),
-            by_id: HashMap::new(),
+            by_bind: Arc::default(),
+            by_id: Arc::default(),
         }
     }
 
     /// The frontend that owns that bind address.
     #[inline]
     pub fn route(&self, bind: SocketAddr) -> Option<&Arc<FrontendRoute>> {
-        self.by_bind.get(&bind)
+        self.frontends.get(*self.by_bind.get(&bind)?)
     }
 
     /// What has become of the frontend with that state; `None` where it has left.

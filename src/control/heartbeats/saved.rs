@@ -195,6 +195,7 @@ impl Controller {
         self.check_room(id, &spec, now).ok()?;
         let weight = heart.weight;
         let backend = self.admit(id, &spec, (backend.name.as_str().into(), address, weight), now);
+        self.pace.members(id);
         self.work.rebuild.get_or_insert(PublishReason::Heartbeat);
         Some(backend)
     }
@@ -250,9 +251,7 @@ impl Controller {
         entry.health.pulse = crate::health::Pulse::Awaited;
         self.take_intent(&mut entry, now);
         let id = entry.state.id;
-        if !entry.health.outlier.takes_failures() {
-            self.out.insert((pool_id, id));
-        }
+        self.note_out(&entry);
         self.backends.insert(id, entry);
         if let Some(pool) = self.pool_mut(pool_id) {
             pool.members.push(id);
