@@ -10,8 +10,9 @@ use super::{
     BackendEntry, Controller, FrontendEntry, Origin, PoolEntry, PoolId, PublishReason, Startup,
     history::History, publish::Standing, suspicion,
 };
-use crate::config::{self, BackendAddress, Config, OnRemoval, ProbeSpec};
+use crate::config::{self, BackendAddress, Config, EjectionSpec, OnRemoval, ProbeSpec};
 use crate::health::detector::Detector;
+use crate::health::outlier::Outlier;
 use crate::health::{BackendHealth, Calling, Intent, Observation, Pulse};
 use crate::proxy::close::RefusedReason;
 use crate::table::state::{BackendId, BackendState, FrontendId, FrontendState};
@@ -31,6 +32,8 @@ struct Before {
     known: HashMap<Identity, BackendId>,
     /// What probes have found at an address, by how they were made.
     verdicts: HashMap<BackendAddress, Vec<(Arc<ProbeSpec>, Detector)>>,
+    /// Who is ejected at an address, by the rule for it.
+    ejections: HashMap<BackendAddress, Vec<(EjectionSpec, Outlier)>>,
 }
 
 /// How a backend got into the new configuration.
@@ -111,8 +114,23 @@ impl Controller {
         verdicts
     }
 
+    /// The ejections of now. A backend of another name at the same address stays
+    /// ejected.
+    fn ejections(&self) -> HashMap<BackendAddress, Vec<(EjectionSpec, Outlier)>> {
+        let mut ejections: HashMap<_, Vec<_>> = HashMap::new();
+        for (pool, id) in &self.out {
+            let spec = self.pool(*pool).and_then(|pool| pool.spec.ejection);
+            let entry = self.backends.get(id).filter(|entry| entry.health.outlier.is_ejected());
+            if let (Some(spec), Some(entry)) = (spec, entry) {
+                let found = (spec, entry.health.outlier.clone());
+                ejections.entry(entry.state.address.clone()).or_default().push(found);
+            }
+        }
+        ejections
+    }
+
     fn take_before(&mut self) -> Before {
-        let verdicts = self.verdicts();
+        let (verdicts, ejections) = (self.verdicts(), self.ejections());
         let pools = self.pools.take();
         let backends = std::mem::take(&mut self.backends);
         let mut known = HashMap::new();
@@ -124,7 +142,7 @@ impl Controller {
             known.insert((name.0, name.1, state.address.clone()), state.id);
         }
         let pools = pools.into_iter().map(|pool| (Arc::clone(&pool.spec.name), pool)).collect();
-        Before { pools, backends, known, verdicts }
+        Before { pools, backends, known, verdicts, ejections }
     }
 
     fn configure_pool(
@@ -152,6 +170,14 @@ impl Controller {
                 && let Some(verdict) = before.verdict(&backend.address, spec.probe.as_deref())
             {
                 entry.health.detector = Some(verdict);
+            }
+            if arrival == Arrival::Came
+                && entry.health.outlier.takes_failures()
+                && let Some(ejected) = before.ejection(&backend.address, spec.ejection)
+                && let Some(until) = ejected.until().filter(|until| *until > now)
+            {
+                entry.health.outlier = ejected.of_another_name();
+                self.schedule.set(Job::EjectionEnds(entry.state.id), until);
             }
             let known = entry.health.clone();
             if old.as_ref().is_none_or(|old| old.spec.ejection.is_none()) {
@@ -441,6 +467,13 @@ impl Before {
         let found = self.verdicts.get(address)?.iter();
         let same = found.filter(|(probe, _)| Some(&**probe) == spec);
         same.map(|(_, detector)| detector).max_by_key(|detector| detector.since()).cloned()
+    }
+
+    /// The ejection by that very rule at that address that lasts longest.
+    fn ejection(&self, address: &BackendAddress, spec: Option<EjectionSpec>) -> Option<&Outlier> {
+        let found = self.ejections.get(address)?.iter();
+        let same = found.filter(|(rule, _)| Some(*rule) == spec);
+        same.map(|(_, outlier)| outlier).max_by_key(|outlier| outlier.until())
     }
 }
 

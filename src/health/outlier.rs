@@ -110,6 +110,12 @@ impl Outlier {
         }
     }
 
+    /// The same ejection of a backend that has taken this one's place. What was counted
+    /// stays with this one.
+    pub fn of_another_name(&self) -> Outlier {
+        Outlier { standing: self.standing, repeats: self.repeats, ..Outlier::new() }
+    }
+
     /// For another process to go on with.
     pub fn save(&self, now: Instant) -> SavedOutlier {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);

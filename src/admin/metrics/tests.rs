@@ -62,6 +62,10 @@ fn latency() -> Merged {
 }
 
 fn text() -> String {
+    text_of(100)
+}
+
+fn text_of(backend_metrics_max: usize) -> String {
     let (control, latency) = (control(), latency());
     let workers: Vec<_> =
         (0..WORKERS).map(|_| Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT))).collect();
@@ -100,7 +104,7 @@ fn text() -> String {
         port_limits: PortLimits { ports: 28_232, reuse: Reuse::Loopback },
         process: ProcessFacts { open_fds: Some(7), ..ProcessFacts::default() },
         heartbeats: &HeartbeatCounts::default(),
-        backend_metrics_max: 100,
+        backend_metrics_max,
     })
 }
 
@@ -205,6 +209,26 @@ fn the_text_is_strictly_well_formed_and_labels_are_of_the_closed_set() {
     for (name, labels) in parsed.samples.keys() {
         assert!(labels.keys().all(|label| known.contains(&label.as_str())), "{name} {labels:?}");
     }
+}
+
+#[test]
+fn more_backends_than_backend_metrics_max_leave_their_series_out_and_are_counted() {
+    let (whole, cut) = (Parsed::parse(&text_of(3)), Parsed::parse(&text_of(2)));
+    let of_backends = |parsed: &Parsed| {
+        let labels = parsed.samples.keys().filter(|(_, labels)| labels.contains_key("backend"));
+        labels.count()
+    };
+    assert_eq!(whole.get("tidegate_backend_metrics_omitted", &[]), 0.0);
+    assert_eq!(cut.get("tidegate_backend_metrics_omitted", &[]), 3.0);
+    assert!(of_backends(&whole) > 0);
+    assert_eq!(of_backends(&cut), 0);
+    let others = |parsed: &Parsed| -> Vec<(String, Labels)> {
+        let all = parsed.samples.keys().filter(|(_, labels)| !labels.contains_key("backend"));
+        let mut all: Vec<_> = all.cloned().collect();
+        all.sort();
+        all
+    };
+    assert_eq!(others(&whole), others(&cut), "pools and all else keep their series");
 }
 
 #[test]

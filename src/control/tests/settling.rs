@@ -28,6 +28,31 @@ fn a_renamed_backend_keeps_the_verdict_on_its_address() {
 }
 
 #[test]
+fn a_renamed_backend_stays_ejected_until_its_time_is_over() {
+    let mut bench = Bench::new(unprobed(&["a", "b", "c"]));
+    bench.refuse("b", 1, 5);
+    assert_eq!(bench.serving(), ["a", "c"]);
+    bench.pass(Duration::from_secs(3));
+    bench.configure(unprobed(&["x@1097", "y@1098", "z@1099"]));
+    assert_eq!(bench.serving(), ["x", "z"]);
+    assert_eq!(bench.status("y").observation, Observation::Unknown);
+    bench.pass(Duration::from_secs(8));
+    assert_eq!(bench.serving(), ["x", "y", "z"], "it is on trial");
+    bench.try_it("y", TrialPhase::Failed);
+    assert_eq!(bench.serving(), ["x", "z"], "it is ejected again");
+}
+
+#[test]
+fn another_rule_for_ejections_begins_with_all_renamed_backends_in_service() {
+    let mut bench = Bench::new(unprobed(&["a", "b", "c"]));
+    bench.refuse("b", 1, 5);
+    let other = unprobed(&["x@1097", "y@1098", "z@1099"]);
+    let spec = EjectionSpec { failures: 9, ..other.ejection.unwrap() };
+    bench.configure(Pool { ejection: Some(spec), ..other });
+    assert_eq!(bench.serving(), ["x", "y", "z"]);
+}
+
+#[test]
 fn two_names_swapped_and_a_renamed_pool_keep_the_verdicts() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     bench.configure(pool(&["a@1098", "b@1097"]));
