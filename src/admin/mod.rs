@@ -181,7 +181,7 @@ struct Known {
     state: AtomicU8,
     /// One more than the number of a stalled worker; 0 for none.
     stalled: AtomicUsize,
-    /// Pools in which nobody serves before a first verdict.
+    /// Pools in which no backend serves before a first verdict.
     undecided: AtomicUsize,
 }
 
@@ -230,7 +230,7 @@ impl Readiness {
         self.0.undecided.store(pools, Ordering::Relaxed);
     }
 
-    /// Pools in which nobody serves before a first verdict.
+    /// Pools in which no backend serves before a first verdict.
     pub fn undecided(&self) -> usize {
         self.0.undecided.load(Ordering::Relaxed)
     }

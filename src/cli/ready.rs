@@ -17,7 +17,7 @@ Example:
   tidegate ready && echo \"takes new clients\"
 
 Exit codes: 0 ready; 3 not ready (starting, leaving, draining, a stalled worker),
-or nobody answers.";
+or the balancer does not answer.";
 
 /// For each of connect, write and read: a balancer that is ready needs a
 /// thousandth of it.
@@ -65,7 +65,7 @@ pub fn main(args: &ClientArgs) -> Exit {
     }
 }
 
-/// Asks at the first place where somebody is; else why nobody is.
+/// Asks at the first place where a balancer answers; else why none does.
 fn ask_first(places: &[Address], request: &str) -> Result<String, String> {
     let mut why = Vec::new();
     for place in places {

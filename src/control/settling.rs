@@ -1,4 +1,4 @@
-//! Pools in which nobody serves because no backend has been judged yet: at the
+//! Pools in which no backend serves because none has been judged yet: at the
 //! start, and after a reload that left none of the backends that served.
 //!
 //! The controller calls it for each configuration and at the end of each event.
@@ -134,7 +134,7 @@ impl Controller {
         settling.flat_map(|settling| settling.stand_ins.iter().copied()).collect()
     }
 
-    /// Pools in which nobody serves yet, and a first verdict is due.
+    /// Pools in which no backend serves yet, and a first verdict is due.
     pub fn undecided_pools(&self) -> usize {
         self.table.pools.iter().filter(|pool| pool.undecided).count()
     }

@@ -181,7 +181,7 @@ fn gives_back(mut proxy: TestProxy) {
         assert!(!proc::is_dead(first));
     }
     assert_eq!(proxy.metric("tidegate_upgrades_total", &[("result", "failed")]), 2.0);
-    assert!(proxy.log().contains("this process goes on: it accepts again"));
+    assert!(proxy.log().contains("the new process has ended: this process accepts again"));
     // And the next one that lives takes over.
     let old = proxy.upgrade();
     assert_eq!(old, first);

@@ -89,7 +89,7 @@ mod families {
     pub(super) const WORKER_STALLS: Family = counter("tidegate_worker_stalls_total", "Times the worker's loop did not turn for a second or more.");
     pub(super) const QUEUED: Family = gauge("tidegate_pool_queued", "Clients that wait in line for a backend of the pool below its cap.");
     pub(super) const QUEUED_TOTAL: Family = counter("tidegate_queued_total", "Sessions that had to wait in such a line.");
-    pub(super) const UNDECIDED: Family = gauge("tidegate_pool_undecided", "1 while nobody of the pool serves, its backends have no verdict yet, and clients wait for one.");
+    pub(super) const UNDECIDED: Family = gauge("tidegate_pool_undecided", "1 while no backend of the pool serves, its backends have no verdict yet, and clients wait for one.");
     pub(super) const UNDECIDED_WAITS: Family = counter("tidegate_undecided_waits_total", "Sessions that had to wait for their pool's first verdict.");
     pub(super) const PROBES_WAITED: Family = counter("tidegate_probes_waited_total", "Probes that had to wait for others to end, for too many ran at once.");
     pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "What went on inside the rings beside moving bytes, by worker; zero on epoll.");

@@ -102,7 +102,7 @@ impl Control {
         // Too late: the supervisor learns of it by what was said before.
         let Some(stepping) = self.upgrades.stepping_down.take() else { return };
         let reason = supervised::in_words(status);
-        tracing::error!(reason, "this process goes on: it accepts again");
+        tracing::error!(reason, "the new process has ended: this process accepts again");
         self.take_last_intents().await;
         self.upgrades.successor = None;
         self.upgrades.counts.done = self.upgrades.counts.done.saturating_sub(1);
