@@ -89,7 +89,7 @@ pub enum Request {
         binary: Option<PathBuf>,
         /// Start it with this configuration file.
         config: Option<PathBuf>,
-        /// The connection over which it was asked for, which shows by whom.
+        /// The connection over which it was asked for: it shows which user asks.
         asked_over: Option<Arc<OwnedFd>>,
         /// What came of it.
         reply: oneshot::Sender<Result<Upgraded, UpgradeError>>,
@@ -225,7 +225,7 @@ impl Readiness {
         self.0.stalled.load(Ordering::Relaxed).checked_sub(1)
     }
 
-    /// So many pools have nobody to serve before a first verdict.
+    /// So many pools have no backend to serve before a first verdict.
     pub fn set_undecided(&self, pools: usize) {
         self.0.undecided.store(pools, Ordering::Relaxed);
     }

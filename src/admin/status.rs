@@ -96,7 +96,7 @@ struct Frontend<'a> {
 struct Pool<'a> {
     name: &'a str,
     balance: &'static str,
-    /// While nobody is eligible: `refuse` or `try-all`; before the first verdict
+    /// While no backend is eligible: `refuse` or `try-all`; before the first verdict
     /// `wait`, or `former` where former backends serve.
     none_eligible: Option<&'static str>,
     /// Why no silent backend is taken out.

@@ -1,5 +1,5 @@
-//! Stopping in order: `leave_delay` for whoever routes clients here to notice, then
-//! nobody new, sessions finish until the deadline, the rest is cut and counted,
+//! Stopping in order: `leave_delay`, in which routers notice; then
+//! no new clients; sessions finish until the deadline, the rest is cut and counted,
 //! every thread is joined.
 //!
 //! Driven by the control loop's ticks.
