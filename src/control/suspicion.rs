@@ -191,7 +191,7 @@ impl Controller {
     }
 
     /// We were late by so much: that part of everybody's silence does not count.
-    fn excuse_all(&mut self, lost: Duration, why: &str, now: Instant) {
+    pub(super) fn excuse_all(&mut self, lost: Duration, why: &str, now: Instant) {
         self.notice_excuse(why, now);
         self.guards.channel.excuse(lost, now);
         let everybody: Vec<BackendId> = self.hearts().map(|(id, _)| id).collect();

@@ -13,6 +13,15 @@ fn large(pools: usize, each: usize) -> Arc<Config> {
         early_resets: true,
         slow_first_byte: Some(Duration::from_secs(1)),
     };
+    let heartbeat = config::HeartbeatSpec {
+        register: true,
+        require: false,
+        interval: Duration::from_millis(100),
+        ttl: Duration::from_secs(10),
+        forget_after: Duration::from_secs(60),
+        backends_max: 1000,
+        weight_max: 100,
+    };
     let one = |n: usize| {
         let backends = (0..each).map(|k| {
             let [_, b, c, d] = u32::try_from(n * each + k).unwrap().to_be_bytes();
@@ -25,6 +34,7 @@ fn large(pools: usize, each: usize) -> Arc<Config> {
         Pool {
             name: format!("pool{n}").into(),
             ejection: Some(ejection),
+            heartbeat: Some(Arc::new(heartbeat.clone())),
             backends: backends.collect(),
             ..unprobed(&[])
         }
@@ -40,13 +50,6 @@ fn large(pools: usize, each: usize) -> Arc<Config> {
         })
         .collect();
     Arc::new(config)
-}
-
-fn timed<T>(what: &str, step: impl FnOnce() -> T) -> T {
-    let began = crate::clock::now();
-    let done = step();
-    println!("{what}: {:?}", crate::clock::now() - began);
-    done
 }
 
 /// Every tick that is wanted until `now` has gone on by `span`; how many there were.
@@ -132,57 +135,195 @@ fn what_is_saved_in_slices_is_the_same_and_a_reload_ends_it() {
     assert!(!controller.can_go_on(&saving));
 }
 
+/// The longest of `steps` and their median, as a row of the table.
+fn row(what: &str, mut steps: Vec<Duration>) {
+    steps.sort();
+    let (median, longest) = (steps[steps.len() / 2], steps[steps.len() - 1]);
+    println!("{what:36} {median:>12.1?} {longest:>12.1?}  x{}", steps.len());
+}
+
+fn timed<T>(step: impl FnOnce() -> T) -> (Duration, T) {
+    let began = crate::clock::now();
+    let done = step();
+    (crate::clock::now() - began, done)
+}
+
+/// A heartbeat of the `k`-th backend of the pool called `pool`.
+fn beat_of(pool: &str, n: usize, sequence: u64) -> Heartbeat {
+    let [_, b, c, d] = u32::try_from(n).unwrap().to_be_bytes();
+    Heartbeat {
+        pool: pool.into(),
+        name: format!("b{n}").into(),
+        address: ([10, b, c, d], 80).into(),
+        incarnation: 1,
+        sequence,
+        interval: Duration::from_millis(100),
+        state: crate::heartbeat::SenderState::Ready,
+        weight: 10,
+        in_flight: 0,
+        load: 0,
+        key_id: 1,
+    }
+}
+
 /// For a look at the figures; nothing depends on them.
 #[test]
 fn costs() {
     if std::env::var_os("TIDEGATE_LONG").is_none() {
         return;
     }
-    for (pools, each) in [(1, MANY), (MANY / 10, 10)] {
-        println!("--- {pools} pools of {each}");
-        let mut now = crate::clock::now();
-        let mut controller = Controller::new(2, 1);
-        let config = large(pools, each);
-        timed("configure", || controller.apply(Event::Configure(config), now));
-        for _ in 0..3 {
-            let end = now + Duration::from_millis(200);
-            let mut longest = Duration::ZERO;
-            let mut turns = 0;
-            let began = crate::clock::now();
-            while let Some(due) = controller.next_due().filter(|due| *due <= end) {
-                now = due;
-                let began = crate::clock::now();
-                controller.apply(Event::Tick, now);
-                longest = longest.max(crate::clock::now() - began);
-                turns += 1;
-            }
-            now = end;
-            let all = crate::clock::now() - began;
-            println!("gray: {turns} turns, longest {longest:?}, all {all:?}");
+    for (pools, each) in [(1, MANY), (20, MANY / 20), (200, MANY / 200), (MANY / 10, 10)] {
+        for hearts in [200.min(each), each] {
+            println!("--- {pools} pools of {each}; {hearts} of the first one send heartbeats");
+            println!("{:36} {:>12} {:>12}", "step", "median", "longest");
+            costs_of(pools, each, hearts);
         }
-        for n in 0..4 {
-            let id = *controller.backends.keys().nth(n * 3 + 1).unwrap();
-            let fail = |in_a_row| Event::ConnectFailed {
-                backend: id,
-                failure: ConnectFailure::Refused,
-                in_a_row,
-                begun: now,
-            };
-            let effects = timed("ejection", || controller.apply_all((1..=5).map(fail), now));
-            assert_eq!(publishes(&effects), 1);
-        }
-        let effects =
-            timed("drain", || controller.set_intent("pool0", "b9", Intent::Draining, now).unwrap());
-        assert_eq!(publishes(&effects), 1);
-        let mut saving = timed("begin to save", || controller.begin_save(now));
-        timed("save 32", || controller.save_on(&mut saving, 32));
-        timed("save the rest", || while controller.save_on(&mut saving, 32) {});
-        timed("end of saving", || controller.end_save(saving));
-        let mut ports = PortWatch::default();
-        let limits = PortLimits { ports: 100, reuse: Reuse::Loopback };
-        let mut look = PortLook::default();
-        timed("ports", || ports.look(&mut look, controller.backends().take(1000), limits));
-        timed("ports done", || ports.complete(look));
-        timed("guard tick", || controller.guard_tick(now));
     }
+}
+
+fn costs_of(pools: usize, each: usize, hearts: usize) {
+    let mut now = crate::clock::now();
+    let mut controller = Controller::new(2, 1);
+    let config = large(pools, each);
+    let (took, _) = timed(|| controller.apply(Event::Configure(config), now));
+    row("first configuration", vec![took]);
+    let mut turns = Vec::new();
+    let end = now + Duration::from_millis(600);
+    while let Some(due) = controller.next_due().filter(|due| *due <= end) {
+        now = due;
+        turns.push(timed(|| controller.apply(Event::Tick, now)).0);
+    }
+    row("turn of comparing first bytes", turns);
+
+    let mut beats = Vec::new();
+    for sequence in 1..=30 {
+        now += Duration::from_millis(100);
+        let heard = (0..hearts).map(|n| Event::Heartbeat {
+            heartbeat: beat_of("pool0", n, sequence),
+            at: now,
+            stands_for: 1,
+        });
+        let heard: Vec<Event> = heard.collect();
+        let (took, effects) = timed(|| controller.apply_all(heard, now));
+        beats.push(took / u32::try_from(hearts).unwrap());
+        let asked = effects.into_iter().filter_map(|effect| match effect {
+            Effect::Probe { backend, token, .. } => Some(Event::Probed {
+                backend,
+                token,
+                outcome: ProbeOutcome::Success { took: Duration::from_millis(1) },
+            }),
+            _ => None,
+        });
+        let asked: Vec<Event> = asked.collect();
+        controller.apply_all(asked, now);
+        if let Some(due) = controller.next_due().filter(|due| *due <= now) {
+            controller.apply(Event::Tick, due);
+        }
+    }
+    row("one heartbeat", beats);
+    row("guard tick", (0..20).map(|_| timed(|| controller.guard_tick(now)).0).collect());
+    let pool = controller.pools.iter().next().unwrap().id;
+    row(
+        "look at one pool",
+        (0..20).map(|_| timed(|| controller.look(Some(pool), now)).0).collect(),
+    );
+    row("look at all pools", (0..20).map(|_| timed(|| controller.look(None, now)).0).collect());
+
+    // The last sender falls silent.
+    let dead = hearts - 1;
+    let (mut silent, mut table) = (Vec::new(), 0);
+    for sequence in 31..=45 {
+        now += Duration::from_millis(100);
+        let heard = (0..dead).map(|n| Event::Heartbeat {
+            heartbeat: beat_of("pool0", n, sequence),
+            at: now,
+            stands_for: 1,
+        });
+        let heard: Vec<Event> = heard.collect();
+        controller.apply_all(heard, now);
+        let (took, effects) = timed(|| controller.apply(Event::Tick, now));
+        silent.push(took);
+        table += publishes(&effects);
+        for effect in effects {
+            if let Effect::Probe { backend, token, .. } = effect {
+                let outcome = ProbeOutcome::Failure { reason: "connect timed out".into() };
+                let event = Event::Probed { backend, token, outcome };
+                let (took, effects) = timed(|| controller.apply(event, now));
+                silent.push(took);
+                table += publishes(&effects);
+                for effect in effects {
+                    if let Effect::Probe { backend, token, .. } = effect {
+                        let outcome = ProbeOutcome::Failure { reason: "connect timed out".into() };
+                        let event = Event::Probed { backend, token, outcome };
+                        let (took, effects) = timed(|| controller.apply(event, now));
+                        silent.push(took);
+                        table += publishes(&effects);
+                    }
+                }
+            }
+        }
+    }
+    row("step of a silence", silent);
+    println!("tables made for it: {table}");
+
+    let mut ejections = Vec::new();
+    for n in 0..4 {
+        let id = *controller.backends.keys().nth(n * 2 + 1).unwrap();
+        let fail = |in_a_row| Event::ConnectFailed {
+            backend: id,
+            failure: ConnectFailure::Refused,
+            in_a_row,
+            begun: now,
+        };
+        let (took, _) = timed(|| controller.apply_all((1..=5).map(fail), now));
+        ejections.push(took);
+    }
+    row("ejection", ejections);
+    let drain = |controller: &mut Controller, name: &str| {
+        timed(|| controller.set_intent("pool0", name, Intent::Draining, now).unwrap()).0
+    };
+    row("drain", (0..4).map(|n| drain(&mut controller, &format!("b{n}"))).collect());
+    row("save intents", (0..4).map(|_| timed(|| controller.save_intents(now)).0).collect());
+    row("begin a picture", (0..4).map(|_| timed(|| controller.begin_status(now)).0).collect());
+    let mut picture = controller.begin_status(now);
+    row(
+        "gather 32",
+        (0..4).map(|_| timed(|| controller.gather(&mut picture, 32, now)).0).collect(),
+    );
+    row(
+        "known backends",
+        (0..4).map(|_| timed(|| controller.all_known().collect::<Vec<_>>()).0).collect(),
+    );
+    row("undecided pools", (0..4).map(|_| timed(|| controller.undecided_pools()).0).collect());
+    let (took, mut saving) = timed(|| controller.begin_save(now));
+    row("begin to save", vec![took]);
+    let mut slices = Vec::new();
+    loop {
+        let (took, more) = timed(|| controller.save_on(&mut saving, 32));
+        slices.push(took);
+        if !more {
+            break;
+        }
+    }
+    row("save 32", slices);
+    row("end of saving", vec![timed(|| controller.end_save(saving)).0]);
+    row("save at once (upgrade)", vec![timed(|| controller.save(now)).0]);
+    let late = Duration::from_millis(60);
+    let excuse = |controller: &mut Controller| controller.excuse_all(late, "late", now);
+    row("excuse everybody", (0..4).map(|_| timed(|| excuse(&mut controller)).0).collect());
+    let mut ports = PortWatch::default();
+    let limits = PortLimits { ports: 100, reuse: Reuse::Loopback };
+    let mut look = PortLook::default();
+    let (took, ()) = timed(|| ports.look(&mut look, controller.backends().take(1000), limits));
+    row("ports of 1,000", vec![took]);
+    row("ports done", vec![timed(|| ports.complete(look)).0]);
+    let mut reloads = Vec::new();
+    for n in 0..4 {
+        let mut config = Arc::unwrap_or_clone(large(pools, each));
+        let pool = Arc::make_mut(&mut config.pools[0]);
+        pool.backends[n].weight += 1;
+        let config = Arc::new(config);
+        reloads.push(timed(|| controller.apply(Event::Configure(config), now)).0);
+    }
+    row("reload", reloads);
 }
