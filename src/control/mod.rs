@@ -8,14 +8,15 @@
 //! `verdicts` (what their results mean), `ejections` (the pool's guard),
 //! `pools` (finding them), `trials` (how ejected backends come back), `gray` (who does not answer),
 //! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
-//! means), `ramps` (slow start), `leaving` (removed backends), `intents` (what was
+//! means), `tally` (how many are silent), `ramps` (slow start), `leaving` (removed backends), `intents` (what was
 //! wanted of them), `settling` (pools of which no backend has been judged yet),
-//! `elsewhere` (sessions of the processes before), `operator` (drains), `publish` and
-//! `pace` (tables), `history`, `handover` (what the
+//! `elsewhere` (sessions of the processes before), `operator` (drains), `publish`,
+//! `pace` and `apart` (tables), `history`, `handover` (what the
 //! next process goes on with), `status` and `explain`.
 //! All of them work on one [`Controller`] and leave effects behind;
 //! only [`Controller::apply`] and its siblings hand them out.
 
+mod apart;
 mod configure;
 mod ejections;
 pub mod elsewhere;
@@ -38,11 +39,13 @@ mod schedule;
 mod settling;
 mod status;
 mod suspicion;
+mod tally;
 #[cfg(test)]
 pub(crate) mod tests;
 mod trials;
 mod verdicts;
 
+pub use apart::BuildToken;
 pub use heartbeats::SavedHeart;
 pub use history::{SavedTransition, TRANSITIONS_MAX};
 pub use intents::{KEPT_FOR, KEPT_MAX, SavedIntent};
@@ -60,6 +63,7 @@ use crate::health::{BackendHealth, ConnectFailure, Intent, ProbeOutcome, Transit
 use crate::heartbeat::Heartbeat;
 use crate::heartbeat::rejections::Rejections;
 use crate::table::Table;
+use crate::table::build::{PoolBuild, PoolBuilt};
 use crate::table::state::{BackendId, BackendState, FrontendState};
 use schedule::{Job, Schedule};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -108,6 +112,15 @@ pub enum Event {
     },
     /// That many heartbeats were lost on this machine.
     HeartbeatsLost(u64),
+    /// What [`Effect::Build`] asked for is made.
+    Built {
+        /// From the effect that asked for it.
+        token: BuildToken,
+        /// What has come of it.
+        built: Box<PoolBuilt>,
+        /// How long that took.
+        took: Duration,
+    },
     /// The time named by [`Controller::next_due`] has come.
     Tick,
 }
@@ -117,6 +130,14 @@ pub enum Event {
 pub enum Effect {
     /// New sessions go by this table.
     Publish(Arc<Table>),
+    /// Run it on another thread and report it as [`Event::Built`]. A pool has one at a
+    /// time.
+    Build {
+        /// To be given back with the result.
+        token: BuildToken,
+        /// To be run.
+        build: Box<PoolBuild>,
+    },
     /// Run one probe and report it as [`Event::Probed`].
     Probe {
         /// Whose turn it is.
@@ -213,7 +234,9 @@ pub struct Controller {
     table: Arc<Table>,
     local_trouble_noticed: Option<Instant>,
     pace: pace::Pace,
+    builds: apart::Builds,
     guards: suspicion::Guards,
+    tallies: tally::Tallies,
     /// Authentic heartbeats that changed nothing, by [`Misfit`].
     misfits: [u64; Misfit::ALL.len()],
     /// Their senders.
@@ -268,6 +291,8 @@ struct PoolEntry {
     in_service_since: Option<Instant>,
     /// While none of its backends serves and some have no verdict yet.
     settling: Option<settling::Settling>,
+    /// Where it is so large that its part of a table is made on another thread.
+    apart: Option<apart::Apart>,
 }
 
 /// How a backend got into its pool.
@@ -360,6 +385,8 @@ struct Work {
     touched: BTreeSet<BackendId>,
     /// Their guard is to be looked at.
     unsettled: BTreeSet<PoolId>,
+    /// Shut, and not in the table that is about to be published.
+    reopen: Vec<Arc<BackendState>>,
 }
 
 // === impl Controller ===
@@ -391,7 +418,9 @@ impl Controller {
             table: Arc::new(publish::empty_table()),
             local_trouble_noticed: None,
             pace: pace::Pace::default(),
+            builds: apart::Builds::default(),
             guards: suspicion::Guards::default(),
+            tallies: tally::Tallies::default(),
             misfits: [0; Misfit::ALL.len()],
             rejections: Rejections::default(),
             before: handover::Before::default(),
@@ -439,6 +468,7 @@ impl Controller {
                 Event::ConnectFailed { backend, failure, in_a_row, begun } => {
                     self.connect_failed(backend, failure, (in_a_row, begun), now);
                 }
+                Event::Built { token, built, took } => self.built(token, *built, took, now),
                 Event::Heartbeat { .. } | Event::HeartbeatsLost(_) | Event::Tick => {}
             }
         }
@@ -531,11 +561,16 @@ impl Controller {
         self.settle_ramps(now);
         self.look_at_settling();
         if let Some(reason) = self.table_due(now) {
-            let table = self.rebuild();
-            self.table_made(reason, now);
-            self.work.effects.insert(0, Effect::Publish(table));
+            let table = self.rebuild(reason);
+            self.table_made(reason, table.is_some(), now);
+            self.begin_builds();
+            if let Some(table) = table {
+                self.work.effects.insert(0, Effect::Publish(table));
+            }
         }
         self.work.cause = None;
+        #[cfg(debug_assertions)]
+        self.check_tallies();
         std::mem::take(&mut self.work.effects)
     }
 

@@ -1,7 +1,10 @@
 //! Many backends: one step of the controller costs a bounded number of them.
 
 use super::*;
+use crate::control::apart::AT_ONCE_MAX;
 use crate::control::ports::{PortLimits, PortLook, PortWatch, Reuse};
+use crate::heartbeat::SenderState;
+use crate::table::build::PoolBuild;
 
 const MANY: usize = 20_000;
 
@@ -135,6 +138,148 @@ fn what_is_saved_in_slices_is_the_same_and_a_reload_ends_it() {
     assert!(!controller.can_go_on(&saving));
 }
 
+/// One pool of five, too large to be made at once, and what its table says.
+fn apart() -> (Controller, Instant) {
+    let now = crate::clock::now();
+    let mut controller = Controller::new(2, 1);
+    controller.build_apart_above(4);
+    controller.apply(Event::Configure(large(1, 5)), now);
+    (controller, now)
+}
+
+fn in_table(controller: &Controller) -> Vec<String> {
+    let table = controller.current_table();
+    table.pools[0].serving.iter().map(|state| state.name.to_string()).collect()
+}
+
+fn the_build(effects: Vec<Effect>) -> Event {
+    let mut builds = effects.into_iter().filter_map(|effect| match effect {
+        Effect::Build { token, build } => Some(built(token, build)),
+        _ => None,
+    });
+    let first = builds.next().expect("a part to be made");
+    assert!(builds.next().is_none(), "a pool has one part under way");
+    first
+}
+
+fn set(controller: &mut Controller, name: &str, intent: Intent, now: Instant) -> Vec<Effect> {
+    controller.set_intent("pool0", name, intent, now).unwrap()
+}
+
+fn enters(controller: &Controller, name: &str) -> bool {
+    let state = controller.backends().find(|state| &*state.name == name).unwrap();
+    let enters = state.in_flight.try_enter(0);
+    if enters {
+        state.in_flight.leave();
+    }
+    enters
+}
+
+#[test]
+fn who_is_taken_out_of_a_large_pool_gets_no_session_before_its_table_is_made() {
+    let (mut controller, now) = apart();
+    let effects = set(&mut controller, "b1", Intent::Draining, now);
+    assert_eq!((publishes(&effects), in_table(&controller).len()), (0, 5));
+    assert!(!enters(&controller, "b1"), "it is shut at once");
+    let effects = controller.apply(the_build(effects), now);
+    assert_eq!(publishes(&effects), 1);
+    assert_eq!(in_table(&controller), ["b0", "b2", "b3", "b4"]);
+    assert!(enters(&controller, "b1"), "the table alone says it now");
+    let effects = set(&mut controller, "b1", Intent::Ready, now);
+    controller.apply(the_build(effects), now);
+    assert_eq!(in_table(&controller).len(), 5);
+}
+
+#[test]
+fn what_changes_while_a_part_is_made_makes_one_more() {
+    let (mut controller, now) = apart();
+    let first = the_build(set(&mut controller, "b1", Intent::Draining, now));
+    for name in ["b2", "b3"] {
+        let effects = set(&mut controller, name, Intent::Draining, now);
+        assert!(!effects.iter().any(|effect| matches!(effect, Effect::Build { .. })));
+        assert!(!enters(&controller, name));
+    }
+    set(&mut controller, "b3", Intent::Ready, now);
+    assert!(enters(&controller, "b3"), "it was in the table all the while");
+    let effects = controller.apply(first, now);
+    assert_eq!((publishes(&effects), in_table(&controller).len()), (1, 4));
+    assert!(enters(&controller, "b1") && !enters(&controller, "b2"));
+    let effects = controller.apply(the_build(effects), now);
+    assert_eq!((publishes(&effects), in_table(&controller).len()), (1, 3));
+    assert!(enters(&controller, "b2"));
+}
+
+#[test]
+fn part_that_a_reload_has_overtaken_is_not_used_and_nobody_stays_shut() {
+    let (mut controller, now) = apart();
+    let overtaken = the_build(set(&mut controller, "b1", Intent::Draining, now));
+    controller.apply(Event::Configure(large(1, 6)), now);
+    assert_eq!(in_table(&controller), ["b0", "b2", "b3", "b4", "b5"]);
+    assert!(enters(&controller, "b1"));
+    let effects = controller.apply(overtaken, now);
+    assert_eq!((publishes(&effects), in_table(&controller).len()), (0, 5));
+    let effects = set(&mut controller, "b5", Intent::Draining, now);
+    controller.apply(the_build(effects), now);
+    assert_eq!(in_table(&controller), ["b0", "b2", "b3", "b4"]);
+}
+
+#[test]
+fn members_that_come_and_go_are_in_the_next_part_of_a_large_pool() {
+    let (mut controller, mut now) = apart();
+    let hear = |controller: &mut Controller, n: usize, sequence: u64, state, now| {
+        let heartbeat = Heartbeat { state, ..beat_of("pool0", n, sequence) };
+        let mut effects =
+            controller.apply(Event::Heartbeat { heartbeat, at: now, stands_for: 1 }, now);
+        // A connect confirms it, and parts of tables are made.
+        while !effects.is_empty() {
+            let events = effects.into_iter().filter_map(|effect| match effect {
+                Effect::Probe { backend, token, .. } => {
+                    let outcome = ProbeOutcome::Success { took: Duration::from_millis(1) };
+                    Some(Event::Probed { backend, token, outcome })
+                }
+                Effect::Build { token, build } => Some(built(token, build)),
+                _ => None,
+            });
+            let events: Vec<Event> = events.collect();
+            effects = controller.apply_all(events, now);
+        }
+    };
+    for sequence in 1..=30 {
+        hear(&mut controller, 7, sequence, SenderState::Ready, now);
+        if sequence > 10 {
+            hear(&mut controller, 8, sequence - 10, SenderState::Ready, now);
+        }
+        now += Duration::from_millis(100);
+    }
+    assert_eq!(in_table(&controller), ["b0", "b1", "b2", "b3", "b4", "b7", "b8"]);
+    hear(&mut controller, 7, 31, SenderState::Stopping, now);
+    let settle = |controller: &mut Controller, now| {
+        let (mut at, mut effects) = (now, Vec::new());
+        for _ in 0..20 {
+            at += Duration::from_millis(20);
+            effects.extend(controller.apply(Event::Tick, at));
+            let events: Vec<Event> = effects.drain(..).filter_map(unanswered).collect();
+            effects = controller.apply_all(events, at);
+        }
+    };
+    settle(&mut controller, now);
+    let table = in_table(&controller);
+    assert!(!table.contains(&"b7".to_owned()) && table.len() >= 5, "{table:?}");
+}
+
+#[test]
+fn pools_up_to_the_bound_have_their_tables_at_once() {
+    let now = crate::clock::now();
+    let mut controller = Controller::new(2, 1);
+    controller.apply(Event::Configure(large(1, AT_ONCE_MAX)), now);
+    let effects = set(&mut controller, "b1", Intent::Draining, now);
+    assert_eq!(publishes(&effects), 1);
+    controller.apply(Event::Configure(large(1, AT_ONCE_MAX + 1)), now);
+    let effects = set(&mut controller, "b2", Intent::Draining, now);
+    assert_eq!(publishes(&effects), 0);
+    the_build(effects);
+}
+
 /// The longest of `steps` and their median, as a row of the table.
 fn row(what: &str, mut steps: Vec<Duration>) {
     steps.sort();
@@ -158,11 +303,27 @@ fn beat_of(pool: &str, n: usize, sequence: u64) -> Heartbeat {
         incarnation: 1,
         sequence,
         interval: Duration::from_millis(100),
-        state: crate::heartbeat::SenderState::Ready,
+        state: SenderState::Ready,
         weight: 10,
         in_flight: 0,
         load: 0,
         key_id: 1,
+    }
+}
+
+/// Has parts of tables made, and notes how long making and taking them took.
+fn made_apart(
+    controller: &mut Controller,
+    effects: Vec<Effect>,
+    now: Instant,
+    parts: &mut Vec<(Duration, Duration)>,
+) {
+    for effect in effects {
+        if let Effect::Build { token, build } = effect {
+            let (made, event) = timed(|| built(token, build));
+            let (taken, _) = timed(|| controller.apply(event, now));
+            parts.push((made, taken));
+        }
     }
 }
 
@@ -179,6 +340,23 @@ fn costs() {
             costs_of(pools, each, hearts);
         }
     }
+}
+
+/// What comes of the effect where nothing answers.
+fn unanswered(effect: Effect) -> Option<Event> {
+    match effect {
+        Effect::Probe { backend, token, .. } => {
+            let outcome = ProbeOutcome::Failure { reason: "connect timed out".into() };
+            Some(Event::Probed { backend, token, outcome })
+        }
+        Effect::Build { token, build } => Some(built(token, build)),
+        _ => None,
+    }
+}
+
+fn built(token: BuildToken, build: Box<PoolBuild>) -> Event {
+    let (took, built) = timed(|| build.run());
+    Event::Built { token, built: Box::new(built), took }
 }
 
 fn costs_of(pools: usize, each: usize, hearts: usize) {
@@ -229,44 +407,32 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
     );
     row("look at all pools", (0..20).map(|_| timed(|| controller.look(None, now)).0).collect());
 
-    // The last sender falls silent.
-    let dead = hearts - 1;
-    let (mut silent, mut table) = (Vec::new(), 0);
+    // The last sender falls silent, and nothing answers at its address.
+    let (mut silent, mut tables) = (Vec::new(), 0);
     for sequence in 31..=45 {
         now += Duration::from_millis(100);
-        let heard = (0..dead).map(|n| Event::Heartbeat {
+        let (took, effects) = timed(|| controller.apply(Event::Tick, now));
+        silent.push(took);
+        let mut effects = effects;
+        while !effects.is_empty() {
+            tables += publishes(&effects);
+            let answers: Vec<Event> = effects.into_iter().filter_map(unanswered).collect();
+            let (took, next) = timed(|| controller.apply_all(answers, now));
+            silent.push(took);
+            effects = next;
+        }
+        let heard = (0..hearts - 1).map(|n| Event::Heartbeat {
             heartbeat: beat_of("pool0", n, sequence),
             at: now,
             stands_for: 1,
         });
         let heard: Vec<Event> = heard.collect();
         controller.apply_all(heard, now);
-        let (took, effects) = timed(|| controller.apply(Event::Tick, now));
-        silent.push(took);
-        table += publishes(&effects);
-        for effect in effects {
-            if let Effect::Probe { backend, token, .. } = effect {
-                let outcome = ProbeOutcome::Failure { reason: "connect timed out".into() };
-                let event = Event::Probed { backend, token, outcome };
-                let (took, effects) = timed(|| controller.apply(event, now));
-                silent.push(took);
-                table += publishes(&effects);
-                for effect in effects {
-                    if let Effect::Probe { backend, token, .. } = effect {
-                        let outcome = ProbeOutcome::Failure { reason: "connect timed out".into() };
-                        let event = Event::Probed { backend, token, outcome };
-                        let (took, effects) = timed(|| controller.apply(event, now));
-                        silent.push(took);
-                        table += publishes(&effects);
-                    }
-                }
-            }
-        }
     }
     row("step of a silence", silent);
-    println!("tables made for it: {table}");
+    println!("{tables} tables made for it");
 
-    let mut ejections = Vec::new();
+    let (mut ejections, mut parts) = (Vec::new(), Vec::new());
     for n in 0..4 {
         let id = *controller.backends.keys().nth(n * 2 + 1).unwrap();
         let fail = |in_a_row| Event::ConnectFailed {
@@ -275,14 +441,25 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
             in_a_row,
             begun: now,
         };
-        let (took, _) = timed(|| controller.apply_all((1..=5).map(fail), now));
+        let (took, effects) = timed(|| controller.apply_all((1..=5).map(fail), now));
         ejections.push(took);
+        made_apart(&mut controller, effects, now, &mut parts);
     }
     row("ejection", ejections);
-    let drain = |controller: &mut Controller, name: &str| {
-        timed(|| controller.set_intent("pool0", name, Intent::Draining, now).unwrap()).0
-    };
-    row("drain", (0..4).map(|n| drain(&mut controller, &format!("b{n}"))).collect());
+    let mut drains = Vec::new();
+    for n in 0..4 {
+        let name = format!("b{n}");
+        let intent = Intent::Draining;
+        let (took, effects) = timed(|| controller.set_intent("pool0", &name, intent, now).unwrap());
+        drains.push(took);
+        made_apart(&mut controller, effects, now, &mut parts);
+    }
+    row("drain", drains);
+    if !parts.is_empty() {
+        let (made, taken): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+        row("a pool's part (another thread)", made);
+        row("taking it", taken);
+    }
     row("save intents", (0..4).map(|_| timed(|| controller.save_intents(now)).0).collect());
     row("begin a picture", (0..4).map(|_| timed(|| controller.begin_status(now)).0).collect());
     let mut picture = controller.begin_status(now);
