@@ -11,18 +11,20 @@
 //! [`InFlight::shut`]: crate::balance::in_flight::InFlight::shut
 
 use super::publish::Standing;
+use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, PoolEntry, PoolId, PublishReason};
 use crate::table::PoolTable;
 use crate::table::build::{BackendInput, PoolBuild, PoolBuilt, PoolInput};
 use crate::table::state::{BackendId, BackendState};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Members up to which a pool's part is made at once: some 2 ms.
 pub(super) const AT_ONCE_MAX: usize = 2_000;
 
-/// Parts made for heartbeats take the other thread one part in so many of its time.
+/// Parts made for heartbeats take the other thread one part in so many of its time; all
+/// together take half of it.
 const SHARE: u32 = 10;
 
 /// From so many changes on, members are gone through rather than looked for.
@@ -46,6 +48,9 @@ pub(super) struct Builds {
     due: BTreeMap<PoolId, PublishReason>,
     /// Parts for the next table.
     ready: Vec<(PoolId, Arc<PoolTable>)>,
+    /// When the last part was made, and how long that took: the other thread rests as
+    /// long.
+    last: Option<(Instant, Duration)>,
 }
 
 /// One pool's part.
@@ -72,19 +77,13 @@ struct Roster {
 impl Default for Builds {
     fn default() -> Builds {
         let (due, ready) = (BTreeMap::new(), Vec::new());
-        Builds { at_once_max: AT_ONCE_MAX, number: 0, due, ready }
+        Builds { at_once_max: AT_ONCE_MAX, number: 0, due, ready, last: None }
     }
 }
 
 // === impl Builds ===
 
 impl Builds {
-    /// A whole table is made: nothing waits any more.
-    pub(super) fn forget(&mut self) {
-        self.due.clear();
-        self.ready.clear();
-    }
-
     /// Whether the part of a pool of so many is made on another thread.
     pub(super) fn is_apart(&self, members: usize) -> bool {
         members > self.at_once_max
@@ -100,13 +99,13 @@ impl Builds {
 // === impl Apart ===
 
 impl Apart {
-    /// Keeps what a whole table was made of.
-    pub(super) fn of(input: PoolInput) -> Apart {
+    /// Keeps what was made between two events.
+    fn of(input: PoolInput) -> Apart {
         let ids = input.backends.iter().map(|backend| backend.state.id).collect();
         Apart { roster: Some(Roster { input, ids }), ..Apart::default() }
     }
 
-    /// A whole table says of everybody what is so.
+    /// A table says of everybody what is so.
     pub(super) fn reopen(&self) {
         self.shut.iter().for_each(|(_, state)| state.in_flight.reopen());
     }
@@ -155,7 +154,7 @@ impl Controller {
     pub(super) fn wrong_apart(
         &mut self,
         pool: PoolId,
-        moved: Vec<BackendId>,
+        moved: BTreeSet<BackendId>,
         reason: PublishReason,
     ) {
         let Some(pool) = self.pools.get_mut(pool) else { return };
@@ -165,24 +164,49 @@ impl Controller {
         let first = self.builds.number + 1;
         for id in &moved {
             let Some(entry) = self.backends.get(id) else { continue };
-            apart.shut.retain(|(_, state)| state.id != *id);
-            if entry.health.eligible() {
+            let serves = entry.health.eligible();
+            if serves {
                 entry.state.in_flight.reopen();
-            } else if entry.state.in_flight.shut() {
+            }
+            if serves || entry.state.in_flight.shut() {
+                apart.shut.retain(|(_, state)| state.id != *id);
+            }
+            if !serves && !apart.shut.iter().any(|(_, state)| state.id == *id) {
                 apart.shut.push((first, Arc::clone(&entry.state)));
             }
         }
         apart.moved.extend(moved);
     }
 
+    /// The pool's part has been made between two events: of that.
+    pub(super) fn made_at_once(&mut self, id: PoolId, input: PoolInput) {
+        let Some(pool) = self.pools.get_mut(id) else { return };
+        if let Some(before) = pool.apart.take() {
+            // What was under way or due is of no use any more.
+            before.reopen();
+        }
+        self.builds.due.remove(&id);
+        self.builds.ready.retain(|(pool, _)| *pool != id);
+        if self.builds.is_apart(pool.members.len()) {
+            pool.apart = Some(Apart::of(input));
+        }
+    }
+
     /// Begins the parts that are due and not under way.
-    pub(super) fn begin_builds(&mut self) {
+    pub(super) fn begin_builds(&mut self, now: Instant) {
         if self.builds.due.is_empty() {
             return;
         }
+        if let Some((at, took)) = self.builds.last
+            && now.saturating_duration_since(at) < took
+        {
+            self.schedule.set(Job::Build, at + took);
+            return;
+        }
+        // A pool that a reload has removed is not due any more.
         let idle = |id: &PoolId| {
             let apart = self.pool(*id).and_then(|pool| pool.apart.as_ref());
-            apart.is_some_and(|apart| apart.under_way.is_none())
+            apart.is_none_or(|apart| apart.under_way.is_none())
         };
         let begin: Vec<PoolId> = self.builds.due.keys().copied().filter(idle).collect();
         for id in begin {
@@ -242,6 +266,7 @@ impl Controller {
         apart.roster = Some(Roster { input: built.input, ids });
         self.builds.ready.push((token.pool, built.table));
         self.work.rebuild.get_or_insert(reason);
+        self.builds.last = Some((now, took));
         if reason == PublishReason::Heartbeat {
             self.pace.wait_until(now + took * (SHARE - 1));
         }

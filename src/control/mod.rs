@@ -387,6 +387,8 @@ struct Work {
     unsettled: BTreeSet<PoolId>,
     /// Shut, and not in the table that is about to be published.
     reopen: Vec<Arc<BackendState>>,
+    /// Large pools' parts of the table are made at once, too.
+    at_once: bool,
 }
 
 // === impl Controller ===
@@ -545,8 +547,8 @@ impl Controller {
                 Job::GuardTick => self.guard_tick(now),
                 Job::Guard(pool) => self.look(pool, now),
                 Job::Ramp(id) => self.ramp_step(id, now),
-                // Whether a table is due is asked at the end of every event.
-                Job::Publish => {}
+                // Whether a table or a part of one is due is asked at the end of every event.
+                Job::Publish | Job::Build => {}
             }
         }
     }
@@ -563,12 +565,12 @@ impl Controller {
         if let Some(reason) = self.table_due(now) {
             let table = self.rebuild(reason);
             self.table_made(reason, table.is_some(), now);
-            self.begin_builds();
             if let Some(table) = table {
                 self.work.effects.insert(0, Effect::Publish(table));
             }
         }
-        self.work.cause = None;
+        self.begin_builds(now);
+        (self.work.cause, self.work.at_once) = (None, false);
         #[cfg(debug_assertions)]
         self.check_tallies();
         std::mem::take(&mut self.work.effects)

@@ -156,12 +156,12 @@ impl Controller {
 
     /// The pools of which the newest table is wrong, each with its backends that have
     /// moved.
-    pub(super) fn wrong_pools(&self) -> BTreeMap<PoolId, Vec<BackendId>> {
-        let mut wrong: BTreeMap<PoolId, Vec<BackendId>> =
-            self.pace.members.iter().map(|pool| (*pool, Vec::new())).collect();
+    pub(super) fn wrong_pools(&self) -> BTreeMap<PoolId, BTreeSet<BackendId>> {
+        let mut wrong: BTreeMap<PoolId, BTreeSet<BackendId>> =
+            self.pace.members.iter().map(|pool| (*pool, BTreeSet::new())).collect();
         let waiting = self.pace.waiting.iter().filter_map(|id| Some((self.moved(*id)?, *id)));
         for (pool, id) in self.pace.moved.iter().copied().chain(waiting) {
-            wrong.entry(pool).or_default().push(id);
+            wrong.entry(pool).or_default().insert(id);
         }
         wrong
     }

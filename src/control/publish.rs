@@ -3,7 +3,6 @@
 //! The controller calls it at the end of each event. It builds, it does not
 //! publish: that is the shell's part.
 
-use super::apart::Apart;
 use super::{BackendEntry, Controller, Origin, PoolEntry, PoolId, PublishReason};
 use crate::config::{self, WhenNoneEligible};
 use crate::health::{Calling, Intent};
@@ -195,10 +194,11 @@ impl Controller {
         for (id, moved) in self.wrong_pools() {
             let Some(place) = self.pools.place(id) else { continue };
             let members = self.pool(id).map_or(0, |pool| pool.members.len());
-            if self.builds.is_apart(members) {
+            if self.builds.is_apart(members) && !self.work.at_once {
                 self.wrong_apart(id, moved, reason);
             } else if let Some(input) = self.pool_input(place) {
                 changed.push((place, build::build_pool(&input, self.table.pools.get(place))));
+                self.made_at_once(id, input);
             }
         }
         changed
@@ -223,15 +223,10 @@ impl Controller {
             frontends: frontends.collect(),
             pools,
         };
-        self.builds.forget();
         let table = build::build(&input, Some(&self.table));
-        for (pool, input) in self.pools.iter_mut().zip(input.pools) {
-            if let Some(before) = pool.apart.take() {
-                before.reopen();
-            }
-            if self.builds.is_apart(pool.members.len()) {
-                pool.apart = Some(Apart::of(input));
-            }
+        let ids: Vec<PoolId> = self.pools.iter().map(|pool| pool.id).collect();
+        for (id, input) in ids.into_iter().zip(input.pools) {
+            self.made_at_once(id, input);
         }
         table
     }

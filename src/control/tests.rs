@@ -178,13 +178,26 @@ impl Bench {
         self.note(effects)
     }
 
+    /// Parts of tables are made at once.
     fn note(&mut self, effects: Vec<Effect>) -> Vec<Effect> {
-        for effect in &effects {
-            if let Effect::Probe { backend, token, .. } = effect {
-                self.asked.push((*backend, *token));
+        let (mut others, mut built) = (Vec::new(), Vec::new());
+        for effect in effects {
+            match effect {
+                Effect::Build { token, build } => {
+                    let (built_now, took) = (Box::new(build.run()), Duration::ZERO);
+                    built.push(Event::Built { token, built: built_now, took });
+                }
+                Effect::Probe { backend, token, .. } => {
+                    self.asked.push((backend, token));
+                    others.push(effect);
+                }
+                _ => others.push(effect),
             }
         }
-        effects
+        if !built.is_empty() {
+            others.extend(self.apply_all(built));
+        }
+        others
     }
 
     /// Ticks whenever it is wanted until `span` is over, answering nothing.

@@ -162,7 +162,7 @@ impl World {
                 Effect::Build { token, build } => built.push(Event::Built {
                     token,
                     built: Box::new(build.run()),
-                    took: Duration::from_millis(1),
+                    took: Duration::ZERO,
                 }),
                 Effect::Notice(_) | Effect::Opened | Effect::CutSessions(_) => {}
             }

@@ -210,6 +210,26 @@ fn what_changes_while_a_part_is_made_makes_one_more() {
 }
 
 #[test]
+fn parts_take_the_other_thread_half_of_its_time_at_most() {
+    let (mut controller, now) = apart();
+    let Event::Built { token, built, .. } =
+        the_build(set(&mut controller, "b1", Intent::Draining, now))
+    else {
+        unreachable!("it is what was asked for")
+    };
+    set(&mut controller, "b2", Intent::Draining, now);
+    let took = Duration::from_millis(30);
+    let begins = |effects: &[Effect]| {
+        effects.iter().filter(|effect| matches!(effect, Effect::Build { .. })).count()
+    };
+    let effects = controller.apply(Event::Built { token, built, took }, now);
+    assert_eq!((publishes(&effects), begins(&effects)), (1, 0));
+    assert_eq!(controller.next_due(), Some(now + took));
+    assert!(!enters(&controller, "b2"));
+    assert_eq!(begins(&controller.apply(Event::Tick, now + took)), 1);
+}
+
+#[test]
 fn part_that_a_reload_has_overtaken_is_not_used_and_nobody_stays_shut() {
     let (mut controller, now) = apart();
     let overtaken = the_build(set(&mut controller, "b1", Intent::Draining, now));
@@ -355,8 +375,7 @@ fn unanswered(effect: Effect) -> Option<Event> {
 }
 
 fn built(token: BuildToken, build: Box<PoolBuild>) -> Event {
-    let (took, built) = timed(|| build.run());
-    Event::Built { token, built: Box::new(built), took }
+    Event::Built { token, built: Box::new(build.run()), took: Duration::ZERO }
 }
 
 fn costs_of(pools: usize, each: usize, hearts: usize) {
