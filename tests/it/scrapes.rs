@@ -9,6 +9,7 @@ use crate::common::{Engine, long, measured, ms, secs, turn};
 use crate::heartbeats::Keys;
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tidegate::heartbeat::SenderState;
@@ -48,6 +49,7 @@ struct Sender {
     listener: Option<TcpListener>,
     sequence: u64,
     began: Instant,
+    last: Instant,
     next: Instant,
 }
 
@@ -57,10 +59,18 @@ struct Choir {
     to: SocketAddr,
     secret: Secret,
     senders: Vec<Sender>,
-    /// When the last heartbeat of each that died was sent, by name.
-    died: HashMap<String, SystemTime>,
     /// How many have been born.
     born: u32,
+}
+
+/// What the thread of the senders is told, and what it tells.
+#[derive(Default)]
+struct Score {
+    stop: AtomicBool,
+    /// Some die, and others take their places.
+    dying: AtomicBool,
+    /// When the last heartbeat of each that died was sent, by name.
+    died: Mutex<HashMap<String, SystemTime>>,
 }
 
 impl Sender {
@@ -68,7 +78,7 @@ impl Sender {
     fn new(name: String, address: SocketAddr, (number, all): (u32, u32)) -> Sender {
         let now = Instant::now();
         let next = now + INTERVAL * number / all;
-        Sender { name, address, listener: None, sequence: 0, began: now, next }
+        Sender { name, address, listener: None, sequence: 0, began: now, last: now, next }
     }
 
     fn mortal(number: u32) -> Sender {
@@ -91,29 +101,17 @@ impl Choir {
             to: keys.to(),
             secret: Secret::new(&[1; 32]).unwrap(),
             senders: steady.collect(),
-            died: HashMap::new(),
             born: 0,
         }
     }
 
-    /// Sends for so long.
-    fn sing_for(&mut self, span: Duration) {
-        let (stop, nobody) = (AtomicBool::new(false), AtomicBool::new(false));
-        std::thread::scope(|scope| {
-            scope.spawn(|| self.sing(&stop, &nobody));
-            std::thread::sleep(span);
-            stop.store(true, Ordering::Relaxed);
-        });
-    }
-
-    /// Sends until it is told to stop; while `dying`, some die and others take their
-    /// places.
-    fn sing(&mut self, stop: &AtomicBool, dying: &AtomicBool) {
+    /// Sends until it is told to stop.
+    fn sing(&mut self, score: &Score) {
         let mut empty: Vec<Instant> =
             (0..MORTAL).map(|n| Instant::now() + (LIFE + REST) * n / MORTAL).collect();
-        while !stop.load(Ordering::Relaxed) {
+        while !score.stop.load(Ordering::Relaxed) {
             let now = Instant::now();
-            if dying.load(Ordering::Relaxed)
+            if score.dying.load(Ordering::Relaxed)
                 && let Some(place) = empty.iter().position(|at| *at <= now)
             {
                 empty.swap_remove(place);
@@ -126,12 +124,15 @@ impl Choir {
             while let Some(at) = self.senders.iter().position(over) {
                 // Right after its last heartbeat, which the next would follow.
                 let gone = self.senders.swap_remove(at);
-                self.died.insert(gone.name, SystemTime::now());
+                let mut died = score.died.lock().unwrap();
+                died.insert(gone.name, SystemTime::now() - (now - gone.last));
                 empty.push(now + REST);
             }
             for sender in self.senders.iter_mut().filter(|sender| sender.next <= now) {
                 sender.sequence += 1;
-                sender.next += INTERVAL;
+                // Whoever is late does not make up for it.
+                sender.next = (sender.next + INTERVAL).max(now);
+                sender.last = now;
                 say(&self.socket, self.to, &self.secret, sender);
             }
             let next = self.senders.iter().map(|sender| sender.next).min().unwrap_or(now);
@@ -230,29 +231,26 @@ struct Stretch {
 
 impl Stretch {
     /// `span` with deaths, and with scrapes if so.
-    fn measure(proxy: &TestProxy, choir: &mut Choir, span: Duration, scraped: bool) -> Stretch {
+    fn measure(proxy: &TestProxy, score: &Score, span: Duration, scraped: bool) -> Stretch {
         let excuses = || proxy.metric("tidegate_heartbeat_excuses_total", &[]);
-        let (stop, silence) = (AtomicBool::new(false), AtomicBool::new(false));
-        let dying = AtomicBool::new(true);
+        let stop = AtomicBool::new(false);
         let before = excuses();
-        choir.died.clear();
+        score.died.lock().unwrap().clear();
+        score.dying.store(true, Ordering::Relaxed);
         let (scrapes, asked) = std::thread::scope(|scope| {
-            let singing = scope.spawn(|| choir.sing(&silence, &dying));
             let asked = scope.spawn(|| ask(proxy, &stop));
             let scrapes = scraped.then(|| scope.spawn(|| scrape(proxy, &stop)));
             std::thread::sleep(span);
-            dying.store(false, Ordering::Relaxed);
-            // The last of them are seen to die while the others go on.
+            score.dying.store(false, Ordering::Relaxed);
+            // The last of them are still to die, and to be seen to.
             std::thread::sleep(LIFE + secs(2));
             stop.store(true, Ordering::Relaxed);
             let scrapes = scrapes.map_or(0, |scrapes| scrapes.join().expect("scrapes"));
-            let asked = asked.join().expect("questions");
-            silence.store(true, Ordering::Relaxed);
-            singing.join().expect("senders");
-            (scrapes, asked)
+            (scrapes, asked.join().expect("questions"))
         });
-        let detected = detections(&proxy.log(), &choir.died);
-        Stretch { excuses: excuses() - before, detected, asked, scrapes, died: choir.died.len() }
+        let died = score.died.lock().unwrap();
+        let detected = detections(&proxy.log(), &died);
+        Stretch { excuses: excuses() - before, detected, asked, scrapes, died: died.len() }
     }
 
     fn say(&self, what: &str) {
@@ -290,12 +288,18 @@ mod alone {
         let _steady = ScriptedBackend::start_on(everywhere, backend::http("s", 200));
         let mut choir = Choir::new(&keys, everywhere);
         let span = if long() { secs(60) } else { secs(3) };
-        let all = [false, true, false, true].map(|scraped| {
-            // They were silent between two stretches; what that meant is over by then.
-            choir.sing_for(secs(3));
-            let stretch = Stretch::measure(&proxy, &mut choir, span, scraped);
-            stretch.say(if scraped { "scraped" } else { "quiet" });
-            stretch
+        let score = Score::default();
+        let all = std::thread::scope(|scope| {
+            scope.spawn(|| choir.sing(&score));
+            // Their rhythm has to be known.
+            std::thread::sleep(secs(5));
+            let all = [false, true, false, true].map(|scraped| {
+                let stretch = Stretch::measure(&proxy, &score, span, scraped);
+                stretch.say(if scraped { "scraped" } else { "quiet" });
+                stretch
+            });
+            score.stop.store(true, Ordering::Relaxed);
+            all
         });
         let of = |scraped: bool, field: fn(&Stretch) -> &Vec<Duration>| {
             let stretches = all.iter().enumerate().filter(|(at, _)| (at % 2 == 1) == scraped);
