@@ -58,11 +58,20 @@ pub(super) struct Builds {
 pub(super) struct Apart {
     /// What the last part was made of; `None` while one is under way.
     roster: Option<Roster>,
-    under_way: Option<(u64, PublishReason)>,
+    under_way: Option<UnderWay>,
     /// Members that the last part, made or under way, may be wrong about.
     moved: Vec<BackendId>,
     /// Taken out before a table says so, with the number of the first part that does.
     shut: Vec<(u64, Arc<BackendState>)>,
+}
+
+/// A part that is being made.
+#[derive(Debug)]
+struct UnderWay {
+    number: u64,
+    reason: PublishReason,
+    /// Who stands in each line of its input.
+    ids: Vec<BackendId>,
 }
 
 /// See [`Apart`]. The input travels to the other thread and back, so that a change of
@@ -100,14 +109,19 @@ impl Builds {
 
 impl Apart {
     /// Keeps what was made between two events.
-    fn of(input: PoolInput) -> Apart {
-        let ids = input.backends.iter().map(|backend| backend.state.id).collect();
+    fn of(input: PoolInput, ids: Vec<BackendId>) -> Apart {
         Apart { roster: Some(Roster { input, ids }), ..Apart::default() }
     }
 
     /// A table says of everybody what is so.
     pub(super) fn reopen(&self) {
         self.shut.iter().for_each(|(_, state)| state.in_flight.reopen());
+    }
+
+    fn reopen_one(&mut self, id: BackendId) {
+        if let Some(place) = self.shut.iter().position(|(_, state)| state.id == id) {
+            self.shut.swap_remove(place).1.in_flight.reopen();
+        }
     }
 }
 
@@ -164,18 +178,26 @@ impl Controller {
         let first = self.builds.number + 1;
         for id in &moved {
             let Some(entry) = self.backends.get(id) else { continue };
-            let serves = entry.health.eligible();
-            if serves {
-                entry.state.in_flight.reopen();
-            }
-            if serves || entry.state.in_flight.shut() {
-                apart.shut.retain(|(_, state)| state.id != *id);
-            }
-            if !serves && !apart.shut.iter().any(|(_, state)| state.id == *id) {
+            if entry.health.eligible() {
+                apart.reopen_one(*id);
+            } else if !apart.shut.iter().any(|(_, state)| state.id == *id)
+                && entry.state.in_flight.shut()
+            {
                 apart.shut.push((first, Arc::clone(&entry.state)));
             }
         }
         apart.moved.extend(moved);
+    }
+
+    /// A backend stands as the newest table, or the part under way, says: it may have
+    /// been taken out and put back since.
+    pub(super) fn came_back(&mut self, id: BackendId) {
+        let Some(entry) = self.backends.get(&id).filter(|entry| entry.health.eligible()) else {
+            return;
+        };
+        if let Some(apart) = self.pools.get_mut(entry.pool).and_then(|pool| pool.apart.as_mut()) {
+            apart.reopen_one(id);
+        }
     }
 
     /// The pool's part has been made between two events: of that.
@@ -188,7 +210,7 @@ impl Controller {
         self.builds.due.remove(&id);
         self.builds.ready.retain(|(pool, _)| *pool != id);
         if self.builds.is_apart(pool.members.len()) {
-            pool.apart = Some(Apart::of(input));
+            pool.apart = Some(Apart::of(input, pool.members.clone()));
         }
     }
 
@@ -240,14 +262,14 @@ impl Controller {
         roster.input.spec = Arc::clone(&pool.spec);
         roster.input.stand_ins = stand_ins;
         roster.input.undecided = pool.settling.is_some();
-        apart.under_way = Some((number, reason));
+        apart.under_way = Some(UnderWay { number, reason, ids: roster.ids });
         pool.apart = Some(apart);
         let token = BuildToken { pool: id, number };
         let build = Box::new(PoolBuild { input: roster.input, previous });
         self.work.effects.push(Effect::Build { token, build });
     }
 
-    /// A part is made, and has `taken` so long. One that a reload has overtaken is of no
+    /// A part is made, which `took` so long. One that a reload has overtaken is of no
     /// use.
     pub(super) fn built(
         &mut self,
@@ -258,11 +280,11 @@ impl Controller {
     ) {
         let Some(pool) = self.pools.get_mut(token.pool) else { return };
         let Some(apart) = &mut pool.apart else { return };
-        let Some((_, reason)) = apart.under_way.take_if(|(number, _)| *number == token.number)
+        let Some(UnderWay { reason, ids, .. }) =
+            apart.under_way.take_if(|part| part.number == token.number)
         else {
             return;
         };
-        let ids = built.input.backends.iter().map(|backend| backend.state.id).collect();
         apart.roster = Some(Roster { input: built.input, ids });
         self.builds.ready.push((token.pool, built.table));
         self.work.rebuild.get_or_insert(reason);

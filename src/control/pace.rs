@@ -125,7 +125,10 @@ impl Controller {
         let reason = self.work.rebuild.take();
         let mut health = false;
         for id in touched {
-            let Some(pool) = self.moved(id) else { continue };
+            let Some(pool) = self.moved(id) else {
+                self.came_back(id);
+                continue;
+            };
             if self.may_wait(id) {
                 self.pace.backend(id);
             } else {
