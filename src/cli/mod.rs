@@ -141,6 +141,10 @@ pub struct RunArgs {
     /// Serve in this process, without a supervisor.
     #[arg(long)]
     pub single: bool,
+    /// Asked by a supervisor before it executes this program in its own place: whether
+    /// the state on standard input, of that version, can be taken over.
+    #[arg(long, value_name = "VERSION", hide = true)]
+    pub supervisor_check: Option<u32>,
 }
 
 /// `tidegate check`

@@ -2,14 +2,15 @@
 //! stopping, alive.
 //!
 //! Used by the supervisor and, where there is none, by `app::notify`. Datagrams to
-//! `NOTIFY_SOCKET`, sent without waiting; one that is lost is lost. Without that
-//! variable nothing is sent.
+//! `NOTIFY_SOCKET`, sent without waiting; one that is lost is lost, and the log names the
+//! first in a row. Without that variable nothing is sent.
 
 use crate::clock;
 use std::ffi::{OsStr, OsString};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Where to send.
@@ -21,7 +22,11 @@ pub(super) const WATCHDOG_PID: &str = "WATCHDOG_PID";
 
 /// The way to the service manager, if there is one.
 #[derive(Debug, Default)]
-pub struct Manager(Option<(UnixDatagram, SocketAddr)>);
+pub struct Manager {
+    to: Option<(UnixDatagram, SocketAddr)>,
+    /// The last message was lost: the log says so once.
+    lost: AtomicBool,
+}
 
 // === impl Manager ===
 
@@ -38,9 +43,9 @@ impl Manager {
             Ok((socket, address(path)?))
         });
         match to {
-            Ok(to) => Manager(Some(to)),
+            Ok(to) => Manager { to: Some(to), lost: AtomicBool::new(false) },
             Err(error) => {
-                tracing::warn!(%error, "NOTIFY_SOCKET cannot be used");
+                tracing::warn!(%error, "NOTIFY_SOCKET cannot be used: no service manager is told");
                 Manager::default()
             }
         }
@@ -72,10 +77,11 @@ impl Manager {
     }
 
     fn send(&self, message: &str) {
-        if let Some((socket, to)) = &self.0
-            && let Err(error) = socket.send_to_addr(message.as_bytes(), to)
-        {
-            tracing::warn!(%error, "the service manager cannot be told: {message:?}");
+        let Some((socket, to)) = &self.to else { return };
+        let sent = socket.send_to_addr(message.as_bytes(), to);
+        let lost_before = self.lost.swap(sent.is_err(), Ordering::Relaxed);
+        if let (Err(error), false) = (sent, lost_before) {
+            tracing::warn!(%error, said = message, "the service manager cannot be told");
         }
     }
 }

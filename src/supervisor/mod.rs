@@ -30,14 +30,18 @@
 
 mod children;
 pub mod link;
+mod log;
 pub mod manager;
 mod message;
 mod parent;
 pub mod pid_file;
 pub mod program;
+mod reexec;
+mod state;
 mod store;
 
 pub use link::{Given, Link, News};
 pub(crate) use message::Wish;
 pub use parent::run;
+pub use reexec::{check, resume};
 pub use store::Store;

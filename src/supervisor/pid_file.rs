@@ -29,6 +29,15 @@ impl PidFile {
         })?;
         Ok(PidFile(path.to_owned()))
     }
+
+    /// One that this process has written before.
+    pub(super) fn written(path: PathBuf) -> PidFile {
+        PidFile(path)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
 }
 
 impl Drop for PidFile {
