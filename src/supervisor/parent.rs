@@ -259,6 +259,8 @@ impl Parent {
                 Ok(Some(packet)) => self.take_message(at, packet),
                 Ok(None) => child.link = None,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // It has ended with messages unread; its own are still there.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
                 Err(error) => {
                     tracing::warn!(%error, "a message of process {} is lost", child.pid);
                 }

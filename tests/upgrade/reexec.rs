@@ -37,7 +37,7 @@ struct Bench {
 }
 
 /// What it answers where it is asked to, is executed or serves.
-const HANDS_ON: &str = "exec '@' \"$@\"";
+const HANDS_ON: &str = "exec 'REAL' \"$@\"";
 
 impl Bench {
     fn new(engine: Engine) -> Bench {
@@ -68,14 +68,14 @@ impl Bench {
         std::fs::rename(self.path("new"), self.path("tidegate")).unwrap();
     }
 
-    /// Puts a script there; `@` is a copy of the program, `%` this directory.
+    /// Puts a script there; `REAL` is a copy of the program, `HERE` this directory.
     fn replace_by(&self, script: &str) {
         if !self.path("real").exists() {
             copy(&self.path("real"));
         }
         let real = self.path("real");
-        let text = script.replace('@', real.to_str().unwrap());
-        let text = text.replace('%', self.programs.path().to_str().unwrap());
+        let text = script.replace("REAL", real.to_str().unwrap());
+        let text = text.replace("HERE", self.programs.path().to_str().unwrap());
         // Written by another process: a file that is open for writing cannot be run.
         std::fs::write(self.path("text"), text).unwrap();
         let (from, to) = (self.path("text"), self.path("new"));
@@ -108,6 +108,23 @@ impl Bench {
         eventually(secs(5), "it says so", || {
             self.proxy.log().contains("the supervisor runs the new program")
         });
+    }
+
+    /// The supervisor's descriptors that are open to what it executes: those that it was
+    /// started with (fcntl(2), O_CLOEXEC).
+    fn passed_on(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(format!("/proc/{}/fdinfo", self.proxy.service())).unwrap();
+        let passed = entries.filter_map(|entry| {
+            let path = entry.unwrap().path();
+            let facts = std::fs::read_to_string(&path).unwrap();
+            let flags = facts.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+            let flags = u32::from_str_radix(flags.trim(), 8).unwrap();
+            let open = flags & 0o2_000_000 == 0;
+            open.then(|| path.file_name().unwrap().to_string_lossy().into_owned())
+        });
+        let mut passed: Vec<String> = passed.collect();
+        passed.sort();
+        passed
     }
 
     #[track_caller]
@@ -260,9 +277,9 @@ fn as_process_1_the_supervisor_is_renewed_too(engine: Engine) {
 const SLOW_TO_BEGIN: &str = "#!/usr/bin/env python3
 import os, sys, time
 if 'TIDEGATE_SUPERVISOR_STATE' in os.environ:
-    open('%/begun', 'w').close()
+    open('HERE/begun', 'w').close()
     time.sleep(0.7)
-os.execv('@', sys.argv)
+os.execv('REAL', sys.argv)
 ";
 
 impl Bench {
@@ -400,23 +417,14 @@ fn a_program_that_does_not_pass_the_trial_changes_nothing(engine: Engine) {
 
 fn a_program_that_cannot_be_executed_changes_nothing(engine: Engine) {
     let mut bench = Bench::new(engine);
-    let own = bench.runs();
-    bench.replace_by_trial("chmod 0 \"$0\"");
+    let (own, before) = (bench.runs(), bench.passed_on());
+    bench.replace_by_trial("chmod 0 \"$0\"; exec 'REAL' \"$@\"");
     bench.upgrade();
     eventually(secs(10), "the supervisor says that it stays", || {
         bench.proxy.log().contains("Permission denied")
     });
     assert_eq!(bench.runs(), own);
-    // No descriptor is open to what it starts (fcntl(2), O_CLOEXEC).
-    let service = bench.proxy.service();
-    for entry in std::fs::read_dir(format!("/proc/{service}/fdinfo")).unwrap() {
-        let path = entry.unwrap().path();
-        let standard = path.file_name().unwrap().to_str().unwrap().parse::<u32>().unwrap() < 3;
-        let facts = std::fs::read_to_string(&path).unwrap();
-        let flags = facts.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
-        let flags = u32::from_str_radix(flags.trim(), 8).unwrap();
-        assert!(standard || flags & 0o2_000_000 != 0, "{path:?}: {facts}");
-    }
+    assert_eq!(bench.passed_on(), before);
     bench.serves();
     bench.replace();
     bench.crash();
@@ -426,7 +434,7 @@ fn a_program_that_cannot_be_executed_changes_nothing(engine: Engine) {
 fn a_state_that_changes_during_the_trial_is_tried_again(engine: Engine) {
     let mut bench = Bench::new(engine);
     // It answers at once, and ends only later.
-    bench.replace_by_trial("'@' \"$@\"; echo >>'%/trials'; sleep 0.7; exit 0");
+    bench.replace_by_trial("'REAL' \"$@\"; echo >>'HERE/trials'; sleep 0.7; exit 0");
     bench.upgrade();
     let trials = bench.path("trials");
     eventually(secs(10), "a trial has read the state", || trials.exists());
