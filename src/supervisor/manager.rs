@@ -7,6 +7,7 @@
 
 use crate::clock;
 use std::ffi::{OsStr, OsString};
+use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -23,7 +24,7 @@ pub(super) const WATCHDOG_PID: &str = "WATCHDOG_PID";
 /// The way to the service manager, if there is one.
 #[derive(Debug, Default)]
 pub struct Manager {
-    to: Option<(UnixDatagram, SocketAddr)>,
+    to: Option<io::Result<(UnixDatagram, SocketAddr)>>,
     /// The last message was lost: the log says so once.
     lost: AtomicBool,
 }
@@ -42,13 +43,8 @@ impl Manager {
             socket.set_nonblocking(true)?;
             Ok((socket, address(path)?))
         });
-        match to {
-            Ok(to) => Manager { to: Some(to), lost: AtomicBool::new(false) },
-            Err(error) => {
-                tracing::warn!(%error, "NOTIFY_SOCKET cannot be used: no service manager is told");
-                Manager::default()
-            }
-        }
+        // What is wrong with it is logged with the first message: there is a log by then.
+        Manager { to: Some(to), lost: AtomicBool::new(false) }
     }
 
     /// Serving, on the configuration in force.
@@ -77,11 +73,14 @@ impl Manager {
     }
 
     fn send(&self, message: &str) {
-        let Some((socket, to)) = &self.to else { return };
-        let sent = socket.send_to_addr(message.as_bytes(), to);
+        let sent = match &self.to {
+            None => return,
+            Some(Ok((socket, to))) => socket.send_to_addr(message.as_bytes(), to).map(drop),
+            Some(Err(error)) => Err(io::Error::new(error.kind(), error.to_string())),
+        };
         let lost_before = self.lost.swap(sent.is_err(), Ordering::Relaxed);
         if let (Err(error), false) = (sent, lost_before) {
-            tracing::warn!(%error, said = message, "the service manager cannot be told");
+            tracing::warn!(%error, said = message, "the service manager cannot be told by NOTIFY_SOCKET");
         }
     }
 }
@@ -99,7 +98,7 @@ fn micros(text: Option<OsString>) -> Option<Duration> {
 }
 
 /// A path, or an abstract name behind `@` (unix(7)).
-fn address(path: &OsStr) -> std::io::Result<SocketAddr> {
+fn address(path: &OsStr) -> io::Result<SocketAddr> {
     match path.as_bytes().strip_prefix(b"@") {
         Some(name) => SocketAddr::from_abstract_name(name),
         None => SocketAddr::from_pathname(path),
