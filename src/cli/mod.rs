@@ -275,6 +275,16 @@ mod tests {
     }
 
     #[test]
+    fn what_supervisors_ask_is_not_for_people() {
+        let line = ["run", "--config", "f", "--pid-file", "p", "--supervisor-check", "1"];
+        let Command::Run(args) = parse(&line).unwrap() else { panic!("another command") };
+        assert_eq!(args.supervisor_check, Some(1));
+        let mut all = Cli::command();
+        let help = all.find_subcommand_mut("run").unwrap().render_long_help().to_string();
+        assert!(help.contains("--pid-file") && !help.contains("supervisor-check"), "{help}");
+    }
+
+    #[test]
     fn a_backend_is_parted_from_its_pool_by_the_first_slash() {
         let Command::Drain(args) = parse(&["drain", "web/unix:/run/a.sock"]).unwrap() else {
             panic!("another command");

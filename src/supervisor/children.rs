@@ -2,7 +2,7 @@
 //!
 //! Owned by `parent`, which decides.
 
-use super::message::{Order, Wish};
+use super::message::Order;
 use super::program::Program;
 use super::reexec::{self, FileId};
 use super::{link, manager, store};
@@ -80,9 +80,7 @@ impl Child {
         fcntl_setfd(&other, FdFlags::empty())?;
         command.env(link::MARK, other.as_fd().as_raw_fd().to_string());
         let file = FileId::of(Path::new(command.get_program())).ok();
-        let started = command.spawn()?;
-        let pid = i32::try_from(started.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or_else(|| io::Error::other("the new process has no number"))?;
+        let pid = spawn(&mut command)?;
         Ok(Child { file, ..Child::of(pid, role, program.clone(), Some(link)) })
     }
 
@@ -145,6 +143,12 @@ impl Child {
     }
 }
 
+/// Starts it; it is reaped with all others.
+pub(super) fn spawn(command: &mut Command) -> io::Result<Pid> {
+    let pid = i32::try_from(command.spawn()?.id()).ok().and_then(Pid::from_raw);
+    pid.ok_or_else(|| io::Error::other("the new process has no number"))
+}
+
 /// What every process that the supervisor starts has, and has not.
 pub(super) fn prepare(command: &mut Command, pipes: Option<Pipes>) {
     // A signal of the terminal reaches the supervisor alone, which passes it on once.
@@ -167,6 +171,9 @@ pub(super) fn prepare(command: &mut Command, pipes: Option<Pipes>) {
 
 /// Whether root, or the user this process runs as, is at the other end of that
 /// connection; no child of this process is.
+///
+/// It separates a process that serves as another user. One of the same user passes it by
+/// a process that it forks, and could do whatever that user can in other ways as well.
 pub(super) fn permitted(asked_over: &OwnedFd, children: &[Child]) -> Result<(), String> {
     let peer = getsockopt(asked_over, PeerCredentials)
         .map_err(|error| format!("the supervisor cannot see who asks: {error}"))?;
@@ -180,9 +187,4 @@ pub(super) fn permitted(asked_over: &OwnedFd, children: &[Child]) -> Result<(), 
         ));
     }
     Ok(())
-}
-
-/// What a wish makes of the usual program.
-pub(super) fn wished(program: &Program, wish: &Wish) -> Program {
-    program.wished(wish.binary.as_deref(), wish.config.as_deref())
 }

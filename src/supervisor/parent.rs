@@ -3,7 +3,7 @@
 //! Called by `cli::run` while there is one thread. What goes wrong here is logged (`log`);
 //! all else the process that serves logs.
 
-use super::children::{Child, Held, Pipes, Role, permitted, wished};
+use super::children::{Child, Held, Pipes, Role, permitted};
 use super::manager::Manager;
 use super::message::{Order, Report, Wish};
 use super::pid_file::PidFile;
@@ -63,9 +63,7 @@ pub(super) struct Parent {
     unsettled: Vec<Signal>,
     /// With this code, once all children have ended.
     pub(super) exit: Option<u8>,
-    pub(super) pid_path: Option<PathBuf>,
     pub(super) pid_file: Option<PidFile>,
-    pid_told: bool,
     /// The program of an upgrade, for as long as this process may have to execute it.
     pub(super) renewal: Option<Renewal>,
 }
@@ -86,7 +84,8 @@ pub fn run(
     let mut parent = Parent::new(program, stores)?;
     let kept = activated.into_iter().map(|(name, fd)| Held { name, sockets: vec![fd] });
     parent.kept = kept.collect();
-    (parent.start_at, parent.pid_path) = (Some(clock::now()), pid_file);
+    parent.start_at = Some(clock::now());
+    parent.pid_file = pid_file.map(|path| PidFile::at(path, false));
     parent.run()
 }
 
@@ -109,9 +108,7 @@ impl Parent {
             stopping: false,
             unsettled: Vec::new(),
             exit: None,
-            pid_path: None,
             pid_file: None,
-            pid_told: false,
             renewal: None,
         })
     }
@@ -134,7 +131,9 @@ impl Parent {
                 }
             }
             self.reap();
-            self.write_pid_file();
+            if let (true, Some(file)) = (self.served, &mut self.pid_file) {
+                file.write();
+            }
         }
     }
 
@@ -147,7 +146,8 @@ impl Parent {
             fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
         let times = self.start_at.into_iter().chain(self.renewal.as_ref().and_then(Renewal::due));
         let times = times.map(|at| at.saturating_duration_since(clock::now()));
-        let retry = (self.served && self.pid_path.is_some()).then_some(TRY_AGAIN);
+        let unwritten = self.pid_file.as_ref().is_some_and(|file| !file.is_written());
+        let retry = (self.served && unwritten).then_some(TRY_AGAIN);
         // Rounded up by no less than what the poll takes of it.
         let timeout = times.chain(retry).min().map(|time| Timespec {
             tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
@@ -240,9 +240,10 @@ impl Parent {
             let asked_over = fds.next().ok_or("who asks is not shown to the supervisor")?;
             permitted(&asked_over, &self.children)?;
         }
-        let (program, role) = (wished(&self.program, wish), Role::Successor(of));
-        let mut child = Child::start(&program, role, Some(Pipes { channel, stderr }))
-            .map_err(|error| error.to_string())?;
+        let program = self.program.wished(wish.binary.as_deref(), wish.config.as_deref());
+        let mut child =
+            Child::start(&program, Role::Successor(of), Some(Pipes { channel, stderr }))
+                .map_err(|error| error.to_string())?;
         child.begin(Vec::new(), &self.stores, 1, "");
         let pid = child.pid;
         self.children.push(child);
@@ -416,20 +417,6 @@ impl Parent {
             self.start_at = Some(clock::now());
         } else {
             self.start_failed();
-        }
-    }
-
-    // --- the pid file ---
-
-    fn write_pid_file(&mut self) {
-        let Some(path) = self.pid_path.as_ref().filter(|_| self.served) else { return };
-        match PidFile::write(path) {
-            Ok(written) => (self.pid_file, self.pid_path) = (Some(written), None),
-            Err(error) if !std::mem::replace(&mut self.pid_told, true) => {
-                let path = path.display();
-                tracing::warn!(%path, %error, "the pid file cannot be written; it is tried again");
-            }
-            Err(_) => {}
         }
     }
 }

@@ -31,7 +31,7 @@
 //! the queue of signals and the way to the service manager again, from the same mask and
 //! environment.
 
-use super::children::{Child, Held, Role, prepare};
+use super::children::{Child, Held, Role, prepare, spawn};
 use super::parent::Parent;
 use super::pid_file::PidFile;
 use super::state::{BYTES_MAX, Described, State, VERSION};
@@ -173,9 +173,7 @@ impl Trial {
         command.arg("--supervisor-check").arg(VERSION.to_string());
         prepare(&mut command, None);
         command.stdin(input).stdout(output).stderr(Stdio::null());
-        let started = command.spawn()?;
-        let pid = i32::try_from(started.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or_else(|| io::Error::other("the trial has no number"))?;
+        let pid = spawn(&mut command)?;
         let until = clock::now() + TRIAL_MAX;
         Ok(Trial { pid, until, answer, state, killed: false, ended: false })
     }
@@ -313,16 +311,16 @@ impl Parent {
             held: child.held.iter().map(|it| (it.name.clone(), numbers(&it.sockets))).collect(),
             link: child.link.as_ref().map(|link| link.as_fd().as_raw_fd()),
         });
-        let path = self.pid_path.as_ref().map(|path| (path.into(), false));
-        let written = self.pid_file.as_ref().map(|file| (file.path().into(), true));
+        let pid_file = self.pid_file.as_ref().map(|it| (it.path().into(), it.is_written()));
         let stores = numbers(&self.stores);
-        State::new(self.program.clone(), stores, children.collect(), written.or(path))
+        State::new(self.program.clone(), stores, children.collect(), pid_file)
     }
 
     /// Executes it with that state. Comes back only where it could not.
     fn execute(&self, path: &Path, state: &[u8]) -> Result<Infallible, io::Error> {
         let file = memory_file(state)?;
-        let mark = [OsStr::new(MARK), OsStr::new(&file.as_raw_fd().to_string())].join(OsStr::new("="));
+        let mark =
+            [OsStr::new(MARK), OsStr::new(&file.as_raw_fd().to_string())].join(OsStr::new("="));
         let others = std::env::vars_os().filter(|(name, _)| name != MARK);
         let others = others.map(|(name, value)| [name, value].join(OsStr::new("=")));
         let words = c_strings(std::env::args_os())?;
@@ -360,11 +358,8 @@ impl Parent {
             }
             parent.children.push(child);
         }
-        match state.pid_file {
-            Some((path, true)) => parent.pid_file = Some(PidFile::written(path.into())),
-            Some((path, false)) => parent.pid_path = Some(path.into()),
-            None => {}
-        }
+        let pid_file = state.pid_file.map(|(path, written)| PidFile::at(path.into(), written));
+        parent.pid_file = pid_file;
         (parent.told_ready, parent.served) = (true, true);
         // A supervisor of an older program may have had fewer.
         store::complete(&mut parent.stores)?;

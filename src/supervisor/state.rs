@@ -5,7 +5,7 @@
 //! bytes in a memory file; descriptors are named by their numbers. It describes a quiet
 //! moment alone (one child serves, the others drain, nothing is being started or
 //! stopped), so that it holds no times and no half of a step. Every number in it is
-//! checked when it is read. What is read is never trusted because of who wrote it.
+//! checked when it is read, in the trial and again when it is taken over.
 
 use super::program::Program;
 use crate::net::{handover, packets};
@@ -125,8 +125,8 @@ impl State {
 
 impl Described {
     pub(super) fn pid(&self) -> Option<Pid> {
-        // The wait(2) of 0 and below means others.
-        Pid::from_raw(self.pid).filter(|_| self.pid > 0)
+        // A number of 0 or below means several processes (kill(2)).
+        Some(self.pid).filter(|pid| *pid > 0).and_then(Pid::from_raw)
     }
 }
 
@@ -155,6 +155,18 @@ mod tests {
     fn a_state_survives_the_way() {
         let bytes = state().encode().unwrap();
         assert_eq!(State::decode(&bytes).unwrap(), state());
+    }
+
+    /// The format of version 1, which programs that are installed somewhere read.
+    #[test]
+    fn the_format_changes_with_its_version_alone() {
+        let program = r#"{"name":{"Unix":[97]},"directory":{"Unix":[47]},"file":{"Unix":[47,97]},"arguments":[{"Unix":[114]}]}"#;
+        let text = format!(
+            r#"{{"version":1,"program":{program},"stores":[3,4],"children":[{{"pid":7,"main":true,"program":{program},"held":[["b",[5]]],"link":6}},{{"pid":8,"main":false,"program":{program},"held":[],"link":null}}],"pid_file":[{{"Unix":[47,98]}},true]}}"#
+        );
+        let state = State::decode(text.as_bytes()).unwrap();
+        assert_eq!(String::from_utf8(state.encode().unwrap()).unwrap(), text);
+        assert_eq!((VERSION, state.children[1].link), (1, None));
     }
 
     #[test]
