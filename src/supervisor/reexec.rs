@@ -145,7 +145,11 @@ fn taken_over(number: RawFd) -> io::Result<Parent> {
     let length = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
     let mut bytes = vec![0; length.min(BYTES_MAX)];
     file.read_exact_at(&mut bytes, 0)?;
-    Parent::of_state(State::decode(&bytes).map_err(io::Error::other)?)
+    let state = State::decode(&bytes).map_err(io::Error::other)?;
+    if state.descriptors().any(|fd| fd == number) {
+        return Err(io::Error::other("the state names its own descriptor"));
+    }
+    Parent::of_state(state)
 }
 
 // === impl FileId ===
@@ -341,34 +345,39 @@ impl Parent {
         all.try_for_each(|fd: BorrowedFd<'_>| Ok(fcntl_setfd(fd, flags)?))
     }
 
-    /// The supervisor that this state was passed on by.
+    /// The supervisor that has passed this state on. Every descriptor is taken before
+    /// another one is opened.
     fn of_state(state: State) -> io::Result<Parent> {
-        let take = |numbers: Vec<RawFd>| -> io::Result<Vec<OwnedFd>> {
-            numbers.into_iter().map(take_inherited).collect()
-        };
-        let mut parent = Parent::new(state.program, take(state.stores)?)?;
-        for one in state.children {
-            let pid = one.pid().ok_or_else(|| io::Error::other("a process without a number"))?;
-            let role = if one.main { Role::Main } else { Role::Leaving };
-            let link = one.link.map(take_inherited).transpose()?.map(Into::into);
-            let mut child = Child::of(pid, role, one.program, link);
-            child.ready = true;
-            for (name, sockets) in one.held {
-                child.held.push(Held { name, sockets: take(sockets)? });
-            }
-            parent.children.push(child);
-        }
-        let pid_file = state.pid_file.map(|(path, written)| PidFile::at(path.into(), written));
-        parent.pid_file = pid_file;
-        (parent.told_ready, parent.served) = (true, true);
+        let children: io::Result<Vec<Child>> = state.children.into_iter().map(child_of).collect();
+        let (children, mut stores) = (children?, taken(state.stores)?);
         // A supervisor of an older program may have had fewer.
-        store::complete(&mut parent.stores)?;
+        store::complete(&mut stores)?;
+        let mut parent = Parent::new(state.program, stores)?;
+        let pid_file = state.pid_file.map(|(path, written)| PidFile::at(path.into(), written));
+        (parent.children, parent.pid_file) = (children, pid_file);
+        (parent.told_ready, parent.served) = (true, true);
         let version = env!("CARGO_PKG_VERSION");
         tracing::info!(version, "the supervisor runs the new program");
-        // Of those that have ended meanwhile.
+        // Some may have ended meanwhile.
         parent.reap();
         Ok(parent)
     }
+}
+
+fn child_of(described: Described) -> io::Result<Child> {
+    let pid = described.pid().ok_or_else(|| io::Error::other("a process without a number"))?;
+    let role = if described.main { Role::Main } else { Role::Leaving };
+    let link = described.link.map(take_inherited).transpose()?.map(Into::into);
+    let mut child = Child::of(pid, role, described.program, link);
+    child.ready = true;
+    for (name, sockets) in described.held {
+        child.held.push(Held { name, sockets: taken(sockets)? });
+    }
+    Ok(child)
+}
+
+fn taken(numbers: Vec<RawFd>) -> io::Result<Vec<OwnedFd>> {
+    numbers.into_iter().map(take_inherited).collect()
 }
 
 /// Says why the supervisor does not execute a program.

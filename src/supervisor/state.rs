@@ -25,6 +25,9 @@ pub(super) const BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Most processes at once: one serves, the others drain.
 pub(super) const CHILDREN_MAX: usize = 1024;
 
+/// Most descriptors: the sockets that are kept, a link to each process, the stores.
+const DESCRIPTORS_MAX: usize = handover::FDS_MAX + CHILDREN_MAX + packets::FDS_MAX;
+
 /// Descriptors below are those of every program (stdin(3)).
 const FIRST: RawFd = 3;
 
@@ -106,22 +109,22 @@ impl State {
         if !self.children.iter().all(|one| one.pid().is_some() && pids.insert(one.pid)) {
             return Err("a process without a number of its own".to_owned());
         }
-        let mut sockets = 0;
-        let mut seen = HashSet::new();
-        let mut is_new = |fd: &RawFd| *fd >= FIRST && seen.insert(*fd);
-        for child in &self.children {
-            let held = child.held.iter().flat_map(|(_, sockets)| sockets);
-            sockets += held.clone().count();
-            if !held.chain(&child.link).all(&mut is_new) {
-                return Err("a descriptor without a number of its own".to_owned());
-            }
-        }
-        if sockets > handover::FDS_MAX || !self.stores.iter().all(is_new) {
-            return Err("too many sockets, or a store without a number of its own".to_owned());
+        let (count, mut seen) = (self.descriptors().count(), HashSet::new());
+        if count > DESCRIPTORS_MAX || !self.descriptors().all(|fd| fd >= FIRST && seen.insert(fd)) {
+            return Err("a descriptor without a number of its own, or too many".to_owned());
         }
         Ok(())
     }
+
+    /// Everything that is passed on.
+    pub(super) fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        let held = self.children.iter().flat_map(|child| &child.held);
+        let links = self.children.iter().filter_map(|child| child.link);
+        held.flat_map(|(_, sockets)| sockets).chain(&self.stores).copied().chain(links)
+    }
 }
+
+// === impl Described ===
 
 impl Described {
     pub(super) fn pid(&self) -> Option<Pid> {

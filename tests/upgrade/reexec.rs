@@ -179,8 +179,9 @@ fn echoes(address: SocketAddr) {
     assert_eq!(client::exchange(&connect(address), b"hello").expect("an echo"), b"hello");
 }
 
-fn command_line(pid: u32) -> Vec<u8> {
-    std::fs::read(format!("/proc/{pid}/cmdline")).unwrap()
+/// By what people know a process.
+fn names(pid: u32) -> [String; 2] {
+    ["cmdline", "comm"].map(|name| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap())
 }
 
 /// Clients that come all the time until `stop`; each is taken and served.
@@ -197,7 +198,8 @@ fn all_served(address: SocketAddr, stop: &AtomicBool) -> u64 {
 fn an_upgrade_to_another_file_renews_the_supervisor_and_nobody_notices(engine: Engine) {
     let mut bench = Bench::new(engine);
     let pid_before = bench.proxy.service();
-    let line = command_line(pid_before);
+    let names = names(pid_before);
+    let pid_file = bench.proxy.dir().join("pid");
     let session = connect(bench.proxy.addr("web"));
     client::exchange(&session, b"hello").unwrap();
     let (address, stop) = (bench.proxy.addr("web"), AtomicBool::new(false));
@@ -216,8 +218,8 @@ fn an_upgrade_to_another_file_renews_the_supervisor_and_nobody_notices(engine: E
         clients.into_iter().map(|one| one.join().expect("nobody refused")).sum::<u64>()
     });
     assert!(served > 0);
-    assert_eq!(command_line(pid_before), line);
-    assert!(!proc::is_dead(pid_before));
+    assert_eq!(self::names(pid_before), names);
+    assert_eq!(std::fs::read_to_string(&pid_file).unwrap(), format!("{pid_before}\n"));
     drop(session);
     for old in olds {
         bench.proxy.wait_gone(old, secs(10));
@@ -235,6 +237,8 @@ fn an_upgrade_to_another_file_renews_the_supervisor_and_nobody_notices(engine: E
     bench.serves();
     assert_eq!(bench.proxy.service(), pid_before);
     bench.proxy.rebaseline();
+    bench.proxy.check_for_leaks();
+    assert!(!pid_file.exists(), "it goes with the service");
 }
 
 fn an_upgrade_to_the_same_file_executes_nothing(engine: Engine) {
