@@ -314,7 +314,10 @@ fn signals_sent_while_the_program_is_executed_are_obeyed(engine: Engine) {
     // The next one is stopped at that moment.
     bench.upgrade();
     bench.wait_between();
-    bench.proxy.sigterm();
+    for _ in 0..50 {
+        bench.proxy.sigterm();
+        std::thread::sleep(ms(2));
+    }
     assert_eq!(bench.proxy.wait_exit(secs(10)), Some(0), "{}", bench.proxy.log());
 }
 
@@ -349,7 +352,10 @@ fn stopping_at_any_moment_of_it_ends_in_order(engine: Engine) {
         bench.upgrade();
         // The trial begins after a second.
         std::thread::sleep(ms(fastrand::u64(950..1250)));
-        bench.proxy.sigterm();
+        for _ in 0..5 {
+            bench.proxy.sigterm();
+            std::thread::sleep(ms(fastrand::u64(0..15)));
+        }
         assert_eq!(bench.proxy.wait_exit(secs(10)), Some(0), "{}", bench.proxy.log());
     }
 }
