@@ -1,9 +1,10 @@
 //! `tidegate run`: the balancer in the foreground.
 //!
-//! Called by `cli`. It is the supervisor, or a process the supervisor has started, or
-//! (`--single`) a balancer without one. It takes what the process was started with
-//! (sockets of a process before or of a service manager), starts what it is, waits for
-//! its end and turns that into an exit code.
+//! Called by `cli`. It is the supervisor (also one that has executed this program in its
+//! own place), or a process the supervisor has started, or (`--single`) a balancer without
+//! one; or the trial of a supervisor that is about to execute this program. It takes what
+//! the process was started with (sockets of a process before or of a service manager),
+//! starts what it is, waits for its end and turns that into an exit code.
 
 use super::{Exit, RunArgs};
 use crate::app::{
