@@ -13,11 +13,12 @@ mod settling;
 use super::*;
 use crate::balance::trial::TrialPhase;
 use crate::config::{
-    Admin, AdminListen, Backend, EjectionSpec, EngineChoice, Frontend, Log, LogFormat, LogLevel,
-    OnRemoval, Policy, Pool, ProbeKind, Process, Sandbox, WhenNoneEligible,
+    Admin, AdminListen, Backend, BackendAddress, Config, EjectionSpec, EngineChoice, Frontend, Log,
+    LogFormat, LogLevel, OnRemoval, Policy, Pool, ProbeKind, Process, Sandbox, WhenNoneEligible,
 };
-use crate::health::Observation;
 use crate::health::outlier::TRIAL_LOOK;
+use crate::health::{ConnectFailure, Observation, ProbeOutcome};
+use crate::heartbeat::Heartbeat;
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST: Duration = Duration::from_millis(500);

@@ -154,7 +154,7 @@ fn in_table(controller: &Controller) -> Vec<String> {
 
 fn the_build(effects: Vec<Effect>) -> Event {
     let mut builds = effects.into_iter().filter_map(|effect| match effect {
-        Effect::Build { token, build } => Some(built(token, build)),
+        Effect::Build { token, build } => Some(built(token, *build)),
         _ => None,
     });
     let first = builds.next().expect("a part to be made");
@@ -257,7 +257,7 @@ fn members_that_come_and_go_are_in_the_next_part_of_a_large_pool() {
                     let outcome = ProbeOutcome::Success { took: Duration::from_millis(1) };
                     Some(Event::Probed { backend, token, outcome })
                 }
-                Effect::Build { token, build } => Some(built(token, build)),
+                Effect::Build { token, build } => Some(built(token, *build)),
                 _ => None,
             });
             let events: Vec<Event> = events.collect();
@@ -340,7 +340,7 @@ fn made_apart(
 ) {
     for effect in effects {
         if let Effect::Build { token, build } = effect {
-            let (made, event) = timed(|| built(token, build));
+            let (made, event) = timed(|| built(token, *build));
             let (taken, _) = timed(|| controller.apply(event, now));
             parts.push((made, taken));
         }
@@ -369,12 +369,12 @@ fn unanswered(effect: Effect) -> Option<Event> {
             let outcome = ProbeOutcome::Failure { reason: "connect timed out".into() };
             Some(Event::Probed { backend, token, outcome })
         }
-        Effect::Build { token, build } => Some(built(token, build)),
+        Effect::Build { token, build } => Some(built(token, *build)),
         _ => None,
     }
 }
 
-fn built(token: BuildToken, build: Box<PoolBuild>) -> Event {
+fn built(token: BuildToken, build: PoolBuild) -> Event {
     Event::Built { token, built: Box::new(build.run()), took: Duration::ZERO }
 }
 
