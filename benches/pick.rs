@@ -244,22 +244,22 @@ fn tables(c: &mut Criterion) {
             let spec = spec(policy);
             let id = BenchmarkId::new(policy.name(), size);
             c.benchmark_group("build-and-publish").bench_function(id, |b| {
-                b.iter(|| publisher.publish(Arc::new(build(input(&spec, &states, weight), None))));
+                b.iter(|| publisher.publish(Arc::new(build(&input(&spec, &states, weight), None))));
             });
         }
         for policy in [Policy::WeightedRoundRobin, Policy::SourceHash] {
             let spec = spec(policy);
             let id = BenchmarkId::new(format!("{}-uneven", policy.name()), size);
             c.benchmark_group("build-and-publish").bench_function(id, |b| {
-                b.iter(|| publisher.publish(Arc::new(build(input(&spec, &states, uneven), None))));
+                b.iter(|| publisher.publish(Arc::new(build(&input(&spec, &states, uneven), None))));
             });
         }
         let spec = spec(Policy::SourceHash);
-        let before = build(input(&spec, &states, weight), None);
+        let before = build(&input(&spec, &states, weight), None);
         let id = BenchmarkId::new("unchanged", size);
         c.benchmark_group("build-and-publish").bench_function(id, |b| {
             b.iter(|| {
-                publisher.publish(Arc::new(build(input(&spec, &states, weight), Some(&before))))
+                publisher.publish(Arc::new(build(&input(&spec, &states, weight), Some(&before))))
             });
         });
     }

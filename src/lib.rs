@@ -74,7 +74,9 @@
 //! [`control::Controller::set_intent`]) -> [`control::Controller`] -> its
 //! effects -> `app` performs them. If sessions would be routed otherwise than
 //! before, the first effect is a new [`table::Table`], which
-//! [`table::publish`] swaps in; otherwise there is none.
+//! [`table::publish`] swaps in; otherwise there is none. The part of a pool with
+//! thousands of backends is built on another thread ([`control::Effect::Build`]):
+//! a backend that is taken out is shut at once, and the table follows.
 //!
 //! A reload does first what can fail (read, validate, bind, open), changing
 //! nothing; what follows cannot fail.

@@ -304,6 +304,7 @@ impl Sim {
                 }
                 Effect::Log(transition) => assert_eq!(transition.at, self.now),
                 Effect::Notice(_) | Effect::Opened => {}
+                Effect::Build { .. } => panic!("the pools are small"),
             }
         }
         assert!(published <= 1, "{published} tables at once");
@@ -430,6 +431,7 @@ impl Sim {
             Effect::Notice(notice) => notice.message.hash(&mut self.trace),
             Effect::CutSessions(id) => id.hash(&mut self.trace),
             Effect::Opened => "opened".hash(&mut self.trace),
+            Effect::Build { .. } => panic!("the pools are small"),
         }
     }
 

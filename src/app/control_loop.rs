@@ -8,6 +8,7 @@ use super::Exit;
 use super::admin_api::AdminApi;
 use super::asked::Asked;
 use super::binds::Binds;
+use super::builder::Builder;
 use super::confine::Confined;
 use super::drain::{Draining, Leaving};
 use super::heartbeats::Reception;
@@ -62,6 +63,7 @@ pub(super) struct Control {
     pub(super) started_wall: SystemTime,
     pub(super) controller: Controller,
     pub(super) tables: TablePublisher,
+    pub(super) builder: Builder,
     pub(super) workers: Vec<Worker>,
     pub(super) counters: Vec<Arc<WorkerCounters>>,
     pub(super) binds: Binds,
@@ -113,6 +115,8 @@ enum Woken {
     Reports,
     Heartbeats,
     Probed(Event),
+    /// A pool's part of a table is made.
+    Built(Event),
     Due,
     DrainStep,
     /// Given-up addresses may be ready to be closed.
@@ -167,6 +171,7 @@ impl Control {
                 Woken::Request(request) => self.answer(request).await,
                 Woken::Reports => self.take_reports(),
                 Woken::Probed(event) => self.take_probed(event),
+                Woken::Built(event) => self.feed([event]),
                 // Taken with every event; this turn is for them alone.
                 Woken::Heartbeats | Woken::Due => {
                     self.feed([Event::Tick]);
@@ -216,6 +221,7 @@ impl Control {
             () = self.shared.reports.arrived() => Woken::Reports,
             () = self.reception.arrived() => Woken::Heartbeats,
             Some(event) = self.probed.recv() => Woken::Probed(event),
+            event = self.builder.made() => Woken::Built(event),
             event = self.upgrades.next() => Woken::Upgrade(event),
             news = self.supervised.news() => Woken::News(news),
             () = tokio::time::sleep_until(snapshot_due.into()) => Woken::Snapshot,
@@ -344,6 +350,7 @@ impl Control {
                     tracing::trace!(%address, "probe begins");
                     self.probes.probe(lane, backend, token, address, spec);
                 }
+                Effect::Build { token, build } => self.builder.build(token, build),
                 Effect::Log(transition) => {
                     self.supervised.changed();
                     self.transitions.log(&transition, clock::now());

@@ -27,6 +27,7 @@ mod admin_api;
 pub mod admin_place;
 mod asked;
 mod binds;
+mod builder;
 mod confine;
 mod control_loop;
 mod drain;

@@ -7,6 +7,7 @@ use super::admin_api::AdminApi;
 use super::admin_place;
 use super::asked::Asked;
 use super::binds::{Binds, Fresh};
+use super::builder::Builder;
 use super::control_loop::Control;
 use super::engine::choose_runtime;
 use super::heartbeats::Reception;
@@ -206,6 +207,7 @@ async fn bring_up(
         started_wall: clock::wall(),
         controller,
         tables,
+        builder: Builder::new(),
         workers,
         counters,
         binds: Binds::new(count),

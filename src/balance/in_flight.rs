@@ -139,6 +139,17 @@ impl InFlight {
         self.0.trial.end();
     }
 
+    /// Lets nobody in from now on, by whatever table, until [`InFlight::reopen`] or the
+    /// next trial. False during a trial, which has its own say. For the controller.
+    pub fn shut(&self) -> bool {
+        self.0.trial.shut()
+    }
+
+    /// Ends what [`InFlight::shut`] began. For the controller.
+    pub fn reopen(&self) {
+        self.0.trial.reopen();
+    }
+
     /// How far the trial has come.
     pub fn trial(&self) -> TrialPhase {
         self.0.trial.phase()
@@ -189,6 +200,21 @@ mod tests {
         assert_eq!((in_flight.get(), in_flight.total()), (1, 3));
         in_flight.set_elsewhere(0);
         assert!(in_flight.has_room(2) && in_flight.try_enter(2));
+    }
+
+    #[test]
+    fn nobody_gets_into_what_is_shut_until_it_is_reopened() {
+        let in_flight = InFlight::new();
+        assert!(in_flight.try_enter(0) && in_flight.shut());
+        assert!(!in_flight.try_enter(0) && !in_flight.try_enter(5) && !in_flight.has_room(0));
+        assert!(in_flight.claim_trial().is_none(), "the session before is on no trial");
+        in_flight.leave();
+        in_flight.reopen();
+        assert!(in_flight.has_room(0) && in_flight.try_enter(0));
+        in_flight.begin_trial();
+        assert!(!in_flight.shut());
+        in_flight.reopen();
+        assert_eq!(in_flight.trial(), TrialPhase::Open, "a trial has its own say");
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub enum TrialPhase {
     Spoken,
     /// It had what it came for.
     Passed,
-    /// The backend failed it.
+    /// The backend failed it, or is shut ([`super::in_flight::InFlight::shut`]).
     Failed,
 }
 
@@ -124,6 +124,21 @@ impl Trial {
     /// Lets everybody in. The controller alone does this.
     pub(super) fn end(&self) {
         self.replace(|word| word & !PHASE_MASK | TrialPhase::None as u32);
+    }
+
+    /// Lets nobody in, as after a trial that failed. False during a trial. The
+    /// controller alone does this.
+    pub(super) fn shut(&self) -> bool {
+        let word = self.0.load(Ordering::Acquire);
+        TrialPhase::of(word) == TrialPhase::None && self.swap(word, TrialPhase::Failed)
+    }
+
+    /// Lets everybody in where nobody may enter. The controller alone does this.
+    pub(super) fn reopen(&self) {
+        let word = self.0.load(Ordering::Acquire);
+        if TrialPhase::of(word) == TrialPhase::Failed {
+            self.swap(word, TrialPhase::None);
+        }
     }
 
     fn replace(&self, next: impl Fn(u32) -> u32) {

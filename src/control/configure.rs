@@ -228,8 +228,10 @@ impl Controller {
             confirming: suspicion::confirming(spec),
             in_service_since: None,
             settling: None,
+            apart: None,
         };
         if let Some(old) = old {
+            pool.apart = old.apart;
             pool.in_service_since = old.in_service_since;
             pool.settling = old.settling;
             if spec.heartbeat.is_some() {
@@ -262,7 +264,7 @@ impl Controller {
     ) {
         let id = entry.state.id;
         let Some(spec) = &pool.heartbeat else {
-            entry.heart = None;
+            self.tallies.forget(id, entry.heart.take().as_deref_mut());
             entry.trying = None;
             entry.heartbeats_from = None;
             entry.health.pulse = Pulse::Absent;
@@ -442,6 +444,9 @@ impl Controller {
         for pool in before.pools.values() {
             self.schedule.cancel(Job::GraceEnds(pool.id));
             self.schedule.cancel(Job::SettlingEnds(pool.id));
+            if let Some(apart) = &pool.apart {
+                apart.reopen();
+            }
             // The pool went with its backends: its last word holds.
             on_removal.insert(pool.id, pool.spec.on_removal);
         }

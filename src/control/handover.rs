@@ -355,6 +355,8 @@ impl Controller {
         for left in &saved.left {
             self.adopt_intent(left, now);
         }
+        // Before it accepts anything, a new process has everybody in its table.
+        self.work.at_once = true;
         let effects = self.finish(now);
         let turns: HashMap<&str, Turn> =
             saved.pools.iter().filter_map(|pool| Some((&*pool.name, pool.turn?))).collect();

@@ -74,6 +74,8 @@ pub(super) struct Heart {
     pub(super) deaf: Duration,
     /// Another process has said all this; nothing was heard here yet.
     adopted: bool,
+    /// What it is counted as among all.
+    pub(super) counted: Option<super::tally::Counted>,
 }
 
 /// How busy a sender says it is, made steady: an exponential mean, of which a
@@ -342,6 +344,7 @@ impl Controller {
             self.unregister(id, "its heartbeat says that it stops", now);
             return;
         }
+        self.count(id);
         self.called(id, now);
         if heartbeat.state == SenderState::Starting && self.is_unheard(id) {
             // There is nothing to ask it for yet, and nothing to miss.
@@ -413,10 +416,11 @@ impl Controller {
         }
         if !needed {
             // Its heartbeats have no say any more, neither about sessions.
-            entry.heart = None;
+            self.tallies.forget(id, entry.heart.take().as_deref_mut());
             self.schedule.cancel(Job::Heartbeat(id));
             self.calling_ends(id, now);
         }
+        self.count(id);
         let ttl = humantime::format_duration(ttl);
         self.pulse_changed(id, &format!("no heartbeat for {ttl} (ttl)"), None, now);
         self.pace.backend(id);
@@ -466,6 +470,7 @@ impl Heart {
             excused: Duration::ZERO,
             deaf: Duration::ZERO,
             adopted: false,
+            counted: None,
         }
     }
 }

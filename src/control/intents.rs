@@ -10,7 +10,7 @@ use super::pace::PublishReason;
 use super::{BackendEntry, Controller, Effect};
 use crate::health::Intent;
 use serde::{Deserialize, Serialize};
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -143,19 +143,19 @@ impl Controller {
             intent_ms: millis(now.saturating_duration_since(entry.health.intent_since)),
             ..SavedBackend::default()
         };
-        let pools = self.pools.iter().map(|pool| SavedPool {
-            name: pool.spec.name.to_string(),
-            backends: pool
-                .members
-                .iter()
-                .filter_map(|id| self.backends.get(id))
-                .filter(|entry| entry.health.intent != Intent::Ready)
-                .map(save)
-                .collect(),
-            ..SavedPool::default()
-        });
+        let taken_out = self.backends.values().filter(|it| it.health.intent != Intent::Ready);
+        let mut pools: BTreeMap<usize, Vec<SavedBackend>> = BTreeMap::new();
+        for entry in taken_out {
+            if let Some(place) = self.pools.place(entry.pool) {
+                pools.entry(place).or_default().push(save(entry));
+            }
+        }
+        let named = |(place, backends): (usize, _)| {
+            let name = self.pools.iter().as_slice()[place].spec.name.to_string();
+            SavedPool { name, backends, ..SavedPool::default() }
+        };
         Saved {
-            pools: pools.filter(|pool| !pool.backends.is_empty()).collect(),
+            pools: pools.into_iter().map(named).collect(),
             left: self.kept.save(now),
             ..Saved::default()
         }

@@ -35,7 +35,7 @@ impl Controller {
         self.schedule.cancel(Job::HeartbeatTtl(id));
         self.schedule.cancel(Job::Forget(id));
         self.schedule.cancel(Job::Ramp(id));
-        entry.heart = None;
+        self.tallies.forget(id, entry.heart.take().as_deref_mut());
         entry.trying = None;
         (entry.ramp, entry.ramp_share, entry.served) = (None, 100, false);
         self.schedule.cancel(Job::Probe(id));

@@ -8,17 +8,19 @@
 //! `verdicts` (what their results mean), `ejections` (the pool's guard),
 //! `pools` (finding them), `trials` (how ejected backends come back), `gray` (who does not answer),
 //! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
-//! means), `ramps` (slow start), `leaving` (removed backends), `intents` (what was
+//! means), `tally` (how many are silent), `ramps` (slow start), `leaving` (removed backends), `intents` (what was
 //! wanted of them), `settling` (pools of which no backend has been judged yet),
-//! `elsewhere` (sessions of the processes before), `operator` (drains), `publish` and
-//! `pace` (tables), `history`, `handover` (what the
+//! `elsewhere` (sessions of the processes before), `operator` (drains), `publish`,
+//! `pace` and `apart` (tables), `history`, `handover` (what the
 //! next process goes on with), `status` and `explain`.
 //! All of them work on one [`Controller`] and leave effects behind;
 //! only [`Controller::apply`] and its siblings hand them out.
 
+mod apart;
 mod configure;
 mod ejections;
 pub mod elsewhere;
+mod events;
 pub mod explain;
 mod gray;
 pub mod handover;
@@ -38,11 +40,14 @@ mod schedule;
 mod settling;
 mod status;
 mod suspicion;
+mod tally;
 #[cfg(test)]
 pub(crate) mod tests;
 mod trials;
 mod verdicts;
 
+pub use apart::BuildToken;
+pub use events::{Effect, Event, Notice, OperatorError, ProbeLane, ProbeToken};
 pub use heartbeats::SavedHeart;
 pub use history::{SavedTransition, TRANSITIONS_MAX};
 pub use intents::{KEPT_FOR, KEPT_MAX, SavedIntent};
@@ -54,10 +59,9 @@ pub use status::{
     HeartbeatStatus, PoolStatus,
 };
 
-use crate::config::{self, BackendAddress, Config, ProbeSpec};
+use crate::config::{self, ProbeSpec};
 use crate::health::heartbeat::{PathGuard, Ramp};
-use crate::health::{BackendHealth, ConnectFailure, Intent, ProbeOutcome, Transition};
-use crate::heartbeat::Heartbeat;
+use crate::health::{BackendHealth, Intent, Transition};
 use crate::heartbeat::rejections::Rejections;
 use crate::table::Table;
 use crate::table::state::{BackendId, BackendState, FrontendState};
@@ -67,115 +71,6 @@ use std::net::SocketAddr;
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// Something that happened.
-#[derive(Debug)]
-pub enum Event {
-    /// A validated configuration whose listeners are bound.
-    Configure(Arc<Config>),
-    /// A probe asked for by [`Effect::Probe`] ended.
-    Probed {
-        /// Whom it probed.
-        backend: BackendId,
-        /// From the effect that asked for it.
-        token: ProbeToken,
-        /// How it ended.
-        outcome: ProbeOutcome,
-    },
-    /// A session could not connect, or was reset early, and the backend or its
-    /// path is to blame.
-    ConnectFailed {
-        /// To whom.
-        backend: BackendId,
-        /// How.
-        failure: ConnectFailure,
-        /// Failures since the last success, this one included.
-        in_a_row: u32,
-        /// When the attempt began: what was under way when the backend came back
-        /// says nothing of it since.
-        begun: Instant,
-    },
-    /// A heartbeat whose signature and freshness are proven. Those that have
-    /// arrived are to be given before or together with anything else, or their
-    /// silence is judged too early.
-    Heartbeat {
-        /// What it says.
-        heartbeat: Heartbeat,
-        /// When it arrived.
-        at: Instant,
-        /// Heartbeats of the same sender that it stands for, itself included.
-        stands_for: u32,
-    },
-    /// That many heartbeats were lost on this machine.
-    HeartbeatsLost(u64),
-    /// The time named by [`Controller::next_due`] has come.
-    Tick,
-}
-
-/// Something for the shell to do.
-#[derive(Debug)]
-pub enum Effect {
-    /// New sessions go by this table.
-    Publish(Arc<Table>),
-    /// Run one probe and report it as [`Event::Probed`].
-    Probe {
-        /// Whose turn it is.
-        lane: ProbeLane,
-        /// Whom.
-        backend: BackendId,
-        /// To be given back with the result.
-        token: ProbeToken,
-        /// Where.
-        address: BackendAddress,
-        /// How.
-        spec: Arc<ProbeSpec>,
-    },
-    /// Write this to the log.
-    Log(Transition),
-    /// Write this to the log as a warning: nothing changed its standing, but
-    /// somebody should know.
-    Notice(Notice),
-    /// A backend takes more sessions than before, by the same table: whoever
-    /// waits for one may look again.
-    Opened,
-    /// Reset every session of that backend: its removal grace is over. Asked
-    /// again every second while it still holds sessions.
-    CutSessions(BackendId),
-}
-
-/// Names one probe for the life of the process, so that a late result is not
-/// taken for a newer probe's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ProbeToken(pub u64);
-
-/// Where a probe waits while too many run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ProbeLane {
-    /// Names its pool: pools take turns.
-    pub pool: u32,
-    /// A verdict is being changed, or there is none yet: before others of its pool.
-    pub urgent: bool,
-}
-
-/// A warning that is no change of standing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Notice {
-    /// Pool name; empty where it is about no single pool.
-    pub pool: Arc<str>,
-    /// Backend name, where it is about one.
-    pub backend: Option<Arc<str>>,
-    /// In words.
-    pub message: String,
-}
-
-/// Why an operator's request was refused.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum OperatorError {
-    /// No pool of that name.
-    UnknownPool,
-    /// No backend of that name in the pool.
-    UnknownBackend,
-}
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -213,7 +108,9 @@ pub struct Controller {
     table: Arc<Table>,
     local_trouble_noticed: Option<Instant>,
     pace: pace::Pace,
+    builds: apart::Builds,
     guards: suspicion::Guards,
+    tallies: tally::Tallies,
     /// Authentic heartbeats that changed nothing, by [`Misfit`].
     misfits: [u64; Misfit::ALL.len()],
     /// Their senders.
@@ -268,6 +165,8 @@ struct PoolEntry {
     in_service_since: Option<Instant>,
     /// While none of its backends serves and some have no verdict yet.
     settling: Option<settling::Settling>,
+    /// Where it is so large that its part of a table is made on another thread.
+    apart: Option<apart::Apart>,
 }
 
 /// How a backend got into its pool.
@@ -360,6 +259,10 @@ struct Work {
     touched: BTreeSet<BackendId>,
     /// Their guard is to be looked at.
     unsettled: BTreeSet<PoolId>,
+    /// Shut, and not in the table that is about to be published.
+    reopen: Vec<Arc<BackendState>>,
+    /// Large pools' parts of the table are made at once, too.
+    at_once: bool,
 }
 
 // === impl Controller ===
@@ -391,7 +294,9 @@ impl Controller {
             table: Arc::new(publish::empty_table()),
             local_trouble_noticed: None,
             pace: pace::Pace::default(),
+            builds: apart::Builds::default(),
             guards: suspicion::Guards::default(),
+            tallies: tally::Tallies::default(),
             misfits: [0; Misfit::ALL.len()],
             rejections: Rejections::default(),
             before: handover::Before::default(),
@@ -439,6 +344,7 @@ impl Controller {
                 Event::ConnectFailed { backend, failure, in_a_row, begun } => {
                     self.connect_failed(backend, failure, (in_a_row, begun), now);
                 }
+                Event::Built { token, built, took } => self.built(token, *built, took, now),
                 Event::Heartbeat { .. } | Event::HeartbeatsLost(_) | Event::Tick => {}
             }
         }
@@ -515,8 +421,8 @@ impl Controller {
                 Job::GuardTick => self.guard_tick(now),
                 Job::Guard(pool) => self.look(pool, now),
                 Job::Ramp(id) => self.ramp_step(id, now),
-                // Whether a table is due is asked at the end of every event.
-                Job::Publish => {}
+                // Whether a table or a part of one is due is asked at the end of every event.
+                Job::Publish | Job::Build => {}
             }
         }
     }
@@ -531,11 +437,16 @@ impl Controller {
         self.settle_ramps(now);
         self.look_at_settling();
         if let Some(reason) = self.table_due(now) {
-            let table = self.rebuild();
-            self.table_made(reason, now);
-            self.work.effects.insert(0, Effect::Publish(table));
+            let table = self.rebuild(reason);
+            self.table_made(reason, table.is_some(), now);
+            if let Some(table) = table {
+                self.work.effects.insert(0, Effect::Publish(table));
+            }
         }
-        self.work.cause = None;
+        self.begin_builds(now);
+        (self.work.cause, self.work.at_once) = (None, false);
+        #[cfg(debug_assertions)]
+        self.check_tallies();
         std::mem::take(&mut self.work.effects)
     }
 

@@ -8,7 +8,7 @@
 use super::schedule::Job;
 use super::{Controller, PoolId};
 use crate::table::state::BackendId;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// From one table made for heartbeats to the next: ten a second. A table costs
@@ -39,8 +39,8 @@ pub(super) struct Pace {
     fresh: Vec<BackendId>,
     /// Members came or went, or may stand in no more; these pools' tables are wrong.
     members: BTreeSet<PoolId>,
-    /// Backends of these pools have moved, and the table that is due says so.
-    moved: BTreeSet<PoolId>,
+    /// These have moved, and the table that is due says so.
+    moved: BTreeSet<(PoolId, BackendId)>,
     /// No table for heartbeats before then.
     not_before: Option<Instant>,
     /// Tables so far, by [`PublishReason`].
@@ -99,14 +99,19 @@ impl Pace {
         self.published[reason as usize]
     }
 
-    /// A table was made of everything known.
-    fn done(&mut self, reason: PublishReason, now: Instant) {
-        self.published[reason as usize] += 1;
+    /// No table for heartbeats before then.
+    pub(super) fn wait_until(&mut self, at: Instant) {
+        self.not_before = Some(self.not_before.map_or(at, |before| before.max(at)));
+    }
+
+    /// A table was made of everything known, or is being made.
+    fn done(&mut self, reason: PublishReason, made: bool, now: Instant) {
+        self.published[reason as usize] += u64::from(made);
         self.waiting.clear();
         self.members.clear();
         self.moved.clear();
         if reason == PublishReason::Heartbeat {
-            self.not_before = Some(now + PACE);
+            self.wait_until(now + PACE);
         }
     }
 }
@@ -120,11 +125,14 @@ impl Controller {
         let reason = self.work.rebuild.take();
         let mut health = false;
         for id in touched {
-            let Some(pool) = self.moved(id) else { continue };
+            let Some(pool) = self.moved(id) else {
+                self.came_back(id);
+                continue;
+            };
             if self.may_wait(id) {
                 self.pace.backend(id);
             } else {
-                self.pace.moved.insert(pool);
+                self.pace.moved.insert((pool, id));
                 health = true;
             }
         }
@@ -149,16 +157,21 @@ impl Controller {
         due.then_some(PublishReason::Heartbeat)
     }
 
-    /// The pools of which the newest table is wrong.
-    pub(super) fn wrong_pools(&self) -> BTreeSet<PoolId> {
-        let moved = self.pace.waiting.iter().filter_map(|id| self.moved(*id));
-        let known = self.pace.members.iter().chain(&self.pace.moved).copied();
-        known.chain(moved).collect()
+    /// The pools of which the newest table is wrong, each with its backends that have
+    /// moved.
+    pub(super) fn wrong_pools(&self) -> BTreeMap<PoolId, BTreeSet<BackendId>> {
+        let mut wrong: BTreeMap<PoolId, BTreeSet<BackendId>> =
+            self.pace.members.iter().map(|pool| (*pool, BTreeSet::new())).collect();
+        let waiting = self.pace.waiting.iter().filter_map(|id| Some((self.moved(*id)?, *id)));
+        for (pool, id) in self.pace.moved.iter().copied().chain(waiting) {
+            wrong.entry(pool).or_default().insert(id);
+        }
+        wrong
     }
 
-    /// Notes that a table was made.
-    pub(super) fn table_made(&mut self, reason: PublishReason, now: Instant) {
+    /// Notes that a table was `made`, or that its parts are being made.
+    pub(super) fn table_made(&mut self, reason: PublishReason, made: bool, now: Instant) {
         self.schedule.cancel(Job::Publish);
-        self.pace.done(reason, now);
+        self.pace.done(reason, made, now);
     }
 }

@@ -3,13 +3,12 @@
 //! The controller calls it at the end of each event. It builds, it does not
 //! publish: that is the shell's part.
 
-use super::{BackendEntry, Controller, Leaving, Origin, PoolEntry, PoolId};
+use super::{BackendEntry, Controller, Origin, PoolEntry, PoolId, PublishReason};
 use crate::config::{self, WhenNoneEligible};
 use crate::health::{Calling, Intent};
-use crate::table::Table;
 use crate::table::build::{self, BackendInput, FrontendInput, PoolInput};
 use crate::table::state::BackendId;
-use std::collections::BTreeMap;
+use crate::table::{PoolTable, Table};
 use std::sync::Arc;
 
 /// All that a table says of a backend and that can change between reloads.
@@ -55,7 +54,7 @@ pub(super) fn empty_table() -> Table {
         frontends: Vec::new(),
         pools: Vec::new(),
     };
-    build::build(nothing, None)
+    build::build(&nothing, None)
 }
 
 // === impl Standing ===
@@ -66,7 +65,21 @@ impl Standing {
         self.weight > 0
     }
 
-    fn of(entry: &BackendEntry, pool: &PoolEntry) -> Standing {
+    /// What a table says of a backend with that standing.
+    pub(super) fn input(self, entry: &BackendEntry) -> BackendInput {
+        BackendInput {
+            state: Arc::clone(&entry.state),
+            effective_weight: self.weight.max(1),
+            connections_max: self.connections_max,
+            slow_start: self.slow_start,
+            backup: entry.spec.backup,
+            eligible: self.weight > 0,
+            on_trial: self.on_trial,
+            in_service: entry.in_service(),
+        }
+    }
+
+    pub(super) fn of(entry: &BackendEntry, pool: &PoolEntry) -> Standing {
         Standing {
             weight: entry.weight(&pool.spec).parts(),
             connections_max: entry.cap(),
@@ -109,24 +122,6 @@ fn ramped(connections_max: u32, share: u32) -> u32 {
     }
     let cap = u64::from(connections_max) * u64::from(share) / 100;
     u32::try_from(cap).unwrap_or(u32::MAX).max(1)
-}
-
-/// The former backends that serve until the pool's own have been judged, each with
-/// what the table before said of it.
-fn stand_ins(pool: &PoolEntry, leaving: &BTreeMap<BackendId, Leaving>) -> Vec<BackendInput> {
-    let ids = pool.settling.iter().flat_map(|settling| &settling.stand_ins);
-    let entries = ids.filter_map(|id| Some(&leaving.get(id)?.entry));
-    let input = |entry: &BackendEntry| BackendInput {
-        state: Arc::clone(&entry.state),
-        effective_weight: entry.published.weight.max(1),
-        connections_max: entry.published.connections_max,
-        slow_start: entry.published.slow_start,
-        backup: entry.spec.backup,
-        eligible: true,
-        on_trial: false,
-        in_service: true,
-    };
-    entries.map(input).collect()
 }
 
 // === impl BackendEntry ===
@@ -173,62 +168,97 @@ impl Controller {
     }
 
     /// Builds the next table: all of it after a reload, else the pools of which the
-    /// newest one is wrong.
-    pub(super) fn rebuild(&mut self) -> Arc<Table> {
-        self.serial += 1;
+    /// newest one is wrong. `None` where their parts are made on another thread.
+    pub(super) fn rebuild(&mut self, reason: PublishReason) -> Option<Arc<Table>> {
         let table = if self.table.generation == self.generation {
-            let places = self.wrong_pools().into_iter().filter_map(|id| self.pools.place(id));
-            let places: Vec<usize> = places.collect();
-            let changed = places.into_iter().filter_map(|place| self.pool_input(place));
-            let changed = changed.collect();
-            build::update(&self.table, self.serial, changed)
+            let changed = self.rebuild_wrong(reason);
+            if changed.is_empty() {
+                self.reopen_left_out();
+                return None;
+            }
+            build::update(&self.table, self.serial + 1, changed)
         } else {
-            let places = 0..self.pools.iter().len();
-            let pools = places.filter_map(|place| Some(self.pool_input(place)?.1)).collect();
-            let frontends = self.frontends.iter().map(|frontend| FrontendInput {
-                state: Arc::clone(&frontend.state),
-                spec: frontend.spec.clone(),
-            });
-            let input = build::Input {
-                generation: self.generation,
-                serial: self.serial,
-                connections_max: self.connections_max,
-                frontends: frontends.collect(),
-                pools,
-            };
-            build::build(input, Some(&self.table))
+            self.rebuild_all()
         };
+        self.serial += 1;
         #[cfg(test)]
         self.check_published();
         self.table = Arc::new(table);
-        Arc::clone(&self.table)
+        self.reopen_left_out();
+        Some(Arc::clone(&self.table))
+    }
+
+    /// The parts of the next table that differ from the newest one's, by their places.
+    fn rebuild_wrong(&mut self, reason: PublishReason) -> Vec<(usize, Arc<PoolTable>)> {
+        let mut changed = self.take_ready();
+        for (id, moved) in self.wrong_pools() {
+            let Some(place) = self.pools.place(id) else { continue };
+            let members = self.pool(id).map_or(0, |pool| pool.members.len());
+            if self.builds.is_apart(members) && !self.work.at_once {
+                self.wrong_apart(id, moved, reason);
+            } else if let Some(input) = self.pool_input(place) {
+                changed.push((place, build::build_pool(&input, self.table.pools.get(place))));
+                self.made_at_once(id, input);
+            }
+        }
+        changed
+    }
+
+    /// Those shut until a table would leave them out: this one does.
+    fn reopen_left_out(&mut self) {
+        self.work.reopen.drain(..).for_each(|state| state.in_flight.reopen());
+    }
+
+    fn rebuild_all(&mut self) -> Table {
+        let places = 0..self.pools.iter().len();
+        let pools = places.filter_map(|place| self.pool_input(place)).collect();
+        let frontends = self.frontends.iter().map(|frontend| FrontendInput {
+            state: Arc::clone(&frontend.state),
+            spec: frontend.spec.clone(),
+        });
+        let input = build::Input {
+            generation: self.generation,
+            serial: self.serial + 1,
+            connections_max: self.connections_max,
+            frontends: frontends.collect(),
+            pools,
+        };
+        let table = build::build(&input, Some(&self.table));
+        let ids: Vec<PoolId> = self.pools.iter().map(|pool| pool.id).collect();
+        for (id, input) in ids.into_iter().zip(input.pools) {
+            self.made_at_once(id, input);
+        }
+        table
     }
 
     /// What a table is to say of the pool at that place.
-    fn pool_input(&mut self, place: usize) -> Option<(usize, PoolInput)> {
+    fn pool_input(&mut self, place: usize) -> Option<PoolInput> {
         let pool = self.pools.iter().as_slice().get(place)?;
         let mut backends = Vec::with_capacity(pool.members.len());
         for id in &pool.members {
             let Some(entry) = self.backends.get_mut(id) else { continue };
-            entry.published = Standing::of(entry, pool);
-            backends.push(BackendInput {
-                state: Arc::clone(&entry.state),
-                effective_weight: entry.published.weight.max(1),
-                connections_max: entry.published.connections_max,
-                slow_start: entry.published.slow_start,
-                backup: entry.spec.backup,
-                eligible: entry.published.weight > 0,
-                on_trial: entry.published.on_trial,
-                in_service: entry.in_service(),
-            });
+            backends.push(entry.publish(pool));
         }
-        let input = PoolInput {
+        Some(PoolInput {
             spec: Arc::clone(&pool.spec),
             backends,
-            stand_ins: stand_ins(pool, &self.leaving),
+            stand_ins: self.stand_ins_of(pool),
             undecided: pool.settling.is_some(),
+        })
+    }
+
+    /// The former backends that serve until the pool's own have been judged, each with
+    /// what the table before said of it.
+    pub(super) fn stand_ins_of(&self, pool: &PoolEntry) -> Vec<BackendInput> {
+        let ids = pool.settling.iter().flat_map(|settling| &settling.stand_ins);
+        let entries = ids.filter_map(|id| Some(&self.leaving.get(id)?.entry));
+        let input = |entry: &BackendEntry| BackendInput {
+            eligible: true,
+            on_trial: false,
+            in_service: true,
+            ..entry.published.input(entry)
         };
-        Some((place, input))
+        entries.map(input).collect()
     }
 
     /// No backend has moved without being noted.
@@ -237,7 +267,8 @@ impl Controller {
         // Where costs are measured it would be most of them.
         let checked = self.backends.keys().filter(|_| self.backends.len() < 10_000);
         for id in checked {
-            assert!(self.moved(*id).is_none(), "{:?} has moved", self.name_of(*id));
+            let wrong = self.moved(*id).filter(|pool| !self.builds.is_due(*pool));
+            assert!(wrong.is_none(), "{:?} has moved", self.name_of(*id));
         }
     }
 }

@@ -49,6 +49,8 @@ pub(super) enum Job {
     Ramp(BackendId),
     /// Make the table that heartbeats had to wait for.
     Publish,
+    /// Begin the parts of tables that had to wait for the other thread.
+    Build,
 }
 
 /// Invariant: `queue` holds exactly the pairs of `due`.

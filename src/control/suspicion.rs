@@ -12,8 +12,8 @@ use super::{Controller, Effect, Notice, Origin, PoolId, ProbeLane, ProbeToken};
 use crate::config::{self, HeartbeatSpec, ProbeKind, ProbeSpec};
 use crate::health::heartbeat::guards::{Frost, permit, stalled};
 use crate::health::heartbeat::{
-    Answer, Arrival, Ask, Beat, Channel, ChannelGuard, PathGuard, PathView, State, Step,
-    TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN, Try, TryId,
+    Answer, Arrival, Ask, Beat, Channel, ChannelGuard, PathGuard, State, Step, TRY_TIMEOUT_MAX,
+    TRY_TIMEOUT_MIN, Try, TryId,
 };
 use crate::health::{ProbeOutcome, Pulse, REFUSED};
 use crate::heartbeat::SenderState;
@@ -171,17 +171,12 @@ impl Controller {
         let s = if count == 1 { " was" } else { "s were" };
         self.notice_excuse(&format!("{count} heartbeat{s} lost on this machine"), now);
         self.guards.channel.excuse(self.guards.slowest, now);
-        let pools: Vec<(PoolId, Arc<HeartbeatSpec>)> = self
-            .pools
-            .iter()
-            .filter_map(|pool| Some((pool.id, Arc::clone(pool.spec.heartbeat.as_ref()?))))
-            .collect();
-        let everybody: Vec<BackendId> = self.hearts().map(|(id, _)| id).collect();
-        for id in everybody {
+        for id in self.hearts() {
             let Some(entry) = self.backends.get_mut(&id) else { continue };
             let Some(heart) = &mut entry.heart else { continue };
-            let spec = pools.iter().find(|(pool, _)| *pool == entry.pool);
-            let most = spec.map_or(Duration::ZERO, |(_, spec)| ttl(spec, heart.interval));
+            let pool = self.pools.get(entry.pool);
+            let spec = pool.and_then(|pool| pool.spec.heartbeat.as_ref());
+            let most = spec.map_or(Duration::ZERO, |spec| ttl(spec, heart.interval));
             let lost = heart.interval.min(most.saturating_sub(heart.deaf));
             heart.deaf += lost;
             if !lost.is_zero() {
@@ -191,11 +186,10 @@ impl Controller {
     }
 
     /// We were late by so much: that part of everybody's silence does not count.
-    fn excuse_all(&mut self, lost: Duration, why: &str, now: Instant) {
+    pub(super) fn excuse_all(&mut self, lost: Duration, why: &str, now: Instant) {
         self.notice_excuse(why, now);
         self.guards.channel.excuse(lost, now);
-        let everybody: Vec<BackendId> = self.hearts().map(|(id, _)| id).collect();
-        everybody.into_iter().for_each(|id| self.excuse(id, lost, now));
+        self.hearts().into_iter().for_each(|id| self.excuse(id, lost, now));
     }
 
     fn excuse(&mut self, id: BackendId, lost: Duration, now: Instant) {
@@ -243,23 +237,21 @@ impl Controller {
 
     /// The guards' own tick: counts who is expected to be heard.
     pub(super) fn guard_tick(&mut self, now: Instant) {
-        let (mut live, mut slowest, mut any) = (0, Duration::ZERO, false);
-        for (_, heart) in self.hearts() {
-            any = true;
-            if matches!(heart.detector.state(), State::Up | State::Suspect) && !heart.expired {
-                live += 1;
-                slowest = slowest.max(heart.interval);
-            }
-        }
-        (self.guards.live, self.guards.slowest) = (live, slowest);
-        if any {
+        (self.guards.live, self.guards.slowest) = self.tallies.all.expected();
+        if !self.tallies.all.hearts.is_empty() {
             self.schedule.set(Job::GuardTick, now + self.tick_interval());
         }
     }
 
     /// A path guard asked to be woken; `None`: the one over all pools.
     pub(super) fn look(&mut self, pool: Option<PoolId>, now: Instant) {
-        let view = self.path_view(pool, now);
+        let guard = match pool {
+            None => Some(&self.guards.all),
+            Some(id) => self.pool(id).map(|pool| &pool.guard),
+        };
+        // Who is heard matters to a guard that may thaw, and to no other.
+        let thaws = guard.is_some_and(|guard| guard.due().is_some_and(|at| at <= now));
+        let view = if thaws { self.path_view(pool, now) } else { self.path_counts(pool, now) };
         let guard = match pool {
             None => Some(&mut self.guards.all),
             Some(id) => self.pools.get_mut(id).map(|pool| &mut pool.guard),
@@ -285,7 +277,10 @@ impl Controller {
 
     /// The guards may have changed their mind about whom they held back.
     fn reconsider(&mut self, pool: Option<PoolId>, now: Instant) {
-        for id in self.members_of(pool) {
+        let tally = self.tallies.of(pool);
+        let suspects: Vec<BackendId> =
+            tally.into_iter().flat_map(|tally| tally.suspects.iter().copied()).collect();
+        for id in suspects {
             let Some(entry) = self.backends.get_mut(&id) else { continue };
             let Some(heart) = &mut entry.heart else { continue };
             let step = heart.detector.reconsider(now);
@@ -362,26 +357,6 @@ impl Controller {
         self.record(id, (before.name(), after.name()), reason.to_owned(), lasted, now);
     }
 
-    /// Everything the guards look at, of one pool or of all.
-    pub(super) fn path_view<'a>(&'a self, pool: Option<PoolId>, now: Instant) -> PathView {
-        let since = |guard: &PathGuard| guard.freeze().map(|freeze| freeze.since);
-        let detector =
-            |entry: &'a super::BackendEntry| entry.heart.as_deref().map(|heart| &heart.detector);
-        match pool {
-            None => {
-                let all = self.backends.values().filter_map(detector);
-                PathView::of(all, since(&self.guards.all), now)
-            }
-            Some(id) => {
-                let pool = self.pool(id);
-                let members = pool.map_or(&[][..], |pool| &pool.members);
-                let entries = members.iter().filter_map(|id| self.backends.get(id));
-                let frozen = pool.and_then(|pool| since(&pool.guard));
-                PathView::of(entries.filter_map(detector), frozen, now)
-            }
-        }
-    }
-
     /// What the heartbeats' channel as a whole is like.
     pub(super) fn channel(&self, now: Instant) -> Channel {
         self.guards.channel.state(self.guards.live, self.guards.slowest, now)
@@ -390,9 +365,13 @@ impl Controller {
     fn permitted(&self, pool: PoolId, proven: bool, now: Instant) -> Result<(), String> {
         let Some(entry) = self.pool(pool) else { return Ok(()) };
         let percent = self.max_down_percent(entry);
-        let view = self.path_view(Some(pool), now);
+        let channel = self.channel(now);
+        let view = match channel {
+            Channel::Silent => self.path_view(Some(pool), now),
+            Channel::Alive => self.path_counts(Some(pool), now),
+        };
         let freezes = [entry.guard.freeze(), self.guards.all.freeze()];
-        permit(proven, view, percent, self.channel(now), freezes)
+        permit(proven, view, percent, channel, freezes)
     }
 
     /// Share of the pool that may be out at once.
@@ -402,6 +381,7 @@ impl Controller {
 
     /// Carries one step of a detector out.
     fn follow(&mut self, id: BackendId, step: Step, now: Instant) {
+        self.count(id);
         if let Some(change) = step.change {
             self.pulse_changed(id, &change.reason, Some(change.lasted), now);
             if change.to == State::Suspect
@@ -472,15 +452,8 @@ impl Controller {
     }
 
     /// Everybody whose heartbeats are (or were) heard.
-    fn hearts(&self) -> impl Iterator<Item = (BackendId, &super::heartbeats::Heart)> {
-        self.backends.iter().filter_map(|(id, entry)| Some((*id, entry.heart.as_deref()?)))
-    }
-
-    fn members_of(&self, pool: Option<PoolId>) -> Vec<BackendId> {
-        match pool {
-            None => self.backends.keys().copied().collect(),
-            Some(id) => self.pool(id).map_or_else(Vec::new, |pool| pool.members.clone()),
-        }
+    fn hearts(&self) -> Vec<BackendId> {
+        self.tallies.all.hearts.iter().copied().collect()
     }
 }
 

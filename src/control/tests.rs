@@ -13,11 +13,12 @@ mod settling;
 use super::*;
 use crate::balance::trial::TrialPhase;
 use crate::config::{
-    Admin, AdminListen, Backend, EjectionSpec, EngineChoice, Frontend, Log, LogFormat, LogLevel,
-    OnRemoval, Policy, Pool, ProbeKind, Process, Sandbox, WhenNoneEligible,
+    Admin, AdminListen, Backend, BackendAddress, Config, EjectionSpec, EngineChoice, Frontend, Log,
+    LogFormat, LogLevel, OnRemoval, Policy, Pool, ProbeKind, Process, Sandbox, WhenNoneEligible,
 };
-use crate::health::Observation;
 use crate::health::outlier::TRIAL_LOOK;
+use crate::health::{ConnectFailure, Observation, ProbeOutcome};
+use crate::heartbeat::Heartbeat;
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST: Duration = Duration::from_millis(500);
@@ -178,13 +179,26 @@ impl Bench {
         self.note(effects)
     }
 
+    /// Parts of tables are made at once.
     fn note(&mut self, effects: Vec<Effect>) -> Vec<Effect> {
-        for effect in &effects {
-            if let Effect::Probe { backend, token, .. } = effect {
-                self.asked.push((*backend, *token));
+        let (mut others, mut built) = (Vec::new(), Vec::new());
+        for effect in effects {
+            match effect {
+                Effect::Build { token, build } => {
+                    let (built_now, took) = (Box::new(build.run()), Duration::ZERO);
+                    built.push(Event::Built { token, built: built_now, took });
+                }
+                Effect::Probe { backend, token, .. } => {
+                    self.asked.push((backend, token));
+                    others.push(effect);
+                }
+                _ => others.push(effect),
             }
         }
-        effects
+        if !built.is_empty() {
+            others.extend(self.apply_all(built));
+        }
+        others
     }
 
     /// Ticks whenever it is wanted until `span` is over, answering nothing.

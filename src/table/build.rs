@@ -73,25 +73,41 @@ pub struct BackendInput {
     pub in_service: bool,
 }
 
+/// One pool's part of the next table, to be made on any thread.
+#[derive(Debug)]
+pub struct PoolBuild {
+    /// What it is made of.
+    pub input: PoolInput,
+    /// The part it replaces: a round robin continues from its position in it.
+    pub previous: Option<Arc<PoolTable>>,
+}
+
+/// That part, made.
+#[derive(Debug)]
+pub struct PoolBuilt {
+    /// As it was given, to be changed and given again.
+    pub input: PoolInput,
+    /// For [`update`].
+    pub table: Arc<PoolTable>,
+}
+
 /// Builds the table. `previous` is the one it replaces: round robins go on
 /// from their position in it.
-pub fn build(input: Input, previous: Option<&Table>) -> Table {
+pub fn build(input: &Input, previous: Option<&Table>) -> Table {
     let pools_before = by_name(previous.map_or(&[], |table| &table.pools));
     let pools: Vec<Arc<PoolTable>> = input
         .pools
-        .into_iter()
-        .map(|pool| {
-            let before = pools_before.get(&*pool.spec.name).copied();
-            build_pool(pool, before)
-        })
+        .iter()
+        .map(|pool| build_pool(pool, pools_before.get(&*pool.spec.name).copied()))
         .collect();
     let pools_by_name = by_name(&pools);
     let frontends: Vec<Arc<FrontendRoute>> = input
         .frontends
-        .into_iter()
+        .iter()
         .filter_map(|frontend| {
             let pool = Arc::clone(pools_by_name.get(&*frontend.spec.pool)?);
-            Some(Arc::new(FrontendRoute { state: frontend.state, spec: frontend.spec, pool }))
+            let (state, spec) = (Arc::clone(&frontend.state), frontend.spec.clone());
+            Some(Arc::new(FrontendRoute { state, spec, pool }))
         })
         .collect();
     let by_bind = (0..)
@@ -111,13 +127,13 @@ pub fn build(input: Input, previous: Option<&Table>) -> Table {
 }
 
 /// The table after `previous`, of the same configuration: what is not among `changed`
-/// (pools by their places) is as before, and costs no look.
-pub fn update(previous: &Table, serial: u64, changed: Vec<(usize, PoolInput)>) -> Table {
+/// (pools by their places, from [`build_pool`] or a [`PoolBuild`]) is as before, and
+/// costs no look.
+pub fn update(previous: &Table, serial: u64, changed: Vec<(usize, Arc<PoolTable>)>) -> Table {
     let mut pools = previous.pools.clone();
     let mut replaced: HashMap<*const PoolTable, Arc<PoolTable>> = HashMap::new();
-    for (place, input) in changed {
+    for (place, built) in changed {
         let Some(before) = previous.pools.get(place) else { continue };
-        let built = build_pool(input, Some(before));
         if !Arc::ptr_eq(&built, before) {
             replaced.insert(Arc::as_ptr(before), Arc::clone(&built));
             pools[place] = built;
@@ -142,17 +158,28 @@ pub fn update(previous: &Table, serial: u64, changed: Vec<(usize, PoolInput)>) -
     }
 }
 
+// === impl PoolBuild ===
+
+impl PoolBuild {
+    /// Makes it. Some 25 ms for 20,000 backends.
+    pub fn run(self) -> PoolBuilt {
+        let table = build_pool(&self.input, self.previous.as_ref());
+        PoolBuilt { input: self.input, table }
+    }
+}
+
 fn by_name(pools: &[Arc<PoolTable>]) -> HashMap<&str, &Arc<PoolTable>> {
     pools.iter().map(|pool| (&*pool.spec.name, pool)).collect()
 }
 
-fn build_pool(pool: PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<PoolTable> {
-    let in_service = tier_in_service(&pool);
+/// The pool's part of a table; `previous` itself where nothing changes.
+pub fn build_pool(pool: &PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<PoolTable> {
+    let in_service = tier_in_service(pool);
     let serving: Vec<_> = in_service.iter().map(|b| Arc::clone(&b.state)).collect();
     let candidates = in_service.iter().map(|b| candidate(b)).collect();
-    let balancer = build_balancer(&pool, candidates, previous);
+    let balancer = build_balancer(pool, candidates, previous);
     let undecided = pool.undecided && serving.is_empty();
-    let built = PoolTable { serving, balancer, undecided, spec: pool.spec };
+    let built = PoolTable { serving, balancer, undecided, spec: Arc::clone(&pool.spec) };
     match previous {
         Some(before) if is_same(&built, before) => Arc::clone(before),
         _ => Arc::new(built),

@@ -58,12 +58,16 @@ struct World {
     sessions: Vec<Session>,
     trace: DefaultHasher,
     seen: Seen,
+    /// Larger pools have their parts of tables made apart from events.
+    apart_above: usize,
 }
 
 impl World {
     fn new(seed: u64, start: Instant) -> World {
         let mut rng = Rng::with_seed(seed);
-        let controller = Controller::new(2, seed);
+        let mut controller = Controller::new(2, seed);
+        let apart_above = *rng.choice(&[0, 2, usize::MAX]).unwrap();
+        controller.build_apart_above(apart_above);
         let config = Arc::new(World::random_config(&mut rng, None));
         let senders = (0..4).map(|number| Sender::new(number, start)).collect();
         let mut world = World {
@@ -79,6 +83,7 @@ impl World {
             sessions: Vec::new(),
             trace: DefaultHasher::new(),
             seen: Seen::default(),
+            apart_above,
         };
         world.configure();
         world
@@ -143,6 +148,7 @@ impl World {
     }
 
     fn take(&mut self, effects: Vec<Effect>) {
+        let mut built = Vec::new();
         for effect in effects {
             match effect {
                 Effect::Publish(table) => {
@@ -153,8 +159,16 @@ impl World {
                 }
                 Effect::Probe { backend, token, .. } => self.asked.push((backend, token)),
                 Effect::Log(t) => (&t.backend, t.from, t.to, &t.reason).hash(&mut self.trace),
+                Effect::Build { token, build } => built.push(Event::Built {
+                    token,
+                    built: Box::new(build.run()),
+                    took: Duration::ZERO,
+                }),
                 Effect::Notice(_) | Effect::Opened | Effect::CutSessions(_) => {}
             }
+        }
+        if !built.is_empty() {
+            return self.apply(built);
         }
         self.check_table();
         self.check_status();
@@ -316,6 +330,7 @@ impl World {
             self.end(session);
         }
         let mut next = Controller::new(self.rng.usize(1..4), self.rng.u64(..));
+        next.build_apart_above(self.apart_above);
         next.count_on(saved.generation - 1, saved.serial);
         self.controller = next;
         self.asked.clear();

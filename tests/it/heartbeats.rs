@@ -91,13 +91,6 @@ impl Keys {
         self.sender_every(name, backend, (key_id, byte), ms(50))
     }
 
-    /// One that serves and says so every `interval`.
-    pub fn ready_every(&self, name: &str, backend: &ScriptedBackend, interval: Duration) -> Sender {
-        let sender = self.sender_every(name, backend, (1, 1), interval);
-        sender.set_state(SenderState::Ready);
-        sender
-    }
-
     fn sender_every(
         &self,
         name: &str,

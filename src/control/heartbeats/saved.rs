@@ -104,6 +104,7 @@ impl Heart {
             excused: Duration::ZERO,
             deaf: Duration::ZERO,
             adopted: true,
+            counted: None,
         }
     }
 
@@ -157,6 +158,7 @@ impl Controller {
         };
         entry.calling_since = ago(now, saved.calling_ms);
         let expired = heart.expired;
+        self.tallies.forget(id, entry.heart.as_deref_mut());
         entry.heart = Some(Box::new(heart));
         entry.heartbeats_from = None;
         entry.health.pulse = entry.pulse(&spec, now);
@@ -168,6 +170,7 @@ impl Controller {
                 self.schedule.set(Job::Forget(id), forget);
             }
         }
+        self.count(id);
         self.rearm(id);
         if !self.schedule.is_set(Job::GuardTick) {
             self.guard_tick(now);
@@ -247,7 +250,7 @@ impl Controller {
         entry.pool = pool_id;
         entry.spec = spec;
         entry.origin = Origin::Registered;
-        entry.heart = None;
+        self.tallies.forget(entry.state.id, entry.heart.take().as_deref_mut());
         entry.health.pulse = crate::health::Pulse::Awaited;
         self.take_intent(&mut entry, now);
         let id = entry.state.id;

@@ -68,7 +68,7 @@ fn pool_again(pool: &PoolInput) -> PoolInput {
 
 fn table(pools: Vec<PoolInput>, previous: Option<&Table>) -> Table {
     let frontends = Vec::new();
-    build(Input { generation: 1, serial: 1, connections_max: 0, frontends, pools }, previous)
+    build(&Input { generation: 1, serial: 1, connections_max: 0, frontends, pools }, previous)
 }
 
 fn draw(draw: u64) -> PickKey {
@@ -261,7 +261,7 @@ fn every_bind_leads_to_its_frontend_and_pool() {
     let pools = vec![pool("web", Policy::Random, 1), pool("db", Policy::Random, 1)];
     let frontends = vec![frontend];
     let table =
-        build(Input { generation: 1, serial: 1, connections_max: 0, frontends, pools }, None);
+        build(&Input { generation: 1, serial: 1, connections_max: 0, frontends, pools }, None);
     for bind in binds {
         let route = table.route(bind).unwrap();
         assert!(Arc::ptr_eq(&route.pool, &table.pools[1]));
