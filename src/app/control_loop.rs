@@ -14,6 +14,7 @@ use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::notify::Notifier;
 use super::rendering::{Latencies, Reader, Rendering};
+use super::shared_counts::SharedCounts;
 use super::signals::{Caught, Signals};
 use super::start::SessionCap;
 use super::supervised::Supervised;
@@ -61,6 +62,7 @@ pub(super) struct Control {
     pub(super) started: Instant,
     pub(super) started_wall: SystemTime,
     pub(super) controller: Controller,
+    pub(super) counts: Arc<SharedCounts>,
     pub(super) tables: TablePublisher,
     pub(super) workers: Vec<Worker>,
     pub(super) counters: Vec<Arc<WorkerCounters>>,

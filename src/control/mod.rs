@@ -54,6 +54,7 @@ pub use status::{
     HeartbeatStatus, PoolStatus,
 };
 
+use crate::balance::in_flight::{Counts, Unshared};
 use crate::config::{self, BackendAddress, Config, ProbeSpec};
 use crate::health::heartbeat::{PathGuard, Ramp};
 use crate::health::{BackendHealth, ConnectFailure, Intent, ProbeOutcome, Transition};
@@ -181,6 +182,7 @@ pub enum OperatorError {
 #[derive(Debug)]
 pub struct Controller {
     workers: usize,
+    counts: Arc<dyn Counts>,
     rng: fastrand::Rng,
     generation: u64,
     serial: u64,
@@ -370,6 +372,7 @@ impl Controller {
     pub fn new(workers: usize, seed: u64) -> Controller {
         Controller {
             workers,
+            counts: Arc::new(Unshared),
             rng: fastrand::Rng::with_seed(seed),
             generation: 0,
             serial: 0,
@@ -398,6 +401,11 @@ impl Controller {
             heartbeats_total: 0,
             work: Work::default(),
         }
+    }
+
+    /// The same, with counts from there for every backend and frontend to come.
+    pub fn counting(self, counts: Arc<dyn Counts>) -> Controller {
+        Controller { counts, ..self }
     }
 
     /// Takes one event and gives what follows from it: at most one
