@@ -78,7 +78,8 @@ impl SharedCounts {
         if *watched || !memory.is_shared() {
             return;
         }
-        let (memory, gate, flag) = (Arc::clone(memory), Arc::clone(gate), Arc::clone(&self.watched));
+        let (memory, gate, flag) =
+            (Arc::clone(memory), Arc::clone(gate), Arc::clone(&self.watched));
         let named = std::thread::Builder::new().name("shared-counts".to_owned());
         match named.spawn(move || watch(&memory, &gate, &flag)) {
             Ok(_) => *watched = true,
@@ -118,7 +119,10 @@ impl Counts for SharedCounts {
             None => {
                 if !self.said.swap(true, Ordering::Relaxed) {
                     let max = CELLS_MAX;
-                    tracing::warn!(max, "no room to share all counts: after an upgrade, further caps go by reports");
+                    tracing::warn!(
+                        max,
+                        "no room to share all counts: after an upgrade, further caps go by reports"
+                    );
                 }
                 InFlight::new()
             }

@@ -342,9 +342,8 @@ mod loom_models {
     /// allows, each freed slot can be taken, nothing stays behind.
     fn three_sessions_at_a_cap_of(cap: u32) {
         let word = Count::own();
-        let in_flights = [0, 1, 2].map(|column| {
-            Arc::new(InFlight::counting(word.clone(), 1 << (COLUMN_BITS * column)))
-        });
+        let in_flights = [0, 1, 2]
+            .map(|column| Arc::new(InFlight::counting(word.clone(), 1 << (COLUMN_BITS * column))));
         let inside = Arc::new(Inside::new(0));
         let session = move |in_flight: &InFlight, inside: &Inside| {
             let entered = in_flight.try_enter(cap);

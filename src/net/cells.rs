@@ -187,15 +187,15 @@ impl Memory {
     }
 
     fn enter(file: OwnedFd, layout: Mapping) -> io::Result<Memory> {
-        let memory =
-            Memory { file, layout, process: 0, column: 0, directory: Mutex::default() };
+        let memory = Memory { file, layout, process: 0, column: 0, directory: Mutex::default() };
         let locked = memory.lock_directory()?;
         let columns = memory.layout.columns.each_ref().map(|c| c.load(Ordering::Acquire));
         let free = columns.iter().position(|column| *column == 0);
         let process = free.ok_or_else(|| {
             io::Error::other(format!("{PROCESSES_MAX} processes share these counts already"))
         })?;
-        let sharers = |column: &u32| columns.iter().filter(|c| **c == u64::from(column + 1)).count();
+        let sharers =
+            |column: &u32| columns.iter().filter(|c| **c == u64::from(column + 1)).count();
         let column = (0..COLUMNS).min_by_key(sharers).unwrap_or(0);
         memory.lock(byte_of(process), libc::F_WRLCK)?;
         memory.layout.columns[process].store(u64::from(column + 1), Ordering::Release);
@@ -303,7 +303,8 @@ impl Memory {
     }
 
     fn key_of(&self, place: usize) -> u128 {
-        let [low, high] = self.layout.cells[place].key.each_ref().map(|k| k.load(Ordering::Acquire));
+        let [low, high] =
+            self.layout.cells[place].key.each_ref().map(|k| k.load(Ordering::Acquire));
         u128::from(high) << 64 | u128::from(low)
     }
 
@@ -479,3 +480,6 @@ impl Drop for Hold {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,7 @@
 //! second), `reports` (what the old one says while it drains, and what it is told).
 //! Sockets are handed on and never bound
 //! anew: closing one of several listeners of an address would reset whoever is in
-//! its queue.
+//! its queue. What caps are compared with is shared (`app::shared_counts`).
 //!
 //! The order, and who serves: the old process starts the new one and offers its
 //! sockets (old); the new one validates, builds, says *ready* (old); the old one

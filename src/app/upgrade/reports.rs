@@ -2,7 +2,7 @@
 //! sessions the old one still has, and what it is to do with them.
 //!
 //! Used by the upgrade on both sides. The old process sends a [`Report`] of what
-//! has changed at most every [`REPORT_INTERVAL`], and passes on what the process
+//! has changed (of what both count in the same memory: whether there are any) at most every [`REPORT_INTERVAL`], and passes on what the process
 //! before it reports; the new one sends an [`Order`] now and then. Frames are
 //! written by a thread of their own, so that a process that does not read holds
 //! up nobody. Neither side needs them: an older program's sessions are unknown

@@ -171,6 +171,7 @@ fn sessions_elsewhere_count_until_they_end_there() {
         name: name.to_owned(),
         address: address.to_owned(),
         sessions,
+        shared: false,
     };
     let frontends = [HeldFrontend { name: "in".to_owned(), sessions: 5, shared: false }];
     let backends = [held("a", &address, 2), held("gone", "127.0.0.9:9", 3)];
