@@ -24,10 +24,10 @@
 //! backend gets fewer sessions.
 
 use super::trial::{Trial, TrialId, TrialPhase};
+use crate::net::cells::COUNT_MAX;
 #[cfg(not(tidegate_loom))]
 pub use crate::net::cells::Count;
-use crate::net::cells::{COLUMN_BITS, COLUMNS, COUNT_MAX};
-use crossbeam::utils::CachePadded;
+pub use crate::net::cells::{sum, unit};
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::{AtomicU32, Ordering};
 #[cfg(tidegate_loom)]
@@ -41,11 +41,7 @@ const ELSEWHERE_MAX: u32 = COUNT_MAX / 2;
 
 /// Sessions held at this moment.
 #[derive(Debug)]
-pub struct InFlight(CachePadded<Cells>);
-
-/// What every entry looks at, on one cache line.
-#[derive(Debug)]
-struct Cells {
+pub struct InFlight {
     held: Count,
     /// What one session adds.
     unit: u64,
@@ -89,36 +85,28 @@ impl Counts for Unshared {
     }
 }
 
-/// All columns together.
-#[inline]
-pub fn sum(word: u64) -> u32 {
-    const { assert!(COLUMNS == 3 && COLUMN_BITS * COLUMNS <= u64::BITS) };
-    let column = |n: u32| word >> (n * COLUMN_BITS) & u64::from(COUNT_MAX);
-    (column(0) + column(1) + column(2)) as u32
-}
-
 impl InFlight {
     /// Nothing held, and shared with no other process.
     pub fn new() -> InFlight {
-        InFlight::counting(Count::own(), 1)
+        InFlight::counting(Count::own(), unit(0))
     }
 
     /// Goes on with `held`, in which each session of this process is `unit`.
     pub fn counting(held: Count, unit: u64) -> InFlight {
         let (elsewhere, trial) = (AtomicU32::new(0), Trial::new());
-        InFlight(CachePadded::new(Cells { held, unit, elsewhere, trial }))
+        InFlight { held, unit, elsewhere, trial }
     }
 
     /// Takes a slot unless `max` are held; a `max` of 0 means no cap. During a
     /// trial only one session gets in until it is decided.
     #[inline]
     pub fn try_enter(&self, max: u32) -> bool {
-        if self.0.trial.is_none() { self.try_hold(max) } else { self.try_enter_trial(max) }
+        if self.trial.is_none() { self.try_hold(max) } else { self.try_enter_trial(max) }
     }
 
     #[inline]
     fn try_hold(&self, max: u32) -> bool {
-        let Cells { held: cell, unit, .. } = &*self.0;
+        let InFlight { held: cell, unit, .. } = self;
         if max == 0 {
             cell.fetch_add(*unit, Ordering::Relaxed);
             return true;
@@ -136,13 +124,13 @@ impl InFlight {
 
     #[cold]
     fn try_enter_trial(&self, max: u32) -> bool {
-        if !self.0.trial.try_take() {
+        if !self.trial.try_take() {
             // It may be over meanwhile.
-            return self.0.trial.is_none() && self.try_hold(max);
+            return self.trial.is_none() && self.try_hold(max);
         }
         let held = self.try_hold(max);
         if !held {
-            self.0.trial.untake();
+            self.trial.untake();
         }
         held
     }
@@ -150,50 +138,45 @@ impl InFlight {
     /// Whether [`InFlight::try_enter`] with that `max` would let somebody in.
     #[inline]
     pub fn has_room(&self, max: u32) -> bool {
-        (max == 0 || self.get() < max) && self.0.trial.has_room()
+        (max == 0 || self.get() < max) && self.trial.has_room()
     }
 
     /// Gives a slot back. Every successful `try_enter` is left exactly once.
     #[inline]
     pub fn leave(&self) {
-        let Cells { held: cell, unit, .. } = &*self.0;
+        let InFlight { held: cell, unit, .. } = self;
         let held = cell.fetch_sub(*unit, Ordering::AcqRel);
-        assert!(self.column(held) > 0, "an in-flight slot was given back twice");
-    }
-
-    #[inline]
-    fn column(&self, word: u64) -> u32 {
-        (word >> self.0.unit.trailing_zeros()) as u32 & COUNT_MAX
+        assert!(sum(held) > 0, "an in-flight slot was given back twice");
     }
 
     /// Slots held by this process and all that share the count, as of some recent
     /// moment.
     #[inline]
     pub fn get(&self) -> u32 {
-        sum(self.0.held.load(Ordering::Relaxed))
+        sum(self.held.load(Ordering::Relaxed))
     }
 
     /// Adds what processes hold that count by themselves, in the place of what they
     /// held before; at most [`COUNT_MAX`] / 2. For the controller.
     pub fn set_elsewhere(&self, sessions: u32) {
         let sessions = sessions.min(ELSEWHERE_MAX);
-        let before = self.0.elsewhere.swap(sessions, Ordering::Relaxed);
-        let unit = self.0.unit;
+        let before = self.elsewhere.swap(sessions, Ordering::Relaxed);
+        let unit = self.unit;
         match sessions >= before {
-            true => self.0.held.fetch_add(unit * u64::from(sessions - before), Ordering::AcqRel),
-            false => self.0.held.fetch_sub(unit * u64::from(before - sessions), Ordering::AcqRel),
+            true => self.held.fetch_add(unit * u64::from(sessions - before), Ordering::AcqRel),
+            false => self.held.fetch_sub(unit * u64::from(before - sessions), Ordering::AcqRel),
         };
     }
 
     /// Whether another process may count here.
     #[cfg(not(tidegate_loom))]
     pub fn is_shareable(&self) -> bool {
-        self.0.held.is_shareable()
+        self.held.is_shareable()
     }
 
     /// The count itself, for who looks at many of them.
     pub(super) fn counter(&self) -> Count {
-        self.0.held.clone()
+        self.held.clone()
     }
 }
 
@@ -209,17 +192,17 @@ impl Drop for InFlight {
 impl InFlight {
     /// From now on a single session gets in. For the controller.
     pub fn begin_trial(&self) {
-        self.0.trial.begin();
+        self.trial.begin();
     }
 
     /// Everybody gets in again. For the controller.
     pub fn end_trial(&self) {
-        self.0.trial.end();
+        self.trial.end();
     }
 
     /// How far the trial has come.
     pub fn trial(&self) -> TrialPhase {
-        self.0.trial.phase()
+        self.trial.phase()
     }
 
     /// The trial that whoever has just entered is to decide, if there is one.
@@ -227,13 +210,13 @@ impl InFlight {
     /// of the one that entered it: both are there, and either will do.)
     #[inline]
     pub fn claim_trial(&self) -> Option<TrialId> {
-        if self.0.trial.is_none() { None } else { self.0.trial.claim() }
+        if self.trial.is_none() { None } else { self.trial.claim() }
     }
 
     /// The session of that trial has come so far. [`TrialPhase::Open`] gives the
     /// place to the next session, as nothing was learnt from this one.
     pub fn advance_trial(&self, id: TrialId, phase: TrialPhase) {
-        self.0.trial.advance(id, phase);
+        self.trial.advance(id, phase);
     }
 }
 
@@ -272,8 +255,7 @@ mod tests {
     #[test]
     fn a_cap_is_one_over_processes_that_share_the_count() {
         let word = Count::own();
-        let columns = [0, 1, 2].map(|column| 1 << (COLUMN_BITS * column));
-        let processes = columns.map(|unit| InFlight::counting(word.clone(), unit));
+        let processes = [0, 1, 2].map(|n| InFlight::counting(word.clone(), unit(n)));
         for round in 0..10 {
             let entered = processes.iter().filter(|one| one.try_enter(2)).count();
             assert_eq!(entered, 2, "round {round}");
@@ -334,6 +316,7 @@ mod modelled {
 #[cfg(all(test, tidegate_loom))]
 mod loom_models {
     use super::*;
+    use crate::net::cells::column;
     use loom::sync::atomic::AtomicU32 as Inside;
     use loom::thread;
     use std::sync::Arc;
@@ -385,18 +368,20 @@ mod loom_models {
     fn what_a_dead_process_held_comes_back_once() {
         bounded().check(|| {
             let word = Count::own();
-            let [dead, own] =
-                [1, 0].map(|column| InFlight::counting(word.clone(), 1 << (COLUMN_BITS * column)));
+            let [dead, own] = [1, 0].map(|n| InFlight::counting(word.clone(), unit(n)));
             assert!(dead.try_enter(2));
             let cleaner = {
                 let word = word.clone();
-                let mask = u64::from(COUNT_MAX) << COLUMN_BITS;
-                thread::spawn(move || word.fetch_and(!mask, Ordering::AcqRel))
+                // As `net::cells` does it.
+                let clear = |word| Some(word - u64::from(column(word, 1)) * unit(1));
+                thread::spawn(move || {
+                    word.fetch_update(Ordering::AcqRel, Ordering::Acquire, clear).is_ok()
+                })
             };
             assert!(own.try_enter(2), "one slot is free in any case");
             let second = own.try_enter(2);
             own.leave();
-            cleaner.join().expect("no panic");
+            assert!(cleaner.join().expect("no panic"));
             assert_eq!(own.get(), u32::from(second));
             assert!(own.try_enter(1) != second);
         });

@@ -8,13 +8,15 @@
 //!
 //! # Columns
 //!
-//! A count is one 64-bit word of [`COLUMNS`] columns of [`COLUMN_BITS`] bits. A process
-//! adds to its own column, and a cap is compared with the sum of all: taking a slot is
-//! one compare-and-swap and giving it back one subtraction, so there is no moment at
-//! which a process that is killed could have done half of it. What a killed process
-//! held is its column, which another process sets to zero. The fourth process at a time
-//! shares a column with another one; such a column is zeroed when all its processes
-//! have ended.
+//! A count is one 64-bit word: the sum of [`COLUMNS`] columns in the upper 22 bits, and
+//! below it the first two columns of [`COLUMN_BITS`] bits each; the third is the rest of
+//! the sum. A process adds to the sum and its own column by one addition of its
+//! [`unit`], and a cap is compared with the sum: taking a slot is one compare-and-swap
+//! and giving it back one subtraction, so there is no moment at which a process that is
+//! killed could have done half of it. What a killed process held is its column, which
+//! another process takes off the word. The fourth process at a time
+//! shares a column with another one; such a column is taken off when all its
+//! processes have ended.
 //!
 //! # Who lives
 //!
@@ -44,6 +46,8 @@ pub const COLUMNS: u32 = 3;
 pub const COLUMN_BITS: u32 = 21;
 /// Most that all columns together may hold, or one could run into the next.
 pub const COUNT_MAX: u32 = (1 << COLUMN_BITS) - 1;
+/// The lowest bit of the sum.
+const SUM_AT: u32 = COLUMN_BITS * (COLUMNS - 1);
 /// Keys with a count of their own; 17 MB of address space, of which only what is used
 /// takes memory.
 pub const CELLS_MAX: usize = 131_072;
@@ -205,7 +209,7 @@ impl Memory {
 
     /// What this process adds to a count for each slot.
     pub fn unit(&self) -> u64 {
-        1 << (COLUMN_BITS * self.column)
+        unit(self.column)
     }
 
     /// The count of that key; `None` where [`CELLS_MAX`] others are in use, or another
@@ -256,10 +260,9 @@ impl Memory {
     }
 
     fn clear(&self, column: u32, processes: u64) {
-        let mask = u64::from(COUNT_MAX) << (COLUMN_BITS * column);
         for place in 0..self.used() {
             if self.layout.holders[place].load(Ordering::Acquire) & processes != 0 {
-                self.layout.cells[place].count.fetch_and(!mask, Ordering::AcqRel);
+                clear_column(&self.layout.cells[place].count, column);
                 self.layout.holders[place].fetch_and(!processes, Ordering::AcqRel);
             }
         }
@@ -335,6 +338,35 @@ impl Memory {
         // Whatever a panic leaves behind is looked up again.
         self.directory.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a process of that column adds to a word for each slot.
+pub const fn unit(column: u32) -> u64 {
+    let own = if column + 1 < COLUMNS { 1 << (COLUMN_BITS * column) } else { 0 };
+    (1 << SUM_AT) + own
+}
+
+/// All columns of that word together.
+#[inline]
+pub const fn sum(word: u64) -> u32 {
+    (word >> SUM_AT) as u32
+}
+
+/// One column of that word.
+pub const fn column(word: u64, column: u32) -> u32 {
+    let first = word as u32 & COUNT_MAX;
+    let second = (word >> COLUMN_BITS) as u32 & COUNT_MAX;
+    match column {
+        0 => first,
+        1 => second,
+        _ => sum(word).saturating_sub(first).saturating_sub(second),
+    }
+}
+
+/// Takes what that column holds off the word; nobody may add to it any more.
+fn clear_column(word: &AtomicU64, of: u32) {
+    let cleared = |word| Some(word - u64::from(column(word, of)) * unit(of));
+    let _ = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, cleared);
 }
 
 fn byte_of(process: usize) -> i64 {

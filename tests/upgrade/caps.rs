@@ -148,7 +148,7 @@ fn holds_through_twenty_upgrades(engine: Engine, capped: Capped) {
         }
     });
     assert_eq!((backend.active_peak(), failed), (CAP, 0), "of {served} sessions");
-    assert!(served > 200, "{served} sessions");
+    assert!(served > 60, "{served} sessions");
     for old in olds {
         proxy.wait_gone(old, secs(20));
     }

@@ -18,10 +18,10 @@ fn a_key_has_one_count_in_every_process_and_a_free_cell_is_used_again() {
     let [a, again, b] = [b"a", b"a", b"b"].map(|key| memory.count(key).unwrap());
     a.fetch_add(memory.unit(), Ordering::AcqRel);
     let read = |count: &Count| count.load(Ordering::Acquire);
-    assert_eq!((read(&again), read(&b)), (1, 0));
+    assert_eq!((sum(read(&again)), read(&b)), (1, 0));
     let other = dead_one(&memory);
-    assert_eq!(read(&other.count(b"a").unwrap()), 1);
-    assert_eq!(other.unit(), 1 << COLUMN_BITS);
+    assert_eq!(sum(read(&other.count(b"a").unwrap())), 1);
+    assert_eq!(other.unit(), unit(1));
     // What one process still holds is not used for another key.
     drop((a, again));
     assert_eq!(memory.used(), 2);
@@ -39,9 +39,9 @@ fn what_a_dead_process_held_is_given_back_at_the_second_look() {
     let held = dead.count(b"a").unwrap();
     held.fetch_add(2 * dead.unit(), Ordering::AcqRel);
     assert!(memory.is_shared() && !memory.clean());
-    assert_eq!(count.load(Ordering::Acquire), 3 + (2 << COLUMN_BITS));
+    assert_eq!(count.load(Ordering::Acquire), 3 * unit(0) + 2 * unit(1));
     assert!(memory.clean() && !memory.is_shared());
-    assert_eq!(count.load(Ordering::Acquire), 3);
+    assert_eq!(count.load(Ordering::Acquire), 3 * unit(0));
     assert!(!memory.clean());
 }
 
@@ -58,7 +58,7 @@ fn a_column_is_cleared_when_all_that_share_it_are_dead() {
     }
     assert!(!memory.clean() && memory.clean());
     // The last one's is in this process's column, which lives.
-    assert_eq!(count.load(Ordering::Acquire), 2);
+    assert_eq!(count.load(Ordering::Acquire), 2 * unit(0));
     assert!(memory.is_shared());
     drop(held);
 }
@@ -86,4 +86,21 @@ fn a_file_that_could_shrink_or_is_no_such_file_is_refused() {
     fcntl_add_seals(&file, SEALS).unwrap();
     let error = Memory::join(file).unwrap_err();
     assert_eq!(error.to_string(), "a file of counts in another layout");
+}
+
+#[test]
+fn every_column_of_a_word_is_read_and_cleared_by_itself() {
+    let most = COUNT_MAX / 3;
+    for held in [[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3], [5, 6, 7], [most; 3]] {
+        let word = (0..COLUMNS).zip(held).map(|(n, held)| u64::from(held) * unit(n)).sum();
+        assert_eq!([0, 1, 2].map(|n| column(word, n)), held);
+        assert_eq!(sum(word), held.iter().sum());
+        for cleared in 0..COLUMNS {
+            let count = AtomicU64::new(word);
+            clear_column(&count, cleared);
+            let mut left = held;
+            left[cleared as usize] = 0;
+            assert_eq!([0, 1, 2].map(|n| column(count.load(Ordering::Acquire), n)), left);
+        }
+    }
 }
