@@ -94,7 +94,7 @@ fn every_column_of_a_word_is_read_and_cleared_by_itself() {
     for held in [[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3], [5, 6, 7], [most; 3]] {
         let word = (0..COLUMNS).zip(held).map(|(n, held)| u64::from(held) * unit(n)).sum();
         assert_eq!([0, 1, 2].map(|n| column(word, n)), held);
-        assert_eq!(sum(word), held.iter().sum());
+        assert_eq!(sum(word), held.iter().sum::<u32>());
         for cleared in 0..COLUMNS {
             let count = AtomicU64::new(word);
             clear_column(&count, cleared);
