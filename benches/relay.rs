@@ -49,6 +49,7 @@ fn balancer(runtime: Runtime, bind: SocketAddr, backend: SocketAddr) -> Worker {
         spin: None,
         shared: Shared {
             in_flight: Arc::default(),
+            sessions: Arc::default(),
             gate: Arc::new(Gate::new()),
             numbers: Arc::default(),
             reports: Arc::new(Reports::new()),

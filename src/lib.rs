@@ -111,6 +111,9 @@
 //!   panics: atomics, shards of their own, and guards that give back what they
 //!   hold. A worker falls alone, and its next thread waits for nobody
 //!   (`proxy::life`).
+//! - Architecture invariant: what the processes of an upgrade share in memory is counts
+//!   alone (`net::cells`), each changed in one step: a process that ends at any point
+//!   leaves them right.
 //! - Architecture invariant: intent, observation and ejection are stored apart;
 //!   *eligible* is derived from them and stored nowhere.
 //! - Architecture invariant: everything that can grow has a named bound, and

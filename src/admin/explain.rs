@@ -190,7 +190,7 @@ pub fn render(explained: &Explained, refused: Option<&Rejection>) -> String {
         backup: backend.backup,
         connections_max: backend.connections_max,
         connections_max_in_force: explained.connections_max,
-        sessions_active: backend.state.in_flight.total(),
+        sessions_active: backend.state.in_flight.get(),
         weight: weight(explained),
         probe: explained.probe.as_ref().map(probe),
         heartbeat: heartbeat(explained, rejected),

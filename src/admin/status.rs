@@ -263,7 +263,7 @@ fn frontend(status: &FrontendStatus) -> Frontend<'_> {
         binds: &status.binds,
         pool: &status.pool,
         connections_max: status.connections_max,
-        sessions_active: status.state.in_flight.total(),
+        sessions_active: status.state.in_flight.get(),
         sessions_total: sum(|c| c.sessions.get()),
         bytes_in_total: sum(|c| c.bytes_in.get()),
         bytes_out_total: sum(|c| c.bytes_out.get()),
@@ -321,7 +321,7 @@ fn backend<'a>(
         eligible: status.eligible,
         ramp_percent: status.ramp_percent,
         heartbeat: heart(status, rejected.map(|last| rejections::rejected(last, now))),
-        sessions_active: state.in_flight.total(),
+        sessions_active: state.in_flight.get(),
         sessions_total: state.counters.sum(|c| c.sessions.get()),
         connect_failures_total: state.counters.sum(|c| c.connect_failures.get()),
         bytes_in_total: state.counters.sum(|c| c.bytes_in.get()),
@@ -384,7 +384,7 @@ fn leaving(state: &BackendState) -> Leaving<'_> {
         pool: &state.pool,
         name: &state.name,
         address: address(&state.address),
-        sessions_active: state.in_flight.total(),
+        sessions_active: state.in_flight.get(),
     }
 }
 

@@ -15,6 +15,7 @@ use super::heartbeats::Reception;
 use super::logging::LogHandle;
 use super::notify::Notifier;
 use super::rendering::{Latencies, Reader, Rendering};
+use super::shared_counts::SharedCounts;
 use super::signals::{Caught, Signals};
 use super::start::SessionCap;
 use super::supervised::Supervised;
@@ -62,6 +63,7 @@ pub(super) struct Control {
     pub(super) started: Instant,
     pub(super) started_wall: SystemTime,
     pub(super) controller: Controller,
+    pub(super) counts: Arc<SharedCounts>,
     pub(super) tables: TablePublisher,
     pub(super) builder: Builder,
     pub(super) workers: Vec<Worker>,

@@ -9,6 +9,7 @@ use super::control_loop::Control;
 use crate::clock;
 use crate::proxy::close::Cause;
 use crate::proxy::worker::Command;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// How often progress is looked at.
@@ -139,7 +140,8 @@ impl Control {
 
     /// Sessions of this process and those before.
     pub(super) fn sessions(&self) -> u32 {
-        self.shared.in_flight.get().saturating_add(self.upgrades.sessions_elsewhere())
+        let own = self.shared.sessions.load(Ordering::Relaxed);
+        own.saturating_add(self.upgrades.sessions_elsewhere())
     }
 
     /// Another process wants this one to end within that time.

@@ -42,6 +42,7 @@ mod refused;
 mod reload;
 mod reload_diff;
 mod rendering;
+mod shared_counts;
 mod signals;
 mod start;
 mod supervised;

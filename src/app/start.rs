@@ -15,6 +15,7 @@ use super::logging::LogHandle;
 use super::preflight::{access_log_refusal, token_problem, try_sources};
 use super::refused::Refused;
 use super::rendering::{Latencies, Rendering};
+use super::shared_counts::SharedCounts;
 use super::signals::Signals;
 use super::supervised::{Kept, Snapshot};
 use super::upgrade::{Rarities, Starter, Upgrades};
@@ -22,12 +23,14 @@ use super::upkeep::Upkeep;
 use super::watchdog::Watchdog;
 use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
 use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, TokenStore};
+use crate::balance::in_flight::{Counted, Counts};
 use crate::clock;
 use crate::config::{AccessLogTarget, Admin, Config, Loaded, Origin};
 use crate::config::{Problems, Spot};
 use crate::control::{Controller, Event};
 use crate::health::probe::runner::ProbeRunner;
 use crate::net::budget::Budget;
+use crate::net::cells::COUNT_MAX;
 use crate::net::{cpu, limits};
 use crate::proxy::close::{Cause, Phase};
 use crate::proxy::contain::contained;
@@ -159,7 +162,9 @@ async fn bring_up(
     reception.adopt(heartbeats);
 
     let seed = fastrand::u64(..);
-    let mut controller = Controller::new(count, seed);
+    let before = surroundings.predecessor.as_mut().and_then(Predecessor::take_counts);
+    let counts = Arc::new(SharedCounts::new(before));
+    let mut controller = Controller::new(count, seed).counting(Arc::clone(&counts) as _);
     if let Some(before) = &surroundings.predecessor {
         let generation = before.generation_of(digest);
         controller.count_on(generation.saturating_sub(1), before.state().serial);
@@ -169,7 +174,8 @@ async fn bring_up(
     }
     let tables = TablePublisher::new(controller.current_table());
     let shared = Shared {
-        in_flight: Arc::default(),
+        in_flight: Arc::new(counts.count(Counted::Process)),
+        sessions: Arc::default(),
         gate: Arc::new(Gate::new()),
         numbers: Arc::default(),
         reports: Arc::new(Reports::new()),
@@ -206,6 +212,7 @@ async fn bring_up(
         started: clock::now(),
         started_wall: clock::wall(),
         controller,
+        counts,
         tables,
         builder: Builder::new(),
         workers,
@@ -371,7 +378,8 @@ impl Control {
             self.perform(effects);
             self.get_acquainted(before.state()).await;
             let generation = self.controller.generation();
-            let known = before.ready(not_taken, admin_taken, generation)?;
+            let shares = self.counts.are_taken();
+            let known = before.ready(not_taken, admin_taken, generation, shares)?;
             self.take_over(&known);
             let at = |refused: Refused| refused.problem(&self.config, &origin);
             fresh.start().map_err(|refused| Failure::At(Box::new(at(refused))))?;
@@ -497,7 +505,7 @@ impl SessionCap {
     pub(super) fn apply(&mut self, config: &Arc<Config>, listeners: usize) -> Arc<Config> {
         let own = DESCRIPTORS_RESERVED + listeners as u64;
         let allowed = self.descriptors.saturating_sub(own) / DESCRIPTORS_A_SESSION;
-        let allowed = u32::try_from(allowed.max(1)).unwrap_or(u32::MAX);
+        let allowed = u32::try_from(allowed.max(1)).unwrap_or(u32::MAX).min(COUNT_MAX);
         if config.process.connections_max <= allowed {
             self.said = None;
             return Arc::clone(config);

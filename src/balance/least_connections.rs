@@ -5,12 +5,15 @@
 //! candidate empty; it never compares in floating point.
 
 use super::draw::Draws;
-use super::in_flight::InFlight;
+use super::in_flight::{Count, sum};
 use super::scan::Load;
 use super::slow_start::Passed;
 use super::two_choices::TwoChoices;
 use super::{Candidate, scan};
-use std::sync::Arc;
+#[cfg(tidegate_loom)]
+use loom::sync::atomic::Ordering;
+#[cfg(not(tidegate_loom))]
+use std::sync::atomic::Ordering;
 
 /// Candidates one pick looks at: up to here the least loaded of all is chosen,
 /// at a cost of some 100 ns. Beyond, reading every backend's count would cost
@@ -36,7 +39,7 @@ pub(super) enum LeastConnections {
 /// What a scan reads of a candidate, side by side in memory.
 #[derive(Debug)]
 pub(super) struct Scanned {
-    in_flight: Arc<InFlight>,
+    held: Count,
     /// Times (in-flight + 1) is the load.
     factor: u64,
 }
@@ -91,7 +94,7 @@ fn scanned(candidates: &[Candidate]) -> Option<Box<[Scanned]>> {
         (next <= MULTIPLE_MAX).then_some(next)
     })?;
     let with_factor = candidates.iter().zip(weights()).map(|(candidate, weight)| Scanned {
-        in_flight: Arc::clone(&candidate.in_flight),
+        held: candidate.in_flight.counter(),
         factor: multiple / weight,
     });
     Some(with_factor.collect())
@@ -158,7 +161,7 @@ impl Scanned {
     /// Of one session more.
     #[inline]
     fn load(&self) -> u64 {
-        (u64::from(self.in_flight.get()) + 1) * self.factor
+        (u64::from(sum(self.held.load(Ordering::Relaxed))) + 1) * self.factor
     }
 }
 

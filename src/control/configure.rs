@@ -10,6 +10,7 @@ use super::{
     BackendEntry, Controller, FrontendEntry, Origin, PoolEntry, PoolId, PublishReason, Startup,
     history::History, publish::Standing, suspicion,
 };
+use crate::balance::in_flight::Counted;
 use crate::config::{self, BackendAddress, Config, EjectionSpec, OnRemoval, ProbeSpec};
 use crate::health::detector::Detector;
 use crate::health::outlier::Outlier;
@@ -88,8 +89,10 @@ impl Controller {
             let state = known.remove(&spec.name).unwrap_or_else(|| {
                 self.ids.frontend += 1;
                 let id = FrontendId(self.ids.frontend);
-                let name = Arc::clone(&spec.name);
-                Arc::new(FrontendState::new(id, name, self.workers, RefusedReason::COUNT))
+                let (name, reasons) = (Arc::clone(&spec.name), RefusedReason::COUNT);
+                let in_flight = self.counts.count(Counted::Frontend(&spec.name));
+                let state = FrontendState::new(id, name, self.workers, reasons);
+                Arc::new(state.counted_by(in_flight))
             });
             self.frontend_names.insert(Arc::clone(&spec.name), self.frontends.len());
             self.frontends.push(FrontendEntry { state, spec: spec.clone() });
@@ -347,6 +350,9 @@ impl Controller {
         let id = BackendId(self.ids.backend);
         let (name, address) = (Arc::clone(&spec.name), spec.address.clone());
         let state = BackendState::new(id, pool, name, address, self.workers);
+        let (pool, name, address) = (&state.pool, &state.name, &state.address_text);
+        let in_flight = self.counts.count(Counted::Backend { pool, name, address });
+        let state = state.counted_by(in_flight);
         BackendEntry {
             state: Arc::new(state),
             pool: pool_id,

@@ -1,10 +1,11 @@
 //! Sessions that the processes before this one still hold.
 //!
 //! Called by `app` with what the old process reports after an upgrade, and for
-//! what this one reports to the next. The counts stand beside the backends' own
-//! (`InFlight::elsewhere`), so status, caps and `leaving` see both together. A
-//! backend that only the old process knows becomes one of `leaving`. It never
-//! touches a session.
+//! what this one reports to the next. Usually both processes count in the same memory,
+//! and a report only makes a backend known here; of a process that counts by itself
+//! the sessions are added to this one's (`InFlight::set_elsewhere`). So status, caps and
+//! `leaving` see both together. A backend that only the old process knows becomes one
+//! of `leaving`. It never touches a session.
 
 use super::schedule::{Job, after};
 use super::{BackendEntry, Controller, Effect, Leaving, PoolId};
@@ -30,6 +31,9 @@ pub struct HeldBackend {
     pub address: String,
     /// Open now.
     pub sessions: u32,
+    /// They are counted where this process counts, too; `sessions` only says whether
+    /// there are any.
+    pub shared: bool,
 }
 
 /// Sessions of one frontend.
@@ -40,6 +44,8 @@ pub struct HeldFrontend {
     pub name: String,
     /// Open now.
     pub sessions: u32,
+    /// As of a backend.
+    pub shared: bool,
 }
 
 // === impl Controller ===
@@ -58,13 +64,13 @@ impl Controller {
             let id = self.find_known(&held.pool, &held.name, &held.address);
             let id = id.or_else(|| (held.sessions > 0).then(|| self.stranger(held, now))?);
             if let Some(state) = id.and_then(|id| self.known(id)) {
-                state.in_flight.set_elsewhere(held.sessions);
+                state.in_flight.set_elsewhere(added(held.sessions, held.shared));
             }
         }
         for held in frontends {
             let named = self.frontend_names.get(held.name.as_str());
             if let Some(entry) = named.and_then(|at| self.frontends.get(*at)) {
-                entry.state.in_flight.set_elsewhere(held.sessions);
+                entry.state.in_flight.set_elsewhere(added(held.sessions, held.shared));
             }
         }
         self.finish(now)
@@ -135,6 +141,10 @@ impl Controller {
         self.leaving.insert(id, Leaving { entry, cut_at });
         Some(id)
     }
+}
+
+fn added(sessions: u32, shared: bool) -> u32 {
+    if shared { 0 } else { sessions }
 }
 
 /// The address of that spelling.

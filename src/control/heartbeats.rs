@@ -381,7 +381,7 @@ impl Controller {
         }
         let lasted = now.saturating_duration_since(entry.calling_since);
         entry.calling_since = now;
-        let sessions = entry.state.in_flight.total();
+        let sessions = entry.state.in_flight.get();
         let reason = match calling {
             Calling::Sessions => "its heartbeats say that it takes sessions".to_owned(),
             _ => format!("its heartbeats say so; no new sessions, {sessions} go on"),

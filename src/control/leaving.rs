@@ -122,7 +122,7 @@ impl Controller {
     pub(super) fn cut_sessions(&mut self, id: BackendId) {
         self.stands_in_no_more(id);
         if let Some(leaving) = self.leaving.get(&id)
-            && leaving.entry.state.in_flight.total() > 0
+            && leaving.entry.state.in_flight.get() > 0
         {
             self.work.effects.push(Effect::CutSessions(id));
         }
@@ -133,7 +133,7 @@ impl Controller {
     pub(super) fn check_leaving(&mut self, now: Instant) {
         let stand_ins = self.stand_ins();
         self.leaving.retain(|id, leaving| {
-            let empty = leaving.entry.state.in_flight.total() == 0 && !stand_ins.contains(id);
+            let empty = leaving.entry.state.in_flight.get() == 0 && !stand_ins.contains(id);
             if empty {
                 self.schedule.cancel(Job::CutSessions(*id));
                 self.left.remove(&identity(&leaving.entry));
@@ -156,7 +156,7 @@ pub(super) fn identity(entry: &BackendEntry) -> Identity {
 }
 
 fn removal(entry: &BackendEntry, reason: &str, on_removal: OnRemoval, now: Instant) -> Transition {
-    let sessions = entry.state.in_flight.total();
+    let sessions = entry.state.in_flight.get();
     let fate = match on_removal {
         OnRemoval::Keep => "run to their end".to_owned(),
         OnRemoval::CloseAfter(grace) => {

@@ -59,6 +59,7 @@ pub use status::{
     HeartbeatStatus, PoolStatus,
 };
 
+use crate::balance::in_flight::{Counts, Unshared};
 use crate::config::{self, ProbeSpec};
 use crate::health::heartbeat::{PathGuard, Ramp};
 use crate::health::{BackendHealth, Intent, Transition};
@@ -76,6 +77,7 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct Controller {
     workers: usize,
+    counts: Arc<dyn Counts>,
     rng: fastrand::Rng,
     generation: u64,
     serial: u64,
@@ -273,6 +275,7 @@ impl Controller {
     pub fn new(workers: usize, seed: u64) -> Controller {
         Controller {
             workers,
+            counts: Arc::new(Unshared),
             rng: fastrand::Rng::with_seed(seed),
             generation: 0,
             serial: 0,
@@ -303,6 +306,11 @@ impl Controller {
             heartbeats_total: 0,
             work: Work::default(),
         }
+    }
+
+    /// The same, with counts from there for every backend and frontend to come.
+    pub fn counting(self, counts: Arc<dyn Counts>) -> Controller {
+        Controller { counts, ..self }
     }
 
     /// Takes one event and gives what follows from it: at most one

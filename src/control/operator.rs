@@ -34,7 +34,7 @@ impl Controller {
         let lasted = now.saturating_duration_since(entry.health.intent_since);
         entry.health.intent = intent;
         entry.health.intent_since = now;
-        let sessions = entry.state.in_flight.total();
+        let sessions = entry.state.in_flight.get();
         let reason = match intent {
             Intent::Ready => "operator: takes sessions again".to_owned(),
             Intent::Draining | Intent::Maintenance => {

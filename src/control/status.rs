@@ -199,7 +199,7 @@ impl Controller {
                 })
                 .collect(),
             pools: self.pools.iter().map(|pool| pool_status(pool, now)).collect(),
-            leaving: leaving.filter(|state| state.in_flight.total() > 0).map(Arc::clone).collect(),
+            leaving: leaving.filter(|state| state.in_flight.get() > 0).map(Arc::clone).collect(),
             published: self.published().to_vec(),
             heartbeat: self.heartbeat_status(now),
         };

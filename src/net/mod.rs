@@ -6,6 +6,7 @@
 //! blocks.
 
 pub mod budget;
+pub mod cells;
 pub mod confinement;
 pub mod cpu;
 pub mod datagram;

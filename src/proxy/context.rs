@@ -20,11 +20,13 @@ use crate::telemetry::access_log::AccessLogSender;
 use crate::telemetry::counters::{LocalAt, LocalError, WorkerCounters};
 use crate::telemetry::histograms::Recorder;
 use crossbeam::queue::ArrayQueue;
+use crossbeam::utils::CachePadded;
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
@@ -59,8 +61,11 @@ pub struct Reports {
 /// Whole-process things a worker needs.
 #[derive(Debug, Clone)]
 pub struct Shared {
-    /// Sessions open in the process; enforces `process.connections_max`.
+    /// Sessions open in the process and those that share the count; enforces
+    /// `process.connections_max`.
     pub in_flight: Arc<InFlight>,
+    /// Of them, this process's.
+    pub sessions: Arc<CachePadded<AtomicU32>>,
     /// Where to wait for slots.
     pub gate: Arc<Gate>,
     /// To the control thread.

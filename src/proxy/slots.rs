@@ -10,12 +10,16 @@ use crate::balance::in_flight::InFlight;
 use crate::proxy::gate::Gate;
 use crate::table::state::FrontendState;
 use crate::table::{FrontendRoute, Table};
+use crossbeam::utils::CachePadded;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// One session's; dropping it gives them back.
 #[derive(Debug)]
 pub(super) struct Slots {
     process: Arc<InFlight>,
+    /// This process's.
+    sessions: Arc<CachePadded<AtomicU32>>,
     frontend: Arc<FrontendState>,
     gate: Arc<Gate>,
     /// Where the frontend limits what one source may ask for.
@@ -40,11 +44,15 @@ impl Slots {
             // it full meanwhile.
             shared.gate.opened();
         }
-        admitted.map(|()| Slots {
-            process: Arc::clone(&shared.in_flight),
-            frontend: Arc::clone(&route.state),
-            gate: Arc::clone(&shared.gate),
-            source: None,
+        admitted.map(|()| {
+            shared.sessions.fetch_add(1, Ordering::Relaxed);
+            Slots {
+                process: Arc::clone(&shared.in_flight),
+                sessions: Arc::clone(&shared.sessions),
+                frontend: Arc::clone(&route.state),
+                gate: Arc::clone(&shared.gate),
+                source: None,
+            }
         })
     }
 
@@ -58,6 +66,7 @@ impl Drop for Slots {
     fn drop(&mut self) {
         self.frontend.in_flight.leave();
         self.process.leave();
+        self.sessions.fetch_sub(1, Ordering::Relaxed);
         self.gate.opened();
     }
 }

@@ -40,7 +40,8 @@ pub struct BackendState {
     pub address: BackendAddress,
     /// The address as text, made once for the access log.
     pub address_text: Arc<str>,
-    /// Sessions holding this backend, from selection to close; all workers.
+    /// Sessions holding this backend, from selection to close; all workers, and all
+    /// processes of an upgrade.
     pub in_flight: Arc<InFlight>,
     /// What its connects and first bytes take, for `peak-ewma`; all workers.
     pub latency: Arc<Latency>,
@@ -90,7 +91,7 @@ pub struct FrontendState {
     pub id: FrontendId,
     /// Unique among frontends.
     pub name: Arc<str>,
-    /// Sessions open now; enforces the frontend's `connections_max`.
+    /// Sessions open now, likewise; enforces the frontend's `connections_max`.
     pub in_flight: InFlight,
     /// What its sources have asked for; made when a limit is first asked about.
     pub sources: OnceLock<Arc<Sources>>,
@@ -137,6 +138,11 @@ impl BackendState {
             ways: ArcSwap::from_pointee(Ways::any()),
             counters: Sharded::new(workers, BackendCounters::default),
         }
+    }
+
+    /// The same, its sessions counted there.
+    pub fn counted_by(self, in_flight: InFlight) -> BackendState {
+        BackendState { in_flight: Arc::new(in_flight), ..self }
     }
 
     /// What makes it the same backend: pool, name and address.
@@ -221,5 +227,10 @@ impl FrontendState {
                 refused: CounterTable::new(refused_reasons, 1),
             }),
         }
+    }
+
+    /// The same, its sessions counted there.
+    pub fn counted_by(self, in_flight: InFlight) -> FrontendState {
+        FrontendState { in_flight, ..self }
     }
 }

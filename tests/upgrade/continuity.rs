@@ -82,16 +82,27 @@ fn queued_clients_are_accepted_by_the_new_process(engine: Engine) {
     let held = [open_session(&proxy), open_session(&proxy)];
     let queued: Vec<TcpStream> = (0..40).map(|_| connect(proxy.addr("web"))).collect();
     let old = proxy.upgrade();
+    // The cap is one over both processes, and the old one's sessions fill it.
+    let first = &queued[0];
+    first.set_read_timeout(Some(ms(500))).unwrap();
+    client::exchange(first, b"ping").expect_err("let in beyond the cap");
+    first.set_read_timeout(Some(secs(20))).unwrap();
+    drop(held);
+    let mut answer = [0; 4];
     // Whoever waits longest is not the first on its worker: all at once.
     std::thread::scope(|scope| {
+        let mut queued = queued.into_iter();
+        let first = queued.next().unwrap();
         for stream in queued {
             scope.spawn(move || {
                 let answer = client::exchange(&stream, b"ping").expect("served by the new process");
                 assert_eq!(answer, b"ping");
             });
         }
+        std::io::Read::read_exact(&mut &first, &mut answer).expect("served by the new process");
+        assert_eq!(&answer, b"ping");
     });
-    drop(held);
+    assert!(backend.active_peak() <= 2);
     proxy.wait_gone(old, secs(5));
     proxy.rebaseline();
 }

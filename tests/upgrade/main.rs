@@ -17,6 +17,7 @@
 mod common;
 
 mod broken;
+mod caps;
 mod continuity;
 mod crash;
 mod elsewhere;

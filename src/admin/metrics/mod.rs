@@ -200,7 +200,7 @@ fn frontends(out: &mut Encoder, frontends: &[FrontendStatus]) {
     }
     let mut samples = out.family(&families::SESSIONS_ACTIVE);
     for frontend in frontends {
-        let active = frontend.state.in_flight.total();
+        let active = frontend.state.in_flight.get();
         samples.count(&[("frontend", &frontend.state.name)], active.into());
     }
     let mut samples = out.family(&families::BYTES);
@@ -275,7 +275,7 @@ const BACKEND_VALUES: [(&Family, BackendValue); 9] = [
     (&families::BACKEND_EJECTED, |b| b.ejected.into()),
     (&families::EJECTIONS, |b| b.ejections_total),
     (&families::EJECTIONS_HELD, |b| b.ejections_held_total),
-    (&families::BACKEND_IN_FLIGHT, |b| b.state.in_flight.total().into()),
+    (&families::BACKEND_IN_FLIGHT, |b| b.state.in_flight.get().into()),
     (&families::BACKEND_SESSIONS, |b| b.state.counters.sum(|c| c.sessions.get())),
     (&families::CONNECT_FAILURES, |b| b.state.counters.sum(|c| c.connect_failures.get())),
 ];
@@ -341,7 +341,7 @@ fn one_histogram(samples: &mut encoder::Samples<'_>, labels: &str, data: &Series
 fn leaving(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     let leaving = &snapshot.control.leaving;
     out.family(&families::LEAVING_BACKENDS).count(&[], leaving.len() as u64);
-    let sessions = leaving.iter().map(|backend| u64::from(backend.in_flight.total())).sum();
+    let sessions = leaving.iter().map(|backend| u64::from(backend.in_flight.get())).sum();
     out.family(&families::LEAVING_SESSIONS).count(&[], sessions);
 }
 

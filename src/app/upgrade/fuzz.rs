@@ -72,7 +72,7 @@ fn as_successor(channel: Channel) -> u32 {
     before.take_heartbeats();
     let generation = before.generation_of(8);
     let mut place = Place::new(config, generation, before.state());
-    let Ok(commit) = before.ready(Vec::new(), false, generation) else { return 1 };
+    let Ok(commit) = before.ready(Vec::new(), false, generation, false) else { return 1 };
     place.take_over(&commit);
     let Ok(Farewell(last)) = before.wait_for_farewell(soon()) else { return 2 };
     place.count(&last);

@@ -45,6 +45,7 @@ pub struct Predecessor {
     admin: Option<OwnedFd>,
     sockets: BTreeMap<SocketAddr, Group>,
     heartbeats: Vec<(SocketAddr, OwnedFd)>,
+    counts: Option<OwnedFd>,
     offer: Offer,
 }
 
@@ -90,6 +91,11 @@ impl Predecessor {
         std::mem::take(&mut self.heartbeats)
     }
 
+    /// The file of the counts it shares.
+    pub(in crate::app) fn take_counts(&mut self) -> Option<OwnedFd> {
+        self.counts.take()
+    }
+
     /// Where its admin API listens.
     pub fn admin_listen(&self) -> Option<&str> {
         Some(self.offer.admin.as_ref()?.listen.as_str())
@@ -127,8 +133,9 @@ impl Predecessor {
         not_taken: Vec<SocketAddr>,
         admin_taken: bool,
         generation: u64,
+        shares: bool,
     ) -> Result<Commit, Failure> {
-        let ready = Ready { not_taken, admin_taken, generation };
+        let ready = Ready { not_taken, admin_taken, generation, shares };
         tracing::debug!(generation, admin_taken, "ready to take over from the old process");
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &ready, &[], deadline).map_err(|error| trouble(&error))?;
@@ -214,8 +221,9 @@ pub(super) fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
         }
         sockets.insert(bind.address, group);
     }
-    let heartbeats = offer.heartbeats.iter().copied().zip(fds).collect();
-    Ok(Predecessor { channel, stderr, admin, sockets, heartbeats, offer })
+    let heartbeats = offer.heartbeats.iter().copied().zip(fds.by_ref()).collect();
+    let counts = if offer.counts { fds.next() } else { None };
+    Ok(Predecessor { channel, stderr, admin, sockets, heartbeats, counts, offer })
 }
 
 fn trouble(error: &dyn std::fmt::Display) -> Failure {

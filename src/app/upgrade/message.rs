@@ -55,7 +55,8 @@ pub(super) struct Hello {
 }
 
 /// *These sockets are yours if you want them*. Descriptors: standard error, the
-/// admin listener if there is one, `listeners`, `heartbeats`, each in order.
+/// admin listener if there is one, `listeners`, `heartbeats`, each in order, and the
+/// file of the shared counts if there is one, which an older program leaves alone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Offer {
     pub(super) protocol: u16,
@@ -78,6 +79,9 @@ pub(super) struct Offer {
     /// See [`LEVEL`].
     #[serde(default)]
     pub(super) level: u16,
+    /// The file of the shared counts comes last.
+    #[serde(default)]
+    pub(super) counts: bool,
 }
 
 /// The admin listener.
@@ -105,6 +109,9 @@ pub(super) struct Ready {
     pub(super) admin_taken: bool,
     /// Of the configuration that will be in force.
     pub(super) generation: u64,
+    /// It counts in the file that was offered.
+    #[serde(default)]
+    pub(super) shares: bool,
 }
 
 /// *Go on with this.* Everything as of now, histograms included.
@@ -321,6 +328,7 @@ mod tests {
             state: Saved { generation: 3, ..Saved::default() },
             confined: vec!["seccomp".to_owned()],
             level: LEVEL,
+            counts: true,
         };
         let text = String::from_utf8(encode(&offer)).unwrap();
         let newer = text.replacen('{', "{\"more\":[1],", 1);
@@ -388,7 +396,7 @@ mod tests {
             let offer = Offer {
                 protocol: 1, version: String::new(), admin: None, heartbeats: vec![], digest: 7,
                 listeners: vec![OfferedBind { address: ([127, 0, 0, 1], 80).into(), sockets: 2, holder: Holder::Nobody }],
-                state: Saved::default(), confined: vec![], level: 0,
+                state: Saved::default(), confined: vec![], level: 0, counts: false,
             };
             let mut body = encode(&offer);
             let at = at.index(body.len());

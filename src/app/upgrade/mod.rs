@@ -8,7 +8,7 @@
 //! second), `reports` (what the old one says while it drains, and what it is told).
 //! Sockets are handed on and never bound
 //! anew: closing one of several listeners of an address would reset whoever is in
-//! its queue.
+//! its queue. What caps are compared with is shared (`app::shared_counts`).
 //!
 //! The order, and who serves: the old process starts the new one and offers its
 //! sockets (old); the new one validates, builds, says *ready* (old); the old one
@@ -203,13 +203,13 @@ impl Upgrades {
 // === impl Successor ===
 
 impl Successor {
-    fn new(channel: Channel, level: u16) -> Successor {
+    fn new(channel: Channel, level: u16, shares: bool) -> Successor {
         let (tell, orders) = mpsc::channel(ORDERS_MAX);
         let reporter = match (level, channel.try_clone(), channel.try_clone()) {
             (1.., Ok(to_read), Ok(to_write)) => {
                 let listen = move || while pass_order_on(&to_read, &tell).is_some() {};
                 let named = std::thread::Builder::new().name("successor".to_owned());
-                named.spawn(listen).and_then(|_| Reporter::start(to_write)).ok()
+                named.spawn(listen).and_then(|_| Reporter::start(to_write, shares)).ok()
             }
             _ => None,
         };
@@ -279,6 +279,7 @@ impl Control {
         let admin = self.admin.as_ref().map(|admin| admin.offer()).transpose()?;
         let (offered, admin) = admin.unzip();
         let heartbeats = self.reception.share()?;
+        let counts = self.counts.memory();
         let offer = Offer {
             protocol: PROTOCOL,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -289,11 +290,12 @@ impl Control {
             state: self.controller.save(clock::now()),
             confined: self.confined.inherited(),
             level: LEVEL,
+            counts: counts.is_some(),
         };
         let sockets = active().flat_map(|(_, group)| group.sockets.iter().cloned()).collect();
         let timeout = self.config.process.upgrade_timeout;
         let heartbeats = heartbeats.into_iter().map(|(_, socket)| socket).collect();
-        Ok(Attempt { start, offer, admin, sockets, heartbeats, timeout })
+        Ok(Attempt { start, offer, admin, sockets, heartbeats, counts, timeout })
     }
 
     /// Goes on with what has happened.
@@ -303,6 +305,7 @@ impl Control {
             UpgradeEvent::Word(last) => {
                 self.upgrades.predecessor = None;
                 self.upgrades.elsewhere = 0;
+                self.shared.in_flight.set_elsewhere(0);
                 self.controller.held_here_alone();
                 self.shared.gate.opened();
                 match last {
@@ -358,6 +361,8 @@ impl Control {
         under_way: UnderWay,
         result: Result<(Channel, AtTheReady), String>,
     ) {
+        // It has a part in the counts, even if it has ended.
+        self.counts.watch(&self.shared.gate);
         match result {
             Err(why) => {
                 let why = self.confined.explain(why);
@@ -375,7 +380,7 @@ impl Control {
                 let (pid, version) = (hello.pid, hello.version);
                 tracing::info!(pid, %version, "upgrade done: that process serves, this one drains");
                 self.notifier.successor(pid);
-                self.upgrades.successor = Some(Successor::new(channel, hello.level));
+                self.upgrades.successor = Some(Successor::new(channel, hello.level, ready.shares));
                 self.latency.lock().clear();
                 self.step_down(&ready, ended);
                 if let Some(reply) = under_way.reply {
@@ -461,10 +466,14 @@ impl Control {
 
     pub(super) fn follow(&mut self, predecessor: PredecessorDraining) {
         self.upgrades.predecessor = Some(predecessor);
+        self.counts.watch(&self.shared.gate);
     }
 
     fn take_report(&mut self, report: &Report) {
         self.upgrades.elsewhere = report.sessions;
+        if !self.counts.are_taken() {
+            self.shared.in_flight.set_elsewhere(report.sessions);
+        }
         let (backends, frontends) = (&report.backends, &report.frontends);
         let effects = self.controller.held_elsewhere(backends, frontends, clock::now());
         self.perform(effects);
@@ -511,7 +520,7 @@ impl Control {
                 pool: state.pool.to_string(),
                 name: state.name.to_string(),
                 address: state.address_text.to_string(),
-                sessions: 0,
+                ..HeldBackend::default()
             };
             before.order(&Order { cut: Some(cut), ..Order::default() });
         }

@@ -8,6 +8,7 @@
 use super::message::{self, Commit, Hello, MessageError, Offer, PROTOCOL, Ready, Serving};
 use super::process::{NotStarted, Process, Start};
 use crate::clock;
+use crate::net::cells::Memory;
 use crate::net::handover::{Channel, ChannelError};
 use crate::net::signals;
 use socket2::Socket;
@@ -63,6 +64,7 @@ pub(super) struct Attempt {
     /// In the offer's order.
     pub(super) sockets: Vec<Arc<Socket>>,
     pub(super) heartbeats: Vec<OwnedFd>,
+    pub(super) counts: Option<Arc<Memory>>,
     /// From the start of the program to its word that it serves.
     pub(super) timeout: Duration,
 }
@@ -73,6 +75,7 @@ struct Given {
     admin: Option<OwnedFd>,
     sockets: Vec<Arc<Socket>>,
     heartbeats: Vec<OwnedFd>,
+    counts: Option<Arc<Memory>>,
 }
 
 /// An upgrade under way.
@@ -135,7 +138,7 @@ fn run(
     signals::hold_back();
     let deadline = clock::now() + attempt.timeout;
     let tail = Tail::default();
-    let Attempt { start, offer, admin, sockets, heartbeats, .. } = attempt;
+    let Attempt { start, offer, admin, sockets, heartbeats, counts, .. } = attempt;
     let (mut process, stderr) = match start.start(other) {
         Ok(started) => started,
         Err(not_started) => {
@@ -147,7 +150,7 @@ fn run(
         }
     };
     tail.follow(stderr);
-    let given = Given { offer, admin, sockets, heartbeats };
+    let given = Given { offer, admin, sockets, heartbeats, counts };
     // Nobody may be there to be told: then this process is ending, and the new
     // one ends with the connection.
     match until_ready(given, &channel, deadline) {
@@ -194,6 +197,7 @@ fn until_ready(
     fds.extend(given.admin.iter().map(AsFd::as_fd));
     fds.extend(given.sockets.iter().map(|socket| socket.as_fd()));
     fds.extend(given.heartbeats.iter().map(AsFd::as_fd));
+    fds.extend(given.counts.iter().map(|memory| memory.as_fd()));
     message::send(channel, &given.offer, &fds, deadline)?;
     tracing::debug!(descriptors = fds.len(), "sockets and state sent to the new process");
     // From here on the new process holds them, and the control loop.

@@ -2,13 +2,14 @@
 //! sessions the old one still has, and what it is to do with them.
 //!
 //! Used by the upgrade on both sides. The old process sends a [`Report`] of what
-//! has changed at most every [`REPORT_INTERVAL`], and passes on what the process
+//! has changed (of what both count in the same memory: whether there are any) at most every [`REPORT_INTERVAL`], and passes on what the process
 //! before it reports; the new one sends an [`Order`] now and then. Frames are
 //! written by a thread of their own, so that a process that does not read holds
 //! up nobody. Neither side needs them: an older program's sessions are unknown
 //! until its farewell, as before.
 
 use super::message::{self, Message};
+use crate::balance::in_flight::InFlight;
 use crate::clock;
 use crate::control::Controller;
 use crate::control::elsewhere::{HeldBackend, HeldFrontend};
@@ -78,6 +79,8 @@ pub(super) struct Reporter {
     backends: HashMap<BackendId, u32>,
     frontends: HashMap<FrontendId, u32>,
     sessions: u32,
+    /// The next process counts where this one counts.
+    shares: bool,
     next: Instant,
 }
 
@@ -115,12 +118,14 @@ impl Writer {
 // === impl Reporter ===
 
 impl Reporter {
-    pub(super) fn start(channel: Channel) -> std::io::Result<Reporter> {
+    /// `shares`: the next process counts where this one counts.
+    pub(super) fn start(channel: Channel, shares: bool) -> std::io::Result<Reporter> {
         Ok(Reporter {
             writer: Writer::start(channel)?,
             backends: HashMap::new(),
             frontends: HashMap::new(),
             sessions: 0,
+            shares,
             next: clock::now(),
         })
     }
@@ -134,7 +139,7 @@ impl Reporter {
         let mut report = Report { sessions, ..Report::default() };
         let (mut backends, mut frontends) = (Vec::new(), Vec::new());
         for state in controller.every_known() {
-            let open = state.in_flight.total();
+            let (open, shared) = self.to_tell(&state.in_flight);
             let told = self.backends.get(&state.id).copied().unwrap_or(0);
             if open == told {
                 continue;
@@ -150,15 +155,15 @@ impl Reporter {
                 name: state.name.to_string(),
                 address: state.address_text.to_string(),
                 sessions: open,
+                shared,
             });
         }
         for state in controller.frontends() {
-            let open = state.in_flight.total();
+            let (open, shared) = self.to_tell(&state.in_flight);
             if open != self.frontends.get(&state.id).copied().unwrap_or(0) {
                 frontends.push((state.id, open));
-                report
-                    .frontends
-                    .push(HeldFrontend { name: state.name.to_string(), sessions: open });
+                let name = state.name.to_string();
+                report.frontends.push(HeldFrontend { name, sessions: open, shared });
             }
         }
         let news = sessions != self.sessions || !backends.is_empty() || !frontends.is_empty();
@@ -167,6 +172,13 @@ impl Reporter {
             note(&mut self.backends, backends);
             note(&mut self.frontends, frontends);
         }
+    }
+
+    /// Sessions, or only whether there are any, where the next process sees how many.
+    fn to_tell(&self, in_flight: &InFlight) -> (u32, bool) {
+        let shared = self.shares && in_flight.is_shareable();
+        let open = in_flight.get();
+        (if shared { open.min(1) } else { open }, shared)
     }
 
     /// Waits until everything is sent.

@@ -171,13 +171,14 @@ fn sessions_elsewhere_count_until_they_end_there() {
         name: name.to_owned(),
         address: address.to_owned(),
         sessions,
+        shared: false,
     };
-    let frontends = [HeldFrontend { name: "in".to_owned(), sessions: 5 }];
+    let frontends = [HeldFrontend { name: "in".to_owned(), sessions: 5, shared: false }];
     let backends = [held("a", &address, 2), held("gone", "127.0.0.9:9", 3)];
     next.controller.held_elsewhere(&backends, &frontends, next.now);
     let status = next.controller.status(next.now);
-    assert_eq!(status.frontends[0].state.in_flight.total(), 5);
-    assert_eq!(next.status("a").state.in_flight.total(), 2);
+    assert_eq!(status.frontends[0].state.in_flight.get(), 5);
+    assert_eq!(next.status("a").state.in_flight.get(), 2);
     assert!(!next.status("a").state.in_flight.try_enter(2), "caps count both");
     let leaving: Vec<_> = status.leaving.iter().map(|state| &*state.name).collect();
     assert_eq!(leaving, ["gone"]);

@@ -138,6 +138,7 @@ impl World {
         let publisher = TablePublisher::new(controller.current_table());
         let shared = Shared {
             in_flight: Arc::new(InFlight::new()),
+            sessions: Arc::default(),
             gate: Arc::new(Gate::new()),
             numbers: Arc::default(),
             reports: Arc::new(Reports::new()),
