@@ -65,6 +65,10 @@ const COMMIT_MAX: Duration = Duration::from_secs(5);
 const ACQUAINTED_MAX: Duration = Duration::from_secs(3);
 const ACQUAINTED_STEP: Duration = Duration::from_millis(20);
 
+/// How long an operator waits for the process before to be told of an intent. To put
+/// it into the kernel's queue takes microseconds unless that process is stopped.
+const INTENT_SENT_MAX: Duration = Duration::from_secs(1);
+
 /// Orders that may wait for the control loop.
 const ORDERS_MAX: usize = 16;
 
@@ -377,7 +381,7 @@ impl Control {
                 self.notifier.successor(pid);
                 self.upgrades.successor = Some(Successor::new(channel, hello.level));
                 self.latency.lock().clear();
-                self.step_down(&ready, ended);
+                self.step_down(&ready, pid, ended);
                 if let Some(reply) = under_way.reply {
                     let _ = reply.send(Ok(Upgraded { pid, version, generation: ready.generation }));
                 }
@@ -517,16 +521,43 @@ impl Control {
         }
     }
 
-    /// Has the process before know what an operator wants.
-    pub(super) fn order_intent(&self, pool: &str, backend: &str, intent: Intent) {
-        if let Some(before) = &self.upgrades.predecessor {
-            let intent = OrderedIntent {
-                pool: pool.to_owned(),
-                backend: backend.to_owned(),
-                intent: intent.name().to_owned(),
-            };
-            before.order(&Order { intent: Some(intent), ..Order::default() });
-        }
+    /// Has the process before know what an operator wants; gives what tells that it is
+    /// sent.
+    pub(super) fn order_intent(
+        &self,
+        pool: &str,
+        backend: &str,
+        intent: Intent,
+    ) -> Option<oneshot::Receiver<()>> {
+        let intent = OrderedIntent {
+            pool: pool.to_owned(),
+            backend: backend.to_owned(),
+            intent: intent.name().to_owned(),
+        };
+        let before = self.upgrades.predecessor.as_ref()?;
+        before.order(&Order { intent: Some(intent), ..Order::default() })
+    }
+
+    /// Answers an operator whose intent is in force. Without a supervisor the process
+    /// before has to have it first: it goes on if this one ends.
+    pub(super) fn answer_intent<T: Send + 'static>(
+        &self,
+        sent: Option<oneshot::Receiver<()>>,
+        reply: oneshot::Sender<T>,
+        done: T,
+    ) {
+        let sent = sent.filter(|_| self.supervised.link().is_none());
+        let Some(sent) = sent else {
+            let _ = reply.send(done);
+            return;
+        };
+        // The control loop has other things to do meanwhile.
+        tokio::spawn(async move {
+            if tokio::time::timeout(INTENT_SENT_MAX, sent).await.is_err() {
+                tracing::warn!("the process before does not read its orders: an intent is lost if this process ends at once");
+            }
+            let _ = reply.send(done);
+        });
     }
 
     /// Has the process before end by then.
