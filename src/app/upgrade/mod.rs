@@ -554,7 +554,9 @@ impl Control {
         // The control loop has other things to do meanwhile.
         tokio::spawn(async move {
             if tokio::time::timeout(INTENT_SENT_MAX, sent).await.is_err() {
-                tracing::warn!("the process before does not read its orders: an intent is lost if this process ends at once");
+                tracing::warn!(
+                    "the process before does not read its orders: an intent is lost if this process ends at once"
+                );
             }
             let _ = reply.send(done);
         });
