@@ -280,6 +280,12 @@ fn a_second_stop_signal_ends_all_of_it(engine: Engine) {
     assert!(proc::is_dead(old));
 }
 
+/// Whether it is the program by now: until then the supervisor waits for it.
+fn is_program(pid: u32) -> bool {
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|byte| *byte == 0).any(|one| one.starts_with(b"TIDEGATE_SUPERVISOR="))
+}
+
 /// The supervisor finds two messages: of the process before, that its successor serves,
 /// and of that successor, that it wants one itself. It looks at the successor's first.
 fn an_upgrade_asked_of_a_process_that_has_just_taken_over_is_answered(engine: Engine) {
@@ -293,7 +299,7 @@ fn an_upgrade_asked_of_a_process_that_has_just_taken_over_is_answered(engine: En
         let upgrading = scope.spawn(|| proxy.try_upgrade(""));
         let third = eventually_some(secs(10), "a third process starts", || {
             let all = proc::children(supervisor);
-            all.into_iter().find(|pid| ![first, second].contains(pid))
+            all.into_iter().find(|pid| ![first, second].contains(pid) && is_program(*pid))
         });
         proc::signal(third, Signal::STOP);
         // The last one comes to stand in the place of the first one, before the second.
