@@ -5,7 +5,7 @@
 //! `process` (who starts and ends the new one), `outgoing` (the old process's side,
 //! on a thread of its own), `incoming` (the new one's, during its start), `message`
 //! (what they say), `counts` (what they count), `stepping` (the old one's last
-//! second), `reports` (what the old one says while it drains, and what it is told).
+//! second), `reports` (what the old one says while it drains), `orders` (what it is told).
 //! Sockets are handed on and never bound
 //! anew: closing one of several listeners of an address would reset whoever is in
 //! its queue.
@@ -22,6 +22,7 @@ mod counts;
 pub mod fuzz;
 mod incoming;
 mod message;
+mod orders;
 mod outgoing;
 mod process;
 mod reports;
@@ -37,18 +38,14 @@ pub(super) use process::Starter;
 use super::control_loop::Control;
 use crate::admin::{UpgradeCounts, UpgradeError, Upgraded};
 use crate::clock;
-use crate::control::Effect;
-use crate::control::elsewhere::HeldBackend;
 use crate::control::handover::Saved;
-use crate::health::Intent;
 use crate::net::handover::Channel;
 use crate::supervisor::Wish;
-use crate::table::state::BackendId;
 use counts::Counts;
 use incoming::Word;
 use message::{Commit, LEVEL, Offer, OfferedBind, PROTOCOL, SavedEstimate};
 use outgoing::{AtTheReady, Attempt, Outgoing, Progress};
-use reports::{Order, OrderedIntent, Report, Reporter};
+use reports::{Order, Report, Reporter};
 use std::os::fd::OwnedFd;
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -64,10 +61,6 @@ const COMMIT_MAX: Duration = Duration::from_secs(5);
 /// times a usual interval, half of which the old process receives meanwhile.
 const ACQUAINTED_MAX: Duration = Duration::from_secs(3);
 const ACQUAINTED_STEP: Duration = Duration::from_millis(20);
-
-/// How long an operator waits for the process before to be told of an intent. To put
-/// it into the kernel's queue takes microseconds unless that process is stopped.
-const INTENT_SENT_MAX: Duration = Duration::from_secs(1);
 
 /// Orders that may wait for the control loop.
 const ORDERS_MAX: usize = 16;
@@ -482,91 +475,6 @@ impl Control {
         let reporter = self.upgrades.successor.as_mut().and_then(|next| next.reporter.as_mut());
         if let Some(reporter) = reporter {
             reporter.report(&self.controller, sessions, clock::now());
-        }
-    }
-
-    /// Does what the next process wants, and has the one before do it, too.
-    fn obey(&mut self, order: &Order) {
-        if let Some(HeldBackend { pool, name, address, .. }) = &order.cut
-            && let Some(id) = self.controller.find_known(pool, name, address)
-        {
-            self.perform(vec![Effect::CutSessions(id)]);
-        }
-        if let Some(OrderedIntent { pool, backend, intent }) = &order.intent
-            && let Some(intent) = Intent::named(intent)
-            && let Ok(effects) = self.controller.set_intent(pool, backend, intent, clock::now())
-        {
-            self.perform(effects);
-            self.order_intent(pool, backend, intent);
-        }
-        if let Some(ms) = order.end_within_ms {
-            let time = Duration::from_millis(ms);
-            self.end_within(time);
-            self.order_end_within(time);
-        }
-    }
-
-    /// Has the process before reset that backend's sessions, too.
-    pub(super) fn order_cut(&self, id: BackendId) {
-        if let Some(before) = &self.upgrades.predecessor
-            && let Some(state) = self.controller.known(id)
-        {
-            let cut = HeldBackend {
-                pool: state.pool.to_string(),
-                name: state.name.to_string(),
-                address: state.address_text.to_string(),
-                sessions: 0,
-            };
-            before.order(&Order { cut: Some(cut), ..Order::default() });
-        }
-    }
-
-    /// Has the process before know what an operator wants; gives what tells that it is
-    /// sent.
-    pub(super) fn order_intent(
-        &self,
-        pool: &str,
-        backend: &str,
-        intent: Intent,
-    ) -> Option<oneshot::Receiver<()>> {
-        let intent = OrderedIntent {
-            pool: pool.to_owned(),
-            backend: backend.to_owned(),
-            intent: intent.name().to_owned(),
-        };
-        let before = self.upgrades.predecessor.as_ref()?;
-        before.order(&Order { intent: Some(intent), ..Order::default() })
-    }
-
-    /// Answers an operator whose intent is in force. Without a supervisor the process
-    /// before has to have it first: it goes on if this one ends.
-    pub(super) fn answer_intent<T: Send + 'static>(
-        &self,
-        sent: Option<oneshot::Receiver<()>>,
-        reply: oneshot::Sender<T>,
-        done: T,
-    ) {
-        let sent = sent.filter(|_| self.supervised.link().is_none());
-        let Some(sent) = sent else {
-            let _ = reply.send(done);
-            return;
-        };
-        // The control loop has other things to do meanwhile.
-        tokio::spawn(async move {
-            if tokio::time::timeout(INTENT_SENT_MAX, sent).await.is_err() {
-                tracing::warn!(
-                    "the process before does not read its orders: an intent is lost if this process ends at once"
-                );
-            }
-            let _ = reply.send(done);
-        });
-    }
-
-    /// Has the process before end by then.
-    pub(super) fn order_end_within(&self, time: Duration) {
-        if let Some(before) = &self.upgrades.predecessor {
-            let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-            before.order(&Order { end_within_ms: Some(ms), ..Order::default() });
         }
     }
 
