@@ -152,18 +152,17 @@ fn serve_without_a_gap(interval: Duration, ttl: &str) {
     site.proxy.rebaseline();
 }
 
-/// Sends what that many senders would, each every [`Crowd::INTERVAL`].
+/// Sends what that many senders would.
 struct Crowd {
     socket: UdpSocket,
     to: SocketAddr,
     secret: Secret,
     port: u16,
     count: u16,
+    interval: Duration,
 }
 
 impl Crowd {
-    const INTERVAL: Duration = secs(5);
-
     fn say(&self, number: u16, sequence: u64) {
         let [high, low] = number.to_be_bytes();
         let address = SocketAddr::from((Ipv4Addr::new(127, 2, high, low), self.port));
@@ -175,7 +174,7 @@ impl Crowd {
             incarnation: 1,
             sequence,
             sent,
-            interval: Crowd::INTERVAL,
+            interval: self.interval,
             state: SenderState::Ready,
             weight: 1,
             in_flight: 0,
@@ -190,7 +189,7 @@ impl Crowd {
         for sequence in 1.. {
             let began = Instant::now();
             for number in 0..self.count {
-                let due = Crowd::INTERVAL * u32::from(number) / u32::from(self.count);
+                let due = self.interval * u32::from(number) / u32::from(self.count);
                 std::thread::sleep(due.saturating_sub(began.elapsed()));
                 if over.load(Ordering::Relaxed) {
                     return;
@@ -207,16 +206,16 @@ mod alone {
     #[test]
     fn thousands_that_are_rarely_heard_serve_without_a_gap() {
         let _turn = turn::alone();
-        let count = if long() { 10_000 } else { 1_000 };
+        let (count, interval) = if long() { (10_000, secs(5)) } else { (1_000, secs(1)) };
         let dir = tempfile::tempdir().unwrap();
-        let (mut conf, to) = conf(dir.path(), Crowd::INTERVAL, "30s");
+        let (mut conf, to) = conf(dir.path(), interval, "30s");
         conf.pool_mut("web").heartbeat += &format!("\nbackends_max = {count}");
         let mut proxy = TestProxy::start(conf);
         let everywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, free_port()));
         let _server = ScriptedBackend::start_on(everywhere, backend::http("s", 200));
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let secret = Secret::new(&[7; 32]).unwrap();
-        let crowd = Crowd { socket, to, secret, port: everywhere.port(), count };
+        let crowd = Crowd { socket, to, secret, port: everywhere.port(), count, interval };
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| crowd.beat(&over));
@@ -232,12 +231,14 @@ mod alone {
                 let began = Instant::now();
                 let old = proxy.upgrade();
                 let took = began.elapsed();
-                measured(&format!("{count} that are heard every 5 s: upgraded in {took:?}"));
+                measured(&format!(
+                    "{count} that are heard every {interval:?}: upgraded in {took:?}"
+                ));
                 assert_eq!(eligible(&proxy), usize::from(count), "known before it serves");
                 proxy.wait_gone(old, secs(10));
             }
             // Each has been heard again, and none was taken for dead.
-            std::thread::sleep(Crowd::INTERVAL + secs(1));
+            std::thread::sleep(interval + secs(1));
             assert_eq!(eligible(&proxy), usize::from(count));
             let attempts = steady.stop();
             let failed: Vec<_> = attempts.iter().filter(|one| one.result.is_err()).collect();
