@@ -96,7 +96,6 @@ pub(super) struct Control {
     /// `None` only at the very start.
     pub(super) admin: Option<AdminApi>,
     pub(super) pid_file: Option<PidFile>,
-    pub(super) pid_file_failures: u64,
     /// What this thread counts.
     pub(super) local: Arc<WorkerCounters>,
     pub(super) upkeep: Upkeep,

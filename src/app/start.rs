@@ -33,6 +33,7 @@ use crate::proxy::contain::contained;
 use crate::proxy::context::{Reports, Shared};
 use crate::proxy::gate::Gate;
 use crate::proxy::worker::{Command, Plan, Runtime, Worker};
+use crate::supervisor::pid_file::PidFile;
 use crate::table::publish::TablePublisher;
 use crate::telemetry::access_log::{AccessLog, AccessLogSender, Target};
 use crate::telemetry::counters::WorkerCounters;
@@ -235,7 +236,6 @@ async fn bring_up(
         confined: std::mem::take(&mut surroundings.confined),
         admin: None,
         pid_file: None,
-        pid_file_failures: 0,
         local,
         upkeep: Upkeep::new(clock::now()),
         rarities_before: Rarities::default(),
@@ -398,9 +398,8 @@ impl Control {
         self.supervised.write_intents(&self.controller);
         self.supervised.in_force.write();
         announce(self, &config, self.workers.len());
-        if let Some(path) = pid_file {
-            self.write_pid_file(path.clone());
-        }
+        self.pid_file = pid_file.clone().map(|path| PidFile::at(path, false));
+        self.write_pid_file();
         self.readiness.set_ready();
         self.notifier.ready();
         Ok(())

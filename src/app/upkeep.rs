@@ -11,12 +11,10 @@ use crate::control::Effect;
 use crate::control::ports::{self, PortLimits, PortLook, PortWatch, Reuse};
 use crate::net::errno;
 use crate::net::ports::LocalPorts;
-use crate::supervisor::pid_file::PidFile;
 use crate::table::state::BackendState;
 use crate::telemetry::counters::LocalAt;
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -45,8 +43,6 @@ pub(super) struct Upkeep {
     look: Option<(PortLook, Instant)>,
     /// A changed file that could not be read for want of something of ours.
     reload: bool,
-    /// A file that could not be written.
-    pid_file: Option<PathBuf>,
 }
 
 // === impl Upkeep ===
@@ -60,7 +56,6 @@ impl Upkeep {
             local_ports: LocalPorts::open(),
             look: None,
             reload: false,
-            pid_file: None,
         }
     }
 
@@ -114,19 +109,14 @@ impl Control {
             self.upkeep.reload = false;
             self.reload_when_told().await;
         }
-        // Another process's number is to stand there from then on.
-        if let Some(path) = self.upkeep.pid_file.take()
-            && !self.upgrades.handed_over()
-        {
-            self.write_pid_file(path);
-        }
         if now >= self.upkeep.next_look {
             self.look_at_ports(now);
         }
         self.upkeep.next = self.upkeep.next_look;
-        if self.upkeep.reload || self.upkeep.pid_file.is_some() {
+        if self.upkeep.reload {
             self.upkeep.again_soon();
         }
+        self.write_pid_file();
     }
 
     /// Looks at some backends' ports, and says what came out once all have had
@@ -164,17 +154,15 @@ impl Control {
         self.upkeep.again_soon();
     }
 
-    /// Leaves this process's number; where it cannot be written, it is tried
-    /// again.
-    pub(super) fn write_pid_file(&mut self, path: PathBuf) {
-        match PidFile::write(&path) {
-            Ok(written) => self.pid_file = Some(written),
-            Err(error) => {
-                if self.pid_file_failures == 0 {
-                    tracing::error!(%error, "cannot write {}; it is tried again", path.display());
-                }
-                self.pid_file_failures += 1;
-                self.upkeep.pid_file = Some(path);
+    /// Leaves this process's number; where it cannot be written, it is tried again. After
+    /// an upgrade another process's number is to stand there.
+    pub(super) fn write_pid_file(&mut self) {
+        if self.upgrades.handed_over() {
+            return;
+        }
+        if let Some(file) = &mut self.pid_file {
+            file.write();
+            if !file.is_written() {
                 self.upkeep.again_soon();
             }
         }

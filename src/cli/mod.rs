@@ -141,6 +141,10 @@ pub struct RunArgs {
     /// Serve in this process, without a supervisor.
     #[arg(long)]
     pub single: bool,
+    /// Asked by a supervisor before it executes this program in its own place: whether
+    /// the state on standard input, of that version, can be taken over.
+    #[arg(long, value_name = "VERSION", hide = true)]
+    pub supervisor_check: Option<u32>,
 }
 
 /// `tidegate check`
@@ -268,6 +272,16 @@ mod tests {
             let bare = format!("Example:\n  tidegate {}\n", command.get_name());
             assert!(help.contains(&call) || help.contains(&bare), "{help}");
         }
+    }
+
+    #[test]
+    fn what_supervisors_ask_is_not_for_people() {
+        let line = ["run", "--config", "f", "--pid-file", "p", "--supervisor-check", "1"];
+        let Command::Run(args) = parse(&line).unwrap() else { panic!("another command") };
+        assert_eq!(args.supervisor_check, Some(1));
+        let mut all = Cli::command();
+        let help = all.find_subcommand_mut("run").unwrap().render_long_help().to_string();
+        assert!(help.contains("--pid-file") && !help.contains("supervisor-check"), "{help}");
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! `tidegate run`: the balancer in the foreground.
 //!
-//! Called by `cli`. It is the supervisor, or a process the supervisor has started, or
-//! (`--single`) a balancer without one. It takes what the process was started with
-//! (sockets of a process before or of a service manager), starts what it is, waits for
-//! its end and turns that into an exit code.
+//! Called by `cli`. It is the supervisor (also one that has executed this program in its
+//! own place), or a process the supervisor has started, or (`--single`) a balancer without
+//! one; or the trial of a supervisor that is about to execute this program. It takes what
+//! the process was started with (sockets of a process before or of a service manager),
+//! starts what it is, waits for its end and turns that into an exit code.
 
 use super::{Exit, RunArgs};
 use crate::app::{
@@ -19,7 +20,13 @@ use std::sync::Arc;
 
 /// Runs the balancer until it is told to stop.
 pub fn main(args: RunArgs) -> Exit {
+    if let Some(version) = args.supervisor_check {
+        return check(version);
+    }
     // Before anything opens a descriptor.
+    if let Some(ended) = supervisor::resume() {
+        return supervised_to_the_end(ended.map_err(|error| error.to_string()));
+    }
     match Link::from_environment() {
         Ok(Some((link, given))) => {
             let supervised = Supervised::new(Arc::clone(&link), given, &args.config);
@@ -45,11 +52,25 @@ fn supervise(args: &RunArgs) -> Exit {
         let program = Program::of_this_process(child_arguments(args)).map_err(failed)?;
         supervisor::run(program, args.pid_file.clone(), kept).map_err(failed)
     };
-    match run() {
+    supervised_to_the_end(run().map_err(|failure| failure.to_string()))
+}
+
+fn supervised_to_the_end(ended: Result<u8, String>) -> Exit {
+    match ended {
         Ok(code) => Exit::of(code),
         Err(failure) => {
             eprintln!("tidegate: the supervisor cannot run: {failure}");
             Exit::Failed
+        }
+    }
+}
+
+fn check(version: u32) -> Exit {
+    match supervisor::check(version) {
+        Ok(()) => Exit::Fine,
+        Err(why) => {
+            eprintln!("tidegate: {}", one_line(&why));
+            Exit::Refused
         }
     }
 }

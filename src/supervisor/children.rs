@@ -2,8 +2,9 @@
 //!
 //! Owned by `parent`, which decides.
 
-use super::message::{Order, Wish};
+use super::message::Order;
 use super::program::Program;
+use super::reexec::{self, FileId};
 use super::{link, manager, store};
 use crate::net::handover;
 use crate::net::packets::{FDS_MAX, Packets};
@@ -13,6 +14,7 @@ use rustix::process::Pid;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -49,6 +51,8 @@ pub(super) struct Child {
     pub(super) ready: bool,
     /// Which program it is, and with which arguments.
     pub(super) program: Program,
+    /// The file of that program, where this process has started it.
+    pub(super) file: Option<FileId>,
     /// Its own sockets.
     pub(super) held: Vec<Held>,
     /// Those it was started with; kept until it has its own.
@@ -75,12 +79,15 @@ impl Child {
         // There is one thread: no other child can get it meanwhile.
         fcntl_setfd(&other, FdFlags::empty())?;
         command.env(link::MARK, other.as_fd().as_raw_fd().to_string());
-        let started = command.spawn()?;
-        let pid = i32::try_from(started.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or_else(|| io::Error::other("the new process has no number"))?;
+        let file = FileId::of(Path::new(command.get_program())).ok();
+        let pid = spawn(&mut command)?;
+        Ok(Child { file, ..Child::of(pid, role, program.clone(), Some(link)) })
+    }
+
+    /// One that runs.
+    pub(super) fn of(pid: Pid, role: Role, program: Program, link: Option<Packets>) -> Child {
         let (held, given) = (Vec::new(), Vec::new());
-        let (program, link) = (program.clone(), Some(link));
-        Ok(Child { pid, role, ready: false, program, held, given, link })
+        Child { pid, role, ready: false, program, file: None, held, given, link }
     }
 
     /// Has it begin with `given` and the stores.
@@ -136,13 +143,21 @@ impl Child {
     }
 }
 
-fn prepare(command: &mut Command, pipes: Option<Pipes>) {
+/// Starts it; it is reaped with all others.
+pub(super) fn spawn(command: &mut Command) -> io::Result<Pid> {
+    let pid = i32::try_from(command.spawn()?.id()).ok().and_then(Pid::from_raw);
+    pid.ok_or_else(|| io::Error::other("the new process has no number"))
+}
+
+/// What every process that the supervisor starts has, and has not.
+pub(super) fn prepare(command: &mut Command, pipes: Option<Pipes>) {
     // A signal of the terminal reaches the supervisor alone, which passes it on once.
     command.process_group(0);
     for name in ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID"] {
         command.env_remove(name);
     }
     command.env_remove(manager::NOTIFY_SOCKET).env_remove(manager::WATCHDOG_PID);
+    command.env_remove(reexec::MARK);
     if manager::watchdog().is_none() {
         command.env_remove(manager::WATCHDOG_USEC);
     }
@@ -156,6 +171,9 @@ fn prepare(command: &mut Command, pipes: Option<Pipes>) {
 
 /// Whether root, or the user this process runs as, is at the other end of that
 /// connection; no child of this process is.
+///
+/// It separates a process that serves as another user. One of the same user passes it by
+/// a process that it forks, and could do whatever that user can in other ways as well.
 pub(super) fn permitted(asked_over: &OwnedFd, children: &[Child]) -> Result<(), String> {
     let peer = getsockopt(asked_over, PeerCredentials)
         .map_err(|error| format!("the supervisor cannot see who asks: {error}"))?;
@@ -169,9 +187,4 @@ pub(super) fn permitted(asked_over: &OwnedFd, children: &[Child]) -> Result<(), 
         ));
     }
     Ok(())
-}
-
-/// What a wish makes of the usual program.
-pub(super) fn wished(program: &Program, wish: &Wish) -> Program {
-    program.wished(wish.binary.as_deref(), wish.config.as_deref())
 }

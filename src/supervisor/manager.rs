@@ -2,14 +2,16 @@
 //! stopping, alive.
 //!
 //! Used by the supervisor and, where there is none, by `app::notify`. Datagrams to
-//! `NOTIFY_SOCKET`, sent without waiting; one that is lost is lost. Without that
-//! variable nothing is sent.
+//! `NOTIFY_SOCKET`, sent without waiting; one that is lost is lost, and the log names the
+//! first in a row. Without that variable nothing is sent.
 
 use crate::clock;
 use std::ffi::{OsStr, OsString};
+use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Where to send.
@@ -21,7 +23,11 @@ pub(super) const WATCHDOG_PID: &str = "WATCHDOG_PID";
 
 /// The way to the service manager, if there is one.
 #[derive(Debug, Default)]
-pub struct Manager(Option<(UnixDatagram, SocketAddr)>);
+pub struct Manager {
+    to: Option<io::Result<(UnixDatagram, SocketAddr)>>,
+    /// The last message was lost: the log says so once.
+    lost: AtomicBool,
+}
 
 // === impl Manager ===
 
@@ -37,13 +43,8 @@ impl Manager {
             socket.set_nonblocking(true)?;
             Ok((socket, address(path)?))
         });
-        match to {
-            Ok(to) => Manager(Some(to)),
-            Err(error) => {
-                tracing::warn!(%error, "NOTIFY_SOCKET cannot be used");
-                Manager::default()
-            }
-        }
+        // What is wrong with it is logged with the first message: there is a log by then.
+        Manager { to: Some(to), lost: AtomicBool::new(false) }
     }
 
     /// Serving, on the configuration in force.
@@ -72,10 +73,14 @@ impl Manager {
     }
 
     fn send(&self, message: &str) {
-        if let Some((socket, to)) = &self.0
-            && let Err(error) = socket.send_to_addr(message.as_bytes(), to)
-        {
-            tracing::warn!(%error, "the service manager cannot be told: {message:?}");
+        let sent = match &self.to {
+            None => return,
+            Some(Ok((socket, to))) => socket.send_to_addr(message.as_bytes(), to).map(drop),
+            Some(Err(error)) => Err(io::Error::new(error.kind(), error.to_string())),
+        };
+        let lost_before = self.lost.swap(sent.is_err(), Ordering::Relaxed);
+        if let (Err(error), false) = (sent, lost_before) {
+            tracing::warn!(%error, said = message, "the service manager cannot be told by NOTIFY_SOCKET");
         }
     }
 }
@@ -93,7 +98,7 @@ fn micros(text: Option<OsString>) -> Option<Duration> {
 }
 
 /// A path, or an abstract name behind `@` (unix(7)).
-fn address(path: &OsStr) -> std::io::Result<SocketAddr> {
+fn address(path: &OsStr) -> io::Result<SocketAddr> {
     match path.as_bytes().strip_prefix(b"@") {
         Some(name) => SocketAddr::from_abstract_name(name),
         None => SocketAddr::from_pathname(path),

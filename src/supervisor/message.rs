@@ -2,7 +2,9 @@
 //! short messages, a byte that names each and at most two texts.
 //!
 //! Used by `parent` and `link`. It reads whatever bytes come; what it does not know is
-//! none.
+//! none. Either side may be of an older or newer program than the other: an upgrade leaves
+//! old processes to drain, and the supervisor changes its program while they do. So a
+//! message keeps its number and its meaning for good.
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};

@@ -7,7 +7,8 @@
 //! leave with it, and has one thread; the messages it takes are a fixed set
 //! (`message`). The files: `parent` (its loop), `children` (what it knows of each and how
 //! it starts them), `program` (which program that is), `manager` (telling a service
-//! manager), `pid_file`, `store` (what survives a crash), `link` (the children's side).
+//! manager), `pid_file`, `log`, `store` (what survives a crash), `reexec` and `state` (how
+//! it comes to run the program of an upgrade), `link` (the children's side).
 //!
 //! # Who is what
 //!
@@ -27,17 +28,23 @@
 //! runs in its children, which can ask it for few things: to keep sockets, to start the
 //! program it was itself started from, and to start another one only when root or this
 //! process's own user has asked for that over the admin socket, which it looks at itself.
+//! That last check separates a child that has become another user (`[process] user`). It
+//! cannot separate a child of the same user, which passes it by a process of its own.
 
 mod children;
 pub mod link;
+mod log;
 pub mod manager;
 mod message;
 mod parent;
 pub mod pid_file;
 pub mod program;
+mod reexec;
+mod state;
 mod store;
 
 pub use link::{Given, Link, News};
 pub(crate) use message::Wish;
 pub use parent::run;
+pub use reexec::{check, resume};
 pub use store::Store;

@@ -1,14 +1,15 @@
 //! The supervisor's loop: takes messages and signals, reaps, starts.
 //!
-//! Called by `cli::run` while there is one thread. What goes wrong here is told on
-//! standard error; all else the process that serves tells in its log.
+//! Called by `cli::run` while there is one thread. What goes wrong here is logged (`log`);
+//! all else the process that serves logs.
 
-use super::children::{Child, Held, Pipes, Role, permitted, wished};
+use super::children::{Child, Held, Pipes, Role, permitted};
 use super::manager::Manager;
 use super::message::{Order, Report, Wish};
 use super::pid_file::PidFile;
 use super::program::Program;
-use super::store;
+use super::reexec::Renewal;
+use super::{log, store};
 use crate::clock;
 use crate::net::handover::FDS_MAX;
 use crate::net::limits;
@@ -16,7 +17,7 @@ use crate::net::packets::Packet;
 use crate::net::signals::{SignalQueue, Taken};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, wait};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -37,33 +38,34 @@ const TURN_MAX: usize = 256;
 const FAILED: u8 = 3;
 
 /// What the supervisor knows.
-struct Parent {
+#[derive(Debug)]
+pub(super) struct Parent {
     /// What the next process is to be.
-    program: Program,
+    pub(super) program: Program,
     signals: SignalQueue,
     manager: Manager,
     /// The manager knows that the service is ready.
-    told_ready: bool,
-    stores: Vec<OwnedFd>,
-    children: Vec<Child>,
+    pub(super) told_ready: bool,
+    pub(super) stores: Vec<OwnedFd>,
+    pub(super) children: Vec<Child>,
     /// Sockets of a process that has ended, for the next.
-    kept: Vec<Held>,
+    pub(super) kept: Vec<Held>,
     /// What became of the process before, for the next one's log.
     before: String,
     /// Starts in a row that came to nothing.
     failed_starts: u8,
-    start_at: Option<Instant>,
-    served: bool,
+    pub(super) start_at: Option<Instant>,
+    pub(super) served: bool,
     /// The service is to end.
-    stopping: bool,
+    pub(super) stopping: bool,
     /// Passed on while a successor was being started: the process that was the main one
     /// then may have had no use for them any more.
     unsettled: Vec<Signal>,
     /// With this code, once all children have ended.
-    exit: Option<u8>,
-    pid_path: Option<PathBuf>,
-    pid_file: Option<PidFile>,
-    pid_told: bool,
+    pub(super) exit: Option<u8>,
+    pub(super) pid_file: Option<PidFile>,
+    /// The program of an upgrade, for as long as this process may have to execute it.
+    pub(super) renewal: Option<Renewal>,
 }
 
 /// Runs the service until it ends; gives the exit code. `activated` are sockets that a
@@ -77,46 +79,64 @@ pub fn run(
     activated: Vec<(String, OwnedFd)>,
 ) -> io::Result<u8> {
     limits::raise_descriptor_limit();
-    let kept = activated.into_iter().map(|(name, fd)| Held { name, sockets: vec![fd] }).collect();
-    let mut parent = Parent {
-        program,
-        signals: SignalQueue::open()?,
-        manager: Manager::from_environment(),
-        told_ready: false,
-        stores: store::memory_files()?,
-        children: Vec::new(),
-        kept,
-        before: String::new(),
-        failed_starts: 0,
-        start_at: Some(clock::now()),
-        served: false,
-        stopping: false,
-        unsettled: Vec::new(),
-        exit: None,
-        pid_path: pid_file,
-        pid_file: None,
-        pid_told: false,
-    };
-    loop {
-        parent.start_if_due();
-        if let (Some(code), true) = (parent.exit, parent.children.is_empty()) {
-            return Ok(code);
-        }
-        parent.wait()?;
-        for at in 0..parent.children.len() {
-            parent.take_messages(at);
-        }
-        while let Some(taken) = parent.signals.take()? {
-            if let Taken::Signal(signal) = taken {
-                parent.pass_on(signal);
-            }
-        }
-        parent.reap();
-        parent.write_pid_file();
-    }
+    let mut stores = Vec::new();
+    store::complete(&mut stores)?;
+    let mut parent = Parent::new(program, stores)?;
+    let kept = activated.into_iter().map(|(name, fd)| Held { name, sockets: vec![fd] });
+    parent.kept = kept.collect();
+    parent.start_at = Some(clock::now());
+    parent.pid_file = pid_file.map(|path| PidFile::at(path, false));
+    parent.run()
 }
 
 impl Parent {
+    /// Of a service that has no process yet.
+    pub(super) fn new(program: Program, stores: Vec<OwnedFd>) -> io::Result<Parent> {
+        log::install();
+        Ok(Parent {
+            program,
+            signals: SignalQueue::open()?,
+            manager: Manager::from_environment(),
+            told_ready: false,
+            stores,
+            children: Vec::new(),
+            kept: Vec::new(),
+            before: String::new(),
+            failed_starts: 0,
+            start_at: None,
+            served: false,
+            stopping: false,
+            unsettled: Vec::new(),
+            exit: None,
+            pid_file: None,
+            renewal: None,
+        })
+    }
+
+    /// Until the service ends.
+    pub(super) fn run(mut self) -> io::Result<u8> {
+        loop {
+            self.start_if_due();
+            if let (Some(code), true) = (self.exit, self.children.is_empty()) {
+                return Ok(code);
+            }
+            self.renew();
+            self.wait()?;
+            for at in 0..self.children.len() {
+                self.take_messages(at);
+            }
+            while let Some(taken) = self.signals.take()? {
+                if let Taken::Signal(signal) = taken {
+                    self.pass_on(signal);
+                }
+            }
+            self.reap();
+            if let (true, Some(file)) = (self.served, &mut self.pid_file) {
+                file.write();
+            }
+        }
+    }
+
     // --- waiting ---
 
     fn wait(&self) -> io::Result<()> {
@@ -124,10 +144,12 @@ impl Parent {
         let fds = std::iter::once(self.signals.as_fd()).chain(links.map(AsFd::as_fd));
         let mut fds: Vec<PollFd<'_>> =
             fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-        let start = self.start_at.map(|at| at.saturating_duration_since(clock::now()));
-        let retry = (self.served && self.pid_path.is_some()).then_some(TRY_AGAIN);
+        let times = self.start_at.into_iter().chain(self.renewal.as_ref().and_then(Renewal::due));
+        let times = times.map(|at| at.saturating_duration_since(clock::now()));
+        let unwritten = self.pid_file.as_ref().is_some_and(|file| !file.is_written());
+        let retry = (self.served && unwritten).then_some(TRY_AGAIN);
         // Rounded up by no less than what the poll takes of it.
-        let timeout = start.into_iter().chain(retry).min().map(|time| Timespec {
+        let timeout = times.chain(retry).min().map(|time| Timespec {
             tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: time.subsec_nanos().into(),
         });
@@ -166,7 +188,7 @@ impl Parent {
 
     /// Ends the service; what still drains may do so where all is in order.
     fn end(&mut self, code: u8) {
-        (self.exit, self.start_at) = (Some(code), None);
+        (self.exit, self.start_at, self.renewal) = (Some(code), None, None);
         let orderly = code == 0;
         for child in &self.children {
             if !orderly || matches!(child.role, Role::Successor(_)) {
@@ -189,7 +211,7 @@ impl Parent {
                 self.children.push(child);
             }
             Err(error) => {
-                say(format_args!("cannot start the process that serves: {error}"));
+                tracing::error!(%error, "the process that serves cannot be started");
                 self.start_failed();
             }
         }
@@ -198,7 +220,7 @@ impl Parent {
     fn start_failed(&mut self) {
         self.failed_starts += 1;
         if self.failed_starts >= FAILED_STARTS_MAX {
-            say(format_args!("{FAILED_STARTS_MAX} processes in a row ended before they served"));
+            tracing::error!("{FAILED_STARTS_MAX} processes in a row ended before they served");
             self.end(FAILED);
         } else {
             let pause = PAUSE * (1 << (self.failed_starts - 1));
@@ -218,9 +240,10 @@ impl Parent {
             let asked_over = fds.next().ok_or("who asks is not shown to the supervisor")?;
             permitted(&asked_over, &self.children)?;
         }
-        let (program, role) = (wished(&self.program, wish), Role::Successor(of));
-        let mut child = Child::start(&program, role, Some(Pipes { channel, stderr }))
-            .map_err(|error| error.to_string())?;
+        let program = self.program.wished(wish.binary.as_deref(), wish.config.as_deref());
+        let mut child =
+            Child::start(&program, Role::Successor(of), Some(Pipes { channel, stderr }))
+                .map_err(|error| error.to_string())?;
         child.begin(Vec::new(), &self.stores, 1, "");
         let pid = child.pid;
         self.children.push(child);
@@ -237,8 +260,10 @@ impl Parent {
                 Ok(Some(packet)) => self.take_message(at, packet),
                 Ok(None) => child.link = None,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // It has ended with messages unread; its own are still there.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
                 Err(error) => {
-                    say(format_args!("a message of process {}: {error}", child.pid));
+                    tracing::warn!(%error, "a message of process {} is lost", child.pid);
                 }
             }
         }
@@ -257,7 +282,9 @@ impl Parent {
         let (pid, is_main) = (child.pid, child.role == Role::Main);
         match report {
             Report::Hold(name) if total + fds.len() <= FDS_MAX => child.hold(name, fds),
-            Report::Hold(name) => say(format_args!("too many sockets to keep {name}")),
+            Report::Hold(name) => {
+                tracing::warn!(name, "no more than {FDS_MAX} sockets are kept: a crash loses it");
+            }
             Report::Release(name) => child.held.retain(|held| held.name != name),
             Report::Ready => {
                 child.ready = true;
@@ -320,7 +347,8 @@ impl Parent {
         let pid = self.children[at].pid;
         let Some(successor) = self.of(|role| role == Role::Successor(pid)) else { return };
         successor.role = Role::Main;
-        self.program = successor.program.clone();
+        let (program, renewal) = (successor.program.clone(), Renewal::by(successor));
+        (self.program, self.renewal) = (program, renewal);
         self.children[at].role = Role::SteppingDown;
         for signal in std::mem::take(&mut self.unsettled) {
             self.pass_on(signal);
@@ -330,9 +358,10 @@ impl Parent {
     // --- ends ---
 
     /// Takes every end there is: also of orphans, where this is process 1.
-    fn reap(&mut self) {
+    pub(super) fn reap(&mut self) {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             let Some(at) = self.children.iter().position(|child| child.pid == pid) else {
+                self.trial_ended(pid, status);
                 continue;
             };
             // What it has said before it ended comes first.
@@ -361,13 +390,15 @@ impl Parent {
             }
             Role::SteppingDown | Role::Leaving if status.exit_status() == Some(0) => {}
             Role::SteppingDown | Role::Leaving => {
-                say(format_args!("{}, which was draining", in_words(child.pid, status)));
+                tracing::warn!("{}, which was draining", in_words(child.pid, status));
             }
             Role::Main => self.main_ended(&mut child, status),
         }
     }
 
     fn main_ended(&mut self, child: &mut Child, status: WaitStatus) {
+        // No program to become: it has not proved itself.
+        self.renewal = None;
         let code = status.exit_status().map(|code| u8::try_from(code).unwrap_or(FAILED));
         if self.stopping || code == Some(0) || (code.is_some() && !self.served) {
             return self.end(code.unwrap_or(FAILED));
@@ -398,24 +429,6 @@ impl Parent {
             self.start_failed();
         }
     }
-
-    // --- the pid file ---
-
-    fn write_pid_file(&mut self) {
-        let Some(path) = self.pid_path.as_ref().filter(|_| self.served) else { return };
-        match PidFile::write(path) {
-            Ok(written) => (self.pid_file, self.pid_path) = (Some(written), None),
-            Err(error) if !std::mem::replace(&mut self.pid_told, true) => {
-                say(format_args!("cannot write {}, it is tried again: {error}", path.display()));
-            }
-            Err(_) => {}
-        }
-    }
-}
-
-/// Says something on standard error, if that can be written.
-fn say(what: std::fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "tidegate: {what}");
 }
 
 /// What became of a process.

@@ -4,6 +4,7 @@
 //! that is to be started. It looks the path up each time, so that a file that was
 //! replaced (or a link that was turned) is taken.
 
+use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -12,14 +13,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// How this process was started.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Program {
     /// The first word of its command line.
     name: OsString,
     /// Where it was started.
-    directory: PathBuf,
+    directory: OsString,
     /// The file it runs, as of its start.
-    file: PathBuf,
+    file: OsString,
     /// Everything after the first word.
     arguments: Vec<OsString>,
 }
@@ -33,8 +35,8 @@ impl Program {
     /// The kernel does not say where it was started from.
     pub fn of_this_process(arguments: Vec<OsString>) -> io::Result<Program> {
         let name = std::env::args_os().next().unwrap_or_default();
-        let directory = std::env::current_dir()?;
-        Ok(Program { name, directory, file: std::env::current_exe()?, arguments })
+        let directory = std::env::current_dir()?.into();
+        Ok(Program { name, directory, file: std::env::current_exe()?.into(), arguments })
     }
 
     /// This program, or `binary` in its place; with `config` in the place of its
@@ -42,14 +44,14 @@ impl Program {
     pub(crate) fn wished(&self, binary: Option<&Path>, config: Option<&Path>) -> Program {
         let mut wished = self.clone();
         if let Some(binary) = binary {
-            wished.file = self.directory.join(binary);
-            wished.name = wished.file.clone().into();
+            wished.file = self.directory().join(binary).into();
+            wished.name = wished.file.clone();
         }
         if let Some(config) = config
             && let Some(at) = wished.arguments.iter().position(|word| word == "--config")
             && let Some(word) = wished.arguments.get_mut(at + 1)
         {
-            *word = self.directory.join(config).into();
+            *word = self.directory().join(config).into();
         }
         wished
     }
@@ -79,14 +81,18 @@ impl Program {
     /// the file of this process where that finds nothing.
     fn find(&self, path: Option<&OsStr>) -> PathBuf {
         if self.name.as_encoded_bytes().contains(&b'/') {
-            return self.directory.join(&self.name);
+            return self.directory().join(&self.name);
         }
         let directories = path.map(std::env::split_paths).into_iter().flatten();
         let found = directories
             .filter(|_| !self.name.is_empty())
-            .map(|directory| self.directory.join(directory).join(&self.name))
+            .map(|directory| self.directory().join(directory).join(&self.name))
             .find(|candidate| check(candidate).is_ok());
-        found.unwrap_or_else(|| self.file.clone())
+        found.unwrap_or_else(|| self.file.clone().into())
+    }
+
+    fn directory(&self) -> &Path {
+        Path::new(&self.directory)
     }
 }
 
@@ -108,7 +114,7 @@ mod tests {
     fn program(name: &str, directory: &Path) -> Program {
         Program {
             name: name.into(),
-            directory: directory.to_owned(),
+            directory: directory.into(),
             file: "/proc/self/exe".into(),
             arguments: ["run", "--config", "a.toml"].map(OsString::from).into(),
         }

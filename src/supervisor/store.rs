@@ -28,9 +28,12 @@ const HEADER: usize = 24;
 #[derive(Debug)]
 pub struct Store([File; 2]);
 
-/// Both files of each store, empty.
-pub(super) fn memory_files() -> io::Result<Vec<OwnedFd>> {
-    (0..2 * STORES).map(|_| Ok(memfd_create("tidegate", MemfdFlags::CLOEXEC)?)).collect()
+/// Adds the files that are missing, empty.
+pub(super) fn complete(files: &mut Vec<OwnedFd>) -> io::Result<()> {
+    while files.len() < 2 * STORES {
+        files.push(memfd_create("tidegate", MemfdFlags::CLOEXEC)?);
+    }
+    Ok(())
 }
 
 // === impl Store ===
@@ -91,7 +94,9 @@ mod tests {
     use super::*;
 
     fn two() -> [OwnedFd; 2] {
-        let mut files = memory_files().unwrap().into_iter();
+        let mut files = Vec::new();
+        complete(&mut files).unwrap();
+        let mut files = files.into_iter();
         [files.next().unwrap(), files.next().unwrap()]
     }
 

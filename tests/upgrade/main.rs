@@ -23,6 +23,7 @@ mod elsewhere;
 mod heartbeats;
 mod in_force;
 mod manager;
+mod reexec;
 mod selftest;
 mod signals;
 mod state;

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 on_every_engine!(
     the_manager_is_told_of_every_step,
+    a_manager_that_cannot_be_told_is_named_once_in_the_log,
     a_passed_socket_is_used_and_outlives_the_process,
     a_passed_socket_nobody_asks_for_is_an_error,
 );
@@ -91,6 +92,37 @@ fn the_manager_is_told_of_every_step(engine: Engine) {
     proxy.sigterm();
     assert_eq!(manager.next(), "STOPPING=1");
     assert_eq!(proxy.wait_exit(secs(3)), Some(0));
+}
+
+/// A supervisor that says so has a log of its own; its lines are as all others.
+fn a_manager_that_cannot_be_told_is_named_once_in_the_log(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let long = format!("/{}", "n".repeat(200));
+    for (path, error) in [("/nowhere/notify", "No such file"), (&long, "SUN_LEN")] {
+        for single in [false, true] {
+            let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
+            let socket = format!("NOTIFY_SOCKET={path}");
+            let wrapper = ["env", &socket, "WATCHDOG_USEC=100000"];
+            let mut proxy = match single {
+                true => TestProxy::start_single_under(conf, &wrapper),
+                false => TestProxy::start_under(conf, &wrapper),
+            };
+            // In which it is to be told several times.
+            std::thread::sleep(Duration::from_millis(300));
+            proxy.check_for_leaks();
+            let log = proxy.log();
+            let mut lines = log.lines().filter(|line| line.contains("cannot be told"));
+            let line = lines.next().expect("a line");
+            assert_eq!(lines.next(), None);
+            let (head, rest) = line.split_at(line.find(" WARN ").expect("a level"));
+            let time = head.trim_end().strip_suffix('Z').expect("a time");
+            assert!(time.len() == 26 && time.as_bytes()[10] == b'T', "{line}");
+            let wanted = " WARN tidegate::supervisor::manager: the service manager cannot be told";
+            assert!(rest.starts_with(wanted), "{line}");
+            assert!(rest.contains(" error=\"") && rest.contains(error), "{line}");
+            assert!(rest.contains(" said=\"READY=1\\nMAINPID="), "{line}");
+        }
+    }
 }
 
 /// Passes fd 3 (and 4) on as systemd does: LISTEN_PID is the process's own.
