@@ -398,12 +398,13 @@ impl Control {
             Request::SetIntent { pool, backend, intent, reply } => {
                 self.feed([]);
                 let done = self.controller.set_intent(&pool, &backend, intent, clock::now());
-                if done.is_ok() {
-                    self.order_intent(&pool, &backend, intent);
-                }
+                let sent = match done {
+                    Ok(_) => self.order_intent(&pool, &backend, intent),
+                    Err(_) => None,
+                };
                 let done = done.map(|effects| self.perform(effects));
                 self.supervised.write_intents(&self.controller);
-                let _ = reply.send(done);
+                self.answer_intent(sent, reply, done);
             }
             #[cfg(debug_assertions)]
             Request::Fault { place, worker, millis, reply } => {

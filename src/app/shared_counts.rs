@@ -7,12 +7,13 @@
 //! what a process held that was killed. Nothing is shared where the process before knows
 //! nothing of it, or there is no memory: its reports stand in, as they come.
 
+use crate::balance::count::{self, Count, cleared, unit};
 use crate::balance::in_flight::{Counted, Counts, InFlight};
 use crate::clock;
-use crate::net::cells::{CELLS_MAX, Memory};
+use crate::net::cells::{self, CELLS_MAX, Memory};
 use crate::proxy::gate::Gate;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +22,9 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// Every so many looks: does the other process live?
 const LOOKS_A_CLEANING: u32 = 20;
+
+/// A word has room for every column the file may give out.
+const _: () = assert!(count::COLUMNS == cells::COLUMNS);
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -99,7 +103,7 @@ fn watch(memory: &Memory, gate: &Gate, watched: &Mutex<bool>) {
         if !looks.is_multiple_of(LOOKS_A_CLEANING) {
             continue;
         }
-        if memory.clean() {
+        if memory.clean(clear) {
             tracing::debug!("another process has ended; what it held of the caps is free");
             gate.opened();
         }
@@ -111,11 +115,19 @@ fn watch(memory: &Memory, gate: &Gate, watched: &Mutex<bool>) {
     }
 }
 
+/// Takes what a column holds off a word.
+fn clear(word: &AtomicU64, column: u32) {
+    let cleared = |word| Some(cleared(word, column));
+    let _ = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, cleared);
+}
+
 impl Counts for SharedCounts {
     fn count(&self, whose: Counted<'_>) -> InFlight {
         let Some(memory) = &self.memory else { return InFlight::new() };
         match memory.count(key(whose).as_bytes()) {
-            Some(held) => InFlight::counting(held, memory.unit()),
+            Some((word, hold)) => {
+                InFlight::counting(Count::shared(word, hold), unit(memory.column()))
+            }
             None => {
                 if !self.said.swap(true, Ordering::Relaxed) {
                     let max = CELLS_MAX;

@@ -4,7 +4,7 @@
 //! Raised at selection by the compare-and-swap that enforces the cap, so the
 //! cap is never overshot however many workers race; lowered exactly once by
 //! whoever raised it. The processes of an upgrade share the atomic, each with a column
-//! of its own (`net::cells`): a cap holds for their sum. A backend on trial lets a
+//! of its own (`count`): a cap holds for their sum. A backend on trial lets a
 //! single session in, whatever its cap; trials belong to one process. Model-checked
 //! with loom. Never blocks.
 //!
@@ -23,15 +23,10 @@
 //! client closes), silence within `user_timeout` or keepalive. Until then a restarted
 //! backend gets fewer sessions.
 
+use super::count::{COUNT_MAX, Count, sum, unit};
 use super::trial::{Trial, TrialId, TrialPhase};
-use crate::net::cells::COUNT_MAX;
-#[cfg(not(tidegate_loom))]
-pub use crate::net::cells::Count;
-pub use crate::net::cells::{sum, unit};
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::{AtomicU32, Ordering};
-#[cfg(tidegate_loom)]
-pub use modelled::Count;
 #[cfg(not(tidegate_loom))]
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -169,7 +164,6 @@ impl InFlight {
     }
 
     /// Whether another process may count here.
-    #[cfg(not(tidegate_loom))]
     pub fn is_shareable(&self) -> bool {
         self.held.is_shareable()
     }
@@ -315,34 +309,10 @@ mod tests {
     }
 }
 
-/// Stands in for memory that is shared, which loom cannot look into.
-#[cfg(tidegate_loom)]
-mod modelled {
-    use loom::sync::atomic::AtomicU64;
-    use std::sync::Arc;
-
-    #[derive(Debug, Clone)]
-    pub struct Count(Arc<AtomicU64>);
-
-    impl Count {
-        pub(super) fn own() -> Count {
-            Count(Arc::new(AtomicU64::new(0)))
-        }
-    }
-
-    impl std::ops::Deref for Count {
-        type Target = AtomicU64;
-
-        fn deref(&self) -> &AtomicU64 {
-            &self.0
-        }
-    }
-}
-
 #[cfg(all(test, tidegate_loom))]
 mod loom_models {
     use super::*;
-    use crate::net::cells::column;
+    use crate::balance::count::cleared;
     use loom::sync::atomic::AtomicU32 as Inside;
     use loom::thread;
     use std::sync::Arc;
@@ -351,8 +321,8 @@ mod loom_models {
     /// allows, each freed slot can be taken, nothing stays behind.
     fn three_sessions_at_a_cap_of(cap: u32) {
         let word = Count::own();
-        let in_flights = [0, 1, 2]
-            .map(|column| Arc::new(InFlight::counting(word.clone(), 1 << (COLUMN_BITS * column))));
+        let in_flights =
+            [0, 1, 2].map(|column| Arc::new(InFlight::counting(word.clone(), unit(column))));
         let inside = Arc::new(Inside::new(0));
         let session = move |in_flight: &InFlight, inside: &Inside| {
             let entered = in_flight.try_enter(cap);
@@ -398,9 +368,8 @@ mod loom_models {
             assert!(dead.try_enter(2));
             let cleaner = {
                 let word = word.clone();
-                // As `net::cells` does it.
-                let clear = |word| Some(word - u64::from(column(word, 1)) * unit(1));
                 thread::spawn(move || {
+                    let clear = |word| Some(cleared(word, 1));
                     word.fetch_update(Ordering::AcqRel, Ordering::Acquire, clear).is_ok()
                 })
             };

@@ -4,8 +4,8 @@
 //! goes up at the pick itself, so workers that race do not all find the same
 //! candidate empty; it never compares in floating point.
 
+use super::count::{Count, sum};
 use super::draw::Draws;
-use super::in_flight::{Count, sum};
 use super::scan::Load;
 use super::slow_start::Passed;
 use super::two_choices::TwoChoices;

@@ -17,6 +17,7 @@
 //!   over the candidates.
 
 mod alias;
+pub mod count;
 mod draw;
 pub mod in_flight;
 pub mod latency;

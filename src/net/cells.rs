@@ -8,15 +8,10 @@
 //!
 //! # Columns
 //!
-//! A count is one 64-bit word: the sum of [`COLUMNS`] columns in the upper 22 bits, and
-//! below it the first two columns of [`COLUMN_BITS`] bits each; the third is the rest of
-//! the sum. A process adds to the sum and its own column by one addition of its
-//! [`unit`], and a cap is compared with the sum: taking a slot is one compare-and-swap
-//! and giving it back one subtraction, so there is no moment at which a process that is
-//! killed could have done half of it. What a killed process held is its column, which
-//! another process takes off the word. The fourth process at a time
-//! shares a column with another one; such a column is taken off when all its
-//! processes have ended.
+//! Each process counts in one of [`COLUMNS`] columns, so that what it held can be taken
+//! off when it has been killed; how a word has room for them is the caller's affair. The
+//! fourth process at a time shares a column with another one; such a column is cleared
+//! when all its processes have ended.
 //!
 //! # Who lives
 //!
@@ -32,7 +27,6 @@ use crate::clock;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
 use std::collections::HashMap;
 use std::io;
-use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -42,12 +36,6 @@ use xxhash_rust::xxh3::xxh3_128;
 
 /// Columns of a count.
 pub const COLUMNS: u32 = 3;
-/// Bits of a column.
-pub const COLUMN_BITS: u32 = 21;
-/// Most that all columns together may hold, or one could run into the next.
-pub const COUNT_MAX: u32 = (1 << COLUMN_BITS) - 1;
-/// The lowest bit of the sum.
-const SUM_AT: u32 = COLUMN_BITS * (COLUMNS - 1);
 /// Keys with a count of their own; 17 MB of address space, of which only what is used
 /// takes memory.
 pub const CELLS_MAX: usize = 131_072;
@@ -96,7 +84,7 @@ struct Line {
 #[derive(Debug)]
 pub struct Memory {
     file: OwnedFd,
-    layout: Mapping,
+    layout: &'static Layout,
     process: usize,
     column: u32,
     directory: Mutex<Directory>,
@@ -115,45 +103,12 @@ struct Directory {
     dead: u64,
 }
 
-#[derive(Debug)]
-struct Mapping(NonNull<Layout>);
-
-/// One count, shared or not.
-#[derive(Debug, Clone)]
-pub struct Count {
-    word: NonNull<AtomicU64>,
-    /// Keeps the word where it is.
-    keep: Keep,
-}
-
-#[derive(Debug, Clone)]
-enum Keep {
-    Own { _word: Arc<Own> },
-    Shared { _hold: Arc<Hold> },
-}
-
-/// A count of this process alone.
-#[derive(Debug)]
-#[repr(C, align(128))]
-struct Own(AtomicU64);
-
 /// That this process uses a cell.
 #[derive(Debug)]
-struct Hold {
+pub struct Hold {
     memory: Arc<Memory>,
     place: usize,
 }
-
-// SAFETY: the pointer is to a mapping that only `drop` ends, and what it points to is
-// made of atomics alone.
-unsafe impl Send for Mapping {}
-// SAFETY: as above; atomics may be used from several threads.
-unsafe impl Sync for Mapping {}
-// SAFETY: the pointer is to an atomic that `keep` keeps alive and in its place; both may
-// be used and dropped by any thread.
-unsafe impl Send for Count {}
-// SAFETY: as above.
-unsafe impl Sync for Count {}
 
 // === impl Memory ===
 
@@ -167,7 +122,7 @@ impl Memory {
         let file = memfd_create("tidegate-counts", flags)?;
         rustix::fs::ftruncate(&file, size_of::<Layout>() as u64)?;
         fcntl_add_seals(&file, SEALS)?;
-        let layout = Mapping::of(&file)?;
+        let layout = map(&file)?;
         layout.magic.store(MAGIC, Ordering::Release);
         Memory::enter(file, layout)
     }
@@ -183,14 +138,14 @@ impl Memory {
         if !sealed || u64::try_from(size).ok() != Some(size_of::<Layout>() as u64) {
             return Err(io::Error::other("not a file of counts as this program knows them"));
         }
-        let layout = Mapping::of(&file)?;
+        let layout = map(&file)?;
         if layout.magic.load(Ordering::Acquire) != MAGIC {
             return Err(io::Error::other("a file of counts in another layout"));
         }
         Memory::enter(file, layout)
     }
 
-    fn enter(file: OwnedFd, layout: Mapping) -> io::Result<Memory> {
+    fn enter(file: OwnedFd, layout: &'static Layout) -> io::Result<Memory> {
         let memory = Memory { file, layout, process: 0, column: 0, directory: Mutex::default() };
         let locked = memory.lock_directory()?;
         let columns = memory.layout.columns.each_ref().map(|c| c.load(Ordering::Acquire));
@@ -207,14 +162,14 @@ impl Memory {
         Ok(Memory { process, column, ..memory })
     }
 
-    /// What this process adds to a count for each slot.
-    pub fn unit(&self) -> u64 {
-        unit(self.column)
+    /// The column this process counts in.
+    pub fn column(&self) -> u32 {
+        self.column
     }
 
-    /// The count of that key; `None` where [`CELLS_MAX`] others are in use, or another
+    /// The word of that key, and what keeps it for this process; `None` where [`CELLS_MAX`] others are in use, or another
     /// process does not let go of the directory.
-    pub fn count(self: &Arc<Memory>, key: &[u8]) -> Option<Count> {
+    pub fn count(self: &Arc<Memory>, key: &[u8]) -> Option<(&'static AtomicU64, Arc<Hold>)> {
         let key = xxh3_128(key);
         let mut directory = self.directory();
         let _locked = self.lock_directory().ok()?;
@@ -226,8 +181,7 @@ impl Memory {
             directory.holds.insert(place, Arc::downgrade(&hold));
             hold
         });
-        let word = NonNull::from(&self.layout.cells[place].count);
-        Some(Count { word, keep: Keep::Shared { _hold: hold } })
+        Some((&self.layout.cells[place].count, hold))
     }
 
     /// Whether another process has a part in these counts.
@@ -237,8 +191,8 @@ impl Memory {
 
     /// Gives back what processes hold that have ended; gives whether there were any. One
     /// that is found dead for the first time is left to the next call: the kernel may
-    /// still be closing its connections.
-    pub fn clean(&self) -> bool {
+    /// still be closing its connections. `clear` takes what a column holds off a word.
+    pub fn clean(&self, clear: fn(&AtomicU64, u32)) -> bool {
         let mut directory = self.directory();
         let dead = self.others().filter(|p| !self.lives(*p)).fold(0, |mask, p| mask | 1 << p);
         let seen = std::mem::replace(&mut directory.dead, dead) & dead;
@@ -252,17 +206,17 @@ impl Memory {
             // Another process may have cleaned up, and a new one have come, since.
             let all_dead = sharers & !seen == 0 && bits(sharers).all(|p| !self.lives(p));
             if sharers != 0 && all_dead {
-                self.clear(column, sharers);
+                self.clear(column, sharers, clear);
                 cleaned = true;
             }
         }
         cleaned
     }
 
-    fn clear(&self, column: u32, processes: u64) {
+    fn clear(&self, column: u32, processes: u64, clear: fn(&AtomicU64, u32)) {
         for place in 0..self.used() {
             if self.layout.holders[place].load(Ordering::Acquire) & processes != 0 {
-                clear_column(&self.layout.cells[place].count, column);
+                clear(&self.layout.cells[place].count, column);
                 self.layout.holders[place].fetch_and(!processes, Ordering::AcqRel);
             }
         }
@@ -340,35 +294,6 @@ impl Memory {
     }
 }
 
-/// What a process of that column adds to a word for each slot.
-pub const fn unit(column: u32) -> u64 {
-    let own = if column + 1 < COLUMNS { 1 << (COLUMN_BITS * column) } else { 0 };
-    (1 << SUM_AT) + own
-}
-
-/// All columns of that word together.
-#[inline]
-pub const fn sum(word: u64) -> u32 {
-    (word >> SUM_AT) as u32
-}
-
-/// One column of that word.
-pub const fn column(word: u64, column: u32) -> u32 {
-    let first = word as u32 & COUNT_MAX;
-    let second = (word >> COLUMN_BITS) as u32 & COUNT_MAX;
-    match column {
-        0 => first,
-        1 => second,
-        _ => sum(word).saturating_sub(first).saturating_sub(second),
-    }
-}
-
-/// Takes what that column holds off the word; nobody may add to it any more.
-fn clear_column(word: &AtomicU64, of: u32) {
-    let cleared = |word| Some(word - u64::from(column(word, of)) * unit(of));
-    let _ = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, cleared);
-}
-
 fn byte_of(process: usize) -> i64 {
     DIRECTORY + 1 + process as i64
 }
@@ -438,65 +363,27 @@ impl AsFd for Memory {
     }
 }
 
-// === impl Mapping ===
-
-impl Mapping {
-    /// The file must be as long as [`Layout`] and sealed.
-    fn of(file: &OwnedFd) -> io::Result<Mapping> {
-        let (length, access) = (size_of::<Layout>(), libc::PROT_READ | libc::PROT_WRITE);
-        let (fd, null) = (file.as_raw_fd(), std::ptr::null_mut());
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing
-        // that is there.
-        let at = unsafe { libc::mmap(null, length, access, libc::MAP_SHARED, fd, 0) };
-        match NonNull::new(at.cast::<Layout>()) {
-            Some(mapped) if at != libc::MAP_FAILED => Ok(Mapping(mapped)),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-}
-
-impl Deref for Mapping {
-    type Target = Layout;
-
-    fn deref(&self) -> &Layout {
+/// Maps the file for as long as this process lives: counts outlive whoever asked for
+/// them, and a process has a part in few files. The file must be as long as [`Layout`]
+/// and sealed.
+fn map(file: &OwnedFd) -> io::Result<&'static Layout> {
+    let (length, access) = (size_of::<Layout>(), libc::PROT_READ | libc::PROT_WRITE);
+    let (fd, null) = (file.as_raw_fd(), std::ptr::null_mut());
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing
+    // that is there.
+    let at = unsafe { libc::mmap(null, length, access, libc::MAP_SHARED, fd, 0) };
+    match NonNull::new(at.cast::<Layout>()) {
         // SAFETY: the mapping is page-aligned and of this length, the file's seals keep
-        // it so, and it lasts as long as `self`. Every content is valid: it is atomics
-        // alone, which other processes may change at any time.
-        unsafe { self.0.as_ref() }
+        // it so, and nothing unmaps it. Every content is valid: it is atomics alone,
+        // which other processes may change at any time.
+        Some(mapped) if at != libc::MAP_FAILED => Ok(unsafe { mapped.as_ref() }),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `of` with this length, and every reference to
-        // it borrows `self` or keeps it alive (`Hold`).
-        unsafe { libc::munmap(self.0.as_ptr().cast(), size_of::<Layout>()) };
-    }
-}
-
-// === impl Count ===
-
-impl Count {
-    /// One that this process shares with no other.
-    pub fn own() -> Count {
-        let own = Arc::new(Own(AtomicU64::new(0)));
-        Count { word: NonNull::from(&own.0), keep: Keep::Own { _word: own } }
-    }
-
-    /// Whether it is in memory that other processes may have.
-    pub fn is_shareable(&self) -> bool {
-        matches!(self.keep, Keep::Shared { .. })
-    }
-}
-
-impl Deref for Count {
-    type Target = AtomicU64;
-
-    #[inline]
-    fn deref(&self) -> &AtomicU64 {
-        // SAFETY: `keep` keeps the atomic alive, and neither a mapping nor what an `Arc`
-        // holds moves.
-        unsafe { self.word.as_ref() }
+impl std::fmt::Debug for Layout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Layout").field("used", &self.used).finish_non_exhaustive()
     }
 }
 

@@ -271,6 +271,12 @@ impl Parent {
 
     fn take_message(&mut self, at: usize, Packet { bytes, fds }: Packet) {
         let Some(report) = Report::decode(&bytes) else { return };
+        if let Role::Successor(of) = self.children[at].role
+            && let Some(before) = self.children.iter().position(|child| child.pid == of)
+        {
+            // It may have said, on its own way, that this one is the service.
+            self.take_messages(before);
+        }
         let total: usize = self.children.iter().map(Child::sockets).sum();
         let (stopping, child) = (self.stopping, &mut self.children[at]);
         let (pid, is_main) = (child.pid, child.role == Role::Main);
@@ -297,8 +303,12 @@ impl Parent {
                 self.manager.stopping();
             }
             Report::Beat if is_main => self.manager.beat(),
-            Report::Start(wish) if is_main => {
-                let order = match self.start_successor(pid, &wish, fds) {
+            Report::Start(wish) => {
+                let started = match is_main {
+                    true => self.start_successor(pid, &wish, fds),
+                    false => Err("the process that is asked is not the service".to_owned()),
+                };
+                let order = match started {
                     Ok(pid) => Order::Started(pid.as_raw_nonzero().get().unsigned_abs()),
                     Err(why) => Order::Refused(why),
                 };

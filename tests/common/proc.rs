@@ -37,6 +37,22 @@ pub fn tcp_sockets(pid: u32) -> Vec<String> {
     text.lines().filter(mine).map(str::to_string).collect()
 }
 
+/// What each of its threads waits for, and how long it has waited for a CPU.
+pub fn where_threads_are(pid: u32) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let read = |task: &std::path::Path, name: &str| {
+        std::fs::read_to_string(task.join(name)).unwrap_or_default().trim().to_owned()
+    };
+    let thread = |task: std::path::PathBuf| {
+        let schedule = read(&task, "schedstat");
+        let delay = schedule.split(' ').nth(1).and_then(|ns| ns.parse().ok()).unwrap_or(0);
+        let delay = Duration::from_nanos(delay);
+        let (name, at) = (read(&task, "comm"), read(&task, "wchan"));
+        format!("{pid} {name}: in {at}, waited {delay:?} for a CPU")
+    };
+    tasks.map(|task| thread(task.path())).collect()
+}
+
 /// Resident memory in KiB.
 pub fn rss_kib(pid: u32) -> u64 {
     status_field(pid, "VmRSS:")

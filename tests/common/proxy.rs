@@ -345,7 +345,8 @@ impl TestProxy {
     pub fn wait_exit(&mut self, timeout: Duration) -> Option<i32> {
         let status = within(timeout, || self.serving.try_wait(&mut self.child));
         let Some(status) = status else {
-            panic!("the balancer still runs after {timeout:?}\n{}", self.log());
+            let threads = [self.service(), self.pid()].map(proc::where_threads_are).concat();
+            panic!("the balancer still runs after {timeout:?}\n{}{threads:#?}", self.log());
         };
         self.exited = Some(status);
         status.code()

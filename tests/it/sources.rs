@@ -188,11 +188,15 @@ fn a_flood_from_one_source_leaves_others_served(engine: Engine) {
     let (proxy, backend) = start(engine, "rate = \"5/s\", burst = 5");
     let address = proxy.addr("web");
     let over = std::sync::atomic::AtomicBool::new(false);
+    let begun = Instant::now();
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
                 while !over.load(std::sync::atomic::Ordering::Relaxed) {
                     drop(connect_from(BAD.parse().unwrap(), address));
+                    // The balancer shares the machine: who connects without a pause has
+                    // most of it.
+                    std::thread::sleep(ms(1));
                 }
             });
         }
@@ -201,5 +205,7 @@ fn a_flood_from_one_source_leaves_others_served(engine: Engine) {
         over.store(true, std::sync::atomic::Ordering::Relaxed);
         assert_eq!(served, 30, "others, one connection each");
     });
-    assert!(backend.accepted() < 200, "{}: refusals cost no backend", backend.accepted());
+    // The others, and what the rate grants.
+    let most = 30 + 5 + (begun.elapsed().as_secs_f64() * 5.0).ceil() as u64;
+    assert!(backend.accepted() <= most, "{}: refusals cost no backend", backend.accepted());
 }

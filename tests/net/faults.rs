@@ -161,6 +161,14 @@ fn strict_and_far(hosts: &Hosts) -> Pool {
     pool.probe(probe).ejection("failures = 1")
 }
 
+/// Takes the probes away. At that distance one is under way at any time, and its socket is
+/// not among the descriptors at the start.
+fn end_probes(proxy: &mut TestProxy) {
+    let mut conf = proxy.conf();
+    conf.pool_mut("web").probe = String::new();
+    proxy.reload(conf);
+}
+
 /// Traffic goes on, and no state of any backend has changed since `known`
 /// bytes of the log.
 #[track_caller]
@@ -183,7 +191,7 @@ fn stopped_balancer_blames_nobody(engine: Engine) {
     }
     let hosts = Hosts::new(3, 60);
     let _services: Vec<_> = hosts.backends.iter().map(|host| host.start_echo()).collect();
-    let proxy = hosts.start_and_see_all_up(hosts.conf(engine, strict_and_far(&hosts)));
+    let mut proxy = hosts.start_and_see_all_up(hosts.conf(engine, strict_and_far(&hosts)));
     let traffic = Traffic::start(&hosts.client, proxy.addr("web"), PACE);
     eventually(secs(10), "traffic flows", || traffic.done() >= 16);
     let (known, stopped) = (proxy.log().len(), Instant::now());
@@ -195,6 +203,7 @@ fn stopped_balancer_blames_nobody(engine: Engine) {
         assert_nobody_blamed(&hosts, &proxy, &traffic, known);
     }
     assert_eq!(errors(&traffic.stop(), stopped), Vec::<String>::new());
+    end_probes(&mut proxy);
 }
 
 fn starved_balancer_blames_nobody(engine: Engine) {
@@ -203,7 +212,7 @@ fn starved_balancer_blames_nobody(engine: Engine) {
     }
     let hosts = Hosts::new(3, 65);
     let _services: Vec<_> = hosts.backends.iter().map(|host| host.start_echo()).collect();
-    let proxy = hosts.start_and_see_all_up(hosts.conf(engine, strict_and_far(&hosts)));
+    let mut proxy = hosts.start_and_see_all_up(hosts.conf(engine, strict_and_far(&hosts)));
     // Several times what 1 % of a CPU can carry.
     let pace = Pace { at_once: 64, ..PACE };
     let traffic = Traffic::start(&hosts.client, proxy.addr("web"), pace);
@@ -218,4 +227,5 @@ fn starved_balancer_blames_nobody(engine: Engine) {
     drop(starved);
     assert_nobody_blamed(&hosts, &proxy, &traffic, known);
     assert_eq!(errors(&traffic.stop(), start), Vec::<String>::new());
+    end_probes(&mut proxy);
 }

@@ -21,10 +21,11 @@ on_every_engine!(stopped_balancer_takes_no_silence_for_a_death);
 
 const PACE: Pace = Pace { at_once: 8, pause: ms(5), patience: secs(10) };
 
-/// Silence is final after two seconds, and one failed probe or connect is, too.
+/// Silence is final after two seconds, and one failed probe or connect is, too. The
+/// probe's time is that of a service on a machine that is short of CPU.
 const STRICT: &str = "interval = \"100ms\"\nttl = \"2s\"\nrequire = true";
 const STRICT_PROBE: &str = "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \"hello\"\n\
-                            interval = \"500ms\"\ntimeout = \"500ms\"\nfall = 1";
+                            interval = \"1s\"\ntimeout = \"1s\"\nfall = 1";
 
 /// A site whose backends all beat.
 struct Beating {
@@ -87,7 +88,7 @@ fn stopped_balancer_takes_no_silence_for_a_death(engine: Engine) {
         return;
     }
     // Heartbeats, probes and connects are under way at any time.
-    let site = Beating::start(engine, 3, ms(30), strict);
+    let site = Beating::start(engine, 3, ms(60), strict);
     let traffic = Traffic::start(&site.hosts.client, site.proxy.addr("web"), PACE);
     site.wait_for_beats(10);
     let (known, stopped) = (site.proxy.log().len(), Instant::now());
@@ -108,7 +109,7 @@ fn starved_balancer_takes_no_silence_for_a_death() {
     if !networks_run() {
         return;
     }
-    let site = Beating::start(Engine::Epoll, 3, ms(30), strict);
+    let site = Beating::start(Engine::Epoll, 3, ms(60), strict);
     let pace = Pace { at_once: 64, ..PACE };
     let traffic = Traffic::start(&site.hosts.client, site.proxy.addr("web"), pace);
     site.wait_for_beats(10);

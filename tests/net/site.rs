@@ -50,6 +50,10 @@ const LOOK: Duration = Duration::from_millis(3);
 /// 6298) before the connect fails.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// The same where packets are lost besides: with a SYN sent again after 1, 2 and 4 s, all
+/// attempts of a session fail once in a million million.
+const LOSSY_CONNECT_TIMEOUT: Duration = Duration::from_secs(8);
+
 /// One trial's outcome, in time since the fault.
 #[derive(Debug, Clone)]
 pub struct Seen {
@@ -72,6 +76,8 @@ pub struct Site<'a> {
     services: Vec<Service>,
     pub hosts: Hosts,
     starved: Option<Starved>,
+    /// Links lose packets besides.
+    lossy: bool,
     /// What each backend is called now.
     names: Vec<String>,
     /// Since when each has had its full weight, as far as was looked.
@@ -88,9 +94,9 @@ impl Site<'_> {
     pub fn start(watch: &dyn Watch, loss: f64) -> Site<'_> {
         let hosts = Hosts::new(BACKENDS, 80);
         let services: Vec<Service> = hosts.backends.iter().map(|host| host.start_echo()).collect();
-        let limit = format!("connect_timeout = \"{}ms\"", CONNECT_TIMEOUT.as_millis());
-        let pool = hosts.pool().key(&limit);
-        let conf: Conf = watch.conf(hosts.conf(Engine::Epoll, watch.pool(pool)));
+        let limit = if loss > 0.0 { LOSSY_CONNECT_TIMEOUT } else { CONNECT_TIMEOUT };
+        let pool = hosts.pool().key(&format!("connect_timeout = \"{}ms\"", limit.as_millis()));
+        let conf: Conf = watch.conf(hosts.conf(Engine::Epoll, watch.pool(pool, loss)));
         let proxy = hosts.start(conf);
         let beside =
             hosts.backends.iter().map(|host| watch.start_beside(host, host.name)).collect();
@@ -101,19 +107,23 @@ impl Site<'_> {
         }
         let names = hosts.backends.iter().map(|host| host.name.to_string()).collect();
         let whole_since = vec![None; BACKENDS];
-        Site { watch, hosts, proxy, services, beside, starved: None, names, whole_since, next: 0 }
+        let (starved, lossy, next) = (None, loss > 0.0, 0);
+        Site { watch, hosts, proxy, services, beside, starved, lossy, names, whole_since, next }
     }
 
     /// Hurts whose turn it is, once it has had its full weight for so long and
-    /// everybody serves; heals it when it is out of service.
+    /// everybody serves; heals it when it is out of service. Where packets are lost, the
+    /// others have had theirs for as long: a newcomer that misses four heartbeats in a row
+    /// while its rhythm is not known yet is out at once, and rightly so.
     #[track_caller]
     pub fn trial(&mut self, fault: Fault, settled: Duration) -> Seen {
         let victim = self.next;
         self.next = (victim + 1) % BACKENDS;
         eventually(secs(30), "everybody serves, and the victim is settled", || {
             let eligible = self.look();
-            let since = self.whole_since[victim];
-            eligible.iter().all(|one| *one) && since.is_some_and(|at| at.elapsed() >= settled)
+            let whole = |since: &Option<Instant>| since.is_some_and(|at| at.elapsed() >= settled);
+            let all_whole = !self.lossy || self.whole_since.iter().all(whole);
+            eligible.iter().all(|one| *one) && whole(&self.whole_since[victim]) && all_whole
         });
         let (start, start_wall) = (Instant::now(), SystemTime::now());
         self.hurt(victim, fault);

@@ -14,8 +14,8 @@ use crate::watch::Watch;
 use hdrhistogram::Histogram;
 use std::time::Duration;
 
-/// Of each fault, and with `TIDEGATE_LONG`.
-const TRIALS: usize = 10;
+/// Of each fault, once for each backend, and with `TIDEGATE_LONG`.
+const TRIALS: usize = 4;
 const TRIALS_LONG: usize = 100;
 
 /// Enough that every backend always has sessions, little enough that the

@@ -17,8 +17,8 @@ pub trait Watch {
     /// For the notes.
     fn name(&self) -> &'static str;
 
-    /// Adds to the pool what it needs.
-    fn pool(&self, pool: Pool) -> Pool;
+    /// Adds to the pool what it needs where links lose that share of packets, each way.
+    fn pool(&self, pool: Pool, loss: f64) -> Pool;
 
     /// Adds to the rest of the configuration what it needs.
     fn conf(&self, conf: Conf) -> Conf {
@@ -53,7 +53,7 @@ impl Watch for FastProbes {
         "probes"
     }
 
-    fn pool(&self, pool: Pool) -> Pool {
+    fn pool(&self, pool: Pool, _loss: f64) -> Pool {
         pool.probe(
             "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \"hello\"\ninterval = \"200ms\"\n\
              fast_interval = \"100ms\"\ntimeout = \"100ms\"\nfall = 2\nrise = 1",
@@ -91,11 +91,16 @@ impl Watch for Heartbeats {
         "heartbeats"
     }
 
-    fn pool(&self, pool: Pool) -> Pool {
-        // A probe in ten loses its SYN or the answer where the link loses 5 % each way.
-        let probe = "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \"hello\"\n\
-                     interval = \"2s\"\ntimeout = \"500ms\"\nfast_interval = \"500ms\"\nfall = 4\nrise = 1";
-        pool.probe(probe).heartbeat("interval = \"100ms\"\nttl = \"10s\"")
+    fn pool(&self, pool: Pool, loss: f64) -> Pool {
+        // One probe in ten loses its SYN or the answer where the link loses 5 % each way,
+        // and four in a row would come once in a hundred runs. The kernel sends a SYN
+        // again after 1 s (RFC 6298): with time for that, once in a million.
+        let timeout = if loss > 0.0 { "1500ms" } else { "500ms" };
+        let probe = format!(
+            "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \"hello\"\ninterval = \"2s\"\n\
+             timeout = \"{timeout}\"\nfast_interval = \"{timeout}\"\nfall = 4\nrise = 1"
+        );
+        pool.probe(&probe).heartbeat("interval = \"100ms\"\nttl = \"10s\"")
     }
 
     fn conf(&self, mut conf: Conf) -> Conf {

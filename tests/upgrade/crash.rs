@@ -25,7 +25,10 @@ on_every_engine!(
     processes_that_never_serve_are_started_five_times,
     as_process_1_it_reaps_replaces_and_is_upgraded,
 );
-on_every_engine_alone!(crashes_under_load_refuse_nobody);
+on_every_engine_alone!(
+    crashes_under_load_refuse_nobody,
+    as_process_1_crashes_under_load_refuse_nobody,
+);
 
 fn start(engine: Engine) -> (ScriptedBackend, TestProxy) {
     let backend = ScriptedBackend::start(backend::echo());
@@ -276,9 +279,25 @@ fn as_process_1_it_reaps_replaces_and_is_upgraded(engine: Engine) {
     proxy.rebaseline();
 }
 
-/// Kills of the process that serves, one after another, while clients come all the time.
 fn crashes_under_load_refuse_nobody(engine: Engine) {
-    let (_backend, mut proxy) = start(engine);
+    let (_backend, proxy) = start(engine);
+    crash_under_load(proxy);
+}
+
+fn as_process_1_crashes_under_load_refuse_nobody(engine: Engine) {
+    if !have(&["unshare"]) {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        return crate::common::skip("only root makes a namespace of processes");
+    }
+    let backend = ScriptedBackend::start(backend::echo());
+    let wrapper = ["unshare", "--pid", "--fork", "--mount-proc"];
+    crash_under_load(TestProxy::start_under(conf(engine, &backend), &wrapper));
+}
+
+/// Kills of the process that serves, one after another, while clients come all the time.
+fn crash_under_load(mut proxy: TestProxy) {
     let address = proxy.addr("web");
     let stop = AtomicBool::new(false);
     let crashes = if long() { 50 } else { 5 };

@@ -7,15 +7,17 @@ use crate::common::conf::{Conf, Pool};
 use crate::common::ports::free_port;
 use crate::common::proxy::TestProxy;
 use crate::common::steady::Steady;
-use crate::common::{Engine, eventually, ms, proc, secs, turn};
+use crate::common::{Engine, eventually, long, measured, ms, proc, secs, turn};
 use rustix::process::Signal;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tidegate::heartbeat::SenderState;
 use tidegate::heartbeat::keys::Secret;
 use tidegate::heartbeat::sender::{Sender, Settings};
-use tidegate::heartbeat::wire::Identity;
+use tidegate::heartbeat::wire::{Draft, Identity, encode};
 
 /// Heartbeats concern the control thread alone: one engine will do.
 #[test]
@@ -65,7 +67,8 @@ fn after_a_crash_registered_backends_serve_at_once_and_no_datagram_is_lost() {
     let before = site.proxy.pid();
     proc::signal(before, Signal::KILL);
     assert!(UdpSocket::bind(to).is_err(), "the address is never free");
-    assert!(UdpSocket::bind(site.to).is_ok(), "the one that was given up is");
+    // The supervisor closes its copy when it is told to.
+    eventually(secs(5), "the one that was given up is", || UdpSocket::bind(site.to).is_ok());
     eventually(secs(10), "another process serves", || {
         proc::is_dead(before)
             && crate::common::http::over_unix(&socket, "GET", "/ready")
@@ -84,24 +87,29 @@ struct Site {
     _dir: tempfile::TempDir,
 }
 
+/// A configuration whose one pool takes who comes with heartbeats, to that address.
+fn conf(dir: &Path, interval: Duration, ttl: &str) -> (Conf, SocketAddr) {
+    let key = dir.join("key");
+    std::fs::write(&key, [7; 32]).unwrap();
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let to: SocketAddr = (Ipv4Addr::LOCALHOST, free_port()).into();
+    let section = format!(
+        "[heartbeat]\nlisten = \"{to}\"\n[[heartbeat.key]]\nid = 1\nfile = \"{}\"\n\
+         pools = [\"web\"]\naddresses = [\"127.0.0.0/8\"]\n",
+        key.display()
+    );
+    let heartbeat = format!(
+        "register = true\ninterval = \"{}\"\nttl = \"{ttl}\"\nforget_after = \"30s\"",
+        humantime::format_duration(interval)
+    );
+    let pool = Pool { heartbeat, ..Pool::new("web") };
+    (Conf { heartbeat: section, ..Conf::simple(Engine::Epoll, pool) }, to)
+}
+
 impl Site {
     fn start(interval: Duration, ttl: &str) -> Site {
         let dir = tempfile::tempdir().unwrap();
-        let key = dir.path().join("key");
-        std::fs::write(&key, [7; 32]).unwrap();
-        std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
-        let to: SocketAddr = (Ipv4Addr::LOCALHOST, free_port()).into();
-        let section = format!(
-            "[heartbeat]\nlisten = \"{to}\"\n[[heartbeat.key]]\nid = 1\nfile = \"{}\"\n\
-             pools = [\"web\"]\naddresses = [\"127.0.0.0/8\"]\n",
-            key.display()
-        );
-        let heartbeat = format!(
-            "register = true\ninterval = \"{}\"\nttl = \"{ttl}\"\nforget_after = \"30s\"",
-            humantime::format_duration(interval)
-        );
-        let pool = Pool { heartbeat, ..Pool::new("web") };
-        let conf = Conf { heartbeat: section, ..Conf::simple(Engine::Epoll, pool) };
+        let (conf, to) = conf(dir.path(), interval, ttl);
         let proxy = TestProxy::start(conf);
         let servers =
             ["a", "b"].map(|name| (name, ScriptedBackend::start(backend::http(name, 200))));
@@ -142,4 +150,109 @@ fn serve_without_a_gap(interval: Duration, ttl: &str) {
     assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), attempts.len(), failed[0]);
     assert!(attempts.len() > 50);
     site.proxy.rebaseline();
+}
+
+/// Sends what that many senders would.
+struct Crowd {
+    socket: UdpSocket,
+    to: SocketAddr,
+    secret: Secret,
+    port: u16,
+    count: u16,
+    interval: Duration,
+}
+
+impl Crowd {
+    fn say(&self, number: u16, sequence: u64) {
+        let [high, low] = number.to_be_bytes();
+        let address = SocketAddr::from((Ipv4Addr::new(127, 2, high, low), self.port));
+        let identity = Identity::new("web", &format!("s{number}"), address).unwrap();
+        let sent = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
+        let draft = Draft {
+            identity: &identity,
+            key_id: 1,
+            incarnation: 1,
+            sequence,
+            sent,
+            interval: self.interval,
+            state: SenderState::Ready,
+            weight: 1,
+            in_flight: 0,
+            load: 0,
+        };
+        // The receiver's queue may be full: it is told again.
+        let _ = self.socket.send_to(&encode(&draft, &self.secret), self.to);
+    }
+
+    /// Each in its turn, spread over the interval, until it is over.
+    fn beat(&self, over: &AtomicBool) {
+        for sequence in 1.. {
+            let began = Instant::now();
+            for number in 0..self.count {
+                let due = self.interval * u32::from(number) / u32::from(self.count);
+                std::thread::sleep(due.saturating_sub(began.elapsed()));
+                if over.load(Ordering::Relaxed) {
+                    return;
+                }
+                self.say(number, sequence);
+            }
+        }
+    }
+}
+
+mod alone {
+    use super::*;
+
+    #[test]
+    fn thousands_that_are_rarely_heard_serve_without_a_gap() {
+        let _turn = turn::alone();
+        let (count, interval) = if long() { (10_000, secs(5)) } else { (1_000, secs(1)) };
+        let dir = tempfile::tempdir().unwrap();
+        let (mut conf, to) = conf(dir.path(), interval, "30s");
+        conf.pool_mut("web").heartbeat += &format!("\nbackends_max = {count}");
+        let mut proxy = TestProxy::start(conf);
+        let everywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, free_port()));
+        let _server = ScriptedBackend::start_on(everywhere, backend::http("s", 200));
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let secret = Secret::new(&[7; 32]).unwrap();
+        let crowd = Crowd { socket, to, secret, port: everywhere.port(), count, interval };
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| crowd.beat(&over));
+            let _ends = Ends(&over);
+            let pool = |proxy: &TestProxy| proxy.status()["pools"][0].clone();
+            let eligible = |proxy: &TestProxy| {
+                let all = pool(proxy)["backends"].as_array().unwrap().clone();
+                all.iter().filter(|backend| backend["eligible"] == true).count()
+            };
+            eventually(secs(120), "all have joined", || eligible(&proxy) == usize::from(count));
+            let steady = Steady::start(proxy.addr("web"), 2);
+            for _ in 0..2 {
+                let began = Instant::now();
+                let old = proxy.upgrade();
+                let took = began.elapsed();
+                measured(&format!(
+                    "{count} that are heard every {interval:?}: upgraded in {took:?}"
+                ));
+                assert_eq!(eligible(&proxy), usize::from(count), "known before it serves");
+                proxy.wait_gone(old, secs(10));
+            }
+            // Each has been heard again, and none was taken for dead.
+            std::thread::sleep(interval + secs(1));
+            assert_eq!(eligible(&proxy), usize::from(count));
+            let attempts = steady.stop();
+            let failed: Vec<_> = attempts.iter().filter(|one| one.result.is_err()).collect();
+            assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), attempts.len(), failed[0]);
+        });
+        proxy.rebaseline();
+    }
+
+    /// Ends the crowd, in a panic too: the scope would wait for it for ever.
+    struct Ends<'a>(&'a AtomicBool);
+
+    impl Drop for Ends<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
 }

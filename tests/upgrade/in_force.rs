@@ -5,7 +5,7 @@ use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, http, ms, on_every_engine, proc, secs, skip};
+use crate::common::{Engine, eventually, http, on_every_engine, proc, secs};
 use rustix::process::Signal;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
@@ -165,7 +165,19 @@ fn without_a_supervisor_such_intents_are_kept(engine: Engine) {
     intents_are_kept(engine, 10, TestProxy::start_single);
 }
 
+/// Tries until the process before is stopped within its second, which a busy machine may
+/// miss; the rest takes as long as it takes.
 fn intents_are_kept(engine: Engine, count: u8, start: fn(Conf) -> TestProxy) {
+    for _ in 0..20 {
+        if try_to_keep_intents(engine, count, start) {
+            return;
+        }
+    }
+    panic!("the process before is never stopped in time");
+}
+
+/// False where the process before had let go before it was stopped.
+fn try_to_keep_intents(engine: Engine, count: u8, start: fn(Conf) -> TestProxy) -> bool {
     let echo = ScriptedBackend::start(backend::echo());
     let names: Vec<String> = (0..count).map(|number| format!("n{number}")).collect();
     let mut pool = Pool::new("web").backend("a", echo.address());
@@ -183,28 +195,24 @@ fn intents_are_kept(engine: Engine, count: u8, start: fn(Conf) -> TestProxy) {
     // The process before hears of them late, and of the new one's end at the same time.
     proc::signal(first, Signal::STOP);
     eventually(secs(5), "all of it has stopped", || proc::is_stopped(first));
+    let in_time = began.elapsed() < secs(1);
     let order = |name: &str, what: &str| {
         let path = format!("/v1/pools/web/backends/{name}/{what}");
         assert_eq!(proxy.admin_request("POST", &path).status, 200);
     };
     order(&names[0], "undrain");
     names[1..].iter().for_each(|name| order(name, "drain"));
-    let supervised = proxy.service() != first;
-    if !supervised {
-        // Its thread sends them; a supervisor has them before they are answered.
-        std::thread::sleep(ms(100));
-    }
+    // What was answered is known to the process before, or to the supervisor.
     proc::signal(new, Signal::KILL);
+    let supervised = proxy.service() != first;
     let ended = || match supervised {
         true => !proc::children(proxy.service()).contains(&new),
         false => proc::is_dead(new),
     };
     eventually(secs(5), "it has ended", ended);
-    if !supervised && began.elapsed() > ms(700) {
-        // Its second may be over before it looks.
-        proc::signal(first, Signal::KILL);
-        proxy.wait_exit(secs(5));
-        return skip("this machine is too busy");
+    if !supervised {
+        // Its second is over before it looks.
+        std::thread::sleep(secs(1).saturating_sub(began.elapsed()));
     }
     proc::signal(first, Signal::CONT);
     let socket = proxy.dir().join("admin.sock");
@@ -212,8 +220,14 @@ fn intents_are_kept(engine: Engine, count: u8, start: fn(Conf) -> TestProxy) {
     // The first one, or a third where the first one's second was over.
     eventually(secs(10), "one process is left, and serves", || {
         let children = proc::children(proxy.service());
-        ready() && (!supervised || (children.len() == 1 && children[0] != new))
+        let alone = !supervised || (children.len() == 1 && children[0] != new);
+        (ready() && alone) || (!supervised && proc::is_dead(first))
     });
+    if !supervised && proc::is_dead(first) {
+        assert!(!in_time, "it goes on, however late it learns that it has to");
+        proxy.wait_exit(secs(5));
+        return false;
+    }
     proxy.find_serving();
     assert_eq!(proxy.backend("web", &names[0])["intent"], "ready");
     for name in &names[1..] {
@@ -221,4 +235,5 @@ fn intents_are_kept(engine: Engine, count: u8, start: fn(Conf) -> TestProxy) {
     }
     echoes(proxy.addr("web"));
     proxy.rebaseline();
+    true
 }

@@ -22,6 +22,7 @@ on_every_engine!(
     without_a_supervisor_signals_to_the_whole_group_during_upgrades_end_nobody,
     a_stop_signal_that_is_repeated_at_once_counts_once,
     a_second_stop_signal_ends_all_of_it,
+    an_upgrade_asked_of_a_process_that_has_just_taken_over_is_answered,
 );
 
 fn conf(engine: Engine, backend: &ScriptedBackend) -> Conf {
@@ -277,4 +278,48 @@ fn a_second_stop_signal_ends_all_of_it(engine: Engine) {
     proxy.sigterm();
     assert_eq!(proxy.wait_exit(secs(5)), Some(3));
     assert!(proc::is_dead(old));
+}
+
+/// Whether it is the program by now: until then the supervisor waits for it.
+fn is_program(pid: u32) -> bool {
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|byte| *byte == 0).any(|one| one.starts_with(b"TIDEGATE_SUPERVISOR="))
+}
+
+/// The supervisor finds two messages: of the process before, that its successor serves,
+/// and of that successor, that it wants one itself. It looks at the successor's first.
+fn an_upgrade_asked_of_a_process_that_has_just_taken_over_is_answered(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let mut proxy = TestProxy::start(conf(engine, &backend));
+    let session = connect(proxy.addr("web"));
+    client::exchange(&session, b"hello").unwrap();
+    let first = proxy.upgrade();
+    let (supervisor, second) = (proxy.service(), proxy.pid());
+    std::thread::scope(|scope| {
+        let upgrading = scope.spawn(|| proxy.try_upgrade(""));
+        let third = eventually_some(secs(10), "a third process starts", || {
+            let all = proc::children(supervisor);
+            all.into_iter().find(|pid| ![first, second].contains(pid) && is_program(*pid))
+        });
+        proc::signal(third, Signal::STOP);
+        // The last one comes to stand in the place of the first one, before the second.
+        drop(session);
+        eventually(secs(10), "the first one is reaped", || {
+            !proc::children(supervisor).contains(&first)
+        });
+        proc::signal(supervisor, Signal::STOP);
+        eventually(secs(5), "the supervisor has stopped", || proc::is_stopped(supervisor));
+        proc::signal(third, Signal::CONT);
+        let answer = upgrading.join().unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        let next = scope.spawn(|| proxy.try_upgrade(""));
+        // It has been asked by then, or a little later, which is as good.
+        std::thread::sleep(ms(300));
+        proc::signal(supervisor, Signal::CONT);
+        let answer = next.join().unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.body);
+    });
+    eventually(secs(10), "one process is left", || proc::children(supervisor).len() == 1);
+    proxy.find_serving();
+    proxy.rebaseline();
 }

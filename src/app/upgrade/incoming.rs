@@ -21,7 +21,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 /// How long the old process may take for each of its messages; it has them at
 /// hand, and kills this one at its own deadline.
@@ -238,12 +238,14 @@ impl Draining {
         self.words.recv().await
     }
 
-    /// Has it do something. An older program does not; one that does not read
-    /// has missed it.
-    pub(super) fn order(&self, order: &Order) {
-        if self.orders.as_ref().is_some_and(|orders| !orders.send(order)) {
+    /// Has it do something; gives what tells that the order is sent. An older program
+    /// takes no orders; one that does not read has missed it.
+    pub(super) fn order(&self, order: &Order) -> Option<oneshot::Receiver<()>> {
+        let sent = self.orders.as_ref()?.send(order);
+        if sent.is_none() {
             tracing::warn!("the process before does not read its orders; one is lost");
         }
+        sent
     }
 }
 

@@ -5,7 +5,7 @@
 //! `process` (who starts and ends the new one), `outgoing` (the old process's side,
 //! on a thread of its own), `incoming` (the new one's, during its start), `message`
 //! (what they say), `counts` (what they count), `stepping` (the old one's last
-//! second), `reports` (what the old one says while it drains, and what it is told).
+//! second), `reports` (what the old one says while it drains), `orders` (what it is told).
 //! Sockets are handed on and never bound
 //! anew: closing one of several listeners of an address would reset whoever is in
 //! its queue. What caps are compared with is shared (`app::shared_counts`).
@@ -22,6 +22,7 @@ mod counts;
 pub mod fuzz;
 mod incoming;
 mod message;
+mod orders;
 mod outgoing;
 mod process;
 mod reports;
@@ -37,18 +38,14 @@ pub(super) use process::Starter;
 use super::control_loop::Control;
 use crate::admin::{UpgradeCounts, UpgradeError, Upgraded};
 use crate::clock;
-use crate::control::Effect;
-use crate::control::elsewhere::HeldBackend;
 use crate::control::handover::Saved;
-use crate::health::Intent;
 use crate::net::handover::Channel;
 use crate::supervisor::Wish;
-use crate::table::state::BackendId;
 use counts::Counts;
 use incoming::Word;
 use message::{Commit, LEVEL, Offer, OfferedBind, PROTOCOL, SavedEstimate};
 use outgoing::{AtTheReady, Attempt, Outgoing, Progress};
-use reports::{Order, OrderedIntent, Report, Reporter};
+use reports::{Order, Report, Reporter};
 use std::os::fd::OwnedFd;
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -382,7 +379,7 @@ impl Control {
                 self.notifier.successor(pid);
                 self.upgrades.successor = Some(Successor::new(channel, hello.level, ready.shares));
                 self.latency.lock().clear();
-                self.step_down(&ready, ended);
+                self.step_down(&ready, pid, ended);
                 if let Some(reply) = under_way.reply {
                     let _ = reply.send(Ok(Upgraded { pid, version, generation: ready.generation }));
                 }
@@ -487,62 +484,6 @@ impl Control {
         let reporter = self.upgrades.successor.as_mut().and_then(|next| next.reporter.as_mut());
         if let Some(reporter) = reporter {
             reporter.report(&self.controller, sessions, clock::now());
-        }
-    }
-
-    /// Does what the next process wants, and has the one before do it, too.
-    fn obey(&mut self, order: &Order) {
-        if let Some(HeldBackend { pool, name, address, .. }) = &order.cut
-            && let Some(id) = self.controller.find_known(pool, name, address)
-        {
-            self.perform(vec![Effect::CutSessions(id)]);
-        }
-        if let Some(OrderedIntent { pool, backend, intent }) = &order.intent
-            && let Some(intent) = Intent::named(intent)
-            && let Ok(effects) = self.controller.set_intent(pool, backend, intent, clock::now())
-        {
-            self.perform(effects);
-            self.order_intent(pool, backend, intent);
-        }
-        if let Some(ms) = order.end_within_ms {
-            let time = Duration::from_millis(ms);
-            self.end_within(time);
-            self.order_end_within(time);
-        }
-    }
-
-    /// Has the process before reset that backend's sessions, too.
-    pub(super) fn order_cut(&self, id: BackendId) {
-        if let Some(before) = &self.upgrades.predecessor
-            && let Some(state) = self.controller.known(id)
-        {
-            let cut = HeldBackend {
-                pool: state.pool.to_string(),
-                name: state.name.to_string(),
-                address: state.address_text.to_string(),
-                ..HeldBackend::default()
-            };
-            before.order(&Order { cut: Some(cut), ..Order::default() });
-        }
-    }
-
-    /// Has the process before know what an operator wants.
-    pub(super) fn order_intent(&self, pool: &str, backend: &str, intent: Intent) {
-        if let Some(before) = &self.upgrades.predecessor {
-            let intent = OrderedIntent {
-                pool: pool.to_owned(),
-                backend: backend.to_owned(),
-                intent: intent.name().to_owned(),
-            };
-            before.order(&Order { intent: Some(intent), ..Order::default() });
-        }
-    }
-
-    /// Has the process before end by then.
-    pub(super) fn order_end_within(&self, time: Duration) {
-        if let Some(before) = &self.upgrades.predecessor {
-            let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-            before.order(&Order { end_within_ms: Some(ms), ..Order::default() });
         }
     }
 

@@ -7,6 +7,7 @@ use crate::net::handover::MARK;
 use crate::supervisor::link::Successor;
 use crate::supervisor::program::Program;
 use crate::supervisor::{Link, Wish};
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -51,6 +52,13 @@ pub(super) enum NotStarted {
     Refused(String),
     /// It did not work.
     Failed(String),
+}
+
+/// Whether a child of this process has ended, reaped or not.
+pub(super) fn has_ended(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    pid.is_some_and(|pid| !matches!(waitid(WaitId::Pid(pid), options), Ok(None)))
 }
 
 // === impl Starter ===

@@ -20,6 +20,7 @@ use std::collections::HashMap;
 use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
 
 /// How long the counts of the old process may be behind.
 pub(super) const REPORT_INTERVAL: Duration = Duration::from_millis(100);
@@ -68,8 +69,17 @@ pub(in crate::app) struct OrderedIntent {
 /// Sends frames from a thread of its own.
 #[derive(Debug)]
 pub(super) struct Writer {
-    frames: SyncSender<(u16, Vec<u8>)>,
+    frames: SyncSender<Frame>,
     thread: JoinHandle<()>,
+}
+
+#[derive(Debug)]
+struct Frame {
+    kind: u16,
+    body: Vec<u8>,
+    /// Told once the kernel has it: from then on the receiver gets it, even if this
+    /// process ends. Dropped where the receiver is gone.
+    sent: oneshot::Sender<()>,
 }
 
 /// What the next process has been told.
@@ -88,23 +98,27 @@ pub(super) struct Reporter {
 
 impl Writer {
     pub(super) fn start(channel: Channel) -> std::io::Result<Writer> {
-        let (frames, waiting) = mpsc::sync_channel::<(u16, Vec<u8>)>(FRAMES_MAX);
+        let (frames, waiting) = mpsc::sync_channel::<Frame>(FRAMES_MAX);
         let write = move || {
-            while let Ok((kind, body)) = waiting.recv() {
+            while let Ok(Frame { kind, body, sent }) = waiting.recv() {
                 if channel.send(kind, &body, &[], clock::now() + FRAME_MAX).is_err() {
                     // The other process is gone, and nothing is left to be told.
                     return;
                 }
+                let _ = sent.send(());
             }
         };
         let thread = std::thread::Builder::new().name("upgrade-words".to_owned()).spawn(write)?;
         Ok(Writer { frames, thread })
     }
 
-    /// False where the other process does not read at the moment.
-    pub(super) fn send<M: Message>(&self, message: &M) -> bool {
-        let frame = (M::KIND, message::encode(message));
-        !matches!(self.frames.try_send(frame), Err(TrySendError::Full(_)))
+    /// What tells that it is sent; `None` where the other process does not read at the
+    /// moment.
+    pub(super) fn send<M: Message>(&self, message: &M) -> Option<oneshot::Receiver<()>> {
+        let (sent, told) = oneshot::channel();
+        let frame = Frame { kind: M::KIND, body: message::encode(message), sent };
+        let is_full = matches!(self.frames.try_send(frame), Err(TrySendError::Full(_)));
+        (!is_full).then_some(told)
     }
 
     /// Waits until everything is sent.
@@ -167,7 +181,7 @@ impl Reporter {
             }
         }
         let news = sessions != self.sessions || !backends.is_empty() || !frontends.is_empty();
-        if news && self.writer.send(&report) {
+        if news && self.writer.send(&report).is_some() {
             self.sessions = sessions;
             note(&mut self.backends, backends);
             note(&mut self.frontends, frontends);

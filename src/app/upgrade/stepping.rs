@@ -5,6 +5,7 @@
 //! something that no check could show: a signal, a limit, a bug in its first sessions.
 
 use super::message::Ready;
+use super::process;
 use super::reports::Order;
 use super::{UpgradeEvent, Upgrades};
 use crate::app::control_loop::Control;
@@ -18,8 +19,12 @@ use tokio::sync::oneshot;
 /// How long the successor has to live.
 const STEPPING_DOWN: Duration = Duration::from_secs(1);
 
-/// How long its last orders may take to be read once it has ended.
-const LAST_ORDERS_MAX: Duration = Duration::from_millis(500);
+/// How long its last orders may take to be read once it has ended: a bound for a
+/// machine that is short of CPU.
+const LAST_ORDERS_MAX: Duration = Duration::from_secs(2);
+
+/// How long the status of a successor that has ended may take to be collected.
+const COLLECTED_MAX: Duration = Duration::from_secs(2);
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -28,7 +33,9 @@ pub(super) struct SteppingDown {
     /// Addresses the successor does not serve.
     not_taken: Vec<SocketAddr>,
     admin_taken: bool,
-    /// The successor's end, where this process is its parent.
+    /// The successor, where this process is its parent.
+    child: Option<u32>,
+    /// Its end, where this process is its parent.
     ended: Option<oneshot::Receiver<ExitStatus>>,
 }
 
@@ -36,24 +43,33 @@ pub(super) struct SteppingDown {
 
 impl SteppingDown {
     pub(super) async fn next(&mut self) -> UpgradeEvent {
-        let ended = &mut self.ended;
-        let failed = async {
-            if let Some(receiver) = ended {
-                let came = receiver.await;
-                // It is not to be asked again.
-                *ended = None;
-                if let Ok(status) = came
-                    && !status.success()
-                {
-                    return status;
-                }
-            }
-            std::future::pending().await
-        };
+        let until = self.until.into();
         tokio::select! {
-            status = failed => UpgradeEvent::Ended(status),
-            () = tokio::time::sleep_until(self.until.into()) => UpgradeEvent::SteppedDown,
+            status = self.failed() => return UpgradeEvent::Ended(status),
+            () = tokio::time::sleep_until(until) => {}
         }
+        // This process may have been stopped meanwhile: its clock has gone on without it.
+        if self.child.is_some_and(process::has_ended)
+            && let Ok(status) = tokio::time::timeout(COLLECTED_MAX, self.failed()).await
+        {
+            return UpgradeEvent::Ended(status);
+        }
+        UpgradeEvent::SteppedDown
+    }
+
+    /// Waits until the successor has ended without success.
+    async fn failed(&mut self) -> ExitStatus {
+        if let Some(receiver) = &mut self.ended {
+            let came = receiver.await;
+            // It is not to be asked again.
+            self.ended = None;
+            if let Ok(status) = came
+                && !status.success()
+            {
+                return status;
+            }
+        }
+        std::future::pending().await
     }
 }
 
@@ -69,7 +85,12 @@ impl Upgrades {
 // === impl Control ===
 
 impl Control {
-    pub(super) fn step_down(&mut self, ready: &Ready, ended: oneshot::Receiver<ExitStatus>) {
+    pub(super) fn step_down(
+        &mut self,
+        ready: &Ready,
+        pid: u32,
+        ended: oneshot::Receiver<ExitStatus>,
+    ) {
         let until = clock::now() + STEPPING_DOWN;
         let (not_taken, admin_taken) = (ready.not_taken.clone(), ready.admin_taken);
         self.binds.step_down(&not_taken, &self.workers);
@@ -77,8 +98,10 @@ impl Control {
         if admin_taken && let Some(admin) = &mut self.admin {
             admin.step_down();
         }
+        let child = self.supervised.link().is_none().then_some(pid);
         let ended = Some(ended);
-        self.upgrades.stepping_down = Some(SteppingDown { until, not_taken, admin_taken, ended });
+        self.upgrades.stepping_down =
+            Some(SteppingDown { until, not_taken, admin_taken, child, ended });
         self.drain_what_is_left();
     }
 
