@@ -5,9 +5,9 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use std::fmt::Write;
 use std::hint::black_box;
 use std::time::Duration;
-use tidegate::proxy::wheel::Wheel;
-use tidegate::telemetry::counters::Counter;
-use tidegate::telemetry::histograms::{Recorder, Series};
+use tidegate::core::metrics::counters::Counter;
+use tidegate::core::metrics::histograms::{Recorder, Series};
+use tidegate::dataplane::timer_wheel::Wheel;
 
 /// Timers armed while one is re-armed or fires.
 const SESSIONS: u32 = 10_000;

@@ -7,9 +7,9 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, UNIX_EPOCH};
+use tidegate::daemon::heartbeat::verify::{Gate, Limits, Reject};
 use tidegate::heartbeat::SenderState;
 use tidegate::heartbeat::keys::{Key, KeyRing, Secret};
-use tidegate::heartbeat::trust::{Gate, Limits, Reject};
 use tidegate::heartbeat::wire::{Draft, Identity, Parsed, encode};
 
 const NOW: u64 = 1_800_000_000_000;

@@ -15,14 +15,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
-use tidegate::balance::in_flight::InFlight;
-use tidegate::balance::latency::Latency;
-use tidegate::balance::{Balancer, Candidate, PickKey};
-use tidegate::config::{self, BackendAddress, OnRemoval, Policy, WhenNoneEligible};
-use tidegate::table::Table;
-use tidegate::table::build::{BackendInput, Input, PoolInput, build};
-use tidegate::table::publish::TablePublisher;
-use tidegate::table::state::{BackendId, BackendState};
+use tidegate::core::balance::in_flight::InFlight;
+use tidegate::core::balance::latency::Latency;
+use tidegate::core::balance::{Balancer, Candidate, PickKey};
+use tidegate::core::model;
+use tidegate::core::model::{BackendAddress, OnRemoval, Policy, WhenNoneEligible};
+use tidegate::core::table::Table;
+use tidegate::core::table::build::{BackendInput, Input, PoolInput, build};
+use tidegate::core::table::publish::TablePublisher;
+use tidegate::core::table::state::{BackendId, BackendState};
 
 const SIZES: [usize; 4] = [3, 64, 1_000, 10_000];
 
@@ -184,10 +185,10 @@ fn states(count: usize) -> Vec<Arc<BackendState>> {
         .collect()
 }
 
-fn spec(balance: Policy) -> Arc<config::Pool> {
-    Arc::new(config::Pool {
+fn spec(balance: Policy) -> Arc<model::Pool> {
+    Arc::new(model::Pool {
         name: "web".into(),
-        hash_slots: config::HASH_SLOTS,
+        hash_slots: model::HASH_SLOTS,
         balance,
         source: [].into(),
         connect_timeout: Duration::from_secs(5),
@@ -210,11 +211,7 @@ fn uneven(index: usize) -> u32 {
     if index < 500 { 999 - 2 * (index as u32 % 499) } else { 1 }
 }
 
-fn input(
-    spec: &Arc<config::Pool>,
-    states: &[Arc<BackendState>],
-    weight: fn(usize) -> u32,
-) -> Input {
+fn input(spec: &Arc<model::Pool>, states: &[Arc<BackendState>], weight: fn(usize) -> u32) -> Input {
     let backends = states
         .iter()
         .enumerate()

@@ -13,18 +13,18 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
-use tidegate::clock;
 use tidegate::config;
-use tidegate::control::{Controller, Event};
-use tidegate::load::{Behaviour, Service, serve};
+use tidegate::core::control::{Controller, Event};
+use tidegate::core::metrics::counters::WorkerCounters;
+use tidegate::core::outcome::{Cause, Phase};
+use tidegate::core::table::publish::TablePublisher;
+use tidegate::dataplane::accept::gate::Gate;
+use tidegate::dataplane::access_log::{AccessLog, Target};
+use tidegate::dataplane::worker::context::{Reports, Shared};
+use tidegate::dataplane::worker::{Command, Plan, Runtime, Worker};
+use tidegate::lab::load::{Behaviour, Service, serve};
+use tidegate::net::clock;
 use tidegate::net::listen;
-use tidegate::proxy::close::{Cause, Phase};
-use tidegate::proxy::context::{Reports, Shared};
-use tidegate::proxy::gate::Gate;
-use tidegate::proxy::worker::{Command, Plan, Runtime, Worker};
-use tidegate::table::publish::TablePublisher;
-use tidegate::telemetry::access_log::{AccessLog, Target};
-use tidegate::telemetry::counters::WorkerCounters;
 
 const SIZES: [(usize, &str); 3] = [(64, "64 B"), (16 * 1024, "16 KiB"), (1024 * 1024, "1 MiB")];
 

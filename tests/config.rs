@@ -10,9 +10,11 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tidegate::core::model;
 
 use proptest::prelude::*;
-use tidegate::config::{self, Config, Loaded, Problems};
+use tidegate::config::{self, Loaded, Problems};
+use tidegate::core::model::Config;
 
 #[path = "config/rules.rs"]
 mod rules;
@@ -138,8 +140,8 @@ fn full_file_states_the_built_in_defaults() {
     let (full, minimal) = (&full.pools[0], &minimal.pools[0]);
     let first = full.backends[0].clone();
     assert_eq!((&*first.name, &*minimal.backends[0].name), ("a", "10.0.0.11:8080"));
-    let named = config::Backend { name: minimal.backends[0].name.clone(), ..first };
-    let full = config::Pool { backends: vec![named], ..config::Pool::clone(full) };
+    let named = model::Backend { name: minimal.backends[0].name.clone(), ..first };
+    let full = model::Pool { backends: vec![named], ..model::Pool::clone(full) };
     assert_eq!(full, **minimal);
 }
 

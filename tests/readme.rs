@@ -14,15 +14,16 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
-use tidegate::admin::Request;
-use tidegate::app::{self, Options, Running};
 use tidegate::cli::Cli;
-use tidegate::config::{self, Policy};
+use tidegate::config;
+use tidegate::core::model::Policy;
+use tidegate::core::outcome::{Cause, Phase, code};
+use tidegate::daemon::admin::Request;
+use tidegate::daemon::{self, Options, Running};
 use tidegate::heartbeat::SenderState;
 use tidegate::heartbeat::keys::Secret;
 use tidegate::heartbeat::sender::{Sender, Settings};
 use tidegate::heartbeat::wire::Identity;
-use tidegate::proxy::close::{Cause, Phase, code};
 use tokio::sync::oneshot;
 
 /// Longest wait for something that is about to happen.
@@ -203,7 +204,7 @@ impl Balancer {
         fs::write(&path, text).unwrap();
         std::thread::spawn(move || serve_one(&backend));
         let options = Options { config: path, signals: false, logging: false };
-        let running = app::start(options).unwrap();
+        let running = daemon::start(options).unwrap();
         let identity = Identity::new("web", &to.to_string(), to).unwrap();
         let secret = Secret::new(&[7; 32]).unwrap();
         let interval = Duration::from_millis(100);
@@ -265,12 +266,12 @@ fn talk_once(frontend: SocketAddr) {
 
 fn eventually<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
     let (_keep, never) = mpsc::channel::<()>();
-    let deadline = tidegate::clock::now() + SOON;
+    let deadline = tidegate::net::clock::now() + SOON;
     loop {
         if let Some(result) = attempt() {
             return result;
         }
-        assert!(tidegate::clock::now() < deadline, "it did not come within {SOON:?}");
+        assert!(tidegate::net::clock::now() < deadline, "it did not come within {SOON:?}");
         let _ = never.recv_timeout(Duration::from_millis(10));
     }
 }

@@ -3,9 +3,10 @@
 //! Called by `cli`. It looks at everything that `run` looks at, on this host and
 //! as this user, and changes nothing.
 
-use super::{CheckArgs, Exit};
-use crate::app;
+use super::CheckArgs;
+use crate::client::command::Exit;
 use crate::config::{self, Loaded, Severity};
+use crate::daemon;
 use std::io::{IsTerminal, Write};
 
 /// Validates a file: problems and warnings on standard error, a summary of a
@@ -16,7 +17,7 @@ pub fn main(args: CheckArgs) -> Exit {
     let path = args.file.or(args.config).unwrap_or_default();
     match config::load(&path) {
         Ok(mut loaded) => {
-            loaded.warnings.extend(app::preflight(&loaded));
+            loaded.warnings.extend(daemon::preflight(&loaded));
             for problem in &loaded.warnings {
                 eprintln!("{}", problem.render(colour));
             }

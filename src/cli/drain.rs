@@ -3,9 +3,10 @@
 //! Called by the command line; the admin API does the work. Waiting is done here,
 //! by asking again and again.
 
-use super::client::{ClientArgs, ClientError, ask, printable, report, segment};
-use super::{DrainArgs, Exit, duration};
-use crate::clock;
+use super::DrainArgs;
+use crate::client::command::{Exit, duration};
+use crate::client::http::{ClientArgs, ClientError, ask, printable, report, segment};
+use crate::net::clock;
 use clap::Args;
 use hyper::Method;
 use serde_json::Value;

@@ -4,10 +4,11 @@
 //! JSON says, most important first; fields an older balancer does not have show
 //! as `-`.
 
-use super::client::{ask, printable, report, segment};
+use super::DrainArgs;
 use super::status::{age, list, plural, terminal_width, word};
 use super::table::wrap;
-use super::{DrainArgs, Exit};
+use crate::client::command::Exit;
+use crate::client::http::{ask, printable, report, segment};
 use hyper::Method;
 use serde_json::Value;
 use std::fmt::Write;

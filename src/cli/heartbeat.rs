@@ -16,12 +16,12 @@
 //! A check that fails through this machine's own trouble (no descriptors, no
 //! ports) proves nothing and changes nothing.
 
-use super::{Exit, crew, duration};
-use crate::config::{BackendAddress, ProbeKind, ProbeSpec};
-use crate::health::ProbeOutcome;
-use crate::health::probe;
+use crate::client::command::{Exit, duration};
+use crate::core::health::ProbeOutcome;
+use crate::core::model::{BackendAddress, ProbeKind, ProbeSpec};
+use crate::daemon::heartbeat::verify::SKEW_MAX;
+use crate::daemon::probe;
 use crate::heartbeat::sender::{Sender, Settings};
-use crate::heartbeat::trust::SKEW_MAX;
 use crate::heartbeat::wire::Identity;
 use crate::heartbeat::{SenderState, key_file};
 use crate::net::{ntp, sock_diag};
@@ -164,12 +164,12 @@ async fn run(args: &HeartbeatArgs, settings: Settings) -> io::Result<Exit> {
             () = sleep(args.drain) => {}
             () = count(args, &sender) => {}
             () = stop.told() => {
-                crew::print("second signal: exiting at once");
+                crate::client::command::print("second signal: exiting at once");
                 return Ok(Exit::Failed);
             }
         }
     }
-    crew::print("stopping");
+    crate::client::command::print("stopping");
     sender.close();
     Ok(Exit::Fine)
 }
@@ -252,7 +252,7 @@ async fn report_failures(sender: &Sender) {
 
 fn tell(sender: &Sender, state: SenderState, why: &str) {
     sender.set_state(state);
-    crew::print(&format!("{}: {why}", state.name()));
+    crate::client::command::print(&format!("{}: {why}", state.name()));
 }
 
 fn identity(args: &HeartbeatArgs) -> Result<Identity, String> {

@@ -4,46 +4,25 @@
 //! a file of its own and gives an [`Exit`]; nothing here runs or asks anything
 //! itself.
 
-pub mod backend;
-pub mod bench;
 pub mod check;
-pub mod client;
-mod crew;
-pub mod demo;
 pub mod drain;
 pub mod explain;
 pub mod heartbeat;
-mod reach;
 pub mod ready;
 pub mod reload;
 pub mod run;
-pub mod selftest;
 pub mod shutdown;
 pub mod status;
-pub mod streams;
 mod table;
 pub mod upgrade;
 
+use crate::client::command::Exit;
+use crate::client::http::ClientArgs;
+use crate::lab::cli::demo::DemoArgs;
 use crate::net::signals;
 use clap::{Args, Parser, Subcommand};
-use client::ClientArgs;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
-
-/// How a command ended, as scripts see it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Exit {
-    /// All went well.
-    Fine = 0,
-    /// A configuration or a request was refused.
-    Refused = 1,
-    /// The command line makes no sense.
-    Usage = 2,
-    /// Trouble while running: an address taken, the admin API unreachable.
-    Failed = 3,
-}
 
 /// Tidegate: a layer-4 load balancer.
 #[derive(Debug, Parser)]
@@ -111,22 +90,22 @@ pub enum Command {
     )]
     Shutdown(ClientArgs),
     /// Prove on this machine that reloads, upgrades and dying backends lose nothing.
-    #[command(after_help = selftest::HELP)]
-    Selftest(selftest::SelftestArgs),
+    #[command(after_help = crate::lab::cli::selftest::HELP)]
+    Selftest(crate::lab::cli::selftest::SelftestArgs),
     /// Send heartbeats for a local service: whether it works, how many
     /// connections it has, when it stops.
     #[command(after_help = heartbeat::HELP)]
     Heartbeat(heartbeat::HeartbeatArgs),
     /// Make load and measure: requests, streams, held connections.
-    #[command(after_help = bench::HELP)]
-    Bench(bench::BenchArgs),
+    #[command(after_help = crate::lab::cli::bench::HELP)]
+    Bench(crate::lab::cli::bench::BenchArgs),
     /// Send streams of which every byte is known through a balancer to backends
     /// of this command's own; say what was lost.
-    #[command(after_help = streams::HELP)]
-    Streams(streams::StreamsArgs),
+    #[command(after_help = crate::lab::cli::streams::HELP)]
+    Streams(crate::lab::cli::streams::StreamsArgs),
     /// Run servers that answer load, well or badly.
-    #[command(after_help = backend::HELP)]
-    Backend(backend::BackendArgs),
+    #[command(after_help = crate::lab::cli::backend::HELP)]
+    Backend(crate::lab::cli::backend::BackendArgs),
 }
 
 /// `tidegate run`
@@ -156,20 +135,6 @@ pub struct CheckArgs {
     /// The same, as `run` takes it.
     #[arg(long, short, value_name = "FILE")]
     pub config: Option<PathBuf>,
-}
-
-/// `tidegate demo`
-#[derive(Debug, Args)]
-pub struct DemoArgs {
-    /// Built-in backends to start.
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub backends: u16,
-    /// Length of the demo, such as 20s or 1m.
-    #[arg(long = "for", value_name = "TIME", default_value = "40s", value_parser = duration)]
-    pub duration: Duration,
-    /// Time at the end to try the balancer; default: what is left of --for.
-    #[arg(long, value_name = "TIME", value_parser = duration)]
-    pub play: Option<Duration>,
 }
 
 /// `tidegate undrain` and `explain`; part of `drain`
@@ -205,7 +170,7 @@ fn dispatch(command: Command) -> Exit {
     match command {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(args),
-        Command::Demo(args) => demo::main(args),
+        Command::Demo(args) => crate::lab::cli::demo::main(args),
         Command::Ready(args) => ready::main(&args),
         Command::Reload(args) => reload::main(&args),
         Command::Upgrade(args) => upgrade::main(&args),
@@ -214,39 +179,11 @@ fn dispatch(command: Command) -> Exit {
         Command::Drain(args) => drain::drain(&args),
         Command::Undrain(args) => drain::undrain(&args),
         Command::Shutdown(args) => shutdown::main(&args),
-        Command::Selftest(args) => selftest::main(&args),
+        Command::Selftest(args) => crate::lab::cli::selftest::main(&args),
         Command::Heartbeat(args) => heartbeat::main(&args),
-        Command::Bench(args) => bench::main(&args),
-        Command::Streams(args) => streams::main(&args),
-        Command::Backend(args) => backend::main(&args),
-    }
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(Duration::ZERO) => Err("a duration above zero is needed".to_owned()),
-        Ok(duration) => Ok(duration),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
-// === impl Exit ===
-
-impl Exit {
-    /// Of a process of this program that has ended with `code`.
-    fn of(code: u8) -> Exit {
-        match code {
-            0 => Exit::Fine,
-            1 => Exit::Refused,
-            2 => Exit::Usage,
-            _ => Exit::Failed,
-        }
-    }
-}
-
-impl From<Exit> for ExitCode {
-    fn from(exit: Exit) -> ExitCode {
-        ExitCode::from(exit as u8)
+        Command::Bench(args) => crate::lab::cli::bench::main(&args),
+        Command::Streams(args) => crate::lab::cli::streams::main(&args),
+        Command::Backend(args) => crate::lab::cli::backend::main(&args),
     }
 }
 
@@ -254,6 +191,7 @@ impl From<Exit> for ExitCode {
 mod tests {
     use super::*;
     use clap::CommandFactory;
+    use std::time::Duration;
 
     fn parse(arguments: &[&str]) -> Result<Command, clap::Error> {
         Cli::try_parse_from([&["tidegate"], arguments].concat()).map(|cli| cli.command)

@@ -3,9 +3,9 @@
 //! Called by the command line, by health checks and by routers every moment: one
 //! blocking exchange without a runtime.
 
-use super::Exit;
-use super::client::{Address, ClientArgs, read_token, report};
-use super::reach::Reached;
+use crate::client::command::Exit;
+use crate::client::http::{Address, ClientArgs, read_token, report};
+use crate::client::reach::Reached;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -79,7 +79,7 @@ fn ask_first(places: &[Address], request: &str) -> Result<String, String> {
 
 fn complain(text: &str) {
     // With standard error closed there is nobody to tell.
-    let _ = writeln!(io::stderr(), "tidegate: {}", super::client::printable(text));
+    let _ = writeln!(io::stderr(), "tidegate: {}", crate::client::http::printable(text));
 }
 
 fn request(token: Option<&str>) -> String {

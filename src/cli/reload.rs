@@ -2,8 +2,8 @@
 //!
 //! Called by the command line; the admin API does the work.
 
-use super::Exit;
-use super::client::{ClientArgs, ask, printable, report};
+use crate::client::command::Exit;
+use crate::client::http::{ClientArgs, ask, printable, report};
 use hyper::Method;
 use serde_json::Value;
 

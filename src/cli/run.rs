@@ -6,14 +6,15 @@
 //! the process was started with (sockets of a process before or of a service manager),
 //! starts what it is, waits for its end and turns that into an exit code.
 
-use super::{Exit, RunArgs};
-use crate::app::{
+use super::RunArgs;
+use crate::client::command::Exit;
+use crate::daemon::{
     self, Activated, Before, Failure, Notifier, Options, Predecessor, Supervised, Surroundings,
 };
-use crate::net::handover;
+use crate::logging::logfmt::one_line;
+use crate::net::fd_channel;
 use crate::supervisor::program::Program;
 use crate::supervisor::{self, Link};
-use crate::telemetry::logfmt::one_line;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
@@ -33,7 +34,7 @@ pub fn main(args: RunArgs) -> Exit {
             serve(&args, || supervised_surroundings(&args, &link, supervised))
         }
         // A process without a supervisor starts one of its own kind.
-        Ok(None) if args.single || std::env::var_os(handover::MARK).is_some() => {
+        Ok(None) if args.single || std::env::var_os(fd_channel::MARK).is_some() => {
             serve(&args, || single_surroundings(&args))
         }
         Ok(None) => supervise(&args),
@@ -46,8 +47,8 @@ pub fn main(args: RunArgs) -> Exit {
 
 fn supervise(args: &RunArgs) -> Exit {
     let run = || -> Result<u8, Failure> {
-        let activated = app::passed()?.into_iter();
-        let kept = activated.map(|(name, fd)| (app::activated_name(&name), fd)).collect();
+        let activated = daemon::passed()?.into_iter();
+        let kept = activated.map(|(name, fd)| (daemon::activated_name(&name), fd)).collect();
         let failed = |error: io::Error| Failure::Runtime(error.to_string());
         let program = Program::of_this_process(child_arguments(args)).map_err(failed)?;
         supervisor::run(program, args.pid_file.clone(), kept).map_err(failed)
@@ -78,7 +79,7 @@ fn check(version: u32) -> Exit {
 fn serve(args: &RunArgs, surroundings: impl FnOnce() -> Result<Surroundings, Failure>) -> Exit {
     let running = surroundings().and_then(|surroundings| {
         let options = Options { config: args.config.clone(), signals: true, logging: true };
-        app::start_within(options, surroundings)
+        daemon::start_within(options, surroundings)
     });
     let running = match running {
         Ok(running) => running,
@@ -96,8 +97,8 @@ fn serve(args: &RunArgs, surroundings: impl FnOnce() -> Result<Surroundings, Fai
         }
     };
     match running.wait() {
-        app::Exit::Drained { .. } => Exit::Fine,
-        app::Exit::Forced | app::Exit::WorkerDied | app::Exit::ControlDied => Exit::Failed,
+        daemon::Exit::Drained { .. } => Exit::Fine,
+        daemon::Exit::Forced | daemon::Exit::WorkerDied | daemon::Exit::ControlDied => Exit::Failed,
     }
 }
 
@@ -112,12 +113,12 @@ fn supervised_surroundings(
     // Before there are threads. The process before was confined by itself alone.
     let upgrade = predecessor.is_some() || supervised.takes_over();
     let before = Before { inherited: &[], admin: place, upgrade, instead: supervised.instead() };
-    let confined = app::confine(&args.config, None, before)?;
+    let confined = daemon::confine(&args.config, None, before)?;
     Ok(Surroundings { predecessor, supervised, notifier, confined, ..Surroundings::default() })
 }
 
 fn single_surroundings(args: &RunArgs) -> Result<Surroundings, Failure> {
-    let passed = app::passed()?;
+    let passed = daemon::passed()?;
     let activated = (!passed.is_empty()).then(|| Activated::of(passed)).transpose()?;
     let predecessor = Predecessor::greet()?;
     let program = Program::of_this_process(single_arguments(args))
@@ -132,7 +133,7 @@ fn single_surroundings(args: &RunArgs) -> Result<Surroundings, Failure> {
         instead: None,
     };
     // Before there are threads, and before anything else is opened.
-    let confined = app::confine(&args.config, pid_file.as_deref(), before)?;
+    let confined = daemon::confine(&args.config, pid_file.as_deref(), before)?;
     let supervised = Supervised::default();
     Ok(Surroundings { predecessor, activated, supervised, program, notifier, pid_file, confined })
 }

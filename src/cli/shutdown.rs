@@ -3,8 +3,8 @@
 //! Called by the command line; the admin API does the work. It does not wait
 //! for the end.
 
-use super::Exit;
-use super::client::{ClientArgs, ask, report};
+use crate::client::command::Exit;
+use crate::client::http::{ClientArgs, ask, report};
 use hyper::Method;
 
 /// Asks and says that draining has begun.

@@ -4,9 +4,9 @@
 //! JSON says and works nothing out but words, columns and units; fields an
 //! older balancer does not have show as `-`.
 
-use super::Exit;
-use super::client::{ClientArgs, ask, printable, report};
 use super::table::{Column, Table, wrap};
+use crate::client::command::Exit;
+use crate::client::http::{ClientArgs, ask, printable, report};
 use hyper::Method;
 use serde_json::Value;
 use std::io::IsTerminal;

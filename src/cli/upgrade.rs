@@ -3,8 +3,8 @@
 //! Called by the command line; the admin API does the work. It waits until the
 //! new process serves, or says why it does not.
 
-use super::Exit;
-use super::client::{ClientArgs, ask_within, printable, report, segment};
+use crate::client::command::Exit;
+use crate::client::http::{ClientArgs, ask_within, printable, report, segment};
 use clap::Args;
 use hyper::Method;
 use serde_json::Value;

@@ -16,7 +16,8 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::diagnose::Report;
-use super::value::{self, Complaint, did_you_mean_or, shown};
+use super::value::{Complaint, did_you_mean_or, shown};
+use crate::config::value;
 
 /// One value with its place.
 pub(super) type Node<'a> = Spanned<DeValue<'a>>;

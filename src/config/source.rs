@@ -24,9 +24,9 @@ const CUT: &str = "...";
 
 /// A text with its name and the offsets at which its lines start.
 #[derive(Debug)]
-pub(super) struct Source<'t> {
-    pub(super) file: Arc<str>,
-    pub(super) text: &'t str,
+pub(crate) struct Source<'t> {
+    pub(crate) file: Arc<str>,
+    pub(crate) text: &'t str,
     /// Ascending; the first is 0.
     line_starts: Vec<usize>,
 }
@@ -34,9 +34,9 @@ pub(super) struct Source<'t> {
 /// A piece of one source line, short enough to show, and the bytes of it to
 /// point at.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Excerpt {
-    pub(super) text: String,
-    pub(super) mark: Range<usize>,
+pub(crate) struct Excerpt {
+    pub(crate) text: String,
+    pub(crate) mark: Range<usize>,
 }
 
 /// The bytes of a regular file of at most [`FILE_BYTES_MAX`] bytes.
@@ -45,7 +45,7 @@ pub(super) struct Excerpt {
 /// A sentence for the operator: missing, unreadable, not a regular file, too
 /// large. A FIFO or device is refused, not waited for: it is opened with
 /// `O_NONBLOCK` and looked at before the first read (open(2), fifo(7)).
-pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, String> {
+pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, String> {
     read_bounded(open_regular(path)?, FILE_BYTES_MAX)?.ok_or_else(too_large)
 }
 
@@ -76,14 +76,14 @@ fn read_bounded(file: File, bytes_max: usize) -> Result<Option<Vec<u8>>, String>
 }
 
 /// The index of the network interface of that name, where there is one.
-pub(super) fn interface_index(name: &str) -> Option<u32> {
+pub(crate) fn interface_index(name: &str) -> Option<u32> {
     use rustix::net::{AddressFamily, SocketType, netdevice, socket};
     let socket = socket(AddressFamily::UNIX, SocketType::DGRAM, None).ok()?;
     netdevice::name_to_index(&socket, name).ok().filter(|index| *index > 0)
 }
 
 /// What is said of a file beyond the bound.
-pub(super) fn too_large() -> String {
+pub(crate) fn too_large() -> String {
     format!("the file is larger than {} MiB", FILE_BYTES_MAX / (1024 * 1024))
 }
 
@@ -99,7 +99,7 @@ fn plain(error: &io::Error) -> String {
 // === impl Source ===
 
 impl<'t> Source<'t> {
-    pub(super) fn new(file: &str, text: &'t str) -> Self {
+    pub(crate) fn new(file: &str, text: &'t str) -> Self {
         let newlines = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
         let line_starts = std::iter::once(0).chain(newlines.map(|(at, _)| at + 1)).collect();
         Source { file: file.into(), text, line_starts }
@@ -107,7 +107,7 @@ impl<'t> Source<'t> {
 
     /// Line and column of a byte offset, both from 1, columns in characters.
     /// The end of the file counts as the end of its last line.
-    pub(super) fn locate(&self, offset: usize) -> (usize, usize) {
+    pub(crate) fn locate(&self, offset: usize) -> (usize, usize) {
         let offset = self.clamp(offset);
         let line = self.line_starts.partition_point(|start| *start <= offset);
         let start = self.line_starts[line - 1];
@@ -115,7 +115,7 @@ impl<'t> Source<'t> {
     }
 
     /// The line around the start of `place`, cut where it is very long.
-    pub(super) fn excerpt(&self, place: &Range<usize>) -> Excerpt {
+    pub(crate) fn excerpt(&self, place: &Range<usize>) -> Excerpt {
         let start = self.clamp(place.start);
         let line = self.line(start);
         let end = self.clamp(place.end).clamp(start, line.end.max(start));

@@ -4,7 +4,8 @@
 //! Collected by `app` after each configuration that comes into force, read by
 //! [`super::load_kept`]. Secrets are among them.
 
-use super::{Config, source};
+use super::source;
+use crate::core::model::Config;
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};

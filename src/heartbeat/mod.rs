@@ -17,12 +17,10 @@
 
 pub mod key_file;
 pub mod keys;
-pub mod listen;
-pub mod rejections;
+pub mod secret_file;
 pub mod sender;
 #[cfg(test)]
-mod testing;
-pub mod trust;
+pub(crate) mod testing;
 pub mod wire;
 
 use std::net::SocketAddr;

@@ -29,7 +29,7 @@
 use super::SenderState;
 use super::keys::Secret;
 use super::wire::{Draft, INTERVAL_MAX, Identity, SHARE_MAX, encode};
-use crate::clock;
+use crate::net::clock;
 use crate::net::datagram;
 use std::io;
 use std::net::SocketAddr;

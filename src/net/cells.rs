@@ -2,7 +2,7 @@
 //! so that a cap over them holds at every moment.
 //!
 //! Made by `app` at the start, or taken from the process before; used by
-//! `balance::in_flight` for every session. It knows keys and counts, not what is
+//! `core::balance::in_flight` for every session. It knows keys and counts, not what is
 //! counted. Counting takes no lock and makes no system call. Finding the cell of a key
 //! does both, and is for the control thread.
 //!
@@ -23,7 +23,7 @@
 
 #![allow(unsafe_code)]
 
-use crate::clock;
+use crate::net::clock;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
 use std::collections::HashMap;
 use std::io;

@@ -1,7 +1,7 @@
 //! What confines this process, as it is told: each layer, whether it is in force,
 //! and how far or why not.
 //!
-//! Filled in by `app::confine`, shown by status, metrics and the log. Plain data:
+//! Filled in by `daemon::sandbox`, shown by status, metrics and the log. Plain data:
 //! it changes nothing and asks nobody.
 
 /// One of [`LAYERS`].

@@ -7,14 +7,14 @@
 
 pub mod budget;
 pub mod cells;
+pub mod clock;
 pub mod confinement;
 pub mod cpu;
 pub mod datagram;
 pub mod epoll;
-pub mod errno;
 #[cfg(test)]
 pub(crate) mod fake;
-pub mod handover;
+pub mod fd_channel;
 pub mod holders;
 mod ioctl;
 pub mod limits;

@@ -1,7 +1,7 @@
 //! Who this process is and what it may do beyond that: user, groups,
 //! capabilities, `no_new_privs`.
 //!
-//! Called by `app::confine` while there is one thread, whose state every later
+//! Called by `daemon::sandbox` while there is one thread, whose state every later
 //! one inherits. It only ever gives rights up, and never decides which.
 
 pub use rustix::thread::CapabilitySet;

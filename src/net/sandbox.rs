@@ -1,7 +1,7 @@
 //! Walls a process builds around itself: landlock for files, seccomp for system
 //! calls.
 //!
-//! Called by `app::confine` while there is one thread; later threads and programs
+//! Called by `daemon::sandbox` while there is one thread; later threads and programs
 //! that this process starts are inside as well, for good. Nothing here decides
 //! what is needed but [`calls`], which lists the system calls of this program.
 

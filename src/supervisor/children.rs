@@ -4,10 +4,11 @@
 
 use super::message::Order;
 use super::program::Program;
-use super::reexec::{self, FileId};
+use super::reexec::FileId;
 use super::{link, manager, store};
-use crate::net::handover;
+use crate::net::fd_channel;
 use crate::net::packets::{FDS_MAX, Packets};
+use crate::supervisor::reexec;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::Pid;
@@ -162,10 +163,11 @@ pub(super) fn prepare(command: &mut Command, pipes: Option<Pipes>) {
         command.env_remove(manager::WATCHDOG_USEC);
     }
     match pipes {
-        None => command.env_remove(handover::MARK),
-        Some(Pipes { channel, stderr }) => {
-            command.env(handover::MARK, "1").stdin(Stdio::from(channel)).stderr(Stdio::from(stderr))
-        }
+        None => command.env_remove(fd_channel::MARK),
+        Some(Pipes { channel, stderr }) => command
+            .env(fd_channel::MARK, "1")
+            .stdin(Stdio::from(channel))
+            .stderr(Stdio::from(stderr)),
     };
 }
 

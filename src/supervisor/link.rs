@@ -5,7 +5,7 @@
 
 use super::message::{Order, Report, Wish};
 use super::store::{STORES, Store};
-use crate::net::handover;
+use crate::net::fd_channel;
 use crate::net::packets::{FDS_MAX, Packet, Packets};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -77,7 +77,7 @@ impl Link {
         let Some(number) = std::env::var_os(MARK) else { return Ok(None) };
         let number = number.to_str().and_then(|text| text.parse().ok());
         let number = number.ok_or_else(|| io::Error::other(format!("{MARK} is no number")))?;
-        let packets = Packets::from(handover::take_inherited(number)?);
+        let packets = Packets::from(fd_channel::take_inherited(number)?);
         let given = given(&packets)?;
         Ok(Some((Arc::new(Link { packets, asking: Mutex::default() }), given)))
     }

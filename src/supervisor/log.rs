@@ -6,7 +6,7 @@
 //! and no level. It never waits for a reader: a full pipe costs the line, and the next
 //! line that is written says in `lines_lost` how many there were.
 
-use crate::telemetry::logfmt::Logfmt;
+use crate::logging::logfmt::Logfmt;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};

@@ -1,11 +1,11 @@
 //! Telling a service manager how this process is (sd_notify(3)): ready, reloading,
 //! stopping, alive.
 //!
-//! Used by the supervisor and, where there is none, by `app::notify`. Datagrams to
+//! Used by the supervisor and, where there is none, by `daemon::notify`. Datagrams to
 //! `NOTIFY_SOCKET`, sent without waiting; one that is lost is lost, and the log names the
 //! first in a row. Without that variable nothing is sent.
 
-use crate::clock;
+use crate::net::clock;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::linux::net::SocketAddrExt;

@@ -18,7 +18,7 @@
 //! *stepping down* for a second, in which it goes on if the new one ends, and then
 //! *leaving*: it drains.
 //!
-//! A worker that falls is still replaced inside its process (`proxy::life`): that keeps
+//! A worker that falls is still replaced inside its process (`dataplane::worker::supervisor`): that keeps
 //! the sessions of the other workers, which another process has none of.
 //!
 //! # Why this process has all rights

@@ -8,7 +8,7 @@
 //! checked when it is read, in the trial and again when it is taken over.
 
 use super::program::Program;
-use crate::net::{handover, packets};
+use crate::net::{fd_channel, packets};
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
@@ -26,7 +26,7 @@ pub(super) const BYTES_MAX: usize = 16 * 1024 * 1024;
 pub(super) const CHILDREN_MAX: usize = 1024;
 
 /// Most descriptors: the sockets that are kept, a link to each process, the stores.
-const DESCRIPTORS_MAX: usize = handover::FDS_MAX + CHILDREN_MAX + packets::FDS_MAX;
+const DESCRIPTORS_MAX: usize = fd_channel::FDS_MAX + CHILDREN_MAX + packets::FDS_MAX;
 
 /// Descriptors below are those of every program (stdin(3)).
 const FIRST: RawFd = 3;

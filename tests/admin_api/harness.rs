@@ -12,15 +12,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tidegate::admin::{
+use tidegate::core::control::OperatorError;
+use tidegate::core::health::Intent;
+use tidegate::core::metrics::counters::WorkerCounters;
+use tidegate::core::model::{Admin, AdminListen};
+use tidegate::daemon::admin::{
     self, Problem, Readiness, ReloadError, Reloaded, Request, Token, TokenStore, UpgradeError,
     Upgraded,
 };
-use tidegate::clock;
-use tidegate::config::{Admin, AdminListen};
-use tidegate::control::OperatorError;
-use tidegate::health::Intent;
-use tidegate::telemetry::counters::WorkerCounters;
+use tidegate::net::clock;
 use tokio::sync::{mpsc, oneshot};
 
 pub(crate) const TOKEN: &str = "a-token-of-fair-length";

@@ -13,9 +13,9 @@ use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tidegate::admin::{self, Token};
-use tidegate::clock;
-use tidegate::config::Admin;
+use tidegate::core::model::Admin;
+use tidegate::daemon::admin::{self, Token};
+use tidegate::net::clock;
 
 // --- endpoints ---
 

@@ -16,10 +16,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
-use tidegate::balance::in_flight::InFlight;
-use tidegate::balance::latency::Latency;
-use tidegate::balance::{Balancer, Candidate, PickError, PickKey};
-use tidegate::config::Policy;
+use tidegate::core::balance::in_flight::InFlight;
+use tidegate::core::balance::latency::Latency;
+use tidegate::core::balance::{Balancer, Candidate, PickError, PickKey};
+use tidegate::core::model::Policy;
 
 // === helpers ===
 

@@ -1,7 +1,7 @@
 //! What rules mean and which have no effect: ranges, binds, keys that need others.
 
 use super::*;
-use tidegate::proxy::admission::access::Access;
+use tidegate::core::limits::access_list::Access;
 
 #[test]
 fn keys_for_senders_that_may_not_register_are_warned_of() {
@@ -65,6 +65,8 @@ fn a_star_is_both_families_and_interfaces_may_be_named() {
     );
     assert_eq!(config.pools[0].backends[0].address.to_string(), "unix:@name");
     let probe = config.pools[0].probe.as_ref().unwrap();
-    let config::ProbeKind::SendExpect { expect, .. } = &probe.kind else { panic!("{probe:?}") };
-    assert_eq!(*expect, config::Expect::Contains(b"role:master".to_vec()));
+    let tidegate::core::model::ProbeKind::SendExpect { expect, .. } = &probe.kind else {
+        panic!("{probe:?}")
+    };
+    assert_eq!(*expect, tidegate::core::model::Expect::Contains(b"role:master".to_vec()));
 }

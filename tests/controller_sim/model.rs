@@ -4,11 +4,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate::config::WhenNoneEligible;
-use tidegate::config::{Backend, BackendAddress, Config, EjectionSpec, OnRemoval, Pool, ProbeSpec};
-use tidegate::control::{KEPT_FOR, ProbeToken};
-use tidegate::health::{Intent, Observation};
-use tidegate::table::state::{BackendId, BackendState};
+use tidegate::core::control::{KEPT_FOR, ProbeToken};
+use tidegate::core::health::{Intent, Observation};
+use tidegate::core::model::WhenNoneEligible;
+use tidegate::core::model::{
+    Backend, BackendAddress, Config, EjectionSpec, OnRemoval, Pool, ProbeSpec,
+};
+use tidegate::core::table::state::{BackendId, BackendState};
 
 /// As the controller documents them.
 const PROBE_LOST_MARGIN: Duration = Duration::from_secs(5);

@@ -4,9 +4,9 @@
 use super::model::{Model, ModelBackend, ModelPool};
 use std::collections::{BTreeSet, HashMap};
 use std::time::Instant;
-use tidegate::config::Config;
-use tidegate::health::{Intent, Observation};
-use tidegate::table::state::BackendId;
+use tidegate::core::health::{Intent, Observation};
+use tidegate::core::model::Config;
+use tidegate::core::table::state::BackendId;
 
 impl ModelPool {
     /// Whether its own backends decide alone.

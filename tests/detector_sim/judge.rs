@@ -5,7 +5,7 @@
 
 use super::link::{Link, MILLI, Micros};
 use std::time::{Duration, Instant};
-use tidegate::health::heartbeat::{
+use tidegate::core::suspicion::{
     Answer, Ask, Beat, Channel, HeartbeatDetector, State, Step, TryId,
 };
 

@@ -1,5 +1,5 @@
-//! See `tidegate::fuzz::config`.
+//! See `tidegate::daemon::fuzz::config`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate::fuzz::config::check(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate::daemon::fuzz::config::check(data));

@@ -1,5 +1,5 @@
-//! See `tidegate::fuzz::heartbeat`.
+//! See `tidegate::daemon::fuzz::heartbeat`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate::fuzz::heartbeat::check(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate::daemon::fuzz::heartbeat::check(data));

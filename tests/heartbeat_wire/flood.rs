@@ -3,9 +3,9 @@
 use crate::place::{receiver, secret, settings};
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
+use tidegate::daemon::heartbeat::verify::Reject;
 use tidegate::heartbeat::SenderState;
 use tidegate::heartbeat::sender::Sender;
-use tidegate::heartbeat::trust::Reject;
 use tidegate::heartbeat::wire::{Draft, Identity, encode};
 
 /// Forged datagrams a second; an unoptimised build cannot make as many.

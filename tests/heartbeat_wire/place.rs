@@ -4,10 +4,10 @@ use crate::wait::eventually_some;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+use tidegate::daemon::heartbeat::receive::{Arrived, Receiver};
+use tidegate::daemon::heartbeat::verify::{Gate, Limits};
 use tidegate::heartbeat::keys::{Key, KeyRing, Secret};
-use tidegate::heartbeat::listen::{Arrived, Receiver};
 use tidegate::heartbeat::sender::Settings;
-use tidegate::heartbeat::trust::{Gate, Limits};
 use tidegate::heartbeat::wire::Identity;
 
 pub const SECRET: [u8; 32] = [b'k'; 32];

@@ -62,7 +62,9 @@ fn a_service_is_ready_only_while_its_check_succeeds() {
     let _sidecar = sidecar(to, service, &key, &["--name", "a", "--weight", "5"]);
     let first = heard(&receiver, "a first", |_| true).heartbeat;
     assert_eq!((first.state, &*first.name), (SenderState::Starting, "a"));
-    let is = |state| move |one: &tidegate::heartbeat::listen::Arrived| one.heartbeat.state == state;
+    let is = |state| {
+        move |one: &tidegate::daemon::heartbeat::receive::Arrived| one.heartbeat.state == state
+    };
 
     place.listen(16).unwrap();
     let ready = heard(&receiver, "ready", is(SenderState::Ready)).heartbeat;

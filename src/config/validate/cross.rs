@@ -12,7 +12,7 @@ use super::pool::PoolRead;
 use super::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
 use crate::config::diagnose::Report;
 use crate::config::value::{Complaint, did_you_mean_or, shown};
-use crate::config::{AdminListen, BackendAddress};
+use crate::core::model::{AdminListen, BackendAddress};
 
 pub(super) fn check(
     report: &Report<'_>,

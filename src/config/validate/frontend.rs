@@ -16,7 +16,8 @@ use crate::config::file::{Field, Named, Section};
 use crate::config::value::{
     self, Complaint, DurationRange, STALLED, TIME, USER_TIMEOUT, show_duration,
 };
-use crate::config::{BindOptions, Frontend, NamedFiles, Spot};
+use crate::config::{NamedFiles, Spot};
+use crate::core::model::{BindOptions, Frontend};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);

@@ -10,12 +10,13 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::CONNECTIONS_MAX;
+use crate::config::Spot;
 use crate::config::address;
 use crate::config::file::{Field, Section};
 use crate::config::value::{self, BUFFERS, Complaint, SPIN, TIME, UPGRADE, shown};
-use crate::config::{
+use crate::core::model::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
-    Process, Sandbox, Spot,
+    Process, Sandbox,
 };
 
 /// More workers than this share too many structures to be of use.

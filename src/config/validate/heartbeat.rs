@@ -19,7 +19,8 @@ use crate::config::diagnose::Report;
 use crate::config::file::Section;
 use crate::config::value::{self, Complaint, HEARTBEAT_INTERVAL, did_you_mean_or};
 use crate::config::value::{show_duration, shown};
-use crate::config::{HeartbeatKey, HeartbeatSpec, Heartbeats, NamedFiles, Spot, WEIGHT_MAX};
+use crate::config::{NamedFiles, Spot};
+use crate::core::model::{HeartbeatKey, HeartbeatSpec, Heartbeats, WEIGHT_MAX};
 use crate::heartbeat::key_file::{self, KeyFileError, Unfit};
 use crate::heartbeat::keys::{SECRET_BYTES_MAX, SECRET_BYTES_MIN, Secret};
 

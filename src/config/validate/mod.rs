@@ -14,10 +14,11 @@ use std::sync::Arc;
 
 use toml::de::DeTable;
 
+use super::NamedFiles;
 use super::diagnose::Report;
 use super::file::Section;
 use super::value::Complaint;
-use super::{Config, NamedFiles};
+use crate::core::model::Config;
 
 /// Most frontends: each costs a listener per bind and worker.
 pub const FRONTENDS_MAX: usize = 4_096;

@@ -12,7 +12,7 @@ use toml::de::DeValue;
 use super::globals::duration;
 use crate::config::file::{Field, Section};
 use crate::config::value::{self, Complaint, show_duration, shown};
-use crate::config::{Expect, ProbeKind, ProbeSpec};
+use crate::core::model::{Expect, ProbeKind, ProbeSpec};
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST_INTERVAL: Duration = Duration::from_millis(500);

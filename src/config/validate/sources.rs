@@ -18,9 +18,10 @@ use super::frontend::any_number;
 use super::globals::file_path;
 use crate::config::file::{Field, Section};
 use crate::config::value::{self, Complaint, shown};
-use crate::config::{NamedFiles, SourceRules, source};
-use crate::proxy::admission::access::AccessList;
-use crate::proxy::admission::sources::{Rate, SourceLimits};
+use crate::config::{NamedFiles, source};
+use crate::core::limits::access_list::AccessList;
+use crate::core::limits::client_sources::{Rate, SourceLimits};
+use crate::core::model::SourceRules;
 
 /// Ranges in all lists of one frontend: ten times the longest blocklists in
 /// common use, and 30 MiB of memory at the worst moment.

@@ -6,7 +6,7 @@
 use super::plan;
 use super::socket::{Role, Standing, Told, write_stream};
 use super::{Call, Fault, Kernel, Pipe, try_with};
-use crate::clock;
+use crate::net::clock;
 use crate::net::stream::Delivery;
 use rustix::event::epoll::{Event, EventFlags};
 use std::io;

@@ -3,7 +3,7 @@
 //! Owned by the fake kernel. The bytes of a stream follow from its number, so
 //! none is kept, and every one that comes out is compared with what went in.
 
-use crate::clock;
+use crate::net::clock;
 use std::net::SocketAddr;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::LazyLock;

@@ -14,7 +14,7 @@
 mod buffers;
 mod event;
 mod ops;
-mod shelf;
+mod retry_list;
 #[cfg(test)]
 mod tests;
 mod uring;
@@ -23,10 +23,10 @@ pub use buffers::{BUFFER_LEN, Chunk};
 pub use event::{Counts, Event, Interest, Settings, What};
 pub use ops::{Op, SEND_CHUNKS_MAX};
 
+use crate::net::ring::retry_list::Shelf;
 use buffers::BufferRing;
 use io_uring::{cqueue, opcode, squeue, types};
 use ops::{Bytes, Ops, Parcel, Work};
-use shelf::Shelf;
 use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;

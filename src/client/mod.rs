@@ -1,0 +1,7 @@
+//! Asking a running balancer: where it is, one request, its answer.
+//!
+//! Called by the command line and the lab. It starts and changes no balancer.
+
+pub mod command;
+pub mod http;
+pub mod reach;

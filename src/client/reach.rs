@@ -1,0 +1,184 @@
+//! Finding the running balancer: which admin addresses to try, and connecting to one.
+//!
+//! Called by `client`. It speaks no HTTP.
+//!
+//! The first of these that is given decides: `--admin`, the variable
+//! `TIDEGATE_ADMIN`, `[admin] listen` of the file that `--config` names. Otherwise
+//! the places are tried in which a balancer listens by itself.
+
+use crate::api::place;
+use crate::client::http::{Address, ClientArgs, ClientError};
+use crate::config;
+use crate::core::model::{AdminListen, Config};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+
+/// The variable that names an admin address.
+pub const VARIABLE: &str = "TIDEGATE_ADMIN";
+
+/// A live balancer accepts at once.
+const CONNECT_MAX: Duration = Duration::from_secs(5);
+
+/// How a balancer can be reached.
+#[derive(Debug)]
+pub struct Reached {
+    /// Best first; never empty.
+    pub places: Vec<Address>,
+    /// What the configuration names.
+    pub token_file: Option<PathBuf>,
+}
+
+/// A connection to the admin API.
+pub enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+// === impl Reached ===
+
+impl Reached {
+    /// By what the command line and the environment say.
+    pub fn balancer(args: &ClientArgs) -> Result<Reached, ClientError> {
+        let variable = std::env::var(VARIABLE).ok().filter(|text| !text.is_empty());
+        Reached::by(args.admin.as_ref(), variable.as_deref(), args.config.as_deref())
+    }
+
+    fn by(
+        admin: Option<&Address>,
+        variable: Option<&str>,
+        file: Option<&Path>,
+    ) -> Result<Reached, ClientError> {
+        let only = |address: Address| Reached { places: vec![address], token_file: None };
+        if let Some(address) = admin {
+            return Ok(only(address.clone()));
+        }
+        if let Some(text) = variable {
+            return text.parse().map(only).map_err(|why| {
+                ClientError::Request(format!("{VARIABLE}={text:?} is no admin address: {why}"))
+            });
+        }
+        let (listen, token_file) = match file.map(outline).transpose()? {
+            Some(Config { admin, .. }) => {
+                ((!admin.is_default()).then_some(admin.listen), admin.token_file)
+            }
+            None => (None, None),
+        };
+        let places = match listen {
+            Some(listen) => vec![listen.into()],
+            None => place::places().into_iter().map(Address::Unix).collect(),
+        };
+        Ok(Reached { places, token_file })
+    }
+}
+
+fn outline(file: &Path) -> Result<Config, ClientError> {
+    let (config, _) = config::outline(file).map_err(|problems| {
+        let file = file.display();
+        ClientError::Request(format!("cannot take the admin address from {file}:\n{problems}"))
+    })?;
+    Ok(config)
+}
+
+/// Connects to the first place where a balancer answers.
+pub async fn connect(places: &[Address]) -> Result<(Address, Stream), ClientError> {
+    let mut refusals = Vec::new();
+    for place in places {
+        let chosen = places.len() == 1;
+        match timeout(CONNECT_MAX, dial(place, chosen)).await {
+            Ok(Ok(stream)) => return Ok((place.clone(), stream)),
+            Ok(Err(error)) => refusals.push((place, error.to_string())),
+            Err(_) => refusals.push((place, format!("no connection within {CONNECT_MAX:?}"))),
+        }
+    }
+    Err(ClientError::Unreachable(unreachable(&refusals)))
+}
+
+/// A socket at a place that was not named is only used if it is to be trusted.
+async fn dial(place: &Address, chosen: bool) -> io::Result<Stream> {
+    match place {
+        Address::Unix(path) => {
+            if !chosen {
+                place::trusted(path)?;
+            }
+            Ok(Stream::Unix(UnixStream::connect(path).await?))
+        }
+        Address::Tcp(to) => Ok(Stream::Tcp(TcpStream::connect(to).await?)),
+    }
+}
+
+fn unreachable(refusals: &[(&Address, String)]) -> String {
+    if let [(place, why)] = refusals {
+        return format!("cannot reach the balancer at {place}: {why}");
+    }
+    let mut text = "cannot reach a balancer on this host".to_owned();
+    for (place, why) in refusals {
+        text.push_str(&format!("\n  {place}: {why}"));
+    }
+    text.push_str(&format!(
+        "\n  If it runs, say where its admin API listens: --admin ADDR, {VARIABLE}, or\n  \
+         --config FILE with its configuration."
+    ));
+    text
+}
+
+impl From<AdminListen> for Address {
+    fn from(listen: AdminListen) -> Address {
+        match listen {
+            AdminListen::Unix(path) => Address::Unix(path),
+            AdminListen::Tcp(address) => Address::Tcp(address),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places(admin: Option<&str>, variable: Option<&str>, file: Option<&Path>) -> Vec<String> {
+        let admin = admin.map(|text| text.parse().unwrap());
+        let reached = Reached::by(admin.as_ref(), variable, file).unwrap();
+        reached.places.iter().map(Address::to_string).collect()
+    }
+
+    #[test]
+    fn the_command_line_precedes_the_variable_and_that_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t.toml");
+        let rest = "[frontend.a]\nbind = \"127.0.0.1:1\"\npool = \"a\"\n\
+                    [[pool.a.backend]]\naddress = \"127.0.0.1:2\"\n";
+        let text = format!("[admin]\nlisten = \"127.0.0.1:9900\"\ntoken_file = \"/t\"\n{rest}");
+        std::fs::write(&path, text).unwrap();
+        let file = Some(path.as_path());
+        assert_eq!(places(Some("unix:/a"), Some("unix:/b"), file), ["unix:/a"]);
+        assert_eq!(places(None, Some("unix:/b"), file), ["unix:/b"]);
+        assert_eq!(places(None, None, file), ["127.0.0.1:9900"]);
+        let reached = Reached::by(None, None, file).unwrap();
+        assert_eq!(reached.token_file, Some("/t".into()));
+        std::fs::write(&path, rest).unwrap();
+        for file in [file, None] {
+            let all = places(None, None, file);
+            assert_eq!(all[0], "unix:/run/tidegate/admin.sock");
+            assert!(all.last().unwrap().starts_with("unix:/tmp/tidegate-"), "{all:?}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_variable_or_file_is_named() {
+        let wrong = Reached::by(None, Some("nowhere"), None).unwrap_err();
+        assert!(matches!(wrong, ClientError::Request(text) if text.contains("TIDEGATE_ADMIN")));
+        let wrong = Reached::by(None, None, Some(Path::new("/no/such.toml"))).unwrap_err();
+        assert!(matches!(wrong, ClientError::Request(text) if text.contains("/no/such.toml")));
+    }
+
+    #[test]
+    fn every_place_that_was_tried_is_named_with_its_reason() {
+        let (a, b) = ("unix:/a".parse().unwrap(), "unix:/b".parse().unwrap());
+        let text = unreachable(&[(&a, "no such file".to_owned()), (&b, "refused".to_owned())]);
+        for part in ["unix:/a: no such file", "unix:/b: refused", "--admin", "--config"] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! `source-hash`: the same client goes to the same backend, on every machine.
+//!
+//! Prepared at table build, picked from by every worker. The choice depends on
+//! the client's IP address and the candidates' keys and weights alone, never on
+//! order in the file, load, time or chance.
+//!
+//! # The mapping, for other implementations
+//!
+//! 1. Sort the candidates by key (the address as text), bytewise.
+//! 2. M is the pool's `hash_slots`, a prime. It comes from the configuration
+//!    alone: a size that followed the number of backends would move nearly every
+//!    client whenever it changed.
+//! 3. For each, XXH3-128 of the key with seed [`SEED`]: offset = low 64 bits
+//!    mod M, skip = high 64 bits mod (M - 1) + 1.
+//! 4. Fill by Maglev with weights (see `maglev::fill`).
+//! 5. A client is its 4 or 16 address bytes in network order, an IPv4-mapped
+//!    IPv6 address counting as IPv4; its slot is XXH3-64 with seed [`SEED`] mod M.
+//! 6. The n-th alternative, where the choice is at its cap or was tried, is the
+//!    same with seed [`SEED`] + n, for n from 1 to 16; after that the sorted
+//!    candidates in turn, from the one at XXH3-64 (seed [`SEED`]) mod their number.
+
+use super::Candidate;
+use super::maglev::Preference;
+use crate::core::balance::maglev;
+use std::net::IpAddr;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+/// "tidegate" in ASCII. Fixed, so that machines agree without being told.
+const SEED: u64 = 0x7469_6465_6761_7465;
+
+/// Alternatives hashed before the candidates are gone through in turn.
+const ALTERNATIVES_MAX: u64 = 16;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct SourceHash {
+    slots: Slots,
+    /// M: how many slots there are.
+    size: u32,
+    /// The candidates' indices, sorted by key.
+    canonical: Box<[u32]>,
+}
+
+/// The index of each slot's candidate, as narrow as it fits.
+#[derive(Debug)]
+enum Slots {
+    Narrow(Box<[u16]>),
+    Wide(Box<[u32]>),
+}
+
+impl SourceHash {
+    /// Over `candidates` (at least one), with so many slots (a prime).
+    pub(super) fn new(candidates: &[Candidate], size: u32) -> SourceHash {
+        let mut canonical: Box<[u32]> = (0..candidates.len() as u32).collect();
+        canonical.sort_by_key(|&index| &candidates[index as usize].key);
+        let in_order = || canonical.iter().map(|&index| &candidates[index as usize]);
+        let preferences: Vec<Preference> =
+            in_order().map(|c| Preference::of(&c.key, size, SEED)).collect();
+        let weights: Vec<u32> = in_order().map(|c| c.weight).collect();
+        let filled = maglev::fill(size, &preferences, &weights);
+        let indices = filled.into_iter().map(|order| canonical[order as usize]);
+        let slots = if u16::try_from(candidates.len() - 1).is_ok() {
+            Slots::Narrow(indices.map(|index| index as u16).collect())
+        } else {
+            Slots::Wide(indices.collect())
+        };
+        SourceHash { slots, size, canonical }
+    }
+
+    /// The client's candidate, or its first alternative that can be used.
+    #[inline]
+    pub(super) fn pick(
+        &self,
+        candidates: &[Candidate],
+        client: IpAddr,
+        tried: &[usize],
+    ) -> Option<usize> {
+        let enters = |index: usize| !tried.contains(&index) && candidates[index].try_enter();
+        for alternative in 0..=ALTERNATIVES_MAX {
+            let index = self.at(hash(client, alternative));
+            if enters(index) {
+                return Some(index);
+            }
+        }
+        let count = self.canonical.len();
+        let start = (hash(client, 0) % count as u64) as usize;
+        (0..count)
+            .map(|step| self.canonical[(start + step) % count] as usize)
+            .find(|&index| enters(index))
+    }
+
+    #[inline]
+    fn at(&self, hash: u64) -> usize {
+        let slot = (hash % u64::from(self.size)) as usize;
+        match &self.slots {
+            Slots::Narrow(slots) => slots[slot].into(),
+            Slots::Wide(slots) => slots[slot] as usize,
+        }
+    }
+}
+
+#[inline]
+fn hash(client: IpAddr, alternative: u64) -> u64 {
+    let seed = SEED.wrapping_add(alternative);
+    match client.to_canonical() {
+        IpAddr::V4(v4) => xxh3_64_with_seed(&v4.octets(), seed),
+        IpAddr::V6(v6) => xxh3_64_with_seed(&v6.octets(), seed),
+    }
+}

@@ -1,0 +1,540 @@
+//! What a new configuration keeps, starts and ends.
+//!
+//! Called by the controller for each accepted configuration. Frontends are
+//! known by name, backends by pool + name + address; what is known again keeps
+//! its state, whatever else changed. It never touches a session: removed
+//! backends go to `leaving`.
+
+use super::schedule::{Job, after};
+use super::{
+    BackendEntry, Controller, FrontendEntry, Origin, PoolEntry, PoolId, PublishReason, Startup,
+    history::History, publish::Standing, suspicion,
+};
+use crate::core::balance::in_flight::Counted;
+use crate::core::health::ejection::Outlier;
+use crate::core::health::probe_detector::Detector;
+use crate::core::health::{BackendHealth, Calling, Intent, Observation, Pulse};
+use crate::core::model;
+use crate::core::model::{BackendAddress, Config, EjectionSpec, OnRemoval, ProbeSpec};
+use crate::core::outcome::RefusedReason;
+use crate::core::table::state::{BackendId, BackendState, FrontendId, FrontendState};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Pool, name, address: what makes a backend the same backend.
+pub(super) type Identity = (Arc<str>, Arc<str>, BackendAddress);
+
+/// What was there before the reload.
+struct Before {
+    /// By pool name.
+    pools: HashMap<Arc<str>, PoolEntry>,
+    backends: BTreeMap<BackendId, BackendEntry>,
+    /// Configured and leaving ones.
+    known: HashMap<Identity, BackendId>,
+    /// What probes have found at an address, by how they were made.
+    verdicts: HashMap<BackendAddress, Vec<(Arc<ProbeSpec>, Detector)>>,
+    /// Who is ejected at an address, by the rule for it.
+    ejections: HashMap<BackendAddress, Vec<(EjectionSpec, Outlier)>>,
+}
+
+/// How a backend got into the new configuration.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Arrival {
+    /// It was configured before.
+    Stayed,
+    /// It is new, or had left.
+    Came,
+}
+
+/// What becomes of a backend's probes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ProbePlan {
+    /// Schedule and row go on, or there is nothing to probe with.
+    GoOn,
+    /// The schedule starts anew.
+    Start,
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Takes over a validated configuration whose listeners are bound.
+    pub(super) fn configure(&mut self, config: &Config, now: Instant) {
+        self.generation += 1;
+        self.connections_max = config.process.connections_max;
+        let former = self.former();
+        self.configure_frontends(config);
+        let mut before = self.take_before();
+        let mut starting = Vec::new();
+        for spec in &config.pools {
+            self.configure_pool(spec, &mut before, &mut starting, now);
+        }
+        self.remove_rest(before, now);
+        self.begin_settling(&former, now);
+        self.start_all(&starting, now);
+        self.configure_gray(now);
+        self.work.unsettled.extend(self.pools.iter().map(|pool| pool.id));
+        self.work.touched.extend(self.pools.iter().flat_map(|pool| pool.members.iter().copied()));
+        self.work.rebuild = Some(PublishReason::Configuration);
+    }
+
+    fn configure_frontends(&mut self, config: &Config) {
+        let mut known: HashMap<Arc<str>, Arc<FrontendState>> = std::mem::take(&mut self.frontends)
+            .into_iter()
+            .map(|entry| (Arc::clone(&entry.spec.name), entry.state))
+            .collect();
+        self.own = config.frontends.iter().flat_map(|spec| spec.binds.iter().copied()).collect();
+        self.frontend_names.clear();
+        for spec in &config.frontends {
+            let state = known.remove(&spec.name).unwrap_or_else(|| {
+                self.ids.frontend += 1;
+                let id = FrontendId(self.ids.frontend);
+                let (name, reasons) = (Arc::clone(&spec.name), RefusedReason::COUNT);
+                let in_flight = self.counts.count(Counted::Frontend(&spec.name));
+                let state = FrontendState::new(id, name, self.workers, reasons);
+                Arc::new(state.counted_by(in_flight))
+            });
+            self.frontend_names.insert(Arc::clone(&spec.name), self.frontends.len());
+            self.frontends.push(FrontendEntry { state, spec: spec.clone() });
+        }
+    }
+
+    /// What probes have found by now. A backend of another name at the same address
+    /// goes on from it.
+    fn verdicts(&self) -> HashMap<BackendAddress, Vec<(Arc<ProbeSpec>, Detector)>> {
+        let mut verdicts: HashMap<_, Vec<_>> = HashMap::new();
+        for pool in &self.pools {
+            let Some(spec) = &pool.spec.probe else { continue };
+            for entry in pool.members.iter().filter_map(|id| self.backends.get(id)) {
+                if let Some(detector) = &entry.health.detector
+                    && detector.observation() != Observation::Unknown
+                {
+                    let found = (Arc::clone(spec), detector.clone());
+                    verdicts.entry(entry.state.address.clone()).or_default().push(found);
+                }
+            }
+        }
+        verdicts
+    }
+
+    /// The ejections of now. A backend of another name at the same address stays
+    /// ejected.
+    fn ejections(&self) -> HashMap<BackendAddress, Vec<(EjectionSpec, Outlier)>> {
+        let mut ejections: HashMap<_, Vec<_>> = HashMap::new();
+        for (pool, id) in &self.out {
+            let spec = self.pool(*pool).and_then(|pool| pool.spec.ejection);
+            let entry = self.backends.get(id).filter(|entry| entry.health.outlier.is_ejected());
+            if let (Some(spec), Some(entry)) = (spec, entry) {
+                let found = (spec, entry.health.outlier.clone());
+                ejections.entry(entry.state.address.clone()).or_default().push(found);
+            }
+        }
+        ejections
+    }
+
+    fn take_before(&mut self) -> Before {
+        let (verdicts, ejections) = (self.verdicts(), self.ejections());
+        let pools = self.pools.take();
+        let backends = std::mem::take(&mut self.backends);
+        let mut known = HashMap::new();
+        // Leaving ones first: where a name is in both, what is configured rules.
+        let leaving = self.leaving.values().map(|leaving| &leaving.entry);
+        for entry in leaving.chain(backends.values()) {
+            let state = &entry.state;
+            let name = (Arc::clone(&state.pool), Arc::clone(&state.name));
+            known.insert((name.0, name.1, state.address.clone()), state.id);
+        }
+        let pools = pools.into_iter().map(|pool| (Arc::clone(&pool.spec.name), pool)).collect();
+        Before { pools, backends, known, verdicts, ejections }
+    }
+
+    fn configure_pool(
+        &mut self,
+        spec: &Arc<model::Pool>,
+        before: &mut Before,
+        starting: &mut Vec<BackendId>,
+        now: Instant,
+    ) {
+        let old = before.pools.remove(&spec.name);
+        let id = old.as_ref().map_or_else(|| self.new_pool_id(), |old| old.id);
+        let old_probe = old.as_ref().and_then(|old| old.spec.probe.clone());
+        let mut members = Vec::with_capacity(spec.backends.len());
+        let listed = spec.backends.iter().map(|backend| (backend.clone(), Origin::File));
+        let registered = still_registered(spec, old.as_ref(), &before.backends);
+        let old_heartbeat = old.as_ref().and_then(|old| old.spec.heartbeat.clone());
+        for (backend, origin) in listed.chain(registered) {
+            let (mut entry, arrival) = self.known_or_new(spec, &backend, id, before, now);
+            let was_needed = old_heartbeat.as_ref().is_some_and(|old| entry.needs_heartbeats(old));
+            entry.origin = origin;
+            if arrival == Arrival::Came {
+                self.take_intent(&mut entry, now);
+            }
+            if arrival == Arrival::Came
+                && let Some(verdict) = before.verdict(&backend.address, spec.probe.as_deref())
+            {
+                entry.health.detector = Some(verdict);
+            }
+            if arrival == Arrival::Came
+                && entry.health.outlier.takes_failures()
+                && let Some(ejected) = before.ejection(&backend.address, spec.ejection)
+                && let Some(until) = ejected.until().filter(|until| *until > now)
+            {
+                entry.health.outlier = ejected.of_another_name();
+                self.schedule.set(Job::EjectionEnds(entry.state.id), until);
+            }
+            let known = entry.health.clone();
+            if old.as_ref().is_none_or(|old| old.spec.ejection.is_none()) {
+                // Rows were not measured so far.
+                entry.health.outlier.restart_row();
+            }
+            let plan =
+                respecify(&mut entry, old_probe.as_deref(), spec.probe.as_deref(), arrival, now);
+            self.fit_heartbeats(&mut entry, spec, arrival, was_needed, now);
+            let backend = entry.state.id;
+            self.note_out(&entry);
+            members.push(backend);
+            self.backends.insert(backend, entry);
+            match plan {
+                ProbePlan::Start => starting.push(backend),
+                ProbePlan::GoOn => {}
+            }
+            if spec.probe.is_none() {
+                self.unprobed(backend, &known, now);
+            }
+        }
+        let startup = self.startup(old.as_ref(), spec, &members, now);
+        self.enter_startup(id, spec, &members, startup, now);
+        let pool = self.pool_entry(id, spec, members, startup, old);
+        self.pools.push(pool);
+    }
+
+    /// What is kept of the pool beside its members.
+    fn pool_entry(
+        &self,
+        id: PoolId,
+        spec: &Arc<model::Pool>,
+        members: Vec<BackendId>,
+        startup: Startup,
+        old: Option<PoolEntry>,
+    ) -> PoolEntry {
+        let mut pool = PoolEntry {
+            id,
+            spec: Arc::clone(spec),
+            members,
+            startup,
+            names: HashMap::new(),
+            addresses: HashMap::new(),
+            has_backups: spec.backends.iter().any(|backend| backend.backup),
+            registered: 0,
+            full_noticed: None,
+            guard: Default::default(),
+            confirming: suspicion::confirming(spec),
+            in_service_since: None,
+            settling: None,
+            apart: None,
+        };
+        if let Some(old) = old {
+            pool.apart = old.apart;
+            pool.in_service_since = old.in_service_since;
+            pool.settling = old.settling;
+            if spec.heartbeat.is_some() {
+                pool.guard = old.guard;
+                pool.full_noticed = old.full_noticed;
+            }
+        }
+        for entry in pool.members.iter().filter_map(|id| self.backends.get(id)) {
+            pool.names.insert(Arc::clone(&entry.spec.name), entry.state.id);
+            if spec.heartbeat.is_none() {
+                continue;
+            }
+            if let BackendAddress::Tcp(address) = entry.state.address {
+                pool.addresses.insert(address, entry.state.id);
+            }
+            pool.registered += usize::from(entry.origin == Origin::Registered);
+        }
+        pool
+    }
+
+    /// Fits what is known of the backend's heartbeats to what its pool now
+    /// expects of them.
+    fn fit_heartbeats(
+        &mut self,
+        entry: &mut BackendEntry,
+        pool: &model::Pool,
+        arrival: Arrival,
+        was_needed: bool,
+        now: Instant,
+    ) {
+        let id = entry.state.id;
+        let Some(spec) = &pool.heartbeat else {
+            self.tallies.forget(id, entry.heart.take().as_deref_mut());
+            entry.trying = None;
+            entry.heartbeats_from = None;
+            entry.health.pulse = Pulse::Absent;
+            entry.health.calling = Calling::Sessions;
+            self.schedule.cancel(Job::Heartbeat(id));
+            self.schedule.cancel(Job::HeartbeatTtl(id));
+            self.schedule.cancel(Job::Forget(id));
+            return;
+        };
+        let newly_needed = entry.needs_heartbeats(spec) && !was_needed && entry.heart.is_none();
+        if newly_needed && arrival == Arrival::Stayed {
+            // It served without them so far, and had no time to send any.
+            entry.heartbeats_from = Some(now + spec.ttl);
+            self.schedule.set(Job::HeartbeatTtl(id), now + spec.ttl);
+        }
+        if let Some((_, at)) = entry.expiry(spec) {
+            self.schedule.set(Job::HeartbeatTtl(id), at.max(now));
+        }
+        entry.health.pulse = entry.pulse(spec, now);
+    }
+
+    /// The pool has no probe (any more): nothing would ever bring a verdict up
+    /// to date, so none is kept.
+    fn unprobed(&mut self, id: BackendId, known: &BackendHealth, now: Instant) {
+        self.schedule.cancel(Job::Probe(id));
+        self.schedule.cancel(Job::ProbeLost(id));
+        if known.observation() == Observation::Down {
+            let names = (Observation::Down.name(), Observation::Unknown.name());
+            let lasted = now.saturating_duration_since(known.settled_since());
+            self.record(id, names, "its pool has no probe any more".to_owned(), lasted, now);
+        }
+    }
+
+    fn known_or_new(
+        &mut self,
+        pool: &model::Pool,
+        spec: &model::Backend,
+        pool_id: PoolId,
+        before: &mut Before,
+        now: Instant,
+    ) -> (BackendEntry, Arrival) {
+        let identity = (Arc::clone(&pool.name), Arc::clone(&spec.name), spec.address.clone());
+        if let Some(id) = before.known.get(&identity) {
+            let found = match before.backends.remove(id) {
+                Some(entry) => Some((entry, Arrival::Stayed)),
+                None => self.come_back(*id, now).map(|entry| (entry, Arrival::Came)),
+            };
+            if let Some((mut entry, arrival)) = found {
+                entry.pool = pool_id;
+                entry.spec = spec.clone();
+                entry.state.start_from(&pool.source, self.workers);
+                return (entry, arrival);
+            }
+        }
+        (self.new_entry(pool, spec, pool_id, now), Arrival::Came)
+    }
+
+    /// A backend nobody has heard of yet.
+    pub(super) fn new_entry(
+        &mut self,
+        pool: &model::Pool,
+        spec: &model::Backend,
+        pool_id: PoolId,
+        now: Instant,
+    ) -> BackendEntry {
+        let entry = self.entry_of(Arc::clone(&pool.name), spec, pool_id, now);
+        entry.state.start_from(&pool.source, self.workers);
+        entry
+    }
+
+    /// The same for a pool of that name.
+    pub(super) fn entry_of(
+        &mut self,
+        pool: Arc<str>,
+        spec: &model::Backend,
+        pool_id: PoolId,
+        now: Instant,
+    ) -> BackendEntry {
+        self.ids.backend += 1;
+        let id = BackendId(self.ids.backend);
+        let (name, address) = (Arc::clone(&spec.name), spec.address.clone());
+        let state = BackendState::new(id, pool, name, address, self.workers);
+        let (pool, name, address) = (&state.pool, &state.name, &state.address_text);
+        let in_flight = self.counts.count(Counted::Backend { pool, name, address });
+        let state = state.counted_by(in_flight);
+        BackendEntry {
+            state: Arc::new(state),
+            pool: pool_id,
+            spec: spec.clone(),
+            health: BackendHealth::new(Intent::Ready, None, now),
+            origin: Origin::File,
+            in_flight: None,
+            heart: None,
+            trying: None,
+            heartbeats_from: None,
+            calling_since: now,
+            observed_since: now,
+            ramp: None,
+            ramp_share: 100,
+            served: false,
+            published: Standing::default(),
+            history: History::default(),
+        }
+    }
+
+    /// Starts the probing of a backend that joins a pool between reloads.
+    pub(super) fn join_probing(&mut self, id: BackendId, pool: PoolId, now: Instant) {
+        let Some(pool) = self.pools.get_mut(pool) else { return };
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let plan = respecify(entry, None, pool.spec.probe.as_deref(), Arrival::Came, now);
+        if plan == ProbePlan::GoOn {
+            return;
+        }
+        if pool.members.len() == 1 {
+            // The first one: there was nobody to have a result from.
+            pool.startup = Startup::Waiting { since: now };
+            let grace = Job::GraceEnds(pool.id);
+            self.schedule.set(grace, after(now, pool.spec.startup_grace));
+        }
+        entry.health.fails_open |= pool.startup == Startup::Open;
+        self.start_probing(id, (0, 1), now);
+    }
+
+    fn new_pool_id(&mut self) -> PoolId {
+        self.ids.pool += 1;
+        PoolId(self.ids.pool)
+    }
+
+    /// How far the pool is in getting to know its backends after the reload.
+    fn startup(
+        &self,
+        old: Option<&PoolEntry>,
+        spec: &model::Pool,
+        members: &[BackendId],
+        now: Instant,
+    ) -> Startup {
+        let judged = |id: &BackendId| {
+            self.backends.get(id).is_some_and(|entry| entry.health.seen() != Observation::Unknown)
+        };
+        if spec.probe.is_none() || members.iter().any(judged) {
+            return Startup::Decided;
+        }
+        match old {
+            Some(old) if old.spec.probe.is_some() && old.startup != Startup::Decided => old.startup,
+            _ => Startup::Waiting { since: now },
+        }
+    }
+
+    /// Schedules the grace's end, or lets new members join a pool that has
+    /// failed open.
+    fn enter_startup(
+        &mut self,
+        id: PoolId,
+        spec: &model::Pool,
+        members: &[BackendId],
+        startup: Startup,
+        now: Instant,
+    ) {
+        self.schedule.cancel(Job::GraceEnds(id));
+        match startup {
+            Startup::Waiting { .. } if members.is_empty() => {}
+            Startup::Waiting { since } => {
+                self.schedule.set(Job::GraceEnds(id), after(since, spec.startup_grace).max(now));
+            }
+            Startup::Open => {
+                for member in members {
+                    if let Some(entry) = self.backends.get_mut(member) {
+                        entry.health.fails_open = true;
+                    }
+                }
+            }
+            Startup::Decided => {}
+        }
+    }
+
+    /// Whatever the new configuration did not claim is gone.
+    fn remove_rest(&mut self, before: Before, now: Instant) {
+        let mut on_removal: HashMap<PoolId, OnRemoval> =
+            self.pools.iter().map(|pool| (pool.id, pool.spec.on_removal)).collect();
+        for pool in before.pools.values() {
+            self.schedule.cancel(Job::GraceEnds(pool.id));
+            self.schedule.cancel(Job::SettlingEnds(pool.id));
+            if let Some(apart) = &pool.apart {
+                apart.reopen();
+            }
+            // The pool went with its backends: its last word holds.
+            on_removal.insert(pool.id, pool.spec.on_removal);
+        }
+        for entry in before.backends.into_values() {
+            let rule = on_removal.get(&entry.pool).copied().unwrap_or(OnRemoval::Keep);
+            self.leave(entry, "no longer configured", rule, now);
+        }
+    }
+
+    fn start_all(&mut self, starting: &[BackendId], now: Instant) {
+        let count = u32::try_from(starting.len()).unwrap_or(u32::MAX);
+        for (index, id) in (0..count).zip(starting) {
+            self.start_probing(*id, (index, count), now);
+        }
+    }
+}
+
+// === impl Before ===
+
+impl Before {
+    /// What probes of that very spec have found at that address; the newest.
+    fn verdict(&self, address: &BackendAddress, spec: Option<&ProbeSpec>) -> Option<Detector> {
+        let found = self.verdicts.get(address)?.iter();
+        let same = found.filter(|(probe, _)| Some(&**probe) == spec);
+        same.map(|(_, detector)| detector).max_by_key(|detector| detector.since()).cloned()
+    }
+
+    /// The ejection by that very rule at that address that lasts longest.
+    fn ejection(&self, address: &BackendAddress, spec: Option<EjectionSpec>) -> Option<&Outlier> {
+        let found = self.ejections.get(address)?.iter();
+        let same = found.filter(|(rule, _)| Some(*rule) == spec);
+        same.map(|(_, outlier)| outlier).max_by_key(|outlier| outlier.until())
+    }
+}
+
+/// The pool's registered backends that the new configuration leaves alone.
+fn still_registered(
+    spec: &model::Pool,
+    old: Option<&PoolEntry>,
+    known: &BTreeMap<BackendId, BackendEntry>,
+) -> Vec<(model::Backend, Origin)> {
+    let (Some(heartbeat), Some(old)) = (&spec.heartbeat, old) else { return Vec::new() };
+    if !heartbeat.register {
+        return Vec::new();
+    }
+    let names: HashSet<&str> = spec.backends.iter().map(|backend| &*backend.name).collect();
+    let addresses: HashSet<&BackendAddress> =
+        spec.backends.iter().map(|backend| &backend.address).collect();
+    let stays = |id: &BackendId| {
+        let entry = known.get(id).filter(|entry| entry.origin == Origin::Registered)?;
+        let claimed = names.contains(&*entry.spec.name) || addresses.contains(&entry.spec.address);
+        (!claimed).then(|| (entry.spec.clone(), Origin::Registered))
+    };
+    old.members.iter().filter_map(stays).collect()
+}
+
+/// Fits the backend's detector to its pool's probe spec: a changed spec keeps
+/// the verdict and restarts the row.
+fn respecify(
+    entry: &mut BackendEntry,
+    old: Option<&ProbeSpec>,
+    new: Option<&ProbeSpec>,
+    arrival: Arrival,
+    now: Instant,
+) -> ProbePlan {
+    let Some(new) = new else {
+        entry.health.detector = None;
+        entry.health.fails_open = false;
+        if let Some(probe) = &mut entry.in_flight {
+            probe.stale = true;
+        }
+        return ProbePlan::GoOn;
+    };
+    match &mut entry.health.detector {
+        Some(_) if arrival == Arrival::Stayed && old == Some(new) => return ProbePlan::GoOn,
+        Some(detector) => detector.retune(new.rise, new.fall),
+        None => {
+            entry.health.detector = Some(Detector::new(new.rise, new.fall, now));
+            // It took sessions without a probe so far.
+            entry.health.fails_open = arrival == Arrival::Stayed;
+        }
+    }
+    ProbePlan::Start
+}

@@ -1,0 +1,241 @@
+//! Passive ejection and the pool's guard over it.
+//!
+//! Called by the controller for rows of failures, and after every change that
+//! may leave a pool short. The guard: at most `max_ejected` percent of a pool's
+//! backends (rounded down) are ejected or on trial at once, and ejection alone
+//! never leaves a pool without an eligible backend. It never takes a backend out
+//! for anything but failed connects and early resets.
+
+use super::schedule::Job;
+use super::{BackendEntry, Controller, Effect, Notice, PoolEntry, PoolId};
+use crate::core::health::ConnectFailure;
+use crate::core::model::EjectionSpec;
+use crate::core::table::state::BackendId;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How a pool stands with respect to its guard.
+pub(super) struct GuardView {
+    /// Backends ejected now.
+    ejected: Vec<BackendId>,
+    /// Backends on trial now.
+    on_trial: usize,
+    /// Backends that are eligible, but gray.
+    suspect: usize,
+    /// Backends that may be ejected at once.
+    ejected_max: usize,
+    /// Backends that are eligible now, without those on trial; 2 stands for any more.
+    eligible: usize,
+    /// All of the pool's backends.
+    backends: usize,
+}
+
+/// Backends of a pool of `backends` that may be ejected at once.
+pub(super) fn ejected_max(percent: u8, backends: usize) -> usize {
+    backends.saturating_mul(usize::from(percent.min(100))) / 100
+}
+
+// === impl GuardView ===
+
+impl GuardView {
+    /// Why no eligible backend may be ejected now, if so.
+    pub(super) fn objection(&self, percent: u8) -> Option<String> {
+        let (ejected, backends) = (self.ejected.len() + self.on_trial, self.backends);
+        if ejected >= self.ejected_max {
+            return Some(format!(
+                "{ejected} of {backends} backends are ejected and max_ejected is {percent}%"
+            ));
+        }
+        (self.eligible <= 1).then(|| "it is the pool's last eligible backend".to_owned())
+    }
+
+    /// Whether some backend is eligible that is not on trial.
+    pub(super) fn has_others(&self) -> bool {
+        self.eligible > 0
+    }
+
+    /// Whether a backend on trial may be ejected again.
+    pub(super) fn allows_again(&self) -> bool {
+        self.has_others() && self.ejected.len() + self.on_trial <= self.ejected_max
+    }
+
+    /// Whether one more may become suspect: where one is, the rest carries its
+    /// share, as after an ejection.
+    pub(super) fn allows_suspect(&self) -> bool {
+        let out = self.ejected.len() + self.on_trial + self.suspect;
+        self.eligible > 1 && out < self.ejected_max.max(1)
+    }
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Ejects the backend if it is its row of failures' turn and the guard has
+    /// nothing against it.
+    pub(super) fn consider_ejection(
+        &mut self,
+        id: BackendId,
+        failure: ConnectFailure,
+        in_a_row: u32,
+        now: Instant,
+    ) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
+        let Some(spec) = pool.spec.ejection else { return };
+        let Some(row) = entry.health.outlier.failed(in_a_row, &spec) else { return };
+        if !entry.health.eligible() {
+            // It takes no sessions anyway: nothing would be gained.
+            return;
+        }
+        let objection = self.guard_view(pool).objection(spec.max_ejected_percent);
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let what = if failure == ConnectFailure::EarlyReset { "sessions" } else { "connects" };
+        let evidence = format!("{row} {what} failed in a row, last: {failure}");
+        if let Some(objection) = objection {
+            if entry.health.outlier.hold_back() {
+                self.work.effects.push(Effect::Notice(Notice {
+                    pool: Arc::clone(&entry.state.pool),
+                    backend: Some(Arc::clone(&entry.state.name)),
+                    message: format!("not ejected though {evidence}: {objection}"),
+                }));
+            }
+            return;
+        }
+        let from = entry.health.observation().name();
+        let lasted = now.saturating_duration_since(entry.health.settled_since());
+        self.eject(id, &spec, (from, &evidence), lasted, now);
+    }
+
+    /// Ejects the backend, whatever the guard says, from the state `from` that
+    /// has `lasted` so long.
+    pub(super) fn eject(
+        &mut self,
+        id: BackendId,
+        spec: &EjectionSpec,
+        (from, evidence): (&'static str, &str),
+        lasted: Duration,
+        now: Instant,
+    ) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let until = entry.health.outlier.eject(spec, now);
+        let reason = format!(
+            "{evidence}; out for {} (ejection {} in a row)",
+            humantime::format_duration(until - now),
+            entry.health.outlier.repeats()
+        );
+        self.out.insert((entry.pool, id));
+        self.schedule.set(Job::EjectionEnds(id), until);
+        self.record(id, (from, "ejected"), reason, lasted, now);
+    }
+
+    /// Puts an ejected backend back.
+    pub(super) fn end_ejection(&mut self, id: BackendId, reason: &str, now: Instant) {
+        self.schedule.cancel(Job::EjectionEnds(id));
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(lasted) = entry.health.end_ejection(now) else { return };
+        entry.state.in_flight.end_trial();
+        let to = entry.health.observation().name();
+        self.record(id, ("ejected", to), format!("ejection ended: {reason}"), lasted, now);
+    }
+
+    /// Ends ejections that the guard would not allow now: the pool shrank, its
+    /// spec changed, or the backends that carried on without the ejected ones
+    /// are gone. The ones that would end first go first.
+    pub(super) fn settle_guard(&mut self, pool: PoolId, now: Instant) {
+        if !self.has_out(pool) {
+            return;
+        }
+        self.settle_trials(pool, now);
+        let Some(pool) = self.pool(pool) else { return };
+        let mut view = self.guard_view(pool);
+        if view.ejected.is_empty() {
+            return;
+        }
+        view.ejected.sort_by_key(|id| {
+            (self.backends.get(id).and_then(|entry| entry.health.outlier.until()), *id)
+        });
+        let off = pool.spec.ejection.is_none();
+        let surplus = view.ejected.len().saturating_sub(view.ejected_max);
+        let last_resort = (view.eligible == 0)
+            .then(|| {
+                let useful = |id: &&BackendId| {
+                    self.backends
+                        .get(id)
+                        .is_some_and(|entry| entry.health.eligible_but_for_ejection())
+                };
+                view.ejected.iter().find(useful).copied()
+            })
+            .flatten();
+        for (index, id) in view.ejected.into_iter().enumerate() {
+            if off {
+                self.end_ejection(id, "ejection was switched off", now);
+            } else if index < surplus {
+                self.end_ejection(id, "max_ejected allows no more in this pool", now);
+            } else if last_resort == Some(id) {
+                self.end_ejection(id, "no other backend of the pool is eligible", now);
+            }
+        }
+    }
+
+    /// Whether some backend of the pool is ejected or on trial; forgets those that
+    /// are not any more.
+    fn has_out(&mut self, pool: PoolId) -> bool {
+        let noted: Vec<BackendId> = noted(&self.out, pool).collect();
+        let mut any = false;
+        for id in noted {
+            let entry = self.backends.get(&id).filter(|entry| entry.pool == pool);
+            if entry.is_some_and(|entry| !entry.health.outlier.takes_failures()) {
+                any = true;
+            } else {
+                self.out.remove(&(pool, id));
+            }
+        }
+        any
+    }
+
+    pub(super) fn guard_view(&self, pool: &PoolEntry) -> GuardView {
+        let members = pool.members.iter().filter_map(|id| self.backends.get(id));
+        let percent = pool.spec.ejection.map_or(0, |spec| spec.max_ejected_percent);
+        let out = || self.of_pool(&self.out, pool.id).map(|entry| (entry, &entry.health.outlier));
+        let ejected = out().filter(|(_, outlier)| outlier.is_ejected());
+        let suspect = self.of_pool(&self.suspects, pool.id).map(|entry| &entry.health);
+        GuardView {
+            ejected: ejected.map(|(entry, _)| entry.state.id).collect(),
+            on_trial: out().filter(|(_, outlier)| outlier.is_on_trial()).count(),
+            suspect: suspect.filter(|it| it.gray.is_suspect() && it.takes_many()).count(),
+            ejected_max: ejected_max(percent, pool.members.len()),
+            // A walk over all of them would cost milliseconds.
+            eligible: members.filter(|entry| entry.health.takes_many()).take(2).count(),
+            backends: pool.members.len(),
+        }
+    }
+
+    /// The backends that are noted for a pool.
+    pub(super) fn of_pool<'a>(
+        &'a self,
+        of: &'a BTreeSet<(PoolId, BackendId)>,
+        pool: PoolId,
+    ) -> impl Iterator<Item = &'a BackendEntry> {
+        let entries = noted(of, pool).filter_map(|id| self.backends.get(&id));
+        entries.filter(move |entry| entry.pool == pool)
+    }
+
+    /// Notes a backend that joins a pool where it is ejected, on trial or suspect.
+    pub(super) fn note_out(&mut self, entry: &BackendEntry) {
+        let who = (entry.pool, entry.state.id);
+        if !entry.health.outlier.takes_failures() {
+            self.out.insert(who);
+        }
+        if entry.health.gray.is_suspect() {
+            self.suspects.insert(who);
+        }
+    }
+}
+
+fn noted(
+    of: &BTreeSet<(PoolId, BackendId)>,
+    pool: PoolId,
+) -> impl Iterator<Item = BackendId> + use<'_> {
+    of.range((pool, BackendId(0))..=(pool, BackendId(u32::MAX))).map(|(_, id)| *id)
+}

@@ -1,0 +1,596 @@
+//! What one process tells the next when the program is upgraded in place, and
+//! how the next goes on with it.
+//!
+//! Called by `app` on both sides. Pure; the types are what travels (as JSON), so
+//! every field may be absent in what an older program says, and what a newer one
+//! adds is ignored. Names, never numbers, say who is meant.
+
+use super::misfits::Misfit;
+use super::schedule::Job;
+use super::{
+    BackendEntry, Controller, Effect, Origin, PoolEntry, SavedHeart, SavedIntent, SavedTransition,
+    Startup,
+};
+use crate::core::balance::Turn;
+use crate::core::control::publish_pacer::PublishReason;
+use crate::core::control::slow_backends::watched;
+use crate::core::health::ejection::SavedOutlier;
+use crate::core::health::slow_detector::SavedWatch;
+use crate::core::health::{Intent, Observation};
+use crate::core::outcome::RefusedReason;
+use crate::core::table::PoolTable;
+use crate::core::table::state::{BackendId, BackendState, FrontendState};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Everything known of frontends, pools and backends. Times are counted back
+/// from the moment of saving, in milliseconds.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Saved {
+    /// Accepted configurations.
+    pub generation: u64,
+    /// Tables made.
+    pub serial: u64,
+    /// In file order.
+    pub frontends: Vec<SavedFrontend>,
+    /// In file order.
+    pub pools: Vec<SavedPool>,
+    /// Tables by reason.
+    pub published: BTreeMap<String, u64>,
+    /// Heartbeats taken.
+    pub heartbeats: u64,
+    /// Believed heartbeats that fitted nobody, by reason.
+    pub misfits: BTreeMap<String, u64>,
+    /// Times everybody was excused.
+    pub excuses: u64,
+    /// What operators wanted of backends that have left.
+    #[serde(skip_serializing_if = "is_default")]
+    pub left: Vec<SavedIntent>,
+}
+
+/// A [`Saved`] that is being made, a slice at a time.
+#[derive(Debug)]
+pub struct Saving {
+    at: Instant,
+    generation: u64,
+    /// Transitions of each backend.
+    history: usize,
+    /// The last one is under way.
+    pools: Vec<SavedPool>,
+    /// Its members that are still to come, the last first.
+    left: Vec<BackendId>,
+}
+
+/// Transitions in one [`Saved`]: where backends have more, each keeps its newest.
+const HISTORY_MAX: usize = 200_000;
+
+/// What the processes before this one have counted of the controller's own.
+#[derive(Debug, Default)]
+pub(super) struct Before {
+    published: [u64; PublishReason::ALL.len()],
+    heartbeats: u64,
+    misfits: [u64; Misfit::ALL.len()],
+    excuses: u64,
+}
+
+/// A frontend's counts.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedFrontend {
+    /// Its identity.
+    pub name: String,
+    /// See `FrontendCounters`.
+    pub sessions: u64,
+    /// From clients.
+    pub bytes_in: u64,
+    /// To clients.
+    pub bytes_out: u64,
+    /// By name of the reason.
+    pub refused: BTreeMap<String, u64>,
+    /// Let in past the limits of their sources.
+    pub untracked: u64,
+}
+
+/// A pool.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedPool {
+    /// Its identity.
+    pub name: String,
+    /// It serves without probe results; see `health`.
+    pub open: bool,
+    /// Where its round robin has come to.
+    pub turn: Option<Turn>,
+    /// It has been in service for so long.
+    pub in_service_ms: Option<u64>,
+    /// Its backends' heartbeats, and those that registered, are told of.
+    #[serde(skip_serializing_if = "is_default")]
+    pub hearts: bool,
+    /// In file order, then registered ones by age.
+    pub backends: Vec<SavedBackend>,
+}
+
+/// A backend.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedBackend {
+    /// With pool and address its identity.
+    pub name: String,
+    /// As the file spells it.
+    pub address: String,
+    /// Name of the intent.
+    #[serde(skip_serializing_if = "is_default")]
+    pub intent: String,
+    /// Age of the intent.
+    #[serde(skip_serializing_if = "is_default")]
+    pub intent_ms: u64,
+    /// It may take new sessions.
+    #[serde(skip_serializing_if = "is_default")]
+    pub eligible: bool,
+    /// Name of the probes' verdict.
+    #[serde(skip_serializing_if = "is_default")]
+    pub observation: String,
+    /// Age of the observation.
+    #[serde(skip_serializing_if = "is_default")]
+    pub observation_ms: u64,
+    /// Eligible while unknown.
+    #[serde(skip_serializing_if = "is_default")]
+    pub fails_open: bool,
+    /// Ejections.
+    #[serde(skip_serializing_if = "is_default")]
+    pub outlier: SavedOutlier,
+    /// What its first bytes have shown.
+    #[serde(skip_serializing_if = "is_default")]
+    pub watch: SavedWatch,
+    /// Its slow start began so long ago.
+    #[serde(skip_serializing_if = "is_default")]
+    pub ramp_ms: Option<u64>,
+    /// See `BackendCounters`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub sessions: u64,
+    /// Connects that failed.
+    #[serde(skip_serializing_if = "is_default")]
+    pub connect_failures: u64,
+    /// From clients.
+    #[serde(skip_serializing_if = "is_default")]
+    pub bytes_in: u64,
+    /// To clients.
+    #[serde(skip_serializing_if = "is_default")]
+    pub bytes_out: u64,
+    /// Its heartbeats brought it; it is in no file.
+    #[serde(skip_serializing_if = "is_default")]
+    pub registered: bool,
+    /// What its heartbeats have said.
+    #[serde(skip_serializing_if = "is_default")]
+    pub heart: Option<SavedHeart>,
+    /// What they ask for has stood for so long.
+    #[serde(skip_serializing_if = "is_default")]
+    pub calling_ms: u64,
+    /// What counts of its health has stood for so long.
+    #[serde(skip_serializing_if = "is_default")]
+    pub observed_ms: Option<u64>,
+    /// Oldest first.
+    #[serde(skip_serializing_if = "is_default")]
+    pub history: Vec<SavedTransition>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+// === impl Saved ===
+
+impl Saved {
+    /// The same for a process that counts from zero: what was counted since this was
+    /// saved is lost, and half of a count is worse than none.
+    pub fn without_counts(mut self) -> Saved {
+        self.frontends.clear();
+        (self.published, self.misfits) = (BTreeMap::new(), BTreeMap::new());
+        (self.heartbeats, self.excuses) = (0, 0);
+        for backend in self.pools.iter_mut().flat_map(|pool| &mut pool.backends) {
+            (backend.sessions, backend.connect_failures) = (0, 0);
+            (backend.bytes_in, backend.bytes_out) = (0, 0);
+        }
+        self
+    }
+
+    /// Takes operators' intents from `newer`; a backend that is not in it is ready.
+    pub fn set_intents(&mut self, newer: &Saved) {
+        self.left.clone_from(&newer.left);
+        let mut wanted: HashMap<[&str; 3], (&SavedPool, &SavedBackend)> = every_backend(newer)
+            .map(|(pool, one)| ([&*pool.name, &*one.name, &*one.address], (pool, one)))
+            .collect();
+        for pool in &mut self.pools {
+            for backend in &mut pool.backends {
+                match wanted.remove(&[&*pool.name, &*backend.name, &*backend.address]) {
+                    Some((_, newer)) => {
+                        backend.intent.clone_from(&newer.intent);
+                        backend.intent_ms = newer.intent_ms;
+                    }
+                    None => backend.intent = Intent::Ready.name().to_owned(),
+                }
+            }
+        }
+        // Of those nothing else is known.
+        let unknown: Vec<SavedPool> = wanted
+            .into_values()
+            .map(|(pool, one)| SavedPool {
+                name: pool.name.clone(),
+                backends: vec![one.clone()],
+                ..SavedPool::default()
+            })
+            .collect();
+        self.pools.extend(unknown);
+    }
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// For another process to go on with.
+    pub fn save(&self, now: Instant) -> Saved {
+        let mut saving = self.begin_save(now);
+        self.save_on(&mut saving, usize::MAX);
+        Saved {
+            frontends: self.frontends.iter().map(|entry| save_frontend(&entry.state)).collect(),
+            published: self.published().map(|(reason, n)| (reason.name().to_owned(), n)).into(),
+            heartbeats: self.heartbeats_taken(),
+            misfits: self.misfits().map(|(misfit, n)| (misfit.name().to_owned(), n)).into(),
+            excuses: self.excuses(),
+            ..self.end_save(saving)
+        }
+    }
+
+    /// The same in slices, and without the controller's and the frontends' counts:
+    /// backends come by [`Controller::save_on`], those of now as they are by then.
+    pub fn begin_save(&self, now: Instant) -> Saving {
+        Saving {
+            at: now,
+            generation: self.generation,
+            history: (HISTORY_MAX / self.backends.len().max(1)).max(1),
+            pools: Vec::new(),
+            left: Vec::new(),
+        }
+    }
+
+    /// Adds up to `most` backends and pools; false once there are no more. A backend
+    /// that has left meanwhile is left out. After a reload another one is to be
+    /// begun: [`Controller::can_go_on`].
+    pub fn save_on(&self, saving: &mut Saving, most: usize) -> bool {
+        for _ in 0..most {
+            let Some(id) = saving.left.pop() else {
+                let place = saving.pools.len();
+                let Some(pool) = self.pools.iter().as_slice().get(place) else { return false };
+                saving.pools.push(Controller::save_pool(
+                    pool,
+                    self.table.pools.get(place),
+                    saving.at,
+                ));
+                saving.left.extend(pool.members.iter().rev());
+                continue;
+            };
+            if let (Some(pool), Some(entry)) = (saving.pools.last_mut(), self.backends.get(&id)) {
+                pool.backends.push(save_backend(entry, saving.history, saving.at));
+            }
+        }
+        true
+    }
+
+    /// A pool without its backends.
+    fn save_pool(pool: &PoolEntry, table: Option<&Arc<PoolTable>>, now: Instant) -> SavedPool {
+        let table = table.filter(|table| table.spec.name == pool.spec.name);
+        let age = |since: Instant| millis(now.saturating_duration_since(since));
+        SavedPool {
+            name: pool.spec.name.to_string(),
+            open: pool.startup == Startup::Open,
+            turn: table.and_then(|table| table.balancer.as_ref()?.turn()),
+            in_service_ms: pool.in_service_since.map(age),
+            hearts: pool.spec.heartbeat.is_some(),
+            backends: Vec::with_capacity(pool.members.len()),
+        }
+    }
+
+    /// Whether what was begun is still about the configuration in force.
+    pub fn can_go_on(&self, saving: &Saving) -> bool {
+        saving.generation == self.generation
+    }
+
+    /// All that was gathered.
+    pub fn end_save(&self, saving: Saving) -> Saved {
+        Saved {
+            generation: saving.generation,
+            serial: self.serial,
+            pools: saving.pools,
+            left: self.kept.save(saving.at),
+            ..Saved::default()
+        }
+    }
+
+    /// Tables made for each reason, by all the processes so far.
+    pub(super) fn published(&self) -> [(PublishReason, u64); PublishReason::ALL.len()] {
+        let before = |reason| self.before.published[reason as usize];
+        PublishReason::ALL
+            .map(|reason| (reason, self.pace.published(reason).saturating_add(before(reason))))
+    }
+
+    /// The same of heartbeats taken.
+    pub(super) fn heartbeats_taken(&self) -> u64 {
+        self.heartbeats_total.saturating_add(self.before.heartbeats)
+    }
+
+    /// The same of heartbeats that fitted nobody.
+    pub(super) fn misfits(&self) -> [(Misfit, u64); Misfit::ALL.len()] {
+        let sum = |misfit: Misfit| {
+            self.misfits[misfit as usize].saturating_add(self.before.misfits[misfit as usize])
+        };
+        Misfit::ALL.map(|misfit| (misfit, sum(misfit)))
+    }
+
+    /// The same of times everybody was excused.
+    pub(super) fn excuses(&self) -> u64 {
+        self.guards.excuses_total.saturating_add(self.before.excuses)
+    }
+
+    /// Counts configurations and tables on from another process. To be called
+    /// before the first configuration. What is beyond any count leaves room to
+    /// count on from.
+    pub fn count_on(&mut self, generation: u64, serial: u64) {
+        const COUNT_MAX: u64 = u64::MAX / 2;
+        self.generation = generation.min(COUNT_MAX);
+        self.serial = serial.min(COUNT_MAX);
+    }
+
+    /// Goes on with what another process knows: operators' intents, health,
+    /// round robins, counts. What is not configured here is passed over. May be
+    /// called again with something newer.
+    pub fn adopt(&mut self, saved: &Saved, now: Instant) -> Vec<Effect> {
+        self.run_due(now);
+        for pool in &saved.pools {
+            self.adopt_pool(pool, now);
+        }
+        // They may be newer than the rest.
+        for left in &saved.left {
+            self.adopt_intent(left, now);
+        }
+        // Before it accepts anything, a new process has everybody in its table.
+        self.work.at_once = true;
+        let effects = self.finish(now);
+        let turns: HashMap<&str, Turn> =
+            saved.pools.iter().filter_map(|pool| Some((&*pool.name, pool.turn?))).collect();
+        for pool in &self.table.pools {
+            if let (Some(turn), Some(balancer)) = (turns.get(&*pool.spec.name), &pool.balancer) {
+                balancer.go_on_from(*turn);
+            }
+        }
+        self.adopt_counts(saved);
+        effects
+    }
+
+    /// The same for the counts alone: sessions that the other process was left
+    /// with have ended.
+    pub fn adopt_counts(&mut self, saved: &Saved) {
+        let of = |counts: &BTreeMap<String, u64>, name| counts.get(name).copied().unwrap_or(0);
+        self.before = Before {
+            published: PublishReason::ALL.map(|reason| of(&saved.published, reason.name())),
+            heartbeats: saved.heartbeats,
+            misfits: Misfit::ALL.map(|misfit| of(&saved.misfits, misfit.name())),
+            excuses: saved.excuses,
+        };
+        for frontend in &saved.frontends {
+            let named = self.frontend_names.get(frontend.name.as_str());
+            if let Some(entry) = named.and_then(|at| self.frontends.get(*at)) {
+                carry_frontend(&entry.state, frontend);
+            }
+        }
+        for (pool, backend) in every_backend(saved) {
+            if let Some(id) = self.find_saved(&pool.name, &backend.name, &backend.address)
+                && let Some(entry) = self.backends.get(&id)
+            {
+                carry_backend(&entry.state, backend);
+            }
+        }
+    }
+
+    /// The configured backend that another process knows by these.
+    pub fn find_saved(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
+        let id = self.find_backend(pool, name).ok()?;
+        let entry = self.backends.get(&id)?;
+        (*entry.state.address_text == *address).then_some(id)
+    }
+
+    /// The same one's state.
+    pub fn saved_state(&self, pool: &str, name: &str, address: &str) -> Option<&BackendState> {
+        let id = self.find_saved(pool, name, address)?;
+        self.backends.get(&id).map(|entry| &*entry.state)
+    }
+
+    /// Whether every backend that may take sessions in another process may do so
+    /// here, as far as its pool is configured for it.
+    pub fn serves_as(&self, saved: &Saved) -> bool {
+        let expected = every_backend(saved).filter(|(_, backend)| backend.eligible);
+        expected.into_iter().all(|(pool, backend)| {
+            let Some(entry) = self.pools.named(&pool.name) else {
+                return true;
+            };
+            match self.find_saved(&pool.name, &backend.name, &backend.address) {
+                Some(id) => self.backends.get(&id).is_none_or(|entry| entry.health.eligible()),
+                // It left the file, unless its heartbeats would bring it.
+                None => !entry.spec.heartbeat.as_ref().is_some_and(|spec| spec.register),
+            }
+        })
+    }
+
+    fn adopt_pool(&mut self, saved: &SavedPool, now: Instant) {
+        let Some(pool) = self.pools.named_mut(&saved.name) else {
+            for backend in saved.backends.iter().filter(|one| one.intent != Intent::Ready.name()) {
+                self.keep_intent(saved, backend, now);
+            }
+            return;
+        };
+        let is_watched = watched(pool).is_some();
+        if let Some(ms) = saved.in_service_ms {
+            pool.in_service_since = Some(ago(now, ms));
+        }
+        self.drop_unregistered(saved, now);
+        for backend in &saved.backends {
+            let id = self.find_saved(&saved.name, &backend.name, &backend.address);
+            let Some(id) = id.or_else(|| self.adopt_registered(saved, backend, now)) else {
+                self.keep_intent(saved, backend, now);
+                continue;
+            };
+            self.adopt_heart(id, backend, now);
+            let Some(entry) = self.backends.get_mut(&id) else { continue };
+            if let Some(intent) = Intent::named(&backend.intent) {
+                entry.health.intent = intent;
+                entry.health.intent_since = ago(now, backend.intent_ms);
+            }
+            adopt_health(entry, backend, now);
+            let (pool, name) = (&entry.state.pool, &entry.state.name);
+            entry.history.adopt(&backend.history, (pool, name), now);
+            if let Some(ms) = backend.observed_ms {
+                entry.observed_since = ago(now, ms);
+            }
+            if is_watched {
+                entry.health.gray.restore(&backend.watch, now);
+                if entry.health.gray.is_suspect() {
+                    self.suspects.insert((entry.pool, id));
+                }
+            }
+            match entry.health.outlier.until() {
+                Some(until) => {
+                    self.out.insert((entry.pool, id));
+                    self.schedule.set(Job::EjectionEnds(id), until);
+                }
+                None => self.schedule.cancel(Job::EjectionEnds(id)),
+            }
+            self.work.touched.insert(id);
+            self.work.unsettled.insert(entry.pool);
+            if backend.eligible {
+                self.adopt_ramp(id, backend.ramp_ms.map(Duration::from_millis), now);
+            }
+        }
+        self.adopt_startup(saved);
+    }
+
+    /// A pool whose backends are known need not get to know them.
+    fn adopt_startup(&mut self, saved: &SavedPool) {
+        let Some(pool) = self.pools.named_mut(&saved.name) else {
+            return;
+        };
+        let judged = |id: &BackendId| {
+            let entry = self.backends.get(id);
+            entry.is_some_and(|entry| entry.health.observation() != Observation::Unknown)
+        };
+        if pool.spec.probe.is_none() || pool.startup == Startup::Decided {
+            return;
+        }
+        if pool.members.iter().any(judged) {
+            pool.startup = Startup::Decided;
+        } else if saved.open {
+            pool.startup = Startup::Open;
+        } else {
+            return;
+        }
+        let id = pool.id;
+        self.schedule.cancel(Job::GraceEnds(id));
+    }
+}
+
+fn adopt_health(entry: &mut BackendEntry, saved: &SavedBackend, now: Instant) {
+    if let Some(detector) = &mut entry.health.detector {
+        match Observation::named(&saved.observation) {
+            None | Some(Observation::Unknown) => {
+                // What this process has found out itself is newer.
+                if detector.observation() == Observation::Unknown {
+                    entry.health.fails_open = saved.fails_open;
+                }
+            }
+            Some(verdict) => {
+                detector.restore(verdict, ago(now, saved.observation_ms));
+                entry.health.fails_open = false;
+            }
+        }
+    }
+    entry.health.outlier.restore(&saved.outlier, now);
+}
+
+fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBackend {
+    let (state, health) = (&entry.state, &entry.health);
+    let age = |since: Instant| millis(now.saturating_duration_since(since));
+    let sum =
+        |read: fn(&crate::core::table::state::BackendCounters) -> u64| state.counters.sum(read);
+    SavedBackend {
+        name: state.name.to_string(),
+        address: state.address_text.to_string(),
+        intent: health.intent.name().to_owned(),
+        intent_ms: age(health.intent_since),
+        eligible: health.eligible(),
+        observation: health.probed().unwrap_or(Observation::Unknown).name().to_owned(),
+        observation_ms: health.detector.as_ref().map_or(0, |detector| age(detector.since())),
+        fails_open: health.fails_open,
+        outlier: health.outlier.save(now),
+        watch: health.gray.save(now),
+        ramp_ms: entry.ramp.map(|ramp| age(ramp.since)),
+        sessions: sum(|c| c.sessions.get()),
+        connect_failures: sum(|c| c.connect_failures.get()),
+        bytes_in: sum(|c| c.bytes_in.get()),
+        bytes_out: sum(|c| c.bytes_out.get()),
+        registered: entry.origin == Origin::Registered,
+        heart: entry.heart.as_ref().map(|heart| heart.save(now)),
+        calling_ms: age(entry.calling_since),
+        observed_ms: Some(age(entry.observed_since)),
+        history: entry.history.save(history, now),
+    }
+}
+
+fn save_frontend(state: &FrontendState) -> SavedFrontend {
+    let refused = |reason: RefusedReason| {
+        let total = state.counters.sum(|c| c.refused.cell(reason as usize, 0).get());
+        (reason.name().to_owned(), total)
+    };
+    SavedFrontend {
+        name: state.name.to_string(),
+        sessions: state.counters.sum(|c| c.sessions.get()),
+        bytes_in: state.counters.sum(|c| c.bytes_in.get()),
+        bytes_out: state.counters.sum(|c| c.bytes_out.get()),
+        refused: RefusedReason::ALL.into_iter().map(refused).collect(),
+        untracked: state.counters.sum(|c| c.untracked.get()),
+    }
+}
+
+/// The first worker's shard carries what was counted elsewhere.
+fn carry_frontend(state: &FrontendState, saved: &SavedFrontend) {
+    let counters = state.counters.of(0);
+    counters.sessions.carry(saved.sessions);
+    counters.bytes_in.carry(saved.bytes_in);
+    counters.bytes_out.carry(saved.bytes_out);
+    for reason in RefusedReason::ALL {
+        let before = saved.refused.get(reason.name()).copied().unwrap_or_default();
+        counters.refused.cell(reason as usize, 0).carry(before);
+    }
+    counters.untracked.carry(saved.untracked);
+}
+
+fn carry_backend(state: &BackendState, saved: &SavedBackend) {
+    let counters = state.counters.of(0);
+    counters.sessions.carry(saved.sessions);
+    counters.connect_failures.carry(saved.connect_failures);
+    counters.bytes_in.carry(saved.bytes_in);
+    counters.bytes_out.carry(saved.bytes_out);
+}
+
+pub(super) fn every_backend(saved: &Saved) -> impl Iterator<Item = (&SavedPool, &SavedBackend)> {
+    saved.pools.iter().flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)))
+}
+
+pub(super) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+pub(super) fn ago(now: Instant, ms: u64) -> Instant {
+    // A machine that has not been up for so long: then since it came up.
+    now.checked_sub(Duration::from_millis(ms)).unwrap_or(now)
+}

@@ -1,0 +1,503 @@
+//! What accepted heartbeats mean: who joins, who leaves, what share they get.
+//!
+//! Called by the controller for [`Event::Heartbeat`](super::Event::Heartbeat)
+//! and for the times they set. Signatures and freshness are proven before; here
+//! a heartbeat is held against the configuration: whom it may speak for, and
+//! how much it may ask. Whether silence means death is `suspicion`'s business.
+//!
+//! # Who is who
+//!
+//! A heartbeat whose pool, name and address are those of a configured backend
+//! is that backend's. One that names a configured backend at another address is
+//! refused. Any other makes a *registered* backend where the pool lets senders
+//! register, known by pool, name and address as all are. Of two senders that
+//! claim one name (or one address) the one that started later is believed: the
+//! other backend leaves, and what its sender goes on saying is refused.
+//!
+//! # What share it gets
+//!
+//! `weight x (1 - 3/4 x load / 1000)`, where the weight is what the sender asks
+//! for and at most the configured one (`weight_max` for a registered backend),
+//! and the load is smoothed ([`Load`]). Changes of either by less than a tenth
+//! change nothing. No load takes more than three quarters:
+//! a backend that says it is full still shows whether it is.
+
+mod saved;
+
+pub use saved::SavedHeart;
+
+use super::misfits::Misfit;
+use super::schedule::Job;
+use super::{BackendEntry, Controller, Effect, Notice, Origin, PoolId};
+use crate::core::health::Calling;
+use crate::core::model;
+use crate::core::model::{BackendAddress, HeartbeatSpec};
+use crate::core::suspicion::{Beat, HeartbeatDetector, State};
+use crate::core::table::state::BackendId;
+use crate::heartbeat::{Heartbeat, SenderState};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A sender's own interval counts within these bounds, the configuration's.
+const INTERVAL_MIN: Duration = Duration::from_millis(20);
+const INTERVAL_MAX: Duration = Duration::from_secs(10);
+
+/// Heartbeats of a slow sender that must be missing before `ttl` is over.
+const TTL_INTERVALS: u32 = 3;
+
+/// A pool that is full says so this often.
+const FULL_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What one backend's heartbeats have said.
+#[derive(Debug)]
+pub(super) struct Heart {
+    /// What their rhythm means.
+    pub(super) detector: HeartbeatDetector,
+    pub(super) incarnation: u64,
+    pub(super) key_id: u32,
+    pub(super) state: SenderState,
+    /// As asked for.
+    pub(super) weight: u16,
+    /// As it counts: it follows changes by a tenth or more.
+    weight_in_force: u16,
+    pub(super) in_flight: u32,
+    pub(super) load: Load,
+    /// As declared, within bounds.
+    pub(super) interval: Duration,
+    pub(super) first_at: Instant,
+    pub(super) last_at: Instant,
+    /// Silent for `ttl`.
+    pub(super) expired: bool,
+    /// So much of the silence since then was our own doing.
+    pub(super) excused: Duration,
+    /// What of that was for heartbeats lost here, and not for being late.
+    pub(super) deaf: Duration,
+    /// Another process has said all this; nothing was heard here yet.
+    adopted: bool,
+    /// What it is counted as among all.
+    pub(super) counted: Option<super::tally::Counted>,
+}
+
+/// How busy a sender says it is, made steady: an exponential mean, of which a
+/// new share follows only where it changes it by a tenth.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Load {
+    /// As last said, 0..=1000.
+    pub(super) said: u16,
+    mean: f64,
+    /// In percent, a multiple of [`Load::STEP`], 25..=100.
+    share: u32,
+}
+
+// === impl Load ===
+
+impl Load {
+    /// Weight of the newest heartbeat in the mean: a memory of ten.
+    const GAIN: f64 = 0.1;
+
+    /// Shares are multiples of it, so that a pool of many loads still has few
+    /// different weights (each costs the round robin's preparation).
+    const STEP: u32 = 5;
+
+    fn new(said: u16) -> Load {
+        let mean = f64::from(said.min(1000));
+        Load { said, mean, share: Load::wanted(mean) }
+    }
+
+    /// Takes the newest; true when the share changes.
+    fn heard(&mut self, said: u16) -> bool {
+        self.said = said;
+        self.mean += Load::GAIN * (f64::from(said.min(1000)) - self.mean);
+        let wanted = Load::wanted(self.mean);
+        let changes = wanted.abs_diff(self.share) * 10 >= self.share && wanted != self.share;
+        if changes {
+            self.share = wanted;
+        }
+        changes
+    }
+
+    /// The share of its weight that is left to it, in percent.
+    pub(super) fn share(&self) -> u32 {
+        self.share
+    }
+
+    /// The smoothed load, 0..=1000.
+    pub(super) fn mean(&self) -> f64 {
+        self.mean
+    }
+
+    fn wanted(mean: f64) -> u32 {
+        let percent = 100.0 - 75.0 * mean / 1000.0;
+        (percent / f64::from(Load::STEP)).round() as u32 * Load::STEP
+    }
+}
+
+// === impl BackendEntry ===
+
+impl BackendEntry {
+    /// The weight before anything lowers it: as configured, or less where its
+    /// heartbeats ask for less.
+    pub(super) fn base_weight(&self, pool: &model::Pool) -> u16 {
+        let Some(heart) = self.heart.as_deref().filter(|heart| !heart.expired) else {
+            return self.spec.weight;
+        };
+        heart.weight_in_force.clamp(1, self.weight_max(pool))
+    }
+
+    /// The largest weight its heartbeats may ask for.
+    pub(super) fn weight_max(&self, pool: &model::Pool) -> u16 {
+        match (self.origin, &pool.heartbeat) {
+            (Origin::Registered, Some(spec)) => spec.weight_max,
+            _ => self.spec.weight,
+        }
+    }
+
+    /// What its load leaves of the weight, in percent.
+    pub(super) fn load_share(&self) -> u32 {
+        let heart = self.heart.as_deref().filter(|heart| !heart.expired);
+        heart.map_or(100, |heart| heart.load.share())
+    }
+
+    /// Whether it may serve only on the word of its heartbeats.
+    pub(super) fn needs_heartbeats(&self, spec: &HeartbeatSpec) -> bool {
+        self.origin == Origin::Registered || spec.require
+    }
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Takes one authentic heartbeat, which arrived `at` and stands for so many
+    /// of its sender.
+    pub(super) fn heartbeat(
+        &mut self,
+        heartbeat: &Heartbeat,
+        (at, stands_for): (Instant, u32),
+        now: Instant,
+    ) {
+        match self.speaker(heartbeat, now) {
+            Ok(Some(id)) => {
+                self.heartbeats_total += u64::from(stands_for);
+                self.rejections.believed(&heartbeat.pool, &heartbeat.name);
+                if stands_for > 1 {
+                    self.excuse_gap(id, at, now);
+                }
+                self.heard(id, heartbeat, at, now);
+            }
+            Ok(None) => {}
+            Err(misfit) => self.misfit(misfit, heartbeat, now),
+        }
+    }
+
+    /// The backend it speaks for, registered if need be. `None`: whoever says
+    /// goodbye without having been known leaves nothing behind.
+    fn speaker(
+        &mut self,
+        heartbeat: &Heartbeat,
+        now: Instant,
+    ) -> Result<Option<BackendId>, Misfit> {
+        let pool = self.pools.named(&heartbeat.pool).ok_or(Misfit::UnknownPool)?;
+        let spec = Arc::clone(pool.spec.heartbeat.as_ref().ok_or(Misfit::UnknownPool)?);
+        let named = pool.names.get(&heartbeat.name).copied();
+        let placed = pool.addresses.get(&heartbeat.address).copied();
+        if let (Some(named), Some(placed)) = (named, placed)
+            && named == placed
+        {
+            return Ok(Some(named));
+        }
+        let id = pool.id;
+        for (other, configured) in
+            [(named, Misfit::ConfiguredName), (placed, Misfit::ConfiguredAddress)]
+        {
+            let Some(other) = other.and_then(|id| self.backends.get(&id)) else { continue };
+            if other.origin == Origin::File {
+                return Err(configured);
+            }
+            if other.heart.as_ref().is_some_and(|h| h.incarnation >= heartbeat.incarnation) {
+                return Err(Misfit::OlderSender);
+            }
+        }
+        if !spec.register {
+            return Err(Misfit::UnknownBackend);
+        }
+        if self.is_our_own(heartbeat.address) {
+            return Err(Misfit::OwnAddress);
+        }
+        for (gone, what) in [(named, "address"), (placed, "name")] {
+            if let Some(gone) = gone {
+                let reason = format!("its sender started anew under another {what}");
+                self.unregister(gone, &reason, now);
+            }
+        }
+        if heartbeat.state == SenderState::Stopping {
+            return Ok(None);
+        }
+        self.check_room(id, &spec, now)?;
+        Ok(Some(self.register(id, &spec, heartbeat, now)))
+    }
+
+    fn is_our_own(&self, address: SocketAddr) -> bool {
+        let any = match address.ip() {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        let wildcard = SocketAddr::new(any, address.port());
+        self.own.contains(&address) || (address.ip().is_loopback() && self.own.contains(&wildcard))
+    }
+
+    fn check_room(
+        &mut self,
+        pool: PoolId,
+        spec: &HeartbeatSpec,
+        now: Instant,
+    ) -> Result<(), Misfit> {
+        let Some(entry) = self.pool_mut(pool) else { return Err(Misfit::UnknownPool) };
+        if entry.registered < spec.backends_max as usize {
+            return Ok(());
+        }
+        let quiet = |at: Instant| now.saturating_duration_since(at) < FULL_NOTICE_INTERVAL;
+        if !entry.full_noticed.is_some_and(quiet) {
+            entry.full_noticed = Some(now);
+            let message = format!(
+                "{} backends are registered, as many as backends_max allows: others are refused",
+                entry.registered
+            );
+            let pool = Arc::clone(&entry.spec.name);
+            self.work.effects.push(Effect::Notice(Notice { pool, backend: None, message }));
+        }
+        Err(Misfit::PoolFull)
+    }
+
+    fn register(
+        &mut self,
+        pool_id: PoolId,
+        spec: &HeartbeatSpec,
+        heartbeat: &Heartbeat,
+        now: Instant,
+    ) -> BackendId {
+        let who = (Arc::clone(&heartbeat.name), heartbeat.address, heartbeat.weight);
+        let id = self.admit(pool_id, spec, who, now);
+        let reason = format!(
+            "registered by its heartbeat at {} (key {})",
+            heartbeat.address, heartbeat.key_id
+        );
+        self.record_lazily(id, ("new", "unknown"), reason, Duration::ZERO, now);
+        id
+    }
+
+    /// Takes a registered backend out of its pool for good.
+    pub(super) fn unregister(&mut self, id: BackendId, reason: &str, now: Instant) {
+        let Some(entry) = self.backends.remove(&id) else { return };
+        let Some(pool) = self.pools.get_mut(entry.pool) else { return };
+        pool.members.retain(|member| *member != id);
+        pool.registered = pool.registered.saturating_sub(1);
+        if pool.names.get(&entry.spec.name) == Some(&id) {
+            pool.names.remove(&entry.spec.name);
+        }
+        if let BackendAddress::Tcp(address) = entry.state.address
+            && pool.addresses.get(&address) == Some(&id)
+        {
+            pool.addresses.remove(&address);
+        }
+        let (rule, pool) = (pool.spec.on_removal, pool.id);
+        if entry.published != Default::default() {
+            self.pace.members(pool);
+        }
+        self.work.unsettled.insert(pool);
+        self.leave(entry, reason, rule, now);
+        self.settle_pool_ramps(pool, now);
+    }
+
+    /// Takes what a known backend's heartbeat says.
+    fn heard(&mut self, id: BackendId, heartbeat: &Heartbeat, at: Instant, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
+        let Some(spec) = pool.spec.heartbeat.clone() else { return };
+        let interval = heartbeat.interval.clamp(INTERVAL_MIN, INTERVAL_MAX);
+        let heart = entry.heart.get_or_insert_with(|| {
+            Box::new(Heart::first(heartbeat, HeartbeatDetector::new(spec.interval, at), at))
+        });
+        let before = (heart.weight_in_force, heart.expired);
+        heart.incarnation = heartbeat.incarnation;
+        heart.key_id = heartbeat.key_id;
+        heart.state = heartbeat.state;
+        heart.weight = heartbeat.weight.max(1);
+        let change = u32::from(heart.weight.abs_diff(heart.weight_in_force));
+        if change * 10 >= u32::from(heart.weight_in_force) {
+            heart.weight_in_force = heart.weight;
+        }
+        heart.in_flight = heartbeat.in_flight;
+        heart.interval = interval;
+        heart.last_at = heart.last_at.max(at);
+        (heart.excused, heart.deaf) = (Duration::ZERO, Duration::ZERO);
+        heart.expired = false;
+        heart.adopted = false;
+        let lighter = heart.load.heard(heartbeat.load);
+        let ttl = ttl(&spec, interval);
+        if lighter || before != (heart.weight_in_force, false) {
+            self.pace.backend(id);
+        }
+        if !self.schedule.is_set(Job::HeartbeatTtl(id)) {
+            self.schedule.set(Job::HeartbeatTtl(id), at + ttl);
+        }
+        if heartbeat.state == SenderState::Stopping && self.origin(id) == Some(Origin::Registered) {
+            self.unregister(id, "its heartbeat says that it stops", now);
+            return;
+        }
+        self.count(id);
+        self.called(id, now);
+        if heartbeat.state == SenderState::Starting && self.is_unheard(id) {
+            // There is nothing to ask it for yet, and nothing to miss.
+            return;
+        }
+        let beat =
+            Beat { incarnation: heartbeat.incarnation, sequence: heartbeat.sequence, interval };
+        self.beat(id, &beat, heartbeat.state, at, now);
+    }
+
+    fn origin(&self, id: BackendId) -> Option<Origin> {
+        self.backends.get(&id).map(|entry| entry.origin)
+    }
+
+    /// Whether its detector has not been told of it.
+    fn is_unheard(&self, id: BackendId) -> bool {
+        let heart = self.backends.get(&id).and_then(|entry| entry.heart.as_deref());
+        heart.is_some_and(|heart| heart.detector.state() == State::Waiting)
+    }
+
+    /// Takes over what its heartbeats ask for, and records a change.
+    fn called(&mut self, id: BackendId, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(heart) = &entry.heart else { return };
+        let calling = match heart.state {
+            SenderState::Ready => Calling::Sessions,
+            SenderState::Starting => Calling::Starting,
+            SenderState::Draining => Calling::Draining,
+            SenderState::Stopping => Calling::Stopping,
+        };
+        let before = std::mem::replace(&mut entry.health.calling, calling);
+        if before == calling {
+            return;
+        }
+        let lasted = now.saturating_duration_since(entry.calling_since);
+        entry.calling_since = now;
+        let sessions = entry.state.in_flight.get();
+        let reason = match calling {
+            Calling::Sessions => "its heartbeats say that it takes sessions".to_owned(),
+            _ => format!("its heartbeats say so; no new sessions, {sessions} go on"),
+        };
+        self.record_lazily(id, (before.name(), calling.name()), reason, lasted, now);
+    }
+
+    /// `ttl` may be over.
+    pub(super) fn heartbeat_ttl(&mut self, id: BackendId, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
+        let Some(spec) = pool.spec.heartbeat.clone() else { return };
+        let Some((ttl, over)) = entry.expiry(&spec) else {
+            self.pulse_changed(id, "no heartbeat since they are required", None, now);
+            return;
+        };
+        if over > now {
+            self.schedule.set(Job::HeartbeatTtl(id), over);
+            return;
+        }
+        if let Some(later) = self.expiry_held(id, now) {
+            self.schedule.set(Job::HeartbeatTtl(id), later);
+            return;
+        }
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(heart) = &mut entry.heart else { return };
+        heart.expired = true;
+        let needed = entry.origin == Origin::Registered || spec.require;
+        if entry.origin == Origin::Registered {
+            self.schedule
+                .set(Job::Forget(id), super::schedule::after(over, spec.forget_after).max(now));
+        }
+        if !needed {
+            // Its heartbeats have no say any more, neither about sessions.
+            self.tallies.forget(id, entry.heart.take().as_deref_mut());
+            self.schedule.cancel(Job::Heartbeat(id));
+            self.calling_ends(id, now);
+        }
+        self.count(id);
+        let ttl = humantime::format_duration(ttl);
+        self.pulse_changed(id, &format!("no heartbeat for {ttl} (ttl)"), None, now);
+        self.pace.backend(id);
+    }
+
+    /// Whatever its heartbeats asked for is over.
+    pub(super) fn calling_ends(&mut self, id: BackendId, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let before = std::mem::replace(&mut entry.health.calling, Calling::Sessions);
+        if before != Calling::Sessions {
+            let lasted = now.saturating_duration_since(entry.calling_since);
+            entry.calling_since = now;
+            let reason = "its heartbeats have no say any more".to_owned();
+            self.record(id, (before.name(), Calling::Sessions.name()), reason, lasted, now);
+        }
+    }
+
+    /// `forget_after` is over.
+    pub(super) fn forget(&mut self, id: BackendId, now: Instant) {
+        let still = |entry: &BackendEntry| {
+            entry.origin == Origin::Registered
+                && entry.heart.as_ref().is_none_or(|heart| heart.expired)
+        };
+        if self.backends.get(&id).is_some_and(still) {
+            self.unregister(id, "no heartbeat for ttl and forget_after", now);
+        }
+    }
+}
+
+// === impl Heart ===
+
+impl Heart {
+    fn first(heartbeat: &Heartbeat, detector: HeartbeatDetector, at: Instant) -> Heart {
+        Heart {
+            detector,
+            incarnation: heartbeat.incarnation,
+            key_id: heartbeat.key_id,
+            state: heartbeat.state,
+            weight: heartbeat.weight,
+            weight_in_force: heartbeat.weight.max(1),
+            in_flight: heartbeat.in_flight,
+            load: Load::new(heartbeat.load),
+            interval: heartbeat.interval,
+            first_at: at,
+            last_at: at,
+            expired: false,
+            excused: Duration::ZERO,
+            deaf: Duration::ZERO,
+            adopted: false,
+            counted: None,
+        }
+    }
+}
+
+/// Silence that ends what heartbeats vouch for: as configured, or three
+/// heartbeats of a sender that is slower than that.
+pub(super) fn ttl(spec: &HeartbeatSpec, interval: Duration) -> Duration {
+    spec.ttl.max(interval * TTL_INTERVALS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_backend_keeps_a_quarter_of_its_share() {
+        assert_eq!([0, 500, 1000].map(|load| Load::new(load).share()), [100, 65, 25]);
+    }
+
+    #[test]
+    fn small_changes_of_load_change_no_share() {
+        let mut load = Load::new(500);
+        let changes = (0..1000).filter(|n| load.heard(500 + (n % 2) * 60)).count();
+        assert_eq!(changes, 0);
+        let steps = (0..1000).filter(|_| load.heard(1000)).count();
+        assert!((1..=8).contains(&steps), "{steps} tables on the way");
+        assert!(load.share() <= 30, "{load:?}");
+    }
+}

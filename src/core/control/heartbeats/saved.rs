@@ -1,0 +1,269 @@
+//! What one process tells the next of a backend's heartbeats: whoever joined by
+//! them serves on, and nobody needs to be heard first.
+//!
+//! Called by `handover` on both sides. It records nothing: what is taken over is
+//! no news.
+
+use super::{Heart, Load, Origin};
+use crate::core::control::handover::{SavedBackend, SavedPool};
+use crate::core::control::schedule::{Job, after};
+use crate::core::control::{Controller, PoolId, PublishReason, elsewhere};
+use crate::core::health::Calling;
+use crate::core::model;
+use crate::core::model::{BackendAddress, HeartbeatSpec};
+use crate::core::suspicion::{Beat, HeartbeatDetector, SavedDetector};
+use crate::core::table::state::BackendId;
+use crate::heartbeat::SenderState;
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// See [`Heart`]; times are in milliseconds, counted back from the moment of
+/// saving.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedHeart {
+    /// What their rhythm means.
+    pub detector: SavedDetector,
+    /// Of the sender.
+    pub incarnation: u64,
+    /// The key they are signed with.
+    pub key_id: u32,
+    /// Name of what the sender last said it does.
+    pub state: String,
+    /// As asked for.
+    pub weight: u16,
+    /// As it counts.
+    pub weight_in_force: u16,
+    /// As said.
+    pub in_flight: u32,
+    /// As last said, 0..=1000.
+    pub load: u16,
+    /// Smoothed.
+    pub load_mean: f64,
+    /// As declared.
+    pub interval_ms: u64,
+    /// The first came so long ago.
+    pub first_ms: u64,
+    /// The last came so long ago.
+    pub last_ms: u64,
+    /// Silent for `ttl`.
+    pub expired: bool,
+}
+
+fn ago(now: Instant, ms: u64) -> Instant {
+    now.checked_sub(Duration::from_millis(ms)).unwrap_or(now)
+}
+
+// === impl Heart ===
+
+impl Heart {
+    pub(in crate::core::control) fn save(&self, now: Instant) -> SavedHeart {
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let ago = |then: Instant| millis(now.saturating_duration_since(then));
+        SavedHeart {
+            detector: self.detector.save(now),
+            incarnation: self.incarnation,
+            key_id: self.key_id,
+            state: self.state.name().to_owned(),
+            weight: self.weight,
+            weight_in_force: self.weight_in_force,
+            in_flight: self.in_flight,
+            load: self.load.said,
+            load_mean: self.load.mean,
+            interval_ms: millis(self.interval),
+            first_ms: ago(self.first_at),
+            last_ms: ago(self.last_at),
+            expired: self.expired,
+        }
+    }
+
+    fn restore(saved: &SavedHeart, now: Instant) -> Heart {
+        let named = |state: &SenderState| state.name() == saved.state;
+        let state = SenderState::ALL.into_iter().find(named).unwrap_or(SenderState::Ready);
+        let mut load = Load::new(saved.load.min(1000));
+        if (0.0..=1000.0).contains(&saved.load_mean) {
+            load.mean = saved.load_mean;
+            load.share = Load::wanted(load.mean);
+        }
+        let interval = Duration::from_millis(saved.interval_ms);
+        let last_at = ago(now, saved.last_ms);
+        Heart {
+            detector: HeartbeatDetector::restore(&saved.detector, now),
+            incarnation: saved.incarnation,
+            key_id: saved.key_id,
+            state,
+            weight: saved.weight.max(1),
+            weight_in_force: saved.weight_in_force.max(1),
+            in_flight: saved.in_flight,
+            load,
+            interval: interval.clamp(super::INTERVAL_MIN, super::INTERVAL_MAX),
+            first_at: ago(now, saved.first_ms),
+            last_at,
+            expired: saved.expired,
+            excused: Duration::ZERO,
+            deaf: Duration::ZERO,
+            adopted: true,
+            counted: None,
+        }
+    }
+
+    /// What this process has heard itself is newer than what it was told.
+    fn overtaken_by(&mut self, own: &Heart) {
+        let Some((newest, at)) = own.detector.newest() else { return };
+        if self.detector.newest().is_some_and(|(told, _)| told >= newest) {
+            return;
+        }
+        let (incarnation, sequence) = newest;
+        let beat = Beat { incarnation, sequence, interval: own.interval };
+        // A probe it asks for is asked for again when nothing comes of it.
+        let _ = self.detector.beat(&beat, at);
+        self.incarnation = own.incarnation;
+        self.key_id = own.key_id;
+        self.state = own.state;
+        self.weight = own.weight;
+        self.weight_in_force = own.weight_in_force;
+        self.in_flight = own.in_flight;
+        self.load = own.load;
+        self.interval = own.interval;
+        self.last_at = own.last_at;
+        self.expired = false;
+        self.adopted = false;
+    }
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Goes on with what another process has heard of the backend.
+    pub(in crate::core::control) fn adopt_heart(
+        &mut self,
+        id: BackendId,
+        saved: &SavedBackend,
+        now: Instant,
+    ) {
+        let Some(heart) = &saved.heart else { return };
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
+        let Some(spec) = pool.spec.heartbeat.clone() else { return };
+        let mut heart = Heart::restore(heart, now);
+        if let Some(own) = &entry.heart {
+            heart.overtaken_by(own);
+        }
+        entry.health.calling = match heart.state {
+            SenderState::Ready => Calling::Sessions,
+            SenderState::Starting => Calling::Starting,
+            SenderState::Draining => Calling::Draining,
+            SenderState::Stopping => Calling::Stopping,
+        };
+        entry.calling_since = ago(now, saved.calling_ms);
+        let expired = heart.expired;
+        self.tallies.forget(id, entry.heart.as_deref_mut());
+        entry.heart = Some(Box::new(heart));
+        entry.heartbeats_from = None;
+        entry.health.pulse = entry.pulse(&spec, now);
+        if let Some((_, over)) = entry.expiry(&spec) {
+            if !expired {
+                self.schedule.set(Job::HeartbeatTtl(id), over.max(now));
+            } else if entry.origin == Origin::Registered {
+                let forget = after(over, spec.forget_after).max(now);
+                self.schedule.set(Job::Forget(id), forget);
+            }
+        }
+        self.count(id);
+        self.rearm(id);
+        if !self.schedule.is_set(Job::GuardTick) {
+            self.guard_tick(now);
+        }
+    }
+
+    /// Takes in a backend that has registered with another process.
+    pub(in crate::core::control) fn adopt_registered(
+        &mut self,
+        saved: &SavedPool,
+        backend: &SavedBackend,
+        now: Instant,
+    ) -> Option<BackendId> {
+        let heart = backend.heart.as_ref().filter(|_| backend.registered)?;
+        let pool = self.pools.named(&saved.name)?;
+        let (id, spec) = (pool.id, Arc::clone(pool.spec.heartbeat.as_ref()?));
+        let BackendAddress::Tcp(address) = elsewhere::address_of(&backend.address)? else {
+            return None;
+        };
+        let claimed =
+            pool.names.contains_key(backend.name.as_str()) || pool.addresses.contains_key(&address);
+        if claimed || !spec.register || self.is_our_own(address) {
+            return None;
+        }
+        self.check_room(id, &spec, now).ok()?;
+        let weight = heart.weight;
+        let backend = self.admit(id, &spec, (backend.name.as_str().into(), address, weight), now);
+        self.pace.members(id);
+        self.work.rebuild.get_or_insert(PublishReason::Heartbeat);
+        Some(backend)
+    }
+
+    /// Registered backends that left while the upgrade was under way.
+    pub(in crate::core::control) fn drop_unregistered(&mut self, saved: &SavedPool, now: Instant) {
+        let Some(pool) = self.pools.named(&saved.name).filter(|_| saved.hearts) else { return };
+        let there: HashSet<&str> =
+            saved.backends.iter().map(|backend| backend.name.as_str()).collect();
+        let gone = |id: &&BackendId| {
+            self.backends.get(id).is_some_and(|entry| {
+                entry.origin == Origin::Registered
+                    && entry.heart.as_ref().is_some_and(|heart| heart.adopted)
+                    && !there.contains(&*entry.spec.name)
+            })
+        };
+        let gone: Vec<BackendId> = pool.members.iter().filter(gone).copied().collect();
+        for id in gone {
+            self.unregister(id, "it left during the upgrade", now);
+        }
+    }
+
+    /// Makes a new member of the pool, or takes one back that was leaving.
+    pub(super) fn admit(
+        &mut self,
+        pool_id: PoolId,
+        spec: &HeartbeatSpec,
+        (name, address, weight): (Arc<str>, std::net::SocketAddr, u16),
+        now: Instant,
+    ) -> BackendId {
+        let Some(pool) = self.pool(pool_id) else {
+            unreachable!("the pool was looked up for this very backend")
+        };
+        let pool_spec = Arc::clone(&pool.spec);
+        let spec = model::Backend {
+            name: Arc::clone(&name),
+            address: BackendAddress::Tcp(address),
+            weight: weight.clamp(1, spec.weight_max.max(1)),
+            backup: false,
+            connections_max: 0,
+        };
+        let returned =
+            self.leaving_as(&pool_spec.name, &spec).and_then(|id| self.come_back(id, now));
+        let mut entry = match returned {
+            Some(entry) => entry,
+            None => self.new_entry(&pool_spec, &spec, pool_id, now),
+        };
+        entry.state.start_from(&pool_spec.source, self.workers);
+        entry.pool = pool_id;
+        entry.spec = spec;
+        entry.origin = Origin::Registered;
+        self.tallies.forget(entry.state.id, entry.heart.take().as_deref_mut());
+        entry.health.pulse = crate::core::health::Pulse::Awaited;
+        self.take_intent(&mut entry, now);
+        let id = entry.state.id;
+        self.note_out(&entry);
+        self.backends.insert(id, entry);
+        if let Some(pool) = self.pool_mut(pool_id) {
+            pool.members.push(id);
+            pool.registered += 1;
+            pool.names.insert(name, id);
+            pool.addresses.insert(address, id);
+        }
+        self.join_probing(id, pool_id, now);
+        id
+    }
+}

@@ -1,0 +1,142 @@
+//! The newest changes of one backend's standing, for `tidegate explain`.
+//!
+//! The controller adds each transition it records. A bounded ring: what is
+//! older than the newest [`TRANSITIONS_MAX`] is only in the log.
+
+use crate::core::health::Transition;
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Enough for the story of a bad night, little enough for ten thousand
+/// backends.
+pub const TRANSITIONS_MAX: usize = 32;
+
+/// See the module's documentation.
+#[derive(Debug, Clone, Default)]
+pub(super) struct History {
+    /// Oldest first; at most [`TRANSITIONS_MAX`].
+    ring: VecDeque<Transition>,
+    /// The oldest of them are from another process.
+    adopted: usize,
+}
+
+/// What one process tells the next of one change; times are in milliseconds.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedTransition {
+    /// State before.
+    pub from: String,
+    /// State after.
+    pub to: String,
+    /// The evidence.
+    pub reason: String,
+    /// It was so long before the moment of saving.
+    pub ago_ms: u64,
+    /// How long the state before had lasted.
+    pub lasted_ms: u64,
+}
+
+/// Every state that a transition may name.
+const STATES: [&str; 13] = [
+    "new",
+    "unknown",
+    "up",
+    "suspect",
+    "down",
+    "ejected",
+    "trial",
+    "removed",
+    "ready",
+    "draining",
+    "maintenance",
+    "starting",
+    "stopping",
+];
+
+// === impl History ===
+
+impl History {
+    pub(super) fn add(&mut self, transition: Transition) {
+        if self.ring.len() == TRANSITIONS_MAX {
+            self.ring.pop_front();
+            self.adopted = self.adopted.saturating_sub(1);
+        }
+        self.ring.push_back(transition);
+    }
+
+    /// The newest `count`, for another process.
+    pub(super) fn save(&self, count: usize, now: Instant) -> Vec<SavedTransition> {
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let saved = |transition: &Transition| SavedTransition {
+            from: transition.from.to_owned(),
+            to: transition.to.to_owned(),
+            reason: transition.reason.clone(),
+            ago_ms: millis(now.saturating_duration_since(transition.at)),
+            lasted_ms: millis(transition.lasted),
+        };
+        self.ring.iter().skip(self.ring.len().saturating_sub(count)).map(saved).collect()
+    }
+
+    /// Puts what another process has said of that backend before what happened
+    /// here, in place of what it said before.
+    pub(super) fn adopt(
+        &mut self,
+        saved: &[SavedTransition],
+        (pool, backend): (&Arc<str>, &Arc<str>),
+        now: Instant,
+    ) {
+        self.ring.drain(..self.adopted);
+        let room = TRANSITIONS_MAX - self.ring.len();
+        let newest = &saved[saved.len().saturating_sub(room)..];
+        self.adopted = newest.len();
+        let state =
+            |name: &str| STATES.into_iter().find(|state| *state == name).unwrap_or("unknown");
+        for one in newest.iter().rev() {
+            self.ring.push_front(Transition {
+                pool: Arc::clone(pool),
+                backend: Arc::clone(backend),
+                from: state(&one.from),
+                to: state(&one.to),
+                reason: one.reason.clone(),
+                at: now.checked_sub(Duration::from_millis(one.ago_ms)).unwrap_or(now),
+                lasted: Duration::from_millis(one.lasted_ms),
+            });
+        }
+    }
+
+    /// The newest, if there was any.
+    pub(super) fn last(&self) -> Option<&Transition> {
+        self.ring.back()
+    }
+
+    /// Newest first.
+    pub(super) fn newest_first(&self) -> impl Iterator<Item = &Transition> {
+        self.ring.iter().rev()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_transitions_are_kept_and_no_more() {
+        let mut history = History::default();
+        for number in 0..40 {
+            history.add(Transition {
+                pool: "p".into(),
+                backend: "b".into(),
+                from: "up",
+                to: "down",
+                reason: number.to_string(),
+                at: crate::net::clock::now(),
+                lasted: Duration::ZERO,
+            });
+        }
+        let reasons: Vec<&str> = history.newest_first().map(|t| t.reason.as_str()).collect();
+        assert_eq!((reasons.len(), reasons[0], reasons[31]), (TRANSITIONS_MAX, "39", "8"));
+        assert_eq!(history.last().unwrap().reason, "39");
+    }
+}

@@ -1,0 +1,262 @@
+//! What operators wanted of backends that are no longer configured.
+//!
+//! `leaving` notes an intent when a backend goes, `configure` and `heartbeats`
+//! take it up when the same one (pool, name and address) comes back: a file that
+//! is without a drained backend for a moment does not put it back into service.
+//! It decides nothing and reads no clock.
+
+use super::handover::{Saved, SavedBackend, SavedPool, ago, every_backend, millis};
+use super::{BackendEntry, Controller, Effect};
+use crate::core::control::publish_pacer::PublishReason;
+use crate::core::health::Intent;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long the intent of a backend is kept after it left.
+pub const KEPT_FOR: Duration = Duration::from_secs(600);
+
+/// Most backends whose intents are kept after they left; beyond that the one
+/// that left first is forgotten.
+pub const KEPT_MAX: usize = 10_000;
+
+/// Pool, name, address as text.
+type Identity = (Arc<str>, Arc<str>, Arc<str>);
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    by_identity: HashMap<Identity, Left>,
+    /// In the order in which they left; those taken up again are still in it.
+    order: VecDeque<(Instant, Identity)>,
+    forgotten: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Left {
+    intent: Intent,
+    since: Instant,
+    at: Instant,
+}
+
+/// What one process tells the next of one of them.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedIntent {
+    /// Of the backend.
+    pub pool: String,
+    /// Of the backend.
+    pub name: String,
+    /// As the file spelt it.
+    pub address: String,
+    /// Name of the intent.
+    pub intent: String,
+    /// Age of the intent, in milliseconds.
+    pub intent_ms: u64,
+    /// It left so long ago.
+    pub left_ms: u64,
+}
+
+// === impl Kept ===
+
+impl Kept {
+    /// A backend leaves; `ready` needs no keeping.
+    pub(super) fn keep(&mut self, who: Identity, (intent, since): (Intent, Instant), at: Instant) {
+        self.expire(at);
+        if intent == Intent::Ready {
+            self.by_identity.remove(&who);
+            return;
+        }
+        self.by_identity.insert(who.clone(), Left { intent, since, at });
+        self.order.push_back((at, who));
+        while self.order.len() > KEPT_MAX {
+            let Some((at, who)) = self.order.pop_front() else { break };
+            if self.drop_left_at(at, &who) {
+                self.forgotten += 1;
+            }
+        }
+    }
+
+    /// It comes back.
+    pub(super) fn take(&mut self, who: &Identity, now: Instant) -> Option<(Intent, Instant)> {
+        self.expire(now);
+        let left = self.by_identity.remove(who)?;
+        let in_time = now.saturating_duration_since(left.at) < KEPT_FOR;
+        in_time.then_some((left.intent, left.since))
+    }
+
+    /// Intents forgotten for want of room.
+    #[cfg(test)]
+    pub(super) fn forgotten(&self) -> u64 {
+        self.forgotten
+    }
+
+    /// For another process.
+    pub(super) fn save(&self, now: Instant) -> Vec<SavedIntent> {
+        let ms = |then: Instant| {
+            u64::try_from(now.saturating_duration_since(then).as_millis()).unwrap_or(u64::MAX)
+        };
+        let standing = self.order.iter().filter_map(|(at, who)| {
+            let left = self.by_identity.get(who).filter(|left| left.at == *at)?;
+            let (pool, name, address) = who;
+            Some(SavedIntent {
+                pool: pool.to_string(),
+                name: name.to_string(),
+                address: address.to_string(),
+                intent: left.intent.name().to_owned(),
+                intent_ms: ms(left.since),
+                left_ms: ms(left.at),
+            })
+        });
+        standing.collect()
+    }
+
+    fn expire(&mut self, now: Instant) {
+        while let Some((at, _)) = self.order.front()
+            && now.saturating_duration_since(*at) >= KEPT_FOR
+        {
+            let Some((at, who)) = self.order.pop_front() else { return };
+            self.drop_left_at(at, &who);
+        }
+    }
+
+    /// Forgets it unless it has come back and left again since.
+    fn drop_left_at(&mut self, at: Instant, who: &Identity) -> bool {
+        let is_it = self.by_identity.get(who).is_some_and(|left| left.at == at);
+        if is_it {
+            self.by_identity.remove(who);
+        }
+        is_it
+    }
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Operators' intents alone, by names: of backends that are not simply ready.
+    pub fn save_intents(&self, now: Instant) -> Saved {
+        let save = |entry: &BackendEntry| SavedBackend {
+            name: entry.state.name.to_string(),
+            address: entry.state.address_text.to_string(),
+            intent: entry.health.intent.name().to_owned(),
+            intent_ms: millis(now.saturating_duration_since(entry.health.intent_since)),
+            ..SavedBackend::default()
+        };
+        let taken_out = self.backends.values().filter(|it| it.health.intent != Intent::Ready);
+        let mut pools: BTreeMap<usize, Vec<SavedBackend>> = BTreeMap::new();
+        for entry in taken_out {
+            if let Some(place) = self.pools.place(entry.pool) {
+                pools.entry(place).or_default().push(save(entry));
+            }
+        }
+        let named = |(place, backends): (usize, _)| {
+            let name = self.pools.iter().as_slice()[place].spec.name.to_string();
+            SavedPool { name, backends, ..SavedPool::default() }
+        };
+        Saved {
+            pools: pools.into_iter().map(named).collect(),
+            left: self.kept.save(now),
+            ..Saved::default()
+        }
+    }
+
+    /// Goes on with operators' intents as another process has saved them
+    /// ([`Controller::save_intents`]); a backend that is not among them is ready.
+    pub fn adopt_intents(&mut self, newer: &Saved, now: Instant) -> Vec<Effect> {
+        self.run_due(now);
+        let left = newer.left.iter().map(|one| [&*one.pool, &*one.name, &*one.address]);
+        let wanted: HashSet<[&str; 3]> = every_backend(newer).map(identity).chain(left).collect();
+        let own = self.save_intents(now);
+        let back = every_backend(&own).filter(|one| !wanted.contains(&identity(*one)));
+        let back = back.map(|one| (one, Some(Intent::Ready)));
+        let saved = every_backend(newer).map(|one| (one, Intent::named(&one.1.intent)));
+        for ((pool, backend), intent) in saved.chain(back) {
+            let Some(id) = self.find_saved(&pool.name, &backend.name, &backend.address) else {
+                self.keep_intent(pool, backend, now);
+                continue;
+            };
+            let known = self.backends.get(&id).map(|entry| entry.health.intent);
+            if let Some(intent) = intent.filter(|wanted| known != Some(*wanted)) {
+                self.change_intent(id, intent, now);
+                self.work.cause = Some(PublishReason::Operator);
+            }
+        }
+        for left in &newer.left {
+            self.adopt_intent(left, now);
+        }
+        self.finish(now)
+    }
+
+    /// What an operator wanted of a backend that this configuration is without:
+    /// it may come back.
+    pub(super) fn keep_intent(&mut self, pool: &SavedPool, backend: &SavedBackend, now: Instant) {
+        let Some(intent) = Intent::named(&backend.intent) else { return };
+        let who = (pool.name.as_str().into(), backend.name.as_str().into());
+        let wanted = (intent, ago(now, backend.intent_ms));
+        self.kept.keep((who.0, who.1, backend.address.as_str().into()), wanted, now);
+    }
+
+    /// Goes on with an intent of a backend that has left in the other process.
+    pub(super) fn adopt_intent(&mut self, left: &SavedIntent, now: Instant) {
+        let Some(intent) = Intent::named(&left.intent) else { return };
+        let since = ago(now, left.intent_ms);
+        match self.find_saved(&left.pool, &left.name, &left.address) {
+            Some(id) => {
+                // It came back during the upgrade.
+                if let Some(entry) = self.backends.get_mut(&id)
+                    && entry.health.intent == Intent::Ready
+                {
+                    (entry.health.intent, entry.health.intent_since) = (intent, since);
+                    self.work.touched.insert(id);
+                }
+            }
+            None => {
+                let [pool, name, address] =
+                    [&left.pool, &left.name, &left.address].map(|text| text.as_str().into());
+                let at = ago(now, left.left_ms);
+                self.kept.keep((pool, name, address), (intent, since), at);
+            }
+        }
+    }
+}
+
+fn identity<'s>((pool, backend): (&'s SavedPool, &'s SavedBackend)) -> [&'s str; 3] {
+    [&pool.name, &backend.name, &backend.address]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn who(name: &str) -> Identity {
+        ("web".into(), name.into(), "10.0.0.1:80".into())
+    }
+
+    #[test]
+    fn an_intent_is_kept_for_its_time_and_given_once() {
+        let start = crate::net::clock::now();
+        let mut kept = Kept::default();
+        let drained = (Intent::Draining, start);
+        kept.keep(who("a"), drained, start);
+        kept.keep(who("b"), drained, start);
+        kept.keep(who("c"), (Intent::Ready, start), start);
+        let soon = start + KEPT_FOR - Duration::from_millis(1);
+        assert_eq!(kept.take(&who("a"), soon), Some(drained));
+        assert_eq!(kept.take(&who("a"), soon), None);
+        assert_eq!(kept.take(&who("c"), soon), None);
+        assert_eq!(kept.save(soon).len(), 1);
+        assert_eq!(kept.take(&who("b"), start + KEPT_FOR), None);
+    }
+
+    #[test]
+    fn no_more_intents_are_kept_than_the_bound_and_the_newest_stay() {
+        let start = crate::net::clock::now();
+        let mut kept = Kept::default();
+        for number in 0..KEPT_MAX + 3 {
+            kept.keep(who(&number.to_string()), (Intent::Draining, start), start);
+        }
+        assert_eq!((kept.by_identity.len(), kept.forgotten()), (KEPT_MAX, 3));
+        assert!(kept.take(&who("2"), start).is_none() && kept.take(&who("3"), start).is_some());
+    }
+}

@@ -1,0 +1,110 @@
+//! Authentic heartbeats that the configuration has no place for.
+//!
+//! `heartbeats` finds them; here they are counted, listed by sender, and told of
+//! at most once a minute and sender. They change nothing else.
+
+use super::{Controller, Effect, Notice};
+use crate::core::suspicion::rejections::Rejected;
+use crate::heartbeat::Heartbeat;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Why an authentic heartbeat changed nothing; a closed set, the label of a
+/// metric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Misfit {
+    /// No pool of that name takes heartbeats (any more).
+    UnknownPool,
+    /// No backend of that name, and the pool lets nobody register.
+    UnknownBackend,
+    /// The file has a backend of that name at another address.
+    ConfiguredName,
+    /// The file has a backend of another name at that address.
+    ConfiguredAddress,
+    /// A sender that started later has the name or the address.
+    OlderSender,
+    /// The address is one of our own: sessions would come back to us.
+    OwnAddress,
+    /// The pool has as many registered backends as it may.
+    PoolFull,
+}
+
+// === impl Misfit ===
+
+impl Misfit {
+    /// Every reason there is.
+    pub const ALL: [Misfit; 7] = [
+        Misfit::UnknownPool,
+        Misfit::UnknownBackend,
+        Misfit::ConfiguredName,
+        Misfit::ConfiguredAddress,
+        Misfit::OlderSender,
+        Misfit::OwnAddress,
+        Misfit::PoolFull,
+    ];
+
+    /// As in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Misfit::UnknownPool => "unknown-pool",
+            Misfit::UnknownBackend => "unknown-backend",
+            Misfit::ConfiguredName => "configured-name",
+            Misfit::ConfiguredAddress => "configured-address",
+            Misfit::OlderSender => "older-sender",
+            Misfit::OwnAddress => "own-address",
+            Misfit::PoolFull => "pool-full",
+        }
+    }
+
+    /// What an operator can do about it.
+    pub fn help(self) -> &'static str {
+        match self {
+            Misfit::UnknownPool => "no pool of this name takes heartbeats; stop the sender",
+            Misfit::UnknownBackend => {
+                "the pool has no backend of this name at this address; add it, allow \
+                 register, or stop the sender"
+            }
+            Misfit::ConfiguredName => "the file has this name at another address",
+            Misfit::ConfiguredAddress => "the file has this address under another name",
+            Misfit::OlderSender => {
+                "a sender that started later has this name or address; stop one of the two"
+            }
+            Misfit::OwnAddress => "the address is a bind of Tidegate itself",
+            Misfit::PoolFull => "raise backends_max of the pool, or stop senders",
+        }
+    }
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Counts a heartbeat that has no place in the configuration, and says so.
+    pub(super) fn misfit(&mut self, misfit: Misfit, heartbeat: &Heartbeat, now: Instant) {
+        self.misfits[misfit as usize] += 1;
+        let rejected = Rejected {
+            claim: Some((&heartbeat.pool, &heartbeat.name)),
+            signed: true,
+            from: None,
+            key_id: Some(heartbeat.key_id),
+            reason: misfit.name(),
+            help: misfit.help(),
+            skew: None,
+            // A full pool says so itself.
+            warns: misfit != Misfit::PoolFull,
+        };
+        if self.rejections.add(&rejected, now).is_none() {
+            return;
+        }
+        let message = format!(
+            "heartbeats rejected ({}, address {}): {}",
+            misfit.name(),
+            heartbeat.address,
+            misfit.help()
+        );
+        self.work.effects.push(Effect::Notice(Notice {
+            pool: Arc::clone(&heartbeat.pool),
+            backend: Some(Arc::clone(&heartbeat.name)),
+            message,
+        }));
+    }
+}

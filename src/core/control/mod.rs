@@ -1,0 +1,508 @@
+//! The controller: the single writer of everything sessions are routed by.
+//!
+//! `app` feeds it events with the time and performs the effects it returns.
+//! Pure: it does no I/O and reads no clock, so a test drives a year in a
+//! millisecond.
+//!
+//! The files: `configure` (what a reload keeps), `probing` (when probes run),
+//! `verdicts` (what their results mean), `ejections` (the pool's guard),
+//! `pools` (finding them), `trials` (how ejected backends come back), `gray` (who does not answer),
+//! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
+//! means), `tally` (how many are silent), `ramps` (slow start), `leaving` (removed backends), `intents` (what was
+//! wanted of them), `settling` (pools of which no backend has been judged yet),
+//! `elsewhere` (sessions of the processes before), `operator` (drains), `publish`,
+//! `pace` and `apart` (tables), `history`, `handover` (what the
+//! next process goes on with), `status` and `explain`.
+//! All of them work on one [`Controller`] and leave effects behind;
+//! only [`Controller::apply`] and its siblings hand them out.
+
+mod apart;
+mod configure;
+mod ejections;
+pub mod elsewhere;
+mod events;
+pub mod explain;
+pub mod handover;
+mod heartbeats;
+mod history;
+mod intents;
+mod misfits;
+mod operator;
+mod pools;
+mod probe_results;
+mod probing;
+mod publish;
+mod publish_pacer;
+mod ramps;
+mod removal;
+mod schedule;
+mod settling;
+mod slow_backends;
+pub mod source_ports;
+mod status;
+mod suspicion;
+mod tally;
+#[cfg(test)]
+pub(crate) mod tests;
+mod trials;
+
+pub use crate::core::control::publish_pacer::PublishReason;
+pub use apart::BuildToken;
+pub use events::{Effect, Event, Notice, OperatorError, ProbeLane, ProbeToken};
+pub use heartbeats::SavedHeart;
+pub use history::{SavedTransition, TRANSITIONS_MAX};
+pub use intents::{KEPT_FOR, KEPT_MAX, SavedIntent};
+pub use misfits::Misfit;
+pub use publish::Weight;
+pub use status::{
+    BackendStatus, ControlStatus, Freezing, FrontendStatus, Gathering, HeartStatus,
+    HeartbeatStatus, PoolStatus,
+};
+
+use crate::core::balance::in_flight::{Counts, Unshared};
+use crate::core::health::{BackendHealth, Intent, Transition};
+use crate::core::model;
+use crate::core::model::ProbeSpec;
+use crate::core::suspicion::rejections::Rejections;
+use crate::core::suspicion::{PathGuard, Ramp};
+use crate::core::table::Table;
+use crate::core::table::state::{BackendId, BackendState, FrontendState};
+use schedule::{Job, Schedule};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::ops::Bound;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Controller {
+    workers: usize,
+    counts: Arc<dyn Counts>,
+    rng: fastrand::Rng,
+    generation: u64,
+    serial: u64,
+    connections_max: u32,
+    /// In file order.
+    frontends: Vec<FrontendEntry>,
+    /// Positions in `frontends`.
+    frontend_names: HashMap<Arc<str>, usize>,
+    pools: pools::Pools,
+    /// How many of them are settling.
+    settling: usize,
+    /// Every configured backend, whichever pool it is in.
+    backends: BTreeMap<BackendId, BackendEntry>,
+    /// Removed backends that may still hold sessions.
+    leaving: BTreeMap<BackendId, Leaving>,
+    /// Those of `leaving` by what makes them the same backend.
+    left: HashMap<configure::Identity, BackendId>,
+    /// Every backend that is ejected or on trial; some may not be any more.
+    out: BTreeSet<(PoolId, BackendId)>,
+    /// The same of those that are suspect.
+    suspects: BTreeSet<(PoolId, BackendId)>,
+    /// The look at first bytes that is under way.
+    round: crate::core::control::slow_backends::Round,
+    /// What operators wanted of backends that have left.
+    kept: intents::Kept,
+    /// Where our own listeners are bound.
+    own: std::collections::HashSet<SocketAddr>,
+    schedule: Schedule,
+    ids: Ids,
+    table: Arc<Table>,
+    local_trouble_noticed: Option<Instant>,
+    pace: crate::core::control::publish_pacer::Pace,
+    builds: apart::Builds,
+    guards: suspicion::Guards,
+    tallies: tally::Tallies,
+    /// Authentic heartbeats that changed nothing, by [`Misfit`].
+    misfits: [u64; Misfit::ALL.len()],
+    /// Their senders.
+    rejections: Rejections,
+    /// Counted by the processes before.
+    before: handover::Before,
+    /// Heartbeats taken.
+    heartbeats_total: u64,
+    /// What the event at hand has touched; empty between events.
+    work: Work,
+}
+
+/// A configured frontend.
+#[derive(Debug)]
+struct FrontendEntry {
+    state: Arc<FrontendState>,
+    spec: model::Frontend,
+}
+
+/// Names a pool for as long as its name stays configured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct PoolId(u32);
+
+impl PoolId {
+    /// No pool has this number.
+    const NONE: PoolId = PoolId(0);
+}
+
+/// A configured pool.
+#[derive(Debug)]
+struct PoolEntry {
+    id: PoolId,
+    spec: Arc<model::Pool>,
+    /// In file order, then registered ones by age; all of them are in
+    /// `Controller::backends`.
+    members: Vec<BackendId>,
+    startup: Startup,
+    /// Members by name.
+    names: HashMap<Arc<str>, BackendId>,
+    /// Members by address; kept where heartbeats are taken.
+    addresses: HashMap<SocketAddr, BackendId>,
+    /// Whether the file has backups for it.
+    has_backups: bool,
+    /// Members that are registered.
+    registered: usize,
+    full_noticed: Option<Instant>,
+    /// Whether many fell silent together.
+    guard: PathGuard,
+    /// How a suspicion is confirmed.
+    confirming: Arc<ProbeSpec>,
+    /// Since when somebody serves; `None`: nobody does.
+    in_service_since: Option<Instant>,
+    /// While none of its backends serves and some have no verdict yet.
+    settling: Option<settling::Settling>,
+    /// Where it is so large that its part of a table is made on another thread.
+    apart: Option<apart::Apart>,
+}
+
+/// How a backend got into its pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// It stands in the file.
+    File,
+    /// Its heartbeats brought it.
+    Registered,
+}
+
+/// How far a pool with probes is in getting to know its backends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Startup {
+    /// No result yet; unknown backends wait.
+    Waiting { since: Instant },
+    /// No result came within `startup_grace`: unknown backends serve.
+    Open,
+    /// There was a result (or there is no probe).
+    Decided,
+}
+
+/// A configured backend.
+#[derive(Debug)]
+struct BackendEntry {
+    state: Arc<BackendState>,
+    pool: PoolId,
+    spec: model::Backend,
+    health: BackendHealth,
+    origin: Origin,
+    in_flight: Option<ProbeInFlight>,
+    /// What its heartbeats have said, where any were heard.
+    heart: Option<Box<heartbeats::Heart>>,
+    /// The confirming probe under way.
+    trying: Option<suspicion::Trying>,
+    /// Until then it serves without the heartbeats it needs: they were not
+    /// required when it came.
+    heartbeats_from: Option<Instant>,
+    calling_since: Instant,
+    /// Since when its observation stands.
+    observed_since: Instant,
+    /// Its slow start, and the share it has reached, in percent.
+    ramp: Option<Ramp>,
+    ramp_share: u32,
+    /// Whether it was eligible when last looked at.
+    served: bool,
+    /// What the newest table says of it, to tell whether a new one is due.
+    published: publish::Standing,
+    history: history::History,
+}
+
+/// A probe the shell was asked for.
+#[derive(Debug, Clone, Copy)]
+struct ProbeInFlight {
+    token: ProbeToken,
+    started: Instant,
+    /// No result is expected any more from then on.
+    lost_at: Instant,
+    /// Its result means nothing any more; it only keeps the next one waiting.
+    stale: bool,
+}
+
+/// A backend that is no longer configured.
+#[derive(Debug)]
+struct Leaving {
+    entry: BackendEntry,
+    /// Its sessions are to be cut from then on.
+    cut_at: Option<Instant>,
+}
+
+/// Next free numbers; none is ever used twice.
+#[derive(Debug, Default)]
+struct Ids {
+    backend: u32,
+    frontend: u32,
+    pool: u32,
+    probe: u64,
+}
+
+/// What handling an event leaves to be finished once, however many events came
+/// together.
+#[derive(Debug, Default)]
+struct Work {
+    effects: Vec<Effect>,
+    /// A new table is due whatever the backends' standings.
+    rebuild: Option<PublishReason>,
+    /// Who caused it, where it was not health.
+    cause: Option<PublishReason>,
+    /// Their standing may have changed.
+    touched: BTreeSet<BackendId>,
+    /// Their guard is to be looked at.
+    unsettled: BTreeSet<PoolId>,
+    /// Shut, and not in the table that is about to be published.
+    reopen: Vec<Arc<BackendState>>,
+    /// Large pools' parts of the table are made at once, too.
+    at_once: bool,
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Nothing configured yet. `workers` sizes the counters' shards; `seed`
+    /// drives probe jitter.
+    pub fn new(workers: usize, seed: u64) -> Controller {
+        Controller {
+            workers,
+            counts: Arc::new(Unshared),
+            rng: fastrand::Rng::with_seed(seed),
+            generation: 0,
+            serial: 0,
+            connections_max: 0,
+            frontends: Vec::new(),
+            frontend_names: HashMap::new(),
+            pools: pools::Pools::default(),
+            settling: 0,
+            backends: BTreeMap::new(),
+            leaving: BTreeMap::new(),
+            left: HashMap::new(),
+            out: BTreeSet::new(),
+            suspects: BTreeSet::new(),
+            round: crate::core::control::slow_backends::Round::default(),
+            kept: intents::Kept::default(),
+            own: Default::default(),
+            schedule: Schedule::default(),
+            ids: Ids::default(),
+            table: Arc::new(publish::empty_table()),
+            local_trouble_noticed: None,
+            pace: crate::core::control::publish_pacer::Pace::default(),
+            builds: apart::Builds::default(),
+            guards: suspicion::Guards::default(),
+            tallies: tally::Tallies::default(),
+            misfits: [0; Misfit::ALL.len()],
+            rejections: Rejections::default(),
+            before: handover::Before::default(),
+            heartbeats_total: 0,
+            work: Work::default(),
+        }
+    }
+
+    /// The same, with counts from there for every backend and frontend to come.
+    pub fn counting(self, counts: Arc<dyn Counts>) -> Controller {
+        Controller { counts, ..self }
+    }
+
+    /// Takes one event and gives what follows from it: at most one
+    /// [`Effect::Publish`], which comes first, and none when sessions would be
+    /// routed as before.
+    ///
+    /// Whatever is due by `now` is done before and after the event, so a late
+    /// tick changes no verdict's order.
+    pub fn apply(&mut self, event: Event, now: Instant) -> Vec<Effect> {
+        self.apply_all([event], now)
+    }
+
+    /// As [`Controller::apply`], for all events that are at hand: ten thousand
+    /// first results make one table.
+    pub fn apply_all(
+        &mut self,
+        events: impl IntoIterator<Item = Event>,
+        now: Instant,
+    ) -> Vec<Effect> {
+        // Heartbeats that have arrived come first: what is due may be a silence
+        // that they have ended.
+        let mut later = Vec::new();
+        for event in events {
+            match event {
+                Event::Heartbeat { heartbeat, at, stands_for } => {
+                    self.heartbeat(&heartbeat, (at.min(now), stands_for), now);
+                }
+                Event::HeartbeatsLost(count) => self.heartbeats_lost(count, now),
+                other => later.push(other),
+            }
+        }
+        self.run_due(now);
+        for event in later {
+            match event {
+                Event::Configure(config) => self.configure(&config, now),
+                Event::Probed { backend, token, outcome } => {
+                    self.probed(backend, token, outcome, now);
+                }
+                Event::ConnectFailed { backend, failure, in_a_row, begun } => {
+                    self.connect_failed(backend, failure, (in_a_row, begun), now);
+                }
+                Event::Built { token, built, took } => self.built(token, *built, took, now),
+                Event::Heartbeat { .. } | Event::HeartbeatsLost(_) | Event::Tick => {}
+            }
+        }
+        self.finish(now)
+    }
+
+    /// Sets an operator's intent for one backend. Setting what is set already
+    /// changes and logs nothing; an error changes nothing either.
+    pub fn set_intent(
+        &mut self,
+        pool: &str,
+        backend: &str,
+        intent: Intent,
+        now: Instant,
+    ) -> Result<Vec<Effect>, OperatorError> {
+        let id = self.find_backend(pool, backend)?;
+        self.run_due(now);
+        self.change_intent(id, intent, now);
+        self.work.cause = Some(PublishReason::Operator);
+        Ok(self.finish(now))
+    }
+
+    /// When [`Event::Tick`] is wanted next. Never before the last `now`.
+    pub fn next_due(&self) -> Option<Instant> {
+        self.schedule.next()
+    }
+
+    /// Pool and name of a configured backend.
+    pub fn name_of(&self, id: BackendId) -> Option<(Arc<str>, Arc<str>)> {
+        let state = &self.backends.get(&id)?.state;
+        Some((Arc::clone(&state.pool), Arc::clone(&state.name)))
+    }
+
+    /// Accepted configurations so far.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Every backend configured or registered, in no order.
+    pub fn backends(&self) -> impl Iterator<Item = &Arc<BackendState>> {
+        self.backends.values().map(|entry| &entry.state)
+    }
+
+    /// Those that came after `last`, oldest first.
+    pub fn backends_after(
+        &self,
+        last: Option<BackendId>,
+    ) -> impl Iterator<Item = &Arc<BackendState>> {
+        let from = last.map_or(Bound::Unbounded, Bound::Excluded);
+        self.backends.range((from, Bound::Unbounded)).map(|(_, entry)| &entry.state)
+    }
+
+    /// The newest table; an empty one before the first configuration.
+    pub fn current_table(&self) -> Arc<Table> {
+        Arc::clone(&self.table)
+    }
+
+    fn run_due(&mut self, now: Instant) {
+        self.notice_stall(now);
+        while let Some(job) = self.schedule.pop_due(now) {
+            match job {
+                Job::Probe(id) => self.start_probe(id, now),
+                Job::ProbeLost(id) => self.probe_lost(id, now),
+                Job::EjectionEnds(id) => self.begin_trial(id, now),
+                Job::LookAtTrial(id) => self.look_at_trial(id, now),
+                Job::LookForGray => self.look_for_gray(now),
+                Job::GraceEnds(pool) => self.grace_over(pool),
+                Job::SettlingEnds(pool) => self.settled(pool),
+                Job::CutSessions(id) => self.cut_sessions(id),
+                Job::LeavingCheck => self.check_leaving(now),
+                Job::Heartbeat(id) => self.check_heartbeat(id, now),
+                Job::HeartbeatTtl(id) => self.heartbeat_ttl(id, now),
+                Job::Forget(id) => self.forget(id, now),
+                Job::GuardTick => self.guard_tick(now),
+                Job::Guard(pool) => self.look(pool, now),
+                Job::Ramp(id) => self.ramp_step(id, now),
+                // Whether a table or a part of one is due is asked at the end of every event.
+                Job::Publish | Job::Build => {}
+            }
+        }
+    }
+
+    /// Does what the events left to be done once, and hands out the effects.
+    fn finish(&mut self, now: Instant) -> Vec<Effect> {
+        self.run_due(now);
+        self.settle_confirmed(now);
+        while let Some(pool) = self.work.unsettled.pop_first() {
+            self.settle_guard(pool, now);
+        }
+        self.settle_ramps(now);
+        self.look_at_settling();
+        if let Some(reason) = self.table_due(now) {
+            let table = self.rebuild(reason);
+            self.table_made(reason, table.is_some(), now);
+            if let Some(table) = table {
+                self.work.effects.insert(0, Effect::Publish(table));
+            }
+        }
+        self.begin_builds(now);
+        (self.work.cause, self.work.at_once) = (None, false);
+        #[cfg(debug_assertions)]
+        self.check_tallies();
+        std::mem::take(&mut self.work.effects)
+    }
+
+    /// The pool of that number.
+    fn pool(&self, id: PoolId) -> Option<&PoolEntry> {
+        self.pools.get(id)
+    }
+
+    fn pool_mut(&mut self, id: PoolId) -> Option<&mut PoolEntry> {
+        self.pools.get_mut(id)
+    }
+
+    /// Records a change of a configured backend's standing.
+    fn record(
+        &mut self,
+        id: BackendId,
+        names: (&'static str, &'static str),
+        reason: String,
+        lasted: Duration,
+        now: Instant,
+    ) {
+        self.record_lazily(id, names, reason, lasted, now);
+        self.work.touched.insert(id);
+    }
+
+    /// As [`Controller::record`], where the table may wait.
+    fn record_lazily(
+        &mut self,
+        id: BackendId,
+        (from, to): (&'static str, &'static str),
+        reason: String,
+        lasted: Duration,
+        now: Instant,
+    ) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let transition = Transition {
+            pool: Arc::clone(&entry.state.pool),
+            backend: Arc::clone(&entry.state.name),
+            from,
+            to,
+            reason,
+            at: now,
+            lasted,
+        };
+        entry.history.add(transition.clone());
+        self.work.effects.push(Effect::Log(transition));
+        self.pace.backend(id);
+        self.work.unsettled.insert(entry.pool);
+    }
+}

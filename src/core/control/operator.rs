@@ -1,0 +1,46 @@
+//! What operators ask for: drain, undrain, maintenance.
+//!
+//! Called by the controller on behalf of the admin API. An intent belongs to
+//! pool, name and address and outlives reloads; when such a backend leaves the
+//! configuration it is kept for a while (`intents`), should the backend come back.
+//! Probes go on whatever the intent, so that status shows a backend's health
+//! before it is put back.
+
+use super::{Controller, OperatorError};
+use crate::core::health::Intent;
+use crate::core::table::state::BackendId;
+use std::time::Instant;
+
+// === impl Controller ===
+
+impl Controller {
+    /// The configured backend of that name.
+    pub(super) fn find_backend(
+        &self,
+        pool: &str,
+        backend: &str,
+    ) -> Result<BackendId, OperatorError> {
+        let pool = self.pools.named(pool).ok_or(OperatorError::UnknownPool)?;
+        pool.names.get(backend).copied().ok_or(OperatorError::UnknownBackend)
+    }
+
+    /// Sets the intent and records the change, if it is one.
+    pub(super) fn change_intent(&mut self, id: BackendId, intent: Intent, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let from = entry.health.intent;
+        if from == intent {
+            return;
+        }
+        let lasted = now.saturating_duration_since(entry.health.intent_since);
+        entry.health.intent = intent;
+        entry.health.intent_since = now;
+        let sessions = entry.state.in_flight.get();
+        let reason = match intent {
+            Intent::Ready => "operator: takes sessions again".to_owned(),
+            Intent::Draining | Intent::Maintenance => {
+                format!("operator: no new sessions, {sessions} go on")
+            }
+        };
+        self.record(id, (from.name(), intent.name()), reason, lasted, now);
+    }
+}

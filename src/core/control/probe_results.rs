@@ -1,0 +1,207 @@
+//! What results mean: probes, failed sessions, and no result at all.
+//!
+//! Called by the controller for its events. It changes observations and hands
+//! rows of failed connects on to `ejections`; it never schedules anything but
+//! the next probe.
+
+use super::schedule::Job;
+use super::{Controller, Effect, Notice, PoolId, ProbeToken, Startup};
+use crate::core::health::probe_detector::Change;
+use crate::core::health::{ConnectFailure, Observation, ProbeOutcome};
+use crate::core::table::state::BackendId;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Probes that could not be run for want of our own resources are mentioned
+/// this often: they come by the thousand.
+const LOCAL_TROUBLE_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
+
+// === impl Controller ===
+
+impl Controller {
+    /// A probe ended. A result that nobody waits for any more (of a removed
+    /// backend, a replaced spec, a probe given up as lost) is ignored.
+    pub(super) fn probed(
+        &mut self,
+        id: BackendId,
+        token: ProbeToken,
+        outcome: ProbeOutcome,
+        now: Instant,
+    ) {
+        if let Some(leaving) = self.leaving.get_mut(&id) {
+            leaving.entry.in_flight.take_if(|probe| probe.token == token);
+            return;
+        }
+        if self.tried(id, token, &outcome, now) {
+            return;
+        }
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(probe) = entry.in_flight.take_if(|probe| probe.token == token) else { return };
+        self.schedule.cancel(Job::ProbeLost(id));
+        if probe.stale {
+            self.schedule.set(Job::Probe(id), now);
+            return;
+        }
+        match outcome {
+            ProbeOutcome::Success { took } => {
+                if let Some(heart) = &mut entry.heart {
+                    heart.detector.reached(took);
+                }
+                self.weigh_probe(id, None, now);
+            }
+            ProbeOutcome::Failure { reason } => self.weigh_probe(id, Some(reason), now),
+            ProbeOutcome::Local { reason } => self.notice_local_trouble(id, &reason, now),
+        }
+        self.schedule_next_probe(id, probe.started, now);
+    }
+
+    /// A session could not connect: counts as a failed probe where there are
+    /// probes, and towards ejection. An early reset counts towards ejection
+    /// alone: what a probe asks may well be answered, and the backend would be
+    /// up again at once.
+    ///
+    /// During an ejection only stragglers report, and they say nothing new; a
+    /// trial is decided by its own session.
+    pub(super) fn connect_failed(
+        &mut self,
+        id: BackendId,
+        failure: ConnectFailure,
+        (in_a_row, begun): (u32, Instant),
+        now: Instant,
+    ) {
+        let Some(entry) = self.backends.get_mut(&id) else {
+            if failure != ConnectFailure::EarlyReset {
+                self.stands_in_no_more(id);
+            }
+            return;
+        };
+        entry.health.recent.note(failure, now);
+        // A connect whose SYN was lost before the backend came back fails late.
+        if !entry.health.outlier.takes_failures() || begun < entry.health.settled_since() {
+            return;
+        }
+        let before = entry.health.observation();
+        if let Some(detector) = &mut entry.health.detector {
+            if failure != ConnectFailure::EarlyReset
+                && let Some(change) = detector.connect_failed(in_a_row, now)
+            {
+                self.observed(id, before, change, &failure.to_string(), now);
+            }
+            self.probe_soon(id, now);
+        }
+        if failure == ConnectFailure::Refused {
+            self.refused(id, now);
+        }
+        self.consider_ejection(id, failure, in_a_row, now);
+    }
+
+    /// `startup_grace` is over: unless there was a result, the pool does
+    /// without.
+    pub(super) fn grace_over(&mut self, pool: PoolId) {
+        let Some(pool) = self.pool_mut(pool) else { return };
+        if !matches!(pool.startup, Startup::Waiting { .. }) {
+            return;
+        }
+        pool.startup = Startup::Open;
+        let grace = humantime::format_duration(pool.spec.startup_grace);
+        let message = format!(
+            "no probe has come to a result within startup_grace ({grace}): \
+             each backend is used until its first result"
+        );
+        let notice = Notice { pool: Arc::clone(&pool.spec.name), backend: None, message };
+        let members = pool.members.clone();
+        for id in members {
+            if let Some(entry) = self.backends.get_mut(&id) {
+                entry.health.fails_open = true;
+                self.work.touched.insert(id);
+            }
+        }
+        self.work.effects.push(Effect::Notice(notice));
+    }
+
+    /// One probe's result; `failure` is `None` for a success.
+    fn weigh_probe(&mut self, id: BackendId, failure: Option<String>, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let before = entry.health.observation();
+        let Some(detector) = &mut entry.health.detector else { return };
+        let change = detector.observe(failure.is_none(), now);
+        entry.health.fails_open = false;
+        if let Some(pool) = self.pools.get_mut(entry.pool) {
+            pool.startup = Startup::Decided;
+            self.schedule.cancel(Job::GraceEnds(pool.id));
+        }
+        if let Some(change) = change {
+            self.observed(id, before, change, &failure.unwrap_or_default(), now);
+        }
+    }
+
+    /// The probes' verdict on a backend changed; `before` is what it counted as
+    /// by then, `last` the newest failure. Heartbeats may make the same of it
+    /// all the while: then nothing is recorded.
+    fn observed(
+        &mut self,
+        id: BackendId,
+        before: Observation,
+        change: Change,
+        last: &str,
+        now: Instant,
+    ) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        if change.to == Observation::Up {
+            entry.health.outlier.restart_row();
+        }
+        let after = entry.health.observation();
+        self.work.touched.insert(id);
+        if before != after {
+            let same = (before, after) == (change.from, change.to);
+            let since = now.saturating_duration_since(entry.observed_since);
+            let lasted = if same { change.lasted } else { since };
+            entry.observed_since = now;
+            let names = (before.name(), after.name());
+            self.record(id, names, evidence(change, last), lasted, now);
+        }
+    }
+
+    pub(super) fn notice_local_trouble(&mut self, id: BackendId, reason: &str, now: Instant) {
+        let quiet = |at: Instant| now.saturating_duration_since(at) < LOCAL_TROUBLE_NOTICE_INTERVAL;
+        if self.local_trouble_noticed.is_some_and(quiet) {
+            return;
+        }
+        let Some(entry) = self.backends.get(&id) else { return };
+        self.local_trouble_noticed = Some(now);
+        self.work.effects.push(Effect::Notice(Notice {
+            pool: Arc::clone(&entry.state.pool),
+            backend: Some(Arc::clone(&entry.state.name)),
+            message: format!("probe not run because of trouble here: {reason}"),
+        }));
+    }
+}
+
+/// The evidence in words, such as `3 probes failed in a row, last: connection
+/// refused`.
+fn evidence(change: Change, last: &str) -> String {
+    let many = |count: u32, what: &str| {
+        if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+    };
+    let probes = change.probes;
+    match (change.from, change.to) {
+        (Observation::Unknown, Observation::Up) => "first probe succeeded".to_owned(),
+        (Observation::Unknown, _) => format!("first probe failed: {last}"),
+        (_, Observation::Up) if probes == 1 => "1 probe succeeded".to_owned(),
+        (_, Observation::Up) => format!("{probes} probes succeeded in a row"),
+        _ => {
+            let row = match (probes, change.connects) {
+                (probes, 0) => many(probes, "probe"),
+                (0, connects) => many(connects, "connect"),
+                (probes, connects) => {
+                    format!("{} and {}", many(probes, "probe"), many(connects, "connect"))
+                }
+            };
+            if probes + change.connects == 1 {
+                format!("{row} failed: {last}")
+            } else {
+                format!("{row} failed in a row, last: {last}")
+            }
+        }
+    }
+}

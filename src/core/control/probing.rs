@@ -1,0 +1,119 @@
+//! When probes run.
+//!
+//! The controller calls it for due probes and for results that stay out. A
+//! backend never has two probes in flight: the next one is scheduled when the
+//! one before is over, or given up as lost. It never judges a result.
+
+use super::schedule::{Job, after};
+use super::{Controller, Effect, ProbeInFlight, ProbeLane, ProbeToken};
+use crate::core::health::Observation;
+use crate::core::model::ProbeSpec;
+use crate::core::table::state::BackendId;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A result this long after its deadline is not coming: the shell lost it.
+/// Long enough for thousands of probes that wait for their turn to run.
+pub(super) const PROBE_LOST_MARGIN: Duration = Duration::from_secs(5);
+
+/// First probes are spread over the interval, but not over more than this:
+/// backends wait for them.
+pub(super) const FIRST_PROBES_SPREAD_MAX: Duration = Duration::from_secs(1);
+
+/// First probes come no further apart than this: a small pool is known at once.
+pub(super) const FIRST_PROBES_SPACING_MAX: Duration = Duration::from_millis(1);
+
+/// Each wait is up to one such part shorter or longer than configured, so that
+/// probes of many backends (and of many balancers) do not march in step.
+const JITTER_PARTS: u32 = 10;
+
+// === impl Controller ===
+
+impl Controller {
+    /// Asks for a probe of a backend whose time has come.
+    pub(super) fn start_probe(&mut self, id: BackendId, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
+        let Some(spec) = &pool.spec.probe else { return };
+        debug_assert!(entry.in_flight.is_none(), "a backend's probes never overlap");
+        match entry.trying {
+            // A suspicion is being confirmed; the shell runs one probe at a time.
+            Some(trying) if trying.lost_at > now => {
+                self.schedule.set(Job::Probe(id), after(now, spec.timeout).min(trying.lost_at));
+                return;
+            }
+            _ => entry.trying = None,
+        }
+        self.ids.probe += 1;
+        let token = ProbeToken(self.ids.probe);
+        let lost_at = after(now, spec.timeout) + PROBE_LOST_MARGIN;
+        entry.in_flight = Some(ProbeInFlight { token, started: now, lost_at, stale: false });
+        self.schedule.set(Job::ProbeLost(id), lost_at);
+        let urgent = entry.health.detector.as_ref().is_some_and(|detector| {
+            detector.changing() || detector.observation() == Observation::Unknown
+        });
+        self.work.effects.push(Effect::Probe {
+            lane: ProbeLane { pool: pool.id.0, urgent },
+            backend: id,
+            token,
+            address: entry.state.address.clone(),
+            spec: Arc::clone(spec),
+        });
+    }
+
+    /// No result came: nothing is known, so probe again.
+    pub(super) fn probe_lost(&mut self, id: BackendId, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        if entry.in_flight.take().is_some() {
+            self.schedule.set(Job::Probe(id), now);
+        }
+    }
+
+    /// Schedules the probes of new, returned or newly specified backends: the
+    /// `index`-th of `count` that a reload starts together.
+    pub(super) fn start_probing(
+        &mut self,
+        id: BackendId,
+        (index, count): (u32, u32),
+        now: Instant,
+    ) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
+        let Some(spec) = &pool.spec.probe else { return };
+        if let Some(probe) = &mut entry.in_flight {
+            // It is still out there; its end will start the schedule.
+            probe.stale = true;
+            self.schedule.set(Job::ProbeLost(id), probe.lost_at.max(now));
+            return;
+        }
+        let spread = spec.interval.min(FIRST_PROBES_SPREAD_MAX);
+        let spacing = (spread / count.max(1)).min(FIRST_PROBES_SPACING_MAX);
+        self.schedule.set(Job::Probe(id), now + spacing * index);
+    }
+
+    /// Schedules the probe after one that ended.
+    pub(super) fn schedule_next_probe(&mut self, id: BackendId, started: Instant, now: Instant) {
+        let Some((spec, fast)) = self.probe_pace(id) else { return };
+        let wait = if fast { spec.fast_interval } else { spec.interval };
+        let jitter = wait / JITTER_PARTS;
+        let wait = (wait - jitter).saturating_add(jitter.saturating_mul(2).mul_f64(self.rng.f64()));
+        self.schedule.set(Job::Probe(id), after(started, wait).max(now));
+    }
+
+    /// A session's connect failed: the next probe comes soon.
+    pub(super) fn probe_soon(&mut self, id: BackendId, now: Instant) {
+        if let Some((spec, true)) = self.probe_pace(id) {
+            self.schedule.bring_forward(Job::Probe(id), after(now, spec.fast_interval));
+        }
+    }
+
+    /// The backend's spec, and whether `fast_interval` applies: while a row is
+    /// counted, and while there is no result to go by.
+    fn probe_pace(&self, id: BackendId) -> Option<(Arc<ProbeSpec>, bool)> {
+        let entry = self.backends.get(&id)?;
+        let spec = self.pool(entry.pool)?.spec.probe.as_ref()?;
+        let detector = entry.health.detector.as_ref()?;
+        let fast = detector.changing() || detector.observation() == Observation::Unknown;
+        Some((Arc::clone(spec), fast))
+    }
+}

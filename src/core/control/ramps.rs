@@ -1,0 +1,118 @@
+//! Slow start: whoever comes into service late is given its share step by step.
+//!
+//! The controller calls it at the end of each event, for those whose
+//! eligibility may have changed. The curve is `core::suspicion::Ramp`'s; here
+//! is who needs one. It never makes anybody eligible or not.
+//!
+//! A backend that comes (back) into service starts slowly where its pool has
+//! been in service for as long as such a start takes. While a pool as a whole
+//! comes up nobody does: shares are relative, and one that happens to be first
+//! would drown. For the same reason a slow start ends where nobody at full
+//! share is left.
+
+use super::schedule::Job;
+use super::{Controller, PoolId};
+use crate::core::suspicion::Ramp;
+use crate::core::table::state::BackendId;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+// === impl Controller ===
+
+impl Controller {
+    /// Starts and ends slow starts where eligibility has changed.
+    pub(super) fn settle_ramps(&mut self, now: Instant) {
+        let mut changed = BTreeSet::new();
+        let mut candidates = self.pace.take_fresh();
+        candidates.extend(&self.work.touched);
+        for id in candidates {
+            if let Some(pool) = self.settle_ramp(id, now) {
+                changed.insert(pool);
+            }
+        }
+        for pool in changed {
+            self.settle_pool_ramps(pool, now);
+        }
+    }
+
+    /// The pool of a backend that came into service or went out of it.
+    fn settle_ramp(&mut self, id: BackendId, now: Instant) -> Option<PoolId> {
+        let entry = self.backends.get_mut(&id)?;
+        let pool = self.pools.get(entry.pool)?;
+        let serves = entry.health.eligible();
+        if std::mem::replace(&mut entry.served, serves) == serves {
+            return None;
+        }
+        (entry.ramp, entry.ramp_share) = (None, 100);
+        self.schedule.cancel(Job::Ramp(id));
+        if let Some(over) = pool.spec.slow_start
+            && serves
+            && pool.in_service_since.is_some_and(|at| now.saturating_duration_since(at) >= over)
+        {
+            let ramp = Ramp { since: now, over };
+            entry.ramp_share = ramp.percent(now);
+            if let Some(at) = ramp.next_step(now) {
+                entry.ramp = Some(ramp);
+                self.schedule.set(Job::Ramp(id), at);
+            }
+        }
+        Some(pool.id)
+    }
+
+    /// Keeps since when the pool is in service, and ends slow starts that have
+    /// nobody to be slower than.
+    pub(super) fn settle_pool_ramps(&mut self, pool: PoolId, now: Instant) {
+        let Some(entry) = self.pools.get_mut(pool) else { return };
+        let serving = || {
+            let members = entry.members.iter().filter_map(|id| self.backends.get(id));
+            members.filter(|member| member.served)
+        };
+        if serving().next().is_none() {
+            entry.in_service_since = None;
+            return;
+        }
+        entry.in_service_since.get_or_insert(now);
+        if serving().any(|member| member.ramp.is_none()) {
+            return;
+        }
+        for id in &entry.members {
+            let Some(member) = self.backends.get_mut(id) else { continue };
+            (member.ramp, member.ramp_share) = (None, 100);
+            self.schedule.cancel(Job::Ramp(*id));
+            self.pace.backend(*id);
+        }
+    }
+
+    /// Goes on with a slow start of that age, or with the full share where there is
+    /// none: nobody who serves in another process comes into service by its upgrade.
+    pub(super) fn adopt_ramp(&mut self, id: BackendId, age: Option<Duration>, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
+        if !entry.health.eligible() {
+            return;
+        }
+        entry.served = true;
+        let since = age.and_then(|age| now.checked_sub(age));
+        let ramp = since.zip(pool.spec.slow_start).map(|(since, over)| Ramp { since, over });
+        entry.ramp_share = ramp.map_or(100, |ramp| ramp.percent(now));
+        let next = ramp.and_then(|ramp| ramp.next_step(now));
+        entry.ramp = ramp.filter(|_| next.is_some());
+        match next {
+            Some(at) => self.schedule.set(Job::Ramp(id), at),
+            None => self.schedule.cancel(Job::Ramp(id)),
+        }
+        self.pace.backend(id);
+    }
+
+    /// The next step is due.
+    pub(super) fn ramp_step(&mut self, id: BackendId, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(ramp) = entry.ramp else { return };
+        entry.ramp_share = ramp.percent(now);
+        match ramp.next_step(now) {
+            Some(at) => self.schedule.set(Job::Ramp(id), at),
+            None => entry.ramp = None,
+        }
+        self.pace.backend(id);
+    }
+}

@@ -1,0 +1,151 @@
+//! Pools in which no backend serves because none has been judged yet: at the
+//! start, and after a reload that left none of the backends that served.
+//!
+//! The controller calls it for each configuration and at the end of each event.
+//! Until one of the new backends serves, or all of them have a verdict, or
+//! `startup_grace` is over, such a pool keeps its former backends in service:
+//! those that took sessions and left by the reload. Where there are none, clients
+//! wait (`dataplane::accept::queue`). It judges nobody.
+
+use super::schedule::{Job, after};
+use super::{BackendEntry, Controller, PoolId, PublishReason};
+use crate::core::health::{Calling, Intent, Observation};
+use crate::core::table::state::BackendId;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// See the module's documentation.
+#[derive(Debug, Clone)]
+pub(super) struct Settling {
+    /// When it ends in any case.
+    until: Instant,
+    /// Former backends, all of them leaving; one whose connects fail is dropped.
+    pub(super) stand_ins: Vec<BackendId>,
+}
+
+/// Who served before a reload.
+#[derive(Debug)]
+pub(super) struct Former {
+    /// By pool: the backends that took sessions, and those that stood in.
+    backends: HashMap<Arc<str>, Vec<BackendId>>,
+    /// By frontend: its pool.
+    pools: HashMap<Arc<str>, Arc<str>>,
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Who serves now; to be asked before a reload changes anything.
+    pub(super) fn former(&self) -> Former {
+        let mut backends = HashMap::new();
+        for pool in &self.pools {
+            let serves = |id: &&BackendId| {
+                self.backends.get(id).is_some_and(|entry| entry.published.is_eligible())
+            };
+            let mut ids: Vec<BackendId> = pool.members.iter().filter(serves).copied().collect();
+            ids.extend(pool.settling.iter().flat_map(|settling| &settling.stand_ins));
+            backends.insert(Arc::clone(&pool.spec.name), ids);
+        }
+        let frontends = self.frontends.iter().map(|frontend| &frontend.spec);
+        let pools = frontends.map(|spec| (Arc::clone(&spec.name), Arc::clone(&spec.pool)));
+        Former { backends, pools: pools.collect() }
+    }
+
+    /// Begins what each pool needs after a reload, or continues it.
+    pub(super) fn begin_settling(&mut self, former: &Former, now: Instant) {
+        // The pools that the same frontends led to: a pool may have a new name.
+        let mut predecessors: HashMap<&str, BTreeSet<&str>> = HashMap::new();
+        for frontend in &self.frontends {
+            if let Some(before) = former.pools.get(&frontend.spec.name) {
+                predecessors.entry(&frontend.spec.pool).or_default().insert(before);
+            }
+        }
+        self.settling = 0;
+        for pool in self.pools.iter_mut() {
+            let before = pool.settling.take();
+            let members = || pool.members.iter().filter_map(|id| self.backends.get(id));
+            if members().any(|entry| entry.health.eligible()) || !members().any(is_undecided) {
+                self.schedule.cancel(Job::SettlingEnds(pool.id));
+                continue;
+            }
+            let mut names = predecessors.get(&*pool.spec.name).cloned().unwrap_or_default();
+            names.insert(&pool.spec.name);
+            let ids = names.iter().filter_map(|name| former.backends.get(*name)).flatten();
+            let stand_ins = ids.filter(|id| self.leaving.contains_key(id)).copied().collect();
+            let until = before.map(|settling| settling.until);
+            let until = until.unwrap_or_else(|| after(now, pool.spec.startup_grace));
+            self.schedule.set(Job::SettlingEnds(pool.id), until.max(now));
+            pool.settling = Some(Settling { until, stand_ins });
+            self.settling += 1;
+        }
+    }
+
+    /// Ends it in the pools that need it no more. An event changes few backends.
+    pub(super) fn look_at_settling(&mut self) {
+        if self.settling == 0 {
+            return;
+        }
+        let changed = self.work.touched.iter().chain(self.pace.waiting());
+        let pools: BTreeSet<PoolId> =
+            changed.filter_map(|id| Some(self.backends.get(id)?.pool)).collect();
+        let over = |pool: &PoolId| {
+            let Some(pool) = self.pool(*pool).filter(|pool| pool.settling.is_some()) else {
+                return false;
+            };
+            let members = || pool.members.iter().filter_map(|id| self.backends.get(id));
+            members().any(|entry| entry.health.eligible()) || !members().any(is_undecided)
+        };
+        let over: Vec<PoolId> = pools.into_iter().filter(over).collect();
+        over.into_iter().for_each(|pool| self.settled(pool));
+    }
+
+    /// From now on the pool's own backends decide alone.
+    pub(super) fn settled(&mut self, pool: PoolId) {
+        self.schedule.cancel(Job::SettlingEnds(pool));
+        let Some(pool) = self.pool_mut(pool) else { return };
+        let id = pool.id;
+        if pool.settling.take().is_some() {
+            self.settling -= 1;
+            self.pace.members(id);
+            self.work.rebuild.get_or_insert(PublishReason::Health);
+        }
+    }
+
+    /// A former backend does not take sessions any more.
+    pub(super) fn stands_in_no_more(&mut self, id: BackendId) {
+        if self.settling == 0 {
+            return;
+        }
+        for pool in self.pools.iter_mut() {
+            let Some(settling) = &mut pool.settling else { continue };
+            let before = settling.stand_ins.len();
+            settling.stand_ins.retain(|one| *one != id);
+            if settling.stand_ins.len() != before {
+                self.pace.members(pool.id);
+                self.work.rebuild.get_or_insert(PublishReason::Health);
+            }
+        }
+    }
+
+    /// The former backends that serve.
+    pub(super) fn stand_ins(&self) -> BTreeSet<BackendId> {
+        let settling = self.pools.iter().filter_map(|pool| pool.settling.as_ref());
+        settling.flat_map(|settling| settling.stand_ins.iter().copied()).collect()
+    }
+
+    /// Pools in which no backend serves yet, and a first verdict is due.
+    pub fn undecided_pools(&self) -> usize {
+        self.table.pools.iter().filter(|pool| pool.undecided).count()
+    }
+}
+
+/// Whether it may serve once it has been judged for the first time.
+fn is_undecided(entry: &BackendEntry) -> bool {
+    let health = &entry.health;
+    health.seen() == Observation::Unknown
+        && health.intent == Intent::Ready
+        && health.calling == Calling::Sessions
+        && !health.outlier.is_ejected()
+        && !health.eligible()
+}

@@ -1,0 +1,312 @@
+//! The controller's rules, one at a time, in virtual time: the bench they run
+//! on. The rules are in the files below.
+
+mod ejections;
+mod handover;
+mod heartbeats;
+mod probing;
+mod reloads;
+mod scale;
+mod settling;
+mod slow_backends;
+
+use super::*;
+use crate::core::balance::trial::TrialPhase;
+use crate::core::health::ejection::TRIAL_LOOK;
+use crate::core::health::{ConnectFailure, Observation, ProbeOutcome};
+use crate::core::model;
+use crate::core::model::{
+    Admin, AdminListen, Backend, BackendAddress, Config, EjectionSpec, EngineChoice, Frontend, Log,
+    LogFormat, LogLevel, OnRemoval, Policy, Pool, ProbeKind, Process, Sandbox, WhenNoneEligible,
+};
+use crate::heartbeat::Heartbeat;
+
+const INTERVAL: Duration = Duration::from_secs(2);
+const FAST: Duration = Duration::from_millis(500);
+const TIMEOUT: Duration = Duration::from_millis(400);
+const GRACE: Duration = Duration::from_secs(3);
+
+fn probe_spec() -> ProbeSpec {
+    ProbeSpec {
+        kind: ProbeKind::Tcp,
+        interval: INTERVAL,
+        fast_interval: FAST,
+        timeout: TIMEOUT,
+        rise: 2,
+        fall: 3,
+        source: [].into(),
+    }
+}
+
+/// `name`, `name@port` for another address than the name's own.
+fn backend(text: &str) -> Backend {
+    let (name, port) = match text.split_once('@') {
+        Some((name, port)) => (name, port.parse().unwrap()),
+        None => (text, 1000 + u16::from(text.as_bytes()[0])),
+    };
+    Backend {
+        name: name.into(),
+        address: BackendAddress::Tcp(([127, 0, 0, 1], port).into()),
+        weight: 10,
+        backup: false,
+        connections_max: 0,
+    }
+}
+
+fn pool(backends: &[&str]) -> Pool {
+    Pool {
+        name: "web".into(),
+        balance: Policy::WeightedRoundRobin,
+        hash_slots: crate::core::model::HASH_SLOTS,
+        source: [].into(),
+        connect_timeout: Duration::from_secs(5),
+        queue_max: 0,
+        queue_timeout: Duration::from_secs(5),
+        connect_attempts: 3,
+        when_none_eligible: WhenNoneEligible::Refuse,
+        startup_grace: GRACE,
+        on_removal: OnRemoval::Keep,
+        probe: Some(Arc::new(probe_spec())),
+        ejection: Some(EjectionSpec {
+            failures: 5,
+            time: Duration::from_secs(10),
+            max_ejected_percent: 50,
+            early_resets: true,
+            slow_first_byte: None,
+        }),
+        heartbeat: None,
+        slow_start: None,
+        backends: backends.iter().map(|text| backend(text)).collect(),
+    }
+}
+
+fn unprobed(backends: &[&str]) -> Pool {
+    Pool { probe: None, ..pool(backends) }
+}
+
+fn config(pools: Vec<Pool>) -> Arc<Config> {
+    Arc::new(Config {
+        process: Process {
+            workers: None,
+            pin: false,
+            engine: EngineChoice::Auto,
+            spin: None,
+            leave_delay: Duration::ZERO,
+            drain_timeout: Duration::from_secs(30),
+            upgrade_timeout: Duration::from_secs(30),
+            connections_max: 1000,
+            user: None,
+            group: None,
+            sandbox: Sandbox::Auto,
+            buffers_max: 1 << 28,
+        },
+        admin: Admin {
+            listen: AdminListen::Unix("/nowhere".into()),
+            token_file: None,
+            backend_metrics_max: 0,
+        },
+        log: Log {
+            level: LogLevel::Info,
+            format: LogFormat::Text,
+            access: model::AccessLogTarget::Off,
+        },
+        frontends: vec![Frontend {
+            name: "in".into(),
+            binds: vec![([127, 0, 0, 1], 80).into()],
+            bind_options: Default::default(),
+            pool: Arc::clone(&pools[0].name),
+            first_byte_timeout: None,
+            idle_timeout: None,
+            half_closed_timeout: None,
+            stalled_timeout: None,
+            keepalive: None,
+            user_timeout: None,
+            connections_max: 0,
+            sources: None,
+        }],
+        pools: pools.into_iter().map(Arc::new).collect(),
+        heartbeat: None,
+    })
+}
+
+/// One pool of one backend at `address`, probed each `interval`.
+pub(crate) fn probed_config(address: std::net::SocketAddr, interval: Duration) -> Arc<Config> {
+    let spec = ProbeSpec {
+        interval,
+        fast_interval: interval,
+        timeout: Duration::from_secs(1),
+        ..probe_spec()
+    };
+    let mut pool = Pool { probe: Some(Arc::new(spec)), ..pool(&["a"]) };
+    pool.backends[0].address = BackendAddress::Tcp(address);
+    config(vec![pool])
+}
+
+/// A controller, its clock, and the probes it has asked for.
+struct Bench {
+    controller: Controller,
+    began: Instant,
+    now: Instant,
+    asked: Vec<(BackendId, ProbeToken)>,
+}
+
+impl Bench {
+    fn new(pool: Pool) -> Bench {
+        let now = crate::net::clock::now();
+        let controller = Controller::new(2, 1);
+        let mut bench = Bench { controller, began: now, now, asked: vec![] };
+        bench.configure(pool);
+        bench
+    }
+
+    /// All backends up, nothing left to be said.
+    fn up(pool: Pool) -> Bench {
+        let mut bench = Bench::new(pool);
+        bench.answer_all_for(Duration::from_secs(1), None);
+        bench
+    }
+
+    fn configure(&mut self, pool: Pool) -> Vec<Effect> {
+        self.apply(Event::Configure(config(vec![pool])))
+    }
+
+    fn apply(&mut self, event: Event) -> Vec<Effect> {
+        let effects = self.controller.apply(event, self.now);
+        self.note(effects)
+    }
+
+    fn apply_all(&mut self, events: Vec<Event>) -> Vec<Effect> {
+        let effects = self.controller.apply_all(events, self.now);
+        self.note(effects)
+    }
+
+    /// Parts of tables are made at once.
+    fn note(&mut self, effects: Vec<Effect>) -> Vec<Effect> {
+        let (mut others, mut built) = (Vec::new(), Vec::new());
+        for effect in effects {
+            match effect {
+                Effect::Build { token, build } => {
+                    let (built_now, took) = (Box::new(build.run()), Duration::ZERO);
+                    built.push(Event::Built { token, built: built_now, took });
+                }
+                Effect::Probe { backend, token, .. } => {
+                    self.asked.push((backend, token));
+                    others.push(effect);
+                }
+                _ => others.push(effect),
+            }
+        }
+        if !built.is_empty() {
+            others.extend(self.apply_all(built));
+        }
+        others
+    }
+
+    /// Ticks whenever it is wanted until `span` is over, answering nothing.
+    fn pass(&mut self, span: Duration) -> Vec<Effect> {
+        let end = self.now + span;
+        let mut effects = Vec::new();
+        while let Some(due) = self.controller.next_due().filter(|due| *due <= end) {
+            self.now = due;
+            effects.extend(self.apply(Event::Tick));
+        }
+        self.now = end;
+        effects
+    }
+
+    /// As `pass`, answering every probe at once.
+    fn answer_all_for(&mut self, span: Duration, failure: Option<&str>) -> Vec<Effect> {
+        let end = self.now + span;
+        let mut effects = self.answer_asked(failure);
+        while let Some(due) = self.controller.next_due().filter(|due| *due <= end) {
+            self.now = due;
+            effects.extend(self.apply(Event::Tick));
+            effects.extend(self.answer_asked(failure));
+        }
+        self.now = end;
+        effects
+    }
+
+    fn answer_asked(&mut self, failure: Option<&str>) -> Vec<Effect> {
+        let asked = std::mem::take(&mut self.asked);
+        asked.into_iter().flat_map(|(id, token)| self.answer(id, token, failure)).collect()
+    }
+
+    fn answer(
+        &mut self,
+        backend: BackendId,
+        token: ProbeToken,
+        failure: Option<&str>,
+    ) -> Vec<Effect> {
+        let outcome = match failure {
+            None => ProbeOutcome::Success { took: Duration::ZERO },
+            Some(reason) => ProbeOutcome::Failure { reason: reason.into() },
+        };
+        self.apply(Event::Probed { backend, token, outcome })
+    }
+
+    /// Connect failures `from..=to` of a row.
+    fn refuse(&mut self, name: &str, from: u32, to: u32) -> Vec<Effect> {
+        let backend = self.id(name);
+        let (failure, begun) = (ConnectFailure::Refused, self.now);
+        let failed = |in_a_row| Event::ConnectFailed { backend, failure, in_a_row, begun };
+        (from..=to).flat_map(|k| self.apply(failed(k))).collect()
+    }
+
+    /// The next session comes to the backend, gets so far in its trial, and the
+    /// controller looks.
+    fn try_it(&mut self, name: &str, phase: TrialPhase) -> Vec<Effect> {
+        let state = self.status(name).state;
+        assert!(state.in_flight.try_enter(0), "nobody is let in");
+        let trial = state.in_flight.claim_trial().expect("a trial");
+        state.in_flight.advance_trial(trial, phase);
+        state.in_flight.leave();
+        self.pass(TRIAL_LOOK)
+    }
+
+    fn status(&self, name: &str) -> BackendStatus {
+        let mut status = self.controller.status(self.now);
+        let backends = status.pools.remove(0).backends.into_iter();
+        backends.into_iter().find(|b| &*b.state.name == name).unwrap()
+    }
+
+    fn id(&self, name: &str) -> BackendId {
+        self.status(name).state.id
+    }
+
+    fn serving(&self) -> Vec<String> {
+        let table = self.controller.current_table();
+        table.pools[0].serving.iter().map(|state| state.name.to_string()).collect()
+    }
+
+    fn operator(&mut self, name: &str, intent: Intent) -> Vec<Effect> {
+        self.controller.set_intent("web", name, intent, self.now).unwrap()
+    }
+}
+
+fn logs(effects: &[Effect]) -> Vec<String> {
+    let line = |effect: &Effect| match effect {
+        Effect::Log(t) => Some(format!("{}: {} -> {}: {}", t.backend, t.from, t.to, t.reason)),
+        Effect::Notice(n) => {
+            Some(format!("{}: {}", n.backend.as_deref().unwrap_or("-"), n.message))
+        }
+        _ => None,
+    };
+    effects.iter().filter_map(line).collect()
+}
+
+fn publishes(effects: &[Effect]) -> usize {
+    effects.iter().filter(|effect| matches!(effect, Effect::Publish(_))).count()
+}
+
+fn probes(effects: &[Effect]) -> usize {
+    effects.iter().filter(|effect| matches!(effect, Effect::Probe { .. })).count()
+}
+
+fn cuts(effects: &[Effect]) -> Vec<BackendId> {
+    let cut = |effect: &Effect| match effect {
+        Effect::CutSessions(id) => Some(*id),
+        _ => None,
+    };
+    effects.iter().filter_map(cut).collect()
+}

@@ -1,0 +1,595 @@
+//! Heartbeats: who joins, who leaves, what silence does, what share each gets.
+
+use super::*;
+use crate::core::model;
+use crate::core::suspicion::TRY_TIMEOUT_MAX;
+use crate::heartbeat::SenderState;
+
+mod lateness;
+
+const INTERVAL: Duration = Duration::from_millis(100);
+const TTL: Duration = Duration::from_secs(10);
+const FORGET: Duration = Duration::from_secs(60);
+
+fn spec() -> model::HeartbeatSpec {
+    model::HeartbeatSpec {
+        register: true,
+        require: false,
+        interval: INTERVAL,
+        ttl: TTL,
+        forget_after: FORGET,
+        backends_max: 1000,
+        weight_max: 100,
+    }
+}
+
+/// A pool without probes that takes heartbeats and lets senders register.
+fn open_pool(backends: &[&str]) -> Pool {
+    Pool { heartbeat: Some(Arc::new(spec())), ..unprobed(backends) }
+}
+
+fn heartbeat(name: &str, sequence: u64) -> Heartbeat {
+    let Backend { name, address: BackendAddress::Tcp(address), .. } = backend(name) else {
+        unreachable!("backends of the bench have addresses")
+    };
+    Heartbeat {
+        pool: "web".into(),
+        name,
+        address,
+        incarnation: 1,
+        sequence,
+        interval: INTERVAL,
+        state: SenderState::Ready,
+        weight: 10,
+        in_flight: 0,
+        load: 0,
+        key_id: 1,
+    }
+}
+
+impl Bench {
+    fn hear(&mut self, heartbeat: Heartbeat) -> Vec<Effect> {
+        self.apply(Event::Heartbeat { heartbeat, at: self.now, stands_for: 1 })
+    }
+
+    /// Heartbeats of all `names`, for `span`, every probe answered at once
+    /// unless `dead` holds its backend's name.
+    fn beat(&mut self, names: &[&str], dead: &[&str], span: Duration) -> Vec<Effect> {
+        let end = self.now + span;
+        let mut effects = Vec::new();
+        while self.now < end {
+            for name in names {
+                let sequence = (self.now - self.began).as_millis() as u64 / 100 + 1;
+                effects.extend(self.hear(heartbeat(name, sequence)));
+            }
+            let next = (self.now + INTERVAL).min(end);
+            effects.extend(self.serve_until(next, dead));
+        }
+        effects
+    }
+
+    fn serve_until(&mut self, end: Instant, dead: &[&str]) -> Vec<Effect> {
+        let mut effects = self.answer_but(dead);
+        while let Some(due) = self.controller.next_due().filter(|due| *due <= end) {
+            self.now = due;
+            effects.extend(self.apply(Event::Tick));
+            effects.extend(self.answer_but(dead));
+        }
+        self.now = end;
+        effects
+    }
+
+    /// Answers what is asked; the dead time out in no time.
+    fn answer_but(&mut self, dead: &[&str]) -> Vec<Effect> {
+        let asked = std::mem::take(&mut self.asked);
+        let mut effects = Vec::new();
+        for (id, token) in asked {
+            let name = self.name_of(id);
+            let failed = dead.contains(&name.as_str()).then_some("connect timed out");
+            effects.extend(self.answer(id, token, failed));
+        }
+        effects
+    }
+
+    fn name_of(&self, id: BackendId) -> String {
+        let entry = self.controller.backends.get(&id);
+        entry.map_or_else(String::new, |entry| entry.state.name.to_string())
+    }
+
+    fn names(&self) -> Vec<String> {
+        let status = self.controller.status(self.now);
+        status.pools[0].backends.iter().map(|b| b.state.name.to_string()).collect()
+    }
+
+    fn misfit(&self, wanted: Misfit) -> u64 {
+        self.controller.misfits[wanted as usize]
+    }
+}
+
+#[test]
+fn a_registered_backend_serves_once_a_connect_has_confirmed_it() {
+    let mut bench = Bench::new(open_pool(&[]));
+    let effects = bench.hear(heartbeat("a", 1));
+    assert_eq!(probes(&effects), 1, "it is asked at once");
+    assert_eq!(bench.names(), ["a"]);
+    assert!(bench.serving().is_empty(), "not yet");
+    let effects = bench.answer_but(&[]);
+    bench.pass(publish_pacer::PACE);
+    assert_eq!(bench.serving(), ["a"], "{:?}", logs(&effects));
+    let status = bench.status("a");
+    assert_eq!((status.origin, status.observation), (Origin::Registered, Observation::Up));
+    assert_eq!((status.weight, status.effective_weight), (10, 10.0));
+}
+
+#[test]
+fn a_registered_backend_that_refuses_connects_never_serves() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    let effects = bench.beat(&["a"], &["a"], Duration::from_secs(5));
+    assert!(probes(&effects) > 3, "it is tried again and again");
+    assert_eq!((bench.serving(), bench.status("a").eligible), (vec!["z".into()], false));
+}
+
+#[test]
+fn where_the_pool_has_probes_the_first_result_counts_as_well() {
+    let mut bench = Bench::up(Pool { heartbeat: Some(Arc::new(spec())), ..pool(&["z"]) });
+    bench.beat(&["a"], &[], Duration::from_secs(1));
+    assert_eq!(bench.serving(), ["z", "a"]);
+    bench.beat(&["a"], &["a"], Duration::from_secs(10));
+    assert_eq!(bench.status("a").pulse, crate::core::health::Pulse::Beating);
+    assert_eq!(bench.serving(), ["z"], "its host is well, its service is not");
+}
+
+#[test]
+fn a_pool_that_starts_empty_waits_for_the_first_result_of_who_joins() {
+    let mut bench = Bench::new(Pool { heartbeat: Some(Arc::new(spec())), ..pool(&[]) });
+    bench.pass(GRACE * 10);
+    bench.hear(heartbeat("a", 1));
+    assert!(!bench.status("a").eligible);
+    bench.beat(&["a"], &[], Duration::from_secs(1));
+    assert_eq!(bench.serving(), ["a"]);
+}
+
+#[test]
+fn a_sender_that_stops_is_gone_at_once_and_its_sessions_end_in_peace() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    bench.beat(&["a"], &[], Duration::from_secs(1));
+    let state = bench.status("a").state;
+    assert!(state.in_flight.try_enter(0));
+    let effects = bench.hear(Heartbeat { state: SenderState::Stopping, ..heartbeat("a", 99) });
+    assert_eq!((bench.serving(), bench.names()), (vec!["z".into()], vec!["z".into()]));
+    let said = logs(&effects).join("\n");
+    assert!(said.contains("its heartbeat says that it stops; its 1 sessions run"), "{said}");
+    assert_eq!(bench.controller.status(bench.now).leaving.len(), 1);
+    bench.hear(Heartbeat { state: SenderState::Stopping, ..heartbeat("a", 100) });
+    assert_eq!(bench.names(), ["z"], "a second goodbye registers nobody");
+}
+
+#[test]
+fn a_sender_that_drains_keeps_its_sessions_and_gets_no_new_ones() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    bench.beat(&["a"], &[], Duration::from_secs(1));
+    bench.hear(Heartbeat { state: SenderState::Draining, ..heartbeat("a", 50) });
+    assert_eq!(bench.serving(), ["z"]);
+    assert_eq!(bench.names(), ["z", "a"]);
+    bench.hear(heartbeat("a", 51));
+    bench.pass(publish_pacer::PACE);
+    assert_eq!(bench.serving(), ["z", "a"]);
+}
+
+#[test]
+fn silence_is_confirmed_before_anybody_is_taken_out() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    bench.beat(&["a", "b", "c"], &[], Duration::from_secs(30));
+    let effects = bench.beat(&["b", "c"], &["a"], Duration::from_millis(1500));
+    let said = logs(&effects).join("\n");
+    assert!(said.contains("a: up -> suspect: no heartbeat for"), "{said}");
+    assert!(said.contains("a: suspect -> down:"), "{said}");
+    assert_eq!(bench.serving(), ["z", "b", "c"]);
+}
+
+#[test]
+fn a_silent_backend_that_answers_serves_at_a_tenth_until_its_ttl() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    bench.beat(&["a", "b", "c"], &[], Duration::from_secs(30));
+    bench.beat(&["b", "c"], &[], Duration::from_secs(2));
+    let status = bench.status("a");
+    assert_eq!((status.observation, status.effective_weight), (Observation::Suspect, 1.0));
+    let effects = bench.beat(&["b", "c"], &[], TTL);
+    assert!(logs(&effects).join("\n").contains("no heartbeat for 10s (ttl)"));
+    assert_eq!(bench.status("a").observation, Observation::Down);
+    bench.beat(&["b", "c"], &[], FORGET);
+    assert_eq!(bench.names(), ["z", "b", "c"]);
+}
+
+#[test]
+fn a_backend_of_the_file_outlives_its_heartbeats_unless_they_are_required() {
+    for require in [false, true] {
+        let heartbeat = Some(Arc::new(model::HeartbeatSpec { require, ..spec() }));
+        let mut bench = Bench::new(Pool { heartbeat, ..unprobed(&["z"]) });
+        assert_eq!(bench.status("z").eligible, !require);
+        bench.beat(&["z", "a"], &[], Duration::from_secs(5));
+        assert_eq!(bench.serving(), ["z", "a"]);
+        bench.beat(&["a"], &[], TTL + Duration::from_secs(1));
+        assert_eq!(bench.status("z").eligible, !require);
+        bench.beat(&["a"], &[], FORGET * 2);
+        assert_eq!(bench.names(), ["z", "a"], "the file's own are never forgotten");
+    }
+}
+
+#[test]
+fn when_nobody_is_heard_everybody_who_answers_stays() {
+    let mut bench = Bench::new(open_pool(&[]));
+    bench.beat(&["a", "b", "c"], &[], Duration::from_secs(30));
+    bench.serve_until(bench.now + TTL * 3, &[]);
+    assert_eq!(bench.serving(), ["a", "b", "c"]);
+    assert!(bench.controller.status(bench.now).heartbeat.unwrap().silent);
+}
+
+#[test]
+fn no_more_of_a_pool_is_taken_out_than_max_ejected() {
+    let names = ["a", "b", "c", "d", "e", "f"];
+    let mut bench = Bench::new(open_pool(&[]));
+    bench.beat(&names, &[], Duration::from_secs(30));
+    for dead in 1..=4 {
+        bench.beat(&names[dead..], &names[..dead], Duration::from_secs(4));
+    }
+    let down = |name: &&&str| bench.status(name).observation == Observation::Down;
+    assert_eq!(names.iter().filter(down).count(), 3, "50 percent of 6");
+}
+
+#[test]
+fn a_late_control_thread_blames_nobody() {
+    let mut bench = Bench::new(open_pool(&[]));
+    bench.beat(&["a", "b"], &[], Duration::from_secs(30));
+    bench.now += Duration::from_secs(5);
+    let effects = bench.apply(Event::Tick);
+    assert_eq!(bench.serving(), ["a", "b"]);
+    let said = logs(&effects).join("\n");
+    assert!(said.contains("ms late: so much of the backends' silence does not count"), "{said}");
+    assert_eq!(bench.status("a").observation, Observation::Up);
+}
+
+#[test]
+fn a_name_or_an_address_of_the_file_is_nobody_elses() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    bench.hear(heartbeat("z@77", 1));
+    let port = |name: &str| backend(name).address;
+    let BackendAddress::Tcp(address) = port("z") else { unreachable!() };
+    bench.hear(Heartbeat { address, ..heartbeat("a", 1) });
+    assert_eq!(bench.names(), ["z"]);
+    assert_eq!(
+        (bench.misfit(Misfit::ConfiguredName), bench.misfit(Misfit::ConfiguredAddress)),
+        (1, 1)
+    );
+    bench.hear(Heartbeat { address: ([127, 0, 0, 1], 80).into(), ..heartbeat("a", 1) });
+    assert_eq!(bench.misfit(Misfit::OwnAddress), 1, "sessions would come back to us");
+}
+
+#[test]
+fn of_two_senders_with_one_name_the_younger_is_believed() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    bench.beat(&["a"], &[], Duration::from_secs(1));
+    let old = bench.id("a");
+    bench.hear(Heartbeat { incarnation: 2, ..heartbeat("a@77", 1) });
+    assert_ne!(bench.id("a"), old);
+    bench.hear(heartbeat("a", 100));
+    assert_eq!(bench.misfit(Misfit::OlderSender), 1);
+    assert_eq!(bench.names(), ["z", "a"]);
+}
+
+#[test]
+fn no_more_register_than_the_pool_allows_and_that_is_said_once() {
+    let heartbeat_spec = model::HeartbeatSpec { backends_max: 2, ..spec() };
+    let heartbeat_spec = Some(Arc::new(heartbeat_spec));
+    let mut bench = Bench::new(Pool { heartbeat: heartbeat_spec, ..unprobed(&[]) });
+    let effects: Vec<Effect> =
+        ["a", "b", "c", "d"].iter().flat_map(|name| bench.hear(heartbeat(name, 1))).collect();
+    assert_eq!((bench.names().len(), bench.misfit(Misfit::PoolFull)), (2, 2));
+    let full = logs(&effects).iter().filter(|line| line.contains("backends_max")).count();
+    assert_eq!(full, 1);
+}
+
+#[test]
+fn a_weight_is_bounded_by_the_configuration_and_a_load_takes_its_share() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    bench.beat(&["a"], &[], Duration::from_secs(1));
+    bench.hear(Heartbeat { weight: 900, ..heartbeat("a", 50) });
+    bench.hear(Heartbeat { weight: 900, ..heartbeat("z", 50) });
+    assert_eq!((bench.status("a").weight, bench.status("z").weight), (100, 10));
+    for sequence in 51..200 {
+        bench.hear(Heartbeat { weight: 5, load: 1000, ..heartbeat("a", sequence) });
+    }
+    assert_eq!(bench.status("a").effective_weight, 1.25, "a quarter of 5");
+}
+
+#[test]
+fn small_changes_of_weight_make_no_table() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    let said = |weight, sequence| Heartbeat { weight, ..heartbeat("a", sequence) };
+    bench.hear(said(50, 1));
+    bench.answer_but(&[]);
+    bench.pass(publish_pacer::PACE);
+    let effects: Vec<Effect> =
+        (2..100).flat_map(|n| bench.hear(said(50 + (n % 5) as u16, n))).collect();
+    assert_eq!((publishes(&effects), bench.status("a").weight), (0, 50));
+    bench.pass(publish_pacer::PACE);
+    assert_eq!(publishes(&bench.hear(said(55, 100))), 1);
+}
+
+#[test]
+fn a_sender_that_starts_is_asked_when_it_says_that_it_is_ready() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    let starting = |n| Heartbeat { state: SenderState::Starting, ..heartbeat("a", n) };
+    let effects: Vec<Effect> = (1..50).flat_map(|n| bench.hear(starting(n))).collect();
+    assert_eq!((probes(&effects), bench.status("a").eligible), (0, false));
+    bench.hear(heartbeat("a", 50));
+    bench.answer_but(&[]);
+    assert_eq!(bench.serving(), ["z", "a"]);
+}
+
+#[test]
+fn a_reload_keeps_who_registered_and_a_file_may_adopt_it() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    bench.beat(&["a", "b"], &[], Duration::from_secs(1));
+    let (a, b) = (bench.id("a"), bench.id("b"));
+    bench.configure(open_pool(&["z", "a"]));
+    assert_eq!((bench.id("a"), bench.id("b")), (a, b));
+    assert_eq!(bench.status("a").origin, Origin::File);
+    assert_eq!(bench.serving(), ["z", "a", "b"]);
+    bench.configure(unprobed(&["z", "a"]));
+    assert_eq!(bench.names(), ["z", "a"], "nobody may register any more");
+    assert_eq!(bench.serving(), ["z", "a"]);
+}
+
+#[test]
+fn requiring_heartbeats_takes_nobody_out_before_there_was_time_to_send_them() {
+    let mut bench = Bench::new(unprobed(&["z", "a"]));
+    let required = Arc::new(model::HeartbeatSpec { require: true, ..spec() });
+    bench.configure(Pool { heartbeat: Some(required), ..unprobed(&["z", "a"]) });
+    assert_eq!(bench.serving(), ["z", "a"]);
+    bench.beat(&["z"], &[], TTL + Duration::from_secs(1));
+    assert_eq!(bench.serving(), ["z"]);
+}
+
+#[test]
+fn a_thousand_who_come_and_go_each_second_make_ten_tables_a_second() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    let sender = |n: u64, sequence, state| Heartbeat {
+        name: format!("s{n}").into(),
+        address: ([127, 1, (n / 250) as u8, (n % 250) as u8], 1000).into(),
+        state,
+        ..heartbeat("a", sequence)
+    };
+    let (mut tables, end) = (0, bench.now + Duration::from_secs(3));
+    let mut n = 0;
+    while bench.now < end {
+        let mut effects = bench.hear(sender(n, 1, SenderState::Ready));
+        effects.extend(bench.answer_but(&[]));
+        if n >= 200 {
+            effects.extend(bench.hear(sender(n - 200, 2, SenderState::Stopping)));
+        }
+        n += 1;
+        effects.extend(bench.serve_until(bench.now + Duration::from_millis(1), &[]));
+        tables += publishes(&effects);
+    }
+    assert_eq!(n, 3000);
+    assert!((25..=31).contains(&tables), "{tables} tables in 3 s");
+    assert!(bench.serving().len() > 100);
+    bench.pass(publish_pacer::PACE);
+    assert_eq!(bench.serving().len(), bench.names().len());
+}
+
+#[test]
+fn a_death_is_published_at_once_whatever_waits() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    bench.beat(&["a", "b", "c"], &[], Duration::from_secs(10));
+    bench.hear(heartbeat("d", 1));
+    bench.hear(heartbeat("e", 1));
+    let effects = bench.refuse("a", 1, 1);
+    assert_eq!(publishes(&effects), 1, "suspect, at a tenth");
+    let (id, token) = *bench.asked.last().unwrap();
+    let effects = bench.answer(id, token, Some(crate::core::health::REFUSED));
+    assert_eq!((publishes(&effects), bench.status("a").observation), (1, Observation::Down));
+}
+
+#[test]
+fn who_comes_back_late_starts_slowly_and_a_whole_pool_does_not() {
+    let slow = Some(Duration::from_secs(10));
+    let mut bench = Bench::new(Pool { slow_start: slow, ..open_pool(&["z"]) });
+    bench.beat(&["a"], &[], Duration::from_secs(1));
+    assert_eq!(bench.status("a").ramp_percent, 100, "the pool itself has just begun");
+    bench.beat(&["a"], &[], Duration::from_secs(10));
+    bench.beat(&["a", "b"], &[], Duration::from_secs(1));
+    let b = bench.status("b");
+    assert!(b.ramp_percent <= 15 && b.effective_weight <= 1.5, "{b:?}");
+    bench.beat(&["a", "b"], &[], Duration::from_secs(5));
+    assert!((40..70).contains(&bench.status("b").ramp_percent));
+    bench.beat(&["a", "b"], &[], Duration::from_secs(5));
+    assert_eq!(bench.status("b").effective_weight, 10.0);
+}
+
+#[test]
+fn a_slow_start_holds_the_cap_down_and_bounds_the_share_as_well() {
+    let slow = Some(Duration::from_secs(10));
+    let mut pool = Pool { slow_start: slow, ..unprobed(&["a", "b"]) };
+    pool.backends[1].connections_max = 50;
+    let mut bench = Bench::new(pool);
+    bench.pass(Duration::from_secs(20));
+    bench.operator("b", Intent::Draining);
+    bench.operator("b", Intent::Ready);
+    let explained = bench.controller.explain("web", "b", bench.now).unwrap();
+    assert_eq!((explained.connections_max, explained.weight.ramp), (5, 10));
+    assert_eq!(slow_starts(&bench), [false, true]);
+    bench.pass(Duration::from_secs(11));
+    let explained = bench.controller.explain("web", "b", bench.now).unwrap();
+    assert_eq!((explained.connections_max, explained.weight.ramp), (50, 100));
+    assert_eq!(slow_starts(&bench), [false, false]);
+}
+
+fn slow_starts(bench: &Bench) -> Vec<bool> {
+    let balancer = bench.controller.current_table().pools[0].balancer.clone().unwrap();
+    balancer.candidates().iter().map(|candidate| candidate.slow_start).collect()
+}
+
+#[test]
+fn an_explanation_tells_the_whole_story() {
+    let mut bench = Bench::new(open_pool(&["z"]));
+    bench.beat(&["a", "b", "c"], &[], Duration::from_secs(30));
+    bench.beat(&["b", "c"], &["a"], Duration::from_secs(2));
+    let explained = bench.controller.explain("web", "a", bench.now).unwrap();
+    let story: Vec<(&str, &str)> = explained.history.iter().map(|t| (t.from, t.to)).collect();
+    assert_eq!(
+        story,
+        [("suspect", "down"), ("up", "suspect"), ("unknown", "up"), ("new", "unknown")]
+    );
+    let reading = explained.backend.heart.unwrap().reading;
+    assert_eq!(reading.state, crate::core::suspicion::State::Down);
+    assert!(reading.silence.unwrap() >= Duration::from_secs(2) - INTERVAL);
+    assert_eq!(explained.weight.health, 0);
+    assert_eq!(
+        bench.controller.explain("web", "nobody", bench.now).unwrap_err(),
+        OperatorError::UnknownBackend
+    );
+}
+
+#[test]
+fn a_confirming_probe_leaves_the_regular_ones_their_turn() {
+    let mut bench = Bench::up(Pool { heartbeat: Some(Arc::new(spec())), ..pool(&["z"]) });
+    bench.beat(&["a", "b", "c"], &[], Duration::from_secs(10));
+    bench.beat(&["b", "c"], &[], Duration::from_secs(1));
+    let effects = bench.beat(&["b", "c"], &[], Duration::from_secs(20));
+    let id = bench.controller.find_backend("web", "a").unwrap();
+    let regular = effects.iter().filter(|effect| {
+        matches!(effect, Effect::Probe { backend, spec, .. } if *backend == id && spec.interval > TRY_TIMEOUT_MAX)
+    });
+    assert!(regular.count() >= 5, "one each two seconds");
+}
+
+/// A controller of another process that goes on with what `old` knew.
+fn upgraded(old: &Bench, pool: Pool) -> Bench {
+    let text = serde_json::to_string(&old.controller.save(old.now)).unwrap();
+    let saved = serde_json::from_str(&text).unwrap();
+    let mut next =
+        Bench { controller: Controller::new(2, 2), began: old.began, now: old.now, asked: vec![] };
+    next.configure(pool);
+    // As the offer and as the last word.
+    for _ in 0..2 {
+        let effects = next.controller.adopt(&saved, next.now);
+        next.note(effects);
+    }
+    next
+}
+
+/// Heartbeats of these names at an interval of five seconds.
+fn slowly(bench: &mut Bench, names: &[&str], times: std::ops::Range<u64>) {
+    let interval = Duration::from_secs(5);
+    for sequence in times {
+        for name in names {
+            bench.hear(Heartbeat { interval, ..heartbeat(name, sequence) });
+        }
+        let next = bench.now + interval;
+        bench.serve_until(next, &[]);
+    }
+}
+
+fn slow_pool() -> Pool {
+    let slow = model::HeartbeatSpec { interval: Duration::from_secs(5), ..spec() };
+    Pool { heartbeat: Some(Arc::new(slow)), ..unprobed(&["z"]) }
+}
+
+#[test]
+fn after_an_upgrade_registered_backends_serve_before_anybody_is_heard() {
+    let mut old = Bench::new(slow_pool());
+    slowly(&mut old, &["a", "b", "c"], 1..20);
+    old.hear(Heartbeat { state: SenderState::Draining, ..heartbeat("b", 30) });
+    old.operator("c", Intent::Draining);
+    assert_eq!(old.serving(), ["z", "a"]);
+    let mut next = upgraded(&old, slow_pool());
+    assert_eq!(next.names(), ["z", "a", "b", "c"]);
+    assert_eq!(next.serving(), ["z", "a"]);
+    assert_eq!(next.status("b").calling, crate::core::health::Calling::Draining);
+    let reading = |bench: &Bench| bench.status("a").heart.unwrap().reading;
+    assert_eq!(reading(&next).beats_total, reading(&old).beats_total);
+    assert_eq!(reading(&next).sequence, reading(&old).sequence);
+    assert_eq!(next.status("a").last_transition.unwrap().to, "up");
+    // It is heard again, and then it dies.
+    slowly(&mut next, &["a", "b", "c"], 31..36);
+    assert_eq!(reading(&next).lost_total, reading(&old).lost_total + 11);
+    assert_eq!(next.serving(), ["z", "a", "b"]);
+    next.serve_until(next.now + Duration::from_secs(200), &["a", "b", "c"]);
+    assert_eq!(next.serving(), ["z"]);
+}
+
+#[test]
+fn who_stops_while_an_upgrade_is_under_way_is_gone_from_the_next_process() {
+    let mut old = Bench::new(slow_pool());
+    slowly(&mut old, &["a", "b"], 1..5);
+    let mut next = upgraded(&old, slow_pool());
+    next.hear(Heartbeat { interval: Duration::from_secs(5), ..heartbeat("b", 9) });
+    for name in ["a", "b"] {
+        old.hear(Heartbeat { state: SenderState::Stopping, ..heartbeat(name, 8) });
+    }
+    let saved = old.controller.save(old.now);
+    next.controller.adopt(&saved, next.now);
+    assert_eq!(next.names(), ["z", "b"], "b has been heard since");
+}
+
+#[test]
+fn ten_thousand_slow_senders_are_all_there_after_an_upgrade() {
+    let many = || {
+        let slow = model::HeartbeatSpec {
+            interval: Duration::from_secs(5),
+            backends_max: 20_000,
+            ..spec()
+        };
+        Pool { heartbeat: Some(Arc::new(slow)), ..unprobed(&[]) }
+    };
+    let mut old = Bench::new(many());
+    for number in 0..10_000u32 {
+        let address = (std::net::Ipv4Addr::from_bits(0x0a00_0001 + number), 80).into();
+        let name = format!("n{number}").into();
+        old.hear(Heartbeat {
+            name,
+            address,
+            interval: Duration::from_secs(5),
+            ..heartbeat("a", 1)
+        });
+    }
+    old.answer_but(&[]);
+    old.pass(publish_pacer::PACE);
+    assert_eq!(old.serving().len(), 10_000);
+    let next = upgraded(&old, many());
+    assert_eq!(next.serving().len(), 10_000);
+}
+
+mod alone {
+    use super::*;
+
+    fn cost_with(pools: usize) -> Duration {
+        let pool = |number: usize| Pool {
+            name: if number + 1 == pools { "web".into() } else { format!("p{number}").into() },
+            ..open_pool(&["z"])
+        };
+        let mut bench = Bench::new(open_pool(&["z"]));
+        bench.apply(Event::Configure(config((0..pools).map(pool).collect())));
+        bench.hear(heartbeat("a", 1));
+        bench.answer_but(&[]);
+        let round = |bench: &mut Bench, round: u64| {
+            let began = crate::net::clock::now();
+            for sequence in 2 + round * 300..302 + round * 300 {
+                bench.now += Duration::from_millis(1);
+                bench.hear(heartbeat("a", sequence));
+            }
+            crate::net::clock::now() - began
+        };
+        (0..5).map(|at| round(&mut bench, at)).min().unwrap()
+    }
+
+    #[test]
+    fn a_heartbeat_costs_the_same_however_many_pools_there_are() {
+        let (few, many) = (cost_with(2), cost_with(5_000));
+        // A scan of the pools for each of the 300 would take several times the slack.
+        let slack = Duration::from_millis(20);
+        assert!(many < few * 4 + slack, "{few:?} with 2 pools, {many:?} with 5,000");
+    }
+}

@@ -1,0 +1,173 @@
+//! Operators and reloads.
+
+use super::*;
+use crate::core::control::removal;
+
+#[test]
+fn draining_is_logged_once_and_idempotent() {
+    let mut bench = Bench::new(unprobed(&["a", "b"]));
+    let effects = bench.operator("a", Intent::Draining);
+    assert_eq!(publishes(&effects), 1);
+    assert_eq!(logs(&effects), ["a: ready -> draining: operator: no new sessions, 0 go on"]);
+    assert_eq!(bench.serving(), ["b"]);
+    assert!(bench.operator("a", Intent::Draining).is_empty());
+    let effects = bench.operator("a", Intent::Ready);
+    assert_eq!(logs(&effects), ["a: draining -> ready: operator: takes sessions again"]);
+    assert_eq!(bench.serving(), ["a", "b"]);
+}
+
+#[test]
+fn unknown_names_are_told_apart_and_change_nothing() {
+    let mut bench = Bench::new(unprobed(&["a"]));
+    let now = bench.now;
+    let mut set = |pool, name| bench.controller.set_intent(pool, name, Intent::Draining, now);
+    assert_eq!(set("nope", "a").unwrap_err(), OperatorError::UnknownPool);
+    assert_eq!(set("web", "nope").unwrap_err(), OperatorError::UnknownBackend);
+}
+
+#[test]
+fn a_drain_survives_reloads_and_does_not_follow_the_name_to_another_address() {
+    let mut bench = Bench::new(unprobed(&["a", "b"]));
+    bench.operator("a", Intent::Draining);
+    bench.configure(unprobed(&["b", "a"]));
+    assert_eq!(bench.serving(), ["b"]);
+    bench.configure(unprobed(&["b", "a@4711"]));
+    assert_eq!(bench.serving(), ["b", "a"]);
+    assert_eq!(bench.status("a").intent, Intent::Ready);
+    bench.configure(unprobed(&["b", "a"]));
+    assert_eq!(bench.status("a").intent, Intent::Draining, "this one was drained");
+}
+
+#[test]
+fn a_drained_backend_that_is_out_of_the_file_for_a_moment_comes_back_drained() {
+    let mut bench = Bench::new(unprobed(&["a", "b"]));
+    bench.operator("a", Intent::Draining);
+    for away in [Duration::from_millis(1500), KEPT_FOR - Duration::from_secs(1)] {
+        bench.configure(unprobed(&["b"]));
+        bench.pass(away);
+        bench.configure(unprobed(&["a", "b"]));
+        assert_eq!(bench.status("a").intent, Intent::Draining, "after {away:?}");
+        assert_eq!(bench.serving(), ["b"]);
+    }
+    bench.configure(unprobed(&["b"]));
+    bench.pass(KEPT_FOR);
+    bench.configure(unprobed(&["a", "b"]));
+    assert_eq!(bench.status("a").intent, Intent::Ready, "nobody remembers for ever");
+}
+
+#[test]
+fn a_drained_backend_that_is_down_anyway_makes_no_new_table() {
+    let mut bench = Bench::new(pool(&["a"]));
+    bench.answer_all_for(Duration::from_millis(1), Some("broken"));
+    assert_eq!(publishes(&bench.operator("a", Intent::Draining)), 0);
+    let last_resort = Pool { when_none_eligible: WhenNoneEligible::TryAll, ..pool(&["a", "b"]) };
+    let mut bench = Bench::new(last_resort);
+    assert_eq!(publishes(&bench.operator("a", Intent::Draining)), 1, "try-all used it");
+    assert_eq!(bench.serving(), ["b"]);
+}
+
+#[test]
+fn what_is_configured_again_keeps_its_state_whatever_else_changed() {
+    let mut bench = Bench::up(pool(&["a", "b"]));
+    let before = bench.status("a").state;
+    let frontend = Arc::clone(&bench.controller.status(bench.now).frontends[0].state);
+    let mut changed = Pool { balance: Policy::LeastConnections, ..pool(&["b", "a"]) };
+    changed.backends[1].weight = 77;
+    changed.backends[1].connections_max = 5;
+    let effects = bench.configure(changed);
+    assert!(Arc::ptr_eq(&before, &bench.status("a").state));
+    assert!(Arc::ptr_eq(&frontend, &bench.controller.status(bench.now).frontends[0].state));
+    assert_eq!((bench.status("a").weight, bench.status("a").effective_weight), (77, 77.0));
+    assert_eq!(bench.serving(), ["b", "a"]);
+    assert_eq!(publishes(&effects), 1);
+    assert_eq!(bench.controller.status(bench.now).generation, 2);
+}
+
+#[test]
+fn a_new_address_under_the_old_name_is_a_new_backend() {
+    let mut bench = Bench::up(pool(&["a"]));
+    let old = bench.status("a").state;
+    assert!(old.in_flight.try_enter(0));
+    bench.configure(pool(&["a@4711"]));
+    assert_ne!(bench.id("a"), old.id);
+    let table = bench.controller.current_table();
+    assert_eq!(table.pools[0].serving[0].id, old.id, "the new one waits for its first result");
+    assert_eq!(bench.controller.status(bench.now).leaving.len(), 1);
+    old.in_flight.leave();
+}
+
+#[test]
+fn a_removed_backend_is_kept_until_its_last_session_ends() {
+    let mut bench = Bench::new(unprobed(&["a", "b"]));
+    let removed = bench.status("a").state;
+    assert!(removed.in_flight.try_enter(0));
+    let effects = bench.configure(unprobed(&["b"]));
+    let lines = logs(&effects);
+    assert_eq!(
+        lines,
+        ["a: unknown -> removed: no longer configured; its 1 sessions run to their end"]
+    );
+    bench.pass(Duration::from_secs(3600));
+    assert_eq!(bench.controller.status(bench.now).leaving[0].id, removed.id);
+    removed.in_flight.leave();
+    bench.pass(removal::LEAVING_CHECK_INTERVAL);
+    assert!(bench.controller.status(bench.now).leaving.is_empty());
+    assert_eq!(bench.controller.next_due(), None);
+}
+
+#[test]
+fn close_after_cuts_the_sessions_when_the_time_is_over() {
+    let rule = OnRemoval::CloseAfter(Duration::from_secs(30));
+    let rest = || Pool { on_removal: rule, ..unprobed(&["b"]) };
+    let mut bench = Bench::new(unprobed(&["a", "b"]));
+    let removed = bench.status("a").state;
+    assert!(removed.in_flight.try_enter(0));
+    bench.configure(rest());
+    assert!(cuts(&bench.pass(Duration::from_millis(29_999))).is_empty());
+    assert_eq!(cuts(&bench.pass(Duration::from_millis(1))), [removed.id]);
+    assert_eq!(cuts(&bench.pass(Duration::from_secs(1))).len(), 1, "asked again");
+    removed.in_flight.leave();
+    assert!(cuts(&bench.pass(Duration::from_secs(60))).is_empty());
+}
+
+#[test]
+fn a_backend_that_comes_back_while_leaving_gets_its_state_back() {
+    let rule = OnRemoval::CloseAfter(Duration::from_secs(30));
+    let with = |names: &[&str]| Pool { on_removal: rule, ..pool(names) };
+    let mut bench = Bench::up(with(&["a", "b"]));
+    let removed = bench.status("a").state;
+    assert!(removed.in_flight.try_enter(0));
+    bench.operator("a", Intent::Draining);
+    bench.configure(with(&["b"]));
+    bench.answer_all_for(Duration::from_secs(10), None);
+    bench.configure(with(&["a", "b"]));
+    assert!(Arc::ptr_eq(&removed, &bench.status("a").state));
+    assert_eq!(bench.status("a").intent, Intent::Draining);
+    assert_eq!(bench.status("a").observation, Observation::Up);
+    let effects = bench.answer_all_for(Duration::from_secs(60), None);
+    assert!(cuts(&effects).is_empty(), "the cut is off");
+    removed.in_flight.leave();
+}
+
+#[test]
+fn a_forgotten_backend_starts_over_with_a_new_id() {
+    let mut bench = Bench::up(pool(&["a", "b"]));
+    let old = bench.id("a");
+    bench.configure(pool(&["b"]));
+    bench.answer_all_for(Duration::from_secs(5), None);
+    bench.configure(pool(&["a", "b"]));
+    assert!(bench.id("a") > old);
+    assert_eq!(bench.status("a").observation, Observation::Unknown);
+}
+
+#[test]
+fn results_and_failures_of_removed_backends_are_ignored() {
+    let mut bench = Bench::new(pool(&["a", "b"]));
+    bench.pass(Duration::from_millis(5));
+    let (id, token) = bench.asked[0];
+    bench.configure(pool(&["b"]));
+    assert!(bench.answer(id, token, None).is_empty());
+    let (failure, begun) = (ConnectFailure::Timeout, bench.now);
+    let failed = Event::ConnectFailed { backend: id, failure, in_a_row: 9, begun };
+    assert!(bench.apply(failed).is_empty());
+}

@@ -1,0 +1,526 @@
+//! Many backends: one step of the controller costs a bounded number of them.
+
+use super::*;
+use crate::core::control::apart::AT_ONCE_MAX;
+use crate::core::control::source_ports::{PortLimits, PortLook, PortWatch, Reuse};
+use crate::core::model;
+use crate::core::table::build::PoolBuild;
+use crate::heartbeat::SenderState;
+
+const MANY: usize = 20_000;
+
+fn large(pools: usize, each: usize) -> Arc<Config> {
+    let ejection = EjectionSpec {
+        failures: 5,
+        time: Duration::from_secs(10),
+        max_ejected_percent: 50,
+        early_resets: true,
+        slow_first_byte: Some(Duration::from_secs(1)),
+    };
+    let heartbeat = model::HeartbeatSpec {
+        register: true,
+        require: false,
+        interval: Duration::from_millis(100),
+        ttl: Duration::from_secs(10),
+        forget_after: Duration::from_secs(60),
+        backends_max: 1000,
+        weight_max: 100,
+    };
+    let one = |n: usize| {
+        let backends = (0..each).map(|k| {
+            let [_, b, c, d] = u32::try_from(n * each + k).unwrap().to_be_bytes();
+            Backend {
+                name: format!("b{k}").into(),
+                address: BackendAddress::Tcp(([10, b, c, d], 80).into()),
+                ..backend("x")
+            }
+        });
+        Pool {
+            name: format!("pool{n}").into(),
+            ejection: Some(ejection),
+            heartbeat: Some(Arc::new(heartbeat.clone())),
+            backends: backends.collect(),
+            ..unprobed(&[])
+        }
+    };
+    let mut config = Arc::unwrap_or_clone(config((0..pools).map(one).collect()));
+    let first = config.frontends.remove(0);
+    config.frontends = (0..pools)
+        .map(|n| Frontend {
+            name: format!("f{n}").into(),
+            binds: vec![([127, 0, 0, 1], 1000 + u16::try_from(n).unwrap()).into()],
+            pool: format!("pool{n}").into(),
+            ..first.clone()
+        })
+        .collect();
+    Arc::new(config)
+}
+
+/// Every tick that is wanted until `now` has gone on by `span`; how many there were.
+fn ticks(controller: &mut Controller, now: &mut Instant, span: Duration) -> (u32, Vec<Effect>) {
+    let end = *now + span;
+    let (mut ticks, mut effects) = (0, Vec::new());
+    while let Some(due) = controller.next_due().filter(|due| *due <= end) {
+        *now = due;
+        effects.extend(controller.apply(Event::Tick, due));
+        ticks += 1;
+    }
+    *now = end;
+    (ticks, effects)
+}
+
+#[test]
+fn look_at_many_takes_turns_and_finds_the_one_that_hangs() {
+    for (pools, each) in [(1, 3_000), (300, 10)] {
+        let mut now = crate::net::clock::now();
+        let mut controller = Controller::new(2, 1);
+        controller.apply(Event::Configure(large(pools, each)), now);
+        let states: Vec<_> = controller.backends().map(Arc::clone).collect();
+        let (hanging, others) = states.split_last().unwrap();
+        let mut logged = Vec::new();
+        for round in 0..20 {
+            for state in others.iter().rev().take(9).chain((round < 10).then_some(hanging)) {
+                let counters = state.counters.of(1);
+                counters.questions.add(5);
+                counters.answers.add(5);
+                counters.answer_log2.add(5 * 10 * crate::core::table::state::LOG_UNIT as u64);
+            }
+            hanging.counters.of(0).questions.add(u64::from(round >= 10));
+            let look = Duration::from_millis(200);
+            let (ticks, effects) = ticks(&mut controller, &mut now, look);
+            assert!(round == 0 || (5..=8).contains(&ticks), "{ticks} turns in a look");
+            logged.extend(logs(&effects));
+        }
+        assert_eq!(logged.len(), 1, "{logged:?}");
+        let name = &hanging.name;
+        assert!(logged[0].starts_with(&format!("{name}: unknown -> suspect: ")), "{logged:?}");
+    }
+}
+
+#[test]
+fn change_in_one_pool_leaves_everything_else_of_the_table_as_it_is() {
+    let now = crate::net::clock::now();
+    let mut controller = Controller::new(2, 1);
+    controller.apply(Event::Configure(large(5, 3)), now);
+    let before = controller.current_table();
+    controller.set_intent("pool2", "b1", Intent::Draining, now).unwrap();
+    let after = controller.current_table();
+    assert_eq!(after.serial, before.serial + 1);
+    let same_pool = |at: usize| Arc::ptr_eq(&before.pools[at], &after.pools[at]);
+    let same_route = |at: usize| Arc::ptr_eq(&before.frontends[at], &after.frontends[at]);
+    assert_eq!([0, 1, 2, 3, 4].map(same_pool), [true, true, false, true, true]);
+    assert_eq!([0, 1, 2, 3, 4].map(same_route), [true, true, false, true, true]);
+    assert_eq!(after.pools[2].serving.len(), 2);
+    let route = after.route(([127, 0, 0, 1], 1002).into()).unwrap();
+    assert!(Arc::ptr_eq(&route.pool, &after.pools[2]));
+    assert!(Arc::ptr_eq(after.frontend(&route.state).unwrap(), route));
+}
+
+#[test]
+fn what_is_saved_in_slices_is_the_same_and_a_reload_ends_it() {
+    let mut now = crate::net::clock::now();
+    let mut controller = Controller::new(2, 1);
+    controller.apply(Event::Configure(large(3, 4)), now);
+    controller.set_intent("pool1", "b2", Intent::Draining, now).unwrap();
+    now += Duration::from_secs(1);
+    let mut saving = controller.begin_save(now);
+    let mut slices = 1;
+    while controller.save_on(&mut saving, 5) {
+        slices += 1;
+    }
+    assert_eq!(slices, 4);
+    let in_slices = controller.end_save(saving).without_counts();
+    assert_eq!(in_slices, controller.save(now).without_counts());
+    assert_eq!(in_slices.pools.iter().map(|pool| pool.backends.len()).sum::<usize>(), 12);
+
+    let saving = controller.begin_save(now);
+    assert!(controller.can_go_on(&saving));
+    controller.apply(Event::Configure(large(2, 4)), now);
+    assert!(!controller.can_go_on(&saving));
+}
+
+/// One pool of five, too large to be made at once, and what its table says.
+fn apart() -> (Controller, Instant) {
+    let now = crate::net::clock::now();
+    let mut controller = Controller::new(2, 1);
+    controller.build_apart_above(4);
+    controller.apply(Event::Configure(large(1, 5)), now);
+    (controller, now)
+}
+
+fn in_table(controller: &Controller) -> Vec<String> {
+    let table = controller.current_table();
+    table.pools[0].serving.iter().map(|state| state.name.to_string()).collect()
+}
+
+fn the_build(effects: Vec<Effect>) -> Event {
+    let mut builds = effects.into_iter().filter_map(|effect| match effect {
+        Effect::Build { token, build } => Some(built(token, *build)),
+        _ => None,
+    });
+    let first = builds.next().expect("a part to be made");
+    assert!(builds.next().is_none(), "a pool has one part under way");
+    first
+}
+
+fn set(controller: &mut Controller, name: &str, intent: Intent, now: Instant) -> Vec<Effect> {
+    controller.set_intent("pool0", name, intent, now).unwrap()
+}
+
+fn enters(controller: &Controller, name: &str) -> bool {
+    let state = controller.backends().find(|state| &*state.name == name).unwrap();
+    let enters = state.in_flight.try_enter(0);
+    if enters {
+        state.in_flight.leave();
+    }
+    enters
+}
+
+#[test]
+fn who_is_taken_out_of_a_large_pool_gets_no_session_before_its_table_is_made() {
+    let (mut controller, now) = apart();
+    let effects = set(&mut controller, "b1", Intent::Draining, now);
+    assert_eq!((publishes(&effects), in_table(&controller).len()), (0, 5));
+    assert!(!enters(&controller, "b1"), "it is shut at once");
+    let effects = controller.apply(the_build(effects), now);
+    assert_eq!(publishes(&effects), 1);
+    assert_eq!(in_table(&controller), ["b0", "b2", "b3", "b4"]);
+    assert!(enters(&controller, "b1"), "the table alone says it now");
+    let effects = set(&mut controller, "b1", Intent::Ready, now);
+    controller.apply(the_build(effects), now);
+    assert_eq!(in_table(&controller).len(), 5);
+}
+
+#[test]
+fn what_changes_while_a_part_is_made_makes_one_more() {
+    let (mut controller, now) = apart();
+    let first = the_build(set(&mut controller, "b1", Intent::Draining, now));
+    for name in ["b2", "b3"] {
+        let effects = set(&mut controller, name, Intent::Draining, now);
+        assert!(!effects.iter().any(|effect| matches!(effect, Effect::Build { .. })));
+        assert!(!enters(&controller, name));
+    }
+    set(&mut controller, "b3", Intent::Ready, now);
+    assert!(enters(&controller, "b3"), "it was in the table all the while");
+    let effects = controller.apply(first, now);
+    assert_eq!((publishes(&effects), in_table(&controller).len()), (1, 4));
+    assert!(enters(&controller, "b1") && !enters(&controller, "b2"));
+    let effects = controller.apply(the_build(effects), now);
+    assert_eq!((publishes(&effects), in_table(&controller).len()), (1, 3));
+    assert!(enters(&controller, "b2"));
+}
+
+#[test]
+fn parts_take_the_other_thread_half_of_its_time_at_most() {
+    let (mut controller, now) = apart();
+    let Event::Built { token, built, .. } =
+        the_build(set(&mut controller, "b1", Intent::Draining, now))
+    else {
+        unreachable!("it is what was asked for")
+    };
+    set(&mut controller, "b2", Intent::Draining, now);
+    let took = Duration::from_millis(30);
+    let begins = |effects: &[Effect]| {
+        effects.iter().filter(|effect| matches!(effect, Effect::Build { .. })).count()
+    };
+    let effects = controller.apply(Event::Built { token, built, took }, now);
+    assert_eq!((publishes(&effects), begins(&effects)), (1, 0));
+    assert_eq!(controller.next_due(), Some(now + took));
+    assert!(!enters(&controller, "b2"));
+    assert_eq!(begins(&controller.apply(Event::Tick, now + took)), 1);
+}
+
+#[test]
+fn part_that_a_reload_has_overtaken_is_not_used_and_nobody_stays_shut() {
+    let (mut controller, now) = apart();
+    let overtaken = the_build(set(&mut controller, "b1", Intent::Draining, now));
+    controller.apply(Event::Configure(large(1, 6)), now);
+    assert_eq!(in_table(&controller), ["b0", "b2", "b3", "b4", "b5"]);
+    assert!(enters(&controller, "b1"));
+    let effects = controller.apply(overtaken, now);
+    assert_eq!((publishes(&effects), in_table(&controller).len()), (0, 5));
+    let effects = set(&mut controller, "b5", Intent::Draining, now);
+    controller.apply(the_build(effects), now);
+    assert_eq!(in_table(&controller), ["b0", "b2", "b3", "b4"]);
+}
+
+#[test]
+fn members_that_come_and_go_are_in_the_next_part_of_a_large_pool() {
+    let (mut controller, mut now) = apart();
+    let hear = |controller: &mut Controller, n: usize, sequence: u64, state, now| {
+        let heartbeat = Heartbeat { state, ..beat_of("pool0", n, sequence) };
+        let mut effects =
+            controller.apply(Event::Heartbeat { heartbeat, at: now, stands_for: 1 }, now);
+        // A connect confirms it, and parts of tables are made.
+        while !effects.is_empty() {
+            let events = effects.into_iter().filter_map(|effect| match effect {
+                Effect::Probe { backend, token, .. } => {
+                    let outcome = ProbeOutcome::Success { took: Duration::from_millis(1) };
+                    Some(Event::Probed { backend, token, outcome })
+                }
+                Effect::Build { token, build } => Some(built(token, *build)),
+                _ => None,
+            });
+            let events: Vec<Event> = events.collect();
+            effects = controller.apply_all(events, now);
+        }
+    };
+    for sequence in 1..=30 {
+        hear(&mut controller, 7, sequence, SenderState::Ready, now);
+        if sequence > 10 {
+            hear(&mut controller, 8, sequence - 10, SenderState::Ready, now);
+        }
+        now += Duration::from_millis(100);
+    }
+    assert_eq!(in_table(&controller), ["b0", "b1", "b2", "b3", "b4", "b7", "b8"]);
+    hear(&mut controller, 7, 31, SenderState::Stopping, now);
+    let settle = |controller: &mut Controller, now| {
+        let (mut at, mut effects) = (now, Vec::new());
+        for _ in 0..20 {
+            at += Duration::from_millis(20);
+            effects.extend(controller.apply(Event::Tick, at));
+            let events: Vec<Event> = effects.drain(..).filter_map(unanswered).collect();
+            effects = controller.apply_all(events, at);
+        }
+    };
+    settle(&mut controller, now);
+    let table = in_table(&controller);
+    assert!(!table.contains(&"b7".to_owned()) && table.len() >= 5, "{table:?}");
+}
+
+#[test]
+fn pools_up_to_the_bound_have_their_tables_at_once() {
+    let now = crate::net::clock::now();
+    let mut controller = Controller::new(2, 1);
+    controller.apply(Event::Configure(large(1, AT_ONCE_MAX)), now);
+    let effects = set(&mut controller, "b1", Intent::Draining, now);
+    assert_eq!(publishes(&effects), 1);
+    controller.apply(Event::Configure(large(1, AT_ONCE_MAX + 1)), now);
+    let effects = set(&mut controller, "b2", Intent::Draining, now);
+    assert_eq!(publishes(&effects), 0);
+    the_build(effects);
+}
+
+/// The longest of `steps` and their median, as a row of the table.
+fn row(what: &str, mut steps: Vec<Duration>) {
+    steps.sort();
+    let (median, longest) = (steps[steps.len() / 2], steps[steps.len() - 1]);
+    println!("{what:36} {median:>12.1?} {longest:>12.1?}  x{}", steps.len());
+}
+
+fn timed<T>(step: impl FnOnce() -> T) -> (Duration, T) {
+    let began = crate::net::clock::now();
+    let done = step();
+    (crate::net::clock::now() - began, done)
+}
+
+/// A heartbeat of the `k`-th backend of the pool called `pool`.
+fn beat_of(pool: &str, n: usize, sequence: u64) -> Heartbeat {
+    let [_, b, c, d] = u32::try_from(n).unwrap().to_be_bytes();
+    Heartbeat {
+        pool: pool.into(),
+        name: format!("b{n}").into(),
+        address: ([10, b, c, d], 80).into(),
+        incarnation: 1,
+        sequence,
+        interval: Duration::from_millis(100),
+        state: SenderState::Ready,
+        weight: 10,
+        in_flight: 0,
+        load: 0,
+        key_id: 1,
+    }
+}
+
+/// Has parts of tables made, and notes how long making and taking them took.
+fn made_apart(
+    controller: &mut Controller,
+    effects: Vec<Effect>,
+    now: Instant,
+    parts: &mut Vec<(Duration, Duration)>,
+) {
+    for effect in effects {
+        if let Effect::Build { token, build } = effect {
+            let (made, event) = timed(|| built(token, *build));
+            let (taken, _) = timed(|| controller.apply(event, now));
+            parts.push((made, taken));
+        }
+    }
+}
+
+/// For a look at the figures; nothing depends on them.
+#[test]
+fn costs() {
+    if std::env::var_os("TIDEGATE_LONG").is_none() {
+        return;
+    }
+    for (pools, each) in [(1, MANY), (20, MANY / 20), (200, MANY / 200), (MANY / 10, 10)] {
+        for hearts in [200.min(each), each] {
+            println!("--- {pools} pools of {each}; {hearts} of the first one send heartbeats");
+            println!("{:36} {:>12} {:>12}", "step", "median", "longest");
+            costs_of(pools, each, hearts);
+        }
+    }
+}
+
+/// What comes of the effect where nothing answers.
+fn unanswered(effect: Effect) -> Option<Event> {
+    match effect {
+        Effect::Probe { backend, token, .. } => {
+            let outcome = ProbeOutcome::Failure { reason: "connect timed out".into() };
+            Some(Event::Probed { backend, token, outcome })
+        }
+        Effect::Build { token, build } => Some(built(token, *build)),
+        _ => None,
+    }
+}
+
+fn built(token: BuildToken, build: PoolBuild) -> Event {
+    Event::Built { token, built: Box::new(build.run()), took: Duration::ZERO }
+}
+
+fn costs_of(pools: usize, each: usize, hearts: usize) {
+    let mut now = crate::net::clock::now();
+    let mut controller = Controller::new(2, 1);
+    let config = large(pools, each);
+    let (took, _) = timed(|| controller.apply(Event::Configure(config), now));
+    row("first configuration", vec![took]);
+    let mut turns = Vec::new();
+    let end = now + Duration::from_millis(600);
+    while let Some(due) = controller.next_due().filter(|due| *due <= end) {
+        now = due;
+        turns.push(timed(|| controller.apply(Event::Tick, now)).0);
+    }
+    row("turn of comparing first bytes", turns);
+
+    let mut beats = Vec::new();
+    for sequence in 1..=30 {
+        now += Duration::from_millis(100);
+        let heard = (0..hearts).map(|n| Event::Heartbeat {
+            heartbeat: beat_of("pool0", n, sequence),
+            at: now,
+            stands_for: 1,
+        });
+        let heard: Vec<Event> = heard.collect();
+        let (took, effects) = timed(|| controller.apply_all(heard, now));
+        beats.push(took / u32::try_from(hearts).unwrap());
+        let asked = effects.into_iter().filter_map(|effect| match effect {
+            Effect::Probe { backend, token, .. } => Some(Event::Probed {
+                backend,
+                token,
+                outcome: ProbeOutcome::Success { took: Duration::from_millis(1) },
+            }),
+            _ => None,
+        });
+        let asked: Vec<Event> = asked.collect();
+        controller.apply_all(asked, now);
+        if let Some(due) = controller.next_due().filter(|due| *due <= now) {
+            controller.apply(Event::Tick, due);
+        }
+    }
+    row("one heartbeat", beats);
+    row("guard tick", (0..20).map(|_| timed(|| controller.guard_tick(now)).0).collect());
+    let pool = controller.pools.iter().next().unwrap().id;
+    row(
+        "look at one pool",
+        (0..20).map(|_| timed(|| controller.look(Some(pool), now)).0).collect(),
+    );
+    row("look at all pools", (0..20).map(|_| timed(|| controller.look(None, now)).0).collect());
+
+    // The last sender falls silent, and nothing answers at its address.
+    let (mut silent, mut tables) = (Vec::new(), 0);
+    for sequence in 31..=45 {
+        now += Duration::from_millis(100);
+        let (took, effects) = timed(|| controller.apply(Event::Tick, now));
+        silent.push(took);
+        let mut effects = effects;
+        while !effects.is_empty() {
+            tables += publishes(&effects);
+            let answers: Vec<Event> = effects.into_iter().filter_map(unanswered).collect();
+            let (took, next) = timed(|| controller.apply_all(answers, now));
+            silent.push(took);
+            effects = next;
+        }
+        let heard = (0..hearts - 1).map(|n| Event::Heartbeat {
+            heartbeat: beat_of("pool0", n, sequence),
+            at: now,
+            stands_for: 1,
+        });
+        let heard: Vec<Event> = heard.collect();
+        controller.apply_all(heard, now);
+    }
+    row("step of a silence", silent);
+    println!("{tables} tables made for it");
+
+    let (mut ejections, mut parts) = (Vec::new(), Vec::new());
+    for n in 0..4 {
+        let id = *controller.backends.keys().nth(n * 2 + 1).unwrap();
+        let fail = |in_a_row| Event::ConnectFailed {
+            backend: id,
+            failure: ConnectFailure::Refused,
+            in_a_row,
+            begun: now,
+        };
+        let (took, effects) = timed(|| controller.apply_all((1..=5).map(fail), now));
+        ejections.push(took);
+        made_apart(&mut controller, effects, now, &mut parts);
+    }
+    row("ejection", ejections);
+    let mut drains = Vec::new();
+    for n in 0..4 {
+        let name = format!("b{n}");
+        let intent = Intent::Draining;
+        let (took, effects) = timed(|| controller.set_intent("pool0", &name, intent, now).unwrap());
+        drains.push(took);
+        made_apart(&mut controller, effects, now, &mut parts);
+    }
+    row("drain", drains);
+    if !parts.is_empty() {
+        let (made, taken): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+        row("a pool's part (another thread)", made);
+        row("taking it", taken);
+    }
+    row("save intents", (0..4).map(|_| timed(|| controller.save_intents(now)).0).collect());
+    row("begin a picture", (0..4).map(|_| timed(|| controller.begin_status(now)).0).collect());
+    let mut picture = controller.begin_status(now);
+    row(
+        "gather 32",
+        (0..4).map(|_| timed(|| controller.gather(&mut picture, 32, now)).0).collect(),
+    );
+    row(
+        "known backends",
+        (0..4).map(|_| timed(|| controller.all_known().collect::<Vec<_>>()).0).collect(),
+    );
+    row("undecided pools", (0..4).map(|_| timed(|| controller.undecided_pools()).0).collect());
+    let (took, mut saving) = timed(|| controller.begin_save(now));
+    row("begin to save", vec![took]);
+    let mut slices = Vec::new();
+    loop {
+        let (took, more) = timed(|| controller.save_on(&mut saving, 32));
+        slices.push(took);
+        if !more {
+            break;
+        }
+    }
+    row("save 32", slices);
+    row("end of saving", vec![timed(|| controller.end_save(saving)).0]);
+    row("save at once (upgrade)", vec![timed(|| controller.save(now)).0]);
+    let late = Duration::from_millis(60);
+    let excuse = |controller: &mut Controller| controller.excuse_all(late, "late", now);
+    row("excuse everybody", (0..4).map(|_| timed(|| excuse(&mut controller)).0).collect());
+    let mut ports = PortWatch::default();
+    let limits = PortLimits { ports: 100, reuse: Reuse::Loopback };
+    let mut look = PortLook::default();
+    let (took, ()) = timed(|| ports.look(&mut look, controller.backends().take(1000), limits));
+    row("ports of 1,000", vec![took]);
+    row("ports done", vec![timed(|| ports.complete(look)).0]);
+    let mut reloads = Vec::new();
+    for n in 0..4 {
+        let mut config = Arc::unwrap_or_clone(large(pools, each));
+        let pool = Arc::make_mut(&mut config.pools[0]);
+        pool.backends[n].weight += 1;
+        let config = Arc::new(config);
+        reloads.push(timed(|| controller.apply(Event::Configure(config), now)).0);
+    }
+    row("reload", reloads);
+}

@@ -1,0 +1,110 @@
+//! Suspects: who becomes one, who is spared, and how it ends.
+
+use super::*;
+use crate::core::table::state::LOG_UNIT;
+
+pub(super) fn watched(backends: &[&str]) -> Pool {
+    let ejection = EjectionSpec {
+        failures: 5,
+        time: Duration::from_secs(10),
+        max_ejected_percent: 50,
+        early_resets: true,
+        slow_first_byte: Some(Duration::from_secs(1)),
+    };
+    Pool { ejection: Some(ejection), ..unprobed(backends) }
+}
+
+impl Bench {
+    /// So many sessions answered in a millisecond, as a worker counts them.
+    pub(super) fn quick(&self, name: &str, sessions: u64) {
+        let state = self.status(name).state;
+        let counters = state.counters.of(1);
+        counters.questions.add(sessions);
+        counters.answers.add(sessions);
+        counters.answer_log2.add((1e3f64.log2() * LOG_UNIT) as u64 * sessions);
+    }
+
+    fn ask(&self, name: &str) {
+        self.status(name).state.counters.of(0).questions.add(1);
+    }
+
+    /// The next `looks` looks: the quick ones answer, the hanging ones do not.
+    pub(super) fn looks(&mut self, looks: u32, quick: &[&str], hanging: &[&str]) -> Vec<Effect> {
+        (0..looks)
+            .flat_map(|_| {
+                quick.iter().for_each(|name| self.quick(name, 5));
+                hanging.iter().for_each(|name| self.ask(name));
+                self.pass(Duration::from_millis(200))
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn backend_that_hangs_gets_a_tenth_within_two_seconds_and_all_again_when_it_answers() {
+    let mut bench = Bench::new(watched(&["a", "b", "c"]));
+    bench.looks(10, &["a", "b", "c"], &[]);
+    let effects = bench.looks(10, &["a", "b"], &["c"]);
+    assert_eq!(publishes(&effects), 1);
+    assert!(logs(&effects)[0].starts_with("c: unknown -> suspect: "), "{:?}", logs(&effects));
+    let c = bench.status("c");
+    assert_eq!((c.observation, c.effective_weight, c.eligible), (Observation::Suspect, 1.0, true));
+    let table = bench.controller.current_table();
+    let weights: Vec<u32> = table.pools[0]
+        .balancer
+        .as_ref()
+        .unwrap()
+        .candidates()
+        .iter()
+        .map(|candidate| candidate.weight)
+        .collect();
+    assert_eq!(weights, [1000, 1000, 100]);
+    let effects = bench.looks(10, &["a", "b", "c"], &[]);
+    assert!(logs(&effects)[0].starts_with("c: suspect -> unknown: "), "{:?}", logs(&effects));
+    assert_eq!(bench.status("c").effective_weight, 10.0);
+}
+
+#[test]
+fn no_more_are_suspect_than_may_be_ejected_and_one_in_any_case() {
+    let mut bench = Bench::new(watched(&["a", "b", "c"]));
+    bench.looks(10, &["a", "b", "c"], &[]);
+    let effects = bench.looks(50, &["a"], &["b", "c"]);
+    assert_eq!(logs(&effects).len(), 1, "{:?}", logs(&effects));
+    let mut bench = Bench::new(watched(&["a", "b"]));
+    bench.looks(10, &["a", "b"], &[]);
+    assert_eq!(logs(&bench.looks(50, &["a"], &["b"])).len(), 1);
+}
+
+#[test]
+fn switched_off_by_a_reload_nobody_is_suspect() {
+    let mut bench = Bench::new(watched(&["a", "b"]));
+    bench.looks(10, &["a", "b"], &[]);
+    bench.looks(10, &["a"], &["b"]);
+    assert_eq!(bench.status("b").observation, Observation::Suspect);
+    let effects = bench.configure(unprobed(&["a", "b"]));
+    assert!(logs(&effects)[0].starts_with("b: suspect -> unknown: "), "{:?}", logs(&effects));
+    assert_eq!(bench.controller.next_due(), None, "nobody is watched");
+}
+
+#[test]
+fn reload_that_keeps_a_suspect_keeps_the_suspicion() {
+    let mut bench = Bench::new(watched(&["a", "b"]));
+    bench.looks(10, &["a", "b"], &[]);
+    bench.looks(10, &["a"], &["b"]);
+    bench.configure(watched(&["a", "b", "c"]));
+    assert_eq!(bench.status("b").observation, Observation::Suspect);
+    bench.configure(watched(&["b"]));
+    assert_ne!(bench.status("b").observation, Observation::Suspect, "nobody to compare with");
+}
+
+#[test]
+fn what_probes_find_down_is_down_and_not_suspect() {
+    let probed = Pool { probe: Some(Arc::new(probe_spec())), ..watched(&["a", "b"]) };
+    let mut bench = Bench::up(probed);
+    bench.looks(10, &["a", "b"], &[]);
+    bench.looks(10, &["a"], &["b"]);
+    assert_eq!(bench.status("b").observation, Observation::Suspect);
+    bench.refuse("b", 1, 3);
+    assert_eq!(bench.status("b").observation, Observation::Down);
+    assert_eq!(bench.serving(), ["a"]);
+}

@@ -1,0 +1,101 @@
+//! How an ejected backend comes back: one session tries it first.
+//!
+//! Called by the controller when an ejection's time is over, and every
+//! [`TRIAL_LOOK`] until the trial is decided. That no second session gets in is
+//! kept by the backend's `InFlight`, over all workers and tables; here trials
+//! are begun, read and ended. A pool that would otherwise have nobody gets no
+//! trial: then the backend simply is back.
+
+use super::schedule::Job;
+use super::{BackendEntry, Controller, Effect, PoolId};
+use crate::core::health::ejection::{TRIAL_LOOK, TrialEnd};
+use crate::core::table::state::BackendId;
+use std::time::Instant;
+
+// === impl Controller ===
+
+impl Controller {
+    /// The ejection's time is over.
+    pub(super) fn begin_trial(&mut self, id: BackendId, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(lasted) = entry.health.begin_trial(now) else { return };
+        // Before any table lets sessions in.
+        entry.state.in_flight.begin_trial();
+        self.schedule.set(Job::LookAtTrial(id), now + TRIAL_LOOK);
+        let reason = "ejection ended: its time is over; one session is to try it".to_owned();
+        self.record(id, ("ejected", "trial"), reason, lasted, now);
+    }
+
+    /// Sees whether the trial is decided.
+    pub(super) fn look_at_trial(&mut self, id: BackendId, now: Instant) {
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let spec = self.pools.get(entry.pool);
+        let spec = spec.and_then(|pool| pool.spec.ejection);
+        let answer_expected = spec.is_some_and(|spec| spec.slow_first_byte.is_some());
+        let phase = entry.state.in_flight.trial();
+        match entry.health.outlier.look_at_trial(phase, answer_expected, now) {
+            None if entry.health.outlier.is_on_trial() => {
+                self.schedule.set(Job::LookAtTrial(id), now + TRIAL_LOOK);
+            }
+            None => {}
+            Some(TrialEnd::Passed(reason)) => self.end_trial(id, reason, now),
+            Some(TrialEnd::Failed(reason)) => self.fail_trial(id, reason, now),
+        }
+    }
+
+    /// Lifts the trials of a pool that has nobody else, or no ejection any more.
+    pub(super) fn settle_trials(&mut self, pool: PoolId, now: Instant) {
+        let Some(pool) = self.pool(pool) else { return };
+        let entries = || pool.members.iter().filter_map(|id| self.backends.get(id));
+        let off = pool.spec.ejection.is_none();
+        let all_in =
+            self.of_pool(&self.out, pool.id).all(|entry| entry.health.outlier.takes_failures());
+        if all_in || (!off && self.guard_view(pool).has_others()) {
+            return;
+        }
+        let on_trial = entries().filter(|entry| entry.health.outlier.is_on_trial());
+        let members: Vec<BackendId> = on_trial.map(|entry| entry.state.id).collect();
+        // `try-all` may turn to those whose last trial has failed, too.
+        entries().for_each(|entry| entry.state.in_flight.end_trial());
+        let why = match off {
+            true => "ejection was switched off",
+            false => "no other backend of the pool is eligible",
+        };
+        for id in members {
+            self.end_trial(id, why, now);
+        }
+    }
+
+    /// The trial of a backend that leaves the configuration means nothing.
+    pub(super) fn forget_trial(&mut self, entry: &mut BackendEntry, now: Instant) {
+        self.schedule.cancel(Job::LookAtTrial(entry.state.id));
+        entry.health.outlier.end_trial(now);
+        entry.state.in_flight.end_trial();
+    }
+
+    fn end_trial(&mut self, id: BackendId, reason: &str, now: Instant) {
+        self.schedule.cancel(Job::LookAtTrial(id));
+        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(lasted) = entry.health.outlier.end_trial(now) else { return };
+        entry.state.in_flight.end_trial();
+        let to = entry.health.observation().name();
+        self.record(id, ("trial", to), format!("back in service: {reason}"), lasted, now);
+        self.work.effects.push(Effect::Opened);
+    }
+
+    fn fail_trial(&mut self, id: BackendId, reason: &str, now: Instant) {
+        let Some(entry) = self.backends.get(&id) else { return };
+        let Some(pool) = self.pool(entry.pool) else { return };
+        let view = self.guard_view(pool);
+        let lasted = entry.health.outlier.trial_lasts(now).unwrap_or_default();
+        match pool.spec.ejection {
+            // It is one of those on trial itself.
+            // The failed trial stays with `InFlight`: nobody slips in before the
+            // next table, nor by an old one.
+            Some(spec) if view.allows_again() => {
+                self.eject(id, &spec, ("trial", reason), lasted, now);
+            }
+            _ => self.end_trial(id, &format!("{reason}, but the pool can spare no more"), now),
+        }
+    }
+}

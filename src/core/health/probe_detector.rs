@@ -1,0 +1,419 @@
+//! The rise/fall detector: turns single results into *up* or *down*.
+//!
+//! The controller owns one for each backend of a pool with probes and feeds it
+//! probe results and rows of failed session connects. It never reads a clock,
+//! and it never decides who takes traffic: that is derived in [`super`].
+//!
+//! The rule is HAProxy's (`rise`, `fall`): a state changes only after so many
+//! opposite results *in a row*, and one result of the other kind ends the row.
+//! Before the first result there is nothing to weigh against, so that one
+//! decides alone.
+
+use super::Observation;
+use std::time::{Duration, Instant};
+
+/// Where a detector stands, with the row being counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// No result yet.
+    Unknown,
+    /// Works; the two rows together are below `fall`.
+    Up {
+        /// Probes failed in a row.
+        probes: u32,
+        /// Session connects failed in a row, as of the last report: successes
+        /// are not reported.
+        connects: u32,
+    },
+    /// Does not work; the row is below `rise`.
+    Down {
+        /// Probes that succeeded in a row.
+        successes: u32,
+    },
+}
+
+/// One piece of evidence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Evidence {
+    /// A probe succeeded.
+    Success,
+    /// A probe failed.
+    Failure,
+    /// That many session connects have failed in a row by now; at least 1.
+    ConnectsFailed(u32),
+}
+
+/// A change of the verdict.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Change {
+    /// The verdict before.
+    pub from: Observation,
+    /// The verdict now.
+    pub to: Observation,
+    /// Probes in the row that led to it.
+    pub probes: u32,
+    /// Session connects in that row.
+    pub connects: u32,
+    /// How long the verdict before had lasted.
+    pub lasted: Duration,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Clone)]
+pub struct Detector {
+    rise: u32,
+    fall: u32,
+    state: State,
+    since: Instant,
+    connect_row: ConnectRow,
+}
+
+/// Measures rows of connect failures from the count all workers share.
+///
+/// The count goes up with each failure and back to zero on a success, but it
+/// knows nothing of the other events that end a row here (a probe that
+/// succeeded, an ejection that ended). Reports may arrive out of order or not
+/// at all; a row is then measured too short, never too long by more than the
+/// disorder.
+#[derive(Debug, Clone, Copy)]
+pub struct ConnectRow {
+    /// The shared count just before the row began; `None`: the next report
+    /// begins a row.
+    base: Option<u32>,
+}
+
+// === impl State ===
+
+impl State {
+    /// The state after `evidence`.
+    ///
+    /// Connect failures never decide an unknown backend: sessions reach one
+    /// only while its pool does without probe results, and then a lone refused
+    /// connect would take it out with nothing to bring it back.
+    pub fn next(self, evidence: Evidence, rise: u32, fall: u32) -> State {
+        let up = State::Up { probes: 0, connects: 0 };
+        let down = State::Down { successes: 0 };
+        let weighed = |probes: u32, connects: u32| {
+            if probes.saturating_add(connects) >= fall {
+                down
+            } else {
+                State::Up { probes, connects }
+            }
+        };
+        match (self, evidence) {
+            (State::Unknown, Evidence::Success) => up,
+            (State::Unknown, Evidence::Failure) => down,
+            (State::Unknown, Evidence::ConnectsFailed(_)) => State::Unknown,
+            (State::Up { .. }, Evidence::Success) => up,
+            (State::Up { probes, connects }, Evidence::Failure) => {
+                weighed(probes.saturating_add(1), connects)
+            }
+            (State::Up { probes, .. }, Evidence::ConnectsFailed(row)) => weighed(probes, row),
+            (State::Down { successes }, Evidence::Success) => {
+                let successes = successes.saturating_add(1);
+                if successes >= rise { up } else { State::Down { successes } }
+            }
+            (State::Down { .. }, Evidence::Failure | Evidence::ConnectsFailed(_)) => down,
+        }
+    }
+
+    /// The verdict without the row.
+    pub fn observation(self) -> Observation {
+        match self {
+            State::Unknown => Observation::Unknown,
+            State::Up { .. } => Observation::Up,
+            State::Down { .. } => Observation::Down,
+        }
+    }
+
+    /// Whether a row is being counted.
+    pub fn changing(self) -> bool {
+        match self {
+            State::Unknown => false,
+            State::Up { probes, connects } => probes > 0 || connects > 0,
+            State::Down { successes } => successes > 0,
+        }
+    }
+}
+
+// === impl Detector ===
+
+impl Detector {
+    /// Knows nothing yet. `rise` and `fall` are at least 1.
+    pub fn new(rise: u32, fall: u32, now: Instant) -> Detector {
+        Detector { rise, fall, state: State::Unknown, since: now, connect_row: ConnectRow::new() }
+    }
+
+    /// Takes over a verdict reached elsewhere; the row starts anew.
+    pub fn restore(&mut self, verdict: Observation, since: Instant) {
+        self.connect_row.restart();
+        self.since = since;
+        self.state = match verdict {
+            Observation::Unknown => State::Unknown,
+            Observation::Up | Observation::Suspect => State::Up { probes: 0, connects: 0 },
+            Observation::Down => State::Down { successes: 0 },
+        };
+    }
+
+    /// Takes one probe's result.
+    pub fn observe(&mut self, success: bool, now: Instant) -> Option<Change> {
+        if success {
+            self.connect_row.restart();
+        }
+        self.step(if success { Evidence::Success } else { Evidence::Failure }, now)
+    }
+
+    /// Takes a session's failed connect. `in_a_row` is the count shared by all
+    /// workers.
+    pub fn connect_failed(&mut self, in_a_row: u32, now: Instant) -> Option<Change> {
+        let row = self.connect_row.measure(in_a_row);
+        self.step(Evidence::ConnectsFailed(row), now)
+    }
+
+    /// Something else took the backend out of service for a while: connects
+    /// from before count no longer.
+    pub fn forget_connects(&mut self) {
+        self.connect_row.restart();
+        if let State::Up { connects, .. } = &mut self.state {
+            *connects = 0;
+        }
+    }
+
+    /// Keeps the verdict under a new rule; the row starts anew.
+    pub fn retune(&mut self, rise: u32, fall: u32) {
+        self.rise = rise;
+        self.fall = fall;
+        self.connect_row.restart();
+        self.state = match self.state {
+            State::Unknown => State::Unknown,
+            State::Up { .. } => State::Up { probes: 0, connects: 0 },
+            State::Down { .. } => State::Down { successes: 0 },
+        };
+    }
+
+    /// The verdict.
+    pub fn observation(&self) -> Observation {
+        self.state.observation()
+    }
+
+    /// The verdict with the row being counted.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// Since when that verdict stands.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Whether a row is being counted: then probes come at `fast_interval`.
+    pub fn changing(&self) -> bool {
+        self.state.changing()
+    }
+
+    fn step(&mut self, evidence: Evidence, now: Instant) -> Option<Change> {
+        let before = self.state;
+        self.state = before.next(evidence, self.rise, self.fall);
+        let (from, to) = (before.observation(), self.state.observation());
+        if from == to {
+            return None;
+        }
+        let (probes, connects) = match (before, evidence) {
+            (State::Unknown, _) => (1, 0),
+            (State::Up { probes, connects }, Evidence::Failure) => (probes + 1, connects),
+            (State::Up { probes, .. }, Evidence::ConnectsFailed(row)) => (probes, row),
+            (State::Up { .. }, Evidence::Success) => (0, 0),
+            (State::Down { successes }, _) => (successes + 1, 0),
+        };
+        let lasted = now.saturating_duration_since(self.since);
+        self.since = now;
+        Some(Change { from, to, probes, connects, lasted })
+    }
+}
+
+// === impl ConnectRow ===
+
+impl ConnectRow {
+    /// The shared count starts at zero, and so does the first row.
+    pub fn new() -> ConnectRow {
+        ConnectRow { base: Some(0) }
+    }
+
+    /// The length of the row, given the shared count that a failure reported.
+    pub fn measure(&mut self, in_a_row: u32) -> u32 {
+        let base = match self.base {
+            Some(base) if in_a_row > base => base,
+            // A success set the count back, or the row begins with this one.
+            _ => in_a_row.saturating_sub(1),
+        };
+        self.base = Some(base);
+        in_a_row.saturating_sub(base).max(1)
+    }
+
+    /// The length of the row at that shared count, as far as it was measured.
+    pub fn length(&self, in_a_row: u32) -> u32 {
+        self.base.map_or(0, |base| in_a_row.saturating_sub(base))
+    }
+
+    /// Something other than a connect success ended the row.
+    pub fn restart(&mut self) {
+        self.base = None;
+    }
+}
+
+impl Default for ConnectRow {
+    fn default() -> Self {
+        ConnectRow::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+    use std::fmt::Write;
+
+    fn start() -> Instant {
+        crate::net::clock::now()
+    }
+
+    fn show(state: State) -> String {
+        match state {
+            State::Unknown => "unknown".into(),
+            State::Up { probes: 0, connects: 0 } => "up".into(),
+            State::Up { probes, connects } => format!("up-{probes}p{connects}c"),
+            State::Down { successes: 0 } => "down".into(),
+            State::Down { successes } => format!("down+{successes}"),
+        }
+    }
+
+    #[test]
+    fn the_whole_matrix_for_rise_2_fall_3() {
+        let mut states = vec![State::Unknown];
+        for probes in 0..3 {
+            states.extend((0..3 - probes).map(|connects| State::Up { probes, connects }));
+        }
+        states.extend((0..2).map(|successes| State::Down { successes }));
+        let mut out = String::from("state    success failure 1-connect 2-connects 3-connects\n");
+        for state in states {
+            let next = |e| show(state.next(e, 2, 3));
+            let line = format!(
+                "{:<8} {:<7} {:<7} {:<9} {:<10} {}",
+                show(state),
+                next(Evidence::Success),
+                next(Evidence::Failure),
+                next(Evidence::ConnectsFailed(1)),
+                next(Evidence::ConnectsFailed(2)),
+                next(Evidence::ConnectsFailed(3)),
+            );
+            writeln!(out, "{line}").unwrap();
+        }
+        expect![[r#"
+            state    success failure 1-connect 2-connects 3-connects
+            unknown  up      down    unknown   unknown    unknown
+            up       up      up-1p0c up-0p1c   up-0p2c    down
+            up-0p1c  up      up-1p1c up-0p1c   up-0p2c    down
+            up-0p2c  up      down    up-0p1c   up-0p2c    down
+            up-1p0c  up      up-2p0c up-1p1c   down       down
+            up-1p1c  up      down    up-1p1c   down       down
+            up-2p0c  up      down    down      down       down
+            down     down+1  down    down      down       down
+            down+1   up      down    down      down       down
+        "#]]
+        .assert_eq(&out);
+    }
+
+    #[test]
+    fn the_first_result_decides_alone() {
+        let now = start();
+        let mut detector = Detector::new(3, 3, now);
+        let change = detector.observe(true, now + Duration::from_secs(1)).unwrap();
+        assert_eq!((change.from, change.to), (Observation::Unknown, Observation::Up));
+        assert_eq!(change.lasted, Duration::from_secs(1));
+
+        let mut detector = Detector::new(3, 3, now);
+        assert_eq!(detector.observe(false, now).unwrap().to, Observation::Down);
+    }
+
+    #[test]
+    fn one_success_ends_a_row_of_failures() {
+        let now = start();
+        let mut detector = Detector::new(2, 3, now);
+        let results = [true, false, false, true, false, false];
+        let changes = results.iter().filter_map(|ok| detector.observe(*ok, now)).count();
+        assert_eq!(changes, 1, "only unknown -> up");
+        assert!(detector.changing());
+        let change = detector.observe(false, now).unwrap();
+        assert_eq!((change.to, change.probes), (Observation::Down, 3));
+        assert!(!detector.changing(), "a settled state counts nothing");
+    }
+
+    #[test]
+    fn one_failure_ends_a_row_of_successes() {
+        let now = start();
+        let mut detector = Detector::new(2, 3, now);
+        for ok in [false, true, false, true] {
+            detector.observe(ok, now);
+        }
+        assert_eq!(detector.observation(), Observation::Down);
+        assert!(detector.changing());
+        assert_eq!(detector.observe(true, now).unwrap().to, Observation::Up);
+    }
+
+    #[test]
+    fn scattered_connect_failures_with_successes_between_never_add_up() {
+        let now = start();
+        let mut detector = Detector::new(2, 3, now);
+        detector.observe(true, now);
+        for _ in 0..1000 {
+            assert_eq!(detector.connect_failed(1, now), None);
+        }
+    }
+
+    #[test]
+    fn connects_and_probes_that_fail_in_a_row_add_up() {
+        let now = start();
+        let mut detector = Detector::new(2, 3, now);
+        detector.observe(true, now);
+        assert_eq!(detector.connect_failed(1, now), None);
+        assert_eq!(detector.connect_failed(2, now), None);
+        let change = detector.observe(false, now).unwrap();
+        assert_eq!((change.to, change.probes, change.connects), (Observation::Down, 1, 2));
+    }
+
+    #[test]
+    fn a_burst_reported_out_of_order_takes_it_down_once() {
+        let now = start();
+        let mut detector = Detector::new(2, 3, now);
+        detector.observe(true, now);
+        let changes = (0..400u32).filter_map(|i| detector.connect_failed((i ^ 1) + 1, now)).count();
+        assert_eq!(changes, 1);
+        assert_eq!(detector.observation(), Observation::Down);
+    }
+
+    #[test]
+    fn a_probe_success_ends_a_row_of_connect_failures_whatever_the_shared_count() {
+        let now = start();
+        let mut detector = Detector::new(1, 3, now);
+        detector.observe(true, now);
+        detector.connect_failed(2, now);
+        detector.observe(true, now);
+        assert_eq!(detector.connect_failed(801, now), None);
+        assert_eq!(detector.connect_failed(800, now), None, "late report, no long row");
+        assert_eq!(detector.observation(), Observation::Up);
+    }
+
+    #[test]
+    fn a_new_rule_keeps_the_verdict_and_restarts_the_row() {
+        let now = start();
+        let mut detector = Detector::new(2, 3, now);
+        for ok in [true, false, false] {
+            detector.observe(ok, now);
+        }
+        detector.retune(2, 2);
+        assert!(!detector.changing());
+        assert_eq!(detector.observation(), Observation::Up);
+        assert_eq!(detector.observe(false, now), None);
+        assert_eq!(detector.observe(false, now).unwrap().to, Observation::Down);
+    }
+}

@@ -1,0 +1,15 @@
+//! The pure part of the balancer: the model, limits, outcomes, policies, the table,
+//! health and the controller.
+//!
+//! Every other part uses it. Time and randomness come in as arguments, effects go out
+//! as values; nothing here does I/O, reads a clock or starts a thread.
+
+pub mod balance;
+pub mod control;
+pub mod health;
+pub mod limits;
+pub mod metrics;
+pub mod model;
+pub mod outcome;
+pub mod suspicion;
+pub mod table;

@@ -1,0 +1,194 @@
+//! What one process tells the next of a detector, and how that goes on.
+//!
+//! Used by the controller's hand-over. A verdict stands; a round of probes under
+//! way is made again.
+
+use super::{Cause, Flaps, HeartbeatDetector, Reach, Standing, State, Suspicion};
+use crate::core::suspicion::arrivals::{Arrivals, SavedArrivals};
+use crate::core::suspicion::flap_damping::HOLD_MAX;
+use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
+
+/// See [`HeartbeatDetector`]; times are in milliseconds, counted from the moment
+/// of saving.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedDetector {
+    /// Name of the state.
+    pub state: String,
+    /// It has lasted so long.
+    pub since_ms: u64,
+    /// It comes back after a failure, not for the first time.
+    pub was_down: bool,
+    /// It stays out for so much longer.
+    pub hold_ms: Option<u64>,
+    /// Failures that still count.
+    pub flaps: u32,
+    /// It came into service so long ago.
+    pub up_ms: Option<u64>,
+    /// A probe was answered so long ago.
+    pub answered_ms: Option<u64>,
+    /// How long answers take and their deviation, in seconds.
+    pub reach: Option<(f64, f64)>,
+    /// Suspicions so far.
+    pub suspicions_total: u64,
+    /// Times it was found to be gone.
+    pub downs_total: u64,
+    /// What its heartbeats have taught.
+    pub arrivals: SavedArrivals,
+}
+
+// === impl HeartbeatDetector ===
+
+impl HeartbeatDetector {
+    /// For another process.
+    pub fn save(&self, now: Instant) -> SavedDetector {
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let ago = |then: Instant| millis(now.saturating_duration_since(then));
+        let (flaps, up_since) = self.flaps.parts();
+        SavedDetector {
+            state: self.state().name().to_owned(),
+            since_ms: ago(self.since),
+            was_down: self.was_down,
+            hold_ms: self.hold_until.map(|until| millis(until.saturating_duration_since(now))),
+            flaps,
+            up_ms: up_since.map(ago),
+            answered_ms: self.answered_at.map(ago),
+            reach: self.reach.known(),
+            suspicions_total: self.suspicions_total,
+            downs_total: self.downs_total,
+            arrivals: self.arrivals.save(now),
+        }
+    }
+
+    /// Goes on with what another process has said at `now`.
+    pub fn restore(saved: &SavedDetector, now: Instant) -> HeartbeatDetector {
+        let before = |ms: u64| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
+        let arrivals = Arrivals::restore(&saved.arrivals, now);
+        let heard = arrivals.newest().is_some();
+        let named = |state: State| heard && saved.state == state.name();
+        let standing = if named(State::Up) {
+            Standing::Up
+        } else if named(State::Suspect) {
+            Standing::Suspect(Suspicion {
+                cause: Cause::Silent,
+                evidence: "suspected when the program was upgraded".to_owned(),
+                confirmed: None,
+                held: None,
+            })
+        } else if named(State::Down) {
+            Standing::Down
+        } else if named(State::Recovering) {
+            Standing::Recovering { beats: 1 }
+        } else {
+            Standing::Waiting
+        };
+        let asks = matches!(standing, Standing::Suspect(_) | Standing::Recovering { .. });
+        let hold = |ms: u64| now + Duration::from_millis(ms).min(HOLD_MAX);
+        HeartbeatDetector {
+            arrivals,
+            reach: Reach::knowing(saved.reach),
+            standing,
+            since: before(saved.since_ms),
+            round: None,
+            next_round: asks.then_some(now),
+            try_serial: 0,
+            was_down: saved.was_down,
+            hold_until: saved.hold_ms.map(hold),
+            flaps: Flaps::of(saved.flaps, saved.up_ms.map(before)),
+            answered_at: saved.answered_ms.map(before),
+            suspicions_total: saved.suspicions_total.min(u64::MAX / 2),
+            downs_total: saved.downs_total.min(u64::MAX / 2),
+        }
+    }
+
+    /// Incarnation, sequence number and time of the newest heartbeat.
+    pub fn newest(&self) -> Option<((u64, u64), Instant)> {
+        self.arrivals.newest().zip(self.arrivals.newest_at())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::suspicion::{Arrival, Beat, Channel};
+    use proptest::prelude::*;
+
+    const INTERVAL: Duration = Duration::from_secs(5);
+
+    fn heard(beats: u64) -> (HeartbeatDetector, Instant) {
+        let mut now = crate::net::clock::now();
+        let mut detector = HeartbeatDetector::new(INTERVAL, now);
+        for sequence in 1..=beats {
+            let beat = Beat { incarnation: 3, sequence, interval: INTERVAL };
+            let (_, step) = detector.beat(&beat, now);
+            if let Some(crate::core::suspicion::Ask::Probe(next)) = step.ask {
+                let _ = detector.probed(next.id, crate::core::suspicion::Answer::Answered, now);
+            }
+            now += INTERVAL;
+        }
+        (detector, now)
+    }
+
+    fn next(old: &HeartbeatDetector, now: Instant) -> HeartbeatDetector {
+        let text = serde_json::to_string(&old.save(now)).unwrap();
+        HeartbeatDetector::restore(&serde_json::from_str(&text).unwrap(), now)
+    }
+
+    #[test]
+    fn a_backend_that_is_up_stays_up_and_is_found_when_it_dies() {
+        let (old, now) = heard(50);
+        assert_eq!(old.state(), State::Up);
+        let mut new = next(&old, now);
+        assert_eq!(new.state(), State::Up);
+        let (was, is) = (old.reading(now), new.reading(now));
+        assert_eq!((was.loss, was.jitter, was.sequence), (is.loss, is.jitter, is.sequence));
+        assert_eq!((was.beats_total, was.timeout), (is.beats_total, is.timeout));
+        let due = new.due().expect("it is watched");
+        let _ = new.check(Channel::Alive, due);
+        assert_eq!(new.state(), State::Suspect);
+    }
+
+    #[test]
+    fn heartbeats_that_came_between_the_processes_teach_no_loss() {
+        let (old, now) = heard(50);
+        let mut new = next(&old, now);
+        let loss = new.reading(now).loss;
+        let beat = Beat { incarnation: 3, sequence: 53, interval: INTERVAL };
+        assert_eq!(new.beat(&beat, now + INTERVAL).0, Arrival::Next { missing: 2 });
+        assert_eq!(new.reading(now).loss, loss);
+        let again = new.beat(&Beat { sequence: 20, ..beat }, now + INTERVAL).0;
+        assert_eq!(again, Arrival::Old, "what was heard before the upgrade is old");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_figures_come_a_detector_goes_on(
+            numbers: [f64; 8], newest: Option<(u64, u64)>, state in "up|down|suspect|recovering|x",
+            ms: [u64; 4],
+        ) {
+            let [interval, spacing, variance, loss, slow_loss, losses, repeats, since_loss] = numbers;
+            let saved = SavedDetector {
+                state, since_ms: ms[0], hold_ms: Some(ms[1]), answered_ms: Some(ms[2]),
+                reach: Some((loss, variance)), flaps: u32::MAX,
+                arrivals: SavedArrivals {
+                    newest, newest_ms: ms[3], interval, spacing, variance, delays: u32::MAX, loss,
+                    slow_loss, datagrams: u32::MAX, losses, repeats, since_loss,
+                    beats_total: u64::MAX, lost_total: u64::MAX,
+                },
+                ..SavedDetector::default()
+            };
+            let mut now = crate::net::clock::now();
+            let mut detector = HeartbeatDetector::restore(&saved, now);
+            for sequence in 0..4 {
+                now += Duration::from_millis(ms[0] % 100_000);
+                let beat = Beat { incarnation: 7, sequence, interval: INTERVAL };
+                let _ = detector.beat(&beat, now);
+                let _ = detector.check(Channel::Alive, now);
+                detector.reading(now);
+                detector.due();
+                detector.save(now);
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! Flap damping: a backend that keeps failing is kept out longer each time.
+//!
+//! The heartbeat detector owns one. It decides how long, never whether, and
+//! reads no clock.
+
+use std::time::{Duration, Instant};
+
+/// How long the first failure keeps a backend out at least.
+pub const HOLD_MIN: Duration = Duration::from_secs(1);
+
+/// No failure keeps a backend out longer, once it works again.
+pub const HOLD_MAX: Duration = Duration::from_secs(60);
+
+/// So long in service forgives one failure.
+pub const FORGIVEN_AFTER: Duration = Duration::from_secs(60);
+
+/// 1, 2, 4, 8, 16, 32, 60 s: a larger count would only take longer to fade.
+const COUNT_MAX: u32 = 7;
+
+/// Failures in a row, faded by time in service.
+#[derive(Debug, Clone, Default)]
+pub struct Flaps {
+    count: u32,
+    /// When it last came into service; taken when it leaves.
+    up_since: Option<Instant>,
+}
+
+// === impl Flaps ===
+
+impl Flaps {
+    /// It is in service from now on.
+    pub fn up(&mut self, now: Instant) {
+        self.up_since = Some(now);
+    }
+
+    /// It failed; gives when it may come back.
+    pub fn down(&mut self, now: Instant) -> Instant {
+        self.fade(now);
+        self.count = (self.count + 1).min(COUNT_MAX);
+        now + HOLD_MIN.saturating_mul(1 << (self.count - 1)).min(HOLD_MAX)
+    }
+
+    /// It left in good order.
+    pub fn left(&mut self, now: Instant) {
+        self.fade(now);
+    }
+
+    /// As another process knew it.
+    pub(super) fn of(count: u32, up_since: Option<Instant>) -> Flaps {
+        Flaps { count: count.min(COUNT_MAX), up_since }
+    }
+
+    /// For another process.
+    pub(super) fn parts(&self) -> (u32, Option<Instant>) {
+        (self.count, self.up_since)
+    }
+
+    /// Failures that still count.
+    pub fn count(&self) -> u32 {
+        self.count
+    }
+
+    fn fade(&mut self, now: Instant) {
+        let Some(since) = self.up_since.take() else { return };
+        let forgiven =
+            now.saturating_duration_since(since).as_secs() / FORGIVEN_AFTER.as_secs().max(1);
+        self.count = self.count.saturating_sub(u32::try_from(forgiven).unwrap_or(u32::MAX));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn holds(up_for: Duration, failures: usize) -> Vec<u64> {
+        let mut now = crate::net::clock::now();
+        let mut flaps = Flaps::default();
+        let mut holds = Vec::new();
+        for _ in 0..failures {
+            flaps.up(now);
+            now += up_for;
+            let until = flaps.down(now);
+            holds.push((until - now).as_secs());
+            now = until;
+        }
+        holds
+    }
+
+    #[test]
+    fn each_failure_in_a_row_doubles_the_hold_down_to_a_minute() {
+        assert_eq!(holds(Duration::from_secs(5), 9), [1, 2, 4, 8, 16, 32, 60, 60, 60]);
+    }
+
+    #[test]
+    fn each_minute_in_service_forgives_one_failure() {
+        assert_eq!(holds(Duration::from_secs(61), 5), [1, 1, 1, 1, 1]);
+        let mut now = crate::net::clock::now();
+        let mut flaps = Flaps::default();
+        for _ in 0..7 {
+            flaps.up(now);
+            flaps.down(now);
+        }
+        flaps.up(now);
+        now += Duration::from_secs(3 * 60);
+        assert_eq!(flaps.down(now) - now, Duration::from_secs(16), "7 - 3 + 1 failures");
+    }
+}

@@ -1,0 +1,144 @@
+//! What `Arrivals` learns, and what it must not.
+
+use super::*;
+use expect_test::expect;
+use std::fmt::Write;
+
+/// Arrivals that get `count` heartbeats; `lost` says which are lost, `delay`
+/// how many milliseconds each takes.
+fn after(
+    count: u64,
+    lost: impl Fn(u64) -> bool,
+    delay: impl Fn(u64) -> u64,
+) -> (Arrivals, Instant) {
+    let start = crate::net::clock::now();
+    let mut arrivals = Arrivals::new(INTERVAL);
+    for sequence in (0..count).filter(|sequence| !lost(*sequence)) {
+        let now = start + ms(sequence * 100 + delay(sequence));
+        arrivals.beat(&beat(1, sequence), false, now);
+    }
+    (arrivals, start + ms(count * 100))
+}
+
+fn beat(incarnation: u64, sequence: u64) -> Beat {
+    Beat { incarnation, sequence, interval: INTERVAL }
+}
+
+#[test]
+fn losses_are_measured_from_gaps_in_the_sequence() {
+    let (arrivals, _) = after(20_000, |sequence| sequence % 10 == 9, |_| 0);
+    assert!((arrivals.loss() - 0.1).abs() < 0.01, "{}", arrivals.loss());
+    assert_eq!(arrivals.lost_total(), 1_999);
+    assert_eq!(arrivals.missing_allowed(), 6);
+}
+
+#[test]
+fn a_minute_is_enough_to_know_a_lossy_link() {
+    let (arrivals, _) = after(600, |sequence| sequence % 5 == 4, |_| 0);
+    assert!((0.15..0.2).contains(&arrivals.loss()), "{}", arrivals.loss());
+}
+
+#[test]
+fn delays_are_no_losses_and_losses_no_delays() {
+    let (late, _) = after(5_000, |_| false, |sequence| [0, 10, 0, 30][sequence as usize % 4]);
+    assert!(late.loss() < 0.001, "{}", late.loss());
+    // The deviation of those four delays is 12.2 ms.
+    assert!((ms(11)..ms(14)).contains(&late.jitter()), "{:?}", late.jitter());
+    let (lossy, _) = after(5_000, |sequence| sequence % 5 == 4, |_| 0);
+    assert!(lossy.jitter() < ms(1), "{:?}", lossy.jitter());
+}
+
+#[test]
+fn a_sender_that_is_slower_than_it_says_is_followed() {
+    let (arrivals, _) = after(5_000, |_| false, |sequence| sequence * 3);
+    assert!((ms(102)..ms(104)).contains(&arrivals.mean_interval()));
+    assert!(arrivals.jitter() < ms(2), "{:?}", arrivals.jitter());
+}
+
+#[test]
+fn late_and_repeated_heartbeats_say_nothing() {
+    let (mut arrivals, now) = after(100, |_| false, |_| 0);
+    let deadline = arrivals.deadline();
+    for old in [99, 98, 0] {
+        assert_eq!(arrivals.beat(&beat(1, old), false, now), Arrival::Old);
+    }
+    assert_eq!(arrivals.beat(&beat(0, 1_000), false, now), Arrival::Old, "an older incarnation");
+    assert_eq!((arrivals.deadline(), arrivals.beats_total()), (deadline, 100));
+}
+
+#[test]
+fn a_new_incarnation_starts_anew() {
+    let (mut arrivals, now) = after(5_000, |sequence| sequence % 3 == 0, |_| 0);
+    assert_eq!(arrivals.beat(&beat(2, 1), false, now), Arrival::First);
+    assert_eq!(arrivals.newest(), Some((2, 1)));
+    assert!(arrivals.loss() < 0.03, "{}", arrivals.loss());
+    assert_eq!(arrivals.beat(&beat(2, 2), false, now + INTERVAL), Arrival::Next { missing: 0 });
+}
+
+#[test]
+fn what_an_outage_or_we_swallowed_is_not_learned() {
+    let (arrivals, now) = after(2_000, |_| false, |_| 0);
+    let known = (arrivals.loss(), arrivals.jitter(), arrivals.loss_after_loss());
+    let learned = |arrivals: &Arrivals| {
+        let (loss, jitter, again) = known;
+        arrivals.loss() > loss * 1.01
+            || arrivals.jitter() > jitter + ms(1)
+            || arrivals.loss_after_loss() > again * 1.01
+    };
+    let mut outage = arrivals.clone();
+    outage.beat(&beat(1, 2_010), true, now + ms(1_000));
+    let mut long = arrivals.clone();
+    long.beat(&beat(1, 2_040), false, now + ms(4_000));
+    // Deaf for three seconds: some were dropped, some queued and come at once.
+    let mut stalled = arrivals.clone();
+    let awake = now + ms(3_000);
+    stalled.excuse(Duration::MAX, awake);
+    for sequence in 2_010..2_030 {
+        stalled.beat(&beat(1, sequence), false, awake);
+    }
+    stalled.beat(&beat(1, 2_030), false, awake + ms(50));
+    let mut plain = arrivals.clone();
+    plain.beat(&beat(1, 2_010), false, now + ms(1_000));
+    assert!(!learned(&outage) && !learned(&long) && !learned(&stalled));
+    assert!(learned(&plain), "the same gap is learned without an excuse");
+}
+
+#[test]
+fn how_many_may_be_missing() {
+    let mut out = String::new();
+    for per_mille in [1, 10, 50, 100, 200, 300, 500] {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let lost: Vec<bool> = (0..20_000).map(|_| rng.u64(0..1_000) < per_mille).collect();
+        let (alone, _) = after(20_000, |sequence| lost[sequence as usize], |_| 0);
+        // The same share in runs of four.
+        let (runs, _) = after(20_000, |sequence| lost[sequence as usize / 4 * 4], |_| 0);
+        writeln!(
+            out,
+            "{:<4}% alone {:>2} ({:>4} ms), in runs of four {:>2}",
+            per_mille as f64 / 10.0,
+            alone.missing_allowed(),
+            alone.timeout().as_millis(),
+            runs.missing_allowed()
+        )
+        .unwrap();
+    }
+    expect![[r#"
+        0.1 % alone  3 ( 310 ms), in runs of four  7
+        1   % alone  3 ( 310 ms), in runs of four 12
+        5   % alone  4 ( 410 ms), in runs of four 12
+        10  % alone  6 ( 610 ms), in runs of four 12
+        20  % alone  8 ( 810 ms), in runs of four 12
+        30  % alone 10 (1010 ms), in runs of four 12
+        50  % alone 12 (1210 ms), in runs of four 12
+    "#]]
+    .assert_eq(&out);
+}
+
+#[test]
+fn the_timeout_never_exceeds_its_bound() {
+    let (mut arrivals, now) =
+        after(10_000, |sequence| sequence % 2 == 0, |sequence| sequence % 7 * 60);
+    assert!(arrivals.timeout() <= ms(1_250), "{:?}", arrivals.timeout());
+    arrivals.beat(&beat(1, 10_001), false, now);
+    assert!(arrivals.deadline().unwrap() <= now + ms(1_250));
+}

@@ -1,0 +1,290 @@
+//! What a table is made of, and what it takes over from the one before.
+
+use super::*;
+use crate::core::balance::PickKey;
+use crate::core::balance::trial::TrialPhase;
+use crate::core::model;
+use crate::core::model::{BackendAddress, OnRemoval, Policy};
+use crate::core::table::NoBackend;
+use crate::core::table::state::{BackendId, FrontendId};
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+// === helpers ===
+
+fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
+    PoolInput {
+        spec: Arc::new(model::Pool {
+            name: name.into(),
+            balance,
+            hash_slots: crate::core::model::HASH_SLOTS,
+            source: [].into(),
+            connect_timeout: Duration::from_secs(5),
+            queue_max: 0,
+            queue_timeout: Duration::from_secs(5),
+            connect_attempts: 3,
+            when_none_eligible: WhenNoneEligible::Refuse,
+            startup_grace: Duration::from_secs(5),
+            on_removal: OnRemoval::Keep,
+            probe: None,
+            ejection: None,
+            heartbeat: None,
+            slow_start: None,
+            backends: Vec::new(),
+        }),
+        backends: (0..backends).map(|i| backend(name, i)).collect(),
+        stand_ins: vec![],
+        undecided: false,
+    }
+}
+
+fn backend(pool: &str, number: u8) -> BackendInput {
+    let address = BackendAddress::Tcp(([127, 0, 0, 1], 8_000 + u16::from(number)).into());
+    let name = format!("{}", char::from(b'a' + number)).into();
+    BackendInput {
+        state: Arc::new(BackendState::new(BackendId(number.into()), pool.into(), name, address, 1)),
+        effective_weight: 1,
+        connections_max: 0,
+        slow_start: false,
+        backup: false,
+        eligible: true,
+        on_trial: false,
+        in_service: true,
+    }
+}
+
+/// The same backend as the controller would give it for the next table.
+fn again(backend: &BackendInput) -> BackendInput {
+    BackendInput { state: Arc::clone(&backend.state), ..*backend }
+}
+
+fn pool_again(pool: &PoolInput) -> PoolInput {
+    PoolInput {
+        spec: Arc::clone(&pool.spec),
+        backends: pool.backends.iter().map(again).collect(),
+        stand_ins: vec![],
+        undecided: pool.undecided,
+    }
+}
+
+fn table(pools: Vec<PoolInput>, previous: Option<&Table>) -> Table {
+    let frontends = Vec::new();
+    build(&Input { generation: 1, serial: 1, connections_max: 0, frontends, pools }, previous)
+}
+
+fn draw(draw: u64) -> PickKey {
+    PickKey { client: IpAddr::V4(Ipv4Addr::LOCALHOST), draw, at: 0 }
+}
+
+fn serving(pool: &PoolTable) -> String {
+    pool.serving.iter().map(|b| &*b.name).collect()
+}
+
+/// The names of so many picks in a row.
+fn picks(pool: &PoolTable, count: u64) -> String {
+    (0..count).map(|n| pool.pick(draw(n), &[]).unwrap().backend().name.to_string()).collect()
+}
+
+// === who serves ===
+
+#[test]
+fn eligible_primaries_serve_and_backups_wait() {
+    let mut web = pool("web", Policy::WeightedRoundRobin, 4);
+    web.backends[1].eligible = false;
+    web.backends[3].backup = true;
+    assert_eq!(serving(&table(vec![web], None).pools[0]), "ac");
+}
+
+#[test]
+fn backups_serve_only_when_no_primary_is_eligible() {
+    let mut web = pool("web", Policy::WeightedRoundRobin, 3);
+    web.backends[2].backup = true;
+    for primary in &mut web.backends[..2] {
+        primary.eligible = false;
+    }
+    assert_eq!(serving(&table(vec![web], None).pools[0]), "c");
+}
+
+#[test]
+fn refuse_serves_nobody_when_nobody_is_eligible() {
+    let mut web = pool("web", Policy::LeastConnections, 2);
+    web.backends.iter_mut().for_each(|b| b.eligible = false);
+    let table = table(vec![web], None);
+    assert_eq!(table.pools[0].pick(draw(0), &[]).unwrap_err(), NoBackend::NoneEligible);
+    assert!(table.pools[0].has_room(), "nobody to wait for: accept, then refuse");
+}
+
+#[test]
+fn try_all_serves_everybody_in_service_backups_too() {
+    let mut web = pool("web", Policy::Random, 3);
+    let spec = model::Pool { when_none_eligible: WhenNoneEligible::TryAll, ..(*web.spec).clone() };
+    web.spec = Arc::new(spec);
+    web.backends.iter_mut().for_each(|b| b.eligible = false);
+    web.backends[0].in_service = false;
+    web.backends[2].backup = true;
+    assert_eq!(serving(&table(vec![web], None).pools[0]), "bc");
+}
+
+#[test]
+fn reservation_holds_a_slot_until_it_is_dropped() {
+    let mut web = pool("web", Policy::SourceHash, 1);
+    web.backends[0].connections_max = 1;
+    let table = table(vec![web], None);
+    let reserved = table.pools[0].pick(draw(0), &[]).unwrap();
+    assert!(!table.pools[0].has_room());
+    assert_eq!(table.pools[0].pick(draw(0), &[]).unwrap_err(), NoBackend::AtCapacity);
+    assert_eq!(table.pools[0].pick(draw(0), &[0]).unwrap_err(), NoBackend::Exhausted);
+    drop(reserved);
+    assert!(table.pools[0].has_room());
+    assert_eq!(table.pools[0].serving[0].in_flight.get(), 0);
+}
+
+// === what is taken over ===
+
+#[test]
+fn health_change_in_one_pool_leaves_the_others_as_they_are() {
+    let (web, db) = (pool("web", Policy::SourceHash, 3), pool("db", Policy::SourceHash, 3));
+    let first = table(vec![pool_again(&web), pool_again(&db)], None);
+    let mut web_later = pool_again(&web);
+    web_later.backends[0].eligible = false;
+    let second = table(vec![web_later, pool_again(&db)], Some(&first));
+    assert!(Arc::ptr_eq(&first.pools[1], &second.pools[1]));
+    assert!(!Arc::ptr_eq(&first.pools[0], &second.pools[0]));
+    assert_eq!(serving(&second.pools[0]), "bc");
+}
+
+#[test]
+fn reload_with_other_timers_keeps_the_balancer_under_the_new_spec() {
+    let web = pool("web", Policy::SourceHash, 3);
+    let first = table(vec![pool_again(&web)], None);
+    let mut later = pool_again(&web);
+    later.spec = Arc::new(model::Pool { connect_attempts: 1, ..(*web.spec).clone() });
+    let second = table(vec![later], Some(&first));
+    let balancer = |table: &Table| Arc::clone(table.pools[0].balancer.as_ref().unwrap());
+    assert!(Arc::ptr_eq(&balancer(&first), &balancer(&second)));
+    assert_eq!(second.pools[0].spec.connect_attempts, 1);
+}
+
+#[test]
+fn anything_a_pick_depends_on_makes_a_new_balancer() {
+    let changes: [fn(&mut PoolInput); 4] = [
+        |pool| pool.backends[1].effective_weight = 2,
+        |pool| pool.backends[1].connections_max = 2,
+        |pool| pool.backends.swap(0, 1),
+        |pool| pool.spec = self::pool("web", Policy::Random, 0).spec,
+    ];
+    for (number, change) in changes.into_iter().enumerate() {
+        let web = pool("web", Policy::TwoChoices, 3);
+        let first = table(vec![pool_again(&web)], None);
+        let mut later = pool_again(&web);
+        change(&mut later);
+        let second = table(vec![later], Some(&first));
+        let same = Arc::ptr_eq(
+            first.pools[0].balancer.as_ref().unwrap(),
+            second.pools[0].balancer.as_ref().unwrap(),
+        );
+        assert!(!same, "change {number}");
+    }
+}
+
+#[test]
+fn new_backend_under_an_old_address_is_counted_on_its_own() {
+    let web = pool("web", Policy::LeastConnections, 2);
+    let first = table(vec![pool_again(&web)], None);
+    let mut later = pool_again(&web);
+    later.backends[1] = backend("web", 1);
+    let second = table(vec![later], Some(&first));
+    let reserved = second.pools[0].pick(draw(0), &[0]).unwrap();
+    assert_eq!(reserved.backend().in_flight.get(), 1);
+    assert_eq!(first.pools[0].serving[1].in_flight.get(), 0);
+}
+
+#[test]
+fn round_robin_goes_on_over_a_cap_change() {
+    let web = pool("web", Policy::WeightedRoundRobin, 3);
+    let first = table(vec![pool_again(&web)], None);
+    assert_eq!(picks(&first.pools[0], 2), "ab");
+    let mut later = pool_again(&web);
+    later.backends[0].connections_max = 10;
+    let second = table(vec![later], Some(&first));
+    assert_eq!(picks(&second.pools[0], 1), "c");
+    // A session that still holds the old table takes from the same sequence.
+    assert_eq!(picks(&first.pools[0], 1), "a");
+    assert_eq!(picks(&second.pools[0], 1), "b");
+}
+
+#[test]
+fn round_robin_does_not_start_over_when_a_backend_leaves() {
+    let web = pool("web", Policy::WeightedRoundRobin, 4);
+    let first = table(vec![pool_again(&web)], None);
+    assert_eq!(picks(&first.pools[0], 2), "ab");
+    let mut later = pool_again(&web);
+    later.backends.truncate(2);
+    let second = table(vec![later], Some(&first));
+    assert_eq!(picks(&second.pools[0], 3), "bab");
+}
+
+#[test]
+fn removed_pool_is_gone_and_comes_back_afresh() {
+    let (web, db) =
+        (pool("web", Policy::WeightedRoundRobin, 2), pool("db", Policy::WeightedRoundRobin, 2));
+    let first = table(vec![pool_again(&web), pool_again(&db)], None);
+    assert_eq!(picks(&first.pools[1], 1), "a");
+    let second = table(vec![pool_again(&web)], Some(&first));
+    assert_eq!(second.pools.len(), 1);
+    let third = table(vec![pool_again(&web), pool_again(&db)], Some(&second));
+    assert_eq!(picks(&third.pools[1], 1), "a");
+}
+
+// === routes ===
+
+#[test]
+fn every_bind_leads_to_its_frontend_and_pool() {
+    let binds: Vec<std::net::SocketAddr> =
+        vec!["127.0.0.1:80".parse().unwrap(), "[::1]:80".parse().unwrap()];
+    let frontend = FrontendInput {
+        state: Arc::new(FrontendState::new(FrontendId(1), "main".into(), 1, 1)),
+        spec: model::Frontend {
+            name: "main".into(),
+            binds: binds.clone(),
+            bind_options: Default::default(),
+            pool: "db".into(),
+            first_byte_timeout: None,
+            idle_timeout: None,
+            half_closed_timeout: None,
+            stalled_timeout: None,
+            keepalive: None,
+            user_timeout: None,
+            connections_max: 0,
+            sources: None,
+        },
+    };
+    let pools = vec![pool("web", Policy::Random, 1), pool("db", Policy::Random, 1)];
+    let frontends = vec![frontend];
+    let table =
+        build(&Input { generation: 1, serial: 1, connections_max: 0, frontends, pools }, None);
+    for bind in binds {
+        let route = table.route(bind).unwrap();
+        assert!(Arc::ptr_eq(&route.pool, &table.pools[1]));
+    }
+    assert!(table.route("127.0.0.1:81".parse().unwrap()).is_none());
+    assert!(Table::empty().route("127.0.0.1:80".parse().unwrap()).is_none());
+}
+
+// === what a pick holds ===
+
+#[test]
+fn a_trial_that_nobody_made_of_a_pick_is_the_next_ones() {
+    let pool = pool("web", Policy::Random, 1);
+    let table = table(vec![pool_again(&pool)], None);
+    let in_flight = &pool.backends[0].state.in_flight;
+    in_flight.begin_trial();
+    // Dropped before its session could try, as by a panic.
+    drop(table.pools[0].pick(draw(0), &[]).unwrap());
+    assert_eq!((in_flight.get(), in_flight.trial()), (0, TrialPhase::Open));
+    let mut pick = table.pools[0].pick(draw(1), &[]).unwrap();
+    assert!(pick.take_trial().is_some() && pick.take_trial().is_none());
+    // Whoever took it decides.
+    drop(pick);
+    assert_eq!((in_flight.get(), in_flight.trial()), (0, TrialPhase::Claimed));
+}

@@ -1,0 +1,411 @@
+//! Binding the admin API's listener.
+//!
+//! Called once by `app` at start. A Unix socket is never connectable by others,
+//! not even for a moment; a live one is never taken over and what is not a
+//! socket is never removed.
+
+use super::serve::Crowding;
+use crate::core::model::{Admin, AdminListen};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use socket2::{Domain, SockAddr, Socket, Type};
+use std::fs::{DirBuilder, Permissions};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// A bound listener, not yet served. Dropping it removes its socket file if
+/// that is still its own.
+#[derive(Debug)]
+pub struct AdminListener {
+    pub(super) socket: Listening,
+    pub(super) file: Option<SocketFile>,
+    pub(super) crowding: Crowding,
+    address: AdminListen,
+}
+
+#[derive(Debug)]
+pub(super) enum Listening {
+    Unix(std::os::unix::net::UnixListener),
+    Tcp(std::net::TcpListener),
+}
+
+/// The name a listener has in the file system.
+#[derive(Debug)]
+pub(super) struct SocketFile {
+    path: PathBuf,
+    /// Device and inode.
+    identity: (u64, u64),
+    /// Another process answers there.
+    kept: Arc<AtomicBool>,
+}
+
+/// Whether a listener's file is removed when it is dropped; shared with the
+/// listener, wherever that is.
+#[derive(Debug, Clone, Default)]
+pub struct FileKeeper {
+    identity: Option<(u64, u64)>,
+    kept: Arc<AtomicBool>,
+}
+
+/// Why the API cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Somebody listens there.
+    #[error("another process answers on {0}")]
+    Live(AdminListen),
+    /// Something stands at the socket's path that is not ours to remove.
+    #[error("{} is not a socket; remove it or choose another [admin] listen", .0.display())]
+    NotASocket(PathBuf),
+    /// A system call failed.
+    #[error("cannot {doing} {address}: {source}")]
+    Io {
+        /// What was tried, such as `bind`.
+        doing: &'static str,
+        /// Where.
+        address: AdminListen,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// Connections the kernel keeps while [`super::serve`] is at its own bound.
+const BACKLOG: i32 = 128;
+
+/// Two processes that start at once take turns within this; see [`lock`].
+const LOCK_TRIES: u32 = 50;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+
+/// Binds where the configuration says.
+///
+/// # Errors
+/// See [`BindError`]; all of them mean that the API cannot be had.
+pub fn bind(admin: &Admin) -> Result<AdminListener, BindError> {
+    let address = &admin.listen;
+    match address {
+        AdminListen::Unix(path) => bind_unix(path, address),
+        AdminListen::Tcp(to) => {
+            let socket = Listening::Tcp(bind_tcp(*to, address)?);
+            Ok(AdminListener::new(socket, None, address))
+        }
+    }
+}
+
+/// Goes on with the listener of another process. `file` is the identity of its
+/// socket's file, if it had one of its own; the file stays until
+/// [`FileKeeper::own`] is called. `None` when the file is not there any more.
+pub fn take_over(
+    admin: &Admin,
+    socket: OwnedFd,
+    file: Option<(u64, u64)>,
+) -> Option<AdminListener> {
+    let socket = Socket::from(socket);
+    socket.set_nonblocking(true).ok()?;
+    match (&admin.listen, file) {
+        (AdminListen::Unix(path), Some(identity)) => {
+            let found = std::fs::symlink_metadata(path).ok()?;
+            if (found.dev(), found.ino()) != identity {
+                return None;
+            }
+            let kept = Arc::new(AtomicBool::new(true));
+            let file = Some(SocketFile { path: path.clone(), identity, kept });
+            Some(AdminListener::new(Listening::Unix(socket.into()), file, &admin.listen))
+        }
+        (AdminListen::Unix(_), None) => {
+            Some(AdminListener::new(Listening::Unix(socket.into()), None, &admin.listen))
+        }
+        (AdminListen::Tcp(_), _) => {
+            Some(AdminListener::new(Listening::Tcp(socket.into()), None, &admin.listen))
+        }
+    }
+}
+
+fn bind_tcp(to: SocketAddr, address: &AdminListen) -> Result<std::net::TcpListener, BindError> {
+    let bound = || -> io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        if to.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&to.into())?;
+        socket.listen(BACKLOG)?;
+        Ok(socket)
+    };
+    match bound() {
+        Ok(socket) => Ok(socket.into()),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            Err(BindError::Live(address.clone()))
+        }
+        Err(source) => Err(BindError::Io { doing: "listen on", address: address.clone(), source }),
+    }
+}
+
+fn bind_unix(path: &Path, address: &AdminListen) -> Result<AdminListener, BindError> {
+    let fail = |doing| move |source| BindError::Io { doing, address: address.clone(), source };
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(directory)
+        .map_err(fail("create the directory of"))?;
+    let _lock = lock(directory);
+    refuse_unless_free(path, address)?;
+
+    // Bound under a name of its own and renamed when its mode is right: whoever
+    // finds the socket at its path finds it closed to others and listening.
+    let temporary = directory.join(format!(".tg{}", std::process::id()));
+    let _ = std::fs::remove_file(&temporary);
+    let socket = listen_unix(&temporary, path).inspect_err(|_| {
+        let _ = std::fs::remove_file(&temporary);
+    });
+    let (socket, file) = socket.map_err(fail("listen on"))?;
+    Ok(AdminListener::new(Listening::Unix(socket.into()), Some(file), address))
+}
+
+fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)> {
+    // Tells of a path too long for a socket before anything is made.
+    SockAddr::unix(path)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SockAddr::unix(temporary)?)?;
+    std::fs::set_permissions(temporary, Permissions::from_mode(0o600))?;
+    socket.listen(BACKLOG)?;
+    let made = std::fs::symlink_metadata(temporary)?;
+    std::fs::rename(temporary, path)?;
+    let identity = (made.dev(), made.ino());
+    Ok((socket, SocketFile { path: path.to_owned(), identity, kept: Arc::default() }))
+}
+
+/// Nothing is there, or a socket nobody listens on.
+fn refuse_unless_free(path: &Path, address: &AdminListen) -> Result<(), BindError> {
+    let fail = |source| BindError::Io { doing: "look at", address: address.clone(), source };
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(fail(error)),
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(BindError::NotASocket(path.to_owned()));
+        }
+        Ok(_) => {}
+    }
+    let connected = || -> io::Result<()> {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        // A blocking connect would wait while the other's queue is full.
+        socket.set_nonblocking(true)?;
+        socket.connect(&SockAddr::unix(path)?)
+    };
+    match connected().map_err(|error| (error.kind(), error)) {
+        Err((io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound, _)) => Ok(()),
+        Ok(()) | Err((io::ErrorKind::WouldBlock, _)) => Err(BindError::Live(address.clone())),
+        Err((_, error)) => Err(fail(error)),
+    }
+}
+
+/// Keeps two processes from both finding the same stale socket and one of them
+/// from removing the other's fresh one. Best effort: where the directory cannot
+/// be locked in time, going on without is better than not starting.
+fn lock(directory: &Path) -> Option<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(directory, flags, Mode::empty()).ok()?;
+    for _ in 0..LOCK_TRIES {
+        if rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return Some(fd);
+        }
+        std::thread::park_timeout(LOCK_PAUSE);
+    }
+    None
+}
+
+// === impl AdminListener ===
+
+impl AdminListener {
+    fn new(socket: Listening, file: Option<SocketFile>, address: &AdminListen) -> AdminListener {
+        AdminListener { socket, file, crowding: Crowding::default(), address: address.clone() }
+    }
+
+    /// What is counted while it is served.
+    pub fn crowding(&self) -> Crowding {
+        self.crowding.clone()
+    }
+
+    /// As configured, except that port 0 has become the real port.
+    pub fn address(&self) -> AdminListen {
+        match &self.socket {
+            Listening::Tcp(listener) => {
+                listener.local_addr().map_or_else(|_| self.address.clone(), AdminListen::Tcp)
+            }
+            Listening::Unix(_) => self.address.clone(),
+        }
+    }
+
+    /// A second handle of the socket.
+    ///
+    /// # Errors
+    /// No descriptors left.
+    pub fn share(&self) -> io::Result<OwnedFd> {
+        match &self.socket {
+            Listening::Unix(listener) => listener.as_fd().try_clone_to_owned(),
+            Listening::Tcp(listener) => listener.as_fd().try_clone_to_owned(),
+        }
+    }
+
+    /// Says what becomes of the file.
+    pub fn file(&self) -> FileKeeper {
+        self.file.as_ref().map_or_else(FileKeeper::default, |file| FileKeeper {
+            identity: Some(file.identity),
+            kept: Arc::clone(&file.kept),
+        })
+    }
+}
+
+// === impl FileKeeper ===
+
+impl FileKeeper {
+    /// Device and inode of the file, if the listener has one of its own.
+    pub fn identity(&self) -> Option<(u64, u64)> {
+        self.identity
+    }
+
+    /// The file is another process's.
+    pub fn keep(&self) {
+        self.kept.store(true, Ordering::Relaxed);
+    }
+
+    /// The file is this process's, to be removed with the listener.
+    pub fn own(&self) {
+        self.kept.store(false, Ordering::Relaxed);
+    }
+}
+
+// === impl SocketFile ===
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if self.kept.load(Ordering::Relaxed) {
+            return;
+        }
+        let found = std::fs::symlink_metadata(&self.path);
+        if found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
+            // Left behind it is stale, and the next start replaces it.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    fn at(path: &Path) -> Admin {
+        Admin {
+            listen: AdminListen::Unix(path.to_owned()),
+            token_file: None,
+            backend_metrics_max: 0,
+        }
+    }
+
+    #[test]
+    fn a_socket_is_private_and_gone_after_a_clean_drop() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/tidegate/admin.sock");
+        let listener = bind(&at(&path)).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+        UnixStream::connect(&path).unwrap();
+        drop(listener);
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        let _listener = bind(&at(&path)).unwrap();
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn a_live_socket_is_left_alone_even_with_its_queue_full() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        socket.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        socket.listen(0).unwrap();
+        let error = bind(&at(&path)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("another process answers on unix:{}", path.display())
+        );
+        // The first check's connection, never accepted, fills the queue.
+        assert!(matches!(bind(&at(&path)), Err(BindError::Live(_))));
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn what_is_not_a_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        std::fs::write(&path, "precious").unwrap();
+        assert!(matches!(bind(&at(&path)), Err(BindError::NotASocket(_))));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(matches!(bind(&at(&link)), Err(BindError::NotASocket(_))));
+    }
+
+    #[test]
+    fn a_socket_file_that_is_no_longer_ours_survives_our_drop() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let ours = bind(&at(&path)).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let theirs = UnixListener::bind(&path).unwrap();
+        drop(ours);
+        assert!(path.exists());
+        drop(theirs);
+    }
+
+    #[test]
+    fn a_listener_that_moved_to_another_process_keeps_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let old = bind(&at(&path)).unwrap();
+        let (socket, file) = (old.share().unwrap(), old.file());
+        let new = take_over(&at(&path), socket, file.identity()).unwrap();
+        file.keep();
+        drop(old);
+        UnixStream::connect(&path).unwrap();
+        let (socket, keeper) = (new.share().unwrap(), new.file());
+        drop(new);
+        assert!(path.exists(), "it was not this one's yet");
+        let new = take_over(&at(&path), socket.try_clone().unwrap(), keeper.identity()).unwrap();
+        new.file().own();
+        drop(new);
+        assert!(!path.exists());
+        assert!(take_over(&at(&path), socket, keeper.identity()).is_none());
+    }
+
+    #[test]
+    fn a_path_too_long_for_a_socket_is_an_error_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x".repeat(120));
+        assert!(matches!(bind(&at(&path)), Err(BindError::Io { .. })));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_tcp_port_in_use_is_told_apart() {
+        let listen = AdminListen::Tcp("127.0.0.1:0".parse().unwrap());
+        let first = bind(&Admin { listen, token_file: None, backend_metrics_max: 0 }).unwrap();
+        let again = Admin { listen: first.address(), token_file: None, backend_metrics_max: 0 };
+        assert!(matches!(bind(&again), Err(BindError::Live(_))));
+    }
+}

@@ -1,0 +1,459 @@
+//! `/v1/pools/{pool}/backends/{name}/explain`: one backend, with everything
+//! that decides what it gets.
+//!
+//! Called by the control loop with what the controller knows. Pure: it reads no
+//! clock and does no I/O.
+
+use super::rejections::Rejected;
+use super::status::{
+    Frozen, LastTransition, Number, frozen, last_transition, millis, number, thousandths,
+};
+use crate::core::control::explain::{Explained, GuardView, ProbeView};
+use crate::core::control::{BackendStatus, HeartStatus, Origin};
+use crate::core::health::probe_detector::State;
+use crate::core::health::{Calling, Intent, Observation};
+use crate::core::model::ProbeKind;
+use crate::core::suspicion::rejections::Rejection;
+use crate::daemon::admin::rejections;
+use serde::Serialize;
+use std::time::{Duration, Instant};
+
+#[derive(Serialize)]
+struct Document<'a> {
+    pool: &'a str,
+    backend: &'a str,
+    address: String,
+    registered: bool,
+    eligible: bool,
+    /// One sentence.
+    why: String,
+    observation: &'static str,
+    observation_seconds: f64,
+    intent: &'static str,
+    intent_seconds: f64,
+    backup: bool,
+    connections_max: u32,
+    connections_max_in_force: u32,
+    sessions_active: u32,
+    weight: WeightView,
+    probe: Option<Probe>,
+    heartbeat: Option<Heartbeat<'a>>,
+    ejection: Ejection,
+    failures: Failures,
+    slow_start: Option<SlowStart>,
+    guards: Guards<'a>,
+    /// Newest first.
+    history: Vec<LastTransition<'a>>,
+}
+
+/// The factors of the effective weight.
+#[derive(Serialize)]
+struct WeightView {
+    effective: Number,
+    configured: u16,
+    health_percent: u32,
+    ramp_percent: u32,
+    load_percent: u32,
+}
+
+#[derive(Serialize)]
+struct Probe {
+    kind: &'static str,
+    interval_seconds: f64,
+    timeout_seconds: f64,
+    rise: u32,
+    fall: u32,
+    observation: &'static str,
+    seconds: f64,
+    failed_in_a_row: u32,
+    connects_failed_in_a_row: u32,
+    succeeded_in_a_row: u32,
+    fails_open: bool,
+}
+
+#[derive(Serialize)]
+struct Heartbeat<'a> {
+    required: bool,
+    pulse: &'static str,
+    sender: Option<Sender>,
+    /// The last one in its name that was rejected.
+    rejected: Option<Rejected<'a>>,
+}
+
+/// What the sender says and how its rhythm reads.
+#[derive(Serialize)]
+struct Sender {
+    state: &'static str,
+    state_seconds: f64,
+    key: u32,
+    incarnation: Option<u64>,
+    sequence: Option<u64>,
+    weight_asked: u16,
+    load: u16,
+    load_smoothed: f64,
+    in_flight: u32,
+    known_seconds: f64,
+    detector: &'static str,
+    detector_seconds: f64,
+    received_total: u64,
+    lost_total: u64,
+    /// Of those known, the share that was lost.
+    lost_share: f64,
+    /// What the timeout is made for: recent losses, and some in reserve.
+    loss: f64,
+    loss_after_loss: f64,
+    jitter_seconds: f64,
+    interval_seconds: f64,
+    interval_learned_seconds: f64,
+    missing_allowed: u32,
+    timeout_seconds: f64,
+    try_timeout_seconds: f64,
+    silent_seconds: Option<f64>,
+    ttl_seconds: f64,
+    expired: bool,
+    phi_normal: f64,
+    phi_exponential: f64,
+    suspicions_total: u64,
+    downs_total: u64,
+    flaps: u32,
+    /// Why it is not taken out though confirmed to be gone.
+    held: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Ejection {
+    on: bool,
+    ejected: bool,
+    seconds_left: Option<f64>,
+    in_a_row: u32,
+    /// For how long one session at a time has tried it, if so.
+    trial_seconds: Option<f64>,
+    total: u64,
+    held_total: u64,
+}
+
+/// Failed connects and early resets during the last minute.
+#[derive(Serialize)]
+struct Failures {
+    within_seconds: f64,
+    connects: u32,
+    early_resets: u32,
+    last: Option<String>,
+    last_seconds_ago: Option<f64>,
+    in_a_row: u32,
+    /// Length of a row that ejects it.
+    eject_at: Option<u32>,
+    connects_total: u64,
+}
+
+#[derive(Serialize)]
+struct SlowStart {
+    takes_seconds: f64,
+    seconds: f64,
+    percent: u32,
+}
+
+#[derive(Serialize)]
+struct Guards<'a> {
+    channel_silent: bool,
+    pool_frozen: Option<Frozen<'a>>,
+    all_frozen: Option<Frozen<'a>>,
+    max_ejected_percent: u8,
+    pool_down: usize,
+    pool_suspect: usize,
+    pool_heard: usize,
+    pool_senders: usize,
+}
+
+/// A sender that has not been rejected for so long has stopped, or is heard.
+const REJECTED_LATELY: Duration = Duration::from_secs(60);
+
+/// The text of the explanation. `refused` is what the receiver of heartbeats has
+/// rejected last in the backend's name.
+pub fn render(explained: &Explained, refused: Option<&Rejection>) -> String {
+    let rejected = match (refused, &explained.rejected) {
+        (Some(one), Some(other)) => Some(rejections::preferred(one, other)),
+        (one, other) => one.or(other.as_ref()),
+    };
+    let backend = &explained.backend;
+    let document = Document {
+        pool: &backend.state.pool,
+        backend: &backend.state.name,
+        address: backend.state.address.to_string(),
+        registered: backend.origin == Origin::Registered,
+        eligible: backend.eligible,
+        why: why(explained)
+            + &rejected.map_or_else(String::new, |last| being_rejected(last, explained.now)),
+        observation: backend.observation.name(),
+        observation_seconds: millis(explained.observed_for),
+        intent: backend.intent.name(),
+        intent_seconds: millis(explained.intent_for),
+        backup: backend.backup,
+        connections_max: backend.connections_max,
+        connections_max_in_force: explained.connections_max,
+        sessions_active: backend.state.in_flight.get(),
+        weight: weight(explained),
+        probe: explained.probe.as_ref().map(probe),
+        heartbeat: heartbeat(explained, rejected),
+        ejection: ejection(explained),
+        failures: failures(explained),
+        slow_start: explained.ramp.map(|(takes, since)| SlowStart {
+            takes_seconds: millis(takes),
+            seconds: millis(since),
+            percent: explained.weight.ramp,
+        }),
+        guards: guards(&explained.guards),
+        history: explained.history.iter().map(|t| last_transition(t, explained.now)).collect(),
+    };
+    serde_json::to_string(&document).expect("plain data with string keys always serialises")
+}
+
+/// The first thing that decides, in one sentence.
+fn why(explained: &Explained) -> String {
+    let backend = &explained.backend;
+    // A later change may be about something else.
+    let evidence = |state: &str| {
+        let made = explained.history.iter().find(|t| t.to == state);
+        made.map_or_else(String::new, |t| format!(": {}", t.reason))
+    };
+    if backend.intent != Intent::Ready {
+        return format!("an operator has taken it out ({})", backend.intent.name());
+    }
+    if backend.calling != Calling::Sessions {
+        return format!("its own heartbeats say that it is {}", backend.calling.name());
+    }
+    if backend.ejected {
+        return format!("it is ejected for its failed connects{}", evidence("ejected"));
+    }
+    if let Some(lasts) = explained.ejection.trial {
+        let ejected = evidence("ejected");
+        return format!(
+            "it is on trial for {} after an ejection{ejected}; one session at a time tries it, \
+             and the others come once one succeeds",
+            brief(lasts)
+        );
+    }
+    match backend.observation {
+        Observation::Down => format!("it is down{}", evidence("down")),
+        Observation::Suspect => {
+            format!("it is suspect and serves at a tenth of its weight{}", evidence("suspect"))
+        }
+        Observation::Up => serves(explained, "it is up"),
+        Observation::Unknown if backend.eligible => serves(explained, unknown(explained)),
+        Observation::Unknown => {
+            "it waits for the first result of its probes or heartbeats".to_owned()
+        }
+    }
+}
+
+/// What to add while heartbeats in its name are rejected.
+fn being_rejected(last: &Rejection, now: Instant) -> String {
+    if last.row == 0 || now.saturating_duration_since(last.at) > REJECTED_LATELY {
+        return String::new();
+    }
+    let whose = if last.signed { "its heartbeats are" } else { "unsigned heartbeats are" };
+    format!("; {whose} rejected: {} ({})", last.words(), last.help)
+}
+
+/// Why nothing says whether it works.
+fn unknown(explained: &Explained) -> &'static str {
+    match (&explained.probe, &explained.heartbeat_spec) {
+        (Some(_), _) => "no probe has had a result, and the pool does without",
+        (None, Some(_)) => "the pool has no probes, and it sends no heartbeats",
+        (None, None) => "the pool has no probes and no heartbeats",
+    }
+}
+
+/// What speaks against a backend that serves: failures that are not enough to take
+/// it out.
+fn against(explained: &Explained) -> Vec<String> {
+    let mut all = Vec::new();
+    if let Some(ProbeView { state: State::Up { probes, .. }, spec, .. }) = &explained.probe
+        && *probes > 0
+    {
+        all.push(format!("{probes} of {} probes failed in a row", spec.fall));
+    }
+    let failures = &explained.failures;
+    let Some(recent) = failures.recent else { return all };
+    let within = brief(recent.within);
+    if recent.connects > 0 {
+        all.push(format!("{} failed in the last {within}", plural(recent.connects, "connect")));
+    }
+    if recent.early_resets > 0 {
+        let sessions = plural(recent.early_resets, "session");
+        all.push(format!("{sessions} reset before a first byte in the last {within}"));
+    }
+    all.push(format!("the last one {} ago: {}", brief(recent.last_ago), recent.last));
+    if let Some(spec) = &explained.ejection.spec
+        && failures.in_a_row > 0
+    {
+        all.push(format!("{} in a row, {} eject it", failures.in_a_row, spec.failures));
+    }
+    all
+}
+
+fn plural(count: u32, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}
+
+/// A time in words: `40 ms`, `1.2 s`, `1m 5s`.
+fn brief(time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    match seconds {
+        _ if seconds < 1.0 => format!("{} ms", time.as_millis()),
+        _ if seconds < 60.0 => format!("{seconds:.1} s"),
+        _ => humantime::format_duration(Duration::from_secs(time.as_secs())).to_string(),
+    }
+}
+
+/// It serves; what speaks against it, and what is left of its weight, if that is not
+/// all.
+fn serves(explained: &Explained, state: &str) -> String {
+    let weight = explained.weight;
+    let against = against(explained);
+    let well = match against.is_empty() {
+        true => state.to_owned(),
+        false => format!("{state}, but {}", against.join(", ")),
+    };
+    match (weight.ramp, weight.load) {
+        (100, 100) => format!("{well}; it serves at full weight"),
+        (ramp, 100) => format!("{well}; it starts slowly, with {ramp}% of its weight now"),
+        (100, load) => format!("{well}; its load leaves it {load}% of its weight"),
+        (ramp, load) => {
+            format!("{well}; {ramp}% by its slow start, of which its load leaves {load}%")
+        }
+    }
+}
+
+fn weight(explained: &Explained) -> WeightView {
+    let weight = explained.weight;
+    WeightView {
+        effective: number(explained.backend.effective_weight),
+        configured: weight.base,
+        health_percent: weight.health,
+        ramp_percent: weight.ramp,
+        load_percent: weight.load,
+    }
+}
+
+fn probe(view: &ProbeView) -> Probe {
+    let (failed, connects, succeeded) = match view.state {
+        State::Unknown => (0, 0, 0),
+        State::Up { probes, connects } => (probes, connects, 0),
+        State::Down { successes } => (0, 0, successes),
+    };
+    Probe {
+        kind: match view.spec.kind {
+            ProbeKind::Tcp => "tcp",
+            ProbeKind::SendExpect { .. } => "send-expect",
+            ProbeKind::Http { .. } => "http",
+        },
+        interval_seconds: millis(view.spec.interval),
+        timeout_seconds: millis(view.spec.timeout),
+        rise: view.spec.rise,
+        fall: view.spec.fall,
+        observation: view.observation.name(),
+        seconds: millis(view.lasted),
+        failed_in_a_row: failed,
+        connects_failed_in_a_row: connects,
+        succeeded_in_a_row: succeeded,
+        fails_open: view.fails_open,
+    }
+}
+
+fn heartbeat<'a>(
+    explained: &'a Explained,
+    rejected: Option<&'a Rejection>,
+) -> Option<Heartbeat<'a>> {
+    let spec = explained.heartbeat_spec.as_ref()?;
+    let backend = &explained.backend;
+    Some(Heartbeat {
+        required: spec.require || backend.origin == Origin::Registered,
+        pulse: backend.pulse.name(),
+        sender: backend.heart.as_ref().map(|heart| sender(heart, backend, explained)),
+        rejected: rejected.map(|last| rejections::rejected(last, explained.now)),
+    })
+}
+
+fn sender(heart: &HeartStatus, backend: &BackendStatus, explained: &Explained) -> Sender {
+    let reading = &heart.reading;
+    let exact = |time: Duration| thousandths(time.as_secs_f64());
+    Sender {
+        state: backend.calling.name(),
+        state_seconds: millis(explained.calling_for),
+        key: heart.key_id,
+        incarnation: reading.incarnation,
+        sequence: reading.sequence,
+        weight_asked: heart.weight,
+        load: heart.load,
+        load_smoothed: thousandths(heart.load_mean),
+        in_flight: heart.in_flight,
+        known_seconds: millis(heart.known_for),
+        detector: reading.state.name(),
+        detector_seconds: millis(explained.now.saturating_duration_since(reading.since)),
+        received_total: reading.beats_total,
+        lost_total: reading.lost_total,
+        lost_share: lost_share(reading.lost_total, reading.beats_total),
+        loss: thousandths(reading.loss),
+        loss_after_loss: thousandths(reading.loss_after_loss),
+        jitter_seconds: reading.jitter.as_micros() as f64 / 1e6,
+        interval_seconds: exact(reading.interval),
+        interval_learned_seconds: exact(reading.mean_interval),
+        missing_allowed: reading.missing_allowed,
+        timeout_seconds: exact(reading.timeout),
+        try_timeout_seconds: exact(reading.try_timeout),
+        silent_seconds: reading.silence.map(millis),
+        ttl_seconds: millis(heart.ttl),
+        expired: heart.expired,
+        phi_normal: thousandths(reading.phi_normal),
+        phi_exponential: thousandths(reading.phi_exponential),
+        suspicions_total: reading.suspicions_total,
+        downs_total: reading.downs_total,
+        flaps: reading.flaps,
+        held: reading.held.clone(),
+    }
+}
+
+fn lost_share(lost: u64, received: u64) -> f64 {
+    thousandths(lost as f64 / (lost + received).max(1) as f64)
+}
+
+fn ejection(explained: &Explained) -> Ejection {
+    let backend = &explained.backend;
+    Ejection {
+        on: explained.ejection.spec.is_some(),
+        ejected: backend.ejected,
+        seconds_left: explained.ejection.left.map(millis),
+        in_a_row: explained.ejection.repeats,
+        trial_seconds: explained.ejection.trial.map(millis),
+        total: backend.ejections_total,
+        held_total: backend.ejections_held_total,
+    }
+}
+
+fn failures(explained: &Explained) -> Failures {
+    let view = &explained.failures;
+    Failures {
+        within_seconds: millis(view.recent.map_or(view.watched, |recent| recent.within)),
+        connects: view.recent.map_or(0, |recent| recent.connects),
+        early_resets: view.recent.map_or(0, |recent| recent.early_resets),
+        last: view.recent.map(|recent| recent.last.to_string()),
+        last_seconds_ago: view.recent.map(|recent| millis(recent.last_ago)),
+        in_a_row: view.in_a_row,
+        eject_at: explained.ejection.spec.map(|spec| spec.failures),
+        connects_total: view.connects_total,
+    }
+}
+
+fn guards(view: &GuardView) -> Guards<'_> {
+    Guards {
+        channel_silent: view.channel_silent,
+        pool_frozen: view.pool_frozen.as_ref().map(frozen),
+        all_frozen: view.all_frozen.as_ref().map(frozen),
+        max_ejected_percent: view.max_ejected_percent,
+        pool_down: view.view.down,
+        pool_suspect: view.view.suspects,
+        pool_heard: view.view.heard,
+        pool_senders: view.view.members,
+    }
+}

@@ -1,0 +1,35 @@
+//! Ordering faults, for tests: `POST /debug/fault/{place}/{worker}/{millis}`.
+//!
+//! Mounted by `routes` in builds with debug assertions, where the environment says
+//! `TIDEGATE_FAULTS=1`; a release build does not have it. The places are those of
+//! `dataplane::fault_points`, `control`, and `stall`.
+
+use super::Request;
+use super::routes::{Api, Refusal, answer};
+use axum::Router;
+use axum::extract::{Path, State};
+use axum::response::Response;
+use axum::routing::post;
+use hyper::StatusCode;
+use std::sync::Arc;
+
+/// The router with the endpoint, where it was asked for.
+pub(super) fn mount(router: Router<Arc<Api>>) -> Router<Arc<Api>> {
+    match std::env::var_os("TIDEGATE_FAULTS").is_some_and(|value| value == "1") {
+        true => router.route("/debug/fault/{place}/{worker}/{millis}", post(fault)),
+        false => router,
+    }
+}
+
+async fn fault(
+    State(api): State<Arc<Api>>,
+    Path((place, worker, millis)): Path<(String, usize, u64)>,
+) -> Result<Response, Refusal> {
+    match api.ask(|reply| Request::Fault { place, worker, millis, reply }).await? {
+        true => Ok(answer("text/plain", String::new())),
+        false => {
+            let (error, detail) = ("no such fault", "unknown place or worker");
+            Err(Refusal::new(StatusCode::BAD_REQUEST, error, detail))
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The metrics of heartbeats: the channel, the pools' guards, and what each
+//! backend's rhythm says.
+//!
+//! Called while the metrics are rendered. Backends whose pool takes no
+//! heartbeats have no series here. Pure.
+
+use super::One;
+use super::encoder::{Encoder, Family, counter, gauge};
+use crate::core::control::{BackendStatus, HeartStatus, Origin};
+use crate::core::health::{Observation, Pulse};
+use crate::daemon::admin::snapshot::Snapshot;
+
+#[rustfmt::skip]
+mod families {
+    use super::{Family, counter, gauge};
+
+    pub(super) const PUBLISHED: Family = counter("tidegate_tables_published_total", "Tables published, by what made them due.");
+    pub(super) const NONE_ELIGIBLE: Family = gauge("tidegate_pool_none_eligible", "1 while the pool has no eligible backend and goes by when_none_eligible.");
+    pub(super) const FROZEN: Family = gauge("tidegate_pool_frozen", "1 while no silent backend of the pool is taken out, for many fell silent together.");
+    pub(super) const REGISTERED: Family = gauge("tidegate_pool_registered", "Backends that joined the pool by their heartbeats.");
+    pub(super) const ACCEPTED: Family = counter("tidegate_heartbeats_total", "Heartbeats believed.");
+    pub(super) const REJECTED: Family = counter("tidegate_heartbeats_rejected_total", "Heartbeats refused, by reason.");
+    pub(super) const KERNEL_DROPS: Family = counter("tidegate_heartbeat_kernel_drops_total", "Heartbeats the kernel dropped because the socket's buffer was full.");
+    pub(super) const EXCUSES: Family = counter("tidegate_heartbeat_excuses_total", "Times a part of every backend's silence did not count, because the balancer was late or lost heartbeats.");
+    pub(super) const SILENT: Family = gauge("tidegate_heartbeat_channel_silent", "1 while no heartbeat at all arrives though several backends should send.");
+    pub(super) const ALL_FROZEN: Family = gauge("tidegate_heartbeat_frozen", "1 while no silent backend of any pool is taken out.");
+    pub(super) const IS_REGISTERED: Family = gauge("tidegate_backend_registered", "1 where heartbeats brought the backend, 0 where the file did.");
+    pub(super) const SUSPECT: Family = gauge("tidegate_backend_suspect", "1 while the backend is in doubt and takes part at a tenth of its weight.");
+    pub(super) const BEATING: Family = gauge("tidegate_backend_beating", "1 while the backend's heartbeats come as they should.");
+    pub(super) const RAMP: Family = gauge("tidegate_backend_ramp_ratio", "Part of its full share the backend has reached in its slow start; 1 when it is over.");
+    pub(super) const LOSS: Family = gauge("tidegate_backend_heartbeat_loss_ratio", "Part of the backend's heartbeats that get lost, as measured.");
+    pub(super) const TIMEOUT: Family = gauge("tidegate_backend_heartbeat_timeout_seconds", "Silence that would make the backend suspect.");
+    pub(super) const SILENCE: Family = gauge("tidegate_backend_heartbeat_silence_seconds", "Time since the backend's newest heartbeat.");
+    pub(super) const PHI: Family = gauge("tidegate_backend_heartbeat_phi", "Suspicion level of an accrual detector (normal tail); for information, nothing acts on it.");
+    pub(super) const LOAD: Family = gauge("tidegate_backend_load_ratio", "How busy the backend says it is, smoothed; 0 is idle, 1 is full.");
+}
+
+/// Tables, guards, the channel, and each backend's rhythm.
+pub(super) fn render(out: &mut Encoder, snapshot: &Snapshot<'_>, each: &[One<'_>]) {
+    let control = snapshot.control;
+    let mut samples = out.family(&families::PUBLISHED);
+    for (reason, total) in &control.published {
+        samples.count(&[("reason", reason.name())], *total);
+    }
+    let mut samples = out.family(&families::NONE_ELIGIBLE);
+    for pool in &control.pools {
+        samples.count(&[("pool", &pool.name)], pool.none_eligible.is_some().into());
+    }
+    let pools = || control.pools.iter().filter(|pool| pool.heartbeats);
+    let mut samples = out.family(&families::FROZEN);
+    for pool in pools() {
+        samples.count(&[("pool", &pool.name)], pool.frozen.is_some().into());
+    }
+    let mut samples = out.family(&families::REGISTERED);
+    for pool in pools() {
+        samples.count(&[("pool", &pool.name)], pool.registered as u64);
+    }
+    channel(out, snapshot);
+    backends(out, each);
+}
+
+fn channel(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+    let Some(status) = &snapshot.control.heartbeat else { return };
+    let received = snapshot.heartbeats;
+    out.family(&families::ACCEPTED).count(&[], received.accepted);
+    let mut samples = out.family(&families::REJECTED);
+    let misfits = status.misfits.iter().map(|(misfit, count)| (misfit.name(), *count));
+    for (reason, count) in received.rejected.iter().copied().chain(misfits) {
+        samples.count(&[("reason", reason)], count);
+    }
+    out.family(&families::KERNEL_DROPS).count(&[], received.kernel_drops);
+    out.family(&families::EXCUSES).count(&[], status.excuses_total);
+    out.family(&families::SILENT).count(&[], status.silent.into());
+    out.family(&families::ALL_FROZEN).count(&[], status.frozen.is_some().into());
+}
+
+type HeartValue = fn(&HeartStatus) -> f64;
+type Flag = fn(&BackendStatus) -> bool;
+
+fn backends(out: &mut Encoder, each: &[One<'_>]) {
+    let listening = || each.iter().filter(|one| one.heartbeats);
+    let mut samples = out.family(&families::SUSPECT);
+    for one in each {
+        let suspect = one.status.observation == Observation::Suspect;
+        samples.count_of(&one.labels, &[], suspect.into());
+    }
+    let mut samples = out.family(&families::RAMP);
+    for one in each {
+        samples.value_of(&one.labels, f64::from(one.status.ramp_percent) / 100.0);
+    }
+    let flags: [(&Family, Flag); 2] = [
+        (&families::IS_REGISTERED, |b| b.origin == Origin::Registered),
+        (&families::BEATING, |b| b.pulse == Pulse::Beating),
+    ];
+    for (family, flag) in flags {
+        let mut samples = out.family(family);
+        for one in listening() {
+            samples.count_of(&one.labels, &[], flag(one.status).into());
+        }
+    }
+    let figures: [(&Family, HeartValue); 5] = [
+        (&families::LOSS, |h| h.reading.loss),
+        (&families::TIMEOUT, |h| h.reading.timeout.as_secs_f64()),
+        (&families::SILENCE, |h| h.reading.silence.unwrap_or_default().as_secs_f64()),
+        (&families::PHI, |h| h.reading.phi_normal),
+        (&families::LOAD, |h| h.load_mean / 1000.0),
+    ];
+    for (family, figure) in figures {
+        let mut samples = out.family(family);
+        for one in listening() {
+            if let Some(heart) = &one.status.heart {
+                samples.value_of(&one.labels, figure(heart));
+            }
+        }
+    }
+}

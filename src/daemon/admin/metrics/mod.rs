@@ -1,0 +1,440 @@
+//! `/metrics`: Prometheus text exposition format 0.0.4.
+//!
+//! Called on a thread of its own with a [`Snapshot`]. Pure. Labels come from the
+//! configuration and from fixed sets, never from clients.
+//!
+//! What a series means over time:
+//! - `frontend` and `pool`/`backend` series end when a reload removes their
+//!   subject; a backend given a new address starts from zero, as a restart
+//!   would. Totals over the whole process (`session_end_total`, the `worker`
+//!   ones) never go backwards.
+//! - `session_end_total` shows every cell that has counted, and from the start,
+//!   at zero, the one phase each cause ordinarily ends in, so that a first
+//!   reset or time-out is visible to `rate()`; the other cells, most of which
+//!   cannot happen, appear with their first session.
+//! - histograms appear with a backend's first measurement.
+//! - `backend_up` is what observation says: 0 only when probes found it down.
+//!   Whether it takes traffic, all things considered, is `backend_eligible`.
+
+use super::snapshot::{ServiceState, Snapshot};
+use crate::core::control::source_ports;
+use crate::core::control::{BackendStatus, FrontendStatus, PoolStatus};
+use crate::core::health::{Intent, Observation};
+use crate::core::metrics::counters::{LocalAt, LocalError, Panicked, RingEvent, WorkerCounters};
+use crate::core::metrics::histograms::{BOUNDS_SECONDS, Series, SeriesData};
+use crate::core::outcome::{Cause, Phase, RefusedReason};
+use encoder::{Encoder, Family, counter, gauge, histogram, prepared};
+
+mod encoder;
+mod heartbeats;
+
+/// Every metric there is: name, type and help, once each, in order of output.
+#[rustfmt::skip]
+mod families {
+    use super::{Family, counter, gauge, histogram};
+
+    pub(super) const BUILD_INFO: Family = gauge("tidegate_build_info", "Version and engine in use; always 1.");
+    pub(super) const UPTIME: Family = gauge("tidegate_uptime_seconds", "Time since the process started.");
+    pub(super) const WORKERS: Family = gauge("tidegate_workers", "Worker threads.");
+    pub(super) const DRAINING: Family = gauge("tidegate_draining", "1 while the process finishes its sessions before it exits.");
+    pub(super) const TABLE_GENERATION: Family = gauge("tidegate_table_generation", "Configurations accepted so far; the number of the one in force.");
+    pub(super) const TABLE_SERIAL: Family = gauge("tidegate_table_serial", "Tables published so far.");
+    pub(super) const RELOADS: Family = counter("tidegate_reloads_total", "Reloads, by result.");
+    pub(super) const UPGRADES: Family = counter("tidegate_upgrades_total", "Upgrades in place, by result.");
+    pub(super) const RESTART_NEEDED: Family = gauge("tidegate_restart_needed", "Accepted settings that wait for a restart.");
+    pub(super) const ADMIN_CROWDED: Family = counter("tidegate_admin_connections_dropped_total", "Admin connections that asked nothing and were closed to make room for newer ones.");
+    pub(super) const CONFINEMENT: Family = gauge("tidegate_confinement", "1 for each layer that confines the process, 0 for one that does not.");
+    pub(super) const CONNECTIONS_ACTIVE: Family = gauge("tidegate_connections_active", "Sessions open in the whole process.");
+    pub(super) const CONNECTIONS_MAX: Family = gauge("tidegate_connections_max", "Cap on sessions open in the whole process.");
+
+    pub(super) const BUFFERED: Family = gauge("tidegate_buffered_bytes", "Memory taken by bytes received and not yet sent, and by the pipes in use.");
+    pub(super) const BUFFERS_MAX: Family = gauge("tidegate_buffers_max_bytes", "Cap on that, beside the io_uring engine's fixed pools.");
+    pub(super) const BUFFERS_REFUSED: Family = counter("tidegate_buffers_refused_total", "Times bytes were left with the kernel because the cap on buffered bytes was reached.");
+
+    pub(super) const SESSIONS: Family = counter("tidegate_sessions_total", "Connections accepted, by frontend.");
+    pub(super) const SESSIONS_ACTIVE: Family = gauge("tidegate_sessions_active", "Sessions open, by frontend.");
+    pub(super) const BYTES: Family = counter("tidegate_bytes_total", "Bytes relayed, by frontend; in is from clients, out is to clients.");
+    pub(super) const SOURCES_UNTRACKED: Family = counter("tidegate_sources_untracked_total", "Clients let in past the limits of their sources, for want of room to count them.");
+    pub(super) const REFUSED: Family = counter("tidegate_refused_total", "Clients turned away before they had a backend, by frontend.");
+    pub(super) const SESSION_END: Family = counter("tidegate_session_end_total", "Ended sessions by what ended them and how far they had come.");
+
+    pub(super) const POOL_BACKENDS: Family = gauge("tidegate_pool_backends", "Backends of the pool.");
+    pub(super) const POOL_ELIGIBLE: Family = gauge("tidegate_pool_backends_eligible", "Backends of the pool that may take new sessions.");
+    pub(super) const OMITTED: Family = gauge("tidegate_backend_metrics_omitted", "Backends without series of their own, for there are more than backend_metrics_max.");
+    pub(super) const BACKEND_UP: Family = gauge("tidegate_backend_up", "0 when probes or heartbeats found the backend down, else 1.");
+    pub(super) const BACKEND_ELIGIBLE: Family = gauge("tidegate_backend_eligible", "1 when the backend may take new sessions, all things considered.");
+    pub(super) const BACKEND_WEIGHT: Family = gauge("tidegate_backend_weight", "Weight balanced by; 0 while not eligible.");
+    pub(super) const BACKEND_DRAINING: Family = gauge("tidegate_backend_draining", "1 when an operator has taken the backend out (drain or maintenance).");
+    pub(super) const BACKEND_EJECTED: Family = gauge("tidegate_backend_ejected", "1 while the backend is ejected for its connect failures.");
+    pub(super) const EJECTIONS: Family = counter("tidegate_ejections_total", "Times the backend was ejected for its connect failures.");
+    pub(super) const EJECTIONS_HELD: Family = counter("tidegate_ejections_held_total", "Ejections held back because too much of the pool was out already.");
+    pub(super) const BACKEND_IN_FLIGHT: Family = gauge("tidegate_backend_in_flight", "Sessions holding the backend, from selection to close.");
+    pub(super) const BACKEND_SESSIONS: Family = counter("tidegate_backend_sessions_total", "Sessions whose connection to the backend stood.");
+    pub(super) const BACKEND_BYTES: Family = counter("tidegate_backend_bytes_total", "Bytes relayed, by backend; in is from clients, out is to clients.");
+    pub(super) const CONNECT_FAILURES: Family = counter("tidegate_connect_failures_total", "Connect attempts that failed through the backend or the path to it.");
+    pub(super) const CONNECT_SECONDS: Family = histogram("tidegate_connect_seconds", "Time to connect to the backend.");
+    pub(super) const FIRST_BYTE_SECONDS: Family = histogram("tidegate_first_byte_seconds", "Time from the upstream connection to the backend's first byte.");
+    pub(super) const SESSION_SECONDS: Family = histogram("tidegate_session_seconds", "Time from accept to close.");
+    pub(super) const PORTS_USED: Family = gauge("tidegate_source_ports_used", "Local ports in use for connections to the backend from one source address; an estimate.");
+    pub(super) const PORTS_MAX: Family = gauge("tidegate_source_ports_max", "Local ports there are for each pair of a source address and a backend.");
+    pub(super) const LEAVING_BACKENDS: Family = gauge("tidegate_leaving_backends", "Backends no longer configured that still hold sessions.");
+    pub(super) const LEAVING_SESSIONS: Family = gauge("tidegate_leaving_sessions", "Sessions on backends no longer configured.");
+
+    pub(super) const WORKER_ACCEPTED: Family = counter("tidegate_worker_accepted_total", "Connections taken off the listen queues, by worker.");
+    pub(super) const WORKER_ACTIVE: Family = gauge("tidegate_worker_active", "Sessions open, by worker.");
+    pub(super) const HELD_AT_CAP: Family = counter("tidegate_accept_held_at_cap_total", "Times a listener stopped accepting because a cap was reached.");
+    pub(super) const WORKER_PANICS: Family = counter("tidegate_worker_panics_total", "Panics by what they ended: one session, or the worker's thread and every session on it.");
+    pub(super) const WORKER_RESTARTS: Family = counter("tidegate_worker_restarts_total", "Times a worker began anew after a panic.");
+    pub(super) const WORKER_STALLED: Family = gauge("tidegate_worker_stalled", "1 while the worker's loop does not turn.");
+    pub(super) const WORKER_STALLS: Family = counter("tidegate_worker_stalls_total", "Times the worker's loop did not turn for a second or more.");
+    pub(super) const QUEUED: Family = gauge("tidegate_pool_queued", "Clients that wait in line for a backend of the pool below its cap.");
+    pub(super) const QUEUED_TOTAL: Family = counter("tidegate_queued_total", "Sessions that had to wait in such a line.");
+    pub(super) const UNDECIDED: Family = gauge("tidegate_pool_undecided", "1 while no backend of the pool serves, its backends have no verdict yet, and clients wait for one.");
+    pub(super) const UNDECIDED_WAITS: Family = counter("tidegate_undecided_waits_total", "Sessions that had to wait for their pool's first verdict.");
+    pub(super) const PROBES_WAITED: Family = counter("tidegate_probes_waited_total", "Probes that had to wait for others to end, for too many ran at once.");
+    pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "What went on inside the rings beside moving bytes, by worker; zero on epoll.");
+    pub(super) const LOCAL_ERRORS: Family = counter("tidegate_local_errors_total", "Trouble of our own, never blamed on a backend.");
+    pub(super) const CONNECT_RETRIES: Family = counter("tidegate_connect_retries_total", "Connect attempts beyond a session's first.");
+    pub(super) const UNLOGGED: Family = counter("tidegate_transitions_unlogged_total", "Changes of backends that the log left out, for its pool had too many within a second.");
+    pub(super) const REPORTS_DROPPED: Family = counter("tidegate_reports_dropped_total", "Reports to the control thread that found its queue full.");
+    pub(super) const ACCESS_LOG_DROPPED: Family = counter("tidegate_access_log_dropped_total", "Access-log lines that found their queue full.");
+
+    pub(super) const LOG_DROPPED: Family = counter("tidegate_log_dropped_total", "Lines of the program's log that were lost to a stuck reader or a full disk.");
+
+    pub(super) const OPEN_FDS: Family = gauge("process_open_fds", "Open file descriptors.");
+    pub(super) const MAX_FDS: Family = gauge("process_max_fds", "Limit on open file descriptors.");
+    pub(super) const RESIDENT: Family = gauge("process_resident_memory_bytes", "Memory held in RAM.");
+    pub(super) const CPU: Family = counter("process_cpu_seconds_total", "User and system processor time.");
+    pub(super) const START_TIME: Family = gauge("process_start_time_seconds", "When the process started, in seconds since 1970.");
+}
+
+/// A backend that has series of its own.
+struct One<'a> {
+    status: &'a BackendStatus,
+    /// Its pool takes heartbeats.
+    heartbeats: bool,
+    /// Its labels as text.
+    labels: String,
+}
+
+/// The text of `/metrics`.
+pub fn render(snapshot: &Snapshot<'_>) -> String {
+    let mut out = Encoder::new();
+    let count: usize = snapshot.control.pools.iter().map(|pool| pool.backends.len()).sum();
+    let each = if count <= snapshot.backend_metrics_max { each(snapshot) } else { Vec::new() };
+    whole(&mut out, snapshot);
+    frontends(&mut out, &snapshot.control.frontends);
+    session_ends(&mut out, snapshot);
+    pools(&mut out, snapshot, count - each.len());
+    backends(&mut out, &each);
+    heartbeats::render(&mut out, snapshot, &each);
+    histograms(&mut out, snapshot, &each);
+    source_ports(&mut out, snapshot, &each);
+    leaving(&mut out, snapshot);
+    workers(&mut out, snapshot);
+    process(&mut out, snapshot);
+    out.finish()
+}
+
+fn each<'a>(snapshot: &Snapshot<'a>) -> Vec<One<'a>> {
+    let pools = snapshot.control.pools.iter();
+    let all = pools.flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)));
+    let one = |(pool, status): (&PoolStatus, &'a BackendStatus)| One {
+        status,
+        heartbeats: pool.heartbeats,
+        labels: prepared(&[("pool", &status.state.pool), ("backend", &status.state.name)]),
+    };
+    all.map(one).collect()
+}
+
+fn pools(out: &mut Encoder, snapshot: &Snapshot<'_>, omitted: usize) {
+    let pools = &snapshot.control.pools;
+    let mut samples = out.family(&families::POOL_BACKENDS);
+    for pool in pools {
+        samples.count(&[("pool", &pool.name)], pool.backends.len() as u64);
+    }
+    let mut samples = out.family(&families::POOL_ELIGIBLE);
+    for pool in pools {
+        let eligible = pool.backends.iter().filter(|backend| backend.eligible).count();
+        samples.count(&[("pool", &pool.name)], eligible as u64);
+    }
+    out.family(&families::OMITTED).count(&[], omitted as u64);
+}
+
+fn whole(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+    let version = [("version", snapshot.version), ("engine", snapshot.engine)];
+    out.family(&families::BUILD_INFO).count(&version, 1);
+    out.family(&families::UPTIME).value(&[], snapshot.uptime.as_secs_f64());
+    out.family(&families::WORKERS).count(&[], snapshot.workers.len() as u64);
+    let draining = snapshot.state == ServiceState::Draining;
+    out.family(&families::DRAINING).count(&[], draining.into());
+    out.family(&families::TABLE_GENERATION).count(&[], snapshot.control.generation);
+    out.family(&families::TABLE_SERIAL).count(&[], snapshot.table_serial);
+    let mut reloads = out.family(&families::RELOADS);
+    reloads.count(&[("result", "changed")], snapshot.reloads.changed);
+    reloads.count(&[("result", "unchanged")], snapshot.reloads.unchanged);
+    reloads.count(&[("result", "refused")], snapshot.reloads.refused);
+    let mut upgrades = out.family(&families::UPGRADES);
+    upgrades.count(&[("result", "done")], snapshot.upgrades.done);
+    upgrades.count(&[("result", "failed")], snapshot.upgrades.failed);
+    upgrades.count(&[("result", "refused")], snapshot.upgrades.refused);
+    out.family(&families::RESTART_NEEDED).count(&[], snapshot.warnings.len() as u64);
+    out.family(&families::ADMIN_CROWDED).count(&[], snapshot.admin_crowded);
+    let mut confinement = out.family(&families::CONFINEMENT);
+    for layer in snapshot.confinement.layers() {
+        confinement.count(&[("layer", layer.layer)], layer.in_force.into());
+    }
+    out.family(&families::CONNECTIONS_ACTIVE).count(&[], snapshot.connections_active.into());
+    out.family(&families::CONNECTIONS_MAX).count(&[], snapshot.connections_max.into());
+    let pools = sum(snapshot, |w| w.ring_held.get());
+    out.family(&families::BUFFERED).count(&[], snapshot.buffers.used() as u64 + pools);
+    out.family(&families::BUFFERS_MAX).count(&[], snapshot.buffers.max() as u64);
+    out.family(&families::BUFFERS_REFUSED).count(&[], snapshot.buffers_refused);
+}
+
+fn frontends(out: &mut Encoder, frontends: &[FrontendStatus]) {
+    let mut samples = out.family(&families::SESSIONS);
+    for frontend in frontends {
+        let total = frontend.state.counters.sum(|c| c.sessions.get());
+        samples.count(&[("frontend", &frontend.state.name)], total);
+    }
+    let mut samples = out.family(&families::SESSIONS_ACTIVE);
+    for frontend in frontends {
+        let active = frontend.state.in_flight.get();
+        samples.count(&[("frontend", &frontend.state.name)], active.into());
+    }
+    let mut samples = out.family(&families::BYTES);
+    for frontend in frontends {
+        let (name, counters) = (&*frontend.state.name, &frontend.state.counters);
+        let (bytes_in, bytes_out) =
+            (counters.sum(|c| c.bytes_in.get()), counters.sum(|c| c.bytes_out.get()));
+        samples.count(&[("frontend", name), ("direction", "in")], bytes_in);
+        samples.count(&[("frontend", name), ("direction", "out")], bytes_out);
+    }
+    let mut samples = out.family(&families::REFUSED);
+    for frontend in frontends {
+        for reason in RefusedReason::ALL {
+            let total = frontend.state.counters.sum(|c| c.refused.cell(reason as usize, 0).get());
+            let labels = [("frontend", &*frontend.state.name), ("reason", reason.name())];
+            samples.count(&labels, total);
+        }
+    }
+    let mut samples = out.family(&families::SOURCES_UNTRACKED);
+    for frontend in frontends {
+        let total = frontend.state.counters.sum(|c| c.untracked.get());
+        samples.count(&[("frontend", &frontend.state.name)], total);
+    }
+}
+
+fn session_ends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+    let mut samples = out.family(&families::SESSION_END);
+    for cause in Cause::ALL {
+        for phase in Phase::ALL {
+            let cell = |worker: &WorkerCounters| {
+                worker.session_end.cell(cause as usize, phase as usize).get()
+            };
+            let total = sum(snapshot, cell);
+            if total > 0 || phase == usual_phase(cause) {
+                samples.count(&[("cause", cause.name()), ("phase", phase.name())], total);
+            }
+        }
+    }
+}
+
+/// Where sessions that end this way mostly are by then.
+fn usual_phase(cause: Cause) -> Phase {
+    match cause {
+        Cause::Finished => Phase::Closed,
+        Cause::ClientReset | Cause::BackendReset | Cause::ClientLost | Cause::BackendLost => {
+            Phase::Data
+        }
+        Cause::ConnectRefused
+        | Cause::ConnectTimeout
+        | Cause::ConnectFailed
+        | Cause::LocalResource => Phase::Connect,
+        Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => {
+            Phase::Admit
+        }
+        Cause::QueueTimeout | Cause::ClientLeft => Phase::Queue,
+        Cause::FirstByteTimeout
+        | Cause::IdleTimeout
+        | Cause::DrainDeadline
+        | Cause::BackendRemoved
+        | Cause::InternalError => Phase::Data,
+        Cause::HalfClosedTimeout => Phase::HalfClosed,
+    }
+}
+
+type BackendValue = fn(&BackendStatus) -> u64;
+
+/// One number a backend each.
+const BACKEND_VALUES: [(&Family, BackendValue); 9] = [
+    (&families::BACKEND_UP, |b| (b.observation != Observation::Down).into()),
+    (&families::BACKEND_ELIGIBLE, |b| b.eligible.into()),
+    (&families::BACKEND_DRAINING, |b| (b.intent != Intent::Ready).into()),
+    (&families::BACKEND_EJECTED, |b| b.ejected.into()),
+    (&families::EJECTIONS, |b| b.ejections_total),
+    (&families::EJECTIONS_HELD, |b| b.ejections_held_total),
+    (&families::BACKEND_IN_FLIGHT, |b| b.state.in_flight.get().into()),
+    (&families::BACKEND_SESSIONS, |b| b.state.counters.sum(|c| c.sessions.get())),
+    (&families::CONNECT_FAILURES, |b| b.state.counters.sum(|c| c.connect_failures.get())),
+];
+
+fn backends(out: &mut Encoder, each: &[One<'_>]) {
+    for (family, value) in BACKEND_VALUES {
+        let mut samples = out.family(family);
+        for one in each {
+            samples.count_of(&one.labels, &[], value(one.status));
+        }
+    }
+    let mut samples = out.family(&families::BACKEND_WEIGHT);
+    for one in each {
+        samples.value_of(&one.labels, one.status.effective_weight);
+    }
+    let mut samples = out.family(&families::BACKEND_BYTES);
+    for one in each {
+        let counters = &one.status.state.counters;
+        let bytes_in = counters.sum(|c| c.bytes_in.get());
+        samples.count_of(&one.labels, &[("direction", "in")], bytes_in);
+        let bytes_out = counters.sum(|c| c.bytes_out.get());
+        samples.count_of(&one.labels, &[("direction", "out")], bytes_out);
+    }
+}
+
+fn source_ports(out: &mut Encoder, snapshot: &Snapshot<'_>, each: &[One<'_>]) {
+    let mut samples = out.family(&families::PORTS_USED);
+    for one in each.iter().filter(|one| source_ports::has_ports(&one.status.state)) {
+        let state = &one.status.state;
+        for way in state.ways.load().iter() {
+            let source = way.source().map_or_else(|| "any".to_owned(), |ip| ip.to_string());
+            let used = snapshot.ports.used(state, way, snapshot.port_limits);
+            samples.count_of(&one.labels, &[("source", &source)], used);
+        }
+    }
+    out.family(&families::PORTS_MAX).count(&[], snapshot.port_limits.ports.into());
+}
+
+fn histograms(out: &mut Encoder, snapshot: &Snapshot<'_>, each: &[One<'_>]) {
+    let all = [
+        (&families::CONNECT_SECONDS, Series::Connect),
+        (&families::FIRST_BYTE_SECONDS, Series::FirstByte),
+        (&families::SESSION_SECONDS, Series::Session),
+    ];
+    for (family, series) in all {
+        let mut samples = out.family(family);
+        for one in each {
+            if let Some(data) = snapshot.latency.get(one.status.state.id.0, series) {
+                one_histogram(&mut samples, &one.labels, data);
+            }
+        }
+    }
+}
+
+fn one_histogram(samples: &mut encoder::Samples<'_>, labels: &str, data: &SeriesData) {
+    for (bound, count) in BOUNDS_SECONDS.iter().zip(data.cumulative()) {
+        samples.bucket(labels, Some(*bound), count);
+    }
+    samples.bucket(labels, None, data.count());
+    samples.sum_and_count(labels, data.sum_seconds(), data.count());
+}
+
+fn leaving(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+    let leaving = &snapshot.control.leaving;
+    out.family(&families::LEAVING_BACKENDS).count(&[], leaving.len() as u64);
+    let sessions = leaving.iter().map(|backend| u64::from(backend.in_flight.get())).sum();
+    out.family(&families::LEAVING_SESSIONS).count(&[], sessions);
+}
+
+type WorkerValue = fn(&WorkerCounters) -> u64;
+
+fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+    let names: Vec<String> = (0..snapshot.workers.len()).map(|n| n.to_string()).collect();
+    let mut each = |family, value: WorkerValue| {
+        let mut samples = out.family(family);
+        for (name, worker) in names.iter().zip(snapshot.workers) {
+            samples.count(&[("worker", name)], value(worker));
+        }
+    };
+    each(&families::WORKER_ACCEPTED, |w| w.accepted.get());
+    // Ended is read first: accepted can only have grown by then.
+    each(&families::WORKER_ACTIVE, |w| {
+        let ended = w.ended.get();
+        w.accepted.get().saturating_sub(ended)
+    });
+    each(&families::HELD_AT_CAP, |w| w.accept_held_at_cap.get());
+    each(&families::WORKER_RESTARTS, |w| w.restarts.get());
+    each(&families::WORKER_STALLED, |w| w.pulse.stalled_for().is_some().into());
+    each(&families::WORKER_STALLS, |w| w.stalls.get());
+
+    let mut samples = out.family(&families::WORKER_PANICS);
+    for (name, worker) in names.iter().zip(snapshot.workers) {
+        for reason in Panicked::ALL {
+            let count = worker.panics.cell(reason as usize, 0).get();
+            samples.count(&[("worker", name), ("reason", reason.name())], count);
+        }
+    }
+
+    let mut samples = out.family(&families::RING_EVENTS);
+    for (name, worker) in names.iter().zip(snapshot.workers) {
+        for reason in RingEvent::ALL {
+            let count = worker.ring_events.cell(reason as usize, 0).get();
+            samples.count(&[("worker", name), ("reason", reason.name())], count);
+        }
+    }
+    let mut samples = out.family(&families::LOCAL_ERRORS);
+    for reason in LocalError::ALL {
+        for at in LocalAt::ALL {
+            let cell = |w: &WorkerCounters| w.local_errors.cell(reason as usize, at as usize).get();
+            let total = sum(snapshot, cell) + cell(snapshot.control_counts);
+            samples.count(&[("reason", reason.name()), ("at", at.name())], total);
+        }
+    }
+    out.family(&families::UNLOGGED).count(&[], snapshot.transitions_unlogged);
+    let mut samples = out.family(&families::QUEUED);
+    for pool in &snapshot.control.pools {
+        let queued = snapshot.queued.get(&pool.name).copied().unwrap_or_default();
+        samples.count(&[("pool", &pool.name)], queued as u64);
+    }
+    let mut samples = out.family(&families::UNDECIDED);
+    for pool in &snapshot.control.pools {
+        samples.count(&[("pool", &pool.name)], pool.undecided.into());
+    }
+    let totals: [(&Family, WorkerValue); 5] = [
+        (&families::QUEUED_TOTAL, |w| w.queued.get()),
+        (&families::UNDECIDED_WAITS, |w| w.undecided_waits.get()),
+        (&families::CONNECT_RETRIES, |w| w.connect_retries.get()),
+        (&families::REPORTS_DROPPED, |w| w.reports_dropped.get()),
+        (&families::ACCESS_LOG_DROPPED, |w| w.access_log_dropped.get()),
+    ];
+    for (family, value) in totals {
+        out.family(family).count(&[], sum(snapshot, value));
+    }
+    out.family(&families::PROBES_WAITED).count(&[], snapshot.control_counts.probes_waited.get());
+    out.family(&families::LOG_DROPPED).count(&[], snapshot.log_dropped);
+}
+
+fn sum(snapshot: &Snapshot<'_>, value: impl Fn(&WorkerCounters) -> u64) -> u64 {
+    snapshot.workers.iter().map(|worker| value(worker)).fold(0, u64::wrapping_add)
+}
+
+fn process(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+    let facts = snapshot.process;
+    let counts = [
+        (&families::OPEN_FDS, facts.open_fds),
+        (&families::MAX_FDS, facts.max_fds),
+        (&families::RESIDENT, facts.resident_bytes),
+    ];
+    for (family, value) in counts {
+        if let Some(value) = value {
+            out.family(family).count(&[], value);
+        }
+    }
+    for (family, value) in [(&families::CPU, facts.cpu), (&families::START_TIME, facts.started)] {
+        if let Some(value) = value {
+            out.family(family).value(&[], value.as_secs_f64());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,74 @@
+//! Rejected heartbeats as status and explain show them.
+//!
+//! Pure; used by the renderers of both.
+
+use super::status::{millis, thousandths};
+use crate::core::suspicion::rejections::Rejection;
+use serde::Serialize;
+use std::collections::HashMap;
+use std::time::Instant;
+
+/// Senders that status lists; the rest is in the metrics, by reason.
+pub(super) const SHOWN_MAX: usize = 64;
+
+/// The last rejected heartbeat of one sender.
+#[derive(Serialize)]
+pub(super) struct Rejected<'a> {
+    pool: Option<&'a str>,
+    backend: Option<&'a str>,
+    from: Option<String>,
+    key: Option<u32>,
+    reason: &'static str,
+    /// The sender's clock less ours; `null` where no key in force has signed.
+    skew_seconds: Option<f64>,
+    /// Whether pool and backend are proven.
+    signed: bool,
+    total: u64,
+    /// Since a heartbeat of this sender was believed.
+    in_a_row: u64,
+    seconds_ago: f64,
+    help: &'static str,
+}
+
+/// The rejections in the name of each backend.
+pub(super) struct ByBackend<'a>(HashMap<(&'a str, &'a str), &'a Rejection>);
+
+pub(super) fn rejected(rejection: &Rejection, now: Instant) -> Rejected<'_> {
+    let claim = rejection.claim.as_ref();
+    Rejected {
+        pool: claim.map(|(pool, _)| &**pool),
+        backend: claim.map(|(_, name)| &**name),
+        from: rejection.from.map(|from| from.to_string()),
+        key: rejection.key_id,
+        reason: rejection.reason,
+        skew_seconds: rejection.skew.map(|skew| thousandths(skew as f64 / 1e3)),
+        signed: rejection.signed,
+        total: rejection.count,
+        in_a_row: rejection.row,
+        seconds_ago: millis(now.saturating_duration_since(rejection.at)),
+        help: rejection.help,
+    }
+}
+
+/// Of two about one backend, the one to show: signed ones first, then newer ones.
+pub(super) fn preferred<'a>(one: &'a Rejection, other: &'a Rejection) -> &'a Rejection {
+    std::cmp::max_by_key(one, other, |rejection| (rejection.signed, rejection.at))
+}
+
+// === impl ByBackend ===
+
+impl<'a> ByBackend<'a> {
+    pub(super) fn new(all: impl Iterator<Item = &'a Rejection>) -> ByBackend<'a> {
+        let mut by: HashMap<(&str, &str), &Rejection> = HashMap::new();
+        for rejection in all {
+            let Some((pool, name)) = &rejection.claim else { continue };
+            let shown = by.entry((pool, name)).or_insert(rejection);
+            *shown = preferred(shown, rejection);
+        }
+        ByBackend(by)
+    }
+
+    pub(super) fn of(&self, pool: &str, name: &str) -> Option<&'a Rejection> {
+        self.0.get(&(pool, name)).copied()
+    }
+}

@@ -1,0 +1,274 @@
+//! The admin API's endpoints: each asks the control loop and shapes its answer.
+//!
+//! Mounted by `serve`, behind `guard`. Handlers hold no state and never wait
+//! for the control loop longer than [`ANSWER_MAX`].
+
+use super::body::Pieces;
+use super::guard::{Entrance, guard};
+use super::upgrade::upgrade;
+use super::{Problem, Readiness, ReloadError, Request, TokenStore};
+use crate::core::control::OperatorError;
+use crate::core::health::Intent;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, State};
+use axum::middleware::from_fn_with_state;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use hyper::header::{CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
+use hyper::{Method, StatusCode, Uri};
+use serde::Serialize;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+
+/// What every request can reach.
+#[derive(Debug)]
+pub(super) struct Api {
+    pub(super) entrance: Entrance,
+    pub(super) tokens: Arc<TokenStore>,
+    pub(super) requests: mpsc::Sender<Request>,
+    pub(super) readiness: Readiness,
+}
+
+/// An error answer: `{"error", "detail"}`.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    status: StatusCode,
+    error: &'static str,
+    detail: String,
+}
+
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    error: &'a str,
+    detail: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problems: Option<&'a [Problem]>,
+}
+
+#[derive(Serialize)]
+struct Intended<'a> {
+    pool: &'a str,
+    backend: &'a str,
+    intent: &'static str,
+}
+
+/// Where the process is in its life.
+#[derive(Serialize)]
+struct Life {
+    state: &'static str,
+}
+
+/// A control loop that takes longer is stuck; a client's own timeout would tell
+/// it less than our 503.
+pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// The same for a reload, which may wait for the writer of a file.
+const RELOAD_MAX: Duration = Duration::from_secs(12);
+
+const TEXT_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+pub(super) const JSON: &str = "application/json";
+
+/// Every endpoint behind the guard.
+pub(super) fn router(api: Arc<Api>) -> Router {
+    let router = Router::new();
+    #[cfg(debug_assertions)]
+    let router = super::faults::mount(router);
+    router
+        .route("/live", get(live))
+        .route("/ready", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/v1/status", get(status))
+        .route("/v1/reload", post(reload))
+        .route("/v1/upgrade", post(upgrade))
+        .route("/v1/shutdown", post(shutdown))
+        .route("/v1/pools/{pool}/backends/{name}/drain", post(drain))
+        .route("/v1/pools/{pool}/backends/{name}/undrain", post(undrain))
+        .route("/v1/pools/{pool}/backends/{name}/explain", get(explain))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(Arc::clone(&api), guard))
+        .with_state(api)
+}
+
+async fn live(State(api): State<Arc<Api>>) -> Response {
+    answer(JSON, text(&Life { state: api.readiness.name() }))
+}
+
+async fn ready(State(api): State<Arc<Api>>) -> Response {
+    let state = api.readiness.name();
+    if let Some(worker) = api.readiness.stalled() {
+        let detail = format!("worker {worker} is stalled");
+        return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail).into_response();
+    }
+    let undecided = api.readiness.undecided();
+    if api.readiness.is_ready() && undecided > 0 {
+        let s = if undecided == 1 { " waits" } else { "s wait" };
+        let detail = format!("{undecided} pool{s} for the first verdict on a backend");
+        return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail).into_response();
+    }
+    if api.readiness.is_ready() {
+        return answer(JSON, text(&Life { state }));
+    }
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", state).into_response()
+}
+
+async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
+    Ok(long_answer(TEXT_METRICS, api.ask(Request::Metrics).await?))
+}
+
+async fn status(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
+    Ok(long_answer(JSON, api.ask(Request::Status).await?))
+}
+
+async fn reload(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
+    Ok(match api.ask_within(RELOAD_MAX, Request::Reload).await? {
+        Ok(reloaded) => answer(JSON, text(&reloaded)),
+        Err(ReloadError::Problems(problems)) => refused_file(&problems),
+        Err(ReloadError::NotNow(why)) => {
+            return Err(Refusal::new(StatusCode::CONFLICT, "the reload is refused", why));
+        }
+    })
+}
+
+fn refused_file(problems: &[Problem]) -> Response {
+    let detail = match problems {
+        [one] => one.message.clone(),
+        several => format!("{} problems", several.len()),
+    };
+    let error = "the configuration is refused; the one in force stays";
+    let body = ErrorBody { error, detail: &detail, problems: Some(problems) };
+    with_status(StatusCode::UNPROCESSABLE_ENTITY, &body)
+}
+
+async fn shutdown(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
+    api.ask(Request::Shutdown).await?;
+    Ok(answer(JSON, text(&Life { state: "draining" })))
+}
+
+type Named = Result<Path<(String, String)>, PathRejection>;
+
+async fn drain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<Response, Refusal> {
+    set_intent(&api, &uri, named, Intent::Draining).await
+}
+
+async fn undrain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<Response, Refusal> {
+    set_intent(&api, &uri, named, Intent::Ready).await
+}
+
+async fn explain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<Response, Refusal> {
+    let Ok(Path((pool, backend))) = named else { return Err(not_found(&uri)) };
+    let (unknown_pool, unknown_backend) = unknown(&pool, &backend);
+    match api.ask(|reply| Request::Explain { pool, backend, reply }).await? {
+        Ok(text) => Ok(answer(JSON, text)),
+        Err(OperatorError::UnknownPool) => Err(unknown_pool),
+        Err(OperatorError::UnknownBackend) => Err(unknown_backend),
+    }
+}
+
+/// The refusals of a pool, and of a backend, that is not there.
+fn unknown(pool: &str, backend: &str) -> (Refusal, Refusal) {
+    let not_found = |error, detail| Refusal::new(StatusCode::NOT_FOUND, error, detail);
+    (
+        not_found("unknown pool", format!("no pool is named {pool:?}")),
+        not_found("unknown backend", format!("pool {pool:?} has no backend {backend:?}")),
+    )
+}
+
+async fn set_intent(api: &Api, uri: &Uri, named: Named, to: Intent) -> Result<Response, Refusal> {
+    // Not UTF-8 once decoded: no name is like that.
+    let Ok(Path((pool, backend))) = named else { return Err(not_found(uri)) };
+    let body = text(&Intended { pool: &pool, backend: &backend, intent: to.name() });
+    let (unknown_pool, unknown_backend) = unknown(&pool, &backend);
+    let done = api.ask(|reply| Request::SetIntent { pool, backend, intent: to, reply }).await?;
+    match done {
+        Ok(()) => Ok(answer(JSON, body)),
+        Err(OperatorError::UnknownPool) => Err(unknown_pool),
+        Err(OperatorError::UnknownBackend) => Err(unknown_backend),
+    }
+}
+
+async fn unknown_path(uri: Uri) -> Refusal {
+    not_found(&uri)
+}
+
+fn not_found(uri: &Uri) -> Refusal {
+    Refusal::new(StatusCode::NOT_FOUND, "unknown path", uri.path())
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Refusal {
+    let detail = format!("{method} is not for {}", uri.path());
+    Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "wrong method", detail)
+}
+
+pub(super) fn answer(content_type: &'static str, body: String) -> Response {
+    ([(CONTENT_TYPE, content_type)], body).into_response()
+}
+
+fn long_answer(content_type: &'static str, body: String) -> Response {
+    ([(CONTENT_TYPE, content_type)], Body::new(Pieces::new(body))).into_response()
+}
+
+fn with_status(status: StatusCode, body: &ErrorBody<'_>) -> Response {
+    (status, [(CONTENT_TYPE, JSON)], text(body)).into_response()
+}
+
+pub(super) fn text(body: &impl Serialize) -> String {
+    serde_json::to_string(body).expect("plain data always serialises")
+}
+
+// === impl Api ===
+
+impl Api {
+    /// Sends one request to the control loop and waits for its reply.
+    pub(super) async fn ask<T>(
+        &self,
+        make: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, Refusal> {
+        self.ask_within(ANSWER_MAX, make).await
+    }
+
+    /// The same for what takes its time.
+    pub(super) async fn ask_within<T>(
+        &self,
+        limit: Duration,
+        make: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, Refusal> {
+        let (reply, answer) = oneshot::channel();
+        let exchange = async {
+            self.requests.send(make(reply)).await.ok()?;
+            answer.await.ok()
+        };
+        let detail = match tokio::time::timeout(limit, exchange).await {
+            Ok(Some(answer)) => return Ok(answer),
+            Ok(None) => "the control loop has ended".to_owned(),
+            Err(_) => format!(
+                "the control loop did not answer within {limit:?}; \
+                 what was asked for may still happen"
+            ),
+        };
+        Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "no answer", detail))
+    }
+}
+
+// === impl Refusal ===
+
+impl Refusal {
+    pub(super) fn new(status: StatusCode, error: &'static str, detail: impl Into<String>) -> Self {
+        Refusal { status, error, detail: detail.into() }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let body = ErrorBody { error: self.error, detail: &self.detail, problems: None };
+        let mut response = with_status(self.status, &body);
+        if self.status == StatusCode::UNAUTHORIZED {
+            let challenge = HeaderValue::from_static("Bearer realm=\"tidegate\"");
+            response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
+        }
+        response
+    }
+}

@@ -1,0 +1,132 @@
+//! Where the admin socket is if the configuration does not say.
+//!
+//! Called by `confine` and `start`, and by the command line, which looks for a
+//! balancer in the same places. It makes directories; it never binds or connects.
+//!
+//! - `/run/tidegate` comes first. A user that cannot write there gets the directory
+//!   `tidegate` of its runtime directory, else one of its own in `/tmp`.
+//! - An upgrade keeps the place of the process before.
+
+use super::Failure;
+use crate::api::place::{places, refused};
+use crate::core::model::{ADMIN_SOCKET, Admin, AdminListen};
+use rustix::fs::{Access, AtFlags, CWD};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::Path;
+
+/// Where this process listens, and why there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) listen: AdminListen,
+    /// Why it is not the first of [`places`].
+    pub(super) reason: Option<String>,
+}
+
+/// Closed to all others.
+const OWNER_ONLY: u32 = 0o700;
+
+/// Chooses for `admin`. `before` is where the process before listens.
+///
+/// # Errors
+/// None of [`places`] is fit.
+pub(super) fn settle(admin: &Admin, before: Option<&str>) -> Result<Place, Failure> {
+    let here = |path: &Path| AdminListen::Unix(path.to_owned());
+    if !admin.is_default() {
+        return Ok(Place { listen: admin.listen.clone(), reason: None });
+    }
+    let places = places();
+    let kept = places.iter().find(|path| before == Some(&here(path).to_string()));
+    if let Some(kept) = kept {
+        return Ok(Place { listen: here(kept), reason: None });
+    }
+    let mut reasons = Vec::new();
+    for path in &places {
+        match prepare(path) {
+            Ok(()) => {
+                let reason = (!reasons.is_empty()).then(|| reasons.join("; "));
+                return Ok(Place { listen: here(path), reason });
+            }
+            Err(why) => reasons.push(why),
+        }
+    }
+    let all = reasons.join("; ");
+    Err(Failure::Runtime(format!("no place for the admin socket: {all}; set [admin] listen")))
+}
+
+/// Sees to it that a socket can be made at `path`; else says why not.
+fn prepare(path: &Path) -> Result<(), String> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let shared = path == Path::new(ADMIN_SOCKET);
+    let mode = if shared { 0o755 } else { OWNER_ONLY };
+    let made = std::fs::DirBuilder::new().recursive(shared).mode(mode).create(directory);
+    match made {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(format!("cannot make {}: {error}", directory.display()));
+        }
+        Ok(()) | Err(_) => {}
+    }
+    let fit = if shared { writable(directory) } else { private(directory) };
+    fit.map_err(|error| format!("cannot use {}: {error}", directory.display()))
+}
+
+fn writable(directory: &Path) -> io::Result<()> {
+    let may = Access::WRITE_OK | Access::EXEC_OK;
+    Ok(rustix::fs::accessat(CWD, directory, may, AtFlags::EACCESS)?)
+}
+
+/// The directory is this user's, and no other user can write or look into it.
+fn private(directory: &Path) -> io::Result<()> {
+    let found = std::fs::symlink_metadata(directory)?;
+    if !found.is_dir() {
+        return Err(refused(directory, "is not a directory"));
+    }
+    if found.uid() != rustix::process::geteuid().as_raw() {
+        return Err(refused(directory, "belongs to another user"));
+    }
+    if found.mode() & 0o077 != 0 {
+        return Err(refused(directory, "is open to other users; chmod 700 closes it"));
+    }
+    writable(directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::place::SOCKET;
+
+    fn admin(listen: &str) -> Admin {
+        Admin { listen: AdminListen::Unix(listen.into()), token_file: None, backend_metrics_max: 0 }
+    }
+
+    #[test]
+    fn a_place_that_the_configuration_names_is_taken_as_it_is() {
+        let place = settle(&admin("/nowhere/a.sock"), Some("unix:/run/b.sock")).unwrap();
+        let listen = AdminListen::Unix("/nowhere/a.sock".into());
+        assert_eq!(place, Place { listen, reason: None });
+    }
+
+    #[test]
+    fn an_upgrade_keeps_the_place_of_the_process_before() {
+        let last = places().pop().unwrap();
+        let before = format!("unix:{}", last.display());
+        let place = settle(&admin(ADMIN_SOCKET), Some(&before)).unwrap();
+        assert_eq!(place, Place { listen: AdminListen::Unix(last), reason: None });
+    }
+
+    #[test]
+    fn a_directory_that_others_can_enter_is_refused_and_left_as_it_is() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("tidegate");
+        assert_eq!(prepare(&own.join(SOCKET)), Ok(()));
+        assert_eq!(std::fs::metadata(&own).unwrap().mode() & 0o777, OWNER_ONLY);
+        assert_eq!(prepare(&own.join(SOCKET)), Ok(()));
+        std::fs::set_permissions(&own, PermissionsExt::from_mode(0o755)).unwrap();
+        assert!(prepare(&own.join(SOCKET)).unwrap_err().contains("open to other users"));
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&own, &link).unwrap();
+        assert!(prepare(&link.join(SOCKET)).unwrap_err().contains("is not a directory"));
+        assert!(prepare(&dir.path().join("no/such/a.sock")).unwrap_err().contains("cannot make"));
+    }
+}

@@ -1,0 +1,49 @@
+//! Which engine the workers run on: what is asked for, and what this machine allows.
+//!
+//! Called by `start`.
+
+use crate::core::model::EngineChoice;
+use crate::dataplane::worker::Runtime;
+
+/// The engine and, in words, why that one.
+///
+/// # Why `auto` is epoll
+///
+/// Measured beside each other by `scripts/bench-peers`, the ring is up to a tenth
+/// ahead on small messages, level or behind on streams, and larger in memory for
+/// each idle session. It is also the younger of the two: until it has been soaked
+/// it is asked for by name.
+pub(super) fn choose_runtime(choice: EngineChoice) -> (Runtime, String) {
+    let asked = "asked for in the configuration";
+    match choice {
+        EngineChoice::Epoll => (Runtime::Epoll, asked.to_owned()),
+        EngineChoice::IoUring => match Runtime::io_uring_allowed() {
+            Ok(()) => (Runtime::IoUring, asked.to_owned()),
+            Err(error) => (Runtime::Epoll, refusal(&error)),
+        },
+        EngineChoice::Auto => {
+            let other = match Runtime::io_uring_allowed() {
+                Ok(()) => "io_uring is allowed and taken when asked for".to_owned(),
+                Err(error) => refusal(&error),
+            };
+            (Runtime::Epoll, format!("what auto takes; {other}"))
+        }
+    }
+}
+
+fn refusal(error: &std::io::Error) -> String {
+    let hint = match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
+            match disabled.as_deref().map(str::trim) {
+                Ok("1" | "2") => ": the sysctl kernel.io_uring_disabled forbids it",
+                _ => ": a seccomp profile or security module forbids it",
+            }
+        }
+        Some(libc::ENOSYS) => ": this kernel or sandbox does not have it",
+        Some(libc::ENOMEM) => ": memory or locked-memory limit",
+        Some(libc::EINVAL) => ": this kernel is too old for it",
+        _ => "",
+    };
+    format!("io_uring is refused ({error}){hint}")
+}

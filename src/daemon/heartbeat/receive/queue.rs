@@ -1,0 +1,145 @@
+//! Believed heartbeats on their way to the control thread.
+//!
+//! The receiving thread pushes, the control thread pops. Its size is bounded,
+//! and beyond the bound nothing is lost but times of arrival in between.
+
+use super::{Arrived, lock};
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex};
+use tokio::sync::Notify;
+
+/// Heartbeats that may wait one by one: 400 senders at ten a second for a
+/// second. Beyond it one is kept for each sender.
+pub const QUEUE_MAX: usize = 4096;
+
+/// The queue.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    waiting: Mutex<Waiting>,
+    arrived: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    in_order: VecDeque<Arrived>,
+    /// What came while `in_order` was full, newer than all in it: the newest of
+    /// each sender. Bounded by the number of senders the gate knows.
+    newest: HashMap<(Arc<str>, Arc<str>), Arrived>,
+}
+
+// === impl Queue ===
+
+impl Queue {
+    /// Queues a batch; how many were merged into a newer one of their sender.
+    pub(super) fn push(&self, batch: impl Iterator<Item = Arrived>) -> u64 {
+        let mut waiting = lock(&self.waiting);
+        let merged = batch.map(|arrived| u64::from(waiting.push(arrived))).sum();
+        drop(waiting);
+        self.arrived.notify_one();
+        merged
+    }
+
+    pub(super) fn pop(&self) -> Option<Arrived> {
+        lock(&self.waiting).pop()
+    }
+
+    /// There is something to look at beside the queue.
+    pub(super) fn wake(&self) {
+        self.arrived.notify_one();
+    }
+
+    pub(super) async fn arrived(&self) {
+        self.arrived.notified().await;
+    }
+}
+
+// === impl Waiting ===
+
+impl Waiting {
+    /// Whether it was merged with an older one.
+    fn push(&mut self, arrived: Arrived) -> bool {
+        if self.newest.is_empty() && self.in_order.len() < QUEUE_MAX {
+            self.in_order.push_back(arrived);
+            return false;
+        }
+        let sender = (Arc::clone(&arrived.heartbeat.pool), Arc::clone(&arrived.heartbeat.name));
+        let before = self.newest.get(&sender).map_or(0, |older| older.stands_for);
+        let stands_for = arrived.stands_for.saturating_add(before);
+        self.newest.insert(sender, Arrived { stands_for, ..arrived });
+        before > 0
+    }
+
+    fn pop(&mut self) -> Option<Arrived> {
+        if self.in_order.is_empty() && !self.newest.is_empty() {
+            let mut newest: Vec<Arrived> = self.newest.drain().map(|(_, one)| one).collect();
+            newest.sort_by_key(|one| one.at);
+            self.in_order = newest.into();
+        }
+        self.in_order.pop_front()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::heartbeat::{Heartbeat, SenderState};
+    use std::time::{Duration, Instant};
+
+    fn arrived(name: &str, sequence: u64, began: Instant) -> Arrived {
+        let heartbeat = Heartbeat {
+            pool: "web".into(),
+            name: name.into(),
+            address: "10.0.0.1:80".parse().unwrap(),
+            incarnation: 1,
+            sequence,
+            interval: Duration::from_millis(100),
+            state: SenderState::Ready,
+            weight: 1,
+            in_flight: 0,
+            load: 0,
+            key_id: 1,
+        };
+        Arrived { heartbeat, at: began + Duration::from_millis(sequence), stands_for: 1 }
+    }
+
+    #[test]
+    fn heartbeats_come_out_as_they_went_in() {
+        let (queue, began) = (Queue::default(), crate::net::clock::now());
+        queue.push((0..10).map(|n| arrived("a", n, began)));
+        let out: Vec<u64> =
+            std::iter::from_fn(|| queue.pop()).map(|a| a.heartbeat.sequence).collect();
+        assert_eq!(out, (0..10).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_full_queue_keeps_the_newest_of_each_sender_and_counts_the_rest() {
+        let (queue, began) = (Queue::default(), crate::net::clock::now());
+        let sent = 3 * QUEUE_MAX as u64;
+        let merged =
+            queue.push((0..sent).flat_map(|n| ["a", "b"].map(|name| arrived(name, n, began))));
+        let out: Vec<Arrived> = std::iter::from_fn(|| queue.pop()).collect();
+        assert_eq!(out.len(), QUEUE_MAX + 2);
+        assert_eq!(merged, 2 * sent - out.len() as u64);
+        for name in ["a", "b"] {
+            let of = |one: &&Arrived| &*one.heartbeat.name == name;
+            let seen: u64 = out.iter().filter(of).map(|one| u64::from(one.stands_for)).sum();
+            assert_eq!(seen, sent);
+            assert_eq!(out.iter().rfind(of).unwrap().heartbeat.sequence, sent - 1);
+        }
+    }
+
+    #[test]
+    fn order_holds_while_the_merged_are_taken_out() {
+        let (queue, began) = (Queue::default(), crate::net::clock::now());
+        queue.push((0..=QUEUE_MAX as u64 + 1).map(|n| arrived("a", n, began)));
+        let mut last = None;
+        while let Some(out) = queue.pop() {
+            assert!(last < Some(out.heartbeat.sequence));
+            last = Some(out.heartbeat.sequence);
+            if last == Some(QUEUE_MAX as u64 + 1) {
+                queue.push([arrived("a", QUEUE_MAX as u64 + 2, began)].into_iter());
+            }
+        }
+        assert_eq!(last, Some(QUEUE_MAX as u64 + 2));
+    }
+}

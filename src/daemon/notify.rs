@@ -1,0 +1,144 @@
+//! Telling how the process is: a service manager, or the supervisor, which tells one.
+//!
+//! Owned by the control loop, which says when: ready, reloading, stopping, alive, and
+//! which process to look at after an upgrade. It knows the watchdog's times.
+
+use crate::supervisor::{Link, manager, manager::Manager};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Without a watchdog there is nothing to do for so long.
+const NEVER: Duration = Duration::from_secs(3600);
+
+/// The way to whom it concerns, if there is anybody.
+#[derive(Debug, Default)]
+pub struct Notifier {
+    to: To,
+    /// Half of what the manager waits before it acts.
+    beat: Option<Duration>,
+    next_beat: Option<Instant>,
+    /// Another process speaks for the service.
+    quiet: bool,
+}
+
+#[derive(Debug, Default)]
+enum To {
+    #[default]
+    Nobody,
+    Manager(Manager),
+    Supervisor(Arc<Link>),
+}
+
+// === impl Notifier ===
+
+impl Notifier {
+    /// To the service manager that the environment names.
+    pub fn from_environment() -> Notifier {
+        Notifier::new(To::Manager(Manager::from_environment()), manager::watchdog())
+    }
+
+    /// To the supervisor.
+    pub fn to_supervisor(link: Arc<Link>) -> Notifier {
+        Notifier::new(To::Supervisor(link), manager::watchdog())
+    }
+
+    fn new(to: To, watchdog: Option<Duration>) -> Notifier {
+        let beat = watchdog.map(|time| time / 2);
+        Notifier { to, beat, next_beat: None, quiet: false }
+    }
+
+    /// Serving, on the configuration in force.
+    pub(super) fn ready(&self) {
+        self.say(Manager::ready, Link::ready);
+    }
+
+    /// Reading the configuration again; [`Notifier::ready`] ends it.
+    pub(super) fn reloading(&self) {
+        self.say(Manager::reloading, Link::reloading);
+    }
+
+    pub(super) fn stopping(&self) {
+        self.say(Manager::stopping, Link::stopping);
+    }
+
+    /// Another process is the service now: what it says of itself counts, and this one's
+    /// word no longer.
+    pub(super) fn successor(&mut self, pid: u32) {
+        self.say(|manager| manager.main_process(pid), Link::successor_serves);
+        self.quiet = true;
+    }
+
+    /// This process is the service again.
+    pub(super) fn goes_on(&mut self) {
+        self.quiet = false;
+        self.ready();
+    }
+
+    /// When [`Notifier::beat`] is wanted next.
+    pub(super) fn next_beat(&self, now: Instant) -> Instant {
+        match self.beat {
+            Some(_) if !self.quiet => self.next_beat.unwrap_or(now),
+            _ => now + NEVER,
+        }
+    }
+
+    /// The control loop is alive, and so are the workers: said unless one has
+    /// been `stalled` for as long as the manager waits. Another such time later
+    /// it acts.
+    pub(super) fn beat(&mut self, now: Instant, stalled: Option<Duration>) {
+        if let Some(beat) = self.beat {
+            if stalled.is_none_or(|stalled| stalled < beat * 2) {
+                self.say(Manager::beat, Link::beat);
+            }
+            self.next_beat = Some(now + beat);
+        }
+    }
+
+    fn say(&self, to_manager: impl Fn(&Manager), to_supervisor: impl Fn(&Link)) {
+        match &self.to {
+            _ if self.quiet => {}
+            To::Nobody => {}
+            To::Manager(manager) => to_manager(manager),
+            To::Supervisor(link) => to_supervisor(link),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::clock;
+    use std::os::unix::net::UnixDatagram;
+
+    fn receive(socket: &UnixDatagram) -> String {
+        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let mut bytes = [0; 200];
+        let n = socket.recv(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes[..n]).into_owned()
+    }
+
+    #[test]
+    fn the_watchdog_is_fed_at_half_its_time_while_this_process_is_the_service() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        let to = To::Manager(Manager::at(path.as_os_str()));
+        let mut notifier = Notifier::new(to, Some(Duration::from_secs(3)));
+        let now = clock::now();
+        assert_eq!(notifier.next_beat(now), now);
+        notifier.beat(now, None);
+        assert_eq!(receive(&socket), "WATCHDOG=1");
+        let three = Duration::from_secs(3);
+        notifier.beat(now, Some(three));
+        notifier.beat(now, Some(three - Duration::from_millis(1)));
+        assert_eq!(receive(&socket), "WATCHDOG=1", "said once");
+        assert_eq!(notifier.next_beat(now), now + Duration::from_millis(1500));
+        notifier.successor(77);
+        assert_eq!(receive(&socket), "MAINPID=77");
+        notifier.beat(now, None);
+        notifier.stopping();
+        assert!(notifier.next_beat(now) > now + Duration::from_secs(60));
+        notifier.goes_on();
+        assert!(receive(&socket).starts_with("READY=1"), "nothing meanwhile");
+    }
+}

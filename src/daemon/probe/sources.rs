@@ -1,0 +1,77 @@
+//! From which of the pool's sources a probe starts.
+//!
+//! Used by the probes of TCP backends. Probes take the sources in turn, each
+//! backend for itself, as its sessions do: so they see what sessions see. A
+//! source that this host cannot use is passed over and proves nothing about
+//! the backend.
+
+use super::{Fault, connect_tcp};
+use crate::config;
+use crate::core::metrics::counters::LocalError;
+use crate::core::model::ProbeKind;
+use crate::core::table::source_addrs::WAYS_TRIED_MAX;
+use crate::core::table::state::BackendId;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use tokio::net::TcpStream;
+
+/// Whose turn it is, for each backend that is probed.
+#[derive(Debug, Default)]
+pub(super) struct Turns(HashMap<BackendId, usize>);
+
+/// Connects from the source whose turn it is, or from one of those after it
+/// where this host cannot use it; where none is of the family, from where the
+/// kernel chooses.
+pub(super) async fn connect(
+    (sources, turn): (&[IpAddr], usize),
+    to: SocketAddr,
+    kind: &ProbeKind,
+) -> Result<TcpStream, Fault> {
+    let fits = |source: &&IpAddr| source.is_ipv4() == to.is_ipv4();
+    let fitting: Vec<IpAddr> = sources.iter().filter(fits).copied().collect();
+    let mut failed = None;
+    for step in 0..fitting.len().min(WAYS_TRIED_MAX) {
+        let source = fitting[turn.wrapping_add(step) % fitting.len()];
+        match connect_tcp(Some(source), to, kind).await {
+            Err(Fault::Local(reason, kind)) if of_source(kind) => {
+                failed = Some(Fault::Local(format!("{reason} (source {source})"), kind));
+            }
+            decided => return decided,
+        }
+    }
+    match failed {
+        Some(failed) => Err(failed),
+        None => connect_tcp(None, to, kind).await,
+    }
+}
+
+/// Trouble that another source may not have: no free port, no such address, no
+/// way from there.
+fn of_source(kind: LocalError) -> bool {
+    match kind {
+        LocalError::Ports | LocalError::Route | LocalError::Other => true,
+        LocalError::Descriptors | LocalError::Memory => false,
+    }
+}
+
+// === impl Turns ===
+
+impl Turns {
+    /// Backends whose turn is known: as many as a file may have. Beyond it all
+    /// begin again with their first source.
+    const KNOWN_MAX: usize = config::BACKENDS_MAX;
+
+    /// The place in the pool's list that the backend's next probe begins at.
+    pub(super) fn next(&mut self, backend: BackendId, sources: &[IpAddr]) -> usize {
+        if sources.len() < 2 {
+            return 0;
+        }
+        if self.0.len() >= Turns::KNOWN_MAX && !self.0.contains_key(&backend) {
+            self.0.clear();
+        }
+        let turn = self.0.entry(backend).or_default();
+        let now = *turn;
+        *turn = turn.wrapping_add(1);
+        now
+    }
+}

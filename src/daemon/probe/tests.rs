@@ -1,0 +1,517 @@
+//! Probes against real sockets on loopback.
+
+use super::*;
+use crate::core::control::ProbeLane;
+use crate::core::control::{Event, ProbeToken};
+use crate::core::table::state::BackendId;
+use runner::ProbeRunner;
+
+const LANE: ProbeLane = ProbeLane { pool: 1, urgent: false };
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::mpsc;
+
+mod answers;
+mod sources;
+
+const TIMEOUT: Duration = Duration::from_millis(300);
+
+fn spec(kind: ProbeKind) -> ProbeSpec {
+    ProbeSpec {
+        kind,
+        interval: Duration::from_secs(2),
+        fast_interval: Duration::from_secs(1),
+        timeout: TIMEOUT,
+        rise: 2,
+        fall: 3,
+        source: [].into(),
+    }
+}
+
+fn ping() -> ProbeSpec {
+    spec(ProbeKind::SendExpect {
+        send: b"PING\r\n".to_vec(),
+        expect: Expect::Starts(b"+PONG".to_vec()),
+    })
+}
+
+fn http() -> ProbeSpec {
+    spec(ProbeKind::Http {
+        path: "/health".into(),
+        host: None,
+        method: "GET".into(),
+        status: vec![(200, 299), (304, 304)],
+    })
+}
+
+fn on_runtime<T>(test: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test)
+}
+
+#[test]
+fn a_stall_of_our_own_takes_one_part_of_a_timeout() {
+    let took = on_runtime(async {
+        let started = clock::now();
+        let waiting = tokio::spawn(awake_for(Duration::from_millis(400)));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        // Blocks the one thread there is, timers and all.
+        #[allow(clippy::disallowed_methods)]
+        std::thread::sleep(Duration::from_secs(1));
+        waiting.await.unwrap();
+        started.elapsed()
+    });
+    // Of 400 ms some 100 had gone when the stall came, and it took 50 at most.
+    assert!(took >= Duration::from_millis(1220), "{took:?}");
+}
+
+#[test]
+fn a_timeout_without_stalls_is_as_long_as_it_says() {
+    let limit = Duration::from_millis(200);
+    let took = on_runtime(async {
+        let started = clock::now();
+        awake_for(limit).await;
+        started.elapsed()
+    });
+    assert!(took >= limit && took < 2 * limit, "{took:?}");
+}
+
+/// Listens, and answers each connection's first bytes with `segments`, each in
+/// a packet of its own, then closes.
+async fn server(segments: &'static [&'static [u8]]) -> BackendAddress {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.set_nodelay(true).unwrap();
+            tokio::spawn(async move {
+                let mut question = [0; 1024];
+                let _ = stream.read(&mut question).await;
+                for segment in segments {
+                    if stream.write_all(segment).await.is_err() {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+            });
+        }
+    });
+    BackendAddress::Tcp(address)
+}
+
+/// Accepts and never says a word.
+async fn mute() -> BackendAddress {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        loop {
+            held.push(listener.accept().await.unwrap());
+        }
+    });
+    BackendAddress::Tcp(address)
+}
+
+/// An address nobody listens on.
+async fn nobody() -> BackendAddress {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    BackendAddress::Tcp(listener.local_addr().unwrap())
+}
+
+#[track_caller]
+fn failure(outcome: ProbeOutcome) -> String {
+    match outcome {
+        ProbeOutcome::Failure { reason } => reason,
+        other => panic!("expected a failure, got {other:?}"),
+    }
+}
+
+#[track_caller]
+fn assert_success(outcome: &ProbeOutcome) {
+    assert!(matches!(outcome, ProbeOutcome::Success { .. }), "{outcome:?}");
+}
+
+#[test]
+fn a_listening_port_passes_the_tcp_probe() {
+    on_runtime(async {
+        assert_success(&run(&mute().await, &spec(ProbeKind::Tcp)).await);
+    });
+}
+
+#[test]
+fn tcp_probes_do_not_wake_the_backend() {
+    on_runtime(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = BackendAddress::Tcp(listener.local_addr().unwrap());
+        for _ in 0..20 {
+            assert_success(&run(&address, &spec(ProbeKind::Tcp)).await);
+        }
+        let mut woken = 0;
+        while tokio::time::timeout(Duration::from_millis(50), listener.accept()).await.is_ok() {
+            woken += 1;
+        }
+        // A machine so busy that the reset comes after the delayed
+        // acknowledgement (40 ms) may let one through.
+        assert!(woken < 10, "woken by {woken} of 20 probes");
+    });
+}
+
+#[test]
+fn a_closed_port_is_refused_in_words() {
+    on_runtime(async {
+        for spec in [spec(ProbeKind::Tcp), ping(), http()] {
+            assert_eq!(failure(run(&nobody().await, &spec).await), "connection refused");
+        }
+    });
+}
+
+#[test]
+fn a_backend_that_hangs_fails_at_the_deadline_and_says_where() {
+    on_runtime(async {
+        let address = mute().await;
+        let started = clock::now();
+        let reason = failure(run(&address, &http()).await);
+        let took = started.elapsed();
+        assert_eq!(reason, "no answer within 300ms (connected, waiting for the status line)");
+        assert!(took >= TIMEOUT && took < TIMEOUT * 3, "{took:?}");
+        let reason = failure(run(&address, &ping()).await);
+        assert_eq!(reason, "no answer within 300ms (connected, waiting for the answer)");
+    });
+}
+
+#[test]
+fn a_full_accept_queue_fails_at_the_deadline() {
+    on_runtime(async {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(1).unwrap();
+        let to = listener.local_addr().unwrap();
+        let mut held = Vec::new();
+        // Fill it: connects stop being answered once it is full.
+        while let Ok(stream) =
+            tokio::time::timeout(Duration::from_millis(100), TcpStream::connect(to)).await
+        {
+            held.push(stream.unwrap());
+            assert!(held.len() < 100, "the queue never filled");
+        }
+        let reason = failure(run(&BackendAddress::Tcp(to), &spec(ProbeKind::Tcp)).await);
+        assert_eq!(reason, "no connection within 300ms");
+    });
+}
+
+#[test]
+fn the_expected_answer_passes_however_it_is_split() {
+    on_runtime(async {
+        let split = server(&[b"+", b"P", b"O", b"N", b"G", b"\r\n"]).await;
+        assert_success(&run(&split, &ping()).await);
+        let whole = server(&[b"+PONG and a lot more than anybody asked for"]).await;
+        assert_success(&run(&whole, &ping()).await);
+    });
+}
+
+#[test]
+fn a_wrong_answer_is_quoted_with_its_control_characters_escaped() {
+    on_runtime(async {
+        let reason = failure(run(&server(&[b"-ERR\r\n\x1b[0m"]).await, &ping()).await);
+        assert_eq!(reason, r#"answer started with "-ERR\r\n\x1b[0m", expected "+PONG""#);
+    });
+}
+
+#[test]
+fn an_answer_cut_short_says_how_far_it_came() {
+    on_runtime(async {
+        let reason = failure(run(&server(&[b"+PO"]).await, &ping()).await);
+        assert_eq!(reason, r#"connection closed after 3 bytes ("+PO"), expected "+PONG""#);
+    });
+}
+
+#[test]
+fn a_wanted_status_passes_and_another_does_not() {
+    on_runtime(async {
+        for good in [&b"HTTP/1.1 200 OK\r\n"[..], b"HTTP/1.0 304\n", b"HTTP/1.1 204 \r\n"] {
+            let address = server(Box::leak(Box::new([good]))).await;
+            assert_success(&run(&address, &http()).await);
+        }
+        let split = server(&[b"HTTP/1.1 ", b"20", b"0 ", b"OK", b"\r", b"\nServer: x\r\n"]).await;
+        assert_success(&run(&split, &http()).await);
+        let reason = failure(run(&server(&[b"HTTP/1.1 503 No\r\n\r\n"]).await, &http()).await);
+        assert_eq!(reason, "status 503, expected 200-299,304");
+    });
+}
+
+#[test]
+fn the_request_names_host_agent_and_close() {
+    on_runtime(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let to = listener.local_addr().unwrap();
+        let seen = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = Vec::new();
+            while !request.ends_with(b"\r\n\r\n") {
+                stream.read_buf(&mut request).await.unwrap();
+            }
+            stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+            String::from_utf8(request).unwrap()
+        });
+        assert_success(&run(&BackendAddress::Tcp(to), &http()).await);
+        let version = env!("CARGO_PKG_VERSION");
+        assert_eq!(
+            seen.await.unwrap(),
+            format!(
+                "GET /health HTTP/1.1\r\nHost: {to}\r\nUser-Agent: tidegate/{version}\r\n\
+                 Accept: */*\r\nConnection: close\r\n\r\n"
+            )
+        );
+    });
+}
+
+#[test]
+fn what_is_no_http_is_told_from_a_bad_status() {
+    on_runtime(async {
+        for garbage in [
+            &b"SSH-2.0-OpenSSH_9.9\r\n"[..],
+            b"HTTP/1.1 20 OK\r\n",
+            b"HTTP/1.1 2000\r\n",
+            b"HTTP/1.1 099 \r\n",
+            b"HTTP/2 200\r\n",
+            b"\r\n",
+        ] {
+            let reason = failure(run(&server(Box::leak(Box::new([garbage]))).await, &http()).await);
+            assert!(reason.ends_with("expected an HTTP/1 status line"), "{reason}");
+        }
+        let reason = failure(run(&server(&[]).await, &http()).await);
+        assert_eq!(reason, "connection closed after 0 bytes (\"\"), expected a status line");
+    });
+}
+
+#[test]
+fn a_status_line_without_end_is_given_up_at_8_kib() {
+    static HUGE: [&[u8]; 1] = [&[b'x'; 100_000]];
+    on_runtime(async {
+        let reason = failure(run(&server(&HUGE).await, &http()).await);
+        assert!(reason.starts_with("no line end within 8192 bytes of answer"), "{reason}");
+        assert!(reason.len() <= REASON_BYTES_MAX);
+    });
+}
+
+#[test]
+fn huge_headers_after_the_status_line_do_not_matter() {
+    static HUGE: [&[u8]; 2] = [b"HTTP/1.1 200 OK\r\nX: ", &[b'x'; 1_000_000]];
+    on_runtime(async {
+        let address = server(&HUGE).await;
+        assert_success(&run(&address, &http()).await);
+    });
+}
+
+#[test]
+fn unix_sockets_are_probed_like_ports() {
+    on_runtime(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("backend.sock");
+        let address = BackendAddress::Unix(path.clone());
+        assert_eq!(failure(run(&address, &spec(ProbeKind::Tcp)).await), "no such socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut question = [0; 64];
+                // A tcp probe is gone by now; that is no concern here.
+                let _ = stream.read(&mut question).await;
+                let _ = stream.write_all(b"+PONG\r\n").await;
+            }
+        });
+        assert_success(&run(&address, &spec(ProbeKind::Tcp)).await);
+        assert_success(&run(&address, &ping()).await);
+    });
+}
+
+#[test]
+fn a_unix_socket_nobody_listens_on_any_more_is_refused() {
+    on_runtime(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("backend.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        let reason = failure(run(&BackendAddress::Unix(path), &spec(ProbeKind::Tcp)).await);
+        assert_eq!(reason, "connection refused");
+    });
+}
+
+#[test]
+fn a_unix_socket_with_a_full_accept_queue_fails_at_once_and_says_so() {
+    on_runtime(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("backend.sock");
+        let listener =
+            socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+        listener.bind(&socket2::SockAddr::unix(&path).unwrap()).unwrap();
+        listener.listen(0).unwrap();
+        let _held = UnixStream::connect(&path).await.unwrap();
+        let reason = failure(run(&BackendAddress::Unix(path), &ping()).await);
+        assert_eq!(reason, "the socket's accept queue is full");
+    });
+}
+
+#[test]
+fn our_own_shortages_are_never_blamed_on_the_backend() {
+    for errno in [libc::EMFILE, libc::ENFILE, libc::EADDRNOTAVAIL, libc::ENOBUFS, libc::ENOMEM] {
+        let error = || io::Error::from_raw_os_error(errno);
+        assert!(matches!(connect_fault(error()), Fault::Local(..)), "{errno}");
+        assert!(matches!(talk_fault(error()), Fault::Local(..)), "{errno}");
+    }
+    for errno in [libc::ECONNREFUSED, libc::EHOSTUNREACH, libc::ENETUNREACH] {
+        let error = io::Error::from_raw_os_error(errno);
+        assert!(matches!(connect_fault(error), Fault::Backend(_)), "{errno} by ICMP");
+    }
+}
+
+#[test]
+fn an_error_is_known_to_come_at_once_or_later() {
+    let error = || io::Error::from_raw_os_error(libc::ENETUNREACH);
+    on_runtime(async {
+        let (_, at_once) = telling_when::<()>(async { Err(error()) }).await.unwrap_err();
+        assert!(at_once, "connect(2) itself gave it");
+        let later = async {
+            tokio::task::yield_now().await;
+            Err::<(), _>(error())
+        };
+        assert!(!telling_when(later).await.unwrap_err().1, "a message from the path");
+    });
+}
+
+#[test]
+fn a_long_reason_is_cut_at_a_character() {
+    let cut = bounded("ä".repeat(500));
+    assert!(cut.len() <= REASON_BYTES_MAX && cut.ends_with("ä..."));
+    assert_eq!(bounded("short".into()), "short");
+}
+
+#[test]
+fn a_backend_that_dies_and_comes_back_is_seen_by_the_controller() {
+    use crate::core::control::{Controller, Effect};
+    on_runtime(async {
+        let (sender, mut results) = mpsc::channel(16);
+        let runner = ProbeRunner::start(sender);
+        let mut controller = Controller::new(1, 1);
+        let mut listener = Some(TcpListener::bind("127.0.0.1:0").await.unwrap());
+        let address = listener.as_ref().unwrap().local_addr().unwrap();
+        let config = crate::core::control::tests::probed_config(address, Duration::from_millis(20));
+        let mut event = Event::Configure(config);
+        let mut seen = Vec::new();
+        let patience = clock::now() + Duration::from_secs(10);
+        while seen.len() < 3 {
+            assert!(clock::now() < patience, "only saw {seen:?}");
+            for effect in controller.apply(event, clock::now()) {
+                match effect {
+                    Effect::Probe { backend, token, address, spec, .. } => {
+                        runner.probe(LANE, backend, token, address, spec);
+                    }
+                    Effect::Log(transition) => seen.push(transition.to),
+                    _ => {}
+                }
+            }
+            match seen.len() {
+                1 => listener = None,
+                2 if listener.is_none() => {
+                    listener = Some(TcpListener::bind(address).await.unwrap());
+                }
+                _ => {}
+            }
+            let due = controller.next_due().unwrap();
+            event = tokio::select! {
+                Some(result) = results.recv() => result,
+                () = tokio::time::sleep_until(due.into()) => Event::Tick,
+            };
+        }
+        assert_eq!(seen, ["up", "down", "up"]);
+    });
+}
+
+/// The next result, or a panic after far longer than it may take.
+async fn next(results: &mut mpsc::Receiver<Event>) -> (BackendId, ProbeToken, ProbeOutcome) {
+    let patience = Duration::from_secs(10);
+    match tokio::time::timeout(patience, results.recv()).await.expect("a result in time") {
+        Some(Event::Probed { backend, token, outcome }) => (backend, token, outcome),
+        other => panic!("unexpected {other:?}"),
+    }
+}
+
+#[test]
+fn the_runner_runs_no_more_than_its_bound_and_in_order() {
+    on_runtime(async {
+        let (sender, mut results) = mpsc::channel(1);
+        let runner = ProbeRunner::with_running_max(sender, 2);
+        let (mute, good) = (mute().await, server(&[b"+PONG"]).await);
+        let started: Instant = clock::now();
+        for n in 0..4 {
+            runner.probe(LANE, BackendId(n), ProbeToken(n.into()), mute.clone(), Arc::new(ping()));
+        }
+        runner.probe(LANE, BackendId(4), ProbeToken(4), good, Arc::new(ping()));
+        let mut order = Vec::new();
+        for _ in 0..5 {
+            let (backend, token, outcome) = next(&mut results).await;
+            assert_eq!(u64::from(backend.0), token.0);
+            assert_eq!(matches!(outcome, ProbeOutcome::Success { .. }), backend.0 == 4);
+            order.push(backend.0);
+        }
+        assert!(started.elapsed() >= TIMEOUT * 2, "two at a time");
+        order[..2].sort_unstable();
+        assert_eq!(order[..2], [0, 1]);
+        assert!(order[2..].iter().all(|n| *n >= 2));
+    });
+}
+
+#[test]
+fn a_newer_request_replaces_the_older_one_of_its_backend() {
+    on_runtime(async {
+        let (sender, mut results) = mpsc::channel(1);
+        let runner = ProbeRunner::with_running_max(sender, 1);
+        let (mute, good) = (mute().await, server(&[b"+PONG"]).await);
+        runner.probe(LANE, BackendId(1), ProbeToken(1), mute, Arc::new(ping()));
+        tokio::task::yield_now().await;
+        runner.probe(LANE, BackendId(1), ProbeToken(2), good, Arc::new(ping()));
+        let (_, token, outcome) = next(&mut results).await;
+        assert_eq!(token, ProbeToken(2));
+        assert_success(&outcome);
+        drop(runner);
+        assert!(results.recv().await.is_none(), "no other result, and the task has ended");
+    });
+}
+
+#[test]
+fn a_pool_whose_backends_all_hang_keeps_no_other_pool_waiting() {
+    on_runtime(async {
+        let (sender, mut results) = mpsc::channel(1);
+        let runner = ProbeRunner::with_running_max(sender, 8);
+        let (mute, good) = (mute().await, server(&[b"+PONG"]).await);
+        for n in 0..100 {
+            runner.probe(LANE, BackendId(n), ProbeToken(0), mute.clone(), Arc::new(ping()));
+        }
+        let other = ProbeLane { pool: 2, urgent: false };
+        runner.probe(other, BackendId(200), ProbeToken(0), good, Arc::new(ping()));
+        let (first, _, outcome) = next(&mut results).await;
+        assert_eq!(first, BackendId(200), "it need not even wait for the first to time out");
+        assert_success(&outcome);
+    });
+}
+
+#[test]
+fn who_is_about_to_change_goes_first_in_its_pool() {
+    on_runtime(async {
+        let (sender, mut results) = mpsc::channel(1);
+        let runner = ProbeRunner::with_running_max(sender, 1);
+        let mute = mute().await;
+        for n in 0..4 {
+            runner.probe(LANE, BackendId(n), ProbeToken(0), mute.clone(), Arc::new(ping()));
+        }
+        let urgent = ProbeLane { urgent: true, ..LANE };
+        runner.probe(urgent, BackendId(3), ProbeToken(1), mute.clone(), Arc::new(ping()));
+        let mut order = Vec::new();
+        for _ in 0..4 {
+            order.push(next(&mut results).await.0.0);
+        }
+        assert_eq!(order, [0, 3, 1, 2]);
+    });
+}

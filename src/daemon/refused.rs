@@ -1,0 +1,173 @@
+//! An address that cannot be listened on: which socket is in the way, which
+//! process holds it, and what the operator can do. Made by `binds`, put into
+//! words for start, reload and `check`.
+
+use crate::config::{Origin, Problem, Spot};
+use crate::core::model::{BackendAddress, Config};
+use crate::net::holders::{self, Holder, Listening};
+use std::collections::HashSet;
+use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
+
+/// An address that could not be bound.
+#[derive(Debug)]
+pub(super) struct Refused {
+    pub(super) address: SocketAddr,
+    pub(super) error: io::Error,
+    /// A socket that listens where this one would.
+    pub(super) other: Option<Listening>,
+    /// The process that has that socket, where this one may know.
+    holder: Option<Holder>,
+}
+
+/// Processes that listen where `config` wants to. Found out before the sandbox
+/// keeps this process from looking into others.
+pub(super) fn holders_in_the_way(config: &Config) -> Vec<(u64, Holder)> {
+    let binds: Vec<SocketAddr> =
+        config.frontends.iter().flat_map(|frontend| frontend.binds.iter().copied()).collect();
+    let ports: HashSet<u16> = binds.iter().map(SocketAddr::port).collect();
+    let mut others = holders::listening().unwrap_or_default();
+    others.retain(|other| ports.contains(&other.address.port()));
+    others.truncate(HOLDERS_MAX);
+    others
+        .iter()
+        .filter_map(|other| holders::holder(other.socket).map(|holder| (other.socket, holder)))
+        .collect()
+}
+
+/// More sockets in the way than this are not looked into.
+const HOLDERS_MAX: usize = 16;
+
+impl Refused {
+    /// Finds out what is in the way.
+    pub(super) fn new(address: SocketAddr, error: io::Error) -> Refused {
+        let taken = error.kind() == ErrorKind::AddrInUse;
+        let all = if taken { holders::listening().unwrap_or_default() } else { Vec::new() };
+        let exact = all.iter().find(|other| other.address == address);
+        let wide = all.iter().find(|other| holders::overlap(other.address, address));
+        // An IPv6 wildcard socket may take IPv4 as well.
+        let both = all.iter().find(|other| {
+            other.address.ip().is_unspecified() && other.address.port() == address.port()
+        });
+        let other = exact.or(wide).or(both).copied();
+        let holder = other.and_then(|other| holders::holder(other.socket));
+        Refused { address, error, other, holder }
+    }
+
+    /// Another socket listens there.
+    pub(super) fn taken(address: SocketAddr, other: Listening) -> Refused {
+        let holder = holders::holder(other.socket);
+        Refused { address, error: ErrorKind::AddrInUse.into(), other: Some(other), holder }
+    }
+
+    /// With the process that was found before.
+    pub(super) fn with(mut self, known: &[(u64, Holder)]) -> Refused {
+        let known =
+            known.iter().find(|(socket, _)| self.other.is_some_and(|o| o.socket == *socket));
+        self.holder = self.holder.or_else(|| known.map(|(_, holder)| holder.clone()));
+        self
+    }
+
+    /// Whether a process of this program listens there.
+    pub(super) fn is_held_by_this_program(&self) -> bool {
+        self.holder.as_ref().is_some_and(|holder| holder.program == "tidegate")
+    }
+
+    /// At its place in the file.
+    pub(super) fn problem(&self, config: &Config, origin: &Origin) -> Problem {
+        let mut message = self.to_string();
+        let backend = self.other.and_then(|other| backend_at(config, other.address));
+        if let Some(name) = &backend {
+            message.push_str(&format!("; it is backend {name} of this file"));
+        }
+        origin.error(&Spot::Bind(self.address), message, self.help(backend.is_some()))
+    }
+
+    fn help(&self, backend: bool) -> Option<String> {
+        let port = self.address.port();
+        let help = match self.error.raw_os_error() {
+            _ if backend && self.address.ip().is_unspecified() => {
+                "bind one address of this host instead of the wildcard, or move one of the two to another port"
+            }
+            Some(libc::EACCES) if port < 1024 => {
+                "ports below 1024 need the capability CAP_NET_BIND_SERVICE: AmbientCapabilities=CAP_NET_BIND_SERVICE in the systemd unit, or setcap cap_net_bind_service=ep on the program"
+            }
+            Some(libc::EADDRNOTAVAIL) => {
+                "to listen on an address that an interface gets later, write { address = \"...\", freebind = true }"
+            }
+            _ if self.other.is_some() && self.holder.is_none() => {
+                "run `ss -ltnp` as root to see which process that is"
+            }
+            _ => return None,
+        };
+        Some(help.to_owned())
+    }
+}
+
+/// `POOL/NAME` of a backend with that address.
+fn backend_at(config: &Config, address: SocketAddr) -> Option<String> {
+    let address = BackendAddress::Tcp(address);
+    config.pools.iter().find_map(|pool| {
+        let backend = pool.backends.iter().find(|backend| backend.address == address)?;
+        Some(format!("{}/{}", pool.name, backend.name))
+    })
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Refused { address, error, other, holder } = self;
+        // The kind's own words where no system call has failed.
+        let why = match error.raw_os_error() {
+            Some(_) => error.to_string(),
+            None => io::Error::from_raw_os_error(libc::EADDRINUSE).to_string(),
+        };
+        write!(f, "cannot listen on {address}: {why}")?;
+        let Some(Listening { address, user, .. }) = other else {
+            let missing = error.raw_os_error() == Some(libc::EADDRNOTAVAIL);
+            let hint = if missing { ": no interface of this host has that address" } else { "" };
+            return f.write_str(hint);
+        };
+        match holder {
+            Some(holder) if holder.pid == std::process::id() => {
+                write!(f, "; this process itself listens on {address}")
+            }
+            Some(holder) => {
+                write!(f, "; process {} ({}) listens on {address}", holder.pid, holder.program)
+            }
+            None => write!(f, "; a process of user {user} listens on {address}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(errno: i32, address: &str) -> Refused {
+        let error = io::Error::from_raw_os_error(errno);
+        Refused { address: address.parse().unwrap(), error, other: None, holder: None }
+    }
+
+    #[test]
+    fn a_low_port_names_the_capability_and_an_absent_address_the_key() {
+        let low = refused(libc::EACCES, "0.0.0.0:80").help(false).unwrap();
+        assert!(low.contains("CAP_NET_BIND_SERVICE") && low.contains("AmbientCapabilities"));
+        assert_eq!(refused(libc::EACCES, "0.0.0.0:8080").help(false), None);
+        let absent = refused(libc::EADDRNOTAVAIL, "192.0.2.1:80");
+        assert!(absent.to_string().ends_with("no interface of this host has that address"));
+        assert!(absent.help(false).unwrap().contains("freebind = true"));
+    }
+
+    #[test]
+    fn a_holder_that_was_found_before_is_named() {
+        let address = "127.0.0.1:80".parse().unwrap();
+        let other = Some(Listening { address, socket: 7, user: 33 });
+        let holder = Holder { pid: 42, program: "nginx".to_owned() };
+        let refused = Refused { other, ..refused(libc::EADDRINUSE, "0.0.0.0:80") };
+        assert!(refused.to_string().ends_with("; a process of user 33 listens on 127.0.0.1:80"));
+        assert!(refused.help(false).unwrap().contains("`ss -ltnp`"));
+        let refused = refused.with(&[(6, Holder { pid: 1, ..holder.clone() }), (7, holder)]);
+        assert!(refused.to_string().ends_with("; process 42 (nginx) listens on 127.0.0.1:80"));
+        assert_eq!(refused.help(false), None);
+    }
+}

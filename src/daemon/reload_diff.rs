@@ -1,0 +1,107 @@
+//! What a reload changes, in words: for the log at `level = "debug"`.
+//!
+//! Called by `reload` before the new configuration is in force. Pure.
+
+use crate::core::model::{Config, Pool};
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+
+/// Lines for one reload; a file that changes more says how many more.
+const LINES_MAX: usize = 200;
+
+/// One line a frontend, pool or backend that comes, goes or changes.
+pub(super) fn diff(old: &Config, new: &Config) -> Vec<String> {
+    let mut lines = Vec::new();
+    section(&mut lines, "[process]", &old.process, &new.process);
+    section(&mut lines, "[log]", &old.log, &new.log);
+    section(&mut lines, "[admin]", &old.admin, &new.admin);
+    section(&mut lines, "[heartbeat]", &old.heartbeat, &new.heartbeat);
+    let frontends = |config: &Config| {
+        let all = config.frontends.iter();
+        all.map(|it| (it.name.to_string(), it.clone())).collect::<BTreeMap<_, _>>()
+    };
+    named(&mut lines, "frontend", &frontends(old), &frontends(new));
+    let pools = |config: &Config| {
+        let bare = |pool: &Pool| Pool { backends: Vec::new(), ..pool.clone() };
+        let all = config.pools.iter();
+        all.map(|it| (it.name.to_string(), bare(it))).collect::<BTreeMap<_, _>>()
+    };
+    named(&mut lines, "pool", &pools(old), &pools(new));
+    let backends = |config: &Config| {
+        let of = |pool: &Pool| {
+            let name = pool.name.clone();
+            let all = pool.backends.iter();
+            all.map(move |it| (format!("{name}/{}", it.name), it.clone())).collect::<Vec<_>>()
+        };
+        config.pools.iter().flat_map(|pool| of(pool)).collect::<BTreeMap<_, _>>()
+    };
+    named(&mut lines, "backend", &backends(old), &backends(new));
+    let more = lines.len().saturating_sub(LINES_MAX);
+    if more > 0 {
+        lines.truncate(LINES_MAX);
+        lines.push(format!("{more} more changes"));
+    }
+    lines
+}
+
+fn section<T: PartialEq>(lines: &mut Vec<String>, name: &str, old: &T, new: &T) {
+    if old != new {
+        lines.push(format!("{name} changes"));
+    }
+}
+
+fn named<T: PartialEq + Debug>(
+    lines: &mut Vec<String>,
+    kind: &str,
+    old: &BTreeMap<String, T>,
+    new: &BTreeMap<String, T>,
+) {
+    for name in old.keys().filter(|name| !new.contains_key(*name)) {
+        lines.push(format!("{kind} {name} goes"));
+    }
+    for (name, item) in new {
+        match old.get(name) {
+            None => lines.push(format!("{kind} {name} comes")),
+            Some(before) if before != item => lines.push(format!("{kind} {name} changes")),
+            Some(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::parse;
+
+    fn config(weight: u32, backends: &[&str], port: u16) -> Config {
+        let mut text = format!("[frontend.web]\nbind = \"127.0.0.1:{port}\"\npool = \"web\"\n");
+        for name in backends {
+            text.push_str(&format!(
+                "[[pool.web.backend]]\nname = \"{name}\"\naddress = \"unix:/{name}\"\n\
+                 weight = {weight}\n"
+            ));
+        }
+        parse(&text, "t.toml").unwrap()
+    }
+
+    #[test]
+    fn what_comes_goes_and_changes_is_named_once() {
+        let old = config(1, &["a", "b"], 8080);
+        assert_eq!(diff(&old, &old), [""; 0]);
+        let new = config(1, &["b", "c"], 8081);
+        let wanted = ["frontend web changes", "backend web/a goes", "backend web/c comes"];
+        assert_eq!(diff(&old, &new), wanted);
+        assert_eq!(
+            diff(&old, &config(2, &["a"], 8080)),
+            ["backend web/b goes", "backend web/a changes"]
+        );
+    }
+
+    #[test]
+    fn a_large_change_is_cut_short_and_counted() {
+        let names: Vec<String> = (0..300).map(|n| format!("b{n}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let lines = diff(&config(1, &["a"], 8080), &config(1, &names, 8080));
+        assert_eq!((lines.len(), lines.last().unwrap().as_str()), (201, "101 more changes"));
+    }
+}

@@ -1,0 +1,340 @@
+//! Status and metrics: the picture is taken on the control thread, a slice at a
+//! time between events, and rendered on a thread of its own.
+//!
+//! Driven by the control loop. One picture is under way at a time; who asks
+//! meanwhile is answered from the next one. Whatever needs more than a copy (the
+//! workers' histograms, the kernel's facts, text) waits for that other thread.
+
+use super::control_loop::Control;
+use crate::core::control::source_ports::{PortLimits, PortWatch};
+use crate::core::control::{ControlStatus, Gathering};
+use crate::core::metrics::counters::WorkerCounters;
+use crate::core::metrics::histograms::{Delta, Merged};
+use crate::core::table::state::BackendId;
+use crate::daemon::admin::process::ProcessFacts;
+use crate::daemon::admin::{
+    self, HeartbeatCounts, ReloadCounts, ServiceState, Snapshot, UpgradeCounts,
+};
+use crate::daemon::maintenance;
+use crate::dataplane::worker::{Command, Mailbox};
+use crate::net::budget::Budget;
+use crate::net::clock;
+use crate::net::confinement::Confinement;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+/// How long a worker may take to hand its histograms over; a busy one answers
+/// within a turn, a stuck one must not hold the scrape up.
+const COLLECT_MAX: Duration = Duration::from_millis(250);
+
+/// The control thread gathers for so long before events have their turn.
+const SLICE_MAX: Duration = Duration::from_millis(1);
+
+/// Backends between two looks at the clock.
+const SLICE_STEP: usize = 32;
+
+/// Backends that may come before the workers' histograms are fetched though nobody
+/// asks for them: a worker keeps some 10 KB of each that had sessions until they
+/// are, gone or not.
+const UNCOLLECTED_MAX: u32 = crate::core::metrics::histograms::SPARE_MAX as u32;
+
+/// Who wants to read what.
+#[derive(Debug)]
+pub(super) enum Reader {
+    Status(oneshot::Sender<String>),
+    Metrics(oneshot::Sender<String>),
+}
+
+/// What the control loop keeps of it.
+#[derive(Debug, Default)]
+pub(super) struct Rendering {
+    /// For the next picture. Bounded by the admin API's connections.
+    asked: Vec<Reader>,
+    /// The picture under way, and who gets it: those who had asked when it began.
+    gathering: Option<(Gathering, Vec<Reader>)>,
+    running: Option<JoinHandle<()>>,
+    /// Backends that had been seen when the histograms were last collected.
+    collected: u32,
+}
+
+/// Everything measured; clones share it. The control thread takes it for upgrades
+/// alone.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Latencies(Arc<Mutex<Merged>>);
+
+/// Histograms that the workers were asked for.
+pub(super) struct Collecting {
+    asked: Vec<(Arc<Mailbox>, oneshot::Receiver<Option<Delta>>)>,
+    latency: Latencies,
+    /// Of whom something may be known, among the backends up to `seen`.
+    known: Vec<BackendId>,
+    seen: u32,
+}
+
+/// Histograms that have arrived.
+pub(super) struct Collected {
+    deltas: Vec<(Arc<Mailbox>, Delta)>,
+    latency: Latencies,
+    known: Vec<BackendId>,
+    seen: u32,
+}
+
+/// One moment of the whole process, to be taken to another thread.
+struct Picture {
+    control: ControlStatus,
+    workers: Vec<Arc<WorkerCounters>>,
+    engine: &'static str,
+    engine_reason: String,
+    now: Instant,
+    uptime: Duration,
+    state: ServiceState,
+    reloads: ReloadCounts,
+    transitions_unlogged: u64,
+    upgrades: UpgradeCounts,
+    table_serial: u64,
+    connections_active: u32,
+    connections_max: u32,
+    queued: HashMap<Arc<str>, usize>,
+    buffers: Arc<Budget>,
+    buffers_refused: u64,
+    warnings: Vec<String>,
+    /// What is wrong with the file since a crash.
+    note: Option<String>,
+    admin_crowded: u64,
+    confinement: Confinement,
+    control_counts: Arc<WorkerCounters>,
+    log_dropped: u64,
+    ports: Arc<PortWatch>,
+    port_limits: PortLimits,
+    started_wall: SystemTime,
+    heartbeats: HeartbeatCounts,
+    backend_metrics_max: u32,
+}
+
+// === impl Rendering ===
+
+impl Rendering {
+    /// Resolves when [`Control::render_on`] has something to do; never where
+    /// nobody has asked.
+    pub(super) async fn due(&mut self) {
+        if self.gathering.is_some() {
+            // Everybody else's turn comes first.
+            tokio::task::yield_now().await;
+        } else if let Some(running) = &mut self.running {
+            // A renderer that panics is its readers' loss alone.
+            let _ = running.await;
+            self.running = None;
+        } else if self.asked.is_empty() {
+            std::future::pending().await
+        }
+    }
+}
+
+impl Control {
+    /// Has status or metrics rendered soon.
+    pub(super) fn ask_for(&mut self, asked: Reader) {
+        self.rendering.asked.push(asked);
+    }
+
+    /// Gathers for a moment; gives the picture away once it is complete.
+    pub(super) fn render_on(&mut self) {
+        let began = clock::now();
+        if self.rendering.running.is_some() {
+            return;
+        }
+        let under_way = self.rendering.gathering.take().or_else(|| {
+            let asked = std::mem::take(&mut self.rendering.asked);
+            (!asked.is_empty()).then(|| (self.controller.begin_status(began), asked))
+        });
+        let Some((mut gathering, asked)) = under_way else { return };
+        loop {
+            let now = clock::now();
+            if now.saturating_duration_since(began) >= SLICE_MAX {
+                self.rendering.gathering = Some((gathering, asked));
+                return;
+            }
+            if !self.controller.gather(&mut gathering, SLICE_STEP, now) {
+                break;
+            }
+        }
+        let picture = self.picture(gathering.finish(), clock::now());
+        let collecting = self.start_collecting();
+        self.rendering.running = Some(tokio::spawn(async move {
+            let collected = collecting.arrive().await;
+            // It panics only where the renderer does.
+            let _ = tokio::task::spawn_blocking(move || picture.render(collected, asked)).await;
+        }));
+    }
+
+    fn picture(&self, control: ControlStatus, now: Instant) -> Picture {
+        let table = self.tables.current();
+        let rarities = self.rarities();
+        Picture {
+            control,
+            workers: self.counters.clone(),
+            engine: self.runtime.name(),
+            engine_reason: self.engine_reason.clone(),
+            now,
+            uptime: now - self.started,
+            state: match self.draining.is_none() && self.leaving.is_none() {
+                true => ServiceState::Serving,
+                false => ServiceState::Draining,
+            },
+            reloads: self.reloads,
+            transitions_unlogged: rarities.unlogged,
+            upgrades: self.upgrades.counts(),
+            table_serial: table.serial,
+            connections_active: self.sessions(),
+            connections_max: table.connections_max,
+            queued: self.shared.gate.all_queued(),
+            buffers: Arc::clone(&self.shared.buffers),
+            buffers_refused: rarities.buffers_refused,
+            warnings: self.warnings(),
+            note: self.supervised.in_force.note(),
+            admin_crowded: rarities.admin_crowded,
+            confinement: self.confined.report.clone(),
+            control_counts: Arc::clone(&self.local),
+            log_dropped: rarities.log_dropped,
+            ports: Arc::clone(&self.upkeep.ports),
+            port_limits: self.upkeep.limits(),
+            started_wall: self.started_wall,
+            heartbeats: self.reception.counts(),
+            backend_metrics_max: self.config.admin.backend_metrics_max,
+        }
+    }
+
+    /// Fetches what the workers' histograms hold though nobody asks for it, once so
+    /// many backends have come that those gone could fill the memory.
+    pub(super) fn bound_latency(&mut self) {
+        let seen = self.controller.backends_seen();
+        if seen.wrapping_sub(self.rendering.collected) >= UNCOLLECTED_MAX {
+            let collecting = self.start_collecting();
+            tokio::spawn(async move {
+                let collected = collecting.arrive().await;
+                let _ = tokio::task::spawn_blocking(move || collected.absorb()).await;
+            });
+        }
+    }
+
+    /// Fetches what the workers' histograms hold, and waits for it.
+    pub(super) async fn collect_latency(&mut self) {
+        self.start_collecting().arrive().await.absorb();
+    }
+
+    fn start_collecting(&mut self) -> Collecting {
+        let seen = self.controller.backends_seen();
+        self.rendering.collected = seen;
+        let ask = |mailbox: &Arc<Mailbox>| {
+            let (reply, answer) = oneshot::channel();
+            mailbox.send(Command::Collect(reply));
+            (Arc::clone(mailbox), answer)
+        };
+        Collecting {
+            asked: self.workers.iter().map(|worker| ask(&worker.mailbox)).collect(),
+            latency: self.latency.clone(),
+            known: self.controller.all_known().collect(),
+            seen,
+        }
+    }
+}
+
+// === impl Latencies ===
+
+impl Latencies {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Merged> {
+        // A panic half-way leaves counts that are a little too small.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Collecting ===
+
+impl Collecting {
+    /// Waits for the workers, not long for one that is stuck.
+    async fn arrive(self) -> Collected {
+        let Collecting { asked, latency, known, seen } = self;
+        let deadline = (clock::now() + COLLECT_MAX).into();
+        let mut deltas = Vec::with_capacity(asked.len());
+        for (mailbox, answer) in asked {
+            if let Ok(Ok(Some(delta))) = tokio::time::timeout_at(deadline, answer).await {
+                deltas.push((mailbox, delta));
+            }
+        }
+        Collected { deltas, latency, known, seen }
+    }
+}
+
+// === impl Collected ===
+
+impl Collected {
+    /// Merges them, and drops those of backends that are gone for good.
+    fn absorb(self) {
+        let known: HashSet<BackendId> = self.known.into_iter().collect();
+        let mut latency = self.latency.lock();
+        for (mailbox, delta) in self.deltas {
+            mailbox.send(Command::GiveBack(latency.absorb(delta)));
+        }
+        latency.retain(|id| id > self.seen || known.contains(&BackendId(id)));
+    }
+}
+
+// === impl Picture ===
+
+impl Picture {
+    fn render(self, collected: Collected, asked: Vec<Reader>) {
+        let latencies = collected.latency.clone();
+        collected.absorb();
+        let latency = latencies.lock();
+        let states = self.control.pools.iter().flat_map(|pool| &pool.backends).map(|b| &b.state);
+        let mut troubles = maintenance::troubles(&self.ports, self.port_limits, states);
+        troubles.extend(self.note.clone());
+        let snapshot = self.snapshot(&latency, &troubles);
+        let (mut status, mut metrics) = (None, None);
+        for asked in asked {
+            // A reply that finds nobody waiting any more is nobody's loss.
+            let _ = match asked {
+                Reader::Status(reply) => reply
+                    .send(status.get_or_insert_with(|| admin::status::render(&snapshot)).clone()),
+                Reader::Metrics(reply) => reply
+                    .send(metrics.get_or_insert_with(|| admin::metrics::render(&snapshot)).clone()),
+            };
+        }
+    }
+
+    fn snapshot<'a>(&'a self, latency: &'a Merged, troubles: &'a [String]) -> Snapshot<'a> {
+        Snapshot {
+            control: &self.control,
+            workers: &self.workers,
+            latency,
+            version: env!("CARGO_PKG_VERSION"),
+            engine: self.engine,
+            engine_reason: &self.engine_reason,
+            now: self.now,
+            uptime: self.uptime,
+            state: self.state,
+            reloads: self.reloads,
+            transitions_unlogged: self.transitions_unlogged,
+            upgrades: self.upgrades,
+            table_serial: self.table_serial,
+            connections_active: self.connections_active,
+            connections_max: self.connections_max,
+            warnings: &self.warnings,
+            confinement: &self.confinement,
+            admin_crowded: self.admin_crowded,
+            buffers_refused: self.buffers_refused,
+            queued: &self.queued,
+            buffers: &self.buffers,
+            troubles,
+            control_counts: &self.control_counts,
+            log_dropped: self.log_dropped,
+            ports: &self.ports,
+            port_limits: self.port_limits,
+            process: ProcessFacts::read(self.started_wall),
+            heartbeats: &self.heartbeats,
+            backend_metrics_max: self.backend_metrics_max as usize,
+        }
+    }
+}

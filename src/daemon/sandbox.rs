@@ -1,0 +1,417 @@
+//! Giving up what a balancer does not need: its user, capabilities, files, system
+//! calls.
+//!
+//! Called once by `cli::run`, as the first thing after the command line is read
+//! and what was handed to this process is taken, while there is one thread: every
+//! later one inherits its state. It opens nothing but the configuration.
+//!
+//! # The order, and why
+//!
+//! Everything is given up *before* anything is opened, not after: what a process
+//! opens at its start it must be able to open again at a reload, and the process
+//! an upgrade starts must be able to as well, for it inherits all of this. A key
+//! file that only root may read is then an error at the start, and not at the
+//! first reload at night. Low ports are bound by the one capability that is kept.
+//!
+//! 1. the directory of the admin socket is made, and given to `user`;
+//! 2. capabilities leave the bounding set, then groups, group and user change
+//!    ([`Identity::assume`]), then what is kept becomes effective and ambient;
+//! 3. `no_new_privs`, which the next two need;
+//! 4. landlock, then the seccomp filter.
+//!
+//! # What an upgrade inherits
+//!
+//! Under the supervisor nothing: it gives up no rights, starts the next process, and
+//! that one builds all of this for itself.
+//!
+//! Without a supervisor (`run --single`) all of it: landlock and seccomp cannot be
+//! loosened, and must not be stacked with each upgrade, for the kernel allows 16 layers.
+//! So the old process says in its offer what is in force, and the new one adds nothing
+//! to that.
+
+use super::admin_place::Place;
+use super::refused::holders_in_the_way;
+use super::{Failure, preflight};
+use crate::config::{self, Problems, Texts};
+use crate::core::model;
+use crate::core::model::{AccessLogTarget, AdminListen, Config, Sandbox};
+use crate::daemon::admin_place;
+use crate::net::confinement::Confinement;
+use crate::net::holders::Holder;
+use crate::net::privileges::{self, CapabilitySet, Identity};
+use crate::net::sandbox::{self, Paths};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+/// What this process has given up, and by which settings.
+#[derive(Debug)]
+pub struct Confined {
+    /// As status tells it.
+    pub(super) report: Confinement,
+    /// The settings it was confined by; `None` inside another program.
+    asked: Option<Asked>,
+    /// Where the admin API listens.
+    pub(super) admin: Option<Place>,
+    /// Processes that listen where this one is to.
+    pub(super) in_the_way: Vec<(u64, Holder)>,
+}
+
+/// The keys of `[process]` that are obeyed here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Asked {
+    user: Option<String>,
+    group: Option<String>,
+    sandbox: Sandbox,
+}
+
+/// Directories every program may need: to load libraries, to ask the user
+/// database, to start the next program.
+const SYSTEM_RUN: [&str; 9] =
+    ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt", "/nix/store", "/gnu/store"];
+
+/// Settings of the system and what the kernel says.
+const SYSTEM_READ: [&str; 5] = ["/etc", "/proc", "/sys", "/dev/null", "/dev/urandom"];
+
+/// With `sandbox = "auto"`: a later configuration may name a key or a list that lies
+/// anywhere, and no running process can be let in there afterwards. Who may read
+/// what is left to the owners and modes of files.
+const ANYWHERE: &str = "/";
+
+/// With `sandbox = "auto"`: where a later configuration is most likely to write.
+const LOGS: &str = "/var/log";
+
+/// What the one user beside root needs: to bind low ports, now and at a reload.
+const FOR_A_USER: CapabilitySet = CapabilitySet::NET_BIND_SERVICE;
+
+/// What a root that stays root keeps beside that: files of whatever owner, pipes
+/// and locked memory beyond what one user gets. All else is given up: no other
+/// identity, no devices, no modules, no other process's memory.
+const FOR_ROOT: CapabilitySet =
+    CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::SYS_RESOURCE).union(CapabilitySet::IPC_LOCK);
+
+/// For a receive buffer that a flood of heartbeats fits in (socket(7),
+/// SO_RCVBUFFORCE).
+const FOR_HEARTBEATS: CapabilitySet = CapabilitySet::NET_ADMIN;
+
+impl Default for Confined {
+    /// Inside another program, which is to confine itself.
+    fn default() -> Confined {
+        Confined {
+            report: Confinement::none("this balancer runs inside another program"),
+            asked: None,
+            admin: None,
+            in_the_way: Vec::new(),
+        }
+    }
+}
+
+/// What the process before says of confinement.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Before<'a> {
+    /// The layers that stand already.
+    pub inherited: &'a [String],
+    /// Where its admin API listens.
+    pub admin: Option<&'a str>,
+    /// There is one, and this one takes its addresses over.
+    pub upgrade: bool,
+    /// What this process starts with in the place of its files.
+    pub instead: Option<&'a Texts>,
+}
+
+/// Confines this process by the settings in the file at `path`.
+///
+/// `before` is what this process has from the one before it.
+///
+/// # Errors
+/// The configuration is bad; the user cannot be assumed; or `sandbox = "on"` and
+/// something of it cannot be had. The process is to end then.
+pub fn confine(
+    path: &Path,
+    pid_file: Option<&Path>,
+    before: Before<'_>,
+) -> Result<Confined, Failure> {
+    let Before { inherited, admin: place_before, upgrade, instead } = before;
+    // Only what is needed to become who is to read the rest.
+    let outline = instead.map_or_else(|| config::outline(path), config::outline_kept);
+    let Ok((mut config, origin)) = outline else {
+        let problems = config::load(path).err();
+        let changed = || Failure::Runtime(changed_meanwhile());
+        return Err(problems.map_or_else(changed, Failure::Config));
+    };
+    let process = &config.process;
+    let asked = Asked {
+        user: process.user.clone(),
+        group: process.group.clone(),
+        sandbox: process.sandbox,
+    };
+    if privileges::threads().is_some_and(|count| count > 1) {
+        return Err(Failure::Runtime("cannot give up privileges: there are threads".to_owned()));
+    }
+    let mut report = Confinement::none("sandbox = \"off\"");
+    // An upgrade takes the addresses from the process before.
+    let in_the_way = if !upgrade { holders_in_the_way(&config) } else { Vec::new() };
+    let identity = preflight::identity(&config, &origin)
+        .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
+    let admin = admin_place(&config, identity.as_ref(), place_before)?;
+    config.admin.listen = admin.listen.clone();
+    let process = &config.process;
+    if let Some(identity) = &identity {
+        become_user(identity, for_a_user(&config))?;
+    }
+    if process.sandbox != Sandbox::Off {
+        // Without success nothing is held that was not held before: told below.
+        let _ = privileges::reduce(kept(&config));
+    }
+    tell_privileges(&mut report, kept(&config));
+    if process.sandbox != Sandbox::Off || !inherited.is_empty() {
+        wall_in(&mut report, &paths(path, pid_file, &config), inherited);
+    }
+    if process.sandbox == Sandbox::On {
+        demand(&report)?;
+    }
+    Ok(Confined { report, asked: Some(asked), admin: Some(admin), in_the_way })
+}
+
+fn changed_meanwhile() -> String {
+    "the configuration changed while the process started".to_owned()
+}
+
+fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> {
+    let refused = |what: &str, error: &dyn std::fmt::Display| {
+        let (user, us) = (&identity.name, privileges::whoami());
+        Failure::Runtime(format!(
+            "[process] user: {us} cannot become {user}: cannot {what}: {error}"
+        ))
+    };
+    if !identity.is_ours() {
+        identity.assume(keep).map_err(|(what, error)| refused(what, &error))?;
+    }
+    privileges::hide_memory().map_err(|error| refused("keep its memory to itself", &error))
+}
+
+/// Where the admin API listens. A process that becomes another user has its
+/// directory made here, because it could not make it afterwards.
+fn admin_place(
+    config: &Config,
+    identity: Option<&Identity>,
+    before: Option<&str>,
+) -> Result<Place, Failure> {
+    if identity.is_none() && config.admin.is_default() {
+        return admin_place::settle(&config.admin, before);
+    }
+    prepare_directory(config, identity)?;
+    Ok(Place { listen: config.admin.listen.clone(), reason: None })
+}
+
+/// Makes the directory of the admin socket if it is missing, for the user that binds
+/// the socket in it.
+fn prepare_directory(config: &Config, identity: Option<&Identity>) -> Result<(), Failure> {
+    let AdminListen::Unix(socket) = &config.admin.listen else { return Ok(()) };
+    let directory = directory_of(socket);
+    if directory.exists() {
+        return Ok(());
+    }
+    let made = || -> std::io::Result<()> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&directory)?;
+        if let Some(identity) = identity.filter(|identity| !identity.is_ours()) {
+            let (user, group) = identity.owner();
+            std::os::unix::fs::chown(&directory, Some(user), Some(group))?;
+        }
+        Ok(())
+    };
+    made().map_err(|error| {
+        let directory = directory.display();
+        Failure::Runtime(format!(
+            "cannot make {directory} for the admin socket: {error}; make it, or set [admin] listen"
+        ))
+    })
+}
+
+/// What this process may keep, being who it is by now.
+fn kept(config: &Config) -> CapabilitySet {
+    let more = if privileges::is_root() { FOR_ROOT } else { CapabilitySet::empty() };
+    for_a_user(config) | more
+}
+
+fn for_a_user(config: &Config) -> CapabilitySet {
+    match config.heartbeat {
+        Some(_) => FOR_A_USER | FOR_HEARTBEATS,
+        None => FOR_A_USER,
+    }
+}
+
+fn tell_privileges(report: &mut Confinement, most: CapabilitySet) {
+    let who = privileges::whoami();
+    let root = privileges::is_root();
+    report.set(
+        "user",
+        if root { Err(format!("runs as {who}; set [process] user")) } else { Ok(who) },
+    );
+    let state = match privileges::held() {
+        Ok(held) if most.contains(held) => Ok(privileges::names(held)),
+        Ok(held) if held.bits().count_ones() > MANY => Err("more than are needed".to_owned()),
+        Ok(held) => Err(format!("more than are needed: {}", privileges::names(held))),
+        Err(error) => Err(error.to_string()),
+    };
+    report.set("capabilities", state);
+    if privileges::gains_none() {
+        report.set("no_new_privs", Ok("set by who started this process".to_owned()));
+    }
+}
+
+/// Where files are to be written elsewhere than those at the start were.
+const HINT: &str = "(the sandbox lets this process write into /var/log and the directories \
+                    alone that its configuration named at the start: a restart names others)";
+
+/// With `sandbox = "on"`.
+const HINT_STRICT: &str = "(the sandbox lets this process into the directories alone that its \
+                           configuration named at the start, and those of its program: a \
+                           restart names others)";
+
+/// More names than that tell nobody anything.
+const MANY: u32 = 8;
+
+/// `no_new_privs`, landlock and seccomp; what was `inherited` stands already.
+fn wall_in(report: &mut Confinement, paths: &Paths, inherited: &[String]) {
+    let before = "by the process before";
+    let have = |layer: &str| inherited.iter().any(|one| one == layer);
+    if let Err(error) = privileges::gain_none() {
+        let why = format!("the kernel refuses: {error}");
+        for layer in ["no_new_privs", "landlock", "seccomp"] {
+            report.set(layer, Err(why.clone()));
+        }
+        return;
+    }
+    report.set("no_new_privs", Ok("set".to_owned()));
+    let landlock = match have("landlock") {
+        true => Ok(before.to_owned()),
+        false => sandbox::close_files(paths),
+    };
+    report.set("landlock", landlock);
+    let seccomp = match have("seccomp") && sandbox::calls_are_closed() {
+        true => Ok(before.to_owned()),
+        false => sandbox::close_calls(),
+    };
+    report.set("seccomp", seccomp);
+}
+
+/// `sandbox = "on"`: all of it, or nothing.
+fn demand(report: &Confinement) -> Result<(), Failure> {
+    let missing: Vec<String> = report
+        .layers()
+        .iter()
+        .filter(|one| one.layer != "user" && !one.in_force)
+        .map(|one| format!("{} ({})", one.layer, one.detail))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let why = format!("sandbox = \"on\", and this cannot be had: {}", missing.join(", "));
+    Err(Failure::Runtime(why))
+}
+
+/// What stays open: what this configuration names, and what every program needs.
+/// Always whole directories: files are replaced by renaming.
+fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths {
+    let mut paths = Paths {
+        run: SYSTEM_RUN.map(PathBuf::from).to_vec(),
+        read: SYSTEM_READ.map(PathBuf::from).to_vec(),
+        write: Vec::new(),
+    };
+    if config.process.sandbox == Sandbox::Auto {
+        paths.read.push(PathBuf::from(ANYWHERE));
+        paths.write.push(PathBuf::from(LOGS));
+    }
+    // Where the next program is looked for; releases lie beside each other.
+    for program in [std::env::current_exe().ok(), std::env::args_os().next().map(PathBuf::from)] {
+        let Some(program) = program.filter(|program| program.components().count() > 1) else {
+            continue;
+        };
+        let directory = directory_of(&program);
+        let beside = directory.parent().map(Path::to_owned);
+        paths.run.extend(beside.filter(|beside| beside.parent().is_some()));
+        paths.run.push(directory);
+    }
+    let named = config.heartbeat.iter().flat_map(|it| &it.keys).map(|key| &key.file);
+    let lists = config.frontends.iter().filter_map(|frontend| frontend.sources.as_deref());
+    let lists = lists.flat_map(|rules| rules.allow_file.iter().chain(&rules.deny_file));
+    let read = named.chain(lists).chain(&config.admin.token_file).map(PathBuf::as_path);
+    for file in read.chain([config_path]) {
+        paths.read.extend(directories_of(file));
+    }
+    let admin = match &config.admin.listen {
+        AdminListen::Unix(socket) => Some(socket.as_path()),
+        AdminListen::Tcp(_) => None,
+    };
+    let access = match &config.log.access {
+        AccessLogTarget::File(path) => Some(path.as_path()),
+        AccessLogTarget::Off | AccessLogTarget::Stdout => None,
+    };
+    for file in [admin, access, pid_file].into_iter().flatten() {
+        paths.write.extend(directories_of(file));
+    }
+    paths
+}
+
+/// Where a file lies, by its name and, where it is a link, by what that names.
+fn directories_of(file: &Path) -> Vec<PathBuf> {
+    let real = std::fs::canonicalize(file).ok();
+    [Some(file.to_owned()), real].into_iter().flatten().map(|path| directory_of(&path)).collect()
+}
+
+fn directory_of(file: &Path) -> PathBuf {
+    match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
+// === impl Confined ===
+
+impl Confined {
+    /// Refuses a configuration with other settings than those obeyed: it was
+    /// written while the process started.
+    pub(super) fn check(&self, config: &Config) -> Result<(), Failure> {
+        let model::Process { user, group, sandbox, .. } = &config.process;
+        let now = Asked { user: user.clone(), group: group.clone(), sandbox: *sandbox };
+        match &self.asked {
+            Some(asked) if *asked != now => Err(Failure::Runtime(changed_meanwhile())),
+            _ => Ok(()),
+        }
+    }
+
+    /// `why`, with a word on what may be behind it where it is a refusal of the
+    /// kernel's that this process has brought upon itself.
+    pub(super) fn explain(&self, why: String) -> String {
+        let hint = match &self.asked {
+            Some(Asked { sandbox: Sandbox::On, .. }) => HINT_STRICT,
+            _ => HINT,
+        };
+        let refused = why.contains("ermission denied");
+        if !refused || !self.report.holds("landlock") || why.contains(hint) {
+            return why;
+        }
+        format!("{why} {hint}")
+    }
+
+    /// What every process this one starts is within.
+    pub(super) fn inherited(&self) -> Vec<String> {
+        let walls = ["landlock", "seccomp"].into_iter();
+        walls.filter(|layer| self.report.holds(layer)).map(str::to_owned).collect()
+    }
+
+    /// Says in one line what is in force; a warning where that is less than was
+    /// asked for.
+    pub(super) fn announce(&self) {
+        let line = self.report.line();
+        let short = self.report.layers().iter().any(|one| !one.in_force && one.layer != "user");
+        match &self.asked {
+            None => {}
+            Some(Asked { sandbox: Sandbox::Off, .. }) => {
+                tracing::info!("confined by the settings alone: {line}");
+            }
+            Some(_) if short => tracing::warn!("confined, with less than there could be: {line}"),
+            Some(_) => tracing::info!("confined: {line}"),
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! What a process has of its supervisor: sockets kept from a process before, the way to
+//! have some kept, and a place for what the next process is to know if this one crashes.
+//!
+//! Made by `cli::run`, owned by the control loop. Without a supervisor everything here
+//! does nothing.
+
+use super::activation::Activated;
+use super::binds::{Group, Holder};
+use super::in_force::InForce;
+use super::upgrade::OfferedAdmin;
+use crate::config::Texts;
+use crate::core::control::Controller;
+use crate::core::control::handover::{Saved, Saving};
+use crate::core::model::Admin;
+use crate::daemon::admin::{self, AdminListener};
+use crate::net::clock;
+use crate::supervisor::{Given, Link, News, Store};
+use serde::{Deserialize, Serialize};
+use socket2::Socket;
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::process::ExitStatus;
+use std::sync::{Arc, mpsc as sync};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// What is known is left with the supervisor at most so often, and so that it takes one
+/// part in [`SHARE`] of the control thread's time.
+const PACE: Duration = Duration::from_secs(1);
+const SHARE: u32 = 50;
+
+/// It is gathered for so long before events have their turn, and for this long they
+/// have it.
+const SLICE_MAX: Duration = Duration::from_millis(1);
+
+/// Backends between two looks at the clock.
+const SLICE_STEP: usize = 32;
+
+/// Without a due time.
+const FAR: Duration = Duration::from_secs(3600);
+
+/// From this start in a row on, what the process before knew is not taken up: it may be
+/// what ends them.
+const WITHOUT_KNOWLEDGE: u8 = 3;
+
+/// A process's supervisor, if it has one.
+#[derive(Debug, Default)]
+pub struct Supervised {
+    link: Option<Arc<Link>>,
+    given: Option<Given>,
+    pub(super) in_force: InForce,
+    /// Addresses for heartbeats whose sockets are kept.
+    hearts: Vec<SocketAddr>,
+    intents: Option<Store>,
+    /// Takes what is known to the thread that writes it.
+    writer: Option<sync::SyncSender<Snapshot>>,
+    /// Gathered and not taken yet: the thread still writes the one before.
+    waiting: Option<Snapshot>,
+    /// Being gathered, and the time it has taken so far.
+    saving: Option<(Saving, Duration)>,
+    changed: bool,
+    next_write: Option<Instant>,
+    news: Option<mpsc::UnboundedReceiver<News>>,
+}
+
+/// The names sockets are kept by.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Name {
+    /// A bind address.
+    Bind(SocketAddr, Holder),
+    /// The admin listener.
+    Admin(OfferedAdmin),
+    /// An address for heartbeats.
+    Heartbeats(SocketAddr),
+    /// What a service manager has passed, by its word for it.
+    Activated(String),
+}
+
+/// Everything known, but for counts.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Snapshot {
+    /// Of the configuration in force.
+    pub(super) digest: u64,
+    pub(super) state: Saved,
+}
+
+/// Sockets of a process that has crashed, or of a service manager.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    binds: BTreeMap<SocketAddr, Group>,
+    admin: Option<(OfferedAdmin, OwnedFd)>,
+    heartbeats: Vec<(SocketAddr, OwnedFd)>,
+    pub(super) activated: Option<Activated>,
+}
+
+/// What a service manager has passed, for the supervisor to keep.
+pub fn activated_name(name: &str) -> String {
+    name_of(&Name::Activated(name.to_owned()))
+}
+
+// === impl Supervised ===
+
+impl Supervised {
+    /// By what the supervisor has said first, for a start with the configuration file at
+    /// `path`.
+    pub fn new(link: Arc<Link>, mut given: Given, path: &Path) -> Supervised {
+        let in_force = InForce::of(&mut given, path);
+        Supervised { link: Some(link), given: Some(given), in_force, ..Supervised::default() }
+    }
+
+    /// The texts that this process starts with in the place of its files.
+    pub fn instead(&self) -> Option<&Texts> {
+        self.in_force.instead()
+    }
+
+    /// Whether this process goes on with the sockets of one that has crashed.
+    pub fn takes_over(&self) -> bool {
+        self.given.as_ref().is_some_and(|given| given.before.is_some())
+    }
+
+    /// The way to it.
+    pub(super) fn link(&self) -> Option<&Arc<Link>> {
+        self.link.as_ref()
+    }
+
+    /// Begins to hear from it, and takes what the process before has left. To be called
+    /// within the control thread's runtime, once this process is confined.
+    pub(super) fn begin(&mut self) -> Result<(Kept, Option<Snapshot>), String> {
+        let (Some(link), Some(given)) = (&self.link, self.given.take()) else {
+            return Ok((Kept::default(), None));
+        };
+        let no_thread = |error: io::Error| format!("cannot start a thread: {error}");
+        let (tell, news) = mpsc::unbounded_channel();
+        link.listen(move |one| {
+            // Nobody listens any more: this process is ending.
+            let _ = tell.send(one);
+        })
+        .map_err(no_thread)?;
+        self.news = Some(news);
+        if let Some(before) = &given.before {
+            tracing::error!(attempt = given.attempt, "{before}; this process takes its place");
+        }
+        self.in_force.announce();
+        let known = given.before.is_some().then(|| known(&given));
+        let (writer, snapshots) = sync::sync_channel(1);
+        let write = move || write_all(&given.known, &snapshots);
+        std::thread::Builder::new().name("snapshot".to_owned()).spawn(write).map_err(no_thread)?;
+        (self.writer, self.intents) = (Some(writer), Some(given.intents));
+        Ok((Kept::of(given.held)?, known))
+    }
+
+    /// The next thing to act on; never without a supervisor.
+    pub(super) async fn news(&mut self) -> News {
+        match &mut self.news {
+            Some(news) => match news.recv().await {
+                Some(one) => one,
+                None => std::future::pending().await,
+            },
+            None => std::future::pending().await,
+        }
+    }
+
+    // --- sockets ---
+
+    /// Has copies of an address's sockets kept.
+    pub(super) fn hold(&self, address: SocketAddr, group: &Group) {
+        if let Some(link) = &self.link {
+            let sockets = group.sockets.iter().map(|socket| socket.as_fd());
+            link.hold(&name_of(&Name::Bind(address, group.holder)), sockets);
+        }
+    }
+
+    /// The address is given up.
+    pub(super) fn release(&self, address: SocketAddr, group: &Group) {
+        if let Some(link) = &self.link {
+            link.release(&name_of(&Name::Bind(address, group.holder)));
+        }
+    }
+
+    /// Has a copy of the admin listener kept.
+    pub(super) fn hold_admin(&self, offered: OfferedAdmin, socket: &OwnedFd) {
+        if let Some(link) = &self.link {
+            link.hold(&name_of(&Name::Admin(offered)), std::iter::once(socket.as_fd()));
+        }
+    }
+
+    /// Has copies of the sockets for heartbeats kept, those and no others.
+    pub(super) fn hold_heartbeats(&mut self, sockets: &[(SocketAddr, OwnedFd)]) {
+        let Some(link) = &self.link else { return };
+        let name = |address: SocketAddr| name_of(&Name::Heartbeats(address));
+        self.hearts.retain(|held| {
+            let stays = sockets.iter().any(|(address, _)| address == held);
+            if !stays {
+                link.release(&name(*held));
+            }
+            stays
+        });
+        for (address, socket) in sockets {
+            if !self.hearts.contains(address) {
+                link.hold(&name(*address), std::iter::once(socket.as_fd()));
+                self.hearts.push(*address);
+            }
+        }
+    }
+
+    // --- what the next process is to know ---
+
+    /// Something is known that was not: to be written soon.
+    pub(super) fn changed(&mut self) {
+        self.changed = true;
+    }
+
+    /// When [`Supervised::write`] is wanted.
+    pub(super) fn next_write(&self, now: Instant) -> Instant {
+        let wanted = self.changed || self.saving.is_some() || self.waiting.is_some();
+        match (&self.writer, wanted) {
+            (Some(_), true) => self.next_write.unwrap_or(now),
+            _ => now + FAR,
+        }
+    }
+
+    /// Leaves everything known with the supervisor. Gathering many backends takes
+    /// several calls; what changes meanwhile is in the next snapshot.
+    pub(super) fn write(&mut self, digest: u64, controller: &Controller) {
+        let begun = clock::now();
+        if let Some(waiting) = self.waiting.take() {
+            self.hand_over(waiting);
+            self.next_write = Some(begun + PACE);
+            return;
+        }
+        // A reload has another digest: it is begun once more.
+        let saving = self.saving.take().filter(|(saving, _)| controller.can_go_on(saving));
+        let (mut saving, spent) = saving.unwrap_or_else(|| {
+            self.changed = false;
+            (controller.begin_save(begun), Duration::ZERO)
+        });
+        let complete = loop {
+            if !controller.save_on(&mut saving, SLICE_STEP) {
+                break true;
+            }
+            if clock::now().saturating_duration_since(begun) >= SLICE_MAX {
+                break false;
+            }
+        };
+        if complete {
+            self.hand_over(Snapshot { digest, state: controller.end_save(saving) });
+            let now = clock::now();
+            let spent = spent + now.saturating_duration_since(begun);
+            self.next_write = Some(now + PACE.max(spent * SHARE));
+        } else {
+            let now = clock::now();
+            self.saving = Some((saving, spent + now.saturating_duration_since(begun)));
+            self.next_write = Some(now + SLICE_MAX);
+        }
+    }
+
+    /// Gives it to the thread that writes, or keeps it until that has time: to drop
+    /// thousands of backends takes as long as to gather them.
+    fn hand_over(&mut self, snapshot: Snapshot) {
+        let Some(writer) = &self.writer else { return };
+        if let Err(sync::TrySendError::Full(snapshot)) = writer.try_send(snapshot) {
+            self.waiting = Some(snapshot);
+        }
+    }
+
+    /// Leaves operators' intents there, at once.
+    pub(super) fn write_intents(&mut self, controller: &Controller) {
+        let Some(store) = &self.intents else { return };
+        let intents = controller.save_intents(clock::now());
+        let written = serde_json::to_vec(&intents).map_err(io::Error::other);
+        if let Err(error) = written.and_then(|text| store.write(&text)) {
+            tracing::warn!(%error, "a crash would lose the operators' last wishes");
+        }
+    }
+
+    /// Those that another process may have left there since.
+    pub(super) fn read_intents(&self) -> Option<Saved> {
+        serde_json::from_slice(&self.intents.as_ref()?.read()?).ok()
+    }
+}
+
+/// All that a process before has left, with operators' last intents.
+fn known(given: &Given) -> Snapshot {
+    let read = |store: &Store| store.read();
+    let text = read(&given.known).filter(|_| given.attempt < WITHOUT_KNOWLEDGE);
+    let parsed = text.and_then(|text| serde_json::from_slice(&text).ok());
+    let mut known: Snapshot = parsed.unwrap_or_default();
+    let intents = read(&given.intents).and_then(|text| serde_json::from_slice(&text).ok());
+    if let Some(intents) = intents {
+        known.state.set_intents(&intents);
+    }
+    known
+}
+
+fn write_all(store: &Store, snapshots: &sync::Receiver<Snapshot>) {
+    while let Ok(Snapshot { digest, state }) = snapshots.recv() {
+        let snapshot = Snapshot { digest, state: state.without_counts() };
+        let written = serde_json::to_vec(&snapshot).map_err(io::Error::other);
+        if let Err(error) = written.and_then(|text| store.write(&text)) {
+            tracing::warn!(%error, "a crash would lose what is known of the backends");
+        }
+    }
+}
+
+fn name_of(name: &Name) -> String {
+    serde_json::to_string(name).unwrap_or_default()
+}
+
+// === impl Kept ===
+
+impl Kept {
+    fn of(held: Vec<(String, Vec<OwnedFd>)>) -> Result<Kept, String> {
+        let mut kept = Kept::default();
+        let mut activated = Vec::new();
+        for (name, sockets) in held {
+            match serde_json::from_str(&name) {
+                Ok(Name::Bind(address, holder)) => {
+                    let sockets = sockets.into_iter().map(|fd| Arc::new(Socket::from(fd)));
+                    kept.binds.insert(address, Group { sockets: sockets.collect(), holder });
+                }
+                Ok(Name::Admin(offered)) => {
+                    kept.admin = sockets.into_iter().next().map(|socket| (offered, socket));
+                }
+                Ok(Name::Heartbeats(address)) => {
+                    kept.heartbeats.extend(sockets.into_iter().map(|socket| (address, socket)));
+                }
+                Ok(Name::Activated(name)) => {
+                    activated.extend(sockets.into_iter().map(|fd| (name.clone(), fd)));
+                }
+                // Of another version of this program, and of no use to this one.
+                Err(_) => {}
+            }
+        }
+        if !activated.is_empty() {
+            kept.activated = Some(Activated::of(activated).map_err(|why| why.to_string())?);
+        }
+        Ok(kept)
+    }
+
+    /// What the configuration is to find bound.
+    pub(super) fn take_binds(&mut self) -> BTreeMap<SocketAddr, Group> {
+        std::mem::take(&mut self.binds)
+    }
+
+    /// What heartbeats are received on.
+    pub(super) fn take_heartbeats(&mut self) -> Vec<(SocketAddr, OwnedFd)> {
+        std::mem::take(&mut self.heartbeats)
+    }
+
+    /// The admin listener, where it is the one that `wanted` names.
+    pub(super) fn take_admin(&mut self, wanted: &Admin) -> Option<AdminListener> {
+        let (offered, socket) = self.admin.take()?;
+        (offered.listen == wanted.listen.to_string())
+            .then(|| admin::take_over(wanted, socket, offered.file))?
+    }
+}
+
+/// In words, for the log.
+pub(super) fn in_words(status: ExitStatus) -> String {
+    format!("the new process ended at once ({status})")
+}

@@ -1,0 +1,283 @@
+//! The new process's side: takes what the old one offers, and its place.
+//!
+//! Called by `start` in the order of the messages. Every step may wait, and does
+//! so before anything is served; if any fails, this process ends and the old one
+//! goes on. It accepts nothing before it has said that it serves.
+
+use super::message::{
+    Commit, Farewell, Hello, LEVEL, Message, MessageError, Offer, PROTOCOL, Ready, SavedLatency,
+    Serving,
+};
+use super::reports::{Order, Report, Writer};
+use crate::core::model::Admin;
+use crate::daemon::Failure;
+use crate::daemon::admin::{self, AdminListener};
+use crate::daemon::binds::Group;
+use crate::daemon::upgrade::message;
+use crate::net::clock;
+use crate::net::fd_channel::Channel;
+use socket2::Socket;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot};
+
+/// How long the old process may take for each of its messages; it has them at
+/// hand, and kills this one at its own deadline.
+const WORD_MAX: Duration = Duration::from_secs(30);
+
+/// Words of the old process that may wait for the control loop.
+const WORDS_MAX: usize = 16;
+
+/// How long a farewell may take: the old process is to be gone by its deadline.
+const FAREWELL_MAX: Duration = Duration::from_secs(2);
+
+/// How long an old process may drain: it hangs up when it ends, in whatever way,
+/// so this only has to be longer than any drain.
+pub(super) const DRAIN_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// What this process was given by another of its kind.
+#[derive(Debug)]
+pub struct Predecessor {
+    channel: Channel,
+    stderr: OwnedFd,
+    admin: Option<OwnedFd>,
+    sockets: BTreeMap<SocketAddr, Group>,
+    heartbeats: Vec<(SocketAddr, OwnedFd)>,
+    counts: Option<OwnedFd>,
+    offer: Offer,
+}
+
+/// The way to a process that still drains.
+#[derive(Debug)]
+pub(in crate::daemon) struct Draining {
+    words: mpsc::Receiver<Word>,
+    /// `None` where it takes no orders.
+    orders: Option<Writer>,
+}
+
+/// What a process that drains says.
+#[derive(Debug)]
+pub(in crate::daemon) enum Word {
+    Report(Report),
+    /// It ends now, and says nothing more.
+    Farewell(Box<Commit>),
+}
+
+// === impl Predecessor ===
+
+impl Predecessor {
+    /// Greets the old process, if there is one that has started this one, and
+    /// takes its offer. To be called before anything reads standard input.
+    ///
+    /// # Errors
+    /// There is one and it is not to be understood.
+    pub fn greet() -> Result<Option<Predecessor>, Failure> {
+        if std::env::var_os(crate::net::fd_channel::MARK).is_none() {
+            return Ok(None);
+        }
+        let channel = Channel::from_stdin().map_err(|error| trouble(&error))?;
+        greet(channel).map(Some).map_err(|error| trouble(&error))
+    }
+
+    /// What `config` is to find bound.
+    pub(in crate::daemon) fn take_sockets(&mut self) -> BTreeMap<SocketAddr, Group> {
+        std::mem::take(&mut self.sockets)
+    }
+
+    /// Where heartbeats are received.
+    pub(in crate::daemon) fn take_heartbeats(&mut self) -> Vec<(SocketAddr, OwnedFd)> {
+        std::mem::take(&mut self.heartbeats)
+    }
+
+    /// The file of the counts it shares.
+    pub(in crate::daemon) fn take_counts(&mut self) -> Option<OwnedFd> {
+        self.counts.take()
+    }
+
+    /// Where its admin API listens.
+    pub fn admin_listen(&self) -> Option<&str> {
+        Some(self.offer.admin.as_ref()?.listen.as_str())
+    }
+
+    /// The admin listener, where it is the one that `admin` names.
+    pub(in crate::daemon) fn take_admin(&mut self, admin: &Admin) -> Option<AdminListener> {
+        let (fd, offered) = (self.admin.take()?, self.offer.admin.as_ref()?);
+        if offered.listen != admin.listen.to_string() {
+            return None;
+        }
+        admin::take_over(admin, fd, offered.file)
+    }
+
+    /// What confines that process, and so this one.
+    pub fn confined(&self) -> &[String] {
+        &self.offer.confined
+    }
+
+    /// What is known, for the first table.
+    pub(in crate::daemon) fn state(&self) -> &crate::core::control::handover::Saved {
+        &self.offer.state
+    }
+
+    /// The number of a configuration with that digest.
+    pub(in crate::daemon) fn generation_of(&self, digest: u64) -> u64 {
+        let before = self.offer.state.generation;
+        if digest == self.offer.digest { before } else { before.saturating_add(1) }
+    }
+
+    /// Says that everything is built, and waits for the word to take over, with
+    /// what is known by then.
+    pub(in crate::daemon) fn ready(
+        &self,
+        not_taken: Vec<SocketAddr>,
+        admin_taken: bool,
+        generation: u64,
+        shares: bool,
+    ) -> Result<Commit, Failure> {
+        let ready = Ready { not_taken, admin_taken, generation, shares };
+        tracing::debug!(generation, admin_taken, "ready to take over from the old process");
+        let deadline = clock::now() + WORD_MAX;
+        message::send(&self.channel, &ready, &[], deadline).map_err(|error| trouble(&error))?;
+        let known = || {
+            let frame = self.channel.receive(deadline)?;
+            message::receive_known(&self.channel, &frame, deadline)
+        };
+        known().map_err(|error: MessageError| trouble(&error))
+    }
+
+    /// As [`Predecessor::serving`], but in here and without a word.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn wait_for_farewell(self, deadline: Instant) -> Result<Farewell, MessageError> {
+        let frame = self.channel.receive(deadline)?;
+        message::receive_known(&self.channel, &frame, deadline)
+    }
+
+    /// Says that this process serves from now on, takes over the old one's
+    /// standard error, and listens for its farewell.
+    pub(in crate::daemon) fn serving(self) -> Result<Draining, Failure> {
+        let deadline = clock::now() + WORD_MAX;
+        message::send(&self.channel, &Serving {}, &[], deadline)
+            .map_err(|error| trouble(&error))?;
+        tracing::debug!("this process serves; the old one stops accepting");
+        // On failure the log ends with the old process, which is no reason not
+        // to serve.
+        let _ = rustix::stdio::dup2_stderr(&self.stderr);
+        let (tell, words) = mpsc::channel(WORDS_MAX);
+        let channel = self.channel;
+        let orders = match self.offer.level {
+            0 => None,
+            _ => channel.try_clone().and_then(Writer::start).ok(),
+        };
+        // Nobody to be told: this process is ending itself.
+        let wait = move || while listen(&channel, &tell).is_some() {};
+        let named = std::thread::Builder::new().name("predecessor".to_owned());
+        if let Err(error) = named.spawn(wait) {
+            tracing::warn!(%error, "the old process's last sessions will not be counted");
+        }
+        Ok(Draining { words, orders })
+    }
+}
+
+/// Passes one word on; `None` after the last.
+fn listen(channel: &Channel, tell: &mpsc::Sender<Word>) -> Option<()> {
+    let frame = channel.receive(clock::now() + DRAIN_MAX).ok()?;
+    if frame.kind == Report::KIND {
+        return tell.blocking_send(Word::Report(message::decode(&frame).ok()?)).ok();
+    }
+    let deadline = clock::now() + WORD_MAX;
+    let Farewell(last) = message::receive_known(channel, &frame, deadline).ok()?;
+    let _ = tell.blocking_send(Word::Farewell(Box::new(last)));
+    None
+}
+
+pub(super) fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
+    let deadline = clock::now() + WORD_MAX;
+    let hello = Hello {
+        protocols: (PROTOCOL, PROTOCOL),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        level: LEVEL,
+    };
+    message::send(&channel, &hello, &[], deadline)?;
+    let frame = channel.receive(deadline)?;
+    let offer: Offer = message::decode(&frame)?;
+    let mut fds = frame.fds.into_iter();
+    let lost = |wanted: usize| crate::net::fd_channel::ChannelError::LostDescriptors {
+        came: wanted.saturating_sub(1),
+        wanted,
+    };
+    let stderr = fds.next().ok_or(lost(1))?;
+    let admin = match offer.admin {
+        Some(_) => Some(fds.next().ok_or(lost(2))?),
+        None => None,
+    };
+    let mut sockets = BTreeMap::new();
+    for bind in &offer.listeners {
+        let mut group = Group { sockets: Vec::new(), holder: bind.holder };
+        for _ in 0..bind.sockets {
+            let fd = fds.next().ok_or(lost(bind.sockets as usize))?;
+            group.sockets.push(Arc::new(Socket::from(fd)));
+        }
+        sockets.insert(bind.address, group);
+    }
+    let heartbeats = offer.heartbeats.iter().copied().zip(fds.by_ref()).collect();
+    let counts = if offer.counts { fds.next() } else { None };
+    Ok(Predecessor { channel, stderr, admin, sockets, heartbeats, counts, offer })
+}
+
+fn trouble(error: &dyn std::fmt::Display) -> Failure {
+    Failure::Runtime(format!("cannot take over from the process before: {error}"))
+}
+
+// === impl Draining ===
+
+impl Draining {
+    /// What the old process says next; `None`: it has ended without a farewell.
+    pub(in crate::daemon) async fn next(&mut self) -> Option<Word> {
+        self.words.recv().await
+    }
+
+    /// Has it do something; gives what tells that the order is sent. An older program
+    /// takes no orders; one that does not read has missed it.
+    pub(super) fn order(&self, order: &Order) -> Option<oneshot::Receiver<()>> {
+        let sent = self.orders.as_ref()?.send(order);
+        if sent.is_none() {
+            tracing::warn!("the process before does not read its orders; one is lost");
+        }
+        sent
+    }
+}
+
+/// Says farewell to the process that took over.
+pub(super) fn say_farewell(channel: &Channel, last: Commit, level: u16) {
+    let deadline: Instant = clock::now() + FAREWELL_MAX;
+    if let Err(error) = message::send_known(channel, Farewell(last), level, deadline) {
+        tracing::warn!(%error, "the process that took over does not learn of the last sessions");
+    }
+}
+
+/// What was recorded, by the names the next process knows.
+pub(super) fn saved_latency(
+    saved: &crate::core::control::handover::Saved,
+    find: impl Fn(&str, &str, &str) -> Option<u32>,
+    latency: &crate::core::metrics::histograms::Merged,
+) -> Vec<SavedLatency> {
+    let mut all = Vec::new();
+    for pool in &saved.pools {
+        for backend in &pool.backends {
+            let Some(id) = find(&pool.name, &backend.name, &backend.address) else { continue };
+            let series = latency.save(id);
+            if series.iter().any(|one| !one.values.is_empty()) {
+                all.push(SavedLatency {
+                    pool: pool.name.clone(),
+                    backend: backend.name.clone(),
+                    address: backend.address.clone(),
+                    series,
+                });
+            }
+        }
+    }
+    all
+}

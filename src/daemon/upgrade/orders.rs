@@ -1,0 +1,106 @@
+//! What the new process has the one before do while that drains: orders, and how an
+//! operator's intent gets there before its answer.
+//!
+//! Part of the control loop, on both sides. The frames are of `reports`; an older program
+//! takes no orders.
+
+use super::reports::{Order, OrderedIntent};
+use crate::core::control::Effect;
+use crate::core::control::elsewhere::HeldBackend;
+use crate::core::health::Intent;
+use crate::core::table::state::BackendId;
+use crate::daemon::control_loop::Control;
+use crate::net::clock;
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// How long an operator waits for the process before to be told of an intent. To put
+/// it into the kernel's queue takes microseconds unless that process is stopped.
+const INTENT_SENT_MAX: Duration = Duration::from_secs(1);
+
+impl Control {
+    /// Does what the next process wants, and has the one before do it, too.
+    pub(super) fn obey(&mut self, order: &Order) {
+        if let Some(HeldBackend { pool, name, address, .. }) = &order.cut
+            && let Some(id) = self.controller.find_known(pool, name, address)
+        {
+            self.perform(vec![Effect::CutSessions(id)]);
+        }
+        if let Some(OrderedIntent { pool, backend, intent }) = &order.intent
+            && let Some(intent) = Intent::named(intent)
+            && let Ok(effects) = self.controller.set_intent(pool, backend, intent, clock::now())
+        {
+            self.perform(effects);
+            self.order_intent(pool, backend, intent);
+        }
+        if let Some(ms) = order.end_within_ms {
+            let time = Duration::from_millis(ms);
+            self.end_within(time);
+            self.order_end_within(time);
+        }
+    }
+
+    /// Has the process before reset that backend's sessions, too.
+    pub(in crate::daemon) fn order_cut(&self, id: BackendId) {
+        if let Some(before) = &self.upgrades.predecessor
+            && let Some(state) = self.controller.known(id)
+        {
+            let cut = HeldBackend {
+                pool: state.pool.to_string(),
+                name: state.name.to_string(),
+                address: state.address_text.to_string(),
+                ..HeldBackend::default()
+            };
+            before.order(&Order { cut: Some(cut), ..Order::default() });
+        }
+    }
+
+    /// Has the process before know what an operator wants; gives what tells that it is
+    /// sent.
+    pub(in crate::daemon) fn order_intent(
+        &self,
+        pool: &str,
+        backend: &str,
+        intent: Intent,
+    ) -> Option<oneshot::Receiver<()>> {
+        let intent = OrderedIntent {
+            pool: pool.to_owned(),
+            backend: backend.to_owned(),
+            intent: intent.name().to_owned(),
+        };
+        let before = self.upgrades.predecessor.as_ref()?;
+        before.order(&Order { intent: Some(intent), ..Order::default() })
+    }
+
+    /// Answers an operator whose intent is in force. Without a supervisor the process
+    /// before has to have it first: it goes on if this one ends.
+    pub(in crate::daemon) fn answer_intent<T: Send + 'static>(
+        &self,
+        sent: Option<oneshot::Receiver<()>>,
+        reply: oneshot::Sender<T>,
+        done: T,
+    ) {
+        let sent = sent.filter(|_| self.supervised.link().is_none());
+        let Some(sent) = sent else {
+            let _ = reply.send(done);
+            return;
+        };
+        // The control loop has other things to do meanwhile.
+        tokio::spawn(async move {
+            if tokio::time::timeout(INTENT_SENT_MAX, sent).await.is_err() {
+                tracing::warn!(
+                    "the process before does not read its orders: an intent is lost if this process ends at once"
+                );
+            }
+            let _ = reply.send(done);
+        });
+    }
+
+    /// Has the process before end by then.
+    pub(in crate::daemon) fn order_end_within(&self, time: Duration) {
+        if let Some(before) = &self.upgrades.predecessor {
+            let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+            before.order(&Order { end_within_ms: Some(ms), ..Order::default() });
+        }
+    }
+}

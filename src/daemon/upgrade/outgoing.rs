@@ -1,0 +1,307 @@
+//! The old process's side: starts the new one and hands everything over.
+//!
+//! Runs on a thread of its own for each upgrade, since every step of it waits;
+//! tells the control loop by [`Progress`]. Whatever goes wrong before the new
+//! process says that it serves ends with that process killed and a reason; this
+//! one has then not stopped serving for a moment.
+
+use super::message::{Commit, Hello, MessageError, Offer, PROTOCOL, Ready, Serving};
+use super::process::{NotStarted, Process, Start};
+use crate::daemon::upgrade::message;
+use crate::net::cells::Memory;
+use crate::net::clock;
+use crate::net::fd_channel::{Channel, ChannelError};
+use crate::net::signals;
+use socket2::Socket;
+use std::collections::VecDeque;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::ExitStatus;
+use std::sync::{Arc, Mutex, PoisonError, mpsc as sync};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot};
+
+/// What is kept of what the new process says on standard error.
+const LINES_KEPT: usize = 10;
+const LINE_BYTES_MAX: usize = 500;
+
+/// How long a process that has hung up may take to end by itself, so that its
+/// exit status can be told.
+const END_MAX: Duration = Duration::from_millis(500);
+
+/// Between two looks at what it has said.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// How the control loop is told.
+#[derive(Debug)]
+pub(in crate::daemon) enum Progress {
+    /// The supervisor does not start one; why, in words.
+    Refused(String),
+    /// The new process waits for the word.
+    Ready(Box<AtTheReady>),
+    /// It came to nothing; why, in words.
+    Failed(String),
+}
+
+/// Everything for the last step.
+#[derive(Debug)]
+pub(in crate::daemon) struct AtTheReady {
+    pub(super) hello: Hello,
+    pub(super) ready: Ready,
+    /// Takes the word; dropping it calls the upgrade off.
+    pub(super) commit: sync::SyncSender<Commit>,
+    /// The new process serves, or why not.
+    pub(super) served: oneshot::Receiver<Result<Channel, String>>,
+    /// It has ended after that, where this process is its parent.
+    pub(super) ended: oneshot::Receiver<ExitStatus>,
+}
+
+/// What one upgrade needs.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    pub(super) start: Start,
+    pub(super) offer: Offer,
+    pub(super) admin: Option<OwnedFd>,
+    /// In the offer's order.
+    pub(super) sockets: Vec<Arc<Socket>>,
+    pub(super) heartbeats: Vec<OwnedFd>,
+    pub(super) counts: Option<Arc<Memory>>,
+    /// From the start of the program to its word that it serves.
+    pub(super) timeout: Duration,
+}
+
+/// What the new process is offered.
+struct Given {
+    offer: Offer,
+    admin: Option<OwnedFd>,
+    sockets: Vec<Arc<Socket>>,
+    heartbeats: Vec<OwnedFd>,
+    counts: Option<Arc<Memory>>,
+}
+
+/// An upgrade under way.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    channel: Channel,
+    progress: mpsc::UnboundedReceiver<Progress>,
+}
+
+/// The last lines of a process's standard error, which is copied to ours.
+#[derive(Debug, Clone, Default)]
+struct Tail(Arc<Mutex<TailState>>);
+
+#[derive(Debug, Default)]
+struct TailState {
+    lines: VecDeque<String>,
+    ended: bool,
+}
+
+/// Why a step failed.
+enum Trouble {
+    Message(MessageError),
+    Protocols((u16, u16)),
+    CalledOff,
+}
+
+// === impl Outgoing ===
+
+impl Outgoing {
+    /// Starts the new process on a thread of its own.
+    pub(super) fn start(attempt: Attempt) -> io::Result<Outgoing> {
+        let (channel, other) = Channel::pair()?;
+        let own = channel.try_clone()?;
+        let (to_control, progress) = mpsc::unbounded_channel();
+        std::thread::Builder::new()
+            .name("upgrade".to_owned())
+            .spawn(move || run(attempt, own, other, &to_control))?;
+        Ok(Outgoing { channel, progress })
+    }
+
+    /// What has come of it.
+    pub(super) async fn next(&mut self) -> Progress {
+        let ended = || Progress::Failed("the upgrade's thread has died".to_owned());
+        self.progress.recv().await.unwrap_or_else(ended)
+    }
+
+    /// Ends it; the new process is killed.
+    pub(super) fn call_off(&self) {
+        self.channel.hang_up();
+    }
+}
+
+fn run(
+    attempt: Attempt,
+    channel: Channel,
+    other: OwnedFd,
+    to_control: &mpsc::UnboundedSender<Progress>,
+) {
+    // The new process begins without them, too: none may end it before it obeys them.
+    signals::hold_back();
+    let deadline = clock::now() + attempt.timeout;
+    let tail = Tail::default();
+    let Attempt { start, offer, admin, sockets, heartbeats, counts, .. } = attempt;
+    let (mut process, stderr) = match start.start(other) {
+        Ok(started) => started,
+        Err(not_started) => {
+            let _ = to_control.send(match not_started {
+                NotStarted::Refused(why) => Progress::Refused(why),
+                NotStarted::Failed(why) => Progress::Failed(why),
+            });
+            return;
+        }
+    };
+    tail.follow(stderr);
+    let given = Given { offer, admin, sockets, heartbeats, counts };
+    // Nobody may be there to be told: then this process is ending, and the new
+    // one ends with the connection.
+    match until_ready(given, &channel, deadline) {
+        Err(trouble) => {
+            let why = explain(&mut process, &tail, trouble);
+            let _ = to_control.send(Progress::Failed(why));
+        }
+        Ok((hello, ready)) => {
+            let level = hello.level;
+            let (commit, word) = sync::sync_channel(1);
+            let (tell, served) = oneshot::channel();
+            let (tell_end, ended) = oneshot::channel();
+            let at = AtTheReady { hello, ready, commit, served, ended };
+            let _ = to_control.send(Progress::Ready(Box::new(at)));
+            match until_serving(&channel, &word, level, deadline) {
+                Err(trouble) => {
+                    let _ = tell.send(Err(explain(&mut process, &tail, trouble)));
+                }
+                Ok(()) => {
+                    let _ = tell.send(Ok(channel));
+                    if let Some(status) = process.outlived() {
+                        tracing::error!(%status, "the process that took over has ended");
+                        let _ = tell_end.send(status);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn until_ready(
+    given: Given,
+    channel: &Channel,
+    deadline: Instant,
+) -> Result<(Hello, Ready), Trouble> {
+    let hello: Hello = message::receive(channel, deadline)?;
+    tracing::debug!(pid = hello.pid, version = %hello.version, "new process has started");
+    let (lowest, highest) = hello.protocols;
+    if !(lowest..=highest).contains(&PROTOCOL) {
+        return Err(Trouble::Protocols(hello.protocols));
+    }
+    let stderr = io::stderr();
+    let mut fds: Vec<BorrowedFd<'_>> = vec![stderr.as_fd()];
+    fds.extend(given.admin.iter().map(AsFd::as_fd));
+    fds.extend(given.sockets.iter().map(|socket| socket.as_fd()));
+    fds.extend(given.heartbeats.iter().map(AsFd::as_fd));
+    fds.extend(given.counts.iter().map(|memory| memory.as_fd()));
+    message::send(channel, &given.offer, &fds, deadline)?;
+    tracing::debug!(descriptors = fds.len(), "sockets and state sent to the new process");
+    // From here on the new process holds them, and the control loop.
+    drop(given);
+    let ready = message::receive(channel, deadline)?;
+    tracing::debug!("new process is ready");
+    Ok((hello, ready))
+}
+
+fn until_serving(
+    channel: &Channel,
+    word: &sync::Receiver<Commit>,
+    level: u16,
+    deadline: Instant,
+) -> Result<(), Trouble> {
+    let commit = word.recv().map_err(|_| Trouble::CalledOff)?;
+    message::send_known(channel, commit, level, deadline)?;
+    tracing::debug!("new process has been told to take over");
+    let Serving {} = message::receive(channel, deadline)?;
+    Ok(())
+}
+
+/// Kills the new process and says what went wrong, with what it said last.
+fn explain(process: &mut Process, tail: &Tail, trouble: Trouble) -> String {
+    let hung_up = matches!(
+        trouble,
+        Trouble::Message(MessageError::Channel(ChannelError::Closed | ChannelError::Io(_)))
+    );
+    let status = if hung_up { process.wait(END_MAX) } else { None };
+    if status.is_none() {
+        process.kill();
+    }
+    let what = match (trouble, status) {
+        (_, Some(status)) => format!("the new process ended before it served: {status}"),
+        (Trouble::Message(MessageError::Channel(ChannelError::TimedOut)), _) => {
+            "the new process was not ready in time".to_owned()
+        }
+        (Trouble::Message(MessageError::Channel(ChannelError::Closed)), _) => {
+            "the new process hung up".to_owned()
+        }
+        (Trouble::Message(error), _) => format!("the new process is not understood: {error}"),
+        (Trouble::Protocols((lowest, highest)), _) => format!(
+            "the new process speaks upgrade protocols {lowest} to {highest}, this one {PROTOCOL}"
+        ),
+        (Trouble::CalledOff, _) => "called off".to_owned(),
+    };
+    match tail.last_lines() {
+        lines if lines.is_empty() => what,
+        lines => format!("{what}; it said:\n{lines}"),
+    }
+}
+
+// === impl Tail ===
+
+impl Tail {
+    /// Reads to the end, on a thread of its own: the process may leave the pipe
+    /// to others.
+    fn follow(&self, stderr: io::PipeReader) {
+        let tail = self.clone();
+        let follow = move || {
+            let mut reader = BufReader::new(stderr);
+            let mut line = Vec::new();
+            while matches!(reader.read_until(b'\n', &mut line), Ok(1..)) {
+                // With our own standard error closed there is nobody to tell.
+                let _ = io::stderr().write_all(&line);
+                tail.keep(&line);
+                line.clear();
+            }
+            tail.state().ended = true;
+        };
+        let named = std::thread::Builder::new().name("upgrade-stderr".to_owned());
+        if named.spawn(follow).is_err() {
+            self.state().ended = true;
+        }
+    }
+
+    fn keep(&self, line: &[u8]) {
+        let mut state = self.state();
+        if state.lines.len() == LINES_KEPT {
+            state.lines.pop_front();
+        }
+        let text = String::from_utf8_lossy(&line[..line.len().min(LINE_BYTES_MAX)]);
+        state.lines.push_back(text.trim_end().to_owned());
+    }
+
+    fn last_lines(&self) -> String {
+        let deadline = clock::now() + END_MAX;
+        while !self.state().ended && clock::now() < deadline {
+            clock::pause(LOOK);
+        }
+        let state = self.state();
+        state.lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, TailState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Trouble ===
+
+impl From<MessageError> for Trouble {
+    fn from(error: MessageError) -> Trouble {
+        Trouble::Message(error)
+    }
+}

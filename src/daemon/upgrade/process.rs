@@ -1,0 +1,175 @@
+//! The new process: who starts it and who ends it, this process or its supervisor.
+//!
+//! Used by `outgoing`, whose thread may wait.
+
+use crate::net::clock;
+use crate::net::fd_channel::MARK;
+use crate::supervisor::link::Successor;
+use crate::supervisor::program::Program;
+use crate::supervisor::{Link, Wish};
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Variables that were meant for this process alone.
+const NOT_FOR_THE_NEXT: [&str; 5] =
+    ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "WATCHDOG_PID"];
+
+/// Between two looks at a process that should end.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Who starts new processes.
+#[derive(Debug)]
+pub(in crate::daemon) enum Starter {
+    /// This process itself.
+    Own(Program),
+    /// Its supervisor.
+    Supervisor(Arc<Link>),
+}
+
+/// Everything for one start.
+#[derive(Debug)]
+pub(super) enum Start {
+    Own { command: Box<Command>, path: PathBuf },
+    Supervisor { link: Arc<Link>, wish: Wish, asked_over: Option<Arc<OwnedFd>> },
+}
+
+/// A new process.
+#[derive(Debug)]
+pub(super) enum Process {
+    Own(Child),
+    Supervised(Successor),
+}
+
+/// Why there is none.
+#[derive(Debug)]
+pub(super) enum NotStarted {
+    /// It was not tried.
+    Refused(String),
+    /// It did not work.
+    Failed(String),
+}
+
+/// Whether a child of this process has ended, reaped or not.
+pub(super) fn has_ended(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    pid.is_some_and(|pid| !matches!(waitid(WaitId::Pid(pid), options), Ok(None)))
+}
+
+// === impl Starter ===
+
+impl Starter {
+    /// `None` inside another program.
+    pub(in crate::daemon) fn of(
+        link: Option<&Arc<Link>>,
+        program: Option<Program>,
+    ) -> Option<Starter> {
+        let supervisor = link.map(|link| Starter::Supervisor(Arc::clone(link)));
+        supervisor.or(program.map(Starter::Own))
+    }
+
+    /// # Errors
+    /// In words: there is no such program. A supervisor looks for it itself.
+    pub(super) fn prepare(
+        &self,
+        wish: Wish,
+        asked_over: Option<Arc<OwnedFd>>,
+    ) -> Result<Start, String> {
+        Ok(match self {
+            Starter::Own(_) if std::process::id() == 1 => {
+                return Err("this is process 1, and with it everything else would end: run it \
+                            without --single, or under an init"
+                    .to_owned());
+            }
+            Starter::Own(program) => {
+                let program = program.wished(wish.binary.as_deref(), wish.config.as_deref());
+                let command = Box::new(program.command()?);
+                Start::Own { command, path: program.path()? }
+            }
+            Starter::Supervisor(link) => {
+                Start::Supervisor { link: Arc::clone(link), wish, asked_over }
+            }
+        })
+    }
+}
+
+// === impl Start ===
+
+impl Start {
+    /// Starts it with `channel` as its standard input; gives what it says on standard
+    /// error.
+    pub(super) fn start(self, channel: OwnedFd) -> Result<(Process, io::PipeReader), NotStarted> {
+        let failed = |error: io::Error| NotStarted::Failed(error.to_string());
+        let (reader, writer) = io::pipe().map_err(failed)?;
+        let process = match self {
+            Start::Own { mut command, path } => {
+                for name in NOT_FOR_THE_NEXT {
+                    command.env_remove(name);
+                }
+                // Standard input is a descriptor that a child gets without being open to
+                // every other child this process may start.
+                let started = command
+                    .env(MARK, super::message::PROTOCOL.to_string())
+                    .stdin(Stdio::from(channel))
+                    .stderr(Stdio::from(writer))
+                    .spawn();
+                Process::Own(started.map_err(|error| {
+                    NotStarted::Failed(format!("cannot start {}: {error}", path.display()))
+                })?)
+            }
+            Start::Supervisor { link, wish, asked_over } => {
+                let started = link.start(&channel, &writer.into(), wish, asked_over.as_deref());
+                Process::Supervised(
+                    started.map_err(|error| NotStarted::Refused(error.to_string()))?,
+                )
+            }
+        };
+        Ok((process, reader))
+    }
+}
+
+// === impl Process ===
+
+impl Process {
+    /// Its exit status, once it has ended; waits so long for it.
+    pub(super) fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
+        let child = match self {
+            Process::Own(child) => child,
+            Process::Supervised(successor) => return successor.wait(limit),
+        };
+        let deadline = clock::now() + limit;
+        loop {
+            match child.try_wait() {
+                Ok(Some(status)) => return Some(status),
+                Ok(None) if clock::now() < deadline => clock::pause(LOOK),
+                _ => return None,
+            }
+        }
+    }
+
+    /// Ends it at once.
+    pub(super) fn kill(&mut self) {
+        match self {
+            Process::Own(child) => {
+                // Both fail only for a process that is gone.
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Process::Supervised(successor) => successor.kill(),
+        }
+    }
+
+    /// Reaps it, where that is this process's business; gives its status. A supervisor
+    /// tells the control loop itself.
+    pub(super) fn outlived(self) -> Option<ExitStatus> {
+        match self {
+            Process::Own(mut child) => child.wait().ok(),
+            Process::Supervised(_) => None,
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! One bind address on one worker: takes connections off the listen queue as
+//! long as the caps allow, and starts a session for each.
+//!
+//! Started and retired by `worker`. It never accepts what it cannot serve: at a
+//! cap clients wait in the kernel's queue; at a lack of descriptors it backs
+//! off, and never spins.
+
+use super::admission;
+use super::slots::Slots;
+use crate::core::limits::client_sources::{Admitted, SourceSlot};
+use crate::core::metrics::counters::LocalAt;
+use crate::core::metrics::progress::Stage;
+use crate::core::outcome::Cause;
+use crate::core::table::{FrontendRoute, NoBackend, PoolTable, Table};
+use crate::dataplane::fault_points::Fault;
+use crate::dataplane::local_errors;
+use crate::dataplane::session::{self, Arrival, Start, Story};
+use crate::dataplane::worker::context::Context;
+use crate::net::clock;
+use crate::net::{listen, reactor};
+use socket2::Socket;
+use std::cell::Cell;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
+
+/// Connections taken in one go before sessions get their turn.
+const ACCEPTS_A_WAKE: u32 = 64;
+
+/// First and longest pause when accept fails for want of descriptors or memory.
+const BACK_OFF_MIN: Duration = Duration::from_millis(10);
+const BACK_OFF_MAX: Duration = Duration::from_millis(100);
+
+/// How long a retired listener goes on accepting what was in its queue or in
+/// the middle of a handshake. Nobody new gets in meanwhile.
+const RETIRE_LINGER: Duration = Duration::from_millis(200);
+
+/// Tells a listener to retire.
+#[derive(Debug, Default)]
+pub(crate) struct Retirement {
+    deadline: Cell<Option<Instant>>,
+    /// The queue is another process's from now on.
+    released: Cell<bool>,
+    asked: Notify,
+}
+
+/// A bind address on this worker.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    bind: SocketAddr,
+    socket: AsyncFd<Arc<Socket>>,
+    retirement: Rc<Retirement>,
+    /// By which the last connection was routed: serves what is still queued
+    /// once the frontend has left the table.
+    last_route: Option<(u64, Arc<FrontendRoute>)>,
+}
+
+/// What one try to accept came to.
+enum Taken {
+    One,
+    QueueEmpty,
+    AtCap,
+    Starved,
+    /// A connection that broke before it was taken.
+    Spoilt,
+}
+
+impl Listener {
+    fn new(
+        bind: SocketAddr,
+        socket: Arc<Socket>,
+        retirement: Rc<Retirement>,
+    ) -> io::Result<Listener> {
+        let socket = reactor::watch_readable(socket)?;
+        Ok(Listener { bind, socket, retirement, last_route: None })
+    }
+
+    /// Listens until retired; where the socket cannot be watched, as soon as it
+    /// can: clients are in its queue already.
+    pub(crate) async fn serve(
+        ctx: Rc<Context>,
+        bind: SocketAddr,
+        socket: Arc<Socket>,
+        retirement: Rc<Retirement>,
+    ) {
+        loop {
+            match Listener::new(bind, Arc::clone(&socket), Rc::clone(&retirement)) {
+                Ok(listener) => {
+                    drop(socket);
+                    return listener.run(ctx).await;
+                }
+                Err(error) => {
+                    ctx.local_trouble(local_errors::local_kind(&error), LocalAt::Accept, &error)
+                }
+            }
+            if retirement.is_released() || retirement.is_over() {
+                return;
+            }
+            tokio::time::sleep(BACK_OFF_MAX).await;
+        }
+    }
+
+    /// Accepts until it is retired and its queue is empty. Dropping the
+    /// listener closes this worker's hold on the socket.
+    pub(crate) async fn run(mut self, ctx: Rc<Context>) {
+        let mut back_off = BACK_OFF_MIN;
+        // Clients that wait for a slot below a cap outwait the retirement.
+        while !self.retirement.is_released() && (!self.retirement.is_over() || self.holds_clients())
+        {
+            match self.take_some(&ctx) {
+                Taken::QueueEmpty if self.retirement.is_over() => {}
+                Taken::One | Taken::Spoilt => {
+                    back_off = BACK_OFF_MIN;
+                    tokio::task::yield_now().await;
+                }
+                Taken::QueueEmpty => self.more_queued().await,
+                Taken::AtCap => self.room_made(&ctx).await,
+                Taken::Starved => {
+                    tokio::time::sleep(back_off).await;
+                    back_off = (back_off * 2).min(BACK_OFF_MAX);
+                }
+            }
+        }
+    }
+
+    /// Whether somebody is in the queue whom this listener knows how to serve.
+    fn holds_clients(&self) -> bool {
+        self.last_route.is_some() && listen::has_queued(self.socket.get_ref())
+    }
+
+    /// Accepts up to [`ACCEPTS_A_WAKE`]; says what stopped it.
+    fn take_some(&mut self, ctx: &Rc<Context>) -> Taken {
+        let table = ctx.table();
+        if let Some(route) = table.route(self.bind)
+            && self.last_route.as_ref().is_none_or(|(_, last)| !Arc::ptr_eq(last, route))
+        {
+            self.last_route = Some((table.generation, Arc::clone(route)));
+        }
+        let Some((generation, route)) = self.last_route.clone() else { return Taken::QueueEmpty };
+        ctx.counters.pulse.at(Stage::Accepting);
+        let taken = self.take_several(ctx, &table, generation, &route);
+        ctx.counters.pulse.at(Stage::Waiting);
+        taken
+    }
+
+    fn take_several(
+        &mut self,
+        ctx: &Rc<Context>,
+        table: &Table,
+        generation: u64,
+        route: &Arc<FrontendRoute>,
+    ) -> Taken {
+        // An errno that comes for every connection is no single connection's.
+        let mut all_spoilt = true;
+        for _ in 0..ACCEPTS_A_WAKE {
+            match self.take_one(ctx, table, generation, route) {
+                Taken::One => all_spoilt = false,
+                Taken::Spoilt => {}
+                stopped => return stopped,
+            }
+        }
+        if all_spoilt { Taken::Starved } else { Taken::One }
+    }
+
+    fn take_one(
+        &self,
+        ctx: &Rc<Context>,
+        table: &Table,
+        generation: u64,
+        route: &Arc<FrontendRoute>,
+    ) -> Taken {
+        if ctx.is_short() {
+            return Taken::Starved;
+        }
+        let shared = &ctx.shared;
+        let slots = match Slots::take(shared, table, route) {
+            Ok(slots) => slots,
+            Err(_) => {
+                ctx.counters.accept_held_at_cap.add(1);
+                return Taken::AtCap;
+            }
+        };
+        match listen::accept(self.socket.get_ref()) {
+            Ok((socket, client)) => {
+                start_session(ctx, route, generation, slots, socket, client);
+                Taken::One
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Taken::QueueEmpty,
+            Err(error) if local_errors::accept_may_go_on(&error) => Taken::Spoilt,
+            Err(error) => {
+                ctx.local_trouble(local_errors::local_kind(&error), LocalAt::Accept, &error);
+                Taken::Starved
+            }
+        }
+    }
+
+    /// Waits until the queue may hold something, or it is time to look at the
+    /// retirement again.
+    async fn more_queued(&self) {
+        // Readiness and timers only: nothing is lost by dropping the losers.
+        tokio::select! {
+            ready = self.socket.readable() => {
+                // What the kernel queued between the last accept and now makes
+                // a new edge, so the flag may be cleared before accepting.
+                if let Ok(mut ready) = ready {
+                    ready.clear_ready();
+                }
+            }
+            () = self.retirement.next_step() => {}
+        }
+    }
+
+    /// Waits until the cap that held the last accept leaves room again.
+    async fn room_made(&self, ctx: &Context) {
+        let shared = &ctx.shared;
+        let admitted = shared.gate.wait_until(|| {
+            let table = ctx.table();
+            let route = table.route(self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
+            // The slots are given back at once: the next accept takes its own.
+            let queued = shared.gate.queued(&route.pool.spec.name);
+            admission::room(&shared.in_flight, &table, route, queued).then_some(())
+        });
+        tokio::select! {
+            () = admitted => {}
+            () = self.retirement.next_step() => {}
+        }
+    }
+}
+
+/// Sees whether the client may stay, picks and starts a session; the pick comes
+/// before anything else can run, so that the room the listener saw is still
+/// there.
+fn start_session(
+    ctx: &Rc<Context>,
+    route: &Arc<FrontendRoute>,
+    generation: u64,
+    mut slots: Slots,
+    socket: OwnedFd,
+    client: SocketAddr,
+) {
+    ctx.admitting.set(true);
+    let story = Story::new(ctx, client, route, generation);
+    ctx.faults.pass(Fault::Listener);
+    match admit_source(ctx, route, client) {
+        Ok(source) => slots.hold(source),
+        Err(cause) => {
+            session::turn_away(socket, story, cause);
+            ctx.admitting.set(false);
+            return;
+        }
+    }
+    let start = start_of(ctx, &route.pool, client);
+    let arrival = Arrival { socket, story, start, slots };
+    tokio::task::spawn_local(session::run(arrival));
+    ctx.admitting.set(false);
+}
+
+/// A backend, or a place in the line for one (or for the pool's first verdict).
+fn start_of(ctx: &Context, pool: &PoolTable, client: SocketAddr) -> Start {
+    let (gate, name) = (&ctx.shared.gate, &pool.spec.name);
+    if gate.queued(name) == 0 {
+        match pool.pick(ctx.pick_key(client.ip()), &[]) {
+            Err(NoBackend::AtCapacity | NoBackend::Undecided) => {}
+            pick => return Start::Picked(pick),
+        }
+    }
+    ctx.counters.queued.add(1);
+    if pool.undecided {
+        ctx.counters.undecided_waits.add(1);
+    }
+    Start::Queued(gate.join(name))
+}
+
+fn admit_source(
+    ctx: &Context,
+    route: &FrontendRoute,
+    client: SocketAddr,
+) -> Result<Option<SourceSlot>, Cause> {
+    let Some(rules) = &route.spec.sources else { return Ok(None) };
+    let (state, ip, seed) = (&route.state, client.ip(), || ctx.draw());
+    match admission::source(rules, state, ip, seed, clock::now())? {
+        Some(Admitted::Counted(slot)) => Ok(Some(slot)),
+        Some(Admitted::Untracked) => {
+            state.counters.of(ctx.id).untracked.add(1);
+            Ok(None)
+        }
+        None => Ok(None),
+    }
+}
+
+// === impl Retirement ===
+
+impl Retirement {
+    /// One that goes on from another thread's, if that had begun.
+    pub(crate) fn due(deadline: Option<Instant>) -> Retirement {
+        Retirement { deadline: Cell::new(deadline), ..Retirement::default() }
+    }
+
+    /// When it is over, where it has begun.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.deadline.get()
+    }
+
+    /// Starts the retirement: over in [`RETIRE_LINGER`].
+    pub(crate) fn begin(&self) {
+        if self.deadline.get().is_none() {
+            self.deadline.set(Some(clock::now() + RETIRE_LINGER));
+            self.asked.notify_one();
+        }
+    }
+
+    /// Ends the listener at once, whatever is in its queue.
+    pub(crate) fn release(&self) {
+        self.released.set(true);
+        self.begin();
+    }
+
+    pub(crate) fn is_released(&self) -> bool {
+        self.released.get()
+    }
+
+    fn is_over(&self) -> bool {
+        self.deadline.get().is_some_and(|deadline| clock::now() >= deadline)
+    }
+
+    /// Resolves when the retirement begins, and then when it is over; after
+    /// that, never.
+    async fn next_step(&self) {
+        match self.deadline.get() {
+            Some(_) if self.is_over() => std::future::pending().await,
+            Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+            None => self.asked.notified().await,
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! The access log against real files, FIFOs and full devices.
+
+use super::*;
+use expect_test::expect;
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+fn record(worker: u32, session: u64) -> SessionRecord {
+    SessionRecord {
+        time: UNIX_EPOCH + Duration::from_micros(1_760_000_000_000_042),
+        session,
+        worker,
+        generation: 3,
+        frontend: Some("web".into()),
+        client: Client::Socket("192.0.2.1:50000".parse().unwrap()),
+        pool: Some("web".into()),
+        backend: Some("a".into()),
+        backend_address: Some("10.0.0.11:8080".into()),
+        cause: "finished",
+        phase: "closed",
+        code: *b"--",
+        timer: "",
+        errno: None,
+        closed_first: Some("client"),
+        attempts: 1,
+        tries: Vec::new(),
+        bytes_in: 78,
+        bytes_out: 1_234,
+        bytes_undelivered: 5,
+        connect: Some(Duration::from_micros(210)),
+        first_byte: Some(Duration::from_millis(2)),
+        duration: Duration::from_millis(1_500),
+    }
+}
+
+fn line(record: &SessionRecord) -> String {
+    let mut buffer = Vec::new();
+    record.append_to(&mut buffer);
+    String::from_utf8(buffer).unwrap()
+}
+
+/// Waits for what another thread brings about.
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = crate::net::clock::now() + Duration::from_secs(10);
+    while !holds() {
+        assert!(crate::net::clock::now() < deadline, "never: {what}");
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+fn sessions(path: &Path) -> Vec<(u64, u64)> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
+    whole
+        .lines()
+        .map(|line| {
+            let value: serde_json::Value = serde_json::from_str(line).expect(line);
+            (value["worker"].as_u64().unwrap(), value["session"].as_u64().unwrap())
+        })
+        .collect()
+}
+
+fn file(path: &Path) -> Target {
+    Target::File(path.to_owned())
+}
+
+#[test]
+fn a_line_has_exactly_the_documented_fields_in_order() {
+    expect![[r#"
+        {"time":"2025-10-09T08:53:20.000042Z","session":9,"worker":1,"generation":3,"frontend":"web","client":"192.0.2.1:50000","pool":"web","backend":"a","backend_address":"10.0.0.11:8080","cause":"finished","phase":"closed","code":"--","timer":null,"errno":null,"closed_first":"client","attempts":1,"tries":[],"bytes_in":78,"bytes_out":1234,"bytes_undelivered":5,"connect_seconds":0.00021,"first_byte_seconds":0.002,"duration_seconds":1.5}
+    "#]]
+    .assert_eq(&line(&record(1, 9)));
+}
+
+#[test]
+fn what_is_unknown_is_null_and_strange_text_is_escaped() {
+    let refused = SessionRecord {
+        time: UNIX_EPOCH - Duration::from_secs(5),
+        frontend: Some("we\"b\n".into()),
+        client: Client::Unix,
+        pool: None,
+        backend: None,
+        backend_address: None,
+        cause: "connect-timeout",
+        timer: "connect_timeout",
+        errno: Some(110),
+        closed_first: None,
+        tries: vec![Try {
+            backend: "b\"\n".into(),
+            failure: "refused",
+            errno: 111,
+            took: Duration::from_millis(1),
+        }],
+        connect: None,
+        first_byte: None,
+        ..record(0, 1)
+    };
+    expect![[r#"
+        {"time":"1970-01-01T00:00:00.000000Z","session":1,"worker":0,"generation":3,"frontend":"we\"b\n","client":"unix","pool":null,"backend":null,"backend_address":null,"cause":"connect-timeout","phase":"closed","code":"--","timer":"connect_timeout","errno":110,"closed_first":null,"attempts":1,"tries":[{"backend":"b\"\n","failure":"refused","errno":111,"seconds":0.001}],"bytes_in":78,"bytes_out":1234,"bytes_undelivered":5,"connect_seconds":null,"first_byte_seconds":null,"duration_seconds":1.5}
+    "#]]
+    .assert_eq(&line(&refused));
+}
+
+#[test]
+fn a_clock_beyond_the_year_9999_still_gives_a_line() {
+    let far = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 40);
+    let text = line(&SessionRecord { time: far, ..record(0, 1) });
+    assert!(text.starts_with(r#"{"time":"9999-12-31T23:59:59.000000Z""#), "{text}");
+}
+
+#[test]
+fn lines_of_one_worker_keep_their_order_and_all_arrive() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("access.log");
+    let (log, senders) = AccessLog::start(file(&path), 3).unwrap();
+    std::thread::scope(|scope| {
+        for (worker, sender) in senders.iter().enumerate() {
+            scope.spawn(move || {
+                assert!((0..5_000).all(|n| sender.push(record(worker as u32, n))));
+            });
+        }
+    });
+    assert_eq!(log.close(), 0);
+    let lines = sessions(&path);
+    for worker in 0..3 {
+        let of_worker = lines.iter().filter(|line| line.0 == worker).map(|line| line.1);
+        assert!(of_worker.eq(0..5_000), "worker {worker}");
+    }
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o137, 0);
+}
+
+#[test]
+fn off_is_disabled_and_loses_nothing_it_should_count() {
+    let (mut log, senders) = AccessLog::start(Target::Off, 1).unwrap();
+    assert!(!senders[0].enabled());
+    assert!((0..QUEUE_MAX as u64 + 10).all(|n| senders[0].push(record(0, n))));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("access.log");
+    log.set_target(file(&path)).unwrap();
+    assert!(senders[0].enabled());
+    assert!(senders[0].push(record(0, 7)));
+    eventually("the line is written", || sessions(&path) == [(0, 7)]);
+    log.set_target(Target::Off).unwrap();
+    assert!(!senders[0].enabled());
+    assert_eq!(log.close(), 0);
+}
+
+#[test]
+fn a_fifo_nobody_reads_neither_hangs_nor_blocks_and_drops_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &path, 0o600.into()).unwrap();
+    let (log, senders) = AccessLog::start(file(&path), 1).unwrap();
+    let pushed = 4 * QUEUE_MAX as u64;
+    let dropped = (0..pushed).filter(|n| !senders[0].push(record(0, *n))).count() as u64;
+    assert!(dropped > 0, "a pipe, a batch and a queue cannot hold {pushed} lines");
+    // A reader that comes late gets whole lines, in order.
+    let mut reader = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let mut text = vec![0; 128 * 1024];
+    let mut length = 0;
+    while length < 100 * 1024 {
+        length += reader.read(&mut text[length..]).unwrap();
+    }
+    let copy = dir.path().join("copy");
+    fs::write(&copy, &text[..length]).unwrap();
+    let lines = sessions(&copy);
+    assert!(lines.len() > 100 && lines.is_sorted());
+    assert!(log.close() > 0, "the rest is reported as lost");
+}
+
+#[test]
+fn a_file_moved_away_is_opened_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, old) = (dir.path().join("access.log"), dir.path().join("access.log.1"));
+    let (log, senders) = AccessLog::start(file(&path), 1).unwrap();
+    assert!(senders[0].push(record(0, 1)));
+    eventually("the first line is written", || sessions(&path).len() == 1);
+    fs::rename(&path, &old).unwrap();
+    eventually("the path exists again", || path.exists());
+    assert!(senders[0].push(record(0, 2)));
+    eventually("the second line is in the new file", || sessions(&path) == [(0, 2)]);
+    assert_eq!(sessions(&old), [(0, 1)]);
+    fs::remove_file(&path).unwrap();
+    eventually("a removed file comes back", || path.exists());
+    assert_eq!(log.close(), 0);
+}
+
+#[test]
+fn a_full_device_is_survived_and_another_target_gets_the_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("access.log");
+    let (mut log, senders) = AccessLog::start(file(Path::new("/dev/full")), 1).unwrap();
+    assert!((0..1_000).all(|n| senders[0].push(record(0, n))));
+    // A batch is under way and refused by then.
+    eventually("the writer has taken some", || log.shared.queued() < 1_000);
+    log.set_target(file(&path)).unwrap();
+    eventually("every line arrives at the new target", || sessions(&path).len() == 1_000);
+    assert!(sessions(&path).iter().map(|line| line.1).eq(0..1_000));
+    assert_eq!(log.close(), 0);
+}
+
+#[test]
+fn closing_on_a_full_device_ends_in_time_and_tells_the_loss() {
+    let (log, senders) = AccessLog::start(file(Path::new("/dev/full")), 1).unwrap();
+    assert!((0..10).all(|n| senders[0].push(record(0, n))));
+    let start = crate::net::clock::now();
+    assert_eq!(log.close(), 10);
+    assert!(crate::net::clock::now() - start < CLOSE_MAX + Duration::from_secs(1));
+}
+
+#[test]
+fn a_target_that_cannot_be_opened_leaves_the_old_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("access.log");
+    let (mut log, senders) = AccessLog::start(file(&path), 1).unwrap();
+    assert!(log.set_target(file(&dir.path().join("no/such/directory"))).is_err());
+    assert!(log.set_target(file(dir.path())).is_err());
+    assert!(senders[0].push(record(0, 1)));
+    assert_eq!(log.close(), 0);
+    assert_eq!(sessions(&path), [(0, 1)]);
+    assert!(AccessLog::start(file(&dir.path().join("no/file")), 1).is_err());
+}
+
+#[test]
+fn a_line_cut_off_by_a_crash_is_ended_before_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("access.log");
+    fs::write(&path, "{\"time\":\"20").unwrap();
+    let (log, senders) = AccessLog::start(file(&path), 1).unwrap();
+    assert!(senders[0].push(record(0, 1)));
+    assert_eq!(log.close(), 0);
+    let text = fs::read_to_string(&path).unwrap();
+    assert_eq!(text, format!("{{\"time\":\"20\n{}", line(&record(0, 1))));
+    assert!(fs::metadata(&path).unwrap().size() > 0);
+}

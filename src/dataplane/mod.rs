@@ -1,0 +1,16 @@
+//! The data path: accept, admit, route, pick, connect, relay, close, account.
+//!
+//! One worker a thread; `app` starts them and feeds them tables and commands.
+//! Nothing here knows of files, probes or the admin API: in comes a table, out
+//! go counters, reports and access-log records.
+
+pub mod accept;
+pub mod access_log;
+pub mod fault_points;
+pub mod local_errors;
+pub mod relay;
+mod session;
+#[cfg(test)]
+mod sim;
+pub mod timer_wheel;
+pub mod worker;

@@ -1,0 +1,408 @@
+//! One session's two byte streams: what to read, what to send, what is kept,
+//! when a FIN or a reset is passed on.
+//!
+//! Driven by the readiness engine with a socket pair behind [`Io`], and by
+//! tests with a scripted one. It owns no socket, reads no clock and knows no
+//! timers. Bytes that could not be sent are the only thing it ever keeps: at
+//! most one buffer or pipe a direction, none while a session is idle, and none
+//! anew once the process's budget is spent.
+
+use crate::core::outcome::Side;
+use crate::dataplane::local_errors;
+use crate::dataplane::relay::close_state::{Carried, Moved, Next, Verdict};
+use crate::dataplane::relay::epoll::pump::splice::Step;
+use crate::net::budget::Share;
+use crate::net::pipe::Fill;
+use std::io;
+
+/// Read size until a stream proves to be bulk.
+pub(super) const READ_SMALL: usize = 16 * 1024;
+
+/// Read size of a bulk stream. 64 KiB in between measured worse than either.
+pub(super) const READ_BULK: usize = 256 * 1024;
+
+/// Full reads in a row, none of them held up by the receiver, that make a
+/// stream bulk: it moves through a pipe, or where there is none in big reads.
+const STREAK: u8 = 3;
+
+/// Each time a pipe was no use, the next has to wait for twice as many; so many
+/// times at most.
+const CRAMMED_MAX: u8 = 4;
+
+/// What one direction may ask to read before other sessions get their turn; the
+/// last read may go beyond it.
+const BYTES_A_TURN: usize = 1024 * 1024;
+
+/// The two sockets and their pipes, as the pump sees them. A pipe is named by
+/// the side its bytes come from.
+pub(super) trait Io {
+    /// recv(2), non-blocking.
+    fn receive(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize>;
+    /// The same, and what was received stays to be received.
+    fn peek(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Whether so many bytes may be received that may have to be kept.
+    fn may_keep(&self, bytes: usize) -> bool;
+    /// Bytes are kept, as long as the share lives.
+    fn keep(&self, bytes: usize) -> Share;
+    /// send(2), non-blocking.
+    fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize>;
+    /// shutdown(2) of the writing half.
+    fn shutdown_write(&self, side: Side) -> io::Result<()>;
+    /// Much is going to be received from that side, and sent to the other. Said
+    /// once.
+    fn expect_bulk(&self, from: Side);
+    /// Makes sure there is a pipe; false where none is to be had.
+    fn open_pipe(&mut self, from: Side) -> bool;
+    /// Gives the pipe up, and what is in it.
+    fn close_pipe(&mut self, from: Side);
+    /// Bytes in the pipe; 0 where there is none.
+    fn piped(&self, from: Side) -> usize;
+    /// splice(2) from the socket into its empty pipe.
+    fn fill(&mut self, from: Side) -> io::Result<Fill>;
+    /// splice(2) from the pipe into the other side's socket.
+    fn drain(&mut self, from: Side) -> io::Result<usize>;
+}
+
+/// Both directions of a session.
+#[derive(Debug, Default)]
+pub(super) struct Pump {
+    /// Indexed by the side the bytes come from.
+    streams: [Stream; 2],
+    /// Indexed by side.
+    sockets: [Socket; 2],
+    pub(super) verdict: Verdict,
+    /// A call of the last turn failed for want of memory.
+    short: bool,
+}
+
+/// What is known of one socket; edge-triggered, so it must be remembered.
+#[derive(Debug, Default, Clone, Copy)]
+struct Socket {
+    readable: bool,
+    writable: bool,
+    /// Reads go on until they say FIN or error themselves: a short read no
+    /// longer means "drained".
+    read_to_the_end: bool,
+}
+
+/// Bytes from one side on their way to the other.
+#[derive(Debug, Default)]
+struct Stream {
+    /// Received and not yet sent; mostly none.
+    kept: Option<Box<Kept>>,
+    carried: Carried,
+    /// Full reads in a row.
+    streak: u8,
+    /// Fills in a row that were less than a full read, or crammed.
+    small_fills: u8,
+    last_crammed: bool,
+    /// How often the pipe turned out to be no use.
+    crammed: u8,
+    /// It was bulk before.
+    announced: bool,
+    mode: Mode,
+}
+
+/// The one buffer of a direction.
+#[derive(Debug)]
+struct Kept {
+    bytes: Vec<u8>,
+    /// How much of it is sent.
+    sent: usize,
+    _share: Share,
+}
+
+/// How a stream's bytes are moved.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// Through the buffer; bulk is noticed.
+    #[default]
+    Copy,
+    /// Through the buffer, in big reads for bulk: a pipe could not be had, or
+    /// was no use.
+    CopyOnly,
+    /// Through a pipe.
+    Bulk,
+}
+
+// === impl Pump ===
+
+impl Pump {
+    /// Fresh sockets: writable until they say otherwise.
+    pub(super) fn new() -> Pump {
+        let mut pump = Pump::default();
+        for socket in &mut pump.sockets {
+            socket.writable = true;
+        }
+        pump
+    }
+
+    /// That side has a new socket (another connect attempt).
+    pub(super) fn renew(&mut self, side: Side) {
+        self.sockets[side as usize] = Socket { writable: true, ..Socket::default() };
+    }
+
+    /// Notes what a socket reported.
+    #[inline]
+    pub(super) fn note(
+        &mut self,
+        side: Side,
+        readable: bool,
+        writable: bool,
+        read_to_the_end: bool,
+    ) {
+        let socket = &mut self.sockets[side as usize];
+        socket.readable |= readable;
+        socket.writable |= writable;
+        socket.read_to_the_end |= read_to_the_end;
+    }
+
+    /// Whether that side has no room, as far as is known.
+    #[inline]
+    pub(super) fn is_full(&self, side: Side) -> bool {
+        !self.sockets[side as usize].writable
+    }
+
+    /// What became of that side's bytes so far.
+    pub(super) fn carried(&self, from: Side) -> Carried {
+        self.streams[from as usize].carried
+    }
+
+    /// Moves what can be moved, through `buffer` (at least [`READ_BULK`]).
+    #[inline]
+    pub(super) fn turn(&mut self, io: &mut impl Io, buffer: &mut [u8], moved: &mut Moved) -> Next {
+        self.short = false;
+        let again = self.forward(Side::Client, io, buffer, moved)
+            | self.forward(Side::Backend, io, buffer, moved);
+        if let Some(ending) = self.verdict.ending() {
+            return Next::End(ending);
+        }
+        let again = again || self.failed_but_unread(io);
+        if again && !self.short { Next::Again } else { Next::Wait }
+    }
+
+    /// Whether the last turn stopped for want of memory: no socket will tell when
+    /// to go on, so another turn is to be tried later.
+    #[inline]
+    pub(super) fn is_short(&self) -> bool {
+        self.short
+    }
+
+    /// A side that failed while it was sent to, after its own turn to be read.
+    fn failed_but_unread(&self, io: &impl Io) -> bool {
+        Side::BOTH.into_iter().any(|side| {
+            self.verdict.failed(side)
+                && self.sockets[side as usize].readable
+                && !self.verdict.ended(side)
+                && self.streams[side as usize].kept.is_none()
+                && io.piped(side) == 0
+                && (self.sockets[side.other() as usize].writable || io.may_keep(READ_SMALL))
+        })
+    }
+
+    /// Moves bytes from `from` to the other side; true when it stopped only
+    /// because its share was used up.
+    fn forward(
+        &mut self,
+        from: Side,
+        io: &mut impl Io,
+        buffer: &mut [u8],
+        moved: &mut Moved,
+    ) -> bool {
+        let to = from.other();
+        let mut budget = BYTES_A_TURN;
+        while budget > 0 {
+            if self.streams[from as usize].mode == Mode::Bulk {
+                match self.forward_bulk(from, io, moved) {
+                    Step::Wait => return false,
+                    Step::Again => return true,
+                    Step::Copy => {}
+                }
+            }
+            if !self.send_kept(from, io, moved) {
+                return false;
+            }
+            if self.verdict.ended(from) {
+                self.finish(from, io);
+                return false;
+            }
+            if !self.sockets[from as usize].readable || self.verdict.failed(to) {
+                return false;
+            }
+            let size =
+                if self.streams[from as usize].streak >= STREAK { READ_BULK } else { READ_SMALL };
+            budget = budget.saturating_sub(size);
+            if !io.may_keep(size) {
+                if !self.forward_scarce(from, io, &mut buffer[..READ_SMALL], moved) {
+                    return false;
+                }
+                continue;
+            }
+            match io.receive(from, &mut buffer[..size]) {
+                Ok(0) => self.end_of(from, 0, moved),
+                Ok(received) => {
+                    self.received(from, received, size, io, moved);
+                    self.send_fresh(from, io, &buffer[..received], moved);
+                }
+                Err(error) if is_would_block(&error) => {
+                    self.sockets[from as usize].readable = false;
+                    return false;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if local_errors::is_shortage(&error) => {
+                    self.short = true;
+                    return false;
+                }
+                Err(error) => self.end_of(from, errno_of(&error), moved),
+            }
+        }
+        true
+    }
+
+    /// Sends what an earlier turn had to keep; false while some of it is left.
+    #[inline]
+    fn send_kept(&mut self, from: Side, io: &impl Io, moved: &mut Moved) -> bool {
+        let to = from.other();
+        while self.may_send(to) {
+            let Some(kept) = &mut self.streams[from as usize].kept else { break };
+            match io.send(to, &kept.bytes[kept.sent..]) {
+                Ok(sent) => {
+                    kept.sent += sent;
+                    let all = kept.sent == kept.bytes.len();
+                    self.sent_on(from, sent, moved);
+                    if all {
+                        // Freed, not cleared: an idle session holds no buffer.
+                        self.streams[from as usize].kept = None;
+                        return true;
+                    }
+                    // send(2) took less than it was given: no more room.
+                    self.sockets[to as usize].writable = false;
+                }
+                Err(error) => self.send_error(to, &error),
+            }
+        }
+        let stream = &mut self.streams[from as usize];
+        if self.verdict.failed(to) {
+            stream.kept = None;
+        }
+        stream.kept.is_none()
+    }
+
+    /// Sends what was just received, and keeps what does not go out.
+    #[inline]
+    fn send_fresh(&mut self, from: Side, io: &impl Io, bytes: &[u8], moved: &mut Moved) {
+        let to = from.other();
+        let mut sent = 0;
+        while sent < bytes.len() && self.may_send(to) {
+            match io.send(to, &bytes[sent..]) {
+                Ok(more) => {
+                    self.sent_on(from, more, moved);
+                    sent += more;
+                    self.sockets[to as usize].writable = sent == bytes.len();
+                }
+                Err(error) => self.send_error(to, &error),
+            }
+        }
+        if sent < bytes.len() && !self.verdict.failed(to) {
+            let stream = &mut self.streams[from as usize];
+            // The receiver is the bottleneck: big reads would only pin memory.
+            stream.streak = 0;
+            stream.mode = if stream.mode == Mode::Bulk { Mode::Copy } else { stream.mode };
+            let rest = &bytes[sent..];
+            let _share = io.keep(rest.len());
+            stream.kept = Some(Box::new(Kept { bytes: rest.to_vec(), sent: 0, _share }));
+        }
+    }
+
+    /// The other side's socket has taken so many bytes.
+    #[inline]
+    fn sent_on(&mut self, from: Side, bytes: usize, moved: &mut Moved) {
+        self.streams[from as usize].carried.sent += bytes as u64;
+        moved.sent[from as usize] += bytes as u64;
+        self.verdict.sent_to(from.other());
+    }
+
+    #[inline]
+    fn may_send(&self, to: Side) -> bool {
+        self.sockets[to as usize].writable && !self.verdict.failed(to) && !self.short
+    }
+
+    fn received(
+        &mut self,
+        from: Side,
+        received: usize,
+        size: usize,
+        io: &impl Io,
+        moved: &mut Moved,
+    ) {
+        let stream = &mut self.streams[from as usize];
+        stream.carried.received += received as u64;
+        moved.received[from as usize] += received as u64;
+        if received == size {
+            stream.streak = stream.streak.saturating_add(1);
+            if stream.streak == STREAK << stream.crammed && stream.mode == Mode::Copy {
+                stream.mode = Mode::Bulk;
+                if !std::mem::replace(&mut stream.announced, true) {
+                    io.expect_bulk(from);
+                }
+            }
+        } else {
+            stream.streak = 0;
+            // The next bulk may find a pipe again.
+            stream.mode = Mode::Copy;
+            let socket = &mut self.sockets[from as usize];
+            // A short read drained the socket (epoll(7)), unless something
+            // stands behind what was read: FIN, RST or an urgent mark.
+            socket.readable = socket.read_to_the_end;
+        }
+    }
+
+    /// `from` will send no more: FIN, or a failure with its errno.
+    fn end_of(&mut self, from: Side, errno: i32, moved: &mut Moved) {
+        self.sockets[from as usize].readable = false;
+        self.verdict.end_of(from, errno);
+        moved.ended = true;
+    }
+
+    fn finish(&mut self, from: Side, io: &impl Io) {
+        let to = from.other();
+        if self.verdict.finish(from, || io.shutdown_write(to)) {
+            self.sockets[to as usize].read_to_the_end();
+        }
+    }
+
+    fn send_error(&mut self, to: Side, error: &io::Error) {
+        let socket = &mut self.sockets[to as usize];
+        if is_would_block(error) {
+            socket.writable = false;
+        } else if local_errors::is_shortage(error) {
+            self.short = true;
+        } else if error.kind() != io::ErrorKind::Interrupted {
+            socket.read_to_the_end();
+            self.verdict.send_failed(to, errno_of(error));
+        }
+    }
+}
+
+// === impl Socket ===
+
+impl Socket {
+    /// Sending to it failed; whatever it had sent before is still to be read.
+    fn read_to_the_end(&mut self) {
+        self.readable = true;
+        self.read_to_the_end = true;
+    }
+}
+
+fn is_would_block(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock
+}
+
+fn errno_of(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+mod low_memory;
+mod splice;
+#[cfg(test)]
+mod tests;

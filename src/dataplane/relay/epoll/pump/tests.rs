@@ -1,0 +1,569 @@
+//! The pump against scripted sockets: what a session owes its two ends, in any
+//! order of events.
+
+use super::*;
+use crate::core::outcome::Side::{Backend, Client};
+use crate::core::outcome::{Cause, Ending, Phase};
+use crate::net::budget::Budget;
+use proptest::prelude::*;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// Two sockets whose peers are played by the test.
+#[derive(Default)]
+struct Script {
+    sockets: [Fake; 2],
+    pipes: [Option<VecDeque<u8>>; 2],
+    pipes_left: usize,
+    /// Whether pipes turn out to be full of little.
+    crams: bool,
+    /// From which sides much was announced.
+    bulk_from: RefCell<Vec<Side>>,
+    budget: Arc<Budget>,
+}
+
+#[derive(Default)]
+struct Fake {
+    arrived: RefCell<VecDeque<u8>>,
+    /// `Some(0)` is FIN, anything else the errno of a failure.
+    end: Cell<Option<i32>>,
+    sent: RefCell<Vec<u8>>,
+    room: Cell<usize>,
+    fin_sent: Cell<bool>,
+    /// Calls that fail for want of memory before one succeeds.
+    short: Cell<u32>,
+}
+
+impl Fake {
+    fn runs_short(&self) -> io::Result<()> {
+        match self.short.get().checked_sub(1) {
+            None => Ok(()),
+            Some(left) => {
+                self.short.set(left);
+                Err(io::Error::from_raw_os_error(libc::ENOMEM))
+            }
+        }
+    }
+}
+
+impl Io for Script {
+    fn receive(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize> {
+        let fake = &self.sockets[side as usize];
+        fake.runs_short()?;
+        let mut arrived = fake.arrived.borrow_mut();
+        let count = arrived.len().min(buffer.len());
+        if count > 0 {
+            arrived.drain(..count).zip(buffer).for_each(|(byte, slot)| *slot = byte);
+            return Ok(count);
+        }
+        match fake.end.get() {
+            None => Err(io::ErrorKind::WouldBlock.into()),
+            Some(0) => Ok(0),
+            // As the kernel does: an error is told once, then it reads as FIN.
+            Some(errno) => {
+                fake.end.set(Some(0));
+                Err(io::Error::from_raw_os_error(errno))
+            }
+        }
+    }
+
+    fn peek(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize> {
+        let fake = &self.sockets[side as usize];
+        let arrived = fake.arrived.borrow().clone();
+        if arrived.is_empty() {
+            return self.receive(side, buffer);
+        }
+        arrived.iter().zip(&mut *buffer).for_each(|(byte, slot)| *slot = *byte);
+        Ok(arrived.len().min(buffer.len()))
+    }
+
+    fn may_keep(&self, bytes: usize) -> bool {
+        self.budget.has(bytes)
+    }
+
+    fn keep(&self, bytes: usize) -> Share {
+        self.budget.take(bytes)
+    }
+
+    fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize> {
+        let fake = &self.sockets[side as usize];
+        assert!(!fake.fin_sent.get(), "sent behind our own FIN");
+        fake.runs_short()?;
+        if fake.end.get().is_some_and(|errno| errno != 0) {
+            return Err(io::Error::from_raw_os_error(libc::EPIPE));
+        }
+        let count = bytes.len().min(fake.room.get());
+        if count == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        fake.room.set(fake.room.get() - count);
+        fake.sent.borrow_mut().extend_from_slice(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn shutdown_write(&self, side: Side) -> io::Result<()> {
+        let fake = &self.sockets[side as usize];
+        assert!(!fake.fin_sent.replace(true), "a second FIN");
+        Ok(())
+    }
+
+    fn expect_bulk(&self, from: Side) {
+        self.bulk_from.borrow_mut().push(from);
+    }
+
+    fn open_pipe(&mut self, from: Side) -> bool {
+        let pipe = &mut self.pipes[from as usize];
+        if pipe.is_none() && self.pipes_left > 0 {
+            self.pipes_left -= 1;
+            *pipe = Some(VecDeque::new());
+        }
+        pipe.is_some()
+    }
+
+    fn close_pipe(&mut self, from: Side) {
+        self.pipes_left += usize::from(self.pipes[from as usize].take().is_some());
+    }
+
+    fn piped(&self, from: Side) -> usize {
+        self.pipes[from as usize].as_ref().map_or(0, VecDeque::len)
+    }
+
+    fn fill(&mut self, from: Side) -> io::Result<Fill> {
+        assert_eq!(self.piped(from), 0, "only an empty pipe is filled");
+        let mut bytes = vec![0; 300_000];
+        let count = self.receive(from, &mut bytes)?;
+        self.pipes[from as usize].as_mut().unwrap().extend(&bytes[..count]);
+        Ok(Fill { bytes: count, crammed: self.crams })
+    }
+
+    fn drain(&mut self, from: Side) -> io::Result<usize> {
+        let bytes: Vec<u8> = self.pipes[from as usize].iter().flatten().copied().collect();
+        let count = self.send(from.other(), &bytes)?;
+        self.pipes[from as usize].as_mut().unwrap().drain(..count);
+        Ok(count)
+    }
+}
+
+struct Bench {
+    script: Script,
+    pump: Pump,
+    buffer: Vec<u8>,
+    ending: Option<Ending>,
+    received: [u64; 2],
+}
+
+impl Bench {
+    fn new(room: usize) -> Bench {
+        let bench = Bench {
+            script: Script::default(),
+            pump: Pump::new(),
+            buffer: vec![0; READ_BULK],
+            ending: None,
+            received: [0; 2],
+        };
+        bench.script.sockets.iter().for_each(|fake| fake.room.set(room));
+        bench
+    }
+
+    /// An edge on `side`, then turns until the pump wants to wait.
+    fn edge(&mut self, side: Side) {
+        let ended = self.script.sockets[side as usize].end.get().is_some();
+        self.pump.note(side, true, true, ended);
+        for _ in 0..100_000 {
+            if self.ending.is_some() {
+                return;
+            }
+            let mut moved = Moved::default();
+            let next = self.pump.turn(&mut self.script, &mut self.buffer, &mut moved);
+            self.received.iter_mut().zip(moved.received).for_each(|(sum, more)| *sum += more);
+            match next {
+                Next::Again => {}
+                Next::Wait => return,
+                Next::End(ending) => self.ending = Some(ending),
+            }
+        }
+        panic!("the pump turns for ever");
+    }
+
+    fn arrive(&mut self, side: Side, bytes: &[u8]) {
+        self.script.sockets[side as usize].arrived.borrow_mut().extend(bytes);
+        self.edge(side);
+    }
+
+    fn end(&mut self, side: Side, errno: i32) {
+        self.script.sockets[side as usize].end.set(Some(errno));
+        self.edge(side);
+    }
+
+    fn make_room(&mut self, side: Side, room: usize) {
+        let fake = &self.script.sockets[side as usize];
+        fake.room.set(fake.room.get().saturating_add(room));
+        self.edge(side);
+    }
+
+    /// Nothing may be kept (in the copying modes; pipes have their own count).
+    fn spend(&mut self, all: bool) {
+        self.script.budget.set_max(if all { 0 } else { usize::MAX });
+    }
+
+    fn sent_to(&self, side: Side) -> Vec<u8> {
+        self.script.sockets[side as usize].sent.borrow().clone()
+    }
+
+    fn fin_sent_to(&self, side: Side) -> bool {
+        self.script.sockets[side as usize].fin_sent.get()
+    }
+
+    fn kept(&self) -> usize {
+        let piped: usize = Side::BOTH.into_iter().map(|side| self.script.piped(side)).sum();
+        let kept = self.pump.streams.iter().filter_map(|stream| stream.kept.as_ref());
+        kept.map(|kept| kept.bytes.capacity()).sum::<usize>() + piped
+    }
+}
+
+#[test]
+fn fin_follows_the_last_byte_and_the_other_direction_stays_open() {
+    let mut bench = Bench::new(4);
+    bench.arrive(Client, b"request");
+    bench.end(Client, 0);
+    assert!(!bench.fin_sent_to(Backend), "three bytes are still to come");
+
+    bench.make_room(Backend, 100);
+    assert_eq!(bench.sent_to(Backend), b"request");
+    assert!(bench.fin_sent_to(Backend));
+    assert_eq!(bench.pump.verdict.phase(), Phase::HalfClosed);
+
+    bench.make_room(Client, 100);
+    bench.arrive(Backend, b"answer");
+    bench.end(Backend, 0);
+    let ending = bench.ending.expect("both directions are over");
+    assert_eq!((ending.cause, ending.phase), (Cause::Finished, Phase::Closed));
+    assert_eq!(ending.closed_first, Some(Client));
+    assert_eq!(bench.sent_to(Client), b"answer");
+}
+
+#[test]
+fn want_of_memory_ends_nothing_and_has_the_pump_ask_for_another_turn() {
+    let mut bench = Bench::new(100);
+    for side in [Client, Backend] {
+        bench.script.sockets[side as usize].short.set(1);
+        bench.arrive(Client, b"piece");
+        assert!(bench.pump.is_short(), "nothing else will tell it to go on");
+        // No edge comes: the turn is the engine's idea.
+        let mut moved = Moved::default();
+        let next = bench.pump.turn(&mut bench.script, &mut bench.buffer, &mut moved);
+        assert_eq!((next, bench.pump.is_short()), (Next::Wait, false));
+    }
+    assert_eq!(bench.sent_to(Backend), b"piecepiece");
+}
+
+#[test]
+fn a_reset_ends_the_session_after_what_came_before_it_is_delivered() {
+    let mut bench = Bench::new(2);
+    bench.arrive(Backend, b"last words");
+    bench.end(Backend, libc::ECONNRESET);
+    assert!(bench.ending.is_none(), "eight bytes are still kept");
+
+    bench.make_room(Client, 100);
+    let ending = bench.ending.expect("delivered");
+    assert_eq!((ending.cause, ending.errno), (Cause::BackendReset, libc::ECONNRESET));
+    assert_eq!(bench.sent_to(Client), b"last words");
+    assert!(!bench.fin_sent_to(Client), "a reset is not passed on as FIN");
+}
+
+#[test]
+fn an_answer_sent_before_the_backend_refused_more_still_arrives() {
+    let mut bench = Bench::new(1000);
+    let backend = &bench.script.sockets[Backend as usize];
+    backend.arrived.borrow_mut().extend(b"413 too large");
+    backend.end.set(Some(libc::ECONNRESET));
+
+    bench.arrive(Client, b"more of the upload");
+    let ending = bench.ending.expect("the backend is gone");
+    assert_eq!((ending.cause, ending.closed_first), (Cause::BackendReset, Some(Backend)));
+    assert_eq!(bench.sent_to(Client), b"413 too large");
+}
+
+#[test]
+fn two_sides_that_fail_under_each_others_bytes_end_the_session() {
+    let mut bench = Bench::new(1000);
+    for side in Side::BOTH {
+        let fake = &bench.script.sockets[side as usize];
+        fake.arrived.borrow_mut().extend(b"for nobody");
+        fake.end.set(Some(libc::ECONNRESET));
+        bench.pump.note(side, true, true, true);
+    }
+    bench.edge(Client);
+    let ending = bench.ending.expect("nothing can be delivered any more");
+    // The backend was sent to first, and so found dead first.
+    assert_eq!((ending.cause, ending.closed_first), (Cause::BackendReset, Some(Backend)));
+}
+
+#[test]
+fn a_client_that_failed_while_its_bytes_wait_counts_as_closed_first() {
+    let mut bench = Bench::new(0);
+    bench.arrive(Client, b"nobody takes this");
+    assert!(bench.pump.verdict.note_failure(Client), "the half-closed timer starts");
+    assert!(!bench.pump.verdict.note_failure(Client), "once");
+    bench.end(Client, libc::ECONNRESET);
+    assert!(bench.ending.is_none(), "its bytes may still be taken");
+    assert_eq!(bench.pump.verdict.closed_first(), Some(Client));
+}
+
+#[test]
+fn two_failed_sides_end_a_session_whatever_is_left_between_them() {
+    let mut bench = Bench::new(0);
+    bench.arrive(Client, b"for the backend");
+    bench.arrive(Backend, b"for the client");
+    for side in Side::BOTH {
+        // More stands behind what is kept, so that neither failure is read.
+        bench.script.sockets[side as usize].arrived.borrow_mut().extend(b"more");
+        bench.script.sockets[side as usize].end.set(Some(libc::ECONNRESET));
+    }
+    bench.edge(Client);
+    bench.edge(Backend);
+    let ending = bench.ending.expect("nobody is left");
+    assert_eq!((ending.cause, ending.phase), (Cause::ClientReset, Phase::Data));
+}
+
+#[test]
+fn the_second_fin_is_left_to_the_close_unless_a_reset_may_come_back() {
+    for (answered_late, sent) in [(false, false), (true, true)] {
+        let mut bench = Bench::new(100);
+        bench.end(Client, 0);
+        if answered_late {
+            bench.arrive(Backend, b"late");
+        }
+        bench.end(Backend, 0);
+        assert_eq!(bench.ending.unwrap().cause, Cause::Finished);
+        assert_eq!((bench.fin_sent_to(Backend), bench.fin_sent_to(Client)), (true, sent));
+    }
+}
+
+#[test]
+fn a_reset_after_the_peers_fin_is_one_in_a_half_closed_session() {
+    let mut bench = Bench::new(100);
+    bench.end(Client, 0);
+    bench.end(Backend, libc::ECONNRESET);
+    let ending = bench.ending.expect("over");
+    assert_eq!((ending.cause, ending.phase), (Cause::BackendReset, Phase::HalfClosed));
+}
+
+#[test]
+fn a_bulk_stream_takes_a_pipe_and_gives_it_back_when_idle() {
+    let mut bench = Bench::new(usize::MAX);
+    bench.script.pipes_left = 1;
+    bench.arrive(Backend, &vec![5; 2_000_000]);
+    assert_eq!(bench.pump.streams[Backend as usize].mode, Mode::Bulk);
+    assert_eq!(bench.script.pipes_left, 1, "nothing moves, so others may have it");
+    assert_eq!(*bench.script.bulk_from.borrow(), [Backend], "announced once");
+
+    for _ in 0..20 {
+        bench.arrive(Backend, b"now small");
+    }
+    assert_eq!(bench.pump.streams[Backend as usize].mode, Mode::Copy);
+    assert_eq!(bench.sent_to(Client).len(), 2_000_000 + 20 * 9);
+}
+
+#[test]
+fn without_a_pipe_bulk_is_copied() {
+    let mut bench = Bench::new(usize::MAX);
+    bench.arrive(Client, &vec![5; 2_000_000]);
+    assert_ne!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
+    assert_eq!(bench.sent_to(Backend).len(), 2_000_000);
+}
+
+#[test]
+fn bulk_that_crams_its_pipes_is_copied_and_tries_again_later() {
+    let mut bench = Bench::new(usize::MAX);
+    bench.script.pipes_left = 1;
+    bench.script.crams = true;
+    bench.arrive(Client, &vec![5; 8_000_000]);
+    // Once, and not for each few megabytes.
+    assert_eq!(bench.pump.streams[Client as usize].crammed, 1);
+    assert_ne!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
+    assert_eq!(bench.script.pipes_left, 1);
+    bench.script.crams = false;
+    bench.arrive(Client, &vec![5; 8_000_000]);
+    assert_eq!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
+    assert_eq!(bench.sent_to(Backend).len(), 16_000_000);
+}
+
+#[test]
+fn what_is_in_the_pipe_when_its_sender_resets_is_still_delivered() {
+    let mut bench = Bench::new(100_000);
+    bench.script.pipes_left = 1;
+    bench.arrive(Backend, &vec![5; 300_000]);
+    assert!(bench.script.piped(Backend) > 0, "the client has no room for more");
+    bench.end(Backend, libc::ECONNRESET);
+    assert!(bench.ending.is_none());
+    bench.make_room(Client, 1_000_000);
+    assert_eq!(bench.ending.expect("delivered").cause, Cause::BackendReset);
+    assert_eq!(bench.sent_to(Client).len(), 300_000);
+    assert_eq!(bench.script.pipes_left, 1);
+}
+
+#[test]
+fn a_peer_that_vanished_is_lost_and_not_reset() {
+    let mut bench = Bench::new(10);
+    bench.end(Client, libc::ETIMEDOUT);
+    assert_eq!(bench.ending.expect("over").cause, Cause::ClientLost);
+}
+
+#[test]
+fn a_reader_that_stalls_pins_one_read_and_no_more() {
+    let mut bench = Bench::new(0);
+    for _ in 0..100 {
+        bench.arrive(Client, &[7; READ_SMALL]);
+    }
+    assert!(bench.kept() <= READ_SMALL, "{} bytes kept", bench.kept());
+    bench.make_room(Backend, usize::MAX);
+    assert_eq!(bench.sent_to(Backend).len(), 100 * READ_SMALL);
+    assert_eq!(bench.kept(), 0, "an idle session holds no buffer");
+}
+
+#[test]
+fn where_the_budget_is_spent_nothing_is_kept_and_nothing_lost() {
+    let mut bench = Bench::new(0);
+    bench.spend(true);
+    for _ in 0..100 {
+        bench.arrive(Client, &[7; READ_SMALL]);
+        bench.make_room(Backend, 1000);
+    }
+    assert_eq!(bench.kept(), 0);
+    assert_eq!(bench.sent_to(Backend).len(), 100 * 1000);
+    assert_eq!(bench.received[Client as usize], 100 * 1000, "no more is taken than is sent");
+    assert!(bench.script.budget.refused() > 0);
+    bench.end(Client, 0);
+    assert!(!bench.fin_sent_to(Backend));
+
+    bench.make_room(Backend, usize::MAX / 2);
+    assert_eq!(bench.sent_to(Backend).len(), 100 * READ_SMALL);
+    assert!(bench.fin_sent_to(Backend));
+}
+
+#[test]
+fn what_is_kept_is_counted_until_it_is_sent() {
+    let mut bench = Bench::new(10);
+    bench.arrive(Client, &[7; 100]);
+    assert_eq!(bench.script.budget.used(), 90);
+    bench.make_room(Backend, 1000);
+    assert_eq!(bench.script.budget.used(), 0);
+}
+
+#[test]
+fn a_firehose_gives_others_their_turn() {
+    let mut bench = Bench::new(usize::MAX);
+    bench.script.sockets[Client as usize].arrived.borrow_mut().extend(vec![1; 4 * BYTES_A_TURN]);
+    bench.pump.note(Client, true, true, false);
+    let mut moved = Moved::default();
+    let next = bench.pump.turn(&mut bench.script, &mut bench.buffer, &mut moved);
+    assert_eq!(next, Next::Again);
+    assert!(moved.received[Client as usize] < (BYTES_A_TURN + READ_BULK) as u64);
+}
+
+#[test]
+fn bytes_behind_an_urgent_mark_are_not_forgotten() {
+    // A read stops at the mark, so it is short although more is there.
+    let mut bench = Bench::new(100);
+    bench.pump.note(Client, true, true, true);
+    let client = &bench.script.sockets[Client as usize];
+    client.arrived.borrow_mut().extend(b"before");
+    let mut moved = Moved::default();
+    let next = bench.pump.turn(&mut bench.script, &mut bench.buffer, &mut moved);
+    assert_eq!(next, Next::Wait);
+    assert_eq!(bench.sent_to(Backend), b"before");
+    assert!(!bench.pump.sockets[Client as usize].readable, "read until it would block");
+}
+
+#[derive(Debug, Clone)]
+enum Act {
+    Arrive(bool, usize),
+    Room(bool, usize),
+    End(bool),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let size = prop_oneof![1..50usize, 16_000..17_000usize, 200_000..300_000usize];
+    prop_oneof![
+        4 => (any::<bool>(), size.clone()).prop_map(|(side, size)| Act::Arrive(side, size)),
+        4 => (any::<bool>(), size).prop_map(|(side, size)| Act::Room(side, size)),
+        1 => any::<bool>().prop_map(Act::End),
+    ]
+}
+
+fn side(backend: bool) -> Side {
+    if backend { Backend } else { Client }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn every_byte_before_a_fin_arrives_once_and_in_order(
+        acts in prop::collection::vec(act(), 0..40),
+        pipes in 0..3usize,
+        spent in any::<bool>(),
+    ) {
+        let mut bench = Bench::new(0);
+        bench.script.pipes_left = pipes;
+        bench.spend(spent);
+        let mut owed: [Vec<u8>; 2] = Default::default();
+        let mut next_byte = 0u8;
+        for act in acts {
+            match act {
+                Act::Arrive(from, size) => {
+                    let from = side(from);
+                    if bench.script.sockets[from as usize].end.get().is_none() {
+                        let bytes: Vec<u8> = (0..size).map(|_| { next_byte = next_byte.wrapping_add(1); next_byte }).collect();
+                        owed[from.other() as usize].extend(&bytes);
+                        bench.arrive(from, &bytes);
+                    }
+                }
+                Act::Room(to, room) => bench.make_room(side(to), room),
+                Act::End(from) => bench.end(side(from), 0),
+            }
+            for to in Side::BOTH {
+                let sent = bench.sent_to(to);
+                prop_assert!(owed[to as usize].starts_with(&sent));
+                prop_assert!(!bench.fin_sent_to(to) || sent.len() == owed[to as usize].len());
+            }
+        }
+        for both in [Client, Backend] {
+            bench.end(both, 0);
+        }
+        bench.make_room(Client, usize::MAX / 2);
+        bench.make_room(Backend, usize::MAX / 2);
+        prop_assert_eq!(bench.ending.map(|ending| ending.cause), Some(Cause::Finished));
+        prop_assert!(Side::BOTH.into_iter().any(|side| bench.fin_sent_to(side)));
+        for to in Side::BOTH {
+            prop_assert_eq!(&bench.sent_to(to), &owed[to as usize]);
+            prop_assert_eq!(bench.received[to.other() as usize], owed[to as usize].len() as u64);
+        }
+        prop_assert_eq!(bench.kept(), 0);
+    }
+
+    #[test]
+    fn a_failure_always_ends_the_session_once_there_is_room(
+        acts in prop::collection::vec(act(), 0..20),
+        failing in any::<bool>(),
+        pipes in 0..3usize,
+        spent in any::<bool>(),
+    ) {
+        let mut bench = Bench::new(0);
+        bench.script.pipes_left = pipes;
+        bench.spend(spent);
+        for act in acts {
+            match act {
+                Act::Arrive(from, size) => bench.arrive(side(from), &vec![1; size]),
+                Act::Room(to, room) => bench.make_room(side(to), room),
+                Act::End(_) => {}
+            }
+        }
+        bench.end(side(failing), libc::ECONNRESET);
+        bench.make_room(side(failing).other(), usize::MAX / 2);
+        let ending = bench.ending.expect("over");
+        prop_assert_eq!(ending.cause, Cause::of_failure(side(failing), libc::ECONNRESET));
+    }
+}

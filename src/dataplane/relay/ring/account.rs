@@ -1,0 +1,35 @@
+//! What became of a session's bytes, counted as the ring tells of them.
+//!
+//! Called by `streams` and `shortage`. It moves nothing.
+
+use super::streams::Flow;
+use crate::core::outcome::Side;
+use crate::dataplane::relay::close_state::{Carried, Moved};
+use crate::net::ring::What;
+
+impl Flow {
+    pub(super) fn carried(&self, from: Side) -> Carried {
+        self.streams[from as usize].carried
+    }
+
+    /// The other side's socket has taken so many bytes.
+    #[inline]
+    pub(super) fn sent_on(&mut self, from: Side, bytes: usize, moved: &mut Moved) {
+        self.streams[from as usize].carried.sent += bytes as u64;
+        moved.sent[from as usize] += bytes as u64;
+        self.verdict.sent_to(from.other());
+    }
+
+    /// What an operation did before it was stopped is counted, though nothing more is
+    /// made of it.
+    #[cold]
+    pub(super) fn note_late(&mut self, side: Side, what: &What, moved: &mut Moved) {
+        match what {
+            What::Data(chunk) => {
+                self.streams[side as usize].carried.received += chunk.len() as u64;
+            }
+            What::Sent(bytes) | What::SendCut(bytes) => self.sent_on(side, *bytes, moved),
+            _ => {}
+        }
+    }
+}

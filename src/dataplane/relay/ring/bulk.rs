@@ -1,0 +1,180 @@
+//! Bulk streams on the ring: through a pipe, without copying.
+//!
+//! A stream comes here after a few full buffers in a row, once all of them are
+//! sent, and goes back to receives when little arrives at a time, when it arrives
+//! in pieces that fill the pipe with little, or when there is no pipe for it. The
+//! ring only tells when to go on: splice(2) itself is a plain call, as one by the
+//! ring measured the same. Small messages never come here.
+
+use super::streams::{Flow, Meaning, Mode, SHUNNED_MAX, Stream, Use};
+use crate::core::outcome::Side;
+use crate::dataplane::local_errors;
+use crate::dataplane::relay::close_state::Moved;
+use crate::net::pipe::{Fill, Pipes};
+use crate::net::ring::{BUFFER_LEN, Ring};
+use std::io;
+
+/// Small or crammed fills in a row, or wake-ups that brought nothing, that end
+/// bulk.
+const SMALL_FILLS: u8 = 8;
+
+/// What one direction may move before other sessions get their turn; the last
+/// fill may go beyond it.
+const BYTES_A_TURN: usize = 1024 * 1024;
+
+/// What a fill leaves to do.
+enum Filled {
+    /// Pass that on.
+    Some(usize),
+    /// There is nothing to receive now.
+    Nothing,
+    /// The side has failed.
+    Failed,
+    /// The end, or an urgent mark that an end stands behind (`tcp_splice_read` in
+    /// Linux): a receive knows.
+    Unclear,
+    /// No pipe, or none of use to this socket.
+    NoPipe,
+}
+
+impl Flow {
+    /// Moves bytes from `from` to the other side through a pipe, until a socket
+    /// or the turn's share says stop. `readable` is whether it was woken for
+    /// bytes to receive.
+    pub(super) fn splice(
+        &mut self,
+        key: u32,
+        from: Side,
+        mut readable: bool,
+        ring: &mut Ring,
+        pipes: &mut Pipes,
+        moved: &mut Moved,
+    ) -> Meaning {
+        let mut budget = BYTES_A_TURN;
+        loop {
+            match self.empty_pipe(from, moved) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.wait(key, from, Use::Writable, ring);
+                    return Meaning::Nothing;
+                }
+                Err(error) if local_errors::is_shortage(&error) => {
+                    self.streams[from as usize].short = true;
+                    return Meaning::Short(from);
+                }
+                Err(error) => return self.send_failed(from, errno_of(&error), ring),
+            }
+            if self.verdict.failed(from.other()) {
+                break;
+            }
+            if self.streams[from as usize].streak >= SMALL_FILLS {
+                self.leave_bulk(from);
+                break;
+            }
+            if budget == 0 {
+                self.wait(key, from, Use::Readable, ring);
+                break;
+            }
+            match self.fill(from, pipes, moved) {
+                Filled::Some(bytes) => budget = budget.saturating_sub(bytes),
+                Filled::Nothing => {
+                    // An urgent mark is readable, but not by splice.
+                    self.streams[from as usize].streak += u8::from(readable);
+                    self.wait(key, from, Use::Readable, ring);
+                    break;
+                }
+                Filled::Failed => break,
+                Filled::Unclear => {
+                    self.leave_bulk(from);
+                    break;
+                }
+                Filled::NoPipe => {
+                    self.streams[from as usize].crammed = true;
+                    self.leave_bulk(from);
+                    break;
+                }
+            }
+            readable = false;
+        }
+        self.give_back_pipe(from, pipes);
+        Meaning::Nothing
+    }
+
+    /// Sends all that is in the pipe.
+    fn empty_pipe(&mut self, from: Side, moved: &mut Moved) -> io::Result<()> {
+        let Stream { pipe, carried, .. } = &mut self.streams[from as usize];
+        let Some(pipe) = pipe else { return Ok(()) };
+        let Some(to) = &self.sockets[from.other() as usize] else { return Ok(()) };
+        while pipe.holds() > 0 {
+            match pipe.drain(to) {
+                // Not to be had from a pipe that holds something.
+                Ok(0) => return Err(io::Error::from_raw_os_error(libc::EIO)),
+                Ok(sent) => {
+                    carried.sent += sent as u64;
+                    moved.sent[from as usize] += sent as u64;
+                    self.verdict.sent_to(from.other());
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives into an empty pipe.
+    fn fill(&mut self, from: Side, pipes: &mut Pipes, moved: &mut Moved) -> Filled {
+        let stream = &mut self.streams[from as usize];
+        let Some(socket) = &self.sockets[from as usize] else { return Filled::Nothing };
+        if stream.pipe.is_none() {
+            stream.pipe = pipes.take().map(Box::new);
+        }
+        let Some(pipe) = &mut stream.pipe else { return Filled::NoPipe };
+        let filled = loop {
+            match pipe.fill(socket) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                filled => break filled,
+            }
+        };
+        match filled {
+            Ok(Fill { bytes: 0, .. }) => Filled::Unclear,
+            Ok(Fill { bytes, crammed }) => {
+                stream.carried.received += bytes as u64;
+                moved.received[from as usize] += bytes as u64;
+                let small = crammed || bytes < BUFFER_LEN;
+                stream.streak = if small { stream.streak + 1 } else { 0 };
+                stream.crammed = crammed;
+                Filled::Some(bytes)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Filled::Nothing,
+            // This kind of socket cannot be spliced (splice(2)).
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Filled::NoPipe,
+            // A receive needs less.
+            Err(error) if local_errors::is_shortage(&error) => Filled::NoPipe,
+            Err(error) => {
+                self.end_of(from, errno_of(&error), moved);
+                Filled::Failed
+            }
+        }
+    }
+
+    /// From now on by receives, the first of which is armed by the caller.
+    fn leave_bulk(&mut self, from: Side) {
+        let stream = &mut self.streams[from as usize];
+        stream.mode = Mode::Ring;
+        stream.streak = 0;
+        if std::mem::take(&mut stream.crammed) {
+            stream.shunned = (stream.shunned + 1).min(SHUNNED_MAX);
+        }
+    }
+
+    /// Others may use it. One that still holds something stays.
+    fn give_back_pipe(&mut self, from: Side, pipes: &mut Pipes) {
+        if let Some(pipe) = self.streams[from as usize].pipe.take_if(|pipe| pipe.holds() == 0) {
+            pipes.give_back(*pipe);
+        }
+    }
+}
+
+fn errno_of(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}

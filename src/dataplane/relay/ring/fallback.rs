@@ -1,0 +1,232 @@
+//! When there is no buffer in the ring to receive into: with one of the
+//! session's own, and where the process's budget has none left, with none. And
+//! when the kernel itself has no memory: later.
+//!
+//! Driven by `Ringed` for sides that starve. It never drops a byte: what can
+//! be neither kept nor sent stays in the kernel's receive buffer, and TCP holds
+//! the sender back.
+
+use super::streams::{Flow, Meaning, Use};
+use crate::core::outcome::Side;
+use crate::dataplane::local_errors;
+use crate::dataplane::relay::close_state::Moved;
+use crate::net::budget::Budget;
+use crate::net::pipe::Pipes;
+use crate::net::ring::{BUFFER_LEN, Chunk, Ring};
+use crate::net::stream;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// What is read with when the ring has no buffer.
+#[derive(Debug)]
+pub(super) struct Larder {
+    /// What is over moves to a buffer of the session's own.
+    scratch: Box<[u8]>,
+    budget: Arc<Budget>,
+}
+
+/// What came of asking for bytes without a receive in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fed {
+    /// It is no longer starved.
+    Done,
+    /// It still is.
+    Hungry,
+    /// It waits for its own bytes to be sent.
+    Waits,
+    /// The kernel has no memory for it.
+    Short,
+    /// The side across has failed, and it is news.
+    Failed,
+}
+
+// === impl Larder ===
+
+impl Larder {
+    pub(super) fn new(budget: Arc<Budget>) -> Larder {
+        Larder { scratch: vec![0; BUFFER_LEN].into_boxed_slice(), budget }
+    }
+}
+
+// === impl Flow ===
+
+impl Flow {
+    /// Whether that side waits for a buffer.
+    pub(super) fn is_starved(&self, from: Side) -> bool {
+        !self.halted && self.streams[from as usize].starved
+    }
+
+    /// Gets a starved side going again: with a receive where there are buffers,
+    /// else by reading what its empty queue can take, else by passing on what
+    /// finds room at once.
+    pub(super) fn feed(
+        &mut self,
+        key: u32,
+        from: Side,
+        ring: &mut Ring,
+        larder: &mut Larder,
+        moved: &mut Moved,
+    ) -> Fed {
+        let stream = &mut self.streams[from as usize];
+        if ring.buffers_shown() > 0 {
+            stream.starved = false;
+            self.arm(key, from, ring);
+            return Fed::Done;
+        }
+        if stream.queued > 0 {
+            // The end of the send tries again.
+            stream.starved = false;
+            return Fed::Waits;
+        }
+        let Some(socket) = self.sockets[from as usize].clone() else { return Fed::Done };
+        let Larder { scratch, budget } = larder;
+        let keeps = budget.has(scratch.len());
+        let there = match keeps {
+            true => stream::receive(&socket, scratch),
+            false => stream::peek(&socket, scratch),
+        };
+        match there {
+            Ok(0) => {
+                self.streams[from as usize].starved = false;
+                self.end_of(from, 0, moved);
+            }
+            Ok(received) if keeps => {
+                let chunk = Chunk::copied(&scratch[..received], budget.take(received));
+                self.received(key, from, chunk, ring, moved);
+                return Fed::Hungry;
+            }
+            Ok(there) => {
+                return self.pass_on(key, from, &socket, &mut scratch[..there], ring, moved);
+            }
+            Err(error) => return self.not_fed(key, from, &error, ring, moved),
+        }
+        self.finish(from);
+        Fed::Done
+    }
+
+    fn not_fed(
+        &mut self,
+        key: u32,
+        from: Side,
+        error: &io::Error,
+        ring: &mut Ring,
+        moved: &mut Moved,
+    ) -> Fed {
+        if error.kind() == io::ErrorKind::Interrupted {
+            return Fed::Hungry;
+        }
+        if local_errors::is_shortage(error) {
+            return self.fall_short(from);
+        }
+        self.streams[from as usize].starved = false;
+        if error.kind() == io::ErrorKind::WouldBlock {
+            self.wait(key, from, Use::Readable, ring);
+        } else {
+            self.end_of(from, error.raw_os_error().unwrap_or(libc::EIO), moved);
+        }
+        self.finish(from);
+        Fed::Done
+    }
+
+    /// Sends what was seen at `from` and still is to be received there, and
+    /// receives as much as found room. Nothing of this direction is in flight.
+    fn pass_on(
+        &mut self,
+        key: u32,
+        from: Side,
+        socket: &Rc<OwnedFd>,
+        seen: &mut [u8],
+        ring: &mut Ring,
+        moved: &mut Moved,
+    ) -> Fed {
+        let Some(to) = &self.sockets[from.other() as usize] else { return Fed::Done };
+        let sent = match stream::send(to, seen) {
+            Ok(sent) => sent,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Fed::Hungry,
+            Err(error) if local_errors::is_shortage(&error) => return self.fall_short(from),
+            Err(error) => {
+                self.streams[from as usize].starved = false;
+                self.send_failed(from, error.raw_os_error().unwrap_or(libc::EIO), ring);
+                // Nobody wants it; left unread it would turn a close in order into
+                // a reset. What is wrong with this socket shows at its next read.
+                let _ = self.take(from, socket, seen, moved);
+                return Fed::Failed;
+            }
+        };
+        if sent > 0 {
+            self.sent_on(from, sent, moved);
+            let all = seen.len();
+            if let Err(errno) = self.take(from, socket, &mut seen[..sent], moved) {
+                self.streams[from as usize].starved = false;
+                self.end_of(from, errno, moved);
+                self.finish(from);
+                return Fed::Done;
+            }
+            if sent == all {
+                return Fed::Hungry;
+            }
+        }
+        let stream = &mut self.streams[from as usize];
+        stream.starved = false;
+        stream.dry = true;
+        self.wait(key, from, Use::Writable, ring);
+        Fed::Waits
+    }
+
+    fn fall_short(&mut self, from: Side) -> Fed {
+        let stream = &mut self.streams[from as usize];
+        (stream.starved, stream.short) = (false, true);
+        Fed::Short
+    }
+
+    /// Goes on where the kernel had no memory.
+    pub(super) fn retry_short(
+        &mut self,
+        key: u32,
+        from: Side,
+        ring: &mut Ring,
+        pipes: &mut Pipes,
+        moved: &mut Moved,
+    ) -> Meaning {
+        let stream = &mut self.streams[from as usize];
+        if self.halted || !std::mem::take(&mut stream.short) {
+            return Meaning::Nothing;
+        }
+        if stream.pipe.is_none() {
+            stream.starved = true;
+            return Meaning::Starved { side: from, alone: true };
+        }
+        let meaning = self.splice(key, from, false, ring, pipes, moved);
+        self.arm(key, from, ring);
+        self.finish(from);
+        meaning
+    }
+
+    /// Takes from the socket what was sent: as many bytes as `sent` is long.
+    fn take(
+        &mut self,
+        from: Side,
+        socket: &Rc<OwnedFd>,
+        sent: &mut [u8],
+        moved: &mut Moved,
+    ) -> Result<(), i32> {
+        let mut taken = 0;
+        while taken < sent.len() {
+            match stream::receive(socket, &mut sent[taken..]) {
+                // They were there to be looked at.
+                Ok(0) => return Err(libc::EIO),
+                Ok(more) => {
+                    taken += more;
+                    self.streams[from as usize].carried.received += more as u64;
+                    moved.received[from as usize] += more as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.raw_os_error().unwrap_or(libc::EIO)),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,589 @@
+//! One session on the ring: what is received, queued and sent in each
+//! direction, and which operations are in flight.
+//!
+//! Driven by `Ringed` with the ring's events. It owns the sockets together with
+//! the operations that use them, reads no clock and knows no timers.
+//!
+//! In each direction there is at most one receive and one send. Bytes wait in a
+//! queue while a send is in flight; at the high-water mark the receive is
+//! cancelled, at the low one it is started again. A stream that is never short
+//! of bytes goes over to bulk: through a pipe, see `bulk`.
+
+use super::queue::Queue;
+use crate::core::outcome::Side;
+use crate::dataplane::relay::close_state::{Carried, Moved, Verdict};
+use crate::dataplane::relay::mover::Decided;
+use crate::net::pipe::{Pipe, Pipes};
+use crate::net::ring::{BUFFER_LEN, Chunk, Event, Interest, Op, Ring, What};
+use crate::net::stream;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+/// Bytes queued at which a direction stops receiving, while buffers are plenty.
+/// It stops late: one receive takes as many buffers as are shown, which are 1
+/// MiB unless streams starve. The pool bounds all of them together.
+const HIGH_WATER: u32 = 128 * 1024;
+
+/// The same once less than half of the pool's buffers are left, for the others.
+const HIGH_WATER_SCARCE: u32 = 2 * BUFFER_LEN as u32;
+
+/// Where a cancelled receive goes on for so much longer, the cancellation has
+/// missed it: try again.
+const CANCEL_AGAIN: u32 = 512 * 1024;
+
+/// Full buffers in a row that make a stream bulk.
+const STREAK: u8 = 6;
+
+/// Each time a pipe was no use, the next has to wait for twice as many; so many
+/// times at most.
+pub(super) const SHUNNED_MAX: u8 = 5;
+
+/// What an operation is for; the low bits of its tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Use {
+    Receive,
+    /// Tagged with the side the bytes came from.
+    Send,
+    Connect,
+    /// The client, while the backend's connect is pending.
+    Watch,
+    /// A socket that was drained by other means than a multishot receive.
+    Readable,
+    /// A socket that has no room for what is in the pipe. Tagged with the side
+    /// the bytes came from.
+    Writable,
+    /// A socket not received from, as its bytes wait.
+    Stalled,
+}
+
+// What matches on a tag's bits.
+const CONNECT: u64 = Use::Connect as u64;
+const WATCH: u64 = Use::Watch as u64;
+const READABLE: u64 = Use::Readable as u64;
+const WRITABLE: u64 = Use::Writable as u64;
+const STALLED: u64 = Use::Stalled as u64;
+
+/// One session's sockets, streams and operations.
+#[derive(Debug, Default)]
+pub(in crate::dataplane::relay) struct Flow {
+    /// By side. Operations hold shares.
+    pub(super) sockets: [Option<Rc<OwnedFd>>; 2],
+    /// By the side the bytes come from.
+    pub(super) streams: [Stream; 2],
+    pub(super) verdict: Verdict,
+    /// Operations whose last event is still to come.
+    operations: u32,
+    connect: Option<Op>,
+    watch: Option<Op>,
+    /// Over: nothing new is started, and what still comes is dropped.
+    pub(super) halted: bool,
+    /// Which streams were bulk before, by the side the bytes come from. Here is
+    /// room for it; in a stream it would make two of them longer.
+    were_bulk: [bool; 2],
+}
+
+/// Bytes from one side on their way to the other. Small: idle sessions have two.
+#[derive(Debug, Default)]
+pub(super) struct Stream {
+    receive: Option<Op>,
+    pub(super) send: Option<Op>,
+    /// While neither of them can go on: for bytes to receive, or, where the pipe
+    /// holds some, for room to send.
+    poll: Option<Op>,
+    /// The poll of a socket that is not received from, as its bytes wait.
+    stalled_poll: Option<Op>,
+    /// Behind what is being sent.
+    queue: Queue,
+    /// Never kept empty while the stream waits.
+    pub(super) pipe: Option<Box<Pipe>>,
+    pub(super) carried: Carried,
+    /// Bytes queued or being sent.
+    pub(super) queued: u32,
+    /// `queued` at which to cancel the receive, next time.
+    cancel_at: u32,
+    pub(super) mode: Mode,
+    /// Waits for a buffer.
+    pub(super) starved: bool,
+    /// Has no buffer to keep bytes in, and waits for room to send them at once.
+    pub(super) dry: bool,
+    /// The kernel had no memory to go on; nothing is in flight, and it is tried
+    /// again at a tick.
+    pub(super) short: bool,
+    /// Already reported as stalled.
+    listed: bool,
+    /// Full buffers in a row; in bulk, small fills in a row.
+    pub(super) streak: u8,
+    /// The last fill was crammed.
+    pub(super) crammed: bool,
+    /// How often a pipe was no use, or not to be had.
+    pub(super) shunned: u8,
+}
+
+/// How a stream's bytes are moved.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// By receives and sends; bulk is noticed.
+    #[default]
+    Ring,
+    /// Bulk, as soon as what was received before is sent.
+    ToBulk,
+    /// Through a pipe; nothing is received or queued.
+    Bulk,
+}
+
+/// What an event means to the engine, beside what it moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Meaning {
+    Nothing,
+    /// The pending connect was decided.
+    Connected(Decided),
+    /// The client has failed before it was relayed.
+    ClientFailed,
+    /// No buffer for bytes of that side; `alone` where it took them all itself.
+    Starved {
+        side: Side,
+        alone: bool,
+    },
+    /// That side is not received from, as its bytes wait.
+    Stalled(Side),
+    /// The kernel has no memory to move bytes of that side.
+    Short(Side),
+    /// That side has failed, and it is news.
+    Failed(Side),
+}
+
+// === tags ===
+
+pub(super) fn tag(key: u32, side: Side, what: Use) -> u64 {
+    u64::from(key) << 8 | (side as u64) << 4 | what as u64
+}
+
+/// The flow an event belongs to.
+#[inline]
+pub(super) fn key_of(tag: u64) -> u32 {
+    (tag >> 8) as u32
+}
+
+fn side_of(tag: u64) -> Side {
+    if tag & 0x10 == 0 { Side::Client } else { Side::Backend }
+}
+
+// === impl Flow: sockets ===
+
+impl Flow {
+    pub(super) fn new(client: OwnedFd) -> Flow {
+        Flow { sockets: [Some(Rc::new(client)), None], ..Flow::default() }
+    }
+
+    pub(super) fn attach(&mut self, key: u32, upstream: OwnedFd, pending: bool, ring: &mut Ring) {
+        let upstream = Rc::new(upstream);
+        if pending {
+            let tag = tag(key, Side::Backend, Use::Connect);
+            self.connect = Some(ring.poll(&upstream, tag, Interest::Writable));
+            self.operations += 1;
+        }
+        self.sockets[Side::Backend as usize] = Some(upstream);
+    }
+
+    pub(super) fn detach(&mut self, ring: &mut Ring) {
+        if let Some(op) = self.connect.take() {
+            ring.cancel(op);
+        }
+        self.sockets[Side::Backend as usize] = None;
+    }
+
+    pub(super) fn watch_client(&mut self, key: u32, ring: &mut Ring) {
+        if self.watch.is_none()
+            && let Some(client) = &self.sockets[Side::Client as usize]
+        {
+            let tag = tag(key, Side::Client, Use::Watch);
+            self.watch = Some(ring.poll(client, tag, Interest::Failure));
+            self.operations += 1;
+        }
+    }
+
+    pub(super) fn socket(&self, side: Side) -> Option<&Rc<OwnedFd>> {
+        self.sockets[side as usize].as_ref()
+    }
+
+    pub(super) fn take_sockets(&mut self) -> Option<[OwnedFd; 2]> {
+        let [client, backend] = std::mem::take(&mut self.sockets);
+        Some([Rc::into_inner(client?)?, Rc::into_inner(backend?)?])
+    }
+
+    /// Whether no operation is in flight.
+    #[inline]
+    pub(super) fn is_settled(&self) -> bool {
+        self.operations == 0
+    }
+
+    /// Stops everything; what is in flight comes back soon.
+    pub(super) fn halt(&mut self, ring: &mut Ring) {
+        self.halted = true;
+        for stream in &mut self.streams {
+            stream.queue = Queue::default();
+            stream.pipe = None;
+            stream.starved = false;
+            stream.short = false;
+        }
+        self.cancel_all(ring);
+    }
+
+    /// What is in flight, and what it is for.
+    fn in_flight(&self) -> impl Iterator<Item = (&'static str, Op)> {
+        let of = |stream: &Stream| {
+            let Stream { receive, send, poll, stalled_poll, .. } = stream;
+            [
+                ("receive", *receive),
+                ("send", *send),
+                ("poll", *poll),
+                ("stalled poll", *stalled_poll),
+            ]
+        };
+        let shared = [("connect", self.connect), ("watch", self.watch)];
+        let all = self.streams.iter().flat_map(of).chain(shared);
+        all.filter_map(|(name, op)| Some((name, op?)))
+    }
+
+    /// What has not come back, in words.
+    pub(super) fn describe_operations(&self) -> String {
+        let names: Vec<&str> = self.in_flight().map(|(name, _)| name).collect();
+        format!("{} in all: {}", self.operations, names.join(", "))
+    }
+
+    fn cancel_all(&self, ring: &mut Ring) {
+        if self.operations > 0 {
+            self.in_flight().for_each(|(_, op)| ring.cancel(op));
+        }
+    }
+
+    /// Cancelling was not enough: takes the connections away from under the
+    /// operations.
+    pub(super) fn tear_down(&self, ring: &mut Ring) {
+        for socket in self.sockets.iter().flatten() {
+            stream::tear_down(socket);
+        }
+        self.cancel_all(ring);
+    }
+
+    /// Asks whatever waits for room how far it is; false where nothing does.
+    pub(super) fn ask_progress(&self, ring: &mut Ring) -> bool {
+        let mut asked = false;
+        for stream in &self.streams {
+            if let Some(op) = stream.send {
+                ring.nudge(op);
+                asked = true;
+            } else if (stream.pipe.is_some() || stream.dry)
+                && let Some(op) = stream.poll
+            {
+                // Its end has the pipe tried again: there may be room, though
+                // too little for the kernel to tell.
+                ring.cancel(op);
+                asked = true;
+            }
+        }
+        asked
+    }
+}
+
+// === impl Flow: moving bytes ===
+
+impl Flow {
+    /// Receives from that side, unless it does, or must not now.
+    pub(super) fn arm(&mut self, key: u32, from: Side, ring: &mut Ring) {
+        let stream = &mut self.streams[from as usize];
+        if self.halted
+            || stream.receive.is_some()
+            || stream.starved
+            || stream.short
+            || stream.poll.is_some()
+            || self.verdict.ended(from)
+            || self.verdict.failed(from.other())
+            || stream.queued > high_water(ring) / 2
+        {
+            return;
+        }
+        if matches!(stream.mode, Mode::ToBulk | Mode::Bulk) {
+            if stream.queued == 0 {
+                stream.mode = Mode::Bulk;
+                if !std::mem::replace(&mut self.were_bulk[from as usize], true)
+                    && let (Some(socket), Some(to)) =
+                        (&self.sockets[from as usize], &self.sockets[from.other() as usize])
+                {
+                    stream::shorten_near_queues(socket, to);
+                }
+                self.wait(key, from, Use::Readable, ring);
+            }
+            return;
+        }
+        let Some(socket) = &self.sockets[from as usize] else { return };
+        stream.receive = Some(ring.receive(socket, tag(key, from, Use::Receive)));
+        stream.cancel_at = high_water(ring);
+        self.operations += 1;
+    }
+
+    /// Waits for bytes from that side, or for room for them at the other.
+    pub(super) fn wait(&mut self, key: u32, from: Side, what: Use, ring: &mut Ring) {
+        let (of, interest) = match what {
+            Use::Writable => (from.other(), Interest::Writable),
+            _ => (from, Interest::Readable),
+        };
+        if let Some(socket) = &self.sockets[of as usize] {
+            let poll = ring.poll(socket, tag(key, from, what), interest);
+            self.streams[from as usize].poll = Some(poll);
+            self.operations += 1;
+        }
+    }
+
+    /// Deals with what happened to an operation of this flow's.
+    #[inline]
+    pub(super) fn handle(
+        &mut self,
+        event: Event,
+        ring: &mut Ring,
+        pipes: &mut Pipes,
+        moved: &mut Moved,
+    ) -> Meaning {
+        let Event { op, tag, last, what } = event;
+        let (key, side) = (key_of(tag), side_of(tag));
+        if last {
+            self.operations -= 1;
+            self.forget(op, side);
+        }
+        if self.halted {
+            self.note_late(side, &what, moved);
+            return Meaning::Nothing;
+        }
+        let meaning = match what {
+            What::Data(chunk) => {
+                self.judge_flow(side, chunk.len(), ring);
+                self.received(key, side, chunk, ring, moved);
+                Meaning::Nothing
+            }
+            What::End => self.end_of(side, self.failure_behind_end(side), moved),
+            What::Failed(errno) => self.end_of(side, errno, moved),
+            What::Starved => return self.starve(side),
+            What::Stopped => Meaning::Nothing,
+            What::Sent(bytes) => {
+                self.sent_on(side, bytes, moved);
+                self.sent(key, side, bytes, last, ring);
+                Meaning::Nothing
+            }
+            What::SendCut(bytes) => {
+                self.sent_on(side, bytes, moved);
+                self.send_failed(side, libc::ECANCELED, ring)
+            }
+            What::SendFailed(errno) => self.send_failed(side, errno, ring),
+            What::Polled(result) => match tag & 0xF {
+                READABLE | WRITABLE if result == Err(libc::ENOMEM) => self.wait_short(side),
+                what @ (READABLE | WRITABLE) => {
+                    self.woken(key, side, what == READABLE, ring, pipes, moved)
+                }
+                _ => return self.polled(tag, op, result),
+            },
+        };
+        if last {
+            self.arm(key, side, ring);
+        }
+        self.finish(side);
+        if meaning == Meaning::Nothing
+            && self.is_stalled(side)
+            && !std::mem::replace(&mut self.streams[side as usize].listed, true)
+        {
+            return Meaning::Stalled(side);
+        }
+        meaning
+    }
+
+    fn forget(&mut self, op: Op, side: Side) {
+        let stream = &mut self.streams[side as usize];
+        let Stream { receive, send, poll, stalled_poll, .. } = stream;
+        for held in [receive, send, poll, stalled_poll] {
+            if *held == Some(op) {
+                *held = None;
+                return;
+            }
+        }
+    }
+
+    /// Whether the stream is one for a pipe.
+    fn judge_flow(&mut self, from: Side, len: usize, ring: &mut Ring) {
+        let stream = &mut self.streams[from as usize];
+        if len < BUFFER_LEN {
+            stream.streak = 0;
+            return;
+        }
+        stream.streak = stream.streak.saturating_add(1);
+        if stream.streak >= STREAK << stream.shunned && stream.mode == Mode::Ring {
+            stream.mode = Mode::ToBulk;
+            stream.streak = 0;
+            if let Some(op) = stream.receive {
+                ring.cancel(op);
+            }
+        }
+    }
+
+    pub(super) fn received(
+        &mut self,
+        key: u32,
+        from: Side,
+        chunk: Chunk,
+        ring: &mut Ring,
+        moved: &mut Moved,
+    ) {
+        let stream = &mut self.streams[from as usize];
+        stream.carried.received += chunk.len() as u64;
+        if self.verdict.failed(from.other()) {
+            return;
+        }
+        let Some(to) = &self.sockets[from.other() as usize] else { return };
+        moved.received[from as usize] += chunk.len() as u64;
+        stream.queued += chunk.len() as u32;
+        if stream.send.is_none() {
+            stream.send = Some(ring.send(to, tag(key, from, Use::Send), chunk));
+            self.operations += 1;
+        } else {
+            stream.queue.push(chunk);
+        }
+        if stream.queued >= stream.cancel_at
+            && let Some(op) = stream.receive
+        {
+            ring.cancel(op);
+            stream.cancel_at = stream.queued + CANCEL_AGAIN;
+        }
+    }
+
+    fn sent(&mut self, key: u32, from: Side, bytes: usize, last: bool, ring: &mut Ring) {
+        let stream = &mut self.streams[from as usize];
+        stream.queued = stream.queued.saturating_sub(bytes as u32);
+        if !last {
+            return;
+        }
+        let Some(to) = &self.sockets[from.other() as usize] else { return };
+        stream.send = stream.queue.send(to, tag(key, from, Use::Send), ring);
+        self.operations += u32::from(stream.send.is_some());
+    }
+
+    /// That side's peer cannot be sent to any more. What waits for it is thrown
+    /// away; what it had sent is still read.
+    pub(super) fn send_failed(&mut self, from: Side, errno: i32, ring: &mut Ring) -> Meaning {
+        let stream = &mut self.streams[from as usize];
+        stream.queue = Queue::default();
+        stream.pipe = None;
+        stream.queued = 0;
+        if let Some(op) = stream.receive {
+            ring.cancel(op);
+        }
+        self.verdict.send_failed(from.other(), errno);
+        Meaning::Failed(from.other())
+    }
+
+    pub(super) fn end_of(&mut self, from: Side, errno: i32, moved: &mut Moved) -> Meaning {
+        self.verdict.end_of(from, errno);
+        moved.ended = true;
+        Meaning::Nothing
+    }
+
+    /// Passes an end on, once nothing is before it.
+    pub(super) fn finish(&mut self, from: Side) {
+        let stream = &self.streams[from as usize];
+        let waits = stream.send.is_some() || stream.pipe.is_some() || !stream.queue.is_empty();
+        if waits || !self.verdict.ended(from) {
+            return;
+        }
+        let to = self.sockets[from.other() as usize].as_deref();
+        self.verdict.finish(from, || to.map_or(Ok(()), stream::shutdown_write));
+    }
+
+    fn starve(&mut self, side: Side) -> Meaning {
+        let stream = &mut self.streams[side as usize];
+        if std::mem::replace(&mut stream.starved, true) {
+            return Meaning::Nothing;
+        }
+        Meaning::Starved { side, alone: stream.queued > 0 }
+    }
+
+    /// There are bytes on a socket that was drained, or room for those in the
+    /// pipe; or the wait for that was cut short.
+    fn woken(
+        &mut self,
+        key: u32,
+        side: Side,
+        readable: bool,
+        ring: &mut Ring,
+        pipes: &mut Pipes,
+        moved: &mut Moved,
+    ) -> Meaning {
+        self.streams[side as usize].dry = false;
+        match self.streams[side as usize].mode {
+            Mode::Bulk => self.splice(key, side, readable, ring, pipes, moved),
+            Mode::ToBulk => Meaning::Nothing,
+            Mode::Ring => self.starve(side),
+        }
+    }
+
+    /// The kernel had no memory even to wait with: it is asked again at a tick.
+    #[cold]
+    fn wait_short(&mut self, side: Side) -> Meaning {
+        let stream = &mut self.streams[side as usize];
+        (stream.dry, stream.short) = (false, true);
+        Meaning::Short(side)
+    }
+
+    fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>) -> Meaning {
+        let side = side_of(tag);
+        match tag & 0xF {
+            CONNECT if self.connect == Some(op) => {
+                self.connect = None;
+                Meaning::Connected(result.into())
+            }
+            WATCH if self.watch == Some(op) => {
+                self.watch = None;
+                if result == Ok(true) { Meaning::ClientFailed } else { Meaning::Nothing }
+            }
+            STALLED if result == Ok(true) && self.verdict.note_failure(side) => {
+                Meaning::Failed(side)
+            }
+            // Cancelled, or of an attempt that was given up.
+            _ => Meaning::Nothing,
+        }
+    }
+}
+
+// === impl Flow: shortage ===
+
+impl Flow {
+    /// Whether nothing is received from that side as its bytes wait.
+    fn is_stalled(&self, from: Side) -> bool {
+        let stream = &self.streams[from as usize];
+        stream.receive.is_none()
+            && stream.stalled_poll.is_none()
+            && (stream.pipe.is_some() || stream.dry || stream.queued > 0 && stream.poll.is_none())
+            && !stream.starved
+            && !stream.short
+            && !self.verdict.ended(from)
+            && !self.verdict.failed(from.other())
+    }
+
+    /// Watches a side that still is stalled for its failure, which no receive
+    /// would tell of.
+    pub(super) fn watch_stalled(&mut self, key: u32, from: Side, ring: &mut Ring) {
+        self.streams[from as usize].listed = false;
+        if self.halted || !self.is_stalled(from) {
+            return;
+        }
+        if let Some(socket) = &self.sockets[from as usize] {
+            let tag = tag(key, from, Use::Stalled);
+            let poll = ring.poll(socket, tag, Interest::Failure);
+            self.streams[from as usize].stalled_poll = Some(poll);
+            self.operations += 1;
+        }
+    }
+}
+
+#[inline]
+fn high_water(ring: &Ring) -> u32 {
+    let left = ring.buffers_free() + ring.buffers_shown();
+    if left * 2 >= ring.buffers_total() { HIGH_WATER } else { HIGH_WATER_SCARCE }
+}

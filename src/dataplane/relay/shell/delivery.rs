@@ -1,0 +1,143 @@
+//! Bytes that are out of our hands and not yet in those of the peer.
+//!
+//! Part of the shell: what a failed side had sent is waited for until the other has
+//! it, before that is reset; timers look here whether a peer still takes bytes; and
+//! what was not delivered is counted when a session ends.
+
+use super::super::flow::Bytes;
+use super::super::mover::Mover;
+use super::super::pace::Pace;
+use super::{Stage, State};
+use crate::core::outcome::{Cause, Ending, Side};
+use crate::dataplane::relay::session_timers::Relaying;
+use crate::net::stream::{self, Delivery};
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+/// The first look at a delivery, and the longest time to the next: each is twice as
+/// late as the one before. Thousands of slow readers cost a look or two a second each.
+const LOOK_FIRST: Duration = Duration::from_millis(16);
+const LOOKS_DOUBLED: u8 = 5;
+
+/// What a session moved, and what of it got lost by that ending. The kernel goes on
+/// with what is queued behind an end in order, so nothing is asked after one.
+pub(super) fn bytes<M: Mover>(flow: &M::Flow, ending: Ending) -> Bytes {
+    let [client, backend] = Side::BOTH.map(|side| M::carried(flow, side));
+    let undelivered = match ending.cause {
+        Cause::Finished => 0,
+        _ => Side::BOTH.into_iter().map(|from| undelivered_from::<M>(flow, from)).sum(),
+    };
+    Bytes { bytes_in: client.sent, bytes_out: backend.sent, undelivered }
+}
+
+/// Bytes of that side that the other's kernel has not acknowledged: unread, kept
+/// here or sent to it.
+fn undelivered_from<M: Mover>(flow: &M::Flow, from: Side) -> u64 {
+    let carried = M::carried(flow, from);
+    let kept = carried.received.saturating_sub(carried.sent);
+    let unread = socket::<M>(flow, from).map_or(0, stream::unread);
+    let queued = socket::<M>(flow, from.other()).map_or(0, |to| match stream::delivery(to) {
+        // A Unix socket's peer can read it after the close.
+        Delivery { quiet: None, .. } => 0,
+        Delivery { waiting, .. } => {
+            let fin = M::verdict(flow).was_told_fin(from.other());
+            waiting.saturating_sub(fin.into())
+        }
+    });
+    kept + unread + queued
+}
+
+fn socket<M: Mover>(flow: &M::Flow, side: Side) -> Option<BorrowedFd<'_>> {
+    match side {
+        Side::Client => M::client(flow),
+        Side::Backend => M::backend(flow),
+    }
+}
+
+/// Has the timers know of what peers have taken since we last sent to them. True where
+/// a socket could not tell: then [`Mover::ask_progress`] may.
+pub(super) fn note_progress<M: Mover>(
+    flow: &M::Flow,
+    relaying: &mut Relaying,
+    limit: Duration,
+    now: Instant,
+) -> bool {
+    let mut queued = None;
+    for side in Side::BOTH {
+        match socket::<M>(flow, side).map(stream::delivery) {
+            Some(Delivery { quiet: Some(ago), blocked, .. }) => {
+                relaying.moved_unseen(ago, blocked, limit, now);
+            }
+            Some(Delivery { quiet: None, waiting, .. }) => {
+                queued = Some(queued.unwrap_or(0) + waiting);
+            }
+            None => {}
+        }
+    }
+    queued.is_some_and(|queued| !relaying.looks_moved(queued, now))
+}
+
+impl<M: Mover> State<M> {
+    /// A session is over and its sockets are free: it gets them, once the last words
+    /// of a side that failed are delivered.
+    pub(super) fn settled(&mut self, key: u32, pace: &Pace) {
+        let entry = &mut self.flows[key as usize];
+        entry.looks = 0;
+        if self.is_delivering(key) {
+            self.look_at_delivery_later(key, pace);
+        } else {
+            self.stop_delivery(key);
+        }
+    }
+
+    /// Whether the peer still takes what the other side had sent before it failed.
+    fn is_delivering(&self, key: u32) -> bool {
+        let entry = &self.flows[key as usize];
+        let (Stage::Ended(ending, relaying) | Stage::Delivering(ending, relaying)) = &entry.stage
+        else {
+            return false;
+        };
+        let survivor = M::verdict(&entry.flow).survivor(*ending);
+        let survivor = survivor.and_then(|side| socket::<M>(&entry.flow, side));
+        match survivor.map(stream::delivery) {
+            Some(Delivery { waiting: 1.., quiet: Some(quiet), dead: false, .. }) => {
+                quiet < relaying.patience()
+            }
+            _ => false,
+        }
+    }
+
+    fn look_at_delivery_later(&mut self, key: u32, pace: &Pace) {
+        let entry = &mut self.flows[key as usize];
+        let setup = Stage::Setup(super::Setup::default());
+        entry.stage = match std::mem::replace(&mut entry.stage, setup) {
+            Stage::Ended(ending, relaying) => Stage::Delivering(ending, relaying),
+            other => other,
+        };
+        let due = pace.tick_after(self.now + LOOK_FIRST * (1 << entry.looks));
+        entry.looks = (entry.looks + 1).min(LOOKS_DOUBLED);
+        self.wheel.arm(key, due);
+        pace.kick_if_sooner(due);
+    }
+
+    /// The timer's look.
+    pub(super) fn look_at_delivery(&mut self, key: u32, pace: &Pace) {
+        if self.is_delivering(key) {
+            self.look_at_delivery_later(key, pace);
+        } else {
+            self.stop_delivery(key);
+        }
+    }
+
+    /// The session gets its sockets now, whatever is delivered.
+    pub(super) fn stop_delivery(&mut self, key: u32) {
+        self.wheel.cancel(key);
+        let entry = &mut self.flows[key as usize];
+        let setup = Stage::Setup(super::Setup::default());
+        entry.stage = match std::mem::replace(&mut entry.stage, setup) {
+            Stage::Delivering(ending, relaying) => Stage::Ended(ending, relaying),
+            other => other,
+        };
+        entry.wake();
+    }
+}

@@ -1,0 +1,203 @@
+//! The shell with movers that misbehave: the worker's other tasks must not pay.
+
+use super::*;
+use crate::dataplane::relay::close_state::{Carried, Moved, Next, Verdict};
+use crate::dataplane::relay::mover::{Mover, Round};
+use crate::dataplane::relay::pace::Pace;
+use crate::dataplane::relay::shell::State;
+use crate::net::reactor;
+use socket2::{Domain, Socket, Type};
+use std::cell::Cell;
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
+use std::task::{Context, Poll};
+use tokio::io::unix::AsyncFd;
+
+/// Never finds a reason to sleep and never does anything: what a ring looks like
+/// whose flag for deferred work stands for none.
+#[derive(Debug)]
+struct Sleepless {
+    /// To be woken through the reactor, where it can be: a socket it writes to,
+    /// and the one it waits for.
+    bell: Option<(Socket, AsyncFd<Arc<Socket>>)>,
+    /// It does sleep after all.
+    dozes: bool,
+    /// Sessions that were torn down.
+    torn_down: Rc<Cell<u32>>,
+}
+
+/// A session whose operations never come back.
+#[derive(Debug)]
+struct NoFlow;
+
+impl Sleepless {
+    fn new(has_bell: bool) -> Sleepless {
+        let bell = has_bell.then(|| {
+            let (ringer, bell) = Socket::pair(Domain::UNIX, Type::DGRAM, None).unwrap();
+            bell.set_nonblocking(true).unwrap();
+            (ringer, reactor::watch_readable(Arc::new(bell)).unwrap())
+        });
+        Sleepless { bell, dozes: false, torn_down: Rc::default() }
+    }
+}
+
+impl Mover for Sleepless {
+    type Flow = NoFlow;
+
+    const TICK: Duration = Duration::from_millis(100);
+
+    fn wants_tick(&self, _: bool) -> bool {
+        true
+    }
+
+    fn has_work(&self) -> bool {
+        !self.dozes
+    }
+
+    fn round(state: &mut State<Sleepless>, _: &Pace) -> io::Result<Round> {
+        state.now = clock::now();
+        Ok(Round { drained: true, busy: false })
+    }
+
+    fn tick(_: &mut State<Sleepless>, _: &Pace) {}
+
+    fn doze(&mut self) -> bool {
+        self.dozes
+    }
+
+    fn poll_wake(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.dozes {
+            return Poll::Pending;
+        }
+        let Some((_, bell)) = &self.bell else { return Poll::Ready(Ok(())) };
+        bell.poll_read_ready(cx).map(|guard| guard.map(|mut guard| guard.clear_ready()))
+    }
+
+    fn rouse(&mut self) {}
+
+    fn ring_the_bell(&self) -> io::Result<bool> {
+        let Some((ringer, bell)) = &self.bell else { return Ok(false) };
+        let _ = bell.get_ref().recv(&mut [MaybeUninit::uninit(); 8]);
+        ringer.send(b"!").map(|_| true)
+    }
+
+    fn open(&mut self, _: u32, _: OwnedFd) -> io::Result<NoFlow> {
+        Ok(NoFlow)
+    }
+
+    fn attach(&mut self, _: u32, _: &mut NoFlow, _: OwnedFd, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn detach(&mut self, _: &mut NoFlow) {}
+
+    fn watch_client(&mut self, _: u32, _: &mut NoFlow) {}
+
+    fn begin(&mut self, _: u32, _: &mut NoFlow, _: &mut Moved) -> Next {
+        Next::Wait
+    }
+
+    fn halt(&mut self, _: &mut NoFlow) {}
+
+    fn is_settled(_: &NoFlow) -> bool {
+        false
+    }
+
+    fn tear_down(&mut self, _: &mut NoFlow) {
+        self.torn_down.set(self.torn_down.get() + 1);
+    }
+
+    fn ask_progress(&mut self, _: &mut NoFlow) -> bool {
+        false
+    }
+
+    fn verdict(_: &NoFlow) -> &Verdict {
+        unreachable!("there are no sessions")
+    }
+
+    fn carried(_: &NoFlow, _: Side) -> Carried {
+        Carried::default()
+    }
+
+    fn client(_: &NoFlow) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn backend(_: &NoFlow) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn take_sockets(_: &mut NoFlow) -> Option<[OwnedFd; 2]> {
+        None
+    }
+
+    fn refuse(&mut self, _: &mut NoFlow) {}
+}
+
+/// What the rest of a worker does: timers, sockets, and, on tokio-uring,
+/// operations that are submitted only while the thread is parked.
+async fn the_rest_of_a_worker(runtime: Runtime) {
+    for _ in 0..10 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let (mut left, mut right) = tokio::net::UnixStream::pair().unwrap();
+        let writing = tokio::task::spawn_local(async move { left.write_all(b"x").await });
+        right.read_exact(&mut [0]).await.unwrap();
+        writing.await.unwrap().unwrap();
+        if runtime == Runtime::IoUring {
+            tokio_uring::no_op().await.unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_mover_that_never_dozes_lets_the_workers_other_tasks_run() {
+    let kinds = [(Runtime::Epoll, false), (Runtime::Epoll, true), (Runtime::IoUring, true)];
+    for (runtime, has_bell) in kinds {
+        // On a thread of its own: where it is starved, so is every time-out.
+        let (done, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            runtime.block_on(async {
+                let shell = Shell::new(Sleepless::new(has_bell), None);
+                let engine = tokio::task::spawn_local(shell.run());
+                the_rest_of_a_worker(runtime).await;
+                assert!(!engine.is_finished());
+                engine.abort();
+                done.send(()).unwrap();
+            })
+        });
+        let verdict = ended.recv_timeout(PATIENCE);
+        assert!(verdict.is_ok(), "the engine task starves {runtime:?}, bell: {has_bell}");
+    }
+}
+
+/// How often a session was torn down a second after it was dropped, or as soon as
+/// it was.
+fn torn_down(dozes: bool) -> u32 {
+    Runtime::Epoll
+        .block_on(async {
+            let torn_down = Rc::new(Cell::new(0));
+            let mover = Sleepless { bell: None, dozes, torn_down: Rc::clone(&torn_down) };
+            let shell = Shell::new(mover, None);
+            let engine = tokio::task::spawn_local(Rc::clone(&shell).run());
+            let (client, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+            let key = shell.open(client.into()).unwrap();
+            shell.remove(key);
+            let enough = if dozes { PATIENCE } else { Duration::from_secs(1) };
+            let begun = clock::now();
+            while begun.elapsed() < enough && torn_down.get() == 0 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            engine.abort();
+            torn_down.get()
+        })
+        .unwrap()
+}
+
+/// A worker that has got no processor for a second has ended sessions whose
+/// operations are done, but not looked at yet: to reset those would break streams
+/// that are whole.
+#[test]
+fn a_session_is_torn_down_only_where_nothing_else_is_left_to_come_back() {
+    assert_eq!(torn_down(false), 0);
+    assert_eq!(torn_down(true), 1);
+}

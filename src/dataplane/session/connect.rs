@@ -1,0 +1,470 @@
+//! Connecting upstream: pick, connect with a deadline, try another backend.
+//!
+//! Called by `session` before any byte was forwarded. A backend is never tried
+//! twice for one session. Local trouble is counted as ours; only what the
+//! backend or its path is to blame for is reported.
+
+use crate::core::balance::trial::{TrialId, TrialPhase};
+use crate::core::health::ConnectFailure;
+use crate::core::metrics::counters::{LocalAt, LocalError};
+use crate::core::model::{BackendAddress, Policy};
+use crate::core::outcome::{Cause, Ending, Phase, Side};
+use crate::core::table::source_addrs::Way;
+use crate::core::table::state::BackendState;
+use crate::core::table::{NoBackend, PoolTable, Reserved};
+use crate::dataplane::accept::gate::Gate;
+use crate::dataplane::access_log::Try;
+use crate::dataplane::local_errors;
+use crate::dataplane::relay::{ConnectEnd, Flow};
+use crate::dataplane::worker::context::{Context, Report};
+use crate::net::clock;
+use crate::net::stream::{self, Connecting, Peer};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A reset that comes later is not early: clients that only send, such as those of a
+/// log server, are reset one day by a restart, and that says nothing of how the backend
+/// takes new sessions.
+pub(crate) const EARLY_MAX: Duration = Duration::from_secs(10);
+
+/// A session's hold on its backend; dropping it gives the slot back and opens
+/// the gate.
+#[derive(Debug)]
+pub(crate) struct Held {
+    reserved: Option<Reserved>,
+    backend: Arc<BackendState>,
+    gate: Arc<Gate>,
+    /// The trial this session decides, until it has.
+    trial: Option<TrialId>,
+    /// A connection that stands is no success yet.
+    early_resets: bool,
+    worker: u16,
+    /// Whose port the connection holds, where that is counted by the way.
+    way: Option<Arc<Way>>,
+}
+
+/// A connected backend.
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    pub(crate) held: Held,
+    /// Of the attempt that succeeded.
+    pub(crate) connect_time: Duration,
+    pub(crate) since: Instant,
+}
+
+/// Nobody has been tried.
+pub(crate) const NOBODY: Ending =
+    Ending { cause: Cause::NoBackend, phase: Phase::Admit, errno: 0, closed_first: None };
+
+/// What the dialling left behind, for the session's record and for another try.
+#[derive(Debug, Default)]
+pub(crate) struct Attempts {
+    pub(crate) count: u8,
+    /// Waits for a backend below its cap.
+    pub(crate) queued: bool,
+    /// Whom the newest attempt went to.
+    pub(crate) last: Option<Arc<BackendState>>,
+    /// `None` while none failed: most sessions keep no room for it.
+    tries: Option<Box<Tries>>,
+}
+
+/// Attempts that failed; at most `connect_attempts`.
+#[derive(Debug, Default)]
+struct Tries {
+    /// For the session's record.
+    told: Vec<Try>,
+    /// Whom they went to, by their places in the pool.
+    backends: Vec<usize>,
+}
+
+/// Why one attempt came to nothing.
+enum Failed {
+    Blamed(ConnectFailure, i32),
+    Local(LocalError, i32),
+    Over(Ending),
+}
+
+/// Connects `flow` to a backend of `pool`. `first` is the pick that was made, `why`
+/// how the session ends where that is of nobody. Waits for a slot, at most
+/// `queue_timeout`, where every untried backend is at its cap.
+pub(crate) async fn dial(
+    ctx: &Context,
+    flow: &Flow,
+    pool: &PoolTable,
+    client: IpAddr,
+    first: Result<Reserved, NoBackend>,
+    attempts: &mut Attempts,
+    mut why: Ending,
+) -> Result<Upstream, Ending> {
+    let mut choice = first;
+    loop {
+        let reserved = match choice {
+            Ok(reserved) => reserved,
+            Err(NoBackend::NoneEligible | NoBackend::Undecided | NoBackend::Exhausted) => {
+                return Err(why);
+            }
+            Err(NoBackend::AtCapacity) => {
+                // Boxed, as rare: the room would be every session's otherwise.
+                attempts.queued = true;
+                let tried = attempts.tried();
+                let reserved = Box::pin(wait_for_slot(ctx, flow, pool, client, tried)).await?;
+                attempts.queued = false;
+                reserved
+            }
+        };
+        let index = reserved.index;
+        let mut held = Held::new(reserved, pool, ctx);
+        attempts.count += 1;
+        attempts.last = Some(Arc::clone(held.backend()));
+        if attempts.count > 1 {
+            ctx.counters.connect_retries.add(1);
+        }
+        let started = clock::now();
+        match attempt(ctx, flow, &mut held, started + pool.spec.connect_timeout).await {
+            Ok(()) => {
+                let since = clock::now();
+                let connect_time = since - started;
+                held.connected();
+                if pool.spec.balance == Policy::PeakEwma {
+                    held.backend().latency.connected(connect_time, clock::millis(since));
+                }
+                return Ok(Upstream { held, connect_time, since });
+            }
+            Err(Failed::Over(ending)) => return Err(ending),
+            Err(Failed::Blamed(failure, errno)) => {
+                held.decide(TrialPhase::Failed);
+                attempts.note(held.backend(), failure.name(), errno, started);
+                why = blame(ctx, held.backend(), failure, errno, started);
+            }
+            Err(Failed::Local(kind, errno)) => {
+                attempts.note(held.backend(), kind.name(), errno, started);
+                let error = io::Error::from_raw_os_error(errno);
+                ctx.local_trouble(kind, LocalAt::Connect, &error);
+                why = local_ending(Phase::Connect, &error);
+                // Ports and routes are had for each destination apart.
+                if !matches!(kind, LocalError::Ports | LocalError::Route) {
+                    return Err(why);
+                }
+            }
+        }
+        drop(held);
+        if attempts.count >= pool.spec.connect_attempts {
+            return Err(why);
+        }
+        attempts.leave(index);
+        choice = pool.pick(ctx.pick_key(client), attempts.tried());
+    }
+}
+
+async fn attempt(
+    ctx: &Context,
+    flow: &Flow,
+    held: &mut Held,
+    deadline: Instant,
+) -> Result<(), Failed> {
+    let ((upstream, how_far), way) = start(ctx, &held.backend)
+        .map_err(|e| judge(&e, local_errors::local_trouble_at_once(&e)))?;
+    held.way = way;
+    match how_far {
+        // Nobody but this host has a part in that.
+        Connecting::Done => {
+            flow.attach(upstream).map_err(|e| judge(&e, Some(local_errors::local_kind(&e))))
+        }
+        Connecting::Pending => flow.connected(upstream, deadline).await.map_err(|end| match end {
+            ConnectEnd::Failed(error) => judge(&error, local_errors::local_trouble(&error)),
+            ConnectEnd::TimedOut => Failed::Blamed(ConnectFailure::Timeout, libc::ETIMEDOUT),
+            ConnectEnd::ClientGone(errno) => Failed::Over(client_gone(Phase::Connect, errno)),
+            ConnectEnd::Cut(cause) => Failed::Over(cut(Phase::Connect, cause)),
+        }),
+    }
+}
+
+/// A connection that has begun, and the way it goes where that counts its ports.
+type Begun = ((OwnedFd, Connecting), Option<Arc<Way>>);
+
+/// Starts the connection, on the next way in turn that has a free port.
+fn start(ctx: &Context, backend: &BackendState) -> io::Result<Begun> {
+    let peer = match &backend.address {
+        BackendAddress::Tcp(address) => Peer::Tcp(*address),
+        BackendAddress::Unix(path) => return Ok((stream::connect(Peer::Unix(path))?, None)),
+    };
+    let now = clock::millis(clock::now());
+    let mut ended = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
+    for way in backend.ways.load().in_turn(now) {
+        match stream::connect_and_look(way.source(), peer) {
+            Err(error) if local_errors::local_trouble(&error) == Some(LocalError::Ports) => {
+                way.is_spent(now);
+                if way.source().is_some() {
+                    ctx.local_trouble(LocalError::Ports, LocalAt::Connect, &error);
+                }
+                ended = error;
+            }
+            Err(error) => return Err(error),
+            Ok(begun) => {
+                let counts = way.counts();
+                counts.inspect(|counts| counts.of(ctx.id).begun.add(1));
+                return Ok((begun, counts.map(|_| Arc::clone(way))));
+            }
+        }
+    }
+    Err(ended)
+}
+
+/// Whose fault a failed connect is: ours where `local` says so.
+fn judge(error: &io::Error, local: Option<LocalError>) -> Failed {
+    let code = error.raw_os_error().unwrap_or(libc::EIO);
+    if let Some(kind) = local {
+        return Failed::Local(kind, code);
+    }
+    let failure = match code {
+        // A Unix socket nobody has bound is as refused as a closed port.
+        libc::ECONNREFUSED | libc::ENOENT | libc::ECONNRESET => ConnectFailure::Refused,
+        libc::ETIMEDOUT => ConnectFailure::Timeout,
+        libc::EHOSTUNREACH | libc::EHOSTDOWN | libc::ENETUNREACH | libc::ENETDOWN => {
+            ConnectFailure::Unreachable
+        }
+        other => ConnectFailure::Other(other),
+    };
+    Failed::Blamed(failure, code)
+}
+
+/// Counts a failure against the backend and tells the control thread.
+fn blame(
+    ctx: &Context,
+    backend: &BackendState,
+    failure: ConnectFailure,
+    errno: i32,
+    begun: Instant,
+) -> Ending {
+    backend.counters.of(ctx.id).connect_failures.add(1);
+    report(ctx, backend, failure, begun);
+    let cause = match failure {
+        ConnectFailure::Refused => Cause::ConnectRefused,
+        ConnectFailure::Timeout => Cause::ConnectTimeout,
+        _ => Cause::ConnectFailed,
+    };
+    Ending { cause, phase: Phase::Connect, errno, closed_first: None }
+}
+
+/// Makes the row of failures longer and tells the control thread.
+fn report(ctx: &Context, backend: &BackendState, failure: ConnectFailure, begun: Instant) {
+    let in_a_row = backend.failed();
+    let report = Report::ConnectFailed { backend: backend.id, failure, in_a_row, begun };
+    if !ctx.shared.reports.push(report) {
+        ctx.counters.reports_dropped.add(1);
+    }
+}
+
+/// Waits until some untried backend has a slot: beside the line of those that
+/// have not tried any, for the line's next slot may be of one that was tried.
+async fn wait_for_slot(
+    ctx: &Context,
+    flow: &Flow,
+    pool: &PoolTable,
+    client: IpAddr,
+    tried: &[usize],
+) -> Result<Reserved, Ending> {
+    let slot = ctx.shared.gate.wait_until(|| pool.pick(ctx.pick_key(client), tried).ok());
+    // All three are readiness futures: dropping the losers loses nothing.
+    tokio::select! {
+        reserved = slot => Ok(reserved),
+        end = flow.interrupted() => Err(match end {
+            ConnectEnd::Cut(cause) => cut(Phase::Queue, cause),
+            _ => client_gone(Phase::Queue, libc::ECONNRESET),
+        }),
+        () = tokio::time::sleep(pool.spec.queue_timeout) => Err(Ending {
+            cause: Cause::QueueTimeout,
+            phase: Phase::Queue,
+            errno: 0,
+            closed_first: None,
+        }),
+    }
+}
+
+/// The ending when we ran out of something ourselves.
+pub(crate) fn local_ending(phase: Phase, error: &io::Error) -> Ending {
+    let errno = error.raw_os_error().unwrap_or(0);
+    Ending { cause: Cause::LocalResource, phase, errno, closed_first: None }
+}
+
+fn client_gone(phase: Phase, errno: i32) -> Ending {
+    Ending { cause: Cause::ClientReset, phase, errno, closed_first: Some(Side::Client) }
+}
+
+fn cut(phase: Phase, cause: Cause) -> Ending {
+    Ending { cause, phase, errno: 0, closed_first: None }
+}
+
+// === impl Attempts ===
+
+impl Attempts {
+    /// Notes that the backend reset the connection, which stood since then, before a
+    /// word was said.
+    pub(crate) fn note_reset(&mut self, held: &Held, errno: i32, since: Instant) {
+        self.leave(held.index());
+        self.note(held.backend(), ConnectFailure::EarlyReset.name(), errno, since);
+    }
+
+    /// Notes that an attempt failed.
+    pub(crate) fn note(
+        &mut self,
+        backend: &BackendState,
+        failure: &'static str,
+        errno: i32,
+        begun: Instant,
+    ) {
+        let (backend, took) = (Arc::clone(&backend.name), clock::now() - begun);
+        self.tries.get_or_insert_default().told.push(Try { backend, failure, errno, took });
+    }
+
+    /// That backend is not to be tried again.
+    fn leave(&mut self, index: usize) {
+        self.tries.get_or_insert_default().backends.push(index);
+    }
+
+    /// Backends that are not to be tried again.
+    pub(crate) fn tried(&self) -> &[usize] {
+        self.tries.as_ref().map_or(&[], |tries| &tries.backends)
+    }
+
+    /// Those that failed, for the session's record.
+    pub(crate) fn failed(&self) -> Vec<Try> {
+        self.tries.as_ref().map_or_else(Vec::new, |tries| tries.told.clone())
+    }
+
+    /// Where a session stands that is not connected yet.
+    pub(crate) fn phase(&self) -> Phase {
+        match self.count {
+            _ if self.queued => Phase::Queue,
+            0 => Phase::Admit,
+            _ => Phase::Connect,
+        }
+    }
+}
+
+// === impl Held ===
+
+impl Held {
+    fn new(mut reserved: Reserved, pool: &PoolTable, ctx: &Context) -> Held {
+        let backend = Arc::clone(reserved.backend());
+        let trial = reserved.take_trial();
+        let early_resets = pool.spec.ejection.is_some_and(|spec| spec.early_resets);
+        let gate = Arc::clone(&ctx.shared.gate);
+        let (reserved, worker) = (Some(reserved), ctx.id as u16);
+        Held { reserved, backend, gate, trial, early_resets, worker, way: None }
+    }
+
+    /// Its port stays in TIME_WAIT once the connection is closed.
+    pub(crate) fn lingers(&self) {
+        let worker = self.worker.into();
+        match self.way.as_ref().and_then(|way| way.counts()) {
+            Some(counts) => counts.of(worker).lingering.add(1),
+            None => self.backend.counters.of(worker).lingering.add(1),
+        }
+    }
+
+    pub(crate) fn trial(&self) -> Option<TrialId> {
+        self.trial
+    }
+
+    fn connected(&self) {
+        if !self.early_resets {
+            self.backend.succeeded();
+        }
+        if let Some(trial) = self.trial {
+            self.backend.in_flight.advance_trial(trial, TrialPhase::Connected);
+        }
+    }
+
+    /// The backend gave the session what it wanted; `proven` by a first byte or
+    /// by an end in order, otherwise by nothing but a connection on which the
+    /// client was silent.
+    pub(crate) fn succeeded(&mut self, proven: bool) {
+        if proven {
+            self.backend.succeeded();
+        }
+        self.decide(TrialPhase::Passed);
+    }
+
+    /// The connection broke before anybody said anything.
+    pub(crate) fn failed_trial(&mut self) {
+        self.decide(TrialPhase::Failed);
+    }
+
+    /// Its backend's place in the pool.
+    fn index(&self) -> usize {
+        self.reserved.as_ref().map_or(usize::MAX, |reserved| reserved.index)
+    }
+
+    /// The backend reset the connection, which stood since `since`, before either side
+    /// said anything: as good as refused, where it comes soon.
+    pub(crate) fn reset_unused(&mut self, ctx: &Context, since: Instant) {
+        self.decide(TrialPhase::Failed);
+        self.backend.counters.of(ctx.id).connect_failures.add(1);
+        if clock::now() - since <= EARLY_MAX {
+            report(ctx, &self.backend, ConnectFailure::EarlyReset, since);
+        }
+    }
+
+    /// The backend reset the connection before it said anything.
+    pub(crate) fn reset_early(&mut self, ctx: &Context) {
+        if self.early_resets {
+            self.decide(TrialPhase::Failed);
+            report(ctx, &self.backend, ConnectFailure::EarlyReset, clock::now());
+        }
+    }
+
+    fn decide(&mut self, phase: TrialPhase) {
+        if let Some(trial) = self.trial.take() {
+            self.backend.in_flight.advance_trial(trial, phase);
+        }
+    }
+
+    pub(crate) fn backend(&self) -> &Arc<BackendState> {
+        &self.backend
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Nothing was learnt: the next session is to try.
+        self.decide(TrialPhase::Open);
+        if let Some(counts) = self.way.as_ref().and_then(|way| way.counts()) {
+            counts.of(self.worker.into()).ended.add(1);
+        }
+        // The slot first: whoever the gate wakes must find it free.
+        self.reserved = None;
+        self.gate.opened();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blamed(errno: i32, at_once: bool) -> bool {
+        let error = io::Error::from_raw_os_error(errno);
+        let local = match at_once {
+            true => local_errors::local_trouble_at_once(&error),
+            false => local_errors::local_trouble(&error),
+        };
+        matches!(judge(&error, local), Failed::Blamed(..))
+    }
+
+    #[test]
+    fn no_route_of_our_own_is_not_blamed_on_the_backend_but_an_icmp_message_is() {
+        for errno in [libc::ENETUNREACH, libc::ENETDOWN] {
+            assert!(!blamed(errno, true), "{errno} at once");
+            assert!(blamed(errno, false), "{errno} by ICMP");
+        }
+        for at_once in [true, false] {
+            assert!(!blamed(libc::EADDRNOTAVAIL, at_once));
+            assert!(!blamed(libc::EMFILE, at_once));
+            assert!(blamed(libc::EHOSTUNREACH, at_once));
+            assert!(blamed(libc::ECONNREFUSED, at_once));
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! What every run must have kept, once it is over.
+//!
+//! Called by `world`. It knows what was done to each socket, and compares that
+//! with what the sessions say of themselves and with what is left behind.
+
+use super::world::World;
+use crate::core::health::ConnectFailure;
+use crate::dataplane::access_log::{Client, SessionRecord};
+use crate::dataplane::worker::context::Report;
+use crate::net::fake::{self, Kernel, Role, Socket, Told, is_ours};
+use std::collections::HashSet;
+
+pub(super) fn judge(world: &World) {
+    fake::with(|kernel| {
+        assert!(!kernel.is_garbled(), "garbled bytes\n{:#?}", kernel.sockets);
+        assert_eq!(kernel.misused, 0, "a closed descriptor was used");
+        assert_eq!(kernel.open_pipes(), 0, "pipes are left");
+        let mut seen = HashSet::new();
+        for record in &world.records {
+            let client = client_of(record);
+            assert!(seen.insert(client), "counted twice: {record:?}");
+            let told = judge_session(world, kernel, client, record);
+            assert!(told.is_ok(), "{}: {record:?}\n{:#?}", told.unwrap_err(), kernel.sockets);
+        }
+        world.reports.iter().for_each(|report| judge_report(kernel, report));
+    });
+    judge_leftovers(world);
+}
+
+fn client_of(record: &SessionRecord) -> usize {
+    match record.client {
+        Client::Socket(address) => usize::from(address.port()) - 10_000,
+        Client::Unix => unreachable!("clients come over TCP"),
+    }
+}
+
+/// The backend's socket of that client's session, where bytes tell.
+fn backend_of<'k>(kernel: &'k Kernel, client: &Socket) -> Option<&'k Socket> {
+    let talked = |socket: &&Socket| {
+        socket.role != Role::Client
+            && (socket.got_from == Some(client.stream) || client.got_from == Some(socket.stream))
+    };
+    kernel.sockets.iter().rfind(talked)
+}
+
+fn judge_session(
+    world: &World,
+    kernel: &Kernel,
+    id: usize,
+    record: &SessionRecord,
+) -> Result<(), &'static str> {
+    let client = &kernel.sockets[id];
+    let backend = backend_of(kernel, client);
+    let any_backend =
+        |so: fn(&Socket) -> bool| kernel.sockets.iter().any(|s| s.role != Role::Client && so(s));
+    let backend_failed = backend.map_or(any_backend(|s| s.peer_failed), |s| s.peer_failed);
+    check(record.bytes_in <= client.taken, "more is counted than came")?;
+    if let Some(backend) = backend {
+        let crossed = |a: &Socket, b: &Socket| b.got_from.is_none_or(|from| from == a.stream);
+        check(crossed(client, backend) && crossed(backend, client), "sessions are mixed up")?;
+        check(backend.put == record.bytes_in, "counted otherwise than sent to the backend")?;
+        check(client.put == record.bytes_out, "counted otherwise than sent to the client")?;
+        judge_undelivered(client, backend, record)?;
+    }
+    match record.cause {
+        "finished" => judge_finished(client, backend, record),
+        "client-reset" | "client-lost" => {
+            check(client.peer_failed, "the client is blamed")?;
+            judge_last_words(world, client, backend, record)
+        }
+        "backend-reset" | "backend-lost" => {
+            check(backend_failed, "the backend is blamed")?;
+            backend.map_or(Ok(()), |backend| judge_last_words(world, backend, Some(client), record))
+        }
+        "connect-refused" | "connect-failed" => {
+            check(any_backend(|s| s.peer_failed), "a backend is blamed")
+        }
+        "local-resource" => judge_shortage(kernel, record.errno),
+        "idle-timeout" | "half-closed-timeout" => check(world.jumped, "it was not idle for long"),
+        "drain-deadline" | "backend-removed" => check(world.cut, "nobody cut it"),
+        "connect-timeout" | "queue-timeout" | "no-backend" => Ok(()),
+        _ => Err("an unknown end"),
+    }
+}
+
+/// What came from one peer and did not arrive at the other is counted, and there is no
+/// end in order then.
+fn judge_undelivered(
+    client: &Socket,
+    backend: &Socket,
+    record: &SessionRecord,
+) -> Result<(), &'static str> {
+    let lost = client.sent - backend.got + backend.sent - client.got;
+    check(record.bytes_undelivered == lost, "lost bytes are counted otherwise")?;
+    let in_order = |socket: &Socket| socket.told == Told::Fin && !socket.shut && !socket.dead;
+    check(lost == 0 || !in_order(client) && !in_order(backend), "a part looks like the whole")
+}
+
+/// Something ran out, or connect(2) itself found no route. A way without ports is
+/// left alone for a while, by whichever error it was found out.
+fn judge_shortage(kernel: &Kernel, errno: Option<i32>) -> Result<(), &'static str> {
+    let no_port = |errno| matches!(errno, libc::EADDRNOTAVAIL | libc::EADDRINUSE);
+    let is_that = |injected: &i32| {
+        errno.is_none_or(|errno| errno == *injected || no_port(errno) && no_port(*injected))
+    };
+    let ours = errno.is_none_or(|errno| is_ours(errno) || errno == libc::ENETUNREACH);
+    check(ours && kernel.injected.iter().any(is_that), "nothing ran out")
+}
+
+/// An end in order: everything is delivered, and both are told.
+fn judge_finished(
+    client: &Socket,
+    backend: Option<&Socket>,
+    record: &SessionRecord,
+) -> Result<(), &'static str> {
+    check(client.fin && client.taken == client.sent, "the client had not finished")?;
+    check(record.bytes_in == client.sent, "counted otherwise than sent")?;
+    check(client.told == Told::Fin, "the client was not told")?;
+    let Some(backend) = backend else { return Ok(()) };
+    check(backend.fin && backend.taken == backend.sent, "the backend had not finished")?;
+    check(backend.got == client.sent && client.got == backend.sent, "bytes are missing")?;
+    check(record.bytes_out == backend.sent, "counted otherwise than sent")?;
+    check(backend.told == Told::Fin, "the backend was not told")
+}
+
+/// What `failed` had sent before it failed has reached the other, as long as
+/// nothing else went wrong: where it had to stand still for long, or was cut, the record
+/// says so.
+fn judge_last_words(
+    world: &World,
+    failed: &Socket,
+    other: Option<&Socket>,
+    record: &SessionRecord,
+) -> Result<(), &'static str> {
+    let Some(other) = other else { return Ok(()) };
+    if (world.jumped || world.cut) && record.bytes_undelivered > 0 {
+        return Ok(());
+    }
+    let untouched = failed.injected.is_empty() && other.injected.is_empty();
+    if !untouched || other.peer_failed {
+        return Ok(());
+    }
+    check(other.got == failed.sent, "last words are lost")
+}
+
+fn check(so: bool, otherwise: &'static str) -> Result<(), &'static str> {
+    so.then_some(()).ok_or(otherwise)
+}
+
+/// What is reported of a backend is its fault.
+fn judge_report(kernel: &Kernel, report: &Report) {
+    let Report::ConnectFailed { failure, .. } = report;
+    match failure {
+        ConnectFailure::Timeout => {}
+        ConnectFailure::Other(errno) => assert!(!is_ours(*errno), "{report:?}"),
+        _ => {
+            let blamed = |s: &Socket| s.role != Role::Client && s.peer_failed;
+            assert!(kernel.sockets.iter().any(blamed), "{report:?}");
+        }
+    }
+}
+
+fn judge_leftovers(world: &World) {
+    let ctx = &world.ctx;
+    assert_eq!(ctx.engine.open_flows(), 0);
+    assert!(ctx.engine.is_clean(), "buffers or operations are left");
+    assert_eq!(ctx.shared.in_flight.get(), 0);
+    assert_eq!(world.budget.used(), 0, "bytes are held for nobody");
+    for frontend in world.tables.iter().flat_map(|table| &table.frontends) {
+        assert_eq!(frontend.state.in_flight.get(), 0, "frontend");
+    }
+    let pools = world.tables.iter().flat_map(|table| &table.pools);
+    for backend in pools.flat_map(|pool| &pool.serving) {
+        assert_eq!(backend.in_flight.get(), 0, "{}", backend.name);
+    }
+    let (accepted, ended) = (ctx.counters.accepted.get(), ctx.counters.ended.get());
+    assert_eq!((accepted, ended), (world.records.len() as u64, world.records.len() as u64));
+}

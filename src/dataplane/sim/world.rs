@@ -1,0 +1,383 @@
+//! One simulated machine: a worker's context, engine and listener above the fake
+//! kernel, and the clients, backends and operator that act on it.
+//!
+//! Run by the tests of `sim`. It acts, yields to the worker's tasks, and at last
+//! lets everybody end in order and sees what was promised.
+
+use super::{At, Outcome};
+use crate::config;
+use crate::core::balance::in_flight::InFlight;
+use crate::core::control::{Controller, Effect, Event};
+use crate::core::metrics::counters::WorkerCounters;
+use crate::core::outcome::{Cause, Phase};
+use crate::core::table::Table;
+use crate::core::table::publish::TablePublisher;
+use crate::dataplane::accept::gate::Gate;
+use crate::dataplane::accept::listener::{Listener, Retirement};
+use crate::dataplane::access_log::{AccessLogSender, SessionRecord};
+use crate::dataplane::relay::{Engine, RingSettings};
+use crate::dataplane::worker::Runtime;
+use crate::dataplane::worker::context::{Context, Legacy, Report, Reports, Shared};
+use crate::net::budget::Budget;
+use crate::net::clock;
+use crate::net::fake::{self, Installed, Kernel, Role};
+use fastrand::Rng;
+use socket2::{Domain, Socket, Type};
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What happens in a run.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Script {
+    pub(super) seed: u64,
+    /// Nobody fails, and nothing jumps.
+    pub(super) calm: bool,
+    /// That goes wrong at that call, and nothing else.
+    pub(super) fault: At,
+}
+
+pub(super) struct World {
+    pub(super) rng: Rng,
+    pub(super) ctx: Rc<Context>,
+    /// Of bytes that are held.
+    pub(super) budget: Arc<Budget>,
+    pub(super) records: Vec<SessionRecord>,
+    pub(super) reports: Vec<Report>,
+    /// All that were in force.
+    pub(super) tables: Vec<Arc<Table>>,
+    controller: Controller,
+    publisher: TablePublisher,
+    listener: Arc<Socket>,
+    /// Tells the listener that somebody is in its queue.
+    doorbell: Socket,
+    calm: bool,
+    /// Bytes a peer sends at a time.
+    portion: u64,
+    clients_left: u32,
+    /// Time has jumped, or an operator has cut something.
+    pub(super) jumped: bool,
+    pub(super) cut: bool,
+}
+
+/// Virtual time after which a session that nobody holds up must have ended:
+/// three connects, and what a reset may be held back.
+const END_MAX: Duration = Duration::from_secs(12);
+
+/// Mostly plenty; or for a few reads, for one, for none.
+fn some_budget(rng: &mut Rng) -> usize {
+    rng.choice([usize::MAX, usize::MAX, 100_000, 20_000, 0]).unwrap_or(usize::MAX)
+}
+
+fn config_text(rng: &mut Rng) -> String {
+    let backend =
+        |number: u32| format!("[[pool.web.backend]]\naddress = '127.0.0.1:{}'\n", 1000 + number);
+    let backends: String = (1..=rng.u32(1..4)).map(backend).collect();
+    let balance = ["weighted-round-robin", "least-connections", "peak-ewma"][rng.usize(..3)];
+    let cap = ["", "connections_max = 2\n"][usize::from(rng.u8(..4) == 0)];
+    format!(
+        "[frontend.web]\nbind = '127.0.0.1:80'\npool = 'web'\nidle_timeout = '30s'\n\
+         half_closed_timeout = '20s'\n{cap}\
+         [pool.web]\nbalance = '{balance}'\nconnect_timeout = '2s'\nconnect_attempts = 3\n\
+         ejection = {{}}\n{backends}"
+    )
+}
+
+// === impl Script ===
+
+impl Script {
+    pub(super) fn random(seed: u64) -> Script {
+        Script { seed, calm: false, fault: None }
+    }
+
+    pub(super) fn calm(seed: u64) -> Script {
+        Script { seed, calm: true, fault: None }
+    }
+}
+
+// === impl World ===
+
+impl World {
+    pub(super) fn run(runtime: Runtime, script: Script) -> Outcome {
+        let mut kernel = Kernel::new(script.seed);
+        kernel.log = script.calm.then(Vec::new);
+        kernel.plan = script.plan(&mut Rng::with_seed(script.seed));
+        let _installed = Installed::new(kernel);
+        let tokio = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        let local = tokio::task::LocalSet::new();
+        let outcome = local.block_on(&tokio, async {
+            let mut rng = Rng::with_seed(script.seed ^ 0x5151);
+            let budget = Arc::new(Budget::new(some_budget(&mut rng)));
+            let engine = match runtime {
+                Runtime::Epoll => Engine::readiness(None, Arc::clone(&budget)),
+                Runtime::IoUring => {
+                    let buffers = rng.choice([4, 64, 256]).unwrap();
+                    let settings = RingSettings { buffers, shown: 4 };
+                    Engine::ring(None, settings, Arc::clone(&budget))
+                }
+            };
+            let mut world = World::new(rng, engine.unwrap(), budget, script);
+            let task = tokio::task::spawn_local(world.ctx.engine.clone().run());
+            world.live().await;
+            world.end().await;
+            assert!(!task.is_finished(), "the engine gave up");
+            world.outcome()
+        });
+        // The engine's end is part of the run: a ring waits for its operations.
+        drop((local, tokio));
+        outcome
+    }
+
+    fn new(mut rng: Rng, engine: Engine, budget: Arc<Budget>, script: Script) -> World {
+        let mut controller = Controller::new(1, rng.u64(..));
+        let publisher = TablePublisher::new(controller.current_table());
+        let shared = Shared {
+            in_flight: Arc::new(InFlight::new()),
+            sessions: Arc::default(),
+            gate: Arc::new(Gate::new()),
+            numbers: Arc::default(),
+            reports: Arc::new(Reports::new()),
+            ended: Arc::default(),
+            buffers: Arc::clone(&budget),
+        };
+        let counters = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
+        let tables = publisher.reader();
+        let log = AccessLogSender::kept();
+        let ctx =
+            Context::new(0, engine, shared, tables, counters, log, rng.u64(..), Legacy::default());
+        let (doorbell, listener) = Socket::pair(Domain::UNIX, Type::DGRAM, None).unwrap();
+        doorbell.set_nonblocking(true).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let portions: &[u64] =
+            if script.calm { &[300, 40_000, 400_000] } else { &[1, 300, 20_000, 400_000] };
+        let portion = *rng.choice(portions).unwrap();
+        // Bulk byte by byte would take for ever.
+        fake::with(|kernel| kernel.most = kernel.most.max(portion / 50));
+        let clients_left = if script.calm { 1 } else { rng.u32(1..7) };
+        let config = Arc::new(config::parse(&config_text(&mut rng), "sim").unwrap());
+        let effects = controller.apply(Event::Configure(config), clock::now());
+        let mut world = World {
+            ctx: Rc::new(ctx),
+            budget,
+            tables: Vec::new(),
+            records: Vec::new(),
+            reports: Vec::new(),
+            controller,
+            publisher,
+            listener: Arc::new(listener),
+            doorbell,
+            calm: script.calm,
+            portion,
+            clients_left,
+            jumped: false,
+            cut: false,
+            rng,
+        };
+        world.perform(effects);
+        let (bind, socket) = (([127, 0, 0, 1], 80).into(), Arc::clone(&world.listener));
+        let retirement = Rc::new(Retirement::default());
+        tokio::task::spawn_local(Listener::serve(Rc::clone(&world.ctx), bind, socket, retirement));
+        world
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            if let Effect::Publish(table) = effect {
+                self.tables.push(Arc::clone(&table));
+                self.publisher.publish(table);
+                self.ctx.shared.gate.opened();
+            }
+        }
+    }
+
+    /// Lets the worker's tasks run.
+    async fn turn(&mut self, turns: u32) {
+        for _ in 0..turns {
+            tokio::task::yield_now().await;
+        }
+        self.records.extend(std::iter::from_fn(|| self.ctx.access_log.take()));
+        self.reports.extend(std::iter::from_fn(|| self.ctx.shared.reports.pop()));
+    }
+
+    async fn live(&mut self) {
+        let steps = if self.calm { 25 } else { self.rng.u32(10..120) };
+        for _ in 0..steps {
+            self.act().await;
+            let turns = self.rng.u32(1..5);
+            self.turn(turns).await;
+        }
+    }
+
+    fn some_socket(&mut self) -> Option<usize> {
+        let open = fake::with(|kernel| {
+            let open = kernel.sockets.iter().enumerate().filter(|(_, socket)| socket.is_open());
+            open.map(|(id, _)| id).collect::<Vec<_>>()
+        });
+        self.rng.choice(open)
+    }
+
+    async fn act(&mut self) {
+        let kind = self.rng.u8(..if self.calm { 24 } else { 34 });
+        match kind {
+            0..4 => self.arrive(),
+            24 => return self.jump().await,
+            25 => self.interfere(),
+            26..28 => {
+                let millis = self.rng.u64(1..900);
+                return self.pass(Duration::from_millis(millis)).await;
+            }
+            28 => return self.be_idle().await,
+            _ => {}
+        }
+        let Some(id) = self.some_socket() else { return };
+        let bytes = self.rng.u64(1..=self.portion);
+        let (reset, gone) = (self.rng.u8(..3) > 0, !self.calm && self.rng.u8(..3) == 0);
+        fake::with(Kernel::note_closed);
+        fake::with(|kernel| match kind {
+            4..10 => kernel.peer_sends(id, bytes),
+            10..14 => kernel.decide(id),
+            14..17 => kernel.peer_reads(id, bytes * 2),
+            17..23 => kernel.go_on(),
+            23 => kernel.peer_ends(id, gone),
+            29 => kernel.peer_fails(id, if reset { libc::ECONNRESET } else { libc::ETIMEDOUT }),
+            30 => kernel.wake_for_nothing(id),
+            31 => kernel.sockets[id].room = 0,
+            _ => {}
+        });
+    }
+
+    fn arrive(&mut self) {
+        if self.clients_left > 0 {
+            self.clients_left -= 1;
+            fake::with(|kernel| kernel.arrive(self.listener.as_raw_fd()));
+            // Full of it is as good.
+            let _ = self.doorbell.send(b"!");
+        }
+    }
+
+    async fn pass(&mut self, time: Duration) {
+        tokio::time::advance(time).await;
+    }
+
+    /// Suspended for a while, or starved.
+    async fn jump(&mut self) {
+        self.jumped = true;
+        let seconds = self.rng.choice([3, 15, 45, 100_000]).unwrap();
+        self.pass(Duration::from_secs(seconds)).await;
+    }
+
+    /// What operators do.
+    fn interfere(&mut self) {
+        match self.rng.u8(..4) {
+            3 => self.budget.set_max(some_budget(&mut self.rng)),
+            0 => {
+                self.cut = true;
+                self.ctx.engine.cut_all(Cause::DrainDeadline);
+            }
+            1 => {
+                self.cut = true;
+                if let Some(backend) = self.publisher.current().pools[0].serving.first() {
+                    self.ctx.engine.cut_backend(backend.id, Cause::BackendRemoved);
+                }
+            }
+            _ => {
+                let config = config::parse(&config_text(&mut self.rng), "sim").unwrap();
+                let event = Event::Configure(Arc::new(config));
+                let effects = self.controller.apply(event, clock::now());
+                self.perform(effects);
+            }
+        }
+    }
+
+    /// Where nothing happens, nobody does anything: not for ever, at least.
+    async fn be_idle(&mut self) {
+        let mut calm = 0;
+        for _ in 0..3000 {
+            let before = fake::with(|kernel| kernel.calls);
+            self.turn(1).await;
+            calm = if fake::with(|kernel| kernel.calls) == before { calm + 1 } else { 0 };
+            if calm == 40 {
+                return;
+            }
+        }
+        panic!("somebody spins");
+    }
+
+    /// From here on nothing fails, everybody reads, and ends in order.
+    async fn end(&mut self) {
+        fake::with(|kernel| {
+            if !matches!(kernel.plan, fake::Plan::At(..)) {
+                kernel.plan = fake::Plan::Never;
+            }
+            kernel.most = u64::MAX;
+        });
+        while self.clients_left > 0 {
+            self.arrive();
+        }
+        let give_up = clock::now() + END_MAX;
+        loop {
+            self.let_all_end();
+            self.turn(4).await;
+            if self.all_is_over() {
+                break;
+            }
+            assert!(clock::now() < give_up, "sessions hang:\n{}", self.describe());
+            self.pass(Duration::from_millis(10)).await;
+        }
+        // Idle pipes are kept for a moment.
+        for _ in 0..4 {
+            self.pass(Duration::from_millis(700)).await;
+            self.turn(20).await;
+        }
+        self.be_idle().await;
+        fake::with(Kernel::note_closed);
+        super::judge::judge(self);
+    }
+
+    fn let_all_end(&self) {
+        fake::with(|kernel| {
+            for id in 0..kernel.sockets.len() {
+                kernel.decide(id);
+                kernel.peer_reads(id, 1 << 40);
+                if !kernel.sockets[id].fin {
+                    kernel.peer_ends(id, false);
+                }
+            }
+            kernel.go_on();
+        });
+    }
+
+    fn all_is_over(&self) -> bool {
+        fake::with(|kernel| {
+            let mut clients = kernel.sockets.iter().filter(|s| s.role == Role::Client);
+            kernel.queued() == 0
+                && self.records.len() == clients.by_ref().count()
+                && kernel.sockets.iter().all(|socket| !socket.is_open())
+        })
+    }
+
+    pub(super) fn describe(&self) -> String {
+        let sockets = fake::with(|kernel| format!("{:#?}", kernel.sockets));
+        format!("{} flows open, {:?}\n{sockets}", self.ctx.engine.open_flows(), self.records)
+    }
+
+    fn outcome(&self) -> Outcome {
+        fake::with(|kernel| {
+            for record in &self.records {
+                let ends = (record.cause, record.phase, record.errno, record.closed_first);
+                let bytes = (record.bytes_in, record.bytes_out, record.bytes_undelivered);
+                kernel.note((ends, bytes, record.attempts));
+            }
+            Outcome {
+                trace: kernel.trace(),
+                calls: kernel.log.take().unwrap_or_default(),
+                causes: self.records.iter().map(|record| record.cause).collect(),
+            }
+        })
+    }
+}

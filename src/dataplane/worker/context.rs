@@ -1,0 +1,258 @@
+//! What everything on one worker shares, and the way to the control thread.
+//!
+//! Made by `worker`, held by the listener and session tasks through an `Rc`.
+//! Nothing here blocks; what crosses threads goes through bounded queues.
+
+use crate::core::balance::PickKey;
+use crate::core::balance::in_flight::InFlight;
+use crate::core::health::ConnectFailure;
+use crate::core::metrics::counters::{LocalAt, LocalError, WorkerCounters};
+use crate::core::metrics::histograms::Recorder;
+use crate::core::outcome::Cause;
+use crate::core::table::Table;
+use crate::core::table::publish::TableReader;
+use crate::core::table::state::BackendId;
+use crate::dataplane::accept::gate::Gate;
+use crate::dataplane::access_log::AccessLogSender;
+use crate::dataplane::fault_points::Faults;
+use crate::dataplane::relay::Engine;
+use crate::dataplane::session::numbers::Numbers;
+use crate::net::budget::Budget;
+use crate::net::clock;
+use crossbeam::queue::ArrayQueue;
+use crossbeam::utils::CachePadded;
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+/// Reports that may wait for the control thread. A backend that dies under
+/// full load makes one for each connect in flight; beyond this they are
+/// counted and dropped, and the verdict has long been reached.
+const REPORTS_MAX: usize = 4096;
+
+/// What workers tell the control thread.
+#[derive(Debug, Clone, Copy)]
+pub enum Report {
+    /// A connect failed through the backend or its path.
+    ConnectFailed {
+        /// To whom.
+        backend: BackendId,
+        /// How.
+        failure: ConnectFailure,
+        /// Failures since the last success.
+        in_a_row: u32,
+        /// When the attempt began.
+        begun: Instant,
+    },
+}
+
+/// The queue of reports, all workers to the control thread.
+#[derive(Debug)]
+pub struct Reports {
+    queue: ArrayQueue<Report>,
+    arrived: Notify,
+}
+
+/// Whole-process things a worker needs.
+#[derive(Debug, Clone)]
+pub struct Shared {
+    /// Sessions open in the process and those that share the count; enforces
+    /// `process.connections_max`.
+    pub in_flight: Arc<InFlight>,
+    /// Of them, this process's.
+    pub sessions: Arc<CachePadded<AtomicU32>>,
+    /// Where to wait for slots.
+    pub gate: Arc<Gate>,
+    /// To the control thread.
+    pub reports: Arc<Reports>,
+    /// A worker has ended for good.
+    pub ended: Arc<Notify>,
+    /// What sessions may have buffered; `process.buffers_max`.
+    pub buffers: Arc<Budget>,
+    /// For new sessions.
+    pub numbers: Arc<Numbers>,
+}
+
+/// One worker's surroundings.
+#[derive(Debug)]
+pub struct Context {
+    /// The worker's number, from 0.
+    pub id: usize,
+    /// Moves the bytes.
+    pub engine: Engine,
+    /// Process-wide caps, gate and reports.
+    pub shared: Shared,
+    /// This worker's counts.
+    pub counters: Arc<WorkerCounters>,
+    /// This worker's histograms.
+    pub recorder: RefCell<Recorder>,
+    /// This worker's queue to the access log.
+    pub access_log: AccessLogSender,
+    /// What ends sessions whose task ends before they do.
+    pub broken_off_by: Cell<Cause>,
+    /// A connection has just been accepted, and is no session's task yet.
+    pub(crate) admitting: Cell<bool>,
+    /// A listener's task has panicked.
+    pub(crate) alarm: Notify,
+    pub(crate) faults: Faults,
+    tables: RefCell<TableReader>,
+    random: RefCell<fastrand::Rng>,
+    /// The rest of its block of session numbers.
+    numbers: Cell<(u64, u64)>,
+    /// Until then no client is taken: there would be nothing to serve it with.
+    short_until: Cell<Option<Instant>>,
+    /// When trouble of our own was last told of, by its kind, and how often it
+    /// came since.
+    told: [Cell<(Option<Instant>, u64)>; LocalError::ALL.len()],
+}
+
+/// What one thread of a worker leaves to the next.
+#[derive(Debug, Default)]
+pub struct Legacy {
+    recorder: Recorder,
+    numbers: (u64, u64),
+}
+
+/// How long no client is taken after a session found nothing to be served with.
+/// Those that come meanwhile wait in the kernel's queue instead of being reset.
+const SHORT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Trouble of one kind is told of at most so often by each worker.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
+
+// === impl Reports ===
+
+impl Reports {
+    /// Empty.
+    pub fn new() -> Reports {
+        Reports { queue: ArrayQueue::new(REPORTS_MAX), arrived: Notify::new() }
+    }
+
+    /// Queues a report; false when the queue is full.
+    pub fn push(&self, report: Report) -> bool {
+        let queued = self.queue.push(report).is_ok();
+        self.arrived.notify_one();
+        queued
+    }
+
+    /// The oldest report.
+    pub fn pop(&self) -> Option<Report> {
+        self.queue.pop()
+    }
+
+    /// Resolves when there may be a report.
+    pub async fn arrived(&self) {
+        self.arrived.notified().await;
+    }
+}
+
+impl Default for Reports {
+    fn default() -> Self {
+        Reports::new()
+    }
+}
+
+// === impl Context ===
+
+impl Context {
+    /// The surroundings of worker `id`; `seed` drives its random draws.
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        id: usize,
+        engine: Engine,
+        shared: Shared,
+        tables: TableReader,
+        counters: Arc<WorkerCounters>,
+        access_log: AccessLogSender,
+        seed: u64,
+        legacy: Legacy,
+    ) -> Context {
+        Context {
+            id,
+            engine,
+            shared,
+            counters,
+            recorder: RefCell::new(legacy.recorder),
+            access_log,
+            broken_off_by: Cell::new(Cause::InternalError),
+            admitting: Cell::new(false),
+            alarm: Notify::new(),
+            faults: Faults::default(),
+            tables: RefCell::new(tables),
+            random: RefCell::new(fastrand::Rng::with_seed(seed)),
+            numbers: Cell::new(legacy.numbers),
+            short_until: Cell::new(None),
+            told: Default::default(),
+        }
+    }
+
+    /// What goes on with the next thread of this worker.
+    pub fn bequeath(&self) -> Legacy {
+        Legacy { recorder: self.recorder.take(), numbers: self.numbers.get() }
+    }
+
+    /// Counts trouble of our own and tells of it. A lack of descriptors or memory
+    /// has the listeners wait a moment.
+    #[cold]
+    pub fn local_trouble(&self, kind: LocalError, at: LocalAt, error: &io::Error) {
+        self.counters.local_trouble(kind, at);
+        let now = clock::now();
+        if at == LocalAt::Connect && matches!(kind, LocalError::Descriptors | LocalError::Memory) {
+            self.short_until.set(Some(now + SHORT_PAUSE));
+        }
+        let told = &self.told[kind as usize];
+        let (last, since) = told.get();
+        if last.is_some_and(|last| now < last + TELL_AGAIN) {
+            told.set((last, since + 1));
+            return;
+        }
+        told.set((Some(now), 0));
+        let (reason, at, worker) = (kind.name(), at.name(), self.id);
+        tracing::warn!(reason, at, worker, untold = since, %error, "trouble of our own");
+    }
+
+    /// Whether sessions ran short of something a moment ago.
+    #[inline]
+    pub fn is_short(&self) -> bool {
+        let Some(until) = self.short_until.get() else { return false };
+        let short = clock::now() < until;
+        if !short {
+            self.short_until.set(None);
+        }
+        short
+    }
+
+    /// The newest table.
+    #[inline]
+    pub fn table(&self) -> Rc<Arc<Table>> {
+        self.tables.borrow_mut().load()
+    }
+
+    /// Fresh random bits.
+    #[inline]
+    pub fn draw(&self) -> u64 {
+        self.random.borrow_mut().u64(..)
+    }
+
+    /// What a pick for that client goes by, now.
+    #[inline]
+    pub fn pick_key(&self, client: IpAddr) -> PickKey {
+        PickKey { client, draw: self.draw(), at: clock::millis(clock::now()) }
+    }
+
+    /// A number for a new session, which no other session has.
+    pub fn next_session(&self) -> u64 {
+        let (mut next, mut end) = self.numbers.get();
+        if next == end {
+            let block = self.shared.numbers.block();
+            (next, end) = (block.start, block.end);
+        }
+        self.numbers.set((next + 1, end));
+        next
+    }
+}

@@ -1,0 +1,64 @@
+//! The sockets a worker listens on, whichever of its threads is running.
+//!
+//! Owned by `worker`; a listener's task has one post each. When a thread falls,
+//! what it listened on goes to the next one, and nobody in a queue is lost.
+
+use crate::dataplane::accept::listener::Retirement;
+use socket2::Socket;
+use std::cell::RefCell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// One thread's posts.
+#[derive(Debug, Default)]
+pub(crate) struct Posts(RefCell<Vec<Post>>);
+
+#[derive(Debug)]
+struct Post {
+    bind: SocketAddr,
+    socket: Arc<Socket>,
+    retirement: Rc<Retirement>,
+}
+
+/// A post on its way to the next thread.
+#[derive(Debug)]
+pub(crate) struct Bequest {
+    pub(crate) bind: SocketAddr,
+    pub(crate) socket: Arc<Socket>,
+    /// Where it was retiring: until then.
+    pub(crate) retires: Option<Instant>,
+}
+
+impl Posts {
+    pub(crate) fn add(&self, bind: SocketAddr, socket: Arc<Socket>, retirement: Rc<Retirement>) {
+        self.0.borrow_mut().push(Post { bind, socket, retirement });
+    }
+
+    /// Its listener has ended.
+    pub(crate) fn remove(&self, retirement: &Rc<Retirement>) {
+        self.0.borrow_mut().retain(|post| !Rc::ptr_eq(&post.retirement, retirement));
+    }
+
+    /// Every post of that address that is not retiring yet.
+    pub(crate) fn tell(&self, bind: SocketAddr, tell: impl Fn(&Retirement)) {
+        let posts = self.0.borrow();
+        posts
+            .iter()
+            .filter(|post| post.bind == bind && post.retirement.deadline().is_none())
+            .for_each(|post| tell(&post.retirement));
+    }
+
+    /// What the next thread is to listen on.
+    pub(crate) fn bequeath(&self) -> Vec<Bequest> {
+        let posts = std::mem::take(&mut *self.0.borrow_mut());
+        let kept = posts.into_iter().filter(|post| !post.retirement.is_released());
+        kept.map(|Post { bind, socket, retirement }| Bequest {
+            bind,
+            socket,
+            retires: retirement.deadline(),
+        })
+        .collect()
+    }
+}

@@ -1,0 +1,233 @@
+//! A worker: one pinned thread with its own runtime, engine, listeners and
+//! counters.
+//!
+//! Started by `app`, which talks to it through a [`Mailbox`]. Workers share
+//! nothing they write but the counts that balancing and caps need. A worker
+//! outlives its thread: where that falls to a panic, another goes on, see
+//! `life`.
+
+pub mod catch_panic;
+pub mod context;
+pub(crate) mod listener_set;
+pub(crate) mod restarts;
+pub(crate) mod supervisor;
+
+use super::relay::{Engine, RING_SETTINGS};
+use crate::core::metrics::counters::WorkerCounters;
+use crate::core::metrics::histograms::{Delta, Spent};
+use crate::core::metrics::progress::Pulse;
+use crate::core::outcome::Cause;
+use crate::core::table::publish::TablePublisher;
+use crate::core::table::state::BackendId;
+use crate::dataplane::access_log::AccessLogSender;
+#[cfg(debug_assertions)]
+use crate::dataplane::fault_points::Fault;
+use crate::dataplane::worker::context::Shared;
+use crate::dataplane::worker::supervisor::{Life, Station};
+use crate::net::budget::Budget;
+use crate::net::ring::Ring;
+use crossbeam::queue::SegQueue;
+use socket2::Socket;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, oneshot};
+
+/// Entries of the tokio-uring submission queue; it carries few operations, as
+/// bytes move through the engine's own ring.
+const RING_ENTRIES: u32 = 1024;
+const RING_COMPLETIONS: u32 = 8192;
+
+/// Which engine moves the bytes, and on which runtime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    /// The ring engine on tokio-uring.
+    IoUring,
+    /// The readiness engine on plain tokio.
+    Epoll,
+}
+
+/// What a worker is started with.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// From 0.
+    pub id: usize,
+    /// Pin the thread to this CPU.
+    pub cpu: Option<usize>,
+    /// See [`Runtime`].
+    pub runtime: Runtime,
+    /// See `process.spin`.
+    pub spin: Option<Duration>,
+    /// Caps, gate, reports.
+    pub shared: Shared,
+    /// Where sessions are routed.
+    pub tables: TablePublisher,
+    /// This worker's counts.
+    pub counters: Arc<WorkerCounters>,
+    /// This worker's queue to the access log.
+    pub access_log: AccessLogSender,
+    /// For random draws.
+    pub seed: u64,
+}
+
+/// Something a worker is told. Rare: never per session.
+#[derive(Debug)]
+pub enum Command {
+    /// Accept from this socket.
+    Listen(SocketAddr, Arc<Socket>),
+    /// Stop accepting there, once the queue is empty.
+    Retire(SocketAddr),
+    /// Stop accepting there at once: the queue is somebody else's.
+    Release(SocketAddr),
+    /// Reset every session of that backend.
+    CutBackend(BackendId, Cause),
+    /// Reset every session.
+    CutAll(Cause),
+    /// Hand over what the histograms hold.
+    Collect(oneshot::Sender<Option<Delta>>),
+    /// Take the emptied histograms back, to be filled anew.
+    GiveBack(Spent),
+    /// End; sessions still open are dropped.
+    Stop,
+    /// Panic at that place; for tests.
+    #[cfg(debug_assertions)]
+    Fault(Fault),
+    /// Do nothing at all for so long; for tests.
+    #[cfg(debug_assertions)]
+    Stall(Duration),
+}
+
+/// A worker's inbox. Unbounded in type, bounded in use: only the control thread
+/// writes, a handful of commands for each change an operator makes.
+#[derive(Debug, Default)]
+pub struct Mailbox {
+    commands: SegQueue<Command>,
+    arrived: Notify,
+}
+
+/// A running worker.
+#[derive(Debug)]
+pub struct Worker {
+    /// Its inbox.
+    pub mailbox: Arc<Mailbox>,
+    cpu: Option<usize>,
+    station: Arc<Station>,
+}
+
+// === impl Runtime ===
+
+impl Runtime {
+    /// As in status and configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Runtime::IoUring => "io_uring",
+            Runtime::Epoll => "epoll",
+        }
+    }
+
+    /// Whether the kernel lets us have rings that do what we need: sets one of
+    /// each kind up and throws them away.
+    pub fn io_uring_allowed() -> io::Result<()> {
+        let probe = || {
+            tokio_uring::Runtime::new(&ring_builder()).map(drop)?;
+            Ring::probe()
+        };
+        // On a thread of its own: a ring belongs to the thread that made it.
+        std::thread::scope(|scope| {
+            scope.spawn(probe).join().unwrap_or_else(|_| Err(io::Error::other("probe panicked")))
+        })
+    }
+
+    /// The engine of a worker. Where there is no ring to be had for it although
+    /// there was at start, readiness has to do.
+    pub(crate) fn engine(
+        self,
+        worker: usize,
+        spin: Option<Duration>,
+        budget: &Arc<Budget>,
+    ) -> io::Result<Engine> {
+        if self == Runtime::Epoll {
+            return Engine::readiness(spin, Arc::clone(budget));
+        }
+        Engine::ring(spin, RING_SETTINGS, Arc::clone(budget)).or_else(|error| {
+            tracing::warn!(worker, %error, "no ring for this worker; it uses readiness");
+            Engine::readiness(spin, Arc::clone(budget))
+        })
+    }
+
+    /// Runs `main` to its end on a fresh runtime of this kind.
+    pub(crate) fn block_on<T>(self, main: impl Future<Output = T>) -> io::Result<T> {
+        match self {
+            Runtime::IoUring => Ok(tokio_uring::Runtime::new(&ring_builder())?.block_on(main)),
+            Runtime::Epoll => {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+                Ok(tokio::task::LocalSet::new().block_on(&runtime, main))
+            }
+        }
+    }
+}
+
+/// `coop_taskrun` and `single_issuer`: without the first, every completion
+/// interrupts the thread, which measured up to three times the CPU.
+fn ring_builder() -> tokio_uring::Builder {
+    let mut ring = tokio_uring::uring_builder();
+    ring.setup_coop_taskrun().setup_single_issuer().setup_cqsize(RING_COMPLETIONS);
+    let mut builder = tokio_uring::builder();
+    builder.entries(RING_ENTRIES).uring_builder(&ring);
+    builder
+}
+
+// === impl Mailbox ===
+
+impl Mailbox {
+    /// Delivers a command.
+    pub fn send(&self, command: Command) {
+        self.commands.push(command);
+        self.arrived.notify_one();
+    }
+
+    /// The next command. Each time it is woken, the worker's pulse is felt.
+    pub(crate) async fn next(&self, pulse: &Pulse) -> Command {
+        loop {
+            pulse.answer();
+            if let Some(command) = self.commands.pop() {
+                return command;
+            }
+            self.arrived.notified().await;
+        }
+    }
+}
+
+// === impl Worker ===
+
+impl Worker {
+    /// Starts the thread; returns once its runtime and engine stand.
+    pub fn start(plan: Plan) -> io::Result<Worker> {
+        let mailbox = Arc::new(Mailbox::default());
+        let cpu = plan.cpu;
+        let station = Life::begin(plan, Arc::clone(&mailbox))?;
+        Ok(Worker { mailbox, cpu, station })
+    }
+
+    /// The CPU its thread is bound to, if it is.
+    pub fn cpu(&self) -> Option<usize> {
+        self.cpu
+    }
+
+    /// Has it look at its mailbox, and answer to its pulse.
+    pub fn wake(&self) {
+        self.mailbox.arrived.notify_one();
+    }
+
+    /// Whether it has ended for good: told to, or fallen too often.
+    pub fn is_finished(&self) -> bool {
+        self.station.has_ended()
+    }
+
+    /// Waits for the thread; false when it fell.
+    pub fn join(self) -> bool {
+        self.station.join()
+    }
+}

@@ -1,0 +1,52 @@
+//! How often a worker may begin anew.
+//!
+//! Carried from one thread of a worker to the next. Pure: time comes in.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// Restarts of one worker in [`WINDOW`]. What made it panic once a day is better
+/// survived; what does so every few seconds is a state that only a new process is
+/// free of, and its sessions are cut each time.
+pub(crate) const RESTARTS_MAX: usize = 5;
+const WINDOW: Duration = Duration::from_secs(60);
+
+/// A worker's restarts of late; see [`RESTARTS_MAX`].
+#[derive(Debug, Default)]
+pub(crate) struct Restarts(VecDeque<Instant>);
+
+impl Restarts {
+    /// Whether there may be one more, which is counted.
+    pub(crate) fn one_more(&mut self, now: Instant) -> bool {
+        while self.0.front().is_some_and(|at| now.saturating_duration_since(*at) >= WINDOW) {
+            self.0.pop_front();
+        }
+        let allowed = self.0.len() < RESTARTS_MAX;
+        if allowed {
+            self.0.push_back(now);
+        }
+        allowed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn five_in_a_minute_and_no_sixth_until_the_first_is_forgotten() {
+        let (start, mut restarts) = (crate::net::clock::now(), Restarts::default());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!((0..5).all(|n| restarts.one_more(at(n * 10))));
+        assert!(!restarts.one_more(at(59)));
+        assert!(restarts.one_more(at(60)));
+        assert!(!restarts.one_more(at(69)));
+        assert!(restarts.one_more(at(70)));
+    }
+
+    #[test]
+    fn one_a_while_goes_on_for_ever() {
+        let (start, mut restarts) = (crate::net::clock::now(), Restarts::default());
+        assert!((0..1000).all(|n| restarts.one_more(start + Duration::from_secs(n * 13))));
+    }
+}

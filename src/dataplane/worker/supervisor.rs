@@ -1,0 +1,389 @@
+//! The threads of a worker: one at a time, each going on where the one before
+//! fell.
+//!
+//! Started by `worker`. A panic in the worker's own loop, its engine or a
+//! listener ends the thread: its sessions are accounted for and reset, and the
+//! next thread takes the same sockets, whose queues nobody has touched. Nothing
+//! here waits for the control thread.
+
+use super::context::{Context, Legacy};
+use super::restarts::{RESTARTS_MAX, Restarts};
+use crate::core::metrics::counters::Panicked;
+use crate::core::metrics::progress::Stage;
+use crate::core::outcome::Cause;
+use crate::dataplane::accept::listener::{Listener, Retirement};
+use crate::dataplane::worker::catch_panic::contained;
+use crate::dataplane::worker::listener_set::{Bequest, Posts};
+use crate::dataplane::worker::{Command, Mailbox, Plan};
+use crate::net::clock;
+use crate::net::cpu;
+use socket2::Socket;
+use std::cell::OnceCell;
+use std::io;
+use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+use tokio::task::JoinError;
+
+/// How often, and after which pause, a thread that cannot be had is tried for
+/// again: for want of memory or descriptors. Meanwhile clients queue.
+const TRIES_MAX: u32 = 50;
+const TRY_AGAIN: Duration = Duration::from_millis(100);
+
+/// What a worker's threads have in common with whoever started it.
+#[derive(Debug)]
+pub(crate) struct Station {
+    /// The one that runs, or ran last.
+    thread: Mutex<Option<JoinHandle<()>>>,
+    ended: AtomicBool,
+    in_order: AtomicBool,
+    /// Told of the end.
+    told: Arc<Notify>,
+}
+
+/// One thread of a worker, and what it was left by the one before.
+#[derive(Debug)]
+pub(crate) struct Life {
+    plan: Plan,
+    inbox: Arc<Mailbox>,
+    station: Arc<Station>,
+    posts: Vec<Bequest>,
+    legacy: Legacy,
+    restarts: Restarts,
+    /// When the thread before fell.
+    fell: Option<Instant>,
+}
+
+/// How a thread's work ended.
+enum Outcome {
+    Stopped,
+    /// It could not begin.
+    NotUp(io::Error),
+    Fell(&'static str),
+}
+
+/// Ends the worker for good when it is dropped, unless another thread goes on.
+struct Obituary(Option<Arc<Station>>);
+
+/// Raises the alarm when a listener's task panics.
+struct Watch(Rc<Context>);
+
+// === impl Station ===
+
+impl Station {
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// Waits for the last thread; true when it ended in order.
+    pub(crate) fn join(&self) -> bool {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let joined = thread.is_none_or(|thread| thread.join().is_ok());
+        joined && self.in_order.load(Ordering::Acquire)
+    }
+
+    fn runs_on(&self, thread: JoinHandle<()>) {
+        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+    }
+}
+
+// === impl Obituary ===
+
+impl Drop for Obituary {
+    fn drop(&mut self) {
+        if let Some(station) = self.0.take() {
+            station.ended.store(true, Ordering::Release);
+            station.told.notify_one();
+        }
+    }
+}
+
+// === impl Life ===
+
+impl Life {
+    /// Starts the first thread; returns once its runtime and engine stand.
+    pub(crate) fn begin(plan: Plan, inbox: Arc<Mailbox>) -> io::Result<Arc<Station>> {
+        let station = Arc::new(Station {
+            thread: Mutex::new(None),
+            ended: AtomicBool::new(false),
+            in_order: AtomicBool::new(false),
+            told: Arc::clone(&plan.shared.ended),
+        });
+        let (ready, started) = std::sync::mpsc::sync_channel::<io::Result<()>>(1);
+        let life = Life {
+            plan,
+            inbox,
+            station: Arc::clone(&station),
+            posts: Vec::new(),
+            legacy: Legacy::default(),
+            restarts: Restarts::default(),
+            fell: None,
+        };
+        let thread = life.builder().spawn(move || life.run(Some(ready)))?;
+        station.runs_on(thread);
+        match started.recv() {
+            Ok(Ok(())) => Ok(station),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(io::Error::other("the worker thread died while it started")),
+        }
+    }
+
+    fn builder(&self) -> std::thread::Builder {
+        std::thread::Builder::new().name(format!("worker-{}", self.plan.id))
+    }
+
+    /// The thread's body; `ready` is the first one's.
+    fn run(mut self, ready: Option<SyncSender<io::Result<()>>>) {
+        self.plan.counters.pulse.runs_on(cpu::current_thread());
+        let obituary = Obituary(Some(Arc::clone(&self.station)));
+        if let Some(cpu) = self.plan.cpu
+            && let Err(error) = cpu::pin_current_thread(cpu)
+        {
+            tracing::warn!(worker = self.plan.id, cpu, %error, "not pinned");
+        }
+        for tries in 1.. {
+            let (posts, ctx) = (Rc::new(Posts::default()), OnceCell::new());
+            match self.work(&posts, &ctx, ready.as_ref()) {
+                Outcome::Stopped => {
+                    self.station.in_order.store(true, Ordering::Release);
+                    return;
+                }
+                Outcome::NotUp(error) => {
+                    if let Some(ready) = &ready {
+                        // Whoever started it waits for this.
+                        let _ = ready.send(Err(error));
+                        return;
+                    }
+                    if tries == TRIES_MAX {
+                        tracing::error!(worker = self.plan.id, %error, "worker cannot begin anew");
+                        return;
+                    }
+                    tracing::warn!(worker = self.plan.id, %error, "worker cannot begin anew yet");
+                    clock::pause(TRY_AGAIN);
+                }
+                Outcome::Fell(why) => {
+                    let Some(ctx) = ctx.into_inner() else { return };
+                    return self.hand_on(obituary, &posts, ctx, why);
+                }
+            }
+        }
+    }
+
+    /// Everything from the runtime's start to its end. Once it is back, every
+    /// task of the worker is gone and accounted for.
+    fn work(
+        &mut self,
+        posts: &Rc<Posts>,
+        place: &OnceCell<Rc<Context>>,
+        ready: Option<&SyncSender<io::Result<()>>>,
+    ) -> Outcome {
+        let (runtime, inbox) = (self.plan.runtime, Arc::clone(&self.inbox));
+        let main = async {
+            let main = async {
+                let ctx = match self.set_up() {
+                    Ok(ctx) => place.get_or_init(|| ctx),
+                    Err(error) => return Outcome::NotUp(error),
+                };
+                self.reopen(ctx, posts);
+                if let Some(ready) = ready {
+                    let _ = ready.send(Ok(()));
+                }
+                self.serves_again(ctx);
+                serve(ctx, &inbox, posts).await
+            };
+            let outcome = contained(main).await.unwrap_or(Outcome::Fell("its loop panicked"));
+            if let (Outcome::Fell(_), Some(ctx)) = (&outcome, place.get()) {
+                ctx.engine.fall();
+            }
+            outcome
+        };
+        let ran = catch_unwind(AssertUnwindSafe(|| runtime.block_on(main)));
+        let outcome = match ran {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(error)) => Outcome::NotUp(error),
+            Err(_) => Outcome::Fell("its runtime panicked"),
+        };
+        match outcome {
+            Outcome::Fell(why) if place.get().is_none() => Outcome::NotUp(io::Error::other(why)),
+            outcome => outcome,
+        }
+    }
+
+    fn set_up(&mut self) -> io::Result<Rc<Context>> {
+        let Plan { id, runtime, spin, shared, tables, counters, access_log, seed, .. } =
+            self.plan.clone();
+        let engine = runtime.engine(id, spin, &shared.buffers)?;
+        // Of the thread before, if it had a ring.
+        counters.ring_held.set(0);
+        engine.count_for(Arc::clone(&counters));
+        let legacy = std::mem::take(&mut self.legacy);
+        let reader = tables.reader();
+        Ok(Rc::new(Context::new(id, engine, shared, reader, counters, access_log, seed, legacy)))
+    }
+
+    /// Listens where the thread before did.
+    fn reopen(&mut self, ctx: &Rc<Context>, posts: &Rc<Posts>) {
+        for Bequest { bind, socket, retires } in self.posts.drain(..) {
+            let retirement = Rc::new(Retirement::due(retires));
+            listen(ctx, posts, bind, socket, retirement);
+        }
+    }
+
+    fn serves_again(&self, ctx: &Context) {
+        if let Some(fell) = self.fell {
+            ctx.counters.restarts.add(1);
+            let took = clock::now() - fell;
+            tracing::warn!(worker = ctx.id, took_us = took.as_micros(), "worker serves again");
+        }
+    }
+
+    /// The thread has fallen and its sessions are accounted for: starts the next
+    /// one, if there may be one, and closes what this one leaves behind.
+    fn hand_on(mut self, obituary: Obituary, posts: &Posts, ctx: Rc<Context>, why: &str) {
+        let now = clock::now();
+        let (worker, counters) = (self.plan.id, &self.plan.counters);
+        counters.panics.cell(Panicked::Worker as usize, 0).add(1);
+        let sessions = ctx.engine.open_flows();
+        tracing::error!(worker, why, sessions, "worker fell: its sessions are reset");
+        let engine = ctx.engine.clone();
+        if !self.restarts.one_more(now) {
+            tracing::error!(
+                worker,
+                restarts = RESTARTS_MAX,
+                "worker falls again and again: the process ends, for a new one is needed"
+            );
+            drop(ctx);
+            engine.bury();
+            return drop(obituary);
+        }
+        self.fell = Some(now);
+        self.posts = posts.bequeath();
+        self.legacy = ctx.bequeath();
+        self.plan.seed = self.plan.seed.wrapping_add(1 << 32);
+        drop(ctx);
+        self.spawn_next(obituary);
+        engine.bury();
+    }
+
+    /// In a thread of its own: this one may take long to close what it has.
+    fn spawn_next(self, mut obituary: Obituary) {
+        let (station, worker) = (Arc::clone(&self.station), self.plan.id);
+        let waiting = Arc::new(Mutex::new(Some(self)));
+        for _ in 0..TRIES_MAX {
+            let (next, name) = (Arc::clone(&waiting), format!("worker-{worker}"));
+            let body = move || {
+                let life = next.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if let Some(life) = life {
+                    life.run(None);
+                }
+            };
+            match std::thread::Builder::new().name(name).spawn(body) {
+                Ok(thread) => {
+                    station.runs_on(thread);
+                    // The next thread has its own.
+                    obituary.0 = None;
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(worker, %error, "worker cannot begin anew yet");
+                    clock::pause(TRY_AGAIN);
+                }
+            }
+        }
+        tracing::error!(worker, "worker cannot begin anew");
+    }
+}
+
+/// Starts a listener's task.
+fn listen(
+    ctx: &Rc<Context>,
+    posts: &Rc<Posts>,
+    bind: SocketAddr,
+    socket: Arc<Socket>,
+    retirement: Rc<Retirement>,
+) {
+    posts.add(bind, Arc::clone(&socket), Rc::clone(&retirement));
+    let (watch, posts) = (Watch(Rc::clone(ctx)), Rc::clone(posts));
+    tokio::task::spawn_local(async move {
+        let watch = watch;
+        Listener::serve(Rc::clone(&watch.0), bind, socket, Rc::clone(&retirement)).await;
+        posts.remove(&retirement);
+    });
+}
+
+/// Obeys commands until told to stop; the engine, the listeners and the
+/// sessions are tasks beside it.
+async fn serve(ctx: &Rc<Context>, inbox: &Mailbox, posts: &Rc<Posts>) -> Outcome {
+    let mut engine = tokio::task::spawn_local(ctx.engine.clone().run());
+    let pulse = &ctx.counters.pulse;
+    loop {
+        pulse.at(Stage::Waiting);
+        let command = tokio::select! {
+            command = inbox.next(pulse) => command,
+            ended = &mut engine => return Outcome::Fell(engine_ended(ctx, ended)),
+            () = ctx.engine.broken() => return Outcome::Fell("a session panicked in the engine"),
+            () = ctx.alarm.notified() => return Outcome::Fell("a listener panicked"),
+        };
+        pulse.at(Stage::Obeying);
+        match command {
+            Command::Listen(bind, socket) => {
+                listen(ctx, posts, bind, socket, Rc::new(Retirement::default()));
+            }
+            Command::Retire(bind) => posts.tell(bind, Retirement::begin),
+            Command::Release(bind) => posts.tell(bind, Retirement::release),
+            Command::CutBackend(backend, cause) => {
+                ctx.engine.cut_backend(backend, cause);
+            }
+            Command::CutAll(cause) => {
+                ctx.engine.cut_all(cause);
+            }
+            Command::Collect(reply) => {
+                // Who has given up waiting gets it the next time.
+                if !reply.is_closed() {
+                    let _ = reply.send(ctx.recorder.borrow_mut().take());
+                }
+            }
+            Command::GiveBack(spent) => ctx.recorder.borrow_mut().give_back(spent),
+            Command::Stop => break,
+            #[cfg(debug_assertions)]
+            Command::Fault(fault) => {
+                ctx.engine.order(fault);
+                ctx.faults.order(fault);
+                ctx.faults.pass(crate::dataplane::fault_points::Fault::Worker);
+            }
+            #[cfg(debug_assertions)]
+            Command::Stall(time) => clock::pause(time),
+        }
+    }
+    // Who is still here has been cut already.
+    ctx.broken_off_by.set(Cause::DrainDeadline);
+    engine.abort();
+    Outcome::Stopped
+}
+
+/// Says why.
+fn engine_ended(ctx: &Context, ended: Result<io::Result<()>, JoinError>) -> &'static str {
+    match ended {
+        Ok(Err(error)) => {
+            tracing::error!(worker = ctx.id, %error, "the relay engine has failed");
+            "its engine failed"
+        }
+        _ => "its engine panicked",
+    }
+}
+
+// === impl Watch ===
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.alarm.notify_one();
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! `tidegate backend`: servers that answer load, well or badly.
+//!
+//! Called by `cli`. It turns arguments into a service, watches the threads, and
+//! prints what they did; serving itself is `load`'s.
+
+use crate::client::command::{Exit, duration};
+use crate::lab::cli::threads::{self, WorkArgs};
+use crate::lab::load::{self, Behaviour, Served, Service};
+use clap::{Args, ValueEnum};
+use serde_json::json;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+/// `tidegate backend`
+#[derive(Debug, Args)]
+pub struct BackendArgs {
+    /// What to do with connections.
+    #[arg(value_enum, value_name = "MODE")]
+    pub mode: BehaviourName,
+    /// Where to listen; port 0 for any. May be given several times.
+    #[arg(long, value_name = "IP:PORT", required = true)]
+    pub listen: Vec<SocketAddr>,
+    /// Bytes of a request that respond answers [default: 64].
+    #[arg(long, value_name = "BYTES", value_parser = threads::size)]
+    pub request: Option<usize>,
+    /// Bytes of an answer (respond, half-close: 64) or of a write (source:
+    /// 128KiB).
+    #[arg(long, value_name = "BYTES", value_parser = threads::size)]
+    pub size: Option<usize>,
+    /// Bytes reset echoes before it resets; 0: at once [default: 0].
+    #[arg(long, value_name = "BYTES", value_parser = threads::size)]
+    pub after: Option<usize>,
+    /// Bytes a second slow-read takes from each connection [default: 1KiB].
+    #[arg(long, value_name = "BYTES", value_parser = threads::size)]
+    pub rate: Option<usize>,
+    /// How long hiccup does nothing [default: 200ms].
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub pause: Option<Duration>,
+    /// From one hiccup to the next [default: 1s].
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub every: Option<Duration>,
+    /// End after this long [default: on SIGTERM or SIGINT].
+    #[arg(long = "for", value_name = "TIME", value_parser = duration)]
+    pub duration: Option<Duration>,
+    /// Threads, CPUs and output.
+    #[command(flatten)]
+    pub work: WorkArgs,
+}
+
+/// The behaviours by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BehaviourName {
+    /// Send back what comes.
+    Echo,
+    /// Answer every --request bytes with --size bytes.
+    Respond,
+    /// Receive and throw away.
+    Sink,
+    /// Send without end.
+    Source,
+    /// Echo, but do nothing at all for --pause out of each --every.
+    Hiccup,
+    /// Accept and never read, answer or close.
+    Stall,
+    /// Echo --after bytes, then reset the connection.
+    Reset,
+    /// Answer and send a FIN, then receive on.
+    HalfClose,
+    /// Receive --rate bytes a second on each connection.
+    SlowRead,
+}
+
+/// Help after the options.
+pub(crate) const HELP: &str = "\
+Example:
+  tidegate backend --listen 127.0.0.1:9000 echo
+  tidegate backend --listen 127.0.0.1:9000 --listen 127.0.0.2:9000 respond --size 1KiB
+  tidegate backend --listen 127.0.0.1:9000 reset --after 10KiB --for 1m --json
+
+The addresses are printed once they are bound, the counts at the end.";
+
+/// Serves as told.
+pub fn main(args: &BackendArgs) -> Exit {
+    let service = match service(args) {
+        Ok(service) => service,
+        Err(why) => {
+            eprintln!("error: {why}\n\nFor more information, try '--help'.");
+            return Exit::Usage;
+        }
+    };
+    match run(args, service) {
+        Ok(()) => Exit::Fine,
+        Err(error) => {
+            eprintln!("tidegate: backend: {error}");
+            Exit::Failed
+        }
+    }
+}
+
+fn run(args: &BackendArgs, service: Service) -> std::io::Result<()> {
+    crate::net::limits::raise_descriptor_limit();
+    let (crew, bound) = load::serve(service)?;
+    let addresses: Vec<String> = bound.iter().map(ToString::to_string).collect();
+    if args.work.json {
+        crate::client::command::print(&json!({ "listening": addresses }).to_string());
+    } else {
+        crate::client::command::print(&format!("listening on {}", addresses.join(", ")));
+    }
+    threads::watch(&crew)?;
+    let served = crew.join()?;
+    let sum = served.iter().fold(Served::default(), |sum, one| sum.merge(one));
+    crate::client::command::print(&shown(args, &sum));
+    Ok(())
+}
+
+fn service(args: &BackendArgs) -> Result<Service, String> {
+    use BehaviourName as N;
+    let only = |given: bool, option: &str, fits: &[N], names: &str| {
+        let fits = !given || fits.contains(&args.mode);
+        if fits { Ok(()) } else { Err(format!("{option} is for {names} only")) }
+    };
+    only(args.request.is_some(), "--request", &[N::Respond], "respond")?;
+    let sized = [N::Respond, N::Source, N::HalfClose];
+    only(args.size.is_some(), "--size", &sized, "respond, source and half-close")?;
+    only(args.after.is_some(), "--after", &[N::Reset], "reset")?;
+    only(args.rate.is_some(), "--rate", &[N::SlowRead], "slow-read")?;
+    only(args.pause.is_some(), "--pause", &[N::Hiccup], "hiccup")?;
+    only(args.every.is_some(), "--every", &[N::Hiccup], "hiccup")?;
+    let behaviour = match args.mode {
+        N::Echo => Behaviour::Echo,
+        N::Respond => Behaviour::Respond {
+            request: above_zero("--request", args.request.unwrap_or(64))?,
+            answer: above_zero("--size", args.size.unwrap_or(64))?,
+        },
+        N::Sink => Behaviour::Sink,
+        N::Source => {
+            Behaviour::Source { size: above_zero("--size", args.size.unwrap_or(128 * 1024))? }
+        }
+        N::Hiccup => hiccup(args)?,
+        N::Stall => Behaviour::Stall,
+        N::Reset => Behaviour::Reset { after: args.after.unwrap_or(0) as u64 },
+        N::HalfClose => Behaviour::HalfClose { answer: args.size.unwrap_or(64) },
+        N::SlowRead => {
+            Behaviour::SlowRead { rate: above_zero("--rate", args.rate.unwrap_or(1024))? as u64 }
+        }
+    };
+    Ok(Service {
+        listen: args.listen.clone(),
+        behaviour,
+        threads: args.work.threads,
+        cpus: args.work.cpus()?,
+        duration: args.duration,
+    })
+}
+
+fn hiccup(args: &BackendArgs) -> Result<Behaviour, String> {
+    let pause = args.pause.unwrap_or(Duration::from_millis(200));
+    let every = args.every.unwrap_or(Duration::from_secs(1));
+    if pause >= every {
+        return Err("--pause must be shorter than --every".to_owned());
+    }
+    Ok(Behaviour::Hiccup { pause, every })
+}
+
+fn above_zero(option: &str, value: usize) -> Result<usize, String> {
+    if value == 0 { Err(format!("{option} must be above zero")) } else { Ok(value) }
+}
+
+fn shown(args: &BackendArgs, served: &Served) -> String {
+    let Served { accepted, open, requests, bytes_in, bytes_out, failed, reset, refused } = *served;
+    if args.work.json {
+        return json!({
+            "accepted": accepted, "open": open, "requests": requests, "bytes_in": bytes_in,
+            "bytes_out": bytes_out, "failed": failed, "reset": reset, "refused": refused,
+        })
+        .to_string();
+    }
+    format!(
+        "accepted {accepted}, open {open}, requests {requests}, received {bytes_in} bytes, \
+         sent {bytes_out} bytes, failed {failed}, reset {reset}, not accepted {refused}"
+    )
+}

@@ -1,0 +1,153 @@
+//! `tidegate demo`: a balancer and its backends, shown at work.
+//!
+//! Called by the command line. It needs no configuration, no privileges and no
+//! network but loopback; it never says anything it did not measure in the same
+//! run, and it leaves nothing behind.
+//!
+//! The files: `backends` (the built-in servers), `place` (temporary directory
+//! and configuration), `balancer` (starting and asking the real one, a process of its
+//! own), `traffic`
+//! (the clients), `show` (what is done in which order, and what must hold), `change`
+//! (its reload, its explanation and its upgrade),
+//! `split` (measured against expected), `screen` (what people see).
+
+mod backends;
+mod balancer;
+mod change;
+mod place;
+mod screen;
+mod show;
+mod split;
+mod traffic;
+
+use crate::client::command::{Exit, duration};
+use crate::net::clock;
+use backends::Backends;
+use balancer::{Balancer, Ended};
+use clap::Args;
+use place::Place;
+use screen::{Gone, Screen};
+use show::{Show, Time, Verdict};
+use std::io;
+use std::time::Duration;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// `tidegate demo`
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Built-in backends to start.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub backends: u16,
+    /// Length of the demo, such as 20s or 1m.
+    #[arg(long = "for", value_name = "TIME", default_value = "40s", value_parser = duration)]
+    pub duration: Duration,
+    /// Time at the end to try the balancer; default: what is left of --for.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub play: Option<Duration>,
+}
+
+/// Everything there is to show takes this long.
+const LENGTH_MIN: Duration = Duration::from_secs(5);
+
+/// Left to the sessions of a demo that takes longer than it was to.
+const DRAIN_MORE: Duration = Duration::from_secs(60);
+
+/// What could not even be started.
+type Trouble = String;
+
+/// Signals that end the demo.
+struct Stop([Signal; 3]);
+
+/// Runs the demo: [`Exit::Fine`] only if everything it promises was seen.
+pub fn main(args: DemoArgs) -> Exit {
+    match run(&args) {
+        Ok(exit) => exit,
+        Err(trouble) => {
+            eprintln!("tidegate: demo: {trouble}");
+            Exit::Failed
+        }
+    }
+}
+
+fn run(args: &DemoArgs) -> Result<Exit, Trouble> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start a runtime: {error}"))?;
+    // Before anything that would have to be cleaned up.
+    let mut stop = Stop::listen(&runtime).map_err(|error| format!("no signals: {error}"))?;
+    let started = clock::now();
+    let length = args.duration.max(LENGTH_MIN);
+
+    let backends = Backends::start(usize::from(args.backends))
+        .map_err(|error| format!("cannot start the backends: {error}"))?;
+    let drain = length + args.play.unwrap_or_default() + DRAIN_MORE;
+    let place = Place::create(drain).map_err(|error| error.to_string())?;
+    let balancer = Balancer::start(&place, backends.all())?;
+
+    let screen = Screen::new(length);
+    if length > args.duration {
+        let asked = humantime::format_duration(args.duration);
+        let takes = humantime::format_duration(LENGTH_MIN);
+        let _ = screen.line(&format!("--for {asked} is too short to show everything: {takes}"));
+    }
+    let time = Time { started, length, play: args.play };
+    let show = Show::new(&screen, &backends, &place, &balancer, time);
+    let verdict = runtime.block_on(async {
+        tokio::select! {
+            ended = show.run() => ended.unwrap_or_else(|Gone| show.cut_short("nobody reads on")),
+            () = stop.came() => show.cut_short("interrupted"),
+            never = screen.progress() => match never {},
+        }
+    });
+    runtime.block_on(balancer.shut_down());
+    drop(show);
+    Ok(finish(&screen, balancer, verdict))
+}
+
+/// Waits for the balancer's end and sums up.
+fn finish(screen: &Screen, balancer: Balancer, mut verdict: Verdict) -> Exit {
+    let Ended { cut, broken } = balancer.wait();
+    if !broken.is_empty() {
+        verdict.broken.extend(broken);
+    } else if cut == 0 {
+        verdict.summary.push("drained: every session ended by itself, none was cut".to_owned());
+    } else if verdict.cut_short {
+        verdict.summary.push(format!("drained: {cut} sessions were cut"));
+    } else {
+        verdict.broken.push(format!("{cut} sessions were cut when the balancer drained"));
+    }
+    screen.close();
+    let _ = screen.line("");
+    let _ = screen.line("Summary");
+    for line in &verdict.summary {
+        let _ = screen.line(&format!("   {line}"));
+    }
+    for line in &verdict.broken {
+        eprintln!("tidegate: demo: not as promised: {line}");
+    }
+    if verdict.broken.is_empty() { Exit::Fine } else { Exit::Failed }
+}
+
+// === impl Stop ===
+
+impl Stop {
+    fn listen(runtime: &Runtime) -> io::Result<Stop> {
+        let _entered = runtime.enter();
+        Ok(Stop([
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::hangup())?,
+        ]))
+    }
+
+    async fn came(&mut self) {
+        let [interrupt, terminate, hangup] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+}

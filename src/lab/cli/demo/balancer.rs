@@ -1,0 +1,334 @@
+//! The real balancer: `tidegate run` as a process of its own, asked through its admin
+//! API.
+//!
+//! Used by the demo alone. What it tells comes from the status and metrics
+//! texts that anybody could fetch with curl.
+//!
+//! The demo adopts every process that an upgrade leaves, and waits for all of them.
+
+use super::backends::Backend;
+use super::place::{NAME, Place};
+use crate::client::http::{Address, ClientArgs, ClientError, ask_within};
+use crate::net::clock;
+use hyper::Method;
+use rustix::process::{
+    Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid,
+};
+use serde_json::Value;
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Another process may take a port between its choice and its use, now and then.
+const STARTS_MAX: usize = 5;
+
+/// How long a process may take to serve, and to end once its sessions have ended.
+const START_MAX: Duration = Duration::from_secs(20);
+const END_MAX: Duration = Duration::from_secs(20);
+const LOOK: Duration = Duration::from_millis(5);
+
+/// The API answers an upgrade within less.
+const ANSWER_MAX: Duration = Duration::from_secs(70);
+
+/// The running balancer and where it is reached.
+#[derive(Debug)]
+pub(crate) struct Balancer {
+    /// The first process, and those it was upgraded to.
+    processes: std::cell::RefCell<Vec<Pid>>,
+    client: ClientArgs,
+    log: std::path::PathBuf,
+    pub(crate) frontend: SocketAddr,
+    pub(crate) admin: SocketAddr,
+}
+
+/// How every process of the balancer came to its end.
+#[derive(Debug, Default)]
+pub(crate) struct Ended {
+    /// Sessions that a drain cut.
+    pub(crate) cut: u64,
+    /// What was not as it should be.
+    pub(crate) broken: Vec<String>,
+}
+
+/// What status said at one moment.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Seen {
+    pub(crate) engine: String,
+    pub(crate) engine_reason: String,
+    pub(crate) workers: u64,
+    pub(crate) generation: u64,
+    /// Of the table: any change of anybody's standing makes a new one.
+    pub(crate) serial: u64,
+    /// Connections the frontend has accepted.
+    pub(crate) sessions: u64,
+    /// Sessions open.
+    pub(crate) open: u64,
+    pub(crate) backends: Vec<SeenBackend>,
+}
+
+/// What status said of one backend.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct SeenBackend {
+    pub(crate) name: String,
+    pub(crate) weight: u64,
+    /// 0 while it is not eligible.
+    pub(crate) effective: u64,
+    pub(crate) intent: String,
+    /// The newest change: to what, why, how many seconds ago.
+    pub(crate) changed: Option<(String, String, f64)>,
+}
+
+/// The metrics text.
+#[derive(Debug)]
+pub(crate) struct Metrics(String);
+
+// === impl Balancer ===
+
+impl Balancer {
+    /// Starts it on free loopback ports in front of `backends`.
+    pub(crate) fn start(place: &Place, backends: &[Backend]) -> Result<Balancer, String> {
+        // Processes that others have left are to be waited for here (prctl(2)).
+        set_child_subreaper(Some(getpid())).map_err(|error| format!("no adoption: {error}"))?;
+        let mut why = String::new();
+        for _ in 0..STARTS_MAX {
+            let ports = free_addresses().map_err(|error| format!("no free port: {error}"))?;
+            place
+                .write_config(ports, backends)
+                .map_err(|error| format!("cannot write the configuration: {error}"))?;
+            match Balancer::try_start(place, ports) {
+                Ok(balancer) => return Ok(balancer),
+                Err(error) => why = error,
+            }
+        }
+        Err(format!("the balancer does not start: {why}"))
+    }
+
+    fn try_start(place: &Place, [frontend, admin]: [SocketAddr; 2]) -> Result<Balancer, String> {
+        let log = place.log();
+        let program = std::env::current_exe().map_err(|error| format!("no program: {error}"))?;
+        let stderr = File::create(&log).map_err(|error| format!("cannot log: {error}"))?;
+        let mut run = Command::new(&program);
+        run.args(["run", "--config"]).arg(place.config());
+        // The demo alone obeys the terminal's interrupt.
+        run.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).process_group(0);
+        let child = run.spawn().map_err(|error| format!("{}: {error}", program.display()))?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let token_file = Some(place.token());
+        let client =
+            ClientArgs { admin: Some(Address::Tcp(admin)), config: None, json: true, token_file };
+        let processes = std::cell::RefCell::new(pid.into_iter().collect());
+        let balancer = Balancer { processes, client, log, frontend, admin };
+        let deadline = clock::now() + START_MAX;
+        while ask_within(&balancer.client, Method::GET, "/ready", START_MAX).is_err() {
+            let ended = waitpid(pid, WaitOptions::NOHANG).is_ok_and(|end| end.is_some());
+            if ended || clock::now() > deadline {
+                return Err(balancer.said());
+            }
+            clock::pause(LOOK);
+        }
+        Ok(balancer)
+    }
+
+    /// What status says; `None` once the balancer has ended.
+    pub(crate) async fn seen(&self) -> Option<Seen> {
+        let text = self.ask(Method::GET, "/v1/status".to_owned()).await.ok()?;
+        Some(Seen::read(&serde_json::from_str(&text).ok()?))
+    }
+
+    /// What the metrics say.
+    pub(crate) async fn metrics(&self) -> Option<Metrics> {
+        self.ask(Method::GET, "/metrics".to_owned()).await.ok().map(Metrics)
+    }
+
+    /// Why a backend gets what it gets.
+    pub(crate) async fn explained(&self, backend: &str) -> Result<Value, String> {
+        let path = format!("/v1/pools/{NAME}/backends/{backend}/explain");
+        let text = self.ask(Method::GET, path).await?;
+        serde_json::from_str(&text).map_err(|error| error.to_string())
+    }
+
+    /// Has it read its configuration again.
+    pub(crate) async fn reload(&self) -> Result<(), String> {
+        self.ask(Method::POST, "/v1/reload".to_owned()).await.map(drop)
+    }
+
+    /// Upgrades it to its own program; gives the number of the new process.
+    pub(crate) async fn upgrade(&self) -> Result<u64, String> {
+        let text = self.ask(Method::POST, "/v1/upgrade".to_owned()).await?;
+        let answer: Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+        let pid = answer["pid"].as_u64().unwrap_or_default();
+        self.processes.borrow_mut().extend(i32::try_from(pid).ok().and_then(Pid::from_raw));
+        Ok(pid)
+    }
+
+    /// Asks it to drain and exit; returns once it has begun to.
+    pub(crate) async fn shut_down(&self) {
+        // No answer means that it has ended already.
+        let _ = self.ask(Method::POST, "/v1/shutdown".to_owned()).await;
+    }
+
+    /// Waits for the end of every process.
+    pub(crate) fn wait(self) -> Ended {
+        let mut ended = Ended::default();
+        let deadline = clock::now() + END_MAX;
+        loop {
+            match waitpid(None, WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) => {
+                    self.processes.borrow_mut().retain(|one| *one != pid);
+                    if status.exit_status() != Some(0) {
+                        ended.broken.push(format!("a process of the balancer ended: {status:?}"));
+                    }
+                }
+                Ok(None) if clock::now() < deadline => clock::pause(LOOK),
+                Ok(None) => {
+                    ended.broken.push(format!("the balancer did not end within {END_MAX:?}"));
+                    break;
+                }
+                // None is left.
+                Err(_) => {
+                    self.processes.borrow_mut().clear();
+                    break;
+                }
+            }
+        }
+        let log = self.said();
+        let cut = |line: &str| line.split_once("drained sessions_cut=")?.1.parse::<u64>().ok();
+        ended.cut = log.lines().filter_map(cut).sum();
+        if !ended.broken.is_empty() {
+            ended.broken.extend(log.lines().rev().take(3).map(str::to_owned));
+        }
+        ended
+    }
+
+    /// Its log.
+    fn said(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    async fn ask(&self, method: Method, path: String) -> Result<String, String> {
+        let client = self.client.clone();
+        let asked = move || ask_within(&client, method, &path, ANSWER_MAX);
+        match tokio::task::spawn_blocking(asked).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(ClientError::Request(text) | ClientError::Unreachable(text))) => Err(text),
+            Ok(Err(ClientError::Refused(value))) => Err(value.to_string()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+}
+
+impl Drop for Balancer {
+    fn drop(&mut self) {
+        for pid in self.processes.borrow_mut().drain(..) {
+            let _ = kill_process(pid, Signal::KILL);
+            let _ = waitpid(Some(pid), WaitOptions::empty());
+        }
+    }
+}
+
+/// Two ports nobody has now.
+fn free_addresses() -> std::io::Result<[SocketAddr; 2]> {
+    let one = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let other = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    Ok([one.local_addr()?, other.local_addr()?])
+}
+
+// === impl Seen ===
+
+impl Seen {
+    fn read(status: &Value) -> Seen {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let number = |value: &Value| value.as_u64().unwrap_or_default();
+        let named = |list: &'static str| {
+            let all = status[list].as_array().into_iter().flatten();
+            all.filter(|one| one["name"] == NAME).collect::<Vec<_>>()
+        };
+        let backend = |value: &Value| SeenBackend {
+            name: text(&value["name"]),
+            weight: number(&value["weight"]),
+            // What is left of a suspect's is not nothing.
+            effective: value["effective_weight"].as_f64().unwrap_or_default().ceil() as u64,
+            intent: text(&value["intent"]),
+            changed: value["last_transition"].as_object().map(|change| {
+                let ago = change["seconds_ago"].as_f64().unwrap_or_default();
+                (text(&change["to"]), text(&change["reason"]), ago)
+            }),
+        };
+        let backends = named("pools")
+            .into_iter()
+            .flat_map(|pool| pool["backends"].as_array().into_iter().flatten())
+            .map(backend)
+            .collect();
+        Seen {
+            engine: text(&status["engine"]),
+            engine_reason: text(&status["engine_reason"]),
+            workers: number(&status["workers"]),
+            generation: number(&status["generation"]),
+            serial: number(&status["table_serial"]),
+            sessions: named("frontends").iter().map(|one| number(&one["sessions_total"])).sum(),
+            open: number(&status["connections_active"]),
+            backends,
+        }
+    }
+
+    /// The backend of that name.
+    pub(crate) fn backend(&self, name: &str) -> Option<&SeenBackend> {
+        self.backends.iter().find(|backend| backend.name == name)
+    }
+
+    /// Whether all of them take sessions at their full weight.
+    pub(crate) fn all_serve(&self) -> bool {
+        !self.backends.is_empty() && self.backends.iter().all(SeenBackend::serves)
+    }
+}
+
+// === impl SeenBackend ===
+
+impl SeenBackend {
+    /// At its full weight.
+    pub(crate) fn serves(&self) -> bool {
+        self.weight > 0 && self.effective == self.weight
+    }
+}
+
+// === impl Metrics ===
+
+impl Metrics {
+    /// The value of one series, written as in the text; 0 where it is absent.
+    pub(crate) fn count(&self, series: &str) -> u64 {
+        let value = |line: &str| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok();
+        self.0.lines().find_map(value).unwrap_or_default()
+    }
+
+    /// Ended sessions: `cause in phase` and how many, without the zeros.
+    pub(crate) fn session_ends(&self) -> Vec<(String, u64)> {
+        let cell = |line: &str| {
+            let labels = line.strip_prefix("tidegate_session_end_total{cause=\"")?;
+            let (cause, rest) = labels.split_once("\",phase=\"")?;
+            let (phase, count) = rest.split_once("\"} ")?;
+            let count = count.parse().ok().filter(|count| *count > 0)?;
+            Some((format!("{cause} ({phase})"), count))
+        };
+        self.0.lines().filter_map(cell).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn session_ends_are_read_from_the_text_without_zeros() {
+        let metrics = Metrics(
+            "tidegate_session_end_total{cause=\"finished\",phase=\"closed\"} 12\n\
+             tidegate_session_end_total{cause=\"no-backend\",phase=\"admit\"} 0\n\
+             tidegate_connect_retries_total 3\ntidegate_connect_retries_total_x 9\n"
+                .to_owned(),
+        );
+        assert_eq!(metrics.session_ends(), [("finished (closed)".to_owned(), 12)]);
+        assert_eq!(metrics.count("tidegate_connect_retries_total"), 3);
+        assert_eq!(metrics.count("tidegate_absent"), 0);
+    }
+}

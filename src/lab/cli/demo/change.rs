@@ -1,0 +1,120 @@
+//! The changes that the demo makes while clients are served: a reload and an upgrade,
+//! and the explanation of a backend that is down.
+//!
+//! Run by `show` as parts of it. Each says what was measured, and what of it was not
+//! as promised.
+
+use super::backends::Backend;
+use super::screen::Gone;
+use super::show::Show;
+use super::traffic::{LongLived, RATE};
+use crate::net::clock;
+use std::time::Duration;
+use tokio::time::sleep;
+
+/// Requests go on for so long before and after a change.
+const AROUND: Duration = Duration::from_millis(250);
+
+// === impl Show ===
+
+impl Show<'_> {
+    /// What `tidegate explain` says of a backend that is down.
+    pub(crate) async fn explain(&self, name: &str) -> Result<(), Gone> {
+        let facts = match self.balancer.explained(name).await {
+            Ok(facts) => facts,
+            Err(error) => {
+                self.broken(format!("{name} could not be explained: {error}"));
+                return Ok(());
+            }
+        };
+        let why = facts["why"].as_str().unwrap_or_default();
+        self.say(&format!("`tidegate explain` says of {name}: {why}"))?;
+        if facts["eligible"] == false && why.contains("down") && why.contains("failed") {
+            self.sum_up(&format!("explained while it was down: {name}: {why}"));
+        } else {
+            self.broken(format!("{name} is down, and its explanation was: {why}"));
+        }
+        Ok(())
+    }
+
+    /// Gives the last backend more weight while clients are served.
+    pub(crate) async fn reload(&self) -> Result<(), Gone> {
+        let mut backends: Vec<Backend> = self.backends.all().to_vec();
+        let Some(last) = backends.last_mut() else { return Ok(()) };
+        last.weight += 1;
+        let (name, weight) = (last.name.clone(), last.weight);
+        let title = format!("The configuration changes under load: {name} gets weight {weight}");
+        self.line("")?;
+        self.line(&title)?;
+        self.screen.now(&title);
+        let before = self.seen().await;
+        let traffic = self.traffic(RATE);
+        sleep(AROUND).await;
+        let began = clock::now();
+        let ports = [self.balancer.frontend, self.balancer.admin];
+        let asked = match self.place.write_config(ports, &backends) {
+            Ok(()) => self.balancer.reload().await,
+            Err(error) => Err(error.to_string()),
+        };
+        let in_force = self
+            .until(|seen| {
+                let backend = seen.backend(&name);
+                seen.generation > before.generation
+                    && backend.is_some_and(|it| it.effective == u64::from(weight))
+            })
+            .await;
+        let took = (clock::now() - began).as_millis();
+        sleep(AROUND).await;
+        let tally = traffic.finish(1).await;
+        let (total, failed) = (tally.total(), tally.failed);
+        match (asked, in_force) {
+            (Ok(()), Some(seen)) => {
+                let generation = seen.generation;
+                self.say(&format!("generation {generation} is in force after {took} ms"))?;
+            }
+            (Err(why), _) => self.broken(format!("the reload failed: {why}")),
+            (Ok(()), None) => self.broken("the changed weight did not come into force".to_owned()),
+        }
+        self.say(&format!("{total} requests around it, {failed} failed"))?;
+        self.sum_up(&format!("reload: {failed} of {total} requests failed"));
+        if failed > 0 {
+            self.broken(format!("{failed} requests failed around the reload"));
+        }
+        self.split("With the new weight", self.phase / 2).await
+    }
+
+    /// Replaces the process while clients are served.
+    pub(crate) async fn upgrade(&self, long: &LongLived) -> Result<(), Gone> {
+        let title = "The program is upgraded in place, to itself";
+        self.line("")?;
+        self.line(title)?;
+        self.screen.now(title);
+        let open = || long.standing().iter().filter(|one| one.broken.is_none()).count();
+        let (before, traffic) = (open(), self.traffic(RATE));
+        sleep(AROUND).await;
+        let began = clock::now();
+        let upgraded = self.balancer.upgrade().await;
+        let took = (clock::now() - began).as_millis();
+        // The connections that stay make an exchange in this time.
+        sleep(AROUND * 2).await;
+        let tally = traffic.finish(1).await;
+        let (total, failed, left) = (tally.total(), tally.failed, open());
+        match upgraded {
+            Ok(pid) => self.say(&format!("process {pid} serves after {took} ms"))?,
+            Err(why) => self.broken(format!("the upgrade failed: {why}")),
+        }
+        self.say(&format!("{total} requests around it, {failed} failed"))?;
+        self.say(&format!("{left} of {before} connections that stay are open"))?;
+        self.sum_up(&format!(
+            "upgrade: {failed} of {total} requests failed, {} of {before} connections ended",
+            before - left
+        ));
+        if failed > 0 {
+            self.broken(format!("{failed} requests failed around the upgrade"));
+        }
+        if left < before {
+            self.broken(format!("{} connections ended with the upgrade", before - left));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,507 @@
+//! What the demo does, in which order, and what must have held for it to end
+//! well.
+//!
+//! Run by the demo on its own runtime; cut short by dropping [`Show::run`],
+//! which closes every client. It prints what was measured and nothing else.
+
+use super::backends::Backends;
+use super::balancer::{Balancer, Seen};
+use super::place::{NAME, Place, for_shell};
+use super::screen::{Gone, Screen};
+use super::split::Split;
+use super::traffic::{LONG_LIVED, LongLived, RATE, RATE_SLOW, Standing, Tally, Traffic};
+use crate::lab::cli::demo::split;
+use crate::net::clock;
+use std::cell::{Cell, RefCell};
+use std::path::Path;
+use std::time::{Duration, Instant};
+use tokio::time::sleep;
+
+/// Everything is scaled to `--for`, within these: long enough to see something,
+/// short enough to leave the rest of a long demo to the user.
+const PHASE_MIN: Duration = Duration::from_millis(500);
+const PHASE_MAX: Duration = Duration::from_secs(3);
+
+/// How long the balancer may take to see what happened to a backend. Three
+/// probes take 0.6 s; this is for machines that are very busy.
+const NOTICE_MAX: Duration = Duration::from_secs(5);
+
+/// How often status is looked at while something is awaited.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// The same while nothing in particular is.
+const LOOK_SLOW: Duration = Duration::from_millis(200);
+
+/// How often a split is measured anew when something disturbed it.
+const MEASURES_MAX: usize = 3;
+
+/// How the demo ended.
+#[derive(Debug, Default)]
+pub(crate) struct Verdict {
+    pub(crate) summary: Vec<String>,
+    /// What was promised and not seen; empty is success.
+    pub(crate) broken: Vec<String>,
+    pub(crate) cut_short: bool,
+}
+
+/// How long everything takes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Time {
+    pub(crate) started: Instant,
+    pub(crate) length: Duration,
+    /// Of the rest that is the user's; `None`: what is left of `length`.
+    pub(crate) play: Option<Duration>,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct Show<'a> {
+    pub(crate) screen: &'a Screen,
+    pub(crate) backends: &'a Backends,
+    pub(crate) place: &'a Place,
+    pub(crate) balancer: &'a Balancer,
+    names: Vec<String>,
+    pub(crate) phase: Duration,
+    ends: Instant,
+    play: Option<Duration>,
+    verdict: RefCell<Verdict>,
+    /// All of the promises were put to the test.
+    complete: Cell<bool>,
+}
+
+impl<'a> Show<'a> {
+    pub(crate) fn new(
+        screen: &'a Screen,
+        backends: &'a Backends,
+        place: &'a Place,
+        balancer: &'a Balancer,
+        Time { started, length, play }: Time,
+    ) -> Show<'a> {
+        let names = backends.all().iter().map(|backend| backend.name.clone()).collect();
+        let phase = (length / 10).clamp(PHASE_MIN, PHASE_MAX);
+        let (ends, verdict, complete) = (started + length, RefCell::default(), Cell::new(false));
+        Show { screen, backends, place, balancer, names, phase, ends, play, verdict, complete }
+    }
+
+    /// Shows everything. The balancer is draining when this is over.
+    pub(crate) async fn run(&self) -> Result<Verdict, Gone> {
+        let Some(seen) = self.until(Seen::all_serve).await else {
+            self.broken("the backends were not all in service after 5 s".to_owned());
+            return Ok(self.verdict.take());
+        };
+        self.introduce(&seen)?;
+        let long = match LongLived::open(self.balancer.frontend).await {
+            Ok(long) => long,
+            Err(error) => {
+                self.broken(format!("a connection through the balancer failed: {error}"));
+                return Ok(self.verdict.take());
+            }
+        };
+        self.split("All backends are up", self.phase).await?;
+        if self.names.len() > 1 {
+            self.failover(&long).await?;
+        } else {
+            self.line("")?;
+            self.say("With one backend there is nobody to fail over to: not shown.")?;
+            self.sum_up("one backend: no failover to show");
+        }
+        self.reload().await?;
+        self.upgrade(&long).await?;
+        self.complete.set(true);
+        self.rest().await?;
+        self.account().await?;
+        self.drain(long).await?;
+        Ok(self.verdict.take())
+    }
+
+    /// The verdict when it ends before its time.
+    pub(crate) fn cut_short(&self, why: &str) -> Verdict {
+        if !self.complete.get() {
+            self.broken(format!("{why} before everything was shown"));
+        }
+        Verdict { cut_short: true, ..self.verdict.take() }
+    }
+
+    fn introduce(&self, seen: &Seen) -> Result<(), Gone> {
+        let count = self.names.len();
+        let (version, balancer) = (env!("CARGO_PKG_VERSION"), self.balancer);
+        let config = for_shell(&self.place.config());
+        let Seen { engine, engine_reason, workers, .. } = seen;
+        let plural = if count == 1 { "" } else { "s" };
+        self.line(&format!(
+            "Tidegate {version}: a balancer and {count} backend{plural} on this machine"
+        ))?;
+        self.say(&format!("frontend       {}", balancer.frontend))?;
+        self.say(&format!("admin API      http://{}", balancer.admin))?;
+        self.say(&format!("configuration  {config} (change it: it is taken over at once)"))?;
+        self.say(&format!("engine         {engine} ({engine_reason}); workers: {workers}"))?;
+        self.say(&format!("clients        {RATE} connections a second, {LONG_LIVED} that stay"))
+    }
+
+    /// One measured stretch with its table. A stretch in which the table
+    /// changed, or somebody else connected, shows nothing and is done again.
+    pub(crate) async fn split(&self, title: &str, length: Duration) -> Result<(), Gone> {
+        self.line("")?;
+        self.line(title)?;
+        self.screen.now(title);
+        for _ in 0..MEASURES_MAX {
+            let before = self.seen().await;
+            let traffic = self.traffic(RATE);
+            sleep(length).await;
+            let tally = traffic.finish(split::round(&before)).await;
+            let after = self.seen().await;
+            if let Some(why) = disturbance(&before, &after, &tally) {
+                self.say(&format!("measured again: {why}"))?;
+                continue;
+            }
+            return self.judge(title, &Split::new(&before, &self.names, &tally), &tally);
+        }
+        self.broken(format!("{title}: the split could not be measured undisturbed"));
+        Ok(())
+    }
+
+    fn judge(&self, title: &str, split: &Split, tally: &Tally) -> Result<(), Gone> {
+        for line in split.lines() {
+            self.say(&line)?;
+        }
+        let total = tally.total();
+        if split.exact() {
+            self.say(&format!("{total} requests, none failed: exactly the weights"))?;
+            self.sum_up(&format!("{}: {total} requests, split exactly", lower(title)));
+        } else {
+            self.say(&format!("{total} requests: {}", split.complaint()))?;
+            self.broken(format!("{title}: {}", split.complaint()));
+        }
+        Ok(())
+    }
+
+    /// Kills one, shows what follows, revives it, shows what follows.
+    async fn failover(&self, long: &LongLived) -> Result<(), Gone> {
+        let victim = self.busiest(&long.standing());
+        let name = &self.names[victim];
+        let title = format!("{name} is killed: its port refuses, its connections are reset");
+        self.line("")?;
+        self.line(&title)?;
+        self.screen.now(&title);
+        let retries = self.retries().await;
+        let traffic = self.traffic(RATE);
+        sleep(self.phase / 4).await;
+        let killed = clock::now();
+        if let Err(error) = self.backends.kill(victim).await {
+            self.broken(format!("{name} could not be killed: {error}"));
+            return Ok(());
+        }
+        let out = |seen: &Seen| seen.backend(name).is_none_or(|backend| backend.effective == 0);
+        let Some(seen) = self.until(out).await else {
+            self.broken(format!("{name} was dead for 5 s and the balancer did not notice"));
+            return Ok(());
+        };
+        let noticed = self.tell_change(name, &seen, killed, "taken out")?;
+        // Long enough for the connections that stay to feel it.
+        sleep((self.phase / 4).max(Duration::from_millis(300))).await;
+        let tally = traffic.finish(1).await;
+        self.tell_failures(&tally, noticed, self.retries().await - retries)?;
+        self.tell_long_lived(name, &long.standing()).await?;
+        self.explain(name).await?;
+        self.split(&format!("{name} is down"), self.phase / 2).await?;
+        self.revive(victim).await
+    }
+
+    async fn revive(&self, victim: usize) -> Result<(), Gone> {
+        let name = &self.names[victim];
+        let title = format!("{name} is back");
+        self.line("")?;
+        self.line(&title)?;
+        self.screen.now(&title);
+        let traffic = self.traffic(RATE);
+        let revived = clock::now();
+        if let Err(error) = self.backends.revive(victim).await {
+            self.broken(format!("{name} could not be revived: {error}"));
+            return Ok(());
+        }
+        let back = |seen: &Seen| seen.backend(name).is_some_and(|backend| backend.serves());
+        let Some(seen) = self.until(back).await else {
+            self.broken(format!("{name} was back for 5 s and was not taken in again"));
+            return Ok(());
+        };
+        self.tell_change(name, &seen, revived, "taken back")?;
+        let tally = traffic.finish(1).await;
+        let (total, failed) = (tally.total(), tally.failed);
+        self.say(&format!("{total} requests meanwhile, {failed} failed"))?;
+        if failed > 0 {
+            self.broken(format!("{failed} requests failed while {name} came back"));
+        }
+        self.split("All backends are up again", self.phase / 2).await
+    }
+
+    /// When and why its standing changed; gives when.
+    fn tell_change(
+        &self,
+        name: &str,
+        seen: &Seen,
+        since: Instant,
+        what: &str,
+    ) -> Result<Instant, Gone> {
+        let changed = seen.backend(name).and_then(|backend| backend.changed.clone());
+        let Some((to, reason, seconds_ago)) = changed else {
+            self.say(&format!("{name} {what}"))?;
+            return Ok(clock::now());
+        };
+        let at = clock::now() - Duration::from_secs_f64(seconds_ago);
+        let took = at.saturating_duration_since(since).as_millis();
+        self.say(&format!("{what} after {took} ms, now {to}: {reason}"))?;
+        self.sum_up(&format!("{name} {what} after {took} ms"));
+        Ok(at)
+    }
+
+    fn tell_failures(&self, tally: &Tally, noticed: Instant, retried: u64) -> Result<(), Gone> {
+        let (total, failed) = (tally.total(), tally.failed);
+        let late = tally.failed_since(noticed);
+        self.say(&format!(
+            "{total} requests around it: {failed} failed, {} of them begun after it was taken out",
+            late.len()
+        ))?;
+        self.say(&format!("{retried} connects failed and were made to another backend instead"))?;
+        self.sum_up(&format!("{failed} of {total} requests around its death failed"));
+        if let Some(first) = late.first() {
+            let why = &first.why;
+            self.broken(format!("{} requests failed after it was taken out: {why}", late.len()));
+        }
+        Ok(())
+    }
+
+    /// What became of the connections that stay, and what the access log says
+    /// of one that died.
+    async fn tell_long_lived(&self, victim: &str, standing: &[Standing]) -> Result<(), Gone> {
+        let on = |one: &&Standing| one.backend == victim;
+        let died = standing.iter().filter(on).filter(|one| one.broken.is_some()).count();
+        let held = standing.iter().filter(on).count();
+        let hurt =
+            standing.iter().filter(|one| !on(one)).filter(|one| one.broken.is_some()).count();
+        let others = standing.len() - held;
+        self.say(&format!(
+            "of {} connections that stay, {held} were on {victim} ({died} ended with it), \
+             {others} elsewhere ({hurt} ended)",
+            standing.len()
+        ))?;
+        self.sum_up(&format!("{hurt} of {others} connections on other backends were disturbed"));
+        if died != held {
+            self.broken(format!("{} connections outlived their dead backend", held - died));
+        }
+        if hurt > 0 {
+            self.broken(format!("{hurt} connections ended though their backend did not"));
+        }
+        let Some(one) = standing.iter().filter(on).find(|one| one.broken.is_some()) else {
+            return Ok(());
+        };
+        match self.access_log_line(&one.client.to_string()).await {
+            Some(line) => self.say(&format!("the access log on one of them: {line}")),
+            None => Ok(()),
+        }
+    }
+
+    /// The main fields of a client's line.
+    async fn access_log_line(&self, client: &str) -> Option<String> {
+        let wanted = format!("\"client\":\"{client}\"");
+        let deadline = clock::now() + Duration::from_millis(500);
+        while clock::now() < deadline {
+            let text = std::fs::read_to_string(self.place.access_log()).unwrap_or_default();
+            if let Some(line) = text.lines().find(|line| line.contains(&wanted)) {
+                let value: serde_json::Value = serde_json::from_str(line).ok()?;
+                let field = |name: &str| value[name].as_str().unwrap_or("-").to_owned();
+                return Some(format!(
+                    "backend {}, cause {}, phase {}, code {}",
+                    field("backend"),
+                    field("cause"),
+                    field("phase"),
+                    field("code")
+                ));
+            }
+            sleep(LOOK * 4).await;
+        }
+        None
+    }
+
+    /// What is left of `--for` is the user's.
+    async fn rest(&self) -> Result<(), Gone> {
+        let ends = self.play.map_or(self.ends, |play| clock::now() + play);
+        let left = ends.saturating_duration_since(clock::now());
+        if left.is_zero() {
+            return Ok(());
+        }
+        self.line("")?;
+        self.line(&format!("For another {:.1} s it is yours", left.as_secs_f64()))?;
+        for line in self.invitations() {
+            self.say(&line)?;
+        }
+        self.screen.now("yours to try");
+        let traffic = self.traffic(RATE_SLOW);
+        let begun_with = self.seen().await;
+        let mut before = begun_with.clone();
+        let mut refused = 0;
+        while clock::now() < ends {
+            let left = ends.saturating_duration_since(clock::now());
+            sleep(LOOK_SLOW.min(left)).await;
+            let now = self.seen().await;
+            self.tell_news(&before, &now, &mut refused).await?;
+            before = now;
+            self.place.bound_access_log();
+        }
+        let tally = traffic.finish(1).await;
+        let (total, failed) = (tally.total(), tally.failed);
+        self.say(&format!("{total} requests meanwhile, {failed} failed"))?;
+        if failed > 0 && before.serial == begun_with.serial {
+            self.broken(format!("{failed} requests failed while nothing was changed"));
+        }
+        Ok(())
+    }
+
+    fn invitations(&self) -> Vec<String> {
+        let program = std::env::args_os().next().unwrap_or_else(|| "tidegate".into());
+        let (program, admin) = (for_shell(Path::new(&program)), self.balancer.admin);
+        let (token, log) = (for_shell(&self.place.token()), for_shell(&self.place.access_log()));
+        let last = self.names.last().map_or("b1", String::as_str);
+        vec![
+            format!("curl http://{admin}/v1/status"),
+            format!("curl http://{admin}/metrics"),
+            format!(
+                "curl -X POST -H \"Authorization: Bearer $(cat {token})\" \
+                 http://{admin}/v1/pools/{NAME}/backends/{last}/drain"
+            ),
+            format!("{program} status --admin {admin}"),
+            format!("{program} explain {NAME}/{last} --admin {admin}"),
+            format!("{program} undrain {NAME}/{last} --admin {admin} --token-file {token}"),
+            format!("{program} upgrade --admin {admin} --token-file {token}"),
+            format!("tail -f {log}"),
+        ]
+    }
+
+    /// What changed between two looks.
+    async fn tell_news(&self, before: &Seen, now: &Seen, refused: &mut u64) -> Result<(), Gone> {
+        if now.generation != before.generation {
+            self.say(&format!("a changed configuration is in force: {}", now.generation))?;
+        }
+        for backend in &now.backends {
+            let old = before.backend(&backend.name);
+            if old
+                .is_some_and(|old| old.intent != backend.intent || old.serves() != backend.serves())
+                && let Some((to, reason, _)) = &backend.changed
+            {
+                self.say(&format!("{} is now {to}: {reason}", backend.name))?;
+            }
+        }
+        let Some(metrics) = self.balancer.metrics().await else { return Ok(()) };
+        let total = metrics.count("tidegate_reloads_total{result=\"refused\"}");
+        if total > *refused {
+            let config = for_shell(&self.place.config());
+            self.say(&format!("the changed configuration was refused: check --config {config}"))?;
+        }
+        *refused = total;
+        Ok(())
+    }
+
+    /// The balancer's own account of every session.
+    async fn account(&self) -> Result<(), Gone> {
+        let Some(metrics) = self.balancer.metrics().await else { return Ok(()) };
+        let ends: Vec<String> =
+            metrics.session_ends().iter().map(|(how, count)| format!("{count} {how}")).collect();
+        let open = self.seen().await.open;
+        self.sum_up(&format!("sessions by how they ended: {}; {open} open", ends.join(", ")));
+        Ok(())
+    }
+
+    /// Sessions that are open finish while the balancer drains.
+    async fn drain(&self, long: LongLived) -> Result<(), Gone> {
+        self.line("")?;
+        self.line("The balancer drains")?;
+        self.screen.now("draining");
+        self.balancer.shut_down().await;
+        let standing = long.close().await;
+        let closed = standing.iter().filter(|one| one.closed).count();
+        let exchanges: u64 = standing.iter().map(|one| one.exchanges).sum();
+        self.say(&format!(
+            "{closed} connections were still open, made one more exchange each and closed"
+        ))?;
+        let count = standing.len();
+        self.sum_up(&format!("{exchanges} exchanges on the {count} connections that stayed"));
+        let cut = standing.iter().filter(|one| one.broken.is_none() && !one.closed).count();
+        if cut > 0 {
+            self.broken(format!("{cut} connections did not end in order while draining"));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn traffic(&self, rate: u32) -> Traffic {
+        Traffic::start(self.balancer.frontend, self.names.clone(), rate)
+    }
+
+    /// Who holds most of the connections that stay; the first among equals.
+    fn busiest(&self, standing: &[Standing]) -> usize {
+        let held = |name: &String| standing.iter().filter(|one| one.backend == *name).count();
+        let mut best = 0;
+        for index in 1..self.names.len() {
+            if held(&self.names[index]) > held(&self.names[best]) {
+                best = index;
+            }
+        }
+        best
+    }
+
+    /// Looks at status until it is as wished, at most [`NOTICE_MAX`].
+    pub(crate) async fn until(&self, wished: impl Fn(&Seen) -> bool) -> Option<Seen> {
+        let deadline = clock::now() + NOTICE_MAX;
+        while clock::now() < deadline {
+            let seen = self.seen().await;
+            if wished(&seen) {
+                return Some(seen);
+            }
+            sleep(LOOK).await;
+        }
+        None
+    }
+
+    pub(crate) async fn seen(&self) -> Seen {
+        self.balancer.seen().await.unwrap_or_default()
+    }
+
+    async fn retries(&self) -> u64 {
+        let metrics = self.balancer.metrics().await;
+        metrics.map_or(0, |metrics| metrics.count("tidegate_connect_retries_total"))
+    }
+
+    pub(crate) fn line(&self, text: &str) -> Result<(), Gone> {
+        self.screen.line(text)
+    }
+
+    /// A line below a title.
+    pub(crate) fn say(&self, text: &str) -> Result<(), Gone> {
+        self.line(&format!("   {text}"))
+    }
+
+    pub(crate) fn sum_up(&self, text: &str) {
+        self.verdict.borrow_mut().summary.push(text.to_owned());
+    }
+
+    pub(crate) fn broken(&self, what: String) {
+        self.verdict.borrow_mut().broken.push(what);
+    }
+}
+
+/// Why a stretch says nothing about the balancer's split.
+fn disturbance(before: &Seen, after: &Seen, tally: &Tally) -> Option<String> {
+    if before.serial != after.serial {
+        let changed =
+            after.backends.iter().zip(&before.backends).find(|(a, b)| a.effective != b.effective);
+        let who = changed.map_or("the configuration", |(backend, _)| backend.name.as_str());
+        return Some(format!("{who} changed meanwhile"));
+    }
+    let (accepted, ours) = (after.sessions.saturating_sub(before.sessions), tally.total());
+    (accepted > ours).then(|| format!("{} connections came from elsewhere", accepted - ours))
+}
+
+fn lower(title: &str) -> String {
+    let mut letters = title.chars();
+    let first = letters.next().map(|first| first.to_ascii_lowercase());
+    // A backend's name stays as it is: only words are lowered.
+    first.into_iter().chain(letters).collect()
+}

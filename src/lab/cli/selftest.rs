@@ -1,0 +1,172 @@
+//! `tidegate selftest`: proves on this machine that nothing is lost.
+//!
+//! Called by the command line. It runs the real program as processes of its own,
+//! on loopback, in a temporary directory, and leaves nothing behind. It says
+//! nothing it did not measure in the same run.
+//!
+//! The files: `world` (backends, configuration, and what is done to them),
+//! `balancer` (the processes under test).
+
+mod balancer;
+mod world;
+
+use crate::client::command::{Exit, duration};
+use crate::lab::ledger::{Fault, Kind};
+use clap::Args;
+use std::time::Duration;
+use world::{Step, World};
+
+pub(crate) const HELP: &str = "\
+Example:
+  tidegate selftest
+  tidegate selftest --reloads 200 --upgrades 20 --kills 10 --for 2m
+
+Clients run seeded streams, every byte of which is known, through a balancer that
+is reloaded, upgraded to itself and robbed of its backends meanwhile. Exit code 0:
+nothing was lost; 3: something was, or the test could not run.";
+
+/// Faults shown; the rest is counted.
+const SHOWN_MAX: usize = 10;
+
+/// `tidegate selftest`
+#[derive(Debug, Clone, Args)]
+pub struct SelftestArgs {
+    /// Changes of the configuration.
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    pub reloads: u32,
+    /// Upgrades in place.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub upgrades: u32,
+    /// Backends that die and come back.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub kills: u32,
+    /// How long all that takes, such as 20s or 5m; longer if it must.
+    #[arg(long = "for", value_name = "TIME", default_value = "20s", value_parser = duration)]
+    pub duration: Duration,
+    /// Repeats what an earlier run did, in the same order.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+/// What could not even be tried.
+type Trouble = String;
+
+/// What a run came to.
+#[derive(Debug)]
+struct Outcome {
+    streams: u64,
+    bytes: u64,
+    /// Streams that dying backends took with them.
+    cut: usize,
+    faults: Vec<Fault>,
+    /// Other promises that were not kept.
+    broken: Vec<String>,
+    log: String,
+}
+
+/// Runs it.
+pub fn main(args: &SelftestArgs) -> Exit {
+    let seed = args.seed.unwrap_or_else(|| fastrand::u64(1..1_000_000));
+    let SelftestArgs { reloads, upgrades, kills, .. } = args;
+    println!(
+        "seed {seed}: {reloads} reloads, {upgrades} upgrades, {kills} kills in {}",
+        humantime::format_duration(args.duration)
+    );
+    match run(args, seed) {
+        Ok(outcome) => judge(&outcome, seed),
+        Err(trouble) => {
+            eprintln!("tidegate: selftest: {trouble}");
+            Exit::Failed
+        }
+    }
+}
+
+fn run(args: &SelftestArgs, seed: u64) -> Result<Outcome, Trouble> {
+    let world = World::start(seed)?;
+    world.run(&plan(args, seed), args.duration)
+}
+
+/// Everything that is to be done, in the seed's order.
+fn plan(args: &SelftestArgs, seed: u64) -> Vec<Step> {
+    let times = |step, count: u32| std::iter::repeat_n(step, count as usize);
+    let mut steps: Vec<Step> = times(Step::Reload, args.reloads)
+        .chain(times(Step::Upgrade, args.upgrades))
+        .chain(times(Step::Kill, args.kills))
+        .collect();
+    fastrand::Rng::with_seed(seed).shuffle(&mut steps);
+    steps
+}
+
+fn judge(outcome: &Outcome, seed: u64) -> Exit {
+    let Outcome { streams, bytes, cut, faults, broken, log } = outcome;
+    println!("{streams} streams, {} MB, each byte checked", bytes / 1_000_000);
+    if *cut > 0 {
+        println!("{cut} of them ended with the backend that had them, as they must");
+    }
+    println!("{}", verdict(faults));
+    if faults.is_empty() && broken.is_empty() {
+        return Exit::Fine;
+    }
+    for fault in faults.iter().take(SHOWN_MAX) {
+        eprintln!("tidegate: selftest: {fault}");
+    }
+    for promise in broken {
+        eprintln!("tidegate: selftest: {promise}");
+    }
+    eprintln!("tidegate: selftest: the balancer's last lines:\n{log}");
+    eprintln!("tidegate: selftest: do the same again with --seed {seed}");
+    Exit::Failed
+}
+
+fn verdict(faults: &[Fault]) -> String {
+    let [refused, reset, wrong, silent] = streams_with(faults);
+    let mut text = format!("{refused} refused, {reset} reset, {wrong} bytes wrong");
+    if silent > 0 {
+        text.push_str(&format!(", {silent} silent"));
+    }
+    text
+}
+
+/// Streams, not faults, for both ends may complain of the same:
+/// how many streams were refused, were reset, had wrong bytes, fell silent.
+pub(crate) fn streams_with(faults: &[Fault]) -> [usize; 4] {
+    [Kind::Refused, Kind::Reset, Kind::Wrong, Kind::Silent].map(|kind| {
+        let of_kind = faults.iter().filter(|fault| fault.kind == kind);
+        let mut seeds: Vec<_> = of_kind.map(|fault| fault.plan.map(|plan| plan.seed)).collect();
+        seeds.sort_unstable();
+        seeds.dedup();
+        seeds.len()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(reloads: u32, upgrades: u32, kills: u32) -> SelftestArgs {
+        SelftestArgs { reloads, upgrades, kills, duration: Duration::from_secs(1), seed: None }
+    }
+
+    #[test]
+    fn the_plan_holds_what_was_asked_for_in_the_seeds_order() {
+        let steps = plan(&args(50, 5, 3), 7);
+        let count = |step| steps.iter().filter(|one| **one == step).count();
+        assert_eq!((count(Step::Reload), count(Step::Upgrade), count(Step::Kill)), (50, 5, 3));
+        assert_eq!(steps, plan(&args(50, 5, 3), 7));
+        assert_ne!(steps, plan(&args(50, 5, 3), 8));
+        assert!(plan(&args(0, 0, 0), 7).is_empty());
+    }
+
+    #[test]
+    fn the_verdict_counts_streams_by_what_went_wrong() {
+        assert_eq!(verdict(&[]), "0 refused, 0 reset, 0 bytes wrong");
+        let sizes = crate::lab::ledger::Sizes { most: 9, large_one_in: 0 };
+        let fault = |kind, seed| Fault {
+            kind,
+            plan: Some(crate::lab::ledger::Plan::of(seed, sizes, false)),
+            text: "x".to_owned(),
+        };
+        let faults = [fault(Kind::Reset, 1), fault(Kind::Reset, 1), fault(Kind::Silent, 2)];
+        assert_eq!(verdict(&faults), "0 refused, 1 reset, 0 bytes wrong, 1 silent");
+    }
+}

@@ -1,0 +1,292 @@
+//! The self-test's backends, clients and configuration, and what is done to them.
+//!
+//! Used by `selftest`. Three backends behind two frontends; a reload changes the
+//! weights, takes one backend out or puts it back, and adds or removes a third
+//! frontend; a kill takes a backend from under its sessions.
+
+use super::balancer::{Balancer, last_lines};
+use super::{Outcome, Trouble};
+use crate::lab::ledger::{Backend, Ledger, Sizes};
+use crate::net::clock;
+use std::fmt::Write;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Backends; never more than one of them is dead.
+const BACKENDS: usize = 3;
+
+/// Clients at once.
+const CLIENTS: usize = 8;
+
+const SIZES: Sizes = Sizes { most: 128 * 1024, large_one_in: 200 };
+
+/// An end that hears nothing for so long has lost something.
+const SILENCE: Duration = Duration::from_secs(20);
+
+/// How long sessions may go on in a process that was upgraded: longer than any
+/// stream takes.
+const DRAIN: Duration = Duration::from_secs(30);
+
+/// How long a dead backend stays dead.
+const DEAD: Duration = Duration::from_millis(300);
+
+/// Seeds of streams that go through a frontend just added are beyond those of the
+/// others.
+const EXTRA_SEEDS: u64 = 1 << 60;
+
+/// Something that is done to the balancer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    Reload,
+    Upgrade,
+    Kill,
+}
+
+/// Everything the test has made.
+#[derive(Debug)]
+pub(crate) struct World {
+    seed: u64,
+    random: fastrand::Rng,
+    ledger: Arc<Ledger>,
+    backends: Vec<Backend>,
+    /// Two that stay, one that comes and goes.
+    frontends: [SocketAddr; 3],
+    shape: Shape,
+    balancer: Balancer,
+    cut: usize,
+    broken: Vec<String>,
+    // Last: whatever else goes, goes before its directory.
+    directory: Directory,
+}
+
+/// What reloads change.
+#[derive(Debug, Clone)]
+struct Shape {
+    weights: [u16; BACKENDS],
+    /// Left out of the file.
+    out: Option<usize>,
+    extra_frontend: bool,
+}
+
+#[derive(Debug)]
+struct Directory(PathBuf);
+
+// === impl World ===
+
+impl World {
+    pub(crate) fn start(seed: u64) -> Result<World, Trouble> {
+        let directory = Directory::create()?;
+        let ledger = Arc::new(Ledger::new(SIZES, false, SILENCE));
+        let backends = (0..BACKENDS)
+            .map(|_| Backend::start(Arc::clone(&ledger)))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| format!("cannot start a backend: {error}"))?;
+        let frontends = free_addresses().map_err(|error| format!("no free port: {error}"))?;
+        let shape = Shape { weights: [1; BACKENDS], out: None, extra_frontend: false };
+        let config = shape.write(&directory, &frontends, &backends)?;
+        let balancer = Balancer::start(&directory.0, &config)?;
+        let random = fastrand::Rng::with_seed(seed);
+        let (cut, broken) = (0, Vec::new());
+        Ok(World {
+            seed,
+            random,
+            ledger,
+            backends,
+            frontends,
+            shape,
+            balancer,
+            cut,
+            broken,
+            directory,
+        })
+    }
+
+    /// Does `steps` at even distances within `span` while clients run, and sums up.
+    pub(crate) fn run(mut self, steps: &[Step], span: Duration) -> Result<Outcome, Trouble> {
+        let stop = AtomicBool::new(false);
+        let ledger = Arc::clone(&self.ledger);
+        let (first, frontends) = (self.seed << 32, [self.frontends[0], self.frontends[1]]);
+        std::thread::scope(|scope| {
+            let _stop = StopOnDrop(&stop);
+            scope.spawn(|| ledger.run_from(first, &frontends, &stop, CLIENTS));
+            let begin = clock::now();
+            let count = u32::try_from(steps.len()).unwrap_or(u32::MAX);
+            for (number, step) in (1..).zip(steps) {
+                pause_until(begin + span * number / (count + 1));
+                self.take(*step);
+            }
+            pause_until(begin + span);
+        });
+        self.sum_up()
+    }
+
+    fn take(&mut self, step: Step) {
+        let done = match step {
+            Step::Reload => self.reload(),
+            Step::Upgrade => self.balancer.upgrade(),
+            Step::Kill => self.kill(),
+        };
+        if let Err(why) = done {
+            self.broken.push(why);
+        }
+    }
+
+    fn reload(&mut self) -> Result<(), String> {
+        let random = &mut self.random;
+        self.shape = Shape {
+            weights: std::array::from_fn(|_| random.u16(1..=10)),
+            out: Some(random.usize(..2 * BACKENDS)).filter(|out| *out < BACKENDS),
+            extra_frontend: !self.shape.extra_frontend,
+        };
+        self.shape.write(&self.directory, &self.frontends, &self.backends)?;
+        self.balancer.reload()?;
+        if self.shape.extra_frontend {
+            let seed = EXTRA_SEEDS + self.random.u64(..EXTRA_SEEDS);
+            self.ledger.run(&[self.frontends[2]], seed..seed + 1, 1);
+        }
+        Ok(())
+    }
+
+    fn kill(&mut self) -> Result<(), String> {
+        // One that is in the file, or it would be no loss.
+        let in_use: Vec<usize> = (0..BACKENDS).filter(|n| self.shape.out != Some(*n)).collect();
+        let one = in_use[self.random.usize(..in_use.len())];
+        self.cut += self.backends[one].kill();
+        clock::pause(DEAD);
+        self.backends[one].revive().map_err(|error| format!("no backend again: {error}"))
+    }
+
+    fn sum_up(self) -> Result<Outcome, Trouble> {
+        let World { ledger, balancer, mut broken, cut, .. } = self;
+        let log = balancer.log();
+        broken.extend(balancer.stop(DRAIN + Duration::from_secs(5)));
+        let bytes = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
+        Ok(Outcome {
+            streams: ledger.streams(),
+            bytes: bytes(&ledger.bytes_up) + bytes(&ledger.bytes_down),
+            cut,
+            faults: ledger.faults(),
+            broken,
+            log: last_lines(&log),
+        })
+    }
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn pause_until(when: Instant) {
+    clock::pause(when.saturating_duration_since(clock::now()));
+}
+
+/// Ports nobody has now.
+fn free_addresses() -> std::io::Result<[SocketAddr; 3]> {
+    let any = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+    let held = [any()?, any()?, any()?];
+    Ok([held[0].local_addr()?, held[1].local_addr()?, held[2].local_addr()?])
+}
+
+// === impl Shape ===
+
+impl Shape {
+    /// Writes the configuration, whole; gives its path.
+    fn write(
+        &self,
+        directory: &Directory,
+        frontends: &[SocketAddr; 3],
+        backends: &[Backend],
+    ) -> Result<PathBuf, String> {
+        let path = directory.0.join("tidegate.toml");
+        let whole = directory.0.join("tidegate.toml.new");
+        let text = self.render(&directory.0.join("admin.sock"), frontends, backends);
+        std::fs::write(&whole, text)
+            .and_then(|()| std::fs::rename(&whole, &path))
+            .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        Ok(path)
+    }
+
+    fn render(
+        &self,
+        admin: &std::path::Path,
+        frontends: &[SocketAddr; 3],
+        backends: &[Backend],
+    ) -> String {
+        let admin = serde_json::Value::from(format!("unix:{}", admin.display()));
+        let drain = humantime::format_duration(DRAIN);
+        let mut text = format!(
+            "[process]\npin = false\ndrain_timeout = \"{drain}\"\n\n[admin]\nlisten = {admin}\n"
+        );
+        let count = if self.extra_frontend { 3 } else { 2 };
+        for (number, address) in frontends.iter().enumerate().take(count) {
+            let _ =
+                write!(text, "\n[frontend.f{number}]\nbind = [\"{address}\"]\npool = \"all\"\n");
+        }
+        // A backend that comes back is to be used at once.
+        text.push_str("\n[pool.all]\nejection = \"off\"\n");
+        for (number, (backend, weight)) in backends.iter().zip(self.weights).enumerate() {
+            if self.out != Some(number) {
+                let address = backend.address();
+                let _ = write!(
+                    text,
+                    "\n[[pool.all.backend]]\nname = \"b{number}\"\naddress = \"{address}\"\nweight = {weight}\n"
+                );
+            }
+        }
+        text
+    }
+}
+
+// === impl Directory ===
+
+impl Directory {
+    fn create() -> Result<Directory, Trouble> {
+        let name = format!("tidegate-selftest-{:08x}", fastrand::u32(..));
+        let path = std::env::temp_dir().join(name);
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(|error| format!("cannot make {} (set TMPDIR): {error}", path.display()))?;
+        Ok(Directory(path))
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            eprintln!("tidegate: selftest: cannot remove {}: {error}", self.0.display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+
+    #[test]
+    fn every_shape_is_a_configuration_that_check_accepts() {
+        let ledger = Arc::new(Ledger::new(SIZES, false, SILENCE));
+        let backends: Vec<Backend> =
+            (0..BACKENDS).map(|_| Backend::start(Arc::clone(&ledger)).unwrap()).collect();
+        let frontends = free_addresses().unwrap();
+        for out in [None, Some(0), Some(2)] {
+            for extra_frontend in [false, true] {
+                let shape = Shape { weights: [1, 5, 10], out, extra_frontend };
+                let text = shape.render(std::path::Path::new("/run/a.sock"), &frontends, &backends);
+                let config = config::parse(&text, "selftest").unwrap_or_else(|p| panic!("{p}"));
+                assert_eq!(config.frontends.len(), if extra_frontend { 3 } else { 2 });
+                let left = if out.is_some() { BACKENDS - 1 } else { BACKENDS };
+                assert_eq!(config.pools[0].backends.len(), left);
+            }
+        }
+    }
+}

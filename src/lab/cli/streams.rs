@@ -1,0 +1,212 @@
+//! `tidegate streams`: seeded streams through a balancer that is already there.
+//!
+//! Called by `cli`. It holds both ends, clients and backends, and the ledger that
+//! compares them; what lies between them it neither starts nor asks.
+
+use super::selftest::streams_with;
+use crate::client::command::{Exit, duration};
+use crate::lab::cli::threads;
+use crate::lab::ledger::{Backend, Ledger, Sizes};
+use crate::net::clock;
+use clap::Args;
+use serde_json::{Value, json};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// `tidegate streams`
+#[derive(Debug, Args)]
+pub struct StreamsArgs {
+    /// The balancer: where clients connect, in turn. May be given several times.
+    #[arg(long, value_name = "IP:PORT", required = true)]
+    pub to: Vec<SocketAddr>,
+    /// Where this command's backends listen, to which the balancer must lead
+    /// every client. May be given several times.
+    #[arg(long, value_name = "IP:PORT", required = true)]
+    pub listen: Vec<SocketAddr>,
+    /// Streams begun a second.
+    #[arg(long, value_name = "PER-SECOND", default_value_t = 10.0, value_parser = rate)]
+    pub rate: f64,
+    /// Streams at once; beyond it they begin late.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub at_once: u16,
+    /// Largest stream but for a few of 1 to 4 MiB.
+    #[arg(long, value_name = "BYTES", default_value = "128KiB", value_parser = threads::size)]
+    pub size: usize,
+    /// The first stream's seed; the next ones follow.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// How long to begin new streams.
+    #[arg(long = "for", value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub duration: Duration,
+    /// Print the counts so far this often.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub every: Option<Duration>,
+    /// Print JSON, a line each.
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub(crate) const HELP: &str = "\
+Example:
+  tidegate streams --to 127.0.0.1:8080 --listen 127.0.0.1:9001 --listen 127.0.0.1:9002
+  tidegate streams --to 127.0.0.1:8080 --listen 127.0.0.1:9001 --rate 50 --for 1h --every 10s
+
+The balancer at --to must have the addresses of --listen, and nobody else, as the
+backends of that frontend. Some streams end in a reset on purpose. Exit code 0:
+nothing was lost; 3: something was, or nothing could be tried.";
+
+/// One stream in so many is large.
+const LARGE_ONE_IN: u64 = 200;
+
+/// An end that hears nothing for so long has lost something.
+const SILENCE: Duration = Duration::from_secs(20);
+
+/// How often the end of the run is looked for.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Faults shown; the rest is counted.
+const SHOWN_MAX: usize = 10;
+
+/// Runs them.
+pub fn main(args: &StreamsArgs) -> Exit {
+    match run(args) {
+        Ok(ledger) => {
+            show(args, &ledger, true);
+            let faults = ledger.faults();
+            for fault in faults.iter().take(SHOWN_MAX) {
+                eprintln!("tidegate: streams: {fault}");
+            }
+            if faults.is_empty() && ledger.streams() > 0 { Exit::Fine } else { Exit::Failed }
+        }
+        Err(error) => {
+            eprintln!("tidegate: streams: {error}");
+            Exit::Failed
+        }
+    }
+}
+
+fn run(args: &StreamsArgs) -> io::Result<Arc<Ledger>> {
+    let sizes = Sizes { most: args.size as u64, large_one_in: LARGE_ONE_IN };
+    let ledger = Arc::new(Ledger::new(sizes, true, SILENCE));
+    let backends = args.listen.iter().map(|address| {
+        Backend::start_at(*address, Arc::clone(&ledger))
+            .map_err(|error| io::Error::other(format!("cannot listen on {address}: {error}")))
+    });
+    // Dropped, and so ended, after the last stream.
+    let _backends = backends.collect::<io::Result<Vec<_>>>()?;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            ledger.run_paced(args.seed, &args.to, &stop, args.at_once.into(), args.rate);
+        });
+        let watched = watch(args, &ledger);
+        stop.store(true, Ordering::Relaxed);
+        watched
+    })?;
+    Ok(ledger)
+}
+
+/// Waits until the time is over or SIGINT or SIGTERM comes; prints meanwhile.
+fn watch(args: &StreamsArgs, ledger: &Ledger) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let end = clock::now() + args.duration;
+        let mut shown = Pace::new(clock::now(), args.every);
+        let mut look = tokio::time::interval(LOOK);
+        while clock::now() < end {
+            tokio::select! {
+                _ = interrupt.recv() => return Ok(()),
+                _ = terminate.recv() => return Ok(()),
+                _ = look.tick() => {}
+            }
+            if shown.is_due(clock::now()) {
+                show(args, ledger, false);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Something that is to happen at even distances.
+struct Pace {
+    every: Option<Duration>,
+    next: Option<Instant>,
+}
+
+impl Pace {
+    fn new(now: Instant, every: Option<Duration>) -> Pace {
+        Pace { every, next: every.map(|every| now + every) }
+    }
+
+    /// Whether it is time; what was missed meanwhile is left out.
+    fn is_due(&mut self, now: Instant) -> bool {
+        let (Some(every), Some(next)) = (self.every, self.next) else { return false };
+        if now < next {
+            return false;
+        }
+        self.next = Some(if next + every > now { next + every } else { now + every });
+        true
+    }
+}
+
+fn show(args: &StreamsArgs, ledger: &Ledger, whole: bool) {
+    let document = document(ledger, whole);
+    if args.json {
+        return crate::client::command::print(&document.to_string());
+    }
+    let count = |name: &str| document[name].as_u64().unwrap_or_default();
+    let mut text = format!(
+        "{} streams, {} MB: {} refused, {} reset, {} bytes wrong",
+        count("streams"),
+        (count("bytes_in") + count("bytes_out")) / 1_000_000,
+        count("refused"),
+        count("reset"),
+        count("wrong")
+    );
+    if count("silent") > 0 {
+        text.push_str(&format!(", {} silent", count("silent")));
+    }
+    crate::client::command::print(&text);
+}
+
+fn document(ledger: &Ledger, whole: bool) -> Value {
+    let [refused, reset, wrong, silent] = streams_with(&ledger.faults());
+    json!({
+        "streams": ledger.streams(),
+        "bytes_in": ledger.bytes_down.load(Ordering::Relaxed),
+        "bytes_out": ledger.bytes_up.load(Ordering::Relaxed),
+        "refused": refused,
+        "reset": reset,
+        "wrong": wrong,
+        "silent": silent,
+        "whole": whole,
+    })
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if rate > 0.0 && rate <= 1e5 => Ok(rate),
+        _ => Err("a number above 0 and up to 100000 is needed".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_missed_while_late_is_left_out() {
+        let begin = clock::now();
+        let mut pace = Pace::new(begin, Some(Duration::from_secs(1)));
+        let after = |tenths: u64| begin + Duration::from_millis(100 * tenths);
+        let due = [9, 10, 11, 45, 46, 60].map(|tenths| pace.is_due(after(tenths)));
+        assert_eq!(due, [false, true, false, true, false, true]);
+        assert!(!Pace::new(begin, None).is_due(after(100)));
+    }
+}

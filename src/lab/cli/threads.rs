@@ -1,0 +1,201 @@
+//! What `bench` and `backend` have in common: threads to watch until they end
+//! or somebody interrupts, and how sizes and spans are written.
+//!
+//! Used by those two commands. It knows nothing of what the threads do.
+
+use crate::lab::load::{Crew, Gauge};
+use crate::net::clock;
+use crate::net::cpu;
+use clap::Args;
+use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Threads, CPUs and output.
+#[derive(Debug, Args)]
+pub struct WorkArgs {
+    /// Threads to run.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = threads)]
+    pub threads: usize,
+    /// CPUs to pin the threads to, such as 1 or 2,3 [default: not pinned].
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub cpu: Vec<usize>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Most threads: as many as the largest machines have.
+const THREADS_MAX: usize = 1024;
+
+/// Largest message, write or answer.
+const SIZE_MAX: usize = crate::lab::load::SIZE_MAX;
+
+/// How often the threads are looked at: the end of a run is noticed this late.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// How often the progress line changes.
+const PROGRESS: Duration = Duration::from_millis(500);
+
+// === impl WorkArgs ===
+
+impl WorkArgs {
+    /// The CPUs, if this process may run on all of them.
+    pub(crate) fn cpus(&self) -> Result<Vec<usize>, String> {
+        let available = cpu::available();
+        match self.cpu.iter().find(|cpu| !available.contains(cpu)) {
+            Some(cpu) => Err(format!("--cpu {cpu}: this process may run on {available:?} only")),
+            None => Ok(self.cpu.clone()),
+        }
+    }
+}
+
+/// Waits until the threads end, by themselves or because SIGINT or SIGTERM
+/// came; shows their progress where standard error is a terminal.
+pub(crate) fn watch<T: Send + 'static>(crew: &Crew<T>) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut line = Line::new(clock::now());
+        let mut look = tokio::time::interval(LOOK);
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => crew.stop(),
+                _ = terminate.recv() => crew.stop(),
+                _ = look.tick() => {}
+            }
+            if crew.finished() {
+                line.clear();
+                return Ok(());
+            }
+            line.show(clock::now(), crew.gauges());
+        }
+    })
+}
+
+/// The progress line.
+struct Line {
+    live: bool,
+    began: Instant,
+    last: Instant,
+    units: u64,
+    bytes: u64,
+    shown: bool,
+}
+
+impl Line {
+    fn new(now: Instant) -> Line {
+        let live = io::stderr().is_terminal();
+        Line { live, began: now, last: now, units: 0, bytes: 0, shown: false }
+    }
+
+    fn show<'g>(&mut self, now: Instant, gauges: impl Iterator<Item = &'g Gauge>) {
+        let since = now.duration_since(self.last);
+        if !self.live || since < PROGRESS {
+            return;
+        }
+        let (mut units, mut bytes, mut errors, mut open) = (0, 0, 0, 0);
+        let mut started = true;
+        for gauge in gauges {
+            units += gauge.units.load(Relaxed);
+            bytes += gauge.bytes.load(Relaxed);
+            errors += gauge.errors.load(Relaxed);
+            open += gauge.open.load(Relaxed);
+            started &= gauge.started.load(Relaxed);
+        }
+        let each_second =
+            |now: u64, before: u64| now.saturating_sub(before) as f64 / since.as_secs_f64();
+        let (rate, mib) =
+            (each_second(units, self.units), each_second(bytes, self.bytes) / 1048576.0);
+        let doing = if started { "" } else { "connecting, " };
+        let seconds = now.duration_since(self.began).as_secs();
+        // A line that cannot be shown is no reason to stop.
+        let _ = write!(
+            io::stderr(),
+            "\r\x1b[K{seconds} s: {doing}{open} open, {rate:.0} /s, {mib:.1} MiB/s, {errors} errors"
+        );
+        (self.last, self.units, self.bytes, self.shown) = (now, units, bytes, true);
+    }
+
+    fn clear(&self) {
+        if self.shown {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+}
+
+/// A span for people: three digits and a unit.
+pub(crate) fn span(span: Duration) -> String {
+    let nanos = span.as_nanos() as f64;
+    match nanos {
+        n if n < 1e3 => format!("{n:.0} ns"),
+        n if n < 1e6 => format!("{:.1} µs", n / 1e3),
+        n if n < 1e9 => format!("{:.2} ms", n / 1e6),
+        n => format!("{:.2} s", n / 1e9),
+    }
+}
+
+/// Bytes for people: three digits behind the point and a unit.
+pub(crate) fn amount(bytes: f64) -> String {
+    match bytes {
+        b if b < 1048576.0 => format!("{:.3} KiB", b / 1024.0),
+        b if b < 1073741824.0 => format!("{:.3} MiB", b / 1048576.0),
+        b => format!("{:.3} GiB", b / 1073741824.0),
+    }
+}
+
+/// `64`, `512B`, `128KiB`, `1MiB`.
+pub(crate) fn size(text: &str) -> Result<usize, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let scale = match unit {
+        "" | "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        _ => return Err("a number of bytes such as 64, 128KiB or 1MiB is needed".to_owned()),
+    };
+    let size = number.parse::<usize>().ok().and_then(|n| n.checked_mul(scale));
+    match size {
+        Some(size) if size <= SIZE_MAX => Ok(size),
+        Some(_) => Err(format!("at most {} MiB", SIZE_MAX >> 20)),
+        None => Err("a number of bytes such as 64, 128KiB or 1MiB is needed".to_owned()),
+    }
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(count) if (1..=THREADS_MAX).contains(&count) => Ok(count),
+        _ => Err(format!("a number from 1 to {THREADS_MAX} is needed")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_take_binary_units_and_nothing_else() {
+        let read = |text| size(text).ok();
+        assert_eq!(
+            [read("64"), read("512B"), read("128KiB"), read("1MiB"), read("0")],
+            [Some(64), Some(512), Some(131_072), Some(1_048_576), Some(0)]
+        );
+        for wrong in ["", "KiB", "64kb", "-1", "1.5KiB", "17MiB", "99999999999999999999"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn amounts_are_shown_in_the_unit_that_fits() {
+        let shown = [512.0, 3.5 * 1048576.0, 2147483648.0].map(amount);
+        assert_eq!(shown, ["0.500 KiB", "3.500 MiB", "2.000 GiB"]);
+    }
+
+    #[test]
+    fn spans_are_shown_in_the_unit_that_fits() {
+        let shown = [870, 12_340, 45_600_000, 3_210_000_000].map(|n| span(Duration::from_nanos(n)));
+        assert_eq!(shown, ["870 ns", "12.3 µs", "45.60 ms", "3.21 s"]);
+    }
+}

@@ -1,0 +1,113 @@
+//! Servers that answer load, well or badly.
+//!
+//! Run by `lab::cli::backend`. Each thread listens for itself on the shared address
+//! and serves what the kernel gives it; nothing is looked at but counts.
+
+mod behaviour;
+mod peer;
+mod worker;
+
+pub use behaviour::Behaviour;
+
+use crate::lab::load::threads::Crew;
+use crate::net::listen;
+use socket2::Socket;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Mutex;
+use std::time::Duration;
+
+/// What to serve, where.
+#[derive(Debug, Clone)]
+pub struct Service {
+    /// Addresses to listen on; port 0 for any. Every thread listens on each.
+    pub listen: Vec<SocketAddr>,
+    /// What to do with connections.
+    pub behaviour: Behaviour,
+    /// Threads; at least one.
+    pub threads: usize,
+    /// CPUs to pin them to, or none.
+    pub cpus: Vec<usize>,
+    /// When to end by itself.
+    pub duration: Option<Duration>,
+}
+
+/// What servers have done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Served {
+    /// Connections accepted.
+    pub accepted: u64,
+    /// Connections still open at the end.
+    pub open: u64,
+    /// Whole requests answered; only `Respond` knows what one is.
+    pub requests: u64,
+    /// Bytes received.
+    pub bytes_in: u64,
+    /// Bytes sent.
+    pub bytes_out: u64,
+    /// Connections that broke.
+    pub failed: u64,
+    /// Connections reset on purpose.
+    pub reset: u64,
+    /// Connections that could not be accepted.
+    pub refused: u64,
+}
+
+/// Starts serving; gives the addresses, now bound.
+///
+/// # Errors
+/// An address is taken, or a thread cannot be had.
+pub fn serve(service: Service) -> io::Result<(Crew<Served>, Vec<SocketAddr>)> {
+    let mut bound = Vec::with_capacity(service.listen.len());
+    // One set of listeners for each thread to take.
+    let mut sets: Vec<Vec<_>> = (0..service.threads).map(|_| Vec::new()).collect();
+    for address in &service.listen {
+        let named = |error: io::Error| io::Error::new(error.kind(), format!("{address}: {error}"));
+        if address.port() != 0 {
+            listen::taken(*address, false).map_err(named)?;
+        }
+        let mut sockets = bind_all(*address, service.threads).map_err(named)?;
+        let local = sockets[0].local_addr()?.as_socket();
+        bound.push(local.ok_or_else(|| io::Error::other("an address without a port"))?);
+        for (set, socket) in sets.iter_mut().zip(sockets.drain(..)) {
+            service.behaviour.tune(&socket)?;
+            set.push(socket);
+        }
+    }
+    let sets = Mutex::new(sets);
+    let (threads, cpus) = (service.threads, service.cpus.clone());
+    let crew = Crew::start("backend", threads, &cpus, move |place| {
+        let listeners = sets.lock().ok().and_then(|mut sets| sets.pop()).unwrap_or_default();
+        worker::run(&service, &place, listeners)
+    })?;
+    Ok((crew, bound))
+}
+
+/// `count` listeners on one address, also when the kernel picks its port.
+fn bind_all(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
+    let mut sockets = listen::bind(address, 1)?;
+    if count > 1 {
+        let bound = sockets[0].local_addr()?.as_socket().unwrap_or(address);
+        sockets.append(&mut listen::bind(bound, count - 1)?);
+    }
+    Ok(sockets)
+}
+
+// === impl Served ===
+
+impl Served {
+    /// Adds what another thread has done.
+    #[must_use]
+    pub fn merge(self, other: &Served) -> Served {
+        Served {
+            accepted: self.accepted + other.accepted,
+            open: self.open + other.open,
+            requests: self.requests + other.requests,
+            bytes_in: self.bytes_in + other.bytes_in,
+            bytes_out: self.bytes_out + other.bytes_out,
+            failed: self.failed + other.failed,
+            reset: self.reset + other.reset,
+            refused: self.refused + other.refused,
+        }
+    }
+}
