@@ -5,9 +5,9 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use std::fmt::Write;
 use std::hint::black_box;
 use std::time::Duration;
-use tidegate::core::metrics::counters::Counter;
-use tidegate::core::metrics::histograms::{Recorder, Series};
-use tidegate::dataplane::timer_wheel::Wheel;
+use tidegate_core::metrics::counters::Counter;
+use tidegate_core::metrics::histograms::{Recorder, Series};
+use tidegate_dataplane::timer_wheel::Wheel;
 
 /// Timers armed while one is re-armed or fires.
 const SESSIONS: u32 = 10_000;
@@ -72,7 +72,7 @@ fn config(c: &mut Criterion) {
         let text = file(backends);
         group.throughput(Throughput::Bytes(text.len() as u64));
         group.bench_function(format!("{backends} backends"), |b| {
-            b.iter(|| tidegate::config::parse(black_box(&text), "bench.toml").expect("valid"));
+            b.iter(|| tidegate_config::parse(black_box(&text), "bench.toml").expect("valid"));
         });
     }
     group.finish();

@@ -7,10 +7,10 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, UNIX_EPOCH};
-use tidegate::daemon::heartbeat::verify::{Gate, Limits, Reject};
-use tidegate::heartbeat::SenderState;
-use tidegate::heartbeat::keys::{Key, KeyRing, Secret};
-use tidegate::heartbeat::wire::{Draft, Identity, Parsed, encode};
+use tidegate_daemon::heartbeat::verify::{Gate, Limits, Reject};
+use tidegate_heartbeat::SenderState;
+use tidegate_heartbeat::keys::{Key, KeyRing, Secret};
+use tidegate_heartbeat::wire::{Draft, Identity, Parsed, encode};
 
 const NOW: u64 = 1_800_000_000_000;
 

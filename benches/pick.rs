@@ -15,15 +15,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
-use tidegate::core::balance::in_flight::InFlight;
-use tidegate::core::balance::latency::Latency;
-use tidegate::core::balance::{Balancer, Candidate, PickKey};
-use tidegate::core::model;
-use tidegate::core::model::{BackendAddress, OnRemoval, Policy, WhenNoneEligible};
-use tidegate::core::table::Table;
-use tidegate::core::table::build::{BackendInput, Input, PoolInput, build};
-use tidegate::core::table::publish::TablePublisher;
-use tidegate::core::table::state::{BackendId, BackendState};
+use tidegate_core::balance::in_flight::InFlight;
+use tidegate_core::balance::latency::Latency;
+use tidegate_core::balance::{Balancer, Candidate, PickKey};
+use tidegate_core::model;
+use tidegate_core::model::{BackendAddress, OnRemoval, Policy, WhenNoneEligible};
+use tidegate_core::table::Table;
+use tidegate_core::table::build::{BackendInput, Input, PoolInput, build};
+use tidegate_core::table::publish::TablePublisher;
+use tidegate_core::table::state::{BackendId, BackendState};
 
 const SIZES: [usize; 4] = [3, 64, 1_000, 10_000];
 

@@ -4,5 +4,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    tidegate::cli::main()
+    tidegate_cli::main()
 }

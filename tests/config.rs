@@ -10,11 +10,11 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tidegate::core::model;
+use tidegate_core::model;
 
 use proptest::prelude::*;
-use tidegate::config::{self, Loaded, Problems};
-use tidegate::core::model::Config;
+use tidegate_config::{self as config, Loaded, Problems};
+use tidegate_core::model::Config;
 
 #[path = "config/rules.rs"]
 mod rules;

@@ -25,12 +25,12 @@ use std::collections::{HashMap, HashSet, hash_map::DefaultHasher};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate::core::balance::trial::TrialPhase;
-use tidegate::core::control::{ControlStatus, Controller, Effect, Event, ProbeToken};
-use tidegate::core::health::{ConnectFailure, Intent, Observation, ProbeOutcome};
-use tidegate::core::model::*;
-use tidegate::core::table::state::{BackendId, BackendState};
-use tidegate::core::table::{PoolTable, Table};
+use tidegate_core::balance::trial::TrialPhase;
+use tidegate_core::control::{ControlStatus, Controller, Effect, Event, ProbeToken};
+use tidegate_core::health::{ConnectFailure, Intent, Observation, ProbeOutcome};
+use tidegate_core::model::*;
+use tidegate_core::table::state::{BackendId, BackendState};
+use tidegate_core::table::{PoolTable, Table};
 
 const STEPS: usize = 400;
 const SEEDS: u64 = 300;
@@ -461,7 +461,7 @@ fn number(name: &str) -> Option<u64> {
 
 #[test]
 fn the_controller_does_what_the_model_says_whatever_happens() {
-    let start = tidegate::net::clock::now();
+    let start = tidegate_net::clock::now();
     let seeds = match number("SIM_SEED") {
         Some(seed) => seed..seed + 1,
         None => 0..number("SIM_SEEDS").unwrap_or(SEEDS),
@@ -482,7 +482,7 @@ fn the_controller_does_what_the_model_says_whatever_happens() {
 
 #[test]
 fn the_same_seed_gives_the_same_trace() {
-    let start = tidegate::net::clock::now();
+    let start = tidegate_net::clock::now();
     for seed in 0..20 {
         let _guard = SeedGuard(seed);
         assert_eq!(Sim::run(seed, start).0, Sim::run(seed, start + Duration::from_secs(1)).0);

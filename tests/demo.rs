@@ -13,7 +13,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 use tempfile::TempDir;
-use tidegate::net::clock;
+use tidegate_net::clock;
 
 /// A line that does not come within this is not coming.
 const LINE_MAX: Duration = Duration::from_secs(30);

@@ -14,16 +14,16 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
-use tidegate::cli::Cli;
-use tidegate::config;
-use tidegate::core::model::Policy;
-use tidegate::core::outcome::{Cause, Phase, code};
-use tidegate::daemon::admin::Request;
-use tidegate::daemon::{self, Options, Running};
-use tidegate::heartbeat::SenderState;
-use tidegate::heartbeat::keys::Secret;
-use tidegate::heartbeat::sender::{Sender, Settings};
-use tidegate::heartbeat::wire::Identity;
+use tidegate_cli::Cli;
+use tidegate_config as config;
+use tidegate_core::model::Policy;
+use tidegate_core::outcome::{Cause, Phase, code};
+use tidegate_daemon::admin::Request;
+use tidegate_daemon::{self as daemon, Options, Running};
+use tidegate_heartbeat::SenderState;
+use tidegate_heartbeat::keys::Secret;
+use tidegate_heartbeat::sender::{Sender, Settings};
+use tidegate_heartbeat::wire::Identity;
 use tokio::sync::oneshot;
 
 /// Longest wait for something that is about to happen.
@@ -266,12 +266,12 @@ fn talk_once(frontend: SocketAddr) {
 
 fn eventually<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
     let (_keep, never) = mpsc::channel::<()>();
-    let deadline = tidegate::net::clock::now() + SOON;
+    let deadline = tidegate_net::clock::now() + SOON;
     loop {
         if let Some(result) = attempt() {
             return result;
         }
-        assert!(tidegate::net::clock::now() < deadline, "it did not come within {SOON:?}");
+        assert!(tidegate_net::clock::now() < deadline, "it did not come within {SOON:?}");
         let _ = never.recv_timeout(Duration::from_millis(10));
     }
 }

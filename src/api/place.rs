@@ -3,10 +3,10 @@
 //! Read by the balancer, which chooses one, and by clients, which look for a balancer
 //! there. Nothing here makes a directory, binds or connects.
 
-use crate::core::model::ADMIN_SOCKET;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use tidegate_core::model::ADMIN_SOCKET;
 
 /// The socket's name in its directory.
 pub const SOCKET: &str = "admin.sock";

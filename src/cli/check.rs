@@ -4,10 +4,10 @@
 //! as this user, and changes nothing.
 
 use super::CheckArgs;
-use crate::client::command::Exit;
-use crate::config::{self, Loaded, Severity};
-use crate::daemon;
 use std::io::{IsTerminal, Write};
+use tidegate_client::command::Exit;
+use tidegate_config::{self as config, Loaded, Severity};
+use tidegate_daemon as daemon;
 
 /// Validates a file: problems and warnings on standard error, a summary of a
 /// good file on standard output.

@@ -4,13 +4,13 @@
 //! by asking again and again.
 
 use super::DrainArgs;
-use crate::client::command::{Exit, duration};
-use crate::client::http::{ClientArgs, ClientError, ask, printable, report, segment};
-use crate::net::clock;
 use clap::Args;
 use hyper::Method;
 use serde_json::Value;
 use std::time::Duration;
+use tidegate_client::command::{Exit, duration};
+use tidegate_client::http::{ClientArgs, ClientError, ask, printable, report, segment};
+use tidegate_net::clock;
 
 /// Shown with `--help`.
 pub const HELP: &str = "\

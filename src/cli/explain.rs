@@ -7,11 +7,11 @@
 use super::DrainArgs;
 use super::status::{age, list, plural, terminal_width, word};
 use super::table::wrap;
-use crate::client::command::Exit;
-use crate::client::http::{ask, printable, report, segment};
 use hyper::Method;
 use serde_json::Value;
 use std::fmt::Write;
+use tidegate_client::command::Exit;
+use tidegate_client::http::{ask, printable, report, segment};
 
 /// Asks and prints the explanation, or the JSON.
 pub fn main(args: &DrainArgs) -> Exit {

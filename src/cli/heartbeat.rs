@@ -16,21 +16,21 @@
 //! A check that fails through this machine's own trouble (no descriptors, no
 //! ports) proves nothing and changes nothing.
 
-use crate::client::command::{Exit, duration};
-use crate::core::health::ProbeOutcome;
-use crate::core::model::{BackendAddress, ProbeKind, ProbeSpec};
-use crate::daemon::heartbeat::verify::SKEW_MAX;
-use crate::daemon::probe;
-use crate::heartbeat::sender::{Sender, Settings};
-use crate::heartbeat::wire::Identity;
-use crate::heartbeat::{SenderState, key_file};
-use crate::net::{ntp, sock_diag};
 use clap::{Args, ValueEnum};
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
+use tidegate_client::command::{Exit, duration};
+use tidegate_core::health::ProbeOutcome;
+use tidegate_core::model::{BackendAddress, ProbeKind, ProbeSpec};
+use tidegate_daemon::heartbeat::verify::SKEW_MAX;
+use tidegate_daemon::probe;
+use tidegate_heartbeat::sender::{Sender, Settings};
+use tidegate_heartbeat::wire::Identity;
+use tidegate_heartbeat::{SenderState, key_file};
+use tidegate_net::{ntp, sock_diag};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
@@ -164,12 +164,12 @@ async fn run(args: &HeartbeatArgs, settings: Settings) -> io::Result<Exit> {
             () = sleep(args.drain) => {}
             () = count(args, &sender) => {}
             () = stop.told() => {
-                crate::client::command::print("second signal: exiting at once");
+                tidegate_client::command::print("second signal: exiting at once");
                 return Ok(Exit::Failed);
             }
         }
     }
-    crate::client::command::print("stopping");
+    tidegate_client::command::print("stopping");
     sender.close();
     Ok(Exit::Fine)
 }
@@ -252,7 +252,7 @@ async fn report_failures(sender: &Sender) {
 
 fn tell(sender: &Sender, state: SenderState, why: &str) {
     sender.set_state(state);
-    crate::client::command::print(&format!("{}: {why}", state.name()));
+    tidegate_client::command::print(&format!("{}: {why}", state.name()));
 }
 
 fn identity(args: &HeartbeatArgs) -> Result<Identity, String> {

@@ -3,13 +3,13 @@
 //! Called by the command line, by health checks and by routers every moment: one
 //! blocking exchange without a runtime.
 
-use crate::client::command::Exit;
-use crate::client::http::{Address, ClientArgs, read_token, report};
-use crate::client::reach::Reached;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
+use tidegate_client::command::Exit;
+use tidegate_client::http::{Address, ClientArgs, read_token, report};
+use tidegate_client::reach::Reached;
 
 /// Shown with `--help`.
 pub const HELP: &str = "\
@@ -79,7 +79,7 @@ fn ask_first(places: &[Address], request: &str) -> Result<String, String> {
 
 fn complain(text: &str) {
     // With standard error closed there is nobody to tell.
-    let _ = writeln!(io::stderr(), "tidegate: {}", crate::client::http::printable(text));
+    let _ = writeln!(io::stderr(), "tidegate: {}", tidegate_client::http::printable(text));
 }
 
 fn request(token: Option<&str>) -> String {

@@ -2,10 +2,10 @@
 //!
 //! Called by the command line; the admin API does the work.
 
-use crate::client::command::Exit;
-use crate::client::http::{ClientArgs, ask, printable, report};
 use hyper::Method;
 use serde_json::Value;
+use tidegate_client::command::Exit;
+use tidegate_client::http::{ClientArgs, ask, printable, report};
 
 /// Asks and says what came of it. A refused file is [`Exit::Refused`], its
 /// problems on standard error.

@@ -7,17 +7,18 @@
 //! starts what it is, waits for its end and turns that into an exit code.
 
 use super::RunArgs;
-use crate::client::command::Exit;
-use crate::daemon::{
-    self, Activated, Before, Failure, Notifier, Options, Predecessor, Supervised, Surroundings,
-};
-use crate::logging::logfmt::one_line;
-use crate::net::fd_channel;
-use crate::supervisor::program::Program;
-use crate::supervisor::{self, Link};
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
+use tidegate_client::command::Exit;
+use tidegate_daemon::{
+    self as daemon, Activated, Before, Failure, Notifier, Options, Predecessor, Supervised,
+    Surroundings,
+};
+use tidegate_logging::logfmt::one_line;
+use tidegate_net::fd_channel;
+use tidegate_supervisor::program::Program;
+use tidegate_supervisor::{self as supervisor, Link};
 
 /// Runs the balancer until it is told to stop.
 pub fn main(args: RunArgs) -> Exit {
@@ -156,7 +157,7 @@ fn child_arguments(args: &RunArgs) -> Vec<OsString> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::{Cli, Command};
+    use crate::{Cli, Command};
     use clap::Parser;
 
     #[test]

@@ -3,9 +3,9 @@
 //! Called by the command line; the admin API does the work. It does not wait
 //! for the end.
 
-use crate::client::command::Exit;
-use crate::client::http::{ClientArgs, ask, report};
 use hyper::Method;
+use tidegate_client::command::Exit;
+use tidegate_client::http::{ClientArgs, ask, report};
 
 /// Asks and says that draining has begun.
 pub fn main(args: &ClientArgs) -> Exit {

@@ -5,12 +5,12 @@
 //! older balancer does not have show as `-`.
 
 use super::table::{Column, Table, wrap};
-use crate::client::command::Exit;
-use crate::client::http::{ClientArgs, ask, printable, report};
 use hyper::Method;
 use serde_json::Value;
 use std::io::IsTerminal;
 use std::time::Duration;
+use tidegate_client::command::Exit;
+use tidegate_client::http::{ClientArgs, ask, printable, report};
 
 /// Asks and prints a table, or the JSON.
 pub fn main(args: &ClientArgs) -> Exit {

@@ -3,14 +3,14 @@
 //! Called by the command line; the admin API does the work. It waits until the
 //! new process serves, or says why it does not.
 
-use crate::client::command::Exit;
-use crate::client::http::{ClientArgs, ask_within, printable, report, segment};
 use clap::Args;
 use hyper::Method;
 use serde_json::Value;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tidegate_client::command::Exit;
+use tidegate_client::http::{ClientArgs, ask_within, printable, report, segment};
 
 pub(super) const HELP: &str = "\
 Example:

@@ -5,7 +5,7 @@
 //! shape, not its meaning.
 
 use super::reach::{Reached, Stream, connect};
-use crate::client::command::Exit;
+use crate::command::Exit;
 use clap::Args;
 use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
 use hyper::body::Bytes;

@@ -6,13 +6,13 @@
 //! `TIDEGATE_ADMIN`, `[admin] listen` of the file that `--config` names. Otherwise
 //! the places are tried in which a balancer listens by itself.
 
-use crate::api::place;
-use crate::client::http::{Address, ClientArgs, ClientError};
-use crate::config;
-use crate::core::model::{AdminListen, Config};
+use crate::http::{Address, ClientArgs, ClientError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tidegate_api::place;
+use tidegate_config as config;
+use tidegate_core::model::{AdminListen, Config};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
@@ -33,7 +33,9 @@ pub struct Reached {
 
 /// A connection to the admin API.
 pub enum Stream {
+    /// Of the admin socket.
     Unix(UnixStream),
+    /// Of an address.
     Tcp(TcpStream),
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::source;
 use super::value::{Complaint, cut, shown};
-use crate::core::model::{AdminListen, BackendAddress};
+use tidegate_core::model::{AdminListen, BackendAddress};
 
 /// `sun_path` is 108 bytes with its final NUL (unix(7)).
 const UNIX_PATH_BYTES_MAX: usize = 107;

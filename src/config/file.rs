@@ -17,7 +17,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::diagnose::Report;
 use super::value::{Complaint, did_you_mean_or, shown};
-use crate::config::value;
+use crate::value;
 
 /// One value with its place.
 pub(super) type Node<'a> = Spanned<DeValue<'a>>;

@@ -45,7 +45,7 @@ pub(crate) struct Excerpt {
 /// A sentence for the operator: missing, unreadable, not a regular file, too
 /// large. A FIFO or device is refused, not waited for: it is opened with
 /// `O_NONBLOCK` and looked at before the first read (open(2), fifo(7)).
-pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, String> {
+pub fn read_file(path: &Path) -> Result<Vec<u8>, String> {
     read_bounded(open_regular(path)?, FILE_BYTES_MAX)?.ok_or_else(too_large)
 }
 

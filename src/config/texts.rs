@@ -5,10 +5,10 @@
 //! [`super::load_kept`]. Secrets are among them.
 
 use super::source;
-use crate::core::model::Config;
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use tidegate_core::model::Config;
 use zeroize::Zeroizing;
 
 /// Most bytes of named files that are collected: four times the largest file. What is

@@ -7,7 +7,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use crate::core::model::OnRemoval;
+use tidegate_core::model::OnRemoval;
 
 /// What is wrong with a value, and what would be right.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,14 +6,14 @@
 
 use super::Failure;
 use super::binds::{Group, Holder};
-use crate::core::model::{AdminListen, Config};
-use crate::daemon::admin::{self, AdminListener};
-use crate::net::fd_channel;
+use crate::admin::{self, AdminListener};
 use socket2::Socket;
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use tidegate_core::model::{AdminListen, Config};
+use tidegate_net::fd_channel;
 
 /// What was passed and not yet asked for.
 #[derive(Debug)]

@@ -5,14 +5,12 @@
 
 use super::control_loop::Control;
 use super::upgrade::OfferedAdmin;
-use crate::core::metrics::counters::WorkerCounters;
-use crate::daemon::admin::{
-    self, AdminListener, Crowding, FileKeeper, Readiness, Request, TokenStore,
-};
+use crate::admin::{self, AdminListener, Crowding, FileKeeper, Readiness, Request, TokenStore};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_core::metrics::counters::WorkerCounters;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 

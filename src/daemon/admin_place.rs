@@ -8,12 +8,12 @@
 //! - An upgrade keeps the place of the process before.
 
 use super::Failure;
-use crate::api::place::{places, refused};
-use crate::core::model::{ADMIN_SOCKET, Admin, AdminListen};
 use rustix::fs::{Access, AtFlags, CWD};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
+use tidegate_api::place::{places, refused};
+use tidegate_core::model::{ADMIN_SOCKET, Admin, AdminListen};
 
 /// Where this process listens, and why there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,7 +93,7 @@ fn private(directory: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::place::SOCKET;
+    use tidegate_api::place::SOCKET;
 
     fn admin(listen: &str) -> Admin {
         Admin { listen: AdminListen::Unix(listen.into()), token_file: None, backend_metrics_max: 0 }

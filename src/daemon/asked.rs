@@ -6,9 +6,9 @@
 //! refused, and the file is read by itself once it is complete.
 
 use super::control_loop::Control;
-use crate::daemon::admin::{ReloadError, Reloaded};
-use crate::net::clock;
+use crate::admin::{ReloadError, Reloaded};
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
 use tokio::sync::oneshot;
 
 /// How long a request for a reload waits for a writer of the file.

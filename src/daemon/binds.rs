@@ -7,16 +7,16 @@
 
 use super::refused::Refused;
 use super::supervised::Supervised;
-use crate::core::model::{Config, Frontend};
-use crate::dataplane::worker::{Command, Worker};
-use crate::net::holders::{self, Listening, overlap};
-use crate::net::listen;
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use tidegate_core::model::{Config, Frontend};
+use tidegate_dataplane::worker::{Command, Worker};
+use tidegate_net::holders::{self, Listening, overlap};
+use tidegate_net::listen;
 
 /// Who else holds an address's sockets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

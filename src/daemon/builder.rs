@@ -4,14 +4,14 @@
 //! feeds the results back as events. Where no thread can be started, the control thread
 //! makes the part itself: late beats never. It publishes nothing.
 //!
-//! [`Effect::Build`]: crate::core::control::Effect::Build
+//! [`Effect::Build`]: tidegate_core::control::Effect::Build
 
-use crate::core::control::{BuildToken, Event};
-use crate::core::table::PoolTable;
-use crate::core::table::build::PoolBuild;
-use crate::net::clock;
 use std::sync::{Arc, mpsc as sync};
 use std::time::Duration;
+use tidegate_core::control::{BuildToken, Event};
+use tidegate_core::table::PoolTable;
+use tidegate_core::table::build::PoolBuild;
+use tidegate_net::clock;
 use tokio::sync::mpsc;
 
 /// How often a replaced part is looked at until no worker reads it any more: to drop

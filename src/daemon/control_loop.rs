@@ -21,28 +21,28 @@ use super::supervised::Supervised;
 use super::transition_log::TransitionLog;
 use super::upgrade::{Rarities, UpgradeEvent, Upgrades};
 use super::watchdog::{Finding, Watchdog};
-use crate::core::control::{Controller, Effect, Event};
-use crate::core::metrics::counters::WorkerCounters;
-use crate::core::model::Config;
-use crate::core::outcome::Cause;
-use crate::core::table::publish::TablePublisher;
-use crate::daemon::admin::{self, Readiness, ReloadCounts, Request, TokenStore};
-use crate::daemon::config_watch::ConfigWatcher;
-use crate::daemon::maintenance::Upkeep;
-use crate::daemon::probe::runner::ProbeRunner;
-use crate::daemon::sandbox::Confined;
-use crate::daemon::watchdog;
-use crate::dataplane::access_log::AccessLog;
-#[cfg(debug_assertions)]
-use crate::dataplane::fault_points::Fault;
-use crate::dataplane::worker::context::{Report, Shared};
-use crate::dataplane::worker::{Command, Runtime, Worker};
-use crate::net::clock;
-use crate::supervisor::pid_file::PidFile;
-use crate::supervisor::{News, Wish};
+use crate::admin::{self, Readiness, ReloadCounts, Request, TokenStore};
+use crate::config_watch::ConfigWatcher;
+use crate::maintenance::Upkeep;
+use crate::probe::runner::ProbeRunner;
+use crate::sandbox::Confined;
+use crate::watchdog;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
+use tidegate_core::control::{Controller, Effect, Event};
+use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::model::Config;
+use tidegate_core::outcome::Cause;
+use tidegate_core::table::publish::TablePublisher;
+use tidegate_dataplane::access_log::AccessLog;
+#[cfg(debug_assertions)]
+use tidegate_dataplane::fault_points::Fault;
+use tidegate_dataplane::worker::context::{Report, Shared};
+use tidegate_dataplane::worker::{Command, Runtime, Worker};
+use tidegate_net::clock;
+use tidegate_supervisor::pid_file::PidFile;
+use tidegate_supervisor::{News, Wish};
 use tokio::sync::{Notify, mpsc};
 
 /// How often given-up addresses are looked at until they are closed: before

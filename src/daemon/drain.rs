@@ -6,11 +6,11 @@
 
 use super::Exit;
 use super::control_loop::Control;
-use crate::core::outcome::Cause;
-use crate::dataplane::worker::Command;
-use crate::net::clock;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use tidegate_core::outcome::Cause;
+use tidegate_dataplane::worker::Command;
+use tidegate_net::clock;
 
 /// How often progress is looked at.
 const STEP: Duration = Duration::from_millis(20);

@@ -2,8 +2,8 @@
 //!
 //! Called by `start`.
 
-use crate::core::model::EngineChoice;
-use crate::dataplane::worker::Runtime;
+use tidegate_core::model::EngineChoice;
+use tidegate_dataplane::worker::Runtime;
 
 /// The engine and, in words, why that one.
 ///

@@ -6,18 +6,18 @@
 //! and changes nothing; what follows cannot.
 
 use super::control_loop::Control;
-use crate::core::control::Event;
-use crate::core::model::{Config, Heartbeats};
-use crate::core::suspicion::rejections::{Rejection, Warning, skew_words};
-use crate::daemon::admin::HeartbeatCounts;
-use crate::daemon::heartbeat::receive::{Prepared, Receiver};
-use crate::daemon::heartbeat::verify::{Gate, Limits, Reject};
-use crate::heartbeat::keys::{Key, KeyRing};
+use crate::admin::HeartbeatCounts;
+use crate::heartbeat::receive::{Prepared, Receiver};
+use crate::heartbeat::verify::{Gate, Limits, Reject};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use tidegate_core::control::Event;
+use tidegate_core::model::{Config, Heartbeats};
+use tidegate_core::suspicion::rejections::{Rejection, Warning, skew_words};
+use tidegate_heartbeat::keys::{Key, KeyRing};
 
 /// Heartbeats taken in one turn of the control loop; the rest wait for the next,
 /// so that the admin API is answered in between.

@@ -8,11 +8,11 @@
 
 use super::Failure;
 use super::preflight::load_token;
-use crate::config::{self, Loaded, Texts};
-use crate::core::model::Config;
-use crate::daemon::admin::Token;
-use crate::supervisor::{Given, Store};
+use crate::admin::Token;
 use std::path::Path;
+use tidegate_config::{self as config, Loaded, Texts};
+use tidegate_core::model::Config;
+use tidegate_supervisor::{Given, Store};
 
 /// What is said of a file that is whole, once a start has failed.
 const ENDED: &str = "a process that started with it ended before it served";

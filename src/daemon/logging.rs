@@ -3,11 +3,11 @@
 //!
 //! Set up once by `start`; `reload` changes the level. Never used per packet.
 
-use crate::core::model::{Log, LogFormat, LogLevel};
-use crate::logging::log_queue::LogQueue;
-use crate::logging::logfmt::Logfmt;
 use std::sync::OnceLock;
 use std::time::Duration;
+use tidegate_core::model::{Log, LogFormat, LogLevel};
+use tidegate_logging::log_queue::LogQueue;
+use tidegate_logging::logfmt::Logfmt;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::writer::EitherWriter as Either;
 use tracing_subscriber::layer::SubscriberExt;

@@ -5,18 +5,18 @@
 //! do it leaves for the next time.
 
 use super::control_loop::Control;
-use crate::core::control::Effect;
-use crate::core::control::source_ports::{self, PortLimits, PortLook, PortWatch, Reuse};
-use crate::core::metrics::counters::LocalAt;
-use crate::core::table::state::BackendState;
-use crate::daemon::admin::ReloadError;
-use crate::dataplane::local_errors;
-use crate::net::clock;
-use crate::net::ports::LocalPorts;
+use crate::admin::ReloadError;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_core::control::Effect;
+use tidegate_core::control::source_ports::{self, PortLimits, PortLook, PortWatch, Reuse};
+use tidegate_core::metrics::counters::LocalAt;
+use tidegate_core::table::state::BackendState;
+use tidegate_dataplane::local_errors;
+use tidegate_net::clock;
+use tidegate_net::ports::LocalPorts;
 
 /// How often what was put off is tried again: well within the second in which
 /// everything is to be back.

@@ -3,9 +3,9 @@
 //! Owned by the control loop, which says when: ready, reloading, stopping, alive, and
 //! which process to look at after an upgrade. It knows the watchdog's times.
 
-use crate::supervisor::{Link, manager, manager::Manager};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_supervisor::{Link, manager, manager::Manager};
 
 /// Without a watchdog there is nothing to do for so long.
 const NEVER: Duration = Duration::from_secs(3600);
@@ -107,8 +107,8 @@ impl Notifier {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::clock;
     use std::os::unix::net::UnixDatagram;
+    use tidegate_net::clock;
 
     fn receive(socket: &UnixDatagram) -> String {
         socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();

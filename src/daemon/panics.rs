@@ -4,11 +4,11 @@
 //! Installed by `start` with the log. It ends nothing and mends nothing: what
 //! happens next is up to whoever contains the panic.
 
-use crate::net::clock;
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::panic::PanicHookInfo;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
 
 /// Panics logged in each [`WINDOW`]; the rest is counted and told of with the next
 /// one. A bug that every session meets makes one for each connection.

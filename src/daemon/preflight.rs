@@ -6,11 +6,7 @@
 //! no file.
 
 use super::refused::Refused;
-use crate::config::{Loaded, Origin, Problem, Spot};
-use crate::core::model::{AccessLogTarget, AdminListen, Config};
-use crate::daemon::admin::Token;
-use crate::net::privileges::Identity;
-use crate::net::{listen, stream};
+use crate::admin::Token;
 use rustix::fs::{Access, access};
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,6 +14,10 @@ use std::io::ErrorKind;
 use std::net::{IpAddr, UdpSocket};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use tidegate_config::{Loaded, Origin, Problem, Spot};
+use tidegate_core::model::{AccessLogTarget, AdminListen, Config};
+use tidegate_net::privileges::Identity;
+use tidegate_net::{listen, stream};
 
 /// Everything that a start on this host would refuse, or that an operator should
 /// know of; ordered as the start goes.
@@ -147,7 +147,7 @@ fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
             let mut problem = refused.problem(config, origin);
             // Another user, or a later moment, may be able to.
             if !gone && (privileged || refused.other.is_some()) {
-                problem.severity = crate::config::Severity::Warning;
+                problem.severity = tidegate_config::Severity::Warning;
             }
             found.push(problem);
         }

@@ -2,12 +2,12 @@
 //! process holds it, and what the operator can do. Made by `binds`, put into
 //! words for start, reload and `check`.
 
-use crate::config::{Origin, Problem, Spot};
-use crate::core::model::{BackendAddress, Config};
-use crate::net::holders::{self, Holder, Listening};
 use std::collections::HashSet;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
+use tidegate_config::{Origin, Problem, Spot};
+use tidegate_core::model::{BackendAddress, Config};
+use tidegate_net::holders::{self, Holder, Listening};
 
 /// An address that could not be bound.
 #[derive(Debug)]

@@ -10,15 +10,15 @@ use super::preflight;
 use super::refused::Refused;
 use super::reload_diff;
 use super::start;
-use crate::config::{self, Loaded, Severity, Spot};
-use crate::core::control::Event;
-use crate::core::model::Config;
-use crate::daemon::admin::{Problem, ReloadError, Reloaded};
+use crate::admin::{Problem, ReloadError, Reloaded};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_config::{self as config, Loaded, Severity, Spot};
+use tidegate_core::control::Event;
+use tidegate_core::model::Config;
 
 /// How long a reload waits for an address it wants back to be closed first.
 const WANTED_BACK_MAX: Duration = Duration::from_secs(1);

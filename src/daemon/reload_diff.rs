@@ -2,9 +2,9 @@
 //!
 //! Called by `reload` before the new configuration is in force. Pure.
 
-use crate::core::model::{Config, Pool};
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use tidegate_core::model::{Config, Pool};
 
 /// Lines for one reload; a file that changes more says how many more.
 const LINES_MAX: usize = 200;
@@ -71,7 +71,7 @@ fn named<T: PartialEq + Debug>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::parse;
+    use tidegate_config::parse;
 
     fn config(weight: u32, backends: &[&str], port: u16) -> Config {
         let mut text = format!("[frontend.web]\nbind = \"127.0.0.1:{port}\"\npool = \"web\"\n");

@@ -6,23 +6,21 @@
 //! workers' histograms, the kernel's facts, text) waits for that other thread.
 
 use super::control_loop::Control;
-use crate::core::control::source_ports::{PortLimits, PortWatch};
-use crate::core::control::{ControlStatus, Gathering};
-use crate::core::metrics::counters::WorkerCounters;
-use crate::core::metrics::histograms::{Delta, Merged};
-use crate::core::table::state::BackendId;
-use crate::daemon::admin::process::ProcessFacts;
-use crate::daemon::admin::{
-    self, HeartbeatCounts, ReloadCounts, ServiceState, Snapshot, UpgradeCounts,
-};
-use crate::daemon::maintenance;
-use crate::dataplane::worker::{Command, Mailbox};
-use crate::net::budget::Budget;
-use crate::net::clock;
-use crate::net::confinement::Confinement;
+use crate::admin::process::ProcessFacts;
+use crate::admin::{self, HeartbeatCounts, ReloadCounts, ServiceState, Snapshot, UpgradeCounts};
+use crate::maintenance;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
+use tidegate_core::control::source_ports::{PortLimits, PortWatch};
+use tidegate_core::control::{ControlStatus, Gathering};
+use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::metrics::histograms::{Delta, Merged};
+use tidegate_core::table::state::BackendId;
+use tidegate_dataplane::worker::{Command, Mailbox};
+use tidegate_net::budget::Budget;
+use tidegate_net::clock;
+use tidegate_net::confinement::Confinement;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -39,7 +37,7 @@ const SLICE_STEP: usize = 32;
 /// Backends that may come before the workers' histograms are fetched though nobody
 /// asks for them: a worker keeps some 10 KB of each that had sessions until they
 /// are, gone or not.
-const UNCOLLECTED_MAX: u32 = crate::core::metrics::histograms::SPARE_MAX as u32;
+const UNCOLLECTED_MAX: u32 = tidegate_core::metrics::histograms::SPARE_MAX as u32;
 
 /// Who wants to read what.
 #[derive(Debug)]

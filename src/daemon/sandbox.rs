@@ -32,16 +32,16 @@
 use super::admin_place::Place;
 use super::refused::holders_in_the_way;
 use super::{Failure, preflight};
-use crate::config::{self, Problems, Texts};
-use crate::core::model;
-use crate::core::model::{AccessLogTarget, AdminListen, Config, Sandbox};
-use crate::daemon::admin_place;
-use crate::net::confinement::Confinement;
-use crate::net::holders::Holder;
-use crate::net::privileges::{self, CapabilitySet, Identity};
-use crate::net::sandbox::{self, Paths};
+use crate::admin_place;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use tidegate_config::{self as config, Problems, Texts};
+use tidegate_core::model;
+use tidegate_core::model::{AccessLogTarget, AdminListen, Config, Sandbox};
+use tidegate_net::confinement::Confinement;
+use tidegate_net::holders::Holder;
+use tidegate_net::privileges::{self, CapabilitySet, Identity};
+use tidegate_net::sandbox::{self, Paths};
 
 /// What this process has given up, and by which settings.
 #[derive(Debug)]

@@ -7,15 +7,15 @@
 //! what a process held that was killed. Nothing is shared where the process before knows
 //! nothing of it, or there is no memory: its reports stand in, as they come.
 
-use crate::core::balance::count::{self, Count, cleared, unit};
-use crate::core::balance::in_flight::{Counted, Counts, InFlight};
-use crate::dataplane::accept::gate::Gate;
-use crate::net::cells::{self, CELLS_MAX, Memory};
-use crate::net::clock;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tidegate_core::balance::count::{self, Count, cleared, unit};
+use tidegate_core::balance::in_flight::{Counted, Counts, InFlight};
+use tidegate_dataplane::accept::gate::Gate;
+use tidegate_net::cells::{self, CELLS_MAX, Memory};
+use tidegate_net::clock;
 
 /// How long a slot that another process gives back may stay unnoticed.
 const LOOK: Duration = Duration::from_millis(5);

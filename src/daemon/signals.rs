@@ -5,10 +5,10 @@
 //! is delivered here.
 
 use super::Failure;
-use crate::net::clock;
-use crate::net::signals;
 use std::io;
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
+use tidegate_net::signals;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// A stop signal that is repeated within this counts once: timeout(1) sends one to the

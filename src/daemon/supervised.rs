@@ -8,13 +8,7 @@ use super::activation::Activated;
 use super::binds::{Group, Holder};
 use super::in_force::InForce;
 use super::upgrade::OfferedAdmin;
-use crate::config::Texts;
-use crate::core::control::Controller;
-use crate::core::control::handover::{Saved, Saving};
-use crate::core::model::Admin;
-use crate::daemon::admin::{self, AdminListener};
-use crate::net::clock;
-use crate::supervisor::{Given, Link, News, Store};
+use crate::admin::{self, AdminListener};
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
 use std::collections::BTreeMap;
@@ -25,6 +19,12 @@ use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::{Arc, mpsc as sync};
 use std::time::{Duration, Instant};
+use tidegate_config::Texts;
+use tidegate_core::control::Controller;
+use tidegate_core::control::handover::{Saved, Saving};
+use tidegate_core::model::Admin;
+use tidegate_net::clock;
+use tidegate_supervisor::{Given, Link, News, Store};
 use tokio::sync::mpsc;
 
 /// What is known is left with the supervisor at most so often, and so that it takes one

@@ -8,10 +8,10 @@
 //! one each: neither a neighbour that goes mad nor a thousand newcomers hide a
 //! death.
 
-use crate::core::health::Transition;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_core::health::Transition;
 
 /// Lines of one kind for one pool within [`WINDOW`]: more than anybody reads
 /// while it happens, little enough for any log.
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn a_pool_writes_so_many_lines_a_second_and_says_how_many_more_there_were() {
-        let (mut log, start) = (TransitionLog::default(), crate::net::clock::now());
+        let (mut log, start) = (TransitionLog::default(), tidegate_net::clock::now());
         for second in 0..3 {
             let now = start + WINDOW * second;
             let said = log.over(now);
@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn newcomers_and_neighbours_hide_no_death() {
-        let (mut log, now) = (TransitionLog::default(), crate::net::clock::now());
+        let (mut log, now) = (TransitionLog::default(), tidegate_net::clock::now());
         admitted(&mut log, "web", false, now);
         admitted(&mut log, "mad", true, now);
         assert_eq!(admitted(&mut log, "web", true, now), LINES_MAX);
@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn who_has_left_nothing_out_says_nothing_and_is_forgotten() {
-        let (mut log, now) = (TransitionLog::default(), crate::net::clock::now());
+        let (mut log, now) = (TransitionLog::default(), tidegate_net::clock::now());
         log.admit(&"web".into(), true, now);
         assert_eq!(log.over(now + WINDOW), []);
         assert_eq!((log.due(), log.windows.len()), (None, 0));

@@ -6,9 +6,9 @@
 //! time in which the watcher itself did not run (a stopped process, a machine
 //! that was asleep, a CPU quota used up), nor for one spent waiting for a CPU.
 
-use crate::core::metrics::counters::WorkerCounters;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_core::metrics::counters::WorkerCounters;
 
 /// Between two looks: an idle worker is woken so often.
 pub(super) const STEP: Duration = Duration::from_millis(250);
@@ -189,8 +189,8 @@ pub(super) fn in_words(state: Option<char>) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::outcome::{Cause, Phase};
-    use crate::net::clock;
+    use tidegate_core::outcome::{Cause, Phase};
+    use tidegate_net::clock;
 
     struct World {
         now: Instant,
@@ -292,7 +292,7 @@ mod tests {
 
     #[test]
     fn the_kernel_knows_this_thread() {
-        let facts = thread_facts(crate::net::cpu::current_thread());
+        let facts = thread_facts(tidegate_net::cpu::current_thread());
         assert_eq!(in_words(facts.state), "running");
         assert_eq!(thread_facts(-1), ThreadFacts::default());
     }

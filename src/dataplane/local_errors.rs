@@ -3,8 +3,8 @@
 //! Used wherever a socket call fails on behalf of a session: local trouble is
 //! counted, never blamed on a backend.
 
-use crate::core::metrics::counters::LocalError;
 use std::io;
+use tidegate_core::metrics::counters::LocalError;
 
 /// The kind of local trouble, or `None` where the peer or the path is to
 /// blame.

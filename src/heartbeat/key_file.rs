@@ -5,7 +5,7 @@
 //! `secret_file` refuses, keeps nothing, and never shows what a file holds.
 
 use super::keys::{SECRET_BYTES_MAX, SECRET_BYTES_MIN, Secret};
-use crate::heartbeat::secret_file::{self, Openness, SecretFileError};
+use crate::secret_file::{self, Openness, SecretFileError};
 use std::path::{Path, PathBuf};
 
 /// White space at the end of a file that is not part of the longest secret.

@@ -29,14 +29,14 @@
 use super::SenderState;
 use super::keys::Secret;
 use super::wire::{Draft, INTERVAL_MAX, Identity, SHARE_MAX, encode};
-use crate::net::clock;
-use crate::net::datagram;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, UNIX_EPOCH};
+use tidegate_net::clock;
+use tidegate_net::datagram;
 
 /// How often a sender says that it stops: three losses in a row are rare, and
 /// the silence that follows says the same a little later.

@@ -1,21 +1,28 @@
 //! What the tests of this module's parts share: a secret, a key, a sender whose
 //! clock and numbers are set by hand.
 
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::new_without_default,
+    reason = "for tests alone"
+)]
+
 use super::SenderState;
 use super::keys::{Key, KeyRing, Secret};
 use super::wire::{Datagram, Draft, Identity, encode};
 use std::time::Duration;
 
 /// Wall-clock time the tests begin at, ms since 1970.
-pub(crate) const START: u64 = 1_800_000_000_000;
+pub const START: u64 = 1_800_000_000_000;
 
 /// A secret of one byte value.
-pub(crate) fn secret(byte: u8) -> Secret {
+pub fn secret(byte: u8) -> Secret {
     Secret::new(&[byte; 32]).unwrap()
 }
 
 /// Key 7 for pool `web` and 10.0.0.0/8 and fd00::/8.
-pub(crate) fn key() -> Key {
+pub fn key() -> Key {
     Key {
         id: 7,
         secret: secret(1),
@@ -24,28 +31,28 @@ pub(crate) fn key() -> Key {
     }
 }
 
-pub(crate) fn ring(keys: impl IntoIterator<Item = Key>) -> KeyRing {
+pub fn ring(keys: impl IntoIterator<Item = Key>) -> KeyRing {
     KeyRing::new(keys).unwrap()
 }
 
 /// Says whatever its fields are set to.
 #[derive(Clone)]
-pub(crate) struct Mouth {
-    pub(crate) identity: Identity,
-    pub(crate) key_id: u32,
-    pub(crate) secret: Secret,
-    pub(crate) incarnation: u64,
-    pub(crate) sequence: u64,
-    pub(crate) sent: u64,
+pub struct Mouth {
+    pub identity: Identity,
+    pub key_id: u32,
+    pub secret: Secret,
+    pub incarnation: u64,
+    pub sequence: u64,
+    pub sent: u64,
 }
 
 impl Mouth {
     /// Backend `a` of pool `web`, started and sending at [`START`].
-    pub(crate) fn new() -> Mouth {
+    pub fn new() -> Mouth {
         Mouth::named("web", "a", "10.0.0.1:80")
     }
 
-    pub(crate) fn named(pool: &str, name: &str, address: &str) -> Mouth {
+    pub fn named(pool: &str, name: &str, address: &str) -> Mouth {
         Mouth {
             identity: Identity::new(pool, name, address.parse().unwrap()).unwrap(),
             key_id: 7,
@@ -56,7 +63,7 @@ impl Mouth {
         }
     }
 
-    pub(crate) fn draft(&self) -> Draft<'_> {
+    pub fn draft(&self) -> Draft<'_> {
         Draft {
             identity: &self.identity,
             key_id: self.key_id,
@@ -72,7 +79,7 @@ impl Mouth {
     }
 
     /// What it says now; the next has the next sequence.
-    pub(crate) fn say(&mut self) -> Datagram {
+    pub fn say(&mut self) -> Datagram {
         let datagram = encode(&self.draft(), &self.secret);
         self.sequence += 1;
         datagram

@@ -23,7 +23,7 @@
 
 #![allow(unsafe_code)]
 
-use crate::net::clock;
+use crate::clock;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
 use std::collections::HashMap;
 use std::io;

@@ -307,8 +307,7 @@ mod tests {
             assert_eq!(texts, [&b"a"[..], b"bb", b""]);
             for message in batch.messages() {
                 assert_eq!(message.from, sender.local_addr().unwrap());
-                let age =
-                    crate::net::clock::wall().duration_since(message.received.unwrap()).unwrap();
+                let age = crate::clock::wall().duration_since(message.received.unwrap()).unwrap();
                 assert!(age < Duration::from_secs(60), "{age:?}");
             }
             assert_eq!(batch.receive(&socket).unwrap_err().kind(), io::ErrorKind::WouldBlock);

@@ -58,7 +58,7 @@ pub struct Readiness {
 impl Epoll {
     /// An empty set.
     pub fn new() -> io::Result<Epoll> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "fake"))]
         if let Some(created) = super::fake::epoll_create() {
             return created.map(Epoll);
         }
@@ -69,7 +69,7 @@ impl Epoll {
     /// it is closed. A fresh socket has room, and would only say so. One that is
     /// watched already is so by this token from now on.
     pub fn watch(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "fake"))]
         if let Some(answer) = super::fake::epoll_watch(&socket, token, arrivals()) {
             return answer;
         }
@@ -84,7 +84,7 @@ impl Epoll {
     /// Watches `socket` for everything, as [`Epoll::watch`].
     pub fn watch_all(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         let interest = arrivals() | epoll::EventFlags::OUT;
-        #[cfg(test)]
+        #[cfg(any(test, feature = "fake"))]
         if let Some(answer) = super::fake::epoll_watch(&socket, token, interest) {
             return answer;
         }
@@ -96,7 +96,7 @@ impl Epoll {
     /// it is ready for already is told again.
     pub fn watch_room(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         let interest = arrivals() | epoll::EventFlags::OUT;
-        #[cfg(test)]
+        #[cfg(any(test, feature = "fake"))]
         if let Some(answer) = super::fake::epoll_watch(&socket, token, interest) {
             return answer;
         }
@@ -130,7 +130,7 @@ impl Epoll {
             tv_nsec: timeout.subsec_nanos().into(),
         };
         batch.0.clear();
-        #[cfg(test)]
+        #[cfg(any(test, feature = "fake"))]
         if let Some(events) = super::fake::epoll_wait(BATCH) {
             return match events {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),

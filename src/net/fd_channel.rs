@@ -12,7 +12,7 @@
 
 #![allow(unsafe_code)]
 
-use crate::net::clock;
+use crate::clock;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -307,7 +307,6 @@ impl Channel {
     }
 }
 
-#[cfg(any(test, fuzzing))]
 impl From<UnixStream> for Channel {
     fn from(stream: UnixStream) -> Channel {
         Channel(stream)

@@ -128,7 +128,7 @@ fn has_open(process: &Path, link: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::listen;
+    use crate::listen;
 
     #[test]
     fn listening_sockets_are_found_with_their_holder() {

@@ -99,7 +99,7 @@ pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
 }
 
 fn take(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = super::fake::accept(&listener) {
         return answer;
     }
@@ -112,7 +112,7 @@ fn take(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
 
 /// Whether a connection waits in the queue to be accepted.
 pub fn has_queued(listener: impl AsFd) -> bool {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = super::fake::has_queued(&listener) {
         return answer;
     }

@@ -78,7 +78,7 @@ struct Counted(Rc<Cell<usize>>);
 
 impl Ends {
     fn new() -> io::Result<Ends> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "fake"))]
         if let Some(pipe) = super::fake::pipe() {
             return pipe.map(|(read, write, size)| Ends { read, write, size });
         }
@@ -109,7 +109,7 @@ impl Pipe {
     /// Takes what has arrived at `socket`, as far as there is room. Only for an
     /// empty pipe: a full one would say `WouldBlock` as well.
     pub fn fill(&mut self, socket: impl AsFd) -> io::Result<Fill> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "fake"))]
         if let Some(filled) = super::fake::fill(&socket, &self.ends.write) {
             let (bytes, left) = filled?;
             self.holds += bytes;
@@ -128,7 +128,7 @@ impl Pipe {
 
     /// Sends what is in it, as far as `socket` has room.
     pub fn drain(&mut self, socket: impl AsFd) -> io::Result<usize> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "fake"))]
         if let Some(drained) = super::fake::drain(&socket, &self.ends.read) {
             return drained.inspect(|moved| self.holds -= moved);
         }

@@ -4,7 +4,7 @@
 //! Used by the workers. Every call is one system call unless its name says
 //! otherwise; errors come back as they are, for `errno` to judge.
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fake"))]
 use super::fake;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
@@ -73,7 +73,7 @@ pub fn connect_from(source: Option<IpAddr>, peer: Peer<'_>) -> io::Result<(Owned
         Peer::Tcp(tcp) => (Domain::for_address(tcp), Some(Protocol::TCP), SockAddr::from(tcp)),
         Peer::Unix(path) => (Domain::UNIX, None, SockAddr::unix(unix_name(path))?),
     };
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(socket) = peer.as_socket().and_then(fake::socket) {
         return connect_faked(socket?);
     }
@@ -117,7 +117,7 @@ pub fn start_at(socket: impl AsFd, source: IpAddr) -> io::Result<()> {
     SockRef::from(&socket).bind(&SockAddr::from(SocketAddr::new(source, 0)))
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fake"))]
 fn connect_faked(socket: OwnedFd) -> io::Result<(OwnedFd, Connecting)> {
     match fake::connect(&socket) {
         Some(Err(error)) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
@@ -137,7 +137,7 @@ pub fn connect_and_look(
     if how_far == Connecting::Done || !address.ip().is_loopback() {
         return Ok((socket, how_far));
     }
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::connect(&socket) {
         return match answer {
             Ok(()) => Ok((socket, Connecting::Done)),
@@ -157,7 +157,7 @@ pub fn connect_and_look(
 
 /// How a connect that was pending ended, once the socket has become writable.
 pub fn connect_result(socket: impl AsFd) -> io::Result<()> {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::take_error(&socket) {
         return answer;
     }
@@ -170,7 +170,7 @@ pub fn connect_result(socket: impl AsFd) -> io::Result<()> {
 /// Receives what there is into `buffer`; `Ok(0)` is the peer's FIN.
 #[inline]
 pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::receive(&socket, buffer) {
         return answer;
     }
@@ -181,7 +181,7 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
 /// Looks at what there is, as far as it goes into `buffer`, and leaves it to be
 /// received; `Ok(0)` is the peer's FIN.
 pub fn peek(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::peek(&socket, buffer) {
         return answer;
     }
@@ -200,7 +200,7 @@ pub fn discard(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
 /// Sends as much of `bytes` as there is room for.
 #[inline]
 pub fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::send(&socket, bytes) {
         return answer;
     }
@@ -209,7 +209,7 @@ pub fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
 
 /// Sends FIN behind whatever is queued (RFC 9293 section 3.6: half-close).
 pub fn shutdown_write(socket: impl AsFd) -> io::Result<()> {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::shutdown_write(&socket) {
         return answer;
     }
@@ -221,7 +221,7 @@ pub fn shutdown_write(socket: impl AsFd) -> io::Result<()> {
 /// connection was cut (socket(7), SO_LINGER with a time of zero). On a Unix
 /// socket it is a plain close, which has the same effect there.
 pub fn reset(socket: OwnedFd) {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if fake::reset_on_close(&socket).is_some() {
         return;
     }
@@ -258,7 +258,7 @@ fn is_near(socket: &Socket) -> bool {
 
 /// Makes the last close of `socket` a reset, as [`reset`] does at once.
 pub fn reset_on_close(socket: impl AsFd) {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if fake::reset_on_close(&socket).is_some() {
         return;
     }
@@ -268,7 +268,7 @@ pub fn reset_on_close(socket: impl AsFd) {
 /// Tears the connection down without closing the descriptor: the peer gets RST
 /// (connect(2), AF_UNSPEC), and whoever waits on the socket is woken.
 pub fn tear_down(socket: impl AsFd) {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if fake::tear_down(&socket).is_some() {
         return;
     }
@@ -304,7 +304,7 @@ const KERNEL_TICK_MAX: Duration = Duration::from_millis(10);
 pub fn delivery(socket: impl AsFd) -> Delivery {
     /// `TCP_CLOSE` of `net/tcp_states.h`.
     const CLOSE: u8 = 7;
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::delivery(&socket) {
         return answer;
     }
@@ -325,7 +325,7 @@ pub fn delivery(socket: impl AsFd) -> Delivery {
 
 /// Bytes that wait at the socket to be received; 0 where that cannot be told.
 pub fn unread(socket: impl AsFd) -> u64 {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::unread(&socket) {
         return answer;
     }
@@ -369,7 +369,7 @@ pub fn set_liveness(
     keepalive: Option<Duration>,
     user_timeout: Option<Duration>,
 ) -> io::Result<()> {
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::set_option(&socket) {
         return answer;
     }

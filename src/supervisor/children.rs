@@ -6,9 +6,7 @@ use super::message::Order;
 use super::program::Program;
 use super::reexec::FileId;
 use super::{link, manager, store};
-use crate::net::fd_channel;
-use crate::net::packets::{FDS_MAX, Packets};
-use crate::supervisor::reexec;
+use crate::reexec;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::Pid;
@@ -18,6 +16,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use tidegate_net::fd_channel;
+use tidegate_net::packets::{FDS_MAX, Packets};
 
 /// How long a child that does not read its messages may hold the supervisor up. It has a
 /// thread for that.
@@ -122,7 +122,7 @@ impl Child {
 
     /// A process that has ended is not reaped yet, so that the number is its own.
     pub(super) fn signal(&self, signal: rustix::process::Signal) {
-        let _ = crate::net::signals::send(self.pid, signal);
+        let _ = tidegate_net::signals::send(self.pid, signal);
     }
 
     pub(super) fn hold(&mut self, name: String, sockets: Vec<OwnedFd>) {

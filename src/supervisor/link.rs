@@ -5,14 +5,14 @@
 
 use super::message::{Order, Report, Wish};
 use super::store::{STORES, Store};
-use crate::net::fd_channel;
-use crate::net::packets::{FDS_MAX, Packet, Packets};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
+use tidegate_net::fd_channel;
+use tidegate_net::packets::{FDS_MAX, Packet, Packets};
 
 /// Names the descriptor that leads to the supervisor.
 pub(super) const MARK: &str = "TIDEGATE_SUPERVISOR";
@@ -136,7 +136,7 @@ impl Link {
     ///
     /// # Errors
     /// There will be none; why.
-    pub(crate) fn start(
+    pub fn start(
         self: &Arc<Link>,
         channel: &OwnedFd,
         stderr: &OwnedFd,

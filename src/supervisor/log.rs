@@ -6,11 +6,11 @@
 //! and no level. It never waits for a reader: a full pipe costs the line, and the next
 //! line that is written says in `lines_lost` how many there were.
 
-use crate::logging::logfmt::Logfmt;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
+use tidegate_logging::logfmt::Logfmt;
 use tracing::level_filters::LevelFilter;
 
 /// Longest line. A pipe that can be written to at all takes so much at once (pipe(7),

@@ -5,7 +5,6 @@
 //! `NOTIFY_SOCKET`, sent without waiting; one that is lost is lost, and the log names the
 //! first in a row. Without that variable nothing is sent.
 
-use crate::net::clock;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::linux::net::SocketAddrExt;
@@ -13,6 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tidegate_net::clock;
 
 /// Where to send.
 pub(super) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";

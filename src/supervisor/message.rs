@@ -39,11 +39,11 @@ pub(super) enum Report {
 
 /// What another successor than usual is to be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Wish {
+pub struct Wish {
     /// This program.
-    pub(crate) binary: Option<PathBuf>,
+    pub binary: Option<PathBuf>,
     /// With this configuration file.
-    pub(crate) config: Option<PathBuf>,
+    pub config: Option<PathBuf>,
 }
 
 /// What the supervisor tells a process.

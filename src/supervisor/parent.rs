@@ -10,17 +10,17 @@ use super::pid_file::PidFile;
 use super::program::Program;
 use super::reexec::Renewal;
 use super::{log, store};
-use crate::net::clock;
-use crate::net::fd_channel::FDS_MAX;
-use crate::net::limits;
-use crate::net::packets::Packet;
-use crate::net::signals::{SignalQueue, Taken};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, wait};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
+use tidegate_net::fd_channel::FDS_MAX;
+use tidegate_net::limits;
+use tidegate_net::packets::Packet;
+use tidegate_net::signals::{SignalQueue, Taken};
 
 /// Processes in a row that may end before they serve.
 const FAILED_STARTS_MAX: u8 = 5;

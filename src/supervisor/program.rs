@@ -41,7 +41,7 @@ impl Program {
 
     /// This program, or `binary` in its place; with `config` in the place of its
     /// configuration file.
-    pub(crate) fn wished(&self, binary: Option<&Path>, config: Option<&Path>) -> Program {
+    pub fn wished(&self, binary: Option<&Path>, config: Option<&Path>) -> Program {
         let mut wished = self.clone();
         if let Some(binary) = binary {
             wished.file = self.directory().join(binary).into();
@@ -60,7 +60,7 @@ impl Program {
     ///
     /// # Errors
     /// In words: there is no program.
-    pub(crate) fn command(&self) -> Result<Command, String> {
+    pub fn command(&self) -> Result<Command, String> {
         let path = self.path()?;
         let mut command = Command::new(path);
         command.arg0(&self.name).args(&self.arguments);
@@ -71,7 +71,7 @@ impl Program {
     ///
     /// # Errors
     /// In words: there is no program.
-    pub(crate) fn path(&self) -> Result<PathBuf, String> {
+    pub fn path(&self) -> Result<PathBuf, String> {
         let path = self.find(std::env::var_os("PATH").as_deref());
         check(&path)?;
         Ok(path)

@@ -36,8 +36,6 @@ use super::parent::Parent;
 use super::pid_file::PidFile;
 use super::state::{BYTES_MAX, Described, State, VERSION};
 use super::store;
-use crate::net::clock;
-use crate::net::fd_channel::take_inherited;
 use nix::unistd::execve;
 use rustix::fs::{MemfdFlags, memfd_create, stat};
 use rustix::io::{FdFlags, fcntl_setfd, ioctl_fionbio};
@@ -53,6 +51,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
+use tidegate_net::fd_channel::take_inherited;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Names the descriptor of the state that is to be taken over.

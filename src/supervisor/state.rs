@@ -8,12 +8,12 @@
 //! checked when it is read, in the trial and again when it is taken over.
 
 use super::program::Program;
-use crate::net::{fd_channel, packets};
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::os::fd::RawFd;
+use tidegate_net::{fd_channel, packets};
 
 /// Of the format. A program that changes the format counts it up, and goes on to read
 /// those before or refuses them.

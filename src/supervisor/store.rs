@@ -5,12 +5,12 @@
 //! Made by `parent`, written and read by `app`. Each store is two files, written in
 //! turn: a process killed in the middle of a write leaves the other one whole.
 
-use crate::net::packets::FDS_MAX;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use tidegate_net::packets::FDS_MAX;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Operators' intents, all else that is known, and the texts of the configuration in

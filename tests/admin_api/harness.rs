@@ -12,15 +12,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tidegate::core::control::OperatorError;
-use tidegate::core::health::Intent;
-use tidegate::core::metrics::counters::WorkerCounters;
-use tidegate::core::model::{Admin, AdminListen};
-use tidegate::daemon::admin::{
+use tidegate_core::control::OperatorError;
+use tidegate_core::health::Intent;
+use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::model::{Admin, AdminListen};
+use tidegate_daemon::admin::{
     self, Problem, Readiness, ReloadError, Reloaded, Request, Token, TokenStore, UpgradeError,
     Upgraded,
 };
-use tidegate::net::clock;
+use tidegate_net::clock;
 use tokio::sync::{mpsc, oneshot};
 
 pub(crate) const TOKEN: &str = "a-token-of-fair-length";

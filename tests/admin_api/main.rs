@@ -13,9 +13,9 @@ use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tidegate::core::model::Admin;
-use tidegate::daemon::admin::{self, Token};
-use tidegate::net::clock;
+use tidegate_core::model::Admin;
+use tidegate_daemon::admin::{self, Token};
+use tidegate_net::clock;
 
 // --- endpoints ---
 

@@ -16,10 +16,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
-use tidegate::core::balance::in_flight::InFlight;
-use tidegate::core::balance::latency::Latency;
-use tidegate::core::balance::{Balancer, Candidate, PickError, PickKey};
-use tidegate::core::model::Policy;
+use tidegate_core::balance::in_flight::InFlight;
+use tidegate_core::balance::latency::Latency;
+use tidegate_core::balance::{Balancer, Candidate, PickError, PickKey};
+use tidegate_core::model::Policy;
 
 // === helpers ===
 

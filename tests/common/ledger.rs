@@ -8,9 +8,9 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
-use tidegate::lab::ledger;
+use tidegate_lab::ledger;
 
-pub use tidegate::lab::ledger::Sizes;
+pub use tidegate_lab::ledger::Sizes;
 
 /// Both ends' records and the count of streams.
 pub struct Ledger(ledger::Ledger);

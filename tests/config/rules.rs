@@ -1,7 +1,7 @@
 //! What rules mean and which have no effect: ranges, binds, keys that need others.
 
 use super::*;
-use tidegate::core::limits::access_list::Access;
+use tidegate_core::limits::access_list::Access;
 
 #[test]
 fn keys_for_senders_that_may_not_register_are_warned_of() {
@@ -65,8 +65,8 @@ fn a_star_is_both_families_and_interfaces_may_be_named() {
     );
     assert_eq!(config.pools[0].backends[0].address.to_string(), "unix:@name");
     let probe = config.pools[0].probe.as_ref().unwrap();
-    let tidegate::core::model::ProbeKind::SendExpect { expect, .. } = &probe.kind else {
+    let tidegate_core::model::ProbeKind::SendExpect { expect, .. } = &probe.kind else {
         panic!("{probe:?}")
     };
-    assert_eq!(*expect, tidegate::core::model::Expect::Contains(b"role:master".to_vec()));
+    assert_eq!(*expect, tidegate_core::model::Expect::Contains(b"role:master".to_vec()));
 }

@@ -14,16 +14,16 @@ use std::collections::{HashMap, HashSet, hash_map::DefaultHasher};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate::core::balance::PickKey;
-use tidegate::core::balance::in_flight::InFlight;
-use tidegate::core::balance::trial::TrialPhase;
-use tidegate::core::control::handover::Saved;
-use tidegate::core::control::{Controller, Effect, Event, Origin, ProbeToken};
-use tidegate::core::health::{ConnectFailure, Intent, ProbeOutcome};
-use tidegate::core::model::*;
-use tidegate::core::table::state::{BackendId, FrontendState};
-use tidegate::core::table::{Reserved, Table};
-use tidegate::dataplane::accept::admission;
+use tidegate_core::balance::PickKey;
+use tidegate_core::balance::in_flight::InFlight;
+use tidegate_core::balance::trial::TrialPhase;
+use tidegate_core::control::handover::Saved;
+use tidegate_core::control::{Controller, Effect, Event, Origin, ProbeToken};
+use tidegate_core::health::{ConnectFailure, Intent, ProbeOutcome};
+use tidegate_core::model::*;
+use tidegate_core::table::state::{BackendId, FrontendState};
+use tidegate_core::table::{Reserved, Table};
+use tidegate_dataplane::accept::admission;
 
 const SEEDS: u64 = 30;
 const STEPS: usize = 300;
@@ -371,7 +371,7 @@ impl World {
 
 #[test]
 fn what_must_hold_holds_whatever_comes_and_however_clocks_jump() {
-    let start = tidegate::net::clock::now() + Duration::from_secs(10_000_000);
+    let start = tidegate_net::clock::now() + Duration::from_secs(10_000_000);
     let seeds = match number("SIM_SEED") {
         Some(seed) => seed..seed + 1,
         None => 0..number("SIM_SEEDS").unwrap_or(SEEDS),
@@ -392,7 +392,7 @@ fn what_must_hold_holds_whatever_comes_and_however_clocks_jump() {
 
 #[test]
 fn the_same_seed_gives_the_same_world() {
-    let start = tidegate::net::clock::now() + Duration::from_secs(10_000_000);
+    let start = tidegate_net::clock::now() + Duration::from_secs(10_000_000);
     for seed in 0..6 {
         let _guard = SeedGuard(seed);
         assert_eq!(World::run(seed, start).0, World::run(seed, start).0);

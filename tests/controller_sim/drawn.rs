@@ -5,7 +5,7 @@
 use fastrand::Rng;
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate::core::model::*;
+use tidegate_core::model::*;
 
 pub(crate) fn millis(rng: &mut Rng, low: u64, high: u64) -> Duration {
     Duration::from_millis(rng.u64(low..=high))

@@ -11,13 +11,13 @@ use fastrand::Rng;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate::core::control::{Controller, Effect, Event, Origin, ProbeToken, PublishReason};
-use tidegate::core::health::{Calling, Intent, Observation, ProbeOutcome};
-use tidegate::core::model::*;
-use tidegate::core::suspicion::guards::down_max;
-use tidegate::core::table::Table;
-use tidegate::core::table::state::BackendId;
-use tidegate::heartbeat::{Heartbeat, SenderState};
+use tidegate_core::control::{Controller, Effect, Event, Origin, ProbeToken, PublishReason};
+use tidegate_core::health::{Calling, Intent, Observation, ProbeOutcome};
+use tidegate_core::model::*;
+use tidegate_core::suspicion::guards::down_max;
+use tidegate_core::table::Table;
+use tidegate_core::table::state::BackendId;
+use tidegate_heartbeat::{Heartbeat, SenderState};
 
 const INTERVAL: Duration = Duration::from_millis(100);
 const SENDERS: usize = 8;
@@ -331,7 +331,7 @@ pub(crate) fn beat(sender: &Sender, at: Instant) -> Event {
 
 #[test]
 fn the_rules_of_heartbeats_hold_whatever_happens() {
-    let start = tidegate::net::clock::now();
+    let start = tidegate_net::clock::now();
     let seeds = match number("SIM_SEED") {
         Some(seed) => seed..seed + 1,
         None => 0..number("SIM_SEEDS").unwrap_or(SEEDS),

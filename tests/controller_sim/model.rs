@@ -4,13 +4,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate::core::control::{KEPT_FOR, ProbeToken};
-use tidegate::core::health::{Intent, Observation};
-use tidegate::core::model::WhenNoneEligible;
-use tidegate::core::model::{
+use tidegate_core::control::{KEPT_FOR, ProbeToken};
+use tidegate_core::health::{Intent, Observation};
+use tidegate_core::model::WhenNoneEligible;
+use tidegate_core::model::{
     Backend, BackendAddress, Config, EjectionSpec, OnRemoval, Pool, ProbeSpec,
 };
-use tidegate::core::table::state::{BackendId, BackendState};
+use tidegate_core::table::state::{BackendId, BackendState};
 
 /// As the controller documents them.
 const PROBE_LOST_MARGIN: Duration = Duration::from_secs(5);

@@ -4,9 +4,9 @@
 use super::model::{Model, ModelBackend, ModelPool};
 use std::collections::{BTreeSet, HashMap};
 use std::time::Instant;
-use tidegate::core::health::{Intent, Observation};
-use tidegate::core::model::Config;
-use tidegate::core::table::state::BackendId;
+use tidegate_core::health::{Intent, Observation};
+use tidegate_core::model::Config;
+use tidegate_core::table::state::BackendId;
 
 impl ModelPool {
     /// Whether its own backends decide alone.

@@ -5,9 +5,7 @@
 
 use super::link::{Link, MILLI, Micros};
 use std::time::{Duration, Instant};
-use tidegate::core::suspicion::{
-    Answer, Ask, Beat, Channel, HeartbeatDetector, State, Step, TryId,
-};
+use tidegate_core::suspicion::{Answer, Ask, Beat, Channel, HeartbeatDetector, State, Step, TryId};
 
 /// Heartbeats' interval in all simulations.
 pub(crate) const INTERVAL: Micros = 100 * MILLI;

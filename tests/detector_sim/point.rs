@@ -88,7 +88,7 @@ impl Who {
 
 impl Point {
     pub(crate) fn run(self) -> Outcome {
-        let start = tidegate::net::clock::now();
+        let start = tidegate_net::clock::now();
         let mut outcome = match self.who {
             Who::Ours => self.watch(Ours::new(start)),
             Who::Independent => self.watch(Silence::new(Independent::new(start))),

@@ -8,7 +8,7 @@
 use super::judge::{INTERVAL, Judge};
 use super::link::{Link, Micros, SECOND, TRY};
 use std::time::{Duration, Instant};
-use tidegate::core::suspicion::{Arrivals, Beat};
+use tidegate_core::suspicion::{Arrivals, Beat};
 
 /// Gaps remembered by the phi detectors.
 const WINDOW: usize = 1_000;
@@ -287,7 +287,7 @@ impl RiseFall {
 
 /// Checked by `main`: the constants are what they say.
 pub(crate) fn constants_hold() -> bool {
-    use tidegate::core::suspicion::phi;
+    use tidegate_core::suspicion::phi;
     let at = Duration::from_secs_f64(1.0 + EXACT_8 * 0.1);
     let exact = phi::normal(at, Duration::from_secs(1), Duration::from_millis(100));
     let y = LOGISTIC_8;

@@ -2,7 +2,7 @@
 //! the path, or with us.
 
 use super::world::{Doing, Scenario, World};
-use tidegate::core::suspicion::State;
+use tidegate_core::suspicion::State;
 
 fn between(from: u64, to: u64, who: fn(usize) -> bool, what: Doing) -> Scenario {
     Scenario {

@@ -6,7 +6,7 @@
 
 use fastrand::Rng;
 use std::time::{Duration, Instant};
-use tidegate::core::suspicion::{
+use tidegate_core::suspicion::{
     Answer, Ask, Beat, Channel, ChannelGuard, Freeze, Frost, HeartbeatDetector, PathGuard,
     PathView, State, Step, TryId, permit, stalled,
 };
@@ -97,7 +97,7 @@ impl Default for Scenario {
 
 impl World {
     pub(crate) fn play(scenario: Scenario) -> World {
-        let start = tidegate::net::clock::now();
+        let start = tidegate_net::clock::now();
         let mut rng = Rng::with_seed(scenario.seed);
         let mut nodes = Vec::new();
         for (pool, count) in scenario.pools.iter().enumerate() {

@@ -1,5 +1,5 @@
-//! See `tidegate::daemon::fuzz::admin`.
+//! See `tidegate_daemon::fuzz::admin`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate::daemon::fuzz::admin::check(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate_daemon::fuzz::admin::check(data));

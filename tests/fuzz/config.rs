@@ -1,5 +1,5 @@
-//! See `tidegate::daemon::fuzz::config`.
+//! See `tidegate_daemon::fuzz::config`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate::daemon::fuzz::config::check(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate_daemon::fuzz::config::check(data));

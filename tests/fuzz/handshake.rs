@@ -1,5 +1,5 @@
-//! See `tidegate::daemon::fuzz::handshake`.
+//! See `tidegate_daemon::fuzz::handshake`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate::daemon::fuzz::handshake::check(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate_daemon::fuzz::handshake::check(data));

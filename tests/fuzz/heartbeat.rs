@@ -1,5 +1,5 @@
-//! See `tidegate::daemon::fuzz::heartbeat`.
+//! See `tidegate_daemon::fuzz::heartbeat`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate::daemon::fuzz::heartbeat::check(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate_daemon::fuzz::heartbeat::check(data));

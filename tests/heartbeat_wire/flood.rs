@@ -3,10 +3,10 @@
 use crate::place::{receiver, secret, settings};
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
-use tidegate::daemon::heartbeat::verify::Reject;
-use tidegate::heartbeat::SenderState;
-use tidegate::heartbeat::sender::Sender;
-use tidegate::heartbeat::wire::{Draft, Identity, encode};
+use tidegate_daemon::heartbeat::verify::Reject;
+use tidegate_heartbeat::SenderState;
+use tidegate_heartbeat::sender::Sender;
+use tidegate_heartbeat::wire::{Draft, Identity, encode};
 
 /// Forged datagrams a second; an unoptimised build cannot make as many.
 const RATE: u64 = if cfg!(debug_assertions) { 20_000 } else { 100_000 };

@@ -4,11 +4,11 @@ use crate::wait::eventually_some;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
-use tidegate::daemon::heartbeat::receive::{Arrived, Receiver};
-use tidegate::daemon::heartbeat::verify::{Gate, Limits};
-use tidegate::heartbeat::keys::{Key, KeyRing, Secret};
-use tidegate::heartbeat::sender::Settings;
-use tidegate::heartbeat::wire::Identity;
+use tidegate_daemon::heartbeat::receive::{Arrived, Receiver};
+use tidegate_daemon::heartbeat::verify::{Gate, Limits};
+use tidegate_heartbeat::keys::{Key, KeyRing, Secret};
+use tidegate_heartbeat::sender::Settings;
+use tidegate_heartbeat::wire::Identity;
 
 pub const SECRET: [u8; 32] = [b'k'; 32];
 

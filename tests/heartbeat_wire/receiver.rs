@@ -4,10 +4,10 @@ use crate::place::{PATIENCE, gate, heard, key, receiver, secret, settings};
 use crate::wait::eventually;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
-use tidegate::daemon::heartbeat::receive::Receiver;
-use tidegate::daemon::heartbeat::verify::Reject;
-use tidegate::heartbeat::keys::{Key, KeyRing};
-use tidegate::heartbeat::sender::Sender;
+use tidegate_daemon::heartbeat::receive::Receiver;
+use tidegate_daemon::heartbeat::verify::Reject;
+use tidegate_heartbeat::keys::{Key, KeyRing};
+use tidegate_heartbeat::sender::Sender;
 
 #[test]
 fn heartbeats_are_counted_by_what_became_of_them() {

@@ -3,9 +3,9 @@
 use crate::place::{heard, receiver, settings};
 use std::net::UdpSocket;
 use std::time::Duration;
-use tidegate::heartbeat::SenderState;
-use tidegate::heartbeat::sender::{STOPPING_COUNT, Sender, Settings};
-use tidegate::heartbeat::wire::Parsed;
+use tidegate_heartbeat::SenderState;
+use tidegate_heartbeat::sender::{STOPPING_COUNT, Sender, Settings};
+use tidegate_heartbeat::wire::Parsed;
 
 #[test]
 fn heartbeats_come_at_their_interval_with_nothing_missing() {

@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use tidegate::heartbeat::SenderState;
+use tidegate_heartbeat::SenderState;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_tidegate");
 
@@ -63,7 +63,7 @@ fn a_service_is_ready_only_while_its_check_succeeds() {
     let first = heard(&receiver, "a first", |_| true).heartbeat;
     assert_eq!((first.state, &*first.name), (SenderState::Starting, "a"));
     let is = |state| {
-        move |one: &tidegate::daemon::heartbeat::receive::Arrived| one.heartbeat.state == state
+        move |one: &tidegate_daemon::heartbeat::receive::Arrived| one.heartbeat.state == state
     };
 
     place.listen(16).unwrap();

@@ -389,7 +389,7 @@ fn no_secret_shows_in_anything_the_balancer_says() {
     let config = file("t.toml").display().to_string();
     let check = Command::new(PROGRAM).args(["check", "--config", &config]).output().unwrap();
     said.push(format!("{check:?}"));
-    said.push(format!("{:?}", tidegate::config::load(&file("t.toml")).unwrap()));
+    said.push(format!("{:?}", tidegate_config::load(&file("t.toml")).unwrap()));
     // A wrong key file is told without what is in it.
     fs::write(file("key"), "short-key").unwrap();
     said.push(cli(&["reload"]));

@@ -17,10 +17,10 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, UNIX_EPOCH};
-use tidegate::heartbeat::SenderState;
-use tidegate::heartbeat::keys::Secret;
-use tidegate::heartbeat::sender::{Sender, Settings};
-use tidegate::heartbeat::wire::{Draft, Identity, encode};
+use tidegate_heartbeat::SenderState;
+use tidegate_heartbeat::keys::Secret;
+use tidegate_heartbeat::sender::{Sender, Settings};
+use tidegate_heartbeat::wire::{Draft, Identity, encode};
 
 on_every_engine!(
     a_signed_sender_joins_serves_and_leaves_without_a_session_lost,

@@ -9,9 +9,9 @@ use crate::common::{eventually, measured, ms, secs, turn};
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tidegate::heartbeat::SenderState;
-use tidegate::heartbeat::keys::Secret;
-use tidegate::heartbeat::wire::{Draft, Identity, encode};
+use tidegate_heartbeat::SenderState;
+use tidegate_heartbeat::keys::Secret;
+use tidegate_heartbeat::wire::{Draft, Identity, encode};
 
 /// Forged datagrams a second; an unoptimised build cannot make and refuse as
 /// many.

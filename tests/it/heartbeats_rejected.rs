@@ -15,9 +15,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::UNIX_EPOCH;
-use tidegate::heartbeat::SenderState;
-use tidegate::heartbeat::keys::Secret;
-use tidegate::heartbeat::wire::{Draft, Identity, encode};
+use tidegate_heartbeat::SenderState;
+use tidegate_heartbeat::keys::Secret;
+use tidegate_heartbeat::wire::{Draft, Identity, encode};
 
 /// A sender by hand, whose clock and secret may be wrong.
 struct Mouth {

@@ -12,9 +12,9 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tidegate::heartbeat::SenderState;
-use tidegate::heartbeat::keys::Secret;
-use tidegate::heartbeat::wire::{Draft, Identity, encode};
+use tidegate_heartbeat::SenderState;
+use tidegate_heartbeat::keys::Secret;
+use tidegate_heartbeat::wire::{Draft, Identity, encode};
 
 /// Between heartbeats.
 const INTERVAL: Duration = ms(100);

@@ -207,7 +207,7 @@ mod alone {
             return;
         }
         const COUNT: usize = 1_000;
-        tidegate::net::limits::raise_descriptor_limit();
+        tidegate_net::limits::raise_descriptor_limit();
         let open = Open::start(74);
         let _service = open.hosts.backends[0].start_echo();
         let session = open.hosts.client.run(|| client::connect(open.frontend));

@@ -14,10 +14,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tidegate::heartbeat::SenderState;
-use tidegate::heartbeat::keys::Secret;
-use tidegate::heartbeat::sender::{Sender, Settings};
-use tidegate::heartbeat::wire::{Draft, Identity, encode};
+use tidegate_heartbeat::SenderState;
+use tidegate_heartbeat::keys::Secret;
+use tidegate_heartbeat::sender::{Sender, Settings};
+use tidegate_heartbeat::wire::{Draft, Identity, encode};
 
 /// Heartbeats concern the control thread alone: one engine will do.
 #[test]

@@ -117,7 +117,7 @@ fn a_manager_that_cannot_be_told_is_named_once_in_the_log(engine: Engine) {
             let (head, rest) = line.split_at(line.find(" WARN ").expect("a level"));
             let time = head.trim_end().strip_suffix('Z').expect("a time");
             assert!(time.len() == 26 && time.as_bytes()[10] == b'T', "{line}");
-            let wanted = " WARN tidegate::supervisor::manager: the service manager cannot be told";
+            let wanted = " WARN tidegate_supervisor::manager: the service manager cannot be told";
             assert!(rest.starts_with(wanted), "{line}");
             assert!(rest.contains(" error=\"") && rest.contains(error), "{line}");
             assert!(rest.contains(" said=\"READY=1\\nMAINPID="), "{line}");

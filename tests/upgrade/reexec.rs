@@ -246,7 +246,7 @@ fn an_upgrade_to_the_same_file_executes_nothing(engine: Engine) {
     let old = bench.upgrade();
     bench.proxy.wait_gone(old, secs(10));
     std::thread::sleep(ms(500));
-    assert!(!bench.proxy.log().contains("tidegate::supervisor"), "{}", bench.proxy.log());
+    assert!(!bench.proxy.log().contains("tidegate_supervisor"), "{}", bench.proxy.log());
     bench.proxy.rebaseline();
 }
 

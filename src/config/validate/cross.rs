@@ -10,9 +10,9 @@ use super::frontend::FrontendRead;
 use super::globals::AdminRead;
 use super::pool::PoolRead;
 use super::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
-use crate::config::diagnose::Report;
-use crate::config::value::{Complaint, did_you_mean_or, shown};
-use crate::core::model::{AdminListen, BackendAddress};
+use crate::diagnose::Report;
+use crate::value::{Complaint, did_you_mean_or, shown};
+use tidegate_core::model::{AdminListen, BackendAddress};
 
 pub(super) fn check(
     report: &Report<'_>,

@@ -11,13 +11,11 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::{CONNECTIONS_MAX, sources};
-use crate::config::address;
-use crate::config::file::{Field, Named, Section};
-use crate::config::value::{
-    self, Complaint, DurationRange, STALLED, TIME, USER_TIMEOUT, show_duration,
-};
-use crate::config::{NamedFiles, Spot};
-use crate::core::model::{BindOptions, Frontend};
+use crate::address;
+use crate::file::{Field, Named, Section};
+use crate::value::{self, Complaint, DurationRange, STALLED, TIME, USER_TIMEOUT, show_duration};
+use crate::{NamedFiles, Spot};
+use tidegate_core::model::{BindOptions, Frontend};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);

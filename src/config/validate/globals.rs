@@ -10,11 +10,11 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::CONNECTIONS_MAX;
-use crate::config::Spot;
-use crate::config::address;
-use crate::config::file::{Field, Section};
-use crate::config::value::{self, BUFFERS, Complaint, SPIN, TIME, UPGRADE, shown};
-use crate::core::model::{
+use crate::Spot;
+use crate::address;
+use crate::file::{Field, Section};
+use crate::value::{self, BUFFERS, Complaint, SPIN, TIME, UPGRADE, shown};
+use tidegate_core::model::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
     Process, Sandbox,
 };

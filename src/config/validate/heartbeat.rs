@@ -15,14 +15,14 @@ use super::frontend::{addresses, one_or_more};
 use super::globals::{duration, file_path};
 use super::pool::PoolRead;
 use super::sources::range;
-use crate::config::diagnose::Report;
-use crate::config::file::Section;
-use crate::config::value::{self, Complaint, HEARTBEAT_INTERVAL, did_you_mean_or};
-use crate::config::value::{show_duration, shown};
-use crate::config::{NamedFiles, Spot};
-use crate::core::model::{HeartbeatKey, HeartbeatSpec, Heartbeats, WEIGHT_MAX};
-use crate::heartbeat::key_file::{self, KeyFileError, Unfit};
-use crate::heartbeat::keys::{SECRET_BYTES_MAX, SECRET_BYTES_MIN, Secret};
+use crate::diagnose::Report;
+use crate::file::Section;
+use crate::value::{self, Complaint, HEARTBEAT_INTERVAL, did_you_mean_or};
+use crate::value::{show_duration, shown};
+use crate::{NamedFiles, Spot};
+use tidegate_core::model::{HeartbeatKey, HeartbeatSpec, Heartbeats, WEIGHT_MAX};
+use tidegate_heartbeat::key_file::{self, KeyFileError, Unfit};
+use tidegate_heartbeat::keys::{SECRET_BYTES_MAX, SECRET_BYTES_MIN, Secret};
 
 /// Each costs a socket and a place in the receiver's poll set.
 const LISTEN_MAX: usize = 16;

@@ -18,7 +18,7 @@ use super::NamedFiles;
 use super::diagnose::Report;
 use super::file::Section;
 use super::value::Complaint;
-use crate::core::model::Config;
+use tidegate_core::model::Config;
 
 /// Most frontends: each costs a listener per bind and worker.
 pub const FRONTENDS_MAX: usize = 4_096;

@@ -13,11 +13,11 @@ use toml::de::DeValue;
 
 use super::globals::duration;
 use super::{CONNECTIONS_MAX, POOL_SOURCES_MAX, frontend, heartbeat, probe};
-use crate::config::Spot;
-use crate::config::address;
-use crate::config::file::{Field, Named, Section};
-use crate::config::value::{self, Complaint, SLOW_START, shown};
-use crate::core::model::{
+use crate::Spot;
+use crate::address;
+use crate::file::{Field, Named, Section};
+use crate::value::{self, Complaint, SLOW_START, shown};
+use tidegate_core::model::{
     Backend, BackendAddress, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, Pool, WEIGHT_MAX,
     WhenNoneEligible,
 };

@@ -10,9 +10,9 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::globals::duration;
-use crate::config::file::{Field, Section};
-use crate::config::value::{self, Complaint, show_duration, shown};
-use crate::core::model::{Expect, ProbeKind, ProbeSpec};
+use crate::file::{Field, Section};
+use crate::value::{self, Complaint, show_duration, shown};
+use tidegate_core::model::{Expect, ProbeKind, ProbeSpec};
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST_INTERVAL: Duration = Duration::from_millis(500);

@@ -16,12 +16,12 @@ use toml::Spanned;
 use super::CONNECTIONS_MAX;
 use super::frontend::any_number;
 use super::globals::file_path;
-use crate::config::file::{Field, Section};
-use crate::config::value::{self, Complaint, shown};
-use crate::config::{NamedFiles, source};
-use crate::core::limits::access_list::AccessList;
-use crate::core::limits::client_sources::{Rate, SourceLimits};
-use crate::core::model::SourceRules;
+use crate::file::{Field, Section};
+use crate::value::{self, Complaint, shown};
+use crate::{NamedFiles, source};
+use tidegate_core::limits::access_list::AccessList;
+use tidegate_core::limits::client_sources::{Rate, SourceLimits};
+use tidegate_core::model::SourceRules;
 
 /// Ranges in all lists of one frontend: ten times the longest blocklists in
 /// common use, and 30 MiB of memory at the worst moment.

@@ -4,7 +4,7 @@
 //! `least-connections` pools; read by every pick of those. It knows weights
 //! only, never load.
 
-use crate::core::balance::random_stream::Draws;
+use crate::balance::random_stream::Draws;
 
 /// Walker's alias method as built by Vose ("A linear algorithm for generating
 /// random numbers with a given distribution", 1991), in integers: each of the

@@ -312,7 +312,7 @@ mod tests {
 #[cfg(all(test, tidegate_loom))]
 mod loom_models {
     use super::*;
-    use crate::core::balance::count::cleared;
+    use crate::balance::count::cleared;
     use loom::sync::atomic::AtomicU32 as Inside;
     use loom::thread;
     use std::sync::Arc;

@@ -9,7 +9,7 @@ use super::scan::Load;
 use super::slow_start::Passed;
 use super::two_choices::TwoChoices;
 use super::{Candidate, scan};
-use crate::core::balance::random_stream::Draws;
+use crate::balance::random_stream::Draws;
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::Ordering;
 #[cfg(not(tidegate_loom))]

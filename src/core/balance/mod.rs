@@ -34,8 +34,8 @@ mod source_hash;
 pub mod trial;
 mod two_choices;
 
-use crate::core::balance::random_stream::Draws;
-use crate::core::model::{HASH_SLOTS, Policy};
+use crate::balance::random_stream::Draws;
+use crate::model::{HASH_SLOTS, Policy};
 use crossbeam::utils::CachePadded;
 use in_flight::InFlight;
 use latency::Latency;
@@ -77,7 +77,7 @@ pub struct PickKey {
     /// Fresh random bits. They are mixed before use, so a counter that starts
     /// at random will do.
     pub draw: u64,
-    /// The time of the pick, in milliseconds of [`crate::net::clock::millis`]
+    /// The time of the pick, in milliseconds of [`tidegate_net::clock::millis`]
     /// (`peak-ewma` fades its estimates by it).
     pub at: u64,
 }

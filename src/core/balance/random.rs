@@ -7,7 +7,7 @@
 use super::alias::AliasTable;
 use super::slow_start::Passed;
 use super::{Candidate, scan};
-use crate::core::balance::random_stream::Draws;
+use crate::balance::random_stream::Draws;
 
 /// Draws before every candidate is looked at; with half of the weight out of
 /// reach, one pick in 256 gets there.

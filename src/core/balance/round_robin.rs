@@ -10,8 +10,8 @@
 use super::position::Position;
 use super::slow_start::Passed;
 use super::{Candidate, Turn, scan};
-use crate::core::balance::random_stream::Draws;
-use crate::core::balance::smooth_sequence;
+use crate::balance::random_stream::Draws;
+use crate::balance::smooth_sequence;
 use std::sync::Arc;
 
 /// Places one pick may take when those it got belong to somebody it cannot

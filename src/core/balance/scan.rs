@@ -6,7 +6,7 @@
 
 use super::Candidate;
 use super::slow_start::Passed;
-use crate::core::balance::random_stream::Draws;
+use crate::balance::random_stream::Draws;
 use std::cmp::Ordering;
 
 /// Scans repeated because the chosen one filled up meanwhile. Each repeat means

@@ -12,7 +12,7 @@
 //! and nothing is drawn.
 
 use super::Candidate;
-use crate::core::balance::random_stream::Draws;
+use crate::balance::random_stream::Draws;
 
 /// The candidates in their slow start, in a pool that has others as well.
 #[derive(Debug)]

@@ -21,7 +21,7 @@
 
 use super::Candidate;
 use super::maglev::Preference;
-use crate::core::balance::maglev;
+use crate::balance::maglev;
 use std::net::IpAddr;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 

@@ -9,8 +9,8 @@ use super::Candidate;
 use super::alias::AliasTable;
 use super::scan::Load;
 use super::slow_start::Passed;
-use crate::core::balance::random_stream::Draws;
-use crate::core::balance::scan;
+use crate::balance::random_stream::Draws;
+use crate::balance::scan;
 
 /// Pairs drawn before every candidate is looked at.
 const PAIRS_MAX: usize = 4;

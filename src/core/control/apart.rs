@@ -8,14 +8,14 @@
 //! that every pick looks at ([`InFlight::shut`]), so no table has to be waited for.
 //! Nothing here starts a thread.
 //!
-//! [`InFlight::shut`]: crate::core::balance::in_flight::InFlight::shut
+//! [`InFlight::shut`]: crate::balance::in_flight::InFlight::shut
 
 use super::publish::Standing;
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, PoolEntry, PoolId, PublishReason};
-use crate::core::table::PoolTable;
-use crate::core::table::build::{BackendInput, PoolBuild, PoolBuilt, PoolInput};
-use crate::core::table::state::{BackendId, BackendState};
+use crate::table::PoolTable;
+use crate::table::build::{BackendInput, PoolBuild, PoolBuilt, PoolInput};
+use crate::table::state::{BackendId, BackendState};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -10,14 +10,14 @@ use super::{
     BackendEntry, Controller, FrontendEntry, Origin, PoolEntry, PoolId, PublishReason, Startup,
     history::History, publish::Standing, suspicion,
 };
-use crate::core::balance::in_flight::Counted;
-use crate::core::health::ejection::Outlier;
-use crate::core::health::probe_detector::Detector;
-use crate::core::health::{BackendHealth, Calling, Intent, Observation, Pulse};
-use crate::core::model;
-use crate::core::model::{BackendAddress, Config, EjectionSpec, OnRemoval, ProbeSpec};
-use crate::core::outcome::RefusedReason;
-use crate::core::table::state::{BackendId, BackendState, FrontendId, FrontendState};
+use crate::balance::in_flight::Counted;
+use crate::health::ejection::Outlier;
+use crate::health::probe_detector::Detector;
+use crate::health::{BackendHealth, Calling, Intent, Observation, Pulse};
+use crate::model;
+use crate::model::{BackendAddress, Config, EjectionSpec, OnRemoval, ProbeSpec};
+use crate::outcome::RefusedReason;
+use crate::table::state::{BackendId, BackendState, FrontendId, FrontendState};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;

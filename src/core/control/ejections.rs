@@ -8,9 +8,9 @@
 
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, Notice, PoolEntry, PoolId};
-use crate::core::health::ConnectFailure;
-use crate::core::model::EjectionSpec;
-use crate::core::table::state::BackendId;
+use crate::health::ConnectFailure;
+use crate::model::EjectionSpec;
+use crate::table::state::BackendId;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

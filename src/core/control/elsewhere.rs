@@ -9,9 +9,9 @@
 
 use super::schedule::{Job, after};
 use super::{BackendEntry, Controller, Effect, Leaving, PoolId};
-use crate::core::model;
-use crate::core::model::{BackendAddress, OnRemoval};
-use crate::core::table::state::{BackendId, BackendState, FrontendState};
+use crate::model;
+use crate::model::{BackendAddress, OnRemoval};
+use crate::table::state::{BackendId, BackendState, FrontendState};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Instant;
@@ -138,7 +138,7 @@ impl Controller {
             self.schedule.set(Job::CutSessions(id), at);
         }
         self.watch_leaving(now);
-        self.left.insert(crate::core::control::removal::identity(&entry), id);
+        self.left.insert(crate::control::removal::identity(&entry), id);
         self.leaving.insert(id, Leaving { entry, cut_at });
         Some(id)
     }

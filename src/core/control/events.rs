@@ -4,14 +4,14 @@
 //! does anything.
 
 use super::apart::BuildToken;
-use crate::core::health::{ConnectFailure, ProbeOutcome, Transition};
-use crate::core::model::{BackendAddress, Config, ProbeSpec};
-use crate::core::table::Table;
-use crate::core::table::build::{PoolBuild, PoolBuilt};
-use crate::core::table::state::BackendId;
-use crate::heartbeat::Heartbeat;
+use crate::health::{ConnectFailure, ProbeOutcome, Transition};
+use crate::model::{BackendAddress, Config, ProbeSpec};
+use crate::table::Table;
+use crate::table::build::{PoolBuild, PoolBuilt};
+use crate::table::state::BackendId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_heartbeat::Heartbeat;
 
 /// Something that happened.
 #[derive(Debug)]

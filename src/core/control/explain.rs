@@ -5,13 +5,13 @@
 
 use super::status::{BackendStatus, Freezing, HeartbeatStatus, backend_status, freezing};
 use super::{Controller, OperatorError, Weight};
-use crate::core::health::probe_detector::State;
-use crate::core::health::recent::{RECENT, Recent};
-use crate::core::health::{Observation, Transition};
-use crate::core::model;
-use crate::core::model::HeartbeatSpec;
-use crate::core::suspicion::rejections::Rejection;
-use crate::core::suspicion::{Channel, PathView};
+use crate::health::probe_detector::State;
+use crate::health::recent::{RECENT, Recent};
+use crate::health::{Observation, Transition};
+use crate::model;
+use crate::model::HeartbeatSpec;
+use crate::suspicion::rejections::Rejection;
+use crate::suspicion::{Channel, PathView};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -11,15 +11,15 @@ use super::{
     BackendEntry, Controller, Effect, Origin, PoolEntry, SavedHeart, SavedIntent, SavedTransition,
     Startup,
 };
-use crate::core::balance::Turn;
-use crate::core::control::publish_pacer::PublishReason;
-use crate::core::control::slow_backends::watched;
-use crate::core::health::ejection::SavedOutlier;
-use crate::core::health::slow_detector::SavedWatch;
-use crate::core::health::{Intent, Observation};
-use crate::core::outcome::RefusedReason;
-use crate::core::table::PoolTable;
-use crate::core::table::state::{BackendId, BackendState, FrontendState};
+use crate::balance::Turn;
+use crate::control::publish_pacer::PublishReason;
+use crate::control::slow_backends::watched;
+use crate::health::ejection::SavedOutlier;
+use crate::health::slow_detector::SavedWatch;
+use crate::health::{Intent, Observation};
+use crate::outcome::RefusedReason;
+use crate::table::PoolTable;
+use crate::table::state::{BackendId, BackendState, FrontendState};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -520,8 +520,7 @@ fn adopt_health(entry: &mut BackendEntry, saved: &SavedBackend, now: Instant) {
 fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBackend {
     let (state, health) = (&entry.state, &entry.health);
     let age = |since: Instant| millis(now.saturating_duration_since(since));
-    let sum =
-        |read: fn(&crate::core::table::state::BackendCounters) -> u64| state.counters.sum(read);
+    let sum = |read: fn(&crate::table::state::BackendCounters) -> u64| state.counters.sum(read);
     SavedBackend {
         name: state.name.to_string(),
         address: state.address_text.to_string(),

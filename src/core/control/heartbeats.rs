@@ -29,15 +29,15 @@ pub use saved::SavedHeart;
 use super::misfits::Misfit;
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, Notice, Origin, PoolId};
-use crate::core::health::Calling;
-use crate::core::model;
-use crate::core::model::{BackendAddress, HeartbeatSpec};
-use crate::core::suspicion::{Beat, HeartbeatDetector, State};
-use crate::core::table::state::BackendId;
-use crate::heartbeat::{Heartbeat, SenderState};
+use crate::health::Calling;
+use crate::model;
+use crate::model::{BackendAddress, HeartbeatSpec};
+use crate::suspicion::{Beat, HeartbeatDetector, State};
+use crate::table::state::BackendId;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_heartbeat::{Heartbeat, SenderState};
 
 /// A sender's own interval counts within these bounds, the configuration's.
 const INTERVAL_MIN: Duration = Duration::from_millis(20);

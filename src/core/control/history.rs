@@ -3,7 +3,7 @@
 //! The controller adds each transition it records. A bounded ring: what is
 //! older than the newest [`TRANSITIONS_MAX`] is only in the log.
 
-use crate::core::health::Transition;
+use crate::health::Transition;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -131,7 +131,7 @@ mod tests {
                 from: "up",
                 to: "down",
                 reason: number.to_string(),
-                at: crate::net::clock::now(),
+                at: tidegate_net::clock::now(),
                 lasted: Duration::ZERO,
             });
         }

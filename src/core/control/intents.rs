@@ -7,8 +7,8 @@
 
 use super::handover::{Saved, SavedBackend, SavedPool, ago, every_backend, millis};
 use super::{BackendEntry, Controller, Effect};
-use crate::core::control::publish_pacer::PublishReason;
-use crate::core::health::Intent;
+use crate::control::publish_pacer::PublishReason;
+use crate::health::Intent;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -235,7 +235,7 @@ mod tests {
 
     #[test]
     fn an_intent_is_kept_for_its_time_and_given_once() {
-        let start = crate::net::clock::now();
+        let start = tidegate_net::clock::now();
         let mut kept = Kept::default();
         let drained = (Intent::Draining, start);
         kept.keep(who("a"), drained, start);
@@ -251,7 +251,7 @@ mod tests {
 
     #[test]
     fn no_more_intents_are_kept_than_the_bound_and_the_newest_stay() {
-        let start = crate::net::clock::now();
+        let start = tidegate_net::clock::now();
         let mut kept = Kept::default();
         for number in 0..KEPT_MAX + 3 {
             kept.keep(who(&number.to_string()), (Intent::Draining, start), start);

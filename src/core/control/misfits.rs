@@ -4,10 +4,10 @@
 //! at most once a minute and sender. They change nothing else.
 
 use super::{Controller, Effect, Notice};
-use crate::core::suspicion::rejections::Rejected;
-use crate::heartbeat::Heartbeat;
+use crate::suspicion::rejections::Rejected;
 use std::sync::Arc;
 use std::time::Instant;
+use tidegate_heartbeat::Heartbeat;
 
 /// Why an authentic heartbeat changed nothing; a closed set, the label of a
 /// metric.

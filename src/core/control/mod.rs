@@ -46,7 +46,7 @@ mod tally;
 pub(crate) mod tests;
 mod trials;
 
-pub use crate::core::control::publish_pacer::PublishReason;
+pub use crate::control::publish_pacer::PublishReason;
 pub use apart::BuildToken;
 pub use events::{Effect, Event, Notice, OperatorError, ProbeLane, ProbeToken};
 pub use heartbeats::SavedHeart;
@@ -59,14 +59,14 @@ pub use status::{
     HeartbeatStatus, PoolStatus,
 };
 
-use crate::core::balance::in_flight::{Counts, Unshared};
-use crate::core::health::{BackendHealth, Intent, Transition};
-use crate::core::model;
-use crate::core::model::ProbeSpec;
-use crate::core::suspicion::rejections::Rejections;
-use crate::core::suspicion::{PathGuard, Ramp};
-use crate::core::table::Table;
-use crate::core::table::state::{BackendId, BackendState, FrontendState};
+use crate::balance::in_flight::{Counts, Unshared};
+use crate::health::{BackendHealth, Intent, Transition};
+use crate::model;
+use crate::model::ProbeSpec;
+use crate::suspicion::rejections::Rejections;
+use crate::suspicion::{PathGuard, Ramp};
+use crate::table::Table;
+use crate::table::state::{BackendId, BackendState, FrontendState};
 use schedule::{Job, Schedule};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
@@ -101,7 +101,7 @@ pub struct Controller {
     /// The same of those that are suspect.
     suspects: BTreeSet<(PoolId, BackendId)>,
     /// The look at first bytes that is under way.
-    round: crate::core::control::slow_backends::Round,
+    round: crate::control::slow_backends::Round,
     /// What operators wanted of backends that have left.
     kept: intents::Kept,
     /// Where our own listeners are bound.
@@ -110,7 +110,7 @@ pub struct Controller {
     ids: Ids,
     table: Arc<Table>,
     local_trouble_noticed: Option<Instant>,
-    pace: crate::core::control::publish_pacer::Pace,
+    pace: crate::control::publish_pacer::Pace,
     builds: apart::Builds,
     guards: suspicion::Guards,
     tallies: tally::Tallies,
@@ -290,14 +290,14 @@ impl Controller {
             left: HashMap::new(),
             out: BTreeSet::new(),
             suspects: BTreeSet::new(),
-            round: crate::core::control::slow_backends::Round::default(),
+            round: crate::control::slow_backends::Round::default(),
             kept: intents::Kept::default(),
             own: Default::default(),
             schedule: Schedule::default(),
             ids: Ids::default(),
             table: Arc::new(publish::empty_table()),
             local_trouble_noticed: None,
-            pace: crate::core::control::publish_pacer::Pace::default(),
+            pace: crate::control::publish_pacer::Pace::default(),
             builds: apart::Builds::default(),
             guards: suspicion::Guards::default(),
             tallies: tally::Tallies::default(),

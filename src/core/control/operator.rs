@@ -7,8 +7,8 @@
 //! before it is put back.
 
 use super::{Controller, OperatorError};
-use crate::core::health::Intent;
-use crate::core::table::state::BackendId;
+use crate::health::Intent;
+use crate::table::state::BackendId;
 use std::time::Instant;
 
 // === impl Controller ===

@@ -6,9 +6,9 @@
 
 use super::schedule::Job;
 use super::{Controller, Effect, Notice, PoolId, ProbeToken, Startup};
-use crate::core::health::probe_detector::Change;
-use crate::core::health::{ConnectFailure, Observation, ProbeOutcome};
-use crate::core::table::state::BackendId;
+use crate::health::probe_detector::Change;
+use crate::health::{ConnectFailure, Observation, ProbeOutcome};
+use crate::table::state::BackendId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -6,9 +6,9 @@
 
 use super::schedule::{Job, after};
 use super::{Controller, Effect, ProbeInFlight, ProbeLane, ProbeToken};
-use crate::core::health::Observation;
-use crate::core::model::ProbeSpec;
-use crate::core::table::state::BackendId;
+use crate::health::Observation;
+use crate::model::ProbeSpec;
+use crate::table::state::BackendId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

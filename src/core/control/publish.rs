@@ -4,12 +4,12 @@
 //! publish: that is the shell's part.
 
 use super::{BackendEntry, Controller, Origin, PoolEntry, PoolId, PublishReason};
-use crate::core::health::{Calling, Intent};
-use crate::core::model;
-use crate::core::model::WhenNoneEligible;
-use crate::core::table::build::{self, BackendInput, FrontendInput, PoolInput};
-use crate::core::table::state::BackendId;
-use crate::core::table::{PoolTable, Table};
+use crate::health::{Calling, Intent};
+use crate::model;
+use crate::model::WhenNoneEligible;
+use crate::table::build::{self, BackendInput, FrontendInput, PoolInput};
+use crate::table::state::BackendId;
+use crate::table::{PoolTable, Table};
 use std::sync::Arc;
 
 /// All that a table says of a backend and that can change between reloads.

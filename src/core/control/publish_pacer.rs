@@ -7,7 +7,7 @@
 
 use super::schedule::Job;
 use super::{Controller, PoolId};
-use crate::core::table::state::BackendId;
+use crate::table::state::BackendId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 

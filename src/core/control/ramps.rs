@@ -12,8 +12,8 @@
 
 use super::schedule::Job;
 use super::{Controller, PoolId};
-use crate::core::suspicion::Ramp;
-use crate::core::table::state::BackendId;
+use crate::suspicion::Ramp;
+use crate::table::state::BackendId;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 

@@ -7,11 +7,11 @@
 use super::configure::Identity;
 use super::schedule::{Job, after};
 use super::{BackendEntry, Controller, Effect, Leaving};
-use crate::core::health::slow_detector::Watch;
-use crate::core::health::{Intent, Transition};
-use crate::core::model;
-use crate::core::model::OnRemoval;
-use crate::core::table::state::BackendId;
+use crate::health::slow_detector::Watch;
+use crate::health::{Intent, Transition};
+use crate::model;
+use crate::model::OnRemoval;
+use crate::table::state::BackendId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -5,7 +5,7 @@
 //! no clock.
 
 use super::PoolId;
-use crate::core::table::state::BackendId;
+use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 

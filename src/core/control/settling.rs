@@ -9,8 +9,8 @@
 
 use super::schedule::{Job, after};
 use super::{BackendEntry, Controller, PoolId, PublishReason};
-use crate::core::health::{Calling, Intent, Observation};
-use crate::core::table::state::BackendId;
+use crate::health::{Calling, Intent, Observation};
+use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;

@@ -9,8 +9,8 @@
 
 use super::schedule::Job;
 use super::{Controller, PoolEntry, PoolId};
-use crate::core::health::slow_detector::{Counts, LOOK_INTERVAL, PoolView, Verdict, Watch};
-use crate::core::table::state::{BackendId, BackendState};
+use crate::health::slow_detector::{Counts, LOOK_INTERVAL, PoolView, Verdict, Watch};
+use crate::table::state::{BackendId, BackendState};
 use std::time::{Duration, Instant};
 
 /// Backends that are looked at in one turn (each is looked at twice in a look): some

@@ -6,9 +6,9 @@
 //! process's connections only, and of closed ones how many it closed first.
 
 use super::Notice;
-use crate::core::model::BackendAddress;
-use crate::core::table::source_addrs::Way;
-use crate::core::table::state::{BackendId, BackendState};
+use crate::model::BackendAddress;
+use crate::table::source_addrs::Way;
+use crate::table::state::{BackendId, BackendState};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -3,11 +3,11 @@
 //! Called by `app` for the admin API. It derives, it never changes anything.
 
 use super::{BackendEntry, Controller, Misfit, Origin, PoolEntry, PublishReason};
-use crate::core::health::{Calling, Intent, Observation, Pulse, Transition};
-use crate::core::model::WhenNoneEligible;
-use crate::core::suspicion::rejections::Rejection;
-use crate::core::suspicion::{Channel, Freeze, Reading};
-use crate::core::table::state::{BackendId, BackendState, FrontendState};
+use crate::health::{Calling, Intent, Observation, Pulse, Transition};
+use crate::model::WhenNoneEligible;
+use crate::suspicion::rejections::Rejection;
+use crate::suspicion::{Channel, Freeze, Reading};
+use crate::table::state::{BackendId, BackendState, FrontendState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -320,10 +320,10 @@ pub(super) fn freezing(freeze: Option<&Freeze>, now: Instant) -> Option<Freezing
     })
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 impl BackendStatus {
     /// A backend of weight 2 about which there is nothing to say.
-    pub(crate) fn plain(state: BackendState) -> BackendStatus {
+    pub fn plain(state: BackendState) -> BackendStatus {
         BackendStatus {
             state: Arc::new(state),
             origin: Origin::File,
@@ -347,10 +347,10 @@ impl BackendStatus {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 impl PoolStatus {
     /// A pool about which there is nothing to say.
-    pub(crate) fn plain(name: &str, backends: Vec<BackendStatus>) -> PoolStatus {
+    pub fn plain(name: &str, backends: Vec<BackendStatus>) -> PoolStatus {
         PoolStatus {
             name: name.into(),
             balance: "random",

@@ -3,25 +3,25 @@
 //!
 //! Called by the controller with heartbeats, with the answers of confirming
 //! probes and at the times the detectors ask for. What a silence is worth is
-//! the detector's to say ([`crate::core::suspicion`]); whether it may have
+//! the detector's to say ([`crate::suspicion`]); whether it may have
 //! consequences is the guards'. Nothing here looks at what a heartbeat asks for.
 
 use super::heartbeats::ttl;
 use super::schedule::Job;
 use super::{Controller, Effect, Notice, Origin, PoolId, ProbeLane, ProbeToken};
-use crate::core::health::{ProbeOutcome, Pulse, REFUSED};
-use crate::core::model;
-use crate::core::model::{HeartbeatSpec, ProbeKind, ProbeSpec};
-use crate::core::suspicion::guards::{Frost, permit, stalled};
-use crate::core::suspicion::{
+use crate::health::{ProbeOutcome, Pulse, REFUSED};
+use crate::model;
+use crate::model::{HeartbeatSpec, ProbeKind, ProbeSpec};
+use crate::suspicion::guards::{Frost, permit, stalled};
+use crate::suspicion::{
     Answer, Arrival, Ask, Beat, Channel, ChannelGuard, PathGuard, State, Step, TRY_TIMEOUT_MAX,
     TRY_TIMEOUT_MIN, Try, TryId,
 };
-use crate::core::table::state::BackendId;
-use crate::heartbeat::SenderState;
+use crate::table::state::BackendId;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_heartbeat::SenderState;
 
 /// Most of a pool that silence may take out where the pool has no ejection of
 /// its own to say it.

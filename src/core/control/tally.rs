@@ -8,8 +8,8 @@
 
 use super::heartbeats::Heart;
 use super::{Controller, PoolId};
-use crate::core::suspicion::{PathGuard, PathView, State};
-use crate::core::table::state::BackendId;
+use crate::suspicion::{PathGuard, PathView, State};
+use crate::table::state::BackendId;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 

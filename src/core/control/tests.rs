@@ -11,15 +11,15 @@ mod settling;
 mod slow_backends;
 
 use super::*;
-use crate::core::balance::trial::TrialPhase;
-use crate::core::health::ejection::TRIAL_LOOK;
-use crate::core::health::{ConnectFailure, Observation, ProbeOutcome};
-use crate::core::model;
-use crate::core::model::{
+use crate::balance::trial::TrialPhase;
+use crate::health::ejection::TRIAL_LOOK;
+use crate::health::{ConnectFailure, Observation, ProbeOutcome};
+use crate::model;
+use crate::model::{
     Admin, AdminListen, Backend, BackendAddress, Config, EjectionSpec, EngineChoice, Frontend, Log,
     LogFormat, LogLevel, OnRemoval, Policy, Pool, ProbeKind, Process, Sandbox, WhenNoneEligible,
 };
-use crate::heartbeat::Heartbeat;
+use tidegate_heartbeat::Heartbeat;
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST: Duration = Duration::from_millis(500);
@@ -57,7 +57,7 @@ fn pool(backends: &[&str]) -> Pool {
     Pool {
         name: "web".into(),
         balance: Policy::WeightedRoundRobin,
-        hash_slots: crate::core::model::HASH_SLOTS,
+        hash_slots: crate::model::HASH_SLOTS,
         source: [].into(),
         connect_timeout: Duration::from_secs(5),
         queue_max: 0,
@@ -129,19 +129,6 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
     })
 }
 
-/// One pool of one backend at `address`, probed each `interval`.
-pub(crate) fn probed_config(address: std::net::SocketAddr, interval: Duration) -> Arc<Config> {
-    let spec = ProbeSpec {
-        interval,
-        fast_interval: interval,
-        timeout: Duration::from_secs(1),
-        ..probe_spec()
-    };
-    let mut pool = Pool { probe: Some(Arc::new(spec)), ..pool(&["a"]) };
-    pool.backends[0].address = BackendAddress::Tcp(address);
-    config(vec![pool])
-}
-
 /// A controller, its clock, and the probes it has asked for.
 struct Bench {
     controller: Controller,
@@ -152,7 +139,7 @@ struct Bench {
 
 impl Bench {
     fn new(pool: Pool) -> Bench {
-        let now = crate::net::clock::now();
+        let now = tidegate_net::clock::now();
         let controller = Controller::new(2, 1);
         let mut bench = Bench { controller, began: now, now, asked: vec![] };
         bench.configure(pool);

@@ -8,8 +8,8 @@
 
 use super::schedule::Job;
 use super::{BackendEntry, Controller, Effect, PoolId};
-use crate::core::health::ejection::{TRIAL_LOOK, TrialEnd};
-use crate::core::table::state::BackendId;
+use crate::health::ejection::{TRIAL_LOOK, TrialEnd};
+use crate::table::state::BackendId;
 use std::time::Instant;
 
 // === impl Controller ===

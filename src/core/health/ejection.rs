@@ -23,9 +23,9 @@
 //! too: it has failed where a first byte is expected (`slow_first_byte`), and
 //! passed where some may take their time.
 
-use crate::core::balance::trial::TrialPhase;
-use crate::core::health::probe_detector::ConnectRow;
-use crate::core::model::EjectionSpec;
+use crate::balance::trial::TrialPhase;
+use crate::health::probe_detector::ConnectRow;
+use crate::model::EjectionSpec;
 use std::time::{Duration, Instant};
 
 /// No ejection lasts longer: a backend that came back is found out within
@@ -366,7 +366,7 @@ mod tests {
 
     #[test]
     fn each_ejection_in_a_row_is_longer_up_to_five_minutes() {
-        let (mut outlier, mut now) = (Outlier::new(), crate::net::clock::now());
+        let (mut outlier, mut now) = (Outlier::new(), tidegate_net::clock::now());
         let lengths: Vec<u64> =
             (0..40).map(|_| eject_and_return(&mut outlier, &mut now).as_secs()).collect();
         assert_eq!(&lengths[..4], [10, 20, 30, 40]);
@@ -376,7 +376,7 @@ mod tests {
 
     #[test]
     fn the_multiplier_drops_by_one_for_each_time_in_service() {
-        let (mut outlier, mut now) = (Outlier::new(), crate::net::clock::now());
+        let (mut outlier, mut now) = (Outlier::new(), tidegate_net::clock::now());
         for _ in 0..3 {
             eject_and_return(&mut outlier, &mut now);
         }
@@ -388,7 +388,7 @@ mod tests {
 
     #[test]
     fn at_the_cap_the_multiplier_fades_within_the_cap() {
-        let (mut outlier, mut now) = (Outlier::new(), crate::net::clock::now());
+        let (mut outlier, mut now) = (Outlier::new(), tidegate_net::clock::now());
         for _ in 0..1000 {
             eject_and_return(&mut outlier, &mut now);
         }
@@ -398,7 +398,7 @@ mod tests {
 
     #[test]
     fn after_an_ejection_a_whole_row_is_needed_again() {
-        let (mut outlier, now) = (Outlier::new(), crate::net::clock::now());
+        let (mut outlier, now) = (Outlier::new(), tidegate_net::clock::now());
         outlier.failed(5, &SPEC);
         outlier.eject(&SPEC, now);
         assert_eq!(outlier.failed(500, &SPEC), None, "a straggler");
@@ -411,7 +411,7 @@ mod tests {
 
     #[test]
     fn failed_trial_makes_the_next_ejection_longer_and_nothing_fades_meanwhile() {
-        let (mut outlier, now) = (Outlier::new(), crate::net::clock::now());
+        let (mut outlier, now) = (Outlier::new(), tidegate_net::clock::now());
         outlier.eject(&SPEC, now);
         assert_eq!(outlier.begin_trial(now + seconds(10)), Some(seconds(10)));
         assert!(outlier.is_on_trial() && !outlier.is_ejected());
@@ -425,7 +425,7 @@ mod tests {
     #[test]
     fn trial_passes_by_an_answer_or_by_lasting_silence_and_not_by_a_question() {
         let look = |phases: &[TrialPhase]| {
-            let (mut outlier, now) = (Outlier::new(), crate::net::clock::now());
+            let (mut outlier, now) = (Outlier::new(), tidegate_net::clock::now());
             outlier.eject(&SPEC, now);
             outlier.begin_trial(now);
             phases.iter().fold(None, |_, phase| outlier.look_at_trial(*phase, true, now))
@@ -440,7 +440,7 @@ mod tests {
     #[test]
     fn unanswered_trial_ends_as_the_pool_expects_it() {
         for (answer_expected, passes) in [(true, false), (false, true)] {
-            let (mut outlier, now) = (Outlier::new(), crate::net::clock::now());
+            let (mut outlier, now) = (Outlier::new(), tidegate_net::clock::now());
             outlier.eject(&SPEC, now);
             outlier.begin_trial(now);
             let mut look =
@@ -454,7 +454,7 @@ mod tests {
 
     #[test]
     fn what_another_process_goes_on_with_is_the_same() {
-        let (mut outlier, mut now) = (Outlier::new(), crate::net::clock::now());
+        let (mut outlier, mut now) = (Outlier::new(), tidegate_net::clock::now());
         eject_and_return(&mut outlier, &mut now);
         let mut other = Outlier::new();
         other.restore(&outlier.save(now), now);

@@ -58,9 +58,9 @@ pub mod probe_detector;
 pub mod recent;
 pub mod slow_detector;
 
-use crate::core::health::ejection::Outlier;
-use crate::core::health::probe_detector::Detector;
-use crate::core::health::slow_detector::Watch;
+use crate::health::ejection::Outlier;
+use crate::health::probe_detector::Detector;
+use crate::health::slow_detector::Watch;
 use recent::RecentFailures;
 use std::time::{Duration, Instant};
 
@@ -517,7 +517,7 @@ mod tests {
 
     #[test]
     fn unknown_serves_without_a_probe_or_while_it_fails_open_only() {
-        let now = crate::net::clock::now();
+        let now = tidegate_net::clock::now();
         let mut health = BackendHealth::new(Intent::Ready, None, now);
         assert_eq!(health.weight_share(), 100);
         health.detector = Some(Detector::new(2, 3, now));
@@ -562,7 +562,7 @@ mod tests {
 
     #[test]
     fn who_asks_for_no_sessions_gets_none_whatever_is_known_of_it() {
-        let now = crate::net::clock::now();
+        let now = tidegate_net::clock::now();
         let mut health = BackendHealth::new(Intent::Ready, None, now);
         health.pulse = Pulse::Beating;
         for calling in [Calling::Starting, Calling::Draining, Calling::Stopping] {

@@ -274,7 +274,7 @@ mod tests {
     use std::fmt::Write;
 
     fn start() -> Instant {
-        crate::net::clock::now()
+        tidegate_net::clock::now()
     }
 
     fn show(state: State) -> String {

@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn failures_are_counted_by_kind_and_forgotten_after_a_minute() {
-        let start = crate::net::clock::now();
+        let start = tidegate_net::clock::now();
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         let mut recent = RecentFailures::default();
         assert_eq!(recent.view(at(0)), None);
@@ -109,7 +109,7 @@ mod tests {
 
     #[test]
     fn a_thousand_failures_a_second_take_no_more_room() {
-        let start = crate::net::clock::now();
+        let start = tidegate_net::clock::now();
         let mut recent = RecentFailures::default();
         for ms in 0..200_000 {
             recent.note(ConnectFailure::Timeout, start + Duration::from_millis(ms));

@@ -215,7 +215,7 @@ impl Watch {
             let log2 = counts.answer_log2.wrapping_sub(last.answer_log2);
             self.answered = answers > 0;
             window.answers += answers;
-            window.log2 += log2 as f64 / crate::core::table::state::LOG_UNIT;
+            window.log2 += log2 as f64 / crate::table::state::LOG_UNIT;
         }
         let age = now.saturating_duration_since(window.since);
         if age >= WINDOW_MAX || (age >= WINDOW_MIN && window.answers >= SAMPLES_MIN) {

@@ -247,7 +247,7 @@ mod tests {
     };
 
     fn table() -> (Arc<Sources>, Instant) {
-        let now = crate::net::clock::now();
+        let now = tidegate_net::clock::now();
         (Arc::new(Sources::new(7, now)), now)
     }
 

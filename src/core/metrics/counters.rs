@@ -4,7 +4,7 @@
 //! Each worker owns one shard of every counter set, on cache lines of its own;
 //! the admin API sums the shards. A counter never goes down.
 
-use crate::core::metrics::progress::Pulse;
+use crate::metrics::progress::Pulse;
 use crossbeam::utils::CachePadded;
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::{AtomicU64, Ordering};

@@ -10,9 +10,8 @@ pub use process::{
     Process, Sandbox,
 };
 
-use crate::core::limits::access_list::AccessList;
-use crate::core::limits::client_sources::SourceLimits;
-use crate::heartbeat::keys::Secret;
+use crate::limits::access_list::AccessList;
+use crate::limits::client_sources::SourceLimits;
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,6 +19,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_heartbeat::keys::Secret;
 
 /// A whole configuration, proven consistent by `validate`.
 ///

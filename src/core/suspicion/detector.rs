@@ -13,9 +13,9 @@ use super::{
     Answer, Arrival, Arrivals, Ask, Beat, Change, Channel, DOUBT_INTERVAL, RECOVERY_BEATS, Reading,
     SUSPECT_WEIGHT_PERCENT, State, Step, Try, TryId, phi,
 };
-use crate::core::suspicion::answer_time::Reach;
-use crate::core::suspicion::confirmation::{Progress, Round};
-use crate::core::suspicion::flap_damping::Flaps;
+use crate::suspicion::answer_time::Reach;
+use crate::suspicion::confirmation::{Progress, Round};
+use crate::suspicion::flap_damping::Flaps;
 use std::time::{Duration, Instant};
 
 /// Tries of a confirming probe that have to fail, one after another.

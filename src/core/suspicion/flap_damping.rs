@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     fn holds(up_for: Duration, failures: usize) -> Vec<u64> {
-        let mut now = crate::net::clock::now();
+        let mut now = tidegate_net::clock::now();
         let mut flaps = Flaps::default();
         let mut holds = Vec::new();
         for _ in 0..failures {
@@ -94,7 +94,7 @@ mod tests {
     #[test]
     fn each_minute_in_service_forgives_one_failure() {
         assert_eq!(holds(Duration::from_secs(61), 5), [1, 1, 1, 1, 1]);
-        let mut now = crate::net::clock::now();
+        let mut now = tidegate_net::clock::now();
         let mut flaps = Flaps::default();
         for _ in 0..7 {
             flaps.up(now);

@@ -93,10 +93,10 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 
-pub use crate::core::health::SUSPECT_WEIGHT_PERCENT;
-pub use crate::core::suspicion::answer_time::{TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN};
-pub use crate::core::suspicion::confirmation::{Answer, Try, TryId};
-pub use crate::core::suspicion::snapshot::Reading;
+pub use crate::health::SUSPECT_WEIGHT_PERCENT;
+pub use crate::suspicion::answer_time::{TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN};
+pub use crate::suspicion::confirmation::{Answer, Try, TryId};
+pub use crate::suspicion::snapshot::Reading;
 pub use arrivals::{Arrival, Arrivals};
 pub use detector::{HeartbeatDetector, SavedDetector};
 pub use guards::{Channel, ChannelGuard, Freeze, Frost, PathGuard, PathView, permit, stalled};

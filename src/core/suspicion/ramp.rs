@@ -62,7 +62,7 @@ mod tests {
 
     #[test]
     fn a_ramp_grows_in_few_steps_from_a_tenth_to_all() {
-        let since = crate::net::clock::now();
+        let since = tidegate_net::clock::now();
         let ramp = Ramp { since, over: Duration::from_millis(9_999) };
         let mut now = since;
         let mut shares = vec![ramp.percent(now)];
@@ -79,7 +79,7 @@ mod tests {
 
     #[test]
     fn no_time_is_no_ramp() {
-        let since = crate::net::clock::now();
+        let since = tidegate_net::clock::now();
         let ramp = Ramp { since, over: Duration::ZERO };
         assert_eq!((ramp.percent(since), ramp.next_step(since)), (100, None));
     }

@@ -301,7 +301,7 @@ mod tests {
 
     #[test]
     fn a_sender_is_warned_of_once_a_minute_from_the_third_rejection_on() {
-        let (mut rejections, began) = (Rejections::default(), crate::net::clock::now());
+        let (mut rejections, began) = (Rejections::default(), tidegate_net::clock::now());
         let mut warned = Vec::new();
         for second in 0..130 {
             if rejections.add(&stale("a"), began + seconds(second)).is_some() {
@@ -315,7 +315,7 @@ mod tests {
 
     #[test]
     fn rejections_between_believed_heartbeats_warn_of_nothing() {
-        let (mut rejections, began) = (Rejections::default(), crate::net::clock::now());
+        let (mut rejections, began) = (Rejections::default(), tidegate_net::clock::now());
         for second in 0..500 {
             assert!(rejections.add(&stale("a"), began + seconds(second)).is_none());
             rejections.believed("web", "a");
@@ -325,7 +325,7 @@ mod tests {
 
     #[test]
     fn a_flood_of_forged_datagrams_hides_no_sender_and_stays_bounded() {
-        let (mut rejections, began) = (Rejections::default(), crate::net::clock::now());
+        let (mut rejections, began) = (Rejections::default(), tidegate_net::clock::now());
         let warnings = (0..100_000_u32)
             .filter(|n| rejections.add(&forged("a", n / 10), began).is_some())
             .count();
@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn unsigned_claims_are_told_where_there_is_nothing_better() {
-        let (mut rejections, now) = (Rejections::default(), crate::net::clock::now());
+        let (mut rejections, now) = (Rejections::default(), tidegate_net::clock::now());
         rejections.add(&forged("a", 1), now);
         assert_eq!(rejections.of("web", "a").map(|of| of.signed), Some(false));
         rejections.add(&stale("a"), now);

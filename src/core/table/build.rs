@@ -7,9 +7,9 @@
 
 use super::state::{BackendState, FrontendState};
 use super::{FrontendRoute, PoolTable, Table};
-use crate::core::balance::{Balancer, Candidate};
-use crate::core::model;
-use crate::core::model::WhenNoneEligible;
+use crate::balance::{Balancer, Candidate};
+use crate::model;
+use crate::model::WhenNoneEligible;
 use std::collections::HashMap;
 use std::sync::Arc;
 

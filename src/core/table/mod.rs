@@ -9,9 +9,9 @@ pub mod publish;
 pub mod source_addrs;
 pub mod state;
 
-use crate::core::balance::trial::{TrialId, TrialPhase};
-use crate::core::balance::{Balancer, PickError, PickKey};
-use crate::core::model;
+use crate::balance::trial::{TrialId, TrialPhase};
+use crate::balance::{Balancer, PickError, PickKey};
+use crate::model;
 use state::{BackendState, FrontendId, FrontendState};
 use std::collections::HashMap;
 use std::net::SocketAddr;

@@ -8,7 +8,7 @@
 //! pair of a source address and a backend has the whole range of local ports
 //! (ip(7), `ip_local_port_range`) to itself.
 
-use crate::core::metrics::counters::{Counter, Sharded};
+use crate::metrics::counters::{Counter, Sharded};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

@@ -4,12 +4,12 @@
 //! read by the admin API. A reload that keeps a backend's identity keeps its
 //! state. Nothing here decides eligibility: that is derived at table build.
 
-use crate::core::balance::in_flight::InFlight;
-use crate::core::balance::latency::Latency;
-use crate::core::limits::client_sources::Sources;
-use crate::core::metrics::counters::{Counter, CounterTable, Sharded};
-use crate::core::model::BackendAddress;
-use crate::core::table::source_addrs::Ways;
+use crate::balance::in_flight::InFlight;
+use crate::balance::latency::Latency;
+use crate::limits::client_sources::Sources;
+use crate::metrics::counters::{Counter, CounterTable, Sharded};
+use crate::model::BackendAddress;
+use crate::table::source_addrs::Ways;
 use arc_swap::ArcSwap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};

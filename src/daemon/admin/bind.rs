@@ -5,7 +5,6 @@
 //! socket is never removed.
 
 use super::serve::Crowding;
-use crate::core::model::{Admin, AdminListen};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::fs::{DirBuilder, Permissions};
@@ -17,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tidegate_core::model::{Admin, AdminListen};
 
 /// A bound listener, not yet served. Dropping it removes its socket file if
 /// that is still its own.

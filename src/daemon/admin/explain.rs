@@ -8,15 +8,15 @@ use super::rejections::Rejected;
 use super::status::{
     Frozen, LastTransition, Number, frozen, last_transition, millis, number, thousandths,
 };
-use crate::core::control::explain::{Explained, GuardView, ProbeView};
-use crate::core::control::{BackendStatus, HeartStatus, Origin};
-use crate::core::health::probe_detector::State;
-use crate::core::health::{Calling, Intent, Observation};
-use crate::core::model::ProbeKind;
-use crate::core::suspicion::rejections::Rejection;
-use crate::daemon::admin::rejections;
+use crate::admin::rejections;
 use serde::Serialize;
 use std::time::{Duration, Instant};
+use tidegate_core::control::explain::{Explained, GuardView, ProbeView};
+use tidegate_core::control::{BackendStatus, HeartStatus, Origin};
+use tidegate_core::health::probe_detector::State;
+use tidegate_core::health::{Calling, Intent, Observation};
+use tidegate_core::model::ProbeKind;
+use tidegate_core::suspicion::rejections::Rejection;
 
 #[derive(Serialize)]
 struct Document<'a> {

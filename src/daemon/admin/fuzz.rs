@@ -1,6 +1,6 @@
 //! Any bytes as what a client of the admin API says.
 //!
-//! Called through `crate::daemon::fuzz`. The bytes go through the very connection,
+//! Called through `crate::fuzz`. The bytes go through the very connection,
 //! guard and router that serve clients; only the socket and the control loop are
 //! played. Nothing may panic, whatever is answered is HTTP, and what a client
 //! may not ask for never reaches the control loop.

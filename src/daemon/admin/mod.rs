@@ -43,12 +43,12 @@ pub use serve::{Crowding, serve};
 pub use snapshot::{HeartbeatCounts, ReloadCounts, ServiceState, Snapshot, UpgradeCounts};
 pub use token::{Token, TokenError, TokenStore};
 
-use crate::core::control::OperatorError;
-use crate::core::health::Intent;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use tidegate_core::control::OperatorError;
+use tidegate_core::health::Intent;
 use tokio::sync::oneshot;
 
 /// What the API asks of the control loop. A reply may find nobody waiting any

@@ -66,9 +66,9 @@ mod tests {
 
     #[test]
     fn this_process_has_descriptors_memory_and_a_start() {
-        let before = ProcessFacts::read(crate::net::clock::wall());
+        let before = ProcessFacts::read(tidegate_net::clock::wall());
         let _more: Vec<_> = (0..10).map(|_| fs::File::open("/dev/null").unwrap()).collect();
-        let after = ProcessFacts::read(crate::net::clock::wall());
+        let after = ProcessFacts::read(tidegate_net::clock::wall());
         // Other tests open and close files meanwhile; the order of size holds.
         assert!(after.open_fds.unwrap() >= 10 && after.open_fds <= after.max_fds);
         assert!(listed_fds().unwrap() >= 10, "as older kernels tell it");

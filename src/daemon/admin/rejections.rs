@@ -3,10 +3,10 @@
 //! Pure; used by the renderers of both.
 
 use super::status::{millis, thousandths};
-use crate::core::suspicion::rejections::Rejection;
 use serde::Serialize;
 use std::collections::HashMap;
 use std::time::Instant;
+use tidegate_core::suspicion::rejections::Rejection;
 
 /// Senders that status lists; the rest is in the metrics, by reason.
 pub(super) const SHOWN_MAX: usize = 64;

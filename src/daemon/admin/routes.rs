@@ -7,8 +7,6 @@ use super::body::Pieces;
 use super::guard::{Entrance, guard};
 use super::upgrade::upgrade;
 use super::{Problem, Readiness, ReloadError, Request, TokenStore};
-use crate::core::control::OperatorError;
-use crate::core::health::Intent;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::rejection::PathRejection;
@@ -21,6 +19,8 @@ use hyper::{Method, StatusCode, Uri};
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_core::control::OperatorError;
+use tidegate_core::health::Intent;
 use tokio::sync::{mpsc, oneshot};
 
 /// What every request can reach.

@@ -5,17 +5,17 @@
 //! rendering may differ by what happened meanwhile.
 
 use super::process::ProcessFacts;
-use crate::core::control::ControlStatus;
-use crate::core::control::source_ports::{PortLimits, PortWatch};
-use crate::core::metrics::counters::WorkerCounters;
-use crate::core::metrics::histograms::Merged;
-use crate::core::suspicion::rejections::Rejection;
-use crate::net::budget::Budget;
-use crate::net::confinement::Confinement;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_core::control::ControlStatus;
+use tidegate_core::control::source_ports::{PortLimits, PortWatch};
+use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::metrics::histograms::Merged;
+use tidegate_core::suspicion::rejections::Rejection;
+use tidegate_net::budget::Budget;
+use tidegate_net::confinement::Confinement;
 
 /// One moment of the whole process.
 #[derive(Debug, Clone, Copy)]

@@ -5,21 +5,21 @@
 
 use super::rejections::{ByBackend, Rejected, SHOWN_MAX};
 use super::snapshot::Snapshot;
-use crate::core::control::{
-    BackendStatus, Freezing, FrontendStatus, HeartbeatStatus, Origin, PoolStatus,
-};
-use crate::core::health::{Pulse, Transition};
-use crate::core::metrics::counters::{Panicked, WorkerCounters};
-use crate::core::metrics::histograms::{Merged, Series};
-use crate::core::model::BackendAddress;
-use crate::core::suspicion::rejections::Rejection;
-use crate::core::table::state::{BackendState, FrontendCounters};
-use crate::daemon::admin::rejections;
-use crate::net::confinement::Confinement;
+use crate::admin::rejections;
 use serde::Serialize;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_core::control::{
+    BackendStatus, Freezing, FrontendStatus, HeartbeatStatus, Origin, PoolStatus,
+};
+use tidegate_core::health::{Pulse, Transition};
+use tidegate_core::metrics::counters::{Panicked, WorkerCounters};
+use tidegate_core::metrics::histograms::{Merged, Series};
+use tidegate_core::model::BackendAddress;
+use tidegate_core::suspicion::rejections::Rejection;
+use tidegate_core::table::state::{BackendState, FrontendCounters};
+use tidegate_net::confinement::Confinement;
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -269,7 +269,7 @@ fn frontend(status: &FrontendStatus) -> Frontend<'_> {
         bytes_in_total: sum(|c| c.bytes_in.get()),
         bytes_out_total: sum(|c| c.bytes_out.get()),
         refused_total: sum(|c| {
-            (0..crate::core::outcome::RefusedReason::COUNT)
+            (0..tidegate_core::outcome::RefusedReason::COUNT)
                 .map(|reason| c.refused.cell(reason, 0).get())
                 .sum()
         }),
@@ -401,20 +401,20 @@ pub(super) fn millis(time: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::control::ControlStatus;
-    use crate::core::control::source_ports::{PortLimits, PortWatch, Reuse};
-    use crate::core::health::{Intent, Observation};
-    use crate::core::metrics::counters::WorkerCounters;
-    use crate::core::metrics::histograms::Recorder;
-    use crate::core::outcome::{Cause, Phase, RefusedReason};
-    use crate::core::table::state::{BackendId, FrontendId, FrontendState};
-    use crate::daemon::admin::process::ProcessFacts;
-    use crate::daemon::admin::snapshot::{HeartbeatCounts, ReloadCounts, ServiceState};
-    use crate::net::budget::Budget;
-    use crate::net::clock;
+    use crate::admin::process::ProcessFacts;
+    use crate::admin::snapshot::{HeartbeatCounts, ReloadCounts, ServiceState};
     use expect_test::{Expect, expect};
     use std::collections::HashMap;
     use std::sync::Arc;
+    use tidegate_core::control::ControlStatus;
+    use tidegate_core::control::source_ports::{PortLimits, PortWatch, Reuse};
+    use tidegate_core::health::{Intent, Observation};
+    use tidegate_core::metrics::counters::WorkerCounters;
+    use tidegate_core::metrics::histograms::Recorder;
+    use tidegate_core::outcome::{Cause, Phase, RefusedReason};
+    use tidegate_core::table::state::{BackendId, FrontendId, FrontendState};
+    use tidegate_net::budget::Budget;
+    use tidegate_net::clock;
 
     fn backend(id: u32, name: &str, now: Instant) -> BackendStatus {
         let address = BackendAddress::Unix("/run/a.sock".into());
@@ -458,7 +458,7 @@ mod tests {
             state: ServiceState::Draining,
             reloads: ReloadCounts::default(),
             transitions_unlogged: 0,
-            upgrades: crate::daemon::admin::UpgradeCounts::default(),
+            upgrades: crate::admin::UpgradeCounts::default(),
             table_serial: 12,
             connections_active: 5,
             connections_max: 100,

@@ -3,10 +3,10 @@
 //! Read from its file at start and on reload, compared in constant time. It is
 //! never logged, never shown by `Debug`, and overwritten when it is dropped.
 
-use crate::heartbeat::secret_file::{self, Openness, SecretFileError};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tidegate_heartbeat::secret_file::{self, Openness, SecretFileError};
 
 use arc_swap::ArcSwapOption;
 use zeroize::Zeroizing;

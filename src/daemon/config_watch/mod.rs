@@ -40,8 +40,8 @@ use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
 use self::settle::{Happening, Settling, Times, Verdict, Warning};
 use self::way::Way;
-use crate::config::source;
-use crate::net::clock;
+use tidegate_config::source;
+use tidegate_net::clock;
 
 /// How long nothing may happen before a change counts as complete: editors write
 /// a file twice, and a directory swap is several renames.

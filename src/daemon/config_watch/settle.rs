@@ -162,7 +162,7 @@ mod tests {
     impl Case {
         fn new() -> Case {
             // A moment to count from; its value means nothing.
-            let start = crate::net::clock::now();
+            let start = tidegate_net::clock::now();
             Case { settling: Settling::default(), start, warnings: Vec::new() }
         }
 

@@ -4,9 +4,9 @@
 //! is refused is refused at a place that is in it, in words that fit one line;
 //! a file that is taken means the same once it is written anew.
 
-use crate::config::{Problems, parse};
-use crate::core::model::Config;
 use std::fmt::Write;
+use tidegate_config::{Problems, parse};
+use tidegate_core::model::Config;
 use toml::{Table, Value};
 
 /// More takes the validator too long to learn much in a minute.

@@ -4,14 +4,14 @@
 //! signed is believed, and nothing is believed twice unless our clock jumped.
 //! Called by the fuzzer and by the mutation test.
 
-use crate::daemon::heartbeat::verify::{Gate, Limits, Reject};
-use crate::heartbeat::keys::{Key, KeyRing, Secret};
-use crate::heartbeat::wire::{Draft, Identity, Parsed, TAG_BYTES, encode};
-use crate::net::clock;
+use crate::heartbeat::verify::{Gate, Limits, Reject};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use std::collections::HashSet;
 use std::time::{Duration, UNIX_EPOCH};
+use tidegate_heartbeat::keys::{Key, KeyRing, Secret};
+use tidegate_heartbeat::wire::{Draft, Identity, Parsed, TAG_BYTES, encode};
+use tidegate_net::clock;
 
 const SECRET: [u8; 32] = [1; 32];
 const KEY_ID: u32 = 7;

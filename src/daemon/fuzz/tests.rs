@@ -9,7 +9,7 @@ use std::path::Path;
 
 /// The files of those directories, in the order of their names.
 fn seeds(directories: &[&str]) -> Vec<Vec<u8>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
     let mut paths: Vec<_> = directories
         .iter()
         .flat_map(|directory| std::fs::read_dir(root.join(directory)).unwrap())

@@ -22,16 +22,16 @@ mod sources;
 #[cfg(test)]
 mod tests;
 
-use crate::core::health::ProbeOutcome;
-use crate::core::metrics::counters::LocalError;
-use crate::core::model::{BackendAddress, Expect, ProbeKind, ProbeSpec};
-use crate::dataplane::local_errors;
-use crate::net::clock;
-use crate::net::stream;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
+use tidegate_core::health::ProbeOutcome;
+use tidegate_core::metrics::counters::LocalError;
+use tidegate_core::model::{BackendAddress, Expect, ProbeKind, ProbeSpec};
+use tidegate_dataplane::local_errors;
+use tidegate_net::clock;
+use tidegate_net::stream;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::MissedTickBehavior;

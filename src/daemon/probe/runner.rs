@@ -1,18 +1,18 @@
 //! Runs the probes the controller asks for, so many at a time.
 //!
-//! `app` passes each [`Effect::Probe`](crate::core::control::Effect::Probe) on and
+//! `app` passes each [`Effect::Probe`](tidegate_core::control::Effect::Probe) on and
 //! feeds the events that come back to the controller. Pools take turns, and within a
 //! pool those go first whose verdict is being changed; it never runs two probes of
 //! one backend, and judges nothing.
 
 use super::sources::Turns;
-use crate::core::control::{Event, ProbeLane, ProbeToken};
-use crate::core::health::ProbeOutcome;
-use crate::core::metrics::counters::{LocalAt, WorkerCounters};
-use crate::core::model::{BackendAddress, ProbeSpec};
-use crate::core::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
+use tidegate_core::control::{Event, ProbeLane, ProbeToken};
+use tidegate_core::health::ProbeOutcome;
+use tidegate_core::metrics::counters::{LocalAt, WorkerCounters};
+use tidegate_core::model::{BackendAddress, ProbeSpec};
+use tidegate_core::table::state::BackendId;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 

@@ -6,13 +6,13 @@
 //! the backend.
 
 use super::{Fault, connect_tcp};
-use crate::config;
-use crate::core::metrics::counters::LocalError;
-use crate::core::model::ProbeKind;
-use crate::core::table::source_addrs::WAYS_TRIED_MAX;
-use crate::core::table::state::BackendId;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use tidegate_config as config;
+use tidegate_core::metrics::counters::LocalError;
+use tidegate_core::model::ProbeKind;
+use tidegate_core::table::source_addrs::WAYS_TRIED_MAX;
+use tidegate_core::table::state::BackendId;
 use tokio::net::TcpStream;
 
 /// Whose turn it is, for each backend that is probed.

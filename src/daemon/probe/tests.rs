@@ -1,10 +1,11 @@
 //! Probes against real sockets on loopback.
 
 use super::*;
-use crate::core::control::ProbeLane;
-use crate::core::control::{Event, ProbeToken};
-use crate::core::table::state::BackendId;
 use runner::ProbeRunner;
+use tidegate_core::control::ProbeLane;
+use tidegate_core::control::{Event, ProbeToken};
+use tidegate_core::model::Config;
+use tidegate_core::table::state::BackendId;
 
 const LANE: ProbeLane = ProbeLane { pool: 1, urgent: false };
 use std::future::Future;
@@ -390,14 +391,14 @@ fn a_long_reason_is_cut_at_a_character() {
 
 #[test]
 fn a_backend_that_dies_and_comes_back_is_seen_by_the_controller() {
-    use crate::core::control::{Controller, Effect};
+    use tidegate_core::control::{Controller, Effect};
     on_runtime(async {
         let (sender, mut results) = mpsc::channel(16);
         let runner = ProbeRunner::start(sender);
         let mut controller = Controller::new(1, 1);
         let mut listener = Some(TcpListener::bind("127.0.0.1:0").await.unwrap());
         let address = listener.as_ref().unwrap().local_addr().unwrap();
-        let config = crate::core::control::tests::probed_config(address, Duration::from_millis(20));
+        let config = probed_config(address, Duration::from_millis(20));
         let mut event = Event::Configure(config);
         let mut seen = Vec::new();
         let patience = clock::now() + Duration::from_secs(10);
@@ -514,4 +515,17 @@ fn who_is_about_to_change_goes_first_in_its_pool() {
         }
         assert_eq!(order, [0, 3, 1, 2]);
     });
+}
+
+/// One pool of one backend at `address`, probed each `interval`.
+fn probed_config(address: std::net::SocketAddr, interval: Duration) -> Arc<Config> {
+    let text = format!(
+        "[frontend.in]\nbind = [\"127.0.0.1:80\"]\npool = \"web\"\n[pool.web.probe]\nkind = \"tcp\"\n\
+         [[pool.web.backend]]\naddress = \"{address}\"\n"
+    );
+    let mut config = tidegate_config::parse(&text, "probed.toml").unwrap();
+    let pool = Arc::make_mut(&mut config.pools[0]);
+    let spec = Arc::make_mut(pool.probe.as_mut().unwrap());
+    (spec.interval, spec.fast_interval) = (interval, interval);
+    Arc::new(config)
 }

@@ -4,15 +4,15 @@
 //! causes or reasons reads it, too; a worker that the next process does not have
 //! adds to its last one. It writes only what [`Counter::carry`] is for.
 //!
-//! [`Counter::carry`]: crate::core::metrics::counters::Counter::carry
+//! [`Counter::carry`]: tidegate_core::metrics::counters::Counter::carry
 
-use crate::core::metrics::counters::{LocalAt, LocalError, Panicked, RingEvent, WorkerCounters};
-use crate::core::outcome::{Cause, Phase};
-use crate::daemon::admin::{ReloadCounts, UpgradeCounts};
-use crate::daemon::heartbeats::SavedReception;
+use crate::admin::{ReloadCounts, UpgradeCounts};
+use crate::heartbeats::SavedReception;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use tidegate_core::metrics::counters::{LocalAt, LocalError, Panicked, RingEvent, WorkerCounters};
+use tidegate_core::outcome::{Cause, Phase};
 
 /// See the module's documentation.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -33,15 +33,15 @@ pub(super) struct Counts {
 /// What the whole process counts of things that hardly ever happen.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub(in crate::daemon) struct Rarities {
+pub(crate) struct Rarities {
     /// Lines of the log that were lost.
-    pub(in crate::daemon) log_dropped: u64,
+    pub(crate) log_dropped: u64,
     /// Changes of backends that the log left out.
-    pub(in crate::daemon) unlogged: u64,
+    pub(crate) unlogged: u64,
     /// Admin connections closed to make room for others.
-    pub(in crate::daemon) admin_crowded: u64,
+    pub(crate) admin_crowded: u64,
     /// Times bytes were left with the kernel.
-    pub(in crate::daemon) buffers_refused: u64,
+    pub(crate) buffers_refused: u64,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

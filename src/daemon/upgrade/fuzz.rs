@@ -1,27 +1,27 @@
 //! Any bytes as what the other process says during an upgrade.
 //!
-//! Called through `crate::daemon::fuzz`. A socket carries them to the very functions
+//! Called through `crate::fuzz`. A socket carries them to the very functions
 //! that take a predecessor's offer, its last word and its farewell, or a
 //! successor's greeting. Nothing may panic, nothing waits once the other end is
 //! closed, and whatever was taken over can be served by and handed on again.
 
 use super::incoming;
 use super::message::{Commit, Farewell, Hello, Ready, Serving};
-use crate::config;
-use crate::core::control::{Controller, Event};
-use crate::core::metrics::counters::WorkerCounters;
-use crate::core::metrics::histograms::{Merged, Series};
-use crate::core::model;
-use crate::core::outcome::{Cause, Phase};
-use crate::daemon::upgrade::message;
-use crate::net::clock;
-use crate::net::fd_channel::Channel;
+use crate::upgrade::message;
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_config as config;
+use tidegate_core::control::{Controller, Event};
+use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::metrics::histograms::{Merged, Series};
+use tidegate_core::model;
+use tidegate_core::outcome::{Cause, Phase};
+use tidegate_net::clock;
+use tidegate_net::fd_channel::Channel;
 
 /// What one socket takes without anybody reading.
 const SAID_MAX: usize = 32 * 1024;
@@ -106,7 +106,7 @@ impl Place {
     fn new(
         config: Arc<model::Config>,
         generation: u64,
-        saved: &crate::core::control::handover::Saved,
+        saved: &tidegate_core::control::handover::Saved,
     ) -> Place {
         let now = clock::now();
         let mut controller = Controller::new(2, 1);

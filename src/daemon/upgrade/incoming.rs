@@ -9,19 +9,19 @@ use super::message::{
     Serving,
 };
 use super::reports::{Order, Report, Writer};
-use crate::core::model::Admin;
-use crate::daemon::Failure;
-use crate::daemon::admin::{self, AdminListener};
-use crate::daemon::binds::Group;
-use crate::daemon::upgrade::message;
-use crate::net::clock;
-use crate::net::fd_channel::Channel;
+use crate::Failure;
+use crate::admin::{self, AdminListener};
+use crate::binds::Group;
+use crate::upgrade::message;
 use socket2::Socket;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_core::model::Admin;
+use tidegate_net::clock;
+use tidegate_net::fd_channel::Channel;
 use tokio::sync::{mpsc, oneshot};
 
 /// How long the old process may take for each of its messages; it has them at
@@ -52,7 +52,7 @@ pub struct Predecessor {
 
 /// The way to a process that still drains.
 #[derive(Debug)]
-pub(in crate::daemon) struct Draining {
+pub(crate) struct Draining {
     words: mpsc::Receiver<Word>,
     /// `None` where it takes no orders.
     orders: Option<Writer>,
@@ -60,7 +60,7 @@ pub(in crate::daemon) struct Draining {
 
 /// What a process that drains says.
 #[derive(Debug)]
-pub(in crate::daemon) enum Word {
+pub(crate) enum Word {
     Report(Report),
     /// It ends now, and says nothing more.
     Farewell(Box<Commit>),
@@ -75,7 +75,7 @@ impl Predecessor {
     /// # Errors
     /// There is one and it is not to be understood.
     pub fn greet() -> Result<Option<Predecessor>, Failure> {
-        if std::env::var_os(crate::net::fd_channel::MARK).is_none() {
+        if std::env::var_os(tidegate_net::fd_channel::MARK).is_none() {
             return Ok(None);
         }
         let channel = Channel::from_stdin().map_err(|error| trouble(&error))?;
@@ -83,17 +83,17 @@ impl Predecessor {
     }
 
     /// What `config` is to find bound.
-    pub(in crate::daemon) fn take_sockets(&mut self) -> BTreeMap<SocketAddr, Group> {
+    pub(crate) fn take_sockets(&mut self) -> BTreeMap<SocketAddr, Group> {
         std::mem::take(&mut self.sockets)
     }
 
     /// Where heartbeats are received.
-    pub(in crate::daemon) fn take_heartbeats(&mut self) -> Vec<(SocketAddr, OwnedFd)> {
+    pub(crate) fn take_heartbeats(&mut self) -> Vec<(SocketAddr, OwnedFd)> {
         std::mem::take(&mut self.heartbeats)
     }
 
     /// The file of the counts it shares.
-    pub(in crate::daemon) fn take_counts(&mut self) -> Option<OwnedFd> {
+    pub(crate) fn take_counts(&mut self) -> Option<OwnedFd> {
         self.counts.take()
     }
 
@@ -103,7 +103,7 @@ impl Predecessor {
     }
 
     /// The admin listener, where it is the one that `admin` names.
-    pub(in crate::daemon) fn take_admin(&mut self, admin: &Admin) -> Option<AdminListener> {
+    pub(crate) fn take_admin(&mut self, admin: &Admin) -> Option<AdminListener> {
         let (fd, offered) = (self.admin.take()?, self.offer.admin.as_ref()?);
         if offered.listen != admin.listen.to_string() {
             return None;
@@ -117,19 +117,19 @@ impl Predecessor {
     }
 
     /// What is known, for the first table.
-    pub(in crate::daemon) fn state(&self) -> &crate::core::control::handover::Saved {
+    pub(crate) fn state(&self) -> &tidegate_core::control::handover::Saved {
         &self.offer.state
     }
 
     /// The number of a configuration with that digest.
-    pub(in crate::daemon) fn generation_of(&self, digest: u64) -> u64 {
+    pub(crate) fn generation_of(&self, digest: u64) -> u64 {
         let before = self.offer.state.generation;
         if digest == self.offer.digest { before } else { before.saturating_add(1) }
     }
 
     /// Says that everything is built, and waits for the word to take over, with
     /// what is known by then.
-    pub(in crate::daemon) fn ready(
+    pub(crate) fn ready(
         &self,
         not_taken: Vec<SocketAddr>,
         admin_taken: bool,
@@ -156,7 +156,7 @@ impl Predecessor {
 
     /// Says that this process serves from now on, takes over the old one's
     /// standard error, and listens for its farewell.
-    pub(in crate::daemon) fn serving(self) -> Result<Draining, Failure> {
+    pub(crate) fn serving(self) -> Result<Draining, Failure> {
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &Serving {}, &[], deadline)
             .map_err(|error| trouble(&error))?;
@@ -204,7 +204,7 @@ pub(super) fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
     let frame = channel.receive(deadline)?;
     let offer: Offer = message::decode(&frame)?;
     let mut fds = frame.fds.into_iter();
-    let lost = |wanted: usize| crate::net::fd_channel::ChannelError::LostDescriptors {
+    let lost = |wanted: usize| tidegate_net::fd_channel::ChannelError::LostDescriptors {
         came: wanted.saturating_sub(1),
         wanted,
     };
@@ -235,7 +235,7 @@ fn trouble(error: &dyn std::fmt::Display) -> Failure {
 
 impl Draining {
     /// What the old process says next; `None`: it has ended without a farewell.
-    pub(in crate::daemon) async fn next(&mut self) -> Option<Word> {
+    pub(crate) async fn next(&mut self) -> Option<Word> {
         self.words.recv().await
     }
 
@@ -260,9 +260,9 @@ pub(super) fn say_farewell(channel: &Channel, last: Commit, level: u16) {
 
 /// What was recorded, by the names the next process knows.
 pub(super) fn saved_latency(
-    saved: &crate::core::control::handover::Saved,
+    saved: &tidegate_core::control::handover::Saved,
     find: impl Fn(&str, &str, &str) -> Option<u32>,
-    latency: &crate::core::metrics::histograms::Merged,
+    latency: &tidegate_core::metrics::histograms::Merged,
 ) -> Vec<SavedLatency> {
     let mut all = Vec::new();
     for pool in &saved.pools {

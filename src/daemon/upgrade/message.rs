@@ -11,15 +11,15 @@
 
 use super::counts::Counts;
 use super::reports::{Order, Report};
-use crate::core::control::handover::Saved;
-use crate::core::metrics::histograms::{SavedSeries, Series};
-use crate::daemon::binds::Holder;
-use crate::net::fd_channel::{BODY_MAX, Channel, ChannelError, Frame};
+use crate::binds::Holder;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
+use tidegate_core::control::handover::Saved;
+use tidegate_core::metrics::histograms::{SavedSeries, Series};
+use tidegate_net::fd_channel::{BODY_MAX, Channel, ChannelError, Frame};
 
 /// The order of messages and what each must hold. A program may speak several.
 pub(super) const PROTOCOL: u16 = 1;
@@ -86,11 +86,11 @@ pub(super) struct Offer {
 
 /// The admin listener.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(in crate::daemon) struct OfferedAdmin {
+pub(crate) struct OfferedAdmin {
     /// As the configuration has it.
-    pub(in crate::daemon) listen: String,
+    pub(crate) listen: String,
     /// Device and inode of the socket's file.
-    pub(in crate::daemon) file: Option<(u64, u64)>,
+    pub(crate) file: Option<(u64, u64)>,
 }
 
 /// One address and how many sockets it has.
@@ -116,7 +116,7 @@ pub(super) struct Ready {
 
 /// *Go on with this.* Everything as of now, histograms included.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub(in crate::daemon) struct Commit {
+pub(crate) struct Commit {
     pub(super) state: Saved,
     pub(super) counts: Counts,
     #[serde(default)]
@@ -367,7 +367,7 @@ mod tests {
         for level in [0, LEVEL] {
             let (one, other) = Channel::pair().unwrap();
             let other = Channel::from(std::os::unix::net::UnixStream::from(other));
-            let deadline = crate::net::clock::now() + std::time::Duration::from_secs(30);
+            let deadline = tidegate_net::clock::now() + std::time::Duration::from_secs(30);
             let sent = known.clone();
             let sender = std::thread::spawn(move || send_known(&one, sent, level, deadline));
             let frame = other.receive(deadline).unwrap();

@@ -36,11 +36,7 @@ pub(super) use message::OfferedAdmin;
 pub(super) use process::Starter;
 
 use super::control_loop::Control;
-use crate::core::control::handover::Saved;
-use crate::daemon::admin::{UpgradeCounts, UpgradeError, Upgraded};
-use crate::net::clock;
-use crate::net::fd_channel::Channel;
-use crate::supervisor::Wish;
+use crate::admin::{UpgradeCounts, UpgradeError, Upgraded};
 use counts::Counts;
 use incoming::Word;
 use message::{Commit, LEVEL, Offer, OfferedBind, PROTOCOL, SavedEstimate};
@@ -51,6 +47,10 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 use stepping::SteppingDown;
+use tidegate_core::control::handover::Saved;
+use tidegate_net::clock;
+use tidegate_net::fd_channel::Channel;
+use tidegate_supervisor::Wish;
 use tokio::sync::{mpsc, oneshot};
 
 /// How long the new process may take from the word to serving: it has all it

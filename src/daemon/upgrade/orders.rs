@@ -5,13 +5,13 @@
 //! takes no orders.
 
 use super::reports::{Order, OrderedIntent};
-use crate::core::control::Effect;
-use crate::core::control::elsewhere::HeldBackend;
-use crate::core::health::Intent;
-use crate::core::table::state::BackendId;
-use crate::daemon::control_loop::Control;
-use crate::net::clock;
+use crate::control_loop::Control;
 use std::time::Duration;
+use tidegate_core::control::Effect;
+use tidegate_core::control::elsewhere::HeldBackend;
+use tidegate_core::health::Intent;
+use tidegate_core::table::state::BackendId;
+use tidegate_net::clock;
 use tokio::sync::oneshot;
 
 /// How long an operator waits for the process before to be told of an intent. To put
@@ -41,7 +41,7 @@ impl Control {
     }
 
     /// Has the process before reset that backend's sessions, too.
-    pub(in crate::daemon) fn order_cut(&self, id: BackendId) {
+    pub(crate) fn order_cut(&self, id: BackendId) {
         if let Some(before) = &self.upgrades.predecessor
             && let Some(state) = self.controller.known(id)
         {
@@ -57,7 +57,7 @@ impl Control {
 
     /// Has the process before know what an operator wants; gives what tells that it is
     /// sent.
-    pub(in crate::daemon) fn order_intent(
+    pub(crate) fn order_intent(
         &self,
         pool: &str,
         backend: &str,
@@ -74,7 +74,7 @@ impl Control {
 
     /// Answers an operator whose intent is in force. Without a supervisor the process
     /// before has to have it first: it goes on if this one ends.
-    pub(in crate::daemon) fn answer_intent<T: Send + 'static>(
+    pub(crate) fn answer_intent<T: Send + 'static>(
         &self,
         sent: Option<oneshot::Receiver<()>>,
         reply: oneshot::Sender<T>,
@@ -97,7 +97,7 @@ impl Control {
     }
 
     /// Has the process before end by then.
-    pub(in crate::daemon) fn order_end_within(&self, time: Duration) {
+    pub(crate) fn order_end_within(&self, time: Duration) {
         if let Some(before) = &self.upgrades.predecessor {
             let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
             before.order(&Order { end_within_ms: Some(ms), ..Order::default() });

@@ -7,11 +7,7 @@
 
 use super::message::{Commit, Hello, MessageError, Offer, PROTOCOL, Ready, Serving};
 use super::process::{NotStarted, Process, Start};
-use crate::daemon::upgrade::message;
-use crate::net::cells::Memory;
-use crate::net::clock;
-use crate::net::fd_channel::{Channel, ChannelError};
-use crate::net::signals;
+use crate::upgrade::message;
 use socket2::Socket;
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Write};
@@ -19,6 +15,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, PoisonError, mpsc as sync};
 use std::time::{Duration, Instant};
+use tidegate_net::cells::Memory;
+use tidegate_net::clock;
+use tidegate_net::fd_channel::{Channel, ChannelError};
+use tidegate_net::signals;
 use tokio::sync::{mpsc, oneshot};
 
 /// What is kept of what the new process says on standard error.
@@ -34,7 +34,7 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// How the control loop is told.
 #[derive(Debug)]
-pub(in crate::daemon) enum Progress {
+pub(crate) enum Progress {
     /// The supervisor does not start one; why, in words.
     Refused(String),
     /// The new process waits for the word.
@@ -45,7 +45,7 @@ pub(in crate::daemon) enum Progress {
 
 /// Everything for the last step.
 #[derive(Debug)]
-pub(in crate::daemon) struct AtTheReady {
+pub(crate) struct AtTheReady {
     pub(super) hello: Hello,
     pub(super) ready: Ready,
     /// Takes the word; dropping it calls the upgrade off.

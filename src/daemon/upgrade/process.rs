@@ -2,11 +2,6 @@
 //!
 //! Used by `outgoing`, whose thread may wait.
 
-use crate::net::clock;
-use crate::net::fd_channel::MARK;
-use crate::supervisor::link::Successor;
-use crate::supervisor::program::Program;
-use crate::supervisor::{Link, Wish};
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,6 +9,11 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_net::clock;
+use tidegate_net::fd_channel::MARK;
+use tidegate_supervisor::link::Successor;
+use tidegate_supervisor::program::Program;
+use tidegate_supervisor::{Link, Wish};
 
 /// Variables that were meant for this process alone.
 const NOT_FOR_THE_NEXT: [&str; 5] =
@@ -24,7 +24,7 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// Who starts new processes.
 #[derive(Debug)]
-pub(in crate::daemon) enum Starter {
+pub(crate) enum Starter {
     /// This process itself.
     Own(Program),
     /// Its supervisor.
@@ -65,10 +65,7 @@ pub(super) fn has_ended(pid: u32) -> bool {
 
 impl Starter {
     /// `None` inside another program.
-    pub(in crate::daemon) fn of(
-        link: Option<&Arc<Link>>,
-        program: Option<Program>,
-    ) -> Option<Starter> {
+    pub(crate) fn of(link: Option<&Arc<Link>>, program: Option<Program>) -> Option<Starter> {
         let supervisor = link.map(|link| Starter::Supervisor(Arc::clone(link)));
         supervisor.or(program.map(Starter::Own))
     }

@@ -9,18 +9,18 @@
 //! until its farewell, as before.
 
 use super::message::Message;
-use crate::core::balance::in_flight::InFlight;
-use crate::core::control::Controller;
-use crate::core::control::elsewhere::{HeldBackend, HeldFrontend};
-use crate::core::table::state::{BackendId, FrontendId};
-use crate::daemon::upgrade::message;
-use crate::net::clock;
-use crate::net::fd_channel::Channel;
+use crate::upgrade::message;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tidegate_core::balance::in_flight::InFlight;
+use tidegate_core::control::Controller;
+use tidegate_core::control::elsewhere::{HeldBackend, HeldFrontend};
+use tidegate_core::table::state::{BackendId, FrontendId};
+use tidegate_net::clock;
+use tidegate_net::fd_channel::Channel;
 use tokio::sync::oneshot;
 
 /// How long the counts of the old process may be behind.
@@ -39,7 +39,7 @@ const FRAME_MAX: Duration = Duration::from_secs(5);
 /// *So many sessions are left*: what has changed since the last report.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub(in crate::daemon) struct Report {
+pub(crate) struct Report {
     pub(super) backends: Vec<HeldBackend>,
     pub(super) frontends: Vec<HeldFrontend>,
     /// All of them.
@@ -49,7 +49,7 @@ pub(in crate::daemon) struct Report {
 /// *Do this*: what is set.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub(in crate::daemon) struct Order {
+pub(crate) struct Order {
     /// Reset that backend's sessions: its removal grace is over.
     pub(super) cut: Option<HeldBackend>,
     /// An operator's word on a backend.
@@ -60,7 +60,7 @@ pub(in crate::daemon) struct Order {
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub(in crate::daemon) struct OrderedIntent {
+pub(crate) struct OrderedIntent {
     pub(super) pool: String,
     pub(super) backend: String,
     /// Its name.

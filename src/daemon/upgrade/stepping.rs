@@ -8,12 +8,12 @@ use super::message::Ready;
 use super::process;
 use super::reports::Order;
 use super::{UpgradeEvent, Upgrades};
-use crate::daemon::control_loop::Control;
-use crate::daemon::supervised;
-use crate::net::clock;
+use crate::control_loop::Control;
+use crate::supervised;
 use std::net::SocketAddr;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
 use tokio::sync::oneshot;
 
 /// How long the successor has to live.
@@ -77,7 +77,7 @@ impl SteppingDown {
 
 impl Upgrades {
     /// Whether this process might go on yet.
-    pub(in crate::daemon) fn is_stepping_down(&self) -> bool {
+    pub(crate) fn is_stepping_down(&self) -> bool {
         self.stepping_down.is_some()
     }
 }
@@ -121,7 +121,7 @@ impl Control {
     }
 
     /// The successor has ended: this process serves again.
-    pub(in crate::daemon) async fn go_on(&mut self, status: ExitStatus) {
+    pub(crate) async fn go_on(&mut self, status: ExitStatus) {
         // Too late: the supervisor learns of it by what was said before.
         let Some(stepping) = self.upgrades.stepping_down.take() else { return };
         let reason = supervised::in_words(status);

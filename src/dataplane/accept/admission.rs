@@ -7,16 +7,16 @@
 //! any backend is thought of. Pure but for the shared counts, which it raises
 //! in one step, so that no cap is ever overshot.
 
-use crate::core::balance::in_flight::InFlight;
-use crate::core::limits::access_list::Access;
-use crate::core::limits::client_sources::{Admitted, SourceRefused, Sources};
-use crate::core::model::SourceRules;
-use crate::core::outcome::Cause;
-use crate::core::table::state::FrontendState;
-use crate::core::table::{FrontendRoute, Table};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
+use tidegate_core::balance::in_flight::InFlight;
+use tidegate_core::limits::access_list::Access;
+use tidegate_core::limits::client_sources::{Admitted, SourceRefused, Sources};
+use tidegate_core::model::SourceRules;
+use tidegate_core::outcome::Cause;
+use tidegate_core::table::state::FrontendState;
+use tidegate_core::table::{FrontendRoute, Table};
 
 /// Clients of a pool that may wait for its first verdict; more wait in the kernel's
 /// queue.

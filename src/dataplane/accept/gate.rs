@@ -191,7 +191,7 @@ impl Drop for Waiting<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::balance::in_flight::InFlight;
+    use tidegate_core::balance::in_flight::InFlight;
 
     /// Polls once; whether it is ready.
     fn poll(place: &Place, slot: &InFlight) -> bool {

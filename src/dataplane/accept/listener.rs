@@ -7,17 +7,10 @@
 
 use super::admission;
 use super::slots::Slots;
-use crate::core::limits::client_sources::{Admitted, SourceSlot};
-use crate::core::metrics::counters::LocalAt;
-use crate::core::metrics::progress::Stage;
-use crate::core::outcome::Cause;
-use crate::core::table::{FrontendRoute, NoBackend, PoolTable, Table};
-use crate::dataplane::fault_points::Fault;
-use crate::dataplane::local_errors;
-use crate::dataplane::session::{self, Arrival, Start, Story};
-use crate::dataplane::worker::context::Context;
-use crate::net::clock;
-use crate::net::{listen, reactor};
+use crate::fault_points::Fault;
+use crate::local_errors;
+use crate::session::{self, Arrival, Start, Story};
+use crate::worker::context::Context;
 use socket2::Socket;
 use std::cell::Cell;
 use std::io;
@@ -26,6 +19,13 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_core::limits::client_sources::{Admitted, SourceSlot};
+use tidegate_core::metrics::counters::LocalAt;
+use tidegate_core::metrics::progress::Stage;
+use tidegate_core::outcome::Cause;
+use tidegate_core::table::{FrontendRoute, NoBackend, PoolTable, Table};
+use tidegate_net::clock;
+use tidegate_net::{listen, reactor};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 

@@ -7,13 +7,13 @@
 //! connect has failed waits in `connect`, and not in line.
 
 use super::gate::Place;
-use crate::core::outcome::{Cause, Ending, Phase, Side};
-use crate::core::table::{FrontendRoute, NoBackend, Reserved};
-use crate::dataplane::relay::{ConnectEnd, Flow};
-use crate::dataplane::worker::context::Context;
+use crate::relay::{ConnectEnd, Flow};
+use crate::worker::context::Context;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_core::outcome::{Cause, Ending, Phase, Side};
+use tidegate_core::table::{FrontendRoute, NoBackend, Reserved};
 
 /// How often a waiting client is looked at for its FIN. A reset is noticed at
 /// once.

@@ -4,16 +4,16 @@
 //! Giving them back opens the gate for whoever waits.
 
 use super::admission::Held;
-use crate::core::balance::in_flight::InFlight;
-use crate::core::limits::client_sources::SourceSlot;
-use crate::core::table::state::FrontendState;
-use crate::core::table::{FrontendRoute, Table};
-use crate::dataplane::accept::admission;
-use crate::dataplane::accept::gate::Gate;
-use crate::dataplane::worker::context::Shared;
+use crate::accept::admission;
+use crate::accept::gate::Gate;
+use crate::worker::context::Shared;
 use crossbeam::utils::CachePadded;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use tidegate_core::balance::in_flight::InFlight;
+use tidegate_core::limits::client_sources::SourceSlot;
+use tidegate_core::table::state::FrontendState;
+use tidegate_core::table::{FrontendRoute, Table};
 
 /// One session's; dropping it gives them back.
 #[derive(Debug)]

@@ -116,7 +116,7 @@ impl AccessLog {
     /// that did not get out.
     pub fn close(self) -> u64 {
         let (done, finished) = bounded(1);
-        let deadline = crate::net::clock::now() + CLOSE_MAX;
+        let deadline = tidegate_net::clock::now() + CLOSE_MAX;
         let sent = self.commands.send(Command::Close { deadline, done });
         // The writer keeps to the deadline by itself unless a write blocks.
         let margin = Duration::from_millis(200);
@@ -148,7 +148,7 @@ impl AccessLogSender {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "sim"))]
 impl AccessLogSender {
     /// A log that keeps its records until [`AccessLogSender::take`] takes them.
     pub(crate) fn kept() -> AccessLogSender {

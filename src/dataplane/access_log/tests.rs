@@ -44,9 +44,9 @@ fn line(record: &SessionRecord) -> String {
 
 /// Waits for what another thread brings about.
 fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = crate::net::clock::now() + Duration::from_secs(10);
+    let deadline = tidegate_net::clock::now() + Duration::from_secs(10);
     while !holds() {
-        assert!(crate::net::clock::now() < deadline, "never: {what}");
+        assert!(tidegate_net::clock::now() < deadline, "never: {what}");
         std::thread::park_timeout(Duration::from_millis(2));
     }
 }
@@ -206,9 +206,9 @@ fn a_full_device_is_survived_and_another_target_gets_the_lines() {
 fn closing_on_a_full_device_ends_in_time_and_tells_the_loss() {
     let (log, senders) = AccessLog::start(file(Path::new("/dev/full")), 1).unwrap();
     assert!((0..10).all(|n| senders[0].push(record(0, n))));
-    let start = crate::net::clock::now();
+    let start = tidegate_net::clock::now();
     assert_eq!(log.close(), 10);
-    assert!(crate::net::clock::now() - start < CLOSE_MAX + Duration::from_secs(1));
+    assert!(tidegate_net::clock::now() - start < CLOSE_MAX + Duration::from_secs(1));
 }
 
 #[test]

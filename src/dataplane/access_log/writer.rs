@@ -6,11 +6,11 @@
 
 use super::Shared;
 use super::sink::Sink;
-use crate::net::clock;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
 
 /// What `AccessLog` asks for.
 #[derive(Debug)]

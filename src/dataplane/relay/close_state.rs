@@ -3,8 +3,8 @@
 //! The rules every engine shares; the engines report, the verdict says when a
 //! FIN is to be passed on and when the session is over, and how. Pure.
 
-use crate::core::outcome::{Cause, Ending, Phase, Side};
 use std::io;
+use tidegate_core::outcome::{Cause, Ending, Phase, Side};
 
 /// The standing of both sides.
 #[derive(Debug, Default)]

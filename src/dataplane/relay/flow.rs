@@ -4,16 +4,16 @@
 //! the engine and closes its sockets.
 
 use super::Engine;
-use crate::core::balance::trial::{TrialId, TrialPhase};
-use crate::core::outcome::{Cause, Ending};
-use crate::core::table::state::{BackendState, FrontendState};
-use crate::net::clock;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
+use tidegate_core::balance::trial::{TrialId, TrialPhase};
+use tidegate_core::outcome::{Cause, Ending};
+use tidegate_core::table::state::{BackendState, FrontendState};
+use tidegate_net::clock;
 
 /// One session's sockets, inside the engine.
 #[derive(Debug)]

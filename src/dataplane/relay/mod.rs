@@ -18,17 +18,13 @@ mod shell;
 #[cfg(test)]
 mod tests;
 
-pub use crate::net::ring::Settings as RingSettings;
 pub use flow::{Bytes, ConnectEnd, Flow, Limits, Meter, Relay, Relayed, SoFar};
 pub use ring::SETTINGS as RING_SETTINGS;
+pub use tidegate_net::ring::Settings as RingSettings;
 
-use crate::core::metrics::counters::WorkerCounters;
-use crate::core::outcome::Cause;
-use crate::core::table::state::BackendId;
 #[cfg(debug_assertions)]
-use crate::dataplane::fault_points::Fault;
-use crate::dataplane::relay::epoll::Readiness;
-use crate::net::budget::Budget;
+use crate::fault_points::Fault;
+use crate::relay::epoll::Readiness;
 use ring::Ringed;
 use shell::Shell;
 use std::io;
@@ -37,6 +33,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
+use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::outcome::Cause;
+use tidegate_core::table::state::BackendId;
+use tidegate_net::budget::Budget;
 
 /// One worker's engine; a handle, cheap to clone.
 #[derive(Debug, Clone)]
@@ -107,8 +107,8 @@ impl Engine {
     }
 
     /// Whether everything the engine had of buffers and operations is back.
-    #[cfg(test)]
-    pub(in crate::dataplane) fn is_clean(&self) -> bool {
+    #[cfg(all(test, feature = "sim"))]
+    pub(crate) fn is_clean(&self) -> bool {
         match &self.0 {
             Kind::Readiness(_) => true,
             Kind::Ring(shell) => {

@@ -4,13 +4,13 @@
 
 use super::pace::Pace;
 use super::shell::State;
-use crate::core::outcome::Side;
-use crate::dataplane::relay::close_state::{Carried, Moved, Next, Verdict};
+use crate::relay::close_state::{Carried, Moved, Next, Verdict};
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::task::{Context, Poll};
 use std::time::Duration;
+use tidegate_core::outcome::Side;
 
 /// Moves the bytes of sessions, each known by its key.
 pub(super) trait Mover: Sized + Debug {

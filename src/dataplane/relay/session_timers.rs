@@ -4,9 +4,9 @@
 //! Owned by the shell. Time comes in; nothing here touches a socket.
 
 use super::flow::{Limits, Meter};
-use crate::core::outcome::Cause;
-use crate::dataplane::relay::close_state::Moved;
+use crate::relay::close_state::Moved;
 use std::time::{Duration, Instant};
+use tidegate_core::outcome::Cause;
 
 /// Sessions younger than this get no keepalive or user timeout on the upstream
 /// leg, for short sessions save the system calls; unless one of the two could

@@ -4,26 +4,26 @@
 //! twice for one session. Local trouble is counted as ours; only what the
 //! backend or its path is to blame for is reported.
 
-use crate::core::balance::trial::{TrialId, TrialPhase};
-use crate::core::health::ConnectFailure;
-use crate::core::metrics::counters::{LocalAt, LocalError};
-use crate::core::model::{BackendAddress, Policy};
-use crate::core::outcome::{Cause, Ending, Phase, Side};
-use crate::core::table::source_addrs::Way;
-use crate::core::table::state::BackendState;
-use crate::core::table::{NoBackend, PoolTable, Reserved};
-use crate::dataplane::accept::gate::Gate;
-use crate::dataplane::access_log::Try;
-use crate::dataplane::local_errors;
-use crate::dataplane::relay::{ConnectEnd, Flow};
-use crate::dataplane::worker::context::{Context, Report};
-use crate::net::clock;
-use crate::net::stream::{self, Connecting, Peer};
+use crate::accept::gate::Gate;
+use crate::access_log::Try;
+use crate::local_errors;
+use crate::relay::{ConnectEnd, Flow};
+use crate::worker::context::{Context, Report};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_core::balance::trial::{TrialId, TrialPhase};
+use tidegate_core::health::ConnectFailure;
+use tidegate_core::metrics::counters::{LocalAt, LocalError};
+use tidegate_core::model::{BackendAddress, Policy};
+use tidegate_core::outcome::{Cause, Ending, Phase, Side};
+use tidegate_core::table::source_addrs::Way;
+use tidegate_core::table::state::BackendState;
+use tidegate_core::table::{NoBackend, PoolTable, Reserved};
+use tidegate_net::clock;
+use tidegate_net::stream::{self, Connecting, Peer};
 
 /// A reset that comes later is not early: clients that only send, such as those of a
 /// log server, are reset one day by a restart, and that says nothing of how the backend

@@ -7,25 +7,17 @@
 //! holds its [`Story`] drops it, and that is an account.
 
 pub(crate) mod connect;
-pub mod numbers;
+pub(crate) mod numbers;
 
 use super::relay::{Bytes, Flow, Limits, Meter, Relay, Relayed};
-use crate::core::metrics::counters::{LocalAt, Panicked};
-use crate::core::metrics::histograms::Series;
-use crate::core::model::Policy;
-use crate::core::outcome::{self, Cause, Ending, Phase, RefusedReason, Side};
-use crate::core::table::state::BackendState;
-use crate::core::table::{FrontendRoute, NoBackend, Reserved};
-use crate::dataplane::accept::gate::Place;
-use crate::dataplane::accept::queue;
-use crate::dataplane::accept::slots::Slots;
-use crate::dataplane::access_log::{Client, SessionRecord};
-use crate::dataplane::fault_points::Fault;
-use crate::dataplane::local_errors;
-use crate::dataplane::session::connect::{Attempts, Held, Upstream};
-use crate::dataplane::worker::context::Context;
-use crate::net::clock;
-use crate::net::stream;
+use crate::accept::gate::Place;
+use crate::accept::queue;
+use crate::accept::slots::Slots;
+use crate::access_log::{Client, SessionRecord};
+use crate::fault_points::Fault;
+use crate::local_errors;
+use crate::session::connect::{Attempts, Held, Upstream};
+use crate::worker::context::Context;
 use std::io;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -33,6 +25,14 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_core::metrics::counters::{LocalAt, Panicked};
+use tidegate_core::metrics::histograms::Series;
+use tidegate_core::model::Policy;
+use tidegate_core::outcome::{self, Cause, Ending, Phase, RefusedReason, Side};
+use tidegate_core::table::state::BackendState;
+use tidegate_core::table::{FrontendRoute, NoBackend, Reserved};
+use tidegate_net::clock;
+use tidegate_net::stream;
 
 /// An accepted and admitted connection.
 #[derive(Debug)]

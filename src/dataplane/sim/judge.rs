@@ -4,11 +4,11 @@
 //! with what the sessions say of themselves and with what is left behind.
 
 use super::world::World;
-use crate::core::health::ConnectFailure;
-use crate::dataplane::access_log::{Client, SessionRecord};
-use crate::dataplane::worker::context::Report;
-use crate::net::fake::{self, Kernel, Role, Socket, Told, is_ours};
+use crate::access_log::{Client, SessionRecord};
+use crate::worker::context::Report;
 use std::collections::HashSet;
+use tidegate_core::health::ConnectFailure;
+use tidegate_net::fake::{self, Kernel, Role, Socket, Told, is_ours};
 
 pub(super) fn judge(world: &World) {
     fake::with(|kernel| {

@@ -8,8 +8,8 @@
 mod judge;
 mod world;
 
-use crate::dataplane::worker::Runtime;
-use crate::net::fake::{Call, Fault, Plan};
+use crate::worker::Runtime;
+use tidegate_net::fake::{Call, Fault, Plan};
 use world::{Script, World};
 
 /// Failed once.

@@ -5,28 +5,28 @@
 //! lets everybody end in order and sees what was promised.
 
 use super::{At, Outcome};
-use crate::config;
-use crate::core::balance::in_flight::InFlight;
-use crate::core::control::{Controller, Effect, Event};
-use crate::core::metrics::counters::WorkerCounters;
-use crate::core::outcome::{Cause, Phase};
-use crate::core::table::Table;
-use crate::core::table::publish::TablePublisher;
-use crate::dataplane::accept::gate::Gate;
-use crate::dataplane::accept::listener::{Listener, Retirement};
-use crate::dataplane::access_log::{AccessLogSender, SessionRecord};
-use crate::dataplane::relay::{Engine, RingSettings};
-use crate::dataplane::worker::Runtime;
-use crate::dataplane::worker::context::{Context, Legacy, Report, Reports, Shared};
-use crate::net::budget::Budget;
-use crate::net::clock;
-use crate::net::fake::{self, Installed, Kernel, Role};
+use crate::accept::gate::Gate;
+use crate::accept::listener::{Listener, Retirement};
+use crate::access_log::{AccessLogSender, SessionRecord};
+use crate::relay::{Engine, RingSettings};
+use crate::worker::Runtime;
+use crate::worker::context::{Context, Legacy, Report, Reports, Shared};
 use fastrand::Rng;
 use socket2::{Domain, Socket, Type};
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_config as config;
+use tidegate_core::balance::in_flight::InFlight;
+use tidegate_core::control::{Controller, Effect, Event};
+use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::outcome::{Cause, Phase};
+use tidegate_core::table::Table;
+use tidegate_core::table::publish::TablePublisher;
+use tidegate_net::budget::Budget;
+use tidegate_net::clock;
+use tidegate_net::fake::{self, Installed, Kernel, Role};
 
 /// What happens in a run.
 #[derive(Debug, Clone, Copy)]

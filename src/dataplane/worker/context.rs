@@ -3,22 +3,11 @@
 //! Made by `worker`, held by the listener and session tasks through an `Rc`.
 //! Nothing here blocks; what crosses threads goes through bounded queues.
 
-use crate::core::balance::PickKey;
-use crate::core::balance::in_flight::InFlight;
-use crate::core::health::ConnectFailure;
-use crate::core::metrics::counters::{LocalAt, LocalError, WorkerCounters};
-use crate::core::metrics::histograms::Recorder;
-use crate::core::outcome::Cause;
-use crate::core::table::Table;
-use crate::core::table::publish::TableReader;
-use crate::core::table::state::BackendId;
-use crate::dataplane::accept::gate::Gate;
-use crate::dataplane::access_log::AccessLogSender;
-use crate::dataplane::fault_points::Faults;
-use crate::dataplane::relay::Engine;
-use crate::dataplane::session::numbers::Numbers;
-use crate::net::budget::Budget;
-use crate::net::clock;
+use crate::accept::gate::Gate;
+use crate::access_log::AccessLogSender;
+use crate::fault_points::Faults;
+use crate::relay::Engine;
+use crate::session::numbers::Numbers;
 use crossbeam::queue::ArrayQueue;
 use crossbeam::utils::CachePadded;
 use std::cell::{Cell, RefCell};
@@ -28,6 +17,17 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
+use tidegate_core::balance::PickKey;
+use tidegate_core::balance::in_flight::InFlight;
+use tidegate_core::health::ConnectFailure;
+use tidegate_core::metrics::counters::{LocalAt, LocalError, WorkerCounters};
+use tidegate_core::metrics::histograms::Recorder;
+use tidegate_core::outcome::Cause;
+use tidegate_core::table::Table;
+use tidegate_core::table::publish::TableReader;
+use tidegate_core::table::state::BackendId;
+use tidegate_net::budget::Budget;
+use tidegate_net::clock;
 use tokio::sync::Notify;
 
 /// Reports that may wait for the control thread. A backend that dies under

@@ -3,7 +3,7 @@
 //! Owned by `worker`; a listener's task has one post each. When a thread falls,
 //! what it listened on goes to the next one, and nobody in a queue is lost.
 
-use crate::dataplane::accept::listener::Retirement;
+use crate::accept::listener::Retirement;
 use socket2::Socket;
 use std::cell::RefCell;
 use std::net::SocketAddr;

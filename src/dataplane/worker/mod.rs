@@ -13,19 +13,11 @@ pub(crate) mod restarts;
 pub(crate) mod supervisor;
 
 use super::relay::{Engine, RING_SETTINGS};
-use crate::core::metrics::counters::WorkerCounters;
-use crate::core::metrics::histograms::{Delta, Spent};
-use crate::core::metrics::progress::Pulse;
-use crate::core::outcome::Cause;
-use crate::core::table::publish::TablePublisher;
-use crate::core::table::state::BackendId;
-use crate::dataplane::access_log::AccessLogSender;
+use crate::access_log::AccessLogSender;
 #[cfg(debug_assertions)]
-use crate::dataplane::fault_points::Fault;
-use crate::dataplane::worker::context::Shared;
-use crate::dataplane::worker::supervisor::{Life, Station};
-use crate::net::budget::Budget;
-use crate::net::ring::Ring;
+use crate::fault_points::Fault;
+use crate::worker::context::Shared;
+use crate::worker::supervisor::{Life, Station};
 use crossbeam::queue::SegQueue;
 use socket2::Socket;
 use std::future::Future;
@@ -33,6 +25,14 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::metrics::histograms::{Delta, Spent};
+use tidegate_core::metrics::progress::Pulse;
+use tidegate_core::outcome::Cause;
+use tidegate_core::table::publish::TablePublisher;
+use tidegate_core::table::state::BackendId;
+use tidegate_net::budget::Budget;
+use tidegate_net::ring::Ring;
 use tokio::sync::{Notify, oneshot};
 
 /// Entries of the tokio-uring submission queue; it carries few operations, as

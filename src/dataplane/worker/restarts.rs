@@ -35,7 +35,7 @@ mod tests {
 
     #[test]
     fn five_in_a_minute_and_no_sixth_until_the_first_is_forgotten() {
-        let (start, mut restarts) = (crate::net::clock::now(), Restarts::default());
+        let (start, mut restarts) = (tidegate_net::clock::now(), Restarts::default());
         let at = |seconds| start + Duration::from_secs(seconds);
         assert!((0..5).all(|n| restarts.one_more(at(n * 10))));
         assert!(!restarts.one_more(at(59)));
@@ -46,7 +46,7 @@ mod tests {
 
     #[test]
     fn one_a_while_goes_on_for_ever() {
-        let (start, mut restarts) = (crate::net::clock::now(), Restarts::default());
+        let (start, mut restarts) = (tidegate_net::clock::now(), Restarts::default());
         assert!((0..1000).all(|n| restarts.one_more(start + Duration::from_secs(n * 13))));
     }
 }

@@ -8,15 +8,10 @@
 
 use super::context::{Context, Legacy};
 use super::restarts::{RESTARTS_MAX, Restarts};
-use crate::core::metrics::counters::Panicked;
-use crate::core::metrics::progress::Stage;
-use crate::core::outcome::Cause;
-use crate::dataplane::accept::listener::{Listener, Retirement};
-use crate::dataplane::worker::catch_panic::contained;
-use crate::dataplane::worker::listener_set::{Bequest, Posts};
-use crate::dataplane::worker::{Command, Mailbox, Plan};
-use crate::net::clock;
-use crate::net::cpu;
+use crate::accept::listener::{Listener, Retirement};
+use crate::worker::catch_panic::contained;
+use crate::worker::listener_set::{Bequest, Posts};
+use crate::worker::{Command, Mailbox, Plan};
 use socket2::Socket;
 use std::cell::OnceCell;
 use std::io;
@@ -28,6 +23,11 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tidegate_core::metrics::counters::Panicked;
+use tidegate_core::metrics::progress::Stage;
+use tidegate_core::outcome::Cause;
+use tidegate_net::clock;
+use tidegate_net::cpu;
 use tokio::sync::Notify;
 use tokio::task::JoinError;
 
@@ -355,7 +355,7 @@ async fn serve(ctx: &Rc<Context>, inbox: &Mailbox, posts: &Rc<Posts>) -> Outcome
             Command::Fault(fault) => {
                 ctx.engine.order(fault);
                 ctx.faults.order(fault);
-                ctx.faults.pass(crate::dataplane::fault_points::Fault::Worker);
+                ctx.faults.pass(crate::fault_points::Fault::Worker);
             }
             #[cfg(debug_assertions)]
             Command::Stall(time) => clock::pause(time),

@@ -1,7 +1,7 @@
 //! The datagram held to its table: round trips, cuts, additions, every bound.
 
 use super::*;
-use crate::heartbeat::testing::{Mouth, START, secret};
+use crate::testing::{Mouth, START, secret};
 use proptest::prelude::*;
 
 fn datagram() -> Vec<u8> {
@@ -110,7 +110,7 @@ fn what_an_identity_may_be_called_is_what_a_configuration_may_call_it() {
             "[frontend.f]\nbind = \"127.0.0.1:80\"\npool = {quoted}\n\
              [[pool.{quoted}.backend]]\naddress = \"10.0.0.1:80\""
         );
-        let configured = crate::config::parse(&file, "t.toml").is_ok();
+        let configured = tidegate_config::parse(&file, "t.toml").is_ok();
         let fit = Identity::new(&text, "a", "10.0.0.1:80".parse().unwrap()).is_ok();
         assert_eq!(fit, configured, "{text:?}");
     }

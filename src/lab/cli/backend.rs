@@ -3,13 +3,13 @@
 //! Called by `cli`. It turns arguments into a service, watches the threads, and
 //! prints what they did; serving itself is `load`'s.
 
-use crate::client::command::{Exit, duration};
-use crate::lab::cli::threads::{self, WorkArgs};
-use crate::lab::load::{self, Behaviour, Served, Service};
+use crate::cli::threads::{self, WorkArgs};
+use crate::load::{self, Behaviour, Served, Service};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use std::net::SocketAddr;
 use std::time::Duration;
+use tidegate_client::command::{Exit, duration};
 
 /// `tidegate backend`
 #[derive(Debug, Args)]
@@ -71,7 +71,7 @@ pub enum BehaviourName {
 }
 
 /// Help after the options.
-pub(crate) const HELP: &str = "\
+pub const HELP: &str = "\
 Example:
   tidegate backend --listen 127.0.0.1:9000 echo
   tidegate backend --listen 127.0.0.1:9000 --listen 127.0.0.2:9000 respond --size 1KiB
@@ -98,18 +98,18 @@ pub fn main(args: &BackendArgs) -> Exit {
 }
 
 fn run(args: &BackendArgs, service: Service) -> std::io::Result<()> {
-    crate::net::limits::raise_descriptor_limit();
+    tidegate_net::limits::raise_descriptor_limit();
     let (crew, bound) = load::serve(service)?;
     let addresses: Vec<String> = bound.iter().map(ToString::to_string).collect();
     if args.work.json {
-        crate::client::command::print(&json!({ "listening": addresses }).to_string());
+        tidegate_client::command::print(&json!({ "listening": addresses }).to_string());
     } else {
-        crate::client::command::print(&format!("listening on {}", addresses.join(", ")));
+        tidegate_client::command::print(&format!("listening on {}", addresses.join(", ")));
     }
     threads::watch(&crew)?;
     let served = crew.join()?;
     let sum = served.iter().fold(Served::default(), |sum, one| sum.merge(one));
-    crate::client::command::print(&shown(args, &sum));
+    tidegate_client::command::print(&shown(args, &sum));
     Ok(())
 }
 

@@ -3,9 +3,8 @@
 //! Called by `cli`. It turns arguments into a plan, watches the threads, and
 //! prints; the load itself is `load`'s.
 
-use crate::client::command::{Exit, duration};
-use crate::lab::cli::threads::{self, WorkArgs};
-use crate::lab::load::{self, Close, Kind, Mode, Plan, Report, Window};
+use crate::cli::threads::{self, WorkArgs};
+use crate::load::{self, Close, Kind, Mode, Plan, Report, Window};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -13,6 +12,7 @@ use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::mpsc;
 use std::time::Duration;
+use tidegate_client::command::{Exit, duration};
 
 /// `tidegate bench`
 #[derive(Debug, Args)]
@@ -88,7 +88,7 @@ pub enum CloseName {
 }
 
 /// Help after the options.
-pub(crate) const HELP: &str = "\
+pub const HELP: &str = "\
 Example:
   tidegate bench --to 127.0.0.1:8080 ping-pong --connections 512 --for 30s
   tidegate bench --to 127.0.0.1:8080 open-loop --rate 20000 --json
@@ -156,7 +156,7 @@ fn hint(args: &BenchArgs, report: &Report) -> String {
 }
 
 fn run(args: &BenchArgs, plan: Plan) -> Result<Report, String> {
-    let limit = crate::net::limits::raise_descriptor_limit();
+    let limit = tidegate_net::limits::raise_descriptor_limit();
     let needed = plan.connections as u64 + DESCRIPTORS_SPARE;
     if needed > limit {
         return Err(format!(
@@ -268,7 +268,7 @@ fn show(args: &BenchArgs, report: &Report) {
         (true, Some(_)) => document(args, report).to_string(),
         (false, _) => lines(args, report),
     };
-    crate::client::command::print(text.trim_end());
+    tidegate_client::command::print(text.trim_end());
 }
 
 /// Prints each window once every thread has handed in its part, until the threads
@@ -293,7 +293,7 @@ fn show_windows(args: &BenchArgs, over: mpsc::Receiver<Window>) {
         } else {
             window_line(args, number, &sum)
         };
-        crate::client::command::print(&text);
+        tidegate_client::command::print(&text);
     }
 }
 

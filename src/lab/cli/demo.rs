@@ -20,8 +20,6 @@ mod show;
 mod split;
 mod traffic;
 
-use crate::client::command::{Exit, duration};
-use crate::net::clock;
 use backends::Backends;
 use balancer::{Balancer, Ended};
 use clap::Args;
@@ -30,6 +28,8 @@ use screen::{Gone, Screen};
 use show::{Show, Time, Verdict};
 use std::io;
 use std::time::Duration;
+use tidegate_client::command::{Exit, duration};
+use tidegate_net::clock;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 

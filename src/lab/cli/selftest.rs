@@ -10,13 +10,14 @@
 mod balancer;
 mod world;
 
-use crate::client::command::{Exit, duration};
-use crate::lab::ledger::{Fault, Kind};
+use crate::ledger::{Fault, Kind};
 use clap::Args;
 use std::time::Duration;
+use tidegate_client::command::{Exit, duration};
 use world::{Step, World};
 
-pub(crate) const HELP: &str = "\
+/// Help after the options.
+pub const HELP: &str = "\
 Example:
   tidegate selftest
   tidegate selftest --reloads 200 --upgrades 20 --kills 10 --for 2m
@@ -160,10 +161,10 @@ mod tests {
     #[test]
     fn the_verdict_counts_streams_by_what_went_wrong() {
         assert_eq!(verdict(&[]), "0 refused, 0 reset, 0 bytes wrong");
-        let sizes = crate::lab::ledger::Sizes { most: 9, large_one_in: 0 };
+        let sizes = crate::ledger::Sizes { most: 9, large_one_in: 0 };
         let fault = |kind, seed| Fault {
             kind,
-            plan: Some(crate::lab::ledger::Plan::of(seed, sizes, false)),
+            plan: Some(crate::ledger::Plan::of(seed, sizes, false)),
             text: "x".to_owned(),
         };
         let faults = [fault(Kind::Reset, 1), fault(Kind::Reset, 1), fault(Kind::Silent, 2)];

@@ -4,10 +4,8 @@
 //! compares them; what lies between them it neither starts nor asks.
 
 use super::selftest::streams_with;
-use crate::client::command::{Exit, duration};
-use crate::lab::cli::threads;
-use crate::lab::ledger::{Backend, Ledger, Sizes};
-use crate::net::clock;
+use crate::cli::threads;
+use crate::ledger::{Backend, Ledger, Sizes};
 use clap::Args;
 use serde_json::{Value, json};
 use std::io;
@@ -15,6 +13,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tidegate_client::command::{Exit, duration};
+use tidegate_net::clock;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// `tidegate streams`
@@ -50,7 +50,8 @@ pub struct StreamsArgs {
     pub json: bool,
 }
 
-pub(crate) const HELP: &str = "\
+/// Help after the options.
+pub const HELP: &str = "\
 Example:
   tidegate streams --to 127.0.0.1:8080 --listen 127.0.0.1:9001 --listen 127.0.0.1:9002
   tidegate streams --to 127.0.0.1:8080 --listen 127.0.0.1:9001 --rate 50 --for 1h --every 10s
@@ -158,7 +159,7 @@ impl Pace {
 fn show(args: &StreamsArgs, ledger: &Ledger, whole: bool) {
     let document = document(ledger, whole);
     if args.json {
-        return crate::client::command::print(&document.to_string());
+        return tidegate_client::command::print(&document.to_string());
     }
     let count = |name: &str| document[name].as_u64().unwrap_or_default();
     let mut text = format!(
@@ -172,7 +173,7 @@ fn show(args: &StreamsArgs, ledger: &Ledger, whole: bool) {
     if count("silent") > 0 {
         text.push_str(&format!(", {} silent", count("silent")));
     }
-    crate::client::command::print(&text);
+    tidegate_client::command::print(&text);
 }
 
 fn document(ledger: &Ledger, whole: bool) -> Value {

@@ -3,13 +3,13 @@
 //!
 //! Used by those two commands. It knows nothing of what the threads do.
 
-use crate::lab::load::{Crew, Gauge};
-use crate::net::clock;
-use crate::net::cpu;
+use crate::load::{Crew, Gauge};
 use clap::Args;
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
+use tidegate_net::cpu;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Threads, CPUs and output.
@@ -30,7 +30,7 @@ pub struct WorkArgs {
 const THREADS_MAX: usize = 1024;
 
 /// Largest message, write or answer.
-const SIZE_MAX: usize = crate::lab::load::SIZE_MAX;
+const SIZE_MAX: usize = crate::load::SIZE_MAX;
 
 /// How often the threads are looked at: the end of a run is noticed this late.
 const LOOK: Duration = Duration::from_millis(5);

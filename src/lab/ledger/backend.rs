@@ -4,8 +4,6 @@
 //! time. It never decides what is a fault; it says which streams it took with it.
 
 use super::{Ledger, held};
-use crate::net::clock;
-use crate::net::listen;
 use socket2::Socket;
 use std::collections::HashMap;
 use std::io;
@@ -15,6 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use tidegate_net::clock;
+use tidegate_net::listen;
 
 /// Pause of the accept loop while nobody comes.
 const LOOK: Duration = Duration::from_millis(1);

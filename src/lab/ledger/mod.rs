@@ -11,7 +11,6 @@ mod end;
 
 pub use backend::Backend;
 
-use crate::net::clock;
 use end::{Side, backend_side, client_side};
 use socket2::{Domain, Socket, Type};
 use std::collections::{HashMap, HashSet};
@@ -22,6 +21,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tidegate_net::clock;
 
 /// A connect takes no longer on a machine that works.
 const CONNECT_MAX: Duration = Duration::from_secs(10);

@@ -3,10 +3,10 @@
 //! Used by every generator loop. It keeps no sockets and never waits.
 
 use super::plan::Plan;
-use crate::net::stream::{self, Connecting, Peer};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use tidegate_net::stream::{self, Connecting, Peer};
 
 /// Where connections go and come from.
 #[derive(Debug)]

@@ -5,13 +5,13 @@
 //! looked at, only counted.
 
 use super::plan::{Close, Mode, Plan};
-use crate::lab::load::report::Kind;
-use crate::lab::load::thread::{BUFFER, CONNECTING_MAX, Lane, Loop, Nanos, Phase};
-use crate::net::epoll::{Interest, Readiness};
-use crate::net::stream::{self, Connecting};
+use crate::load::report::Kind;
+use crate::load::thread::{BUFFER, CONNECTING_MAX, Lane, Loop, Nanos, Phase};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
+use tidegate_net::epoll::{Interest, Readiness};
+use tidegate_net::stream::{self, Connecting};
 
 /// The loop.
 #[derive(Debug)]

@@ -15,8 +15,8 @@ mod stream;
 mod thread;
 mod threads;
 
-pub use crate::lab::load::report::{Kind, Report};
-pub use crate::lab::load::threads::{Crew, Gauge};
+pub use crate::load::report::{Kind, Report};
+pub use crate::load::threads::{Crew, Gauge};
 pub use plan::{CONNECTIONS_MAX, Close, Mode, Plan, SIZE_MAX};
 pub use serve::{Behaviour, Served, Service, serve};
 
@@ -38,6 +38,6 @@ pub fn start(plan: Plan, windows: mpsc::Sender<Window>) -> io::Result<Crew<Repor
     let threads = plan.threads;
     let cpus = plan.cpus.clone();
     Crew::start("load", threads, &cpus, move |place| {
-        crate::lab::load::thread::run(&plan, &place, &windows)
+        crate::load::thread::run(&plan, &place, &windows)
     })
 }

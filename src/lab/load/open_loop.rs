@@ -5,15 +5,15 @@
 //! it hit (Tene, "How NOT to measure latency": coordinated omission). Content
 //! is never looked at, only counted.
 
-use crate::lab::load::report::Kind;
-use crate::lab::load::thread::{BUFFER, CONNECTING_MAX, Lane, Loop, Nanos, Phase};
-use crate::net::epoll::{Interest, Readiness};
-use crate::net::stream::{self, Connecting};
-use crate::net::timer::Timer;
+use crate::load::report::Kind;
+use crate::load::thread::{BUFFER, CONNECTING_MAX, Lane, Loop, Nanos, Phase};
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
+use tidegate_net::epoll::{Interest, Readiness};
+use tidegate_net::stream::{self, Connecting};
+use tidegate_net::timer::Timer;
 
 /// Messages of one thread that may be without an answer: 16 bytes each, and
 /// ten seconds of a hundred thousand a second. Beyond it they are not sent, and

@@ -9,13 +9,13 @@ mod worker;
 
 pub use behaviour::Behaviour;
 
-use crate::lab::load::threads::Crew;
-use crate::net::listen;
+use crate::load::threads::Crew;
 use socket2::Socket;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Mutex;
 use std::time::Duration;
+use tidegate_net::listen;
 
 /// What to serve, where.
 #[derive(Debug, Clone)]

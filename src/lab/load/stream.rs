@@ -4,12 +4,12 @@
 //! the generator costs as little as it can.
 
 use super::plan::{Mode, Plan};
-use crate::lab::load::report::Kind;
-use crate::lab::load::thread::{Lane, Loop, Phase};
-use crate::net::epoll::{Interest, Readiness};
-use crate::net::stream::{self, Connecting};
+use crate::load::report::Kind;
+use crate::load::thread::{Lane, Loop, Phase};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
+use tidegate_net::epoll::{Interest, Readiness};
+use tidegate_net::stream::{self, Connecting};
 
 /// One socket's turn ends after this much: the others wait.
 pub(super) const TURN_BYTES: usize = 256 * 1024;

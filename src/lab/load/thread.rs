@@ -11,16 +11,16 @@ use super::exchange::Exchange;
 use super::open_loop::OpenLoop;
 use super::plan::{Mode, Plan};
 use super::stream::Streams;
-use crate::lab::load::report::{Kind, Report};
-use crate::lab::load::threads::Place;
-use crate::net::clock;
-use crate::net::epoll::{Batch, Epoll, Readiness};
+use crate::load::report::{Kind, Report};
+use crate::load::threads::Place;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
+use tidegate_net::epoll::{Batch, Epoll, Readiness};
 
 /// Nanoseconds since the thread began.
 pub(super) type Nanos = u64;

@@ -4,12 +4,12 @@
 //! Used by the generator and the servers alike. It never looks at what the
 //! threads do beyond their gauges.
 
-use crate::net::cpu;
 use crossbeam::utils::CachePadded;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
+use tidegate_net::cpu;
 
 /// What a thread shows of its work while it is at it. Written by that thread
 /// alone.

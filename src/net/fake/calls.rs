@@ -6,8 +6,8 @@
 use super::plan;
 use super::socket::{Role, Standing, Told, write_stream};
 use super::{Call, Fault, Kernel, Pipe, try_with};
-use crate::net::clock;
-use crate::net::stream::Delivery;
+use crate::clock;
+use crate::stream::Delivery;
 use rustix::event::epoll::{Event, EventFlags};
 use std::io;
 use std::net::SocketAddr;
@@ -25,7 +25,7 @@ fn on<T>(fd: &impl AsFd, call: impl FnOnce(&mut Kernel, usize) -> io::Result<T>)
     try_with(|kernel| kernel.find(fd).map(|id| call(kernel, id))).flatten()
 }
 
-pub(in crate::net) fn socket(address: SocketAddr) -> Answer<OwnedFd> {
+pub fn socket(address: SocketAddr) -> Answer<OwnedFd> {
     try_with(|kernel| match kernel.fault(Call::Socket, None) {
         Some(Fault::Errno(error)) => errno(error),
         _ => kernel.add_socket(Role::Backend(address)).map(|(own, _)| own),
@@ -33,7 +33,7 @@ pub(in crate::net) fn socket(address: SocketAddr) -> Answer<OwnedFd> {
 }
 
 /// The first connect(2), and the one that asks again.
-pub(in crate::net) fn connect(fd: &impl AsFd) -> Answer<()> {
+pub fn connect(fd: &impl AsFd) -> Answer<()> {
     on(fd, |kernel, id| match kernel.sockets[id].standing {
         Standing::Fresh => {
             if let Some(Fault::Errno(error)) = kernel.fault(Call::Connect, Some(id)) {
@@ -54,14 +54,14 @@ pub(in crate::net) fn connect(fd: &impl AsFd) -> Answer<()> {
     })
 }
 
-pub(in crate::net) fn take_error(fd: &impl AsFd) -> Answer<()> {
+pub fn take_error(fd: &impl AsFd) -> Answer<()> {
     on(fd, |kernel, id| match std::mem::take(&mut kernel.sockets[id].error) {
         0 => Ok(()),
         error => errno(error),
     })
 }
 
-pub(in crate::net) fn receive(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize> {
+pub fn receive(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize> {
     on(fd, |kernel, id| {
         let (stream, from, count) = kernel.take(Call::Receive, id, buffer.len() as u64)?;
         write_stream(stream, from, &mut buffer[..count as usize]);
@@ -69,7 +69,7 @@ pub(in crate::net) fn receive(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize
     })
 }
 
-pub(in crate::net) fn peek(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize> {
+pub fn peek(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize> {
     on(fd, |kernel, id| {
         let (stream, from, count) = kernel.look(id, buffer.len() as u64)?;
         write_stream(stream, from, &mut buffer[..count as usize]);
@@ -77,7 +77,7 @@ pub(in crate::net) fn peek(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize> {
     })
 }
 
-pub(in crate::net) fn send(fd: &impl AsFd, bytes: &[u8]) -> Answer<usize> {
+pub fn send(fd: &impl AsFd, bytes: &[u8]) -> Answer<usize> {
     on(fd, |kernel, id| {
         let count = kernel.way(Call::Send, id, bytes.len() as u64)? as usize;
         kernel.sockets[id].put(&bytes[..count]);
@@ -86,7 +86,7 @@ pub(in crate::net) fn send(fd: &impl AsFd, bytes: &[u8]) -> Answer<usize> {
     })
 }
 
-pub(in crate::net) fn shutdown_write(fd: &impl AsFd) -> Answer<()> {
+pub fn shutdown_write(fd: &impl AsFd) -> Answer<()> {
     on(fd, |kernel, id| {
         if let Some(Fault::Errno(error)) = kernel.fault(Call::Shutdown, Some(id)) {
             return errno(error);
@@ -101,7 +101,7 @@ pub(in crate::net) fn shutdown_write(fd: &impl AsFd) -> Answer<()> {
     })
 }
 
-pub(in crate::net) fn reset_on_close(fd: &impl AsFd) -> Option<()> {
+pub fn reset_on_close(fd: &impl AsFd) -> Option<()> {
     on(fd, |kernel, id| {
         kernel.sockets[id].reset_on_close = true;
         Ok(())
@@ -109,7 +109,7 @@ pub(in crate::net) fn reset_on_close(fd: &impl AsFd) -> Option<()> {
     .map(|_| ())
 }
 
-pub(in crate::net) fn tear_down(fd: &impl AsFd) -> Option<()> {
+pub fn tear_down(fd: &impl AsFd) -> Option<()> {
     on(fd, |kernel, id| {
         kernel.sockets[id].fail(libc::ECONNABORTED);
         kernel.sockets[id].told = Told::Reset;
@@ -120,14 +120,14 @@ pub(in crate::net) fn tear_down(fd: &impl AsFd) -> Option<()> {
 }
 
 /// Options of sockets; what they are for is not played.
-pub(in crate::net) fn set_option(fd: &impl AsFd) -> Answer<()> {
+pub fn set_option(fd: &impl AsFd) -> Answer<()> {
     on(fd, |kernel, id| match kernel.fault(Call::Option, Some(id)) {
         Some(Fault::Errno(error)) => errno(error),
         _ => Ok(()),
     })
 }
 
-pub(in crate::net) fn delivery(fd: &impl AsFd) -> Option<Delivery> {
+pub fn delivery(fd: &impl AsFd) -> Option<Delivery> {
     on(fd, |kernel, id| {
         let socket = &kernel.sockets[id];
         let quiet = clock::now().saturating_duration_since(socket.moved_at);
@@ -137,11 +137,11 @@ pub(in crate::net) fn delivery(fd: &impl AsFd) -> Option<Delivery> {
     .and_then(Result::ok)
 }
 
-pub(in crate::net) fn unread(fd: &impl AsFd) -> Option<u64> {
+pub fn unread(fd: &impl AsFd) -> Option<u64> {
     on(fd, |kernel, id| Ok(kernel.sockets[id].waiting())).and_then(Result::ok)
 }
 
-pub(in crate::net) fn accept(fd: &impl AsFd) -> Answer<(OwnedFd, SocketAddr)> {
+pub fn accept(fd: &impl AsFd) -> Answer<(OwnedFd, SocketAddr)> {
     let fd = fd.as_fd();
     try_with(|kernel| {
         let listener = fd.as_raw_fd();
@@ -164,7 +164,7 @@ pub(in crate::net) fn accept(fd: &impl AsFd) -> Answer<(OwnedFd, SocketAddr)> {
     .flatten()
 }
 
-pub(in crate::net) fn has_queued(fd: &impl AsFd) -> Option<bool> {
+pub fn has_queued(fd: &impl AsFd) -> Option<bool> {
     let fd = fd.as_fd().as_raw_fd();
     try_with(|kernel| kernel.listeners.get(&fd).map(|queue| *queue > 0)).flatten()
 }
@@ -172,7 +172,7 @@ pub(in crate::net) fn has_queued(fd: &impl AsFd) -> Option<bool> {
 // === pipes ===
 
 /// Both ends, to read from and to write to, and how much it holds.
-pub(in crate::net) fn pipe() -> Answer<(OwnedFd, OwnedFd, usize)> {
+pub fn pipe() -> Answer<(OwnedFd, OwnedFd, usize)> {
     try_with(|kernel| {
         if let Some(Fault::Errno(error)) = kernel.fault(Call::Pipe, None) {
             return errno(error);
@@ -193,7 +193,7 @@ pub(in crate::net) fn pipe() -> Answer<(OwnedFd, OwnedFd, usize)> {
 }
 
 /// splice(2) from a socket into a pipe; bytes, and how many are left.
-pub(in crate::net) fn fill(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<(usize, u64)> {
+pub fn fill(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<(usize, u64)> {
     on(fd, |kernel, id| {
         let at = kernel.pipe(1, pipe);
         let held: u64 = kernel.pipes[at].holds.iter().map(|(_, _, len)| len).sum();
@@ -208,7 +208,7 @@ pub(in crate::net) fn fill(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<(usize, u64
 }
 
 /// splice(2) from a pipe into a socket.
-pub(in crate::net) fn drain(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<usize> {
+pub fn drain(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<usize> {
     on(fd, |kernel, id| {
         let at = kernel.pipe(0, pipe);
         let Some((stream, from, held)) = kernel.pipes[at].holds.front().copied() else {
@@ -229,15 +229,15 @@ pub(in crate::net) fn drain(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<usize> {
 
 // === the epoll set ===
 
-pub(in crate::net) fn epoll_create() -> Answer<OwnedFd> {
+pub fn epoll_create() -> Answer<OwnedFd> {
     try_with(Kernel::epoll_create)
 }
 
-pub(in crate::net) fn epoll_watch(fd: &impl AsFd, token: u64, interest: EventFlags) -> Answer<()> {
+pub fn epoll_watch(fd: &impl AsFd, token: u64, interest: EventFlags) -> Answer<()> {
     on(fd, |kernel, id| kernel.epoll_watch(id, token, interest))
 }
 
-pub(in crate::net) fn epoll_wait(most: usize) -> Answer<Vec<Event>> {
+pub fn epoll_wait(most: usize) -> Answer<Vec<Event>> {
     try_with(|kernel| kernel.epoll_wait(most))
 }
 

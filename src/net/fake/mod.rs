@@ -5,16 +5,23 @@
 //! on it unchanged. Descriptors are real ones (of pipes that carry nothing), so
 //! that owning and closing them is real, too. Built for tests alone.
 
+#![allow(
+    missing_docs,
+    missing_debug_implementations,
+    clippy::unwrap_used,
+    reason = "for tests alone"
+)]
+
 mod calls;
 mod plan;
 mod poll;
 mod socket;
 mod uring;
 
-pub(in crate::net) use calls::*;
-pub(crate) use plan::{Call, Fault, Plan, is_ours};
-pub(crate) use socket::{Role, Socket, Told};
-pub(in crate::net) use uring::*;
+pub use calls::*;
+pub use plan::{Call, Fault, Plan, is_ours};
+pub use socket::{Role, Socket, Told};
+pub use uring::*;
 
 use fastrand::Rng;
 use poll::Set;
@@ -33,15 +40,15 @@ thread_local! {
 
 /// The kernel of one simulated machine.
 #[derive(Debug)]
-pub(crate) struct Kernel {
-    pub(crate) rng: Rng,
-    pub(crate) plan: Plan,
+pub struct Kernel {
+    pub rng: Rng,
+    pub plan: Plan,
     /// Calls so far that can fail.
-    pub(crate) calls: u64,
+    pub calls: u64,
     /// Every one of them, where they are wanted.
-    pub(crate) log: Option<Vec<Call>>,
+    pub log: Option<Vec<Call>>,
     /// All there ever were; closed ones stay.
-    pub(crate) sockets: Vec<Socket>,
+    pub sockets: Vec<Socket>,
     by_fd: HashMap<RawFd, usize>,
     pipes: Vec<Pipe>,
     /// Clients in their queues.
@@ -49,13 +56,13 @@ pub(crate) struct Kernel {
     set: Set,
     uring: Uring,
     /// Whose connects are decided at once, as on loopback.
-    pub(crate) connects_at_once: bool,
+    pub connects_at_once: bool,
     /// How much one call moves at most.
-    pub(crate) most: u64,
+    pub most: u64,
     /// Errnos that calls were made to give.
-    pub(crate) injected: Vec<i32>,
+    pub injected: Vec<i32>,
     /// Descriptors whose socket was gone when they were used.
-    pub(crate) misused: u64,
+    pub misused: u64,
     trace: DefaultHasher,
 }
 
@@ -70,14 +77,14 @@ struct Pipe {
 }
 
 /// Puts `kernel` behind this thread's system calls, for as long as it is kept.
-pub(crate) struct Installed;
+pub struct Installed;
 
 /// On the kernel of this thread, which has one.
-pub(crate) fn with<T>(run: impl FnOnce(&mut Kernel) -> T) -> T {
+pub fn with<T>(run: impl FnOnce(&mut Kernel) -> T) -> T {
     try_with(run).expect("a kernel is installed")
 }
 
-pub(crate) fn is_installed() -> bool {
+pub fn is_installed() -> bool {
     // In use: it is there.
     KERNEL.with(|kernel| kernel.try_borrow().map_or(true, |kernel| kernel.is_some()))
 }
@@ -89,7 +96,7 @@ fn try_with<T>(run: impl FnOnce(&mut Kernel) -> T) -> Option<T> {
 // === impl Installed ===
 
 impl Installed {
-    pub(crate) fn new(kernel: Kernel) -> Installed {
+    pub fn new(kernel: Kernel) -> Installed {
         KERNEL.set(Some(kernel));
         Installed
     }
@@ -104,7 +111,7 @@ impl Drop for Installed {
 // === impl Kernel ===
 
 impl Kernel {
-    pub(crate) fn new(seed: u64) -> Kernel {
+    pub fn new(seed: u64) -> Kernel {
         let mut rng = Rng::with_seed(seed);
         Kernel {
             uring: Uring::new(&mut rng),
@@ -126,12 +133,12 @@ impl Kernel {
     }
 
     /// What has happened so far, in a number.
-    pub(crate) fn trace(&self) -> u64 {
+    pub fn trace(&self) -> u64 {
         self.trace.finish()
     }
 
     /// Something that belongs to the trace.
-    pub(crate) fn note(&mut self, what: impl Hash) {
+    pub fn note(&mut self, what: impl Hash) {
         what.hash(&mut self.trace);
     }
 
@@ -181,21 +188,21 @@ impl Kernel {
     }
 
     /// One more client is in the queue of that listener.
-    pub(crate) fn arrive(&mut self, listener: RawFd) {
+    pub fn arrive(&mut self, listener: RawFd) {
         *self.listeners.entry(listener).or_default() += 1;
     }
 
-    pub(crate) fn queued(&self) -> u32 {
+    pub fn queued(&self) -> u32 {
         self.listeners.values().sum()
     }
 
     /// Something became of the socket that those who wait for it must learn.
-    pub(crate) fn changed(&mut self, id: usize) {
+    pub fn changed(&mut self, id: usize) {
         self.set.wake(id);
     }
 
     /// Sees which descriptors the balancer has closed, and tells their peers.
-    pub(crate) fn note_closed(&mut self) {
+    pub fn note_closed(&mut self) {
         for id in hung_up(self.sockets.iter().map(|socket| socket.alarm.as_ref())) {
             let fd = self.sockets[id].fd;
             self.sockets[id].closed();
@@ -209,11 +216,11 @@ impl Kernel {
         }
     }
 
-    pub(crate) fn open_pipes(&self) -> usize {
+    pub fn open_pipes(&self) -> usize {
         self.pipes.len()
     }
 
-    pub(crate) fn is_garbled(&self) -> bool {
+    pub fn is_garbled(&self) -> bool {
         self.sockets.iter().any(|socket| socket.garbled)
     }
 }
@@ -237,7 +244,7 @@ fn hung_up<'a>(alarms: impl Iterator<Item = Option<&'a OwnedFd>>) -> Vec<usize> 
 
 impl Kernel {
     /// The peer sends so many more bytes.
-    pub(crate) fn peer_sends(&mut self, id: usize, bytes: u64) {
+    pub fn peer_sends(&mut self, id: usize, bytes: u64) {
         let socket = &mut self.sockets[id];
         if socket.is_open() && !socket.fin && !socket.dead {
             socket.sent += bytes;
@@ -246,7 +253,7 @@ impl Kernel {
     }
 
     /// The peer ends its stream; with `gone` it has closed altogether.
-    pub(crate) fn peer_ends(&mut self, id: usize, gone: bool) {
+    pub fn peer_ends(&mut self, id: usize, gone: bool) {
         let socket = &mut self.sockets[id];
         if socket.is_open() && !socket.dead {
             socket.fin = true;
@@ -256,7 +263,7 @@ impl Kernel {
     }
 
     /// The connection breaks.
-    pub(crate) fn peer_fails(&mut self, id: usize, errno: i32) {
+    pub fn peer_fails(&mut self, id: usize, errno: i32) {
         let socket = &mut self.sockets[id];
         if socket.is_open() && !socket.dead {
             socket.peer_failed = true;
@@ -267,7 +274,7 @@ impl Kernel {
     }
 
     /// The peer has read, so there is room for so much more.
-    pub(crate) fn peer_reads(&mut self, id: usize, bytes: u64) {
+    pub fn peer_reads(&mut self, id: usize, bytes: u64) {
         let socket = &mut self.sockets[id];
         if socket.is_open() {
             socket.room = socket.room.saturating_add(bytes);
@@ -276,7 +283,7 @@ impl Kernel {
     }
 
     /// A connect that is pending comes to its end.
-    pub(crate) fn decide(&mut self, id: usize) {
+    pub fn decide(&mut self, id: usize) {
         if self.sockets[id].standing != socket::Standing::Connecting || !self.sockets[id].is_open()
         {
             return;
@@ -291,7 +298,7 @@ impl Kernel {
 
     /// What goes on by itself: bytes arrive at the peers, and operations of the ring
     /// are done.
-    pub(crate) fn go_on(&mut self) {
+    pub fn go_on(&mut self) {
         self.note_closed();
         let busy = |socket: &&mut Socket| socket.is_open() && socket.queued() > 0;
         for socket in self.sockets.iter_mut().filter(busy) {
@@ -305,11 +312,11 @@ impl Kernel {
     }
 
     /// Wakes whoever watches that socket, for nothing.
-    pub(crate) fn wake_for_nothing(&mut self, id: usize) {
+    pub fn wake_for_nothing(&mut self, id: usize) {
         self.changed(id);
     }
 
-    pub(crate) fn address_of(client: usize) -> SocketAddr {
+    pub fn address_of(client: usize) -> SocketAddr {
         ([192, 0, 2, 1], 10_000 + client as u16).into()
     }
 }

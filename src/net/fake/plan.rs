@@ -8,7 +8,7 @@ use fastrand::Rng;
 
 /// A system call, or an operation of the ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) enum Call {
+pub enum Call {
     Accept,
     Socket,
     Connect,
@@ -30,7 +30,7 @@ pub(crate) enum Call {
 
 /// What goes wrong with a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Fault {
+pub enum Fault {
     Errno(i32),
     /// It does less than it could.
     Short,
@@ -38,7 +38,7 @@ pub(crate) enum Fault {
 
 /// When something goes wrong.
 #[derive(Debug)]
-pub(crate) enum Plan {
+pub enum Plan {
     Never,
     /// That call, counted from 0, and no other.
     At(u64, Fault),
@@ -63,7 +63,7 @@ const OURS: [i32; 9] = [
 ];
 
 /// Whether that errno says something of this machine alone.
-pub(crate) fn is_ours(errno: i32) -> bool {
+pub fn is_ours(errno: i32) -> bool {
     OURS.contains(&errno)
 }
 
@@ -76,7 +76,7 @@ pub(super) fn survives(errno: i32) -> bool {
 
 impl Call {
     /// What it can fail with.
-    pub(crate) fn errnos(self) -> &'static [i32] {
+    pub fn errnos(self) -> &'static [i32] {
         use libc::*;
         match self {
             Call::Accept => {
@@ -132,7 +132,7 @@ impl Call {
     }
 
     /// Everything that can go wrong with it.
-    pub(crate) fn faults(self) -> impl Iterator<Item = Fault> {
+    pub fn faults(self) -> impl Iterator<Item = Fault> {
         let short = self.can_be_short().then_some(Fault::Short);
         self.errnos().iter().map(|errno| Fault::Errno(*errno)).chain(short)
     }

@@ -3,7 +3,7 @@
 //! Owned by the fake kernel. The bytes of a stream follow from its number, so
 //! none is kept, and every one that comes out is compared with what went in.
 
-use crate::net::clock;
+use crate::clock;
 use std::net::SocketAddr;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::LazyLock;
@@ -33,14 +33,14 @@ pub(super) fn write_stream(stream: u8, from: u64, bytes: &mut [u8]) {
 
 /// Which end of the balancer it is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Role {
+pub enum Role {
     Client,
     /// By the address connected to.
     Backend(SocketAddr),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Standing {
+pub enum Standing {
     Fresh,
     Connecting,
     Up,
@@ -48,50 +48,50 @@ pub(crate) enum Standing {
 
 /// What the peer was told at last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Told {
+pub enum Told {
     Nothing,
     Fin,
     Reset,
 }
 
-pub(crate) struct Socket {
-    pub(crate) role: Role,
+pub struct Socket {
+    pub role: Role,
     pub(super) fd: RawFd,
     /// Hangs up when the other end of it, which is the balancer's descriptor, is
     /// closed.
     pub(super) alarm: Option<OwnedFd>,
-    pub(crate) standing: Standing,
+    pub standing: Standing,
     /// Of the bytes the peer sends.
-    pub(crate) stream: u8,
+    pub stream: u8,
     /// So many the peer has sent, and so many of them were received.
-    pub(crate) sent: u64,
-    pub(crate) taken: u64,
+    pub sent: u64,
+    pub taken: u64,
     /// So many of them somebody has looked at.
     seen: u64,
     /// The peer has ended its stream.
-    pub(crate) fin: bool,
+    pub fin: bool,
     /// So many bytes were sent to the peer, so many of them have arrived there, and of
     /// which stream they are.
-    pub(crate) put: u64,
-    pub(crate) got: u64,
-    pub(crate) got_from: Option<u8>,
+    pub put: u64,
+    pub got: u64,
+    pub got_from: Option<u8>,
     /// When bytes were sent, or arrived, at last.
     pub(super) moved_at: Instant,
-    pub(crate) garbled: bool,
+    pub garbled: bool,
     /// What may be sent before there is no room.
-    pub(crate) room: u64,
+    pub room: u64,
     /// The connection is no more, and so is what it says to the next who asks.
-    pub(crate) dead: bool,
+    pub dead: bool,
     pub(super) error: i32,
-    pub(crate) shut: bool,
-    pub(crate) told: Told,
+    pub shut: bool,
+    pub told: Told,
     pub(super) reset_on_close: bool,
     /// The peer has closed: whatever else it is sent, it answers with a reset.
-    pub(crate) gone: bool,
+    pub gone: bool,
     /// The peer or the path has failed, whether we know already or not.
-    pub(crate) peer_failed: bool,
+    pub peer_failed: bool,
     /// Errnos that calls on it were made to give.
-    pub(crate) injected: Vec<i32>,
+    pub injected: Vec<i32>,
 }
 
 impl Socket {
@@ -124,7 +124,7 @@ impl Socket {
     }
 
     /// The balancer still has it.
-    pub(crate) fn is_open(&self) -> bool {
+    pub fn is_open(&self) -> bool {
         self.alarm.is_some()
     }
 

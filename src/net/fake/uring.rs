@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 /// A completion: `user_data`, result, flags.
-pub(in crate::net) type Completion = (u64, i32, u32);
+pub type Completion = (u64, i32, u32);
 
 const SEND_MESSAGE: u8 = 9;
 const POLL: u8 = 6;
@@ -89,20 +89,20 @@ struct Operation {
 
 // === the ring, as `net::ring` uses it ===
 
-pub(in crate::net) fn ring_new() -> bool {
+pub fn ring_new() -> bool {
     super::is_installed()
 }
 
-pub(in crate::net) fn ring_register_bell(bell: RawFd) {
+pub fn ring_register_bell(bell: RawFd) {
     on(|kernel| (kernel.uring.bell, kernel.uring.wakes) = (Some(bell), true));
 }
 
-pub(in crate::net) fn ring_register_buffers(address: u64, count: u16) {
+pub fn ring_register_buffers(address: u64, count: u16) {
     on(|kernel| kernel.uring.buffers = (address, count));
 }
 
 /// False where the queue is full.
-pub(in crate::net) fn ring_push(entry: &squeue::Entry) -> bool {
+pub fn ring_push(entry: &squeue::Entry) -> bool {
     on(|kernel| {
         let uring = &mut kernel.uring;
         let fits = uring.queued.len() < uring.size;
@@ -114,28 +114,28 @@ pub(in crate::net) fn ring_push(entry: &squeue::Entry) -> bool {
 }
 
 /// Submissions queued, and whether there is deferred work.
-pub(in crate::net) fn ring_standing() -> (u32, bool) {
+pub fn ring_standing() -> (u32, bool) {
     on(|kernel| (kernel.uring.queued.len() as u32, kernel.uring.flagged))
 }
 
-pub(in crate::net) fn ring_enter() -> io::Result<()> {
+pub fn ring_enter() -> io::Result<()> {
     on(Kernel::enter_ring)
 }
 
-pub(in crate::net) fn ring_take() -> Vec<Completion> {
+pub fn ring_take() -> Vec<Completion> {
     on(|kernel| kernel.uring.completed.drain(..).collect())
 }
 
-pub(in crate::net) fn ring_has_completions() -> bool {
+pub fn ring_has_completions() -> bool {
     on(|kernel| !kernel.uring.completed.is_empty())
 }
 
-pub(in crate::net) fn ring_wakes(wakes: bool) {
+pub fn ring_wakes(wakes: bool) {
     on(|kernel| kernel.uring.wakes = wakes);
 }
 
 /// As if time passed: whatever can come to its end does.
-pub(in crate::net) fn ring_wait() {
+pub fn ring_wait() {
     on(|kernel| kernel.run_ring(true));
 }
 

@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code)]
 
-use crate::net::budget::Share;
+use crate::budget::Share;
 use io_uring::types::BufRingEntry;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;

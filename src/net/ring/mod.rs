@@ -23,7 +23,7 @@ pub use buffers::{BUFFER_LEN, Chunk};
 pub use event::{Counts, Event, Interest, Settings, What};
 pub use ops::{Op, SEND_CHUNKS_MAX};
 
-use crate::net::ring::retry_list::Shelf;
+use crate::ring::retry_list::Shelf;
 use buffers::BufferRing;
 use io_uring::{cqueue, opcode, squeue, types};
 use ops::{Bytes, Ops, Parcel, Work};

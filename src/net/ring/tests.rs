@@ -1,7 +1,7 @@
 //! The ring against real socket pairs: bytes, shortage, cancellation, its end.
 
 use super::*;
-use crate::net::budget::Budget;
+use crate::budget::Budget;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 

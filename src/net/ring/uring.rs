@@ -5,8 +5,8 @@
 
 #![allow(unsafe_code)]
 
-#[cfg(test)]
-use crate::net::fake;
+#[cfg(any(test, feature = "fake"))]
+use crate::fake;
 use io_uring::{EnterFlags, IoUring, cqueue, squeue, types};
 use std::io;
 use std::os::fd::RawFd;
@@ -19,7 +19,7 @@ use std::os::fd::RawFd;
 pub(super) enum Uring {
     Real(IoUring),
     /// The fake kernel of this thread.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     Fake,
 }
 
@@ -38,7 +38,7 @@ macro_rules! either {
     ($uring:expr, $fake:expr, $ring:ident => $real:expr) => {
         match $uring {
             Uring::Real($ring) => $real,
-            #[cfg(test)]
+            #[cfg(any(test, feature = "fake"))]
             Uring::Fake => $fake,
         }
     };
@@ -46,7 +46,7 @@ macro_rules! either {
 
 impl Uring {
     pub(super) fn new(submissions: u32, completions: u32) -> io::Result<Uring> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "fake"))]
         if fake::ring_new() {
             return Ok(Uring::Fake);
         }
@@ -101,7 +101,7 @@ impl Uring {
 
     #[inline]
     pub(super) fn standing(&mut self) -> Standing {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "fake"))]
         let faked = || {
             let (queued, deferred) = fake::ring_standing();
             Standing { queued, deferred, overflowed: false }
@@ -161,7 +161,7 @@ impl Uring {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fake"))]
 fn completion((user_data, result, flags): fake::Completion) -> cqueue::Entry {
     #[repr(C)]
     struct Plain(u64, i32, u32);

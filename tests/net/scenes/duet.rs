@@ -267,7 +267,7 @@ impl End {
 
     fn all_acknowledged(&self) -> bool {
         let Some(stream) = &self.stream else { return true };
-        self.to_send == 0 && tidegate::net::stream::unacknowledged(stream) == 0
+        self.to_send == 0 && tidegate_net::stream::unacknowledged(stream) == 0
     }
 
     fn turn(&mut self) -> bool {

@@ -5,19 +5,19 @@
 //! no news.
 
 use super::{Heart, Load, Origin};
-use crate::core::control::handover::{SavedBackend, SavedPool};
-use crate::core::control::schedule::{Job, after};
-use crate::core::control::{Controller, PoolId, PublishReason, elsewhere};
-use crate::core::health::Calling;
-use crate::core::model;
-use crate::core::model::{BackendAddress, HeartbeatSpec};
-use crate::core::suspicion::{Beat, HeartbeatDetector, SavedDetector};
-use crate::core::table::state::BackendId;
-use crate::heartbeat::SenderState;
+use crate::control::handover::{SavedBackend, SavedPool};
+use crate::control::schedule::{Job, after};
+use crate::control::{Controller, PoolId, PublishReason, elsewhere};
+use crate::health::Calling;
+use crate::model;
+use crate::model::{BackendAddress, HeartbeatSpec};
+use crate::suspicion::{Beat, HeartbeatDetector, SavedDetector};
+use crate::table::state::BackendId;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_heartbeat::SenderState;
 
 /// See [`Heart`]; times are in milliseconds, counted back from the moment of
 /// saving.
@@ -59,7 +59,7 @@ fn ago(now: Instant, ms: u64) -> Instant {
 // === impl Heart ===
 
 impl Heart {
-    pub(in crate::core::control) fn save(&self, now: Instant) -> SavedHeart {
+    pub(in crate::control) fn save(&self, now: Instant) -> SavedHeart {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let ago = |then: Instant| millis(now.saturating_duration_since(then));
         SavedHeart {
@@ -137,7 +137,7 @@ impl Heart {
 
 impl Controller {
     /// Goes on with what another process has heard of the backend.
-    pub(in crate::core::control) fn adopt_heart(
+    pub(in crate::control) fn adopt_heart(
         &mut self,
         id: BackendId,
         saved: &SavedBackend,
@@ -179,7 +179,7 @@ impl Controller {
     }
 
     /// Takes in a backend that has registered with another process.
-    pub(in crate::core::control) fn adopt_registered(
+    pub(in crate::control) fn adopt_registered(
         &mut self,
         saved: &SavedPool,
         backend: &SavedBackend,
@@ -205,7 +205,7 @@ impl Controller {
     }
 
     /// Registered backends that left while the upgrade was under way.
-    pub(in crate::core::control) fn drop_unregistered(&mut self, saved: &SavedPool, now: Instant) {
+    pub(in crate::control) fn drop_unregistered(&mut self, saved: &SavedPool, now: Instant) {
         let Some(pool) = self.pools.named(&saved.name).filter(|_| saved.hearts) else { return };
         let there: HashSet<&str> =
             saved.backends.iter().map(|backend| backend.name.as_str()).collect();
@@ -252,7 +252,7 @@ impl Controller {
         entry.spec = spec;
         entry.origin = Origin::Registered;
         self.tallies.forget(entry.state.id, entry.heart.take().as_deref_mut());
-        entry.health.pulse = crate::core::health::Pulse::Awaited;
+        entry.health.pulse = crate::health::Pulse::Awaited;
         self.take_intent(&mut entry, now);
         let id = entry.state.id;
         self.note_out(&entry);

@@ -1,9 +1,9 @@
 //! What the next process knows when it takes over.
 
 use super::*;
-use crate::core::control::elsewhere::{HeldBackend, HeldFrontend};
-use crate::core::control::handover::Saved;
-use crate::core::control::tests::slow_backends::watched;
+use crate::control::elsewhere::{HeldBackend, HeldFrontend};
+use crate::control::handover::Saved;
+use crate::control::tests::slow_backends::watched;
 use proptest::prelude::*;
 
 /// A controller of another process that goes on with what `old` knew, after the
@@ -127,7 +127,7 @@ fn history_goes_on_and_is_not_told_twice() {
     old.operator("a", Intent::Draining);
     let reasons = |bench: &Bench| -> Vec<(String, Duration)> {
         let explained = bench.controller.explain("web", "a", bench.now).unwrap();
-        let age = |t: &crate::core::health::Transition| bench.now - t.at;
+        let age = |t: &crate::health::Transition| bench.now - t.at;
         explained.history.iter().map(|t| (format!("{} {}", t.to, t.reason), age(t))).collect()
     };
     let mut next = successor(&old, pool(&["a", "b"]));
@@ -221,13 +221,13 @@ mod alone {
     #[test]
     fn ten_thousand_backends_are_handed_over_in_no_time() {
         for (pools, each) in [(1, 10_000), (2_500, 4)] {
-            let now = crate::net::clock::now();
+            let now = tidegate_net::clock::now();
             let mut old = Controller::new(1, 1);
             old.apply(Event::Configure(many("p", pools, each)), now);
             let saved = old.save(now);
             let mut next = Controller::new(1, 2);
             next.apply(Event::Configure(many("p", pools, each)), now);
-            let began = crate::net::clock::now();
+            let began = tidegate_net::clock::now();
             next.adopt(&saved, now);
             assert!(next.serves_as(&saved));
             for pool in &saved.pools {
@@ -235,7 +235,7 @@ mod alone {
                     next.find_saved(&pool.name, &one.name, &one.address).expect("it is there");
                 }
             }
-            let took = crate::net::clock::now() - began;
+            let took = tidegate_net::clock::now() - began;
             assert!(took < Duration::from_secs(4), "{pools} x {each}: {took:?}");
         }
     }
@@ -340,7 +340,7 @@ fn tables_made_before_go_on_being_counted_by_their_reason() {
 fn a_round_robin_goes_on_where_it_was() {
     let old = Bench::new(unprobed(&["a", "b", "c"]));
     let pick = |bench: &Bench| {
-        let key = crate::core::balance::PickKey { client: [127, 0, 0, 1].into(), draw: 0, at: 0 };
+        let key = crate::balance::PickKey { client: [127, 0, 0, 1].into(), draw: 0, at: 0 };
         let table = bench.controller.current_table();
         table.pools[0].pick(key, &[]).unwrap().backend().name.to_string()
     };
@@ -363,7 +363,7 @@ proptest! {
     fn whatever_is_said_nothing_breaks(text in "\\PC{0,40}", n: u64, turn: (u64, u64)) {
         let mut old = Bench::up(pool(&["a", "b"]));
         let mut saved = old.controller.save(old.now);
-        saved.pools[0].turn = Some(crate::core::balance::Turn { place: turn.0, period: turn.1 });
+        saved.pools[0].turn = Some(crate::balance::Turn { place: turn.0, period: turn.1 });
         let backend = &mut saved.pools[0].backends[0];
         backend.observation = text.clone();
         backend.intent = text;

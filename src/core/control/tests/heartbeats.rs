@@ -1,9 +1,9 @@
 //! Heartbeats: who joins, who leaves, what silence does, what share each gets.
 
 use super::*;
-use crate::core::model;
-use crate::core::suspicion::TRY_TIMEOUT_MAX;
-use crate::heartbeat::SenderState;
+use crate::model;
+use crate::suspicion::TRY_TIMEOUT_MAX;
+use tidegate_heartbeat::SenderState;
 
 mod lateness;
 
@@ -135,7 +135,7 @@ fn where_the_pool_has_probes_the_first_result_counts_as_well() {
     bench.beat(&["a"], &[], Duration::from_secs(1));
     assert_eq!(bench.serving(), ["z", "a"]);
     bench.beat(&["a"], &["a"], Duration::from_secs(10));
-    assert_eq!(bench.status("a").pulse, crate::core::health::Pulse::Beating);
+    assert_eq!(bench.status("a").pulse, crate::health::Pulse::Beating);
     assert_eq!(bench.serving(), ["z"], "its host is well, its service is not");
 }
 
@@ -388,7 +388,7 @@ fn a_death_is_published_at_once_whatever_waits() {
     let effects = bench.refuse("a", 1, 1);
     assert_eq!(publishes(&effects), 1, "suspect, at a tenth");
     let (id, token) = *bench.asked.last().unwrap();
-    let effects = bench.answer(id, token, Some(crate::core::health::REFUSED));
+    let effects = bench.answer(id, token, Some(crate::health::REFUSED));
     assert_eq!((publishes(&effects), bench.status("a").observation), (1, Observation::Down));
 }
 
@@ -443,7 +443,7 @@ fn an_explanation_tells_the_whole_story() {
         [("suspect", "down"), ("up", "suspect"), ("unknown", "up"), ("new", "unknown")]
     );
     let reading = explained.backend.heart.unwrap().reading;
-    assert_eq!(reading.state, crate::core::suspicion::State::Down);
+    assert_eq!(reading.state, crate::suspicion::State::Down);
     assert!(reading.silence.unwrap() >= Duration::from_secs(2) - INTERVAL);
     assert_eq!(explained.weight.health, 0);
     assert_eq!(
@@ -507,7 +507,7 @@ fn after_an_upgrade_registered_backends_serve_before_anybody_is_heard() {
     let mut next = upgraded(&old, slow_pool());
     assert_eq!(next.names(), ["z", "a", "b", "c"]);
     assert_eq!(next.serving(), ["z", "a"]);
-    assert_eq!(next.status("b").calling, crate::core::health::Calling::Draining);
+    assert_eq!(next.status("b").calling, crate::health::Calling::Draining);
     let reading = |bench: &Bench| bench.status("a").heart.unwrap().reading;
     assert_eq!(reading(&next).beats_total, reading(&old).beats_total);
     assert_eq!(reading(&next).sequence, reading(&old).sequence);
@@ -575,12 +575,12 @@ mod alone {
         bench.hear(heartbeat("a", 1));
         bench.answer_but(&[]);
         let round = |bench: &mut Bench, round: u64| {
-            let began = crate::net::clock::now();
+            let began = tidegate_net::clock::now();
             for sequence in 2 + round * 300..302 + round * 300 {
                 bench.now += Duration::from_millis(1);
                 bench.hear(heartbeat("a", sequence));
             }
-            crate::net::clock::now() - began
+            tidegate_net::clock::now() - began
         };
         (0..5).map(|at| round(&mut bench, at)).min().unwrap()
     }

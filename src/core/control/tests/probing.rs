@@ -1,14 +1,14 @@
 //! Startup, probe schedule and verdicts.
 
 use super::*;
-use crate::core::control::probing;
+use crate::control::probing;
 
 #[test]
 fn nothing_configured_is_an_empty_table_and_nothing_due() {
     let controller = Controller::new(1, 0);
     assert_eq!(controller.next_due(), None);
     assert!(controller.current_table().frontends.is_empty());
-    assert_eq!(controller.status(crate::net::clock::now()).generation, 0);
+    assert_eq!(controller.status(tidegate_net::clock::now()).generation, 0);
 }
 
 #[test]

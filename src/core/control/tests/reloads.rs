@@ -1,7 +1,7 @@
 //! Operators and reloads.
 
 use super::*;
-use crate::core::control::removal;
+use crate::control::removal;
 
 #[test]
 fn draining_is_logged_once_and_idempotent() {

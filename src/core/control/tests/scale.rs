@@ -1,11 +1,11 @@
 //! Many backends: one step of the controller costs a bounded number of them.
 
 use super::*;
-use crate::core::control::apart::AT_ONCE_MAX;
-use crate::core::control::source_ports::{PortLimits, PortLook, PortWatch, Reuse};
-use crate::core::model;
-use crate::core::table::build::PoolBuild;
-use crate::heartbeat::SenderState;
+use crate::control::apart::AT_ONCE_MAX;
+use crate::control::source_ports::{PortLimits, PortLook, PortWatch, Reuse};
+use crate::model;
+use crate::table::build::PoolBuild;
+use tidegate_heartbeat::SenderState;
 
 const MANY: usize = 20_000;
 
@@ -72,7 +72,7 @@ fn ticks(controller: &mut Controller, now: &mut Instant, span: Duration) -> (u32
 #[test]
 fn look_at_many_takes_turns_and_finds_the_one_that_hangs() {
     for (pools, each) in [(1, 3_000), (300, 10)] {
-        let mut now = crate::net::clock::now();
+        let mut now = tidegate_net::clock::now();
         let mut controller = Controller::new(2, 1);
         controller.apply(Event::Configure(large(pools, each)), now);
         let states: Vec<_> = controller.backends().map(Arc::clone).collect();
@@ -83,7 +83,7 @@ fn look_at_many_takes_turns_and_finds_the_one_that_hangs() {
                 let counters = state.counters.of(1);
                 counters.questions.add(5);
                 counters.answers.add(5);
-                counters.answer_log2.add(5 * 10 * crate::core::table::state::LOG_UNIT as u64);
+                counters.answer_log2.add(5 * 10 * crate::table::state::LOG_UNIT as u64);
             }
             hanging.counters.of(0).questions.add(u64::from(round >= 10));
             let look = Duration::from_millis(200);
@@ -99,7 +99,7 @@ fn look_at_many_takes_turns_and_finds_the_one_that_hangs() {
 
 #[test]
 fn change_in_one_pool_leaves_everything_else_of_the_table_as_it_is() {
-    let now = crate::net::clock::now();
+    let now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
     controller.apply(Event::Configure(large(5, 3)), now);
     let before = controller.current_table();
@@ -118,7 +118,7 @@ fn change_in_one_pool_leaves_everything_else_of_the_table_as_it_is() {
 
 #[test]
 fn what_is_saved_in_slices_is_the_same_and_a_reload_ends_it() {
-    let mut now = crate::net::clock::now();
+    let mut now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
     controller.apply(Event::Configure(large(3, 4)), now);
     controller.set_intent("pool1", "b2", Intent::Draining, now).unwrap();
@@ -141,7 +141,7 @@ fn what_is_saved_in_slices_is_the_same_and_a_reload_ends_it() {
 
 /// One pool of five, too large to be made at once, and what its table says.
 fn apart() -> (Controller, Instant) {
-    let now = crate::net::clock::now();
+    let now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
     controller.build_apart_above(4);
     controller.apply(Event::Configure(large(1, 5)), now);
@@ -290,7 +290,7 @@ fn members_that_come_and_go_are_in_the_next_part_of_a_large_pool() {
 
 #[test]
 fn pools_up_to_the_bound_have_their_tables_at_once() {
-    let now = crate::net::clock::now();
+    let now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
     controller.apply(Event::Configure(large(1, AT_ONCE_MAX)), now);
     let effects = set(&mut controller, "b1", Intent::Draining, now);
@@ -309,9 +309,9 @@ fn row(what: &str, mut steps: Vec<Duration>) {
 }
 
 fn timed<T>(step: impl FnOnce() -> T) -> (Duration, T) {
-    let began = crate::net::clock::now();
+    let began = tidegate_net::clock::now();
     let done = step();
-    (crate::net::clock::now() - began, done)
+    (tidegate_net::clock::now() - began, done)
 }
 
 /// A heartbeat of the `k`-th backend of the pool called `pool`.
@@ -380,7 +380,7 @@ fn built(token: BuildToken, build: PoolBuild) -> Event {
 }
 
 fn costs_of(pools: usize, each: usize, hearts: usize) {
-    let mut now = crate::net::clock::now();
+    let mut now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
     let config = large(pools, each);
     let (took, _) = timed(|| controller.apply(Event::Configure(config), now));

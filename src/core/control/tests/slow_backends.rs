@@ -1,7 +1,7 @@
 //! Suspects: who becomes one, who is spared, and how it ends.
 
 use super::*;
-use crate::core::table::state::LOG_UNIT;
+use crate::table::state::LOG_UNIT;
 
 pub(super) fn watched(backends: &[&str]) -> Pool {
     let ejection = EjectionSpec {

@@ -1,7 +1,7 @@
 //! Pools in virtual time: who is found gray, how soon, and who never.
 
 use super::*;
-use crate::core::table::state::LOG_UNIT;
+use crate::table::state::LOG_UNIT;
 
 const SLOW: Duration = Duration::from_secs(1);
 
@@ -16,7 +16,7 @@ struct Pool {
 impl Pool {
     fn new(backends: usize) -> Pool {
         let mut pool = Pool {
-            now: crate::net::clock::now(),
+            now: tidegate_net::clock::now(),
             counts: vec![Counts::default(); backends],
             watches: vec![Watch::default(); backends],
             slow: SLOW,

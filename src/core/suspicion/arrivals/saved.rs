@@ -51,7 +51,7 @@ const BEATS_MAX: f64 = 1e12;
 // === impl Arrivals ===
 
 impl Arrivals {
-    pub(in crate::core::suspicion) fn save(&self, now: Instant) -> SavedArrivals {
+    pub(in crate::suspicion) fn save(&self, now: Instant) -> SavedArrivals {
         let ago = |then: Instant| {
             u64::try_from(now.saturating_duration_since(then).as_millis()).unwrap_or(u64::MAX)
         };
@@ -75,7 +75,7 @@ impl Arrivals {
 
     /// Goes on with what another process has said at `now`. What came meanwhile
     /// was not heard here, so the next gap teaches nothing.
-    pub(in crate::core::suspicion) fn restore(saved: &SavedArrivals, now: Instant) -> Arrivals {
+    pub(in crate::suspicion) fn restore(saved: &SavedArrivals, now: Instant) -> Arrivals {
         let within = |value: f64, from: f64, to: f64, other: f64| {
             if value.is_finite() { value.clamp(from, to) } else { other }
         };

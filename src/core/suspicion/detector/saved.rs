@@ -4,8 +4,8 @@
 //! way is made again.
 
 use super::{Cause, Flaps, HeartbeatDetector, Reach, Standing, State, Suspicion};
-use crate::core::suspicion::arrivals::{Arrivals, SavedArrivals};
-use crate::core::suspicion::flap_damping::HOLD_MAX;
+use crate::suspicion::arrivals::{Arrivals, SavedArrivals};
+use crate::suspicion::flap_damping::HOLD_MAX;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
@@ -111,19 +111,19 @@ impl HeartbeatDetector {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::suspicion::{Arrival, Beat, Channel};
+    use crate::suspicion::{Arrival, Beat, Channel};
     use proptest::prelude::*;
 
     const INTERVAL: Duration = Duration::from_secs(5);
 
     fn heard(beats: u64) -> (HeartbeatDetector, Instant) {
-        let mut now = crate::net::clock::now();
+        let mut now = tidegate_net::clock::now();
         let mut detector = HeartbeatDetector::new(INTERVAL, now);
         for sequence in 1..=beats {
             let beat = Beat { incarnation: 3, sequence, interval: INTERVAL };
             let (_, step) = detector.beat(&beat, now);
-            if let Some(crate::core::suspicion::Ask::Probe(next)) = step.ask {
-                let _ = detector.probed(next.id, crate::core::suspicion::Answer::Answered, now);
+            if let Some(crate::suspicion::Ask::Probe(next)) = step.ask {
+                let _ = detector.probed(next.id, crate::suspicion::Answer::Answered, now);
             }
             now += INTERVAL;
         }
@@ -178,7 +178,7 @@ mod tests {
                 },
                 ..SavedDetector::default()
             };
-            let mut now = crate::net::clock::now();
+            let mut now = tidegate_net::clock::now();
             let mut detector = HeartbeatDetector::restore(&saved, now);
             for sequence in 0..4 {
                 now += Duration::from_millis(ms[0] % 100_000);

@@ -58,7 +58,7 @@ fn while_nobody_is_heard_others_must_answer_probes() {
 
 #[test]
 fn one_suspect_freezes_nothing_whatever_the_size() {
-    let now = crate::net::clock::now();
+    let now = tidegate_net::clock::now();
     for live in 1..10 {
         assert_eq!(PathGuard::default().look(view(live, 1), now), None, "one of {live}");
     }
@@ -66,7 +66,7 @@ fn one_suspect_freezes_nothing_whatever_the_size() {
 
 #[test]
 fn half_that_fall_together_wait_until_the_others_show_that_the_path_works() {
-    let now = crate::net::clock::now();
+    let now = tidegate_net::clock::now();
     let mut guard = PathGuard::default();
     assert!(matches!(guard.look(view(4, 2), now), Some(Frost::Froze(_))));
     let freezes = [guard.freeze(), None];
@@ -81,7 +81,7 @@ fn half_that_fall_together_wait_until_the_others_show_that_the_path_works() {
 
 #[test]
 fn a_path_on_which_nobody_is_heard_stays_frozen_until_somebody_is() {
-    let mut now = crate::net::clock::now();
+    let mut now = tidegate_net::clock::now();
     let mut guard = PathGuard::default();
     guard.look(view(10, 10), now);
     for _ in 0..100 {
@@ -95,7 +95,7 @@ fn a_path_on_which_nobody_is_heard_stays_frozen_until_somebody_is() {
 
 #[test]
 fn a_freeze_ends_when_nobody_is_suspect() {
-    let now = crate::net::clock::now();
+    let now = tidegate_net::clock::now();
     let mut guard = PathGuard::default();
     guard.look(view(3, 3), now);
     assert!(matches!(guard.look(view(3, 0), now + ms(1)), Some(Frost::Thawed(_))));
@@ -121,7 +121,7 @@ fn detectors_are_counted_by_how_they_stand() {
 
 #[test]
 fn a_loop_that_is_late_by_more_than_an_interval_stalled() {
-    let due = crate::net::clock::now();
+    let due = tidegate_net::clock::now();
     assert!(!stalled(due, due + INTERVAL, INTERVAL));
     assert!(stalled(due, due + ms(101), INTERVAL));
 }

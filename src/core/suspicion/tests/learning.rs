@@ -11,7 +11,7 @@ fn after(
     lost: impl Fn(u64) -> bool,
     delay: impl Fn(u64) -> u64,
 ) -> (Arrivals, Instant) {
-    let start = crate::net::clock::now();
+    let start = tidegate_net::clock::now();
     let mut arrivals = Arrivals::new(INTERVAL);
     for sequence in (0..count).filter(|sequence| !lost(*sequence)) {
         let now = start + ms(sequence * 100 + delay(sequence));

@@ -38,7 +38,7 @@ struct Lab {
 
 impl Lab {
     fn new() -> Lab {
-        let now = crate::net::clock::now();
+        let now = tidegate_net::clock::now();
         Lab {
             detector: HeartbeatDetector::new(INTERVAL, now),
             now,

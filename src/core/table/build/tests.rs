@@ -1,12 +1,12 @@
 //! What a table is made of, and what it takes over from the one before.
 
 use super::*;
-use crate::core::balance::PickKey;
-use crate::core::balance::trial::TrialPhase;
-use crate::core::model;
-use crate::core::model::{BackendAddress, OnRemoval, Policy};
-use crate::core::table::NoBackend;
-use crate::core::table::state::{BackendId, FrontendId};
+use crate::balance::PickKey;
+use crate::balance::trial::TrialPhase;
+use crate::model;
+use crate::model::{BackendAddress, OnRemoval, Policy};
+use crate::table::NoBackend;
+use crate::table::state::{BackendId, FrontendId};
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
         spec: Arc::new(model::Pool {
             name: name.into(),
             balance,
-            hash_slots: crate::core::model::HASH_SLOTS,
+            hash_slots: crate::model::HASH_SLOTS,
             source: [].into(),
             connect_timeout: Duration::from_secs(5),
             queue_max: 0,

@@ -6,9 +6,9 @@
 
 use super::One;
 use super::encoder::{Encoder, Family, counter, gauge};
-use crate::core::control::{BackendStatus, HeartStatus, Origin};
-use crate::core::health::{Observation, Pulse};
-use crate::daemon::admin::snapshot::Snapshot;
+use crate::admin::snapshot::Snapshot;
+use tidegate_core::control::{BackendStatus, HeartStatus, Origin};
+use tidegate_core::health::{Observation, Pulse};
 
 #[rustfmt::skip]
 mod families {

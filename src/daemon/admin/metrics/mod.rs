@@ -17,13 +17,13 @@
 //!   Whether it takes traffic, all things considered, is `backend_eligible`.
 
 use super::snapshot::{ServiceState, Snapshot};
-use crate::core::control::source_ports;
-use crate::core::control::{BackendStatus, FrontendStatus, PoolStatus};
-use crate::core::health::{Intent, Observation};
-use crate::core::metrics::counters::{LocalAt, LocalError, Panicked, RingEvent, WorkerCounters};
-use crate::core::metrics::histograms::{BOUNDS_SECONDS, Series, SeriesData};
-use crate::core::outcome::{Cause, Phase, RefusedReason};
 use encoder::{Encoder, Family, counter, gauge, histogram, prepared};
+use tidegate_core::control::source_ports;
+use tidegate_core::control::{BackendStatus, FrontendStatus, PoolStatus};
+use tidegate_core::health::{Intent, Observation};
+use tidegate_core::metrics::counters::{LocalAt, LocalError, Panicked, RingEvent, WorkerCounters};
+use tidegate_core::metrics::histograms::{BOUNDS_SECONDS, Series, SeriesData};
+use tidegate_core::outcome::{Cause, Phase, RefusedReason};
 
 mod encoder;
 mod heartbeats;

@@ -1,18 +1,18 @@
 //! The metrics text against a strict little parser of the format.
 
 use super::*;
-use crate::core::control::source_ports::{PortLimits, PortWatch, Reuse};
-use crate::core::control::{ControlStatus, PoolStatus, PublishReason};
-use crate::core::metrics::histograms::{Merged, Recorder};
-use crate::core::model::BackendAddress;
-use crate::core::table::state::{BackendId, BackendState, FrontendId, FrontendState};
-use crate::daemon::admin::process::ProcessFacts;
-use crate::daemon::admin::snapshot::{HeartbeatCounts, ReloadCounts};
-use crate::net::budget::Budget;
-use crate::net::clock;
+use crate::admin::process::ProcessFacts;
+use crate::admin::snapshot::{HeartbeatCounts, ReloadCounts};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_core::control::source_ports::{PortLimits, PortWatch, Reuse};
+use tidegate_core::control::{ControlStatus, PoolStatus, PublishReason};
+use tidegate_core::metrics::histograms::{Merged, Recorder};
+use tidegate_core::model::BackendAddress;
+use tidegate_core::table::state::{BackendId, BackendState, FrontendId, FrontendState};
+use tidegate_net::budget::Budget;
+use tidegate_net::clock;
 
 const WORKERS: usize = 2;
 
@@ -87,7 +87,7 @@ fn text_of(backend_metrics_max: usize) -> String {
         state: ServiceState::Serving,
         reloads: ReloadCounts { changed: 1, unchanged: 2, refused: 3 },
         transitions_unlogged: 5,
-        upgrades: crate::daemon::admin::UpgradeCounts { done: 4, failed: 5, refused: 6 },
+        upgrades: crate::admin::UpgradeCounts { done: 4, failed: 5, refused: 6 },
         table_serial: 12,
         connections_active: 5,
         connections_max: 100,
@@ -96,7 +96,7 @@ fn text_of(backend_metrics_max: usize) -> String {
         queued: &HashMap::from([("web".into(), 3)]),
         warnings: &[],
         admin_crowded: 0,
-        confinement: &crate::net::confinement::Confinement::none("off"),
+        confinement: &tidegate_net::confinement::Confinement::none("off"),
         troubles: &[],
         control_counts: &WorkerCounters::new(1, 1),
         log_dropped: 0,

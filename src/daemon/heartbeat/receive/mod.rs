@@ -21,12 +21,7 @@
 mod queue;
 mod thread;
 
-use crate::core::metrics::counters::Counter;
-use crate::core::suspicion::rejections::{Rejected, Rejection, Rejections, Warning};
-use crate::daemon::heartbeat::verify::{Gate, Refused, Reject};
-use crate::heartbeat::Heartbeat;
-use crate::heartbeat::keys::KeyRing;
-use crate::net::datagram;
+use crate::heartbeat::verify::{Gate, Refused, Reject};
 use queue::Queue;
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::VecDeque;
@@ -36,6 +31,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
+use tidegate_core::metrics::counters::Counter;
+use tidegate_core::suspicion::rejections::{Rejected, Rejection, Rejections, Warning};
+use tidegate_heartbeat::Heartbeat;
+use tidegate_heartbeat::keys::KeyRing;
+use tidegate_net::datagram;
 
 pub use queue::QUEUE_MAX;
 

@@ -82,8 +82,8 @@ impl Waiting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::heartbeat::{Heartbeat, SenderState};
     use std::time::{Duration, Instant};
+    use tidegate_heartbeat::{Heartbeat, SenderState};
 
     fn arrived(name: &str, sequence: u64, began: Instant) -> Arrived {
         let heartbeat = Heartbeat {
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn heartbeats_come_out_as_they_went_in() {
-        let (queue, began) = (Queue::default(), crate::net::clock::now());
+        let (queue, began) = (Queue::default(), tidegate_net::clock::now());
         queue.push((0..10).map(|n| arrived("a", n, began)));
         let out: Vec<u64> =
             std::iter::from_fn(|| queue.pop()).map(|a| a.heartbeat.sequence).collect();
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn a_full_queue_keeps_the_newest_of_each_sender_and_counts_the_rest() {
-        let (queue, began) = (Queue::default(), crate::net::clock::now());
+        let (queue, began) = (Queue::default(), tidegate_net::clock::now());
         let sent = 3 * QUEUE_MAX as u64;
         let merged =
             queue.push((0..sent).flat_map(|n| ["a", "b"].map(|name| arrived(name, n, began))));
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn order_holds_while_the_merged_are_taken_out() {
-        let (queue, began) = (Queue::default(), crate::net::clock::now());
+        let (queue, began) = (Queue::default(), tidegate_net::clock::now());
         queue.push((0..=QUEUE_MAX as u64 + 1).map(|n| arrived("a", n, began)));
         let mut last = None;
         while let Some(out) = queue.pop() {

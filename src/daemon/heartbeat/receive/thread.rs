@@ -5,14 +5,14 @@
 
 use super::queue::Queue;
 use super::{Arrived, Counts, Inbox, Order, Told, lock};
-use crate::daemon::heartbeat::verify::Gate;
-use crate::net::clock;
-use crate::net::datagram::{BATCH, Batch, Message};
+use crate::heartbeat::verify::Gate;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
+use tidegate_net::clock;
+use tidegate_net::datagram::{BATCH, Batch, Message};
 
 /// Batches taken from one socket before the others and the orders have their
 /// turn again.

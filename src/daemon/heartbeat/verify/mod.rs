@@ -37,7 +37,7 @@
 //! our clocks. One of the same incarnation that disagrees later is believed all
 //! the same where it agrees with what the wall clock would show had it gone on
 //! as the monotonic one has. An incarnation that begins while our clock is wrong
-//! is refused; `stale` or `future` then count up, and [`crate::core::suspicion::rejections`] has the
+//! is refused; `stale` or `future` then count up, and [`tidegate_core::suspicion::rejections`] has the
 //! sender named in the log and in status.
 //!
 //! A heartbeat older than the newest carries no news, so it is refused:
@@ -57,13 +57,13 @@ mod senders;
 #[cfg(test)]
 mod tests;
 
-use crate::heartbeat::Heartbeat;
-use crate::heartbeat::keys::KeyRing;
-use crate::heartbeat::wire::{Malformed, Parsed};
 use limit::Limiter;
 use senders::{Moment, Senders};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tidegate_heartbeat::Heartbeat;
+use tidegate_heartbeat::keys::KeyRing;
+use tidegate_heartbeat::wire::{Malformed, Parsed};
 
 pub use senders::{SENDERS_MAX, WINDOW};
 

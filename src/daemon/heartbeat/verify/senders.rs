@@ -5,10 +5,10 @@
 //! sender only when nothing recorded of it could be fresh any more.
 
 use super::Reject;
-use crate::heartbeat::wire::Parsed;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_heartbeat::wire::Parsed;
 
 /// Senders remembered at once, over all pools: ten times the backends the
 /// largest installations run behind one balancer.

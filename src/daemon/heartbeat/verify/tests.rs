@@ -1,9 +1,9 @@
 //! The gate held to its promises: each reason, freshness, floods.
 
 use super::*;
-use crate::heartbeat::keys::Key;
-use crate::heartbeat::testing::{Mouth, START, key, ring, secret};
 use std::net::Ipv4Addr;
+use tidegate_heartbeat::keys::Key;
+use tidegate_heartbeat::testing::{Mouth, START, key, ring, secret};
 
 /// A gate and the two clocks it is asked by.
 struct Place {
@@ -22,7 +22,7 @@ impl Place {
     }
 
     fn with(keys: impl IntoIterator<Item = Key>) -> Place {
-        let now = crate::net::clock::now();
+        let now = tidegate_net::clock::now();
         let gate = Gate::new(ring(keys), Limits::default(), 1);
         Place { gate, began: now, now, wall: START }
     }

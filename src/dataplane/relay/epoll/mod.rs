@@ -3,7 +3,7 @@
 //!
 //! Driven by the shell. One registration a socket, recv and send of a message
 //! back to back through one hot buffer, at most
-//! [`epoll::BATCH`](crate::net::epoll::BATCH) sockets a batch. It never blocks
+//! [`epoll::BATCH`](tidegate_net::epoll::BATCH) sockets a batch. It never blocks
 //! and keeps no operation in flight.
 
 pub(crate) mod pump;
@@ -11,22 +11,22 @@ pub(crate) mod pump;
 use super::mover::{Decided, Mover, Round};
 use super::pace::Pace;
 use super::shell::State;
-use crate::core::metrics::counters::{LocalAt, LocalError, WorkerCounters};
-use crate::core::outcome::{Cause, Ending, Side};
-use crate::dataplane::local_errors;
-use crate::dataplane::relay::close_state::{Carried, Moved, Next, Verdict};
-use crate::dataplane::relay::epoll::pump::{Io, Pump, READ_BULK};
-use crate::net::budget::{Budget, Share};
-use crate::net::clock;
-use crate::net::epoll::{BATCH, Batch, Epoll, Readiness as Event};
-use crate::net::pipe::{Fill, Pipe, Pipes};
-use crate::net::{reactor, stream};
+use crate::local_errors;
+use crate::relay::close_state::{Carried, Moved, Next, Verdict};
+use crate::relay::epoll::pump::{Io, Pump, READ_BULK};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
+use tidegate_core::metrics::counters::{LocalAt, LocalError, WorkerCounters};
+use tidegate_core::outcome::{Cause, Ending, Side};
+use tidegate_net::budget::{Budget, Share};
+use tidegate_net::clock;
+use tidegate_net::epoll::{BATCH, Batch, Epoll, Readiness as Event};
+use tidegate_net::pipe::{Fill, Pipe, Pipes};
+use tidegate_net::{reactor, stream};
 use tokio::io::unix::AsyncFd;
 
 /// The epoll set, and what is shared by all sessions.

@@ -7,13 +7,13 @@
 //! most one buffer or pipe a direction, none while a session is idle, and none
 //! anew once the process's budget is spent.
 
-use crate::core::outcome::Side;
-use crate::dataplane::local_errors;
-use crate::dataplane::relay::close_state::{Carried, Moved, Next, Verdict};
-use crate::dataplane::relay::epoll::pump::splice::Step;
-use crate::net::budget::Share;
-use crate::net::pipe::Fill;
+use crate::local_errors;
+use crate::relay::close_state::{Carried, Moved, Next, Verdict};
+use crate::relay::epoll::pump::splice::Step;
 use std::io;
+use tidegate_core::outcome::Side;
+use tidegate_net::budget::Share;
+use tidegate_net::pipe::Fill;
 
 /// Read size until a stream proves to be bulk.
 pub(super) const READ_SMALL: usize = 16 * 1024;

@@ -3,9 +3,9 @@
 //! Called by `streams` and `shortage`. It moves nothing.
 
 use super::streams::Flow;
-use crate::core::outcome::Side;
-use crate::dataplane::relay::close_state::{Carried, Moved};
-use crate::net::ring::What;
+use crate::relay::close_state::{Carried, Moved};
+use tidegate_core::outcome::Side;
+use tidegate_net::ring::What;
 
 impl Flow {
     pub(super) fn carried(&self, from: Side) -> Carried {

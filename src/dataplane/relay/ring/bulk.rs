@@ -7,12 +7,12 @@
 //! ring measured the same. Small messages never come here.
 
 use super::streams::{Flow, Meaning, Mode, SHUNNED_MAX, Stream, Use};
-use crate::core::outcome::Side;
-use crate::dataplane::local_errors;
-use crate::dataplane::relay::close_state::Moved;
-use crate::net::pipe::{Fill, Pipes};
-use crate::net::ring::{BUFFER_LEN, Ring};
+use crate::local_errors;
+use crate::relay::close_state::Moved;
 use std::io;
+use tidegate_core::outcome::Side;
+use tidegate_net::pipe::{Fill, Pipes};
+use tidegate_net::ring::{BUFFER_LEN, Ring};
 
 /// Small or crammed fills in a row, or wake-ups that brought nothing, that end
 /// bulk.

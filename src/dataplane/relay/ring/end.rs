@@ -5,8 +5,8 @@
 //! nothing.
 
 use super::streams::Flow;
-use crate::core::outcome::Side;
-use crate::net::stream;
+use tidegate_core::outcome::Side;
+use tidegate_net::stream;
 
 impl Flow {
     /// The errno behind the end of what `side` sent; 0 for a FIN.

@@ -7,17 +7,17 @@
 //! the sender back.
 
 use super::streams::{Flow, Meaning, Use};
-use crate::core::outcome::Side;
-use crate::dataplane::local_errors;
-use crate::dataplane::relay::close_state::Moved;
-use crate::net::budget::Budget;
-use crate::net::pipe::Pipes;
-use crate::net::ring::{BUFFER_LEN, Chunk, Ring};
-use crate::net::stream;
+use crate::local_errors;
+use crate::relay::close_state::Moved;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use tidegate_core::outcome::Side;
+use tidegate_net::budget::Budget;
+use tidegate_net::pipe::Pipes;
+use tidegate_net::ring::{BUFFER_LEN, Chunk, Ring};
+use tidegate_net::stream;
 
 /// What is read with when the ring has no buffer.
 #[derive(Debug)]

@@ -18,16 +18,9 @@ mod tests;
 use super::mover::{Mover, Round};
 use super::pace::Pace;
 use super::shell::State;
-use crate::core::metrics::counters::{LocalAt, LocalError, RingEvent, WorkerCounters};
-use crate::core::outcome::Side;
-use crate::dataplane::local_errors;
-use crate::dataplane::relay::close_state::{Carried, Moved, Next, Verdict};
-use crate::dataplane::relay::ring::fallback::{Fed, Larder};
-use crate::net::budget::Budget;
-use crate::net::clock;
-use crate::net::pipe::Pipes;
-use crate::net::ring::{BUFFER_LEN, Counts, Event, Ring, Settings, Wake};
-use crate::net::{reactor, stream};
+use crate::local_errors;
+use crate::relay::close_state::{Carried, Moved, Next, Verdict};
+use crate::relay::ring::fallback::{Fed, Larder};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -35,6 +28,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use streams::{Flow, Meaning};
+use tidegate_core::metrics::counters::{LocalAt, LocalError, RingEvent, WorkerCounters};
+use tidegate_core::outcome::Side;
+use tidegate_net::budget::Budget;
+use tidegate_net::clock;
+use tidegate_net::pipe::Pipes;
+use tidegate_net::ring::{BUFFER_LEN, Counts, Event, Ring, Settings, Wake};
+use tidegate_net::{reactor, stream};
 use tokio::io::unix::AsyncFd;
 
 /// 16 MiB at most for a worker, and only as much as was ever in use at once.
@@ -102,7 +102,7 @@ impl Ringed {
         self.shown_by = Some(worker);
     }
 
-    #[cfg(test)]
+    #[cfg(all(test, feature = "sim"))]
     pub(super) fn is_clean(&self) -> bool {
         let buffers = self.ring.buffers_free() + self.ring.buffers_shown();
         self.ring.in_flight() == 0 && buffers == self.ring.buffers_total()

@@ -3,10 +3,10 @@
 //! Owned by a stream of `streams`; it decides nothing about when to receive or
 //! send.
 
-use crate::net::ring::{Chunk, Op, Ring};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use tidegate_net::ring::{Chunk, Op, Ring};
 
 /// Chunks that wait to be sent: mostly none, and then no memory either.
 #[derive(Debug, Default)]

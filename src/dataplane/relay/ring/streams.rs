@@ -10,14 +10,14 @@
 //! of bytes goes over to bulk: through a pipe, see `bulk`.
 
 use super::queue::Queue;
-use crate::core::outcome::Side;
-use crate::dataplane::relay::close_state::{Carried, Moved, Verdict};
-use crate::dataplane::relay::mover::Decided;
-use crate::net::pipe::{Pipe, Pipes};
-use crate::net::ring::{BUFFER_LEN, Chunk, Event, Interest, Op, Ring, What};
-use crate::net::stream;
+use crate::relay::close_state::{Carried, Moved, Verdict};
+use crate::relay::mover::Decided;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use tidegate_core::outcome::Side;
+use tidegate_net::pipe::{Pipe, Pipes};
+use tidegate_net::ring::{BUFFER_LEN, Chunk, Event, Interest, Op, Ring, What};
+use tidegate_net::stream;
 
 /// Bytes queued at which a direction stops receiving, while buffers are plenty.
 /// It stops late: one receive takes as many buffers as are shown, which are 1
@@ -66,7 +66,7 @@ const STALLED: u64 = Use::Stalled as u64;
 
 /// One session's sockets, streams and operations.
 #[derive(Debug, Default)]
-pub(in crate::dataplane::relay) struct Flow {
+pub(in crate::relay) struct Flow {
     /// By side. Operations hold shares.
     pub(super) sockets: [Option<Rc<OwnedFd>>; 2],
     /// By the side the bytes come from.

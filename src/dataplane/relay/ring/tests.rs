@@ -2,11 +2,11 @@
 
 use super::streams::{Flow, Meaning, Mode};
 use super::*;
-use crate::dataplane::relay::mover::Decided;
-use crate::net::stream::Peer;
+use crate::relay::mover::Decided;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
+use tidegate_net::stream::Peer;
 
 fn ring() -> Ring {
     Ring::new(Settings { buffers: 4, shown: 4 }).unwrap()

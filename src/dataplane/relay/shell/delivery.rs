@@ -8,11 +8,11 @@ use super::super::flow::Bytes;
 use super::super::mover::Mover;
 use super::super::pace::Pace;
 use super::{Stage, State};
-use crate::core::outcome::{Cause, Ending, Side};
-use crate::dataplane::relay::session_timers::Relaying;
-use crate::net::stream::{self, Delivery};
+use crate::relay::session_timers::Relaying;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
+use tidegate_core::outcome::{Cause, Ending, Side};
+use tidegate_net::stream::{self, Delivery};
 
 /// The first look at a delivery, and the longest time to the next: each is twice as
 /// late as the one before. Thousands of slow readers cost a look or two a second each.

@@ -7,11 +7,11 @@
 use super::super::flow::SoFar;
 use super::super::mover::Mover;
 use super::{Entry, Shell, Stage, State, delivery};
-use crate::core::outcome::Cause;
-use crate::dataplane::relay::session_timers::Answer;
-use crate::net::stream;
+use crate::relay::session_timers::Answer;
 use std::cell::RefMut;
 use std::ops::{Deref, DerefMut};
+use tidegate_core::outcome::Cause;
+use tidegate_net::stream;
 use tokio::sync::Notify;
 
 /// Exclusive use of the state; where it is given up by a panic, the engine is
@@ -62,7 +62,7 @@ impl<M: Mover> Shell<M> {
 
     /// What a relayed flow has come to if `cause` ends it now; `None` where the
     /// engine is in no state to say.
-    pub(in crate::dataplane::relay) fn so_far(&self, key: u32, cause: Cause) -> Option<SoFar> {
+    pub(in crate::relay) fn so_far(&self, key: u32, cause: Cause) -> Option<SoFar> {
         let state = self.state.try_borrow().ok()?;
         let entry = state.flows.get(key as usize)?;
         let (ending, answer) = match &entry.stage {
@@ -84,13 +84,13 @@ impl<M: Mover> Shell<M> {
 
     /// The worker has fallen: from now on dropped flows stay where they are, so
     /// that accounting for thousands of sessions waits for no system call.
-    pub(in crate::dataplane::relay) fn fall(&self) {
+    pub(in crate::relay) fn fall(&self) {
         self.fallen.set(true);
     }
 
     /// Has the sockets of a fallen worker's sessions reset when the engine is
     /// dropped.
-    pub(in crate::dataplane::relay) fn bury(&self) {
+    pub(in crate::relay) fn bury(&self) {
         if let Ok(mut state) = self.state.try_borrow_mut() {
             for (_, entry) in &mut state.flows {
                 entry.reset_leftovers::<M>();

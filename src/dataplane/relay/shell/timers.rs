@@ -7,8 +7,8 @@
 use super::super::mover::Mover;
 use super::super::pace::Pace;
 use super::{Stage, State, delivery};
-use crate::net::stream;
 use std::time::Duration;
+use tidegate_net::stream;
 
 /// How often an ended session is looked at whose operations have not come back,
 /// and how often in vain before its sockets are torn down under them. Cancelling

@@ -1,7 +1,7 @@
 //! Ends: how sessions are over, and that both engines tell the same story.
 
 use super::*;
-use crate::core::outcome::Ending;
+use tidegate_core::outcome::Ending;
 
 fn idle(idle: u64, half_closed: u64) -> Limits {
     Limits {
@@ -15,8 +15,8 @@ fn idle(idle: u64, half_closed: u64) -> Limits {
 /// Both sockets can be used as if nothing had ever been in flight on them.
 async fn sockets_are_ours(relayed: Relayed, mut client: TcpStream, mut backend: TcpStream) {
     let [to_client, to_backend] = relayed.sockets;
-    assert_eq!(crate::net::stream::send(&to_client, b"bye").unwrap(), 3);
-    assert_eq!(crate::net::stream::send(&to_backend, b"bye").unwrap(), 3);
+    assert_eq!(tidegate_net::stream::send(&to_client, b"bye").unwrap(), 3);
+    assert_eq!(tidegate_net::stream::send(&to_backend, b"bye").unwrap(), 3);
     drop((to_client, to_backend));
     for peer in [&mut client, &mut backend] {
         let mut last = Vec::new();
@@ -89,7 +89,7 @@ fn a_reset_behind_half_a_megabyte_waits_for_its_slow_reader() {
         };
         backend.write_all(&vec![1; sent]).await.unwrap();
         // So that the reset does not throw away what is still on its way.
-        eventually("sent", || crate::net::stream::unacknowledged(&backend) == 0).await;
+        eventually("sent", || tidegate_net::stream::unacknowledged(&backend) == 0).await;
         client.write_all(b"x").await.unwrap();
         reset(backend);
         let received = tokio::task::spawn_local(drain(client));
@@ -106,7 +106,7 @@ async fn unread_answer(rig: &Rig, limits: Limits, answer: usize) -> Session {
     let Session { client, mut backend, relayed } = rig.session(limits);
     SockRef::from(&client).set_recv_buffer_size(8192).unwrap();
     backend.write_all(&vec![7; answer]).await.unwrap();
-    eventually("all is received", || crate::net::stream::unacknowledged(&backend) == 0).await;
+    eventually("all is received", || tidegate_net::stream::unacknowledged(&backend) == 0).await;
     let (other, _) = tcp_pair();
     let other = TcpStream::from_std(other).unwrap();
     reset(std::mem::replace(&mut backend, other));
@@ -141,7 +141,7 @@ fn last_words_that_stand_still_are_given_up_and_counted() {
         assert!(relayed.bytes.undelivered > 0, "{relayed:?}");
         let given_up = relayed.bytes.bytes_out <= 200_000;
         assert!(given_up && !relayed.ending.cause.closes_in_order(relayed.bytes.undelivered));
-        relayed.sockets.into_iter().for_each(crate::net::stream::reset);
+        relayed.sockets.into_iter().for_each(tidegate_net::stream::reset);
         drop(session.client);
     });
 }
@@ -155,7 +155,7 @@ fn a_cut_ends_the_wait_for_last_words() {
         assert_eq!(rig.engine.cut_backend(BackendId(0), Cause::DrainDeadline), 1);
         let relayed = session.relayed.await.unwrap();
         assert!(relayed.bytes.undelivered > 0, "{relayed:?}");
-        relayed.sockets.into_iter().for_each(crate::net::stream::reset);
+        relayed.sockets.into_iter().for_each(tidegate_net::stream::reset);
         drop(session.client);
     });
 }
@@ -170,7 +170,7 @@ fn a_time_out_with_bytes_on_their_way_counts_them() {
         let mut got = vec![0; 1 << 16];
         let mut backend = backend;
         let Bytes { bytes_in, undelivered, .. } = relayed.bytes;
-        relayed.sockets.into_iter().for_each(crate::net::stream::reset);
+        relayed.sockets.into_iter().for_each(tidegate_net::stream::reset);
         let mut read = 0;
         while let Ok(len @ 1..) = backend.read(&mut got).await {
             read += len as u64;
@@ -215,7 +215,7 @@ fn a_cut_ends_busy_sessions_and_hands_their_sockets_back() {
             let (cause, phase) = (Cause::BackendRemoved, Phase::Data);
             assert_eq!(relayed.ending, Ending { cause, phase, errno: 0, closed_first: None });
             for socket in relayed.sockets {
-                crate::net::stream::reset(socket);
+                tidegate_net::stream::reset(socket);
             }
         }
     });

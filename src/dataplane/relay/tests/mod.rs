@@ -7,14 +7,14 @@ mod shell;
 mod streams;
 
 use super::*;
-use crate::core::model::BackendAddress;
-use crate::core::outcome::{Phase, Side};
-use crate::core::table::state::{BackendState, FrontendId, FrontendState};
-use crate::dataplane::worker::Runtime;
-use crate::net::clock;
+use crate::worker::Runtime;
 use socket2::SockRef;
 use std::future::Future;
 use std::net::{TcpListener, TcpStream as StdTcpStream};
+use tidegate_core::model::BackendAddress;
+use tidegate_core::outcome::{Phase, Side};
+use tidegate_core::table::state::{BackendState, FrontendId, FrontendState};
+use tidegate_net::clock;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -137,8 +137,8 @@ impl Rig {
         let (client, downstream) = tcp_pair();
         let (upstream, backend) = tcp_pair();
         // As `listen` and `connect` do.
-        crate::net::stream::keep_urgent_inline(&downstream);
-        crate::net::stream::keep_urgent_inline(&upstream);
+        tidegate_net::stream::keep_urgent_inline(&downstream);
+        tidegate_net::stream::keep_urgent_inline(&upstream);
         tune(SockRef::from(&upstream));
         tune(SockRef::from(&backend));
         let flow = self.engine.open(downstream.into()).unwrap();

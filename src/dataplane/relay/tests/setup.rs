@@ -2,8 +2,8 @@
 //! not wait for it.
 
 use super::*;
-use crate::net::stream::{self, Connecting, Peer};
 use std::net::SocketAddr;
+use tidegate_net::stream::{self, Connecting, Peer};
 
 /// A listener whose queue is full: connects to it stay pending.
 struct Deaf {

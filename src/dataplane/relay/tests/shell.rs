@@ -1,16 +1,16 @@
 //! The shell with movers that misbehave: the worker's other tasks must not pay.
 
 use super::*;
-use crate::dataplane::relay::close_state::{Carried, Moved, Next, Verdict};
-use crate::dataplane::relay::mover::{Mover, Round};
-use crate::dataplane::relay::pace::Pace;
-use crate::dataplane::relay::shell::State;
-use crate::net::reactor;
+use crate::relay::close_state::{Carried, Moved, Next, Verdict};
+use crate::relay::mover::{Mover, Round};
+use crate::relay::pace::Pace;
+use crate::relay::shell::State;
 use socket2::{Domain, Socket, Type};
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::task::{Context, Poll};
+use tidegate_net::reactor;
 use tokio::io::unix::AsyncFd;
 
 /// Never finds a reason to sleep and never does anything: what a ring looks like

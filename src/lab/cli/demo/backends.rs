@@ -4,11 +4,11 @@
 //! one looks to the balancer as a real death does: the port refuses, open
 //! connections are reset. They listen on loopback only.
 
-use crate::net::stream;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::thread::JoinHandle;
+use tidegate_net::stream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};

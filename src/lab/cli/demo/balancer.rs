@@ -8,8 +8,6 @@
 
 use super::backends::Backend;
 use super::place::{NAME, Place};
-use crate::client::http::{Address, ClientArgs, ClientError, ask_within};
-use crate::net::clock;
 use hyper::Method;
 use rustix::process::{
     Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid,
@@ -20,6 +18,8 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use tidegate_client::http::{Address, ClientArgs, ClientError, ask_within};
+use tidegate_net::clock;
 
 /// Another process may take a port between its choice and its use, now and then.
 const STARTS_MAX: usize = 5;

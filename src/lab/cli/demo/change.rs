@@ -8,8 +8,8 @@ use super::backends::Backend;
 use super::screen::Gone;
 use super::show::Show;
 use super::traffic::{LongLived, RATE};
-use crate::net::clock;
 use std::time::Duration;
+use tidegate_net::clock;
 use tokio::time::sleep;
 
 /// Requests go on for so long before and after a change.

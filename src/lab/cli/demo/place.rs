@@ -181,8 +181,8 @@ pub(crate) fn for_shell(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config;
     use std::os::unix::fs::PermissionsExt;
+    use tidegate_config as config;
 
     fn backends() -> Vec<Backend> {
         let address = "127.0.0.1:9001".parse().unwrap();

@@ -4,11 +4,11 @@
 //! Used by the demo alone. Without a terminal, with `NO_COLOR` or a dumb one,
 //! no control character is ever written.
 
-use crate::net::clock;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::convert::Infallible;
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
 
 /// How often the bar moves.
 const STEP: Duration = Duration::from_millis(100);

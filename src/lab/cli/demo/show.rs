@@ -10,11 +10,11 @@ use super::place::{NAME, Place, for_shell};
 use super::screen::{Gone, Screen};
 use super::split::Split;
 use super::traffic::{LONG_LIVED, LongLived, RATE, RATE_SLOW, Standing, Tally, Traffic};
-use crate::lab::cli::demo::split;
-use crate::net::clock;
+use crate::cli::demo::split;
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
 use tokio::time::sleep;
 
 /// Everything is scaled to `--for`, within these: long enough to see something,

@@ -5,11 +5,11 @@
 //! every answer and every failure is counted. They never hurry: more requests
 //! than [`RATE`] a second would use up a machine's local ports.
 
-use crate::net::clock;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;

@@ -4,14 +4,14 @@
 //! API, signals. Whatever happens, dropping it ends them all.
 
 use super::Trouble;
-use crate::client::http::{Address, ClientArgs, ClientError, ask, ask_within};
-use crate::net::clock;
 use hyper::Method;
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
+use tidegate_client::http::{Address, ClientArgs, ClientError, ask, ask_within};
+use tidegate_net::clock;
 
 /// How long a process may take to serve.
 const START_MAX: Duration = Duration::from_secs(20);

@@ -6,8 +6,7 @@
 
 use super::balancer::{Balancer, last_lines};
 use super::{Outcome, Trouble};
-use crate::lab::ledger::{Backend, Ledger, Sizes};
-use crate::net::clock;
+use crate::ledger::{Backend, Ledger, Sizes};
 use std::fmt::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::DirBuilderExt;
@@ -15,6 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tidegate_net::clock;
 
 /// Backends; never more than one of them is dead.
 const BACKENDS: usize = 3;
@@ -270,7 +270,7 @@ impl Drop for Directory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config;
+    use tidegate_config as config;
 
     #[test]
     fn every_shape_is_a_configuration_that_check_accepts() {

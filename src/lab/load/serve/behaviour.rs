@@ -2,10 +2,10 @@
 //!
 //! Chosen by `lab::cli::backend`, followed by `worker` and `peer`. Plain values.
 
-use crate::net::epoll::Interest;
 use socket2::Socket;
 use std::io;
 use std::time::Duration;
+use tidegate_net::epoll::Interest;
 
 /// Receive buffer of a slow reader: small, so that it is felt at once.
 const SLOW_BUFFER: usize = 4 * 1024;

@@ -4,10 +4,10 @@
 //! to the worker; it never waits.
 
 use super::{Behaviour, Served};
-use crate::net::epoll::{Epoll, Interest, Readiness};
-use crate::net::stream;
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
+use tidegate_net::epoll::{Epoll, Interest, Readiness};
+use tidegate_net::stream;
 
 /// An answering connection is not read while it is owed this much: a client
 /// that only sends is held back by TCP, not by our memory.

@@ -5,16 +5,16 @@
 
 use super::peer::{Next, Peer, Shared};
 use super::{Behaviour, Served, Service};
-use crate::dataplane::local_errors::accept_may_go_on;
-use crate::lab::load::threads::Place;
-use crate::net::clock;
-use crate::net::epoll::{Batch, Epoll, Interest, Readiness};
-use crate::net::{listen, stream};
+use crate::load::threads::Place;
 use slab::Slab;
 use socket2::Socket;
 use std::io::{self, ErrorKind};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
+use tidegate_dataplane::local_errors::accept_may_go_on;
+use tidegate_net::clock;
+use tidegate_net::epoll::{Batch, Epoll, Interest, Readiness};
+use tidegate_net::{listen, stream};
 
 /// Tokens from here on are listeners; connections stay far below.
 const LISTENER: u64 = 1 << 32;

@@ -1,7 +1,7 @@
 //! Silence that is our own doing: it puts a verdict off by as much, and no more.
 
 use super::*;
-use crate::core::model;
+use crate::model;
 
 /// How long a dead backend, of which no probe says anything, stays in service while
 /// `each` comes between so much time and the next.

@@ -6,10 +6,10 @@
 //! a system call a message more, and is left as soon as the budget has room.
 
 use super::{Io, Pump, errno_of, is_would_block};
-use crate::core::outcome::Side;
-use crate::dataplane::local_errors;
-use crate::dataplane::relay::close_state::Moved;
+use crate::local_errors;
+use crate::relay::close_state::Moved;
 use std::io;
+use tidegate_core::outcome::Side;
 
 impl Pump {
     /// Moves at most a buffer's worth; false where there is nothing to move or no

@@ -6,11 +6,11 @@
 //! two splices cost more than one copy.
 
 use super::{BYTES_A_TURN, CRAMMED_MAX, Io, Mode, Pump, READ_SMALL, errno_of, is_would_block};
-use crate::core::outcome::Side;
-use crate::dataplane::local_errors;
-use crate::dataplane::relay::close_state::Moved;
-use crate::net::pipe::Fill;
+use crate::local_errors;
+use crate::relay::close_state::Moved;
 use std::io;
+use tidegate_core::outcome::Side;
+use tidegate_net::pipe::Fill;
 
 /// Small fills in a row that end the bulk mode.
 const SMALL_FILLS: u8 = 8;

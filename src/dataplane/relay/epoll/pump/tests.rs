@@ -2,13 +2,13 @@
 //! order of events.
 
 use super::*;
-use crate::core::outcome::Side::{Backend, Client};
-use crate::core::outcome::{Cause, Ending, Phase};
-use crate::net::budget::Budget;
 use proptest::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::sync::Arc;
+use tidegate_core::outcome::Side::{Backend, Client};
+use tidegate_core::outcome::{Cause, Ending, Phase};
+use tidegate_net::budget::Budget;
 
 /// Two sockets whose peers are played by the test.
 #[derive(Default)]

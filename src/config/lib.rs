@@ -12,7 +12,7 @@ mod address;
 mod diagnose;
 mod file;
 mod origin;
-pub(crate) mod source;
+pub mod source;
 mod texts;
 mod validate;
 mod value;
@@ -27,9 +27,9 @@ pub use source::FILE_BYTES_MAX;
 pub use texts::Texts;
 pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX};
 
-use crate::core::model::Config;
 use diagnose::Report;
 use source::Source;
+use tidegate_core::model::Config;
 use value::Complaint;
 
 /// A configuration as read from a file.

@@ -12,8 +12,8 @@ pub mod confinement;
 pub mod cpu;
 pub mod datagram;
 pub mod epoll;
-#[cfg(test)]
-pub(crate) mod fake;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
 pub mod fd_channel;
 pub mod holders;
 mod ioctl;

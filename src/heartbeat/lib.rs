@@ -19,8 +19,8 @@ pub mod key_file;
 pub mod keys;
 pub mod secret_file;
 pub mod sender;
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod wire;
 
 use std::net::SocketAddr;

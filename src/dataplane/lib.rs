@@ -10,7 +10,7 @@ pub mod fault_points;
 pub mod local_errors;
 pub mod relay;
 mod session;
-#[cfg(test)]
+#[cfg(all(test, feature = "sim"))]
 mod sim;
 pub mod timer_wheel;
 pub mod worker;

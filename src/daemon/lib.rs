@@ -57,18 +57,18 @@ mod transition_log;
 mod upgrade;
 mod watchdog;
 
-pub use crate::daemon::sandbox::{Before, Confined, confine};
+pub use crate::sandbox::{Before, Confined, confine};
 pub use activation::{Activated, passed};
 pub use notify::Notifier;
 pub use preflight::preflight;
 pub use supervised::{Supervised, activated_name};
 pub use upgrade::Predecessor;
 
-use crate::config::{Problem, Problems};
-use crate::daemon::admin::Request;
-use crate::supervisor::program::Program;
+use crate::admin::Request;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
+use tidegate_config::{Problem, Problems};
+use tidegate_supervisor::program::Program;
 use tokio::sync::mpsc;
 
 /// What to run and how.

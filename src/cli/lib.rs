@@ -16,13 +16,13 @@ pub mod status;
 mod table;
 pub mod upgrade;
 
-use crate::client::command::Exit;
-use crate::client::http::ClientArgs;
-use crate::lab::cli::demo::DemoArgs;
-use crate::net::signals;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use tidegate_client::command::Exit;
+use tidegate_client::http::ClientArgs;
+use tidegate_lab::cli::demo::DemoArgs;
+use tidegate_net::signals;
 
 /// Tidegate: a layer-4 load balancer.
 #[derive(Debug, Parser)]
@@ -90,22 +90,22 @@ pub enum Command {
     )]
     Shutdown(ClientArgs),
     /// Prove on this machine that reloads, upgrades and dying backends lose nothing.
-    #[command(after_help = crate::lab::cli::selftest::HELP)]
-    Selftest(crate::lab::cli::selftest::SelftestArgs),
+    #[command(after_help = tidegate_lab::cli::selftest::HELP)]
+    Selftest(tidegate_lab::cli::selftest::SelftestArgs),
     /// Send heartbeats for a local service: whether it works, how many
     /// connections it has, when it stops.
     #[command(after_help = heartbeat::HELP)]
     Heartbeat(heartbeat::HeartbeatArgs),
     /// Make load and measure: requests, streams, held connections.
-    #[command(after_help = crate::lab::cli::bench::HELP)]
-    Bench(crate::lab::cli::bench::BenchArgs),
+    #[command(after_help = tidegate_lab::cli::bench::HELP)]
+    Bench(tidegate_lab::cli::bench::BenchArgs),
     /// Send streams of which every byte is known through a balancer to backends
     /// of this command's own; say what was lost.
-    #[command(after_help = crate::lab::cli::streams::HELP)]
-    Streams(crate::lab::cli::streams::StreamsArgs),
+    #[command(after_help = tidegate_lab::cli::streams::HELP)]
+    Streams(tidegate_lab::cli::streams::StreamsArgs),
     /// Run servers that answer load, well or badly.
-    #[command(after_help = crate::lab::cli::backend::HELP)]
-    Backend(crate::lab::cli::backend::BackendArgs),
+    #[command(after_help = tidegate_lab::cli::backend::HELP)]
+    Backend(tidegate_lab::cli::backend::BackendArgs),
 }
 
 /// `tidegate run`
@@ -170,7 +170,7 @@ fn dispatch(command: Command) -> Exit {
     match command {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(args),
-        Command::Demo(args) => crate::lab::cli::demo::main(args),
+        Command::Demo(args) => tidegate_lab::cli::demo::main(args),
         Command::Ready(args) => ready::main(&args),
         Command::Reload(args) => reload::main(&args),
         Command::Upgrade(args) => upgrade::main(&args),
@@ -179,11 +179,11 @@ fn dispatch(command: Command) -> Exit {
         Command::Drain(args) => drain::drain(&args),
         Command::Undrain(args) => drain::undrain(&args),
         Command::Shutdown(args) => shutdown::main(&args),
-        Command::Selftest(args) => crate::lab::cli::selftest::main(&args),
+        Command::Selftest(args) => tidegate_lab::cli::selftest::main(&args),
         Command::Heartbeat(args) => heartbeat::main(&args),
-        Command::Bench(args) => crate::lab::cli::bench::main(&args),
-        Command::Streams(args) => crate::lab::cli::streams::main(&args),
-        Command::Backend(args) => crate::lab::cli::backend::main(&args),
+        Command::Bench(args) => tidegate_lab::cli::bench::main(&args),
+        Command::Streams(args) => tidegate_lab::cli::streams::main(&args),
+        Command::Backend(args) => tidegate_lab::cli::backend::main(&args),
     }
 }
 

@@ -44,7 +44,7 @@ mod state;
 mod store;
 
 pub use link::{Given, Link, News};
-pub(crate) use message::Wish;
+pub use message::Wish;
 pub use parent::run;
 pub use reexec::{check, resume};
 pub use store::Store;
