@@ -7,14 +7,14 @@ use std::hint::black_box;
 use std::time::Duration;
 use tidegate_core::metrics::counters::Counter;
 use tidegate_core::metrics::histograms::{Recorder, Series};
-use tidegate_dataplane::timer_wheel::Wheel;
+use tidegate_dataplane::timer_wheel::TimerWheel;
 
 /// Timers armed while one is re-armed or fires.
 const SESSIONS: u32 = 10_000;
 
 fn wheel(c: &mut Criterion) {
     let mut group = c.benchmark_group("wheel");
-    let mut wheel = Wheel::new(0);
+    let mut wheel = TimerWheel::new(0);
     for key in 0..SESSIONS {
         wheel.arm(key, 75_000 + u64::from(key));
     }
@@ -29,7 +29,7 @@ fn wheel(c: &mut Criterion) {
     group.throughput(Throughput::Elements(SESSIONS.into()));
     group.bench_function("fire 10,000", |b| {
         let full = || {
-            let mut wheel = Wheel::new(0);
+            let mut wheel = TimerWheel::new(0);
             (0..SESSIONS).for_each(|key| wheel.arm(key, 1 + u64::from(key % 512)));
             (wheel, Vec::with_capacity(SESSIONS as usize))
         };

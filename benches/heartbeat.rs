@@ -7,15 +7,15 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, UNIX_EPOCH};
-use tidegate_daemon::heartbeat::verify::{Gate, Limits, Reject};
+use tidegate_daemon::heartbeat::verify::{RejectReason, Verifier, VerifierLimits};
 use tidegate_heartbeat::SenderState;
-use tidegate_heartbeat::keys::{Key, KeyRing, Secret};
-use tidegate_heartbeat::wire::{Draft, Identity, Parsed, encode};
+use tidegate_heartbeat::keys::{HeartbeatKey, KeyRing, Secret};
+use tidegate_heartbeat::wire::{HeartbeatFields, ParsedHeartbeat, SenderIdentity, encode};
 
 const NOW: u64 = 1_800_000_000_000;
 
-fn draft(identity: &Identity, sequence: u64) -> Draft<'_> {
-    Draft {
+fn draft(identity: &SenderIdentity, sequence: u64) -> HeartbeatFields<'_> {
+    HeartbeatFields {
         identity,
         key_id: 7,
         incarnation: NOW,
@@ -31,14 +31,15 @@ fn draft(identity: &Identity, sequence: u64) -> Draft<'_> {
 
 fn heartbeat(c: &mut Criterion) {
     let secret = Secret::new(&[1; 32]).unwrap();
-    let key = Key {
+    let key = HeartbeatKey {
         id: 7,
         secret: secret.clone(),
         pools: vec!["web".into()],
         addresses: vec!["10.0.0.0/8".parse().unwrap()],
     };
-    let mut gate = Gate::new(KeyRing::new([key]).unwrap(), Limits::default(), 1);
-    let identity = Identity::new("web", "backend-11", "10.0.0.11:8080".parse().unwrap()).unwrap();
+    let mut gate = Verifier::new(KeyRing::new([key]).unwrap(), VerifierLimits::default(), 1);
+    let identity =
+        SenderIdentity::new("web", "backend-11", "10.0.0.11:8080".parse().unwrap()).unwrap();
     let (from, stranger): (SocketAddr, SocketAddr) =
         ("10.0.0.11:4000".parse().unwrap(), "10.9.9.9:4000".parse().unwrap());
     // 1,000 a second by the gate's time: far below its limits.
@@ -57,7 +58,9 @@ fn heartbeat(c: &mut Criterion) {
         });
     });
     let good = encode(&draft(&identity, sequence), &secret);
-    c.bench_function("heartbeat read", |b| b.iter(|| Parsed::read(black_box(&good)).is_ok()));
+    c.bench_function("heartbeat read", |b| {
+        b.iter(|| ParsedHeartbeat::read(black_box(&good)).is_ok())
+    });
     c.bench_function("heartbeat encode and admit", |b| {
         b.iter(|| {
             sequence += 1;
@@ -68,11 +71,15 @@ fn heartbeat(c: &mut Criterion) {
     let mut forged = good.to_vec();
     *forged.last_mut().unwrap() ^= 1;
     c.bench_function("refuse a forged tag", |b| {
-        b.iter(|| gate.admit(black_box(&forged), from, later(), wall) == Err(Reject::Signature));
+        b.iter(|| {
+            gate.admit(black_box(&forged), from, later(), wall) == Err(RejectReason::Signature)
+        });
     });
     c.bench_function("refuse a stranger beyond the limit", |b| {
         let now = later();
-        b.iter(|| gate.admit(black_box(&forged), stranger, now, wall) == Err(Reject::Limited));
+        b.iter(|| {
+            gate.admit(black_box(&forged), stranger, now, wall) == Err(RejectReason::Limited)
+        });
     });
     c.bench_function("refuse what is no heartbeat", |b| {
         b.iter(|| gate.admit(black_box(&[0; 120]), stranger, later(), wall).is_err());

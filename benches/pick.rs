@@ -19,9 +19,9 @@ use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::balance::latency::Latency;
 use tidegate_core::balance::{Balancer, Candidate, PickKey};
 use tidegate_core::model;
-use tidegate_core::model::{BackendAddress, OnRemoval, Policy, WhenNoneEligible};
+use tidegate_core::model::{BackendAddr, OnRemoval, Policy, WhenNoneEligible};
 use tidegate_core::table::Table;
-use tidegate_core::table::build::{BackendInput, Input, PoolInput, build};
+use tidegate_core::table::build::{BackendInput, PoolInput, TableInput, build};
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_core::table::state::{BackendId, BackendState};
 
@@ -178,15 +178,15 @@ fn full_pool(c: &mut Criterion) {
 fn states(count: usize) -> Vec<Arc<BackendState>> {
     (0..count)
         .map(|i| {
-            let address = BackendAddress::Tcp(([10, 0, 0, 0], 1 + i as u16).into());
+            let address = BackendAddr::Tcp(([10, 0, 0, 0], 1 + i as u16).into());
             let name: Arc<str> = i.to_string().into();
             Arc::new(BackendState::new(BackendId(i as u32), "web".into(), name, address, 1))
         })
         .collect()
 }
 
-fn spec(balance: Policy) -> Arc<model::Pool> {
-    Arc::new(model::Pool {
+fn spec(balance: Policy) -> Arc<model::PoolConfig> {
+    Arc::new(model::PoolConfig {
         name: "web".into(),
         hash_slots: model::HASH_SLOTS,
         balance,
@@ -211,7 +211,11 @@ fn uneven(index: usize) -> u32 {
     if index < 500 { 999 - 2 * (index as u32 % 499) } else { 1 }
 }
 
-fn input(spec: &Arc<model::Pool>, states: &[Arc<BackendState>], weight: fn(usize) -> u32) -> Input {
+fn input(
+    spec: &Arc<model::PoolConfig>,
+    states: &[Arc<BackendState>],
+    weight: fn(usize) -> u32,
+) -> TableInput {
     let backends = states
         .iter()
         .enumerate()
@@ -228,7 +232,7 @@ fn input(spec: &Arc<model::Pool>, states: &[Arc<BackendState>], weight: fn(usize
         .collect();
     let pools =
         vec![PoolInput { spec: Arc::clone(spec), backends, stand_ins: vec![], undecided: false }];
-    Input { generation: 1, serial: 1, connections_max: 0, frontends: Vec::new(), pools }
+    TableInput { generation: 1, serial: 1, connections_max: 0, frontends: Vec::new(), pools }
 }
 
 fn tables(c: &mut Criterion) {

@@ -14,14 +14,14 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 use tidegate_config as config;
-use tidegate_core::control::{Controller, Event};
+use tidegate_core::control::{ControlEvent, Controller};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::publish::TablePublisher;
-use tidegate_dataplane::accept::gate::Gate;
-use tidegate_dataplane::access_log::{AccessLog, Target};
-use tidegate_dataplane::worker::context::{Reports, Shared};
-use tidegate_dataplane::worker::{Command, Plan, Runtime, Worker};
+use tidegate_dataplane::accept::gate::SlotWaiters;
+use tidegate_dataplane::access_log::{AccessLog, AccessLogDestination};
+use tidegate_dataplane::worker::context::{ProcessContext, ReportQueue};
+use tidegate_dataplane::worker::{EngineKind, Worker, WorkerCommand, WorkerConfig};
 use tidegate_lab::load::{Behaviour, Service, serve};
 use tidegate_net::clock;
 use tidegate_net::listen;
@@ -33,26 +33,26 @@ const SIZES: [(usize, &str); 3] = [(64, "64 B"), (16 * 1024, "16 KiB"), (1024 * 
 const FITS: usize = 16 * 1024;
 
 /// A worker that sends everything on `bind` to `backend`.
-fn balancer(runtime: Runtime, bind: SocketAddr, backend: SocketAddr) -> Worker {
+fn balancer(runtime: EngineKind, bind: SocketAddr, backend: SocketAddr) -> Worker {
     let text = format!(
         "[frontend.web]\nbind = [\"{bind}\"]\npool = \"web\"\n\
          [[pool.web.backend]]\naddress = \"{backend}\"\n"
     );
     let mut controller = Controller::new(1, 7);
     let config = config::parse(&text, "bench.toml").expect("valid");
-    controller.apply(Event::Configure(Arc::new(config)), clock::now());
-    let (_log, mut senders) = AccessLog::start(Target::Off, 1).unwrap();
-    let worker = Worker::start(Plan {
+    controller.apply(ControlEvent::Configure(Arc::new(config)), clock::now());
+    let (_log, mut senders) = AccessLog::start(AccessLogDestination::Off, 1).unwrap();
+    let worker = Worker::start(WorkerConfig {
         id: 0,
         cpu: None,
         runtime,
         spin: None,
-        shared: Shared {
+        shared: ProcessContext {
             in_flight: Arc::default(),
             sessions: Arc::default(),
-            gate: Arc::new(Gate::new()),
+            gate: Arc::new(SlotWaiters::new()),
             numbers: Arc::default(),
-            reports: Arc::new(Reports::new()),
+            reports: Arc::new(ReportQueue::new()),
             ended: Arc::default(),
             buffers: Arc::default(),
         },
@@ -63,7 +63,7 @@ fn balancer(runtime: Runtime, bind: SocketAddr, backend: SocketAddr) -> Worker {
     })
     .unwrap();
     let socket = listen::bind(bind, 1).unwrap().remove(0);
-    worker.mailbox.send(Command::Listen(bind, Arc::new(socket)));
+    worker.mailbox.send(WorkerCommand::Listen(bind, Arc::new(socket)));
     worker
 }
 
@@ -116,9 +116,9 @@ fn relay(c: &mut Criterion) {
         duration: None,
     })
     .unwrap();
-    let mut engines = vec![Runtime::Epoll];
-    match Runtime::io_uring_allowed() {
-        Ok(()) => engines.insert(0, Runtime::IoUring),
+    let mut engines = vec![EngineKind::Epoll];
+    match EngineKind::io_uring_allowed() {
+        Ok(()) => engines.insert(0, EngineKind::IoUring),
         Err(error) => eprintln!("no io_uring here ({error}): only the epoll engine is measured"),
     }
     for runtime in engines {
@@ -135,7 +135,7 @@ fn relay(c: &mut Criterion) {
             });
             group.finish();
         }
-        worker.mailbox.send(Command::Stop);
+        worker.mailbox.send(WorkerCommand::Stop);
         worker.join();
     }
 }

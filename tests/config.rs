@@ -140,8 +140,8 @@ fn full_file_states_the_built_in_defaults() {
     let (full, minimal) = (&full.pools[0], &minimal.pools[0]);
     let first = full.backends[0].clone();
     assert_eq!((&*first.name, &*minimal.backends[0].name), ("a", "10.0.0.11:8080"));
-    let named = model::Backend { name: minimal.backends[0].name.clone(), ..first };
-    let full = model::Pool { backends: vec![named], ..model::Pool::clone(full) };
+    let named = model::BackendConfig { name: minimal.backends[0].name.clone(), ..first };
+    let full = model::PoolConfig { backends: vec![named], ..model::PoolConfig::clone(full) };
     assert_eq!(full, **minimal);
 }
 

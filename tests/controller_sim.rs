@@ -26,7 +26,7 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::balance::trial::TrialPhase;
-use tidegate_core::control::{ControlStatus, Controller, Effect, Event, ProbeToken};
+use tidegate_core::control::{ControlEffect, ControlEvent, ControlStatus, Controller, ProbeToken};
 use tidegate_core::health::{ConnectFailure, Intent, Observation, ProbeOutcome};
 use tidegate_core::model::*;
 use tidegate_core::table::state::{BackendId, BackendState};
@@ -163,7 +163,8 @@ impl Sim {
     fn configure(&mut self) {
         // What was due before is told apart from what the reload does.
         self.tick();
-        let effects = self.controller.apply(Event::Configure(Arc::clone(&self.config)), self.now);
+        let effects =
+            self.controller.apply(ControlEvent::Configure(Arc::clone(&self.config)), self.now);
         let status = self.controller.status(self.now);
         let mut states = HashMap::new();
         for pool in &status.pools {
@@ -179,13 +180,13 @@ impl Sim {
             let owner = self.ids.entry(state.id).or_insert_with(|| Arc::clone(state));
             assert!(Arc::ptr_eq(owner, state), "{:?} was used twice", state.id);
         }
-        let published = effects.iter().any(|e| matches!(e, Effect::Publish(_)));
+        let published = effects.iter().any(|e| matches!(e, ControlEffect::Publish(_)));
         assert!(published, "a new configuration is always published");
         self.settle(effects, true);
     }
 
     fn tick(&mut self) {
-        let effects = self.controller.apply(Event::Tick, self.now);
+        let effects = self.controller.apply(ControlEvent::Tick, self.now);
         self.model.pass(self.now);
         self.settle(effects, false);
     }
@@ -201,7 +202,7 @@ impl Sim {
             2..=9 => (ProbeOutcome::Failure { reason: "broken".into() }, Some(false)),
             _ => (ProbeOutcome::Success { took: Duration::ZERO }, Some(true)),
         };
-        let event = Event::Probed { backend: id, token, outcome };
+        let event = ControlEvent::Probed { backend: id, token, outcome };
         let effects = self.controller.apply(event, self.now);
         self.model.pass(self.now);
         self.model.probed(id, token, success);
@@ -226,7 +227,7 @@ impl Sim {
             b.shared_row += count;
         }
         let begun = self.now;
-        let events = (row + 1..=row + count).map(|in_a_row| Event::ConnectFailed {
+        let events = (row + 1..=row + count).map(|in_a_row| ControlEvent::ConnectFailed {
             backend: id,
             failure: ConnectFailure::Refused,
             in_a_row,
@@ -281,7 +282,7 @@ impl Sim {
     }
 
     /// Takes the effects over and checks everything.
-    fn settle(&mut self, effects: Vec<Effect>, configured: bool) {
+    fn settle(&mut self, effects: Vec<ControlEffect>, configured: bool) {
         self.model.pass(self.now);
         self.model.settle(self.now);
         let before = self.published.clone();
@@ -289,22 +290,22 @@ impl Sim {
         for effect in &effects {
             self.record(effect);
             match effect {
-                Effect::Publish(table) => {
+                ControlEffect::Publish(table) => {
                     published += 1;
                     self.published = Arc::clone(table);
                 }
-                Effect::Probe { backend, token, spec, .. } => {
+                ControlEffect::Probe { backend, token, spec, .. } => {
                     self.model.probe_started(*backend, *token, spec.timeout, self.now);
                     self.asked.push((*backend, *token));
                 }
-                Effect::CutSessions(id) => {
+                ControlEffect::ResetSessions(id) => {
                     let b = self.model.leaving.iter().find(|b| b.id == *id);
                     let b = b.expect("only removed backends are cut");
                     assert!(b.cut_at.expect("close-after") <= self.now);
                 }
-                Effect::Log(transition) => assert_eq!(transition.at, self.now),
-                Effect::Notice(_) | Effect::Opened => {}
-                Effect::Build { .. } => panic!("the pools are small"),
+                ControlEffect::Log(transition) => assert_eq!(transition.at, self.now),
+                ControlEffect::Notice(_) | ControlEffect::SlotsFreed => {}
+                ControlEffect::Build { .. } => panic!("the pools are small"),
             }
         }
         assert!(published <= 1, "{published} tables at once");
@@ -418,20 +419,20 @@ impl Sim {
         }
     }
 
-    fn record(&mut self, effect: &Effect) {
+    fn record(&mut self, effect: &ControlEffect) {
         (self.now - self.start).hash(&mut self.trace);
         match effect {
-            Effect::Publish(table) => (table.generation, table.serial).hash(&mut self.trace),
-            Effect::Probe { backend, token, address, .. } => {
+            ControlEffect::Publish(table) => (table.generation, table.serial).hash(&mut self.trace),
+            ControlEffect::Probe { backend, token, address, .. } => {
                 (backend, token, address).hash(&mut self.trace);
             }
-            Effect::Log(t) => {
+            ControlEffect::Log(t) => {
                 (&t.pool, &t.backend, t.from, t.to, &t.reason, t.lasted).hash(&mut self.trace);
             }
-            Effect::Notice(notice) => notice.message.hash(&mut self.trace),
-            Effect::CutSessions(id) => id.hash(&mut self.trace),
-            Effect::Opened => "opened".hash(&mut self.trace),
-            Effect::Build { .. } => panic!("the pools are small"),
+            ControlEffect::Notice(notice) => notice.message.hash(&mut self.trace),
+            ControlEffect::ResetSessions(id) => id.hash(&mut self.trace),
+            ControlEffect::SlotsFreed => "opened".hash(&mut self.trace),
+            ControlEffect::Build { .. } => panic!("the pools are small"),
         }
     }
 

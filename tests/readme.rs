@@ -18,12 +18,12 @@ use tidegate_cli::Cli;
 use tidegate_config as config;
 use tidegate_core::model::Policy;
 use tidegate_core::outcome::{Cause, Phase, code};
-use tidegate_daemon::admin::Request;
-use tidegate_daemon::{self as daemon, Options, Running};
+use tidegate_daemon::admin::AdminRequest;
+use tidegate_daemon::{self as daemon, Options, RunningBalancer};
 use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::keys::Secret;
-use tidegate_heartbeat::sender::{Sender, Settings};
-use tidegate_heartbeat::wire::Identity;
+use tidegate_heartbeat::sender::{Sender, SenderSettings};
+use tidegate_heartbeat::wire::SenderIdentity;
 use tokio::sync::oneshot;
 
 /// Longest wait for something that is about to happen.
@@ -171,7 +171,7 @@ fn every_field_of_the_access_log_is_listed_in_order() {
 
 /// A balancer in this process that has served one session.
 struct Balancer {
-    running: Option<Running>,
+    running: Option<RunningBalancer>,
     directory: tempfile::TempDir,
     _sender: Sender,
 }
@@ -205,10 +205,11 @@ impl Balancer {
         std::thread::spawn(move || serve_one(&backend));
         let options = Options { config: path, signals: false, logging: false };
         let running = daemon::start(options).unwrap();
-        let identity = Identity::new("web", &to.to_string(), to).unwrap();
+        let identity = SenderIdentity::new("web", &to.to_string(), to).unwrap();
         let secret = Secret::new(&[7; 32]).unwrap();
         let interval = Duration::from_millis(100);
-        let settings = Settings { to: vec![heartbeats], identity, key_id: 1, secret, interval };
+        let settings =
+            SenderSettings { to: vec![heartbeats], identity, key_id: 1, secret, interval };
         talk_once(frontend);
         // Only then: its first heartbeat has the backend asked whether it is there.
         let sender = Sender::start(settings).unwrap();
@@ -221,7 +222,7 @@ impl Balancer {
         let requests = self.running.as_ref().unwrap().requests();
         eventually(|| {
             let (reply, answer) = oneshot::channel();
-            requests.blocking_send(Request::Metrics(reply)).unwrap();
+            requests.blocking_send(AdminRequest::Metrics(reply)).unwrap();
             Some(answer.blocking_recv().unwrap())
                 .filter(|text| series.iter().all(|series| text.contains(series)))
         })
@@ -238,7 +239,7 @@ impl Drop for Balancer {
         if let Some(running) = self.running.take() {
             let (reply, _) = oneshot::channel();
             // It may have failed already, and the test with it.
-            let _ = running.requests().blocking_send(Request::Shutdown(reply));
+            let _ = running.requests().blocking_send(AdminRequest::Shutdown(reply));
             running.wait();
         }
     }

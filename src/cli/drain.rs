@@ -38,7 +38,7 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// One backend of one pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
+pub struct BackendRef {
     /// Pool name.
     pub pool: String,
     /// Backend name; may hold slashes.
@@ -49,10 +49,10 @@ pub struct Target {
 ///
 /// # Errors
 /// There is no slash, or nothing before or after the first one.
-pub fn target(text: &str) -> Result<Target, String> {
+pub fn target(text: &str) -> Result<BackendRef, String> {
     match text.split_once('/') {
         Some((pool, backend)) if !pool.is_empty() && !backend.is_empty() => {
-            Ok(Target { pool: pool.to_owned(), backend: backend.to_owned() })
+            Ok(BackendRef { pool: pool.to_owned(), backend: backend.to_owned() })
         }
         _ => Err("expected POOL/BACKEND, such as web/10.0.0.11:8080".to_owned()),
     }
@@ -78,7 +78,7 @@ fn wait(args: &DrainArgs, limit: Option<Duration>) -> Exit {
             Err(error) => return report(&args.client, Err(error), |_| String::new()),
         };
         if left == 0 && none_before {
-            let Target { pool, backend } = &args.target;
+            let BackendRef { pool, backend } = &args.target;
             let said = serde_json::json!({"pool": pool, "backend": backend, "sessions": 0});
             return report(&args.client, Ok(said.to_string()), |_| {
                 printable(&format!("{pool}/{backend} has no sessions"))
@@ -86,7 +86,7 @@ fn wait(args: &DrainArgs, limit: Option<Duration>) -> Exit {
         }
         none_before = left == 0;
         if limit.is_some_and(|limit| clock::now() >= began + limit) {
-            let Target { pool, backend } = &args.target;
+            let BackendRef { pool, backend } = &args.target;
             let s = if left == 1 { "" } else { "s" };
             let text = format!("{pool}/{backend} has {left} session{s} left");
             return report(&args.client, Err(ClientError::Unreachable(text)), |_| String::new());
@@ -96,12 +96,12 @@ fn wait(args: &DrainArgs, limit: Option<Duration>) -> Exit {
 }
 
 /// Sessions of that backend, also where it has left the configuration meanwhile.
-fn sessions(client: &ClientArgs, target: &Target) -> Result<u64, ClientError> {
+fn sessions(client: &ClientArgs, target: &BackendRef) -> Result<u64, ClientError> {
     let get = |path: &str| -> Result<Value, ClientError> {
         let unlike = |error| ClientError::Unreachable(format!("the answer is no JSON: {error}"));
         serde_json::from_str(&ask(client, Method::GET, path)?).map_err(unlike)
     };
-    let Target { pool, backend } = target;
+    let BackendRef { pool, backend } = target;
     // Cheap however many backends there are.
     match get(&format!("/v1/pools/{}/backends/{}/explain", segment(pool), segment(backend))) {
         Ok(one) if one["sessions_active"].as_u64().is_some_and(|open| open > 0) => {
@@ -114,7 +114,7 @@ fn sessions(client: &ClientArgs, target: &Target) -> Result<u64, ClientError> {
     Ok(count(&get("/v1/status")?, target))
 }
 
-fn count(status: &Value, target: &Target) -> u64 {
+fn count(status: &Value, target: &BackendRef) -> u64 {
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
     let named = |value: &Value, key: &str, name: &str| value[key] == name;
     let open = |backend: &Value| backend["sessions_active"].as_u64().unwrap_or(0);
@@ -139,7 +139,7 @@ pub fn undrain(args: &DrainArgs) -> Exit {
 }
 
 fn change(args: &DrainArgs, action: &str, effect: &str) -> Exit {
-    let Target { pool, backend } = &args.target;
+    let BackendRef { pool, backend } = &args.target;
     let path = format!("/v1/pools/{}/backends/{}/{action}", segment(pool), segment(backend));
     report(&args.client, ask(&args.client, Method::POST, &path), |_| {
         printable(&format!("{pool}/{backend} {effect}"))

@@ -5,7 +5,7 @@
 //! as `-`.
 
 use super::DrainArgs;
-use super::status::{age, list, plural, terminal_width, word};
+use super::status::{age, cell_text, list, plural, terminal_width};
 use super::table::wrap;
 use hyper::Method;
 use serde_json::Value;
@@ -25,13 +25,13 @@ pub fn main(args: &DrainArgs) -> Exit {
 fn render(facts: &Value) -> String {
     let mut text = format!(
         "{}/{} at {}{}{}\n{}: {}\n\n",
-        word(&facts["pool"]),
-        word(&facts["backend"]),
-        word(&facts["address"]),
+        cell_text(&facts["pool"]),
+        cell_text(&facts["backend"]),
+        cell_text(&facts["address"]),
         if facts["registered"] == true { ", registered by its heartbeats" } else { "" },
         if facts["backup"] == true { ", a backup" } else { "" },
         verdict(facts),
-        word(&facts["why"]),
+        cell_text(&facts["why"]),
     );
     let mut line = |name: &str, what: String| {
         let mut name = name;
@@ -41,7 +41,7 @@ fn render(facts: &Value) -> String {
         }
     };
     let lasting = |state: &str, seconds: &str| {
-        format!("{} for {}", word(&facts[state]), age(&facts[seconds]))
+        format!("{} for {}", cell_text(&facts[state]), age(&facts[seconds]))
     };
     line("State", lasting("observation", "observation_seconds"));
     line("Operator", lasting("intent", "intent_seconds"));
@@ -72,16 +72,16 @@ fn verdict(facts: &Value) -> String {
 fn weight(weight: &Value) -> String {
     format!(
         "{} = {} x {}% (health) x {}% (slow start) x {}% (load)",
-        word(&weight["effective"]),
-        word(&weight["configured"]),
-        word(&weight["health_percent"]),
-        word(&weight["ramp_percent"]),
-        word(&weight["load_percent"]),
+        cell_text(&weight["effective"]),
+        cell_text(&weight["configured"]),
+        cell_text(&weight["health_percent"]),
+        cell_text(&weight["ramp_percent"]),
+        cell_text(&weight["load_percent"]),
     )
 }
 
 fn sessions(facts: &Value) -> String {
-    let active = word(&facts["sessions_active"]);
+    let active = cell_text(&facts["sessions_active"]);
     match (facts["connections_max"].as_u64(), facts["connections_max_in_force"].as_u64()) {
         (Some(0) | None, _) => format!("{active} now, no cap"),
         (Some(cap), Some(now)) if now != cap => {
@@ -95,7 +95,7 @@ fn slow_start(ramp: &Value) -> String {
     if ramp.is_null() {
         return "none under way".to_owned();
     }
-    let (percent, since) = (word(&ramp["percent"]), age(&ramp["seconds"]));
+    let (percent, since) = (cell_text(&ramp["percent"]), age(&ramp["seconds"]));
     format!("{percent}% after {since} of {}", age(&ramp["takes_seconds"]))
 }
 
@@ -108,13 +108,13 @@ fn failures(failures: &Value) -> String {
             plural(&failures["connects"], "failed connect"),
             plural(&failures["early_resets"], "reset"),
             short(&failures["last_seconds_ago"]),
-            word(last),
+            cell_text(last),
         ),
     };
     if failures["in_a_row"].as_u64().is_some_and(|row| row > 0) {
-        let _ = write!(text, "; {} in a row", word(&failures["in_a_row"]));
+        let _ = write!(text, "; {} in a row", cell_text(&failures["in_a_row"]));
         if !failures["eject_at"].is_null() {
-            let _ = write!(text, ", {} eject it", word(&failures["eject_at"]));
+            let _ = write!(text, ", {} eject it", cell_text(&failures["eject_at"]));
         }
     }
     let _ =
@@ -130,20 +130,20 @@ fn probes(probe: &Value) -> String {
     let (failed, connects) = (count("failed_in_a_row"), count("connects_failed_in_a_row"));
     let row = match (failed, connects, count("succeeded_in_a_row")) {
         (0, 0, 0) => String::new(),
-        (0, 0, well) => format!("; {well} of {} successes in a row", word(&probe["rise"])),
+        (0, 0, well) => format!("; {well} of {} successes in a row", cell_text(&probe["rise"])),
         (failed, connects, _) => format!(
             "; {} and {} failed in a row, {} take it out",
             plural(&failed.into(), "probe"),
             plural(&connects.into(), "connect"),
-            word(&probe["fall"])
+            cell_text(&probe["fall"])
         ),
     };
     let open = if probe["fails_open"] == true { "; it serves until its first result" } else { "" };
     format!(
         "{} for {} ({} each {}){row}{open}",
-        word(&probe["observation"]),
+        cell_text(&probe["observation"]),
         age(&probe["seconds"]),
-        word(&probe["kind"]),
+        cell_text(&probe["kind"]),
         short(&probe["interval_seconds"]),
     )
 }
@@ -156,12 +156,12 @@ fn heartbeats(heartbeat: &Value) -> String {
     let sender = &heartbeat["sender"];
     let rejected = rejected(&heartbeat["rejected"]);
     if sender.is_null() {
-        let text = format!("{} ({needed}); none heard\n{rejected}", word(&heartbeat["pulse"]));
+        let text = format!("{} ({needed}); none heard\n{rejected}", cell_text(&heartbeat["pulse"]));
         return text.trim_end().to_owned();
     }
     let mut text = format!(
         "{} ({needed}); last one {} ago, suspect after {}, expires after {}\n",
-        word(&heartbeat["pulse"]),
+        cell_text(&heartbeat["pulse"]),
         short(&sender["silent_seconds"]),
         short(&sender["timeout_seconds"]),
         short(&sender["ttl_seconds"]),
@@ -169,12 +169,12 @@ fn heartbeats(heartbeat: &Value) -> String {
     let _ = writeln!(
         text,
         "sender: {} for {}, asks for weight {}, load {} of 1000 ({} smoothed), {} connections",
-        word(&sender["state"]),
+        cell_text(&sender["state"]),
         age(&sender["state_seconds"]),
-        word(&sender["weight_asked"]),
-        word(&sender["load"]),
+        cell_text(&sender["weight_asked"]),
+        cell_text(&sender["load"]),
         rounded(&sender["load_smoothed"]),
-        word(&sender["in_flight"]),
+        cell_text(&sender["in_flight"]),
     );
     let _ = writeln!(
         text,
@@ -182,32 +182,32 @@ fn heartbeats(heartbeat: &Value) -> String {
         short(&sender["interval_seconds"]),
         short(&sender["interval_learned_seconds"]),
         short(&sender["jitter_seconds"]),
-        word(&sender["missing_allowed"]),
+        cell_text(&sender["missing_allowed"]),
         percent(&sender["loss"]),
     );
     let _ = writeln!(
         text,
         "detector: {} for {}, {}, {} down, phi {} (normal) {} (exponential)",
-        word(&sender["detector"]),
+        cell_text(&sender["detector"]),
         age(&sender["detector_seconds"]),
         plural(&sender["suspicions_total"], "suspicion"),
         plural(&sender["downs_total"], "time"),
-        word(&sender["phi_normal"]),
-        word(&sender["phi_exponential"]),
+        cell_text(&sender["phi_normal"]),
+        cell_text(&sender["phi_exponential"]),
     );
     let _ = writeln!(
         text,
         "key {}, incarnation {}, sequence {}; {} received, {} lost ({}%) in {}",
-        word(&sender["key"]),
-        word(&sender["incarnation"]),
-        word(&sender["sequence"]),
-        word(&sender["received_total"]),
-        word(&sender["lost_total"]),
+        cell_text(&sender["key"]),
+        cell_text(&sender["incarnation"]),
+        cell_text(&sender["sequence"]),
+        cell_text(&sender["received_total"]),
+        cell_text(&sender["lost_total"]),
         percent(&sender["lost_share"]),
         age(&sender["known_seconds"]),
     );
     if !sender["held"].is_null() {
-        let _ = writeln!(text, "HELD, though confirmed to be gone: {}", word(&sender["held"]));
+        let _ = writeln!(text, "HELD, though confirmed to be gone: {}", cell_text(&sender["held"]));
     }
     text + &rejected
 }
@@ -219,11 +219,11 @@ fn rejected(last: &Value) -> String {
     }
     let mut text = format!(
         "rejected: {} so far, last {} ago from {} (key {}): {}",
-        word(&last["total"]),
+        cell_text(&last["total"]),
         age(&last["seconds_ago"]),
-        word(&last["from"]),
-        word(&last["key"]),
-        word(&last["reason"]),
+        cell_text(&last["from"]),
+        cell_text(&last["key"]),
+        cell_text(&last["reason"]),
     );
     if let Some(skew) = last["skew_seconds"].as_f64() {
         let way = if skew < 0.0 { "behind" } else { "ahead" };
@@ -231,21 +231,21 @@ fn rejected(last: &Value) -> String {
     }
     let proof =
         if last["signed"] == true { "" } else { "; NOT SIGNED, so anything may have sent it" };
-    let _ = write!(text, "{proof}\n  {}", word(&last["help"]));
+    let _ = write!(text, "{proof}\n  {}", cell_text(&last["help"]));
     text
 }
 
 fn ejection(ejection: &Value) -> String {
     let counts = format!(
         "{} so far, {} held back by the pool's guard",
-        word(&ejection["total"]),
-        word(&ejection["held_total"])
+        cell_text(&ejection["total"]),
+        cell_text(&ejection["held_total"])
     );
     if ejection["ejected"] == true {
         let left = age(&ejection["seconds_left"]);
         return format!(
             "EJECTED for another {left} ({} in a row); {counts}",
-            word(&ejection["in_a_row"])
+            cell_text(&ejection["in_a_row"])
         );
     }
     if !ejection["trial_seconds"].is_null() {
@@ -267,7 +267,7 @@ fn guards(guards: &Value) -> String {
     for (key, whom) in [("pool_frozen", "this pool"), ("all_frozen", "any pool")] {
         let frozen = &guards[key];
         if !frozen.is_null() {
-            let (why, since) = (word(&frozen["reason"]), age(&frozen["seconds"]));
+            let (why, since) = (cell_text(&frozen["reason"]), age(&frozen["seconds"]));
             let _ = writeln!(
                 text,
                 "FROZEN for {since}: no silent backend of {whom} is taken out: {why}"
@@ -280,11 +280,11 @@ fn guards(guards: &Value) -> String {
     let _ = write!(
         text,
         "senders in this pool: {}, heard {}, suspect {}, down {}; at most {}% may be out",
-        word(&guards["pool_senders"]),
-        word(&guards["pool_heard"]),
-        word(&guards["pool_suspect"]),
-        word(&guards["pool_down"]),
-        word(&guards["max_ejected_percent"]),
+        cell_text(&guards["pool_senders"]),
+        cell_text(&guards["pool_heard"]),
+        cell_text(&guards["pool_suspect"]),
+        cell_text(&guards["pool_down"]),
+        cell_text(&guards["max_ejected_percent"]),
     );
     text
 }
@@ -295,13 +295,14 @@ fn history(transitions: &[Value]) -> String {
     }
     let mut text = String::new();
     for transition in transitions {
-        let change = format!("{} -> {}", word(&transition["from"]), word(&transition["to"]));
+        let change =
+            format!("{} -> {}", cell_text(&transition["from"]), cell_text(&transition["to"]));
         let _ = writeln!(
             text,
             "  {:>8} ago  {change:<20} after {:<8} {}",
             age(&transition["seconds_ago"]),
             age(&transition["lasted_seconds"]),
-            word(&transition["reason"]),
+            cell_text(&transition["reason"]),
         );
     }
     text

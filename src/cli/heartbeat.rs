@@ -24,11 +24,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tidegate_client::command::{Exit, duration};
 use tidegate_core::health::ProbeOutcome;
-use tidegate_core::model::{BackendAddress, ProbeKind, ProbeSpec};
+use tidegate_core::model::{BackendAddr, ProbeKind, ProbeSpec};
 use tidegate_daemon::heartbeat::verify::SKEW_MAX;
 use tidegate_daemon::probe;
-use tidegate_heartbeat::sender::{Sender, Settings};
-use tidegate_heartbeat::wire::Identity;
+use tidegate_heartbeat::sender::{Sender, SenderSettings};
+use tidegate_heartbeat::wire::SenderIdentity;
 use tidegate_heartbeat::{SenderState, key_file};
 use tidegate_net::{ntp, sock_diag};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -114,7 +114,7 @@ const COUNT_EVERY: Duration = Duration::from_secs(1);
 const TABLES: [&str; 2] = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
 
 /// SIGTERM or SIGINT.
-struct Stop([Signal; 2]);
+struct SidecarStopSignals([Signal; 2]);
 
 /// Sends heartbeats until told to stop.
 pub fn main(args: &HeartbeatArgs) -> Exit {
@@ -132,7 +132,7 @@ pub fn main(args: &HeartbeatArgs) -> Exit {
             return Exit::Refused;
         }
     };
-    let settings = Settings {
+    let settings = SenderSettings {
         to: args.to.clone(),
         identity,
         key_id: args.key_id,
@@ -146,24 +146,24 @@ pub fn main(args: &HeartbeatArgs) -> Exit {
     })
 }
 
-async fn run(args: &HeartbeatArgs, settings: Settings) -> io::Result<Exit> {
+async fn run(args: &HeartbeatArgs, settings: SenderSettings) -> io::Result<Exit> {
     // Before the first heartbeat, which must not be the last unless it says so.
-    let mut stop = Stop::listen()?;
+    let mut stop = SidecarStopSignals::listen()?;
     warn_of_clock();
     let sender = Sender::start(settings)?;
     sender.set_weight(args.weight);
     tokio::select! {
-        () = stop.told() => {}
+        () = stop.read_status() => {}
         () = watch(args, &sender) => {}
         () = count(args, &sender) => {}
         () = report_failures(&sender) => {}
     }
     if !args.drain.is_zero() {
-        tell(&sender, SenderState::Draining, "told to stop");
+        set_and_print(&sender, SenderState::Draining, "told to stop");
         tokio::select! {
             () = sleep(args.drain) => {}
             () = count(args, &sender) => {}
-            () = stop.told() => {
+            () = stop.read_status() => {
                 tidegate_client::command::print("second signal: exiting at once");
                 return Ok(Exit::Failed);
             }
@@ -189,10 +189,10 @@ fn warn_of_clock() {
 /// Checks the service for ever.
 async fn watch(args: &HeartbeatArgs, sender: &Sender) {
     let Some(spec) = spec(args) else {
-        tell(sender, SenderState::Ready, "no check wanted");
+        set_and_print(sender, SenderState::Ready, "no check wanted");
         return std::future::pending().await;
     };
-    let address = BackendAddress::Tcp(local(args));
+    let address = BackendAddr::Tcp(local(args));
     let mut said = None;
     let mut tick = interval(args.check_interval);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -207,7 +207,7 @@ async fn watch(args: &HeartbeatArgs, sender: &Sender) {
             }
         };
         if said != Some(state) {
-            tell(sender, state, &why);
+            set_and_print(sender, state, &why);
             said = Some(state);
         }
     }
@@ -250,17 +250,17 @@ async fn report_failures(sender: &Sender) {
     }
 }
 
-fn tell(sender: &Sender, state: SenderState, why: &str) {
+fn set_and_print(sender: &Sender, state: SenderState, why: &str) {
     sender.set_state(state);
     tidegate_client::command::print(&format!("{}: {why}", state.name()));
 }
 
-fn identity(args: &HeartbeatArgs) -> Result<Identity, String> {
+fn identity(args: &HeartbeatArgs) -> Result<SenderIdentity, String> {
     if args.check_path.is_some() && args.check != Check::Http {
         return Err("--check-path is for --check http only".to_owned());
     }
     let name = args.name.clone().unwrap_or_else(|| args.address.to_string());
-    Identity::new(&args.pool, &name, args.address).map_err(|unfit| unfit.to_string())
+    SenderIdentity::new(&args.pool, &name, args.address).map_err(|unfit| unfit.to_string())
 }
 
 fn local(args: &HeartbeatArgs) -> SocketAddr {
@@ -368,12 +368,12 @@ fn drain_time(text: &str) -> Result<Duration, String> {
 
 // === impl Stop ===
 
-impl Stop {
-    fn listen() -> io::Result<Stop> {
-        Ok(Stop([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]))
+impl SidecarStopSignals {
+    fn listen() -> io::Result<SidecarStopSignals> {
+        Ok(SidecarStopSignals([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]))
     }
 
-    fn told(&mut self) -> impl Future<Output = ()> {
+    fn read_status(&mut self) -> impl Future<Output = ()> {
         let [terminate, interrupt] = &mut self.0;
         async move {
             tokio::select! {

@@ -142,7 +142,7 @@ pub struct CheckArgs {
 pub struct DrainArgs {
     /// Pool and backend, parted by the first slash.
     #[arg(value_name = "POOL/BACKEND", value_parser = drain::target)]
-    pub target: drain::Target,
+    pub target: drain::BackendRef,
     /// How to reach the balancer.
     #[command(flatten)]
     pub client: ClientArgs,

@@ -12,8 +12,8 @@ use std::io::{self, IsTerminal};
 use std::sync::Arc;
 use tidegate_client::command::Exit;
 use tidegate_daemon::{
-    self as daemon, Activated, Before, Failure, Notifier, Options, Predecessor, Supervised,
-    Surroundings,
+    self as daemon, Before, Failure, Notifier, OldProcess, Options, PassedSockets,
+    ProcessEnvironment, Supervised,
 };
 use tidegate_logging::logfmt::one_line;
 use tidegate_net::fd_channel;
@@ -77,7 +77,10 @@ fn check(version: u32) -> Exit {
     }
 }
 
-fn serve(args: &RunArgs, surroundings: impl FnOnce() -> Result<Surroundings, Failure>) -> Exit {
+fn serve(
+    args: &RunArgs,
+    surroundings: impl FnOnce() -> Result<ProcessEnvironment, Failure>,
+) -> Exit {
     let running = surroundings().and_then(|surroundings| {
         let options = Options { config: args.config.clone(), signals: true, logging: true };
         daemon::start_within(options, surroundings)
@@ -98,8 +101,10 @@ fn serve(args: &RunArgs, surroundings: impl FnOnce() -> Result<Surroundings, Fai
         }
     };
     match running.wait() {
-        daemon::Exit::Drained { .. } => Exit::Fine,
-        daemon::Exit::Forced | daemon::Exit::WorkerDied | daemon::Exit::ControlDied => Exit::Failed,
+        daemon::RunEnd::Drained { .. } => Exit::Fine,
+        daemon::RunEnd::SecondSignal
+        | daemon::RunEnd::ThreadExited
+        | daemon::RunEnd::ControlPanicked => Exit::Failed,
     }
 }
 
@@ -107,36 +112,50 @@ fn supervised_surroundings(
     args: &RunArgs,
     link: &Arc<Link>,
     supervised: Supervised,
-) -> Result<Surroundings, Failure> {
-    let predecessor = Predecessor::greet()?;
+) -> Result<ProcessEnvironment, Failure> {
+    let predecessor = OldProcess::connect()?;
     let notifier = Notifier::to_supervisor(Arc::clone(link));
-    let place = predecessor.as_ref().and_then(Predecessor::admin_listen);
+    let place = predecessor.as_ref().and_then(OldProcess::admin_listen);
     // Before there are threads. The process before was confined by itself alone.
     let upgrade = predecessor.is_some() || supervised.takes_over();
     let before = Before { inherited: &[], admin: place, upgrade, instead: supervised.instead() };
     let confined = daemon::confine(&args.config, None, before)?;
-    Ok(Surroundings { predecessor, supervised, notifier, confined, ..Surroundings::default() })
+    Ok(ProcessEnvironment {
+        predecessor,
+        supervised,
+        notifier,
+        confined,
+        ..ProcessEnvironment::default()
+    })
 }
 
-fn single_surroundings(args: &RunArgs) -> Result<Surroundings, Failure> {
+fn single_surroundings(args: &RunArgs) -> Result<ProcessEnvironment, Failure> {
     let passed = daemon::passed()?;
-    let activated = (!passed.is_empty()).then(|| Activated::of(passed)).transpose()?;
-    let predecessor = Predecessor::greet()?;
+    let activated = (!passed.is_empty()).then(|| PassedSockets::of(passed)).transpose()?;
+    let predecessor = OldProcess::connect()?;
     let program = Program::of_this_process(single_arguments(args))
         .inspect_err(|error| eprintln!("tidegate: upgrades in place are off: {error}"))
         .ok();
     let notifier = Notifier::from_environment();
     let pid_file = args.pid_file.clone();
     let before = Before {
-        inherited: predecessor.as_ref().map_or(&[][..], Predecessor::confined),
-        admin: predecessor.as_ref().and_then(Predecessor::admin_listen),
+        inherited: predecessor.as_ref().map_or(&[][..], OldProcess::confined),
+        admin: predecessor.as_ref().and_then(OldProcess::admin_listen),
         upgrade: predecessor.is_some(),
         instead: None,
     };
     // Before there are threads, and before anything else is opened.
     let confined = daemon::confine(&args.config, pid_file.as_deref(), before)?;
     let supervised = Supervised::default();
-    Ok(Surroundings { predecessor, activated, supervised, program, notifier, pid_file, confined })
+    Ok(ProcessEnvironment {
+        predecessor,
+        activated,
+        supervised,
+        program,
+        notifier,
+        pid_file,
+        confined,
+    })
 }
 
 /// What has another process do what this one was asked to.

@@ -4,7 +4,7 @@
 //! JSON says and works nothing out but words, columns and units; fields an
 //! older balancer does not have show as `-`.
 
-use super::table::{Column, Table, wrap};
+use super::table::{Column, TextTable, wrap};
 use hyper::Method;
 use serde_json::Value;
 use std::io::IsTerminal;
@@ -41,10 +41,10 @@ fn fit(text: &str, width: Option<usize>) -> String {
 fn render(status: &Value, width: Option<usize>) -> String {
     let mut text = head(status);
     for warning in list(&status["warnings"]) {
-        text.push_str(&format!("warning: {}\n", word(warning)));
+        text.push_str(&format!("warning: {}\n", cell_text(warning)));
     }
-    text.push_str(&troubled_workers(status));
-    text.push_str(&channel(&status["heartbeat"]));
+    text.push_str(&worker_problems(status));
+    text.push_str(&heartbeat_summary(&status["heartbeat"]));
     text = wrap(text.trim_end(), width);
     text.push_str("\n\n");
     text.push_str(&frontends(list(&status["frontends"]), width));
@@ -55,9 +55,9 @@ fn render(status: &Value, width: Option<usize>) -> String {
     for backend in list(&status["leaving"]) {
         text.push_str(&format!(
             "\nleaving: {}/{} ({}) still holds {}\n",
-            word(&backend["pool"]),
-            word(&backend["name"]),
-            word(&backend["address"]),
+            cell_text(&backend["pool"]),
+            cell_text(&backend["name"]),
+            cell_text(&backend["address"]),
             plural(&backend["sessions_active"], "session"),
         ));
     }
@@ -72,27 +72,27 @@ fn render(status: &Value, width: Option<usize>) -> String {
 fn head(status: &Value) -> String {
     format!(
         "tidegate {}: {}, generation {}, up {}\n{}, {} of {} sessions, engine {} ({})\n",
-        word(&status["version"]),
-        word(&status["state"]),
-        word(&status["generation"]),
+        cell_text(&status["version"]),
+        cell_text(&status["state"]),
+        cell_text(&status["generation"]),
         age(&status["uptime_seconds"]),
         plural(&status["workers"], "worker"),
-        word(&status["connections_active"]),
-        word(&status["connections_max"]),
-        word(&status["engine"]),
-        word(&status["engine_reason"]),
+        cell_text(&status["connections_active"]),
+        cell_text(&status["connections_max"]),
+        cell_text(&status["engine"]),
+        cell_text(&status["engine_reason"]),
     )
 }
 
 /// Workers that are stalled or have panicked; mostly there is nothing to say.
-fn troubled_workers(status: &Value) -> String {
+fn worker_problems(status: &Value) -> String {
     let mut text = String::new();
     for stalled in list(&status["stalled"]) {
         text.push_str(&format!(
             "WORKER {} STALLED for {}, while {}\n",
-            word(&stalled["worker"]),
+            cell_text(&stalled["worker"]),
             age(&stalled["seconds"]),
-            word(&stalled["stage"]),
+            cell_text(&stalled["stage"]),
         ));
     }
     if status["worker_panics_total"].as_u64().is_some_and(|panics| panics > 0) {
@@ -109,8 +109,8 @@ fn troubled_workers(status: &Value) -> String {
 /// older balancer does not say.
 fn confinement(layers: &[Value]) -> String {
     let held = |layer: &&Value| layer["in_force"] == true;
-    let name = |layer: &Value| word(&layer["layer"]);
-    let reason = |layer: &Value| format!("{} ({})", name(layer), word(&layer["detail"]));
+    let name = |layer: &Value| cell_text(&layer["layer"]);
+    let reason = |layer: &Value| format!("{} ({})", name(layer), cell_text(&layer["detail"]));
     let line = |head: &str, layers: Vec<String>| match layers.is_empty() {
         true => String::new(),
         false => format!("{head}: {}\n", layers.join(", ")),
@@ -120,7 +120,7 @@ fn confinement(layers: &[Value]) -> String {
 }
 
 fn frontends(frontends: &[Value], width: Option<usize>) -> String {
-    let mut table = Table::new([
+    let mut table = TextTable::new([
         Column::left("FRONTEND", 0),
         Column::left("BIND", 1),
         Column::left("POOL", 0),
@@ -131,16 +131,16 @@ fn frontends(frontends: &[Value], width: Option<usize>) -> String {
         Column::right("REFUSED", 0),
     ]);
     for frontend in frontends {
-        let binds: Vec<String> = list(&frontend["binds"]).iter().map(word).collect();
+        let binds: Vec<String> = list(&frontend["binds"]).iter().map(cell_text).collect();
         let cells = vec![
-            word(&frontend["name"]),
+            cell_text(&frontend["name"]),
             binds.join(","),
-            word(&frontend["pool"]),
-            word(&frontend["sessions_active"]),
-            word(&frontend["sessions_total"]),
+            cell_text(&frontend["pool"]),
+            cell_text(&frontend["sessions_active"]),
+            cell_text(&frontend["sessions_total"]),
             size(&frontend["bytes_in_total"]),
             size(&frontend["bytes_out_total"]),
-            word(&frontend["refused_total"]),
+            cell_text(&frontend["refused_total"]),
         ];
         table.row(cells, String::new());
     }
@@ -150,11 +150,11 @@ fn frontends(frontends: &[Value], width: Option<usize>) -> String {
 fn pool_table(pool: &Value, width: Option<usize>) -> String {
     let backends = list(&pool["backends"]);
     let eligible = backends.iter().filter(|b| b["eligible"] == true).count();
-    let (name, balance) = (word(&pool["name"]), word(&pool["balance"]));
+    let (name, balance) = (cell_text(&pool["name"]), cell_text(&pool["balance"]));
     let title = format!(
         "POOL {name}: {balance}, {eligible} of {} eligible{}",
         backends.len(),
-        remarks(pool)
+        pool_remarks(pool)
     );
     // A backend without a name of its own is named after its address.
     let named = backends.iter().any(|backend| backend["name"] != backend["address"]);
@@ -169,16 +169,16 @@ fn pool_table(pool: &Value, width: Option<usize>) -> String {
         Column::right("CONNECT P50", 4),
         Column::right("CONNECT P99", 3),
     ];
-    let mut table = Table::noted(columns, "LAST CHANGE");
+    let mut table = TextTable::noted(columns, "LAST CHANGE");
     for backend in backends {
         let cells = vec![
-            word(&backend["name"]),
-            word(&backend["address"]),
+            cell_text(&backend["name"]),
+            cell_text(&backend["address"]),
             state(backend, pool),
             weight(backend),
-            word(&backend["sessions_active"]),
-            word(&backend["sessions_total"]),
-            word(&backend["connect_failures_total"]),
+            cell_text(&backend["sessions_active"]),
+            cell_text(&backend["sessions_total"]),
+            cell_text(&backend["connect_failures_total"]),
             latency(&backend["connect_seconds"]["p50"]),
             latency(&backend["connect_seconds"]["p99"]),
         ];
@@ -188,13 +188,13 @@ fn pool_table(pool: &Value, width: Option<usize>) -> String {
 }
 
 /// What else there is to say of a pool.
-fn remarks(pool: &Value) -> String {
+fn pool_remarks(pool: &Value) -> String {
     let mut text = String::new();
     if let Some(queued) = pool["queued"].as_u64().filter(|queued| *queued > 0) {
         text.push_str(&format!(", {queued} waiting"));
     }
     if let Some(max) = pool["registered_max"].as_u64().filter(|max| *max > 0) {
-        text.push_str(&format!(", {} registered of {max}", word(&pool["registered"])));
+        text.push_str(&format!(", {} registered of {max}", cell_text(&pool["registered"])));
     }
     match pool["none_eligible"].as_str() {
         Some("try-all") => text.push_str(", NO BACKEND ELIGIBLE: all are tried"),
@@ -207,7 +207,7 @@ fn remarks(pool: &Value) -> String {
         text.push_str(&format!(
             "\nFROZEN for {}: {}; no silent backend is taken out",
             age(&pool["frozen"]["seconds"]),
-            word(&pool["frozen"]["reason"])
+            cell_text(&pool["frozen"]["reason"])
         ));
     }
     text
@@ -222,28 +222,28 @@ fn rejected(rejection: &Value) -> String {
     let skew = skew.map_or_else(String::new, |skew| format!(", clock {skew:+.0}s"));
     format!(
         "  rejected: {}/{} from {}: {}{skew}, {} times, last {} ago; {}\n",
-        word(&rejection["pool"]),
-        word(&rejection["backend"]),
-        word(&rejection["from"]),
-        word(&rejection["reason"]),
-        word(&rejection["total"]),
+        cell_text(&rejection["pool"]),
+        cell_text(&rejection["backend"]),
+        cell_text(&rejection["from"]),
+        cell_text(&rejection["reason"]),
+        cell_text(&rejection["total"]),
         age(&rejection["seconds_ago"]),
-        word(&rejection["help"]),
+        cell_text(&rejection["help"]),
     )
 }
 
 /// Heartbeats as a whole, where they are taken.
-fn channel(heartbeat: &Value) -> String {
+fn heartbeat_summary(heartbeat: &Value) -> String {
     if heartbeat.is_null() {
         return String::new();
     }
-    let listen: Vec<String> = list(&heartbeat["listen"]).iter().map(word).collect();
+    let listen: Vec<String> = list(&heartbeat["listen"]).iter().map(cell_text).collect();
     let mut text = format!(
         "heartbeats on {}: {} taken, {} refused, {} lost in the kernel\n",
         listen.join(","),
-        word(&heartbeat["accepted_total"]),
-        word(&heartbeat["rejected_total"]),
-        word(&heartbeat["kernel_drops_total"]),
+        cell_text(&heartbeat["accepted_total"]),
+        cell_text(&heartbeat["rejected_total"]),
+        cell_text(&heartbeat["kernel_drops_total"]),
     );
     let rejections = list(&heartbeat["rejections"]);
     for rejection in rejections.iter().take(REJECTIONS_SHOWN_MAX) {
@@ -259,7 +259,7 @@ fn channel(heartbeat: &Value) -> String {
         text.push_str(&format!(
             "FROZEN for {}, all pools: {}; no silent backend is taken out\n",
             age(&heartbeat["frozen"]["seconds"]),
-            word(&heartbeat["frozen"]["reason"])
+            cell_text(&heartbeat["frozen"]["reason"])
         ));
     }
     text
@@ -272,15 +272,15 @@ fn state(backend: &Value, pool: &Value) -> String {
     let mut state = match backend["intent"].as_str() {
         Some(intent) if intent != "ready" => intent.to_owned(),
         _ if backend["ejected"] == true => "ejected".to_owned(),
-        _ if is_told(&backend["heartbeat"]["sender_state"]) => {
-            word(&backend["heartbeat"]["sender_state"])
+        _ if asks_for_no_sessions(&backend["heartbeat"]["sender_state"]) => {
+            cell_text(&backend["heartbeat"]["sender_state"])
         }
         _ if backend["on_trial"] == true => "trial".to_owned(),
         Some("ready") if never_known(backend, pool) => match pool["heartbeats"] == true {
             true => "not heard".to_owned(),
             false => "no probes".to_owned(),
         },
-        _ => word(&backend["observation"]),
+        _ => cell_text(&backend["observation"]),
     };
     if backend["backup"] == true {
         state.push_str(" backup");
@@ -297,13 +297,14 @@ fn never_known(backend: &Value, pool: &Value) -> bool {
 }
 
 /// Whether its own heartbeats ask for no sessions.
-fn is_told(sender_state: &Value) -> bool {
+fn asks_for_no_sessions(sender_state: &Value) -> bool {
     sender_state.as_str().is_some_and(|state| state != "ready")
 }
 
 /// `3`, or `1/3` while it takes part with less.
 fn weight(backend: &Value) -> String {
-    let (full, effective) = (word(&backend["weight"]), word(&backend["effective_weight"]));
+    let (full, effective) =
+        (cell_text(&backend["weight"]), cell_text(&backend["effective_weight"]));
     if backend["eligible"] == true && full != effective {
         return format!("{effective}/{full}");
     }
@@ -314,11 +315,11 @@ fn last_change(transition: &Value) -> String {
     if transition.is_null() {
         return String::new();
     }
-    let (from, to) = (word(&transition["from"]), word(&transition["to"]));
+    let (from, to) = (cell_text(&transition["from"]), cell_text(&transition["to"]));
     format!(
         "{from} -> {to} {} ago: {}",
         age(&transition["seconds_ago"]),
-        word(&transition["reason"])
+        cell_text(&transition["reason"])
     )
 }
 
@@ -327,7 +328,7 @@ pub(super) fn list(value: &Value) -> &[Value] {
 }
 
 /// One line of text for any value.
-pub(super) fn word(value: &Value) -> String {
+pub(super) fn cell_text(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
         Value::String(text) if text.is_empty() => "-".to_owned(),
@@ -339,7 +340,7 @@ pub(super) fn word(value: &Value) -> String {
 /// `1 worker`, `2 workers`.
 pub(super) fn plural(count: &Value, what: &str) -> String {
     let s = if *count == 1 { "" } else { "s" };
-    format!("{} {what}{s}", word(count))
+    format!("{} {what}{s}", cell_text(count))
 }
 
 /// The two largest units.

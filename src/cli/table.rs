@@ -14,7 +14,7 @@ pub(super) struct Column {
 
 /// Columns as wide as their widest cell.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct TextTable {
     columns: Vec<Column>,
     rows: Vec<Vec<String>>,
     /// What else a row says: the last cell where there is room, else lines below it.
@@ -44,14 +44,14 @@ impl Column {
 
 // === impl Table ===
 
-impl Table {
-    pub(super) fn new(columns: impl Into<Vec<Column>>) -> Table {
-        Table { columns: columns.into(), rows: Vec::new(), notes: Vec::new(), heading: "" }
+impl TextTable {
+    pub(super) fn new(columns: impl Into<Vec<Column>>) -> TextTable {
+        TextTable { columns: columns.into(), rows: Vec::new(), notes: Vec::new(), heading: "" }
     }
 
     /// The same with a note to each row, and what stands above the notes.
-    pub(super) fn noted(columns: impl Into<Vec<Column>>, heading: &'static str) -> Table {
-        Table { heading, ..Table::new(columns) }
+    pub(super) fn noted(columns: impl Into<Vec<Column>>, heading: &'static str) -> TextTable {
+        TextTable { heading, ..TextTable::new(columns) }
     }
 
     pub(super) fn row(&mut self, cells: Vec<String>, note: String) {
@@ -160,10 +160,10 @@ mod tests {
     use super::*;
     use expect_test::expect;
 
-    fn example() -> Table {
+    fn example() -> TextTable {
         let columns =
             [Column::left("NAME", 0), Column::right("P50", 2), Column::right("ACTIVE", 1)];
-        let mut table = Table::noted(columns, "WHY");
+        let mut table = TextTable::noted(columns, "WHY");
         let cells = |name: &str| vec![name.to_owned(), "213 us".to_owned(), "7".to_owned()];
         table.row(cells("a"), "3 probes failed in a row".to_owned());
         table.row(cells("long name"), String::new());

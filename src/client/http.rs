@@ -4,7 +4,7 @@
 //! one answer, bounded in time and size. It knows the API's HTTP and its error
 //! shape, not its meaning.
 
-use super::reach::{Reached, Stream, connect};
+use super::reach::{ClientStream, Reached, connect};
 use crate::command::Exit;
 use clap::Args;
 use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
@@ -115,7 +115,7 @@ pub fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
 
 async fn exchange(
     address: &Address,
-    stream: Stream,
+    stream: ClientStream,
     method: Method,
     path: &str,
     token: Option<&str>,
@@ -135,15 +135,15 @@ async fn exchange(
     let request = request.body(Empty::new()).map_err(|error| unreachable(&error))?;
     let answered = async {
         match stream {
-            Stream::Unix(stream) => answer(stream, request).await,
-            Stream::Tcp(stream) => answer(stream, request).await,
+            ClientStream::Unix(stream) => answer(stream, request).await,
+            ClientStream::Tcp(stream) => answer(stream, request).await,
         }
     };
     let (status, body) = match timeout(limit, answered).await {
         Ok(answered) => answered.map_err(|error| unreachable(&error))?,
         Err(_) => return Err(unreachable(&format!("no answer within {limit:?}"))),
     };
-    judge(status, body, address)
+    check_response(status, body, address)
 }
 
 async fn answer(
@@ -167,7 +167,11 @@ async fn answer(
     Ok((status, body.map_err(|_| "its answer is not text".to_owned())?))
 }
 
-fn judge(status: StatusCode, body: String, address: &Address) -> Result<String, ClientError> {
+fn check_response(
+    status: StatusCode,
+    body: String,
+    address: &Address,
+) -> Result<String, ClientError> {
     if status.is_success() {
         return Ok(body);
     }
@@ -227,7 +231,7 @@ pub fn report(
         Ok(text) => match serde_json::from_str(&text) {
             Ok(value) => shown(&value),
             Err(error) => {
-                return complain(
+                return print_error(
                     &format!("tidegate: the answer is no JSON: {error}"),
                     Exit::Failed,
                 );
@@ -240,13 +244,13 @@ pub fn report(
 
 fn fail(args: &ClientArgs, error: &ClientError) -> Exit {
     match error {
-        ClientError::Unreachable(text) => complain(&format!("tidegate: {text}"), Exit::Failed),
-        ClientError::Request(text) => complain(&format!("tidegate: {text}"), Exit::Refused),
+        ClientError::Unreachable(text) => print_error(&format!("tidegate: {text}"), Exit::Failed),
+        ClientError::Request(text) => print_error(&format!("tidegate: {text}"), Exit::Refused),
         ClientError::Refused(value) => {
             if args.json {
                 print(&value.to_string());
             }
-            complain(&refusal(value), Exit::Refused)
+            print_error(&refusal(value), Exit::Refused)
         }
     }
 }
@@ -271,7 +275,7 @@ fn refusal(value: &Value) -> String {
     lines.join("\n")
 }
 
-fn complain(text: &str, exit: Exit) -> Exit {
+fn print_error(text: &str, exit: Exit) -> Exit {
     // With standard error closed there is nobody to tell.
     let _ = writeln!(io::stderr(), "{}", printable(text));
     exit
@@ -283,7 +287,7 @@ fn print(text: &str) -> Exit {
     let mut out = io::stdout().lock();
     match writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            complain(&format!("tidegate: cannot write: {error}"), Exit::Failed)
+            print_error(&format!("tidegate: cannot write: {error}"), Exit::Failed)
         }
         _ => Exit::Fine,
     }
@@ -366,7 +370,7 @@ mod tests {
     #[test]
     fn refusals_and_failures_are_told_apart_by_status() {
         let at = Address::Unix("/x".into());
-        let judged = |status, body: &str| judge(status, body.to_owned(), &at);
+        let judged = |status, body: &str| check_response(status, body.to_owned(), &at);
         let said = r#"{"error":"e","detail":"d"}"#;
         assert!(judged(StatusCode::OK, "anything").is_ok());
         assert!(matches!(judged(StatusCode::NOT_FOUND, said), Err(ClientError::Refused(_))));

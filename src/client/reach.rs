@@ -32,7 +32,7 @@ pub struct Reached {
 }
 
 /// A connection to the admin API.
-pub enum Stream {
+pub enum ClientStream {
     /// Of the admin socket.
     Unix(UnixStream),
     /// Of an address.
@@ -85,7 +85,7 @@ fn outline(file: &Path) -> Result<Config, ClientError> {
 }
 
 /// Connects to the first place where a balancer answers.
-pub async fn connect(places: &[Address]) -> Result<(Address, Stream), ClientError> {
+pub async fn connect(places: &[Address]) -> Result<(Address, ClientStream), ClientError> {
     let mut refusals = Vec::new();
     for place in places {
         let chosen = places.len() == 1;
@@ -99,15 +99,15 @@ pub async fn connect(places: &[Address]) -> Result<(Address, Stream), ClientErro
 }
 
 /// A socket at a place that was not named is only used if it is to be trusted.
-async fn dial(place: &Address, chosen: bool) -> io::Result<Stream> {
+async fn dial(place: &Address, chosen: bool) -> io::Result<ClientStream> {
     match place {
         Address::Unix(path) => {
             if !chosen {
                 place::trusted(path)?;
             }
-            Ok(Stream::Unix(UnixStream::connect(path).await?))
+            Ok(ClientStream::Unix(UnixStream::connect(path).await?))
         }
-        Address::Tcp(to) => Ok(Stream::Tcp(TcpStream::connect(to).await?)),
+        Address::Tcp(to) => Ok(ClientStream::Tcp(TcpStream::connect(to).await?)),
     }
 }
 

@@ -6,15 +6,15 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::path::PathBuf;
 
 use super::source;
-use super::value::{Complaint, cut, shown};
-use tidegate_core::model::{AdminListen, BackendAddress};
+use super::value::{ValueError, cut, shown};
+use tidegate_core::model::{AdminListen, BackendAddr};
 
 /// `sun_path` is 108 bytes with its final NUL (unix(7)).
 const UNIX_PATH_BYTES_MAX: usize = 107;
 
 /// An address to listen on; two of them for `*:PORT`, every IPv4 and every IPv6
 /// address of this host.
-pub(super) fn bind_addresses(text: &str) -> Result<Vec<SocketAddr>, Complaint> {
+pub(super) fn bind_addresses(text: &str) -> Result<Vec<SocketAddr>, ValueError> {
     match text.strip_prefix("*:") {
         Some(port) => {
             let port = port_number(text, port)?;
@@ -25,9 +25,9 @@ pub(super) fn bind_addresses(text: &str) -> Result<Vec<SocketAddr>, Complaint> {
 }
 
 /// One address to listen on.
-pub(super) fn bind_address(text: &str) -> Result<SocketAddr, Complaint> {
+pub(super) fn bind_address(text: &str) -> Result<SocketAddr, ValueError> {
     if text.starts_with("unix:") {
-        return Err(Complaint::new(format!(
+        return Err(ValueError::new(format!(
             "{} is not an address a frontend can listen on",
             shown(text)
         ))
@@ -35,7 +35,7 @@ pub(super) fn bind_address(text: &str) -> Result<SocketAddr, Complaint> {
     }
     let address = socket_address(text)?;
     if address.ip().is_multicast() || address.ip() == IpAddr::V4(Ipv4Addr::BROADCAST) {
-        return Err(Complaint::new(format!(
+        return Err(ValueError::new(format!(
             "{} is a multicast or broadcast address; TCP cannot listen there",
             address.ip()
         )));
@@ -44,42 +44,42 @@ pub(super) fn bind_address(text: &str) -> Result<SocketAddr, Complaint> {
 }
 
 /// An address to connect to.
-pub(super) fn backend_address(text: &str) -> Result<BackendAddress, Complaint> {
+pub(super) fn backend_address(text: &str) -> Result<BackendAddr, ValueError> {
     if let Some(path) = text.strip_prefix("unix:") {
-        return unix_path(path).map(BackendAddress::Unix);
+        return unix_path(path).map(BackendAddr::Unix);
     }
     let address = socket_address(text)?;
     let ip = address.ip();
     if ip.is_unspecified() {
-        return Err(Complaint::new(format!("{ip} is not an address one can connect to"))
+        return Err(ValueError::new(format!("{ip} is not an address one can connect to"))
             .help(format!("for this machine write {}", own_address(ip, address.port()))));
     }
     if ip.is_multicast() || ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
-        return Err(Complaint::new(format!(
+        return Err(ValueError::new(format!(
             "{ip} is a multicast or broadcast address; TCP cannot connect there"
         )));
     }
-    Ok(BackendAddress::Tcp(address))
+    Ok(BackendAddr::Tcp(address))
 }
 
 /// An address of this host that connections start at.
-pub(super) fn source_address(text: &str) -> Result<IpAddr, Complaint> {
+pub(super) fn source_address(text: &str) -> Result<IpAddr, ValueError> {
     let Ok(ip) = text.parse::<IpAddr>().map(|ip| ip.to_canonical()) else {
-        return Err(Complaint::new(format!("{} is not an IP address", shown(text)))
+        return Err(ValueError::new(format!("{} is not an IP address", shown(text)))
             .help("write an address of this host without a port, such as \"10.0.0.5\""));
     };
     if ip.is_unspecified() || ip.is_multicast() || ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
-        return Err(Complaint::new(format!("{ip} is not an address connections can start at"))
+        return Err(ValueError::new(format!("{ip} is not an address connections can start at"))
             .help("without this key the kernel chooses one"));
     }
     Ok(ip)
 }
 
 /// Where the admin API listens.
-pub(super) fn admin_listen(text: &str) -> Result<AdminListen, Complaint> {
+pub(super) fn admin_listen(text: &str) -> Result<AdminListen, ValueError> {
     match text.strip_prefix("unix:") {
         Some(path) if path.starts_with('@') => {
-            Err(Complaint::new("the admin API cannot listen on an abstract Unix socket")
+            Err(ValueError::new("the admin API cannot listen on an abstract Unix socket")
                 .help("any user of this host could connect to it; give a file path"))
         }
         Some(path) => unix_path(path).map(AdminListen::Unix),
@@ -94,21 +94,21 @@ fn own_address(ip: IpAddr, port: u16) -> SocketAddr {
     }
 }
 
-fn unix_path(path: &str) -> Result<PathBuf, Complaint> {
+fn unix_path(path: &str) -> Result<PathBuf, ValueError> {
     if path.is_empty() {
-        return Err(Complaint::new("the path of the Unix socket is missing")
+        return Err(ValueError::new("the path of the Unix socket is missing")
             .help("write \"unix:/path/to/socket\""));
     }
     if path.contains('\0') {
-        return Err(Complaint::new(format!("{} is not a file path", shown(path)))
+        return Err(ValueError::new(format!("{} is not a file path", shown(path)))
             .help("for an abstract Unix socket write \"unix:@name\""));
     }
     if path == "@" {
-        return Err(Complaint::new("the name of the abstract Unix socket is missing")
+        return Err(ValueError::new("the name of the abstract Unix socket is missing")
             .help("write \"unix:@name\""));
     }
     if path.len() > UNIX_PATH_BYTES_MAX {
-        return Err(Complaint::new(format!(
+        return Err(ValueError::new(format!(
             "the path of a Unix socket has at most {UNIX_PATH_BYTES_MAX} bytes, this one has {}",
             path.len()
         )));
@@ -117,9 +117,9 @@ fn unix_path(path: &str) -> Result<PathBuf, Complaint> {
 }
 
 /// `IP:PORT` or `[IPV6]:PORT`, each refused form with its own advice.
-fn socket_address(text: &str) -> Result<SocketAddr, Complaint> {
+fn socket_address(text: &str) -> Result<SocketAddr, ValueError> {
     if let Some((_, rest)) = text.split_once("://") {
-        return Err(Complaint::new(format!("{} is a URL", shown(text)))
+        return Err(ValueError::new(format!("{} is a URL", shown(text)))
             .help(format!("give the address alone: {}", shown(rest))));
     }
     if let Some(rest) = text.strip_prefix('[') {
@@ -127,7 +127,7 @@ fn socket_address(text: &str) -> Result<SocketAddr, Complaint> {
     }
     let starts_v4 = text.split(':').next().is_some_and(|part| part.parse::<Ipv4Addr>().is_ok());
     if text.matches(':').count() > 1 && !starts_v4 {
-        return Err(Complaint::new(format!("{} looks like IPv6 without brackets", shown(text)))
+        return Err(ValueError::new(format!("{} looks like IPv6 without brackets", shown(text)))
             .help("write [IPV6]:PORT, such as \"[::1]:8080\""));
     }
     let Some((host, port)) = text.split_once(':') else {
@@ -138,35 +138,35 @@ fn socket_address(text: &str) -> Result<SocketAddr, Complaint> {
     Ok((ip, port).into())
 }
 
-fn missing_port(text: &str) -> Complaint {
+fn missing_port(text: &str) -> ValueError {
     if text.is_empty() {
-        return Complaint::new("the address is empty")
+        return ValueError::new("the address is empty")
             .help("write IP:PORT, such as \"10.0.0.1:8080\"");
     }
     if text.starts_with('/') {
-        return Complaint::new(format!("{} is a path, not an address", shown(text)))
+        return ValueError::new(format!("{} is a path, not an address", shown(text)))
             .help(format!("for a Unix socket write \"unix:{}\"", cut(text)));
     }
     if text.bytes().all(|b| b.is_ascii_digit()) {
-        return Complaint::new(format!("{} is a port without an address", shown(text))).help(
+        return ValueError::new(format!("{} is a port without an address", shown(text))).help(
             format!("for every IPv4 address of this machine write \"0.0.0.0:{}\"", cut(text)),
         );
     }
-    Complaint::new(format!("the port is missing in {}", shown(text)))
+    ValueError::new(format!("the port is missing in {}", shown(text)))
         .help("write IP:PORT, such as \"10.0.0.1:8080\"")
 }
 
-fn wrong_host(host: &str, port: u16) -> Complaint {
+fn wrong_host(host: &str, port: u16) -> ValueError {
     if host.is_empty() || host == "*" {
-        return Complaint::new("the IP address before the port is missing").help(format!(
+        return ValueError::new("the IP address before the port is missing").help(format!(
             "\"0.0.0.0:{port}\" is every IPv4 address, \"[::]:{port}\" every IPv6 address"
         ));
     }
     if host.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
-        return Complaint::new(format!("{} is not an IPv4 address", shown(host)))
+        return ValueError::new(format!("{} is not an IPv4 address", shown(host)))
             .help("four numbers from 0 to 255 without leading zeros, such as 10.0.0.1");
     }
-    let complaint = Complaint::new(format!(
+    let complaint = ValueError::new(format!(
         "{} is a host name; host names are not supported yet; give an IP address",
         shown(host)
     ));
@@ -176,13 +176,13 @@ fn wrong_host(host: &str, port: u16) -> Complaint {
     }
 }
 
-fn ipv6_address(text: &str, rest: &str) -> Result<SocketAddr, Complaint> {
+fn ipv6_address(text: &str, rest: &str) -> Result<SocketAddr, ValueError> {
     let Some((host, after)) = rest.split_once(']') else {
-        return Err(Complaint::new(format!("the closing bracket is missing in {}", shown(text)))
+        return Err(ValueError::new(format!("the closing bracket is missing in {}", shown(text)))
             .help("write [IPV6]:PORT, such as \"[::1]:8080\""));
     };
     let Some(port) = after.strip_prefix(':') else {
-        return Err(Complaint::new(format!("the port is missing in {}", shown(text)))
+        return Err(ValueError::new(format!("the port is missing in {}", shown(text)))
             .help("write [IPV6]:PORT, such as \"[::1]:8080\""));
     };
     let port = port_number(text, port)?;
@@ -191,50 +191,50 @@ fn ipv6_address(text: &str, rest: &str) -> Result<SocketAddr, Complaint> {
         None => (host, None),
     };
     let ip: Ipv6Addr =
-        ip.parse().map_err(|_| Complaint::new(format!("{} is not an IPv6 address", shown(ip))))?;
+        ip.parse().map_err(|_| ValueError::new(format!("{} is not an IPv6 address", shown(ip))))?;
     if let Some(v4) = ip.to_ipv4_mapped() {
-        return Err(Complaint::new(format!("{ip} is an IPv4 address written as IPv6"))
+        return Err(ValueError::new(format!("{ip} is an IPv4 address written as IPv6"))
             .help(format!("write \"{v4}:{port}\"")));
     }
     let link_local = ip.is_unicast_link_local();
     if link_local && scope.is_none() {
-        return Err(Complaint::new(format!("{ip} is link-local and needs a scope id"))
+        return Err(ValueError::new(format!("{ip} is link-local and needs a scope id"))
             .help(format!("write \"[{ip}%eth0]:{port}\", with the interface's name or index")));
     }
     if !link_local && scope.is_some() {
-        return Err(Complaint::new(format!("{ip} is not link-local and takes no scope id")));
+        return Err(ValueError::new(format!("{ip} is not link-local and takes no scope id")));
     }
     Ok(SocketAddrV6::new(ip, port, 0, scope.unwrap_or(0)).into())
 }
 
-fn scope_id(text: &str) -> Result<u32, Complaint> {
+fn scope_id(text: &str) -> Result<u32, ValueError> {
     match text.parse::<u32>() {
         Ok(index) if index > 0 => return Ok(index),
         Ok(_) => {}
         Err(_) => match source::interface_index(text) {
             Some(index) => return Ok(index),
             None => {
-                return Err(Complaint::new(format!("there is no interface {}", shown(text)))
+                return Err(ValueError::new(format!("there is no interface {}", shown(text)))
                     .help("give the name of an interface or its index; `ip link` shows both"));
             }
         },
     }
-    Err(Complaint::new(format!("{} is not a scope id", shown(text)))
+    Err(ValueError::new(format!("{} is not a scope id", shown(text)))
         .help("give the name of an interface or its index; `ip link` shows both"))
 }
 
-fn port_number(text: &str, port: &str) -> Result<u16, Complaint> {
+fn port_number(text: &str, port: &str) -> Result<u16, ValueError> {
     if port.is_empty() {
-        return Err(Complaint::new(format!("the port is missing in {}", shown(text)))
+        return Err(ValueError::new(format!("the port is missing in {}", shown(text)))
             .help("write IP:PORT, such as \"10.0.0.1:8080\""));
     }
     if !port.bytes().all(|b| b.is_ascii_digit()) {
-        return Err(Complaint::new(format!("{} is not a port number", shown(port)))
+        return Err(ValueError::new(format!("{} is not a port number", shown(port)))
             .help("give one port as a number from 1 to 65535"));
     }
     match port.parse::<u16>() {
-        Ok(0) => Err(Complaint::new("port 0 names no port").help("give a number from 1 to 65535")),
+        Ok(0) => Err(ValueError::new("port 0 names no port").help("give a number from 1 to 65535")),
         Ok(port) => Ok(port),
-        Err(_) => Err(Complaint::new(format!("port {} is above 65535", cut(port)))),
+        Err(_) => Err(ValueError::new(format!("port {} is above 65535", cut(port)))),
     }
 }

@@ -15,8 +15,8 @@ use serde::Serialize;
 
 use super::file::Field;
 use super::origin::{Origin, Spot};
-use super::source::{Excerpt, Source};
-use super::value::Complaint;
+use super::source::{Excerpt, SourceText};
+use super::value::ValueError;
 
 /// Most errors, and most warnings, kept for one file; the rest is counted.
 /// Nobody reads the thousand and first, and a hostile file cannot fill memory.
@@ -75,19 +75,19 @@ pub struct Problems {
 /// Collects problems while a file is being validated. Shared by reference, so
 /// that the readers of a section need no exclusive access to it.
 #[derive(Debug)]
-pub(super) struct Report<'s> {
-    pub(super) source: &'s Source<'s>,
-    errors: RefCell<Findings>,
-    warnings: RefCell<Findings>,
+pub(super) struct ProblemCollector<'s> {
+    pub(super) source: &'s SourceText<'s>,
+    errors: RefCell<CollectedProblems>,
+    warnings: RefCell<CollectedProblems>,
     spots: RefCell<HashMap<Spot, Range<usize>>>,
     /// Caps that stand in the file: place, name and value.
     limits: RefCell<Vec<(Range<usize>, &'static str, u32)>>,
 }
 
 #[derive(Debug, Default)]
-struct Findings {
+struct CollectedProblems {
     /// Invariant: at most [`PROBLEMS_MAX`].
-    list: Vec<(Range<usize>, Complaint)>,
+    list: Vec<(Range<usize>, ValueError)>,
     omitted: usize,
 }
 
@@ -95,10 +95,10 @@ struct Findings {
 
 impl Problem {
     pub(super) fn new(
-        source: &Source<'_>,
+        source: &SourceText<'_>,
         place: &Range<usize>,
         severity: Severity,
-        what: Complaint,
+        what: ValueError,
     ) -> Self {
         let (line, column) = source.locate(place.start);
         Problem {
@@ -197,7 +197,7 @@ impl Problems {
     }
 
     /// One error that ends the reading.
-    pub(super) fn one(source: &Source<'_>, place: &Range<usize>, what: Complaint) -> Self {
+    pub(super) fn one(source: &SourceText<'_>, place: &Range<usize>, what: ValueError) -> Self {
         let problem = Problem::new(source, place, Severity::Error, what);
         Problems { file: Arc::clone(&source.file), list: vec![problem], omitted: 0 }
     }
@@ -230,26 +230,26 @@ impl std::error::Error for Problems {}
 
 // === impl Report ===
 
-impl<'s> Report<'s> {
-    pub(super) fn new(source: &'s Source<'s>) -> Self {
+impl<'s> ProblemCollector<'s> {
+    pub(super) fn new(source: &'s SourceText<'s>) -> Self {
         let (errors, warnings) = (RefCell::default(), RefCell::default());
         let (spots, limits) = (RefCell::default(), RefCell::default());
-        Report { source, errors, warnings, spots, limits }
+        ProblemCollector { source, errors, warnings, spots, limits }
     }
 
     /// Notes an error at `place`.
-    pub(super) fn error(&self, place: Range<usize>, what: Complaint) {
+    pub(super) fn error(&self, place: Range<usize>, what: ValueError) {
         self.errors.borrow_mut().push(place, || what);
     }
 
     /// The same where making the message costs something: not asked once the
     /// list is full.
-    pub(super) fn error_with(&self, place: Range<usize>, what: impl FnOnce() -> Complaint) {
+    pub(super) fn error_with(&self, place: Range<usize>, what: impl FnOnce() -> ValueError) {
         self.errors.borrow_mut().push(place, what);
     }
 
     /// Notes a warning at `place`.
-    pub(super) fn warning(&self, place: Range<usize>, what: Complaint) {
+    pub(super) fn warning(&self, place: Range<usize>, what: ValueError) {
         self.warnings.borrow_mut().push(place, || what);
     }
 
@@ -275,7 +275,7 @@ impl<'s> Report<'s> {
             if value > process {
                 let message =
                     format!("{name} is never reached: connections_max of [process] is {process}");
-                self.warning(place, Complaint::new(message));
+                self.warning(place, ValueError::new(message));
             }
         }
     }
@@ -301,8 +301,8 @@ impl<'s> Report<'s> {
 
 // === impl Findings ===
 
-impl Findings {
-    fn push(&mut self, place: Range<usize>, what: impl FnOnce() -> Complaint) {
+impl CollectedProblems {
+    fn push(&mut self, place: Range<usize>, what: impl FnOnce() -> ValueError) {
         if self.list.len() < PROBLEMS_MAX {
             self.list.push((place, what()));
         } else {
@@ -310,7 +310,7 @@ impl Findings {
         }
     }
 
-    fn into_problems(mut self, source: &Source<'_>, severity: Severity) -> Vec<Problem> {
+    fn into_problems(mut self, source: &SourceText<'_>, severity: Severity) -> Vec<Problem> {
         self.list.sort_by_key(|(place, _)| place.start);
         let list = self.list.into_iter();
         list.map(|(place, what)| Problem::new(source, &place, severity, what)).collect()

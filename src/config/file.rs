@@ -15,12 +15,12 @@ use std::ops::{Range, RangeInclusive};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::diagnose::Report;
-use super::value::{Complaint, did_you_mean_or, shown};
+use super::diagnose::ProblemCollector;
+use super::value::{ValueError, did_you_mean_or, shown};
 use crate::value;
 
 /// One value with its place.
-pub(super) type Node<'a> = Spanned<DeValue<'a>>;
+pub(super) type ValueNode<'a> = Spanned<DeValue<'a>>;
 
 /// Most dots within one run of bare key parts, and most dots next to a quote,
 /// on one line. Our deepest key has four parts. The TOML parser bounds nested
@@ -30,7 +30,7 @@ const DOTS_MAX: usize = 16;
 
 /// One table of the document.
 pub(super) struct Section<'r, 'a> {
-    pub(super) report: &'r Report<'r>,
+    pub(super) report: &'r ProblemCollector<'r>,
     table: &'r DeTable<'a>,
     /// How messages call it: `[pool.web]`.
     pub(super) label: String,
@@ -40,7 +40,7 @@ pub(super) struct Section<'r, 'a> {
 }
 
 /// A named table inside a section: `[frontend.NAME]`.
-pub(super) struct Named<'r, 'a> {
+pub(super) struct NamedSection<'r, 'a> {
     pub(super) name: &'r str,
     /// Where the name stands.
     pub(super) place: Range<usize>,
@@ -113,7 +113,7 @@ fn kind(value: &DeValue<'_>) -> &'static str {
 
 impl<'r, 'a> Section<'r, 'a> {
     pub(super) fn new(
-        report: &'r Report<'r>,
+        report: &'r ProblemCollector<'r>,
         table: &'r DeTable<'a>,
         label: String,
         header: Range<usize>,
@@ -122,7 +122,7 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// The raw value of a key, which from now on is a known key.
-    pub(super) fn node(&self, key: &'static str) -> Option<&'r Node<'a>> {
+    pub(super) fn node(&self, key: &'static str) -> Option<&'r ValueNode<'a>> {
         let mut known = self.known.borrow_mut();
         if !known.contains(&key) {
             known.push(key);
@@ -140,7 +140,7 @@ impl<'r, 'a> Section<'r, 'a> {
         &self,
         key: &'static str,
         wants: &str,
-        read: impl FnOnce(&str) -> Result<T, Complaint>,
+        read: impl FnOnce(&str) -> Result<T, ValueError>,
     ) -> Field<T> {
         let Some(node) = self.node(key) else {
             return Field::Absent;
@@ -149,7 +149,7 @@ impl<'r, 'a> Section<'r, 'a> {
             return self.wrong_type(key, node, wants);
         };
         // The message alone, without the line, is what the admin API shows.
-        let named = |complaint: Complaint| complaint.named(key);
+        let named = |complaint: ValueError| complaint.named(key);
         self.taken(node, read(text).map_err(named))
     }
 
@@ -183,7 +183,7 @@ impl<'r, 'a> Section<'r, 'a> {
         self.taken(
             node,
             value.ok_or_else(|| {
-                Complaint::new(format!(
+                ValueError::new(format!(
                     "{key} must be from {} to {}, not {number}",
                     range.start(),
                     range.end()
@@ -192,7 +192,7 @@ impl<'r, 'a> Section<'r, 'a> {
         )
     }
 
-    fn taken<T>(&self, node: &Node<'a>, outcome: Result<T, Complaint>) -> Field<T> {
+    fn taken<T>(&self, node: &ValueNode<'a>, outcome: Result<T, ValueError>) -> Field<T> {
         match outcome {
             Ok(value) => Field::Good(Spanned::new(node.span(), value)),
             Err(complaint) => {
@@ -203,16 +203,16 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// Reports a value of the wrong type.
-    pub(super) fn wrong_type<T>(&self, key: &str, node: &Node<'a>, wants: &str) -> Field<T> {
+    pub(super) fn wrong_type<T>(&self, key: &str, node: &ValueNode<'a>, wants: &str) -> Field<T> {
         let found = kind(node.get_ref());
         let message = format!("{key} takes {wants}, not {found}");
-        self.report.error(node.span(), Complaint::new(message));
+        self.report.error(node.span(), ValueError::new(message));
         Field::Bad
     }
 
     /// Reports that a key is missing, at the table's header.
     pub(super) fn missing(&self, key: &str, example: &str) {
-        let complaint = Complaint::new(format!("missing key \"{key}\" in {}", self.label));
+        let complaint = ValueError::new(format!("missing key \"{key}\" in {}", self.label));
         self.report.error(self.header.clone(), complaint.help(format!("add {key} = {example}")));
     }
 
@@ -225,9 +225,9 @@ impl<'r, 'a> Section<'r, 'a> {
                 let place = self.key_place(key).unwrap_or_else(|| node.span());
                 let double = matches!(other, DeValue::Array(array) if array.iter().all(|e| e.get_ref().is_table()));
                 let complaint = if double {
-                    Complaint::new(format!("{label} stands once, in single brackets"))
+                    ValueError::new(format!("{label} stands once, in single brackets"))
                 } else {
-                    Complaint::new(format!("{label} is a table, not {}", kind(other)))
+                    ValueError::new(format!("{label} is a table, not {}", kind(other)))
                 };
                 self.report.error(place, complaint);
                 None
@@ -236,13 +236,13 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// The named tables under `[key.NAME]`, in file order.
-    pub(super) fn named_tables(&self, key: &'static str) -> Vec<Named<'r, 'a>> {
+    pub(super) fn named_tables(&self, key: &'static str) -> Vec<NamedSection<'r, 'a>> {
         let Some(node) = self.node(key) else {
             return Vec::new();
         };
         let place = self.key_place(key).unwrap_or_else(|| node.span());
         let DeValue::Table(tables) = node.get_ref() else {
-            let complaint = Complaint::new(format!("{key} takes tables with a name"));
+            let complaint = ValueError::new(format!("{key} takes tables with a name"));
             self.report.error(place, complaint.help(format!("write [{key}.NAME]")));
             return Vec::new();
         };
@@ -255,11 +255,11 @@ impl<'r, 'a> Section<'r, 'a> {
         &self,
         key: &str,
         name: &'r Spanned<toml::de::DeString<'a>>,
-        node: &'r Node<'a>,
-    ) -> Option<Named<'r, 'a>> {
+        node: &'r ValueNode<'a>,
+    ) -> Option<NamedSection<'r, 'a>> {
         let DeValue::Table(table) = node.get_ref() else {
             self.report.error_with(name.span(), || {
-                Complaint::new(format!("[{key}.{}] must be a table", value::cut(name.get_ref())))
+                ValueError::new(format!("[{key}.{}] must be a table", value::cut(name.get_ref())))
                     .help(format!("write [{key}.NAME], then its keys below"))
             });
             return None;
@@ -269,7 +269,7 @@ impl<'r, 'a> Section<'r, 'a> {
         }
         let label = format!("[{key}.{}]", value::cut(name.get_ref()));
         let section = Section::new(self.report, table, label, node.span());
-        Some(Named { name: name.get_ref(), place: name.span(), section })
+        Some(NamedSection { name: name.get_ref(), place: name.span(), section })
     }
 
     /// The tables of `[[...key]]`, in file order; `label` without brackets.
@@ -280,7 +280,7 @@ impl<'r, 'a> Section<'r, 'a> {
         let label = format!("[[{label}]]");
         let DeValue::Array(array) = node.get_ref() else {
             let place = self.key_place(key).unwrap_or_else(|| node.span());
-            let complaint = Complaint::new(format!("{key} takes a list of tables"));
+            let complaint = ValueError::new(format!("{key} takes a list of tables"));
             self.report.error(
                 place,
                 complaint.help(format!("write {label}, with double brackets, before each")),
@@ -294,7 +294,7 @@ impl<'r, 'a> Section<'r, 'a> {
                     sections.push(Section::new(self.report, table, label.clone(), element.span()));
                 }
                 other => self.report.error_with(element.span(), || {
-                    Complaint::new(format!("{key} takes a list of tables, not {}", kind(other)))
+                    ValueError::new(format!("{key} takes a list of tables, not {}", kind(other)))
                         .help(format!("write {label}, then its keys below"))
                 }),
             }
@@ -321,7 +321,7 @@ impl<'r, 'a> Section<'r, 'a> {
                     _ => "key",
                 };
                 let complaint =
-                    Complaint::new(format!("unknown {what} {} in {}", shown(name), self.label));
+                    ValueError::new(format!("unknown {what} {} in {}", shown(name), self.label));
                 complaint.help(did_you_mean_or(name, known.iter().copied(), || {
                     format!("known here: {}", known.join(", "))
                 }))

@@ -6,7 +6,7 @@
 //! `address`) -> this model, or every problem found (`diagnose`). Runtime code
 //! finds no `Option` here that "must be some": every default is already filled
 //! in. Except for [`load`], which reads one file and those that it names, and the
-//! shell [`watch`], nothing here does I/O.
+//! shell [`check_workers`], nothing here does I/O.
 
 mod address;
 mod diagnose;
@@ -27,10 +27,10 @@ pub use source::FILE_BYTES_MAX;
 pub use texts::Texts;
 pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX};
 
-use diagnose::Report;
-use source::Source;
+use diagnose::ProblemCollector;
+use source::SourceText;
 use tidegate_core::model::Config;
-use value::Complaint;
+use value::ValueError;
 
 /// A configuration as read from a file.
 #[derive(Debug, Clone, PartialEq)]
@@ -142,47 +142,47 @@ fn read(
         return Err(Problems::of_file(file, source::too_large()));
     }
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let source = Source::new(file, text);
+    let source = SourceText::new(file, text);
     let at = |offset: usize, complaint| Problems::one(&source, &(offset..offset + 1), complaint);
     if let Some(nul) = text.find('\0') {
-        let complaint = Complaint::new("the file holds a NUL byte");
+        let complaint = ValueError::new("the file holds a NUL byte");
         return Err(at(
             nul,
             complaint.help("it is no text file, or was damaged while it was written"),
         ));
     }
     if let Some(deep) = file::too_deep_key(text) {
-        return Err(at(deep, Complaint::new("this dotted key has too many parts")));
+        return Err(at(deep, ValueError::new("this dotted key has too many parts")));
     }
     let document = DeTable::parse(text).map_err(|error| syntax_error(&source, &error))?;
-    let report = Report::new(&source);
+    let report = ProblemCollector::new(&source);
     let config = validate::config(document.get_ref(), files, &report);
     report.finish().map(|(warnings, origin)| (config, warnings, origin))
 }
 
 fn not_utf8(bytes: &[u8], file: &str, offset: usize) -> Problems {
-    let complaint = Complaint::new(format!("the byte 0x{:02x} is not UTF-8 text", bytes[offset]))
+    let complaint = ValueError::new(format!("the byte 0x{:02x} is not UTF-8 text", bytes[offset]))
         .help("save the file as UTF-8");
     // Up to `offset` the lossy text is the same byte for byte.
     let text = String::from_utf8_lossy(bytes);
-    Problems::one(&Source::new(file, &text), &(offset..offset + 1), complaint)
+    Problems::one(&SourceText::new(file, &text), &(offset..offset + 1), complaint)
 }
 
-fn syntax_error(source: &Source<'_>, error: &toml::de::Error) -> Problems {
+fn syntax_error(source: &SourceText<'_>, error: &toml::de::Error) -> Problems {
     let place = error.span().unwrap_or(0..0);
     let said = error.message();
     let at_end = source.text[place.start.min(source.text.len())..].trim().is_empty();
     let complaint = match said {
         "duplicate key" => {
             let name = source.text.get(place.clone()).unwrap_or_default();
-            Complaint::new(format!("{} is already defined above", value::shown(name)))
+            ValueError::new(format!("{} is already defined above", value::shown(name)))
                 .help("each key and each [table] may stand once")
         }
-        _ => Complaint::new(format!("TOML syntax: {}", said.replace('\n', " "))),
+        _ => ValueError::new(format!("TOML syntax: {}", said.replace('\n', " "))),
     };
     let unquoted = said.starts_with("string values must be quoted");
     let complaint = if unquoted && source.text.get(place.clone()).is_none_or(str::is_empty) {
-        Complaint::new("TOML syntax: the value is missing")
+        ValueError::new("TOML syntax: the value is missing")
     } else if unquoted {
         complaint.help("put the value in double quotes")
     } else if at_end && said != "duplicate key" {

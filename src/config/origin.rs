@@ -8,8 +8,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::diagnose::{Problem, Severity};
-use super::source::Source;
-use super::value::Complaint;
+use super::source::SourceText;
+use super::value::ValueError;
 
 /// A value that more can be wrong with than its text shows.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -41,7 +41,7 @@ pub struct Origin {
 }
 
 impl Origin {
-    pub(super) fn new(source: &Source<'_>, spots: HashMap<Spot, Range<usize>>) -> Origin {
+    pub(super) fn new(source: &SourceText<'_>, spots: HashMap<Spot, Range<usize>>) -> Origin {
         Origin { file: Arc::clone(&source.file), text: source.text.into(), spots }
     }
 
@@ -70,8 +70,8 @@ impl Origin {
     ) -> Problem {
         match self.spots.get(spot) {
             Some(place) => {
-                let source = Source::new(&self.file, &self.text);
-                Problem::new(&source, place, severity, Complaint { message, help })
+                let source = SourceText::new(&self.file, &self.text);
+                Problem::new(&source, place, severity, ValueError { message, help })
             }
             None => Problem::of_file(&self.file, severity, message, help),
         }

@@ -24,7 +24,7 @@ const CUT: &str = "...";
 
 /// A text with its name and the offsets at which its lines start.
 #[derive(Debug)]
-pub(crate) struct Source<'t> {
+pub(crate) struct SourceText<'t> {
     pub(crate) file: Arc<str>,
     pub(crate) text: &'t str,
     /// Ascending; the first is 0.
@@ -98,11 +98,11 @@ fn plain(error: &io::Error) -> String {
 
 // === impl Source ===
 
-impl<'t> Source<'t> {
+impl<'t> SourceText<'t> {
     pub(crate) fn new(file: &str, text: &'t str) -> Self {
         let newlines = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
         let line_starts = std::iter::once(0).chain(newlines.map(|(at, _)| at + 1)).collect();
-        Source { file: file.into(), text, line_starts }
+        SourceText { file: file.into(), text, line_starts }
     }
 
     /// Line and column of a byte offset, both from 1, columns in characters.
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn places_count_characters_and_never_leave_the_text() {
-        let source = Source::new("t", "aé\tx\r\nb\n");
+        let source = SourceText::new("t", "aé\tx\r\nb\n");
         let places: Vec<_> = (0..12).map(|offset| source.locate(offset)).collect();
         let expected = [
             (1, 1),
@@ -189,13 +189,13 @@ mod tests {
             (2, 2),
         ];
         assert_eq!(places, expected);
-        assert_eq!(Source::new("t", "").locate(7), (1, 1));
+        assert_eq!(SourceText::new("t", "").locate(7), (1, 1));
     }
 
     #[test]
     fn long_lines_are_cut_around_the_mark() {
         let text = format!("{}MARK{}", "é".repeat(500), "x".repeat(500));
-        let source = Source::new("t", &text);
+        let source = SourceText::new("t", &text);
         let excerpt = source.excerpt(&(1000..1004));
         assert_eq!(&excerpt.text[excerpt.mark.clone()], "MARK");
         assert_eq!(excerpt.text.chars().count(), LINE_CHARS_MAX + 2 * CUT.len());
@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn mark_over_several_lines_ends_with_the_first() {
-        let source = Source::new("t", "a = [\r\n 1,\n]\n");
+        let source = SourceText::new("t", "a = [\r\n 1,\n]\n");
         let excerpt = source.excerpt(&(4..13));
         assert_eq!((excerpt.text.as_str(), excerpt.mark), ("a = [", 4..5));
     }

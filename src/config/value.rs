@@ -11,7 +11,7 @@ use tidegate_core::model::OnRemoval;
 
 /// What is wrong with a value, and what would be right.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Complaint {
+pub(super) struct ValueError {
     pub(super) message: String,
     pub(super) help: Option<String>,
 }
@@ -103,14 +103,14 @@ pub(super) const BUFFERS: SizeRange = SizeRange { min: 1 << 20, max: 1 << 40 };
 const PART_CHARS_MIN: usize = 5;
 
 /// A duration such as `250ms` or `1m30s`.
-pub(super) fn duration(text: &str, range: DurationRange) -> Result<Duration, Complaint> {
+pub(super) fn duration(text: &str, range: DurationRange) -> Result<Duration, ValueError> {
     let value = read_duration(text)?;
     if value.is_zero() {
-        return Err(Complaint::new("a duration of zero")
+        return Err(ValueError::new("a duration of zero")
             .help(format!("the shortest allowed here is {}", show_duration(range.min))));
     }
     if value < range.min || value > range.max {
-        return Err(Complaint::new(format!(
+        return Err(ValueError::new(format!(
             "{} is outside {} to {}",
             shown(text),
             show_duration(range.min),
@@ -124,7 +124,7 @@ pub(super) fn duration(text: &str, range: DurationRange) -> Result<Duration, Com
 pub(super) fn duration_or_off(
     text: &str,
     range: DurationRange,
-) -> Result<Option<Duration>, Complaint> {
+) -> Result<Option<Duration>, ValueError> {
     if text == "off" {
         return Ok(None);
     }
@@ -137,9 +137,9 @@ pub(super) fn duration_or_off(
 }
 
 /// A size such as `64KiB`, in bytes.
-pub(super) fn size(text: &str, range: SizeRange) -> Result<u64, Complaint> {
+pub(super) fn size(text: &str, range: SizeRange) -> Result<u64, ValueError> {
     let wrong = || {
-        Complaint::new(format!("{} is not a size", shown(text)))
+        ValueError::new(format!("{} is not a size", shown(text)))
             .help("write a whole number and a unit (B, KiB, MiB, GiB), such as \"64MiB\"")
     };
     let unit_at = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
@@ -151,7 +151,7 @@ pub(super) fn size(text: &str, range: SizeRange) -> Result<u64, Complaint> {
     let value = number.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
     value.filter(|value| (range.min..=range.max).contains(value)).ok_or_else(|| {
         let (min, max) = (show_size(range.min), show_size(range.max));
-        Complaint::new(format!("{} is outside {min} to {max}", shown(text)))
+        ValueError::new(format!("{} is outside {min} to {max}", shown(text)))
     })
 }
 
@@ -163,23 +163,23 @@ fn show_size(bytes: u64) -> String {
 }
 
 /// A keepalive time in whole seconds, or `off`.
-pub(super) fn keepalive(text: &str) -> Result<Option<Duration>, Complaint> {
+pub(super) fn keepalive(text: &str) -> Result<Option<Duration>, ValueError> {
     let value = duration_or_off(text, KEEPALIVE)?;
     match value {
         Some(time) if time.subsec_nanos() != 0 => {
-            Err(Complaint::new(format!("{} is not a whole number of seconds", shown(text)))
+            Err(ValueError::new(format!("{} is not a whole number of seconds", shown(text)))
                 .help("the kernel counts keepalive in seconds"))
         }
         other => Ok(other),
     }
 }
 
-fn read_duration(text: &str) -> Result<Duration, Complaint> {
+fn read_duration(text: &str) -> Result<Duration, ValueError> {
     if text == "off" {
-        return Err(Complaint::new("this timer cannot be switched off"));
+        return Err(ValueError::new("this timer cannot be switched off"));
     }
     let wrong = |why: String| {
-        Complaint::new(format!("{} is not a duration: {why}", shown(text)))
+        ValueError::new(format!("{} is not a duration: {why}", shown(text)))
             .help("write a number and a unit, such as \"250ms\", \"5s\" or \"1m30s\"")
     };
     let digits = text.split(|c: char| !c.is_ascii_digit()).map(str::len).max();
@@ -215,90 +215,90 @@ pub(super) fn show_duration(value: Duration) -> String {
 }
 
 /// A share such as `50%`, 0 to 100.
-pub(super) fn percent(text: &str) -> Result<u8, Complaint> {
+pub(super) fn percent(text: &str) -> Result<u8, ValueError> {
     let number = text.strip_suffix('%').filter(|n| n.bytes().all(|b| b.is_ascii_digit()));
     match number.map(str::parse::<u8>) {
         Some(Ok(value)) if value <= 100 => Ok(value),
-        _ => Err(Complaint::new(format!("{} is not a share", shown(text)))
+        _ => Err(ValueError::new(format!("{} is not a share", shown(text)))
             .help("write a whole number from 0 to 100 and a percent sign, such as \"50%\"")),
     }
 }
 
 /// Status codes such as `200-399` or `200,204,300-302`.
-pub(super) fn status_ranges(text: &str) -> Result<Vec<(u16, u16)>, Complaint> {
+pub(super) fn status_ranges(text: &str) -> Result<Vec<(u16, u16)>, ValueError> {
     if text.split(',').count() > STATUS_RANGES_MAX {
-        return Err(Complaint::new(format!(
+        return Err(ValueError::new(format!(
             "more than {STATUS_RANGES_MAX} ranges of status codes"
         )));
     }
     text.split(',').map(|part| status_range(part.trim())).collect()
 }
 
-fn status_range(part: &str) -> Result<(u16, u16), Complaint> {
+fn status_range(part: &str) -> Result<(u16, u16), ValueError> {
     let (low, high) = part.split_once('-').unwrap_or((part, part));
     let code = |text: &str| {
         let text = text.trim();
         let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
         match text.parse::<u16>() {
             Ok(code) if plain && (100..=599).contains(&code) => Ok(code),
-            _ => Err(Complaint::new(format!("{} is not an HTTP status code", shown(text)))
+            _ => Err(ValueError::new(format!("{} is not an HTTP status code", shown(text)))
                 .help("codes are 100 to 599; write \"200-399\" or \"200,204,300-302\"")),
         }
     };
     let (low, high) = (code(low)?, code(high)?);
     if low > high {
-        return Err(Complaint::new(format!("the range {low}-{high} is upside down"))
+        return Err(ValueError::new(format!("the range {low}-{high} is upside down"))
             .help(format!("write \"{high}-{low}\"")));
     }
     if high < 200 && !(low..=high).contains(&101) {
         let message = format!("no final status is in {low}-{high}, so no probe could succeed");
         let help = "a 1xx response but 101 is followed by the final one, whose status counts";
-        return Err(Complaint::new(message).help(help));
+        return Err(ValueError::new(message).help(help));
     }
     Ok((low, high))
 }
 
 /// `keep` or `close-after DURATION`.
-pub(super) fn on_removal(text: &str) -> Result<OnRemoval, Complaint> {
+pub(super) fn on_removal(text: &str) -> Result<OnRemoval, ValueError> {
     if text == "keep" {
         return Ok(OnRemoval::Keep);
     }
     match text.strip_prefix("close-after ") {
         Some(rest) => duration(rest.trim(), TIME).map(OnRemoval::CloseAfter),
-        None => Err(Complaint::new(format!("{} is not a known value", shown(text)))
+        None => Err(ValueError::new(format!("{} is not a known value", shown(text)))
             .help("write \"keep\" or \"close-after 30s\"")),
     }
 }
 
 /// A name that can be a metric label and a path segment as it stands.
-pub(super) fn name(text: &str) -> Result<(), Complaint> {
+pub(super) fn name(text: &str) -> Result<(), ValueError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     let help = format!("names are 1 to {NAME_CHARS_MAX} of the characters A-Z a-z 0-9 . _ -");
     if text.is_empty() {
-        return Err(Complaint::new("the name is empty").help(help));
+        return Err(ValueError::new("the name is empty").help(help));
     }
     if let Some(wrong) = text.chars().find(|c| !allowed(*c)) {
         let wrong = shown(&wrong.to_string());
-        return Err(Complaint::new(format!("{wrong} may not stand in a name")).help(help));
+        return Err(ValueError::new(format!("{wrong} may not stand in a name")).help(help));
     }
     if text.len() > NAME_CHARS_MAX {
         let message = format!("the name has {} characters", text.len());
-        return Err(Complaint::new(message).help(help));
+        return Err(ValueError::new(message).help(help));
     }
     if text.chars().all(|c| c == '.') {
         return Err(
-            Complaint::new(format!("{} is a directory, not a name", shown(text))).help(help)
+            ValueError::new(format!("{} is a directory, not a name", shown(text))).help(help)
         );
     }
     Ok(())
 }
 
 /// One of a closed set of words.
-pub(super) fn choice<T: Copy>(text: &str, words: &[(&str, T)]) -> Result<T, Complaint> {
+pub(super) fn choice<T: Copy>(text: &str, words: &[(&str, T)]) -> Result<T, ValueError> {
     if let Some((_, value)) = words.iter().find(|(word, _)| *word == text) {
         return Ok(*value);
     }
-    let complaint = Complaint::new(format!("{} is not a known value", shown(text)));
+    let complaint = ValueError::new(format!("{} is not a known value", shown(text)));
     let all: Vec<String> = words.iter().map(|(word, _)| format!("\"{word}\"")).collect();
     let all = format!("known values: {}", all.join(", "));
     Err(complaint.help(match nearest(text, words.iter().map(|(word, _)| *word)) {
@@ -365,14 +365,14 @@ pub(super) fn cut(text: &str) -> String {
 
 /// Whether `number` is fit for a hash table: only with a prime does each
 /// backend's preference list hold every slot.
-pub(super) fn prime(number: u32) -> Result<(), Complaint> {
+pub(super) fn prime(number: u32) -> Result<(), ValueError> {
     if is_prime(number) {
         return Ok(());
     }
     let below = (*HASH_SLOTS.start()..number).rev().find(|other| is_prime(*other));
     let near: Vec<String> =
         below.into_iter().chain([prime_from(number)]).map(|prime| prime.to_string()).collect();
-    Err(Complaint::new(format!("hash_slots must be a prime, not {number}"))
+    Err(ValueError::new(format!("hash_slots must be a prime, not {number}"))
         .help(format!("primes near it: {}", near.join(", "))))
 }
 
@@ -389,9 +389,9 @@ fn is_prime(number: u32) -> bool {
 
 // === impl Complaint ===
 
-impl Complaint {
+impl ValueError {
     pub(super) fn new(message: impl Into<String>) -> Self {
-        Complaint { message: message.into(), help: None }
+        ValueError { message: message.into(), help: None }
     }
 
     pub(super) fn help(mut self, help: impl Into<String>) -> Self {
@@ -401,11 +401,11 @@ impl Complaint {
 
     /// Says first which key it is about.
     pub(super) fn named(self, key: &str) -> Self {
-        Complaint { message: format!("{key}: {}", self.message), help: self.help }
+        ValueError { message: format!("{key}: {}", self.message), help: self.help }
     }
 }
 
-impl fmt::Display for Complaint {
+impl fmt::Display for ValueError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
     }

@@ -73,7 +73,7 @@ pub enum Phase {
 /// Which side ended (FIN or RST) first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Side {
+pub enum SessionSide {
     /// Downstream.
     Client,
     /// Upstream.
@@ -82,7 +82,7 @@ pub enum Side {
 
 /// How a relayed session ended, and what it moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ending {
+pub struct SessionEnd {
     /// What ended it first.
     pub cause: Cause,
     /// How far it had come.
@@ -90,7 +90,7 @@ pub struct Ending {
     /// The errno behind it; 0 for none.
     pub errno: i32,
     /// Which side ended (FIN or RST) first, if either did.
-    pub closed_first: Option<Side>,
+    pub closed_first: Option<SessionSide>,
 }
 
 /// Why a client was turned away before it had a backend.
@@ -118,7 +118,7 @@ pub enum RefusedReason {
 impl Cause {
     /// The cause when a socket of `side` fails with `errno`. What this host has
     /// run out of is nobody's fault at the other end.
-    pub fn of_failure(side: Side, errno: i32) -> Cause {
+    pub fn of_failure(side: SessionSide, errno: i32) -> Cause {
         let ours = matches!(
             errno,
             libc::ENOMEM | libc::ENOBUFS | libc::EMFILE | libc::ENFILE | libc::ENOSPC
@@ -131,10 +131,10 @@ impl Cause {
             libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH | libc::ENETDOWN
         );
         match (side, lost) {
-            (Side::Client, false) => Cause::ClientReset,
-            (Side::Backend, false) => Cause::BackendReset,
-            (Side::Client, true) => Cause::ClientLost,
-            (Side::Backend, true) => Cause::BackendLost,
+            (SessionSide::Client, false) => Cause::ClientReset,
+            (SessionSide::Backend, false) => Cause::BackendReset,
+            (SessionSide::Client, true) => Cause::ClientLost,
+            (SessionSide::Backend, true) => Cause::BackendLost,
         }
     }
 
@@ -245,24 +245,24 @@ impl Phase {
 
 // === impl Side ===
 
-impl Side {
+impl SessionSide {
     /// Both, client first.
-    pub const BOTH: [Side; 2] = [Side::Client, Side::Backend];
+    pub const BOTH: [SessionSide; 2] = [SessionSide::Client, SessionSide::Backend];
 
     /// The one across.
     #[inline]
-    pub fn other(self) -> Side {
+    pub fn other(self) -> SessionSide {
         match self {
-            Side::Client => Side::Backend,
-            Side::Backend => Side::Client,
+            SessionSide::Client => SessionSide::Backend,
+            SessionSide::Backend => SessionSide::Client,
         }
     }
 
     /// Access-log word.
     pub fn name(self) -> &'static str {
         match self {
-            Side::Client => "client",
-            Side::Backend => "backend",
+            SessionSide::Client => "client",
+            SessionSide::Backend => "backend",
         }
     }
 }
@@ -272,7 +272,7 @@ impl Side {
 impl RefusedReason {
     /// Why a session that never had a backend was turned away; `None` for one
     /// that ended otherwise.
-    pub fn of(ending: Ending) -> Option<RefusedReason> {
+    pub fn of(ending: SessionEnd) -> Option<RefusedReason> {
         if !matches!(ending.phase, Phase::Admit | Phase::Queue | Phase::Connect) {
             return None;
         }

@@ -5,7 +5,7 @@
 //! is an error: somebody would connect to it and wait.
 
 use super::Failure;
-use super::binds::{Group, Holder};
+use super::binds::{BindSockets, SocketOwner};
 use crate::admin::{self, AdminListener};
 use socket2::Socket;
 use std::collections::{BTreeMap, HashSet};
@@ -17,10 +17,10 @@ use tidegate_net::fd_channel;
 
 /// What was passed and not yet asked for.
 #[derive(Debug)]
-pub struct Activated(Vec<Passed>);
+pub struct PassedSockets(Vec<PassedSocket>);
 
 #[derive(Debug)]
-struct Passed {
+struct PassedSocket {
     socket: Socket,
     /// The manager's word for it.
     name: String,
@@ -54,15 +54,15 @@ fn refuse(why: String) -> Failure {
 
 // === impl Activated ===
 
-impl Activated {
+impl PassedSockets {
     /// Looks at what was passed.
     ///
     /// # Errors
     /// One is no listening stream socket.
-    pub fn of(passed: Vec<(String, OwnedFd)>) -> Result<Activated, Failure> {
+    pub fn of(passed: Vec<(String, OwnedFd)>) -> Result<PassedSockets, Failure> {
         let passed =
-            passed.into_iter().map(|(name, fd)| Passed::of(fd.into(), name).map_err(refuse));
-        Ok(Activated(passed.collect::<Result<_, _>>()?))
+            passed.into_iter().map(|(name, fd)| PassedSocket::of(fd.into(), name).map_err(refuse));
+        Ok(PassedSockets(passed.collect::<Result<_, _>>()?))
     }
 
     /// The admin listener, if it is among them.
@@ -78,16 +78,17 @@ impl Activated {
     pub(super) fn take_sockets(
         self,
         config: &Config,
-    ) -> Result<BTreeMap<SocketAddr, Group>, Failure> {
+    ) -> Result<BTreeMap<SocketAddr, BindSockets>, Failure> {
         let binds: HashSet<&SocketAddr> =
             config.frontends.iter().flat_map(|frontend| &frontend.binds).collect();
         let wanted = |address: &SocketAddr| binds.contains(address);
-        let mut groups: BTreeMap<SocketAddr, Group> = BTreeMap::new();
+        let mut groups: BTreeMap<SocketAddr, BindSockets> = BTreeMap::new();
         let mut unmatched = Vec::new();
         for passed in self.0 {
             match passed.address {
                 AdminListen::Tcp(address) if wanted(&address) => {
-                    let empty = || Group { sockets: Vec::new(), holder: Holder::Manager };
+                    let empty =
+                        || BindSockets { sockets: Vec::new(), holder: SocketOwner::ServiceManager };
                     let group = groups.entry(address).or_insert_with(empty);
                     group.sockets.push(Arc::new(passed.socket));
                 }
@@ -106,8 +107,8 @@ impl Activated {
 
 // === impl Passed ===
 
-impl Passed {
-    fn of(socket: Socket, name: String) -> Result<Passed, String> {
+impl PassedSocket {
+    fn of(socket: Socket, name: String) -> Result<PassedSocket, String> {
         let stream = socket.r#type().is_ok_and(|kind| kind == socket2::Type::STREAM);
         if !stream || !socket.is_listener().unwrap_or(false) {
             return Err(format!("what was passed as {name:?} is no listening stream socket"));
@@ -118,6 +119,6 @@ impl Passed {
             (None, Some(path)) => AdminListen::Unix(path.to_owned()),
             (None, None) => return Err(format!("what was passed as {name:?} has no address")),
         };
-        Ok(Passed { socket, name, address })
+        Ok(PassedSocket { socket, name, address })
     }
 }

@@ -5,7 +5,9 @@
 
 use super::control_loop::Control;
 use super::upgrade::OfferedAdmin;
-use crate::admin::{self, AdminListener, Crowding, FileKeeper, Readiness, Request, TokenStore};
+use crate::admin::{
+    self, AdminListener, AdminRequest, DroppedConnections, ReadyState, SocketFileLock, TokenStore,
+};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -24,9 +26,9 @@ pub(super) struct AdminApi {
     /// `None` once the next process has it.
     socket: Option<OwnedFd>,
     listen: String,
-    file: FileKeeper,
-    crowding: Crowding,
-    requests: mpsc::Sender<Request>,
+    file: SocketFileLock,
+    crowding: DroppedConnections,
+    requests: mpsc::Sender<AdminRequest>,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<()>,
 }
@@ -39,8 +41,8 @@ impl AdminApi {
         listener: AdminListener,
         listen: String,
         tokens: Arc<TokenStore>,
-        requests: mpsc::Sender<Request>,
-        readiness: Readiness,
+        requests: mpsc::Sender<AdminRequest>,
+        readiness: ReadyState,
         counters: Arc<WorkerCounters>,
     ) -> io::Result<AdminApi> {
         let (socket, file) = (Some(listener.share()?), listener.file());
@@ -89,7 +91,7 @@ impl AdminApi {
     /// Another process answers from now on: takes no more connections, and leaves
     /// the file alone.
     pub(super) fn step_down(&mut self) {
-        self.file.keep();
+        self.file.hold_lock();
         if let Some(stop) = self.stop.take() {
             // It has ended by itself then.
             let _ = stop.send(());

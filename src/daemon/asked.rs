@@ -6,7 +6,7 @@
 //! refused, and the file is read by itself once it is complete.
 
 use super::control_loop::Control;
-use crate::admin::{ReloadError, Reloaded};
+use crate::admin::{ReloadDoc, ReloadError};
 use std::time::{Duration, Instant};
 use tidegate_net::clock;
 use tokio::sync::oneshot;
@@ -17,7 +17,7 @@ const HELD_MAX: Duration = Duration::from_secs(6);
 /// Requests that wait at once; the next is answered by reading the file as it is.
 const ASKED_MAX: usize = 64;
 
-type Reply = oneshot::Sender<Result<Reloaded, ReloadError>>;
+type Reply = oneshot::Sender<Result<ReloadDoc, ReloadError>>;
 
 /// Requests that wait for the file; `None` is a signal, which gets no answer.
 #[derive(Debug, Default)]
@@ -41,7 +41,7 @@ impl Asked {
 impl Control {
     /// SIGHUP: the same as a request, without an answer.
     pub(super) async fn reload_by_signal(&mut self) {
-        if !self.drains_instead("SIGHUP") && !self.upgrades.holds_reload() {
+        if !self.drains_instead("SIGHUP") && !self.upgrades.postpones_reload() {
             self.ask_for_reload(None).await;
         }
     }

@@ -5,7 +5,7 @@
 //! hands everything on. Workers hold shares of the sockets; an address is closed
 //! when the last share is dropped, here and in whatever process shares it.
 
-use super::refused::Refused;
+use super::refused::BindError;
 use super::supervised::Supervised;
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
@@ -13,45 +13,45 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use tidegate_core::model::{Config, Frontend};
-use tidegate_dataplane::worker::{Command, Worker};
+use tidegate_core::model::{Config, FrontendConfig};
+use tidegate_dataplane::worker::{Worker, WorkerCommand};
 use tidegate_net::holders::{self, Listening, overlap};
 use tidegate_net::listen;
 
 /// Who else holds an address's sockets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Holder {
+pub(super) enum SocketOwner {
     /// Nobody, or a balancer that is on its way out: closing them closes the
     /// address.
-    Nobody,
+    Process,
     /// A service manager, which goes on listening when we are gone.
-    Manager,
+    ServiceManager,
 }
 
 /// The sockets of one address.
 #[derive(Debug, Clone)]
-pub(super) struct Group {
+pub(super) struct BindSockets {
     /// In the order workers take turns with them.
     pub(super) sockets: Vec<Arc<Socket>>,
-    pub(super) holder: Holder,
+    pub(super) holder: SocketOwner,
 }
 
 /// Every address this process listens on.
 #[derive(Debug)]
 pub(super) struct Binds {
     workers: usize,
-    active: BTreeMap<SocketAddr, Group>,
+    active: BTreeMap<SocketAddr, BindSockets>,
     /// Emptying their queues; closed once the workers have let go.
-    retiring: Vec<(SocketAddr, Group)>,
+    retiring: Vec<(SocketAddr, BindSockets)>,
     /// Given to us and not yet asked for.
-    inherited: BTreeMap<SocketAddr, Group>,
+    inherited: BTreeMap<SocketAddr, BindSockets>,
 }
 
 /// Addresses bound and not yet in use.
 #[derive(Debug)]
-pub(super) struct Fresh {
-    groups: BTreeMap<SocketAddr, Group>,
+pub(super) struct NewBinds {
+    groups: BTreeMap<SocketAddr, BindSockets>,
     /// Those of them that do not listen yet.
     silent: Vec<(SocketAddr, Arc<Socket>)>,
 }
@@ -62,21 +62,21 @@ impl Binds {
     }
 
     /// Takes sockets of another process, for [`Binds::reserve_new`] to find.
-    pub(super) fn inherit(&mut self, groups: BTreeMap<SocketAddr, Group>) {
+    pub(super) fn inherit(&mut self, groups: BTreeMap<SocketAddr, BindSockets>) {
         self.inherited = groups;
     }
 
     /// Binds the addresses of `config` that are not bound yet: all of them, or
     /// none.
-    pub(super) fn bind_new(&mut self, config: &Config) -> Result<Fresh, Refused> {
+    pub(super) fn bind_new(&mut self, config: &Config) -> Result<NewBinds, BindError> {
         let mut fresh = self.reserve_new(config)?;
         fresh.start()?;
         Ok(fresh)
     }
 
-    /// The same without letting anybody in yet; see [`Fresh::start`].
-    pub(super) fn reserve_new(&mut self, config: &Config) -> Result<Fresh, Refused> {
-        let mut fresh = Fresh { groups: BTreeMap::new(), silent: Vec::new() };
+    /// The same without letting anybody in yet; see [`NewBinds::start`].
+    pub(super) fn reserve_new(&mut self, config: &Config) -> Result<NewBinds, BindError> {
+        let mut fresh = NewBinds { groups: BTreeMap::new(), silent: Vec::new() };
         let foreign = self.foreign(config);
         for frontend in &config.frontends {
             for address in &frontend.binds {
@@ -84,13 +84,13 @@ impl Binds {
                     continue;
                 }
                 if let Some(other) = foreign.iter().find(|other| overlap(other.address, *address)) {
-                    return Err(Refused::taken(*address, *other));
+                    return Err(BindError::taken(*address, *other));
                 }
                 match self.reserve(*address, frontend, &mut fresh) {
                     Err(error) if frontend.options_of(address).if_ipv6 && no_ipv6(&error) => {
                         tracing::info!(%address, %error, "no IPv6 here; listening on IPv4 alone");
                     }
-                    done => done.map_err(|error| Refused::new(*address, error))?,
+                    done => done.map_err(|error| BindError::new(*address, error))?,
                 }
             }
         }
@@ -100,8 +100,8 @@ impl Binds {
     fn reserve(
         &self,
         address: SocketAddr,
-        frontend: &Frontend,
-        fresh: &mut Fresh,
+        frontend: &FrontendConfig,
+        fresh: &mut NewBinds,
     ) -> io::Result<()> {
         let freebind = frontend.options_of(&address).freebind;
         let mut group = match self.inherited.get(&address) {
@@ -112,10 +112,10 @@ impl Binds {
                 if !self.overlaps(address) {
                     listen::taken(address, freebind)?;
                 }
-                Group { sockets: Vec::new(), holder: Holder::Nobody }
+                BindSockets { sockets: Vec::new(), holder: SocketOwner::Process }
             }
         };
-        if group.may_grow()? {
+        if group.can_add_sockets()? {
             let missing = self.workers.saturating_sub(group.sockets.len());
             for socket in listen::reserve(address, missing, freebind)? {
                 let socket = Arc::new(socket);
@@ -165,13 +165,13 @@ impl Binds {
     }
 
     /// Lets go of what was inherited and is not in `fresh`; says which.
-    pub(super) fn disclaim(&mut self, fresh: &Fresh) -> Vec<SocketAddr> {
+    pub(super) fn release(&mut self, fresh: &NewBinds) -> Vec<SocketAddr> {
         let inherited = std::mem::take(&mut self.inherited);
         inherited.into_keys().filter(|address| !fresh.groups.contains_key(address)).collect()
     }
 
     /// Whether an address that `config` wants is still being closed.
-    pub(super) fn wanted_back(&mut self, config: &Config) -> bool {
+    pub(super) fn cancel_retirement(&mut self, config: &Config) -> bool {
         self.forget_retired();
         let retiring: HashSet<SocketAddr> = self.retiring.iter().map(|(at, _)| *at).collect();
         let mut wanted = config.frontends.iter().flat_map(|frontend| &frontend.binds);
@@ -182,7 +182,7 @@ impl Binds {
     /// `config` no longer names.
     pub(super) fn adopt(
         &mut self,
-        fresh: Fresh,
+        fresh: NewBinds,
         config: &Config,
         workers: &[Worker],
         supervised: &Supervised,
@@ -222,10 +222,10 @@ impl Binds {
         let Some(group) = self.active.remove(&address) else { return };
         // First: from then on a crash closes the address.
         supervised.release(address, &group);
-        if group.holder == Holder::Manager {
+        if group.holder == SocketOwner::ServiceManager {
             // What is queued there is for whom the manager starts next, and a
             // filter would keep clients from that one, too.
-            self.let_go(address, group, workers);
+            self.close_group(address, group, workers);
             return;
         }
         for socket in &group.sockets {
@@ -235,7 +235,7 @@ impl Binds {
             }
         }
         for worker in workers {
-            worker.mailbox.send(Command::Retire(address));
+            worker.mailbox.send(WorkerCommand::Retire(address));
         }
         self.retiring.push((address, group));
     }
@@ -245,7 +245,7 @@ impl Binds {
     pub(super) fn step_down(&mut self, not_taken: &[SocketAddr], workers: &[Worker]) {
         for address in self.active.keys().filter(|address| !not_taken.contains(address)) {
             for worker in workers {
-                worker.mailbox.send(Command::Release(*address));
+                worker.mailbox.send(WorkerCommand::Release(*address));
             }
         }
     }
@@ -273,9 +273,9 @@ impl Binds {
         self.retiring.extend(std::mem::take(&mut self.active));
     }
 
-    fn let_go(&mut self, address: SocketAddr, group: Group, workers: &[Worker]) {
+    fn close_group(&mut self, address: SocketAddr, group: BindSockets, workers: &[Worker]) {
         for worker in workers {
-            worker.mailbox.send(Command::Release(address));
+            worker.mailbox.send(WorkerCommand::Release(address));
         }
         self.retiring.push((address, group));
     }
@@ -283,7 +283,7 @@ impl Binds {
     /// Closes what the workers have let go of; true once nothing is retiring.
     pub(super) fn forget_retired(&mut self) -> bool {
         let in_use =
-            |group: &Group| group.sockets.iter().any(|socket| Arc::strong_count(socket) > 1);
+            |group: &BindSockets| group.sockets.iter().any(|socket| Arc::strong_count(socket) > 1);
         self.retiring.retain(|(_, group)| in_use(group));
         self.retiring.is_empty()
     }
@@ -294,7 +294,7 @@ impl Binds {
     }
 
     /// Everything in use, to be handed to another process.
-    pub(super) fn active(&self) -> impl Iterator<Item = (&SocketAddr, &Group)> {
+    pub(super) fn active(&self) -> impl Iterator<Item = (&SocketAddr, &BindSockets)> {
         self.active.iter()
     }
 
@@ -312,9 +312,9 @@ fn no_ipv6(error: &io::Error) -> bool {
 
 // === impl Group ===
 
-impl Group {
+impl BindSockets {
     /// Whether more sockets can listen on the same address beside these.
-    fn may_grow(&self) -> io::Result<bool> {
+    fn can_add_sockets(&self) -> io::Result<bool> {
         self.sockets.iter().try_fold(true, |all, socket| Ok(all && socket.reuse_port()?))
     }
 
@@ -322,7 +322,7 @@ impl Group {
     fn listen(&self, address: SocketAddr, workers: &[Worker]) {
         for (index, worker) in workers.iter().enumerate() {
             for socket in self.of_worker(index, workers.len()) {
-                worker.mailbox.send(Command::Listen(address, Arc::clone(socket)));
+                worker.mailbox.send(WorkerCommand::Listen(address, Arc::clone(socket)));
             }
         }
     }
@@ -341,11 +341,11 @@ impl Group {
 
 // === impl Fresh ===
 
-impl Fresh {
+impl NewBinds {
     /// Lets clients in: they queue until a worker accepts.
-    pub(super) fn start(&mut self) -> Result<(), Refused> {
+    pub(super) fn start(&mut self) -> Result<(), BindError> {
         for (address, socket) in self.silent.drain(..) {
-            listen::start(&socket).map_err(|error| Refused::new(address, error))?;
+            listen::start(&socket).map_err(|error| BindError::new(address, error))?;
         }
         Ok(())
     }
@@ -355,11 +355,11 @@ impl Fresh {
 mod tests {
     use super::*;
 
-    fn group(sockets: usize) -> Group {
+    fn group(sockets: usize) -> BindSockets {
         let address = "127.0.0.1:0".parse().unwrap();
         let socket = || listen::reserve(address, 1, false).unwrap().pop().unwrap();
         let sockets = (0..sockets).map(|_| Arc::new(socket())).collect();
-        Group { sockets, holder: Holder::Nobody }
+        BindSockets { sockets, holder: SocketOwner::Process }
     }
 
     /// How many workers accept from each socket, and the fewest sockets a

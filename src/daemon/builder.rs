@@ -8,7 +8,7 @@
 
 use std::sync::{Arc, mpsc as sync};
 use std::time::Duration;
-use tidegate_core::control::{BuildToken, Event};
+use tidegate_core::control::{BuildToken, ControlEvent};
 use tidegate_core::table::PoolTable;
 use tidegate_core::table::build::PoolBuild;
 use tidegate_net::clock;
@@ -27,8 +27,8 @@ const RETIRED_MAX: usize = 8;
 pub(super) struct Builder {
     /// `None` until the first part is asked for.
     orders: Option<sync::Sender<Order>>,
-    made: mpsc::UnboundedSender<Event>,
-    results: mpsc::UnboundedReceiver<Event>,
+    made: mpsc::UnboundedSender<ControlEvent>,
+    results: mpsc::UnboundedReceiver<ControlEvent>,
 }
 
 type Order = (BuildToken, Box<PoolBuild>);
@@ -60,7 +60,7 @@ impl Builder {
     }
 
     /// The next part that is made; never where none is under way.
-    pub(super) async fn made(&mut self) -> Event {
+    pub(super) async fn made(&mut self) -> ControlEvent {
         match self.results.recv().await {
             Some(event) => event,
             None => std::future::pending().await,
@@ -68,7 +68,7 @@ impl Builder {
     }
 }
 
-fn start(made: mpsc::UnboundedSender<Event>) -> Option<sync::Sender<Order>> {
+fn start(made: mpsc::UnboundedSender<ControlEvent>) -> Option<sync::Sender<Order>> {
     let (orders, to_make) = sync::channel();
     let work = move || work(&to_make, &made);
     match std::thread::Builder::new().name("table-builder".to_owned()).spawn(work) {
@@ -80,7 +80,7 @@ fn start(made: mpsc::UnboundedSender<Event>) -> Option<sync::Sender<Order>> {
     }
 }
 
-fn work(orders: &sync::Receiver<Order>, made: &mpsc::UnboundedSender<Event>) {
+fn work(orders: &sync::Receiver<Order>, made: &mpsc::UnboundedSender<ControlEvent>) {
     let mut retired: Vec<Arc<PoolTable>> = Vec::new();
     loop {
         let order = match retired.is_empty() {
@@ -103,8 +103,8 @@ fn work(orders: &sync::Receiver<Order>, made: &mpsc::UnboundedSender<Event>) {
     }
 }
 
-fn make((token, build): Order) -> Event {
+fn make((token, build): Order) -> ControlEvent {
     let began = clock::now();
     let built = Box::new(build.run());
-    Event::Built { token, built, took: clock::now().saturating_duration_since(began) }
+    ControlEvent::Built { token, built, took: clock::now().saturating_duration_since(began) }
 }

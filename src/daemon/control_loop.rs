@@ -4,42 +4,42 @@
 //! Entered by `start`. It may block or fall behind without a session noticing:
 //! the last published table stays.
 
-use super::Exit;
+use super::RunEnd;
 use super::admin_api::AdminApi;
 use super::asked::Asked;
 use super::binds::Binds;
 use super::builder::Builder;
-use super::drain::{Draining, Leaving};
-use super::heartbeats::Reception;
+use super::drain::{DrainState, Leaving};
+use super::heartbeats::HeartbeatReceiver;
 use super::logging::LogHandle;
 use super::notify::Notifier;
 use super::rendering::{Latencies, Reader, Rendering};
 use super::shared_counts::SharedCounts;
-use super::signals::{Caught, Signals};
+use super::signals::{SignalKindReceived, Signals};
 use super::start::SessionCap;
 use super::supervised::Supervised;
 use super::transition_log::TransitionLog;
-use super::upgrade::{Rarities, UpgradeEvent, Upgrades};
-use super::watchdog::{Finding, Watchdog};
-use crate::admin::{self, Readiness, ReloadCounts, Request, TokenStore};
+use super::upgrade::{RareCounters, UpgradeEvent, Upgrades};
+use super::watchdog::{Watchdog, WatchdogEvent};
+use crate::admin::{self, AdminRequest, ReadyState, ReloadCounts, TokenStore};
 use crate::config_watch::ConfigWatcher;
-use crate::maintenance::Upkeep;
+use crate::maintenance::Maintenance;
 use crate::probe::runner::ProbeRunner;
-use crate::sandbox::Confined;
+use crate::sandbox::AppliedSandbox;
 use crate::watchdog;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tidegate_core::control::{Controller, Effect, Event};
+use tidegate_core::control::{ControlEffect, ControlEvent, Controller};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::Config;
 use tidegate_core::outcome::Cause;
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_dataplane::access_log::AccessLog;
 #[cfg(debug_assertions)]
-use tidegate_dataplane::fault_points::Fault;
-use tidegate_dataplane::worker::context::{Report, Shared};
-use tidegate_dataplane::worker::{Command, Runtime, Worker};
+use tidegate_dataplane::fault_points::FaultPoint;
+use tidegate_dataplane::worker::context::{ProcessContext, WorkerReport};
+use tidegate_dataplane::worker::{EngineKind, Worker, WorkerCommand};
 use tidegate_net::clock;
 use tidegate_supervisor::pid_file::PidFile;
 use tidegate_supervisor::{News, Wish};
@@ -70,18 +70,18 @@ pub(super) struct Control {
     pub(super) workers: Vec<Worker>,
     pub(super) counters: Vec<Arc<WorkerCounters>>,
     pub(super) binds: Binds,
-    pub(super) shared: Shared,
+    pub(super) shared: ProcessContext,
     pub(super) probes: ProbeRunner,
-    pub(super) probed: mpsc::Receiver<Event>,
-    pub(super) reception: Reception,
+    pub(super) probed: mpsc::Receiver<ControlEvent>,
+    pub(super) reception: HeartbeatReceiver,
     pub(super) latency: Latencies,
     pub(super) rendering: Rendering,
     /// `None` only at the very end.
     pub(super) access_log: Option<AccessLog>,
     pub(super) log: LogHandle,
-    pub(super) readiness: Readiness,
+    pub(super) readiness: ReadyState,
     pub(super) tokens: Arc<TokenStore>,
-    pub(super) runtime: Runtime,
+    pub(super) runtime: EngineKind,
     pub(super) engine_reason: String,
     pub(super) reloads: ReloadCounts,
     /// `None` until the loop runs, or where the file cannot be watched.
@@ -90,51 +90,51 @@ pub(super) struct Control {
     pub(super) restart_needed: Vec<String>,
     pub(super) session_cap: SessionCap,
     pub(super) transitions: TransitionLog,
-    pub(super) draining: Option<Draining>,
+    pub(super) draining: Option<DrainState>,
     /// `None` once it drains.
     pub(super) leaving: Option<Leaving>,
     pub(super) upgrades: Upgrades,
     pub(super) notifier: Notifier,
     pub(super) supervised: Supervised,
     pub(super) watchdog: Watchdog,
-    pub(super) confined: Confined,
+    pub(super) confined: AppliedSandbox,
     /// `None` only at the very start.
     pub(super) admin: Option<AdminApi>,
     pub(super) pid_file: Option<PidFile>,
     /// What this thread counts.
     pub(super) local: Arc<WorkerCounters>,
-    pub(super) upkeep: Upkeep,
+    pub(super) upkeep: Maintenance,
     /// Of the processes before.
-    pub(super) rarities_before: Rarities,
+    pub(super) rarities_before: RareCounters,
 }
 
 /// What woke the loop.
-enum Woken {
-    Signal(Caught),
-    Request(Request),
+enum LoopEvent {
+    Signal(SignalKindReceived),
+    Request(AdminRequest),
     FileComplete,
     /// A reload that was asked for has waited too long for the file.
     AskedTooLong,
     Reports,
     Heartbeats,
-    Probed(Event),
+    Probed(ControlEvent),
     /// A pool's part of a table is made.
-    Built(Event),
+    Built(ControlEvent),
     Due,
     DrainStep,
     /// Given-up addresses may be ready to be closed.
     Retiring,
     Upgrade(UpgradeEvent),
     /// The service manager wants to hear of us.
-    Beat,
+    NotifyWatchdog,
     /// Do the workers' loops turn?
-    Watch,
+    CheckWorkers,
     /// Status or metrics are under way.
     Rendering,
     /// A worker has ended.
-    WorkerEnded,
+    WorkerExited,
     /// Time to look after what was put off, and what runs out.
-    Upkeep,
+    Maintenance,
     /// The supervisor has something to say.
     News(News),
     /// Time to leave with it what is known.
@@ -143,45 +143,49 @@ enum Woken {
 
 impl Control {
     /// Runs until the process is to end.
-    pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Request>) -> Exit {
+    pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<AdminRequest>) -> RunEnd {
         let changed = Arc::new(Notify::new());
         self.watcher = self.watch_file(&changed);
         self.watch_named_files();
-        if self.upgrades.awaits_predecessor() || self.supervised.in_force.awaits_the_file() {
+        if self.upgrades.awaits_old_process() || self.supervised.in_force.awaits_the_file() {
             self.catch_up().await;
         }
         loop {
-            match self.woken(&mut inbox, &changed).await {
-                Woken::Signal(Caught::Stop(name)) if self.upgrades.excuses_signal() => {
+            match self.next_event(&mut inbox, &changed).await {
+                LoopEvent::Signal(SignalKindReceived::Stop(name))
+                    if self.upgrades.ignores_first_stop_signal() =>
+                {
                     tracing::info!(signal = name, "draining already; the next signal ends it");
                 }
-                Woken::Signal(Caught::Stop(_)) if self.draining.is_some() => {
+                LoopEvent::Signal(SignalKindReceived::Stop(_)) if self.draining.is_some() => {
                     tracing::warn!("second signal: exiting at once");
-                    return Exit::Forced;
+                    return RunEnd::SecondSignal;
                 }
-                Woken::Signal(Caught::Stop(name)) => self.told_to_stop(name),
-                Woken::Signal(Caught::Reload) => self.reload_by_signal().await,
-                Woken::FileComplete => self.file_is_complete().await,
-                Woken::AskedTooLong => self.refuse_asked(),
-                Woken::Signal(Caught::Upgrade) => self.begin_upgrade(Wish::default(), None, None),
-                Woken::Upgrade(event) => self.upgrade_event(event).await,
-                Woken::Beat => self.beat(),
-                Woken::Watch => self.watch(),
-                Woken::Rendering => self.render_on(),
-                Woken::Upkeep => self.upkeep().await,
-                Woken::News(news) => self.hear(news).await,
-                Woken::Snapshot => self.supervised.write(self.digest, &self.controller),
-                Woken::Request(request) => self.answer(request).await,
-                Woken::Reports => self.take_reports(),
-                Woken::Probed(event) => self.take_probed(event),
-                Woken::Built(event) => self.feed([event]),
+                LoopEvent::Signal(SignalKindReceived::Stop(name)) => self.told_to_stop(name),
+                LoopEvent::Signal(SignalKindReceived::Reload) => self.reload_by_signal().await,
+                LoopEvent::FileComplete => self.file_is_complete().await,
+                LoopEvent::AskedTooLong => self.refuse_asked(),
+                LoopEvent::Signal(SignalKindReceived::Upgrade) => {
+                    self.begin_upgrade(Wish::default(), None, None)
+                }
+                LoopEvent::Upgrade(event) => self.upgrade_event(event).await,
+                LoopEvent::NotifyWatchdog => self.notify_watchdog(),
+                LoopEvent::CheckWorkers => self.check_workers(),
+                LoopEvent::Rendering => self.render_on(),
+                LoopEvent::Maintenance => self.upkeep().await,
+                LoopEvent::News(news) => self.hear(news).await,
+                LoopEvent::Snapshot => self.supervised.write(self.digest, &self.controller),
+                LoopEvent::Request(request) => self.answer(request).await,
+                LoopEvent::Reports => self.take_reports(),
+                LoopEvent::Probed(event) => self.take_probed(event),
+                LoopEvent::Built(event) => self.feed([event]),
                 // Taken with every event; this turn is for them alone.
-                Woken::Heartbeats | Woken::Due => {
-                    self.feed([Event::Tick]);
-                    self.transitions.catch_up(clock::now());
+                LoopEvent::Heartbeats | LoopEvent::Due => {
+                    self.feed([ControlEvent::Tick]);
+                    self.transitions.log_suppressed(clock::now());
                 }
-                Woken::Retiring | Woken::WorkerEnded => {}
-                Woken::DrainStep => {
+                LoopEvent::Retiring | LoopEvent::WorkerExited => {}
+                LoopEvent::DrainStep => {
                     if let Some(cut) = self.drain_step() {
                         return self.finish(cut).await;
                     }
@@ -191,21 +195,25 @@ impl Control {
             // After every event: the pause before `Retiring` begins anew with each,
             // and on a busy loop would never end.
             self.binds.forget_retired();
-            if self.reception.is_dead() {
+            if self.reception.has_exited() {
                 tracing::error!("the thread that receives heartbeats has died");
-                return Exit::WorkerDied;
+                return RunEnd::ThreadExited;
             }
             if self.workers.iter().any(Worker::is_finished) {
                 tracing::error!("a worker has ended: the process ends");
                 if let Some(access_log) = self.access_log.take() {
                     access_log.close();
                 }
-                return Exit::WorkerDied;
+                return RunEnd::ThreadExited;
             }
         }
     }
 
-    async fn woken(&mut self, inbox: &mut mpsc::Receiver<Request>, changed: &Notify) -> Woken {
+    async fn next_event(
+        &mut self,
+        inbox: &mut mpsc::Receiver<AdminRequest>,
+        changed: &Notify,
+    ) -> LoopEvent {
         let now = clock::now();
         let dues = [self.controller.next_due(), self.transitions.due()];
         let due = dues.into_iter().flatten().fold(now + FAR, Instant::min);
@@ -215,28 +223,28 @@ impl Control {
         let watch_due = self.watchdog.next_look();
         let asked_due = self.asked.due().unwrap_or(now + FAR);
         let leave_due = self.leaving.map(|leaving| leaving.until);
-        let drain_due = self.draining.as_ref().map(Draining::next_look).or(leave_due);
+        let drain_due = self.draining.as_ref().map(DrainState::next_look).or(leave_due);
         tokio::select! {
-            caught = self.signals.next() => Woken::Signal(caught),
-            Some(request) = inbox.recv() => Woken::Request(request),
-            () = changed.notified() => Woken::FileComplete,
-            () = tokio::time::sleep_until(asked_due.into()) => Woken::AskedTooLong,
-            () = self.shared.reports.arrived() => Woken::Reports,
-            () = self.reception.arrived() => Woken::Heartbeats,
-            Some(event) = self.probed.recv() => Woken::Probed(event),
-            event = self.builder.made() => Woken::Built(event),
-            event = self.upgrades.next() => Woken::Upgrade(event),
-            news = self.supervised.news() => Woken::News(news),
-            () = tokio::time::sleep_until(snapshot_due.into()) => Woken::Snapshot,
-            () = self.shared.ended.notified() => Woken::WorkerEnded,
-            () = self.rendering.due() => Woken::Rendering,
-            () = tokio::time::sleep_until(beat_due.into()) => Woken::Beat,
-            () = tokio::time::sleep_until(watch_due.into()) => Woken::Watch,
-            () = tokio::time::sleep_until(due.into()) => Woken::Due,
-            () = tokio::time::sleep_until(upkeep_due.into()) => Woken::Upkeep,
-            () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => Woken::Retiring,
+            caught = self.signals.next() => LoopEvent::Signal(caught),
+            Some(request) = inbox.recv() => LoopEvent::Request(request),
+            () = changed.notified() => LoopEvent::FileComplete,
+            () = tokio::time::sleep_until(asked_due.into()) => LoopEvent::AskedTooLong,
+            () = self.shared.reports.arrived() => LoopEvent::Reports,
+            () = self.reception.arrived() => LoopEvent::Heartbeats,
+            Some(event) = self.probed.recv() => LoopEvent::Probed(event),
+            event = self.builder.made() => LoopEvent::Built(event),
+            event = self.upgrades.next() => LoopEvent::Upgrade(event),
+            news = self.supervised.news() => LoopEvent::News(news),
+            () = tokio::time::sleep_until(snapshot_due.into()) => LoopEvent::Snapshot,
+            () = self.shared.ended.notified() => LoopEvent::WorkerExited,
+            () = self.rendering.due() => LoopEvent::Rendering,
+            () = tokio::time::sleep_until(beat_due.into()) => LoopEvent::NotifyWatchdog,
+            () = tokio::time::sleep_until(watch_due.into()) => LoopEvent::CheckWorkers,
+            () = tokio::time::sleep_until(due.into()) => LoopEvent::Due,
+            () = tokio::time::sleep_until(upkeep_due.into()) => LoopEvent::Maintenance,
+            () = tokio::time::sleep(RETIRE_STEP), if self.binds.is_retiring() => LoopEvent::Retiring,
             () = tokio::time::sleep_until(drain_due.unwrap_or(now + FAR).into()) => {
-                Woken::DrainStep
+                LoopEvent::DrainStep
             }
         }
     }
@@ -253,24 +261,25 @@ impl Control {
 
     /// Tells the service manager that all is well: not while a worker has been
     /// stalled for as long as the manager would wait for us.
-    fn beat(&mut self) {
+    fn notify_watchdog(&mut self) {
         let stalled = watchdog::longest_stall(&self.counters);
         self.notifier.beat(clock::now(), stalled);
     }
 
     /// Looks after the workers' loops.
-    fn watch(&mut self) {
+    fn check_workers(&mut self) {
         let wake = |worker: usize| self.workers[worker].wake();
         let facts = watchdog::thread_facts;
         let findings = self.watchdog.look(clock::now(), &self.counters, wake, facts);
         for finding in findings {
             match finding {
-                Finding::Stalled { worker, time, state } => {
+                WatchdogEvent::Stalled { worker, time, state } => {
                     let stage = self.counters[worker].pulse.stage().name();
-                    let (cpu, thread) = (self.workers[worker].cpu(), watchdog::in_words(state));
+                    let (cpu, thread) =
+                        (self.workers[worker].cpu(), watchdog::thread_state_name(state));
                     tracing::warn!(worker, cpu, ?time, stage, thread, "worker is stalled");
                 }
-                Finding::Turns { worker, time } => {
+                WatchdogEvent::Responsive { worker, time } => {
                     tracing::warn!(worker, ?time, "worker turns again");
                 }
             }
@@ -281,15 +290,15 @@ impl Control {
 
     /// Feeds events to the controller and performs what follows. Heartbeats
     /// that have arrived go along: what is due may be a silence they have ended.
-    pub(super) fn feed(&mut self, events: impl IntoIterator<Item = Event>) {
+    pub(super) fn feed(&mut self, events: impl IntoIterator<Item = ControlEvent>) {
         let mut all = self.reception.take();
         all.extend(events);
         let effects = self.controller.apply_all(all, clock::now());
-        self.perform(effects);
+        self.apply_effects(effects);
     }
 
     /// Feeds a probe's result and all that came with it: one table for many.
-    fn take_probed(&mut self, first: Event) {
+    fn take_probed(&mut self, first: ControlEvent) {
         let mut events = vec![first];
         while let Ok(event) = self.probed.try_recv() {
             events.push(event);
@@ -303,11 +312,11 @@ impl Control {
     fn take_reports(&mut self) {
         let reports = Arc::clone(&self.shared.reports);
         let events = std::iter::from_fn(|| reports.pop()).map(|report| match report {
-            Report::ConnectFailed { backend, failure, in_a_row, begun } => {
-                Event::ConnectFailed { backend, failure, in_a_row, begun }
+            WorkerReport::ConnectFailed { backend, failure, in_a_row, begun } => {
+                ControlEvent::ConnectFailed { backend, failure, in_a_row, begun }
             }
         });
-        let events: Vec<Event> = events.collect();
+        let events: Vec<ControlEvent> = events.collect();
         if tracing::enabled!(tracing::Level::DEBUG) {
             events.iter().for_each(|event| self.log_event(event));
         }
@@ -315,14 +324,14 @@ impl Control {
     }
 
     /// One piece of evidence, for the log at `debug`.
-    fn log_event(&self, event: &Event) {
+    fn log_event(&self, event: &ControlEvent) {
         let name = |id| self.controller.name_of(id).unwrap_or_default();
         match event {
-            Event::Probed { backend, outcome, .. } => {
+            ControlEvent::Probed { backend, outcome, .. } => {
                 let (pool, backend) = name(*backend);
                 tracing::debug!(%pool, %backend, result = %outcome, "probe ended");
             }
-            Event::ConnectFailed { backend, failure, in_a_row, .. } => {
+            ControlEvent::ConnectFailed { backend, failure, in_a_row, .. } => {
                 let (pool, backend) = name(*backend);
                 tracing::debug!(%pool, %backend, %failure, in_a_row, "session failed at backend");
             }
@@ -331,10 +340,10 @@ impl Control {
     }
 
     /// Carries the controller's effects out.
-    pub(super) fn perform(&mut self, effects: Vec<Effect>) {
+    pub(super) fn apply_effects(&mut self, effects: Vec<ControlEffect>) {
         for effect in effects {
             match effect {
-                Effect::Publish(table) => {
+                ControlEffect::Publish(table) => {
                     let (generation, serial) = (table.generation, table.serial);
                     let serving = table.pools.iter().map(|pool| pool.serving.len()).sum::<usize>();
                     let pools = table.pools.len();
@@ -343,22 +352,22 @@ impl Control {
                     self.readiness.set_undecided(self.controller.undecided_pools());
                     self.supervised.changed();
                     // Who waits for a slot may have new backends to wait for.
-                    self.shared.gate.opened();
+                    self.shared.gate.slot_freed();
                 }
                 // Another process probes; this one only ends its sessions.
-                Effect::Probe { .. }
+                ControlEffect::Probe { .. }
                     if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
-                Effect::Opened => self.shared.gate.opened(),
-                Effect::Probe { lane, backend, token, address, spec } => {
+                ControlEffect::SlotsFreed => self.shared.gate.slot_freed(),
+                ControlEffect::Probe { lane, backend, token, address, spec } => {
                     tracing::trace!(%address, "probe begins");
                     self.probes.probe(lane, backend, token, address, spec);
                 }
-                Effect::Build { token, build } => self.builder.build(token, build),
-                Effect::Log(transition) => {
+                ControlEffect::Build { token, build } => self.builder.build(token, build),
+                ControlEffect::Log(transition) => {
                     self.supervised.changed();
                     self.transitions.log(&transition, clock::now());
                 }
-                Effect::Notice(notice) => {
+                ControlEffect::Notice(notice) => {
                     if notice.pool.is_empty() {
                         tracing::warn!("{}", notice.message);
                     } else {
@@ -366,9 +375,11 @@ impl Control {
                         tracing::warn!(pool = %notice.pool, backend, "{}", notice.message);
                     }
                 }
-                Effect::CutSessions(backend) => {
+                ControlEffect::ResetSessions(backend) => {
                     for worker in &self.workers {
-                        worker.mailbox.send(Command::CutBackend(backend, Cause::BackendRemoved));
+                        worker
+                            .mailbox
+                            .send(WorkerCommand::ResetBackend(backend, Cause::BackendRemoved));
                     }
                     self.order_cut(backend);
                 }
@@ -376,42 +387,43 @@ impl Control {
         }
     }
 
-    async fn answer(&mut self, request: Request) {
+    async fn answer(&mut self, request: AdminRequest) {
         // A reply that finds nobody waiting any more is nobody's loss.
         match request {
-            Request::Status(reply) => self.ask_for(Reader::Status(reply)),
-            Request::Metrics(reply) => self.ask_for(Reader::Metrics(reply)),
+            AdminRequest::Status(reply) => self.ask_for(Reader::Status(reply)),
+            AdminRequest::Metrics(reply) => self.ask_for(Reader::Metrics(reply)),
             // What has come too late for this process is answered by its end: the
             // next one is to be asked.
-            Request::Reload(_) | Request::SetIntent { .. } if self.upgrades.handed_over() => {}
-            Request::Reload(reply) => self.ask_for_reload(Some(reply)).await,
-            Request::Upgrade { binary, config, asked_over, reply } => {
+            AdminRequest::Reload(_) | AdminRequest::SetIntent { .. }
+                if self.upgrades.handed_over() => {}
+            AdminRequest::Reload(reply) => self.ask_for_reload(Some(reply)).await,
+            AdminRequest::Upgrade { binary, config, asked_over, reply } => {
                 let wish = Wish { binary, config };
                 self.begin_upgrade(wish, asked_over, Some(reply));
             }
-            Request::Explain { pool, backend, reply } => {
+            AdminRequest::Explain { pool, backend, reply } => {
                 self.feed([]);
                 let explained = self.controller.explain(&pool, &backend, clock::now());
                 let rejected = self.reception.rejection(&pool, &backend);
                 let render = |explained| admin::explain::render(&explained, rejected.as_ref());
                 let _ = reply.send(explained.map(render));
             }
-            Request::SetIntent { pool, backend, intent, reply } => {
+            AdminRequest::SetIntent { pool, backend, intent, reply } => {
                 self.feed([]);
                 let done = self.controller.set_intent(&pool, &backend, intent, clock::now());
                 let sent = match done {
                     Ok(_) => self.order_intent(&pool, &backend, intent),
                     Err(_) => None,
                 };
-                let done = done.map(|effects| self.perform(effects));
+                let done = done.map(|effects| self.apply_effects(effects));
                 self.supervised.write_intents(&self.controller);
                 self.answer_intent(sent, reply, done);
             }
             #[cfg(debug_assertions)]
-            Request::Fault { place, worker, millis, reply } => {
+            AdminRequest::Fault { place, worker, millis, reply } => {
                 let _ = reply.send(self.order_fault(&place, worker, millis));
             }
-            Request::Shutdown(reply) => {
+            AdminRequest::Shutdown(reply) => {
                 self.leave("admin request");
                 let _ = reply.send(());
             }
@@ -423,8 +435,8 @@ impl Control {
     fn order_fault(&self, place: &str, worker: usize, millis: u64) -> bool {
         let command = match place {
             "control" => panic!("a fault that was ordered: control"),
-            "stall" => Some(Command::Stall(Duration::from_millis(millis))),
-            place => Fault::from_name(place).map(Command::Fault),
+            "stall" => Some(WorkerCommand::Stall(Duration::from_millis(millis))),
+            place => FaultPoint::from_name(place).map(WorkerCommand::Fault),
         };
         let (Some(command), Some(worker)) = (command, self.workers.get(worker)) else {
             return false;
@@ -434,11 +446,11 @@ impl Control {
     }
 
     /// What hardly ever happens, as often as it did in this process and those before.
-    pub(super) fn rarities(&self) -> Rarities {
+    pub(super) fn rare_counters(&self) -> RareCounters {
         let before = self.rarities_before;
         let crowded = self.admin.as_ref().map_or(0, AdminApi::crowded);
         let refused = self.shared.buffers.refused();
-        Rarities {
+        RareCounters {
             log_dropped: before.log_dropped.saturating_add(self.log.dropped()),
             unlogged: before.unlogged.saturating_add(self.transitions.unlogged()),
             admin_crowded: before.admin_crowded.saturating_add(crowded),

@@ -4,12 +4,12 @@
 //!
 //! Driven by the control loop's ticks.
 
-use super::Exit;
+use super::RunEnd;
 use super::control_loop::Control;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tidegate_core::outcome::Cause;
-use tidegate_dataplane::worker::Command;
+use tidegate_dataplane::worker::WorkerCommand;
 use tidegate_net::clock;
 
 /// How often progress is looked at.
@@ -23,7 +23,7 @@ const JOIN_MAX: Duration = Duration::from_secs(2);
 
 /// A drain under way.
 #[derive(Debug)]
-pub(super) struct Draining {
+pub(super) struct DrainState {
     deadline: Instant,
     /// A point in time, not a pause: other events must not put it off.
     next_look: Instant,
@@ -33,7 +33,7 @@ pub(super) struct Draining {
 
 // === impl Draining ===
 
-impl Draining {
+impl DrainState {
     /// When [`Control::drain_step`] is wanted next.
     pub(super) fn next_look(&self) -> Instant {
         self.next_look
@@ -68,7 +68,7 @@ impl Control {
             self.begin_drain(why);
             return;
         }
-        self.call_off_upgrade();
+        self.cancel_upgrade();
         self.notifier.stopping();
         self.readiness.set_draining();
         self.leaving = Some(Leaving { until: clock::now() + delay });
@@ -81,7 +81,7 @@ impl Control {
             return;
         }
         self.leaving = None;
-        self.call_off_upgrade();
+        self.cancel_upgrade();
         self.notifier.stopping();
         self.binds.retire_all(&self.workers, &self.supervised);
         self.start_draining(why);
@@ -89,7 +89,7 @@ impl Control {
     }
 
     /// The same once another process has taken the listeners over.
-    pub(super) fn drain_what_is_left(&mut self) {
+    pub(super) fn drain_removed_binds(&mut self) {
         self.start_draining("another process serves");
     }
 
@@ -99,7 +99,7 @@ impl Control {
         let sessions = self.sessions();
         tracing::info!(reason = why, sessions, ?timeout, "draining");
         let now = clock::now();
-        self.draining = Some(Draining { deadline: now + timeout, next_look: now, cut: None });
+        self.draining = Some(DrainState { deadline: now + timeout, next_look: now, cut: None });
     }
 
     /// Looks at a drain's progress; gives the number of sessions cut once it is
@@ -118,7 +118,7 @@ impl Control {
         let cut = draining.cut.map_or(0, |(cut, _)| cut);
         // What the process before still counts goes on with this one's farewell.
         let counted = !self.upgrades.handed_over()
-            || !self.upgrades.awaits_predecessor()
+            || !self.upgrades.awaits_old_process()
             || now >= draining.deadline;
         if closed && open == 0 && counted && !self.upgrades.is_stepping_down() {
             return Some(cut);
@@ -128,7 +128,7 @@ impl Control {
                 draining.cut = Some((open, now));
                 tracing::warn!(sessions = open, "drain deadline: sessions are cut");
                 for worker in &self.workers {
-                    worker.mailbox.send(Command::CutAll(Cause::DrainDeadline));
+                    worker.mailbox.send(WorkerCommand::ResetAll(Cause::DrainDeadline));
                 }
                 self.order_end_within(Duration::ZERO);
                 None
@@ -154,10 +154,10 @@ impl Control {
     }
 
     /// Ends the workers and flushes the access log.
-    pub(super) async fn finish(mut self, cut: u32) -> Exit {
-        self.say_farewell().await;
+    pub(super) async fn finish(mut self, cut: u32) -> RunEnd {
+        self.send_final_counts().await;
         for worker in &self.workers {
-            worker.mailbox.send(Command::Stop);
+            worker.mailbox.send(WorkerCommand::Stop);
         }
         let deadline = clock::now() + JOIN_MAX;
         while self.workers.iter().any(|worker| !worker.is_finished()) && clock::now() < deadline {
@@ -181,6 +181,6 @@ impl Control {
         }
         drop(self.pid_file.take());
         tracing::info!(sessions_cut = cut, "drained");
-        Exit::Drained { cut }
+        RunEnd::Drained { cut }
     }
 }

@@ -3,7 +3,7 @@
 //! Called by `start`.
 
 use tidegate_core::model::EngineChoice;
-use tidegate_dataplane::worker::Runtime;
+use tidegate_dataplane::worker::EngineKind;
 
 /// The engine and, in words, why that one.
 ///
@@ -13,20 +13,20 @@ use tidegate_dataplane::worker::Runtime;
 /// ahead on small messages, level or behind on streams, and larger in memory for
 /// each idle session. It is also the younger of the two: until it has been soaked
 /// it is asked for by name.
-pub(super) fn choose_runtime(choice: EngineChoice) -> (Runtime, String) {
+pub(super) fn choose_runtime(choice: EngineChoice) -> (EngineKind, String) {
     let asked = "asked for in the configuration";
     match choice {
-        EngineChoice::Epoll => (Runtime::Epoll, asked.to_owned()),
-        EngineChoice::IoUring => match Runtime::io_uring_allowed() {
-            Ok(()) => (Runtime::IoUring, asked.to_owned()),
-            Err(error) => (Runtime::Epoll, refusal(&error)),
+        EngineChoice::Epoll => (EngineKind::Epoll, asked.to_owned()),
+        EngineChoice::IoUring => match EngineKind::io_uring_allowed() {
+            Ok(()) => (EngineKind::IoUring, asked.to_owned()),
+            Err(error) => (EngineKind::Epoll, refusal(&error)),
         },
         EngineChoice::Auto => {
-            let other = match Runtime::io_uring_allowed() {
+            let other = match EngineKind::io_uring_allowed() {
                 Ok(()) => "io_uring is allowed and taken when asked for".to_owned(),
                 Err(error) => refusal(&error),
             };
-            (Runtime::Epoll, format!("what auto takes; {other}"))
+            (EngineKind::Epoll, format!("what auto takes; {other}"))
         }
     }
 }

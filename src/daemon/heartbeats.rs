@@ -2,22 +2,22 @@
 //! configuration.
 //!
 //! Owned by the control loop, which feeds what arrives to the controller. What
-//! can fail (an address that cannot be bound) happens in [`Reception::prepare`]
+//! can fail (an address that cannot be bound) happens in [`HeartbeatReceiver::prepare`]
 //! and changes nothing; what follows cannot.
 
 use super::control_loop::Control;
 use crate::admin::HeartbeatCounts;
-use crate::heartbeat::receive::{Prepared, Receiver};
-use crate::heartbeat::verify::{Gate, Limits, Reject};
+use crate::heartbeat::receive::{PreparedSockets, Receiver};
+use crate::heartbeat::verify::{RejectReason, Verifier, VerifierLimits};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use tidegate_core::control::Event;
-use tidegate_core::model::{Config, Heartbeats};
+use tidegate_core::control::ControlEvent;
+use tidegate_core::model::{Config, HeartbeatConfig};
 use tidegate_core::suspicion::rejections::{Rejection, Warning, skew_words};
-use tidegate_heartbeat::keys::{Key, KeyRing};
+use tidegate_heartbeat::keys::{HeartbeatKey, KeyRing};
 
 /// Heartbeats taken in one turn of the control loop; the rest wait for the next,
 /// so that the admin API is answered in between.
@@ -25,22 +25,22 @@ const TURN_MAX: usize = 4096;
 
 /// The receiver, where there is one.
 #[derive(Debug, Default)]
-pub(super) struct Reception {
+pub(super) struct HeartbeatReceiver {
     receiver: Option<Receiver>,
     /// Of its losses, what the controller knows already.
     told: u64,
     /// Sockets of the process before, until the first receiver takes them.
     inherited: Vec<(SocketAddr, OwnedFd)>,
     /// Counted by the processes before.
-    before: SavedReception,
+    before: SavedReceiver,
     /// Counted to the end, once the next process receives.
-    ended: Option<SavedReception>,
+    ended: Option<SavedReceiver>,
 }
 
 /// What has been received, for the next process to count on from.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub(super) struct SavedReception {
+pub(super) struct SavedReceiver {
     accepted: u64,
     /// By name of the reason.
     rejected: BTreeMap<String, u64>,
@@ -49,28 +49,32 @@ pub(super) struct SavedReception {
 
 /// What a configuration asks for, with its addresses bound.
 #[derive(Debug)]
-pub(super) enum Change {
+pub(super) enum ReceiverChange {
     /// Nobody listens, before or after.
-    Nothing,
+    Keep,
     /// Nobody listens any more.
     Stop,
     /// From now on.
     Start(Receiver),
     /// Elsewhere, or by other keys.
-    Adapt(Prepared, KeyRing),
+    Update(PreparedSockets, KeyRing),
 }
 
 // === impl Reception ===
 
-impl Reception {
+impl HeartbeatReceiver {
     /// Binds what `config` wants; changes nothing yet.
     ///
     /// # Errors
     /// In words; the first address that cannot be bound.
-    pub(super) fn prepare(&mut self, config: &Config) -> Result<Change, String> {
+    pub(super) fn prepare(&mut self, config: &Config) -> Result<ReceiverChange, String> {
         let inherited = std::mem::take(&mut self.inherited);
         let Some(heartbeats) = &config.heartbeat else {
-            return Ok(if self.receiver.is_some() { Change::Stop } else { Change::Nothing });
+            return Ok(if self.receiver.is_some() {
+                ReceiverChange::Stop
+            } else {
+                ReceiverChange::Keep
+            });
         };
         let keys = key_ring(heartbeats)?;
         let listen = &heartbeats.listen;
@@ -79,10 +83,14 @@ impl Reception {
             format!("cannot listen for heartbeats on {}: {error}", all.join(", "))
         };
         match &self.receiver {
-            Some(receiver) => Ok(Change::Adapt(receiver.prepare(listen).map_err(refused)?, keys)),
+            Some(receiver) => {
+                Ok(ReceiverChange::Update(receiver.prepare(listen).map_err(refused)?, keys))
+            }
             None => {
-                let gate = Gate::new(keys, Limits::default(), fastrand::u64(..));
-                Ok(Change::Start(Receiver::start_with(listen, inherited, gate).map_err(refused)?))
+                let gate = Verifier::new(keys, VerifierLimits::default(), fastrand::u64(..));
+                Ok(ReceiverChange::Start(
+                    Receiver::start_with(listen, inherited, gate).map_err(refused)?,
+                ))
             }
         }
     }
@@ -113,7 +121,7 @@ impl Reception {
     /// That process has ended: receives again.
     ///
     /// # Errors
-    /// In words, as of [`Reception::prepare`].
+    /// In words, as of [`HeartbeatReceiver::prepare`].
     pub(super) fn go_on(&mut self, config: &Config) -> Result<(), String> {
         if let Some(before) = self.ended.take() {
             self.before = before;
@@ -125,30 +133,30 @@ impl Reception {
     }
 
     /// Everything counted by all the processes so far.
-    pub(super) fn save(&self) -> SavedReception {
+    pub(super) fn save(&self) -> SavedReceiver {
         if let Some(ended) = &self.ended {
             return ended.clone();
         }
         let HeartbeatCounts { accepted, rejected, kernel_drops, .. } = self.counts();
         let rejected = rejected.into_iter().map(|(reason, n)| (reason.to_owned(), n)).collect();
-        SavedReception { accepted, rejected, kernel_drops }
+        SavedReceiver { accepted, rejected, kernel_drops }
     }
 
     /// Counts on from the process before; may be called again with something newer.
-    pub(super) fn count_on(&mut self, before: &SavedReception) {
+    pub(super) fn restore_counts(&mut self, before: &SavedReceiver) {
         self.before = before.clone();
     }
 
     /// Puts in force what was prepared.
-    pub(super) fn adopt(&mut self, change: Change) {
+    pub(super) fn adopt(&mut self, change: ReceiverChange) {
         match change {
-            Change::Nothing => {}
-            Change::Stop => {
+            ReceiverChange::Keep => {}
+            ReceiverChange::Stop => {
                 self.receiver = None;
                 self.told = 0;
             }
-            Change::Start(receiver) => self.receiver = Some(receiver),
-            Change::Adapt(prepared, keys) => {
+            ReceiverChange::Start(receiver) => self.receiver = Some(receiver),
+            ReceiverChange::Update(prepared, keys) => {
                 if let Some(receiver) = &self.receiver {
                     receiver.commit(prepared);
                     receiver.set_keys(keys);
@@ -167,7 +175,7 @@ impl Reception {
 
     /// What has arrived, oldest first, and what was lost here; at most
     /// [`TURN_MAX`] events and one. Logs what there is to say of the rejected.
-    pub(super) fn take(&mut self) -> Vec<Event> {
+    pub(super) fn take(&mut self) -> Vec<ControlEvent> {
         let Some(receiver) = &self.receiver else { return Vec::new() };
         while let Some(warning) = receiver.pop_warning() {
             warn(&warning);
@@ -175,14 +183,14 @@ impl Reception {
         let mut events = Vec::new();
         let dropped = receiver.dropped();
         if dropped > self.told {
-            events.push(Event::HeartbeatsLost(dropped - self.told));
+            events.push(ControlEvent::HeartbeatsLost(dropped - self.told));
             self.told = dropped;
         }
         let arrived = std::iter::from_fn(|| receiver.pop()).take(TURN_MAX);
         events.extend(arrived.map(|arrived| {
             let (pool, backend) = (&arrived.heartbeat.pool, &arrived.heartbeat.name);
             tracing::trace!(%pool, %backend, sequence = arrived.heartbeat.sequence, "heartbeat");
-            Event::Heartbeat {
+            ControlEvent::Heartbeat {
                 heartbeat: arrived.heartbeat,
                 at: arrived.at,
                 stands_for: arrived.stands_for,
@@ -200,21 +208,21 @@ impl Reception {
     pub(super) fn counts(&self) -> HeartbeatCounts {
         let Some(receiver) = &self.receiver else { return HeartbeatCounts::default() };
         let counts = receiver.counts();
-        let rejected = |why: Reject| {
+        let rejected = |why: RejectReason| {
             let before = self.before.rejected.get(why.name()).copied().unwrap_or_default();
             counts.rejected(why).saturating_add(before)
         };
         HeartbeatCounts {
             listen: receiver.addresses(),
             accepted: counts.accepted().saturating_add(self.before.accepted),
-            rejected: Reject::ALL.map(|why| (why.name(), rejected(why))).to_vec(),
+            rejected: RejectReason::ALL.map(|why| (why.name(), rejected(why))).to_vec(),
             kernel_drops: counts.kernel_drops().saturating_add(self.before.kernel_drops),
             rejections: receiver.rejections(),
         }
     }
 
     /// Whether the thread that should be receiving has ended.
-    pub(super) fn is_dead(&self) -> bool {
+    pub(super) fn has_exited(&self) -> bool {
         self.receiver.as_ref().is_some_and(Receiver::is_finished)
     }
 }
@@ -250,12 +258,12 @@ fn warn(warning: &Warning) {
     );
 }
 
-fn key_ring(heartbeats: &Heartbeats) -> Result<KeyRing, String> {
+fn key_ring(heartbeats: &HeartbeatConfig) -> Result<KeyRing, String> {
     let mut keys = Vec::with_capacity(heartbeats.keys.len());
     for key in &heartbeats.keys {
         let unread = || format!("the key file {} was not read", key.file.display());
         let secret = key.secret.clone().ok_or_else(unread)?;
-        keys.push(Key {
+        keys.push(HeartbeatKey {
             id: key.id,
             secret,
             pools: key.pools.clone(),

@@ -57,14 +57,14 @@ mod transition_log;
 mod upgrade;
 mod watchdog;
 
-pub use crate::sandbox::{Before, Confined, confine};
-pub use activation::{Activated, passed};
+pub use crate::sandbox::{AppliedSandbox, Before, confine};
+pub use activation::{PassedSockets, passed};
 pub use notify::Notifier;
 pub use preflight::preflight;
 pub use supervised::{Supervised, activated_name};
-pub use upgrade::Predecessor;
+pub use upgrade::OldProcess;
 
-use crate::admin::Request;
+use crate::admin::AdminRequest;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 use tidegate_config::{Problem, Problems};
@@ -86,11 +86,11 @@ pub struct Options {
 /// What a balancer that is a process of its own has around it; nothing, by
 /// default.
 #[derive(Debug, Default)]
-pub struct Surroundings {
+pub struct ProcessEnvironment {
     /// The process whose place it takes.
-    pub predecessor: Option<Predecessor>,
+    pub predecessor: Option<OldProcess>,
     /// Sockets a service manager has passed.
-    pub activated: Option<Activated>,
+    pub activated: Option<PassedSockets>,
     /// The process that has started it and starts others.
     pub supervised: Supervised,
     /// What to start when it is upgraded, where it has no supervisor; without either, it
@@ -101,7 +101,7 @@ pub struct Surroundings {
     /// Where to leave its number.
     pub pid_file: Option<PathBuf>,
     /// What it has given up.
-    pub confined: Confined,
+    pub confined: AppliedSandbox,
 }
 
 /// Why a balancer did not start, or could not go on.
@@ -121,33 +121,33 @@ pub enum Failure {
 
 /// How a balancer that ran came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Exit {
+pub enum RunEnd {
     /// Every session finished, or was cut at the drain deadline.
     Drained {
         /// How many were cut.
         cut: u32,
     },
     /// A second signal: at once, whatever was open.
-    Forced,
+    SecondSignal,
     /// A worker fell too often, or the receiver of heartbeats died.
-    WorkerDied,
+    ThreadExited,
     /// The control thread panicked: nobody would reload, probe or answer.
-    ControlDied,
+    ControlPanicked,
 }
 
 /// A balancer that is up and serving.
 #[derive(Debug)]
-pub struct Running {
-    requests: mpsc::Sender<Request>,
-    thread: JoinHandle<Exit>,
+pub struct RunningBalancer {
+    requests: mpsc::Sender<AdminRequest>,
+    thread: JoinHandle<RunEnd>,
 }
 
 /// Starts a balancer on threads of its own; returns once it is ready.
 ///
 /// # Errors
 /// See [`Failure`]. Nothing is left behind.
-pub fn start(options: Options) -> Result<Running, Failure> {
-    start::start(options, Surroundings::default())
+pub fn start(options: Options) -> Result<RunningBalancer, Failure> {
+    start::start(options, ProcessEnvironment::default())
 }
 
 /// The same for a process of its own: with sockets it was given, and with
@@ -155,21 +155,24 @@ pub fn start(options: Options) -> Result<Running, Failure> {
 ///
 /// # Errors
 /// See [`Failure`]. Nothing is left behind, and a process before goes on.
-pub fn start_within(options: Options, surroundings: Surroundings) -> Result<Running, Failure> {
+pub fn start_within(
+    options: Options,
+    surroundings: ProcessEnvironment,
+) -> Result<RunningBalancer, Failure> {
     start::start(options, surroundings)
 }
 
 // === impl Running ===
 
-impl Running {
+impl RunningBalancer {
     /// The way to the control loop, as the admin API uses it.
-    pub fn requests(&self) -> mpsc::Sender<Request> {
+    pub fn requests(&self) -> mpsc::Sender<AdminRequest> {
         self.requests.clone()
     }
 
     /// Waits for the end.
-    pub fn wait(self) -> Exit {
-        let exit = self.thread.join().unwrap_or(Exit::ControlDied);
+    pub fn wait(self) -> RunEnd {
+        let exit = self.thread.join().unwrap_or(RunEnd::ControlPanicked);
         logging::flush();
         exit
     }

@@ -41,7 +41,7 @@ impl LogHandle {
         let (level, handle) = reload::Layer::new(filter(log.level));
         let base = tracing_subscriber::registry().with(level);
         // A log that cannot be queued is better than none.
-        let queue = LogQueue::start(std::io::stderr(), tell_lost).ok();
+        let queue = LogQueue::start(std::io::stderr(), log_dropped).ok();
         let to = queue.clone();
         let writer = move || match &to {
             Some(queue) => Either::A(queue.line()),
@@ -92,7 +92,7 @@ pub(super) fn flush() {
     }
 }
 
-fn tell_lost(lost: u64) {
+fn log_dropped(lost: u64) {
     tracing::warn!(lost, "log lines were lost: nobody read them, or the disk was full");
 }
 

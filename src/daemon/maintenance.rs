@@ -10,9 +10,9 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_core::control::Effect;
+use tidegate_core::control::ControlEffect;
 use tidegate_core::control::source_ports::{self, PortLimits, PortLook, PortWatch, Reuse};
-use tidegate_core::metrics::counters::LocalAt;
+use tidegate_core::metrics::counters::LocalErrorPlace;
 use tidegate_core::table::state::BackendState;
 use tidegate_dataplane::local_errors;
 use tidegate_net::clock;
@@ -33,7 +33,7 @@ const PORTS_PAUSE: Duration = Duration::from_millis(1);
 
 /// What is looked after.
 #[derive(Debug)]
-pub(super) struct Upkeep {
+pub(super) struct Maintenance {
     next: Instant,
     next_look: Instant,
     /// Shared with a rendering that is under way.
@@ -47,9 +47,9 @@ pub(super) struct Upkeep {
 
 // === impl Upkeep ===
 
-impl Upkeep {
-    pub(super) fn new(now: Instant) -> Upkeep {
-        Upkeep {
+impl Maintenance {
+    pub(super) fn new(now: Instant) -> Maintenance {
+        Maintenance {
             next: now,
             next_look: now,
             ports: Arc::default(),
@@ -73,13 +73,13 @@ impl Upkeep {
         PortLimits { ports: self.local_ports.count, reuse }
     }
 
-    fn again_soon(&mut self) {
+    fn schedule_retry(&mut self) {
         self.next = self.next.min(clock::now() + TRY_AGAIN);
     }
 }
 
 /// What an operator had better know of, in words; a few of them at most.
-pub(super) fn troubles<'a>(
+pub(super) fn warnings<'a>(
     watch: &PortWatch,
     limits: PortLimits,
     backends: impl Iterator<Item = &'a Arc<BackendState>>,
@@ -89,7 +89,7 @@ pub(super) fn troubles<'a>(
         for way in backend.ways.load().iter() {
             if watch.is_warned(backend.id, way.source()) && words.len() < TROUBLES_MAX {
                 let used = watch.used(backend, way, limits);
-                words.push(source_ports::in_words(backend, way, used, limits));
+                words.push(source_ports::warning_text(backend, way, used, limits));
             }
         }
     }
@@ -99,7 +99,7 @@ pub(super) fn troubles<'a>(
 impl Control {
     pub(super) async fn upkeep(&mut self) {
         let now = clock::now();
-        if self.upkeep.reload && self.upgrades.holds_reload() {
+        if self.upkeep.reload && self.upgrades.postpones_reload() {
             // Whoever serves after it reads the file anyway.
             self.upkeep.reload = false;
         }
@@ -107,14 +107,14 @@ impl Control {
         self.upkeep.reload &= self.draining.is_none();
         if self.upkeep.reload && can_read(&self.path) {
             self.upkeep.reload = false;
-            self.reload_when_told().await;
+            self.reload_and_retry().await;
         }
         if now >= self.upkeep.next_look {
             self.look_at_ports(now);
         }
         self.upkeep.next = self.upkeep.next_look;
         if self.upkeep.reload {
-            self.upkeep.again_soon();
+            self.upkeep.schedule_retry();
         }
         self.write_pid_file();
     }
@@ -129,7 +129,7 @@ impl Control {
         let limits = self.upkeep.limits();
         let watch = Arc::make_mut(&mut self.upkeep.ports);
         let backends = self.controller.backends_after(look.after()).take(PORTS_MAX);
-        watch.look(&mut look, backends, limits);
+        watch.sample(&mut look, backends, limits);
         if self.controller.backends_after(look.after()).next().is_some() {
             self.upkeep.look = Some((look, began));
             self.upkeep.next_look = now + PORTS_PAUSE;
@@ -137,21 +137,21 @@ impl Control {
         }
         let notices = watch.complete(look);
         self.upkeep.next_look = (began + source_ports::LOOK).max(now + PORTS_PAUSE);
-        self.perform(notices.into_iter().map(Effect::Notice).collect());
+        self.apply_effects(notices.into_iter().map(ControlEffect::Notice).collect());
     }
 
     /// Reloads because the file has changed or a signal came: nobody waits for
     /// the answer, so where we ran short of something it is done later.
-    pub(super) async fn reload_when_told(&mut self) {
+    pub(super) async fn reload_and_retry(&mut self) {
         let Err(refused) = self.reload().await else { return };
         let ReloadError::Problems(problems) = refused else { return };
         let Some(error) = problems.iter().find_map(|problem| shortage(&problem.message)) else {
             return;
         };
-        self.local.local_trouble(local_errors::local_kind(&error), LocalAt::Reload);
+        self.local.local_trouble(local_errors::local_kind(&error), LocalErrorPlace::Reload);
         tracing::warn!(%error, "the reload is tried again as soon as that is over");
         self.upkeep.reload = true;
-        self.upkeep.again_soon();
+        self.upkeep.schedule_retry();
     }
 
     /// Leaves this process's number; where it cannot be written, it is tried again. After
@@ -163,7 +163,7 @@ impl Control {
         if let Some(file) = &mut self.pid_file {
             file.write();
             if !file.is_written() {
-                self.upkeep.again_soon();
+                self.upkeep.schedule_retry();
             }
         }
     }
@@ -173,7 +173,7 @@ impl Control {
 fn can_read(path: &std::path::Path) -> bool {
     match File::open(path) {
         Ok(_) => true,
-        Err(error) => local_errors::local_trouble(&error).is_none(),
+        Err(error) => local_errors::local_error_kind(&error).is_none(),
     }
 }
 

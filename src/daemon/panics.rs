@@ -15,10 +15,11 @@ use tidegate_net::clock;
 const LOGGED_MAX: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(10);
 
-static LIMIT: Mutex<Limit> = Mutex::new(Limit { window: None, logged: 0, silent: 0 });
+static LIMIT: Mutex<PanicLogLimit> =
+    Mutex::new(PanicLogLimit { window: None, logged: 0, silent: 0 });
 
 #[derive(Debug)]
-struct Limit {
+struct PanicLogLimit {
     window: Option<Instant>,
     logged: u32,
     /// Not logged since the last one that was.
@@ -55,7 +56,7 @@ fn report(panic: &PanicHookInfo<'_>) {
 
 // === impl Limit ===
 
-impl Limit {
+impl PanicLogLimit {
     /// Whether one more may be logged; then, how many were not since the last.
     fn allows(&mut self, now: Instant) -> Option<u64> {
         if self.window.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW) {
@@ -76,7 +77,8 @@ mod tests {
 
     #[test]
     fn a_flood_is_ten_lines_and_a_number() {
-        let (start, mut limit) = (clock::now(), Limit { window: None, logged: 0, silent: 0 });
+        let (start, mut limit) =
+            (clock::now(), PanicLogLimit { window: None, logged: 0, silent: 0 });
         let logged = (0..1000).filter(|_| limit.allows(start).is_some()).count();
         assert_eq!(logged, 10);
         assert_eq!(limit.allows(start + WINDOW), Some(990));

@@ -5,7 +5,7 @@
 //! the same. It changes nothing: what it binds it closes at once, and it creates
 //! no file.
 
-use super::refused::Refused;
+use super::refused::BindError;
 use crate::admin::Token;
 use rustix::fs::{Access, access};
 use std::collections::BTreeSet;
@@ -16,7 +16,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use tidegate_config::{Loaded, Origin, Problem, Spot};
 use tidegate_core::model::{AccessLogTarget, AdminListen, Config};
-use tidegate_net::privileges::Identity;
+use tidegate_net::privileges::UserIdentity;
 use tidegate_net::{listen, stream};
 
 /// Everything that a start on this host would refuse, or that an operator should
@@ -46,7 +46,10 @@ pub fn preflight(loaded: &Loaded) -> Vec<Problem> {
 }
 
 /// The user to become; `None` where the process stays who it is.
-pub(super) fn identity(config: &Config, origin: &Origin) -> Result<Option<Identity>, Box<Problem>> {
+pub(super) fn identity(
+    config: &Config,
+    origin: &Origin,
+) -> Result<Option<UserIdentity>, Box<Problem>> {
     let process = &config.process;
     let Some(user) = &process.user else { return Ok(None) };
     let refused = |why: String| {
@@ -54,7 +57,7 @@ pub(super) fn identity(config: &Config, origin: &Origin) -> Result<Option<Identi
         let (spot, key) = group.map_or((Spot::User, "user"), |_| (Spot::Group, "group"));
         Box::new(origin.error(&spot, format!("[process] {key}: {why}"), None))
     };
-    let identity = Identity::find(user, process.group.as_deref()).map_err(&refused)?;
+    let identity = UserIdentity::find(user, process.group.as_deref()).map_err(&refused)?;
     if identity.is_root() {
         return Err(refused(format!("{user:?} is root, which the process must not become")));
     }
@@ -67,7 +70,7 @@ fn token(config: &Config, origin: &Origin) -> Result<(), Box<Problem>> {
 }
 
 /// A secret that belongs to another user is closed to the one that reads it.
-fn unreadable_token(config: &Config, origin: &Origin, identity: &Identity) -> Option<Problem> {
+fn unreadable_token(config: &Config, origin: &Origin, identity: &UserIdentity) -> Option<Problem> {
     let path = config.admin.token_file.as_ref()?;
     let owner = fs::metadata(path).ok()?.uid();
     let message = format!(
@@ -140,7 +143,7 @@ fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
                 continue;
             }
             let privileged = error.kind() == ErrorKind::PermissionDenied;
-            let refused = Refused::new(*address, error);
+            let refused = BindError::new(*address, error);
             if refused.is_held_by_this_program() {
                 continue;
             }

@@ -6,12 +6,12 @@ use std::collections::HashSet;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use tidegate_config::{Origin, Problem, Spot};
-use tidegate_core::model::{BackendAddress, Config};
+use tidegate_core::model::{BackendAddr, Config};
 use tidegate_net::holders::{self, Holder, Listening};
 
 /// An address that could not be bound.
 #[derive(Debug)]
-pub(super) struct Refused {
+pub(super) struct BindError {
     pub(super) address: SocketAddr,
     pub(super) error: io::Error,
     /// A socket that listens where this one would.
@@ -38,9 +38,9 @@ pub(super) fn holders_in_the_way(config: &Config) -> Vec<(u64, Holder)> {
 /// More sockets in the way than this are not looked into.
 const HOLDERS_MAX: usize = 16;
 
-impl Refused {
+impl BindError {
     /// Finds out what is in the way.
-    pub(super) fn new(address: SocketAddr, error: io::Error) -> Refused {
+    pub(super) fn new(address: SocketAddr, error: io::Error) -> BindError {
         let taken = error.kind() == ErrorKind::AddrInUse;
         let all = if taken { holders::listening().unwrap_or_default() } else { Vec::new() };
         let exact = all.iter().find(|other| other.address == address);
@@ -51,17 +51,17 @@ impl Refused {
         });
         let other = exact.or(wide).or(both).copied();
         let holder = other.and_then(|other| holders::holder(other.socket));
-        Refused { address, error, other, holder }
+        BindError { address, error, other, holder }
     }
 
     /// Another socket listens there.
-    pub(super) fn taken(address: SocketAddr, other: Listening) -> Refused {
+    pub(super) fn taken(address: SocketAddr, other: Listening) -> BindError {
         let holder = holders::holder(other.socket);
-        Refused { address, error: ErrorKind::AddrInUse.into(), other: Some(other), holder }
+        BindError { address, error: ErrorKind::AddrInUse.into(), other: Some(other), holder }
     }
 
     /// With the process that was found before.
-    pub(super) fn with(mut self, known: &[(u64, Holder)]) -> Refused {
+    pub(super) fn with(mut self, known: &[(u64, Holder)]) -> BindError {
         let known =
             known.iter().find(|(socket, _)| self.other.is_some_and(|o| o.socket == *socket));
         self.holder = self.holder.or_else(|| known.map(|(_, holder)| holder.clone()));
@@ -106,16 +106,16 @@ impl Refused {
 
 /// `POOL/NAME` of a backend with that address.
 fn backend_at(config: &Config, address: SocketAddr) -> Option<String> {
-    let address = BackendAddress::Tcp(address);
+    let address = BackendAddr::Tcp(address);
     config.pools.iter().find_map(|pool| {
         let backend = pool.backends.iter().find(|backend| backend.address == address)?;
         Some(format!("{}/{}", pool.name, backend.name))
     })
 }
 
-impl std::fmt::Display for Refused {
+impl std::fmt::Display for BindError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Refused { address, error, other, holder } = self;
+        let BindError { address, error, other, holder } = self;
         // The kind's own words where no system call has failed.
         let why = match error.raw_os_error() {
             Some(_) => error.to_string(),
@@ -143,9 +143,9 @@ impl std::fmt::Display for Refused {
 mod tests {
     use super::*;
 
-    fn refused(errno: i32, address: &str) -> Refused {
+    fn refused(errno: i32, address: &str) -> BindError {
         let error = io::Error::from_raw_os_error(errno);
-        Refused { address: address.parse().unwrap(), error, other: None, holder: None }
+        BindError { address: address.parse().unwrap(), error, other: None, holder: None }
     }
 
     #[test]
@@ -163,7 +163,7 @@ mod tests {
         let address = "127.0.0.1:80".parse().unwrap();
         let other = Some(Listening { address, socket: 7, user: 33 });
         let holder = Holder { pid: 42, program: "nginx".to_owned() };
-        let refused = Refused { other, ..refused(libc::EADDRINUSE, "0.0.0.0:80") };
+        let refused = BindError { other, ..refused(libc::EADDRINUSE, "0.0.0.0:80") };
         assert!(refused.to_string().ends_with("; a process of user 33 listens on 127.0.0.1:80"));
         assert!(refused.help(false).unwrap().contains("`ss -ltnp`"));
         let refused = refused.with(&[(6, Holder { pid: 1, ..holder.clone() }), (7, holder)]);

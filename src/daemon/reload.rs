@@ -4,20 +4,20 @@
 //! can fail (reading, validating, binding, opening the log, the token) comes
 //! first and changes nothing; what follows cannot.
 
-use super::binds::Fresh;
+use super::binds::NewBinds;
 use super::control_loop::Control;
 use super::preflight;
-use super::refused::Refused;
+use super::refused::BindError;
 use super::reload_diff;
 use super::start;
-use crate::admin::{Problem, ReloadError, Reloaded};
+use crate::admin::{ProblemDoc, ReloadDoc, ReloadError};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_config::{self as config, Loaded, Severity, Spot};
-use tidegate_core::control::Event;
+use tidegate_core::control::ControlEvent;
 use tidegate_core::model::Config;
 
 /// How long a reload waits for an address it wants back to be closed first.
@@ -51,18 +51,18 @@ impl Control {
 
     /// The same unless it drains; an upgrade under way holds it back.
     pub(super) async fn reload_asked_by(&mut self, asked_by: &str) {
-        if !self.drains_instead(asked_by) && !self.upgrades.holds_reload() {
-            self.reload_when_told().await;
+        if !self.drains_instead(asked_by) && !self.upgrades.postpones_reload() {
+            self.reload_and_retry().await;
         }
     }
 
     /// As [`Control::reload`]; while this process drains or an upgrade is under
     /// way, a refusal.
-    pub(super) async fn reload_on_request(&mut self) -> Result<Reloaded, ReloadError> {
+    pub(super) async fn reload_on_request(&mut self) -> Result<ReloadDoc, ReloadError> {
         if self.drains_instead("admin request") {
             return Err(ReloadError::NotNow(DRAINS));
         }
-        if !self.upgrades.holds_reload() {
+        if !self.upgrades.postpones_reload() {
             return self.reload().await;
         }
         self.reloads.refused += 1;
@@ -71,12 +71,12 @@ impl Control {
     }
 
     /// Reads the file again and puts it in force, where it says something new.
-    pub(super) async fn reload(&mut self) -> Result<Reloaded, ReloadError> {
+    pub(super) async fn reload(&mut self) -> Result<ReloadDoc, ReloadError> {
         self.notifier.reloading();
         let result = self.try_reload().await;
         self.notifier.ready();
         match &result {
-            Ok(Reloaded { changed: true, generation, .. }) => {
+            Ok(ReloadDoc { changed: true, generation, .. }) => {
                 self.reloads.changed += 1;
                 tracing::info!(generation, "configuration in force");
             }
@@ -84,7 +84,7 @@ impl Control {
             Err(refused) => {
                 self.reloads.refused += 1;
                 if let ReloadError::Problems(problems) = refused {
-                    for Problem { file, line, column, message, help, .. } in problems {
+                    for ProblemDoc { file, line, column, message, help, .. } in problems {
                         let help = help.iter().map(|help| format!("; {help}")).collect::<String>();
                         tracing::error!(
                             "configuration refused: {file}:{line}:{column}: {message}{help}"
@@ -96,7 +96,7 @@ impl Control {
         result
     }
 
-    async fn try_reload(&mut self) -> Result<Reloaded, ReloadError> {
+    async fn try_reload(&mut self) -> Result<ReloadDoc, ReloadError> {
         let loaded = config::load(&self.path).map_err(|problems| {
             ReloadError::Problems(problems.list.iter().map(|it| self.problem(it)).collect())
         })?;
@@ -116,7 +116,7 @@ impl Control {
             let generation = self.controller.generation();
             let mut warnings = self.warnings();
             warnings.extend(replaced_outside(&self.path).inspect(|why| tracing::warn!("{why}")));
-            return Ok(Reloaded { generation, changed: false, warnings });
+            return Ok(ReloadDoc { generation, changed: false, warnings });
         }
         self.wait_for_addresses(&config).await;
         let fresh = self
@@ -167,34 +167,34 @@ impl Control {
         self.watch_named_files();
         self.shared.buffers.set_max(config.process.buffers_max);
         let in_force = self.session_cap.apply(&config, self.binds.sockets());
-        self.feed([Event::Configure(in_force)]);
+        self.feed([ControlEvent::Configure(in_force)]);
         self.reception.adopt(heartbeats);
         self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
         self.hold_heartbeats();
         self.supervised.write_intents(&self.controller);
         self.supervised.in_force.reloaded(&self.path, text, &config);
         let generation = self.controller.generation();
-        Ok(Reloaded { generation, changed: true, warnings: self.warnings() })
+        Ok(ReloadDoc { generation, changed: true, warnings: self.warnings() })
     }
 
     /// An address that was given up a moment ago is closed before it is bound
     /// anew: until then its old sockets keep new clients out.
     async fn wait_for_addresses(&mut self, config: &Config) {
         let mut left = WANTED_BACK_MAX;
-        while self.binds.wanted_back(config) && !left.is_zero() {
+        while self.binds.cancel_retirement(config) && !left.is_zero() {
             tokio::time::sleep(WANTED_BACK_STEP).await;
             left = left.saturating_sub(WANTED_BACK_STEP);
         }
     }
 
     /// Binds what is new. The process before this one may be closing an address.
-    async fn bind_new(&mut self, config: &Config) -> Result<Fresh, Refused> {
+    async fn bind_new(&mut self, config: &Config) -> Result<NewBinds, BindError> {
         let mut left = WANTED_BACK_MAX;
         loop {
             match self.binds.bind_new(config) {
                 Err(refused)
                     if refused.error.kind() == ErrorKind::AddrInUse
-                        && self.upgrades.awaits_predecessor()
+                        && self.upgrades.awaits_old_process()
                         && !left.is_zero() =>
                 {
                     tokio::time::sleep(WANTED_BACK_STEP).await;
@@ -215,10 +215,10 @@ impl Control {
         ReloadError::Problems(vec![self.problem(problem)])
     }
 
-    fn problem(&self, from: &config::Problem) -> Problem {
+    fn problem(&self, from: &config::Problem) -> ProblemDoc {
         let mut from = from.clone();
         from.message = self.confined.explain(from.message);
-        Problem {
+        ProblemDoc {
             rendered: from.render(false),
             file: from.file,
             line: from.line,

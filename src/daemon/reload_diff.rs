@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use tidegate_core::model::{Config, Pool};
+use tidegate_core::model::{Config, PoolConfig};
 
 /// Lines for one reload; a file that changes more says how many more.
 const LINES_MAX: usize = 200;
@@ -22,13 +22,13 @@ pub(super) fn diff(old: &Config, new: &Config) -> Vec<String> {
     };
     named(&mut lines, "frontend", &frontends(old), &frontends(new));
     let pools = |config: &Config| {
-        let bare = |pool: &Pool| Pool { backends: Vec::new(), ..pool.clone() };
+        let bare = |pool: &PoolConfig| PoolConfig { backends: Vec::new(), ..pool.clone() };
         let all = config.pools.iter();
         all.map(|it| (it.name.to_string(), bare(it))).collect::<BTreeMap<_, _>>()
     };
     named(&mut lines, "pool", &pools(old), &pools(new));
     let backends = |config: &Config| {
-        let of = |pool: &Pool| {
+        let of = |pool: &PoolConfig| {
             let name = pool.name.clone();
             let all = pool.backends.iter();
             all.map(move |it| (format!("{name}/{}", it.name), it.clone())).collect::<Vec<_>>()

@@ -15,12 +15,12 @@ use std::time::{Duration, Instant, SystemTime};
 use tidegate_core::control::source_ports::{PortLimits, PortWatch};
 use tidegate_core::control::{ControlStatus, Gathering};
 use tidegate_core::metrics::counters::WorkerCounters;
-use tidegate_core::metrics::histograms::{Delta, Merged};
+use tidegate_core::metrics::histograms::{HistogramDelta, MergedHistograms};
 use tidegate_core::table::state::BackendId;
-use tidegate_dataplane::worker::{Command, Mailbox};
-use tidegate_net::budget::Budget;
+use tidegate_dataplane::worker::{Mailbox, WorkerCommand};
+use tidegate_net::budget::MemoryBudget;
 use tidegate_net::clock;
-use tidegate_net::confinement::Confinement;
+use tidegate_net::confinement::SandboxReport;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -61,11 +61,11 @@ pub(super) struct Rendering {
 /// Everything measured; clones share it. The control thread takes it for upgrades
 /// alone.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Latencies(Arc<Mutex<Merged>>);
+pub(super) struct Latencies(Arc<Mutex<MergedHistograms>>);
 
 /// Histograms that the workers were asked for.
 pub(super) struct Collecting {
-    asked: Vec<(Arc<Mailbox>, oneshot::Receiver<Option<Delta>>)>,
+    asked: Vec<(Arc<Mailbox>, oneshot::Receiver<Option<HistogramDelta>>)>,
     latency: Latencies,
     /// Of whom something may be known, among the backends up to `seen`.
     known: Vec<BackendId>,
@@ -74,7 +74,7 @@ pub(super) struct Collecting {
 
 /// Histograms that have arrived.
 pub(super) struct Collected {
-    deltas: Vec<(Arc<Mailbox>, Delta)>,
+    deltas: Vec<(Arc<Mailbox>, HistogramDelta)>,
     latency: Latencies,
     known: Vec<BackendId>,
     seen: u32,
@@ -96,13 +96,13 @@ struct Picture {
     connections_active: u32,
     connections_max: u32,
     queued: HashMap<Arc<str>, usize>,
-    buffers: Arc<Budget>,
+    buffers: Arc<MemoryBudget>,
     buffers_refused: u64,
     warnings: Vec<String>,
     /// What is wrong with the file since a crash.
     note: Option<String>,
     admin_crowded: u64,
-    confinement: Confinement,
+    confinement: SandboxReport,
     control_counts: Arc<WorkerCounters>,
     log_dropped: u64,
     ports: Arc<PortWatch>,
@@ -169,7 +169,7 @@ impl Control {
 
     fn picture(&self, control: ControlStatus, now: Instant) -> Picture {
         let table = self.tables.current();
-        let rarities = self.rarities();
+        let rarities = self.rare_counters();
         Picture {
             control,
             workers: self.counters.clone(),
@@ -227,7 +227,7 @@ impl Control {
         self.rendering.collected = seen;
         let ask = |mailbox: &Arc<Mailbox>| {
             let (reply, answer) = oneshot::channel();
-            mailbox.send(Command::Collect(reply));
+            mailbox.send(WorkerCommand::Collect(reply));
             (Arc::clone(mailbox), answer)
         };
         Collecting {
@@ -242,7 +242,7 @@ impl Control {
 // === impl Latencies ===
 
 impl Latencies {
-    pub(super) fn lock(&self) -> MutexGuard<'_, Merged> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, MergedHistograms> {
         // A panic half-way leaves counts that are a little too small.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -273,7 +273,7 @@ impl Collected {
         let known: HashSet<BackendId> = self.known.into_iter().collect();
         let mut latency = self.latency.lock();
         for (mailbox, delta) in self.deltas {
-            mailbox.send(Command::GiveBack(latency.absorb(delta)));
+            mailbox.send(WorkerCommand::ReturnHistograms(latency.absorb(delta)));
         }
         latency.retain(|id| id > self.seen || known.contains(&BackendId(id)));
     }
@@ -287,7 +287,7 @@ impl Picture {
         collected.absorb();
         let latency = latencies.lock();
         let states = self.control.pools.iter().flat_map(|pool| &pool.backends).map(|b| &b.state);
-        let mut troubles = maintenance::troubles(&self.ports, self.port_limits, states);
+        let mut troubles = maintenance::warnings(&self.ports, self.port_limits, states);
         troubles.extend(self.note.clone());
         let snapshot = self.snapshot(&latency, &troubles);
         let (mut status, mut metrics) = (None, None);
@@ -302,7 +302,11 @@ impl Picture {
         }
     }
 
-    fn snapshot<'a>(&'a self, latency: &'a Merged, troubles: &'a [String]) -> Snapshot<'a> {
+    fn snapshot<'a>(
+        &'a self,
+        latency: &'a MergedHistograms,
+        troubles: &'a [String],
+    ) -> Snapshot<'a> {
         Snapshot {
             control: &self.control,
             workers: &self.workers,

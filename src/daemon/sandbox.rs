@@ -15,7 +15,7 @@
 //!
 //! 1. the directory of the admin socket is made, and given to `user`;
 //! 2. capabilities leave the bounding set, then groups, group and user change
-//!    ([`Identity::assume`]), then what is kept becomes effective and ambient;
+//!    ([`BackendKey::assume`]), then what is kept becomes effective and ambient;
 //! 3. `no_new_privs`, which the next two need;
 //! 4. landlock, then the seccomp filter.
 //!
@@ -38,18 +38,18 @@ use std::path::{Path, PathBuf};
 use tidegate_config::{self as config, Problems, Texts};
 use tidegate_core::model;
 use tidegate_core::model::{AccessLogTarget, AdminListen, Config, Sandbox};
-use tidegate_net::confinement::Confinement;
+use tidegate_net::confinement::SandboxReport;
 use tidegate_net::holders::Holder;
-use tidegate_net::privileges::{self, CapabilitySet, Identity};
+use tidegate_net::privileges::{self, CapabilitySet, UserIdentity};
 use tidegate_net::sandbox::{self, Paths};
 
 /// What this process has given up, and by which settings.
 #[derive(Debug)]
-pub struct Confined {
+pub struct AppliedSandbox {
     /// As status tells it.
-    pub(super) report: Confinement,
+    pub(super) report: SandboxReport,
     /// The settings it was confined by; `None` inside another program.
-    asked: Option<Asked>,
+    asked: Option<SandboxSettings>,
     /// Where the admin API listens.
     pub(super) admin: Option<Place>,
     /// Processes that listen where this one is to.
@@ -58,7 +58,7 @@ pub struct Confined {
 
 /// The keys of `[process]` that are obeyed here.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Asked {
+struct SandboxSettings {
     user: Option<String>,
     group: Option<String>,
     sandbox: Sandbox,
@@ -93,11 +93,11 @@ const FOR_ROOT: CapabilitySet =
 /// SO_RCVBUFFORCE).
 const FOR_HEARTBEATS: CapabilitySet = CapabilitySet::NET_ADMIN;
 
-impl Default for Confined {
+impl Default for AppliedSandbox {
     /// Inside another program, which is to confine itself.
-    fn default() -> Confined {
-        Confined {
-            report: Confinement::none("this balancer runs inside another program"),
+    fn default() -> AppliedSandbox {
+        AppliedSandbox {
+            report: SandboxReport::none("this balancer runs inside another program"),
             asked: None,
             admin: None,
             in_the_way: Vec::new(),
@@ -129,17 +129,17 @@ pub fn confine(
     path: &Path,
     pid_file: Option<&Path>,
     before: Before<'_>,
-) -> Result<Confined, Failure> {
+) -> Result<AppliedSandbox, Failure> {
     let Before { inherited, admin: place_before, upgrade, instead } = before;
     // Only what is needed to become who is to read the rest.
     let outline = instead.map_or_else(|| config::outline(path), config::outline_kept);
     let Ok((mut config, origin)) = outline else {
         let problems = config::load(path).err();
-        let changed = || Failure::Runtime(changed_meanwhile());
+        let changed = || Failure::Runtime(changed_during_start());
         return Err(problems.map_or_else(changed, Failure::Config));
     };
     let process = &config.process;
-    let asked = Asked {
+    let asked = SandboxSettings {
         user: process.user.clone(),
         group: process.group.clone(),
         sandbox: process.sandbox,
@@ -147,7 +147,7 @@ pub fn confine(
     if privileges::threads().is_some_and(|count| count > 1) {
         return Err(Failure::Runtime("cannot give up privileges: there are threads".to_owned()));
     }
-    let mut report = Confinement::none("sandbox = \"off\"");
+    let mut report = SandboxReport::none("sandbox = \"off\"");
     // An upgrade takes the addresses from the process before.
     let in_the_way = if !upgrade { holders_in_the_way(&config) } else { Vec::new() };
     let identity = preflight::identity(&config, &origin)
@@ -162,21 +162,21 @@ pub fn confine(
         // Without success nothing is held that was not held before: told below.
         let _ = privileges::reduce(kept(&config));
     }
-    tell_privileges(&mut report, kept(&config));
+    report_privileges(&mut report, kept(&config));
     if process.sandbox != Sandbox::Off || !inherited.is_empty() {
-        wall_in(&mut report, &paths(path, pid_file, &config), inherited);
+        apply_sandbox(&mut report, &paths(path, pid_file, &config), inherited);
     }
     if process.sandbox == Sandbox::On {
-        demand(&report)?;
+        require_all(&report)?;
     }
-    Ok(Confined { report, asked: Some(asked), admin: Some(admin), in_the_way })
+    Ok(AppliedSandbox { report, asked: Some(asked), admin: Some(admin), in_the_way })
 }
 
-fn changed_meanwhile() -> String {
+fn changed_during_start() -> String {
     "the configuration changed while the process started".to_owned()
 }
 
-fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> {
+fn become_user(identity: &UserIdentity, keep: CapabilitySet) -> Result<(), Failure> {
     let refused = |what: &str, error: &dyn std::fmt::Display| {
         let (user, us) = (&identity.name, privileges::whoami());
         Failure::Runtime(format!(
@@ -193,7 +193,7 @@ fn become_user(identity: &Identity, keep: CapabilitySet) -> Result<(), Failure> 
 /// directory made here, because it could not make it afterwards.
 fn admin_place(
     config: &Config,
-    identity: Option<&Identity>,
+    identity: Option<&UserIdentity>,
     before: Option<&str>,
 ) -> Result<Place, Failure> {
     if identity.is_none() && config.admin.is_default() {
@@ -205,7 +205,7 @@ fn admin_place(
 
 /// Makes the directory of the admin socket if it is missing, for the user that binds
 /// the socket in it.
-fn prepare_directory(config: &Config, identity: Option<&Identity>) -> Result<(), Failure> {
+fn prepare_directory(config: &Config, identity: Option<&UserIdentity>) -> Result<(), Failure> {
     let AdminListen::Unix(socket) = &config.admin.listen else { return Ok(()) };
     let directory = directory_of(socket);
     if directory.exists() {
@@ -240,7 +240,7 @@ fn for_a_user(config: &Config) -> CapabilitySet {
     }
 }
 
-fn tell_privileges(report: &mut Confinement, most: CapabilitySet) {
+fn report_privileges(report: &mut SandboxReport, most: CapabilitySet) {
     let who = privileges::whoami();
     let root = privileges::is_root();
     report.set(
@@ -254,7 +254,7 @@ fn tell_privileges(report: &mut Confinement, most: CapabilitySet) {
         Err(error) => Err(error.to_string()),
     };
     report.set("capabilities", state);
-    if privileges::gains_none() {
+    if privileges::has_no_new_privs() {
         report.set("no_new_privs", Ok("set by who started this process".to_owned()));
     }
 }
@@ -272,10 +272,10 @@ const HINT_STRICT: &str = "(the sandbox lets this process into the directories a
 const MANY: u32 = 8;
 
 /// `no_new_privs`, landlock and seccomp; what was `inherited` stands already.
-fn wall_in(report: &mut Confinement, paths: &Paths, inherited: &[String]) {
+fn apply_sandbox(report: &mut SandboxReport, paths: &Paths, inherited: &[String]) {
     let before = "by the process before";
     let have = |layer: &str| inherited.iter().any(|one| one == layer);
-    if let Err(error) = privileges::gain_none() {
+    if let Err(error) = privileges::set_no_new_privs() {
         let why = format!("the kernel refuses: {error}");
         for layer in ["no_new_privs", "landlock", "seccomp"] {
             report.set(layer, Err(why.clone()));
@@ -296,7 +296,7 @@ fn wall_in(report: &mut Confinement, paths: &Paths, inherited: &[String]) {
 }
 
 /// `sandbox = "on"`: all of it, or nothing.
-fn demand(report: &Confinement) -> Result<(), Failure> {
+fn require_all(report: &SandboxReport) -> Result<(), Failure> {
     let missing: Vec<String> = report
         .layers()
         .iter()
@@ -368,14 +368,14 @@ fn directory_of(file: &Path) -> PathBuf {
 
 // === impl Confined ===
 
-impl Confined {
+impl AppliedSandbox {
     /// Refuses a configuration with other settings than those obeyed: it was
     /// written while the process started.
     pub(super) fn check(&self, config: &Config) -> Result<(), Failure> {
         let model::Process { user, group, sandbox, .. } = &config.process;
-        let now = Asked { user: user.clone(), group: group.clone(), sandbox: *sandbox };
+        let now = SandboxSettings { user: user.clone(), group: group.clone(), sandbox: *sandbox };
         match &self.asked {
-            Some(asked) if *asked != now => Err(Failure::Runtime(changed_meanwhile())),
+            Some(asked) if *asked != now => Err(Failure::Runtime(changed_during_start())),
             _ => Ok(()),
         }
     }
@@ -384,7 +384,7 @@ impl Confined {
     /// kernel's that this process has brought upon itself.
     pub(super) fn explain(&self, why: String) -> String {
         let hint = match &self.asked {
-            Some(Asked { sandbox: Sandbox::On, .. }) => HINT_STRICT,
+            Some(SandboxSettings { sandbox: Sandbox::On, .. }) => HINT_STRICT,
             _ => HINT,
         };
         let refused = why.contains("ermission denied");
@@ -402,12 +402,12 @@ impl Confined {
 
     /// Says in one line what is in force; a warning where that is less than was
     /// asked for.
-    pub(super) fn announce(&self) {
+    pub(super) fn log_summary(&self) {
         let line = self.report.line();
         let short = self.report.layers().iter().any(|one| !one.in_force && one.layer != "user");
         match &self.asked {
             None => {}
-            Some(Asked { sandbox: Sandbox::Off, .. }) => {
+            Some(SandboxSettings { sandbox: Sandbox::Off, .. }) => {
                 tracing::info!("confined by the settings alone: {line}");
             }
             Some(_) if short => tracing::warn!("confined, with less than there could be: {line}"),

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tidegate_core::balance::count::{self, Count, cleared, unit};
 use tidegate_core::balance::in_flight::{Counted, Counts, InFlight};
-use tidegate_dataplane::accept::gate::Gate;
+use tidegate_dataplane::accept::gate::SlotWaiters;
 use tidegate_net::cells::{self, CELLS_MAX, Memory};
 use tidegate_net::clock;
 
@@ -76,7 +76,7 @@ impl SharedCounts {
     }
 
     /// Looks after what another process gives back, until there is none.
-    pub(super) fn watch(&self, gate: &Arc<Gate>) {
+    pub(super) fn watch(&self, gate: &Arc<SlotWaiters>) {
         let Some(memory) = &self.memory else { return };
         let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
         if *watched || !memory.is_shared() {
@@ -94,18 +94,18 @@ impl SharedCounts {
     }
 }
 
-fn watch(memory: &Memory, gate: &Gate, watched: &Mutex<bool>) {
+fn watch(memory: &Memory, gate: &SlotWaiters, watched: &Mutex<bool>) {
     let mut looks = 0_u32;
     loop {
         clock::pause(LOOK);
-        gate.opened();
+        gate.slot_freed();
         looks = looks.wrapping_add(1);
         if !looks.is_multiple_of(LOOKS_A_CLEANING) {
             continue;
         }
         if memory.clean(clear) {
             tracing::debug!("another process has ended; what it held of the caps is free");
-            gate.opened();
+            gate.slot_freed();
         }
         let mut watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
         if !memory.is_shared() {

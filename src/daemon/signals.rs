@@ -25,7 +25,7 @@ pub(super) struct Signals {
 
 /// One that has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Caught {
+pub(super) enum SignalKindReceived {
     Reload,
     Upgrade,
     Stop(&'static str),
@@ -57,24 +57,24 @@ impl Signals {
     }
 
     /// The next one that counts.
-    pub(super) async fn next(&mut self) -> Caught {
+    pub(super) async fn next(&mut self) -> SignalKindReceived {
         loop {
             let caught = self.any().await;
-            if !matches!(caught, Caught::Stop(_)) || self.counts(clock::now()) {
+            if !matches!(caught, SignalKindReceived::Stop(_)) || self.counts(clock::now()) {
                 return caught;
             }
         }
     }
 
-    async fn any(&mut self) -> Caught {
+    async fn any(&mut self) -> SignalKindReceived {
         let Some([terminate, interrupt, hangup, user2]) = &mut self.listeners else {
             return std::future::pending().await;
         };
         tokio::select! {
-            _ = terminate.recv() => Caught::Stop("SIGTERM"),
-            _ = interrupt.recv() => Caught::Stop("SIGINT"),
-            _ = hangup.recv() => Caught::Reload,
-            _ = user2.recv() => Caught::Upgrade,
+            _ = terminate.recv() => SignalKindReceived::Stop("SIGTERM"),
+            _ = interrupt.recv() => SignalKindReceived::Stop("SIGINT"),
+            _ = hangup.recv() => SignalKindReceived::Reload,
+            _ = user2.recv() => SignalKindReceived::Upgrade,
         }
     }
 

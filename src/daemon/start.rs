@@ -6,23 +6,23 @@
 use super::admin_api::AdminApi;
 use super::admin_place;
 use super::asked::Asked;
-use super::binds::{Binds, Fresh};
+use super::binds::{Binds, NewBinds};
 use super::builder::Builder;
 use super::control_loop::Control;
 use super::engine::choose_runtime;
-use super::heartbeats::Reception;
+use super::heartbeats::HeartbeatReceiver;
 use super::logging::LogHandle;
 use super::preflight::{access_log_refusal, token_problem, try_sources};
-use super::refused::Refused;
+use super::refused::BindError;
 use super::rendering::{Latencies, Rendering};
 use super::shared_counts::SharedCounts;
 use super::signals::Signals;
 use super::supervised::{Kept, Snapshot};
-use super::upgrade::{Rarities, Starter, Upgrades};
+use super::upgrade::{RareCounters, Starter, Upgrades};
 use super::watchdog::Watchdog;
-use super::{Exit, Failure, Options, Predecessor, Running, Surroundings, panics};
-use crate::admin::{self, AdminListener, Readiness, ReloadCounts, Request, TokenStore};
-use crate::maintenance::Upkeep;
+use super::{Failure, OldProcess, Options, ProcessEnvironment, RunEnd, RunningBalancer, panics};
+use crate::admin::{self, AdminListener, AdminRequest, ReadyState, ReloadCounts, TokenStore};
+use crate::maintenance::Maintenance;
 use crate::probe::runner::ProbeRunner;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -32,17 +32,17 @@ use tidegate_config::{Loaded, Origin};
 use tidegate_config::{Problems, Spot};
 use tidegate_core::balance::count::COUNT_MAX;
 use tidegate_core::balance::in_flight::{Counted, Counts};
-use tidegate_core::control::{Controller, Event};
+use tidegate_core::control::{ControlEvent, Controller};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::{AccessLogTarget, Admin, Config};
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::publish::TablePublisher;
-use tidegate_dataplane::accept::gate::Gate;
-use tidegate_dataplane::access_log::{AccessLog, AccessLogSender, Target};
-use tidegate_dataplane::worker::catch_panic::contained;
-use tidegate_dataplane::worker::context::{Reports, Shared};
-use tidegate_dataplane::worker::{Command, Plan, Runtime, Worker};
-use tidegate_net::budget::Budget;
+use tidegate_dataplane::accept::gate::SlotWaiters;
+use tidegate_dataplane::access_log::{AccessLog, AccessLogDestination, AccessLogSender};
+use tidegate_dataplane::worker::catch_panic::catch_panic;
+use tidegate_dataplane::worker::context::{ProcessContext, ReportQueue};
+use tidegate_dataplane::worker::{EngineKind, Worker, WorkerCommand, WorkerConfig};
+use tidegate_net::budget::MemoryBudget;
 use tidegate_net::clock;
 use tidegate_net::{cpu, limits};
 use tidegate_supervisor::pid_file::PidFile;
@@ -63,7 +63,10 @@ const DESCRIPTORS_A_SESSION: u64 = 2;
 const GIVEN_UP_MAX: Duration = Duration::from_secs(1);
 const GIVEN_UP_STEP: Duration = Duration::from_millis(20);
 
-pub(super) fn start(options: Options, surroundings: Surroundings) -> Result<Running, Failure> {
+pub(super) fn start(
+    options: Options,
+    surroundings: ProcessEnvironment,
+) -> Result<RunningBalancer, Failure> {
     let (requests, inbox) = mpsc::channel(admin::REQUESTS_MAX);
     let (ready, started) = std::sync::mpsc::sync_channel(1);
     let to_control = requests.clone();
@@ -72,7 +75,7 @@ pub(super) fn start(options: Options, surroundings: Surroundings) -> Result<Runn
         .spawn(move || control_thread(&options, surroundings, to_control, inbox, &ready))
         .map_err(|error| Failure::Runtime(format!("cannot start a thread: {error}")))?;
     match started.recv() {
-        Ok(Ok(())) => Ok(Running { requests, thread }),
+        Ok(Ok(())) => Ok(RunningBalancer { requests, thread }),
         Ok(Err(failure)) => {
             let _ = thread.join();
             Err(failure)
@@ -83,17 +86,17 @@ pub(super) fn start(options: Options, surroundings: Surroundings) -> Result<Runn
 
 fn control_thread(
     options: &Options,
-    surroundings: Surroundings,
-    requests: mpsc::Sender<Request>,
-    inbox: mpsc::Receiver<Request>,
+    surroundings: ProcessEnvironment,
+    requests: mpsc::Sender<AdminRequest>,
+    inbox: mpsc::Receiver<AdminRequest>,
     ready: &std::sync::mpsc::SyncSender<Result<(), Failure>>,
-) -> Exit {
+) -> RunEnd {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             let failure = Failure::Runtime(format!("cannot start a runtime: {error}"));
             let _ = ready.send(Err(failure));
-            return Exit::Drained { cut: 0 };
+            return RunEnd::Drained { cut: 0 };
         }
     };
     runtime.block_on(async {
@@ -101,14 +104,14 @@ fn control_thread(
             Ok(control) => {
                 let _ = ready.send(Ok(()));
                 // What it owned is given up, in order, after the panic.
-                Box::pin(contained(control.run(inbox))).await.unwrap_or_else(|_| {
+                Box::pin(catch_panic(control.run(inbox))).await.unwrap_or_else(|_| {
                     tracing::error!("the control thread panicked: the process ends");
-                    Exit::ControlDied
+                    RunEnd::ControlPanicked
                 })
             }
             Err(failure) => {
                 let _ = ready.send(Err(failure));
-                Exit::Drained { cut: 0 }
+                RunEnd::Drained { cut: 0 }
             }
         }
     })
@@ -118,8 +121,8 @@ fn control_thread(
 /// control thread's runtime.
 async fn bring_up(
     options: &Options,
-    mut surroundings: Surroundings,
-    requests: mpsc::Sender<Request>,
+    mut surroundings: ProcessEnvironment,
+    requests: mpsc::Sender<AdminRequest>,
 ) -> Result<Control, Failure> {
     let Loaded { config, text, digest, warnings, origin } =
         surroundings.supervised.in_force.load(&options.config)?;
@@ -152,7 +155,7 @@ async fn bring_up(
     let heartbeats = kept.take_heartbeats();
     let Listeners { admin, admin_taken, binds, fresh, not_taken } =
         listeners(&config, &origin, count, &mut surroundings, kept)?;
-    let mut reception = Reception::default();
+    let mut reception = HeartbeatReceiver::default();
     reception.inherit(match &mut surroundings.predecessor {
         Some(before) => before.take_heartbeats(),
         None => heartbeats,
@@ -163,25 +166,25 @@ async fn bring_up(
     reception.adopt(heartbeats);
 
     let seed = fastrand::u64(..);
-    let before = surroundings.predecessor.as_mut().and_then(Predecessor::take_counts);
+    let before = surroundings.predecessor.as_mut().and_then(OldProcess::take_counts);
     let counts = Arc::new(SharedCounts::new(before));
     let mut controller = Controller::new(count, seed).counting(Arc::clone(&counts) as _);
     if let Some(before) = &surroundings.predecessor {
         let generation = before.generation_of(digest);
-        controller.count_on(generation.saturating_sub(1), before.state().serial);
+        controller.add_carried_counts(generation.saturating_sub(1), before.state().serial);
     } else if let Some(Snapshot { digest: before, state }) = &known {
         let generation = state.generation.saturating_add(u64::from(*before != digest));
-        controller.count_on(generation.saturating_sub(1), state.serial);
+        controller.add_carried_counts(generation.saturating_sub(1), state.serial);
     }
     let tables = TablePublisher::new(controller.current_table());
-    let shared = Shared {
+    let shared = ProcessContext {
         in_flight: Arc::new(counts.count(Counted::Process)),
         sessions: Arc::default(),
-        gate: Arc::new(Gate::new()),
+        gate: Arc::new(SlotWaiters::new()),
         numbers: Arc::default(),
-        reports: Arc::new(Reports::new()),
+        reports: Arc::new(ReportQueue::new()),
         ended: Arc::default(),
-        buffers: Arc::new(Budget::new(config.process.buffers_max)),
+        buffers: Arc::new(MemoryBudget::new(config.process.buffers_max)),
     };
     let counters: Vec<Arc<WorkerCounters>> =
         (0..count).map(|_| Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT))).collect();
@@ -202,7 +205,7 @@ async fn bring_up(
     let config = Arc::new(config);
     let mut session_cap = SessionCap::new(descriptors);
     let in_force = session_cap.apply(&config, 0);
-    let effects = controller.apply(Event::Configure(in_force), clock::now());
+    let effects = controller.apply(ControlEvent::Configure(in_force), clock::now());
     let starter = Starter::of(surroundings.supervised.link(), surroundings.program.take());
     let mut control = Control {
         path: options.config.clone(),
@@ -227,7 +230,7 @@ async fn bring_up(
         rendering: Rendering::default(),
         access_log: Some(access_log),
         log,
-        readiness: Readiness::new(),
+        readiness: ReadyState::new(),
         tokens,
         runtime,
         engine_reason,
@@ -247,22 +250,22 @@ async fn bring_up(
         admin: None,
         pid_file: None,
         local,
-        upkeep: Upkeep::new(clock::now()),
-        rarities_before: Rarities::default(),
+        upkeep: Maintenance::new(clock::now()),
+        rarities_before: RareCounters::default(),
     };
-    control.perform(effects);
+    control.apply_effects(effects);
     if let Some(Snapshot { state, .. }) = &known {
         let effects = control.controller.adopt(state, clock::now());
-        control.perform(effects);
+        control.apply_effects(effects);
     }
     control.signals.let_through();
-    let opening = Opening { admin, admin_taken, fresh, not_taken, requests, origin };
+    let opening = PendingListeners { admin, admin_taken, fresh, not_taken, requests, origin };
     let predecessor = surroundings.predecessor.take();
     match control.open(opening, binds, &surroundings.pid_file, predecessor).await {
         Ok(()) => Ok(control),
         Err(failure) => {
             for worker in control.workers {
-                worker.mailbox.send(Command::Stop);
+                worker.mailbox.send(WorkerCommand::Stop);
                 worker.join();
             }
             Err(failure)
@@ -277,7 +280,7 @@ struct Listeners {
     admin_taken: bool,
     binds: Binds,
     /// Nobody gets in yet.
-    fresh: Fresh,
+    fresh: NewBinds,
     /// Of the process before.
     not_taken: Vec<SocketAddr>,
 }
@@ -287,7 +290,7 @@ fn listeners(
     config: &Config,
     origin: &Origin,
     workers: usize,
-    surroundings: &mut Surroundings,
+    surroundings: &mut ProcessEnvironment,
     mut kept: Kept,
 ) -> Result<Listeners, Failure> {
     let mut binds = Binds::new(workers);
@@ -314,19 +317,20 @@ fn listeners(
         })?,
     };
     let known = &surroundings.confined.in_the_way;
-    let at = |refused: Refused| Failure::At(Box::new(refused.with(known).problem(config, origin)));
+    let at =
+        |refused: BindError| Failure::At(Box::new(refused.with(known).problem(config, origin)));
     let before = surroundings.predecessor.as_ref();
     let mut fresh = reserve(&mut binds, config, before).map_err(at)?;
     if before.is_none() {
         fresh.start().map_err(at)?;
     }
-    let not_taken = binds.disclaim(&fresh);
+    let not_taken = binds.release(&fresh);
     Ok(Listeners { admin, admin_taken, binds, fresh, not_taken })
 }
 
 /// Where the admin API listens; a line in the log if that is not the usual place.
-fn admin_settled(config: &Config, surroundings: &mut Surroundings) -> Result<Admin, Failure> {
-    let before = surroundings.predecessor.as_ref().and_then(Predecessor::admin_listen);
+fn admin_settled(config: &Config, surroundings: &mut ProcessEnvironment) -> Result<Admin, Failure> {
+    let before = surroundings.predecessor.as_ref().and_then(OldProcess::admin_listen);
     let place = match surroundings.confined.admin.take() {
         Some(place) => place,
         None => admin_place::settle(&config.admin, before)?,
@@ -341,8 +345,8 @@ fn admin_settled(config: &Config, surroundings: &mut Surroundings) -> Result<Adm
 fn reserve(
     binds: &mut Binds,
     config: &Config,
-    before: Option<&Predecessor>,
-) -> Result<Fresh, Refused> {
+    before: Option<&OldProcess>,
+) -> Result<NewBinds, BindError> {
     let deadline = clock::now() + GIVEN_UP_MAX;
     loop {
         match binds.reserve_new(config) {
@@ -354,12 +358,12 @@ fn reserve(
 }
 
 /// What is left to be opened once everything is built.
-struct Opening {
+struct PendingListeners {
     admin: AdminListener,
     admin_taken: bool,
-    fresh: Fresh,
+    fresh: NewBinds,
     not_taken: Vec<SocketAddr>,
-    requests: mpsc::Sender<Request>,
+    requests: mpsc::Sender<AdminRequest>,
     origin: Origin,
 }
 
@@ -368,21 +372,22 @@ impl Control {
     /// and operators in.
     async fn open(
         &mut self,
-        opening: Opening,
+        opening: PendingListeners,
         binds: Binds,
         pid_file: &Option<PathBuf>,
-        predecessor: Option<Predecessor>,
+        predecessor: Option<OldProcess>,
     ) -> Result<(), Failure> {
-        let Opening { admin, admin_taken, mut fresh, not_taken, requests, origin } = opening;
+        let PendingListeners { admin, admin_taken, mut fresh, not_taken, requests, origin } =
+            opening;
         if let Some(before) = &predecessor {
             let effects = self.controller.adopt(before.state(), clock::now());
-            self.perform(effects);
-            self.get_acquainted(before.state()).await;
+            self.apply_effects(effects);
+            self.exchange_hello(before.state()).await;
             let generation = self.controller.generation();
             let shares = self.counts.are_taken();
             let known = before.ready(not_taken, admin_taken, generation, shares)?;
             self.take_over(&known);
-            let at = |refused: Refused| refused.problem(&self.config, &origin);
+            let at = |refused: BindError| refused.problem(&self.config, &origin);
             fresh.start().map_err(|refused| Failure::At(Box::new(at(refused))))?;
         }
         let (tokens, readiness) = (Arc::clone(&self.tokens), self.readiness.clone());
@@ -419,9 +424,9 @@ impl Control {
 
 struct Workers<'a> {
     config: &'a Config,
-    runtime: Runtime,
+    runtime: EngineKind,
     cpus: &'a [usize],
-    shared: &'a Shared,
+    shared: &'a ProcessContext,
     tables: &'a TablePublisher,
     counters: &'a [Arc<WorkerCounters>],
     senders: Vec<AccessLogSender>,
@@ -432,7 +437,7 @@ struct Workers<'a> {
 fn start_workers(with: Workers<'_>) -> Result<Vec<Worker>, Failure> {
     let mut workers = Vec::with_capacity(with.counters.len());
     for (id, (access_log, counters)) in with.senders.into_iter().zip(with.counters).enumerate() {
-        let plan = Plan {
+        let plan = WorkerConfig {
             id,
             cpu: with.config.process.pin.then(|| with.cpus[id % with.cpus.len()]),
             runtime: with.runtime,
@@ -447,7 +452,7 @@ fn start_workers(with: Workers<'_>) -> Result<Vec<Worker>, Failure> {
             Ok(worker) => workers.push(worker),
             Err(error) => {
                 for worker in workers {
-                    worker.mailbox.send(Command::Stop);
+                    worker.mailbox.send(WorkerCommand::Stop);
                     worker.join();
                 }
                 return Err(Failure::Runtime(format!("cannot start worker {id}: {error}")));
@@ -477,7 +482,7 @@ fn announce(control: &Control, config: &Config, workers: usize) {
         workers,
         "tidegate starts"
     );
-    control.confined.announce();
+    control.confined.log_summary();
     for address in config.heartbeat.iter().flat_map(|heartbeat| &heartbeat.listen) {
         tracing::info!(%address, "listening for heartbeats");
     }
@@ -530,11 +535,11 @@ impl SessionCap {
 }
 
 /// The access log's target in its own terms.
-pub(super) fn access_target(target: &AccessLogTarget) -> Target {
+pub(super) fn access_target(target: &AccessLogTarget) -> AccessLogDestination {
     match target {
-        AccessLogTarget::Off => Target::Off,
-        AccessLogTarget::Stdout => Target::Stdout,
-        AccessLogTarget::File(path) => Target::File(path.clone()),
+        AccessLogTarget::Off => AccessLogDestination::Off,
+        AccessLogTarget::Stdout => AccessLogDestination::Stdout,
+        AccessLogTarget::File(path) => AccessLogDestination::File(path.clone()),
     }
 }
 

@@ -4,8 +4,8 @@
 //! Made by `cli::run`, owned by the control loop. Without a supervisor everything here
 //! does nothing.
 
-use super::activation::Activated;
-use super::binds::{Group, Holder};
+use super::activation::PassedSockets;
+use super::binds::{BindSockets, SocketOwner};
 use super::in_force::InForce;
 use super::upgrade::OfferedAdmin;
 use crate::admin::{self, AdminListener};
@@ -71,7 +71,7 @@ pub struct Supervised {
 #[serde(rename_all = "lowercase")]
 enum Name {
     /// A bind address.
-    Bind(SocketAddr, Holder),
+    Bind(SocketAddr, SocketOwner),
     /// The admin listener.
     Admin(OfferedAdmin),
     /// An address for heartbeats.
@@ -91,10 +91,10 @@ pub(super) struct Snapshot {
 /// Sockets of a process that has crashed, or of a service manager.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
-    binds: BTreeMap<SocketAddr, Group>,
+    binds: BTreeMap<SocketAddr, BindSockets>,
     admin: Option<(OfferedAdmin, OwnedFd)>,
     heartbeats: Vec<(SocketAddr, OwnedFd)>,
-    pub(super) activated: Option<Activated>,
+    pub(super) activated: Option<PassedSockets>,
 }
 
 /// What a service manager has passed, for the supervisor to keep.
@@ -167,7 +167,7 @@ impl Supervised {
     // --- sockets ---
 
     /// Has copies of an address's sockets kept.
-    pub(super) fn hold(&self, address: SocketAddr, group: &Group) {
+    pub(super) fn hold(&self, address: SocketAddr, group: &BindSockets) {
         if let Some(link) = &self.link {
             let sockets = group.sockets.iter().map(|socket| socket.as_fd());
             link.hold(&name_of(&Name::Bind(address, group.holder)), sockets);
@@ -175,7 +175,7 @@ impl Supervised {
     }
 
     /// The address is given up.
-    pub(super) fn release(&self, address: SocketAddr, group: &Group) {
+    pub(super) fn release(&self, address: SocketAddr, group: &BindSockets) {
         if let Some(link) = &self.link {
             link.release(&name_of(&Name::Bind(address, group.holder)));
         }
@@ -320,7 +320,7 @@ impl Kept {
             match serde_json::from_str(&name) {
                 Ok(Name::Bind(address, holder)) => {
                     let sockets = sockets.into_iter().map(|fd| Arc::new(Socket::from(fd)));
-                    kept.binds.insert(address, Group { sockets: sockets.collect(), holder });
+                    kept.binds.insert(address, BindSockets { sockets: sockets.collect(), holder });
                 }
                 Ok(Name::Admin(offered)) => {
                     kept.admin = sockets.into_iter().next().map(|socket| (offered, socket));
@@ -336,13 +336,13 @@ impl Kept {
             }
         }
         if !activated.is_empty() {
-            kept.activated = Some(Activated::of(activated).map_err(|why| why.to_string())?);
+            kept.activated = Some(PassedSockets::of(activated).map_err(|why| why.to_string())?);
         }
         Ok(kept)
     }
 
     /// What the configuration is to find bound.
-    pub(super) fn take_binds(&mut self) -> BTreeMap<SocketAddr, Group> {
+    pub(super) fn take_binds(&mut self) -> BTreeMap<SocketAddr, BindSockets> {
         std::mem::take(&mut self.binds)
     }
 

@@ -23,14 +23,14 @@ const WINDOW: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 pub(super) struct TransitionLog {
     /// One while its second lasts, by pool and by whether the news are bad.
-    windows: BTreeMap<(Arc<str>, bool), Window>,
+    windows: BTreeMap<(Arc<str>, bool), LogWindow>,
     /// When the oldest of them is over.
     over_at: Option<Instant>,
     unlogged: u64,
 }
 
 #[derive(Debug)]
-struct Window {
+struct LogWindow {
     since: Instant,
     lines: u32,
     more: u64,
@@ -38,7 +38,7 @@ struct Window {
 
 /// What a pool's second has left out.
 #[derive(Debug, PartialEq, Eq)]
-struct More {
+struct SuppressedChanges {
     pool: Arc<str>,
     bad: bool,
     count: u64,
@@ -49,7 +49,7 @@ struct More {
 impl TransitionLog {
     /// Writes it, if its pool has a line left.
     pub(super) fn log(&mut self, transition: &Transition, now: Instant) {
-        self.catch_up(now);
+        self.log_suppressed(now);
         let bad = matches!(transition.to, "down" | "ejected" | "suspect");
         if self.admit(&transition.pool, bad, now) {
             write(transition, bad);
@@ -57,8 +57,8 @@ impl TransitionLog {
     }
 
     /// Says what was left out in seconds that are over.
-    pub(super) fn catch_up(&mut self, now: Instant) {
-        for More { pool, bad, count } in self.over(now) {
+    pub(super) fn log_suppressed(&mut self, now: Instant) {
+        for SuppressedChanges { pool, bad, count } in self.over(now) {
             let s = if count == 1 { "" } else { "s" };
             if bad {
                 tracing::warn!(%pool, "{count} more backend{s} down, ejected or suspect within a second");
@@ -68,7 +68,7 @@ impl TransitionLog {
         }
     }
 
-    /// When [`TransitionLog::catch_up`] may have something to say.
+    /// When [`TransitionLog::log_suppressed`] may have something to say.
     pub(super) fn due(&self) -> Option<Instant> {
         self.over_at
     }
@@ -79,7 +79,7 @@ impl TransitionLog {
     }
 
     fn admit(&mut self, pool: &Arc<str>, bad: bool, now: Instant) -> bool {
-        let fresh = Window { since: now, lines: 0, more: 0 };
+        let fresh = LogWindow { since: now, lines: 0, more: 0 };
         let window = self.windows.entry((Arc::clone(pool), bad)).or_insert(fresh);
         self.over_at.get_or_insert(window.since + WINDOW);
         if window.lines < LINES_MAX {
@@ -91,7 +91,7 @@ impl TransitionLog {
         false
     }
 
-    fn over(&mut self, now: Instant) -> Vec<More> {
+    fn over(&mut self, now: Instant) -> Vec<SuppressedChanges> {
         if self.over_at.is_none_or(|at| now < at) {
             return Vec::new();
         }
@@ -99,7 +99,11 @@ impl TransitionLog {
         self.windows.retain(|(pool, bad), window| {
             let lasts = now.saturating_duration_since(window.since) < WINDOW;
             if !lasts && window.more > 0 {
-                said.push(More { pool: Arc::clone(pool), bad: *bad, count: window.more });
+                said.push(SuppressedChanges {
+                    pool: Arc::clone(pool),
+                    bad: *bad,
+                    count: window.more,
+                });
             }
             lasts
         });
@@ -133,7 +137,11 @@ mod tests {
         for second in 0..3 {
             let now = start + WINDOW * second;
             let said = log.over(now);
-            let more = More { pool: "web".into(), bad: false, count: 1000 - u64::from(LINES_MAX) };
+            let more = SuppressedChanges {
+                pool: "web".into(),
+                bad: false,
+                count: 1000 - u64::from(LINES_MAX),
+            };
             assert_eq!(said, if second == 0 { vec![] } else { vec![more] });
             assert_eq!(admitted(&mut log, "web", false, now), LINES_MAX);
             assert_eq!(log.due(), Some(now + WINDOW));

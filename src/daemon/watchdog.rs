@@ -35,13 +35,13 @@ pub(super) struct ThreadFacts {
 /// The watcher.
 #[derive(Debug)]
 pub(super) struct Watchdog {
-    watched: Vec<Watched>,
+    watched: Vec<WorkerWatch>,
     /// When to look next.
     next_look: Instant,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Watched {
+struct WorkerWatch {
     /// Since when it owes an answer.
     since: Instant,
     /// What the kernel said at the first look at which it owed one.
@@ -55,7 +55,7 @@ struct Watched {
 
 /// Something worth a line in the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Finding {
+pub(super) enum WatchdogEvent {
     /// That worker's loop does not turn.
     Stalled {
         /// Its number.
@@ -66,7 +66,7 @@ pub(super) enum Finding {
         state: Option<char>,
     },
     /// It turns again.
-    Turns {
+    Responsive {
         /// Its number.
         worker: usize,
         /// How long it did not.
@@ -78,7 +78,7 @@ pub(super) enum Finding {
 
 impl Watchdog {
     pub(super) fn new(workers: usize, now: Instant) -> Watchdog {
-        let watched = Watched::new(now);
+        let watched = WorkerWatch::new(now);
         Watchdog { watched: vec![watched; workers], next_look: now + STEP }
     }
 
@@ -95,24 +95,24 @@ impl Watchdog {
         workers: &[Arc<WorkerCounters>],
         wake: impl Fn(usize),
         facts: impl Fn(i32) -> ThreadFacts,
-    ) -> Vec<Finding> {
+    ) -> Vec<WatchdogEvent> {
         let excused = now.saturating_duration_since(self.next_look) >= LATE_MAX;
         self.next_look = now + STEP;
         let mut findings = Vec::new();
         for (worker, (watched, counters)) in self.watched.iter_mut().zip(workers).enumerate() {
             let pulse = &counters.pulse;
             let facts = || pulse.thread().map(&facts).unwrap_or_default();
-            if pulse.ask() {
+            if pulse.request_progress() {
                 if std::mem::take(&mut watched.stalled) {
                     let time = now.saturating_duration_since(watched.since);
-                    findings.push(Finding::Turns { worker, time });
+                    findings.push(WatchdogEvent::Responsive { worker, time });
                     pulse.set_stalled(None);
                 }
-                *watched = Watched::new(now);
+                *watched = WorkerWatch::new(now);
             } else if watched.stalled {
                 pulse.set_stalled(Some(now.saturating_duration_since(watched.since)));
             } else if excused {
-                *watched = Watched::new(now);
+                *watched = WorkerWatch::new(now);
             } else {
                 let facts = facts();
                 let (state, starved) = (facts.state, watched.starved(facts, now));
@@ -121,7 +121,7 @@ impl Watchdog {
                     watched.stalled = true;
                     counters.stalls.add(1);
                     pulse.set_stalled(Some(time));
-                    findings.push(Finding::Stalled { worker, time, state });
+                    findings.push(WatchdogEvent::Stalled { worker, time, state });
                 }
             }
             wake(worker);
@@ -132,9 +132,9 @@ impl Watchdog {
 
 // === impl Watched ===
 
-impl Watched {
-    fn new(since: Instant) -> Watched {
-        Watched { since, first: None, last: None, in_line: Duration::ZERO, stalled: false }
+impl WorkerWatch {
+    fn new(since: Instant) -> WorkerWatch {
+        WorkerWatch { since, first: None, last: None, in_line: Duration::ZERO, stalled: false }
     }
 
     /// How long it has waited for a CPU since the first look. While it waits the
@@ -176,7 +176,7 @@ pub(super) fn thread_facts(thread: i32) -> ThreadFacts {
 }
 
 /// The letter in words.
-pub(super) fn in_words(state: Option<char>) -> &'static str {
+pub(super) fn thread_state_name(state: Option<char>) -> &'static str {
     match state {
         Some('R') => "running",
         Some('S') => "asleep",
@@ -204,21 +204,21 @@ mod tests {
             let now = clock::now();
             let one = || Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
             let workers = vec![one(), one()];
-            workers.iter().for_each(|worker| worker.pulse.runs_on(1));
+            workers.iter().for_each(|worker| worker.pulse.set_thread(1));
             let facts = ThreadFacts { state: Some('R'), ..ThreadFacts::default() };
             World { now, workers, watchdog: Watchdog::new(2, now), facts }
         }
 
         /// `turning` workers answer, then time passes, then the watcher looks.
-        fn step(&mut self, turning: &[usize], time: Duration) -> Vec<Finding> {
-            turning.iter().for_each(|worker| self.workers[*worker].pulse.answer());
+        fn step(&mut self, turning: &[usize], time: Duration) -> Vec<WatchdogEvent> {
+            turning.iter().for_each(|worker| self.workers[*worker].pulse.report_progress());
             self.now += time;
             let facts = self.facts;
             self.watchdog.look(self.now, &self.workers, |_| {}, |_| facts)
         }
 
         /// The same for threads that run all the while.
-        fn steps(&mut self, turning: &[usize], count: u32) -> Vec<Finding> {
+        fn steps(&mut self, turning: &[usize], count: u32) -> Vec<WatchdogEvent> {
             let step = |_| {
                 self.facts.ran += STEP;
                 self.step(turning, STEP)
@@ -232,7 +232,7 @@ mod tests {
         let mut world = World::new();
         assert_eq!(world.steps(&[0, 1], 10), []);
         let found = world.steps(&[0], 10);
-        let [Finding::Stalled { worker: 1, time, state: Some('R') }] = found[..] else {
+        let [WatchdogEvent::Stalled { worker: 1, time, state: Some('R') }] = found[..] else {
             panic!("{found:?}")
         };
         assert!(time >= STALLED_AFTER && time <= STALLED_AFTER + STEP, "{time:?}");
@@ -240,7 +240,7 @@ mod tests {
         let stalled = longest_stall(&world.workers).unwrap();
         assert!(stalled >= STEP * 9, "{stalled:?}");
         let found = world.steps(&[0, 1], 3);
-        assert!(matches!(found[..], [Finding::Turns { worker: 1, .. }]), "{found:?}");
+        assert!(matches!(found[..], [WatchdogEvent::Responsive { worker: 1, .. }]), "{found:?}");
         assert_eq!(longest_stall(&world.workers), None);
     }
 
@@ -263,7 +263,7 @@ mod tests {
             assert_eq!(world.step(&[0], STEP), []);
         }
         let found = world.steps(&[0], 5);
-        assert!(matches!(found[..], [Finding::Stalled { worker: 1, .. }]), "{found:?}");
+        assert!(matches!(found[..], [WatchdogEvent::Stalled { worker: 1, .. }]), "{found:?}");
     }
 
     #[test]
@@ -282,18 +282,18 @@ mod tests {
         }
         // A loop without an end runs, and one that waits for a lock may not.
         let found = world.steps(&[0], 6);
-        assert!(matches!(found[..], [Finding::Stalled { worker: 1, .. }]), "{found:?}");
+        assert!(matches!(found[..], [WatchdogEvent::Stalled { worker: 1, .. }]), "{found:?}");
         let mut world = World::new();
         world.facts.state = Some('S');
         world.steps(&[0, 1], 2);
-        let found: Vec<Finding> = (0..10).flat_map(|_| world.step(&[0], STEP)).collect();
-        assert!(matches!(found[..], [Finding::Stalled { worker: 1, .. }]), "{found:?}");
+        let found: Vec<WatchdogEvent> = (0..10).flat_map(|_| world.step(&[0], STEP)).collect();
+        assert!(matches!(found[..], [WatchdogEvent::Stalled { worker: 1, .. }]), "{found:?}");
     }
 
     #[test]
     fn the_kernel_knows_this_thread() {
         let facts = thread_facts(tidegate_net::cpu::current_thread());
-        assert_eq!(in_words(facts.state), "running");
+        assert_eq!(thread_state_name(facts.state), "running");
         assert_eq!(thread_facts(-1), ThreadFacts::default());
     }
 }

@@ -1,7 +1,7 @@
 //! Faults that tests order: a panic at a named place, or a stall.
 //!
 //! Passed by the data path at each place. A release build has neither the faults
-//! nor a way to order them: everything but the empty [`Faults::pass`] is compiled
+//! nor a way to order them: everything but the empty [`FaultPlan::keep_account`] is compiled
 //! with debug assertions only, and then the admin API takes orders only where
 //! the environment says `TIDEGATE_FAULTS=1`.
 
@@ -10,7 +10,7 @@ use std::cell::Cell;
 
 /// Where it goes wrong, once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
+pub enum FaultPoint {
     /// The next session before it connects, in its task.
     Setup,
     /// The next end of a relay, in the session's task.
@@ -27,24 +27,24 @@ pub enum Fault {
 
 /// The fault to come at one place or another.
 #[derive(Debug, Default)]
-pub(super) struct Faults {
+pub(super) struct FaultPlan {
     #[cfg(debug_assertions)]
-    ordered: Cell<Option<Fault>>,
+    ordered: Cell<Option<FaultPoint>>,
 }
 
 // === impl Fault ===
 
 #[cfg(debug_assertions)]
-impl Fault {
+impl FaultPoint {
     /// As in an order.
-    pub fn from_name(name: &str) -> Option<Fault> {
+    pub fn from_name(name: &str) -> Option<FaultPoint> {
         Some(match name {
-            "setup" => Fault::Setup,
-            "session" => Fault::Session,
-            "relay" => Fault::Relay,
-            "engine" => Fault::Engine,
-            "listener" => Fault::Listener,
-            "worker" => Fault::Worker,
+            "setup" => FaultPoint::Setup,
+            "session" => FaultPoint::Session,
+            "relay" => FaultPoint::Relay,
+            "engine" => FaultPoint::Engine,
+            "listener" => FaultPoint::Listener,
+            "worker" => FaultPoint::Worker,
             _ => return None,
         })
     }
@@ -52,16 +52,16 @@ impl Fault {
 
 // === impl Faults ===
 
-impl Faults {
+impl FaultPlan {
     /// The next pass of that place panics.
     #[cfg(debug_assertions)]
-    pub(super) fn order(&self, fault: Fault) {
+    pub(super) fn order(&self, fault: FaultPoint) {
         self.ordered.set(Some(fault));
     }
 
     /// Panics if that was ordered; in a release build, nothing.
     #[inline]
-    pub(super) fn pass(&self, place: Fault) {
+    pub(super) fn pass(&self, place: FaultPoint) {
         #[cfg(debug_assertions)]
         if self.ordered.get() == Some(place) {
             self.ordered.set(None);

@@ -19,7 +19,7 @@ const NONE: u32 = u32::MAX;
 
 /// The wheel.
 #[derive(Debug)]
-pub struct Wheel {
+pub struct TimerWheel {
     /// The last tick that `advance` has dealt with.
     now: u64,
     /// First node of each slot: the fine ones, then the coarse ones.
@@ -27,11 +27,11 @@ pub struct Wheel {
     /// One bit a slot: not empty.
     occupied: [u64; WORDS],
     /// By key.
-    nodes: Vec<Node>,
+    nodes: Vec<TimerNode>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Node {
+struct TimerNode {
     due: u64,
     previous: u32,
     next: u32,
@@ -39,10 +39,10 @@ struct Node {
     slot: u32,
 }
 
-impl Wheel {
+impl TimerWheel {
     /// No timers; the current tick is `now`.
-    pub fn new(now: u64) -> Wheel {
-        Wheel { now, heads: Box::new([NONE; SLOTS]), occupied: [0; WORDS], nodes: Vec::new() }
+    pub fn new(now: u64) -> TimerWheel {
+        TimerWheel { now, heads: Box::new([NONE; SLOTS]), occupied: [0; WORDS], nodes: Vec::new() }
     }
 
     /// Arms the timer `key` (small: it indexes an array) for the tick `due`, or
@@ -51,7 +51,7 @@ impl Wheel {
         self.cancel(key);
         let needed = key as usize + 1;
         if self.nodes.len() < needed {
-            let vacant = Node { due: 0, previous: NONE, next: NONE, slot: NONE };
+            let vacant = TimerNode { due: 0, previous: NONE, next: NONE, slot: NONE };
             self.nodes.resize(needed, vacant);
         }
         self.place(key, due.max(self.now + 1));
@@ -116,7 +116,7 @@ impl Wheel {
     fn cascade(&mut self, block: u64) {
         let mut key = self.take_slot((FINE + block % COARSE) as usize);
         while key != NONE {
-            let Node { due, next, .. } = self.nodes[key as usize];
+            let TimerNode { due, next, .. } = self.nodes[key as usize];
             self.place(key, due);
             key = next;
         }
@@ -135,7 +135,7 @@ impl Wheel {
         if next != NONE {
             self.nodes[next as usize].previous = key;
         }
-        self.nodes[key as usize] = Node { due, previous: NONE, next, slot: slot as u32 };
+        self.nodes[key as usize] = TimerNode { due, previous: NONE, next, slot: slot as u32 };
         self.set_occupied(slot, true);
     }
 
@@ -197,7 +197,7 @@ mod tests {
             steps in prop::collection::vec(step(), 1..200),
         ) {
             let mut now = start;
-            let mut wheel = Wheel::new(now);
+            let mut wheel = TimerWheel::new(now);
             let mut model: BTreeMap<u32, u64> = BTreeMap::new();
             for step in steps {
                 match step {

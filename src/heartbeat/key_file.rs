@@ -18,12 +18,12 @@ pub struct KeyFileError {
     /// Which.
     pub path: PathBuf,
     /// What is wrong with it.
-    pub why: Unfit,
+    pub why: KeyFileProblem,
 }
 
 /// What is wrong with a key file.
 #[derive(Debug, thiserror::Error)]
-pub enum Unfit {
+pub enum KeyFileProblem {
     /// It cannot be read, or others could.
     #[error("{0}")]
     File(#[from] SecretFileError),
@@ -54,20 +54,21 @@ pub fn of_bytes(path: &Path, bytes: &[u8]) -> Result<Secret, KeyFileError> {
     fit(bytes).map_err(|why| KeyFileError { path: path.to_owned(), why })
 }
 
-fn secret(path: &Path) -> Result<Secret, Unfit> {
+fn secret(path: &Path) -> Result<Secret, KeyFileProblem> {
     let most = SECRET_BYTES_MAX + END_BYTES_MAX;
     let bytes = match secret_file::read(path, Openness::OwnerAlone, most) {
         Ok(bytes) => bytes,
         Err(SecretFileError::TooLarge(_)) => {
-            return Err(Unfit::Length(format!("more than {SECRET_BYTES_MAX} bytes")));
+            return Err(KeyFileProblem::Length(format!("more than {SECRET_BYTES_MAX} bytes")));
         }
         Err(error) => return Err(error.into()),
     };
     fit(&bytes)
 }
 
-fn fit(bytes: &[u8]) -> Result<Secret, Unfit> {
-    Secret::new(without_end(bytes)).map_err(|unfit| Unfit::Length(format!("{} bytes", unfit.0)))
+fn fit(bytes: &[u8]) -> Result<Secret, KeyFileProblem> {
+    Secret::new(without_end(bytes))
+        .map_err(|unfit| KeyFileProblem::Length(format!("{} bytes", unfit.0)))
 }
 
 fn without_end(bytes: &[u8]) -> &[u8] {

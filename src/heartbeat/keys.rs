@@ -28,11 +28,11 @@ pub struct Secret(Hmac<Sha256>);
 /// A secret of the wrong length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a secret has {SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} bytes, this one has {0}")]
-pub struct UnfitSecret(pub usize);
+pub struct InvalidSecretLength(pub usize);
 
 /// One key: a secret and what it may speak for.
 #[derive(Debug, Clone)]
-pub struct Key {
+pub struct HeartbeatKey {
     /// Its number in datagrams.
     pub id: u32,
     /// What senders sign with.
@@ -46,7 +46,7 @@ pub struct Key {
 /// The keys in force, by number. Several may cover one pool: that is how a key
 /// is replaced while senders still use the old one.
 #[derive(Debug, Clone, Default)]
-pub struct KeyRing(HashMap<u32, Key>);
+pub struct KeyRing(HashMap<u32, HeartbeatKey>);
 
 /// Two keys with one number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -60,11 +60,11 @@ impl Secret {
     ///
     /// # Errors
     /// Too few or too many bytes.
-    pub fn new(bytes: &[u8]) -> Result<Secret, UnfitSecret> {
+    pub fn new(bytes: &[u8]) -> Result<Secret, InvalidSecretLength> {
         if !(SECRET_BYTES_MIN..=SECRET_BYTES_MAX).contains(&bytes.len()) {
-            return Err(UnfitSecret(bytes.len()));
+            return Err(InvalidSecretLength(bytes.len()));
         }
-        let mac = Hmac::new_from_slice(bytes).map_err(|_| UnfitSecret(bytes.len()))?;
+        let mac = Hmac::new_from_slice(bytes).map_err(|_| InvalidSecretLength(bytes.len()))?;
         Ok(Secret(mac))
     }
 
@@ -100,7 +100,7 @@ impl fmt::Debug for Secret {
 
 // === impl Key ===
 
-impl Key {
+impl HeartbeatKey {
     /// Whether it may speak for that pool.
     pub fn covers_pool(&self, pool: &str) -> bool {
         self.pools.iter().any(|own| **own == *pool)
@@ -120,7 +120,7 @@ impl KeyRing {
     ///
     /// # Errors
     /// A number that stands twice.
-    pub fn new(keys: impl IntoIterator<Item = Key>) -> Result<KeyRing, RepeatedId> {
+    pub fn new(keys: impl IntoIterator<Item = HeartbeatKey>) -> Result<KeyRing, RepeatedId> {
         let mut ring = HashMap::new();
         for key in keys {
             if let Some(earlier) = ring.insert(key.id, key) {
@@ -131,7 +131,7 @@ impl KeyRing {
     }
 
     /// The key of that number.
-    pub fn get(&self, id: u32) -> Option<&Key> {
+    pub fn get(&self, id: u32) -> Option<&HeartbeatKey> {
         self.0.get(&id)
     }
 

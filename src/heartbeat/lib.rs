@@ -9,7 +9,7 @@
 //! |---|---|
 //! | [`wire`] | the datagram, byte by byte: encode, read, verify (pure) |
 //! | [`keys`] | secrets and what each may speak for (pure) |
-//! | [`trust`] | [`trust::Gate`]: what is believed, refused and why (pure) |
+//! | [`trust`] | [`trust::Verifier`]: what is believed, refused and why (pure) |
 //! | [`rejections`] | which senders are rejected, and when to warn of it (pure) |
 //! | [`key_file`] | reading a secret from its file |
 //! | [`listen`] | sockets and the thread that receives (a shell) |

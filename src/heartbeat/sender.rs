@@ -28,7 +28,7 @@
 
 use super::SenderState;
 use super::keys::Secret;
-use super::wire::{Draft, INTERVAL_MAX, Identity, SHARE_MAX, encode};
+use super::wire::{HeartbeatFields, INTERVAL_MAX, SHARE_MAX, SenderIdentity, encode};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -50,11 +50,11 @@ const INTERVAL_MIN: Duration = Duration::from_millis(1);
 
 /// What is sent where.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct SenderSettings {
     /// Balancers; each gets every heartbeat.
     pub to: Vec<SocketAddr>,
     /// Who sends.
-    pub identity: Identity,
+    pub identity: SenderIdentity,
     /// The number balancers know the secret by.
     pub key_id: u32,
     /// What heartbeats are signed with.
@@ -67,19 +67,19 @@ pub struct Settings {
 /// backend stops.
 #[derive(Debug)]
 pub struct Sender {
-    shared: Arc<Shared>,
+    shared: Arc<SenderShared>,
     thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-struct Shared {
-    says: Mutex<Says>,
+struct SenderShared {
+    says: Mutex<SenderFields>,
     changed: Condvar,
 }
 
 /// What the next heartbeat says, and what became of the last.
 #[derive(Debug)]
-struct Says {
+struct SenderFields {
     state: SenderState,
     weight: u16,
     load: u16,
@@ -93,11 +93,11 @@ struct Says {
 }
 
 /// The thread's side.
-struct Beat {
-    settings: Settings,
+struct SendLoop {
+    settings: SenderSettings,
     /// For IPv4 and IPv6 peers; `None` where there are none.
     sockets: [Option<OwnedFd>; 2],
-    shared: Arc<Shared>,
+    shared: Arc<SenderShared>,
     incarnation: u64,
     sequence: u64,
 }
@@ -124,7 +124,7 @@ impl Sender {
     ///
     /// # Errors
     /// No socket or no thread to be had.
-    pub fn start(mut settings: Settings) -> io::Result<Sender> {
+    pub fn start(mut settings: SenderSettings) -> io::Result<Sender> {
         settings.interval = settings.interval.clamp(INTERVAL_MIN, INTERVAL_MAX);
         let mut sockets = [None, None];
         for to in &settings.to {
@@ -133,7 +133,7 @@ impl Sender {
                 *socket = Some(datagram::sender(to.ip())?);
             }
         }
-        let says = Says {
+        let says = SenderFields {
             state: SenderState::Starting,
             weight: 1,
             load: 0,
@@ -144,8 +144,8 @@ impl Sender {
             failed: 0,
             last_error: None,
         };
-        let shared = Arc::new(Shared { says: Mutex::new(says), changed: Condvar::new() });
-        let beat = Beat {
+        let shared = Arc::new(SenderShared { says: Mutex::new(says), changed: Condvar::new() });
+        let beat = SendLoop {
             settings,
             sockets,
             shared: Arc::clone(&shared),
@@ -216,16 +216,16 @@ impl Drop for Sender {
 
 // === impl Shared ===
 
-impl Shared {
+impl SenderShared {
     /// Nothing done under the lock can fail half-way.
-    fn lock(&self) -> MutexGuard<'_, Says> {
+    fn lock(&self) -> MutexGuard<'_, SenderFields> {
         self.says.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 // === impl Beat ===
 
-impl Beat {
+impl SendLoop {
     fn run(mut self) {
         let mut due = clock::now();
         while self.wait_until(due) {
@@ -262,7 +262,7 @@ impl Beat {
     fn send(&mut self) {
         self.sequence += 1;
         let says = self.shared.lock();
-        let draft = Draft {
+        let draft = HeartbeatFields {
             identity: &self.settings.identity,
             key_id: self.settings.key_id,
             incarnation: self.incarnation,

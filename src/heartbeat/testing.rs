@@ -9,8 +9,8 @@
 )]
 
 use super::SenderState;
-use super::keys::{Key, KeyRing, Secret};
-use super::wire::{Datagram, Draft, Identity, encode};
+use super::keys::{HeartbeatKey, KeyRing, Secret};
+use super::wire::{EncodedHeartbeat, HeartbeatFields, SenderIdentity, encode};
 use std::time::Duration;
 
 /// Wall-clock time the tests begin at, ms since 1970.
@@ -22,8 +22,8 @@ pub fn secret(byte: u8) -> Secret {
 }
 
 /// Key 7 for pool `web` and 10.0.0.0/8 and fd00::/8.
-pub fn key() -> Key {
-    Key {
+pub fn key() -> HeartbeatKey {
+    HeartbeatKey {
         id: 7,
         secret: secret(1),
         pools: vec!["web".into()],
@@ -31,14 +31,14 @@ pub fn key() -> Key {
     }
 }
 
-pub fn ring(keys: impl IntoIterator<Item = Key>) -> KeyRing {
+pub fn ring(keys: impl IntoIterator<Item = HeartbeatKey>) -> KeyRing {
     KeyRing::new(keys).unwrap()
 }
 
 /// Says whatever its fields are set to.
 #[derive(Clone)]
-pub struct Mouth {
-    pub identity: Identity,
+pub struct TestSender {
+    pub identity: SenderIdentity,
     pub key_id: u32,
     pub secret: Secret,
     pub incarnation: u64,
@@ -46,15 +46,15 @@ pub struct Mouth {
     pub sent: u64,
 }
 
-impl Mouth {
+impl TestSender {
     /// Backend `a` of pool `web`, started and sending at [`START`].
-    pub fn new() -> Mouth {
-        Mouth::named("web", "a", "10.0.0.1:80")
+    pub fn new() -> TestSender {
+        TestSender::named("web", "a", "10.0.0.1:80")
     }
 
-    pub fn named(pool: &str, name: &str, address: &str) -> Mouth {
-        Mouth {
-            identity: Identity::new(pool, name, address.parse().unwrap()).unwrap(),
+    pub fn named(pool: &str, name: &str, address: &str) -> TestSender {
+        TestSender {
+            identity: SenderIdentity::new(pool, name, address.parse().unwrap()).unwrap(),
             key_id: 7,
             secret: secret(1),
             incarnation: START,
@@ -63,8 +63,8 @@ impl Mouth {
         }
     }
 
-    pub fn draft(&self) -> Draft<'_> {
-        Draft {
+    pub fn draft(&self) -> HeartbeatFields<'_> {
+        HeartbeatFields {
             identity: &self.identity,
             key_id: self.key_id,
             incarnation: self.incarnation,
@@ -79,7 +79,7 @@ impl Mouth {
     }
 
     /// What it says now; the next has the next sequence.
-    pub fn say(&mut self) -> Datagram {
+    pub fn send(&mut self) -> EncodedHeartbeat {
         let datagram = encode(&self.draft(), &self.secret);
         self.sequence += 1;
         datagram

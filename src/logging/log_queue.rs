@@ -21,12 +21,12 @@ const RETRY: Duration = Duration::from_millis(20);
 /// Everybody's end; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct LogQueue {
-    items: Sender<Item>,
+    items: Sender<LogItem>,
     dropped: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
-enum Item {
+enum LogItem {
     Line(Vec<u8>),
     /// Everything before it is written.
     Flush(Sender<()>),
@@ -69,7 +69,7 @@ impl LogQueue {
     /// stuck reader holds no exit up.
     pub fn flush(&self, limit: Duration) {
         let (done, written) = bounded(1);
-        if self.items.send_timeout(Item::Flush(done), limit).is_ok() {
+        if self.items.send_timeout(LogItem::Flush(done), limit).is_ok() {
             // Written or not, it is time to go.
             let _ = written.recv_timeout(limit);
         }
@@ -82,19 +82,24 @@ impl LogQueue {
 
     fn push(&self, line: Vec<u8>) {
         if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) =
-            self.items.try_send(Item::Line(line))
+            self.items.try_send(LogItem::Line(line))
         {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
 
-fn run(mut target: impl Write, incoming: &Receiver<Item>, dropped: &AtomicU64, told: impl Fn(u64)) {
+fn run(
+    mut target: impl Write,
+    incoming: &Receiver<LogItem>,
+    dropped: &AtomicU64,
+    told: impl Fn(u64),
+) {
     let mut told_of = 0;
     while let Ok(item) = incoming.recv() {
         match item {
-            Item::Flush(done) => drop(done.send(())),
-            Item::Line(line) => match write_line(&mut target, &line) {
+            LogItem::Flush(done) => drop(done.send(())),
+            LogItem::Line(line) => match write_line(&mut target, &line) {
                 Ok(()) => {
                     let lost = dropped.load(Ordering::Relaxed);
                     if lost > told_of {

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub struct Budget {
+pub struct MemoryBudget {
     used: AtomicUsize,
     max: AtomicUsize,
     refused: AtomicU64,
@@ -19,17 +19,21 @@ pub struct Budget {
 
 /// Bytes taken from a budget; dropping it gives them back.
 #[derive(Debug)]
-pub struct Share {
-    budget: Arc<Budget>,
+pub struct BudgetShare {
+    budget: Arc<MemoryBudget>,
     bytes: usize,
 }
 
 // === impl Budget ===
 
-impl Budget {
+impl MemoryBudget {
     /// `max` bytes, all of them left.
-    pub fn new(max: usize) -> Budget {
-        Budget { used: AtomicUsize::new(0), max: AtomicUsize::new(max), refused: AtomicU64::new(0) }
+    pub fn new(max: usize) -> MemoryBudget {
+        MemoryBudget {
+            used: AtomicUsize::new(0),
+            max: AtomicUsize::new(max),
+            refused: AtomicU64::new(0),
+        }
     }
 
     /// Another limit from now on; what is taken stays taken.
@@ -63,7 +67,7 @@ impl Budget {
     }
 
     /// Takes `bytes` where they are left; counts where they are not.
-    pub fn try_take(self: &Arc<Budget>, bytes: usize) -> Option<Share> {
+    pub fn try_take(self: &Arc<MemoryBudget>, bytes: usize) -> Option<BudgetShare> {
         let share = self.take(bytes);
         if self.used() <= self.max() {
             return Some(share);
@@ -73,24 +77,24 @@ impl Budget {
     }
 
     /// Takes `bytes` in any case: for what has been received already. Who asks
-    /// [`Budget::has`] before it receives goes beyond the limit by no more than
+    /// [`MemoryBudget::has`] before it receives goes beyond the limit by no more than
     /// one read a thread.
-    pub fn take(self: &Arc<Budget>, bytes: usize) -> Share {
+    pub fn take(self: &Arc<MemoryBudget>, bytes: usize) -> BudgetShare {
         self.used.fetch_add(bytes, Ordering::Relaxed);
-        Share { budget: Arc::clone(self), bytes }
+        BudgetShare { budget: Arc::clone(self), bytes }
     }
 }
 
-impl Default for Budget {
+impl Default for MemoryBudget {
     /// Without a limit.
     fn default() -> Self {
-        Budget::new(usize::MAX)
+        MemoryBudget::new(usize::MAX)
     }
 }
 
 // === impl Share ===
 
-impl Drop for Share {
+impl Drop for BudgetShare {
     fn drop(&mut self) {
         self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }
@@ -102,7 +106,7 @@ mod tests {
 
     #[test]
     fn a_share_is_given_back_and_what_does_not_fit_is_refused_and_counted() {
-        let budget = Arc::new(Budget::new(100));
+        let budget = Arc::new(MemoryBudget::new(100));
         let first = budget.try_take(60).unwrap();
         assert!(budget.try_take(41).is_none() && !budget.has(41) && budget.has(40));
         assert_eq!((budget.used(), budget.refused()), (60, 2));

@@ -6,7 +6,7 @@
 
 /// One of [`LAYERS`].
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Layer {
+pub struct SandboxLayer {
     /// Its name.
     pub layer: &'static str,
     /// Whether it confines anything.
@@ -18,18 +18,18 @@ pub struct Layer {
 /// Everything that confines a process, in the order of [`LAYERS`].
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 #[serde(transparent)]
-pub struct Confinement(Vec<Layer>);
+pub struct SandboxReport(Vec<SandboxLayer>);
 
 /// In the order in which they are put up.
 pub const LAYERS: [&str; 5] = ["user", "capabilities", "no_new_privs", "landlock", "seccomp"];
 
 // === impl Confinement ===
 
-impl Confinement {
+impl SandboxReport {
     /// Nothing is in force, for that reason.
-    pub fn none(why: &str) -> Confinement {
-        let layer = |layer| Layer { layer, in_force: false, detail: why.to_owned() };
-        Confinement(LAYERS.into_iter().map(layer).collect())
+    pub fn none(why: &str) -> SandboxReport {
+        let layer = |layer| SandboxLayer { layer, in_force: false, detail: why.to_owned() };
+        SandboxReport(LAYERS.into_iter().map(layer).collect())
     }
 
     /// Notes that a layer is in force and how far, or why it is not.
@@ -46,13 +46,13 @@ impl Confinement {
     }
 
     /// All of them.
-    pub fn layers(&self) -> &[Layer] {
+    pub fn layers(&self) -> &[SandboxLayer] {
         &self.0
     }
 
     /// In one line: `user tidegate:tidegate; no landlock (not in this kernel)`.
     pub fn line(&self) -> String {
-        let one = |layer: &Layer| match layer.in_force {
+        let one = |layer: &SandboxLayer| match layer.in_force {
             true => format!("{} ({})", layer.layer, layer.detail),
             false => format!("no {} ({})", layer.layer, layer.detail),
         };
@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn every_layer_is_told_in_order_with_its_reason() {
-        let mut confinement = Confinement::none("off");
+        let mut confinement = SandboxReport::none("off");
         confinement.set("seccomp", Ok("200 system calls".to_owned()));
         confinement.set("landlock", Err("not in this kernel".to_owned()));
         assert!(confinement.holds("seccomp") && !confinement.holds("user"));

@@ -29,14 +29,14 @@ const NAME_BYTES: usize = size_of::<libc::sockaddr_in6>();
 const CONTROL_BYTES: usize = 128;
 
 /// Room for a batch of datagrams and what the kernel says of them.
-pub struct Batch {
-    slots: Box<[Slot]>,
+pub struct DatagramBatch {
+    slots: Box<[ControlBuffer]>,
     filled: usize,
 }
 
 /// One datagram.
 #[derive(Debug, Clone, Copy)]
-pub struct Message<'a> {
+pub struct ReceivedDatagram<'a> {
     /// Its first [`DATAGRAM_BYTES`] at most.
     pub bytes: &'a [u8],
     /// Where it claims to come from.
@@ -52,7 +52,7 @@ pub struct Message<'a> {
 /// Aligned as control messages must be (cmsg(3)).
 #[repr(C, align(8))]
 #[derive(Clone)]
-struct Slot {
+struct ControlBuffer {
     control: [u8; CONTROL_BYTES],
     bytes: [u8; DATAGRAM_BYTES],
     name: [u8; NAME_BYTES],
@@ -77,8 +77,8 @@ pub fn bind(address: SocketAddr, ours: &[BorrowedFd<'_>]) -> io::Result<OwnedFd>
     if super::sockopt::force_receive_buffer(socket.as_fd(), RECEIVE_BUFFER_BYTES).is_err() {
         socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
     }
-    super::sockopt::tell_timestamps(socket.as_fd())?;
-    super::sockopt::tell_drops(socket.as_fd())?;
+    super::sockopt::enable_timestamps(socket.as_fd())?;
+    super::sockopt::enable_drop_counter(socket.as_fd())?;
     let to = SockAddr::from(address);
     match socket.bind(&to) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse && !ours.is_empty() => {
@@ -113,10 +113,10 @@ pub fn receive_buffer(socket: impl AsFd) -> io::Result<usize> {
 
 // === impl Batch ===
 
-impl Batch {
+impl DatagramBatch {
     /// Empty.
-    pub fn new() -> Batch {
-        let empty = Slot {
+    pub fn new() -> DatagramBatch {
+        let empty = ControlBuffer {
             control: [0; CONTROL_BYTES],
             bytes: [0; DATAGRAM_BYTES],
             name: [0; NAME_BYTES],
@@ -124,7 +124,7 @@ impl Batch {
             name_length: 0,
             control_length: 0,
         };
-        Batch { slots: vec![empty; BATCH].into(), filled: 0 }
+        DatagramBatch { slots: vec![empty; BATCH].into(), filled: 0 }
     }
 
     /// Takes the datagrams that have arrived, at most [`BATCH`], instead of
@@ -183,18 +183,18 @@ impl Batch {
     }
 
     /// The datagrams taken last, in order of arrival.
-    pub fn messages(&self) -> impl Iterator<Item = Message<'_>> {
-        self.slots[..self.filled].iter().filter_map(Slot::message)
+    pub fn messages(&self) -> impl Iterator<Item = ReceivedDatagram<'_>> {
+        self.slots[..self.filled].iter().filter_map(ControlBuffer::message)
     }
 }
 
-impl Default for Batch {
+impl Default for DatagramBatch {
     fn default() -> Self {
-        Batch::new()
+        DatagramBatch::new()
     }
 }
 
-impl std::fmt::Debug for Batch {
+impl std::fmt::Debug for DatagramBatch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Batch({} datagrams)", self.filled)
     }
@@ -202,12 +202,12 @@ impl std::fmt::Debug for Batch {
 
 // === impl Slot ===
 
-impl Slot {
+impl ControlBuffer {
     /// `None` only if the kernel names no source.
-    fn message(&self) -> Option<Message<'_>> {
+    fn message(&self) -> Option<ReceivedDatagram<'_>> {
         let from = source(&self.name[..self.name_length])?;
         let bytes = &self.bytes[..self.length];
-        let mut message = Message { bytes, from, received: None, dropped: None };
+        let mut message = ReceivedDatagram { bytes, from, received: None, dropped: None };
         let mut rest = &self.control[..self.control_length];
         while let Some((level, kind, data)) = control_message(&mut rest) {
             if level != libc::SOL_SOCKET {
@@ -301,7 +301,7 @@ mod tests {
             for text in ["a", "bb", ""] {
                 sender.send_to(text.as_bytes(), to).unwrap();
             }
-            let mut batch = Batch::new();
+            let mut batch = DatagramBatch::new();
             assert_eq!(batch.receive(&socket).unwrap(), 3);
             let texts: Vec<&[u8]> = batch.messages().map(|message| message.bytes).collect();
             assert_eq!(texts, [&b"a"[..], b"bb", b""]);
@@ -321,7 +321,7 @@ mod tests {
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
         sender.send_to(&[1; 60_000], to).unwrap();
         sender.send_to(&[2; 7], to).unwrap();
-        let mut batch = Batch::new();
+        let mut batch = DatagramBatch::new();
         batch.receive(&socket).unwrap();
         let lengths: Vec<usize> = batch.messages().map(|message| message.bytes.len()).collect();
         assert_eq!(lengths, [DATAGRAM_BYTES, 7]);
@@ -335,7 +335,7 @@ mod tests {
         for _ in 0..200 {
             sender.send_to(b"x", to).unwrap();
         }
-        let mut batch = Batch::new();
+        let mut batch = DatagramBatch::new();
         let kept = batch.receive(&socket).unwrap();
         sender.send_to(b"after", to).unwrap();
         batch.receive(&socket).unwrap();
@@ -351,7 +351,7 @@ mod tests {
         let beside = bind(narrow, &[wide.as_fd()]).unwrap();
         drop(wide);
         UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"x", narrow).unwrap();
-        assert_eq!(Batch::new().receive(&beside).unwrap(), 1);
+        assert_eq!(DatagramBatch::new().receive(&beside).unwrap(), 1);
         assert!(UdpSocket::bind(narrow).is_err());
     }
 }

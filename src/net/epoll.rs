@@ -20,13 +20,13 @@ pub const BATCH: usize = 32;
 pub struct Epoll(OwnedFd);
 
 /// Events of one wait.
-pub struct Batch(Vec<epoll::Event>);
+pub struct EpollBatch(Vec<epoll::Event>);
 
 /// What a socket is watched for, hang-ups apart, which are always told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Interest {
+pub enum EpollInterest {
     /// Something to receive, told once (edge-triggered).
-    Arrivals,
+    EdgeReadable,
     /// Something to receive or room to send, each told once (edge-triggered).
     Both,
     /// Something to receive, told until it is taken (level-triggered).
@@ -37,7 +37,7 @@ pub enum Interest {
 
 /// What one socket reported.
 #[derive(Debug, Clone, Copy)]
-pub struct Readiness {
+pub struct EpollEvent {
     /// The number given at registration.
     pub token: u64,
     /// There is something to receive (data, FIN or an error).
@@ -105,26 +105,31 @@ impl Epoll {
     }
 
     /// Watches `socket` for `interest` alone, until it is closed.
-    pub fn watch_for(&self, socket: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
+    pub fn watch_for(
+        &self,
+        socket: impl AsFd,
+        token: u64,
+        interest: EpollInterest,
+    ) -> io::Result<()> {
         epoll::add(&self.0, socket, epoll::EventData::new_u64(token), interest.into())?;
         Ok(())
     }
 
     /// Changes what a watched `socket` is watched for.
-    pub fn change(&self, socket: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
+    pub fn change(&self, socket: impl AsFd, token: u64, interest: EpollInterest) -> io::Result<()> {
         epoll::modify(&self.0, socket, epoll::EventData::new_u64(token), interest.into())?;
         Ok(())
     }
 
     /// Takes what is ready now, at most [`BATCH`] sockets; never waits.
-    pub fn poll(&self, batch: &mut Batch) -> io::Result<()> {
+    pub fn poll(&self, batch: &mut EpollBatch) -> io::Result<()> {
         self.wait(batch, Duration::ZERO)
     }
 
     /// Waits until something is ready, but not beyond `timeout` (rounded up to
     /// a millisecond); takes at most [`BATCH`] sockets. May come back early
     /// with nothing.
-    pub fn wait(&self, batch: &mut Batch, timeout: Duration) -> io::Result<()> {
+    pub fn wait(&self, batch: &mut EpollBatch, timeout: Duration) -> io::Result<()> {
         let timeout = rustix::event::Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: timeout.subsec_nanos().into(),
@@ -166,25 +171,25 @@ impl AsFd for Epoll {
 
 // === impl Interest ===
 
-impl From<Interest> for epoll::EventFlags {
-    fn from(interest: Interest) -> epoll::EventFlags {
+impl From<EpollInterest> for epoll::EventFlags {
+    fn from(interest: EpollInterest) -> epoll::EventFlags {
         use epoll::EventFlags as E;
         E::RDHUP
             | match interest {
-                Interest::Arrivals => E::IN | E::ET,
-                Interest::Both => E::IN | E::OUT | E::ET,
-                Interest::WhileReadable => E::IN,
-                Interest::WhileWritable => E::OUT,
+                EpollInterest::EdgeReadable => E::IN | E::ET,
+                EpollInterest::Both => E::IN | E::OUT | E::ET,
+                EpollInterest::WhileReadable => E::IN,
+                EpollInterest::WhileWritable => E::OUT,
             }
     }
 }
 
 // === impl Batch ===
 
-impl Batch {
+impl EpollBatch {
     /// Room for [`BATCH`] events.
-    pub fn new() -> Batch {
-        Batch(Vec::with_capacity(BATCH))
+    pub fn new() -> EpollBatch {
+        EpollBatch(Vec::with_capacity(BATCH))
     }
 
     /// Events taken.
@@ -198,13 +203,13 @@ impl Batch {
     }
 
     /// The `index`-th event; `index` is below `len`.
-    pub fn get(&self, index: usize) -> Readiness {
+    pub fn get(&self, index: usize) -> EpollEvent {
         use epoll::EventFlags as E;
         let event = self.0[index];
         let flags = event.flags;
         let failed = flags.intersects(E::ERR);
         let hang_up = flags.intersects(E::HUP | E::RDHUP | E::ERR);
-        Readiness {
+        EpollEvent {
             token: event.data.u64(),
             readable: flags.intersects(E::IN) || hang_up,
             writable: flags.intersects(E::OUT) || failed,
@@ -215,14 +220,14 @@ impl Batch {
     }
 }
 
-impl std::fmt::Debug for Batch {
+impl std::fmt::Debug for EpollBatch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Batch of {}", self.len())
     }
 }
 
-impl Default for Batch {
+impl Default for EpollBatch {
     fn default() -> Self {
-        Batch::new()
+        EpollBatch::new()
     }
 }

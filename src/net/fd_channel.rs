@@ -54,7 +54,7 @@ const ACTIVATED_FIRST: RawFd = 3;
 
 /// One end of the connection.
 #[derive(Debug)]
-pub struct Channel(UnixStream);
+pub struct HandoverChannel(UnixStream);
 
 /// One message.
 #[derive(Debug)]
@@ -156,14 +156,14 @@ impl Header {
 
 // === impl Channel ===
 
-impl Channel {
+impl HandoverChannel {
     /// Two connected ends: one to keep, one to give away.
     ///
     /// # Errors
     /// No descriptors left.
-    pub fn pair() -> io::Result<(Channel, OwnedFd)> {
+    pub fn pair() -> io::Result<(HandoverChannel, OwnedFd)> {
         let (own, other) = UnixStream::pair()?;
-        Ok((Channel(own), other.into()))
+        Ok((HandoverChannel(own), other.into()))
     }
 
     /// The end this process was started with as its standard input, which is
@@ -171,18 +171,18 @@ impl Channel {
     ///
     /// # Errors
     /// Standard input is closed or cannot be replaced.
-    pub fn from_stdin() -> io::Result<Channel> {
+    pub fn from_stdin() -> io::Result<HandoverChannel> {
         let own = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), ACTIVATED_FIRST)?;
         rustix::stdio::dup2_stdin(std::fs::File::open("/dev/null")?)?;
-        Ok(Channel(own.into()))
+        Ok(HandoverChannel(own.into()))
     }
 
     /// A second handle of the same end, to hang it up from another thread.
     ///
     /// # Errors
     /// No descriptors left.
-    pub fn try_clone(&self) -> io::Result<Channel> {
-        self.0.try_clone().map(Channel)
+    pub fn try_clone(&self) -> io::Result<HandoverChannel> {
+        self.0.try_clone().map(HandoverChannel)
     }
 
     /// Ends the connection: whoever waits on either end learns of it.
@@ -307,9 +307,9 @@ impl Channel {
     }
 }
 
-impl From<UnixStream> for Channel {
-    fn from(stream: UnixStream) -> Channel {
-        Channel(stream)
+impl From<UnixStream> for HandoverChannel {
+    fn from(stream: UnixStream) -> HandoverChannel {
+        HandoverChannel(stream)
     }
 }
 
@@ -373,9 +373,9 @@ mod tests {
         clock::now() + Duration::from_secs(10)
     }
 
-    fn two_ends() -> (Channel, Channel) {
-        let (one, other) = Channel::pair().unwrap();
-        (one, Channel(other.into()))
+    fn two_ends() -> (HandoverChannel, HandoverChannel) {
+        let (one, other) = HandoverChannel::pair().unwrap();
+        (one, HandoverChannel(other.into()))
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! Used by the relay engines. A worker has a bounded pool; a pipe is taken when
 //! there is something to move and given back as soon as it is empty.
 
-use super::budget::{Budget, Share};
+use super::budget::{BudgetShare, MemoryBudget};
 use super::ioctl;
 use rustix::pipe::{
     PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice,
@@ -34,27 +34,27 @@ const SPARE_MAX: usize = 8;
 /// A pipe and what is in it. Dropping it closes it and makes room in the pool.
 #[derive(Debug)]
 pub struct Pipe {
-    ends: Ends,
+    ends: PipeEnds,
     holds: usize,
-    _counted: Counted,
-    _share: Share,
+    _counted: PipeCount,
+    _share: BudgetShare,
 }
 
 /// A worker's pipes.
 #[derive(Debug, Default)]
 pub struct Pipes {
-    spare: Vec<Ends>,
+    spare: Vec<PipeEnds>,
     /// Since the last [`Pipes::trim`].
     used: bool,
     in_use: Rc<Cell<usize>>,
     /// Each pipe in use takes its size from it.
-    budget: Arc<Budget>,
+    budget: Arc<MemoryBudget>,
     /// Why the kernel gave none, since [`Pipes::trouble`] was last asked.
     trouble: Option<io::Error>,
 }
 
 #[derive(Debug)]
-struct Ends {
+struct PipeEnds {
     read: OwnedFd,
     write: OwnedFd,
     size: usize,
@@ -62,7 +62,7 @@ struct Ends {
 
 /// What a fill brought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fill {
+pub struct FillResult {
     /// 0 is the peer's FIN.
     pub bytes: usize,
     /// The pipe is full of little: a piece of a packet takes up a page's place
@@ -72,15 +72,15 @@ pub struct Fill {
 
 /// One pipe among those in use.
 #[derive(Debug)]
-struct Counted(Rc<Cell<usize>>);
+struct PipeCount(Rc<Cell<usize>>);
 
 // === impl Ends ===
 
-impl Ends {
-    fn new() -> io::Result<Ends> {
+impl PipeEnds {
+    fn new() -> io::Result<PipeEnds> {
         #[cfg(any(test, feature = "fake"))]
         if let Some(pipe) = super::fake::pipe() {
-            return pipe.map(|(read, write, size)| Ends { read, write, size });
+            return pipe.map(|(read, write, size)| PipeEnds { read, write, size });
         }
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // A smaller pipe works as well, in more steps.
@@ -88,11 +88,11 @@ impl Ends {
             Ok(size) => size,
             Err(_) => fcntl_getpipe_size(&write)?,
         };
-        Ok(Ends { read, write, size })
+        Ok(PipeEnds { read, write, size })
     }
 }
 
-impl Drop for Counted {
+impl Drop for PipeCount {
     fn drop(&mut self) {
         self.0.set(self.0.get() - 1);
     }
@@ -108,13 +108,13 @@ impl Pipe {
 
     /// Takes what has arrived at `socket`, as far as there is room. Only for an
     /// empty pipe: a full one would say `WouldBlock` as well.
-    pub fn fill(&mut self, socket: impl AsFd) -> io::Result<Fill> {
+    pub fn fill(&mut self, socket: impl AsFd) -> io::Result<FillResult> {
         #[cfg(any(test, feature = "fake"))]
         if let Some(filled) = super::fake::fill(&socket, &self.ends.write) {
             let (bytes, left) = filled?;
             self.holds += bytes;
             let crammed = bytes < self.ends.size / CRAMMED && bytes > 0 && left >= bytes as u64;
-            return Ok(Fill { bytes, crammed });
+            return Ok(FillResult { bytes, crammed });
         }
         let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
         let bytes = splice(&socket, None, &self.ends.write, None, PIPE_BYTES, flags)?;
@@ -123,7 +123,7 @@ impl Pipe {
         let crammed = bytes < self.ends.size / CRAMMED
             && bytes > 0
             && ioctl::in_queue(socket.as_fd()) >= bytes as u64;
-        Ok(Fill { bytes, crammed })
+        Ok(FillResult { bytes, crammed })
     }
 
     /// Sends what is in it, as far as `socket` has room.
@@ -143,7 +143,7 @@ impl Pipe {
 
 impl Pipes {
     /// None yet.
-    pub fn new(budget: Arc<Budget>) -> Pipes {
+    pub fn new(budget: Arc<MemoryBudget>) -> Pipes {
         Pipes { budget, ..Pipes::default() }
     }
 
@@ -156,19 +156,19 @@ impl Pipes {
         self.used = true;
         let ends = match self.spare.pop() {
             Some(ends) => ends,
-            None => Ends::new().map_err(|error| self.trouble = Some(error)).ok()?,
+            None => PipeEnds::new().map_err(|error| self.trouble = Some(error)).ok()?,
         };
         let Some(share) = self.budget.try_take(ends.size) else {
             self.spare.push(ends);
             return None;
         };
         self.in_use.set(self.in_use.get() + 1);
-        Some(Pipe { ends, holds: 0, _counted: Counted(Rc::clone(&self.in_use)), _share: share })
+        Some(Pipe { ends, holds: 0, _counted: PipeCount(Rc::clone(&self.in_use)), _share: share })
     }
 
     /// Why the kernel gave no pipe, once after it did not.
     #[inline]
-    pub fn trouble(&mut self) -> Option<io::Error> {
+    pub fn last_error(&mut self) -> Option<io::Error> {
         self.trouble.take()
     }
 
@@ -205,7 +205,7 @@ mod tests {
         let (exit, mut to) = UnixStream::pair().unwrap();
         let mut pipe = Pipes::default().take().unwrap();
         from.write_all(b"in bulk").unwrap();
-        assert_eq!(pipe.fill(&entry).unwrap(), Fill { bytes: 7, crammed: false });
+        assert_eq!(pipe.fill(&entry).unwrap(), FillResult { bytes: 7, crammed: false });
         assert_eq!((pipe.drain(&exit).unwrap(), pipe.holds()), (7, 0));
         let mut got = [0; 7];
         to.read_exact(&mut got).unwrap();
@@ -223,7 +223,7 @@ mod tests {
         while pipe.ends.size > 4096 {
             pipe.ends.size = fcntl_setpipe_size(&pipe.ends.write, pipe.ends.size / 2).unwrap();
         }
-        let Fill { bytes, crammed } = pipe.fill(&entry).unwrap();
+        let FillResult { bytes, crammed } = pipe.fill(&entry).unwrap();
         assert!(bytes < 100 && crammed, "{bytes}");
     }
 
@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn pipes_take_their_size_from_the_budget() {
-        let budget = Arc::new(Budget::new(PIPE_BYTES));
+        let budget = Arc::new(MemoryBudget::new(PIPE_BYTES));
         let mut pool = Pipes::new(Arc::clone(&budget));
         let pipe = pool.take().unwrap();
         assert_eq!(budget.used(), pipe.ends.size);

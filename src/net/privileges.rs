@@ -10,14 +10,14 @@ use nix::unistd::{Gid, Group, Uid, User};
 use rustix::process::DumpableBehavior;
 use rustix::thread::{
     CapabilitySets, capabilities, configure_capability_in_ambient_set,
-    remove_capability_from_bounding_set, set_capabilities, set_keep_capabilities, set_no_new_privs,
+    remove_capability_from_bounding_set, set_capabilities, set_keep_capabilities,
 };
 use std::ffi::CString;
 use std::io;
 
 /// A user of this machine, with the groups it is to have.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Identity {
+pub struct UserIdentity {
     /// As in the user database, or its number where it has no name.
     pub name: String,
     uid: Uid,
@@ -27,14 +27,14 @@ pub struct Identity {
 
 // === impl Identity ===
 
-impl Identity {
+impl UserIdentity {
     /// The user of that name or number, with that group or its own. Asks the
     /// user database (getpwnam(3)); a number needs no entry in it if `group` is
     /// given as well.
     ///
     /// # Errors
     /// In words: nobody is called so, or the database cannot be read.
-    pub fn find(user: &str, group: Option<&str>) -> Result<Identity, String> {
+    pub fn find(user: &str, group: Option<&str>) -> Result<UserIdentity, String> {
         let trouble = |error: nix::Error| format!("the user database cannot be read: {error}");
         let gid = match group {
             Some(group) => Some(find_group(group)?),
@@ -52,11 +52,11 @@ impl Identity {
                     Some(_) => vec![gid],
                     None => groups_of(&entry.name, gid).map_err(trouble)?,
                 };
-                Ok(Identity { name: entry.name, uid: entry.uid, gid, groups })
+                Ok(UserIdentity { name: entry.name, uid: entry.uid, gid, groups })
             }
             (None, Some(gid), Ok(number)) => {
                 let uid = Uid::from_raw(number);
-                Ok(Identity { name: user.to_owned(), uid, gid, groups: vec![gid] })
+                Ok(UserIdentity { name: user.to_owned(), uid, gid, groups: vec![gid] })
             }
             (None, None, Ok(number)) => {
                 Err(format!("user {number} is not in the user database; set group as well"))
@@ -190,12 +190,12 @@ fn each() -> impl Iterator<Item = CapabilitySet> {
 ///
 /// # Errors
 /// The kernel's.
-pub fn gain_none() -> io::Result<()> {
-    Ok(set_no_new_privs(true)?)
+pub fn set_no_new_privs() -> io::Result<()> {
+    Ok(rustix::thread::set_no_new_privs(true)?)
 }
 
 /// Whether that is in force.
-pub fn gains_none() -> bool {
+pub fn has_no_new_privs() -> bool {
     rustix::thread::no_new_privs().unwrap_or(false)
 }
 
@@ -220,15 +220,18 @@ mod tests {
 
     #[test]
     fn users_are_found_by_name_and_by_number() {
-        let root = Identity::find("root", None).unwrap();
+        let root = UserIdentity::find("root", None).unwrap();
         assert!(root.is_root());
-        assert_eq!(Identity::find("0", None).unwrap().owner(), (0, 0));
-        let stranger = Identity::find("54321", Some("54322")).unwrap();
+        assert_eq!(UserIdentity::find("0", None).unwrap().owner(), (0, 0));
+        let stranger = UserIdentity::find("54321", Some("54322")).unwrap();
         assert_eq!((stranger.owner(), stranger.is_ours()), ((54321, 54322), false));
-        let said = Identity::find("54321", None).unwrap_err();
+        let said = UserIdentity::find("54321", None).unwrap_err();
         assert_eq!(said, "user 54321 is not in the user database; set group as well");
-        assert_eq!(Identity::find("no-such", None).unwrap_err(), "there is no user \"no-such\"");
-        let said = Identity::find("root", Some("no-such")).unwrap_err();
+        assert_eq!(
+            UserIdentity::find("no-such", None).unwrap_err(),
+            "there is no user \"no-such\""
+        );
+        let said = UserIdentity::find("root", Some("no-such")).unwrap_err();
         assert_eq!(said, "there is no group \"no-such\"");
     }
 

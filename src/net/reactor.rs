@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use super::epoll::Epoll;
-use super::ring::Wake;
+use super::ring::RingWaker;
 use socket2::Socket;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -15,22 +15,22 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// An owner that keeps one descriptor open, and the same, for its whole life.
-pub trait Steady: AsRawFd + sealed::Sealed {}
+pub trait StableFd: AsRawFd + sealed::Sealed {}
 
 mod sealed {
     pub trait Sealed {}
 }
 
 impl sealed::Sealed for Epoll {}
-impl Steady for Epoll {}
-impl sealed::Sealed for Wake {}
-impl Steady for Wake {}
+impl StableFd for Epoll {}
+impl sealed::Sealed for RingWaker {}
+impl StableFd for RingWaker {}
 impl sealed::Sealed for Arc<Socket> {}
-impl Steady for Arc<Socket> {}
+impl StableFd for Arc<Socket> {}
 
 /// Registers `owner` with the current runtime, to be woken when it becomes
 /// readable (edge-triggered).
-pub fn watch_readable<T: Steady>(owner: T) -> io::Result<AsyncFd<T>> {
+pub fn watch_readable<T: StableFd>(owner: T) -> io::Result<AsyncFd<T>> {
     // SAFETY: `Steady` is sealed to types that own their descriptor, never
     // replace it, and close it only when dropped; the `AsyncFd` owns `owner`
     // (for the `Arc` and for `Wake`, a share of it), so it stays open as long as it does.

@@ -154,7 +154,7 @@ mod tests {
             run: Vec::new(),
         };
         let closed = alone(|| {
-            crate::privileges::gain_none().unwrap();
+            crate::privileges::set_no_new_privs().unwrap();
             close_files(&paths).map(|_| {
                 assert!(std::fs::read(read.path().join("f")).is_ok());
                 assert!(std::fs::write(read.path().join("f"), "y").is_err());
@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn calls_beyond_the_list_fail_as_on_an_older_kernel() {
         let (changed_root, packet, usual) = alone(|| {
-            crate::privileges::gain_none().unwrap();
+            crate::privileges::set_no_new_privs().unwrap();
             close_calls().expect("seccomp");
             assert!(calls_are_closed());
             let changed_root = rustix::process::chroot("/");

@@ -31,12 +31,12 @@ pub(super) fn least_hop_limit(socket: BorrowedFd<'_>, v6: bool, least: u8) -> io
 }
 
 /// SO_TIMESTAMPNS (socket(7)): each datagram comes with its time of arrival.
-pub(super) fn tell_timestamps(socket: BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn enable_timestamps(socket: BorrowedFd<'_>) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, 1)
 }
 
 /// SO_RXQ_OVFL (socket(7)): datagrams come with the count of dropped ones.
-pub(super) fn tell_drops(socket: BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn enable_drop_counter(socket: BorrowedFd<'_>) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1)
 }
 

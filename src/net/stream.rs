@@ -19,7 +19,7 @@ use std::time::Duration;
 
 /// Whom to connect to.
 #[derive(Debug, Clone, Copy)]
-pub enum Peer<'a> {
+pub enum ConnectTarget<'a> {
     /// IPv4 or IPv6.
     Tcp(SocketAddr),
     /// A Unix stream socket.
@@ -62,16 +62,21 @@ pub fn unix_name(path: &Path) -> Cow<'_, Path> {
 }
 
 /// Starts connecting to `peer` on a new socket.
-pub fn connect(peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
+pub fn connect(peer: ConnectTarget<'_>) -> io::Result<(OwnedFd, Connecting)> {
     connect_from(None, peer)
 }
 
 /// Starts connecting to `peer` on a new socket, from the address `source` if one
 /// is given; see [`start_at`]. It is for TCP peers of its own family.
-pub fn connect_from(source: Option<IpAddr>, peer: Peer<'_>) -> io::Result<(OwnedFd, Connecting)> {
+pub fn connect_from(
+    source: Option<IpAddr>,
+    peer: ConnectTarget<'_>,
+) -> io::Result<(OwnedFd, Connecting)> {
     let (domain, protocol, peer) = match peer {
-        Peer::Tcp(tcp) => (Domain::for_address(tcp), Some(Protocol::TCP), SockAddr::from(tcp)),
-        Peer::Unix(path) => (Domain::UNIX, None, SockAddr::unix(unix_name(path))?),
+        ConnectTarget::Tcp(tcp) => {
+            (Domain::for_address(tcp), Some(Protocol::TCP), SockAddr::from(tcp))
+        }
+        ConnectTarget::Unix(path) => (Domain::UNIX, None, SockAddr::unix(unix_name(path))?),
     };
     #[cfg(any(test, feature = "fake"))]
     if let Some(socket) = peer.as_socket().and_then(fake::socket) {
@@ -128,12 +133,12 @@ fn connect_faked(socket: OwnedFd) -> io::Result<(OwnedFd, Connecting)> {
 /// As [`connect_from`], and looks again at once where the peer is on this host: the
 /// handshake with it is over, one way or the other, by the time connect(2)
 /// returns, although that says "in progress".
-pub fn connect_and_look(
+pub fn connect_checking_result(
     source: Option<IpAddr>,
-    peer: Peer<'_>,
+    peer: ConnectTarget<'_>,
 ) -> io::Result<(OwnedFd, Connecting)> {
     let (socket, how_far) = connect_from(source, peer)?;
-    let Peer::Tcp(address) = peer else { return Ok((socket, how_far)) };
+    let ConnectTarget::Tcp(address) = peer else { return Ok((socket, how_far)) };
     if how_far == Connecting::Done || !address.ip().is_loopback() {
         return Ok((socket, how_far));
     }
@@ -267,7 +272,7 @@ pub fn reset_on_close(socket: impl AsFd) {
 
 /// Tears the connection down without closing the descriptor: the peer gets RST
 /// (connect(2), AF_UNSPEC), and whoever waits on the socket is woken.
-pub fn tear_down(socket: impl AsFd) {
+pub fn abort(socket: impl AsFd) {
     #[cfg(any(test, feature = "fake"))]
     if fake::tear_down(&socket).is_some() {
         return;
@@ -343,7 +348,7 @@ pub fn unacknowledged(socket: impl AsFd) -> u64 {
 /// told it to a send that it then reported as a short one. A peer's FIN alone
 /// leaves a connection in CLOSE_WAIT, not in CLOSE (RFC 9293 section 3.3.2).
 /// `None` where the connection stands or is none of TCP's.
-pub fn died_of(socket: impl AsFd) -> Option<i32> {
+pub fn close_error(socket: impl AsFd) -> Option<i32> {
     /// `TCP_CLOSE` of `net/tcp_states.h`.
     const CLOSE: u8 = 7;
     let info = super::sockopt::tcp_info(socket.as_fd()).filter(|info| info.tcpi_state == CLOSE)?;
@@ -407,15 +412,15 @@ mod tests {
         let (mut closed, peer) = pair();
         drop(peer);
         assert_eq!(std::io::Read::read(&mut closed, &mut [0]).unwrap(), 0);
-        assert_eq!(died_of(&closed), None);
+        assert_eq!(close_error(&closed), None);
         let (mut fallen, peer) = pair();
         reset(peer.into());
         let told = std::io::Write::write(&mut fallen, &[0]).unwrap_err();
         assert_eq!(told.raw_os_error(), Some(libc::ECONNRESET));
         assert_eq!(std::io::Read::read(&mut fallen, &mut [0]).unwrap(), 0, "as after a FIN");
-        assert_eq!(died_of(&fallen), Some(libc::ECONNRESET));
+        assert_eq!(close_error(&fallen), Some(libc::ECONNRESET));
         let (unix, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert_eq!(died_of(&unix), None);
+        assert_eq!(close_error(&unix), None);
     }
 
     #[test]
@@ -423,10 +428,11 @@ mod tests {
         for host in ["127.0.0.1:0", "[::1]:0"] {
             let listener = std::net::TcpListener::bind(host).unwrap();
             let address = listener.local_addr().unwrap();
-            let (_socket, how_far) = connect_and_look(None, Peer::Tcp(address)).unwrap();
+            let (_socket, how_far) =
+                connect_checking_result(None, ConnectTarget::Tcp(address)).unwrap();
             assert_eq!(how_far, Connecting::Done);
             drop(listener);
-            let refused = connect_and_look(None, Peer::Tcp(address)).unwrap_err();
+            let refused = connect_checking_result(None, ConnectTarget::Tcp(address)).unwrap_err();
             assert_eq!(refused.raw_os_error(), Some(libc::ECONNREFUSED));
         }
     }
@@ -436,8 +442,9 @@ mod tests {
         let listener = super::super::listen::bind("127.0.0.1:0".parse().unwrap(), 1).unwrap();
         listener[0].listen(0).unwrap();
         let address = listener[0].local_addr().unwrap().as_socket().unwrap();
-        let connects: Vec<_> =
-            (0..3).map(|_| connect_and_look(None, Peer::Tcp(address)).unwrap()).collect();
+        let connects: Vec<_> = (0..3)
+            .map(|_| connect_checking_result(None, ConnectTarget::Tcp(address)).unwrap())
+            .collect();
         assert!(connects.iter().any(|(_, how_far)| *how_far == Connecting::Pending));
     }
 }

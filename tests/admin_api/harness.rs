@@ -17,8 +17,8 @@ use tidegate_core::health::Intent;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::{Admin, AdminListen};
 use tidegate_daemon::admin::{
-    self, Problem, Readiness, ReloadError, Reloaded, Request, Token, TokenStore, UpgradeError,
-    Upgraded,
+    self, AdminRequest, ProblemDoc, ReadyState, ReloadDoc, ReloadError, Token, TokenStore,
+    UpgradeDoc, UpgradeError,
 };
 use tidegate_net::clock;
 use tokio::sync::{mpsc, oneshot};
@@ -37,8 +37,8 @@ pub(crate) enum Control {
 
 pub(crate) struct Api {
     pub(crate) address: AdminListen,
-    pub(crate) readiness: Readiness,
-    pub(crate) crowding: admin::Crowding,
+    pub(crate) readiness: ReadyState,
+    pub(crate) crowding: admin::DroppedConnections,
     pub(crate) tokens: Arc<TokenStore>,
     pub(crate) shut_down: Arc<AtomicBool>,
     stop: Option<oneshot::Sender<()>>,
@@ -69,7 +69,7 @@ impl Api {
         let (address, crowding) = (listener.address(), listener.crowding());
         let tokens = token.map(|token| Token::new(token.as_bytes()).unwrap());
         let tokens = Arc::new(TokenStore::new(tokens));
-        let (readiness, shut_down) = (Readiness::new(), Arc::new(AtomicBool::new(false)));
+        let (readiness, shut_down) = (ReadyState::new(), Arc::new(AtomicBool::new(false)));
         let (stop, stopped) = oneshot::channel::<()>();
         let served = (Arc::clone(&tokens), readiness.clone(), Arc::clone(&shut_down));
         let thread = std::thread::spawn(move || {
@@ -196,7 +196,11 @@ impl Answer {
     }
 }
 
-async fn play(control: Control, mut inbox: mpsc::Receiver<Request>, shut_down: Arc<AtomicBool>) {
+async fn play(
+    control: Control,
+    mut inbox: mpsc::Receiver<AdminRequest>,
+    shut_down: Arc<AtomicBool>,
+) {
     if control == Control::HasEnded {
         return;
     }
@@ -206,26 +210,26 @@ async fn play(control: Control, mut inbox: mpsc::Receiver<Request>, shut_down: A
         }
         match request {
             #[cfg(debug_assertions)]
-            Request::Fault { reply, .. } => drop(reply),
-            Request::Status(reply) => drop(reply.send(STATUS.to_owned())),
-            Request::Metrics(reply) => drop(reply.send("tidegate_x 1\n".to_owned())),
-            Request::Reload(reply) => drop(reply.send(match control {
+            AdminRequest::Fault { reply, .. } => drop(reply),
+            AdminRequest::Status(reply) => drop(reply.send(STATUS.to_owned())),
+            AdminRequest::Metrics(reply) => drop(reply.send("tidegate_x 1\n".to_owned())),
+            AdminRequest::Reload(reply) => drop(reply.send(match control {
                 Control::RefusesTheFile => Err(refused_file()),
                 Control::Drains => Err(ReloadError::NotNow("this process is draining")),
-                _ => Ok(Reloaded {
+                _ => Ok(ReloadDoc {
                     generation: 4,
                     changed: true,
                     warnings: vec!["process.workers waits for a restart".to_owned()],
                 }),
             })),
-            Request::Explain { pool, backend, reply } => {
+            AdminRequest::Explain { pool, backend, reply } => {
                 drop(reply.send(match (pool.as_str(), backend.as_str()) {
                     ("web", "a") => Ok(EXPLANATION.to_owned()),
                     ("web", _) => Err(OperatorError::UnknownBackend),
                     _ => Err(OperatorError::UnknownPool),
                 }));
             }
-            Request::SetIntent { pool, backend, intent, reply } => {
+            AdminRequest::SetIntent { pool, backend, intent, reply } => {
                 let known = ["a", "10.0.0.1:80", "[::1]:80", "unix:/run/b.sock", "é"];
                 drop(reply.send(match (pool.as_str(), known.contains(&backend.as_str())) {
                     ("web", true) => {
@@ -236,15 +240,15 @@ async fn play(control: Control, mut inbox: mpsc::Receiver<Request>, shut_down: A
                     _ => Err(OperatorError::UnknownPool),
                 }));
             }
-            Request::Upgrade { binary, config, reply, .. } => {
+            AdminRequest::Upgrade { binary, config, reply, .. } => {
                 let word = binary.map(|path| path.display().to_string());
                 drop(reply.send(match (word.as_deref(), config) {
                     (Some("/broken one"), _) => Err(UpgradeError::Failed("it said: no".to_owned())),
                     (Some(_), None) => Err(UpgradeError::Refused("not now".to_owned())),
-                    _ => Ok(Upgraded { pid: 77, version: "9".to_owned(), generation: 5 }),
+                    _ => Ok(UpgradeDoc { pid: 77, version: "9".to_owned(), generation: 5 }),
                 }));
             }
-            Request::Shutdown(reply) => {
+            AdminRequest::Shutdown(reply) => {
                 shut_down.store(true, Ordering::Relaxed);
                 let _ = reply.send(());
             }
@@ -257,7 +261,7 @@ pub(crate) const STATUS: &str = r#"{"version":"0.1.0","state":"serving","pools":
 pub(crate) const EXPLANATION: &str = r#"{"pool":"web","backend":"a","eligible":true}"#;
 
 fn refused_file() -> ReloadError {
-    let problem = |line, message: &str| Problem {
+    let problem = |line, message: &str| ProblemDoc {
         file: "t.toml".into(),
         line,
         column: 7,

@@ -377,7 +377,7 @@ fn the_socket_is_private_and_removed_when_the_api_stops() {
     let path: PathBuf = api.path().to_owned();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let again = Admin { listen: api.address.clone(), token_file: None, backend_metrics_max: 0 };
-    assert!(matches!(admin::bind(&again), Err(admin::BindError::Live(_))));
+    assert!(matches!(admin::bind(&again), Err(admin::AdminBindError::Live(_))));
     assert_eq!(api.ask("GET", "/live").status, 200);
     api.stop();
     assert!(!path.exists());

@@ -142,6 +142,6 @@ fn balancer_stays_until_a_slow_start_begins_or_ends() {
         all
     });
     let balancer = Balancer::new(Policy::LeastConnections, starting.clone(), None);
-    let does_for = |all: &[Candidate]| balancer.does_for(Policy::LeastConnections, all, 1);
+    let does_for = |all: &[Candidate]| balancer.can_reuse_for(Policy::LeastConnections, all, 1);
     assert!(does_for(&starting) && !does_for(&plain(starting.clone())));
 }

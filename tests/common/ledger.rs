@@ -10,27 +10,27 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tidegate_lab::ledger;
 
-pub use tidegate_lab::ledger::Sizes;
+pub use tidegate_lab::ledger::StreamSizes;
 
 /// Both ends' records and the count of streams.
 pub struct Ledger(ledger::Ledger);
 
 impl Ledger {
-    pub fn new(sizes: Sizes) -> Arc<Ledger> {
+    pub fn new(sizes: StreamSizes) -> Arc<Ledger> {
         Ledger::make(sizes, true, secs(20))
     }
 
     /// Without streams that end in a reset: every stream must be whole.
-    pub fn without_aborts(sizes: Sizes) -> Arc<Ledger> {
+    pub fn without_aborts(sizes: StreamSizes) -> Arc<Ledger> {
         Ledger::make(sizes, false, secs(20))
     }
 
     /// The same with little patience, for tests that break streams on purpose.
-    pub fn impatient(sizes: Sizes) -> Arc<Ledger> {
+    pub fn impatient(sizes: StreamSizes) -> Arc<Ledger> {
         Ledger::make(sizes, false, secs(1))
     }
 
-    fn make(sizes: Sizes, aborts: bool, silence: Duration) -> Arc<Ledger> {
+    fn make(sizes: StreamSizes, aborts: bool, silence: Duration) -> Arc<Ledger> {
         Arc::new(Ledger(ledger::Ledger::new(sizes, aborts, patience(silence))))
     }
 

@@ -18,11 +18,13 @@ use tidegate_core::balance::PickKey;
 use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::balance::trial::TrialPhase;
 use tidegate_core::control::handover::Saved;
-use tidegate_core::control::{Controller, Effect, Event, Origin, ProbeToken};
+use tidegate_core::control::{
+    ControlEffect, ControlEvent, Controller, MemberSourceKind, ProbeToken,
+};
 use tidegate_core::health::{ConnectFailure, Intent, ProbeOutcome};
 use tidegate_core::model::*;
 use tidegate_core::table::state::{BackendId, FrontendState};
-use tidegate_core::table::{Reserved, Table};
+use tidegate_core::table::{Reservation, Table};
 use tidegate_dataplane::accept::admission;
 
 const SEEDS: u64 = 30;
@@ -41,7 +43,7 @@ struct Seen {
 struct Session {
     frontend: Arc<FrontendState>,
     /// Dropping it gives the backend's slot back.
-    reserved: Option<Reserved>,
+    reserved: Option<Reservation>,
 }
 
 struct World {
@@ -116,7 +118,7 @@ impl World {
                 self.configure();
             }
             20 if self.rng.u8(..4) == 0 => self.upgrade(),
-            _ => self.apply([Event::Tick]),
+            _ => self.apply([ControlEvent::Tick]),
         }
     }
 
@@ -136,35 +138,39 @@ impl World {
         };
     }
 
-    fn apply(&mut self, events: impl IntoIterator<Item = Event>) {
+    fn apply(&mut self, events: impl IntoIterator<Item = ControlEvent>) {
         let effects = self.controller.apply_all(events, self.now);
         self.take(effects);
     }
 
     fn configure(&mut self) {
         self.generation += 1;
-        self.apply([Event::Configure(Arc::clone(&self.config))]);
+        self.apply([ControlEvent::Configure(Arc::clone(&self.config))]);
         assert_eq!(self.table.generation, self.generation, "a configuration is published");
     }
 
-    fn take(&mut self, effects: Vec<Effect>) {
+    fn take(&mut self, effects: Vec<ControlEffect>) {
         let mut built = Vec::new();
         for effect in effects {
             match effect {
-                Effect::Publish(table) => {
+                ControlEffect::Publish(table) => {
                     assert!(table.serial > self.table.serial, "tables count up");
                     assert!(table.generation >= self.table.generation, "generations count up");
                     (table.serial, table.generation).hash(&mut self.trace);
                     self.table = table;
                 }
-                Effect::Probe { backend, token, .. } => self.asked.push((backend, token)),
-                Effect::Log(t) => (&t.backend, t.from, t.to, &t.reason).hash(&mut self.trace),
-                Effect::Build { token, build } => built.push(Event::Built {
+                ControlEffect::Probe { backend, token, .. } => self.asked.push((backend, token)),
+                ControlEffect::Log(t) => {
+                    (&t.backend, t.from, t.to, &t.reason).hash(&mut self.trace)
+                }
+                ControlEffect::Build { token, build } => built.push(ControlEvent::Built {
                     token,
                     built: Box::new(build.run()),
                     took: Duration::ZERO,
                 }),
-                Effect::Notice(_) | Effect::Opened | Effect::CutSessions(_) => {}
+                ControlEffect::Notice(_)
+                | ControlEffect::SlotsFreed
+                | ControlEffect::ResetSessions(_) => {}
             }
         }
         if !built.is_empty() {
@@ -200,9 +206,10 @@ impl World {
             let spec = self.config.pool(&pool.name).expect("every pool is configured");
             let registers = spec.heartbeat.as_ref().is_some_and(|spec| spec.register);
             pool.backends.iter().filter(move |b| {
-                let same = |c: &&Backend| c.name == b.state.name && c.address == b.state.address;
+                let same =
+                    |c: &&BackendConfig| c.name == b.state.name && c.address == b.state.address;
                 let configured = spec.backends.iter().any(|c| same(&c));
-                configured || registers && matches!(b.origin, Origin::Registered)
+                configured || registers && matches!(b.origin, MemberSourceKind::Registered)
             })
         });
         pools.map(|b| b.state.id).collect()
@@ -218,7 +225,8 @@ impl World {
             assert!(ejected <= pool.backends.len() * percent / 100, "too many are ejected");
             self.seen.ejected += ejected;
             for b in &pool.backends {
-                self.seen.registered += usize::from(b.origin == Origin::Registered && b.eligible);
+                self.seen.registered +=
+                    usize::from(b.origin == MemberSourceKind::Registered && b.eligible);
                 assert!(b.effective_weight <= f64::from(b.weight), "{b:#?}");
                 assert!(b.effective_weight >= 0.0, "{b:#?}");
                 let configured = spec.backends.iter().find(|c| c.name == b.state.name);
@@ -238,7 +246,7 @@ impl World {
             1..4 => ProbeOutcome::Failure { reason: "broken".into() },
             _ => ProbeOutcome::Success { took: Duration::from_millis(self.rng.u64(..3000)) },
         };
-        self.apply([Event::Probed { backend, token, outcome }]);
+        self.apply([ControlEvent::Probed { backend, token, outcome }]);
     }
 
     fn connect_failures(&mut self) {
@@ -250,7 +258,7 @@ impl World {
         let failure = *self.rng.choice(&failures).unwrap();
         let begun = self.now - Duration::from_millis(self.rng.u64(..9000));
         let rows: Vec<u32> = (0..self.rng.usize(1..9)).map(|_| self.rng.u32(..12)).collect();
-        let event = |in_a_row| Event::ConnectFailed { backend, failure, in_a_row, begun };
+        let event = |in_a_row| ControlEvent::ConnectFailed { backend, failure, in_a_row, begun };
         self.apply(rows.into_iter().map(event));
     }
 
@@ -274,7 +282,7 @@ impl World {
             events.push(beat(self.senders[index].go_on(random), at));
         }
         if self.rng.u8(..8) == 0 {
-            events.push(Event::HeartbeatsLost(self.rng.u64(..100)));
+            events.push(ControlEvent::HeartbeatsLost(self.rng.u64(..100)));
         }
         self.rng.shuffle(&mut events);
         self.apply(events);
@@ -331,11 +339,11 @@ impl World {
         }
         let mut next = Controller::new(self.rng.usize(1..4), self.rng.u64(..));
         next.build_apart_above(self.apart_above);
-        next.count_on(saved.generation - 1, saved.serial);
+        next.add_carried_counts(saved.generation - 1, saved.serial);
         self.controller = next;
         self.asked.clear();
         // A process does not begin before the one it follows.
-        self.apply([Event::Configure(Arc::clone(&self.config))]);
+        self.apply([ControlEvent::Configure(Arc::clone(&self.config))]);
         let effects = self.controller.adopt(&saved, self.now);
         self.take(effects);
         for (who, intent) in self.intents() {

@@ -26,19 +26,19 @@ fn random_probe(rng: &mut Rng) -> Option<Arc<ProbeSpec>> {
     (rng.u8(..4) > 0).then(|| Arc::new(spec))
 }
 
-fn random_backend(rng: &mut Rng, pool: usize, name: usize) -> Backend {
+fn random_backend(rng: &mut Rng, pool: usize, name: usize) -> BackendConfig {
     let port = 1000 + 100 * pool as u16 + 10 * name as u16 + u16::from(rng.u8(..8) == 0);
-    Backend {
+    BackendConfig {
         name: format!("b{name}").into(),
-        address: BackendAddress::Tcp(([127, 0, 0, 1], port).into()),
+        address: BackendAddr::Tcp(([127, 0, 0, 1], port).into()),
         weight: rng.u16(1..=20),
         backup: rng.u8(..4) == 0,
         connections_max: 0,
     }
 }
 
-fn random_pool(rng: &mut Rng, index: usize) -> Pool {
-    let mut backends: Vec<Backend> = Vec::new();
+fn random_pool(rng: &mut Rng, index: usize) -> PoolConfig {
+    let mut backends: Vec<BackendConfig> = Vec::new();
     for name in 0..6 {
         if rng.bool() {
             backends.push(random_backend(rng, index, name));
@@ -55,7 +55,7 @@ fn random_pool(rng: &mut Rng, index: usize) -> Pool {
         early_resets: true,
         slow_first_byte: (rng.u8(..4) == 0).then(|| millis(rng, 100, 3000)),
     };
-    Pool {
+    PoolConfig {
         name: format!("p{index}").into(),
         hash_slots: 65_537,
         // The policy is not the controller's business, and Maglev tables take
@@ -93,17 +93,17 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
     for index in 0..3 {
         let kept = old.and_then(|old| old.pool(&format!("p{index}")));
         let pool = match (kept, rng.u8(..8)) {
-            (Some(kept), 0..=2) => Pool::clone(kept),
+            (Some(kept), 0..=2) => PoolConfig::clone(kept),
             (Some(kept), 3..=5) => {
                 let other = random_pool(rng, index);
-                Pool { probe: kept.probe.clone(), ejection: kept.ejection, ..other }
+                PoolConfig { probe: kept.probe.clone(), ejection: kept.ejection, ..other }
             }
             (_, 6) if index > 0 => continue,
             _ => random_pool(rng, index),
         };
         pools.push(Arc::new(pool));
     }
-    let frontends = pools.iter().enumerate().map(|(index, pool)| Frontend {
+    let frontends = pools.iter().enumerate().map(|(index, pool)| FrontendConfig {
         name: format!("f{index}").into(),
         binds: vec![([127, 0, 0, 1], 80 + index as u16).into()],
         bind_options: Default::default(),

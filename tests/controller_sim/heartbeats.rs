@@ -11,8 +11,10 @@ use fastrand::Rng;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_core::control::{Controller, Effect, Event, Origin, ProbeToken, PublishReason};
-use tidegate_core::health::{Calling, Intent, Observation, ProbeOutcome};
+use tidegate_core::control::{
+    ControlEffect, ControlEvent, Controller, MemberSourceKind, ProbeToken, PublishReason,
+};
+use tidegate_core::health::{Intent, Observation, ProbeOutcome, RequestedState};
 use tidegate_core::model::*;
 use tidegate_core::suspicion::guards::down_max;
 use tidegate_core::table::Table;
@@ -52,13 +54,13 @@ pub(crate) fn heartbeat_config(rng: &mut Rng) -> Config {
     let mut config = random_config(rng, None);
     config.pools.truncate(1);
     config.frontends.truncate(1);
-    let mut pool = Pool::clone(&config.pools[0]);
+    let mut pool = PoolConfig::clone(&config.pools[0]);
     pool.backends.retain(|backend| backend.name.ends_with(['0', '1', '2']));
     pool.when_none_eligible = WhenNoneEligible::Refuse;
     for backend in &mut pool.backends {
         backend.backup = false;
         let number = u16::from(backend.name.as_bytes()[1] - b'0');
-        backend.address = BackendAddress::Tcp(([127, 0, 0, 1], 2000 + number).into());
+        backend.address = BackendAddr::Tcp(([127, 0, 0, 1], 2000 + number).into());
     }
     pool.heartbeat = Some(Arc::new(HeartbeatSpec {
         register: true,
@@ -127,7 +129,7 @@ impl Sim {
             asked: Vec::new(),
             ids: HashMap::new(),
         };
-        sim.apply([Event::Configure(Arc::clone(&sim.config))]);
+        sim.apply([ControlEvent::Configure(Arc::clone(&sim.config))]);
         sim
     }
 
@@ -150,9 +152,9 @@ impl Sim {
         let (due, later) = self.asked.drain(..).partition(|(at, ..)| *at <= self.now);
         self.asked = later;
         for (_, backend, token) in due {
-            events.push(Event::Probed { backend, token, outcome: self.outcome(backend) });
+            events.push(ControlEvent::Probed { backend, token, outcome: self.outcome(backend) });
         }
-        events.push(Event::Tick);
+        events.push(ControlEvent::Tick);
         self.apply(events);
     }
 
@@ -189,14 +191,14 @@ impl Sim {
             }
             7 => {
                 let mut config = Config::clone(&self.config);
-                let mut pool = Pool::clone(&config.pools[0]);
+                let mut pool = PoolConfig::clone(&config.pools[0]);
                 pool.slow_start = self.rng.bool().then(|| Duration::from_secs(2));
                 config.pools = vec![Arc::new(pool)];
                 self.config = Arc::new(config);
-                self.apply([Event::Configure(Arc::clone(&self.config))]);
+                self.apply([ControlEvent::Configure(Arc::clone(&self.config))]);
             }
             8 => self.now += Duration::from_millis(self.rng.u64(..3000)),
-            9 => self.apply([Event::HeartbeatsLost(3)]),
+            9 => self.apply([ControlEvent::HeartbeatsLost(3)]),
             10 => {
                 let intent = *self.rng.choice(&[Intent::Ready, Intent::Draining]).unwrap();
                 let name = Arc::clone(&self.senders[index].name);
@@ -207,12 +209,12 @@ impl Sim {
         }
     }
 
-    fn apply(&mut self, events: impl IntoIterator<Item = Event>) {
+    fn apply(&mut self, events: impl IntoIterator<Item = ControlEvent>) {
         let effects = self.controller.apply_all(events, self.now);
         self.take(effects);
     }
 
-    fn take(&mut self, effects: Vec<Effect>) {
+    fn take(&mut self, effects: Vec<ControlEffect>) {
         // Most heartbeats change nothing; looking after every one takes long.
         if effects.is_empty() && self.rng.u8(..16) > 0 {
             return;
@@ -227,12 +229,12 @@ impl Sim {
         let mut taken_out = false;
         for effect in effects {
             match effect {
-                Effect::Publish(table) => self.table = table,
-                Effect::Log(t) => {
+                ControlEffect::Publish(table) => self.table = table,
+                ControlEffect::Log(t) => {
                     let confirmed = t.reason.contains("confirming probe");
                     taken_out |= t.from == "suspect" && t.to == "down" && confirmed;
                 }
-                Effect::Probe { backend, token, spec, .. } => {
+                ControlEffect::Probe { backend, token, spec, .. } => {
                     let dead = !matches!(self.outcome(backend), ProbeOutcome::Success { .. });
                     let took = if dead { spec.timeout } else { Duration::from_millis(1) };
                     self.asked.push((self.now + took, backend, token));
@@ -252,7 +254,7 @@ impl Sim {
                 let name = &b.state.name;
                 assert_eq!(b.eligible, b.effective_weight > 0.0, "{name}");
                 let may = b.intent == Intent::Ready
-                    && b.calling == Calling::Sessions
+                    && b.calling == RequestedState::Ready
                     && !b.ejected
                     && b.observation != Observation::Down;
                 assert!(may || !b.eligible, "{name} is eligible: {b:?}");
@@ -261,7 +263,8 @@ impl Sim {
                 let found_out = b.observation == Observation::Down || b.intent != Intent::Ready;
                 assert!(!(serves && found_out), "{name} is out and still in the table");
             }
-            let registered = pool.backends.iter().filter(|b| b.origin == Origin::Registered);
+            let registered =
+                pool.backends.iter().filter(|b| b.origin == MemberSourceKind::Registered);
             assert_eq!(registered.count(), pool.registered);
             if taken_out && let Some(first) = pool.backends.first() {
                 self.check_guard(&pool.name, &first.state.name);
@@ -312,7 +315,7 @@ impl Sim {
     }
 }
 
-pub(crate) fn beat(sender: &Sender, at: Instant) -> Event {
+pub(crate) fn beat(sender: &Sender, at: Instant) -> ControlEvent {
     let heartbeat = Heartbeat {
         pool: "p0".into(),
         name: Arc::clone(&sender.name),
@@ -326,7 +329,7 @@ pub(crate) fn beat(sender: &Sender, at: Instant) -> Event {
         load: 0,
         key_id: 1,
     };
-    Event::Heartbeat { heartbeat, at, stands_for: 1 }
+    ControlEvent::Heartbeat { heartbeat, at, stands_for: 1 }
 }
 
 #[test]

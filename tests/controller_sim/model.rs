@@ -8,7 +8,7 @@ use tidegate_core::control::{KEPT_FOR, ProbeToken};
 use tidegate_core::health::{Intent, Observation};
 use tidegate_core::model::WhenNoneEligible;
 use tidegate_core::model::{
-    Backend, BackendAddress, Config, EjectionSpec, OnRemoval, Pool, ProbeSpec,
+    BackendAddr, BackendConfig, Config, EjectionSpec, OnRemoval, PoolConfig, ProbeSpec,
 };
 use tidegate_core::table::state::{BackendId, BackendState};
 
@@ -37,7 +37,7 @@ pub(crate) struct InFlight {
 pub(crate) struct ModelBackend {
     pub(crate) id: BackendId,
     pub(crate) state: Arc<BackendState>,
-    pub(crate) spec: Backend,
+    pub(crate) spec: BackendConfig,
     pub(crate) intent: Intent,
     pub(crate) observation: Observation,
     /// Probes in a row against the observation.
@@ -71,7 +71,7 @@ pub(crate) enum Startup {
 
 #[derive(Debug, Clone)]
 pub(crate) struct ModelPool {
-    pub(crate) spec: Arc<Pool>,
+    pub(crate) spec: Arc<PoolConfig>,
     pub(crate) startup: Startup,
     pub(crate) backends: Vec<ModelBackend>,
     /// Nobody serves before a first verdict; until then at the latest, and who
@@ -91,10 +91,10 @@ pub(crate) struct Model {
 }
 
 /// Pool, name, address.
-type Identity = (String, String, BackendAddress);
+type Identity = (String, String, BackendAddr);
 
 impl ModelBackend {
-    fn identity(&self) -> (&str, &str, &BackendAddress) {
+    fn identity(&self) -> (&str, &str, &BackendAddr) {
         (&self.state.pool, &self.state.name, &self.state.address)
     }
 
@@ -475,8 +475,8 @@ impl Model {
     fn claim(
         &mut self,
         old: Option<&mut ModelPool>,
-        pool: &Pool,
-        spec: &Backend,
+        pool: &PoolConfig,
+        spec: &BackendConfig,
         state: &Arc<BackendState>,
         now: Instant,
     ) -> ModelBackend {
@@ -533,7 +533,7 @@ impl Model {
     }
 }
 
-fn fresh(spec: &Backend, state: &Arc<BackendState>) -> ModelBackend {
+fn fresh(spec: &BackendConfig, state: &Arc<BackendState>) -> ModelBackend {
     ModelBackend {
         id: state.id,
         state: Arc::clone(state),

@@ -5,7 +5,10 @@
 
 use super::link::{Link, MILLI, Micros};
 use std::time::{Duration, Instant};
-use tidegate_core::suspicion::{Answer, Ask, Beat, Channel, HeartbeatDetector, State, Step, TryId};
+use tidegate_core::suspicion::{
+    BeatInfo, ChannelState, DetectorRequest, DetectorState, DetectorStep, HeartbeatDetector, TryId,
+    TryResult,
+};
 
 /// Heartbeats' interval in all simulations.
 pub(crate) const INTERVAL: Micros = 100 * MILLI;
@@ -42,7 +45,7 @@ pub(crate) struct Ours {
     pub(crate) detector: HeartbeatDetector,
     start: Instant,
     /// A try's result on its way.
-    flying: Option<(Micros, TryId, Answer)>,
+    flying: Option<(Micros, TryId, TryResult)>,
     suspicions: u64,
     ejections: u64,
 }
@@ -59,24 +62,24 @@ impl Ours {
         self.start + Duration::from_micros(at)
     }
 
-    fn follow(&mut self, step: Step, now: Micros, link: &mut Link) {
+    fn follow(&mut self, step: DetectorStep, now: Micros, link: &mut Link) {
         if let Some(change) = step.change {
             match change.to {
-                State::Suspect => self.suspicions += 1,
-                State::Down => self.ejections += 1,
+                DetectorState::Suspect => self.suspicions += 1,
+                DetectorState::Down => self.ejections += 1,
                 _ => {}
             }
         }
         match step.ask {
-            Some(Ask::Probe(next)) => {
+            Some(DetectorRequest::Probe(next)) => {
                 let end = now + next.timeout.as_micros() as Micros;
                 let result = match link.connect(now) {
-                    Some(at) if at <= end => (at, next.id, Answer::Answered),
-                    _ => (end, next.id, Answer::Failed("connect timed out".to_owned())),
+                    Some(at) if at <= end => (at, next.id, TryResult::Answered),
+                    _ => (end, next.id, TryResult::Failed("connect timed out".to_owned())),
                 };
                 self.flying = Some(result);
             }
-            Some(Ask::Eject { .. }) => {
+            Some(DetectorRequest::Eject { .. }) => {
                 let step = self.detector.eject(self.instant(now));
                 self.follow(step, now, link);
             }
@@ -90,9 +93,9 @@ impl Judge for Ours {
 
     fn beat(&mut self, sequence: u64, now: Micros, link: &mut Link) {
         let interval = Duration::from_micros(INTERVAL);
-        let beat = Beat { incarnation: 1, sequence, interval };
+        let beat = BeatInfo { incarnation: 1, sequence, interval };
         let (_, step) = self.detector.beat(&beat, self.instant(now));
-        if step != Step::default() {
+        if step != DetectorStep::default() {
             self.follow(step, now, link);
         }
     }
@@ -111,17 +114,17 @@ impl Judge for Ours {
             self.follow(step, now, link);
         }
         if self.detector.due().is_some_and(|due| due <= self.instant(now)) {
-            let step = self.detector.check(Channel::Alive, self.instant(now));
+            let step = self.detector.check(ChannelState::Alive, self.instant(now));
             self.follow(step, now, link);
         }
     }
 
     fn calm(&self) -> bool {
-        self.detector.state() == State::Up && self.flying.is_none()
+        self.detector.state() == DetectorState::Up && self.flying.is_none()
     }
 
     fn down(&self) -> bool {
-        self.detector.state() == State::Down
+        self.detector.state() == DetectorState::Down
     }
 
     fn counts(&self) -> (u64, u64) {

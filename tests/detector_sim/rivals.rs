@@ -8,7 +8,7 @@
 use super::judge::{INTERVAL, Judge};
 use super::link::{Link, Micros, SECOND, TRY};
 use std::time::{Duration, Instant};
-use tidegate_core::suspicion::{Arrivals, Beat};
+use tidegate_core::suspicion::{Arrivals, BeatInfo};
 
 /// Gaps remembered by the phi detectors.
 const WINDOW: usize = 1_000;
@@ -168,7 +168,7 @@ impl Patience for Independent {
 
     fn beat(&mut self, sequence: u64, _: Option<Micros>, now: Micros) {
         let interval = Duration::from_micros(INTERVAL);
-        let beat = Beat { incarnation: 1, sequence, interval };
+        let beat = BeatInfo { incarnation: 1, sequence, interval };
         self.arrivals.beat(&beat, false, self.start + Duration::from_micros(now));
     }
 

@@ -2,7 +2,7 @@
 //! the path, or with us.
 
 use super::world::{Doing, Scenario, World};
-use tidegate_core::suspicion::State;
+use tidegate_core::suspicion::DetectorState;
 
 fn between(from: u64, to: u64, who: fn(usize) -> bool, what: Doing) -> Scenario {
     Scenario {
@@ -38,21 +38,21 @@ fn a_minute_without_any_heartbeat_takes_out_whom_probes_find_dead() {
         ..Scenario::default()
     };
     let world = World::play(scenario);
-    let down = world.reached(2, State::Down, 0).unwrap();
-    let reason = &world.log.iter().find(|entry| entry.to == State::Down).unwrap().reason;
+    let down = world.reached(2, DetectorState::Down, 0).unwrap();
+    let reason = &world.log.iter().find(|entry| entry.to == DetectorState::Down).unwrap().reason;
     assert!(reason.contains("2 confirming probes failed"), "{reason}");
     assert!((20_200..23_000).contains(&down), "found out at {down} ms");
-    assert_eq!((world.count(State::Down), world.count(State::Suspect)), (1, 1));
+    assert_eq!((world.count(DetectorState::Down), world.count(DetectorState::Suspect)), (1, 1));
 }
 
 #[test]
 fn two_seconds_without_any_path_take_nobody_out() {
     let world = World::play(between(10_000, 12_000, everybody, Doing::Dead));
-    assert_eq!(world.count(State::Down), 0, "{:#?}", world.log);
+    assert_eq!(world.count(DetectorState::Down), 0, "{:#?}", world.log);
     assert!(!world.held.is_empty(), "the guards say why");
     for backend in 0..8_usize {
-        assert_eq!(world.state(backend), State::Up);
-        let back = world.reached(backend, State::Up, 12_000);
+        assert_eq!(world.state(backend), DetectorState::Up);
+        let back = world.reached(backend, DetectorState::Up, 12_000);
         assert!(back.is_none_or(|at| at < 13_500), "{back:?}");
     }
 }
@@ -60,7 +60,7 @@ fn two_seconds_without_any_path_take_nobody_out() {
 #[test]
 fn a_pool_whose_path_fails_for_two_seconds_is_not_taken_out() {
     let world = World::play(between(10_000, 12_000, |backend| backend < 4, Doing::Dead));
-    assert_eq!(world.count(State::Down), 0, "{:#?}", world.log);
+    assert_eq!(world.count(DetectorState::Down), 0, "{:#?}", world.log);
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn a_death_during_our_stall_is_found_after_it() {
         stalled: Box::new(|at| (10_000..13_000).contains(&at)),
         ..between(11_000, 60_000, |backend| backend == 0, Doing::Dead)
     };
-    let down = World::play(scenario).reached(0, State::Down, 0).unwrap();
+    let down = World::play(scenario).reached(0, DetectorState::Down, 0).unwrap();
     assert!(down < 14_000, "{down}");
 }
 
@@ -90,9 +90,10 @@ fn half_that_die_at_once_are_out_once_the_others_have_shown_that_the_path_works(
     let world =
         World::play(between(10_000, 60_000, |backend| backend.is_multiple_of(2), Doing::Dead));
     for backend in 0..8_usize {
-        let expected = if backend.is_multiple_of(2) { State::Down } else { State::Up };
+        let expected =
+            if backend.is_multiple_of(2) { DetectorState::Down } else { DetectorState::Up };
         assert_eq!(world.state(backend), expected);
-        let down = world.reached(backend, State::Down, 0);
+        let down = world.reached(backend, DetectorState::Down, 0);
         assert!(down.is_none_or(|at| (10_450..11_300).contains(&at)), "{down:?}");
     }
 }
@@ -107,16 +108,20 @@ fn when_we_go_deaf_to_one_after_the_other_nobody_is_taken_out() {
     for seed in 0..100 {
         let scenario = Scenario { doing: Box::new(doing), seed, ..Scenario::default() };
         let world = World::play(scenario);
-        assert_eq!(world.count(State::Down), 0, "seed {seed}: {:#?}", world.log);
+        assert_eq!(world.count(DetectorState::Down), 0, "seed {seed}: {:#?}", world.log);
     }
 }
 
 #[test]
 fn of_three_of_four_that_die_two_are_out_and_one_is_held_back() {
     let world = World::play(between(10_000, 60_000, |backend| backend < 3, Doing::Dead));
-    let states: Vec<State> = (0..3).map(|backend| world.state(backend)).collect();
-    assert_eq!(states.iter().filter(|state| **state == State::Down).count(), 2, "{states:?}");
-    let held = states.iter().position(|state| *state == State::Suspect).unwrap();
+    let states: Vec<DetectorState> = (0..3).map(|backend| world.state(backend)).collect();
+    assert_eq!(
+        states.iter().filter(|state| **state == DetectorState::Down).count(),
+        2,
+        "{states:?}"
+    );
+    let held = states.iter().position(|state| *state == DetectorState::Suspect).unwrap();
     let reason = world.held(held).unwrap();
     assert_eq!(reason, "2 of 4 backends are down and max_ejected is 50%");
 }
@@ -125,9 +130,9 @@ fn of_three_of_four_that_die_two_are_out_and_one_is_held_back() {
 fn all_that_crash_are_out_at_once_for_that_is_proven() {
     let world = World::play(between(10_000, 20_000, |backend| backend < 4, Doing::Crashed));
     for backend in 0..4 {
-        let down = world.reached(backend, State::Down, 0).unwrap();
+        let down = world.reached(backend, DetectorState::Down, 0).unwrap();
         assert!(down < 10_500, "{down}");
-        let up = world.reached(backend, State::Up, 20_000).unwrap();
+        let up = world.reached(backend, DetectorState::Up, 20_000).unwrap();
         assert!(up < 20_700, "{up}");
     }
 }
@@ -135,9 +140,9 @@ fn all_that_crash_are_out_at_once_for_that_is_proven() {
 #[test]
 fn a_backend_whose_sender_died_stays_suspect_for_as_long_as_it_answers() {
     let world = World::play(between(10_000, 25_000, |backend| backend == 5, Doing::Mute));
-    let story: Vec<State> =
+    let story: Vec<DetectorState> =
         world.log.iter().filter(|e| e.backend == 5 && e.at > 1_000).map(|e| e.to).collect();
-    assert_eq!(story, [State::Suspect, State::Up]);
+    assert_eq!(story, [DetectorState::Suspect, DetectorState::Up]);
 }
 
 #[test]
@@ -151,9 +156,9 @@ fn in_a_pool_of_two_a_death_is_found_within_the_bound_on_a_lossy_link() {
             ..between(60_000, 90_000, |backend| backend == 0, Doing::Dead)
         };
         let world = World::play(scenario);
-        let down = world.reached(0, State::Down, 60_000).unwrap_or(u64::MAX);
+        let down = world.reached(0, DetectorState::Down, 60_000).unwrap_or(u64::MAX);
         assert!(down <= 61_500, "seed {seed}: {down}");
-        assert_eq!(world.state(1), State::Up, "seed {seed}");
+        assert_eq!(world.state(1), DetectorState::Up, "seed {seed}");
     }
 }
 
@@ -174,7 +179,9 @@ fn a_backend_that_flaps_is_let_in_ever_more_rarely() {
     let world = World::play(scenario);
     let downs = |from: u64, to: u64| {
         let down = |e: &&super::world::Entry| {
-            e.from == State::Suspect && e.to == State::Down && (from..to).contains(&e.at)
+            e.from == DetectorState::Suspect
+                && e.to == DetectorState::Down
+                && (from..to).contains(&e.at)
         };
         world.log.iter().filter(down).count()
     };
@@ -213,7 +220,7 @@ fn whatever_happens_all_are_up_again_when_it_is_over() {
         };
         let world = World::play(scenario);
         for backend in 0..11 {
-            assert_eq!(world.state(backend), State::Up, "seed {seed}, backend {backend}");
+            assert_eq!(world.state(backend), DetectorState::Up, "seed {seed}, backend {backend}");
         }
     }
 }

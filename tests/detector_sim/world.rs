@@ -7,8 +7,8 @@
 use fastrand::Rng;
 use std::time::{Duration, Instant};
 use tidegate_core::suspicion::{
-    Answer, Ask, Beat, Channel, ChannelGuard, Freeze, Frost, HeartbeatDetector, PathGuard,
-    PathView, State, Step, TryId, permit, stalled,
+    BeatInfo, ChannelGuard, ChannelState, DetectorRequest, DetectorState, DetectorStep, Freeze,
+    FreezeChange, HeartbeatDetector, PathGuard, PathView, TryId, TryResult, is_late, may_remove,
 };
 
 pub(crate) const INTERVAL: Duration = Duration::from_millis(100);
@@ -49,8 +49,8 @@ pub(crate) struct Scenario {
 pub(crate) struct Entry {
     pub(crate) at: u64,
     pub(crate) backend: usize,
-    pub(crate) from: State,
-    pub(crate) to: State,
+    pub(crate) from: DetectorState,
+    pub(crate) to: DetectorState,
     pub(crate) reason: String,
 }
 
@@ -76,7 +76,7 @@ struct Node {
     due: Option<Instant>,
     phase: u64,
     sequence: u64,
-    flying: Option<(u64, TryId, Answer)>,
+    flying: Option<(u64, TryId, TryResult)>,
     proven: bool,
 }
 
@@ -130,7 +130,7 @@ impl World {
         world
     }
 
-    pub(crate) fn state(&self, backend: usize) -> State {
+    pub(crate) fn state(&self, backend: usize) -> DetectorState {
         self.nodes[backend].detector.state()
     }
 
@@ -139,12 +139,12 @@ impl World {
     }
 
     /// How often `to` was reached, by whomever.
-    pub(crate) fn count(&self, to: State) -> usize {
+    pub(crate) fn count(&self, to: DetectorState) -> usize {
         self.log.iter().filter(|entry| entry.at > 1_000 && entry.to == to).count()
     }
 
     /// When `backend` first reached `to` after `since`.
-    pub(crate) fn reached(&self, backend: usize, to: State, since: u64) -> Option<u64> {
+    pub(crate) fn reached(&self, backend: usize, to: DetectorState, since: u64) -> Option<u64> {
         let mut entries = self.log.iter();
         entries
             .find(|entry| (entry.backend, entry.to) == (backend, to) && entry.at >= since)
@@ -175,11 +175,11 @@ impl World {
     fn run(&mut self, ran: u64) {
         let now = self.now();
         let due = self.start + Duration::from_millis(ran + 1);
-        if stalled(due, now, INTERVAL) {
+        if is_late(due, now, INTERVAL) {
             let lost = now - due;
-            self.channel.excuse(lost, now);
+            self.channel.ignore_silence(lost, now);
             for index in 0..self.nodes.len() {
-                let step = self.nodes[index].detector.excuse(lost, now);
+                let step = self.nodes[index].detector.ignore_silence_until(lost, now);
                 self.take(index, step);
             }
         }
@@ -187,7 +187,7 @@ impl World {
             if self.channel.beat(INTERVAL, now) {
                 self.reconsider();
             }
-            let beat = Beat { incarnation: 1, sequence, interval: INTERVAL };
+            let beat = BeatInfo { incarnation: 1, sequence, interval: INTERVAL };
             let (_, step) = self.nodes[index].detector.beat(&beat, now);
             self.take(index, step);
         }
@@ -212,11 +212,11 @@ impl World {
         self.assert_bounds();
     }
 
-    fn take(&mut self, index: usize, step: Step) {
+    fn take(&mut self, index: usize, step: DetectorStep) {
         self.nodes[index].due = self.nodes[index].detector.due();
         if let Some(change) = step.change {
             let (from, to) = (change.from, change.to);
-            if to == State::Suspect {
+            if to == DetectorState::Suspect {
                 self.look(self.nodes[index].pool);
                 self.look(self.paths.len() - 1);
             }
@@ -224,16 +224,16 @@ impl World {
             self.log.push(entry);
         }
         match step.ask {
-            Some(Ask::Probe(next)) => {
+            Some(DetectorRequest::Probe(next)) => {
                 let timeout = next.timeout.as_millis() as u64;
                 let (wait, answer) = match self.doing(index) {
-                    Doing::Fine | Doing::Mute => (1, Answer::Answered),
-                    Doing::Crashed | Doing::ServiceGone => (1, Answer::Refused),
-                    Doing::Dead => (timeout, Answer::Failed("connect timed out".to_owned())),
+                    Doing::Fine | Doing::Mute => (1, TryResult::Answered),
+                    Doing::Crashed | Doing::ServiceGone => (1, TryResult::Refused),
+                    Doing::Dead => (timeout, TryResult::Failed("connect timed out".to_owned())),
                 };
                 self.nodes[index].flying = Some((self.millis + wait, next.id, answer));
             }
-            Some(Ask::Eject { proven }) => self.eject(index, proven),
+            Some(DetectorRequest::Eject { proven }) => self.eject(index, proven),
             None => {}
         }
     }
@@ -243,14 +243,16 @@ impl World {
         let freezes: [Option<&Freeze>; 2] =
             [self.paths[pool].freeze(), self.paths[self.paths.len() - 1].freeze()];
         let now = self.now();
-        match permit(proven, self.view(pool), MAX_DOWN, self.channel_state(), freezes) {
+        match may_remove(proven, self.view(pool), MAX_DOWN, self.channel_state(), freezes) {
             Ok(()) => {
                 self.nodes[index].proven = proven;
                 let step = self.nodes[index].detector.eject(now);
                 self.take(index, step);
             }
             Err(reason) => {
-                if self.nodes[index].detector.hold(reason.clone()) && !self.held.contains(&reason) {
+                if self.nodes[index].detector.hold_in_rotation(reason.clone())
+                    && !self.held.contains(&reason)
+                {
                     self.held.push(reason);
                 }
             }
@@ -259,7 +261,7 @@ impl World {
 
     fn look(&mut self, path: usize) {
         let (view, now) = (self.view(path), self.now());
-        if let Some(Frost::Thawed(_)) = self.paths[path].look(view, now) {
+        if let Some(FreezeChange::Ended(_)) = self.paths[path].look(view, now) {
             self.reconsider();
         }
     }
@@ -280,7 +282,7 @@ impl World {
         PathView::of(members.map(|node| &node.detector), frozen, self.now())
     }
 
-    fn channel_state(&self) -> Channel {
+    fn channel_state(&self) -> ChannelState {
         let live = self.view(self.scenario.pools.len()).live;
         self.channel.state(live, INTERVAL, self.now())
     }
@@ -289,7 +291,7 @@ impl World {
     fn assert_bounds(&self) {
         for (pool, members) in self.scenario.pools.iter().enumerate() {
             let out = |node: &&Node| {
-                node.pool == pool && node.detector.state() == State::Down && !node.proven
+                node.pool == pool && node.detector.state() == DetectorState::Down && !node.proven
             };
             let out = self.nodes.iter().filter(out).count();
             assert!(out <= members / 2, "{out} of {members} are down at {} ms", self.millis);

@@ -3,10 +3,10 @@
 use crate::place::{receiver, secret, settings};
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
-use tidegate_daemon::heartbeat::verify::Reject;
+use tidegate_daemon::heartbeat::verify::RejectReason;
 use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::sender::Sender;
-use tidegate_heartbeat::wire::{Draft, Identity, encode};
+use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
 /// Forged datagrams a second; an unoptimised build cannot make as many.
 const RATE: u64 = if cfg!(debug_assertions) { 20_000 } else { 100_000 };
@@ -15,8 +15,9 @@ const LASTS: Duration = Duration::from_secs(3);
 
 /// As dear as possible to refuse: the longest, and only the tag is wrong.
 fn forged() -> Vec<u8> {
-    let identity = Identity::new("web", &"x".repeat(64), "[fd00::1]:80".parse().unwrap()).unwrap();
-    let draft = Draft {
+    let identity =
+        SenderIdentity::new("web", &"x".repeat(64), "[fd00::1]:80".parse().unwrap()).unwrap();
+    let draft = HeartbeatFields {
         identity: &identity,
         key_id: 7,
         incarnation: u64::MAX,
@@ -80,12 +81,12 @@ fn a_flood_in_a_senders_name_is_refused_cheaply_and_costs_it_no_heartbeat() {
     println!(
         "{sent} forged in {took:?} ({RATE} a second): {share:.3} of a core, {each:?} each; \
          {} refused by signature, {} lost by the kernel, {missing} of {last} heartbeats missing",
-        counts.rejected(Reject::Signature),
+        counts.rejected(RejectReason::Signature),
         counts.kernel_drops()
     );
     assert!(last > 20, "a heartbeat every 20 ms for three seconds: {last}");
     assert!(missing <= counts.dropped(), "each one missing is told as our loss");
-    assert!(counts.rejected(Reject::Signature) > 0);
+    assert!(counts.rejected(RejectReason::Signature) > 0);
     if !cfg!(debug_assertions) {
         assert!(share < 0.5, "{share}");
     }

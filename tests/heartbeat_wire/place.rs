@@ -4,11 +4,11 @@ use crate::wait::eventually_some;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
-use tidegate_daemon::heartbeat::receive::{Arrived, Receiver};
-use tidegate_daemon::heartbeat::verify::{Gate, Limits};
-use tidegate_heartbeat::keys::{Key, KeyRing, Secret};
-use tidegate_heartbeat::sender::Settings;
-use tidegate_heartbeat::wire::Identity;
+use tidegate_daemon::heartbeat::receive::{ReceivedHeartbeat, Receiver};
+use tidegate_daemon::heartbeat::verify::{Verifier, VerifierLimits};
+use tidegate_heartbeat::keys::{HeartbeatKey, KeyRing, Secret};
+use tidegate_heartbeat::sender::SenderSettings;
+use tidegate_heartbeat::wire::SenderIdentity;
 
 pub const SECRET: [u8; 32] = [b'k'; 32];
 
@@ -20,8 +20,8 @@ pub fn secret() -> Secret {
 }
 
 /// Key 7 for pool `web` on loopback.
-pub fn key() -> Key {
-    Key {
+pub fn key() -> HeartbeatKey {
+    HeartbeatKey {
         id: 7,
         secret: secret(),
         pools: vec!["web".into()],
@@ -29,8 +29,8 @@ pub fn key() -> Key {
     }
 }
 
-pub fn gate() -> Gate {
-    Gate::new(KeyRing::new([key()]).unwrap(), Limits::default(), 1)
+pub fn gate() -> Verifier {
+    Verifier::new(KeyRing::new([key()]).unwrap(), VerifierLimits::default(), 1)
 }
 
 /// A receiver on loopback and where it listens.
@@ -41,10 +41,10 @@ pub fn receiver() -> (Receiver, SocketAddr) {
 }
 
 /// Backend `a`, which says so every 20 ms.
-pub fn settings(to: SocketAddr) -> Settings {
-    Settings {
+pub fn settings(to: SocketAddr) -> SenderSettings {
+    SenderSettings {
         to: vec![to],
-        identity: Identity::new("web", "a", "127.0.0.1:80".parse().unwrap()).unwrap(),
+        identity: SenderIdentity::new("web", "a", "127.0.0.1:80".parse().unwrap()).unwrap(),
         key_id: 7,
         secret: secret(),
         interval: Duration::from_millis(20),
@@ -62,6 +62,10 @@ pub fn key_file() -> (tempfile::TempDir, PathBuf) {
 }
 
 /// The next heartbeat that is as `wanted`; others before it are dropped.
-pub fn heard(receiver: &Receiver, what: &str, wanted: impl Fn(&Arrived) -> bool) -> Arrived {
+pub fn heard(
+    receiver: &Receiver,
+    what: &str,
+    wanted: impl Fn(&ReceivedHeartbeat) -> bool,
+) -> ReceivedHeartbeat {
     eventually_some(PATIENCE, what, || std::iter::from_fn(|| receiver.pop()).find(&wanted))
 }

@@ -5,8 +5,8 @@ use crate::wait::eventually;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 use tidegate_daemon::heartbeat::receive::Receiver;
-use tidegate_daemon::heartbeat::verify::Reject;
-use tidegate_heartbeat::keys::{Key, KeyRing};
+use tidegate_daemon::heartbeat::verify::RejectReason;
+use tidegate_heartbeat::keys::{HeartbeatKey, KeyRing};
 use tidegate_heartbeat::sender::Sender;
 
 #[test]
@@ -18,10 +18,10 @@ fn heartbeats_are_counted_by_what_became_of_them() {
     let _sender = Sender::start(settings(to)).unwrap();
     heard(&receiver, "a fifth", |arrived| arrived.heartbeat.sequence == 5);
     let counts = receiver.counts();
-    assert_eq!(counts.rejected(Reject::Malformed), 2);
+    assert_eq!(counts.rejected(RejectReason::Malformed), 2);
     assert!(counts.accepted() >= 5);
     assert_eq!(
-        (counts.dropped(), counts.coalesced(), counts.rejected(Reject::Replayed)),
+        (counts.dropped(), counts.coalesced(), counts.rejected(RejectReason::Replayed)),
         (0, 0, 0)
     );
 }
@@ -57,9 +57,9 @@ fn keys_are_replaced_without_losing_the_socket_or_a_sender() {
     let (receiver, to) = receiver();
     let _sender = Sender::start(settings(to)).unwrap();
     heard(&receiver, "a first", |_| true);
-    let other = Key { id: 8, secret: secret(), ..key() };
+    let other = HeartbeatKey { id: 8, secret: secret(), ..key() };
     receiver.set_keys(KeyRing::new([other.clone()]).unwrap());
-    let unknown = || receiver.counts().rejected(Reject::UnknownKey);
+    let unknown = || receiver.counts().rejected(RejectReason::UnknownKey);
     eventually(PATIENCE, "a refusal", || unknown() > 0);
     receiver.set_keys(KeyRing::new([other, key()]).unwrap());
     let refused = unknown();
@@ -83,7 +83,7 @@ fn addresses_come_and_go_and_the_ones_that_stay_lose_nothing() {
         heard(&receiver, "one on the new address", |arrived| arrived.heartbeat.sequence == 1);
     let again = receiver.prepare(&[kept]).unwrap();
     receiver.commit(again);
-    let old = || receiver.counts().rejected(Reject::OldIncarnation);
+    let old = || receiver.counts().rejected(RejectReason::OldIncarnation);
     let before = old();
     eventually(PATIENCE, "the old address is still heard", || old() > before + 3);
     eventually(PATIENCE, "the new one is closed", || UdpSocket::bind(addresses[1]).is_ok());

@@ -4,8 +4,8 @@ use crate::place::{heard, receiver, settings};
 use std::net::UdpSocket;
 use std::time::Duration;
 use tidegate_heartbeat::SenderState;
-use tidegate_heartbeat::sender::{STOPPING_COUNT, Sender, Settings};
-use tidegate_heartbeat::wire::Parsed;
+use tidegate_heartbeat::sender::{STOPPING_COUNT, Sender, SenderSettings};
+use tidegate_heartbeat::wire::ParsedHeartbeat;
 
 #[test]
 fn heartbeats_come_at_their_interval_with_nothing_missing() {
@@ -32,7 +32,7 @@ fn heartbeats_come_at_their_interval_with_nothing_missing() {
 #[test]
 fn what_is_set_is_sent_and_a_state_at_once() {
     let (receiver, to) = receiver();
-    let hour = Settings { interval: Duration::from_secs(3600), ..settings(to) };
+    let hour = SenderSettings { interval: Duration::from_secs(3600), ..settings(to) };
     let sender = Sender::start(hour).unwrap();
     heard(&receiver, "a first", |_| true);
     sender.set_weight(9);
@@ -53,7 +53,7 @@ fn a_closed_sender_says_so_and_is_silent() {
     sender.close();
     let (mut states, mut buffer) = (Vec::new(), [0; 512]);
     while let Ok(length) = socket.recv(&mut buffer) {
-        states.push(Parsed::read(&buffer[..length]).unwrap().state);
+        states.push(ParsedHeartbeat::read(&buffer[..length]).unwrap().state);
     }
     let stopping = states.iter().filter(|state| **state == SenderState::Stopping).count();
     assert_eq!(stopping, STOPPING_COUNT as usize);
@@ -64,7 +64,7 @@ fn a_closed_sender_says_so_and_is_silent() {
 fn nobody_listening_is_no_reason_to_stop() {
     let (receiver, to) = receiver();
     let nobody = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let both = Settings { to: vec![nobody, to, "[::1]:9".parse().unwrap()], ..settings(to) };
+    let both = SenderSettings { to: vec![nobody, to, "[::1]:9".parse().unwrap()], ..settings(to) };
     let _sender = Sender::start(both).unwrap();
     heard(&receiver, "the tenth", |arrived| arrived.heartbeat.sequence == 10);
 }

@@ -63,7 +63,9 @@ fn a_service_is_ready_only_while_its_check_succeeds() {
     let first = heard(&receiver, "a first", |_| true).heartbeat;
     assert_eq!((first.state, &*first.name), (SenderState::Starting, "a"));
     let is = |state| {
-        move |one: &tidegate_daemon::heartbeat::receive::Arrived| one.heartbeat.state == state
+        move |one: &tidegate_daemon::heartbeat::receive::ReceivedHeartbeat| {
+            one.heartbeat.state == state
+        }
     };
 
     place.listen(16).unwrap();

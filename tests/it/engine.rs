@@ -3,7 +3,7 @@
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
 use crate::common::conf::{Conf, Pool};
-use crate::common::ledger::{Ledger, Sizes};
+use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::without_io_uring;
 use crate::common::{Engine, have, turn};
@@ -22,7 +22,7 @@ fn forbidden_io_uring_falls_back_to_epoll_and_says_why() {
         return;
     }
     for engine in ["io_uring", "auto"] {
-        let ledger = Ledger::new(Sizes { most: 64 * 1024, large_one_in: 20 });
+        let ledger = Ledger::new(StreamSizes { most: 64 * 1024, large_one_in: 20 });
         let backend = ScriptedBackend::start(ledger.script());
         let proxy = start(engine, &without_io_uring(), &backend);
         let status = proxy.status();

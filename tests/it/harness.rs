@@ -4,13 +4,13 @@
 //! that each break one promise (must be reported). No balancer runs here.
 
 use crate::common::backend::{self, ScriptedBackend, Unresponsive};
-use crate::common::ledger::{Ledger, Sizes};
+use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::servers::{self, Nginx, Wrk};
 use crate::common::{client, have, http, proxy, turn};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 
-const SMALL: Sizes = Sizes { most: 64 * 1024, large_one_in: 50 };
+const SMALL: StreamSizes = StreamSizes { most: 64 * 1024, large_one_in: 50 };
 
 #[test]
 fn ledger_is_clean_straight_to_the_backend() {

@@ -19,8 +19,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::keys::Secret;
-use tidegate_heartbeat::sender::{Sender, Settings};
-use tidegate_heartbeat::wire::{Draft, Identity, encode};
+use tidegate_heartbeat::sender::{Sender, SenderSettings};
+use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
 on_every_engine!(
     a_signed_sender_joins_serves_and_leaves_without_a_session_lost,
@@ -98,9 +98,9 @@ impl Keys {
         (key_id, byte): (u32, u8),
         interval: Duration,
     ) -> Sender {
-        let settings = Settings {
+        let settings = SenderSettings {
             to: vec![self.to()],
-            identity: Identity::new("web", name, backend.socket_address()).unwrap(),
+            identity: SenderIdentity::new("web", name, backend.socket_address()).unwrap(),
             key_id,
             secret: Secret::new(&[byte; 32]).unwrap(),
             interval,
@@ -370,10 +370,10 @@ impl Crowd {
     fn say(&self, number: u16, sequence: u64, state: SenderState) {
         let [high, low] = number.to_be_bytes();
         let address = SocketAddr::from((Ipv4Addr::new(127, 2, high, low), self.port));
-        let identity = Identity::new("web", &format!("s{number}"), address).unwrap();
+        let identity = SenderIdentity::new("web", &format!("s{number}"), address).unwrap();
         let sent = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         let sent = sent.as_millis() as u64;
-        let draft = Draft {
+        let draft = HeartbeatFields {
             identity: &identity,
             key_id: 1,
             incarnation: 1,

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::keys::Secret;
-use tidegate_heartbeat::wire::{Draft, Identity, encode};
+use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
 /// Forged datagrams a second; an unoptimised build cannot make and refuse as
 /// many.
@@ -25,8 +25,8 @@ const INTERVAL: Duration = Duration::from_millis(50);
 
 /// Right in everything but its tag: as dear as possible to refuse.
 fn forged() -> Vec<u8> {
-    let identity = Identity::new("web", "a0", "127.0.0.1:80".parse().unwrap()).unwrap();
-    let draft = Draft {
+    let identity = SenderIdentity::new("web", "a0", "127.0.0.1:80".parse().unwrap()).unwrap();
+    let draft = HeartbeatFields {
         identity: &identity,
         key_id: 1,
         incarnation: u64::MAX,

@@ -17,7 +17,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::UNIX_EPOCH;
 use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::keys::Secret;
-use tidegate_heartbeat::wire::{Draft, Identity, encode};
+use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
 /// A sender by hand, whose clock and secret may be wrong.
 struct Mouth {
@@ -49,9 +49,9 @@ impl Mouth {
 
     fn say(&mut self, state: SenderState) {
         self.sequence += 1;
-        let identity = Identity::new("web", self.name, self.address).unwrap();
+        let identity = SenderIdentity::new("web", self.name, self.address).unwrap();
         let now = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
-        let draft = Draft {
+        let draft = HeartbeatFields {
             identity: &identity,
             key_id: 1,
             incarnation: 1,

@@ -6,7 +6,7 @@
 use crate::common::backend::{self, Gate, ScriptedBackend, Unresponsive, script};
 use crate::common::client::{self, End, connect, try_connect};
 use crate::common::conf::{Conf, Pool};
-use crate::common::ledger::{Ledger, Sizes};
+use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::proxy::{PROGRAM, TestProxy};
 use crate::common::{
     Engine, eventually, measured, ms, on_every_engine, on_every_engine_alone, patience, secs,
@@ -330,7 +330,7 @@ fn default_workers_and_pinning_serve(engine: Engine) {
 }
 
 fn spinning_workers_serve(engine: Engine) {
-    let ledger = Ledger::new(Sizes { most: 64 * 1024, large_one_in: 20 });
+    let ledger = Ledger::new(StreamSizes { most: 64 * 1024, large_one_in: 20 });
     let backend = ScriptedBackend::start(ledger.script());
     let conf = Conf::simple(engine, to(&backend)).workers(1).process("spin = \"50us\"");
     let proxy = TestProxy::start(conf);
@@ -387,7 +387,7 @@ fn backend_with_a_new_address_under_its_old_name_is_a_new_one(engine: Engine) {
 }
 
 fn streams_stay_whole_while_backends_are_drained_and_undrained(engine: Engine) {
-    let ledger = Ledger::new(Sizes { most: 128 * 1024, large_one_in: 200 });
+    let ledger = Ledger::new(StreamSizes { most: 128 * 1024, large_one_in: 200 });
     let backends = [(); 3].map(|()| ScriptedBackend::start(ledger.script()));
     let names = ["a", "b", "c"];
     let pool = names
@@ -419,7 +419,7 @@ fn streams_stay_whole_while_backends_are_drained_and_undrained(engine: Engine) {
 }
 
 fn admin_answers_while_traffic_flows(engine: Engine) {
-    let ledger = Ledger::without_aborts(Sizes { most: 64 * 1024, large_one_in: 100 });
+    let ledger = Ledger::without_aborts(StreamSizes { most: 64 * 1024, large_one_in: 100 });
     let backend = ScriptedBackend::start(ledger.script());
     let proxy = TestProxy::start(Conf::simple(engine, to(&backend)));
     let stop = AtomicBool::new(false);

@@ -6,7 +6,7 @@
 use crate::common::backend::{self, Gate, ScriptedBackend, script};
 use crate::common::client::{self, End, connect};
 use crate::common::conf::{Conf, Pool};
-use crate::common::ledger::{Ledger, Sizes};
+use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::{Iperf3, iperf3_client};
 use crate::common::{
@@ -120,7 +120,7 @@ fn half_close_after_64_mib_gets_the_whole_answer(engine: Engine) {
 fn ten_thousand_streams_arrive_unchanged(engine: Engine) {
     // 5,000 on each engine make the ten thousand; the long run has tenfold.
     let streams = if long() { 50_000 } else { 5_000 };
-    let ledger = Ledger::new(Sizes { most: 256 * 1024, large_one_in: 500 });
+    let ledger = Ledger::new(StreamSizes { most: 256 * 1024, large_one_in: 500 });
     let backends = [(); 3].map(|()| ScriptedBackend::start(ledger.script()));
     let mut pool = Pool::new("web");
     for (backend, name) in backends.iter().zip(["a", "b", "c"]) {

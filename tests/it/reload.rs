@@ -7,7 +7,7 @@
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End, connect, try_connect};
 use crate::common::conf::{Conf, Pool};
-use crate::common::ledger::{Ledger, Sizes};
+use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::{Nginx, Wrk};
 use crate::common::steady::Steady;
@@ -52,7 +52,7 @@ fn fifty_reloads_in_ten_seconds_lose_nothing(engine: Engine) {
         return;
     }
     let servers = ["n1", "n2", "n3"].map(Nginx::start);
-    let ledger = Ledger::without_aborts(Sizes { most: 64 * 1024, large_one_in: 0 });
+    let ledger = Ledger::without_aborts(StreamSizes { most: 64 * 1024, large_one_in: 0 });
     let streams = [(); 3].map(|()| ScriptedBackend::start(ledger.script()));
     let web = Pool::new("web").backend("n1", servers[0].address).backend("n2", servers[1].address);
     let led = Pool::new("led").backend("s0", streams[0].address());

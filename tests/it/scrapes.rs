@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::keys::Secret;
-use tidegate_heartbeat::wire::{Draft, Identity, encode};
+use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
 /// Between heartbeats.
 const INTERVAL: Duration = ms(100);
@@ -143,9 +143,9 @@ impl Choir {
 }
 
 fn say(socket: &UdpSocket, to: SocketAddr, secret: &Secret, sender: &Sender) {
-    let identity = Identity::new("web", &sender.name, sender.address).unwrap();
+    let identity = SenderIdentity::new("web", &sender.name, sender.address).unwrap();
     let sent = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
-    let draft = Draft {
+    let draft = HeartbeatFields {
         identity: &identity,
         key_id: 1,
         incarnation: 1,

@@ -4,7 +4,7 @@
 //! duplicating links both ends hold exactly what the other sent. Streams that
 //! end in a reset stay out: a lost RST is never sent again.
 
-use crate::common::ledger::{Ledger, Sizes};
+use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::proxy::TestProxy;
 use crate::common::{Engine, long, measured, ms, on_every_engine};
 use crate::hosts::Hosts;
@@ -54,7 +54,7 @@ fn streams_are_whole_over_bad_links(engine: Engine) {
     }
     let hosts = Hosts::new(2, 20);
     // Large ones take a second each over such links, and are what it waits for.
-    let ledger = Ledger::without_aborts(Sizes { most: 64 * 1024, large_one_in: 1000 });
+    let ledger = Ledger::without_aborts(StreamSizes { most: 64 * 1024, large_one_in: 1000 });
     let _backends: Vec<_> = hosts.backends.iter().map(|host| host.serve(ledger.script())).collect();
     let proxy = hosts.start(hosts.conf(engine, hosts.pool()));
     hosts.backends.iter().for_each(|host| host.link.set(BAD));

@@ -3,7 +3,7 @@
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End, connect};
 use crate::common::conf::{Conf, Pool};
-use crate::common::ledger::{Ledger, Sizes};
+use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::proxy::{PROGRAM, TestProxy};
 use crate::common::steady::{Attempt, Steady};
 use crate::common::{
@@ -270,7 +270,7 @@ const DRAIN: Duration = secs(30);
 /// processes that follow each other; every byte of every stream is checked.
 fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
     let (upgrades, reloads) = if long() { (100, 1000) } else { (5, 50) };
-    let ledger = Ledger::without_aborts(Sizes { most: 64 * 1024, large_one_in: 0 });
+    let ledger = Ledger::without_aborts(StreamSizes { most: 64 * 1024, large_one_in: 0 });
     let streams = [(); 3].map(|()| ScriptedBackend::start(ledger.script()));
     let short = ["a", "b"].map(|name| ScriptedBackend::start(backend::http(name, 200)));
     let web = Pool::new("web").backend("a", short[0].address()).backend("b", short[1].address());

@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::keys::Secret;
-use tidegate_heartbeat::sender::{Sender, Settings};
-use tidegate_heartbeat::wire::{Draft, Identity, encode};
+use tidegate_heartbeat::sender::{Sender, SenderSettings};
+use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
 /// Heartbeats concern the control thread alone: one engine will do.
 #[test]
@@ -114,9 +114,9 @@ impl Site {
         let servers =
             ["a", "b"].map(|name| (name, ScriptedBackend::start(backend::http(name, 200))));
         let senders = servers.each_ref().map(|(name, server)| {
-            let identity = Identity::new("web", name, server.socket_address()).unwrap();
+            let identity = SenderIdentity::new("web", name, server.socket_address()).unwrap();
             let secret = Secret::new(&[7; 32]).unwrap();
-            let settings = Settings { to: vec![to], identity, key_id: 1, secret, interval };
+            let settings = SenderSettings { to: vec![to], identity, key_id: 1, secret, interval };
             let sender = Sender::start(settings).unwrap();
             sender.set_state(SenderState::Ready);
             sender
@@ -166,9 +166,9 @@ impl Crowd {
     fn say(&self, number: u16, sequence: u64) {
         let [high, low] = number.to_be_bytes();
         let address = SocketAddr::from((Ipv4Addr::new(127, 2, high, low), self.port));
-        let identity = Identity::new("web", &format!("s{number}"), address).unwrap();
+        let identity = SenderIdentity::new("web", &format!("s{number}"), address).unwrap();
         let sent = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
-        let draft = Draft {
+        let draft = HeartbeatFields {
             identity: &identity,
             key_id: 1,
             incarnation: 1,

@@ -10,12 +10,12 @@ use super::frontend::FrontendRead;
 use super::globals::AdminRead;
 use super::pool::PoolRead;
 use super::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
-use crate::diagnose::Report;
-use crate::value::{Complaint, did_you_mean_or, shown};
-use tidegate_core::model::{AdminListen, BackendAddress};
+use crate::diagnose::ProblemCollector;
+use crate::value::{ValueError, did_you_mean_or, shown};
+use tidegate_core::model::{AdminListen, BackendAddr};
 
 pub(super) fn check(
-    report: &Report<'_>,
+    report: &ProblemCollector<'_>,
     admin: &AdminRead,
     frontends: &[FrontendRead],
     pools: &[PoolRead],
@@ -28,7 +28,7 @@ pub(super) fn check(
 }
 
 /// Every frontend's pool exists, and every pool is used.
-fn routes(report: &Report<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
+fn routes(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
     let known: HashSet<&str> = pools.iter().map(|pool| &*pool.model.name).collect();
     let mut used = HashSet::new();
     for frontend in frontends {
@@ -42,7 +42,7 @@ fn routes(report: &Report<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
         }
         report.error_with(place.clone(), || {
             let names = pools.iter().map(|pool| &*pool.model.name);
-            let complaint = Complaint::new(format!("there is no pool {}", shown(name)));
+            let complaint = ValueError::new(format!("there is no pool {}", shown(name)));
             complaint.help(did_you_mean_or(name, names, || match pools {
                 [] => "add [pool.NAME] with at least one [[pool.NAME.backend]]".to_owned(),
                 [only] => format!("the only pool is {}", shown(&only.model.name)),
@@ -53,16 +53,16 @@ fn routes(report: &Report<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
     for pool in pools {
         if !used.contains(&*pool.model.name) {
             let message = format!("no frontend uses pool {}", shown(&pool.model.name));
-            report.warning(pool.place.clone(), Complaint::new(message));
+            report.warning(pool.place.clone(), ValueError::new(message));
         }
     }
 }
 
-fn counts(report: &Report<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
+fn counts(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
     let too_many = |place: Range<usize>, what: &str, max: usize, count: usize| {
         report.error(
             place,
-            Complaint::new(format!("{count} {what} are more than the {max} allowed")),
+            ValueError::new(format!("{count} {what} are more than the {max} allowed")),
         );
     };
     if let Some(first) = frontends.get(FRONTENDS_MAX) {
@@ -90,15 +90,15 @@ struct Bind<'f> {
 
 /// Addresses our listeners take, findable by address and by port.
 #[derive(Default)]
-struct Taken<'f> {
+struct OwnAddresses<'f> {
     exact: HashMap<SocketAddr, Bind<'f>>,
     /// Per port and family: the wildcard bind, and some specific one.
     wildcard: HashMap<(u16, bool), SocketAddr>,
     specific: HashMap<(u16, bool), SocketAddr>,
 }
 
-fn binds<'f>(report: &Report<'_>, frontends: &'f [FrontendRead]) -> Taken<'f> {
-    let mut taken = Taken::default();
+fn binds<'f>(report: &ProblemCollector<'_>, frontends: &'f [FrontendRead]) -> OwnAddresses<'f> {
+    let mut taken = OwnAddresses::default();
     for frontend in frontends {
         for (address, place) in frontend.model.binds.iter().zip(&frontend.bind_places) {
             if let Some(other) = taken.clash(*address) {
@@ -111,7 +111,7 @@ fn binds<'f>(report: &Report<'_>, frontends: &'f [FrontendRead]) -> Taken<'f> {
     taken
 }
 
-fn admin_address(report: &Report<'_>, admin: &AdminRead, taken: &Taken<'_>) {
+fn admin_address(report: &ProblemCollector<'_>, admin: &AdminRead, taken: &OwnAddresses<'_>) {
     if let (AdminListen::Tcp(address), Some(place)) = (&admin.model.listen, &admin.listen)
         && let Some(other) = taken.clash(*address)
     {
@@ -121,35 +121,40 @@ fn admin_address(report: &Report<'_>, admin: &AdminRead, taken: &Taken<'_>) {
 
 /// A backend that is one of our own addresses would feed sessions back in
 /// until a limit stops them.
-fn loops(report: &Report<'_>, admin: &AdminRead, pools: &[PoolRead], taken: &Taken<'_>) {
+fn loops(
+    report: &ProblemCollector<'_>,
+    admin: &AdminRead,
+    pools: &[PoolRead],
+    taken: &OwnAddresses<'_>,
+) {
     for pool in pools {
         for (backend, place) in pool.model.backends.iter().zip(&pool.address_places) {
             let tcp = match &backend.address {
-                BackendAddress::Tcp(address) => taken.reaches(*address),
-                BackendAddress::Unix(_) => None,
+                BackendAddr::Tcp(address) => taken.reaches(*address),
+                BackendAddr::Unix(_) => None,
             };
             if let Some(bind) = tcp {
                 report.error_with(place.clone(), || {
                     let (address, frontend) = (&backend.address, shown(bind.frontend));
                     let first = report.place_name(&bind.place);
-                    Complaint::new(format!(
+                    ValueError::new(format!(
                         "backend {address} is our own frontend {frontend}, bound at {first}"
                     ))
                 });
             } else if is_admin(&backend.address, &admin.model.listen) {
-                let complaint = Complaint::new("this backend is our own admin API");
+                let complaint = ValueError::new("this backend is our own admin API");
                 report.error(place.clone(), complaint);
             }
         }
     }
 }
 
-fn is_admin(backend: &BackendAddress, admin: &AdminListen) -> bool {
+fn is_admin(backend: &BackendAddr, admin: &AdminListen) -> bool {
     match (backend, admin) {
-        (BackendAddress::Tcp(backend), AdminListen::Tcp(admin)) => {
+        (BackendAddr::Tcp(backend), AdminListen::Tcp(admin)) => {
             backend == admin || (admin.ip().is_unspecified() && wildcard_reaches(admin, backend))
         }
-        (BackendAddress::Unix(backend), AdminListen::Unix(admin)) => backend == admin,
+        (BackendAddr::Unix(backend), AdminListen::Unix(admin)) => backend == admin,
         _ => false,
     }
 }
@@ -166,7 +171,7 @@ fn family_port(address: SocketAddr) -> (u16, bool) {
 
 // === impl Taken ===
 
-impl<'f> Taken<'f> {
+impl<'f> OwnAddresses<'f> {
     fn insert(&mut self, address: SocketAddr, bind: Bind<'f>) {
         let side =
             if address.ip().is_unspecified() { &mut self.wildcard } else { &mut self.specific };
@@ -187,10 +192,10 @@ impl<'f> Taken<'f> {
 
     fn clash_complaint(
         &self,
-        report: &Report<'_>,
+        report: &ProblemCollector<'_>,
         address: SocketAddr,
         other: SocketAddr,
-    ) -> Complaint {
+    ) -> ValueError {
         let bind = &self.exact[&other];
         let (frontend, place) = (shown(bind.frontend), report.place_name(&bind.place));
         let how = if address == other {
@@ -198,7 +203,7 @@ impl<'f> Taken<'f> {
         } else {
             format!("overlaps {other}")
         };
-        Complaint::new(format!("{address} {how} of frontend {frontend} at {place}"))
+        ValueError::new(format!("{address} {how} of frontend {frontend} at {place}"))
     }
 
     /// The bind a connection to `address` would arrive at.

@@ -12,10 +12,10 @@ use toml::de::DeValue;
 
 use super::{CONNECTIONS_MAX, sources};
 use crate::address;
-use crate::file::{Field, Named, Section};
-use crate::value::{self, Complaint, DurationRange, STALLED, TIME, USER_TIMEOUT, show_duration};
+use crate::file::{Field, NamedSection, Section};
+use crate::value::{self, DurationRange, STALLED, TIME, USER_TIMEOUT, ValueError, show_duration};
 use crate::{NamedFiles, Spot};
-use tidegate_core::model::{BindOptions, Frontend};
+use tidegate_core::model::{BindOptions, FrontendConfig};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);
@@ -25,15 +25,15 @@ const USER_TIMEOUT_DEFAULT: Duration = Duration::from_secs(120);
 
 /// A frontend with the places the checks across sections point at.
 pub(super) struct FrontendRead {
-    pub(super) model: Frontend,
+    pub(super) model: FrontendConfig,
     /// As many as `model.binds`.
     pub(super) bind_places: Vec<Range<usize>>,
     /// Where `pool` stands, if a pool was named.
     pub(super) pool: Option<Range<usize>>,
 }
 
-pub(super) fn read(named: Named<'_, '_>, files: NamedFiles<'_>) -> FrontendRead {
-    let Named { name, section, .. } = named;
+pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> FrontendRead {
+    let NamedSection { name, section, .. } = named;
     let read = binds(&section);
     let bind_options = read.iter().filter(|bind| bind.options != BindOptions::default());
     let bind_options = bind_options.map(|bind| (bind.address, bind.options)).collect();
@@ -51,7 +51,7 @@ pub(super) fn read(named: Named<'_, '_>, files: NamedFiles<'_>) -> FrontendRead 
     let pool_place = pool.place();
     let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
     section.report.limit("connections_max of this frontend", &connections_max);
-    let model = Frontend {
+    let model = FrontendConfig {
         name: name.into(),
         binds,
         bind_options,
@@ -99,7 +99,7 @@ fn binds(section: &Section<'_, '_>) -> Vec<BindRead> {
         DeValue::String(_) | DeValue::Table(_) => std::slice::from_ref(node),
         DeValue::Array(array) => {
             if array.is_empty() {
-                let complaint = Complaint::new("bind lists no address");
+                let complaint = ValueError::new("bind lists no address");
                 section
                     .report
                     .error(node.span(), complaint.help(format!("write bind = {example}")));
@@ -155,7 +155,7 @@ fn bind_table(table: Section<'_, '_>) -> Option<(Vec<SocketAddr>, bool, Range<us
         && addresses.get_ref().iter().any(|address| address.ip().is_unspecified())
         && *free.get_ref()
     {
-        let complaint = Complaint::new("freebind has no effect on a wildcard address");
+        let complaint = ValueError::new("freebind has no effect on a wildcard address");
         let help = "leave it out: a wildcard address is always there";
         table.report.error(free.span(), complaint.help(help));
     }
@@ -183,7 +183,7 @@ pub(super) fn one_or_more<T>(
     key: &'static str,
     wants: (&str, &str),
     example: &str,
-    read: impl Fn(&str) -> Result<T, Complaint>,
+    read: impl Fn(&str) -> Result<T, ValueError>,
 ) -> Vec<Spanned<T>> {
     let Some(node) = section.node(key) else {
         section.missing(key, example);
@@ -192,7 +192,7 @@ pub(super) fn one_or_more<T>(
     if let DeValue::Array(array) = node.get_ref()
         && array.is_empty()
     {
-        let complaint = Complaint::new(format!("{key} lists {}", nothing(key)));
+        let complaint = ValueError::new(format!("{key} lists {}", nothing(key)));
         section.report.error(node.span(), complaint.help(format!("write {key} = {example}")));
     }
     any_number(section, key, wants, read)
@@ -203,7 +203,7 @@ pub(super) fn any_number<T>(
     section: &Section<'_, '_>,
     key: &'static str,
     wants: (&str, &str),
-    read: impl Fn(&str) -> Result<T, Complaint>,
+    read: impl Fn(&str) -> Result<T, ValueError>,
 ) -> Vec<Spanned<T>> {
     let Some(node) = section.node(key) else { return Vec::new() };
     let nodes = match node.get_ref() {
@@ -250,7 +250,7 @@ fn warn_of_long_first_byte_timeout(
     if let (Field::Good(field), Some(idle)) = (first_byte, idle)
         && field.get_ref().is_some_and(|first_byte| first_byte >= idle)
     {
-        let complaint = Complaint::new(format!(
+        let complaint = ValueError::new(format!(
             "first_byte_timeout is not below idle_timeout ({}), which will end such a session first",
             show_duration(idle)
         ));
@@ -277,7 +277,7 @@ fn warn_of_short_user_timeout(
     if let (Some(user_time), Some(idle)) = (*user.get_ref(), idle)
         && user_time < idle
     {
-        let complaint = Complaint::new(format!(
+        let complaint = ValueError::new(format!(
             "user_timeout is below keepalive ({}): one lost keepalive probe will end an idle session",
             show_duration(idle)
         ));

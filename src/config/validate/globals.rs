@@ -13,7 +13,7 @@ use super::CONNECTIONS_MAX;
 use crate::Spot;
 use crate::address;
 use crate::file::{Field, Section};
-use crate::value::{self, BUFFERS, Complaint, SPIN, TIME, UPGRADE, shown};
+use crate::value::{self, BUFFERS, SPIN, TIME, UPGRADE, ValueError, shown};
 use tidegate_core::model::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
     Process, Sandbox,
@@ -90,7 +90,7 @@ pub(super) fn process(top: &Section<'_, '_>) -> Process {
     section.report.keep(Spot::User, section.node("user").map(Spanned::span));
     section.report.keep(Spot::Group, section.node("group").map(Spanned::span));
     if let (Some(place), None) = (section.key_place("group"), section.key_place("user")) {
-        let complaint = Complaint::new("group without user").help("set user as well");
+        let complaint = ValueError::new("group without user").help("set user as well");
         section.report.error(place, complaint);
     }
     section.finish();
@@ -103,10 +103,10 @@ fn account(section: &Section<'_, '_>, key: &'static str, example: &str) -> Field
     section.text(key, &format!("a name such as {example}"), |text| {
         let fit = |byte: u8| byte.is_ascii_alphanumeric() || b"._-$".contains(&byte);
         if text.is_empty() || text.len() > ACCOUNT_CHARS_MAX || !text.bytes().all(fit) {
-            return Err(Complaint::new(format!("{} is no name of a {key}", shown(text))));
+            return Err(ValueError::new(format!("{} is no name of a {key}", shown(text))));
         }
         if key == "user" && (text == "root" || text.bytes().all(|byte| byte == b'0')) {
-            let complaint = Complaint::new("the user the process becomes may not be root");
+            let complaint = ValueError::new("the user the process becomes may not be root");
             return Err(complaint.help("leave user out, and it stays who starts it"));
         }
         Ok(text.to_owned())
@@ -148,7 +148,7 @@ fn workers(section: &Section<'_, '_>) -> Field<Option<usize>> {
             Field::Bad | Field::Absent => Field::Bad,
         },
         DeValue::String(word) => {
-            let complaint = Complaint::new(format!("{} is not a number of workers", shown(word)));
+            let complaint = ValueError::new(format!("{} is not a number of workers", shown(word)));
             let help = format!("write \"auto\" or a number from 1 to {WORKERS_MAX} without quotes");
             section.report.error(node.span(), complaint.named("workers").help(help));
             Field::Bad
@@ -176,7 +176,7 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
         && !is_loopback(tcp)
         && token_file.is_absent()
     {
-        let complaint = Complaint::new(format!(
+        let complaint = ValueError::new(format!(
             "{tcp} is reachable from other machines and there is no token_file"
         ));
         section.report.error(
@@ -187,7 +187,7 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
         );
     }
     if let (Some(place), true) = (token_file.place(), is_unix(&listen)) {
-        let complaint = Complaint::new("token_file has no effect on a Unix socket");
+        let complaint = ValueError::new("token_file has no effect on a Unix socket");
         let help =
             "the socket's mode (0600) decides who may connect; a token is for listen = \"IP:PORT\"";
         section.report.warning(place, complaint.help(help));
@@ -219,9 +219,9 @@ fn is_loopback(address: &SocketAddr) -> bool {
     address.ip().to_canonical().is_loopback()
 }
 
-pub(super) fn file_path(text: &str) -> Result<PathBuf, Complaint> {
+pub(super) fn file_path(text: &str) -> Result<PathBuf, ValueError> {
     if text.is_empty() || text.contains('\0') || text.ends_with('/') {
-        return Err(Complaint::new(format!("{} is not a file path", shown(text))));
+        return Err(ValueError::new(format!("{} is not a file path", shown(text))));
     }
     Ok(PathBuf::from(text))
 }
@@ -253,12 +253,12 @@ pub(super) fn log(top: &Section<'_, '_>) -> Log {
 }
 
 /// A bare word is more likely a slip than a file in the working directory.
-fn access_target(text: &str) -> Result<AccessLogTarget, Complaint> {
+fn access_target(text: &str) -> Result<AccessLogTarget, ValueError> {
     match text {
         "off" => Ok(AccessLogTarget::Off),
         "stdout" => Ok(AccessLogTarget::Stdout),
         path if path.contains('/') => file_path(path).map(AccessLogTarget::File),
-        word => Err(Complaint::new(format!(
+        word => Err(ValueError::new(format!(
             "{} is not \"off\", \"stdout\" or a file path",
             shown(word)
         ))

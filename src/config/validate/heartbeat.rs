@@ -15,13 +15,13 @@ use super::frontend::{addresses, one_or_more};
 use super::globals::{duration, file_path};
 use super::pool::PoolRead;
 use super::sources::range;
-use crate::diagnose::Report;
+use crate::diagnose::ProblemCollector;
 use crate::file::Section;
-use crate::value::{self, Complaint, HEARTBEAT_INTERVAL, did_you_mean_or};
+use crate::value::{self, HEARTBEAT_INTERVAL, ValueError, did_you_mean_or};
 use crate::value::{show_duration, shown};
 use crate::{NamedFiles, Spot};
-use tidegate_core::model::{HeartbeatKey, HeartbeatSpec, Heartbeats, WEIGHT_MAX};
-use tidegate_heartbeat::key_file::{self, KeyFileError, Unfit};
+use tidegate_core::model::{HeartbeatConfig, HeartbeatKeyConfig, HeartbeatSpec, WEIGHT_MAX};
+use tidegate_heartbeat::key_file::{self, KeyFileError, KeyFileProblem};
 use tidegate_heartbeat::keys::{SECRET_BYTES_MAX, SECRET_BYTES_MIN, Secret};
 
 /// Each costs a socket and a place in the receiver's poll set.
@@ -47,7 +47,7 @@ const WEIGHT: u32 = 100;
 
 /// `[heartbeat]` with the places that the checks across sections point at.
 pub(super) struct HeartbeatRead {
-    pub(super) model: Heartbeats,
+    pub(super) model: HeartbeatConfig,
     listen_places: Vec<Range<usize>>,
     keys: Vec<KeyPlaces>,
 }
@@ -62,14 +62,14 @@ pub(super) fn read(top: &Section<'_, '_>, files: NamedFiles<'_>) -> Option<Heart
     let section = top.table("heartbeat", "[heartbeat]".to_owned())?;
     let listen = addresses(&section, "listen", "\"0.0.0.0:7946\"");
     let too_many = |place: Range<usize>, what: &str, max: usize| {
-        section.report.error(place, Complaint::new(format!("more than {max} {what}")));
+        section.report.error(place, ValueError::new(format!("more than {max} {what}")));
     };
     if let Some(beyond) = listen.get(LISTEN_MAX) {
         too_many(beyond.span(), "addresses to listen on", LISTEN_MAX);
     }
     let sections = section.array_of_tables("key", "heartbeat.key");
     if sections.is_empty() {
-        let complaint = Complaint::new("[heartbeat] has no key: no heartbeat could be believed");
+        let complaint = ValueError::new("[heartbeat] has no key: no heartbeat could be believed");
         let help = "add [[heartbeat.key]] with id, file, pools and addresses";
         section.report.error(section.header.clone(), complaint.help(help));
     }
@@ -83,10 +83,10 @@ pub(super) fn read(top: &Section<'_, '_>, files: NamedFiles<'_>) -> Option<Heart
     let (listen_places, listen) =
         listen.into_iter().map(|each| (each.span(), each.into_inner())).unzip();
     section.finish();
-    Some(HeartbeatRead { model: Heartbeats { listen, keys: models }, listen_places, keys })
+    Some(HeartbeatRead { model: HeartbeatConfig { listen, keys: models }, listen_places, keys })
 }
 
-fn key(section: Section<'_, '_>, files: NamedFiles<'_>) -> (HeartbeatKey, KeyPlaces) {
+fn key(section: Section<'_, '_>, files: NamedFiles<'_>) -> (HeartbeatKeyConfig, KeyPlaces) {
     let id = section.integer("id", 1..=u32::MAX);
     if id.is_absent() {
         section.missing("id", "1");
@@ -109,12 +109,12 @@ fn key(section: Section<'_, '_>, files: NamedFiles<'_>) -> (HeartbeatKey, KeyPla
     let wants = ("a range or a list of ranges", "ranges such as \"10.0.0.0/8\"");
     let ranges = one_or_more(&section, "addresses", wants, "[\"10.0.0.0/8\"]", range);
     if let Some(beyond) = ranges.get(RANGES_MAX) {
-        let complaint = Complaint::new(format!("more than {RANGES_MAX} ranges"));
+        let complaint = ValueError::new(format!("more than {RANGES_MAX} ranges"));
         section.report.error(beyond.span(), complaint);
     }
     let places = KeyPlaces { id: id.place(), pools: pools.iter().map(Spanned::span).collect() };
     let (file, secret) = file.or((PathBuf::new(), None));
-    let model = HeartbeatKey {
+    let model = HeartbeatKeyConfig {
         id: id.or(0),
         file,
         pools: pools.into_iter().map(Spanned::into_inner).collect(),
@@ -125,7 +125,7 @@ fn key(section: Section<'_, '_>, files: NamedFiles<'_>) -> (HeartbeatKey, KeyPla
     (model, places)
 }
 
-fn secret(path: &Path, kept: Option<&[u8]>) -> Result<Secret, Complaint> {
+fn secret(path: &Path, kept: Option<&[u8]>) -> Result<Secret, ValueError> {
     let secret = match kept {
         Some(kept) => key_file::of_bytes(path, kept),
         None => key_file::read(path),
@@ -133,10 +133,10 @@ fn secret(path: &Path, kept: Option<&[u8]>) -> Result<Secret, Complaint> {
     secret.map_err(|KeyFileError { path, why }| {
         let file = shown(&path.to_string_lossy());
         match why {
-            Unfit::File(why) => Complaint::new(format!("the key file {file} {why}")),
-            Unfit::Length(found) => {
+            KeyFileProblem::File(why) => ValueError::new(format!("the key file {file} {why}")),
+            KeyFileProblem::Length(found) => {
                 let needed = format!("{SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} are needed");
-                Complaint::new(format!("the key file {file} holds {found}; {needed}"))
+                ValueError::new(format!("the key file {file} holds {found}; {needed}"))
                     .help("make one with: head -c 32 /dev/urandom > FILE; chmod 0600 FILE")
             }
         }
@@ -151,7 +151,7 @@ pub(super) fn of_pool(pool: &Section<'_, '_>, name: &str) -> Option<HeartbeatSpe
     for key in ["forget_after", "backends_max", "weight_max"] {
         if let (Some(place), false) = (section.key_place(key), register) {
             let message = format!("{key} has no effect without register = true");
-            section.report.warning(place, Complaint::new(message));
+            section.report.warning(place, ValueError::new(message));
         }
     }
     let spec = HeartbeatSpec {
@@ -182,7 +182,7 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration) {
         let place = ttl_place.or(interval_place).unwrap_or_else(|| section.header.clone());
         let (ttl, least) = (show_duration(ttl), show_duration(least));
         let message = format!("ttl ({ttl}) may not be below {TTL_INTERVALS} intervals ({least})");
-        section.report.error(place, Complaint::new(message));
+        section.report.error(place, ValueError::new(message));
     }
     (interval, ttl)
 }
@@ -192,11 +192,15 @@ fn narrow(value: u32) -> u16 {
 }
 
 /// What spans `[heartbeat]`, its keys and the pools.
-pub(super) fn check(report: &Report<'_>, read: Option<&HeartbeatRead>, pools: &[PoolRead]) {
+pub(super) fn check(
+    report: &ProblemCollector<'_>,
+    read: Option<&HeartbeatRead>,
+    pools: &[PoolRead],
+) {
     let Some(read) = read else {
         for pool in pools {
             if let Some(place) = &pool.heartbeat {
-                let complaint = Complaint::new("nobody listens for heartbeats");
+                let complaint = ValueError::new("nobody listens for heartbeats");
                 report.error(place.clone(), complaint.help("add [heartbeat] with listen and keys"));
             }
         }
@@ -207,7 +211,7 @@ pub(super) fn check(report: &Report<'_>, read: Option<&HeartbeatRead>, pools: &[
     keys(report, read, pools);
 }
 
-fn listens(report: &Report<'_>, read: &HeartbeatRead) {
+fn listens(report: &ProblemCollector<'_>, read: &HeartbeatRead) {
     let overlaps = |a: SocketAddr, b: SocketAddr| {
         let wild = a.ip().is_unspecified() || b.ip().is_unspecified();
         a == b || (wild && a.port() == b.port() && a.is_ipv4() == b.is_ipv4())
@@ -218,19 +222,19 @@ fn listens(report: &Report<'_>, read: &HeartbeatRead) {
             let how = if other == address { "repeats" } else { "overlaps" };
             let first = report.place_name(first);
             let message = format!("{address} {how} the heartbeat address {other} at {first}");
-            report.error((*place).clone(), Complaint::new(message));
+            report.error((*place).clone(), ValueError::new(message));
         }
     }
 }
 
-fn ids(report: &Report<'_>, read: &HeartbeatRead) {
+fn ids(report: &ProblemCollector<'_>, read: &HeartbeatRead) {
     let mut seen: HashMap<u32, &Range<usize>> = HashMap::new();
     for (key, places) in read.model.keys.iter().zip(&read.keys) {
         let Some(place) = &places.id else { continue };
         if let Some(first) = seen.get(&key.id) {
             let first = report.place_name(first);
             let message = format!("key id {} repeats the one at {first}", key.id);
-            report.error(place.clone(), Complaint::new(message));
+            report.error(place.clone(), ValueError::new(message));
         } else {
             seen.insert(key.id, place);
         }
@@ -238,7 +242,7 @@ fn ids(report: &Report<'_>, read: &HeartbeatRead) {
 }
 
 /// Keys speak for pools that are there and listen, and every such pool has one.
-fn keys(report: &Report<'_>, read: &HeartbeatRead, pools: &[PoolRead]) {
+fn keys(report: &ProblemCollector<'_>, read: &HeartbeatRead, pools: &[PoolRead]) {
     let known: HashMap<&str, &PoolRead> =
         pools.iter().map(|pool| (&*pool.model.name, pool)).collect();
     for (key, places) in read.model.keys.iter().zip(&read.keys) {
@@ -247,12 +251,12 @@ fn keys(report: &Report<'_>, read: &HeartbeatRead, pools: &[PoolRead]) {
                 None => report.error_with(place.clone(), || {
                     let names = pools.iter().map(|pool| &*pool.model.name);
                     let help = did_you_mean_or(name, names, || "name a [pool.NAME]".to_owned());
-                    Complaint::new(format!("there is no pool {}", shown(name))).help(help)
+                    ValueError::new(format!("there is no pool {}", shown(name))).help(help)
                 }),
                 Some(pool) if pool.heartbeat.is_none() => {
                     let message = format!("pool {} takes no heartbeats", shown(name));
                     let help = format!("add [pool.{}.heartbeat]", value::cut(name));
-                    report.error(place.clone(), Complaint::new(message).help(help));
+                    report.error(place.clone(), ValueError::new(message).help(help));
                 }
                 Some(_) => {}
             }
@@ -263,7 +267,7 @@ fn keys(report: &Report<'_>, read: &HeartbeatRead, pools: &[PoolRead]) {
         let spoken_for = read.model.keys.iter().any(|key| key.pools.contains(&pool.model.name));
         if !spoken_for && !read.keys.is_empty() {
             let name = shown(&pool.model.name);
-            let complaint = Complaint::new(format!("no key may speak for pool {name}"));
+            let complaint = ValueError::new(format!("no key may speak for pool {name}"));
             let help = "name the pool in the pools of a [[heartbeat.key]]";
             report.error(place.clone(), complaint.help(help));
         }

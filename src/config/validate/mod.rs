@@ -15,9 +15,9 @@ use std::sync::Arc;
 use toml::de::DeTable;
 
 use super::NamedFiles;
-use super::diagnose::Report;
+use super::diagnose::ProblemCollector;
 use super::file::Section;
-use super::value::Complaint;
+use super::value::ValueError;
 use tidegate_core::model::Config;
 
 /// Most frontends: each costs a listener per bind and worker.
@@ -46,7 +46,7 @@ pub(super) const CONNECTIONS_MAX: u32 = 10_000_000;
 pub(super) fn config<'a>(
     document: &DeTable<'a>,
     files: NamedFiles<'_>,
-    report: &Report<'_>,
+    report: &ProblemCollector<'_>,
 ) -> Config {
     let top = Section::new(report, document, "the file".to_owned(), 0..0);
     let process = globals::process(&top);
@@ -81,7 +81,7 @@ fn require_something(
     pools: usize,
 ) {
     let say = |message: &str, help: &str| {
-        top.report.error(top.header.clone(), Complaint::new(message).help(help));
+        top.report.error(top.header.clone(), ValueError::new(message).help(help));
     };
     if document.is_empty() {
         return say(

@@ -15,11 +15,11 @@ use super::globals::duration;
 use super::{CONNECTIONS_MAX, POOL_SOURCES_MAX, frontend, heartbeat, probe};
 use crate::Spot;
 use crate::address;
-use crate::file::{Field, Named, Section};
-use crate::value::{self, Complaint, SLOW_START, shown};
+use crate::file::{Field, NamedSection, Section};
+use crate::value::{self, SLOW_START, ValueError, shown};
 use tidegate_core::model::{
-    Backend, BackendAddress, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, Pool, WEIGHT_MAX,
-    WhenNoneEligible,
+    BackendAddr, BackendConfig, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, PoolConfig,
+    WEIGHT_MAX, WhenNoneEligible,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -41,7 +41,7 @@ const EJECTION_FAILURES_MAX: u32 = 1_000;
 
 /// A pool with the places the checks across sections point at.
 pub(super) struct PoolRead {
-    pub(super) model: Pool,
+    pub(super) model: PoolConfig,
     /// Where the name stands.
     pub(super) place: Range<usize>,
     /// Where the heartbeat table's name stands, if there is one.
@@ -50,8 +50,8 @@ pub(super) struct PoolRead {
     pub(super) address_places: Vec<Range<usize>>,
 }
 
-pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
-    let Named { name, place, section } = named;
+pub(super) fn read(named: NamedSection<'_, '_>) -> PoolRead {
+    let NamedSection { name, place, section } = named;
     let policies = Policy::ALL.map(|policy| (policy.name(), policy));
     let none_eligible =
         [("refuse", WhenNoneEligible::Refuse), ("try-all", WhenNoneEligible::TryAll)];
@@ -67,7 +67,7 @@ pub(super) fn read(named: Named<'_, '_>) -> PoolRead {
     let source = sources(&section);
     let attempts = section.integer("connect_attempts", 1..=CONNECT_ATTEMPTS_MAX);
     let connect_time = connect_timeout.or(CONNECT_TIMEOUT);
-    let model = Pool {
+    let model = PoolConfig {
         name: name.into(),
         balance,
         hash_slots,
@@ -106,7 +106,7 @@ fn hash_slots(pool: &Section<'_, '_>, balance: Policy) -> Field<u32> {
     }
     if balance != Policy::SourceHash {
         let message = format!("hash_slots has no effect with balance = \"{}\"", balance.name());
-        pool.report.warning(given.span(), Complaint::new(message));
+        pool.report.warning(given.span(), ValueError::new(message));
     }
     slots
 }
@@ -129,18 +129,18 @@ fn enough_slots(
         let help = "write a prime of at least 100 for each backend, such as hash_slots = ";
         let enough = most.saturating_mul(100).min(*value::HASH_SLOTS.end() as usize);
         let enough = value::prime_from(u32::try_from(enough).unwrap_or(slots));
-        pool.report.error(place, Complaint::new(message).help(format!("{help}{enough}")));
+        pool.report.error(place, ValueError::new(message).help(format!("{help}{enough}")));
     }
     slots
 }
 
 /// Keys that need another one to mean something, and sources of a family that no
 /// backend has.
-fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &Pool) {
+fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
     let idle = |key: &str, why: String| {
         if let Some(place) = pool.key_place(key) {
             let message = format!("{key} has no effect: {why}");
-            pool.report.warning(place, Complaint::new(message));
+            pool.report.warning(place, ValueError::new(message));
         }
     };
     if pool.key_place("queue_max").is_none() {
@@ -153,9 +153,9 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &Pool) {
         return;
     }
     for v4 in [true, false] {
-        let is_of = |backend: &Backend| match backend.address {
-            BackendAddress::Tcp(address) => address.is_ipv4() == v4,
-            BackendAddress::Unix(_) => false,
+        let is_of = |backend: &BackendConfig| match backend.address {
+            BackendAddr::Tcp(address) => address.is_ipv4() == v4,
+            BackendAddr::Unix(_) => false,
         };
         let source = model.source.iter().find(|source| source.is_ipv4() == v4);
         if let Some(source) = source.filter(|_| !model.backends.iter().any(is_of)) {
@@ -173,10 +173,10 @@ fn sources(pool: &Section<'_, '_>) -> Arc<[IpAddr]> {
     for one in &read {
         if sources.contains(one.get_ref()) {
             let message = format!("source {} is given twice", one.get_ref());
-            pool.report.error(one.span(), Complaint::new(message));
+            pool.report.error(one.span(), ValueError::new(message));
         } else if sources.len() == POOL_SOURCES_MAX {
             let message = format!("a pool has at most {POOL_SOURCES_MAX} sources");
-            pool.report.error(one.span(), Complaint::new(message));
+            pool.report.error(one.span(), ValueError::new(message));
             break;
         }
         pool.report.keep(Spot::Source(*one.get_ref()), Some(one.span()));
@@ -196,7 +196,7 @@ fn ejection(pool: &Section<'_, '_>, name: &str) -> Option<EjectionSpec> {
         && let DeValue::String(word) = node.get_ref()
     {
         if word != "off" {
-            let complaint = Complaint::new(format!("{} is not a known value", shown(word)));
+            let complaint = ValueError::new(format!("{} is not a known value", shown(word)));
             let help = format!("write ejection = \"off\", or a table {label}");
             pool.report.error(node.span(), complaint.named("ejection").help(help));
         }
@@ -233,17 +233,17 @@ fn backends(
     pool: &Section<'_, '_>,
     pool_name: &str,
     may_be_empty: bool,
-) -> (Vec<Backend>, Vec<Range<usize>>) {
+) -> (Vec<BackendConfig>, Vec<Range<usize>>) {
     let label = format!("pool.{}.backend", value::cut(pool_name));
     let sections = pool.array_of_tables("backend", &label);
     let given = pool.key_place("backend").is_some();
     if !may_be_empty && (!given || (sections.is_empty() && is_empty_array(pool))) {
         let place = pool.key_place("backend").unwrap_or_else(|| pool.header.clone());
-        let complaint = Complaint::new(format!("pool {} has no backend", shown(pool_name)));
+        let complaint = ValueError::new(format!("pool {} has no backend", shown(pool_name)));
         pool.report
             .error(place, complaint.help(format!("add [[{label}]] with address = \"IP:PORT\"")));
     }
-    let mut seen = Seen::default();
+    let mut seen = SeenBackends::default();
     let mut backends = Vec::with_capacity(sections.len());
     let mut places = Vec::with_capacity(sections.len());
     for section in sections {
@@ -254,7 +254,7 @@ fn backends(
     }
     if !backends.is_empty() && backends.iter().all(|backend| backend.backup) {
         let message = format!("every backend of pool {} is a backup", shown(pool_name));
-        pool.report.warning(pool.header.clone(), Complaint::new(message));
+        pool.report.warning(pool.header.clone(), ValueError::new(message));
     }
     (backends, places)
 }
@@ -266,12 +266,15 @@ fn is_empty_array(pool: &Section<'_, '_>) -> bool {
 
 /// Names and addresses met so far in one pool, with their places.
 #[derive(Default)]
-struct Seen {
+struct SeenBackends {
     names: HashMap<Arc<str>, Range<usize>>,
-    addresses: HashMap<BackendAddress, Range<usize>>,
+    addresses: HashMap<BackendAddr, Range<usize>>,
 }
 
-fn backend(section: Section<'_, '_>, seen: &mut Seen) -> Option<(Backend, Range<usize>)> {
+fn backend(
+    section: Section<'_, '_>,
+    seen: &mut SeenBackends,
+) -> Option<(BackendConfig, Range<usize>)> {
     let name =
         section.text("name", "a string", |text| value::name(text).map(|()| Arc::<str>::from(text)));
     let address =
@@ -295,7 +298,7 @@ fn backend(section: Section<'_, '_>, seen: &mut Seen) -> Option<(Backend, Range<
         let address = address.into_inner();
         // Given names hold no colon, so a default clashes with none of them.
         let name = name.good().map_or_else(|| address.to_string().into(), Spanned::into_inner);
-        (Backend { name, address, weight: narrow(weight), backup, connections_max }, place)
+        (BackendConfig { name, address, weight: narrow(weight), backup, connections_max }, place)
     });
     section.finish();
     backend
@@ -303,12 +306,12 @@ fn backend(section: Section<'_, '_>, seen: &mut Seen) -> Option<(Backend, Range<
 
 // === impl Seen ===
 
-impl Seen {
+impl SeenBackends {
     fn name(&mut self, section: &Section<'_, '_>, name: &Spanned<Arc<str>>) {
         if let Some(first) = self.names.get(name.get_ref()) {
             section.report.error_with(name.span(), || {
                 let first = section.report.place_name(first);
-                Complaint::new(format!(
+                ValueError::new(format!(
                     "backend name {} repeats the one at {first}",
                     shown(name.get_ref())
                 ))
@@ -318,11 +321,11 @@ impl Seen {
         self.names.insert(Arc::clone(name.get_ref()), name.span());
     }
 
-    fn address(&mut self, section: &Section<'_, '_>, address: &Spanned<BackendAddress>) {
+    fn address(&mut self, section: &Section<'_, '_>, address: &Spanned<BackendAddr>) {
         if let Some(first) = self.addresses.get(address.get_ref()) {
             section.report.error_with(address.span(), || {
                 let first = section.report.place_name(first);
-                Complaint::new(format!(
+                ValueError::new(format!(
                     "backend address {} repeats the one at {first}",
                     address.get_ref()
                 ))

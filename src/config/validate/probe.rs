@@ -11,7 +11,7 @@ use toml::de::DeValue;
 
 use super::globals::duration;
 use crate::file::{Field, Section};
-use crate::value::{self, Complaint, show_duration, shown};
+use crate::value::{self, ValueError, show_duration, shown};
 use tidegate_core::model::{Expect, ProbeKind, ProbeSpec};
 
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -34,7 +34,7 @@ const METHOD_BYTES_MAX: usize = 32;
 
 /// `kind` alone.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum ProbeKindName {
     Tcp,
     SendExpect,
     Http,
@@ -50,8 +50,11 @@ struct KindKeys {
     status: Field<Vec<(u16, u16)>>,
 }
 
-const KINDS: [(&str, Kind); 3] =
-    [("tcp", Kind::Tcp), ("send-expect", Kind::SendExpect), ("http", Kind::Http)];
+const KINDS: [(&str, ProbeKindName); 3] = [
+    ("tcp", ProbeKindName::Tcp),
+    ("send-expect", ProbeKindName::SendExpect),
+    ("http", ProbeKindName::Http),
+];
 
 pub(super) fn read(pool: &Section<'_, '_>, name: &str, source: Arc<[IpAddr]>) -> Option<ProbeSpec> {
     let label = format!("[pool.{}.probe]", value::cut(name));
@@ -59,7 +62,7 @@ pub(super) fn read(pool: &Section<'_, '_>, name: &str, source: Arc<[IpAddr]>) ->
     let kind = section.choice("kind", &KINDS);
     let keys = kind_keys(&section);
     let kind_is_bad = kind.is_bad();
-    let kind = kind.or(Kind::Tcp);
+    let kind = kind.or(ProbeKindName::Tcp);
     if !kind_is_bad {
         refuse_foreign_keys(&section, kind);
         require_expect(&section, kind, &keys);
@@ -108,7 +111,7 @@ fn expect(section: &Section<'_, '_>) -> Field<Expect> {
                 _ => None,
             };
             if expect.is_none() && !bad {
-                let complaint = Complaint::new("expect takes one of starts and contains");
+                let complaint = ValueError::new("expect takes one of starts and contains");
                 let help = "write expect = { contains = \"...\" }";
                 section.report.error(node.span(), complaint.help(help));
             }
@@ -132,21 +135,21 @@ fn expect(section: &Section<'_, '_>) -> Field<Expect> {
     }
 }
 
-fn refuse_foreign_keys(section: &Section<'_, '_>, kind: Kind) {
+fn refuse_foreign_keys(section: &Section<'_, '_>, kind: ProbeKindName) {
     let owned = [
-        (Kind::SendExpect, "send"),
-        (Kind::SendExpect, "expect"),
-        (Kind::Http, "path"),
-        (Kind::Http, "host"),
-        (Kind::Http, "method"),
-        (Kind::Http, "status"),
+        (ProbeKindName::SendExpect, "send"),
+        (ProbeKindName::SendExpect, "expect"),
+        (ProbeKindName::Http, "path"),
+        (ProbeKindName::Http, "host"),
+        (ProbeKindName::Http, "method"),
+        (ProbeKindName::Http, "status"),
     ];
     for (owner, key) in owned {
         if owner != kind
             && let Some(place) = section.key_place(key)
         {
             let (owner, kind) = (kind_name(owner), kind_name(kind));
-            let complaint = Complaint::new(format!("a probe of kind \"{kind}\" takes no {key}"));
+            let complaint = ValueError::new(format!("a probe of kind \"{kind}\" takes no {key}"));
             section
                 .report
                 .error(place, complaint.help(format!("{key} belongs to kind = \"{owner}\"")));
@@ -154,12 +157,12 @@ fn refuse_foreign_keys(section: &Section<'_, '_>, kind: Kind) {
     }
 }
 
-fn kind_name(kind: Kind) -> &'static str {
+fn kind_name(kind: ProbeKindName) -> &'static str {
     KINDS.iter().find(|(_, k)| *k == kind).map_or("", |(name, _)| name)
 }
 
-fn require_expect(section: &Section<'_, '_>, kind: Kind, keys: &KindKeys) {
-    if kind == Kind::SendExpect && keys.expect.is_absent() {
+fn require_expect(section: &Section<'_, '_>, kind: ProbeKindName, keys: &KindKeys) {
+    if kind == ProbeKindName::SendExpect && keys.expect.is_absent() {
         section.missing("expect", "\"...\", what the answer must start with");
     }
 }
@@ -187,7 +190,7 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration, Duration) {
     let fast = if fast_given { fast } else { fast.max(timeout) };
     let above = |place: Option<Range<usize>>, what: &str, limit: Duration| {
         let place = place.unwrap_or_else(|| section.header.clone());
-        section.report.error(place, Complaint::new(format!("{what} ({})", show_duration(limit))));
+        section.report.error(place, ValueError::new(format!("{what} ({})", show_duration(limit))));
     };
     if timeout > interval {
         above(timeout_place, "a probe's timeout may not exceed its interval", interval);
@@ -199,61 +202,61 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration, Duration) {
     (interval, fast, timeout)
 }
 
-fn at_least(time: Duration, min: Duration) -> Result<Duration, Complaint> {
+fn at_least(time: Duration, min: Duration) -> Result<Duration, ValueError> {
     if time < min {
         let (time, min) = (show_duration(time), show_duration(min));
-        return Err(Complaint::new(format!("{time} is below the least, {min}")));
+        return Err(ValueError::new(format!("{time} is below the least, {min}")));
     }
     Ok(time)
 }
 
-fn bytes(text: &str, min: usize, max: usize) -> Result<Vec<u8>, Complaint> {
+fn bytes(text: &str, min: usize, max: usize) -> Result<Vec<u8>, ValueError> {
     if text.len() < min {
-        return Err(Complaint::new("it is empty, so any answer would do")
+        return Err(ValueError::new("it is empty, so any answer would do")
             .help("to check only that a connection is accepted, use kind = \"tcp\""));
     }
     if text.len() > max {
-        return Err(Complaint::new(format!("{} bytes, at most {max} are allowed", text.len())));
+        return Err(ValueError::new(format!("{} bytes, at most {max} are allowed", text.len())));
     }
     Ok(text.as_bytes().to_vec())
 }
 
-fn path(text: &str) -> Result<String, Complaint> {
+fn path(text: &str) -> Result<String, ValueError> {
     if !text.starts_with('/') {
-        return Err(Complaint::new(format!("{} does not start with /", shown(text)))
+        return Err(ValueError::new(format!("{} does not start with /", shown(text)))
             .help("give the path alone, without scheme and host"));
     }
     visible(text, PATH_BYTES_MAX)
 }
 
-fn host(text: &str) -> Result<String, Complaint> {
+fn host(text: &str) -> Result<String, ValueError> {
     if text.is_empty() {
         return Err(
-            Complaint::new("it is empty").help("leave it out to send the backend's address")
+            ValueError::new("it is empty").help("leave it out to send the backend's address")
         );
     }
     visible(text, HOST_BYTES_MAX)
 }
 
 /// A token (RFC 9110 5.6.2).
-fn method(text: &str) -> Result<String, Complaint> {
+fn method(text: &str) -> Result<String, ValueError> {
     let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
     if text.is_empty() || text.len() > METHOD_BYTES_MAX || !text.bytes().all(token) {
-        return Err(Complaint::new(format!("{} is not an HTTP method", shown(text)))
+        return Err(ValueError::new(format!("{} is not an HTTP method", shown(text)))
             .help("write \"GET\" or \"HEAD\""));
     }
     Ok(text.to_owned())
 }
 
 /// Nothing that could end the request line or header it is put into.
-fn visible(text: &str, max: usize) -> Result<String, Complaint> {
+fn visible(text: &str, max: usize) -> Result<String, ValueError> {
     if let Some(wrong) = text.chars().find(|c| !c.is_ascii_graphic()) {
         let wrong = shown(&wrong.to_string());
-        return Err(Complaint::new(format!("{wrong} may not stand here"))
+        return Err(ValueError::new(format!("{wrong} may not stand here"))
             .help("only visible ASCII characters; escape others as %XX"));
     }
     if text.len() > max {
-        return Err(Complaint::new(format!("{} bytes, at most {max} are allowed", text.len())));
+        return Err(ValueError::new(format!("{} bytes, at most {max} are allowed", text.len())));
     }
     Ok(text.to_owned())
 }
@@ -261,14 +264,14 @@ fn visible(text: &str, max: usize) -> Result<String, Complaint> {
 // === impl KindKeys ===
 
 impl KindKeys {
-    fn into_kind(self, kind: Kind) -> ProbeKind {
+    fn into_kind(self, kind: ProbeKindName) -> ProbeKind {
         match kind {
-            Kind::Tcp => ProbeKind::Tcp,
-            Kind::SendExpect => ProbeKind::SendExpect {
+            ProbeKindName::Tcp => ProbeKind::Tcp,
+            ProbeKindName::SendExpect => ProbeKind::SendExpect {
                 send: self.send.or(Vec::new()),
                 expect: self.expect.or(Expect::Starts(Vec::new())),
             },
-            Kind::Http => ProbeKind::Http {
+            ProbeKindName::Http => ProbeKind::Http {
                 path: self.path.or("/".to_owned()),
                 host: self.host.good().map(Spanned::into_inner),
                 method: self.method.or("GET".to_owned()),

@@ -17,7 +17,7 @@ use super::CONNECTIONS_MAX;
 use super::frontend::any_number;
 use super::globals::file_path;
 use crate::file::{Field, Section};
-use crate::value::{self, Complaint, shown};
+use crate::value::{self, ValueError, shown};
 use crate::{NamedFiles, source};
 use tidegate_core::limits::access_list::AccessList;
 use tidegate_core::limits::client_sources::{Rate, SourceLimits};
@@ -130,7 +130,7 @@ fn refuse_contradictions(section: &Section<'_, '_>, allow: &List, deny: &List) {
         };
         let place = section.report.place_name(&allowed.span());
         let message = format!("{} is allowed at {place}", denied.get_ref());
-        section.report.error(denied.span(), Complaint::new(message));
+        section.report.error(denied.span(), ValueError::new(message));
     }
 }
 
@@ -138,7 +138,7 @@ fn refuse_too_many(section: &Section<'_, '_>, allow: &List, deny: &List) {
     let count = allow.len() + deny.len();
     if count > RANGES_MAX {
         let message = format!("{count} address ranges, more than {RANGES_MAX}");
-        section.report.error(section.header.clone(), Complaint::new(message));
+        section.report.error(section.header.clone(), ValueError::new(message));
     }
 }
 
@@ -149,7 +149,7 @@ fn warn_of_idle_ranges(section: &Section<'_, '_>, allow: &List, deny: &List) {
     let all = allow.inline.iter().map(|range| (Verb::Allow, range));
     let all = all.chain(deny.inline.iter().map(|range| (Verb::Deny, range)));
     let idle = |place: Range<usize>, net: &IpNet, why: String| {
-        section.report.warning(place, Complaint::new(format!("{net} has no effect: {why}")));
+        section.report.warning(place, ValueError::new(format!("{net} has no effect: {why}")));
     };
     for (verb, range) in all.clone() {
         match known.get(range.get_ref()) {
@@ -187,13 +187,13 @@ fn limits(section: &Section<'_, '_>) -> SourceLimits {
     let rate = section.text("rate", "a rate such as \"100/s\", or \"off\"", rate);
     let burst = section.integer("burst", 1..=RATE_MAX);
     if let (Some(place), Field::Absent) = (burst.place(), &rate) {
-        let complaint = Complaint::new("burst means nothing without rate");
+        let complaint = ValueError::new("burst means nothing without rate");
         section.report.error(place, complaint.help("add rate = \"100/s\""));
     }
     let limited = ["rate", "connections_max"].iter().any(|key| section.key_place(key).is_some());
     for key in ["prefix_v4", "prefix_v6"] {
         if let (Some(place), false) = (section.key_place(key), limited) {
-            let complaint = Complaint::new(format!("{key} means nothing without a limit"));
+            let complaint = ValueError::new(format!("{key} means nothing without a limit"));
             section.report.error(place, complaint.help("add connections_max or rate"));
         }
     }
@@ -230,12 +230,12 @@ struct PerTime {
 }
 
 /// `100/s`, `30/m`, `500/h` or `off`.
-fn rate(text: &str) -> Result<Option<PerTime>, Complaint> {
+fn rate(text: &str) -> Result<Option<PerTime>, ValueError> {
     if text == "off" {
         return Ok(None);
     }
     let wrong = || {
-        Complaint::new(format!("{} is not a rate", shown(text)))
+        ValueError::new(format!("{} is not a rate", shown(text)))
             .help("write connections in a time, such as \"100/s\", \"30/m\" or \"500/h\"")
     };
     let (count, unit) = text.split_once('/').ok_or_else(wrong)?;
@@ -249,28 +249,26 @@ fn rate(text: &str) -> Result<Option<PerTime>, Complaint> {
         return Err(wrong());
     }
     match count.parse::<u32>() {
-        Ok(0) => {
-            Err(Complaint::new("a rate of zero lets nobody in")
-                .help("to switch it off, write \"off\""))
-        }
+        Ok(0) => Err(ValueError::new("a rate of zero lets nobody in")
+            .help("to switch it off, write \"off\"")),
         Ok(count) if count <= RATE_MAX => {
             Ok(Some(PerTime { count, time: Duration::from_secs(seconds) }))
         }
-        _ => Err(Complaint::new(format!("{} is more than {RATE_MAX}", shown(count)))),
+        _ => Err(ValueError::new(format!("{} is more than {RATE_MAX}", shown(count)))),
     }
 }
 
 /// A network in CIDR notation, or one address.
-pub(super) fn range(text: &str) -> Result<IpNet, Complaint> {
+pub(super) fn range(text: &str) -> Result<IpNet, ValueError> {
     let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map_err(
         |_| {
-            Complaint::new(format!("{} is not an address range", shown(text)))
+            ValueError::new(format!("{} is not an address range", shown(text)))
                 .help("write ADDRESS/BITS, such as \"10.0.0.0/8\" or \"fd00::/8\"")
         },
     )?;
     let net = as_ipv4(net, text)?;
     if net != net.trunc() {
-        return Err(Complaint::new(format!("{} has bits beyond its length", shown(text)))
+        return Err(ValueError::new(format!("{} has bits beyond its length", shown(text)))
             .help(format!("write \"{}\"", net.trunc())));
     }
     Ok(net)
@@ -278,7 +276,7 @@ pub(super) fn range(text: &str) -> Result<IpNet, Complaint> {
 
 /// IPv4 clients are looked up as such, so a range of IPv4 addresses that is written
 /// as IPv6 (`::ffff:10.0.0.1`) means the IPv4 range.
-fn as_ipv4(net: IpNet, text: &str) -> Result<IpNet, Complaint> {
+fn as_ipv4(net: IpNet, text: &str) -> Result<IpNet, ValueError> {
     let Some(mapped) = (match net {
         IpNet::V6(v6) => v6.addr().to_ipv4_mapped(),
         IpNet::V4(_) => None,
@@ -288,15 +286,15 @@ fn as_ipv4(net: IpNet, text: &str) -> Result<IpNet, Complaint> {
     let bits = net.prefix_len().checked_sub(MAPPED_BITS);
     let v4 = bits.and_then(|bits| Ipv4Net::new(mapped, bits).ok());
     v4.map(IpNet::V4).ok_or_else(|| {
-        Complaint::new(format!("{} is wider than the IPv4 addresses written as IPv6", shown(text)))
+        ValueError::new(format!("{} is wider than the IPv4 addresses written as IPv6", shown(text)))
             .help("write the IPv4 range, such as \"10.0.0.0/8\"; \"0.0.0.0/0\" is all of IPv4")
     })
 }
 
 /// One range a line; blank lines and what follows `#` say nothing.
-fn ranges_of_file(path: &Path, kept: Option<&[u8]>) -> Result<Vec<IpNet>, Complaint> {
+fn ranges_of_file(path: &Path, kept: Option<&[u8]>) -> Result<Vec<IpNet>, ValueError> {
     let shown_path = shown(&path.to_string_lossy());
-    let unfit = |why: String| Complaint::new(format!("the list {shown_path} is unfit: {why}"));
+    let unfit = |why: String| ValueError::new(format!("the list {shown_path} is unfit: {why}"));
     let bytes = match kept {
         Some(kept) => Cow::Borrowed(kept),
         None => Cow::Owned(source::read_file(path).map_err(unfit)?),

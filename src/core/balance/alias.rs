@@ -4,7 +4,7 @@
 //! `least-connections` pools; read by every pick of those. It knows weights
 //! only, never load.
 
-use crate::balance::random_stream::Draws;
+use crate::balance::random_stream::DrawStream;
 
 /// Walker's alias method as built by Vose ("A linear algorithm for generating
 /// random numbers with a given distribution", 1991), in integers: each of the
@@ -53,7 +53,7 @@ impl AliasTable {
 
     /// A candidate's index, with probability in proportion to its weight.
     #[inline]
-    pub(super) fn draw(&self, draws: &mut Draws) -> usize {
+    pub(super) fn draw(&self, draws: &mut DrawStream) -> usize {
         let index = draws.below(self.columns.len() as u64) as usize;
         let column = self.columns[index];
         if draws.below(self.total) < column.own { index } else { column.alias as usize }

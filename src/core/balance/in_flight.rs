@@ -24,7 +24,7 @@
 //! backend gets fewer sessions.
 
 use super::count::{COUNT_MAX, Count, sum, unit};
-use super::trial::{Trial, TrialId, TrialPhase};
+use super::trial::{TrialCell, TrialId, TrialPhase};
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::{AtomicU32, Ordering};
 #[cfg(not(tidegate_loom))]
@@ -43,7 +43,7 @@ pub struct InFlight {
     /// Sessions of processes that do not count here themselves, as they last said;
     /// `held` has them in this process's column.
     elsewhere: AtomicU32,
-    trial: Trial,
+    trial: TrialCell,
 }
 
 /// What an [`InFlight`] counts the sessions of.
@@ -88,7 +88,7 @@ impl InFlight {
 
     /// Goes on with `held`, in which each session of this process is `unit`.
     pub fn counting(held: Count, unit: u64) -> InFlight {
-        let (elsewhere, trial) = (AtomicU32::new(0), Trial::new());
+        let (elsewhere, trial) = (AtomicU32::new(0), TrialCell::new());
         InFlight { held, unit, elsewhere, trial }
     }
 
@@ -125,7 +125,7 @@ impl InFlight {
         }
         let held = self.try_hold(max);
         if !held {
-            self.trial.untake();
+            self.trial.release();
         }
         held
     }

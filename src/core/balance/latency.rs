@@ -47,10 +47,10 @@ const DROPPED_BITS: u32 = 3;
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub struct Latency(CachePadded<Cells>);
+pub struct Latency(CachePadded<LatencyCells>);
 
 #[derive(Debug)]
-struct Cells {
+struct LatencyCells {
     connect: Peak,
     first_byte: Peak,
 }
@@ -64,7 +64,7 @@ struct Peak(AtomicU64);
 impl Latency {
     /// Nothing known.
     pub fn new() -> Latency {
-        Latency(CachePadded::new(Cells { connect: Peak::new(), first_byte: Peak::new() }))
+        Latency(CachePadded::new(LatencyCells { connect: Peak::new(), first_byte: Peak::new() }))
     }
 
     /// A connect took that long. `at` is in milliseconds on a clock that all

@@ -5,11 +5,11 @@
 //! candidate empty; it never compares in floating point.
 
 use super::count::{Count, sum};
-use super::scan::Load;
+use super::scan::LoadRatio;
 use super::slow_start::Passed;
 use super::two_choices::TwoChoices;
 use super::{Candidate, scan};
-use crate::balance::random_stream::Draws;
+use crate::balance::random_stream::DrawStream;
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::Ordering;
 #[cfg(not(tidegate_loom))]
@@ -29,7 +29,7 @@ const MULTIPLE_MAX: u64 = 1 << 31;
 #[derive(Debug)]
 pub(super) enum LeastConnections {
     /// Every candidate is looked at.
-    Scan(Box<[Scanned]>),
+    Scan(Box<[ScanPolicy]>),
     /// The weights have no small common multiple; loads are compared crosswise.
     ScanCrosswise,
     /// More than [`SCANNED_MAX`] candidates.
@@ -38,7 +38,7 @@ pub(super) enum LeastConnections {
 
 /// What a scan reads of a candidate, side by side in memory.
 #[derive(Debug)]
-pub(super) struct Scanned {
+pub(super) struct ScanPolicy {
     held: Count,
     /// Times (in-flight + 1) is the load.
     factor: u64,
@@ -63,7 +63,7 @@ impl LeastConnections {
         draw: u64,
         passed: Passed<'_>,
     ) -> Option<usize> {
-        let mut draws = Draws::new(draw);
+        let mut draws = DrawStream::new(draw);
         match self {
             LeastConnections::Scan(scanned) => {
                 if passed.is_nobody() {
@@ -76,7 +76,7 @@ impl LeastConnections {
                 scan::enter(candidates, passed, || least(candidates, load, passed, &mut draws))
             }
             LeastConnections::ScanCrosswise => {
-                let load = |_, candidate: &Candidate| Load::of(candidate);
+                let load = |_, candidate: &Candidate| LoadRatio::of(candidate);
                 scan::enter(candidates, passed, || least(candidates, load, passed, &mut draws))
             }
             LeastConnections::Large(two) => two.pick(candidates, draw, passed),
@@ -87,13 +87,13 @@ impl LeastConnections {
 /// With the least common multiple of the weights over each weight as factors, which
 /// makes loads whole numbers that compare as they are. `None` beyond
 /// [`MULTIPLE_MAX`].
-fn scanned(candidates: &[Candidate]) -> Option<Box<[Scanned]>> {
+fn scanned(candidates: &[Candidate]) -> Option<Box<[ScanPolicy]>> {
     let weights = || candidates.iter().map(|candidate| u64::from(candidate.weight.max(1)));
     let multiple = weights().try_fold(1_u64, |multiple, weight| {
         let next = multiple / gcd(multiple, weight) * weight;
         (next <= MULTIPLE_MAX).then_some(next)
     })?;
-    let with_factor = candidates.iter().zip(weights()).map(|(candidate, weight)| Scanned {
+    let with_factor = candidates.iter().zip(weights()).map(|(candidate, weight)| ScanPolicy {
         held: candidate.in_flight.counter(),
         factor: multiple / weight,
     });
@@ -108,7 +108,7 @@ fn gcd(a: u64, b: u64) -> u64 {
 /// likely as the others. Mostly it is usable, and asking that of one is cheaper
 /// than of all.
 #[inline]
-fn lightest(scanned: &[Scanned], draws: &mut Draws) -> Option<usize> {
+fn lightest(scanned: &[ScanPolicy], draws: &mut DrawStream) -> Option<usize> {
     let (mut least, mut equals) = (u64::MAX, 0);
     for (index, scanned) in scanned.iter().enumerate() {
         let (load, bit) = (scanned.load(), 1_u64 << index);
@@ -128,7 +128,7 @@ fn least<L: Ord + Copy>(
     candidates: &[Candidate],
     load: impl Fn(usize, &Candidate) -> L,
     passed: Passed<'_>,
-    draws: &mut Draws,
+    draws: &mut DrawStream,
 ) -> Option<usize> {
     let (mut least, mut equals): (Option<L>, u64) = (None, 0);
     for (index, candidate) in candidates.iter().enumerate() {
@@ -146,7 +146,7 @@ fn least<L: Ord + Copy>(
 
 /// The place of one of the bits that are set, each as likely as the others.
 #[inline]
-fn one_of(bits: u64, draws: &mut Draws) -> Option<usize> {
+fn one_of(bits: u64, draws: &mut DrawStream) -> Option<usize> {
     let several = u64::from(bits.count_ones());
     match several {
         0 => None,
@@ -157,7 +157,7 @@ fn one_of(bits: u64, draws: &mut Draws) -> Option<usize> {
 
 // === impl Scanned ===
 
-impl Scanned {
+impl ScanPolicy {
     /// Of one session more.
     #[inline]
     fn load(&self) -> u64 {
@@ -206,9 +206,9 @@ mod tests {
                 pool.iter().map(|(weight, held, max)| candidate(*weight, *held, *max)).collect();
             let scanned = scanned(&candidates).unwrap();
             let whole = |index: usize, _: &Candidate| scanned[index].load();
-            let crosswise = |_, candidate: &Candidate| Load::of(candidate);
-            let ours = least(&candidates, whole, Passed::over(&tried), &mut Draws::new(draw));
-            let theirs = least(&candidates, crosswise, Passed::over(&tried), &mut Draws::new(draw));
+            let crosswise = |_, candidate: &Candidate| LoadRatio::of(candidate);
+            let ours = least(&candidates, whole, Passed::over(&tried), &mut DrawStream::new(draw));
+            let theirs = least(&candidates, crosswise, Passed::over(&tried), &mut DrawStream::new(draw));
             prop_assert_eq!(ours, theirs);
         }
 
@@ -224,8 +224,8 @@ mod tests {
             let loads = scanned(&roomy).unwrap();
             let careful = |index: usize, _: &Candidate| loads[index].load();
             prop_assert_eq!(
-                lightest(&loads, &mut Draws::new(draw)),
-                least(&roomy, careful, Passed::over(&[]), &mut Draws::new(draw))
+                lightest(&loads, &mut DrawStream::new(draw)),
+                least(&roomy, careful, Passed::over(&[]), &mut DrawStream::new(draw))
             );
             let capped: Vec<Candidate> =
                 pool.iter().map(|(weight, held, max)| candidate(*weight, *held, *max)).collect();

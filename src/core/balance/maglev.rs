@@ -45,7 +45,7 @@ impl Preference {
 pub(super) fn fill(size: u32, preferences: &[Preference], weights: &[u32]) -> Vec<u32> {
     let largest = u64::from(weights.iter().copied().max().unwrap_or(1));
     let mut slots = vec![FREE; size as usize];
-    let mut used = Used::new(size);
+    let mut used = UsedSlots::new(size);
     let mut next: Vec<u32> = preferences.iter().map(|p| p.offset).collect();
     let mut taken: Vec<u64> = vec![0; preferences.len()];
     let due = |order: u32, nth: u64| (nth * largest).div_ceil(u64::from(weights[order as usize]));
@@ -71,11 +71,11 @@ const FREE: u32 = u32::MAX;
 
 /// The slots no longer free. Each slot is looked at a dozen times in random
 /// order; a bit each stays in the nearest caches where the table would not.
-struct Used(Vec<u64>);
+struct UsedSlots(Vec<u64>);
 
-impl Used {
-    fn new(size: u32) -> Used {
-        Used(vec![0; size.div_ceil(64) as usize])
+impl UsedSlots {
+    fn new(size: u32) -> UsedSlots {
+        UsedSlots(vec![0; size.div_ceil(64) as usize])
     }
 
     #[inline]

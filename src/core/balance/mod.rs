@@ -34,7 +34,7 @@ mod source_hash;
 pub mod trial;
 mod two_choices;
 
-use crate::balance::random_stream::Draws;
+use crate::balance::random_stream::DrawStream;
 use crate::model::{HASH_SLOTS, Policy};
 use crossbeam::utils::CachePadded;
 use in_flight::InFlight;
@@ -98,7 +98,7 @@ pub struct Balancer {
     /// Slots of the Maglev table.
     hash_slots: u32,
     candidates: Box<[Candidate]>,
-    prepared: Prepared,
+    prepared: PolicyState,
     /// For the policies that compare loads, while some candidate starts slowly.
     slow_starts: Option<SlowStarts>,
     /// Whether some candidate has no cap: then there is always room.
@@ -109,7 +109,7 @@ pub struct Balancer {
 
 /// How far a round robin has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Turn {
+pub struct RoundRobinPosition {
     /// Below the period.
     pub place: u64,
     /// Picks after which it repeats itself.
@@ -118,9 +118,9 @@ pub struct Turn {
 
 /// What each policy makes ahead of time.
 #[derive(Debug)]
-enum Prepared {
+enum PolicyState {
     /// No candidates, whatever the policy.
-    Nobody,
+    Empty,
     RoundRobin(RoundRobin),
     LeastConnections(LeastConnections),
     Random(Random),
@@ -160,18 +160,18 @@ impl Balancer {
         let slow_starts = compares_loads.then(|| SlowStarts::new(&candidates)).flatten();
         let slow = slow_starts.is_some();
         let prepared = match policy {
-            _ if candidates.is_empty() => Prepared::Nobody,
-            Policy::WeightedRoundRobin => Prepared::RoundRobin(RoundRobin::new(
+            _ if candidates.is_empty() => PolicyState::Empty,
+            Policy::WeightedRoundRobin => PolicyState::RoundRobin(RoundRobin::new(
                 &candidates,
                 previous.and_then(Balancer::as_round_robin),
             )),
             Policy::LeastConnections => {
-                Prepared::LeastConnections(LeastConnections::new(&candidates, slow))
+                PolicyState::LeastConnections(LeastConnections::new(&candidates, slow))
             }
-            Policy::Random => Prepared::Random(Random::new(&candidates)),
-            Policy::TwoChoices => Prepared::TwoChoices(TwoChoices::new(&candidates, slow)),
-            Policy::PeakEwma => Prepared::PeakEwma(PeakEwma::new(&candidates, slow)),
-            Policy::SourceHash => Prepared::SourceHash(SourceHash::new(&candidates, hash_slots)),
+            Policy::Random => PolicyState::Random(Random::new(&candidates)),
+            Policy::TwoChoices => PolicyState::TwoChoices(TwoChoices::new(&candidates, slow)),
+            Policy::PeakEwma => PolicyState::PeakEwma(PeakEwma::new(&candidates, slow)),
+            Policy::SourceHash => PolicyState::SourceHash(SourceHash::new(&candidates, hash_slots)),
         };
         Balancer {
             policy,
@@ -186,7 +186,7 @@ impl Balancer {
 
     /// Whether [`Balancer::of_pool`] with these arguments would give a balancer
     /// that does the same as this one: then this one can simply stay.
-    pub fn does_for(&self, policy: Policy, candidates: &[Candidate], hash_slots: u32) -> bool {
+    pub fn can_reuse_for(&self, policy: Policy, candidates: &[Candidate], hash_slots: u32) -> bool {
         self.policy == policy
             && (policy != Policy::SourceHash || self.hash_slots == hash_slots)
             && self.candidates.len() == candidates.len()
@@ -202,7 +202,7 @@ impl Balancer {
             None => self.pick_passing(key, Passed::over(tried)),
             Some(slow_starts) => self.pick_slowly(slow_starts, key, tried),
         };
-        picked.ok_or_else(|| self.why_nobody(tried))
+        picked.ok_or_else(|| self.no_pick_reason(tried))
     }
 
     /// Whether some candidate is below its cap at this moment. Cheap enough
@@ -214,7 +214,7 @@ impl Balancer {
             return true;
         }
         let seen = self.room_seen.load(Ordering::Relaxed);
-        self.candidates.get(seen).is_some_and(Candidate::has_room) || self.find_room()
+        self.candidates.get(seen).is_some_and(Candidate::has_room) || self.pick_with_room()
     }
 
     /// The candidates, in the order of their indices.
@@ -223,14 +223,14 @@ impl Balancer {
     }
 
     /// Where a round robin has come to; `None` for other policies.
-    pub fn turn(&self) -> Option<Turn> {
-        self.as_round_robin().map(|(policy, _)| policy.turn())
+    pub fn round_robin_position(&self) -> Option<RoundRobinPosition> {
+        self.as_round_robin().map(|(policy, _)| policy.position())
     }
 
     /// Has a round robin go on from there, scaled to its own period.
-    pub fn go_on_from(&self, turn: Turn) {
+    pub fn resume_at(&self, turn: RoundRobinPosition) {
         if let Some((policy, _)) = self.as_round_robin() {
-            policy.go_on_from(turn);
+            policy.resume_at(turn);
         }
     }
 
@@ -239,13 +239,13 @@ impl Balancer {
         let candidates = &*self.candidates;
         let PickKey { client, draw, at } = key;
         match &self.prepared {
-            Prepared::Nobody => None,
-            Prepared::RoundRobin(policy) => policy.pick(candidates, draw, passed.tried()),
-            Prepared::LeastConnections(policy) => policy.pick(candidates, draw, passed),
-            Prepared::Random(policy) => policy.pick(candidates, draw, passed.tried()),
-            Prepared::TwoChoices(policy) => policy.pick(candidates, draw, passed),
-            Prepared::PeakEwma(policy) => policy.pick(candidates, draw, at, passed),
-            Prepared::SourceHash(policy) => policy.pick(candidates, client, passed.tried()),
+            PolicyState::Empty => None,
+            PolicyState::RoundRobin(policy) => policy.pick(candidates, draw, passed.tried()),
+            PolicyState::LeastConnections(policy) => policy.pick(candidates, draw, passed),
+            PolicyState::Random(policy) => policy.pick(candidates, draw, passed.tried()),
+            PolicyState::TwoChoices(policy) => policy.pick(candidates, draw, passed),
+            PolicyState::PeakEwma(policy) => policy.pick(candidates, draw, at, passed),
+            PolicyState::SourceHash(policy) => policy.pick(candidates, client, passed.tried()),
         }
     }
 
@@ -253,13 +253,13 @@ impl Balancer {
     /// over have room, one of them gets the session.
     #[cold]
     fn pick_slowly(&self, slow: &SlowStarts, key: PickKey, tried: &[usize]) -> Option<usize> {
-        let mut draws = Draws::new(key.draw);
+        let mut draws = DrawStream::new(key.draw);
         let passed = slow.draw(&mut draws, tried);
         let key = PickKey { draw: draws.next(), ..key };
         self.pick_passing(key, passed).or_else(|| self.pick_passing(key, Passed::over(tried)))
     }
 
-    fn find_room(&self) -> bool {
+    fn pick_with_room(&self) -> bool {
         let found = self.candidates.iter().position(Candidate::has_room);
         if let Some(index) = found {
             self.room_seen.store(index, Ordering::Relaxed);
@@ -269,13 +269,13 @@ impl Balancer {
 
     fn as_round_robin(&self) -> Option<(&RoundRobin, &[Candidate])> {
         match &self.prepared {
-            Prepared::RoundRobin(policy) => Some((policy, &self.candidates)),
+            PolicyState::RoundRobin(policy) => Some((policy, &self.candidates)),
             _ => None,
         }
     }
 
     #[cold]
-    fn why_nobody(&self, tried: &[usize]) -> PickError {
+    fn no_pick_reason(&self, tried: &[usize]) -> PickError {
         if (0..self.candidates.len()).all(|index| tried.contains(&index)) {
             PickError::Exhausted
         } else {

@@ -12,7 +12,7 @@
 
 use super::slow_start::Passed;
 use super::two_choices::TwoChoices;
-use super::{Candidate, scan::Load};
+use super::{Candidate, scan::LoadRatio};
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -40,7 +40,11 @@ impl PeakEwma {
 }
 
 #[inline]
-fn is_cheaper((a, load_a): (&Candidate, Load), (b, load_b): (&Candidate, Load), at: u64) -> bool {
+fn is_cheaper(
+    (a, load_a): (&Candidate, LoadRatio),
+    (b, load_b): (&Candidate, LoadRatio),
+    at: u64,
+) -> bool {
     match (a.latency.estimate(at), b.latency.estimate(at)) {
         (Some(sooner), Some(later)) => load_a.costs_less(sooner, load_b, later),
         _ => load_a < load_b,

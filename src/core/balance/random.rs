@@ -7,7 +7,7 @@
 use super::alias::AliasTable;
 use super::slow_start::Passed;
 use super::{Candidate, scan};
-use crate::balance::random_stream::Draws;
+use crate::balance::random_stream::DrawStream;
 
 /// Draws before every candidate is looked at; with half of the weight out of
 /// reach, one pick in 256 gets there.
@@ -33,7 +33,7 @@ impl Random {
         draw: u64,
         tried: &[usize],
     ) -> Option<usize> {
-        let mut draws = Draws::new(draw);
+        let mut draws = DrawStream::new(draw);
         for _ in 0..DRAWS_MAX {
             let index = self.alias.draw(&mut draws);
             if !tried.contains(&index) && candidates[index].try_enter() {

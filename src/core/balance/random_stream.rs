@@ -7,13 +7,13 @@
 /// number generators", 2014) seeded by a pick's draw. It mixes well enough
 /// that a caller's plain counter makes a fair draw.
 #[derive(Debug, Clone)]
-pub(super) struct Draws(u64);
+pub(super) struct DrawStream(u64);
 
-impl Draws {
+impl DrawStream {
     /// The stream of one pick.
     #[inline]
-    pub(super) fn new(draw: u64) -> Draws {
-        Draws(draw)
+    pub(super) fn new(draw: u64) -> DrawStream {
+        DrawStream(draw)
     }
 
     /// 64 more bits.
@@ -42,7 +42,7 @@ mod tests {
     #[test]
     fn stream_is_the_published_splitmix64() {
         // First outputs for seed 1234567, as in the reference implementation.
-        let mut draws = Draws::new(1_234_567);
+        let mut draws = DrawStream::new(1_234_567);
         let first: Vec<u64> = (0..3).map(|_| draws.next()).collect();
         assert_eq!(
             first,
@@ -54,7 +54,7 @@ mod tests {
     fn small_bounds_come_out_evenly_even_from_a_plain_counter() {
         let mut hits = [0u32; 7];
         for counter in 0..70_000 {
-            hits[Draws::new(counter).below(7) as usize] += 1;
+            hits[DrawStream::new(counter).below(7) as usize] += 1;
         }
         for hit in hits {
             assert!((9_500..10_500).contains(&hit), "{hits:?}");

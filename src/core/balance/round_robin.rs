@@ -9,8 +9,8 @@
 
 use super::position::Position;
 use super::slow_start::Passed;
-use super::{Candidate, Turn, scan};
-use crate::balance::random_stream::Draws;
+use super::{Candidate, RoundRobinPosition, scan};
+use crate::balance::random_stream::DrawStream;
 use crate::balance::smooth_sequence;
 use std::sync::Arc;
 
@@ -84,7 +84,7 @@ impl RoundRobin {
     /// A usable candidate by weight: the turn came to nobody who can be used.
     #[cold]
     fn skip(&self, candidates: &[Candidate], draw: u64, tried: &[usize]) -> Option<usize> {
-        let mut draws = Draws::new(draw);
+        let mut draws = DrawStream::new(draw);
         for _ in 0..DRAWS_MAX {
             let index = self.at(draws.below(self.sequence.len() as u64));
             if !tried.contains(&index) && candidates[index].try_enter() {
@@ -96,13 +96,13 @@ impl RoundRobin {
     }
 
     /// How far into its period it has come, and the period.
-    pub(super) fn turn(&self) -> Turn {
+    pub(super) fn position(&self) -> RoundRobinPosition {
         let period = self.sequence.len() as u64;
-        Turn { place: self.position.peek() % period, period }
+        RoundRobinPosition { place: self.position.peek() % period, period }
     }
 
     /// Goes on as far into its period as another has come in its.
-    pub(super) fn go_on_from(&self, turn: Turn) {
+    pub(super) fn resume_at(&self, turn: RoundRobinPosition) {
         let (place, period) = (u128::from(turn.place), u128::from(turn.period.max(1)));
         let scaled = place % period * self.sequence.len() as u128 / period;
         self.position.move_to(scaled as u64);

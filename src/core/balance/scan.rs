@@ -6,7 +6,7 @@
 
 use super::Candidate;
 use super::slow_start::Passed;
-use crate::balance::random_stream::Draws;
+use crate::balance::random_stream::DrawStream;
 use std::cmp::Ordering;
 
 /// Scans repeated because the chosen one filled up meanwhile. Each repeat means
@@ -41,9 +41,9 @@ pub(super) fn enter(
 pub(super) fn least_loaded(
     candidates: &[Candidate],
     passed: Passed<'_>,
-    draws: &mut Draws,
+    draws: &mut DrawStream,
 ) -> Option<usize> {
-    let mut best: Option<(usize, Load)> = None;
+    let mut best: Option<(usize, LoadRatio)> = None;
     let mut equals = 1;
     for (index, candidate) in candidates.iter().enumerate() {
         let Some(load) = usable(candidate, index, passed) else { continue };
@@ -69,7 +69,7 @@ pub(super) fn least_loaded(
 pub(super) fn by_weight(
     candidates: &[Candidate],
     passed: Passed<'_>,
-    draws: &mut Draws,
+    draws: &mut DrawStream,
 ) -> Option<usize> {
     let mut chosen = None;
     let mut total = 0;
@@ -86,55 +86,55 @@ pub(super) fn by_weight(
 
 /// The load of a candidate that is not passed over and below its cap.
 #[inline]
-pub(super) fn usable(candidate: &Candidate, index: usize, passed: Passed<'_>) -> Option<Load> {
-    let load = Load::of(candidate);
+pub(super) fn usable(candidate: &Candidate, index: usize, passed: Passed<'_>) -> Option<LoadRatio> {
+    let load = LoadRatio::of(candidate);
     (candidate.has_room() && !passed.has(index, candidate)).then_some(load)
 }
 
 /// (in-flight + 1) / weight; the 1 is the session about to be added.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Load {
+pub(super) struct LoadRatio {
     held: u64,
     weight: u64,
 }
 
-impl Load {
+impl LoadRatio {
     /// Of one session more.
     #[inline]
-    pub(super) fn of(candidate: &Candidate) -> Load {
+    pub(super) fn of(candidate: &Candidate) -> LoadRatio {
         let held = u64::from(candidate.in_flight.get()) + 1;
-        Load { held, weight: u64::from(candidate.weight) }
+        LoadRatio { held, weight: u64::from(candidate.weight) }
     }
 
     /// Compares loads with a price for each session.
     #[inline]
-    pub(super) fn costs_less(self, price: f32, other: Load, other_price: f32) -> bool {
+    pub(super) fn costs_less(self, price: f32, other: LoadRatio, other_price: f32) -> bool {
         let (mine, theirs) = (self.held * other.weight, other.held * self.weight);
         f64::from(price) * (mine as f64) < f64::from(other_price) * (theirs as f64)
     }
 }
 
-impl Ord for Load {
+impl Ord for LoadRatio {
     /// Compares by multiplying crosswise: no division, no rounding. Held is at
     /// most 2^32 and weights are below it, so the products fit.
     #[inline]
-    fn cmp(&self, other: &Load) -> Ordering {
+    fn cmp(&self, other: &LoadRatio) -> Ordering {
         (self.held * other.weight).cmp(&(other.held * self.weight))
     }
 }
 
-impl PartialOrd for Load {
+impl PartialOrd for LoadRatio {
     #[inline]
-    fn partial_cmp(&self, other: &Load) -> Option<Ordering> {
+    fn partial_cmp(&self, other: &LoadRatio) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl PartialEq for Load {
+impl PartialEq for LoadRatio {
     #[inline]
-    fn eq(&self, other: &Load) -> bool {
+    fn eq(&self, other: &LoadRatio) -> bool {
         self.cmp(other).is_eq()
     }
 }
 
-impl Eq for Load {}
+impl Eq for LoadRatio {}

@@ -12,7 +12,7 @@
 //! and nothing is drawn.
 
 use super::Candidate;
-use crate::balance::random_stream::Draws;
+use crate::balance::random_stream::DrawStream;
 
 /// The candidates in their slow start, in a pool that has others as well.
 #[derive(Debug)]
@@ -62,7 +62,7 @@ impl SlowStarts {
     }
 
     /// Whom a pick passes over besides those `tried`.
-    pub(super) fn draw<'a>(&self, draws: &mut Draws, tried: &'a [usize]) -> Passed<'a> {
+    pub(super) fn draw<'a>(&self, draws: &mut DrawStream, tried: &'a [usize]) -> Passed<'a> {
         let drawn = draws.below(self.total);
         let at = self.starting.partition_point(|starting| starting.below <= drawn);
         let let_in = self.starting.get(at).map(|starting| starting.index);
@@ -152,7 +152,7 @@ mod tests {
         let candidates = candidates(&[(100, false), (10, true), (30, true), (60, false)]);
         let starts = SlowStarts::new(&candidates).unwrap();
         let mut let_in = [0_u32; 4];
-        let mut draws = Draws::new(1);
+        let mut draws = DrawStream::new(1);
         for _ in 0..20_000 {
             let passed = starts.draw(&mut draws, &[3]);
             assert!(!passed.has(0, &candidates[0]) && passed.has(3, &candidates[3]));

@@ -52,7 +52,7 @@ fn gcd(a: u32, b: u32) -> u32 {
 /// each. Costs period x different weights; as different weights add up, those
 /// are at most the square root of twice the period.
 pub(super) fn sequence(places: &[u32]) -> Vec<u32> {
-    let mut race = Race::new(places);
+    let mut race = SmoothState::new(places);
     (0..race.period).map(|_| race.step()).collect()
 }
 
@@ -62,7 +62,7 @@ pub(super) fn sequence(places: &[u32]) -> Vec<u32> {
 /// and then stands first: plain rotation. Only the one whose turn it is needs
 /// to be compared with other groups. (Columns rather than a list of groups: the
 /// comparison is nearly all of the cost of building a long sequence.)
-struct Race {
+struct SmoothState {
     period: i64,
     weight: Vec<i64>,
     /// What the one whose turn it is has gained and not paid.
@@ -80,13 +80,13 @@ struct Rotation {
 
 // === impl Race ===
 
-impl Race {
-    fn new(places: &[u32]) -> Race {
+impl SmoothState {
+    fn new(places: &[u32]) -> SmoothState {
         let mut by_weight: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         for (index, &weight) in places.iter().enumerate() {
             by_weight.entry(weight).or_default().push(index as u32);
         }
-        Race {
+        SmoothState {
             period: places.iter().copied().map(i64::from).sum(),
             weight: by_weight.keys().copied().map(i64::from).collect(),
             current: vec![0; by_weight.len()],

@@ -34,7 +34,7 @@ const ALTERNATIVES_MAX: u64 = 16;
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct SourceHash {
-    slots: Slots,
+    slots: HashSlots,
     /// M: how many slots there are.
     size: u32,
     /// The candidates' indices, sorted by key.
@@ -43,7 +43,7 @@ pub(super) struct SourceHash {
 
 /// The index of each slot's candidate, as narrow as it fits.
 #[derive(Debug)]
-enum Slots {
+enum HashSlots {
     Narrow(Box<[u16]>),
     Wide(Box<[u32]>),
 }
@@ -60,9 +60,9 @@ impl SourceHash {
         let filled = maglev::fill(size, &preferences, &weights);
         let indices = filled.into_iter().map(|order| canonical[order as usize]);
         let slots = if u16::try_from(candidates.len() - 1).is_ok() {
-            Slots::Narrow(indices.map(|index| index as u16).collect())
+            HashSlots::Narrow(indices.map(|index| index as u16).collect())
         } else {
-            Slots::Wide(indices.collect())
+            HashSlots::Wide(indices.collect())
         };
         SourceHash { slots, size, canonical }
     }
@@ -93,8 +93,8 @@ impl SourceHash {
     fn at(&self, hash: u64) -> usize {
         let slot = (hash % u64::from(self.size)) as usize;
         match &self.slots {
-            Slots::Narrow(slots) => slots[slot].into(),
-            Slots::Wide(slots) => slots[slot] as usize,
+            HashSlots::Narrow(slots) => slots[slot].into(),
+            HashSlots::Wide(slots) => slots[slot] as usize,
         }
     }
 }

@@ -31,7 +31,7 @@ pub enum TrialPhase {
     /// Its connection stands; nobody has said anything.
     Connected,
     /// Its client has spoken; the backend has not answered.
-    Spoken,
+    ClientSpoke,
     /// It had what it came for.
     Passed,
     /// The backend failed it, or is shut ([`super::in_flight::InFlight::shut`]).
@@ -45,13 +45,13 @@ pub struct TrialId(NonZeroU32);
 /// See the module's documentation. The number goes around after 2^29 trials of
 /// one backend, which at one a millisecond is six days of a single session.
 #[derive(Debug)]
-pub(super) struct Trial(AtomicU32);
+pub(super) struct TrialCell(AtomicU32);
 
 // === impl Trial ===
 
-impl Trial {
-    pub(super) fn new() -> Trial {
-        Trial(AtomicU32::new(1 << PHASE_BITS))
+impl TrialCell {
+    pub(super) fn new() -> TrialCell {
+        TrialCell(AtomicU32::new(1 << PHASE_BITS))
     }
 
     pub(super) fn phase(&self) -> TrialPhase {
@@ -79,8 +79,8 @@ impl Trial {
         TrialPhase::of(word) == TrialPhase::Open && self.swap(word, TrialPhase::Entered)
     }
 
-    /// Gives the place back that [`Trial::try_take`] gave.
-    pub(super) fn untake(&self) {
+    /// Gives the place back that [`TrialCell::try_take`] gave.
+    pub(super) fn release(&self) {
         let word = self.0.load(Ordering::Acquire);
         if TrialPhase::of(word) == TrialPhase::Entered {
             self.swap(word, TrialPhase::Open);
@@ -165,7 +165,7 @@ impl TrialPhase {
         TrialPhase::Entered,
         TrialPhase::Claimed,
         TrialPhase::Connected,
-        TrialPhase::Spoken,
+        TrialPhase::ClientSpoke,
         TrialPhase::Passed,
         TrialPhase::Failed,
     ];
@@ -177,7 +177,7 @@ impl TrialPhase {
 
     /// A session has claimed it, and it is not decided.
     fn is_under_way(self) -> bool {
-        matches!(self, TrialPhase::Claimed | TrialPhase::Connected | TrialPhase::Spoken)
+        matches!(self, TrialPhase::Claimed | TrialPhase::Connected | TrialPhase::ClientSpoke)
     }
 }
 
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn one_session_enters_and_claims_and_nobody_after_it() {
-        let trial = Trial::new();
+        let trial = TrialCell::new();
         assert!(trial.is_none() && trial.claim().is_none() && !trial.try_take());
         trial.begin();
         assert!(trial.has_room() && trial.try_take());
@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn place_given_back_undecided_is_the_next_ones() {
-        let trial = Trial::new();
+        let trial = TrialCell::new();
         trial.begin();
         assert!(trial.try_take());
         let id = trial.claim().unwrap();
@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn what_is_decided_stays_and_an_earlier_trial_has_no_say() {
-        let trial = Trial::new();
+        let trial = TrialCell::new();
         trial.begin();
         assert!(trial.try_take());
         let id = trial.claim().unwrap();
@@ -234,9 +234,9 @@ mod loom_models {
     #[test]
     fn of_racing_sessions_exactly_one_enters_a_trial_and_decides_it() {
         loom::model(|| {
-            let trial = Arc::new(Trial::new());
+            let trial = Arc::new(TrialCell::new());
             trial.begin();
-            let session = |trial: &Trial| {
+            let session = |trial: &TrialCell| {
                 let entered = trial.try_take();
                 if entered {
                     let id = trial.claim().expect("nobody else may claim it");
@@ -260,7 +260,7 @@ mod loom_models {
     #[test]
     fn trial_ended_meanwhile_is_not_touched_by_its_session() {
         loom::model(|| {
-            let trial = Arc::new(Trial::new());
+            let trial = Arc::new(TrialCell::new());
             trial.begin();
             assert!(trial.try_take());
             let id = trial.claim().expect("it entered");

@@ -7,9 +7,9 @@
 
 use super::Candidate;
 use super::alias::AliasTable;
-use super::scan::Load;
+use super::scan::LoadRatio;
 use super::slow_start::Passed;
-use crate::balance::random_stream::Draws;
+use crate::balance::random_stream::DrawStream;
 use crate::balance::scan;
 
 /// Pairs drawn before every candidate is looked at.
@@ -53,12 +53,12 @@ impl TwoChoices {
         candidates: &[Candidate],
         draw: u64,
         passed: Passed<'_>,
-        prefers: impl Fn((&Candidate, Load), (&Candidate, Load)) -> bool,
+        prefers: impl Fn((&Candidate, LoadRatio), (&Candidate, LoadRatio)) -> bool,
     ) -> Option<usize> {
-        let mut draws = Draws::new(draw);
+        let mut draws = DrawStream::new(draw);
         for _ in 0..PAIRS_MAX {
             let (first, second) = self.pair(candidates.len(), passed.let_in(), &mut draws);
-            if let Some(index) = better(candidates, passed, first, second, &prefers)
+            if let Some(index) = less_loaded(candidates, passed, first, second, &prefers)
                 && candidates[index].try_enter()
             {
                 return Some(index);
@@ -70,7 +70,7 @@ impl TwoChoices {
     /// Two drawn by weight, different ones where there are two; `first` has been
     /// drawn already where it is given.
     #[inline]
-    fn pair(&self, count: usize, first: Option<usize>, draws: &mut Draws) -> (usize, usize) {
+    fn pair(&self, count: usize, first: Option<usize>, draws: &mut DrawStream) -> (usize, usize) {
         let first = first.unwrap_or_else(|| self.alias.draw(draws));
         for _ in 0..SECOND_DRAWS_MAX {
             let second = self.alias.draw(draws);
@@ -87,12 +87,12 @@ impl TwoChoices {
 }
 
 #[inline]
-fn better(
+fn less_loaded(
     candidates: &[Candidate],
     passed: Passed<'_>,
     first: usize,
     second: usize,
-    prefers: impl Fn((&Candidate, Load), (&Candidate, Load)) -> bool,
+    prefers: impl Fn((&Candidate, LoadRatio), (&Candidate, LoadRatio)) -> bool,
 ) -> Option<usize> {
     let loads = (
         scan::usable(&candidates[first], first, passed),

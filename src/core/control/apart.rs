@@ -2,7 +2,7 @@
 //! made on another thread.
 //!
 //! `publish` leaves such a pool here when it is wrong. The controller asks the shell
-//! with [`Effect::Build`], and [`Event::Built`](super::Event::Built) brings the part,
+//! with [`ControlEffect::Build`], and [`Event::Built`](super::ControlEvent::Built) brings the part,
 //! which goes into the next table. One part of a pool is under way at a time; what
 //! changes meanwhile makes one more. Whoever is taken out is shut at once, by a mark
 //! that every pick looks at ([`InFlight::shut`]), so no table has to be waited for.
@@ -10,9 +10,9 @@
 //!
 //! [`InFlight::shut`]: crate::balance::in_flight::InFlight::shut
 
-use super::publish::Standing;
-use super::schedule::Job;
-use super::{BackendEntry, Controller, Effect, PoolEntry, PoolId, PublishReason};
+use super::publish::BackendTableState;
+use super::schedule::TimerKind;
+use super::{BackendEntry, ControlEffect, Controller, PoolEntry, PoolId, PublishReason};
 use crate::table::PoolTable;
 use crate::table::build::{BackendInput, PoolBuild, PoolBuilt, PoolInput};
 use crate::table::state::{BackendId, BackendState};
@@ -222,7 +222,7 @@ impl Controller {
         if let Some((at, took)) = self.builds.last
             && now.saturating_duration_since(at) < took
         {
-            self.schedule.set(Job::Build, at + took);
+            self.schedule.set(TimerKind::Build, at + took);
             return;
         }
         // A pool that a reload has removed is not due any more.
@@ -266,7 +266,7 @@ impl Controller {
         pool.apart = Some(apart);
         let token = BuildToken { pool: id, number };
         let build = Box::new(PoolBuild { input: roster.input, previous });
-        self.work.effects.push(Effect::Build { token, build });
+        self.work.effects.push(ControlEffect::Build { token, build });
     }
 
     /// A part is made, which `took` so long. One that a reload has overtaken is of no
@@ -323,7 +323,7 @@ impl Roster {
 impl BackendEntry {
     /// What a table is to say of it from now on.
     pub(super) fn publish(&mut self, pool: &PoolEntry) -> BackendInput {
-        self.published = Standing::of(self, pool);
+        self.published = BackendTableState::of(self, pool);
         self.published.input(self)
     }
 }

@@ -5,17 +5,17 @@
 //! its state, whatever else changed. It never touches a session: removed
 //! backends go to `leaving`.
 
-use super::schedule::{Job, after};
+use super::schedule::{TimerKind, after};
 use super::{
-    BackendEntry, Controller, FrontendEntry, Origin, PoolEntry, PoolId, PublishReason, Startup,
-    history::History, publish::Standing, suspicion,
+    BackendEntry, Controller, FrontendEntry, MemberSourceKind, PoolEntry, PoolId, PublishReason,
+    StartupGrace, history::TransitionHistory, publish::BackendTableState, suspicion,
 };
 use crate::balance::in_flight::Counted;
-use crate::health::ejection::Outlier;
-use crate::health::probe_detector::Detector;
-use crate::health::{BackendHealth, Calling, Intent, Observation, Pulse};
+use crate::health::ejection::EjectionState;
+use crate::health::probe_detector::ProbeDetector;
+use crate::health::{BackendHealth, HeartbeatHealth, Intent, Observation, RequestedState};
 use crate::model;
-use crate::model::{BackendAddress, Config, EjectionSpec, OnRemoval, ProbeSpec};
+use crate::model::{BackendAddr, Config, EjectionSpec, OnRemoval, ProbeSpec};
 use crate::outcome::RefusedReason;
 use crate::table::state::{BackendId, BackendState, FrontendId, FrontendState};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -23,35 +23,35 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Pool, name, address: what makes a backend the same backend.
-pub(super) type Identity = (Arc<str>, Arc<str>, BackendAddress);
+pub(super) type BackendKey = (Arc<str>, Arc<str>, BackendAddr);
 
 /// What was there before the reload.
-struct Before {
+struct PreviousConfig {
     /// By pool name.
     pools: HashMap<Arc<str>, PoolEntry>,
     backends: BTreeMap<BackendId, BackendEntry>,
     /// Configured and leaving ones.
-    known: HashMap<Identity, BackendId>,
+    known: HashMap<BackendKey, BackendId>,
     /// What probes have found at an address, by how they were made.
-    verdicts: HashMap<BackendAddress, Vec<(Arc<ProbeSpec>, Detector)>>,
+    verdicts: HashMap<BackendAddr, Vec<(Arc<ProbeSpec>, ProbeDetector)>>,
     /// Who is ejected at an address, by the rule for it.
-    ejections: HashMap<BackendAddress, Vec<(EjectionSpec, Outlier)>>,
+    ejections: HashMap<BackendAddr, Vec<(EjectionSpec, EjectionState)>>,
 }
 
 /// How a backend got into the new configuration.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Arrival {
+enum JoinKind {
     /// It was configured before.
-    Stayed,
+    Kept,
     /// It is new, or had left.
-    Came,
+    Joined,
 }
 
 /// What becomes of a backend's probes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ProbePlan {
     /// Schedule and row go on, or there is nothing to probe with.
-    GoOn,
+    Continue,
     /// The schedule starts anew.
     Start,
 }
@@ -102,7 +102,7 @@ impl Controller {
 
     /// What probes have found by now. A backend of another name at the same address
     /// goes on from it.
-    fn verdicts(&self) -> HashMap<BackendAddress, Vec<(Arc<ProbeSpec>, Detector)>> {
+    fn verdicts(&self) -> HashMap<BackendAddr, Vec<(Arc<ProbeSpec>, ProbeDetector)>> {
         let mut verdicts: HashMap<_, Vec<_>> = HashMap::new();
         for pool in &self.pools {
             let Some(spec) = &pool.spec.probe else { continue };
@@ -120,7 +120,7 @@ impl Controller {
 
     /// The ejections of now. A backend of another name at the same address stays
     /// ejected.
-    fn ejections(&self) -> HashMap<BackendAddress, Vec<(EjectionSpec, Outlier)>> {
+    fn ejections(&self) -> HashMap<BackendAddr, Vec<(EjectionSpec, EjectionState)>> {
         let mut ejections: HashMap<_, Vec<_>> = HashMap::new();
         for (pool, id) in &self.out {
             let spec = self.pool(*pool).and_then(|pool| pool.spec.ejection);
@@ -133,7 +133,7 @@ impl Controller {
         ejections
     }
 
-    fn take_before(&mut self) -> Before {
+    fn take_before(&mut self) -> PreviousConfig {
         let (verdicts, ejections) = (self.verdicts(), self.ejections());
         let pools = self.pools.take();
         let backends = std::mem::take(&mut self.backends);
@@ -146,13 +146,13 @@ impl Controller {
             known.insert((name.0, name.1, state.address.clone()), state.id);
         }
         let pools = pools.into_iter().map(|pool| (Arc::clone(&pool.spec.name), pool)).collect();
-        Before { pools, backends, known, verdicts, ejections }
+        PreviousConfig { pools, backends, known, verdicts, ejections }
     }
 
     fn configure_pool(
         &mut self,
-        spec: &Arc<model::Pool>,
-        before: &mut Before,
+        spec: &Arc<model::PoolConfig>,
+        before: &mut PreviousConfig,
         starting: &mut Vec<BackendId>,
         now: Instant,
     ) {
@@ -160,28 +160,28 @@ impl Controller {
         let id = old.as_ref().map_or_else(|| self.new_pool_id(), |old| old.id);
         let old_probe = old.as_ref().and_then(|old| old.spec.probe.clone());
         let mut members = Vec::with_capacity(spec.backends.len());
-        let listed = spec.backends.iter().map(|backend| (backend.clone(), Origin::File));
+        let listed = spec.backends.iter().map(|backend| (backend.clone(), MemberSourceKind::File));
         let registered = still_registered(spec, old.as_ref(), &before.backends);
         let old_heartbeat = old.as_ref().and_then(|old| old.spec.heartbeat.clone());
         for (backend, origin) in listed.chain(registered) {
-            let (mut entry, arrival) = self.known_or_new(spec, &backend, id, before, now);
+            let (mut entry, arrival) = self.find_or_create(spec, &backend, id, before, now);
             let was_needed = old_heartbeat.as_ref().is_some_and(|old| entry.needs_heartbeats(old));
             entry.origin = origin;
-            if arrival == Arrival::Came {
+            if arrival == JoinKind::Joined {
                 self.take_intent(&mut entry, now);
             }
-            if arrival == Arrival::Came
+            if arrival == JoinKind::Joined
                 && let Some(verdict) = before.verdict(&backend.address, spec.probe.as_deref())
             {
                 entry.health.detector = Some(verdict);
             }
-            if arrival == Arrival::Came
+            if arrival == JoinKind::Joined
                 && entry.health.outlier.takes_failures()
                 && let Some(ejected) = before.ejection(&backend.address, spec.ejection)
                 && let Some(until) = ejected.until().filter(|until| *until > now)
             {
                 entry.health.outlier = ejected.of_another_name();
-                self.schedule.set(Job::EjectionEnds(entry.state.id), until);
+                self.schedule.set(TimerKind::EjectionEnds(entry.state.id), until);
             }
             let known = entry.health.clone();
             if old.as_ref().is_none_or(|old| old.spec.ejection.is_none()) {
@@ -190,14 +190,14 @@ impl Controller {
             }
             let plan =
                 respecify(&mut entry, old_probe.as_deref(), spec.probe.as_deref(), arrival, now);
-            self.fit_heartbeats(&mut entry, spec, arrival, was_needed, now);
+            self.update_heartbeats(&mut entry, spec, arrival, was_needed, now);
             let backend = entry.state.id;
             self.note_out(&entry);
             members.push(backend);
             self.backends.insert(backend, entry);
             match plan {
                 ProbePlan::Start => starting.push(backend),
-                ProbePlan::GoOn => {}
+                ProbePlan::Continue => {}
             }
             if spec.probe.is_none() {
                 self.unprobed(backend, &known, now);
@@ -213,9 +213,9 @@ impl Controller {
     fn pool_entry(
         &self,
         id: PoolId,
-        spec: &Arc<model::Pool>,
+        spec: &Arc<model::PoolConfig>,
         members: Vec<BackendId>,
-        startup: Startup,
+        startup: StartupGrace,
         old: Option<PoolEntry>,
     ) -> PoolEntry {
         let mut pool = PoolEntry {
@@ -248,21 +248,21 @@ impl Controller {
             if spec.heartbeat.is_none() {
                 continue;
             }
-            if let BackendAddress::Tcp(address) = entry.state.address {
+            if let BackendAddr::Tcp(address) = entry.state.address {
                 pool.addresses.insert(address, entry.state.id);
             }
-            pool.registered += usize::from(entry.origin == Origin::Registered);
+            pool.registered += usize::from(entry.origin == MemberSourceKind::Registered);
         }
         pool
     }
 
     /// Fits what is known of the backend's heartbeats to what its pool now
     /// expects of them.
-    fn fit_heartbeats(
+    fn update_heartbeats(
         &mut self,
         entry: &mut BackendEntry,
-        pool: &model::Pool,
-        arrival: Arrival,
+        pool: &model::PoolConfig,
+        arrival: JoinKind,
         was_needed: bool,
         now: Instant,
     ) {
@@ -271,30 +271,30 @@ impl Controller {
             self.tallies.forget(id, entry.heart.take().as_deref_mut());
             entry.trying = None;
             entry.heartbeats_from = None;
-            entry.health.pulse = Pulse::Absent;
-            entry.health.calling = Calling::Sessions;
-            self.schedule.cancel(Job::Heartbeat(id));
-            self.schedule.cancel(Job::HeartbeatTtl(id));
-            self.schedule.cancel(Job::Forget(id));
+            entry.health.pulse = HeartbeatHealth::Absent;
+            entry.health.calling = RequestedState::Ready;
+            self.schedule.cancel(TimerKind::Heartbeat(id));
+            self.schedule.cancel(TimerKind::HeartbeatTtl(id));
+            self.schedule.cancel(TimerKind::Forget(id));
             return;
         };
         let newly_needed = entry.needs_heartbeats(spec) && !was_needed && entry.heart.is_none();
-        if newly_needed && arrival == Arrival::Stayed {
+        if newly_needed && arrival == JoinKind::Kept {
             // It served without them so far, and had no time to send any.
             entry.heartbeats_from = Some(now + spec.ttl);
-            self.schedule.set(Job::HeartbeatTtl(id), now + spec.ttl);
+            self.schedule.set(TimerKind::HeartbeatTtl(id), now + spec.ttl);
         }
         if let Some((_, at)) = entry.expiry(spec) {
-            self.schedule.set(Job::HeartbeatTtl(id), at.max(now));
+            self.schedule.set(TimerKind::HeartbeatTtl(id), at.max(now));
         }
-        entry.health.pulse = entry.pulse(spec, now);
+        entry.health.pulse = entry.pulse_of(spec, now);
     }
 
     /// The pool has no probe (any more): nothing would ever bring a verdict up
     /// to date, so none is kept.
     fn unprobed(&mut self, id: BackendId, known: &BackendHealth, now: Instant) {
-        self.schedule.cancel(Job::Probe(id));
-        self.schedule.cancel(Job::ProbeLost(id));
+        self.schedule.cancel(TimerKind::Probe(id));
+        self.schedule.cancel(TimerKind::ProbeLost(id));
         if known.observation() == Observation::Down {
             let names = (Observation::Down.name(), Observation::Unknown.name());
             let lasted = now.saturating_duration_since(known.settled_since());
@@ -302,19 +302,19 @@ impl Controller {
         }
     }
 
-    fn known_or_new(
+    fn find_or_create(
         &mut self,
-        pool: &model::Pool,
-        spec: &model::Backend,
+        pool: &model::PoolConfig,
+        spec: &model::BackendConfig,
         pool_id: PoolId,
-        before: &mut Before,
+        before: &mut PreviousConfig,
         now: Instant,
-    ) -> (BackendEntry, Arrival) {
+    ) -> (BackendEntry, JoinKind) {
         let identity = (Arc::clone(&pool.name), Arc::clone(&spec.name), spec.address.clone());
         if let Some(id) = before.known.get(&identity) {
             let found = match before.backends.remove(id) {
-                Some(entry) => Some((entry, Arrival::Stayed)),
-                None => self.come_back(*id, now).map(|entry| (entry, Arrival::Came)),
+                Some(entry) => Some((entry, JoinKind::Kept)),
+                None => self.restore_backend(*id, now).map(|entry| (entry, JoinKind::Joined)),
             };
             if let Some((mut entry, arrival)) = found {
                 entry.pool = pool_id;
@@ -323,14 +323,14 @@ impl Controller {
                 return (entry, arrival);
             }
         }
-        (self.new_entry(pool, spec, pool_id, now), Arrival::Came)
+        (self.new_entry(pool, spec, pool_id, now), JoinKind::Joined)
     }
 
     /// A backend nobody has heard of yet.
     pub(super) fn new_entry(
         &mut self,
-        pool: &model::Pool,
-        spec: &model::Backend,
+        pool: &model::PoolConfig,
+        spec: &model::BackendConfig,
         pool_id: PoolId,
         now: Instant,
     ) -> BackendEntry {
@@ -343,7 +343,7 @@ impl Controller {
     pub(super) fn entry_of(
         &mut self,
         pool: Arc<str>,
-        spec: &model::Backend,
+        spec: &model::BackendConfig,
         pool_id: PoolId,
         now: Instant,
     ) -> BackendEntry {
@@ -359,7 +359,7 @@ impl Controller {
             pool: pool_id,
             spec: spec.clone(),
             health: BackendHealth::new(Intent::Ready, None, now),
-            origin: Origin::File,
+            origin: MemberSourceKind::File,
             in_flight: None,
             heart: None,
             trying: None,
@@ -369,8 +369,8 @@ impl Controller {
             ramp: None,
             ramp_share: 100,
             served: false,
-            published: Standing::default(),
-            history: History::default(),
+            published: BackendTableState::default(),
+            history: TransitionHistory::default(),
         }
     }
 
@@ -378,17 +378,17 @@ impl Controller {
     pub(super) fn join_probing(&mut self, id: BackendId, pool: PoolId, now: Instant) {
         let Some(pool) = self.pools.get_mut(pool) else { return };
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let plan = respecify(entry, None, pool.spec.probe.as_deref(), Arrival::Came, now);
-        if plan == ProbePlan::GoOn {
+        let plan = respecify(entry, None, pool.spec.probe.as_deref(), JoinKind::Joined, now);
+        if plan == ProbePlan::Continue {
             return;
         }
         if pool.members.len() == 1 {
             // The first one: there was nobody to have a result from.
-            pool.startup = Startup::Waiting { since: now };
-            let grace = Job::GraceEnds(pool.id);
+            pool.startup = StartupGrace::Waiting { since: now };
+            let grace = TimerKind::GraceEnds(pool.id);
             self.schedule.set(grace, after(now, pool.spec.startup_grace));
         }
-        entry.health.fails_open |= pool.startup == Startup::Open;
+        entry.health.fails_open |= pool.startup == StartupGrace::FailingOpen;
         self.start_probing(id, (0, 1), now);
     }
 
@@ -401,19 +401,23 @@ impl Controller {
     fn startup(
         &self,
         old: Option<&PoolEntry>,
-        spec: &model::Pool,
+        spec: &model::PoolConfig,
         members: &[BackendId],
         now: Instant,
-    ) -> Startup {
+    ) -> StartupGrace {
         let judged = |id: &BackendId| {
-            self.backends.get(id).is_some_and(|entry| entry.health.seen() != Observation::Unknown)
+            self.backends
+                .get(id)
+                .is_some_and(|entry| entry.health.record_heartbeat_health() != Observation::Unknown)
         };
         if spec.probe.is_none() || members.iter().any(judged) {
-            return Startup::Decided;
+            return StartupGrace::Decided;
         }
         match old {
-            Some(old) if old.spec.probe.is_some() && old.startup != Startup::Decided => old.startup,
-            _ => Startup::Waiting { since: now },
+            Some(old) if old.spec.probe.is_some() && old.startup != StartupGrace::Decided => {
+                old.startup
+            }
+            _ => StartupGrace::Waiting { since: now },
         }
     }
 
@@ -422,35 +426,36 @@ impl Controller {
     fn enter_startup(
         &mut self,
         id: PoolId,
-        spec: &model::Pool,
+        spec: &model::PoolConfig,
         members: &[BackendId],
-        startup: Startup,
+        startup: StartupGrace,
         now: Instant,
     ) {
-        self.schedule.cancel(Job::GraceEnds(id));
+        self.schedule.cancel(TimerKind::GraceEnds(id));
         match startup {
-            Startup::Waiting { .. } if members.is_empty() => {}
-            Startup::Waiting { since } => {
-                self.schedule.set(Job::GraceEnds(id), after(since, spec.startup_grace).max(now));
+            StartupGrace::Waiting { .. } if members.is_empty() => {}
+            StartupGrace::Waiting { since } => {
+                self.schedule
+                    .set(TimerKind::GraceEnds(id), after(since, spec.startup_grace).max(now));
             }
-            Startup::Open => {
+            StartupGrace::FailingOpen => {
                 for member in members {
                     if let Some(entry) = self.backends.get_mut(member) {
                         entry.health.fails_open = true;
                     }
                 }
             }
-            Startup::Decided => {}
+            StartupGrace::Decided => {}
         }
     }
 
     /// Whatever the new configuration did not claim is gone.
-    fn remove_rest(&mut self, before: Before, now: Instant) {
+    fn remove_rest(&mut self, before: PreviousConfig, now: Instant) {
         let mut on_removal: HashMap<PoolId, OnRemoval> =
             self.pools.iter().map(|pool| (pool.id, pool.spec.on_removal)).collect();
         for pool in before.pools.values() {
-            self.schedule.cancel(Job::GraceEnds(pool.id));
-            self.schedule.cancel(Job::SettlingEnds(pool.id));
+            self.schedule.cancel(TimerKind::GraceEnds(pool.id));
+            self.schedule.cancel(TimerKind::SettlingEnds(pool.id));
             if let Some(apart) = &pool.apart {
                 apart.reopen();
             }
@@ -459,7 +464,7 @@ impl Controller {
         }
         for entry in before.backends.into_values() {
             let rule = on_removal.get(&entry.pool).copied().unwrap_or(OnRemoval::Keep);
-            self.leave(entry, "no longer configured", rule, now);
+            self.remove_backend(entry, "no longer configured", rule, now);
         }
     }
 
@@ -473,16 +478,20 @@ impl Controller {
 
 // === impl Before ===
 
-impl Before {
+impl PreviousConfig {
     /// What probes of that very spec have found at that address; the newest.
-    fn verdict(&self, address: &BackendAddress, spec: Option<&ProbeSpec>) -> Option<Detector> {
+    fn verdict(&self, address: &BackendAddr, spec: Option<&ProbeSpec>) -> Option<ProbeDetector> {
         let found = self.verdicts.get(address)?.iter();
         let same = found.filter(|(probe, _)| Some(&**probe) == spec);
         same.map(|(_, detector)| detector).max_by_key(|detector| detector.since()).cloned()
     }
 
     /// The ejection by that very rule at that address that lasts longest.
-    fn ejection(&self, address: &BackendAddress, spec: Option<EjectionSpec>) -> Option<&Outlier> {
+    fn ejection(
+        &self,
+        address: &BackendAddr,
+        spec: Option<EjectionSpec>,
+    ) -> Option<&EjectionState> {
         let found = self.ejections.get(address)?.iter();
         let same = found.filter(|(rule, _)| Some(*rule) == spec);
         same.map(|(_, outlier)| outlier).max_by_key(|outlier| outlier.until())
@@ -491,21 +500,21 @@ impl Before {
 
 /// The pool's registered backends that the new configuration leaves alone.
 fn still_registered(
-    spec: &model::Pool,
+    spec: &model::PoolConfig,
     old: Option<&PoolEntry>,
     known: &BTreeMap<BackendId, BackendEntry>,
-) -> Vec<(model::Backend, Origin)> {
+) -> Vec<(model::BackendConfig, MemberSourceKind)> {
     let (Some(heartbeat), Some(old)) = (&spec.heartbeat, old) else { return Vec::new() };
     if !heartbeat.register {
         return Vec::new();
     }
     let names: HashSet<&str> = spec.backends.iter().map(|backend| &*backend.name).collect();
-    let addresses: HashSet<&BackendAddress> =
+    let addresses: HashSet<&BackendAddr> =
         spec.backends.iter().map(|backend| &backend.address).collect();
     let stays = |id: &BackendId| {
-        let entry = known.get(id).filter(|entry| entry.origin == Origin::Registered)?;
+        let entry = known.get(id).filter(|entry| entry.origin == MemberSourceKind::Registered)?;
         let claimed = names.contains(&*entry.spec.name) || addresses.contains(&entry.spec.address);
-        (!claimed).then(|| (entry.spec.clone(), Origin::Registered))
+        (!claimed).then(|| (entry.spec.clone(), MemberSourceKind::Registered))
     };
     old.members.iter().filter_map(stays).collect()
 }
@@ -516,7 +525,7 @@ fn respecify(
     entry: &mut BackendEntry,
     old: Option<&ProbeSpec>,
     new: Option<&ProbeSpec>,
-    arrival: Arrival,
+    arrival: JoinKind,
     now: Instant,
 ) -> ProbePlan {
     let Some(new) = new else {
@@ -525,15 +534,15 @@ fn respecify(
         if let Some(probe) = &mut entry.in_flight {
             probe.stale = true;
         }
-        return ProbePlan::GoOn;
+        return ProbePlan::Continue;
     };
     match &mut entry.health.detector {
-        Some(_) if arrival == Arrival::Stayed && old == Some(new) => return ProbePlan::GoOn,
+        Some(_) if arrival == JoinKind::Kept && old == Some(new) => return ProbePlan::Continue,
         Some(detector) => detector.retune(new.rise, new.fall),
         None => {
-            entry.health.detector = Some(Detector::new(new.rise, new.fall, now));
+            entry.health.detector = Some(ProbeDetector::new(new.rise, new.fall, now));
             // It took sessions without a probe so far.
-            entry.health.fails_open = arrival == Arrival::Stayed;
+            entry.health.fails_open = arrival == JoinKind::Kept;
         }
     }
     ProbePlan::Start

@@ -6,8 +6,8 @@
 //! never leaves a pool without an eligible backend. It never takes a backend out
 //! for anything but failed connects and early resets.
 
-use super::schedule::Job;
-use super::{BackendEntry, Controller, Effect, Notice, PoolEntry, PoolId};
+use super::schedule::TimerKind;
+use super::{BackendEntry, ControlEffect, Controller, Notice, PoolEntry, PoolId};
 use crate::health::ConnectFailure;
 use crate::model::EjectionSpec;
 use crate::table::state::BackendId;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How a pool stands with respect to its guard.
-pub(super) struct GuardView {
+pub(super) struct EjectionGuard {
     /// Backends ejected now.
     ejected: Vec<BackendId>,
     /// Backends on trial now.
@@ -38,9 +38,9 @@ pub(super) fn ejected_max(percent: u8, backends: usize) -> usize {
 
 // === impl GuardView ===
 
-impl GuardView {
+impl EjectionGuard {
     /// Why no eligible backend may be ejected now, if so.
-    pub(super) fn objection(&self, percent: u8) -> Option<String> {
+    pub(super) fn reason_to_refuse(&self, percent: u8) -> Option<String> {
         let (ejected, backends) = (self.ejected.len() + self.on_trial, self.backends);
         if ejected >= self.ejected_max {
             return Some(format!(
@@ -88,13 +88,13 @@ impl Controller {
             // It takes no sessions anyway: nothing would be gained.
             return;
         }
-        let objection = self.guard_view(pool).objection(spec.max_ejected_percent);
+        let objection = self.guard_view(pool).reason_to_refuse(spec.max_ejected_percent);
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let what = if failure == ConnectFailure::EarlyReset { "sessions" } else { "connects" };
         let evidence = format!("{row} {what} failed in a row, last: {failure}");
         if let Some(objection) = objection {
             if entry.health.outlier.hold_back() {
-                self.work.effects.push(Effect::Notice(Notice {
+                self.work.effects.push(ControlEffect::Notice(Notice {
                     pool: Arc::clone(&entry.state.pool),
                     backend: Some(Arc::clone(&entry.state.name)),
                     message: format!("not ejected though {evidence}: {objection}"),
@@ -125,13 +125,13 @@ impl Controller {
             entry.health.outlier.repeats()
         );
         self.out.insert((entry.pool, id));
-        self.schedule.set(Job::EjectionEnds(id), until);
+        self.schedule.set(TimerKind::EjectionEnds(id), until);
         self.record(id, (from, "ejected"), reason, lasted, now);
     }
 
     /// Puts an ejected backend back.
     pub(super) fn end_ejection(&mut self, id: BackendId, reason: &str, now: Instant) {
-        self.schedule.cancel(Job::EjectionEnds(id));
+        self.schedule.cancel(TimerKind::EjectionEnds(id));
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(lasted) = entry.health.end_ejection(now) else { return };
         entry.state.in_flight.end_trial();
@@ -142,11 +142,11 @@ impl Controller {
     /// Ends ejections that the guard would not allow now: the pool shrank, its
     /// spec changed, or the backends that carried on without the ejected ones
     /// are gone. The ones that would end first go first.
-    pub(super) fn settle_guard(&mut self, pool: PoolId, now: Instant) {
+    pub(super) fn recheck_ejections(&mut self, pool: PoolId, now: Instant) {
         if !self.has_out(pool) {
             return;
         }
-        self.settle_trials(pool, now);
+        self.end_needless_trials(pool, now);
         let Some(pool) = self.pool(pool) else { return };
         let mut view = self.guard_view(pool);
         if view.ejected.is_empty() {
@@ -194,19 +194,19 @@ impl Controller {
         any
     }
 
-    pub(super) fn guard_view(&self, pool: &PoolEntry) -> GuardView {
+    pub(super) fn guard_view(&self, pool: &PoolEntry) -> EjectionGuard {
         let members = pool.members.iter().filter_map(|id| self.backends.get(id));
         let percent = pool.spec.ejection.map_or(0, |spec| spec.max_ejected_percent);
         let out = || self.of_pool(&self.out, pool.id).map(|entry| (entry, &entry.health.outlier));
         let ejected = out().filter(|(_, outlier)| outlier.is_ejected());
         let suspect = self.of_pool(&self.suspects, pool.id).map(|entry| &entry.health);
-        GuardView {
+        EjectionGuard {
             ejected: ejected.map(|(entry, _)| entry.state.id).collect(),
             on_trial: out().filter(|(_, outlier)| outlier.is_on_trial()).count(),
-            suspect: suspect.filter(|it| it.gray.is_suspect() && it.takes_many()).count(),
+            suspect: suspect.filter(|it| it.gray.is_suspect() && it.is_fully_eligible()).count(),
             ejected_max: ejected_max(percent, pool.members.len()),
             // A walk over all of them would cost milliseconds.
-            eligible: members.filter(|entry| entry.health.takes_many()).take(2).count(),
+            eligible: members.filter(|entry| entry.health.is_fully_eligible()).take(2).count(),
             backends: pool.members.len(),
         }
     }

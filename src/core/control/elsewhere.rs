@@ -7,10 +7,10 @@
 //! `leaving` see both together. A backend that only the old process knows becomes one
 //! of `leaving`. It never touches a session.
 
-use super::schedule::{Job, after};
-use super::{BackendEntry, Controller, Effect, Leaving, PoolId};
+use super::schedule::{TimerKind, after};
+use super::{BackendEntry, ControlEffect, Controller, PoolId, RemovedBackend};
 use crate::model;
-use crate::model::{BackendAddress, OnRemoval};
+use crate::model::{BackendAddr, OnRemoval};
 use crate::table::state::{BackendId, BackendState, FrontendState};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -59,7 +59,7 @@ impl Controller {
         backends: &[HeldBackend],
         frontends: &[HeldFrontend],
         now: Instant,
-    ) -> Vec<Effect> {
+    ) -> Vec<ControlEffect> {
         self.run_due(now);
         for held in backends {
             let id = self.find_known(&held.pool, &held.name, &held.address);
@@ -118,7 +118,7 @@ impl Controller {
         if self.leaving.len() >= STRANGERS_MAX {
             return None;
         }
-        let spec = model::Backend {
+        let spec = model::BackendConfig {
             name: held.name.as_str().into(),
             address: address_of(&held.address)?,
             weight: 1,
@@ -135,11 +135,11 @@ impl Controller {
             OnRemoval::CloseAfter(grace) => Some(after(now, grace)),
         };
         if let Some(at) = cut_at {
-            self.schedule.set(Job::CutSessions(id), at);
+            self.schedule.set(TimerKind::CutSessions(id), at);
         }
         self.watch_leaving(now);
         self.left.insert(crate::control::removal::identity(&entry), id);
-        self.leaving.insert(id, Leaving { entry, cut_at });
+        self.leaving.insert(id, RemovedBackend { entry, cut_at });
         Some(id)
     }
 }
@@ -149,9 +149,9 @@ fn added(sessions: u32, shared: bool) -> u32 {
 }
 
 /// The address of that spelling.
-pub(super) fn address_of(text: &str) -> Option<BackendAddress> {
+pub(super) fn address_of(text: &str) -> Option<BackendAddr> {
     match text.strip_prefix("unix:") {
-        Some(path) => Some(BackendAddress::Unix(path.into())),
-        None => text.parse().ok().map(BackendAddress::Tcp),
+        Some(path) => Some(BackendAddr::Unix(path.into())),
+        None => text.parse().ok().map(BackendAddr::Tcp),
     }
 }

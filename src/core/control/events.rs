@@ -5,7 +5,7 @@
 
 use super::apart::BuildToken;
 use crate::health::{ConnectFailure, ProbeOutcome, Transition};
-use crate::model::{BackendAddress, Config, ProbeSpec};
+use crate::model::{BackendAddr, Config, ProbeSpec};
 use crate::table::Table;
 use crate::table::build::{PoolBuild, PoolBuilt};
 use crate::table::state::BackendId;
@@ -15,10 +15,10 @@ use tidegate_heartbeat::Heartbeat;
 
 /// Something that happened.
 #[derive(Debug)]
-pub enum Event {
+pub enum ControlEvent {
     /// A validated configuration whose listeners are bound.
     Configure(Arc<Config>),
-    /// A probe asked for by [`Effect::Probe`] ended.
+    /// A probe asked for by [`ControlEffect::ProbeDoc`] ended.
     Probed {
         /// Whom it probed.
         backend: BackendId,
@@ -53,7 +53,7 @@ pub enum Event {
     },
     /// That many heartbeats were lost on this machine.
     HeartbeatsLost(u64),
-    /// What [`Effect::Build`] asked for is made.
+    /// What [`ControlEffect::Build`] asked for is made.
     Built {
         /// From the effect that asked for it.
         token: BuildToken,
@@ -68,10 +68,10 @@ pub enum Event {
 
 /// Something for the shell to do.
 #[derive(Debug)]
-pub enum Effect {
+pub enum ControlEffect {
     /// New sessions go by this table.
     Publish(Arc<Table>),
-    /// Run it on another thread and report it as [`Event::Built`]. A pool has one at a
+    /// Run it on another thread and report it as [`ControlEvent::Built`]. A pool has one at a
     /// time.
     Build {
         /// To be given back with the result.
@@ -79,7 +79,7 @@ pub enum Effect {
         /// To be run.
         build: Box<PoolBuild>,
     },
-    /// Run one probe and report it as [`Event::Probed`].
+    /// Run one probe and report it as [`ControlEvent::Probed`].
     Probe {
         /// Whose turn it is.
         lane: ProbeLane,
@@ -88,7 +88,7 @@ pub enum Effect {
         /// To be given back with the result.
         token: ProbeToken,
         /// Where.
-        address: BackendAddress,
+        address: BackendAddr,
         /// How.
         spec: Arc<ProbeSpec>,
     },
@@ -99,10 +99,10 @@ pub enum Effect {
     Notice(Notice),
     /// A backend takes more sessions than before, by the same table: whoever
     /// waits for one may look again.
-    Opened,
+    SlotsFreed,
     /// Reset every session of that backend: its removal grace is over. Asked
     /// again every second while it still holds sessions.
-    CutSessions(BackendId),
+    ResetSessions(BackendId),
 }
 
 /// Names one probe for the life of the process, so that a late result is not

@@ -3,21 +3,23 @@
 //! Called by `app` for `tidegate explain` and the admin API. It derives, it
 //! never changes anything.
 
-use super::status::{BackendStatus, Freezing, HeartbeatStatus, backend_status, freezing};
+use super::status::{
+    BackendStatus, FreezeStatus, HeartbeatChannelStatus, backend_status, freezing,
+};
 use super::{Controller, OperatorError, Weight};
-use crate::health::probe_detector::State;
+use crate::health::probe_detector::ProbeState;
 use crate::health::recent::{RECENT, Recent};
 use crate::health::{Observation, Transition};
 use crate::model;
 use crate::model::HeartbeatSpec;
 use crate::suspicion::rejections::Rejection;
-use crate::suspicion::{Channel, PathView};
+use crate::suspicion::{ChannelState, PathView};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// One backend, explained.
 #[derive(Debug, Clone)]
-pub struct Explained {
+pub struct Explanation {
     /// When.
     pub now: Instant,
     /// As status shows it.
@@ -45,7 +47,7 @@ pub struct Explained {
     /// Failures of its sessions lately.
     pub failures: FailuresView,
     /// What may keep it in though it is confirmed to be gone.
-    pub guards: GuardView,
+    pub guards: GuardStatus,
     /// Newest first; at most [`TRANSITIONS_MAX`](super::TRANSITIONS_MAX).
     pub history: Vec<Transition>,
 }
@@ -60,7 +62,7 @@ pub struct ProbeView {
     /// For how long.
     pub lasted: Duration,
     /// The row being counted.
-    pub state: State,
+    pub state: ProbeState,
     /// Taken for well until its first result.
     pub fails_open: bool,
 }
@@ -93,13 +95,13 @@ pub struct FailuresView {
 
 /// The guards over a backend's pool.
 #[derive(Debug, Clone)]
-pub struct GuardView {
+pub struct GuardStatus {
     /// Nobody at all is heard.
     pub channel_silent: bool,
     /// In its pool.
-    pub pool_frozen: Option<Freezing>,
+    pub pool_frozen: Option<FreezeStatus>,
     /// Over all pools.
-    pub all_frozen: Option<Freezing>,
+    pub all_frozen: Option<FreezeStatus>,
     /// How its pool's backends stand with their heartbeats.
     pub view: PathView,
     /// Share of the pool that may be out at once, in percent.
@@ -118,15 +120,15 @@ impl Controller {
         pool: &str,
         backend: &str,
         now: Instant,
-    ) -> Result<Explained, OperatorError> {
+    ) -> Result<Explanation, OperatorError> {
         let id = self.find_backend(pool, backend)?;
         let entry = self.backends.get(&id).ok_or(OperatorError::UnknownBackend)?;
         let pool = self.pool(entry.pool).ok_or(OperatorError::UnknownPool)?;
         let since = |at: Instant| now.saturating_duration_since(at);
-        let all: Option<HeartbeatStatus> = self.heartbeat_status(now);
+        let all: Option<HeartbeatChannelStatus> = self.heartbeat_status(now);
         let outlier = &entry.health.outlier;
         let probe = pool.spec.probe.as_ref().zip(entry.health.detector.as_ref());
-        Ok(Explained {
+        Ok(Explanation {
             now,
             backend: backend_status(entry, pool, now),
             intent_for: since(entry.health.intent_since),
@@ -156,8 +158,8 @@ impl Controller {
                 connects_total: entry.state.counters.sum(|c| c.connect_failures.get()),
             },
             ramp: entry.ramp.map(|ramp| (ramp.over, since(ramp.since))),
-            guards: GuardView {
-                channel_silent: self.channel(now) == Channel::Silent,
+            guards: GuardStatus {
+                channel_silent: self.channel(now) == ChannelState::Silent,
                 pool_frozen: freezing(pool.guard.freeze(), now),
                 all_frozen: all.and_then(|all| all.frozen),
                 view: self.path_view(Some(pool.id), now),

@@ -5,17 +5,17 @@
 //! every field may be absent in what an older program says, and what a newer one
 //! adds is ignored. Names, never numbers, say who is meant.
 
-use super::misfits::Misfit;
-use super::schedule::Job;
+use super::misfits::HeartbeatIgnored;
+use super::schedule::TimerKind;
 use super::{
-    BackendEntry, Controller, Effect, Origin, PoolEntry, SavedHeart, SavedIntent, SavedTransition,
-    Startup,
+    BackendEntry, ControlEffect, Controller, MemberSourceKind, PoolEntry, SavedHeart, SavedIntent,
+    SavedTransition, StartupGrace,
 };
-use crate::balance::Turn;
+use crate::balance::RoundRobinPosition;
 use crate::control::publish_pacer::PublishReason;
 use crate::control::slow_backends::watched;
-use crate::health::ejection::SavedOutlier;
-use crate::health::slow_detector::SavedWatch;
+use crate::health::ejection::SavedEjectionState;
+use crate::health::slow_detector::SavedSlowDetector;
 use crate::health::{Intent, Observation};
 use crate::outcome::RefusedReason;
 use crate::table::PoolTable;
@@ -69,10 +69,10 @@ const HISTORY_MAX: usize = 200_000;
 
 /// What the processes before this one have counted of the controller's own.
 #[derive(Debug, Default)]
-pub(super) struct Before {
+pub(super) struct CarriedCounts {
     published: [u64; PublishReason::ALL.len()],
     heartbeats: u64,
-    misfits: [u64; Misfit::ALL.len()],
+    misfits: [u64; HeartbeatIgnored::ALL.len()],
     excuses: u64,
 }
 
@@ -103,7 +103,7 @@ pub struct SavedPool {
     /// It serves without probe results; see `health`.
     pub open: bool,
     /// Where its round robin has come to.
-    pub turn: Option<Turn>,
+    pub turn: Option<RoundRobinPosition>,
     /// It has been in service for so long.
     pub in_service_ms: Option<u64>,
     /// Its backends' heartbeats, and those that registered, are told of.
@@ -141,10 +141,10 @@ pub struct SavedBackend {
     pub fails_open: bool,
     /// Ejections.
     #[serde(skip_serializing_if = "is_default")]
-    pub outlier: SavedOutlier,
+    pub outlier: SavedEjectionState,
     /// What its first bytes have shown.
     #[serde(skip_serializing_if = "is_default")]
-    pub watch: SavedWatch,
+    pub watch: SavedSlowDetector,
     /// Its slow start began so long ago.
     #[serde(skip_serializing_if = "is_default")]
     pub ramp_ms: Option<u64>,
@@ -238,7 +238,10 @@ impl Controller {
             frontends: self.frontends.iter().map(|entry| save_frontend(&entry.state)).collect(),
             published: self.published().map(|(reason, n)| (reason.name().to_owned(), n)).into(),
             heartbeats: self.heartbeats_taken(),
-            misfits: self.misfits().map(|(misfit, n)| (misfit.name().to_owned(), n)).into(),
+            misfits: self
+                .ignored_heartbeats()
+                .map(|(misfit, n)| (misfit.name().to_owned(), n))
+                .into(),
             excuses: self.excuses(),
             ..self.end_save(saving)
         }
@@ -285,8 +288,8 @@ impl Controller {
         let age = |since: Instant| millis(now.saturating_duration_since(since));
         SavedPool {
             name: pool.spec.name.to_string(),
-            open: pool.startup == Startup::Open,
-            turn: table.and_then(|table| table.balancer.as_ref()?.turn()),
+            open: pool.startup == StartupGrace::FailingOpen,
+            turn: table.and_then(|table| table.balancer.as_ref()?.round_robin_position()),
             in_service_ms: pool.in_service_since.map(age),
             hearts: pool.spec.heartbeat.is_some(),
             backends: Vec::with_capacity(pool.members.len()),
@@ -322,11 +325,13 @@ impl Controller {
     }
 
     /// The same of heartbeats that fitted nobody.
-    pub(super) fn misfits(&self) -> [(Misfit, u64); Misfit::ALL.len()] {
-        let sum = |misfit: Misfit| {
+    pub(super) fn ignored_heartbeats(
+        &self,
+    ) -> [(HeartbeatIgnored, u64); HeartbeatIgnored::ALL.len()] {
+        let sum = |misfit: HeartbeatIgnored| {
             self.misfits[misfit as usize].saturating_add(self.before.misfits[misfit as usize])
         };
-        Misfit::ALL.map(|misfit| (misfit, sum(misfit)))
+        HeartbeatIgnored::ALL.map(|misfit| (misfit, sum(misfit)))
     }
 
     /// The same of times everybody was excused.
@@ -337,7 +342,7 @@ impl Controller {
     /// Counts configurations and tables on from another process. To be called
     /// before the first configuration. What is beyond any count leaves room to
     /// count on from.
-    pub fn count_on(&mut self, generation: u64, serial: u64) {
+    pub fn add_carried_counts(&mut self, generation: u64, serial: u64) {
         const COUNT_MAX: u64 = u64::MAX / 2;
         self.generation = generation.min(COUNT_MAX);
         self.serial = serial.min(COUNT_MAX);
@@ -346,7 +351,7 @@ impl Controller {
     /// Goes on with what another process knows: operators' intents, health,
     /// round robins, counts. What is not configured here is passed over. May be
     /// called again with something newer.
-    pub fn adopt(&mut self, saved: &Saved, now: Instant) -> Vec<Effect> {
+    pub fn adopt(&mut self, saved: &Saved, now: Instant) -> Vec<ControlEffect> {
         self.run_due(now);
         for pool in &saved.pools {
             self.adopt_pool(pool, now);
@@ -358,11 +363,11 @@ impl Controller {
         // Before it accepts anything, a new process has everybody in its table.
         self.work.at_once = true;
         let effects = self.finish(now);
-        let turns: HashMap<&str, Turn> =
+        let turns: HashMap<&str, RoundRobinPosition> =
             saved.pools.iter().filter_map(|pool| Some((&*pool.name, pool.turn?))).collect();
         for pool in &self.table.pools {
             if let (Some(turn), Some(balancer)) = (turns.get(&*pool.spec.name), &pool.balancer) {
-                balancer.go_on_from(*turn);
+                balancer.resume_at(*turn);
             }
         }
         self.adopt_counts(saved);
@@ -373,10 +378,10 @@ impl Controller {
     /// with have ended.
     pub fn adopt_counts(&mut self, saved: &Saved) {
         let of = |counts: &BTreeMap<String, u64>, name| counts.get(name).copied().unwrap_or(0);
-        self.before = Before {
+        self.before = CarriedCounts {
             published: PublishReason::ALL.map(|reason| of(&saved.published, reason.name())),
             heartbeats: saved.heartbeats,
-            misfits: Misfit::ALL.map(|misfit| of(&saved.misfits, misfit.name())),
+            misfits: HeartbeatIgnored::ALL.map(|misfit| of(&saved.misfits, misfit.name())),
             excuses: saved.excuses,
         };
         for frontend in &saved.frontends {
@@ -462,9 +467,9 @@ impl Controller {
             match entry.health.outlier.until() {
                 Some(until) => {
                     self.out.insert((entry.pool, id));
-                    self.schedule.set(Job::EjectionEnds(id), until);
+                    self.schedule.set(TimerKind::EjectionEnds(id), until);
                 }
-                None => self.schedule.cancel(Job::EjectionEnds(id)),
+                None => self.schedule.cancel(TimerKind::EjectionEnds(id)),
             }
             self.work.touched.insert(id);
             self.work.unsettled.insert(entry.pool);
@@ -484,18 +489,18 @@ impl Controller {
             let entry = self.backends.get(id);
             entry.is_some_and(|entry| entry.health.observation() != Observation::Unknown)
         };
-        if pool.spec.probe.is_none() || pool.startup == Startup::Decided {
+        if pool.spec.probe.is_none() || pool.startup == StartupGrace::Decided {
             return;
         }
         if pool.members.iter().any(judged) {
-            pool.startup = Startup::Decided;
+            pool.startup = StartupGrace::Decided;
         } else if saved.open {
-            pool.startup = Startup::Open;
+            pool.startup = StartupGrace::FailingOpen;
         } else {
             return;
         }
         let id = pool.id;
-        self.schedule.cancel(Job::GraceEnds(id));
+        self.schedule.cancel(TimerKind::GraceEnds(id));
     }
 }
 
@@ -537,7 +542,7 @@ fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBack
         connect_failures: sum(|c| c.connect_failures.get()),
         bytes_in: sum(|c| c.bytes_in.get()),
         bytes_out: sum(|c| c.bytes_out.get()),
-        registered: entry.origin == Origin::Registered,
+        registered: entry.origin == MemberSourceKind::Registered,
         heart: entry.heart.as_ref().map(|heart| heart.save(now)),
         calling_ms: age(entry.calling_since),
         observed_ms: Some(age(entry.observed_since)),

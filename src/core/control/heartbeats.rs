@@ -1,6 +1,6 @@
 //! What accepted heartbeats mean: who joins, who leaves, what share they get.
 //!
-//! Called by the controller for [`Event::Heartbeat`](super::Event::Heartbeat)
+//! Called by the controller for [`Event::Heartbeat`](super::ControlEvent::HeartbeatDoc)
 //! and for the times they set. Signatures and freshness are proven before; here
 //! a heartbeat is held against the configuration: whom it may speak for, and
 //! how much it may ask. Whether silence means death is `suspicion`'s business.
@@ -18,7 +18,7 @@
 //!
 //! `weight x (1 - 3/4 x load / 1000)`, where the weight is what the sender asks
 //! for and at most the configured one (`weight_max` for a registered backend),
-//! and the load is smoothed ([`Load`]). Changes of either by less than a tenth
+//! and the load is smoothed ([`ReportedLoad`]). Changes of either by less than a tenth
 //! change nothing. No load takes more than three quarters:
 //! a backend that says it is full still shows whether it is.
 
@@ -26,13 +26,13 @@ mod saved;
 
 pub use saved::SavedHeart;
 
-use super::misfits::Misfit;
-use super::schedule::Job;
-use super::{BackendEntry, Controller, Effect, Notice, Origin, PoolId};
-use crate::health::Calling;
+use super::misfits::HeartbeatIgnored;
+use super::schedule::TimerKind;
+use super::{BackendEntry, ControlEffect, Controller, MemberSourceKind, Notice, PoolId};
+use crate::health::RequestedState;
 use crate::model;
-use crate::model::{BackendAddress, HeartbeatSpec};
-use crate::suspicion::{Beat, HeartbeatDetector, State};
+use crate::model::{BackendAddr, HeartbeatSpec};
+use crate::suspicion::{BeatInfo, DetectorState, HeartbeatDetector};
 use crate::table::state::BackendId;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -51,7 +51,7 @@ const FULL_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What one backend's heartbeats have said.
 #[derive(Debug)]
-pub(super) struct Heart {
+pub(super) struct BackendHeartbeats {
     /// What their rhythm means.
     pub(super) detector: HeartbeatDetector,
     pub(super) incarnation: u64,
@@ -62,7 +62,7 @@ pub(super) struct Heart {
     /// As it counts: it follows changes by a tenth or more.
     weight_in_force: u16,
     pub(super) in_flight: u32,
-    pub(super) load: Load,
+    pub(super) load: ReportedLoad,
     /// As declared, within bounds.
     pub(super) interval: Duration,
     pub(super) first_at: Instant,
@@ -82,17 +82,17 @@ pub(super) struct Heart {
 /// How busy a sender says it is, made steady: an exponential mean, of which a
 /// new share follows only where it changes it by a tenth.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Load {
+pub(super) struct ReportedLoad {
     /// As last said, 0..=1000.
     pub(super) said: u16,
     mean: f64,
-    /// In percent, a multiple of [`Load::STEP`], 25..=100.
+    /// In percent, a multiple of [`ReportedLoad::STEP`], 25..=100.
     share: u32,
 }
 
 // === impl Load ===
 
-impl Load {
+impl ReportedLoad {
     /// Weight of the newest heartbeat in the mean: a memory of ten.
     const GAIN: f64 = 0.1;
 
@@ -100,16 +100,16 @@ impl Load {
     /// different weights (each costs the round robin's preparation).
     const STEP: u32 = 5;
 
-    fn new(said: u16) -> Load {
+    fn new(said: u16) -> ReportedLoad {
         let mean = f64::from(said.min(1000));
-        Load { said, mean, share: Load::wanted(mean) }
+        ReportedLoad { said, mean, share: ReportedLoad::wanted(mean) }
     }
 
     /// Takes the newest; true when the share changes.
-    fn heard(&mut self, said: u16) -> bool {
+    fn apply_heartbeat(&mut self, said: u16) -> bool {
         self.said = said;
-        self.mean += Load::GAIN * (f64::from(said.min(1000)) - self.mean);
-        let wanted = Load::wanted(self.mean);
+        self.mean += ReportedLoad::GAIN * (f64::from(said.min(1000)) - self.mean);
+        let wanted = ReportedLoad::wanted(self.mean);
         let changes = wanted.abs_diff(self.share) * 10 >= self.share && wanted != self.share;
         if changes {
             self.share = wanted;
@@ -129,7 +129,7 @@ impl Load {
 
     fn wanted(mean: f64) -> u32 {
         let percent = 100.0 - 75.0 * mean / 1000.0;
-        (percent / f64::from(Load::STEP)).round() as u32 * Load::STEP
+        (percent / f64::from(ReportedLoad::STEP)).round() as u32 * ReportedLoad::STEP
     }
 }
 
@@ -138,7 +138,7 @@ impl Load {
 impl BackendEntry {
     /// The weight before anything lowers it: as configured, or less where its
     /// heartbeats ask for less.
-    pub(super) fn base_weight(&self, pool: &model::Pool) -> u16 {
+    pub(super) fn base_weight(&self, pool: &model::PoolConfig) -> u16 {
         let Some(heart) = self.heart.as_deref().filter(|heart| !heart.expired) else {
             return self.spec.weight;
         };
@@ -146,9 +146,9 @@ impl BackendEntry {
     }
 
     /// The largest weight its heartbeats may ask for.
-    pub(super) fn weight_max(&self, pool: &model::Pool) -> u16 {
+    pub(super) fn weight_max(&self, pool: &model::PoolConfig) -> u16 {
         match (self.origin, &pool.heartbeat) {
-            (Origin::Registered, Some(spec)) => spec.weight_max,
+            (MemberSourceKind::Registered, Some(spec)) => spec.weight_max,
             _ => self.spec.weight,
         }
     }
@@ -161,7 +161,7 @@ impl BackendEntry {
 
     /// Whether it may serve only on the word of its heartbeats.
     pub(super) fn needs_heartbeats(&self, spec: &HeartbeatSpec) -> bool {
-        self.origin == Origin::Registered || spec.require
+        self.origin == MemberSourceKind::Registered || spec.require
     }
 }
 
@@ -176,14 +176,14 @@ impl Controller {
         (at, stands_for): (Instant, u32),
         now: Instant,
     ) {
-        match self.speaker(heartbeat, now) {
+        match self.find_sender(heartbeat, now) {
             Ok(Some(id)) => {
                 self.heartbeats_total += u64::from(stands_for);
                 self.rejections.believed(&heartbeat.pool, &heartbeat.name);
                 if stands_for > 1 {
-                    self.excuse_gap(id, at, now);
+                    self.ignore_gap(id, at, now);
                 }
-                self.heard(id, heartbeat, at, now);
+                self.update(id, heartbeat, at, now);
             }
             Ok(None) => {}
             Err(misfit) => self.misfit(misfit, heartbeat, now),
@@ -192,13 +192,13 @@ impl Controller {
 
     /// The backend it speaks for, registered if need be. `None`: whoever says
     /// goodbye without having been known leaves nothing behind.
-    fn speaker(
+    fn find_sender(
         &mut self,
         heartbeat: &Heartbeat,
         now: Instant,
-    ) -> Result<Option<BackendId>, Misfit> {
-        let pool = self.pools.named(&heartbeat.pool).ok_or(Misfit::UnknownPool)?;
-        let spec = Arc::clone(pool.spec.heartbeat.as_ref().ok_or(Misfit::UnknownPool)?);
+    ) -> Result<Option<BackendId>, HeartbeatIgnored> {
+        let pool = self.pools.named(&heartbeat.pool).ok_or(HeartbeatIgnored::UnknownPool)?;
+        let spec = Arc::clone(pool.spec.heartbeat.as_ref().ok_or(HeartbeatIgnored::UnknownPool)?);
         let named = pool.names.get(&heartbeat.name).copied();
         let placed = pool.addresses.get(&heartbeat.address).copied();
         if let (Some(named), Some(placed)) = (named, placed)
@@ -207,22 +207,23 @@ impl Controller {
             return Ok(Some(named));
         }
         let id = pool.id;
-        for (other, configured) in
-            [(named, Misfit::ConfiguredName), (placed, Misfit::ConfiguredAddress)]
-        {
+        for (other, configured) in [
+            (named, HeartbeatIgnored::ConfiguredName),
+            (placed, HeartbeatIgnored::ConfiguredAddress),
+        ] {
             let Some(other) = other.and_then(|id| self.backends.get(&id)) else { continue };
-            if other.origin == Origin::File {
+            if other.origin == MemberSourceKind::File {
                 return Err(configured);
             }
             if other.heart.as_ref().is_some_and(|h| h.incarnation >= heartbeat.incarnation) {
-                return Err(Misfit::OlderSender);
+                return Err(HeartbeatIgnored::OlderSender);
             }
         }
         if !spec.register {
-            return Err(Misfit::UnknownBackend);
+            return Err(HeartbeatIgnored::UnknownBackend);
         }
-        if self.is_our_own(heartbeat.address) {
-            return Err(Misfit::OwnAddress);
+        if self.is_own_bind(heartbeat.address) {
+            return Err(HeartbeatIgnored::OwnAddress);
         }
         for (gone, what) in [(named, "address"), (placed, "name")] {
             if let Some(gone) = gone {
@@ -237,7 +238,7 @@ impl Controller {
         Ok(Some(self.register(id, &spec, heartbeat, now)))
     }
 
-    fn is_our_own(&self, address: SocketAddr) -> bool {
+    fn is_own_bind(&self, address: SocketAddr) -> bool {
         let any = match address.ip() {
             IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
@@ -251,8 +252,8 @@ impl Controller {
         pool: PoolId,
         spec: &HeartbeatSpec,
         now: Instant,
-    ) -> Result<(), Misfit> {
-        let Some(entry) = self.pool_mut(pool) else { return Err(Misfit::UnknownPool) };
+    ) -> Result<(), HeartbeatIgnored> {
+        let Some(entry) = self.pool_mut(pool) else { return Err(HeartbeatIgnored::UnknownPool) };
         if entry.registered < spec.backends_max as usize {
             return Ok(());
         }
@@ -264,9 +265,9 @@ impl Controller {
                 entry.registered
             );
             let pool = Arc::clone(&entry.spec.name);
-            self.work.effects.push(Effect::Notice(Notice { pool, backend: None, message }));
+            self.work.effects.push(ControlEffect::Notice(Notice { pool, backend: None, message }));
         }
-        Err(Misfit::PoolFull)
+        Err(HeartbeatIgnored::PoolFull)
     }
 
     fn register(
@@ -295,7 +296,7 @@ impl Controller {
         if pool.names.get(&entry.spec.name) == Some(&id) {
             pool.names.remove(&entry.spec.name);
         }
-        if let BackendAddress::Tcp(address) = entry.state.address
+        if let BackendAddr::Tcp(address) = entry.state.address
             && pool.addresses.get(&address) == Some(&id)
         {
             pool.addresses.remove(&address);
@@ -305,18 +306,22 @@ impl Controller {
             self.pace.members(pool);
         }
         self.work.unsettled.insert(pool);
-        self.leave(entry, reason, rule, now);
+        self.remove_backend(entry, reason, rule, now);
         self.settle_pool_ramps(pool, now);
     }
 
     /// Takes what a known backend's heartbeat says.
-    fn heard(&mut self, id: BackendId, heartbeat: &Heartbeat, at: Instant, now: Instant) {
+    fn update(&mut self, id: BackendId, heartbeat: &Heartbeat, at: Instant, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
         let interval = heartbeat.interval.clamp(INTERVAL_MIN, INTERVAL_MAX);
         let heart = entry.heart.get_or_insert_with(|| {
-            Box::new(Heart::first(heartbeat, HeartbeatDetector::new(spec.interval, at), at))
+            Box::new(BackendHeartbeats::first(
+                heartbeat,
+                HeartbeatDetector::new(spec.interval, at),
+                at,
+            ))
         });
         let before = (heart.weight_in_force, heart.expired);
         heart.incarnation = heartbeat.incarnation;
@@ -333,48 +338,50 @@ impl Controller {
         (heart.excused, heart.deaf) = (Duration::ZERO, Duration::ZERO);
         heart.expired = false;
         heart.adopted = false;
-        let lighter = heart.load.heard(heartbeat.load);
+        let lighter = heart.load.apply_heartbeat(heartbeat.load);
         let ttl = ttl(&spec, interval);
         if lighter || before != (heart.weight_in_force, false) {
             self.pace.backend(id);
         }
-        if !self.schedule.is_set(Job::HeartbeatTtl(id)) {
-            self.schedule.set(Job::HeartbeatTtl(id), at + ttl);
+        if !self.schedule.is_set(TimerKind::HeartbeatTtl(id)) {
+            self.schedule.set(TimerKind::HeartbeatTtl(id), at + ttl);
         }
-        if heartbeat.state == SenderState::Stopping && self.origin(id) == Some(Origin::Registered) {
+        if heartbeat.state == SenderState::Stopping
+            && self.origin(id) == Some(MemberSourceKind::Registered)
+        {
             self.unregister(id, "its heartbeat says that it stops", now);
             return;
         }
         self.count(id);
-        self.called(id, now);
-        if heartbeat.state == SenderState::Starting && self.is_unheard(id) {
+        self.apply_sender_state(id, now);
+        if heartbeat.state == SenderState::Starting && self.has_no_heartbeat(id) {
             // There is nothing to ask it for yet, and nothing to miss.
             return;
         }
         let beat =
-            Beat { incarnation: heartbeat.incarnation, sequence: heartbeat.sequence, interval };
+            BeatInfo { incarnation: heartbeat.incarnation, sequence: heartbeat.sequence, interval };
         self.beat(id, &beat, heartbeat.state, at, now);
     }
 
-    fn origin(&self, id: BackendId) -> Option<Origin> {
+    fn origin(&self, id: BackendId) -> Option<MemberSourceKind> {
         self.backends.get(&id).map(|entry| entry.origin)
     }
 
     /// Whether its detector has not been told of it.
-    fn is_unheard(&self, id: BackendId) -> bool {
+    fn has_no_heartbeat(&self, id: BackendId) -> bool {
         let heart = self.backends.get(&id).and_then(|entry| entry.heart.as_deref());
-        heart.is_some_and(|heart| heart.detector.state() == State::Waiting)
+        heart.is_some_and(|heart| heart.detector.state() == DetectorState::Waiting)
     }
 
     /// Takes over what its heartbeats ask for, and records a change.
-    fn called(&mut self, id: BackendId, now: Instant) {
+    fn apply_sender_state(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(heart) = &entry.heart else { return };
         let calling = match heart.state {
-            SenderState::Ready => Calling::Sessions,
-            SenderState::Starting => Calling::Starting,
-            SenderState::Draining => Calling::Draining,
-            SenderState::Stopping => Calling::Stopping,
+            SenderState::Ready => RequestedState::Ready,
+            SenderState::Starting => RequestedState::Starting,
+            SenderState::Draining => RequestedState::Draining,
+            SenderState::Stopping => RequestedState::Stopping,
         };
         let before = std::mem::replace(&mut entry.health.calling, calling);
         if before == calling {
@@ -384,7 +391,7 @@ impl Controller {
         entry.calling_since = now;
         let sessions = entry.state.in_flight.get();
         let reason = match calling {
-            Calling::Sessions => "its heartbeats say that it takes sessions".to_owned(),
+            RequestedState::Ready => "its heartbeats say that it takes sessions".to_owned(),
             _ => format!("its heartbeats say so; no new sessions, {sessions} go on"),
         };
         self.record_lazily(id, (before.name(), calling.name()), reason, lasted, now);
@@ -400,26 +407,28 @@ impl Controller {
             return;
         };
         if over > now {
-            self.schedule.set(Job::HeartbeatTtl(id), over);
+            self.schedule.set(TimerKind::HeartbeatTtl(id), over);
             return;
         }
         if let Some(later) = self.expiry_held(id, now) {
-            self.schedule.set(Job::HeartbeatTtl(id), later);
+            self.schedule.set(TimerKind::HeartbeatTtl(id), later);
             return;
         }
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(heart) = &mut entry.heart else { return };
         heart.expired = true;
-        let needed = entry.origin == Origin::Registered || spec.require;
-        if entry.origin == Origin::Registered {
-            self.schedule
-                .set(Job::Forget(id), super::schedule::after(over, spec.forget_after).max(now));
+        let needed = entry.origin == MemberSourceKind::Registered || spec.require;
+        if entry.origin == MemberSourceKind::Registered {
+            self.schedule.set(
+                TimerKind::Forget(id),
+                super::schedule::after(over, spec.forget_after).max(now),
+            );
         }
         if !needed {
             // Its heartbeats have no say any more, neither about sessions.
             self.tallies.forget(id, entry.heart.take().as_deref_mut());
-            self.schedule.cancel(Job::Heartbeat(id));
-            self.calling_ends(id, now);
+            self.schedule.cancel(TimerKind::Heartbeat(id));
+            self.clear_sender_state(id, now);
         }
         self.count(id);
         let ttl = humantime::format_duration(ttl);
@@ -428,21 +437,21 @@ impl Controller {
     }
 
     /// Whatever its heartbeats asked for is over.
-    pub(super) fn calling_ends(&mut self, id: BackendId, now: Instant) {
+    pub(super) fn clear_sender_state(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
-        let before = std::mem::replace(&mut entry.health.calling, Calling::Sessions);
-        if before != Calling::Sessions {
+        let before = std::mem::replace(&mut entry.health.calling, RequestedState::Ready);
+        if before != RequestedState::Ready {
             let lasted = now.saturating_duration_since(entry.calling_since);
             entry.calling_since = now;
             let reason = "its heartbeats have no say any more".to_owned();
-            self.record(id, (before.name(), Calling::Sessions.name()), reason, lasted, now);
+            self.record(id, (before.name(), RequestedState::Ready.name()), reason, lasted, now);
         }
     }
 
     /// `forget_after` is over.
     pub(super) fn forget(&mut self, id: BackendId, now: Instant) {
         let still = |entry: &BackendEntry| {
-            entry.origin == Origin::Registered
+            entry.origin == MemberSourceKind::Registered
                 && entry.heart.as_ref().is_none_or(|heart| heart.expired)
         };
         if self.backends.get(&id).is_some_and(still) {
@@ -453,9 +462,9 @@ impl Controller {
 
 // === impl Heart ===
 
-impl Heart {
-    fn first(heartbeat: &Heartbeat, detector: HeartbeatDetector, at: Instant) -> Heart {
-        Heart {
+impl BackendHeartbeats {
+    fn first(heartbeat: &Heartbeat, detector: HeartbeatDetector, at: Instant) -> BackendHeartbeats {
+        BackendHeartbeats {
             detector,
             incarnation: heartbeat.incarnation,
             key_id: heartbeat.key_id,
@@ -463,7 +472,7 @@ impl Heart {
             weight: heartbeat.weight,
             weight_in_force: heartbeat.weight.max(1),
             in_flight: heartbeat.in_flight,
-            load: Load::new(heartbeat.load),
+            load: ReportedLoad::new(heartbeat.load),
             interval: heartbeat.interval,
             first_at: at,
             last_at: at,
@@ -488,15 +497,15 @@ mod tests {
 
     #[test]
     fn a_full_backend_keeps_a_quarter_of_its_share() {
-        assert_eq!([0, 500, 1000].map(|load| Load::new(load).share()), [100, 65, 25]);
+        assert_eq!([0, 500, 1000].map(|load| ReportedLoad::new(load).share()), [100, 65, 25]);
     }
 
     #[test]
     fn small_changes_of_load_change_no_share() {
-        let mut load = Load::new(500);
-        let changes = (0..1000).filter(|n| load.heard(500 + (n % 2) * 60)).count();
+        let mut load = ReportedLoad::new(500);
+        let changes = (0..1000).filter(|n| load.apply_heartbeat(500 + (n % 2) * 60)).count();
         assert_eq!(changes, 0);
-        let steps = (0..1000).filter(|_| load.heard(1000)).count();
+        let steps = (0..1000).filter(|_| load.apply_heartbeat(1000)).count();
         assert!((1..=8).contains(&steps), "{steps} tables on the way");
         assert!(load.share() <= 30, "{load:?}");
     }

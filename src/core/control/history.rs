@@ -15,7 +15,7 @@ pub const TRANSITIONS_MAX: usize = 32;
 
 /// See the module's documentation.
 #[derive(Debug, Clone, Default)]
-pub(super) struct History {
+pub(super) struct TransitionHistory {
     /// Oldest first; at most [`TRANSITIONS_MAX`].
     ring: VecDeque<Transition>,
     /// The oldest of them are from another process.
@@ -57,7 +57,7 @@ const STATES: [&str; 13] = [
 
 // === impl History ===
 
-impl History {
+impl TransitionHistory {
     pub(super) fn add(&mut self, transition: Transition) {
         if self.ring.len() == TRANSITIONS_MAX {
             self.ring.pop_front();
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn the_newest_transitions_are_kept_and_no_more() {
-        let mut history = History::default();
+        let mut history = TransitionHistory::default();
         for number in 0..40 {
             history.add(Transition {
                 pool: "p".into(),

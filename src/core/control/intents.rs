@@ -6,7 +6,7 @@
 //! It decides nothing and reads no clock.
 
 use super::handover::{Saved, SavedBackend, SavedPool, ago, every_backend, millis};
-use super::{BackendEntry, Controller, Effect};
+use super::{BackendEntry, ControlEffect, Controller};
 use crate::control::publish_pacer::PublishReason;
 use crate::health::Intent;
 use serde::{Deserialize, Serialize};
@@ -163,7 +163,7 @@ impl Controller {
 
     /// Goes on with operators' intents as another process has saved them
     /// ([`Controller::save_intents`]); a backend that is not among them is ready.
-    pub fn adopt_intents(&mut self, newer: &Saved, now: Instant) -> Vec<Effect> {
+    pub fn adopt_intents(&mut self, newer: &Saved, now: Instant) -> Vec<ControlEffect> {
         self.run_due(now);
         let left = newer.left.iter().map(|one| [&*one.pool, &*one.name, &*one.address]);
         let wanted: HashSet<[&str; 3]> = every_backend(newer).map(identity).chain(left).collect();

@@ -3,7 +3,7 @@
 //! `heartbeats` finds them; here they are counted, listed by sender, and told of
 //! at most once a minute and sender. They change nothing else.
 
-use super::{Controller, Effect, Notice};
+use super::{ControlEffect, Controller, Notice};
 use crate::suspicion::rejections::Rejected;
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,7 +12,7 @@ use tidegate_heartbeat::Heartbeat;
 /// Why an authentic heartbeat changed nothing; a closed set, the label of a
 /// metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Misfit {
+pub enum HeartbeatIgnored {
     /// No pool of that name takes heartbeats (any more).
     UnknownPool,
     /// No backend of that name, and the pool lets nobody register.
@@ -31,46 +31,48 @@ pub enum Misfit {
 
 // === impl Misfit ===
 
-impl Misfit {
+impl HeartbeatIgnored {
     /// Every reason there is.
-    pub const ALL: [Misfit; 7] = [
-        Misfit::UnknownPool,
-        Misfit::UnknownBackend,
-        Misfit::ConfiguredName,
-        Misfit::ConfiguredAddress,
-        Misfit::OlderSender,
-        Misfit::OwnAddress,
-        Misfit::PoolFull,
+    pub const ALL: [HeartbeatIgnored; 7] = [
+        HeartbeatIgnored::UnknownPool,
+        HeartbeatIgnored::UnknownBackend,
+        HeartbeatIgnored::ConfiguredName,
+        HeartbeatIgnored::ConfiguredAddress,
+        HeartbeatIgnored::OlderSender,
+        HeartbeatIgnored::OwnAddress,
+        HeartbeatIgnored::PoolFull,
     ];
 
     /// As in metrics.
     pub fn name(self) -> &'static str {
         match self {
-            Misfit::UnknownPool => "unknown-pool",
-            Misfit::UnknownBackend => "unknown-backend",
-            Misfit::ConfiguredName => "configured-name",
-            Misfit::ConfiguredAddress => "configured-address",
-            Misfit::OlderSender => "older-sender",
-            Misfit::OwnAddress => "own-address",
-            Misfit::PoolFull => "pool-full",
+            HeartbeatIgnored::UnknownPool => "unknown-pool",
+            HeartbeatIgnored::UnknownBackend => "unknown-backend",
+            HeartbeatIgnored::ConfiguredName => "configured-name",
+            HeartbeatIgnored::ConfiguredAddress => "configured-address",
+            HeartbeatIgnored::OlderSender => "older-sender",
+            HeartbeatIgnored::OwnAddress => "own-address",
+            HeartbeatIgnored::PoolFull => "pool-full",
         }
     }
 
     /// What an operator can do about it.
     pub fn help(self) -> &'static str {
         match self {
-            Misfit::UnknownPool => "no pool of this name takes heartbeats; stop the sender",
-            Misfit::UnknownBackend => {
+            HeartbeatIgnored::UnknownPool => {
+                "no pool of this name takes heartbeats; stop the sender"
+            }
+            HeartbeatIgnored::UnknownBackend => {
                 "the pool has no backend of this name at this address; add it, allow \
                  register, or stop the sender"
             }
-            Misfit::ConfiguredName => "the file has this name at another address",
-            Misfit::ConfiguredAddress => "the file has this address under another name",
-            Misfit::OlderSender => {
+            HeartbeatIgnored::ConfiguredName => "the file has this name at another address",
+            HeartbeatIgnored::ConfiguredAddress => "the file has this address under another name",
+            HeartbeatIgnored::OlderSender => {
                 "a sender that started later has this name or address; stop one of the two"
             }
-            Misfit::OwnAddress => "the address is a bind of Tidegate itself",
-            Misfit::PoolFull => "raise backends_max of the pool, or stop senders",
+            HeartbeatIgnored::OwnAddress => "the address is a bind of Tidegate itself",
+            HeartbeatIgnored::PoolFull => "raise backends_max of the pool, or stop senders",
         }
     }
 }
@@ -79,7 +81,7 @@ impl Misfit {
 
 impl Controller {
     /// Counts a heartbeat that has no place in the configuration, and says so.
-    pub(super) fn misfit(&mut self, misfit: Misfit, heartbeat: &Heartbeat, now: Instant) {
+    pub(super) fn misfit(&mut self, misfit: HeartbeatIgnored, heartbeat: &Heartbeat, now: Instant) {
         self.misfits[misfit as usize] += 1;
         let rejected = Rejected {
             claim: Some((&heartbeat.pool, &heartbeat.name)),
@@ -90,7 +92,7 @@ impl Controller {
             help: misfit.help(),
             skew: None,
             // A full pool says so itself.
-            warns: misfit != Misfit::PoolFull,
+            warns: misfit != HeartbeatIgnored::PoolFull,
         };
         if self.rejections.add(&rejected, now).is_none() {
             return;
@@ -101,7 +103,7 @@ impl Controller {
             heartbeat.address,
             misfit.help()
         );
-        self.work.effects.push(Effect::Notice(Notice {
+        self.work.effects.push(ControlEffect::Notice(Notice {
             pool: Arc::clone(&heartbeat.pool),
             backend: Some(Arc::clone(&heartbeat.name)),
             message,

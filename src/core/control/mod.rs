@@ -48,15 +48,15 @@ mod trials;
 
 pub use crate::control::publish_pacer::PublishReason;
 pub use apart::BuildToken;
-pub use events::{Effect, Event, Notice, OperatorError, ProbeLane, ProbeToken};
+pub use events::{ControlEffect, ControlEvent, Notice, OperatorError, ProbeLane, ProbeToken};
 pub use heartbeats::SavedHeart;
 pub use history::{SavedTransition, TRANSITIONS_MAX};
 pub use intents::{KEPT_FOR, KEPT_MAX, SavedIntent};
-pub use misfits::Misfit;
+pub use misfits::HeartbeatIgnored;
 pub use publish::Weight;
 pub use status::{
-    BackendStatus, ControlStatus, Freezing, FrontendStatus, Gathering, HeartStatus,
-    HeartbeatStatus, PoolStatus,
+    BackendHeartbeatStatus, BackendStatus, ControlStatus, FreezeStatus, FrontendStatus, Gathering,
+    HeartbeatChannelStatus, PoolStatus,
 };
 
 use crate::balance::in_flight::{Counts, Unshared};
@@ -67,7 +67,7 @@ use crate::suspicion::rejections::Rejections;
 use crate::suspicion::{PathGuard, Ramp};
 use crate::table::Table;
 use crate::table::state::{BackendId, BackendState, FrontendState};
-use schedule::{Job, Schedule};
+use schedule::{Schedule, TimerKind};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::ops::Bound;
@@ -93,9 +93,9 @@ pub struct Controller {
     /// Every configured backend, whichever pool it is in.
     backends: BTreeMap<BackendId, BackendEntry>,
     /// Removed backends that may still hold sessions.
-    leaving: BTreeMap<BackendId, Leaving>,
+    leaving: BTreeMap<BackendId, RemovedBackend>,
     /// Those of `leaving` by what makes them the same backend.
-    left: HashMap<configure::Identity, BackendId>,
+    left: HashMap<configure::BackendKey, BackendId>,
     /// Every backend that is ejected or on trial; some may not be any more.
     out: BTreeSet<(PoolId, BackendId)>,
     /// The same of those that are suspect.
@@ -107,30 +107,30 @@ pub struct Controller {
     /// Where our own listeners are bound.
     own: std::collections::HashSet<SocketAddr>,
     schedule: Schedule,
-    ids: Ids,
+    ids: IdAllocator,
     table: Arc<Table>,
     local_trouble_noticed: Option<Instant>,
-    pace: crate::control::publish_pacer::Pace,
+    pace: crate::control::publish_pacer::PublishPacer,
     builds: apart::Builds,
-    guards: suspicion::Guards,
+    guards: suspicion::HeartbeatGuards,
     tallies: tally::Tallies,
-    /// Authentic heartbeats that changed nothing, by [`Misfit`].
-    misfits: [u64; Misfit::ALL.len()],
+    /// Authentic heartbeats that changed nothing, by [`HeartbeatIgnored`].
+    misfits: [u64; HeartbeatIgnored::ALL.len()],
     /// Their senders.
     rejections: Rejections,
     /// Counted by the processes before.
-    before: handover::Before,
+    before: handover::CarriedCounts,
     /// Heartbeats taken.
     heartbeats_total: u64,
     /// What the event at hand has touched; empty between events.
-    work: Work,
+    work: PendingEffects,
 }
 
 /// A configured frontend.
 #[derive(Debug)]
 struct FrontendEntry {
     state: Arc<FrontendState>,
-    spec: model::Frontend,
+    spec: model::FrontendConfig,
 }
 
 /// Names a pool for as long as its name stays configured.
@@ -146,11 +146,11 @@ impl PoolId {
 #[derive(Debug)]
 struct PoolEntry {
     id: PoolId,
-    spec: Arc<model::Pool>,
+    spec: Arc<model::PoolConfig>,
     /// In file order, then registered ones by age; all of them are in
     /// `Controller::backends`.
     members: Vec<BackendId>,
-    startup: Startup,
+    startup: StartupGrace,
     /// Members by name.
     names: HashMap<Arc<str>, BackendId>,
     /// Members by address; kept where heartbeats are taken.
@@ -174,7 +174,7 @@ struct PoolEntry {
 
 /// How a backend got into its pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+pub enum MemberSourceKind {
     /// It stands in the file.
     File,
     /// Its heartbeats brought it.
@@ -183,11 +183,11 @@ pub enum Origin {
 
 /// How far a pool with probes is in getting to know its backends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Startup {
+enum StartupGrace {
     /// No result yet; unknown backends wait.
     Waiting { since: Instant },
     /// No result came within `startup_grace`: unknown backends serve.
-    Open,
+    FailingOpen,
     /// There was a result (or there is no probe).
     Decided,
 }
@@ -197,14 +197,14 @@ enum Startup {
 struct BackendEntry {
     state: Arc<BackendState>,
     pool: PoolId,
-    spec: model::Backend,
+    spec: model::BackendConfig,
     health: BackendHealth,
-    origin: Origin,
+    origin: MemberSourceKind,
     in_flight: Option<ProbeInFlight>,
     /// What its heartbeats have said, where any were heard.
-    heart: Option<Box<heartbeats::Heart>>,
+    heart: Option<Box<heartbeats::BackendHeartbeats>>,
     /// The confirming probe under way.
-    trying: Option<suspicion::Trying>,
+    trying: Option<suspicion::ConfirmationInFlight>,
     /// Until then it serves without the heartbeats it needs: they were not
     /// required when it came.
     heartbeats_from: Option<Instant>,
@@ -217,8 +217,8 @@ struct BackendEntry {
     /// Whether it was eligible when last looked at.
     served: bool,
     /// What the newest table says of it, to tell whether a new one is due.
-    published: publish::Standing,
-    history: history::History,
+    published: publish::BackendTableState,
+    history: history::TransitionHistory,
 }
 
 /// A probe the shell was asked for.
@@ -234,7 +234,7 @@ struct ProbeInFlight {
 
 /// A backend that is no longer configured.
 #[derive(Debug)]
-struct Leaving {
+struct RemovedBackend {
     entry: BackendEntry,
     /// Its sessions are to be cut from then on.
     cut_at: Option<Instant>,
@@ -242,7 +242,7 @@ struct Leaving {
 
 /// Next free numbers; none is ever used twice.
 #[derive(Debug, Default)]
-struct Ids {
+struct IdAllocator {
     backend: u32,
     frontend: u32,
     pool: u32,
@@ -252,8 +252,8 @@ struct Ids {
 /// What handling an event leaves to be finished once, however many events came
 /// together.
 #[derive(Debug, Default)]
-struct Work {
-    effects: Vec<Effect>,
+struct PendingEffects {
+    effects: Vec<ControlEffect>,
     /// A new table is due whatever the backends' standings.
     rebuild: Option<PublishReason>,
     /// Who caused it, where it was not health.
@@ -294,18 +294,18 @@ impl Controller {
             kept: intents::Kept::default(),
             own: Default::default(),
             schedule: Schedule::default(),
-            ids: Ids::default(),
+            ids: IdAllocator::default(),
             table: Arc::new(publish::empty_table()),
             local_trouble_noticed: None,
-            pace: crate::control::publish_pacer::Pace::default(),
+            pace: crate::control::publish_pacer::PublishPacer::default(),
             builds: apart::Builds::default(),
-            guards: suspicion::Guards::default(),
+            guards: suspicion::HeartbeatGuards::default(),
             tallies: tally::Tallies::default(),
-            misfits: [0; Misfit::ALL.len()],
+            misfits: [0; HeartbeatIgnored::ALL.len()],
             rejections: Rejections::default(),
-            before: handover::Before::default(),
+            before: handover::CarriedCounts::default(),
             heartbeats_total: 0,
-            work: Work::default(),
+            work: PendingEffects::default(),
         }
     }
 
@@ -315,12 +315,12 @@ impl Controller {
     }
 
     /// Takes one event and gives what follows from it: at most one
-    /// [`Effect::Publish`], which comes first, and none when sessions would be
+    /// [`ControlEffect::Publish`], which comes first, and none when sessions would be
     /// routed as before.
     ///
     /// Whatever is due by `now` is done before and after the event, so a late
     /// tick changes no verdict's order.
-    pub fn apply(&mut self, event: Event, now: Instant) -> Vec<Effect> {
+    pub fn apply(&mut self, event: ControlEvent, now: Instant) -> Vec<ControlEffect> {
         self.apply_all([event], now)
     }
 
@@ -328,33 +328,35 @@ impl Controller {
     /// first results make one table.
     pub fn apply_all(
         &mut self,
-        events: impl IntoIterator<Item = Event>,
+        events: impl IntoIterator<Item = ControlEvent>,
         now: Instant,
-    ) -> Vec<Effect> {
+    ) -> Vec<ControlEffect> {
         // Heartbeats that have arrived come first: what is due may be a silence
         // that they have ended.
         let mut later = Vec::new();
         for event in events {
             match event {
-                Event::Heartbeat { heartbeat, at, stands_for } => {
+                ControlEvent::Heartbeat { heartbeat, at, stands_for } => {
                     self.heartbeat(&heartbeat, (at.min(now), stands_for), now);
                 }
-                Event::HeartbeatsLost(count) => self.heartbeats_lost(count, now),
+                ControlEvent::HeartbeatsLost(count) => self.heartbeats_lost(count, now),
                 other => later.push(other),
             }
         }
         self.run_due(now);
         for event in later {
             match event {
-                Event::Configure(config) => self.configure(&config, now),
-                Event::Probed { backend, token, outcome } => {
+                ControlEvent::Configure(config) => self.configure(&config, now),
+                ControlEvent::Probed { backend, token, outcome } => {
                     self.probed(backend, token, outcome, now);
                 }
-                Event::ConnectFailed { backend, failure, in_a_row, begun } => {
+                ControlEvent::ConnectFailed { backend, failure, in_a_row, begun } => {
                     self.connect_failed(backend, failure, (in_a_row, begun), now);
                 }
-                Event::Built { token, built, took } => self.built(token, *built, took, now),
-                Event::Heartbeat { .. } | Event::HeartbeatsLost(_) | Event::Tick => {}
+                ControlEvent::Built { token, built, took } => self.built(token, *built, took, now),
+                ControlEvent::Heartbeat { .. }
+                | ControlEvent::HeartbeatsLost(_)
+                | ControlEvent::Tick => {}
             }
         }
         self.finish(now)
@@ -368,7 +370,7 @@ impl Controller {
         backend: &str,
         intent: Intent,
         now: Instant,
-    ) -> Result<Vec<Effect>, OperatorError> {
+    ) -> Result<Vec<ControlEffect>, OperatorError> {
         let id = self.find_backend(pool, backend)?;
         self.run_due(now);
         self.change_intent(id, intent, now);
@@ -376,7 +378,7 @@ impl Controller {
         Ok(self.finish(now))
     }
 
-    /// When [`Event::Tick`] is wanted next. Never before the last `now`.
+    /// When [`ControlEvent::Tick`] is wanted next. Never before the last `now`.
     pub fn next_due(&self) -> Option<Instant> {
         self.schedule.next()
     }
@@ -415,33 +417,33 @@ impl Controller {
         self.notice_stall(now);
         while let Some(job) = self.schedule.pop_due(now) {
             match job {
-                Job::Probe(id) => self.start_probe(id, now),
-                Job::ProbeLost(id) => self.probe_lost(id, now),
-                Job::EjectionEnds(id) => self.begin_trial(id, now),
-                Job::LookAtTrial(id) => self.look_at_trial(id, now),
-                Job::LookForGray => self.look_for_gray(now),
-                Job::GraceEnds(pool) => self.grace_over(pool),
-                Job::SettlingEnds(pool) => self.settled(pool),
-                Job::CutSessions(id) => self.cut_sessions(id),
-                Job::LeavingCheck => self.check_leaving(now),
-                Job::Heartbeat(id) => self.check_heartbeat(id, now),
-                Job::HeartbeatTtl(id) => self.heartbeat_ttl(id, now),
-                Job::Forget(id) => self.forget(id, now),
-                Job::GuardTick => self.guard_tick(now),
-                Job::Guard(pool) => self.look(pool, now),
-                Job::Ramp(id) => self.ramp_step(id, now),
+                TimerKind::Probe(id) => self.start_probe(id, now),
+                TimerKind::ProbeLost(id) => self.probe_lost(id, now),
+                TimerKind::EjectionEnds(id) => self.begin_trial(id, now),
+                TimerKind::CheckTrial(id) => self.check_trial(id, now),
+                TimerKind::CheckSlow => self.check_slow_backends(now),
+                TimerKind::GraceEnds(pool) => self.grace_over(pool),
+                TimerKind::SettlingEnds(pool) => self.settled(pool),
+                TimerKind::CutSessions(id) => self.reset_sessions(id),
+                TimerKind::LeavingCheck => self.check_leaving(now),
+                TimerKind::Heartbeat(id) => self.check_heartbeat(id, now),
+                TimerKind::HeartbeatTtl(id) => self.heartbeat_ttl(id, now),
+                TimerKind::Forget(id) => self.forget(id, now),
+                TimerKind::GuardTick => self.guard_tick(now),
+                TimerKind::CheckGuard(pool) => self.check_guard(pool, now),
+                TimerKind::Ramp(id) => self.ramp_step(id, now),
                 // Whether a table or a part of one is due is asked at the end of every event.
-                Job::Publish | Job::Build => {}
+                TimerKind::Publish | TimerKind::Build => {}
             }
         }
     }
 
     /// Does what the events left to be done once, and hands out the effects.
-    fn finish(&mut self, now: Instant) -> Vec<Effect> {
+    fn finish(&mut self, now: Instant) -> Vec<ControlEffect> {
         self.run_due(now);
-        self.settle_confirmed(now);
+        self.eject_confirmed(now);
         while let Some(pool) = self.work.unsettled.pop_first() {
-            self.settle_guard(pool, now);
+            self.recheck_ejections(pool, now);
         }
         self.settle_ramps(now);
         self.look_at_settling();
@@ -449,7 +451,7 @@ impl Controller {
             let table = self.rebuild(reason);
             self.table_made(reason, table.is_some(), now);
             if let Some(table) = table {
-                self.work.effects.insert(0, Effect::Publish(table));
+                self.work.effects.insert(0, ControlEffect::Publish(table));
             }
         }
         self.begin_builds(now);
@@ -501,7 +503,7 @@ impl Controller {
             lasted,
         };
         entry.history.add(transition.clone());
-        self.work.effects.push(Effect::Log(transition));
+        self.work.effects.push(ControlEffect::Log(transition));
         self.pace.backend(id);
         self.work.unsettled.insert(entry.pool);
     }

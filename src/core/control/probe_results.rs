@@ -4,9 +4,9 @@
 //! rows of failed connects on to `ejections`; it never schedules anything but
 //! the next probe.
 
-use super::schedule::Job;
-use super::{Controller, Effect, Notice, PoolId, ProbeToken, Startup};
-use crate::health::probe_detector::Change;
+use super::schedule::TimerKind;
+use super::{ControlEffect, Controller, Notice, PoolId, ProbeToken, StartupGrace};
+use crate::health::probe_detector::ProbeTransition;
 use crate::health::{ConnectFailure, Observation, ProbeOutcome};
 use crate::table::state::BackendId;
 use std::sync::Arc;
@@ -32,25 +32,25 @@ impl Controller {
             leaving.entry.in_flight.take_if(|probe| probe.token == token);
             return;
         }
-        if self.tried(id, token, &outcome, now) {
+        if self.confirmation_result(id, token, &outcome, now) {
             return;
         }
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(probe) = entry.in_flight.take_if(|probe| probe.token == token) else { return };
-        self.schedule.cancel(Job::ProbeLost(id));
+        self.schedule.cancel(TimerKind::ProbeLost(id));
         if probe.stale {
-            self.schedule.set(Job::Probe(id), now);
+            self.schedule.set(TimerKind::Probe(id), now);
             return;
         }
         match outcome {
             ProbeOutcome::Success { took } => {
                 if let Some(heart) = &mut entry.heart {
-                    heart.detector.reached(took);
+                    heart.detector.note_connect_success(took);
                 }
-                self.weigh_probe(id, None, now);
+                self.apply_probe_result(id, None, now);
             }
-            ProbeOutcome::Failure { reason } => self.weigh_probe(id, Some(reason), now),
-            ProbeOutcome::Local { reason } => self.notice_local_trouble(id, &reason, now),
+            ProbeOutcome::Failure { reason } => self.apply_probe_result(id, Some(reason), now),
+            ProbeOutcome::Local { reason } => self.note_local_error(id, &reason, now),
         }
         self.schedule_next_probe(id, probe.started, now);
     }
@@ -87,7 +87,7 @@ impl Controller {
             {
                 self.observed(id, before, change, &failure.to_string(), now);
             }
-            self.probe_soon(id, now);
+            self.bring_probe_forward(id, now);
         }
         if failure == ConnectFailure::Refused {
             self.refused(id, now);
@@ -99,10 +99,10 @@ impl Controller {
     /// without.
     pub(super) fn grace_over(&mut self, pool: PoolId) {
         let Some(pool) = self.pool_mut(pool) else { return };
-        if !matches!(pool.startup, Startup::Waiting { .. }) {
+        if !matches!(pool.startup, StartupGrace::Waiting { .. }) {
             return;
         }
-        pool.startup = Startup::Open;
+        pool.startup = StartupGrace::FailingOpen;
         let grace = humantime::format_duration(pool.spec.startup_grace);
         let message = format!(
             "no probe has come to a result within startup_grace ({grace}): \
@@ -116,19 +116,19 @@ impl Controller {
                 self.work.touched.insert(id);
             }
         }
-        self.work.effects.push(Effect::Notice(notice));
+        self.work.effects.push(ControlEffect::Notice(notice));
     }
 
     /// One probe's result; `failure` is `None` for a success.
-    fn weigh_probe(&mut self, id: BackendId, failure: Option<String>, now: Instant) {
+    fn apply_probe_result(&mut self, id: BackendId, failure: Option<String>, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let before = entry.health.observation();
         let Some(detector) = &mut entry.health.detector else { return };
         let change = detector.observe(failure.is_none(), now);
         entry.health.fails_open = false;
         if let Some(pool) = self.pools.get_mut(entry.pool) {
-            pool.startup = Startup::Decided;
-            self.schedule.cancel(Job::GraceEnds(pool.id));
+            pool.startup = StartupGrace::Decided;
+            self.schedule.cancel(TimerKind::GraceEnds(pool.id));
         }
         if let Some(change) = change {
             self.observed(id, before, change, &failure.unwrap_or_default(), now);
@@ -142,7 +142,7 @@ impl Controller {
         &mut self,
         id: BackendId,
         before: Observation,
-        change: Change,
+        change: ProbeTransition,
         last: &str,
         now: Instant,
     ) {
@@ -162,14 +162,14 @@ impl Controller {
         }
     }
 
-    pub(super) fn notice_local_trouble(&mut self, id: BackendId, reason: &str, now: Instant) {
+    pub(super) fn note_local_error(&mut self, id: BackendId, reason: &str, now: Instant) {
         let quiet = |at: Instant| now.saturating_duration_since(at) < LOCAL_TROUBLE_NOTICE_INTERVAL;
         if self.local_trouble_noticed.is_some_and(quiet) {
             return;
         }
         let Some(entry) = self.backends.get(&id) else { return };
         self.local_trouble_noticed = Some(now);
-        self.work.effects.push(Effect::Notice(Notice {
+        self.work.effects.push(ControlEffect::Notice(Notice {
             pool: Arc::clone(&entry.state.pool),
             backend: Some(Arc::clone(&entry.state.name)),
             message: format!("probe not run because of trouble here: {reason}"),
@@ -179,7 +179,7 @@ impl Controller {
 
 /// The evidence in words, such as `3 probes failed in a row, last: connection
 /// refused`.
-fn evidence(change: Change, last: &str) -> String {
+fn evidence(change: ProbeTransition, last: &str) -> String {
     let many = |count: u32, what: &str| {
         if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
     };

@@ -4,8 +4,8 @@
 //! backend never has two probes in flight: the next one is scheduled when the
 //! one before is over, or given up as lost. It never judges a result.
 
-use super::schedule::{Job, after};
-use super::{Controller, Effect, ProbeInFlight, ProbeLane, ProbeToken};
+use super::schedule::{TimerKind, after};
+use super::{ControlEffect, Controller, ProbeInFlight, ProbeLane, ProbeToken};
 use crate::health::Observation;
 use crate::model::ProbeSpec;
 use crate::table::state::BackendId;
@@ -39,7 +39,8 @@ impl Controller {
         match entry.trying {
             // A suspicion is being confirmed; the shell runs one probe at a time.
             Some(trying) if trying.lost_at > now => {
-                self.schedule.set(Job::Probe(id), after(now, spec.timeout).min(trying.lost_at));
+                self.schedule
+                    .set(TimerKind::Probe(id), after(now, spec.timeout).min(trying.lost_at));
                 return;
             }
             _ => entry.trying = None,
@@ -48,11 +49,11 @@ impl Controller {
         let token = ProbeToken(self.ids.probe);
         let lost_at = after(now, spec.timeout) + PROBE_LOST_MARGIN;
         entry.in_flight = Some(ProbeInFlight { token, started: now, lost_at, stale: false });
-        self.schedule.set(Job::ProbeLost(id), lost_at);
+        self.schedule.set(TimerKind::ProbeLost(id), lost_at);
         let urgent = entry.health.detector.as_ref().is_some_and(|detector| {
             detector.changing() || detector.observation() == Observation::Unknown
         });
-        self.work.effects.push(Effect::Probe {
+        self.work.effects.push(ControlEffect::Probe {
             lane: ProbeLane { pool: pool.id.0, urgent },
             backend: id,
             token,
@@ -65,7 +66,7 @@ impl Controller {
     pub(super) fn probe_lost(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         if entry.in_flight.take().is_some() {
-            self.schedule.set(Job::Probe(id), now);
+            self.schedule.set(TimerKind::Probe(id), now);
         }
     }
 
@@ -83,12 +84,12 @@ impl Controller {
         if let Some(probe) = &mut entry.in_flight {
             // It is still out there; its end will start the schedule.
             probe.stale = true;
-            self.schedule.set(Job::ProbeLost(id), probe.lost_at.max(now));
+            self.schedule.set(TimerKind::ProbeLost(id), probe.lost_at.max(now));
             return;
         }
         let spread = spec.interval.min(FIRST_PROBES_SPREAD_MAX);
         let spacing = (spread / count.max(1)).min(FIRST_PROBES_SPACING_MAX);
-        self.schedule.set(Job::Probe(id), now + spacing * index);
+        self.schedule.set(TimerKind::Probe(id), now + spacing * index);
     }
 
     /// Schedules the probe after one that ended.
@@ -97,13 +98,13 @@ impl Controller {
         let wait = if fast { spec.fast_interval } else { spec.interval };
         let jitter = wait / JITTER_PARTS;
         let wait = (wait - jitter).saturating_add(jitter.saturating_mul(2).mul_f64(self.rng.f64()));
-        self.schedule.set(Job::Probe(id), after(started, wait).max(now));
+        self.schedule.set(TimerKind::Probe(id), after(started, wait).max(now));
     }
 
     /// A session's connect failed: the next probe comes soon.
-    pub(super) fn probe_soon(&mut self, id: BackendId, now: Instant) {
+    pub(super) fn bring_probe_forward(&mut self, id: BackendId, now: Instant) {
         if let Some((spec, true)) = self.probe_pace(id) {
-            self.schedule.bring_forward(Job::Probe(id), after(now, spec.fast_interval));
+            self.schedule.bring_forward(TimerKind::Probe(id), after(now, spec.fast_interval));
         }
     }
 

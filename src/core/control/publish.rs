@@ -3,8 +3,8 @@
 //! The controller calls it at the end of each event. It builds, it does not
 //! publish: that is the shell's part.
 
-use super::{BackendEntry, Controller, Origin, PoolEntry, PoolId, PublishReason};
-use crate::health::{Calling, Intent};
+use super::{BackendEntry, Controller, MemberSourceKind, PoolEntry, PoolId, PublishReason};
+use crate::health::{Intent, RequestedState};
 use crate::model;
 use crate::model::WhenNoneEligible;
 use crate::table::build::{self, BackendInput, FrontendInput, PoolInput};
@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 /// All that a table says of a backend and that can change between reloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Standing {
+pub(super) struct BackendTableState {
     /// In hundredths; 0: not eligible.
     weight: u32,
     /// Cap; 0 means none.
@@ -48,7 +48,7 @@ const PARTS: u32 = 100;
 
 /// The table of a process that has no configuration yet.
 pub(super) fn empty_table() -> Table {
-    let nothing = build::Input {
+    let nothing = build::TableInput {
         generation: 0,
         serial: 0,
         connections_max: 0,
@@ -60,7 +60,7 @@ pub(super) fn empty_table() -> Table {
 
 // === impl Standing ===
 
-impl Standing {
+impl BackendTableState {
     /// Whether the table has it take sessions.
     pub(super) fn is_eligible(self) -> bool {
         self.weight > 0
@@ -80,8 +80,8 @@ impl Standing {
         }
     }
 
-    pub(super) fn of(entry: &BackendEntry, pool: &PoolEntry) -> Standing {
-        Standing {
+    pub(super) fn of(entry: &BackendEntry, pool: &PoolEntry) -> BackendTableState {
+        BackendTableState {
             weight: entry.weight(&pool.spec).parts(),
             connections_max: entry.cap(),
             slow_start: entry.ramp.is_some(),
@@ -130,7 +130,7 @@ fn ramped(connections_max: u32, share: u32) -> u32 {
 impl BackendEntry {
     /// Neither an operator nor its own heartbeats have taken it out.
     fn in_service(&self) -> bool {
-        self.health.intent == Intent::Ready && self.health.calling == Calling::Sessions
+        self.health.intent == Intent::Ready && self.health.calling == RequestedState::Ready
     }
 
     /// The cap in force; 0 means none.
@@ -139,7 +139,7 @@ impl BackendEntry {
     }
 
     /// What it is balanced by.
-    pub(super) fn weight(&self, pool: &model::Pool) -> Weight {
+    pub(super) fn weight(&self, pool: &model::PoolConfig) -> Weight {
         Weight {
             base: self.base_weight(pool),
             health: self.health.weight_share(),
@@ -156,7 +156,7 @@ impl Controller {
     pub(super) fn moved(&self, id: BackendId) -> Option<PoolId> {
         let entry = self.backends.get(&id)?;
         let pool = self.pool(entry.pool)?;
-        (Standing::of(entry, pool) != entry.published).then_some(pool.id)
+        (BackendTableState::of(entry, pool) != entry.published).then_some(pool.id)
     }
 
     /// Whether the table may wait for that backend's news: it takes part with
@@ -164,8 +164,8 @@ impl Controller {
     pub(super) fn may_wait(&self, id: BackendId) -> bool {
         let Some(entry) = self.backends.get(&id) else { return true };
         let Some(pool) = self.pool(entry.pool) else { return true };
-        entry.origin == Origin::Registered
-            && Standing::of(entry, pool).weight > entry.published.weight
+        entry.origin == MemberSourceKind::Registered
+            && BackendTableState::of(entry, pool).weight > entry.published.weight
     }
 
     /// Builds the next table: all of it after a reload, else the pools of which the
@@ -217,7 +217,7 @@ impl Controller {
             state: Arc::clone(&frontend.state),
             spec: frontend.spec.clone(),
         });
-        let input = build::Input {
+        let input = build::TableInput {
             generation: self.generation,
             serial: self.serial + 1,
             connections_max: self.connections_max,

@@ -5,7 +5,7 @@
 //! backend out, an operator's word or a reload never does, and takes along what
 //! was waiting. It publishes nothing itself.
 
-use super::schedule::Job;
+use super::schedule::TimerKind;
 use super::{Controller, PoolId};
 use crate::table::state::BackendId;
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,7 +32,7 @@ pub enum PublishReason {
 
 /// What waits for the next table.
 #[derive(Debug, Default)]
-pub(super) struct Pace {
+pub(super) struct PublishPacer {
     /// Their standing may have changed for the better, or a little.
     waiting: BTreeSet<BackendId>,
     /// Those of them that came since the last look.
@@ -71,7 +71,7 @@ impl PublishReason {
 
 // === impl Pace ===
 
-impl Pace {
+impl PublishPacer {
     /// A backend's standing may have changed, and there is no hurry.
     pub(super) fn backend(&mut self, id: BackendId) {
         self.waiting.insert(id);
@@ -85,7 +85,7 @@ impl Pace {
     }
 
     /// Whose standing may have changed since the last table.
-    pub(super) fn waiting(&self) -> impl Iterator<Item = &BackendId> {
+    pub(super) fn is_pending(&self) -> impl Iterator<Item = &BackendId> {
         self.waiting.iter()
     }
 
@@ -146,8 +146,8 @@ impl Controller {
             && at > now
         {
             // Whether they have really moved is asked once, then.
-            if !self.schedule.is_set(Job::Publish) {
-                self.schedule.set(Job::Publish, at);
+            if !self.schedule.is_set(TimerKind::Publish) {
+                self.schedule.set(TimerKind::Publish, at);
             }
             return None;
         }
@@ -171,7 +171,7 @@ impl Controller {
 
     /// Notes that a table was `made`, or that its parts are being made.
     pub(super) fn table_made(&mut self, reason: PublishReason, made: bool, now: Instant) {
-        self.schedule.cancel(Job::Publish);
+        self.schedule.cancel(TimerKind::Publish);
         self.pace.done(reason, made, now);
     }
 }

@@ -10,7 +10,7 @@
 //! would drown. For the same reason a slow start ends where nobody at full
 //! share is left.
 
-use super::schedule::Job;
+use super::schedule::TimerKind;
 use super::{Controller, PoolId};
 use crate::suspicion::Ramp;
 use crate::table::state::BackendId;
@@ -44,7 +44,7 @@ impl Controller {
             return None;
         }
         (entry.ramp, entry.ramp_share) = (None, 100);
-        self.schedule.cancel(Job::Ramp(id));
+        self.schedule.cancel(TimerKind::Ramp(id));
         if let Some(over) = pool.spec.slow_start
             && serves
             && pool.in_service_since.is_some_and(|at| now.saturating_duration_since(at) >= over)
@@ -53,7 +53,7 @@ impl Controller {
             entry.ramp_share = ramp.percent(now);
             if let Some(at) = ramp.next_step(now) {
                 entry.ramp = Some(ramp);
-                self.schedule.set(Job::Ramp(id), at);
+                self.schedule.set(TimerKind::Ramp(id), at);
             }
         }
         Some(pool.id)
@@ -78,7 +78,7 @@ impl Controller {
         for id in &entry.members {
             let Some(member) = self.backends.get_mut(id) else { continue };
             (member.ramp, member.ramp_share) = (None, 100);
-            self.schedule.cancel(Job::Ramp(*id));
+            self.schedule.cancel(TimerKind::Ramp(*id));
             self.pace.backend(*id);
         }
     }
@@ -98,8 +98,8 @@ impl Controller {
         let next = ramp.and_then(|ramp| ramp.next_step(now));
         entry.ramp = ramp.filter(|_| next.is_some());
         match next {
-            Some(at) => self.schedule.set(Job::Ramp(id), at),
-            None => self.schedule.cancel(Job::Ramp(id)),
+            Some(at) => self.schedule.set(TimerKind::Ramp(id), at),
+            None => self.schedule.cancel(TimerKind::Ramp(id)),
         }
         self.pace.backend(id);
     }
@@ -110,7 +110,7 @@ impl Controller {
         let Some(ramp) = entry.ramp else { return };
         entry.ramp_share = ramp.percent(now);
         match ramp.next_step(now) {
-            Some(at) => self.schedule.set(Job::Ramp(id), at),
+            Some(at) => self.schedule.set(TimerKind::Ramp(id), at),
             None => entry.ramp = None,
         }
         self.pace.backend(id);

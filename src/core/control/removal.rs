@@ -4,10 +4,10 @@
 //! takes them back when they are configured or heard again, and forgets them once their last session has ended. They
 //! are not probed, and in no table but for those that stand in (`settling`); status shows those with sessions.
 
-use super::configure::Identity;
-use super::schedule::{Job, after};
-use super::{BackendEntry, Controller, Effect, Leaving};
-use crate::health::slow_detector::Watch;
+use super::configure::BackendKey;
+use super::schedule::{TimerKind, after};
+use super::{BackendEntry, ControlEffect, Controller, RemovedBackend};
+use crate::health::slow_detector::SlowDetector;
 use crate::health::{Intent, Transition};
 use crate::model;
 use crate::model::OnRemoval;
@@ -24,7 +24,7 @@ pub(super) const LEAVING_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Controller {
     /// Takes a backend out of service for good, for a reason in words.
-    pub(super) fn leave(
+    pub(super) fn remove_backend(
         &mut self,
         mut entry: BackendEntry,
         reason: &str,
@@ -32,18 +32,18 @@ impl Controller {
         now: Instant,
     ) {
         let id = entry.state.id;
-        self.schedule.cancel(Job::Heartbeat(id));
-        self.schedule.cancel(Job::HeartbeatTtl(id));
-        self.schedule.cancel(Job::Forget(id));
-        self.schedule.cancel(Job::Ramp(id));
+        self.schedule.cancel(TimerKind::Heartbeat(id));
+        self.schedule.cancel(TimerKind::HeartbeatTtl(id));
+        self.schedule.cancel(TimerKind::Forget(id));
+        self.schedule.cancel(TimerKind::Ramp(id));
         self.tallies.forget(id, entry.heart.take().as_deref_mut());
         entry.trying = None;
         (entry.ramp, entry.ramp_share, entry.served) = (None, 100, false);
-        self.schedule.cancel(Job::Probe(id));
-        self.schedule.cancel(Job::ProbeLost(id));
-        self.schedule.cancel(Job::EjectionEnds(id));
+        self.schedule.cancel(TimerKind::Probe(id));
+        self.schedule.cancel(TimerKind::ProbeLost(id));
+        self.schedule.cancel(TimerKind::EjectionEnds(id));
         self.forget_trial(&mut entry, now);
-        entry.health.gray = Watch::default();
+        entry.health.gray = SlowDetector::default();
         self.suspects.remove(&(entry.pool, id));
         if let Some(probe) = &mut entry.in_flight {
             probe.stale = true;
@@ -53,22 +53,22 @@ impl Controller {
             OnRemoval::CloseAfter(grace) => Some(after(now, grace)),
         };
         if let Some(at) = cut_at {
-            self.schedule.set(Job::CutSessions(id), at);
+            self.schedule.set(TimerKind::CutSessions(id), at);
         }
         self.watch_leaving(now);
         let transition = removal(&entry, reason, on_removal, now);
         entry.history.add(transition.clone());
-        self.work.effects.push(Effect::Log(transition));
+        self.work.effects.push(ControlEffect::Log(transition));
         let wanted = (entry.health.intent, entry.health.intent_since);
         self.kept.keep(entry.state.identity(), wanted, now);
         self.left.insert(identity(&entry), id);
-        self.leaving.insert(id, Leaving { entry, cut_at });
+        self.leaving.insert(id, RemovedBackend { entry, cut_at });
     }
 
     /// Has those that left counted from now on.
     pub(super) fn watch_leaving(&mut self, now: Instant) {
-        if !self.schedule.is_set(Job::LeavingCheck) {
-            self.schedule.set(Job::LeavingCheck, now + LEAVING_CHECK_INTERVAL);
+        if !self.schedule.is_set(TimerKind::LeavingCheck) {
+            self.schedule.set(TimerKind::LeavingCheck, now + LEAVING_CHECK_INTERVAL);
         }
     }
 
@@ -88,7 +88,11 @@ impl Controller {
     }
 
     /// The removed backend that is the very one of that pool and spec.
-    pub(super) fn leaving_as(&self, pool: &Arc<str>, spec: &model::Backend) -> Option<BackendId> {
+    pub(super) fn leaving_as(
+        &self,
+        pool: &Arc<str>,
+        spec: &model::BackendConfig,
+    ) -> Option<BackendId> {
         self.left.get(&(Arc::clone(pool), Arc::clone(&spec.name), spec.address.clone())).copied()
     }
 
@@ -104,12 +108,12 @@ impl Controller {
     }
 
     /// Takes a removed backend back, with all that was known of it.
-    pub(super) fn come_back(&mut self, id: BackendId, now: Instant) -> Option<BackendEntry> {
+    pub(super) fn restore_backend(&mut self, id: BackendId, now: Instant) -> Option<BackendEntry> {
         let mut entry = self.leaving.remove(&id)?.entry;
         self.left.remove(&identity(&entry));
-        self.schedule.cancel(Job::CutSessions(id));
+        self.schedule.cancel(TimerKind::CutSessions(id));
         match entry.health.outlier.until() {
-            Some(until) if until > now => self.schedule.set(Job::EjectionEnds(id), until),
+            Some(until) if until > now => self.schedule.set(TimerKind::EjectionEnds(id), until),
             _ => {
                 entry.health.end_ejection(now);
             }
@@ -120,12 +124,12 @@ impl Controller {
     }
 
     /// Its removal grace is over.
-    pub(super) fn cut_sessions(&mut self, id: BackendId) {
+    pub(super) fn reset_sessions(&mut self, id: BackendId) {
         self.stands_in_no_more(id);
         if let Some(leaving) = self.leaving.get(&id)
             && leaving.entry.state.in_flight.get() > 0
         {
-            self.work.effects.push(Effect::CutSessions(id));
+            self.work.effects.push(ControlEffect::ResetSessions(id));
         }
     }
 
@@ -136,22 +140,22 @@ impl Controller {
         self.leaving.retain(|id, leaving| {
             let empty = leaving.entry.state.in_flight.get() == 0 && !stand_ins.contains(id);
             if empty {
-                self.schedule.cancel(Job::CutSessions(*id));
+                self.schedule.cancel(TimerKind::CutSessions(*id));
                 self.left.remove(&identity(&leaving.entry));
             } else if leaving.cut_at.is_some_and(|at| at < now)
-                && !self.schedule.is_set(Job::CutSessions(*id))
+                && !self.schedule.is_set(TimerKind::CutSessions(*id))
             {
-                self.work.effects.push(Effect::CutSessions(*id));
+                self.work.effects.push(ControlEffect::ResetSessions(*id));
             }
             !empty
         });
         if !self.leaving.is_empty() {
-            self.schedule.set(Job::LeavingCheck, now + LEAVING_CHECK_INTERVAL);
+            self.schedule.set(TimerKind::LeavingCheck, now + LEAVING_CHECK_INTERVAL);
         }
     }
 }
 
-pub(super) fn identity(entry: &BackendEntry) -> Identity {
+pub(super) fn identity(entry: &BackendEntry) -> BackendKey {
     let state = &entry.state;
     (Arc::clone(&state.pool), Arc::clone(&state.name), state.address.clone())
 }

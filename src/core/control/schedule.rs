@@ -15,7 +15,7 @@ const WAIT_MAX: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 /// Something to do at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum Job {
+pub(super) enum TimerKind {
     /// Ask for a probe.
     Probe(BackendId),
     /// Stop waiting for a probe's result.
@@ -23,9 +23,9 @@ pub(super) enum Job {
     /// Let one session try it.
     EjectionEnds(BackendId),
     /// See how that session does.
-    LookAtTrial(BackendId),
+    CheckTrial(BackendId),
     /// Compare first bytes.
-    LookForGray,
+    CheckSlow,
     /// Fail open unless there was a result.
     GraceEnds(PoolId),
     /// Wait no longer for a pool's first verdict.
@@ -44,7 +44,7 @@ pub(super) enum Job {
     GuardTick,
     /// See whether those that fell silent together did so alone; `None`: over
     /// all pools.
-    Guard(Option<PoolId>),
+    CheckGuard(Option<PoolId>),
     /// Its next step towards its full share.
     Ramp(BackendId),
     /// Make the table that heartbeats had to wait for.
@@ -56,8 +56,8 @@ pub(super) enum Job {
 /// Invariant: `queue` holds exactly the pairs of `due`.
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
-    queue: BTreeSet<(Instant, Job)>,
-    due: HashMap<Job, Instant>,
+    queue: BTreeSet<(Instant, TimerKind)>,
+    due: HashMap<TimerKind, Instant>,
 }
 
 /// `from` plus `wait`, or plus ten years if that is less.
@@ -69,38 +69,38 @@ pub(super) fn after(from: Instant, wait: Duration) -> Instant {
 
 impl Schedule {
     /// Sets the job's time, whatever it was before.
-    pub(super) fn set(&mut self, job: Job, at: Instant) {
+    pub(super) fn set(&mut self, job: TimerKind, at: Instant) {
         self.cancel(job);
         self.due.insert(job, at);
         self.queue.insert((at, job));
     }
 
     /// Moves the job's time to `at` if it is set to a later one.
-    pub(super) fn bring_forward(&mut self, job: Job, at: Instant) {
+    pub(super) fn bring_forward(&mut self, job: TimerKind, at: Instant) {
         if self.due.get(&job).is_some_and(|due| *due > at) {
             self.set(job, at);
         }
     }
 
     /// Forgets the job.
-    pub(super) fn cancel(&mut self, job: Job) {
+    pub(super) fn cancel(&mut self, job: TimerKind) {
         if let Some(at) = self.due.remove(&job) {
             self.queue.remove(&(at, job));
         }
     }
 
     /// Whether the job has a time.
-    pub(super) fn is_set(&self, job: Job) -> bool {
+    pub(super) fn is_set(&self, job: TimerKind) -> bool {
         self.due.contains_key(&job)
     }
 
     /// The job's time.
-    pub(super) fn due(&self, job: Job) -> Option<Instant> {
+    pub(super) fn due(&self, job: TimerKind) -> Option<Instant> {
         self.due.get(&job).copied()
     }
 
     /// Takes the first job that is due by `now`.
-    pub(super) fn pop_due(&mut self, now: Instant) -> Option<Job> {
+    pub(super) fn pop_due(&mut self, now: Instant) -> Option<TimerKind> {
         if self.queue.first()?.0 > now {
             return None;
         }

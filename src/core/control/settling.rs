@@ -7,9 +7,9 @@
 //! those that took sessions and left by the reload. Where there are none, clients
 //! wait (`dataplane::accept::queue`). It judges nobody.
 
-use super::schedule::{Job, after};
+use super::schedule::{TimerKind, after};
 use super::{BackendEntry, Controller, PoolId, PublishReason};
-use crate::health::{Calling, Intent, Observation};
+use crate::health::{Intent, Observation, RequestedState};
 use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -66,7 +66,7 @@ impl Controller {
             let before = pool.settling.take();
             let members = || pool.members.iter().filter_map(|id| self.backends.get(id));
             if members().any(|entry| entry.health.eligible()) || !members().any(is_undecided) {
-                self.schedule.cancel(Job::SettlingEnds(pool.id));
+                self.schedule.cancel(TimerKind::SettlingEnds(pool.id));
                 continue;
             }
             let mut names = predecessors.get(&*pool.spec.name).cloned().unwrap_or_default();
@@ -75,7 +75,7 @@ impl Controller {
             let stand_ins = ids.filter(|id| self.leaving.contains_key(id)).copied().collect();
             let until = before.map(|settling| settling.until);
             let until = until.unwrap_or_else(|| after(now, pool.spec.startup_grace));
-            self.schedule.set(Job::SettlingEnds(pool.id), until.max(now));
+            self.schedule.set(TimerKind::SettlingEnds(pool.id), until.max(now));
             pool.settling = Some(Settling { until, stand_ins });
             self.settling += 1;
         }
@@ -86,7 +86,7 @@ impl Controller {
         if self.settling == 0 {
             return;
         }
-        let changed = self.work.touched.iter().chain(self.pace.waiting());
+        let changed = self.work.touched.iter().chain(self.pace.is_pending());
         let pools: BTreeSet<PoolId> =
             changed.filter_map(|id| Some(self.backends.get(id)?.pool)).collect();
         let over = |pool: &PoolId| {
@@ -102,7 +102,7 @@ impl Controller {
 
     /// From now on the pool's own backends decide alone.
     pub(super) fn settled(&mut self, pool: PoolId) {
-        self.schedule.cancel(Job::SettlingEnds(pool));
+        self.schedule.cancel(TimerKind::SettlingEnds(pool));
         let Some(pool) = self.pool_mut(pool) else { return };
         let id = pool.id;
         if pool.settling.take().is_some() {
@@ -143,9 +143,9 @@ impl Controller {
 /// Whether it may serve once it has been judged for the first time.
 fn is_undecided(entry: &BackendEntry) -> bool {
     let health = &entry.health;
-    health.seen() == Observation::Unknown
+    health.record_heartbeat_health() == Observation::Unknown
         && health.intent == Intent::Ready
-        && health.calling == Calling::Sessions
+        && health.calling == RequestedState::Ready
         && !health.outlier.is_ejected()
         && !health.eligible()
 }

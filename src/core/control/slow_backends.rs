@@ -7,9 +7,11 @@
 //! ejected at once, and at least one, may be suspect or ejected. It never takes
 //! a backend out of service.
 
-use super::schedule::Job;
+use super::schedule::TimerKind;
 use super::{Controller, PoolEntry, PoolId};
-use crate::health::slow_detector::{Counts, LOOK_INTERVAL, PoolView, Verdict, Watch};
+use crate::health::slow_detector::{
+    FirstByteCounts, LOOK_INTERVAL, PoolView, SlowDetector, SlowVerdict,
+};
 use crate::table::state::{BackendId, BackendState};
 use std::time::{Duration, Instant};
 
@@ -48,9 +50,9 @@ pub(super) fn watched(pool: &PoolEntry) -> Option<Duration> {
     slow.filter(|_| pool.members.len() > 1)
 }
 
-fn counted(state: &BackendState) -> Counts {
+fn counted(state: &BackendState) -> FirstByteCounts {
     let counters = &state.counters;
-    Counts {
+    FirstByteCounts {
         // First, so that what comes between makes nobody wait.
         questions: counters.sum(|c| c.questions.get()),
         answers: counters.sum(|c| c.answers.get()),
@@ -71,19 +73,19 @@ impl Controller {
         for id in members {
             self.clear_suspect(id, "its first bytes are not watched any more".to_owned(), now);
             if let Some(entry) = self.backends.get_mut(&id) {
-                entry.health.gray = Watch::default();
+                entry.health.gray = SlowDetector::default();
             }
         }
         if !self.pools.iter().any(|pool| watched(pool).is_some()) {
-            self.schedule.cancel(Job::LookForGray);
+            self.schedule.cancel(TimerKind::CheckSlow);
             self.round = Round::default();
-        } else if !self.schedule.is_set(Job::LookForGray) {
-            self.schedule.set(Job::LookForGray, now + LOOK_INTERVAL);
+        } else if !self.schedule.is_set(TimerKind::CheckSlow) {
+            self.schedule.set(TimerKind::CheckSlow, now + LOOK_INTERVAL);
         }
     }
 
     /// Goes on with the look at every backend that is watched, or begins one.
-    pub(super) fn look_for_gray(&mut self, now: Instant) {
+    pub(super) fn check_slow_backends(&mut self, now: Instant) {
         if self.round.began.is_none() {
             let watched = self.pools.iter().filter(|pool| watched(pool).is_some());
             self.round.pools = watched.map(|pool| pool.id).collect();
@@ -96,12 +98,12 @@ impl Controller {
             let Some(stage) = stage.or_else(|| self.next_pool()) else {
                 self.round = Round::default();
                 let next = (began + LOOK_INTERVAL).max(now + TURN_PAUSE);
-                self.schedule.set(Job::LookForGray, next);
+                self.schedule.set(TimerKind::CheckSlow, next);
                 return;
             };
             self.round.stage = self.look_on(stage, &mut left, now);
         }
-        self.schedule.set(Job::LookForGray, now + TURN_PAUSE);
+        self.schedule.set(TimerKind::CheckSlow, now + TURN_PAUSE);
     }
 
     fn next_pool(&mut self) -> Option<Stage> {
@@ -132,8 +134,8 @@ impl Controller {
         }
         for (id, verdict) in found {
             match verdict {
-                Verdict::Suspect(reason) => self.make_suspect(id, reason, now),
-                Verdict::Clear(reason) => self.clear_suspect(id, reason, now),
+                SlowVerdict::Suspect(reason) => self.make_suspect(id, reason, now),
+                SlowVerdict::Clear(reason) => self.clear_suspect(id, reason, now),
             }
         }
         if end == stage.members.len() {
@@ -150,7 +152,7 @@ impl Controller {
         let Some(entry) = self.backends.get(&id) else { return };
         let Some(pool) = self.pool(entry.pool) else { return };
         // One that takes no sessions, or one alone, could not get fewer.
-        if !entry.health.takes_many() || !self.guard_view(pool).allows_suspect() {
+        if !entry.health.is_fully_eligible() || !self.guard_view(pool).allows_suspect() {
             return;
         }
         let from = entry.health.observation().name();

@@ -6,8 +6,8 @@
 //! process's connections only, and of closed ones how many it closed first.
 
 use super::Notice;
-use crate::model::BackendAddress;
-use crate::table::source_addrs::Way;
+use crate::model::BackendAddr;
+use crate::table::source_addrs::SourceAddr;
 use crate::table::state::{BackendId, BackendState};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
@@ -49,7 +49,7 @@ pub enum Reuse {
 }
 
 /// A backend by one of its ways.
-type Key = (BackendId, Option<IpAddr>);
+type PortKey = (BackendId, Option<IpAddr>);
 
 /// What was seen so far.
 #[derive(Debug, Clone, Default)]
@@ -57,8 +57,8 @@ pub struct PortWatch {
     /// How many connections had lingered at the last looks, oldest first; only
     /// of whom had any.
     // Shared by clones: a picture for a scrape is one.
-    lingered: HashMap<Key, Arc<VecDeque<u64>>>,
-    warned: HashSet<Key>,
+    lingered: HashMap<PortKey, Arc<VecDeque<u64>>>,
+    warned: HashSet<PortKey>,
 }
 
 /// A look that is under way.
@@ -66,8 +66,8 @@ pub struct PortWatch {
 pub struct PortLook {
     /// The last one looked at.
     after: Option<BackendId>,
-    seen: HashSet<Key>,
-    high: HashSet<Key>,
+    seen: HashSet<PortKey>,
+    high: HashSet<PortKey>,
     news: Vec<Notice>,
 }
 
@@ -84,7 +84,7 @@ impl PortLook {
 
 impl PortWatch {
     /// Looks at some backends, each once every [`LOOK`].
-    pub fn look<'a>(
+    pub fn sample<'a>(
         &mut self,
         look: &mut PortLook,
         backends: impl Iterator<Item = &'a Arc<BackendState>>,
@@ -97,7 +97,7 @@ impl PortWatch {
             }
             for way in backend.ways.load().iter() {
                 let key = (backend.id, way.source());
-                self.remember(key, lingering(backend, way), &mut look.seen);
+                self.remember(key, ports_in_time_wait(backend, way), &mut look.seen);
                 let used = self.used(backend, way, limits);
                 let percent = used * 100 / u64::from(limits.ports.max(1));
                 let was_high = self.warned.contains(&key);
@@ -120,7 +120,7 @@ impl PortWatch {
 
     /// Ports held on one way to a backend: open connections, and closed ones in
     /// TIME_WAIT where that keeps a port from new ones.
-    pub fn used(&self, backend: &BackendState, way: &Way, limits: PortLimits) -> u64 {
+    pub fn used(&self, backend: &BackendState, way: &SourceAddr, limits: PortLimits) -> u64 {
         let open = match way.counts() {
             Some(counts) => {
                 // Ended is read first: begun can only have grown by then.
@@ -135,7 +135,7 @@ impl PortWatch {
         let past = self.lingered.get(&(backend.id, way.source()));
         let full = past.filter(|past| past.len() > LINGER_LOOKS);
         let gone = full.and_then(|past| past.front()).copied().unwrap_or(0);
-        open + lingering(backend, way).saturating_sub(gone)
+        open + ports_in_time_wait(backend, way).saturating_sub(gone)
     }
 
     /// Whether there is somebody with few ports left.
@@ -148,7 +148,7 @@ impl PortWatch {
         self.warned.contains(&(backend, source))
     }
 
-    fn remember(&mut self, key: Key, lingering: u64, seen: &mut HashSet<Key>) {
+    fn remember(&mut self, key: PortKey, lingering: u64, seen: &mut HashSet<PortKey>) {
         if lingering == 0 {
             return;
         }
@@ -163,11 +163,16 @@ impl PortWatch {
 
 /// Whether connections to it need a port.
 pub fn has_ports(backend: &BackendState) -> bool {
-    matches!(backend.address, BackendAddress::Tcp(_))
+    matches!(backend.address, BackendAddr::Tcp(_))
 }
 
 /// In words, for status and the log.
-pub fn in_words(backend: &BackendState, way: &Way, used: u64, limits: PortLimits) -> String {
+pub fn warning_text(
+    backend: &BackendState,
+    way: &SourceAddr,
+    used: u64,
+    limits: PortLimits,
+) -> String {
     let from = way.source().map_or_else(String::new, |source| format!(" from {source}"));
     format!(
         "local ports to {}{from} are running out: {used} of {} in use; add addresses to \
@@ -176,11 +181,11 @@ pub fn in_words(backend: &BackendState, way: &Way, used: u64, limits: PortLimits
     )
 }
 
-fn notice(backend: &BackendState, way: &Way, used: u64, limits: PortLimits) -> Notice {
+fn notice(backend: &BackendState, way: &SourceAddr, used: u64, limits: PortLimits) -> Notice {
     Notice {
         pool: Arc::clone(&backend.pool),
         backend: Some(Arc::clone(&backend.name)),
-        message: in_words(backend, way, used, limits),
+        message: warning_text(backend, way, used, limits),
     }
 }
 
@@ -195,7 +200,7 @@ fn shortened(mut notices: Vec<Notice>) -> Vec<Notice> {
 }
 
 /// Connections so far whose port went into TIME_WAIT.
-fn lingering(backend: &BackendState, way: &Way) -> u64 {
+fn ports_in_time_wait(backend: &BackendState, way: &SourceAddr) -> u64 {
     match way.counts() {
         Some(counts) => counts.sum(|c| c.lingering.get()),
         None => backend.counters.sum(|c| c.lingering.get()),
@@ -205,7 +210,7 @@ fn lingering(backend: &BackendState, way: &Way) -> u64 {
 fn reuses(backend: &BackendState, reuse: Reuse) -> bool {
     match (&backend.address, reuse) {
         (_, Reuse::Always) => true,
-        (BackendAddress::Tcp(to), Reuse::Loopback) => to.ip().is_loopback(),
+        (BackendAddr::Tcp(to), Reuse::Loopback) => to.ip().is_loopback(),
         _ => false,
     }
 }
@@ -218,12 +223,12 @@ mod tests {
     const LIMITS: PortLimits = PortLimits { ports: 100, reuse: Reuse::Loopback };
 
     fn backend(address: &str) -> Arc<BackendState> {
-        let address = BackendAddress::Tcp(address.parse().unwrap());
+        let address = BackendAddr::Tcp(address.parse().unwrap());
         Arc::new(BackendState::new(BackendId(1), "web".into(), "a".into(), address, 1))
     }
 
     /// A backend reached from one address, with so many connections begun.
-    fn sourced(begun: u64) -> (Arc<BackendState>, Arc<Way>) {
+    fn sourced(begun: u64) -> (Arc<BackendState>, Arc<SourceAddr>) {
         let backend = backend("10.0.0.9:80");
         backend.start_from(&["10.0.0.1".parse().unwrap()], 1);
         let way = backend.ways.load().iter().next().cloned().unwrap();
@@ -233,7 +238,7 @@ mod tests {
 
     fn look(watch: &mut PortWatch, backend: &Arc<BackendState>) -> Vec<String> {
         let mut look = PortLook::default();
-        watch.look(&mut look, std::iter::once(backend), LIMITS);
+        watch.sample(&mut look, std::iter::once(backend), LIMITS);
         let notices = watch.complete(look);
         notices.into_iter().map(|notice| notice.message).collect()
     }

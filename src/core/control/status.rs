@@ -2,11 +2,13 @@
 //!
 //! Called by `app` for the admin API. It derives, it never changes anything.
 
-use super::{BackendEntry, Controller, Misfit, Origin, PoolEntry, PublishReason};
-use crate::health::{Calling, Intent, Observation, Pulse, Transition};
+use super::{
+    BackendEntry, Controller, HeartbeatIgnored, MemberSourceKind, PoolEntry, PublishReason,
+};
+use crate::health::{HeartbeatHealth, Intent, Observation, RequestedState, Transition};
 use crate::model::WhenNoneEligible;
 use crate::suspicion::rejections::Rejection;
-use crate::suspicion::{Channel, Freeze, Reading};
+use crate::suspicion::{ChannelState, DetectorReading, Freeze};
 use crate::table::state::{BackendId, BackendState, FrontendState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,16 +27,16 @@ pub struct ControlStatus {
     /// Tables made so far, by reason.
     pub published: Vec<(PublishReason, u64)>,
     /// `None` where no pool takes heartbeats.
-    pub heartbeat: Option<HeartbeatStatus>,
+    pub heartbeat: Option<HeartbeatChannelStatus>,
 }
 
 /// Heartbeats as a whole.
 #[derive(Debug, Clone)]
-pub struct HeartbeatStatus {
+pub struct HeartbeatChannelStatus {
     /// Heartbeats of known backends.
     pub taken_total: u64,
     /// Authentic ones that changed nothing, by reason.
-    pub misfits: Vec<(Misfit, u64)>,
+    pub misfits: Vec<(HeartbeatIgnored, u64)>,
     /// Their senders, in no order.
     pub rejections: Vec<Rejection>,
     /// Times nobody's silence counted, because we were late or deaf.
@@ -42,12 +44,12 @@ pub struct HeartbeatStatus {
     /// Nobody at all is heard.
     pub silent: bool,
     /// Why no silent backend of any pool is taken out, if so.
-    pub frozen: Option<Freezing>,
+    pub frozen: Option<FreezeStatus>,
 }
 
 /// Why no silent backend is taken out.
 #[derive(Debug, Clone)]
-pub struct Freezing {
+pub struct FreezeStatus {
     /// In words.
     pub reason: String,
     /// For how long by now.
@@ -82,7 +84,7 @@ pub struct PoolStatus {
     /// Nobody serves, and clients wait for the first verdict.
     pub undecided: bool,
     /// Why no silent backend is taken out, if so.
-    pub frozen: Option<Freezing>,
+    pub frozen: Option<FreezeStatus>,
     /// Members that registered.
     pub registered: usize,
     /// Most members that may register; 0 where none may.
@@ -99,7 +101,7 @@ pub struct BackendStatus {
     /// Counters and identity.
     pub state: Arc<BackendState>,
     /// Of the file or its heartbeats.
-    pub origin: Origin,
+    pub origin: MemberSourceKind,
     /// From the file, or as its heartbeats ask for.
     pub weight: u32,
     /// As balanced by, exactly; 0 while it is not eligible.
@@ -125,20 +127,20 @@ pub struct BackendStatus {
     /// Its slow start, in percent; 100 when it is over.
     pub ramp_percent: u32,
     /// What its heartbeats amount to.
-    pub pulse: Pulse,
+    pub pulse: HeartbeatHealth,
     /// What its heartbeats ask for.
-    pub calling: Calling,
+    pub calling: RequestedState,
     /// `None` where none were heard.
-    pub heart: Option<HeartStatus>,
+    pub heart: Option<BackendHeartbeatStatus>,
     /// The newest change, if any.
     pub last_transition: Option<Transition>,
 }
 
 /// What one backend's heartbeats have said.
 #[derive(Debug, Clone)]
-pub struct HeartStatus {
+pub struct BackendHeartbeatStatus {
     /// What their rhythm means.
-    pub reading: Reading,
+    pub reading: DetectorReading,
     /// The key they are signed with.
     pub key_id: u32,
     /// As asked for; what it gets may be less.
@@ -224,13 +226,13 @@ impl Controller {
     }
 
     /// Heartbeats as a whole.
-    pub(super) fn heartbeat_status(&self, now: Instant) -> Option<HeartbeatStatus> {
-        (self.pools.listening() > 0).then(|| HeartbeatStatus {
+    pub(super) fn heartbeat_status(&self, now: Instant) -> Option<HeartbeatChannelStatus> {
+        (self.pools.listening() > 0).then(|| HeartbeatChannelStatus {
             taken_total: self.heartbeats_taken(),
-            misfits: self.misfits().to_vec(),
+            misfits: self.ignored_heartbeats().to_vec(),
             rejections: self.rejections.all().cloned().collect(),
             excuses_total: self.excuses(),
-            silent: self.channel(now) == Channel::Silent,
+            silent: self.channel(now) == ChannelState::Silent,
             frozen: freezing(self.guards.all.freeze(), now),
         })
     }
@@ -291,15 +293,19 @@ pub(super) fn backend_status(
         ramp_percent: entry.ramp_share,
         pulse: entry.health.pulse,
         calling: entry.health.calling,
-        heart: heart_status(entry, pool, now),
+        heart: backend_heartbeat_status(entry, pool, now),
         last_transition: entry.history.last().cloned(),
     }
 }
 
-fn heart_status(entry: &BackendEntry, pool: &PoolEntry, now: Instant) -> Option<HeartStatus> {
+fn backend_heartbeat_status(
+    entry: &BackendEntry,
+    pool: &PoolEntry,
+    now: Instant,
+) -> Option<BackendHeartbeatStatus> {
     let heart = entry.heart.as_deref()?;
     let (ttl, _) = entry.expiry(pool.spec.heartbeat.as_ref()?)?;
-    Some(HeartStatus {
+    Some(BackendHeartbeatStatus {
         reading: heart.detector.reading(now),
         key_id: heart.key_id,
         weight: heart.weight,
@@ -313,8 +319,8 @@ fn heart_status(entry: &BackendEntry, pool: &PoolEntry, now: Instant) -> Option<
     })
 }
 
-pub(super) fn freezing(freeze: Option<&Freeze>, now: Instant) -> Option<Freezing> {
-    freeze.map(|freeze| Freezing {
+pub(super) fn freezing(freeze: Option<&Freeze>, now: Instant) -> Option<FreezeStatus> {
+    freeze.map(|freeze| FreezeStatus {
         reason: freeze.reason.clone(),
         lasted: now.saturating_duration_since(freeze.since),
     })
@@ -326,7 +332,7 @@ impl BackendStatus {
     pub fn plain(state: BackendState) -> BackendStatus {
         BackendStatus {
             state: Arc::new(state),
-            origin: Origin::File,
+            origin: MemberSourceKind::File,
             weight: 2,
             effective_weight: 2.0,
             backup: false,
@@ -339,8 +345,8 @@ impl BackendStatus {
             ejections_held_total: 0,
             eligible: true,
             ramp_percent: 100,
-            pulse: Pulse::Absent,
-            calling: Calling::Sessions,
+            pulse: HeartbeatHealth::Absent,
+            calling: RequestedState::Ready,
             heart: None,
             last_transition: None,
         }

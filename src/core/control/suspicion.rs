@@ -7,15 +7,15 @@
 //! consequences is the guards'. Nothing here looks at what a heartbeat asks for.
 
 use super::heartbeats::ttl;
-use super::schedule::Job;
-use super::{Controller, Effect, Notice, Origin, PoolId, ProbeLane, ProbeToken};
-use crate::health::{ProbeOutcome, Pulse, REFUSED};
+use super::schedule::TimerKind;
+use super::{ControlEffect, Controller, MemberSourceKind, Notice, PoolId, ProbeLane, ProbeToken};
+use crate::health::{HeartbeatHealth, ProbeOutcome, REFUSED};
 use crate::model;
 use crate::model::{HeartbeatSpec, ProbeKind, ProbeSpec};
-use crate::suspicion::guards::{Frost, permit, stalled};
+use crate::suspicion::guards::{FreezeChange, is_late, may_remove};
 use crate::suspicion::{
-    Answer, Arrival, Ask, Beat, Channel, ChannelGuard, PathGuard, State, Step, TRY_TIMEOUT_MAX,
-    TRY_TIMEOUT_MIN, Try, TryId,
+    ArrivalOrder, BeatInfo, ChannelGuard, ChannelState, DetectorRequest, DetectorState,
+    DetectorStep, PathGuard, TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN, Try, TryId, TryResult,
 };
 use crate::table::state::BackendId;
 use std::collections::VecDeque;
@@ -39,7 +39,7 @@ const STALL_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A try that is being made for the detector.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Trying {
+pub(super) struct ConfirmationInFlight {
     pub(super) token: ProbeToken,
     id: TryId,
     /// No result is expected any more from then on.
@@ -48,7 +48,7 @@ pub(super) struct Trying {
 
 /// The guards over all pools, and what they have counted.
 #[derive(Debug, Default)]
-pub(super) struct Guards {
+pub(super) struct HeartbeatGuards {
     pub(super) channel: ChannelGuard,
     /// Over the backends of all pools together.
     pub(super) all: PathGuard,
@@ -66,7 +66,7 @@ pub(super) struct Guards {
 /// The probe that confirms a suspicion in a pool: of its own kind, or a plain
 /// connect. Its time-out is the longest a try may have: what the pool itself
 /// allows, within the detector's bounds.
-pub(super) fn confirming(pool: &model::Pool) -> Arc<ProbeSpec> {
+pub(super) fn confirming(pool: &model::PoolConfig) -> Arc<ProbeSpec> {
     let kind = pool.probe.as_ref().map_or(ProbeKind::Tcp, |spec| spec.kind.clone());
     let allowed = pool.probe.as_ref().map_or(pool.connect_timeout, |spec| spec.timeout);
     let timeout = allowed.clamp(TRY_TIMEOUT_MIN, TRY_TIMEOUT_MAX);
@@ -88,7 +88,7 @@ impl Controller {
     pub(super) fn beat(
         &mut self,
         id: BackendId,
-        beat: &Beat,
+        beat: &BeatInfo,
         state: SenderState,
         at: Instant,
         now: Instant,
@@ -102,13 +102,13 @@ impl Controller {
             (Some(arrival), step)
         };
         let slowest = self.guards.slowest.max(beat.interval);
-        if arrival != Some(Arrival::Old) && self.guards.channel.beat(slowest, at) {
+        if arrival != Some(ArrivalOrder::Old) && self.guards.channel.beat(slowest, at) {
             self.reconsider(None, now);
         }
-        if !self.schedule.is_set(Job::GuardTick) {
+        if !self.schedule.is_set(TimerKind::GuardTick) {
             self.guard_tick(now);
         }
-        self.follow(id, step, now);
+        self.apply_step(id, step, now);
         self.rearm(id);
     }
 
@@ -118,7 +118,7 @@ impl Controller {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(heart) = &mut entry.heart else { return };
         let step = heart.detector.check(channel, now);
-        self.follow(id, step, now);
+        self.apply_step(id, step, now);
         self.rearm(id);
     }
 
@@ -126,13 +126,13 @@ impl Controller {
     pub(super) fn refused(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(heart) = &mut entry.heart else { return };
-        let step = heart.detector.refused(now);
-        self.follow(id, step, now);
+        let step = heart.detector.note_connect_refused(now);
+        self.apply_step(id, step, now);
         self.rearm(id);
     }
 
     /// The result of a try; false if that token belongs to none.
-    pub(super) fn tried(
+    pub(super) fn confirmation_result(
         &mut self,
         id: BackendId,
         token: ProbeToken,
@@ -144,19 +144,19 @@ impl Controller {
             return false;
         };
         if let ProbeOutcome::Local { reason } = outcome {
-            self.notice_local_trouble(id, reason, now);
+            self.note_local_error(id, reason, now);
         }
         let Some(entry) = self.backends.get_mut(&id) else { return true };
         let Some(heart) = &mut entry.heart else { return true };
         let answer = match outcome {
-            ProbeOutcome::Success { .. } => Answer::Answered,
-            ProbeOutcome::Failure { reason } if reason == REFUSED => Answer::Refused,
-            ProbeOutcome::Failure { reason } => Answer::Failed(reason.clone()),
-            ProbeOutcome::Local { .. } => Answer::Local,
+            ProbeOutcome::Success { .. } => TryResult::Answered,
+            ProbeOutcome::Failure { reason } if reason == REFUSED => TryResult::Refused,
+            ProbeOutcome::Failure { reason } => TryResult::Failed(reason.clone()),
+            ProbeOutcome::Local { .. } => TryResult::Local,
         };
         let step = heart.detector.probed(trying.id, answer, now);
         let quiet = step.change.is_none();
-        self.follow(id, step, now);
+        self.apply_step(id, step, now);
         if quiet {
             // Whether it answers may have changed nonetheless.
             self.pulse_changed(id, "a confirming probe was answered", None, now);
@@ -171,8 +171,8 @@ impl Controller {
     pub(super) fn heartbeats_lost(&mut self, count: u64, now: Instant) {
         let s = if count == 1 { " was" } else { "s were" };
         self.notice_excuse(&format!("{count} heartbeat{s} lost on this machine"), now);
-        self.guards.channel.excuse(self.guards.slowest, now);
-        for id in self.hearts() {
+        self.guards.channel.ignore_silence(self.guards.slowest, now);
+        for id in self.senders() {
             let Some(entry) = self.backends.get_mut(&id) else { continue };
             let Some(heart) = &mut entry.heart else { continue };
             let pool = self.pools.get(entry.pool);
@@ -187,10 +187,10 @@ impl Controller {
     }
 
     /// We were late by so much: that part of everybody's silence does not count.
-    pub(super) fn excuse_all(&mut self, lost: Duration, why: &str, now: Instant) {
+    pub(super) fn ignore_silence(&mut self, lost: Duration, why: &str, now: Instant) {
         self.notice_excuse(why, now);
-        self.guards.channel.excuse(lost, now);
-        self.hearts().into_iter().for_each(|id| self.excuse(id, lost, now));
+        self.guards.channel.ignore_silence(lost, now);
+        self.senders().into_iter().for_each(|id| self.excuse(id, lost, now));
     }
 
     fn excuse(&mut self, id: BackendId, lost: Duration, now: Instant) {
@@ -198,8 +198,8 @@ impl Controller {
         let Some(heart) = &mut entry.heart else { return };
         let silence = now.saturating_duration_since(heart.last_at);
         heart.excused = (heart.excused + lost).min(silence);
-        let step = heart.detector.excuse(lost, now);
-        self.follow(id, step, now);
+        let step = heart.detector.ignore_silence_until(lost, now);
+        self.apply_step(id, step, now);
         self.rearm(id);
     }
 
@@ -209,7 +209,7 @@ impl Controller {
         if !self.guards.stall_noticed.is_some_and(quiet) {
             self.guards.stall_noticed = Some(now);
             let message = format!("{why}: so much of the backends' silence does not count");
-            self.work.effects.push(Effect::Notice(Notice {
+            self.work.effects.push(ControlEffect::Notice(Notice {
                 pool: "".into(),
                 backend: None,
                 message,
@@ -218,21 +218,21 @@ impl Controller {
     }
 
     /// The next gap in its sequence is of our making.
-    pub(super) fn excuse_gap(&mut self, id: BackendId, at: Instant, now: Instant) {
+    pub(super) fn ignore_gap(&mut self, id: BackendId, at: Instant, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(heart) = &mut entry.heart else { return };
-        let step = heart.detector.excuse(Duration::ZERO, at);
-        self.follow(id, step, now);
+        let step = heart.detector.ignore_silence_until(Duration::ZERO, at);
+        self.apply_step(id, step, now);
     }
 
     /// Notices that the guards' own tick is late.
     pub(super) fn notice_stall(&mut self, now: Instant) {
-        let Some(due) = self.schedule.due(Job::GuardTick) else { return };
-        if stalled(due, now, self.tick_interval()) {
+        let Some(due) = self.schedule.due(TimerKind::GuardTick) else { return };
+        if is_late(due, now, self.tick_interval()) {
             let late = now.saturating_duration_since(due);
             let why = format!("the control thread was {} ms late", late.as_millis());
-            self.excuse_all(late, &why, now);
-            self.schedule.set(Job::GuardTick, now + self.tick_interval());
+            self.ignore_silence(late, &why, now);
+            self.schedule.set(TimerKind::GuardTick, now + self.tick_interval());
         }
     }
 
@@ -240,12 +240,12 @@ impl Controller {
     pub(super) fn guard_tick(&mut self, now: Instant) {
         (self.guards.live, self.guards.slowest) = self.tallies.all.expected();
         if !self.tallies.all.hearts.is_empty() {
-            self.schedule.set(Job::GuardTick, now + self.tick_interval());
+            self.schedule.set(TimerKind::GuardTick, now + self.tick_interval());
         }
     }
 
     /// A path guard asked to be woken; `None`: the one over all pools.
-    pub(super) fn look(&mut self, pool: Option<PoolId>, now: Instant) {
+    pub(super) fn check_guard(&mut self, pool: Option<PoolId>, now: Instant) {
         let guard = match pool {
             None => Some(&self.guards.all),
             Some(id) => self.pool(id).map(|pool| &pool.guard),
@@ -260,17 +260,25 @@ impl Controller {
         let Some(guard) = guard else { return };
         let frost = guard.look(view, now);
         match guard.due() {
-            Some(at) => self.schedule.set(Job::Guard(pool), at.max(now)),
-            None => self.schedule.cancel(Job::Guard(pool)),
+            Some(at) => self.schedule.set(TimerKind::CheckGuard(pool), at.max(now)),
+            None => self.schedule.cancel(TimerKind::CheckGuard(pool)),
         }
         let Some(frost) = frost else { return };
         let name = pool.and_then(|id| self.pool(id)).map(|pool| Arc::clone(&pool.spec.name));
         let (message, thawed) = match frost {
-            Frost::Froze(why) => (format!("{why}: no silent backend is taken out for now"), false),
-            Frost::Thawed(why) => (format!("{why}: silent backends are taken out again"), true),
+            FreezeChange::Started(why) => {
+                (format!("{why}: no silent backend is taken out for now"), false)
+            }
+            FreezeChange::Ended(why) => {
+                (format!("{why}: silent backends are taken out again"), true)
+            }
         };
         let pool_name = name.unwrap_or_else(|| "".into());
-        self.work.effects.push(Effect::Notice(Notice { pool: pool_name, backend: None, message }));
+        self.work.effects.push(ControlEffect::Notice(Notice {
+            pool: pool_name,
+            backend: None,
+            message,
+        }));
         if thawed {
             self.reconsider(pool, now);
         }
@@ -285,29 +293,29 @@ impl Controller {
             let Some(entry) = self.backends.get_mut(&id) else { continue };
             let Some(heart) = &mut entry.heart else { continue };
             let step = heart.detector.reconsider(now);
-            self.follow(id, step, now);
+            self.apply_step(id, step, now);
             self.rearm(id);
         }
     }
 
     /// Asks the guards about everybody who is confirmed to be gone.
-    pub(super) fn settle_confirmed(&mut self, now: Instant) {
+    pub(super) fn eject_confirmed(&mut self, now: Instant) {
         while let Some((id, proven)) = self.guards.confirmed.pop_front() {
             let Some(pool) = self.backends.get(&id).map(|entry| entry.pool) else { continue };
-            self.look_both(pool, now);
+            self.check_both_guards(pool, now);
             let allowed = self.permitted(pool, proven, now);
             let Some(entry) = self.backends.get_mut(&id) else { continue };
             let Some(heart) = &mut entry.heart else { continue };
             match allowed {
                 Ok(()) => {
                     let step = heart.detector.eject(now);
-                    self.follow(id, step, now);
+                    self.apply_step(id, step, now);
                     self.rearm(id);
                 }
                 Err(objection) => {
-                    if heart.detector.hold(objection.clone()) {
+                    if heart.detector.hold_in_rotation(objection.clone()) {
                         let message = format!("not taken out though silent: {objection}");
-                        self.work.effects.push(Effect::Notice(Notice {
+                        self.work.effects.push(ControlEffect::Notice(Notice {
                             pool: Arc::clone(&entry.state.pool),
                             backend: Some(Arc::clone(&entry.state.name)),
                             message,
@@ -328,7 +336,7 @@ impl Controller {
         }
         let frozen = self.guards.all.freeze().is_some()
             || self.pool(entry.pool).is_some_and(|pool| pool.guard.freeze().is_some());
-        let held = frozen || self.channel(now) == Channel::Silent;
+        let held = frozen || self.channel(now) == ChannelState::Silent;
         held.then(|| now + HELD_EXPIRY_INTERVAL)
     }
 
@@ -345,7 +353,7 @@ impl Controller {
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = &pool.spec.heartbeat else { return };
         let before = entry.health.observation();
-        entry.health.pulse = entry.pulse(spec, now);
+        entry.health.pulse = entry.pulse_of(spec, now);
         let after = entry.health.observation();
         if before == after {
             // Unknown may serve or not.
@@ -359,7 +367,7 @@ impl Controller {
     }
 
     /// What the heartbeats' channel as a whole is like.
-    pub(super) fn channel(&self, now: Instant) -> Channel {
+    pub(super) fn channel(&self, now: Instant) -> ChannelState {
         self.guards.channel.state(self.guards.live, self.guards.slowest, now)
     }
 
@@ -368,11 +376,11 @@ impl Controller {
         let percent = self.max_down_percent(entry);
         let channel = self.channel(now);
         let view = match channel {
-            Channel::Silent => self.path_view(Some(pool), now),
-            Channel::Alive => self.path_counts(Some(pool), now),
+            ChannelState::Silent => self.path_view(Some(pool), now),
+            ChannelState::Alive => self.path_counts(Some(pool), now),
         };
         let freezes = [entry.guard.freeze(), self.guards.all.freeze()];
-        permit(proven, view, percent, channel, freezes)
+        may_remove(proven, view, percent, channel, freezes)
     }
 
     /// Share of the pool that may be out at once.
@@ -381,28 +389,30 @@ impl Controller {
     }
 
     /// Carries one step of a detector out.
-    fn follow(&mut self, id: BackendId, step: Step, now: Instant) {
+    fn apply_step(&mut self, id: BackendId, step: DetectorStep, now: Instant) {
         self.count(id);
         if let Some(change) = step.change {
             self.pulse_changed(id, &change.reason, Some(change.lasted), now);
-            if change.to == State::Suspect
+            if change.to == DetectorState::Suspect
                 && let Some(pool) = self.backends.get(&id).map(|entry| entry.pool)
             {
-                self.look_both(pool, now);
+                self.check_both_guards(pool, now);
             }
         }
         match step.ask {
-            Some(Ask::Probe(next)) => self.start_try(id, next, now),
-            Some(Ask::Eject { proven }) => self.guards.confirmed.push_back((id, proven)),
+            Some(DetectorRequest::Probe(next)) => self.start_try(id, next, now),
+            Some(DetectorRequest::Eject { proven }) => {
+                self.guards.confirmed.push_back((id, proven))
+            }
             None => {}
         }
     }
 
     /// A pool's guard, and the one over all where there are several pools.
-    fn look_both(&mut self, pool: PoolId, now: Instant) {
-        self.look(Some(pool), now);
+    fn check_both_guards(&mut self, pool: PoolId, now: Instant) {
+        self.check_guard(Some(pool), now);
         if self.pools.listening() > 1 {
-            self.look(None, now);
+            self.check_guard(None, now);
         }
     }
 
@@ -413,8 +423,8 @@ impl Controller {
         if entry.in_flight.take().is_some()
             && let Some(spec) = &pool.spec.probe
         {
-            self.schedule.cancel(Job::ProbeLost(id));
-            self.schedule.set(Job::Probe(id), now + spec.fast_interval);
+            self.schedule.cancel(TimerKind::ProbeLost(id));
+            self.schedule.set(TimerKind::Probe(id), now + spec.fast_interval);
         }
         self.ids.probe += 1;
         let token = ProbeToken(self.ids.probe);
@@ -425,8 +435,8 @@ impl Controller {
             Arc::new(ProbeSpec { timeout, ..(*pool.confirming).clone() })
         };
         let lost_at = now + timeout + super::probing::PROBE_LOST_MARGIN;
-        entry.trying = Some(Trying { token, id: next.id, lost_at });
-        self.work.effects.push(Effect::Probe {
+        entry.trying = Some(ConfirmationInFlight { token, id: next.id, lost_at });
+        self.work.effects.push(ControlEffect::Probe {
             lane: ProbeLane { pool: pool.id.0, urgent: true },
             backend: id,
             token,
@@ -440,7 +450,7 @@ impl Controller {
     pub(super) fn rearm(&mut self, id: BackendId) {
         let heart = self.backends.get(&id).and_then(|entry| entry.heart.as_deref());
         let Some(at) = heart.and_then(|heart| heart.detector.due()) else { return };
-        let job = Job::Heartbeat(id);
+        let job = TimerKind::Heartbeat(id);
         if self.schedule.is_set(job) {
             self.schedule.bring_forward(job, at);
         } else {
@@ -453,31 +463,33 @@ impl Controller {
     }
 
     /// Everybody whose heartbeats are (or were) heard.
-    fn hearts(&self) -> Vec<BackendId> {
+    fn senders(&self) -> Vec<BackendId> {
         self.tallies.all.hearts.iter().copied().collect()
     }
 }
 
 impl super::BackendEntry {
     /// What its heartbeats amount to.
-    pub(super) fn pulse(&self, spec: &HeartbeatSpec, now: Instant) -> Pulse {
-        let needed = self.origin == Origin::Registered || spec.require;
-        let undecided = if needed { Pulse::Awaited } else { Pulse::Absent };
+    pub(super) fn pulse_of(&self, spec: &HeartbeatSpec, now: Instant) -> HeartbeatHealth {
+        let needed = self.origin == MemberSourceKind::Registered || spec.require;
+        let undecided = if needed { HeartbeatHealth::Waiting } else { HeartbeatHealth::Absent };
         let Some(heart) = &self.heart else {
             let excused = self.heartbeats_from.is_some_and(|from| now < from);
-            return if excused { Pulse::Absent } else { undecided };
+            return if excused { HeartbeatHealth::Absent } else { undecided };
         };
         if heart.expired {
-            return if needed { Pulse::Expired } else { Pulse::Absent };
+            return if needed { HeartbeatHealth::Expired } else { HeartbeatHealth::Absent };
         }
         match heart.detector.state() {
-            State::Waiting => undecided,
-            State::Up => Pulse::Beating,
-            State::Suspect if heart.detector.answers(now) => Pulse::Vouched,
-            State::Suspect => Pulse::Suspect,
-            State::Down => Pulse::Silent,
-            State::Recovering if heart.detector.was_down() => Pulse::Silent,
-            State::Recovering => undecided,
+            DetectorState::Waiting => undecided,
+            DetectorState::Up => HeartbeatHealth::OnTime,
+            DetectorState::Suspect if heart.detector.answers(now) => {
+                HeartbeatHealth::SilentButAnswering
+            }
+            DetectorState::Suspect => HeartbeatHealth::Suspect,
+            DetectorState::Down => HeartbeatHealth::Silent,
+            DetectorState::Recovering if heart.detector.was_down() => HeartbeatHealth::Silent,
+            DetectorState::Recovering => undecided,
         }
     }
 

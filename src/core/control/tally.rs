@@ -6,9 +6,9 @@
 //! suspicion is worth. Only what depends on the time (who is heard at this moment) is
 //! still looked up, and only where a guard has to know it.
 
-use super::heartbeats::Heart;
+use super::heartbeats::BackendHeartbeats;
 use super::{Controller, PoolId};
-use crate::suspicion::{PathGuard, PathView, State};
+use crate::suspicion::{DetectorState, PathGuard, PathView};
 use crate::table::state::BackendId;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Counted {
     pool: PoolId,
-    state: State,
+    state: DetectorState,
     was_down: bool,
     /// Where it is expected to be heard.
     interval: Option<Duration>,
@@ -46,19 +46,21 @@ pub(super) struct Tallies {
 // === impl Counted ===
 
 impl Counted {
-    fn of(heart: &Heart, pool: PoolId) -> Counted {
+    fn of(heart: &BackendHeartbeats, pool: PoolId) -> Counted {
         let state = heart.detector.state();
-        let expected = matches!(state, State::Up | State::Suspect) && !heart.expired;
+        let expected =
+            matches!(state, DetectorState::Up | DetectorState::Suspect) && !heart.expired;
         let was_down = heart.detector.was_down();
         Counted { pool, state, was_down, interval: expected.then_some(heart.interval) }
     }
 
     fn is_down(self) -> bool {
-        self.state == State::Down || (self.state == State::Recovering && self.was_down)
+        self.state == DetectorState::Down
+            || (self.state == DetectorState::Recovering && self.was_down)
     }
 
     fn is_live(self) -> bool {
-        matches!(self.state, State::Up | State::Suspect)
+        matches!(self.state, DetectorState::Up | DetectorState::Suspect)
     }
 }
 
@@ -73,7 +75,7 @@ impl Tally {
 
     fn add(&mut self, id: BackendId, counted: Counted) {
         self.hearts.insert(id);
-        if counted.state == State::Suspect {
+        if counted.state == DetectorState::Suspect {
             self.suspects.insert(id);
         }
         self.live += usize::from(counted.is_live());
@@ -115,7 +117,7 @@ impl Tallies {
     }
 
     /// The backend has no heart any more, or gets another.
-    pub(super) fn forget(&mut self, id: BackendId, heart: Option<&mut Heart>) {
+    pub(super) fn forget(&mut self, id: BackendId, heart: Option<&mut BackendHeartbeats>) {
         let Some(counted) = heart.and_then(|heart| heart.counted.take()) else { return };
         self.all.remove(id, counted);
         if let Some(tally) = self.pools.get_mut(&counted.pool) {

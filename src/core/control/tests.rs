@@ -16,8 +16,9 @@ use crate::health::ejection::TRIAL_LOOK;
 use crate::health::{ConnectFailure, Observation, ProbeOutcome};
 use crate::model;
 use crate::model::{
-    Admin, AdminListen, Backend, BackendAddress, Config, EjectionSpec, EngineChoice, Frontend, Log,
-    LogFormat, LogLevel, OnRemoval, Policy, Pool, ProbeKind, Process, Sandbox, WhenNoneEligible,
+    Admin, AdminListen, BackendAddr, BackendConfig, Config, EjectionSpec, EngineChoice,
+    FrontendConfig, Log, LogFormat, LogLevel, OnRemoval, Policy, PoolConfig, ProbeKind, Process,
+    Sandbox, WhenNoneEligible,
 };
 use tidegate_heartbeat::Heartbeat;
 
@@ -39,22 +40,22 @@ fn probe_spec() -> ProbeSpec {
 }
 
 /// `name`, `name@port` for another address than the name's own.
-fn backend(text: &str) -> Backend {
+fn backend(text: &str) -> BackendConfig {
     let (name, port) = match text.split_once('@') {
         Some((name, port)) => (name, port.parse().unwrap()),
         None => (text, 1000 + u16::from(text.as_bytes()[0])),
     };
-    Backend {
+    BackendConfig {
         name: name.into(),
-        address: BackendAddress::Tcp(([127, 0, 0, 1], port).into()),
+        address: BackendAddr::Tcp(([127, 0, 0, 1], port).into()),
         weight: 10,
         backup: false,
         connections_max: 0,
     }
 }
 
-fn pool(backends: &[&str]) -> Pool {
-    Pool {
+fn pool(backends: &[&str]) -> PoolConfig {
+    PoolConfig {
         name: "web".into(),
         balance: Policy::WeightedRoundRobin,
         hash_slots: crate::model::HASH_SLOTS,
@@ -80,11 +81,11 @@ fn pool(backends: &[&str]) -> Pool {
     }
 }
 
-fn unprobed(backends: &[&str]) -> Pool {
-    Pool { probe: None, ..pool(backends) }
+fn unprobed(backends: &[&str]) -> PoolConfig {
+    PoolConfig { probe: None, ..pool(backends) }
 }
 
-fn config(pools: Vec<Pool>) -> Arc<Config> {
+fn config(pools: Vec<PoolConfig>) -> Arc<Config> {
     Arc::new(Config {
         process: Process {
             workers: None,
@@ -110,7 +111,7 @@ fn config(pools: Vec<Pool>) -> Arc<Config> {
             format: LogFormat::Text,
             access: model::AccessLogTarget::Off,
         },
-        frontends: vec![Frontend {
+        frontends: vec![FrontendConfig {
             name: "in".into(),
             binds: vec![([127, 0, 0, 1], 80).into()],
             bind_options: Default::default(),
@@ -138,7 +139,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(pool: Pool) -> Bench {
+    fn new(pool: PoolConfig) -> Bench {
         let now = tidegate_net::clock::now();
         let controller = Controller::new(2, 1);
         let mut bench = Bench { controller, began: now, now, asked: vec![] };
@@ -147,36 +148,36 @@ impl Bench {
     }
 
     /// All backends up, nothing left to be said.
-    fn up(pool: Pool) -> Bench {
+    fn up(pool: PoolConfig) -> Bench {
         let mut bench = Bench::new(pool);
         bench.answer_all_for(Duration::from_secs(1), None);
         bench
     }
 
-    fn configure(&mut self, pool: Pool) -> Vec<Effect> {
-        self.apply(Event::Configure(config(vec![pool])))
+    fn configure(&mut self, pool: PoolConfig) -> Vec<ControlEffect> {
+        self.apply(ControlEvent::Configure(config(vec![pool])))
     }
 
-    fn apply(&mut self, event: Event) -> Vec<Effect> {
+    fn apply(&mut self, event: ControlEvent) -> Vec<ControlEffect> {
         let effects = self.controller.apply(event, self.now);
         self.note(effects)
     }
 
-    fn apply_all(&mut self, events: Vec<Event>) -> Vec<Effect> {
+    fn apply_all(&mut self, events: Vec<ControlEvent>) -> Vec<ControlEffect> {
         let effects = self.controller.apply_all(events, self.now);
         self.note(effects)
     }
 
     /// Parts of tables are made at once.
-    fn note(&mut self, effects: Vec<Effect>) -> Vec<Effect> {
+    fn note(&mut self, effects: Vec<ControlEffect>) -> Vec<ControlEffect> {
         let (mut others, mut built) = (Vec::new(), Vec::new());
         for effect in effects {
             match effect {
-                Effect::Build { token, build } => {
+                ControlEffect::Build { token, build } => {
                     let (built_now, took) = (Box::new(build.run()), Duration::ZERO);
-                    built.push(Event::Built { token, built: built_now, took });
+                    built.push(ControlEvent::Built { token, built: built_now, took });
                 }
-                Effect::Probe { backend, token, .. } => {
+                ControlEffect::Probe { backend, token, .. } => {
                     self.asked.push((backend, token));
                     others.push(effect);
                 }
@@ -190,31 +191,31 @@ impl Bench {
     }
 
     /// Ticks whenever it is wanted until `span` is over, answering nothing.
-    fn pass(&mut self, span: Duration) -> Vec<Effect> {
+    fn pass(&mut self, span: Duration) -> Vec<ControlEffect> {
         let end = self.now + span;
         let mut effects = Vec::new();
         while let Some(due) = self.controller.next_due().filter(|due| *due <= end) {
             self.now = due;
-            effects.extend(self.apply(Event::Tick));
+            effects.extend(self.apply(ControlEvent::Tick));
         }
         self.now = end;
         effects
     }
 
     /// As `pass`, answering every probe at once.
-    fn answer_all_for(&mut self, span: Duration, failure: Option<&str>) -> Vec<Effect> {
+    fn answer_all_for(&mut self, span: Duration, failure: Option<&str>) -> Vec<ControlEffect> {
         let end = self.now + span;
         let mut effects = self.answer_asked(failure);
         while let Some(due) = self.controller.next_due().filter(|due| *due <= end) {
             self.now = due;
-            effects.extend(self.apply(Event::Tick));
+            effects.extend(self.apply(ControlEvent::Tick));
             effects.extend(self.answer_asked(failure));
         }
         self.now = end;
         effects
     }
 
-    fn answer_asked(&mut self, failure: Option<&str>) -> Vec<Effect> {
+    fn answer_asked(&mut self, failure: Option<&str>) -> Vec<ControlEffect> {
         let asked = std::mem::take(&mut self.asked);
         asked.into_iter().flat_map(|(id, token)| self.answer(id, token, failure)).collect()
     }
@@ -224,25 +225,25 @@ impl Bench {
         backend: BackendId,
         token: ProbeToken,
         failure: Option<&str>,
-    ) -> Vec<Effect> {
+    ) -> Vec<ControlEffect> {
         let outcome = match failure {
             None => ProbeOutcome::Success { took: Duration::ZERO },
             Some(reason) => ProbeOutcome::Failure { reason: reason.into() },
         };
-        self.apply(Event::Probed { backend, token, outcome })
+        self.apply(ControlEvent::Probed { backend, token, outcome })
     }
 
     /// Connect failures `from..=to` of a row.
-    fn refuse(&mut self, name: &str, from: u32, to: u32) -> Vec<Effect> {
+    fn refuse(&mut self, name: &str, from: u32, to: u32) -> Vec<ControlEffect> {
         let backend = self.id(name);
         let (failure, begun) = (ConnectFailure::Refused, self.now);
-        let failed = |in_a_row| Event::ConnectFailed { backend, failure, in_a_row, begun };
+        let failed = |in_a_row| ControlEvent::ConnectFailed { backend, failure, in_a_row, begun };
         (from..=to).flat_map(|k| self.apply(failed(k))).collect()
     }
 
     /// The next session comes to the backend, gets so far in its trial, and the
     /// controller looks.
-    fn try_it(&mut self, name: &str, phase: TrialPhase) -> Vec<Effect> {
+    fn try_it(&mut self, name: &str, phase: TrialPhase) -> Vec<ControlEffect> {
         let state = self.status(name).state;
         assert!(state.in_flight.try_enter(0), "nobody is let in");
         let trial = state.in_flight.claim_trial().expect("a trial");
@@ -266,15 +267,17 @@ impl Bench {
         table.pools[0].serving.iter().map(|state| state.name.to_string()).collect()
     }
 
-    fn operator(&mut self, name: &str, intent: Intent) -> Vec<Effect> {
+    fn operator(&mut self, name: &str, intent: Intent) -> Vec<ControlEffect> {
         self.controller.set_intent("web", name, intent, self.now).unwrap()
     }
 }
 
-fn logs(effects: &[Effect]) -> Vec<String> {
-    let line = |effect: &Effect| match effect {
-        Effect::Log(t) => Some(format!("{}: {} -> {}: {}", t.backend, t.from, t.to, t.reason)),
-        Effect::Notice(n) => {
+fn logs(effects: &[ControlEffect]) -> Vec<String> {
+    let line = |effect: &ControlEffect| match effect {
+        ControlEffect::Log(t) => {
+            Some(format!("{}: {} -> {}: {}", t.backend, t.from, t.to, t.reason))
+        }
+        ControlEffect::Notice(n) => {
             Some(format!("{}: {}", n.backend.as_deref().unwrap_or("-"), n.message))
         }
         _ => None,
@@ -282,17 +285,17 @@ fn logs(effects: &[Effect]) -> Vec<String> {
     effects.iter().filter_map(line).collect()
 }
 
-fn publishes(effects: &[Effect]) -> usize {
-    effects.iter().filter(|effect| matches!(effect, Effect::Publish(_))).count()
+fn publishes(effects: &[ControlEffect]) -> usize {
+    effects.iter().filter(|effect| matches!(effect, ControlEffect::Publish(_))).count()
 }
 
-fn probes(effects: &[Effect]) -> usize {
-    effects.iter().filter(|effect| matches!(effect, Effect::Probe { .. })).count()
+fn probes(effects: &[ControlEffect]) -> usize {
+    effects.iter().filter(|effect| matches!(effect, ControlEffect::Probe { .. })).count()
 }
 
-fn cuts(effects: &[Effect]) -> Vec<BackendId> {
-    let cut = |effect: &Effect| match effect {
-        Effect::CutSessions(id) => Some(*id),
+fn cuts(effects: &[ControlEffect]) -> Vec<BackendId> {
+    let cut = |effect: &ControlEffect| match effect {
+        ControlEffect::ResetSessions(id) => Some(*id),
         _ => None,
     };
     effects.iter().filter_map(cut).collect()

@@ -6,8 +6,8 @@
 //! are begun, read and ended. A pool that would otherwise have nobody gets no
 //! trial: then the backend simply is back.
 
-use super::schedule::Job;
-use super::{BackendEntry, Controller, Effect, PoolId};
+use super::schedule::TimerKind;
+use super::{BackendEntry, ControlEffect, Controller, PoolId};
 use crate::health::ejection::{TRIAL_LOOK, TrialEnd};
 use crate::table::state::BackendId;
 use std::time::Instant;
@@ -21,13 +21,13 @@ impl Controller {
         let Some(lasted) = entry.health.begin_trial(now) else { return };
         // Before any table lets sessions in.
         entry.state.in_flight.begin_trial();
-        self.schedule.set(Job::LookAtTrial(id), now + TRIAL_LOOK);
+        self.schedule.set(TimerKind::CheckTrial(id), now + TRIAL_LOOK);
         let reason = "ejection ended: its time is over; one session is to try it".to_owned();
         self.record(id, ("ejected", "trial"), reason, lasted, now);
     }
 
     /// Sees whether the trial is decided.
-    pub(super) fn look_at_trial(&mut self, id: BackendId, now: Instant) {
+    pub(super) fn check_trial(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let spec = self.pools.get(entry.pool);
         let spec = spec.and_then(|pool| pool.spec.ejection);
@@ -35,7 +35,7 @@ impl Controller {
         let phase = entry.state.in_flight.trial();
         match entry.health.outlier.look_at_trial(phase, answer_expected, now) {
             None if entry.health.outlier.is_on_trial() => {
-                self.schedule.set(Job::LookAtTrial(id), now + TRIAL_LOOK);
+                self.schedule.set(TimerKind::CheckTrial(id), now + TRIAL_LOOK);
             }
             None => {}
             Some(TrialEnd::Passed(reason)) => self.end_trial(id, reason, now),
@@ -44,7 +44,7 @@ impl Controller {
     }
 
     /// Lifts the trials of a pool that has nobody else, or no ejection any more.
-    pub(super) fn settle_trials(&mut self, pool: PoolId, now: Instant) {
+    pub(super) fn end_needless_trials(&mut self, pool: PoolId, now: Instant) {
         let Some(pool) = self.pool(pool) else { return };
         let entries = || pool.members.iter().filter_map(|id| self.backends.get(id));
         let off = pool.spec.ejection.is_none();
@@ -68,19 +68,19 @@ impl Controller {
 
     /// The trial of a backend that leaves the configuration means nothing.
     pub(super) fn forget_trial(&mut self, entry: &mut BackendEntry, now: Instant) {
-        self.schedule.cancel(Job::LookAtTrial(entry.state.id));
+        self.schedule.cancel(TimerKind::CheckTrial(entry.state.id));
         entry.health.outlier.end_trial(now);
         entry.state.in_flight.end_trial();
     }
 
     fn end_trial(&mut self, id: BackendId, reason: &str, now: Instant) {
-        self.schedule.cancel(Job::LookAtTrial(id));
+        self.schedule.cancel(TimerKind::CheckTrial(id));
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(lasted) = entry.health.outlier.end_trial(now) else { return };
         entry.state.in_flight.end_trial();
         let to = entry.health.observation().name();
         self.record(id, ("trial", to), format!("back in service: {reason}"), lasted, now);
-        self.work.effects.push(Effect::Opened);
+        self.work.effects.push(ControlEffect::SlotsFreed);
     }
 
     fn fail_trial(&mut self, id: BackendId, reason: &str, now: Instant) {

@@ -24,7 +24,7 @@
 //! passed where some may take their time.
 
 use crate::balance::trial::TrialPhase;
-use crate::health::probe_detector::ConnectRow;
+use crate::health::probe_detector::ConnectFailureRow;
 use crate::model::EjectionSpec;
 use std::time::{Duration, Instant};
 
@@ -51,9 +51,9 @@ pub enum TrialEnd {
 
 /// See the module's documentation.
 #[derive(Debug, Clone)]
-pub struct Outlier {
-    standing: Standing,
-    row: ConnectRow,
+pub struct EjectionState {
+    standing: EjectionPhase,
+    row: ConnectFailureRow,
     /// Ejections in a row, as of the last one.
     repeats: u32,
     /// The guard has held back an ejection in the present row.
@@ -62,32 +62,32 @@ pub struct Outlier {
     ejections_total: u64,
 }
 
-/// What one process tells the next of an [`Outlier`]. Times are counted from the
+/// What one process tells the next of an [`EjectionState`]. Times are counted from the
 /// moment of the telling, in milliseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct SavedOutlier {
+pub struct SavedEjectionState {
     /// The present ejection began so long ago and lasts so much longer.
     pub ejected: Option<(u64, u64)>,
     /// The last ejection ended so long ago.
     pub back_ms: Option<u64>,
-    /// See [`Outlier::repeats`].
+    /// See [`EjectionState::repeats`].
     pub repeats: u32,
-    /// See [`Outlier::held_total`].
+    /// See [`EjectionState::held_total`].
     pub held_total: u64,
-    /// See [`Outlier::ejections_total`].
+    /// See [`EjectionState::ejections_total`].
     pub ejections_total: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Standing {
-    In { since: Option<Instant> },
+enum EjectionPhase {
+    InRotation { since: Option<Instant> },
     Ejected { since: Instant, until: Instant },
-    Trial(Trial),
+    Trial(TrialState),
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Trial {
+struct TrialState {
     since: Instant,
     /// When a client was first seen to wait for an answer.
     asked: Option<Instant>,
@@ -97,12 +97,12 @@ struct Trial {
 
 // === impl Outlier ===
 
-impl Outlier {
+impl EjectionState {
     /// Never ejected yet.
-    pub fn new() -> Outlier {
-        Outlier {
-            standing: Standing::In { since: None },
-            row: ConnectRow::new(),
+    pub fn new() -> EjectionState {
+        EjectionState {
+            standing: EjectionPhase::InRotation { since: None },
+            row: ConnectFailureRow::new(),
             repeats: 0,
             held: false,
             held_total: 0,
@@ -112,23 +112,23 @@ impl Outlier {
 
     /// The same ejection of a backend that has taken this one's place. What was counted
     /// stays with this one.
-    pub fn of_another_name(&self) -> Outlier {
-        Outlier { standing: self.standing, repeats: self.repeats, ..Outlier::new() }
+    pub fn of_another_name(&self) -> EjectionState {
+        EjectionState { standing: self.standing, repeats: self.repeats, ..EjectionState::new() }
     }
 
     /// For another process to go on with.
-    pub fn save(&self, now: Instant) -> SavedOutlier {
+    pub fn save(&self, now: Instant) -> SavedEjectionState {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let ago = |then: Instant| millis(now.saturating_duration_since(then));
         let (ejected, back_ms) = match self.standing {
-            Standing::In { since } => (None, since.map(ago)),
-            Standing::Ejected { since, until } => {
+            EjectionPhase::InRotation { since } => (None, since.map(ago)),
+            EjectionPhase::Ejected { since, until } => {
                 (Some((ago(since), millis(until.saturating_duration_since(now)))), None)
             }
             // The next process makes a trial of its own.
-            Standing::Trial(trial) => (Some((ago(trial.since), 0)), None),
+            EjectionPhase::Trial(trial) => (Some((ago(trial.since), 0)), None),
         };
-        SavedOutlier {
+        SavedEjectionState {
             ejected,
             back_ms,
             repeats: self.repeats,
@@ -138,15 +138,15 @@ impl Outlier {
     }
 
     /// Goes on with what another process has said at `now`; the row starts anew.
-    pub fn restore(&mut self, saved: &SavedOutlier, now: Instant) {
+    pub fn restore(&mut self, saved: &SavedEjectionState, now: Instant) {
         let before = |ms: u64| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
         self.restart_row();
         self.standing = match saved.ejected {
-            Some((ago, left)) => Standing::Ejected {
+            Some((ago, left)) => EjectionPhase::Ejected {
                 since: before(ago),
                 until: now + Duration::from_millis(left).min(EJECTION_MAX),
             },
-            None => Standing::In { since: saved.back_ms.map(before) },
+            None => EjectionPhase::InRotation { since: saved.back_ms.map(before) },
         };
         self.repeats = saved.repeats;
         self.held_total = saved.held_total;
@@ -172,7 +172,7 @@ impl Outlier {
 
     /// Starts an ejection and gives its end.
     pub fn eject(&mut self, spec: &EjectionSpec, now: Instant) -> Instant {
-        if let Standing::In { since: Some(since) } = self.standing {
+        if let EjectionPhase::InRotation { since: Some(since) } = self.standing {
             let faded =
                 now.saturating_duration_since(since).as_nanos() / spec.time.as_nanos().max(1);
             self.repeats = self.repeats.saturating_sub(u32::try_from(faded).unwrap_or(u32::MAX));
@@ -182,7 +182,7 @@ impl Outlier {
         self.repeats =
             self.repeats.saturating_add(1).min(u32::try_from(repeats_max).unwrap_or(u32::MAX));
         let until = now + spec.time.saturating_mul(self.repeats).min(EJECTION_MAX);
-        self.standing = Standing::Ejected { since: now, until };
+        self.standing = EjectionPhase::Ejected { since: now, until };
         self.held = false;
         self.ejections_total += 1;
         until
@@ -199,8 +199,8 @@ impl Outlier {
 
     /// Ends the ejection, if there is one, and gives how long it lasted.
     pub fn end(&mut self, now: Instant) -> Option<Duration> {
-        let Standing::Ejected { since, .. } = self.standing else { return None };
-        self.standing = Standing::In { since: Some(now) };
+        let EjectionPhase::Ejected { since, .. } = self.standing else { return None };
+        self.standing = EjectionPhase::InRotation { since: Some(now) };
         self.restart_row();
         Some(now.saturating_duration_since(since))
     }
@@ -208,8 +208,8 @@ impl Outlier {
     /// Ends the ejection, if there is one, with a trial, and gives how long it
     /// lasted.
     pub fn begin_trial(&mut self, now: Instant) -> Option<Duration> {
-        let Standing::Ejected { since, .. } = self.standing else { return None };
-        self.standing = Standing::Trial(Trial { since: now, asked: None, silent: false });
+        let EjectionPhase::Ejected { since, .. } = self.standing else { return None };
+        self.standing = EjectionPhase::Trial(TrialState { since: now, asked: None, silent: false });
         self.restart_row();
         Some(now.saturating_duration_since(since))
     }
@@ -222,7 +222,7 @@ impl Outlier {
         answer_expected: bool,
         now: Instant,
     ) -> Option<TrialEnd> {
-        let Standing::Trial(trial) = &mut self.standing else { return None };
+        let EjectionPhase::Trial(trial) = &mut self.standing else { return None };
         let was_silent = std::mem::replace(&mut trial.silent, phase == TrialPhase::Connected);
         match phase {
             TrialPhase::Passed => Some(TrialEnd::Passed("its trial session succeeded")),
@@ -230,7 +230,7 @@ impl Outlier {
             TrialPhase::Connected if was_silent => {
                 Some(TrialEnd::Passed("its trial session is connected"))
             }
-            TrialPhase::Spoken => {
+            TrialPhase::ClientSpoke => {
                 let asked = *trial.asked.get_or_insert(now);
                 let over = now.saturating_duration_since(asked) >= TRIAL_MAX;
                 over.then_some(match answer_expected {
@@ -246,26 +246,26 @@ impl Outlier {
     /// the trial lasted.
     pub fn end_trial(&mut self, now: Instant) -> Option<Duration> {
         let lasted = self.trial_lasts(now)?;
-        self.standing = Standing::In { since: Some(now) };
+        self.standing = EjectionPhase::InRotation { since: Some(now) };
         Some(lasted)
     }
 
     /// For how long the trial has lasted, if there is one.
     pub fn trial_lasts(&self, now: Instant) -> Option<Duration> {
         match self.standing {
-            Standing::Trial(trial) => Some(now.saturating_duration_since(trial.since)),
+            EjectionPhase::Trial(trial) => Some(now.saturating_duration_since(trial.since)),
             _ => None,
         }
     }
 
     /// Whether one session is to try it.
     pub fn is_on_trial(&self) -> bool {
-        matches!(self.standing, Standing::Trial(_))
+        matches!(self.standing, EjectionPhase::Trial(_))
     }
 
     /// Whether failures count: not during an ejection or a trial.
     pub fn takes_failures(&self) -> bool {
-        matches!(self.standing, Standing::In { .. })
+        matches!(self.standing, EjectionPhase::InRotation { .. })
     }
 
     /// Other evidence has cleared the backend: a whole row is needed again.
@@ -276,13 +276,13 @@ impl Outlier {
 
     /// Whether it is ejected now.
     pub fn is_ejected(&self) -> bool {
-        matches!(self.standing, Standing::Ejected { .. })
+        matches!(self.standing, EjectionPhase::Ejected { .. })
     }
 
     /// When the present ejection ends.
     pub fn until(&self) -> Option<Instant> {
         match self.standing {
-            Standing::Ejected { until, .. } => Some(until),
+            EjectionPhase::Ejected { until, .. } => Some(until),
             _ => None,
         }
     }
@@ -290,9 +290,9 @@ impl Outlier {
     /// When the last ejection ended, if that is the latest change.
     pub fn back_since(&self) -> Option<Instant> {
         match self.standing {
-            Standing::In { since } => since,
-            Standing::Trial(trial) => Some(trial.since),
-            Standing::Ejected { .. } => None,
+            EjectionPhase::InRotation { since } => since,
+            EjectionPhase::Trial(trial) => Some(trial.since),
+            EjectionPhase::Ejected { .. } => None,
         }
     }
 
@@ -318,9 +318,9 @@ impl Outlier {
     }
 }
 
-impl Default for Outlier {
+impl Default for EjectionState {
     fn default() -> Self {
-        Outlier::new()
+        EjectionState::new()
     }
 }
 
@@ -341,7 +341,7 @@ mod tests {
     }
 
     /// Ejects at `now` and ends it on time; gives how long it lasted.
-    fn eject_and_return(outlier: &mut Outlier, now: &mut Instant) -> Duration {
+    fn eject_and_return(outlier: &mut EjectionState, now: &mut Instant) -> Duration {
         let until = outlier.eject(&SPEC, *now);
         let length = until - *now;
         *now = until;
@@ -351,14 +351,14 @@ mod tests {
 
     #[test]
     fn the_row_of_failures_ejects_and_not_one_less() {
-        let mut outlier = Outlier::new();
+        let mut outlier = EjectionState::new();
         assert!((1..=4).all(|k| outlier.failed(k, &SPEC).is_none()));
         assert_eq!(outlier.failed(5, &SPEC), Some(5));
     }
 
     #[test]
     fn a_success_between_starts_the_row_anew() {
-        let mut outlier = Outlier::new();
+        let mut outlier = EjectionState::new();
         for k in [1, 2, 3, 4, 1, 2, 3, 4] {
             assert_eq!(outlier.failed(k, &SPEC), None);
         }
@@ -366,7 +366,7 @@ mod tests {
 
     #[test]
     fn each_ejection_in_a_row_is_longer_up_to_five_minutes() {
-        let (mut outlier, mut now) = (Outlier::new(), tidegate_net::clock::now());
+        let (mut outlier, mut now) = (EjectionState::new(), tidegate_net::clock::now());
         let lengths: Vec<u64> =
             (0..40).map(|_| eject_and_return(&mut outlier, &mut now).as_secs()).collect();
         assert_eq!(&lengths[..4], [10, 20, 30, 40]);
@@ -376,7 +376,7 @@ mod tests {
 
     #[test]
     fn the_multiplier_drops_by_one_for_each_time_in_service() {
-        let (mut outlier, mut now) = (Outlier::new(), tidegate_net::clock::now());
+        let (mut outlier, mut now) = (EjectionState::new(), tidegate_net::clock::now());
         for _ in 0..3 {
             eject_and_return(&mut outlier, &mut now);
         }
@@ -388,7 +388,7 @@ mod tests {
 
     #[test]
     fn at_the_cap_the_multiplier_fades_within_the_cap() {
-        let (mut outlier, mut now) = (Outlier::new(), tidegate_net::clock::now());
+        let (mut outlier, mut now) = (EjectionState::new(), tidegate_net::clock::now());
         for _ in 0..1000 {
             eject_and_return(&mut outlier, &mut now);
         }
@@ -398,7 +398,7 @@ mod tests {
 
     #[test]
     fn after_an_ejection_a_whole_row_is_needed_again() {
-        let (mut outlier, now) = (Outlier::new(), tidegate_net::clock::now());
+        let (mut outlier, now) = (EjectionState::new(), tidegate_net::clock::now());
         outlier.failed(5, &SPEC);
         outlier.eject(&SPEC, now);
         assert_eq!(outlier.failed(500, &SPEC), None, "a straggler");
@@ -411,7 +411,7 @@ mod tests {
 
     #[test]
     fn failed_trial_makes_the_next_ejection_longer_and_nothing_fades_meanwhile() {
-        let (mut outlier, now) = (Outlier::new(), tidegate_net::clock::now());
+        let (mut outlier, now) = (EjectionState::new(), tidegate_net::clock::now());
         outlier.eject(&SPEC, now);
         assert_eq!(outlier.begin_trial(now + seconds(10)), Some(seconds(10)));
         assert!(outlier.is_on_trial() && !outlier.is_ejected());
@@ -425,26 +425,27 @@ mod tests {
     #[test]
     fn trial_passes_by_an_answer_or_by_lasting_silence_and_not_by_a_question() {
         let look = |phases: &[TrialPhase]| {
-            let (mut outlier, now) = (Outlier::new(), tidegate_net::clock::now());
+            let (mut outlier, now) = (EjectionState::new(), tidegate_net::clock::now());
             outlier.eject(&SPEC, now);
             outlier.begin_trial(now);
             phases.iter().fold(None, |_, phase| outlier.look_at_trial(*phase, true, now))
         };
-        use TrialPhase::{Claimed, Connected, Open, Passed, Spoken};
-        assert_eq!(look(&[Open, Claimed, Connected, Spoken, Open]), None);
+        use TrialPhase::{Claimed, ClientSpoke, Connected, Open, Passed};
+        assert_eq!(look(&[Open, Claimed, Connected, ClientSpoke, Open]), None);
         assert_eq!(look(&[Connected, Open, Connected]), None, "two sessions");
         assert!(matches!(look(&[Connected, Connected]), Some(TrialEnd::Passed(_))));
-        assert!(matches!(look(&[Spoken, Passed]), Some(TrialEnd::Passed(_))));
+        assert!(matches!(look(&[ClientSpoke, Passed]), Some(TrialEnd::Passed(_))));
     }
 
     #[test]
     fn unanswered_trial_ends_as_the_pool_expects_it() {
         for (answer_expected, passes) in [(true, false), (false, true)] {
-            let (mut outlier, now) = (Outlier::new(), tidegate_net::clock::now());
+            let (mut outlier, now) = (EjectionState::new(), tidegate_net::clock::now());
             outlier.eject(&SPEC, now);
             outlier.begin_trial(now);
-            let mut look =
-                |after| outlier.look_at_trial(TrialPhase::Spoken, answer_expected, now + after);
+            let mut look = |after| {
+                outlier.look_at_trial(TrialPhase::ClientSpoke, answer_expected, now + after)
+            };
             assert_eq!(look(seconds(1)), None);
             assert_eq!(look(TRIAL_MAX), None, "a second too early");
             let end = look(TRIAL_MAX + seconds(1)).unwrap();
@@ -454,9 +455,9 @@ mod tests {
 
     #[test]
     fn what_another_process_goes_on_with_is_the_same() {
-        let (mut outlier, mut now) = (Outlier::new(), tidegate_net::clock::now());
+        let (mut outlier, mut now) = (EjectionState::new(), tidegate_net::clock::now());
         eject_and_return(&mut outlier, &mut now);
-        let mut other = Outlier::new();
+        let mut other = EjectionState::new();
         other.restore(&outlier.save(now), now);
         assert_eq!(other.back_since(), outlier.back_since());
         let until = outlier.eject(&SPEC, now);
@@ -467,7 +468,7 @@ mod tests {
 
     #[test]
     fn a_held_back_ejection_is_news_once_a_row() {
-        let mut outlier = Outlier::new();
+        let mut outlier = EjectionState::new();
         assert!(outlier.failed(5, &SPEC).is_some());
         assert!(outlier.hold_back());
         assert!(outlier.failed(6, &SPEC).is_some());

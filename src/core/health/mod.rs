@@ -37,7 +37,7 @@
 //!
 //! Probes ask the service itself, heartbeats are what its host says of it; so a
 //! probe's verdict rules where there is one, and heartbeats say it sooner. What
-//! the two make of a backend ([`fuse`]; a dash: its pool has no probe):
+//! the two make of a backend ([`combine_observations`]; a dash: its pool has no probe):
 //!
 //! | heartbeats | - | probes: unknown | probes: up | probes: down |
 //! |---|---|---|---|---|
@@ -51,16 +51,16 @@
 //!
 //! *Unknown* serves and waits by the rule above, except where the table says.
 //! Whatever the verdict, a backend whose heartbeats say `starting`, `draining`
-//! or `stopping` gets no new sessions: see [`Calling`].
+//! or `stopping` gets no new sessions: see [`RequestedState`].
 
 pub mod ejection;
 pub mod probe_detector;
 pub mod recent;
 pub mod slow_detector;
 
-use crate::health::ejection::Outlier;
-use crate::health::probe_detector::Detector;
-use crate::health::slow_detector::Watch;
+use crate::health::ejection::EjectionState;
+use crate::health::probe_detector::ProbeDetector;
+use crate::health::slow_detector::SlowDetector;
 use recent::RecentFailures;
 use std::time::{Duration, Instant};
 
@@ -79,17 +79,17 @@ pub struct BackendHealth {
     /// Since when.
     pub intent_since: Instant,
     /// Probes' verdict; `None` where the pool has no probe.
-    pub detector: Option<Detector>,
+    pub detector: Option<ProbeDetector>,
     /// Passive ejection.
-    pub outlier: Outlier,
+    pub outlier: EjectionState,
     /// What its heartbeats amount to.
-    pub pulse: Pulse,
+    pub pulse: HeartbeatHealth,
     /// What its heartbeats ask for.
-    pub calling: Calling,
+    pub calling: RequestedState,
     /// Failures of sessions during the last minute.
     pub recent: RecentFailures,
     /// What its first bytes say.
-    pub gray: Watch,
+    pub gray: SlowDetector,
     /// Eligible while unknown; see the module's documentation. Ends with the
     /// first result.
     pub fails_open: bool,
@@ -101,24 +101,24 @@ pub struct BackendHealth {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WhenUnknown {
     /// Waits for its first result.
-    Waits,
+    NotEligible,
     /// Takes traffic.
-    Serves,
+    Eligible,
 }
 
 /// What a backend's heartbeats amount to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pulse {
+pub enum HeartbeatHealth {
     /// They have no say.
     Absent,
     /// It needs them, and they have not yet brought it into service.
-    Awaited,
+    Waiting,
     /// They come.
-    Beating,
+    OnTime,
     /// They are overdue, and it is being asked.
     Suspect,
     /// They stay out, but a probe found it there.
-    Vouched,
+    SilentButAnswering,
     /// They stay out, and probes did not find it.
     Silent,
     /// They have stayed out for the pool's `ttl`.
@@ -127,9 +127,9 @@ pub enum Pulse {
 
 /// What a backend's heartbeats ask for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Calling {
+pub enum RequestedState {
     /// New sessions, or nothing at all.
-    Sessions,
+    Ready,
     /// No new sessions yet.
     Starting,
     /// No new sessions any more.
@@ -220,18 +220,28 @@ pub struct Transition {
 
 /// What heartbeats and probes together make of a backend; `probes` is `None`
 /// where its pool has none. The table in the module's documentation.
-pub fn fuse(pulse: Pulse, probes: Option<Observation>) -> Observation {
+pub fn combine_observations(pulse: HeartbeatHealth, probes: Option<Observation>) -> Observation {
     match (pulse, probes) {
-        (Pulse::Silent | Pulse::Expired, _) | (_, Some(Observation::Down)) => Observation::Down,
-        (Pulse::Awaited, _) => Observation::Unknown,
+        (HeartbeatHealth::Silent | HeartbeatHealth::Expired, _) | (_, Some(Observation::Down)) => {
+            Observation::Down
+        }
+        (HeartbeatHealth::Waiting, _) => Observation::Unknown,
         (
-            Pulse::Absent | Pulse::Beating | Pulse::Suspect | Pulse::Vouched,
+            HeartbeatHealth::Absent
+            | HeartbeatHealth::OnTime
+            | HeartbeatHealth::Suspect
+            | HeartbeatHealth::SilentButAnswering,
             Some(Observation::Unknown),
         )
-        | (Pulse::Absent, None) => Observation::Unknown,
-        (Pulse::Beating, None) => Observation::Up,
-        (Pulse::Vouched, None) | (Pulse::Suspect, _) => Observation::Suspect,
-        (Pulse::Absent | Pulse::Beating | Pulse::Vouched, Some(seen)) => seen,
+        | (HeartbeatHealth::Absent, None) => Observation::Unknown,
+        (HeartbeatHealth::OnTime, None) => Observation::Up,
+        (HeartbeatHealth::SilentButAnswering, None) | (HeartbeatHealth::Suspect, _) => {
+            Observation::Suspect
+        }
+        (
+            HeartbeatHealth::Absent | HeartbeatHealth::OnTime | HeartbeatHealth::SilentButAnswering,
+            Some(seen),
+        ) => seen,
     }
 }
 
@@ -249,8 +259,8 @@ pub fn weight_percent(
     match (observation, when_unknown) {
         (Observation::Up, _) => 100,
         (Observation::Suspect, _) => SUSPECT_WEIGHT_PERCENT,
-        (Observation::Unknown, WhenUnknown::Serves) => 100,
-        (Observation::Unknown, WhenUnknown::Waits) => 0,
+        (Observation::Unknown, WhenUnknown::Eligible) => 100,
+        (Observation::Unknown, WhenUnknown::NotEligible) => 0,
         (Observation::Down, _) => 0,
     }
 }
@@ -259,38 +269,38 @@ pub fn weight_percent(
 
 impl BackendHealth {
     /// Nothing known yet but the operator's wish.
-    pub fn new(intent: Intent, detector: Option<Detector>, now: Instant) -> BackendHealth {
+    pub fn new(intent: Intent, detector: Option<ProbeDetector>, now: Instant) -> BackendHealth {
         BackendHealth {
             intent,
             intent_since: now,
             detector,
-            outlier: Outlier::new(),
+            outlier: EjectionState::new(),
             recent: RecentFailures::default(),
-            pulse: Pulse::Absent,
-            calling: Calling::Sessions,
-            gray: Watch::default(),
+            pulse: HeartbeatHealth::Absent,
+            calling: RequestedState::Ready,
+            gray: SlowDetector::default(),
             fails_open: false,
             since: now,
         }
     }
 
     /// What probes and heartbeats together say.
-    pub fn seen(&self) -> Observation {
-        fuse(self.pulse, self.probed())
+    pub fn record_heartbeat_health(&self) -> Observation {
+        combine_observations(self.pulse, self.probed())
     }
 
     /// Probes' verdict alone; `None` where there are none.
     pub fn probed(&self) -> Option<Observation> {
-        self.detector.as_ref().map(Detector::observation)
+        self.detector.as_ref().map(ProbeDetector::observation)
     }
 
     /// What probes and heartbeats together say, and sessions of what is in
     /// service by that.
     pub fn observation(&self) -> Observation {
-        let seen = self.seen();
+        let seen = self.record_heartbeat_health();
         let serves = match seen {
             Observation::Up => true,
-            Observation::Unknown => self.when_unknown() == WhenUnknown::Serves,
+            Observation::Unknown => self.when_unknown() == WhenUnknown::Eligible,
             Observation::Suspect | Observation::Down => false,
         };
         if serves && self.gray.is_suspect() { Observation::Suspect } else { seen }
@@ -307,7 +317,7 @@ impl BackendHealth {
     }
 
     /// Whether it takes sessions, and not just one to try it.
-    pub fn takes_many(&self) -> bool {
+    pub fn is_fully_eligible(&self) -> bool {
         self.eligible() && !self.outlier.is_on_trial()
     }
 
@@ -339,7 +349,7 @@ impl BackendHealth {
 
     /// Since when it has been neither judged anew nor ejected.
     pub fn settled_since(&self) -> Instant {
-        let judged = self.detector.as_ref().map_or(self.since, Detector::since);
+        let judged = self.detector.as_ref().map_or(self.since, ProbeDetector::since);
         [self.outlier.back_since(), self.gray.suspect_since()]
             .into_iter()
             .flatten()
@@ -348,11 +358,15 @@ impl BackendHealth {
 
     fn when_unknown(&self) -> WhenUnknown {
         let open = self.detector.is_none() || self.fails_open;
-        if open && self.pulse != Pulse::Awaited { WhenUnknown::Serves } else { WhenUnknown::Waits }
+        if open && self.pulse != HeartbeatHealth::Waiting {
+            WhenUnknown::Eligible
+        } else {
+            WhenUnknown::NotEligible
+        }
     }
 
     fn percent(&self, ejected: bool) -> u32 {
-        if self.calling != Calling::Sessions {
+        if self.calling != RequestedState::Ready {
             return 0;
         }
         weight_percent(self.intent, ejected, self.observation(), self.when_unknown())
@@ -361,31 +375,31 @@ impl BackendHealth {
 
 // === impl Pulse ===
 
-impl Pulse {
+impl HeartbeatHealth {
     /// As in status.
     pub fn name(self) -> &'static str {
         match self {
-            Pulse::Absent => "absent",
-            Pulse::Awaited => "awaited",
-            Pulse::Beating => "beating",
-            Pulse::Suspect => "suspect",
-            Pulse::Vouched => "vouched",
-            Pulse::Silent => "silent",
-            Pulse::Expired => "expired",
+            HeartbeatHealth::Absent => "absent",
+            HeartbeatHealth::Waiting => "awaited",
+            HeartbeatHealth::OnTime => "beating",
+            HeartbeatHealth::Suspect => "suspect",
+            HeartbeatHealth::SilentButAnswering => "vouched",
+            HeartbeatHealth::Silent => "silent",
+            HeartbeatHealth::Expired => "expired",
         }
     }
 }
 
 // === impl Calling ===
 
-impl Calling {
+impl RequestedState {
     /// As in status.
     pub fn name(self) -> &'static str {
         match self {
-            Calling::Sessions => "ready",
-            Calling::Starting => "starting",
-            Calling::Draining => "draining",
-            Calling::Stopping => "stopping",
+            RequestedState::Ready => "ready",
+            RequestedState::Starting => "starting",
+            RequestedState::Draining => "draining",
+            RequestedState::Stopping => "stopping",
         }
     }
 }
@@ -483,7 +497,7 @@ mod tests {
             [Observation::Unknown, Observation::Up, Observation::Suspect, Observation::Down];
         for intent in [Intent::Ready, Intent::Draining, Intent::Maintenance] {
             for ejected in [false, true] {
-                for when_unknown in [WhenUnknown::Waits, WhenUnknown::Serves] {
+                for when_unknown in [WhenUnknown::NotEligible, WhenUnknown::Eligible] {
                     let row: Vec<String> = observations
                         .iter()
                         .map(|o| {
@@ -520,7 +534,7 @@ mod tests {
         let now = tidegate_net::clock::now();
         let mut health = BackendHealth::new(Intent::Ready, None, now);
         assert_eq!(health.weight_share(), 100);
-        health.detector = Some(Detector::new(2, 3, now));
+        health.detector = Some(ProbeDetector::new(2, 3, now));
         assert_eq!(health.weight_share(), 0, "waits for its first result");
         health.gray.suspect(now);
         assert_eq!(health.observation(), Observation::Unknown, "it takes no sessions");
@@ -536,15 +550,15 @@ mod tests {
         let probes = probes.into_iter().chain([Some(Observation::Down)]);
         let mut out = String::new();
         for pulse in [
-            Pulse::Absent,
-            Pulse::Awaited,
-            Pulse::Beating,
-            Pulse::Suspect,
-            Pulse::Vouched,
-            Pulse::Silent,
-            Pulse::Expired,
+            HeartbeatHealth::Absent,
+            HeartbeatHealth::Waiting,
+            HeartbeatHealth::OnTime,
+            HeartbeatHealth::Suspect,
+            HeartbeatHealth::SilentButAnswering,
+            HeartbeatHealth::Silent,
+            HeartbeatHealth::Expired,
         ] {
-            let cell = |probes: Option<Observation>| fuse(pulse, probes).name();
+            let cell = |probes: Option<Observation>| combine_observations(pulse, probes).name();
             let row: Vec<&str> = probes.clone().map(cell).collect();
             writeln!(out, "{}: {}", pulse.name(), row.join(" ")).unwrap();
         }
@@ -564,14 +578,16 @@ mod tests {
     fn who_asks_for_no_sessions_gets_none_whatever_is_known_of_it() {
         let now = tidegate_net::clock::now();
         let mut health = BackendHealth::new(Intent::Ready, None, now);
-        health.pulse = Pulse::Beating;
-        for calling in [Calling::Starting, Calling::Draining, Calling::Stopping] {
+        health.pulse = HeartbeatHealth::OnTime;
+        for calling in
+            [RequestedState::Starting, RequestedState::Draining, RequestedState::Stopping]
+        {
             health.calling = calling;
             assert!(!health.eligible(), "{}", calling.name());
         }
-        health.calling = Calling::Sessions;
+        health.calling = RequestedState::Ready;
         assert!(health.eligible());
-        health.pulse = Pulse::Awaited;
+        health.pulse = HeartbeatHealth::Waiting;
         assert!(!health.eligible(), "joins only when it is confirmed");
     }
 }

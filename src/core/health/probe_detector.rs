@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 /// Where a detector stands, with the row being counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub enum ProbeState {
     /// No result yet.
     Unknown,
     /// Works; the two rows together are below `fall`.
@@ -34,7 +34,7 @@ pub enum State {
 
 /// One piece of evidence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Evidence {
+pub enum ProbeEvidence {
     /// A probe succeeded.
     Success,
     /// A probe failed.
@@ -45,7 +45,7 @@ pub enum Evidence {
 
 /// A change of the verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Change {
+pub struct ProbeTransition {
     /// The verdict before.
     pub from: Observation,
     /// The verdict now.
@@ -60,12 +60,12 @@ pub struct Change {
 
 /// See the module's documentation.
 #[derive(Debug, Clone)]
-pub struct Detector {
+pub struct ProbeDetector {
     rise: u32,
     fall: u32,
-    state: State,
+    state: ProbeState,
     since: Instant,
-    connect_row: ConnectRow,
+    connect_row: ConnectFailureRow,
 }
 
 /// Measures rows of connect failures from the count all workers share.
@@ -76,7 +76,7 @@ pub struct Detector {
 /// at all; a row is then measured too short, never too long by more than the
 /// disorder.
 #[derive(Debug, Clone, Copy)]
-pub struct ConnectRow {
+pub struct ConnectFailureRow {
     /// The shared count just before the row began; `None`: the next report
     /// begins a row.
     base: Option<u32>,
@@ -84,64 +84,75 @@ pub struct ConnectRow {
 
 // === impl State ===
 
-impl State {
+impl ProbeState {
     /// The state after `evidence`.
     ///
     /// Connect failures never decide an unknown backend: sessions reach one
     /// only while its pool does without probe results, and then a lone refused
     /// connect would take it out with nothing to bring it back.
-    pub fn next(self, evidence: Evidence, rise: u32, fall: u32) -> State {
-        let up = State::Up { probes: 0, connects: 0 };
-        let down = State::Down { successes: 0 };
+    pub fn next(self, evidence: ProbeEvidence, rise: u32, fall: u32) -> ProbeState {
+        let up = ProbeState::Up { probes: 0, connects: 0 };
+        let down = ProbeState::Down { successes: 0 };
         let weighed = |probes: u32, connects: u32| {
             if probes.saturating_add(connects) >= fall {
                 down
             } else {
-                State::Up { probes, connects }
+                ProbeState::Up { probes, connects }
             }
         };
         match (self, evidence) {
-            (State::Unknown, Evidence::Success) => up,
-            (State::Unknown, Evidence::Failure) => down,
-            (State::Unknown, Evidence::ConnectsFailed(_)) => State::Unknown,
-            (State::Up { .. }, Evidence::Success) => up,
-            (State::Up { probes, connects }, Evidence::Failure) => {
+            (ProbeState::Unknown, ProbeEvidence::Success) => up,
+            (ProbeState::Unknown, ProbeEvidence::Failure) => down,
+            (ProbeState::Unknown, ProbeEvidence::ConnectsFailed(_)) => ProbeState::Unknown,
+            (ProbeState::Up { .. }, ProbeEvidence::Success) => up,
+            (ProbeState::Up { probes, connects }, ProbeEvidence::Failure) => {
                 weighed(probes.saturating_add(1), connects)
             }
-            (State::Up { probes, .. }, Evidence::ConnectsFailed(row)) => weighed(probes, row),
-            (State::Down { successes }, Evidence::Success) => {
-                let successes = successes.saturating_add(1);
-                if successes >= rise { up } else { State::Down { successes } }
+            (ProbeState::Up { probes, .. }, ProbeEvidence::ConnectsFailed(row)) => {
+                weighed(probes, row)
             }
-            (State::Down { .. }, Evidence::Failure | Evidence::ConnectsFailed(_)) => down,
+            (ProbeState::Down { successes }, ProbeEvidence::Success) => {
+                let successes = successes.saturating_add(1);
+                if successes >= rise { up } else { ProbeState::Down { successes } }
+            }
+            (
+                ProbeState::Down { .. },
+                ProbeEvidence::Failure | ProbeEvidence::ConnectsFailed(_),
+            ) => down,
         }
     }
 
     /// The verdict without the row.
     pub fn observation(self) -> Observation {
         match self {
-            State::Unknown => Observation::Unknown,
-            State::Up { .. } => Observation::Up,
-            State::Down { .. } => Observation::Down,
+            ProbeState::Unknown => Observation::Unknown,
+            ProbeState::Up { .. } => Observation::Up,
+            ProbeState::Down { .. } => Observation::Down,
         }
     }
 
     /// Whether a row is being counted.
     pub fn changing(self) -> bool {
         match self {
-            State::Unknown => false,
-            State::Up { probes, connects } => probes > 0 || connects > 0,
-            State::Down { successes } => successes > 0,
+            ProbeState::Unknown => false,
+            ProbeState::Up { probes, connects } => probes > 0 || connects > 0,
+            ProbeState::Down { successes } => successes > 0,
         }
     }
 }
 
 // === impl Detector ===
 
-impl Detector {
+impl ProbeDetector {
     /// Knows nothing yet. `rise` and `fall` are at least 1.
-    pub fn new(rise: u32, fall: u32, now: Instant) -> Detector {
-        Detector { rise, fall, state: State::Unknown, since: now, connect_row: ConnectRow::new() }
+    pub fn new(rise: u32, fall: u32, now: Instant) -> ProbeDetector {
+        ProbeDetector {
+            rise,
+            fall,
+            state: ProbeState::Unknown,
+            since: now,
+            connect_row: ConnectFailureRow::new(),
+        }
     }
 
     /// Takes over a verdict reached elsewhere; the row starts anew.
@@ -149,32 +160,32 @@ impl Detector {
         self.connect_row.restart();
         self.since = since;
         self.state = match verdict {
-            Observation::Unknown => State::Unknown,
-            Observation::Up | Observation::Suspect => State::Up { probes: 0, connects: 0 },
-            Observation::Down => State::Down { successes: 0 },
+            Observation::Unknown => ProbeState::Unknown,
+            Observation::Up | Observation::Suspect => ProbeState::Up { probes: 0, connects: 0 },
+            Observation::Down => ProbeState::Down { successes: 0 },
         };
     }
 
     /// Takes one probe's result.
-    pub fn observe(&mut self, success: bool, now: Instant) -> Option<Change> {
+    pub fn observe(&mut self, success: bool, now: Instant) -> Option<ProbeTransition> {
         if success {
             self.connect_row.restart();
         }
-        self.step(if success { Evidence::Success } else { Evidence::Failure }, now)
+        self.step(if success { ProbeEvidence::Success } else { ProbeEvidence::Failure }, now)
     }
 
     /// Takes a session's failed connect. `in_a_row` is the count shared by all
     /// workers.
-    pub fn connect_failed(&mut self, in_a_row: u32, now: Instant) -> Option<Change> {
+    pub fn connect_failed(&mut self, in_a_row: u32, now: Instant) -> Option<ProbeTransition> {
         let row = self.connect_row.measure(in_a_row);
-        self.step(Evidence::ConnectsFailed(row), now)
+        self.step(ProbeEvidence::ConnectsFailed(row), now)
     }
 
     /// Something else took the backend out of service for a while: connects
     /// from before count no longer.
     pub fn forget_connects(&mut self) {
         self.connect_row.restart();
-        if let State::Up { connects, .. } = &mut self.state {
+        if let ProbeState::Up { connects, .. } = &mut self.state {
             *connects = 0;
         }
     }
@@ -185,9 +196,9 @@ impl Detector {
         self.fall = fall;
         self.connect_row.restart();
         self.state = match self.state {
-            State::Unknown => State::Unknown,
-            State::Up { .. } => State::Up { probes: 0, connects: 0 },
-            State::Down { .. } => State::Down { successes: 0 },
+            ProbeState::Unknown => ProbeState::Unknown,
+            ProbeState::Up { .. } => ProbeState::Up { probes: 0, connects: 0 },
+            ProbeState::Down { .. } => ProbeState::Down { successes: 0 },
         };
     }
 
@@ -197,7 +208,7 @@ impl Detector {
     }
 
     /// The verdict with the row being counted.
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> ProbeState {
         self.state
     }
 
@@ -211,7 +222,7 @@ impl Detector {
         self.state.changing()
     }
 
-    fn step(&mut self, evidence: Evidence, now: Instant) -> Option<Change> {
+    fn step(&mut self, evidence: ProbeEvidence, now: Instant) -> Option<ProbeTransition> {
         let before = self.state;
         self.state = before.next(evidence, self.rise, self.fall);
         let (from, to) = (before.observation(), self.state.observation());
@@ -219,24 +230,24 @@ impl Detector {
             return None;
         }
         let (probes, connects) = match (before, evidence) {
-            (State::Unknown, _) => (1, 0),
-            (State::Up { probes, connects }, Evidence::Failure) => (probes + 1, connects),
-            (State::Up { probes, .. }, Evidence::ConnectsFailed(row)) => (probes, row),
-            (State::Up { .. }, Evidence::Success) => (0, 0),
-            (State::Down { successes }, _) => (successes + 1, 0),
+            (ProbeState::Unknown, _) => (1, 0),
+            (ProbeState::Up { probes, connects }, ProbeEvidence::Failure) => (probes + 1, connects),
+            (ProbeState::Up { probes, .. }, ProbeEvidence::ConnectsFailed(row)) => (probes, row),
+            (ProbeState::Up { .. }, ProbeEvidence::Success) => (0, 0),
+            (ProbeState::Down { successes }, _) => (successes + 1, 0),
         };
         let lasted = now.saturating_duration_since(self.since);
         self.since = now;
-        Some(Change { from, to, probes, connects, lasted })
+        Some(ProbeTransition { from, to, probes, connects, lasted })
     }
 }
 
 // === impl ConnectRow ===
 
-impl ConnectRow {
+impl ConnectFailureRow {
     /// The shared count starts at zero, and so does the first row.
-    pub fn new() -> ConnectRow {
-        ConnectRow { base: Some(0) }
+    pub fn new() -> ConnectFailureRow {
+        ConnectFailureRow { base: Some(0) }
     }
 
     /// The length of the row, given the shared count that a failure reported.
@@ -261,9 +272,9 @@ impl ConnectRow {
     }
 }
 
-impl Default for ConnectRow {
+impl Default for ConnectFailureRow {
     fn default() -> Self {
-        ConnectRow::new()
+        ConnectFailureRow::new()
     }
 }
 
@@ -277,34 +288,34 @@ mod tests {
         tidegate_net::clock::now()
     }
 
-    fn show(state: State) -> String {
+    fn show(state: ProbeState) -> String {
         match state {
-            State::Unknown => "unknown".into(),
-            State::Up { probes: 0, connects: 0 } => "up".into(),
-            State::Up { probes, connects } => format!("up-{probes}p{connects}c"),
-            State::Down { successes: 0 } => "down".into(),
-            State::Down { successes } => format!("down+{successes}"),
+            ProbeState::Unknown => "unknown".into(),
+            ProbeState::Up { probes: 0, connects: 0 } => "up".into(),
+            ProbeState::Up { probes, connects } => format!("up-{probes}p{connects}c"),
+            ProbeState::Down { successes: 0 } => "down".into(),
+            ProbeState::Down { successes } => format!("down+{successes}"),
         }
     }
 
     #[test]
     fn the_whole_matrix_for_rise_2_fall_3() {
-        let mut states = vec![State::Unknown];
+        let mut states = vec![ProbeState::Unknown];
         for probes in 0..3 {
-            states.extend((0..3 - probes).map(|connects| State::Up { probes, connects }));
+            states.extend((0..3 - probes).map(|connects| ProbeState::Up { probes, connects }));
         }
-        states.extend((0..2).map(|successes| State::Down { successes }));
+        states.extend((0..2).map(|successes| ProbeState::Down { successes }));
         let mut out = String::from("state    success failure 1-connect 2-connects 3-connects\n");
         for state in states {
             let next = |e| show(state.next(e, 2, 3));
             let line = format!(
                 "{:<8} {:<7} {:<7} {:<9} {:<10} {}",
                 show(state),
-                next(Evidence::Success),
-                next(Evidence::Failure),
-                next(Evidence::ConnectsFailed(1)),
-                next(Evidence::ConnectsFailed(2)),
-                next(Evidence::ConnectsFailed(3)),
+                next(ProbeEvidence::Success),
+                next(ProbeEvidence::Failure),
+                next(ProbeEvidence::ConnectsFailed(1)),
+                next(ProbeEvidence::ConnectsFailed(2)),
+                next(ProbeEvidence::ConnectsFailed(3)),
             );
             writeln!(out, "{line}").unwrap();
         }
@@ -326,19 +337,19 @@ mod tests {
     #[test]
     fn the_first_result_decides_alone() {
         let now = start();
-        let mut detector = Detector::new(3, 3, now);
+        let mut detector = ProbeDetector::new(3, 3, now);
         let change = detector.observe(true, now + Duration::from_secs(1)).unwrap();
         assert_eq!((change.from, change.to), (Observation::Unknown, Observation::Up));
         assert_eq!(change.lasted, Duration::from_secs(1));
 
-        let mut detector = Detector::new(3, 3, now);
+        let mut detector = ProbeDetector::new(3, 3, now);
         assert_eq!(detector.observe(false, now).unwrap().to, Observation::Down);
     }
 
     #[test]
     fn one_success_ends_a_row_of_failures() {
         let now = start();
-        let mut detector = Detector::new(2, 3, now);
+        let mut detector = ProbeDetector::new(2, 3, now);
         let results = [true, false, false, true, false, false];
         let changes = results.iter().filter_map(|ok| detector.observe(*ok, now)).count();
         assert_eq!(changes, 1, "only unknown -> up");
@@ -351,7 +362,7 @@ mod tests {
     #[test]
     fn one_failure_ends_a_row_of_successes() {
         let now = start();
-        let mut detector = Detector::new(2, 3, now);
+        let mut detector = ProbeDetector::new(2, 3, now);
         for ok in [false, true, false, true] {
             detector.observe(ok, now);
         }
@@ -363,7 +374,7 @@ mod tests {
     #[test]
     fn scattered_connect_failures_with_successes_between_never_add_up() {
         let now = start();
-        let mut detector = Detector::new(2, 3, now);
+        let mut detector = ProbeDetector::new(2, 3, now);
         detector.observe(true, now);
         for _ in 0..1000 {
             assert_eq!(detector.connect_failed(1, now), None);
@@ -373,7 +384,7 @@ mod tests {
     #[test]
     fn connects_and_probes_that_fail_in_a_row_add_up() {
         let now = start();
-        let mut detector = Detector::new(2, 3, now);
+        let mut detector = ProbeDetector::new(2, 3, now);
         detector.observe(true, now);
         assert_eq!(detector.connect_failed(1, now), None);
         assert_eq!(detector.connect_failed(2, now), None);
@@ -384,7 +395,7 @@ mod tests {
     #[test]
     fn a_burst_reported_out_of_order_takes_it_down_once() {
         let now = start();
-        let mut detector = Detector::new(2, 3, now);
+        let mut detector = ProbeDetector::new(2, 3, now);
         detector.observe(true, now);
         let changes = (0..400u32).filter_map(|i| detector.connect_failed((i ^ 1) + 1, now)).count();
         assert_eq!(changes, 1);
@@ -394,7 +405,7 @@ mod tests {
     #[test]
     fn a_probe_success_ends_a_row_of_connect_failures_whatever_the_shared_count() {
         let now = start();
-        let mut detector = Detector::new(1, 3, now);
+        let mut detector = ProbeDetector::new(1, 3, now);
         detector.observe(true, now);
         detector.connect_failed(2, now);
         detector.observe(true, now);
@@ -406,7 +417,7 @@ mod tests {
     #[test]
     fn a_new_rule_keeps_the_verdict_and_restarts_the_row() {
         let now = start();
-        let mut detector = Detector::new(2, 3, now);
+        let mut detector = ProbeDetector::new(2, 3, now);
         for ok in [true, false, false] {
             detector.observe(ok, now);
         }

@@ -77,7 +77,7 @@ const WINDOW_MAX: Duration = Duration::from_secs(10);
 
 /// Everything counted of a backend so far, over all workers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct FirstByteCounts {
     /// Sessions whose client spoke first.
     pub questions: u64,
     /// Those that were answered.
@@ -90,17 +90,17 @@ pub struct Counts {
 
 /// What is kept of one backend between looks.
 #[derive(Debug, Clone, Default)]
-pub struct Watch {
-    last: Option<Counts>,
+pub struct SlowDetector {
+    last: Option<FirstByteCounts>,
     looked: Option<Instant>,
     /// Answers came since the look before the last.
     answered: bool,
     /// What the others had answered by the last look and the one before.
     others: [u64; 2],
-    hang: Option<Hang>,
-    window: Option<Window>,
+    hang: Option<HangEvidence>,
+    window: Option<AnswerWindow>,
     /// A window that was closed by the last look.
-    closed: Option<Window>,
+    closed: Option<AnswerWindow>,
     /// Mean log2(microseconds) of the newest closed window.
     usual: Option<f64>,
     suspect: Option<Instant>,
@@ -109,16 +109,16 @@ pub struct Watch {
 /// What another process goes on with after an upgrade.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct SavedWatch {
+pub struct SavedSlowDetector {
     /// It has been a suspect for so long.
     pub suspect_ms: Option<u64>,
-    /// See `usual` of [`Watch`]. Without it the others would have nothing to be
+    /// See `usual` of [`SlowDetector`]. Without it the others would have nothing to be
     /// compared with, and suspects would be cleared at the first look.
     pub usual: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Hang {
+struct HangEvidence {
     since: Instant,
     /// What the others had answered by the look before the backend's last
     /// answer: whoever it was stuck at asked them until then.
@@ -126,7 +126,7 @@ struct Hang {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Window {
+struct AnswerWindow {
     since: Instant,
     answers: u64,
     log2: f64,
@@ -145,7 +145,7 @@ pub struct PoolView {
 
 /// What a look found out, with the evidence in words.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum SlowVerdict {
     /// It is gray.
     Suspect(String),
     /// It is well again.
@@ -154,7 +154,7 @@ pub enum Verdict {
 
 // === impl Counts ===
 
-impl Counts {
+impl FirstByteCounts {
     /// Sessions waiting now; the counts may be from slightly different moments.
     fn waiting(&self) -> u64 {
         self.questions.saturating_sub(self.answers.wrapping_add(self.unanswered))
@@ -165,7 +165,7 @@ impl Counts {
 
 impl PoolView {
     /// Over every backend of a pool, after each has taken its counts.
-    pub fn of<'a>(watches: impl Iterator<Item = &'a Watch>) -> PoolView {
+    pub fn of<'a>(watches: impl Iterator<Item = &'a SlowDetector>) -> PoolView {
         let mut view = PoolView::default();
         watches.for_each(|watch| view.add(watch));
         view.complete();
@@ -173,7 +173,7 @@ impl PoolView {
     }
 
     /// Adds one that has taken its counts.
-    pub fn add(&mut self, watch: &Watch) {
+    pub fn add(&mut self, watch: &SlowDetector) {
         let counts = watch.last.unwrap_or_default();
         self.answers = self.answers.wrapping_add(counts.answers);
         self.waiting = self.waiting.saturating_add(counts.waiting());
@@ -187,7 +187,7 @@ impl PoolView {
     }
 
     /// The others' usual time in seconds; of two in the middle the longer.
-    fn usual_without(&self, own: Option<f64>) -> Option<f64> {
+    fn pool_median_without(&self, own: Option<f64>) -> Option<f64> {
         let own = own.map(|own| self.usuals.partition_point(|usual| *usual < own));
         let others = self.usuals.len() - usize::from(own.is_some());
         if others == 0 {
@@ -201,15 +201,15 @@ impl PoolView {
 
 // === impl Watch ===
 
-impl Watch {
+impl SlowDetector {
     /// Takes what is counted by now.
-    pub fn take(&mut self, counts: Counts, now: Instant) {
+    pub fn take(&mut self, counts: FirstByteCounts, now: Instant) {
         self.closed = None;
         let before = self.looked.replace(now);
         if before.is_some_and(|at| now.saturating_duration_since(at) > LATE) {
             self.hang = None;
         }
-        let window = self.window.get_or_insert(Window { since: now, answers: 0, log2: 0.0 });
+        let window = self.window.get_or_insert(AnswerWindow { since: now, answers: 0, log2: 0.0 });
         if let Some(last) = self.last.replace(counts) {
             let answers = counts.answers.wrapping_sub(last.answers);
             let log2 = counts.answer_log2.wrapping_sub(last.answer_log2);
@@ -226,22 +226,22 @@ impl Watch {
 
     /// Judges after every backend of the pool has taken its counts. `slow` is
     /// the pool's `slow_first_byte`. Applies nothing: that is for
-    /// [`Watch::suspect`] and [`Watch::clear`].
-    pub fn judge(&mut self, pool: &PoolView, slow: Duration, now: Instant) -> Option<Verdict> {
-        let usual = pool.usual_without(self.typical());
-        let hanging = self.look_for_hang(pool, now);
+    /// [`SlowDetector::suspect`] and [`SlowDetector::clear`].
+    pub fn judge(&mut self, pool: &PoolView, slow: Duration, now: Instant) -> Option<SlowVerdict> {
+        let usual = pool.pool_median_without(self.typical());
+        let hanging = self.detect_hang(pool, now);
         let Some(usual) = usual else {
             let alone = "no other backend to compare with".to_owned();
-            return self.is_suspect().then_some(Verdict::Clear(alone));
+            return self.is_suspect().then_some(SlowVerdict::Clear(alone));
         };
         let bound = (slow.as_secs_f64() * SLOW_PART).max(usual * FACTOR);
         if self.is_suspect() {
-            return self.look_for_health(hanging.is_some(), bound, usual);
+            return self.detect_recovery(hanging.is_some(), bound, usual);
         }
         if let Some((lasted, waiting)) = hanging
             && lasted.as_secs_f64() >= slow.as_secs_f64().max(usual * FACTOR)
         {
-            return Some(Verdict::Suspect(format!(
+            return Some(SlowVerdict::Suspect(format!(
                 "{waiting} sessions wait for a first byte, and none has come for {}; \
                  others usually take {}",
                 shown(lasted.as_secs_f64()),
@@ -251,7 +251,7 @@ impl Watch {
         let window = self.closed.filter(|window| window.answers >= SAMPLES_MIN)?;
         let mean = seconds(window.mean());
         (mean >= bound).then(|| {
-            Verdict::Suspect(format!(
+            SlowVerdict::Suspect(format!(
                 "its first bytes take {}, where others usually take {}",
                 shown(mean),
                 shown(usual)
@@ -260,15 +260,15 @@ impl Watch {
     }
 
     /// For another process.
-    pub fn save(&self, now: Instant) -> SavedWatch {
+    pub fn save(&self, now: Instant) -> SavedSlowDetector {
         let millis = |since: Instant| {
             u64::try_from(now.saturating_duration_since(since).as_millis()).unwrap_or(u64::MAX)
         };
-        SavedWatch { suspect_ms: self.suspect.map(millis), usual: self.typical() }
+        SavedSlowDetector { suspect_ms: self.suspect.map(millis), usual: self.typical() }
     }
 
     /// Goes on with what another process has said at `now`.
-    pub fn restore(&mut self, saved: &SavedWatch, now: Instant) {
+    pub fn restore(&mut self, saved: &SavedSlowDetector, now: Instant) {
         let before = |ms| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
         self.usual = saved.usual.filter(|log2| log2.is_finite()).or(self.usual);
         match saved.suspect_ms.map(before) {
@@ -305,7 +305,7 @@ impl Watch {
 
     /// For how long its sessions have waited without one being answered while
     /// others were, and how many wait.
-    fn look_for_hang(&mut self, pool: &PoolView, now: Instant) -> Option<(Duration, u64)> {
+    fn detect_hang(&mut self, pool: &PoolView, now: Instant) -> Option<(Duration, u64)> {
         let own = self.last?;
         let others = pool.answers.wrapping_sub(own.answers);
         let [last, before] = self.others;
@@ -314,7 +314,7 @@ impl Watch {
             self.hang = None;
             return None;
         }
-        let hang = *self.hang.get_or_insert(Hang { since: now, others: before });
+        let hang = *self.hang.get_or_insert(HangEvidence { since: now, others: before });
         // A backend that has left the pool took its answers along.
         let answered = others.saturating_sub(hang.others);
         let known = usize::from(self.typical().is_some());
@@ -330,12 +330,12 @@ impl Watch {
         !self.answered && self.last.is_some_and(|counts| counts.waiting() >= WAITING_MIN)
     }
 
-    fn look_for_health(&self, hanging: bool, bound: f64, usual: f64) -> Option<Verdict> {
+    fn detect_recovery(&self, hanging: bool, bound: f64, usual: f64) -> Option<SlowVerdict> {
         let window = self.closed.or(self.window)?;
         let mean = seconds(window.mean());
         let well = !hanging && window.answers >= CLEAR_MIN && mean <= bound * CLEAR_PART;
         well.then(|| {
-            Verdict::Clear(format!(
+            SlowVerdict::Clear(format!(
                 "its first bytes take {} again, others usually {}",
                 shown(mean),
                 shown(usual)
@@ -352,7 +352,7 @@ impl Watch {
 
 // === impl Window ===
 
-impl Window {
+impl AnswerWindow {
     fn mean(&self) -> f64 {
         self.log2 / self.answers.max(1) as f64
     }

@@ -24,14 +24,14 @@ pub enum Access {
 /// See the module's documentation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AccessList {
-    v4: Box<[Change<u32>]>,
-    v6: Box<[Change<u128>]>,
+    v4: Box<[RangeStart<u32>]>,
+    v6: Box<[RangeStart<u128>]>,
     rules: usize,
 }
 
 /// From this address on, up to the next change, that verdict holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Change<T> {
+struct RangeStart<T> {
     from: T,
     access: Access,
 }
@@ -63,9 +63,9 @@ impl AccessList {
                 })
                 .collect()
         };
-        let narrow = |change: Change<u128>| {
+        let narrow = |change: RangeStart<u128>| {
             // IPv4 ranges lie within 32 bits.
-            u32::try_from(change.from).ok().map(|from| Change { from, access: change.access })
+            u32::try_from(change.from).ok().map(|from| RangeStart { from, access: change.access })
         };
         AccessList {
             v4: flatten(of_kind(true), otherwise).into_iter().filter_map(narrow).collect(),
@@ -98,17 +98,17 @@ fn number(address: IpAddr) -> u128 {
 }
 
 /// The first change is at zero, so there always is one before `address`.
-fn verdict<T: Copy + Ord>(changes: &[Change<T>], address: T) -> Access {
+fn verdict<T: Copy + Ord>(changes: &[RangeStart<T>], address: T) -> Access {
     let after = changes.partition_point(|change| change.from <= address);
     changes[after - 1].access
 }
 
 /// Sweeps over the ranges with those that are open on a stack, innermost on
 /// top: the innermost is the longest prefix.
-fn flatten(mut ranges: Vec<Range>, otherwise: Access) -> Vec<Change<u128>> {
+fn flatten(mut ranges: Vec<Range>, otherwise: Access) -> Vec<RangeStart<u128>> {
     // Outer before inner; of equal ones the denied last, so that it decides.
     ranges.sort_by_key(|r| (r.first, std::cmp::Reverse(r.last), r.access == Access::Denied));
-    let mut changes = vec![Change { from: 0, access: otherwise }];
+    let mut changes = vec![RangeStart { from: 0, access: otherwise }];
     let mut open: Vec<Range> = Vec::new();
     for range in ranges {
         close_before(&mut open, Some(range.first), otherwise, &mut changes);
@@ -125,7 +125,7 @@ fn close_before(
     open: &mut Vec<Range>,
     next: Option<u128>,
     otherwise: Access,
-    changes: &mut Vec<Change<u128>>,
+    changes: &mut Vec<RangeStart<u128>>,
 ) {
     while let Some(range) = open.pop_if(|range| next.is_none_or(|next| range.last < next)) {
         let access = open.last().map_or(otherwise, |outer| outer.access);
@@ -136,10 +136,10 @@ fn close_before(
 }
 
 /// What was said of the same place before is overruled.
-fn change(changes: &mut Vec<Change<u128>>, from: u128, access: Access) {
+fn change(changes: &mut Vec<RangeStart<u128>>, from: u128, access: Access) {
     match changes.last_mut() {
         Some(last) if last.from == from => last.access = access,
-        _ => changes.push(Change { from, access }),
+        _ => changes.push(RangeStart { from, access }),
     }
 }
 

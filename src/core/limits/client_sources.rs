@@ -73,15 +73,15 @@ pub enum SourceRefused {
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub struct Sources {
-    sets: Box<[CachePadded<Mutex<[Place; WAYS]>>]>,
+pub struct SourceTable {
+    sets: Box<[CachePadded<Mutex<[SourceEntry; WAYS]>>]>,
     seed: u64,
     epoch: Instant,
 }
 
 /// One prefix's counts.
 #[derive(Debug, Clone, Copy, Default)]
-struct Place {
+struct SourceEntry {
     /// Address bits and prefix length; 0 for an empty place: no key is zero.
     key: (u128, u8),
     connections: u32,
@@ -91,17 +91,17 @@ struct Place {
 
 /// A connection's share of its source's count; dropping it gives it back.
 #[derive(Debug)]
-pub struct SourceSlot {
-    table: Arc<Sources>,
+pub struct SourcePermit {
+    table: Arc<SourceTable>,
     set: u32,
     way: u8,
 }
 
-/// What [`Sources::admit`] gives.
+/// What [`SourceTable::admit`] gives.
 #[derive(Debug)]
-pub enum Admitted {
+pub enum SourceAdmission {
     /// Counted as long as the slot lives.
-    Counted(SourceSlot),
+    Counted(SourcePermit),
     /// Let in without being counted: its places are taken. Not an error, but
     /// worth a counter.
     Untracked,
@@ -118,11 +118,11 @@ impl SourceLimits {
 
 // === impl Sources ===
 
-impl Sources {
+impl SourceTable {
     /// Nobody known yet. `seed` keeps strangers from choosing which sources
     /// share their places.
-    pub fn new(seed: u64, now: Instant) -> Sources {
-        Sources {
+    pub fn new(seed: u64, now: Instant) -> SourceTable {
+        SourceTable {
             sets: (0..SETS).map(|_| CachePadded::new(Mutex::new(Default::default()))).collect(),
             seed,
             epoch: now,
@@ -132,19 +132,19 @@ impl Sources {
     /// Counts one more connection of the source that `address` belongs to, or
     /// says why not. `now` is not before the table's making.
     pub fn admit(
-        self: &Arc<Sources>,
+        self: &Arc<SourceTable>,
         address: IpAddr,
         limits: &SourceLimits,
         now: Instant,
-    ) -> Result<Admitted, SourceRefused> {
+    ) -> Result<SourceAdmission, SourceRefused> {
         let key = key(address, limits);
         let now = self.nanoseconds(now);
         let set = self.set_of(key);
         let mut places = lock(&self.sets[set]);
-        let Some(way) = find(&places, key, now) else { return Ok(Admitted::Untracked) };
+        let Some(way) = find(&places, key, now) else { return Ok(SourceAdmission::Untracked) };
         let place = &mut places[way];
         if place.key != key {
-            *place = Place { key, connections: 0, due: now };
+            *place = SourceEntry { key, connections: 0, due: now };
         }
         if limits.connections_max != 0 && place.connections >= limits.connections_max {
             return Err(SourceRefused::TooMany);
@@ -155,14 +155,14 @@ impl Sources {
         place.connections += 1;
         // Both are far below their types' limits.
         let (set, way) = (set as u32, way as u8);
-        Ok(Admitted::Counted(SourceSlot { table: Arc::clone(self), set, way }))
+        Ok(SourceAdmission::Counted(SourcePermit { table: Arc::clone(self), set, way }))
     }
 
     /// Prefixes kept at this moment. Looks at every place: for tests and rare
     /// reports.
     pub fn kept(&self, now: Instant) -> usize {
         let now = self.nanoseconds(now);
-        let says_something = |set: &CachePadded<Mutex<[Place; WAYS]>>| {
+        let says_something = |set: &CachePadded<Mutex<[SourceEntry; WAYS]>>| {
             lock(set).iter().filter(|place| !place.is_free(now)).count()
         };
         self.sets.iter().map(says_something).sum()
@@ -194,7 +194,7 @@ fn key(address: IpAddr, limits: &SourceLimits) -> (u128, u8) {
 }
 
 /// The prefix's own place, or one that is free.
-fn find(places: &[Place; WAYS], key: (u128, u8), now: u64) -> Option<usize> {
+fn find(places: &[SourceEntry; WAYS], key: (u128, u8), now: u64) -> Option<usize> {
     let own = places.iter().position(|place| place.key == key);
     own.or_else(|| places.iter().position(|place| place.is_free(now)))
 }
@@ -207,14 +207,14 @@ fn next_due(due: u64, now: u64, rate: Rate) -> Option<u64> {
     (due - now <= early).then(|| due.saturating_add(interval))
 }
 
-fn lock(set: &Mutex<[Place; WAYS]>) -> std::sync::MutexGuard<'_, [Place; WAYS]> {
+fn lock(set: &Mutex<[SourceEntry; WAYS]>) -> std::sync::MutexGuard<'_, [SourceEntry; WAYS]> {
     // Nothing under the lock can panic half-way.
     set.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 // === impl Place ===
 
-impl Place {
+impl SourceEntry {
     /// Whether it says nothing a stranger's would not.
     fn is_free(&self, now: u64) -> bool {
         self.connections == 0 && self.due <= now
@@ -223,7 +223,7 @@ impl Place {
 
 // === impl SourceSlot ===
 
-impl Drop for SourceSlot {
+impl Drop for SourcePermit {
     fn drop(&mut self) {
         // A place with connections is never given to another prefix.
         let mut places = lock(&self.table.sets[self.set as usize]);
@@ -246,18 +246,18 @@ mod tests {
         rate: Some(Rate { interval: Duration::from_millis(100), burst: 5 }),
     };
 
-    fn table() -> (Arc<Sources>, Instant) {
+    fn table() -> (Arc<SourceTable>, Instant) {
         let now = tidegate_net::clock::now();
-        (Arc::new(Sources::new(7, now)), now)
+        (Arc::new(SourceTable::new(7, now)), now)
     }
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
     }
 
-    fn slot(admitted: Result<Admitted, SourceRefused>) -> SourceSlot {
+    fn slot(admitted: Result<SourceAdmission, SourceRefused>) -> SourcePermit {
         match admitted {
-            Ok(Admitted::Counted(slot)) => slot,
+            Ok(SourceAdmission::Counted(slot)) => slot,
             other => panic!("{other:?}"),
         }
     }
@@ -339,7 +339,7 @@ mod tests {
         let held = slot(table.admit(ip("192.0.2.1"), &MANY, now));
         for n in 0..(SOURCES_MAX as u32 * 4) {
             let address = IpAddr::from(std::net::Ipv4Addr::from_bits(0x0a00_0000 + n));
-            assert!(matches!(table.admit(address, &MANY, now), Ok(Admitted::Counted(_))));
+            assert!(matches!(table.admit(address, &MANY, now), Ok(SourceAdmission::Counted(_))));
         }
         assert_eq!(table.kept(now), 1, "only who still holds a connection");
         drop(held);
@@ -354,8 +354,8 @@ mod tests {
         for n in 0..(SOURCES_MAX as u32 * 2) {
             let address = IpAddr::from(std::net::Ipv4Addr::from_bits(0x0a00_0000 + n));
             match table.admit(address, &MANY, now).unwrap() {
-                Admitted::Counted(slot) => held.push(slot),
-                Admitted::Untracked => untracked += 1,
+                SourceAdmission::Counted(slot) => held.push(slot),
+                SourceAdmission::Untracked => untracked += 1,
             }
         }
         assert_eq!(held.len() + untracked, SOURCES_MAX * 2);

@@ -4,7 +4,7 @@
 //! Each worker owns one shard of every counter set, on cache lines of its own;
 //! the admin API sums the shards. A counter never goes down.
 
-use crate::metrics::progress::Pulse;
+use crate::metrics::progress::WorkerProgress;
 use crossbeam::utils::CachePadded;
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::{AtomicU64, Ordering};
@@ -42,9 +42,9 @@ impl Counter {
 
 /// A level with exactly one writing thread: goes up and down.
 #[derive(Debug, Default)]
-pub struct Level(AtomicU64);
+pub struct Gauge(AtomicU64);
 
-impl Level {
+impl Gauge {
     /// It is `level` now. Only the owning thread may call this.
     #[inline]
     pub fn set(&self, level: u64) {
@@ -121,7 +121,7 @@ pub struct WorkerCounters {
     pub probes_waited: Counter,
     /// Sessions that had to wait for their pool's first verdict.
     pub undecided_waits: Counter,
-    /// Trouble of our own: row [`LocalError`], column [`LocalAt`].
+    /// Trouble of our own: row [`LocalErrorKind`], column [`LocalErrorPlace`].
     pub local_errors: CounterTable,
     /// Connect attempts beyond a session's first.
     pub connect_retries: Counter,
@@ -131,22 +131,22 @@ pub struct WorkerCounters {
     pub access_log_dropped: Counter,
     /// What went on inside the worker's ring (row [`RingEvent`]).
     pub ring_events: CounterTable,
-    /// Panics (row [`Panicked`]).
+    /// Panics (row [`PanicScope`]).
     pub panics: CounterTable,
     /// Times the worker began anew after a panic.
     pub restarts: Counter,
     /// Times its loop did not turn; written by the control thread.
     pub stalls: Counter,
     /// Whether its loop turns.
-    pub pulse: CachePadded<Pulse>,
+    pub pulse: CachePadded<WorkerProgress>,
     /// Bytes of the ring's pool that hold what was received and not yet sent.
-    pub ring_held: Level,
+    pub ring_held: Gauge,
 }
 
 /// What a panic was the end of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Panicked {
+pub enum PanicScope {
     /// One session.
     Session,
     /// The worker's thread, and every session on it.
@@ -174,7 +174,7 @@ pub enum RingEvent {
 /// Trouble of our own, never blamed on a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum LocalError {
+pub enum LocalErrorKind {
     /// EMFILE, ENFILE.
     Descriptors,
     /// EADDRNOTAVAIL: no source port left, or the source address is gone.
@@ -190,7 +190,7 @@ pub enum LocalError {
 /// What was being done when we ran short ourselves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum LocalAt {
+pub enum LocalErrorPlace {
     /// Taking a client off a listen queue, or listening at all.
     Accept,
     /// Opening a session, or its connection to a backend.
@@ -205,48 +205,48 @@ pub enum LocalAt {
     Reload,
 }
 
-impl LocalAt {
+impl LocalErrorPlace {
     /// Every one, in the order of their numbers.
-    pub const ALL: [LocalAt; 6] = [
-        LocalAt::Accept,
-        LocalAt::Connect,
-        LocalAt::Relay,
-        LocalAt::Admin,
-        LocalAt::Probe,
-        LocalAt::Reload,
+    pub const ALL: [LocalErrorPlace; 6] = [
+        LocalErrorPlace::Accept,
+        LocalErrorPlace::Connect,
+        LocalErrorPlace::Relay,
+        LocalErrorPlace::Admin,
+        LocalErrorPlace::Probe,
+        LocalErrorPlace::Reload,
     ];
 
     /// Metric label.
     pub fn name(self) -> &'static str {
         match self {
-            LocalAt::Accept => "accept",
-            LocalAt::Connect => "connect",
-            LocalAt::Relay => "relay",
-            LocalAt::Admin => "admin",
-            LocalAt::Probe => "probe",
-            LocalAt::Reload => "reload",
+            LocalErrorPlace::Accept => "accept",
+            LocalErrorPlace::Connect => "connect",
+            LocalErrorPlace::Relay => "relay",
+            LocalErrorPlace::Admin => "admin",
+            LocalErrorPlace::Probe => "probe",
+            LocalErrorPlace::Reload => "reload",
         }
     }
 }
 
-impl LocalError {
+impl LocalErrorKind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [LocalError; 5] = [
-        LocalError::Descriptors,
-        LocalError::Ports,
-        LocalError::Memory,
-        LocalError::Route,
-        LocalError::Other,
+    pub const ALL: [LocalErrorKind; 5] = [
+        LocalErrorKind::Descriptors,
+        LocalErrorKind::Ports,
+        LocalErrorKind::Memory,
+        LocalErrorKind::Route,
+        LocalErrorKind::Other,
     ];
 
     /// Metric label.
     pub fn name(self) -> &'static str {
         match self {
-            LocalError::Descriptors => "descriptors",
-            LocalError::Ports => "ports",
-            LocalError::Memory => "memory",
-            LocalError::Route => "route",
-            LocalError::Other => "other",
+            LocalErrorKind::Descriptors => "descriptors",
+            LocalErrorKind::Ports => "ports",
+            LocalErrorKind::Memory => "memory",
+            LocalErrorKind::Route => "route",
+            LocalErrorKind::Other => "other",
         }
     }
 }
@@ -275,22 +275,22 @@ impl RingEvent {
     }
 }
 
-impl Panicked {
+impl PanicScope {
     /// Both, in the order of their numbers.
-    pub const ALL: [Panicked; 2] = [Panicked::Session, Panicked::Worker];
+    pub const ALL: [PanicScope; 2] = [PanicScope::Session, PanicScope::Worker];
 
     /// Metric label.
     pub fn name(self) -> &'static str {
         match self {
-            Panicked::Session => "session",
-            Panicked::Worker => "worker",
+            PanicScope::Session => "session",
+            PanicScope::Worker => "worker",
         }
     }
 }
 
 impl WorkerCounters {
     /// Counts trouble of our own.
-    pub fn local_trouble(&self, kind: LocalError, at: LocalAt) {
+    pub fn local_trouble(&self, kind: LocalErrorKind, at: LocalErrorPlace) {
         self.local_errors.cell(kind as usize, at as usize).add(1);
     }
 
@@ -304,16 +304,16 @@ impl WorkerCounters {
             queued: Counter::default(),
             probes_waited: Counter::default(),
             undecided_waits: Counter::default(),
-            local_errors: CounterTable::new(LocalError::ALL.len(), LocalAt::ALL.len()),
+            local_errors: CounterTable::new(LocalErrorKind::ALL.len(), LocalErrorPlace::ALL.len()),
             connect_retries: Counter::default(),
             reports_dropped: Counter::default(),
             access_log_dropped: Counter::default(),
             ring_events: CounterTable::new(RingEvent::ALL.len(), 1),
-            panics: CounterTable::new(Panicked::ALL.len(), 1),
+            panics: CounterTable::new(PanicScope::ALL.len(), 1),
             restarts: Counter::default(),
             stalls: Counter::default(),
             pulse: CachePadded::default(),
-            ring_held: Level::default(),
+            ring_held: Gauge::default(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! How long things take: one recorder a worker, merged where they are read.
 //!
-//! Workers record into a [`Recorder`] of their own and hand a [`Delta`] to the
-//! control thread now and then; the admin API reads [`Merged`]. Nothing here is
+//! Workers record into a [`Recorder`] of their own and hand a [`HistogramDelta`] to the
+//! control thread now and then; the admin API reads [`MergedHistograms`]. Nothing here is
 //! shared while it is written, and recording never blocks and, once warm, never
 //! allocates.
 //!
@@ -9,7 +9,7 @@
 //! 1 %), as in HdrHistogram by Gil Tene; sums are exact. A histogram grows to
 //! the largest value it has seen and never beyond its clamp: at most 13.5 KB
 //! for connect and first byte, 18 KB for sessions, so no backend costs a worker
-//! more than 45 KB (twice that in [`Merged`]); with answers under 50 ms it is
+//! more than 45 KB (twice that in [`MergedHistograms`]); with answers under 50 ms it is
 //! 5 KB a series.
 
 use hdrhistogram::Histogram;
@@ -31,23 +31,23 @@ pub enum Series {
 /// One worker's recordings since it last gave them away.
 #[derive(Debug, Default)]
 pub struct Recorder {
-    slots: HashMap<u32, Slot>,
+    slots: HashMap<u32, BackendHistograms>,
     /// Empty slots that have their memory already; at most [`SPARE_MAX`].
-    spare: Vec<Slot>,
+    spare: Vec<BackendHistograms>,
 }
 
 /// What a worker recorded between two takes: non-empty.
 #[derive(Debug)]
-pub struct Delta(Vec<(u32, Slot)>);
+pub struct HistogramDelta(Vec<(u32, BackendHistograms)>);
 
 /// Emptied histograms on their way back to a worker, so that it need not
 /// allocate new ones. Dropping it is fine, too.
 #[derive(Debug)]
-pub struct Spent(Vec<Slot>);
+pub struct RecycledHistograms(Vec<BackendHistograms>);
 
 /// Everything recorded by all workers since each backend was first seen.
 #[derive(Debug, Default)]
-pub struct Merged {
+pub struct MergedHistograms {
     backends: HashMap<u32, [Option<SeriesData>; Series::COUNT]>,
 }
 
@@ -76,7 +76,7 @@ pub struct SavedSeries {
 const SAVED_COUNT_MAX: u64 = u64::MAX / 2;
 
 #[derive(Debug, Default)]
-struct Slot {
+struct BackendHistograms {
     series: [Option<Recording>; Series::COUNT],
 }
 
@@ -145,15 +145,15 @@ impl Recorder {
 
     /// Gives everything recorded away and starts over; `None` when there is
     /// nothing. Costs a few moves for each backend that was used.
-    pub fn take(&mut self) -> Option<Delta> {
+    pub fn take(&mut self) -> Option<HistogramDelta> {
         if self.slots.is_empty() {
             return None;
         }
-        Some(Delta(self.slots.drain().collect()))
+        Some(HistogramDelta(self.slots.drain().collect()))
     }
 
-    /// Takes back what [`Merged::absorb`] emptied, up to [`SPARE_MAX`].
-    pub fn give_back(&mut self, spent: Spent) {
+    /// Takes back what [`MergedHistograms::absorb`] emptied, up to [`SPARE_MAX`].
+    pub fn give_back(&mut self, spent: RecycledHistograms) {
         let room = SPARE_MAX.saturating_sub(self.spare.len());
         self.spare.extend(spent.0.into_iter().take(room));
     }
@@ -185,14 +185,14 @@ impl Recording {
 
 // === impl Merged ===
 
-impl Merged {
+impl MergedHistograms {
     /// Nothing merged.
-    pub fn new() -> Merged {
-        Merged::default()
+    pub fn new() -> MergedHistograms {
+        MergedHistograms::default()
     }
 
     /// Adds a worker's recordings and gives the emptied histograms back.
-    pub fn absorb(&mut self, delta: Delta) -> Spent {
+    pub fn absorb(&mut self, delta: HistogramDelta) -> RecycledHistograms {
         let mut spent = Vec::with_capacity(delta.0.len());
         for (backend, mut slot) in delta.0 {
             let merged = self.backends.entry(backend).or_default();
@@ -205,7 +205,7 @@ impl Merged {
             }
             spent.push(slot);
         }
-        Spent(spent)
+        RecycledHistograms(spent)
     }
 
     /// That series of that backend; `None` while nothing was recorded.
@@ -230,14 +230,14 @@ impl Merged {
         }
     }
 
-    /// Starts over, as after everything was [saved](Merged::save).
+    /// Starts over, as after everything was [saved](MergedHistograms::save).
     pub fn clear(&mut self) {
         self.backends.clear();
     }
 
     /// Drops everything about a backend that is gone for good.
     ///
-    /// A delta that still arrives for it brings it back; [`Merged::retain`]
+    /// A delta that still arrives for it brings it back; [`MergedHistograms::retain`]
     /// from time to time clears such stragglers.
     pub fn forget(&mut self, backend: u32) {
         self.backends.remove(&backend);
@@ -347,7 +347,7 @@ mod tests {
             values in prop::collection::vec((0usize..4, 0u64..5_000_000_000), 1..300),
         ) {
             let mut workers: Vec<Recorder> = (0..4).map(|_| Recorder::new()).collect();
-            let (mut merged, mut one) = (Merged::new(), Recorder::new());
+            let (mut merged, mut one) = (MergedHistograms::new(), Recorder::new());
             for (i, (worker, value)) in values.iter().enumerate() {
                 workers[*worker].record(7, Series::Connect, micros(*value));
                 one.record(7, Series::Connect, micros(*value));
@@ -359,7 +359,7 @@ mod tests {
             for delta in workers.iter_mut().filter_map(Recorder::take) {
                 merged.absorb(delta);
             }
-            let mut whole = Merged::new();
+            let mut whole = MergedHistograms::new();
             whole.absorb(one.take().unwrap());
 
             let parts = merged.get(7, Series::Connect).unwrap();
@@ -380,7 +380,7 @@ mod tests {
             for value in &values {
                 recorder.record(1, Series::FirstByte, micros(*value));
             }
-            let mut merged = Merged::new();
+            let mut merged = MergedHistograms::new();
             merged.absorb(recorder.take().unwrap());
             values.sort_unstable();
             for q in [0.01, 0.25, 0.5, 0.75, 0.99, 1.0] {
@@ -399,7 +399,7 @@ mod tests {
             recorder.record(0, Series::Session, micros(value));
         }
         recorder.record(0, Series::Session, Duration::from_secs(86_400));
-        let mut merged = Merged::new();
+        let mut merged = MergedHistograms::new();
         merged.absorb(recorder.take().unwrap());
         let data = merged.get(0, Series::Session).unwrap();
         let cumulative = data.cumulative();
@@ -413,7 +413,7 @@ mod tests {
         let mut recorder = Recorder::new();
         recorder.record(0, Series::Connect, Duration::from_secs(1_000_000));
         recorder.record(0, Series::Session, Duration::MAX);
-        let mut merged = Merged::new();
+        let mut merged = MergedHistograms::new();
         merged.absorb(recorder.take().unwrap());
         let connect = merged.get(0, Series::Connect).unwrap();
         assert_eq!(connect.sum_seconds(), 1_000_000.0);
@@ -439,7 +439,7 @@ mod tests {
 
     #[test]
     fn given_back_histograms_are_used_again_and_are_empty() {
-        let (mut recorder, mut merged) = (Recorder::new(), Merged::new());
+        let (mut recorder, mut merged) = (Recorder::new(), MergedHistograms::new());
         recorder.record(1, Series::Connect, Duration::from_secs(1));
         let grown = {
             let delta = recorder.take().unwrap();
@@ -464,7 +464,7 @@ mod tests {
         for value in [40, 900, 3_000_000, 77_000_000_000] {
             recorder.record(3, Series::Session, micros(value));
         }
-        let (mut one, mut other) = (Merged::new(), Merged::new());
+        let (mut one, mut other) = (MergedHistograms::new(), MergedHistograms::new());
         one.absorb(recorder.take().unwrap());
         let text = serde_json::to_string(&one.save(3)).unwrap();
         other.add_saved(8, &serde_json::from_str(&text).unwrap());
@@ -480,7 +480,7 @@ mod tests {
 
     #[test]
     fn forgotten_backends_are_gone() {
-        let (mut recorder, mut merged) = (Recorder::new(), Merged::new());
+        let (mut recorder, mut merged) = (Recorder::new(), MergedHistograms::new());
         for backend in 0..4 {
             recorder.record(backend, Series::Connect, micros(10));
         }

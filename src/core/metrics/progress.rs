@@ -10,7 +10,7 @@ use std::time::Duration;
 /// What a worker's thread is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Stage {
+pub enum WorkerStage {
     /// Nothing yet.
     Starting,
     /// Taking connections off a listen queue.
@@ -18,14 +18,14 @@ pub enum Stage {
     /// Moving bytes.
     Relaying,
     /// Obeying the control thread.
-    Obeying,
+    RunningCommand,
     /// Sessions that connect or end; or asleep.
     Waiting,
 }
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub struct Pulse {
+pub struct WorkerProgress {
     /// Number of the newest question; written by the control thread.
     asked: AtomicU64,
     /// Number of the newest answer; written by the worker, like the stage.
@@ -40,48 +40,53 @@ pub struct Pulse {
 
 // === impl Stage ===
 
-impl Stage {
-    const ALL: [Stage; 5] =
-        [Stage::Starting, Stage::Accepting, Stage::Relaying, Stage::Obeying, Stage::Waiting];
+impl WorkerStage {
+    const ALL: [WorkerStage; 5] = [
+        WorkerStage::Starting,
+        WorkerStage::Accepting,
+        WorkerStage::Relaying,
+        WorkerStage::RunningCommand,
+        WorkerStage::Waiting,
+    ];
 
     /// For the log and status.
     pub fn name(self) -> &'static str {
         match self {
-            Stage::Starting => "starting",
-            Stage::Accepting => "accepting",
-            Stage::Relaying => "relaying",
-            Stage::Obeying => "obeying a command",
-            Stage::Waiting => "connecting, closing or asleep",
+            WorkerStage::Starting => "starting",
+            WorkerStage::Accepting => "accepting",
+            WorkerStage::Relaying => "relaying",
+            WorkerStage::RunningCommand => "obeying a command",
+            WorkerStage::Waiting => "connecting, closing or asleep",
         }
     }
 }
 
 // === impl Pulse: the worker's side ===
 
-impl Pulse {
+impl WorkerProgress {
     /// The thread that runs from now on.
-    pub fn runs_on(&self, thread: i32) {
+    pub fn set_thread(&self, thread: i32) {
         self.thread.store(thread, Ordering::Relaxed);
     }
 
     /// What it is about now.
     #[inline]
-    pub fn at(&self, stage: Stage) {
+    pub fn at(&self, stage: WorkerStage) {
         self.stage.store(stage as u8, Ordering::Relaxed);
     }
 
     /// The loop has come by.
-    pub fn answer(&self) {
+    pub fn report_progress(&self) {
         self.answered.store(self.asked.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
 // === impl Pulse: the control thread's side ===
 
-impl Pulse {
+impl WorkerProgress {
     /// Asks, where the last question is answered; false where it is not. The
     /// worker has to be woken after it.
-    pub fn ask(&self) -> bool {
+    pub fn request_progress(&self) -> bool {
         let answered = self.is_answered();
         if answered {
             self.asked.store(self.asked.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
@@ -95,9 +100,9 @@ impl Pulse {
     }
 
     /// What it was about when somebody last heard of it.
-    pub fn stage(&self) -> Stage {
+    pub fn stage(&self) -> WorkerStage {
         let stage = usize::from(self.stage.load(Ordering::Relaxed));
-        Stage::ALL.get(stage).copied().unwrap_or(Stage::Starting)
+        WorkerStage::ALL.get(stage).copied().unwrap_or(WorkerStage::Starting)
     }
 
     /// The thread, as the kernel numbers it; `None` before there is one.

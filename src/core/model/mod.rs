@@ -35,26 +35,26 @@ pub struct Config {
     /// Log and access log.
     pub log: Log,
     /// In file order.
-    pub frontends: Vec<Frontend>,
+    pub frontends: Vec<FrontendConfig>,
     /// In file order.
-    pub pools: Vec<Arc<Pool>>,
+    pub pools: Vec<Arc<PoolConfig>>,
     /// `None`: nobody listens for heartbeats, and no pool expects any.
-    pub heartbeat: Option<Heartbeats>,
+    pub heartbeat: Option<HeartbeatConfig>,
 }
 
 /// `[heartbeat]`: where heartbeats are received and whom to believe. All of it
 /// may change while the process runs.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Heartbeats {
+pub struct HeartbeatConfig {
     /// UDP addresses; at least one, none repeating or overlapping another.
     pub listen: Vec<SocketAddr>,
     /// At least one; unique by id.
-    pub keys: Vec<HeartbeatKey>,
+    pub keys: Vec<HeartbeatKeyConfig>,
 }
 
 /// `[[heartbeat.key]]`
 #[derive(Debug, Clone, PartialEq)]
-pub struct HeartbeatKey {
+pub struct HeartbeatKeyConfig {
     /// Named by every datagram it signs; at least 1.
     pub id: u32,
     /// Where the secret was read.
@@ -71,7 +71,7 @@ pub struct HeartbeatKey {
 
 /// `[frontend.NAME]`: bind addresses, route and limits.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Frontend {
+pub struct FrontendConfig {
     /// Unique among frontends.
     pub name: Arc<str>,
     /// At least one; IPv6 wildcards are v6-only.
@@ -125,7 +125,7 @@ pub struct SourceRules {
 
 /// `[pool.NAME]`: backends, balancing policy and health spec.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Pool {
+pub struct PoolConfig {
     /// Unique among pools.
     pub name: Arc<str>,
     /// How a backend is chosen.
@@ -164,7 +164,7 @@ pub struct Pool {
     pub slow_start: Option<Duration>,
     /// At least one, unless senders of heartbeats may register; unique by name
     /// and by address.
-    pub backends: Vec<Backend>,
+    pub backends: Vec<BackendConfig>,
 }
 
 /// `balance = ...`
@@ -295,11 +295,11 @@ pub struct HeartbeatSpec {
 
 /// `[[pool.NAME.backend]]`
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Backend {
+pub struct BackendConfig {
     /// Unique in its pool; the address where the file gives none.
     pub name: Arc<str>,
     /// Unique in its pool.
-    pub address: BackendAddress,
+    pub address: BackendAddr,
     /// 1..=[`WEIGHT_MAX`].
     pub weight: u16,
     /// Serves only while no primary is eligible.
@@ -310,7 +310,7 @@ pub struct Backend {
 
 /// Where a backend listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum BackendAddress {
+pub enum BackendAddr {
     /// IPv4 or IPv6.
     Tcp(SocketAddr),
     /// A Unix stream socket.
@@ -327,11 +327,11 @@ pub const HASH_SLOTS: u32 = 65_537;
 
 // === impl BackendAddress ===
 
-impl fmt::Display for BackendAddress {
+impl fmt::Display for BackendAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            BackendAddress::Tcp(address) => address.fmt(f),
-            BackendAddress::Unix(path) => write!(f, "unix:{}", path.display()),
+            BackendAddr::Tcp(address) => address.fmt(f),
+            BackendAddr::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
 }
@@ -364,7 +364,7 @@ impl Policy {
 
 // === impl Frontend ===
 
-impl Frontend {
+impl FrontendConfig {
     /// How that address of the frontend is bound.
     pub fn options_of(&self, bind: &SocketAddr) -> BindOptions {
         self.bind_options.get(bind).copied().unwrap_or_default()
@@ -375,7 +375,7 @@ impl Frontend {
 
 impl Config {
     /// The pool of that name.
-    pub fn pool(&self, name: &str) -> Option<&Arc<Pool>> {
+    pub fn pool(&self, name: &str) -> Option<&Arc<PoolConfig>> {
         self.pools.iter().find(|pool| &*pool.name == name)
     }
 

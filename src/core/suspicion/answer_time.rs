@@ -33,7 +33,7 @@ const DOUBLINGS_MAX: u32 = 4;
 
 /// See the module's documentation.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Reach {
+pub(super) struct AnswerTime {
     /// Time and deviation in seconds; `None` before the first answer.
     known: Option<(f64, f64)>,
     /// Rounds without an answer since the last.
@@ -42,11 +42,11 @@ pub(super) struct Reach {
 
 // === impl Reach ===
 
-impl Reach {
+impl AnswerTime {
     /// As another process knew it; what makes no sense is not known.
-    pub(super) fn knowing(known: Option<(f64, f64)>) -> Reach {
+    pub(super) fn knowing(known: Option<(f64, f64)>) -> AnswerTime {
         let sane = |value: f64| (0.0..=3600.0).contains(&value);
-        Reach { known: known.filter(|(time, more)| sane(*time) && sane(*more)), failed: 0 }
+        AnswerTime { known: known.filter(|(time, more)| sane(*time) && sane(*more)), failed: 0 }
     }
 
     /// Time and deviation, for another process.
@@ -91,8 +91,8 @@ mod tests {
         Duration::from_millis(millis)
     }
 
-    fn after(answers: impl IntoIterator<Item = u64>) -> Reach {
-        let mut reach = Reach::default();
+    fn after(answers: impl IntoIterator<Item = u64>) -> AnswerTime {
+        let mut reach = AnswerTime::default();
         answers.into_iter().for_each(|took| reach.answered(ms(took)));
         reach
     }
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn nothing_known_and_nothing_answered_is_waited_for_longest() {
-        assert_eq!(Reach::default().timeout(), TRY_TIMEOUT_MAX);
+        assert_eq!(AnswerTime::default().timeout(), TRY_TIMEOUT_MAX);
         let mut reach = after([1; 10]);
         let mut timeouts = Vec::new();
         for _ in 0..6 {

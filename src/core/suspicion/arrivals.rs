@@ -13,7 +13,7 @@ mod saved;
 
 pub use saved::SavedArrivals;
 
-use super::{Beat, INTERVAL_MAX, INTERVAL_MIN};
+use super::{BeatInfo, INTERVAL_MAX, INTERVAL_MIN};
 use std::time::{Duration, Instant};
 
 /// Wanted time between two false suspicions of one backend.
@@ -89,7 +89,7 @@ const LEARNED_GAP_MAX: u64 = 16;
 
 /// What one heartbeat was, as far as its order goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Arrival {
+pub enum ArrivalOrder {
     /// The first of its sender, or of its sender's new incarnation.
     First,
     /// Newer than all before, with that many missing in between.
@@ -104,7 +104,7 @@ pub enum Arrival {
 /// See the module's documentation.
 #[derive(Debug, Clone)]
 pub struct Arrivals {
-    newest: Option<Newest>,
+    newest: Option<NewestBeat>,
     /// As declared, in seconds, within [`INTERVAL_MIN`]..=[`INTERVAL_MAX`].
     interval: f64,
     /// As learned, in seconds.
@@ -129,7 +129,7 @@ pub struct Arrivals {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Newest {
+struct NewestBeat {
     incarnation: u64,
     sequence: u64,
     arrived: Instant,
@@ -169,10 +169,10 @@ impl Arrivals {
 
     /// Takes one heartbeat. `ends_outage`: the silence before it was no mere
     /// loss (the backend was down), so it teaches nothing.
-    pub fn beat(&mut self, beat: &Beat, ends_outage: bool, now: Instant) -> Arrival {
+    pub fn beat(&mut self, beat: &BeatInfo, ends_outage: bool, now: Instant) -> ArrivalOrder {
         let Some(newest) = self.newest else { return self.first(beat, now) };
         if (beat.incarnation, beat.sequence) <= (newest.incarnation, newest.sequence) {
-            return Arrival::Old;
+            return ArrivalOrder::Old;
         }
         if beat.incarnation != newest.incarnation {
             *self = Arrivals {
@@ -197,16 +197,16 @@ impl Arrivals {
             self.learn_loss(missing);
             self.learn_delay(&newest, missing + 1, now)
         };
-        let Beat { incarnation, sequence, .. } = *beat;
-        self.newest = Some(Newest { incarnation, sequence, arrived: now, lag });
-        Arrival::Next { missing }
+        let BeatInfo { incarnation, sequence, .. } = *beat;
+        self.newest = Some(NewestBeat { incarnation, sequence, arrived: now, lag });
+        ArrivalOrder::Next { missing }
     }
 
     /// We, not the sender or the path, were the cause of what is missing (a
     /// stall, a full socket buffer): the next gap teaches nothing, nor do
     /// heartbeats that had queued up and come all at once, and the time `lost`
     /// does not count as silence. What was silence before stays silence.
-    pub fn excuse(&mut self, lost: Duration, now: Instant) {
+    pub fn skip_gap(&mut self, lost: Duration, now: Instant) {
         self.gap_excused = true;
         self.unlearning_until = Some(now + Duration::from_secs_f64(2.0 * self.interval));
         if let Some(newest) = &mut self.newest {
@@ -274,7 +274,7 @@ impl Arrivals {
     }
 
     /// When the newest heartbeat came (or silence began to count, after
-    /// [`Arrivals::excuse`]).
+    /// [`EdgeReadable::skip_gap`]).
     pub fn newest_at(&self) -> Option<Instant> {
         self.newest.map(|newest| newest.arrived)
     }
@@ -294,12 +294,12 @@ impl Arrivals {
         self.lost_total
     }
 
-    fn first(&mut self, beat: &Beat, now: Instant) -> Arrival {
+    fn first(&mut self, beat: &BeatInfo, now: Instant) -> ArrivalOrder {
         self.redeclare(beat.interval);
         self.beats_total += 1;
-        let Beat { incarnation, sequence, .. } = *beat;
-        self.newest = Some(Newest { incarnation, sequence, arrived: now, lag: 0.0 });
-        Arrival::First
+        let BeatInfo { incarnation, sequence, .. } = *beat;
+        self.newest = Some(NewestBeat { incarnation, sequence, arrived: now, lag: 0.0 });
+        ArrivalOrder::First
     }
 
     /// Takes over the sender's interval; true if it is another one. Losses stay
@@ -337,7 +337,7 @@ impl Arrivals {
 
     /// Learns from one arrival, `steps` sequence numbers after `before`, and
     /// gives its lag.
-    fn learn_delay(&mut self, before: &Newest, steps: u64, now: Instant) -> f64 {
+    fn learn_delay(&mut self, before: &NewestBeat, steps: u64, now: Instant) -> f64 {
         let steps = steps as f64;
         let gap = now.saturating_duration_since(before.arrived).as_secs_f64();
         let worst = DELAY_MAX * self.interval;

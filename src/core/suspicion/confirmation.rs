@@ -30,7 +30,7 @@ pub struct Try {
 
 /// What became of a try.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
+pub enum TryResult {
     /// The service works.
     Answered,
     /// It does not, or nothing came in time; in words for the log.
@@ -43,7 +43,7 @@ pub enum Answer {
 
 /// Where a round stands after an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Progress {
+pub(super) enum ConfirmationProgress {
     /// Nobody waited for that.
     Ignored,
     /// The next try is due now.
@@ -60,7 +60,7 @@ pub(super) enum Progress {
 
 /// See the module's documentation.
 #[derive(Debug, Clone)]
-pub(super) struct Round {
+pub(super) struct Confirmation {
     /// Tries that have to fail; at least 1.
     tries: u32,
     failed: u32,
@@ -68,60 +68,62 @@ pub(super) struct Round {
     repeats: u32,
     /// Of each try.
     timeout: Duration,
-    stage: Stage,
+    stage: ConfirmationStage,
 }
 
 /// Invariant: there is always a next event, so a round never hangs.
 #[derive(Debug, Clone, Copy)]
-enum Stage {
-    Flying { id: TryId, since: Instant, lost_at: Instant },
+enum ConfirmationStage {
+    InFlight { id: TryId, since: Instant, lost_at: Instant },
     Pausing { until: Instant },
 }
 
 // === impl Round ===
 
-impl Round {
+impl Confirmation {
     /// The first try is due now. `serial` numbers the owner's tries.
     pub(super) fn start(
         (tries, timeout): (u32, Duration),
         serial: &mut u64,
         now: Instant,
-    ) -> (Round, Try) {
-        let (stage, next) = fly(timeout, serial, now);
-        (Round { tries: tries.max(1), failed: 0, repeats: 0, timeout, stage }, next)
+    ) -> (Confirmation, Try) {
+        let (stage, next) = send_try(timeout, serial, now);
+        (Confirmation { tries: tries.max(1), failed: 0, repeats: 0, timeout, stage }, next)
     }
 
     /// Takes a result.
     pub(super) fn answer(
         &mut self,
         id: TryId,
-        answer: Answer,
+        answer: TryResult,
         serial: &mut u64,
         now: Instant,
-    ) -> Progress {
+    ) -> ConfirmationProgress {
         let since = match self.stage {
-            Stage::Flying { id: awaited, since, .. } if awaited == id => since,
-            _ => return Progress::Ignored,
+            ConfirmationStage::InFlight { id: awaited, since, .. } if awaited == id => since,
+            _ => return ConfirmationProgress::Ignored,
         };
         match answer {
-            Answer::Answered => Progress::Answered(now.saturating_duration_since(since)),
-            Answer::Refused => Progress::Refused,
-            Answer::Local => {
-                self.stage = Stage::Pausing { until: now + TRY_TIMEOUT_MIN };
-                Progress::Wait
+            TryResult::Answered => {
+                ConfirmationProgress::Answered(now.saturating_duration_since(since))
             }
-            Answer::Failed(reason) => {
+            TryResult::Refused => ConfirmationProgress::Refused,
+            TryResult::Local => {
+                self.stage = ConfirmationStage::Pausing { until: now + TRY_TIMEOUT_MIN };
+                ConfirmationProgress::Wait
+            }
+            TryResult::Failed(reason) => {
                 self.failed += 1;
                 if self.failed >= self.tries {
                     let failed = self.failed;
                     let s = if failed == 1 { "" } else { "s" };
-                    return Progress::Failed(format!(
+                    return ConfirmationProgress::Failed(format!(
                         "{failed} confirming probe{s} failed, last: {reason}"
                     ));
                 }
-                let (stage, next) = fly(self.timeout, serial, now);
+                let (stage, next) = send_try(self.timeout, serial, now);
                 self.stage = stage;
-                Progress::Again(next)
+                ConfirmationProgress::Again(next)
             }
         }
     }
@@ -132,17 +134,17 @@ impl Round {
     /// must not keep a round from its end.
     pub(super) fn repeat(&mut self, lost: Duration, serial: &mut u64, now: Instant) -> Option<Try> {
         match &mut self.stage {
-            Stage::Flying { lost_at, .. } if self.repeats >= REPEATS_MAX => {
+            ConfirmationStage::InFlight { lost_at, .. } if self.repeats >= REPEATS_MAX => {
                 *lost_at = lost_at.checked_add(lost).unwrap_or(now).min(now + self.timeout);
                 None
             }
-            Stage::Flying { .. } => {
+            ConfirmationStage::InFlight { .. } => {
                 self.repeats += 1;
-                let (stage, next) = fly(self.timeout, serial, now);
+                let (stage, next) = send_try(self.timeout, serial, now);
                 self.stage = stage;
                 Some(next)
             }
-            Stage::Pausing { .. } => None,
+            ConfirmationStage::Pausing { .. } => None,
         }
     }
 
@@ -151,23 +153,23 @@ impl Round {
         if now < self.due() {
             return None;
         }
-        let (stage, next) = fly(self.timeout, serial, now);
+        let (stage, next) = send_try(self.timeout, serial, now);
         self.stage = stage;
         Some(next)
     }
 
-    /// When [`Round::check`] has something to do.
+    /// When [`Confirmation::check`] has something to do.
     pub(super) fn due(&self) -> Instant {
         match self.stage {
-            Stage::Flying { lost_at, .. } => lost_at,
-            Stage::Pausing { until } => until,
+            ConfirmationStage::InFlight { lost_at, .. } => lost_at,
+            ConfirmationStage::Pausing { until } => until,
         }
     }
 }
 
-fn fly(timeout: Duration, serial: &mut u64, now: Instant) -> (Stage, Try) {
+fn send_try(timeout: Duration, serial: &mut u64, now: Instant) -> (ConfirmationStage, Try) {
     *serial += 1;
     let id = TryId(*serial);
     let lost_at = now + timeout + REPORT_MARGIN;
-    (Stage::Flying { id, since: now, lost_at }, Try { id, timeout })
+    (ConfirmationStage::InFlight { id, since: now, lost_at }, Try { id, timeout })
 }

@@ -1,7 +1,7 @@
 //! One backend's state machine over its heartbeats and confirming probes.
 //!
 //! The controller owns one for each backend of a pool with heartbeats, gives it
-//! whatever happens and performs the [`Step`]s it returns. It never reads a
+//! whatever happens and performs the [`DetectorStep`]s it returns. It never reads a
 //! clock, makes no probe itself, and knows nothing of other backends: taking
 //! one out is asked for, and granted by `guards`.
 
@@ -10,12 +10,13 @@ mod saved;
 pub use saved::SavedDetector;
 
 use super::{
-    Answer, Arrival, Arrivals, Ask, Beat, Change, Channel, DOUBT_INTERVAL, RECOVERY_BEATS, Reading,
-    SUSPECT_WEIGHT_PERCENT, State, Step, Try, TryId, phi,
+    ArrivalOrder, Arrivals, BeatInfo, ChannelState, DOUBT_INTERVAL, DetectorReading,
+    DetectorRequest, DetectorState, DetectorStep, DetectorTransition, RECOVERY_BEATS,
+    SUSPECT_WEIGHT_PERCENT, Try, TryId, TryResult, phi,
 };
-use crate::suspicion::answer_time::Reach;
-use crate::suspicion::confirmation::{Progress, Round};
-use crate::suspicion::flap_damping::Flaps;
+use crate::suspicion::answer_time::AnswerTime;
+use crate::suspicion::confirmation::{Confirmation, ConfirmationProgress};
+use crate::suspicion::flap_damping::FlapDamping;
 use std::time::{Duration, Instant};
 
 /// Tries of a confirming probe that have to fail, one after another.
@@ -40,11 +41,11 @@ const PHI_DEVIATION_MIN: f64 = 0.1;
 #[derive(Debug, Clone)]
 pub struct HeartbeatDetector {
     arrivals: Arrivals,
-    reach: Reach,
-    standing: Standing,
+    reach: AnswerTime,
+    standing: DetectorPhase,
     since: Instant,
     /// The probing under way.
-    round: Option<Round>,
+    round: Option<Confirmation>,
     /// When the next round may begin.
     next_round: Option<Instant>,
     try_serial: u64,
@@ -52,7 +53,7 @@ pub struct HeartbeatDetector {
     was_down: bool,
     /// It stays out until then, however well it does.
     hold_until: Option<Instant>,
-    flaps: Flaps,
+    flaps: FlapDamping,
     /// When a probe was answered last.
     answered_at: Option<Instant>,
     suspicions_total: u64,
@@ -60,7 +61,7 @@ pub struct HeartbeatDetector {
 }
 
 #[derive(Debug, Clone)]
-enum Standing {
+enum DetectorPhase {
     Waiting,
     Up,
     Suspect(Suspicion),
@@ -73,7 +74,7 @@ enum Standing {
 
 #[derive(Debug, Clone)]
 struct Suspicion {
-    cause: Cause,
+    cause: SuspicionCause,
     /// The evidence that began it.
     evidence: String,
     confirmed: Option<Confirmed>,
@@ -82,7 +83,7 @@ struct Suspicion {
 
 /// What began a suspicion decides what clears it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cause {
+enum SuspicionCause {
     /// No heartbeats: a heartbeat clears it.
     Silent,
     /// The service did not answer: a probe that is answered clears it.
@@ -102,15 +103,15 @@ impl HeartbeatDetector {
     pub fn new(interval: Duration, now: Instant) -> HeartbeatDetector {
         HeartbeatDetector {
             arrivals: Arrivals::new(interval),
-            reach: Reach::default(),
-            standing: Standing::Waiting,
+            reach: AnswerTime::default(),
+            standing: DetectorPhase::Waiting,
             since: now,
             round: None,
             next_round: None,
             try_serial: 0,
             was_down: false,
             hold_until: None,
-            flaps: Flaps::default(),
+            flaps: FlapDamping::default(),
             answered_at: None,
             suspicions_total: 0,
             downs_total: 0,
@@ -121,45 +122,49 @@ impl HeartbeatDetector {
     /// stops, call [`HeartbeatDetector::stopping`] instead.
     ///
     /// `Arrival` says whether it counted: an old one says nothing about now.
-    pub fn beat(&mut self, beat: &Beat, now: Instant) -> (Arrival, Step) {
+    pub fn beat(&mut self, beat: &BeatInfo, now: Instant) -> (ArrivalOrder, DetectorStep) {
         let silence = self.silence(now);
         let ends_outage = match &self.standing {
-            Standing::Down => true,
-            Standing::Suspect(suspicion) => suspicion.confirmed.is_some(),
-            Standing::Waiting | Standing::Up | Standing::Recovering { .. } => false,
+            DetectorPhase::Down => true,
+            DetectorPhase::Suspect(suspicion) => suspicion.confirmed.is_some(),
+            DetectorPhase::Waiting | DetectorPhase::Up | DetectorPhase::Recovering { .. } => false,
         };
         let arrival = self.arrivals.beat(beat, ends_outage, now);
-        if arrival == Arrival::Old {
-            return (arrival, Step::default());
+        if arrival == ArrivalOrder::Old {
+            return (arrival, DetectorStep::default());
         }
         let step = match &mut self.standing {
-            Standing::Up => {
+            DetectorPhase::Up => {
                 // A probe that was to tell whether silence means anything.
                 self.round = None;
                 self.next_round = None;
-                Step::default()
+                DetectorStep::default()
             }
-            Standing::Suspect(suspicion) => match (suspicion.cause, &suspicion.confirmed) {
-                (Cause::Service, _) => Step::default(),
-                (Cause::Silent, None) => {
+            DetectorPhase::Suspect(suspicion) => match (suspicion.cause, &suspicion.confirmed) {
+                (SuspicionCause::Service, _) => DetectorStep::default(),
+                (SuspicionCause::Silent, None) => {
                     let silence = millis(silence.unwrap_or_default());
-                    self.change(State::Up, format!("heartbeat after {silence} of silence"), now)
+                    self.change(
+                        DetectorState::Up,
+                        format!("heartbeat after {silence} of silence"),
+                        now,
+                    )
                 }
-                (Cause::Silent, Some(_)) => {
+                (SuspicionCause::Silent, Some(_)) => {
                     // Silent, not answering, held back, and now it is heard.
-                    suspicion.cause = Cause::Service;
+                    suspicion.cause = SuspicionCause::Service;
                     suspicion.confirmed = None;
                     suspicion.held = None;
                     self.start_round(now)
                 }
             },
-            Standing::Waiting | Standing::Down => {
-                let first = matches!(self.standing, Standing::Waiting);
+            DetectorPhase::Waiting | DetectorPhase::Down => {
+                let first = matches!(self.standing, DetectorPhase::Waiting);
                 let reason = if first { "first heartbeat" } else { "heartbeats again" };
-                let step = self.change(State::Recovering, reason.to_owned(), now);
-                Step { ask: self.try_recovery(now).ask, ..step }
+                let step = self.change(DetectorState::Recovering, reason.to_owned(), now);
+                DetectorStep { ask: self.try_recovery(now).ask, ..step }
             }
-            Standing::Recovering { beats } => {
+            DetectorPhase::Recovering { beats } => {
                 *beats = beats.saturating_add(1);
                 self.try_recovery(now)
             }
@@ -169,29 +174,29 @@ impl HeartbeatDetector {
 
     /// Does what has come due; to be called at [`HeartbeatDetector::due`].
     /// Calling it at any other time does no harm.
-    pub fn check(&mut self, channel: Channel, now: Instant) -> Step {
+    pub fn check(&mut self, channel: ChannelState, now: Instant) -> DetectorStep {
         let overdue = self.overdue(now);
-        if overdue && matches!(self.standing, Standing::Recovering { .. }) {
+        if overdue && matches!(self.standing, DetectorPhase::Recovering { .. }) {
             self.round = None;
             self.next_round = None;
-            let reason = format!("{} while it recovered", self.overdue_words(now));
-            return self.change(State::Down, reason, now);
+            let reason = format!("{} while it recovered", self.overdue_reason(now));
+            return self.change(DetectorState::Down, reason, now);
         }
         if let Some(round) = &mut self.round
             && let Some(again) = round.check(&mut self.try_serial, now)
         {
-            return Step::probe(again);
+            return DetectorStep::probe(again);
         }
         match &self.standing {
-            Standing::Waiting | Standing::Down => Step::default(),
-            Standing::Up if !overdue => Step::default(),
-            Standing::Up if channel == Channel::Silent => self.start_round_if_due(now),
-            Standing::Up => {
-                let evidence = self.overdue_words(now);
-                self.suspect(Cause::Silent, evidence, now)
+            DetectorPhase::Waiting | DetectorPhase::Down => DetectorStep::default(),
+            DetectorPhase::Up if !overdue => DetectorStep::default(),
+            DetectorPhase::Up if channel == ChannelState::Silent => self.start_round_if_due(now),
+            DetectorPhase::Up => {
+                let evidence = self.overdue_reason(now);
+                self.suspect(SuspicionCause::Silent, evidence, now)
             }
-            Standing::Suspect(_) => self.start_round_if_due(now),
-            Standing::Recovering { .. } => self.try_recovery(now),
+            DetectorPhase::Suspect(_) => self.start_round_if_due(now),
+            DetectorPhase::Recovering { .. } => self.try_recovery(now),
         }
     }
 
@@ -200,17 +205,17 @@ impl HeartbeatDetector {
     pub fn due(&self) -> Option<Instant> {
         if let Some(round) = &self.round {
             let silent = match self.standing {
-                Standing::Recovering { .. } => self.arrivals.deadline(),
+                DetectorPhase::Recovering { .. } => self.arrivals.deadline(),
                 _ => None,
             };
             return Some(silent.map_or(round.due(), |at| at.min(round.due())));
         }
         let deadline = self.arrivals.deadline();
         match &self.standing {
-            Standing::Waiting | Standing::Down => None,
-            Standing::Up => deadline.max(self.next_round),
-            Standing::Suspect(_) => self.next_round,
-            Standing::Recovering { beats } => {
+            DetectorPhase::Waiting | DetectorPhase::Down => None,
+            DetectorPhase::Up => deadline.max(self.next_round),
+            DetectorPhase::Suspect(_) => self.next_round,
+            DetectorPhase::Recovering { beats } => {
                 let ready = *beats >= self.beats_needed();
                 let probe = self.next_round.max(self.hold_until).filter(|_| ready);
                 probe.map_or(deadline, |at| deadline.map(|deadline| deadline.min(at)))
@@ -219,23 +224,23 @@ impl HeartbeatDetector {
     }
 
     /// A try ended. What nobody waits for any more is ignored.
-    pub fn probed(&mut self, id: TryId, answer: Answer, now: Instant) -> Step {
-        let Some(round) = &mut self.round else { return Step::default() };
+    pub fn probed(&mut self, id: TryId, answer: TryResult, now: Instant) -> DetectorStep {
+        let Some(round) = &mut self.round else { return DetectorStep::default() };
         let progress = round.answer(id, answer, &mut self.try_serial, now);
         match progress {
-            Progress::Ignored | Progress::Wait => Step::default(),
-            Progress::Again(next) => Step::probe(next),
-            Progress::Answered(took) => {
+            ConfirmationProgress::Ignored | ConfirmationProgress::Wait => DetectorStep::default(),
+            ConfirmationProgress::Again(next) => DetectorStep::probe(next),
+            ConfirmationProgress::Answered(took) => {
                 self.reach.answered(took);
                 self.end_round(now);
                 self.answered(now)
             }
-            Progress::Failed(evidence) => {
+            ConfirmationProgress::Failed(evidence) => {
                 self.reach.failed();
                 self.end_round(now);
                 self.confirmed(Confirmed { evidence, proven: false }, now)
             }
-            Progress::Refused => {
+            ConfirmationProgress::Refused => {
                 self.end_round(now);
                 let evidence = "a confirming probe was refused".to_owned();
                 self.confirmed(Confirmed { evidence, proven: true }, now)
@@ -245,53 +250,57 @@ impl HeartbeatDetector {
 
     /// The pool's own probe, of the kind that confirms, was answered after so
     /// long: later tries get as much time. It clears no suspicion.
-    pub fn reached(&mut self, took: Duration) {
+    pub fn note_connect_success(&mut self, took: Duration) {
         self.reach.answered(took);
     }
 
     /// A session's connect (or the pool's own probe) was refused. A crash shows
     /// here first; one probe decides, for a single reset may come from anywhere.
-    pub fn refused(&mut self, now: Instant) -> Step {
+    pub fn note_connect_refused(&mut self, now: Instant) -> DetectorStep {
         match &self.standing {
-            Standing::Up => self.suspect(Cause::Service, "a connect was refused".to_owned(), now),
-            Standing::Suspect(suspicion) if suspicion.confirmed.is_none() => {
-                if self.round.is_some() { Step::default() } else { self.start_round(now) }
+            DetectorPhase::Up => {
+                self.suspect(SuspicionCause::Service, "a connect was refused".to_owned(), now)
             }
-            _ => Step::default(),
+            DetectorPhase::Suspect(suspicion) if suspicion.confirmed.is_none() => {
+                if self.round.is_some() { DetectorStep::default() } else { self.start_round(now) }
+            }
+            _ => DetectorStep::default(),
         }
     }
 
     /// The sender says that it stops: out at once, in good order, and without
     /// a hold-down for when it comes back.
-    pub fn stopping(&mut self, now: Instant) -> Step {
+    pub fn stopping(&mut self, now: Instant) -> DetectorStep {
         self.round = None;
         self.next_round = None;
-        if matches!(self.standing, Standing::Down) {
-            return Step::default();
+        if matches!(self.standing, DetectorPhase::Down) {
+            return DetectorStep::default();
         }
         self.was_down = true;
         self.hold_until = None;
-        self.flaps.left(now);
-        self.change(State::Down, "its sender says it is stopping".to_owned(), now)
+        self.flaps.time_left(now);
+        self.change(DetectorState::Down, "its sender says it is stopping".to_owned(), now)
     }
 
-    /// The guards allow what [`Ask::Eject`] asked for: it is down.
-    pub fn eject(&mut self, now: Instant) -> Step {
-        let Standing::Suspect(suspicion) = &self.standing else { return Step::default() };
-        let Some(confirmed) = &suspicion.confirmed else { return Step::default() };
+    /// The guards allow what [`DetectorRequest::Eject`] asked for: it is down.
+    pub fn eject(&mut self, now: Instant) -> DetectorStep {
+        let DetectorPhase::Suspect(suspicion) = &self.standing else {
+            return DetectorStep::default();
+        };
+        let Some(confirmed) = &suspicion.confirmed else { return DetectorStep::default() };
         let reason = format!("{}; {}", suspicion.evidence, confirmed.evidence);
         self.was_down = true;
         self.downs_total += 1;
         self.hold_until = Some(self.flaps.down(now));
         self.round = None;
         self.next_round = None;
-        self.change(State::Down, reason, now)
+        self.change(DetectorState::Down, reason, now)
     }
 
     /// The guards do not: it stays suspect and is probed every
     /// [`DOUBT_INTERVAL`], each failure asking again. True if that is news.
-    pub fn hold(&mut self, reason: String) -> bool {
-        let Standing::Suspect(suspicion) = &mut self.standing else { return false };
+    pub fn hold_in_rotation(&mut self, reason: String) -> bool {
+        let DetectorPhase::Suspect(suspicion) = &mut self.standing else { return false };
         if suspicion.confirmed.is_none() {
             return false;
         }
@@ -303,14 +312,18 @@ impl HeartbeatDetector {
     /// The guards may have changed their mind: asks again for what was held
     /// back. Who has been suspect for a while is asked anew first: the path may be
     /// back, and so may the backend.
-    pub fn reconsider(&mut self, now: Instant) -> Step {
-        let Standing::Suspect(Suspicion { confirmed: Some(confirmed), .. }) = &self.standing else {
-            return Step::default();
+    pub fn reconsider(&mut self, now: Instant) -> DetectorStep {
+        let DetectorPhase::Suspect(Suspicion { confirmed: Some(confirmed), .. }) = &self.standing
+        else {
+            return DetectorStep::default();
         };
         let stale = now.saturating_duration_since(self.since) > CONFIRMED_FOR;
         match (confirmed.proven || !stale, &self.round) {
-            (true, _) => Step { change: None, ask: Some(Ask::Eject { proven: confirmed.proven }) },
-            (false, Some(_)) => Step::default(),
+            (true, _) => DetectorStep {
+                change: None,
+                ask: Some(DetectorRequest::Eject { proven: confirmed.proven }),
+            },
+            (false, Some(_)) => DetectorStep::default(),
             (false, None) => self.start_round(now),
         }
     }
@@ -318,25 +331,25 @@ impl HeartbeatDetector {
     /// We were deaf or late for so long by `now`, for whatever reason: that much
     /// silence does not count, gaps and delays until then teach nothing, and a
     /// probe of that time is made again.
-    pub fn excuse(&mut self, lost: Duration, now: Instant) -> Step {
-        self.arrivals.excuse(lost, now);
+    pub fn ignore_silence_until(&mut self, lost: Duration, now: Instant) -> DetectorStep {
+        self.arrivals.skip_gap(lost, now);
         match &mut self.round {
             Some(round) => {
                 let again = round.repeat(lost, &mut self.try_serial, now);
-                again.map_or_else(Step::default, Step::probe)
+                again.map_or_else(DetectorStep::default, DetectorStep::probe)
             }
-            None => Step::default(),
+            None => DetectorStep::default(),
         }
     }
 
     /// Its state.
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> DetectorState {
         match self.standing {
-            Standing::Waiting => State::Waiting,
-            Standing::Up => State::Up,
-            Standing::Suspect(_) => State::Suspect,
-            Standing::Down => State::Down,
-            Standing::Recovering { .. } => State::Recovering,
+            DetectorPhase::Waiting => DetectorState::Waiting,
+            DetectorPhase::Up => DetectorState::Up,
+            DetectorPhase::Suspect(_) => DetectorState::Suspect,
+            DetectorPhase::Down => DetectorState::Down,
+            DetectorPhase::Recovering { .. } => DetectorState::Recovering,
         }
     }
 
@@ -355,11 +368,11 @@ impl HeartbeatDetector {
     /// never been up.
     pub fn weight_percent(&self) -> Option<u32> {
         match self.standing {
-            Standing::Up => Some(100),
-            Standing::Suspect(_) => Some(SUSPECT_WEIGHT_PERCENT),
-            Standing::Down => Some(0),
-            Standing::Recovering { .. } if self.was_down => Some(0),
-            Standing::Waiting | Standing::Recovering { .. } => None,
+            DetectorPhase::Up => Some(100),
+            DetectorPhase::Suspect(_) => Some(SUSPECT_WEIGHT_PERCENT),
+            DetectorPhase::Down => Some(0),
+            DetectorPhase::Recovering { .. } if self.was_down => Some(0),
+            DetectorPhase::Waiting | DetectorPhase::Recovering { .. } => None,
         }
     }
 
@@ -387,16 +400,16 @@ impl HeartbeatDetector {
     }
 
     /// Everything, for people.
-    pub fn reading(&self, now: Instant) -> Reading {
+    pub fn reading(&self, now: Instant) -> DetectorReading {
         let arrivals = &self.arrivals;
         let silence = self.silence(now);
         let mean = arrivals.mean_interval();
         let deviation = arrivals.jitter().max(mean.mul_f64(PHI_DEVIATION_MIN));
         let held = match &self.standing {
-            Standing::Suspect(suspicion) => suspicion.held.clone(),
+            DetectorPhase::Suspect(suspicion) => suspicion.held.clone(),
             _ => None,
         };
-        Reading {
+        DetectorReading {
             state: self.state(),
             since: self.since,
             incarnation: arrivals.newest().map(|(incarnation, _)| incarnation),
@@ -422,77 +435,83 @@ impl HeartbeatDetector {
         }
     }
 
-    fn suspect(&mut self, cause: Cause, evidence: String, now: Instant) -> Step {
+    fn suspect(&mut self, cause: SuspicionCause, evidence: String, now: Instant) -> DetectorStep {
         self.suspicions_total += 1;
         let reason = evidence.clone();
-        let step = self.change(State::Suspect, reason, now);
+        let step = self.change(DetectorState::Suspect, reason, now);
         self.standing =
-            Standing::Suspect(Suspicion { cause, evidence, confirmed: None, held: None });
+            DetectorPhase::Suspect(Suspicion { cause, evidence, confirmed: None, held: None });
         // One that asks about the same silence already goes on.
         let ask = if self.round.is_none() { self.start_round(now).ask } else { None };
-        Step { ask, ..step }
+        DetectorStep { ask, ..step }
     }
 
     /// A round ended well.
-    fn answered(&mut self, now: Instant) -> Step {
+    fn answered(&mut self, now: Instant) -> DetectorStep {
         self.answered_at = Some(now);
         let overdue = self.overdue(now);
         match &mut self.standing {
-            Standing::Suspect(suspicion) if suspicion.cause == Cause::Service && !overdue => {
-                self.change(State::Up, "a confirming probe was answered".to_owned(), now)
+            DetectorPhase::Suspect(suspicion)
+                if suspicion.cause == SuspicionCause::Service && !overdue =>
+            {
+                self.change(DetectorState::Up, "a confirming probe was answered".to_owned(), now)
             }
-            Standing::Suspect(suspicion) => {
+            DetectorPhase::Suspect(suspicion) => {
                 // Silent but answering, whatever it began with.
-                suspicion.cause = Cause::Silent;
+                suspicion.cause = SuspicionCause::Silent;
                 suspicion.confirmed = None;
                 suspicion.held = None;
-                Step::default()
+                DetectorStep::default()
             }
-            Standing::Recovering { beats } => {
+            DetectorPhase::Recovering { beats } => {
                 let reason = if self.was_down {
                     format!("{beats} heartbeats, and a probe was answered")
                 } else {
                     "heartbeats, and a probe was answered".to_owned()
                 };
-                self.change(State::Up, reason, now)
+                self.change(DetectorState::Up, reason, now)
             }
-            Standing::Waiting | Standing::Up | Standing::Down => Step::default(),
+            DetectorPhase::Waiting | DetectorPhase::Up | DetectorPhase::Down => {
+                DetectorStep::default()
+            }
         }
     }
 
     /// A round ended badly.
-    fn confirmed(&mut self, confirmed: Confirmed, now: Instant) -> Step {
+    fn confirmed(&mut self, confirmed: Confirmed, now: Instant) -> DetectorStep {
         let proven = confirmed.proven;
         match &mut self.standing {
-            Standing::Up => {
+            DetectorPhase::Up => {
                 // The channel is silent, and so is the service.
-                let evidence = self.overdue_words(now);
+                let evidence = self.overdue_reason(now);
                 let next_round = self.next_round;
-                let step = self.suspect(Cause::Silent, evidence, now);
+                let step = self.suspect(SuspicionCause::Silent, evidence, now);
                 self.round = None;
                 self.next_round = next_round;
-                if let Standing::Suspect(suspicion) = &mut self.standing {
+                if let DetectorPhase::Suspect(suspicion) = &mut self.standing {
                     suspicion.confirmed = Some(confirmed);
                 }
-                Step { ask: Some(Ask::Eject { proven }), ..step }
+                DetectorStep { ask: Some(DetectorRequest::Eject { proven }), ..step }
             }
-            Standing::Suspect(suspicion) => {
+            DetectorPhase::Suspect(suspicion) => {
                 suspicion.confirmed = Some(confirmed);
-                Step { change: None, ask: Some(Ask::Eject { proven }) }
+                DetectorStep { change: None, ask: Some(DetectorRequest::Eject { proven }) }
             }
-            Standing::Recovering { beats } => {
+            DetectorPhase::Recovering { beats } => {
                 *beats = 0;
-                Step::default()
+                DetectorStep::default()
             }
-            Standing::Waiting | Standing::Down => Step::default(),
+            DetectorPhase::Waiting | DetectorPhase::Down => DetectorStep::default(),
         }
     }
 
-    fn try_recovery(&mut self, now: Instant) -> Step {
-        let Standing::Recovering { beats } = self.standing else { return Step::default() };
+    fn try_recovery(&mut self, now: Instant) -> DetectorStep {
+        let DetectorPhase::Recovering { beats } = self.standing else {
+            return DetectorStep::default();
+        };
         let held = self.hold_until.is_some_and(|until| now < until);
         if self.round.is_some() || held || beats < self.beats_needed() {
-            return Step::default();
+            return DetectorStep::default();
         }
         self.start_round_if_due(now)
     }
@@ -502,19 +521,19 @@ impl HeartbeatDetector {
         if self.was_down { RECOVERY_BEATS } else { 1 }
     }
 
-    fn start_round_if_due(&mut self, now: Instant) -> Step {
+    fn start_round_if_due(&mut self, now: Instant) -> DetectorStep {
         if self.round.is_some() || self.next_round.is_some_and(|at| now < at) {
-            return Step::default();
+            return DetectorStep::default();
         }
         self.start_round(now)
     }
 
-    fn start_round(&mut self, now: Instant) -> Step {
+    fn start_round(&mut self, now: Instant) -> DetectorStep {
         let (round, first) =
-            Round::start((self.tries(), self.reach.timeout()), &mut self.try_serial, now);
+            Confirmation::start((self.tries(), self.reach.timeout()), &mut self.try_serial, now);
         self.round = Some(round);
         self.next_round = None;
-        Step::probe(first)
+        DetectorStep::probe(first)
     }
 
     fn end_round(&mut self, now: Instant) {
@@ -532,39 +551,43 @@ impl HeartbeatDetector {
         u32::try_from(fit).unwrap_or(TRIES_MAX).clamp(TRIES, TRIES_MAX)
     }
 
-    fn change(&mut self, to: State, reason: String, now: Instant) -> Step {
+    fn change(&mut self, to: DetectorState, reason: String, now: Instant) -> DetectorStep {
         let from = self.state();
         let lasted = now.saturating_duration_since(self.since);
-        let after_down = to == State::Up && from == State::Recovering && self.was_down;
+        let after_down =
+            to == DetectorState::Up && from == DetectorState::Recovering && self.was_down;
         self.since = now;
         self.standing = match to {
-            State::Waiting => Standing::Waiting,
-            State::Up => Standing::Up,
-            State::Suspect => Standing::Suspect(Suspicion {
-                cause: Cause::Silent,
+            DetectorState::Waiting => DetectorPhase::Waiting,
+            DetectorState::Up => DetectorPhase::Up,
+            DetectorState::Suspect => DetectorPhase::Suspect(Suspicion {
+                cause: SuspicionCause::Silent,
                 evidence: String::new(),
                 confirmed: None,
                 held: None,
             }),
-            State::Down => Standing::Down,
-            State::Recovering => Standing::Recovering { beats: 1 },
+            DetectorState::Down => DetectorPhase::Down,
+            DetectorState::Recovering => DetectorPhase::Recovering { beats: 1 },
         };
-        if to == State::Up {
+        if to == DetectorState::Up {
             self.round = None;
             self.next_round = None;
             self.hold_until = None;
-            if from == State::Recovering {
+            if from == DetectorState::Recovering {
                 self.flaps.up(now);
             }
         }
-        Step { change: Some(Change { from, to, reason, lasted, after_down }), ask: None }
+        DetectorStep {
+            change: Some(DetectorTransition { from, to, reason, lasted, after_down }),
+            ask: None,
+        }
     }
 
     fn silence(&self, now: Instant) -> Option<Duration> {
         self.arrivals.newest_at().map(|at| now.saturating_duration_since(at))
     }
 
-    fn overdue_words(&self, now: Instant) -> String {
+    fn overdue_reason(&self, now: Instant) -> String {
         format!(
             "no heartbeat for {}, {} may be missing at {:.1}% loss",
             millis(self.silence(now).unwrap_or_default()),
@@ -576,9 +599,9 @@ impl HeartbeatDetector {
 
 // === impl Step ===
 
-impl Step {
-    fn probe(next: Try) -> Step {
-        Step { change: None, ask: Some(Ask::Probe(next)) }
+impl DetectorStep {
+    fn probe(next: Try) -> DetectorStep {
+        DetectorStep { change: None, ask: Some(DetectorRequest::Probe(next)) }
     }
 }
 

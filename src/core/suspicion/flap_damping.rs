@@ -19,7 +19,7 @@ const COUNT_MAX: u32 = 7;
 
 /// Failures in a row, faded by time in service.
 #[derive(Debug, Clone, Default)]
-pub struct Flaps {
+pub struct FlapDamping {
     count: u32,
     /// When it last came into service; taken when it leaves.
     up_since: Option<Instant>,
@@ -27,7 +27,7 @@ pub struct Flaps {
 
 // === impl Flaps ===
 
-impl Flaps {
+impl FlapDamping {
     /// It is in service from now on.
     pub fn up(&mut self, now: Instant) {
         self.up_since = Some(now);
@@ -35,19 +35,19 @@ impl Flaps {
 
     /// It failed; gives when it may come back.
     pub fn down(&mut self, now: Instant) -> Instant {
-        self.fade(now);
+        self.decay(now);
         self.count = (self.count + 1).min(COUNT_MAX);
         now + HOLD_MIN.saturating_mul(1 << (self.count - 1)).min(HOLD_MAX)
     }
 
     /// It left in good order.
-    pub fn left(&mut self, now: Instant) {
-        self.fade(now);
+    pub fn time_left(&mut self, now: Instant) {
+        self.decay(now);
     }
 
     /// As another process knew it.
-    pub(super) fn of(count: u32, up_since: Option<Instant>) -> Flaps {
-        Flaps { count: count.min(COUNT_MAX), up_since }
+    pub(super) fn of(count: u32, up_since: Option<Instant>) -> FlapDamping {
+        FlapDamping { count: count.min(COUNT_MAX), up_since }
     }
 
     /// For another process.
@@ -60,7 +60,7 @@ impl Flaps {
         self.count
     }
 
-    fn fade(&mut self, now: Instant) {
+    fn decay(&mut self, now: Instant) {
         let Some(since) = self.up_since.take() else { return };
         let forgiven =
             now.saturating_duration_since(since).as_secs() / FORGIVEN_AFTER.as_secs().max(1);
@@ -74,7 +74,7 @@ mod tests {
 
     fn holds(up_for: Duration, failures: usize) -> Vec<u64> {
         let mut now = tidegate_net::clock::now();
-        let mut flaps = Flaps::default();
+        let mut flaps = FlapDamping::default();
         let mut holds = Vec::new();
         for _ in 0..failures {
             flaps.up(now);
@@ -95,7 +95,7 @@ mod tests {
     fn each_minute_in_service_forgives_one_failure() {
         assert_eq!(holds(Duration::from_secs(61), 5), [1, 1, 1, 1, 1]);
         let mut now = tidegate_net::clock::now();
-        let mut flaps = Flaps::default();
+        let mut flaps = FlapDamping::default();
         for _ in 0..7 {
             flaps.up(now);
             flaps.down(now);

@@ -4,8 +4,8 @@
 //! [`PathGuard`] for each pool and for all pools together, and asks them before
 //! it takes anything out. They never judge a single backend, and read no clock.
 //!
-//! - [`stalled`]: our own loop was late, and that much silence does not count: call
-//!   [`HeartbeatDetector::excuse`] on every detector. The controller wants a
+//! - [`is_late`]: our own loop was late, and that much silence does not count: call
+//!   [`HeartbeatDetector::ignore_silence`] on every detector. The controller wants a
 //!   tick of its own every interval, to notice.
 //! - [`ChannelGuard`]: *nobody* is heard. Either all died at once or it is our
 //!   socket, our key, our switch: silence no longer makes a suspect, probes
@@ -14,14 +14,14 @@
 //!   suspect together. Taking them out waits until the others have been heard
 //!   anew, an interval or more after it began: it takes a good
 //!   [`CORRELATED_LOOK`] where the path works, and for ever where it is us.
-//! - [`permit`]: at most so many percent of a pool are out at once; one of a
+//! - [`may_remove`]: at most so many percent of a pool are out at once; one of a
 //!   pool of two or three, none of a pool of one.
 //!
 //! None of them holds back what is *proven*: a refused connect shows that path
 //! and host work and the service does not.
 
 use super::arrivals::later;
-use super::{HeartbeatDetector, State};
+use super::{DetectorState, HeartbeatDetector};
 use std::time::{Duration, Instant};
 
 /// How often a frozen path is looked at for the others' signs of life. Shorter
@@ -47,7 +47,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the heartbeats' channel as a whole is like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Channel {
+pub enum ChannelState {
     /// Somebody is heard.
     Alive,
     /// Nobody is.
@@ -98,17 +98,17 @@ pub struct PathView {
 
 /// What changed at a look; to be logged.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Frost {
+pub enum FreezeChange {
     /// Nothing is taken out from now on, for that reason.
-    Froze(String),
+    Started(String),
     /// What is confirmed may be taken out again, for that reason: call
     /// [`HeartbeatDetector::reconsider`] on every suspect.
-    Thawed(String),
+    Ended(String),
 }
 
 /// Whether our own loop was late by more than `interval`; `due` is when it had
 /// been asked to run.
-pub fn stalled(due: Instant, now: Instant, interval: Duration) -> bool {
+pub fn is_late(due: Instant, now: Instant, interval: Duration) -> bool {
     now.saturating_duration_since(due) > interval
 }
 
@@ -124,17 +124,17 @@ pub fn down_max(percent: u8, members: usize) -> usize {
 /// `freezes` are those of the pool's path and of all paths together. While
 /// nobody is heard, the backends that answer probes have to show that the path
 /// works.
-pub fn permit(
+pub fn may_remove(
     proven: bool,
     pool: PathView,
     max_down_percent: u8,
-    channel: Channel,
+    channel: ChannelState,
     freezes: [Option<&Freeze>; 2],
 ) -> Result<(), String> {
     if proven {
         return Ok(());
     }
-    if channel == Channel::Silent && pool.answering * HEARD_PARTS < pool.live.max(1) {
+    if channel == ChannelState::Silent && pool.answering * HEARD_PARTS < pool.live.max(1) {
         let PathView { answering, members, .. } = pool;
         return Err(format!(
             "no backend at all is heard, and {answering} of {members} answer probes: \
@@ -166,14 +166,18 @@ impl ChannelGuard {
     }
 
     /// So much of the silence was our own doing: it does not count.
-    pub fn excuse(&mut self, lost: Duration, now: Instant) {
+    pub fn ignore_silence(&mut self, lost: Duration, now: Instant) {
         self.last = self.last.map(|last| later(last, lost, now));
     }
 
     /// `live` backends are expected to be heard, the slowest every `interval`.
     /// A single one is no channel: its silence is its own.
-    pub fn state(&self, live: usize, interval: Duration, now: Instant) -> Channel {
-        if live > 1 && self.silent(interval, now) { Channel::Silent } else { Channel::Alive }
+    pub fn state(&self, live: usize, interval: Duration, now: Instant) -> ChannelState {
+        if live > 1 && self.silent(interval, now) {
+            ChannelState::Silent
+        } else {
+            ChannelState::Alive
+        }
     }
 
     fn silent(&self, interval: Duration, now: Instant) -> bool {
@@ -198,18 +202,18 @@ impl PathView {
             view.members += 1;
             view.answering += usize::from(answers);
             match detector.state() {
-                State::Waiting => {}
-                State::Down => view.down += 1,
+                DetectorState::Waiting => {}
+                DetectorState::Down => view.down += 1,
                 // It is still out, but it is heard.
-                State::Recovering => {
+                DetectorState::Recovering => {
                     view.down += usize::from(detector.was_down());
                     view.heard += usize::from(heard);
                 }
-                State::Up => {
+                DetectorState::Up => {
                     view.live += 1;
                     view.heard += usize::from(heard);
                 }
-                State::Suspect => {
+                DetectorState::Suspect => {
                     view.live += 1;
                     view.suspects += 1;
                     let window = detector.interval() * CORRELATED_INTERVALS;
@@ -242,7 +246,7 @@ impl PathGuard {
     /// Looks at how the path's backends stand: to be called after a backend
     /// became suspect, before anything is asked to be taken out, and at
     /// [`PathGuard::due`].
-    pub fn look(&mut self, view: PathView, now: Instant) -> Option<Frost> {
+    pub fn look(&mut self, view: PathView, now: Instant) -> Option<FreezeChange> {
         let Some(freeze) = &self.freeze else {
             if !view.together() {
                 return None;
@@ -251,10 +255,10 @@ impl PathGuard {
                 format!("{} of {} backends became suspect together", view.fresh, view.live);
             self.freeze = Some(Freeze { since: now, reason: reason.clone() });
             self.look_at = Some(now + CORRELATED_LOOK);
-            return Some(Frost::Froze(reason));
+            return Some(FreezeChange::Started(reason));
         };
         if view.suspects == 0 {
-            return self.thaw("no backend is suspect any more".to_owned());
+            return self.end_freeze("no backend is suspect any more".to_owned());
         }
         if self.look_at.is_none_or(|at| now < at) {
             return None;
@@ -264,7 +268,7 @@ impl PathGuard {
         let enough = if held < PATIENCE { HEARD_PARTS } else { view.live };
         if heard > 0 && heard * enough >= view.live {
             let held = held.as_millis();
-            return self.thaw(format!(
+            return self.end_freeze(format!(
                 "{heard} of {members} backends were heard in the {held} ms since: \
                  the path works"
             ));
@@ -283,9 +287,9 @@ impl PathGuard {
         self.freeze.as_ref()
     }
 
-    fn thaw(&mut self, reason: String) -> Option<Frost> {
+    fn end_freeze(&mut self, reason: String) -> Option<FreezeChange> {
         self.freeze = None;
         self.look_at = None;
-        Some(Frost::Thawed(reason))
+        Some(FreezeChange::Ended(reason))
     }
 }

@@ -47,8 +47,8 @@
 //!
 //! # How it is driven
 //!
-//! 1. Before anything else, if [`stalled`]: [`HeartbeatDetector::excuse`] for
-//!    all, [`ChannelGuard::excuse`]. A tick every interval keeps this honest.
+//! 1. Before anything else, if [`is_late`]: [`HeartbeatDetector::ignore_silence_until`] for
+//!    all, [`ChannelGuard::ignore_silence_until`]. A tick every interval keeps this honest.
 //!    The same if the socket dropped datagrams.
 //! 2. A heartbeat: [`ChannelGuard::beat`], then [`HeartbeatDetector::beat`] or
 //!    [`HeartbeatDetector::stopping`].
@@ -56,9 +56,9 @@
 //!    [`ChannelGuard::state`].
 //! 4. Whenever a backend became suspect, and at [`PathGuard::due`]:
 //!    [`PathGuard::look`] with the pool's [`PathView`], and with everybody's.
-//!    A [`Frost::Thawed`] asks for [`HeartbeatDetector::reconsider`].
-//! 5. [`Ask::Eject`], after step 4: [`permit`], then
-//!    [`HeartbeatDetector::eject`] or [`HeartbeatDetector::hold`].
+//!    A [`FreezeChange::Ended`] asks for [`HeartbeatDetector::reconsider`].
+//! 5. [`DetectorRequest::Eject`], after step 4: [`may_remove`], then
+//!    [`HeartbeatDetector::eject`] or [`HeartbeatDetector::hold_in_rotation`].
 //!
 //! Views and the channel's state cost a walk over the backends: make them once
 //! for everything that happens at one moment. `tests/detector_sim/world.rs`
@@ -95,11 +95,13 @@ mod tests;
 
 pub use crate::health::SUSPECT_WEIGHT_PERCENT;
 pub use crate::suspicion::answer_time::{TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN};
-pub use crate::suspicion::confirmation::{Answer, Try, TryId};
-pub use crate::suspicion::snapshot::Reading;
-pub use arrivals::{Arrival, Arrivals};
+pub use crate::suspicion::confirmation::{Try, TryId, TryResult};
+pub use crate::suspicion::snapshot::DetectorReading;
+pub use arrivals::{ArrivalOrder, Arrivals};
 pub use detector::{HeartbeatDetector, SavedDetector};
-pub use guards::{Channel, ChannelGuard, Freeze, Frost, PathGuard, PathView, permit, stalled};
+pub use guards::{
+    ChannelGuard, ChannelState, Freeze, FreezeChange, PathGuard, PathView, is_late, may_remove,
+};
 pub use ramp::Ramp;
 
 use std::time::Duration;
@@ -120,7 +122,7 @@ pub const INTERVAL_MAX: Duration = Duration::from_secs(60);
 /// What a heartbeat tells the detector; its other contents are the
 /// controller's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Beat {
+pub struct BeatInfo {
     /// Grows with every start of the sender.
     pub incarnation: u64,
     /// Grows by one with every datagram of an incarnation.
@@ -131,7 +133,7 @@ pub struct Beat {
 
 /// Where a backend stands with its heartbeats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum State {
+pub enum DetectorState {
     /// Not one heartbeat yet: no opinion.
     Waiting,
     /// Heartbeats come.
@@ -146,11 +148,11 @@ pub enum State {
 
 /// A change of state, with the evidence.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Change {
+pub struct DetectorTransition {
     /// Before.
-    pub from: State,
+    pub from: DetectorState,
     /// Now.
-    pub to: State,
+    pub to: DetectorState,
     /// The evidence, in words for the log.
     pub reason: String,
     /// How long the state before had lasted.
@@ -161,12 +163,12 @@ pub struct Change {
 
 /// Something the detector needs done.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ask {
+pub enum DetectorRequest {
     /// Make one fresh connect now and report it with
     /// [`HeartbeatDetector::probed`].
     Probe(Try),
-    /// It is confirmed: ask the guards ([`permit`]), then call
-    /// [`HeartbeatDetector::eject`] or [`HeartbeatDetector::hold`].
+    /// It is confirmed: ask the guards ([`may_remove`]), then call
+    /// [`HeartbeatDetector::eject`] or [`HeartbeatDetector::hold_in_rotation`].
     Eject {
         /// Proof that the path works and the service does not (a refused
         /// connect): no guard may hold this back.
@@ -177,24 +179,24 @@ pub enum Ask {
 /// What follows from one input.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[must_use = "it may ask for a probe"]
-pub struct Step {
+pub struct DetectorStep {
     /// The state changed.
-    pub change: Option<Change>,
+    pub change: Option<DetectorTransition>,
     /// Something is to be done.
-    pub ask: Option<Ask>,
+    pub ask: Option<DetectorRequest>,
 }
 
 // === impl State ===
 
-impl State {
+impl DetectorState {
     /// As in status and log.
     pub fn name(self) -> &'static str {
         match self {
-            State::Waiting => "waiting",
-            State::Up => "up",
-            State::Suspect => "suspect",
-            State::Down => "down",
-            State::Recovering => "recovering",
+            DetectorState::Waiting => "waiting",
+            DetectorState::Up => "up",
+            DetectorState::Suspect => "suspect",
+            DetectorState::Down => "down",
+            DetectorState::Recovering => "recovering",
         }
     }
 }

@@ -3,14 +3,14 @@
 //! Made by the heartbeat detector, shown by metrics and explanations. Nothing
 //! is decided by it.
 
-use super::State;
+use super::DetectorState;
 use std::time::{Duration, Instant};
 
 /// Everything known of one backend's heartbeats, for metrics and explanations.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Reading {
+pub struct DetectorReading {
     /// Its state.
-    pub state: State,
+    pub state: DetectorState,
     /// Since when.
     pub since: Instant,
     /// Of the sender heard last.

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 /// Everything a table is made of.
 #[derive(Debug)]
-pub struct Input {
+pub struct TableInput {
     /// Of the configuration.
     pub generation: u64,
     /// Of this table.
@@ -34,14 +34,14 @@ pub struct FrontendInput {
     /// Long-lived state.
     pub state: Arc<FrontendState>,
     /// Model.
-    pub spec: model::Frontend,
+    pub spec: model::FrontendConfig,
 }
 
 /// One pool.
 #[derive(Debug)]
 pub struct PoolInput {
     /// Model.
-    pub spec: Arc<model::Pool>,
+    pub spec: Arc<model::PoolConfig>,
     /// In file order.
     pub backends: Vec<BackendInput>,
     /// Former backends that serve while none of those does.
@@ -94,7 +94,7 @@ pub struct PoolBuilt {
 
 /// Builds the table. `previous` is the one it replaces: round robins go on
 /// from their position in it.
-pub fn build(input: &Input, previous: Option<&Table>) -> Table {
+pub fn build(input: &TableInput, previous: Option<&Table>) -> Table {
     let pools_before = by_name(previous.map_or(&[], |table| &table.pools));
     let pools: Vec<Arc<PoolTable>> = input
         .pools
@@ -175,7 +175,7 @@ fn by_name(pools: &[Arc<PoolTable>]) -> HashMap<&str, &Arc<PoolTable>> {
 
 /// The pool's part of a table; `previous` itself where nothing changes.
 pub fn build_pool(pool: &PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<PoolTable> {
-    let in_service = tier_in_service(pool);
+    let in_service = active_tier(pool);
     let serving: Vec<_> = in_service.iter().map(|b| Arc::clone(&b.state)).collect();
     let candidates = in_service.iter().map(|b| candidate(b)).collect();
     let balancer = build_balancer(pool, candidates, previous);
@@ -190,7 +190,7 @@ pub fn build_pool(pool: &PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<Po
 /// The eligible primaries, else the eligible backups (which join primaries that
 /// are all on trial), else former ones that stand in, else (`try-all`) everything no
 /// operator took out.
-fn tier_in_service(pool: &PoolInput) -> Vec<&BackendInput> {
+fn active_tier(pool: &PoolInput) -> Vec<&BackendInput> {
     let eligible = |backup: bool| -> Vec<&BackendInput> {
         pool.backends.iter().filter(|b| b.eligible && b.backup == backup).collect()
     };
@@ -229,7 +229,7 @@ fn build_balancer(
     let (policy, slots) = (pool.spec.balance, pool.spec.hash_slots);
     let before = previous.and_then(|p| p.balancer.as_ref());
     match before {
-        Some(same) if same.does_for(policy, &candidates, slots) => Some(Arc::clone(same)),
+        Some(same) if same.can_reuse_for(policy, &candidates, slots) => Some(Arc::clone(same)),
         _ => Some(Arc::new(Balancer::of_pool(policy, candidates, slots, before.map(|b| &**b)))),
     }
 }

@@ -43,7 +43,7 @@ pub struct FrontendRoute {
     /// Long-lived counters and cap.
     pub state: Arc<FrontendState>,
     /// The model's view: timers and limits.
-    pub spec: model::Frontend,
+    pub spec: model::FrontendConfig,
     /// Where its sessions go.
     pub pool: Arc<PoolTable>,
 }
@@ -52,7 +52,7 @@ pub struct FrontendRoute {
 #[derive(Debug)]
 pub struct PoolTable {
     /// The model's view: connect timeout, attempts.
-    pub spec: Arc<model::Pool>,
+    pub spec: Arc<model::PoolConfig>,
     /// The tier in service: the eligible primaries, or the eligible backups
     /// where there is no such primary, or (`try-all`) everything no operator
     /// took out. Same order and indices as the balancer's candidates.
@@ -67,7 +67,7 @@ pub struct PoolTable {
 /// A chosen backend whose in-flight count was raised; dropping it lowers the
 /// count again.
 #[derive(Debug)]
-pub struct Reserved {
+pub struct Reservation {
     /// Position in the pool's `serving`, for the list of tried ones.
     pub index: usize,
     backend: Arc<BackendState>,
@@ -121,7 +121,7 @@ impl Table {
 
 impl PoolTable {
     /// Chooses a backend outside `tried` (positions in `serving`).
-    pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<Reserved, NoBackend> {
+    pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<Reservation, NoBackend> {
         let Some(balancer) = &self.balancer else {
             let due = self.undecided;
             return Err(if due { NoBackend::Undecided } else { NoBackend::NoneEligible });
@@ -130,7 +130,7 @@ impl PoolTable {
             Ok(index) => {
                 let backend = Arc::clone(&self.serving[index]);
                 let trial = backend.in_flight.claim_trial();
-                Ok(Reserved { index, backend, trial })
+                Ok(Reservation { index, backend, trial })
             }
             Err(PickError::Exhausted) => Err(NoBackend::Exhausted),
             Err(PickError::AtCapacity) => Err(NoBackend::AtCapacity),
@@ -147,7 +147,7 @@ impl PoolTable {
 
 // === impl Reserved ===
 
-impl Reserved {
+impl Reservation {
     /// The chosen backend.
     pub fn backend(&self) -> &Arc<BackendState> {
         &self.backend
@@ -160,7 +160,7 @@ impl Reserved {
     }
 }
 
-impl Drop for Reserved {
+impl Drop for Reservation {
     fn drop(&mut self) {
         // Nobody has tried: the next session is to.
         if let Some(trial) = self.trial.take() {

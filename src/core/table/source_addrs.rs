@@ -24,25 +24,25 @@ const SPENT_MILLIS: u64 = 50;
 
 /// The ways to one backend; at least one.
 #[derive(Debug)]
-pub struct Ways {
-    list: Box<[Arc<Way>]>,
+pub struct SourceAddrs {
+    list: Box<[Arc<SourceAddr>]>,
     turn: AtomicUsize,
 }
 
 /// One of them.
 #[derive(Debug)]
-pub struct Way {
+pub struct SourceAddr {
     /// `None`: the kernel chooses.
     source: Option<IpAddr>,
     /// In the milliseconds of the process's clock.
     spent_until: AtomicU64,
     /// Of a way with an address of its own; the other's are its backend's.
-    counts: Option<Sharded<WayCounts>>,
+    counts: Option<Sharded<SourceAddrCounts>>,
 }
 
 /// What one worker has done on one way.
 #[derive(Debug, Default)]
-pub struct WayCounts {
+pub struct SourceAddrCounts {
     /// Connections begun.
     pub begun: Counter,
     /// Those of them that are closed.
@@ -53,24 +53,29 @@ pub struct WayCounts {
 
 // === impl Ways ===
 
-impl Ways {
+impl SourceAddrs {
     /// The kernel chooses.
-    pub fn any() -> Ways {
-        Ways { list: Box::new([Arc::new(Way::any())]), turn: AtomicUsize::new(0) }
+    pub fn any() -> SourceAddrs {
+        SourceAddrs { list: Box::new([Arc::new(SourceAddr::any())]), turn: AtomicUsize::new(0) }
     }
 
     /// By those of `sources` that are of the backend's family; where there is
     /// none, the kernel chooses. A way that was there `before` goes on counting.
-    pub fn new(sources: &[IpAddr], to: Option<SocketAddr>, workers: usize, before: &Ways) -> Ways {
-        let list: Vec<Arc<Way>> = of_family(sources, to)
+    pub fn new(
+        sources: &[IpAddr],
+        to: Option<SocketAddr>,
+        workers: usize,
+        before: &SourceAddrs,
+    ) -> SourceAddrs {
+        let list: Vec<Arc<SourceAddr>> = of_family(sources, to)
             .map(|source| {
                 let known = before.list.iter().find(|way| way.source == Some(source));
-                known.map_or_else(|| Arc::new(Way::from(source, workers)), Arc::clone)
+                known.map_or_else(|| Arc::new(SourceAddr::from(source, workers)), Arc::clone)
             })
             .collect();
         match list.is_empty() {
-            true => Ways::any(),
-            false => Ways { list: list.into(), turn: AtomicUsize::new(0) },
+            true => SourceAddrs::any(),
+            false => SourceAddrs { list: list.into(), turn: AtomicUsize::new(0) },
         }
     }
 
@@ -82,7 +87,7 @@ impl Ways {
 
     /// Those that had a free port when last tried, from the next in turn on; at
     /// most [`WAYS_TRIED_MAX`].
-    pub fn in_turn(&self, now_millis: u64) -> impl Iterator<Item = &Arc<Way>> {
+    pub fn round_robin(&self, now_millis: u64) -> impl Iterator<Item = &Arc<SourceAddr>> {
         let first = match self.list.len() {
             1 => 0,
             many => self.turn.fetch_add(1, Ordering::Relaxed) % many,
@@ -95,7 +100,7 @@ impl Ways {
     }
 
     /// Every one, in file order.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Way>> {
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<SourceAddr>> {
         self.list.iter()
     }
 }
@@ -108,14 +113,14 @@ fn of_family(sources: &[IpAddr], to: Option<SocketAddr>) -> impl Iterator<Item =
 
 // === impl Way ===
 
-impl Way {
-    fn any() -> Way {
-        Way { source: None, spent_until: AtomicU64::new(0), counts: None }
+impl SourceAddr {
+    fn any() -> SourceAddr {
+        SourceAddr { source: None, spent_until: AtomicU64::new(0), counts: None }
     }
 
-    fn from(source: IpAddr, workers: usize) -> Way {
-        let counts = Sharded::new(workers, WayCounts::default);
-        Way { source: Some(source), spent_until: AtomicU64::new(0), counts: Some(counts) }
+    fn from(source: IpAddr, workers: usize) -> SourceAddr {
+        let counts = Sharded::new(workers, SourceAddrCounts::default);
+        SourceAddr { source: Some(source), spent_until: AtomicU64::new(0), counts: Some(counts) }
     }
 
     /// Where connections start; `None`: the kernel chooses.
@@ -124,13 +129,13 @@ impl Way {
     }
 
     /// What was done on it; `None` where the backend's own counts tell.
-    pub fn counts(&self) -> Option<&Sharded<WayCounts>> {
+    pub fn counts(&self) -> Option<&Sharded<SourceAddrCounts>> {
         self.counts.as_ref()
     }
 
     /// It had no free port (or its address is gone): nobody tries it for a
     /// moment.
-    pub fn is_spent(&self, now_millis: u64) {
+    pub fn is_exhausted(&self, now_millis: u64) {
         self.spent_until.store(now_millis + SPENT_MILLIS, Ordering::Relaxed);
     }
 }
@@ -140,14 +145,15 @@ impl Way {
 mod tests {
     use super::*;
 
-    fn ways(sources: &[&str], to: &str) -> Ways {
+    fn ways(sources: &[&str], to: &str) -> SourceAddrs {
         let sources: Vec<IpAddr> = sources.iter().map(|text| text.parse().unwrap()).collect();
-        Ways::new(&sources, Some(to.parse().unwrap()), 1, &Ways::any())
+        SourceAddrs::new(&sources, Some(to.parse().unwrap()), 1, &SourceAddrs::any())
     }
 
-    fn next(ways: &Ways, now: u64) -> Vec<String> {
-        let word = |way: &Arc<Way>| way.source.map_or("any".into(), |source| source.to_string());
-        ways.in_turn(now).map(word).collect()
+    fn next(ways: &SourceAddrs, now: u64) -> Vec<String> {
+        let word =
+            |way: &Arc<SourceAddr>| way.source.map_or("any".into(), |source| source.to_string());
+        ways.round_robin(now).map(word).collect()
     }
 
     #[test]
@@ -155,9 +161,9 @@ mod tests {
         let ways = ways(&["10.0.0.1", "10.0.0.2"], "10.0.1.1:80");
         assert_eq!(next(&ways, 0), ["10.0.0.1", "10.0.0.2"]);
         assert_eq!(next(&ways, 0), ["10.0.0.2", "10.0.0.1"]);
-        ways.iter().next().unwrap().is_spent(1000);
+        ways.iter().next().unwrap().is_exhausted(1000);
         assert_eq!(next(&ways, 1049), ["10.0.0.2"]);
-        ways.iter().nth(1).unwrap().is_spent(1000);
+        ways.iter().nth(1).unwrap().is_exhausted(1000);
         assert_eq!(next(&ways, 1049), Vec::<String>::new(), "nobody asks the kernel");
         assert_eq!(next(&ways, 1050).len(), 2);
     }
@@ -173,7 +179,7 @@ mod tests {
     fn sources_are_of_the_backends_family_or_the_kernel_chooses() {
         assert_eq!(next(&ways(&["10.0.0.1", "fd00::1"], "[fd00::2]:80"), 0), ["fd00::1"]);
         assert_eq!(next(&ways(&["10.0.0.1"], "[fd00::2]:80"), 0), ["any"]);
-        let unix = Ways::new(&["10.0.0.1".parse().unwrap()], None, 1, &Ways::any());
+        let unix = SourceAddrs::new(&["10.0.0.1".parse().unwrap()], None, 1, &SourceAddrs::any());
         assert_eq!(next(&unix, 0), ["any"]);
     }
 
@@ -184,7 +190,7 @@ mod tests {
         kept.counts().unwrap().of(0).begun.add(3);
         let sources: [IpAddr; 2] = ["10.0.0.3".parse().unwrap(), "10.0.0.2".parse().unwrap()];
         let to = Some("10.0.1.1:80".parse().unwrap());
-        let after = Ways::new(&sources, to, 1, &before);
+        let after = SourceAddrs::new(&sources, to, 1, &before);
         assert!(Arc::ptr_eq(&after.list[1], &kept));
         assert!(after.are_by(&sources, to) && !before.are_by(&sources, to));
     }

@@ -6,10 +6,10 @@
 
 use crate::balance::in_flight::InFlight;
 use crate::balance::latency::Latency;
-use crate::limits::client_sources::Sources;
+use crate::limits::client_sources::SourceTable;
 use crate::metrics::counters::{Counter, CounterTable, Sharded};
-use crate::model::BackendAddress;
-use crate::table::source_addrs::Ways;
+use crate::model::BackendAddr;
+use crate::table::source_addrs::SourceAddrs;
 use arc_swap::ArcSwap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -37,7 +37,7 @@ pub struct BackendState {
     /// Unique in its pool.
     pub name: Arc<str>,
     /// Where it listens.
-    pub address: BackendAddress,
+    pub address: BackendAddr,
     /// The address as text, made once for the access log.
     pub address_text: Arc<str>,
     /// Sessions holding this backend, from selection to close; all workers, and all
@@ -49,7 +49,7 @@ pub struct BackendState {
     /// [`BackendState::failed`].
     failures_in_a_row: AtomicU32,
     /// Where connections to it start; replaced by the controller alone.
-    pub ways: ArcSwap<Ways>,
+    pub ways: ArcSwap<SourceAddrs>,
     /// One shard a worker.
     pub counters: Sharded<BackendCounters>,
 }
@@ -94,7 +94,7 @@ pub struct FrontendState {
     /// Sessions open now, likewise; enforces the frontend's `connections_max`.
     pub in_flight: InFlight,
     /// What its sources have asked for; made when a limit is first asked about.
-    pub sources: OnceLock<Arc<Sources>>,
+    pub sources: OnceLock<Arc<SourceTable>>,
     /// One shard a worker.
     pub counters: Sharded<FrontendCounters>,
 }
@@ -122,7 +122,7 @@ impl BackendState {
         id: BackendId,
         pool: Arc<str>,
         name: Arc<str>,
-        address: BackendAddress,
+        address: BackendAddr,
         workers: usize,
     ) -> BackendState {
         let address_text = address.to_string().into();
@@ -135,7 +135,7 @@ impl BackendState {
             in_flight: Arc::new(InFlight::new()),
             latency: Arc::new(Latency::new()),
             failures_in_a_row: AtomicU32::new(0),
-            ways: ArcSwap::from_pointee(Ways::any()),
+            ways: ArcSwap::from_pointee(SourceAddrs::any()),
             counters: Sharded::new(workers, BackendCounters::default),
         }
     }
@@ -150,15 +150,15 @@ impl BackendState {
         (Arc::clone(&self.pool), Arc::clone(&self.name), Arc::clone(&self.address_text))
     }
 
-    /// Has connections start at `sources` from now on; see [`Ways::new`].
+    /// Has connections start at `sources` from now on; see [`SourceAddrs::new`].
     pub fn start_from(&self, sources: &[IpAddr], workers: usize) {
         let to = match &self.address {
-            BackendAddress::Tcp(to) => Some(*to),
-            BackendAddress::Unix(_) => None,
+            BackendAddr::Tcp(to) => Some(*to),
+            BackendAddr::Unix(_) => None,
         };
         let before = self.ways.load();
         if !before.are_by(sources, to) {
-            self.ways.store(Arc::new(Ways::new(sources, to, workers, &before)));
+            self.ways.store(Arc::new(SourceAddrs::new(sources, to, workers, &before)));
         }
     }
 
@@ -186,14 +186,14 @@ impl BackendState {
 
     /// Notes that a client has spoken and now waits.
     #[inline]
-    pub fn asked(&self, worker: usize) {
+    pub fn count_client_spoke(&self, worker: usize) {
         self.counters.of(worker).questions.add(1);
     }
 
     /// Notes the first byte of a session; `after` is the time since the client
     /// spoke, `None` where the backend spoke first.
     #[inline]
-    pub fn answered(&self, worker: usize, after: Option<Duration>) {
+    pub fn count_answered(&self, worker: usize, after: Option<Duration>) {
         self.succeeded();
         let Some(after) = after else { return };
         let micros = (after.as_nanos() as f32 / 1e3).max(1.0);
@@ -203,7 +203,7 @@ impl BackendState {
     }
 
     /// Notes that a session ended while its client waited.
-    pub fn left_unanswered(&self, worker: usize) {
+    pub fn count_unanswered(&self, worker: usize) {
         self.counters.of(worker).unanswered.add(1);
     }
 }

@@ -4,7 +4,7 @@
 //! not even for a moment; a live one is never taken over and what is not a
 //! socket is never removed.
 
-use super::serve::Crowding;
+use super::serve::DroppedConnections;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::fs::{DirBuilder, Permissions};
@@ -24,7 +24,7 @@ use tidegate_core::model::{Admin, AdminListen};
 pub struct AdminListener {
     pub(super) socket: Listening,
     pub(super) file: Option<SocketFile>,
-    pub(super) crowding: Crowding,
+    pub(super) crowding: DroppedConnections,
     address: AdminListen,
 }
 
@@ -47,14 +47,14 @@ pub(super) struct SocketFile {
 /// Whether a listener's file is removed when it is dropped; shared with the
 /// listener, wherever that is.
 #[derive(Debug, Clone, Default)]
-pub struct FileKeeper {
+pub struct SocketFileLock {
     identity: Option<(u64, u64)>,
     kept: Arc<AtomicBool>,
 }
 
 /// Why the API cannot listen.
 #[derive(Debug, thiserror::Error)]
-pub enum BindError {
+pub enum AdminBindError {
     /// Somebody listens there.
     #[error("another process answers on {0}")]
     Live(AdminListen),
@@ -83,8 +83,8 @@ const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// Binds where the configuration says.
 ///
 /// # Errors
-/// See [`BindError`]; all of them mean that the API cannot be had.
-pub fn bind(admin: &Admin) -> Result<AdminListener, BindError> {
+/// See [`AdminBindError`]; all of them mean that the API cannot be had.
+pub fn bind(admin: &Admin) -> Result<AdminListener, AdminBindError> {
     let address = &admin.listen;
     match address {
         AdminListen::Unix(path) => bind_unix(path, address),
@@ -97,7 +97,7 @@ pub fn bind(admin: &Admin) -> Result<AdminListener, BindError> {
 
 /// Goes on with the listener of another process. `file` is the identity of its
 /// socket's file, if it had one of its own; the file stays until
-/// [`FileKeeper::own`] is called. `None` when the file is not there any more.
+/// [`SocketFileLock::own`] is called. `None` when the file is not there any more.
 pub fn take_over(
     admin: &Admin,
     socket: OwnedFd,
@@ -124,7 +124,10 @@ pub fn take_over(
     }
 }
 
-fn bind_tcp(to: SocketAddr, address: &AdminListen) -> Result<std::net::TcpListener, BindError> {
+fn bind_tcp(
+    to: SocketAddr,
+    address: &AdminListen,
+) -> Result<std::net::TcpListener, AdminBindError> {
     let bound = || -> io::Result<Socket> {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
         if to.is_ipv6() {
@@ -139,14 +142,16 @@ fn bind_tcp(to: SocketAddr, address: &AdminListen) -> Result<std::net::TcpListen
     match bound() {
         Ok(socket) => Ok(socket.into()),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            Err(BindError::Live(address.clone()))
+            Err(AdminBindError::Live(address.clone()))
         }
-        Err(source) => Err(BindError::Io { doing: "listen on", address: address.clone(), source }),
+        Err(source) => {
+            Err(AdminBindError::Io { doing: "listen on", address: address.clone(), source })
+        }
     }
 }
 
-fn bind_unix(path: &Path, address: &AdminListen) -> Result<AdminListener, BindError> {
-    let fail = |doing| move |source| BindError::Io { doing, address: address.clone(), source };
+fn bind_unix(path: &Path, address: &AdminListen) -> Result<AdminListener, AdminBindError> {
+    let fail = |doing| move |source| AdminBindError::Io { doing, address: address.clone(), source };
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -185,13 +190,13 @@ fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)
 }
 
 /// Nothing is there, or a socket nobody listens on.
-fn refuse_unless_free(path: &Path, address: &AdminListen) -> Result<(), BindError> {
-    let fail = |source| BindError::Io { doing: "look at", address: address.clone(), source };
+fn refuse_unless_free(path: &Path, address: &AdminListen) -> Result<(), AdminBindError> {
+    let fail = |source| AdminBindError::Io { doing: "look at", address: address.clone(), source };
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(fail(error)),
         Ok(found) if !found.file_type().is_socket() => {
-            return Err(BindError::NotASocket(path.to_owned()));
+            return Err(AdminBindError::NotASocket(path.to_owned()));
         }
         Ok(_) => {}
     }
@@ -203,7 +208,7 @@ fn refuse_unless_free(path: &Path, address: &AdminListen) -> Result<(), BindErro
     };
     match connected().map_err(|error| (error.kind(), error)) {
         Err((io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound, _)) => Ok(()),
-        Ok(()) | Err((io::ErrorKind::WouldBlock, _)) => Err(BindError::Live(address.clone())),
+        Ok(()) | Err((io::ErrorKind::WouldBlock, _)) => Err(AdminBindError::Live(address.clone())),
         Err((_, error)) => Err(fail(error)),
     }
 }
@@ -227,11 +232,16 @@ fn lock(directory: &Path) -> Option<OwnedFd> {
 
 impl AdminListener {
     fn new(socket: Listening, file: Option<SocketFile>, address: &AdminListen) -> AdminListener {
-        AdminListener { socket, file, crowding: Crowding::default(), address: address.clone() }
+        AdminListener {
+            socket,
+            file,
+            crowding: DroppedConnections::default(),
+            address: address.clone(),
+        }
     }
 
     /// What is counted while it is served.
-    pub fn crowding(&self) -> Crowding {
+    pub fn crowding(&self) -> DroppedConnections {
         self.crowding.clone()
     }
 
@@ -257,8 +267,8 @@ impl AdminListener {
     }
 
     /// Says what becomes of the file.
-    pub fn file(&self) -> FileKeeper {
-        self.file.as_ref().map_or_else(FileKeeper::default, |file| FileKeeper {
+    pub fn file(&self) -> SocketFileLock {
+        self.file.as_ref().map_or_else(SocketFileLock::default, |file| SocketFileLock {
             identity: Some(file.identity),
             kept: Arc::clone(&file.kept),
         })
@@ -267,14 +277,14 @@ impl AdminListener {
 
 // === impl FileKeeper ===
 
-impl FileKeeper {
+impl SocketFileLock {
     /// Device and inode of the file, if the listener has one of its own.
     pub fn identity(&self) -> Option<(u64, u64)> {
         self.identity
     }
 
     /// The file is another process's.
-    pub fn keep(&self) {
+    pub fn hold_lock(&self) {
         self.kept.store(true, Ordering::Relaxed);
     }
 
@@ -345,7 +355,7 @@ mod tests {
             format!("another process answers on unix:{}", path.display())
         );
         // The first check's connection, never accepted, fills the queue.
-        assert!(matches!(bind(&at(&path)), Err(BindError::Live(_))));
+        assert!(matches!(bind(&at(&path)), Err(AdminBindError::Live(_))));
         assert!(path.exists());
     }
 
@@ -354,11 +364,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
         std::fs::write(&path, "precious").unwrap();
-        assert!(matches!(bind(&at(&path)), Err(BindError::NotASocket(_))));
+        assert!(matches!(bind(&at(&path)), Err(AdminBindError::NotASocket(_))));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(matches!(bind(&at(&link)), Err(BindError::NotASocket(_))));
+        assert!(matches!(bind(&at(&link)), Err(AdminBindError::NotASocket(_))));
     }
 
     #[test]
@@ -380,7 +390,7 @@ mod tests {
         let old = bind(&at(&path)).unwrap();
         let (socket, file) = (old.share().unwrap(), old.file());
         let new = take_over(&at(&path), socket, file.identity()).unwrap();
-        file.keep();
+        file.hold_lock();
         drop(old);
         UnixStream::connect(&path).unwrap();
         let (socket, keeper) = (new.share().unwrap(), new.file());
@@ -397,7 +407,7 @@ mod tests {
     fn a_path_too_long_for_a_socket_is_an_error_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x".repeat(120));
-        assert!(matches!(bind(&at(&path)), Err(BindError::Io { .. })));
+        assert!(matches!(bind(&at(&path)), Err(AdminBindError::Io { .. })));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
@@ -406,6 +416,6 @@ mod tests {
         let listen = AdminListen::Tcp("127.0.0.1:0".parse().unwrap());
         let first = bind(&Admin { listen, token_file: None, backend_metrics_max: 0 }).unwrap();
         let again = Admin { listen: first.address(), token_file: None, backend_metrics_max: 0 };
-        assert!(matches!(bind(&again), Err(BindError::Live(_))));
+        assert!(matches!(bind(&again), Err(AdminBindError::Live(_))));
     }
 }

@@ -6,20 +6,20 @@
 
 use super::rejections::Rejected;
 use super::status::{
-    Frozen, LastTransition, Number, frozen, last_transition, millis, number, thousandths,
+    FreezeDoc, JsonNumber, TransitionDoc, frozen, last_transition, millis, number, thousandths,
 };
 use crate::admin::rejections;
 use serde::Serialize;
 use std::time::{Duration, Instant};
-use tidegate_core::control::explain::{Explained, GuardView, ProbeView};
-use tidegate_core::control::{BackendStatus, HeartStatus, Origin};
-use tidegate_core::health::probe_detector::State;
-use tidegate_core::health::{Calling, Intent, Observation};
+use tidegate_core::control::explain::{Explanation, GuardStatus, ProbeView};
+use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus, MemberSourceKind};
+use tidegate_core::health::probe_detector::ProbeState;
+use tidegate_core::health::{Intent, Observation, RequestedState};
 use tidegate_core::model::ProbeKind;
 use tidegate_core::suspicion::rejections::Rejection;
 
 #[derive(Serialize)]
-struct Document<'a> {
+struct ExplainDoc<'a> {
     pool: &'a str,
     backend: &'a str,
     address: String,
@@ -35,21 +35,21 @@ struct Document<'a> {
     connections_max: u32,
     connections_max_in_force: u32,
     sessions_active: u32,
-    weight: WeightView,
-    probe: Option<Probe>,
-    heartbeat: Option<Heartbeat<'a>>,
-    ejection: Ejection,
+    weight: WeightDoc,
+    probe: Option<ProbeDoc>,
+    heartbeat: Option<HeartbeatDoc<'a>>,
+    ejection: EjectionDoc,
     failures: Failures,
-    slow_start: Option<SlowStart>,
-    guards: Guards<'a>,
+    slow_start: Option<SlowStartDoc>,
+    guards: GuardsDoc<'a>,
     /// Newest first.
-    history: Vec<LastTransition<'a>>,
+    history: Vec<TransitionDoc<'a>>,
 }
 
 /// The factors of the effective weight.
 #[derive(Serialize)]
-struct WeightView {
-    effective: Number,
+struct WeightDoc {
+    effective: JsonNumber,
     configured: u16,
     health_percent: u32,
     ramp_percent: u32,
@@ -57,7 +57,7 @@ struct WeightView {
 }
 
 #[derive(Serialize)]
-struct Probe {
+struct ProbeDoc {
     kind: &'static str,
     interval_seconds: f64,
     timeout_seconds: f64,
@@ -72,17 +72,17 @@ struct Probe {
 }
 
 #[derive(Serialize)]
-struct Heartbeat<'a> {
+struct HeartbeatDoc<'a> {
     required: bool,
     pulse: &'static str,
-    sender: Option<Sender>,
+    sender: Option<SenderDoc>,
     /// The last one in its name that was rejected.
     rejected: Option<Rejected<'a>>,
 }
 
 /// What the sender says and how its rhythm reads.
 #[derive(Serialize)]
-struct Sender {
+struct SenderDoc {
     state: &'static str,
     state_seconds: f64,
     key: u32,
@@ -121,7 +121,7 @@ struct Sender {
 }
 
 #[derive(Serialize)]
-struct Ejection {
+struct EjectionDoc {
     on: bool,
     ejected: bool,
     seconds_left: Option<f64>,
@@ -147,17 +147,17 @@ struct Failures {
 }
 
 #[derive(Serialize)]
-struct SlowStart {
+struct SlowStartDoc {
     takes_seconds: f64,
     seconds: f64,
     percent: u32,
 }
 
 #[derive(Serialize)]
-struct Guards<'a> {
+struct GuardsDoc<'a> {
     channel_silent: bool,
-    pool_frozen: Option<Frozen<'a>>,
-    all_frozen: Option<Frozen<'a>>,
+    pool_frozen: Option<FreezeDoc<'a>>,
+    all_frozen: Option<FreezeDoc<'a>>,
     max_ejected_percent: u8,
     pool_down: usize,
     pool_suspect: usize,
@@ -170,19 +170,19 @@ const REJECTED_LATELY: Duration = Duration::from_secs(60);
 
 /// The text of the explanation. `refused` is what the receiver of heartbeats has
 /// rejected last in the backend's name.
-pub fn render(explained: &Explained, refused: Option<&Rejection>) -> String {
+pub fn render(explained: &Explanation, refused: Option<&Rejection>) -> String {
     let rejected = match (refused, &explained.rejected) {
         (Some(one), Some(other)) => Some(rejections::preferred(one, other)),
         (one, other) => one.or(other.as_ref()),
     };
     let backend = &explained.backend;
-    let document = Document {
+    let document = ExplainDoc {
         pool: &backend.state.pool,
         backend: &backend.state.name,
         address: backend.state.address.to_string(),
-        registered: backend.origin == Origin::Registered,
+        registered: backend.origin == MemberSourceKind::Registered,
         eligible: backend.eligible,
-        why: why(explained)
+        why: why_sentence(explained)
             + &rejected.map_or_else(String::new, |last| being_rejected(last, explained.now)),
         observation: backend.observation.name(),
         observation_seconds: millis(explained.observed_for),
@@ -197,7 +197,7 @@ pub fn render(explained: &Explained, refused: Option<&Rejection>) -> String {
         heartbeat: heartbeat(explained, rejected),
         ejection: ejection(explained),
         failures: failures(explained),
-        slow_start: explained.ramp.map(|(takes, since)| SlowStart {
+        slow_start: explained.ramp.map(|(takes, since)| SlowStartDoc {
             takes_seconds: millis(takes),
             seconds: millis(since),
             percent: explained.weight.ramp,
@@ -209,7 +209,7 @@ pub fn render(explained: &Explained, refused: Option<&Rejection>) -> String {
 }
 
 /// The first thing that decides, in one sentence.
-fn why(explained: &Explained) -> String {
+fn why_sentence(explained: &Explanation) -> String {
     let backend = &explained.backend;
     // A later change may be about something else.
     let evidence = |state: &str| {
@@ -219,7 +219,7 @@ fn why(explained: &Explained) -> String {
     if backend.intent != Intent::Ready {
         return format!("an operator has taken it out ({})", backend.intent.name());
     }
-    if backend.calling != Calling::Sessions {
+    if backend.calling != RequestedState::Ready {
         return format!("its own heartbeats say that it is {}", backend.calling.name());
     }
     if backend.ejected {
@@ -238,8 +238,10 @@ fn why(explained: &Explained) -> String {
         Observation::Suspect => {
             format!("it is suspect and serves at a tenth of its weight{}", evidence("suspect"))
         }
-        Observation::Up => serves(explained, "it is up"),
-        Observation::Unknown if backend.eligible => serves(explained, unknown(explained)),
+        Observation::Up => in_rotation_sentence(explained, "it is up"),
+        Observation::Unknown if backend.eligible => {
+            in_rotation_sentence(explained, unknown(explained))
+        }
         Observation::Unknown => {
             "it waits for the first result of its probes or heartbeats".to_owned()
         }
@@ -256,7 +258,7 @@ fn being_rejected(last: &Rejection, now: Instant) -> String {
 }
 
 /// Why nothing says whether it works.
-fn unknown(explained: &Explained) -> &'static str {
+fn unknown(explained: &Explanation) -> &'static str {
     match (&explained.probe, &explained.heartbeat_spec) {
         (Some(_), _) => "no probe has had a result, and the pool does without",
         (None, Some(_)) => "the pool has no probes, and it sends no heartbeats",
@@ -266,9 +268,9 @@ fn unknown(explained: &Explained) -> &'static str {
 
 /// What speaks against a backend that serves: failures that are not enough to take
 /// it out.
-fn against(explained: &Explained) -> Vec<String> {
+fn against(explained: &Explanation) -> Vec<String> {
     let mut all = Vec::new();
-    if let Some(ProbeView { state: State::Up { probes, .. }, spec, .. }) = &explained.probe
+    if let Some(ProbeView { state: ProbeState::Up { probes, .. }, spec, .. }) = &explained.probe
         && *probes > 0
     {
         all.push(format!("{probes} of {} probes failed in a row", spec.fall));
@@ -308,7 +310,7 @@ fn brief(time: Duration) -> String {
 
 /// It serves; what speaks against it, and what is left of its weight, if that is not
 /// all.
-fn serves(explained: &Explained, state: &str) -> String {
+fn in_rotation_sentence(explained: &Explanation, state: &str) -> String {
     let weight = explained.weight;
     let against = against(explained);
     let well = match against.is_empty() {
@@ -325,9 +327,9 @@ fn serves(explained: &Explained, state: &str) -> String {
     }
 }
 
-fn weight(explained: &Explained) -> WeightView {
+fn weight(explained: &Explanation) -> WeightDoc {
     let weight = explained.weight;
-    WeightView {
+    WeightDoc {
         effective: number(explained.backend.effective_weight),
         configured: weight.base,
         health_percent: weight.health,
@@ -336,13 +338,13 @@ fn weight(explained: &Explained) -> WeightView {
     }
 }
 
-fn probe(view: &ProbeView) -> Probe {
+fn probe(view: &ProbeView) -> ProbeDoc {
     let (failed, connects, succeeded) = match view.state {
-        State::Unknown => (0, 0, 0),
-        State::Up { probes, connects } => (probes, connects, 0),
-        State::Down { successes } => (0, 0, successes),
+        ProbeState::Unknown => (0, 0, 0),
+        ProbeState::Up { probes, connects } => (probes, connects, 0),
+        ProbeState::Down { successes } => (0, 0, successes),
     };
-    Probe {
+    ProbeDoc {
         kind: match view.spec.kind {
             ProbeKind::Tcp => "tcp",
             ProbeKind::SendExpect { .. } => "send-expect",
@@ -362,23 +364,27 @@ fn probe(view: &ProbeView) -> Probe {
 }
 
 fn heartbeat<'a>(
-    explained: &'a Explained,
+    explained: &'a Explanation,
     rejected: Option<&'a Rejection>,
-) -> Option<Heartbeat<'a>> {
+) -> Option<HeartbeatDoc<'a>> {
     let spec = explained.heartbeat_spec.as_ref()?;
     let backend = &explained.backend;
-    Some(Heartbeat {
-        required: spec.require || backend.origin == Origin::Registered,
+    Some(HeartbeatDoc {
+        required: spec.require || backend.origin == MemberSourceKind::Registered,
         pulse: backend.pulse.name(),
         sender: backend.heart.as_ref().map(|heart| sender(heart, backend, explained)),
         rejected: rejected.map(|last| rejections::rejected(last, explained.now)),
     })
 }
 
-fn sender(heart: &HeartStatus, backend: &BackendStatus, explained: &Explained) -> Sender {
+fn sender(
+    heart: &BackendHeartbeatStatus,
+    backend: &BackendStatus,
+    explained: &Explanation,
+) -> SenderDoc {
     let reading = &heart.reading;
     let exact = |time: Duration| thousandths(time.as_secs_f64());
-    Sender {
+    SenderDoc {
         state: backend.calling.name(),
         state_seconds: millis(explained.calling_for),
         key: heart.key_id,
@@ -418,9 +424,9 @@ fn lost_share(lost: u64, received: u64) -> f64 {
     thousandths(lost as f64 / (lost + received).max(1) as f64)
 }
 
-fn ejection(explained: &Explained) -> Ejection {
+fn ejection(explained: &Explanation) -> EjectionDoc {
     let backend = &explained.backend;
-    Ejection {
+    EjectionDoc {
         on: explained.ejection.spec.is_some(),
         ejected: backend.ejected,
         seconds_left: explained.ejection.left.map(millis),
@@ -431,7 +437,7 @@ fn ejection(explained: &Explained) -> Ejection {
     }
 }
 
-fn failures(explained: &Explained) -> Failures {
+fn failures(explained: &Explanation) -> Failures {
     let view = &explained.failures;
     Failures {
         within_seconds: millis(view.recent.map_or(view.watched, |recent| recent.within)),
@@ -445,8 +451,8 @@ fn failures(explained: &Explained) -> Failures {
     }
 }
 
-fn guards(view: &GuardView) -> Guards<'_> {
-    Guards {
+fn guards(view: &GuardStatus) -> GuardsDoc<'_> {
+    GuardsDoc {
         channel_silent: view.channel_silent,
         pool_frozen: view.pool_frozen.as_ref().map(frozen),
         all_frozen: view.all_frozen.as_ref().map(frozen),

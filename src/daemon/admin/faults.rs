@@ -4,8 +4,8 @@
 //! `TIDEGATE_FAULTS=1`; a release build does not have it. The places are those of
 //! `dataplane::fault_points`, `control`, and `stall`.
 
-use super::Request;
-use super::routes::{Api, Refusal, answer};
+use super::AdminRequest;
+use super::routes::{ApiState, ErrorResponse, answer};
 use axum::Router;
 use axum::extract::{Path, State};
 use axum::response::Response;
@@ -14,7 +14,7 @@ use hyper::StatusCode;
 use std::sync::Arc;
 
 /// The router with the endpoint, where it was asked for.
-pub(super) fn mount(router: Router<Arc<Api>>) -> Router<Arc<Api>> {
+pub(super) fn mount(router: Router<Arc<ApiState>>) -> Router<Arc<ApiState>> {
     match std::env::var_os("TIDEGATE_FAULTS").is_some_and(|value| value == "1") {
         true => router.route("/debug/fault/{place}/{worker}/{millis}", post(fault)),
         false => router,
@@ -22,14 +22,14 @@ pub(super) fn mount(router: Router<Arc<Api>>) -> Router<Arc<Api>> {
 }
 
 async fn fault(
-    State(api): State<Arc<Api>>,
+    State(api): State<Arc<ApiState>>,
     Path((place, worker, millis)): Path<(String, usize, u64)>,
-) -> Result<Response, Refusal> {
-    match api.ask(|reply| Request::Fault { place, worker, millis, reply }).await? {
+) -> Result<Response, ErrorResponse> {
+    match api.ask(|reply| AdminRequest::Fault { place, worker, millis, reply }).await? {
         true => Ok(answer("text/plain", String::new())),
         false => {
             let (error, detail) = ("no such fault", "unknown place or worker");
-            Err(Refusal::new(StatusCode::BAD_REQUEST, error, detail))
+            Err(ErrorResponse::new(StatusCode::BAD_REQUEST, error, detail))
         }
     }
 }

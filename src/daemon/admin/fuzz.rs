@@ -5,12 +5,12 @@
 //! played. Nothing may panic, whatever is answered is HTTP, and what a client
 //! may not ask for never reaches the control loop.
 
-use super::guard::Entrance;
-use super::routes::{Api, router};
+use super::guard::Transport;
+use super::routes::{ApiState, router};
 use super::serve::only_connection;
 use super::{
-    OperatorError, Problem, Readiness, ReloadError, Reloaded, Request, Token, TokenStore,
-    UpgradeError, Upgraded,
+    AdminRequest, OperatorError, ProblemDoc, ReadyState, ReloadDoc, ReloadError, Token, TokenStore,
+    UpgradeDoc, UpgradeError,
 };
 use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
@@ -36,9 +36,9 @@ pub fn check(data: &[u8]) {
     let [mode, said @ ..] = data else { return };
     let mode = *mode;
     let entrance = match mode & 3 {
-        0 => Entrance::Unix,
-        1 | 2 => Entrance::Tcp(([127, 0, 0, 1], 9900).into()),
-        _ => Entrance::Tcp(([192, 0, 2, 1], 9900).into()),
+        0 => Transport::Unix,
+        1 | 2 => Transport::Tcp(([127, 0, 0, 1], 9900).into()),
+        _ => Transport::Tcp(([192, 0, 2, 1], 9900).into()),
     };
     let token = (mode & 3 != 1).then(|| Token::new(TOKEN)).flatten();
     let token_known = token.is_some() && said.windows(TOKEN.len()).any(|part| part == TOKEN);
@@ -46,13 +46,15 @@ pub fn check(data: &[u8]) {
         RUNTIME.with(|runtime| runtime.block_on(talk(entrance, token, said, mode)));
     assert!(answers.is_empty() || answers.starts_with(b"HTTP/1."), "{}", answers.escape_ascii());
     for request in asked {
-        let Entrance::Tcp(listen) = entrance else { continue };
-        let harmless =
-            matches!(request, Request::Status(_) | Request::Metrics(_) | Request::Explain { .. });
+        let Transport::Tcp(listen) = entrance else { continue };
+        let harmless = matches!(
+            request,
+            AdminRequest::Status(_) | AdminRequest::Metrics(_) | AdminRequest::Explain { .. }
+        );
         assert!(token_known || harmless && listen.ip().is_loopback(), "{request:?}");
         let foreign = matches!(
             &request,
-            Request::Upgrade { binary, config, .. } if binary.is_some() || config.is_some()
+            AdminRequest::Upgrade { binary, config, .. } if binary.is_some() || config.is_some()
         );
         assert!(!foreign, "a program named over TCP: {request:?}");
     }
@@ -60,18 +62,18 @@ pub fn check(data: &[u8]) {
 
 /// What was answered, and what the control loop was asked.
 async fn talk(
-    entrance: Entrance,
+    entrance: Transport,
     token: Option<Token>,
     said: &[u8],
     mode: u8,
-) -> (Vec<u8>, Vec<Request>) {
+) -> (Vec<u8>, Vec<AdminRequest>) {
     let (requests, control) = mpsc::channel(super::REQUESTS_MAX);
-    let readiness = Readiness::new();
+    let readiness = ReadyState::new();
     if mode & 4 != 0 {
         readiness.set_ready();
     }
     let tokens = Arc::new(TokenStore::new(token));
-    let routes = router(Arc::new(Api { entrance, tokens, requests, readiness }));
+    let routes = router(Arc::new(ApiState { entrance, tokens, requests, readiness }));
     let (near, far) = duplex(WIRE);
     let (_closing, closed) = watch::channel(false);
     let served = only_connection(far, routes, closed);
@@ -94,7 +96,10 @@ async fn client(stream: DuplexStream, said: &[u8]) -> Vec<u8> {
 }
 
 /// Answers everything; gives what it was asked, with the replies taken out.
-async fn control_loop(mut requests: mpsc::Receiver<Request>, refuses: bool) -> Vec<Request> {
+async fn control_loop(
+    mut requests: mpsc::Receiver<AdminRequest>,
+    refuses: bool,
+) -> Vec<AdminRequest> {
     let mut asked = Vec::new();
     while let Some(request) = requests.recv().await {
         asked.push(answer(request, refuses));
@@ -107,36 +112,36 @@ fn nobody<T>() -> tokio::sync::oneshot::Sender<T> {
     tokio::sync::oneshot::channel().0
 }
 
-fn answer(request: Request, refuses: bool) -> Request {
+fn answer(request: AdminRequest, refuses: bool) -> AdminRequest {
     let unknown = || if refuses { Err(OperatorError::UnknownBackend) } else { Ok(()) };
     match request {
-        Request::Status(reply) => {
+        AdminRequest::Status(reply) => {
             let _ = reply.send("{}".to_owned());
-            Request::Status(nobody())
+            AdminRequest::Status(nobody())
         }
-        Request::Metrics(reply) => {
+        AdminRequest::Metrics(reply) => {
             let _ = reply.send(String::new());
-            Request::Metrics(nobody())
+            AdminRequest::Metrics(nobody())
         }
         #[cfg(debug_assertions)]
-        Request::Fault { place, worker, millis, reply } => {
+        AdminRequest::Fault { place, worker, millis, reply } => {
             let _ = reply.send(false);
-            Request::Fault { place, worker, millis, reply: nobody() }
+            AdminRequest::Fault { place, worker, millis, reply: nobody() }
         }
-        Request::Shutdown(reply) => {
+        AdminRequest::Shutdown(reply) => {
             let _ = reply.send(());
-            Request::Shutdown(nobody())
+            AdminRequest::Shutdown(nobody())
         }
-        Request::Explain { pool, backend, reply } => {
+        AdminRequest::Explain { pool, backend, reply } => {
             let _ = reply.send(unknown().map(|()| "{}".to_owned()));
-            Request::Explain { pool, backend, reply: nobody() }
+            AdminRequest::Explain { pool, backend, reply: nobody() }
         }
-        Request::SetIntent { pool, backend, intent, reply } => {
+        AdminRequest::SetIntent { pool, backend, intent, reply } => {
             let _ = reply.send(unknown());
-            Request::SetIntent { pool, backend, intent, reply: nobody() }
+            AdminRequest::SetIntent { pool, backend, intent, reply: nobody() }
         }
-        Request::Reload(reply) => {
-            let problem = Problem {
+        AdminRequest::Reload(reply) => {
+            let problem = ProblemDoc {
                 file: "f".into(),
                 line: 1,
                 column: 1,
@@ -144,16 +149,16 @@ fn answer(request: Request, refuses: bool) -> Request {
                 help: None,
                 rendered: "f:1:1: error: wrong".to_owned(),
             };
-            let reloaded = Reloaded { generation: 2, changed: true, warnings: Vec::new() };
+            let reloaded = ReloadDoc { generation: 2, changed: true, warnings: Vec::new() };
             let refused = ReloadError::Problems(vec![problem]);
             let _ = reply.send(if refuses { Err(refused) } else { Ok(reloaded) });
-            Request::Reload(nobody())
+            AdminRequest::Reload(nobody())
         }
-        Request::Upgrade { binary, config, asked_over, reply } => {
-            let upgraded = Upgraded { pid: 1, version: "1".to_owned(), generation: 2 };
+        AdminRequest::Upgrade { binary, config, asked_over, reply } => {
+            let upgraded = UpgradeDoc { pid: 1, version: "1".to_owned(), generation: 2 };
             let refused = UpgradeError::Refused("not now".to_owned());
             let _ = reply.send(if refuses { Err(refused) } else { Ok(upgraded) });
-            Request::Upgrade { binary, config, asked_over, reply: nobody() }
+            AdminRequest::Upgrade { binary, config, asked_over, reply: nobody() }
         }
     }
 }

@@ -5,7 +5,7 @@
 //! must not get through), `Origin` and the bearer token. It never looks into a
 //! body, it only bounds it.
 
-use super::routes::{Api, Refusal};
+use super::routes::{ApiState, ErrorResponse};
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
@@ -19,7 +19,7 @@ use std::time::Duration;
 
 /// Where a request came in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Entrance {
+pub(super) enum Transport {
     /// Whoever may open the socket may do everything.
     Unix,
     /// Listening on this address.
@@ -33,7 +33,11 @@ const BODY_MAX: usize = 64 * 1024;
 const BODY_READ_MAX: Duration = Duration::from_secs(5);
 
 /// The layer: checks, reads the body away, goes on.
-pub(super) async fn guard(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
+pub(super) async fn guard(
+    State(api): State<Arc<ApiState>>,
+    request: Request,
+    next: Next,
+) -> Response {
     let (parts, body) = request.into_parts();
     let checked = check_host(&parts.headers, parts.uri.host(), parts.version, api.entrance)
         .and_then(|()| check_origin(&parts.method, &parts.headers, api.entrance))
@@ -53,12 +57,12 @@ fn check_host(
     headers: &HeaderMap,
     target: Option<&str>,
     version: Version,
-    entrance: Entrance,
-) -> Result<(), Refusal> {
-    if entrance == Entrance::Unix {
+    entrance: Transport,
+) -> Result<(), ErrorResponse> {
+    if entrance == Transport::Unix {
         return Ok(());
     }
-    let bad = |status, detail: &str| Refusal::new(status, "host refused", detail);
+    let bad = |status, detail: &str| ErrorResponse::new(status, "host refused", detail);
     let mut hosts = headers.get_all(HOST).iter();
     let host = match (hosts.next(), hosts.next()) {
         (Some(host), None) => host,
@@ -94,48 +98,52 @@ fn is_port(text: &str) -> bool {
 
 /// Only browsers send `Origin`, and no page has business here: not to change
 /// anything, and over TCP not to read either.
-fn check_origin(method: &Method, headers: &HeaderMap, entrance: Entrance) -> Result<(), Refusal> {
-    let matters = method == Method::POST || entrance != Entrance::Unix;
+fn check_origin(
+    method: &Method,
+    headers: &HeaderMap,
+    entrance: Transport,
+) -> Result<(), ErrorResponse> {
+    let matters = method == Method::POST || entrance != Transport::Unix;
     if matters && headers.contains_key(ORIGIN) {
         let detail = "requests from web pages are refused";
-        return Err(Refusal::new(StatusCode::FORBIDDEN, "origin refused", detail));
+        return Err(ErrorResponse::new(StatusCode::FORBIDDEN, "origin refused", detail));
     }
     Ok(())
 }
 
 /// Over TCP every POST needs the token, and off loopback every request does.
-fn check_token(method: &Method, headers: &HeaderMap, api: &Api) -> Result<(), Refusal> {
-    let Entrance::Tcp(listen) = api.entrance else { return Ok(()) };
+fn check_token(method: &Method, headers: &HeaderMap, api: &ApiState) -> Result<(), ErrorResponse> {
+    let Transport::Tcp(listen) = api.entrance else { return Ok(()) };
     if method != Method::POST && listen.ip().is_loopback() {
         return Ok(());
     }
     let Some(token) = api.tokens.get() else {
         let detail = "set [admin] token_file to allow this over TCP, or use a Unix socket";
-        return Err(Refusal::new(StatusCode::FORBIDDEN, "no token configured", detail));
+        return Err(ErrorResponse::new(StatusCode::FORBIDDEN, "no token configured", detail));
     };
-    match bearer(headers, &AUTHORIZATION) {
+    match bearer_token(headers, &AUTHORIZATION) {
         Some(candidate) if token.matches(candidate) => Ok(()),
         given => {
             let detail = match given {
                 Some(_) => "the token is wrong",
                 None => "Authorization: Bearer TOKEN is needed",
             };
-            Err(Refusal::new(StatusCode::UNAUTHORIZED, "unauthorized", detail))
+            Err(ErrorResponse::new(StatusCode::UNAUTHORIZED, "unauthorized", detail))
         }
     }
 }
 
 /// RFC 6750 section 2.1; the scheme's case does not matter (RFC 9110, 11.1).
-fn bearer<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8]> {
+fn bearer_token<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8]> {
     let value = headers.get(name)?.as_bytes();
     let (scheme, token) = value.split_at_checked(7)?;
     scheme.eq_ignore_ascii_case(b"Bearer ").then(|| token.trim_ascii())
 }
 
-async fn discard(headers: &HeaderMap, body: Body) -> Result<(), Refusal> {
+async fn discard(headers: &HeaderMap, body: Body) -> Result<(), ErrorResponse> {
     let too_large = || {
         let detail = format!("no body above {BODY_MAX} bytes is read");
-        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "body too large", detail)
+        ErrorResponse::new(StatusCode::PAYLOAD_TOO_LARGE, "body too large", detail)
     };
     let announced =
         headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
@@ -147,11 +155,11 @@ async fn discard(headers: &HeaderMap, body: Body) -> Result<(), Refusal> {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(error)) => {
-            Err(Refusal::new(StatusCode::BAD_REQUEST, "body unreadable", error.to_string()))
+            Err(ErrorResponse::new(StatusCode::BAD_REQUEST, "body unreadable", error.to_string()))
         }
         Err(_) => {
             let detail = format!("the body did not arrive within {BODY_READ_MAX:?}");
-            Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "body too slow", detail))
+            Err(ErrorResponse::new(StatusCode::REQUEST_TIMEOUT, "body too slow", detail))
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The admin API: HTTP/1.1 over a Unix socket or TCP.
 //!
 //! `app` binds it, serves it on the control thread and answers its
-//! [`Request`]s from the control loop; operators, Prometheus and the command
+//! [`AdminRequest`]s from the control loop; operators, Prometheus and the command
 //! line's client call it. It never touches the data path: it knows what the
 //! control loop tells it and two shared atomics.
 //!
@@ -38,8 +38,8 @@ pub mod status;
 mod token;
 mod upgrade;
 
-pub use bind::{AdminListener, BindError, FileKeeper, bind, take_over};
-pub use serve::{Crowding, serve};
+pub use bind::{AdminBindError, AdminListener, SocketFileLock, bind, take_over};
+pub use serve::{DroppedConnections, serve};
 pub use snapshot::{HeartbeatCounts, ReloadCounts, ServiceState, Snapshot, UpgradeCounts};
 pub use token::{Token, TokenError, TokenStore};
 
@@ -55,13 +55,13 @@ use tokio::sync::oneshot;
 /// more: the client left, or the 5 s it is given are over; what
 /// was asked for stays done all the same.
 #[derive(Debug)]
-pub enum Request {
+pub enum AdminRequest {
     /// The text of [`status::render`].
     Status(oneshot::Sender<String>),
     /// The text of [`metrics::render`].
     Metrics(oneshot::Sender<String>),
     /// Read the configuration again and put it in force.
-    Reload(oneshot::Sender<Result<Reloaded, ReloadError>>),
+    Reload(oneshot::Sender<Result<ReloadDoc, ReloadError>>),
     /// The text of [`explain::render`].
     Explain {
         /// Pool name.
@@ -92,7 +92,7 @@ pub enum Request {
         /// The connection over which it was asked for: it shows which user asks.
         asked_over: Option<Arc<OwnedFd>>,
         /// What came of it.
-        reply: oneshot::Sender<Result<Upgraded, UpgradeError>>,
+        reply: oneshot::Sender<Result<UpgradeDoc, UpgradeError>>,
     },
     /// Have something go wrong; answered whether there is such a thing. For tests.
     #[cfg(debug_assertions)]
@@ -112,7 +112,7 @@ pub enum Request {
 
 /// Another process serves.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Upgraded {
+pub struct UpgradeDoc {
     /// Its number.
     pub pid: u32,
     /// Of its program.
@@ -132,7 +132,7 @@ pub enum UpgradeError {
 
 /// A configuration is in force.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Reloaded {
+pub struct ReloadDoc {
     /// Its generation.
     pub generation: u64,
     /// False when the file says what was in force already.
@@ -145,14 +145,14 @@ pub struct Reloaded {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReloadError {
     /// Everything wrong with it.
-    Problems(Vec<Problem>),
+    Problems(Vec<ProblemDoc>),
     /// Why no file is read now, in words.
     NotNow(&'static str),
 }
 
 /// One thing wrong at one place.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Problem {
+pub struct ProblemDoc {
     /// The file as the operator named it.
     pub file: Arc<str>,
     /// From 1.
@@ -174,10 +174,10 @@ pub const REQUESTS_MAX: usize = 32;
 
 /// What `/ready` says, known without the control loop. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<Known>);
+pub struct ReadyState(Arc<ReadyFlags>);
 
 #[derive(Debug, Default)]
-struct Known {
+struct ReadyFlags {
     state: AtomicU8,
     /// One more than the number of a stalled worker; 0 for none.
     stalled: AtomicUsize,
@@ -191,10 +191,10 @@ const DRAINING: u8 = 2;
 
 // === impl Readiness ===
 
-impl Readiness {
+impl ReadyState {
     /// Starting: not ready yet.
-    pub fn new() -> Readiness {
-        Readiness::default()
+    pub fn new() -> ReadyState {
+        ReadyState::default()
     }
 
     /// Listeners are bound and a table is published. Without effect once
@@ -235,7 +235,7 @@ impl Readiness {
         self.0.undecided.load(Ordering::Relaxed)
     }
 
-    /// True between [`Readiness::set_ready`] and [`Readiness::set_draining`].
+    /// True between [`ReadyState::set_ready`] and [`ReadyState::set_draining`].
     pub fn is_ready(&self) -> bool {
         self.0.state.load(Ordering::Relaxed) == READY
     }

@@ -4,9 +4,9 @@
 //! for the control loop longer than [`ANSWER_MAX`].
 
 use super::body::Pieces;
-use super::guard::{Entrance, guard};
+use super::guard::{Transport, guard};
 use super::upgrade::upgrade;
-use super::{Problem, Readiness, ReloadError, Request, TokenStore};
+use super::{AdminRequest, ProblemDoc, ReadyState, ReloadError, TokenStore};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::rejection::PathRejection;
@@ -25,16 +25,16 @@ use tokio::sync::{mpsc, oneshot};
 
 /// What every request can reach.
 #[derive(Debug)]
-pub(super) struct Api {
-    pub(super) entrance: Entrance,
+pub(super) struct ApiState {
+    pub(super) entrance: Transport,
     pub(super) tokens: Arc<TokenStore>,
-    pub(super) requests: mpsc::Sender<Request>,
-    pub(super) readiness: Readiness,
+    pub(super) requests: mpsc::Sender<AdminRequest>,
+    pub(super) readiness: ReadyState,
 }
 
 /// An error answer: `{"error", "detail"}`.
 #[derive(Debug)]
-pub(super) struct Refusal {
+pub(super) struct ErrorResponse {
     status: StatusCode,
     error: &'static str,
     detail: String,
@@ -45,11 +45,11 @@ struct ErrorBody<'a> {
     error: &'a str,
     detail: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    problems: Option<&'a [Problem]>,
+    problems: Option<&'a [ProblemDoc]>,
 }
 
 #[derive(Serialize)]
-struct Intended<'a> {
+struct IntentBody<'a> {
     pool: &'a str,
     backend: &'a str,
     intent: &'static str,
@@ -57,7 +57,7 @@ struct Intended<'a> {
 
 /// Where the process is in its life.
 #[derive(Serialize)]
-struct Life {
+struct StateBody {
     state: &'static str,
 }
 
@@ -72,7 +72,7 @@ const TEXT_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub(super) const JSON: &str = "application/json";
 
 /// Every endpoint behind the guard.
-pub(super) fn router(api: Arc<Api>) -> Router {
+pub(super) fn router(api: Arc<ApiState>) -> Router {
     let router = Router::new();
     #[cfg(debug_assertions)]
     let router = super::faults::mount(router);
@@ -93,47 +93,49 @@ pub(super) fn router(api: Arc<Api>) -> Router {
         .with_state(api)
 }
 
-async fn live(State(api): State<Arc<Api>>) -> Response {
-    answer(JSON, text(&Life { state: api.readiness.name() }))
+async fn live(State(api): State<Arc<ApiState>>) -> Response {
+    answer(JSON, text(&StateBody { state: api.readiness.name() }))
 }
 
-async fn ready(State(api): State<Arc<Api>>) -> Response {
+async fn ready(State(api): State<Arc<ApiState>>) -> Response {
     let state = api.readiness.name();
     if let Some(worker) = api.readiness.stalled() {
         let detail = format!("worker {worker} is stalled");
-        return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail).into_response();
+        return ErrorResponse::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail)
+            .into_response();
     }
     let undecided = api.readiness.undecided();
     if api.readiness.is_ready() && undecided > 0 {
         let s = if undecided == 1 { " waits" } else { "s wait" };
         let detail = format!("{undecided} pool{s} for the first verdict on a backend");
-        return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail).into_response();
+        return ErrorResponse::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail)
+            .into_response();
     }
     if api.readiness.is_ready() {
-        return answer(JSON, text(&Life { state }));
+        return answer(JSON, text(&StateBody { state }));
     }
-    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", state).into_response()
+    ErrorResponse::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", state).into_response()
 }
 
-async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
-    Ok(long_answer(TEXT_METRICS, api.ask(Request::Metrics).await?))
+async fn metrics(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
+    Ok(long_answer(TEXT_METRICS, api.ask(AdminRequest::Metrics).await?))
 }
 
-async fn status(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
-    Ok(long_answer(JSON, api.ask(Request::Status).await?))
+async fn status(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
+    Ok(long_answer(JSON, api.ask(AdminRequest::Status).await?))
 }
 
-async fn reload(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
-    Ok(match api.ask_within(RELOAD_MAX, Request::Reload).await? {
+async fn reload(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
+    Ok(match api.ask_within(RELOAD_MAX, AdminRequest::Reload).await? {
         Ok(reloaded) => answer(JSON, text(&reloaded)),
         Err(ReloadError::Problems(problems)) => refused_file(&problems),
         Err(ReloadError::NotNow(why)) => {
-            return Err(Refusal::new(StatusCode::CONFLICT, "the reload is refused", why));
+            return Err(ErrorResponse::new(StatusCode::CONFLICT, "the reload is refused", why));
         }
     })
 }
 
-fn refused_file(problems: &[Problem]) -> Response {
+fn refused_file(problems: &[ProblemDoc]) -> Response {
     let detail = match problems {
         [one] => one.message.clone(),
         several => format!("{} problems", several.len()),
@@ -143,25 +145,37 @@ fn refused_file(problems: &[Problem]) -> Response {
     with_status(StatusCode::UNPROCESSABLE_ENTITY, &body)
 }
 
-async fn shutdown(State(api): State<Arc<Api>>) -> Result<Response, Refusal> {
-    api.ask(Request::Shutdown).await?;
-    Ok(answer(JSON, text(&Life { state: "draining" })))
+async fn shutdown(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
+    api.ask(AdminRequest::Shutdown).await?;
+    Ok(answer(JSON, text(&StateBody { state: "draining" })))
 }
 
-type Named = Result<Path<(String, String)>, PathRejection>;
+type BackendPath = Result<Path<(String, String)>, PathRejection>;
 
-async fn drain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<Response, Refusal> {
+async fn drain(
+    State(api): State<Arc<ApiState>>,
+    uri: Uri,
+    named: BackendPath,
+) -> Result<Response, ErrorResponse> {
     set_intent(&api, &uri, named, Intent::Draining).await
 }
 
-async fn undrain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<Response, Refusal> {
+async fn undrain(
+    State(api): State<Arc<ApiState>>,
+    uri: Uri,
+    named: BackendPath,
+) -> Result<Response, ErrorResponse> {
     set_intent(&api, &uri, named, Intent::Ready).await
 }
 
-async fn explain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<Response, Refusal> {
+async fn explain(
+    State(api): State<Arc<ApiState>>,
+    uri: Uri,
+    named: BackendPath,
+) -> Result<Response, ErrorResponse> {
     let Ok(Path((pool, backend))) = named else { return Err(not_found(&uri)) };
     let (unknown_pool, unknown_backend) = unknown(&pool, &backend);
-    match api.ask(|reply| Request::Explain { pool, backend, reply }).await? {
+    match api.ask(|reply| AdminRequest::Explain { pool, backend, reply }).await? {
         Ok(text) => Ok(answer(JSON, text)),
         Err(OperatorError::UnknownPool) => Err(unknown_pool),
         Err(OperatorError::UnknownBackend) => Err(unknown_backend),
@@ -169,20 +183,26 @@ async fn explain(State(api): State<Arc<Api>>, uri: Uri, named: Named) -> Result<
 }
 
 /// The refusals of a pool, and of a backend, that is not there.
-fn unknown(pool: &str, backend: &str) -> (Refusal, Refusal) {
-    let not_found = |error, detail| Refusal::new(StatusCode::NOT_FOUND, error, detail);
+fn unknown(pool: &str, backend: &str) -> (ErrorResponse, ErrorResponse) {
+    let not_found = |error, detail| ErrorResponse::new(StatusCode::NOT_FOUND, error, detail);
     (
         not_found("unknown pool", format!("no pool is named {pool:?}")),
         not_found("unknown backend", format!("pool {pool:?} has no backend {backend:?}")),
     )
 }
 
-async fn set_intent(api: &Api, uri: &Uri, named: Named, to: Intent) -> Result<Response, Refusal> {
+async fn set_intent(
+    api: &ApiState,
+    uri: &Uri,
+    named: BackendPath,
+    to: Intent,
+) -> Result<Response, ErrorResponse> {
     // Not UTF-8 once decoded: no name is like that.
     let Ok(Path((pool, backend))) = named else { return Err(not_found(uri)) };
-    let body = text(&Intended { pool: &pool, backend: &backend, intent: to.name() });
+    let body = text(&IntentBody { pool: &pool, backend: &backend, intent: to.name() });
     let (unknown_pool, unknown_backend) = unknown(&pool, &backend);
-    let done = api.ask(|reply| Request::SetIntent { pool, backend, intent: to, reply }).await?;
+    let done =
+        api.ask(|reply| AdminRequest::SetIntent { pool, backend, intent: to, reply }).await?;
     match done {
         Ok(()) => Ok(answer(JSON, body)),
         Err(OperatorError::UnknownPool) => Err(unknown_pool),
@@ -190,17 +210,17 @@ async fn set_intent(api: &Api, uri: &Uri, named: Named, to: Intent) -> Result<Re
     }
 }
 
-async fn unknown_path(uri: Uri) -> Refusal {
+async fn unknown_path(uri: Uri) -> ErrorResponse {
     not_found(&uri)
 }
 
-fn not_found(uri: &Uri) -> Refusal {
-    Refusal::new(StatusCode::NOT_FOUND, "unknown path", uri.path())
+fn not_found(uri: &Uri) -> ErrorResponse {
+    ErrorResponse::new(StatusCode::NOT_FOUND, "unknown path", uri.path())
 }
 
-async fn wrong_method(method: Method, uri: Uri) -> Refusal {
+async fn wrong_method(method: Method, uri: Uri) -> ErrorResponse {
     let detail = format!("{method} is not for {}", uri.path());
-    Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "wrong method", detail)
+    ErrorResponse::new(StatusCode::METHOD_NOT_ALLOWED, "wrong method", detail)
 }
 
 pub(super) fn answer(content_type: &'static str, body: String) -> Response {
@@ -221,12 +241,12 @@ pub(super) fn text(body: &impl Serialize) -> String {
 
 // === impl Api ===
 
-impl Api {
+impl ApiState {
     /// Sends one request to the control loop and waits for its reply.
     pub(super) async fn ask<T>(
         &self,
-        make: impl FnOnce(oneshot::Sender<T>) -> Request,
-    ) -> Result<T, Refusal> {
+        make: impl FnOnce(oneshot::Sender<T>) -> AdminRequest,
+    ) -> Result<T, ErrorResponse> {
         self.ask_within(ANSWER_MAX, make).await
     }
 
@@ -234,8 +254,8 @@ impl Api {
     pub(super) async fn ask_within<T>(
         &self,
         limit: Duration,
-        make: impl FnOnce(oneshot::Sender<T>) -> Request,
-    ) -> Result<T, Refusal> {
+        make: impl FnOnce(oneshot::Sender<T>) -> AdminRequest,
+    ) -> Result<T, ErrorResponse> {
         let (reply, answer) = oneshot::channel();
         let exchange = async {
             self.requests.send(make(reply)).await.ok()?;
@@ -249,19 +269,19 @@ impl Api {
                  what was asked for may still happen"
             ),
         };
-        Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "no answer", detail))
+        Err(ErrorResponse::new(StatusCode::SERVICE_UNAVAILABLE, "no answer", detail))
     }
 }
 
 // === impl Refusal ===
 
-impl Refusal {
+impl ErrorResponse {
     pub(super) fn new(status: StatusCode, error: &'static str, detail: impl Into<String>) -> Self {
-        Refusal { status, error, detail: detail.into() }
+        ErrorResponse { status, error, detail: detail.into() }
     }
 }
 
-impl IntoResponse for Refusal {
+impl IntoResponse for ErrorResponse {
     fn into_response(self) -> Response {
         let body = ErrorBody { error: self.error, detail: &self.detail, problems: None };
         let mut response = with_status(self.status, &body);

@@ -5,9 +5,9 @@
 //! and holds up nobody else's request.
 
 use super::bind::Listening;
-use super::guard::Entrance;
-use super::routes::{Api, router};
-use super::{AdminListener, Readiness, Request, TokenStore};
+use super::guard::Transport;
+use super::routes::{ApiState, router};
+use super::{AdminListener, AdminRequest, ReadyState, TokenStore};
 use axum::Router;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -22,7 +22,7 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tidegate_core::metrics::counters::{LocalAt, WorkerCounters};
+use tidegate_core::metrics::counters::{LocalErrorPlace, WorkerCounters};
 use tidegate_dataplane::local_errors;
 use tidegate_net::clock;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -73,7 +73,7 @@ enum Acceptor {
     Tcp(TcpListener),
 }
 
-enum Stream {
+enum AdminStream {
     Unix(UnixStream),
     Tcp(TcpStream),
 }
@@ -84,17 +84,17 @@ pub(super) struct AskedOver(pub(super) Arc<OwnedFd>);
 
 /// Connections closed to make room for newer ones; clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Crowding(Arc<AtomicU64>);
+pub struct DroppedConnections(Arc<AtomicU64>);
 
 /// Everybody served; at most [`CONNECTIONS_MAX`].
-struct Seats {
-    taken: VecDeque<Arc<Seat>>,
+struct ConnectionTable {
+    taken: VecDeque<Arc<ConnectionEntry>>,
     /// Somebody has left.
     left: Arc<Notify>,
-    crowding: Crowding,
+    crowding: DroppedConnections,
 }
 
-struct Seat {
+struct ConnectionEntry {
     /// A request is being answered.
     asking: AtomicBool,
     /// Since when it is not.
@@ -106,7 +106,7 @@ struct Seat {
 }
 
 /// A connection's hold on its seat.
-struct Occupied(Arc<Seat>);
+struct ConnectionGuard(Arc<ConnectionEntry>);
 
 /// Serves until `stop` completes, then lets answers under way go out and removes
 /// the socket file. Needs a tokio runtime with I/O and time.
@@ -116,23 +116,23 @@ struct Occupied(Arc<Seat>);
 pub async fn serve(
     listener: AdminListener,
     tokens: Arc<TokenStore>,
-    requests: mpsc::Sender<Request>,
-    readiness: Readiness,
+    requests: mpsc::Sender<AdminRequest>,
+    readiness: ReadyState,
     counters: Arc<WorkerCounters>,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let AdminListener { socket, file: _file, crowding, .. } = listener;
     let (acceptor, entrance) = match socket {
-        Listening::Unix(unix) => (Acceptor::Unix(UnixListener::from_std(unix)?), Entrance::Unix),
+        Listening::Unix(unix) => (Acceptor::Unix(UnixListener::from_std(unix)?), Transport::Unix),
         Listening::Tcp(tcp) => {
-            let entrance = Entrance::Tcp(tcp.local_addr()?);
+            let entrance = Transport::Tcp(tcp.local_addr()?);
             (Acceptor::Tcp(TcpListener::from_std(tcp)?), entrance)
         }
     };
-    let routes = router(Arc::new(Api { entrance, tokens, requests, readiness }));
+    let routes = router(Arc::new(ApiState { entrance, tokens, requests, readiness }));
     let (closing, _) = watch::channel(false);
     let mut connections = JoinSet::new();
-    let seats = Seats { taken: VecDeque::new(), left: Arc::default(), crowding };
+    let seats = ConnectionTable { taken: VecDeque::new(), left: Arc::default(), crowding };
     let accepting = Accepting { acceptor: &acceptor, counters: &counters };
     accept_until(stop, accepting, &routes, &closing, &mut connections, seats).await;
     drop(acceptor);
@@ -154,7 +154,7 @@ async fn accept_until(
     routes: &Router,
     closing: &watch::Sender<bool>,
     connections: &mut JoinSet<()>,
-    mut seats: Seats,
+    mut seats: ConnectionTable,
 ) {
     let mut stop = pin!(stop);
     let mut told = None;
@@ -167,7 +167,7 @@ async fn accept_until(
         let stream = match accepted {
             Ok(stream) => stream,
             Err(error) => {
-                counters.local_trouble(local_errors::local_kind(&error), LocalAt::Admin);
+                counters.local_trouble(local_errors::local_kind(&error), LocalErrorPlace::Admin);
                 let now = clock::now();
                 if told.is_none_or(|told| now >= told + TELL_AGAIN) {
                     told = Some(now);
@@ -183,16 +183,16 @@ async fn accept_until(
         // the end comes meanwhile.
         let stopped = tokio::select! {
             () = &mut stop => true,
-            () = seats.make_room() => false,
+            () = seats.close_idlest() => false,
         };
         let (routes, closing, seat) = (routes.clone(), closing.subscribe(), seats.take());
         match stream {
-            Stream::Unix(stream) => {
+            AdminStream::Unix(stream) => {
                 let asked_over = stream.as_fd().try_clone_to_owned().ok();
                 let asked_over = asked_over.map(|socket| AskedOver(Arc::new(socket)));
                 connections.spawn(connection(stream, asked_over, routes, closing, seat))
             }
-            Stream::Tcp(stream) => {
+            AdminStream::Tcp(stream) => {
                 connections.spawn(connection(stream, None, routes, closing, seat))
             }
         };
@@ -208,7 +208,7 @@ async fn connection(
     asked_over: Option<AskedOver>,
     routes: Router,
     mut closing: watch::Receiver<bool>,
-    seat: Occupied,
+    seat: ConnectionGuard,
 ) {
     let asked = Arc::new(AtomicBool::new(false));
     let (routes, noted) = (TowerToHyperService::new(routes), Arc::clone(&asked));
@@ -222,7 +222,7 @@ async fn connection(
         async move {
             seat.asking.store(true, Ordering::Relaxed);
             let answer = answer.await;
-            seat.rests();
+            seat.is_idle();
             answer
         }
     });
@@ -264,14 +264,14 @@ pub(super) async fn only_connection(
     routes: Router,
     closing: watch::Receiver<bool>,
 ) {
-    let (taken, crowding) = (VecDeque::new(), Crowding::default());
-    let mut seats = Seats { taken, left: Arc::default(), crowding };
+    let (taken, crowding) = (VecDeque::new(), DroppedConnections::default());
+    let mut seats = ConnectionTable { taken, left: Arc::default(), crowding };
     connection(stream, None, routes, closing, seats.take()).await;
 }
 
 // === impl Crowding ===
 
-impl Crowding {
+impl DroppedConnections {
     /// How many, since the start.
     pub fn count(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
@@ -280,17 +280,17 @@ impl Crowding {
 
 // === impl Seats ===
 
-impl Seats {
+impl ConnectionTable {
     /// Waits until a seat is free, which the longest idle connection sees to.
     /// Nothing is lost when this is given up half-way.
-    async fn make_room(&mut self) {
+    async fn close_idlest(&mut self) {
         loop {
             self.taken.retain(|seat| !seat.gone.load(Ordering::Relaxed));
             if self.taken.len() < CONNECTIONS_MAX {
                 return;
             }
             let now = clock::now();
-            let idle = |seat: &Seat| now.saturating_duration_since(seat.idle_since());
+            let idle = |seat: &ConnectionEntry| now.saturating_duration_since(seat.idle_since());
             let resting = self.taken.iter().enumerate().filter(|(_, seat)| !seat.is_asking());
             let longest = resting.map(|(at, seat)| (idle(seat), at)).max();
             match longest {
@@ -308,8 +308,8 @@ impl Seats {
         }
     }
 
-    fn take(&mut self) -> Occupied {
-        let seat = Arc::new(Seat {
+    fn take(&mut self) -> ConnectionGuard {
+        let seat = Arc::new(ConnectionEntry {
             asking: AtomicBool::new(false),
             idle: Mutex::new(clock::now()),
             leave: Notify::new(),
@@ -317,13 +317,13 @@ impl Seats {
             left: Arc::clone(&self.left),
         });
         self.taken.push_back(Arc::clone(&seat));
-        Occupied(seat)
+        ConnectionGuard(seat)
     }
 }
 
 // === impl Seat ===
 
-impl Seat {
+impl ConnectionEntry {
     fn is_asking(&self) -> bool {
         self.asking.load(Ordering::Relaxed)
     }
@@ -333,13 +333,13 @@ impl Seat {
     }
 
     /// Its answer is ready.
-    fn rests(&self) {
+    fn is_idle(&self) {
         *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = clock::now();
         self.asking.store(false, Ordering::Relaxed);
     }
 }
 
-impl Drop for Occupied {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.0.gone.store(true, Ordering::Relaxed);
         self.0.left.notify_one();
@@ -349,14 +349,14 @@ impl Drop for Occupied {
 // === impl Acceptor ===
 
 impl Acceptor {
-    async fn accept(&self) -> io::Result<Stream> {
+    async fn accept(&self) -> io::Result<AdminStream> {
         match self {
-            Acceptor::Unix(listener) => Ok(Stream::Unix(listener.accept().await?.0)),
+            Acceptor::Unix(listener) => Ok(AdminStream::Unix(listener.accept().await?.0)),
             Acceptor::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
                 // A peer that is gone already is noticed on the first read.
                 let _ = stream.set_nodelay(true);
-                Ok(Stream::Tcp(stream))
+                Ok(AdminStream::Tcp(stream))
             }
         }
     }

@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use tidegate_core::control::ControlStatus;
 use tidegate_core::control::source_ports::{PortLimits, PortWatch};
 use tidegate_core::metrics::counters::WorkerCounters;
-use tidegate_core::metrics::histograms::Merged;
+use tidegate_core::metrics::histograms::MergedHistograms;
 use tidegate_core::suspicion::rejections::Rejection;
-use tidegate_net::budget::Budget;
-use tidegate_net::confinement::Confinement;
+use tidegate_net::budget::MemoryBudget;
+use tidegate_net::confinement::SandboxReport;
 
 /// One moment of the whole process.
 #[derive(Debug, Clone, Copy)]
@@ -25,7 +25,7 @@ pub struct Snapshot<'a> {
     /// In worker order.
     pub workers: &'a [Arc<WorkerCounters>],
     /// Connect, first-byte and session times.
-    pub latency: &'a Merged,
+    pub latency: &'a MergedHistograms,
     /// Of the program.
     pub version: &'a str,
     /// Engine in use, such as `epoll`.
@@ -53,7 +53,7 @@ pub struct Snapshot<'a> {
     /// Clients in line, by pool; pools without any are left out.
     pub queued: &'a HashMap<Arc<str>, usize>,
     /// What sessions' buffers take.
-    pub buffers: &'a Budget,
+    pub buffers: &'a MemoryBudget,
     /// Times bytes were left with the kernel for want of room in those.
     pub buffers_refused: u64,
     /// Settings that were accepted and wait for a restart, in words.
@@ -61,7 +61,7 @@ pub struct Snapshot<'a> {
     /// Admin connections closed to make room for newer ones.
     pub admin_crowded: u64,
     /// What confines the process.
-    pub confinement: &'a Confinement,
+    pub confinement: &'a SandboxReport,
     /// What runs short on this machine, in words.
     pub troubles: &'a [String],
     /// What the control thread counts of trouble of our own.

@@ -11,18 +11,19 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::control::{
-    BackendStatus, Freezing, FrontendStatus, HeartbeatStatus, Origin, PoolStatus,
+    BackendStatus, FreezeStatus, FrontendStatus, HeartbeatChannelStatus, MemberSourceKind,
+    PoolStatus,
 };
-use tidegate_core::health::{Pulse, Transition};
-use tidegate_core::metrics::counters::{Panicked, WorkerCounters};
-use tidegate_core::metrics::histograms::{Merged, Series};
-use tidegate_core::model::BackendAddress;
+use tidegate_core::health::{HeartbeatHealth, Transition};
+use tidegate_core::metrics::counters::{PanicScope, WorkerCounters};
+use tidegate_core::metrics::histograms::{MergedHistograms, Series};
+use tidegate_core::model::BackendAddr;
 use tidegate_core::suspicion::rejections::Rejection;
 use tidegate_core::table::state::{BackendState, FrontendCounters};
-use tidegate_net::confinement::Confinement;
+use tidegate_net::confinement::SandboxReport;
 
 #[derive(Serialize)]
-struct Document<'a> {
+struct StatusDoc<'a> {
     version: &'a str,
     generation: u64,
     table_serial: u64,
@@ -30,7 +31,7 @@ struct Document<'a> {
     engine_reason: &'a str,
     workers: usize,
     /// Those whose loop does not turn.
-    stalled: Vec<Stalled>,
+    stalled: Vec<StalledWorkerDoc>,
     worker_panics_total: u64,
     worker_restarts_total: u64,
     uptime_seconds: f64,
@@ -40,17 +41,17 @@ struct Document<'a> {
     /// Settings that wait for a restart.
     warnings: Vec<&'a String>,
     /// Layer by layer.
-    confinement: &'a Confinement,
+    confinement: &'a SandboxReport,
     /// `null` where no pool takes heartbeats.
-    heartbeat: Option<Heartbeats<'a>>,
-    frontends: Vec<Frontend<'a>>,
-    pools: Vec<Pool<'a>>,
+    heartbeat: Option<HeartbeatChannelDoc<'a>>,
+    frontends: Vec<FrontendDoc<'a>>,
+    pools: Vec<PoolDoc<'a>>,
     /// Backends no longer configured that still hold sessions.
-    leaving: Vec<Leaving<'a>>,
+    leaving: Vec<RemovedBackendDoc<'a>>,
 }
 
 #[derive(Serialize)]
-struct Stalled {
+struct StalledWorkerDoc {
     worker: usize,
     seconds: f64,
     /// What it was last about.
@@ -58,7 +59,7 @@ struct Stalled {
 }
 
 #[derive(Serialize)]
-struct Heartbeats<'a> {
+struct HeartbeatChannelDoc<'a> {
     listen: &'a [SocketAddr],
     accepted_total: u64,
     /// By whatever reason.
@@ -71,17 +72,17 @@ struct Heartbeats<'a> {
     /// Nobody at all is heard.
     silent: bool,
     /// Why no silent backend of any pool is taken out.
-    frozen: Option<Frozen<'a>>,
+    frozen: Option<FreezeDoc<'a>>,
 }
 
 #[derive(Serialize)]
-pub(super) struct Frozen<'a> {
+pub(super) struct FreezeDoc<'a> {
     reason: &'a str,
     seconds: f64,
 }
 
 #[derive(Serialize)]
-struct Frontend<'a> {
+struct FrontendDoc<'a> {
     name: &'a str,
     binds: &'a [SocketAddr],
     pool: &'a str,
@@ -94,14 +95,14 @@ struct Frontend<'a> {
 }
 
 #[derive(Serialize)]
-struct Pool<'a> {
+struct PoolDoc<'a> {
     name: &'a str,
     balance: &'static str,
     /// While no backend is eligible: `refuse` or `try-all`; before the first verdict
     /// `wait`, or `former` where former backends serve.
     none_eligible: Option<&'static str>,
     /// Why no silent backend is taken out.
-    frozen: Option<Frozen<'a>>,
+    frozen: Option<FreezeDoc<'a>>,
     registered: usize,
     /// 0 where nobody may register.
     registered_max: u32,
@@ -109,17 +110,17 @@ struct Pool<'a> {
     heartbeats: bool,
     /// Clients that wait in line for a backend below its cap.
     queued: usize,
-    backends: Vec<Backend<'a>>,
+    backends: Vec<BackendDoc<'a>>,
 }
 
 #[derive(Serialize)]
-struct Backend<'a> {
+struct BackendDoc<'a> {
     name: &'a str,
     address: String,
     /// Its heartbeats brought it; it is not in the file.
     registered: bool,
     weight: u32,
-    effective_weight: Number,
+    effective_weight: JsonNumber,
     backup: bool,
     connections_max: u32,
     intent: &'static str,
@@ -133,20 +134,20 @@ struct Backend<'a> {
     /// Of its full share; below 100 during a slow start.
     ramp_percent: u32,
     /// `null` where none were heard and none are needed.
-    heartbeat: Option<Heart<'a>>,
+    heartbeat: Option<BackendHeartbeatDoc<'a>>,
     sessions_active: u32,
     sessions_total: u64,
     connect_failures_total: u64,
     bytes_in_total: u64,
     bytes_out_total: u64,
-    connect_seconds: Quantiles,
-    first_byte_seconds: Quantiles,
-    last_transition: Option<LastTransition<'a>>,
+    connect_seconds: QuantilesDoc,
+    first_byte_seconds: QuantilesDoc,
+    last_transition: Option<TransitionDoc<'a>>,
 }
 
 /// What its heartbeats amount to; the figures are `null` until the first.
 #[derive(Serialize)]
-struct Heart<'a> {
+struct BackendHeartbeatDoc<'a> {
     pulse: &'static str,
     sender_state: Option<&'static str>,
     silent_seconds: Option<f64>,
@@ -161,20 +162,20 @@ struct Heart<'a> {
 /// Whole numbers as such: most weights are.
 #[derive(Serialize)]
 #[serde(untagged)]
-pub(super) enum Number {
+pub(super) enum JsonNumber {
     Whole(u32),
     Part(f64),
 }
 
 /// Both `null` until something was measured.
 #[derive(Serialize)]
-struct Quantiles {
+struct QuantilesDoc {
     p50: Option<f64>,
     p99: Option<f64>,
 }
 
 #[derive(Serialize)]
-pub(super) struct LastTransition<'a> {
+pub(super) struct TransitionDoc<'a> {
     from: &'static str,
     to: &'static str,
     reason: &'a str,
@@ -184,7 +185,7 @@ pub(super) struct LastTransition<'a> {
 }
 
 #[derive(Serialize)]
-struct Leaving<'a> {
+struct RemovedBackendDoc<'a> {
     pool: &'a str,
     name: &'a str,
     address: String,
@@ -196,7 +197,7 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
     let control = snapshot.control;
     let unfit = control.heartbeat.iter().flat_map(|status| &status.rejections);
     let rejections = ByBackend::new(snapshot.heartbeats.rejections.iter().chain(unfit));
-    let document = Document {
+    let document = StatusDoc {
         version: snapshot.version,
         generation: control.generation,
         table_serial: snapshot.table_serial,
@@ -208,7 +209,7 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
             .workers
             .iter()
             .flat_map(|worker| {
-                Panicked::ALL.map(|ended| worker.panics.cell(ended as usize, 0).get())
+                PanicScope::ALL.map(|ended| worker.panics.cell(ended as usize, 0).get())
             })
             .sum(),
         worker_restarts_total: snapshot.workers.iter().map(|worker| worker.restarts.get()).sum(),
@@ -226,22 +227,25 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
     serde_json::to_string(&document).expect("plain data with string keys always serialises")
 }
 
-fn stalled(workers: &[Arc<WorkerCounters>]) -> Vec<Stalled> {
+fn stalled(workers: &[Arc<WorkerCounters>]) -> Vec<StalledWorkerDoc> {
     let stalled = |(worker, counters): (usize, &Arc<WorkerCounters>)| {
         let seconds = millis(counters.pulse.stalled_for()?);
-        Some(Stalled { worker, seconds, stage: counters.pulse.stage().name() })
+        Some(StalledWorkerDoc { worker, seconds, stage: counters.pulse.stage().name() })
     };
     workers.iter().enumerate().filter_map(stalled).collect()
 }
 
-fn heartbeats<'a>(status: &'a HeartbeatStatus, snapshot: &Snapshot<'a>) -> Heartbeats<'a> {
+fn heartbeats<'a>(
+    status: &'a HeartbeatChannelStatus,
+    snapshot: &Snapshot<'a>,
+) -> HeartbeatChannelDoc<'a> {
     let misfits: u64 = status.misfits.iter().map(|(_, count)| count).sum();
     let received = snapshot.heartbeats;
     let mut rejections: Vec<&Rejection> =
         received.rejections.iter().chain(&status.rejections).collect();
     rejections.sort_by_key(|rejection| std::cmp::Reverse(rejection.at));
     let shown = rejections.into_iter().take(SHOWN_MAX);
-    Heartbeats {
+    HeartbeatChannelDoc {
         rejections: shown.map(|rejection| rejections::rejected(rejection, snapshot.now)).collect(),
         listen: &received.listen,
         accepted_total: received.accepted,
@@ -253,13 +257,13 @@ fn heartbeats<'a>(status: &'a HeartbeatStatus, snapshot: &Snapshot<'a>) -> Heart
     }
 }
 
-pub(super) fn frozen(freezing: &Freezing) -> Frozen<'_> {
-    Frozen { reason: &freezing.reason, seconds: millis(freezing.lasted) }
+pub(super) fn frozen(freezing: &FreezeStatus) -> FreezeDoc<'_> {
+    FreezeDoc { reason: &freezing.reason, seconds: millis(freezing.lasted) }
 }
 
-fn frontend(status: &FrontendStatus) -> Frontend<'_> {
+fn frontend(status: &FrontendStatus) -> FrontendDoc<'_> {
     let sum = |read: fn(&FrontendCounters) -> u64| status.state.counters.sum(read);
-    Frontend {
+    FrontendDoc {
         name: &status.state.name,
         binds: &status.binds,
         pool: &status.pool,
@@ -280,12 +284,12 @@ fn pool<'a>(
     status: &'a PoolStatus,
     rejections: &ByBackend<'a>,
     snapshot: &Snapshot<'_>,
-) -> Pool<'a> {
+) -> PoolDoc<'a> {
     let of = |one: &'a BackendStatus| {
         let rejected = rejections.of(&status.name, &one.state.name);
         backend(one, rejected, (snapshot.latency, snapshot.now))
     };
-    Pool {
+    PoolDoc {
         name: &status.name,
         balance: status.balance,
         none_eligible: status.none_eligible,
@@ -302,13 +306,13 @@ fn pool<'a>(
 fn backend<'a>(
     status: &'a BackendStatus,
     rejected: Option<&'a Rejection>,
-    (latency, now): (&Merged, Instant),
-) -> Backend<'a> {
+    (latency, now): (&MergedHistograms, Instant),
+) -> BackendDoc<'a> {
     let state = &status.state;
-    Backend {
+    BackendDoc {
         name: &state.name,
         address: address(&state.address),
-        registered: status.origin == Origin::Registered,
+        registered: status.origin == MemberSourceKind::Registered,
         weight: status.weight,
         effective_weight: number(status.effective_weight),
         backup: status.backup,
@@ -321,7 +325,7 @@ fn backend<'a>(
         ejections_held_total: status.ejections_held_total,
         eligible: status.eligible,
         ramp_percent: status.ramp_percent,
-        heartbeat: heart(status, rejected.map(|last| rejections::rejected(last, now))),
+        heartbeat: backend_heartbeat(status, rejected.map(|last| rejections::rejected(last, now))),
         sessions_active: state.in_flight.get(),
         sessions_total: state.counters.sum(|c| c.sessions.get()),
         connect_failures_total: state.counters.sum(|c| c.connect_failures.get()),
@@ -333,13 +337,16 @@ fn backend<'a>(
     }
 }
 
-fn heart<'a>(status: &BackendStatus, rejected: Option<Rejected<'a>>) -> Option<Heart<'a>> {
-    if status.heart.is_none() && status.pulse == Pulse::Absent && rejected.is_none() {
+fn backend_heartbeat<'a>(
+    status: &BackendStatus,
+    rejected: Option<Rejected<'a>>,
+) -> Option<BackendHeartbeatDoc<'a>> {
+    if status.heart.is_none() && status.pulse == HeartbeatHealth::Absent && rejected.is_none() {
         return None;
     }
     let heart = status.heart.as_ref();
     let seconds = |time: Duration| time.as_secs_f64();
-    Some(Heart {
+    Some(BackendHeartbeatDoc {
         pulse: status.pulse.name(),
         sender_state: heart.map(|_| status.calling.name()),
         silent_seconds: heart.and_then(|heart| heart.reading.silence).map(millis),
@@ -351,11 +358,11 @@ fn heart<'a>(status: &BackendStatus, rejected: Option<Rejected<'a>>) -> Option<H
     })
 }
 
-pub(super) fn number(value: f64) -> Number {
+pub(super) fn number(value: f64) -> JsonNumber {
     if value.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&value) {
-        Number::Whole(value as u32)
+        JsonNumber::Whole(value as u32)
     } else {
-        Number::Part(value)
+        JsonNumber::Part(value)
     }
 }
 
@@ -364,14 +371,14 @@ pub(super) fn thousandths(value: f64) -> f64 {
     (value * 1e3).round() / 1e3
 }
 
-fn quantiles(state: &BackendState, series: Series, latency: &Merged) -> Quantiles {
+fn quantiles(state: &BackendState, series: Series, latency: &MergedHistograms) -> QuantilesDoc {
     let data = latency.get(state.id.0, series);
     let at = |q| data.map(|data| data.quantile(q).as_secs_f64());
-    Quantiles { p50: at(0.5), p99: at(0.99) }
+    QuantilesDoc { p50: at(0.5), p99: at(0.99) }
 }
 
-pub(super) fn last_transition(transition: &Transition, now: Instant) -> LastTransition<'_> {
-    LastTransition {
+pub(super) fn last_transition(transition: &Transition, now: Instant) -> TransitionDoc<'_> {
+    TransitionDoc {
         from: transition.from,
         to: transition.to,
         reason: &transition.reason,
@@ -380,8 +387,8 @@ pub(super) fn last_transition(transition: &Transition, now: Instant) -> LastTran
     }
 }
 
-fn leaving(state: &BackendState) -> Leaving<'_> {
-    Leaving {
+fn leaving(state: &BackendState) -> RemovedBackendDoc<'_> {
+    RemovedBackendDoc {
         pool: &state.pool,
         name: &state.name,
         address: address(&state.address),
@@ -389,7 +396,7 @@ fn leaving(state: &BackendState) -> Leaving<'_> {
     }
 }
 
-fn address(address: &BackendAddress) -> String {
+fn address(address: &BackendAddr) -> String {
     address.to_string()
 }
 
@@ -413,11 +420,11 @@ mod tests {
     use tidegate_core::metrics::histograms::Recorder;
     use tidegate_core::outcome::{Cause, Phase, RefusedReason};
     use tidegate_core::table::state::{BackendId, FrontendId, FrontendState};
-    use tidegate_net::budget::Budget;
+    use tidegate_net::budget::MemoryBudget;
     use tidegate_net::clock;
 
     fn backend(id: u32, name: &str, now: Instant) -> BackendStatus {
-        let address = BackendAddress::Unix("/run/a.sock".into());
+        let address = BackendAddr::Unix("/run/a.sock".into());
         let state = BackendState::new(BackendId(id), "web".into(), name.into(), address, 1);
         state.counters.of(0).bytes_in.add(5);
         BackendStatus {
@@ -443,7 +450,7 @@ mod tests {
     }
 
     fn check(control: &ControlStatus, now: Instant, expected: &Expect) {
-        let (mut recorder, mut latency) = (Recorder::new(), Merged::new());
+        let (mut recorder, mut latency) = (Recorder::new(), MergedHistograms::new());
         recorder.record(1, Series::Connect, Duration::from_micros(200));
         latency.absorb(recorder.take().unwrap());
         let text = render(&Snapshot {
@@ -462,12 +469,12 @@ mod tests {
             table_serial: 12,
             connections_active: 5,
             connections_max: 100,
-            buffers: &Budget::default(),
+            buffers: &MemoryBudget::default(),
             buffers_refused: 0,
             queued: &HashMap::from([("web".into(), 3)]),
             warnings: &["workers waits".to_owned()],
             admin_crowded: 0,
-            confinement: &Confinement::none("off"),
+            confinement: &SandboxReport::none("off"),
             troubles: &[],
             control_counts: &WorkerCounters::new(1, 1),
             log_dropped: 0,
@@ -529,7 +536,8 @@ mod tests {
         let now = clock::now();
         let fresh = BackendStatus { last_transition: None, ..backend(7, "a", now) };
         let value =
-            serde_json::to_value(super::backend(&fresh, None, (&Merged::new(), now))).unwrap();
+            serde_json::to_value(super::backend(&fresh, None, (&MergedHistograms::new(), now)))
+                .unwrap();
         assert!(value["last_transition"].is_null());
         assert!(value["connect_seconds"]["p50"].is_null());
         assert!(value["connect_seconds"].as_object().unwrap().contains_key("p99"));

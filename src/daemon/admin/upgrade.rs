@@ -4,10 +4,10 @@
 //! configuration, but only over the Unix socket: whoever holds the token over TCP
 //! may operate the balancer, not run programs as its user.
 
-use super::guard::Entrance;
-use super::routes::{Api, JSON, Refusal, answer, text};
+use super::guard::Transport;
+use super::routes::{ApiState, ErrorResponse, JSON, answer, text};
 use super::serve::AskedOver;
-use super::{Request, UpgradeError};
+use super::{AdminRequest, UpgradeError};
 use axum::extract::State;
 use axum::response::Response;
 use hyper::http::Extensions;
@@ -23,38 +23,38 @@ use std::time::Duration;
 const UPGRADE_MAX: Duration = Duration::from_secs(58);
 
 #[derive(Debug, Default, PartialEq)]
-struct Wish {
+struct UpgradeQuery {
     binary: Option<PathBuf>,
     config: Option<PathBuf>,
 }
 
 pub(super) async fn upgrade(
-    State(api): State<Arc<Api>>,
+    State(api): State<Arc<ApiState>>,
     uri: Uri,
     extensions: Extensions,
-) -> Result<Response, Refusal> {
-    let Wish { binary, config } = wish(uri.query().unwrap_or_default())?;
-    if (binary.is_some() || config.is_some()) && api.entrance != Entrance::Unix {
+) -> Result<Response, ErrorResponse> {
+    let UpgradeQuery { binary, config } = parse_query(uri.query().unwrap_or_default())?;
+    if (binary.is_some() || config.is_some()) && api.entrance != Transport::Unix {
         let detail = "another program or configuration can be asked for over the Unix socket only";
-        return Err(Refusal::new(StatusCode::FORBIDDEN, "not over TCP", detail));
+        return Err(ErrorResponse::new(StatusCode::FORBIDDEN, "not over TCP", detail));
     }
     let asked_over = extensions.get().map(|AskedOver(socket)| Arc::clone(socket));
-    let ask = |reply| Request::Upgrade { binary, config, asked_over, reply };
+    let ask = |reply| AdminRequest::Upgrade { binary, config, asked_over, reply };
     match api.ask_within(UPGRADE_MAX, ask).await? {
         Ok(upgraded) => Ok(answer(JSON, text(&upgraded))),
         Err(UpgradeError::Refused(why)) => {
-            Err(Refusal::new(StatusCode::CONFLICT, "the upgrade is refused", why))
+            Err(ErrorResponse::new(StatusCode::CONFLICT, "the upgrade is refused", why))
         }
         Err(UpgradeError::Failed(why)) => {
             let error = "the upgrade failed; the process before goes on";
-            Err(Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, error, why))
+            Err(ErrorResponse::new(StatusCode::UNPROCESSABLE_ENTITY, error, why))
         }
     }
 }
 
-fn wish(query: &str) -> Result<Wish, Refusal> {
-    let bad = |detail: String| Refusal::new(StatusCode::BAD_REQUEST, "bad query", detail);
-    let mut wish = Wish::default();
+fn parse_query(query: &str) -> Result<UpgradeQuery, ErrorResponse> {
+    let bad = |detail: String| ErrorResponse::new(StatusCode::BAD_REQUEST, "bad query", detail);
+    let mut wish = UpgradeQuery::default();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         let path = decoded(value).filter(|path| !path.as_os_str().is_empty());
@@ -94,16 +94,16 @@ mod tests {
 
     #[test]
     fn paths_come_percent_decoded_and_whole() {
-        let got = wish("binary=%2Fopt%2Fa%20b&config=/etc/%C3%A4").unwrap();
+        let got = parse_query("binary=%2Fopt%2Fa%20b&config=/etc/%C3%A4").unwrap();
         assert_eq!(got.binary, Some("/opt/a b".into()));
         assert_eq!(got.config, Some("/etc/\u{e4}".into()));
-        assert_eq!(wish("").unwrap(), Wish::default());
+        assert_eq!(parse_query("").unwrap(), UpgradeQuery::default());
     }
 
     #[test]
     fn what_is_not_understood_is_refused() {
         for query in ["binary", "binary=", "binary=%2", "binary=%zz", "config=%00", "program=/x"] {
-            assert!(wish(query).is_err(), "{query}");
+            assert!(parse_query(query).is_err(), "{query}");
         }
     }
 }

@@ -39,7 +39,7 @@ use notify::event::{AccessKind, AccessMode, ModifyKind};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
 use self::settle::{Happening, Settling, Times, Verdict, Warning};
-use self::way::Way;
+use self::way::WatchedPath;
 use tidegate_config::source;
 use tidegate_net::clock;
 
@@ -75,20 +75,20 @@ const SETUP_ROUNDS_MAX: usize = 8;
 /// under way to return.
 #[derive(Debug)]
 pub struct ConfigWatcher {
-    shared: Arc<Shared>,
+    shared: Arc<WatchShared>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// What the notifier's thread, ours and the owner share.
 #[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
+struct WatchShared {
+    state: Mutex<WatchState>,
     wake: Condvar,
     times: Times,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct WatchState {
     /// An event since the last look.
     dirty: bool,
     /// One of the configuration file's since it was last told of.
@@ -99,7 +99,7 @@ struct State {
     woken: bool,
     stop: bool,
     settling: Settling,
-    /// Paths whose events matter (see [`Way`]), and whether the configuration
+    /// Paths whose events matter (see [`WatchedPath`]), and whether the configuration
     /// file itself is reached by them.
     relevant: HashMap<PathBuf, bool>,
     /// The watched directories.
@@ -114,7 +114,7 @@ struct State {
 
 /// How a watcher works; tests turn each half off.
 #[derive(Debug, Clone, Copy)]
-struct Settings {
+struct WatchSettings {
     poll: Duration,
     notify: bool,
     silence: Duration,
@@ -122,7 +122,7 @@ struct Settings {
 
 /// What a look at a file shows; `None` where there is none.
 #[derive(Debug, PartialEq, Eq, Clone, Copy)]
-struct Look {
+struct FileStamp {
     device: u64,
     inode: u64,
     size: u64,
@@ -133,18 +133,18 @@ struct Look {
 }
 
 /// The watching thread's own state.
-struct Watch {
+struct WatchThread {
     /// The configuration file.
     path: PathBuf,
-    shared: Arc<Shared>,
-    settings: Settings,
+    shared: Arc<WatchShared>,
+    settings: WatchSettings,
     notifier: Option<RecommendedWatcher>,
     /// Watched directories with device and inode, to notice a replaced one.
     directories: HashMap<PathBuf, (u64, u64)>,
     /// The configuration file, then what it names, at the last look.
-    looks: Vec<(PathBuf, Option<Look>)>,
+    looks: Vec<(PathBuf, Option<FileStamp>)>,
     /// The configuration file when its owner was last told.
-    told: Option<Look>,
+    told: Option<FileStamp>,
     /// What `looks` shows is known to be written to its end.
     complete: bool,
 }
@@ -161,7 +161,7 @@ impl ConfigWatcher {
     /// started. That inotify is refused is no error: see
     /// [`ConfigWatcher::polling_reason`].
     pub fn start(path: &Path, on_change: impl Fn() + Send + 'static) -> io::Result<ConfigWatcher> {
-        let settings = Settings { poll: POLL, notify: true, silence: SILENCE };
+        let settings = WatchSettings { poll: POLL, notify: true, silence: SILENCE };
         Self::start_with(path, settings, on_change)
     }
 
@@ -199,7 +199,7 @@ impl ConfigWatcher {
 
     fn start_with(
         path: &Path,
-        settings: Settings,
+        settings: WatchSettings,
         on_change: impl Fn() + Send + 'static,
     ) -> io::Result<ConfigWatcher> {
         let times = Times {
@@ -210,8 +210,8 @@ impl ConfigWatcher {
             warn: WARN,
         };
         let (state, wake) = (Mutex::default(), Condvar::new());
-        let shared = Arc::new(Shared { state, wake, times });
-        let mut watch = Watch {
+        let shared = Arc::new(WatchShared { state, wake, times });
+        let mut watch = WatchThread {
             path: std::path::absolute(path)?,
             shared: Arc::clone(&shared),
             settings,
@@ -223,7 +223,7 @@ impl ConfigWatcher {
         };
         // Before the thread starts: a change right after `start` is noticed.
         watch.follow();
-        watch.looks = watch.look();
+        watch.looks = watch.stamp();
         watch.told = watch.looks.first().and_then(|(_, look)| *look);
         let thread = thread::Builder::new()
             .name("config-watch".to_owned())
@@ -247,8 +247,8 @@ impl Drop for ConfigWatcher {
 
 // === impl Shared ===
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl WatchShared {
+    fn lock(&self) -> MutexGuard<'_, WatchState> {
         // The state is plain values, whole at any time.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -264,7 +264,7 @@ impl Shared {
 
     /// Waits for an event or a question, until `due` at most; false to stop.
     fn wait(&self, due: Instant) -> bool {
-        let idle = |state: &mut State| !state.stop && !state.dirty && !state.woken;
+        let idle = |state: &mut WatchState| !state.stop && !state.dirty && !state.woken;
         let left = due.saturating_duration_since(clock::now());
         let state = self.lock();
         let (state, _) =
@@ -275,7 +275,7 @@ impl Shared {
 
 // === impl State ===
 
-impl State {
+impl WatchState {
     /// Whether the event matters.
     fn notice(
         &mut self,
@@ -331,7 +331,7 @@ fn happening(kind: EventKind, path: &Path) -> Happening {
 
 // === impl Watch ===
 
-impl Watch {
+impl WatchThread {
     fn run(mut self, on_change: &impl Fn()) {
         let mut due = clock::now() + self.poll();
         while self.shared.wait(due) {
@@ -353,7 +353,7 @@ impl Watch {
             std::mem::take(&mut state.dirty)
         };
         self.follow();
-        let looks = self.look();
+        let looks = self.stamp();
         let differs = looks != self.looks;
         self.looks = looks;
         let now = clock::now();
@@ -394,14 +394,14 @@ impl Watch {
     }
 
     /// Every file that matters, as it is now.
-    fn look(&self) -> Vec<(PathBuf, Option<Look>)> {
+    fn stamp(&self) -> Vec<(PathBuf, Option<FileStamp>)> {
         let (polling, named) = {
             let state = self.shared.lock();
             (state.polling_reason.is_some(), state.named.clone())
         };
         let all = std::iter::once(self.path.clone()).chain(named);
         all.map(|path| {
-            let look = Look::at(&path, polling);
+            let look = FileStamp::at(&path, polling);
             (path, look)
         })
         .collect()
@@ -422,9 +422,9 @@ impl Watch {
         }
     }
 
-    fn walk(&self) -> Vec<Way> {
+    fn walk(&self) -> Vec<WatchedPath> {
         let named = self.shared.lock().named.clone();
-        std::iter::once(&self.path).chain(&named).map(|path| Way::walk(path)).collect()
+        std::iter::once(&self.path).chain(&named).map(|path| WatchedPath::walk(path)).collect()
     }
 
     /// Notes whether the kernel reports changes, and tells when that changes.
@@ -439,11 +439,11 @@ impl Watch {
         }
     }
 
-    fn watch(&mut self, ways: &[Way]) -> Result<(), String> {
+    fn watch(&mut self, ways: &[WatchedPath]) -> Result<(), String> {
         if !self.settings.notify {
             return Err("notification is switched off".to_owned());
         }
-        let wanted: HashMap<_, _> = ways.iter().flat_map(Way::directories).collect();
+        let wanted: HashMap<_, _> = ways.iter().flat_map(WatchedPath::directories).collect();
         let lost = {
             let mut state = self.shared.lock();
             state.relevant.clear();
@@ -453,7 +453,7 @@ impl Watch {
                     state.relevant.insert(name.clone(), of_configuration);
                 }
             }
-            let State { relevant, settling, .. } = &mut *state;
+            let WatchState { relevant, settling, .. } = &mut *state;
             settling.keep_only(|path| relevant.contains_key(path));
             state.directories = wanted.keys().cloned().collect();
             std::mem::take(&mut state.lost)
@@ -461,7 +461,7 @@ impl Watch {
         if self.notifier.is_none() {
             self.notifier = Some(new_notifier(&self.shared)?);
         }
-        let Watch { notifier: Some(notifier), directories, .. } = self else {
+        let WatchThread { notifier: Some(notifier), directories, .. } = self else {
             return Ok(());
         };
         directories.retain(|directory, id| {
@@ -503,11 +503,11 @@ fn warn(warning: Warning) {
 
 // === impl Look ===
 
-impl Look {
-    fn at(path: &Path, with_digest: bool) -> Option<Look> {
+impl FileStamp {
+    fn at(path: &Path, with_digest: bool) -> Option<FileStamp> {
         let data = fs::metadata(path).ok()?;
         let bytes = if with_digest { source::read_file(path).ok() } else { None };
-        Some(Look {
+        Some(FileStamp {
             device: data.dev(),
             inode: data.ino(),
             size: data.size(),
@@ -518,7 +518,7 @@ impl Look {
     }
 }
 
-fn new_notifier(shared: &Arc<Shared>) -> Result<RecommendedWatcher, String> {
+fn new_notifier(shared: &Arc<WatchShared>) -> Result<RecommendedWatcher, String> {
     let shared = Arc::clone(shared);
     notify::recommended_watcher(move |event| shared.notice(&event))
         .map_err(|error| format!("inotify is not available: {error}"))

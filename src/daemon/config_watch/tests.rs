@@ -18,7 +18,7 @@ struct Watched {
 }
 
 /// Each change sends what the file then holds.
-fn watched(path: &Path, settings: Settings) -> Watched {
+fn watched(path: &Path, settings: WatchSettings) -> Watched {
     let (send, changes) = channel();
     let file = path.to_owned();
     let watcher = ConfigWatcher::start_with(path, settings, move || {
@@ -28,13 +28,13 @@ fn watched(path: &Path, settings: Settings) -> Watched {
 }
 
 fn notified(path: &Path) -> Watched {
-    let watched = watched(path, Settings { poll: NEVER, notify: true, silence: SILENCE });
+    let watched = watched(path, WatchSettings { poll: NEVER, notify: true, silence: SILENCE });
     assert_eq!(watched.watcher.polling_reason(), None);
     watched
 }
 
-fn polling(millis: u64, notify: bool) -> Settings {
-    Settings { poll: Duration::from_millis(millis), notify, silence: SILENCE }
+fn polling(millis: u64, notify: bool) -> WatchSettings {
+    WatchSettings { poll: Duration::from_millis(millis), notify, silence: SILENCE }
 }
 
 /// Writes `content` piece by piece through one descriptor, with pauses that are
@@ -235,7 +235,7 @@ fn endless_links_end_the_walk() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     symlink("t.toml", &file).unwrap();
-    assert_eq!(Way::walk(&file).names.len(), LINKS_MAX + 1);
+    assert_eq!(WatchedPath::walk(&file).names.len(), LINKS_MAX + 1);
 }
 
 #[test]
@@ -284,7 +284,7 @@ fn a_writer_that_says_no_more_is_waited_for_as_long_as_the_bound() {
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
     let silence = 6 * SETTLE;
-    let watched = watched(&file, Settings { poll: NEVER, notify: true, silence });
+    let watched = watched(&file, WatchSettings { poll: NEVER, notify: true, silence });
     let mut writer = fs::OpenOptions::new().append(true).open(&file).unwrap();
     writer.write_all(b"1").unwrap();
     assert!(watched.is_quiet(), "the writer has it open");

@@ -14,15 +14,15 @@ pub(super) const LINKS_MAX: usize = 40;
 /// The names on the way from the configured path to the final file whose
 /// replacement changes what is read.
 #[derive(Debug, PartialEq, Eq, Default)]
-pub(super) struct Way {
+pub(super) struct WatchedPath {
     /// Full paths, each below a directory free of symbolic links.
     pub(super) names: Vec<PathBuf>,
 }
 
-impl Way {
+impl WatchedPath {
     /// Follows `path`, which is absolute, link by link. Ends at the file, at
     /// the first missing name or at [`LINKS_MAX`].
-    pub(super) fn walk(path: &Path) -> Way {
+    pub(super) fn walk(path: &Path) -> WatchedPath {
         let mut names = Vec::new();
         let mut links = 0;
         let mut at = PathBuf::from("/");
@@ -60,7 +60,7 @@ impl Way {
             }
             parts(&target).rev().for_each(|part| ahead.push_front(part));
         }
-        Way { names }
+        WatchedPath { names }
     }
 
     /// The directories the names stand in, with device and inode.

@@ -4,33 +4,36 @@
 //! signed is believed, and nothing is believed twice unless our clock jumped.
 //! Called by the fuzzer and by the mutation test.
 
-use crate::heartbeat::verify::{Gate, Limits, Reject};
+use crate::heartbeat::verify::{RejectReason, Verifier, VerifierLimits};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use std::collections::HashSet;
 use std::time::{Duration, UNIX_EPOCH};
-use tidegate_heartbeat::keys::{Key, KeyRing, Secret};
-use tidegate_heartbeat::wire::{Draft, Identity, Parsed, TAG_BYTES, encode};
+use tidegate_heartbeat::keys::{HeartbeatKey, KeyRing, Secret};
+use tidegate_heartbeat::wire::{
+    HeartbeatFields, ParsedHeartbeat, SenderIdentity, TAG_BYTES, encode,
+};
 use tidegate_net::clock;
 
 const SECRET: [u8; 32] = [1; 32];
 const KEY_ID: u32 = 7;
 
-fn gate() -> Gate {
-    let key = Key {
+fn gate() -> Verifier {
+    let key = HeartbeatKey {
         id: KEY_ID,
         secret: Secret::new(&SECRET).expect("32 bytes"),
         pools: vec!["web".into(), "a".into()],
         addresses: vec!["0.0.0.0/0".parse().expect("a range"), "::/0".parse().expect("a range")],
     };
-    Gate::new(KeyRing::new([key]).expect("one key"), Limits::default(), 1)
+    Verifier::new(KeyRing::new([key]).expect("one key"), VerifierLimits::default(), 1)
 }
 
 /// What is read, written again, is the same bytes but for the tag.
-fn check_round_trip(bytes: &[u8]) -> Option<Parsed<'_>> {
-    let parsed = Parsed::read(bytes).ok()?;
-    let identity = Identity::new(parsed.pool, parsed.name, parsed.address).expect("it was read");
-    let draft = Draft {
+fn check_round_trip(bytes: &[u8]) -> Option<ParsedHeartbeat<'_>> {
+    let parsed = ParsedHeartbeat::read(bytes).ok()?;
+    let identity =
+        SenderIdentity::new(parsed.pool, parsed.name, parsed.address).expect("it was read");
+    let draft = HeartbeatFields {
         identity: &identity,
         key_id: parsed.key_id,
         incarnation: parsed.incarnation,
@@ -88,7 +91,8 @@ pub fn check(data: &[u8]) {
         let at = UNIX_EPOCH + Duration::from_millis(wall);
         let verdict = gate.admit(&bytes, from, began + elapsed, at);
         let Some(parsed) = check_round_trip(&bytes) else {
-            let form = matches!(verdict, Err(Reject::Malformed | Reject::UnknownVersion));
+            let form =
+                matches!(verdict, Err(RejectReason::Malformed | RejectReason::UnknownVersion));
             assert!(form, "{verdict:?}");
             continue;
         };

@@ -3,7 +3,7 @@
 //! Used by the probes that ask something. It reads no more of an answer than
 //! the packets that decide it, and never keeps any.
 
-use super::{Fault, QUOTE_BYTES_MAX, quote, talk_fault};
+use super::{ProbeError, QUOTE_BYTES_MAX, quote, talk_fault};
 use std::ops::Range;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
@@ -34,13 +34,13 @@ struct Lines<'s, S> {
 pub(super) async fn starts_with(
     stream: &mut (impl AsyncRead + Unpin),
     expect: &[u8],
-) -> Result<(), Fault> {
+) -> Result<(), ProbeError> {
     let mut answer = vec![0; expect.len().max(QUOTE_BYTES_MAX)];
     let mut held = 0;
     while held < expect.len() {
         let count = stream.read(&mut answer[held..]).await.map_err(talk_fault)?;
         if count == 0 {
-            return Err(Fault::Backend(format!(
+            return Err(ProbeError::Backend(format!(
                 "connection closed after {held} bytes ({}), expected {}",
                 quote(&answer[..held]),
                 quote(expect)
@@ -49,7 +49,7 @@ pub(super) async fn starts_with(
         held += count;
         let compared = held.min(expect.len());
         if answer[..compared] != expect[..compared] {
-            return Err(Fault::Backend(format!(
+            return Err(ProbeError::Backend(format!(
                 "answer started with {}, expected {}",
                 quote(&answer[..held]),
                 quote(expect)
@@ -63,14 +63,14 @@ pub(super) async fn starts_with(
 pub(super) async fn contains(
     stream: &mut (impl AsyncRead + Unpin),
     what: &[u8],
-) -> Result<(), Fault> {
+) -> Result<(), ProbeError> {
     let mut answer = Vec::with_capacity(READ_BYTES);
     loop {
         // Only what is new can complete it.
         let from = answer.len().saturating_sub(what.len());
         let room = CONTAINS_BYTES_MAX - answer.len();
         if (&mut *stream).take(room as u64).read_buf(&mut answer).await.map_err(talk_fault)? == 0 {
-            return Err(Fault::Backend(format!(
+            return Err(ProbeError::Backend(format!(
                 "connection closed after {} bytes ({}), expected {} in them",
                 answer.len(),
                 quote(&answer),
@@ -81,7 +81,7 @@ pub(super) async fn contains(
             return Ok(());
         }
         if answer.len() >= CONTAINS_BYTES_MAX {
-            return Err(Fault::Backend(format!(
+            return Err(ProbeError::Backend(format!(
                 "{CONTAINS_BYTES_MAX} bytes of answer without {}",
                 quote(what)
             )));
@@ -93,13 +93,13 @@ pub(super) async fn contains(
 pub(super) async fn http(
     stream: &mut (impl AsyncRead + Unpin),
     wanted: &[(u16, u16)],
-) -> Result<(), Fault> {
+) -> Result<(), ProbeError> {
     let mut lines = Lines { stream, held: Vec::with_capacity(READ_BYTES), start: 0 };
     loop {
         let line = lines.next().await?;
         let line = &lines.held[line];
         let Some(status) = parse_status(line) else {
-            return Err(Fault::Backend(format!(
+            return Err(ProbeError::Backend(format!(
                 "answer started with {}, expected an HTTP/1 status line",
                 quote(line)
             )));
@@ -118,7 +118,7 @@ fn is_interim(status: u16) -> bool {
     status < 200 && status != SWITCHING_PROTOCOLS
 }
 
-fn judge_status(status: u16, wanted: &[(u16, u16)]) -> Result<(), Fault> {
+fn judge_status(status: u16, wanted: &[(u16, u16)]) -> Result<(), ProbeError> {
     if wanted.iter().any(|(low, high)| (*low..=*high).contains(&status)) {
         return Ok(());
     }
@@ -126,7 +126,7 @@ fn judge_status(status: u16, wanted: &[(u16, u16)]) -> Result<(), Fault> {
         .iter()
         .map(|(low, high)| if low == high { low.to_string() } else { format!("{low}-{high}") })
         .collect();
-    Err(Fault::Backend(format!("status {status}, expected {}", ranges.join(","))))
+    Err(ProbeError::Backend(format!("status {status}, expected {}", ranges.join(","))))
 }
 
 /// RFC 9112, section 4: `HTTP/1.1 200 OK`; the words after the number may be
@@ -145,7 +145,7 @@ fn parse_status(line: &[u8]) -> Option<u16> {
 
 impl<S: AsyncRead + Unpin> Lines<'_, S> {
     /// Where the next line stands, without its end.
-    async fn next(&mut self) -> Result<Range<usize>, Fault> {
+    async fn next(&mut self) -> Result<Range<usize>, ProbeError> {
         let mut searched = self.start;
         loop {
             if let Some(end) = self.held[searched..].iter().position(|byte| *byte == b'\n') {
@@ -160,19 +160,19 @@ impl<S: AsyncRead + Unpin> Lines<'_, S> {
         }
     }
 
-    async fn read(&mut self) -> Result<(), Fault> {
+    async fn read(&mut self) -> Result<(), ProbeError> {
         let before = self.held.len();
         let room = (HEAD_BYTES_MAX - before) as u64;
         if room == 0 {
             let what = if self.start == 0 { "line end" } else { "final status line" };
-            return Err(Fault::Backend(format!(
+            return Err(ProbeError::Backend(format!(
                 "no {what} within {HEAD_BYTES_MAX} bytes of answer, which started with {}",
                 quote(&self.held)
             )));
         }
         let read = (&mut *self.stream).take(room).read_buf(&mut self.held).await;
         if read.map_err(talk_fault)? == 0 {
-            return Err(Fault::Backend(format!(
+            return Err(ProbeError::Backend(format!(
                 "connection closed after {before} bytes ({}), expected a status line",
                 quote(&self.held)
             )));

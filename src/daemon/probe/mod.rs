@@ -27,8 +27,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use tidegate_core::health::ProbeOutcome;
-use tidegate_core::metrics::counters::LocalError;
-use tidegate_core::model::{BackendAddress, Expect, ProbeKind, ProbeSpec};
+use tidegate_core::metrics::counters::LocalErrorKind;
+use tidegate_core::model::{BackendAddr, Expect, ProbeKind, ProbeSpec};
 use tidegate_dataplane::local_errors;
 use tidegate_net::clock;
 use tidegate_net::stream;
@@ -47,7 +47,7 @@ const TIMEOUT_PARTS: u32 = 8;
 
 /// How far a probe has come, for the reason when its time is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
+enum ProbeStage {
     Connecting,
     Sending,
     Answer,
@@ -56,28 +56,28 @@ enum Stage {
 
 /// Why a probe failed.
 #[derive(Debug)]
-enum Fault {
+enum ProbeError {
     /// The backend or the path is to blame.
     Backend(String),
     /// We are.
-    Local(String, LocalError),
+    Local(String, LocalErrorKind),
 }
 
 /// Runs one probe. It takes no longer than the spec's timeout, not counting
 /// what this process itself stood still.
-pub async fn run(address: &BackendAddress, spec: &ProbeSpec) -> ProbeOutcome {
-    run_and_tell(address, spec, 0).await.0
+pub async fn run(address: &BackendAddr, spec: &ProbeSpec) -> ProbeOutcome {
+    run_with_stage(address, spec, 0).await.0
 }
 
 /// The same from the source whose turn it is, and what we were short of where
 /// that was our own trouble.
-async fn run_and_tell(
-    address: &BackendAddress,
+async fn run_with_stage(
+    address: &BackendAddr,
     spec: &ProbeSpec,
     turn: usize,
-) -> (ProbeOutcome, Option<LocalError>) {
+) -> (ProbeOutcome, Option<LocalErrorKind>) {
     let started = clock::now();
-    let mut stage = Stage::Connecting;
+    let mut stage = ProbeStage::Connecting;
     let verdict = tokio::select! {
         // What has come counts, however late we look.
         biased;
@@ -87,8 +87,10 @@ async fn run_and_tell(
     let verdict = verdict.unwrap_or_else(|| Err(stage.overdue(spec.timeout)));
     match verdict {
         Ok(()) => (ProbeOutcome::Success { took: started.elapsed() }, None),
-        Err(Fault::Backend(reason)) => (ProbeOutcome::Failure { reason: bounded(reason) }, None),
-        Err(Fault::Local(reason, kind)) => {
+        Err(ProbeError::Backend(reason)) => {
+            (ProbeOutcome::Failure { reason: bounded(reason) }, None)
+        }
+        Err(ProbeError::Local(reason, kind)) => {
             (ProbeOutcome::Local { reason: bounded(reason) }, Some(kind))
         }
     }
@@ -109,17 +111,17 @@ async fn awake_for(limit: Duration) {
 }
 
 async fn attempt(
-    address: &BackendAddress,
+    address: &BackendAddr,
     (spec, turn): (&ProbeSpec, usize),
-    stage: &mut Stage,
-) -> Result<(), Fault> {
+    stage: &mut ProbeStage,
+) -> Result<(), ProbeError> {
     let kind = &spec.kind;
     match address {
-        BackendAddress::Tcp(to) => {
+        BackendAddr::Tcp(to) => {
             let stream = sources::connect((&spec.source, turn), *to, kind).await?;
             converse(stream, kind, address, stage).await
         }
-        BackendAddress::Unix(path) => {
+        BackendAddr::Unix(path) => {
             let stream =
                 UnixStream::connect(stream::unix_name(path)).await.map_err(connect_fault)?;
             converse(stream, kind, address, stage).await
@@ -131,7 +133,7 @@ async fn connect_tcp(
     source: Option<IpAddr>,
     to: SocketAddr,
     kind: &ProbeKind,
-) -> Result<TcpStream, Fault> {
+) -> Result<TcpStream, ProbeError> {
     let socket = match to {
         SocketAddr::V4(_) => TcpSocket::new_v4(),
         SocketAddr::V6(_) => TcpSocket::new_v6(),
@@ -147,17 +149,17 @@ async fn connect_tcp(
         // A refinement; where it is refused the probe works all the same.
         let _ = raw.set_tcp_quickack(false);
     }
-    let stream =
-        telling_when(socket.connect(to)).await.map_err(|(error, at_once)| {
-            match at_once.then(|| local_errors::local_trouble_at_once(&error)).flatten() {
-                Some(kind) => Fault::Local(local_words(kind, &error), kind),
-                None => connect_fault(error),
-            }
-        })?;
+    let stream = with_stage(socket.connect(to)).await.map_err(|(error, at_once)| match at_once
+        .then(|| local_errors::local_error_now(&error))
+        .flatten()
+    {
+        Some(kind) => ProbeError::Local(local_error_text(kind, &error), kind),
+        None => connect_fault(error),
+    })?;
     // Nobody listens, but the port the kernel lent us is the very one we
     // called: TCP's simultaneous open then connects us to ourselves.
     if stream.local_addr().is_ok_and(|from| from == to) {
-        return Err(Fault::Backend("connection refused".to_owned()));
+        return Err(ProbeError::Backend("connection refused".to_owned()));
     }
     Ok(stream)
 }
@@ -165,7 +167,7 @@ async fn connect_tcp(
 /// Waits for a connect and says of its error whether connect(2) gave it at
 /// once, before any packet could have left this host: only then does it speak
 /// of our own routes and interfaces.
-async fn telling_when<T>(
+async fn with_stage<T>(
     connect: impl Future<Output = io::Result<T>>,
 ) -> Result<T, (io::Error, bool)> {
     let mut connect = std::pin::pin!(connect);
@@ -181,26 +183,26 @@ async fn telling_when<T>(
 async fn converse(
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
     kind: &ProbeKind,
-    address: &BackendAddress,
-    stage: &mut Stage,
-) -> Result<(), Fault> {
+    address: &BackendAddr,
+    stage: &mut ProbeStage,
+) -> Result<(), ProbeError> {
     match kind {
         ProbeKind::Tcp => Ok(()),
         ProbeKind::SendExpect { send, expect } => {
-            *stage = Stage::Sending;
+            *stage = ProbeStage::Sending;
             stream.write_all(send).await.map_err(talk_fault)?;
-            *stage = Stage::Answer;
+            *stage = ProbeStage::Answer;
             match expect {
                 Expect::Starts(with) => answer::starts_with(&mut stream, with).await,
                 Expect::Contains(what) => answer::contains(&mut stream, what).await,
             }
         }
         ProbeKind::Http { path, host, method, status } => {
-            *stage = Stage::Sending;
+            *stage = ProbeStage::Sending;
             let host = host.clone().unwrap_or_else(|| default_host(address));
             let request = request(method, path, &host);
             stream.write_all(request.as_bytes()).await.map_err(talk_fault)?;
-            *stage = Stage::StatusLine;
+            *stage = ProbeStage::StatusLine;
             answer::http(&mut stream, status).await
         }
     }
@@ -216,16 +218,16 @@ fn request(method: &str, path: &str, host: &str) -> String {
     )
 }
 
-fn default_host(address: &BackendAddress) -> String {
+fn default_host(address: &BackendAddr) -> String {
     match address {
-        BackendAddress::Tcp(address) => address.to_string(),
-        BackendAddress::Unix(_) => "localhost".to_owned(),
+        BackendAddr::Tcp(address) => address.to_string(),
+        BackendAddr::Unix(_) => "localhost".to_owned(),
     }
 }
 
 /// Sorts an error of socket or connect.
-fn connect_fault(error: io::Error) -> Fault {
-    sort_fault(&error).unwrap_or_else(|| {
+fn connect_fault(error: io::Error) -> ProbeError {
+    classify_error(&error).unwrap_or_else(|| {
         let words = match error.raw_os_error() {
             Some(libc::ECONNREFUSED) => "connection refused".to_owned(),
             Some(libc::ENOENT) => "no such socket".to_owned(),
@@ -236,14 +238,14 @@ fn connect_fault(error: io::Error) -> Fault {
             Some(libc::EAGAIN) => "the socket's accept queue is full".to_owned(),
             _ => format!("connect failed: {error}"),
         };
-        Fault::Backend(words)
+        ProbeError::Backend(words)
     })
 }
 
 /// Sorts an error after the connection stood.
-fn talk_fault(error: io::Error) -> Fault {
-    sort_fault(&error).unwrap_or_else(|| {
-        Fault::Backend(match error.kind() {
+fn talk_fault(error: io::Error) -> ProbeError {
+    classify_error(&error).unwrap_or_else(|| {
+        ProbeError::Backend(match error.kind() {
             io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
                 "connection reset before an answer".to_owned()
             }
@@ -254,29 +256,31 @@ fn talk_fault(error: io::Error) -> Fault {
 
 /// Want of descriptors, source ports or memory, or a prohibition of this host,
 /// is our own trouble and proves nothing about the backend.
-fn sort_fault(error: &io::Error) -> Option<Fault> {
-    let kind = local_errors::local_trouble(error)?;
-    Some(Fault::Local(local_words(kind, error), kind))
+fn classify_error(error: &io::Error) -> Option<ProbeError> {
+    let kind = local_errors::local_error_kind(error)?;
+    Some(ProbeError::Local(local_error_text(kind, error), kind))
 }
 
-fn local_words(kind: LocalError, error: &io::Error) -> String {
+fn local_error_text(kind: LocalErrorKind, error: &io::Error) -> String {
     match (kind, error.raw_os_error()) {
-        (LocalError::Descriptors, Some(libc::ENFILE)) => "too many open files in the system".into(),
-        (LocalError::Descriptors, _) => "too many open files in this process".into(),
-        (LocalError::Ports, _) => "no source port left, or no such source address here".into(),
-        (LocalError::Memory, Some(libc::ENOBUFS)) => "no buffer space left".into(),
-        (LocalError::Memory, _) => "out of memory".into(),
-        (LocalError::Route, _) => format!("no route on this host: {error}"),
-        (LocalError::Other, _) => format!("this host does not allow it: {error}"),
+        (LocalErrorKind::Descriptors, Some(libc::ENFILE)) => {
+            "too many open files in the system".into()
+        }
+        (LocalErrorKind::Descriptors, _) => "too many open files in this process".into(),
+        (LocalErrorKind::Ports, _) => "no source port left, or no such source address here".into(),
+        (LocalErrorKind::Memory, Some(libc::ENOBUFS)) => "no buffer space left".into(),
+        (LocalErrorKind::Memory, _) => "out of memory".into(),
+        (LocalErrorKind::Route, _) => format!("no route on this host: {error}"),
+        (LocalErrorKind::Other, _) => format!("this host does not allow it: {error}"),
     }
 }
 
 /// A quotation that fits a log line and holds no control characters.
-fn quote(bytes: &[u8]) -> Quote<'_> {
-    Quote(bytes)
+fn quote(bytes: &[u8]) -> QuotedBytes<'_> {
+    QuotedBytes(bytes)
 }
 
-struct Quote<'a>(&'a [u8]);
+struct QuotedBytes<'a>(&'a [u8]);
 
 fn bounded(mut reason: String) -> String {
     if reason.len() > REASON_BYTES_MAX {
@@ -289,16 +293,16 @@ fn bounded(mut reason: String) -> String {
 
 // === impl Stage ===
 
-impl Stage {
-    fn overdue(self, timeout: Duration) -> Fault {
+impl ProbeStage {
+    fn overdue(self, timeout: Duration) -> ProbeError {
         let timeout = humantime::format_duration(timeout);
-        Fault::Backend(match self {
-            Stage::Connecting => format!("no connection within {timeout}"),
-            Stage::Sending => format!("no answer within {timeout} (connected, sending)"),
-            Stage::Answer => {
+        ProbeError::Backend(match self {
+            ProbeStage::Connecting => format!("no connection within {timeout}"),
+            ProbeStage::Sending => format!("no answer within {timeout} (connected, sending)"),
+            ProbeStage::Answer => {
                 format!("no answer within {timeout} (connected, waiting for the answer)")
             }
-            Stage::StatusLine => {
+            ProbeStage::StatusLine => {
                 format!("no answer within {timeout} (connected, waiting for the status line)")
             }
         })
@@ -307,7 +311,7 @@ impl Stage {
 
 // === impl Quote ===
 
-impl fmt::Display for Quote<'_> {
+impl fmt::Display for QuotedBytes<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown = &self.0[..self.0.len().min(QUOTE_BYTES_MAX)];
         let more = if shown.len() < self.0.len() { "..." } else { "" };

@@ -1,6 +1,6 @@
 //! Runs the probes the controller asks for, so many at a time.
 //!
-//! `app` passes each [`Effect::Probe`](tidegate_core::control::Effect::Probe) on and
+//! `app` passes each [`Effect::Probe`](tidegate_core::control::ControlEffect::ProbeDoc) on and
 //! feeds the events that come back to the controller. Pools take turns, and within a
 //! pool those go first whose verdict is being changed; it never runs two probes of
 //! one backend, and judges nothing.
@@ -8,10 +8,10 @@
 use super::sources::Turns;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use tidegate_core::control::{Event, ProbeLane, ProbeToken};
+use tidegate_core::control::{ControlEvent, ProbeLane, ProbeToken};
 use tidegate_core::health::ProbeOutcome;
-use tidegate_core::metrics::counters::{LocalAt, WorkerCounters};
-use tidegate_core::model::{BackendAddress, ProbeSpec};
+use tidegate_core::metrics::counters::{LocalErrorPlace, WorkerCounters};
+use tidegate_core::model::{BackendAddr, ProbeSpec};
 use tidegate_core::table::state::BackendId;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
@@ -32,16 +32,16 @@ const FEW_ONE_IN: usize = 8;
 /// all its probes.
 #[derive(Debug)]
 pub struct ProbeRunner {
-    requests: mpsc::UnboundedSender<Request>,
+    requests: mpsc::UnboundedSender<ProbeRequest>,
 }
 
 /// One probe to run.
 #[derive(Debug)]
-struct Request {
+struct ProbeRequest {
     lane: ProbeLane,
     backend: BackendId,
     token: ProbeToken,
-    address: BackendAddress,
+    address: BackendAddr,
     spec: Arc<ProbeSpec>,
 }
 
@@ -49,12 +49,12 @@ type Ended = (BackendId, ProbeToken, ProbeOutcome);
 
 /// The running task's state.
 #[derive(Debug)]
-struct Running {
+struct ProbeTask {
     running_max: usize,
     lanes: Lanes,
     /// Bounded by the number of backends: a newer request takes the place of
     /// an older one.
-    requested: HashMap<BackendId, Request>,
+    requested: HashMap<BackendId, ProbeRequest>,
     running: HashMap<BackendId, (AbortHandle, u32)>,
     tasks: JoinSet<Ended>,
     turns: Turns,
@@ -135,29 +135,35 @@ impl Lanes {
 
 impl ProbeRunner {
     /// Starts the task on the current runtime. Results come as
-    /// [`Event::Probed`]; a receiver that is dropped ends the task.
-    pub fn start(results: mpsc::Sender<Event>) -> ProbeRunner {
+    /// [`ControlEvent::Probed`]; a receiver that is dropped ends the task.
+    pub fn start(results: mpsc::Sender<ControlEvent>) -> ProbeRunner {
         ProbeRunner::with_running_max(results, PROBES_RUNNING_MAX)
     }
 
     /// As [`ProbeRunner::start`] with another bound, at least 1.
-    pub fn with_running_max(results: mpsc::Sender<Event>, running_max: usize) -> ProbeRunner {
+    pub fn with_running_max(
+        results: mpsc::Sender<ControlEvent>,
+        running_max: usize,
+    ) -> ProbeRunner {
         ProbeRunner::build(results, running_max, None)
     }
 
     /// As [`ProbeRunner::start`]; trouble of our own is counted there, which this
     /// thread alone writes.
-    pub fn counting(results: mpsc::Sender<Event>, counters: Arc<WorkerCounters>) -> ProbeRunner {
+    pub fn counting(
+        results: mpsc::Sender<ControlEvent>,
+        counters: Arc<WorkerCounters>,
+    ) -> ProbeRunner {
         ProbeRunner::build(results, PROBES_RUNNING_MAX, Some(counters))
     }
 
     fn build(
-        results: mpsc::Sender<Event>,
+        results: mpsc::Sender<ControlEvent>,
         running_max: usize,
         counters: Option<Arc<WorkerCounters>>,
     ) -> ProbeRunner {
         let (requests, incoming) = mpsc::unbounded_channel();
-        let running = Running {
+        let running = ProbeTask {
             running_max: running_max.max(1),
             lanes: Lanes::default(),
             requested: HashMap::new(),
@@ -177,21 +183,21 @@ impl ProbeRunner {
         lane: ProbeLane,
         backend: BackendId,
         token: ProbeToken,
-        address: BackendAddress,
+        address: BackendAddr,
         spec: Arc<ProbeSpec>,
     ) {
         // It fails only when nobody listens for results any more.
-        let _ = self.requests.send(Request { lane, backend, token, address, spec });
+        let _ = self.requests.send(ProbeRequest { lane, backend, token, address, spec });
     }
 }
 
 // === impl Running ===
 
-impl Running {
+impl ProbeTask {
     async fn serve(
         mut self,
-        mut incoming: mpsc::UnboundedReceiver<Request>,
-        results: mpsc::Sender<Event>,
+        mut incoming: mpsc::UnboundedReceiver<ProbeRequest>,
+        results: mpsc::Sender<ControlEvent>,
     ) {
         loop {
             tokio::select! {
@@ -210,7 +216,7 @@ impl Running {
                 },
                 Some(ended) = self.tasks.join_next_with_id() => {
                     if let Some((backend, token, outcome)) = self.ended(ended) {
-                        let event = Event::Probed { backend, token, outcome };
+                        let event = ControlEvent::Probed { backend, token, outcome };
                         if results.send(event).await.is_err() {
                             return;
                         }
@@ -222,7 +228,7 @@ impl Running {
         }
     }
 
-    fn enqueue(&mut self, request: Request) {
+    fn enqueue(&mut self, request: ProbeRequest) {
         let (backend, lane) = (request.backend, request.lane);
         if let Some((older, pool)) = self.running.remove(&backend) {
             older.abort();
@@ -242,10 +248,10 @@ impl Running {
             let counters = self.counters.clone();
             let turn = self.turns.next(backend, &request.spec.source);
             let task = self.tasks.spawn(async move {
-                let probe = super::run_and_tell(&request.address, &request.spec, turn);
+                let probe = super::run_with_stage(&request.address, &request.spec, turn);
                 let (outcome, short) = probe.await;
                 if let (Some(kind), Some(counters)) = (short, counters) {
-                    counters.local_trouble(kind, LocalAt::Probe);
+                    counters.local_trouble(kind, LocalErrorPlace::Probe);
                 }
                 (request.backend, request.token, outcome)
             });

@@ -5,11 +5,11 @@
 //! source that this host cannot use is passed over and proves nothing about
 //! the backend.
 
-use super::{Fault, connect_tcp};
+use super::{ProbeError, connect_tcp};
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use tidegate_config as config;
-use tidegate_core::metrics::counters::LocalError;
+use tidegate_core::metrics::counters::LocalErrorKind;
 use tidegate_core::model::ProbeKind;
 use tidegate_core::table::source_addrs::WAYS_TRIED_MAX;
 use tidegate_core::table::state::BackendId;
@@ -26,15 +26,15 @@ pub(super) async fn connect(
     (sources, turn): (&[IpAddr], usize),
     to: SocketAddr,
     kind: &ProbeKind,
-) -> Result<TcpStream, Fault> {
+) -> Result<TcpStream, ProbeError> {
     let fits = |source: &&IpAddr| source.is_ipv4() == to.is_ipv4();
     let fitting: Vec<IpAddr> = sources.iter().filter(fits).copied().collect();
     let mut failed = None;
     for step in 0..fitting.len().min(WAYS_TRIED_MAX) {
         let source = fitting[turn.wrapping_add(step) % fitting.len()];
         match connect_tcp(Some(source), to, kind).await {
-            Err(Fault::Local(reason, kind)) if of_source(kind) => {
-                failed = Some(Fault::Local(format!("{reason} (source {source})"), kind));
+            Err(ProbeError::Local(reason, kind)) if of_source(kind) => {
+                failed = Some(ProbeError::Local(format!("{reason} (source {source})"), kind));
             }
             decided => return decided,
         }
@@ -47,10 +47,10 @@ pub(super) async fn connect(
 
 /// Trouble that another source may not have: no free port, no such address, no
 /// way from there.
-fn of_source(kind: LocalError) -> bool {
+fn of_source(kind: LocalErrorKind) -> bool {
     match kind {
-        LocalError::Ports | LocalError::Route | LocalError::Other => true,
-        LocalError::Descriptors | LocalError::Memory => false,
+        LocalErrorKind::Ports | LocalErrorKind::Route | LocalErrorKind::Other => true,
+        LocalErrorKind::Descriptors | LocalErrorKind::Memory => false,
     }
 }
 

@@ -3,7 +3,7 @@
 use super::*;
 use runner::ProbeRunner;
 use tidegate_core::control::ProbeLane;
-use tidegate_core::control::{Event, ProbeToken};
+use tidegate_core::control::{ControlEvent, ProbeToken};
 use tidegate_core::model::Config;
 use tidegate_core::table::state::BackendId;
 
@@ -81,7 +81,7 @@ fn a_timeout_without_stalls_is_as_long_as_it_says() {
 
 /// Listens, and answers each connection's first bytes with `segments`, each in
 /// a packet of its own, then closes.
-async fn server(segments: &'static [&'static [u8]]) -> BackendAddress {
+async fn server(segments: &'static [&'static [u8]]) -> BackendAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -100,11 +100,11 @@ async fn server(segments: &'static [&'static [u8]]) -> BackendAddress {
             });
         }
     });
-    BackendAddress::Tcp(address)
+    BackendAddr::Tcp(address)
 }
 
 /// Accepts and never says a word.
-async fn mute() -> BackendAddress {
+async fn mute() -> BackendAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -113,13 +113,13 @@ async fn mute() -> BackendAddress {
             held.push(listener.accept().await.unwrap());
         }
     });
-    BackendAddress::Tcp(address)
+    BackendAddr::Tcp(address)
 }
 
 /// An address nobody listens on.
-async fn nobody() -> BackendAddress {
+async fn nobody() -> BackendAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    BackendAddress::Tcp(listener.local_addr().unwrap())
+    BackendAddr::Tcp(listener.local_addr().unwrap())
 }
 
 #[track_caller]
@@ -146,7 +146,7 @@ fn a_listening_port_passes_the_tcp_probe() {
 fn tcp_probes_do_not_wake_the_backend() {
     on_runtime(async {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = BackendAddress::Tcp(listener.local_addr().unwrap());
+        let address = BackendAddr::Tcp(listener.local_addr().unwrap());
         for _ in 0..20 {
             assert_success(&run(&address, &spec(ProbeKind::Tcp)).await);
         }
@@ -198,7 +198,7 @@ fn a_full_accept_queue_fails_at_the_deadline() {
             held.push(stream.unwrap());
             assert!(held.len() < 100, "the queue never filled");
         }
-        let reason = failure(run(&BackendAddress::Tcp(to), &spec(ProbeKind::Tcp)).await);
+        let reason = failure(run(&BackendAddr::Tcp(to), &spec(ProbeKind::Tcp)).await);
         assert_eq!(reason, "no connection within 300ms");
     });
 }
@@ -257,7 +257,7 @@ fn the_request_names_host_agent_and_close() {
             stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
             String::from_utf8(request).unwrap()
         });
-        assert_success(&run(&BackendAddress::Tcp(to), &http()).await);
+        assert_success(&run(&BackendAddr::Tcp(to), &http()).await);
         let version = env!("CARGO_PKG_VERSION");
         assert_eq!(
             seen.await.unwrap(),
@@ -312,7 +312,7 @@ fn unix_sockets_are_probed_like_ports() {
     on_runtime(async {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("backend.sock");
-        let address = BackendAddress::Unix(path.clone());
+        let address = BackendAddr::Unix(path.clone());
         assert_eq!(failure(run(&address, &spec(ProbeKind::Tcp)).await), "no such socket");
         let listener = UnixListener::bind(&path).unwrap();
         tokio::spawn(async move {
@@ -335,7 +335,7 @@ fn a_unix_socket_nobody_listens_on_any_more_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("backend.sock");
         drop(UnixListener::bind(&path).unwrap());
-        let reason = failure(run(&BackendAddress::Unix(path), &spec(ProbeKind::Tcp)).await);
+        let reason = failure(run(&BackendAddr::Unix(path), &spec(ProbeKind::Tcp)).await);
         assert_eq!(reason, "connection refused");
     });
 }
@@ -350,7 +350,7 @@ fn a_unix_socket_with_a_full_accept_queue_fails_at_once_and_says_so() {
         listener.bind(&socket2::SockAddr::unix(&path).unwrap()).unwrap();
         listener.listen(0).unwrap();
         let _held = UnixStream::connect(&path).await.unwrap();
-        let reason = failure(run(&BackendAddress::Unix(path), &ping()).await);
+        let reason = failure(run(&BackendAddr::Unix(path), &ping()).await);
         assert_eq!(reason, "the socket's accept queue is full");
     });
 }
@@ -359,12 +359,12 @@ fn a_unix_socket_with_a_full_accept_queue_fails_at_once_and_says_so() {
 fn our_own_shortages_are_never_blamed_on_the_backend() {
     for errno in [libc::EMFILE, libc::ENFILE, libc::EADDRNOTAVAIL, libc::ENOBUFS, libc::ENOMEM] {
         let error = || io::Error::from_raw_os_error(errno);
-        assert!(matches!(connect_fault(error()), Fault::Local(..)), "{errno}");
-        assert!(matches!(talk_fault(error()), Fault::Local(..)), "{errno}");
+        assert!(matches!(connect_fault(error()), ProbeError::Local(..)), "{errno}");
+        assert!(matches!(talk_fault(error()), ProbeError::Local(..)), "{errno}");
     }
     for errno in [libc::ECONNREFUSED, libc::EHOSTUNREACH, libc::ENETUNREACH] {
         let error = io::Error::from_raw_os_error(errno);
-        assert!(matches!(connect_fault(error), Fault::Backend(_)), "{errno} by ICMP");
+        assert!(matches!(connect_fault(error), ProbeError::Backend(_)), "{errno} by ICMP");
     }
 }
 
@@ -372,13 +372,13 @@ fn our_own_shortages_are_never_blamed_on_the_backend() {
 fn an_error_is_known_to_come_at_once_or_later() {
     let error = || io::Error::from_raw_os_error(libc::ENETUNREACH);
     on_runtime(async {
-        let (_, at_once) = telling_when::<()>(async { Err(error()) }).await.unwrap_err();
+        let (_, at_once) = with_stage::<()>(async { Err(error()) }).await.unwrap_err();
         assert!(at_once, "connect(2) itself gave it");
         let later = async {
             tokio::task::yield_now().await;
             Err::<(), _>(error())
         };
-        assert!(!telling_when(later).await.unwrap_err().1, "a message from the path");
+        assert!(!with_stage(later).await.unwrap_err().1, "a message from the path");
     });
 }
 
@@ -391,7 +391,7 @@ fn a_long_reason_is_cut_at_a_character() {
 
 #[test]
 fn a_backend_that_dies_and_comes_back_is_seen_by_the_controller() {
-    use tidegate_core::control::{Controller, Effect};
+    use tidegate_core::control::{ControlEffect, Controller};
     on_runtime(async {
         let (sender, mut results) = mpsc::channel(16);
         let runner = ProbeRunner::start(sender);
@@ -399,17 +399,17 @@ fn a_backend_that_dies_and_comes_back_is_seen_by_the_controller() {
         let mut listener = Some(TcpListener::bind("127.0.0.1:0").await.unwrap());
         let address = listener.as_ref().unwrap().local_addr().unwrap();
         let config = probed_config(address, Duration::from_millis(20));
-        let mut event = Event::Configure(config);
+        let mut event = ControlEvent::Configure(config);
         let mut seen = Vec::new();
         let patience = clock::now() + Duration::from_secs(10);
         while seen.len() < 3 {
             assert!(clock::now() < patience, "only saw {seen:?}");
             for effect in controller.apply(event, clock::now()) {
                 match effect {
-                    Effect::Probe { backend, token, address, spec, .. } => {
+                    ControlEffect::Probe { backend, token, address, spec, .. } => {
                         runner.probe(LANE, backend, token, address, spec);
                     }
-                    Effect::Log(transition) => seen.push(transition.to),
+                    ControlEffect::Log(transition) => seen.push(transition.to),
                     _ => {}
                 }
             }
@@ -423,7 +423,7 @@ fn a_backend_that_dies_and_comes_back_is_seen_by_the_controller() {
             let due = controller.next_due().unwrap();
             event = tokio::select! {
                 Some(result) = results.recv() => result,
-                () = tokio::time::sleep_until(due.into()) => Event::Tick,
+                () = tokio::time::sleep_until(due.into()) => ControlEvent::Tick,
             };
         }
         assert_eq!(seen, ["up", "down", "up"]);
@@ -431,10 +431,10 @@ fn a_backend_that_dies_and_comes_back_is_seen_by_the_controller() {
 }
 
 /// The next result, or a panic after far longer than it may take.
-async fn next(results: &mut mpsc::Receiver<Event>) -> (BackendId, ProbeToken, ProbeOutcome) {
+async fn next(results: &mut mpsc::Receiver<ControlEvent>) -> (BackendId, ProbeToken, ProbeOutcome) {
     let patience = Duration::from_secs(10);
     match tokio::time::timeout(patience, results.recv()).await.expect("a result in time") {
-        Some(Event::Probed { backend, token, outcome }) => (backend, token, outcome),
+        Some(ControlEvent::Probed { backend, token, outcome }) => (backend, token, outcome),
         other => panic!("unexpected {other:?}"),
     }
 }

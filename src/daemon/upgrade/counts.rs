@@ -7,33 +7,35 @@
 //! [`Counter::carry`]: tidegate_core::metrics::counters::Counter::carry
 
 use crate::admin::{ReloadCounts, UpgradeCounts};
-use crate::heartbeats::SavedReception;
+use crate::heartbeats::SavedReceiver;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use tidegate_core::metrics::counters::{LocalAt, LocalError, Panicked, RingEvent, WorkerCounters};
+use tidegate_core::metrics::counters::{
+    LocalErrorKind, LocalErrorPlace, PanicScope, RingEvent, WorkerCounters,
+};
 use tidegate_core::outcome::{Cause, Phase};
 
 /// See the module's documentation.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub(super) struct Counts {
+pub(super) struct HandoverCounts {
     workers: Vec<SavedWorker>,
     /// By the whole process.
-    pub(super) rarities: Rarities,
+    pub(super) rarities: RareCounters,
     /// Where the next process's session numbers start.
     pub(super) session_numbers: u64,
     /// Changed, unchanged, refused.
     reloads: (u64, u64, u64),
     /// Done, failed, refused.
     upgrades: (u64, u64, u64),
-    heartbeats: SavedReception,
+    heartbeats: SavedReceiver,
 }
 
 /// What the whole process counts of things that hardly ever happen.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub(crate) struct Rarities {
+pub(crate) struct RareCounters {
     /// Lines of the log that were lost.
     pub(crate) log_dropped: u64,
     /// Changes of backends that the log left out.
@@ -64,22 +66,22 @@ struct SavedWorker {
 
 // === impl Counts ===
 
-impl Counts {
+impl HandoverCounts {
     pub(super) fn save(
         workers: &[Arc<WorkerCounters>],
         control: &WorkerCounters,
         reloads: ReloadCounts,
         upgrades: UpgradeCounts,
-        heartbeats: SavedReception,
-    ) -> Counts {
-        Counts {
+        heartbeats: SavedReceiver,
+    ) -> HandoverCounts {
+        HandoverCounts {
             // The control thread's go as those of one more worker.
             workers: workers
                 .iter()
                 .map(|worker| SavedWorker::save(worker))
                 .chain([SavedWorker::save(control)])
                 .collect(),
-            rarities: Rarities::default(),
+            rarities: RareCounters::default(),
             session_numbers: 0,
             reloads: (reloads.changed, reloads.unchanged, reloads.refused),
             upgrades: (upgrades.done, upgrades.failed, upgrades.refused),
@@ -97,7 +99,7 @@ impl Counts {
         UpgradeCounts { done, failed, refused }
     }
 
-    pub(super) fn heartbeats(&self) -> &SavedReception {
+    pub(super) fn heartbeats(&self) -> &SavedReceiver {
         &self.heartbeats
     }
 
@@ -143,7 +145,7 @@ impl SavedWorker {
             reports_dropped: worker.reports_dropped.get(),
             access_log_dropped: worker.access_log_dropped.get(),
             ring_events: ring.into(),
-            panics: Panicked::ALL
+            panics: PanicScope::ALL
                 .map(|ended| (ended.name().to_owned(), worker.panics.cell(ended as usize, 0).get()))
                 .into(),
             restarts: worker.restarts.get(),
@@ -201,7 +203,7 @@ impl SavedWorker {
         worker.queued.carry(self.queued);
         worker.reports_dropped.carry(self.reports_dropped);
         worker.access_log_dropped.carry(self.access_log_dropped);
-        for ended in Panicked::ALL {
+        for ended in PanicScope::ALL {
             let total = self.panics.get(ended.name()).copied().unwrap_or_default();
             worker.panics.cell(ended as usize, 0).carry(total);
         }
@@ -214,11 +216,13 @@ fn cells() -> impl Iterator<Item = (Cause, Phase)> {
     Cause::ALL.into_iter().flat_map(|cause| Phase::ALL.into_iter().map(move |phase| (cause, phase)))
 }
 
-fn local_cells() -> impl Iterator<Item = (LocalError, LocalAt)> {
-    LocalError::ALL.into_iter().flat_map(|kind| LocalAt::ALL.into_iter().map(move |at| (kind, at)))
+fn local_cells() -> impl Iterator<Item = (LocalErrorKind, LocalErrorPlace)> {
+    LocalErrorKind::ALL
+        .into_iter()
+        .flat_map(|kind| LocalErrorPlace::ALL.into_iter().map(move |at| (kind, at)))
 }
 
-fn local_key(kind: LocalError, at: LocalAt) -> String {
+fn local_key(kind: LocalErrorKind, at: LocalErrorPlace) -> String {
     format!("{} {}", kind.name(), at.name())
 }
 
@@ -247,10 +251,10 @@ mod tests {
         }
         let reloads = ReloadCounts { changed: 1, unchanged: 2, refused: 3 };
         let upgrades = UpgradeCounts { done: 4, failed: 5, refused: 6 };
-        let heartbeats = SavedReception::default();
-        let counts = Counts::save(&old, &workers(1)[0], reloads, upgrades, heartbeats);
+        let heartbeats = SavedReceiver::default();
+        let counts = HandoverCounts::save(&old, &workers(1)[0], reloads, upgrades, heartbeats);
         let text = serde_json::to_string(&counts).unwrap();
-        let saved: Counts = serde_json::from_str(&text).unwrap();
+        let saved: HandoverCounts = serde_json::from_str(&text).unwrap();
         assert_eq!((saved.reloads(), saved.upgrades()), (reloads, upgrades));
 
         let new = workers(2);

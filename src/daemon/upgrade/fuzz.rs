@@ -6,7 +6,7 @@
 //! closed, and whatever was taken over can be served by and handed on again.
 
 use super::incoming;
-use super::message::{Commit, Farewell, Hello, Ready, Serving};
+use super::message::{Commit, FinalCounts, Hello, Ready, Serving};
 use crate::upgrade::message;
 use std::io::Write;
 use std::net::Shutdown;
@@ -15,13 +15,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_config as config;
-use tidegate_core::control::{Controller, Event};
+use tidegate_core::control::{ControlEvent, Controller};
 use tidegate_core::metrics::counters::WorkerCounters;
-use tidegate_core::metrics::histograms::{Merged, Series};
+use tidegate_core::metrics::histograms::{MergedHistograms, Series};
 use tidegate_core::model;
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_net::clock;
-use tidegate_net::fd_channel::Channel;
+use tidegate_net::fd_channel::HandoverChannel;
 
 /// What one socket takes without anybody reading.
 const SAID_MAX: usize = 32 * 1024;
@@ -39,7 +39,7 @@ pub fn check(data: &[u8]) {
 /// How many of the three messages that a side waits for were understood.
 fn messages_taken(data: &[u8]) -> u32 {
     let [mode, said @ ..] = data else { return 0 };
-    let Ok((own, other)) = Channel::pair() else { return 0 };
+    let Ok((own, other)) = HandoverChannel::pair() else { return 0 };
     let other = UnixStream::from(other);
     say(&other, &said[..said.len().min(SAID_MAX)], mode & 1 != 0);
     if mode & 2 == 0 { as_successor(own) } else { as_predecessor(&own) }
@@ -49,7 +49,7 @@ fn messages_taken(data: &[u8]) -> u32 {
 fn say(mut other: &UnixStream, said: &[u8], framed: bool) {
     other.set_nonblocking(true).expect("a socket of ours");
     if framed {
-        let channel = Channel::from(other.try_clone().expect("a descriptor is left"));
+        let channel = HandoverChannel::from(other.try_clone().expect("a descriptor is left"));
         let mut rest = said;
         while let [kind, fds, low, high, more @ ..] = rest {
             let len = usize::from(u16::from_le_bytes([*low, *high])).min(more.len());
@@ -67,22 +67,22 @@ fn say(mut other: &UnixStream, said: &[u8], framed: bool) {
 }
 
 /// Takes an offer, the last word and the farewell, as far as they come.
-fn as_successor(channel: Channel) -> u32 {
-    let Ok(mut before) = incoming::greet(channel) else { return 0 };
+fn as_successor(channel: HandoverChannel) -> u32 {
+    let Ok(mut before) = incoming::send_hello(channel) else { return 0 };
     let config = Arc::new(config::parse(CONFIG, "a file").expect("it is right"));
     before.take_sockets();
     before.take_heartbeats();
     let generation = before.generation_of(8);
-    let mut place = Place::new(config, generation, before.state());
+    let mut place = FuzzStart::new(config, generation, before.state());
     let Ok(commit) = before.ready(Vec::new(), false, generation, false) else { return 1 };
     place.take_over(&commit);
-    let Ok(Farewell(last)) = before.wait_for_farewell(soon()) else { return 2 };
+    let Ok(FinalCounts(last)) = before.wait_for_final_counts(soon()) else { return 2 };
     place.count(&last);
     3
 }
 
 /// Takes a greeting, and that the other is ready, and that it serves.
-fn as_predecessor(channel: &Channel) -> u32 {
+fn as_predecessor(channel: &HandoverChannel) -> u32 {
     let took = [
         message::receive::<Hello>(channel, soon()).is_ok(),
         message::receive::<Ready>(channel, soon()).is_ok(),
@@ -96,25 +96,29 @@ fn soon() -> Instant {
 }
 
 /// What a new process goes on with.
-struct Place {
+struct FuzzStart {
     controller: Controller,
     workers: Vec<Arc<WorkerCounters>>,
-    latency: Merged,
+    latency: MergedHistograms,
 }
 
-impl Place {
+impl FuzzStart {
     fn new(
         config: Arc<model::Config>,
         generation: u64,
         saved: &tidegate_core::control::handover::Saved,
-    ) -> Place {
+    ) -> FuzzStart {
         let now = clock::now();
         let mut controller = Controller::new(2, 1);
-        controller.count_on(generation.saturating_sub(1), saved.serial);
-        controller.apply(Event::Configure(config), now);
+        controller.add_carried_counts(generation.saturating_sub(1), saved.serial);
+        controller.apply(ControlEvent::Configure(config), now);
         controller.adopt(saved, now);
         let worker = || Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
-        Place { controller, workers: vec![worker(), worker()], latency: Merged::new() }
+        FuzzStart {
+            controller,
+            workers: vec![worker(), worker()],
+            latency: MergedHistograms::new(),
+        }
     }
 
     fn take_over(&mut self, known: &Commit) {
@@ -123,7 +127,7 @@ impl Place {
         self.count(known);
         self.controller.serves_as(&known.state);
         for ahead in [0, 1, 3600, 86_400 * 365] {
-            self.controller.apply(Event::Tick, now + Duration::from_secs(ahead));
+            self.controller.apply(ControlEvent::Tick, now + Duration::from_secs(ahead));
         }
         self.controller.status(now);
         self.controller.save(now);

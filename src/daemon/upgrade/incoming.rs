@@ -5,13 +5,13 @@
 //! goes on. It accepts nothing before it has said that it serves.
 
 use super::message::{
-    Commit, Farewell, Hello, LEVEL, Message, MessageError, Offer, PROTOCOL, Ready, SavedLatency,
-    Serving,
+    Commit, FinalCounts, Hello, LEVEL, MessageError, Offer, PROTOCOL, Ready, SavedLatency, Serving,
+    UpgradeMessage,
 };
 use super::reports::{Order, Report, Writer};
 use crate::Failure;
 use crate::admin::{self, AdminListener};
-use crate::binds::Group;
+use crate::binds::BindSockets;
 use crate::upgrade::message;
 use socket2::Socket;
 use std::collections::BTreeMap;
@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::model::Admin;
 use tidegate_net::clock;
-use tidegate_net::fd_channel::Channel;
+use tidegate_net::fd_channel::HandoverChannel;
 use tokio::sync::{mpsc, oneshot};
 
 /// How long the old process may take for each of its messages; it has them at
@@ -40,11 +40,11 @@ pub(super) const DRAIN_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// What this process was given by another of its kind.
 #[derive(Debug)]
-pub struct Predecessor {
-    channel: Channel,
+pub struct OldProcess {
+    channel: HandoverChannel,
     stderr: OwnedFd,
     admin: Option<OwnedFd>,
-    sockets: BTreeMap<SocketAddr, Group>,
+    sockets: BTreeMap<SocketAddr, BindSockets>,
     heartbeats: Vec<(SocketAddr, OwnedFd)>,
     counts: Option<OwnedFd>,
     offer: Offer,
@@ -52,7 +52,7 @@ pub struct Predecessor {
 
 /// The way to a process that still drains.
 #[derive(Debug)]
-pub(crate) struct Draining {
+pub(crate) struct OldProcessLink {
     words: mpsc::Receiver<Word>,
     /// `None` where it takes no orders.
     orders: Option<Writer>,
@@ -68,22 +68,22 @@ pub(crate) enum Word {
 
 // === impl Predecessor ===
 
-impl Predecessor {
+impl OldProcess {
     /// Greets the old process, if there is one that has started this one, and
     /// takes its offer. To be called before anything reads standard input.
     ///
     /// # Errors
     /// There is one and it is not to be understood.
-    pub fn greet() -> Result<Option<Predecessor>, Failure> {
+    pub fn connect() -> Result<Option<OldProcess>, Failure> {
         if std::env::var_os(tidegate_net::fd_channel::MARK).is_none() {
             return Ok(None);
         }
-        let channel = Channel::from_stdin().map_err(|error| trouble(&error))?;
-        greet(channel).map(Some).map_err(|error| trouble(&error))
+        let channel = HandoverChannel::from_stdin().map_err(|error| handover_error(&error))?;
+        send_hello(channel).map(Some).map_err(|error| handover_error(&error))
     }
 
     /// What `config` is to find bound.
-    pub(crate) fn take_sockets(&mut self) -> BTreeMap<SocketAddr, Group> {
+    pub(crate) fn take_sockets(&mut self) -> BTreeMap<SocketAddr, BindSockets> {
         std::mem::take(&mut self.sockets)
     }
 
@@ -139,27 +139,31 @@ impl Predecessor {
         let ready = Ready { not_taken, admin_taken, generation, shares };
         tracing::debug!(generation, admin_taken, "ready to take over from the old process");
         let deadline = clock::now() + WORD_MAX;
-        message::send(&self.channel, &ready, &[], deadline).map_err(|error| trouble(&error))?;
+        message::send(&self.channel, &ready, &[], deadline)
+            .map_err(|error| handover_error(&error))?;
         let known = || {
             let frame = self.channel.receive(deadline)?;
             message::receive_known(&self.channel, &frame, deadline)
         };
-        known().map_err(|error: MessageError| trouble(&error))
+        known().map_err(|error: MessageError| handover_error(&error))
     }
 
     /// As [`Predecessor::serving`], but in here and without a word.
     #[cfg(any(test, fuzzing))]
-    pub(super) fn wait_for_farewell(self, deadline: Instant) -> Result<Farewell, MessageError> {
+    pub(super) fn wait_for_final_counts(
+        self,
+        deadline: Instant,
+    ) -> Result<FinalCounts, MessageError> {
         let frame = self.channel.receive(deadline)?;
         message::receive_known(&self.channel, &frame, deadline)
     }
 
     /// Says that this process serves from now on, takes over the old one's
     /// standard error, and listens for its farewell.
-    pub(crate) fn serving(self) -> Result<Draining, Failure> {
+    pub(crate) fn serving(self) -> Result<OldProcessLink, Failure> {
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &Serving {}, &[], deadline)
-            .map_err(|error| trouble(&error))?;
+            .map_err(|error| handover_error(&error))?;
         tracing::debug!("this process serves; the old one stops accepting");
         // On failure the log ends with the old process, which is no reason not
         // to serve.
@@ -176,23 +180,23 @@ impl Predecessor {
         if let Err(error) = named.spawn(wait) {
             tracing::warn!(%error, "the old process's last sessions will not be counted");
         }
-        Ok(Draining { words, orders })
+        Ok(OldProcessLink { words, orders })
     }
 }
 
 /// Passes one word on; `None` after the last.
-fn listen(channel: &Channel, tell: &mpsc::Sender<Word>) -> Option<()> {
+fn listen(channel: &HandoverChannel, tell: &mpsc::Sender<Word>) -> Option<()> {
     let frame = channel.receive(clock::now() + DRAIN_MAX).ok()?;
     if frame.kind == Report::KIND {
         return tell.blocking_send(Word::Report(message::decode(&frame).ok()?)).ok();
     }
     let deadline = clock::now() + WORD_MAX;
-    let Farewell(last) = message::receive_known(channel, &frame, deadline).ok()?;
+    let FinalCounts(last) = message::receive_known(channel, &frame, deadline).ok()?;
     let _ = tell.blocking_send(Word::Farewell(Box::new(last)));
     None
 }
 
-pub(super) fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
+pub(super) fn send_hello(channel: HandoverChannel) -> Result<OldProcess, MessageError> {
     let deadline = clock::now() + WORD_MAX;
     let hello = Hello {
         protocols: (PROTOCOL, PROTOCOL),
@@ -215,7 +219,7 @@ pub(super) fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
     };
     let mut sockets = BTreeMap::new();
     for bind in &offer.listeners {
-        let mut group = Group { sockets: Vec::new(), holder: bind.holder };
+        let mut group = BindSockets { sockets: Vec::new(), holder: bind.holder };
         for _ in 0..bind.sockets {
             let fd = fds.next().ok_or(lost(bind.sockets as usize))?;
             group.sockets.push(Arc::new(Socket::from(fd)));
@@ -224,16 +228,16 @@ pub(super) fn greet(channel: Channel) -> Result<Predecessor, MessageError> {
     }
     let heartbeats = offer.heartbeats.iter().copied().zip(fds.by_ref()).collect();
     let counts = if offer.counts { fds.next() } else { None };
-    Ok(Predecessor { channel, stderr, admin, sockets, heartbeats, counts, offer })
+    Ok(OldProcess { channel, stderr, admin, sockets, heartbeats, counts, offer })
 }
 
-fn trouble(error: &dyn std::fmt::Display) -> Failure {
+fn handover_error(error: &dyn std::fmt::Display) -> Failure {
     Failure::Runtime(format!("cannot take over from the process before: {error}"))
 }
 
 // === impl Draining ===
 
-impl Draining {
+impl OldProcessLink {
     /// What the old process says next; `None`: it has ended without a farewell.
     pub(crate) async fn next(&mut self) -> Option<Word> {
         self.words.recv().await
@@ -251,9 +255,9 @@ impl Draining {
 }
 
 /// Says farewell to the process that took over.
-pub(super) fn say_farewell(channel: &Channel, last: Commit, level: u16) {
+pub(super) fn send_final_counts(channel: &HandoverChannel, last: Commit, level: u16) {
     let deadline: Instant = clock::now() + FAREWELL_MAX;
-    if let Err(error) = message::send_known(channel, Farewell(last), level, deadline) {
+    if let Err(error) = message::send_known(channel, FinalCounts(last), level, deadline) {
         tracing::warn!(%error, "the process that took over does not learn of the last sessions");
     }
 }
@@ -262,7 +266,7 @@ pub(super) fn say_farewell(channel: &Channel, last: Commit, level: u16) {
 pub(super) fn saved_latency(
     saved: &tidegate_core::control::handover::Saved,
     find: impl Fn(&str, &str, &str) -> Option<u32>,
-    latency: &tidegate_core::metrics::histograms::Merged,
+    latency: &tidegate_core::metrics::histograms::MergedHistograms,
 ) -> Vec<SavedLatency> {
     let mut all = Vec::new();
     for pool in &saved.pools {

@@ -9,9 +9,9 @@
 //! older program would stumble over (parts, reports, orders) is sent to programs
 //! of [`LEVEL`] 1 or more alone.
 
-use super::counts::Counts;
+use super::counts::HandoverCounts;
 use super::reports::{Order, Report};
-use crate::binds::Holder;
+use crate::binds::SocketOwner;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -19,7 +19,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Instant;
 use tidegate_core::control::handover::Saved;
 use tidegate_core::metrics::histograms::{SavedSeries, Series};
-use tidegate_net::fd_channel::{BODY_MAX, Channel, ChannelError, Frame};
+use tidegate_net::fd_channel::{BODY_MAX, ChannelError, Frame, HandoverChannel};
 
 /// The order of messages and what each must hold. A program may speak several.
 pub(super) const PROTOCOL: u16 = 1;
@@ -36,7 +36,7 @@ const PART_BYTES: usize = 4 * 1024 * 1024;
 const PARTS_MAX: u32 = 4_096;
 
 /// What a frame's body is.
-pub(super) trait Message: Serialize + DeserializeOwned {
+pub(super) trait UpgradeMessage: Serialize + DeserializeOwned {
     const KIND: u16;
     const NAME: &'static str;
 }
@@ -98,7 +98,7 @@ pub(crate) struct OfferedAdmin {
 pub(super) struct OfferedBind {
     pub(super) address: SocketAddr,
     pub(super) sockets: u32,
-    pub(super) holder: Holder,
+    pub(super) holder: SocketOwner,
 }
 
 /// *My configuration is good, my table is built; I wait for your word.*
@@ -118,7 +118,7 @@ pub(super) struct Ready {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Commit {
     pub(super) state: Saved,
-    pub(super) counts: Counts,
+    pub(super) counts: HandoverCounts,
     #[serde(default)]
     pub(super) latency: Vec<SavedLatency>,
     /// Of all backends somebody has tried lately.
@@ -162,7 +162,7 @@ pub(super) struct Serving {}
 /// *My last session has ended.* Counts as in [`Commit`], replacing those;
 /// histograms since then, to be added.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct Farewell(pub(super) Commit);
+pub(super) struct FinalCounts(pub(super) Commit);
 
 /// Why a message is not what was waited for.
 #[derive(Debug, thiserror::Error)]
@@ -179,7 +179,7 @@ pub(super) enum MessageError {
 
 macro_rules! messages {
     ($($message:ty = $kind:literal $name:literal),+ $(,)?) => {$(
-        impl Message for $message {
+        impl UpgradeMessage for $message {
             const KIND: u16 = $kind;
             const NAME: &'static str = $name;
         }
@@ -192,17 +192,17 @@ messages! {
     Ready = 3 "ready",
     Commit = 4 "commit",
     Serving = 5 "serving",
-    Farewell = 6 "farewell",
+    FinalCounts = 6 "farewell",
     Part = 7 "part",
     Report = 8 "report",
     Order = 9 "order",
 }
 
-pub(super) fn encode(message: &impl Message) -> Vec<u8> {
+pub(super) fn encode(message: &impl UpgradeMessage) -> Vec<u8> {
     serde_json::to_vec(message).expect("plain data with string keys always serialises")
 }
 
-pub(super) fn decode<M: Message>(frame: &Frame) -> Result<M, MessageError> {
+pub(super) fn decode<M: UpgradeMessage>(frame: &Frame) -> Result<M, MessageError> {
     if frame.kind != M::KIND {
         return Err(MessageError::Unexpected { found: frame.kind, wanted: M::NAME });
     }
@@ -210,8 +210,8 @@ pub(super) fn decode<M: Message>(frame: &Frame) -> Result<M, MessageError> {
         .map_err(|error| MessageError::Senseless { name: M::NAME, error })
 }
 
-pub(super) fn send<M: Message>(
-    channel: &Channel,
+pub(super) fn send<M: UpgradeMessage>(
+    channel: &HandoverChannel,
     message: &M,
     fds: &[BorrowedFd<'_>],
     deadline: Instant,
@@ -220,13 +220,16 @@ pub(super) fn send<M: Message>(
 }
 
 /// Waits for that message; descriptors that come with it are closed.
-pub(super) fn receive<M: Message>(channel: &Channel, deadline: Instant) -> Result<M, MessageError> {
+pub(super) fn receive<M: UpgradeMessage>(
+    channel: &HandoverChannel,
+    deadline: Instant,
+) -> Result<M, MessageError> {
     decode(&channel.receive(deadline)?)
 }
 
 /// Sends *commit* or *farewell*, in the form that a program of that level takes.
-pub(super) fn send_known<M: Message + AsMut<Commit>>(
-    channel: &Channel,
+pub(super) fn send_known<M: UpgradeMessage + AsMut<Commit>>(
+    channel: &HandoverChannel,
     mut message: M,
     level: u16,
     deadline: Instant,
@@ -270,8 +273,8 @@ fn in_parts(latency: Vec<SavedLatency>) -> Vec<Vec<SavedLatency>> {
 }
 
 /// The message in that frame, with the parts that follow it.
-pub(super) fn receive_known<M: Message + AsMut<Commit>>(
-    channel: &Channel,
+pub(super) fn receive_known<M: UpgradeMessage + AsMut<Commit>>(
+    channel: &HandoverChannel,
     frame: &Frame,
     deadline: Instant,
 ) -> Result<M, MessageError> {
@@ -297,7 +300,7 @@ impl AsMut<Commit> for Commit {
 
 // === impl Farewell ===
 
-impl AsMut<Commit> for Farewell {
+impl AsMut<Commit> for FinalCounts {
     fn as_mut(&mut self) -> &mut Commit {
         &mut self.0
     }
@@ -321,7 +324,7 @@ mod tests {
             listeners: vec![OfferedBind {
                 address: "[::1]:80".parse().unwrap(),
                 sockets: 2,
-                holder: Holder::Manager,
+                holder: SocketOwner::ServiceManager,
             }],
             heartbeats: vec!["127.0.0.1:7946".parse().unwrap()],
             digest: u64::MAX,
@@ -365,8 +368,8 @@ mod tests {
             assert!(encode(&Part { latency: part }).len() <= PART_BYTES + 200_000);
         }
         for level in [0, LEVEL] {
-            let (one, other) = Channel::pair().unwrap();
-            let other = Channel::from(std::os::unix::net::UnixStream::from(other));
+            let (one, other) = HandoverChannel::pair().unwrap();
+            let other = HandoverChannel::from(std::os::unix::net::UnixStream::from(other));
             let deadline = tidegate_net::clock::now() + std::time::Duration::from_secs(30);
             let sent = known.clone();
             let sender = std::thread::spawn(move || send_known(&one, sent, level, deadline));
@@ -385,7 +388,7 @@ mod tests {
             let _ = decode::<Offer>(&frame);
             let _ = decode::<Ready>(&frame);
             let _ = decode::<Commit>(&frame);
-            let _ = decode::<Farewell>(&frame);
+            let _ = decode::<FinalCounts>(&frame);
             let _ = decode::<Part>(&frame);
             let _ = decode::<Report>(&frame);
             let _ = decode::<Order>(&frame);
@@ -395,7 +398,7 @@ mod tests {
         fn an_offer_with_a_changed_byte_is_an_offer_or_an_error(at: prop::sample::Index, byte: u8) {
             let offer = Offer {
                 protocol: 1, version: String::new(), admin: None, heartbeats: vec![], digest: 7,
-                listeners: vec![OfferedBind { address: ([127, 0, 0, 1], 80).into(), sockets: 2, holder: Holder::Nobody }],
+                listeners: vec![OfferedBind { address: ([127, 0, 0, 1], 80).into(), sockets: 2, holder: SocketOwner::Process }],
                 state: Saved::default(), confined: vec![], level: 0, counts: false,
             };
             let mut body = encode(&offer);

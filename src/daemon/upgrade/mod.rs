@@ -28,19 +28,19 @@ mod process;
 mod reports;
 mod stepping;
 
-pub use incoming::Predecessor;
+pub use incoming::OldProcess;
 
-pub(super) use counts::Rarities;
-pub(super) use incoming::Draining as PredecessorDraining;
+pub(super) use counts::RareCounters;
+pub(super) use incoming::OldProcessLink as PredecessorDraining;
 pub(super) use message::OfferedAdmin;
 pub(super) use process::Starter;
 
 use super::control_loop::Control;
-use crate::admin::{UpgradeCounts, UpgradeError, Upgraded};
-use counts::Counts;
+use crate::admin::{UpgradeCounts, UpgradeDoc, UpgradeError};
+use counts::HandoverCounts;
 use incoming::Word;
 use message::{Commit, LEVEL, Offer, OfferedBind, PROTOCOL, SavedEstimate};
-use outgoing::{AtTheReady, Attempt, Outgoing, Progress};
+use outgoing::{ReadyProcess, UpgradeAttempt, UpgradeHandle, UpgradeProgress};
 use reports::{Order, Report, Reporter};
 use std::os::fd::OwnedFd;
 use std::process::ExitStatus;
@@ -49,7 +49,7 @@ use std::time::Duration;
 use stepping::SteppingDown;
 use tidegate_core::control::handover::Saved;
 use tidegate_net::clock;
-use tidegate_net::fd_channel::Channel;
+use tidegate_net::fd_channel::HandoverChannel;
 use tidegate_supervisor::Wish;
 use tokio::sync::{mpsc, oneshot};
 
@@ -66,7 +66,7 @@ const ACQUAINTED_STEP: Duration = Duration::from_millis(20);
 const ORDERS_MAX: usize = 16;
 
 /// Who asked gets this.
-type Reply = oneshot::Sender<Result<Upgraded, UpgradeError>>;
+type Reply = oneshot::Sender<Result<UpgradeDoc, UpgradeError>>;
 
 /// Everything about upgrades, past and present.
 #[derive(Debug, Default)]
@@ -74,8 +74,8 @@ pub(super) struct Upgrades {
     /// `None` where there is nothing to start: inside another program.
     starter: Option<Starter>,
     counts: UpgradeCounts,
-    under_way: Option<UnderWay>,
-    successor: Option<Successor>,
+    under_way: Option<RunningUpgrade>,
+    successor: Option<NewProcess>,
     stepping_down: Option<SteppingDown>,
     predecessor: Option<PredecessorDraining>,
     /// Sessions of the processes before.
@@ -83,8 +83,8 @@ pub(super) struct Upgrades {
 }
 
 #[derive(Debug)]
-struct UnderWay {
-    outgoing: Outgoing,
+struct RunningUpgrade {
+    outgoing: UpgradeHandle,
     /// `None` for a signal.
     reply: Option<Reply>,
     /// The file has changed meanwhile.
@@ -93,8 +93,8 @@ struct UnderWay {
 
 /// The process that took over.
 #[derive(Debug)]
-struct Successor {
-    channel: Channel,
+struct NewProcess {
+    channel: HandoverChannel,
     /// What it understands; see `message`.
     level: u16,
     /// `None` where it takes no reports.
@@ -107,7 +107,7 @@ struct Successor {
 /// What the control loop is woken for.
 #[derive(Debug)]
 pub(super) enum UpgradeEvent {
-    Progress(Progress),
+    Progress(UpgradeProgress),
     /// The process that took over has ended, with no success.
     Ended(ExitStatus),
     /// It has lived long enough.
@@ -136,7 +136,7 @@ impl Upgrades {
 
     /// Whether the process this one took over from still drains. Until it ends,
     /// its last sessions are not counted, and it may hold addresses.
-    pub(super) fn awaits_predecessor(&self) -> bool {
+    pub(super) fn awaits_old_process(&self) -> bool {
         self.predecessor.is_some()
     }
 
@@ -146,14 +146,14 @@ impl Upgrades {
     }
 
     /// Whether this signal to stop asks for nothing that is not under way.
-    pub(super) fn excuses_signal(&mut self) -> bool {
-        let first = |successor: &mut Successor| !std::mem::replace(&mut successor.signalled, true);
+    pub(super) fn ignores_first_stop_signal(&mut self) -> bool {
+        let first = |successor: &mut NewProcess| !std::mem::replace(&mut successor.signalled, true);
         self.successor.as_mut().is_some_and(first)
     }
 
     /// Whether a reload has to wait for the upgrade that is under way; it is
     /// made up for if that comes to nothing.
-    pub(super) fn holds_reload(&mut self) -> bool {
+    pub(super) fn postpones_reload(&mut self) -> bool {
         if let Some(under_way) = &mut self.under_way {
             under_way.reload = true;
         }
@@ -199,8 +199,8 @@ impl Upgrades {
 
 // === impl Successor ===
 
-impl Successor {
-    fn new(channel: Channel, level: u16, shares: bool) -> Successor {
+impl NewProcess {
+    fn new(channel: HandoverChannel, level: u16, shares: bool) -> NewProcess {
         let (tell, orders) = mpsc::channel(ORDERS_MAX);
         let reporter = match (level, channel.try_clone(), channel.try_clone()) {
             (1.., Ok(to_read), Ok(to_write)) => {
@@ -210,12 +210,12 @@ impl Successor {
             }
             _ => None,
         };
-        Successor { channel, level, reporter, orders, signalled: false }
+        NewProcess { channel, level, reporter, orders, signalled: false }
     }
 }
 
 /// Waits for one order; `None` when the next process is gone.
-fn pass_order_on(channel: &Channel, tell: &mpsc::Sender<Order>) -> Option<()> {
+fn pass_order_on(channel: &HandoverChannel, tell: &mpsc::Sender<Order>) -> Option<()> {
     let order = message::receive(channel, clock::now() + incoming::DRAIN_MAX).ok()?;
     tell.blocking_send(order).ok()
 }
@@ -232,7 +232,7 @@ impl Control {
     ) {
         match self.start_upgrade(wish, asked_over) {
             Ok(outgoing) => {
-                self.upgrades.under_way = Some(UnderWay { outgoing, reply, reload: false });
+                self.upgrades.under_way = Some(RunningUpgrade { outgoing, reply, reload: false });
             }
             Err(why) => self.refuse_upgrade(why, reply),
         }
@@ -250,7 +250,7 @@ impl Control {
         &mut self,
         wish: Wish,
         asked_over: Option<Arc<OwnedFd>>,
-    ) -> Result<Outgoing, String> {
+    ) -> Result<UpgradeHandle, String> {
         if self.draining.is_some() || self.leaving.is_some() {
             return Err("this process is draining".to_owned());
         }
@@ -263,10 +263,10 @@ impl Control {
         let start = starter.prepare(wish, asked_over)?;
         tracing::info!("upgrade begins");
         let attempt = self.attempt(start).map_err(|error| error.to_string())?;
-        Outgoing::start(attempt).map_err(|error| error.to_string())
+        UpgradeHandle::start(attempt).map_err(|error| error.to_string())
     }
 
-    fn attempt(&self, start: process::Start) -> std::io::Result<Attempt> {
+    fn attempt(&self, start: process::Start) -> std::io::Result<UpgradeAttempt> {
         let active = || self.binds.active();
         let listeners = active().map(|(address, group)| OfferedBind {
             address: *address,
@@ -292,7 +292,7 @@ impl Control {
         let sockets = active().flat_map(|(_, group)| group.sockets.iter().cloned()).collect();
         let timeout = self.config.process.upgrade_timeout;
         let heartbeats = heartbeats.into_iter().map(|(_, socket)| socket).collect();
-        Ok(Attempt { start, offer, admin, sockets, heartbeats, counts, timeout })
+        Ok(UpgradeAttempt { start, offer, admin, sockets, heartbeats, counts, timeout })
     }
 
     /// Goes on with what has happened.
@@ -304,9 +304,9 @@ impl Control {
                 self.upgrades.elsewhere = 0;
                 self.shared.in_flight.set_elsewhere(0);
                 self.controller.held_here_alone();
-                self.shared.gate.opened();
+                self.shared.gate.slot_freed();
                 match last {
-                    Some(Word::Farewell(last)) => self.take_farewell(&last),
+                    Some(Word::Farewell(last)) => self.add_final_counts(&last),
                     _ => tracing::warn!("the process before has ended without a word"),
                 }
             }
@@ -316,11 +316,13 @@ impl Control {
             UpgradeEvent::Progress(progress) => {
                 let Some(under_way) = self.upgrades.under_way.take() else { return };
                 let result = match progress {
-                    Progress::Refused(why) => return self.upgrade_refused(under_way, why).await,
-                    Progress::Failed(why) => Err(why),
-                    Progress::Ready(at) => self.commit(*at, &under_way.outgoing).await,
+                    UpgradeProgress::Refused(why) => {
+                        return self.upgrade_refused(under_way, why).await;
+                    }
+                    UpgradeProgress::Failed(why) => Err(why),
+                    UpgradeProgress::Ready(at) => self.commit(*at, &under_way.outgoing).await,
                 };
-                self.conclude(under_way, result).await;
+                self.finish_upgrade(under_way, result).await;
             }
         }
     }
@@ -328,35 +330,35 @@ impl Control {
     /// Gives the word, and waits until the new process serves.
     async fn commit(
         &mut self,
-        at: AtTheReady,
-        outgoing: &Outgoing,
-    ) -> Result<(Channel, AtTheReady), String> {
-        let AtTheReady { hello, ready, commit, mut served, ended } = at;
+        at: ReadyProcess,
+        outgoing: &UpgradeHandle,
+    ) -> Result<(HandoverChannel, ReadyProcess), String> {
+        let ReadyProcess { hello, ready, commit, mut served, ended } = at;
         self.collect_latency().await;
         let mut counts = self.upgrades.counts;
         counts.done += 1;
         // The thread waits for nothing else.
-        let _ = commit.send(self.what_is_known(counts));
+        let _ = commit.send(self.state_to_hand_over(counts));
         let mut verdict = tokio::time::timeout(COMMIT_MAX, &mut served).await;
         if verdict.is_err() {
-            outgoing.call_off();
+            outgoing.cancel();
             // The thread alone knows whether the word came through after all.
             verdict = Ok((&mut served).await);
         }
         let (_, done) = oneshot::channel();
         match verdict {
             Ok(Ok(Ok(channel))) => {
-                Ok((channel, AtTheReady { hello, ready, commit, served: done, ended }))
+                Ok((channel, ReadyProcess { hello, ready, commit, served: done, ended }))
             }
             Ok(Ok(Err(why))) => Err(why),
             _ => Err("the upgrade's thread has died".to_owned()),
         }
     }
 
-    async fn conclude(
+    async fn finish_upgrade(
         &mut self,
-        under_way: UnderWay,
-        result: Result<(Channel, AtTheReady), String>,
+        under_way: RunningUpgrade,
+        result: Result<(HandoverChannel, ReadyProcess), String>,
     ) {
         // It has a part in the counts, even if it has ended.
         self.counts.watch(&self.shared.gate);
@@ -369,33 +371,34 @@ impl Control {
                     let _ = reply.send(Err(UpgradeError::Failed(why)));
                 }
                 if under_way.reload {
-                    self.reload_when_told().await;
+                    self.reload_and_retry().await;
                 }
             }
-            Ok((channel, AtTheReady { hello, ready, ended, .. })) => {
+            Ok((channel, ReadyProcess { hello, ready, ended, .. })) => {
                 self.upgrades.counts.done += 1;
                 let (pid, version) = (hello.pid, hello.version);
                 tracing::info!(pid, %version, "upgrade done: that process serves, this one drains");
                 self.notifier.successor(pid);
-                self.upgrades.successor = Some(Successor::new(channel, hello.level, ready.shares));
+                self.upgrades.successor = Some(NewProcess::new(channel, hello.level, ready.shares));
                 self.latency.lock().clear();
                 self.step_down(&ready, pid, ended);
                 if let Some(reply) = under_way.reply {
-                    let _ = reply.send(Ok(Upgraded { pid, version, generation: ready.generation }));
+                    let _ =
+                        reply.send(Ok(UpgradeDoc { pid, version, generation: ready.generation }));
                 }
             }
         }
     }
 
-    async fn upgrade_refused(&mut self, under_way: UnderWay, why: String) {
+    async fn upgrade_refused(&mut self, under_way: RunningUpgrade, why: String) {
         self.refuse_upgrade(why, under_way.reply);
         if under_way.reload {
-            self.reload_when_told().await;
+            self.reload_and_retry().await;
         }
     }
 
     /// Everything the next process goes on with, as of now.
-    fn what_is_known(&self, upgrades: UpgradeCounts) -> Commit {
+    fn state_to_hand_over(&self, upgrades: UpgradeCounts) -> Commit {
         let state = self.controller.save(clock::now());
         let find = |pool: &str, name: &str, address: &str| {
             self.controller.find_saved(pool, name, address).map(|id| id.0)
@@ -403,8 +406,8 @@ impl Control {
         let latency = incoming::saved_latency(&state, find, &self.latency.lock());
         let heartbeats = self.reception.save();
         let (workers, own) = (&self.counters, &self.local);
-        let mut counts = Counts::save(workers, own, self.reloads, upgrades, heartbeats);
-        counts.rarities = self.rarities();
+        let mut counts = HandoverCounts::save(workers, own, self.reloads, upgrades, heartbeats);
+        counts.rarities = self.rare_counters();
         counts.session_numbers = self.shared.numbers.for_next_process();
         let estimates = self.estimates(&state);
         Commit { counts, latency, state, estimates, parts: 0 }
@@ -429,7 +432,7 @@ impl Control {
     pub(super) fn take_over(&mut self, known: &Commit) {
         self.shared.numbers.continue_from(known.counts.session_numbers);
         let effects = self.controller.adopt(&known.state, clock::now());
-        self.perform(effects);
+        self.apply_effects(effects);
         self.reloads = known.counts.reloads();
         self.upgrades.counts = known.counts.upgrades();
         let at = clock::millis(clock::now());
@@ -445,7 +448,7 @@ impl Control {
     /// Listens to heartbeats until every backend that served in the process before
     /// serves here, or [`ACQUAINTED_MAX`]: an older program says nothing of those
     /// that joined by their heartbeats.
-    pub(super) async fn get_acquainted(&mut self, known: &Saved) {
+    pub(super) async fn exchange_hello(&mut self, known: &Saved) {
         if known.pools.iter().any(|pool| pool.hearts) {
             return;
         }
@@ -473,9 +476,9 @@ impl Control {
         }
         let (backends, frontends) = (&report.backends, &report.frontends);
         let effects = self.controller.held_elsewhere(backends, frontends, clock::now());
-        self.perform(effects);
+        self.apply_effects(effects);
         // Whoever waits for a cap may have room.
-        self.shared.gate.opened();
+        self.shared.gate.slot_freed();
     }
 
     /// Tells the next process what sessions are left, where it is time to.
@@ -487,7 +490,7 @@ impl Control {
         }
     }
 
-    fn take_farewell(&mut self, last: &Commit) {
+    fn add_final_counts(&mut self, last: &Commit) {
         tracing::info!("the process before has ended its last session");
         self.controller.adopt_counts(&last.state);
         self.carry(last);
@@ -496,7 +499,7 @@ impl Control {
     fn carry(&mut self, known: &Commit) {
         known.counts.carry(&self.counters);
         self.rarities_before = known.counts.rarities;
-        self.reception.count_on(known.counts.heartbeats());
+        self.reception.restore_counts(known.counts.heartbeats());
         for saved in &known.latency {
             let found = self.controller.find_saved(&saved.pool, &saved.backend, &saved.address);
             if let Some(id) = found {
@@ -506,7 +509,7 @@ impl Control {
     }
 
     /// Tells the process that took over what has been counted to the end.
-    pub(super) async fn say_farewell(&mut self) {
+    pub(super) async fn send_final_counts(&mut self) {
         if self.upgrades.successor.is_some() {
             self.collect_latency().await;
         }
@@ -515,15 +518,15 @@ impl Control {
             if let Some(reporter) = successor.reporter {
                 reporter.finish();
             }
-            let known = self.what_is_known(counts);
-            incoming::say_farewell(&successor.channel, known, successor.level);
+            let known = self.state_to_hand_over(counts);
+            incoming::send_final_counts(&successor.channel, known, successor.level);
         }
     }
 
     /// Ends an upgrade that is under way: this process is to stop.
-    pub(super) fn call_off_upgrade(&mut self) {
+    pub(super) fn cancel_upgrade(&mut self) {
         if let Some(under_way) = self.upgrades.under_way.take() {
-            under_way.outgoing.call_off();
+            under_way.outgoing.cancel();
             self.upgrades.counts.failed += 1;
             if let Some(reply) = under_way.reply {
                 let why = "this process was told to stop meanwhile".to_owned();

@@ -7,7 +7,7 @@
 use super::reports::{Order, OrderedIntent};
 use crate::control_loop::Control;
 use std::time::Duration;
-use tidegate_core::control::Effect;
+use tidegate_core::control::ControlEffect;
 use tidegate_core::control::elsewhere::HeldBackend;
 use tidegate_core::health::Intent;
 use tidegate_core::table::state::BackendId;
@@ -24,13 +24,13 @@ impl Control {
         if let Some(HeldBackend { pool, name, address, .. }) = &order.cut
             && let Some(id) = self.controller.find_known(pool, name, address)
         {
-            self.perform(vec![Effect::CutSessions(id)]);
+            self.apply_effects(vec![ControlEffect::ResetSessions(id)]);
         }
         if let Some(OrderedIntent { pool, backend, intent }) = &order.intent
             && let Some(intent) = Intent::named(intent)
             && let Ok(effects) = self.controller.set_intent(pool, backend, intent, clock::now())
         {
-            self.perform(effects);
+            self.apply_effects(effects);
             self.order_intent(pool, backend, intent);
         }
         if let Some(ms) = order.end_within_ms {

@@ -1,7 +1,7 @@
 //! The old process's side: starts the new one and hands everything over.
 //!
 //! Runs on a thread of its own for each upgrade, since every step of it waits;
-//! tells the control loop by [`Progress`]. Whatever goes wrong before the new
+//! tells the control loop by [`UpgradeProgress`]. Whatever goes wrong before the new
 //! process says that it serves ends with that process killed and a reason; this
 //! one has then not stopped serving for a moment.
 
@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc as sync};
 use std::time::{Duration, Instant};
 use tidegate_net::cells::Memory;
 use tidegate_net::clock;
-use tidegate_net::fd_channel::{Channel, ChannelError};
+use tidegate_net::fd_channel::{ChannelError, HandoverChannel};
 use tidegate_net::signals;
 use tokio::sync::{mpsc, oneshot};
 
@@ -34,31 +34,31 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// How the control loop is told.
 #[derive(Debug)]
-pub(crate) enum Progress {
+pub(crate) enum UpgradeProgress {
     /// The supervisor does not start one; why, in words.
     Refused(String),
     /// The new process waits for the word.
-    Ready(Box<AtTheReady>),
+    Ready(Box<ReadyProcess>),
     /// It came to nothing; why, in words.
     Failed(String),
 }
 
 /// Everything for the last step.
 #[derive(Debug)]
-pub(crate) struct AtTheReady {
+pub(crate) struct ReadyProcess {
     pub(super) hello: Hello,
     pub(super) ready: Ready,
     /// Takes the word; dropping it calls the upgrade off.
     pub(super) commit: sync::SyncSender<Commit>,
     /// The new process serves, or why not.
-    pub(super) served: oneshot::Receiver<Result<Channel, String>>,
+    pub(super) served: oneshot::Receiver<Result<HandoverChannel, String>>,
     /// It has ended after that, where this process is its parent.
     pub(super) ended: oneshot::Receiver<ExitStatus>,
 }
 
 /// What one upgrade needs.
 #[derive(Debug)]
-pub(super) struct Attempt {
+pub(super) struct UpgradeAttempt {
     pub(super) start: Start,
     pub(super) offer: Offer,
     pub(super) admin: Option<OwnedFd>,
@@ -81,71 +81,71 @@ struct Given {
 
 /// An upgrade under way.
 #[derive(Debug)]
-pub(super) struct Outgoing {
-    channel: Channel,
-    progress: mpsc::UnboundedReceiver<Progress>,
+pub(super) struct UpgradeHandle {
+    channel: HandoverChannel,
+    progress: mpsc::UnboundedReceiver<UpgradeProgress>,
 }
 
 /// The last lines of a process's standard error, which is copied to ours.
 #[derive(Debug, Clone, Default)]
-struct Tail(Arc<Mutex<TailState>>);
+struct StderrTail(Arc<Mutex<StderrTailState>>);
 
 #[derive(Debug, Default)]
-struct TailState {
+struct StderrTailState {
     lines: VecDeque<String>,
     ended: bool,
 }
 
 /// Why a step failed.
-enum Trouble {
+enum UpgradeStepError {
     Message(MessageError),
     Protocols((u16, u16)),
-    CalledOff,
+    Cancelled,
 }
 
 // === impl Outgoing ===
 
-impl Outgoing {
+impl UpgradeHandle {
     /// Starts the new process on a thread of its own.
-    pub(super) fn start(attempt: Attempt) -> io::Result<Outgoing> {
-        let (channel, other) = Channel::pair()?;
+    pub(super) fn start(attempt: UpgradeAttempt) -> io::Result<UpgradeHandle> {
+        let (channel, other) = HandoverChannel::pair()?;
         let own = channel.try_clone()?;
         let (to_control, progress) = mpsc::unbounded_channel();
         std::thread::Builder::new()
             .name("upgrade".to_owned())
             .spawn(move || run(attempt, own, other, &to_control))?;
-        Ok(Outgoing { channel, progress })
+        Ok(UpgradeHandle { channel, progress })
     }
 
     /// What has come of it.
-    pub(super) async fn next(&mut self) -> Progress {
-        let ended = || Progress::Failed("the upgrade's thread has died".to_owned());
+    pub(super) async fn next(&mut self) -> UpgradeProgress {
+        let ended = || UpgradeProgress::Failed("the upgrade's thread has died".to_owned());
         self.progress.recv().await.unwrap_or_else(ended)
     }
 
     /// Ends it; the new process is killed.
-    pub(super) fn call_off(&self) {
+    pub(super) fn cancel(&self) {
         self.channel.hang_up();
     }
 }
 
 fn run(
-    attempt: Attempt,
-    channel: Channel,
+    attempt: UpgradeAttempt,
+    channel: HandoverChannel,
     other: OwnedFd,
-    to_control: &mpsc::UnboundedSender<Progress>,
+    to_control: &mpsc::UnboundedSender<UpgradeProgress>,
 ) {
     // The new process begins without them, too: none may end it before it obeys them.
     signals::hold_back();
     let deadline = clock::now() + attempt.timeout;
-    let tail = Tail::default();
-    let Attempt { start, offer, admin, sockets, heartbeats, counts, .. } = attempt;
+    let tail = StderrTail::default();
+    let UpgradeAttempt { start, offer, admin, sockets, heartbeats, counts, .. } = attempt;
     let (mut process, stderr) = match start.start(other) {
         Ok(started) => started,
         Err(not_started) => {
             let _ = to_control.send(match not_started {
-                NotStarted::Refused(why) => Progress::Refused(why),
-                NotStarted::Failed(why) => Progress::Failed(why),
+                NotStarted::Refused(why) => UpgradeProgress::Refused(why),
+                NotStarted::Failed(why) => UpgradeProgress::Failed(why),
             });
             return;
         }
@@ -157,22 +157,22 @@ fn run(
     match until_ready(given, &channel, deadline) {
         Err(trouble) => {
             let why = explain(&mut process, &tail, trouble);
-            let _ = to_control.send(Progress::Failed(why));
+            let _ = to_control.send(UpgradeProgress::Failed(why));
         }
         Ok((hello, ready)) => {
             let level = hello.level;
             let (commit, word) = sync::sync_channel(1);
             let (tell, served) = oneshot::channel();
             let (tell_end, ended) = oneshot::channel();
-            let at = AtTheReady { hello, ready, commit, served, ended };
-            let _ = to_control.send(Progress::Ready(Box::new(at)));
+            let at = ReadyProcess { hello, ready, commit, served, ended };
+            let _ = to_control.send(UpgradeProgress::Ready(Box::new(at)));
             match until_serving(&channel, &word, level, deadline) {
                 Err(trouble) => {
                     let _ = tell.send(Err(explain(&mut process, &tail, trouble)));
                 }
                 Ok(()) => {
                     let _ = tell.send(Ok(channel));
-                    if let Some(status) = process.outlived() {
+                    if let Some(status) = process.reap_new_process() {
                         tracing::error!(%status, "the process that took over has ended");
                         let _ = tell_end.send(status);
                     }
@@ -184,14 +184,14 @@ fn run(
 
 fn until_ready(
     given: Given,
-    channel: &Channel,
+    channel: &HandoverChannel,
     deadline: Instant,
-) -> Result<(Hello, Ready), Trouble> {
+) -> Result<(Hello, Ready), UpgradeStepError> {
     let hello: Hello = message::receive(channel, deadline)?;
     tracing::debug!(pid = hello.pid, version = %hello.version, "new process has started");
     let (lowest, highest) = hello.protocols;
     if !(lowest..=highest).contains(&PROTOCOL) {
-        return Err(Trouble::Protocols(hello.protocols));
+        return Err(UpgradeStepError::Protocols(hello.protocols));
     }
     let stderr = io::stderr();
     let mut fds: Vec<BorrowedFd<'_>> = vec![stderr.as_fd()];
@@ -209,12 +209,12 @@ fn until_ready(
 }
 
 fn until_serving(
-    channel: &Channel,
+    channel: &HandoverChannel,
     word: &sync::Receiver<Commit>,
     level: u16,
     deadline: Instant,
-) -> Result<(), Trouble> {
-    let commit = word.recv().map_err(|_| Trouble::CalledOff)?;
+) -> Result<(), UpgradeStepError> {
+    let commit = word.recv().map_err(|_| UpgradeStepError::Cancelled)?;
     message::send_known(channel, commit, level, deadline)?;
     tracing::debug!("new process has been told to take over");
     let Serving {} = message::receive(channel, deadline)?;
@@ -222,10 +222,12 @@ fn until_serving(
 }
 
 /// Kills the new process and says what went wrong, with what it said last.
-fn explain(process: &mut Process, tail: &Tail, trouble: Trouble) -> String {
+fn explain(process: &mut Process, tail: &StderrTail, trouble: UpgradeStepError) -> String {
     let hung_up = matches!(
         trouble,
-        Trouble::Message(MessageError::Channel(ChannelError::Closed | ChannelError::Io(_)))
+        UpgradeStepError::Message(MessageError::Channel(
+            ChannelError::Closed | ChannelError::Io(_)
+        ))
     );
     let status = if hung_up { process.wait(END_MAX) } else { None };
     if status.is_none() {
@@ -233,17 +235,19 @@ fn explain(process: &mut Process, tail: &Tail, trouble: Trouble) -> String {
     }
     let what = match (trouble, status) {
         (_, Some(status)) => format!("the new process ended before it served: {status}"),
-        (Trouble::Message(MessageError::Channel(ChannelError::TimedOut)), _) => {
+        (UpgradeStepError::Message(MessageError::Channel(ChannelError::TimedOut)), _) => {
             "the new process was not ready in time".to_owned()
         }
-        (Trouble::Message(MessageError::Channel(ChannelError::Closed)), _) => {
+        (UpgradeStepError::Message(MessageError::Channel(ChannelError::Closed)), _) => {
             "the new process hung up".to_owned()
         }
-        (Trouble::Message(error), _) => format!("the new process is not understood: {error}"),
-        (Trouble::Protocols((lowest, highest)), _) => format!(
+        (UpgradeStepError::Message(error), _) => {
+            format!("the new process is not understood: {error}")
+        }
+        (UpgradeStepError::Protocols((lowest, highest)), _) => format!(
             "the new process speaks upgrade protocols {lowest} to {highest}, this one {PROTOCOL}"
         ),
-        (Trouble::CalledOff, _) => "called off".to_owned(),
+        (UpgradeStepError::Cancelled, _) => "called off".to_owned(),
     };
     match tail.last_lines() {
         lines if lines.is_empty() => what,
@@ -253,7 +257,7 @@ fn explain(process: &mut Process, tail: &Tail, trouble: Trouble) -> String {
 
 // === impl Tail ===
 
-impl Tail {
+impl StderrTail {
     /// Reads to the end, on a thread of its own: the process may leave the pipe
     /// to others.
     fn follow(&self, stderr: io::PipeReader) {
@@ -293,15 +297,15 @@ impl Tail {
         state.lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, TailState> {
+    fn state(&self) -> std::sync::MutexGuard<'_, StderrTailState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 // === impl Trouble ===
 
-impl From<MessageError> for Trouble {
-    fn from(error: MessageError) -> Trouble {
-        Trouble::Message(error)
+impl From<MessageError> for UpgradeStepError {
+    fn from(error: MessageError) -> UpgradeStepError {
+        UpgradeStepError::Message(error)
     }
 }

@@ -163,7 +163,7 @@ impl Process {
 
     /// Reaps it, where that is this process's business; gives its status. A supervisor
     /// tells the control loop itself.
-    pub(super) fn outlived(self) -> Option<ExitStatus> {
+    pub(super) fn reap_new_process(self) -> Option<ExitStatus> {
         match self {
             Process::Own(mut child) => child.wait().ok(),
             Process::Supervised(_) => None,

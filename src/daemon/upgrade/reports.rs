@@ -8,7 +8,7 @@
 //! up nobody. Neither side needs them: an older program's sessions are unknown
 //! until its farewell, as before.
 
-use super::message::Message;
+use super::message::UpgradeMessage;
 use crate::upgrade::message;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -20,7 +20,7 @@ use tidegate_core::control::Controller;
 use tidegate_core::control::elsewhere::{HeldBackend, HeldFrontend};
 use tidegate_core::table::state::{BackendId, FrontendId};
 use tidegate_net::clock;
-use tidegate_net::fd_channel::Channel;
+use tidegate_net::fd_channel::HandoverChannel;
 use tokio::sync::oneshot;
 
 /// How long the counts of the old process may be behind.
@@ -98,7 +98,7 @@ pub(super) struct Reporter {
 // === impl Writer ===
 
 impl Writer {
-    pub(super) fn start(channel: Channel) -> std::io::Result<Writer> {
+    pub(super) fn start(channel: HandoverChannel) -> std::io::Result<Writer> {
         let (frames, waiting) = mpsc::sync_channel::<Frame>(FRAMES_MAX);
         let write = move || {
             while let Ok(Frame { kind, body, sent }) = waiting.recv() {
@@ -115,7 +115,7 @@ impl Writer {
 
     /// What tells that it is sent; `None` where the other process does not read at the
     /// moment.
-    pub(super) fn send<M: Message>(&self, message: &M) -> Option<oneshot::Receiver<()>> {
+    pub(super) fn send<M: UpgradeMessage>(&self, message: &M) -> Option<oneshot::Receiver<()>> {
         let (sent, told) = oneshot::channel();
         let frame = Frame { kind: M::KIND, body: message::encode(message), sent };
         let is_full = matches!(self.frames.try_send(frame), Err(TrySendError::Full(_)));
@@ -134,7 +134,7 @@ impl Writer {
 
 impl Reporter {
     /// `shares`: the next process counts where this one counts.
-    pub(super) fn start(channel: Channel, shares: bool) -> std::io::Result<Reporter> {
+    pub(super) fn start(channel: HandoverChannel, shares: bool) -> std::io::Result<Reporter> {
         Ok(Reporter {
             writer: Writer::start(channel)?,
             backends: HashMap::new(),

@@ -102,7 +102,7 @@ impl Control {
         let ended = Some(ended);
         self.upgrades.stepping_down =
             Some(SteppingDown { until, not_taken, admin_taken, child, ended });
-        self.drain_what_is_left();
+        self.drain_removed_binds();
     }
 
     /// The successor lives: this process lets go.
@@ -166,7 +166,7 @@ impl Control {
         }
         if let Some(newer) = self.supervised.read_intents() {
             let effects = self.controller.adopt_intents(&newer, clock::now());
-            self.perform(effects);
+            self.apply_effects(effects);
         }
     }
 }

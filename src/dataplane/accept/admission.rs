@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::limits::access_list::Access;
-use tidegate_core::limits::client_sources::{Admitted, SourceRefused, Sources};
+use tidegate_core::limits::client_sources::{SourceAdmission, SourceRefused, SourceTable};
 use tidegate_core::model::SourceRules;
 use tidegate_core::outcome::Cause;
 use tidegate_core::table::state::FrontendState;
@@ -24,7 +24,7 @@ pub const UNDECIDED_QUEUE_MAX: usize = 4096;
 
 /// Which cap is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Held {
+pub enum CapReached {
     /// `process.connections_max`.
     Process,
     /// The frontend's `connections_max`.
@@ -41,23 +41,23 @@ pub fn admit(
     table: &Table,
     route: &FrontendRoute,
     queued: usize,
-) -> Result<(), Held> {
-    if !may_come(route, queued) {
-        return Err(Held::Pool);
+) -> Result<(), CapReached> {
+    if !below_caps(route, queued) {
+        return Err(CapReached::Pool);
     }
     if !process.try_enter(table.connections_max) {
-        return Err(Held::Process);
+        return Err(CapReached::Process);
     }
     if !route.state.in_flight.try_enter(route.spec.connections_max) {
         process.leave();
-        return Err(Held::Frontend);
+        return Err(CapReached::Frontend);
     }
     Ok(())
 }
 
 /// Whether the pool has a slot for one more, or a place to wait for one. Who waits
 /// comes first: where there is a line, its end is where to go.
-fn may_come(route: &FrontendRoute, queued: usize) -> bool {
+fn below_caps(route: &FrontendRoute, queued: usize) -> bool {
     if route.pool.undecided {
         return queued < UNDECIDED_QUEUE_MAX.max(route.pool.spec.queue_max as usize);
     }
@@ -68,11 +68,11 @@ fn may_come(route: &FrontendRoute, queued: usize) -> bool {
 }
 
 /// Whether [`admit`] would succeed now; raises nothing.
-pub fn room(process: &InFlight, table: &Table, route: &FrontendRoute, queued: usize) -> bool {
+pub fn free_slots(process: &InFlight, table: &Table, route: &FrontendRoute, queued: usize) -> bool {
     let below = |count: &InFlight, max: u32| max == 0 || count.get() < max;
     below(process, table.connections_max)
         && below(&route.state.in_flight, route.spec.connections_max)
-        && may_come(route, queued)
+        && below_caps(route, queued)
 }
 
 /// Whether `client` may have this connection; what it gives is held as long as
@@ -84,14 +84,14 @@ pub fn source(
     client: IpAddr,
     seed: impl FnOnce() -> u64,
     now: Instant,
-) -> Result<Option<Admitted>, Cause> {
+) -> Result<Option<SourceAdmission>, Cause> {
     if rules.access.of(client) == Access::Denied {
         return Err(Cause::Denied);
     }
     if !rules.limits.are_any() {
         return Ok(None);
     }
-    let sources = frontend.sources.get_or_init(|| Arc::new(Sources::new(seed(), now)));
+    let sources = frontend.sources.get_or_init(|| Arc::new(SourceTable::new(seed(), now)));
     match sources.admit(client, &rules.limits, now) {
         Ok(admitted) => Ok(Some(admitted)),
         Err(SourceRefused::TooMany) => Err(Cause::SourceConnections),

@@ -1,8 +1,8 @@
 //! Where listeners and sessions wait for a slot below some cap.
 //!
-//! One for the whole process. Whoever gives a slot back calls [`Gate::opened`];
+//! One for the whole process. Whoever gives a slot back calls [`SlotWaiters::slot_freed`];
 //! whoever found a cap reached waits and tries again: listeners in
-//! [`Gate::wait_until`], all at once; clients that were let in to wait for a
+//! [`SlotWaiters::wait_until`], all at once; clients that were let in to wait for a
 //! backend of their pool in a line, first come, first served over all workers.
 //! It keeps no count of slots itself: the caps are `InFlight`s, and waiting here
 //! costs nothing until a cap is really reached.
@@ -16,46 +16,46 @@ use tokio::sync::Notify;
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub struct Gate {
+pub struct SlotWaiters {
     /// Listeners, and places in lines.
     waiting: AtomicUsize,
     opened: Notify,
     /// Places in lines.
     queued: AtomicUsize,
-    lines: Mutex<Lines>,
+    lines: Mutex<PoolQueues>,
 }
 
 #[derive(Debug, Default)]
-struct Lines {
+struct PoolQueues {
     next: u64,
     /// By pool; only those in which somebody waits.
-    by_pool: HashMap<Arc<str>, Line>,
+    by_pool: HashMap<Arc<str>, PoolQueue>,
 }
 
 /// The clients that wait for one pool, in the order they came; each with whom to
 /// wake, once it has looked.
-type Line = BTreeMap<u64, Option<Waker>>;
+type PoolQueue = BTreeMap<u64, Option<Waker>>;
 
 /// A place in a pool's line; dropping it lets the next one come forward.
 #[derive(Debug)]
-pub struct Place {
-    gate: Arc<Gate>,
+pub struct QueueTicket {
+    gate: Arc<SlotWaiters>,
     pool: Arc<str>,
     number: u64,
 }
 
-struct Waiting<'a>(&'a Gate);
+struct WaitGuard<'a>(&'a SlotWaiters);
 
-impl Gate {
+impl SlotWaiters {
     /// Nobody waits.
-    pub fn new() -> Gate {
-        Gate::default()
+    pub fn new() -> SlotWaiters {
+        SlotWaiters::default()
     }
 
     /// A slot came free somewhere (or the table changed): everybody who waits
     /// looks again. One shared load while nobody does.
     #[inline]
-    pub fn opened(&self) {
+    pub fn slot_freed(&self) {
         // Pairs with the fence in `wait_until`: either this load sees the
         // waiter, or the waiter's check sees the slot that was given back.
         fence(Ordering::SeqCst);
@@ -79,7 +79,7 @@ impl Gate {
         if self.queued.load(Ordering::Relaxed) == 0 {
             return 0;
         }
-        self.lock().by_pool.get(pool).map_or(0, Line::len)
+        self.lock().by_pool.get(pool).map_or(0, PoolQueue::len)
     }
 
     /// Clients in each line in which there are any.
@@ -88,17 +88,17 @@ impl Gate {
     }
 
     /// A place at the end of the line of `pool`.
-    pub fn join(self: &Arc<Gate>, pool: &Arc<str>) -> Place {
+    pub fn join(self: &Arc<SlotWaiters>, pool: &Arc<str>) -> QueueTicket {
         let mut lines = self.lock();
         let number = lines.next;
         lines.next += 1;
         lines.by_pool.entry(Arc::clone(pool)).or_default().insert(number, None);
         self.queued.fetch_add(1, Ordering::SeqCst);
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        Place { gate: Arc::clone(self), pool: Arc::clone(pool), number }
+        QueueTicket { gate: Arc::clone(self), pool: Arc::clone(pool), number }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Lines> {
+    fn lock(&self) -> MutexGuard<'_, PoolQueues> {
         // Nothing under the lock can panic half-way.
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -106,7 +106,7 @@ impl Gate {
     /// Waits until `attempt` gives something. It is called again each time the
     /// gate opens; dropping the future is safe at any point.
     pub async fn wait_until<T>(&self, mut attempt: impl FnMut() -> Option<T>) -> T {
-        let _waiting = Waiting::enter(self);
+        let _waiting = WaitGuard::enter(self);
         loop {
             let mut opened = std::pin::pin!(self.opened.notified());
             opened.as_mut().enable();
@@ -119,7 +119,7 @@ impl Gate {
     }
 }
 
-fn wake_first(line: &mut Line) {
+fn wake_first(line: &mut PoolQueue) {
     if let Some(mut first) = line.first_entry()
         && let Some(waker) = first.get_mut().take()
     {
@@ -129,11 +129,11 @@ fn wake_first(line: &mut Line) {
 
 // === impl Place ===
 
-impl Place {
+impl QueueTicket {
     /// Waits until it is first and `attempt` gives something. That is called
     /// again each time the gate opens; dropping the future is safe at any point.
     pub async fn wait_until<T>(&self, mut attempt: impl FnMut() -> Option<T>) -> T {
-        poll_fn(|cx| match self.come_forward(cx) {
+        poll_fn(|cx| match self.notify_next(cx) {
             // Whoever gives a slot back from here on finds this one's waker.
             true => attempt().map_or(Poll::Pending, Poll::Ready),
             false => Poll::Pending,
@@ -142,7 +142,7 @@ impl Place {
     }
 
     /// Whether it is first; leaves word whom to wake in any case.
-    fn come_forward(&self, cx: &Context<'_>) -> bool {
+    fn notify_next(&self, cx: &Context<'_>) -> bool {
         let mut lines = self.gate.lock();
         let Some(line) = lines.by_pool.get_mut(&self.pool) else { return false };
         let first = line.first_key_value().is_some_and(|(number, _)| *number == self.number);
@@ -155,7 +155,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for QueueTicket {
     fn drop(&mut self) {
         let mut lines = self.gate.lock();
         if let Some(line) = lines.by_pool.get_mut(&self.pool) {
@@ -175,14 +175,14 @@ impl Drop for Place {
 
 // === impl Waiting ===
 
-impl<'a> Waiting<'a> {
-    fn enter(gate: &'a Gate) -> Waiting<'a> {
+impl<'a> WaitGuard<'a> {
+    fn enter(gate: &'a SlotWaiters) -> WaitGuard<'a> {
         gate.waiting.fetch_add(1, Ordering::SeqCst);
-        Waiting(gate)
+        WaitGuard(gate)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for WaitGuard<'_> {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::SeqCst);
     }
@@ -194,15 +194,15 @@ mod tests {
     use tidegate_core::balance::in_flight::InFlight;
 
     /// Polls once; whether it is ready.
-    fn poll(place: &Place, slot: &InFlight) -> bool {
+    fn poll(place: &QueueTicket, slot: &InFlight) -> bool {
         let mut waited = std::pin::pin!(place.wait_until(|| slot.try_enter(1).then_some(())));
         waited.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready()
     }
 
     #[test]
     fn a_line_is_served_in_order_whoever_asks_first() {
-        let (gate, slot) = (Arc::new(Gate::new()), InFlight::new());
-        let places: Vec<Place> = (0..3).map(|_| gate.join(&"web".into())).collect();
+        let (gate, slot) = (Arc::new(SlotWaiters::new()), InFlight::new());
+        let places: Vec<QueueTicket> = (0..3).map(|_| gate.join(&"web".into())).collect();
         assert!(
             !poll(&places[2], &slot) && !poll(&places[1], &slot),
             "a slot is free, but not theirs"
@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn whoever_leaves_the_line_lets_the_next_one_come_forward() {
-        let (gate, slot) = (Arc::new(Gate::new()), InFlight::new());
+        let (gate, slot) = (Arc::new(SlotWaiters::new()), InFlight::new());
         let [first, second, third] = [(); 3].map(|()| gate.join(&"web".into()));
         let other = gate.join(&"other".into());
         assert!(poll(&other, &InFlight::new()), "another pool's line");
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn no_wake_up_is_lost_in_a_line_between_threads_fighting_for_one_slot() {
-        let gate = Arc::new(Gate::new());
+        let gate = Arc::new(SlotWaiters::new());
         let slot = Arc::new(InFlight::new());
         let threads = (0..4).map(|_| {
             let (gate, slot) = (Arc::clone(&gate), Arc::clone(&slot));
@@ -242,7 +242,7 @@ mod tests {
                         place.wait_until(|| slot.try_enter(1).then_some(())).await;
                         drop(place);
                         slot.leave();
-                        gate.opened();
+                        gate.slot_freed();
                     }
                 });
             })
@@ -253,7 +253,7 @@ mod tests {
 
     #[test]
     fn no_wake_up_is_lost_between_threads_fighting_for_one_slot() {
-        let gate = Arc::new(Gate::new());
+        let gate = Arc::new(SlotWaiters::new());
         let slot = Arc::new(InFlight::new());
         let threads: Vec<_> = (0..4)
             .map(|_| {
@@ -264,7 +264,7 @@ mod tests {
                         for _ in 0..2_000 {
                             gate.wait_until(|| slot.try_enter(1).then_some(())).await;
                             slot.leave();
-                            gate.opened();
+                            gate.slot_freed();
                         }
                     });
                 })

@@ -6,11 +6,11 @@
 //! off, and never spins.
 
 use super::admission;
-use super::slots::Slots;
-use crate::fault_points::Fault;
+use super::slots::SessionPermit;
+use crate::fault_points::FaultPoint;
 use crate::local_errors;
-use crate::session::{self, Arrival, Start, Story};
-use crate::worker::context::Context;
+use crate::session::{self, AcceptedConnection, SessionRecord, SessionStart};
+use crate::worker::context::WorkerContext;
 use socket2::Socket;
 use std::cell::Cell;
 use std::io;
@@ -19,9 +19,9 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_core::limits::client_sources::{Admitted, SourceSlot};
-use tidegate_core::metrics::counters::LocalAt;
-use tidegate_core::metrics::progress::Stage;
+use tidegate_core::limits::client_sources::{SourceAdmission, SourcePermit};
+use tidegate_core::metrics::counters::LocalErrorPlace;
+use tidegate_core::metrics::progress::WorkerStage;
 use tidegate_core::outcome::Cause;
 use tidegate_core::table::{FrontendRoute, NoBackend, PoolTable, Table};
 use tidegate_net::clock;
@@ -42,7 +42,7 @@ const RETIRE_LINGER: Duration = Duration::from_millis(200);
 
 /// Tells a listener to retire.
 #[derive(Debug, Default)]
-pub(crate) struct Retirement {
+pub(crate) struct ListenerRetirement {
     deadline: Cell<Option<Instant>>,
     /// The queue is another process's from now on.
     released: Cell<bool>,
@@ -54,27 +54,27 @@ pub(crate) struct Retirement {
 pub(crate) struct Listener {
     bind: SocketAddr,
     socket: AsyncFd<Arc<Socket>>,
-    retirement: Rc<Retirement>,
+    retirement: Rc<ListenerRetirement>,
     /// By which the last connection was routed: serves what is still queued
     /// once the frontend has left the table.
     last_route: Option<(u64, Arc<FrontendRoute>)>,
 }
 
 /// What one try to accept came to.
-enum Taken {
+enum AcceptResult {
     One,
     QueueEmpty,
     AtCap,
-    Starved,
+    LocalShortage,
     /// A connection that broke before it was taken.
-    Spoilt,
+    Aborted,
 }
 
 impl Listener {
     fn new(
         bind: SocketAddr,
         socket: Arc<Socket>,
-        retirement: Rc<Retirement>,
+        retirement: Rc<ListenerRetirement>,
     ) -> io::Result<Listener> {
         let socket = reactor::watch_readable(socket)?;
         Ok(Listener { bind, socket, retirement, last_route: None })
@@ -83,10 +83,10 @@ impl Listener {
     /// Listens until retired; where the socket cannot be watched, as soon as it
     /// can: clients are in its queue already.
     pub(crate) async fn serve(
-        ctx: Rc<Context>,
+        ctx: Rc<WorkerContext>,
         bind: SocketAddr,
         socket: Arc<Socket>,
-        retirement: Rc<Retirement>,
+        retirement: Rc<ListenerRetirement>,
     ) {
         loop {
             match Listener::new(bind, Arc::clone(&socket), Rc::clone(&retirement)) {
@@ -94,9 +94,11 @@ impl Listener {
                     drop(socket);
                     return listener.run(ctx).await;
                 }
-                Err(error) => {
-                    ctx.local_trouble(local_errors::local_kind(&error), LocalAt::Accept, &error)
-                }
+                Err(error) => ctx.local_error(
+                    local_errors::local_kind(&error),
+                    LocalErrorPlace::Accept,
+                    &error,
+                ),
             }
             if retirement.is_released() || retirement.is_over() {
                 return;
@@ -107,20 +109,21 @@ impl Listener {
 
     /// Accepts until it is retired and its queue is empty. Dropping the
     /// listener closes this worker's hold on the socket.
-    pub(crate) async fn run(mut self, ctx: Rc<Context>) {
+    pub(crate) async fn run(mut self, ctx: Rc<WorkerContext>) {
         let mut back_off = BACK_OFF_MIN;
         // Clients that wait for a slot below a cap outwait the retirement.
-        while !self.retirement.is_released() && (!self.retirement.is_over() || self.holds_clients())
+        while !self.retirement.is_released()
+            && (!self.retirement.is_over() || self.has_queued_clients())
         {
-            match self.take_some(&ctx) {
-                Taken::QueueEmpty if self.retirement.is_over() => {}
-                Taken::One | Taken::Spoilt => {
+            match self.accept_batch(&ctx) {
+                AcceptResult::QueueEmpty if self.retirement.is_over() => {}
+                AcceptResult::One | AcceptResult::Aborted => {
                     back_off = BACK_OFF_MIN;
                     tokio::task::yield_now().await;
                 }
-                Taken::QueueEmpty => self.more_queued().await,
-                Taken::AtCap => self.room_made(&ctx).await,
-                Taken::Starved => {
+                AcceptResult::QueueEmpty => self.more_queued().await,
+                AcceptResult::AtCap => self.wait_for_slot(&ctx).await,
+                AcceptResult::LocalShortage => {
                     tokio::time::sleep(back_off).await;
                     back_off = (back_off * 2).min(BACK_OFF_MAX);
                 }
@@ -129,72 +132,74 @@ impl Listener {
     }
 
     /// Whether somebody is in the queue whom this listener knows how to serve.
-    fn holds_clients(&self) -> bool {
+    fn has_queued_clients(&self) -> bool {
         self.last_route.is_some() && listen::has_queued(self.socket.get_ref())
     }
 
     /// Accepts up to [`ACCEPTS_A_WAKE`]; says what stopped it.
-    fn take_some(&mut self, ctx: &Rc<Context>) -> Taken {
+    fn accept_batch(&mut self, ctx: &Rc<WorkerContext>) -> AcceptResult {
         let table = ctx.table();
         if let Some(route) = table.route(self.bind)
             && self.last_route.as_ref().is_none_or(|(_, last)| !Arc::ptr_eq(last, route))
         {
             self.last_route = Some((table.generation, Arc::clone(route)));
         }
-        let Some((generation, route)) = self.last_route.clone() else { return Taken::QueueEmpty };
-        ctx.counters.pulse.at(Stage::Accepting);
-        let taken = self.take_several(ctx, &table, generation, &route);
-        ctx.counters.pulse.at(Stage::Waiting);
+        let Some((generation, route)) = self.last_route.clone() else {
+            return AcceptResult::QueueEmpty;
+        };
+        ctx.counters.pulse.at(WorkerStage::Accepting);
+        let taken = self.accept_several(ctx, &table, generation, &route);
+        ctx.counters.pulse.at(WorkerStage::Waiting);
         taken
     }
 
-    fn take_several(
+    fn accept_several(
         &mut self,
-        ctx: &Rc<Context>,
+        ctx: &Rc<WorkerContext>,
         table: &Table,
         generation: u64,
         route: &Arc<FrontendRoute>,
-    ) -> Taken {
+    ) -> AcceptResult {
         // An errno that comes for every connection is no single connection's.
         let mut all_spoilt = true;
         for _ in 0..ACCEPTS_A_WAKE {
-            match self.take_one(ctx, table, generation, route) {
-                Taken::One => all_spoilt = false,
-                Taken::Spoilt => {}
+            match self.accept_one(ctx, table, generation, route) {
+                AcceptResult::One => all_spoilt = false,
+                AcceptResult::Aborted => {}
                 stopped => return stopped,
             }
         }
-        if all_spoilt { Taken::Starved } else { Taken::One }
+        if all_spoilt { AcceptResult::LocalShortage } else { AcceptResult::One }
     }
 
-    fn take_one(
+    fn accept_one(
         &self,
-        ctx: &Rc<Context>,
+        ctx: &Rc<WorkerContext>,
         table: &Table,
         generation: u64,
         route: &Arc<FrontendRoute>,
-    ) -> Taken {
+    ) -> AcceptResult {
         if ctx.is_short() {
-            return Taken::Starved;
+            return AcceptResult::LocalShortage;
         }
         let shared = &ctx.shared;
-        let slots = match Slots::take(shared, table, route) {
+        let slots = match SessionPermit::take(shared, table, route) {
             Ok(slots) => slots,
             Err(_) => {
                 ctx.counters.accept_held_at_cap.add(1);
-                return Taken::AtCap;
+                return AcceptResult::AtCap;
             }
         };
         match listen::accept(self.socket.get_ref()) {
             Ok((socket, client)) => {
                 start_session(ctx, route, generation, slots, socket, client);
-                Taken::One
+                AcceptResult::One
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Taken::QueueEmpty,
-            Err(error) if local_errors::accept_may_go_on(&error) => Taken::Spoilt,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => AcceptResult::QueueEmpty,
+            Err(error) if local_errors::accept_can_continue(&error) => AcceptResult::Aborted,
             Err(error) => {
-                ctx.local_trouble(local_errors::local_kind(&error), LocalAt::Accept, &error);
-                Taken::Starved
+                ctx.local_error(local_errors::local_kind(&error), LocalErrorPlace::Accept, &error);
+                AcceptResult::LocalShortage
             }
         }
     }
@@ -216,14 +221,14 @@ impl Listener {
     }
 
     /// Waits until the cap that held the last accept leaves room again.
-    async fn room_made(&self, ctx: &Context) {
+    async fn wait_for_slot(&self, ctx: &WorkerContext) {
         let shared = &ctx.shared;
         let admitted = shared.gate.wait_until(|| {
             let table = ctx.table();
             let route = table.route(self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
             // The slots are given back at once: the next accept takes its own.
             let queued = shared.gate.queued(&route.pool.spec.name);
-            admission::room(&shared.in_flight, &table, route, queued).then_some(())
+            admission::free_slots(&shared.in_flight, &table, route, queued).then_some(())
         });
         tokio::select! {
             () = admitted => {}
@@ -236,56 +241,56 @@ impl Listener {
 /// before anything else can run, so that the room the listener saw is still
 /// there.
 fn start_session(
-    ctx: &Rc<Context>,
+    ctx: &Rc<WorkerContext>,
     route: &Arc<FrontendRoute>,
     generation: u64,
-    mut slots: Slots,
+    mut slots: SessionPermit,
     socket: OwnedFd,
     client: SocketAddr,
 ) {
     ctx.admitting.set(true);
-    let story = Story::new(ctx, client, route, generation);
-    ctx.faults.pass(Fault::Listener);
+    let story = SessionRecord::new(ctx, client, route, generation);
+    ctx.faults.pass(FaultPoint::Listener);
     match admit_source(ctx, route, client) {
         Ok(source) => slots.hold(source),
         Err(cause) => {
-            session::turn_away(socket, story, cause);
+            session::reject(socket, story, cause);
             ctx.admitting.set(false);
             return;
         }
     }
-    let start = start_of(ctx, &route.pool, client);
-    let arrival = Arrival { socket, story, start, slots };
+    let start = pick_or_queue(ctx, &route.pool, client);
+    let arrival = AcceptedConnection { socket, story, start, slots };
     tokio::task::spawn_local(session::run(arrival));
     ctx.admitting.set(false);
 }
 
 /// A backend, or a place in the line for one (or for the pool's first verdict).
-fn start_of(ctx: &Context, pool: &PoolTable, client: SocketAddr) -> Start {
+fn pick_or_queue(ctx: &WorkerContext, pool: &PoolTable, client: SocketAddr) -> SessionStart {
     let (gate, name) = (&ctx.shared.gate, &pool.spec.name);
     if gate.queued(name) == 0 {
         match pool.pick(ctx.pick_key(client.ip()), &[]) {
             Err(NoBackend::AtCapacity | NoBackend::Undecided) => {}
-            pick => return Start::Picked(pick),
+            pick => return SessionStart::Picked(pick),
         }
     }
     ctx.counters.queued.add(1);
     if pool.undecided {
         ctx.counters.undecided_waits.add(1);
     }
-    Start::Queued(gate.join(name))
+    SessionStart::Queued(gate.join(name))
 }
 
 fn admit_source(
-    ctx: &Context,
+    ctx: &WorkerContext,
     route: &FrontendRoute,
     client: SocketAddr,
-) -> Result<Option<SourceSlot>, Cause> {
+) -> Result<Option<SourcePermit>, Cause> {
     let Some(rules) = &route.spec.sources else { return Ok(None) };
     let (state, ip, seed) = (&route.state, client.ip(), || ctx.draw());
     match admission::source(rules, state, ip, seed, clock::now())? {
-        Some(Admitted::Counted(slot)) => Ok(Some(slot)),
-        Some(Admitted::Untracked) => {
+        Some(SourceAdmission::Counted(slot)) => Ok(Some(slot)),
+        Some(SourceAdmission::Untracked) => {
             state.counters.of(ctx.id).untracked.add(1);
             Ok(None)
         }
@@ -295,10 +300,10 @@ fn admit_source(
 
 // === impl Retirement ===
 
-impl Retirement {
+impl ListenerRetirement {
     /// One that goes on from another thread's, if that had begun.
-    pub(crate) fn due(deadline: Option<Instant>) -> Retirement {
-        Retirement { deadline: Cell::new(deadline), ..Retirement::default() }
+    pub(crate) fn due(deadline: Option<Instant>) -> ListenerRetirement {
+        ListenerRetirement { deadline: Cell::new(deadline), ..ListenerRetirement::default() }
     }
 
     /// When it is over, where it has begun.

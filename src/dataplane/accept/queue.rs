@@ -6,14 +6,14 @@
 //! thought of for it: a new backend or a raised cap serves it. A session whose
 //! connect has failed waits in `connect`, and not in line.
 
-use super::gate::Place;
-use crate::relay::{ConnectEnd, Flow};
-use crate::worker::context::Context;
+use super::gate::QueueTicket;
+use crate::relay::{ConnectEnd, RelayHandle};
+use crate::worker::context::WorkerContext;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_core::outcome::{Cause, Ending, Phase, Side};
-use tidegate_core::table::{FrontendRoute, NoBackend, Reserved};
+use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
+use tidegate_core::table::{FrontendRoute, NoBackend, Reservation};
 
 /// How often a waiting client is looked at for its FIN. A reset is noticed at
 /// once.
@@ -21,8 +21,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// Whose turn has come.
 #[derive(Debug)]
-pub(crate) struct Served {
-    pub(crate) pick: Result<Reserved, NoBackend>,
+pub(crate) struct QueuedPick {
+    pub(crate) pick: Result<Reservation, NoBackend>,
     /// By which it goes on.
     pub(crate) route: Arc<FrontendRoute>,
     /// Of the table that is from, where that is not the one it came by.
@@ -33,12 +33,12 @@ pub(crate) struct Served {
 /// the pool's `queue_timeout`, and before that for a first verdict until
 /// `startup_grace` is over.
 pub(crate) async fn wait(
-    ctx: &Context,
-    flow: &Flow,
-    place: Place,
+    ctx: &WorkerContext,
+    flow: &RelayHandle,
+    place: QueueTicket,
     came_by: &Arc<FrontendRoute>,
     client: IpAddr,
-) -> Result<Served, Ending> {
+) -> Result<QueuedPick, SessionEnd> {
     let (mut route, mut generation) = (Arc::clone(came_by), None);
     let mut serial = None;
     let pick = place.wait_until(|| {
@@ -63,17 +63,17 @@ pub(crate) async fn wait(
         biased;
         pick = pick => pick,
         end = flow.interrupted() => return Err(interrupted(end)),
-        () = has_left(flow) => return Err(over(Cause::ClientLeft, Some(Side::Client))),
+        () = client_left(flow) => return Err(over(Cause::ClientLeft, Some(SessionSide::Client))),
         () = tokio::time::sleep(longest) => {
             return Err(over(Cause::QueueTimeout, None));
         }
     };
-    Ok(Served { pick, route, generation })
+    Ok(QueuedPick { pick, route, generation })
 }
 
 /// Resolves once the client has ended its side without a word. Who has said
 /// something may have all it wants to say behind it, and wait for the answer.
-async fn has_left(flow: &Flow) {
+async fn client_left(flow: &RelayHandle) {
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         if flow.client_left_silently() {
@@ -82,13 +82,16 @@ async fn has_left(flow: &Flow) {
     }
 }
 
-fn interrupted(end: ConnectEnd) -> Ending {
+fn interrupted(end: ConnectEnd) -> SessionEnd {
     match end {
-        ConnectEnd::Cut(cause) => over(cause, None),
-        _ => Ending { errno: libc::ECONNRESET, ..over(Cause::ClientReset, Some(Side::Client)) },
+        ConnectEnd::Aborted(cause) => over(cause, None),
+        _ => SessionEnd {
+            errno: libc::ECONNRESET,
+            ..over(Cause::ClientReset, Some(SessionSide::Client))
+        },
     }
 }
 
-fn over(cause: Cause, closed_first: Option<Side>) -> Ending {
-    Ending { cause, phase: Phase::Queue, errno: 0, closed_first }
+fn over(cause: Cause, closed_first: Option<SessionSide>) -> SessionEnd {
+    SessionEnd { cause, phase: Phase::Queue, errno: 0, closed_first }
 }

@@ -3,51 +3,51 @@
 //! Taken by the listener before it accepts, held by the session to its end.
 //! Giving them back opens the gate for whoever waits.
 
-use super::admission::Held;
+use super::admission::CapReached;
 use crate::accept::admission;
-use crate::accept::gate::Gate;
-use crate::worker::context::Shared;
+use crate::accept::gate::SlotWaiters;
+use crate::worker::context::ProcessContext;
 use crossbeam::utils::CachePadded;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use tidegate_core::balance::in_flight::InFlight;
-use tidegate_core::limits::client_sources::SourceSlot;
+use tidegate_core::limits::client_sources::SourcePermit;
 use tidegate_core::table::state::FrontendState;
 use tidegate_core::table::{FrontendRoute, Table};
 
 /// One session's; dropping it gives them back.
 #[derive(Debug)]
-pub(crate) struct Slots {
+pub(crate) struct SessionPermit {
     process: Arc<InFlight>,
     /// This process's.
     sessions: Arc<CachePadded<AtomicU32>>,
     frontend: Arc<FrontendState>,
-    gate: Arc<Gate>,
+    gate: Arc<SlotWaiters>,
     /// Where the frontend limits what one source may ask for.
-    source: Option<SourceSlot>,
+    source: Option<SourcePermit>,
 }
 
-impl Slots {
+impl SessionPermit {
     /// Takes a slot everywhere, or nowhere.
     pub(crate) fn take(
-        shared: &Shared,
+        shared: &ProcessContext,
         table: &Table,
         route: &FrontendRoute,
-    ) -> Result<Slots, Held> {
+    ) -> Result<SessionPermit, CapReached> {
         let admitted = admission::admit(
             &shared.in_flight,
             table,
             route,
             shared.gate.queued(&route.pool.spec.name),
         );
-        if admitted == Err(Held::Frontend) {
+        if admitted == Err(CapReached::Frontend) {
             // The process's count was up for a moment: somebody may have found
             // it full meanwhile.
-            shared.gate.opened();
+            shared.gate.slot_freed();
         }
         admitted.map(|()| {
             shared.sessions.fetch_add(1, Ordering::Relaxed);
-            Slots {
+            SessionPermit {
                 process: Arc::clone(&shared.in_flight),
                 sessions: Arc::clone(&shared.sessions),
                 frontend: Arc::clone(&route.state),
@@ -58,16 +58,16 @@ impl Slots {
     }
 
     /// Holds the source's as well, to the same end.
-    pub(crate) fn hold(&mut self, source: Option<SourceSlot>) {
+    pub(crate) fn hold(&mut self, source: Option<SourcePermit>) {
         self.source = source;
     }
 }
 
-impl Drop for Slots {
+impl Drop for SessionPermit {
     fn drop(&mut self) {
         self.frontend.in_flight.leave();
         self.process.leave();
         self.sessions.fetch_sub(1, Ordering::Relaxed);
-        self.gate.opened();
+        self.gate.slot_freed();
     }
 }

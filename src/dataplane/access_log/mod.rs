@@ -1,6 +1,6 @@
 //! The access log: one JSON line for each session that ended.
 //!
-//! Workers push [`SessionRecord`]s into a queue of their own and never wait;
+//! Workers push [`AccessLogRecord`]s into a queue of their own and never wait;
 //! a writer thread formats and writes them, and `app` starts, switches and
 //! closes it. It never holds traffic up: when the target is slow, full or
 //! stuck, queues fill, `push` says false and the worker counts the loss.
@@ -14,7 +14,7 @@ mod record;
 mod sink;
 mod writer;
 
-pub use record::{Client, SessionRecord, Try};
+pub use record::{AccessLogRecord, LoggedClient, Try};
 
 use crossbeam::channel::{Sender, bounded, unbounded};
 use crossbeam::queue::ArrayQueue;
@@ -25,11 +25,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
-use writer::{Command, Writer};
+use writer::{Writer, WriterCommand};
 
 /// Where lines go.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target {
+pub enum AccessLogDestination {
     /// Nowhere; workers skip building records.
     Off,
     /// Standard output.
@@ -43,24 +43,24 @@ pub enum Target {
 /// The running access log; held by `app`.
 #[derive(Debug)]
 pub struct AccessLog {
-    target: Target,
-    shared: Arc<Shared>,
-    commands: Sender<Command>,
+    target: AccessLogDestination,
+    shared: Arc<AccessLogShared>,
+    commands: Sender<WriterCommand>,
     thread: JoinHandle<()>,
 }
 
 /// One worker's end.
 #[derive(Debug, Clone)]
 pub struct AccessLogSender {
-    shared: Arc<Shared>,
+    shared: Arc<AccessLogShared>,
     worker: usize,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct AccessLogShared {
     enabled: AtomicBool,
     /// One a worker, so that workers share no cache line and keep their order.
-    queues: Box<[ArrayQueue<SessionRecord>]>,
+    queues: Box<[ArrayQueue<AccessLogRecord>]>,
 }
 
 /// Records one worker may have waiting: at 100,000 sessions a second the writer
@@ -78,9 +78,12 @@ impl AccessLog {
     ///
     /// # Errors
     /// The target cannot be opened, or no thread can be started.
-    pub fn start(target: Target, workers: usize) -> io::Result<(AccessLog, Vec<AccessLogSender>)> {
+    pub fn start(
+        target: AccessLogDestination,
+        workers: usize,
+    ) -> io::Result<(AccessLog, Vec<AccessLogSender>)> {
         let sink = Sink::open(&target)?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(AccessLogShared {
             enabled: AtomicBool::new(sink.is_some()),
             queues: (0..workers).map(|_| ArrayQueue::new(QUEUE_MAX)).collect(),
         });
@@ -95,11 +98,11 @@ impl AccessLog {
     }
 
     /// Switches to another target while running; what is queued goes to the new
-    /// one, or nowhere when that is [`Target::Off`].
+    /// one, or nowhere when that is [`AccessLogDestination::Off`].
     ///
     /// # Errors
     /// The new target cannot be opened; then the old one stays.
-    pub fn set_target(&mut self, target: Target) -> io::Result<()> {
+    pub fn set_target(&mut self, target: AccessLogDestination) -> io::Result<()> {
         if target == self.target {
             return Ok(());
         }
@@ -107,7 +110,7 @@ impl AccessLog {
         self.shared.enabled.store(sink.is_some(), Ordering::Relaxed);
         self.target = target;
         self.commands
-            .send(Command::Switch(sink))
+            .send(WriterCommand::Switch(sink))
             .map_err(|_| io::Error::other("the access log's writer thread has ended"))
     }
 
@@ -117,7 +120,7 @@ impl AccessLog {
     pub fn close(self) -> u64 {
         let (done, finished) = bounded(1);
         let deadline = tidegate_net::clock::now() + CLOSE_MAX;
-        let sent = self.commands.send(Command::Close { deadline, done });
+        let sent = self.commands.send(WriterCommand::Close { deadline, done });
         // The writer keeps to the deadline by itself unless a write blocks.
         let margin = Duration::from_millis(200);
         match sent.ok().and_then(|()| finished.recv_timeout(CLOSE_MAX + margin).ok()) {
@@ -143,7 +146,7 @@ impl AccessLogSender {
     /// Queues a record; false when the queue was full and the record is lost.
     /// Never blocks. While the log is off, records vanish and that is no loss.
     #[inline]
-    pub fn push(&self, record: SessionRecord) -> bool {
+    pub fn push(&self, record: AccessLogRecord) -> bool {
         !self.enabled() || self.shared.queues[self.worker].push(record).is_ok()
     }
 }
@@ -154,19 +157,19 @@ impl AccessLogSender {
     pub(crate) fn kept() -> AccessLogSender {
         let queues = Box::new([ArrayQueue::new(QUEUE_MAX)]);
         AccessLogSender {
-            shared: Arc::new(Shared { enabled: AtomicBool::new(true), queues }),
+            shared: Arc::new(AccessLogShared { enabled: AtomicBool::new(true), queues }),
             worker: 0,
         }
     }
 
-    pub(crate) fn take(&self) -> Option<SessionRecord> {
+    pub(crate) fn take(&self) -> Option<AccessLogRecord> {
         self.shared.queues[self.worker].pop()
     }
 }
 
 // === impl Shared ===
 
-impl Shared {
+impl AccessLogShared {
     fn queued(&self) -> u64 {
         self.queues.iter().map(|queue| queue.len() as u64).sum()
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// One ended session. The fields stand in the order of the line; a `None` (and
 /// an empty `timer`) is `null` there.
 #[derive(Debug, Clone, Serialize)]
-pub struct SessionRecord {
+pub struct AccessLogRecord {
     /// When the session ended.
     #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
@@ -26,7 +26,7 @@ pub struct SessionRecord {
     /// Frontend it came in through.
     pub frontend: Option<Arc<str>>,
     /// Peer's address.
-    pub client: Client,
+    pub client: LoggedClient,
     /// Pool it was routed to.
     pub pool: Option<Arc<str>>,
     /// Backend tried last.
@@ -84,7 +84,7 @@ pub struct Try {
 
 /// A client's address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Client {
+pub enum LoggedClient {
     /// Over IP.
     Socket(SocketAddr),
     /// Over a Unix socket, whose clients have no address.
@@ -93,7 +93,7 @@ pub enum Client {
 
 // === impl SessionRecord ===
 
-impl SessionRecord {
+impl AccessLogRecord {
     /// Appends the line, newline included.
     pub(super) fn append_to(&self, buffer: &mut Vec<u8>) {
         let start = buffer.len();
@@ -107,16 +107,16 @@ impl SessionRecord {
 
 // === impl Client ===
 
-impl fmt::Display for Client {
+impl fmt::Display for LoggedClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Client::Socket(address) => address.fmt(f),
-            Client::Unix => f.write_str("unix"),
+            LoggedClient::Socket(address) => address.fmt(f),
+            LoggedClient::Unix => f.write_str("unix"),
         }
     }
 }
 
-impl Serialize for Client {
+impl Serialize for LoggedClient {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }

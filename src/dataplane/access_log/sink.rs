@@ -4,7 +4,7 @@
 //! It never waits for a FIFO's reader, and for a pipe or terminal it writes
 //! only what fits.
 
-use super::Target;
+use super::AccessLogDestination;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
@@ -32,12 +32,12 @@ const PIPE_CHUNK: usize = 4096;
 // === impl Sink ===
 
 impl Sink {
-    /// Opens a target; `None` for [`Target::Off`].
-    pub(super) fn open(target: &Target) -> io::Result<Option<Sink>> {
+    /// Opens a target; `None` for [`AccessLogDestination::Off`].
+    pub(super) fn open(target: &AccessLogDestination) -> io::Result<Option<Sink>> {
         match target {
-            Target::Off => Ok(None),
-            Target::Stdout => Sink::stdout().map(Some),
-            Target::File(path) => Sink::file(path).map(Some),
+            AccessLogDestination::Off => Ok(None),
+            AccessLogDestination::Stdout => Sink::stdout().map(Some),
+            AccessLogDestination::File(path) => Sink::file(path).map(Some),
         }
     }
 

@@ -8,14 +8,14 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-fn record(worker: u32, session: u64) -> SessionRecord {
-    SessionRecord {
+fn record(worker: u32, session: u64) -> AccessLogRecord {
+    AccessLogRecord {
         time: UNIX_EPOCH + Duration::from_micros(1_760_000_000_000_042),
         session,
         worker,
         generation: 3,
         frontend: Some("web".into()),
-        client: Client::Socket("192.0.2.1:50000".parse().unwrap()),
+        client: LoggedClient::Socket("192.0.2.1:50000".parse().unwrap()),
         pool: Some("web".into()),
         backend: Some("a".into()),
         backend_address: Some("10.0.0.11:8080".into()),
@@ -36,7 +36,7 @@ fn record(worker: u32, session: u64) -> SessionRecord {
     }
 }
 
-fn line(record: &SessionRecord) -> String {
+fn line(record: &AccessLogRecord) -> String {
     let mut buffer = Vec::new();
     record.append_to(&mut buffer);
     String::from_utf8(buffer).unwrap()
@@ -63,8 +63,8 @@ fn sessions(path: &Path) -> Vec<(u64, u64)> {
         .collect()
 }
 
-fn file(path: &Path) -> Target {
-    Target::File(path.to_owned())
+fn file(path: &Path) -> AccessLogDestination {
+    AccessLogDestination::File(path.to_owned())
 }
 
 #[test]
@@ -77,10 +77,10 @@ fn a_line_has_exactly_the_documented_fields_in_order() {
 
 #[test]
 fn what_is_unknown_is_null_and_strange_text_is_escaped() {
-    let refused = SessionRecord {
+    let refused = AccessLogRecord {
         time: UNIX_EPOCH - Duration::from_secs(5),
         frontend: Some("we\"b\n".into()),
-        client: Client::Unix,
+        client: LoggedClient::Unix,
         pool: None,
         backend: None,
         backend_address: None,
@@ -107,7 +107,7 @@ fn what_is_unknown_is_null_and_strange_text_is_escaped() {
 #[test]
 fn a_clock_beyond_the_year_9999_still_gives_a_line() {
     let far = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 40);
-    let text = line(&SessionRecord { time: far, ..record(0, 1) });
+    let text = line(&AccessLogRecord { time: far, ..record(0, 1) });
     assert!(text.starts_with(r#"{"time":"9999-12-31T23:59:59.000000Z""#), "{text}");
 }
 
@@ -134,7 +134,7 @@ fn lines_of_one_worker_keep_their_order_and_all_arrive() {
 
 #[test]
 fn off_is_disabled_and_loses_nothing_it_should_count() {
-    let (mut log, senders) = AccessLog::start(Target::Off, 1).unwrap();
+    let (mut log, senders) = AccessLog::start(AccessLogDestination::Off, 1).unwrap();
     assert!(!senders[0].enabled());
     assert!((0..QUEUE_MAX as u64 + 10).all(|n| senders[0].push(record(0, n))));
     let dir = tempfile::tempdir().unwrap();
@@ -143,7 +143,7 @@ fn off_is_disabled_and_loses_nothing_it_should_count() {
     assert!(senders[0].enabled());
     assert!(senders[0].push(record(0, 7)));
     eventually("the line is written", || sessions(&path) == [(0, 7)]);
-    log.set_target(Target::Off).unwrap();
+    log.set_target(AccessLogDestination::Off).unwrap();
     assert!(!senders[0].enabled());
     assert_eq!(log.close(), 0);
 }

@@ -4,7 +4,7 @@
 //! or waits for a worker, and keeps at most one batch in memory besides the
 //! queues.
 
-use super::Shared;
+use super::AccessLogShared;
 use super::sink::Sink;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 use std::io;
@@ -14,7 +14,7 @@ use tidegate_net::clock;
 
 /// What `AccessLog` asks for.
 #[derive(Debug)]
-pub(super) enum Command {
+pub(super) enum WriterCommand {
     /// Go on with this target; `None`: discard everything.
     Switch(Option<Sink>),
     /// Write what is queued until `deadline`, then end and say how many lines
@@ -25,7 +25,7 @@ pub(super) enum Command {
 /// State of the thread.
 #[derive(Debug)]
 pub(super) struct Writer {
-    shared: Arc<Shared>,
+    shared: Arc<AccessLogShared>,
     sink: Option<Sink>,
     /// Whole lines; those before `written` are out.
     batch: Vec<u8>,
@@ -33,12 +33,12 @@ pub(super) struct Writer {
     /// Queue to look at first, so that none starves.
     first: usize,
     checked: Instant,
-    trouble: Trouble,
+    trouble: WriteErrors,
 }
 
 /// Write errors not yet told of.
 #[derive(Debug, Default)]
-struct Trouble {
+struct WriteErrors {
     count: u64,
     reported: Option<Instant>,
     retry: Option<Instant>,
@@ -66,7 +66,7 @@ const REPORT: Duration = Duration::from_secs(10);
 // === impl Writer ===
 
 impl Writer {
-    pub(super) fn new(shared: Arc<Shared>, sink: Option<Sink>) -> Writer {
+    pub(super) fn new(shared: Arc<AccessLogShared>, sink: Option<Sink>) -> Writer {
         Writer {
             shared,
             sink,
@@ -74,20 +74,20 @@ impl Writer {
             written: 0,
             first: 0,
             checked: clock::now(),
-            trouble: Trouble::default(),
+            trouble: WriteErrors::default(),
         }
     }
 
     /// The thread's body; ends on `Close` or when `AccessLog` is dropped.
-    pub(super) fn run(mut self, commands: &Receiver<Command>) {
+    pub(super) fn run(mut self, commands: &Receiver<WriterCommand>) {
         loop {
             let command = match self.sink {
                 Some(_) => commands.recv_timeout(TICK),
                 None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
             };
             match command {
-                Ok(Command::Switch(sink)) => self.switch(sink),
-                Ok(Command::Close { deadline, done }) => {
+                Ok(WriterCommand::Switch(sink)) => self.switch(sink),
+                Ok(WriterCommand::Close { deadline, done }) => {
                     self.finish(deadline);
                     // Whoever asked may have given up waiting.
                     let _ = done.send(self.unwritten());
@@ -210,7 +210,7 @@ impl Writer {
 
 // === impl Trouble ===
 
-impl Trouble {
+impl WriteErrors {
     fn note(&mut self, error: &io::Error, target: &str, now: Instant) {
         self.count += 1;
         if self.reported.is_none_or(|at| now.duration_since(at) >= REPORT) {

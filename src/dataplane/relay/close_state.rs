@@ -4,20 +4,20 @@
 //! FIN is to be passed on and when the session is over, and how. Pure.
 
 use std::io;
-use tidegate_core::outcome::{Cause, Ending, Phase, Side};
+use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
 
 /// The standing of both sides.
 #[derive(Debug, Default)]
-pub(super) struct Verdict {
-    sides: [Standing; 2],
+pub(super) struct CloseState {
+    sides: [SideState; 2],
     /// Which side ended first.
-    closed_first: Option<Side>,
+    closed_first: Option<SessionSide>,
     /// Whom a FIN was sent to.
     told_fin: [bool; 2],
 }
 
 #[derive(Debug, Default, Clone, Copy)]
-struct Standing {
+struct SideState {
     /// The errno that ended the socket; 0 while it is well.
     failure: i32,
     /// FIN (or the end by failure) was received from it.
@@ -33,8 +33,8 @@ struct Standing {
 
 /// What one turn did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Moved {
-    /// Bytes received from each side, by [`Side`] number.
+pub(super) struct TurnBytes {
+    /// Bytes received from each side, by [`SessionSide`] number.
     pub(super) received: [u64; 2],
     /// Bytes sent on, by the number of the side they came from.
     pub(super) sent: [u64; 2],
@@ -54,32 +54,32 @@ pub(super) struct Carried {
 
 /// What a turn asks for next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Next {
+pub(super) enum TurnNext {
     /// Wait for the sockets.
     Wait,
     /// Its share of this round is used up: turn again soon.
     Again,
     /// Over.
-    End(Ending),
+    End(SessionEnd),
 }
 
 // === impl Verdict ===
 
-impl Verdict {
+impl CloseState {
     /// Whether that side's socket has failed.
     #[inline]
-    pub(super) fn failed(&self, side: Side) -> bool {
+    pub(super) fn failed(&self, side: SessionSide) -> bool {
         self.sides[side as usize].failure != 0
     }
 
     /// Whether that side will send no more.
     #[inline]
-    pub(super) fn ended(&self, side: Side) -> bool {
+    pub(super) fn ended(&self, side: SessionSide) -> bool {
         self.sides[side as usize].ended
     }
 
     /// Which side ended first, if one did.
-    pub(super) fn closed_first(&self) -> Option<Side> {
+    pub(super) fn closed_first(&self) -> Option<SessionSide> {
         self.closed_first
     }
 
@@ -93,7 +93,7 @@ impl Verdict {
     }
 
     /// `from` will send no more: FIN (0), or a failure with its errno.
-    pub(super) fn end_of(&mut self, from: Side, errno: i32) {
+    pub(super) fn end_of(&mut self, from: SessionSide, errno: i32) {
         let side = &mut self.sides[from as usize];
         side.ended = true;
         side.in_order = errno == 0;
@@ -105,7 +105,7 @@ impl Verdict {
 
     /// Sending to that side failed. Whatever it had sent before is still to be
     /// read.
-    pub(super) fn send_failed(&mut self, to: Side, errno: i32) {
+    pub(super) fn send_failed(&mut self, to: SessionSide, errno: i32) {
         let side = &mut self.sides[to as usize];
         if side.failure == 0 {
             side.failure = errno;
@@ -116,7 +116,7 @@ impl Verdict {
     /// Notes that a side's connection has failed while bytes from it still wait
     /// for the other to take them; true when that is news. The failure itself is
     /// read in its turn, but nobody waits for more than the half-closed time.
-    pub(super) fn note_failure(&mut self, side: Side) -> bool {
+    pub(super) fn note_failure(&mut self, side: SessionSide) -> bool {
         let news = self.closed_first.is_none();
         self.closed_first.get_or_insert(side);
         news
@@ -124,7 +124,7 @@ impl Verdict {
 
     /// Notes that something was sent to that side.
     #[inline]
-    pub(super) fn sent_to(&mut self, side: Side) {
+    pub(super) fn sent_to(&mut self, side: SessionSide) {
         let side = &mut self.sides[side as usize];
         side.sent_after_end |= side.ended;
     }
@@ -134,7 +134,11 @@ impl Verdict {
     /// follows when both sides have ended. A failure is not a FIN: it ends the
     /// session and is passed on as a reset. True when the other side turned out
     /// to have failed.
-    pub(super) fn finish(&mut self, from: Side, shutdown: impl FnOnce() -> io::Result<()>) -> bool {
+    pub(super) fn finish(
+        &mut self,
+        from: SessionSide,
+        shutdown: impl FnOnce() -> io::Result<()>,
+    ) -> bool {
         let side = &mut self.sides[from as usize];
         if std::mem::replace(&mut side.finished, true) || side.failure != 0 {
             return false;
@@ -156,40 +160,40 @@ impl Verdict {
 
     /// The ending, once nothing is left to move.
     #[inline]
-    pub(super) fn ending(&self) -> Option<Ending> {
+    pub(super) fn ending(&self) -> Option<SessionEnd> {
         let first = self.closed_first?;
         let (phase, closed_first) = (self.phase(), self.closed_first);
         for from in [first, first.other()] {
-            let Standing { failure, finished, .. } = self.sides[from as usize];
+            let SideState { failure, finished, .. } = self.sides[from as usize];
             // What a failed side had sent before is still delivered, as long as
             // there is somebody to take it.
             if failure != 0 && (finished || self.failed(from.other())) {
                 let cause = Cause::of_failure(from, failure);
-                return Some(Ending { cause, phase, errno: failure, closed_first });
+                return Some(SessionEnd { cause, phase, errno: failure, closed_first });
             }
         }
         let over = self.sides.iter().all(|side| side.finished);
-        over.then_some(Ending { cause: Cause::Finished, phase, errno: 0, closed_first })
+        over.then_some(SessionEnd { cause: Cause::Finished, phase, errno: 0, closed_first })
     }
 
     /// Whether a FIN was sent to that side.
-    pub(super) fn was_told_fin(&self, side: Side) -> bool {
+    pub(super) fn was_told_fin(&self, side: SessionSide) -> bool {
         self.told_fin[side as usize]
     }
 
     /// Who still takes what the other had sent before it failed, once the session
     /// ends with that failure.
-    pub(super) fn survivor(&self, ending: Ending) -> Option<Side> {
+    pub(super) fn survivor(&self, ending: SessionEnd) -> Option<SessionSide> {
         let survivor = match ending.cause {
-            Cause::ClientReset | Cause::ClientLost => Side::Backend,
-            Cause::BackendReset | Cause::BackendLost => Side::Client,
+            Cause::ClientReset | Cause::ClientLost => SessionSide::Backend,
+            Cause::BackendReset | Cause::BackendLost => SessionSide::Client,
             _ => return None,
         };
         (!self.failed(survivor)).then_some(survivor)
     }
 
     /// The ending when the session is ended by us.
-    pub(super) fn cut(&self, cause: Cause) -> Ending {
-        Ending { cause, phase: self.phase(), errno: 0, closed_first: self.closed_first }
+    pub(super) fn cut(&self, cause: Cause) -> SessionEnd {
+        SessionEnd { cause, phase: self.phase(), errno: 0, closed_first: self.closed_first }
     }
 }

@@ -11,13 +11,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tidegate_core::balance::trial::{TrialId, TrialPhase};
-use tidegate_core::outcome::{Cause, Ending};
+use tidegate_core::outcome::{Cause, SessionEnd};
 use tidegate_core::table::state::{BackendState, FrontendState};
 use tidegate_net::clock;
 
 /// One session's sockets, inside the engine.
 #[derive(Debug)]
-pub struct Flow {
+pub struct RelayHandle {
     pub(super) engine: Engine,
     pub(super) key: u32,
 }
@@ -25,7 +25,7 @@ pub struct Flow {
 /// A flow that is relayed; resolves, once, when that is over. Idle sessions are
 /// made of such futures: it is written by hand to be no bigger than a flow.
 #[derive(Debug)]
-pub struct Relay(Flow);
+pub struct RelayFuture(RelayHandle);
 
 /// How waiting for a connect ended otherwise than by success.
 #[derive(Debug)]
@@ -37,12 +37,12 @@ pub enum ConnectEnd {
     /// The client reset its connection meanwhile.
     ClientGone(i32),
     /// The session is cut from outside.
-    Cut(Cause),
+    Aborted(Cause),
 }
 
 /// A session's timers.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct SessionTimeouts {
     /// Nobody has said a word for so long: over. `None` is off.
     pub first_byte: Option<Duration>,
     /// Nothing moved for so long: over. `None` is off.
@@ -60,7 +60,7 @@ pub struct Limits {
 
 /// Where a flow's bytes are counted while they move.
 #[derive(Debug)]
-pub struct Meter {
+pub struct SessionMeter {
     /// The writing worker. Small: see the size of `Relaying`.
     pub worker: u16,
     /// The session's frontend.
@@ -87,9 +87,9 @@ pub struct Bytes {
 
 /// A finished relay: how it ended, what it moved, and its sockets.
 #[derive(Debug)]
-pub struct Relayed {
+pub struct RelayResult {
     /// Cause, phase, who closed first.
-    pub ending: Ending,
+    pub ending: SessionEnd,
     /// What it moved.
     pub bytes: Bytes,
     /// When the backend's first byte came.
@@ -106,9 +106,9 @@ pub struct Relayed {
 
 /// What a relay has come to that is broken off.
 #[derive(Debug)]
-pub struct SoFar {
+pub struct PartialResult {
     /// As if it ended now.
-    pub ending: Ending,
+    pub ending: SessionEnd,
     /// What it moved.
     pub bytes: Bytes,
     /// When the backend's first byte came.
@@ -117,16 +117,16 @@ pub struct SoFar {
 
 // === impl Meter ===
 
-impl Meter {
+impl SessionMeter {
     /// The client spoke, and before the backend did.
     pub(super) fn client_spoke(&self) {
-        self.backend.asked(self.worker.into());
-        self.advance_trial(TrialPhase::Spoken);
+        self.backend.count_client_spoke(self.worker.into());
+        self.advance_trial(TrialPhase::ClientSpoke);
     }
 
     /// The backend's first byte is there, that long after the client's.
     pub(super) fn backend_answered(&self, after: Option<Duration>, now: Instant) {
-        self.backend.answered(self.worker.into(), after);
+        self.backend.count_answered(self.worker.into(), after);
         self.advance_trial(TrialPhase::Passed);
         if self.timed
             && let Some(after) = after
@@ -144,7 +144,7 @@ impl Meter {
 
 // === impl Flow ===
 
-impl Flow {
+impl RelayHandle {
     /// Waits until `upstream`, on which a connect is pending, is decided. On
     /// success it is the flow's backend socket; otherwise it is closed.
     pub async fn connected(&self, upstream: OwnedFd, deadline: Instant) -> Result<(), ConnectEnd> {
@@ -170,9 +170,9 @@ impl Flow {
 
     /// Moves bytes both ways to the end, beginning now. Needs a connected
     /// backend socket.
-    pub fn relay(self, limits: Limits, meter: Meter) -> Relay {
+    pub fn relay(self, limits: SessionTimeouts, meter: SessionMeter) -> RelayFuture {
         self.engine.start_relay(self.key, limits, meter);
-        Relay(self)
+        RelayFuture(self)
     }
 
     /// Turns the client away with RST, for a session that ends before it is
@@ -184,23 +184,23 @@ impl Flow {
 
 // === impl Relay ===
 
-impl Relay {
+impl RelayFuture {
     /// What it has come to if `cause` breaks it off now; `None` where nobody can
     /// tell any more.
-    pub fn so_far(&self, cause: Cause) -> Option<SoFar> {
+    pub fn so_far(&self, cause: Cause) -> Option<PartialResult> {
         self.0.engine.so_far(self.0.key, cause)
     }
 }
 
-impl Future for Relay {
-    type Output = Relayed;
+impl Future for RelayFuture {
+    type Output = RelayResult;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Relayed> {
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<RelayResult> {
         self.0.engine.poll_relayed(self.0.key, cx)
     }
 }
 
-impl Drop for Flow {
+impl Drop for RelayHandle {
     fn drop(&mut self) {
         self.engine.remove(self.key);
     }

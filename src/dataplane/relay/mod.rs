@@ -1,6 +1,6 @@
 //! The engine seam: what a session asks of whatever moves its bytes.
 //!
-//! A session opens a [`Flow`] for its client, connects it, and awaits one
+//! A session opens a [`RelayHandle`] for its client, connects it, and awaits one
 //! completion. One long-lived engine task a worker drives all flows; a task
 //! each measured 10 to 25 % more CPU. There are two engines: `ring` on an
 //! io_uring of its own, `readiness` on an epoll set. What they share is written
@@ -18,15 +18,18 @@ mod shell;
 #[cfg(test)]
 mod tests;
 
-pub use flow::{Bytes, ConnectEnd, Flow, Limits, Meter, Relay, Relayed, SoFar};
+pub use flow::{
+    Bytes, ConnectEnd, PartialResult, RelayFuture, RelayHandle, RelayResult, SessionMeter,
+    SessionTimeouts,
+};
 pub use ring::SETTINGS as RING_SETTINGS;
-pub use tidegate_net::ring::Settings as RingSettings;
+pub use tidegate_net::ring::RingSettings;
 
 #[cfg(debug_assertions)]
-use crate::fault_points::Fault;
-use crate::relay::epoll::Readiness;
-use ring::Ringed;
-use shell::Shell;
+use crate::fault_points::FaultPoint;
+use crate::relay::epoll::EpollEngine;
+use ring::RingEngine;
+use shell::EngineCore;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -36,24 +39,24 @@ use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::outcome::Cause;
 use tidegate_core::table::state::BackendId;
-use tidegate_net::budget::Budget;
+use tidegate_net::budget::MemoryBudget;
 
 /// One worker's engine; a handle, cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Engine(Kind);
+pub struct Engine(EngineImpl);
 
 #[derive(Debug, Clone)]
-enum Kind {
-    Readiness(Rc<Shell<Readiness>>),
-    Ring(Rc<Shell<Ringed>>),
+enum EngineImpl {
+    Readiness(Rc<EngineCore<EpollEngine>>),
+    Ring(Rc<EngineCore<RingEngine>>),
 }
 
 /// The same for either engine.
 macro_rules! either {
     ($engine:expr, $shell:ident => $do:expr) => {
         match &$engine.0 {
-            Kind::Readiness($shell) => $do,
-            Kind::Ring($shell) => $do,
+            EngineImpl::Readiness($shell) => $do,
+            EngineImpl::Ring($shell) => $do,
         }
     };
 }
@@ -64,17 +67,17 @@ impl Engine {
     /// A readiness engine for the current thread's runtime. `spin` is how long
     /// to poll after the last activity before sleeping, `budget` what all engines
     /// of the process together may hold.
-    pub fn readiness(spin: Option<Duration>, budget: Arc<Budget>) -> io::Result<Engine> {
-        Ok(Engine(Kind::Readiness(Shell::new(Readiness::new(budget)?, spin))))
+    pub fn readiness(spin: Option<Duration>, budget: Arc<MemoryBudget>) -> io::Result<Engine> {
+        Ok(Engine(EngineImpl::Readiness(EngineCore::new(EpollEngine::new(budget)?, spin))))
     }
 
     /// A ring engine for the current thread and its runtime.
     pub fn ring(
         spin: Option<Duration>,
         settings: RingSettings,
-        budget: Arc<Budget>,
+        budget: Arc<MemoryBudget>,
     ) -> io::Result<Engine> {
-        Ok(Engine(Kind::Ring(Shell::new(Ringed::new(settings, budget)?, spin))))
+        Ok(Engine(EngineImpl::Ring(EngineCore::new(RingEngine::new(settings, budget)?, spin))))
     }
 
     /// Counts what goes on inside for that worker, from now on.
@@ -86,9 +89,9 @@ impl Engine {
     }
 
     /// A flow for an accepted client; its reset is noticed before long.
-    pub fn open(&self, client: OwnedFd) -> io::Result<Flow> {
+    pub fn open(&self, client: OwnedFd) -> io::Result<RelayHandle> {
         let key = either!(self, shell => shell.open(client))?;
-        Ok(Flow { engine: self.clone(), key })
+        Ok(RelayHandle { engine: self.clone(), key })
     }
 
     /// Flows open now.
@@ -98,20 +101,20 @@ impl Engine {
 
     /// Ends every flow, whatever it is doing; gives their number.
     pub fn cut_all(&self, cause: Cause) -> usize {
-        either!(self, shell => shell.cut_all(cause))
+        either!(self, shell => shell.abort_all(cause))
     }
 
     /// Ends every relayed flow of one backend; gives their number.
     pub fn cut_backend(&self, backend: BackendId, cause: Cause) -> usize {
-        either!(self, shell => shell.cut_backend(backend, cause))
+        either!(self, shell => shell.abort_backend(backend, cause))
     }
 
     /// Whether everything the engine had of buffers and operations is back.
     #[cfg(all(test, feature = "sim"))]
     pub(crate) fn is_clean(&self) -> bool {
         match &self.0 {
-            Kind::Readiness(_) => true,
-            Kind::Ring(shell) => {
+            EngineImpl::Readiness(_) => true,
+            EngineImpl::Ring(shell) => {
                 let mut clean = false;
                 shell.with_mover(|ringed| clean = ringed.is_clean());
                 clean
@@ -122,8 +125,8 @@ impl Engine {
     /// Drives every flow; runs as long as the worker.
     pub async fn run(self) -> io::Result<()> {
         match self.0 {
-            Kind::Readiness(shell) => shell.run().await,
-            Kind::Ring(shell) => shell.run().await,
+            EngineImpl::Readiness(shell) => shell.run().await,
+            EngineImpl::Ring(shell) => shell.run().await,
         }
     }
 
@@ -133,19 +136,19 @@ impl Engine {
     }
 
     /// The worker has fallen: dropping a session's flow only counts from now on.
-    /// What is open is closed with the engine, see [`Engine::bury`].
-    pub(super) fn fall(&self) {
-        either!(self, shell => shell.fall())
+    /// What is open is closed with the engine, see [`Engine::close_all`].
+    pub(super) fn mark_broken(&self) {
+        either!(self, shell => shell.mark_broken())
     }
 
     /// Drops a fallen worker's engine: every socket left in it is reset.
-    pub(super) fn bury(self) {
-        either!(self, shell => shell.bury())
+    pub(super) fn close_all(self) {
+        either!(self, shell => shell.close_all())
     }
 
     /// The next pass of that place panics; for tests.
     #[cfg(debug_assertions)]
-    pub(super) fn order(&self, fault: Fault) {
+    pub(super) fn order(&self, fault: FaultPoint) {
         either!(self, shell => shell.faults.order(fault))
     }
 
@@ -170,15 +173,15 @@ impl Engine {
         either!(self, shell => shell.client_left_silently(key))
     }
 
-    fn start_relay(&self, key: u32, limits: Limits, meter: Meter) {
+    fn start_relay(&self, key: u32, limits: SessionTimeouts, meter: SessionMeter) {
         either!(self, shell => shell.start_relay(key, limits, meter));
     }
 
-    fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<Relayed> {
+    fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<RelayResult> {
         either!(self, shell => shell.poll_relayed(key, cx))
     }
 
-    fn so_far(&self, key: u32, cause: Cause) -> Option<SoFar> {
+    fn so_far(&self, key: u32, cause: Cause) -> Option<PartialResult> {
         either!(self, shell => shell.so_far(key, cause))
     }
 

@@ -2,18 +2,18 @@
 //!
 //! Implemented by `readiness` and `ring`, called by `shell` alone.
 
-use super::pace::Pace;
-use super::shell::State;
-use crate::relay::close_state::{Carried, Moved, Next, Verdict};
+use super::pace::EngineSleep;
+use super::shell::EngineState;
+use crate::relay::close_state::{Carried, CloseState, TurnBytes, TurnNext};
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tidegate_core::outcome::Side;
+use tidegate_core::outcome::SessionSide;
 
 /// Moves the bytes of sessions, each known by its key.
-pub(super) trait Mover: Sized + Debug {
+pub(super) trait EngineIo: Sized + Debug {
     /// One session's sockets and streams.
     type Flow: Debug;
 
@@ -37,10 +37,10 @@ pub(super) trait Mover: Sized + Debug {
     fn watch_client(&mut self, key: u32, flow: &mut Self::Flow);
 
     /// Starts relaying.
-    fn begin(&mut self, key: u32, flow: &mut Self::Flow, moved: &mut Moved) -> Next;
+    fn begin(&mut self, key: u32, flow: &mut Self::Flow, moved: &mut TurnBytes) -> TurnNext;
 
     /// The session is over: nothing is to be moved any more.
-    fn halt(&mut self, flow: &mut Self::Flow);
+    fn stop_relaying(&mut self, flow: &mut Self::Flow);
 
     /// Whether its sockets are free to be given away: no operation uses them.
     fn is_settled(flow: &Self::Flow) -> bool;
@@ -49,12 +49,12 @@ pub(super) trait Mover: Sized + Debug {
     fn tear_down(&mut self, flow: &mut Self::Flow);
 
     /// Asks for progress that has not shown yet; false where there can be none.
-    fn ask_progress(&mut self, flow: &mut Self::Flow) -> bool;
+    fn request_progress(&mut self, flow: &mut Self::Flow) -> bool;
 
-    fn verdict(flow: &Self::Flow) -> &Verdict;
+    fn verdict(flow: &Self::Flow) -> &CloseState;
 
     /// What became of that side's bytes.
-    fn carried(flow: &Self::Flow, from: Side) -> Carried;
+    fn carried(flow: &Self::Flow, from: SessionSide) -> Carried;
 
     fn client(flow: &Self::Flow) -> Option<BorrowedFd<'_>>;
 
@@ -70,10 +70,10 @@ pub(super) trait Mover: Sized + Debug {
     fn has_work(&self) -> bool;
 
     /// Handles what has happened, a batch at most.
-    fn round(state: &mut State<Self>, pace: &Pace) -> io::Result<Round>;
+    fn round(state: &mut EngineState<Self>, pace: &EngineSleep) -> io::Result<TurnResult>;
 
-    /// Called every [`Mover::TICK`] or so, while awake or while it is wanted.
-    fn tick(state: &mut State<Self>, pace: &Pace);
+    /// Called every [`EngineIo::TICK`] or so, while awake or while it is wanted.
+    fn tick(state: &mut EngineState<Self>, pace: &EngineSleep);
 
     /// Between two ticks.
     const TICK: Duration;
@@ -82,22 +82,22 @@ pub(super) trait Mover: Sized + Debug {
     fn wants_tick(&self, sessions: bool) -> bool;
 
     /// Gets ready to be awaited; false where there is something to do.
-    fn doze(&mut self) -> bool;
+    fn arm_wakeup(&mut self) -> bool;
 
     /// Ready when there is something to do.
     fn poll_wake(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
 
     /// Ends what `doze` began.
-    fn rouse(&mut self);
+    fn disarm_wakeup(&mut self);
 
     /// Makes `poll_wake` ready through the reactor; false where it cannot.
-    fn ring_the_bell(&self) -> io::Result<bool>;
+    fn signal_wakeup(&self) -> io::Result<bool>;
 }
 
 /// How a pending connect came to an end, from good to bad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Decided {
-    Well,
+pub(super) enum ConnectResult {
+    Connected,
     /// The socket knows how.
     Failed,
     /// It goes on, but nobody would learn of its end: this host failed to wait.
@@ -106,7 +106,7 @@ pub(super) enum Decided {
 
 /// What a round came to.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Round {
+pub(super) struct TurnResult {
     /// Nothing is left to do now.
     pub(super) drained: bool,
     /// Something was done.
@@ -114,12 +114,12 @@ pub(super) struct Round {
 }
 
 /// Of a poll: whether the socket has failed, or the errno of the poll itself.
-impl From<Result<bool, i32>> for Decided {
-    fn from(polled: Result<bool, i32>) -> Decided {
+impl From<Result<bool, i32>> for ConnectResult {
+    fn from(polled: Result<bool, i32>) -> ConnectResult {
         match polled {
-            Ok(false) => Decided::Well,
-            Ok(true) => Decided::Failed,
-            Err(errno) => Decided::Unwatched(errno),
+            Ok(false) => ConnectResult::Connected,
+            Ok(true) => ConnectResult::Failed,
+            Err(errno) => ConnectResult::Unwatched(errno),
         }
     }
 }

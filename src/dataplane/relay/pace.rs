@@ -2,7 +2,7 @@
 //!
 //! Used by `shell`. It reads no clock.
 
-use super::mover::Mover;
+use super::mover::EngineIo;
 use std::cell::{Cell, RefCell};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ pub(super) const TICK: Duration = Duration::from_millis(8);
 
 /// When the engine task sleeps, and until when.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(super) struct EngineSleep {
     started: Instant,
     /// The engine task, when it sleeps.
     sleeper: RefCell<Option<Waker>>,
@@ -22,10 +22,10 @@ pub(super) struct Pace {
 
 // === impl Pace ===
 
-impl Pace {
+impl EngineSleep {
     /// Ticks count from `started`.
-    pub(super) fn new(started: Instant) -> Pace {
-        Pace { started, sleeper: RefCell::new(None), sleeps_to: Cell::new(u64::MAX) }
+    pub(super) fn new(started: Instant) -> EngineSleep {
+        EngineSleep { started, sleeper: RefCell::new(None), sleeps_to: Cell::new(u64::MAX) }
     }
 
     /// The engine task goes to sleep to that tick, which begins at the moment
@@ -36,7 +36,7 @@ impl Pace {
     }
 
     /// Ready when the sleeping engine task was kicked.
-    pub(super) fn poll_kicked(&self, cx: &Context<'_>) -> Poll<()> {
+    pub(super) fn poll_wake(&self, cx: &Context<'_>) -> Poll<()> {
         if self.sleeps_to.get() == 0 {
             return Poll::Ready(());
         }
@@ -62,7 +62,7 @@ impl Pace {
     }
 
     /// Wakes the engine task where it would sleep past `due`.
-    pub(super) fn kick_if_sooner(&self, due: u64) {
+    pub(super) fn wake_if_sooner(&self, due: u64) {
         if due < self.sleeps_to.get() {
             self.sleeps_to.set(0);
             if let Some(waker) = self.sleeper.borrow_mut().take() {
@@ -72,9 +72,9 @@ impl Pace {
     }
 
     /// Wakes the engine task where the mover has something to do.
-    pub(super) fn hurry<M: Mover>(&self, mover: &M) {
+    pub(super) fn bring_forward<M: EngineIo>(&self, mover: &M) {
         if mover.has_work() {
-            self.kick_if_sooner(0);
+            self.wake_if_sooner(0);
         }
     }
 }

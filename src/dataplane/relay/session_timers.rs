@@ -3,8 +3,8 @@
 //!
 //! Owned by the shell. Time comes in; nothing here touches a socket.
 
-use super::flow::{Limits, Meter};
-use crate::relay::close_state::Moved;
+use super::flow::{SessionMeter, SessionTimeouts};
+use crate::relay::close_state::TurnBytes;
 use std::time::{Duration, Instant};
 use tidegate_core::outcome::Cause;
 
@@ -13,7 +13,7 @@ use tidegate_core::outcome::Cause;
 /// act earlier, see [`liveness_after`].
 const LIVENESS_AFTER_MAX: Duration = Duration::from_secs(10);
 
-/// See [`Relaying::looked`].
+/// See [`SessionTimers::looked`].
 const ASKED: u32 = 1 << 31;
 
 /// How long last words may stand still on their way where neither the half-closed nor
@@ -22,16 +22,16 @@ const PATIENCE_DEFAULT: Duration = Duration::from_secs(60);
 
 /// A session's timers and meter. Idle sessions have one each, in a box.
 #[derive(Debug)]
-pub(super) struct Relaying {
-    first_byte: Limit,
-    idle: Limit,
-    half_closed: Limit,
+pub(super) struct SessionTimers {
+    first_byte: CompactTimeout,
+    idle: CompactTimeout,
+    half_closed: CompactTimeout,
     stalled: Seconds,
     keepalive: Seconds,
-    user_timeout: Limit,
-    pub(super) meter: Meter,
+    user_timeout: CompactTimeout,
+    pub(super) meter: SessionMeter,
     last_activity: Instant,
-    pub(super) answer: Answer,
+    pub(super) answer: FirstByteState,
     /// When keepalive is to be switched on upstream; `None` once it is.
     liveness_due: Option<Instant>,
     /// How long the queue was, at the last look, of sockets that tell no more; and in
@@ -42,23 +42,23 @@ pub(super) struct Relaying {
 // With these sizes, glibc's malloc places it in the room that the alignment of a
 // session's task (tokio: 128 bytes) leaves before the next: eight bytes more
 // measured 128 more for each idle session.
-const _: () = assert!(size_of::<Relaying>() <= 104);
+const _: () = assert!(size_of::<SessionTimers>() <= 104);
 
 /// Who has spoken, as far as it says something of the backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Answer {
+pub(super) enum FirstByteState {
     /// Nobody yet.
-    NobodySpoke,
+    Idle,
     /// The client, then; the backend has not answered.
     Awaited(Instant),
     /// The backend, then, with its first byte.
-    Came(Instant),
+    Answered(Instant),
 }
 
 /// A time limit in a quarter of the space: whole milliseconds, at least one;
 /// 0 is off. The longest is 49 days.
 #[derive(Debug, Clone, Copy)]
-struct Limit(u32);
+struct CompactTimeout(u32);
 
 /// A time limit of whole seconds, rounded up, in half of that space; 0 is off. The
 /// longest is 18 hours.
@@ -78,14 +78,14 @@ impl Seconds {
     }
 }
 
-impl From<Option<Duration>> for Limit {
-    fn from(limit: Option<Duration>) -> Limit {
+impl From<Option<Duration>> for CompactTimeout {
+    fn from(limit: Option<Duration>) -> CompactTimeout {
         let millis = |limit: Duration| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
-        Limit(limit.map_or(0, |limit| millis(limit).max(1)))
+        CompactTimeout(limit.map_or(0, |limit| millis(limit).max(1)))
     }
 }
 
-impl Limit {
+impl CompactTimeout {
     fn get(self) -> Option<Duration> {
         (self.0 != 0).then(|| Duration::from_millis(self.0.into()))
     }
@@ -94,14 +94,14 @@ impl Limit {
 /// When the upstream leg's limits are to be set: in time for either to act as
 /// soon as it may. Half of it, for the kernel looks only when it sends again,
 /// and is told when to look by the limit it knows of (tcp(7), `TCP_USER_TIMEOUT`).
-fn liveness_after(limits: &Limits) -> Duration {
+fn liveness_after(limits: &SessionTimeouts) -> Duration {
     let either = [limits.keepalive, limits.user_timeout].into_iter().flatten();
     either.map(|limit| limit / 2).fold(LIVENESS_AFTER_MAX, Duration::min)
 }
 
-impl Relaying {
-    pub(super) fn new(limits: Limits, meter: Meter, now: Instant) -> Relaying {
-        Relaying {
+impl SessionTimers {
+    pub(super) fn new(limits: SessionTimeouts, meter: SessionMeter, now: Instant) -> SessionTimers {
+        SessionTimers {
             first_byte: limits.first_byte.into(),
             idle: limits.idle.into(),
             half_closed: limits.half_closed.into(),
@@ -110,7 +110,7 @@ impl Relaying {
             user_timeout: limits.user_timeout.into(),
             meter,
             last_activity: now,
-            answer: Answer::NobodySpoke,
+            answer: FirstByteState::Idle,
             liveness_due: Some(now + liveness_after(&limits)),
             looked: 0,
         }
@@ -123,7 +123,7 @@ impl Relaying {
             return self.half_closed.get().map(|limit| (limit, Cause::HalfClosedTimeout));
         }
         let idle = self.idle.get().map(|limit| (limit, Cause::IdleTimeout));
-        let first_byte = self.first_byte.get().filter(|_| self.answer == Answer::NobodySpoke);
+        let first_byte = self.first_byte.get().filter(|_| self.answer == FirstByteState::Idle);
         let first_byte = first_byte.map(|limit| (limit, Cause::FirstByteTimeout));
         [first_byte, idle].into_iter().flatten().min_by_key(|(limit, _)| *limit)
     }
@@ -159,7 +159,7 @@ impl Relaying {
 
     /// Counts what a turn moved.
     #[inline]
-    pub(super) fn account(&mut self, moved: &Moved, now: Instant) {
+    pub(super) fn account(&mut self, moved: &TurnBytes, now: Instant) {
         let ([asked, answered], [bytes_in, bytes_out]) = (moved.received, moved.sent);
         if asked | answered | bytes_in | bytes_out == 0 && !moved.ended {
             return;
@@ -168,18 +168,18 @@ impl Relaying {
         self.looked &= !ASKED;
         self.count(moved);
         // What both sides said in one turn shows no order: no question then.
-        if asked != 0 && answered == 0 && self.answer == Answer::NobodySpoke {
-            self.answer = Answer::Awaited(now);
+        if asked != 0 && answered == 0 && self.answer == FirstByteState::Idle {
+            self.answer = FirstByteState::Awaited(now);
             self.meter.client_spoke();
         }
-        if answered != 0 && !matches!(self.answer, Answer::Came(_)) {
+        if answered != 0 && !matches!(self.answer, FirstByteState::Answered(_)) {
             self.first_byte(now);
         }
     }
 
     /// Counts what was sent on.
     #[inline]
-    pub(super) fn count(&self, moved: &Moved) {
+    pub(super) fn count(&self, moved: &TurnBytes) {
         let [bytes_in, bytes_out] = moved.sent;
         let frontend = self.meter.frontend.counters.of(self.meter.worker.into());
         let backend = self.meter.backend.counters.of(self.meter.worker.into());
@@ -247,17 +247,17 @@ impl Relaying {
     #[cold]
     fn first_byte(&mut self, now: Instant) {
         let after = match self.answer {
-            Answer::Awaited(since) => Some(now.saturating_duration_since(since)),
+            FirstByteState::Awaited(since) => Some(now.saturating_duration_since(since)),
             _ => None,
         };
-        self.answer = Answer::Came(now);
+        self.answer = FirstByteState::Answered(now);
         self.meter.backend_answered(after, now);
     }
 
     /// The session is over.
     pub(super) fn over(&self) {
-        if matches!(self.answer, Answer::Awaited(_)) {
-            self.meter.backend.left_unanswered(self.meter.worker.into());
+        if matches!(self.answer, FirstByteState::Awaited(_)) {
+            self.meter.backend.count_unanswered(self.meter.worker.into());
         }
     }
 }

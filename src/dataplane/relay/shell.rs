@@ -1,7 +1,7 @@
 //! What every engine has in common: its sessions' table, their stages, timers
 //! and cuts, and the one long-lived task that drives them.
 //!
-//! Sessions reach it through `Flow`; the bytes are moved by a [`Mover`], behind
+//! Sessions reach it through `Flow`; the bytes are moved by a [`EngineIo`], behind
 //! which the engines differ. It never touches a socket itself, never blocks and
 //! never picks a backend.
 
@@ -9,13 +9,13 @@ mod delivery;
 mod fall;
 mod timers;
 
-use super::flow::{ConnectEnd, Limits, Meter, Relayed};
-use super::mover::{Decided, Mover, Round};
-use super::pace::{Pace, TICK};
-use crate::fault_points::{Fault, Faults};
-use crate::relay::close_state::{Moved, Next};
-use crate::relay::session_timers::{Answer, Relaying};
-use crate::timer_wheel::Wheel;
+use super::flow::{ConnectEnd, RelayResult, SessionMeter, SessionTimeouts};
+use super::mover::{ConnectResult, EngineIo, TurnResult};
+use super::pace::{EngineSleep, TICK};
+use crate::fault_points::{FaultPlan, FaultPoint};
+use crate::relay::close_state::{TurnBytes, TurnNext};
+use crate::relay::session_timers::{FirstByteState, SessionTimers};
+use crate::timer_wheel::TimerWheel;
 use slab::Slab;
 use std::cell::{Cell, OnceCell, RefCell};
 use std::fmt::Debug;
@@ -29,7 +29,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::metrics::progress;
-use tidegate_core::outcome::{Cause, Ending, Phase, Side};
+use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
 use tidegate_core::table::state::BackendId;
 use tidegate_net::clock;
 use tidegate_net::stream;
@@ -51,26 +51,26 @@ const WATCH_AFTER: Duration = Duration::from_millis(2 * TICK.as_millis() as u64)
 
 /// One worker's engine.
 #[derive(Debug)]
-pub(super) struct Shell<M: Mover> {
-    pace: Pace,
+pub(super) struct EngineCore<M: EngineIo> {
+    pace: EngineSleep,
     /// How long to poll after the last activity before sleeping.
     spin: Option<Duration>,
-    state: RefCell<State<M>>,
+    state: RefCell<EngineState<M>>,
     /// A panic has left the state half-way.
     pub(super) broken: Notify,
     /// The worker has fallen: what is left is closed in `bury`.
     fallen: Cell<bool>,
-    pub(super) faults: Faults,
+    pub(super) faults: FaultPlan,
     /// Where it shows what it is about.
     worker: OnceCell<Arc<WorkerCounters>>,
 }
 
 /// The sessions and what moves their bytes.
 #[derive(Debug)]
-pub(super) struct State<M: Mover> {
-    pub(super) flows: Slab<Entry<M::Flow>>,
+pub(super) struct EngineState<M: EngineIo> {
+    pub(super) flows: Slab<SessionEntry<M::Flow>>,
     pub(super) mover: M,
-    wheel: Wheel,
+    wheel: TimerWheel,
     fired: Vec<u32>,
     /// Read once a batch.
     pub(super) now: Instant,
@@ -80,9 +80,9 @@ pub(super) struct State<M: Mover> {
 }
 
 #[derive(Debug)]
-pub(super) struct Entry<F> {
+pub(super) struct SessionEntry<F> {
     pub(super) flow: F,
-    stage: Stage,
+    stage: SessionStage,
     /// The session, when it waits.
     waiter: Option<Waker>,
     /// The client failed before the relay began.
@@ -97,36 +97,36 @@ pub(super) struct Entry<F> {
 }
 
 #[derive(Debug)]
-enum Stage {
+enum SessionStage {
     /// Before the relay; the connect of the backend socket may be pending.
-    Setup(Setup),
-    Relaying(Box<Relaying>),
+    Setup(SessionSetup),
+    Relaying(Box<SessionTimers>),
     /// A side has failed, and what it had sent before is on its way to the other.
-    Delivering(Ending, Box<Relaying>),
-    Ended(Ending, Box<Relaying>),
+    Delivering(SessionEnd, Box<SessionTimers>),
+    Ended(SessionEnd, Box<SessionTimers>),
 }
 
 #[derive(Debug, Default)]
-struct Setup {
+struct SessionSetup {
     /// When the pending connect has taken too long.
     deadline: Option<Instant>,
     /// How the pending connect came to an end.
-    decided: Option<Decided>,
+    decided: Option<ConnectResult>,
     timed_out: bool,
 }
 
 // === impl Shell: what sessions call ===
 
-impl<M: Mover> Shell<M> {
-    pub(super) fn new(mover: M, spin: Option<Duration>) -> Rc<Shell<M>> {
+impl<M: EngineIo> EngineCore<M> {
+    pub(super) fn new(mover: M, spin: Option<Duration>) -> Rc<EngineCore<M>> {
         let started = clock::now();
-        Rc::new(Shell {
-            pace: Pace::new(started),
+        Rc::new(EngineCore {
+            pace: EngineSleep::new(started),
             spin,
-            state: RefCell::new(State {
+            state: RefCell::new(EngineState {
                 flows: Slab::new(),
                 mover,
-                wheel: Wheel::new(0),
+                wheel: TimerWheel::new(0),
                 fired: Vec::new(),
                 now: started,
                 idle_at: started,
@@ -134,7 +134,7 @@ impl<M: Mover> Shell<M> {
             }),
             broken: Notify::new(),
             fallen: Cell::new(false),
-            faults: Faults::default(),
+            faults: FaultPlan::default(),
             worker: OnceCell::new(),
         })
     }
@@ -145,7 +145,7 @@ impl<M: Mover> Shell<M> {
     }
 
     #[inline]
-    fn is_at(&self, stage: progress::Stage) {
+    fn is_at(&self, stage: progress::WorkerStage) {
         if let Some(worker) = self.worker.get() {
             worker.pulse.at(stage);
         }
@@ -159,9 +159,9 @@ impl<M: Mover> Shell<M> {
         let state = &mut *self.hold();
         let vacant = state.flows.vacant_entry();
         let key = vacant.key() as u32;
-        vacant.insert(Entry {
+        vacant.insert(SessionEntry {
             flow: state.mover.open(key, client)?,
-            stage: Stage::Setup(Setup::default()),
+            stage: SessionStage::Setup(SessionSetup::default()),
             waiter: None,
             client_failed: false,
             cut: None,
@@ -194,7 +194,7 @@ impl<M: Mover> Shell<M> {
         state.wheel.cancel(key);
         if verdict.is_err() {
             state.mover.detach(&mut state.flows[key as usize].flow);
-            self.pace.hurry(&state.mover);
+            self.pace.bring_forward(&state.mover);
         }
         verdict
     }
@@ -203,11 +203,14 @@ impl<M: Mover> Shell<M> {
         let state = &mut *self.hold();
         let entry = &mut state.flows[key as usize];
         state.mover.attach(key, &mut entry.flow, upstream, true)?;
-        entry.stage = Stage::Setup(Setup { deadline: Some(deadline), ..Setup::default() });
+        entry.stage = SessionStage::Setup(SessionSetup {
+            deadline: Some(deadline),
+            ..SessionSetup::default()
+        });
         let due = self.pace.tick_after(deadline.min(clock::now() + WATCH_AFTER));
         state.wheel.arm(key, due);
-        self.pace.kick_if_sooner(due);
-        self.pace.hurry(&state.mover);
+        self.pace.wake_if_sooner(due);
+        self.pace.bring_forward(&state.mover);
         Ok(())
     }
 
@@ -219,17 +222,22 @@ impl<M: Mover> Shell<M> {
         }
         match entry.stage {
             // Writable and well is connected; only a failure is worth asking for.
-            Stage::Setup(Setup { decided: Some(Decided::Well), .. }) => Poll::Ready(Ok(())),
-            Stage::Setup(Setup { decided: Some(Decided::Unwatched(errno)), .. }) => {
-                Poll::Ready(Err(ConnectEnd::Failed(io::Error::from_raw_os_error(errno))))
-            }
-            Stage::Setup(Setup { decided: Some(Decided::Failed), .. }) => {
+            SessionStage::Setup(SessionSetup {
+                decided: Some(ConnectResult::Connected), ..
+            }) => Poll::Ready(Ok(())),
+            SessionStage::Setup(SessionSetup {
+                decided: Some(ConnectResult::Unwatched(errno)),
+                ..
+            }) => Poll::Ready(Err(ConnectEnd::Failed(io::Error::from_raw_os_error(errno)))),
+            SessionStage::Setup(SessionSetup { decided: Some(ConnectResult::Failed), .. }) => {
                 let gone = || io::Error::from_raw_os_error(libc::EBADF);
                 let socket = M::backend(&entry.flow).ok_or_else(gone);
                 let verdict = socket.and_then(stream::connect_result);
                 Poll::Ready(verdict.map_err(ConnectEnd::Failed))
             }
-            Stage::Setup(Setup { timed_out: true, .. }) => Poll::Ready(Err(ConnectEnd::TimedOut)),
+            SessionStage::Setup(SessionSetup { timed_out: true, .. }) => {
+                Poll::Ready(Err(ConnectEnd::TimedOut))
+            }
             _ => {
                 entry.waiter = Some(cx.waker().clone());
                 Poll::Pending
@@ -241,7 +249,7 @@ impl<M: Mover> Shell<M> {
         {
             let state = &mut *self.hold();
             state.mover.watch_client(key, &mut state.flows[key as usize].flow);
-            self.pace.hurry(&state.mover);
+            self.pace.bring_forward(&state.mover);
         }
         poll_fn(|cx| {
             let entry = &mut self.hold().flows[key as usize];
@@ -261,10 +269,10 @@ impl<M: Mover> Shell<M> {
         M::client(&self.state.borrow().flows[key as usize].flow).is_some_and(left)
     }
 
-    pub(super) fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<Relayed> {
+    pub(super) fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<RelayResult> {
         {
             let entry = &mut self.hold().flows[key as usize];
-            if !matches!(entry.stage, Stage::Ended(..)) || !M::is_settled(&entry.flow) {
+            if !matches!(entry.stage, SessionStage::Ended(..)) || !M::is_settled(&entry.flow) {
                 // The same task waits until the end: one clone a session.
                 entry.waiter.get_or_insert_with(|| cx.waker().clone());
                 return Poll::Pending;
@@ -273,41 +281,43 @@ impl<M: Mover> Shell<M> {
         Poll::Ready(self.take_relayed(key))
     }
 
-    pub(super) fn start_relay(&self, key: u32, limits: Limits, meter: Meter) {
+    pub(super) fn start_relay(&self, key: u32, limits: SessionTimeouts, meter: SessionMeter) {
         let state = &mut *self.hold();
         state.now = clock::now();
         let entry = &mut state.flows[key as usize];
         entry.waiter = None;
-        self.faults.pass(Fault::Relay);
-        entry.stage = Stage::Relaying(Box::new(Relaying::new(limits, meter, state.now)));
+        self.faults.pass(FaultPoint::Relay);
+        entry.stage =
+            SessionStage::Relaying(Box::new(SessionTimers::new(limits, meter, state.now)));
         if let Some(cause) = entry.cut {
-            state.end_by_us(key, cause, &self.pace);
+            state.end_by_timer(key, cause, &self.pace);
         } else {
-            let mut moved = Moved::default();
+            let mut moved = TurnBytes::default();
             let next = state.mover.begin(key, &mut entry.flow, &mut moved);
             state.rearm(key, &self.pace);
             state.progress(key, &moved, next, &self.pace);
         }
-        self.pace.hurry(&state.mover);
+        self.pace.bring_forward(&state.mover);
     }
 
-    fn take_relayed(&self, key: u32) -> Relayed {
+    fn take_relayed(&self, key: u32) -> RelayResult {
         let mut state = self.hold();
         state.wheel.cancel(key);
         let entry = &mut state.flows[key as usize];
-        let setup = Stage::Setup(Setup::default());
-        let Stage::Ended(ending, relaying) = std::mem::replace(&mut entry.stage, setup) else {
+        let setup = SessionStage::Setup(SessionSetup::default());
+        let SessionStage::Ended(ending, relaying) = std::mem::replace(&mut entry.stage, setup)
+        else {
             unreachable!("a relay was collected before it ended");
         };
-        Relayed {
+        RelayResult {
             ending,
             bytes: delivery::bytes::<M>(&entry.flow, ending),
             first_byte: match relaying.answer {
-                Answer::Came(at) => Some(at),
+                FirstByteState::Answered(at) => Some(at),
                 _ => None,
             },
             unanswered_since: match relaying.answer {
-                Answer::Awaited(since) => Some(since),
+                FirstByteState::Awaited(since) => Some(since),
                 _ => None,
             },
             untouched: is_untouched::<M>(&entry.flow, ending, relaying.answer),
@@ -328,13 +338,13 @@ impl<M: Mover> Shell<M> {
         let state = &mut *self.hold();
         let entry = &mut state.flows[key as usize];
         entry.waiter = None;
-        if let Stage::Relaying(relaying) = &entry.stage {
+        if let SessionStage::Relaying(relaying) = &entry.stage {
             relaying.over();
         }
         if self.fallen.get() {
             return;
         }
-        entry.reset_leftovers::<M>();
+        entry.reset_remaining::<M>();
         state.wheel.cancel(key);
         let entry = &mut state.flows[key as usize];
         if M::is_settled(&entry.flow) {
@@ -342,57 +352,57 @@ impl<M: Mover> Shell<M> {
             return;
         }
         entry.orphaned = true;
-        state.mover.halt(&mut entry.flow);
+        state.mover.stop_relaying(&mut entry.flow);
         state.now = clock::now();
         state.expect_to_settle(key, &self.pace);
-        self.pace.hurry(&state.mover);
+        self.pace.bring_forward(&state.mover);
     }
 
-    pub(super) fn cut_all(&self, cause: Cause) -> usize {
-        self.cut_where(cause, |_| true)
+    pub(super) fn abort_all(&self, cause: Cause) -> usize {
+        self.abort_where(cause, |_| true)
     }
 
-    pub(super) fn cut_backend(&self, backend: BackendId, cause: Cause) -> usize {
-        self.cut_where(
+    pub(super) fn abort_backend(&self, backend: BackendId, cause: Cause) -> usize {
+        self.abort_where(
             cause,
-            |stage| matches!(stage, Stage::Relaying(r) | Stage::Delivering(_, r) if r.meter.backend.id == backend),
+            |stage| matches!(stage, SessionStage::Relaying(r) | SessionStage::Delivering(_, r) if r.meter.backend.id == backend),
         )
     }
 
-    fn cut_where(&self, cause: Cause, matches: impl Fn(&Stage) -> bool) -> usize {
+    fn abort_where(&self, cause: Cause, matches: impl Fn(&SessionStage) -> bool) -> usize {
         let state = &mut *self.hold();
         state.now = clock::now();
         let chosen = state.flows.iter().filter(|(_, e)| !e.orphaned && matches(&e.stage));
         let keys: Vec<u32> = chosen.map(|(key, _)| key as u32).collect();
         for key in &keys {
-            state.cut(*key, cause, &self.pace);
+            state.abort(*key, cause, &self.pace);
         }
-        self.pace.hurry(&state.mover);
+        self.pace.bring_forward(&state.mover);
         keys.len()
     }
 }
 
 /// Whether a backend is gone of which the client need never know.
-fn is_untouched<M: Mover>(flow: &M::Flow, ending: Ending, answer: Answer) -> bool {
+fn is_untouched<M: EngineIo>(flow: &M::Flow, ending: SessionEnd, answer: FirstByteState) -> bool {
     ending.cause == Cause::BackendReset
         && ending.phase == Phase::Data
-        && answer == Answer::NobodySpoke
-        && Side::BOTH.into_iter().all(|side| M::carried(flow, side).received == 0)
-        && !M::verdict(flow).failed(Side::Client)
+        && answer == FirstByteState::Idle
+        && SessionSide::BOTH.into_iter().all(|side| M::carried(flow, side).received == 0)
+        && !M::verdict(flow).failed(SessionSide::Client)
 }
 
 // === impl Shell: the task ===
 
-impl<M: Mover> Shell<M> {
+impl<M: EngineIo> EngineCore<M> {
     /// Drives every flow; runs as long as the worker.
     pub(super) async fn run(self: Rc<Self>) -> io::Result<()> {
         let mut timer = pin!(tokio::time::sleep(Duration::ZERO));
         let mut last_activity = clock::now();
         let mut turns = 0;
         loop {
-            self.is_at(progress::Stage::Relaying);
-            let Round { drained, busy } = self.turn()?;
-            self.is_at(progress::Stage::Waiting);
+            self.is_at(progress::WorkerStage::Relaying);
+            let TurnResult { drained, busy } = self.turn()?;
+            self.is_at(progress::WorkerStage::Waiting);
             let now = self.hold().now;
             if busy {
                 last_activity = now;
@@ -400,8 +410,8 @@ impl<M: Mover> Shell<M> {
             let spinning = self.spin.is_some_and(|spin| now - last_activity < spin);
             turns += 1;
             let due = turns >= TURNS_A_PARK;
-            let awake = !drained || spinning || !self.hold().mover.doze();
-            if awake && (!due || !self.hold().mover.ring_the_bell()?) {
+            let awake = !drained || spinning || !self.hold().mover.arm_wakeup();
+            if awake && (!due || !self.hold().mover.signal_wakeup()?) {
                 // Lets accepts and sessions run, and the reactor look around: no
                 // turn follows another without it, whatever the mover says.
                 tokio::task::yield_now().await;
@@ -413,17 +423,17 @@ impl<M: Mover> Shell<M> {
                 state.idle_at = state.now;
             }
             self.sleep(timer.as_mut()).await?;
-            self.hold().mover.rouse();
+            self.hold().mover.disarm_wakeup();
         }
     }
 
-    fn turn(&self) -> io::Result<Round> {
+    fn turn(&self) -> io::Result<TurnResult> {
         let mut busy = false;
         let mut ends_at = None;
         for _ in 0..BATCHES_A_TURN {
             let state = &mut *self.hold();
             let round = M::round(state, &self.pace)?;
-            self.faults.pass(Fault::Engine);
+            self.faults.pass(FaultPoint::Engine);
             busy |= round.busy;
             let late = state.now >= *ends_at.get_or_insert(state.now + TURN_MAX);
             state.expire(&self.pace);
@@ -432,13 +442,13 @@ impl<M: Mover> Shell<M> {
                 M::tick(state, &self.pace);
             }
             if round.drained && !state.mover.has_work() {
-                return Ok(Round { drained: true, busy });
+                return Ok(TurnResult { drained: true, busy });
             }
             if late {
                 break;
             }
         }
-        Ok(Round { drained: false, busy: true })
+        Ok(TurnResult { drained: false, busy: true })
     }
 
     /// Sleeps until the mover, a timer or a session wants something.
@@ -461,7 +471,7 @@ impl<M: Mover> Shell<M> {
             if next.is_some() && timer.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Ok(()));
             }
-            self.pace.poll_kicked(cx).map(Ok)
+            self.pace.poll_wake(cx).map(Ok)
         })
         .await?;
         self.pace.wake_up();
@@ -471,11 +481,11 @@ impl<M: Mover> Shell<M> {
 
 // === impl State ===
 
-impl<M: Mover> State<M> {
+impl<M: EngineIo> EngineState<M> {
     /// A pending connect came to an end; the worst that is said of it holds.
-    pub(super) fn connect_decided(&mut self, key: u32, how: Decided) {
+    pub(super) fn connect_decided(&mut self, key: u32, how: ConnectResult) {
         let entry = &mut self.flows[key as usize];
-        if let Stage::Setup(setup) = &mut entry.stage {
+        if let SessionStage::Setup(setup) = &mut entry.stage {
             setup.decided = setup.decided.max(Some(how));
             entry.wake();
         }
@@ -484,7 +494,7 @@ impl<M: Mover> State<M> {
     /// The client's connection has failed.
     pub(super) fn client_failed(&mut self, key: u32) {
         let entry = &mut self.flows[key as usize];
-        if matches!(entry.stage, Stage::Setup(_)) {
+        if matches!(entry.stage, SessionStage::Setup(_)) {
             entry.client_failed = true;
             entry.wake();
         }
@@ -492,15 +502,21 @@ impl<M: Mover> State<M> {
 
     /// Counts what was moved and ends the session where it is over.
     #[inline]
-    pub(super) fn progress(&mut self, key: u32, moved: &Moved, next: Next, pace: &Pace) {
+    pub(super) fn progress(
+        &mut self,
+        key: u32,
+        moved: &TurnBytes,
+        next: TurnNext,
+        pace: &EngineSleep,
+    ) {
         let entry = &mut self.flows[key as usize];
         let relaying = match &mut entry.stage {
-            Stage::Relaying(relaying) => relaying,
-            Stage::Ended(_, relaying) => return relaying.count(moved),
+            SessionStage::Relaying(relaying) => relaying,
+            SessionStage::Ended(_, relaying) => return relaying.count(moved),
             _ => return,
         };
         relaying.account(moved, self.now);
-        if let Next::End(ending) = next {
+        if let TurnNext::End(ending) = next {
             self.end(key, ending, pace);
         } else if moved.ended {
             self.rearm(key, pace);
@@ -508,7 +524,7 @@ impl<M: Mover> State<M> {
     }
 
     /// A side has failed while bytes from it still wait.
-    pub(super) fn note_failure(&mut self, key: u32, news: bool, pace: &Pace) {
+    pub(super) fn note_failure(&mut self, key: u32, news: bool, pace: &EngineSleep) {
         if news && self.flows[key as usize].is_relaying() {
             self.rearm(key, pace);
         }
@@ -517,7 +533,7 @@ impl<M: Mover> State<M> {
     /// An operation of this flow has come back: hands the session its sockets,
     /// or lets go of one that nobody waits for.
     #[inline]
-    pub(super) fn settle(&mut self, key: u32, pace: &Pace) {
+    pub(super) fn finish_when_idle(&mut self, key: u32, pace: &EngineSleep) {
         let entry = &mut self.flows[key as usize];
         if !M::is_settled(&entry.flow) {
             return;
@@ -525,30 +541,30 @@ impl<M: Mover> State<M> {
         if entry.orphaned {
             self.wheel.cancel(key);
             self.flows.remove(key as usize);
-        } else if matches!(entry.stage, Stage::Ended(..)) {
+        } else if matches!(entry.stage, SessionStage::Ended(..)) {
             self.settled(key, pace);
         }
     }
 
-    fn end_by_us(&mut self, key: u32, cause: Cause, pace: &Pace) {
+    fn end_by_timer(&mut self, key: u32, cause: Cause, pace: &EngineSleep) {
         let ending = M::verdict(&self.flows[key as usize].flow).cut(cause);
         self.end(key, ending, pace);
     }
 
-    fn end(&mut self, key: u32, ending: Ending, pace: &Pace) {
+    fn end(&mut self, key: u32, ending: SessionEnd, pace: &EngineSleep) {
         let entry = &mut self.flows[key as usize];
-        let setup = Stage::Setup(Setup::default());
+        let setup = SessionStage::Setup(SessionSetup::default());
         match std::mem::replace(&mut entry.stage, setup) {
-            Stage::Relaying(relaying) => {
+            SessionStage::Relaying(relaying) => {
                 relaying.over();
-                entry.stage = Stage::Ended(ending, relaying);
+                entry.stage = SessionStage::Ended(ending, relaying);
             }
             other => {
                 entry.stage = other;
                 return;
             }
         }
-        self.mover.halt(&mut entry.flow);
+        self.mover.stop_relaying(&mut entry.flow);
         if M::is_settled(&entry.flow) {
             self.settled(key, pace);
         } else {
@@ -556,29 +572,29 @@ impl<M: Mover> State<M> {
         }
     }
 
-    fn cut(&mut self, key: u32, cause: Cause, pace: &Pace) {
+    fn abort(&mut self, key: u32, cause: Cause, pace: &EngineSleep) {
         let entry = &mut self.flows[key as usize];
         entry.cut = Some(cause);
         match entry.stage {
-            Stage::Relaying(_) => self.end_by_us(key, cause, pace),
-            Stage::Setup(_) => entry.wake(),
-            Stage::Delivering(..) => self.stop_delivery(key),
-            Stage::Ended(..) => {}
+            SessionStage::Relaying(_) => self.end_by_timer(key, cause, pace),
+            SessionStage::Setup(_) => entry.wake(),
+            SessionStage::Delivering(..) => self.stop_delivery(key),
+            SessionStage::Ended(..) => {}
         }
     }
 }
 
 // === impl Entry ===
 
-impl<F> Entry<F> {
+impl<F> SessionEntry<F> {
     #[inline]
     pub(super) fn is_relaying(&self) -> bool {
-        matches!(self.stage, Stage::Relaying(_))
+        matches!(self.stage, SessionStage::Relaying(_))
     }
 
     fn interruption(&self) -> Option<ConnectEnd> {
         if let Some(cause) = self.cut {
-            return Some(ConnectEnd::Cut(cause));
+            return Some(ConnectEnd::Aborted(cause));
         }
         self.client_failed.then_some(ConnectEnd::ClientGone(libc::ECONNRESET))
     }

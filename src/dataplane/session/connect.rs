@@ -4,11 +4,11 @@
 //! twice for one session. Local trouble is counted as ours; only what the
 //! backend or its path is to blame for is reported.
 
-use crate::accept::gate::Gate;
+use crate::accept::gate::SlotWaiters;
 use crate::access_log::Try;
 use crate::local_errors;
-use crate::relay::{ConnectEnd, Flow};
-use crate::worker::context::{Context, Report};
+use crate::relay::{ConnectEnd, RelayHandle};
+use crate::worker::context::{WorkerContext, WorkerReport};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -16,14 +16,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::balance::trial::{TrialId, TrialPhase};
 use tidegate_core::health::ConnectFailure;
-use tidegate_core::metrics::counters::{LocalAt, LocalError};
-use tidegate_core::model::{BackendAddress, Policy};
-use tidegate_core::outcome::{Cause, Ending, Phase, Side};
-use tidegate_core::table::source_addrs::Way;
+use tidegate_core::metrics::counters::{LocalErrorKind, LocalErrorPlace};
+use tidegate_core::model::{BackendAddr, Policy};
+use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
+use tidegate_core::table::source_addrs::SourceAddr;
 use tidegate_core::table::state::BackendState;
-use tidegate_core::table::{NoBackend, PoolTable, Reserved};
+use tidegate_core::table::{NoBackend, PoolTable, Reservation};
 use tidegate_net::clock;
-use tidegate_net::stream::{self, Connecting, Peer};
+use tidegate_net::stream::{self, ConnectTarget, Connecting};
 
 /// A reset that comes later is not early: clients that only send, such as those of a
 /// log server, are reset one day by a restart, and that says nothing of how the backend
@@ -33,35 +33,35 @@ pub(crate) const EARLY_MAX: Duration = Duration::from_secs(10);
 /// A session's hold on its backend; dropping it gives the slot back and opens
 /// the gate.
 #[derive(Debug)]
-pub(crate) struct Held {
-    reserved: Option<Reserved>,
+pub(crate) struct BackendSlot {
+    reserved: Option<Reservation>,
     backend: Arc<BackendState>,
-    gate: Arc<Gate>,
+    gate: Arc<SlotWaiters>,
     /// The trial this session decides, until it has.
     trial: Option<TrialId>,
     /// A connection that stands is no success yet.
     early_resets: bool,
     worker: u16,
     /// Whose port the connection holds, where that is counted by the way.
-    way: Option<Arc<Way>>,
+    way: Option<Arc<SourceAddr>>,
 }
 
 /// A connected backend.
 #[derive(Debug)]
-pub(crate) struct Upstream {
-    pub(crate) held: Held,
+pub(crate) struct ConnectedBackend {
+    pub(crate) held: BackendSlot,
     /// Of the attempt that succeeded.
     pub(crate) connect_time: Duration,
     pub(crate) since: Instant,
 }
 
 /// Nobody has been tried.
-pub(crate) const NOBODY: Ending =
-    Ending { cause: Cause::NoBackend, phase: Phase::Admit, errno: 0, closed_first: None };
+pub(crate) const NOBODY: SessionEnd =
+    SessionEnd { cause: Cause::NoBackend, phase: Phase::Admit, errno: 0, closed_first: None };
 
 /// What the dialling left behind, for the session's record and for another try.
 #[derive(Debug, Default)]
-pub(crate) struct Attempts {
+pub(crate) struct ConnectAttempts {
     pub(crate) count: u8,
     /// Waits for a backend below its cap.
     pub(crate) queued: bool,
@@ -81,24 +81,24 @@ struct Tries {
 }
 
 /// Why one attempt came to nothing.
-enum Failed {
-    Blamed(ConnectFailure, i32),
-    Local(LocalError, i32),
-    Over(Ending),
+enum AttemptFailure {
+    Backend(ConnectFailure, i32),
+    Local(LocalErrorKind, i32),
+    SessionEnded(SessionEnd),
 }
 
 /// Connects `flow` to a backend of `pool`. `first` is the pick that was made, `why`
 /// how the session ends where that is of nobody. Waits for a slot, at most
 /// `queue_timeout`, where every untried backend is at its cap.
 pub(crate) async fn dial(
-    ctx: &Context,
-    flow: &Flow,
+    ctx: &WorkerContext,
+    flow: &RelayHandle,
     pool: &PoolTable,
     client: IpAddr,
-    first: Result<Reserved, NoBackend>,
-    attempts: &mut Attempts,
-    mut why: Ending,
-) -> Result<Upstream, Ending> {
+    first: Result<Reservation, NoBackend>,
+    attempts: &mut ConnectAttempts,
+    mut why: SessionEnd,
+) -> Result<ConnectedBackend, SessionEnd> {
     let mut choice = first;
     loop {
         let reserved = match choice {
@@ -116,7 +116,7 @@ pub(crate) async fn dial(
             }
         };
         let index = reserved.index;
-        let mut held = Held::new(reserved, pool, ctx);
+        let mut held = BackendSlot::new(reserved, pool, ctx);
         attempts.count += 1;
         attempts.last = Some(Arc::clone(held.backend()));
         if attempts.count > 1 {
@@ -131,21 +131,21 @@ pub(crate) async fn dial(
                 if pool.spec.balance == Policy::PeakEwma {
                     held.backend().latency.connected(connect_time, clock::millis(since));
                 }
-                return Ok(Upstream { held, connect_time, since });
+                return Ok(ConnectedBackend { held, connect_time, since });
             }
-            Err(Failed::Over(ending)) => return Err(ending),
-            Err(Failed::Blamed(failure, errno)) => {
+            Err(AttemptFailure::SessionEnded(ending)) => return Err(ending),
+            Err(AttemptFailure::Backend(failure, errno)) => {
                 held.decide(TrialPhase::Failed);
                 attempts.note(held.backend(), failure.name(), errno, started);
-                why = blame(ctx, held.backend(), failure, errno, started);
+                why = count_against_backend(ctx, held.backend(), failure, errno, started);
             }
-            Err(Failed::Local(kind, errno)) => {
+            Err(AttemptFailure::Local(kind, errno)) => {
                 attempts.note(held.backend(), kind.name(), errno, started);
                 let error = io::Error::from_raw_os_error(errno);
-                ctx.local_trouble(kind, LocalAt::Connect, &error);
+                ctx.local_error(kind, LocalErrorPlace::Connect, &error);
                 why = local_ending(Phase::Connect, &error);
                 // Ports and routes are had for each destination apart.
-                if !matches!(kind, LocalError::Ports | LocalError::Route) {
+                if !matches!(kind, LocalErrorKind::Ports | LocalErrorKind::Route) {
                     return Err(why);
                 }
             }
@@ -160,45 +160,51 @@ pub(crate) async fn dial(
 }
 
 async fn attempt(
-    ctx: &Context,
-    flow: &Flow,
-    held: &mut Held,
+    ctx: &WorkerContext,
+    flow: &RelayHandle,
+    held: &mut BackendSlot,
     deadline: Instant,
-) -> Result<(), Failed> {
+) -> Result<(), AttemptFailure> {
     let ((upstream, how_far), way) = start(ctx, &held.backend)
-        .map_err(|e| judge(&e, local_errors::local_trouble_at_once(&e)))?;
+        .map_err(|e| classify_failure(&e, local_errors::local_error_now(&e)))?;
     held.way = way;
     match how_far {
         // Nobody but this host has a part in that.
-        Connecting::Done => {
-            flow.attach(upstream).map_err(|e| judge(&e, Some(local_errors::local_kind(&e))))
-        }
+        Connecting::Done => flow
+            .attach(upstream)
+            .map_err(|e| classify_failure(&e, Some(local_errors::local_kind(&e)))),
         Connecting::Pending => flow.connected(upstream, deadline).await.map_err(|end| match end {
-            ConnectEnd::Failed(error) => judge(&error, local_errors::local_trouble(&error)),
-            ConnectEnd::TimedOut => Failed::Blamed(ConnectFailure::Timeout, libc::ETIMEDOUT),
-            ConnectEnd::ClientGone(errno) => Failed::Over(client_gone(Phase::Connect, errno)),
-            ConnectEnd::Cut(cause) => Failed::Over(cut(Phase::Connect, cause)),
+            ConnectEnd::Failed(error) => {
+                classify_failure(&error, local_errors::local_error_kind(&error))
+            }
+            ConnectEnd::TimedOut => {
+                AttemptFailure::Backend(ConnectFailure::Timeout, libc::ETIMEDOUT)
+            }
+            ConnectEnd::ClientGone(errno) => {
+                AttemptFailure::SessionEnded(client_gone(Phase::Connect, errno))
+            }
+            ConnectEnd::Aborted(cause) => AttemptFailure::SessionEnded(cut(Phase::Connect, cause)),
         }),
     }
 }
 
 /// A connection that has begun, and the way it goes where that counts its ports.
-type Begun = ((OwnedFd, Connecting), Option<Arc<Way>>);
+type StartedConnect = ((OwnedFd, Connecting), Option<Arc<SourceAddr>>);
 
 /// Starts the connection, on the next way in turn that has a free port.
-fn start(ctx: &Context, backend: &BackendState) -> io::Result<Begun> {
+fn start(ctx: &WorkerContext, backend: &BackendState) -> io::Result<StartedConnect> {
     let peer = match &backend.address {
-        BackendAddress::Tcp(address) => Peer::Tcp(*address),
-        BackendAddress::Unix(path) => return Ok((stream::connect(Peer::Unix(path))?, None)),
+        BackendAddr::Tcp(address) => ConnectTarget::Tcp(*address),
+        BackendAddr::Unix(path) => return Ok((stream::connect(ConnectTarget::Unix(path))?, None)),
     };
     let now = clock::millis(clock::now());
     let mut ended = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
-    for way in backend.ways.load().in_turn(now) {
-        match stream::connect_and_look(way.source(), peer) {
-            Err(error) if local_errors::local_trouble(&error) == Some(LocalError::Ports) => {
-                way.is_spent(now);
+    for way in backend.ways.load().round_robin(now) {
+        match stream::connect_checking_result(way.source(), peer) {
+            Err(error) if local_errors::local_error_kind(&error) == Some(LocalErrorKind::Ports) => {
+                way.is_exhausted(now);
                 if way.source().is_some() {
-                    ctx.local_trouble(LocalError::Ports, LocalAt::Connect, &error);
+                    ctx.local_error(LocalErrorKind::Ports, LocalErrorPlace::Connect, &error);
                 }
                 ended = error;
             }
@@ -214,10 +220,10 @@ fn start(ctx: &Context, backend: &BackendState) -> io::Result<Begun> {
 }
 
 /// Whose fault a failed connect is: ours where `local` says so.
-fn judge(error: &io::Error, local: Option<LocalError>) -> Failed {
+fn classify_failure(error: &io::Error, local: Option<LocalErrorKind>) -> AttemptFailure {
     let code = error.raw_os_error().unwrap_or(libc::EIO);
     if let Some(kind) = local {
-        return Failed::Local(kind, code);
+        return AttemptFailure::Local(kind, code);
     }
     let failure = match code {
         // A Unix socket nobody has bound is as refused as a closed port.
@@ -228,17 +234,17 @@ fn judge(error: &io::Error, local: Option<LocalError>) -> Failed {
         }
         other => ConnectFailure::Other(other),
     };
-    Failed::Blamed(failure, code)
+    AttemptFailure::Backend(failure, code)
 }
 
 /// Counts a failure against the backend and tells the control thread.
-fn blame(
-    ctx: &Context,
+fn count_against_backend(
+    ctx: &WorkerContext,
     backend: &BackendState,
     failure: ConnectFailure,
     errno: i32,
     begun: Instant,
-) -> Ending {
+) -> SessionEnd {
     backend.counters.of(ctx.id).connect_failures.add(1);
     report(ctx, backend, failure, begun);
     let cause = match failure {
@@ -246,13 +252,13 @@ fn blame(
         ConnectFailure::Timeout => Cause::ConnectTimeout,
         _ => Cause::ConnectFailed,
     };
-    Ending { cause, phase: Phase::Connect, errno, closed_first: None }
+    SessionEnd { cause, phase: Phase::Connect, errno, closed_first: None }
 }
 
 /// Makes the row of failures longer and tells the control thread.
-fn report(ctx: &Context, backend: &BackendState, failure: ConnectFailure, begun: Instant) {
+fn report(ctx: &WorkerContext, backend: &BackendState, failure: ConnectFailure, begun: Instant) {
     let in_a_row = backend.failed();
-    let report = Report::ConnectFailed { backend: backend.id, failure, in_a_row, begun };
+    let report = WorkerReport::ConnectFailed { backend: backend.id, failure, in_a_row, begun };
     if !ctx.shared.reports.push(report) {
         ctx.counters.reports_dropped.add(1);
     }
@@ -261,21 +267,21 @@ fn report(ctx: &Context, backend: &BackendState, failure: ConnectFailure, begun:
 /// Waits until some untried backend has a slot: beside the line of those that
 /// have not tried any, for the line's next slot may be of one that was tried.
 async fn wait_for_slot(
-    ctx: &Context,
-    flow: &Flow,
+    ctx: &WorkerContext,
+    flow: &RelayHandle,
     pool: &PoolTable,
     client: IpAddr,
     tried: &[usize],
-) -> Result<Reserved, Ending> {
+) -> Result<Reservation, SessionEnd> {
     let slot = ctx.shared.gate.wait_until(|| pool.pick(ctx.pick_key(client), tried).ok());
     // All three are readiness futures: dropping the losers loses nothing.
     tokio::select! {
         reserved = slot => Ok(reserved),
         end = flow.interrupted() => Err(match end {
-            ConnectEnd::Cut(cause) => cut(Phase::Queue, cause),
+            ConnectEnd::Aborted(cause) => cut(Phase::Queue, cause),
             _ => client_gone(Phase::Queue, libc::ECONNRESET),
         }),
-        () = tokio::time::sleep(pool.spec.queue_timeout) => Err(Ending {
+        () = tokio::time::sleep(pool.spec.queue_timeout) => Err(SessionEnd {
             cause: Cause::QueueTimeout,
             phase: Phase::Queue,
             errno: 0,
@@ -285,25 +291,25 @@ async fn wait_for_slot(
 }
 
 /// The ending when we ran out of something ourselves.
-pub(crate) fn local_ending(phase: Phase, error: &io::Error) -> Ending {
+pub(crate) fn local_ending(phase: Phase, error: &io::Error) -> SessionEnd {
     let errno = error.raw_os_error().unwrap_or(0);
-    Ending { cause: Cause::LocalResource, phase, errno, closed_first: None }
+    SessionEnd { cause: Cause::LocalResource, phase, errno, closed_first: None }
 }
 
-fn client_gone(phase: Phase, errno: i32) -> Ending {
-    Ending { cause: Cause::ClientReset, phase, errno, closed_first: Some(Side::Client) }
+fn client_gone(phase: Phase, errno: i32) -> SessionEnd {
+    SessionEnd { cause: Cause::ClientReset, phase, errno, closed_first: Some(SessionSide::Client) }
 }
 
-fn cut(phase: Phase, cause: Cause) -> Ending {
-    Ending { cause, phase, errno: 0, closed_first: None }
+fn cut(phase: Phase, cause: Cause) -> SessionEnd {
+    SessionEnd { cause, phase, errno: 0, closed_first: None }
 }
 
 // === impl Attempts ===
 
-impl Attempts {
+impl ConnectAttempts {
     /// Notes that the backend reset the connection, which stood since then, before a
     /// word was said.
-    pub(crate) fn note_reset(&mut self, held: &Held, errno: i32, since: Instant) {
+    pub(crate) fn note_reset(&mut self, held: &BackendSlot, errno: i32, since: Instant) {
         self.leave(held.index());
         self.note(held.backend(), ConnectFailure::EarlyReset.name(), errno, since);
     }
@@ -347,18 +353,18 @@ impl Attempts {
 
 // === impl Held ===
 
-impl Held {
-    fn new(mut reserved: Reserved, pool: &PoolTable, ctx: &Context) -> Held {
+impl BackendSlot {
+    fn new(mut reserved: Reservation, pool: &PoolTable, ctx: &WorkerContext) -> BackendSlot {
         let backend = Arc::clone(reserved.backend());
         let trial = reserved.take_trial();
         let early_resets = pool.spec.ejection.is_some_and(|spec| spec.early_resets);
         let gate = Arc::clone(&ctx.shared.gate);
         let (reserved, worker) = (Some(reserved), ctx.id as u16);
-        Held { reserved, backend, gate, trial, early_resets, worker, way: None }
+        BackendSlot { reserved, backend, gate, trial, early_resets, worker, way: None }
     }
 
     /// Its port stays in TIME_WAIT once the connection is closed.
-    pub(crate) fn lingers(&self) {
+    pub(crate) fn note_time_wait(&self) {
         let worker = self.worker.into();
         match self.way.as_ref().and_then(|way| way.counts()) {
             Some(counts) => counts.of(worker).lingering.add(1),
@@ -401,7 +407,7 @@ impl Held {
 
     /// The backend reset the connection, which stood since `since`, before either side
     /// said anything: as good as refused, where it comes soon.
-    pub(crate) fn reset_unused(&mut self, ctx: &Context, since: Instant) {
+    pub(crate) fn reset_unused(&mut self, ctx: &WorkerContext, since: Instant) {
         self.decide(TrialPhase::Failed);
         self.backend.counters.of(ctx.id).connect_failures.add(1);
         if clock::now() - since <= EARLY_MAX {
@@ -410,7 +416,7 @@ impl Held {
     }
 
     /// The backend reset the connection before it said anything.
-    pub(crate) fn reset_early(&mut self, ctx: &Context) {
+    pub(crate) fn reset_early(&mut self, ctx: &WorkerContext) {
         if self.early_resets {
             self.decide(TrialPhase::Failed);
             report(ctx, &self.backend, ConnectFailure::EarlyReset, clock::now());
@@ -428,7 +434,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for BackendSlot {
     fn drop(&mut self) {
         // Nothing was learnt: the next session is to try.
         self.decide(TrialPhase::Open);
@@ -437,7 +443,7 @@ impl Drop for Held {
         }
         // The slot first: whoever the gate wakes must find it free.
         self.reserved = None;
-        self.gate.opened();
+        self.gate.slot_freed();
     }
 }
 
@@ -448,10 +454,10 @@ mod tests {
     fn blamed(errno: i32, at_once: bool) -> bool {
         let error = io::Error::from_raw_os_error(errno);
         let local = match at_once {
-            true => local_errors::local_trouble_at_once(&error),
-            false => local_errors::local_trouble(&error),
+            true => local_errors::local_error_now(&error),
+            false => local_errors::local_error_kind(&error),
         };
-        matches!(judge(&error, local), Failed::Blamed(..))
+        matches!(classify_failure(&error, local), AttemptFailure::Backend(..))
     }
 
     #[test]

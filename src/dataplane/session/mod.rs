@@ -4,20 +4,20 @@
 //! Started by `listener` as a task of the worker. A paragraph to read: each
 //! step knows nothing of the next. A session that does not get to its end, as
 //! its task or its worker has panicked, is accounted for all the same: whoever
-//! holds its [`Story`] drops it, and that is an account.
+//! holds its [`SessionRecord`] drops it, and that is an account.
 
 pub(crate) mod connect;
 pub(crate) mod numbers;
 
-use super::relay::{Bytes, Flow, Limits, Meter, Relay, Relayed};
-use crate::accept::gate::Place;
+use super::relay::{Bytes, RelayFuture, RelayHandle, RelayResult, SessionMeter, SessionTimeouts};
+use crate::accept::gate::QueueTicket;
 use crate::accept::queue;
-use crate::accept::slots::Slots;
-use crate::access_log::{Client, SessionRecord};
-use crate::fault_points::Fault;
+use crate::accept::slots::SessionPermit;
+use crate::access_log::{AccessLogRecord, LoggedClient};
+use crate::fault_points::FaultPoint;
 use crate::local_errors;
-use crate::session::connect::{Attempts, Held, Upstream};
-use crate::worker::context::Context;
+use crate::session::connect::{BackendSlot, ConnectAttempts, ConnectedBackend};
+use crate::worker::context::WorkerContext;
 use std::io;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -25,99 +25,99 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_core::metrics::counters::{LocalAt, Panicked};
+use tidegate_core::metrics::counters::{LocalErrorPlace, PanicScope};
 use tidegate_core::metrics::histograms::Series;
 use tidegate_core::model::Policy;
-use tidegate_core::outcome::{self, Cause, Ending, Phase, RefusedReason, Side};
+use tidegate_core::outcome::{self, Cause, Phase, RefusedReason, SessionEnd, SessionSide};
 use tidegate_core::table::state::BackendState;
-use tidegate_core::table::{FrontendRoute, NoBackend, Reserved};
+use tidegate_core::table::{FrontendRoute, NoBackend, Reservation};
 use tidegate_net::clock;
 use tidegate_net::stream;
 
 /// An accepted and admitted connection.
 #[derive(Debug)]
-pub(crate) struct Arrival {
+pub(crate) struct AcceptedConnection {
     pub(crate) socket: OwnedFd,
-    pub(crate) story: Story,
-    pub(crate) start: Start,
-    pub(crate) slots: Slots,
+    pub(crate) story: SessionRecord,
+    pub(crate) start: SessionStart,
+    pub(crate) slots: SessionPermit,
 }
 
 /// What a session begins with. Made before it could wait for anything, so that a
 /// pool's room is what the listener saw, and its line the order of arrival.
 #[derive(Debug)]
-pub(crate) enum Start {
+pub(crate) enum SessionStart {
     /// A choice of backend.
-    Picked(Result<Reserved, NoBackend>),
+    Picked(Result<Reservation, NoBackend>),
     /// A place in the line for one.
-    Queued(Place),
+    Queued(QueueTicket),
     /// Another try: the backend it had reset the connection before a word was said.
     /// How the session ends where there is no other.
-    Again(Ending),
+    Again(SessionEnd),
 }
 
 /// What is known of a session when it ends, beside what was relayed. Dropping
 /// it untold accounts for a session that was broken off.
 #[derive(Debug)]
-pub(crate) struct Story {
+pub(crate) struct SessionRecord {
     /// `None` once it is accounted for.
-    ctx: Option<Rc<Context>>,
+    ctx: Option<Rc<WorkerContext>>,
     started: Instant,
     number: u64,
     client: SocketAddr,
     /// Generation of the table it is routed by.
     generation: u64,
     route: Arc<FrontendRoute>,
-    attempts: Attempts,
+    attempts: ConnectAttempts,
     /// How long the connect took, in microseconds; idle sessions save the room.
     connect_micros: Option<NonZeroU32>,
 }
 
 /// An established session, until it ends; dropped before that, it is broken off.
-struct Session(Option<Established>);
+struct Session(Option<EstablishedSession>);
 
 /// An idle session is made of little else than this.
-struct Established {
-    story: Story,
-    slots: Slots,
-    held: Held,
+struct EstablishedSession {
+    story: SessionRecord,
+    slots: SessionPermit,
+    held: BackendSlot,
     /// When it was established.
     since: Instant,
-    relay: Relay,
+    relay: RelayFuture,
 }
 
 /// What a relay came to, for the account.
 #[derive(Default)]
-struct Totals {
+struct RelayTotals {
     bytes: Bytes,
     first_byte: Option<Duration>,
 }
 
 /// How a session ended that was not relayed, and what its client had said in vain.
 struct Refused {
-    ending: Ending,
+    ending: SessionEnd,
     unread: u64,
 }
 
 /// Resets a client that admission has turned away: no backend has been thought
 /// of, and no task is made for it.
-pub(crate) fn turn_away(socket: OwnedFd, mut story: Story, cause: Cause) {
+pub(crate) fn reject(socket: OwnedFd, mut story: SessionRecord, cause: Cause) {
     let unread = stream::unread(&socket);
     stream::reset(socket);
-    let ending = Ending { cause, phase: Phase::Admit, errno: 0, closed_first: None };
-    story.account(ending, &Totals::unread(unread));
+    let ending = SessionEnd { cause, phase: Phase::Admit, errno: 0, closed_first: None };
+    story.account(ending, &RelayTotals::unread(unread));
 }
 
 /// Serves one client to the end.
-pub(crate) fn run(arrival: Arrival) -> impl Future<Output = ()> {
-    let Arrival { socket, story, start, slots } = arrival;
+pub(crate) fn run(arrival: AcceptedConnection) -> impl Future<Output = ()> {
+    let AcceptedConnection { socket, story, start, slots } = arrival;
     // At once: a session can be cut from here on.
     let opened = story.ctx().engine.open(socket);
     // Boxed: it is over soon, and an idle session need not keep its room.
     let mut setup = Box::pin(set_up(story, slots, opened, start));
     async move {
         while let Some(mut session) = setup.await {
-            session.pass(Fault::Session);
+            session.keep_account(FaultPoint::Session);
             let relayed = session.relay().await;
             let Some(Another { story, slots, opened, start }) = session.end(relayed) else {
                 return;
@@ -129,24 +129,24 @@ pub(crate) fn run(arrival: Arrival) -> impl Future<Output = ()> {
 
 /// A session that tries another backend.
 struct Another {
-    story: Story,
-    slots: Slots,
-    opened: io::Result<Flow>,
-    start: Start,
+    story: SessionRecord,
+    slots: SessionPermit,
+    opened: io::Result<RelayHandle>,
+    start: SessionStart,
 }
 
 /// From accept to the relay; where it does not come to that, the session is
 /// over and accounted for.
 async fn set_up(
-    mut story: Story,
-    slots: Slots,
-    opened: io::Result<Flow>,
-    start: Start,
+    mut story: SessionRecord,
+    slots: SessionPermit,
+    opened: io::Result<RelayHandle>,
+    start: SessionStart,
 ) -> Option<Session> {
     match story.establish(opened, start).await {
         Ok((flow, upstream)) => Some(Session::begin(story, slots, flow, upstream)),
         Err(Refused { ending, unread }) => {
-            story.account(ending, &Totals::unread(unread));
+            story.account(ending, &RelayTotals::unread(unread));
             drop(slots);
             None
         }
@@ -154,8 +154,8 @@ async fn set_up(
 }
 
 /// What a session that is over says of its backend.
-fn judge(ctx: &Context, held: &mut Held, relayed: &Relayed) {
-    let Ending { cause, .. } = relayed.ending;
+fn classify_end(ctx: &WorkerContext, held: &mut BackendSlot, relayed: &RelayResult) {
+    let SessionEnd { cause, .. } = relayed.ending;
     match relayed.unanswered_since {
         Some(since) if is_early_reset(relayed.ending, clock::now() - since) => {
             held.reset_early(ctx);
@@ -178,22 +178,22 @@ fn is_backends(cause: Cause) -> bool {
 /// was waiting. A backend that ends without a byte in order (FIN) is not meant,
 /// nor is what comes after it: the reset of a connection whose peer has closed
 /// reads as EPIPE (`tcp_reset` in Linux).
-fn is_early_reset(ending: Ending, waited: Duration) -> bool {
+fn is_early_reset(ending: SessionEnd, waited: Duration) -> bool {
     ending.cause == Cause::BackendReset
         && ending.phase == Phase::Data
         && ending.errno == libc::ECONNRESET
-        && ending.closed_first == Some(Side::Backend)
+        && ending.closed_first == Some(SessionSide::Backend)
         && waited <= connect::EARLY_MAX
 }
 
 /// Whether the upstream connection was closed by us first: the kernel then keeps
 /// its port for a minute (RFC 9293 section 3.3.2, TIME-WAIT), from the moment the
 /// backend's FIN comes, so that no later reset can free it.
-fn leaves_time_wait(ending: Ending, undelivered: u64) -> bool {
+fn leaves_time_wait(ending: SessionEnd, undelivered: u64) -> bool {
     match ending.cause {
-        Cause::Finished => ending.closed_first == Some(Side::Client),
+        Cause::Finished => ending.closed_first == Some(SessionSide::Client),
         cause if !cause.closes_in_order(undelivered) => false,
-        Cause::HalfClosedTimeout => ending.closed_first == Some(Side::Client),
+        Cause::HalfClosedTimeout => ending.closed_first == Some(SessionSide::Client),
         _ => true,
     }
 }
@@ -201,7 +201,7 @@ fn leaves_time_wait(ending: Ending, undelivered: u64) -> bool {
 /// Closes both sockets the way the session ended: with FIN for an end in order, and
 /// after time-outs where nothing is lost by it; with RST otherwise. What a side had
 /// sent before it failed is with the other by now, or never will be.
-fn close(ending: Ending, undelivered: u64, sockets: [OwnedFd; 2]) {
+fn close(ending: SessionEnd, undelivered: u64, sockets: [OwnedFd; 2]) {
     if !ending.cause.closes_in_order(undelivered) {
         sockets.into_iter().for_each(stream::reset);
     }
@@ -211,34 +211,39 @@ fn close(ending: Ending, undelivered: u64, sockets: [OwnedFd; 2]) {
 
 impl Session {
     /// Starts the relay.
-    fn begin(mut story: Story, slots: Slots, flow: Flow, upstream: Upstream) -> Session {
-        let Upstream { held, connect_time, since } = upstream;
+    fn begin(
+        mut story: SessionRecord,
+        slots: SessionPermit,
+        flow: RelayHandle,
+        upstream: ConnectedBackend,
+    ) -> Session {
+        let ConnectedBackend { held, connect_time, since } = upstream;
         story.connected(held.backend(), connect_time);
         let relay = story.relay(flow, &held);
-        Session(Some(Established { story, slots, held, since, relay }))
+        Session(Some(EstablishedSession { story, slots, held, since, relay }))
     }
 
-    fn relay(&mut self) -> &mut Relay {
+    fn relay(&mut self) -> &mut RelayFuture {
         &mut self.0.as_mut().expect("a session is established until it ends").relay
     }
 
     /// Closes and accounts for a session whose relay is over, unless it may try
     /// another backend.
-    fn end(mut self, relayed: Relayed) -> Option<Another> {
-        let Established { mut story, slots, mut held, since, relay } = self.0.take()?;
+    fn end(mut self, relayed: RelayResult) -> Option<Another> {
+        let EstablishedSession { mut story, slots, mut held, since, relay } = self.0.take()?;
         drop(relay);
         if relayed.untouched && story.has_another_try() {
             held.reset_unused(story.ctx(), since);
             story.attempts.note_reset(&held, relayed.ending.errno, since);
             return Some(story.try_another(slots, held, relayed));
         }
-        let Relayed { ending, bytes, .. } = relayed;
+        let RelayResult { ending, bytes, .. } = relayed;
         let first_byte = relayed.first_byte.map(|at| at.saturating_duration_since(since));
-        let totals = Totals { bytes, first_byte };
+        let totals = RelayTotals { bytes, first_byte };
         story.relayed(held.backend(), &totals);
-        judge(story.ctx(), &mut held, &relayed);
+        classify_end(story.ctx(), &mut held, &relayed);
         if leaves_time_wait(ending, bytes.undelivered) {
-            held.lingers();
+            held.note_time_wait();
         }
         close(ending, bytes.undelivered, relayed.sockets);
         drop(held);
@@ -248,7 +253,7 @@ impl Session {
     }
 
     #[inline]
-    fn pass(&self, place: Fault) {
+    fn keep_account(&self, place: FaultPoint) {
         if let Some(established) = &self.0 {
             established.story.ctx().faults.pass(place);
         }
@@ -259,13 +264,14 @@ impl Drop for Session {
     /// Broken off: what it has moved so far is what there is to say. The relay
     /// goes last and has both sockets reset, as neither side has had everything.
     fn drop(&mut self) {
-        let Some(Established { mut story, slots, held, since, relay }) = self.0.take() else {
+        let Some(EstablishedSession { mut story, slots, held, since, relay }) = self.0.take()
+        else {
             return;
         };
         let cause = story.ctx().broken_off_by.get();
         if let Some(so_far) = relay.so_far(cause) {
             let first_byte = so_far.first_byte.map(|at| at.saturating_duration_since(since));
-            let totals = Totals { bytes: so_far.bytes, first_byte };
+            let totals = RelayTotals { bytes: so_far.bytes, first_byte };
             story.relayed(held.backend(), &totals);
             story.account(so_far.ending, &totals);
         }
@@ -275,54 +281,54 @@ impl Drop for Session {
 
 // === impl Totals ===
 
-impl Totals {
+impl RelayTotals {
     /// Of a session that was not relayed.
-    fn unread(unread: u64) -> Totals {
+    fn unread(unread: u64) -> RelayTotals {
         let bytes = Bytes { undelivered: unread, ..Bytes::default() };
-        Totals { bytes, first_byte: None }
+        RelayTotals { bytes, first_byte: None }
     }
 }
 
 // === impl Story ===
 
-impl Story {
+impl SessionRecord {
     /// Begins with a connection that was accepted, and counts it.
     pub(crate) fn new(
-        ctx: &Rc<Context>,
+        ctx: &Rc<WorkerContext>,
         client: SocketAddr,
         route: &Arc<FrontendRoute>,
         generation: u64,
-    ) -> Story {
+    ) -> SessionRecord {
         ctx.counters.accepted.add(1);
         route.state.counters.of(ctx.id).sessions.add(1);
-        Story {
+        SessionRecord {
             ctx: Some(Rc::clone(ctx)),
             started: clock::now(),
             number: ctx.next_session(),
             client,
             generation,
             route: Arc::clone(route),
-            attempts: Attempts::default(),
+            attempts: ConnectAttempts::default(),
             connect_micros: None,
         }
     }
 
-    fn ctx(&self) -> &Rc<Context> {
+    fn ctx(&self) -> &Rc<WorkerContext> {
         self.ctx.as_ref().expect("a session has its worker until it is accounted for")
     }
 
     /// Connects the client's flow.
     async fn establish(
         &mut self,
-        opened: io::Result<Flow>,
-        start: Start,
-    ) -> Result<(Flow, Upstream), Refused> {
+        opened: io::Result<RelayHandle>,
+        start: SessionStart,
+    ) -> Result<(RelayHandle, ConnectedBackend), Refused> {
         let ctx = Rc::clone(self.ctx());
         let flow = opened.map_err(|error| {
-            ctx.local_trouble(local_errors::local_kind(&error), LocalAt::Connect, &error);
+            ctx.local_error(local_errors::local_kind(&error), LocalErrorPlace::Connect, &error);
             Refused { ending: connect::local_ending(Phase::Admit, &error), unread: 0 }
         })?;
-        ctx.faults.pass(Fault::Setup);
+        ctx.faults.pass(FaultPoint::Setup);
         match self.reach_backend(&ctx, &flow, start).await {
             Ok(upstream) => Ok((flow, upstream)),
             Err(ending) => {
@@ -334,19 +340,19 @@ impl Story {
 
     async fn reach_backend(
         &mut self,
-        ctx: &Context,
-        flow: &Flow,
-        start: Start,
-    ) -> Result<Upstream, Ending> {
+        ctx: &WorkerContext,
+        flow: &RelayHandle,
+        start: SessionStart,
+    ) -> Result<ConnectedBackend, SessionEnd> {
         let ip = self.client.ip();
         let mut why = connect::NOBODY;
         let pick = match start {
-            Start::Picked(pick) => pick,
-            Start::Again(ending) => {
+            SessionStart::Picked(pick) => pick,
+            SessionStart::Again(ending) => {
                 why = ending;
                 self.route.pool.pick(ctx.pick_key(ip), self.attempts.tried())
             }
-            Start::Queued(place) => {
+            SessionStart::Queued(place) => {
                 // Boxed, as rare: the room would be every session's otherwise.
                 self.attempts.queued = true;
                 let served = Box::pin(queue::wait(ctx, flow, place, &self.route, ip)).await?;
@@ -365,17 +371,17 @@ impl Story {
     }
 
     /// Leaves its backend, which has never heard of it, for another.
-    fn try_another(self, slots: Slots, held: Held, relayed: Relayed) -> Another {
+    fn try_another(self, slots: SessionPermit, held: BackendSlot, relayed: RelayResult) -> Another {
         let [client, _] = relayed.sockets;
         // Before the next pick: its slot may be what that needs.
         drop(held);
         let opened = self.ctx().engine.open(client);
-        Another { story: self, slots, opened, start: Start::Again(relayed.ending) }
+        Another { story: self, slots, opened, start: SessionStart::Again(relayed.ending) }
     }
 
-    fn relay(&self, flow: Flow, held: &Held) -> Relay {
+    fn relay(&self, flow: RelayHandle, held: &BackendSlot) -> RelayFuture {
         let spec = &self.route.spec;
-        let limits = Limits {
+        let limits = SessionTimeouts {
             first_byte: spec.first_byte_timeout,
             idle: spec.idle_timeout,
             half_closed: spec.half_closed_timeout,
@@ -383,7 +389,7 @@ impl Story {
             keepalive: spec.keepalive,
             user_timeout: spec.user_timeout,
         };
-        let meter = Meter {
+        let meter = SessionMeter {
             worker: self.ctx().id as u16,
             frontend: Arc::clone(&self.route.state),
             backend: Arc::clone(held.backend()),
@@ -401,7 +407,7 @@ impl Story {
         ctx.recorder.borrow_mut().record(backend.id.0, Series::Connect, connect_time);
     }
 
-    fn relayed(&self, backend: &BackendState, totals: &Totals) {
+    fn relayed(&self, backend: &BackendState, totals: &RelayTotals) {
         // Never in use here, but for a panic in the middle of it.
         let Ok(mut recorder) = self.ctx().recorder.try_borrow_mut() else { return };
         if let Some(took) = totals.first_byte {
@@ -412,15 +418,15 @@ impl Story {
     }
 
     /// Once; after that, nothing.
-    fn account(&mut self, ending: Ending, totals: &Totals) {
+    fn account(&mut self, ending: SessionEnd, totals: &RelayTotals) {
         let Some(ctx) = self.ctx.take() else { return };
-        let Ending { cause, phase, .. } = ending;
+        let SessionEnd { cause, phase, .. } = ending;
         if std::thread::panicking() && !ctx.admitting.get() {
-            ctx.counters.panics.cell(Panicked::Session as usize, 0).add(1);
+            ctx.counters.panics.cell(PanicScope::Session as usize, 0).add(1);
         }
         if cause == Cause::LocalResource && !matches!(phase, Phase::Admit | Phase::Connect) {
             let error = io::Error::from_raw_os_error(ending.errno);
-            ctx.local_trouble(local_errors::local_kind(&error), LocalAt::Relay, &error);
+            ctx.local_error(local_errors::local_kind(&error), LocalErrorPlace::Relay, &error);
         }
         ctx.counters.session_end.cell(cause as usize, phase as usize).add(1);
         ctx.counters.ended.add(1);
@@ -433,15 +439,20 @@ impl Story {
         }
     }
 
-    fn record(&self, ctx: &Context, ending: Ending, totals: &Totals) -> SessionRecord {
+    fn record(
+        &self,
+        ctx: &WorkerContext,
+        ending: SessionEnd,
+        totals: &RelayTotals,
+    ) -> AccessLogRecord {
         let backend = &self.attempts.last;
-        SessionRecord {
+        AccessLogRecord {
             time: clock::wall(),
             session: self.number,
             worker: ctx.id as u32,
             generation: self.generation,
             frontend: Some(Arc::clone(&self.route.state.name)),
-            client: Client::Socket(self.client),
+            client: LoggedClient::Socket(self.client),
             pool: Some(Arc::clone(&self.route.pool.spec.name)),
             backend: backend.as_ref().map(|b| Arc::clone(&b.name)),
             backend_address: backend.as_ref().map(|b| Arc::clone(&b.address_text)),
@@ -450,7 +461,7 @@ impl Story {
             code: outcome::code(ending.cause, ending.phase),
             timer: ending.cause.timer(),
             errno: (ending.errno != 0).then_some(ending.errno),
-            closed_first: ending.closed_first.map(Side::name),
+            closed_first: ending.closed_first.map(SessionSide::name),
             attempts: u32::from(self.attempts.count),
             tries: self.attempts.failed(),
             bytes_in: totals.bytes.bytes_in,
@@ -463,13 +474,13 @@ impl Story {
     }
 }
 
-impl Drop for Story {
+impl Drop for SessionRecord {
     /// Broken off before it was established, unless it is accounted for.
     fn drop(&mut self) {
         if let Some(ctx) = &self.ctx {
             let (cause, phase) = (ctx.broken_off_by.get(), self.attempts.phase());
-            let ending = Ending { cause, phase, errno: 0, closed_first: None };
-            self.account(ending, &Totals::default());
+            let ending = SessionEnd { cause, phase, errno: 0, closed_first: None };
+            self.account(ending, &RelayTotals::default());
         }
     }
 }

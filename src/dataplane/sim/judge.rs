@@ -3,14 +3,14 @@
 //! Called by `world`. It knows what was done to each socket, and compares that
 //! with what the sessions say of themselves and with what is left behind.
 
-use super::world::World;
-use crate::access_log::{Client, SessionRecord};
-use crate::worker::context::Report;
+use super::world::SimWorld;
+use crate::access_log::{AccessLogRecord, LoggedClient};
+use crate::worker::context::WorkerReport;
 use std::collections::HashSet;
 use tidegate_core::health::ConnectFailure;
-use tidegate_net::fake::{self, Kernel, Role, Socket, Told, is_ours};
+use tidegate_net::fake::{self, PeerSignal, SimKernel, SimSocket, SocketRole, is_ours};
 
-pub(super) fn judge(world: &World) {
+pub(super) fn judge(world: &SimWorld) {
     fake::with(|kernel| {
         assert!(!kernel.is_garbled(), "garbled bytes\n{:#?}", kernel.sockets);
         assert_eq!(kernel.misused, 0, "a closed descriptor was used");
@@ -27,36 +27,37 @@ pub(super) fn judge(world: &World) {
     judge_leftovers(world);
 }
 
-fn client_of(record: &SessionRecord) -> usize {
+fn client_of(record: &AccessLogRecord) -> usize {
     match record.client {
-        Client::Socket(address) => usize::from(address.port()) - 10_000,
-        Client::Unix => unreachable!("clients come over TCP"),
+        LoggedClient::Socket(address) => usize::from(address.port()) - 10_000,
+        LoggedClient::Unix => unreachable!("clients come over TCP"),
     }
 }
 
 /// The backend's socket of that client's session, where bytes tell.
-fn backend_of<'k>(kernel: &'k Kernel, client: &Socket) -> Option<&'k Socket> {
-    let talked = |socket: &&Socket| {
-        socket.role != Role::Client
+fn backend_of<'k>(kernel: &'k SimKernel, client: &SimSocket) -> Option<&'k SimSocket> {
+    let talked = |socket: &&SimSocket| {
+        socket.role != SocketRole::Client
             && (socket.got_from == Some(client.stream) || client.got_from == Some(socket.stream))
     };
     kernel.sockets.iter().rfind(talked)
 }
 
 fn judge_session(
-    world: &World,
-    kernel: &Kernel,
+    world: &SimWorld,
+    kernel: &SimKernel,
     id: usize,
-    record: &SessionRecord,
+    record: &AccessLogRecord,
 ) -> Result<(), &'static str> {
     let client = &kernel.sockets[id];
     let backend = backend_of(kernel, client);
-    let any_backend =
-        |so: fn(&Socket) -> bool| kernel.sockets.iter().any(|s| s.role != Role::Client && so(s));
+    let any_backend = |so: fn(&SimSocket) -> bool| {
+        kernel.sockets.iter().any(|s| s.role != SocketRole::Client && so(s))
+    };
     let backend_failed = backend.map_or(any_backend(|s| s.peer_failed), |s| s.peer_failed);
     check(record.bytes_in <= client.taken, "more is counted than came")?;
     if let Some(backend) = backend {
-        let crossed = |a: &Socket, b: &Socket| b.got_from.is_none_or(|from| from == a.stream);
+        let crossed = |a: &SimSocket, b: &SimSocket| b.got_from.is_none_or(|from| from == a.stream);
         check(crossed(client, backend) && crossed(backend, client), "sessions are mixed up")?;
         check(backend.put == record.bytes_in, "counted otherwise than sent to the backend")?;
         check(client.put == record.bytes_out, "counted otherwise than sent to the client")?;
@@ -86,19 +87,20 @@ fn judge_session(
 /// What came from one peer and did not arrive at the other is counted, and there is no
 /// end in order then.
 fn judge_undelivered(
-    client: &Socket,
-    backend: &Socket,
-    record: &SessionRecord,
+    client: &SimSocket,
+    backend: &SimSocket,
+    record: &AccessLogRecord,
 ) -> Result<(), &'static str> {
     let lost = client.sent - backend.got + backend.sent - client.got;
     check(record.bytes_undelivered == lost, "lost bytes are counted otherwise")?;
-    let in_order = |socket: &Socket| socket.told == Told::Fin && !socket.shut && !socket.dead;
+    let in_order =
+        |socket: &SimSocket| socket.told == PeerSignal::Fin && !socket.shut && !socket.dead;
     check(lost == 0 || !in_order(client) && !in_order(backend), "a part looks like the whole")
 }
 
 /// Something ran out, or connect(2) itself found no route. A way without ports is
 /// left alone for a while, by whichever error it was found out.
-fn judge_shortage(kernel: &Kernel, errno: Option<i32>) -> Result<(), &'static str> {
+fn judge_shortage(kernel: &SimKernel, errno: Option<i32>) -> Result<(), &'static str> {
     let no_port = |errno| matches!(errno, libc::EADDRNOTAVAIL | libc::EADDRINUSE);
     let is_that = |injected: &i32| {
         errno.is_none_or(|errno| errno == *injected || no_port(errno) && no_port(*injected))
@@ -109,28 +111,28 @@ fn judge_shortage(kernel: &Kernel, errno: Option<i32>) -> Result<(), &'static st
 
 /// An end in order: everything is delivered, and both are told.
 fn judge_finished(
-    client: &Socket,
-    backend: Option<&Socket>,
-    record: &SessionRecord,
+    client: &SimSocket,
+    backend: Option<&SimSocket>,
+    record: &AccessLogRecord,
 ) -> Result<(), &'static str> {
     check(client.fin && client.taken == client.sent, "the client had not finished")?;
     check(record.bytes_in == client.sent, "counted otherwise than sent")?;
-    check(client.told == Told::Fin, "the client was not told")?;
+    check(client.told == PeerSignal::Fin, "the client was not told")?;
     let Some(backend) = backend else { return Ok(()) };
     check(backend.fin && backend.taken == backend.sent, "the backend had not finished")?;
     check(backend.got == client.sent && client.got == backend.sent, "bytes are missing")?;
     check(record.bytes_out == backend.sent, "counted otherwise than sent")?;
-    check(backend.told == Told::Fin, "the backend was not told")
+    check(backend.told == PeerSignal::Fin, "the backend was not told")
 }
 
 /// What `failed` had sent before it failed has reached the other, as long as
 /// nothing else went wrong: where it had to stand still for long, or was cut, the record
 /// says so.
 fn judge_last_words(
-    world: &World,
-    failed: &Socket,
-    other: Option<&Socket>,
-    record: &SessionRecord,
+    world: &SimWorld,
+    failed: &SimSocket,
+    other: Option<&SimSocket>,
+    record: &AccessLogRecord,
 ) -> Result<(), &'static str> {
     let Some(other) = other else { return Ok(()) };
     if (world.jumped || world.cut) && record.bytes_undelivered > 0 {
@@ -148,19 +150,19 @@ fn check(so: bool, otherwise: &'static str) -> Result<(), &'static str> {
 }
 
 /// What is reported of a backend is its fault.
-fn judge_report(kernel: &Kernel, report: &Report) {
-    let Report::ConnectFailed { failure, .. } = report;
+fn judge_report(kernel: &SimKernel, report: &WorkerReport) {
+    let WorkerReport::ConnectFailed { failure, .. } = report;
     match failure {
         ConnectFailure::Timeout => {}
         ConnectFailure::Other(errno) => assert!(!is_ours(*errno), "{report:?}"),
         _ => {
-            let blamed = |s: &Socket| s.role != Role::Client && s.peer_failed;
+            let blamed = |s: &SimSocket| s.role != SocketRole::Client && s.peer_failed;
             assert!(kernel.sockets.iter().any(blamed), "{report:?}");
         }
     }
 }
 
-fn judge_leftovers(world: &World) {
+fn judge_leftovers(world: &SimWorld) {
     let ctx = &world.ctx;
     assert_eq!(ctx.engine.open_flows(), 0);
     assert!(ctx.engine.is_clean(), "buffers or operations are left");

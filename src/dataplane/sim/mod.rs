@@ -5,16 +5,22 @@
 //! late, and time jumps. Each run is a seed, named when it fails:
 //! `SIM_SEED=n` replays it, `SIM_SEEDS=n` sets how many are tried.
 
+#![allow(clippy::unwrap_used, reason = "a simulation is a test")]
+
 mod judge;
 mod world;
 
-use crate::worker::Runtime;
-use tidegate_net::fake::{Call, Fault, Plan};
-use world::{Script, World};
+use crate::worker::EngineKind;
+use tidegate_net::fake::{FaultSchedule, InjectedFault, SimCall};
+use world::{SimScript, SimWorld};
 
 /// Failed once.
-const REGRESSION_SEEDS: [(Runtime, u64); 4] =
-    [(Runtime::Epoll, 88), (Runtime::Epoll, 143), (Runtime::IoUring, 1), (Runtime::IoUring, 23)];
+const REGRESSION_SEEDS: [(EngineKind, u64); 4] = [
+    (EngineKind::Epoll, 88),
+    (EngineKind::Epoll, 143),
+    (EngineKind::IoUring, 1),
+    (EngineKind::IoUring, 23),
+];
 
 /// Of each engine, by default.
 const SEEDS: u64 = 300;
@@ -25,20 +31,20 @@ fn number(name: &str) -> Option<u64> {
 
 /// Runs `script` to its end on a machine of its own; gives what came of it, or
 /// how to replay it.
-fn try_run(runtime: Runtime, script: Script) -> Result<Outcome, String> {
-    std::panic::catch_unwind(|| World::run(runtime, script)).map_err(|_| {
+fn try_run(runtime: EngineKind, script: SimScript) -> Result<SimOutcome, String> {
+    std::panic::catch_unwind(|| SimWorld::run(runtime, script)).map_err(|_| {
         format!("replay with SIM_SEED={} on {}: {script:?}", script.seed, runtime.name())
     })
 }
 
-fn run(runtime: Runtime, script: Script) -> Outcome {
+fn run(runtime: EngineKind, script: SimScript) -> SimOutcome {
     try_run(runtime, script).unwrap_or_else(|replay| panic!("{replay}"))
 }
 
 /// Runs all of them; fails with every one that failed, up to a few.
-fn run_all(runtime: Runtime, scripts: impl Iterator<Item = Script>) -> Seen {
+fn run_all(runtime: EngineKind, scripts: impl Iterator<Item = SimScript>) -> EndCounts {
     const FAILURES_MAX: usize = 20;
-    let (mut seen, mut failed) = (Seen::new(), Vec::new());
+    let (mut seen, mut failed) = (EndCounts::new(), Vec::new());
     for script in scripts {
         match try_run(runtime, script) {
             Ok(outcome) => {
@@ -54,13 +60,13 @@ fn run_all(runtime: Runtime, scripts: impl Iterator<Item = Script>) -> Seen {
 }
 
 /// How often sessions ended how.
-type Seen = std::collections::BTreeMap<&'static str, u64>;
+type EndCounts = std::collections::BTreeMap<&'static str, u64>;
 
 /// What a run leaves behind.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Outcome {
+struct SimOutcome {
     trace: u64,
-    calls: Vec<Call>,
+    calls: Vec<SimCall>,
     causes: Vec<&'static str>,
 }
 
@@ -74,10 +80,10 @@ fn seeds() -> std::ops::Range<u64> {
     }
 }
 
-fn try_seeds(runtime: Runtime) {
+fn try_seeds(runtime: EngineKind) {
     let known = REGRESSION_SEEDS.iter().filter(|(engine, _)| *engine == runtime);
     let seeds = known.map(|(_, seed)| *seed).chain(seeds());
-    let seen = run_all(runtime, seeds.map(Script::random));
+    let seen = run_all(runtime, seeds.map(SimScript::random));
     if number("SIM_SEED").is_none() {
         let usual = ["finished", "client-reset", "backend-reset", "local-resource"];
         let missing: Vec<_> = usual.iter().filter(|cause| !seen.contains_key(*cause)).collect();
@@ -87,32 +93,32 @@ fn try_seeds(runtime: Runtime) {
 
 #[test]
 fn sessions_keep_every_promise_on_readiness_whatever_fails() {
-    try_seeds(Runtime::Epoll);
+    try_seeds(EngineKind::Epoll);
 }
 
 #[test]
 fn sessions_keep_every_promise_on_the_ring_whatever_fails() {
-    try_seeds(Runtime::IoUring);
+    try_seeds(EngineKind::IoUring);
 }
 
 #[test]
 fn the_same_seed_gives_the_same_trace() {
-    for runtime in [Runtime::Epoll, Runtime::IoUring] {
+    for runtime in [EngineKind::Epoll, EngineKind::IoUring] {
         for seed in 1..8 {
-            let script = Script::random(seed);
+            let script = SimScript::random(seed);
             assert_eq!(run(runtime, script), run(runtime, script), "seed {seed}");
         }
     }
 }
 
 /// Every errno, and a short count, at every call of a few whole sessions.
-fn try_every_fault(runtime: Runtime) {
+fn try_every_fault(runtime: EngineKind) {
     for seed in 1..=number("SIM_MATRIX").unwrap_or(2) {
-        let script = Script::calm(seed);
+        let script = SimScript::calm(seed);
         let calm = run(runtime, script);
         assert!(calm.causes.iter().all(|cause| *cause == "finished"), "{:?}", calm.causes);
         let every = (0..).zip(calm.calls).flat_map(|(index, call)| {
-            call.faults().map(move |fault| Script { fault: Some((index, fault)), ..script })
+            call.faults().map(move |fault| SimScript { fault: Some((index, fault)), ..script })
         });
         run_all(runtime, every);
     }
@@ -120,24 +126,24 @@ fn try_every_fault(runtime: Runtime) {
 
 #[test]
 fn every_errno_at_every_call_of_a_session_is_survived_on_readiness() {
-    try_every_fault(Runtime::Epoll);
+    try_every_fault(EngineKind::Epoll);
 }
 
 #[test]
 fn every_errno_at_every_call_of_a_session_is_survived_on_the_ring() {
-    try_every_fault(Runtime::IoUring);
+    try_every_fault(EngineKind::IoUring);
 }
 
 #[test]
 fn a_connect_that_the_ring_cannot_wait_for_is_a_lack_of_ours() {
     let mut causes = Vec::new();
     for seed in 1..9 {
-        let script = Script::calm(seed);
-        let calls = run(Runtime::IoUring, script).calls;
-        let poll = calls.iter().position(|call| *call == Call::RingPoll);
+        let script = SimScript::calm(seed);
+        let calls = run(EngineKind::IoUring, script).calls;
+        let poll = calls.iter().position(|call| *call == SimCall::RingPoll);
         let Some(index) = poll else { continue };
-        let fault = Some((index as u64, Fault::Errno(libc::ENOMEM)));
-        causes.extend(run(Runtime::IoUring, Script { fault, ..script }).causes);
+        let fault = Some((index as u64, InjectedFault::Errno(libc::ENOMEM)));
+        causes.extend(run(EngineKind::IoUring, SimScript { fault, ..script }).causes);
     }
     assert!(causes.contains(&"local-resource"), "{causes:?}");
 }
@@ -146,19 +152,19 @@ fn a_connect_that_the_ring_cannot_wait_for_is_a_lack_of_ours() {
 fn an_operation_of_the_ring_without_memory_is_tried_again_and_its_session_goes_on() {
     const TRIES: u32 = 8;
     let shortages = [
-        (Call::RingSend, libc::ENOMEM),
-        (Call::RingSend, libc::ENOBUFS),
-        (Call::RingReceive, libc::ENOMEM),
-        (Call::Drain, libc::ENOMEM),
+        (SimCall::RingSend, libc::ENOMEM),
+        (SimCall::RingSend, libc::ENOBUFS),
+        (SimCall::RingReceive, libc::ENOMEM),
+        (SimCall::Drain, libc::ENOMEM),
     ];
     for (call, errno) in shortages {
         let mut tried = 0;
-        for script in (1..200).map(Script::calm) {
-            let calls = run(Runtime::IoUring, script).calls;
+        for script in (1..200).map(SimScript::calm) {
+            let calls = run(EngineKind::IoUring, script).calls;
             let places = calls.iter().enumerate().filter(|(_, one)| **one == call);
             for (index, _) in places.take(4) {
-                let fault = Some((index as u64, Fault::Errno(errno)));
-                let causes = run(Runtime::IoUring, Script { fault, ..script }).causes;
+                let fault = Some((index as u64, InjectedFault::Errno(errno)));
+                let causes = run(EngineKind::IoUring, SimScript { fault, ..script }).causes;
                 assert!(causes.iter().all(|cause| *cause == "finished"), "{call:?}: {causes:?}");
                 tried += 1;
             }
@@ -170,18 +176,18 @@ fn an_operation_of_the_ring_without_memory_is_tried_again_and_its_session_goes_o
     }
 }
 
-impl Script {
-    fn plan(&self, rng: &mut fastrand::Rng) -> Plan {
+impl SimScript {
+    fn plan(&self, rng: &mut fastrand::Rng) -> FaultSchedule {
         match (self.fault, self.calm) {
-            (Some((index, fault)), _) => Plan::At(index, fault),
-            (None, true) => Plan::Never,
+            (Some((index, fault)), _) => FaultSchedule::At(index, fault),
+            (None, true) => FaultSchedule::Never,
             (None, false) => {
                 let one_in = rng.choice([3, 20, 100, 1000]).unwrap_or(100);
-                Plan::Random { one_in, left: rng.u32(..12) }
+                FaultSchedule::Random { one_in, left: rng.u32(..12) }
             }
         }
     }
 }
 
 /// For scripts, which are copied.
-type At = Option<(u64, Fault)>;
+type At = Option<(u64, InjectedFault)>;

@@ -4,13 +4,13 @@
 //! Run by the tests of `sim`. It acts, yields to the worker's tasks, and at last
 //! lets everybody end in order and sees what was promised.
 
-use super::{At, Outcome};
-use crate::accept::gate::Gate;
-use crate::accept::listener::{Listener, Retirement};
-use crate::access_log::{AccessLogSender, SessionRecord};
+use super::{At, SimOutcome};
+use crate::accept::gate::SlotWaiters;
+use crate::accept::listener::{Listener, ListenerRetirement};
+use crate::access_log::{AccessLogRecord, AccessLogSender};
 use crate::relay::{Engine, RingSettings};
-use crate::worker::Runtime;
-use crate::worker::context::{Context, Legacy, Report, Reports, Shared};
+use crate::worker::EngineKind;
+use crate::worker::context::{CarryOver, ProcessContext, ReportQueue, WorkerContext, WorkerReport};
 use fastrand::Rng;
 use socket2::{Domain, Socket, Type};
 use std::os::fd::AsRawFd;
@@ -19,18 +19,18 @@ use std::sync::Arc;
 use std::time::Duration;
 use tidegate_config as config;
 use tidegate_core::balance::in_flight::InFlight;
-use tidegate_core::control::{Controller, Effect, Event};
+use tidegate_core::control::{ControlEffect, ControlEvent, Controller};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::Table;
 use tidegate_core::table::publish::TablePublisher;
-use tidegate_net::budget::Budget;
+use tidegate_net::budget::MemoryBudget;
 use tidegate_net::clock;
-use tidegate_net::fake::{self, Installed, Kernel, Role};
+use tidegate_net::fake::{self, KernelGuard, SimKernel, SocketRole};
 
 /// What happens in a run.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Script {
+pub(super) struct SimScript {
     pub(super) seed: u64,
     /// Nobody fails, and nothing jumps.
     pub(super) calm: bool,
@@ -38,13 +38,13 @@ pub(super) struct Script {
     pub(super) fault: At,
 }
 
-pub(super) struct World {
+pub(super) struct SimWorld {
     pub(super) rng: Rng,
-    pub(super) ctx: Rc<Context>,
+    pub(super) ctx: Rc<WorkerContext>,
     /// Of bytes that are held.
-    pub(super) budget: Arc<Budget>,
-    pub(super) records: Vec<SessionRecord>,
-    pub(super) reports: Vec<Report>,
+    pub(super) budget: Arc<MemoryBudget>,
+    pub(super) records: Vec<AccessLogRecord>,
+    pub(super) reports: Vec<WorkerReport>,
     /// All that were in force.
     pub(super) tables: Vec<Arc<Table>>,
     controller: Controller,
@@ -86,24 +86,24 @@ fn config_text(rng: &mut Rng) -> String {
 
 // === impl Script ===
 
-impl Script {
-    pub(super) fn random(seed: u64) -> Script {
-        Script { seed, calm: false, fault: None }
+impl SimScript {
+    pub(super) fn random(seed: u64) -> SimScript {
+        SimScript { seed, calm: false, fault: None }
     }
 
-    pub(super) fn calm(seed: u64) -> Script {
-        Script { seed, calm: true, fault: None }
+    pub(super) fn calm(seed: u64) -> SimScript {
+        SimScript { seed, calm: true, fault: None }
     }
 }
 
 // === impl World ===
 
-impl World {
-    pub(super) fn run(runtime: Runtime, script: Script) -> Outcome {
-        let mut kernel = Kernel::new(script.seed);
+impl SimWorld {
+    pub(super) fn run(runtime: EngineKind, script: SimScript) -> SimOutcome {
+        let mut kernel = SimKernel::new(script.seed);
         kernel.log = script.calm.then(Vec::new);
         kernel.plan = script.plan(&mut Rng::with_seed(script.seed));
-        let _installed = Installed::new(kernel);
+        let _installed = KernelGuard::new(kernel);
         let tokio = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .start_paused(true)
@@ -112,16 +112,16 @@ impl World {
         let local = tokio::task::LocalSet::new();
         let outcome = local.block_on(&tokio, async {
             let mut rng = Rng::with_seed(script.seed ^ 0x5151);
-            let budget = Arc::new(Budget::new(some_budget(&mut rng)));
+            let budget = Arc::new(MemoryBudget::new(some_budget(&mut rng)));
             let engine = match runtime {
-                Runtime::Epoll => Engine::readiness(None, Arc::clone(&budget)),
-                Runtime::IoUring => {
+                EngineKind::Epoll => Engine::readiness(None, Arc::clone(&budget)),
+                EngineKind::IoUring => {
                     let buffers = rng.choice([4, 64, 256]).unwrap();
                     let settings = RingSettings { buffers, shown: 4 };
                     Engine::ring(None, settings, Arc::clone(&budget))
                 }
             };
-            let mut world = World::new(rng, engine.unwrap(), budget, script);
+            let mut world = SimWorld::new(rng, engine.unwrap(), budget, script);
             let task = tokio::task::spawn_local(world.ctx.engine.clone().run());
             world.live().await;
             world.end().await;
@@ -133,23 +133,31 @@ impl World {
         outcome
     }
 
-    fn new(mut rng: Rng, engine: Engine, budget: Arc<Budget>, script: Script) -> World {
+    fn new(mut rng: Rng, engine: Engine, budget: Arc<MemoryBudget>, script: SimScript) -> SimWorld {
         let mut controller = Controller::new(1, rng.u64(..));
         let publisher = TablePublisher::new(controller.current_table());
-        let shared = Shared {
+        let shared = ProcessContext {
             in_flight: Arc::new(InFlight::new()),
             sessions: Arc::default(),
-            gate: Arc::new(Gate::new()),
+            gate: Arc::new(SlotWaiters::new()),
             numbers: Arc::default(),
-            reports: Arc::new(Reports::new()),
+            reports: Arc::new(ReportQueue::new()),
             ended: Arc::default(),
             buffers: Arc::clone(&budget),
         };
         let counters = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
         let tables = publisher.reader();
         let log = AccessLogSender::kept();
-        let ctx =
-            Context::new(0, engine, shared, tables, counters, log, rng.u64(..), Legacy::default());
+        let ctx = WorkerContext::new(
+            0,
+            engine,
+            shared,
+            tables,
+            counters,
+            log,
+            rng.u64(..),
+            CarryOver::default(),
+        );
         let (doorbell, listener) = Socket::pair(Domain::UNIX, Type::DGRAM, None).unwrap();
         doorbell.set_nonblocking(true).unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -160,8 +168,8 @@ impl World {
         fake::with(|kernel| kernel.most = kernel.most.max(portion / 50));
         let clients_left = if script.calm { 1 } else { rng.u32(1..7) };
         let config = Arc::new(config::parse(&config_text(&mut rng), "sim").unwrap());
-        let effects = controller.apply(Event::Configure(config), clock::now());
-        let mut world = World {
+        let effects = controller.apply(ControlEvent::Configure(config), clock::now());
+        let mut world = SimWorld {
             ctx: Rc::new(ctx),
             budget,
             tables: Vec::new(),
@@ -180,17 +188,17 @@ impl World {
         };
         world.perform(effects);
         let (bind, socket) = (([127, 0, 0, 1], 80).into(), Arc::clone(&world.listener));
-        let retirement = Rc::new(Retirement::default());
+        let retirement = Rc::new(ListenerRetirement::default());
         tokio::task::spawn_local(Listener::serve(Rc::clone(&world.ctx), bind, socket, retirement));
         world
     }
 
-    fn perform(&mut self, effects: Vec<Effect>) {
+    fn perform(&mut self, effects: Vec<ControlEffect>) {
         for effect in effects {
-            if let Effect::Publish(table) = effect {
+            if let ControlEffect::Publish(table) = effect {
                 self.tables.push(Arc::clone(&table));
                 self.publisher.publish(table);
-                self.ctx.shared.gate.opened();
+                self.ctx.shared.gate.slot_freed();
             }
         }
     }
@@ -237,7 +245,7 @@ impl World {
         let Some(id) = self.some_socket() else { return };
         let bytes = self.rng.u64(1..=self.portion);
         let (reset, gone) = (self.rng.u8(..3) > 0, !self.calm && self.rng.u8(..3) == 0);
-        fake::with(Kernel::note_closed);
+        fake::with(SimKernel::note_closed);
         fake::with(|kernel| match kind {
             4..10 => kernel.peer_sends(id, bytes),
             10..14 => kernel.decide(id),
@@ -287,7 +295,7 @@ impl World {
             }
             _ => {
                 let config = config::parse(&config_text(&mut self.rng), "sim").unwrap();
-                let event = Event::Configure(Arc::new(config));
+                let event = ControlEvent::Configure(Arc::new(config));
                 let effects = self.controller.apply(event, clock::now());
                 self.perform(effects);
             }
@@ -311,8 +319,8 @@ impl World {
     /// From here on nothing fails, everybody reads, and ends in order.
     async fn end(&mut self) {
         fake::with(|kernel| {
-            if !matches!(kernel.plan, fake::Plan::At(..)) {
-                kernel.plan = fake::Plan::Never;
+            if !matches!(kernel.plan, fake::FaultSchedule::At(..)) {
+                kernel.plan = fake::FaultSchedule::Never;
             }
             kernel.most = u64::MAX;
         });
@@ -335,7 +343,7 @@ impl World {
             self.turn(20).await;
         }
         self.be_idle().await;
-        fake::with(Kernel::note_closed);
+        fake::with(SimKernel::note_closed);
         super::judge::judge(self);
     }
 
@@ -354,7 +362,7 @@ impl World {
 
     fn all_is_over(&self) -> bool {
         fake::with(|kernel| {
-            let mut clients = kernel.sockets.iter().filter(|s| s.role == Role::Client);
+            let mut clients = kernel.sockets.iter().filter(|s| s.role == SocketRole::Client);
             kernel.queued() == 0
                 && self.records.len() == clients.by_ref().count()
                 && kernel.sockets.iter().all(|socket| !socket.is_open())
@@ -366,14 +374,14 @@ impl World {
         format!("{} flows open, {:?}\n{sockets}", self.ctx.engine.open_flows(), self.records)
     }
 
-    fn outcome(&self) -> Outcome {
+    fn outcome(&self) -> SimOutcome {
         fake::with(|kernel| {
             for record in &self.records {
                 let ends = (record.cause, record.phase, record.errno, record.closed_first);
                 let bytes = (record.bytes_in, record.bytes_out, record.bytes_undelivered);
                 kernel.note((ends, bytes, record.attempts));
             }
-            Outcome {
+            SimOutcome {
                 trace: kernel.trace(),
                 calls: kernel.log.take().unwrap_or_default(),
                 causes: self.records.iter().map(|record| record.cause).collect(),

@@ -14,7 +14,7 @@ pub struct Panicked;
 
 /// Runs `main` to its end or to its panic. What `main` shared with others is for
 /// the caller to judge, or to give up.
-pub async fn contained<F: Future>(main: F) -> Result<F::Output, Panicked> {
+pub async fn catch_panic<F: Future>(main: F) -> Result<F::Output, Panicked> {
     let mut main = Box::pin(main);
     poll_fn(|cx| {
         // Never polled again after a panic.
@@ -34,12 +34,12 @@ mod tests {
     fn a_panic_is_an_answer_and_anything_else_passes() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
-            assert_eq!(contained(async { 3 }).await, Ok(3));
+            assert_eq!(catch_panic(async { 3 }).await, Ok(3));
             let panics = async {
                 tokio::task::yield_now().await;
                 panic!("on purpose");
             };
-            assert_eq!(contained::<_>(panics).await.map(|(): ()| ()), Err(Panicked));
+            assert_eq!(catch_panic::<_>(panics).await.map(|(): ()| ()), Err(Panicked));
         });
     }
 }

@@ -3,9 +3,9 @@
 //! Made by `worker`, held by the listener and session tasks through an `Rc`.
 //! Nothing here blocks; what crosses threads goes through bounded queues.
 
-use crate::accept::gate::Gate;
+use crate::accept::gate::SlotWaiters;
 use crate::access_log::AccessLogSender;
-use crate::fault_points::Faults;
+use crate::fault_points::FaultPlan;
 use crate::relay::Engine;
 use crate::session::numbers::Numbers;
 use crossbeam::queue::ArrayQueue;
@@ -20,13 +20,13 @@ use std::time::{Duration, Instant};
 use tidegate_core::balance::PickKey;
 use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::health::ConnectFailure;
-use tidegate_core::metrics::counters::{LocalAt, LocalError, WorkerCounters};
+use tidegate_core::metrics::counters::{LocalErrorKind, LocalErrorPlace, WorkerCounters};
 use tidegate_core::metrics::histograms::Recorder;
 use tidegate_core::outcome::Cause;
 use tidegate_core::table::Table;
 use tidegate_core::table::publish::TableReader;
 use tidegate_core::table::state::BackendId;
-use tidegate_net::budget::Budget;
+use tidegate_net::budget::MemoryBudget;
 use tidegate_net::clock;
 use tokio::sync::Notify;
 
@@ -37,7 +37,7 @@ const REPORTS_MAX: usize = 4096;
 
 /// What workers tell the control thread.
 #[derive(Debug, Clone, Copy)]
-pub enum Report {
+pub enum WorkerReport {
     /// A connect failed through the backend or its path.
     ConnectFailed {
         /// To whom.
@@ -53,40 +53,40 @@ pub enum Report {
 
 /// The queue of reports, all workers to the control thread.
 #[derive(Debug)]
-pub struct Reports {
-    queue: ArrayQueue<Report>,
+pub struct ReportQueue {
+    queue: ArrayQueue<WorkerReport>,
     arrived: Notify,
 }
 
 /// Whole-process things a worker needs.
 #[derive(Debug, Clone)]
-pub struct Shared {
+pub struct ProcessContext {
     /// Sessions open in the process and those that share the count; enforces
     /// `process.connections_max`.
     pub in_flight: Arc<InFlight>,
     /// Of them, this process's.
     pub sessions: Arc<CachePadded<AtomicU32>>,
     /// Where to wait for slots.
-    pub gate: Arc<Gate>,
+    pub gate: Arc<SlotWaiters>,
     /// To the control thread.
-    pub reports: Arc<Reports>,
+    pub reports: Arc<ReportQueue>,
     /// A worker has ended for good.
     pub ended: Arc<Notify>,
     /// What sessions may have buffered; `process.buffers_max`.
-    pub buffers: Arc<Budget>,
+    pub buffers: Arc<MemoryBudget>,
     /// For new sessions.
     pub numbers: Arc<Numbers>,
 }
 
 /// One worker's surroundings.
 #[derive(Debug)]
-pub struct Context {
+pub struct WorkerContext {
     /// The worker's number, from 0.
     pub id: usize,
     /// Moves the bytes.
     pub engine: Engine,
     /// Process-wide caps, gate and reports.
-    pub shared: Shared,
+    pub shared: ProcessContext,
     /// This worker's counts.
     pub counters: Arc<WorkerCounters>,
     /// This worker's histograms.
@@ -99,7 +99,7 @@ pub struct Context {
     pub(crate) admitting: Cell<bool>,
     /// A listener's task has panicked.
     pub(crate) alarm: Notify,
-    pub(crate) faults: Faults,
+    pub(crate) faults: FaultPlan,
     tables: RefCell<TableReader>,
     random: RefCell<fastrand::Rng>,
     /// The rest of its block of session numbers.
@@ -108,12 +108,12 @@ pub struct Context {
     short_until: Cell<Option<Instant>>,
     /// When trouble of our own was last told of, by its kind, and how often it
     /// came since.
-    told: [Cell<(Option<Instant>, u64)>; LocalError::ALL.len()],
+    told: [Cell<(Option<Instant>, u64)>; LocalErrorKind::ALL.len()],
 }
 
 /// What one thread of a worker leaves to the next.
 #[derive(Debug, Default)]
-pub struct Legacy {
+pub struct CarryOver {
     recorder: Recorder,
     numbers: (u64, u64),
 }
@@ -127,21 +127,21 @@ const TELL_AGAIN: Duration = Duration::from_secs(10);
 
 // === impl Reports ===
 
-impl Reports {
+impl ReportQueue {
     /// Empty.
-    pub fn new() -> Reports {
-        Reports { queue: ArrayQueue::new(REPORTS_MAX), arrived: Notify::new() }
+    pub fn new() -> ReportQueue {
+        ReportQueue { queue: ArrayQueue::new(REPORTS_MAX), arrived: Notify::new() }
     }
 
     /// Queues a report; false when the queue is full.
-    pub fn push(&self, report: Report) -> bool {
+    pub fn push(&self, report: WorkerReport) -> bool {
         let queued = self.queue.push(report).is_ok();
         self.arrived.notify_one();
         queued
     }
 
     /// The oldest report.
-    pub fn pop(&self) -> Option<Report> {
+    pub fn pop(&self) -> Option<WorkerReport> {
         self.queue.pop()
     }
 
@@ -151,28 +151,28 @@ impl Reports {
     }
 }
 
-impl Default for Reports {
+impl Default for ReportQueue {
     fn default() -> Self {
-        Reports::new()
+        ReportQueue::new()
     }
 }
 
 // === impl Context ===
 
-impl Context {
+impl WorkerContext {
     /// The surroundings of worker `id`; `seed` drives its random draws.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         id: usize,
         engine: Engine,
-        shared: Shared,
+        shared: ProcessContext,
         tables: TableReader,
         counters: Arc<WorkerCounters>,
         access_log: AccessLogSender,
         seed: u64,
-        legacy: Legacy,
-    ) -> Context {
-        Context {
+        legacy: CarryOver,
+    ) -> WorkerContext {
+        WorkerContext {
             id,
             engine,
             shared,
@@ -182,7 +182,7 @@ impl Context {
             broken_off_by: Cell::new(Cause::InternalError),
             admitting: Cell::new(false),
             alarm: Notify::new(),
-            faults: Faults::default(),
+            faults: FaultPlan::default(),
             tables: RefCell::new(tables),
             random: RefCell::new(fastrand::Rng::with_seed(seed)),
             numbers: Cell::new(legacy.numbers),
@@ -192,17 +192,19 @@ impl Context {
     }
 
     /// What goes on with the next thread of this worker.
-    pub fn bequeath(&self) -> Legacy {
-        Legacy { recorder: self.recorder.take(), numbers: self.numbers.get() }
+    pub fn carry_over(&self) -> CarryOver {
+        CarryOver { recorder: self.recorder.take(), numbers: self.numbers.get() }
     }
 
     /// Counts trouble of our own and tells of it. A lack of descriptors or memory
     /// has the listeners wait a moment.
     #[cold]
-    pub fn local_trouble(&self, kind: LocalError, at: LocalAt, error: &io::Error) {
+    pub fn local_error(&self, kind: LocalErrorKind, at: LocalErrorPlace, error: &io::Error) {
         self.counters.local_trouble(kind, at);
         let now = clock::now();
-        if at == LocalAt::Connect && matches!(kind, LocalError::Descriptors | LocalError::Memory) {
+        if at == LocalErrorPlace::Connect
+            && matches!(kind, LocalErrorKind::Descriptors | LocalErrorKind::Memory)
+        {
             self.short_until.set(Some(now + SHORT_PAUSE));
         }
         let told = &self.told[kind as usize];

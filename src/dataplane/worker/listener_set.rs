@@ -3,7 +3,7 @@
 //! Owned by `worker`; a listener's task has one post each. When a thread falls,
 //! what it listened on goes to the next one, and nobody in a queue is lost.
 
-use crate::accept::listener::Retirement;
+use crate::accept::listener::ListenerRetirement;
 use socket2::Socket;
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -13,36 +13,41 @@ use std::time::Instant;
 
 /// One thread's posts.
 #[derive(Debug, Default)]
-pub(crate) struct Posts(RefCell<Vec<Post>>);
+pub(crate) struct ListenerSet(RefCell<Vec<ListenerEntry>>);
 
 #[derive(Debug)]
-struct Post {
+struct ListenerEntry {
     bind: SocketAddr,
     socket: Arc<Socket>,
-    retirement: Rc<Retirement>,
+    retirement: Rc<ListenerRetirement>,
 }
 
 /// A post on its way to the next thread.
 #[derive(Debug)]
-pub(crate) struct Bequest {
+pub(crate) struct InheritedListener {
     pub(crate) bind: SocketAddr,
     pub(crate) socket: Arc<Socket>,
     /// Where it was retiring: until then.
     pub(crate) retires: Option<Instant>,
 }
 
-impl Posts {
-    pub(crate) fn add(&self, bind: SocketAddr, socket: Arc<Socket>, retirement: Rc<Retirement>) {
-        self.0.borrow_mut().push(Post { bind, socket, retirement });
+impl ListenerSet {
+    pub(crate) fn add(
+        &self,
+        bind: SocketAddr,
+        socket: Arc<Socket>,
+        retirement: Rc<ListenerRetirement>,
+    ) {
+        self.0.borrow_mut().push(ListenerEntry { bind, socket, retirement });
     }
 
     /// Its listener has ended.
-    pub(crate) fn remove(&self, retirement: &Rc<Retirement>) {
+    pub(crate) fn remove(&self, retirement: &Rc<ListenerRetirement>) {
         self.0.borrow_mut().retain(|post| !Rc::ptr_eq(&post.retirement, retirement));
     }
 
     /// Every post of that address that is not retiring yet.
-    pub(crate) fn tell(&self, bind: SocketAddr, tell: impl Fn(&Retirement)) {
+    pub(crate) fn retire_after(&self, bind: SocketAddr, tell: impl Fn(&ListenerRetirement)) {
         let posts = self.0.borrow();
         posts
             .iter()
@@ -51,10 +56,10 @@ impl Posts {
     }
 
     /// What the next thread is to listen on.
-    pub(crate) fn bequeath(&self) -> Vec<Bequest> {
+    pub(crate) fn take_listeners(&self) -> Vec<InheritedListener> {
         let posts = std::mem::take(&mut *self.0.borrow_mut());
         let kept = posts.into_iter().filter(|post| !post.retirement.is_released());
-        kept.map(|Post { bind, socket, retirement }| Bequest {
+        kept.map(|ListenerEntry { bind, socket, retirement }| InheritedListener {
             bind,
             socket,
             retires: retirement.deadline(),

@@ -15,9 +15,9 @@ pub(crate) mod supervisor;
 use super::relay::{Engine, RING_SETTINGS};
 use crate::access_log::AccessLogSender;
 #[cfg(debug_assertions)]
-use crate::fault_points::Fault;
-use crate::worker::context::Shared;
-use crate::worker::supervisor::{Life, Station};
+use crate::fault_points::FaultPoint;
+use crate::worker::context::ProcessContext;
+use crate::worker::supervisor::{WorkerHandle, WorkerThread};
 use crossbeam::queue::SegQueue;
 use socket2::Socket;
 use std::future::Future;
@@ -26,12 +26,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_core::metrics::counters::WorkerCounters;
-use tidegate_core::metrics::histograms::{Delta, Spent};
-use tidegate_core::metrics::progress::Pulse;
+use tidegate_core::metrics::histograms::{HistogramDelta, RecycledHistograms};
+use tidegate_core::metrics::progress::WorkerProgress;
 use tidegate_core::outcome::Cause;
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_core::table::state::BackendId;
-use tidegate_net::budget::Budget;
+use tidegate_net::budget::MemoryBudget;
 use tidegate_net::ring::Ring;
 use tokio::sync::{Notify, oneshot};
 
@@ -42,7 +42,7 @@ const RING_COMPLETIONS: u32 = 8192;
 
 /// Which engine moves the bytes, and on which runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Runtime {
+pub enum EngineKind {
     /// The ring engine on tokio-uring.
     IoUring,
     /// The readiness engine on plain tokio.
@@ -51,17 +51,17 @@ pub enum Runtime {
 
 /// What a worker is started with.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub struct WorkerConfig {
     /// From 0.
     pub id: usize,
     /// Pin the thread to this CPU.
     pub cpu: Option<usize>,
-    /// See [`Runtime`].
-    pub runtime: Runtime,
+    /// See [`EngineKind`].
+    pub runtime: EngineKind,
     /// See `process.spin`.
     pub spin: Option<Duration>,
     /// Caps, gate, reports.
-    pub shared: Shared,
+    pub shared: ProcessContext,
     /// Where sessions are routed.
     pub tables: TablePublisher,
     /// This worker's counts.
@@ -74,7 +74,7 @@ pub struct Plan {
 
 /// Something a worker is told. Rare: never per session.
 #[derive(Debug)]
-pub enum Command {
+pub enum WorkerCommand {
     /// Accept from this socket.
     Listen(SocketAddr, Arc<Socket>),
     /// Stop accepting there, once the queue is empty.
@@ -82,18 +82,18 @@ pub enum Command {
     /// Stop accepting there at once: the queue is somebody else's.
     Release(SocketAddr),
     /// Reset every session of that backend.
-    CutBackend(BackendId, Cause),
+    ResetBackend(BackendId, Cause),
     /// Reset every session.
-    CutAll(Cause),
+    ResetAll(Cause),
     /// Hand over what the histograms hold.
-    Collect(oneshot::Sender<Option<Delta>>),
+    Collect(oneshot::Sender<Option<HistogramDelta>>),
     /// Take the emptied histograms back, to be filled anew.
-    GiveBack(Spent),
+    ReturnHistograms(RecycledHistograms),
     /// End; sessions still open are dropped.
     Stop,
     /// Panic at that place; for tests.
     #[cfg(debug_assertions)]
-    Fault(Fault),
+    Fault(FaultPoint),
     /// Do nothing at all for so long; for tests.
     #[cfg(debug_assertions)]
     Stall(Duration),
@@ -103,7 +103,7 @@ pub enum Command {
 /// writes, a handful of commands for each change an operator makes.
 #[derive(Debug, Default)]
 pub struct Mailbox {
-    commands: SegQueue<Command>,
+    commands: SegQueue<WorkerCommand>,
     arrived: Notify,
 }
 
@@ -113,17 +113,17 @@ pub struct Worker {
     /// Its inbox.
     pub mailbox: Arc<Mailbox>,
     cpu: Option<usize>,
-    station: Arc<Station>,
+    station: Arc<WorkerHandle>,
 }
 
 // === impl Runtime ===
 
-impl Runtime {
+impl EngineKind {
     /// As in status and configuration.
     pub fn name(self) -> &'static str {
         match self {
-            Runtime::IoUring => "io_uring",
-            Runtime::Epoll => "epoll",
+            EngineKind::IoUring => "io_uring",
+            EngineKind::Epoll => "epoll",
         }
     }
 
@@ -146,9 +146,9 @@ impl Runtime {
         self,
         worker: usize,
         spin: Option<Duration>,
-        budget: &Arc<Budget>,
+        budget: &Arc<MemoryBudget>,
     ) -> io::Result<Engine> {
-        if self == Runtime::Epoll {
+        if self == EngineKind::Epoll {
             return Engine::readiness(spin, Arc::clone(budget));
         }
         Engine::ring(spin, RING_SETTINGS, Arc::clone(budget)).or_else(|error| {
@@ -160,8 +160,8 @@ impl Runtime {
     /// Runs `main` to its end on a fresh runtime of this kind.
     pub(crate) fn block_on<T>(self, main: impl Future<Output = T>) -> io::Result<T> {
         match self {
-            Runtime::IoUring => Ok(tokio_uring::Runtime::new(&ring_builder())?.block_on(main)),
-            Runtime::Epoll => {
+            EngineKind::IoUring => Ok(tokio_uring::Runtime::new(&ring_builder())?.block_on(main)),
+            EngineKind::Epoll => {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
                 Ok(tokio::task::LocalSet::new().block_on(&runtime, main))
             }
@@ -183,15 +183,15 @@ fn ring_builder() -> tokio_uring::Builder {
 
 impl Mailbox {
     /// Delivers a command.
-    pub fn send(&self, command: Command) {
+    pub fn send(&self, command: WorkerCommand) {
         self.commands.push(command);
         self.arrived.notify_one();
     }
 
     /// The next command. Each time it is woken, the worker's pulse is felt.
-    pub(crate) async fn next(&self, pulse: &Pulse) -> Command {
+    pub(crate) async fn next(&self, pulse: &WorkerProgress) -> WorkerCommand {
         loop {
-            pulse.answer();
+            pulse.report_progress();
             if let Some(command) = self.commands.pop() {
                 return command;
             }
@@ -204,10 +204,10 @@ impl Mailbox {
 
 impl Worker {
     /// Starts the thread; returns once its runtime and engine stand.
-    pub fn start(plan: Plan) -> io::Result<Worker> {
+    pub fn start(plan: WorkerConfig) -> io::Result<Worker> {
         let mailbox = Arc::new(Mailbox::default());
         let cpu = plan.cpu;
-        let station = Life::begin(plan, Arc::clone(&mailbox))?;
+        let station = WorkerThread::spawn_first(plan, Arc::clone(&mailbox))?;
         Ok(Worker { mailbox, cpu, station })
     }
 

@@ -13,11 +13,11 @@ const WINDOW: Duration = Duration::from_secs(60);
 
 /// A worker's restarts of late; see [`RESTARTS_MAX`].
 #[derive(Debug, Default)]
-pub(crate) struct Restarts(VecDeque<Instant>);
+pub(crate) struct RestartLimit(VecDeque<Instant>);
 
-impl Restarts {
+impl RestartLimit {
     /// Whether there may be one more, which is counted.
-    pub(crate) fn one_more(&mut self, now: Instant) -> bool {
+    pub(crate) fn allow_restart(&mut self, now: Instant) -> bool {
         while self.0.front().is_some_and(|at| now.saturating_duration_since(*at) >= WINDOW) {
             self.0.pop_front();
         }
@@ -35,18 +35,18 @@ mod tests {
 
     #[test]
     fn five_in_a_minute_and_no_sixth_until_the_first_is_forgotten() {
-        let (start, mut restarts) = (tidegate_net::clock::now(), Restarts::default());
+        let (start, mut restarts) = (tidegate_net::clock::now(), RestartLimit::default());
         let at = |seconds| start + Duration::from_secs(seconds);
-        assert!((0..5).all(|n| restarts.one_more(at(n * 10))));
-        assert!(!restarts.one_more(at(59)));
-        assert!(restarts.one_more(at(60)));
-        assert!(!restarts.one_more(at(69)));
-        assert!(restarts.one_more(at(70)));
+        assert!((0..5).all(|n| restarts.allow_restart(at(n * 10))));
+        assert!(!restarts.allow_restart(at(59)));
+        assert!(restarts.allow_restart(at(60)));
+        assert!(!restarts.allow_restart(at(69)));
+        assert!(restarts.allow_restart(at(70)));
     }
 
     #[test]
     fn one_a_while_goes_on_for_ever() {
-        let (start, mut restarts) = (tidegate_net::clock::now(), Restarts::default());
-        assert!((0..1000).all(|n| restarts.one_more(start + Duration::from_secs(n * 13))));
+        let (start, mut restarts) = (tidegate_net::clock::now(), RestartLimit::default());
+        assert!((0..1000).all(|n| restarts.allow_restart(start + Duration::from_secs(n * 13))));
     }
 }

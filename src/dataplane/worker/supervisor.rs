@@ -6,12 +6,12 @@
 //! next thread takes the same sockets, whose queues nobody has touched. Nothing
 //! here waits for the control thread.
 
-use super::context::{Context, Legacy};
-use super::restarts::{RESTARTS_MAX, Restarts};
-use crate::accept::listener::{Listener, Retirement};
-use crate::worker::catch_panic::contained;
-use crate::worker::listener_set::{Bequest, Posts};
-use crate::worker::{Command, Mailbox, Plan};
+use super::context::{CarryOver, WorkerContext};
+use super::restarts::{RESTARTS_MAX, RestartLimit};
+use crate::accept::listener::{Listener, ListenerRetirement};
+use crate::worker::catch_panic::catch_panic;
+use crate::worker::listener_set::{InheritedListener, ListenerSet};
+use crate::worker::{Mailbox, WorkerCommand, WorkerConfig};
 use socket2::Socket;
 use std::cell::OnceCell;
 use std::io;
@@ -23,8 +23,8 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use tidegate_core::metrics::counters::Panicked;
-use tidegate_core::metrics::progress::Stage;
+use tidegate_core::metrics::counters::PanicScope;
+use tidegate_core::metrics::progress::WorkerStage;
 use tidegate_core::outcome::Cause;
 use tidegate_net::clock;
 use tidegate_net::cpu;
@@ -38,7 +38,7 @@ const TRY_AGAIN: Duration = Duration::from_millis(100);
 
 /// What a worker's threads have in common with whoever started it.
 #[derive(Debug)]
-pub(crate) struct Station {
+pub(crate) struct WorkerHandle {
     /// The one that runs, or ran last.
     thread: Mutex<Option<JoinHandle<()>>>,
     ended: AtomicBool,
@@ -49,34 +49,34 @@ pub(crate) struct Station {
 
 /// One thread of a worker, and what it was left by the one before.
 #[derive(Debug)]
-pub(crate) struct Life {
-    plan: Plan,
+pub(crate) struct WorkerThread {
+    plan: WorkerConfig,
     inbox: Arc<Mailbox>,
-    station: Arc<Station>,
-    posts: Vec<Bequest>,
-    legacy: Legacy,
-    restarts: Restarts,
+    station: Arc<WorkerHandle>,
+    posts: Vec<InheritedListener>,
+    legacy: CarryOver,
+    restarts: RestartLimit,
     /// When the thread before fell.
     fell: Option<Instant>,
 }
 
 /// How a thread's work ended.
-enum Outcome {
+enum ThreadExit {
     Stopped,
     /// It could not begin.
-    NotUp(io::Error),
-    Fell(&'static str),
+    StartFailed(io::Error),
+    Panicked(&'static str),
 }
 
 /// Ends the worker for good when it is dropped, unless another thread goes on.
-struct Obituary(Option<Arc<Station>>);
+struct ExitGuard(Option<Arc<WorkerHandle>>);
 
 /// Raises the alarm when a listener's task panics.
-struct Watch(Rc<Context>);
+struct ListenerPanicGuard(Rc<WorkerContext>);
 
 // === impl Station ===
 
-impl Station {
+impl WorkerHandle {
     pub(crate) fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
@@ -88,14 +88,14 @@ impl Station {
         joined && self.in_order.load(Ordering::Acquire)
     }
 
-    fn runs_on(&self, thread: JoinHandle<()>) {
+    fn set_thread(&self, thread: JoinHandle<()>) {
         *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
     }
 }
 
 // === impl Obituary ===
 
-impl Drop for Obituary {
+impl Drop for ExitGuard {
     fn drop(&mut self) {
         if let Some(station) = self.0.take() {
             station.ended.store(true, Ordering::Release);
@@ -106,27 +106,30 @@ impl Drop for Obituary {
 
 // === impl Life ===
 
-impl Life {
+impl WorkerThread {
     /// Starts the first thread; returns once its runtime and engine stand.
-    pub(crate) fn begin(plan: Plan, inbox: Arc<Mailbox>) -> io::Result<Arc<Station>> {
-        let station = Arc::new(Station {
+    pub(crate) fn spawn_first(
+        plan: WorkerConfig,
+        inbox: Arc<Mailbox>,
+    ) -> io::Result<Arc<WorkerHandle>> {
+        let station = Arc::new(WorkerHandle {
             thread: Mutex::new(None),
             ended: AtomicBool::new(false),
             in_order: AtomicBool::new(false),
             told: Arc::clone(&plan.shared.ended),
         });
         let (ready, started) = std::sync::mpsc::sync_channel::<io::Result<()>>(1);
-        let life = Life {
+        let life = WorkerThread {
             plan,
             inbox,
             station: Arc::clone(&station),
             posts: Vec::new(),
-            legacy: Legacy::default(),
-            restarts: Restarts::default(),
+            legacy: CarryOver::default(),
+            restarts: RestartLimit::default(),
             fell: None,
         };
         let thread = life.builder().spawn(move || life.run(Some(ready)))?;
-        station.runs_on(thread);
+        station.set_thread(thread);
         match started.recv() {
             Ok(Ok(())) => Ok(station),
             Ok(Err(error)) => Err(error),
@@ -140,21 +143,21 @@ impl Life {
 
     /// The thread's body; `ready` is the first one's.
     fn run(mut self, ready: Option<SyncSender<io::Result<()>>>) {
-        self.plan.counters.pulse.runs_on(cpu::current_thread());
-        let obituary = Obituary(Some(Arc::clone(&self.station)));
+        self.plan.counters.pulse.set_thread(cpu::current_thread());
+        let obituary = ExitGuard(Some(Arc::clone(&self.station)));
         if let Some(cpu) = self.plan.cpu
             && let Err(error) = cpu::pin_current_thread(cpu)
         {
             tracing::warn!(worker = self.plan.id, cpu, %error, "not pinned");
         }
         for tries in 1.. {
-            let (posts, ctx) = (Rc::new(Posts::default()), OnceCell::new());
-            match self.work(&posts, &ctx, ready.as_ref()) {
-                Outcome::Stopped => {
+            let (posts, ctx) = (Rc::new(ListenerSet::default()), OnceCell::new());
+            match self.run_until_stopped(&posts, &ctx, ready.as_ref()) {
+                ThreadExit::Stopped => {
                     self.station.in_order.store(true, Ordering::Release);
                     return;
                 }
-                Outcome::NotUp(error) => {
+                ThreadExit::StartFailed(error) => {
                     if let Some(ready) = &ready {
                         // Whoever started it waits for this.
                         let _ = ready.send(Err(error));
@@ -167,9 +170,9 @@ impl Life {
                     tracing::warn!(worker = self.plan.id, %error, "worker cannot begin anew yet");
                     clock::pause(TRY_AGAIN);
                 }
-                Outcome::Fell(why) => {
+                ThreadExit::Panicked(why) => {
                     let Some(ctx) = ctx.into_inner() else { return };
-                    return self.hand_on(obituary, &posts, ctx, why);
+                    return self.restart(obituary, &posts, ctx, why);
                 }
             }
         }
@@ -177,46 +180,49 @@ impl Life {
 
     /// Everything from the runtime's start to its end. Once it is back, every
     /// task of the worker is gone and accounted for.
-    fn work(
+    fn run_until_stopped(
         &mut self,
-        posts: &Rc<Posts>,
-        place: &OnceCell<Rc<Context>>,
+        posts: &Rc<ListenerSet>,
+        place: &OnceCell<Rc<WorkerContext>>,
         ready: Option<&SyncSender<io::Result<()>>>,
-    ) -> Outcome {
+    ) -> ThreadExit {
         let (runtime, inbox) = (self.plan.runtime, Arc::clone(&self.inbox));
         let main = async {
             let main = async {
                 let ctx = match self.set_up() {
                     Ok(ctx) => place.get_or_init(|| ctx),
-                    Err(error) => return Outcome::NotUp(error),
+                    Err(error) => return ThreadExit::StartFailed(error),
                 };
-                self.reopen(ctx, posts);
+                self.reopen_listeners(ctx, posts);
                 if let Some(ready) = ready {
                     let _ = ready.send(Ok(()));
                 }
-                self.serves_again(ctx);
+                self.log_restart(ctx);
                 serve(ctx, &inbox, posts).await
             };
-            let outcome = contained(main).await.unwrap_or(Outcome::Fell("its loop panicked"));
-            if let (Outcome::Fell(_), Some(ctx)) = (&outcome, place.get()) {
-                ctx.engine.fall();
+            let outcome =
+                catch_panic(main).await.unwrap_or(ThreadExit::Panicked("its loop panicked"));
+            if let (ThreadExit::Panicked(_), Some(ctx)) = (&outcome, place.get()) {
+                ctx.engine.mark_broken();
             }
             outcome
         };
         let ran = catch_unwind(AssertUnwindSafe(|| runtime.block_on(main)));
         let outcome = match ran {
             Ok(Ok(outcome)) => outcome,
-            Ok(Err(error)) => Outcome::NotUp(error),
-            Err(_) => Outcome::Fell("its runtime panicked"),
+            Ok(Err(error)) => ThreadExit::StartFailed(error),
+            Err(_) => ThreadExit::Panicked("its runtime panicked"),
         };
         match outcome {
-            Outcome::Fell(why) if place.get().is_none() => Outcome::NotUp(io::Error::other(why)),
+            ThreadExit::Panicked(why) if place.get().is_none() => {
+                ThreadExit::StartFailed(io::Error::other(why))
+            }
             outcome => outcome,
         }
     }
 
-    fn set_up(&mut self) -> io::Result<Rc<Context>> {
-        let Plan { id, runtime, spin, shared, tables, counters, access_log, seed, .. } =
+    fn set_up(&mut self) -> io::Result<Rc<WorkerContext>> {
+        let WorkerConfig { id, runtime, spin, shared, tables, counters, access_log, seed, .. } =
             self.plan.clone();
         let engine = runtime.engine(id, spin, &shared.buffers)?;
         // Of the thread before, if it had a ring.
@@ -224,18 +230,20 @@ impl Life {
         engine.count_for(Arc::clone(&counters));
         let legacy = std::mem::take(&mut self.legacy);
         let reader = tables.reader();
-        Ok(Rc::new(Context::new(id, engine, shared, reader, counters, access_log, seed, legacy)))
+        Ok(Rc::new(WorkerContext::new(
+            id, engine, shared, reader, counters, access_log, seed, legacy,
+        )))
     }
 
     /// Listens where the thread before did.
-    fn reopen(&mut self, ctx: &Rc<Context>, posts: &Rc<Posts>) {
-        for Bequest { bind, socket, retires } in self.posts.drain(..) {
-            let retirement = Rc::new(Retirement::due(retires));
+    fn reopen_listeners(&mut self, ctx: &Rc<WorkerContext>, posts: &Rc<ListenerSet>) {
+        for InheritedListener { bind, socket, retires } in self.posts.drain(..) {
+            let retirement = Rc::new(ListenerRetirement::due(retires));
             listen(ctx, posts, bind, socket, retirement);
         }
     }
 
-    fn serves_again(&self, ctx: &Context) {
+    fn log_restart(&self, ctx: &WorkerContext) {
         if let Some(fell) = self.fell {
             ctx.counters.restarts.add(1);
             let took = clock::now() - fell;
@@ -245,34 +253,40 @@ impl Life {
 
     /// The thread has fallen and its sessions are accounted for: starts the next
     /// one, if there may be one, and closes what this one leaves behind.
-    fn hand_on(mut self, obituary: Obituary, posts: &Posts, ctx: Rc<Context>, why: &str) {
+    fn restart(
+        mut self,
+        obituary: ExitGuard,
+        posts: &ListenerSet,
+        ctx: Rc<WorkerContext>,
+        why: &str,
+    ) {
         let now = clock::now();
         let (worker, counters) = (self.plan.id, &self.plan.counters);
-        counters.panics.cell(Panicked::Worker as usize, 0).add(1);
+        counters.panics.cell(PanicScope::Worker as usize, 0).add(1);
         let sessions = ctx.engine.open_flows();
         tracing::error!(worker, why, sessions, "worker fell: its sessions are reset");
         let engine = ctx.engine.clone();
-        if !self.restarts.one_more(now) {
+        if !self.restarts.allow_restart(now) {
             tracing::error!(
                 worker,
                 restarts = RESTARTS_MAX,
                 "worker falls again and again: the process ends, for a new one is needed"
             );
             drop(ctx);
-            engine.bury();
+            engine.close_all();
             return drop(obituary);
         }
         self.fell = Some(now);
-        self.posts = posts.bequeath();
-        self.legacy = ctx.bequeath();
+        self.posts = posts.take_listeners();
+        self.legacy = ctx.carry_over();
         self.plan.seed = self.plan.seed.wrapping_add(1 << 32);
         drop(ctx);
         self.spawn_next(obituary);
-        engine.bury();
+        engine.close_all();
     }
 
     /// In a thread of its own: this one may take long to close what it has.
-    fn spawn_next(self, mut obituary: Obituary) {
+    fn spawn_next(self, mut obituary: ExitGuard) {
         let (station, worker) = (Arc::clone(&self.station), self.plan.id);
         let waiting = Arc::new(Mutex::new(Some(self)));
         for _ in 0..TRIES_MAX {
@@ -285,7 +299,7 @@ impl Life {
             };
             match std::thread::Builder::new().name(name).spawn(body) {
                 Ok(thread) => {
-                    station.runs_on(thread);
+                    station.set_thread(thread);
                     // The next thread has its own.
                     obituary.0 = None;
                     return;
@@ -302,14 +316,14 @@ impl Life {
 
 /// Starts a listener's task.
 fn listen(
-    ctx: &Rc<Context>,
-    posts: &Rc<Posts>,
+    ctx: &Rc<WorkerContext>,
+    posts: &Rc<ListenerSet>,
     bind: SocketAddr,
     socket: Arc<Socket>,
-    retirement: Rc<Retirement>,
+    retirement: Rc<ListenerRetirement>,
 ) {
     posts.add(bind, Arc::clone(&socket), Rc::clone(&retirement));
-    let (watch, posts) = (Watch(Rc::clone(ctx)), Rc::clone(posts));
+    let (watch, posts) = (ListenerPanicGuard(Rc::clone(ctx)), Rc::clone(posts));
     tokio::task::spawn_local(async move {
         let watch = watch;
         Listener::serve(Rc::clone(&watch.0), bind, socket, Rc::clone(&retirement)).await;
@@ -319,56 +333,56 @@ fn listen(
 
 /// Obeys commands until told to stop; the engine, the listeners and the
 /// sessions are tasks beside it.
-async fn serve(ctx: &Rc<Context>, inbox: &Mailbox, posts: &Rc<Posts>) -> Outcome {
+async fn serve(ctx: &Rc<WorkerContext>, inbox: &Mailbox, posts: &Rc<ListenerSet>) -> ThreadExit {
     let mut engine = tokio::task::spawn_local(ctx.engine.clone().run());
     let pulse = &ctx.counters.pulse;
     loop {
-        pulse.at(Stage::Waiting);
+        pulse.at(WorkerStage::Waiting);
         let command = tokio::select! {
             command = inbox.next(pulse) => command,
-            ended = &mut engine => return Outcome::Fell(engine_ended(ctx, ended)),
-            () = ctx.engine.broken() => return Outcome::Fell("a session panicked in the engine"),
-            () = ctx.alarm.notified() => return Outcome::Fell("a listener panicked"),
+            ended = &mut engine => return ThreadExit::Panicked(engine_ended(ctx, ended)),
+            () = ctx.engine.broken() => return ThreadExit::Panicked("a session panicked in the engine"),
+            () = ctx.alarm.notified() => return ThreadExit::Panicked("a listener panicked"),
         };
-        pulse.at(Stage::Obeying);
+        pulse.at(WorkerStage::RunningCommand);
         match command {
-            Command::Listen(bind, socket) => {
-                listen(ctx, posts, bind, socket, Rc::new(Retirement::default()));
+            WorkerCommand::Listen(bind, socket) => {
+                listen(ctx, posts, bind, socket, Rc::new(ListenerRetirement::default()));
             }
-            Command::Retire(bind) => posts.tell(bind, Retirement::begin),
-            Command::Release(bind) => posts.tell(bind, Retirement::release),
-            Command::CutBackend(backend, cause) => {
+            WorkerCommand::Retire(bind) => posts.retire_after(bind, ListenerRetirement::begin),
+            WorkerCommand::Release(bind) => posts.retire_after(bind, ListenerRetirement::release),
+            WorkerCommand::ResetBackend(backend, cause) => {
                 ctx.engine.cut_backend(backend, cause);
             }
-            Command::CutAll(cause) => {
+            WorkerCommand::ResetAll(cause) => {
                 ctx.engine.cut_all(cause);
             }
-            Command::Collect(reply) => {
+            WorkerCommand::Collect(reply) => {
                 // Who has given up waiting gets it the next time.
                 if !reply.is_closed() {
                     let _ = reply.send(ctx.recorder.borrow_mut().take());
                 }
             }
-            Command::GiveBack(spent) => ctx.recorder.borrow_mut().give_back(spent),
-            Command::Stop => break,
+            WorkerCommand::ReturnHistograms(spent) => ctx.recorder.borrow_mut().give_back(spent),
+            WorkerCommand::Stop => break,
             #[cfg(debug_assertions)]
-            Command::Fault(fault) => {
+            WorkerCommand::Fault(fault) => {
                 ctx.engine.order(fault);
                 ctx.faults.order(fault);
-                ctx.faults.pass(crate::fault_points::Fault::Worker);
+                ctx.faults.pass(crate::fault_points::FaultPoint::Worker);
             }
             #[cfg(debug_assertions)]
-            Command::Stall(time) => clock::pause(time),
+            WorkerCommand::Stall(time) => clock::pause(time),
         }
     }
     // Who is still here has been cut already.
     ctx.broken_off_by.set(Cause::DrainDeadline);
     engine.abort();
-    Outcome::Stopped
+    ThreadExit::Stopped
 }
 
 /// Says why.
-fn engine_ended(ctx: &Context, ended: Result<io::Result<()>, JoinError>) -> &'static str {
+fn engine_ended(ctx: &WorkerContext, ended: Result<io::Result<()>, JoinError>) -> &'static str {
     match ended {
         Ok(Err(error)) => {
             tracing::error!(worker = ctx.id, %error, "the relay engine has failed");
@@ -380,7 +394,7 @@ fn engine_ended(ctx: &Context, ended: Result<io::Result<()>, JoinError>) -> &'st
 
 // === impl Watch ===
 
-impl Drop for Watch {
+impl Drop for ListenerPanicGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.alarm.notify_one();

@@ -2,7 +2,7 @@
 //!
 //! Used by `sender` to write one and by `trust` to read one. Reading is strict
 //! and allocates nothing; it never panics on any bytes and proves nothing until
-//! [`Parsed::verify`] has been asked.
+//! [`ParsedHeartbeat::verify`] has been asked.
 //!
 //! # Format, version 1
 //!
@@ -69,7 +69,7 @@ const HEADER_BYTES: usize = 50;
 
 /// Who sends: checked once, so that encoding cannot fail.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Identity {
+pub struct SenderIdentity {
     pool: Arc<str>,
     name: Arc<str>,
     address: SocketAddr,
@@ -77,7 +77,7 @@ pub struct Identity {
 
 /// Why an identity cannot be sent.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unfit {
+pub enum InvalidIdentity {
     /// The pool's name.
     #[error("the pool name {0:?} is not 1 to 64 of the characters A-Z a-z 0-9 . _ -")]
     Pool(String),
@@ -95,9 +95,9 @@ pub enum Unfit {
 /// What one datagram is to say. Weight, load and interval beyond their bounds
 /// are sent as the nearest bound.
 #[derive(Debug, Clone, Copy)]
-pub struct Draft<'a> {
+pub struct HeartbeatFields<'a> {
     /// Who.
-    pub identity: &'a Identity,
+    pub identity: &'a SenderIdentity,
     /// Number of the secret it is signed with.
     pub key_id: u32,
     /// When the sender started, ms since 1970.
@@ -120,14 +120,14 @@ pub struct Draft<'a> {
 
 /// A datagram ready to be sent; derefs to its bytes.
 #[derive(Clone, Copy)]
-pub struct Datagram {
+pub struct EncodedHeartbeat {
     bytes: [u8; DATAGRAM_BYTES_MAX],
     length: usize,
 }
 
 /// A well-formed datagram, not yet proven.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Parsed<'a> {
+pub struct ParsedHeartbeat<'a> {
     /// Pool it speaks for.
     pub pool: &'a str,
     /// Backend name.
@@ -158,7 +158,7 @@ pub struct Parsed<'a> {
 
 /// What is wrong with the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
+pub enum ParseError {
     /// Fewer bytes than the smallest datagram, or than it announces.
     #[error("too short")]
     Short,
@@ -190,11 +190,11 @@ pub enum Malformed {
 struct Cursor<'a>(&'a [u8]);
 
 /// Writes and signs one datagram.
-pub fn encode(draft: &Draft<'_>, secret: &Secret) -> Datagram {
-    let Identity { pool, name, address } = draft.identity;
+pub fn encode(draft: &HeartbeatFields<'_>, secret: &Secret) -> EncodedHeartbeat {
+    let SenderIdentity { pool, name, address } = draft.identity;
     let family = if address.is_ipv4() { 4 } else { 6 };
     let interval = draft.interval.clamp(Duration::from_millis(1), INTERVAL_MAX);
-    let mut to = Datagram { bytes: [0; DATAGRAM_BYTES_MAX], length: 0 };
+    let mut to = EncodedHeartbeat { bytes: [0; DATAGRAM_BYTES_MAX], length: 0 };
     to.put(&MAGIC);
     to.put(&[VERSION, 0, draft.state.code(), family]);
     to.put(&draft.key_id.to_be_bytes());
@@ -246,24 +246,28 @@ fn is_backend_name(text: &str, address: SocketAddr) -> bool {
 
 // === impl Identity ===
 
-impl Identity {
+impl SenderIdentity {
     /// A backend of `pool` that serves at `address`.
     ///
     /// # Errors
     /// Names outside the configuration's rules, addresses nobody can connect to.
-    pub fn new(pool: &str, name: &str, address: SocketAddr) -> Result<Identity, Unfit> {
+    pub fn new(
+        pool: &str,
+        name: &str,
+        address: SocketAddr,
+    ) -> Result<SenderIdentity, InvalidIdentity> {
         // IPv4 mapped into IPv6 is the IPv4 address everywhere.
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
         if !is_name(pool) {
-            return Err(Unfit::Pool(pool.to_owned()));
+            return Err(InvalidIdentity::Pool(pool.to_owned()));
         }
         if !is_usable(address) {
-            return Err(Unfit::Address(address));
+            return Err(InvalidIdentity::Address(address));
         }
         if !is_backend_name(name, address) {
-            return Err(Unfit::Name(name.to_owned()));
+            return Err(InvalidIdentity::Name(name.to_owned()));
         }
-        Ok(Identity { pool: pool.into(), name: name.into(), address })
+        Ok(SenderIdentity { pool: pool.into(), name: name.into(), address })
     }
 
     /// Pool it speaks for.
@@ -284,7 +288,7 @@ impl Identity {
 
 // === impl Datagram ===
 
-impl Datagram {
+impl EncodedHeartbeat {
     fn put(&mut self, bytes: &[u8]) {
         let end = self.length + bytes.len();
         self.bytes[self.length..end].copy_from_slice(bytes);
@@ -292,7 +296,7 @@ impl Datagram {
     }
 }
 
-impl Deref for Datagram {
+impl Deref for EncodedHeartbeat {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -300,7 +304,7 @@ impl Deref for Datagram {
     }
 }
 
-impl fmt::Debug for Datagram {
+impl fmt::Debug for EncodedHeartbeat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Datagram({} bytes)", self.length)
     }
@@ -308,27 +312,27 @@ impl fmt::Debug for Datagram {
 
 // === impl Parsed ===
 
-impl<'a> Parsed<'a> {
+impl<'a> ParsedHeartbeat<'a> {
     /// Takes a datagram apart.
     ///
     /// # Errors
     /// The first thing wrong, front to back.
-    pub fn read(datagram: &'a [u8]) -> Result<Parsed<'a>, Malformed> {
+    pub fn read(datagram: &'a [u8]) -> Result<ParsedHeartbeat<'a>, ParseError> {
         match datagram.len() {
-            ..DATAGRAM_BYTES_MIN => return Err(Malformed::Short),
+            ..DATAGRAM_BYTES_MIN => return Err(ParseError::Short),
             DATAGRAM_BYTES_MIN..=DATAGRAM_BYTES_MAX => {}
-            _ => return Err(Malformed::Long),
+            _ => return Err(ParseError::Long),
         }
         let (signed, tag) = datagram.split_at(datagram.len() - TAG_BYTES);
         let mut from = Cursor(signed);
         if from.array::<4>()? != MAGIC {
-            return Err(Malformed::Magic);
+            return Err(ParseError::Magic);
         }
         if from.array::<2>()? != [VERSION, 0] {
-            return Err(Malformed::Version);
+            return Err(ParseError::Version);
         }
         let [state, family] = from.array()?;
-        let state = SenderState::from_code(state).ok_or(Malformed::State)?;
+        let state = SenderState::from_code(state).ok_or(ParseError::State)?;
         let key_id = u32::from_be_bytes(from.array()?);
         let incarnation = u64::from_be_bytes(from.array()?);
         let sequence = u64::from_be_bytes(from.array()?);
@@ -342,17 +346,17 @@ impl<'a> Parsed<'a> {
             && (1..=SHARE_MAX).contains(&weight)
             && load <= SHARE_MAX;
         if !bounded {
-            return Err(Malformed::Value);
+            return Err(ParseError::Value);
         }
         let address = from.address(family)?;
         let (pool, name) = (from.text()?, from.text()?);
         if !from.0.is_empty() {
-            return Err(Malformed::Long);
+            return Err(ParseError::Long);
         }
         if !is_name(pool) || !is_backend_name(name, address) {
-            return Err(Malformed::Name);
+            return Err(ParseError::Name);
         }
-        Ok(Parsed {
+        Ok(ParsedHeartbeat {
             pool,
             name,
             address,
@@ -379,33 +383,33 @@ impl<'a> Parsed<'a> {
 // === impl Cursor ===
 
 impl<'a> Cursor<'a> {
-    fn take(&mut self, count: usize) -> Result<&'a [u8], Malformed> {
-        let (head, rest) = self.0.split_at_checked(count).ok_or(Malformed::Short)?;
+    fn take(&mut self, count: usize) -> Result<&'a [u8], ParseError> {
+        let (head, rest) = self.0.split_at_checked(count).ok_or(ParseError::Short)?;
         self.0 = rest;
         Ok(head)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
-        let (head, rest) = self.0.split_first_chunk().ok_or(Malformed::Short)?;
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], ParseError> {
+        let (head, rest) = self.0.split_first_chunk().ok_or(ParseError::Short)?;
         self.0 = rest;
         Ok(*head)
     }
 
-    fn address(&mut self, family: u8) -> Result<SocketAddr, Malformed> {
+    fn address(&mut self, family: u8) -> Result<SocketAddr, ParseError> {
         let port = u16::from_be_bytes(self.array()?);
         let ip = match family {
             4 => Ipv4Addr::from(self.array::<4>()?).into(),
             6 => Ipv6Addr::from(self.array::<16>()?).into(),
-            _ => return Err(Malformed::Address),
+            _ => return Err(ParseError::Address),
         };
         let address = SocketAddr::new(ip, port);
-        if is_usable(address) { Ok(address) } else { Err(Malformed::Address) }
+        if is_usable(address) { Ok(address) } else { Err(ParseError::Address) }
     }
 
-    fn text(&mut self) -> Result<&'a str, Malformed> {
+    fn text(&mut self) -> Result<&'a str, ParseError> {
         let [length] = self.array()?;
         let bytes = self.take(length.into())?;
-        std::str::from_utf8(bytes).map_err(|_| Malformed::Name)
+        std::str::from_utf8(bytes).map_err(|_| ParseError::Name)
     }
 }
 

@@ -1,11 +1,11 @@
 //! The datagram held to its table: round trips, cuts, additions, every bound.
 
 use super::*;
-use crate::testing::{Mouth, START, secret};
+use crate::testing::{START, TestSender, secret};
 use proptest::prelude::*;
 
 fn datagram() -> Vec<u8> {
-    Mouth::new().say().to_vec()
+    TestSender::new().send().to_vec()
 }
 
 /// The bytes with some replaced and signed again: only its form can be wrong.
@@ -18,8 +18,8 @@ fn signed_again(at: usize, bytes: &[u8]) -> Vec<u8> {
     changed
 }
 
-fn wrong(bytes: &[u8]) -> Malformed {
-    Parsed::read(bytes).expect_err("malformed")
+fn wrong(bytes: &[u8]) -> ParseError {
+    ParsedHeartbeat::read(bytes).expect_err("malformed")
 }
 
 /// Made by `scripts/heartbeat.py`'s way of writing, in Python: the format is
@@ -42,7 +42,7 @@ fn every_cut_is_refused() {
     let bytes = datagram();
     for length in 0..bytes.len() {
         let cut = wrong(&bytes[..length]);
-        assert!(matches!(cut, Malformed::Short), "{length}: {cut:?}");
+        assert!(matches!(cut, ParseError::Short), "{length}: {cut:?}");
     }
 }
 
@@ -50,40 +50,40 @@ fn every_cut_is_refused() {
 fn nothing_may_follow() {
     for more in [1, 2, 100, 1_000, 65_000] {
         let bytes = [datagram(), vec![0; more]].concat();
-        assert_eq!(wrong(&bytes), Malformed::Long);
+        assert_eq!(wrong(&bytes), ParseError::Long);
     }
 }
 
 #[test]
 fn names_that_claim_to_be_longer_or_shorter_are_refused() {
-    assert_eq!(wrong(&signed_again(54, &[4])), Malformed::Short);
-    assert_eq!(wrong(&signed_again(54, &[255])), Malformed::Short);
-    assert_eq!(wrong(&signed_again(58, &[0])), Malformed::Long);
+    assert_eq!(wrong(&signed_again(54, &[4])), ParseError::Short);
+    assert_eq!(wrong(&signed_again(54, &[255])), ParseError::Short);
+    assert_eq!(wrong(&signed_again(58, &[0])), ParseError::Long);
 }
 
 #[test]
 fn other_versions_and_flags_are_refused() {
     for at in [4, 5] {
-        assert_eq!(wrong(&signed_again(at, &[2])), Malformed::Version);
+        assert_eq!(wrong(&signed_again(at, &[2])), ParseError::Version);
     }
-    assert_eq!(wrong(&signed_again(0, b"HTTP")), Malformed::Magic);
+    assert_eq!(wrong(&signed_again(0, b"HTTP")), ParseError::Magic);
 }
 
 #[test]
 fn every_field_has_bounds() {
-    let cases: [(usize, &[u8], Malformed); 12] = [
-        (6, &[0], Malformed::State),
-        (6, &[5], Malformed::State),
-        (7, &[5], Malformed::Address),
-        (36, &0_u32.to_be_bytes(), Malformed::Value),
-        (36, &3_600_001_u32.to_be_bytes(), Malformed::Value),
-        (44, &0_u16.to_be_bytes(), Malformed::Value),
-        (44, &1_001_u16.to_be_bytes(), Malformed::Value),
-        (46, &1_001_u16.to_be_bytes(), Malformed::Value),
-        (48, &[0, 0], Malformed::Address),
-        (50, &[0, 0, 0, 0], Malformed::Address),
-        (50, &[224, 0, 0, 1], Malformed::Address),
-        (50, &[255, 255, 255, 255], Malformed::Address),
+    let cases: [(usize, &[u8], ParseError); 12] = [
+        (6, &[0], ParseError::State),
+        (6, &[5], ParseError::State),
+        (7, &[5], ParseError::Address),
+        (36, &0_u32.to_be_bytes(), ParseError::Value),
+        (36, &3_600_001_u32.to_be_bytes(), ParseError::Value),
+        (44, &0_u16.to_be_bytes(), ParseError::Value),
+        (44, &1_001_u16.to_be_bytes(), ParseError::Value),
+        (46, &1_001_u16.to_be_bytes(), ParseError::Value),
+        (48, &[0, 0], ParseError::Address),
+        (50, &[0, 0, 0, 0], ParseError::Address),
+        (50, &[224, 0, 0, 1], ParseError::Address),
+        (50, &[255, 255, 255, 255], ParseError::Address),
     ];
     for (at, bytes, expected) in cases {
         assert_eq!(wrong(&signed_again(at, bytes)), expected, "{bytes:?} at {at}");
@@ -93,10 +93,10 @@ fn every_field_has_bounds() {
 #[test]
 fn names_keep_to_the_configurations_characters() {
     for bad in [b' ', b'/', b':', b'"', 0, 0x7f, 0x80, 0xff] {
-        assert_eq!(wrong(&signed_again(55, &[bad])), Malformed::Name, "pool {bad}");
-        assert_eq!(wrong(&signed_again(59, &[bad])), Malformed::Name, "name {bad}");
+        assert_eq!(wrong(&signed_again(55, &[bad])), ParseError::Name, "pool {bad}");
+        assert_eq!(wrong(&signed_again(59, &[bad])), ParseError::Name, "name {bad}");
     }
-    assert_eq!(wrong(&signed_again(59, b".")), Malformed::Name);
+    assert_eq!(wrong(&signed_again(59, b".")), ParseError::Name);
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn what_an_identity_may_be_called_is_what_a_configuration_may_call_it() {
              [[pool.{quoted}.backend]]\naddress = \"10.0.0.1:80\""
         );
         let configured = tidegate_config::parse(&file, "t.toml").is_ok();
-        let fit = Identity::new(&text, "a", "10.0.0.1:80".parse().unwrap()).is_ok();
+        let fit = SenderIdentity::new(&text, "a", "10.0.0.1:80".parse().unwrap()).is_ok();
         assert_eq!(fit, configured, "{text:?}");
     }
 }
@@ -119,41 +119,41 @@ fn what_an_identity_may_be_called_is_what_a_configuration_may_call_it() {
 #[test]
 fn a_backend_without_a_name_goes_by_its_address() {
     for address in ["10.0.0.1:80", "[2001:db8::1]:80"] {
-        let mut mouth = Mouth::named("web", address, address);
-        assert_eq!(Parsed::read(&mouth.say()).unwrap().name, address);
+        let mut mouth = TestSender::named("web", address, address);
+        assert_eq!(ParsedHeartbeat::read(&mouth.send()).unwrap().name, address);
     }
-    let other = Identity::new("web", "10.0.0.2:80", "10.0.0.1:80".parse().unwrap());
-    assert!(matches!(other, Err(Unfit::Name(_))));
+    let other = SenderIdentity::new("web", "10.0.0.2:80", "10.0.0.1:80".parse().unwrap());
+    assert!(matches!(other, Err(InvalidIdentity::Name(_))));
 }
 
 #[test]
 fn addresses_nobody_can_connect_to_are_refused() {
     for address in ["0.0.0.0:80", "10.0.0.1:0", "[::]:80", "[fe80::1]:80"] {
-        let refused = Identity::new("web", "a", address.parse().unwrap());
-        assert!(matches!(refused, Err(Unfit::Address(_))), "{address}");
+        let refused = SenderIdentity::new("web", "a", address.parse().unwrap());
+        assert!(matches!(refused, Err(InvalidIdentity::Address(_))), "{address}");
     }
 }
 
 #[test]
 fn ipv4_address_mapped_into_ipv6_is_announced_as_ipv4() {
     let mapped = "[::ffff:10.0.0.1]:80".parse().unwrap();
-    let identity = Identity::new("web", "10.0.0.1:80", mapped).unwrap();
+    let identity = SenderIdentity::new("web", "10.0.0.1:80", mapped).unwrap();
     assert_eq!(identity.address(), "10.0.0.1:80".parse().unwrap());
 }
 
 #[test]
 fn the_largest_and_the_smallest_are_what_their_constants_say() {
     let long = "x".repeat(NAME_BYTES_MAX);
-    let largest = Mouth::named(&long, &long, "[2001:db8::1]:65535").say();
+    let largest = TestSender::named(&long, &long, "[2001:db8::1]:65535").send();
     assert_eq!(largest.len(), DATAGRAM_BYTES_MAX);
-    assert_eq!(Mouth::named("p", "n", "10.0.0.1:1").say().len(), DATAGRAM_BYTES_MIN);
+    assert_eq!(TestSender::named("p", "n", "10.0.0.1:1").send().len(), DATAGRAM_BYTES_MIN);
     const { assert!(DATAGRAM_BYTES_MAX <= 512) };
 }
 
 #[test]
 fn only_the_same_secret_verifies() {
     let bytes = datagram();
-    let parsed = Parsed::read(&bytes).unwrap();
+    let parsed = ParsedHeartbeat::read(&bytes).unwrap();
     assert!(parsed.verify(&secret(1)));
     assert!(!parsed.verify(&secret(2)));
 }
@@ -182,15 +182,15 @@ proptest! {
         sequence: u64, sent: u64, interval in 1_u64..=3_600_000, state in 0_usize..4,
         weight in 1_u16..=1_000, in_flight: u32, load in 0_u16..=1_000, bytes in any::<[u8; 32]>(),
     ) {
-        let identity = Identity::new(&pool, &name, address).unwrap();
+        let identity = SenderIdentity::new(&pool, &name, address).unwrap();
         let (state, interval) = (SenderState::ALL[state], Duration::from_millis(interval));
-        let draft = Draft {
+        let draft = HeartbeatFields {
             identity: &identity, key_id, incarnation, sequence, sent, interval, state, weight,
             in_flight, load,
         };
         let secret = Secret::new(&bytes).unwrap();
         let datagram = encode(&draft, &secret);
-        let read = Parsed::read(&datagram).unwrap();
+        let read = ParsedHeartbeat::read(&datagram).unwrap();
         prop_assert!(read.verify(&secret));
         prop_assert_eq!((read.pool, read.name, read.address), (&*pool, &*name, address));
         prop_assert_eq!((read.key_id, read.incarnation, read.sequence), (key_id, incarnation, sequence));
@@ -200,21 +200,21 @@ proptest! {
 
     #[test]
     fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-        let _ = Parsed::read(&bytes);
+        let _ = ParsedHeartbeat::read(&bytes);
         let mut like_ours = datagram();
         let end = like_ours.len().min(bytes.len() + 6);
         like_ours[6..end].copy_from_slice(&bytes[..end - 6]);
-        let _ = Parsed::read(&like_ours);
+        let _ = ParsedHeartbeat::read(&like_ours);
     }
 
     #[test]
     fn values_beyond_their_bounds_are_sent_as_the_bounds(weight: u16, load: u16, interval: u64) {
-        let mouth = Mouth { incarnation: START, ..Mouth::new() };
-        let draft = Draft {
+        let mouth = TestSender { incarnation: START, ..TestSender::new() };
+        let draft = HeartbeatFields {
             weight, load, interval: Duration::from_millis(interval), ..mouth.draft()
         };
         let datagram = encode(&draft, &mouth.secret);
-        let read = Parsed::read(&datagram).unwrap();
+        let read = ParsedHeartbeat::read(&datagram).unwrap();
         prop_assert_eq!(read.weight, weight.clamp(1, SHARE_MAX));
         prop_assert_eq!(read.load, load.min(SHARE_MAX));
     }

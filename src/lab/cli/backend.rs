@@ -4,7 +4,7 @@
 //! prints what they did; serving itself is `load`'s.
 
 use crate::cli::threads::{self, WorkArgs};
-use crate::load::{self, Behaviour, Served, Service};
+use crate::load::{self, Behaviour, ServeReport, Service};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use std::net::SocketAddr;
@@ -108,7 +108,7 @@ fn run(args: &BackendArgs, service: Service) -> std::io::Result<()> {
     }
     threads::watch(&crew)?;
     let served = crew.join()?;
-    let sum = served.iter().fold(Served::default(), |sum, one| sum.merge(one));
+    let sum = served.iter().fold(ServeReport::default(), |sum, one| sum.merge(one));
     tidegate_client::command::print(&shown(args, &sum));
     Ok(())
 }
@@ -166,8 +166,9 @@ fn above_zero(option: &str, value: usize) -> Result<usize, String> {
     if value == 0 { Err(format!("{option} must be above zero")) } else { Ok(value) }
 }
 
-fn shown(args: &BackendArgs, served: &Served) -> String {
-    let Served { accepted, open, requests, bytes_in, bytes_out, failed, reset, refused } = *served;
+fn shown(args: &BackendArgs, served: &ServeReport) -> String {
+    let ServeReport { accepted, open, requests, bytes_in, bytes_out, failed, reset, refused } =
+        *served;
     if args.work.json {
         return json!({
             "accepted": accepted, "open": open, "requests": requests, "bytes_in": bytes_in,

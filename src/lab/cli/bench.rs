@@ -4,7 +4,7 @@
 //! prints; the load itself is `load`'s.
 
 use crate::cli::threads::{self, WorkArgs};
-use crate::load::{self, Close, Kind, Mode, Plan, Report, Window};
+use crate::load::{self, CloseMode, LoadErrorKind, LoadMode, LoadPlan, LoadReport, ReportWindow};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -134,14 +134,14 @@ pub fn main(args: &BenchArgs) -> Exit {
 }
 
 /// What the mode needs of a server, if the server seems not to have it.
-fn hint(args: &BenchArgs, report: &Report) -> String {
-    let wrong = [Kind::Excess, Kind::Closed, Kind::Unanswered];
-    let count = |kind: &Kind| report.errors(*kind);
+fn hint(args: &BenchArgs, report: &LoadReport) -> String {
+    let wrong = [LoadErrorKind::Excess, LoadErrorKind::Closed, LoadErrorKind::Unanswered];
+    let count = |kind: &LoadErrorKind| report.errors(*kind);
     let asks = matches!(args.mode, ModeName::PingPong | ModeName::Short | ModeName::OpenLoop);
     if !asks || wrong.iter().all(|kind| count(kind) == 0) {
         return String::new();
     }
-    let what = match count(&Kind::Excess) {
+    let what = match count(&LoadErrorKind::Excess) {
         0 => "gave no answer of that length",
         _ => "sent more than that",
     };
@@ -155,7 +155,7 @@ fn hint(args: &BenchArgs, report: &Report) -> String {
     )
 }
 
-fn run(args: &BenchArgs, plan: Plan) -> Result<Report, String> {
+fn run(args: &BenchArgs, plan: LoadPlan) -> Result<LoadReport, String> {
     let limit = tidegate_net::limits::raise_descriptor_limit();
     let needed = plan.connections as u64 + DESCRIPTORS_SPARE;
     if needed > limit {
@@ -176,7 +176,7 @@ fn run(args: &BenchArgs, plan: Plan) -> Result<Report, String> {
     sum.ok_or_else(|| "no thread ran".to_owned())
 }
 
-fn plan(args: &BenchArgs) -> Result<Plan, String> {
+fn plan(args: &BenchArgs) -> Result<LoadPlan, String> {
     senseless(args)?;
     let (mode, size) = mode(args)?;
     let size = args.size.unwrap_or(size);
@@ -187,7 +187,7 @@ fn plan(args: &BenchArgs) -> Result<Plan, String> {
     if connections < args.work.threads {
         return Err("--connections must be no fewer than --threads".to_owned());
     }
-    Ok(Plan {
+    Ok(LoadPlan {
         target: args.to,
         mode,
         connections,
@@ -217,23 +217,23 @@ fn senseless(args: &BenchArgs) -> Result<(), String> {
 }
 
 /// The mode and the size it has where none is given.
-fn mode(args: &BenchArgs) -> Result<(Mode, usize), String> {
+fn mode(args: &BenchArgs) -> Result<(LoadMode, usize), String> {
     let close = match args.close {
-        Some(CloseName::Reset) => Close::Reset,
-        Some(CloseName::Fin) | None => Close::Fin,
+        Some(CloseName::Reset) => CloseMode::Reset,
+        Some(CloseName::Fin) | None => CloseMode::Fin,
     };
     let lifetime = args.lifetime.unwrap_or(Duration::from_secs(1));
     Ok(match args.mode {
-        ModeName::PingPong => (Mode::PingPong, 64),
-        ModeName::Short => (Mode::Short(close), 64),
-        ModeName::Upload => (Mode::Upload, 128 * 1024),
-        ModeName::Download => (Mode::Download, 1),
+        ModeName::PingPong => (LoadMode::PingPong, 64),
+        ModeName::Short => (LoadMode::Short(close), 64),
+        ModeName::Upload => (LoadMode::Upload, 128 * 1024),
+        ModeName::Download => (LoadMode::Download, 1),
         ModeName::OpenLoop => {
             let rate = args.rate.ok_or("open-loop needs --rate")?;
-            (Mode::OpenLoop { rate }, 64)
+            (LoadMode::OpenLoop { rate }, 64)
         }
-        ModeName::Idle => (Mode::Idle, 0),
-        ModeName::Churn => (Mode::Churn { lifetime, close }, 0),
+        ModeName::Idle => (LoadMode::Idle, 0),
+        ModeName::Churn => (LoadMode::Churn { lifetime, close }, 0),
     })
 }
 
@@ -253,7 +253,7 @@ fn sources(args: &BenchArgs) -> Result<u8, String> {
 // === what is printed ===
 
 /// What the mode is about: requests, connections or bytes.
-fn done(mode: ModeName, report: &Report) -> u64 {
+fn done(mode: ModeName, report: &LoadReport) -> u64 {
     match mode {
         ModeName::PingPong | ModeName::Short | ModeName::OpenLoop => report.requests,
         ModeName::Upload => report.bytes_out,
@@ -262,7 +262,7 @@ fn done(mode: ModeName, report: &Report) -> u64 {
     }
 }
 
-fn show(args: &BenchArgs, report: &Report) {
+fn show(args: &BenchArgs, report: &LoadReport) {
     let text = match (args.work.json, args.every) {
         (true, None) => format!("{:#}", document(args, report)),
         (true, Some(_)) => document(args, report).to_string(),
@@ -273,8 +273,8 @@ fn show(args: &BenchArgs, report: &Report) {
 
 /// Prints each window once every thread has handed in its part, until the threads
 /// have ended.
-fn show_windows(args: &BenchArgs, over: mpsc::Receiver<Window>) {
-    let mut parts: BTreeMap<u64, (usize, Report)> = BTreeMap::new();
+fn show_windows(args: &BenchArgs, over: mpsc::Receiver<ReportWindow>) {
+    let mut parts: BTreeMap<u64, (usize, LoadReport)> = BTreeMap::new();
     for (number, part) in over {
         let (count, sum) = match parts.remove(&number) {
             Some((count, sum)) => (count + 1, sum.merge(&part)),
@@ -297,7 +297,7 @@ fn show_windows(args: &BenchArgs, over: mpsc::Receiver<Window>) {
     }
 }
 
-fn window_line(args: &BenchArgs, number: u64, report: &Report) -> String {
+fn window_line(args: &BenchArgs, number: u64, report: &LoadReport) -> String {
     let seconds = report.elapsed.as_secs_f64();
     let amount = done(args.mode, report) as f64;
     let mut text = format!("{number:>6}: {:>10.0} /s", amount / seconds.max(f64::MIN_POSITIVE));
@@ -320,7 +320,7 @@ const PERCENTILES: [(f64, &str); 6] = [
     (99.99, "p99.99"),
 ];
 
-fn document(args: &BenchArgs, report: &Report) -> Value {
+fn document(args: &BenchArgs, report: &LoadReport) -> Value {
     let seconds = report.elapsed.as_secs_f64();
     let each_second = |count: u64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
     let errors: serde_json::Map<String, Value> =
@@ -354,7 +354,7 @@ fn document(args: &BenchArgs, report: &Report) -> Value {
     })
 }
 
-fn lines(args: &BenchArgs, report: &Report) -> String {
+fn lines(args: &BenchArgs, report: &LoadReport) -> String {
     let mut text = String::new();
     let seconds = report.elapsed.as_secs_f64();
     let each_second = |count: u64| count as f64 / seconds.max(f64::MIN_POSITIVE);

@@ -21,11 +21,11 @@ mod split;
 mod traffic;
 
 use backends::Backends;
-use balancer::{Balancer, Ended};
+use balancer::{DemoBalancer, Ended};
 use clap::Args;
-use place::Place;
-use screen::{Gone, Screen};
-use show::{Show, Time, Verdict};
+use place::DemoDirectory;
+use screen::{OutputClosed, Screen};
+use show::{DemoResult, DemoScript, Time};
 use std::io;
 use std::time::Duration;
 use tidegate_client::command::{Exit, duration};
@@ -54,10 +54,10 @@ const LENGTH_MIN: Duration = Duration::from_secs(5);
 const DRAIN_MORE: Duration = Duration::from_secs(60);
 
 /// What could not even be started.
-type Trouble = String;
+type DemoError = String;
 
 /// Signals that end the demo.
-struct Stop([Signal; 3]);
+struct DemoStopSignals([Signal; 3]);
 
 /// Runs the demo: [`Exit::Fine`] only if everything it promises was seen.
 pub fn main(args: DemoArgs) -> Exit {
@@ -70,21 +70,22 @@ pub fn main(args: DemoArgs) -> Exit {
     }
 }
 
-fn run(args: &DemoArgs) -> Result<Exit, Trouble> {
+fn run(args: &DemoArgs) -> Result<Exit, DemoError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| format!("cannot start a runtime: {error}"))?;
     // Before anything that would have to be cleaned up.
-    let mut stop = Stop::listen(&runtime).map_err(|error| format!("no signals: {error}"))?;
+    let mut stop =
+        DemoStopSignals::listen(&runtime).map_err(|error| format!("no signals: {error}"))?;
     let started = clock::now();
     let length = args.duration.max(LENGTH_MIN);
 
     let backends = Backends::start(usize::from(args.backends))
         .map_err(|error| format!("cannot start the backends: {error}"))?;
     let drain = length + args.play.unwrap_or_default() + DRAIN_MORE;
-    let place = Place::create(drain).map_err(|error| error.to_string())?;
-    let balancer = Balancer::start(&place, backends.all())?;
+    let place = DemoDirectory::create(drain).map_err(|error| error.to_string())?;
+    let balancer = DemoBalancer::start(&place, backends.all())?;
 
     let screen = Screen::new(length);
     if length > args.duration {
@@ -93,10 +94,10 @@ fn run(args: &DemoArgs) -> Result<Exit, Trouble> {
         let _ = screen.line(&format!("--for {asked} is too short to show everything: {takes}"));
     }
     let time = Time { started, length, play: args.play };
-    let show = Show::new(&screen, &backends, &place, &balancer, time);
+    let show = DemoScript::new(&screen, &backends, &place, &balancer, time);
     let verdict = runtime.block_on(async {
         tokio::select! {
-            ended = show.run() => ended.unwrap_or_else(|Gone| show.cut_short("nobody reads on")),
+            ended = show.run() => ended.unwrap_or_else(|OutputClosed| show.cut_short("nobody reads on")),
             () = stop.came() => show.cut_short("interrupted"),
             never = screen.progress() => match never {},
         }
@@ -107,7 +108,7 @@ fn run(args: &DemoArgs) -> Result<Exit, Trouble> {
 }
 
 /// Waits for the balancer's end and sums up.
-fn finish(screen: &Screen, balancer: Balancer, mut verdict: Verdict) -> Exit {
+fn finish(screen: &Screen, balancer: DemoBalancer, mut verdict: DemoResult) -> Exit {
     let Ended { cut, broken } = balancer.wait();
     if !broken.is_empty() {
         verdict.broken.extend(broken);
@@ -132,10 +133,10 @@ fn finish(screen: &Screen, balancer: Balancer, mut verdict: Verdict) -> Exit {
 
 // === impl Stop ===
 
-impl Stop {
-    fn listen(runtime: &Runtime) -> io::Result<Stop> {
+impl DemoStopSignals {
+    fn listen(runtime: &Runtime) -> io::Result<DemoStopSignals> {
         let _entered = runtime.enter();
-        Ok(Stop([
+        Ok(DemoStopSignals([
             signal(SignalKind::interrupt())?,
             signal(SignalKind::terminate())?,
             signal(SignalKind::hangup())?,

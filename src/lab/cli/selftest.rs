@@ -10,11 +10,11 @@
 mod balancer;
 mod world;
 
-use crate::ledger::{Fault, Kind};
+use crate::ledger::{StreamFault, StreamFaultKind};
 use clap::Args;
 use std::time::Duration;
 use tidegate_client::command::{Exit, duration};
-use world::{Step, World};
+use world::{SelftestStep, SelftestWorld};
 
 /// Help after the options.
 pub const HELP: &str = "\
@@ -50,16 +50,16 @@ pub struct SelftestArgs {
 }
 
 /// What could not even be tried.
-type Trouble = String;
+type SelftestError = String;
 
 /// What a run came to.
 #[derive(Debug)]
-struct Outcome {
+struct SelftestOutcome {
     streams: u64,
     bytes: u64,
     /// Streams that dying backends took with them.
     cut: usize,
-    faults: Vec<Fault>,
+    faults: Vec<StreamFault>,
     /// Other promises that were not kept.
     broken: Vec<String>,
     log: String,
@@ -82,24 +82,24 @@ pub fn main(args: &SelftestArgs) -> Exit {
     }
 }
 
-fn run(args: &SelftestArgs, seed: u64) -> Result<Outcome, Trouble> {
-    let world = World::start(seed)?;
+fn run(args: &SelftestArgs, seed: u64) -> Result<SelftestOutcome, SelftestError> {
+    let world = SelftestWorld::start(seed)?;
     world.run(&plan(args, seed), args.duration)
 }
 
 /// Everything that is to be done, in the seed's order.
-fn plan(args: &SelftestArgs, seed: u64) -> Vec<Step> {
+fn plan(args: &SelftestArgs, seed: u64) -> Vec<SelftestStep> {
     let times = |step, count: u32| std::iter::repeat_n(step, count as usize);
-    let mut steps: Vec<Step> = times(Step::Reload, args.reloads)
-        .chain(times(Step::Upgrade, args.upgrades))
-        .chain(times(Step::Kill, args.kills))
+    let mut steps: Vec<SelftestStep> = times(SelftestStep::Reload, args.reloads)
+        .chain(times(SelftestStep::Upgrade, args.upgrades))
+        .chain(times(SelftestStep::Kill, args.kills))
         .collect();
     fastrand::Rng::with_seed(seed).shuffle(&mut steps);
     steps
 }
 
-fn judge(outcome: &Outcome, seed: u64) -> Exit {
-    let Outcome { streams, bytes, cut, faults, broken, log } = outcome;
+fn judge(outcome: &SelftestOutcome, seed: u64) -> Exit {
+    let SelftestOutcome { streams, bytes, cut, faults, broken, log } = outcome;
     println!("{streams} streams, {} MB, each byte checked", bytes / 1_000_000);
     if *cut > 0 {
         println!("{cut} of them ended with the backend that had them, as they must");
@@ -119,7 +119,7 @@ fn judge(outcome: &Outcome, seed: u64) -> Exit {
     Exit::Failed
 }
 
-fn verdict(faults: &[Fault]) -> String {
+fn verdict(faults: &[StreamFault]) -> String {
     let [refused, reset, wrong, silent] = streams_with(faults);
     let mut text = format!("{refused} refused, {reset} reset, {wrong} bytes wrong");
     if silent > 0 {
@@ -130,8 +130,14 @@ fn verdict(faults: &[Fault]) -> String {
 
 /// Streams, not faults, for both ends may complain of the same:
 /// how many streams were refused, were reset, had wrong bytes, fell silent.
-pub(crate) fn streams_with(faults: &[Fault]) -> [usize; 4] {
-    [Kind::Refused, Kind::Reset, Kind::Wrong, Kind::Silent].map(|kind| {
+pub(crate) fn streams_with(faults: &[StreamFault]) -> [usize; 4] {
+    [
+        StreamFaultKind::Refused,
+        StreamFaultKind::Reset,
+        StreamFaultKind::Wrong,
+        StreamFaultKind::Silent,
+    ]
+    .map(|kind| {
         let of_kind = faults.iter().filter(|fault| fault.kind == kind);
         let mut seeds: Vec<_> = of_kind.map(|fault| fault.plan.map(|plan| plan.seed)).collect();
         seeds.sort_unstable();
@@ -152,7 +158,10 @@ mod tests {
     fn the_plan_holds_what_was_asked_for_in_the_seeds_order() {
         let steps = plan(&args(50, 5, 3), 7);
         let count = |step| steps.iter().filter(|one| **one == step).count();
-        assert_eq!((count(Step::Reload), count(Step::Upgrade), count(Step::Kill)), (50, 5, 3));
+        assert_eq!(
+            (count(SelftestStep::Reload), count(SelftestStep::Upgrade), count(SelftestStep::Kill)),
+            (50, 5, 3)
+        );
         assert_eq!(steps, plan(&args(50, 5, 3), 7));
         assert_ne!(steps, plan(&args(50, 5, 3), 8));
         assert!(plan(&args(0, 0, 0), 7).is_empty());
@@ -161,13 +170,17 @@ mod tests {
     #[test]
     fn the_verdict_counts_streams_by_what_went_wrong() {
         assert_eq!(verdict(&[]), "0 refused, 0 reset, 0 bytes wrong");
-        let sizes = crate::ledger::Sizes { most: 9, large_one_in: 0 };
-        let fault = |kind, seed| Fault {
+        let sizes = crate::ledger::StreamSizes { most: 9, large_one_in: 0 };
+        let fault = |kind, seed| StreamFault {
             kind,
-            plan: Some(crate::ledger::Plan::of(seed, sizes, false)),
+            plan: Some(crate::ledger::StreamPlan::of(seed, sizes, false)),
             text: "x".to_owned(),
         };
-        let faults = [fault(Kind::Reset, 1), fault(Kind::Reset, 1), fault(Kind::Silent, 2)];
+        let faults = [
+            fault(StreamFaultKind::Reset, 1),
+            fault(StreamFaultKind::Reset, 1),
+            fault(StreamFaultKind::Silent, 2),
+        ];
         assert_eq!(verdict(&faults), "0 refused, 1 reset, 0 bytes wrong, 1 silent");
     }
 }

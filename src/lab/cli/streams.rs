@@ -5,7 +5,7 @@
 
 use super::selftest::streams_with;
 use crate::cli::threads;
-use crate::ledger::{Backend, Ledger, Sizes};
+use crate::ledger::{Ledger, LedgerBackend, StreamSizes};
 use clap::Args;
 use serde_json::{Value, json};
 use std::io;
@@ -91,10 +91,10 @@ pub fn main(args: &StreamsArgs) -> Exit {
 }
 
 fn run(args: &StreamsArgs) -> io::Result<Arc<Ledger>> {
-    let sizes = Sizes { most: args.size as u64, large_one_in: LARGE_ONE_IN };
+    let sizes = StreamSizes { most: args.size as u64, large_one_in: LARGE_ONE_IN };
     let ledger = Arc::new(Ledger::new(sizes, true, SILENCE));
     let backends = args.listen.iter().map(|address| {
-        Backend::start_at(*address, Arc::clone(&ledger))
+        LedgerBackend::start_at(*address, Arc::clone(&ledger))
             .map_err(|error| io::Error::other(format!("cannot listen on {address}: {error}")))
     });
     // Dropped, and so ended, after the last stream.
@@ -118,7 +118,7 @@ fn watch(args: &StreamsArgs, ledger: &Ledger) -> io::Result<()> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let end = clock::now() + args.duration;
-        let mut shown = Pace::new(clock::now(), args.every);
+        let mut shown = Ticker::new(clock::now(), args.every);
         let mut look = tokio::time::interval(LOOK);
         while clock::now() < end {
             tokio::select! {
@@ -135,14 +135,14 @@ fn watch(args: &StreamsArgs, ledger: &Ledger) -> io::Result<()> {
 }
 
 /// Something that is to happen at even distances.
-struct Pace {
+struct Ticker {
     every: Option<Duration>,
     next: Option<Instant>,
 }
 
-impl Pace {
-    fn new(now: Instant, every: Option<Duration>) -> Pace {
-        Pace { every, next: every.map(|every| now + every) }
+impl Ticker {
+    fn new(now: Instant, every: Option<Duration>) -> Ticker {
+        Ticker { every, next: every.map(|every| now + every) }
     }
 
     /// Whether it is time; what was missed meanwhile is left out.
@@ -204,10 +204,10 @@ mod tests {
     #[test]
     fn what_was_missed_while_late_is_left_out() {
         let begin = clock::now();
-        let mut pace = Pace::new(begin, Some(Duration::from_secs(1)));
+        let mut pace = Ticker::new(begin, Some(Duration::from_secs(1)));
         let after = |tenths: u64| begin + Duration::from_millis(100 * tenths);
         let due = [9, 10, 11, 45, 46, 60].map(|tenths| pace.is_due(after(tenths)));
         assert_eq!(due, [false, true, false, true, false, true]);
-        assert!(!Pace::new(begin, None).is_due(after(100)));
+        assert!(!Ticker::new(begin, None).is_due(after(100)));
     }
 }

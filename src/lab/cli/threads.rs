@@ -3,7 +3,7 @@
 //!
 //! Used by those two commands. It knows nothing of what the threads do.
 
-use crate::load::{Crew, Gauge};
+use crate::load::{LoadProgress, LoadThreads};
 use clap::Args;
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::Ordering::Relaxed;
@@ -53,12 +53,12 @@ impl WorkArgs {
 
 /// Waits until the threads end, by themselves or because SIGINT or SIGTERM
 /// came; shows their progress where standard error is a terminal.
-pub(crate) fn watch<T: Send + 'static>(crew: &Crew<T>) -> io::Result<()> {
+pub(crate) fn watch<T: Send + 'static>(crew: &LoadThreads<T>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
-        let mut line = Line::new(clock::now());
+        let mut line = ProgressLine::new(clock::now());
         let mut look = tokio::time::interval(LOOK);
         loop {
             tokio::select! {
@@ -76,7 +76,7 @@ pub(crate) fn watch<T: Send + 'static>(crew: &Crew<T>) -> io::Result<()> {
 }
 
 /// The progress line.
-struct Line {
+struct ProgressLine {
     live: bool,
     began: Instant,
     last: Instant,
@@ -85,13 +85,13 @@ struct Line {
     shown: bool,
 }
 
-impl Line {
-    fn new(now: Instant) -> Line {
+impl ProgressLine {
+    fn new(now: Instant) -> ProgressLine {
         let live = io::stderr().is_terminal();
-        Line { live, began: now, last: now, units: 0, bytes: 0, shown: false }
+        ProgressLine { live, began: now, last: now, units: 0, bytes: 0, shown: false }
     }
 
-    fn show<'g>(&mut self, now: Instant, gauges: impl Iterator<Item = &'g Gauge>) {
+    fn show<'g>(&mut self, now: Instant, gauges: impl Iterator<Item = &'g LoadProgress>) {
         let since = now.duration_since(self.last);
         if !self.live || since < PROGRESS {
             return;

@@ -28,27 +28,27 @@ const SEED_MAX: Duration = Duration::from_secs(2);
 
 /// A listening backend.
 #[derive(Debug)]
-pub struct Backend {
+pub struct LedgerBackend {
     address: SocketAddr,
     ledger: Arc<Ledger>,
-    running: Option<Running>,
+    running: Option<LedgerConnection>,
 }
 
 #[derive(Debug)]
-struct Running {
+struct LedgerConnection {
     listener: Arc<Socket>,
-    shared: Arc<Shared>,
+    shared: Arc<LedgerShared>,
     acceptor: JoinHandle<()>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+struct LedgerShared {
     stopping: AtomicBool,
-    open: Mutex<HashMap<u64, Open>>,
+    open: Mutex<HashMap<u64, OpenStreams>>,
 }
 
 #[derive(Debug)]
-struct Open {
+struct OpenStreams {
     socket: Arc<Socket>,
     /// Once it has said so.
     seed: Option<u64>,
@@ -56,21 +56,21 @@ struct Open {
 
 // === impl Backend ===
 
-impl Backend {
+impl LedgerBackend {
     /// Listens on a free port of 127.0.0.1.
     ///
     /// # Errors
     /// No port, descriptor or thread is left.
-    pub fn start(ledger: Arc<Ledger>) -> io::Result<Backend> {
-        Backend::start_at(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), ledger)
+    pub fn start(ledger: Arc<Ledger>) -> io::Result<LedgerBackend> {
+        LedgerBackend::start_at(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), ledger)
     }
 
     /// Listens there; port 0 is any.
     ///
     /// # Errors
-    /// As with [`Backend::start`], or somebody else listens there.
-    pub fn start_at(address: SocketAddr, ledger: Arc<Ledger>) -> io::Result<Backend> {
-        let mut backend = Backend { address, ledger, running: None };
+    /// As with [`LedgerBackend::start`], or somebody else listens there.
+    pub fn start_at(address: SocketAddr, ledger: Arc<Ledger>) -> io::Result<LedgerBackend> {
+        let mut backend = LedgerBackend { address, ledger, running: None };
         backend.revive()?;
         Ok(backend)
     }
@@ -97,14 +97,14 @@ impl Backend {
         let listener = Arc::new(listener.ok_or_else(|| io::Error::other("no socket"))?);
         let bound = listener.local_addr()?.as_socket();
         self.address = bound.ok_or_else(|| io::Error::other("no address"))?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(LedgerShared::default());
         let accept = {
             let (listener, shared) = (Arc::clone(&listener), Arc::clone(&shared));
             let ledger = Arc::clone(&self.ledger);
             move || accept_all(&listener, &shared, &ledger)
         };
         let acceptor = std::thread::Builder::new().name("backend".to_owned()).spawn(accept)?;
-        self.running = Some(Running { listener, shared, acceptor });
+        self.running = Some(LedgerConnection { listener, shared, acceptor });
         Ok(())
     }
 
@@ -113,7 +113,9 @@ impl Backend {
     /// balancer could save: every connection the kernel has let in was accepted
     /// and has begun.
     pub fn kill(&mut self) -> usize {
-        let Some(Running { listener, shared, acceptor }) = self.running.take() else { return 0 };
+        let Some(LedgerConnection { listener, shared, acceptor }) = self.running.take() else {
+            return 0;
+        };
         let mut cut = self.cut(&shared);
         // On failure a few streams more are cut, and not excused.
         let _ = listen::retire(&listener);
@@ -125,7 +127,7 @@ impl Backend {
         let deadline = clock::now() + SEED_MAX;
         loop {
             cut += self.cut(&shared);
-            let silent = |open: &Open| open.seed.is_none();
+            let silent = |open: &OpenStreams| open.seed.is_none();
             if !held(&shared.open).values().any(silent) || clock::now() >= deadline {
                 return cut;
             }
@@ -134,7 +136,7 @@ impl Backend {
     }
 
     /// Resets every connection that has said which stream it is.
-    fn cut(&self, shared: &Shared) -> usize {
+    fn cut(&self, shared: &LedgerShared) -> usize {
         let mut cut = 0;
         held(&shared.open).retain(|_, open| {
             let Some(seed) = open.seed else { return true };
@@ -149,16 +151,16 @@ impl Backend {
     }
 }
 
-impl Drop for Backend {
+impl Drop for LedgerBackend {
     fn drop(&mut self) {
-        if let Some(Running { shared, acceptor, .. }) = self.running.take() {
+        if let Some(LedgerConnection { shared, acceptor, .. }) = self.running.take() {
             shared.stopping.store(true, Ordering::Relaxed);
             let _ = acceptor.join();
         }
     }
 }
 
-fn accept_all(listener: &Socket, shared: &Arc<Shared>, ledger: &Arc<Ledger>) {
+fn accept_all(listener: &Socket, shared: &Arc<LedgerShared>, ledger: &Arc<Ledger>) {
     let mut number = 0u64;
     loop {
         match listen::accept(listener) {
@@ -173,12 +175,12 @@ fn accept_all(listener: &Socket, shared: &Arc<Shared>, ledger: &Arc<Ledger>) {
     }
 }
 
-fn serve(number: u64, socket: OwnedFd, shared: &Arc<Shared>, ledger: &Arc<Ledger>) {
+fn serve(number: u64, socket: OwnedFd, shared: &Arc<LedgerShared>, ledger: &Arc<Ledger>) {
     let socket = Arc::new(Socket::from(socket));
     if socket.set_nonblocking(false).is_err() {
         return;
     }
-    held(&shared.open).insert(number, Open { socket: Arc::clone(&socket), seed: None });
+    held(&shared.open).insert(number, OpenStreams { socket: Arc::clone(&socket), seed: None });
     let (of_this, ledger) = (Arc::clone(shared), Arc::clone(ledger));
     let run = move || {
         ledger.serve(&socket, |seed| {
@@ -195,10 +197,10 @@ fn serve(number: u64, socket: OwnedFd, shared: &Arc<Shared>, ledger: &Arc<Ledger
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Kind, Sizes};
+    use super::super::{StreamFaultKind, StreamSizes};
     use super::*;
 
-    const SMALL: Sizes = Sizes { most: 64 * 1024, large_one_in: 0 };
+    const SMALL: StreamSizes = StreamSizes { most: 64 * 1024, large_one_in: 0 };
 
     fn ledger() -> Arc<Ledger> {
         Arc::new(Ledger::new(SMALL, false, Duration::from_secs(10)))
@@ -207,13 +209,13 @@ mod tests {
     #[test]
     fn streams_are_whole_and_a_dead_backend_refuses() {
         let ledger = ledger();
-        let mut backend = Backend::start(Arc::clone(&ledger)).unwrap();
+        let mut backend = LedgerBackend::start(Arc::clone(&ledger)).unwrap();
         ledger.run(&[backend.address()], 0..100, 4);
         assert!(ledger.faults().is_empty() && ledger.is_settled());
         assert_eq!(backend.kill(), 0);
         ledger.run(&[backend.address()], 100..101, 1);
         let faults = ledger.faults();
-        assert!(faults.len() == 1 && faults[0].kind == Kind::Refused, "{faults:?}");
+        assert!(faults.len() == 1 && faults[0].kind == StreamFaultKind::Refused, "{faults:?}");
         backend.revive().unwrap();
         ledger.run(&[backend.address()], 101..120, 4);
         assert_eq!(ledger.faults().len(), 1);
@@ -222,7 +224,7 @@ mod tests {
     #[test]
     fn streams_a_backend_takes_with_it_are_excused_and_others_are_not() {
         let ledger = ledger();
-        let mut backend = Backend::start(Arc::clone(&ledger)).unwrap();
+        let mut backend = LedgerBackend::start(Arc::clone(&ledger)).unwrap();
         let address = backend.address();
         let stop = AtomicBool::new(false);
         let mut cut = 0;
@@ -233,7 +235,8 @@ mod tests {
             stop.store(true, Ordering::Relaxed);
         });
         // Connects that found nobody are faults: there is no balancer here.
-        let cut_unexcused = ledger.faults().iter().filter(|one| one.kind != Kind::Refused).count();
+        let cut_unexcused =
+            ledger.faults().iter().filter(|one| one.kind != StreamFaultKind::Refused).count();
         assert_eq!(cut_unexcused, 0, "{cut} excused: {:?}", ledger.faults());
     }
 }

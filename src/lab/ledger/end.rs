@@ -4,7 +4,7 @@
 //! Called by the ledger, on a thread that may wait. It judges one end alone; that
 //! both ends saw the same is for the ledger to say.
 
-use super::{Fault, Kind, Order, Plan};
+use super::{CloseOrder, StreamFault, StreamFaultKind, StreamPlan};
 use socket2::Socket;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -23,12 +23,12 @@ static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| {
 
 /// What one end says about a stream.
 #[derive(Debug, Clone)]
-pub(super) struct Side {
+pub(super) struct StreamEnd {
     pub(super) sent: u64,
     pub(super) sent_hash: u64,
     pub(super) received: u64,
     pub(super) received_hash: u64,
-    pub(super) fault: Option<Fault>,
+    pub(super) fault: Option<StreamFault>,
 }
 
 /// One direction's content: a walk around the block from a seeded start.
@@ -62,40 +62,41 @@ enum Until {
     Anything,
 }
 
-pub(super) fn client_side(socket: &Socket, plan: &Plan) -> Side {
+pub(super) fn client_side(socket: &Socket, plan: &StreamPlan) -> StreamEnd {
     let mut half = Half::new(socket, plan.seed, Pattern::up(plan.seed), Pattern::down(plan.seed));
-    let result = (&*socket).write_all(&plan.seed.to_le_bytes()).map_err(|e| Fault::of("seed", &e));
+    let result =
+        (&*socket).write_all(&plan.seed.to_le_bytes()).map_err(|e| StreamFault::of("seed", &e));
     let result = result.and_then(|()| match plan.order {
-        Order::ClientFinFirst => {
+        CloseOrder::ClientFinFirst => {
             half.send(plan.up, true).and_then(|()| half.receive(plan.down, Until::Fin))
         }
-        Order::BackendFinFirst => {
+        CloseOrder::BackendFinFirst => {
             half.receive(plan.down, Until::Fin).and_then(|()| half.send(plan.up, true))
         }
-        Order::Together => half.both(plan.up, true, plan.down, Until::Fin),
-        Order::ClientCloses => half.both(plan.up, false, plan.down, Until::Count),
-        Order::BackendCloses => half.both(plan.up, false, plan.down, Until::Fin),
-        Order::ClientAborts => half.abort(plan.up / 2),
-        Order::BackendAborts => half.suffer(plan.up, plan.down),
+        CloseOrder::Together => half.both(plan.up, true, plan.down, Until::Fin),
+        CloseOrder::ClientCloses => half.both(plan.up, false, plan.down, Until::Count),
+        CloseOrder::BackendCloses => half.both(plan.up, false, plan.down, Until::Fin),
+        CloseOrder::ClientAborts => half.abort(plan.up / 2),
+        CloseOrder::BackendAborts => half.suffer(plan.up, plan.down),
     });
     half.record(result.err())
 }
 
-pub(super) fn backend_side(socket: &Socket, plan: &Plan) -> Side {
+pub(super) fn backend_side(socket: &Socket, plan: &StreamPlan) -> StreamEnd {
     let seed = !plan.seed;
     let mut half = Half::new(socket, seed, Pattern::down(plan.seed), Pattern::up(plan.seed));
     let result = match plan.order {
-        Order::ClientFinFirst => {
+        CloseOrder::ClientFinFirst => {
             half.receive(plan.up, Until::Fin).and_then(|()| half.send(plan.down, true))
         }
-        Order::BackendFinFirst => {
+        CloseOrder::BackendFinFirst => {
             half.send(plan.down, true).and_then(|()| half.receive(plan.up, Until::Fin))
         }
-        Order::Together => half.both(plan.down, true, plan.up, Until::Fin),
-        Order::ClientCloses => half.both(plan.down, false, plan.up, Until::Fin),
-        Order::BackendCloses => half.both(plan.down, false, plan.up, Until::Count),
-        Order::ClientAborts => half.suffer(plan.down, plan.up),
-        Order::BackendAborts => half.abort(plan.down / 2),
+        CloseOrder::Together => half.both(plan.down, true, plan.up, Until::Fin),
+        CloseOrder::ClientCloses => half.both(plan.down, false, plan.up, Until::Fin),
+        CloseOrder::BackendCloses => half.both(plan.down, false, plan.up, Until::Count),
+        CloseOrder::ClientAborts => half.suffer(plan.down, plan.up),
+        CloseOrder::BackendAborts => half.abort(plan.down / 2),
     };
     half.record(result.err())
 }
@@ -125,8 +126,8 @@ impl<'a> Half<'a> {
         }
     }
 
-    fn record(self, fault: Option<Fault>) -> Side {
-        Side {
+    fn record(self, fault: Option<StreamFault>) -> StreamEnd {
+        StreamEnd {
             sent: self.sent,
             sent_hash: self.sent_hash.digest(),
             received: self.received,
@@ -136,28 +137,27 @@ impl<'a> Half<'a> {
     }
 
     /// Sends `len` bytes in writes of 1 B to 1 MB, then perhaps FIN.
-    fn send(&mut self, len: u64, fin: bool) -> Result<(), Fault> {
+    fn send(&mut self, len: u64, fin: bool) -> Result<(), StreamFault> {
         while self.sent < len {
             let most = self.random.f64() * (1e6f64).ln();
             let most = (most.exp() as usize).min((len - self.sent) as usize);
             let bytes = self.outgoing.at(self.sent, most);
             let n = match (&*self.socket).write(bytes) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                result => {
-                    result.map_err(|e| Fault::of(format_args!("write at {}", self.sent), &e))?
-                }
+                result => result
+                    .map_err(|e| StreamFault::of(format_args!("write at {}", self.sent), &e))?,
             };
             self.sent_hash.update(&bytes[..n]);
             self.sent += n as u64;
         }
         if fin {
-            self.socket.shutdown(Shutdown::Write).map_err(|e| Fault::of("FIN", &e))?;
+            self.socket.shutdown(Shutdown::Write).map_err(|e| StreamFault::of("FIN", &e))?;
         }
         Ok(())
     }
 
     /// Receives, checking each byte.
-    fn receive(&mut self, len: u64, until: Until) -> Result<(), Fault> {
+    fn receive(&mut self, len: u64, until: Until) -> Result<(), StreamFault> {
         let mut buffer = vec![0; 64 * 1024];
         loop {
             if until == Until::Count && self.received >= len {
@@ -167,36 +167,36 @@ impl<'a> Half<'a> {
                 Ok(0) if until == Until::Anything || self.received == len => return Ok(()),
                 Ok(0) => {
                     let text = format!("FIN after {} of {len}", self.received);
-                    return Err(Fault::new(Kind::Reset, text));
+                    return Err(StreamFault::new(StreamFaultKind::Reset, text));
                 }
                 Ok(n) => n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let text = format!("silence after {} of {len}", self.received);
-                    return Err(Fault::new(Kind::Silent, text));
+                    return Err(StreamFault::new(StreamFaultKind::Silent, text));
                 }
                 Err(_) if until == Until::Anything => return Ok(()),
                 Err(error) => {
                     let doing = format!("read at {} of {len}", self.received);
-                    return Err(Fault::of(doing, &error));
+                    return Err(StreamFault::of(doing, &error));
                 }
             };
             self.check(&buffer[..n])?;
             if self.received > len {
                 let text = format!("{} bytes where {len} were sent", self.received);
-                return Err(Fault::new(Kind::Wrong, text));
+                return Err(StreamFault::new(StreamFaultKind::Wrong, text));
             }
         }
     }
 
-    fn check(&mut self, mut got: &[u8]) -> Result<(), Fault> {
+    fn check(&mut self, mut got: &[u8]) -> Result<(), StreamFault> {
         self.received_hash.update(got);
         while !got.is_empty() {
             let wanted = self.incoming.at(self.received, got.len());
             if got[..wanted.len()] != *wanted {
                 let at = wanted.iter().zip(got).take_while(|(a, b)| a == b).count() as u64;
-                return Err(Fault::new(
-                    Kind::Wrong,
+                return Err(StreamFault::new(
+                    StreamFaultKind::Wrong,
                     format!("wrong byte at {}", self.received + at),
                 ));
             }
@@ -207,7 +207,7 @@ impl<'a> Half<'a> {
     }
 
     /// Sends and receives at once.
-    fn both(&mut self, out: u64, fin: bool, into: u64, until: Until) -> Result<(), Fault> {
+    fn both(&mut self, out: u64, fin: bool, into: u64, until: Until) -> Result<(), StreamFault> {
         let mut writer = Half::new(self.socket, self.random.u64(..), self.outgoing, self.incoming);
         let (written, read) = std::thread::scope(|scope| {
             let thread = scope.spawn(|| writer.send(out, fin));
@@ -220,15 +220,15 @@ impl<'a> Half<'a> {
     }
 
     /// Sends some and resets.
-    fn abort(&mut self, len: u64) -> Result<(), Fault> {
+    fn abort(&mut self, len: u64) -> Result<(), StreamFault> {
         let sent = self.send(len, false);
-        self.socket.set_linger(Some(Duration::ZERO)).map_err(|e| Fault::of("linger", &e))?;
+        self.socket.set_linger(Some(Duration::ZERO)).map_err(|e| StreamFault::of("linger", &e))?;
         sent
     }
 
     /// Goes on as planned while the peer resets: errors are expected, wrong
     /// bytes and silence are not.
-    fn suffer(&mut self, out: u64, into: u64) -> Result<(), Fault> {
+    fn suffer(&mut self, out: u64, into: u64) -> Result<(), StreamFault> {
         let mut writer = Half::new(self.socket, self.random.u64(..), self.outgoing, self.incoming);
         std::thread::scope(|scope| {
             scope.spawn(|| {

@@ -9,9 +9,9 @@
 mod backend;
 mod end;
 
-pub use backend::Backend;
+pub use backend::LedgerBackend;
 
-use end::{Side, backend_side, client_side};
+use end::{StreamEnd, backend_side, client_side};
 use socket2::{Domain, Socket, Type};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -34,7 +34,7 @@ const LOOK: Duration = Duration::from_micros(200);
 
 /// Who ends the stream, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
+pub enum CloseOrder {
     /// The client sends all and FIN; only then does the backend answer.
     ClientFinFirst,
     /// The backend sends all and FIN; only then does the client send.
@@ -53,7 +53,7 @@ pub enum Order {
 
 /// Everything about one stream.
 #[derive(Debug, Clone, Copy)]
-pub struct Plan {
+pub struct StreamPlan {
     /// All else follows from it.
     pub seed: u64,
     /// Bytes from the client, without the seed.
@@ -61,12 +61,12 @@ pub struct Plan {
     /// Bytes to the client.
     pub down: u64,
     /// Who ends it.
-    pub order: Order,
+    pub order: CloseOrder,
 }
 
 /// How large streams are.
 #[derive(Debug, Clone, Copy)]
-pub struct Sizes {
+pub struct StreamSizes {
     /// Log-uniform from 0 to this.
     pub most: u64,
     /// One stream in so many is 1 to 4 MiB instead; 0 for none.
@@ -75,7 +75,7 @@ pub struct Sizes {
 
 /// What kind of wrong a fault is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kind {
+pub enum StreamFaultKind {
     /// No connection was to be had.
     Refused,
     /// It was reset, or ended early.
@@ -88,11 +88,11 @@ pub enum Kind {
 
 /// One thing that went wrong with one stream.
 #[derive(Debug, Clone)]
-pub struct Fault {
+pub struct StreamFault {
     /// What kind.
-    pub kind: Kind,
+    pub kind: StreamFaultKind,
     /// With which stream; `None` within one end of it.
-    pub plan: Option<Plan>,
+    pub plan: Option<StreamPlan>,
     /// In words.
     pub text: String,
 }
@@ -100,25 +100,25 @@ pub struct Fault {
 /// Both ends' records and the count of streams.
 #[derive(Debug)]
 pub struct Ledger {
-    sizes: Sizes,
+    sizes: StreamSizes,
     aborts: bool,
     /// How long an end waits for a byte, and one end for the other's record.
     silence: Duration,
-    backend: Mutex<HashMap<u64, Side>>,
+    backend: Mutex<HashMap<u64, StreamEnd>>,
     /// Bytes the clients have sent.
     pub bytes_up: AtomicU64,
     /// Bytes the clients have received.
     pub bytes_down: AtomicU64,
-    faults: Mutex<Vec<Fault>>,
+    faults: Mutex<Vec<StreamFault>>,
     streams: AtomicU64,
     excused: Mutex<HashSet<u64>>,
 }
 
 // === impl Plan ===
 
-impl Plan {
+impl StreamPlan {
     /// What that seed stands for.
-    pub fn of(seed: u64, sizes: Sizes, aborts: bool) -> Plan {
+    pub fn of(seed: u64, sizes: StreamSizes, aborts: bool) -> StreamPlan {
         let mut random = fastrand::Rng::with_seed(seed);
         let large = sizes.large_one_in > 0 && random.u64(..sizes.large_one_in) == 0;
         let mut size = || match large {
@@ -130,41 +130,41 @@ impl Plan {
         };
         let (up, down) = (size(), size());
         let order = match random.u8(..100) {
-            0..=19 => Order::ClientFinFirst,
-            20..=39 => Order::BackendFinFirst,
-            40..=59 => Order::Together,
-            60..=77 => Order::ClientCloses,
-            78..=95 => Order::BackendCloses,
-            _ if !aborts => Order::Together,
-            96..=97 => Order::ClientAborts,
-            _ => Order::BackendAborts,
+            0..=19 => CloseOrder::ClientFinFirst,
+            20..=39 => CloseOrder::BackendFinFirst,
+            40..=59 => CloseOrder::Together,
+            60..=77 => CloseOrder::ClientCloses,
+            78..=95 => CloseOrder::BackendCloses,
+            _ if !aborts => CloseOrder::Together,
+            96..=97 => CloseOrder::ClientAborts,
+            _ => CloseOrder::BackendAborts,
         };
-        Plan { seed, up, down, order }
+        StreamPlan { seed, up, down, order }
     }
 
     fn aborts(&self) -> bool {
-        matches!(self.order, Order::ClientAborts | Order::BackendAborts)
+        matches!(self.order, CloseOrder::ClientAborts | CloseOrder::BackendAborts)
     }
 }
 
 // === impl Fault ===
 
-impl Fault {
-    fn new(kind: Kind, text: impl Into<String>) -> Fault {
-        Fault { kind, plan: None, text: text.into() }
+impl StreamFault {
+    fn new(kind: StreamFaultKind, text: impl Into<String>) -> StreamFault {
+        StreamFault { kind, plan: None, text: text.into() }
     }
 
-    fn of(doing: impl fmt::Display, error: &io::Error) -> Fault {
+    fn of(doing: impl fmt::Display, error: &io::Error) -> StreamFault {
         let kind = match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Kind::Silent,
-            io::ErrorKind::ConnectionRefused => Kind::Refused,
-            _ => Kind::Reset,
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => StreamFaultKind::Silent,
+            io::ErrorKind::ConnectionRefused => StreamFaultKind::Refused,
+            _ => StreamFaultKind::Reset,
         };
-        Fault::new(kind, format!("{doing}: {error}"))
+        StreamFault::new(kind, format!("{doing}: {error}"))
     }
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for StreamFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.plan {
             Some(plan) => write!(f, "{plan:?}: {}", self.text),
@@ -178,7 +178,7 @@ impl fmt::Display for Fault {
 impl Ledger {
     /// Streams of those sizes; with `aborts`, some end in a reset. `silence` is
     /// how long an end waits for a byte.
-    pub fn new(sizes: Sizes, aborts: bool, silence: Duration) -> Ledger {
+    pub fn new(sizes: StreamSizes, aborts: bool, silence: Duration) -> Ledger {
         Ledger {
             sizes,
             aborts,
@@ -247,7 +247,7 @@ impl Ledger {
     }
 
     /// Everything that differed.
-    pub fn faults(&self) -> Vec<Fault> {
+    pub fn faults(&self) -> Vec<StreamFault> {
         held(&self.faults).clone()
     }
 
@@ -268,16 +268,16 @@ impl Ledger {
         if (&mut &*socket).read_exact(&mut seed).is_err() {
             return;
         }
-        let plan = Plan::of(u64::from_le_bytes(seed), self.sizes, self.aborts);
+        let plan = StreamPlan::of(u64::from_le_bytes(seed), self.sizes, self.aborts);
         begun(plan.seed);
         if socket.set_read_timeout(Some(self.silence)).is_err() {
             return;
         }
         let side = backend_side(socket, &plan);
-        if plan.order == Order::ClientAborts {
+        if plan.order == CloseOrder::ClientAborts {
             // The client does not wait for this record, so it is judged here.
             if let Some(fault) = side.fault {
-                self.fault(&plan, Fault { text: format!("backend: {fault}"), ..fault });
+                self.fault(&plan, StreamFault { text: format!("backend: {fault}"), ..fault });
             }
             return;
         }
@@ -303,11 +303,14 @@ impl Ledger {
 
     fn run_one(&self, address: SocketAddr, seed: u64) {
         self.streams.fetch_add(1, Ordering::Relaxed);
-        let plan = Plan::of(seed, self.sizes, self.aborts);
+        let plan = StreamPlan::of(seed, self.sizes, self.aborts);
         let client = match self.connect(address) {
             Ok(socket) => client_side(&socket, &plan),
             Err(error) => {
-                let fault = Fault { kind: Kind::Refused, ..Fault::of("connect", &error) };
+                let fault = StreamFault {
+                    kind: StreamFaultKind::Refused,
+                    ..StreamFault::of("connect", &error)
+                };
                 return self.fault(&plan, fault);
             }
         };
@@ -315,10 +318,11 @@ impl Ledger {
         self.bytes_down.fetch_add(client.received, Ordering::Relaxed);
         let Some(backend) = self.other_end(&plan) else {
             // An aborting client's seed may itself never arrive.
-            if plan.order != Order::ClientAborts {
-                let kind = client.fault.as_ref().map_or(Kind::Silent, |fault| fault.kind);
+            if plan.order != CloseOrder::ClientAborts {
+                let kind =
+                    client.fault.as_ref().map_or(StreamFaultKind::Silent, |fault| fault.kind);
                 let text = format!("never ended at the backend; client: {client:?}");
-                self.fault(&plan, Fault::new(kind, text));
+                self.fault(&plan, StreamFault::new(kind, text));
             }
             return;
         };
@@ -336,11 +340,11 @@ impl Ledger {
         Ok(socket)
     }
 
-    fn other_end(&self, plan: &Plan) -> Option<Side> {
+    fn other_end(&self, plan: &StreamPlan) -> Option<StreamEnd> {
         let deadline = clock::now() + self.silence;
         loop {
             let backend = held(&self.backend).remove(&plan.seed);
-            let waits = plan.order != Order::ClientAborts && !self.is_excused(plan.seed);
+            let waits = plan.order != CloseOrder::ClientAborts && !self.is_excused(plan.seed);
             if backend.is_some() || !waits || clock::now() >= deadline {
                 return backend;
             }
@@ -352,9 +356,9 @@ impl Ledger {
         held(&self.excused).contains(&seed)
     }
 
-    fn fault(&self, plan: &Plan, fault: Fault) {
+    fn fault(&self, plan: &StreamPlan, fault: StreamFault) {
         if !self.is_excused(plan.seed) {
-            held(&self.faults).push(Fault { plan: Some(*plan), ..fault });
+            held(&self.faults).push(StreamFault { plan: Some(*plan), ..fault });
         }
     }
 }
@@ -364,7 +368,7 @@ fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn compare(plan: &Plan, client: Side, backend: Side) -> Vec<Fault> {
+fn compare(plan: &StreamPlan, client: StreamEnd, backend: StreamEnd) -> Vec<StreamFault> {
     let mut differences = Vec::new();
     let (up, down) = (
         (client.sent, client.sent_hash) == (backend.received, backend.received_hash),
@@ -374,21 +378,21 @@ fn compare(plan: &Plan, client: Side, backend: Side) -> Vec<Fault> {
     for (end, side) in [("client", &client), ("backend", &backend)] {
         if let Some(fault) = &side.fault {
             let text = format!("{end}: {fault}");
-            differences.push(Fault { text, ..fault.clone() });
+            differences.push(StreamFault { text, ..fault.clone() });
         }
     }
     if plan.aborts() {
         return differences;
     }
     // After a fault the rest is missing of course, and said once.
-    let kind = if whole { Kind::Wrong } else { Kind::Reset };
+    let kind = if whole { StreamFaultKind::Wrong } else { StreamFaultKind::Reset };
     if !up {
         let text = format!("up: sent {} but {} came", client.sent, backend.received);
-        differences.push(Fault::new(kind, text));
+        differences.push(StreamFault::new(kind, text));
     }
     if !down {
         let text = format!("down: sent {} but {} came", backend.sent, client.received);
-        differences.push(Fault::new(kind, text));
+        differences.push(StreamFault::new(kind, text));
     }
     differences
 }

@@ -2,11 +2,11 @@
 //!
 //! Used by every generator loop. It keeps no sockets and never waits.
 
-use super::plan::Plan;
+use super::plan::LoadPlan;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use tidegate_net::stream::{self, Connecting, Peer};
+use tidegate_net::stream::{self, ConnectTarget, Connecting};
 
 /// Where connections go and come from.
 #[derive(Debug)]
@@ -20,14 +20,14 @@ pub(super) struct Dialer {
 
 impl Dialer {
     /// `first` spreads the threads over the sources.
-    pub(super) fn new(plan: &Plan, first: usize) -> Dialer {
+    pub(super) fn new(plan: &LoadPlan, first: usize) -> Dialer {
         let next = (first % usize::from(plan.sources.max(1))) as u8;
         Dialer { target: plan.target, sources: plan.sources, next }
     }
 
     /// Starts one connection, from the next source in turn.
     pub(super) fn dial(&mut self) -> io::Result<(OwnedFd, Connecting)> {
-        stream::connect_from(self.source(), Peer::Tcp(self.target))
+        stream::connect_from(self.source(), ConnectTarget::Tcp(self.target))
     }
 
     fn source(&mut self) -> Option<IpAddr> {

@@ -15,17 +15,17 @@ mod stream;
 mod thread;
 mod threads;
 
-pub use crate::load::report::{Kind, Report};
-pub use crate::load::threads::{Crew, Gauge};
-pub use plan::{CONNECTIONS_MAX, Close, Mode, Plan, SIZE_MAX};
-pub use serve::{Behaviour, Served, Service, serve};
+pub use crate::load::report::{LoadErrorKind, LoadReport};
+pub use crate::load::threads::{LoadProgress, LoadThreads};
+pub use plan::{CONNECTIONS_MAX, CloseMode, LoadMode, LoadPlan, SIZE_MAX};
+pub use serve::{Behaviour, ServeReport, Service, serve};
 
 use std::io;
 use std::sync::mpsc;
 
 /// What one thread measured in a window, and which window of the measured time
 /// that was, from 0 on.
-pub type Window = (u64, Report);
+pub type ReportWindow = (u64, LoadReport);
 
 /// Starts the load that `plan` describes, on threads of its own. Where it has
 /// windows, each thread sends every one of its own to `windows`, in order, until
@@ -33,11 +33,14 @@ pub type Window = (u64, Report);
 ///
 /// # Errors
 /// A thread cannot be had. What a thread cannot do once it runs comes out of
-/// [`Crew::join`].
-pub fn start(plan: Plan, windows: mpsc::Sender<Window>) -> io::Result<Crew<Report>> {
+/// [`LoadThreads::join`].
+pub fn start(
+    plan: LoadPlan,
+    windows: mpsc::Sender<ReportWindow>,
+) -> io::Result<LoadThreads<LoadReport>> {
     let threads = plan.threads;
     let cpus = plan.cpus.clone();
-    Crew::start("load", threads, &cpus, move |place| {
+    LoadThreads::start("load", threads, &cpus, move |place| {
         crate::load::thread::run(&plan, &place, &windows)
     })
 }

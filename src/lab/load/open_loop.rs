@@ -5,13 +5,13 @@
 //! it hit (Tene, "How NOT to measure latency": coordinated omission). Content
 //! is never looked at, only counted.
 
-use crate::load::report::Kind;
-use crate::load::thread::{BUFFER, CONNECTING_MAX, Lane, Loop, Nanos, Phase};
+use crate::load::report::LoadErrorKind;
+use crate::load::thread::{BUFFER, CONNECTING_MAX, LoadPhase, LoadThread, ModeLoop, Nanos};
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
-use tidegate_net::epoll::{Interest, Readiness};
+use tidegate_net::epoll::{EpollEvent, EpollInterest};
 use tidegate_net::stream::{self, Connecting};
 use tidegate_net::timer::Timer;
 
@@ -29,7 +29,7 @@ const TIMER: u64 = u64::MAX;
 /// The loop.
 #[derive(Debug)]
 pub(super) struct OpenLoop {
-    slots: Vec<Slot>,
+    slots: Vec<OpenLoopSlot>,
     message: Box<[u8]>,
     buffer: Box<[u8]>,
     timer: Timer,
@@ -46,7 +46,7 @@ pub(super) struct OpenLoop {
 }
 
 #[derive(Debug, Default)]
-struct Slot {
+struct OpenLoopSlot {
     socket: Option<OwnedFd>,
     stands: bool,
     /// Bytes of messages yet to be sent.
@@ -62,11 +62,11 @@ struct Slot {
 
 impl OpenLoop {
     /// `rate` is this thread's, in messages a second.
-    pub(super) fn new(lane: &Lane<'_>, count: usize, rate: f64) -> io::Result<OpenLoop> {
+    pub(super) fn new(lane: &LoadThread<'_>, count: usize, rate: f64) -> io::Result<OpenLoop> {
         let timer = Timer::new()?;
-        lane.epoll.watch_for(&timer, TIMER, Interest::Arrivals)?;
+        lane.epoll.watch_for(&timer, TIMER, EpollInterest::EdgeReadable)?;
         Ok(OpenLoop {
-            slots: (0..count).map(|_| Slot::default()).collect(),
+            slots: (0..count).map(|_| OpenLoopSlot::default()).collect(),
             message: vec![b'x'; lane.plan.size].into(),
             buffer: vec![0; BUFFER].into(),
             timer,
@@ -80,9 +80,9 @@ impl OpenLoop {
         })
     }
 
-    fn open(&mut self, lane: &mut Lane<'_>, slot: u32) {
+    fn open(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
         let dialled = lane.dialer.dial().and_then(|(socket, how_far)| {
-            lane.epoll.watch_for(&socket, slot.into(), Interest::Both)?;
+            lane.epoll.watch_for(&socket, slot.into(), EpollInterest::Both)?;
             Ok((socket, how_far == Connecting::Done))
         });
         match dialled {
@@ -96,18 +96,18 @@ impl OpenLoop {
             }
             Err(error) => {
                 self.settled(lane);
-                lane.lost(slot, Kind::of_connect(&error));
+                lane.lost(slot, LoadErrorKind::of_connect(&error));
             }
         }
     }
 
-    fn settled(&mut self, lane: &Lane<'_>) {
-        if lane.phase == Phase::Setup {
+    fn settled(&mut self, lane: &LoadThread<'_>) {
+        if lane.phase == LoadPhase::Setup {
             self.connecting = self.connecting.saturating_sub(1);
         }
     }
 
-    fn dial_waiting(&mut self, lane: &mut Lane<'_>) {
+    fn dial_waiting(&mut self, lane: &mut LoadThread<'_>) {
         while self.waiting > 0 && self.connecting < CONNECTING_MAX {
             let slot = self.slots.len() - self.waiting;
             self.waiting -= 1;
@@ -117,12 +117,12 @@ impl OpenLoop {
     }
 
     /// When message `number` is meant to leave.
-    fn intended(&self, lane: &Lane<'_>, number: u64) -> Nanos {
+    fn intended(&self, lane: &LoadThread<'_>, number: u64) -> Nanos {
         lane.started() + (number as f64 / self.rate) as Nanos
     }
 
     /// Sends what is due by now; gives when the next one is.
-    fn issue(&mut self, lane: &mut Lane<'_>) -> Nanos {
+    fn issue(&mut self, lane: &mut LoadThread<'_>) -> Nanos {
         let now = lane.tick();
         for _ in 0..BURST_MAX {
             let when = self.intended(lane, self.issued);
@@ -135,17 +135,17 @@ impl OpenLoop {
         now
     }
 
-    fn send_one(&mut self, lane: &mut Lane<'_>, when: Nanos) {
+    fn send_one(&mut self, lane: &mut LoadThread<'_>, when: Nanos) {
         let slot = if self.outstanding < OUTSTANDING_MAX { self.next_standing() } else { None };
         let Some(slot) = slot else {
-            return lane.report.fail(Kind::NotSent, 1);
+            return lane.report.fail(LoadErrorKind::NotSent, 1);
         };
         self.outstanding += 1;
         let place = &mut self.slots[slot as usize];
         place.asked.push_back(when);
         place.owed += self.message.len() as u64;
         if let Err(error) = self.flush(lane, slot) {
-            self.lose(lane, slot, Kind::of_transfer(&error));
+            self.lose(lane, slot, LoadErrorKind::of_transfer(&error));
         }
     }
 
@@ -160,7 +160,7 @@ impl OpenLoop {
         None
     }
 
-    fn flush(&mut self, lane: &mut Lane<'_>, slot: u32) -> io::Result<()> {
+    fn flush(&mut self, lane: &mut LoadThread<'_>, slot: u32) -> io::Result<()> {
         let place = &mut self.slots[slot as usize];
         let Some(socket) = &place.socket else { return Ok(()) };
         while place.owed > 0 {
@@ -173,7 +173,7 @@ impl OpenLoop {
             match stream::send(socket, &self.message[..length]) {
                 Ok(sent) => {
                     place.owed -= sent as u64;
-                    if lane.phase == Phase::Timed {
+                    if lane.phase == LoadPhase::Timed {
                         lane.report.bytes_out += sent as u64;
                     }
                 }
@@ -184,16 +184,21 @@ impl OpenLoop {
         Ok(())
     }
 
-    fn receive(&mut self, lane: &mut Lane<'_>, slot: u32, thorough: bool) -> Result<(), Kind> {
+    fn receive(
+        &mut self,
+        lane: &mut LoadThread<'_>,
+        slot: u32,
+        thorough: bool,
+    ) -> Result<(), LoadErrorKind> {
         loop {
             let Some(socket) = &self.slots[slot as usize].socket else { return Ok(()) };
             let received = match stream::receive(socket, &mut self.buffer) {
-                Ok(0) => return Err(Kind::Closed),
+                Ok(0) => return Err(LoadErrorKind::Closed),
                 Ok(received) => received,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(Kind::of_transfer(&error)),
+                Err(error) => return Err(LoadErrorKind::of_transfer(&error)),
             };
-            if lane.phase == Phase::Timed {
+            if lane.phase == LoadPhase::Timed {
                 lane.report.bytes_in += received as u64;
             }
             self.answered(lane, slot, received)?;
@@ -203,30 +208,35 @@ impl OpenLoop {
         }
     }
 
-    fn answered(&mut self, lane: &mut Lane<'_>, slot: u32, received: usize) -> Result<(), Kind> {
+    fn answered(
+        &mut self,
+        lane: &mut LoadThread<'_>,
+        slot: u32,
+        received: usize,
+    ) -> Result<(), LoadErrorKind> {
         let now = lane.tick();
         let place = &mut self.slots[slot as usize];
         place.got += received;
         while place.got >= lane.plan.answer {
             place.got -= lane.plan.answer;
-            let asked = place.asked.pop_front().ok_or(Kind::Excess)?;
+            let asked = place.asked.pop_front().ok_or(LoadErrorKind::Excess)?;
             self.outstanding -= 1;
             // Late ones belong to the distribution: leaving them out would hide
             // a stall at the end.
             lane.report.record(now.saturating_sub(asked));
             match lane.phase {
-                Phase::Grace => lane.report.late += 1,
+                LoadPhase::Grace => lane.report.late += 1,
                 _ => lane.report.requests += 1,
             }
         }
-        if place.got > 0 && place.asked.is_empty() { Err(Kind::Excess) } else { Ok(()) }
+        if place.got > 0 && place.asked.is_empty() { Err(LoadErrorKind::Excess) } else { Ok(()) }
     }
 
-    fn lose(&mut self, lane: &mut Lane<'_>, slot: u32, kind: Kind) {
+    fn lose(&mut self, lane: &mut LoadThread<'_>, slot: u32, kind: LoadErrorKind) {
         let place = &mut self.slots[slot as usize];
         let asked = place.asked.len() as u64;
         self.outstanding -= asked;
-        lane.report.fail(Kind::Unanswered, asked);
+        lane.report.fail(LoadErrorKind::Unanswered, asked);
         if place.stands {
             lane.open -= 1;
         }
@@ -240,7 +250,11 @@ impl OpenLoop {
         lane.lost(slot, kind);
     }
 
-    fn handle(&mut self, lane: &mut Lane<'_>, readiness: Readiness) -> Result<(), Kind> {
+    fn handle(
+        &mut self,
+        lane: &mut LoadThread<'_>,
+        readiness: EpollEvent,
+    ) -> Result<(), LoadErrorKind> {
         let slot = readiness.token as u32;
         let place = &mut self.slots[slot as usize];
         let Some(socket) = &place.socket else { return Ok(()) };
@@ -248,20 +262,20 @@ impl OpenLoop {
             if !readiness.writable && !readiness.hang_up {
                 return Ok(());
             }
-            stream::connect_result(socket).map_err(|error| Kind::of_connect(&error))?;
+            stream::connect_result(socket).map_err(|error| LoadErrorKind::of_connect(&error))?;
             place.stands = true;
             self.settled(lane);
             lane.opened();
         }
         if readiness.writable && self.slots[slot as usize].owed > 0 {
-            self.flush(lane, slot).map_err(|error| Kind::of_transfer(&error))?;
+            self.flush(lane, slot).map_err(|error| LoadErrorKind::of_transfer(&error))?;
         }
         if readiness.readable { self.receive(lane, slot, readiness.hang_up) } else { Ok(()) }
     }
 }
 
-impl Loop for OpenLoop {
-    fn prepare(&mut self, lane: &mut Lane<'_>) -> io::Result<()> {
+impl ModeLoop for OpenLoop {
+    fn prepare(&mut self, lane: &mut LoadThread<'_>) -> io::Result<()> {
         self.waiting = self.slots.len();
         self.dial_waiting(lane);
         Ok(())
@@ -271,28 +285,28 @@ impl Loop for OpenLoop {
         self.waiting == 0 && self.slots.iter().all(|slot| slot.stands || slot.socket.is_none())
     }
 
-    fn begin(&mut self, _lane: &mut Lane<'_>) {}
+    fn begin(&mut self, _lane: &mut LoadThread<'_>) {}
 
-    fn ready(&mut self, lane: &mut Lane<'_>, readiness: Readiness) {
+    fn ready(&mut self, lane: &mut LoadThread<'_>, readiness: EpollEvent) {
         if readiness.token == TIMER {
             return;
         }
         if let Err(kind) = self.handle(lane, readiness) {
             self.lose(lane, readiness.token as u32, kind);
         }
-        if lane.phase == Phase::Setup {
+        if lane.phase == LoadPhase::Setup {
             self.dial_waiting(lane);
         }
     }
 
-    fn due(&mut self, lane: &mut Lane<'_>, slot: u32) {
-        if self.slots[slot as usize].socket.is_none() && lane.phase != Phase::Grace {
+    fn due(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
+        if self.slots[slot as usize].socket.is_none() && lane.phase != LoadPhase::Grace {
             self.open(lane, slot);
         }
     }
 
-    fn turn(&mut self, lane: &mut Lane<'_>) -> Option<Nanos> {
-        if lane.phase != Phase::Timed {
+    fn turn(&mut self, lane: &mut LoadThread<'_>) -> Option<Nanos> {
+        if lane.phase != LoadPhase::Timed {
             return None;
         }
         let next = self.issue(lane);
@@ -309,16 +323,16 @@ impl Loop for OpenLoop {
         self.outstanding
     }
 
-    fn finish(&mut self, lane: &mut Lane<'_>) {
+    fn finish(&mut self, lane: &mut LoadThread<'_>) {
         // They took at least this long, and would be missing from the tail.
         let now = lane.tick();
         for asked in self.slots.iter().flat_map(|slot| &slot.asked) {
             lane.report.record(now.saturating_sub(*asked));
         }
-        lane.report.fail(Kind::Unanswered, self.outstanding);
+        lane.report.fail(LoadErrorKind::Unanswered, self.outstanding);
     }
 
-    fn end(&mut self, lane: &mut Lane<'_>) {
+    fn end(&mut self, lane: &mut LoadThread<'_>) {
         // Messages due before the end leave with their lateness.
         let end = lane.at();
         while self.intended(lane, self.issued) < end {

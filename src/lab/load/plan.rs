@@ -14,11 +14,11 @@ pub const SIZE_MAX: usize = 16 * 1024 * 1024;
 
 /// What each connection does.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Mode {
+pub enum LoadMode {
     /// Send a message, wait for the answer, and again.
     PingPong,
     /// Connect, one request, its answer, close, and again.
-    Short(Close),
+    Short(CloseMode),
     /// Send without end.
     Upload,
     /// Receive without end.
@@ -36,13 +36,13 @@ pub enum Mode {
         /// Mean life of a connection.
         lifetime: Duration,
         /// How connections are closed.
-        close: Close,
+        close: CloseMode,
     },
 }
 
 /// How the generator closes a connection it is done with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Close {
+pub enum CloseMode {
     /// In order; the port then rests in TIME-WAIT.
     Fin,
     /// At once; the port is free again.
@@ -51,11 +51,11 @@ pub enum Close {
 
 /// The whole of a run.
 #[derive(Debug, Clone)]
-pub struct Plan {
+pub struct LoadPlan {
     /// Where to connect.
     pub target: SocketAddr,
     /// What connections do.
-    pub mode: Mode,
+    pub mode: LoadMode,
     /// How many, over all threads; at least one for each thread.
     pub connections: usize,
     /// Bytes of a request or of a write; 0 only for `Idle` and `Churn`, which

@@ -16,7 +16,7 @@ const LATENCY_MAX: Duration = Duration::from_secs(3_600);
 /// What can go wrong with a connection or a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(usize)]
-pub enum Kind {
+pub enum LoadErrorKind {
     /// Nobody listens there.
     ConnectRefused,
     /// Connecting took longer than the kernel or the run had patience for.
@@ -44,23 +44,23 @@ pub enum Kind {
 }
 
 /// All kinds with their names in reports.
-pub(super) const KINDS: [(Kind, &str); 11] = [
-    (Kind::ConnectRefused, "connect_refused"),
-    (Kind::ConnectTimedOut, "connect_timed_out"),
-    (Kind::ConnectFailed, "connect_failed"),
-    (Kind::Reset, "reset"),
-    (Kind::Closed, "closed"),
-    (Kind::Failed, "failed"),
-    (Kind::Excess, "excess"),
-    (Kind::Unanswered, "unanswered"),
-    (Kind::NotSent, "not_sent"),
-    (Kind::NoPorts, "no_ports"),
-    (Kind::NoDescriptors, "no_descriptors"),
+pub(super) const KINDS: [(LoadErrorKind, &str); 11] = [
+    (LoadErrorKind::ConnectRefused, "connect_refused"),
+    (LoadErrorKind::ConnectTimedOut, "connect_timed_out"),
+    (LoadErrorKind::ConnectFailed, "connect_failed"),
+    (LoadErrorKind::Reset, "reset"),
+    (LoadErrorKind::Closed, "closed"),
+    (LoadErrorKind::Failed, "failed"),
+    (LoadErrorKind::Excess, "excess"),
+    (LoadErrorKind::Unanswered, "unanswered"),
+    (LoadErrorKind::NotSent, "not_sent"),
+    (LoadErrorKind::NoPorts, "no_ports"),
+    (LoadErrorKind::NoDescriptors, "no_descriptors"),
 ];
 
 /// What was measured.
 #[derive(Debug, Clone)]
-pub struct Report {
+pub struct LoadReport {
     /// Requests answered within the measured time.
     pub requests: u64,
     /// Requests answered after it: not in any rate.
@@ -81,35 +81,35 @@ pub struct Report {
 
 // === impl Kind ===
 
-impl Kind {
+impl LoadErrorKind {
     /// Why a connection never stood.
-    pub(super) fn of_connect(error: &io::Error) -> Kind {
+    pub(super) fn of_connect(error: &io::Error) -> LoadErrorKind {
         match error.raw_os_error() {
-            Some(libc::ECONNREFUSED) => Kind::ConnectRefused,
-            Some(libc::ETIMEDOUT) => Kind::ConnectTimedOut,
-            Some(libc::EADDRNOTAVAIL | libc::EADDRINUSE) => Kind::NoPorts,
-            Some(libc::EMFILE | libc::ENFILE) => Kind::NoDescriptors,
+            Some(libc::ECONNREFUSED) => LoadErrorKind::ConnectRefused,
+            Some(libc::ETIMEDOUT) => LoadErrorKind::ConnectTimedOut,
+            Some(libc::EADDRNOTAVAIL | libc::EADDRINUSE) => LoadErrorKind::NoPorts,
+            Some(libc::EMFILE | libc::ENFILE) => LoadErrorKind::NoDescriptors,
             // It stood, and was cut before anybody looked.
-            Some(libc::ECONNRESET | libc::EPIPE) => Kind::Reset,
-            _ => Kind::ConnectFailed,
+            Some(libc::ECONNRESET | libc::EPIPE) => LoadErrorKind::Reset,
+            _ => LoadErrorKind::ConnectFailed,
         }
     }
 
     /// Why an established connection broke.
-    pub(super) fn of_transfer(error: &io::Error) -> Kind {
+    pub(super) fn of_transfer(error: &io::Error) -> LoadErrorKind {
         match error.raw_os_error() {
-            Some(libc::ECONNRESET | libc::EPIPE) => Kind::Reset,
-            _ => Kind::Failed,
+            Some(libc::ECONNRESET | libc::EPIPE) => LoadErrorKind::Reset,
+            _ => LoadErrorKind::Failed,
         }
     }
 }
 
 // === impl Report ===
 
-impl Report {
-    pub(super) fn new() -> Report {
+impl LoadReport {
+    pub(super) fn new() -> LoadReport {
         let longest = u64::try_from(LATENCY_MAX.as_nanos()).expect("an hour in nanoseconds fits");
-        Report {
+        LoadReport {
             requests: 0,
             late: 0,
             opened: 0,
@@ -130,13 +130,13 @@ impl Report {
     }
 
     /// Counts `times` errors.
-    pub(super) fn fail(&mut self, kind: Kind, times: u64) {
+    pub(super) fn fail(&mut self, kind: LoadErrorKind, times: u64) {
         self.errors[kind as usize] += times;
     }
 
     /// Adds what another thread has measured.
     #[must_use]
-    pub fn merge(mut self, other: &Report) -> Report {
+    pub fn merge(mut self, other: &LoadReport) -> LoadReport {
         self.requests += other.requests;
         self.late += other.late;
         self.opened += other.opened;
@@ -153,7 +153,7 @@ impl Report {
     }
 
     /// How many errors of a kind there were.
-    pub fn errors(&self, kind: Kind) -> u64 {
+    pub fn errors(&self, kind: LoadErrorKind) -> u64 {
         self.errors[kind as usize]
     }
 
@@ -201,21 +201,21 @@ mod tests {
 
     #[test]
     fn merging_adds_counts_and_keeps_the_longest_time() {
-        let (mut one, mut other) = (Report::new(), Report::new());
+        let (mut one, mut other) = (LoadReport::new(), LoadReport::new());
         one.record(1_000);
         other.record(3_000);
-        other.fail(Kind::Reset, 2);
+        other.fail(LoadErrorKind::Reset, 2);
         other.elapsed = Duration::from_secs(2);
         other.requests = 5;
         let sum = one.merge(&other);
-        assert_eq!((sum.requests, sum.latencies(), sum.errors(Kind::Reset)), (5, 2, 2));
+        assert_eq!((sum.requests, sum.latencies(), sum.errors(LoadErrorKind::Reset)), (5, 2, 2));
         assert_eq!(sum.elapsed, Duration::from_secs(2));
         assert!((2_995..=3_005).contains(&(sum.latency_max().as_nanos() as u64)));
     }
 
     #[test]
     fn a_latency_beyond_the_range_counts_as_the_longest() {
-        let mut report = Report::new();
+        let mut report = LoadReport::new();
         report.record(u64::MAX);
         assert_eq!(report.latencies(), 1);
         assert!(report.latency_max() >= LATENCY_MAX);

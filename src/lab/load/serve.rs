@@ -9,7 +9,7 @@ mod worker;
 
 pub use behaviour::Behaviour;
 
-use crate::load::threads::Crew;
+use crate::load::threads::LoadThreads;
 use socket2::Socket;
 use std::io;
 use std::net::SocketAddr;
@@ -34,7 +34,7 @@ pub struct Service {
 
 /// What servers have done.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Served {
+pub struct ServeReport {
     /// Connections accepted.
     pub accepted: u64,
     /// Connections still open at the end.
@@ -57,7 +57,7 @@ pub struct Served {
 ///
 /// # Errors
 /// An address is taken, or a thread cannot be had.
-pub fn serve(service: Service) -> io::Result<(Crew<Served>, Vec<SocketAddr>)> {
+pub fn serve(service: Service) -> io::Result<(LoadThreads<ServeReport>, Vec<SocketAddr>)> {
     let mut bound = Vec::with_capacity(service.listen.len());
     // One set of listeners for each thread to take.
     let mut sets: Vec<Vec<_>> = (0..service.threads).map(|_| Vec::new()).collect();
@@ -76,7 +76,7 @@ pub fn serve(service: Service) -> io::Result<(Crew<Served>, Vec<SocketAddr>)> {
     }
     let sets = Mutex::new(sets);
     let (threads, cpus) = (service.threads, service.cpus.clone());
-    let crew = Crew::start("backend", threads, &cpus, move |place| {
+    let crew = LoadThreads::start("backend", threads, &cpus, move |place| {
         let listeners = sets.lock().ok().and_then(|mut sets| sets.pop()).unwrap_or_default();
         worker::run(&service, &place, listeners)
     })?;
@@ -95,11 +95,11 @@ fn bind_all(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
 
 // === impl Served ===
 
-impl Served {
+impl ServeReport {
     /// Adds what another thread has done.
     #[must_use]
-    pub fn merge(self, other: &Served) -> Served {
-        Served {
+    pub fn merge(self, other: &ServeReport) -> ServeReport {
+        ServeReport {
             accepted: self.accepted + other.accepted,
             open: self.open + other.open,
             requests: self.requests + other.requests,

@@ -3,12 +3,12 @@
 //! Driven by `lane`. What is received is thrown away inside the kernel, so that
 //! the generator costs as little as it can.
 
-use super::plan::{Mode, Plan};
-use crate::load::report::Kind;
-use crate::load::thread::{Lane, Loop, Phase};
+use super::plan::{LoadMode, LoadPlan};
+use crate::load::report::LoadErrorKind;
+use crate::load::thread::{LoadPhase, LoadThread, ModeLoop};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
-use tidegate_net::epoll::{Interest, Readiness};
+use tidegate_net::epoll::{EpollEvent, EpollInterest};
 use tidegate_net::stream::{self, Connecting};
 
 /// One socket's turn ends after this much: the others wait.
@@ -16,38 +16,38 @@ pub(super) const TURN_BYTES: usize = 256 * 1024;
 
 /// The loop.
 #[derive(Debug)]
-pub(super) struct Streams {
-    slots: Vec<Slot>,
+pub(super) struct StreamLoop {
+    slots: Vec<StreamSlot>,
     /// What is sent, or where the discarded is not put.
     buffer: Box<[u8]>,
     sends: bool,
 }
 
 #[derive(Debug, Default)]
-struct Slot {
+struct StreamSlot {
     socket: Option<OwnedFd>,
     stands: bool,
 }
 
 // === impl Streams ===
 
-impl Streams {
-    pub(super) fn new(plan: &Plan, count: usize) -> Streams {
-        let sends = plan.mode == Mode::Upload;
+impl StreamLoop {
+    pub(super) fn new(plan: &LoadPlan, count: usize) -> StreamLoop {
+        let sends = plan.mode == LoadMode::Upload;
         let length = if sends { plan.size } else { TURN_BYTES };
-        Streams {
-            slots: (0..count).map(|_| Slot::default()).collect(),
+        StreamLoop {
+            slots: (0..count).map(|_| StreamSlot::default()).collect(),
             buffer: vec![b'x'; length].into(),
             sends,
         }
     }
 
-    fn open(&mut self, lane: &mut Lane<'_>, slot: u32) {
+    fn open(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
         let dialled = lane.dialer.dial().and_then(|(socket, how_far)| {
             // Until it stands: room to send is how that shows.
             let interest = match how_far {
                 Connecting::Done => self.interest(lane),
-                Connecting::Pending => Interest::WhileWritable,
+                Connecting::Pending => EpollInterest::WhileWritable,
             };
             lane.epoll.watch_for(&socket, slot.into(), interest)?;
             Ok((socket, how_far))
@@ -55,40 +55,40 @@ impl Streams {
         match dialled {
             Ok((socket, how_far)) => {
                 let stands = how_far == Connecting::Done;
-                self.slots[slot as usize] = Slot { socket: Some(socket), stands };
+                self.slots[slot as usize] = StreamSlot { socket: Some(socket), stands };
                 if stands {
                     lane.opened();
                 }
             }
-            Err(error) => lane.lost(slot, Kind::of_connect(&error)),
+            Err(error) => lane.lost(slot, LoadErrorKind::of_connect(&error)),
         }
     }
 
     /// Before the measured time only hang-ups are of interest.
-    fn interest(&self, lane: &Lane<'_>) -> Interest {
+    fn interest(&self, lane: &LoadThread<'_>) -> EpollInterest {
         match (lane.phase, self.sends) {
-            (Phase::Setup, _) => Interest::Arrivals,
-            (_, true) => Interest::WhileWritable,
-            (_, false) => Interest::WhileReadable,
+            (LoadPhase::Setup, _) => EpollInterest::EdgeReadable,
+            (_, true) => EpollInterest::WhileWritable,
+            (_, false) => EpollInterest::WhileReadable,
         }
     }
 
-    fn connected(&mut self, lane: &mut Lane<'_>, slot: u32) -> Result<(), Kind> {
+    fn connected(&mut self, lane: &mut LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
         let place = &mut self.slots[slot as usize];
         let Some(socket) = &place.socket else { return Ok(()) };
-        stream::connect_result(socket).map_err(|error| Kind::of_connect(&error))?;
+        stream::connect_result(socket).map_err(|error| LoadErrorKind::of_connect(&error))?;
         place.stands = true;
         lane.opened();
         self.rewatch(lane, slot)
     }
 
-    fn rewatch(&self, lane: &Lane<'_>, slot: u32) -> Result<(), Kind> {
+    fn rewatch(&self, lane: &LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
         let Some(socket) = &self.slots[slot as usize].socket else { return Ok(()) };
         let changed = lane.epoll.change(socket, slot.into(), self.interest(lane));
-        changed.map_err(|error| Kind::of_transfer(&error))
+        changed.map_err(|error| LoadErrorKind::of_transfer(&error))
     }
 
-    fn send(&mut self, lane: &mut Lane<'_>, slot: u32) -> Result<(), Kind> {
+    fn send(&mut self, lane: &mut LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
         let Some(socket) = &self.slots[slot as usize].socket else { return Ok(()) };
         let mut turn = 0;
         while turn < TURN_BYTES {
@@ -98,55 +98,59 @@ impl Streams {
                     lane.report.bytes_out += sent as u64;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) => return Err(Kind::of_transfer(&error)),
+                Err(error) => return Err(LoadErrorKind::of_transfer(&error)),
             }
         }
         Ok(())
     }
 
-    fn receive(&mut self, lane: &mut Lane<'_>, slot: u32) -> Result<(), Kind> {
+    fn receive(&mut self, lane: &mut LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
         let Some(socket) = &self.slots[slot as usize].socket else { return Ok(()) };
         match stream::discard(socket, &mut self.buffer) {
-            Ok(0) => return Err(Kind::Closed),
+            Ok(0) => return Err(LoadErrorKind::Closed),
             Ok(taken) => lane.report.bytes_in += taken as u64,
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(error) => return Err(Kind::of_transfer(&error)),
+            Err(error) => return Err(LoadErrorKind::of_transfer(&error)),
         }
         Ok(())
     }
 
     /// What a sender learns from a hang-up: a FIN alone is the peer's half
     /// being done, and is taken for the end as well.
-    fn ended(&self, slot: u32) -> Kind {
+    fn ended(&self, slot: u32) -> LoadErrorKind {
         match self.slots[slot as usize].socket.as_ref().map(stream::connect_result) {
-            Some(Err(error)) => Kind::of_transfer(&error),
-            _ => Kind::Closed,
+            Some(Err(error)) => LoadErrorKind::of_transfer(&error),
+            _ => LoadErrorKind::Closed,
         }
     }
 
-    fn lose(&mut self, lane: &mut Lane<'_>, slot: u32, kind: Kind) {
+    fn lose(&mut self, lane: &mut LoadThread<'_>, slot: u32, kind: LoadErrorKind) {
         let place = std::mem::take(&mut self.slots[slot as usize]);
         lane.open -= u64::from(place.stands);
         lane.lost(slot, kind);
     }
 
-    fn handle(&mut self, lane: &mut Lane<'_>, readiness: Readiness) -> Result<(), Kind> {
+    fn handle(
+        &mut self,
+        lane: &mut LoadThread<'_>,
+        readiness: EpollEvent,
+    ) -> Result<(), LoadErrorKind> {
         let slot = readiness.token as u32;
         if !self.slots[slot as usize].stands {
             return self.connected(lane, slot);
         }
         match (lane.phase, self.sends) {
-            (Phase::Timed, true) if readiness.hang_up => Err(self.ended(slot)),
-            (Phase::Timed, true) => self.send(lane, slot),
-            (Phase::Timed, false) => self.receive(lane, slot),
+            (LoadPhase::Timed, true) if readiness.hang_up => Err(self.ended(slot)),
+            (LoadPhase::Timed, true) => self.send(lane, slot),
+            (LoadPhase::Timed, false) => self.receive(lane, slot),
             _ if readiness.failed => Err(self.ended(slot)),
             _ => Ok(()),
         }
     }
 }
 
-impl Loop for Streams {
-    fn prepare(&mut self, lane: &mut Lane<'_>) -> io::Result<()> {
+impl ModeLoop for StreamLoop {
+    fn prepare(&mut self, lane: &mut LoadThread<'_>) -> io::Result<()> {
         // Streams are few. Should there be thousands, what the target's accept
         // queue drops is sent again by the kernel.
         for slot in 0..self.slots.len() as u32 {
@@ -159,7 +163,7 @@ impl Loop for Streams {
         self.slots.iter().all(|slot| slot.stands || slot.socket.is_none())
     }
 
-    fn begin(&mut self, lane: &mut Lane<'_>) {
+    fn begin(&mut self, lane: &mut LoadThread<'_>) {
         for slot in 0..self.slots.len() as u32 {
             if self.slots[slot as usize].stands
                 && let Err(kind) = self.rewatch(lane, slot)
@@ -169,14 +173,14 @@ impl Loop for Streams {
         }
     }
 
-    fn ready(&mut self, lane: &mut Lane<'_>, readiness: Readiness) {
+    fn ready(&mut self, lane: &mut LoadThread<'_>, readiness: EpollEvent) {
         if let Err(kind) = self.handle(lane, readiness) {
             self.lose(lane, readiness.token as u32, kind);
         }
     }
 
-    fn due(&mut self, lane: &mut Lane<'_>, slot: u32) {
-        if self.slots[slot as usize].socket.is_none() && lane.phase != Phase::Grace {
+    fn due(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
+        if self.slots[slot as usize].socket.is_none() && lane.phase != LoadPhase::Grace {
             self.open(lane, slot);
         }
     }
@@ -186,7 +190,7 @@ impl Loop for Streams {
     }
 
     /// Sent is what has reached the peer's kernel, not what waits in ours.
-    fn end(&mut self, lane: &mut Lane<'_>) {
+    fn end(&mut self, lane: &mut LoadThread<'_>) {
         if self.sends {
             let queued: u64 = self
                 .slots

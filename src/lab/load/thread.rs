@@ -1,18 +1,18 @@
 //! One generator thread: its clock, its epoll set, its count, and the order of
 //! a run.
 //!
-//! The loops of each mode are built on [`Lane`]. A run is: connections are
+//! The loops of each mode are built on [`LoadThread`]. A run is: connections are
 //! made, all threads meet, the measured time, a short wait for answers still
 //! out, the end.
 
-use super::Window;
+use super::ReportWindow;
 use super::dial::Dialer;
-use super::exchange::Exchange;
+use super::exchange::RequestLoop;
 use super::open_loop::OpenLoop;
-use super::plan::{Mode, Plan};
-use super::stream::Streams;
-use crate::load::report::{Kind, Report};
-use crate::load::threads::Place;
+use super::plan::{LoadMode, LoadPlan};
+use super::stream::StreamLoop;
+use crate::load::report::{LoadErrorKind, LoadReport};
+use crate::load::threads::ThreadHandle;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io;
@@ -20,7 +20,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use tidegate_net::clock;
-use tidegate_net::epoll::{Batch, Epoll, Readiness};
+use tidegate_net::epoll::{Epoll, EpollBatch, EpollEvent};
 
 /// Nanoseconds since the thread began.
 pub(super) type Nanos = u64;
@@ -49,17 +49,17 @@ const SLEEP_MAX: Duration = Duration::from_millis(50);
 
 /// What all modes share. Public within the module: the loops use every part.
 #[derive(Debug)]
-pub(super) struct Lane<'a> {
-    pub(super) plan: &'a Plan,
-    pub(super) place: &'a Place,
+pub(super) struct LoadThread<'a> {
+    pub(super) plan: &'a LoadPlan,
+    pub(super) place: &'a ThreadHandle,
     pub(super) dialer: Dialer,
     pub(super) epoll: Epoll,
     /// Of the whole run or, where it has windows, since the last of them.
-    pub(super) report: Report,
-    pub(super) phase: Phase,
-    windows: &'a mpsc::Sender<Window>,
+    pub(super) report: LoadReport,
+    pub(super) phase: LoadPhase,
+    windows: &'a mpsc::Sender<ReportWindow>,
     /// The windows so far, and how many they are.
-    past: Option<Report>,
+    past: Option<LoadReport>,
     window: u64,
     /// Slots to wake, with when.
     due: BinaryHeap<Reverse<(Nanos, u32)>>,
@@ -73,7 +73,7 @@ pub(super) struct Lane<'a> {
 
 /// Where in its run the thread is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Phase {
+pub(super) enum LoadPhase {
     /// Connections are made; nothing is counted but they.
     Setup,
     /// The measured time.
@@ -83,60 +83,60 @@ pub(super) enum Phase {
 }
 
 /// The loop of one mode.
-pub(super) trait Loop {
+pub(super) trait ModeLoop {
     /// Begins to make the first connections.
-    fn prepare(&mut self, lane: &mut Lane<'_>) -> io::Result<()>;
+    fn prepare(&mut self, lane: &mut LoadThread<'_>) -> io::Result<()>;
     /// Whether every connection stands or has failed.
     fn prepared(&self) -> bool;
     /// The measured time begins.
-    fn begin(&mut self, lane: &mut Lane<'_>);
+    fn begin(&mut self, lane: &mut LoadThread<'_>);
     /// A socket is ready.
-    fn ready(&mut self, lane: &mut Lane<'_>, readiness: Readiness);
+    fn ready(&mut self, lane: &mut LoadThread<'_>, readiness: EpollEvent);
     /// A slot's time has come.
-    fn due(&mut self, lane: &mut Lane<'_>, slot: u32);
+    fn due(&mut self, lane: &mut LoadThread<'_>, slot: u32);
     /// Once for each turn, for what is due by rate; gives when to be called
     /// again at the latest. Most modes have nothing of the sort.
-    fn turn(&mut self, _lane: &mut Lane<'_>) -> Option<Nanos> {
+    fn turn(&mut self, _lane: &mut LoadThread<'_>) -> Option<Nanos> {
         None
     }
     /// Requests still without an answer.
     fn unanswered(&self) -> u64;
     /// The measured time is over.
-    fn end(&mut self, _lane: &mut Lane<'_>) {}
+    fn end(&mut self, _lane: &mut LoadThread<'_>) {}
     /// Nothing more will come; what is still out is counted here.
-    fn finish(&mut self, lane: &mut Lane<'_>) {
-        lane.report.fail(Kind::Unanswered, self.unanswered());
+    fn finish(&mut self, lane: &mut LoadThread<'_>) {
+        lane.report.fail(LoadErrorKind::Unanswered, self.unanswered());
     }
 }
 
 /// Runs one thread of `plan`.
 pub(super) fn run(
-    plan: &Plan,
-    place: &Place,
-    windows: &mpsc::Sender<Window>,
-) -> io::Result<Report> {
+    plan: &LoadPlan,
+    place: &ThreadHandle,
+    windows: &mpsc::Sender<ReportWindow>,
+) -> io::Result<LoadReport> {
     let count = place.share(plan.connections);
     match plan.mode {
-        Mode::PingPong | Mode::Short(_) | Mode::Idle | Mode::Churn { .. } => {
-            drive(plan, place, windows, |_| Ok(Exchange::new(plan, count)))
+        LoadMode::PingPong | LoadMode::Short(_) | LoadMode::Idle | LoadMode::Churn { .. } => {
+            drive(plan, place, windows, |_| Ok(RequestLoop::new(plan, count)))
         }
-        Mode::Upload | Mode::Download => {
-            drive(plan, place, windows, |_| Ok(Streams::new(plan, count)))
+        LoadMode::Upload | LoadMode::Download => {
+            drive(plan, place, windows, |_| Ok(StreamLoop::new(plan, count)))
         }
-        Mode::OpenLoop { rate } => {
+        LoadMode::OpenLoop { rate } => {
             let rate = rate / place.count as f64;
             drive(plan, place, windows, |lane| OpenLoop::new(lane, count, rate))
         }
     }
 }
 
-fn drive<L: Loop>(
-    plan: &Plan,
-    place: &Place,
-    windows: &mpsc::Sender<Window>,
-    build: impl FnOnce(&Lane<'_>) -> io::Result<L>,
-) -> io::Result<Report> {
-    let prepared = Lane::new(plan, place, windows).and_then(|mut lane| {
+fn drive<L: ModeLoop>(
+    plan: &LoadPlan,
+    place: &ThreadHandle,
+    windows: &mpsc::Sender<ReportWindow>,
+    build: impl FnOnce(&LoadThread<'_>) -> io::Result<L>,
+) -> io::Result<LoadReport> {
+    let prepared = LoadThread::new(plan, place, windows).and_then(|mut lane| {
         let mut mode = build(&lane)?;
         lane.setup(&mut mode)?;
         lane.someone_there()?;
@@ -155,19 +155,19 @@ fn drive<L: Loop>(
 
 // === impl Lane ===
 
-impl<'a> Lane<'a> {
+impl<'a> LoadThread<'a> {
     fn new(
-        plan: &'a Plan,
-        place: &'a Place,
-        windows: &'a mpsc::Sender<Window>,
-    ) -> io::Result<Lane<'a>> {
-        Ok(Lane {
+        plan: &'a LoadPlan,
+        place: &'a ThreadHandle,
+        windows: &'a mpsc::Sender<ReportWindow>,
+    ) -> io::Result<LoadThread<'a>> {
+        Ok(LoadThread {
             plan,
             place,
             dialer: Dialer::new(plan, place.index),
             epoll: Epoll::new()?,
-            report: Report::new(),
-            phase: Phase::Setup,
+            report: LoadReport::new(),
+            phase: LoadPhase::Setup,
             windows,
             past: None,
             window: 0,
@@ -205,9 +205,9 @@ impl<'a> Lane<'a> {
 
     /// A connection could not be had or broke: it is counted and tried again a
     /// little later.
-    pub(super) fn lost(&mut self, slot: u32, kind: Kind) {
+    pub(super) fn lost(&mut self, slot: u32, kind: LoadErrorKind) {
         // What peers cut while the run ends is no finding.
-        if self.phase != Phase::Grace {
+        if self.phase != LoadPhase::Grace {
             self.report.fail(kind, 1);
             self.place.gauge().errors.fetch_add(1, Relaxed);
         }
@@ -219,13 +219,13 @@ impl<'a> Lane<'a> {
     pub(super) fn opened(&mut self) {
         self.open += 1;
         self.report.opened += 1;
-        self.report.opened_timed += u64::from(self.phase == Phase::Timed);
+        self.report.opened_timed += u64::from(self.phase == LoadPhase::Timed);
     }
 
-    fn setup(&mut self, mode: &mut impl Loop) -> io::Result<()> {
+    fn setup(&mut self, mode: &mut impl ModeLoop) -> io::Result<()> {
         let until = nanos(SETUP_MAX);
         mode.prepare(self)?;
-        let mut batch = Batch::new();
+        let mut batch = EpollBatch::new();
         while !mode.prepared() && !self.place.stopped() && self.at < until {
             self.step(mode, &mut batch, until)?;
         }
@@ -235,7 +235,7 @@ impl<'a> Lane<'a> {
     /// A target nobody answers at is found out now, not after the whole run.
     /// Short connections begin with the measured time; only it can tell.
     fn someone_there(&self) -> io::Result<()> {
-        if self.report.opened > 0 || matches!(self.plan.mode, Mode::Short(_)) {
+        if self.report.opened > 0 || matches!(self.plan.mode, LoadMode::Short(_)) {
             return Ok(());
         }
         let kinds: Vec<_> = self.report.errors_by_name().map(|(name, _)| name).collect();
@@ -243,13 +243,13 @@ impl<'a> Lane<'a> {
         Err(io::Error::other(format!("no connection to {} stands: {why}", self.plan.target)))
     }
 
-    fn timed(&mut self, mode: &mut impl Loop) -> io::Result<()> {
-        self.phase = Phase::Timed;
+    fn timed(&mut self, mode: &mut impl ModeLoop) -> io::Result<()> {
+        self.phase = LoadPhase::Timed;
         self.started = self.tick();
         let until = self.started + nanos(self.plan.duration);
         self.place.gauge().started.store(true, Relaxed);
         mode.begin(self);
-        let mut batch = Batch::new();
+        let mut batch = EpollBatch::new();
         while self.at < until && !self.place.stopped() {
             self.step(mode, &mut batch, until)?;
             self.turn_window();
@@ -267,7 +267,7 @@ impl<'a> Lane<'a> {
             return;
         }
         self.report.elapsed = Duration::from_nanos(self.at - begun);
-        let over = std::mem::replace(&mut self.report, Report::new());
+        let over = std::mem::replace(&mut self.report, LoadReport::new());
         self.past = Some(match self.past.take() {
             Some(past) => past.merge(&over),
             None => over.clone(),
@@ -279,7 +279,7 @@ impl<'a> Lane<'a> {
     }
 
     /// Everything measured, all windows together.
-    fn whole(self) -> Report {
+    fn whole(self) -> LoadReport {
         match self.past {
             // The last part's elapsed counts from the beginning.
             Some(past) => self.report.merge(&past),
@@ -287,11 +287,11 @@ impl<'a> Lane<'a> {
         }
     }
 
-    fn grace(&mut self, mode: &mut impl Loop) -> io::Result<()> {
+    fn grace(&mut self, mode: &mut impl ModeLoop) -> io::Result<()> {
         mode.end(self);
-        self.phase = Phase::Grace;
+        self.phase = LoadPhase::Grace;
         let until = self.at + nanos(GRACE);
-        let mut batch = Batch::new();
+        let mut batch = EpollBatch::new();
         while mode.unanswered() > 0 && self.at < until {
             self.step(mode, &mut batch, until)?;
         }
@@ -300,7 +300,12 @@ impl<'a> Lane<'a> {
     }
 
     /// One turn: waits, and has the loop handle what came.
-    fn step(&mut self, mode: &mut impl Loop, batch: &mut Batch, until: Nanos) -> io::Result<()> {
+    fn step(
+        &mut self,
+        mode: &mut impl ModeLoop,
+        batch: &mut EpollBatch,
+        until: Nanos,
+    ) -> io::Result<()> {
         let turn = mode.turn(self);
         let next = self.due.peek().map_or(until, |Reverse((when, _))| (*when).min(until));
         // What a mode is due itself it wakes for with a timer in the set; here
@@ -319,7 +324,7 @@ impl<'a> Lane<'a> {
         Ok(())
     }
 
-    fn wake_due(&mut self, mode: &mut impl Loop) {
+    fn wake_due(&mut self, mode: &mut impl ModeLoop) {
         if self.due.is_empty() {
             return;
         }
@@ -335,9 +340,9 @@ impl<'a> Lane<'a> {
 
     fn show(&self) {
         let gauge = self.place.gauge();
-        let holds = matches!(self.plan.mode, Mode::Idle | Mode::Churn { .. });
-        let units = |report: &Report| if holds { report.opened } else { report.requests };
-        let bytes = |report: &Report| report.bytes_in + report.bytes_out;
+        let holds = matches!(self.plan.mode, LoadMode::Idle | LoadMode::Churn { .. });
+        let units = |report: &LoadReport| if holds { report.opened } else { report.requests };
+        let bytes = |report: &LoadReport| report.bytes_in + report.bytes_out;
         let before = self.past.as_ref().map_or((0, 0), |past| (units(past), bytes(past)));
         gauge.units.store(before.0 + units(&self.report), Relaxed);
         gauge.bytes.store(before.1 + bytes(&self.report), Relaxed);

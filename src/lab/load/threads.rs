@@ -14,7 +14,7 @@ use tidegate_net::cpu;
 /// What a thread shows of its work while it is at it. Written by that thread
 /// alone.
 #[derive(Debug, Default)]
-pub struct Gauge {
+pub struct LoadProgress {
     /// Requests answered or, where there are none, connections opened.
     pub units: AtomicU64,
     /// Bytes received and sent.
@@ -28,30 +28,30 @@ pub struct Gauge {
 }
 
 #[derive(Debug)]
-struct Shared {
+struct LoadShared {
     stop: AtomicBool,
     ready: Barrier,
-    gauges: Vec<CachePadded<Gauge>>,
+    gauges: Vec<CachePadded<LoadProgress>>,
 }
 
 /// A thread's view of its crew.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct ThreadHandle {
     pub(super) index: usize,
     pub(super) count: usize,
-    shared: Arc<Shared>,
+    shared: Arc<LoadShared>,
 }
 
 /// Threads at work; `T` is what each hands back.
 #[derive(Debug)]
-pub struct Crew<T> {
-    shared: Arc<Shared>,
+pub struct LoadThreads<T> {
+    shared: Arc<LoadShared>,
     threads: Vec<JoinHandle<io::Result<T>>>,
 }
 
 // === impl Place ===
 
-impl Place {
+impl ThreadHandle {
     /// Whether the crew was told to stop.
     #[inline]
     pub(super) fn stopped(&self) -> bool {
@@ -70,7 +70,7 @@ impl Place {
     }
 
     /// This thread's gauge.
-    pub(super) fn gauge(&self) -> &Gauge {
+    pub(super) fn gauge(&self) -> &LoadProgress {
         &self.shared.gauges[self.index]
     }
 
@@ -83,16 +83,16 @@ impl Place {
 
 // === impl Crew ===
 
-impl<T: Send + 'static> Crew<T> {
+impl<T: Send + 'static> LoadThreads<T> {
     /// Runs `work` on `count` threads, the i-th on the i-th of `cpus` (again
     /// from the first when there are fewer; nowhere in particular when empty).
     pub(super) fn start(
         name: &str,
         count: usize,
         cpus: &[usize],
-        work: impl Fn(Place) -> io::Result<T> + Send + Sync + 'static,
-    ) -> io::Result<Crew<T>> {
-        let shared = Arc::new(Shared {
+        work: impl Fn(ThreadHandle) -> io::Result<T> + Send + Sync + 'static,
+    ) -> io::Result<LoadThreads<T>> {
+        let shared = Arc::new(LoadShared {
             stop: AtomicBool::new(false),
             ready: Barrier::new(count),
             gauges: (0..count).map(|_| CachePadded::default()).collect(),
@@ -100,7 +100,7 @@ impl<T: Send + 'static> Crew<T> {
         let work = Arc::new(work);
         let threads = (0..count)
             .map(|index| {
-                let place = Place { index, count, shared: Arc::clone(&shared) };
+                let place = ThreadHandle { index, count, shared: Arc::clone(&shared) };
                 let work = Arc::clone(&work);
                 let cpu = (!cpus.is_empty()).then(|| cpus[index % cpus.len()]);
                 std::thread::Builder::new().name(format!("{name}-{index}")).spawn(move || {
@@ -111,11 +111,11 @@ impl<T: Send + 'static> Crew<T> {
                 })
             })
             .collect::<io::Result<Vec<_>>>()?;
-        Ok(Crew { shared, threads })
+        Ok(LoadThreads { shared, threads })
     }
 
     /// What the threads show of their work.
-    pub fn gauges(&self) -> impl Iterator<Item = &Gauge> {
+    pub fn gauges(&self) -> impl Iterator<Item = &LoadProgress> {
         self.shared.gauges.iter().map(|gauge| &**gauge)
     }
 

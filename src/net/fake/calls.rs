@@ -4,8 +4,8 @@
 //! Called by the wrappers alone.
 
 use super::plan;
-use super::socket::{Role, Standing, Told, write_stream};
-use super::{Call, Fault, Kernel, Pipe, try_with};
+use super::socket::{PeerSignal, SimSocketState, SocketRole, write_stream};
+use super::{InjectedFault, SimCall, SimKernel, SimPipe, try_with};
 use crate::clock;
 use crate::stream::Delivery;
 use rustix::event::epoll::{Event, EventFlags};
@@ -13,63 +13,66 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-type Answer<T> = Option<io::Result<T>>;
+type SimResult<T> = Option<io::Result<T>>;
 
 fn errno<T>(errno: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(errno))
 }
 
 /// Runs `call` on the socket behind `fd`.
-fn on<T>(fd: &impl AsFd, call: impl FnOnce(&mut Kernel, usize) -> io::Result<T>) -> Answer<T> {
+fn on<T>(
+    fd: &impl AsFd,
+    call: impl FnOnce(&mut SimKernel, usize) -> io::Result<T>,
+) -> SimResult<T> {
     let fd = fd.as_fd().as_raw_fd();
     try_with(|kernel| kernel.find(fd).map(|id| call(kernel, id))).flatten()
 }
 
-pub fn socket(address: SocketAddr) -> Answer<OwnedFd> {
-    try_with(|kernel| match kernel.fault(Call::Socket, None) {
-        Some(Fault::Errno(error)) => errno(error),
-        _ => kernel.add_socket(Role::Backend(address)).map(|(own, _)| own),
+pub fn socket(address: SocketAddr) -> SimResult<OwnedFd> {
+    try_with(|kernel| match kernel.fault(SimCall::Socket, None) {
+        Some(InjectedFault::Errno(error)) => errno(error),
+        _ => kernel.add_socket(SocketRole::Backend(address)).map(|(own, _)| own),
     })
 }
 
 /// The first connect(2), and the one that asks again.
-pub fn connect(fd: &impl AsFd) -> Answer<()> {
+pub fn connect(fd: &impl AsFd) -> SimResult<()> {
     on(fd, |kernel, id| match kernel.sockets[id].standing {
-        Standing::Fresh => {
-            if let Some(Fault::Errno(error)) = kernel.fault(Call::Connect, Some(id)) {
+        SimSocketState::Fresh => {
+            if let Some(InjectedFault::Errno(error)) = kernel.fault(SimCall::Connect, Some(id)) {
                 kernel.sockets[id].dead = true;
                 return errno(error);
             }
-            kernel.sockets[id].standing = Standing::Connecting;
+            kernel.sockets[id].standing = SimSocketState::Connecting;
             if kernel.connects_at_once && kernel.rng.bool() {
                 kernel.decide(id);
             }
             errno(libc::EINPROGRESS)
         }
-        Standing::Connecting if kernel.sockets[id].dead => {
+        SimSocketState::Connecting if kernel.sockets[id].dead => {
             errno(std::mem::take(&mut kernel.sockets[id].error))
         }
-        Standing::Connecting => errno(libc::EALREADY),
-        Standing::Up => Ok(()),
+        SimSocketState::Connecting => errno(libc::EALREADY),
+        SimSocketState::Up => Ok(()),
     })
 }
 
-pub fn take_error(fd: &impl AsFd) -> Answer<()> {
+pub fn take_error(fd: &impl AsFd) -> SimResult<()> {
     on(fd, |kernel, id| match std::mem::take(&mut kernel.sockets[id].error) {
         0 => Ok(()),
         error => errno(error),
     })
 }
 
-pub fn receive(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize> {
+pub fn receive(fd: &impl AsFd, buffer: &mut [u8]) -> SimResult<usize> {
     on(fd, |kernel, id| {
-        let (stream, from, count) = kernel.take(Call::Receive, id, buffer.len() as u64)?;
+        let (stream, from, count) = kernel.take(SimCall::Receive, id, buffer.len() as u64)?;
         write_stream(stream, from, &mut buffer[..count as usize]);
         Ok(count as usize)
     })
 }
 
-pub fn peek(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize> {
+pub fn peek(fd: &impl AsFd, buffer: &mut [u8]) -> SimResult<usize> {
     on(fd, |kernel, id| {
         let (stream, from, count) = kernel.look(id, buffer.len() as u64)?;
         write_stream(stream, from, &mut buffer[..count as usize]);
@@ -77,25 +80,25 @@ pub fn peek(fd: &impl AsFd, buffer: &mut [u8]) -> Answer<usize> {
     })
 }
 
-pub fn send(fd: &impl AsFd, bytes: &[u8]) -> Answer<usize> {
+pub fn send(fd: &impl AsFd, bytes: &[u8]) -> SimResult<usize> {
     on(fd, |kernel, id| {
-        let count = kernel.way(Call::Send, id, bytes.len() as u64)? as usize;
+        let count = kernel.way(SimCall::Send, id, bytes.len() as u64)? as usize;
         kernel.sockets[id].put(&bytes[..count]);
         kernel.after_put(id);
         Ok(count)
     })
 }
 
-pub fn shutdown_write(fd: &impl AsFd) -> Answer<()> {
+pub fn shutdown_write(fd: &impl AsFd) -> SimResult<()> {
     on(fd, |kernel, id| {
-        if let Some(Fault::Errno(error)) = kernel.fault(Call::Shutdown, Some(id)) {
+        if let Some(InjectedFault::Errno(error)) = kernel.fault(SimCall::Shutdown, Some(id)) {
             return errno(error);
         }
         if kernel.sockets[id].dead {
             return errno(libc::ENOTCONN);
         }
         kernel.sockets[id].shut = true;
-        kernel.sockets[id].told = Told::Fin;
+        kernel.sockets[id].told = PeerSignal::Fin;
         kernel.changed(id);
         Ok(())
     })
@@ -112,7 +115,7 @@ pub fn reset_on_close(fd: &impl AsFd) -> Option<()> {
 pub fn tear_down(fd: &impl AsFd) -> Option<()> {
     on(fd, |kernel, id| {
         kernel.sockets[id].fail(libc::ECONNABORTED);
-        kernel.sockets[id].told = Told::Reset;
+        kernel.sockets[id].told = PeerSignal::Reset;
         kernel.changed(id);
         Ok(())
     })
@@ -120,9 +123,9 @@ pub fn tear_down(fd: &impl AsFd) -> Option<()> {
 }
 
 /// Options of sockets; what they are for is not played.
-pub fn set_option(fd: &impl AsFd) -> Answer<()> {
-    on(fd, |kernel, id| match kernel.fault(Call::Option, Some(id)) {
-        Some(Fault::Errno(error)) => errno(error),
+pub fn set_option(fd: &impl AsFd) -> SimResult<()> {
+    on(fd, |kernel, id| match kernel.fault(SimCall::Option, Some(id)) {
+        Some(InjectedFault::Errno(error)) => errno(error),
         _ => Ok(()),
     })
 }
@@ -141,7 +144,7 @@ pub fn unread(fd: &impl AsFd) -> Option<u64> {
     on(fd, |kernel, id| Ok(kernel.sockets[id].waiting())).and_then(Result::ok)
 }
 
-pub fn accept(fd: &impl AsFd) -> Answer<(OwnedFd, SocketAddr)> {
+pub fn accept(fd: &impl AsFd) -> SimResult<(OwnedFd, SocketAddr)> {
     let fd = fd.as_fd();
     try_with(|kernel| {
         let listener = fd.as_raw_fd();
@@ -152,14 +155,14 @@ pub fn accept(fd: &impl AsFd) -> Answer<(OwnedFd, SocketAddr)> {
         if kernel.listeners[&listener] == 0 {
             return Some(errno(libc::EAGAIN));
         }
-        match kernel.fault(Call::Accept, None) {
+        match kernel.fault(SimCall::Accept, None) {
             // It is nothing to be told of but the next to come.
-            Some(Fault::Errno(libc::EAGAIN)) | Some(Fault::Short) | None => {}
-            Some(Fault::Errno(error)) => return Some(errno(error)),
+            Some(InjectedFault::Errno(libc::EAGAIN)) | Some(InjectedFault::Short) | None => {}
+            Some(InjectedFault::Errno(error)) => return Some(errno(error)),
         }
         *kernel.listeners.get_mut(&listener)? -= 1;
-        let added = kernel.add_socket(Role::Client);
-        Some(added.map(|(own, id)| (own, Kernel::address_of(id))))
+        let added = kernel.add_socket(SocketRole::Client);
+        Some(added.map(|(own, id)| (own, SimKernel::address_of(id))))
     })
     .flatten()
 }
@@ -172,9 +175,9 @@ pub fn has_queued(fd: &impl AsFd) -> Option<bool> {
 // === pipes ===
 
 /// Both ends, to read from and to write to, and how much it holds.
-pub fn pipe() -> Answer<(OwnedFd, OwnedFd, usize)> {
+pub fn pipe() -> SimResult<(OwnedFd, OwnedFd, usize)> {
     try_with(|kernel| {
-        if let Some(Fault::Errno(error)) = kernel.fault(Call::Pipe, None) {
+        if let Some(InjectedFault::Errno(error)) = kernel.fault(SimCall::Pipe, None) {
             return errno(error);
         }
         kernel.note_closed();
@@ -182,7 +185,7 @@ pub fn pipe() -> Answer<(OwnedFd, OwnedFd, usize)> {
         let (read_alarm, read) = rustix::pipe::pipe_with(flags)?;
         let (write_alarm, write) = rustix::pipe::pipe_with(flags)?;
         let size = kernel.rng.choice([4096, 65_536, 1 << 20]).unwrap_or(4096);
-        kernel.pipes.push(Pipe {
+        kernel.pipes.push(SimPipe {
             ends: [read.as_raw_fd(), write.as_raw_fd()],
             alarms: [read_alarm, write_alarm],
             size,
@@ -193,13 +196,13 @@ pub fn pipe() -> Answer<(OwnedFd, OwnedFd, usize)> {
 }
 
 /// splice(2) from a socket into a pipe; bytes, and how many are left.
-pub fn fill(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<(usize, u64)> {
+pub fn fill(fd: &impl AsFd, pipe: &OwnedFd) -> SimResult<(usize, u64)> {
     on(fd, |kernel, id| {
         let at = kernel.pipe(1, pipe);
         let held: u64 = kernel.pipes[at].holds.iter().map(|(_, _, len)| len).sum();
         let room = kernel.pipes[at].size.saturating_sub(held);
         assert!(room > 0, "a full pipe is filled");
-        let (stream, from, count) = kernel.take(Call::Fill, id, room)?;
+        let (stream, from, count) = kernel.take(SimCall::Fill, id, room)?;
         if count > 0 {
             kernel.pipes[at].holds.push_back((stream, from, count));
         }
@@ -208,13 +211,13 @@ pub fn fill(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<(usize, u64)> {
 }
 
 /// splice(2) from a pipe into a socket.
-pub fn drain(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<usize> {
+pub fn drain(fd: &impl AsFd, pipe: &OwnedFd) -> SimResult<usize> {
     on(fd, |kernel, id| {
         let at = kernel.pipe(0, pipe);
         let Some((stream, from, held)) = kernel.pipes[at].holds.front().copied() else {
             return errno(libc::EAGAIN);
         };
-        let count = kernel.way(Call::Drain, id, held)?;
+        let count = kernel.way(SimCall::Drain, id, held)?;
         let mut bytes = vec![0; count as usize];
         write_stream(stream, from, &mut bytes);
         kernel.pipes[at].holds.pop_front();
@@ -229,21 +232,21 @@ pub fn drain(fd: &impl AsFd, pipe: &OwnedFd) -> Answer<usize> {
 
 // === the epoll set ===
 
-pub fn epoll_create() -> Answer<OwnedFd> {
-    try_with(Kernel::epoll_create)
+pub fn epoll_create() -> SimResult<OwnedFd> {
+    try_with(SimKernel::epoll_create)
 }
 
-pub fn epoll_watch(fd: &impl AsFd, token: u64, interest: EventFlags) -> Answer<()> {
+pub fn epoll_watch(fd: &impl AsFd, token: u64, interest: EventFlags) -> SimResult<()> {
     on(fd, |kernel, id| kernel.epoll_watch(id, token, interest))
 }
 
-pub fn epoll_wait(most: usize) -> Answer<Vec<Event>> {
+pub fn epoll_wait(most: usize) -> SimResult<Vec<Event>> {
     try_with(|kernel| kernel.epoll_wait(most))
 }
 
 // === impl Kernel ===
 
-impl Kernel {
+impl SimKernel {
     fn pipe(&self, end: usize, fd: &OwnedFd) -> usize {
         let fd = fd.as_raw_fd();
         let at = self.pipes.iter().rposition(|pipe| pipe.ends[end] == fd);
@@ -251,7 +254,12 @@ impl Kernel {
     }
 
     /// Bytes that have arrived: stream, begin, length; zero of them is the end.
-    pub(super) fn take(&mut self, call: Call, id: usize, most: u64) -> io::Result<(u8, u64, u64)> {
+    pub(super) fn take(
+        &mut self,
+        call: SimCall,
+        id: usize,
+        most: u64,
+    ) -> io::Result<(u8, u64, u64)> {
         let most = match self.sockets[id].has_shown(most) {
             true => most,
             false => self.may_take(call, id, most)?,
@@ -269,7 +277,7 @@ impl Kernel {
 
     /// As [`Kernel::take`], and they stay where they are.
     fn look(&mut self, id: usize, most: u64) -> io::Result<(u8, u64, u64)> {
-        let most = self.may_take(Call::Receive, id, most)?;
+        let most = self.may_take(SimCall::Receive, id, most)?;
         let socket = &mut self.sockets[id];
         let (from, count) = socket.look(most).or_else(errno)?;
         let stream = socket.stream;
@@ -277,26 +285,26 @@ impl Kernel {
         Ok((stream, from, count))
     }
 
-    fn may_take(&mut self, call: Call, id: usize, most: u64) -> io::Result<u64> {
+    fn may_take(&mut self, call: SimCall, id: usize, most: u64) -> io::Result<u64> {
         let most = match self.fault(call, Some(id)) {
-            Some(Fault::Errno(error)) => {
+            Some(InjectedFault::Errno(error)) => {
                 self.told_later(id, error);
                 return errno(error);
             }
-            Some(Fault::Short) => self.rng.u64(1..=most),
+            Some(InjectedFault::Short) => self.rng.u64(1..=most),
             None => most,
         };
         Ok(most.min(self.most))
     }
 
     /// How many of so many bytes may be sent now.
-    pub(super) fn way(&mut self, call: Call, id: usize, most: u64) -> io::Result<u64> {
+    pub(super) fn way(&mut self, call: SimCall, id: usize, most: u64) -> io::Result<u64> {
         let most = match self.fault(call, Some(id)) {
-            Some(Fault::Errno(error)) => {
+            Some(InjectedFault::Errno(error)) => {
                 self.told_later(id, error);
                 return errno(error);
             }
-            Some(Fault::Short) => {
+            Some(InjectedFault::Short) => {
                 // As when there was room again a moment later.
                 self.changed(id);
                 self.rng.u64(1..=most)
@@ -311,7 +319,7 @@ impl Kernel {
         if self.rng.u8(..4) > 0 {
             self.sockets[id].deliver(u64::MAX);
         }
-        let Kernel { sockets, .. } = self;
+        let SimKernel { sockets, .. } = self;
         let (put, dead) = (sockets[id].put, sockets[id].dead);
         self.note((id, put));
         if dead {

@@ -19,12 +19,12 @@ mod socket;
 mod uring;
 
 pub use calls::*;
-pub use plan::{Call, Fault, Plan, is_ours};
-pub use socket::{Role, Socket, Told};
+pub use plan::{FaultSchedule, InjectedFault, SimCall, is_ours};
+pub use socket::{PeerSignal, SimSocket, SocketRole};
 pub use uring::*;
 
 use fastrand::Rng;
-use poll::Set;
+use poll::SimEpoll;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -32,29 +32,29 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use uring::Uring;
+use uring::SimRing;
 
 thread_local! {
-    static KERNEL: RefCell<Option<Kernel>> = const { RefCell::new(None) };
+    static KERNEL: RefCell<Option<SimKernel>> = const { RefCell::new(None) };
 }
 
 /// The kernel of one simulated machine.
 #[derive(Debug)]
-pub struct Kernel {
+pub struct SimKernel {
     pub rng: Rng,
-    pub plan: Plan,
+    pub plan: FaultSchedule,
     /// Calls so far that can fail.
     pub calls: u64,
     /// Every one of them, where they are wanted.
-    pub log: Option<Vec<Call>>,
+    pub log: Option<Vec<SimCall>>,
     /// All there ever were; closed ones stay.
-    pub sockets: Vec<Socket>,
+    pub sockets: Vec<SimSocket>,
     by_fd: HashMap<RawFd, usize>,
-    pipes: Vec<Pipe>,
+    pipes: Vec<SimPipe>,
     /// Clients in their queues.
     listeners: HashMap<RawFd, u32>,
-    set: Set,
-    uring: Uring,
+    set: SimEpoll,
+    uring: SimRing,
     /// Whose connects are decided at once, as on loopback.
     pub connects_at_once: bool,
     /// How much one call moves at most.
@@ -68,7 +68,7 @@ pub struct Kernel {
 
 /// The bytes in a pipe, as stretches of streams.
 #[derive(Debug)]
-struct Pipe {
+struct SimPipe {
     ends: [RawFd; 2],
     alarms: [OwnedFd; 2],
     size: u64,
@@ -77,10 +77,10 @@ struct Pipe {
 }
 
 /// Puts `kernel` behind this thread's system calls, for as long as it is kept.
-pub struct Installed;
+pub struct KernelGuard;
 
 /// On the kernel of this thread, which has one.
-pub fn with<T>(run: impl FnOnce(&mut Kernel) -> T) -> T {
+pub fn with<T>(run: impl FnOnce(&mut SimKernel) -> T) -> T {
     try_with(run).expect("a kernel is installed")
 }
 
@@ -89,20 +89,20 @@ pub fn is_installed() -> bool {
     KERNEL.with(|kernel| kernel.try_borrow().map_or(true, |kernel| kernel.is_some()))
 }
 
-fn try_with<T>(run: impl FnOnce(&mut Kernel) -> T) -> Option<T> {
+fn try_with<T>(run: impl FnOnce(&mut SimKernel) -> T) -> Option<T> {
     KERNEL.with_borrow_mut(|kernel| kernel.as_mut().map(run))
 }
 
 // === impl Installed ===
 
-impl Installed {
-    pub fn new(kernel: Kernel) -> Installed {
+impl KernelGuard {
+    pub fn new(kernel: SimKernel) -> KernelGuard {
         KERNEL.set(Some(kernel));
-        Installed
+        KernelGuard
     }
 }
 
-impl Drop for Installed {
+impl Drop for KernelGuard {
     fn drop(&mut self) {
         KERNEL.set(None);
     }
@@ -110,22 +110,22 @@ impl Drop for Installed {
 
 // === impl Kernel ===
 
-impl Kernel {
-    pub fn new(seed: u64) -> Kernel {
+impl SimKernel {
+    pub fn new(seed: u64) -> SimKernel {
         let mut rng = Rng::with_seed(seed);
-        Kernel {
-            uring: Uring::new(&mut rng),
+        SimKernel {
+            uring: SimRing::new(&mut rng),
             connects_at_once: rng.bool(),
             most: rng.choice([7, 700, 1 << 20, 1 << 20]).unwrap_or(7),
             rng,
-            plan: Plan::Never,
+            plan: FaultSchedule::Never,
             calls: 0,
             log: None,
             sockets: Vec::new(),
             by_fd: HashMap::new(),
             pipes: Vec::new(),
             listeners: HashMap::new(),
-            set: Set::default(),
+            set: SimEpoll::default(),
             injected: Vec::new(),
             misused: 0,
             trace: DefaultHasher::new(),
@@ -144,7 +144,7 @@ impl Kernel {
 
     /// Before each call that can fail: what goes wrong with it. What says that a
     /// connection is gone makes it so.
-    fn fault(&mut self, call: Call, socket: Option<usize>) -> Option<Fault> {
+    fn fault(&mut self, call: SimCall, socket: Option<usize>) -> Option<InjectedFault> {
         let index = self.calls;
         self.calls += 1;
         if let Some(log) = &mut self.log {
@@ -152,15 +152,15 @@ impl Kernel {
         }
         let fault = self.plan.fault(call, index, &mut self.rng);
         self.note((call, socket, fault));
-        if let Some(Fault::Errno(errno)) = fault {
+        if let Some(InjectedFault::Errno(errno)) = fault {
             self.injected.push(errno);
         }
-        if let Some(Fault::Errno(errno)) = fault
+        if let Some(InjectedFault::Errno(errno)) = fault
             && let Some(id) = socket
         {
             let socket = &mut self.sockets[id];
             socket.injected.push(errno);
-            if !plan::survives(errno) && !matches!(call, Call::Option | Call::Watch) {
+            if !plan::survives(errno) && !matches!(call, SimCall::Option | SimCall::Watch) {
                 socket.fail(errno);
                 // This call tells; the next says that it is over.
                 socket.error = 0;
@@ -172,12 +172,12 @@ impl Kernel {
     }
 
     /// A socket of the balancer's: what it owns, and its number.
-    fn add_socket(&mut self, role: Role) -> io::Result<(OwnedFd, usize)> {
+    fn add_socket(&mut self, role: SocketRole) -> io::Result<(OwnedFd, usize)> {
         let (alarm, own) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let (id, fd) = (self.sockets.len(), own.as_raw_fd());
         self.note_closed();
         // The number of each stream is its socket's; 0 would be that of none.
-        self.sockets.push(Socket::new(role, (id % 250) as u8 + 1, fd, alarm));
+        self.sockets.push(SimSocket::new(role, (id % 250) as u8 + 1, fd, alarm));
         self.by_fd.insert(fd, id);
         Ok((own, id))
     }
@@ -242,7 +242,7 @@ fn hung_up<'a>(alarms: impl Iterator<Item = Option<&'a OwnedFd>>) -> Vec<usize> 
 
 // === impl Kernel: what peers and paths do ===
 
-impl Kernel {
+impl SimKernel {
     /// The peer sends so many more bytes.
     pub fn peer_sends(&mut self, id: usize, bytes: u64) {
         let socket = &mut self.sockets[id];
@@ -284,14 +284,15 @@ impl Kernel {
 
     /// A connect that is pending comes to its end.
     pub fn decide(&mut self, id: usize) {
-        if self.sockets[id].standing != socket::Standing::Connecting || !self.sockets[id].is_open()
+        if self.sockets[id].standing != socket::SimSocketState::Connecting
+            || !self.sockets[id].is_open()
         {
             return;
         }
-        match self.fault(Call::Decide, Some(id)) {
+        match self.fault(SimCall::Decide, Some(id)) {
             // Told by the socket, as soon as it is asked.
-            Some(Fault::Errno(errno)) => self.sockets[id].error = errno,
-            _ => self.sockets[id].standing = socket::Standing::Up,
+            Some(InjectedFault::Errno(errno)) => self.sockets[id].error = errno,
+            _ => self.sockets[id].standing = socket::SimSocketState::Up,
         }
         self.changed(id);
     }
@@ -300,7 +301,7 @@ impl Kernel {
     /// are done.
     pub fn go_on(&mut self) {
         self.note_closed();
-        let busy = |socket: &&mut Socket| socket.is_open() && socket.queued() > 0;
+        let busy = |socket: &&mut SimSocket| socket.is_open() && socket.queued() > 0;
         for socket in self.sockets.iter_mut().filter(busy) {
             match self.rng.u8(..3) {
                 0 => {}

@@ -8,7 +8,7 @@ use fastrand::Rng;
 
 /// A system call, or an operation of the ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Call {
+pub enum SimCall {
     Accept,
     Socket,
     Connect,
@@ -30,7 +30,7 @@ pub enum Call {
 
 /// What goes wrong with a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Fault {
+pub enum InjectedFault {
     Errno(i32),
     /// It does less than it could.
     Short,
@@ -38,10 +38,10 @@ pub enum Fault {
 
 /// When something goes wrong.
 #[derive(Debug)]
-pub enum Plan {
+pub enum FaultSchedule {
     Never,
     /// That call, counted from 0, and no other.
-    At(u64, Fault),
+    At(u64, InjectedFault),
     /// One in so many calls, at most so many times.
     Random {
         one_in: u32,
@@ -74,16 +74,16 @@ pub(super) fn survives(errno: i32) -> bool {
 
 // === impl Call ===
 
-impl Call {
+impl SimCall {
     /// What it can fail with.
     pub fn errnos(self) -> &'static [i32] {
         use libc::*;
         match self {
-            Call::Accept => {
+            SimCall::Accept => {
                 &[EAGAIN, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, ECONNABORTED, EPROTO, EPERM]
             }
-            Call::Socket => &[EMFILE, ENFILE, ENOBUFS, ENOMEM, EACCES],
-            Call::Connect => &[
+            SimCall::Socket => &[EMFILE, ENFILE, ENOBUFS, ENOMEM, EACCES],
+            SimCall::Connect => &[
                 EADDRNOTAVAIL,
                 EADDRINUSE,
                 ENETUNREACH,
@@ -95,8 +95,8 @@ impl Call {
                 ENOMEM,
             ],
             // How a connect that was pending ends.
-            Call::Decide => &[ECONNREFUSED, ECONNRESET, ETIMEDOUT, EHOSTUNREACH, ENETUNREACH],
-            Call::Receive => &[
+            SimCall::Decide => &[ECONNREFUSED, ECONNRESET, ETIMEDOUT, EHOSTUNREACH, ENETUNREACH],
+            SimCall::Receive => &[
                 EAGAIN,
                 EINTR,
                 ECONNRESET,
@@ -107,54 +107,59 @@ impl Call {
                 ENOBUFS,
                 EIO,
             ],
-            Call::Send => {
+            SimCall::Send => {
                 &[EAGAIN, EINTR, EPIPE, ECONNRESET, ETIMEDOUT, EHOSTUNREACH, ENOBUFS, ENOMEM]
             }
-            Call::Shutdown => &[ENOTCONN],
-            Call::Fill => &[EAGAIN, EINTR, EINVAL, ENOMEM, ECONNRESET, ETIMEDOUT],
-            Call::Drain => &[EAGAIN, EINTR, EPIPE, ECONNRESET, ENOMEM, ENOBUFS],
-            Call::Pipe => &[EMFILE, ENFILE, ENOMEM],
-            Call::Watch => &[ENOMEM, ENOSPC],
-            Call::Wait => &[EINTR],
-            Call::Option => &[EINVAL, ENOBUFS],
-            Call::Enter => &[EINTR, EAGAIN, EBUSY],
-            Call::RingReceive => {
+            SimCall::Shutdown => &[ENOTCONN],
+            SimCall::Fill => &[EAGAIN, EINTR, EINVAL, ENOMEM, ECONNRESET, ETIMEDOUT],
+            SimCall::Drain => &[EAGAIN, EINTR, EPIPE, ECONNRESET, ENOMEM, ENOBUFS],
+            SimCall::Pipe => &[EMFILE, ENFILE, ENOMEM],
+            SimCall::Watch => &[ENOMEM, ENOSPC],
+            SimCall::Wait => &[EINTR],
+            SimCall::Option => &[EINVAL, ENOBUFS],
+            SimCall::Enter => &[EINTR, EAGAIN, EBUSY],
+            SimCall::RingReceive => {
                 &[ENOBUFS, ECANCELED, EINTR, EAGAIN, ECONNRESET, ETIMEDOUT, EHOSTUNREACH, ENOMEM]
             }
-            Call::RingSend => &[EAGAIN, EINTR, EPIPE, ECONNRESET, ETIMEDOUT, ENOBUFS, ENOMEM],
-            Call::RingPoll => &[ENOMEM],
+            SimCall::RingSend => &[EAGAIN, EINTR, EPIPE, ECONNRESET, ETIMEDOUT, ENOBUFS, ENOMEM],
+            SimCall::RingPoll => &[ENOMEM],
         }
     }
 
     fn can_be_short(self) -> bool {
-        use Call::*;
+        use SimCall::*;
         matches!(self, Receive | Send | Fill | Drain | RingReceive | RingSend)
     }
 
     /// Everything that can go wrong with it.
-    pub fn faults(self) -> impl Iterator<Item = Fault> {
-        let short = self.can_be_short().then_some(Fault::Short);
-        self.errnos().iter().map(|errno| Fault::Errno(*errno)).chain(short)
+    pub fn faults(self) -> impl Iterator<Item = InjectedFault> {
+        let short = self.can_be_short().then_some(InjectedFault::Short);
+        self.errnos().iter().map(|errno| InjectedFault::Errno(*errno)).chain(short)
     }
 }
 
 // === impl Plan ===
 
-impl Plan {
+impl FaultSchedule {
     /// What goes wrong with the `index`-th call.
-    pub(super) fn fault(&mut self, call: Call, index: u64, rng: &mut Rng) -> Option<Fault> {
+    pub(super) fn fault(
+        &mut self,
+        call: SimCall,
+        index: u64,
+        rng: &mut Rng,
+    ) -> Option<InjectedFault> {
         match self {
-            Plan::Never => None,
-            Plan::At(at, fault) => (*at == index).then_some(*fault),
-            Plan::Random { one_in, left } => {
+            FaultSchedule::Never => None,
+            FaultSchedule::At(at, fault) => (*at == index).then_some(*fault),
+            FaultSchedule::Random { one_in, left } => {
                 if *left == 0 || rng.u32(..*one_in) != 0 {
                     return None;
                 }
                 *left -= 1;
                 if call.can_be_short() && rng.bool() {
-                    return Some(Fault::Short);
+                    return Some(InjectedFault::Short);
                 }
-                rng.choice(call.errnos()).map(|errno| Fault::Errno(*errno))
+                rng.choice(call.errnos()).map(|errno| InjectedFault::Errno(*errno))
             }
         }
     }

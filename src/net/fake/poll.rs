@@ -3,22 +3,22 @@
 //! One a thread. As in Linux, what is reported is how the socket stands when it
 //! is asked for, not when it changed.
 
-use super::{Call, Fault, Kernel};
+use super::{InjectedFault, SimCall, SimKernel};
 use rustix::event::epoll::{Event, EventData, EventFlags};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 #[derive(Debug, Default)]
-pub(super) struct Set {
+pub(super) struct SimEpoll {
     /// Becomes readable when something is ready; who waits on the set waits on
     /// this.
     bell: Option<RawFd>,
-    watched: BTreeMap<usize, Watched>,
+    watched: BTreeMap<usize, SimWatch>,
 }
 
 #[derive(Debug)]
-struct Watched {
+struct SimWatch {
     token: u64,
     interest: EventFlags,
     edge: bool,
@@ -26,7 +26,7 @@ struct Watched {
 
 // === impl Set ===
 
-impl Set {
+impl SimEpoll {
     pub(super) fn wake(&mut self, id: usize) {
         let Some(watched) = self.watched.get_mut(&id) else { return };
         watched.edge = true;
@@ -59,7 +59,7 @@ pub(super) fn bell() -> io::Result<OwnedFd> {
 
 // === impl Kernel ===
 
-impl Kernel {
+impl SimKernel {
     pub(super) fn epoll_create(&mut self) -> io::Result<OwnedFd> {
         let own = bell()?;
         self.set.bell = Some(own.as_raw_fd());
@@ -72,10 +72,10 @@ impl Kernel {
         token: u64,
         interest: EventFlags,
     ) -> io::Result<()> {
-        if let Some(Fault::Errno(errno)) = self.fault(Call::Watch, Some(id)) {
+        if let Some(InjectedFault::Errno(errno)) = self.fault(SimCall::Watch, Some(id)) {
             return Err(io::Error::from_raw_os_error(errno));
         }
-        self.set.watched.insert(id, Watched { token, interest, edge: false });
+        self.set.watched.insert(id, SimWatch { token, interest, edge: false });
         if !self.flags(id).is_empty() {
             self.set.wake(id);
         }
@@ -90,7 +90,7 @@ impl Kernel {
     }
 
     pub(super) fn epoll_wait(&mut self, most: usize) -> io::Result<Vec<Event>> {
-        if let Some(Fault::Errno(errno)) = self.fault(Call::Wait, None) {
+        if let Some(InjectedFault::Errno(errno)) = self.fault(SimCall::Wait, None) {
             // Nothing is taken, and nothing lost.
             if let Some(bell) = self.set.bell {
                 ring(bell);

@@ -33,14 +33,14 @@ pub(super) fn write_stream(stream: u8, from: u64, bytes: &mut [u8]) {
 
 /// Which end of the balancer it is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Role {
+pub enum SocketRole {
     Client,
     /// By the address connected to.
     Backend(SocketAddr),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum SimSocketState {
     Fresh,
     Connecting,
     Up,
@@ -48,19 +48,19 @@ pub enum Standing {
 
 /// What the peer was told at last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Told {
+pub enum PeerSignal {
     Nothing,
     Fin,
     Reset,
 }
 
-pub struct Socket {
-    pub role: Role,
+pub struct SimSocket {
+    pub role: SocketRole,
     pub(super) fd: RawFd,
     /// Hangs up when the other end of it, which is the balancer's descriptor, is
     /// closed.
     pub(super) alarm: Option<OwnedFd>,
-    pub standing: Standing,
+    pub standing: SimSocketState,
     /// Of the bytes the peer sends.
     pub stream: u8,
     /// So many the peer has sent, and so many of them were received.
@@ -84,7 +84,7 @@ pub struct Socket {
     pub dead: bool,
     pub(super) error: i32,
     pub shut: bool,
-    pub told: Told,
+    pub told: PeerSignal,
     pub(super) reset_on_close: bool,
     /// The peer has closed: whatever else it is sent, it answers with a reset.
     pub gone: bool,
@@ -94,13 +94,17 @@ pub struct Socket {
     pub injected: Vec<i32>,
 }
 
-impl Socket {
-    pub(super) fn new(role: Role, stream: u8, fd: RawFd, alarm: OwnedFd) -> Socket {
-        Socket {
+impl SimSocket {
+    pub(super) fn new(role: SocketRole, stream: u8, fd: RawFd, alarm: OwnedFd) -> SimSocket {
+        SimSocket {
             role,
             fd,
             alarm: Some(alarm),
-            standing: if role == Role::Client { Standing::Up } else { Standing::Fresh },
+            standing: if role == SocketRole::Client {
+                SimSocketState::Up
+            } else {
+                SimSocketState::Fresh
+            },
             stream,
             sent: 0,
             taken: 0,
@@ -115,7 +119,7 @@ impl Socket {
             dead: false,
             error: 0,
             shut: false,
-            told: Told::Nothing,
+            told: PeerSignal::Nothing,
             reset_on_close: false,
             gone: false,
             peer_failed: false,
@@ -141,7 +145,7 @@ impl Socket {
     /// poll(2)'s bits.
     pub(super) fn ready(&self) -> u32 {
         let bit = |so: bool, flag: i16| if so { flag as u32 } else { 0 };
-        let up = self.standing == Standing::Up;
+        let up = self.standing == SimSocketState::Up;
         bit(self.waiting() > 0 || self.fin || self.dead, libc::POLLIN)
             | bit(self.fin || self.dead, libc::POLLRDHUP)
             | bit(up && self.room > 0 || self.dead, libc::POLLOUT)
@@ -167,7 +171,7 @@ impl Socket {
         }
         match std::mem::take(&mut self.error) {
             0 if self.fin || self.dead => Ok((self.taken, 0)),
-            0 if self.standing != Standing::Up => Err(libc::ENOTCONN),
+            0 if self.standing != SimSocketState::Up => Err(libc::ENOTCONN),
             0 => Err(libc::EAGAIN),
             errno => Err(errno),
         }
@@ -182,7 +186,7 @@ impl Socket {
             };
         }
         match self.room.min(most) {
-            _ if self.standing != Standing::Up => Err(libc::EAGAIN),
+            _ if self.standing != SimSocketState::Up => Err(libc::EAGAIN),
             0 => Err(libc::EAGAIN),
             count => Ok(count),
         }
@@ -231,20 +235,21 @@ impl Socket {
     /// The balancer has closed it.
     pub(super) fn closed(&mut self) {
         self.alarm = None;
-        if self.told != Told::Reset {
+        if self.told != PeerSignal::Reset {
             let unread = self.waiting() > 0;
-            self.told = if self.reset_on_close || unread { Told::Reset } else { Told::Fin };
+            self.told =
+                if self.reset_on_close || unread { PeerSignal::Reset } else { PeerSignal::Fin };
         }
-        if self.told == Told::Fin {
+        if self.told == PeerSignal::Fin {
             self.deliver(u64::MAX);
         }
     }
 }
 
-impl std::fmt::Debug for Socket {
+impl std::fmt::Debug for SimSocket {
     /// On one line: there are many.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Socket { role, stream, standing, sent, taken, put, got, got_from, .. } = self;
+        let SimSocket { role, stream, standing, sent, taken, put, got, got_from, .. } = self;
         write!(f, "{role:?} #{stream} {standing:?} sent {sent} taken {taken} put {put} got {got}")?;
         write!(
             f,

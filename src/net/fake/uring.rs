@@ -9,7 +9,7 @@
 
 use super::poll::ring as ring_bell;
 use super::socket::write_stream;
-use super::{Call, Fault, Kernel, try_with};
+use super::{InjectedFault, SimCall, SimKernel, try_with};
 use fastrand::Rng;
 use io_uring::squeue;
 use std::collections::VecDeque;
@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 /// A completion: `user_data`, result, flags.
-pub type Completion = (u64, i32, u32);
+pub type SimCqe = (u64, i32, u32);
 
 const SEND_MESSAGE: u8 = 9;
 const POLL: u8 = 6;
@@ -40,14 +40,14 @@ const SKIP_SUCCESS: u8 = 1 << 6;
 const MULTISHOT_MAX: u32 = 8;
 
 #[derive(Debug, Default)]
-pub(super) struct Uring {
+pub(super) struct SimRing {
     /// Submissions it takes before it must be entered.
     size: usize,
-    queued: VecDeque<Entry>,
-    in_flight: Vec<Operation>,
+    queued: VecDeque<SimSqe>,
+    in_flight: Vec<SimOp>,
     /// Done, and put off until it is entered.
-    deferred: VecDeque<Completion>,
-    completed: VecDeque<Completion>,
+    deferred: VecDeque<SimCqe>,
+    completed: VecDeque<SimCqe>,
     bell: Option<RawFd>,
     wakes: bool,
     /// Where the buffers are shown, how many entries there are, and how many
@@ -60,7 +60,7 @@ pub(super) struct Uring {
 
 /// What a submission says, by the offsets of the header.
 #[derive(Debug, Clone, Copy)]
-struct Entry {
+struct SimSqe {
     code: u8,
     flags: u8,
     fd: RawFd,
@@ -80,8 +80,8 @@ struct ShownBuffer {
 }
 
 #[derive(Debug)]
-struct Operation {
-    entry: Entry,
+struct SimOp {
+    entry: SimSqe,
     socket: usize,
     /// Of a send: bytes that are out.
     done: u64,
@@ -107,7 +107,7 @@ pub fn ring_push(entry: &squeue::Entry) -> bool {
         let uring = &mut kernel.uring;
         let fits = uring.queued.len() < uring.size;
         if fits {
-            uring.queued.push_back(Entry::read(entry));
+            uring.queued.push_back(SimSqe::read(entry));
         }
         fits
     })
@@ -119,10 +119,10 @@ pub fn ring_standing() -> (u32, bool) {
 }
 
 pub fn ring_enter() -> io::Result<()> {
-    on(Kernel::enter_ring)
+    on(SimKernel::enter_ring)
 }
 
-pub fn ring_take() -> Vec<Completion> {
+pub fn ring_take() -> Vec<SimCqe> {
     on(|kernel| kernel.uring.completed.drain(..).collect())
 }
 
@@ -139,20 +139,20 @@ pub fn ring_wait() {
     on(|kernel| kernel.run_ring(true));
 }
 
-fn on<T>(run: impl FnOnce(&mut Kernel) -> T) -> T {
+fn on<T>(run: impl FnOnce(&mut SimKernel) -> T) -> T {
     try_with(run).expect("a fake ring is of a fake kernel")
 }
 
 // === impl Uring ===
 
-impl Uring {
-    pub(super) fn new(rng: &mut Rng) -> Uring {
+impl SimRing {
+    pub(super) fn new(rng: &mut Rng) -> SimRing {
         let size = rng.choice([3, 64]).unwrap_or(64);
-        Uring { size, ..Uring::default() }
+        SimRing { size, ..SimRing::default() }
     }
 
     /// Completions are only queued, as with IORING_SETUP_DEFER_TASKRUN.
-    fn complete(&mut self, completion: Completion) {
+    fn complete(&mut self, completion: SimCqe) {
         self.deferred.push_back(completion);
         self.flagged = true;
         if self.wakes
@@ -185,14 +185,14 @@ impl Uring {
 
 // === impl Entry ===
 
-impl Entry {
-    fn read(entry: &squeue::Entry) -> Entry {
+impl SimSqe {
+    fn read(entry: &squeue::Entry) -> SimSqe {
         // SAFETY: an entry is 64 bytes of plain data (`struct io_uring_sqe`), all
         // initialised, and borrowed for as long as they are copied.
         let bytes = unsafe { *std::ptr::from_ref(entry).cast::<[u8; 64]>() };
         let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four"));
         let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight"));
-        Entry {
+        SimSqe {
             code: bytes[0],
             flags: bytes[1],
             fd: word(4) as RawFd,
@@ -236,9 +236,9 @@ impl Entry {
 
 // === impl Kernel ===
 
-impl Kernel {
+impl SimKernel {
     fn enter_ring(&mut self) -> io::Result<()> {
-        if let Some(Fault::Errno(errno)) = self.fault(Call::Enter, None) {
+        if let Some(InjectedFault::Errno(errno)) = self.fault(SimCall::Enter, None) {
             return Err(io::Error::from_raw_os_error(errno));
         }
         while let Some(entry) = self.uring.queued.pop_front() {
@@ -246,17 +246,17 @@ impl Kernel {
         }
         self.run_ring(false);
         self.uring.flagged = self.rng.u8(..16) == 0;
-        let Kernel { uring, .. } = self;
+        let SimKernel { uring, .. } = self;
         uring.completed.append(&mut uring.deferred);
         Ok(())
     }
 
-    fn submit(&mut self, entry: Entry) {
+    fn submit(&mut self, entry: SimSqe) {
         if entry.code == CANCEL {
             return self.cancel(entry);
         }
         match self.find(entry.fd) {
-            Some(socket) => self.uring.in_flight.push(Operation { entry, socket, done: 0 }),
+            Some(socket) => self.uring.in_flight.push(SimOp { entry, socket, done: 0 }),
             None => {
                 self.misused += 1;
                 self.uring.complete((entry.user_data, -libc::EBADF, 0));
@@ -264,11 +264,11 @@ impl Kernel {
         }
     }
 
-    fn cancel(&mut self, entry: Entry) {
+    fn cancel(&mut self, entry: SimSqe) {
         let all = entry.bits & CANCEL_ANY != 0;
         let mut found = false;
         for at in (0..self.uring.in_flight.len()).rev() {
-            let Operation { entry: other, socket, .. } = self.uring.in_flight[at];
+            let SimOp { entry: other, socket, .. } = self.uring.in_flight[at];
             // Now and then a receive is about to go on, and is missed.
             let busy = other.code == RECEIVE && self.sockets[socket].waiting() > 0;
             let missed = !all && busy && self.rng.u8(..4) == 0;
@@ -293,7 +293,7 @@ impl Kernel {
         self.rng.shuffle(&mut order);
         for user_data in order {
             if all || self.rng.u8(..4) > 0 {
-                let same = |operation: &Operation| operation.entry.user_data == user_data;
+                let same = |operation: &SimOp| operation.entry.user_data == user_data;
                 if let Some(at) = self.uring.in_flight.iter().position(same) {
                     self.run_operation(at);
                 }
@@ -302,7 +302,7 @@ impl Kernel {
     }
 
     fn run_operation(&mut self, at: usize) {
-        let Operation { entry, socket, .. } = self.uring.in_flight[at];
+        let SimOp { entry, socket, .. } = self.uring.in_flight[at];
         let over = match entry.code {
             RECEIVE => self.run_receive(entry, socket),
             SEND | SEND_MESSAGE => self.run_send(at),
@@ -317,7 +317,7 @@ impl Kernel {
     }
 
     /// A multishot receive: goes on until it ends, which is what is given back.
-    fn run_receive(&mut self, entry: Entry, socket: usize) -> Option<i32> {
+    fn run_receive(&mut self, entry: SimSqe, socket: usize) -> Option<i32> {
         for _ in 0..MULTISHOT_MAX {
             if self.sockets[socket].ready() & libc::POLLIN as u32 == 0 {
                 return None;
@@ -325,7 +325,7 @@ impl Kernel {
             let Some((to, len, id)) = self.uring.take_buffer() else {
                 return Some(-libc::ENOBUFS);
             };
-            match self.take(Call::RingReceive, socket, u64::from(len)) {
+            match self.take(SimCall::RingReceive, socket, u64::from(len)) {
                 Ok((stream, from, count)) if count > 0 => {
                     // SAFETY: a buffer shown to the kernel is the kernel's, for
                     // `len` bytes, until a completion names it; and no more than
@@ -345,14 +345,14 @@ impl Kernel {
     }
 
     fn run_send(&mut self, at: usize) -> Option<i32> {
-        let Operation { entry, socket, done } = self.uring.in_flight[at];
+        let SimOp { entry, socket, done } = self.uring.in_flight[at];
         let waits = self.sockets[socket].ready() & libc::POLLOUT as u32 == 0;
         if waits && self.rng.u8(..16) > 0 {
             return None;
         }
         let left = entry.total() - done;
         let partial = |result: i32| if done > 0 { done as i32 } else { result };
-        match self.way(Call::RingSend, socket, left) {
+        match self.way(SimCall::RingSend, socket, left) {
             Ok(count) => {
                 let bytes = entry.bytes(done, count);
                 self.sockets[socket].put(&bytes);
@@ -370,14 +370,14 @@ impl Kernel {
         }
     }
 
-    fn run_poll(&mut self, entry: Entry, socket: usize) -> Option<i32> {
+    fn run_poll(&mut self, entry: SimSqe, socket: usize) -> Option<i32> {
         let always = (libc::POLLERR | libc::POLLHUP) as u32;
         let ready = self.sockets[socket].ready() & (entry.bits | always);
         if ready == 0 && self.rng.u8(..16) > 0 {
             return None;
         }
-        match self.fault(Call::RingPoll, Some(socket)) {
-            Some(Fault::Errno(errno)) => Some(-errno),
+        match self.fault(SimCall::RingPoll, Some(socket)) {
+            Some(InjectedFault::Errno(errno)) => Some(-errno),
             _ => (ready != 0).then_some(ready as i32),
         }
     }

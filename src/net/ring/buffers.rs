@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code)]
 
-use crate::budget::Share;
+use crate::budget::BudgetShare;
 use io_uring::types::BufRingEntry;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
@@ -28,29 +28,29 @@ const RING_ALIGN: usize = 4096;
 /// Received bytes, or what is left of them to send.
 #[derive(Debug)]
 pub struct Chunk {
-    source: Source,
+    source: ChunkSource,
     start: u32,
     len: u32,
 }
 
 #[derive(Debug)]
-enum Source {
-    Pool(Rc<Pool>, u16),
-    Own(Rc<Own>),
+enum ChunkSource {
+    Pool(Rc<RingBufferPool>, u16),
+    Own(Rc<OwnedBuffer>),
 }
 
 /// Bytes outside the pool.
 #[derive(Debug)]
-struct Own {
+struct OwnedBuffer {
     /// Not a `Box`: a pointer into it must stay good while the chunk moves.
     bytes: Rc<[u8]>,
-    _share: Share,
+    _share: BudgetShare,
 }
 
 /// A fixed number of buffers, some with the kernel, some in chunks, the rest
 /// free. The memory is touched, and so takes room, only once it is used.
 #[derive(Debug)]
-pub(super) struct Pool {
+pub(super) struct RingBufferPool {
     base: NonNull<u8>,
     count: u16,
     /// Last in, first out: what was used last is still in the cache.
@@ -61,7 +61,7 @@ pub(super) struct Pool {
 #[derive(Debug)]
 pub(super) struct BufferRing {
     entries: NonNull<BufRingEntry>,
-    pool: Rc<Pool>,
+    pool: Rc<RingBufferPool>,
     tail: u16,
     /// Shown and not yet taken.
     shown: u16,
@@ -74,9 +74,9 @@ pub(super) struct BufferRing {
 
 impl Chunk {
     /// A copy of `bytes`, outside the pool; `share` is as many of a budget's.
-    pub fn copied(bytes: &[u8], share: Share) -> Chunk {
-        let own = Own { bytes: bytes.into(), _share: share };
-        Chunk { source: Source::Own(Rc::new(own)), start: 0, len: bytes.len() as u32 }
+    pub fn copied(bytes: &[u8], share: BudgetShare) -> Chunk {
+        let own = OwnedBuffer { bytes: bytes.into(), _share: share };
+        Chunk { source: ChunkSource::Own(Rc::new(own)), start: 0, len: bytes.len() as u32 }
     }
 
     /// Bytes left in it.
@@ -98,7 +98,7 @@ impl Chunk {
         if other.len() > ABSORB_MAX || end + other.len() > BUFFER_LEN {
             return false;
         }
-        let Source::Pool(pool, id) = &self.source else { return false };
+        let ChunkSource::Pool(pool, id) = &self.source else { return false };
         let to = pool.pointer(*id).wrapping_add(end).cast_mut();
         // SAFETY: both ranges lie in their own chunk's buffer (checked above for
         // `to`), and no two chunks share a buffer, so they do not overlap. The
@@ -121,8 +121,8 @@ impl Chunk {
     #[inline]
     pub(super) fn pointer(&self) -> *const u8 {
         match &self.source {
-            Source::Pool(pool, id) => pool.pointer(*id).wrapping_add(self.start as usize),
-            Source::Own(own) => own.bytes.as_ptr().wrapping_add(self.start as usize),
+            ChunkSource::Pool(pool, id) => pool.pointer(*id).wrapping_add(self.start as usize),
+            ChunkSource::Own(own) => own.bytes.as_ptr().wrapping_add(self.start as usize),
         }
     }
 }
@@ -130,7 +130,7 @@ impl Chunk {
 impl Drop for Chunk {
     #[inline]
     fn drop(&mut self) {
-        if let Source::Pool(pool, id) = &self.source {
+        if let ChunkSource::Pool(pool, id) = &self.source {
             pool.free.borrow_mut().push(*id);
         }
     }
@@ -138,13 +138,13 @@ impl Drop for Chunk {
 
 // === impl Pool ===
 
-impl Pool {
-    fn new(count: u16) -> Rc<Pool> {
+impl RingBufferPool {
+    fn new(count: u16) -> Rc<RingBufferPool> {
         let memory = vec![0_u8; usize::from(count) * BUFFER_LEN].into_boxed_slice();
         let base = NonNull::new(Box::into_raw(memory).cast::<u8>())
             .expect("a box is never at address zero");
         let free = RefCell::new((0..count).rev().collect());
-        Rc::new(Pool { base, count, free })
+        Rc::new(RingBufferPool { base, count, free })
     }
 
     #[inline]
@@ -154,7 +154,7 @@ impl Pool {
     }
 }
 
-impl Drop for Pool {
+impl Drop for RingBufferPool {
     fn drop(&mut self) {
         let len = usize::from(self.count) * BUFFER_LEN;
         let memory = std::ptr::slice_from_raw_parts_mut(self.base.as_ptr(), len);
@@ -180,7 +180,7 @@ impl BufferRing {
             handle_alloc_error(layout)
         };
         let target = shown.min(count);
-        let pool = Pool::new(count);
+        let pool = RingBufferPool::new(count);
         Ok(BufferRing { entries, pool, tail: 0, shown: 0, target, target_min: target })
     }
 
@@ -243,7 +243,7 @@ impl BufferRing {
             "the kernel named a buffer it was not given"
         );
         self.shown = self.shown.saturating_sub(1);
-        Chunk { source: Source::Pool(Rc::clone(&self.pool), id), start: 0, len: len as u32 }
+        Chunk { source: ChunkSource::Pool(Rc::clone(&self.pool), id), start: 0, len: len as u32 }
     }
 
     /// There were too few: shows twice as many from now on.

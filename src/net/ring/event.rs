@@ -7,7 +7,7 @@ use super::ops::Op;
 
 /// Pool buffers (each [`BUFFER_LEN`]) of a ring.
 #[derive(Debug, Clone, Copy)]
-pub struct Settings {
+pub struct RingSettings {
     /// All there are: a power of two, at most 32,768.
     pub buffers: u16,
     /// How many the kernel sees at first, and so the most that one receive can
@@ -17,7 +17,7 @@ pub struct Settings {
 
 /// What there is to poll for. Failure and hang-up are always reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Interest {
+pub enum PollInterest {
     /// Only failure and hang-up.
     Failure,
     /// Something to receive.
@@ -28,7 +28,7 @@ pub enum Interest {
 
 /// Something that happened to an operation.
 #[derive(Debug)]
-pub struct Event {
+pub struct Completion {
     /// Which.
     pub op: Op,
     /// What the caller called it.
@@ -36,12 +36,12 @@ pub struct Event {
     /// This was its last event: the operation is over.
     pub last: bool,
     /// What.
-    pub what: What,
+    pub what: CompletionKind,
 }
 
-/// See [`Event`].
+/// See [`Completion`].
 #[derive(Debug)]
-pub enum What {
+pub enum CompletionKind {
     /// Bytes came; never empty.
     Data(Chunk),
     /// The peer's FIN.
@@ -67,7 +67,7 @@ pub enum What {
 
 /// What went on inside, for those who ask.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Counts {
+pub struct RingCounts {
     /// Times completions had outgrown their queue.
     pub overflows: u64,
     /// Times the kernel's flag for deferred work stood for none.

@@ -20,20 +20,20 @@ mod tests;
 mod uring;
 
 pub use buffers::{BUFFER_LEN, Chunk};
-pub use event::{Counts, Event, Interest, Settings, What};
+pub use event::{Completion, CompletionKind, PollInterest, RingCounts, RingSettings};
 pub use ops::{Op, SEND_CHUNKS_MAX};
 
-use crate::ring::retry_list::Shelf;
+use crate::ring::retry_list::RetryList;
 use buffers::BufferRing;
 use io_uring::{cqueue, opcode, squeue, types};
-use ops::{Bytes, Ops, Parcel, Work};
+use ops::{OpKind, Ops, SendBytes, SendSlot};
 use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::atomic::{Ordering, fence};
-use uring::{Standing, Uring};
+use uring::{RingBacklog, RingDriver};
 
 /// Submissions between two system calls; more wait in a queue here.
 const SUBMISSIONS: u32 = 2048;
@@ -60,24 +60,24 @@ const REAP_WAIT_NANOS: u32 = 50_000_000;
 
 /// Becomes readable when the ring should be looked at, if it was dozing.
 #[derive(Debug, Clone)]
-pub struct Wake(Rc<OwnedFd>);
+pub struct RingWaker(Rc<OwnedFd>);
 
 /// The ring.
 pub struct Ring {
-    ring: ManuallyDrop<Uring>,
+    ring: ManuallyDrop<RingDriver>,
     buffers: BufferRing,
     ops: Ops,
-    wake: Wake,
+    wake: RingWaker,
     /// What did not fit into the submission queue.
     backlog: VecDeque<squeue::Entry>,
     /// Taken off the completion queue; `taken` of them are dealt with.
     completed: Vec<cqueue::Entry>,
     taken: usize,
     /// What ran short of memory.
-    shelf: Shelf,
+    shelf: RetryList,
     /// Something was queued since the last system call.
     pending: bool,
-    counts: Counts,
+    counts: RingCounts,
     closing: bool,
 }
 
@@ -85,10 +85,10 @@ pub struct Ring {
 
 impl Ring {
     /// A ring of the calling thread's, which alone may use it.
-    pub fn new(settings: Settings) -> io::Result<Ring> {
-        let ring = Uring::new(SUBMISSIONS, COMPLETIONS)?;
+    pub fn new(settings: RingSettings) -> io::Result<Ring> {
+        let ring = RingDriver::new(SUBMISSIONS, COMPLETIONS)?;
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
-        let wake = Wake(Rc::new(rustix::event::eventfd(0, flags)?));
+        let wake = RingWaker(Rc::new(rustix::event::eventfd(0, flags)?));
         let mut buffers = BufferRing::new(settings.buffers, settings.shown)?;
         ring.register_eventfd(wake.as_raw_fd())?;
         let (address, count) = (buffers.address(), buffers.count());
@@ -105,42 +105,45 @@ impl Ring {
             backlog: VecDeque::new(),
             completed: Vec::new(),
             taken: 0,
-            shelf: Shelf::default(),
+            shelf: RetryList::default(),
             pending: false,
-            counts: Counts::default(),
+            counts: RingCounts::default(),
             closing: false,
         };
-        ring.rouse();
+        ring.disarm_wakeup();
         Ok(ring)
     }
 
     /// Whether this kernel lets us have a ring that works: makes one and moves
     /// a byte through it. On the calling thread.
     pub fn probe() -> io::Result<()> {
-        let mut ring = Ring::new(Settings { buffers: 2, shown: 2 })?;
+        let mut ring = Ring::new(RingSettings { buffers: 2, shown: 2 })?;
         let (left, right) = std::os::unix::net::UnixStream::pair()?;
         let [left, right] = [left, right].map(|socket| Rc::new(OwnedFd::from(socket)));
         ring.send(
             &left,
             0,
-            Chunk::copied(b"?", std::sync::Arc::new(super::budget::Budget::default()).take(1)),
+            Chunk::copied(
+                b"?",
+                std::sync::Arc::new(super::budget::MemoryBudget::default()).take(1),
+            ),
         );
         ring.receive(&right, 1);
         ring.enter()?;
         let mut arrived = false;
         while let Some(event) = ring.next_event() {
-            arrived |= matches!(event.what, What::Data(_));
+            arrived |= matches!(event.what, CompletionKind::Data(_));
         }
         if arrived { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)) }
     }
 
     /// Readable when the ring should be looked at.
-    pub fn wake(&self) -> Wake {
+    pub fn wake(&self) -> RingWaker {
         self.wake.clone()
     }
 
     /// What went on inside.
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> RingCounts {
         self.counts
     }
 
@@ -202,12 +205,12 @@ impl Ring {
     /// event.
     pub fn receive(&mut self, socket: &Rc<OwnedFd>, tag: u64) -> Op {
         let entry = receive_entry(socket.as_raw_fd());
-        self.start(socket, tag, Work::Receive, entry)
+        self.start(socket, tag, OpKind::Receive, entry)
     }
 
     /// Sends all of `chunk`.
     pub fn send(&mut self, socket: &Rc<OwnedFd>, tag: u64, chunk: Chunk) -> Op {
-        self.send_bytes(socket, tag, Bytes::One(chunk))
+        self.send_bytes(socket, tag, SendBytes::One(chunk))
     }
 
     /// Sends all of the first [`SEND_CHUNKS_MAX`] chunks of `queue`, which
@@ -219,40 +222,40 @@ impl Ring {
         queue: &mut VecDeque<Chunk>,
     ) -> Op {
         let message = self.ops.message(queue);
-        self.send_bytes(socket, tag, Bytes::Many(message))
+        self.send_bytes(socket, tag, SendBytes::Many(message))
     }
 
     #[inline]
-    fn send_bytes(&mut self, socket: &Rc<OwnedFd>, tag: u64, bytes: Bytes) -> Op {
+    fn send_bytes(&mut self, socket: &Rc<OwnedFd>, tag: u64, bytes: SendBytes) -> Op {
         let entry = bytes.send_entry(socket.as_raw_fd());
-        let parcel = self.ops.pack(bytes);
-        self.start(socket, tag, Work::Send(parcel), entry)
+        let parcel = self.ops.store_send(bytes);
+        self.start(socket, tag, OpKind::Send(parcel), entry)
     }
 
     /// Reports once when `socket` is as `interest` asks.
-    pub fn poll(&mut self, socket: &Rc<OwnedFd>, tag: u64, interest: Interest) -> Op {
+    pub fn poll(&mut self, socket: &Rc<OwnedFd>, tag: u64, interest: PollInterest) -> Op {
         let mask = match interest {
-            Interest::Failure => 0,
-            Interest::Readable => libc::POLLIN | libc::POLLRDHUP,
-            Interest::Writable => libc::POLLOUT,
+            PollInterest::Failure => 0,
+            PollInterest::Readable => libc::POLLIN | libc::POLLRDHUP,
+            PollInterest::Writable => libc::POLLOUT,
         };
         let entry = opcode::PollAdd::new(types::Fd(socket.as_raw_fd()), mask as u32).build();
-        self.start(socket, tag, Work::Poll, entry)
+        self.start(socket, tag, OpKind::Poll, entry)
     }
 
     /// Ends `op` early; its last event still comes. A no-op where it is over.
     pub fn cancel(&mut self, op: Op) {
         if let Some(operation) = self.ops.get_mut(op) {
             operation.cancelled = true;
-            if !self.give_up_shelved(op) {
+            if !self.fail_all(op) {
                 self.push_cancel(op);
             }
         }
     }
 
     /// Asks a send how far it has come: where it has moved at all, a
-    /// [`What::Sent`] that is not the last comes, and it goes on.
-    pub fn nudge(&mut self, op: Op) {
+    /// [`CompletionKind::Sent`] that is not the last comes, and it goes on.
+    pub fn request_progress(&mut self, op: Op) {
         if let Some(operation) = self.ops.get_mut(op).filter(|operation| !operation.shelved) {
             operation.nudged = true;
             self.push_cancel(op);
@@ -264,7 +267,7 @@ impl Ring {
         self.push(entry.user_data(NOBODY).flags(squeue::Flags::SKIP_SUCCESS));
     }
 
-    fn start(&mut self, socket: &Rc<OwnedFd>, tag: u64, work: Work, entry: squeue::Entry) -> Op {
+    fn start(&mut self, socket: &Rc<OwnedFd>, tag: u64, work: OpKind, entry: squeue::Entry) -> Op {
         let op = self.ops.insert(Rc::clone(socket), tag, work);
         self.push(entry.user_data(op.user_data()));
         op
@@ -299,7 +302,7 @@ impl Ring {
         self.pending = false;
         loop {
             self.shorten_backlog();
-            let Standing { queued, deferred, overflowed } = self.ring.standing();
+            let RingBacklog { queued, deferred, overflowed } = self.ring.standing();
             let needed = queued > 0 || deferred || overflowed;
             self.counts.overflows += u64::from(overflowed);
             if needed && let Err(error) = self.ring.enter(queued) {
@@ -339,9 +342,9 @@ impl Ring {
         self.ring.take(&mut self.completed);
     }
 
-    /// Whether nothing waits to be dealt with. Then the ring dozes: [`Wake`]
-    /// becomes readable once something does. [`Ring::rouse`] ends that.
-    pub fn doze(&mut self) -> bool {
+    /// Whether nothing waits to be dealt with. Then the ring dozes: [`RingWaker`]
+    /// becomes readable once something does. [`Ring::disarm_wakeup`] ends that.
+    pub fn arm_wakeup(&mut self) -> bool {
         if !self.backlog.is_empty() || self.taken != self.completed.len() {
             return false;
         }
@@ -353,7 +356,7 @@ impl Ring {
         fence(Ordering::SeqCst);
         let idle = self.nothing_waits();
         if !idle {
-            self.rouse();
+            self.disarm_wakeup();
         }
         idle
     }
@@ -369,7 +372,7 @@ impl Ring {
             if self.ring.has_completions() {
                 return false;
             }
-            let Standing { queued, deferred, overflowed } = self.ring.standing();
+            let RingBacklog { queued, deferred, overflowed } = self.ring.standing();
             if queued > 0 || overflowed {
                 return false;
             }
@@ -385,12 +388,12 @@ impl Ring {
     }
 
     /// Ends a doze: no more wake-ups, as they cost the kernel a write each.
-    pub fn rouse(&mut self) {
+    pub fn disarm_wakeup(&mut self) {
         self.ring.wake_me(false);
     }
 
-    /// Makes [`Wake`] readable, whether it dozes or not.
-    pub fn ring_the_bell(&self) -> io::Result<()> {
+    /// Makes [`RingWaker`] readable, whether it dozes or not.
+    pub fn signal_wakeup(&self) -> io::Result<()> {
         match rustix::io::write(&*self.wake.0, &1_u64.to_ne_bytes()) {
             // Full: readable it is.
             Ok(_) | Err(rustix::io::Errno::AGAIN) => Ok(()),
@@ -400,8 +403,8 @@ impl Ring {
 
     /// The next thing that happened, of what `enter` took.
     #[inline]
-    pub fn next_event(&mut self) -> Option<Event> {
-        if let Some(event) = self.next_given_up() {
+    pub fn next_event(&mut self) -> Option<Completion> {
+        if let Some(event) = self.next_failed() {
             return Some(event);
         }
         while let Some(completion) = self.completed.get(self.taken) {
@@ -415,7 +418,7 @@ impl Ring {
         None
     }
 
-    fn event(&mut self, user_data: u64, result: i32, flags: u32) -> Option<Event> {
+    fn event(&mut self, user_data: u64, result: i32, flags: u32) -> Option<Completion> {
         // Taken off the ring whatever else the completion says.
         let chunk = cqueue::buffer_select(flags)
             .map(|id| self.buffers.taken(id, usize::try_from(result).unwrap_or(0)));
@@ -429,42 +432,42 @@ impl Ring {
         };
         let (tag, work) = (operation.tag, operation.work);
         let last = !cqueue::more(flags);
-        if last && Ring::is_shortage(work, result) && self.shelve(op) {
+        if last && Ring::is_shortage(work, result) && self.add_retry(op) {
             return None;
         }
         let what = match work {
-            Work::Receive => self.received(result, chunk),
-            Work::Poll => What::Polled(match result {
+            OpKind::Receive => self.received(result, chunk),
+            OpKind::Poll => CompletionKind::Polled(match result {
                 errno if errno < 0 => Err(-errno),
                 mask => Ok(mask & i32::from(libc::POLLERR | libc::POLLHUP) != 0),
             }),
-            Work::Send(parcel) => return self.sent(op, parcel, result),
+            OpKind::Send(parcel) => return self.sent(op, parcel, result),
         };
         if last {
             self.ops.remove(op);
         }
-        Some(Event { op, tag, last, what })
+        Some(Completion { op, tag, last, what })
     }
 
-    fn received(&mut self, result: i32, chunk: Option<Chunk>) -> What {
+    fn received(&mut self, result: i32, chunk: Option<Chunk>) -> CompletionKind {
         match (result, chunk) {
-            (1.., Some(chunk)) => What::Data(chunk),
+            (1.., Some(chunk)) => CompletionKind::Data(chunk),
             // Bytes without a buffer cannot be: a kernel that lost some.
-            (1.., None) => What::Failed(libc::EIO),
-            (0, _) => What::End,
+            (1.., None) => CompletionKind::Failed(libc::EIO),
+            (0, _) => CompletionKind::End,
             (result, _) => match -result {
                 libc::ENOBUFS => {
                     self.counts.starved += 1;
-                    What::Starved
+                    CompletionKind::Starved
                 }
-                libc::ECANCELED | libc::EINTR | libc::EAGAIN => What::Stopped,
-                errno => What::Failed(errno),
+                libc::ECANCELED | libc::EINTR | libc::EAGAIN => CompletionKind::Stopped,
+                errno => CompletionKind::Failed(errno),
             },
         }
     }
 
     /// A send came back: resumed where it is short, reported where it is over.
-    fn sent(&mut self, op: Op, parcel: Parcel, result: i32) -> Option<Event> {
+    fn sent(&mut self, op: Op, parcel: SendSlot, result: i32) -> Option<Completion> {
         let closing = self.closing;
         let left = self.ops.bytes(parcel).len();
         let operation = self.ops.get_mut(op)?;
@@ -482,25 +485,30 @@ impl Ring {
             self.push(entry.user_data(op.user_data()));
             self.counts.resumed += 1;
             // Not an end: progress, where there was any.
-            return (sent > 0).then_some(Event { op, tag, last: false, what: What::Sent(sent) });
+            return (sent > 0).then_some(Completion {
+                op,
+                tag,
+                last: false,
+                what: CompletionKind::Sent(sent),
+            });
         }
         self.ops.remove(op);
-        self.ops.unpack(parcel);
+        self.ops.take_send(parcel);
         let what = match result {
-            1.. if sent == left => What::Sent(sent),
-            1.. => What::SendCut(sent),
+            1.. if sent == left => CompletionKind::Sent(sent),
+            1.. => CompletionKind::SendCut(sent),
             // A send that takes nothing and names no reason cannot go on.
-            0 => What::SendFailed(libc::EPIPE),
-            errno => What::SendFailed(-errno),
+            0 => CompletionKind::SendFailed(libc::EPIPE),
+            errno => CompletionKind::SendFailed(-errno),
         };
-        Some(Event { op, tag, last: true, what })
+        Some(Completion { op, tag, last: true, what })
     }
 }
 
 impl Drop for Ring {
     fn drop(&mut self) {
         self.closing = true;
-        self.clear_shelf();
+        self.clear_retries();
         if self.in_flight() > 0 {
             let everything = types::CancelBuilder::any().all();
             let entry = opcode::AsyncCancel2::new(everything).build().user_data(NOBODY);
@@ -537,13 +545,13 @@ impl std::fmt::Debug for Ring {
 
 // === impl Wake ===
 
-impl AsRawFd for Wake {
+impl AsRawFd for RingWaker {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
 }
 
-impl AsFd for Wake {
+impl AsFd for RingWaker {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.0.as_fd()
     }

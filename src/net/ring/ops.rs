@@ -27,12 +27,12 @@ pub struct Op(NonZeroU64);
 
 /// A place for an operation in flight. Small: an idle session has two, always.
 #[derive(Debug)]
-pub(super) struct InFlight {
+pub(super) struct InFlightOp {
     /// The caller's word for it.
     pub(super) tag: u64,
     /// None while the place is free.
     socket: Option<Rc<OwnedFd>>,
-    pub(super) work: Work,
+    pub(super) work: OpKind,
     generation: u32,
     /// Not to be resumed when it comes back short.
     pub(super) cancelled: bool,
@@ -43,27 +43,27 @@ pub(super) struct InFlight {
 }
 
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Work {
+pub(super) enum OpKind {
     Receive,
     Poll,
     /// What is sent is found there.
-    Send(Parcel),
+    Send(SendSlot),
 }
 
 /// Where the bytes of a send in flight are kept.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Parcel(u32);
+pub(super) struct SendSlot(u32);
 
 /// The bytes of a send in flight.
 #[derive(Debug)]
-pub(super) enum Bytes {
+pub(super) enum SendBytes {
     One(Chunk),
-    Many(Rc<Message>),
+    Many(Rc<SendMessage>),
 }
 
 /// A header and its vector for sendmsg(2), with the chunks they point into.
 /// Never moved: it lives in an `Rc`.
-pub(super) struct Message {
+pub(super) struct SendMessage {
     pub(super) header: libc::msghdr,
     vector: [libc::iovec; SEND_CHUNKS_MAX],
     chunks: Vec<Chunk>,
@@ -71,11 +71,11 @@ pub(super) struct Message {
 
 #[derive(Debug, Default)]
 pub(super) struct Ops {
-    slots: Vec<InFlight>,
+    slots: Vec<InFlightOp>,
     free: Vec<u32>,
     /// Those of sends; few are in flight at once, and reused while still hot.
-    parcels: Slab<Bytes>,
-    spare: Vec<Rc<Message>>,
+    parcels: Slab<SendBytes>,
+    spare: Vec<Rc<SendMessage>>,
 }
 
 // === impl Op ===
@@ -110,22 +110,30 @@ impl Op {
 
 impl Ops {
     #[inline]
-    pub(super) fn insert(&mut self, socket: Rc<OwnedFd>, tag: u64, work: Work) -> Op {
+    pub(super) fn insert(&mut self, socket: Rc<OwnedFd>, tag: u64, work: OpKind) -> Op {
         let socket = Some(socket);
         let (cancelled, nudged, shelved) = (false, false, false);
         if let Some(index) = self.free.pop() {
             let place = &mut self.slots[index as usize];
             let generation = place.generation;
-            *place = InFlight { tag, socket, work, generation, cancelled, nudged, shelved };
+            *place = InFlightOp { tag, socket, work, generation, cancelled, nudged, shelved };
             return Op::new(generation, index);
         }
         let index = self.slots.len() as u32;
-        self.slots.push(InFlight { tag, socket, work, generation: 0, cancelled, nudged, shelved });
+        self.slots.push(InFlightOp {
+            tag,
+            socket,
+            work,
+            generation: 0,
+            cancelled,
+            nudged,
+            shelved,
+        });
         Op::new(0, index)
     }
 
     #[inline]
-    pub(super) fn get_mut(&mut self, op: Op) -> Option<&mut InFlight> {
+    pub(super) fn get_mut(&mut self, op: Op) -> Option<&mut InFlightOp> {
         let place = self.slots.get_mut(op.index() as usize)?;
         (place.generation == op.generation() && place.socket.is_some()).then_some(place)
     }
@@ -142,24 +150,24 @@ impl Ops {
 
     /// Keeps bytes that are to be sent until they are unpacked again.
     #[inline]
-    pub(super) fn pack(&mut self, bytes: Bytes) -> Parcel {
-        Parcel(self.parcels.insert(bytes) as u32)
+    pub(super) fn store_send(&mut self, bytes: SendBytes) -> SendSlot {
+        SendSlot(self.parcels.insert(bytes) as u32)
     }
 
     #[inline]
-    pub(super) fn bytes(&self, parcel: Parcel) -> &Bytes {
+    pub(super) fn bytes(&self, parcel: SendSlot) -> &SendBytes {
         &self.parcels[parcel.0 as usize]
     }
 
     #[inline]
-    pub(super) fn bytes_mut(&mut self, parcel: Parcel) -> &mut Bytes {
+    pub(super) fn bytes_mut(&mut self, parcel: SendSlot) -> &mut SendBytes {
         &mut self.parcels[parcel.0 as usize]
     }
 
     /// The send is over: gives its chunks back.
     #[inline]
-    pub(super) fn unpack(&mut self, parcel: Parcel) {
-        if let Bytes::Many(message) = self.parcels.remove(parcel.0 as usize) {
+    pub(super) fn take_send(&mut self, parcel: SendSlot) {
+        if let SendBytes::Many(message) = self.parcels.remove(parcel.0 as usize) {
             self.recycle(message);
         }
     }
@@ -172,8 +180,8 @@ impl Ops {
 
     /// A message with up to [`SEND_CHUNKS_MAX`] chunks off the front of `queue`,
     /// and the bytes in them.
-    pub(super) fn message(&mut self, queue: &mut VecDeque<Chunk>) -> Rc<Message> {
-        let mut message = self.spare.pop().unwrap_or_else(|| Rc::new(Message::new()));
+    pub(super) fn message(&mut self, queue: &mut VecDeque<Chunk>) -> Rc<SendMessage> {
+        let mut message = self.spare.pop().unwrap_or_else(|| Rc::new(SendMessage::new()));
         let inner = Rc::get_mut(&mut message).expect("a spare message has one owner");
         let count = queue.len().min(SEND_CHUNKS_MAX);
         inner.chunks.extend(queue.drain(..count));
@@ -182,7 +190,7 @@ impl Ops {
     }
 
     /// Gives its chunks back and keeps the message for the next.
-    fn recycle(&mut self, mut message: Rc<Message>) {
+    fn recycle(&mut self, mut message: Rc<SendMessage>) {
         if self.spare.len() < SPARE_MESSAGES
             && let Some(inner) = Rc::get_mut(&mut message)
         {
@@ -200,15 +208,15 @@ impl Ops {
 
 // === impl Message ===
 
-impl Message {
-    fn new() -> Message {
+impl SendMessage {
+    fn new() -> SendMessage {
         let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         // SAFETY: zeros are a valid `msghdr`: null pointers and lengths of zero.
         // (Some C libraries pad it with private fields, so it cannot be spelt
         // out.)
         let header = unsafe { std::mem::zeroed::<libc::msghdr>() };
         let chunks = Vec::with_capacity(SEND_CHUNKS_MAX);
-        Message { header, vector: [empty; SEND_CHUNKS_MAX], chunks }
+        SendMessage { header, vector: [empty; SEND_CHUNKS_MAX], chunks }
     }
 
     /// Points the header at the vector and the vector at the chunks.
@@ -241,7 +249,7 @@ impl Message {
     }
 }
 
-impl std::fmt::Debug for Message {
+impl std::fmt::Debug for SendMessage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Message of {} chunks", self.chunks.len())
     }
@@ -249,7 +257,7 @@ impl std::fmt::Debug for Message {
 
 // === impl InFlight ===
 
-impl InFlight {
+impl InFlightOp {
     /// The descriptor it works on; -1, which is none, once it is over.
     #[inline]
     pub(super) fn fd(&self) -> RawFd {
@@ -259,20 +267,20 @@ impl InFlight {
 
 // === impl Bytes ===
 
-impl Bytes {
+impl SendBytes {
     #[inline]
     pub(super) fn len(&self) -> usize {
         match self {
-            Bytes::One(chunk) => chunk.len(),
-            Bytes::Many(message) => message.len(),
+            SendBytes::One(chunk) => chunk.len(),
+            SendBytes::Many(message) => message.len(),
         }
     }
 
     /// Forgets the first `bytes`, which are sent.
     pub(super) fn advance(&mut self, bytes: usize) {
         match self {
-            Bytes::One(chunk) => chunk.advance(bytes),
-            Bytes::Many(message) => {
+            SendBytes::One(chunk) => chunk.advance(bytes),
+            SendBytes::Many(message) => {
                 Rc::get_mut(message).expect("only `ops` holds a message").advance(bytes);
             }
         }
@@ -285,14 +293,16 @@ impl Bytes {
         // comes back short all the same now and then.
         let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
         match self {
-            Bytes::One(chunk) => {
+            SendBytes::One(chunk) => {
                 opcode::Send::new(types::Fd(fd), chunk.pointer(), chunk.len() as u32)
                     .flags(flags)
                     .build()
             }
-            Bytes::Many(message) => opcode::SendMsg::new(types::Fd(fd), &raw const message.header)
-                .flags(flags as u32)
-                .build(),
+            SendBytes::Many(message) => {
+                opcode::SendMsg::new(types::Fd(fd), &raw const message.header)
+                    .flags(flags as u32)
+                    .build()
+            }
         }
     }
 }

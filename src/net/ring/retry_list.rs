@@ -5,12 +5,12 @@
 //! socket, and can be cancelled like any other. Nothing here decides when to try
 //! again: the engine's tick does.
 
-use super::ops::{Op, Work};
-use super::{Event, Ring, What, receive_entry};
+use super::ops::{Op, OpKind};
+use super::{Completion, CompletionKind, Ring, receive_entry};
 
 /// See the module's documentation. Empty but in a shortage.
 #[derive(Debug, Default)]
-pub(super) struct Shelf {
+pub(super) struct RetryList {
     waiting: Vec<Op>,
     /// Cancelled while they waited: their last events are still to be told.
     cancelled: Vec<Op>,
@@ -20,18 +20,18 @@ pub(super) struct Shelf {
 
 impl Ring {
     /// Whether that completion is for want of memory alone.
-    pub(super) fn is_shortage(work: Work, result: i32) -> bool {
+    pub(super) fn is_shortage(work: OpKind, result: i32) -> bool {
         match work {
             // To a receive ENOBUFS is a lack of our own buffers.
-            Work::Receive => -result == libc::ENOMEM,
-            Work::Send(_) => matches!(-result, libc::ENOMEM | libc::ENOBUFS),
+            OpKind::Receive => -result == libc::ENOMEM,
+            OpKind::Send(_) => matches!(-result, libc::ENOMEM | libc::ENOBUFS),
             // Whoever polls is told, and does without.
-            Work::Poll => false,
+            OpKind::Poll => false,
         }
     }
 
     /// Puts an operation that ran short aside; false where it is not to go on.
-    pub(super) fn shelve(&mut self, op: Op) -> bool {
+    pub(super) fn add_retry(&mut self, op: Op) -> bool {
         let closing = self.closing;
         let Some(operation) = self.ops.get_mut(op).filter(|one| !one.cancelled && !closing) else {
             return false;
@@ -44,7 +44,7 @@ impl Ring {
     }
 
     /// Has everything tried again that ran short.
-    pub fn retry_shelved(&mut self) {
+    pub fn retry_all(&mut self) {
         for op in std::mem::take(&mut self.shelf.waiting) {
             let Some(operation) = self.ops.get_mut(op) else { continue };
             if !std::mem::take(&mut operation.shelved) {
@@ -52,17 +52,17 @@ impl Ring {
             }
             let fd = operation.fd();
             let entry = match operation.work {
-                Work::Receive => receive_entry(fd),
-                Work::Send(parcel) => self.ops.bytes(parcel).send_entry(fd),
-                Work::Poll => continue,
+                OpKind::Receive => receive_entry(fd),
+                OpKind::Send(parcel) => self.ops.bytes(parcel).send_entry(fd),
+                OpKind::Poll => continue,
             };
             self.push(entry.user_data(op.user_data()));
         }
     }
 
     /// `op` is cancelled: where it is shelved, the kernel knows nothing of it. True
-    /// then, and its last event comes from [`Ring::next_given_up`].
-    pub(super) fn give_up_shelved(&mut self, op: Op) -> bool {
+    /// then, and its last event comes from [`Ring::next_failed`].
+    pub(super) fn fail_all(&mut self, op: Op) -> bool {
         let shelved =
             self.ops.get_mut(op).is_some_and(|operation| std::mem::take(&mut operation.shelved));
         if shelved {
@@ -73,26 +73,26 @@ impl Ring {
     }
 
     /// The last event of an operation that was cancelled on the shelf.
-    pub(super) fn next_given_up(&mut self) -> Option<Event> {
+    pub(super) fn next_failed(&mut self) -> Option<Completion> {
         let op = self.shelf.cancelled.pop()?;
         let operation = self.ops.get_mut(op)?;
         let (tag, work) = (operation.tag, operation.work);
         self.ops.remove(op);
         let what = match work {
-            Work::Send(parcel) => {
-                self.ops.unpack(parcel);
-                What::SendFailed(libc::ECANCELED)
+            OpKind::Send(parcel) => {
+                self.ops.take_send(parcel);
+                CompletionKind::SendFailed(libc::ECANCELED)
             }
-            Work::Receive | Work::Poll => What::Stopped,
+            OpKind::Receive | OpKind::Poll => CompletionKind::Stopped,
         };
-        Some(Event { op, tag, last: true, what })
+        Some(Completion { op, tag, last: true, what })
     }
 
     /// Gives all of it up, for a ring that ends.
-    pub(super) fn clear_shelf(&mut self) {
+    pub(super) fn clear_retries(&mut self) {
         for op in std::mem::take(&mut self.shelf.waiting) {
-            self.give_up_shelved(op);
+            self.fail_all(op);
         }
-        while self.next_given_up().is_some() {}
+        while self.next_failed().is_some() {}
     }
 }

@@ -1,12 +1,12 @@
 //! The ring against real socket pairs: bytes, shortage, cancellation, its end.
 
 use super::*;
-use crate::budget::Budget;
+use crate::budget::MemoryBudget;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 fn copied(bytes: &[u8]) -> Chunk {
-    Chunk::copied(bytes, std::sync::Arc::new(Budget::default()).take(bytes.len()))
+    Chunk::copied(bytes, std::sync::Arc::new(MemoryBudget::default()).take(bytes.len()))
 }
 
 fn pair() -> (Rc<OwnedFd>, UnixStream) {
@@ -16,11 +16,11 @@ fn pair() -> (Rc<OwnedFd>, UnixStream) {
 }
 
 fn small(buffers: u16) -> Ring {
-    Ring::new(Settings { buffers, shown: buffers }).unwrap()
+    Ring::new(RingSettings { buffers, shown: buffers }).unwrap()
 }
 
 /// Enters until an event comes; the test would hang where none does.
-fn await_event(ring: &mut Ring) -> Event {
+fn await_event(ring: &mut Ring) -> Completion {
     for _ in 0..1_000_000 {
         if let Some(event) = ring.next_event() {
             return event;
@@ -44,13 +44,13 @@ fn received_buffers_come_back_when_their_chunks_are_dropped() {
     for _ in 0..20 {
         theirs.write_all(b"hello").unwrap();
         let event = await_event(&mut ring);
-        let What::Data(chunk) = event.what else { panic!("{event:?}") };
+        let CompletionKind::Data(chunk) = event.what else { panic!("{event:?}") };
         assert_eq!((event.tag, event.last, chunk.len()), (7, false, 5));
     }
     assert_eq!(ring.counts().starved, 0);
     drop(theirs);
     let event = await_event(&mut ring);
-    assert!(event.last && matches!(event.what, What::End), "{event:?}");
+    assert!(event.last && matches!(event.what, CompletionKind::End), "{event:?}");
     assert_eq!(ring.in_flight(), 0);
 }
 
@@ -63,8 +63,8 @@ fn a_receive_without_buffers_starves_and_loses_nothing() {
     let mut held = Vec::new();
     loop {
         match await_event(&mut ring).what {
-            What::Data(chunk) => held.push(chunk),
-            What::Starved => break,
+            CompletionKind::Data(chunk) => held.push(chunk),
+            CompletionKind::Starved => break,
             other => panic!("{other:?}"),
         }
     }
@@ -72,7 +72,7 @@ fn a_receive_without_buffers_starves_and_loses_nothing() {
     held.clear();
     ring.enter().unwrap();
     ring.receive(&ours, 0);
-    let What::Data(last) = await_event(&mut ring).what else { panic!("no data") };
+    let CompletionKind::Data(last) = await_event(&mut ring).what else { panic!("no data") };
     assert_eq!(last.len(), BUFFER_LEN);
 }
 
@@ -92,7 +92,7 @@ fn a_long_queue_is_sent_whole_to_a_slow_reader() {
         ring.send_queue(&ours, 0, &mut queue);
         loop {
             let event = await_event(&mut ring);
-            let What::Sent(bytes) = event.what else { panic!("{event:?}") };
+            let CompletionKind::Sent(bytes) = event.what else { panic!("{event:?}") };
             sent += bytes;
             if event.last {
                 break;
@@ -113,12 +113,12 @@ fn a_nudged_send_says_how_far_it_is_and_goes_on() {
     let op = ring.send_queue(&ours, 0, &mut queue);
     ring.enter().unwrap();
     assert!(ring.next_event().is_none(), "the socket took it all");
-    ring.nudge(op);
+    ring.request_progress(op);
     let event = await_event(&mut ring);
-    let What::Sent(first) = event.what else { panic!("{event:?}") };
+    let CompletionKind::Sent(first) = event.what else { panic!("{event:?}") };
     assert!(!event.last && first > 0);
 
-    ring.nudge(op);
+    ring.request_progress(op);
     ring.enter().unwrap();
     assert!(ring.next_event().is_none(), "no progress was made");
 
@@ -130,7 +130,7 @@ fn a_nudged_send_says_how_far_it_is_and_goes_on() {
     let mut rest = 0;
     loop {
         let event = await_event(&mut ring);
-        let What::Sent(bytes) = event.what else { panic!("{event:?}") };
+        let CompletionKind::Sent(bytes) = event.what else { panic!("{event:?}") };
         rest += bytes;
         if event.last {
             break;
@@ -145,14 +145,17 @@ fn a_cancelled_operation_ends_and_lets_go_of_its_socket() {
     let mut ring = small(2);
     let (ours, _theirs) = pair();
     let receive = ring.receive(&ours, 1);
-    let poll = ring.poll(&ours, 2, Interest::Readable);
+    let poll = ring.poll(&ours, 2, PollInterest::Readable);
     ring.enter().unwrap();
     ring.cancel(receive);
     ring.cancel(poll);
     for _ in 0..2 {
         let event = await_event(&mut ring);
         assert!(event.last);
-        assert!(matches!(event.what, What::Stopped | What::Polled(Err(libc::ECANCELED))));
+        assert!(matches!(
+            event.what,
+            CompletionKind::Stopped | CompletionKind::Polled(Err(libc::ECANCELED))
+        ));
     }
     ring.cancel(receive);
     ring.enter().unwrap();
@@ -167,12 +170,12 @@ fn more_operations_than_the_queues_hold_are_all_done() {
     drop(theirs);
     let count = 3 * COMPLETIONS as usize;
     for tag in 0..count {
-        ring.poll(&ours, tag as u64, Interest::Readable);
+        ring.poll(&ours, tag as u64, PollInterest::Readable);
     }
     let mut seen = vec![false; count];
     for _ in 0..count {
         let event = await_event(&mut ring);
-        assert!(matches!(event.what, What::Polled(Ok(true))));
+        assert!(matches!(event.what, CompletionKind::Polled(Ok(true))));
         assert!(!std::mem::replace(&mut seen[event.tag as usize], true));
     }
     assert_eq!(ring.in_flight(), 0);
@@ -185,7 +188,7 @@ fn a_ring_dropped_with_operations_in_flight_reaps_them() {
     ring.receive(&ours, 0);
     let mut queue: VecDeque<Chunk> = (0..32).map(|_| copied(&[3; BUFFER_LEN])).collect();
     ring.send_queue(&ours, 0, &mut queue);
-    ring.poll(&ours, 0, Interest::Failure);
+    ring.poll(&ours, 0, PollInterest::Failure);
     ring.enter().unwrap();
     drop(ring);
     // A leaked operation would still hold its share.
@@ -198,11 +201,11 @@ fn a_dozing_ring_rings_its_bell() {
     let (ours, mut theirs) = pair();
     ring.receive(&ours, 0);
     ring.enter().unwrap();
-    assert!(ring.doze());
+    assert!(ring.arm_wakeup());
     let mut bell = [0; 8];
     assert!(rustix::io::read(ring.wake(), &mut bell).is_err());
     theirs.write_all(b"x").unwrap();
     assert_eq!(rustix::io::read(ring.wake(), &mut bell), Ok(8));
-    ring.rouse();
-    assert!(matches!(await_event(&mut ring).what, What::Data(_)));
+    ring.disarm_wakeup();
+    assert!(matches!(await_event(&mut ring).what, CompletionKind::Data(_)));
 }

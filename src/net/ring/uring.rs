@@ -16,7 +16,8 @@ use std::os::fd::RawFd;
     test,
     expect(clippy::large_enum_variant, reason = "one a worker; outside tests it is the other")
 )]
-pub(super) enum Uring {
+#[cfg_attr(feature = "fake", allow(clippy::large_enum_variant))]
+pub(super) enum RingDriver {
     Real(IoUring),
     /// The fake kernel of this thread.
     #[cfg(any(test, feature = "fake"))]
@@ -24,7 +25,7 @@ pub(super) enum Uring {
 }
 
 /// What waits in the kernel, or for it.
-pub(super) struct Standing {
+pub(super) struct RingBacklog {
     /// Submissions.
     pub(super) queued: u32,
     /// It has put work off, or says so.
@@ -37,18 +38,18 @@ pub(super) struct Standing {
 macro_rules! either {
     ($uring:expr, $fake:expr, $ring:ident => $real:expr) => {
         match $uring {
-            Uring::Real($ring) => $real,
+            RingDriver::Real($ring) => $real,
             #[cfg(any(test, feature = "fake"))]
-            Uring::Fake => $fake,
+            RingDriver::Fake => $fake,
         }
     };
 }
 
-impl Uring {
-    pub(super) fn new(submissions: u32, completions: u32) -> io::Result<Uring> {
+impl RingDriver {
+    pub(super) fn new(submissions: u32, completions: u32) -> io::Result<RingDriver> {
         #[cfg(any(test, feature = "fake"))]
         if fake::ring_new() {
-            return Ok(Uring::Fake);
+            return Ok(RingDriver::Fake);
         }
         let ring = IoUring::builder()
             .setup_single_issuer()
@@ -60,7 +61,7 @@ impl Uring {
         if !ring.params().is_feature_nodrop() || !ring.params().is_feature_skip_cqe_on_success() {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        Ok(Uring::Real(ring))
+        Ok(RingDriver::Real(ring))
     }
 
     /// Rings that when something is completed, while it is to.
@@ -100,15 +101,15 @@ impl Uring {
     }
 
     #[inline]
-    pub(super) fn standing(&mut self) -> Standing {
+    pub(super) fn standing(&mut self) -> RingBacklog {
         #[cfg(any(test, feature = "fake"))]
         let faked = || {
             let (queued, deferred) = fake::ring_standing();
-            Standing { queued, deferred, overflowed: false }
+            RingBacklog { queued, deferred, overflowed: false }
         };
         either!(self, faked(), ring => {
             let submission = ring.submission();
-            Standing {
+            RingBacklog {
                 queued: submission.len() as u32,
                 deferred: submission.taskrun(),
                 overflowed: submission.cq_overflow(),
@@ -162,7 +163,7 @@ impl Uring {
 }
 
 #[cfg(any(test, feature = "fake"))]
-fn completion((user_data, result, flags): fake::Completion) -> cqueue::Entry {
+fn completion((user_data, result, flags): fake::SimCqe) -> cqueue::Entry {
     #[repr(C)]
     struct Plain(u64, i32, u32);
     // SAFETY: a completion is these three (`struct io_uring_cqe`), without

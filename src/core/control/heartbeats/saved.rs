@@ -4,14 +4,14 @@
 //! Called by `handover` on both sides. It records nothing: what is taken over is
 //! no news.
 
-use super::{Heart, Load, Origin};
+use super::{BackendHeartbeats, MemberSourceKind, ReportedLoad};
 use crate::control::handover::{SavedBackend, SavedPool};
-use crate::control::schedule::{Job, after};
+use crate::control::schedule::{TimerKind, after};
 use crate::control::{Controller, PoolId, PublishReason, elsewhere};
-use crate::health::Calling;
+use crate::health::RequestedState;
 use crate::model;
-use crate::model::{BackendAddress, HeartbeatSpec};
-use crate::suspicion::{Beat, HeartbeatDetector, SavedDetector};
+use crate::model::{BackendAddr, HeartbeatSpec};
+use crate::suspicion::{BeatInfo, HeartbeatDetector, SavedDetector};
 use crate::table::state::BackendId;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_heartbeat::SenderState;
 
-/// See [`Heart`]; times are in milliseconds, counted back from the moment of
+/// See [`BackendHeartbeats`]; times are in milliseconds, counted back from the moment of
 /// saving.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -58,7 +58,7 @@ fn ago(now: Instant, ms: u64) -> Instant {
 
 // === impl Heart ===
 
-impl Heart {
+impl BackendHeartbeats {
     pub(in crate::control) fn save(&self, now: Instant) -> SavedHeart {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let ago = |then: Instant| millis(now.saturating_duration_since(then));
@@ -79,17 +79,17 @@ impl Heart {
         }
     }
 
-    fn restore(saved: &SavedHeart, now: Instant) -> Heart {
+    fn restore(saved: &SavedHeart, now: Instant) -> BackendHeartbeats {
         let named = |state: &SenderState| state.name() == saved.state;
         let state = SenderState::ALL.into_iter().find(named).unwrap_or(SenderState::Ready);
-        let mut load = Load::new(saved.load.min(1000));
+        let mut load = ReportedLoad::new(saved.load.min(1000));
         if (0.0..=1000.0).contains(&saved.load_mean) {
             load.mean = saved.load_mean;
-            load.share = Load::wanted(load.mean);
+            load.share = ReportedLoad::wanted(load.mean);
         }
         let interval = Duration::from_millis(saved.interval_ms);
         let last_at = ago(now, saved.last_ms);
-        Heart {
+        BackendHeartbeats {
             detector: HeartbeatDetector::restore(&saved.detector, now),
             incarnation: saved.incarnation,
             key_id: saved.key_id,
@@ -110,13 +110,13 @@ impl Heart {
     }
 
     /// What this process has heard itself is newer than what it was told.
-    fn overtaken_by(&mut self, own: &Heart) {
+    fn overtaken_by(&mut self, own: &BackendHeartbeats) {
         let Some((newest, at)) = own.detector.newest() else { return };
         if self.detector.newest().is_some_and(|(told, _)| told >= newest) {
             return;
         }
         let (incarnation, sequence) = newest;
-        let beat = Beat { incarnation, sequence, interval: own.interval };
+        let beat = BeatInfo { incarnation, sequence, interval: own.interval };
         // A probe it asks for is asked for again when nothing comes of it.
         let _ = self.detector.beat(&beat, at);
         self.incarnation = own.incarnation;
@@ -147,33 +147,33 @@ impl Controller {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
-        let mut heart = Heart::restore(heart, now);
+        let mut heart = BackendHeartbeats::restore(heart, now);
         if let Some(own) = &entry.heart {
             heart.overtaken_by(own);
         }
         entry.health.calling = match heart.state {
-            SenderState::Ready => Calling::Sessions,
-            SenderState::Starting => Calling::Starting,
-            SenderState::Draining => Calling::Draining,
-            SenderState::Stopping => Calling::Stopping,
+            SenderState::Ready => RequestedState::Ready,
+            SenderState::Starting => RequestedState::Starting,
+            SenderState::Draining => RequestedState::Draining,
+            SenderState::Stopping => RequestedState::Stopping,
         };
         entry.calling_since = ago(now, saved.calling_ms);
         let expired = heart.expired;
         self.tallies.forget(id, entry.heart.as_deref_mut());
         entry.heart = Some(Box::new(heart));
         entry.heartbeats_from = None;
-        entry.health.pulse = entry.pulse(&spec, now);
+        entry.health.pulse = entry.pulse_of(&spec, now);
         if let Some((_, over)) = entry.expiry(&spec) {
             if !expired {
-                self.schedule.set(Job::HeartbeatTtl(id), over.max(now));
-            } else if entry.origin == Origin::Registered {
+                self.schedule.set(TimerKind::HeartbeatTtl(id), over.max(now));
+            } else if entry.origin == MemberSourceKind::Registered {
                 let forget = after(over, spec.forget_after).max(now);
-                self.schedule.set(Job::Forget(id), forget);
+                self.schedule.set(TimerKind::Forget(id), forget);
             }
         }
         self.count(id);
         self.rearm(id);
-        if !self.schedule.is_set(Job::GuardTick) {
+        if !self.schedule.is_set(TimerKind::GuardTick) {
             self.guard_tick(now);
         }
     }
@@ -188,12 +188,12 @@ impl Controller {
         let heart = backend.heart.as_ref().filter(|_| backend.registered)?;
         let pool = self.pools.named(&saved.name)?;
         let (id, spec) = (pool.id, Arc::clone(pool.spec.heartbeat.as_ref()?));
-        let BackendAddress::Tcp(address) = elsewhere::address_of(&backend.address)? else {
+        let BackendAddr::Tcp(address) = elsewhere::address_of(&backend.address)? else {
             return None;
         };
         let claimed =
             pool.names.contains_key(backend.name.as_str()) || pool.addresses.contains_key(&address);
-        if claimed || !spec.register || self.is_our_own(address) {
+        if claimed || !spec.register || self.is_own_bind(address) {
             return None;
         }
         self.check_room(id, &spec, now).ok()?;
@@ -211,7 +211,7 @@ impl Controller {
             saved.backends.iter().map(|backend| backend.name.as_str()).collect();
         let gone = |id: &&BackendId| {
             self.backends.get(id).is_some_and(|entry| {
-                entry.origin == Origin::Registered
+                entry.origin == MemberSourceKind::Registered
                     && entry.heart.as_ref().is_some_and(|heart| heart.adopted)
                     && !there.contains(&*entry.spec.name)
             })
@@ -234,15 +234,15 @@ impl Controller {
             unreachable!("the pool was looked up for this very backend")
         };
         let pool_spec = Arc::clone(&pool.spec);
-        let spec = model::Backend {
+        let spec = model::BackendConfig {
             name: Arc::clone(&name),
-            address: BackendAddress::Tcp(address),
+            address: BackendAddr::Tcp(address),
             weight: weight.clamp(1, spec.weight_max.max(1)),
             backup: false,
             connections_max: 0,
         };
         let returned =
-            self.leaving_as(&pool_spec.name, &spec).and_then(|id| self.come_back(id, now));
+            self.leaving_as(&pool_spec.name, &spec).and_then(|id| self.restore_backend(id, now));
         let mut entry = match returned {
             Some(entry) => entry,
             None => self.new_entry(&pool_spec, &spec, pool_id, now),
@@ -250,9 +250,9 @@ impl Controller {
         entry.state.start_from(&pool_spec.source, self.workers);
         entry.pool = pool_id;
         entry.spec = spec;
-        entry.origin = Origin::Registered;
+        entry.origin = MemberSourceKind::Registered;
         self.tallies.forget(entry.state.id, entry.heart.take().as_deref_mut());
-        entry.health.pulse = crate::health::Pulse::Awaited;
+        entry.health.pulse = crate::health::HeartbeatHealth::Waiting;
         self.take_intent(&mut entry, now);
         let id = entry.state.id;
         self.note_out(&entry);

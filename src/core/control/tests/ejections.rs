@@ -31,7 +31,7 @@ fn without_probes_a_burst_ejects_once() {
 #[test]
 fn where_ejection_is_quicker_than_fall_the_burst_is_still_one_transition() {
     let spec = ProbeSpec { fall: 10, ..probe_spec() };
-    let mut bench = Bench::up(Pool { probe: Some(Arc::new(spec)), ..pool(&["a", "b"]) });
+    let mut bench = Bench::up(PoolConfig { probe: Some(Arc::new(spec)), ..pool(&["a", "b"]) });
     let effects = bench.refuse("a", 1, 500);
     assert_eq!((publishes(&effects), logs(&effects).len()), (1, 1));
     assert!(bench.status("a").ejected);
@@ -61,7 +61,7 @@ fn an_ejection_ends_on_time_and_the_next_takes_a_whole_row_and_lasts_longer() {
         ["a: trial -> unknown: back in service: its trial session succeeded"]
     );
     assert_eq!(publishes(&effects), 0, "the table was right already");
-    assert!(effects.iter().any(|effect| matches!(effect, Effect::Opened)));
+    assert!(effects.iter().any(|effect| matches!(effect, ControlEffect::SlotsFreed)));
     assert!(bench.refuse("a", 801, 804).is_empty());
     let effects = bench.refuse("a", 805, 805);
     assert!(logs(&effects)[0].ends_with("out for 20s (ejection 2 in a row)"), "{effects:?}");
@@ -70,7 +70,7 @@ fn an_ejection_ends_on_time_and_the_next_takes_a_whole_row_and_lasts_longer() {
 #[test]
 fn stragglers_during_an_ejection_do_not_make_a_long_row_after_it() {
     let spec = ProbeSpec { fall: 10, interval: Duration::from_secs(60), ..probe_spec() };
-    let mut bench = Bench::up(Pool { probe: Some(Arc::new(spec)), ..pool(&["a", "b"]) });
+    let mut bench = Bench::up(PoolConfig { probe: Some(Arc::new(spec)), ..pool(&["a", "b"]) });
     bench.refuse("a", 1, 500);
     bench.pass(Duration::from_secs(10));
     assert!(!bench.status("a").ejected);
@@ -140,8 +140,8 @@ fn early_resets_eject_and_leave_the_probes_verdict_alone() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let backend = bench.id("a");
     let (failure, begun) = (ConnectFailure::EarlyReset, bench.now);
-    let effects: Vec<Effect> = (1..=5)
-        .map(|in_a_row| Event::ConnectFailed { backend, failure, in_a_row, begun })
+    let effects: Vec<ControlEffect> = (1..=5)
+        .map(|in_a_row| ControlEvent::ConnectFailed { backend, failure, in_a_row, begun })
         .flat_map(|event| bench.apply(event))
         .collect();
     assert_eq!(
@@ -161,7 +161,7 @@ fn the_last_eligible_backend_is_not_ejected_and_that_is_said_once() {
         early_resets: true,
         slow_first_byte: None,
     };
-    let mut bench = Bench::new(Pool { ejection: Some(always), ..unprobed(&["a", "b"]) });
+    let mut bench = Bench::new(PoolConfig { ejection: Some(always), ..unprobed(&["a", "b"]) });
     bench.refuse("a", 1, 5);
     let effects = bench.refuse("b", 1, 100);
     assert_eq!(
@@ -207,6 +207,6 @@ fn a_reload_that_shrinks_the_pool_ends_the_surplus_of_ejections() {
     bench.configure(unprobed(&["a", "b", "c"]));
     assert!(!bench.status("a").ejected, "the one that would end first");
     assert!(bench.status("b").ejected);
-    bench.configure(Pool { ejection: None, ..unprobed(&["a", "b", "c"]) });
+    bench.configure(PoolConfig { ejection: None, ..unprobed(&["a", "b", "c"]) });
     assert!(!bench.status("b").ejected);
 }

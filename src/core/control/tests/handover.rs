@@ -8,12 +8,12 @@ use proptest::prelude::*;
 
 /// A controller of another process that goes on with what `old` knew, after the
 /// way through text.
-fn successor(old: &Bench, pool: Pool) -> Bench {
+fn successor(old: &Bench, pool: PoolConfig) -> Bench {
     let text = serde_json::to_string(&old.controller.save(old.now)).unwrap();
     let saved: Saved = serde_json::from_str(&text).unwrap();
     let mut next =
         Bench { controller: Controller::new(2, 2), began: old.now, now: old.now, asked: vec![] };
-    next.controller.count_on(saved.generation - 1, saved.serial);
+    next.controller.add_carried_counts(saved.generation - 1, saved.serial);
     next.configure(pool);
     let effects = next.controller.adopt(&saved, next.now);
     next.note(effects);
@@ -111,7 +111,7 @@ fn intents_of_the_next_process_are_taken_back_by_the_one_before() {
 fn intents_of_a_pool_that_left_are_kept_across_an_upgrade() {
     let mut old = Bench::up(pool(&["a", "b"]));
     old.operator("a", Intent::Draining);
-    let mut next = Bench::new(Pool { name: "other".into(), ..pool(&["x"]) });
+    let mut next = Bench::new(PoolConfig { name: "other".into(), ..pool(&["x"]) });
     next.controller.adopt(&old.controller.save(old.now), next.now);
     let newer = next.controller.save_intents(next.now);
     old.controller.adopt_intents(&newer, old.now);
@@ -184,7 +184,7 @@ fn sessions_elsewhere_count_until_they_end_there() {
     assert_eq!(leaving, ["gone"]);
 
     // What leaves here is cut there as well.
-    next.configure(Pool {
+    next.configure(PoolConfig {
         on_removal: OnRemoval::CloseAfter(Duration::from_secs(2)),
         ..unprobed(&["b"])
     });
@@ -201,12 +201,12 @@ mod alone {
     use super::*;
 
     fn many(prefix: &str, pools: u32, each: u32) -> Arc<Config> {
-        let pool = |number: u32| Pool {
+        let pool = |number: u32| PoolConfig {
             name: format!("{prefix}{number}").into(),
             backends: (0..each)
-                .map(|one| Backend {
+                .map(|one| BackendConfig {
                     name: format!("b{one}").into(),
-                    address: BackendAddress::Tcp(
+                    address: BackendAddr::Tcp(
                         (std::net::Ipv4Addr::from_bits(number * each + one + 1), 80).into(),
                     ),
                     ..backend("a")
@@ -223,10 +223,10 @@ mod alone {
         for (pools, each) in [(1, 10_000), (2_500, 4)] {
             let now = tidegate_net::clock::now();
             let mut old = Controller::new(1, 1);
-            old.apply(Event::Configure(many("p", pools, each)), now);
+            old.apply(ControlEvent::Configure(many("p", pools, each)), now);
             let saved = old.save(now);
             let mut next = Controller::new(1, 2);
-            next.apply(Event::Configure(many("p", pools, each)), now);
+            next.apply(ControlEvent::Configure(many("p", pools, each)), now);
             let began = tidegate_net::clock::now();
             next.adopt(&saved, now);
             assert!(next.serves_as(&saved));
@@ -276,8 +276,10 @@ fn a_suspect_stays_one_until_it_answers() {
 
 #[test]
 fn a_slow_start_goes_on_where_it_was_and_nobody_begins_one() {
-    let slow =
-        |names: &[&str]| Pool { slow_start: Some(Duration::from_secs(10)), ..unprobed(names) };
+    let slow = |names: &[&str]| PoolConfig {
+        slow_start: Some(Duration::from_secs(10)),
+        ..unprobed(names)
+    };
     let mut old = Bench::new(slow(&["a", "b"]));
     old.pass(Duration::from_secs(20));
     old.configure(slow(&["a", "b", "late"]));
@@ -298,7 +300,7 @@ fn a_slow_start_goes_on_where_it_was_and_nobody_begins_one() {
 
 #[test]
 fn nobody_who_serves_starts_slowly_because_of_probes_that_begin_anew() {
-    let slow = || Pool { slow_start: Some(Duration::from_secs(10)), ..pool(&["a", "b"]) };
+    let slow = || PoolConfig { slow_start: Some(Duration::from_secs(10)), ..pool(&["a", "b"]) };
     let mut old = Bench::up(slow());
     old.answer_all_for(Duration::from_secs(20), None);
     let next = successor(&old, slow());
@@ -363,7 +365,7 @@ proptest! {
     fn whatever_is_said_nothing_breaks(text in "\\PC{0,40}", n: u64, turn: (u64, u64)) {
         let mut old = Bench::up(pool(&["a", "b"]));
         let mut saved = old.controller.save(old.now);
-        saved.pools[0].turn = Some(crate::balance::Turn { place: turn.0, period: turn.1 });
+        saved.pools[0].turn = Some(crate::balance::RoundRobinPosition { place: turn.0, period: turn.1 });
         let backend = &mut saved.pools[0].backends[0];
         backend.observation = text.clone();
         backend.intent = text;

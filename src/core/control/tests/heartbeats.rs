@@ -24,12 +24,12 @@ fn spec() -> model::HeartbeatSpec {
 }
 
 /// A pool without probes that takes heartbeats and lets senders register.
-fn open_pool(backends: &[&str]) -> Pool {
-    Pool { heartbeat: Some(Arc::new(spec())), ..unprobed(backends) }
+fn open_pool(backends: &[&str]) -> PoolConfig {
+    PoolConfig { heartbeat: Some(Arc::new(spec())), ..unprobed(backends) }
 }
 
 fn heartbeat(name: &str, sequence: u64) -> Heartbeat {
-    let Backend { name, address: BackendAddress::Tcp(address), .. } = backend(name) else {
+    let BackendConfig { name, address: BackendAddr::Tcp(address), .. } = backend(name) else {
         unreachable!("backends of the bench have addresses")
     };
     Heartbeat {
@@ -48,13 +48,13 @@ fn heartbeat(name: &str, sequence: u64) -> Heartbeat {
 }
 
 impl Bench {
-    fn hear(&mut self, heartbeat: Heartbeat) -> Vec<Effect> {
-        self.apply(Event::Heartbeat { heartbeat, at: self.now, stands_for: 1 })
+    fn hear(&mut self, heartbeat: Heartbeat) -> Vec<ControlEffect> {
+        self.apply(ControlEvent::Heartbeat { heartbeat, at: self.now, stands_for: 1 })
     }
 
     /// Heartbeats of all `names`, for `span`, every probe answered at once
     /// unless `dead` holds its backend's name.
-    fn beat(&mut self, names: &[&str], dead: &[&str], span: Duration) -> Vec<Effect> {
+    fn beat(&mut self, names: &[&str], dead: &[&str], span: Duration) -> Vec<ControlEffect> {
         let end = self.now + span;
         let mut effects = Vec::new();
         while self.now < end {
@@ -68,11 +68,11 @@ impl Bench {
         effects
     }
 
-    fn serve_until(&mut self, end: Instant, dead: &[&str]) -> Vec<Effect> {
+    fn serve_until(&mut self, end: Instant, dead: &[&str]) -> Vec<ControlEffect> {
         let mut effects = self.answer_but(dead);
         while let Some(due) = self.controller.next_due().filter(|due| *due <= end) {
             self.now = due;
-            effects.extend(self.apply(Event::Tick));
+            effects.extend(self.apply(ControlEvent::Tick));
             effects.extend(self.answer_but(dead));
         }
         self.now = end;
@@ -80,7 +80,7 @@ impl Bench {
     }
 
     /// Answers what is asked; the dead time out in no time.
-    fn answer_but(&mut self, dead: &[&str]) -> Vec<Effect> {
+    fn answer_but(&mut self, dead: &[&str]) -> Vec<ControlEffect> {
         let asked = std::mem::take(&mut self.asked);
         let mut effects = Vec::new();
         for (id, token) in asked {
@@ -101,7 +101,7 @@ impl Bench {
         status.pools[0].backends.iter().map(|b| b.state.name.to_string()).collect()
     }
 
-    fn misfit(&self, wanted: Misfit) -> u64 {
+    fn misfit(&self, wanted: HeartbeatIgnored) -> u64 {
         self.controller.misfits[wanted as usize]
     }
 }
@@ -117,7 +117,10 @@ fn a_registered_backend_serves_once_a_connect_has_confirmed_it() {
     bench.pass(publish_pacer::PACE);
     assert_eq!(bench.serving(), ["a"], "{:?}", logs(&effects));
     let status = bench.status("a");
-    assert_eq!((status.origin, status.observation), (Origin::Registered, Observation::Up));
+    assert_eq!(
+        (status.origin, status.observation),
+        (MemberSourceKind::Registered, Observation::Up)
+    );
     assert_eq!((status.weight, status.effective_weight), (10, 10.0));
 }
 
@@ -131,17 +134,17 @@ fn a_registered_backend_that_refuses_connects_never_serves() {
 
 #[test]
 fn where_the_pool_has_probes_the_first_result_counts_as_well() {
-    let mut bench = Bench::up(Pool { heartbeat: Some(Arc::new(spec())), ..pool(&["z"]) });
+    let mut bench = Bench::up(PoolConfig { heartbeat: Some(Arc::new(spec())), ..pool(&["z"]) });
     bench.beat(&["a"], &[], Duration::from_secs(1));
     assert_eq!(bench.serving(), ["z", "a"]);
     bench.beat(&["a"], &["a"], Duration::from_secs(10));
-    assert_eq!(bench.status("a").pulse, crate::health::Pulse::Beating);
+    assert_eq!(bench.status("a").pulse, crate::health::HeartbeatHealth::OnTime);
     assert_eq!(bench.serving(), ["z"], "its host is well, its service is not");
 }
 
 #[test]
 fn a_pool_that_starts_empty_waits_for_the_first_result_of_who_joins() {
-    let mut bench = Bench::new(Pool { heartbeat: Some(Arc::new(spec())), ..pool(&[]) });
+    let mut bench = Bench::new(PoolConfig { heartbeat: Some(Arc::new(spec())), ..pool(&[]) });
     bench.pass(GRACE * 10);
     bench.hear(heartbeat("a", 1));
     assert!(!bench.status("a").eligible);
@@ -205,7 +208,7 @@ fn a_silent_backend_that_answers_serves_at_a_tenth_until_its_ttl() {
 fn a_backend_of_the_file_outlives_its_heartbeats_unless_they_are_required() {
     for require in [false, true] {
         let heartbeat = Some(Arc::new(model::HeartbeatSpec { require, ..spec() }));
-        let mut bench = Bench::new(Pool { heartbeat, ..unprobed(&["z"]) });
+        let mut bench = Bench::new(PoolConfig { heartbeat, ..unprobed(&["z"]) });
         assert_eq!(bench.status("z").eligible, !require);
         bench.beat(&["z", "a"], &[], Duration::from_secs(5));
         assert_eq!(bench.serving(), ["z", "a"]);
@@ -242,7 +245,7 @@ fn a_late_control_thread_blames_nobody() {
     let mut bench = Bench::new(open_pool(&[]));
     bench.beat(&["a", "b"], &[], Duration::from_secs(30));
     bench.now += Duration::from_secs(5);
-    let effects = bench.apply(Event::Tick);
+    let effects = bench.apply(ControlEvent::Tick);
     assert_eq!(bench.serving(), ["a", "b"]);
     let said = logs(&effects).join("\n");
     assert!(said.contains("ms late: so much of the backends' silence does not count"), "{said}");
@@ -254,15 +257,18 @@ fn a_name_or_an_address_of_the_file_is_nobody_elses() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.hear(heartbeat("z@77", 1));
     let port = |name: &str| backend(name).address;
-    let BackendAddress::Tcp(address) = port("z") else { unreachable!() };
+    let BackendAddr::Tcp(address) = port("z") else { unreachable!() };
     bench.hear(Heartbeat { address, ..heartbeat("a", 1) });
     assert_eq!(bench.names(), ["z"]);
     assert_eq!(
-        (bench.misfit(Misfit::ConfiguredName), bench.misfit(Misfit::ConfiguredAddress)),
+        (
+            bench.misfit(HeartbeatIgnored::ConfiguredName),
+            bench.misfit(HeartbeatIgnored::ConfiguredAddress)
+        ),
         (1, 1)
     );
     bench.hear(Heartbeat { address: ([127, 0, 0, 1], 80).into(), ..heartbeat("a", 1) });
-    assert_eq!(bench.misfit(Misfit::OwnAddress), 1, "sessions would come back to us");
+    assert_eq!(bench.misfit(HeartbeatIgnored::OwnAddress), 1, "sessions would come back to us");
 }
 
 #[test]
@@ -273,7 +279,7 @@ fn of_two_senders_with_one_name_the_younger_is_believed() {
     bench.hear(Heartbeat { incarnation: 2, ..heartbeat("a@77", 1) });
     assert_ne!(bench.id("a"), old);
     bench.hear(heartbeat("a", 100));
-    assert_eq!(bench.misfit(Misfit::OlderSender), 1);
+    assert_eq!(bench.misfit(HeartbeatIgnored::OlderSender), 1);
     assert_eq!(bench.names(), ["z", "a"]);
 }
 
@@ -281,10 +287,10 @@ fn of_two_senders_with_one_name_the_younger_is_believed() {
 fn no_more_register_than_the_pool_allows_and_that_is_said_once() {
     let heartbeat_spec = model::HeartbeatSpec { backends_max: 2, ..spec() };
     let heartbeat_spec = Some(Arc::new(heartbeat_spec));
-    let mut bench = Bench::new(Pool { heartbeat: heartbeat_spec, ..unprobed(&[]) });
-    let effects: Vec<Effect> =
+    let mut bench = Bench::new(PoolConfig { heartbeat: heartbeat_spec, ..unprobed(&[]) });
+    let effects: Vec<ControlEffect> =
         ["a", "b", "c", "d"].iter().flat_map(|name| bench.hear(heartbeat(name, 1))).collect();
-    assert_eq!((bench.names().len(), bench.misfit(Misfit::PoolFull)), (2, 2));
+    assert_eq!((bench.names().len(), bench.misfit(HeartbeatIgnored::PoolFull)), (2, 2));
     let full = logs(&effects).iter().filter(|line| line.contains("backends_max")).count();
     assert_eq!(full, 1);
 }
@@ -309,7 +315,7 @@ fn small_changes_of_weight_make_no_table() {
     bench.hear(said(50, 1));
     bench.answer_but(&[]);
     bench.pass(publish_pacer::PACE);
-    let effects: Vec<Effect> =
+    let effects: Vec<ControlEffect> =
         (2..100).flat_map(|n| bench.hear(said(50 + (n % 5) as u16, n))).collect();
     assert_eq!((publishes(&effects), bench.status("a").weight), (0, 50));
     bench.pass(publish_pacer::PACE);
@@ -320,7 +326,7 @@ fn small_changes_of_weight_make_no_table() {
 fn a_sender_that_starts_is_asked_when_it_says_that_it_is_ready() {
     let mut bench = Bench::new(open_pool(&["z"]));
     let starting = |n| Heartbeat { state: SenderState::Starting, ..heartbeat("a", n) };
-    let effects: Vec<Effect> = (1..50).flat_map(|n| bench.hear(starting(n))).collect();
+    let effects: Vec<ControlEffect> = (1..50).flat_map(|n| bench.hear(starting(n))).collect();
     assert_eq!((probes(&effects), bench.status("a").eligible), (0, false));
     bench.hear(heartbeat("a", 50));
     bench.answer_but(&[]);
@@ -334,7 +340,7 @@ fn a_reload_keeps_who_registered_and_a_file_may_adopt_it() {
     let (a, b) = (bench.id("a"), bench.id("b"));
     bench.configure(open_pool(&["z", "a"]));
     assert_eq!((bench.id("a"), bench.id("b")), (a, b));
-    assert_eq!(bench.status("a").origin, Origin::File);
+    assert_eq!(bench.status("a").origin, MemberSourceKind::File);
     assert_eq!(bench.serving(), ["z", "a", "b"]);
     bench.configure(unprobed(&["z", "a"]));
     assert_eq!(bench.names(), ["z", "a"], "nobody may register any more");
@@ -345,7 +351,7 @@ fn a_reload_keeps_who_registered_and_a_file_may_adopt_it() {
 fn requiring_heartbeats_takes_nobody_out_before_there_was_time_to_send_them() {
     let mut bench = Bench::new(unprobed(&["z", "a"]));
     let required = Arc::new(model::HeartbeatSpec { require: true, ..spec() });
-    bench.configure(Pool { heartbeat: Some(required), ..unprobed(&["z", "a"]) });
+    bench.configure(PoolConfig { heartbeat: Some(required), ..unprobed(&["z", "a"]) });
     assert_eq!(bench.serving(), ["z", "a"]);
     bench.beat(&["z"], &[], TTL + Duration::from_secs(1));
     assert_eq!(bench.serving(), ["z"]);
@@ -395,7 +401,7 @@ fn a_death_is_published_at_once_whatever_waits() {
 #[test]
 fn who_comes_back_late_starts_slowly_and_a_whole_pool_does_not() {
     let slow = Some(Duration::from_secs(10));
-    let mut bench = Bench::new(Pool { slow_start: slow, ..open_pool(&["z"]) });
+    let mut bench = Bench::new(PoolConfig { slow_start: slow, ..open_pool(&["z"]) });
     bench.beat(&["a"], &[], Duration::from_secs(1));
     assert_eq!(bench.status("a").ramp_percent, 100, "the pool itself has just begun");
     bench.beat(&["a"], &[], Duration::from_secs(10));
@@ -411,7 +417,7 @@ fn who_comes_back_late_starts_slowly_and_a_whole_pool_does_not() {
 #[test]
 fn a_slow_start_holds_the_cap_down_and_bounds_the_share_as_well() {
     let slow = Some(Duration::from_secs(10));
-    let mut pool = Pool { slow_start: slow, ..unprobed(&["a", "b"]) };
+    let mut pool = PoolConfig { slow_start: slow, ..unprobed(&["a", "b"]) };
     pool.backends[1].connections_max = 50;
     let mut bench = Bench::new(pool);
     bench.pass(Duration::from_secs(20));
@@ -443,7 +449,7 @@ fn an_explanation_tells_the_whole_story() {
         [("suspect", "down"), ("up", "suspect"), ("unknown", "up"), ("new", "unknown")]
     );
     let reading = explained.backend.heart.unwrap().reading;
-    assert_eq!(reading.state, crate::suspicion::State::Down);
+    assert_eq!(reading.state, crate::suspicion::DetectorState::Down);
     assert!(reading.silence.unwrap() >= Duration::from_secs(2) - INTERVAL);
     assert_eq!(explained.weight.health, 0);
     assert_eq!(
@@ -454,19 +460,19 @@ fn an_explanation_tells_the_whole_story() {
 
 #[test]
 fn a_confirming_probe_leaves_the_regular_ones_their_turn() {
-    let mut bench = Bench::up(Pool { heartbeat: Some(Arc::new(spec())), ..pool(&["z"]) });
+    let mut bench = Bench::up(PoolConfig { heartbeat: Some(Arc::new(spec())), ..pool(&["z"]) });
     bench.beat(&["a", "b", "c"], &[], Duration::from_secs(10));
     bench.beat(&["b", "c"], &[], Duration::from_secs(1));
     let effects = bench.beat(&["b", "c"], &[], Duration::from_secs(20));
     let id = bench.controller.find_backend("web", "a").unwrap();
     let regular = effects.iter().filter(|effect| {
-        matches!(effect, Effect::Probe { backend, spec, .. } if *backend == id && spec.interval > TRY_TIMEOUT_MAX)
+        matches!(effect, ControlEffect::Probe { backend, spec, .. } if *backend == id && spec.interval > TRY_TIMEOUT_MAX)
     });
     assert!(regular.count() >= 5, "one each two seconds");
 }
 
 /// A controller of another process that goes on with what `old` knew.
-fn upgraded(old: &Bench, pool: Pool) -> Bench {
+fn upgraded(old: &Bench, pool: PoolConfig) -> Bench {
     let text = serde_json::to_string(&old.controller.save(old.now)).unwrap();
     let saved = serde_json::from_str(&text).unwrap();
     let mut next =
@@ -492,9 +498,9 @@ fn slowly(bench: &mut Bench, names: &[&str], times: std::ops::Range<u64>) {
     }
 }
 
-fn slow_pool() -> Pool {
+fn slow_pool() -> PoolConfig {
     let slow = model::HeartbeatSpec { interval: Duration::from_secs(5), ..spec() };
-    Pool { heartbeat: Some(Arc::new(slow)), ..unprobed(&["z"]) }
+    PoolConfig { heartbeat: Some(Arc::new(slow)), ..unprobed(&["z"]) }
 }
 
 #[test]
@@ -507,7 +513,7 @@ fn after_an_upgrade_registered_backends_serve_before_anybody_is_heard() {
     let mut next = upgraded(&old, slow_pool());
     assert_eq!(next.names(), ["z", "a", "b", "c"]);
     assert_eq!(next.serving(), ["z", "a"]);
-    assert_eq!(next.status("b").calling, crate::health::Calling::Draining);
+    assert_eq!(next.status("b").calling, crate::health::RequestedState::Draining);
     let reading = |bench: &Bench| bench.status("a").heart.unwrap().reading;
     assert_eq!(reading(&next).beats_total, reading(&old).beats_total);
     assert_eq!(reading(&next).sequence, reading(&old).sequence);
@@ -542,7 +548,7 @@ fn ten_thousand_slow_senders_are_all_there_after_an_upgrade() {
             backends_max: 20_000,
             ..spec()
         };
-        Pool { heartbeat: Some(Arc::new(slow)), ..unprobed(&[]) }
+        PoolConfig { heartbeat: Some(Arc::new(slow)), ..unprobed(&[]) }
     };
     let mut old = Bench::new(many());
     for number in 0..10_000u32 {
@@ -566,12 +572,12 @@ mod alone {
     use super::*;
 
     fn cost_with(pools: usize) -> Duration {
-        let pool = |number: usize| Pool {
+        let pool = |number: usize| PoolConfig {
             name: if number + 1 == pools { "web".into() } else { format!("p{number}").into() },
             ..open_pool(&["z"])
         };
         let mut bench = Bench::new(open_pool(&["z"]));
-        bench.apply(Event::Configure(config((0..pools).map(pool).collect())));
+        bench.apply(ControlEvent::Configure(config((0..pools).map(pool).collect())));
         bench.hear(heartbeat("a", 1));
         bench.answer_but(&[]);
         let round = |bench: &mut Bench, round: u64| {

@@ -109,7 +109,7 @@ fn settled_backends_are_probed_each_interval_give_or_take_a_tenth() {
     let mut last = None;
     for _ in 0..50 {
         bench.now = bench.controller.next_due().unwrap();
-        assert_eq!(probes(&bench.apply(Event::Tick)), 1);
+        assert_eq!(probes(&bench.apply(ControlEvent::Tick)), 1);
         bench.answer_asked(None);
         waits.extend(last.map(|last| bench.now - last));
         last = Some(bench.now);
@@ -130,7 +130,7 @@ fn absurdly_long_durations_overflow_nothing() {
         early_resets: true,
         slow_first_byte: None,
     };
-    let forever = |names: &[&str]| Pool {
+    let forever = |names: &[&str]| PoolConfig {
         probe: Some(Arc::new(spec.clone())),
         ejection: Some(ejection),
         startup_grace: max,
@@ -148,7 +148,7 @@ fn absurdly_long_durations_overflow_nothing() {
 fn a_row_being_counted_is_probed_at_the_fast_interval() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.now = bench.controller.next_due().unwrap();
-    bench.apply(Event::Tick);
+    bench.apply(ControlEvent::Tick);
     bench.answer_asked(Some("broken"));
     let wait = bench.controller.next_due().unwrap() - bench.now;
     assert!(wait <= FAST.mul_f64(1.1), "{wait:?}");
@@ -174,7 +174,7 @@ fn a_backend_never_has_two_probes_in_flight() {
     let mut bench = Bench::up(pool(&["a"]));
     let lost_after = TIMEOUT + probing::PROBE_LOST_MARGIN;
     bench.now = bench.controller.next_due().unwrap();
-    assert_eq!(probes(&bench.apply(Event::Tick)), 1);
+    assert_eq!(probes(&bench.apply(ControlEvent::Tick)), 1);
     assert_eq!(probes(&bench.pass(lost_after - Duration::from_nanos(1))), 0);
 }
 
@@ -182,7 +182,7 @@ fn a_backend_never_has_two_probes_in_flight() {
 fn a_probe_that_never_comes_back_is_given_up_and_its_late_result_ignored() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.now = bench.controller.next_due().unwrap();
-    bench.apply(Event::Tick);
+    bench.apply(ControlEvent::Tick);
     let lost = bench.asked.pop().unwrap();
     let effects = bench.pass(TIMEOUT + probing::PROBE_LOST_MARGIN);
     assert_eq!(probes(&effects), 1, "probed anew");
@@ -201,10 +201,10 @@ fn local_trouble_proves_nothing_and_is_mentioned_once_a_minute() {
     let end = bench.now + Duration::from_secs(61);
     while bench.now < end {
         bench.now = bench.controller.next_due().unwrap();
-        bench.apply(Event::Tick);
+        bench.apply(ControlEvent::Tick);
         for (backend, token) in std::mem::take(&mut bench.asked) {
             let outcome = ProbeOutcome::Local { reason: "too many open files".into() };
-            notices.extend(logs(&bench.apply(Event::Probed { backend, token, outcome })));
+            notices.extend(logs(&bench.apply(ControlEvent::Probed { backend, token, outcome })));
         }
     }
     assert_eq!(bench.status("a").observation, Observation::Up);
@@ -216,11 +216,11 @@ fn a_changed_probe_spec_keeps_the_verdict_and_restarts_row_and_schedule() {
     let mut bench = Bench::up(pool(&["a"]));
     for _ in 0..2 {
         bench.now = bench.controller.next_due().unwrap();
-        bench.apply(Event::Tick);
+        bench.apply(ControlEvent::Tick);
         bench.answer_asked(Some("broken"));
     }
     let changed = ProbeSpec { fall: 2, ..probe_spec() };
-    let effects = bench.configure(Pool { probe: Some(Arc::new(changed)), ..pool(&["a"]) });
+    let effects = bench.configure(PoolConfig { probe: Some(Arc::new(changed)), ..pool(&["a"]) });
     assert!(bench.status("a").eligible);
     assert_eq!(probes(&effects), 1, "probed under the new spec at once");
     assert!(logs(&bench.answer_asked(Some("broken"))).is_empty(), "one of two");
@@ -232,10 +232,10 @@ fn a_changed_probe_spec_keeps_the_verdict_and_restarts_row_and_schedule() {
 fn a_result_from_before_a_spec_change_is_ignored_but_waited_for() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.now = bench.controller.next_due().unwrap();
-    bench.apply(Event::Tick);
+    bench.apply(ControlEvent::Tick);
     let old = bench.asked.pop().unwrap();
     let changed = ProbeSpec { fall: 1, ..probe_spec() };
-    let effects = bench.configure(Pool { probe: Some(Arc::new(changed)), ..pool(&["a"]) });
+    let effects = bench.configure(PoolConfig { probe: Some(Arc::new(changed)), ..pool(&["a"]) });
     assert_eq!(probes(&effects), 0, "the old probe is still out there");
     let effects = bench.answer(old.0, old.1, Some("broken"));
     assert!(bench.status("a").eligible, "judged under the old spec: ignored");
@@ -248,11 +248,14 @@ fn events_that_come_together_make_one_table() {
     bench.pass(Duration::from_millis(5));
     let asked = std::mem::take(&mut bench.asked).into_iter();
     let outcome = ProbeOutcome::Success { took: Duration::ZERO };
-    let events =
-        asked.map(|(backend, token)| Event::Probed { backend, token, outcome: outcome.clone() });
+    let events = asked.map(|(backend, token)| ControlEvent::Probed {
+        backend,
+        token,
+        outcome: outcome.clone(),
+    });
     let effects = bench.apply_all(events.collect());
     assert_eq!((publishes(&effects), logs(&effects).len()), (1, 3));
-    assert!(matches!(effects[0], Effect::Publish(_)), "before anything slow");
+    assert!(matches!(effects[0], ControlEffect::Publish(_)), "before anything slow");
 }
 
 #[test]
@@ -267,7 +270,7 @@ fn a_connect_begun_before_a_backend_came_back_says_nothing_of_it_since() {
     let failure = ConnectFailure::Timeout;
     let mut fail = |begun| {
         for in_a_row in 1..=9 {
-            bench.apply(Event::ConnectFailed { backend, failure, in_a_row, begun });
+            bench.apply(ControlEvent::ConnectFailed { backend, failure, in_a_row, begun });
         }
         let status = bench.status("a");
         (status.observation, status.ejected)
@@ -275,7 +278,7 @@ fn a_connect_begun_before_a_backend_came_back_says_nothing_of_it_since() {
     assert_eq!(fail(lost_in_the_cut), (Observation::Up, false));
     let later = bench.now;
     for in_a_row in 10..=19 {
-        bench.apply(Event::ConnectFailed { backend, failure, in_a_row, begun: later });
+        bench.apply(ControlEvent::ConnectFailed { backend, failure, in_a_row, begun: later });
     }
     assert_eq!(bench.status("a").observation, Observation::Down);
 }

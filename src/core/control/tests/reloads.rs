@@ -60,7 +60,8 @@ fn a_drained_backend_that_is_down_anyway_makes_no_new_table() {
     let mut bench = Bench::new(pool(&["a"]));
     bench.answer_all_for(Duration::from_millis(1), Some("broken"));
     assert_eq!(publishes(&bench.operator("a", Intent::Draining)), 0);
-    let last_resort = Pool { when_none_eligible: WhenNoneEligible::TryAll, ..pool(&["a", "b"]) };
+    let last_resort =
+        PoolConfig { when_none_eligible: WhenNoneEligible::TryAll, ..pool(&["a", "b"]) };
     let mut bench = Bench::new(last_resort);
     assert_eq!(publishes(&bench.operator("a", Intent::Draining)), 1, "try-all used it");
     assert_eq!(bench.serving(), ["b"]);
@@ -71,7 +72,7 @@ fn what_is_configured_again_keeps_its_state_whatever_else_changed() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let before = bench.status("a").state;
     let frontend = Arc::clone(&bench.controller.status(bench.now).frontends[0].state);
-    let mut changed = Pool { balance: Policy::LeastConnections, ..pool(&["b", "a"]) };
+    let mut changed = PoolConfig { balance: Policy::LeastConnections, ..pool(&["b", "a"]) };
     changed.backends[1].weight = 77;
     changed.backends[1].connections_max = 5;
     let effects = bench.configure(changed);
@@ -118,7 +119,7 @@ fn a_removed_backend_is_kept_until_its_last_session_ends() {
 #[test]
 fn close_after_cuts_the_sessions_when_the_time_is_over() {
     let rule = OnRemoval::CloseAfter(Duration::from_secs(30));
-    let rest = || Pool { on_removal: rule, ..unprobed(&["b"]) };
+    let rest = || PoolConfig { on_removal: rule, ..unprobed(&["b"]) };
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     let removed = bench.status("a").state;
     assert!(removed.in_flight.try_enter(0));
@@ -133,7 +134,7 @@ fn close_after_cuts_the_sessions_when_the_time_is_over() {
 #[test]
 fn a_backend_that_comes_back_while_leaving_gets_its_state_back() {
     let rule = OnRemoval::CloseAfter(Duration::from_secs(30));
-    let with = |names: &[&str]| Pool { on_removal: rule, ..pool(names) };
+    let with = |names: &[&str]| PoolConfig { on_removal: rule, ..pool(names) };
     let mut bench = Bench::up(with(&["a", "b"]));
     let removed = bench.status("a").state;
     assert!(removed.in_flight.try_enter(0));
@@ -168,6 +169,6 @@ fn results_and_failures_of_removed_backends_are_ignored() {
     bench.configure(pool(&["b"]));
     assert!(bench.answer(id, token, None).is_empty());
     let (failure, begun) = (ConnectFailure::Timeout, bench.now);
-    let failed = Event::ConnectFailed { backend: id, failure, in_a_row: 9, begun };
+    let failed = ControlEvent::ConnectFailed { backend: id, failure, in_a_row: 9, begun };
     assert!(bench.apply(failed).is_empty());
 }

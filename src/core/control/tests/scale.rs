@@ -29,13 +29,13 @@ fn large(pools: usize, each: usize) -> Arc<Config> {
     let one = |n: usize| {
         let backends = (0..each).map(|k| {
             let [_, b, c, d] = u32::try_from(n * each + k).unwrap().to_be_bytes();
-            Backend {
+            BackendConfig {
                 name: format!("b{k}").into(),
-                address: BackendAddress::Tcp(([10, b, c, d], 80).into()),
+                address: BackendAddr::Tcp(([10, b, c, d], 80).into()),
                 ..backend("x")
             }
         });
-        Pool {
+        PoolConfig {
             name: format!("pool{n}").into(),
             ejection: Some(ejection),
             heartbeat: Some(Arc::new(heartbeat.clone())),
@@ -46,7 +46,7 @@ fn large(pools: usize, each: usize) -> Arc<Config> {
     let mut config = Arc::unwrap_or_clone(config((0..pools).map(one).collect()));
     let first = config.frontends.remove(0);
     config.frontends = (0..pools)
-        .map(|n| Frontend {
+        .map(|n| FrontendConfig {
             name: format!("f{n}").into(),
             binds: vec![([127, 0, 0, 1], 1000 + u16::try_from(n).unwrap()).into()],
             pool: format!("pool{n}").into(),
@@ -57,12 +57,16 @@ fn large(pools: usize, each: usize) -> Arc<Config> {
 }
 
 /// Every tick that is wanted until `now` has gone on by `span`; how many there were.
-fn ticks(controller: &mut Controller, now: &mut Instant, span: Duration) -> (u32, Vec<Effect>) {
+fn ticks(
+    controller: &mut Controller,
+    now: &mut Instant,
+    span: Duration,
+) -> (u32, Vec<ControlEffect>) {
     let end = *now + span;
     let (mut ticks, mut effects) = (0, Vec::new());
     while let Some(due) = controller.next_due().filter(|due| *due <= end) {
         *now = due;
-        effects.extend(controller.apply(Event::Tick, due));
+        effects.extend(controller.apply(ControlEvent::Tick, due));
         ticks += 1;
     }
     *now = end;
@@ -74,7 +78,7 @@ fn look_at_many_takes_turns_and_finds_the_one_that_hangs() {
     for (pools, each) in [(1, 3_000), (300, 10)] {
         let mut now = tidegate_net::clock::now();
         let mut controller = Controller::new(2, 1);
-        controller.apply(Event::Configure(large(pools, each)), now);
+        controller.apply(ControlEvent::Configure(large(pools, each)), now);
         let states: Vec<_> = controller.backends().map(Arc::clone).collect();
         let (hanging, others) = states.split_last().unwrap();
         let mut logged = Vec::new();
@@ -101,7 +105,7 @@ fn look_at_many_takes_turns_and_finds_the_one_that_hangs() {
 fn change_in_one_pool_leaves_everything_else_of_the_table_as_it_is() {
     let now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
-    controller.apply(Event::Configure(large(5, 3)), now);
+    controller.apply(ControlEvent::Configure(large(5, 3)), now);
     let before = controller.current_table();
     controller.set_intent("pool2", "b1", Intent::Draining, now).unwrap();
     let after = controller.current_table();
@@ -120,7 +124,7 @@ fn change_in_one_pool_leaves_everything_else_of_the_table_as_it_is() {
 fn what_is_saved_in_slices_is_the_same_and_a_reload_ends_it() {
     let mut now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
-    controller.apply(Event::Configure(large(3, 4)), now);
+    controller.apply(ControlEvent::Configure(large(3, 4)), now);
     controller.set_intent("pool1", "b2", Intent::Draining, now).unwrap();
     now += Duration::from_secs(1);
     let mut saving = controller.begin_save(now);
@@ -135,7 +139,7 @@ fn what_is_saved_in_slices_is_the_same_and_a_reload_ends_it() {
 
     let saving = controller.begin_save(now);
     assert!(controller.can_go_on(&saving));
-    controller.apply(Event::Configure(large(2, 4)), now);
+    controller.apply(ControlEvent::Configure(large(2, 4)), now);
     assert!(!controller.can_go_on(&saving));
 }
 
@@ -144,7 +148,7 @@ fn apart() -> (Controller, Instant) {
     let now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
     controller.build_apart_above(4);
-    controller.apply(Event::Configure(large(1, 5)), now);
+    controller.apply(ControlEvent::Configure(large(1, 5)), now);
     (controller, now)
 }
 
@@ -153,9 +157,9 @@ fn in_table(controller: &Controller) -> Vec<String> {
     table.pools[0].serving.iter().map(|state| state.name.to_string()).collect()
 }
 
-fn the_build(effects: Vec<Effect>) -> Event {
+fn the_build(effects: Vec<ControlEffect>) -> ControlEvent {
     let mut builds = effects.into_iter().filter_map(|effect| match effect {
-        Effect::Build { token, build } => Some(built(token, *build)),
+        ControlEffect::Build { token, build } => Some(built(token, *build)),
         _ => None,
     });
     let first = builds.next().expect("a part to be made");
@@ -163,7 +167,12 @@ fn the_build(effects: Vec<Effect>) -> Event {
     first
 }
 
-fn set(controller: &mut Controller, name: &str, intent: Intent, now: Instant) -> Vec<Effect> {
+fn set(
+    controller: &mut Controller,
+    name: &str,
+    intent: Intent,
+    now: Instant,
+) -> Vec<ControlEffect> {
     controller.set_intent("pool0", name, intent, now).unwrap()
 }
 
@@ -197,7 +206,7 @@ fn what_changes_while_a_part_is_made_makes_one_more() {
     let first = the_build(set(&mut controller, "b1", Intent::Draining, now));
     for name in ["b2", "b3"] {
         let effects = set(&mut controller, name, Intent::Draining, now);
-        assert!(!effects.iter().any(|effect| matches!(effect, Effect::Build { .. })));
+        assert!(!effects.iter().any(|effect| matches!(effect, ControlEffect::Build { .. })));
         assert!(!enters(&controller, name));
     }
     set(&mut controller, "b3", Intent::Ready, now);
@@ -213,28 +222,28 @@ fn what_changes_while_a_part_is_made_makes_one_more() {
 #[test]
 fn parts_take_the_other_thread_half_of_its_time_at_most() {
     let (mut controller, now) = apart();
-    let Event::Built { token, built, .. } =
+    let ControlEvent::Built { token, built, .. } =
         the_build(set(&mut controller, "b1", Intent::Draining, now))
     else {
         unreachable!("it is what was asked for")
     };
     set(&mut controller, "b2", Intent::Draining, now);
     let took = Duration::from_millis(30);
-    let begins = |effects: &[Effect]| {
-        effects.iter().filter(|effect| matches!(effect, Effect::Build { .. })).count()
+    let begins = |effects: &[ControlEffect]| {
+        effects.iter().filter(|effect| matches!(effect, ControlEffect::Build { .. })).count()
     };
-    let effects = controller.apply(Event::Built { token, built, took }, now);
+    let effects = controller.apply(ControlEvent::Built { token, built, took }, now);
     assert_eq!((publishes(&effects), begins(&effects)), (1, 0));
     assert_eq!(controller.next_due(), Some(now + took));
     assert!(!enters(&controller, "b2"));
-    assert_eq!(begins(&controller.apply(Event::Tick, now + took)), 1);
+    assert_eq!(begins(&controller.apply(ControlEvent::Tick, now + took)), 1);
 }
 
 #[test]
 fn part_that_a_reload_has_overtaken_is_not_used_and_nobody_stays_shut() {
     let (mut controller, now) = apart();
     let overtaken = the_build(set(&mut controller, "b1", Intent::Draining, now));
-    controller.apply(Event::Configure(large(1, 6)), now);
+    controller.apply(ControlEvent::Configure(large(1, 6)), now);
     assert_eq!(in_table(&controller), ["b0", "b2", "b3", "b4", "b5"]);
     assert!(enters(&controller, "b1"));
     let effects = controller.apply(overtaken, now);
@@ -250,18 +259,18 @@ fn members_that_come_and_go_are_in_the_next_part_of_a_large_pool() {
     let hear = |controller: &mut Controller, n: usize, sequence: u64, state, now| {
         let heartbeat = Heartbeat { state, ..beat_of("pool0", n, sequence) };
         let mut effects =
-            controller.apply(Event::Heartbeat { heartbeat, at: now, stands_for: 1 }, now);
+            controller.apply(ControlEvent::Heartbeat { heartbeat, at: now, stands_for: 1 }, now);
         // A connect confirms it, and parts of tables are made.
         while !effects.is_empty() {
             let events = effects.into_iter().filter_map(|effect| match effect {
-                Effect::Probe { backend, token, .. } => {
+                ControlEffect::Probe { backend, token, .. } => {
                     let outcome = ProbeOutcome::Success { took: Duration::from_millis(1) };
-                    Some(Event::Probed { backend, token, outcome })
+                    Some(ControlEvent::Probed { backend, token, outcome })
                 }
-                Effect::Build { token, build } => Some(built(token, *build)),
+                ControlEffect::Build { token, build } => Some(built(token, *build)),
                 _ => None,
             });
-            let events: Vec<Event> = events.collect();
+            let events: Vec<ControlEvent> = events.collect();
             effects = controller.apply_all(events, now);
         }
     };
@@ -278,8 +287,8 @@ fn members_that_come_and_go_are_in_the_next_part_of_a_large_pool() {
         let (mut at, mut effects) = (now, Vec::new());
         for _ in 0..20 {
             at += Duration::from_millis(20);
-            effects.extend(controller.apply(Event::Tick, at));
-            let events: Vec<Event> = effects.drain(..).filter_map(unanswered).collect();
+            effects.extend(controller.apply(ControlEvent::Tick, at));
+            let events: Vec<ControlEvent> = effects.drain(..).filter_map(unanswered).collect();
             effects = controller.apply_all(events, at);
         }
     };
@@ -292,10 +301,10 @@ fn members_that_come_and_go_are_in_the_next_part_of_a_large_pool() {
 fn pools_up_to_the_bound_have_their_tables_at_once() {
     let now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
-    controller.apply(Event::Configure(large(1, AT_ONCE_MAX)), now);
+    controller.apply(ControlEvent::Configure(large(1, AT_ONCE_MAX)), now);
     let effects = set(&mut controller, "b1", Intent::Draining, now);
     assert_eq!(publishes(&effects), 1);
-    controller.apply(Event::Configure(large(1, AT_ONCE_MAX + 1)), now);
+    controller.apply(ControlEvent::Configure(large(1, AT_ONCE_MAX + 1)), now);
     let effects = set(&mut controller, "b2", Intent::Draining, now);
     assert_eq!(publishes(&effects), 0);
     the_build(effects);
@@ -335,12 +344,12 @@ fn beat_of(pool: &str, n: usize, sequence: u64) -> Heartbeat {
 /// Has parts of tables made, and notes how long making and taking them took.
 fn made_apart(
     controller: &mut Controller,
-    effects: Vec<Effect>,
+    effects: Vec<ControlEffect>,
     now: Instant,
     parts: &mut Vec<(Duration, Duration)>,
 ) {
     for effect in effects {
-        if let Effect::Build { token, build } = effect {
+        if let ControlEffect::Build { token, build } = effect {
             let (made, event) = timed(|| built(token, *build));
             let (taken, _) = timed(|| controller.apply(event, now));
             parts.push((made, taken));
@@ -364,58 +373,58 @@ fn costs() {
 }
 
 /// What comes of the effect where nothing answers.
-fn unanswered(effect: Effect) -> Option<Event> {
+fn unanswered(effect: ControlEffect) -> Option<ControlEvent> {
     match effect {
-        Effect::Probe { backend, token, .. } => {
+        ControlEffect::Probe { backend, token, .. } => {
             let outcome = ProbeOutcome::Failure { reason: "connect timed out".into() };
-            Some(Event::Probed { backend, token, outcome })
+            Some(ControlEvent::Probed { backend, token, outcome })
         }
-        Effect::Build { token, build } => Some(built(token, *build)),
+        ControlEffect::Build { token, build } => Some(built(token, *build)),
         _ => None,
     }
 }
 
-fn built(token: BuildToken, build: PoolBuild) -> Event {
-    Event::Built { token, built: Box::new(build.run()), took: Duration::ZERO }
+fn built(token: BuildToken, build: PoolBuild) -> ControlEvent {
+    ControlEvent::Built { token, built: Box::new(build.run()), took: Duration::ZERO }
 }
 
 fn costs_of(pools: usize, each: usize, hearts: usize) {
     let mut now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
     let config = large(pools, each);
-    let (took, _) = timed(|| controller.apply(Event::Configure(config), now));
+    let (took, _) = timed(|| controller.apply(ControlEvent::Configure(config), now));
     row("first configuration", vec![took]);
     let mut turns = Vec::new();
     let end = now + Duration::from_millis(600);
     while let Some(due) = controller.next_due().filter(|due| *due <= end) {
         now = due;
-        turns.push(timed(|| controller.apply(Event::Tick, now)).0);
+        turns.push(timed(|| controller.apply(ControlEvent::Tick, now)).0);
     }
     row("turn of comparing first bytes", turns);
 
     let mut beats = Vec::new();
     for sequence in 1..=30 {
         now += Duration::from_millis(100);
-        let heard = (0..hearts).map(|n| Event::Heartbeat {
+        let heard = (0..hearts).map(|n| ControlEvent::Heartbeat {
             heartbeat: beat_of("pool0", n, sequence),
             at: now,
             stands_for: 1,
         });
-        let heard: Vec<Event> = heard.collect();
+        let heard: Vec<ControlEvent> = heard.collect();
         let (took, effects) = timed(|| controller.apply_all(heard, now));
         beats.push(took / u32::try_from(hearts).unwrap());
         let asked = effects.into_iter().filter_map(|effect| match effect {
-            Effect::Probe { backend, token, .. } => Some(Event::Probed {
+            ControlEffect::Probe { backend, token, .. } => Some(ControlEvent::Probed {
                 backend,
                 token,
                 outcome: ProbeOutcome::Success { took: Duration::from_millis(1) },
             }),
             _ => None,
         });
-        let asked: Vec<Event> = asked.collect();
+        let asked: Vec<ControlEvent> = asked.collect();
         controller.apply_all(asked, now);
         if let Some(due) = controller.next_due().filter(|due| *due <= now) {
-            controller.apply(Event::Tick, due);
+            controller.apply(ControlEvent::Tick, due);
         }
     }
     row("one heartbeat", beats);
@@ -423,30 +432,33 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
     let pool = controller.pools.iter().next().unwrap().id;
     row(
         "look at one pool",
-        (0..20).map(|_| timed(|| controller.look(Some(pool), now)).0).collect(),
+        (0..20).map(|_| timed(|| controller.check_guard(Some(pool), now)).0).collect(),
     );
-    row("look at all pools", (0..20).map(|_| timed(|| controller.look(None, now)).0).collect());
+    row(
+        "look at all pools",
+        (0..20).map(|_| timed(|| controller.check_guard(None, now)).0).collect(),
+    );
 
     // The last sender falls silent, and nothing answers at its address.
     let (mut silent, mut tables) = (Vec::new(), 0);
     for sequence in 31..=45 {
         now += Duration::from_millis(100);
-        let (took, effects) = timed(|| controller.apply(Event::Tick, now));
+        let (took, effects) = timed(|| controller.apply(ControlEvent::Tick, now));
         silent.push(took);
         let mut effects = effects;
         while !effects.is_empty() {
             tables += publishes(&effects);
-            let answers: Vec<Event> = effects.into_iter().filter_map(unanswered).collect();
+            let answers: Vec<ControlEvent> = effects.into_iter().filter_map(unanswered).collect();
             let (took, next) = timed(|| controller.apply_all(answers, now));
             silent.push(took);
             effects = next;
         }
-        let heard = (0..hearts - 1).map(|n| Event::Heartbeat {
+        let heard = (0..hearts - 1).map(|n| ControlEvent::Heartbeat {
             heartbeat: beat_of("pool0", n, sequence),
             at: now,
             stands_for: 1,
         });
-        let heard: Vec<Event> = heard.collect();
+        let heard: Vec<ControlEvent> = heard.collect();
         controller.apply_all(heard, now);
     }
     row("step of a silence", silent);
@@ -455,7 +467,7 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
     let (mut ejections, mut parts) = (Vec::new(), Vec::new());
     for n in 0..4 {
         let id = *controller.backends.keys().nth(n * 2 + 1).unwrap();
-        let fail = |in_a_row| Event::ConnectFailed {
+        let fail = |in_a_row| ControlEvent::ConnectFailed {
             backend: id,
             failure: ConnectFailure::Refused,
             in_a_row,
@@ -506,12 +518,12 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
     row("end of saving", vec![timed(|| controller.end_save(saving)).0]);
     row("save at once (upgrade)", vec![timed(|| controller.save(now)).0]);
     let late = Duration::from_millis(60);
-    let excuse = |controller: &mut Controller| controller.excuse_all(late, "late", now);
+    let excuse = |controller: &mut Controller| controller.ignore_silence(late, "late", now);
     row("excuse everybody", (0..4).map(|_| timed(|| excuse(&mut controller)).0).collect());
     let mut ports = PortWatch::default();
     let limits = PortLimits { ports: 100, reuse: Reuse::Loopback };
     let mut look = PortLook::default();
-    let (took, ()) = timed(|| ports.look(&mut look, controller.backends().take(1000), limits));
+    let (took, ()) = timed(|| ports.sample(&mut look, controller.backends().take(1000), limits));
     row("ports of 1,000", vec![took]);
     row("ports done", vec![timed(|| ports.complete(look)).0]);
     let mut reloads = Vec::new();
@@ -520,7 +532,7 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
         let pool = Arc::make_mut(&mut config.pools[0]);
         pool.backends[n].weight += 1;
         let config = Arc::new(config);
-        reloads.push(timed(|| controller.apply(Event::Configure(config), now)).0);
+        reloads.push(timed(|| controller.apply(ControlEvent::Configure(config), now)).0);
     }
     row("reload", reloads);
 }

@@ -3,8 +3,8 @@
 use super::*;
 
 /// Pools, with the frontend led to the first of them.
-fn configure(bench: &mut Bench, pools: Vec<Pool>) -> Vec<Effect> {
-    bench.apply(Event::Configure(config(pools)))
+fn configure(bench: &mut Bench, pools: Vec<PoolConfig>) -> Vec<ControlEffect> {
+    bench.apply(ControlEvent::Configure(config(pools)))
 }
 
 fn undecided(bench: &Bench) -> bool {
@@ -23,7 +23,7 @@ fn a_renamed_backend_keeps_the_verdict_on_its_address() {
     assert_eq!(bench.status("y").observation, Observation::Down);
     let mut probe = probe_spec();
     probe.timeout /= 2;
-    bench.configure(Pool { probe: Some(Arc::new(probe)), ..pool(&["z@1098"]) });
+    bench.configure(PoolConfig { probe: Some(Arc::new(probe)), ..pool(&["z@1098"]) });
     assert_eq!(bench.status("z").observation, Observation::Unknown, "another probe knows nothing");
 }
 
@@ -48,7 +48,7 @@ fn another_rule_for_ejections_begins_with_all_renamed_backends_in_service() {
     bench.refuse("b", 1, 5);
     let other = unprobed(&["x@1097", "y@1098", "z@1099"]);
     let spec = EjectionSpec { failures: 9, ..other.ejection.unwrap() };
-    bench.configure(Pool { ejection: Some(spec), ..other });
+    bench.configure(PoolConfig { ejection: Some(spec), ..other });
     assert_eq!(bench.serving(), ["x", "y", "z"]);
 }
 
@@ -57,7 +57,7 @@ fn two_names_swapped_and_a_renamed_pool_keep_the_verdicts() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     bench.configure(pool(&["a@1098", "b@1097"]));
     assert_eq!(bench.serving(), ["a", "b"]);
-    configure(&mut bench, vec![Pool { name: "new".into(), ..pool(&["a@1098", "b@1097"]) }]);
+    configure(&mut bench, vec![PoolConfig { name: "new".into(), ..pool(&["a@1098", "b@1097"]) }]);
     assert_eq!(bench.serving(), ["a", "b"]);
 }
 
@@ -108,7 +108,7 @@ fn former_backends_serve_no_longer_than_the_grace_however_often_it_is_reloaded()
 #[test]
 fn a_renamed_pool_with_new_addresses_goes_by_what_its_frontend_had() {
     let mut bench = Bench::up(pool(&["a"]));
-    configure(&mut bench, vec![Pool { name: "new".into(), ..pool(&["c"]) }]);
+    configure(&mut bench, vec![PoolConfig { name: "new".into(), ..pool(&["c"]) }]);
     assert_eq!(bench.serving(), ["a"]);
 }
 
@@ -127,7 +127,7 @@ fn a_former_backend_that_fails_stands_in_no_more() {
     let [a, b] = ["a", "b"].map(|name| bench.id(name));
     bench.configure(pool(&["c"]));
     let (failure, begun) = (ConnectFailure::Refused, bench.now);
-    let failed = |backend| Event::ConnectFailed { backend, failure, in_a_row: 1, begun };
+    let failed = |backend| ControlEvent::ConnectFailed { backend, failure, in_a_row: 1, begun };
     bench.apply(failed(a));
     assert_eq!(bench.serving(), ["b"]);
     bench.apply(failed(b));
@@ -137,8 +137,8 @@ fn a_former_backend_that_fails_stands_in_no_more() {
 #[test]
 fn a_former_backend_serves_no_longer_than_its_sessions_may_last() {
     let rule = OnRemoval::CloseAfter(Duration::from_secs(1));
-    let mut bench = Bench::up(Pool { on_removal: rule, ..pool(&["a"]) });
-    bench.configure(Pool { on_removal: rule, ..pool(&["c"]) });
+    let mut bench = Bench::up(PoolConfig { on_removal: rule, ..pool(&["a"]) });
+    bench.configure(PoolConfig { on_removal: rule, ..pool(&["c"]) });
     assert_eq!(bench.serving(), ["a"]);
     bench.pass(Duration::from_secs(1));
     assert!(bench.serving().is_empty() && undecided(&bench));

@@ -3,7 +3,7 @@
 use super::*;
 use crate::table::state::LOG_UNIT;
 
-pub(super) fn watched(backends: &[&str]) -> Pool {
+pub(super) fn watched(backends: &[&str]) -> PoolConfig {
     let ejection = EjectionSpec {
         failures: 5,
         time: Duration::from_secs(10),
@@ -11,7 +11,7 @@ pub(super) fn watched(backends: &[&str]) -> Pool {
         early_resets: true,
         slow_first_byte: Some(Duration::from_secs(1)),
     };
-    Pool { ejection: Some(ejection), ..unprobed(backends) }
+    PoolConfig { ejection: Some(ejection), ..unprobed(backends) }
 }
 
 impl Bench {
@@ -29,7 +29,12 @@ impl Bench {
     }
 
     /// The next `looks` looks: the quick ones answer, the hanging ones do not.
-    pub(super) fn looks(&mut self, looks: u32, quick: &[&str], hanging: &[&str]) -> Vec<Effect> {
+    pub(super) fn looks(
+        &mut self,
+        looks: u32,
+        quick: &[&str],
+        hanging: &[&str],
+    ) -> Vec<ControlEffect> {
         (0..looks)
             .flat_map(|_| {
                 quick.iter().for_each(|name| self.quick(name, 5));
@@ -99,7 +104,7 @@ fn reload_that_keeps_a_suspect_keeps_the_suspicion() {
 
 #[test]
 fn what_probes_find_down_is_down_and_not_suspect() {
-    let probed = Pool { probe: Some(Arc::new(probe_spec())), ..watched(&["a", "b"]) };
+    let probed = PoolConfig { probe: Some(Arc::new(probe_spec())), ..watched(&["a", "b"]) };
     let mut bench = Bench::up(probed);
     bench.looks(10, &["a", "b"], &[]);
     bench.looks(10, &["a"], &["b"]);

@@ -8,8 +8,8 @@ const SLOW: Duration = Duration::from_secs(1);
 /// A pool in virtual time.
 struct Pool {
     now: Instant,
-    counts: Vec<Counts>,
-    watches: Vec<Watch>,
+    counts: Vec<FirstByteCounts>,
+    watches: Vec<SlowDetector>,
     slow: Duration,
 }
 
@@ -17,8 +17,8 @@ impl Pool {
     fn new(backends: usize) -> Pool {
         let mut pool = Pool {
             now: tidegate_net::clock::now(),
-            counts: vec![Counts::default(); backends],
-            watches: vec![Watch::default(); backends],
+            counts: vec![FirstByteCounts::default(); backends],
+            watches: vec![SlowDetector::default(); backends],
             slow: SLOW,
         };
         pool.look();
@@ -38,7 +38,7 @@ impl Pool {
     }
 
     /// The next look: who became a suspect or was cleared.
-    fn look(&mut self) -> Vec<(usize, Verdict)> {
+    fn look(&mut self) -> Vec<(usize, SlowVerdict)> {
         self.now += LOOK_INTERVAL;
         for (watch, counts) in self.watches.iter_mut().zip(&self.counts) {
             watch.take(*counts, self.now);
@@ -48,8 +48,8 @@ impl Pool {
         for (index, watch) in self.watches.iter_mut().enumerate() {
             let Some(verdict) = watch.judge(&view, self.slow, self.now) else { continue };
             match verdict {
-                Verdict::Suspect(_) => watch.suspect(self.now),
-                Verdict::Clear(_) => drop(watch.clear()),
+                SlowVerdict::Suspect(_) => watch.suspect(self.now),
+                SlowVerdict::Clear(_) => drop(watch.clear()),
             }
             found.push((index, verdict));
         }
@@ -67,7 +67,7 @@ impl Pool {
         while self.now < start + span {
             step(self);
             for (index, verdict) in self.look() {
-                let bad = matches!(verdict, Verdict::Suspect(_));
+                let bad = matches!(verdict, SlowVerdict::Suspect(_));
                 found.push((self.now - start, index, bad));
             }
         }
@@ -262,12 +262,12 @@ fn hanging_one_is_cleared_by_quick_answers_not_by_those_that_waited() {
 #[test]
 fn median_of_the_others_leaves_oneself_out() {
     let view = PoolView { usuals: vec![1.0, 2.0, 2.0, 9.0], ..PoolView::default() };
-    let usual = |own| view.usual_without(own).map(|s| (s * 1e6).log2().round());
+    let usual = |own| view.pool_median_without(own).map(|s| (s * 1e6).log2().round());
     assert_eq!(usual(Some(9.0)), Some(2.0));
     assert_eq!(usual(Some(1.0)), Some(2.0));
     assert_eq!(usual(None), Some(2.0));
     let two = PoolView { usuals: vec![1.0, 9.0], ..PoolView::default() };
-    assert_eq!(two.usual_without(Some(1.0)).map(|s| (s * 1e6).log2().round()), Some(9.0));
+    assert_eq!(two.pool_median_without(Some(1.0)).map(|s| (s * 1e6).log2().round()), Some(9.0));
     let one = PoolView { usuals: vec![1.0], ..PoolView::default() };
-    assert_eq!(one.usual_without(Some(1.0)), None);
+    assert_eq!(one.pool_median_without(Some(1.0)), None);
 }

@@ -5,7 +5,7 @@
 
 use super::{
     Arrivals, INTERVAL_MAX, INTERVAL_MIN, JITTER_MEMORY, JITTER_PRIOR, JITTER_PRIOR_COUNT,
-    LOSS_PRIOR, Newest, SPACING_MAX, SPACING_MIN,
+    LOSS_PRIOR, NewestBeat, SPACING_MAX, SPACING_MIN,
 };
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -83,7 +83,7 @@ impl Arrivals {
         let interval = within(saved.interval, least, most, most);
         let losses = within(saved.losses, 0.0, LOSSES_MAX, 0.0);
         let before = |ms| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
-        let newest = saved.newest.map(|(incarnation, sequence)| Newest {
+        let newest = saved.newest.map(|(incarnation, sequence)| NewestBeat {
             incarnation,
             sequence,
             arrived: before(saved.newest_ms),
@@ -112,7 +112,7 @@ impl Arrivals {
             beats_total: saved.beats_total.min(u64::MAX / 2),
             lost_total: saved.lost_total.min(u64::MAX / 2),
         };
-        arrivals.excuse(Duration::MAX, now);
+        arrivals.skip_gap(Duration::MAX, now);
         arrivals
     }
 }

@@ -3,7 +3,10 @@
 //! Used by the controller's hand-over. A verdict stands; a round of probes under
 //! way is made again.
 
-use super::{Cause, Flaps, HeartbeatDetector, Reach, Standing, State, Suspicion};
+use super::{
+    AnswerTime, DetectorPhase, DetectorState, FlapDamping, HeartbeatDetector, Suspicion,
+    SuspicionCause,
+};
 use crate::suspicion::arrivals::{Arrivals, SavedArrivals};
 use crate::suspicion::flap_damping::HOLD_MAX;
 use serde::{Deserialize, Serialize};
@@ -66,28 +69,28 @@ impl HeartbeatDetector {
         let before = |ms: u64| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
         let arrivals = Arrivals::restore(&saved.arrivals, now);
         let heard = arrivals.newest().is_some();
-        let named = |state: State| heard && saved.state == state.name();
-        let standing = if named(State::Up) {
-            Standing::Up
-        } else if named(State::Suspect) {
-            Standing::Suspect(Suspicion {
-                cause: Cause::Silent,
+        let named = |state: DetectorState| heard && saved.state == state.name();
+        let standing = if named(DetectorState::Up) {
+            DetectorPhase::Up
+        } else if named(DetectorState::Suspect) {
+            DetectorPhase::Suspect(Suspicion {
+                cause: SuspicionCause::Silent,
                 evidence: "suspected when the program was upgraded".to_owned(),
                 confirmed: None,
                 held: None,
             })
-        } else if named(State::Down) {
-            Standing::Down
-        } else if named(State::Recovering) {
-            Standing::Recovering { beats: 1 }
+        } else if named(DetectorState::Down) {
+            DetectorPhase::Down
+        } else if named(DetectorState::Recovering) {
+            DetectorPhase::Recovering { beats: 1 }
         } else {
-            Standing::Waiting
+            DetectorPhase::Waiting
         };
-        let asks = matches!(standing, Standing::Suspect(_) | Standing::Recovering { .. });
+        let asks = matches!(standing, DetectorPhase::Suspect(_) | DetectorPhase::Recovering { .. });
         let hold = |ms: u64| now + Duration::from_millis(ms).min(HOLD_MAX);
         HeartbeatDetector {
             arrivals,
-            reach: Reach::knowing(saved.reach),
+            reach: AnswerTime::knowing(saved.reach),
             standing,
             since: before(saved.since_ms),
             round: None,
@@ -95,7 +98,7 @@ impl HeartbeatDetector {
             try_serial: 0,
             was_down: saved.was_down,
             hold_until: saved.hold_ms.map(hold),
-            flaps: Flaps::of(saved.flaps, saved.up_ms.map(before)),
+            flaps: FlapDamping::of(saved.flaps, saved.up_ms.map(before)),
             answered_at: saved.answered_ms.map(before),
             suspicions_total: saved.suspicions_total.min(u64::MAX / 2),
             downs_total: saved.downs_total.min(u64::MAX / 2),
@@ -111,7 +114,7 @@ impl HeartbeatDetector {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::suspicion::{Arrival, Beat, Channel};
+    use crate::suspicion::{ArrivalOrder, BeatInfo, ChannelState};
     use proptest::prelude::*;
 
     const INTERVAL: Duration = Duration::from_secs(5);
@@ -120,10 +123,10 @@ mod tests {
         let mut now = tidegate_net::clock::now();
         let mut detector = HeartbeatDetector::new(INTERVAL, now);
         for sequence in 1..=beats {
-            let beat = Beat { incarnation: 3, sequence, interval: INTERVAL };
+            let beat = BeatInfo { incarnation: 3, sequence, interval: INTERVAL };
             let (_, step) = detector.beat(&beat, now);
-            if let Some(crate::suspicion::Ask::Probe(next)) = step.ask {
-                let _ = detector.probed(next.id, crate::suspicion::Answer::Answered, now);
+            if let Some(crate::suspicion::DetectorRequest::Probe(next)) = step.ask {
+                let _ = detector.probed(next.id, crate::suspicion::TryResult::Answered, now);
             }
             now += INTERVAL;
         }
@@ -138,15 +141,15 @@ mod tests {
     #[test]
     fn a_backend_that_is_up_stays_up_and_is_found_when_it_dies() {
         let (old, now) = heard(50);
-        assert_eq!(old.state(), State::Up);
+        assert_eq!(old.state(), DetectorState::Up);
         let mut new = next(&old, now);
-        assert_eq!(new.state(), State::Up);
+        assert_eq!(new.state(), DetectorState::Up);
         let (was, is) = (old.reading(now), new.reading(now));
         assert_eq!((was.loss, was.jitter, was.sequence), (is.loss, is.jitter, is.sequence));
         assert_eq!((was.beats_total, was.timeout), (is.beats_total, is.timeout));
         let due = new.due().expect("it is watched");
-        let _ = new.check(Channel::Alive, due);
-        assert_eq!(new.state(), State::Suspect);
+        let _ = new.check(ChannelState::Alive, due);
+        assert_eq!(new.state(), DetectorState::Suspect);
     }
 
     #[test]
@@ -154,11 +157,11 @@ mod tests {
         let (old, now) = heard(50);
         let mut new = next(&old, now);
         let loss = new.reading(now).loss;
-        let beat = Beat { incarnation: 3, sequence: 53, interval: INTERVAL };
-        assert_eq!(new.beat(&beat, now + INTERVAL).0, Arrival::Next { missing: 2 });
+        let beat = BeatInfo { incarnation: 3, sequence: 53, interval: INTERVAL };
+        assert_eq!(new.beat(&beat, now + INTERVAL).0, ArrivalOrder::Next { missing: 2 });
         assert_eq!(new.reading(now).loss, loss);
-        let again = new.beat(&Beat { sequence: 20, ..beat }, now + INTERVAL).0;
-        assert_eq!(again, Arrival::Old, "what was heard before the upgrade is old");
+        let again = new.beat(&BeatInfo { sequence: 20, ..beat }, now + INTERVAL).0;
+        assert_eq!(again, ArrivalOrder::Old, "what was heard before the upgrade is old");
     }
 
     proptest! {
@@ -182,9 +185,9 @@ mod tests {
             let mut detector = HeartbeatDetector::restore(&saved, now);
             for sequence in 0..4 {
                 now += Duration::from_millis(ms[0] % 100_000);
-                let beat = Beat { incarnation: 7, sequence, interval: INTERVAL };
+                let beat = BeatInfo { incarnation: 7, sequence, interval: INTERVAL };
                 let _ = detector.beat(&beat, now);
-                let _ = detector.check(Channel::Alive, now);
+                let _ = detector.check(ChannelState::Alive, now);
                 detector.reading(now);
                 detector.due();
                 detector.save(now);

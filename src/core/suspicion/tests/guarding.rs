@@ -18,17 +18,17 @@ fn so_many_may_be_out_at_once() {
 #[test]
 fn the_limit_holds_back_what_is_confirmed_but_not_what_is_proven() {
     let pool = PathView { live: 2, down: 2, members: 4, ..PathView::default() };
-    let refused = permit(false, pool, 50, Channel::Alive, [None, None]).unwrap_err();
+    let refused = may_remove(false, pool, 50, ChannelState::Alive, [None, None]).unwrap_err();
     assert_eq!(refused, "2 of 4 backends are down and max_ejected is 50%");
-    assert_eq!(permit(true, pool, 50, Channel::Alive, [None, None]), Ok(()));
+    assert_eq!(may_remove(true, pool, 50, ChannelState::Alive, [None, None]), Ok(()));
     let one_down = PathView { down: 1, ..pool };
-    assert_eq!(permit(false, one_down, 50, Channel::Alive, [None, None]), Ok(()));
+    assert_eq!(may_remove(false, one_down, 50, ChannelState::Alive, [None, None]), Ok(()));
 }
 
 #[test]
 fn a_pool_of_two_loses_one_and_a_pool_of_one_none() {
     let pool = |members, down| PathView { members, down, live: 1, ..PathView::default() };
-    let permit = |pool| permit(false, pool, 50, Channel::Alive, [None, None]);
+    let permit = |pool| may_remove(false, pool, 50, ChannelState::Alive, [None, None]);
     assert!(permit(pool(2, 0)).is_ok());
     assert!(permit(pool(2, 1)).is_err() && permit(pool(1, 0)).is_err());
 }
@@ -37,23 +37,23 @@ fn a_pool_of_two_loses_one_and_a_pool_of_one_none() {
 fn the_channel_is_silent_before_any_backend_is_overdue() {
     let mut lab = Lab::up();
     let mut channel = ChannelGuard::default();
-    assert_eq!(channel.state(4, INTERVAL, lab.now), Channel::Alive, "nobody was ever heard");
+    assert_eq!(channel.state(4, INTERVAL, lab.now), ChannelState::Alive, "nobody was ever heard");
     assert!(!channel.beat(INTERVAL, lab.now));
     let due = lab.detector.due().unwrap();
-    assert_eq!(channel.state(4, INTERVAL, due - ms(50)), Channel::Silent);
-    assert_eq!(channel.state(1, INTERVAL, due), Channel::Alive, "one is no channel");
+    assert_eq!(channel.state(4, INTERVAL, due - ms(50)), ChannelState::Silent);
+    assert_eq!(channel.state(1, INTERVAL, due), ChannelState::Alive, "one is no channel");
     lab.now = due;
     assert!(channel.beat(INTERVAL, lab.now), "heard again");
-    assert_eq!(channel.state(4, INTERVAL, lab.now), Channel::Alive);
+    assert_eq!(channel.state(4, INTERVAL, lab.now), ChannelState::Alive);
 }
 
 #[test]
 fn while_nobody_is_heard_others_must_answer_probes() {
     let deaf = PathView { live: 4, members: 4, ..PathView::default() };
-    let refused = permit(false, deaf, 50, Channel::Silent, [None, None]).unwrap_err();
+    let refused = may_remove(false, deaf, 50, ChannelState::Silent, [None, None]).unwrap_err();
     assert!(refused.contains("the trouble may be here"), "{refused}");
     let answering = PathView { answering: 3, ..deaf };
-    assert_eq!(permit(false, answering, 50, Channel::Silent, [None, None]), Ok(()));
+    assert_eq!(may_remove(false, answering, 50, ChannelState::Silent, [None, None]), Ok(()));
 }
 
 #[test]
@@ -68,14 +68,14 @@ fn one_suspect_freezes_nothing_whatever_the_size() {
 fn half_that_fall_together_wait_until_the_others_show_that_the_path_works() {
     let now = tidegate_net::clock::now();
     let mut guard = PathGuard::default();
-    assert!(matches!(guard.look(view(4, 2), now), Some(Frost::Froze(_))));
+    assert!(matches!(guard.look(view(4, 2), now), Some(FreezeChange::Started(_))));
     let freezes = [guard.freeze(), None];
-    let refused = permit(false, view(4, 2), 50, Channel::Alive, freezes).unwrap_err();
+    let refused = may_remove(false, view(4, 2), 50, ChannelState::Alive, freezes).unwrap_err();
     assert_eq!(refused, "2 of 4 backends became suspect together");
     assert_eq!(guard.due(), Some(now + CORRELATED_LOOK));
     assert_eq!(guard.look(view(4, 2), now + ms(200)), None);
     let thawed = guard.look(view(4, 2), now + CORRELATED_LOOK).unwrap();
-    assert!(matches!(thawed, Frost::Thawed(reason) if reason.contains("the path works")));
+    assert!(matches!(thawed, FreezeChange::Ended(reason) if reason.contains("the path works")));
     assert_eq!((guard.freeze(), guard.due()), (None, None));
 }
 
@@ -98,7 +98,7 @@ fn a_freeze_ends_when_nobody_is_suspect() {
     let now = tidegate_net::clock::now();
     let mut guard = PathGuard::default();
     guard.look(view(3, 3), now);
-    assert!(matches!(guard.look(view(3, 0), now + ms(1)), Some(Frost::Thawed(_))));
+    assert!(matches!(guard.look(view(3, 0), now + ms(1)), Some(FreezeChange::Ended(_))));
 }
 
 #[test]
@@ -122,6 +122,6 @@ fn detectors_are_counted_by_how_they_stand() {
 #[test]
 fn a_loop_that_is_late_by_more_than_an_interval_stalled() {
     let due = tidegate_net::clock::now();
-    assert!(!stalled(due, due + INTERVAL, INTERVAL));
-    assert!(stalled(due, due + ms(101), INTERVAL));
+    assert!(!is_late(due, due + INTERVAL, INTERVAL));
+    assert!(is_late(due, due + ms(101), INTERVAL));
 }

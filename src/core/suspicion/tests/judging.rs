@@ -10,7 +10,7 @@ fn the_first_heartbeat_and_an_answered_probe_make_it_up() {
     assert_eq!((lab.detector.due(), lab.detector.weight_percent()), (None, None));
     lab.beat();
     assert_eq!(lab.detector.weight_percent(), None, "still no opinion");
-    lab.answer(Answer::Answered);
+    lab.answer(TryResult::Answered);
     assert_eq!(lab.story, ["waiting>recovering", "recovering>up"]);
     assert_eq!(lab.detector.weight_percent(), Some(100));
 }
@@ -40,7 +40,7 @@ fn a_heartbeat_clears_a_suspicion_that_was_not_confirmed() {
     assert_eq!(lab.story, ["up>suspect", "suspect>up"]);
     lab.asked = late;
     lab.answer(failed());
-    assert_eq!(lab.detector.state(), State::Up, "a result nobody waits for");
+    assert_eq!(lab.detector.state(), DetectorState::Up, "a result nobody waits for");
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn a_backend_that_is_silent_but_answers_stays_suspect_and_is_probed_every_second
     let mut lab = Lab::up();
     lab.fall_silent();
     for _ in 0..50 {
-        lab.answer(Answer::Answered);
+        lab.answer(TryResult::Answered);
         assert_eq!(lab.detector.due(), Some(lab.now + DOUBT_INTERVAL));
         lab.wait(DOUBT_INTERVAL);
     }
@@ -56,34 +56,34 @@ fn a_backend_that_is_silent_but_answers_stays_suspect_and_is_probed_every_second
     lab.answer(failed());
     lab.answer(failed());
     lab.eject();
-    assert_eq!(lab.detector.state(), State::Down, "now the service died, too");
+    assert_eq!(lab.detector.state(), DetectorState::Down, "now the service died, too");
 }
 
 #[test]
 fn a_refused_probe_decides_at_once_and_is_proof() {
     let mut lab = Lab::up();
     lab.fall_silent();
-    lab.answer(Answer::Refused);
-    assert_eq!(lab.ask, Some(Ask::Eject { proven: true }));
+    lab.answer(TryResult::Refused);
+    assert_eq!(lab.ask, Some(DetectorRequest::Eject { proven: true }));
     lab.eject();
-    assert_eq!(lab.detector.state(), State::Down);
+    assert_eq!(lab.detector.state(), DetectorState::Down);
 }
 
 #[test]
 fn a_refused_connect_is_probed_at_once_and_heartbeats_do_not_clear_it() {
     let mut lab = Lab::up();
-    let step = lab.detector.refused(lab.now);
+    let step = lab.detector.note_connect_refused(lab.now);
     lab.take(step);
     lab.beats(5);
-    assert_eq!(lab.detector.state(), State::Suspect);
-    lab.answer(Answer::Refused);
+    assert_eq!(lab.detector.state(), DetectorState::Suspect);
+    lab.answer(TryResult::Refused);
     lab.eject();
     assert_eq!(lab.story, ["up>suspect", "suspect>down"]);
 
     let mut lab = Lab::up();
-    let step = lab.detector.refused(lab.now);
+    let step = lab.detector.note_connect_refused(lab.now);
     lab.take(step);
-    lab.answer(Answer::Answered);
+    lab.answer(TryResult::Answered);
     assert_eq!(lab.story, ["up>suspect", "suspect>up"], "a stray reset");
 }
 
@@ -98,7 +98,7 @@ fn coming_back_takes_three_heartbeats_a_hold_down_and_a_probe() {
         let held = lab.now < down_at + flap_damping::HOLD_MIN;
         assert_eq!(lab.asked.is_none(), held, "{:?} after it fell", lab.now - down_at);
     }
-    lab.answer(Answer::Answered);
+    lab.answer(TryResult::Answered);
     assert_eq!(lab.story, ["down>recovering", "recovering>up"]);
     assert!(lab.reason.contains("heartbeats, and a probe was answered"), "{}", lab.reason);
 }
@@ -111,7 +111,7 @@ fn a_service_that_stays_dead_beside_its_sender_is_not_let_back() {
         lab.beat();
         if lab.asked.is_some() {
             probes += 1;
-            lab.answer(Answer::Refused);
+            lab.answer(TryResult::Refused);
         }
     }
     assert_eq!(lab.story, ["down>recovering"]);
@@ -132,11 +132,11 @@ fn trouble_of_our_own_and_lost_reports_prove_nothing() {
     let mut lab = Lab::up();
     lab.fall_silent();
     for _ in 0..20 {
-        lab.answer(Answer::Local);
-        lab.check_at(lab.detector.due().unwrap(), Channel::Alive);
+        lab.answer(TryResult::Local);
+        lab.check_at(lab.detector.due().unwrap(), ChannelState::Alive);
         // The report of this one never comes; it is asked for again.
         let lost = lab.asked.take().unwrap();
-        lab.check_at(lab.detector.due().unwrap(), Channel::Alive);
+        lab.check_at(lab.detector.due().unwrap(), ChannelState::Alive);
         assert_ne!(lab.asked.unwrap().id, lost.id);
     }
     assert_eq!(lab.story, ["up>suspect"]);
@@ -147,11 +147,11 @@ fn a_sender_that_stops_is_out_at_once_and_back_without_a_hold_down() {
     let mut lab = Lab::up();
     let step = lab.detector.stopping(lab.now);
     lab.take(step);
-    assert_eq!((lab.detector.state(), lab.detector.due()), (State::Down, None));
+    assert_eq!((lab.detector.state(), lab.detector.due()), (DetectorState::Down, None));
     lab.incarnation += 1;
     lab.sequence = 0;
     lab.beats(3);
-    lab.answer(Answer::Answered);
+    lab.answer(TryResult::Answered);
     assert_eq!(lab.story, ["up>down", "down>recovering", "recovering>up"]);
     assert_eq!(lab.detector.reading(lab.now).downs_total, 0);
 }
@@ -160,7 +160,7 @@ fn a_sender_that_stops_is_out_at_once_and_back_without_a_hold_down() {
 fn a_stall_of_ours_condemns_nobody() {
     let mut lab = Lab::up();
     lab.now += ms(3_000);
-    let step = lab.detector.excuse(Duration::MAX, lab.now);
+    let step = lab.detector.ignore_silence_until(Duration::MAX, lab.now);
     lab.take(step);
     lab.wait(ms(200));
     lab.beat_now();
@@ -169,13 +169,13 @@ fn a_stall_of_ours_condemns_nobody() {
     // In the midst of a confirming probe: what fails meanwhile counts for nothing.
     lab.fall_silent();
     let under_way = lab.asked;
-    let step = lab.detector.excuse(ms(300), lab.now);
+    let step = lab.detector.ignore_silence_until(ms(300), lab.now);
     lab.take(step);
     let again = std::mem::replace(&mut lab.asked, under_way);
     lab.answer(failed());
     lab.asked = again;
     lab.answer(failed());
-    assert_eq!(lab.ask.as_ref().map(|ask| matches!(ask, Ask::Probe(_))), Some(true));
+    assert_eq!(lab.ask.as_ref().map(|ask| matches!(ask, DetectorRequest::Probe(_))), Some(true));
 }
 
 #[test]
@@ -185,21 +185,21 @@ fn being_late_again_and_again_puts_a_verdict_off_by_the_time_lost_and_no_more() 
         let mut lab = Lab::up();
         let (began, mut lost) = (lab.now, Duration::ZERO);
         let mut next = lab.now + every;
-        while lab.detector.state() != State::Down {
+        while lab.detector.state() != DetectorState::Down {
             assert!(lab.now < began + Duration::from_secs(20), "{:?}", lab.story);
             lab.now += ms(50);
             if lab.now >= next {
                 (lab.now, lost) = (lab.now + late, lost + late);
                 next = lab.now + every;
-                let step = lab.detector.excuse(late, lab.now);
+                let step = lab.detector.ignore_silence_until(late, lab.now);
                 lab.take(step);
             }
-            let step = lab.detector.check(Channel::Alive, lab.now);
+            let step = lab.detector.check(ChannelState::Alive, lab.now);
             lab.take(step);
             if lab.asked.is_some() {
                 lab.answer(failed());
             }
-            if matches!(lab.ask.take(), Some(Ask::Eject { .. })) {
+            if matches!(lab.ask.take(), Some(DetectorRequest::Eject { .. })) {
                 let step = lab.detector.eject(lab.now);
                 lab.take(step);
             }
@@ -217,16 +217,19 @@ fn what_the_guards_hold_back_is_asked_for_again_every_second() {
     lab.fall_silent();
     lab.answer(failed());
     lab.answer(failed());
-    assert!(lab.detector.hold("2 of 4 are down".to_owned()));
-    assert!(!lab.detector.hold("2 of 4 are down".to_owned()), "no news");
+    assert!(lab.detector.hold_in_rotation("2 of 4 are down".to_owned()));
+    assert!(!lab.detector.hold_in_rotation("2 of 4 are down".to_owned()), "no news");
     assert_eq!(lab.detector.reading(lab.now).held.as_deref(), Some("2 of 4 are down"));
-    assert_eq!(lab.detector.reconsider(lab.now).ask, Some(Ask::Eject { proven: false }));
+    assert_eq!(
+        lab.detector.reconsider(lab.now).ask,
+        Some(DetectorRequest::Eject { proven: false })
+    );
     lab.ask = None;
     lab.wait(DOUBT_INTERVAL);
     lab.answer(failed());
     lab.answer(failed());
     lab.eject();
-    assert_eq!(lab.detector.state(), State::Down);
+    assert_eq!(lab.detector.state(), DetectorState::Down);
 }
 
 #[test]
@@ -235,10 +238,10 @@ fn what_was_confirmed_and_held_needs_a_heartbeat_and_a_probe() {
     lab.fall_silent();
     lab.answer(failed());
     lab.answer(failed());
-    lab.detector.hold("held".to_owned());
+    lab.detector.hold_in_rotation("held".to_owned());
     lab.beat_now();
-    assert_eq!(lab.detector.state(), State::Suspect);
-    lab.answer(Answer::Answered);
+    assert_eq!(lab.detector.state(), DetectorState::Suspect);
+    lab.answer(TryResult::Answered);
     assert_eq!(lab.story, ["up>suspect", "suspect>up"]);
 }
 
@@ -246,15 +249,15 @@ fn what_was_confirmed_and_held_needs_a_heartbeat_and_a_probe() {
 fn while_nobody_is_heard_probes_decide() {
     let mut lab = Lab::up();
     let due = lab.detector.due().unwrap();
-    lab.check_at(due, Channel::Silent);
-    lab.answer(Answer::Answered);
-    lab.check_at(lab.detector.due().unwrap(), Channel::Silent);
+    lab.check_at(due, ChannelState::Silent);
+    lab.answer(TryResult::Answered);
+    lab.check_at(lab.detector.due().unwrap(), ChannelState::Silent);
     assert!(lab.story.is_empty(), "silence alone says nothing now");
     lab.answer(failed());
     lab.answer(failed());
     assert_eq!(lab.story, ["up>suspect"]);
     lab.eject();
-    assert_eq!(lab.detector.state(), State::Down);
+    assert_eq!(lab.detector.state(), DetectorState::Down);
 }
 
 #[test]
@@ -268,7 +271,7 @@ fn a_backend_that_keeps_failing_is_held_down_longer_each_time() {
             lab.beat();
         }
         holds.push((lab.now - down_at).as_secs());
-        lab.answer(Answer::Answered);
+        lab.answer(TryResult::Answered);
         lab.fall_silent();
         lab.answer(failed());
         lab.answer(failed());
@@ -278,7 +281,7 @@ fn a_backend_that_keeps_failing_is_held_down_longer_each_time() {
 }
 
 type Build = fn() -> Lab;
-type Event = fn(&mut Lab) -> Step;
+type Event = fn(&mut Lab) -> DetectorStep;
 
 #[test]
 fn the_whole_matrix() {
@@ -293,7 +296,7 @@ fn the_whole_matrix() {
         ("answering", || {
             let mut lab = Lab::up();
             lab.fall_silent();
-            lab.answer(Answer::Answered);
+            lab.answer(TryResult::Answered);
             lab
         }),
         ("held", || {
@@ -301,7 +304,7 @@ fn the_whole_matrix() {
             lab.fall_silent();
             lab.answer(failed());
             lab.answer(failed());
-            lab.detector.hold("held".to_owned());
+            lab.detector.hold_in_rotation("held".to_owned());
             lab
         }),
         ("down", Lab::down),
@@ -316,12 +319,12 @@ fn the_whole_matrix() {
         ("heartbeat", |lab| {
             let Lab { incarnation, sequence, now, .. } = *lab;
             let sequence = sequence + 20;
-            lab.detector.beat(&Beat { incarnation, sequence, interval: INTERVAL }, now).1
+            lab.detector.beat(&BeatInfo { incarnation, sequence, interval: INTERVAL }, now).1
         }),
-        ("2 s late", |lab| lab.detector.check(Channel::Alive, lab.now + ms(2_000))),
-        ("refused", |lab| lab.detector.refused(lab.now)),
+        ("2 s late", |lab| lab.detector.check(ChannelState::Alive, lab.now + ms(2_000))),
+        ("refused", |lab| lab.detector.note_connect_refused(lab.now)),
         ("stopping", |lab| lab.detector.stopping(lab.now)),
-        ("excuse", |lab| lab.detector.excuse(Duration::MAX, lab.now)),
+        ("excuse", |lab| lab.detector.ignore_silence_until(Duration::MAX, lab.now)),
         ("eject", |lab| lab.detector.eject(lab.now)),
     ];
     let mut out = format!("{:<11}", "");
@@ -334,8 +337,8 @@ fn the_whole_matrix() {
             let mut lab = build();
             let step = event(&mut lab);
             let asks = match step.ask {
-                Some(Ask::Probe(_)) => " + probe",
-                Some(Ask::Eject { .. }) => " + eject",
+                Some(DetectorRequest::Probe(_)) => " + probe",
+                Some(DetectorRequest::Eject { .. }) => " + eject",
                 None => "",
             };
             let cell = match step.change {

@@ -20,8 +20,8 @@ fn after(
     (arrivals, start + ms(count * 100))
 }
 
-fn beat(incarnation: u64, sequence: u64) -> Beat {
-    Beat { incarnation, sequence, interval: INTERVAL }
+fn beat(incarnation: u64, sequence: u64) -> BeatInfo {
+    BeatInfo { incarnation, sequence, interval: INTERVAL }
 }
 
 #[test]
@@ -60,19 +60,26 @@ fn late_and_repeated_heartbeats_say_nothing() {
     let (mut arrivals, now) = after(100, |_| false, |_| 0);
     let deadline = arrivals.deadline();
     for old in [99, 98, 0] {
-        assert_eq!(arrivals.beat(&beat(1, old), false, now), Arrival::Old);
+        assert_eq!(arrivals.beat(&beat(1, old), false, now), ArrivalOrder::Old);
     }
-    assert_eq!(arrivals.beat(&beat(0, 1_000), false, now), Arrival::Old, "an older incarnation");
+    assert_eq!(
+        arrivals.beat(&beat(0, 1_000), false, now),
+        ArrivalOrder::Old,
+        "an older incarnation"
+    );
     assert_eq!((arrivals.deadline(), arrivals.beats_total()), (deadline, 100));
 }
 
 #[test]
 fn a_new_incarnation_starts_anew() {
     let (mut arrivals, now) = after(5_000, |sequence| sequence % 3 == 0, |_| 0);
-    assert_eq!(arrivals.beat(&beat(2, 1), false, now), Arrival::First);
+    assert_eq!(arrivals.beat(&beat(2, 1), false, now), ArrivalOrder::First);
     assert_eq!(arrivals.newest(), Some((2, 1)));
     assert!(arrivals.loss() < 0.03, "{}", arrivals.loss());
-    assert_eq!(arrivals.beat(&beat(2, 2), false, now + INTERVAL), Arrival::Next { missing: 0 });
+    assert_eq!(
+        arrivals.beat(&beat(2, 2), false, now + INTERVAL),
+        ArrivalOrder::Next { missing: 0 }
+    );
 }
 
 #[test]
@@ -92,7 +99,7 @@ fn what_an_outage_or_we_swallowed_is_not_learned() {
     // Deaf for three seconds: some were dropped, some queued and come at once.
     let mut stalled = arrivals.clone();
     let awake = now + ms(3_000);
-    stalled.excuse(Duration::MAX, awake);
+    stalled.skip_gap(Duration::MAX, awake);
     for sequence in 2_010..2_030 {
         stalled.beat(&beat(1, sequence), false, awake);
     }

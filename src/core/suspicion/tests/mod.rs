@@ -17,8 +17,8 @@ fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-fn failed() -> Answer {
-    Answer::Failed("connect timed out".to_owned())
+fn failed() -> TryResult {
+    TryResult::Failed("connect timed out".to_owned())
 }
 
 /// One detector, its sender, and the time.
@@ -30,7 +30,7 @@ struct Lab {
     /// The newest try asked for.
     asked: Option<Try>,
     /// What was asked for last, of whatever kind.
-    ask: Option<Ask>,
+    ask: Option<DetectorRequest>,
     /// Changes so far, as `from>to`.
     story: Vec<String>,
     reason: String,
@@ -55,9 +55,9 @@ impl Lab {
     fn up() -> Lab {
         let mut lab = Lab::new();
         lab.beat();
-        lab.answer(Answer::Answered);
+        lab.answer(TryResult::Answered);
         lab.beats(100);
-        assert_eq!(lab.detector.state(), State::Up);
+        assert_eq!(lab.detector.state(), DetectorState::Up);
         lab.story.clear();
         lab.ask = None;
         lab
@@ -83,7 +83,7 @@ impl Lab {
     fn beat_now(&mut self) {
         self.sequence += 1;
         let Lab { incarnation, sequence, now, .. } = *self;
-        let beat = Beat { incarnation, sequence, interval: INTERVAL };
+        let beat = BeatInfo { incarnation, sequence, interval: INTERVAL };
         let (_, step) = self.detector.beat(&beat, now);
         self.take(step);
     }
@@ -96,22 +96,22 @@ impl Lab {
 
     /// Heartbeats get lost until the detector minds.
     fn fall_silent(&mut self) {
-        self.check_at(self.detector.due().expect("it waits for a heartbeat"), Channel::Alive);
+        self.check_at(self.detector.due().expect("it waits for a heartbeat"), ChannelState::Alive);
     }
 
-    fn check_at(&mut self, at: Instant, channel: Channel) {
+    fn check_at(&mut self, at: Instant, channel: ChannelState) {
         self.now = self.now.max(at);
         let step = self.detector.check(channel, self.now);
         self.take(step);
     }
 
     fn wait(&mut self, wait: Duration) {
-        self.check_at(self.now + wait, Channel::Alive);
+        self.check_at(self.now + wait, ChannelState::Alive);
     }
 
-    fn answer(&mut self, answer: Answer) {
+    fn answer(&mut self, answer: TryResult) {
         let asked = self.asked.take().expect("a try was asked for");
-        if matches!(answer, Answer::Failed(_)) {
+        if matches!(answer, TryResult::Failed(_)) {
             self.now += asked.timeout;
         }
         let step = self.detector.probed(asked.id, answer, self.now);
@@ -119,17 +119,17 @@ impl Lab {
     }
 
     fn eject(&mut self) {
-        assert!(matches!(self.ask, Some(Ask::Eject { .. })), "{:?}", self.ask);
+        assert!(matches!(self.ask, Some(DetectorRequest::Eject { .. })), "{:?}", self.ask);
         let step = self.detector.eject(self.now);
         self.take(step);
     }
 
-    fn take(&mut self, step: Step) {
+    fn take(&mut self, step: DetectorStep) {
         if let Some(change) = &step.change {
             self.story.push(format!("{}>{}", change.from.name(), change.to.name()));
             self.reason.clone_from(&change.reason);
         }
-        if let Some(Ask::Probe(asked)) = step.ask {
+        if let Some(DetectorRequest::Probe(asked)) = step.ask {
             self.asked = Some(asked);
         }
         if step.ask.is_some() {

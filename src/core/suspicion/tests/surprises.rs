@@ -59,35 +59,35 @@ fn apply(lab: &mut Lab, input: Input) {
         }
         Input::Due => {
             lab.now = lab.detector.due().map_or(now, |due| due.max(now));
-            lab.detector.check(Channel::Alive, lab.now)
+            lab.detector.check(ChannelState::Alive, lab.now)
         }
         Input::Beat { incarnation, sequence, interval } => {
-            let beat = Beat { incarnation, sequence, interval: ms(interval) };
+            let beat = BeatInfo { incarnation, sequence, interval: ms(interval) };
             lab.detector.beat(&beat, now).1
         }
         Input::Next(lost) => {
             lab.now += ms(lost.min(1_000) * 100 + 100);
             let (incarnation, sequence) = newest(lab);
             let sequence = sequence.saturating_add(lost).saturating_add(1);
-            let beat = Beat { incarnation, sequence, interval: INTERVAL };
+            let beat = BeatInfo { incarnation, sequence, interval: INTERVAL };
             lab.detector.beat(&beat, lab.now).1
         }
         Input::Check(silent) => {
-            let channel = if silent { Channel::Silent } else { Channel::Alive };
+            let channel = if silent { ChannelState::Silent } else { ChannelState::Alive };
             lab.detector.check(channel, now)
         }
         Input::Probed(answer, known) => {
             let id = lab.asked.filter(|_| known).map_or(TryId(0), |asked| asked.id);
-            let answers = [Answer::Answered, failed(), Answer::Refused, Answer::Local];
+            let answers = [TryResult::Answered, failed(), TryResult::Refused, TryResult::Local];
             lab.detector.probed(id, answers[usize::from(answer)].clone(), now)
         }
-        Input::Refused => lab.detector.refused(now),
+        Input::Refused => lab.detector.note_connect_refused(now),
         Input::Stopping => lab.detector.stopping(now),
-        Input::Excuse => lab.detector.excuse(Duration::MAX, now),
+        Input::Excuse => lab.detector.ignore_silence_until(Duration::MAX, now),
         Input::Eject => lab.detector.eject(now),
         Input::Hold => {
-            lab.detector.hold("a guard".to_owned());
-            Step::default()
+            lab.detector.hold_in_rotation("a guard".to_owned());
+            DetectorStep::default()
         }
     };
     lab.take(step);
@@ -109,11 +109,11 @@ proptest! {
             }
             prop_assert!((3..=12).contains(&reading.missing_allowed));
             prop_assert!(reading.timeout <= reading.interval.mul_f64(12.6));
-            let step = lab.detector.check(Channel::Alive, now);
+            let step = lab.detector.check(ChannelState::Alive, now);
             lab.take(step);
             let due = lab.detector.due();
             prop_assert!(due.is_none_or(|due| due > now), "due {:?} late", now - due.unwrap());
-            let idle = matches!(lab.detector.state(), State::Waiting | State::Down);
+            let idle = matches!(lab.detector.state(), DetectorState::Waiting | DetectorState::Down);
             prop_assert_eq!(due.is_none(), idle, "only these wait for heartbeats alone");
         }
     }

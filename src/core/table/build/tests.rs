@@ -4,7 +4,7 @@ use super::*;
 use crate::balance::PickKey;
 use crate::balance::trial::TrialPhase;
 use crate::model;
-use crate::model::{BackendAddress, OnRemoval, Policy};
+use crate::model::{BackendAddr, OnRemoval, Policy};
 use crate::table::NoBackend;
 use crate::table::state::{BackendId, FrontendId};
 use std::net::{IpAddr, Ipv4Addr};
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
     PoolInput {
-        spec: Arc::new(model::Pool {
+        spec: Arc::new(model::PoolConfig {
             name: name.into(),
             balance,
             hash_slots: crate::model::HASH_SLOTS,
@@ -39,7 +39,7 @@ fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
 }
 
 fn backend(pool: &str, number: u8) -> BackendInput {
-    let address = BackendAddress::Tcp(([127, 0, 0, 1], 8_000 + u16::from(number)).into());
+    let address = BackendAddr::Tcp(([127, 0, 0, 1], 8_000 + u16::from(number)).into());
     let name = format!("{}", char::from(b'a' + number)).into();
     BackendInput {
         state: Arc::new(BackendState::new(BackendId(number.into()), pool.into(), name, address, 1)),
@@ -69,7 +69,7 @@ fn pool_again(pool: &PoolInput) -> PoolInput {
 
 fn table(pools: Vec<PoolInput>, previous: Option<&Table>) -> Table {
     let frontends = Vec::new();
-    build(&Input { generation: 1, serial: 1, connections_max: 0, frontends, pools }, previous)
+    build(&TableInput { generation: 1, serial: 1, connections_max: 0, frontends, pools }, previous)
 }
 
 fn draw(draw: u64) -> PickKey {
@@ -117,7 +117,8 @@ fn refuse_serves_nobody_when_nobody_is_eligible() {
 #[test]
 fn try_all_serves_everybody_in_service_backups_too() {
     let mut web = pool("web", Policy::Random, 3);
-    let spec = model::Pool { when_none_eligible: WhenNoneEligible::TryAll, ..(*web.spec).clone() };
+    let spec =
+        model::PoolConfig { when_none_eligible: WhenNoneEligible::TryAll, ..(*web.spec).clone() };
     web.spec = Arc::new(spec);
     web.backends.iter_mut().for_each(|b| b.eligible = false);
     web.backends[0].in_service = false;
@@ -158,7 +159,7 @@ fn reload_with_other_timers_keeps_the_balancer_under_the_new_spec() {
     let web = pool("web", Policy::SourceHash, 3);
     let first = table(vec![pool_again(&web)], None);
     let mut later = pool_again(&web);
-    later.spec = Arc::new(model::Pool { connect_attempts: 1, ..(*web.spec).clone() });
+    later.spec = Arc::new(model::PoolConfig { connect_attempts: 1, ..(*web.spec).clone() });
     let second = table(vec![later], Some(&first));
     let balancer = |table: &Table| Arc::clone(table.pools[0].balancer.as_ref().unwrap());
     assert!(Arc::ptr_eq(&balancer(&first), &balancer(&second)));
@@ -244,7 +245,7 @@ fn every_bind_leads_to_its_frontend_and_pool() {
         vec!["127.0.0.1:80".parse().unwrap(), "[::1]:80".parse().unwrap()];
     let frontend = FrontendInput {
         state: Arc::new(FrontendState::new(FrontendId(1), "main".into(), 1, 1)),
-        spec: model::Frontend {
+        spec: model::FrontendConfig {
             name: "main".into(),
             binds: binds.clone(),
             bind_options: Default::default(),
@@ -262,7 +263,7 @@ fn every_bind_leads_to_its_frontend_and_pool() {
     let pools = vec![pool("web", Policy::Random, 1), pool("db", Policy::Random, 1)];
     let frontends = vec![frontend];
     let table =
-        build(&Input { generation: 1, serial: 1, connections_max: 0, frontends, pools }, None);
+        build(&TableInput { generation: 1, serial: 1, connections_max: 0, frontends, pools }, None);
     for bind in binds {
         let route = table.route(bind).unwrap();
         assert!(Arc::ptr_eq(&route.pool, &table.pools[1]));

@@ -7,8 +7,8 @@
 use super::One;
 use super::encoder::{Encoder, Family, counter, gauge};
 use crate::admin::snapshot::Snapshot;
-use tidegate_core::control::{BackendStatus, HeartStatus, Origin};
-use tidegate_core::health::{Observation, Pulse};
+use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus, MemberSourceKind};
+use tidegate_core::health::{HeartbeatHealth, Observation};
 
 #[rustfmt::skip]
 mod families {
@@ -74,7 +74,7 @@ fn channel(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     out.family(&families::ALL_FROZEN).count(&[], status.frozen.is_some().into());
 }
 
-type HeartValue = fn(&HeartStatus) -> f64;
+type HeartbeatValue = fn(&BackendHeartbeatStatus) -> f64;
 type Flag = fn(&BackendStatus) -> bool;
 
 fn backends(out: &mut Encoder, each: &[One<'_>]) {
@@ -89,8 +89,8 @@ fn backends(out: &mut Encoder, each: &[One<'_>]) {
         samples.value_of(&one.labels, f64::from(one.status.ramp_percent) / 100.0);
     }
     let flags: [(&Family, Flag); 2] = [
-        (&families::IS_REGISTERED, |b| b.origin == Origin::Registered),
-        (&families::BEATING, |b| b.pulse == Pulse::Beating),
+        (&families::IS_REGISTERED, |b| b.origin == MemberSourceKind::Registered),
+        (&families::BEATING, |b| b.pulse == HeartbeatHealth::OnTime),
     ];
     for (family, flag) in flags {
         let mut samples = out.family(family);
@@ -98,7 +98,7 @@ fn backends(out: &mut Encoder, each: &[One<'_>]) {
             samples.count_of(&one.labels, &[], flag(one.status).into());
         }
     }
-    let figures: [(&Family, HeartValue); 5] = [
+    let figures: [(&Family, HeartbeatValue); 5] = [
         (&families::LOSS, |h| h.reading.loss),
         (&families::TIMEOUT, |h| h.reading.timeout.as_secs_f64()),
         (&families::SILENCE, |h| h.reading.silence.unwrap_or_default().as_secs_f64()),

@@ -21,7 +21,9 @@ use encoder::{Encoder, Family, counter, gauge, histogram, prepared};
 use tidegate_core::control::source_ports;
 use tidegate_core::control::{BackendStatus, FrontendStatus, PoolStatus};
 use tidegate_core::health::{Intent, Observation};
-use tidegate_core::metrics::counters::{LocalAt, LocalError, Panicked, RingEvent, WorkerCounters};
+use tidegate_core::metrics::counters::{
+    LocalErrorKind, LocalErrorPlace, PanicScope, RingEvent, WorkerCounters,
+};
 use tidegate_core::metrics::histograms::{BOUNDS_SECONDS, Series, SeriesData};
 use tidegate_core::outcome::{Cause, Phase, RefusedReason};
 
@@ -368,7 +370,7 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
 
     let mut samples = out.family(&families::WORKER_PANICS);
     for (name, worker) in names.iter().zip(snapshot.workers) {
-        for reason in Panicked::ALL {
+        for reason in PanicScope::ALL {
             let count = worker.panics.cell(reason as usize, 0).get();
             samples.count(&[("worker", name), ("reason", reason.name())], count);
         }
@@ -382,8 +384,8 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
         }
     }
     let mut samples = out.family(&families::LOCAL_ERRORS);
-    for reason in LocalError::ALL {
-        for at in LocalAt::ALL {
+    for reason in LocalErrorKind::ALL {
+        for at in LocalErrorPlace::ALL {
             let cell = |w: &WorkerCounters| w.local_errors.cell(reason as usize, at as usize).get();
             let total = sum(snapshot, cell) + cell(snapshot.control_counts);
             samples.count(&[("reason", reason.name()), ("at", at.name())], total);

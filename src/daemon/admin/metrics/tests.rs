@@ -8,16 +8,16 @@ use std::sync::Arc;
 use std::time::Duration;
 use tidegate_core::control::source_ports::{PortLimits, PortWatch, Reuse};
 use tidegate_core::control::{ControlStatus, PoolStatus, PublishReason};
-use tidegate_core::metrics::histograms::{Merged, Recorder};
-use tidegate_core::model::BackendAddress;
+use tidegate_core::metrics::histograms::{MergedHistograms, Recorder};
+use tidegate_core::model::BackendAddr;
 use tidegate_core::table::state::{BackendId, BackendState, FrontendId, FrontendState};
-use tidegate_net::budget::Budget;
+use tidegate_net::budget::MemoryBudget;
 use tidegate_net::clock;
 
 const WORKERS: usize = 2;
 
 fn backend(id: u32, pool: &str, name: &str) -> BackendStatus {
-    let address = BackendAddress::Tcp("10.0.0.1:80".parse().unwrap());
+    let address = BackendAddr::Tcp("10.0.0.1:80".parse().unwrap());
     let state = BackendState::new(BackendId(id), pool.into(), name.into(), address, WORKERS);
     state.counters.of(0).sessions.add(3);
     state.counters.of(1).sessions.add(4);
@@ -51,8 +51,8 @@ fn control() -> ControlStatus {
     }
 }
 
-fn latency() -> Merged {
-    let (mut recorder, mut merged) = (Recorder::new(), Merged::new());
+fn latency() -> MergedHistograms {
+    let (mut recorder, mut merged) = (Recorder::new(), MergedHistograms::new());
     for micros in [20, 300, 4_000, 5_000_000_000] {
         recorder.record(1, Series::Connect, Duration::from_micros(micros));
         recorder.record(3, Series::Session, Duration::from_micros(micros));
@@ -72,8 +72,11 @@ fn text_of(backend_metrics_max: usize) -> String {
     workers[0].accepted.add(9);
     workers[0].ended.add(4);
     workers[1].session_end.cell(Cause::ClientReset as usize, Phase::Connect as usize).add(1);
-    workers[1].local_trouble(LocalError::Ports, LocalAt::Connect);
-    workers[1].local_errors.cell(LocalError::Ports as usize, LocalAt::Connect as usize).add(6);
+    workers[1].local_trouble(LocalErrorKind::Ports, LocalErrorPlace::Connect);
+    workers[1]
+        .local_errors
+        .cell(LocalErrorKind::Ports as usize, LocalErrorPlace::Connect as usize)
+        .add(6);
     workers[1].ring_events.cell(RingEvent::Resumed as usize, 0).add(3);
     render(&Snapshot {
         control: &control,
@@ -91,12 +94,12 @@ fn text_of(backend_metrics_max: usize) -> String {
         table_serial: 12,
         connections_active: 5,
         connections_max: 100,
-        buffers: &Budget::default(),
+        buffers: &MemoryBudget::default(),
         buffers_refused: 0,
         queued: &HashMap::from([("web".into(), 3)]),
         warnings: &[],
         admin_crowded: 0,
-        confinement: &tidegate_net::confinement::Confinement::none("off"),
+        confinement: &tidegate_net::confinement::SandboxReport::none("off"),
         troubles: &[],
         control_counts: &WorkerCounters::new(1, 1),
         log_dropped: 0,

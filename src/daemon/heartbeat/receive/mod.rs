@@ -21,8 +21,8 @@
 mod queue;
 mod thread;
 
-use crate::heartbeat::verify::{Gate, Refused, Reject};
-use queue::Queue;
+use crate::heartbeat::verify::{Refused, RejectReason, Verifier};
+use queue::HeartbeatQueue;
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::VecDeque;
 use std::io;
@@ -41,7 +41,7 @@ pub use queue::QUEUE_MAX;
 
 /// A believed heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Arrived {
+pub struct ReceivedHeartbeat {
     /// What it says.
     pub heartbeat: Heartbeat,
     /// When the kernel received it.
@@ -54,10 +54,10 @@ pub struct Arrived {
 /// The receiving thread. Dropping it ends the thread and closes the sockets.
 #[derive(Debug)]
 pub struct Receiver {
-    bound: Mutex<Vec<Bound>>,
-    inbox: Arc<Inbox>,
-    queue: Arc<Queue>,
-    counts: Arc<Counts>,
+    bound: Mutex<Vec<BoundSocket>>,
+    inbox: Arc<ReceiverInbox>,
+    queue: Arc<HeartbeatQueue>,
+    counts: Arc<ReceiverCounts>,
     told: Arc<Mutex<Told>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -76,27 +76,27 @@ const WARNINGS_WAITING_MAX: usize = 256;
 
 /// Sockets for [`Receiver::commit`]. Dropped, the new ones are closed again.
 #[derive(Debug)]
-pub struct Prepared(Vec<Bound>);
+pub struct PreparedSockets(Vec<BoundSocket>);
 
 /// What has been counted since the start; only the thread writes.
 #[derive(Debug, Default)]
-pub struct Counts {
+pub struct ReceiverCounts {
     accepted: Counter,
-    rejected: [Counter; Reject::ALL.len()],
+    rejected: [Counter; RejectReason::ALL.len()],
     kernel_drops: Counter,
     coalesced: Counter,
 }
 
 /// A socket and what was asked for.
 #[derive(Debug, Clone)]
-struct Bound {
+struct BoundSocket {
     asked: SocketAddr,
     socket: Arc<OwnedFd>,
 }
 
 /// What the thread is told to do.
 #[derive(Debug)]
-enum Order {
+enum ReceiverCommand {
     Listen(Vec<Arc<OwnedFd>>),
     Keys(KeyRing),
     Stop,
@@ -104,8 +104,8 @@ enum Order {
 
 /// Orders, and the descriptor that wakes the thread.
 #[derive(Debug)]
-struct Inbox {
-    orders: Mutex<Vec<Order>>,
+struct ReceiverInbox {
+    orders: Mutex<Vec<ReceiverCommand>>,
     wake: OwnedFd,
 }
 
@@ -122,7 +122,7 @@ impl Receiver {
     ///
     /// # Errors
     /// An address that cannot be bound, or no descriptors or thread to be had.
-    pub fn start(listen: &[SocketAddr], gate: Gate) -> io::Result<Receiver> {
+    pub fn start(listen: &[SocketAddr], gate: Verifier) -> io::Result<Receiver> {
         Receiver::start_with(listen, Vec::new(), gate)
     }
 
@@ -134,10 +134,10 @@ impl Receiver {
     pub fn start_with(
         listen: &[SocketAddr],
         inherited: Vec<(SocketAddr, OwnedFd)>,
-        gate: Gate,
+        gate: Verifier,
     ) -> io::Result<Receiver> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let inbox = Inbox { orders: Mutex::default(), wake: eventfd(0, flags)? };
+        let inbox = ReceiverInbox { orders: Mutex::default(), wake: eventfd(0, flags)? };
         let mut receiver = Receiver {
             bound: Mutex::default(),
             inbox: Arc::new(inbox),
@@ -148,11 +148,11 @@ impl Receiver {
         };
         *lock(&receiver.bound) = inherited
             .into_iter()
-            .map(|(asked, socket)| Bound { asked, socket: Arc::new(socket) })
+            .map(|(asked, socket)| BoundSocket { asked, socket: Arc::new(socket) })
             .collect();
         let prepared = receiver.prepare(listen)?;
         receiver.commit(prepared);
-        let thread = thread::Thread::new(
+        let thread = thread::ReceiverThread::new(
             gate,
             Arc::clone(&receiver.inbox),
             Arc::clone(&receiver.queue),
@@ -168,10 +168,10 @@ impl Receiver {
     ///
     /// # Errors
     /// An address that cannot be bound; everything stays as it was.
-    pub fn prepare(&self, listen: &[SocketAddr]) -> io::Result<Prepared> {
+    pub fn prepare(&self, listen: &[SocketAddr]) -> io::Result<PreparedSockets> {
         let bound = lock(&self.bound);
         let ours: Vec<_> = bound.iter().map(|one| one.socket.as_fd()).collect();
-        let mut prepared: Vec<Bound> = Vec::with_capacity(listen.len());
+        let mut prepared: Vec<BoundSocket> = Vec::with_capacity(listen.len());
         for address in listen {
             if prepared.iter().any(|one| one.asked == *address) {
                 continue;
@@ -181,30 +181,30 @@ impl Receiver {
                 Some(kept) => kept,
                 None => {
                     let socket = Arc::new(datagram::bind(*address, &ours)?);
-                    Bound { asked: *address, socket }
+                    BoundSocket { asked: *address, socket }
                 }
             });
         }
-        Ok(Prepared(prepared))
+        Ok(PreparedSockets(prepared))
     }
 
     /// Listens on what was prepared and nowhere else. What has arrived on a
     /// socket given up here is lost.
-    pub fn commit(&self, prepared: Prepared) {
+    pub fn commit(&self, prepared: PreparedSockets) {
         let sockets = prepared.0.iter().map(|one| Arc::clone(&one.socket)).collect();
         *lock(&self.bound) = prepared.0;
-        self.inbox.send(Order::Listen(sockets));
+        self.inbox.send(ReceiverCommand::Listen(sockets));
     }
 
     /// Judges by other keys from the next batch of datagrams on.
     pub fn set_keys(&self, keys: KeyRing) {
-        self.inbox.send(Order::Keys(keys));
+        self.inbox.send(ReceiverCommand::Keys(keys));
     }
 
     /// Where it listens, with the port the kernel chose where 0 was asked for.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         let bound = lock(&self.bound);
-        let address = |one: &Bound| datagram::local_address(&one.socket).unwrap_or(one.asked);
+        let address = |one: &BoundSocket| datagram::local_address(&one.socket).unwrap_or(one.asked);
         bound.iter().map(address).collect()
     }
 
@@ -226,7 +226,7 @@ impl Receiver {
     }
 
     /// The oldest heartbeat that waits.
-    pub fn pop(&self) -> Option<Arrived> {
+    pub fn pop(&self) -> Option<ReceivedHeartbeat> {
         self.queue.pop()
     }
 
@@ -258,7 +258,7 @@ impl Receiver {
     }
 
     /// Its counts, to share with the admin API.
-    pub fn counts(&self) -> Arc<Counts> {
+    pub fn counts(&self) -> Arc<ReceiverCounts> {
         Arc::clone(&self.counts)
     }
 
@@ -271,7 +271,7 @@ impl Receiver {
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        self.inbox.send(Order::Stop);
+        self.inbox.send(ReceiverCommand::Stop);
         if let Some(thread) = self.thread.take() {
             // Its panic has been reported on standard error already.
             let _ = thread.join();
@@ -293,7 +293,7 @@ impl Told {
             reason: reason.name(),
             help: reason.help(),
             skew: refused.skew,
-            warns: reason != Reject::Replayed,
+            warns: reason != RejectReason::Replayed,
         };
         let Some(warning) = self.rejections.add(&rejected, now) else { return false };
         if self.warnings.len() >= WARNINGS_WAITING_MAX {
@@ -306,14 +306,14 @@ impl Told {
 
 // === impl Counts ===
 
-impl Counts {
+impl ReceiverCounts {
     /// Heartbeats believed.
     pub fn accepted(&self) -> u64 {
         self.accepted.get()
     }
 
     /// Datagrams refused for that reason.
-    pub fn rejected(&self, reason: Reject) -> u64 {
+    pub fn rejected(&self, reason: RejectReason) -> u64 {
         self.rejected[reason as usize].get()
     }
 
@@ -331,21 +331,21 @@ impl Counts {
 
     /// See [`Receiver::dropped`].
     pub fn dropped(&self) -> u64 {
-        let ours = Reject::ALL.into_iter().filter(|reason| reason.is_our_loss());
+        let ours = RejectReason::ALL.into_iter().filter(|reason| reason.is_local_drop());
         self.kernel_drops() + ours.map(|reason| self.rejected(reason)).sum::<u64>()
     }
 }
 
 // === impl Inbox ===
 
-impl Inbox {
-    fn send(&self, order: Order) {
+impl ReceiverInbox {
+    fn send(&self, order: ReceiverCommand) {
         lock(&self.orders).push(order);
         // It fails only when the counter is full: then the thread wakes anyway.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    fn take(&self) -> Vec<Order> {
+    fn take(&self) -> Vec<ReceiverCommand> {
         // Before the orders are taken: one that comes later wakes again.
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         std::mem::take(&mut lock(&self.orders))

@@ -3,7 +3,7 @@
 //! The receiving thread pushes, the control thread pops. Its size is bounded,
 //! and beyond the bound nothing is lost but times of arrival in between.
 
-use super::{Arrived, lock};
+use super::{ReceivedHeartbeat, lock};
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use tokio::sync::Notify;
@@ -14,24 +14,24 @@ pub const QUEUE_MAX: usize = 4096;
 
 /// The queue.
 #[derive(Debug, Default)]
-pub(super) struct Queue {
-    waiting: Mutex<Waiting>,
+pub(super) struct HeartbeatQueue {
+    waiting: Mutex<QueuedHeartbeat>,
     arrived: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Waiting {
-    in_order: VecDeque<Arrived>,
+struct QueuedHeartbeat {
+    in_order: VecDeque<ReceivedHeartbeat>,
     /// What came while `in_order` was full, newer than all in it: the newest of
     /// each sender. Bounded by the number of senders the gate knows.
-    newest: HashMap<(Arc<str>, Arc<str>), Arrived>,
+    newest: HashMap<(Arc<str>, Arc<str>), ReceivedHeartbeat>,
 }
 
 // === impl Queue ===
 
-impl Queue {
+impl HeartbeatQueue {
     /// Queues a batch; how many were merged into a newer one of their sender.
-    pub(super) fn push(&self, batch: impl Iterator<Item = Arrived>) -> u64 {
+    pub(super) fn push(&self, batch: impl Iterator<Item = ReceivedHeartbeat>) -> u64 {
         let mut waiting = lock(&self.waiting);
         let merged = batch.map(|arrived| u64::from(waiting.push(arrived))).sum();
         drop(waiting);
@@ -39,7 +39,7 @@ impl Queue {
         merged
     }
 
-    pub(super) fn pop(&self) -> Option<Arrived> {
+    pub(super) fn pop(&self) -> Option<ReceivedHeartbeat> {
         lock(&self.waiting).pop()
     }
 
@@ -55,9 +55,9 @@ impl Queue {
 
 // === impl Waiting ===
 
-impl Waiting {
+impl QueuedHeartbeat {
     /// Whether it was merged with an older one.
-    fn push(&mut self, arrived: Arrived) -> bool {
+    fn push(&mut self, arrived: ReceivedHeartbeat) -> bool {
         if self.newest.is_empty() && self.in_order.len() < QUEUE_MAX {
             self.in_order.push_back(arrived);
             return false;
@@ -65,13 +65,14 @@ impl Waiting {
         let sender = (Arc::clone(&arrived.heartbeat.pool), Arc::clone(&arrived.heartbeat.name));
         let before = self.newest.get(&sender).map_or(0, |older| older.stands_for);
         let stands_for = arrived.stands_for.saturating_add(before);
-        self.newest.insert(sender, Arrived { stands_for, ..arrived });
+        self.newest.insert(sender, ReceivedHeartbeat { stands_for, ..arrived });
         before > 0
     }
 
-    fn pop(&mut self) -> Option<Arrived> {
+    fn pop(&mut self) -> Option<ReceivedHeartbeat> {
         if self.in_order.is_empty() && !self.newest.is_empty() {
-            let mut newest: Vec<Arrived> = self.newest.drain().map(|(_, one)| one).collect();
+            let mut newest: Vec<ReceivedHeartbeat> =
+                self.newest.drain().map(|(_, one)| one).collect();
             newest.sort_by_key(|one| one.at);
             self.in_order = newest.into();
         }
@@ -85,7 +86,7 @@ mod tests {
     use std::time::{Duration, Instant};
     use tidegate_heartbeat::{Heartbeat, SenderState};
 
-    fn arrived(name: &str, sequence: u64, began: Instant) -> Arrived {
+    fn arrived(name: &str, sequence: u64, began: Instant) -> ReceivedHeartbeat {
         let heartbeat = Heartbeat {
             pool: "web".into(),
             name: name.into(),
@@ -99,12 +100,12 @@ mod tests {
             load: 0,
             key_id: 1,
         };
-        Arrived { heartbeat, at: began + Duration::from_millis(sequence), stands_for: 1 }
+        ReceivedHeartbeat { heartbeat, at: began + Duration::from_millis(sequence), stands_for: 1 }
     }
 
     #[test]
     fn heartbeats_come_out_as_they_went_in() {
-        let (queue, began) = (Queue::default(), tidegate_net::clock::now());
+        let (queue, began) = (HeartbeatQueue::default(), tidegate_net::clock::now());
         queue.push((0..10).map(|n| arrived("a", n, began)));
         let out: Vec<u64> =
             std::iter::from_fn(|| queue.pop()).map(|a| a.heartbeat.sequence).collect();
@@ -113,15 +114,15 @@ mod tests {
 
     #[test]
     fn a_full_queue_keeps_the_newest_of_each_sender_and_counts_the_rest() {
-        let (queue, began) = (Queue::default(), tidegate_net::clock::now());
+        let (queue, began) = (HeartbeatQueue::default(), tidegate_net::clock::now());
         let sent = 3 * QUEUE_MAX as u64;
         let merged =
             queue.push((0..sent).flat_map(|n| ["a", "b"].map(|name| arrived(name, n, began))));
-        let out: Vec<Arrived> = std::iter::from_fn(|| queue.pop()).collect();
+        let out: Vec<ReceivedHeartbeat> = std::iter::from_fn(|| queue.pop()).collect();
         assert_eq!(out.len(), QUEUE_MAX + 2);
         assert_eq!(merged, 2 * sent - out.len() as u64);
         for name in ["a", "b"] {
-            let of = |one: &&Arrived| &*one.heartbeat.name == name;
+            let of = |one: &&ReceivedHeartbeat| &*one.heartbeat.name == name;
             let seen: u64 = out.iter().filter(of).map(|one| u64::from(one.stands_for)).sum();
             assert_eq!(seen, sent);
             assert_eq!(out.iter().rfind(of).unwrap().heartbeat.sequence, sent - 1);
@@ -130,7 +131,7 @@ mod tests {
 
     #[test]
     fn order_holds_while_the_merged_are_taken_out() {
-        let (queue, began) = (Queue::default(), tidegate_net::clock::now());
+        let (queue, began) = (HeartbeatQueue::default(), tidegate_net::clock::now());
         queue.push((0..=QUEUE_MAX as u64 + 1).map(|n| arrived("a", n, began)));
         let mut last = None;
         while let Some(out) = queue.pop() {

@@ -3,16 +3,16 @@
 //! Started and stopped by [`super::Receiver`]. It waits for nothing but
 //! datagrams and orders.
 
-use super::queue::Queue;
-use super::{Arrived, Counts, Inbox, Order, Told, lock};
-use crate::heartbeat::verify::Gate;
+use super::queue::HeartbeatQueue;
+use super::{ReceivedHeartbeat, ReceiverCommand, ReceiverCounts, ReceiverInbox, Told, lock};
+use crate::heartbeat::verify::Verifier;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 use tidegate_net::clock;
-use tidegate_net::datagram::{BATCH, Batch, Message};
+use tidegate_net::datagram::{BATCH, DatagramBatch, ReceivedDatagram};
 
 /// Batches taken from one socket before the others and the orders have their
 /// turn again.
@@ -22,23 +22,23 @@ const BATCHES_IN_A_ROW_MAX: usize = 16;
 /// jumped, and its time of arrival is unknown.
 const WAITED_MAX: Duration = Duration::from_secs(5);
 
-pub(super) struct Thread {
-    gate: Gate,
-    inbox: Arc<Inbox>,
-    queue: Arc<Queue>,
-    counts: Arc<Counts>,
+pub(super) struct ReceiverThread {
+    gate: Verifier,
+    inbox: Arc<ReceiverInbox>,
+    queue: Arc<HeartbeatQueue>,
+    counts: Arc<ReceiverCounts>,
     told: Arc<Mutex<Told>>,
     /// Some heartbeat was rejected, so what is believed may end a row.
     rejected_any: bool,
-    sockets: Vec<Socket>,
-    batch: Batch,
+    sockets: Vec<ReceiverSocket>,
+    batch: DatagramBatch,
     /// Believed ones of this batch.
-    believed: Vec<Arrived>,
+    believed: Vec<ReceivedHeartbeat>,
     /// No arrival is before this one.
     last: Option<Instant>,
 }
 
-struct Socket {
+struct ReceiverSocket {
     fd: Arc<OwnedFd>,
     /// What the kernel had dropped when it last said so.
     dropped: u32,
@@ -46,21 +46,21 @@ struct Socket {
 
 /// When a batch was taken.
 #[derive(Clone, Copy)]
-struct Taken {
+struct BatchTimes {
     now: Instant,
     wall: SystemTime,
 }
 
 // === impl Thread ===
 
-impl Thread {
+impl ReceiverThread {
     pub(super) fn new(
-        gate: Gate,
-        inbox: Arc<Inbox>,
-        queue: Arc<Queue>,
-        (counts, told): (Arc<Counts>, Arc<Mutex<Told>>),
-    ) -> Thread {
-        Thread {
+        gate: Verifier,
+        inbox: Arc<ReceiverInbox>,
+        queue: Arc<HeartbeatQueue>,
+        (counts, told): (Arc<ReceiverCounts>, Arc<Mutex<Told>>),
+    ) -> ReceiverThread {
+        ReceiverThread {
             gate,
             inbox,
             queue,
@@ -68,7 +68,7 @@ impl Thread {
             told,
             rejected_any: false,
             sockets: Vec::new(),
-            batch: Batch::new(),
+            batch: DatagramBatch::new(),
             believed: Vec::with_capacity(BATCH),
             last: None,
         }
@@ -84,9 +84,9 @@ impl Thread {
             };
             for order in self.inbox.take() {
                 match order {
-                    Order::Listen(sockets) => self.listen(sockets),
-                    Order::Keys(keys) => self.gate.set_keys(keys),
-                    Order::Stop => return,
+                    ReceiverCommand::Listen(sockets) => self.listen(sockets),
+                    ReceiverCommand::Keys(keys) => self.gate.set_keys(keys),
+                    ReceiverCommand::Stop => return,
                 }
             }
             for fd in readable {
@@ -114,7 +114,7 @@ impl Thread {
             .into_iter()
             .map(|fd| {
                 let known = before.iter().find(|one| Arc::ptr_eq(&one.fd, &fd));
-                Socket { dropped: known.map_or(0, |one| one.dropped), fd }
+                ReceiverSocket { dropped: known.map_or(0, |one| one.dropped), fd }
             })
             .collect();
     }
@@ -127,7 +127,7 @@ impl Thread {
                 // Nothing there, or a moment's want of memory.
                 Err(_) => return,
             };
-            let taken = Taken { now: clock::now(), wall: clock::wall() };
+            let taken = BatchTimes { now: clock::now(), wall: clock::wall() };
             self.judge(index, taken);
             if !self.believed.is_empty() {
                 self.counts.coalesced.add(self.queue.push(self.believed.drain(..)));
@@ -138,7 +138,7 @@ impl Thread {
         }
     }
 
-    fn judge(&mut self, index: usize, taken: Taken) {
+    fn judge(&mut self, index: usize, taken: BatchTimes) {
         let socket = &mut self.sockets[index];
         let (mut accepted, mut warned) = (0, false);
         for message in self.batch.messages() {
@@ -156,7 +156,7 @@ impl Thread {
                     if self.rejected_any {
                         lock(&self.told).rejections.believed(&heartbeat.pool, &heartbeat.name);
                     }
-                    self.believed.push(Arrived { heartbeat, at, stands_for: 1 });
+                    self.believed.push(ReceivedHeartbeat { heartbeat, at, stands_for: 1 });
                 }
                 Err(refused) => {
                     self.counts.rejected[refused.reason as usize].add(1);
@@ -176,9 +176,9 @@ impl Thread {
 
 // === impl Taken ===
 
-impl Taken {
+impl BatchTimes {
     /// When the kernel received it, by both clocks.
-    fn arrival(self, message: &Message<'_>) -> (Instant, SystemTime) {
+    fn arrival(self, message: &ReceivedDatagram<'_>) -> (Instant, SystemTime) {
         let Some(received) = message.received else { return (self.now, self.wall) };
         match self.wall.duration_since(received) {
             Ok(waited) if waited <= WAITED_MAX => {
@@ -195,10 +195,11 @@ mod tests {
 
     #[test]
     fn a_datagram_arrived_when_the_kernel_says_unless_the_clock_has_jumped() {
-        let taken = Taken { now: clock::now(), wall: clock::wall() };
+        let taken = BatchTimes { now: clock::now(), wall: clock::wall() };
         let waited = |received: Option<SystemTime>| {
             let from = "127.0.0.1:1".parse().unwrap();
-            let (at, _) = taken.arrival(&Message { bytes: b"", from, received, dropped: None });
+            let (at, _) =
+                taken.arrival(&ReceivedDatagram { bytes: b"", from, received, dropped: None });
             taken.now - at
         };
         let ms = Duration::from_millis;

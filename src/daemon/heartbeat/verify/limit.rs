@@ -1,6 +1,6 @@
 //! How many datagrams may be verified: the narrow gate and the wide one.
 //!
-//! Used by [`super::Gate`] before it hashes anything. It knows sources by their
+//! Used by [`super::Verifier`] before it hashes anything. It knows sources by their
 //! IP address and judges nothing but numbers.
 //!
 //! # Why two gates
@@ -19,7 +19,7 @@
 //! seconds: 100,000 forged in its own name against 5,000, at 10 heartbeats a
 //! second, two seconds. From then on it is known and passes freely.
 
-use super::Reject;
+use super::RejectReason;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -59,9 +59,9 @@ const SWEEP_EVERY: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Limiter {
     known: HashMap<IpAddr, Instant>,
-    known_lane: Lane,
-    unknown_lane: Lane,
-    slots: Box<[Lane]>,
+    known_lane: RateGate,
+    unknown_lane: RateGate,
+    slots: Box<[RateGate]>,
     random: fastrand::Rng,
     hash_seed: u64,
     /// When the first datagram came: steps are counted from there.
@@ -71,7 +71,7 @@ pub(super) struct Limiter {
 
 /// A gate of a certain width.
 #[derive(Debug, Clone)]
-struct Lane {
+struct RateGate {
     /// Datagrams a step.
     width: u32,
     step: u64,
@@ -90,9 +90,9 @@ impl Limiter {
         let hash_seed = random.u64(..);
         Limiter {
             known: HashMap::new(),
-            known_lane: Lane::new(KNOWN_PER_SECOND_MAX),
-            unknown_lane: Lane::new(UNKNOWN_PER_SECOND_MAX),
-            slots: vec![Lane::new(UNKNOWN_PER_SOURCE_MAX); SLOTS].into(),
+            known_lane: RateGate::new(KNOWN_PER_SECOND_MAX),
+            unknown_lane: RateGate::new(UNKNOWN_PER_SECOND_MAX),
+            slots: vec![RateGate::new(UNKNOWN_PER_SOURCE_MAX); SLOTS].into(),
             random,
             hash_seed,
             epoch: None,
@@ -101,21 +101,21 @@ impl Limiter {
     }
 
     /// Whether one more datagram of `source` may be verified.
-    pub(super) fn pass(&mut self, source: IpAddr, now: Instant) -> Result<(), Reject> {
+    pub(super) fn pass(&mut self, source: IpAddr, now: Instant) -> Result<(), RejectReason> {
         let epoch = *self.epoch.get_or_insert(now);
         let step = (now.saturating_duration_since(epoch).as_millis() / STEP.as_millis()) as u64;
         if self.is_known(source, now) {
             let passes = self.known_lane.pass(step, &mut self.random);
-            return if passes { Ok(()) } else { Err(Reject::Overload) };
+            return if passes { Ok(()) } else { Err(RejectReason::Overload) };
         }
         let slot = self.slot(source);
         let passes = self.slots[slot].pass(step, &mut self.random)
             && self.unknown_lane.pass(step, &mut self.random);
-        if passes { Ok(()) } else { Err(Reject::Limited) }
+        if passes { Ok(()) } else { Err(RejectReason::Limited) }
     }
 
     /// `source` has sent a heartbeat that was believed.
-    pub(super) fn proven(&mut self, source: IpAddr, now: Instant) {
+    pub(super) fn is_proven(&mut self, source: IpAddr, now: Instant) {
         if let Some(last) = self.known.get_mut(&source) {
             *last = now;
             return;
@@ -154,9 +154,9 @@ impl Limiter {
 
 // === impl Lane ===
 
-impl Lane {
-    fn new(per_second: u32) -> Lane {
-        Lane {
+impl RateGate {
+    fn new(per_second: u32) -> RateGate {
+        RateGate {
             width: per_second / STEPS_PER_SECOND,
             step: 0,
             arrived: 0,
@@ -190,13 +190,13 @@ impl Lane {
 mod tests {
     use super::*;
 
-    fn passed(lane: &mut Lane, step: u64, count: u32, random: &mut fastrand::Rng) -> u32 {
+    fn passed(lane: &mut RateGate, step: u64, count: u32, random: &mut fastrand::Rng) -> u32 {
         (0..count).map(|_| u32::from(lane.pass(step, random))).sum()
     }
 
     #[test]
     fn a_quiet_lane_lets_everything_pass() {
-        let (mut lane, mut random) = (Lane::new(1_000), fastrand::Rng::with_seed(1));
+        let (mut lane, mut random) = (RateGate::new(1_000), fastrand::Rng::with_seed(1));
         for step in 0..50 {
             assert_eq!(passed(&mut lane, step, 100, &mut random), 100);
         }
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_flood_never_gets_more_than_the_width() {
-        let (mut lane, mut random) = (Lane::new(1_000), fastrand::Rng::with_seed(1));
+        let (mut lane, mut random) = (RateGate::new(1_000), fastrand::Rng::with_seed(1));
         for step in 0..50 {
             let passed = passed(&mut lane, step, 10_000, &mut random);
             assert!(passed <= 100 && (step == 0 || passed > 60), "step {step}: {passed}");
@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn the_last_of_a_step_has_the_chance_of_the_first() {
-        let (mut lane, mut random) = (Lane::new(1_000), fastrand::Rng::with_seed(1));
+        let (mut lane, mut random) = (RateGate::new(1_000), fastrand::Rng::with_seed(1));
         passed(&mut lane, 0, 1_000, &mut random);
         let (mut first, mut last) = (0, 0);
         for step in 1..2_000 {
@@ -228,7 +228,7 @@ mod tests {
 
     #[test]
     fn a_flood_every_other_step_is_met_by_lot_as_well() {
-        let (mut lane, mut random) = (Lane::new(1_000), fastrand::Rng::with_seed(1));
+        let (mut lane, mut random) = (RateGate::new(1_000), fastrand::Rng::with_seed(1));
         let mut last = 0;
         for step in (0..2_000).step_by(2) {
             passed(&mut lane, step, 999, &mut random);
@@ -239,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_lane_is_wide_again_a_second_after_a_flood() {
-        let (mut lane, mut random) = (Lane::new(1_000), fastrand::Rng::with_seed(1));
+        let (mut lane, mut random) = (RateGate::new(1_000), fastrand::Rng::with_seed(1));
         passed(&mut lane, 0, 10_000, &mut random);
         passed(&mut lane, 11, 1, &mut random);
         assert_eq!(passed(&mut lane, 12, 100, &mut random), 100);

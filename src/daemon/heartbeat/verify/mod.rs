@@ -1,6 +1,6 @@
 //! What is believed, and why the rest is not.
 //!
-//! `listen` asks the [`Gate`] about every datagram and passes on what it
+//! `listen` asks the [`Verifier`] about every datagram and passes on what it
 //! believes. Pure: time, the wall clock and a seed come in; the same datagrams
 //! at the same times give the same answers.
 //!
@@ -23,7 +23,7 @@
 //!
 //! # Freshness
 //!
-//! The sender's clock must be within [`Limits::skew_max`] of ours, *and* the
+//! The sender's clock must be within [`VerifierLimits::skew_max`] of ours, *and* the
 //! incarnation must be no older than the newest believed of that pool and name,
 //! *and* within the incarnation the sequence must be newer than the newest
 //! believed. (An older incarnation may speak again once the newer has been
@@ -58,12 +58,12 @@ mod senders;
 mod tests;
 
 use limit::Limiter;
-use senders::{Moment, Senders};
+use senders::{ReceiveTime, SenderTable};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tidegate_heartbeat::Heartbeat;
 use tidegate_heartbeat::keys::KeyRing;
-use tidegate_heartbeat::wire::{Malformed, Parsed};
+use tidegate_heartbeat::wire::{ParseError, ParsedHeartbeat};
 
 pub use senders::{SENDERS_MAX, WINDOW};
 
@@ -73,7 +73,7 @@ pub const SKEW_MAX: Duration = Duration::from_secs(30);
 
 /// How strict the gate is.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub struct VerifierLimits {
     /// Largest difference of the sender's clock to ours, either way.
     pub skew_max: Duration,
 }
@@ -81,7 +81,7 @@ pub struct Limits {
 /// Why a datagram was refused. Each has a counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
-pub enum Reject {
+pub enum RejectReason {
     /// Not a heartbeat, or one with a field out of bounds.
     Malformed,
     /// A heartbeat of another version of the format.
@@ -116,14 +116,14 @@ pub enum Reject {
 #[derive(Debug, Clone, Copy)]
 pub struct Refused<'d> {
     /// Why.
-    pub reason: Reject,
+    pub reason: RejectReason,
     /// Who it says it is, where it could be read.
     pub claim: Option<Claim<'d>>,
     /// The sender's clock less ours, in milliseconds.
     pub skew: Option<i64>,
 }
 
-/// Who a datagram says it is; proven only where [`Reject::is_signed`] says so.
+/// Who a datagram says it is; proven only where [`RejectReason::is_signed`] says so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Claim<'d> {
     /// Pool it speaks for.
@@ -136,28 +136,28 @@ pub struct Claim<'d> {
 
 /// Judges datagrams.
 #[derive(Debug)]
-pub struct Gate {
+pub struct Verifier {
     keys: KeyRing,
-    limits: Limits,
+    limits: VerifierLimits,
     limiter: Limiter,
-    senders: Senders,
+    senders: SenderTable,
 }
 
 // === impl Limits ===
 
-impl Default for Limits {
+impl Default for VerifierLimits {
     fn default() -> Self {
-        Limits { skew_max: SKEW_MAX }
+        VerifierLimits { skew_max: SKEW_MAX }
     }
 }
 
 // === impl Gate ===
 
-impl Gate {
+impl Verifier {
     /// Knows nobody yet. `seed` drives its draws and must not be guessable
     /// from outside.
-    pub fn new(keys: KeyRing, limits: Limits, seed: u64) -> Gate {
-        Gate { keys, limits, limiter: Limiter::new(seed), senders: Senders::default() }
+    pub fn new(keys: KeyRing, limits: VerifierLimits, seed: u64) -> Verifier {
+        Verifier { keys, limits, limiter: Limiter::new(seed), senders: SenderTable::default() }
     }
 
     /// Judges one datagram that came from `from` at `now`, which was `wall` by
@@ -172,14 +172,14 @@ impl Gate {
         from: SocketAddr,
         now: Instant,
         wall: SystemTime,
-    ) -> Result<Heartbeat, Reject> {
+    ) -> Result<Heartbeat, RejectReason> {
         self.judge(datagram, from, now, wall).map_err(|refused| refused.reason)
     }
 
     /// The same, and what can be told of a sender that is not believed.
     ///
     /// # Errors
-    /// As [`Gate::admit`].
+    /// As [`Verifier::admit`].
     pub fn judge<'d>(
         &mut self,
         datagram: &'d [u8],
@@ -187,10 +187,10 @@ impl Gate {
         now: Instant,
         wall: SystemTime,
     ) -> Result<Heartbeat, Refused<'d>> {
-        let unread = |wrong: Malformed| Refused { reason: wrong.into(), claim: None, skew: None };
-        let parsed = Parsed::read(datagram).map_err(unread)?;
+        let unread = |wrong: ParseError| Refused { reason: wrong.into(), claim: None, skew: None };
+        let parsed = ParsedHeartbeat::read(datagram).map_err(unread)?;
         let wall = wall.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_millis() as u64;
-        let moment = Moment { now, wall, skew_max: self.limits.skew_max };
+        let moment = ReceiveTime { now, wall, skew_max: self.limits.skew_max };
         let source = from.ip().to_canonical();
         self.believe(&parsed, source, moment).map_err(|reason| Refused {
             reason,
@@ -201,23 +201,23 @@ impl Gate {
 
     fn believe(
         &mut self,
-        parsed: &Parsed<'_>,
+        parsed: &ParsedHeartbeat<'_>,
         source: IpAddr,
-        moment: Moment,
-    ) -> Result<Heartbeat, Reject> {
-        let key = self.keys.get(parsed.key_id).ok_or(Reject::UnknownKey)?;
+        moment: ReceiveTime,
+    ) -> Result<Heartbeat, RejectReason> {
+        let key = self.keys.get(parsed.key_id).ok_or(RejectReason::UnknownKey)?;
         self.limiter.pass(source, moment.now)?;
         if !parsed.verify(&key.secret) {
-            return Err(Reject::Signature);
+            return Err(RejectReason::Signature);
         }
         if !key.covers_pool(parsed.pool) {
-            return Err(Reject::WrongPool);
+            return Err(RejectReason::WrongPool);
         }
         if !key.covers_address(parsed.address.ip()) {
-            return Err(Reject::WrongAddress);
+            return Err(RejectReason::WrongAddress);
         }
         let (pool, name) = self.senders.judge(parsed, moment)?;
-        self.limiter.proven(source, moment.now);
+        self.limiter.is_proven(source, moment.now);
         Ok(Heartbeat {
             pool,
             name,
@@ -246,91 +246,97 @@ impl Gate {
 
 // === impl Reject ===
 
-impl Reject {
+impl RejectReason {
     /// Every reason, in the order of their numbers.
-    pub const ALL: [Reject; 14] = [
-        Reject::Malformed,
-        Reject::UnknownVersion,
-        Reject::UnknownKey,
-        Reject::Limited,
-        Reject::Overload,
-        Reject::Signature,
-        Reject::WrongPool,
-        Reject::WrongAddress,
-        Reject::Stale,
-        Reject::Future,
-        Reject::OldIncarnation,
-        Reject::Replayed,
-        Reject::Reordered,
-        Reject::SendersFull,
+    pub const ALL: [RejectReason; 14] = [
+        RejectReason::Malformed,
+        RejectReason::UnknownVersion,
+        RejectReason::UnknownKey,
+        RejectReason::Limited,
+        RejectReason::Overload,
+        RejectReason::Signature,
+        RejectReason::WrongPool,
+        RejectReason::WrongAddress,
+        RejectReason::Stale,
+        RejectReason::Future,
+        RejectReason::OldIncarnation,
+        RejectReason::Replayed,
+        RejectReason::Reordered,
+        RejectReason::SendersFull,
     ];
 
     /// Metric label.
     pub fn name(self) -> &'static str {
         match self {
-            Reject::Malformed => "malformed",
-            Reject::UnknownVersion => "unknown-version",
-            Reject::UnknownKey => "unknown-key",
-            Reject::Limited => "limited",
-            Reject::Overload => "overload",
-            Reject::Signature => "signature",
-            Reject::WrongPool => "wrong-pool",
-            Reject::WrongAddress => "wrong-address",
-            Reject::Stale => "stale",
-            Reject::Future => "future",
-            Reject::OldIncarnation => "old-incarnation",
-            Reject::Replayed => "replayed",
-            Reject::Reordered => "reordered",
-            Reject::SendersFull => "senders-full",
+            RejectReason::Malformed => "malformed",
+            RejectReason::UnknownVersion => "unknown-version",
+            RejectReason::UnknownKey => "unknown-key",
+            RejectReason::Limited => "limited",
+            RejectReason::Overload => "overload",
+            RejectReason::Signature => "signature",
+            RejectReason::WrongPool => "wrong-pool",
+            RejectReason::WrongAddress => "wrong-address",
+            RejectReason::Stale => "stale",
+            RejectReason::Future => "future",
+            RejectReason::OldIncarnation => "old-incarnation",
+            RejectReason::Replayed => "replayed",
+            RejectReason::Reordered => "reordered",
+            RejectReason::SendersFull => "senders-full",
         }
     }
 
     /// Whether a key in force had signed the datagram: its sender is proven.
     pub fn is_signed(self) -> bool {
         match self {
-            Reject::Malformed
-            | Reject::UnknownVersion
-            | Reject::UnknownKey
-            | Reject::Limited
-            | Reject::Overload
-            | Reject::Signature => false,
-            Reject::WrongPool
-            | Reject::WrongAddress
-            | Reject::Stale
-            | Reject::Future
-            | Reject::OldIncarnation
-            | Reject::Replayed
-            | Reject::Reordered
-            | Reject::SendersFull => true,
+            RejectReason::Malformed
+            | RejectReason::UnknownVersion
+            | RejectReason::UnknownKey
+            | RejectReason::Limited
+            | RejectReason::Overload
+            | RejectReason::Signature => false,
+            RejectReason::WrongPool
+            | RejectReason::WrongAddress
+            | RejectReason::Stale
+            | RejectReason::Future
+            | RejectReason::OldIncarnation
+            | RejectReason::Replayed
+            | RejectReason::Reordered
+            | RejectReason::SendersFull => true,
         }
     }
 
     /// Whether senders with that reason are listed: not where the network
     /// reorders datagrams, and not those in a flood, which are counted.
     pub fn is_listed(self) -> bool {
-        !matches!(self, Reject::Reordered | Reject::Limited | Reject::Overload)
+        !matches!(self, RejectReason::Reordered | RejectReason::Limited | RejectReason::Overload)
     }
 
     /// What an operator can do about it.
     pub fn help(self) -> &'static str {
         match self {
-            Reject::Malformed => "this is no heartbeat; find out what sends to this port",
-            Reject::UnknownVersion => "run the same version of Tidegate on both sides",
-            Reject::UnknownKey => "no [[heartbeat.key]] has this id; correct the id on one side",
-            Reject::Limited | Reject::Overload => "find out what floods this port",
-            Reject::Signature => "compare the key files of both sides",
-            Reject::WrongPool => "add the pool to the pools of its [[heartbeat.key]]",
-            Reject::WrongAddress => "add the address to the addresses of its [[heartbeat.key]]",
-            Reject::Stale | Reject::Future => {
+            RejectReason::Malformed => "this is no heartbeat; find out what sends to this port",
+            RejectReason::UnknownVersion => "run the same version of Tidegate on both sides",
+            RejectReason::UnknownKey => {
+                "no [[heartbeat.key]] has this id; correct the id on one side"
+            }
+            RejectReason::Limited | RejectReason::Overload => "find out what floods this port",
+            RejectReason::Signature => "compare the key files of both sides",
+            RejectReason::WrongPool => "add the pool to the pools of its [[heartbeat.key]]",
+            RejectReason::WrongAddress => {
+                "add the address to the addresses of its [[heartbeat.key]]"
+            }
+            RejectReason::Stale | RejectReason::Future => {
                 "synchronise the clocks of both hosts; at most 30s may lie between them"
             }
-            Reject::OldIncarnation => {
+            RejectReason::OldIncarnation => {
                 "another sender of this name started later, or this one's clock was set back; \
                  give each backend one sender, or restart it"
             }
-            Reject::Replayed => "the network repeats datagrams, or two senders share one identity",
-            Reject::Reordered => "the network reorders datagrams",
-            Reject::SendersFull => "10,000 senders are known; start fewer under new names",
+            RejectReason::Replayed => {
+                "the network repeats datagrams, or two senders share one identity"
+            }
+            RejectReason::Reordered => "the network reorders datagrams",
+            RejectReason::SendersFull => "10,000 senders are known; start fewer under new names",
         }
     }
 
@@ -338,16 +344,16 @@ impl Reject {
     /// we were too busy for: a loss of ours, not to be blamed on a backend.
     /// `limited` ones are not: a flood from strangers would else excuse every
     /// backend's silence.
-    pub fn is_our_loss(self) -> bool {
-        self == Reject::Overload
+    pub fn is_local_drop(self) -> bool {
+        self == RejectReason::Overload
     }
 }
 
-impl From<Malformed> for Reject {
-    fn from(wrong: Malformed) -> Reject {
+impl From<ParseError> for RejectReason {
+    fn from(wrong: ParseError) -> RejectReason {
         match wrong {
-            Malformed::Version => Reject::UnknownVersion,
-            _ => Reject::Malformed,
+            ParseError::Version => RejectReason::UnknownVersion,
+            _ => RejectReason::Malformed,
         }
     }
 }

@@ -1,14 +1,14 @@
 //! What has been believed of each sender: its incarnation, the sequences seen,
 //! and whether its clock agrees with ours.
 //!
-//! Used by [`super::Gate`] for datagrams whose signature stands. It forgets a
+//! Used by [`super::Verifier`] for datagrams whose signature stands. It forgets a
 //! sender only when nothing recorded of it could be fresh any more.
 
-use super::Reject;
+use super::RejectReason;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_heartbeat::wire::Parsed;
+use tidegate_heartbeat::wire::ParsedHeartbeat;
 
 /// Senders remembered at once, over all pools: ten times the backends the
 /// largest installations run behind one balancer.
@@ -22,15 +22,15 @@ const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
 /// All senders, by pool and name.
 #[derive(Debug, Default)]
-pub(super) struct Senders {
-    pools: HashMap<Arc<str>, HashMap<Arc<str>, Sender>>,
+pub(super) struct SenderTable {
+    pools: HashMap<Arc<str>, HashMap<Arc<str>, SenderRecord>>,
     count: usize,
     swept: Option<Instant>,
 }
 
 /// One sender.
 #[derive(Debug)]
-struct Sender {
+struct SenderRecord {
     incarnation: u64,
     /// Newest sequence believed.
     newest: u64,
@@ -38,19 +38,19 @@ struct Sender {
     seen: u64,
     /// When the newest was believed.
     at: Instant,
-    anchor: Anchor,
+    anchor: ClockAnchor,
 }
 
 /// One moment by our two clocks, at which the sender's agreed with them.
 #[derive(Debug, Clone, Copy)]
-struct Anchor {
+struct ClockAnchor {
     wall: u64,
     at: Instant,
 }
 
 /// When a datagram is judged.
 #[derive(Clone, Copy)]
-pub(super) struct Moment {
+pub(super) struct ReceiveTime {
     /// By the monotonic clock.
     pub(super) now: Instant,
     /// By our wall clock, ms since 1970.
@@ -61,7 +61,7 @@ pub(super) struct Moment {
 
 // === impl Senders ===
 
-impl Senders {
+impl SenderTable {
     pub(super) fn len(&self) -> usize {
         self.count
     }
@@ -70,9 +70,9 @@ impl Senders {
     /// their shared form.
     pub(super) fn judge(
         &mut self,
-        parsed: &Parsed<'_>,
-        moment: Moment,
-    ) -> Result<(Arc<str>, Arc<str>), Reject> {
+        parsed: &ParsedHeartbeat<'_>,
+        moment: ReceiveTime,
+    ) -> Result<(Arc<str>, Arc<str>), RejectReason> {
         let by_wall = moment.skew(parsed.sent, moment.wall);
         let pool = self.pools.get_key_value(parsed.pool).map(|(pool, _)| Arc::clone(pool));
         let known = self.pools.get_mut(parsed.pool).and_then(|senders| {
@@ -90,19 +90,19 @@ impl Senders {
                     self.sweep(moment);
                 }
                 if self.count >= SENDERS_MAX {
-                    return Err(Reject::SendersFull);
+                    return Err(RejectReason::SendersFull);
                 }
                 let pool = pool.unwrap_or_else(|| parsed.pool.into());
                 let name: Arc<str> = parsed.name.into();
                 let senders = self.pools.entry(Arc::clone(&pool)).or_default();
-                senders.insert(Arc::clone(&name), Sender::new(parsed, moment));
+                senders.insert(Arc::clone(&name), SenderRecord::new(parsed, moment));
                 self.count += 1;
                 Ok((pool, name))
             }
         }
     }
 
-    fn sweep(&mut self, moment: Moment) {
+    fn sweep(&mut self, moment: ReceiveTime) {
         if self.swept.is_some_and(|at| moment.now.saturating_duration_since(at) < SWEEP_EVERY) {
             return;
         }
@@ -117,9 +117,9 @@ impl Senders {
 
 // === impl Sender ===
 
-impl Sender {
-    fn new(parsed: &Parsed<'_>, moment: Moment) -> Sender {
-        Sender {
+impl SenderRecord {
+    fn new(parsed: &ParsedHeartbeat<'_>, moment: ReceiveTime) -> SenderRecord {
+        SenderRecord {
             incarnation: parsed.incarnation,
             newest: parsed.sequence,
             seen: 1,
@@ -130,17 +130,17 @@ impl Sender {
 
     fn judge(
         &mut self,
-        parsed: &Parsed<'_>,
-        moment: Moment,
-        by_wall: Result<(), Reject>,
-    ) -> Result<(), Reject> {
+        parsed: &ParsedHeartbeat<'_>,
+        moment: ReceiveTime,
+        by_wall: Result<(), RejectReason>,
+    ) -> Result<(), RejectReason> {
         let gone = self.is_forgettable(moment);
         if parsed.incarnation < self.incarnation && !gone {
-            return Err(Reject::OldIncarnation);
+            return Err(RejectReason::OldIncarnation);
         }
         if parsed.incarnation != self.incarnation {
             by_wall?;
-            *self = Sender::new(parsed, moment);
+            *self = SenderRecord::new(parsed, moment);
             return Ok(());
         }
         if let Err(reason) = by_wall
@@ -159,11 +159,11 @@ impl Sender {
     /// Silent so long that all it ever sent is stale: what was believed at `at`
     /// had been dated `at + skew_max` at most. So an older incarnation may speak
     /// again, of a sender whose clock was ahead when it last started.
-    fn is_forgettable(&self, moment: Moment) -> bool {
+    fn is_forgettable(&self, moment: ReceiveTime) -> bool {
         moment.now.saturating_duration_since(self.at) > moment.skew_max.saturating_mul(2)
     }
 
-    fn in_order(&mut self, sequence: u64) -> Result<(), Reject> {
+    fn in_order(&mut self, sequence: u64) -> Result<(), RejectReason> {
         if let Some(ahead) = sequence.checked_sub(self.newest).filter(|ahead| *ahead > 0) {
             let shifted = u32::try_from(ahead).ok().and_then(|ahead| self.seen.checked_shl(ahead));
             self.seen = shifted.unwrap_or(0) | 1;
@@ -172,16 +172,16 @@ impl Sender {
         }
         let behind = self.newest - sequence;
         if behind >= WINDOW || self.seen >> behind & 1 == 1 {
-            return Err(Reject::Replayed);
+            return Err(RejectReason::Replayed);
         }
         self.seen |= 1 << behind;
-        Err(Reject::Reordered)
+        Err(RejectReason::Reordered)
     }
 }
 
 // === impl Anchor ===
 
-impl Anchor {
+impl ClockAnchor {
     /// What our wall clock would show had it not jumped since.
     fn expected(&self, now: Instant) -> u64 {
         let since = now.saturating_duration_since(self.at).as_millis();
@@ -191,19 +191,19 @@ impl Anchor {
 
 // === impl Moment ===
 
-impl Moment {
-    fn anchor(&self) -> Anchor {
-        Anchor { wall: self.wall, at: self.now }
+impl ReceiveTime {
+    fn anchor(&self) -> ClockAnchor {
+        ClockAnchor { wall: self.wall, at: self.now }
     }
 
     /// Whether a time in milliseconds is near enough to `ours`.
-    fn skew(&self, sent: u64, ours: u64) -> Result<(), Reject> {
+    fn skew(&self, sent: u64, ours: u64) -> Result<(), RejectReason> {
         if u128::from(sent.abs_diff(ours)) <= self.skew_max.as_millis() {
             Ok(())
         } else if sent < ours {
-            Err(Reject::Stale)
+            Err(RejectReason::Stale)
         } else {
-            Err(Reject::Future)
+            Err(RejectReason::Future)
         }
     }
 }

@@ -12,7 +12,7 @@ fn from(sources: &[[u8; 4]]) -> Arc<ProbeSpec> {
 }
 
 /// Answers a ping, and tells where it came from.
-async fn witness() -> (BackendAddress, mpsc::UnboundedReceiver<IpAddr>) {
+async fn witness() -> (BackendAddr, mpsc::UnboundedReceiver<IpAddr>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (seen, sources) = mpsc::unbounded_channel();
@@ -24,7 +24,7 @@ async fn witness() -> (BackendAddress, mpsc::UnboundedReceiver<IpAddr>) {
             let _ = seen.send(from.ip());
         }
     });
-    (BackendAddress::Tcp(address), sources)
+    (BackendAddr::Tcp(address), sources)
 }
 
 /// Where so many probes of two backends, one after another, came from.

@@ -1,19 +1,19 @@
 //! One session's two byte streams: what to read, what to send, what is kept,
 //! when a FIN or a reset is passed on.
 //!
-//! Driven by the readiness engine with a socket pair behind [`Io`], and by
+//! Driven by the readiness engine with a socket pair behind [`PumpIo`], and by
 //! tests with a scripted one. It owns no socket, reads no clock and knows no
 //! timers. Bytes that could not be sent are the only thing it ever keeps: at
 //! most one buffer or pipe a direction, none while a session is idle, and none
 //! anew once the process's budget is spent.
 
 use crate::local_errors;
-use crate::relay::close_state::{Carried, Moved, Next, Verdict};
-use crate::relay::epoll::pump::splice::Step;
+use crate::relay::close_state::{Carried, CloseState, TurnBytes, TurnNext};
+use crate::relay::epoll::pump::splice::SpliceNext;
 use std::io;
-use tidegate_core::outcome::Side;
-use tidegate_net::budget::Share;
-use tidegate_net::pipe::Fill;
+use tidegate_core::outcome::SessionSide;
+use tidegate_net::budget::BudgetShare;
+use tidegate_net::pipe::FillResult;
 
 /// Read size until a stream proves to be bulk.
 pub(super) const READ_SMALL: usize = 16 * 1024;
@@ -35,49 +35,49 @@ const BYTES_A_TURN: usize = 1024 * 1024;
 
 /// The two sockets and their pipes, as the pump sees them. A pipe is named by
 /// the side its bytes come from.
-pub(super) trait Io {
+pub(super) trait PumpIo {
     /// recv(2), non-blocking.
-    fn receive(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize>;
+    fn receive(&self, side: SessionSide, buffer: &mut [u8]) -> io::Result<usize>;
     /// The same, and what was received stays to be received.
-    fn peek(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize>;
+    fn peek(&self, side: SessionSide, buffer: &mut [u8]) -> io::Result<usize>;
     /// Whether so many bytes may be received that may have to be kept.
     fn may_keep(&self, bytes: usize) -> bool;
     /// Bytes are kept, as long as the share lives.
-    fn keep(&self, bytes: usize) -> Share;
+    fn keep(&self, bytes: usize) -> BudgetShare;
     /// send(2), non-blocking.
-    fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize>;
+    fn send(&self, side: SessionSide, bytes: &[u8]) -> io::Result<usize>;
     /// shutdown(2) of the writing half.
-    fn shutdown_write(&self, side: Side) -> io::Result<()>;
+    fn shutdown_write(&self, side: SessionSide) -> io::Result<()>;
     /// Much is going to be received from that side, and sent to the other. Said
     /// once.
-    fn expect_bulk(&self, from: Side);
+    fn expect_bulk(&self, from: SessionSide);
     /// Makes sure there is a pipe; false where none is to be had.
-    fn open_pipe(&mut self, from: Side) -> bool;
+    fn open_pipe(&mut self, from: SessionSide) -> bool;
     /// Gives the pipe up, and what is in it.
-    fn close_pipe(&mut self, from: Side);
+    fn close_pipe(&mut self, from: SessionSide);
     /// Bytes in the pipe; 0 where there is none.
-    fn piped(&self, from: Side) -> usize;
+    fn piped(&self, from: SessionSide) -> usize;
     /// splice(2) from the socket into its empty pipe.
-    fn fill(&mut self, from: Side) -> io::Result<Fill>;
+    fn fill(&mut self, from: SessionSide) -> io::Result<FillResult>;
     /// splice(2) from the pipe into the other side's socket.
-    fn drain(&mut self, from: Side) -> io::Result<usize>;
+    fn drain(&mut self, from: SessionSide) -> io::Result<usize>;
 }
 
 /// Both directions of a session.
 #[derive(Debug, Default)]
 pub(super) struct Pump {
     /// Indexed by the side the bytes come from.
-    streams: [Stream; 2],
+    streams: [PumpDirection; 2],
     /// Indexed by side.
-    sockets: [Socket; 2],
-    pub(super) verdict: Verdict,
+    sockets: [PumpSocket; 2],
+    pub(super) verdict: CloseState,
     /// A call of the last turn failed for want of memory.
     short: bool,
 }
 
 /// What is known of one socket; edge-triggered, so it must be remembered.
 #[derive(Debug, Default, Clone, Copy)]
-struct Socket {
+struct PumpSocket {
     readable: bool,
     writable: bool,
     /// Reads go on until they say FIN or error themselves: a short read no
@@ -87,9 +87,9 @@ struct Socket {
 
 /// Bytes from one side on their way to the other.
 #[derive(Debug, Default)]
-struct Stream {
+struct PumpDirection {
     /// Received and not yet sent; mostly none.
-    kept: Option<Box<Kept>>,
+    kept: Option<Box<UnsentBytes>>,
     carried: Carried,
     /// Full reads in a row.
     streak: u8,
@@ -100,21 +100,21 @@ struct Stream {
     crammed: u8,
     /// It was bulk before.
     announced: bool,
-    mode: Mode,
+    mode: PumpMode,
 }
 
 /// The one buffer of a direction.
 #[derive(Debug)]
-struct Kept {
+struct UnsentBytes {
     bytes: Vec<u8>,
     /// How much of it is sent.
     sent: usize,
-    _share: Share,
+    _share: BudgetShare,
 }
 
 /// How a stream's bytes are moved.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum Mode {
+enum PumpMode {
     /// Through the buffer; bulk is noticed.
     #[default]
     Copy,
@@ -138,15 +138,15 @@ impl Pump {
     }
 
     /// That side has a new socket (another connect attempt).
-    pub(super) fn renew(&mut self, side: Side) {
-        self.sockets[side as usize] = Socket { writable: true, ..Socket::default() };
+    pub(super) fn renew(&mut self, side: SessionSide) {
+        self.sockets[side as usize] = PumpSocket { writable: true, ..PumpSocket::default() };
     }
 
     /// Notes what a socket reported.
     #[inline]
     pub(super) fn note(
         &mut self,
-        side: Side,
+        side: SessionSide,
         readable: bool,
         writable: bool,
         read_to_the_end: bool,
@@ -159,26 +159,31 @@ impl Pump {
 
     /// Whether that side has no room, as far as is known.
     #[inline]
-    pub(super) fn is_full(&self, side: Side) -> bool {
+    pub(super) fn is_full(&self, side: SessionSide) -> bool {
         !self.sockets[side as usize].writable
     }
 
     /// What became of that side's bytes so far.
-    pub(super) fn carried(&self, from: Side) -> Carried {
+    pub(super) fn carried(&self, from: SessionSide) -> Carried {
         self.streams[from as usize].carried
     }
 
     /// Moves what can be moved, through `buffer` (at least [`READ_BULK`]).
     #[inline]
-    pub(super) fn turn(&mut self, io: &mut impl Io, buffer: &mut [u8], moved: &mut Moved) -> Next {
+    pub(super) fn turn(
+        &mut self,
+        io: &mut impl PumpIo,
+        buffer: &mut [u8],
+        moved: &mut TurnBytes,
+    ) -> TurnNext {
         self.short = false;
-        let again = self.forward(Side::Client, io, buffer, moved)
-            | self.forward(Side::Backend, io, buffer, moved);
+        let again = self.forward(SessionSide::Client, io, buffer, moved)
+            | self.forward(SessionSide::Backend, io, buffer, moved);
         if let Some(ending) = self.verdict.ending() {
-            return Next::End(ending);
+            return TurnNext::End(ending);
         }
         let again = again || self.failed_but_unread(io);
-        if again && !self.short { Next::Again } else { Next::Wait }
+        if again && !self.short { TurnNext::Again } else { TurnNext::Wait }
     }
 
     /// Whether the last turn stopped for want of memory: no socket will tell when
@@ -189,8 +194,8 @@ impl Pump {
     }
 
     /// A side that failed while it was sent to, after its own turn to be read.
-    fn failed_but_unread(&self, io: &impl Io) -> bool {
-        Side::BOTH.into_iter().any(|side| {
+    fn failed_but_unread(&self, io: &impl PumpIo) -> bool {
+        SessionSide::BOTH.into_iter().any(|side| {
             self.verdict.failed(side)
                 && self.sockets[side as usize].readable
                 && !self.verdict.ended(side)
@@ -204,19 +209,19 @@ impl Pump {
     /// because its share was used up.
     fn forward(
         &mut self,
-        from: Side,
-        io: &mut impl Io,
+        from: SessionSide,
+        io: &mut impl PumpIo,
         buffer: &mut [u8],
-        moved: &mut Moved,
+        moved: &mut TurnBytes,
     ) -> bool {
         let to = from.other();
         let mut budget = BYTES_A_TURN;
         while budget > 0 {
-            if self.streams[from as usize].mode == Mode::Bulk {
+            if self.streams[from as usize].mode == PumpMode::Bulk {
                 match self.forward_bulk(from, io, moved) {
-                    Step::Wait => return false,
-                    Step::Again => return true,
-                    Step::Copy => {}
+                    SpliceNext::Wait => return false,
+                    SpliceNext::Again => return true,
+                    SpliceNext::Copy => {}
                 }
             }
             if !self.send_kept(from, io, moved) {
@@ -261,7 +266,7 @@ impl Pump {
 
     /// Sends what an earlier turn had to keep; false while some of it is left.
     #[inline]
-    fn send_kept(&mut self, from: Side, io: &impl Io, moved: &mut Moved) -> bool {
+    fn send_kept(&mut self, from: SessionSide, io: &impl PumpIo, moved: &mut TurnBytes) -> bool {
         let to = from.other();
         while self.may_send(to) {
             let Some(kept) = &mut self.streams[from as usize].kept else { break };
@@ -290,7 +295,13 @@ impl Pump {
 
     /// Sends what was just received, and keeps what does not go out.
     #[inline]
-    fn send_fresh(&mut self, from: Side, io: &impl Io, bytes: &[u8], moved: &mut Moved) {
+    fn send_fresh(
+        &mut self,
+        from: SessionSide,
+        io: &impl PumpIo,
+        bytes: &[u8],
+        moved: &mut TurnBytes,
+    ) {
         let to = from.other();
         let mut sent = 0;
         while sent < bytes.len() && self.may_send(to) {
@@ -307,41 +318,41 @@ impl Pump {
             let stream = &mut self.streams[from as usize];
             // The receiver is the bottleneck: big reads would only pin memory.
             stream.streak = 0;
-            stream.mode = if stream.mode == Mode::Bulk { Mode::Copy } else { stream.mode };
+            stream.mode = if stream.mode == PumpMode::Bulk { PumpMode::Copy } else { stream.mode };
             let rest = &bytes[sent..];
             let _share = io.keep(rest.len());
-            stream.kept = Some(Box::new(Kept { bytes: rest.to_vec(), sent: 0, _share }));
+            stream.kept = Some(Box::new(UnsentBytes { bytes: rest.to_vec(), sent: 0, _share }));
         }
     }
 
     /// The other side's socket has taken so many bytes.
     #[inline]
-    fn sent_on(&mut self, from: Side, bytes: usize, moved: &mut Moved) {
+    fn sent_on(&mut self, from: SessionSide, bytes: usize, moved: &mut TurnBytes) {
         self.streams[from as usize].carried.sent += bytes as u64;
         moved.sent[from as usize] += bytes as u64;
         self.verdict.sent_to(from.other());
     }
 
     #[inline]
-    fn may_send(&self, to: Side) -> bool {
+    fn may_send(&self, to: SessionSide) -> bool {
         self.sockets[to as usize].writable && !self.verdict.failed(to) && !self.short
     }
 
     fn received(
         &mut self,
-        from: Side,
+        from: SessionSide,
         received: usize,
         size: usize,
-        io: &impl Io,
-        moved: &mut Moved,
+        io: &impl PumpIo,
+        moved: &mut TurnBytes,
     ) {
         let stream = &mut self.streams[from as usize];
         stream.carried.received += received as u64;
         moved.received[from as usize] += received as u64;
         if received == size {
             stream.streak = stream.streak.saturating_add(1);
-            if stream.streak == STREAK << stream.crammed && stream.mode == Mode::Copy {
-                stream.mode = Mode::Bulk;
+            if stream.streak == STREAK << stream.crammed && stream.mode == PumpMode::Copy {
+                stream.mode = PumpMode::Bulk;
                 if !std::mem::replace(&mut stream.announced, true) {
                     io.expect_bulk(from);
                 }
@@ -349,7 +360,7 @@ impl Pump {
         } else {
             stream.streak = 0;
             // The next bulk may find a pipe again.
-            stream.mode = Mode::Copy;
+            stream.mode = PumpMode::Copy;
             let socket = &mut self.sockets[from as usize];
             // A short read drained the socket (epoll(7)), unless something
             // stands behind what was read: FIN, RST or an urgent mark.
@@ -358,20 +369,20 @@ impl Pump {
     }
 
     /// `from` will send no more: FIN, or a failure with its errno.
-    fn end_of(&mut self, from: Side, errno: i32, moved: &mut Moved) {
+    fn end_of(&mut self, from: SessionSide, errno: i32, moved: &mut TurnBytes) {
         self.sockets[from as usize].readable = false;
         self.verdict.end_of(from, errno);
         moved.ended = true;
     }
 
-    fn finish(&mut self, from: Side, io: &impl Io) {
+    fn finish(&mut self, from: SessionSide, io: &impl PumpIo) {
         let to = from.other();
         if self.verdict.finish(from, || io.shutdown_write(to)) {
             self.sockets[to as usize].read_to_the_end();
         }
     }
 
-    fn send_error(&mut self, to: Side, error: &io::Error) {
+    fn send_error(&mut self, to: SessionSide, error: &io::Error) {
         let socket = &mut self.sockets[to as usize];
         if is_would_block(error) {
             socket.writable = false;
@@ -386,7 +397,7 @@ impl Pump {
 
 // === impl Socket ===
 
-impl Socket {
+impl PumpSocket {
     /// Sending to it failed; whatever it had sent before is still to be read.
     fn read_to_the_end(&mut self) {
         self.readable = true;

@@ -2,19 +2,19 @@
 //!
 //! Called by `streams` and `shortage`. It moves nothing.
 
-use super::streams::Flow;
-use crate::relay::close_state::{Carried, Moved};
-use tidegate_core::outcome::Side;
-use tidegate_net::ring::What;
+use super::streams::RingSession;
+use crate::relay::close_state::{Carried, TurnBytes};
+use tidegate_core::outcome::SessionSide;
+use tidegate_net::ring::CompletionKind;
 
-impl Flow {
-    pub(super) fn carried(&self, from: Side) -> Carried {
+impl RingSession {
+    pub(super) fn carried(&self, from: SessionSide) -> Carried {
         self.streams[from as usize].carried
     }
 
     /// The other side's socket has taken so many bytes.
     #[inline]
-    pub(super) fn sent_on(&mut self, from: Side, bytes: usize, moved: &mut Moved) {
+    pub(super) fn sent_on(&mut self, from: SessionSide, bytes: usize, moved: &mut TurnBytes) {
         self.streams[from as usize].carried.sent += bytes as u64;
         moved.sent[from as usize] += bytes as u64;
         self.verdict.sent_to(from.other());
@@ -23,12 +23,19 @@ impl Flow {
     /// What an operation did before it was stopped is counted, though nothing more is
     /// made of it.
     #[cold]
-    pub(super) fn note_late(&mut self, side: Side, what: &What, moved: &mut Moved) {
+    pub(super) fn note_late(
+        &mut self,
+        side: SessionSide,
+        what: &CompletionKind,
+        moved: &mut TurnBytes,
+    ) {
         match what {
-            What::Data(chunk) => {
+            CompletionKind::Data(chunk) => {
                 self.streams[side as usize].carried.received += chunk.len() as u64;
             }
-            What::Sent(bytes) | What::SendCut(bytes) => self.sent_on(side, *bytes, moved),
+            CompletionKind::Sent(bytes) | CompletionKind::SendCut(bytes) => {
+                self.sent_on(side, *bytes, moved)
+            }
             _ => {}
         }
     }

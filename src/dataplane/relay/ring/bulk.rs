@@ -6,12 +6,12 @@
 //! ring only tells when to go on: splice(2) itself is a plain call, as one by the
 //! ring measured the same. Small messages never come here.
 
-use super::streams::{Flow, Meaning, Mode, SHUNNED_MAX, Stream, Use};
+use super::streams::{OpResult, OpUse, RingDirection, RingMode, RingSession, SHUNNED_MAX};
 use crate::local_errors;
-use crate::relay::close_state::Moved;
+use crate::relay::close_state::TurnBytes;
 use std::io;
-use tidegate_core::outcome::Side;
-use tidegate_net::pipe::{Fill, Pipes};
+use tidegate_core::outcome::SessionSide;
+use tidegate_net::pipe::{FillResult, Pipes};
 use tidegate_net::ring::{BUFFER_LEN, Ring};
 
 /// Small or crammed fills in a row, or wake-ups that brought nothing, that end
@@ -23,7 +23,7 @@ const SMALL_FILLS: u8 = 8;
 const BYTES_A_TURN: usize = 1024 * 1024;
 
 /// What a fill leaves to do.
-enum Filled {
+enum FillOutcome {
     /// Pass that on.
     Some(usize),
     /// There is nothing to receive now.
@@ -37,30 +37,30 @@ enum Filled {
     NoPipe,
 }
 
-impl Flow {
+impl RingSession {
     /// Moves bytes from `from` to the other side through a pipe, until a socket
     /// or the turn's share says stop. `readable` is whether it was woken for
     /// bytes to receive.
     pub(super) fn splice(
         &mut self,
         key: u32,
-        from: Side,
+        from: SessionSide,
         mut readable: bool,
         ring: &mut Ring,
         pipes: &mut Pipes,
-        moved: &mut Moved,
-    ) -> Meaning {
+        moved: &mut TurnBytes,
+    ) -> OpResult {
         let mut budget = BYTES_A_TURN;
         loop {
             match self.empty_pipe(from, moved) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.wait(key, from, Use::Writable, ring);
-                    return Meaning::Nothing;
+                    self.wait(key, from, OpUse::Writable, ring);
+                    return OpResult::Nothing;
                 }
                 Err(error) if local_errors::is_shortage(&error) => {
                     self.streams[from as usize].short = true;
-                    return Meaning::Short(from);
+                    return OpResult::Short(from);
                 }
                 Err(error) => return self.send_failed(from, errno_of(&error), ring),
             }
@@ -72,23 +72,23 @@ impl Flow {
                 break;
             }
             if budget == 0 {
-                self.wait(key, from, Use::Readable, ring);
+                self.wait(key, from, OpUse::Readable, ring);
                 break;
             }
             match self.fill(from, pipes, moved) {
-                Filled::Some(bytes) => budget = budget.saturating_sub(bytes),
-                Filled::Nothing => {
+                FillOutcome::Some(bytes) => budget = budget.saturating_sub(bytes),
+                FillOutcome::Nothing => {
                     // An urgent mark is readable, but not by splice.
                     self.streams[from as usize].streak += u8::from(readable);
-                    self.wait(key, from, Use::Readable, ring);
+                    self.wait(key, from, OpUse::Readable, ring);
                     break;
                 }
-                Filled::Failed => break,
-                Filled::Unclear => {
+                FillOutcome::Failed => break,
+                FillOutcome::Unclear => {
                     self.leave_bulk(from);
                     break;
                 }
-                Filled::NoPipe => {
+                FillOutcome::NoPipe => {
                     self.streams[from as usize].crammed = true;
                     self.leave_bulk(from);
                     break;
@@ -97,12 +97,12 @@ impl Flow {
             readable = false;
         }
         self.give_back_pipe(from, pipes);
-        Meaning::Nothing
+        OpResult::Nothing
     }
 
     /// Sends all that is in the pipe.
-    fn empty_pipe(&mut self, from: Side, moved: &mut Moved) -> io::Result<()> {
-        let Stream { pipe, carried, .. } = &mut self.streams[from as usize];
+    fn empty_pipe(&mut self, from: SessionSide, moved: &mut TurnBytes) -> io::Result<()> {
+        let RingDirection { pipe, carried, .. } = &mut self.streams[from as usize];
         let Some(pipe) = pipe else { return Ok(()) };
         let Some(to) = &self.sockets[from.other() as usize] else { return Ok(()) };
         while pipe.holds() > 0 {
@@ -122,13 +122,13 @@ impl Flow {
     }
 
     /// Receives into an empty pipe.
-    fn fill(&mut self, from: Side, pipes: &mut Pipes, moved: &mut Moved) -> Filled {
+    fn fill(&mut self, from: SessionSide, pipes: &mut Pipes, moved: &mut TurnBytes) -> FillOutcome {
         let stream = &mut self.streams[from as usize];
-        let Some(socket) = &self.sockets[from as usize] else { return Filled::Nothing };
+        let Some(socket) = &self.sockets[from as usize] else { return FillOutcome::Nothing };
         if stream.pipe.is_none() {
             stream.pipe = pipes.take().map(Box::new);
         }
-        let Some(pipe) = &mut stream.pipe else { return Filled::NoPipe };
+        let Some(pipe) = &mut stream.pipe else { return FillOutcome::NoPipe };
         let filled = loop {
             match pipe.fill(socket) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -136,31 +136,31 @@ impl Flow {
             }
         };
         match filled {
-            Ok(Fill { bytes: 0, .. }) => Filled::Unclear,
-            Ok(Fill { bytes, crammed }) => {
+            Ok(FillResult { bytes: 0, .. }) => FillOutcome::Unclear,
+            Ok(FillResult { bytes, crammed }) => {
                 stream.carried.received += bytes as u64;
                 moved.received[from as usize] += bytes as u64;
                 let small = crammed || bytes < BUFFER_LEN;
                 stream.streak = if small { stream.streak + 1 } else { 0 };
                 stream.crammed = crammed;
-                Filled::Some(bytes)
+                FillOutcome::Some(bytes)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Filled::Nothing,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => FillOutcome::Nothing,
             // This kind of socket cannot be spliced (splice(2)).
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Filled::NoPipe,
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => FillOutcome::NoPipe,
             // A receive needs less.
-            Err(error) if local_errors::is_shortage(&error) => Filled::NoPipe,
+            Err(error) if local_errors::is_shortage(&error) => FillOutcome::NoPipe,
             Err(error) => {
                 self.end_of(from, errno_of(&error), moved);
-                Filled::Failed
+                FillOutcome::Failed
             }
         }
     }
 
     /// From now on by receives, the first of which is armed by the caller.
-    fn leave_bulk(&mut self, from: Side) {
+    fn leave_bulk(&mut self, from: SessionSide) {
         let stream = &mut self.streams[from as usize];
-        stream.mode = Mode::Ring;
+        stream.mode = RingMode::Ring;
         stream.streak = 0;
         if std::mem::take(&mut stream.crammed) {
             stream.shunned = (stream.shunned + 1).min(SHUNNED_MAX);
@@ -168,7 +168,7 @@ impl Flow {
     }
 
     /// Others may use it. One that still holds something stays.
-    fn give_back_pipe(&mut self, from: Side, pipes: &mut Pipes) {
+    fn give_back_pipe(&mut self, from: SessionSide, pipes: &mut Pipes) {
         if let Some(pipe) = self.streams[from as usize].pipe.take_if(|pipe| pipe.holds() == 0) {
             pipes.give_back(*pipe);
         }

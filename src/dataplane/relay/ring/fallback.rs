@@ -6,34 +6,34 @@
 //! be neither kept nor sent stays in the kernel's receive buffer, and TCP holds
 //! the sender back.
 
-use super::streams::{Flow, Meaning, Use};
+use super::streams::{OpResult, OpUse, RingSession};
 use crate::local_errors;
-use crate::relay::close_state::Moved;
+use crate::relay::close_state::TurnBytes;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use tidegate_core::outcome::Side;
-use tidegate_net::budget::Budget;
+use tidegate_core::outcome::SessionSide;
+use tidegate_net::budget::MemoryBudget;
 use tidegate_net::pipe::Pipes;
 use tidegate_net::ring::{BUFFER_LEN, Chunk, Ring};
 use tidegate_net::stream;
 
 /// What is read with when the ring has no buffer.
 #[derive(Debug)]
-pub(super) struct Larder {
+pub(super) struct FallbackBuffers {
     /// What is over moves to a buffer of the session's own.
     scratch: Box<[u8]>,
-    budget: Arc<Budget>,
+    budget: Arc<MemoryBudget>,
 }
 
 /// What came of asking for bytes without a receive in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fed {
+pub(super) enum FallbackResult {
     /// It is no longer starved.
     Done,
     /// It still is.
-    Hungry,
+    MoreToRead,
     /// It waits for its own bytes to be sent.
     Waits,
     /// The kernel has no memory for it.
@@ -44,44 +44,44 @@ pub(super) enum Fed {
 
 // === impl Larder ===
 
-impl Larder {
-    pub(super) fn new(budget: Arc<Budget>) -> Larder {
-        Larder { scratch: vec![0; BUFFER_LEN].into_boxed_slice(), budget }
+impl FallbackBuffers {
+    pub(super) fn new(budget: Arc<MemoryBudget>) -> FallbackBuffers {
+        FallbackBuffers { scratch: vec![0; BUFFER_LEN].into_boxed_slice(), budget }
     }
 }
 
 // === impl Flow ===
 
-impl Flow {
+impl RingSession {
     /// Whether that side waits for a buffer.
-    pub(super) fn is_starved(&self, from: Side) -> bool {
+    pub(super) fn is_without_buffer(&self, from: SessionSide) -> bool {
         !self.halted && self.streams[from as usize].starved
     }
 
     /// Gets a starved side going again: with a receive where there are buffers,
     /// else by reading what its empty queue can take, else by passing on what
     /// finds room at once.
-    pub(super) fn feed(
+    pub(super) fn receive_fallback(
         &mut self,
         key: u32,
-        from: Side,
+        from: SessionSide,
         ring: &mut Ring,
-        larder: &mut Larder,
-        moved: &mut Moved,
-    ) -> Fed {
+        larder: &mut FallbackBuffers,
+        moved: &mut TurnBytes,
+    ) -> FallbackResult {
         let stream = &mut self.streams[from as usize];
         if ring.buffers_shown() > 0 {
             stream.starved = false;
             self.arm(key, from, ring);
-            return Fed::Done;
+            return FallbackResult::Done;
         }
         if stream.queued > 0 {
             // The end of the send tries again.
             stream.starved = false;
-            return Fed::Waits;
+            return FallbackResult::Waits;
         }
-        let Some(socket) = self.sockets[from as usize].clone() else { return Fed::Done };
-        let Larder { scratch, budget } = larder;
+        let Some(socket) = self.sockets[from as usize].clone() else { return FallbackResult::Done };
+        let FallbackBuffers { scratch, budget } = larder;
         let keeps = budget.has(scratch.len());
         let there = match keeps {
             true => stream::receive(&socket, scratch),
@@ -95,39 +95,39 @@ impl Flow {
             Ok(received) if keeps => {
                 let chunk = Chunk::copied(&scratch[..received], budget.take(received));
                 self.received(key, from, chunk, ring, moved);
-                return Fed::Hungry;
+                return FallbackResult::MoreToRead;
             }
             Ok(there) => {
                 return self.pass_on(key, from, &socket, &mut scratch[..there], ring, moved);
             }
-            Err(error) => return self.not_fed(key, from, &error, ring, moved),
+            Err(error) => return self.back_off(key, from, &error, ring, moved),
         }
         self.finish(from);
-        Fed::Done
+        FallbackResult::Done
     }
 
-    fn not_fed(
+    fn back_off(
         &mut self,
         key: u32,
-        from: Side,
+        from: SessionSide,
         error: &io::Error,
         ring: &mut Ring,
-        moved: &mut Moved,
-    ) -> Fed {
+        moved: &mut TurnBytes,
+    ) -> FallbackResult {
         if error.kind() == io::ErrorKind::Interrupted {
-            return Fed::Hungry;
+            return FallbackResult::MoreToRead;
         }
         if local_errors::is_shortage(error) {
-            return self.fall_short(from);
+            return self.note_shortage(from);
         }
         self.streams[from as usize].starved = false;
         if error.kind() == io::ErrorKind::WouldBlock {
-            self.wait(key, from, Use::Readable, ring);
+            self.wait(key, from, OpUse::Readable, ring);
         } else {
             self.end_of(from, error.raw_os_error().unwrap_or(libc::EIO), moved);
         }
         self.finish(from);
-        Fed::Done
+        FallbackResult::Done
     }
 
     /// Sends what was seen at `from` and still is to be received there, and
@@ -135,25 +135,27 @@ impl Flow {
     fn pass_on(
         &mut self,
         key: u32,
-        from: Side,
+        from: SessionSide,
         socket: &Rc<OwnedFd>,
         seen: &mut [u8],
         ring: &mut Ring,
-        moved: &mut Moved,
-    ) -> Fed {
-        let Some(to) = &self.sockets[from.other() as usize] else { return Fed::Done };
+        moved: &mut TurnBytes,
+    ) -> FallbackResult {
+        let Some(to) = &self.sockets[from.other() as usize] else { return FallbackResult::Done };
         let sent = match stream::send(to, seen) {
             Ok(sent) => sent,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Fed::Hungry,
-            Err(error) if local_errors::is_shortage(&error) => return self.fall_short(from),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                return FallbackResult::MoreToRead;
+            }
+            Err(error) if local_errors::is_shortage(&error) => return self.note_shortage(from),
             Err(error) => {
                 self.streams[from as usize].starved = false;
                 self.send_failed(from, error.raw_os_error().unwrap_or(libc::EIO), ring);
                 // Nobody wants it; left unread it would turn a close in order into
                 // a reset. What is wrong with this socket shows at its next read.
                 let _ = self.take(from, socket, seen, moved);
-                return Fed::Failed;
+                return FallbackResult::Failed;
             }
         };
         if sent > 0 {
@@ -163,41 +165,41 @@ impl Flow {
                 self.streams[from as usize].starved = false;
                 self.end_of(from, errno, moved);
                 self.finish(from);
-                return Fed::Done;
+                return FallbackResult::Done;
             }
             if sent == all {
-                return Fed::Hungry;
+                return FallbackResult::MoreToRead;
             }
         }
         let stream = &mut self.streams[from as usize];
         stream.starved = false;
         stream.dry = true;
-        self.wait(key, from, Use::Writable, ring);
-        Fed::Waits
+        self.wait(key, from, OpUse::Writable, ring);
+        FallbackResult::Waits
     }
 
-    fn fall_short(&mut self, from: Side) -> Fed {
+    fn note_shortage(&mut self, from: SessionSide) -> FallbackResult {
         let stream = &mut self.streams[from as usize];
         (stream.starved, stream.short) = (false, true);
-        Fed::Short
+        FallbackResult::Short
     }
 
     /// Goes on where the kernel had no memory.
     pub(super) fn retry_short(
         &mut self,
         key: u32,
-        from: Side,
+        from: SessionSide,
         ring: &mut Ring,
         pipes: &mut Pipes,
-        moved: &mut Moved,
-    ) -> Meaning {
+        moved: &mut TurnBytes,
+    ) -> OpResult {
         let stream = &mut self.streams[from as usize];
         if self.halted || !std::mem::take(&mut stream.short) {
-            return Meaning::Nothing;
+            return OpResult::Nothing;
         }
         if stream.pipe.is_none() {
             stream.starved = true;
-            return Meaning::Starved { side: from, alone: true };
+            return OpResult::Starved { side: from, alone: true };
         }
         let meaning = self.splice(key, from, false, ring, pipes, moved);
         self.arm(key, from, ring);
@@ -208,10 +210,10 @@ impl Flow {
     /// Takes from the socket what was sent: as many bytes as `sent` is long.
     fn take(
         &mut self,
-        from: Side,
+        from: SessionSide,
         socket: &Rc<OwnedFd>,
         sent: &mut [u8],
-        moved: &mut Moved,
+        moved: &mut TurnBytes,
     ) -> Result<(), i32> {
         let mut taken = 0;
         while taken < sent.len() {

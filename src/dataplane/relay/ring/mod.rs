@@ -15,25 +15,27 @@ mod streams;
 #[cfg(test)]
 mod tests;
 
-use super::mover::{Mover, Round};
-use super::pace::Pace;
-use super::shell::State;
+use super::mover::{EngineIo, TurnResult};
+use super::pace::EngineSleep;
+use super::shell::EngineState;
 use crate::local_errors;
-use crate::relay::close_state::{Carried, Moved, Next, Verdict};
-use crate::relay::ring::fallback::{Fed, Larder};
+use crate::relay::close_state::{Carried, CloseState, TurnBytes, TurnNext};
+use crate::relay::ring::fallback::{FallbackBuffers, FallbackResult};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use streams::{Flow, Meaning};
-use tidegate_core::metrics::counters::{LocalAt, LocalError, RingEvent, WorkerCounters};
-use tidegate_core::outcome::Side;
-use tidegate_net::budget::Budget;
+use streams::{OpResult, RingSession};
+use tidegate_core::metrics::counters::{
+    LocalErrorKind, LocalErrorPlace, RingEvent, WorkerCounters,
+};
+use tidegate_core::outcome::SessionSide;
+use tidegate_net::budget::MemoryBudget;
 use tidegate_net::clock;
 use tidegate_net::pipe::Pipes;
-use tidegate_net::ring::{BUFFER_LEN, Counts, Event, Ring, Settings, Wake};
+use tidegate_net::ring::{BUFFER_LEN, Completion, Ring, RingCounts, RingSettings, RingWaker};
 use tidegate_net::{reactor, stream};
 use tokio::io::unix::AsyncFd;
 
@@ -46,7 +48,7 @@ use tokio::io::unix::AsyncFd;
 /// before it is stopped. But one system call completes up to forty receives
 /// (twice twenty pieces of deferred work), and each needs one: showing sixteen
 /// cost up to 25 % at 512 busy sessions.
-pub const SETTINGS: Settings = Settings { buffers: 1024, shown: 64 };
+pub const SETTINGS: RingSettings = RingSettings { buffers: 1024, shown: 64 };
 
 /// Wake-ups by the eventfd are argued for, not promised: look now and then.
 const SAFETY_TICK: Duration = Duration::from_millis(100);
@@ -56,45 +58,45 @@ const NARROW_AFTER: u32 = 10;
 
 /// The ring, and what is shared by all sessions.
 #[derive(Debug)]
-pub(super) struct Ringed {
+pub(super) struct RingEngine {
     ring: Ring,
-    bell: AsyncFd<Wake>,
+    bell: AsyncFd<RingWaker>,
     pipes: Pipes,
     /// Sides that wait for a buffer.
-    starved: VecDeque<(u32, Side)>,
+    starved: VecDeque<(u32, SessionSide)>,
     /// Sides not received from since the last tick.
-    stalled: Vec<(u32, Side)>,
+    stalled: Vec<(u32, SessionSide)>,
     /// Sides the kernel had no memory for since the last tick.
-    short: Vec<(u32, Side)>,
+    short: Vec<(u32, SessionSide)>,
     /// For reading where there is no buffer.
-    larder: Larder,
+    larder: FallbackBuffers,
     /// Starvations seen at the last tick, and ticks since there was one.
     starved_before: u64,
     quiet_ticks: u32,
     /// Where the ring's counts are shown, and those that are.
     shown_by: Option<Arc<WorkerCounters>>,
-    shown: Counts,
+    shown: RingCounts,
 }
 
 // === impl Ringed ===
 
-impl Ringed {
+impl RingEngine {
     /// On the current thread and its runtime.
-    pub(super) fn new(settings: Settings, budget: Arc<Budget>) -> io::Result<Ringed> {
+    pub(super) fn new(settings: RingSettings, budget: Arc<MemoryBudget>) -> io::Result<RingEngine> {
         let ring = Ring::new(settings)?;
         let bell = reactor::watch_readable(ring.wake())?;
-        Ok(Ringed {
+        Ok(RingEngine {
             ring,
             bell,
             pipes: Pipes::new(Arc::clone(&budget)),
             starved: VecDeque::new(),
             stalled: Vec::new(),
             short: Vec::new(),
-            larder: Larder::new(budget),
+            larder: FallbackBuffers::new(budget),
             starved_before: 0,
             quiet_ticks: 0,
             shown_by: None,
-            shown: Counts::default(),
+            shown: RingCounts::default(),
         })
     }
 
@@ -116,7 +118,7 @@ impl Ringed {
         if before == now {
             return;
         }
-        let add = |event: RingEvent, count: fn(&Counts) -> u64| {
+        let add = |event: RingEvent, count: fn(&RingCounts) -> u64| {
             worker.ring_events.cell(event as usize, 0).add(count(&now) - count(&before));
         };
         add(RingEvent::Overflow, |counts| counts.overflows);
@@ -124,7 +126,9 @@ impl Ringed {
         add(RingEvent::Resumed, |counts| counts.resumed);
         add(RingEvent::Stray, |counts| counts.strays);
         add(RingEvent::StaleFlag, |counts| counts.stale_flags);
-        let memory = worker.local_errors.cell(LocalError::Memory as usize, LocalAt::Relay as usize);
+        let memory = worker
+            .local_errors
+            .cell(LocalErrorKind::Memory as usize, LocalErrorPlace::Relay as usize);
         memory.add(now.short - before.short);
     }
 
@@ -137,89 +141,95 @@ impl Ringed {
     }
 
     #[inline]
-    fn handle(state: &mut State<Ringed>, event: Event, pace: &Pace) {
+    fn handle(state: &mut EngineState<RingEngine>, event: Completion, pace: &EngineSleep) {
         let key = streams::key_of(event.tag);
         // Flows outlive their operations, so this one is there.
         let Some(entry) = state.flows.get_mut(key as usize) else { return };
         let last = event.last;
-        let mut moved = Moved::default();
-        let Ringed { ring, pipes, .. } = &mut state.mover;
+        let mut moved = TurnBytes::default();
+        let RingEngine { ring, pipes, .. } = &mut state.mover;
         let meaning = entry.flow.handle(event, ring, pipes, &mut moved);
-        Ringed::go_on(state, key, meaning, &moved, pace);
+        RingEngine::handle_result(state, key, meaning, &moved, pace);
         if last {
-            state.settle(key, pace);
+            state.finish_when_idle(key, pace);
         }
     }
 
     /// What an event, or a try without one, leaves to do.
     #[inline]
-    fn go_on(state: &mut State<Ringed>, key: u32, meaning: Meaning, moved: &Moved, pace: &Pace) {
+    fn handle_result(
+        state: &mut EngineState<RingEngine>,
+        key: u32,
+        meaning: OpResult,
+        moved: &TurnBytes,
+        pace: &EngineSleep,
+    ) {
         let verdict = &state.flows[key as usize].flow.verdict;
-        let next = verdict.ending().map_or(Next::Wait, Next::End);
+        let next = verdict.ending().map_or(TurnNext::Wait, TurnNext::End);
         match meaning {
-            Meaning::Nothing => {}
-            Meaning::Connected(how) => state.connect_decided(key, how),
-            Meaning::ClientFailed => state.client_failed(key),
-            Meaning::Starved { side, alone } => {
+            OpResult::Nothing => {}
+            OpResult::Connected(how) => state.connect_decided(key, how),
+            OpResult::ClientFailed => state.client_failed(key),
+            OpResult::Starved { side, alone } => {
                 if !alone {
                     state.mover.ring.widen();
                 }
                 state.mover.starved.push_back((key, side));
             }
-            Meaning::Stalled(side) => state.mover.stalled.push((key, side)),
-            Meaning::Short(side) => state.mover.ran_short(key, side),
-            Meaning::Failed(_) => state.note_failure(key, true, pace),
+            OpResult::Stalled(side) => state.mover.stalled.push((key, side)),
+            OpResult::Short(side) => state.mover.note_shortage(key, side),
+            OpResult::Failed(_) => state.note_failure(key, true, pace),
         }
         state.progress(key, moved, next, pace);
     }
 
     /// Has that side go on at the next tick.
     #[cold]
-    fn ran_short(&mut self, key: u32, side: Side) {
+    fn note_shortage(&mut self, key: u32, side: SessionSide) {
         if let Some(worker) = &self.shown_by {
-            worker.local_trouble(LocalError::Memory, LocalAt::Relay);
+            worker.local_trouble(LocalErrorKind::Memory, LocalErrorPlace::Relay);
         }
         self.short.push((key, side));
     }
 
     /// Has everything go on that ran short of memory.
-    fn retry_short(state: &mut State<Ringed>, pace: &Pace) {
-        state.mover.ring.retry_shelved();
+    fn retry_short(state: &mut EngineState<RingEngine>, pace: &EngineSleep) {
+        state.mover.ring.retry_all();
         for (key, side) in std::mem::take(&mut state.mover.short) {
             // A flow that came after is not short.
             let Some(entry) = state.flows.get_mut(key as usize) else { continue };
             if !entry.is_relaying() {
                 continue;
             }
-            let mut moved = Moved::default();
-            let Ringed { ring, pipes, .. } = &mut state.mover;
+            let mut moved = TurnBytes::default();
+            let RingEngine { ring, pipes, .. } = &mut state.mover;
             let meaning = entry.flow.retry_short(key, side, ring, pipes, &mut moved);
-            Ringed::go_on(state, key, meaning, &moved, pace);
+            RingEngine::handle_result(state, key, meaning, &moved, pace);
         }
     }
 
     /// Lets every starved side try again, once.
-    fn feed(state: &mut State<Ringed>, pace: &Pace) {
+    fn receive_fallback(state: &mut EngineState<RingEngine>, pace: &EngineSleep) {
         for _ in 0..state.mover.starved.len() {
             let Some((key, side)) = state.mover.starved.pop_front() else { return };
             let Some(entry) = state.flows.get_mut(key as usize) else { continue };
             // An entry of an earlier flow in this place does no harm.
-            if !entry.is_relaying() || !entry.flow.is_starved(side) {
+            if !entry.is_relaying() || !entry.flow.is_without_buffer(side) {
                 continue;
             }
-            let Ringed { ring, larder, starved, stalled, .. } = &mut state.mover;
-            let mut moved = Moved::default();
+            let RingEngine { ring, larder, starved, stalled, .. } = &mut state.mover;
+            let mut moved = TurnBytes::default();
             let (mut failed, mut short) = (false, false);
-            match entry.flow.feed(key, side, ring, larder, &mut moved) {
-                Fed::Done => {}
-                Fed::Hungry => starved.push_back((key, side)),
-                Fed::Waits => stalled.push((key, side)),
-                Fed::Short => short = true,
-                Fed::Failed => failed = true,
+            match entry.flow.receive_fallback(key, side, ring, larder, &mut moved) {
+                FallbackResult::Done => {}
+                FallbackResult::MoreToRead => starved.push_back((key, side)),
+                FallbackResult::Waits => stalled.push((key, side)),
+                FallbackResult::Short => short = true,
+                FallbackResult::Failed => failed = true,
             }
-            let next = entry.flow.verdict.ending().map_or(Next::Wait, Next::End);
+            let next = entry.flow.verdict.ending().map_or(TurnNext::Wait, TurnNext::End);
             if short {
-                state.mover.ran_short(key, side);
+                state.mover.note_shortage(key, side);
             }
             state.note_failure(key, failed, pace);
             state.progress(key, &moved, next, pace);
@@ -227,8 +237,8 @@ impl Ringed {
     }
 }
 
-impl Mover for Ringed {
-    type Flow = Flow;
+impl EngineIo for RingEngine {
+    type Flow = RingSession;
 
     const TICK: Duration = SAFETY_TICK;
 
@@ -236,14 +246,14 @@ impl Mover for Ringed {
         sessions || self.pipes.has_spare()
     }
 
-    fn open(&mut self, _: u32, client: OwnedFd) -> io::Result<Flow> {
-        Ok(Flow::new(client))
+    fn open(&mut self, _: u32, client: OwnedFd) -> io::Result<RingSession> {
+        Ok(RingSession::new(client))
     }
 
     fn attach(
         &mut self,
         key: u32,
-        flow: &mut Flow,
+        flow: &mut RingSession,
         upstream: OwnedFd,
         pending: bool,
     ) -> io::Result<()> {
@@ -251,31 +261,31 @@ impl Mover for Ringed {
         Ok(())
     }
 
-    fn detach(&mut self, flow: &mut Flow) {
+    fn detach(&mut self, flow: &mut RingSession) {
         flow.detach(&mut self.ring);
     }
 
-    fn watch_client(&mut self, key: u32, flow: &mut Flow) {
+    fn watch_client(&mut self, key: u32, flow: &mut RingSession) {
         flow.watch_client(key, &mut self.ring);
     }
 
-    fn begin(&mut self, key: u32, flow: &mut Flow, _: &mut Moved) -> Next {
-        for side in Side::BOTH {
+    fn begin(&mut self, key: u32, flow: &mut RingSession, _: &mut TurnBytes) -> TurnNext {
+        for side in SessionSide::BOTH {
             flow.arm(key, side, &mut self.ring);
         }
-        Next::Wait
+        TurnNext::Wait
     }
 
-    fn halt(&mut self, flow: &mut Flow) {
+    fn stop_relaying(&mut self, flow: &mut RingSession) {
         flow.halt(&mut self.ring);
     }
 
     #[inline]
-    fn is_settled(flow: &Flow) -> bool {
+    fn is_settled(flow: &RingSession) -> bool {
         flow.is_settled()
     }
 
-    fn tear_down(&mut self, flow: &mut Flow) {
+    fn tear_down(&mut self, flow: &mut RingSession) {
         if let Some(worker) = &self.shown_by {
             worker.ring_events.cell(RingEvent::TornDown as usize, 0).add(1);
         }
@@ -286,33 +296,33 @@ impl Mover for Ringed {
         flow.tear_down(&mut self.ring);
     }
 
-    fn ask_progress(&mut self, flow: &mut Flow) -> bool {
+    fn request_progress(&mut self, flow: &mut RingSession) -> bool {
         flow.ask_progress(&mut self.ring)
     }
 
     #[inline]
-    fn verdict(flow: &Flow) -> &Verdict {
+    fn verdict(flow: &RingSession) -> &CloseState {
         &flow.verdict
     }
 
-    fn carried(flow: &Flow, from: Side) -> Carried {
+    fn carried(flow: &RingSession, from: SessionSide) -> Carried {
         flow.carried(from)
     }
 
-    fn client(flow: &Flow) -> Option<BorrowedFd<'_>> {
-        flow.socket(Side::Client).map(|socket| socket.as_fd())
+    fn client(flow: &RingSession) -> Option<BorrowedFd<'_>> {
+        flow.socket(SessionSide::Client).map(|socket| socket.as_fd())
     }
 
-    fn backend(flow: &Flow) -> Option<BorrowedFd<'_>> {
-        flow.socket(Side::Backend).map(|socket| socket.as_fd())
+    fn backend(flow: &RingSession) -> Option<BorrowedFd<'_>> {
+        flow.socket(SessionSide::Backend).map(|socket| socket.as_fd())
     }
 
-    fn take_sockets(flow: &mut Flow) -> Option<[OwnedFd; 2]> {
+    fn take_sockets(flow: &mut RingSession) -> Option<[OwnedFd; 2]> {
         flow.take_sockets()
     }
 
-    fn refuse(&mut self, flow: &mut Flow) {
-        if let Some(client) = flow.socket(Side::Client) {
+    fn refuse(&mut self, flow: &mut RingSession) {
+        if let Some(client) = flow.socket(SessionSide::Client) {
             stream::reset_on_close(client);
         }
     }
@@ -322,24 +332,24 @@ impl Mover for Ringed {
         self.ring.has_pending() || !self.starved.is_empty()
     }
 
-    fn round(state: &mut State<Ringed>, pace: &Pace) -> io::Result<Round> {
+    fn round(state: &mut EngineState<RingEngine>, pace: &EngineSleep) -> io::Result<TurnResult> {
         state.mover.ring.enter()?;
         state.now = clock::now();
         let mut busy = false;
         while let Some(event) = state.mover.ring.next_event() {
             busy = true;
-            Ringed::handle(state, event, pace);
+            RingEngine::handle(state, event, pace);
         }
         if !state.mover.starved.is_empty() {
             // What this batch gave back is to be had before the next.
             state.mover.ring.show_buffers();
-            Ringed::feed(state, pace);
+            RingEngine::receive_fallback(state, pace);
         }
-        Ok(Round { drained: true, busy })
+        Ok(TurnResult { drained: true, busy })
     }
 
-    fn tick(state: &mut State<Ringed>, pace: &Pace) {
-        Ringed::retry_short(state, pace);
+    fn tick(state: &mut EngineState<RingEngine>, pace: &EngineSleep) {
+        RingEngine::retry_short(state, pace);
         let mut stalled = std::mem::take(&mut state.mover.stalled);
         for (key, side) in stalled.drain(..) {
             if let Some(entry) = state.flows.get_mut(key as usize)
@@ -351,8 +361,8 @@ impl Mover for Ringed {
         let mover = &mut state.mover;
         mover.stalled = stalled;
         mover.pipes.trim();
-        if let (Some(error), Some(worker)) = (mover.pipes.trouble(), &mover.shown_by) {
-            worker.local_trouble(local_errors::local_kind(&error), LocalAt::Relay);
+        if let (Some(error), Some(worker)) = (mover.pipes.last_error(), &mover.shown_by) {
+            worker.local_trouble(local_errors::local_kind(&error), LocalErrorPlace::Relay);
         }
         mover.show_counts();
         mover.show_held();
@@ -368,8 +378,8 @@ impl Mover for Ringed {
         }
     }
 
-    fn doze(&mut self) -> bool {
-        let dozes = self.starved.is_empty() && self.ring.doze();
+    fn arm_wakeup(&mut self) -> bool {
+        let dozes = self.starved.is_empty() && self.ring.arm_wakeup();
         if dozes {
             self.show_counts();
             self.show_held();
@@ -381,11 +391,11 @@ impl Mover for Ringed {
         self.bell.poll_read_ready(cx).map(|guard| guard.map(|mut guard| guard.clear_ready()))
     }
 
-    fn rouse(&mut self) {
-        self.ring.rouse();
+    fn disarm_wakeup(&mut self) {
+        self.ring.disarm_wakeup();
     }
 
-    fn ring_the_bell(&self) -> io::Result<bool> {
-        self.ring.ring_the_bell().map(|()| true)
+    fn signal_wakeup(&self) -> io::Result<bool> {
+        self.ring.signal_wakeup().map(|()| true)
     }
 }

@@ -11,11 +11,11 @@ use tidegate_net::ring::{Chunk, Op, Ring};
 /// Chunks that wait to be sent: mostly none, and then no memory either.
 #[derive(Debug, Default)]
 #[expect(clippy::box_collection, reason = "a quarter of the room in every idle session")]
-pub(super) struct Queue(Option<Box<VecDeque<Chunk>>>);
+pub(super) struct SendQueue(Option<Box<VecDeque<Chunk>>>);
 
 // === impl Queue ===
 
-impl Queue {
+impl SendQueue {
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_none()
     }

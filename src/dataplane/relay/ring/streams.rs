@@ -9,14 +9,14 @@
 //! cancelled, at the low one it is started again. A stream that is never short
 //! of bytes goes over to bulk: through a pipe, see `bulk`.
 
-use super::queue::Queue;
-use crate::relay::close_state::{Carried, Moved, Verdict};
-use crate::relay::mover::Decided;
+use super::queue::SendQueue;
+use crate::relay::close_state::{Carried, CloseState, TurnBytes};
+use crate::relay::mover::ConnectResult;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use tidegate_core::outcome::Side;
+use tidegate_core::outcome::SessionSide;
 use tidegate_net::pipe::{Pipe, Pipes};
-use tidegate_net::ring::{BUFFER_LEN, Chunk, Event, Interest, Op, Ring, What};
+use tidegate_net::ring::{BUFFER_LEN, Chunk, Completion, CompletionKind, Op, PollInterest, Ring};
 use tidegate_net::stream;
 
 /// Bytes queued at which a direction stops receiving, while buffers are plenty.
@@ -41,7 +41,7 @@ pub(super) const SHUNNED_MAX: u8 = 5;
 /// What an operation is for; the low bits of its tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Use {
+pub(super) enum OpUse {
     Receive,
     /// Tagged with the side the bytes came from.
     Send,
@@ -58,20 +58,20 @@ pub(super) enum Use {
 }
 
 // What matches on a tag's bits.
-const CONNECT: u64 = Use::Connect as u64;
-const WATCH: u64 = Use::Watch as u64;
-const READABLE: u64 = Use::Readable as u64;
-const WRITABLE: u64 = Use::Writable as u64;
-const STALLED: u64 = Use::Stalled as u64;
+const CONNECT: u64 = OpUse::Connect as u64;
+const WATCH: u64 = OpUse::Watch as u64;
+const READABLE: u64 = OpUse::Readable as u64;
+const WRITABLE: u64 = OpUse::Writable as u64;
+const STALLED: u64 = OpUse::Stalled as u64;
 
 /// One session's sockets, streams and operations.
 #[derive(Debug, Default)]
-pub(in crate::relay) struct Flow {
+pub(in crate::relay) struct RingSession {
     /// By side. Operations hold shares.
     pub(super) sockets: [Option<Rc<OwnedFd>>; 2],
     /// By the side the bytes come from.
-    pub(super) streams: [Stream; 2],
-    pub(super) verdict: Verdict,
+    pub(super) streams: [RingDirection; 2],
+    pub(super) verdict: CloseState,
     /// Operations whose last event is still to come.
     operations: u32,
     connect: Option<Op>,
@@ -85,7 +85,7 @@ pub(in crate::relay) struct Flow {
 
 /// Bytes from one side on their way to the other. Small: idle sessions have two.
 #[derive(Debug, Default)]
-pub(super) struct Stream {
+pub(super) struct RingDirection {
     receive: Option<Op>,
     pub(super) send: Option<Op>,
     /// While neither of them can go on: for bytes to receive, or, where the pipe
@@ -94,7 +94,7 @@ pub(super) struct Stream {
     /// The poll of a socket that is not received from, as its bytes wait.
     stalled_poll: Option<Op>,
     /// Behind what is being sent.
-    queue: Queue,
+    queue: SendQueue,
     /// Never kept empty while the stream waits.
     pub(super) pipe: Option<Box<Pipe>>,
     pub(super) carried: Carried,
@@ -102,7 +102,7 @@ pub(super) struct Stream {
     pub(super) queued: u32,
     /// `queued` at which to cancel the receive, next time.
     cancel_at: u32,
-    pub(super) mode: Mode,
+    pub(super) mode: RingMode,
     /// Waits for a buffer.
     pub(super) starved: bool,
     /// Has no buffer to keep bytes in, and waits for room to send them at once.
@@ -122,7 +122,7 @@ pub(super) struct Stream {
 
 /// How a stream's bytes are moved.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mode {
+pub(super) enum RingMode {
     /// By receives and sends; bulk is noticed.
     #[default]
     Ring,
@@ -134,28 +134,28 @@ pub(super) enum Mode {
 
 /// What an event means to the engine, beside what it moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Meaning {
+pub(super) enum OpResult {
     Nothing,
     /// The pending connect was decided.
-    Connected(Decided),
+    Connected(ConnectResult),
     /// The client has failed before it was relayed.
     ClientFailed,
     /// No buffer for bytes of that side; `alone` where it took them all itself.
     Starved {
-        side: Side,
+        side: SessionSide,
         alone: bool,
     },
     /// That side is not received from, as its bytes wait.
-    Stalled(Side),
+    Stalled(SessionSide),
     /// The kernel has no memory to move bytes of that side.
-    Short(Side),
+    Short(SessionSide),
     /// That side has failed, and it is news.
-    Failed(Side),
+    Failed(SessionSide),
 }
 
 // === tags ===
 
-pub(super) fn tag(key: u32, side: Side, what: Use) -> u64 {
+pub(super) fn tag(key: u32, side: SessionSide, what: OpUse) -> u64 {
     u64::from(key) << 8 | (side as u64) << 4 | what as u64
 }
 
@@ -165,45 +165,45 @@ pub(super) fn key_of(tag: u64) -> u32 {
     (tag >> 8) as u32
 }
 
-fn side_of(tag: u64) -> Side {
-    if tag & 0x10 == 0 { Side::Client } else { Side::Backend }
+fn side_of(tag: u64) -> SessionSide {
+    if tag & 0x10 == 0 { SessionSide::Client } else { SessionSide::Backend }
 }
 
 // === impl Flow: sockets ===
 
-impl Flow {
-    pub(super) fn new(client: OwnedFd) -> Flow {
-        Flow { sockets: [Some(Rc::new(client)), None], ..Flow::default() }
+impl RingSession {
+    pub(super) fn new(client: OwnedFd) -> RingSession {
+        RingSession { sockets: [Some(Rc::new(client)), None], ..RingSession::default() }
     }
 
     pub(super) fn attach(&mut self, key: u32, upstream: OwnedFd, pending: bool, ring: &mut Ring) {
         let upstream = Rc::new(upstream);
         if pending {
-            let tag = tag(key, Side::Backend, Use::Connect);
-            self.connect = Some(ring.poll(&upstream, tag, Interest::Writable));
+            let tag = tag(key, SessionSide::Backend, OpUse::Connect);
+            self.connect = Some(ring.poll(&upstream, tag, PollInterest::Writable));
             self.operations += 1;
         }
-        self.sockets[Side::Backend as usize] = Some(upstream);
+        self.sockets[SessionSide::Backend as usize] = Some(upstream);
     }
 
     pub(super) fn detach(&mut self, ring: &mut Ring) {
         if let Some(op) = self.connect.take() {
             ring.cancel(op);
         }
-        self.sockets[Side::Backend as usize] = None;
+        self.sockets[SessionSide::Backend as usize] = None;
     }
 
     pub(super) fn watch_client(&mut self, key: u32, ring: &mut Ring) {
         if self.watch.is_none()
-            && let Some(client) = &self.sockets[Side::Client as usize]
+            && let Some(client) = &self.sockets[SessionSide::Client as usize]
         {
-            let tag = tag(key, Side::Client, Use::Watch);
-            self.watch = Some(ring.poll(client, tag, Interest::Failure));
+            let tag = tag(key, SessionSide::Client, OpUse::Watch);
+            self.watch = Some(ring.poll(client, tag, PollInterest::Failure));
             self.operations += 1;
         }
     }
 
-    pub(super) fn socket(&self, side: Side) -> Option<&Rc<OwnedFd>> {
+    pub(super) fn socket(&self, side: SessionSide) -> Option<&Rc<OwnedFd>> {
         self.sockets[side as usize].as_ref()
     }
 
@@ -222,7 +222,7 @@ impl Flow {
     pub(super) fn halt(&mut self, ring: &mut Ring) {
         self.halted = true;
         for stream in &mut self.streams {
-            stream.queue = Queue::default();
+            stream.queue = SendQueue::default();
             stream.pipe = None;
             stream.starved = false;
             stream.short = false;
@@ -232,8 +232,8 @@ impl Flow {
 
     /// What is in flight, and what it is for.
     fn in_flight(&self) -> impl Iterator<Item = (&'static str, Op)> {
-        let of = |stream: &Stream| {
-            let Stream { receive, send, poll, stalled_poll, .. } = stream;
+        let of = |stream: &RingDirection| {
+            let RingDirection { receive, send, poll, stalled_poll, .. } = stream;
             [
                 ("receive", *receive),
                 ("send", *send),
@@ -262,7 +262,7 @@ impl Flow {
     /// operations.
     pub(super) fn tear_down(&self, ring: &mut Ring) {
         for socket in self.sockets.iter().flatten() {
-            stream::tear_down(socket);
+            stream::abort(socket);
         }
         self.cancel_all(ring);
     }
@@ -272,7 +272,7 @@ impl Flow {
         let mut asked = false;
         for stream in &self.streams {
             if let Some(op) = stream.send {
-                ring.nudge(op);
+                ring.request_progress(op);
                 asked = true;
             } else if (stream.pipe.is_some() || stream.dry)
                 && let Some(op) = stream.poll
@@ -289,9 +289,9 @@ impl Flow {
 
 // === impl Flow: moving bytes ===
 
-impl Flow {
+impl RingSession {
     /// Receives from that side, unless it does, or must not now.
-    pub(super) fn arm(&mut self, key: u32, from: Side, ring: &mut Ring) {
+    pub(super) fn arm(&mut self, key: u32, from: SessionSide, ring: &mut Ring) {
         let stream = &mut self.streams[from as usize];
         if self.halted
             || stream.receive.is_some()
@@ -304,30 +304,30 @@ impl Flow {
         {
             return;
         }
-        if matches!(stream.mode, Mode::ToBulk | Mode::Bulk) {
+        if matches!(stream.mode, RingMode::ToBulk | RingMode::Bulk) {
             if stream.queued == 0 {
-                stream.mode = Mode::Bulk;
+                stream.mode = RingMode::Bulk;
                 if !std::mem::replace(&mut self.were_bulk[from as usize], true)
                     && let (Some(socket), Some(to)) =
                         (&self.sockets[from as usize], &self.sockets[from.other() as usize])
                 {
                     stream::shorten_near_queues(socket, to);
                 }
-                self.wait(key, from, Use::Readable, ring);
+                self.wait(key, from, OpUse::Readable, ring);
             }
             return;
         }
         let Some(socket) = &self.sockets[from as usize] else { return };
-        stream.receive = Some(ring.receive(socket, tag(key, from, Use::Receive)));
+        stream.receive = Some(ring.receive(socket, tag(key, from, OpUse::Receive)));
         stream.cancel_at = high_water(ring);
         self.operations += 1;
     }
 
     /// Waits for bytes from that side, or for room for them at the other.
-    pub(super) fn wait(&mut self, key: u32, from: Side, what: Use, ring: &mut Ring) {
+    pub(super) fn wait(&mut self, key: u32, from: SessionSide, what: OpUse, ring: &mut Ring) {
         let (of, interest) = match what {
-            Use::Writable => (from.other(), Interest::Writable),
-            _ => (from, Interest::Readable),
+            OpUse::Writable => (from.other(), PollInterest::Writable),
+            _ => (from, PollInterest::Readable),
         };
         if let Some(socket) = &self.sockets[of as usize] {
             let poll = ring.poll(socket, tag(key, from, what), interest);
@@ -340,12 +340,12 @@ impl Flow {
     #[inline]
     pub(super) fn handle(
         &mut self,
-        event: Event,
+        event: Completion,
         ring: &mut Ring,
         pipes: &mut Pipes,
-        moved: &mut Moved,
-    ) -> Meaning {
-        let Event { op, tag, last, what } = event;
+        moved: &mut TurnBytes,
+    ) -> OpResult {
+        let Completion { op, tag, last, what } = event;
         let (key, side) = (key_of(tag), side_of(tag));
         if last {
             self.operations -= 1;
@@ -353,29 +353,29 @@ impl Flow {
         }
         if self.halted {
             self.note_late(side, &what, moved);
-            return Meaning::Nothing;
+            return OpResult::Nothing;
         }
         let meaning = match what {
-            What::Data(chunk) => {
-                self.judge_flow(side, chunk.len(), ring);
+            CompletionKind::Data(chunk) => {
+                self.classify_result(side, chunk.len(), ring);
                 self.received(key, side, chunk, ring, moved);
-                Meaning::Nothing
+                OpResult::Nothing
             }
-            What::End => self.end_of(side, self.failure_behind_end(side), moved),
-            What::Failed(errno) => self.end_of(side, errno, moved),
-            What::Starved => return self.starve(side),
-            What::Stopped => Meaning::Nothing,
-            What::Sent(bytes) => {
+            CompletionKind::End => self.end_of(side, self.failure_behind_end(side), moved),
+            CompletionKind::Failed(errno) => self.end_of(side, errno, moved),
+            CompletionKind::Starved => return self.note_no_buffer(side),
+            CompletionKind::Stopped => OpResult::Nothing,
+            CompletionKind::Sent(bytes) => {
                 self.sent_on(side, bytes, moved);
                 self.sent(key, side, bytes, last, ring);
-                Meaning::Nothing
+                OpResult::Nothing
             }
-            What::SendCut(bytes) => {
+            CompletionKind::SendCut(bytes) => {
                 self.sent_on(side, bytes, moved);
                 self.send_failed(side, libc::ECANCELED, ring)
             }
-            What::SendFailed(errno) => self.send_failed(side, errno, ring),
-            What::Polled(result) => match tag & 0xF {
+            CompletionKind::SendFailed(errno) => self.send_failed(side, errno, ring),
+            CompletionKind::Polled(result) => match tag & 0xF {
                 READABLE | WRITABLE if result == Err(libc::ENOMEM) => self.wait_short(side),
                 what @ (READABLE | WRITABLE) => {
                     self.woken(key, side, what == READABLE, ring, pipes, moved)
@@ -387,18 +387,18 @@ impl Flow {
             self.arm(key, side, ring);
         }
         self.finish(side);
-        if meaning == Meaning::Nothing
+        if meaning == OpResult::Nothing
             && self.is_stalled(side)
             && !std::mem::replace(&mut self.streams[side as usize].listed, true)
         {
-            return Meaning::Stalled(side);
+            return OpResult::Stalled(side);
         }
         meaning
     }
 
-    fn forget(&mut self, op: Op, side: Side) {
+    fn forget(&mut self, op: Op, side: SessionSide) {
         let stream = &mut self.streams[side as usize];
-        let Stream { receive, send, poll, stalled_poll, .. } = stream;
+        let RingDirection { receive, send, poll, stalled_poll, .. } = stream;
         for held in [receive, send, poll, stalled_poll] {
             if *held == Some(op) {
                 *held = None;
@@ -408,15 +408,15 @@ impl Flow {
     }
 
     /// Whether the stream is one for a pipe.
-    fn judge_flow(&mut self, from: Side, len: usize, ring: &mut Ring) {
+    fn classify_result(&mut self, from: SessionSide, len: usize, ring: &mut Ring) {
         let stream = &mut self.streams[from as usize];
         if len < BUFFER_LEN {
             stream.streak = 0;
             return;
         }
         stream.streak = stream.streak.saturating_add(1);
-        if stream.streak >= STREAK << stream.shunned && stream.mode == Mode::Ring {
-            stream.mode = Mode::ToBulk;
+        if stream.streak >= STREAK << stream.shunned && stream.mode == RingMode::Ring {
+            stream.mode = RingMode::ToBulk;
             stream.streak = 0;
             if let Some(op) = stream.receive {
                 ring.cancel(op);
@@ -427,10 +427,10 @@ impl Flow {
     pub(super) fn received(
         &mut self,
         key: u32,
-        from: Side,
+        from: SessionSide,
         chunk: Chunk,
         ring: &mut Ring,
-        moved: &mut Moved,
+        moved: &mut TurnBytes,
     ) {
         let stream = &mut self.streams[from as usize];
         stream.carried.received += chunk.len() as u64;
@@ -441,7 +441,7 @@ impl Flow {
         moved.received[from as usize] += chunk.len() as u64;
         stream.queued += chunk.len() as u32;
         if stream.send.is_none() {
-            stream.send = Some(ring.send(to, tag(key, from, Use::Send), chunk));
+            stream.send = Some(ring.send(to, tag(key, from, OpUse::Send), chunk));
             self.operations += 1;
         } else {
             stream.queue.push(chunk);
@@ -454,39 +454,49 @@ impl Flow {
         }
     }
 
-    fn sent(&mut self, key: u32, from: Side, bytes: usize, last: bool, ring: &mut Ring) {
+    fn sent(&mut self, key: u32, from: SessionSide, bytes: usize, last: bool, ring: &mut Ring) {
         let stream = &mut self.streams[from as usize];
         stream.queued = stream.queued.saturating_sub(bytes as u32);
         if !last {
             return;
         }
         let Some(to) = &self.sockets[from.other() as usize] else { return };
-        stream.send = stream.queue.send(to, tag(key, from, Use::Send), ring);
+        stream.send = stream.queue.send(to, tag(key, from, OpUse::Send), ring);
         self.operations += u32::from(stream.send.is_some());
     }
 
     /// That side's peer cannot be sent to any more. What waits for it is thrown
     /// away; what it had sent is still read.
-    pub(super) fn send_failed(&mut self, from: Side, errno: i32, ring: &mut Ring) -> Meaning {
+    pub(super) fn send_failed(
+        &mut self,
+        from: SessionSide,
+        errno: i32,
+        ring: &mut Ring,
+    ) -> OpResult {
         let stream = &mut self.streams[from as usize];
-        stream.queue = Queue::default();
+        stream.queue = SendQueue::default();
         stream.pipe = None;
         stream.queued = 0;
         if let Some(op) = stream.receive {
             ring.cancel(op);
         }
         self.verdict.send_failed(from.other(), errno);
-        Meaning::Failed(from.other())
+        OpResult::Failed(from.other())
     }
 
-    pub(super) fn end_of(&mut self, from: Side, errno: i32, moved: &mut Moved) -> Meaning {
+    pub(super) fn end_of(
+        &mut self,
+        from: SessionSide,
+        errno: i32,
+        moved: &mut TurnBytes,
+    ) -> OpResult {
         self.verdict.end_of(from, errno);
         moved.ended = true;
-        Meaning::Nothing
+        OpResult::Nothing
     }
 
     /// Passes an end on, once nothing is before it.
-    pub(super) fn finish(&mut self, from: Side) {
+    pub(super) fn finish(&mut self, from: SessionSide) {
         let stream = &self.streams[from as usize];
         let waits = stream.send.is_some() || stream.pipe.is_some() || !stream.queue.is_empty();
         if waits || !self.verdict.ended(from) {
@@ -496,12 +506,12 @@ impl Flow {
         self.verdict.finish(from, || to.map_or(Ok(()), stream::shutdown_write));
     }
 
-    fn starve(&mut self, side: Side) -> Meaning {
+    fn note_no_buffer(&mut self, side: SessionSide) -> OpResult {
         let stream = &mut self.streams[side as usize];
         if std::mem::replace(&mut stream.starved, true) {
-            return Meaning::Nothing;
+            return OpResult::Nothing;
         }
-        Meaning::Starved { side, alone: stream.queued > 0 }
+        OpResult::Starved { side, alone: stream.queued > 0 }
     }
 
     /// There are bytes on a socket that was drained, or room for those in the
@@ -509,53 +519,53 @@ impl Flow {
     fn woken(
         &mut self,
         key: u32,
-        side: Side,
+        side: SessionSide,
         readable: bool,
         ring: &mut Ring,
         pipes: &mut Pipes,
-        moved: &mut Moved,
-    ) -> Meaning {
+        moved: &mut TurnBytes,
+    ) -> OpResult {
         self.streams[side as usize].dry = false;
         match self.streams[side as usize].mode {
-            Mode::Bulk => self.splice(key, side, readable, ring, pipes, moved),
-            Mode::ToBulk => Meaning::Nothing,
-            Mode::Ring => self.starve(side),
+            RingMode::Bulk => self.splice(key, side, readable, ring, pipes, moved),
+            RingMode::ToBulk => OpResult::Nothing,
+            RingMode::Ring => self.note_no_buffer(side),
         }
     }
 
     /// The kernel had no memory even to wait with: it is asked again at a tick.
     #[cold]
-    fn wait_short(&mut self, side: Side) -> Meaning {
+    fn wait_short(&mut self, side: SessionSide) -> OpResult {
         let stream = &mut self.streams[side as usize];
         (stream.dry, stream.short) = (false, true);
-        Meaning::Short(side)
+        OpResult::Short(side)
     }
 
-    fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>) -> Meaning {
+    fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>) -> OpResult {
         let side = side_of(tag);
         match tag & 0xF {
             CONNECT if self.connect == Some(op) => {
                 self.connect = None;
-                Meaning::Connected(result.into())
+                OpResult::Connected(result.into())
             }
             WATCH if self.watch == Some(op) => {
                 self.watch = None;
-                if result == Ok(true) { Meaning::ClientFailed } else { Meaning::Nothing }
+                if result == Ok(true) { OpResult::ClientFailed } else { OpResult::Nothing }
             }
             STALLED if result == Ok(true) && self.verdict.note_failure(side) => {
-                Meaning::Failed(side)
+                OpResult::Failed(side)
             }
             // Cancelled, or of an attempt that was given up.
-            _ => Meaning::Nothing,
+            _ => OpResult::Nothing,
         }
     }
 }
 
 // === impl Flow: shortage ===
 
-impl Flow {
+impl RingSession {
     /// Whether nothing is received from that side as its bytes wait.
-    fn is_stalled(&self, from: Side) -> bool {
+    fn is_stalled(&self, from: SessionSide) -> bool {
         let stream = &self.streams[from as usize];
         stream.receive.is_none()
             && stream.stalled_poll.is_none()
@@ -568,14 +578,14 @@ impl Flow {
 
     /// Watches a side that still is stalled for its failure, which no receive
     /// would tell of.
-    pub(super) fn watch_stalled(&mut self, key: u32, from: Side, ring: &mut Ring) {
+    pub(super) fn watch_stalled(&mut self, key: u32, from: SessionSide, ring: &mut Ring) {
         self.streams[from as usize].listed = false;
         if self.halted || !self.is_stalled(from) {
             return;
         }
         if let Some(socket) = &self.sockets[from as usize] {
-            let tag = tag(key, from, Use::Stalled);
-            let poll = ring.poll(socket, tag, Interest::Failure);
+            let tag = tag(key, from, OpUse::Stalled);
+            let poll = ring.poll(socket, tag, PollInterest::Failure);
             self.streams[from as usize].stalled_poll = Some(poll);
             self.operations += 1;
         }

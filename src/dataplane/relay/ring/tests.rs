@@ -1,23 +1,23 @@
 //! What the two engines' common tests cannot time: events that come late.
 
-use super::streams::{Flow, Meaning, Mode};
+use super::streams::{OpResult, RingMode, RingSession};
 use super::*;
-use crate::relay::mover::Decided;
+use crate::relay::mover::ConnectResult;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
-use tidegate_net::stream::Peer;
+use tidegate_net::stream::ConnectTarget;
 
 fn ring() -> Ring {
-    Ring::new(Settings { buffers: 4, shown: 4 }).unwrap()
+    Ring::new(RingSettings { buffers: 4, shown: 4 }).unwrap()
 }
 
 /// Everything that has happened, dealt with.
-fn handle_all(flow: &mut Flow, ring: &mut Ring) -> Vec<Meaning> {
+fn handle_all(flow: &mut RingSession, ring: &mut Ring) -> Vec<OpResult> {
     ring.enter().unwrap();
     let mut meanings = Vec::new();
     while let Some(event) = ring.next_event() {
-        meanings.push(flow.handle(event, ring, &mut Pipes::default(), &mut Moved::default()));
+        meanings.push(flow.handle(event, ring, &mut Pipes::default(), &mut TurnBytes::default()));
     }
     meanings
 }
@@ -26,18 +26,18 @@ fn handle_all(flow: &mut Flow, ring: &mut Ring) -> Vec<Meaning> {
 fn a_refusal_that_comes_after_the_attempt_was_given_up_says_nothing_of_the_next() {
     let mut ring = ring();
     let (client, _peer) = UnixStream::pair().unwrap();
-    let mut flow = Flow::new(client.into());
+    let mut flow = RingSession::new(client.into());
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let open = TcpListener::bind("127.0.0.1:0").unwrap();
-    let (refused, _) = stream::connect(Peer::Tcp(closed)).unwrap();
+    let (refused, _) = stream::connect(ConnectTarget::Tcp(closed)).unwrap();
     flow.attach(0, refused, true, &mut ring);
     ring.enter().unwrap();
 
     flow.detach(&mut ring);
-    let (connecting, _) = stream::connect(Peer::Tcp(open.local_addr().unwrap())).unwrap();
+    let (connecting, _) = stream::connect(ConnectTarget::Tcp(open.local_addr().unwrap())).unwrap();
     flow.attach(0, connecting, true, &mut ring);
     let meanings = handle_all(&mut flow, &mut ring);
-    assert_eq!(meanings, [Meaning::Nothing, Meaning::Connected(Decided::Well)]);
+    assert_eq!(meanings, [OpResult::Nothing, OpResult::Connected(ConnectResult::Connected)]);
     assert_eq!(flow.verdict.closed_first(), None);
     assert!(flow.is_settled());
 }
@@ -47,9 +47,9 @@ fn a_halted_flow_gives_its_sockets_back_once_everything_has_come_back() {
     let mut ring = ring();
     let (client, _client_peer) = UnixStream::pair().unwrap();
     let (backend, _backend_peer) = UnixStream::pair().unwrap();
-    let mut flow = Flow::new(client.into());
+    let mut flow = RingSession::new(client.into());
     flow.attach(0, backend.into(), false, &mut ring);
-    for side in Side::BOTH {
+    for side in SessionSide::BOTH {
         flow.arm(0, side, &mut ring);
     }
     handle_all(&mut flow, &mut ring);
@@ -71,16 +71,16 @@ fn arrived(socket: &mut UnixStream) -> Vec<u8> {
 
 #[test]
 fn bulk_goes_through_a_pipe_and_small_messages_come_back_from_it() {
-    let mut ring = Ring::new(Settings { buffers: 64, shown: 64 }).unwrap();
+    let mut ring = Ring::new(RingSettings { buffers: 64, shown: 64 }).unwrap();
     let (client, mut client_peer) = UnixStream::pair().unwrap();
     let (backend, mut backend_peer) = UnixStream::pair().unwrap();
     backend_peer.set_nonblocking(true).unwrap();
-    let mut flow = Flow::new(client.into());
+    let mut flow = RingSession::new(client.into());
     flow.attach(0, backend.into(), false, &mut ring);
-    flow.arm(0, Side::Client, &mut ring);
+    flow.arm(0, SessionSide::Client, &mut ring);
     let mut sent = Vec::new();
     let mut got = Vec::new();
-    let mut send = |len: usize, flow: &mut Flow, ring: &mut Ring| {
+    let mut send = |len: usize, flow: &mut RingSession, ring: &mut Ring| {
         let bytes: Vec<u8> = (0..len).map(|at| (at % 253) as u8).collect();
         client_peer.write_all(&bytes).unwrap();
         sent.extend(bytes);
@@ -91,15 +91,15 @@ fn bulk_goes_through_a_pipe_and_small_messages_come_back_from_it() {
         assert!(got == sent, "{} of {}", got.len(), sent.len());
         flow.streams[0].mode
     };
-    assert_eq!(send(5, &mut flow, &mut ring), Mode::Ring);
-    let mut mode = Mode::Ring;
+    assert_eq!(send(5, &mut flow, &mut ring), RingMode::Ring);
+    let mut mode = RingMode::Ring;
     for _ in 0..20 {
         mode = send(8 * BUFFER_LEN, &mut flow, &mut ring);
     }
-    assert_eq!(mode, Mode::Bulk);
+    assert_eq!(mode, RingMode::Bulk);
     assert!(flow.streams[0].pipe.is_none(), "an idle stream holds no pipe");
     for _ in 0..20 {
         mode = send(5, &mut flow, &mut ring);
     }
-    assert_eq!(mode, Mode::Ring);
+    assert_eq!(mode, RingMode::Ring);
 }

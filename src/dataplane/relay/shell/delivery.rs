@@ -5,13 +5,13 @@
 //! what was not delivered is counted when a session ends.
 
 use super::super::flow::Bytes;
-use super::super::mover::Mover;
-use super::super::pace::Pace;
-use super::{Stage, State};
-use crate::relay::session_timers::Relaying;
+use super::super::mover::EngineIo;
+use super::super::pace::EngineSleep;
+use super::{EngineState, SessionStage};
+use crate::relay::session_timers::SessionTimers;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
-use tidegate_core::outcome::{Cause, Ending, Side};
+use tidegate_core::outcome::{Cause, SessionEnd, SessionSide};
 use tidegate_net::stream::{self, Delivery};
 
 /// The first look at a delivery, and the longest time to the next: each is twice as
@@ -21,18 +21,18 @@ const LOOKS_DOUBLED: u8 = 5;
 
 /// What a session moved, and what of it got lost by that ending. The kernel goes on
 /// with what is queued behind an end in order, so nothing is asked after one.
-pub(super) fn bytes<M: Mover>(flow: &M::Flow, ending: Ending) -> Bytes {
-    let [client, backend] = Side::BOTH.map(|side| M::carried(flow, side));
+pub(super) fn bytes<M: EngineIo>(flow: &M::Flow, ending: SessionEnd) -> Bytes {
+    let [client, backend] = SessionSide::BOTH.map(|side| M::carried(flow, side));
     let undelivered = match ending.cause {
         Cause::Finished => 0,
-        _ => Side::BOTH.into_iter().map(|from| undelivered_from::<M>(flow, from)).sum(),
+        _ => SessionSide::BOTH.into_iter().map(|from| undelivered_from::<M>(flow, from)).sum(),
     };
     Bytes { bytes_in: client.sent, bytes_out: backend.sent, undelivered }
 }
 
 /// Bytes of that side that the other's kernel has not acknowledged: unread, kept
 /// here or sent to it.
-fn undelivered_from<M: Mover>(flow: &M::Flow, from: Side) -> u64 {
+fn undelivered_from<M: EngineIo>(flow: &M::Flow, from: SessionSide) -> u64 {
     let carried = M::carried(flow, from);
     let kept = carried.received.saturating_sub(carried.sent);
     let unread = socket::<M>(flow, from).map_or(0, stream::unread);
@@ -47,23 +47,23 @@ fn undelivered_from<M: Mover>(flow: &M::Flow, from: Side) -> u64 {
     kept + unread + queued
 }
 
-fn socket<M: Mover>(flow: &M::Flow, side: Side) -> Option<BorrowedFd<'_>> {
+fn socket<M: EngineIo>(flow: &M::Flow, side: SessionSide) -> Option<BorrowedFd<'_>> {
     match side {
-        Side::Client => M::client(flow),
-        Side::Backend => M::backend(flow),
+        SessionSide::Client => M::client(flow),
+        SessionSide::Backend => M::backend(flow),
     }
 }
 
 /// Has the timers know of what peers have taken since we last sent to them. True where
-/// a socket could not tell: then [`Mover::ask_progress`] may.
-pub(super) fn note_progress<M: Mover>(
+/// a socket could not tell: then [`EngineIo::request_progress`] may.
+pub(super) fn note_progress<M: EngineIo>(
     flow: &M::Flow,
-    relaying: &mut Relaying,
+    relaying: &mut SessionTimers,
     limit: Duration,
     now: Instant,
 ) -> bool {
     let mut queued = None;
-    for side in Side::BOTH {
+    for side in SessionSide::BOTH {
         match socket::<M>(flow, side).map(stream::delivery) {
             Some(Delivery { quiet: Some(ago), blocked, .. }) => {
                 relaying.moved_unseen(ago, blocked, limit, now);
@@ -77,10 +77,10 @@ pub(super) fn note_progress<M: Mover>(
     queued.is_some_and(|queued| !relaying.looks_moved(queued, now))
 }
 
-impl<M: Mover> State<M> {
+impl<M: EngineIo> EngineState<M> {
     /// A session is over and its sockets are free: it gets them, once the last words
     /// of a side that failed are delivered.
-    pub(super) fn settled(&mut self, key: u32, pace: &Pace) {
+    pub(super) fn settled(&mut self, key: u32, pace: &EngineSleep) {
         let entry = &mut self.flows[key as usize];
         entry.looks = 0;
         if self.is_delivering(key) {
@@ -93,7 +93,8 @@ impl<M: Mover> State<M> {
     /// Whether the peer still takes what the other side had sent before it failed.
     fn is_delivering(&self, key: u32) -> bool {
         let entry = &self.flows[key as usize];
-        let (Stage::Ended(ending, relaying) | Stage::Delivering(ending, relaying)) = &entry.stage
+        let (SessionStage::Ended(ending, relaying) | SessionStage::Delivering(ending, relaying)) =
+            &entry.stage
         else {
             return false;
         };
@@ -107,21 +108,21 @@ impl<M: Mover> State<M> {
         }
     }
 
-    fn look_at_delivery_later(&mut self, key: u32, pace: &Pace) {
+    fn look_at_delivery_later(&mut self, key: u32, pace: &EngineSleep) {
         let entry = &mut self.flows[key as usize];
-        let setup = Stage::Setup(super::Setup::default());
+        let setup = SessionStage::Setup(super::SessionSetup::default());
         entry.stage = match std::mem::replace(&mut entry.stage, setup) {
-            Stage::Ended(ending, relaying) => Stage::Delivering(ending, relaying),
+            SessionStage::Ended(ending, relaying) => SessionStage::Delivering(ending, relaying),
             other => other,
         };
         let due = pace.tick_after(self.now + LOOK_FIRST * (1 << entry.looks));
         entry.looks = (entry.looks + 1).min(LOOKS_DOUBLED);
         self.wheel.arm(key, due);
-        pace.kick_if_sooner(due);
+        pace.wake_if_sooner(due);
     }
 
     /// The timer's look.
-    pub(super) fn look_at_delivery(&mut self, key: u32, pace: &Pace) {
+    pub(super) fn look_at_delivery(&mut self, key: u32, pace: &EngineSleep) {
         if self.is_delivering(key) {
             self.look_at_delivery_later(key, pace);
         } else {
@@ -133,9 +134,9 @@ impl<M: Mover> State<M> {
     pub(super) fn stop_delivery(&mut self, key: u32) {
         self.wheel.cancel(key);
         let entry = &mut self.flows[key as usize];
-        let setup = Stage::Setup(super::Setup::default());
+        let setup = SessionStage::Setup(super::SessionSetup::default());
         entry.stage = match std::mem::replace(&mut entry.stage, setup) {
-            Stage::Delivering(ending, relaying) => Stage::Ended(ending, relaying),
+            SessionStage::Delivering(ending, relaying) => SessionStage::Ended(ending, relaying),
             other => other,
         };
         entry.wake();

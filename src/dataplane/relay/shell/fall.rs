@@ -4,10 +4,10 @@
 //! that is dropped is taken out like any other; one inside marks the engine
 //! broken, and the worker falls. It never mends: a broken engine is only emptied.
 
-use super::super::flow::SoFar;
-use super::super::mover::Mover;
-use super::{Entry, Shell, Stage, State, delivery};
-use crate::relay::session_timers::Answer;
+use super::super::flow::PartialResult;
+use super::super::mover::EngineIo;
+use super::{EngineCore, EngineState, SessionEntry, SessionStage, delivery};
+use crate::relay::session_timers::FirstByteState;
 use std::cell::RefMut;
 use std::ops::{Deref, DerefMut};
 use tidegate_core::outcome::Cause;
@@ -16,8 +16,8 @@ use tokio::sync::Notify;
 
 /// Exclusive use of the state; where it is given up by a panic, the engine is
 /// broken.
-pub(super) struct Hold<'a, M: Mover> {
-    state: RefMut<'a, State<M>>,
+pub(super) struct StateGuard<'a, M: EngineIo> {
+    state: RefMut<'a, EngineState<M>>,
     broken: &'a Notify,
     /// Taken while a panic was under way: not this one's doing.
     unwinding: bool,
@@ -25,23 +25,23 @@ pub(super) struct Hold<'a, M: Mover> {
 
 // === impl Hold ===
 
-impl<M: Mover> Deref for Hold<'_, M> {
-    type Target = State<M>;
+impl<M: EngineIo> Deref for StateGuard<'_, M> {
+    type Target = EngineState<M>;
 
     #[inline]
-    fn deref(&self) -> &State<M> {
+    fn deref(&self) -> &EngineState<M> {
         &self.state
     }
 }
 
-impl<M: Mover> DerefMut for Hold<'_, M> {
+impl<M: EngineIo> DerefMut for StateGuard<'_, M> {
     #[inline]
-    fn deref_mut(&mut self) -> &mut State<M> {
+    fn deref_mut(&mut self) -> &mut EngineState<M> {
         &mut self.state
     }
 }
 
-impl<M: Mover> Drop for Hold<'_, M> {
+impl<M: EngineIo> Drop for StateGuard<'_, M> {
     #[inline]
     fn drop(&mut self) {
         if !self.unwinding && std::thread::panicking() {
@@ -52,31 +52,33 @@ impl<M: Mover> Drop for Hold<'_, M> {
 
 // === impl Shell ===
 
-impl<M: Mover> Shell<M> {
+impl<M: EngineIo> EngineCore<M> {
     /// The state, for the time of one step.
     #[inline]
-    pub(super) fn hold(&self) -> Hold<'_, M> {
+    pub(super) fn hold(&self) -> StateGuard<'_, M> {
         let unwinding = std::thread::panicking();
-        Hold { state: self.state.borrow_mut(), broken: &self.broken, unwinding }
+        StateGuard { state: self.state.borrow_mut(), broken: &self.broken, unwinding }
     }
 
     /// What a relayed flow has come to if `cause` ends it now; `None` where the
     /// engine is in no state to say.
-    pub(in crate::relay) fn so_far(&self, key: u32, cause: Cause) -> Option<SoFar> {
+    pub(in crate::relay) fn so_far(&self, key: u32, cause: Cause) -> Option<PartialResult> {
         let state = self.state.try_borrow().ok()?;
         let entry = state.flows.get(key as usize)?;
         let (ending, answer) = match &entry.stage {
-            Stage::Ended(ending, relaying) | Stage::Delivering(ending, relaying) => {
+            SessionStage::Ended(ending, relaying) | SessionStage::Delivering(ending, relaying) => {
                 (*ending, relaying.answer)
             }
-            Stage::Relaying(relaying) => (M::verdict(&entry.flow).cut(cause), relaying.answer),
-            Stage::Setup(_) => (M::verdict(&entry.flow).cut(cause), Answer::NobodySpoke),
+            SessionStage::Relaying(relaying) => {
+                (M::verdict(&entry.flow).cut(cause), relaying.answer)
+            }
+            SessionStage::Setup(_) => (M::verdict(&entry.flow).cut(cause), FirstByteState::Idle),
         };
-        Some(SoFar {
+        Some(PartialResult {
             ending,
             bytes: delivery::bytes::<M>(&entry.flow, ending),
             first_byte: match answer {
-                Answer::Came(at) => Some(at),
+                FirstByteState::Answered(at) => Some(at),
                 _ => None,
             },
         })
@@ -84,16 +86,16 @@ impl<M: Mover> Shell<M> {
 
     /// The worker has fallen: from now on dropped flows stay where they are, so
     /// that accounting for thousands of sessions waits for no system call.
-    pub(in crate::relay) fn fall(&self) {
+    pub(in crate::relay) fn mark_broken(&self) {
         self.fallen.set(true);
     }
 
     /// Has the sockets of a fallen worker's sessions reset when the engine is
     /// dropped.
-    pub(in crate::relay) fn bury(&self) {
+    pub(in crate::relay) fn close_all(&self) {
         if let Ok(mut state) = self.state.try_borrow_mut() {
             for (_, entry) in &mut state.flows {
-                entry.reset_leftovers::<M>();
+                entry.reset_remaining::<M>();
             }
         }
     }
@@ -101,12 +103,12 @@ impl<M: Mover> Shell<M> {
 
 // === impl Entry ===
 
-impl<F> Entry<F> {
+impl<F> SessionEntry<F> {
     /// Has the sockets that nobody has taken reset when they close: to a peer,
     /// the end of a stream that was broken off must not look like its end.
-    pub(super) fn reset_leftovers<M: Mover<Flow = F>>(&self) {
+    pub(super) fn reset_remaining<M: EngineIo<Flow = F>>(&self) {
         let in_order = match &self.stage {
-            Stage::Ended(ending, _) => {
+            SessionStage::Ended(ending, _) => {
                 let bytes = delivery::bytes::<M>(&self.flow, *ending);
                 ending.cause.closes_in_order(bytes.undelivered)
             }

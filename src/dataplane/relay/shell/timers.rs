@@ -4,9 +4,9 @@
 //! Part of the shell; one wheel for all flows. It reads no clock: `now` is the
 //! time of the batch.
 
-use super::super::mover::Mover;
-use super::super::pace::Pace;
-use super::{Stage, State, delivery};
+use super::super::mover::EngineIo;
+use super::super::pace::EngineSleep;
+use super::{EngineState, SessionStage, delivery};
 use std::time::Duration;
 use tidegate_net::stream;
 
@@ -18,26 +18,26 @@ use tidegate_net::stream;
 const SETTLE_LOOK: Duration = Duration::from_millis(100);
 const SETTLE_LOOKS: u8 = 5;
 
-impl<M: Mover> State<M> {
+impl<M: EngineIo> EngineState<M> {
     /// Sets a flow's timer anew. The half-closed timer may be due long before
     /// the idle one.
-    pub(super) fn rearm(&mut self, key: u32, pace: &Pace) {
+    pub(super) fn rearm(&mut self, key: u32, pace: &EngineSleep) {
         let entry = &self.flows[key as usize];
-        let Stage::Relaying(relaying) = &entry.stage else { return };
+        let SessionStage::Relaying(relaying) = &entry.stage else { return };
         let half_closed = M::verdict(&entry.flow).closed_first().is_some();
         let due = pace.tick_after(relaying.due(half_closed, self.now));
         self.wheel.arm(key, due);
-        pace.kick_if_sooner(due);
+        pace.wake_if_sooner(due);
     }
 
-    pub(super) fn expect_to_settle(&mut self, key: u32, pace: &Pace) {
+    pub(super) fn expect_to_settle(&mut self, key: u32, pace: &EngineSleep) {
         let due = pace.tick_after(self.now + SETTLE_LOOK);
         self.wheel.arm(key, due);
-        pace.kick_if_sooner(due);
+        pace.wake_if_sooner(due);
     }
 
     /// Its operations have still not come back.
-    fn unsettled(&mut self, key: u32, pace: &Pace) {
+    fn unsettled(&mut self, key: u32, pace: &EngineSleep) {
         let entry = &mut self.flows[key as usize];
         // About since the last look: that one may be wrong, not all of them.
         let caught_up = self.now.saturating_duration_since(self.idle_at) <= SETTLE_LOOK * 2;
@@ -50,7 +50,7 @@ impl<M: Mover> State<M> {
     }
 
     /// Fires the timers that are due.
-    pub(super) fn expire(&mut self, pace: &Pace) {
+    pub(super) fn expire(&mut self, pace: &EngineSleep) {
         let now = pace.tick_at(self.now);
         if self.wheel.next_due().is_none_or(|due| due > now) {
             return;
@@ -63,14 +63,14 @@ impl<M: Mover> State<M> {
         self.fired = fired;
     }
 
-    fn timer_fired(&mut self, key: u32, pace: &Pace) {
+    fn timer_fired(&mut self, key: u32, pace: &EngineSleep) {
         let now = self.now;
         let entry = &mut self.flows[key as usize];
         if entry.orphaned {
             return self.unsettled(key, pace);
         }
         match &mut entry.stage {
-            Stage::Setup(setup) => match setup.deadline {
+            SessionStage::Setup(setup) => match setup.deadline {
                 Some(deadline) if now < deadline => {
                     self.mover.watch_client(key, &mut entry.flow);
                     self.wheel.arm(key, pace.tick_after(deadline));
@@ -80,26 +80,26 @@ impl<M: Mover> State<M> {
                     entry.wake();
                 }
             },
-            Stage::Relaying(_) => self.look_at_timers(key, pace),
-            Stage::Delivering(..) => self.look_at_delivery(key, pace),
-            Stage::Ended(..) => self.unsettled(key, pace),
+            SessionStage::Relaying(_) => self.look_at_timers(key, pace),
+            SessionStage::Delivering(..) => self.look_at_delivery(key, pace),
+            SessionStage::Ended(..) => self.unsettled(key, pace),
         }
     }
 
-    fn look_at_timers(&mut self, key: u32, pace: &Pace) {
+    fn look_at_timers(&mut self, key: u32, pace: &EngineSleep) {
         let entry = &mut self.flows[key as usize];
-        let Stage::Relaying(relaying) = &mut entry.stage else { return };
+        let SessionStage::Relaying(relaying) = &mut entry.stage else { return };
         let half_closed = M::verdict(&entry.flow).closed_first().is_some();
         if relaying.overdue(half_closed, self.now).is_some() {
             let limit = relaying.limit_now(half_closed);
             let unsure = delivery::note_progress::<M>(&entry.flow, relaying, limit, self.now);
-            if unsure && relaying.may_ask() && self.mover.ask_progress(&mut entry.flow) {
+            if unsure && relaying.may_ask() && self.mover.request_progress(&mut entry.flow) {
                 // The answer is there by the next tick, if there is one.
                 self.wheel.arm(key, pace.tick_at(self.now) + 2);
                 return;
             }
             if let Some(cause) = relaying.overdue(half_closed, self.now) {
-                self.end_by_us(key, cause, pace);
+                self.end_by_timer(key, cause, pace);
                 return;
             }
         }

@@ -1,10 +1,10 @@
 //! Ends: how sessions are over, and that both engines tell the same story.
 
 use super::*;
-use tidegate_core::outcome::Ending;
+use tidegate_core::outcome::SessionEnd;
 
-fn idle(idle: u64, half_closed: u64) -> Limits {
-    Limits {
+fn idle(idle: u64, half_closed: u64) -> SessionTimeouts {
+    SessionTimeouts {
         stalled: None,
         idle: Some(Duration::from_millis(idle)),
         half_closed: Some(Duration::from_millis(half_closed)),
@@ -13,7 +13,7 @@ fn idle(idle: u64, half_closed: u64) -> Limits {
 }
 
 /// Both sockets can be used as if nothing had ever been in flight on them.
-async fn sockets_are_ours(relayed: Relayed, mut client: TcpStream, mut backend: TcpStream) {
+async fn sockets_are_ours(relayed: RelayResult, mut client: TcpStream, mut backend: TcpStream) {
     let [to_client, to_backend] = relayed.sockets;
     assert_eq!(tidegate_net::stream::send(&to_client, b"bye").unwrap(), 3);
     assert_eq!(tidegate_net::stream::send(&to_backend, b"bye").unwrap(), 3);
@@ -42,7 +42,8 @@ fn an_answer_after_the_clients_fin_arrives() {
         client.read_to_end(&mut answer).await.unwrap();
         assert_eq!(answer, b"answer");
         let (cause, phase) = (Cause::Finished, Phase::Closed);
-        let expected = Ending { cause, phase, errno: 0, closed_first: Some(Side::Client) };
+        let expected =
+            SessionEnd { cause, phase, errno: 0, closed_first: Some(SessionSide::Client) };
         assert_eq!(relayed.await.unwrap().ending, expected);
     });
 }
@@ -50,11 +51,11 @@ fn an_answer_after_the_clients_fin_arrives() {
 #[test]
 fn what_came_before_a_reset_is_delivered_and_the_reset_is_told() {
     on_each(|rig| async move {
-        for side in Side::BOTH {
+        for side in SessionSide::BOTH {
             let Session { client, backend, relayed } = rig.session(FOREVER);
             let (mut failing, mut other) = match side {
-                Side::Client => (client, backend),
-                Side::Backend => (backend, client),
+                SessionSide::Client => (client, backend),
+                SessionSide::Backend => (backend, client),
             };
             failing.write_all(b"last words").await.unwrap();
             reset(failing);
@@ -65,7 +66,7 @@ fn what_came_before_a_reset_is_delivered_and_the_reset_is_told() {
             let cause = Cause::of_failure(side, libc::ECONNRESET);
             let errno = libc::ECONNRESET;
             let closed_first = Some(side);
-            let expected = Ending { cause, phase: Phase::Data, errno, closed_first };
+            let expected = SessionEnd { cause, phase: Phase::Data, errno, closed_first };
             assert_eq!(relayed.ending, expected);
         }
     });
@@ -102,7 +103,7 @@ fn a_reset_behind_half_a_megabyte_waits_for_its_slow_reader() {
 }
 
 /// A session whose client has not read the answer of a backend that is gone.
-async fn unread_answer(rig: &Rig, limits: Limits, answer: usize) -> Session {
+async fn unread_answer(rig: &Rig, limits: SessionTimeouts, answer: usize) -> Session {
     let Session { client, mut backend, relayed } = rig.session(limits);
     SockRef::from(&client).set_recv_buffer_size(8192).unwrap();
     backend.write_all(&vec![7; answer]).await.unwrap();
@@ -193,7 +194,7 @@ fn a_backend_that_refuses_more_still_has_its_answer_delivered() {
         assert_eq!(&answer, b"413");
         let ending = relayed.await.unwrap().ending;
         assert_eq!((ending.cause, ending.errno), (Cause::BackendReset, libc::ECONNRESET));
-        assert_eq!(ending.closed_first, Some(Side::Backend));
+        assert_eq!(ending.closed_first, Some(SessionSide::Backend));
     });
 }
 
@@ -213,7 +214,7 @@ fn a_cut_ends_busy_sessions_and_hands_their_sockets_back() {
         for session in sessions {
             let relayed = session.relayed.await.unwrap();
             let (cause, phase) = (Cause::BackendRemoved, Phase::Data);
-            assert_eq!(relayed.ending, Ending { cause, phase, errno: 0, closed_first: None });
+            assert_eq!(relayed.ending, SessionEnd { cause, phase, errno: 0, closed_first: None });
             for socket in relayed.sockets {
                 tidegate_net::stream::reset(socket);
             }
@@ -231,7 +232,7 @@ fn a_quiet_session_is_cut_by_the_idle_timer_with_its_sockets_whole() {
         let took = clock::now() - started;
         assert!(took >= Duration::from_millis(140) && took < Duration::from_secs(3), "{took:?}");
         let (cause, phase) = (Cause::IdleTimeout, Phase::Data);
-        assert_eq!(relayed.ending, Ending { cause, phase, errno: 0, closed_first: None });
+        assert_eq!(relayed.ending, SessionEnd { cause, phase, errno: 0, closed_first: None });
         sockets_are_ours(relayed, client, backend).await;
     });
 }
@@ -243,8 +244,8 @@ fn a_half_closed_session_has_a_timer_of_its_own() {
         backend.shutdown().await.unwrap();
         let ending = relayed.await.unwrap().ending;
         let (cause, phase) = (Cause::HalfClosedTimeout, Phase::HalfClosed);
-        let closed_first = Some(Side::Backend);
-        assert_eq!(ending, Ending { cause, phase, errno: 0, closed_first });
+        let closed_first = Some(SessionSide::Backend);
+        assert_eq!(ending, SessionEnd { cause, phase, errno: 0, closed_first });
         assert_eq!(client.read(&mut [0; 8]).await.unwrap(), 0);
     });
 }
@@ -306,7 +307,7 @@ fn a_client_that_fails_while_its_bytes_wait_starts_the_half_closed_timer() {
         reset(client);
         let ending = relayed.await.unwrap().ending;
         assert_eq!(ending.cause, Cause::HalfClosedTimeout);
-        assert_eq!(ending.closed_first, Some(Side::Client));
+        assert_eq!(ending.closed_first, Some(SessionSide::Client));
         drop(backend);
     });
 }
@@ -327,7 +328,7 @@ fn a_dropped_session_resets_both_its_sockets_as_nothing_of_it_is_whole() {
 
 #[test]
 fn a_dropped_engine_lets_go_of_every_socket() {
-    for (runtime, ring) in [(Runtime::Epoll, None), (Runtime::IoUring, Some(RING_SETTINGS))] {
+    for (runtime, ring) in [(EngineKind::Epoll, None), (EngineKind::IoUring, Some(RING_SETTINGS))] {
         let peers = std::cell::RefCell::new(Vec::new());
         let main = async {
             let engine = match ring {

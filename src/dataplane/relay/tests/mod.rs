@@ -7,12 +7,12 @@ mod shell;
 mod streams;
 
 use super::*;
-use crate::worker::Runtime;
+use crate::worker::EngineKind;
 use socket2::SockRef;
 use std::future::Future;
 use std::net::{TcpListener, TcpStream as StdTcpStream};
-use tidegate_core::model::BackendAddress;
-use tidegate_core::outcome::{Phase, Side};
+use tidegate_core::model::BackendAddr;
+use tidegate_core::outcome::{Phase, SessionSide};
 use tidegate_core::table::state::{BackendState, FrontendId, FrontendState};
 use tidegate_net::clock;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -23,7 +23,7 @@ use tokio::task::JoinHandle;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// No timers.
-const FOREVER: Limits = Limits {
+const FOREVER: SessionTimeouts = SessionTimeouts {
     first_byte: None,
     idle: None,
     half_closed: None,
@@ -44,7 +44,7 @@ struct Rig {
 struct Session {
     client: TcpStream,
     backend: TcpStream,
-    relayed: JoinHandle<Relayed>,
+    relayed: JoinHandle<RelayResult>,
 }
 
 /// A ring that starves all the time.
@@ -55,18 +55,18 @@ const TINY: RingSettings = RingSettings { buffers: 4, shown: 2 };
 fn on_each<F: Future<Output = ()>>(test: impl Fn(Rig) -> F) {
     on_each_within(0, &test);
     on_each_within(usize::MAX, &test);
-    on(Runtime::IoUring, || Engine::ring(None, RING_SETTINGS, Arc::default()), &test);
+    on(EngineKind::IoUring, || Engine::ring(None, RING_SETTINGS, Arc::default()), &test);
 }
 
 /// On both engines, the ring a small one, with that much room for bytes that wait.
 fn on_each_within<F: Future<Output = ()>>(max: usize, test: impl Fn(Rig) -> F) {
-    let budget = || Arc::new(Budget::new(max));
-    on(Runtime::Epoll, || Engine::readiness(None, budget()), &test);
-    on(Runtime::IoUring, || Engine::ring(None, TINY, budget()), &test);
+    let budget = || Arc::new(MemoryBudget::new(max));
+    on(EngineKind::Epoll, || Engine::readiness(None, budget()), &test);
+    on(EngineKind::IoUring, || Engine::ring(None, TINY, budget()), &test);
 }
 
 fn on<F: Future<Output = ()>>(
-    runtime: Runtime,
+    runtime: EngineKind,
     engine: impl Fn() -> io::Result<Engine>,
     test: impl Fn(Rig) -> F,
 ) {
@@ -112,15 +112,15 @@ fn reset(socket: TcpStream) {
 
 impl Rig {
     fn new(engine: Engine) -> Rig {
-        let address = BackendAddress::Tcp("127.0.0.1:1".parse().unwrap());
+        let address = BackendAddr::Tcp("127.0.0.1:1".parse().unwrap());
         let frontend = FrontendState::new(FrontendId(0), "f".into(), 1, 5);
         let backend = BackendState::new(BackendId(0), "p".into(), "b".into(), address, 1);
         Rig { engine, frontend: Arc::new(frontend), backend: Arc::new(backend) }
     }
 
-    fn meter(&self) -> Meter {
+    fn meter(&self) -> SessionMeter {
         let (frontend, backend) = (Arc::clone(&self.frontend), Arc::clone(&self.backend));
-        Meter { worker: 0, frontend, backend, trial: None, timed: false }
+        SessionMeter { worker: 0, frontend, backend, trial: None, timed: false }
     }
 
     fn bytes_in(&self) -> u64 {
@@ -128,12 +128,12 @@ impl Rig {
     }
 
     /// A relayed session.
-    fn session(&self, limits: Limits) -> Session {
+    fn session(&self, limits: SessionTimeouts) -> Session {
         self.session_with(limits, |_| {})
     }
 
     /// The same, with `tune` for the engine's upstream socket and its peer.
-    fn session_with(&self, limits: Limits, tune: impl Fn(SockRef<'_>)) -> Session {
+    fn session_with(&self, limits: SessionTimeouts, tune: impl Fn(SockRef<'_>)) -> Session {
         let (client, downstream) = tcp_pair();
         let (upstream, backend) = tcp_pair();
         // As `listen` and `connect` do.

@@ -3,7 +3,7 @@
 
 use super::*;
 use std::net::SocketAddr;
-use tidegate_net::stream::{self, Connecting, Peer};
+use tidegate_net::stream::{self, ConnectTarget, Connecting};
 
 /// A listener whose queue is full: connects to it stay pending.
 struct Deaf {
@@ -19,13 +19,14 @@ impl Deaf {
         listener.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
         listener.listen(0).unwrap();
         let address = listener.local_addr().unwrap().as_socket().unwrap();
-        let queued = (0..4).map(|_| stream::connect(Peer::Tcp(address)).unwrap()).collect();
+        let queued =
+            (0..4).map(|_| stream::connect(ConnectTarget::Tcp(address)).unwrap()).collect();
         Deaf { _listener: listener, _queued: queued, address }
     }
 }
 
 fn pending(address: SocketAddr) -> OwnedFd {
-    let (socket, how_far) = stream::connect(Peer::Tcp(address)).unwrap();
+    let (socket, how_far) = stream::connect(ConnectTarget::Tcp(address)).unwrap();
     assert_eq!(how_far, Connecting::Pending);
     socket
 }
@@ -126,9 +127,9 @@ fn a_cut_ends_a_slow_connect_and_a_wait() {
 
         assert_eq!(rig.engine.cut_all(Cause::DrainDeadline), 2);
         let end = connecting.await.unwrap().unwrap_err();
-        assert!(matches!(end, ConnectEnd::Cut(Cause::DrainDeadline)), "{end:?}");
+        assert!(matches!(end, ConnectEnd::Aborted(Cause::DrainDeadline)), "{end:?}");
         let end = waiting.await.unwrap();
-        assert!(matches!(end, ConnectEnd::Cut(Cause::DrainDeadline)), "{end:?}");
+        assert!(matches!(end, ConnectEnd::Aborted(Cause::DrainDeadline)), "{end:?}");
     });
 }
 

@@ -1,10 +1,10 @@
 //! The shell with movers that misbehave: the worker's other tasks must not pay.
 
 use super::*;
-use crate::relay::close_state::{Carried, Moved, Next, Verdict};
-use crate::relay::mover::{Mover, Round};
-use crate::relay::pace::Pace;
-use crate::relay::shell::State;
+use crate::relay::close_state::{Carried, CloseState, TurnBytes, TurnNext};
+use crate::relay::mover::{EngineIo, TurnResult};
+use crate::relay::pace::EngineSleep;
+use crate::relay::shell::EngineState;
 use socket2::{Domain, Socket, Type};
 use std::cell::Cell;
 use std::mem::MaybeUninit;
@@ -41,7 +41,7 @@ impl Sleepless {
     }
 }
 
-impl Mover for Sleepless {
+impl EngineIo for Sleepless {
     type Flow = NoFlow;
 
     const TICK: Duration = Duration::from_millis(100);
@@ -54,14 +54,14 @@ impl Mover for Sleepless {
         !self.dozes
     }
 
-    fn round(state: &mut State<Sleepless>, _: &Pace) -> io::Result<Round> {
+    fn round(state: &mut EngineState<Sleepless>, _: &EngineSleep) -> io::Result<TurnResult> {
         state.now = clock::now();
-        Ok(Round { drained: true, busy: false })
+        Ok(TurnResult { drained: true, busy: false })
     }
 
-    fn tick(_: &mut State<Sleepless>, _: &Pace) {}
+    fn tick(_: &mut EngineState<Sleepless>, _: &EngineSleep) {}
 
-    fn doze(&mut self) -> bool {
+    fn arm_wakeup(&mut self) -> bool {
         self.dozes
     }
 
@@ -73,9 +73,9 @@ impl Mover for Sleepless {
         bell.poll_read_ready(cx).map(|guard| guard.map(|mut guard| guard.clear_ready()))
     }
 
-    fn rouse(&mut self) {}
+    fn disarm_wakeup(&mut self) {}
 
-    fn ring_the_bell(&self) -> io::Result<bool> {
+    fn signal_wakeup(&self) -> io::Result<bool> {
         let Some((ringer, bell)) = &self.bell else { return Ok(false) };
         let _ = bell.get_ref().recv(&mut [MaybeUninit::uninit(); 8]);
         ringer.send(b"!").map(|_| true)
@@ -93,11 +93,11 @@ impl Mover for Sleepless {
 
     fn watch_client(&mut self, _: u32, _: &mut NoFlow) {}
 
-    fn begin(&mut self, _: u32, _: &mut NoFlow, _: &mut Moved) -> Next {
-        Next::Wait
+    fn begin(&mut self, _: u32, _: &mut NoFlow, _: &mut TurnBytes) -> TurnNext {
+        TurnNext::Wait
     }
 
-    fn halt(&mut self, _: &mut NoFlow) {}
+    fn stop_relaying(&mut self, _: &mut NoFlow) {}
 
     fn is_settled(_: &NoFlow) -> bool {
         false
@@ -107,15 +107,15 @@ impl Mover for Sleepless {
         self.torn_down.set(self.torn_down.get() + 1);
     }
 
-    fn ask_progress(&mut self, _: &mut NoFlow) -> bool {
+    fn request_progress(&mut self, _: &mut NoFlow) -> bool {
         false
     }
 
-    fn verdict(_: &NoFlow) -> &Verdict {
+    fn verdict(_: &NoFlow) -> &CloseState {
         unreachable!("there are no sessions")
     }
 
-    fn carried(_: &NoFlow, _: Side) -> Carried {
+    fn carried(_: &NoFlow, _: SessionSide) -> Carried {
         Carried::default()
     }
 
@@ -136,14 +136,14 @@ impl Mover for Sleepless {
 
 /// What the rest of a worker does: timers, sockets, and, on tokio-uring,
 /// operations that are submitted only while the thread is parked.
-async fn the_rest_of_a_worker(runtime: Runtime) {
+async fn the_rest_of_a_worker(runtime: EngineKind) {
     for _ in 0..10 {
         tokio::time::sleep(Duration::from_millis(1)).await;
         let (mut left, mut right) = tokio::net::UnixStream::pair().unwrap();
         let writing = tokio::task::spawn_local(async move { left.write_all(b"x").await });
         right.read_exact(&mut [0]).await.unwrap();
         writing.await.unwrap().unwrap();
-        if runtime == Runtime::IoUring {
+        if runtime == EngineKind::IoUring {
             tokio_uring::no_op().await.unwrap();
         }
     }
@@ -151,13 +151,14 @@ async fn the_rest_of_a_worker(runtime: Runtime) {
 
 #[test]
 fn a_mover_that_never_dozes_lets_the_workers_other_tasks_run() {
-    let kinds = [(Runtime::Epoll, false), (Runtime::Epoll, true), (Runtime::IoUring, true)];
+    let kinds =
+        [(EngineKind::Epoll, false), (EngineKind::Epoll, true), (EngineKind::IoUring, true)];
     for (runtime, has_bell) in kinds {
         // On a thread of its own: where it is starved, so is every time-out.
         let (done, ended) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             runtime.block_on(async {
-                let shell = Shell::new(Sleepless::new(has_bell), None);
+                let shell = EngineCore::new(Sleepless::new(has_bell), None);
                 let engine = tokio::task::spawn_local(shell.run());
                 the_rest_of_a_worker(runtime).await;
                 assert!(!engine.is_finished());
@@ -173,11 +174,11 @@ fn a_mover_that_never_dozes_lets_the_workers_other_tasks_run() {
 /// How often a session was torn down a second after it was dropped, or as soon as
 /// it was.
 fn torn_down(dozes: bool) -> u32 {
-    Runtime::Epoll
+    EngineKind::Epoll
         .block_on(async {
             let torn_down = Rc::new(Cell::new(0));
             let mover = Sleepless { bell: None, dozes, torn_down: Rc::clone(&torn_down) };
-            let shell = Shell::new(mover, None);
+            let shell = EngineCore::new(mover, None);
             let engine = tokio::task::spawn_local(Rc::clone(&shell).run());
             let (client, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
             let key = shell.open(client.into()).unwrap();

@@ -67,7 +67,7 @@ async fn exchange(rig: Rig, seed: u64) {
         let relayed = relayed.await.unwrap();
         // As the session does: one of the two may wait for this FIN.
         drop(relayed.sockets);
-        let Relayed { ending, bytes, first_byte, .. } = relayed;
+        let RelayResult { ending, bytes, first_byte, .. } = relayed;
         let Bytes { bytes_in, bytes_out, .. } = bytes;
         (ending, [bytes_in, bytes_out], first_byte)
     };
@@ -289,8 +289,8 @@ fn bulk_between_peers_on_this_host_is_queued_no_longer_than_the_caches_hold() {
             assert_ne!(to.recv_buffer_size().unwrap(), receives);
         }
     };
-    on(Runtime::Epoll, || Engine::readiness(None, Arc::default()), test);
-    on(Runtime::IoUring, || Engine::ring(None, RING_SETTINGS, Arc::default()), test);
+    on(EngineKind::Epoll, || Engine::readiness(None, Arc::default()), test);
+    on(EngineKind::IoUring, || Engine::ring(None, RING_SETTINGS, Arc::default()), test);
 }
 
 #[test]
@@ -357,14 +357,14 @@ fn bulk_an_urgent_byte_and_a_fin_lose_nothing() {
 #[test]
 fn a_reset_amid_bulk_that_nobody_reads_is_told() {
     on_each(|rig| async move {
-        for side in Side::BOTH {
+        for side in SessionSide::BOTH {
             let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
             bulk(&mut client, &mut backend, 1, 0).await;
             let flood = async { while client.write_all(&[9; 1 << 16]).await.is_ok() {} };
             let _ = tokio::time::timeout(Duration::from_millis(50), flood).await;
             let (failing, other) = match side {
-                Side::Client => (client, backend),
-                Side::Backend => (backend, client),
+                SessionSide::Client => (client, backend),
+                SessionSide::Backend => (backend, client),
             };
             reset(failing);
             // A receiver that is gone ends it at once; a sender that is, once

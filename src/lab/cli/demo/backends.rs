@@ -25,7 +25,7 @@ const BACKLOG: i32 = 1024;
 
 /// Who a backend is.
 #[derive(Debug, Clone)]
-pub(crate) struct Backend {
+pub(crate) struct DemoBackend {
     pub(crate) name: String,
     pub(crate) address: SocketAddr,
     pub(crate) weight: u32,
@@ -34,14 +34,14 @@ pub(crate) struct Backend {
 /// All of them. Dropping it ends their thread.
 #[derive(Debug)]
 pub(crate) struct Backends {
-    all: Vec<Backend>,
+    all: Vec<DemoBackend>,
     /// `None` only while it is dropped.
-    commands: Option<mpsc::Sender<Command>>,
+    commands: Option<mpsc::Sender<DemoBackendCommand>>,
     thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-enum Command {
+enum DemoBackendCommand {
     Kill(usize, oneshot::Sender<io::Result<()>>),
     Revive(usize, oneshot::Sender<io::Result<()>>),
 }
@@ -70,7 +70,7 @@ impl Backends {
             let spare = bound(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
             let address = spare.local_addr()?.as_socket().ok_or(io::ErrorKind::Unsupported)?;
             let name = format!("b{}", index + 1);
-            all.push(Backend {
+            all.push(DemoBackend {
                 name: name.clone(),
                 address,
                 weight: WEIGHTS[index % WEIGHTS.len()],
@@ -92,23 +92,23 @@ impl Backends {
     }
 
     /// In order.
-    pub(crate) fn all(&self) -> &[Backend] {
+    pub(crate) fn all(&self) -> &[DemoBackend] {
         &self.all
     }
 
     /// Closes the listener of one and resets its connections.
     pub(crate) async fn kill(&self, index: usize) -> io::Result<()> {
-        self.command(|reply| Command::Kill(index, reply)).await
+        self.command(|reply| DemoBackendCommand::Kill(index, reply)).await
     }
 
     /// Has it listen again, on the same port.
     pub(crate) async fn revive(&self, index: usize) -> io::Result<()> {
-        self.command(|reply| Command::Revive(index, reply)).await
+        self.command(|reply| DemoBackendCommand::Revive(index, reply)).await
     }
 
     async fn command(
         &self,
-        make: impl FnOnce(oneshot::Sender<io::Result<()>>) -> Command,
+        make: impl FnOnce(oneshot::Sender<io::Result<()>>) -> DemoBackendCommand,
     ) -> io::Result<()> {
         let gone = || io::Error::other("the backends' thread is gone");
         let (reply, answer) = oneshot::channel();
@@ -129,15 +129,15 @@ impl Drop for Backends {
 }
 
 /// Serves until the other end of `inbox` is dropped.
-async fn obey(mut servers: Vec<Server>, mut inbox: mpsc::Receiver<Command>) {
+async fn obey(mut servers: Vec<Server>, mut inbox: mpsc::Receiver<DemoBackendCommand>) {
     while let Some(command) = inbox.recv().await {
         // Whoever asked may have been interrupted meanwhile.
         match command {
-            Command::Kill(index, reply) => {
+            DemoBackendCommand::Kill(index, reply) => {
                 servers[index].kill().await;
                 let _ = reply.send(Ok(()));
             }
-            Command::Revive(index, reply) => {
+            DemoBackendCommand::Revive(index, reply) => {
                 let _ = reply.send(servers[index].revive());
             }
         }

@@ -6,8 +6,8 @@
 //!
 //! The demo adopts every process that an upgrade leaves, and waits for all of them.
 
-use super::backends::Backend;
-use super::place::{NAME, Place};
+use super::backends::DemoBackend;
+use super::place::{DemoDirectory, NAME};
 use hyper::Method;
 use rustix::process::{
     Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid,
@@ -34,7 +34,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(70);
 
 /// The running balancer and where it is reached.
 #[derive(Debug)]
-pub(crate) struct Balancer {
+pub(crate) struct DemoBalancer {
     /// The first process, and those it was upgraded to.
     processes: std::cell::RefCell<Vec<Pid>>,
     client: ClientArgs,
@@ -54,7 +54,7 @@ pub(crate) struct Ended {
 
 /// What status said at one moment.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) struct Seen {
+pub(crate) struct DemoStatus {
     pub(crate) engine: String,
     pub(crate) engine_reason: String,
     pub(crate) workers: u64,
@@ -65,12 +65,12 @@ pub(crate) struct Seen {
     pub(crate) sessions: u64,
     /// Sessions open.
     pub(crate) open: u64,
-    pub(crate) backends: Vec<SeenBackend>,
+    pub(crate) backends: Vec<DemoBackendStatus>,
 }
 
 /// What status said of one backend.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) struct SeenBackend {
+pub(crate) struct DemoBackendStatus {
     pub(crate) name: String,
     pub(crate) weight: u64,
     /// 0 while it is not eligible.
@@ -86,9 +86,12 @@ pub(crate) struct Metrics(String);
 
 // === impl Balancer ===
 
-impl Balancer {
+impl DemoBalancer {
     /// Starts it on free loopback ports in front of `backends`.
-    pub(crate) fn start(place: &Place, backends: &[Backend]) -> Result<Balancer, String> {
+    pub(crate) fn start(
+        place: &DemoDirectory,
+        backends: &[DemoBackend],
+    ) -> Result<DemoBalancer, String> {
         // Processes that others have left are to be waited for here (prctl(2)).
         set_child_subreaper(Some(getpid())).map_err(|error| format!("no adoption: {error}"))?;
         let mut why = String::new();
@@ -97,7 +100,7 @@ impl Balancer {
             place
                 .write_config(ports, backends)
                 .map_err(|error| format!("cannot write the configuration: {error}"))?;
-            match Balancer::try_start(place, ports) {
+            match DemoBalancer::try_start(place, ports) {
                 Ok(balancer) => return Ok(balancer),
                 Err(error) => why = error,
             }
@@ -105,7 +108,10 @@ impl Balancer {
         Err(format!("the balancer does not start: {why}"))
     }
 
-    fn try_start(place: &Place, [frontend, admin]: [SocketAddr; 2]) -> Result<Balancer, String> {
+    fn try_start(
+        place: &DemoDirectory,
+        [frontend, admin]: [SocketAddr; 2],
+    ) -> Result<DemoBalancer, String> {
         let log = place.log();
         let program = std::env::current_exe().map_err(|error| format!("no program: {error}"))?;
         let stderr = File::create(&log).map_err(|error| format!("cannot log: {error}"))?;
@@ -119,7 +125,7 @@ impl Balancer {
         let client =
             ClientArgs { admin: Some(Address::Tcp(admin)), config: None, json: true, token_file };
         let processes = std::cell::RefCell::new(pid.into_iter().collect());
-        let balancer = Balancer { processes, client, log, frontend, admin };
+        let balancer = DemoBalancer { processes, client, log, frontend, admin };
         let deadline = clock::now() + START_MAX;
         while ask_within(&balancer.client, Method::GET, "/ready", START_MAX).is_err() {
             let ended = waitpid(pid, WaitOptions::NOHANG).is_ok_and(|end| end.is_some());
@@ -132,9 +138,9 @@ impl Balancer {
     }
 
     /// What status says; `None` once the balancer has ended.
-    pub(crate) async fn seen(&self) -> Option<Seen> {
+    pub(crate) async fn seen(&self) -> Option<DemoStatus> {
         let text = self.ask(Method::GET, "/v1/status".to_owned()).await.ok()?;
-        Some(Seen::read(&serde_json::from_str(&text).ok()?))
+        Some(DemoStatus::read(&serde_json::from_str(&text).ok()?))
     }
 
     /// What the metrics say.
@@ -219,7 +225,7 @@ impl Balancer {
     }
 }
 
-impl Drop for Balancer {
+impl Drop for DemoBalancer {
     fn drop(&mut self) {
         for pid in self.processes.borrow_mut().drain(..) {
             let _ = kill_process(pid, Signal::KILL);
@@ -237,15 +243,15 @@ fn free_addresses() -> std::io::Result<[SocketAddr; 2]> {
 
 // === impl Seen ===
 
-impl Seen {
-    fn read(status: &Value) -> Seen {
+impl DemoStatus {
+    fn read(status: &Value) -> DemoStatus {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let number = |value: &Value| value.as_u64().unwrap_or_default();
         let named = |list: &'static str| {
             let all = status[list].as_array().into_iter().flatten();
             all.filter(|one| one["name"] == NAME).collect::<Vec<_>>()
         };
-        let backend = |value: &Value| SeenBackend {
+        let backend = |value: &Value| DemoBackendStatus {
             name: text(&value["name"]),
             weight: number(&value["weight"]),
             // What is left of a suspect's is not nothing.
@@ -261,7 +267,7 @@ impl Seen {
             .flat_map(|pool| pool["backends"].as_array().into_iter().flatten())
             .map(backend)
             .collect();
-        Seen {
+        DemoStatus {
             engine: text(&status["engine"]),
             engine_reason: text(&status["engine_reason"]),
             workers: number(&status["workers"]),
@@ -274,19 +280,19 @@ impl Seen {
     }
 
     /// The backend of that name.
-    pub(crate) fn backend(&self, name: &str) -> Option<&SeenBackend> {
+    pub(crate) fn backend(&self, name: &str) -> Option<&DemoBackendStatus> {
         self.backends.iter().find(|backend| backend.name == name)
     }
 
     /// Whether all of them take sessions at their full weight.
     pub(crate) fn all_serve(&self) -> bool {
-        !self.backends.is_empty() && self.backends.iter().all(SeenBackend::serves)
+        !self.backends.is_empty() && self.backends.iter().all(DemoBackendStatus::serves)
     }
 }
 
 // === impl SeenBackend ===
 
-impl SeenBackend {
+impl DemoBackendStatus {
     /// At its full weight.
     pub(crate) fn serves(&self) -> bool {
         self.weight > 0 && self.effective == self.weight

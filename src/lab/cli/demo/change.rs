@@ -4,9 +4,9 @@
 //! Run by `show` as parts of it. Each says what was measured, and what of it was not
 //! as promised.
 
-use super::backends::Backend;
-use super::screen::Gone;
-use super::show::Show;
+use super::backends::DemoBackend;
+use super::screen::OutputClosed;
+use super::show::DemoScript;
 use super::traffic::{LongLived, RATE};
 use std::time::Duration;
 use tidegate_net::clock;
@@ -17,9 +17,9 @@ const AROUND: Duration = Duration::from_millis(250);
 
 // === impl Show ===
 
-impl Show<'_> {
+impl DemoScript<'_> {
     /// What `tidegate explain` says of a backend that is down.
-    pub(crate) async fn explain(&self, name: &str) -> Result<(), Gone> {
+    pub(crate) async fn explain(&self, name: &str) -> Result<(), OutputClosed> {
         let facts = match self.balancer.explained(name).await {
             Ok(facts) => facts,
             Err(error) => {
@@ -38,8 +38,8 @@ impl Show<'_> {
     }
 
     /// Gives the last backend more weight while clients are served.
-    pub(crate) async fn reload(&self) -> Result<(), Gone> {
-        let mut backends: Vec<Backend> = self.backends.all().to_vec();
+    pub(crate) async fn reload(&self) -> Result<(), OutputClosed> {
+        let mut backends: Vec<DemoBackend> = self.backends.all().to_vec();
         let Some(last) = backends.last_mut() else { return Ok(()) };
         last.weight += 1;
         let (name, weight) = (last.name.clone(), last.weight);
@@ -84,7 +84,7 @@ impl Show<'_> {
     }
 
     /// Replaces the process while clients are served.
-    pub(crate) async fn upgrade(&self, long: &LongLived) -> Result<(), Gone> {
+    pub(crate) async fn upgrade(&self, long: &LongLived) -> Result<(), OutputClosed> {
         let title = "The program is upgraded in place, to itself";
         self.line("")?;
         self.line(title)?;

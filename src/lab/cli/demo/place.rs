@@ -4,7 +4,7 @@
 //! Made by the demo before the balancer starts; dropping it removes the whole
 //! directory. It never touches anything that was there before.
 
-use super::backends::Backend;
+use super::backends::DemoBackend;
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
@@ -26,16 +26,16 @@ const ACCESS_LOG_BYTES_MAX: u64 = 32 * 1024 * 1024;
 
 /// The directory and what is in it.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct DemoDirectory {
     directory: PathBuf,
     drain: Duration,
 }
 
-impl Place {
+impl DemoDirectory {
     /// Makes the directory (mode 0700) and the token (mode 0600).
     /// Sessions may go on for `drain` when the balancer stops or is upgraded.
-    pub(crate) fn create(drain: Duration) -> io::Result<Place> {
-        let place = Place { directory: fresh_directory()?, drain };
+    pub(crate) fn create(drain: Duration) -> io::Result<DemoDirectory> {
+        let place = DemoDirectory { directory: fresh_directory()?, drain };
         let mut random = [0u8; TOKEN_BYTES];
         fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
         let token: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -67,7 +67,7 @@ impl Place {
     pub(crate) fn write_config(
         &self,
         [frontend, admin]: [SocketAddr; 2],
-        backends: &[Backend],
+        backends: &[DemoBackend],
     ) -> io::Result<()> {
         let (token, access) = (quoted(&self.token())?, quoted(&self.access_log())?);
         let drain = self.drain.as_secs().max(1);
@@ -104,7 +104,7 @@ rise = 2
 fall = 3
 "#
         );
-        for Backend { name, address, weight } in backends {
+        for DemoBackend { name, address, weight } in backends {
             text.push_str(&format!(
                 "\n[[pool.{NAME}.backend]]\nname = \"{name}\"\naddress = \"{address}\"\nweight = {weight}\n"
             ));
@@ -127,7 +127,7 @@ fall = 3
     }
 }
 
-impl Drop for Place {
+impl Drop for DemoDirectory {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.directory) {
             eprintln!("tidegate: demo: cannot remove {}: {error}", self.directory.display());
@@ -184,14 +184,14 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
     use tidegate_config as config;
 
-    fn backends() -> Vec<Backend> {
+    fn backends() -> Vec<DemoBackend> {
         let address = "127.0.0.1:9001".parse().unwrap();
-        vec![Backend { name: "b1".to_owned(), address, weight: 5 }]
+        vec![DemoBackend { name: "b1".to_owned(), address, weight: 5 }]
     }
 
     #[test]
     fn the_configuration_is_one_that_check_accepts_without_a_warning() {
-        let place = Place::create(Duration::from_secs(40)).unwrap();
+        let place = DemoDirectory::create(Duration::from_secs(40)).unwrap();
         let (frontend, admin) =
             ("127.0.0.1:8001".parse().unwrap(), "127.0.0.1:8002".parse().unwrap());
         place.write_config([frontend, admin], &backends()).unwrap();
@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn the_directory_is_private_and_goes_away_with_its_owner() {
-        let place = Place::create(Duration::from_secs(40)).unwrap();
+        let place = DemoDirectory::create(Duration::from_secs(40)).unwrap();
         let directory = place.directory.clone();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&directory), mode(&place.token())), (0o700, 0o600));

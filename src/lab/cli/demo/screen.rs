@@ -15,7 +15,7 @@ const STEP: Duration = Duration::from_millis(100);
 
 /// Nobody reads standard output any more.
 #[derive(Debug)]
-pub(crate) struct Gone;
+pub(crate) struct OutputClosed;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -38,10 +38,10 @@ impl Screen {
     }
 
     /// Writes one line.
-    pub(crate) fn line(&self, text: &str) -> Result<(), Gone> {
+    pub(crate) fn line(&self, text: &str) -> Result<(), OutputClosed> {
         let write = || {
             let mut out = io::stdout().lock();
-            writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|_| Gone)
+            writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|_| OutputClosed)
         };
         match &self.bar {
             Some(bar) => bar.suspend(write),

@@ -1,15 +1,17 @@
 //! What the demo does, in which order, and what must have held for it to end
 //! well.
 //!
-//! Run by the demo on its own runtime; cut short by dropping [`Show::run`],
+//! Run by the demo on its own runtime; cut short by dropping [`DemoScript::run`],
 //! which closes every client. It prints what was measured and nothing else.
 
 use super::backends::Backends;
-use super::balancer::{Balancer, Seen};
-use super::place::{NAME, Place, for_shell};
-use super::screen::{Gone, Screen};
+use super::balancer::{DemoBalancer, DemoStatus};
+use super::place::{DemoDirectory, NAME, for_shell};
+use super::screen::{OutputClosed, Screen};
 use super::split::Split;
-use super::traffic::{LONG_LIVED, LongLived, RATE, RATE_SLOW, Standing, Tally, Traffic};
+use super::traffic::{
+    LONG_LIVED, LongLived, LongLivedConnection, RATE, RATE_SLOW, RequestCounts, Traffic,
+};
 use crate::cli::demo::split;
 use std::cell::{Cell, RefCell};
 use std::path::Path;
@@ -37,7 +39,7 @@ const MEASURES_MAX: usize = 3;
 
 /// How the demo ended.
 #[derive(Debug, Default)]
-pub(crate) struct Verdict {
+pub(crate) struct DemoResult {
     pub(crate) summary: Vec<String>,
     /// What was promised and not seen; empty is success.
     pub(crate) broken: Vec<String>,
@@ -55,37 +57,48 @@ pub(crate) struct Time {
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub(crate) struct Show<'a> {
+pub(crate) struct DemoScript<'a> {
     pub(crate) screen: &'a Screen,
     pub(crate) backends: &'a Backends,
-    pub(crate) place: &'a Place,
-    pub(crate) balancer: &'a Balancer,
+    pub(crate) place: &'a DemoDirectory,
+    pub(crate) balancer: &'a DemoBalancer,
     names: Vec<String>,
     pub(crate) phase: Duration,
     ends: Instant,
     play: Option<Duration>,
-    verdict: RefCell<Verdict>,
+    verdict: RefCell<DemoResult>,
     /// All of the promises were put to the test.
     complete: Cell<bool>,
 }
 
-impl<'a> Show<'a> {
+impl<'a> DemoScript<'a> {
     pub(crate) fn new(
         screen: &'a Screen,
         backends: &'a Backends,
-        place: &'a Place,
-        balancer: &'a Balancer,
+        place: &'a DemoDirectory,
+        balancer: &'a DemoBalancer,
         Time { started, length, play }: Time,
-    ) -> Show<'a> {
+    ) -> DemoScript<'a> {
         let names = backends.all().iter().map(|backend| backend.name.clone()).collect();
         let phase = (length / 10).clamp(PHASE_MIN, PHASE_MAX);
         let (ends, verdict, complete) = (started + length, RefCell::default(), Cell::new(false));
-        Show { screen, backends, place, balancer, names, phase, ends, play, verdict, complete }
+        DemoScript {
+            screen,
+            backends,
+            place,
+            balancer,
+            names,
+            phase,
+            ends,
+            play,
+            verdict,
+            complete,
+        }
     }
 
     /// Shows everything. The balancer is draining when this is over.
-    pub(crate) async fn run(&self) -> Result<Verdict, Gone> {
-        let Some(seen) = self.until(Seen::all_serve).await else {
+    pub(crate) async fn run(&self) -> Result<DemoResult, OutputClosed> {
+        let Some(seen) = self.until(DemoStatus::all_serve).await else {
             self.broken("the backends were not all in service after 5 s".to_owned());
             return Ok(self.verdict.take());
         };
@@ -115,18 +128,18 @@ impl<'a> Show<'a> {
     }
 
     /// The verdict when it ends before its time.
-    pub(crate) fn cut_short(&self, why: &str) -> Verdict {
+    pub(crate) fn cut_short(&self, why: &str) -> DemoResult {
         if !self.complete.get() {
             self.broken(format!("{why} before everything was shown"));
         }
-        Verdict { cut_short: true, ..self.verdict.take() }
+        DemoResult { cut_short: true, ..self.verdict.take() }
     }
 
-    fn introduce(&self, seen: &Seen) -> Result<(), Gone> {
+    fn introduce(&self, seen: &DemoStatus) -> Result<(), OutputClosed> {
         let count = self.names.len();
         let (version, balancer) = (env!("CARGO_PKG_VERSION"), self.balancer);
         let config = for_shell(&self.place.config());
-        let Seen { engine, engine_reason, workers, .. } = seen;
+        let DemoStatus { engine, engine_reason, workers, .. } = seen;
         let plural = if count == 1 { "" } else { "s" };
         self.line(&format!(
             "Tidegate {version}: a balancer and {count} backend{plural} on this machine"
@@ -140,7 +153,7 @@ impl<'a> Show<'a> {
 
     /// One measured stretch with its table. A stretch in which the table
     /// changed, or somebody else connected, shows nothing and is done again.
-    pub(crate) async fn split(&self, title: &str, length: Duration) -> Result<(), Gone> {
+    pub(crate) async fn split(&self, title: &str, length: Duration) -> Result<(), OutputClosed> {
         self.line("")?;
         self.line(title)?;
         self.screen.now(title);
@@ -160,7 +173,7 @@ impl<'a> Show<'a> {
         Ok(())
     }
 
-    fn judge(&self, title: &str, split: &Split, tally: &Tally) -> Result<(), Gone> {
+    fn judge(&self, title: &str, split: &Split, tally: &RequestCounts) -> Result<(), OutputClosed> {
         for line in split.lines() {
             self.say(&line)?;
         }
@@ -176,7 +189,7 @@ impl<'a> Show<'a> {
     }
 
     /// Kills one, shows what follows, revives it, shows what follows.
-    async fn failover(&self, long: &LongLived) -> Result<(), Gone> {
+    async fn failover(&self, long: &LongLived) -> Result<(), OutputClosed> {
         let victim = self.busiest(&long.standing());
         let name = &self.names[victim];
         let title = format!("{name} is killed: its port refuses, its connections are reset");
@@ -191,23 +204,24 @@ impl<'a> Show<'a> {
             self.broken(format!("{name} could not be killed: {error}"));
             return Ok(());
         }
-        let out = |seen: &Seen| seen.backend(name).is_none_or(|backend| backend.effective == 0);
+        let out =
+            |seen: &DemoStatus| seen.backend(name).is_none_or(|backend| backend.effective == 0);
         let Some(seen) = self.until(out).await else {
             self.broken(format!("{name} was dead for 5 s and the balancer did not notice"));
             return Ok(());
         };
-        let noticed = self.tell_change(name, &seen, killed, "taken out")?;
+        let noticed = self.print_change(name, &seen, killed, "taken out")?;
         // Long enough for the connections that stay to feel it.
         sleep((self.phase / 4).max(Duration::from_millis(300))).await;
         let tally = traffic.finish(1).await;
-        self.tell_failures(&tally, noticed, self.retries().await - retries)?;
-        self.tell_long_lived(name, &long.standing()).await?;
+        self.print_failures(&tally, noticed, self.retries().await - retries)?;
+        self.print_long_lived(name, &long.standing()).await?;
         self.explain(name).await?;
         self.split(&format!("{name} is down"), self.phase / 2).await?;
         self.revive(victim).await
     }
 
-    async fn revive(&self, victim: usize) -> Result<(), Gone> {
+    async fn revive(&self, victim: usize) -> Result<(), OutputClosed> {
         let name = &self.names[victim];
         let title = format!("{name} is back");
         self.line("")?;
@@ -219,12 +233,12 @@ impl<'a> Show<'a> {
             self.broken(format!("{name} could not be revived: {error}"));
             return Ok(());
         }
-        let back = |seen: &Seen| seen.backend(name).is_some_and(|backend| backend.serves());
+        let back = |seen: &DemoStatus| seen.backend(name).is_some_and(|backend| backend.serves());
         let Some(seen) = self.until(back).await else {
             self.broken(format!("{name} was back for 5 s and was not taken in again"));
             return Ok(());
         };
-        self.tell_change(name, &seen, revived, "taken back")?;
+        self.print_change(name, &seen, revived, "taken back")?;
         let tally = traffic.finish(1).await;
         let (total, failed) = (tally.total(), tally.failed);
         self.say(&format!("{total} requests meanwhile, {failed} failed"))?;
@@ -235,13 +249,13 @@ impl<'a> Show<'a> {
     }
 
     /// When and why its standing changed; gives when.
-    fn tell_change(
+    fn print_change(
         &self,
         name: &str,
-        seen: &Seen,
+        seen: &DemoStatus,
         since: Instant,
         what: &str,
-    ) -> Result<Instant, Gone> {
+    ) -> Result<Instant, OutputClosed> {
         let changed = seen.backend(name).and_then(|backend| backend.changed.clone());
         let Some((to, reason, seconds_ago)) = changed else {
             self.say(&format!("{name} {what}"))?;
@@ -254,7 +268,12 @@ impl<'a> Show<'a> {
         Ok(at)
     }
 
-    fn tell_failures(&self, tally: &Tally, noticed: Instant, retried: u64) -> Result<(), Gone> {
+    fn print_failures(
+        &self,
+        tally: &RequestCounts,
+        noticed: Instant,
+        retried: u64,
+    ) -> Result<(), OutputClosed> {
         let (total, failed) = (tally.total(), tally.failed);
         let late = tally.failed_since(noticed);
         self.say(&format!(
@@ -272,8 +291,12 @@ impl<'a> Show<'a> {
 
     /// What became of the connections that stay, and what the access log says
     /// of one that died.
-    async fn tell_long_lived(&self, victim: &str, standing: &[Standing]) -> Result<(), Gone> {
-        let on = |one: &&Standing| one.backend == victim;
+    async fn print_long_lived(
+        &self,
+        victim: &str,
+        standing: &[LongLivedConnection],
+    ) -> Result<(), OutputClosed> {
+        let on = |one: &&LongLivedConnection| one.backend == victim;
         let died = standing.iter().filter(on).filter(|one| one.broken.is_some()).count();
         let held = standing.iter().filter(on).count();
         let hurt =
@@ -323,7 +346,7 @@ impl<'a> Show<'a> {
     }
 
     /// What is left of `--for` is the user's.
-    async fn rest(&self) -> Result<(), Gone> {
+    async fn rest(&self) -> Result<(), OutputClosed> {
         let ends = self.play.map_or(self.ends, |play| clock::now() + play);
         let left = ends.saturating_duration_since(clock::now());
         if left.is_zero() {
@@ -343,7 +366,7 @@ impl<'a> Show<'a> {
             let left = ends.saturating_duration_since(clock::now());
             sleep(LOOK_SLOW.min(left)).await;
             let now = self.seen().await;
-            self.tell_news(&before, &now, &mut refused).await?;
+            self.print_news(&before, &now, &mut refused).await?;
             before = now;
             self.place.bound_access_log();
         }
@@ -377,7 +400,12 @@ impl<'a> Show<'a> {
     }
 
     /// What changed between two looks.
-    async fn tell_news(&self, before: &Seen, now: &Seen, refused: &mut u64) -> Result<(), Gone> {
+    async fn print_news(
+        &self,
+        before: &DemoStatus,
+        now: &DemoStatus,
+        refused: &mut u64,
+    ) -> Result<(), OutputClosed> {
         if now.generation != before.generation {
             self.say(&format!("a changed configuration is in force: {}", now.generation))?;
         }
@@ -401,7 +429,7 @@ impl<'a> Show<'a> {
     }
 
     /// The balancer's own account of every session.
-    async fn account(&self) -> Result<(), Gone> {
+    async fn account(&self) -> Result<(), OutputClosed> {
         let Some(metrics) = self.balancer.metrics().await else { return Ok(()) };
         let ends: Vec<String> =
             metrics.session_ends().iter().map(|(how, count)| format!("{count} {how}")).collect();
@@ -411,7 +439,7 @@ impl<'a> Show<'a> {
     }
 
     /// Sessions that are open finish while the balancer drains.
-    async fn drain(&self, long: LongLived) -> Result<(), Gone> {
+    async fn drain(&self, long: LongLived) -> Result<(), OutputClosed> {
         self.line("")?;
         self.line("The balancer drains")?;
         self.screen.now("draining");
@@ -436,7 +464,7 @@ impl<'a> Show<'a> {
     }
 
     /// Who holds most of the connections that stay; the first among equals.
-    fn busiest(&self, standing: &[Standing]) -> usize {
+    fn busiest(&self, standing: &[LongLivedConnection]) -> usize {
         let held = |name: &String| standing.iter().filter(|one| one.backend == *name).count();
         let mut best = 0;
         for index in 1..self.names.len() {
@@ -448,7 +476,7 @@ impl<'a> Show<'a> {
     }
 
     /// Looks at status until it is as wished, at most [`NOTICE_MAX`].
-    pub(crate) async fn until(&self, wished: impl Fn(&Seen) -> bool) -> Option<Seen> {
+    pub(crate) async fn until(&self, wished: impl Fn(&DemoStatus) -> bool) -> Option<DemoStatus> {
         let deadline = clock::now() + NOTICE_MAX;
         while clock::now() < deadline {
             let seen = self.seen().await;
@@ -460,7 +488,7 @@ impl<'a> Show<'a> {
         None
     }
 
-    pub(crate) async fn seen(&self) -> Seen {
+    pub(crate) async fn seen(&self) -> DemoStatus {
         self.balancer.seen().await.unwrap_or_default()
     }
 
@@ -469,12 +497,12 @@ impl<'a> Show<'a> {
         metrics.map_or(0, |metrics| metrics.count("tidegate_connect_retries_total"))
     }
 
-    pub(crate) fn line(&self, text: &str) -> Result<(), Gone> {
+    pub(crate) fn line(&self, text: &str) -> Result<(), OutputClosed> {
         self.screen.line(text)
     }
 
     /// A line below a title.
-    pub(crate) fn say(&self, text: &str) -> Result<(), Gone> {
+    pub(crate) fn say(&self, text: &str) -> Result<(), OutputClosed> {
         self.line(&format!("   {text}"))
     }
 
@@ -488,7 +516,7 @@ impl<'a> Show<'a> {
 }
 
 /// Why a stretch says nothing about the balancer's split.
-fn disturbance(before: &Seen, after: &Seen, tally: &Tally) -> Option<String> {
+fn disturbance(before: &DemoStatus, after: &DemoStatus, tally: &RequestCounts) -> Option<String> {
     if before.serial != after.serial {
         let changed =
             after.backends.iter().zip(&before.backends).find(|(a, b)| a.effective != b.effective);

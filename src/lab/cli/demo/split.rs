@@ -4,8 +4,8 @@
 //! over any whole number of rounds, so anything but equality is a fault here;
 //! nothing is rounded away.
 
-use super::balancer::Seen;
-use super::traffic::Tally;
+use super::balancer::DemoStatus;
+use super::traffic::RequestCounts;
 
 /// Backends shown one by one; the rest is summed up.
 const ROWS_MAX: usize = 12;
@@ -29,7 +29,7 @@ struct Row {
 }
 
 /// Requests in one round: the sum of the weights in their lowest terms.
-pub(crate) fn round(seen: &Seen) -> u64 {
+pub(crate) fn round(seen: &DemoStatus) -> u64 {
     let weights = || seen.backends.iter().map(|backend| backend.effective);
     let divisor = weights().fold(0, gcd).max(1);
     weights().map(|weight| weight / divisor).sum::<u64>().max(1)
@@ -42,7 +42,7 @@ fn gcd(a: u64, b: u64) -> u64 {
 impl Split {
     /// `tally` was measured while status was as `seen`; its backends are
     /// `names`, in order.
-    pub(crate) fn new(seen: &Seen, names: &[String], tally: &Tally) -> Split {
+    pub(crate) fn new(seen: &DemoStatus, names: &[String], tally: &RequestCounts) -> Split {
         let sum = seen.backends.iter().map(|backend| backend.effective).sum::<u64>().max(1);
         let total = tally.total();
         let row = |(name, got): (&String, &u64)| {
@@ -105,17 +105,20 @@ impl Row {
 
 #[cfg(test)]
 mod tests {
-    use super::super::balancer::SeenBackend;
+    use super::super::balancer::DemoBackendStatus;
     use super::*;
 
-    fn seen(weights: &[u64]) -> Seen {
-        let backend = |(index, effective): (usize, &u64)| SeenBackend {
+    fn seen(weights: &[u64]) -> DemoStatus {
+        let backend = |(index, effective): (usize, &u64)| DemoBackendStatus {
             name: format!("b{}", index + 1),
             weight: *effective,
             effective: *effective,
-            ..SeenBackend::default()
+            ..DemoBackendStatus::default()
         };
-        Seen { backends: weights.iter().enumerate().map(backend).collect(), ..Seen::default() }
+        DemoStatus {
+            backends: weights.iter().enumerate().map(backend).collect(),
+            ..DemoStatus::default()
+        }
     }
 
     fn names(count: usize) -> Vec<String> {
@@ -133,7 +136,10 @@ mod tests {
 
     #[test]
     fn one_request_at_the_wrong_backend_is_no_exact_split() {
-        let tally = |answered: &[u64]| Tally { answered: answered.to_vec(), ..Tally::default() };
+        let tally = |answered: &[u64]| RequestCounts {
+            answered: answered.to_vec(),
+            ..RequestCounts::default()
+        };
         let exact = |answered| Split::new(&seen(&[5, 3, 2]), &names(3), &tally(answered));
         assert!(exact(&[50, 30, 20]).exact());
         let off = exact(&[50, 31, 19]);
@@ -143,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_failure_is_no_exact_split_even_when_the_rest_is() {
-        let tally = Tally { answered: vec![10], failed: 1, ..Tally::default() };
+        let tally = RequestCounts { answered: vec![10], failed: 1, ..RequestCounts::default() };
         let split = Split::new(&seen(&[5]), &names(1), &tally);
         assert!(!split.exact());
         assert!(split.complaint().starts_with("1 requests failed"));
@@ -151,7 +157,7 @@ mod tests {
 
     #[test]
     fn many_backends_are_summed_up_after_a_dozen_rows() {
-        let tally = Tally { answered: vec![2; 20], ..Tally::default() };
+        let tally = RequestCounts { answered: vec![2; 20], ..RequestCounts::default() };
         let lines = Split::new(&seen(&[1; 20]), &names(20), &tally).lines();
         assert_eq!(lines.len(), 14);
         assert_eq!(lines[13], "+8 more       8        16      16   40.0%");

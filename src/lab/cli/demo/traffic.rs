@@ -44,20 +44,20 @@ const ANSWER_MAX: usize = 64;
 /// Short requests under way.
 #[derive(Debug)]
 pub(crate) struct Traffic {
-    plan: Arc<Plan>,
+    plan: Arc<TrafficPlan>,
     clients: JoinSet<()>,
 }
 
 #[derive(Debug)]
-struct Plan {
+struct TrafficPlan {
     frontend: SocketAddr,
     names: Vec<String>,
-    tickets: Mutex<Tickets>,
-    tally: Mutex<Tally>,
+    tickets: Mutex<RequestBudget>,
+    tally: Mutex<RequestCounts>,
 }
 
 #[derive(Debug)]
-struct Tickets {
+struct RequestBudget {
     begun: u64,
     /// No more than these.
     max: u64,
@@ -65,19 +65,19 @@ struct Tickets {
 
 /// What came of the requests of one stretch.
 #[derive(Debug, Default, Clone)]
-pub(crate) struct Tally {
+pub(crate) struct RequestCounts {
     /// By backend, in order.
     pub(crate) answered: Vec<u64>,
     /// Answered with a name that is none of ours.
     pub(crate) strangers: u64,
     pub(crate) failed: u64,
     /// The first of them.
-    pub(crate) failures: Vec<Failed>,
+    pub(crate) failures: Vec<FailedRequest>,
 }
 
 /// A request without an answer.
 #[derive(Debug, Clone)]
-pub(crate) struct Failed {
+pub(crate) struct FailedRequest {
     pub(crate) begun: Instant,
     pub(crate) why: String,
 }
@@ -85,14 +85,14 @@ pub(crate) struct Failed {
 /// The connections that stay open. Dropping it closes them.
 #[derive(Debug)]
 pub(crate) struct LongLived {
-    standing: Arc<Mutex<Vec<Standing>>>,
+    standing: Arc<Mutex<Vec<LongLivedConnection>>>,
     enough: watch::Sender<bool>,
     clients: JoinSet<()>,
 }
 
 /// One of those.
 #[derive(Debug, Clone)]
-pub(crate) struct Standing {
+pub(crate) struct LongLivedConnection {
     /// Who answers on it.
     pub(crate) backend: String,
     pub(crate) exchanges: u64,
@@ -114,11 +114,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Traffic {
     /// Starts `rate` requests a second; `names` are the backends', in order.
     pub(crate) fn start(frontend: SocketAddr, names: Vec<String>, rate: u32) -> Traffic {
-        let tally = Tally { answered: vec![0; names.len()], ..Tally::default() };
-        let plan = Arc::new(Plan {
+        let tally = RequestCounts { answered: vec![0; names.len()], ..RequestCounts::default() };
+        let plan = Arc::new(TrafficPlan {
             frontend,
             names,
-            tickets: Mutex::new(Tickets { begun: 0, max: u64::MAX }),
+            tickets: Mutex::new(RequestBudget { begun: 0, max: u64::MAX }),
             tally: Mutex::new(tally),
         });
         let every = Duration::from_secs(1) * CLIENTS / rate;
@@ -132,7 +132,7 @@ impl Traffic {
 
     /// Goes on until the number of requests is a multiple of `round`, and gives
     /// what came of all of them.
-    pub(crate) async fn finish(mut self, round: u64) -> Tally {
+    pub(crate) async fn finish(mut self, round: u64) -> RequestCounts {
         {
             let mut tickets = lock(&self.plan.tickets);
             tickets.max = tickets.begun.max(1).next_multiple_of(round.max(1));
@@ -142,7 +142,7 @@ impl Traffic {
     }
 }
 
-async fn client(plan: Arc<Plan>, first: Duration, every: Duration) {
+async fn client(plan: Arc<TrafficPlan>, first: Duration, every: Duration) {
     let mut pace = tokio::time::interval_at((clock::now() + first).into(), every);
     pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -188,7 +188,7 @@ async fn close(mut stream: TcpStream) -> io::Result<()> {
 
 // === impl Plan ===
 
-impl Plan {
+impl TrafficPlan {
     fn take_ticket(&self) -> bool {
         let mut tickets = lock(&self.tickets);
         let left = tickets.begun < tickets.max;
@@ -206,7 +206,7 @@ impl Plan {
             Err(error) => {
                 tally.failed += 1;
                 if tally.failures.len() < FAILURES_KEPT {
-                    tally.failures.push(Failed { begun, why: error.to_string() });
+                    tally.failures.push(FailedRequest { begun, why: error.to_string() });
                 }
             }
         }
@@ -215,14 +215,14 @@ impl Plan {
 
 // === impl Tally ===
 
-impl Tally {
+impl RequestCounts {
     /// Requests made.
     pub(crate) fn total(&self) -> u64 {
         self.answered.iter().sum::<u64>() + self.strangers + self.failed
     }
 
     /// Failed requests that began at `when` or later.
-    pub(crate) fn failed_since(&self, when: Instant) -> Vec<&Failed> {
+    pub(crate) fn failed_since(&self, when: Instant) -> Vec<&FailedRequest> {
         self.failures.iter().filter(|failed| failed.begun >= when).collect()
     }
 }
@@ -239,7 +239,8 @@ impl LongLived {
             let mut stream = TcpStream::connect(frontend).await?;
             let client = stream.local_addr()?;
             let backend = tokio::time::timeout(REQUEST_MAX, exchange(&mut stream)).await??;
-            let first = Standing { backend, exchanges: 1, client, broken: None, closed: false };
+            let first =
+                LongLivedConnection { backend, exchanges: 1, client, broken: None, closed: false };
             lock(&standing).push(first);
             clients.spawn(stay(stream, index, Arc::clone(&standing), told.clone()));
         }
@@ -247,12 +248,12 @@ impl LongLived {
     }
 
     /// How they stand now.
-    pub(crate) fn standing(&self) -> Vec<Standing> {
+    pub(crate) fn standing(&self) -> Vec<LongLivedConnection> {
         lock(&self.standing).clone()
     }
 
     /// Has each of them make one more exchange and close.
-    pub(crate) async fn close(mut self) -> Vec<Standing> {
+    pub(crate) async fn close(mut self) -> Vec<LongLivedConnection> {
         self.enough.send_replace(true);
         while self.clients.join_next().await.is_some() {}
         self.standing()
@@ -262,7 +263,7 @@ impl LongLived {
 async fn stay(
     mut stream: TcpStream,
     index: usize,
-    standing: Arc<Mutex<Vec<Standing>>>,
+    standing: Arc<Mutex<Vec<LongLivedConnection>>>,
     mut enough: watch::Receiver<bool>,
 ) {
     loop {

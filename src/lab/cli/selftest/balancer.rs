@@ -3,7 +3,7 @@
 //! Used by the self-test alone, which talks to it as an operator would: a file, the admin
 //! API, signals. Whatever happens, dropping it ends them all.
 
-use super::Trouble;
+use super::SelftestError;
 use hyper::Method;
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use std::fs::File;
@@ -28,7 +28,7 @@ const LOG_BYTES_SHOWN: usize = 4000;
 
 /// The supervisor, and the way to the process that serves.
 #[derive(Debug)]
-pub(crate) struct Balancer {
+pub(crate) struct SelftestProcesses {
     /// `None` once it was waited for.
     service: Option<Pid>,
     client: ClientArgs,
@@ -37,9 +37,12 @@ pub(crate) struct Balancer {
 
 // === impl Balancer ===
 
-impl Balancer {
+impl SelftestProcesses {
     /// Starts the first process; returns once it serves.
-    pub(crate) fn start(directory: &Path, config: &Path) -> Result<Balancer, Trouble> {
+    pub(crate) fn start(
+        directory: &Path,
+        config: &Path,
+    ) -> Result<SelftestProcesses, SelftestError> {
         let log = directory.join("log");
         let admin = Address::Unix(directory.join("admin.sock"));
         let client = ClientArgs { admin: Some(admin), config: None, json: true, token_file: None };
@@ -54,7 +57,7 @@ impl Balancer {
             .spawn()
             .map_err(|error| format!("cannot start {}: {error}", program.display()))?;
         let pid = pid_of(u64::from(child.id()))?;
-        let balancer = Balancer { service: Some(pid), client, log };
+        let balancer = SelftestProcesses { service: Some(pid), client, log };
         let deadline = clock::now() + START_MAX;
         while ask(&balancer.client, Method::GET, "/ready").is_err() {
             let ended = waitpid(Some(pid), WaitOptions::NOHANG).is_ok_and(|end| end.is_some());
@@ -110,7 +113,7 @@ impl Balancer {
     }
 }
 
-impl Drop for Balancer {
+impl Drop for SelftestProcesses {
     fn drop(&mut self) {
         if let Some(service) = self.service {
             // A second signal within the time of a repetition would not count.

@@ -4,9 +4,9 @@
 //! weights, takes one backend out or puts it back, and adds or removes a third
 //! frontend; a kill takes a backend from under its sessions.
 
-use super::balancer::{Balancer, last_lines};
-use super::{Outcome, Trouble};
-use crate::ledger::{Backend, Ledger, Sizes};
+use super::balancer::{SelftestProcesses, last_lines};
+use super::{SelftestError, SelftestOutcome};
+use crate::ledger::{Ledger, LedgerBackend, StreamSizes};
 use std::fmt::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::DirBuilderExt;
@@ -22,7 +22,7 @@ const BACKENDS: usize = 3;
 /// Clients at once.
 const CLIENTS: usize = 8;
 
-const SIZES: Sizes = Sizes { most: 128 * 1024, large_one_in: 200 };
+const SIZES: StreamSizes = StreamSizes { most: 128 * 1024, large_one_in: 200 };
 
 /// An end that hears nothing for so long has lost something.
 const SILENCE: Duration = Duration::from_secs(20);
@@ -40,7 +40,7 @@ const EXTRA_SEEDS: u64 = 1 << 60;
 
 /// Something that is done to the balancer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Step {
+pub(crate) enum SelftestStep {
     Reload,
     Upgrade,
     Kill,
@@ -48,15 +48,15 @@ pub(crate) enum Step {
 
 /// Everything the test has made.
 #[derive(Debug)]
-pub(crate) struct World {
+pub(crate) struct SelftestWorld {
     seed: u64,
     random: fastrand::Rng,
     ledger: Arc<Ledger>,
-    backends: Vec<Backend>,
+    backends: Vec<LedgerBackend>,
     /// Two that stay, one that comes and goes.
     frontends: [SocketAddr; 3],
     shape: Shape,
-    balancer: Balancer,
+    balancer: SelftestProcesses,
     cut: usize,
     broken: Vec<String>,
     // Last: whatever else goes, goes before its directory.
@@ -77,21 +77,21 @@ struct Directory(PathBuf);
 
 // === impl World ===
 
-impl World {
-    pub(crate) fn start(seed: u64) -> Result<World, Trouble> {
+impl SelftestWorld {
+    pub(crate) fn start(seed: u64) -> Result<SelftestWorld, SelftestError> {
         let directory = Directory::create()?;
         let ledger = Arc::new(Ledger::new(SIZES, false, SILENCE));
         let backends = (0..BACKENDS)
-            .map(|_| Backend::start(Arc::clone(&ledger)))
+            .map(|_| LedgerBackend::start(Arc::clone(&ledger)))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| format!("cannot start a backend: {error}"))?;
         let frontends = free_addresses().map_err(|error| format!("no free port: {error}"))?;
         let shape = Shape { weights: [1; BACKENDS], out: None, extra_frontend: false };
         let config = shape.write(&directory, &frontends, &backends)?;
-        let balancer = Balancer::start(&directory.0, &config)?;
+        let balancer = SelftestProcesses::start(&directory.0, &config)?;
         let random = fastrand::Rng::with_seed(seed);
         let (cut, broken) = (0, Vec::new());
-        Ok(World {
+        Ok(SelftestWorld {
             seed,
             random,
             ledger,
@@ -106,7 +106,11 @@ impl World {
     }
 
     /// Does `steps` at even distances within `span` while clients run, and sums up.
-    pub(crate) fn run(mut self, steps: &[Step], span: Duration) -> Result<Outcome, Trouble> {
+    pub(crate) fn run(
+        mut self,
+        steps: &[SelftestStep],
+        span: Duration,
+    ) -> Result<SelftestOutcome, SelftestError> {
         let stop = AtomicBool::new(false);
         let ledger = Arc::clone(&self.ledger);
         let (first, frontends) = (self.seed << 32, [self.frontends[0], self.frontends[1]]);
@@ -124,11 +128,11 @@ impl World {
         self.sum_up()
     }
 
-    fn take(&mut self, step: Step) {
+    fn take(&mut self, step: SelftestStep) {
         let done = match step {
-            Step::Reload => self.reload(),
-            Step::Upgrade => self.balancer.upgrade(),
-            Step::Kill => self.kill(),
+            SelftestStep::Reload => self.reload(),
+            SelftestStep::Upgrade => self.balancer.upgrade(),
+            SelftestStep::Kill => self.kill(),
         };
         if let Err(why) = done {
             self.broken.push(why);
@@ -160,12 +164,12 @@ impl World {
         self.backends[one].revive().map_err(|error| format!("no backend again: {error}"))
     }
 
-    fn sum_up(self) -> Result<Outcome, Trouble> {
-        let World { ledger, balancer, mut broken, cut, .. } = self;
+    fn sum_up(self) -> Result<SelftestOutcome, SelftestError> {
+        let SelftestWorld { ledger, balancer, mut broken, cut, .. } = self;
         let log = balancer.log();
         broken.extend(balancer.stop(DRAIN + Duration::from_secs(5)));
         let bytes = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
-        Ok(Outcome {
+        Ok(SelftestOutcome {
             streams: ledger.streams(),
             bytes: bytes(&ledger.bytes_up) + bytes(&ledger.bytes_down),
             cut,
@@ -203,7 +207,7 @@ impl Shape {
         &self,
         directory: &Directory,
         frontends: &[SocketAddr; 3],
-        backends: &[Backend],
+        backends: &[LedgerBackend],
     ) -> Result<PathBuf, String> {
         let path = directory.0.join("tidegate.toml");
         let whole = directory.0.join("tidegate.toml.new");
@@ -218,7 +222,7 @@ impl Shape {
         &self,
         admin: &std::path::Path,
         frontends: &[SocketAddr; 3],
-        backends: &[Backend],
+        backends: &[LedgerBackend],
     ) -> String {
         let admin = serde_json::Value::from(format!("unix:{}", admin.display()));
         let drain = humantime::format_duration(DRAIN);
@@ -248,7 +252,7 @@ impl Shape {
 // === impl Directory ===
 
 impl Directory {
-    fn create() -> Result<Directory, Trouble> {
+    fn create() -> Result<Directory, SelftestError> {
         let name = format!("tidegate-selftest-{:08x}", fastrand::u32(..));
         let path = std::env::temp_dir().join(name);
         std::fs::DirBuilder::new()
@@ -275,8 +279,8 @@ mod tests {
     #[test]
     fn every_shape_is_a_configuration_that_check_accepts() {
         let ledger = Arc::new(Ledger::new(SIZES, false, SILENCE));
-        let backends: Vec<Backend> =
-            (0..BACKENDS).map(|_| Backend::start(Arc::clone(&ledger)).unwrap()).collect();
+        let backends: Vec<LedgerBackend> =
+            (0..BACKENDS).map(|_| LedgerBackend::start(Arc::clone(&ledger)).unwrap()).collect();
         let frontends = free_addresses().unwrap();
         for out in [None, Some(0), Some(2)] {
             for extra_frontend in [false, true] {

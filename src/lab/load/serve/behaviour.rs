@@ -5,7 +5,7 @@
 use socket2::Socket;
 use std::io;
 use std::time::Duration;
-use tidegate_net::epoll::Interest;
+use tidegate_net::epoll::EpollInterest;
 
 /// Receive buffer of a slow reader: small, so that it is felt at once.
 const SLOW_BUFFER: usize = 4 * 1024;
@@ -70,12 +70,12 @@ impl Behaviour {
     }
 
     /// What a new connection is watched for.
-    pub(super) fn interest(&self) -> Interest {
+    pub(super) fn interest(&self) -> EpollInterest {
         match self {
-            Behaviour::Sink => Interest::WhileReadable,
-            Behaviour::Source { .. } => Interest::WhileWritable,
+            Behaviour::Sink => EpollInterest::WhileReadable,
+            Behaviour::Source { .. } => EpollInterest::WhileWritable,
             // Also those that never read: failures are told in any case.
-            _ => Interest::Arrivals,
+            _ => EpollInterest::EdgeReadable,
         }
     }
 

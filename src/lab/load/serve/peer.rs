@@ -3,10 +3,10 @@
 //! Driven by `worker`. It says what became of the connection and leaves closing
 //! to the worker; it never waits.
 
-use super::{Behaviour, Served};
+use super::{Behaviour, ServeReport};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
-use tidegate_net::epoll::{Epoll, Interest, Readiness};
+use tidegate_net::epoll::{Epoll, EpollEvent, EpollInterest};
 use tidegate_net::stream;
 
 /// An answering connection is not read while it is owed this much: a client
@@ -18,7 +18,7 @@ const TURN_MAX: usize = 4;
 
 /// The connection.
 #[derive(Debug)]
-pub(super) struct Peer {
+pub(super) struct ServedConnection {
     socket: OwnedFd,
     /// Bytes received.
     got: u64,
@@ -45,7 +45,7 @@ enum Fin {
 
 /// What is to become of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Next {
+pub(super) enum ConnectionFate {
     Keep,
     Close,
     Reset,
@@ -53,10 +53,10 @@ pub(super) enum Next {
 
 /// What all connections of a thread share.
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct ServeShared {
     pub(super) behaviour: Behaviour,
     pub(super) epoll: Epoll,
-    pub(super) served: Served,
+    pub(super) served: ServeReport,
     /// Received bytes go here.
     pub(super) buffer: Box<[u8]>,
     /// Sent bytes come from here, unless they are echoed.
@@ -65,9 +65,9 @@ pub(super) struct Shared {
 
 // === impl Peer ===
 
-impl Peer {
-    pub(super) fn new(socket: OwnedFd) -> Peer {
-        Peer {
+impl ServedConnection {
+    pub(super) fn new(socket: OwnedFd) -> ServedConnection {
+        ServedConnection {
             socket,
             got: 0,
             partial: 0,
@@ -88,7 +88,11 @@ impl Peer {
     }
 
     /// The socket is ready for something.
-    pub(super) fn ready(&mut self, with: &mut Shared, readiness: Readiness) -> io::Result<Next> {
+    pub(super) fn ready(
+        &mut self,
+        with: &mut ServeShared,
+        readiness: EpollEvent,
+    ) -> io::Result<ConnectionFate> {
         self.hung_up |= readiness.hang_up;
         match with.behaviour {
             Behaviour::Stall => self.only_failures(readiness),
@@ -104,32 +108,40 @@ impl Peer {
         }
     }
 
-    fn only_failures(&self, readiness: Readiness) -> io::Result<Next> {
+    fn only_failures(&self, readiness: EpollEvent) -> io::Result<ConnectionFate> {
         if readiness.failed {
             stream::connect_result(&self.socket)?;
-            return Ok(Next::Close);
+            return Ok(ConnectionFate::Close);
         }
-        Ok(Next::Keep)
+        Ok(ConnectionFate::Keep)
     }
 
     /// Takes at most `limit` bytes and throws them away.
-    pub(super) fn discard(&mut self, with: &mut Shared, limit: usize) -> io::Result<Next> {
+    pub(super) fn discard(
+        &mut self,
+        with: &mut ServeShared,
+        limit: usize,
+    ) -> io::Result<ConnectionFate> {
         let length = with.buffer.len().min(limit);
         match stream::discard(&self.socket, &mut with.buffer[..length]) {
-            Ok(0) => Ok(Next::Close),
+            Ok(0) => Ok(ConnectionFate::Close),
             Ok(taken) => {
                 with.served.bytes_in += taken as u64;
-                Ok(Next::Keep)
+                Ok(ConnectionFate::Keep)
             }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(Next::Keep),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(ConnectionFate::Keep),
             Err(error) => Err(error),
         }
     }
 
     /// Sends as much filler as there is room for.
-    fn stream(&mut self, with: &mut Shared, readiness: Readiness) -> io::Result<Next> {
+    fn stream(
+        &mut self,
+        with: &mut ServeShared,
+        readiness: EpollEvent,
+    ) -> io::Result<ConnectionFate> {
         if readiness.hang_up {
-            return Ok(Next::Close);
+            return Ok(ConnectionFate::Close);
         }
         let mut turn = 0;
         while turn < with.buffer.len() {
@@ -142,11 +154,11 @@ impl Peer {
                 Err(error) => return Err(error),
             }
         }
-        Ok(Next::Keep)
+        Ok(ConnectionFate::Keep)
     }
 
     /// Requests in, answers out.
-    fn answer(&mut self, with: &mut Shared, token: u64) -> io::Result<Next> {
+    fn answer(&mut self, with: &mut ServeShared, token: u64) -> io::Result<ConnectionFate> {
         for _ in 0..TURN_MAX {
             self.pay(with)?;
             if self.owed >= OWED_MAX {
@@ -171,7 +183,7 @@ impl Peer {
     }
 
     /// What `taken` bytes more earn the peer.
-    fn bill(&mut self, with: &mut Shared, taken: usize) {
+    fn bill(&mut self, with: &mut ServeShared, taken: usize) {
         match with.behaviour {
             Behaviour::Respond { request, answer } => {
                 self.partial += taken;
@@ -190,7 +202,7 @@ impl Peer {
     }
 
     /// Sends what is owed, as far as there is room, and the FIN behind it.
-    fn pay(&mut self, with: &mut Shared) -> io::Result<()> {
+    fn pay(&mut self, with: &mut ServeShared) -> io::Result<()> {
         while self.owed > 0 {
             let length = self.owed.min(with.filler.len() as u64) as usize;
             match stream::send(&self.socket, &with.filler[..length]) {
@@ -210,27 +222,33 @@ impl Peer {
     }
 
     /// The peer has sent its last byte.
-    fn done(&self) -> Next {
+    fn done(&self) -> ConnectionFate {
         // What is still owed goes out first; room for it wakes us again.
-        if self.owed > 0 || !self.left.is_empty() { Next::Keep } else { Next::Close }
+        if self.owed > 0 || !self.left.is_empty() {
+            ConnectionFate::Keep
+        } else {
+            ConnectionFate::Close
+        }
     }
 
     /// Bytes in, the same bytes out.
-    fn echo(&mut self, with: &mut Shared, token: u64) -> io::Result<Next> {
+    fn echo(&mut self, with: &mut ServeShared, token: u64) -> io::Result<ConnectionFate> {
         for _ in 0..TURN_MAX {
             if !self.send_left(with)? {
                 return self.want_room(with, token);
             }
             let received = match stream::receive(&self.socket, &mut with.buffer) {
-                Ok(0) => return Ok(Next::Close),
+                Ok(0) => return Ok(ConnectionFate::Close),
                 Ok(received) => received,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Next::Keep),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return Ok(ConnectionFate::Keep);
+                }
                 Err(error) => return Err(error),
             };
             with.served.bytes_in += received as u64;
             self.got += received as u64;
             if matches!(with.behaviour, Behaviour::Reset { after } if self.got >= after) {
-                return Ok(Next::Reset);
+                return Ok(ConnectionFate::Reset);
             }
             let sent = match stream::send(&self.socket, &with.buffer[..received]) {
                 Ok(sent) => sent,
@@ -243,14 +261,14 @@ impl Peer {
                 // From here on every read must run dry before it is believed.
                 self.hung_up = true;
             } else if received < with.buffer.len() && !self.hung_up {
-                return Ok(Next::Keep);
+                return Ok(ConnectionFate::Keep);
             }
         }
         self.again(with, token)
     }
 
     /// Sends what found no room before; whether all of it went.
-    fn send_left(&mut self, with: &mut Shared) -> io::Result<bool> {
+    fn send_left(&mut self, with: &mut ServeShared) -> io::Result<bool> {
         if self.left.is_empty() {
             return Ok(true);
         }
@@ -269,19 +287,19 @@ impl Peer {
     }
 
     /// Has the connection told when there is room, if something waits for it.
-    fn want_room(&mut self, with: &Shared, token: u64) -> io::Result<Next> {
+    fn want_room(&mut self, with: &ServeShared, token: u64) -> io::Result<ConnectionFate> {
         if !self.both && (self.owed > 0 || !self.left.is_empty()) {
             self.both = true;
-            with.epoll.change(&self.socket, token, Interest::Both)?;
+            with.epoll.change(&self.socket, token, EpollInterest::Both)?;
         }
-        Ok(Next::Keep)
+        Ok(ConnectionFate::Keep)
     }
 
     /// The turn is over with more to do: registering anew tells of it again.
-    fn again(&mut self, with: &Shared, token: u64) -> io::Result<Next> {
+    fn again(&mut self, with: &ServeShared, token: u64) -> io::Result<ConnectionFate> {
         self.both |= self.owed > 0 || !self.left.is_empty();
-        let interest = if self.both { Interest::Both } else { Interest::Arrivals };
+        let interest = if self.both { EpollInterest::Both } else { EpollInterest::EdgeReadable };
         with.epoll.change(&self.socket, token, interest)?;
-        Ok(Next::Keep)
+        Ok(ConnectionFate::Keep)
     }
 }

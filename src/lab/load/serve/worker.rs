@@ -3,17 +3,17 @@
 //! Run by `serve`. It accepts, hands readiness to the connections and closes
 //! them; it knows a behaviour only where that is a matter of time.
 
-use super::peer::{Next, Peer, Shared};
-use super::{Behaviour, Served, Service};
-use crate::load::threads::Place;
+use super::peer::{ConnectionFate, ServeShared, ServedConnection};
+use super::{Behaviour, ServeReport, Service};
+use crate::load::threads::ThreadHandle;
 use slab::Slab;
 use socket2::Socket;
 use std::io::{self, ErrorKind};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
-use tidegate_dataplane::local_errors::accept_may_go_on;
+use tidegate_dataplane::local_errors::accept_can_continue;
 use tidegate_net::clock;
-use tidegate_net::epoll::{Batch, Epoll, Interest, Readiness};
+use tidegate_net::epoll::{Epoll, EpollBatch, EpollEvent, EpollInterest};
 use tidegate_net::{listen, stream};
 
 /// Tokens from here on are listeners; connections stay far below.
@@ -34,20 +34,24 @@ const ACCEPT_REST: Duration = Duration::from_millis(10);
 /// Slow readers read this often.
 const TICK: Duration = Duration::from_millis(10);
 
-struct Worker {
-    with: Shared,
+struct ServeThread {
+    with: ServeShared,
     listeners: Vec<Socket>,
-    peers: Slab<Peer>,
+    peers: Slab<ServedConnection>,
     /// Listeners are not watched until then.
     resting: Option<Instant>,
 }
 
 /// Serves until told to stop, or for the service's time.
-pub(super) fn run(service: &Service, place: &Place, listeners: Vec<Socket>) -> io::Result<Served> {
-    let mut worker = Worker::new(service.behaviour, listeners)?;
+pub(super) fn run(
+    service: &Service,
+    place: &ThreadHandle,
+    listeners: Vec<Socket>,
+) -> io::Result<ServeReport> {
+    let mut worker = ServeThread::new(service.behaviour, listeners)?;
     let began = clock::now();
     let until = service.duration.map(|duration| began + duration);
-    let mut batch = Batch::new();
+    let mut batch = EpollBatch::new();
     let mut last = began;
     place.gauge().started.store(true, Relaxed);
     while !place.stopped() {
@@ -75,20 +79,20 @@ pub(super) fn run(service: &Service, place: &Place, listeners: Vec<Socket>) -> i
 
 // === impl Worker ===
 
-impl Worker {
-    fn new(behaviour: Behaviour, listeners: Vec<Socket>) -> io::Result<Worker> {
+impl ServeThread {
+    fn new(behaviour: Behaviour, listeners: Vec<Socket>) -> io::Result<ServeThread> {
         let epoll = Epoll::new()?;
         for (listener, token) in listeners.iter().zip(LISTENER..) {
-            epoll.watch_for(listener, token, Interest::WhileReadable)?;
+            epoll.watch_for(listener, token, EpollInterest::WhileReadable)?;
         }
-        let with = Shared {
+        let with = ServeShared {
             behaviour,
             epoll,
-            served: Served::default(),
+            served: ServeReport::default(),
             buffer: vec![0; BUFFER].into(),
             filler: vec![b'y'; behaviour.filler()].into(),
         };
-        Ok(Worker { with, listeners, peers: Slab::with_capacity(1024), resting: None })
+        Ok(ServeThread { with, listeners, peers: Slab::with_capacity(1024), resting: None })
     }
 
     fn sleep(&self) -> Duration {
@@ -105,21 +109,21 @@ impl Worker {
         }
         for _ in 0..ACCEPT_MAX {
             match listen::accept(&self.listeners[listener]) {
-                Ok((socket, _)) => self.welcome(Peer::new(socket)),
+                Ok((socket, _)) => self.welcome(ServedConnection::new(socket)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if accept_may_go_on(&error) => {}
+                Err(error) if accept_can_continue(&error) => {}
                 Err(_) => {
                     // Watched, it would keep us awake for nothing.
                     self.with.served.refused += 1;
                     self.resting = Some(now + ACCEPT_REST);
-                    return self.watch_listeners(Interest::Arrivals);
+                    return self.watch_listeners(EpollInterest::EdgeReadable);
                 }
             }
         }
         Ok(())
     }
 
-    fn watch_listeners(&self, interest: Interest) -> io::Result<()> {
+    fn watch_listeners(&self, interest: EpollInterest) -> io::Result<()> {
         for (listener, token) in self.listeners.iter().zip(LISTENER..) {
             self.with.epoll.change(listener, token, interest)?;
         }
@@ -129,12 +133,12 @@ impl Worker {
     fn resume_accepting(&mut self, now: Instant) -> io::Result<()> {
         if self.resting.is_some_and(|until| now >= until) {
             self.resting = None;
-            self.watch_listeners(Interest::WhileReadable)?;
+            self.watch_listeners(EpollInterest::WhileReadable)?;
         }
         Ok(())
     }
 
-    fn welcome(&mut self, peer: Peer) {
+    fn welcome(&mut self, peer: ServedConnection) {
         self.with.served.accepted += 1;
         if self.with.behaviour == (Behaviour::Reset { after: 0 }) {
             self.with.served.reset += 1;
@@ -150,7 +154,7 @@ impl Worker {
         }
     }
 
-    fn serve(&mut self, readiness: Readiness) {
+    fn serve(&mut self, readiness: EpollEvent) {
         let key = readiness.token as usize;
         // A socket tells once in a batch, so the key is still its own.
         let Some(peer) = self.peers.get_mut(key) else { return };
@@ -158,11 +162,11 @@ impl Worker {
         self.settle(key, next);
     }
 
-    fn settle(&mut self, key: usize, next: io::Result<Next>) {
+    fn settle(&mut self, key: usize, next: io::Result<ConnectionFate>) {
         match next {
-            Ok(Next::Keep) => {}
-            Ok(Next::Close) => drop(self.peers.remove(key)),
-            Ok(Next::Reset) => {
+            Ok(ConnectionFate::Keep) => {}
+            Ok(ConnectionFate::Close) => drop(self.peers.remove(key)),
+            Ok(ConnectionFate::Reset) => {
                 self.with.served.reset += 1;
                 stream::reset(self.peers.remove(key).into_socket());
             }
@@ -174,7 +178,7 @@ impl Worker {
     }
 
     /// Does nothing at all for as long as the behaviour has it.
-    fn pause(&self, place: &Place, running: Duration) {
+    fn pause(&self, place: &ThreadHandle, running: Duration) {
         let Behaviour::Hiccup { pause, every } = self.with.behaviour else { return };
         // The first pause comes after the first `every`.
         let into = running.as_nanos() % every.as_nanos();
@@ -206,7 +210,7 @@ impl Worker {
         }
     }
 
-    fn show(&self, place: &Place) {
+    fn show(&self, place: &ThreadHandle) {
         let (gauge, served) = (place.gauge(), &self.with.served);
         let units = if served.requests > 0 { served.requests } else { served.accepted };
         gauge.units.store(units, Relaxed);

@@ -8,7 +8,7 @@ use crate::model;
 fn dies_after(each: Duration, mut happens: impl FnMut(&mut Bench)) -> Duration {
     let ttl = Duration::from_secs(4);
     let heartbeats = Some(Arc::new(model::HeartbeatSpec { ttl, ..spec() }));
-    let mut bench = Bench::new(Pool { heartbeat: heartbeats, ..unprobed(&[]) });
+    let mut bench = Bench::new(PoolConfig { heartbeat: heartbeats, ..unprobed(&[]) });
     bench.beat(&["a"], &[], Duration::from_secs(5));
     let died = bench.now;
     while bench.status("a").eligible {
@@ -24,7 +24,7 @@ fn being_late_again_and_again_keeps_a_dead_backend_only_for_the_time_lost() {
     let (every, late) = (Duration::from_millis(1_500), Duration::from_millis(300));
     let took = dies_after(every, |bench| {
         bench.now += late;
-        bench.apply(Event::Tick);
+        bench.apply(ControlEvent::Tick);
     });
     // Four seconds of listening take three times 1.5 s, and as often 0.3 s are lost.
     assert!(took <= Duration::from_secs(6), "{took:?}");
@@ -33,7 +33,7 @@ fn being_late_again_and_again_keeps_a_dead_backend_only_for_the_time_lost() {
 #[test]
 fn losing_heartbeats_without_end_keeps_a_dead_backend_for_twice_its_ttl_at_most() {
     let took = dies_after(Duration::from_millis(50), |bench| {
-        bench.apply(Event::HeartbeatsLost(3));
+        bench.apply(ControlEvent::HeartbeatsLost(3));
     });
     assert!(took <= Duration::from_millis(8_500), "{took:?}");
 }

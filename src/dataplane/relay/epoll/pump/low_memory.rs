@@ -5,11 +5,11 @@
 //! buffer, where TCP holds the sender back: nothing is ever dropped. It costs
 //! a system call a message more, and is left as soon as the budget has room.
 
-use super::{Io, Pump, errno_of, is_would_block};
+use super::{Pump, PumpIo, errno_of, is_would_block};
 use crate::local_errors;
-use crate::relay::close_state::Moved;
+use crate::relay::close_state::TurnBytes;
 use std::io;
-use tidegate_core::outcome::Side;
+use tidegate_core::outcome::SessionSide;
 
 impl Pump {
     /// Moves at most a buffer's worth; false where there is nothing to move or no
@@ -17,10 +17,10 @@ impl Pump {
     #[cold]
     pub(super) fn forward_scarce(
         &mut self,
-        from: Side,
-        io: &impl Io,
+        from: SessionSide,
+        io: &impl PumpIo,
         buffer: &mut [u8],
-        moved: &mut Moved,
+        moved: &mut TurnBytes,
     ) -> bool {
         let to = from.other();
         self.streams[from as usize].streak = 0;
@@ -70,7 +70,13 @@ impl Pump {
 
     /// Takes from the socket what was sent: as many bytes as `sent` is long. They
     /// were there to be looked at, so they are there to be received.
-    fn take(&mut self, from: Side, io: &impl Io, sent: &mut [u8], moved: &mut Moved) {
+    fn take(
+        &mut self,
+        from: SessionSide,
+        io: &impl PumpIo,
+        sent: &mut [u8],
+        moved: &mut TurnBytes,
+    ) {
         let mut taken = 0;
         while taken < sent.len() {
             match io.receive(from, &mut sent[taken..]) {

@@ -5,19 +5,21 @@
 //! with little, or when there is no pipe for it. Small messages never come here:
 //! two splices cost more than one copy.
 
-use super::{BYTES_A_TURN, CRAMMED_MAX, Io, Mode, Pump, READ_SMALL, errno_of, is_would_block};
+use super::{
+    BYTES_A_TURN, CRAMMED_MAX, Pump, PumpIo, PumpMode, READ_SMALL, errno_of, is_would_block,
+};
 use crate::local_errors;
-use crate::relay::close_state::Moved;
+use crate::relay::close_state::TurnBytes;
 use std::io;
-use tidegate_core::outcome::Side;
-use tidegate_net::pipe::Fill;
+use tidegate_core::outcome::SessionSide;
+use tidegate_net::pipe::FillResult;
 
 /// Small fills in a row that end the bulk mode.
 const SMALL_FILLS: u8 = 8;
 
 /// What a bulk turn leaves to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum SpliceNext {
     /// Wait for the sockets.
     Wait,
     /// Its share of this round is used up.
@@ -28,42 +30,47 @@ pub(super) enum Step {
 
 impl Pump {
     /// Moves bytes from `from` to the other side through its pipe.
-    pub(super) fn forward_bulk(&mut self, from: Side, io: &mut impl Io, moved: &mut Moved) -> Step {
+    pub(super) fn forward_bulk(
+        &mut self,
+        from: SessionSide,
+        io: &mut impl PumpIo,
+        moved: &mut TurnBytes,
+    ) -> SpliceNext {
         let mut budget = BYTES_A_TURN;
         loop {
             if !self.empty_pipe(from, io, moved) {
-                return Step::Wait;
+                return SpliceNext::Wait;
             }
             if self.verdict.ended(from) {
                 io.close_pipe(from);
-                return Step::Copy;
+                return SpliceNext::Copy;
             }
             if !self.sockets[from as usize].readable || self.verdict.failed(from.other()) {
                 // Nothing to move: others may use the pipe.
                 io.close_pipe(from);
-                return Step::Wait;
+                return SpliceNext::Wait;
             }
             if self.streams[from as usize].small_fills == SMALL_FILLS {
                 io.close_pipe(from);
                 let stream = &mut self.streams[from as usize];
                 let crammed = std::mem::take(&mut stream.last_crammed);
                 stream.crammed = (stream.crammed + u8::from(crammed)).min(CRAMMED_MAX);
-                let mode = if crammed { Mode::CopyOnly } else { Mode::Copy };
+                let mode = if crammed { PumpMode::CopyOnly } else { PumpMode::Copy };
                 return self.copy_again(from, mode);
             }
             if budget == 0 {
-                return Step::Again;
+                return SpliceNext::Again;
             }
             if !io.open_pipe(from) {
-                return self.copy_again(from, Mode::CopyOnly);
+                return self.copy_again(from, PumpMode::CopyOnly);
             }
             match io.fill(from) {
-                Ok(Fill { bytes: 0, .. }) => {
+                Ok(FillResult { bytes: 0, .. }) => {
                     // The end, or an urgent mark that an end stands behind
                     // (`tcp_splice_read` in Linux): a read knows.
                     self.sockets[from as usize].read_to_the_end();
                     io.close_pipe(from);
-                    return self.copy_again(from, Mode::Copy);
+                    return self.copy_again(from, PumpMode::Copy);
                 }
                 Ok(fill) => {
                     budget = budget.saturating_sub(fill.bytes);
@@ -74,7 +81,7 @@ impl Pump {
                     if socket.read_to_the_end {
                         // splice(2) stops at an urgent mark; a read goes on.
                         io.close_pipe(from);
-                        return self.copy_again(from, Mode::Copy);
+                        return self.copy_again(from, PumpMode::Copy);
                     }
                     socket.readable = false;
                 }
@@ -82,12 +89,12 @@ impl Pump {
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                     // This kind of socket cannot be spliced (splice(2)).
                     io.close_pipe(from);
-                    return self.copy_again(from, Mode::CopyOnly);
+                    return self.copy_again(from, PumpMode::CopyOnly);
                 }
                 Err(error) if local_errors::is_shortage(&error) => {
                     // A copy needs less.
                     io.close_pipe(from);
-                    return self.copy_again(from, Mode::CopyOnly);
+                    return self.copy_again(from, PumpMode::CopyOnly);
                 }
                 Err(error) => self.end_of(from, errno_of(&error), moved),
             }
@@ -95,7 +102,12 @@ impl Pump {
     }
 
     /// Sends what is in the pipe; false while some of it is left.
-    fn empty_pipe(&mut self, from: Side, io: &mut impl Io, moved: &mut Moved) -> bool {
+    fn empty_pipe(
+        &mut self,
+        from: SessionSide,
+        io: &mut impl PumpIo,
+        moved: &mut TurnBytes,
+    ) -> bool {
         let to = from.other();
         while io.piped(from) > 0 {
             if self.verdict.failed(to) {
@@ -115,7 +127,7 @@ impl Pump {
         true
     }
 
-    fn filled(&mut self, from: Side, fill: Fill, moved: &mut Moved) {
+    fn filled(&mut self, from: SessionSide, fill: FillResult, moved: &mut TurnBytes) {
         let stream = &mut self.streams[from as usize];
         stream.carried.received += fill.bytes as u64;
         moved.received[from as usize] += fill.bytes as u64;
@@ -124,11 +136,11 @@ impl Pump {
         stream.last_crammed = fill.crammed;
     }
 
-    fn copy_again(&mut self, from: Side, mode: Mode) -> Step {
+    fn copy_again(&mut self, from: SessionSide, mode: PumpMode) -> SpliceNext {
         let stream = &mut self.streams[from as usize];
         stream.mode = mode;
         stream.streak = 0;
         stream.small_fills = 0;
-        Step::Copy
+        SpliceNext::Copy
     }
 }

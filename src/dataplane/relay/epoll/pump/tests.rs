@@ -6,9 +6,9 @@ use proptest::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use tidegate_core::outcome::Side::{Backend, Client};
-use tidegate_core::outcome::{Cause, Ending, Phase};
-use tidegate_net::budget::Budget;
+use tidegate_core::outcome::SessionSide::{Backend, Client};
+use tidegate_core::outcome::{Cause, Phase, SessionEnd};
+use tidegate_net::budget::MemoryBudget;
 
 /// Two sockets whose peers are played by the test.
 #[derive(Default)]
@@ -19,8 +19,8 @@ struct Script {
     /// Whether pipes turn out to be full of little.
     crams: bool,
     /// From which sides much was announced.
-    bulk_from: RefCell<Vec<Side>>,
-    budget: Arc<Budget>,
+    bulk_from: RefCell<Vec<SessionSide>>,
+    budget: Arc<MemoryBudget>,
 }
 
 #[derive(Default)]
@@ -47,8 +47,8 @@ impl Fake {
     }
 }
 
-impl Io for Script {
-    fn receive(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize> {
+impl PumpIo for Script {
+    fn receive(&self, side: SessionSide, buffer: &mut [u8]) -> io::Result<usize> {
         let fake = &self.sockets[side as usize];
         fake.runs_short()?;
         let mut arrived = fake.arrived.borrow_mut();
@@ -68,7 +68,7 @@ impl Io for Script {
         }
     }
 
-    fn peek(&self, side: Side, buffer: &mut [u8]) -> io::Result<usize> {
+    fn peek(&self, side: SessionSide, buffer: &mut [u8]) -> io::Result<usize> {
         let fake = &self.sockets[side as usize];
         let arrived = fake.arrived.borrow().clone();
         if arrived.is_empty() {
@@ -82,11 +82,11 @@ impl Io for Script {
         self.budget.has(bytes)
     }
 
-    fn keep(&self, bytes: usize) -> Share {
+    fn keep(&self, bytes: usize) -> BudgetShare {
         self.budget.take(bytes)
     }
 
-    fn send(&self, side: Side, bytes: &[u8]) -> io::Result<usize> {
+    fn send(&self, side: SessionSide, bytes: &[u8]) -> io::Result<usize> {
         let fake = &self.sockets[side as usize];
         assert!(!fake.fin_sent.get(), "sent behind our own FIN");
         fake.runs_short()?;
@@ -102,17 +102,17 @@ impl Io for Script {
         Ok(count)
     }
 
-    fn shutdown_write(&self, side: Side) -> io::Result<()> {
+    fn shutdown_write(&self, side: SessionSide) -> io::Result<()> {
         let fake = &self.sockets[side as usize];
         assert!(!fake.fin_sent.replace(true), "a second FIN");
         Ok(())
     }
 
-    fn expect_bulk(&self, from: Side) {
+    fn expect_bulk(&self, from: SessionSide) {
         self.bulk_from.borrow_mut().push(from);
     }
 
-    fn open_pipe(&mut self, from: Side) -> bool {
+    fn open_pipe(&mut self, from: SessionSide) -> bool {
         let pipe = &mut self.pipes[from as usize];
         if pipe.is_none() && self.pipes_left > 0 {
             self.pipes_left -= 1;
@@ -121,23 +121,23 @@ impl Io for Script {
         pipe.is_some()
     }
 
-    fn close_pipe(&mut self, from: Side) {
+    fn close_pipe(&mut self, from: SessionSide) {
         self.pipes_left += usize::from(self.pipes[from as usize].take().is_some());
     }
 
-    fn piped(&self, from: Side) -> usize {
+    fn piped(&self, from: SessionSide) -> usize {
         self.pipes[from as usize].as_ref().map_or(0, VecDeque::len)
     }
 
-    fn fill(&mut self, from: Side) -> io::Result<Fill> {
+    fn fill(&mut self, from: SessionSide) -> io::Result<FillResult> {
         assert_eq!(self.piped(from), 0, "only an empty pipe is filled");
         let mut bytes = vec![0; 300_000];
         let count = self.receive(from, &mut bytes)?;
         self.pipes[from as usize].as_mut().unwrap().extend(&bytes[..count]);
-        Ok(Fill { bytes: count, crammed: self.crams })
+        Ok(FillResult { bytes: count, crammed: self.crams })
     }
 
-    fn drain(&mut self, from: Side) -> io::Result<usize> {
+    fn drain(&mut self, from: SessionSide) -> io::Result<usize> {
         let bytes: Vec<u8> = self.pipes[from as usize].iter().flatten().copied().collect();
         let count = self.send(from.other(), &bytes)?;
         self.pipes[from as usize].as_mut().unwrap().drain(..count);
@@ -149,7 +149,7 @@ struct Bench {
     script: Script,
     pump: Pump,
     buffer: Vec<u8>,
-    ending: Option<Ending>,
+    ending: Option<SessionEnd>,
     received: [u64; 2],
 }
 
@@ -167,36 +167,36 @@ impl Bench {
     }
 
     /// An edge on `side`, then turns until the pump wants to wait.
-    fn edge(&mut self, side: Side) {
+    fn edge(&mut self, side: SessionSide) {
         let ended = self.script.sockets[side as usize].end.get().is_some();
         self.pump.note(side, true, true, ended);
         for _ in 0..100_000 {
             if self.ending.is_some() {
                 return;
             }
-            let mut moved = Moved::default();
+            let mut moved = TurnBytes::default();
             let next = self.pump.turn(&mut self.script, &mut self.buffer, &mut moved);
             self.received.iter_mut().zip(moved.received).for_each(|(sum, more)| *sum += more);
             match next {
-                Next::Again => {}
-                Next::Wait => return,
-                Next::End(ending) => self.ending = Some(ending),
+                TurnNext::Again => {}
+                TurnNext::Wait => return,
+                TurnNext::End(ending) => self.ending = Some(ending),
             }
         }
         panic!("the pump turns for ever");
     }
 
-    fn arrive(&mut self, side: Side, bytes: &[u8]) {
+    fn arrive(&mut self, side: SessionSide, bytes: &[u8]) {
         self.script.sockets[side as usize].arrived.borrow_mut().extend(bytes);
         self.edge(side);
     }
 
-    fn end(&mut self, side: Side, errno: i32) {
+    fn end(&mut self, side: SessionSide, errno: i32) {
         self.script.sockets[side as usize].end.set(Some(errno));
         self.edge(side);
     }
 
-    fn make_room(&mut self, side: Side, room: usize) {
+    fn make_room(&mut self, side: SessionSide, room: usize) {
         let fake = &self.script.sockets[side as usize];
         fake.room.set(fake.room.get().saturating_add(room));
         self.edge(side);
@@ -207,16 +207,16 @@ impl Bench {
         self.script.budget.set_max(if all { 0 } else { usize::MAX });
     }
 
-    fn sent_to(&self, side: Side) -> Vec<u8> {
+    fn sent_to(&self, side: SessionSide) -> Vec<u8> {
         self.script.sockets[side as usize].sent.borrow().clone()
     }
 
-    fn fin_sent_to(&self, side: Side) -> bool {
+    fn fin_sent_to(&self, side: SessionSide) -> bool {
         self.script.sockets[side as usize].fin_sent.get()
     }
 
     fn kept(&self) -> usize {
-        let piped: usize = Side::BOTH.into_iter().map(|side| self.script.piped(side)).sum();
+        let piped: usize = SessionSide::BOTH.into_iter().map(|side| self.script.piped(side)).sum();
         let kept = self.pump.streams.iter().filter_map(|stream| stream.kept.as_ref());
         kept.map(|kept| kept.bytes.capacity()).sum::<usize>() + piped
     }
@@ -251,9 +251,9 @@ fn want_of_memory_ends_nothing_and_has_the_pump_ask_for_another_turn() {
         bench.arrive(Client, b"piece");
         assert!(bench.pump.is_short(), "nothing else will tell it to go on");
         // No edge comes: the turn is the engine's idea.
-        let mut moved = Moved::default();
+        let mut moved = TurnBytes::default();
         let next = bench.pump.turn(&mut bench.script, &mut bench.buffer, &mut moved);
-        assert_eq!((next, bench.pump.is_short()), (Next::Wait, false));
+        assert_eq!((next, bench.pump.is_short()), (TurnNext::Wait, false));
     }
     assert_eq!(bench.sent_to(Backend), b"piecepiece");
 }
@@ -288,7 +288,7 @@ fn an_answer_sent_before_the_backend_refused_more_still_arrives() {
 #[test]
 fn two_sides_that_fail_under_each_others_bytes_end_the_session() {
     let mut bench = Bench::new(1000);
-    for side in Side::BOTH {
+    for side in SessionSide::BOTH {
         let fake = &bench.script.sockets[side as usize];
         fake.arrived.borrow_mut().extend(b"for nobody");
         fake.end.set(Some(libc::ECONNRESET));
@@ -316,7 +316,7 @@ fn two_failed_sides_end_a_session_whatever_is_left_between_them() {
     let mut bench = Bench::new(0);
     bench.arrive(Client, b"for the backend");
     bench.arrive(Backend, b"for the client");
-    for side in Side::BOTH {
+    for side in SessionSide::BOTH {
         // More stands behind what is kept, so that neither failure is read.
         bench.script.sockets[side as usize].arrived.borrow_mut().extend(b"more");
         bench.script.sockets[side as usize].end.set(Some(libc::ECONNRESET));
@@ -355,14 +355,14 @@ fn a_bulk_stream_takes_a_pipe_and_gives_it_back_when_idle() {
     let mut bench = Bench::new(usize::MAX);
     bench.script.pipes_left = 1;
     bench.arrive(Backend, &vec![5; 2_000_000]);
-    assert_eq!(bench.pump.streams[Backend as usize].mode, Mode::Bulk);
+    assert_eq!(bench.pump.streams[Backend as usize].mode, PumpMode::Bulk);
     assert_eq!(bench.script.pipes_left, 1, "nothing moves, so others may have it");
     assert_eq!(*bench.script.bulk_from.borrow(), [Backend], "announced once");
 
     for _ in 0..20 {
         bench.arrive(Backend, b"now small");
     }
-    assert_eq!(bench.pump.streams[Backend as usize].mode, Mode::Copy);
+    assert_eq!(bench.pump.streams[Backend as usize].mode, PumpMode::Copy);
     assert_eq!(bench.sent_to(Client).len(), 2_000_000 + 20 * 9);
 }
 
@@ -370,7 +370,7 @@ fn a_bulk_stream_takes_a_pipe_and_gives_it_back_when_idle() {
 fn without_a_pipe_bulk_is_copied() {
     let mut bench = Bench::new(usize::MAX);
     bench.arrive(Client, &vec![5; 2_000_000]);
-    assert_ne!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
+    assert_ne!(bench.pump.streams[Client as usize].mode, PumpMode::Bulk);
     assert_eq!(bench.sent_to(Backend).len(), 2_000_000);
 }
 
@@ -382,11 +382,11 @@ fn bulk_that_crams_its_pipes_is_copied_and_tries_again_later() {
     bench.arrive(Client, &vec![5; 8_000_000]);
     // Once, and not for each few megabytes.
     assert_eq!(bench.pump.streams[Client as usize].crammed, 1);
-    assert_ne!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
+    assert_ne!(bench.pump.streams[Client as usize].mode, PumpMode::Bulk);
     assert_eq!(bench.script.pipes_left, 1);
     bench.script.crams = false;
     bench.arrive(Client, &vec![5; 8_000_000]);
-    assert_eq!(bench.pump.streams[Client as usize].mode, Mode::Bulk);
+    assert_eq!(bench.pump.streams[Client as usize].mode, PumpMode::Bulk);
     assert_eq!(bench.sent_to(Backend).len(), 16_000_000);
 }
 
@@ -457,9 +457,9 @@ fn a_firehose_gives_others_their_turn() {
     let mut bench = Bench::new(usize::MAX);
     bench.script.sockets[Client as usize].arrived.borrow_mut().extend(vec![1; 4 * BYTES_A_TURN]);
     bench.pump.note(Client, true, true, false);
-    let mut moved = Moved::default();
+    let mut moved = TurnBytes::default();
     let next = bench.pump.turn(&mut bench.script, &mut bench.buffer, &mut moved);
-    assert_eq!(next, Next::Again);
+    assert_eq!(next, TurnNext::Again);
     assert!(moved.received[Client as usize] < (BYTES_A_TURN + READ_BULK) as u64);
 }
 
@@ -470,9 +470,9 @@ fn bytes_behind_an_urgent_mark_are_not_forgotten() {
     bench.pump.note(Client, true, true, true);
     let client = &bench.script.sockets[Client as usize];
     client.arrived.borrow_mut().extend(b"before");
-    let mut moved = Moved::default();
+    let mut moved = TurnBytes::default();
     let next = bench.pump.turn(&mut bench.script, &mut bench.buffer, &mut moved);
-    assert_eq!(next, Next::Wait);
+    assert_eq!(next, TurnNext::Wait);
     assert_eq!(bench.sent_to(Backend), b"before");
     assert!(!bench.pump.sockets[Client as usize].readable, "read until it would block");
 }
@@ -493,7 +493,7 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-fn side(backend: bool) -> Side {
+fn side(backend: bool) -> SessionSide {
     if backend { Backend } else { Client }
 }
 
@@ -524,7 +524,7 @@ proptest! {
                 Act::Room(to, room) => bench.make_room(side(to), room),
                 Act::End(from) => bench.end(side(from), 0),
             }
-            for to in Side::BOTH {
+            for to in SessionSide::BOTH {
                 let sent = bench.sent_to(to);
                 prop_assert!(owed[to as usize].starts_with(&sent));
                 prop_assert!(!bench.fin_sent_to(to) || sent.len() == owed[to as usize].len());
@@ -536,8 +536,8 @@ proptest! {
         bench.make_room(Client, usize::MAX / 2);
         bench.make_room(Backend, usize::MAX / 2);
         prop_assert_eq!(bench.ending.map(|ending| ending.cause), Some(Cause::Finished));
-        prop_assert!(Side::BOTH.into_iter().any(|side| bench.fin_sent_to(side)));
-        for to in Side::BOTH {
+        prop_assert!(SessionSide::BOTH.into_iter().any(|side| bench.fin_sent_to(side)));
+        for to in SessionSide::BOTH {
             prop_assert_eq!(&bench.sent_to(to), &owed[to as usize]);
             prop_assert_eq!(bench.received[to.other() as usize], owed[to as usize].len() as u64);
         }
