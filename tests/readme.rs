@@ -94,7 +94,7 @@ fn every_policy_is_listed() {
 
 #[test]
 fn every_route_of_the_admin_api_is_listed_and_no_other() {
-    let routes = fs::read_to_string(root().join("src/admin/routes.rs")).unwrap();
+    let routes = fs::read_to_string(root().join("src/daemon/admin/routes.rs")).unwrap();
     let route = |line: &str| {
         let (path, rest) = line.trim().strip_prefix(".route(\"")?.split_once("\", ")?;
         let method = rest.split('(').next()?.to_uppercase();

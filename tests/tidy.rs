@@ -1,4 +1,4 @@
-//! Rules about the source tree itself: who may use whom, where `unsafe` and
+//! Rules about the source tree itself: which member may use which, where `unsafe` and
 //! clocks may stand, how large files may grow, and words that must not stay.
 //!
 //! Reads `src`, `tests`, `benches` and `scripts` as text; each finding names
@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -16,52 +17,22 @@ const FILE_LINES_MAX: usize = 600;
 /// exceed. Entries only shrink and go; new ones need a reason beside them.
 const LONGER_FILES: [(&str, usize); 0] = [];
 
-/// Uses against the directions, each with its reason. Entries only go.
-const EXCUSED_USES: [(&str, &str); 0] = [];
-
-/// Layers from the bottom; a module uses its own layer and those below it.
-/// The longest matching prefix counts.
-const LAYERS: [(&str, Layer); 26] = [
-    ("net", Layer::Base),
-    ("clock", Layer::Base),
-    ("telemetry", Layer::Base),
-    ("secret_file", Layer::Base),
-    ("control", Layer::Core),
-    ("table", Layer::Core),
-    ("balance", Layer::Core),
-    ("health", Layer::Core),
-    ("config", Layer::Core),
-    ("heartbeat", Layer::Core),
-    ("proxy::admission", Layer::Core),
-    ("proxy::close", Layer::Core),
-    ("admin", Layer::Shell),
-    ("load", Layer::Shell),
-    ("proxy", Layer::Shell),
-    ("health::probe", Layer::Shell),
-    ("heartbeat::listen", Layer::Shell),
-    ("heartbeat::sender", Layer::Shell),
-    ("config::watch", Layer::Shell),
-    ("supervisor", Layer::Shell),
-    ("app", Layer::App),
-    ("demo", Layer::App),
-    ("cli", Layer::Cli),
-    ("fuzz", Layer::Cli),
-    ("main", Layer::Main),
-    ("lib", Layer::Main),
+/// The members and their floors. A member depends on members of lower floors alone;
+/// Cargo forbids circles, this list says which way is up.
+const FLOORS: [(&str, u8); 12] = [
+    ("net", 0),
+    ("logging", 0),
+    ("heartbeat", 1),
+    ("core", 2),
+    ("config", 3),
+    ("api", 3),
+    ("dataplane", 3),
+    ("supervisor", 3),
+    ("daemon", 4),
+    ("client", 4),
+    ("lab", 5),
+    ("cli", 6),
 ];
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Layer {
-    /// System calls, clocks, counters.
-    Base,
-    /// Pure decisions: no I/O, no clock, no runtime.
-    Core,
-    /// I/O and threads; shells never use each other.
-    Shell,
-    App,
-    Cli,
-    Main,
-}
 
 /// What the core may not name, in code.
 const NOT_IN_THE_CORE: [&str; 12] = [
@@ -69,8 +40,8 @@ const NOT_IN_THE_CORE: [&str; 12] = [
     "hyper::",
     "axum::",
     "notify::",
-    "crate::net",
-    "crate::clock",
+    "tidegate_net",
+    "std::fs",
     "TcpStream",
     "TcpListener",
     "UdpSocket",
@@ -82,43 +53,68 @@ const NOT_IN_THE_CORE: [&str; 12] = [
 // === the rules ===
 
 #[test]
-fn modules_use_only_what_lies_below_them() {
+fn members_depend_only_on_lower_floors() {
+    let floor = |name: &str| FLOORS.iter().find(|(member, _)| *member == name).map(|f| f.1);
     let mut findings = String::new();
-    for file in sources("src") {
-        let from = file.module();
-        let Some((unit, layer)) = place(&from) else {
-            let _ = writeln!(findings, "{}: give module {from} a layer in tidy.rs", file.name);
+    let mut members = 0;
+    for entry in std::fs::read_dir(root().join("src")).unwrap() {
+        let path = entry.unwrap().path();
+        let Ok(manifest) = std::fs::read_to_string(path.join("Cargo.toml")) else { continue };
+        members += 1;
+        let member = path.file_name().unwrap().to_string_lossy().into_owned();
+        let Some(own) = floor(&member) else {
+            let _ = writeln!(findings, "{member}: give it a floor in tidy.rs");
             continue;
         };
-        for (line, to) in file.uses() {
-            let Some((target, below)) = place(&to) else { continue };
-            let allowed = unit == target
-                || layer > below
-                || (layer == below && layer < Layer::Shell)
-                || EXCUSED_USES.contains(&(from.as_str(), to.as_str()));
-            if !allowed {
-                let _ = writeln!(findings, "{}:{line}: {from} uses {to}", file.name);
+        for used in product_dependencies(&manifest) {
+            if floor(&used).is_none_or(|below| below >= own) {
+                let _ = writeln!(findings, "{member} depends on {used}");
             }
         }
     }
     assert!(findings.is_empty(), "\n{findings}");
+    assert_eq!(members, FLOORS.len(), "the list names what is there");
+}
+
+#[test]
+fn no_modules_of_the_core_use_each_other_in_a_circle() {
+    let mut uses: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for file in sources("src/core") {
+        let module = file.top_module();
+        if module == "lib" {
+            continue;
+        }
+        let used = file.uses().into_iter().map(|(_, path)| first(&path).to_owned());
+        let others = used.filter(|other| *other != module).collect::<Vec<_>>();
+        uses.entry(module).or_default().extend(others);
+    }
+    assert!(uses.len() > 5, "{uses:?}");
+    let circle = uses.keys().find(|module| reachable(&uses, module).contains(*module));
+    assert_eq!(circle, None, "{uses:#?}");
+}
+
+#[test]
+fn no_two_types_have_one_name() {
+    let mut places: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for file in sources("src") {
+        for (_, line) in file.code() {
+            if let Some(name) = defined_type(line) {
+                places.entry(name.to_owned()).or_default().insert(file.name.clone());
+            }
+        }
+    }
+    assert!(places.len() > 500, "the tree's types are found");
+    places.retain(|_, files| files.len() > 1);
+    assert!(places.is_empty(), "{places:#?}");
 }
 
 #[test]
 fn the_core_does_no_io_and_reads_no_clock() {
     let mut findings = String::new();
-    for file in sources("src") {
-        if place(&file.module()).is_none_or(|(_, layer)| layer != Layer::Core) {
-            continue;
-        }
+    for file in sources("src/core") {
         for (number, line) in file.code() {
             for word in NOT_IN_THE_CORE.iter().filter(|word| line.contains(**word)) {
                 let _ = writeln!(findings, "{}:{number}: {word}", file.name);
-            }
-            // `config::load` reads one file (and through `secret_file` the keys it
-            // names); that is all the core's I/O.
-            if line.contains("std::fs") && file.name != "src/config/source.rs" {
-                let _ = writeln!(findings, "{}:{number}: std::fs", file.name);
             }
         }
     }
@@ -127,13 +123,13 @@ fn the_core_does_no_io_and_reads_no_clock() {
 
 #[test]
 fn unsafe_stands_in_net_alone() {
-    assert_only_in("unsafe", |name| name.starts_with("src/net/") || name == "src/net.rs");
+    assert_only_in("unsafe", |name| name.starts_with("src/net/"));
 }
 
 #[test]
-fn clocks_are_read_in_clock_alone() {
+fn clocks_are_read_in_net_clock_alone() {
     for call in ["Instant::now", "SystemTime::now"] {
-        assert_only_in(call, |name| name == "src/clock.rs");
+        assert_only_in(call, |name| name == "src/net/clock.rs");
     }
 }
 
@@ -212,14 +208,18 @@ struct Source {
     text: String,
 }
 
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
 /// Every Rust file (and script) under `dir`, sorted.
 fn sources(dir: &str) -> Vec<Source> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = root();
     let mut files = Vec::new();
     collect(&root.join(dir), &mut files);
     files.sort();
     let read = |path: PathBuf| {
-        let name = path.strip_prefix(root).unwrap().to_string_lossy().into_owned();
+        let name = path.strip_prefix(&root).unwrap().to_string_lossy().into_owned();
         Source { name, text: std::fs::read_to_string(&path).unwrap_or_default() }
     };
     let files: Vec<Source> = files.into_iter().map(read).collect();
@@ -241,10 +241,10 @@ fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
 }
 
 impl Source {
-    /// `src/a/b.rs` is `a::b`, `src/a/mod.rs` is `a`.
-    fn module(&self) -> String {
-        let path = self.name.trim_start_matches("src/").trim_end_matches(".rs");
-        path.trim_end_matches("/mod").replace('/', "::")
+    /// `src/core/a/b.rs` is in `a`.
+    fn top_module(&self) -> String {
+        let path = self.name.splitn(3, '/').nth(2).unwrap_or_default();
+        path.split('/').next().unwrap_or_default().trim_end_matches(".rs").to_owned()
     }
 
     /// Numbered lines without comments, unit tests left out.
@@ -260,32 +260,14 @@ impl Source {
         (1..).zip(self.text.lines().map(|line| line.split("//").next().unwrap_or("")))
     }
 
-    /// Every path in code that starts at the crate's root or above this module.
+    /// Every path in code that starts at the crate's root.
     fn uses(&self) -> Vec<(usize, String)> {
         let mut code = String::new();
         for (_, line) in self.code() {
             code += line;
             code.push('\n');
         }
-        let mut found = paths_after(&code, "crate::");
-        if self.name == "src/main.rs" {
-            found.extend(paths_after(&code, "tidegate::"));
-        }
-        let module = self.module();
-        let parent = match self.name.ends_with("/mod.rs") {
-            true => module.as_str(),
-            false => module.rsplit_once("::").map_or("", |(parent, _)| parent),
-        };
-        // One `super` in `a/b.rs` is `a`; in `a/mod.rs` it is the root.
-        let above = match self.name.ends_with("/mod.rs") {
-            true => parent.rsplit_once("::").map_or("", |(above, _)| above),
-            false => parent,
-        };
-        for (line, path) in paths_after(&code, "super::") {
-            let joined = if above.is_empty() { path } else { format!("{above}::{path}") };
-            found.push((line, joined));
-        }
-        found
+        paths_after(&code, "crate::")
     }
 }
 
@@ -334,12 +316,37 @@ fn spread(rest: &mut &str) -> Vec<String> {
     paths
 }
 
-/// The unit a module belongs to and its layer.
-fn place(module: &str) -> Option<(&'static str, Layer)> {
-    let inside = |prefix: &str| {
-        module.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
-    };
-    LAYERS.into_iter().filter(|(prefix, _)| inside(prefix)).max_by_key(|(prefix, _)| prefix.len())
+fn first(path: &str) -> &str {
+    path.split("::").next().unwrap_or_default()
+}
+
+/// What can be reached from `from` in one step or more.
+fn reachable<'u>(uses: &'u BTreeMap<String, BTreeSet<String>>, from: &str) -> BTreeSet<&'u String> {
+    let (mut found, mut left) = (BTreeSet::new(), vec![from]);
+    while let Some(module) = left.pop() {
+        for next in uses.get(module).into_iter().flatten() {
+            if found.insert(next) {
+                left.push(next);
+            }
+        }
+    }
+    found
+}
+
+/// The members that a manifest's `[dependencies]` name.
+fn product_dependencies(manifest: &str) -> Vec<String> {
+    let table = manifest.split("\n[").find(|table| table.starts_with("dependencies]"));
+    let lines = table.unwrap_or_default().lines();
+    let names = lines.filter_map(|line| line.strip_prefix("tidegate-"));
+    names.map(|rest| rest.split(['.', ' ', '=']).next().unwrap_or_default().to_owned()).collect()
+}
+
+/// The type that a line at the level of items defines.
+fn defined_type(line: &str) -> Option<&str> {
+    let mut words = line.split(' ').skip_while(|word| word.starts_with("pub") || *word == "unsafe");
+    let is_type = matches!(words.next()?, "struct" | "enum" | "trait" | "type" | "union");
+    let name = words.next().filter(|_| is_type && !line.starts_with(' '))?;
+    name.split(|c: char| !c.is_alphanumeric()).next().filter(|name| !name.is_empty())
 }
 
 fn has_word(line: &str, word: &str) -> bool {
@@ -360,18 +367,18 @@ fn use_trees_are_spread_out() {
 }
 
 #[test]
-fn a_shell_in_a_core_directory_is_a_shell() {
-    assert_eq!(place("health::probe"), Some(("health::probe", Layer::Shell)));
-    assert_eq!(place("health::probes"), Some(("health", Layer::Core)));
-    assert_eq!(place("proxy::close"), Some(("proxy::close", Layer::Core)));
-    assert_eq!(place("unheard_of"), None);
+fn dependencies_are_read_from_their_own_table() {
+    let manifest = "[package]\nname = \"tidegate-x\"\n\n[dependencies]\ntidegate-a.workspace = true\n\
+                    serde = \"1\"\n\n[dev-dependencies]\ntidegate-b = { path = \"b\" }\n";
+    assert_eq!(product_dependencies(manifest), ["a"]);
 }
 
 #[test]
-fn super_is_followed_to_where_it_leads() {
-    let source = |name: &str| Source { name: name.into(), text: "use super::probe::X;\n".into() };
-    assert_eq!(source("src/health/detector.rs").uses(), [(1, "health::probe::X".to_string())]);
-    assert_eq!(source("src/health/mod.rs").uses(), [(1, "probe::X".to_string())]);
+fn types_are_found_where_they_are_defined() {
+    assert_eq!(defined_type("pub(crate) struct Table<'a> {"), Some("Table"));
+    assert_eq!(defined_type("type Reply = Sender<()>;"), Some("Reply"));
+    assert_eq!(defined_type("    type Target = u8;"), None);
+    assert_eq!(defined_type("impl Table {"), None);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! JSON says and works nothing out but words, columns and units; fields an
 //! older balancer does not have show as `-`.
 
-use super::table::{Column, TextTable, wrap};
+use super::table::{TextColumn, TextTable, wrap};
 use hyper::Method;
 use serde_json::Value;
 use std::io::IsTerminal;
@@ -121,14 +121,14 @@ fn confinement(layers: &[Value]) -> String {
 
 fn frontends(frontends: &[Value], width: Option<usize>) -> String {
     let mut table = TextTable::new([
-        Column::left("FRONTEND", 0),
-        Column::left("BIND", 1),
-        Column::left("POOL", 0),
-        Column::right("ACTIVE", 0),
-        Column::right("SESSIONS", 2),
-        Column::right("IN", 4),
-        Column::right("OUT", 3),
-        Column::right("REFUSED", 0),
+        TextColumn::left("FRONTEND", 0),
+        TextColumn::left("BIND", 1),
+        TextColumn::left("POOL", 0),
+        TextColumn::right("ACTIVE", 0),
+        TextColumn::right("SESSIONS", 2),
+        TextColumn::right("IN", 4),
+        TextColumn::right("OUT", 3),
+        TextColumn::right("REFUSED", 0),
     ]);
     for frontend in frontends {
         let binds: Vec<String> = list(&frontend["binds"]).iter().map(cell_text).collect();
@@ -159,15 +159,15 @@ fn pool_table(pool: &Value, width: Option<usize>) -> String {
     // A backend without a name of its own is named after its address.
     let named = backends.iter().any(|backend| backend["name"] != backend["address"]);
     let columns = [
-        Column::left("BACKEND", 0),
-        Column::left("ADDRESS", if named { 1 } else { 5 }),
-        Column::left("STATE", 0),
-        Column::right("WEIGHT", 0),
-        Column::right("ACTIVE", 0),
-        Column::right("SESSIONS", 2),
-        Column::right("FAILED", 0),
-        Column::right("CONNECT P50", 4),
-        Column::right("CONNECT P99", 3),
+        TextColumn::left("BACKEND", 0),
+        TextColumn::left("ADDRESS", if named { 1 } else { 5 }),
+        TextColumn::left("STATE", 0),
+        TextColumn::right("WEIGHT", 0),
+        TextColumn::right("ACTIVE", 0),
+        TextColumn::right("SESSIONS", 2),
+        TextColumn::right("FAILED", 0),
+        TextColumn::right("CONNECT P50", 4),
+        TextColumn::right("CONNECT P99", 3),
     ];
     let mut table = TextTable::noted(columns, "LAST CHANGE");
     for backend in backends {

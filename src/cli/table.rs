@@ -5,7 +5,7 @@
 
 /// A column: its name, where its cells stand, and how early it is left out.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Column {
+pub(super) struct TextColumn {
     name: &'static str,
     right: bool,
     /// 0: never; the highest goes first.
@@ -15,7 +15,7 @@ pub(super) struct Column {
 /// Columns as wide as their widest cell.
 #[derive(Debug)]
 pub(super) struct TextTable {
-    columns: Vec<Column>,
+    columns: Vec<TextColumn>,
     rows: Vec<Vec<String>>,
     /// What else a row says: the last cell where there is room, else lines below it.
     notes: Vec<String>,
@@ -32,25 +32,25 @@ const LABEL_MAX: usize = 14;
 
 // === impl Column ===
 
-impl Column {
-    pub(super) fn left(name: &'static str, rank: u8) -> Column {
-        Column { name, right: false, rank }
+impl TextColumn {
+    pub(super) fn left(name: &'static str, rank: u8) -> TextColumn {
+        TextColumn { name, right: false, rank }
     }
 
-    pub(super) fn right(name: &'static str, rank: u8) -> Column {
-        Column { name, right: true, rank }
+    pub(super) fn right(name: &'static str, rank: u8) -> TextColumn {
+        TextColumn { name, right: true, rank }
     }
 }
 
 // === impl Table ===
 
 impl TextTable {
-    pub(super) fn new(columns: impl Into<Vec<Column>>) -> TextTable {
+    pub(super) fn new(columns: impl Into<Vec<TextColumn>>) -> TextTable {
         TextTable { columns: columns.into(), rows: Vec::new(), notes: Vec::new(), heading: "" }
     }
 
     /// The same with a note to each row, and what stands above the notes.
-    pub(super) fn noted(columns: impl Into<Vec<Column>>, heading: &'static str) -> TextTable {
+    pub(super) fn noted(columns: impl Into<Vec<TextColumn>>, heading: &'static str) -> TextTable {
         TextTable { heading, ..TextTable::new(columns) }
     }
 
@@ -94,7 +94,7 @@ impl TextTable {
 
     fn widths(&self) -> Vec<usize> {
         let cells = |at: usize| self.rows.iter().map(move |row| row[at].chars().count()).max();
-        let widest = |(at, column): (usize, &Column)| {
+        let widest = |(at, column): (usize, &TextColumn)| {
             cells(at).unwrap_or(0).max(column.name.chars().count())
         };
         self.columns.iter().enumerate().map(widest).collect()
@@ -161,8 +161,11 @@ mod tests {
     use expect_test::expect;
 
     fn example() -> TextTable {
-        let columns =
-            [Column::left("NAME", 0), Column::right("P50", 2), Column::right("ACTIVE", 1)];
+        let columns = [
+            TextColumn::left("NAME", 0),
+            TextColumn::right("P50", 2),
+            TextColumn::right("ACTIVE", 1),
+        ];
         let mut table = TextTable::noted(columns, "WHY");
         let cells = |name: &str| vec![name.to_owned(), "213 us".to_owned(), "7".to_owned()];
         table.row(cells("a"), "3 probes failed in a row".to_owned());

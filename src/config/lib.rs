@@ -1,12 +1,10 @@
-//! The validated configuration model: immutable values the rest of the
-//! program runs on.
+//! From the text of a configuration to the model, or to every problem in it.
 //!
-//! Built only by [`load`] and [`parse`]: file text (`source`) -> TOML document,
-//! walked with places (`file`) -> checks and defaults (`validate`, `value`,
-//! `address`) -> this model, or every problem found (`diagnose`). Runtime code
-//! finds no `Option` here that "must be some": every default is already filled
-//! in. Except for [`load`], which reads one file and those that it names, and the
-//! shell [`check_workers`], nothing here does I/O.
+//! Called by `daemon` and the command line through [`load`] and [`parse`]: file text
+//! (`source`) -> TOML document, walked with places (`file`) -> checks and defaults
+//! (`validate`, `value`, `address`) -> [`Config`], or every problem found (`diagnose`).
+//! Except for [`load`], which reads one file and those that it names, nothing here does
+//! I/O.
 
 mod address;
 mod diagnose;

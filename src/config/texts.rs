@@ -1,7 +1,7 @@
 //! The texts a configuration was read from, with those of the files it names: for a
 //! process that takes the place of one that crashed while the files on disk are bad.
 //!
-//! Collected by `app` after each configuration that comes into force, read by
+//! Collected by `daemon` after each configuration that comes into force, read by
 //! [`super::load_kept`]. Secrets are among them.
 
 use super::source;

@@ -17,12 +17,12 @@ const HELD_MAX: Duration = Duration::from_secs(6);
 /// Requests that wait at once; the next is answered by reading the file as it is.
 const ASKED_MAX: usize = 64;
 
-type Reply = oneshot::Sender<Result<ReloadDoc, ReloadError>>;
+type RequestReply = oneshot::Sender<Result<ReloadDoc, ReloadError>>;
 
 /// Requests that wait for the file; `None` is a signal, which gets no answer.
 #[derive(Debug, Default)]
 pub(super) struct Asked {
-    waiting: Vec<Option<Reply>>,
+    waiting: Vec<Option<RequestReply>>,
     since: Option<Instant>,
 }
 
@@ -32,7 +32,7 @@ impl Asked {
         self.since.map(|since| since + HELD_MAX)
     }
 
-    fn take(&mut self) -> Vec<Option<Reply>> {
+    fn take(&mut self) -> Vec<Option<RequestReply>> {
         self.since = None;
         std::mem::take(&mut self.waiting)
     }
@@ -47,7 +47,7 @@ impl Control {
     }
 
     /// Reloads on request, as soon as the file is complete.
-    pub(super) async fn ask_for_reload(&mut self, reply: Option<Reply>) {
+    pub(super) async fn ask_for_reload(&mut self, reply: Option<RequestReply>) {
         match &self.watcher {
             Some(watcher) if self.draining.is_none() && self.asked.waiting.len() < ASKED_MAX => {
                 self.asked.waiting.push(reply);
@@ -76,7 +76,7 @@ impl Control {
         self.reload_asked_by("a change of the file").await;
     }
 
-    async fn reload_for(&mut self, waiting: Vec<Option<Reply>>) {
+    async fn reload_for(&mut self, waiting: Vec<Option<RequestReply>>) {
         let result = self.reload_on_request().await;
         for reply in waiting.into_iter().flatten() {
             // A client that has left needs no answer.

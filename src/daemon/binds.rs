@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use tidegate_core::model::{Config, FrontendConfig};
 use tidegate_dataplane::worker::{Worker, WorkerCommand};
-use tidegate_net::holders::{self, Listening, overlap};
+use tidegate_net::holders::{self, ListeningSocket, overlap};
 use tidegate_net::listen;
 
 /// Who else holds an address's sockets.
@@ -141,7 +141,7 @@ impl Binds {
     /// only where bind(2) cannot tell them apart: a new address overlaps one that
     /// is held, and SO_REUSEPORT would let both share the traffic. A socket that
     /// several processes hold is one socket.
-    fn foreign(&self, config: &Config) -> Vec<Listening> {
+    fn foreign(&self, config: &Config) -> Vec<ListeningSocket> {
         let binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
         let unsure: Vec<SocketAddr> = binds
             .filter(|address| !self.active.contains_key(address) && self.overlaps(**address))

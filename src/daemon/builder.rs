@@ -4,7 +4,7 @@
 //! feeds the results back as events. Where no thread can be started, the control thread
 //! makes the part itself: late beats never. It publishes nothing.
 //!
-//! [`Effect::Build`]: tidegate_core::control::Effect::Build
+//! [`Effect::Build`]: tidegate_core::control::ControlEffect::Build
 
 use std::sync::{Arc, mpsc as sync};
 use std::time::Duration;
@@ -26,12 +26,12 @@ const RETIRED_MAX: usize = 8;
 #[derive(Debug)]
 pub(super) struct Builder {
     /// `None` until the first part is asked for.
-    orders: Option<sync::Sender<Order>>,
+    orders: Option<sync::Sender<BuildOrder>>,
     made: mpsc::UnboundedSender<ControlEvent>,
     results: mpsc::UnboundedReceiver<ControlEvent>,
 }
 
-type Order = (BuildToken, Box<PoolBuild>);
+type BuildOrder = (BuildToken, Box<PoolBuild>);
 
 // === impl Builder ===
 
@@ -68,7 +68,7 @@ impl Builder {
     }
 }
 
-fn start(made: mpsc::UnboundedSender<ControlEvent>) -> Option<sync::Sender<Order>> {
+fn start(made: mpsc::UnboundedSender<ControlEvent>) -> Option<sync::Sender<BuildOrder>> {
     let (orders, to_make) = sync::channel();
     let work = move || work(&to_make, &made);
     match std::thread::Builder::new().name("table-builder".to_owned()).spawn(work) {
@@ -80,7 +80,7 @@ fn start(made: mpsc::UnboundedSender<ControlEvent>) -> Option<sync::Sender<Order
     }
 }
 
-fn work(orders: &sync::Receiver<Order>, made: &mpsc::UnboundedSender<ControlEvent>) {
+fn work(orders: &sync::Receiver<BuildOrder>, made: &mpsc::UnboundedSender<ControlEvent>) {
     let mut retired: Vec<Arc<PoolTable>> = Vec::new();
     loop {
         let order = match retired.is_empty() {
@@ -103,7 +103,7 @@ fn work(orders: &sync::Receiver<Order>, made: &mpsc::UnboundedSender<ControlEven
     }
 }
 
-fn make((token, build): Order) -> ControlEvent {
+fn make((token, build): BuildOrder) -> ControlEvent {
     let began = clock::now();
     let built = Box::new(build.run());
     ControlEvent::Built { token, built, took: clock::now().saturating_duration_since(began) }

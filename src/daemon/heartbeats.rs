@@ -16,7 +16,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use tidegate_core::control::ControlEvent;
 use tidegate_core::model::{Config, HeartbeatConfig};
-use tidegate_core::suspicion::rejections::{Rejection, Warning, skew_words};
+use tidegate_core::suspicion::rejections::{Rejection, RejectionWarning, skew_words};
 use tidegate_heartbeat::keys::{HeartbeatKey, KeyRing};
 
 /// Heartbeats taken in one turn of the control loop; the rest wait for the next,
@@ -237,7 +237,7 @@ impl Control {
     }
 }
 
-fn warn(warning: &Warning) {
+fn warn(warning: &RejectionWarning) {
     let rejection = &warning.rejection;
     let (pool, backend) = match &rejection.claim {
         Some((pool, name)) => (&**pool, &**name),

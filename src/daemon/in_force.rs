@@ -12,7 +12,7 @@ use crate::admin::Token;
 use std::path::Path;
 use tidegate_config::{self as config, Loaded, Texts};
 use tidegate_core::model::Config;
-use tidegate_supervisor::{Given, Store};
+use tidegate_supervisor::{Store, SupervisorState};
 
 /// What is said of a file that is whole, once a start has failed.
 const ENDED: &str = "a process that started with it ended before it served";
@@ -32,7 +32,7 @@ pub(super) struct InForce {
 
 impl InForce {
     /// Decides what a start with the file at `path` uses.
-    pub(super) fn of(given: &mut Given, path: &Path) -> InForce {
+    pub(super) fn of(given: &mut SupervisorState, path: &Path) -> InForce {
         let store = given.texts.take();
         let left = store.as_ref().filter(|_| given.before.is_some()).and_then(Store::read);
         let left = left.and_then(|bytes| Texts::decode(&bytes));

@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use tidegate_config::{Origin, Problem, Spot};
 use tidegate_core::model::{BackendAddr, Config};
-use tidegate_net::holders::{self, Holder, Listening};
+use tidegate_net::holders::{self, Holder, ListeningSocket};
 
 /// An address that could not be bound.
 #[derive(Debug)]
@@ -15,7 +15,7 @@ pub(super) struct BindError {
     pub(super) address: SocketAddr,
     pub(super) error: io::Error,
     /// A socket that listens where this one would.
-    pub(super) other: Option<Listening>,
+    pub(super) other: Option<ListeningSocket>,
     /// The process that has that socket, where this one may know.
     holder: Option<Holder>,
 }
@@ -55,7 +55,7 @@ impl BindError {
     }
 
     /// Another socket listens there.
-    pub(super) fn taken(address: SocketAddr, other: Listening) -> BindError {
+    pub(super) fn taken(address: SocketAddr, other: ListeningSocket) -> BindError {
         let holder = holders::holder(other.socket);
         BindError { address, error: ErrorKind::AddrInUse.into(), other: Some(other), holder }
     }
@@ -122,7 +122,7 @@ impl std::fmt::Display for BindError {
             None => io::Error::from_raw_os_error(libc::EADDRINUSE).to_string(),
         };
         write!(f, "cannot listen on {address}: {why}")?;
-        let Some(Listening { address, user, .. }) = other else {
+        let Some(ListeningSocket { address, user, .. }) = other else {
             let missing = error.raw_os_error() == Some(libc::EADDRNOTAVAIL);
             let hint = if missing { ": no interface of this host has that address" } else { "" };
             return f.write_str(hint);
@@ -161,7 +161,7 @@ mod tests {
     #[test]
     fn a_holder_that_was_found_before_is_named() {
         let address = "127.0.0.1:80".parse().unwrap();
-        let other = Some(Listening { address, socket: 7, user: 33 });
+        let other = Some(ListeningSocket { address, socket: 7, user: 33 });
         let holder = Holder { pid: 42, program: "nginx".to_owned() };
         let refused = BindError { other, ..refused(libc::EADDRINUSE, "0.0.0.0:80") };
         assert!(refused.to_string().ends_with("; a process of user 33 listens on 127.0.0.1:80"));

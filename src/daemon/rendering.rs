@@ -7,7 +7,9 @@
 
 use super::control_loop::Control;
 use crate::admin::process::ProcessFacts;
-use crate::admin::{self, HeartbeatCounts, ReloadCounts, ServiceState, Snapshot, UpgradeCounts};
+use crate::admin::{
+    self, AdminSnapshot, HeartbeatCounts, ReloadCounts, ServiceState, UpgradeCounts,
+};
 use crate::maintenance;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -306,8 +308,8 @@ impl Picture {
         &'a self,
         latency: &'a MergedHistograms,
         troubles: &'a [String],
-    ) -> Snapshot<'a> {
-        Snapshot {
+    ) -> AdminSnapshot<'a> {
+        AdminSnapshot {
             control: &self.control,
             workers: &self.workers,
             latency,

@@ -15,7 +15,7 @@
 //!
 //! 1. the directory of the admin socket is made, and given to `user`;
 //! 2. capabilities leave the bounding set, then groups, group and user change
-//!    ([`BackendKey::assume`]), then what is kept becomes effective and ambient;
+//!    ([`UserIdentity::assume`](tidegate_net::privileges::UserIdentity::assume)), then what is kept becomes effective and ambient;
 //! 3. `no_new_privs`, which the next two need;
 //! 4. landlock, then the seccomp filter.
 //!
@@ -372,7 +372,7 @@ impl AppliedSandbox {
     /// Refuses a configuration with other settings than those obeyed: it was
     /// written while the process started.
     pub(super) fn check(&self, config: &Config) -> Result<(), Failure> {
-        let model::Process { user, group, sandbox, .. } = &config.process;
+        let model::ProcessConfig { user, group, sandbox, .. } = &config.process;
         let now = SandboxSettings { user: user.clone(), group: group.clone(), sandbox: *sandbox };
         match &self.asked {
             Some(asked) if *asked != now => Err(Failure::Runtime(changed_during_start())),

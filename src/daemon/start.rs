@@ -17,7 +17,7 @@ use super::refused::BindError;
 use super::rendering::{Latencies, Rendering};
 use super::shared_counts::SharedCounts;
 use super::signals::Signals;
-use super::supervised::{Kept, Snapshot};
+use super::supervised::{KeptSnapshot, KeptState};
 use super::upgrade::{RareCounters, Starter, Upgrades};
 use super::watchdog::Watchdog;
 use super::{Failure, OldProcess, Options, ProcessEnvironment, RunEnd, RunningBalancer, panics};
@@ -172,7 +172,7 @@ async fn bring_up(
     if let Some(before) = &surroundings.predecessor {
         let generation = before.generation_of(digest);
         controller.add_carried_counts(generation.saturating_sub(1), before.state().serial);
-    } else if let Some(Snapshot { digest: before, state }) = &known {
+    } else if let Some(KeptSnapshot { digest: before, state }) = &known {
         let generation = state.generation.saturating_add(u64::from(*before != digest));
         controller.add_carried_counts(generation.saturating_sub(1), state.serial);
     }
@@ -254,7 +254,7 @@ async fn bring_up(
         rarities_before: RareCounters::default(),
     };
     control.apply_effects(effects);
-    if let Some(Snapshot { state, .. }) = &known {
+    if let Some(KeptSnapshot { state, .. }) = &known {
         let effects = control.controller.adopt(state, clock::now());
         control.apply_effects(effects);
     }
@@ -291,7 +291,7 @@ fn listeners(
     origin: &Origin,
     workers: usize,
     surroundings: &mut ProcessEnvironment,
-    mut kept: Kept,
+    mut kept: KeptState,
 ) -> Result<Listeners, Failure> {
     let mut binds = Binds::new(workers);
     let mut passed = surroundings.activated.take().or_else(|| kept.activated.take());

@@ -24,7 +24,7 @@ use tidegate_core::control::Controller;
 use tidegate_core::control::handover::{Saved, Saving};
 use tidegate_core::model::Admin;
 use tidegate_net::clock;
-use tidegate_supervisor::{Given, Link, News, Store};
+use tidegate_supervisor::{Link, News, Store, SupervisorState};
 use tokio::sync::mpsc;
 
 /// What is known is left with the supervisor at most so often, and so that it takes one
@@ -50,15 +50,15 @@ const WITHOUT_KNOWLEDGE: u8 = 3;
 #[derive(Debug, Default)]
 pub struct Supervised {
     link: Option<Arc<Link>>,
-    given: Option<Given>,
+    given: Option<SupervisorState>,
     pub(super) in_force: InForce,
     /// Addresses for heartbeats whose sockets are kept.
     hearts: Vec<SocketAddr>,
     intents: Option<Store>,
     /// Takes what is known to the thread that writes it.
-    writer: Option<sync::SyncSender<Snapshot>>,
+    writer: Option<sync::SyncSender<KeptSnapshot>>,
     /// Gathered and not taken yet: the thread still writes the one before.
-    waiting: Option<Snapshot>,
+    waiting: Option<KeptSnapshot>,
     /// Being gathered, and the time it has taken so far.
     saving: Option<(Saving, Duration)>,
     changed: bool,
@@ -82,7 +82,7 @@ enum Name {
 
 /// Everything known, but for counts.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct Snapshot {
+pub(super) struct KeptSnapshot {
     /// Of the configuration in force.
     pub(super) digest: u64,
     pub(super) state: Saved,
@@ -90,7 +90,7 @@ pub(super) struct Snapshot {
 
 /// Sockets of a process that has crashed, or of a service manager.
 #[derive(Debug, Default)]
-pub(super) struct Kept {
+pub(super) struct KeptState {
     binds: BTreeMap<SocketAddr, BindSockets>,
     admin: Option<(OfferedAdmin, OwnedFd)>,
     heartbeats: Vec<(SocketAddr, OwnedFd)>,
@@ -107,7 +107,7 @@ pub fn activated_name(name: &str) -> String {
 impl Supervised {
     /// By what the supervisor has said first, for a start with the configuration file at
     /// `path`.
-    pub fn new(link: Arc<Link>, mut given: Given, path: &Path) -> Supervised {
+    pub fn new(link: Arc<Link>, mut given: SupervisorState, path: &Path) -> Supervised {
         let in_force = InForce::of(&mut given, path);
         Supervised { link: Some(link), given: Some(given), in_force, ..Supervised::default() }
     }
@@ -129,9 +129,9 @@ impl Supervised {
 
     /// Begins to hear from it, and takes what the process before has left. To be called
     /// within the control thread's runtime, once this process is confined.
-    pub(super) fn begin(&mut self) -> Result<(Kept, Option<Snapshot>), String> {
+    pub(super) fn begin(&mut self) -> Result<(KeptState, Option<KeptSnapshot>), String> {
         let (Some(link), Some(given)) = (&self.link, self.given.take()) else {
-            return Ok((Kept::default(), None));
+            return Ok((KeptState::default(), None));
         };
         let no_thread = |error: io::Error| format!("cannot start a thread: {error}");
         let (tell, news) = mpsc::unbounded_channel();
@@ -150,7 +150,7 @@ impl Supervised {
         let write = move || write_all(&given.known, &snapshots);
         std::thread::Builder::new().name("snapshot".to_owned()).spawn(write).map_err(no_thread)?;
         (self.writer, self.intents) = (Some(writer), Some(given.intents));
-        Ok((Kept::of(given.held)?, known))
+        Ok((KeptState::of(given.held)?, known))
     }
 
     /// The next thing to act on; never without a supervisor.
@@ -247,7 +247,7 @@ impl Supervised {
             }
         };
         if complete {
-            self.hand_over(Snapshot { digest, state: controller.end_save(saving) });
+            self.hand_over(KeptSnapshot { digest, state: controller.end_save(saving) });
             let now = clock::now();
             let spent = spent + now.saturating_duration_since(begun);
             self.next_write = Some(now + PACE.max(spent * SHARE));
@@ -260,7 +260,7 @@ impl Supervised {
 
     /// Gives it to the thread that writes, or keeps it until that has time: to drop
     /// thousands of backends takes as long as to gather them.
-    fn hand_over(&mut self, snapshot: Snapshot) {
+    fn hand_over(&mut self, snapshot: KeptSnapshot) {
         let Some(writer) = &self.writer else { return };
         if let Err(sync::TrySendError::Full(snapshot)) = writer.try_send(snapshot) {
             self.waiting = Some(snapshot);
@@ -284,11 +284,11 @@ impl Supervised {
 }
 
 /// All that a process before has left, with operators' last intents.
-fn known(given: &Given) -> Snapshot {
+fn known(given: &SupervisorState) -> KeptSnapshot {
     let read = |store: &Store| store.read();
     let text = read(&given.known).filter(|_| given.attempt < WITHOUT_KNOWLEDGE);
     let parsed = text.and_then(|text| serde_json::from_slice(&text).ok());
-    let mut known: Snapshot = parsed.unwrap_or_default();
+    let mut known: KeptSnapshot = parsed.unwrap_or_default();
     let intents = read(&given.intents).and_then(|text| serde_json::from_slice(&text).ok());
     if let Some(intents) = intents {
         known.state.set_intents(&intents);
@@ -296,9 +296,9 @@ fn known(given: &Given) -> Snapshot {
     known
 }
 
-fn write_all(store: &Store, snapshots: &sync::Receiver<Snapshot>) {
-    while let Ok(Snapshot { digest, state }) = snapshots.recv() {
-        let snapshot = Snapshot { digest, state: state.without_counts() };
+fn write_all(store: &Store, snapshots: &sync::Receiver<KeptSnapshot>) {
+    while let Ok(KeptSnapshot { digest, state }) = snapshots.recv() {
+        let snapshot = KeptSnapshot { digest, state: state.without_counts() };
         let written = serde_json::to_vec(&snapshot).map_err(io::Error::other);
         if let Err(error) = written.and_then(|text| store.write(&text)) {
             tracing::warn!(%error, "a crash would lose what is known of the backends");
@@ -312,9 +312,9 @@ fn name_of(name: &Name) -> String {
 
 // === impl Kept ===
 
-impl Kept {
-    fn of(held: Vec<(String, Vec<OwnedFd>)>) -> Result<Kept, String> {
-        let mut kept = Kept::default();
+impl KeptState {
+    fn of(held: Vec<(String, Vec<OwnedFd>)>) -> Result<KeptState, String> {
+        let mut kept = KeptState::default();
         let mut activated = Vec::new();
         for (name, sockets) in held {
             match serde_json::from_str(&name) {

@@ -1,7 +1,7 @@
 //! Faults that tests order: a panic at a named place, or a stall.
 //!
 //! Passed by the data path at each place. A release build has neither the faults
-//! nor a way to order them: everything but the empty [`FaultPlan::keep_account`] is compiled
+//! nor a way to order them: everything but the empty [`FaultPlan::pass`] is compiled
 //! with debug assertions only, and then the admin API takes orders only where
 //! the environment says `TIDEGATE_FAULTS=1`.
 

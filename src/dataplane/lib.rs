@@ -1,6 +1,6 @@
 //! The data path: accept, admit, route, pick, connect, relay, close, account.
 //!
-//! One worker a thread; `app` starts them and feeds them tables and commands.
+//! One worker a thread; `daemon` starts them and feeds them tables and commands.
 //! Nothing here knows of files, probes or the admin API: in comes a table, out
 //! go counters, reports and access-log records.
 

@@ -1,18 +1,16 @@
 //! Heartbeats: signed datagrams by which backends announce themselves, their
 //! state and their load.
 //!
-//! `listen` (a shell) receives them, this module's pure parts decide what is
-//! believed, the controller learns of accepted ones alone. Nothing here decides
-//! who takes traffic.
+//! Used by services that send them, by the balancer, which receives them
+//! (`daemon::heartbeat`), and by the controller, which learns of accepted ones alone.
+//! Nothing here decides which backend takes traffic.
 //!
 //! | module | what it is |
 //! |---|---|
 //! | [`wire`] | the datagram, byte by byte: encode, read, verify (pure) |
 //! | [`keys`] | secrets and what each may speak for (pure) |
-//! | [`trust`] | [`trust::Verifier`]: what is believed, refused and why (pure) |
-//! | [`rejections`] | which senders are rejected, and when to warn of it (pure) |
 //! | [`key_file`] | reading a secret from its file |
-//! | [`listen`] | sockets and the thread that receives (a shell) |
+//! | [`secret_file`] | reading any file that holds a secret |
 //! | [`sender`] | sending them, for services written in Rust (a shell) |
 
 pub mod key_file;

@@ -1,7 +1,7 @@
 //! Counts in a memory file (memfd_create(2)) that the processes of an upgrade share,
 //! so that a cap over them holds at every moment.
 //!
-//! Made by `app` at the start, or taken from the process before; used by
+//! Made by `daemon` at the start, or taken from the process before; used by
 //! `core::balance::in_flight` for every session. It knows keys and counts, not what is
 //! counted. Counting takes no lock and makes no system call. Finding the cell of a key
 //! does both, and is for the control thread.
@@ -87,16 +87,16 @@ pub struct Memory {
     layout: &'static Layout,
     process: usize,
     column: u32,
-    directory: Mutex<Directory>,
+    directory: Mutex<CellDirectory>,
 }
 
 #[derive(Debug, Default)]
-struct Directory {
+struct CellDirectory {
     /// As of `changes`.
     places: HashMap<u128, usize>,
     changes: u64,
     /// What this process holds.
-    holds: HashMap<usize, Weak<Hold>>,
+    holds: HashMap<usize, Weak<CellHold>>,
     /// Where a free cell may be.
     cursor: usize,
     /// Processes found dead at the last look.
@@ -105,7 +105,7 @@ struct Directory {
 
 /// That this process uses a cell.
 #[derive(Debug)]
-pub struct Hold {
+pub struct CellHold {
     memory: Arc<Memory>,
     place: usize,
 }
@@ -169,7 +169,7 @@ impl Memory {
 
     /// The word of that key, and what keeps it for this process; `None` where [`CELLS_MAX`] others are in use, or another
     /// process does not let go of the directory.
-    pub fn count(self: &Arc<Memory>, key: &[u8]) -> Option<(&'static AtomicU64, Arc<Hold>)> {
+    pub fn count(self: &Arc<Memory>, key: &[u8]) -> Option<(&'static AtomicU64, Arc<CellHold>)> {
         let key = xxh3_128(key);
         let mut directory = self.directory();
         let _locked = self.lock_directory().ok()?;
@@ -177,7 +177,7 @@ impl Memory {
         self.layout.holders[place].fetch_or(self.bit(), Ordering::AcqRel);
         let held = directory.holds.get(&place).and_then(Weak::upgrade);
         let hold = held.unwrap_or_else(|| {
-            let hold = Arc::new(Hold { memory: Arc::clone(self), place });
+            let hold = Arc::new(CellHold { memory: Arc::clone(self), place });
             directory.holds.insert(place, Arc::downgrade(&hold));
             hold
         });
@@ -225,7 +225,7 @@ impl Memory {
         }
     }
 
-    fn find(&self, directory: &mut Directory, key: u128) -> Option<usize> {
+    fn find(&self, directory: &mut CellDirectory, key: u128) -> Option<usize> {
         let changes = self.layout.changes.load(Ordering::Acquire);
         if directory.changes != changes {
             directory.changes = changes;
@@ -236,7 +236,7 @@ impl Memory {
         (self.layout.holders[place].load(Ordering::Acquire) != 0).then_some(place)
     }
 
-    fn put(&self, directory: &mut Directory, key: u128) -> Option<usize> {
+    fn put(&self, directory: &mut CellDirectory, key: u128) -> Option<usize> {
         let used = self.used();
         let (from, free) = (directory.cursor.min(used), |place: &usize| {
             self.layout.holders[*place].load(Ordering::Acquire) == 0
@@ -288,7 +288,7 @@ impl Memory {
         (0..PROCESSES_MAX).filter(of).fold(0, |mask, process| mask | 1 << process)
     }
 
-    fn directory(&self) -> MutexGuard<'_, Directory> {
+    fn directory(&self) -> MutexGuard<'_, CellDirectory> {
         // Whatever a panic leaves behind is looked up again.
         self.directory.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -389,7 +389,7 @@ impl std::fmt::Debug for Layout {
 
 // === impl Hold ===
 
-impl Drop for Hold {
+impl Drop for CellHold {
     fn drop(&mut self) {
         let mut directory = self.memory.directory();
         // The key may have been asked for again meanwhile.

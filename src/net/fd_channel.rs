@@ -1,7 +1,7 @@
 //! Messages with open descriptors between two processes, over a Unix stream
 //! socket, and the descriptors a process is started with.
 //!
-//! Used by `app` for upgrades in place and for socket activation. Every call
+//! Used by `daemon` for upgrades in place and for socket activation. Every call
 //! blocks up to its deadline, so it is called from threads that may. It knows
 //! frames, not what they mean.
 //!
@@ -58,7 +58,7 @@ pub struct HandoverChannel(UnixStream);
 
 /// One message.
 #[derive(Debug)]
-pub struct Frame {
+pub struct ChannelFrame {
     /// What the body is.
     pub kind: u16,
     /// At most [`BODY_MAX`].
@@ -221,7 +221,7 @@ impl HandoverChannel {
     ///
     /// # Errors
     /// See [`ChannelError`]; the connection is of no more use then.
-    pub fn receive(&self, deadline: Instant) -> Result<Frame, ChannelError> {
+    pub fn receive(&self, deadline: Instant) -> Result<ChannelFrame, ChannelError> {
         let mut header = [0; Header::LEN];
         self.receive_all(&mut header, deadline)?;
         let Header { kind, fds: wanted, length } = Header::parse(&header)?;
@@ -240,7 +240,7 @@ impl HandoverChannel {
                 return Err(ChannelError::LostDescriptors { came: fds.len(), wanted });
             }
         }
-        Ok(Frame { kind, body, fds })
+        Ok(ChannelFrame { kind, body, fds })
     }
 
     fn send_all(&self, mut bytes: &[u8], deadline: Instant) -> Result<(), ChannelError> {

@@ -1,5 +1,5 @@
 //! Which sockets listen on the TCP ports of this host, and which processes hold
-//! them, as /proc says (proc_pid_net(5)). Used by `app` before it binds, and to
+//! them, as /proc says (proc_pid_net(5)). Used by `daemon` before it binds, and to
 //! explain why it could not. It never opens or changes a socket.
 
 use rustix::fs::fstat;
@@ -17,7 +17,7 @@ const PROCESSES_MAX: usize = 20_000;
 
 /// One listening socket of this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Listening {
+pub struct ListeningSocket {
     /// Where it listens.
     pub address: SocketAddr,
     /// The number of its socket; see [`number_of`].
@@ -39,7 +39,7 @@ pub struct Holder {
 ///
 /// # Errors
 /// /proc is not there, or does not say.
-pub fn listening() -> io::Result<Vec<Listening>> {
+pub fn listening() -> io::Result<Vec<ListeningSocket>> {
     let mut all = Vec::new();
     read("/proc/self/net/tcp", &mut all)?;
     match read("/proc/self/net/tcp6", &mut all) {
@@ -51,7 +51,7 @@ pub fn listening() -> io::Result<Vec<Listening>> {
 }
 
 /// Listening sockets come first in these files, so only they are read.
-fn read(path: &str, into: &mut Vec<Listening>) -> io::Result<()> {
+fn read(path: &str, into: &mut Vec<ListeningSocket>) -> io::Result<()> {
     for line in BufReader::new(File::open(path)?).lines().skip(1) {
         let line = line?;
         let mut words = line.split_ascii_whitespace().skip(1);
@@ -61,7 +61,7 @@ fn read(path: &str, into: &mut Vec<Listening>) -> io::Result<()> {
         }
         let (user, socket) = (words.nth(3), words.nth(1));
         let parsed = || {
-            Some(Listening {
+            Some(ListeningSocket {
                 address: parse(address?)?,
                 socket: socket?.parse().ok()?,
                 user: user?.parse().ok()?,

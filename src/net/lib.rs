@@ -1,7 +1,7 @@
 //! The kernel's side of things: sockets, readiness, CPU affinity, limits, and
 //! what this process itself may do.
 //!
-//! Used by the shells (workers, probes, admin) and `app`. Thin and without
+//! Used by the shells (workers, probes, admin) and `daemon`. Thin and without
 //! policy: nothing here knows of sessions, pools or configuration, and nothing
 //! blocks.
 

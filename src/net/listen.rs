@@ -1,6 +1,6 @@
 //! Listening sockets: bind, tune, accept, retire.
 //!
-//! `app` binds one for each worker and bind address (SO_REUSEPORT); workers
+//! `daemon` binds one for each worker and bind address (SO_REUSEPORT); workers
 //! accept from theirs. No policy: when to pause or retire is decided above.
 
 use super::sockopt;

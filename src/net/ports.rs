@@ -1,7 +1,7 @@
 //! What the kernel says of local ports: the range for connections, what of it
 //! is reserved, and how it treats closed connections.
 //!
-//! Read by `app` now and then. The files are opened once, so that a lack of
+//! Read by `daemon` now and then. The files are opened once, so that a lack of
 //! descriptors does not blind it; nothing here decides anything.
 
 use std::fs::File;

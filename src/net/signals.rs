@@ -1,6 +1,6 @@
 //! The signals this program documents: held back, taken one by one, sent.
 //!
-//! Called by `cli` as the first thing in the process, by `app` once its handlers
+//! Called by `cli` as the first thing in the process, by `daemon` once its handlers
 //! are there, and by the supervisor, which never has handlers. A blocked signal
 //! stays pending; threads and programs that are started meanwhile inherit the mask,
 //! so that none of them can be ended by one.

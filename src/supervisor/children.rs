@@ -2,7 +2,7 @@
 //!
 //! Owned by `parent`, which decides.
 
-use super::message::Order;
+use super::message::SupervisorOrder;
 use super::program::Program;
 use super::reexec::FileId;
 use super::{link, manager, store};
@@ -64,7 +64,7 @@ pub(super) struct Child {
 
 /// Standard input and standard error of a successor.
 #[derive(Debug)]
-pub(super) struct Pipes {
+pub(super) struct ChildPipes {
     pub(super) channel: OwnedFd,
     pub(super) stderr: OwnedFd,
 }
@@ -73,7 +73,11 @@ pub(super) struct Pipes {
 
 impl Child {
     /// Starts one.
-    pub(super) fn start(program: &Program, role: Role, pipes: Option<Pipes>) -> io::Result<Child> {
+    pub(super) fn start(
+        program: &Program,
+        role: Role,
+        pipes: Option<ChildPipes>,
+    ) -> io::Result<Child> {
         let (link, other) = Packets::pair(PATIENCE)?;
         let mut command = program.command().map_err(io::Error::other)?;
         prepare(&mut command, pipes);
@@ -101,13 +105,16 @@ impl Child {
     ) {
         self.given = given;
         let Some(link) = &self.link else { return };
-        let order = Order::Begin(attempt, before.to_owned()).encode();
+        let order = SupervisorOrder::Begin(attempt, before.to_owned()).encode();
         let sent = self
             .given
             .iter()
             .flat_map(|held| held.sockets.chunks(FDS_MAX).map(move |some| (held, some)))
             .try_for_each(|(held, some)| {
-                link.send(&Order::Held(held.name.clone()).encode(), &store::borrowed(some))
+                link.send(
+                    &SupervisorOrder::Held(held.name.clone()).encode(),
+                    &store::borrowed(some),
+                )
             })
             .and_then(|()| link.send(&order, &store::borrowed(stores)));
         if sent.is_err() {
@@ -116,7 +123,7 @@ impl Child {
         }
     }
 
-    pub(super) fn tell(&self, order: &Order) -> bool {
+    pub(super) fn tell(&self, order: &SupervisorOrder) -> bool {
         self.link.as_ref().is_some_and(|link| link.try_send(&order.encode()).is_ok())
     }
 
@@ -151,7 +158,7 @@ pub(super) fn spawn(command: &mut Command) -> io::Result<Pid> {
 }
 
 /// What every process that the supervisor starts has, and has not.
-pub(super) fn prepare(command: &mut Command, pipes: Option<Pipes>) {
+pub(super) fn prepare(command: &mut Command, pipes: Option<ChildPipes>) {
     // A signal of the terminal reaches the supervisor alone, which passes it on once.
     command.process_group(0);
     for name in ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID"] {
@@ -164,7 +171,7 @@ pub(super) fn prepare(command: &mut Command, pipes: Option<Pipes>) {
     }
     match pipes {
         None => command.env_remove(fd_channel::MARK),
-        Some(Pipes { channel, stderr }) => command
+        Some(ChildPipes { channel, stderr }) => command
             .env(fd_channel::MARK, "1")
             .stdin(Stdio::from(channel))
             .stderr(Stdio::from(stderr)),

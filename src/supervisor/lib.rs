@@ -43,7 +43,7 @@ mod reexec;
 mod state;
 mod store;
 
-pub use link::{Given, Link, News};
+pub use link::{Link, News, SupervisorState};
 pub use message::Wish;
 pub use parent::run;
 pub use reexec::{check, resume};

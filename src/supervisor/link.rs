@@ -1,9 +1,9 @@
 //! A supervised process's way to its supervisor.
 //!
-//! Made by `cli::run` first thing, shared by everything in `app` that has something to
+//! Made by `cli::run` first thing, shared by everything in `daemon` that has something to
 //! say. What the supervisor says is read by a thread of its own. It decides nothing.
 
-use super::message::{Order, Report, Wish};
+use super::message::{ChildReport, SupervisorOrder, Wish};
 use super::store::{STORES, Store};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,12 +25,12 @@ const ANSWER_MAX: Duration = Duration::from_secs(10);
 pub struct Link {
     packets: Packets,
     /// Who waits for news of a successor.
-    asking: Mutex<Option<mpsc::Sender<Order>>>,
+    asking: Mutex<Option<mpsc::Sender<SupervisorOrder>>>,
 }
 
 /// What a process was started with by its supervisor.
 #[derive(Debug)]
-pub struct Given {
+pub struct SupervisorState {
     /// Sockets that it or another process had kept there, by the names they gave.
     pub held: Vec<(String, Vec<OwnedFd>)>,
     /// Operators' intents.
@@ -61,7 +61,7 @@ pub struct Successor {
     /// Its number.
     pub pid: u32,
     link: Arc<Link>,
-    news: mpsc::Receiver<Order>,
+    news: mpsc::Receiver<SupervisorOrder>,
     ended: Option<ExitStatus>,
 }
 
@@ -73,7 +73,7 @@ impl Link {
     ///
     /// # Errors
     /// What was given is not understood.
-    pub fn from_environment() -> io::Result<Option<(Arc<Link>, Given)>> {
+    pub fn from_environment() -> io::Result<Option<(Arc<Link>, SupervisorState)>> {
         let Some(number) = std::env::var_os(MARK) else { return Ok(None) };
         let number = number.to_str().and_then(|text| text.parse().ok());
         let number = number.ok_or_else(|| io::Error::other(format!("{MARK} is no number")))?;
@@ -86,48 +86,48 @@ impl Link {
     pub fn hold<'a>(&self, name: &str, sockets: impl Iterator<Item = BorrowedFd<'a>>) {
         let sockets: Vec<BorrowedFd<'_>> = sockets.collect();
         for some in sockets.chunks(FDS_MAX) {
-            self.tell(&Report::Hold(name.to_owned()), some);
+            self.tell(&ChildReport::Hold(name.to_owned()), some);
         }
     }
 
     /// Has it close what it keeps under that name.
     pub fn release(&self, name: &str) {
-        self.tell(&Report::Release(name.to_owned()), &[]);
+        self.tell(&ChildReport::Release(name.to_owned()), &[]);
     }
 
     /// This process serves.
     pub fn ready(&self) {
-        self.tell(&Report::Ready, &[]);
+        self.tell(&ChildReport::Ready, &[]);
     }
 
     /// It reads its configuration again.
     pub fn reloading(&self) {
-        self.tell(&Report::Reloading, &[]);
+        self.tell(&ChildReport::Reloading, &[]);
     }
 
     /// It drains and ends.
     pub fn stopping(&self) {
-        self.tell(&Report::Stopping, &[]);
+        self.tell(&ChildReport::Stopping, &[]);
     }
 
     /// It is alive. Not worth waiting for room.
     pub fn beat(&self) {
-        let _ = self.packets.try_send(&Report::Beat.encode());
+        let _ = self.packets.try_send(&ChildReport::Beat.encode());
     }
 
     /// Its successor is the service from now on.
     pub fn successor_serves(&self) {
-        self.tell(&Report::Serves, &[]);
+        self.tell(&ChildReport::Serves, &[]);
     }
 
     /// It has closed its sockets after that.
     pub fn let_go(&self) {
-        self.tell(&Report::LetGo, &[]);
+        self.tell(&ChildReport::LetGo, &[]);
     }
 
     /// It serves again after [`News::GoOn`].
     pub fn goes_on(&self) {
-        self.tell(&Report::GoesOn, &[]);
+        self.tell(&ChildReport::GoesOn, &[]);
     }
 
     /// Has a successor started, with `channel` as its standard input and `stderr`;
@@ -147,12 +147,12 @@ impl Link {
         *self.asking() = Some(tell);
         let mut fds = vec![channel.as_fd(), stderr.as_fd()];
         fds.extend(asked_over.map(AsFd::as_fd));
-        self.packets.send(&Report::Start(wish).encode(), &fds)?;
+        self.packets.send(&ChildReport::Start(wish).encode(), &fds)?;
         match news.recv_timeout(ANSWER_MAX) {
-            Ok(Order::Started(pid)) => {
+            Ok(SupervisorOrder::Started(pid)) => {
                 Ok(Successor { pid, link: Arc::clone(self), news, ended: None })
             }
-            Ok(Order::Refused(why)) => Err(io::Error::other(why)),
+            Ok(SupervisorOrder::Refused(why)) => Err(io::Error::other(why)),
             _ => Err(io::Error::other("the supervisor does not answer")),
         }
     }
@@ -168,8 +168,10 @@ impl Link {
         let link = Arc::clone(self);
         std::thread::Builder::new().name("supervisor".to_owned()).spawn(move || {
             while let Ok(Some(packet)) = link.packets.receive() {
-                match Order::decode(&packet.bytes) {
-                    Some(Order::GoOn(status)) => tell(News::GoOn(ExitStatus::from_raw(status))),
+                match SupervisorOrder::decode(&packet.bytes) {
+                    Some(SupervisorOrder::GoOn(status)) => {
+                        tell(News::GoOn(ExitStatus::from_raw(status)))
+                    }
                     Some(order) => {
                         // An upgrade that has ended asks for no news.
                         let _ = link.asking().as_ref().map(|asking| asking.send(order));
@@ -181,7 +183,7 @@ impl Link {
         })
     }
 
-    fn tell(&self, report: &Report, fds: &[BorrowedFd<'_>]) {
+    fn tell(&self, report: &ChildReport, fds: &[BorrowedFd<'_>]) {
         if let Err(error) = self.packets.send(&report.encode(), fds)
             && error.kind() == io::ErrorKind::WouldBlock
         {
@@ -189,22 +191,22 @@ impl Link {
         }
     }
 
-    fn asking(&self) -> MutexGuard<'_, Option<mpsc::Sender<Order>>> {
+    fn asking(&self) -> MutexGuard<'_, Option<mpsc::Sender<SupervisorOrder>>> {
         self.asking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn given(packets: &Packets) -> io::Result<Given> {
+fn given(packets: &Packets) -> io::Result<SupervisorState> {
     let mut held: Vec<(String, Vec<OwnedFd>)> = Vec::new();
     loop {
         let gone = || io::Error::other("the supervisor has ended");
         let Packet { bytes, fds } = packets.receive()?.ok_or_else(gone)?;
-        match Order::decode(&bytes) {
-            Some(Order::Held(name)) => match held.last_mut() {
+        match SupervisorOrder::decode(&bytes) {
+            Some(SupervisorOrder::Held(name)) => match held.last_mut() {
                 Some((last, sockets)) if *last == name => sockets.extend(fds),
                 _ => held.push((name, fds)),
             },
-            Some(Order::Begin(attempt, before)) => {
+            Some(SupervisorOrder::Begin(attempt, before)) => {
                 let mut fds = fds.into_iter();
                 let mut store = || Some(Store::of([fds.next()?, fds.next()?]));
                 let all: [_; STORES] = [store(), store(), store()];
@@ -212,7 +214,7 @@ fn given(packets: &Packets) -> io::Result<Given> {
                     return Err(io::Error::other("files of the supervisor are missing"));
                 };
                 let before = Some(before).filter(|before| !before.is_empty());
-                return Ok(Given { held, intents, known, texts, before, attempt });
+                return Ok(SupervisorState { held, intents, known, texts, before, attempt });
             }
             _ => {}
         }
@@ -225,7 +227,7 @@ impl Successor {
     /// Its exit status, once it has ended; waits so long for it.
     pub fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
         if self.ended.is_none()
-            && let Ok(Order::Ended(status)) = self.news.recv_timeout(limit)
+            && let Ok(SupervisorOrder::Ended(status)) = self.news.recv_timeout(limit)
         {
             self.ended = Some(ExitStatus::from_raw(status));
         }
@@ -234,7 +236,7 @@ impl Successor {
 
     /// Ends it at once.
     pub fn kill(&mut self) {
-        self.link.tell(&Report::End, &[]);
+        self.link.tell(&ChildReport::End, &[]);
         self.wait(ANSWER_MAX);
     }
 }

@@ -21,18 +21,18 @@ const LINE_MAX: usize = 4096;
 static LOST: AtomicU64 = AtomicU64::new(0);
 
 /// Writes whole lines to a descriptor.
-struct Lines<'a>(BorrowedFd<'a>);
+struct LogLines<'a>(BorrowedFd<'a>);
 
 /// Has everything that this process logs written to standard error.
 pub(super) fn install() {
-    let to = || Lines(rustix::stdio::stderr());
+    let to = || LogLines(rustix::stdio::stderr());
     let layer = tracing_subscriber::fmt().fmt_fields(Logfmt).with_writer(to).with_ansi(false);
     let log = layer.with_max_level(LevelFilter::INFO).finish();
     // A log that is there already stays.
     let _ = tracing::subscriber::set_global_default(log);
 }
 
-impl Write for Lines<'_> {
+impl Write for LogLines<'_> {
     /// Takes one line; says that all of it is written, as there is nobody to tell else.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let lost = LOST.load(Ordering::Relaxed);
@@ -61,7 +61,7 @@ mod tests {
     #[test]
     fn a_line_that_nobody_reads_is_counted_and_stops_nothing() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let mut lines = Lines(writer.as_fd());
+        let mut lines = LogLines(writer.as_fd());
         let long = [b'x'; 2 * LINE_MAX];
         // A pipe holds 64 KiB unless told otherwise; 4 KiB a line.
         for _ in 0..40 {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// What a process tells the supervisor. Descriptors go along where it says so.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Report {
+pub(super) enum ChildReport {
     /// *Keep these listening sockets of mine*: at most 64 at once, under that name.
     Hold(String),
     /// *Close what you keep under that name.*
@@ -48,7 +48,7 @@ pub struct Wish {
 
 /// What the supervisor tells a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Order {
+pub(super) enum SupervisorOrder {
     /// *These are yours*: sockets kept under that name.
     Held(String),
     /// *That was all; begin*. With the descriptors of [`super::store::STORES`] files.
@@ -66,38 +66,38 @@ pub(super) enum Order {
 
 // === impl Report ===
 
-impl Report {
+impl ChildReport {
     pub(super) fn encode(&self) -> Vec<u8> {
         match self {
-            Report::Hold(name) => encoded(1, name.as_bytes()),
-            Report::Release(name) => encoded(2, name.as_bytes()),
-            Report::Ready => vec![3],
-            Report::Reloading => vec![4],
-            Report::Stopping => vec![5],
-            Report::Beat => vec![6],
-            Report::Start(wish) => encoded(7, &wish.encode()),
-            Report::End => vec![8],
-            Report::Serves => vec![9],
-            Report::LetGo => vec![10],
-            Report::GoesOn => vec![11],
+            ChildReport::Hold(name) => encoded(1, name.as_bytes()),
+            ChildReport::Release(name) => encoded(2, name.as_bytes()),
+            ChildReport::Ready => vec![3],
+            ChildReport::Reloading => vec![4],
+            ChildReport::Stopping => vec![5],
+            ChildReport::Beat => vec![6],
+            ChildReport::Start(wish) => encoded(7, &wish.encode()),
+            ChildReport::End => vec![8],
+            ChildReport::Serves => vec![9],
+            ChildReport::LetGo => vec![10],
+            ChildReport::GoesOn => vec![11],
         }
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Option<Report> {
+    pub(super) fn decode(bytes: &[u8]) -> Option<ChildReport> {
         let (kind, rest) = bytes.split_first()?;
         let text = || String::from_utf8(rest.to_vec()).ok();
         Some(match kind {
-            1 => Report::Hold(text()?),
-            2 => Report::Release(text()?),
-            3 => Report::Ready,
-            4 => Report::Reloading,
-            5 => Report::Stopping,
-            6 => Report::Beat,
-            7 => Report::Start(Wish::decode(rest)),
-            8 => Report::End,
-            9 => Report::Serves,
-            10 => Report::LetGo,
-            11 => Report::GoesOn,
+            1 => ChildReport::Hold(text()?),
+            2 => ChildReport::Release(text()?),
+            3 => ChildReport::Ready,
+            4 => ChildReport::Reloading,
+            5 => ChildReport::Stopping,
+            6 => ChildReport::Beat,
+            7 => ChildReport::Start(Wish::decode(rest)),
+            8 => ChildReport::End,
+            9 => ChildReport::Serves,
+            10 => ChildReport::LetGo,
+            11 => ChildReport::GoesOn,
             _ => return None,
         })
     }
@@ -132,32 +132,34 @@ impl Wish {
 
 // === impl Order ===
 
-impl Order {
+impl SupervisorOrder {
     pub(super) fn encode(&self) -> Vec<u8> {
         match self {
-            Order::Held(name) => encoded(1, name.as_bytes()),
-            Order::Begin(attempt, before) => encoded(2, &[&[*attempt], before.as_bytes()].concat()),
-            Order::Started(pid) => encoded(3, &pid.to_le_bytes()),
-            Order::Refused(why) => encoded(4, why.as_bytes()),
-            Order::Ended(status) => encoded(5, &status.to_le_bytes()),
-            Order::GoOn(status) => encoded(6, &status.to_le_bytes()),
+            SupervisorOrder::Held(name) => encoded(1, name.as_bytes()),
+            SupervisorOrder::Begin(attempt, before) => {
+                encoded(2, &[&[*attempt], before.as_bytes()].concat())
+            }
+            SupervisorOrder::Started(pid) => encoded(3, &pid.to_le_bytes()),
+            SupervisorOrder::Refused(why) => encoded(4, why.as_bytes()),
+            SupervisorOrder::Ended(status) => encoded(5, &status.to_le_bytes()),
+            SupervisorOrder::GoOn(status) => encoded(6, &status.to_le_bytes()),
         }
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Option<Order> {
+    pub(super) fn decode(bytes: &[u8]) -> Option<SupervisorOrder> {
         let (kind, rest) = bytes.split_first()?;
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).ok();
         let number = || rest.try_into().ok().map(i32::from_le_bytes);
         Some(match kind {
-            1 => Order::Held(text(rest)?),
+            1 => SupervisorOrder::Held(text(rest)?),
             2 => {
                 let (attempt, before) = rest.split_first()?;
-                Order::Begin(*attempt, text(before)?)
+                SupervisorOrder::Begin(*attempt, text(before)?)
             }
-            3 => Order::Started(rest.try_into().ok().map(u32::from_le_bytes)?),
-            4 => Order::Refused(text(rest)?),
-            5 => Order::Ended(number()?),
-            6 => Order::GoOn(number()?),
+            3 => SupervisorOrder::Started(rest.try_into().ok().map(u32::from_le_bytes)?),
+            4 => SupervisorOrder::Refused(text(rest)?),
+            5 => SupervisorOrder::Ended(number()?),
+            6 => SupervisorOrder::GoOn(number()?),
             _ => return None,
         })
     }
@@ -176,37 +178,37 @@ mod tests {
     fn every_message_survives_the_way() {
         let wish = Wish { binary: None, config: Some("/etc/b c.toml".into()) };
         for report in [
-            Report::Hold("a".into()),
-            Report::Release("b".into()),
-            Report::Ready,
-            Report::Reloading,
-            Report::Stopping,
-            Report::Beat,
-            Report::Start(Wish::default()),
-            Report::Start(wish),
-            Report::End,
-            Report::Serves,
-            Report::LetGo,
-            Report::GoesOn,
+            ChildReport::Hold("a".into()),
+            ChildReport::Release("b".into()),
+            ChildReport::Ready,
+            ChildReport::Reloading,
+            ChildReport::Stopping,
+            ChildReport::Beat,
+            ChildReport::Start(Wish::default()),
+            ChildReport::Start(wish),
+            ChildReport::End,
+            ChildReport::Serves,
+            ChildReport::LetGo,
+            ChildReport::GoesOn,
         ] {
-            assert_eq!(Report::decode(&report.encode()), Some(report));
+            assert_eq!(ChildReport::decode(&report.encode()), Some(report));
         }
         for order in [
-            Order::Held("a".into()),
-            Order::Begin(3, "process 7 was killed".into()),
-            Order::Started(77),
-            Order::Refused("no".into()),
-            Order::Ended(256),
-            Order::GoOn(9),
+            SupervisorOrder::Held("a".into()),
+            SupervisorOrder::Begin(3, "process 7 was killed".into()),
+            SupervisorOrder::Started(77),
+            SupervisorOrder::Refused("no".into()),
+            SupervisorOrder::Ended(256),
+            SupervisorOrder::GoOn(9),
         ] {
-            assert_eq!(Order::decode(&order.encode()), Some(order));
+            assert_eq!(SupervisorOrder::decode(&order.encode()), Some(order));
         }
     }
 
     proptest! {
         #[test]
         fn whatever_bytes_come_are_a_message_or_none(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
-            let _ = (Report::decode(&bytes), Order::decode(&bytes));
+            let _ = (ChildReport::decode(&bytes), SupervisorOrder::decode(&bytes));
         }
     }
 }

@@ -3,9 +3,9 @@
 //! Called by `cli::run` while there is one thread. What goes wrong here is logged (`log`);
 //! all else the process that serves logs.
 
-use super::children::{Child, Held, Pipes, Role, permitted};
+use super::children::{Child, ChildPipes, Held, Role, permitted};
 use super::manager::Manager;
-use super::message::{Order, Report, Wish};
+use super::message::{ChildReport, SupervisorOrder, Wish};
 use super::pid_file::PidFile;
 use super::program::Program;
 use super::reexec::Renewal;
@@ -242,7 +242,7 @@ impl Parent {
         }
         let program = self.program.wished(wish.binary.as_deref(), wish.config.as_deref());
         let mut child =
-            Child::start(&program, Role::Successor(of), Some(Pipes { channel, stderr }))
+            Child::start(&program, Role::Successor(of), Some(ChildPipes { channel, stderr }))
                 .map_err(|error| error.to_string())?;
         child.begin(Vec::new(), &self.stores, 1, "");
         let pid = child.pid;
@@ -270,7 +270,7 @@ impl Parent {
     }
 
     fn take_message(&mut self, at: usize, Packet { bytes, fds }: Packet) {
-        let Some(report) = Report::decode(&bytes) else { return };
+        let Some(report) = ChildReport::decode(&bytes) else { return };
         if let Role::Successor(of) = self.children[at].role
             && let Some(before) = self.children.iter().position(|child| child.pid == of)
         {
@@ -281,12 +281,12 @@ impl Parent {
         let (stopping, child) = (self.stopping, &mut self.children[at]);
         let (pid, is_main) = (child.pid, child.role == Role::Main);
         match report {
-            Report::Hold(name) if total + fds.len() <= FDS_MAX => child.hold(name, fds),
-            Report::Hold(name) => {
+            ChildReport::Hold(name) if total + fds.len() <= FDS_MAX => child.hold(name, fds),
+            ChildReport::Hold(name) => {
                 tracing::warn!(name, "no more than {FDS_MAX} sockets are kept: a crash loses it");
             }
-            Report::Release(name) => child.held.retain(|held| held.name != name),
-            Report::Ready => {
+            ChildReport::Release(name) => child.held.retain(|held| held.name != name),
+            ChildReport::Ready => {
                 child.ready = true;
                 child.given.clear();
                 if is_main {
@@ -294,43 +294,43 @@ impl Parent {
                     self.tell_ready();
                 }
             }
-            Report::Reloading if is_main => {
+            ChildReport::Reloading if is_main => {
                 self.told_ready = false;
                 self.manager.reloading();
             }
-            Report::Stopping if is_main => {
+            ChildReport::Stopping if is_main => {
                 self.stopping = true;
                 self.manager.stopping();
             }
-            Report::Beat if is_main => self.manager.beat(),
-            Report::Start(wish) => {
+            ChildReport::Beat if is_main => self.manager.beat(),
+            ChildReport::Start(wish) => {
                 let started = match is_main {
                     true => self.start_successor(pid, &wish, fds),
                     false => Err("the process that is asked is not the service".to_owned()),
                 };
                 let order = match started {
-                    Ok(pid) => Order::Started(pid.as_raw_nonzero().get().unsigned_abs()),
-                    Err(why) => Order::Refused(why),
+                    Ok(pid) => SupervisorOrder::Started(pid.as_raw_nonzero().get().unsigned_abs()),
+                    Err(why) => SupervisorOrder::Refused(why),
                 };
                 self.children[at].tell(&order);
             }
-            Report::End if is_main => {
+            ChildReport::End if is_main => {
                 if let Some(successor) = self.of(|role| role == Role::Successor(pid)) {
                     successor.signal(Signal::KILL);
                 }
             }
-            Report::Serves if is_main => self.change_over(at),
-            Report::LetGo if is_main && !stopping => {
+            ChildReport::Serves if is_main => self.change_over(at),
+            ChildReport::LetGo if is_main && !stopping => {
                 // It was told to go on when it could not any more.
                 (child.role, child.ready) = (Role::Leaving, false);
                 child.held.clear();
                 self.start_at = Some(clock::now());
             }
-            Report::LetGo => {
+            ChildReport::LetGo => {
                 child.role = if is_main { Role::Main } else { Role::Leaving };
                 child.held.clear();
             }
-            Report::GoesOn => self.kept.clear(),
+            ChildReport::GoesOn => self.kept.clear(),
             _ => {}
         }
     }
@@ -385,7 +385,7 @@ impl Parent {
             Role::Successor(of) => {
                 self.unsettled.clear();
                 if let Some(old) = self.children.iter().find(|one| one.pid == of) {
-                    old.tell(&Order::Ended(status.as_raw()));
+                    old.tell(&SupervisorOrder::Ended(status.as_raw()));
                 }
             }
             Role::SteppingDown | Role::Leaving if status.exit_status() == Some(0) => {}
@@ -407,7 +407,7 @@ impl Parent {
         self.before = in_words(child.pid, status);
         let old = self.of(|role| role == Role::SteppingDown);
         if let Some(old) = old
-            && old.tell(&Order::GoOn(status.as_raw()))
+            && old.tell(&SupervisorOrder::GoOn(status.as_raw()))
         {
             old.role = Role::Main;
             self.program = old.program.clone();

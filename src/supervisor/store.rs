@@ -2,7 +2,7 @@
 //! crash: texts in memory files (memfd_create(2)) that the supervisor holds and never
 //! reads.
 //!
-//! Made by `parent`, written and read by `app`. Each store is two files, written in
+//! Made by `parent`, written and read by `daemon`. Each store is two files, written in
 //! turn: a process killed in the middle of a write leaves the other one whole.
 
 use rustix::fs::{MemfdFlags, memfd_create};

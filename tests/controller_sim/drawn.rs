@@ -118,7 +118,7 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
         sources: None,
     });
     Config {
-        process: Process {
+        process: ProcessConfig {
             workers: None,
             pin: false,
             engine: EngineChoice::Auto,

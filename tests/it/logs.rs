@@ -74,10 +74,10 @@ fn debug_and_trace_tell_of_tables_probes_reloads_and_upgrades(engine: Engine) {
     let known = proxy.log().len();
     let before = proxy.upgrade();
     for line in [
-        "DEBUG tidegate::app::reload: reload change=\"backend web/a changes\"",
+        "DEBUG tidegate_daemon::reload: reload change=\"backend web/a changes\"",
         ": table published generation=",
         ": probe ended pool=web backend=a result=\"success after",
-        "TRACE tidegate::app::control_loop: probe begins address=",
+        "TRACE tidegate_daemon::control_loop: probe begins address=",
     ] {
         eventually(secs(10), line, || proxy.log().contains(line));
     }
@@ -86,10 +86,10 @@ fn debug_and_trace_tell_of_tables_probes_reloads_and_upgrades(engine: Engine) {
     }
     proxy.wait_gone(before, secs(10));
     // Nothing on the way of the bytes.
-    let known = proxy.log().lines().filter(|line| line.contains("tidegate::proxy")).count();
+    let known = proxy.log().lines().filter(|line| line.contains("tidegate_dataplane")).count();
     for _ in 0..20 {
         client::ask(proxy.addr("web")).expect("an answer");
     }
-    let lines = proxy.log().lines().filter(|line| line.contains("tidegate::proxy")).count();
+    let lines = proxy.log().lines().filter(|line| line.contains("tidegate_dataplane")).count();
     assert_eq!(lines, known, "{}", proxy.log());
 }

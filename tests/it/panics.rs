@@ -141,7 +141,7 @@ fn a_panic_in_a_session_ends_that_session_alone(engine: Engine) {
     assert_eq!((panics("session"), panics("worker")), (2.0, 0.0));
     let log = proxy.log();
     assert!(log.contains("panicked: a fault that was ordered: Setup"), "{log}");
-    assert!(log.contains("worker-0") && log.contains("src/proxy/faults.rs:"), "{log}");
+    assert!(log.contains("worker-0") && log.contains("src/dataplane/fault_points.rs:"), "{log}");
     let lines = proxy.wait_access_log(2);
     assert!(lines.iter().all(|line| line["cause"] == "internal-error"), "{lines:?}");
     assert_eq!(proxy.frontend("web")["sessions_active"], 1);

@@ -16,7 +16,7 @@ use crate::file::{Field, Section};
 use crate::value::{self, BUFFERS, SPIN, TIME, UPGRADE, ValueError, shown};
 use tidegate_core::model::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
-    Process, Sandbox,
+    ProcessConfig, Sandbox,
 };
 
 /// More workers than this share too many structures to be of use.
@@ -42,7 +42,7 @@ pub(super) struct AdminRead {
     pub(super) listen: Option<Range<usize>>,
 }
 
-pub(super) fn process(top: &Section<'_, '_>) -> Process {
+pub(super) fn process(top: &Section<'_, '_>) -> ProcessConfig {
     let Some(section) = top.table("process", "[process]".to_owned()) else {
         return default_process();
     };
@@ -53,7 +53,7 @@ pub(super) fn process(top: &Section<'_, '_>) -> Process {
         ("epoll", EngineChoice::Epoll),
     ];
     let sandboxes = [("auto", Sandbox::Auto), ("on", Sandbox::On), ("off", Sandbox::Off)];
-    let process = Process {
+    let process = ProcessConfig {
         workers: workers(&section).or(default.workers),
         pin: section.boolean("pin").or(default.pin),
         engine: section.choice("engine", &engines).or(default.engine),
@@ -117,8 +117,8 @@ fn optional<T>(field: Field<T>) -> Option<T> {
     field.good().map(Spanned::into_inner)
 }
 
-fn default_process() -> Process {
-    Process {
+fn default_process() -> ProcessConfig {
+    ProcessConfig {
         workers: None,
         pin: true,
         engine: EngineChoice::Auto,

@@ -15,11 +15,11 @@ pub(super) struct AliasTable {
     /// Sum of all weights.
     total: u64,
     /// Invariant: one column a candidate; never empty.
-    columns: Box<[Column]>,
+    columns: Box<[AliasColumn]>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Column {
+struct AliasColumn {
     /// Of `total`, how much is the column's own candidate's.
     own: u64,
     /// Whose the rest is.
@@ -35,13 +35,13 @@ impl AliasTable {
         // What each still has to be given, in units of which a column holds `total`.
         let mut owed: Vec<u128> =
             weights.map(|weight| u128::from(weight) * u128::from(count)).collect();
-        let mut columns: Vec<Column> =
-            (0..owed.len()).map(|i| Column { own: total, alias: i as u32 }).collect();
+        let mut columns: Vec<AliasColumn> =
+            (0..owed.len()).map(|i| AliasColumn { own: total, alias: i as u32 }).collect();
         let column = u128::from(total);
         let (mut light, mut heavy): (Vec<usize>, Vec<usize>) =
             (0..owed.len()).partition(|&i| owed[i] < column);
         while let (Some(small), Some(&large)) = (light.pop(), heavy.last()) {
-            columns[small] = Column { own: owed[small] as u64, alias: large as u32 };
+            columns[small] = AliasColumn { own: owed[small] as u64, alias: large as u32 };
             owed[large] -= column - owed[small];
             if owed[large] < column {
                 heavy.pop();

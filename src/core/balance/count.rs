@@ -64,13 +64,13 @@ pub const fn cleared(word: u64, of: u32) -> u64 {
 pub struct Count {
     word: &'static AtomicU64,
     shareable: bool,
-    _hold: Arc<dyn Hold>,
+    _hold: Arc<dyn CountHold>,
 }
 
 /// Keeps a word for the count that has it, until it is dropped.
-pub trait Hold: Any + std::fmt::Debug + Send + Sync {}
+pub trait CountHold: Any + std::fmt::Debug + Send + Sync {}
 
-impl<T: Any + std::fmt::Debug + Send + Sync> Hold for T {}
+impl<T: Any + std::fmt::Debug + Send + Sync> CountHold for T {}
 
 /// A word of this process alone, on cache lines of its own.
 #[cfg(not(tidegate_loom))]
@@ -100,7 +100,7 @@ impl Count {
     }
 
     /// One in memory that other processes may have; `hold` keeps it for this count.
-    pub fn shared(word: &'static AtomicU64, hold: Arc<dyn Hold>) -> Count {
+    pub fn shared(word: &'static AtomicU64, hold: Arc<dyn CountHold>) -> Count {
         Count { word, shareable: true, _hold: hold }
     }
 
@@ -140,7 +140,7 @@ impl Count {
     }
 
     /// A count that is not shared: no model has a second process.
-    pub fn shared(_: &'static std::sync::atomic::AtomicU64, _: Arc<dyn Hold>) -> Count {
+    pub fn shared(_: &'static std::sync::atomic::AtomicU64, _: Arc<dyn CountHold>) -> Count {
         Count::own()
     }
 

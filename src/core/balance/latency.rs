@@ -68,7 +68,7 @@ impl Latency {
     }
 
     /// A connect took that long. `at` is in milliseconds on a clock that all
-    /// callers share ([`tidegate_net::clock::millis`]).
+    /// callers share (`net::clock::millis`).
     pub fn connected(&self, took: Duration, at: u64) {
         self.0.connect.note(took, at);
     }

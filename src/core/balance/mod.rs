@@ -77,7 +77,7 @@ pub struct PickKey {
     /// Fresh random bits. They are mixed before use, so a counter that starts
     /// at random will do.
     pub draw: u64,
-    /// The time of the pick, in milliseconds of [`tidegate_net::clock::millis`]
+    /// The time of the pick, in milliseconds of `net::clock::millis`
     /// (`peak-ewma` fades its estimates by it).
     pub at: u64,
 }

@@ -1,6 +1,6 @@
 //! Sessions that the processes before this one still hold.
 //!
-//! Called by `app` with what the old process reports after an upgrade, and for
+//! Called by `daemon` with what the old process reports after an upgrade, and for
 //! what this one reports to the next. Usually both processes count in the same memory,
 //! and a report only makes a backend known here; of a process that counts by itself
 //! the sessions are added to this one's (`InFlight::set_elsewhere`). So status, caps and

@@ -1,6 +1,6 @@
 //! What the controller is told, and what it asks the shell to do.
 //!
-//! Made and read by `app`, `daemon::probe` and simulations. Values alone: nothing here
+//! Made and read by `daemon`, `daemon::probe` and simulations. Values alone: nothing here
 //! does anything.
 
 use super::apart::BuildToken;
@@ -18,7 +18,7 @@ use tidegate_heartbeat::Heartbeat;
 pub enum ControlEvent {
     /// A validated configuration whose listeners are bound.
     Configure(Arc<Config>),
-    /// A probe asked for by [`ControlEffect::ProbeDoc`] ended.
+    /// A probe asked for by [`ControlEffect::Probe`] ended.
     Probed {
         /// Whom it probed.
         backend: BackendId,

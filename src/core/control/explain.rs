@@ -1,6 +1,6 @@
 //! Why one backend gets what it gets: everything known of it, in one value.
 //!
-//! Called by `app` for `tidegate explain` and the admin API. It derives, it
+//! Called by `daemon` for `tidegate explain` and the admin API. It derives, it
 //! never changes anything.
 
 use super::status::{

@@ -1,7 +1,7 @@
 //! What one process tells the next when the program is upgraded in place, and
 //! how the next goes on with it.
 //!
-//! Called by `app` on both sides. Pure; the types are what travels (as JSON), so
+//! Called by `daemon` on both sides. Pure; the types are what travels (as JSON), so
 //! every field may be absent in what an older program says, and what a newer one
 //! adds is ignored. Names, never numbers, say who is meant.
 

@@ -1,6 +1,6 @@
 //! What accepted heartbeats mean: who joins, who leaves, what share they get.
 //!
-//! Called by the controller for [`Event::Heartbeat`](super::ControlEvent::HeartbeatDoc)
+//! Called by the controller for [`Event::Heartbeat`](super::ControlEvent::Heartbeat)
 //! and for the times they set. Signatures and freshness are proven before; here
 //! a heartbeat is held against the configuration: whom it may speak for, and
 //! how much it may ask. Whether silence means death is `suspicion`'s business.
@@ -76,7 +76,7 @@ pub(super) struct BackendHeartbeats {
     /// Another process has said all this; nothing was heard here yet.
     adopted: bool,
     /// What it is counted as among all.
-    pub(super) counted: Option<super::tally::Counted>,
+    pub(super) counted: Option<super::tally::TalliedBackend>,
 }
 
 /// How busy a sender says it is, made steady: an exponential mean, of which a

@@ -26,7 +26,7 @@ type Identity = (Arc<str>, Arc<str>, Arc<str>);
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub(super) struct Kept {
+pub(super) struct KeptIntent {
     by_identity: HashMap<Identity, Left>,
     /// In the order in which they left; those taken up again are still in it.
     order: VecDeque<(Instant, Identity)>,
@@ -60,7 +60,7 @@ pub struct SavedIntent {
 
 // === impl Kept ===
 
-impl Kept {
+impl KeptIntent {
     /// A backend leaves; `ready` needs no keeping.
     pub(super) fn keep(&mut self, who: Identity, (intent, since): (Intent, Instant), at: Instant) {
         self.expire(at);
@@ -236,7 +236,7 @@ mod tests {
     #[test]
     fn an_intent_is_kept_for_its_time_and_given_once() {
         let start = tidegate_net::clock::now();
-        let mut kept = Kept::default();
+        let mut kept = KeptIntent::default();
         let drained = (Intent::Draining, start);
         kept.keep(who("a"), drained, start);
         kept.keep(who("b"), drained, start);
@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn no_more_intents_are_kept_than_the_bound_and_the_newest_stay() {
         let start = tidegate_net::clock::now();
-        let mut kept = Kept::default();
+        let mut kept = KeptIntent::default();
         for number in 0..KEPT_MAX + 3 {
             kept.keep(who(&number.to_string()), (Intent::Draining, start), start);
         }

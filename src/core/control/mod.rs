@@ -1,6 +1,6 @@
 //! The controller: the single writer of everything sessions are routed by.
 //!
-//! `app` feeds it events with the time and performs the effects it returns.
+//! `daemon` feeds it events with the time and performs the effects it returns.
 //! Pure: it does no I/O and reads no clock, so a test drives a year in a
 //! millisecond.
 //!
@@ -103,7 +103,7 @@ pub struct Controller {
     /// The look at first bytes that is under way.
     round: crate::control::slow_backends::Round,
     /// What operators wanted of backends that have left.
-    kept: intents::Kept,
+    kept: intents::KeptIntent,
     /// Where our own listeners are bound.
     own: std::collections::HashSet<SocketAddr>,
     schedule: Schedule,
@@ -167,7 +167,7 @@ struct PoolEntry {
     /// Since when somebody serves; `None`: nobody does.
     in_service_since: Option<Instant>,
     /// While none of its backends serves and some have no verdict yet.
-    settling: Option<settling::Settling>,
+    settling: Option<settling::PoolSettling>,
     /// Where it is so large that its part of a table is made on another thread.
     apart: Option<apart::Apart>,
 }
@@ -291,7 +291,7 @@ impl Controller {
             out: BTreeSet::new(),
             suspects: BTreeSet::new(),
             round: crate::control::slow_backends::Round::default(),
-            kept: intents::Kept::default(),
+            kept: intents::KeptIntent::default(),
             own: Default::default(),
             schedule: Schedule::default(),
             ids: IdAllocator::default(),

@@ -17,7 +17,7 @@ use std::time::Instant;
 
 /// See the module's documentation.
 #[derive(Debug, Clone)]
-pub(super) struct Settling {
+pub(super) struct PoolSettling {
     /// When it ends in any case.
     until: Instant,
     /// Former backends, all of them leaving; one whose connects fail is dropped.
@@ -76,7 +76,7 @@ impl Controller {
             let until = before.map(|settling| settling.until);
             let until = until.unwrap_or_else(|| after(now, pool.spec.startup_grace));
             self.schedule.set(TimerKind::SettlingEnds(pool.id), until.max(now));
-            pool.settling = Some(Settling { until, stand_ins });
+            pool.settling = Some(PoolSettling { until, stand_ins });
             self.settling += 1;
         }
     }

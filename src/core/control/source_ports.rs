@@ -1,7 +1,7 @@
 //! How many local ports the connections to each backend hold, and whether they
 //! are about to run out.
 //!
-//! Driven by `app`, which brings the time and the kernel's limits and logs the
+//! Driven by `daemon`, which brings the time and the kernel's limits and logs the
 //! warnings; rendered by the admin API. Pure, and an estimate: it knows this
 //! process's connections only, and of closed ones how many it closed first.
 

@@ -1,6 +1,6 @@
 //! What status and metrics show: a copy of everything the controller knows.
 //!
-//! Called by `app` for the admin API. It derives, it never changes anything.
+//! Called by `daemon` for the admin API. It derives, it never changes anything.
 
 use super::{
     BackendEntry, Controller, HeartbeatIgnored, MemberSourceKind, PoolEntry, PublishReason,

@@ -14,8 +14,8 @@ use crate::model;
 use crate::model::{HeartbeatSpec, ProbeKind, ProbeSpec};
 use crate::suspicion::guards::{FreezeChange, is_late, may_remove};
 use crate::suspicion::{
-    ArrivalOrder, BeatInfo, ChannelGuard, ChannelState, DetectorRequest, DetectorState,
-    DetectorStep, PathGuard, TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN, Try, TryId, TryResult,
+    ArrivalOrder, BeatInfo, ChannelGuard, ChannelState, ConfirmationTry, DetectorRequest,
+    DetectorState, DetectorStep, PathGuard, TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN, TryId, TryResult,
 };
 use crate::table::state::BackendId;
 use std::collections::VecDeque;
@@ -417,7 +417,7 @@ impl Controller {
     }
 
     /// Asks the shell for one fresh connect; a regular probe gives way to it.
-    fn start_try(&mut self, id: BackendId, next: Try, now: Instant) {
+    fn start_try(&mut self, id: BackendId, next: ConfirmationTry, now: Instant) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         if entry.in_flight.take().is_some()

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 /// What one backend is counted as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Counted {
+pub(super) struct TalliedBackend {
     pool: PoolId,
     state: DetectorState,
     was_down: bool,
@@ -45,13 +45,13 @@ pub(super) struct Tallies {
 
 // === impl Counted ===
 
-impl Counted {
-    fn of(heart: &BackendHeartbeats, pool: PoolId) -> Counted {
+impl TalliedBackend {
+    fn of(heart: &BackendHeartbeats, pool: PoolId) -> TalliedBackend {
         let state = heart.detector.state();
         let expected =
             matches!(state, DetectorState::Up | DetectorState::Suspect) && !heart.expired;
         let was_down = heart.detector.was_down();
-        Counted { pool, state, was_down, interval: expected.then_some(heart.interval) }
+        TalliedBackend { pool, state, was_down, interval: expected.then_some(heart.interval) }
     }
 
     fn is_down(self) -> bool {
@@ -73,7 +73,7 @@ impl Tally {
         (self.intervals.values().sum(), slowest)
     }
 
-    fn add(&mut self, id: BackendId, counted: Counted) {
+    fn add(&mut self, id: BackendId, counted: TalliedBackend) {
         self.hearts.insert(id);
         if counted.state == DetectorState::Suspect {
             self.suspects.insert(id);
@@ -85,7 +85,7 @@ impl Tally {
         }
     }
 
-    fn remove(&mut self, id: BackendId, counted: Counted) {
+    fn remove(&mut self, id: BackendId, counted: TalliedBackend) {
         self.hearts.remove(&id);
         self.suspects.remove(&id);
         self.live -= usize::from(counted.is_live());
@@ -111,7 +111,7 @@ impl Tallies {
         }
     }
 
-    fn add(&mut self, id: BackendId, counted: Counted) {
+    fn add(&mut self, id: BackendId, counted: TalliedBackend) {
         self.all.add(id, counted);
         self.pools.entry(counted.pool).or_default().add(id, counted);
     }
@@ -136,7 +136,7 @@ impl Controller {
     pub(super) fn count(&mut self, id: BackendId) {
         let Some(entry) = self.backends.get_mut(&id) else { return };
         let Some(heart) = entry.heart.as_deref_mut() else { return };
-        let counted = Counted::of(heart, entry.pool);
+        let counted = TalliedBackend::of(heart, entry.pool);
         if heart.counted != Some(counted) {
             self.tallies.forget(id, Some(heart));
             heart.counted = Some(counted);
@@ -185,7 +185,7 @@ impl Controller {
         let mut tallies = Tallies::default();
         for (id, entry) in &self.backends {
             if let Some(heart) = entry.heart.as_deref() {
-                tallies.add(*id, Counted::of(heart, entry.pool));
+                tallies.add(*id, TalliedBackend::of(heart, entry.pool));
             }
         }
         assert_eq!(self.tallies, tallies);

@@ -17,8 +17,8 @@ use crate::health::{ConnectFailure, Observation, ProbeOutcome};
 use crate::model;
 use crate::model::{
     Admin, AdminListen, BackendAddr, BackendConfig, Config, EjectionSpec, EngineChoice,
-    FrontendConfig, Log, LogFormat, LogLevel, OnRemoval, Policy, PoolConfig, ProbeKind, Process,
-    Sandbox, WhenNoneEligible,
+    FrontendConfig, Log, LogFormat, LogLevel, OnRemoval, Policy, PoolConfig, ProbeKind,
+    ProcessConfig, Sandbox, WhenNoneEligible,
 };
 use tidegate_heartbeat::Heartbeat;
 
@@ -87,7 +87,7 @@ fn unprobed(backends: &[&str]) -> PoolConfig {
 
 fn config(pools: Vec<PoolConfig>) -> Arc<Config> {
     Arc::new(Config {
-        process: Process {
+        process: ProcessConfig {
             workers: None,
             pin: false,
             engine: EngineChoice::Auto,

@@ -7,7 +7,7 @@ mod process;
 
 pub use process::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
-    Process, Sandbox,
+    ProcessConfig, Sandbox,
 };
 
 use crate::limits::access_list::AccessList;
@@ -29,7 +29,7 @@ use tidegate_heartbeat::keys::Secret;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// Threads, engine and whole-process limits.
-    pub process: Process,
+    pub process: ProcessConfig,
     /// Where the admin API listens.
     pub admin: Admin,
     /// Log and access log.
@@ -63,7 +63,7 @@ pub struct HeartbeatKeyConfig {
     pub pools: Vec<Arc<str>>,
     /// Ranges the announced address must lie in; at least one.
     pub addresses: Vec<IpNet>,
-    /// What the file holds; `None` where the configuration was read by [`parse`],
+    /// What the file holds; `None` where the configuration was read by `config::parse`,
     /// which opens no file. Part of the comparison: a file with another secret
     /// under the same name is another configuration.
     pub secret: Option<Secret>,
@@ -135,7 +135,7 @@ pub struct PoolConfig {
     pub hash_slots: u32,
     /// Addresses of this host that connections to backends (and probes) start
     /// at, in turn, where they are of the backend's family; empty: the kernel
-    /// chooses. At most [`POOL_SOURCES_MAX`], none twice.
+    /// chooses. At most `config::POOL_SOURCES_MAX`, none twice.
     pub source: Arc<[IpAddr]>,
     /// Deadline of one connect attempt.
     pub connect_timeout: Duration,

@@ -1,6 +1,6 @@
 //! The model of what concerns the whole process: `[process]`, `[admin]`, `[log]`.
 //!
-//! Filled by `validate`, read by `app`; part of `Config`. It checks nothing itself.
+//! Filled by `validate`, read by `daemon`; part of `Config`. It checks nothing itself.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -11,7 +11,7 @@ use std::time::Duration;
 /// `buffers_max` need a restart to change; most of the others may change with an
 /// upgrade.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Process {
+pub struct ProcessConfig {
     /// `None`: one worker per CPU the process may use.
     pub workers: Option<usize>,
     /// Pin each worker to its CPU.

@@ -274,7 +274,7 @@ impl Arrivals {
     }
 
     /// When the newest heartbeat came (or silence began to count, after
-    /// [`EdgeReadable::skip_gap`]).
+    /// [`Arrivals::skip_gap`]).
     pub fn newest_at(&self) -> Option<Instant> {
         self.newest.map(|newest| newest.arrived)
     }

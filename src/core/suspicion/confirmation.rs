@@ -21,7 +21,7 @@ pub struct TryId(pub u64);
 
 /// A connect to be made now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Try {
+pub struct ConfirmationTry {
     /// To be given back with the result.
     pub id: TryId,
     /// No answer by then is a failure.
@@ -47,7 +47,7 @@ pub(super) enum ConfirmationProgress {
     /// Nobody waited for that.
     Ignored,
     /// The next try is due now.
-    Again(Try),
+    Again(ConfirmationTry),
     /// The next try is due later.
     Wait,
     /// Over: it works, and took that long to say so.
@@ -86,7 +86,7 @@ impl Confirmation {
         (tries, timeout): (u32, Duration),
         serial: &mut u64,
         now: Instant,
-    ) -> (Confirmation, Try) {
+    ) -> (Confirmation, ConfirmationTry) {
         let (stage, next) = send_try(timeout, serial, now);
         (Confirmation { tries: tries.max(1), failed: 0, repeats: 0, timeout, stage }, next)
     }
@@ -132,7 +132,12 @@ impl Confirmation {
     /// under way may be our own doing. What failed before it stays failed, and after
     /// [`REPEATS_MAX`] the one under way is waited for: being late again and again
     /// must not keep a round from its end.
-    pub(super) fn repeat(&mut self, lost: Duration, serial: &mut u64, now: Instant) -> Option<Try> {
+    pub(super) fn repeat(
+        &mut self,
+        lost: Duration,
+        serial: &mut u64,
+        now: Instant,
+    ) -> Option<ConfirmationTry> {
         match &mut self.stage {
             ConfirmationStage::InFlight { lost_at, .. } if self.repeats >= REPEATS_MAX => {
                 *lost_at = lost_at.checked_add(lost).unwrap_or(now).min(now + self.timeout);
@@ -149,7 +154,7 @@ impl Confirmation {
     }
 
     /// The try to make now, if its time has come.
-    pub(super) fn check(&mut self, serial: &mut u64, now: Instant) -> Option<Try> {
+    pub(super) fn check(&mut self, serial: &mut u64, now: Instant) -> Option<ConfirmationTry> {
         if now < self.due() {
             return None;
         }
@@ -167,9 +172,13 @@ impl Confirmation {
     }
 }
 
-fn send_try(timeout: Duration, serial: &mut u64, now: Instant) -> (ConfirmationStage, Try) {
+fn send_try(
+    timeout: Duration,
+    serial: &mut u64,
+    now: Instant,
+) -> (ConfirmationStage, ConfirmationTry) {
     *serial += 1;
     let id = TryId(*serial);
     let lost_at = now + timeout + REPORT_MARGIN;
-    (ConfirmationStage::InFlight { id, since: now, lost_at }, Try { id, timeout })
+    (ConfirmationStage::InFlight { id, since: now, lost_at }, ConfirmationTry { id, timeout })
 }

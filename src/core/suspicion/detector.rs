@@ -5,14 +5,15 @@
 //! clock, makes no probe itself, and knows nothing of other backends: taking
 //! one out is asked for, and granted by `guards`.
 
+mod reading;
 mod saved;
 
 pub use saved::SavedDetector;
 
 use super::{
-    ArrivalOrder, Arrivals, BeatInfo, ChannelState, DOUBT_INTERVAL, DetectorReading,
+    ArrivalOrder, Arrivals, BeatInfo, ChannelState, ConfirmationTry, DOUBT_INTERVAL,
     DetectorRequest, DetectorState, DetectorStep, DetectorTransition, RECOVERY_BEATS,
-    SUSPECT_WEIGHT_PERCENT, Try, TryId, TryResult, phi,
+    SUSPECT_WEIGHT_PERCENT, TryId, TryResult,
 };
 use crate::suspicion::answer_time::AnswerTime;
 use crate::suspicion::confirmation::{Confirmation, ConfirmationProgress};
@@ -399,42 +400,6 @@ impl HeartbeatDetector {
         beaten || self.answered_at.is_some_and(|at| at > since)
     }
 
-    /// Everything, for people.
-    pub fn reading(&self, now: Instant) -> DetectorReading {
-        let arrivals = &self.arrivals;
-        let silence = self.silence(now);
-        let mean = arrivals.mean_interval();
-        let deviation = arrivals.jitter().max(mean.mul_f64(PHI_DEVIATION_MIN));
-        let held = match &self.standing {
-            DetectorPhase::Suspect(suspicion) => suspicion.held.clone(),
-            _ => None,
-        };
-        DetectorReading {
-            state: self.state(),
-            since: self.since,
-            incarnation: arrivals.newest().map(|(incarnation, _)| incarnation),
-            sequence: arrivals.newest().map(|(_, sequence)| sequence),
-            beats_total: arrivals.beats_total(),
-            lost_total: arrivals.lost_total(),
-            suspicions_total: self.suspicions_total,
-            downs_total: self.downs_total,
-            loss: arrivals.loss(),
-            loss_after_loss: arrivals.loss_after_loss(),
-            jitter: arrivals.jitter(),
-            interval: arrivals.interval(),
-            mean_interval: mean,
-            missing_allowed: arrivals.missing_allowed(),
-            timeout: arrivals.timeout(),
-            try_timeout: self.reach.timeout(),
-            silence,
-            phi_normal: silence.map_or(0.0, |silence| phi::normal(silence, mean, deviation)),
-            phi_exponential: silence.map_or(0.0, |silence| phi::exponential(silence, mean)),
-            flaps: self.flaps.count(),
-            hold_until: self.hold_until.filter(|until| *until > now),
-            held,
-        }
-    }
-
     fn suspect(&mut self, cause: SuspicionCause, evidence: String, now: Instant) -> DetectorStep {
         self.suspicions_total += 1;
         let reason = evidence.clone();
@@ -600,7 +565,7 @@ impl HeartbeatDetector {
 // === impl Step ===
 
 impl DetectorStep {
-    fn probe(next: Try) -> DetectorStep {
+    fn probe(next: ConfirmationTry) -> DetectorStep {
         DetectorStep { change: None, ask: Some(DetectorRequest::Probe(next)) }
     }
 }

@@ -5,7 +5,7 @@
 //! it takes anything out. They never judge a single backend, and read no clock.
 //!
 //! - [`is_late`]: our own loop was late, and that much silence does not count: call
-//!   [`HeartbeatDetector::ignore_silence`] on every detector. The controller wants a
+//!   [`HeartbeatDetector::ignore_silence_until`] on every detector. The controller wants a
 //!   tick of its own every interval, to notice.
 //! - [`ChannelGuard`]: *nobody* is heard. Either all died at once or it is our
 //!   socket, our key, our switch: silence no longer makes a suspect, probes

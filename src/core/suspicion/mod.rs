@@ -36,11 +36,11 @@
 //! - **What a probe is.** The pool's own probe where it has one, a plain TCP
 //!   connect where it has none; each try is a fresh connect, since the kernel
 //!   would repeat a lost SYN only after a second. It has as long as answers have
-//!   taken so far ([`reach`]): 100 ms for backends nearby, up to a second, but no
+//!   taken so far ([`answer_time`]): 100 ms for backends nearby, up to a second, but no
 //!   longer than the pool's own probe (or its connects) may take. Trouble of our own (no descriptors, no ports) proves nothing: the
 //!   try is made again.
 //! - **Coming back** takes heartbeats, a hold-down that doubles with each
-//!   failure ([`flaps`]), a probe, and then a slow start ([`ramp`]).
+//!   failure ([`flap_damping`]), a probe, and then a slow start ([`ramp`]).
 //!
 //! Before anything is taken out, [`guards`] asks whether the trouble might be
 //! ours.
@@ -48,7 +48,7 @@
 //! # How it is driven
 //!
 //! 1. Before anything else, if [`is_late`]: [`HeartbeatDetector::ignore_silence_until`] for
-//!    all, [`ChannelGuard::ignore_silence_until`]. A tick every interval keeps this honest.
+//!    all, [`ChannelGuard::ignore_silence`]. A tick every interval keeps this honest.
 //!    The same if the socket dropped datagrams.
 //! 2. A heartbeat: [`ChannelGuard::beat`], then [`HeartbeatDetector::beat`] or
 //!    [`HeartbeatDetector::stopping`].
@@ -95,7 +95,7 @@ mod tests;
 
 pub use crate::health::SUSPECT_WEIGHT_PERCENT;
 pub use crate::suspicion::answer_time::{TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN};
-pub use crate::suspicion::confirmation::{Try, TryId, TryResult};
+pub use crate::suspicion::confirmation::{ConfirmationTry, TryId, TryResult};
 pub use crate::suspicion::snapshot::DetectorReading;
 pub use arrivals::{ArrivalOrder, Arrivals};
 pub use detector::{HeartbeatDetector, SavedDetector};
@@ -166,7 +166,7 @@ pub struct DetectorTransition {
 pub enum DetectorRequest {
     /// Make one fresh connect now and report it with
     /// [`HeartbeatDetector::probed`].
-    Probe(Try),
+    Probe(ConfirmationTry),
     /// It is confirmed: ask the guards ([`may_remove`]), then call
     /// [`HeartbeatDetector::eject`] or [`HeartbeatDetector::hold_in_rotation`].
     Eject {

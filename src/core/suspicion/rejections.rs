@@ -88,7 +88,7 @@ pub struct Rejection {
 
 /// A warning that is due.
 #[derive(Debug, Clone)]
-pub struct Warning {
+pub struct RejectionWarning {
     /// About whom.
     pub rejection: Rejection,
     /// Warnings suppressed since the last, because there were too many.
@@ -133,7 +133,7 @@ pub fn skew_words(skew: i64) -> String {
 
 impl Rejections {
     /// Notes one; gives a warning if one is due.
-    pub fn add(&mut self, rejected: &Rejected<'_>, now: Instant) -> Option<Warning> {
+    pub fn add(&mut self, rejected: &Rejected<'_>, now: Instant) -> Option<RejectionWarning> {
         let side = if rejected.signed { &mut self.senders } else { &mut self.sources };
         side.add(rejected, now)
     }
@@ -168,7 +168,7 @@ impl Rejections {
 // === impl Side ===
 
 impl Side {
-    fn add(&mut self, rejected: &Rejected<'_>, now: Instant) -> Option<Warning> {
+    fn add(&mut self, rejected: &Rejected<'_>, now: Instant) -> Option<RejectionWarning> {
         let key = Key::of(rejected);
         if !self.list.contains_key(&key) {
             if self.list.len() >= LISTED_MAX {
@@ -192,7 +192,7 @@ impl Side {
         }
         self.warnings += 1;
         let suppressed = std::mem::take(&mut self.suppressed);
-        Some(Warning { rejection: rejection.clone(), suppressed })
+        Some(RejectionWarning { rejection: rejection.clone(), suppressed })
     }
 
     fn sweep(&mut self, now: Instant) {

@@ -1,6 +1,6 @@
 //! Binding the admin API's listener.
 //!
-//! Called once by `app` at start. A Unix socket is never connectable by others,
+//! Called once by `daemon` at start. A Unix socket is never connectable by others,
 //! not even for a moment; a live one is never taken over and what is not a
 //! socket is never removed.
 
@@ -22,14 +22,14 @@ use tidegate_core::model::{Admin, AdminListen};
 /// that is still its own.
 #[derive(Debug)]
 pub struct AdminListener {
-    pub(super) socket: Listening,
+    pub(super) socket: BoundAdminSocket,
     pub(super) file: Option<SocketFile>,
     pub(super) crowding: DroppedConnections,
     address: AdminListen,
 }
 
 #[derive(Debug)]
-pub(super) enum Listening {
+pub(super) enum BoundAdminSocket {
     Unix(std::os::unix::net::UnixListener),
     Tcp(std::net::TcpListener),
 }
@@ -89,7 +89,7 @@ pub fn bind(admin: &Admin) -> Result<AdminListener, AdminBindError> {
     match address {
         AdminListen::Unix(path) => bind_unix(path, address),
         AdminListen::Tcp(to) => {
-            let socket = Listening::Tcp(bind_tcp(*to, address)?);
+            let socket = BoundAdminSocket::Tcp(bind_tcp(*to, address)?);
             Ok(AdminListener::new(socket, None, address))
         }
     }
@@ -113,13 +113,13 @@ pub fn take_over(
             }
             let kept = Arc::new(AtomicBool::new(true));
             let file = Some(SocketFile { path: path.clone(), identity, kept });
-            Some(AdminListener::new(Listening::Unix(socket.into()), file, &admin.listen))
+            Some(AdminListener::new(BoundAdminSocket::Unix(socket.into()), file, &admin.listen))
         }
         (AdminListen::Unix(_), None) => {
-            Some(AdminListener::new(Listening::Unix(socket.into()), None, &admin.listen))
+            Some(AdminListener::new(BoundAdminSocket::Unix(socket.into()), None, &admin.listen))
         }
         (AdminListen::Tcp(_), _) => {
-            Some(AdminListener::new(Listening::Tcp(socket.into()), None, &admin.listen))
+            Some(AdminListener::new(BoundAdminSocket::Tcp(socket.into()), None, &admin.listen))
         }
     }
 }
@@ -172,7 +172,7 @@ fn bind_unix(path: &Path, address: &AdminListen) -> Result<AdminListener, AdminB
         let _ = std::fs::remove_file(&temporary);
     });
     let (socket, file) = socket.map_err(fail("listen on"))?;
-    Ok(AdminListener::new(Listening::Unix(socket.into()), Some(file), address))
+    Ok(AdminListener::new(BoundAdminSocket::Unix(socket.into()), Some(file), address))
 }
 
 fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)> {
@@ -231,7 +231,11 @@ fn lock(directory: &Path) -> Option<OwnedFd> {
 // === impl AdminListener ===
 
 impl AdminListener {
-    fn new(socket: Listening, file: Option<SocketFile>, address: &AdminListen) -> AdminListener {
+    fn new(
+        socket: BoundAdminSocket,
+        file: Option<SocketFile>,
+        address: &AdminListen,
+    ) -> AdminListener {
         AdminListener {
             socket,
             file,
@@ -248,10 +252,10 @@ impl AdminListener {
     /// As configured, except that port 0 has become the real port.
     pub fn address(&self) -> AdminListen {
         match &self.socket {
-            Listening::Tcp(listener) => {
+            BoundAdminSocket::Tcp(listener) => {
                 listener.local_addr().map_or_else(|_| self.address.clone(), AdminListen::Tcp)
             }
-            Listening::Unix(_) => self.address.clone(),
+            BoundAdminSocket::Unix(_) => self.address.clone(),
         }
     }
 
@@ -261,8 +265,8 @@ impl AdminListener {
     /// No descriptors left.
     pub fn share(&self) -> io::Result<OwnedFd> {
         match &self.socket {
-            Listening::Unix(listener) => listener.as_fd().try_clone_to_owned(),
-            Listening::Tcp(listener) => listener.as_fd().try_clone_to_owned(),
+            BoundAdminSocket::Unix(listener) => listener.as_fd().try_clone_to_owned(),
+            BoundAdminSocket::Tcp(listener) => listener.as_fd().try_clone_to_owned(),
         }
     }
 

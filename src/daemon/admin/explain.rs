@@ -4,7 +4,7 @@
 //! Called by the control loop with what the controller knows. Pure: it reads no
 //! clock and does no I/O.
 
-use super::rejections::Rejected;
+use super::rejections::RejectedDoc;
 use super::status::{
     FreezeDoc, JsonNumber, TransitionDoc, frozen, last_transition, millis, number, thousandths,
 };
@@ -77,7 +77,7 @@ struct HeartbeatDoc<'a> {
     pulse: &'static str,
     sender: Option<SenderDoc>,
     /// The last one in its name that was rejected.
-    rejected: Option<Rejected<'a>>,
+    rejected: Option<RejectedDoc<'a>>,
 }
 
 /// What the sender says and how its rhythm reads.

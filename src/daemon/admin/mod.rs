@@ -1,6 +1,6 @@
 //! The admin API: HTTP/1.1 over a Unix socket or TCP.
 //!
-//! `app` binds it, serves it on the control thread and answers its
+//! `daemon` binds it, serves it on the control thread and answers its
 //! [`AdminRequest`]s from the control loop; operators, Prometheus and the command
 //! line's client call it. It never touches the data path: it knows what the
 //! control loop tells it and two shared atomics.
@@ -40,7 +40,7 @@ mod upgrade;
 
 pub use bind::{AdminBindError, AdminListener, SocketFileLock, bind, take_over};
 pub use serve::{DroppedConnections, serve};
-pub use snapshot::{HeartbeatCounts, ReloadCounts, ServiceState, Snapshot, UpgradeCounts};
+pub use snapshot::{AdminSnapshot, HeartbeatCounts, ReloadCounts, ServiceState, UpgradeCounts};
 pub use token::{Token, TokenError, TokenStore};
 
 use std::os::fd::OwnedFd;

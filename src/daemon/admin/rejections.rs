@@ -13,7 +13,7 @@ pub(super) const SHOWN_MAX: usize = 64;
 
 /// The last rejected heartbeat of one sender.
 #[derive(Serialize)]
-pub(super) struct Rejected<'a> {
+pub(super) struct RejectedDoc<'a> {
     pool: Option<&'a str>,
     backend: Option<&'a str>,
     from: Option<String>,
@@ -33,9 +33,9 @@ pub(super) struct Rejected<'a> {
 /// The rejections in the name of each backend.
 pub(super) struct ByBackend<'a>(HashMap<(&'a str, &'a str), &'a Rejection>);
 
-pub(super) fn rejected(rejection: &Rejection, now: Instant) -> Rejected<'_> {
+pub(super) fn rejected(rejection: &Rejection, now: Instant) -> RejectedDoc<'_> {
     let claim = rejection.claim.as_ref();
-    Rejected {
+    RejectedDoc {
         pool: claim.map(|(pool, _)| &**pool),
         backend: claim.map(|(_, name)| &**name),
         from: rejection.from.map(|from| from.to_string()),

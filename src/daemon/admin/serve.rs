@@ -1,10 +1,10 @@
 //! Serving the admin API: accept, bound, end.
 //!
-//! Runs on the control thread's runtime until `app` stops it. A slow or silent
+//! Runs on the control thread's runtime until `daemon` stops it. A slow or silent
 //! client costs one of [`CONNECTIONS_MAX`] seats until somebody newer wants it,
 //! and holds up nobody else's request.
 
-use super::bind::Listening;
+use super::bind::BoundAdminSocket;
 use super::guard::Transport;
 use super::routes::{ApiState, router};
 use super::{AdminListener, AdminRequest, ReadyState, TokenStore};
@@ -123,8 +123,10 @@ pub async fn serve(
 ) -> io::Result<()> {
     let AdminListener { socket, file: _file, crowding, .. } = listener;
     let (acceptor, entrance) = match socket {
-        Listening::Unix(unix) => (Acceptor::Unix(UnixListener::from_std(unix)?), Transport::Unix),
-        Listening::Tcp(tcp) => {
+        BoundAdminSocket::Unix(unix) => {
+            (Acceptor::Unix(UnixListener::from_std(unix)?), Transport::Unix)
+        }
+        BoundAdminSocket::Tcp(tcp) => {
             let entrance = Transport::Tcp(tcp.local_addr()?);
             (Acceptor::Tcp(TcpListener::from_std(tcp)?), entrance)
         }

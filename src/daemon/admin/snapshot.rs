@@ -1,6 +1,6 @@
 //! Everything status and metrics are rendered from, borrowed for one rendering.
 //!
-//! Filled in by the control loop in `app`, read by the pure renderers. It holds
+//! Filled in by the control loop in `daemon`, read by the pure renderers. It holds
 //! no locks: counters are read while workers go on counting, so sums of one
 //! rendering may differ by what happened meanwhile.
 
@@ -19,7 +19,7 @@ use tidegate_net::confinement::SandboxReport;
 
 /// One moment of the whole process.
 #[derive(Debug, Clone, Copy)]
-pub struct Snapshot<'a> {
+pub struct AdminSnapshot<'a> {
     /// Frontends, pools, backends.
     pub control: &'a ControlStatus,
     /// In worker order.

@@ -1,10 +1,10 @@
 //! `/v1/status`: the whole picture as JSON.
 //!
-//! Called by the control loop with a [`Snapshot`]. Pure: it reads no clock and
+//! Called by the control loop with a [`AdminSnapshot`]. Pure: it reads no clock and
 //! does no I/O.
 
-use super::rejections::{ByBackend, Rejected, SHOWN_MAX};
-use super::snapshot::Snapshot;
+use super::rejections::{ByBackend, RejectedDoc, SHOWN_MAX};
+use super::snapshot::AdminSnapshot;
 use crate::admin::rejections;
 use serde::Serialize;
 use std::net::SocketAddr;
@@ -66,7 +66,7 @@ struct HeartbeatChannelDoc<'a> {
     rejected_total: u64,
     kernel_drops_total: u64,
     /// Senders whose heartbeats were rejected, the last first.
-    rejections: Vec<Rejected<'a>>,
+    rejections: Vec<RejectedDoc<'a>>,
     /// Times nobody's silence counted, because we were late or deaf.
     excuses_total: u64,
     /// Nobody at all is heard.
@@ -156,7 +156,7 @@ struct BackendHeartbeatDoc<'a> {
     load: Option<u16>,
     held: Option<String>,
     /// The last one in its name that was rejected.
-    rejected: Option<Rejected<'a>>,
+    rejected: Option<RejectedDoc<'a>>,
 }
 
 /// Whole numbers as such: most weights are.
@@ -193,7 +193,7 @@ struct RemovedBackendDoc<'a> {
 }
 
 /// The text of `/v1/status`.
-pub fn render(snapshot: &Snapshot<'_>) -> String {
+pub fn render(snapshot: &AdminSnapshot<'_>) -> String {
     let control = snapshot.control;
     let unfit = control.heartbeat.iter().flat_map(|status| &status.rejections);
     let rejections = ByBackend::new(snapshot.heartbeats.rejections.iter().chain(unfit));
@@ -237,7 +237,7 @@ fn stalled(workers: &[Arc<WorkerCounters>]) -> Vec<StalledWorkerDoc> {
 
 fn heartbeats<'a>(
     status: &'a HeartbeatChannelStatus,
-    snapshot: &Snapshot<'a>,
+    snapshot: &AdminSnapshot<'a>,
 ) -> HeartbeatChannelDoc<'a> {
     let misfits: u64 = status.misfits.iter().map(|(_, count)| count).sum();
     let received = snapshot.heartbeats;
@@ -283,7 +283,7 @@ fn frontend(status: &FrontendStatus) -> FrontendDoc<'_> {
 fn pool<'a>(
     status: &'a PoolStatus,
     rejections: &ByBackend<'a>,
-    snapshot: &Snapshot<'_>,
+    snapshot: &AdminSnapshot<'_>,
 ) -> PoolDoc<'a> {
     let of = |one: &'a BackendStatus| {
         let rejected = rejections.of(&status.name, &one.state.name);
@@ -339,7 +339,7 @@ fn backend<'a>(
 
 fn backend_heartbeat<'a>(
     status: &BackendStatus,
-    rejected: Option<Rejected<'a>>,
+    rejected: Option<RejectedDoc<'a>>,
 ) -> Option<BackendHeartbeatDoc<'a>> {
     if status.heart.is_none() && status.pulse == HeartbeatHealth::Absent && rejected.is_none() {
         return None;
@@ -453,7 +453,7 @@ mod tests {
         let (mut recorder, mut latency) = (Recorder::new(), MergedHistograms::new());
         recorder.record(1, Series::Connect, Duration::from_micros(200));
         latency.absorb(recorder.take().unwrap());
-        let text = render(&Snapshot {
+        let text = render(&AdminSnapshot {
             control,
             workers: &[Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT))],
             latency: &latency,

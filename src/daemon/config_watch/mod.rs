@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 use notify::event::{AccessKind, AccessMode, ModifyKind};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
-use self::settle::{Happening, Settling, Times, Verdict, Warning};
+use self::settle::{FileSettling, Happening, Times, Verdict, WatchWarning};
 use self::way::WatchedPath;
 use tidegate_config::source;
 use tidegate_net::clock;
@@ -98,7 +98,7 @@ struct WatchState {
     /// It has asked since the last look.
     woken: bool,
     stop: bool,
-    settling: Settling,
+    settling: FileSettling,
     /// Paths whose events matter (see [`WatchedPath`]), and whether the configuration
     /// file itself is reached by them.
     relevant: HashMap<PathBuf, bool>,
@@ -486,14 +486,14 @@ impl WatchThread {
     }
 }
 
-fn warn(warning: Warning) {
+fn warn(warning: WatchWarning) {
     match warning {
-        Warning::StillOpen(path) => tracing::warn!(
+        WatchWarning::StillOpen(path) => tracing::warn!(
             file = %path.display(),
             silent_for = ?SILENCE,
             "a writer keeps a configuration file open without writing; reading the file as it is"
         ),
-        Warning::StillWritten(path, time) => tracing::warn!(
+        WatchWarning::StillWritten(path, time) => tracing::warn!(
             file = %path.display(),
             for_seconds = time.as_secs(),
             "a configuration file is still being written; the configuration in force stays until the writer closes it"

@@ -52,7 +52,7 @@ pub(super) enum Verdict {
 
 /// Something to warn of.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Warning {
+pub(super) enum WatchWarning {
     /// The file is read although a silent writer still has it open.
     StillOpen(PathBuf),
     /// The file has been written to for that long without a pause.
@@ -61,7 +61,7 @@ pub(super) enum Warning {
 
 /// The events since everything was settled last.
 #[derive(Debug, Default)]
-pub(super) struct Settling {
+pub(super) struct FileSettling {
     /// Files that a writer has open, with its last write.
     open: HashMap<PathBuf, Instant>,
     /// The first event.
@@ -73,7 +73,7 @@ pub(super) struct Settling {
     warned: Option<Instant>,
 }
 
-impl Settling {
+impl FileSettling {
     /// Notes what happened to `path`.
     pub(super) fn event(&mut self, path: &Path, what: Happening, now: Instant, times: &Times) {
         match what {
@@ -112,12 +112,12 @@ impl Settling {
         &mut self,
         now: Instant,
         times: &Times,
-        warn: &mut impl FnMut(Warning),
+        warn: &mut impl FnMut(WatchWarning),
     ) -> Verdict {
         self.open.retain(|path, last| {
             let open = now < *last + times.silence;
             if !open {
-                warn(Warning::StillOpen(path.clone()));
+                warn(WatchWarning::StillOpen(path.clone()));
             }
             open
         });
@@ -125,7 +125,7 @@ impl Settling {
         if let Some((path, last)) = self.open.iter().max_by_key(|(_, last)| **last) {
             let begun = self.warned.unwrap_or(since);
             if now >= begun + times.warn {
-                warn(Warning::StillWritten(path.clone(), now - since));
+                warn(WatchWarning::StillWritten(path.clone(), now - since));
                 self.warned = Some(now);
             }
             let warning_due = self.warned.unwrap_or(since) + times.warn;
@@ -136,7 +136,7 @@ impl Settling {
         if now < due {
             return Verdict::Wait(due);
         }
-        *self = Settling::default();
+        *self = FileSettling::default();
         Verdict::Settled
     }
 }
@@ -154,16 +154,16 @@ mod tests {
     };
 
     struct Case {
-        settling: Settling,
+        settling: FileSettling,
         start: Instant,
-        warnings: Vec<Warning>,
+        warnings: Vec<WatchWarning>,
     }
 
     impl Case {
         fn new() -> Case {
             // A moment to count from; its value means nothing.
             let start = tidegate_net::clock::now();
-            Case { settling: Settling::default(), start, warnings: Vec::new() }
+            Case { settling: FileSettling::default(), start, warnings: Vec::new() }
         }
 
         fn event(&mut self, millis: u64, what: Happening) {
@@ -222,7 +222,7 @@ mod tests {
         case.event(0, Happening::Written);
         assert_eq!(case.waits(1), Some(9_999));
         assert_eq!(case.waits(10_000), None);
-        assert_eq!(case.warnings, [Warning::StillOpen("/t.toml".into())]);
+        assert_eq!(case.warnings, [WatchWarning::StillOpen("/t.toml".into())]);
     }
 
     #[test]
@@ -232,7 +232,8 @@ mod tests {
             case.event(at, Happening::Written);
             assert!(case.waits(at).is_some(), "at {at}");
         }
-        let for_a = |seconds| Warning::StillWritten("/t.toml".into(), Duration::from_secs(seconds));
+        let for_a =
+            |seconds| WatchWarning::StillWritten("/t.toml".into(), Duration::from_secs(seconds));
         assert_eq!(case.warnings, [for_a(60), for_a(120)]);
     }
 

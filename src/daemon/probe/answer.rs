@@ -23,7 +23,7 @@ const READ_BYTES: usize = 4 * 1024;
 const SWITCHING_PROTOCOLS: u16 = 101;
 
 /// An answer, line by line.
-struct Lines<'s, S> {
+struct AnswerLines<'s, S> {
     stream: &'s mut S,
     held: Vec<u8>,
     /// Where the next line starts.
@@ -94,7 +94,7 @@ pub(super) async fn http(
     stream: &mut (impl AsyncRead + Unpin),
     wanted: &[(u16, u16)],
 ) -> Result<(), ProbeError> {
-    let mut lines = Lines { stream, held: Vec::with_capacity(READ_BYTES), start: 0 };
+    let mut lines = AnswerLines { stream, held: Vec::with_capacity(READ_BYTES), start: 0 };
     loop {
         let line = lines.next().await?;
         let line = &lines.held[line];
@@ -143,7 +143,7 @@ fn parse_status(line: &[u8]) -> Option<u16> {
 
 // === impl Lines ===
 
-impl<S: AsyncRead + Unpin> Lines<'_, S> {
+impl<S: AsyncRead + Unpin> AnswerLines<'_, S> {
     /// Where the next line stands, without its end.
     async fn next(&mut self) -> Result<Range<usize>, ProbeError> {
         let mut searched = self.start;

@@ -1,6 +1,6 @@
 //! Running one active check: connect, ask, judge.
 //!
-//! `app` runs these on the control thread through [`runner::ProbeRunner`]; the
+//! `daemon` runs these on the control thread through [`runner::ProbeRunner`]; the
 //! workers never do. The only file of `health` (with the runner) that does I/O;
 //! it keeps nothing and judges single probes, never backends.
 //!

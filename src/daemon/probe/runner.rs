@@ -1,6 +1,6 @@
 //! Runs the probes the controller asks for, so many at a time.
 //!
-//! `app` passes each [`Effect::Probe`](tidegate_core::control::ControlEffect::ProbeDoc) on and
+//! `daemon` passes each [`Effect::Probe`](tidegate_core::control::ControlEffect::Probe) on and
 //! feeds the events that come back to the controller. Pools take turns, and within a
 //! pool those go first whose verdict is being changed; it never runs two probes of
 //! one backend, and judges nothing.
@@ -45,7 +45,7 @@ struct ProbeRequest {
     spec: Arc<ProbeSpec>,
 }
 
-type Ended = (BackendId, ProbeToken, ProbeOutcome);
+type ProbeEnded = (BackendId, ProbeToken, ProbeOutcome);
 
 /// The running task's state.
 #[derive(Debug)]
@@ -56,7 +56,7 @@ struct ProbeTask {
     /// an older one.
     requested: HashMap<BackendId, ProbeRequest>,
     running: HashMap<BackendId, (AbortHandle, u32)>,
-    tasks: JoinSet<Ended>,
+    tasks: JoinSet<ProbeEnded>,
     turns: Turns,
     /// Of the thread this runs on.
     counters: Option<Arc<WorkerCounters>>,
@@ -261,7 +261,7 @@ impl ProbeTask {
     }
 
     /// The result, unless the probe was given up.
-    fn ended(&mut self, ended: Result<(Id, Ended), JoinError>) -> Option<Ended> {
+    fn ended(&mut self, ended: Result<(Id, ProbeEnded), JoinError>) -> Option<ProbeEnded> {
         let (id, backend) = match &ended {
             Ok((id, (backend, ..))) => (*id, *backend),
             // Aborted, or a panic in it: only the task's name is left.

@@ -8,7 +8,7 @@ use super::message::{
     Commit, FinalCounts, Hello, LEVEL, MessageError, Offer, PROTOCOL, Ready, SavedLatency, Serving,
     UpgradeMessage,
 };
-use super::reports::{Order, Report, Writer};
+use super::reports::{OldProcessOrder, OldProcessReport, ReportWriter};
 use crate::Failure;
 use crate::admin::{self, AdminListener};
 use crate::binds::BindSockets;
@@ -55,13 +55,13 @@ pub struct OldProcess {
 pub(crate) struct OldProcessLink {
     words: mpsc::Receiver<Word>,
     /// `None` where it takes no orders.
-    orders: Option<Writer>,
+    orders: Option<ReportWriter>,
 }
 
 /// What a process that drains says.
 #[derive(Debug)]
 pub(crate) enum Word {
-    Report(Report),
+    Report(OldProcessReport),
     /// It ends now, and says nothing more.
     Farewell(Box<Commit>),
 }
@@ -172,7 +172,7 @@ impl OldProcess {
         let channel = self.channel;
         let orders = match self.offer.level {
             0 => None,
-            _ => channel.try_clone().and_then(Writer::start).ok(),
+            _ => channel.try_clone().and_then(ReportWriter::start).ok(),
         };
         // Nobody to be told: this process is ending itself.
         let wait = move || while listen(&channel, &tell).is_some() {};
@@ -187,7 +187,7 @@ impl OldProcess {
 /// Passes one word on; `None` after the last.
 fn listen(channel: &HandoverChannel, tell: &mpsc::Sender<Word>) -> Option<()> {
     let frame = channel.receive(clock::now() + DRAIN_MAX).ok()?;
-    if frame.kind == Report::KIND {
+    if frame.kind == OldProcessReport::KIND {
         return tell.blocking_send(Word::Report(message::decode(&frame).ok()?)).ok();
     }
     let deadline = clock::now() + WORD_MAX;
@@ -245,7 +245,7 @@ impl OldProcessLink {
 
     /// Has it do something; gives what tells that the order is sent. An older program
     /// takes no orders; one that does not read has missed it.
-    pub(super) fn order(&self, order: &Order) -> Option<oneshot::Receiver<()>> {
+    pub(super) fn order(&self, order: &OldProcessOrder) -> Option<oneshot::Receiver<()>> {
         let sent = self.orders.as_ref()?.send(order);
         if sent.is_none() {
             tracing::warn!("the process before does not read its orders; one is lost");

@@ -10,7 +10,7 @@
 //! of [`LEVEL`] 1 or more alone.
 
 use super::counts::HandoverCounts;
-use super::reports::{Order, Report};
+use super::reports::{OldProcessOrder, OldProcessReport};
 use crate::binds::SocketOwner;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Instant;
 use tidegate_core::control::handover::Saved;
 use tidegate_core::metrics::histograms::{SavedSeries, Series};
-use tidegate_net::fd_channel::{BODY_MAX, ChannelError, Frame, HandoverChannel};
+use tidegate_net::fd_channel::{BODY_MAX, ChannelError, ChannelFrame, HandoverChannel};
 
 /// The order of messages and what each must hold. A program may speak several.
 pub(super) const PROTOCOL: u16 = 1;
@@ -194,15 +194,15 @@ messages! {
     Serving = 5 "serving",
     FinalCounts = 6 "farewell",
     Part = 7 "part",
-    Report = 8 "report",
-    Order = 9 "order",
+    OldProcessReport = 8 "report",
+    OldProcessOrder = 9 "order",
 }
 
 pub(super) fn encode(message: &impl UpgradeMessage) -> Vec<u8> {
     serde_json::to_vec(message).expect("plain data with string keys always serialises")
 }
 
-pub(super) fn decode<M: UpgradeMessage>(frame: &Frame) -> Result<M, MessageError> {
+pub(super) fn decode<M: UpgradeMessage>(frame: &ChannelFrame) -> Result<M, MessageError> {
     if frame.kind != M::KIND {
         return Err(MessageError::Unexpected { found: frame.kind, wanted: M::NAME });
     }
@@ -275,7 +275,7 @@ fn in_parts(latency: Vec<SavedLatency>) -> Vec<Vec<SavedLatency>> {
 /// The message in that frame, with the parts that follow it.
 pub(super) fn receive_known<M: UpgradeMessage + AsMut<Commit>>(
     channel: &HandoverChannel,
-    frame: &Frame,
+    frame: &ChannelFrame,
     deadline: Instant,
 ) -> Result<M, MessageError> {
     let mut message: M = decode(frame)?;
@@ -311,8 +311,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn frame(kind: u16, body: Vec<u8>) -> Frame {
-        Frame { kind, body, fds: Vec::new() }
+    fn frame(kind: u16, body: Vec<u8>) -> ChannelFrame {
+        ChannelFrame { kind, body, fds: Vec::new() }
     }
 
     #[test]
@@ -390,8 +390,8 @@ mod tests {
             let _ = decode::<Commit>(&frame);
             let _ = decode::<FinalCounts>(&frame);
             let _ = decode::<Part>(&frame);
-            let _ = decode::<Report>(&frame);
-            let _ = decode::<Order>(&frame);
+            let _ = decode::<OldProcessReport>(&frame);
+            let _ = decode::<OldProcessOrder>(&frame);
         }
 
         #[test]

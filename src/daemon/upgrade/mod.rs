@@ -41,7 +41,7 @@ use counts::HandoverCounts;
 use incoming::Word;
 use message::{Commit, LEVEL, Offer, OfferedBind, PROTOCOL, SavedEstimate};
 use outgoing::{ReadyProcess, UpgradeAttempt, UpgradeHandle, UpgradeProgress};
-use reports::{Order, Report, Reporter};
+use reports::{OldProcessOrder, OldProcessReport, Reporter};
 use std::os::fd::OwnedFd;
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -66,7 +66,7 @@ const ACQUAINTED_STEP: Duration = Duration::from_millis(20);
 const ORDERS_MAX: usize = 16;
 
 /// Who asked gets this.
-type Reply = oneshot::Sender<Result<UpgradeDoc, UpgradeError>>;
+type UpgradeReply = oneshot::Sender<Result<UpgradeDoc, UpgradeError>>;
 
 /// Everything about upgrades, past and present.
 #[derive(Debug, Default)]
@@ -86,7 +86,7 @@ pub(super) struct Upgrades {
 struct RunningUpgrade {
     outgoing: UpgradeHandle,
     /// `None` for a signal.
-    reply: Option<Reply>,
+    reply: Option<UpgradeReply>,
     /// The file has changed meanwhile.
     reload: bool,
 }
@@ -99,7 +99,7 @@ struct NewProcess {
     level: u16,
     /// `None` where it takes no reports.
     reporter: Option<Reporter>,
-    orders: mpsc::Receiver<Order>,
+    orders: mpsc::Receiver<OldProcessOrder>,
     /// A first signal to stop says nothing new to a process that drains already.
     signalled: bool,
 }
@@ -115,7 +115,7 @@ pub(super) enum UpgradeEvent {
     /// The process before says something; `None`: it has ended without a farewell.
     Word(Option<Word>),
     /// The next process wants something.
-    Order(Order),
+    Order(OldProcessOrder),
 }
 
 // === impl Upgrades ===
@@ -215,7 +215,7 @@ impl NewProcess {
 }
 
 /// Waits for one order; `None` when the next process is gone.
-fn pass_order_on(channel: &HandoverChannel, tell: &mpsc::Sender<Order>) -> Option<()> {
+fn pass_order_on(channel: &HandoverChannel, tell: &mpsc::Sender<OldProcessOrder>) -> Option<()> {
     let order = message::receive(channel, clock::now() + incoming::DRAIN_MAX).ok()?;
     tell.blocking_send(order).ok()
 }
@@ -228,7 +228,7 @@ impl Control {
         &mut self,
         wish: Wish,
         asked_over: Option<Arc<OwnedFd>>,
-        reply: Option<Reply>,
+        reply: Option<UpgradeReply>,
     ) {
         match self.start_upgrade(wish, asked_over) {
             Ok(outgoing) => {
@@ -238,7 +238,7 @@ impl Control {
         }
     }
 
-    fn refuse_upgrade(&mut self, why: String, reply: Option<Reply>) {
+    fn refuse_upgrade(&mut self, why: String, reply: Option<UpgradeReply>) {
         self.upgrades.counts.refused += 1;
         tracing::error!(reason = %why, "upgrade refused");
         if let Some(reply) = reply {
@@ -469,7 +469,7 @@ impl Control {
         self.counts.watch(&self.shared.gate);
     }
 
-    fn take_report(&mut self, report: &Report) {
+    fn take_report(&mut self, report: &OldProcessReport) {
         self.upgrades.elsewhere = report.sessions;
         if !self.counts.are_taken() {
             self.shared.in_flight.set_elsewhere(report.sessions);

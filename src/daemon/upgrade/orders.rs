@@ -4,7 +4,7 @@
 //! Part of the control loop, on both sides. The frames are of `reports`; an older program
 //! takes no orders.
 
-use super::reports::{Order, OrderedIntent};
+use super::reports::{OldProcessOrder, OrderedIntent};
 use crate::control_loop::Control;
 use std::time::Duration;
 use tidegate_core::control::ControlEffect;
@@ -20,7 +20,7 @@ const INTENT_SENT_MAX: Duration = Duration::from_secs(1);
 
 impl Control {
     /// Does what the next process wants, and has the one before do it, too.
-    pub(super) fn obey(&mut self, order: &Order) {
+    pub(super) fn obey(&mut self, order: &OldProcessOrder) {
         if let Some(HeldBackend { pool, name, address, .. }) = &order.cut
             && let Some(id) = self.controller.find_known(pool, name, address)
         {
@@ -51,7 +51,7 @@ impl Control {
                 address: state.address_text.to_string(),
                 ..HeldBackend::default()
             };
-            before.order(&Order { cut: Some(cut), ..Order::default() });
+            before.order(&OldProcessOrder { cut: Some(cut), ..OldProcessOrder::default() });
         }
     }
 
@@ -69,7 +69,7 @@ impl Control {
             intent: intent.name().to_owned(),
         };
         let before = self.upgrades.predecessor.as_ref()?;
-        before.order(&Order { intent: Some(intent), ..Order::default() })
+        before.order(&OldProcessOrder { intent: Some(intent), ..OldProcessOrder::default() })
     }
 
     /// Answers an operator whose intent is in force. Without a supervisor the process
@@ -100,7 +100,8 @@ impl Control {
     pub(crate) fn order_end_within(&self, time: Duration) {
         if let Some(before) = &self.upgrades.predecessor {
             let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-            before.order(&Order { end_within_ms: Some(ms), ..Order::default() });
+            before
+                .order(&OldProcessOrder { end_within_ms: Some(ms), ..OldProcessOrder::default() });
         }
     }
 }

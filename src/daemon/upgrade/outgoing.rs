@@ -6,7 +6,7 @@
 //! one has then not stopped serving for a moment.
 
 use super::message::{Commit, Hello, MessageError, Offer, PROTOCOL, Ready, Serving};
-use super::process::{NotStarted, Process, Start};
+use super::process::{NotStarted, Start, UpgradeProcess};
 use crate::upgrade::message;
 use socket2::Socket;
 use std::collections::VecDeque;
@@ -71,7 +71,7 @@ pub(super) struct UpgradeAttempt {
 }
 
 /// What the new process is offered.
-struct Given {
+struct OfferedState {
     offer: Offer,
     admin: Option<OwnedFd>,
     sockets: Vec<Arc<Socket>>,
@@ -151,7 +151,7 @@ fn run(
         }
     };
     tail.follow(stderr);
-    let given = Given { offer, admin, sockets, heartbeats, counts };
+    let given = OfferedState { offer, admin, sockets, heartbeats, counts };
     // Nobody may be there to be told: then this process is ending, and the new
     // one ends with the connection.
     match until_ready(given, &channel, deadline) {
@@ -183,7 +183,7 @@ fn run(
 }
 
 fn until_ready(
-    given: Given,
+    given: OfferedState,
     channel: &HandoverChannel,
     deadline: Instant,
 ) -> Result<(Hello, Ready), UpgradeStepError> {
@@ -222,7 +222,7 @@ fn until_serving(
 }
 
 /// Kills the new process and says what went wrong, with what it said last.
-fn explain(process: &mut Process, tail: &StderrTail, trouble: UpgradeStepError) -> String {
+fn explain(process: &mut UpgradeProcess, tail: &StderrTail, trouble: UpgradeStepError) -> String {
     let hung_up = matches!(
         trouble,
         UpgradeStepError::Message(MessageError::Channel(

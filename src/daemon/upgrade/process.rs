@@ -40,7 +40,7 @@ pub(super) enum Start {
 
 /// A new process.
 #[derive(Debug)]
-pub(super) enum Process {
+pub(super) enum UpgradeProcess {
     Own(Child),
     Supervised(Successor),
 }
@@ -100,7 +100,10 @@ impl Starter {
 impl Start {
     /// Starts it with `channel` as its standard input; gives what it says on standard
     /// error.
-    pub(super) fn start(self, channel: OwnedFd) -> Result<(Process, io::PipeReader), NotStarted> {
+    pub(super) fn start(
+        self,
+        channel: OwnedFd,
+    ) -> Result<(UpgradeProcess, io::PipeReader), NotStarted> {
         let failed = |error: io::Error| NotStarted::Failed(error.to_string());
         let (reader, writer) = io::pipe().map_err(failed)?;
         let process = match self {
@@ -115,13 +118,13 @@ impl Start {
                     .stdin(Stdio::from(channel))
                     .stderr(Stdio::from(writer))
                     .spawn();
-                Process::Own(started.map_err(|error| {
+                UpgradeProcess::Own(started.map_err(|error| {
                     NotStarted::Failed(format!("cannot start {}: {error}", path.display()))
                 })?)
             }
             Start::Supervisor { link, wish, asked_over } => {
                 let started = link.start(&channel, &writer.into(), wish, asked_over.as_deref());
-                Process::Supervised(
+                UpgradeProcess::Supervised(
                     started.map_err(|error| NotStarted::Refused(error.to_string()))?,
                 )
             }
@@ -132,12 +135,12 @@ impl Start {
 
 // === impl Process ===
 
-impl Process {
+impl UpgradeProcess {
     /// Its exit status, once it has ended; waits so long for it.
     pub(super) fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
         let child = match self {
-            Process::Own(child) => child,
-            Process::Supervised(successor) => return successor.wait(limit),
+            UpgradeProcess::Own(child) => child,
+            UpgradeProcess::Supervised(successor) => return successor.wait(limit),
         };
         let deadline = clock::now() + limit;
         loop {
@@ -152,12 +155,12 @@ impl Process {
     /// Ends it at once.
     pub(super) fn kill(&mut self) {
         match self {
-            Process::Own(child) => {
+            UpgradeProcess::Own(child) => {
                 // Both fail only for a process that is gone.
                 let _ = child.kill();
                 let _ = child.wait();
             }
-            Process::Supervised(successor) => successor.kill(),
+            UpgradeProcess::Supervised(successor) => successor.kill(),
         }
     }
 
@@ -165,8 +168,8 @@ impl Process {
     /// tells the control loop itself.
     pub(super) fn reap_new_process(self) -> Option<ExitStatus> {
         match self {
-            Process::Own(mut child) => child.wait().ok(),
-            Process::Supervised(_) => None,
+            UpgradeProcess::Own(mut child) => child.wait().ok(),
+            UpgradeProcess::Supervised(_) => None,
         }
     }
 }

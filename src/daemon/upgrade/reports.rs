@@ -1,9 +1,9 @@
 //! What goes between the two processes after the new one serves: how many
 //! sessions the old one still has, and what it is to do with them.
 //!
-//! Used by the upgrade on both sides. The old process sends a [`Report`] of what
+//! Used by the upgrade on both sides. The old process sends a [`OldProcessReport`] of what
 //! has changed (of what both count in the same memory: whether there are any) at most every [`REPORT_INTERVAL`], and passes on what the process
-//! before it reports; the new one sends an [`Order`] now and then. Frames are
+//! before it reports; the new one sends an [`OldProcessOrder`] now and then. Frames are
 //! written by a thread of their own, so that a process that does not read holds
 //! up nobody. Neither side needs them: an older program's sessions are unknown
 //! until its farewell, as before.
@@ -39,7 +39,7 @@ const FRAME_MAX: Duration = Duration::from_secs(5);
 /// *So many sessions are left*: what has changed since the last report.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub(crate) struct Report {
+pub(crate) struct OldProcessReport {
     pub(super) backends: Vec<HeldBackend>,
     pub(super) frontends: Vec<HeldFrontend>,
     /// All of them.
@@ -49,7 +49,7 @@ pub(crate) struct Report {
 /// *Do this*: what is set.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub(crate) struct Order {
+pub(crate) struct OldProcessOrder {
     /// Reset that backend's sessions: its removal grace is over.
     pub(super) cut: Option<HeldBackend>,
     /// An operator's word on a backend.
@@ -69,13 +69,13 @@ pub(crate) struct OrderedIntent {
 
 /// Sends frames from a thread of its own.
 #[derive(Debug)]
-pub(super) struct Writer {
-    frames: SyncSender<Frame>,
+pub(super) struct ReportWriter {
+    frames: SyncSender<ReportFrame>,
     thread: JoinHandle<()>,
 }
 
 #[derive(Debug)]
-struct Frame {
+struct ReportFrame {
     kind: u16,
     body: Vec<u8>,
     /// Told once the kernel has it: from then on the receiver gets it, even if this
@@ -86,7 +86,7 @@ struct Frame {
 /// What the next process has been told.
 #[derive(Debug)]
 pub(super) struct Reporter {
-    writer: Writer,
+    writer: ReportWriter,
     backends: HashMap<BackendId, u32>,
     frontends: HashMap<FrontendId, u32>,
     sessions: u32,
@@ -97,11 +97,11 @@ pub(super) struct Reporter {
 
 // === impl Writer ===
 
-impl Writer {
-    pub(super) fn start(channel: HandoverChannel) -> std::io::Result<Writer> {
-        let (frames, waiting) = mpsc::sync_channel::<Frame>(FRAMES_MAX);
+impl ReportWriter {
+    pub(super) fn start(channel: HandoverChannel) -> std::io::Result<ReportWriter> {
+        let (frames, waiting) = mpsc::sync_channel::<ReportFrame>(FRAMES_MAX);
         let write = move || {
-            while let Ok(Frame { kind, body, sent }) = waiting.recv() {
+            while let Ok(ReportFrame { kind, body, sent }) = waiting.recv() {
                 if channel.send(kind, &body, &[], clock::now() + FRAME_MAX).is_err() {
                     // The other process is gone, and nothing is left to be told.
                     return;
@@ -110,14 +110,14 @@ impl Writer {
             }
         };
         let thread = std::thread::Builder::new().name("upgrade-words".to_owned()).spawn(write)?;
-        Ok(Writer { frames, thread })
+        Ok(ReportWriter { frames, thread })
     }
 
     /// What tells that it is sent; `None` where the other process does not read at the
     /// moment.
     pub(super) fn send<M: UpgradeMessage>(&self, message: &M) -> Option<oneshot::Receiver<()>> {
         let (sent, told) = oneshot::channel();
-        let frame = Frame { kind: M::KIND, body: message::encode(message), sent };
+        let frame = ReportFrame { kind: M::KIND, body: message::encode(message), sent };
         let is_full = matches!(self.frames.try_send(frame), Err(TrySendError::Full(_)));
         (!is_full).then_some(told)
     }
@@ -136,7 +136,7 @@ impl Reporter {
     /// `shares`: the next process counts where this one counts.
     pub(super) fn start(channel: HandoverChannel, shares: bool) -> std::io::Result<Reporter> {
         Ok(Reporter {
-            writer: Writer::start(channel)?,
+            writer: ReportWriter::start(channel)?,
             backends: HashMap::new(),
             frontends: HashMap::new(),
             sessions: 0,
@@ -151,7 +151,7 @@ impl Reporter {
             return;
         }
         self.next = now + REPORT_INTERVAL;
-        let mut report = Report { sessions, ..Report::default() };
+        let mut report = OldProcessReport { sessions, ..OldProcessReport::default() };
         let (mut backends, mut frontends) = (Vec::new(), Vec::new());
         for state in controller.every_known() {
             let (open, shared) = self.to_tell(&state.in_flight);

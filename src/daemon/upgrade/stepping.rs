@@ -6,7 +6,7 @@
 
 use super::message::Ready;
 use super::process;
-use super::reports::Order;
+use super::reports::OldProcessOrder;
 use super::{UpgradeEvent, Upgrades};
 use crate::control_loop::Control;
 use crate::supervised;
@@ -162,7 +162,7 @@ impl Control {
             let _ = tokio::time::timeout(LAST_ORDERS_MAX, all).await;
         }
         for intent in intents {
-            self.obey(&Order { intent: Some(intent), ..Order::default() });
+            self.obey(&OldProcessOrder { intent: Some(intent), ..OldProcessOrder::default() });
         }
         if let Some(newer) = self.supervised.read_intents() {
             let effects = self.controller.adopt_intents(&newer, clock::now());

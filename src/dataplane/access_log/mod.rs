@@ -1,7 +1,7 @@
 //! The access log: one JSON line for each session that ended.
 //!
 //! Workers push [`AccessLogRecord`]s into a queue of their own and never wait;
-//! a writer thread formats and writes them, and `app` starts, switches and
+//! a writer thread formats and writes them, and `daemon` starts, switches and
 //! closes it. It never holds traffic up: when the target is slow, full or
 //! stuck, queues fill, `push` says false and the worker counts the loss.
 //!
@@ -14,7 +14,7 @@ mod record;
 mod sink;
 mod writer;
 
-pub use record::{AccessLogRecord, LoggedClient, Try};
+pub use record::{AccessLogRecord, LoggedClient, TryRecord};
 
 use crossbeam::channel::{Sender, bounded, unbounded};
 use crossbeam::queue::ArrayQueue;
@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
-use writer::{Writer, WriterCommand};
+use writer::{AccessLogWriter, WriterCommand};
 
 /// Where lines go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub enum AccessLogDestination {
     File(PathBuf),
 }
 
-/// The running access log; held by `app`.
+/// The running access log; held by `daemon`.
 #[derive(Debug)]
 pub struct AccessLog {
     target: AccessLogDestination,
@@ -88,7 +88,7 @@ impl AccessLog {
             queues: (0..workers).map(|_| ArrayQueue::new(QUEUE_MAX)).collect(),
         });
         let (commands, inbox) = unbounded();
-        let writer = Writer::new(Arc::clone(&shared), sink);
+        let writer = AccessLogWriter::new(Arc::clone(&shared), sink);
         let thread =
             Builder::new().name("access-log".to_owned()).spawn(move || writer.run(&inbox))?;
         let senders = (0..workers)

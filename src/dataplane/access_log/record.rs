@@ -50,7 +50,7 @@ pub struct AccessLogRecord {
     /// Connect attempts made.
     pub attempts: u32,
     /// Those that failed, in order.
-    pub tries: Vec<Try>,
+    pub tries: Vec<TryRecord>,
     /// Sent on to the backend.
     pub bytes_in: u64,
     /// Sent on to the client.
@@ -70,7 +70,7 @@ pub struct AccessLogRecord {
 
 /// A connect attempt that failed.
 #[derive(Debug, Clone, Serialize)]
-pub struct Try {
+pub struct TryRecord {
     /// Name of the backend.
     pub backend: Arc<str>,
     /// How (`core::health::ConnectFailure`), or which resource of this host was missing.

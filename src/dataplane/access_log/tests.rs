@@ -88,7 +88,7 @@ fn what_is_unknown_is_null_and_strange_text_is_escaped() {
         timer: "connect_timeout",
         errno: Some(110),
         closed_first: None,
-        tries: vec![Try {
+        tries: vec![TryRecord {
             backend: "b\"\n".into(),
             failure: "refused",
             errno: 111,

@@ -24,7 +24,7 @@ pub(super) enum WriterCommand {
 
 /// State of the thread.
 #[derive(Debug)]
-pub(super) struct Writer {
+pub(super) struct AccessLogWriter {
     shared: Arc<AccessLogShared>,
     sink: Option<Sink>,
     /// Whole lines; those before `written` are out.
@@ -65,9 +65,9 @@ const REPORT: Duration = Duration::from_secs(10);
 
 // === impl Writer ===
 
-impl Writer {
-    pub(super) fn new(shared: Arc<AccessLogShared>, sink: Option<Sink>) -> Writer {
-        Writer {
+impl AccessLogWriter {
+    pub(super) fn new(shared: Arc<AccessLogShared>, sink: Option<Sink>) -> AccessLogWriter {
+        AccessLogWriter {
             shared,
             sink,
             batch: Vec::with_capacity(BATCH_BYTES + 1024),

@@ -5,6 +5,7 @@
 //! which the engines differ. It never touches a socket itself, never blocks and
 //! never picks a backend.
 
+mod abort;
 mod delivery;
 mod fall;
 mod timers;
@@ -30,7 +31,6 @@ use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::metrics::progress;
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
-use tidegate_core::table::state::BackendId;
 use tidegate_net::clock;
 use tidegate_net::stream;
 use tokio::sync::Notify;
@@ -356,29 +356,6 @@ impl<M: EngineIo> EngineCore<M> {
         state.now = clock::now();
         state.expect_to_settle(key, &self.pace);
         self.pace.bring_forward(&state.mover);
-    }
-
-    pub(super) fn abort_all(&self, cause: Cause) -> usize {
-        self.abort_where(cause, |_| true)
-    }
-
-    pub(super) fn abort_backend(&self, backend: BackendId, cause: Cause) -> usize {
-        self.abort_where(
-            cause,
-            |stage| matches!(stage, SessionStage::Relaying(r) | SessionStage::Delivering(_, r) if r.meter.backend.id == backend),
-        )
-    }
-
-    fn abort_where(&self, cause: Cause, matches: impl Fn(&SessionStage) -> bool) -> usize {
-        let state = &mut *self.hold();
-        state.now = clock::now();
-        let chosen = state.flows.iter().filter(|(_, e)| !e.orphaned && matches(&e.stage));
-        let keys: Vec<u32> = chosen.map(|(key, _)| key as u32).collect();
-        for key in &keys {
-            state.abort(*key, cause, &self.pace);
-        }
-        self.pace.bring_forward(&state.mover);
-        keys.len()
     }
 }
 

@@ -5,7 +5,7 @@
 //! backend or its path is to blame for is reported.
 
 use crate::accept::gate::SlotWaiters;
-use crate::access_log::Try;
+use crate::access_log::TryRecord;
 use crate::local_errors;
 use crate::relay::{ConnectEnd, RelayHandle};
 use crate::worker::context::{WorkerContext, WorkerReport};
@@ -75,7 +75,7 @@ pub(crate) struct ConnectAttempts {
 #[derive(Debug, Default)]
 struct Tries {
     /// For the session's record.
-    told: Vec<Try>,
+    told: Vec<TryRecord>,
     /// Whom they went to, by their places in the pool.
     backends: Vec<usize>,
 }
@@ -323,7 +323,7 @@ impl ConnectAttempts {
         begun: Instant,
     ) {
         let (backend, took) = (Arc::clone(&backend.name), clock::now() - begun);
-        self.tries.get_or_insert_default().told.push(Try { backend, failure, errno, took });
+        self.tries.get_or_insert_default().told.push(TryRecord { backend, failure, errno, took });
     }
 
     /// That backend is not to be tried again.
@@ -337,7 +337,7 @@ impl ConnectAttempts {
     }
 
     /// Those that failed, for the session's record.
-    pub(crate) fn failed(&self) -> Vec<Try> {
+    pub(crate) fn failed(&self) -> Vec<TryRecord> {
         self.tries.as_ref().map_or_else(Vec::new, |tries| tries.told.clone())
     }
 

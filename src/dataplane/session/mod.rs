@@ -94,7 +94,7 @@ struct RelayTotals {
 }
 
 /// How a session ended that was not relayed, and what its client had said in vain.
-struct Refused {
+struct UnservedSession {
     ending: SessionEnd,
     unread: u64,
 }
@@ -145,7 +145,7 @@ async fn set_up(
 ) -> Option<Session> {
     match story.establish(opened, start).await {
         Ok((flow, upstream)) => Some(Session::begin(story, slots, flow, upstream)),
-        Err(Refused { ending, unread }) => {
+        Err(UnservedSession { ending, unread }) => {
             story.account(ending, &RelayTotals::unread(unread));
             drop(slots);
             None
@@ -322,18 +322,18 @@ impl SessionRecord {
         &mut self,
         opened: io::Result<RelayHandle>,
         start: SessionStart,
-    ) -> Result<(RelayHandle, ConnectedBackend), Refused> {
+    ) -> Result<(RelayHandle, ConnectedBackend), UnservedSession> {
         let ctx = Rc::clone(self.ctx());
         let flow = opened.map_err(|error| {
             ctx.local_error(local_errors::local_kind(&error), LocalErrorPlace::Connect, &error);
-            Refused { ending: connect::local_ending(Phase::Admit, &error), unread: 0 }
+            UnservedSession { ending: connect::local_ending(Phase::Admit, &error), unread: 0 }
         })?;
         ctx.faults.pass(FaultPoint::Setup);
         match self.reach_backend(&ctx, &flow, start).await {
             Ok(upstream) => Ok((flow, upstream)),
             Err(ending) => {
                 // At once and with RST, so that silence is not taken for an answer.
-                Err(Refused { ending, unread: flow.refuse() })
+                Err(UnservedSession { ending, unread: flow.refuse() })
             }
         }
     }

@@ -1,7 +1,7 @@
 //! A worker: one pinned thread with its own runtime, engine, listeners and
 //! counters.
 //!
-//! Started by `app`, which talks to it through a [`Mailbox`]. Workers share
+//! Started by `daemon`, which talks to it through a [`Mailbox`]. Workers share
 //! nothing they write but the counts that balancing and caps need. A worker
 //! outlives its thread: where that falls to a panic, another goes on, see
 //! `life`.

@@ -21,7 +21,7 @@ mod split;
 mod traffic;
 
 use backends::Backends;
-use balancer::{DemoBalancer, Ended};
+use balancer::{DemoBalancer, DemoEnded};
 use clap::Args;
 use place::DemoDirectory;
 use screen::{OutputClosed, Screen};
@@ -109,7 +109,7 @@ fn run(args: &DemoArgs) -> Result<Exit, DemoError> {
 
 /// Waits for the balancer's end and sums up.
 fn finish(screen: &Screen, balancer: DemoBalancer, mut verdict: DemoResult) -> Exit {
-    let Ended { cut, broken } = balancer.wait();
+    let DemoEnded { cut, broken } = balancer.wait();
     if !broken.is_empty() {
         verdict.broken.extend(broken);
     } else if cut == 0 {

@@ -28,7 +28,7 @@ fn a_key_has_one_count_in_every_process_and_a_free_cell_is_used_again() {
     let memory = alone();
     let [a, again, b] = [b"a", b"a", b"b"].map(|key| memory.count(key).unwrap());
     a.0.fetch_add(one(&memory), Ordering::AcqRel);
-    let read = |count: &(&AtomicU64, Arc<Hold>)| count.0.load(Ordering::Acquire);
+    let read = |count: &(&AtomicU64, Arc<CellHold>)| count.0.load(Ordering::Acquire);
     assert_eq!((read(&again), read(&b)), (1, 0));
     let other = dead_one(&memory);
     assert_eq!(read(&other.count(b"a").unwrap()), 1);

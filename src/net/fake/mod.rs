@@ -1,7 +1,7 @@
 //! A kernel that is not there: sockets, pipes, an epoll set and a ring whose
 //! every answer follows from a seed, behind the system calls of `net`.
 //!
-//! Installed on a thread by the simulator of `proxy`; the code above `net` runs
+//! Installed on a thread by the simulator of `dataplane`; the code above `net` runs
 //! on it unchanged. Descriptors are real ones (of pipes that carry nothing), so
 //! that owning and closing them is real, too. Built for tests alone.
 

@@ -5,7 +5,7 @@
 use super::buffers::Chunk;
 use super::ops::Op;
 
-/// Pool buffers (each [`BUFFER_LEN`]) of a ring.
+/// Pool buffers (each `BUFFER_LEN`) of a ring.
 #[derive(Debug, Clone, Copy)]
 pub struct RingSettings {
     /// All there are: a power of two, at most 32,768.

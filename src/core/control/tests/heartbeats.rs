@@ -593,9 +593,8 @@ mod alone {
 
     #[test]
     fn a_heartbeat_costs_the_same_however_many_pools_there_are() {
-        let (few, many) = (cost_with(2), cost_with(5_000));
         // A scan of the pools for each of the 300 would take several times the slack.
-        let slack = Duration::from_millis(20);
+        let (few, many, slack) = (cost_with(2), cost_with(5_000), Duration::from_millis(20));
         assert!(many < few * 4 + slack, "{few:?} with 2 pools, {many:?} with 5,000");
     }
 }

@@ -28,7 +28,7 @@ struct Lab {
     sequence: u64,
     incarnation: u64,
     /// The newest try asked for.
-    asked: Option<Try>,
+    asked: Option<ConfirmationTry>,
     /// What was asked for last, of whatever kind.
     ask: Option<DetectorRequest>,
     /// Changes so far, as `from>to`.

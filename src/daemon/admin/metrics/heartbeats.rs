@@ -6,7 +6,7 @@
 
 use super::One;
 use super::encoder::{Encoder, Family, counter, gauge};
-use crate::admin::snapshot::Snapshot;
+use crate::admin::snapshot::AdminSnapshot;
 use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus, MemberSourceKind};
 use tidegate_core::health::{HeartbeatHealth, Observation};
 
@@ -36,7 +36,7 @@ mod families {
 }
 
 /// Tables, guards, the channel, and each backend's rhythm.
-pub(super) fn render(out: &mut Encoder, snapshot: &Snapshot<'_>, each: &[One<'_>]) {
+pub(super) fn render(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, each: &[One<'_>]) {
     let control = snapshot.control;
     let mut samples = out.family(&families::PUBLISHED);
     for (reason, total) in &control.published {
@@ -59,7 +59,7 @@ pub(super) fn render(out: &mut Encoder, snapshot: &Snapshot<'_>, each: &[One<'_>
     backends(out, each);
 }
 
-fn channel(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+fn channel(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
     let Some(status) = &snapshot.control.heartbeat else { return };
     let received = snapshot.heartbeats;
     out.family(&families::ACCEPTED).count(&[], received.accepted);

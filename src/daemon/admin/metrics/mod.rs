@@ -1,6 +1,6 @@
 //! `/metrics`: Prometheus text exposition format 0.0.4.
 //!
-//! Called on a thread of its own with a [`Snapshot`]. Pure. Labels come from the
+//! Called on a thread of its own with a [`AdminSnapshot`]. Pure. Labels come from the
 //! configuration and from fixed sets, never from clients.
 //!
 //! What a series means over time:
@@ -16,7 +16,7 @@
 //! - `backend_up` is what observation says: 0 only when probes found it down.
 //!   Whether it takes traffic, all things considered, is `backend_eligible`.
 
-use super::snapshot::{ServiceState, Snapshot};
+use super::snapshot::{AdminSnapshot, ServiceState};
 use encoder::{Encoder, Family, counter, gauge, histogram, prepared};
 use tidegate_core::control::source_ports;
 use tidegate_core::control::{BackendStatus, FrontendStatus, PoolStatus};
@@ -120,7 +120,7 @@ struct One<'a> {
 }
 
 /// The text of `/metrics`.
-pub fn render(snapshot: &Snapshot<'_>) -> String {
+pub fn render(snapshot: &AdminSnapshot<'_>) -> String {
     let mut out = Encoder::new();
     let count: usize = snapshot.control.pools.iter().map(|pool| pool.backends.len()).sum();
     let each = if count <= snapshot.backend_metrics_max { each(snapshot) } else { Vec::new() };
@@ -138,7 +138,7 @@ pub fn render(snapshot: &Snapshot<'_>) -> String {
     out.finish()
 }
 
-fn each<'a>(snapshot: &Snapshot<'a>) -> Vec<One<'a>> {
+fn each<'a>(snapshot: &AdminSnapshot<'a>) -> Vec<One<'a>> {
     let pools = snapshot.control.pools.iter();
     let all = pools.flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)));
     let one = |(pool, status): (&PoolStatus, &'a BackendStatus)| One {
@@ -149,7 +149,7 @@ fn each<'a>(snapshot: &Snapshot<'a>) -> Vec<One<'a>> {
     all.map(one).collect()
 }
 
-fn pools(out: &mut Encoder, snapshot: &Snapshot<'_>, omitted: usize) {
+fn pools(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, omitted: usize) {
     let pools = &snapshot.control.pools;
     let mut samples = out.family(&families::POOL_BACKENDS);
     for pool in pools {
@@ -163,7 +163,7 @@ fn pools(out: &mut Encoder, snapshot: &Snapshot<'_>, omitted: usize) {
     out.family(&families::OMITTED).count(&[], omitted as u64);
 }
 
-fn whole(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+fn whole(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
     let version = [("version", snapshot.version), ("engine", snapshot.engine)];
     out.family(&families::BUILD_INFO).count(&version, 1);
     out.family(&families::UPTIME).value(&[], snapshot.uptime.as_secs_f64());
@@ -228,7 +228,7 @@ fn frontends(out: &mut Encoder, frontends: &[FrontendStatus]) {
     }
 }
 
-fn session_ends(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+fn session_ends(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
     let mut samples = out.family(&families::SESSION_END);
     for cause in Cause::ALL {
         for phase in Phase::ALL {
@@ -303,7 +303,7 @@ fn backends(out: &mut Encoder, each: &[One<'_>]) {
     }
 }
 
-fn source_ports(out: &mut Encoder, snapshot: &Snapshot<'_>, each: &[One<'_>]) {
+fn source_ports(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, each: &[One<'_>]) {
     let mut samples = out.family(&families::PORTS_USED);
     for one in each.iter().filter(|one| source_ports::has_ports(&one.status.state)) {
         let state = &one.status.state;
@@ -316,7 +316,7 @@ fn source_ports(out: &mut Encoder, snapshot: &Snapshot<'_>, each: &[One<'_>]) {
     out.family(&families::PORTS_MAX).count(&[], snapshot.port_limits.ports.into());
 }
 
-fn histograms(out: &mut Encoder, snapshot: &Snapshot<'_>, each: &[One<'_>]) {
+fn histograms(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, each: &[One<'_>]) {
     let all = [
         (&families::CONNECT_SECONDS, Series::Connect),
         (&families::FIRST_BYTE_SECONDS, Series::FirstByte),
@@ -340,7 +340,7 @@ fn one_histogram(samples: &mut encoder::Samples<'_>, labels: &str, data: &Series
     samples.sum_and_count(labels, data.sum_seconds(), data.count());
 }
 
-fn leaving(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+fn leaving(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
     let leaving = &snapshot.control.leaving;
     out.family(&families::LEAVING_BACKENDS).count(&[], leaving.len() as u64);
     let sessions = leaving.iter().map(|backend| u64::from(backend.in_flight.get())).sum();
@@ -349,7 +349,7 @@ fn leaving(out: &mut Encoder, snapshot: &Snapshot<'_>) {
 
 type WorkerValue = fn(&WorkerCounters) -> u64;
 
-fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+fn workers(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
     let names: Vec<String> = (0..snapshot.workers.len()).map(|n| n.to_string()).collect();
     let mut each = |family, value: WorkerValue| {
         let mut samples = out.family(family);
@@ -415,11 +415,11 @@ fn workers(out: &mut Encoder, snapshot: &Snapshot<'_>) {
     out.family(&families::LOG_DROPPED).count(&[], snapshot.log_dropped);
 }
 
-fn sum(snapshot: &Snapshot<'_>, value: impl Fn(&WorkerCounters) -> u64) -> u64 {
+fn sum(snapshot: &AdminSnapshot<'_>, value: impl Fn(&WorkerCounters) -> u64) -> u64 {
     snapshot.workers.iter().map(|worker| value(worker)).fold(0, u64::wrapping_add)
 }
 
-fn process(out: &mut Encoder, snapshot: &Snapshot<'_>) {
+fn process(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
     let facts = snapshot.process;
     let counts = [
         (&families::OPEN_FDS, facts.open_fds),

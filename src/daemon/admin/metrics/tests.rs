@@ -78,7 +78,7 @@ fn text_of(backend_metrics_max: usize) -> String {
         .cell(LocalErrorKind::Ports as usize, LocalErrorPlace::Connect as usize)
         .add(6);
     workers[1].ring_events.cell(RingEvent::Resumed as usize, 0).add(3);
-    render(&Snapshot {
+    render(&AdminSnapshot {
         control: &control,
         workers: &workers,
         latency: &latency,

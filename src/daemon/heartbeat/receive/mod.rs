@@ -1,6 +1,6 @@
 //! Receives heartbeats on a thread of its own and hands the believed ones on.
 //!
-//! `app` starts a [`Receiver`], awaits [`Receiver::arrived`] on the control
+//! `daemon` starts a [`Receiver`], awaits [`Receiver::arrived`] on the control
 //! thread and feeds what [`Receiver::pop`] gives to the controller. Only the
 //! thread judges; it never waits for the control thread, and never blocks but to
 //! wait for datagrams.
@@ -21,7 +21,7 @@
 mod queue;
 mod thread;
 
-use crate::heartbeat::verify::{Refused, RejectReason, Verifier};
+use crate::heartbeat::verify::{RejectReason, RejectedDatagram, Verifier};
 use queue::HeartbeatQueue;
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::VecDeque;
@@ -32,7 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 use tidegate_core::metrics::counters::Counter;
-use tidegate_core::suspicion::rejections::{Rejected, Rejection, Rejections, Warning};
+use tidegate_core::suspicion::rejections::{Rejected, Rejection, RejectionWarning, Rejections};
 use tidegate_heartbeat::Heartbeat;
 use tidegate_heartbeat::keys::KeyRing;
 use tidegate_net::datagram;
@@ -67,7 +67,7 @@ pub struct Receiver {
 struct Told {
     rejections: Rejections,
     /// Not taken yet; `rejections` bounds how many come.
-    warnings: VecDeque<Warning>,
+    warnings: VecDeque<RejectionWarning>,
 }
 
 /// Warnings that wait to be taken. Only where the control thread has stood still
@@ -236,7 +236,7 @@ impl Receiver {
     }
 
     /// The oldest warning about rejected heartbeats that waits.
-    pub fn pop_warning(&self) -> Option<Warning> {
+    pub fn pop_warning(&self) -> Option<RejectionWarning> {
         lock(&self.told).warnings.pop_front()
     }
 
@@ -283,7 +283,7 @@ impl Drop for Receiver {
 
 impl Told {
     /// Notes a rejected datagram; whether there is a warning about it.
-    fn rejected(&mut self, refused: &Refused<'_>, from: SocketAddr, now: Instant) -> bool {
+    fn rejected(&mut self, refused: &RejectedDatagram<'_>, from: SocketAddr, now: Instant) -> bool {
         let reason = refused.reason;
         let rejected = Rejected {
             claim: refused.claim.map(|claim| (claim.pool, claim.name)),

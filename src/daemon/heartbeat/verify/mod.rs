@@ -114,7 +114,7 @@ pub enum RejectReason {
 
 /// A datagram that is not believed, and what can be told of its sender.
 #[derive(Debug, Clone, Copy)]
-pub struct Refused<'d> {
+pub struct RejectedDatagram<'d> {
     /// Why.
     pub reason: RejectReason,
     /// Who it says it is, where it could be read.
@@ -186,13 +186,14 @@ impl Verifier {
         from: SocketAddr,
         now: Instant,
         wall: SystemTime,
-    ) -> Result<Heartbeat, Refused<'d>> {
-        let unread = |wrong: ParseError| Refused { reason: wrong.into(), claim: None, skew: None };
+    ) -> Result<Heartbeat, RejectedDatagram<'d>> {
+        let unread =
+            |wrong: ParseError| RejectedDatagram { reason: wrong.into(), claim: None, skew: None };
         let parsed = ParsedHeartbeat::read(datagram).map_err(unread)?;
         let wall = wall.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_millis() as u64;
         let moment = ReceiveTime { now, wall, skew_max: self.limits.skew_max };
         let source = from.ip().to_canonical();
-        self.believe(&parsed, source, moment).map_err(|reason| Refused {
+        self.believe(&parsed, source, moment).map_err(|reason| RejectedDatagram {
             reason,
             claim: Some(Claim { pool: parsed.pool, name: parsed.name, key_id: parsed.key_id }),
             skew: reason.is_signed().then(|| parsed.sent.wrapping_sub(wall) as i64),

@@ -45,7 +45,7 @@ pub(crate) struct DemoBalancer {
 
 /// How every process of the balancer came to its end.
 #[derive(Debug, Default)]
-pub(crate) struct Ended {
+pub(crate) struct DemoEnded {
     /// Sessions that a drain cut.
     pub(crate) cut: u64,
     /// What was not as it should be.
@@ -176,8 +176,8 @@ impl DemoBalancer {
     }
 
     /// Waits for the end of every process.
-    pub(crate) fn wait(self) -> Ended {
-        let mut ended = Ended::default();
+    pub(crate) fn wait(self) -> DemoEnded {
+        let mut ended = DemoEnded::default();
         let deadline = clock::now() + END_MAX;
         loop {
             match waitpid(None, WaitOptions::NOHANG) {

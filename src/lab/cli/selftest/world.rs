@@ -60,7 +60,7 @@ pub(crate) struct SelftestWorld {
     cut: usize,
     broken: Vec<String>,
     // Last: whatever else goes, goes before its directory.
-    directory: Directory,
+    directory: SelftestDirectory,
 }
 
 /// What reloads change.
@@ -73,13 +73,13 @@ struct Shape {
 }
 
 #[derive(Debug)]
-struct Directory(PathBuf);
+struct SelftestDirectory(PathBuf);
 
 // === impl World ===
 
 impl SelftestWorld {
     pub(crate) fn start(seed: u64) -> Result<SelftestWorld, SelftestError> {
-        let directory = Directory::create()?;
+        let directory = SelftestDirectory::create()?;
         let ledger = Arc::new(Ledger::new(SIZES, false, SILENCE));
         let backends = (0..BACKENDS)
             .map(|_| LedgerBackend::start(Arc::clone(&ledger)))
@@ -205,7 +205,7 @@ impl Shape {
     /// Writes the configuration, whole; gives its path.
     fn write(
         &self,
-        directory: &Directory,
+        directory: &SelftestDirectory,
         frontends: &[SocketAddr; 3],
         backends: &[LedgerBackend],
     ) -> Result<PathBuf, String> {
@@ -251,19 +251,19 @@ impl Shape {
 
 // === impl Directory ===
 
-impl Directory {
-    fn create() -> Result<Directory, SelftestError> {
+impl SelftestDirectory {
+    fn create() -> Result<SelftestDirectory, SelftestError> {
         let name = format!("tidegate-selftest-{:08x}", fastrand::u32(..));
         let path = std::env::temp_dir().join(name);
         std::fs::DirBuilder::new()
             .mode(0o700)
             .create(&path)
             .map_err(|error| format!("cannot make {} (set TMPDIR): {error}", path.display()))?;
-        Ok(Directory(path))
+        Ok(SelftestDirectory(path))
     }
 }
 
-impl Drop for Directory {
+impl Drop for SelftestDirectory {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_dir_all(&self.0) {
             eprintln!("tidegate: selftest: cannot remove {}: {error}", self.0.display());
