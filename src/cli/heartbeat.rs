@@ -366,7 +366,7 @@ fn drain_time(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| error.to_string())
 }
 
-// === impl Stop ===
+// === impl SidecarStopSignals ===
 
 impl SidecarStopSignals {
     fn listen() -> io::Result<SidecarStopSignals> {

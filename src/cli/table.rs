@@ -30,7 +30,7 @@ const INDENT: &str = "    ";
 /// A label at the start of a line is shorter.
 const LABEL_MAX: usize = 14;
 
-// === impl Column ===
+// === impl TextColumn ===
 
 impl TextColumn {
     pub(super) fn left(name: &'static str, rank: u8) -> TextColumn {
@@ -42,7 +42,7 @@ impl TextColumn {
     }
 }
 
-// === impl Table ===
+// === impl TextTable ===
 
 impl TextTable {
     pub(super) fn new(columns: impl Into<Vec<TextColumn>>) -> TextTable {

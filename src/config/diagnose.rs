@@ -228,7 +228,7 @@ impl fmt::Display for Problems {
 
 impl std::error::Error for Problems {}
 
-// === impl Report ===
+// === impl ProblemCollector ===
 
 impl<'s> ProblemCollector<'s> {
     pub(super) fn new(source: &'s SourceText<'s>) -> Self {
@@ -299,7 +299,7 @@ impl<'s> ProblemCollector<'s> {
     }
 }
 
-// === impl Findings ===
+// === impl CollectedProblems ===
 
 impl CollectedProblems {
     fn push(&mut self, place: Range<usize>, what: impl FnOnce() -> ValueError) {

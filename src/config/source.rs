@@ -96,7 +96,7 @@ fn plain(error: &io::Error) -> String {
     }
 }
 
-// === impl Source ===
+// === impl SourceText ===
 
 impl<'t> SourceText<'t> {
     pub(crate) fn new(file: &str, text: &'t str) -> Self {

@@ -387,7 +387,7 @@ fn is_prime(number: u32) -> bool {
     number >= 2 && !(2..).take_while(|divisor| divisor * divisor <= number).any(divides)
 }
 
-// === impl Complaint ===
+// === impl ValueError ===
 
 impl ValueError {
     pub(super) fn new(message: impl Into<String>) -> Self {

@@ -243,7 +243,7 @@ impl Phase {
     }
 }
 
-// === impl Side ===
+// === impl SessionSide ===
 
 impl SessionSide {
     /// Both, client first.

@@ -52,7 +52,7 @@ fn refuse(why: String) -> Failure {
     Failure::Runtime(format!("socket activation: {why}"))
 }
 
-// === impl Activated ===
+// === impl PassedSockets ===
 
 impl PassedSockets {
     /// Looks at what was passed.
@@ -105,7 +105,7 @@ impl PassedSockets {
     }
 }
 
-// === impl Passed ===
+// === impl PassedSocket ===
 
 impl PassedSocket {
     fn of(socket: Socket, name: String) -> Result<PassedSocket, String> {

@@ -310,7 +310,7 @@ fn no_ipv6(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
 
-// === impl Group ===
+// === impl BindSockets ===
 
 impl BindSockets {
     /// Whether more sockets can listen on the same address beside these.
@@ -339,7 +339,7 @@ impl BindSockets {
     }
 }
 
-// === impl Fresh ===
+// === impl NewBinds ===
 
 impl NewBinds {
     /// Lets clients in: they queue until a worker accepts.

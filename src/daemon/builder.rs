@@ -1,10 +1,10 @@
 //! Makes large pools' parts of tables on a thread of its own.
 //!
-//! Owned by the control loop, which hands over what [`Effect::Build`] asks for and
+//! Owned by the control loop, which hands over what [`ControlEffect::Build`] asks for and
 //! feeds the results back as events. Where no thread can be started, the control thread
 //! makes the part itself: late beats never. It publishes nothing.
 //!
-//! [`Effect::Build`]: tidegate_core::control::ControlEffect::Build
+//! [`ControlEffect::Build`]: tidegate_core::control::ControlEffect::Build
 
 use std::sync::{Arc, mpsc as sync};
 use std::time::Duration;

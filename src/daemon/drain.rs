@@ -31,7 +31,7 @@ pub(super) struct DrainState {
     cut: Option<(u32, Instant)>,
 }
 
-// === impl Draining ===
+// === impl DrainState ===
 
 impl DrainState {
     /// When [`Control::drain_step`] is wanted next.

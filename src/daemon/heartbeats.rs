@@ -60,7 +60,7 @@ pub(super) enum ReceiverChange {
     Update(PreparedSockets, KeyRing),
 }
 
-// === impl Reception ===
+// === impl HeartbeatReceiver ===
 
 impl HeartbeatReceiver {
     /// Binds what `config` wants; changes nothing yet.

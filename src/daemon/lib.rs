@@ -162,7 +162,7 @@ pub fn start_within(
     start::start(options, surroundings)
 }
 
-// === impl Running ===
+// === impl RunningBalancer ===
 
 impl RunningBalancer {
     /// The way to the control loop, as the admin API uses it.

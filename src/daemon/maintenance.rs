@@ -45,7 +45,7 @@ pub(super) struct Maintenance {
     reload: bool,
 }
 
-// === impl Upkeep ===
+// === impl Maintenance ===
 
 impl Maintenance {
     pub(super) fn new(now: Instant) -> Maintenance {

@@ -54,7 +54,7 @@ fn report(panic: &PanicHookInfo<'_>) {
     }
 }
 
-// === impl Limit ===
+// === impl PanicLogLimit ===
 
 impl PanicLogLimit {
     /// Whether one more may be logged; then, how many were not since the last.

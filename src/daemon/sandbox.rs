@@ -366,7 +366,7 @@ fn directory_of(file: &Path) -> PathBuf {
     }
 }
 
-// === impl Confined ===
+// === impl AppliedSandbox ===
 
 impl AppliedSandbox {
     /// Refuses a configuration with other settings than those obeyed: it was

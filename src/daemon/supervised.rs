@@ -310,7 +310,7 @@ fn name_of(name: &Name) -> String {
     serde_json::to_string(name).unwrap_or_default()
 }
 
-// === impl Kept ===
+// === impl KeptState ===
 
 impl KeptState {
     fn of(held: Vec<(String, Vec<OwnedFd>)>) -> Result<KeptState, String> {

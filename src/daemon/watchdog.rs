@@ -130,7 +130,7 @@ impl Watchdog {
     }
 }
 
-// === impl Watched ===
+// === impl WorkerWatch ===
 
 impl WorkerWatch {
     fn new(since: Instant) -> WorkerWatch {

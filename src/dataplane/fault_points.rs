@@ -32,7 +32,7 @@ pub(super) struct FaultPlan {
     ordered: Cell<Option<FaultPoint>>,
 }
 
-// === impl Fault ===
+// === impl FaultPoint ===
 
 #[cfg(debug_assertions)]
 impl FaultPoint {
@@ -50,7 +50,7 @@ impl FaultPoint {
     }
 }
 
-// === impl Faults ===
+// === impl FaultPlan ===
 
 impl FaultPlan {
     /// The next pass of that place panics.

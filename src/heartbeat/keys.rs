@@ -98,7 +98,7 @@ impl fmt::Debug for Secret {
     }
 }
 
-// === impl Key ===
+// === impl HeartbeatKey ===
 
 impl HeartbeatKey {
     /// Whether it may speak for that pool.

@@ -214,7 +214,7 @@ impl Drop for Sender {
     }
 }
 
-// === impl Shared ===
+// === impl SenderShared ===
 
 impl SenderShared {
     /// Nothing done under the lock can fail half-way.
@@ -223,7 +223,7 @@ impl SenderShared {
     }
 }
 
-// === impl Beat ===
+// === impl SendLoop ===
 
 impl SendLoop {
     fn run(mut self) {

@@ -24,7 +24,7 @@ pub struct BudgetShare {
     bytes: usize,
 }
 
-// === impl Budget ===
+// === impl MemoryBudget ===
 
 impl MemoryBudget {
     /// `max` bytes, all of them left.
@@ -92,7 +92,7 @@ impl Default for MemoryBudget {
     }
 }
 
-// === impl Share ===
+// === impl BudgetShare ===
 
 impl Drop for BudgetShare {
     fn drop(&mut self) {

@@ -387,7 +387,7 @@ impl std::fmt::Debug for Layout {
     }
 }
 
-// === impl Hold ===
+// === impl CellHold ===
 
 impl Drop for CellHold {
     fn drop(&mut self) {

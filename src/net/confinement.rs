@@ -23,7 +23,7 @@ pub struct SandboxReport(Vec<SandboxLayer>);
 /// In the order in which they are put up.
 pub const LAYERS: [&str; 5] = ["user", "capabilities", "no_new_privs", "landlock", "seccomp"];
 
-// === impl Confinement ===
+// === impl SandboxReport ===
 
 impl SandboxReport {
     /// Nothing is in force, for that reason.

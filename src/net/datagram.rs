@@ -111,7 +111,7 @@ pub fn receive_buffer(socket: impl AsFd) -> io::Result<usize> {
     SockRef::from(&socket).recv_buffer_size()
 }
 
-// === impl Batch ===
+// === impl DatagramBatch ===
 
 impl DatagramBatch {
     /// Empty.
@@ -200,7 +200,7 @@ impl std::fmt::Debug for DatagramBatch {
     }
 }
 
-// === impl Slot ===
+// === impl ControlBuffer ===
 
 impl ControlBuffer {
     /// `None` only if the kernel names no source.

@@ -184,7 +184,7 @@ impl From<EpollInterest> for epoll::EventFlags {
     }
 }
 
-// === impl Batch ===
+// === impl EpollBatch ===
 
 impl EpollBatch {
     /// Room for [`BATCH`] events.

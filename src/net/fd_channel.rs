@@ -154,7 +154,7 @@ impl Header {
     }
 }
 
-// === impl Channel ===
+// === impl HandoverChannel ===
 
 impl HandoverChannel {
     /// Two connected ends: one to keep, one to give away.

@@ -74,7 +74,7 @@ pub struct FillResult {
 #[derive(Debug)]
 struct PipeCount(Rc<Cell<usize>>);
 
-// === impl Ends ===
+// === impl PipeEnds ===
 
 impl PipeEnds {
     fn new() -> io::Result<PipeEnds> {

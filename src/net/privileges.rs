@@ -25,7 +25,7 @@ pub struct UserIdentity {
     groups: Vec<Gid>,
 }
 
-// === impl Identity ===
+// === impl UserIdentity ===
 
 impl UserIdentity {
     /// The user of that name or number, with that group or its own. Asks the

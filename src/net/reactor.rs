@@ -33,7 +33,7 @@ impl StableFd for Arc<Socket> {}
 pub fn watch_readable<T: StableFd>(owner: T) -> io::Result<AsyncFd<T>> {
     // SAFETY: `Steady` is sealed to types that own their descriptor, never
     // replace it, and close it only when dropped; the `AsyncFd` owns `owner`
-    // (for the `Arc` and for `Wake`, a share of it), so it stays open as long as it does.
+    // (for the `Arc` and for `RingWaker`, a share of it), so it stays open as long as it does.
     let watched = unsafe { AsyncFd::register_with_interest(owner, Interest::READABLE) };
     watched.map_err(Into::into)
 }

@@ -64,7 +64,7 @@ pub(super) enum SupervisorOrder {
     GoOn(i32),
 }
 
-// === impl Report ===
+// === impl ChildReport ===
 
 impl ChildReport {
     pub(super) fn encode(&self) -> Vec<u8> {
@@ -130,7 +130,7 @@ impl Wish {
     }
 }
 
-// === impl Order ===
+// === impl SupervisorOrder ===
 
 impl SupervisorOrder {
     pub(super) fn encode(&self) -> Vec<u8> {

@@ -169,7 +169,7 @@ fn family_port(address: SocketAddr) -> (u16, bool) {
     (address.port(), matches!(address.ip(), IpAddr::V4(_)))
 }
 
-// === impl Taken ===
+// === impl OwnAddresses ===
 
 impl<'f> OwnAddresses<'f> {
     fn insert(&mut self, address: SocketAddr, bind: Bind<'f>) {

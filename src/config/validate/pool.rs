@@ -304,7 +304,7 @@ fn backend(
     backend
 }
 
-// === impl Seen ===
+// === impl SeenBackends ===
 
 impl SeenBackends {
     fn name(&mut self, section: &Section<'_, '_>, name: &Spanned<Arc<str>>) {

@@ -155,7 +155,7 @@ fn one_of(bits: u64, draws: &mut DrawStream) -> Option<usize> {
     }
 }
 
-// === impl Scanned ===
+// === impl ScanPolicy ===
 
 impl ScanPolicy {
     /// Of one session more.

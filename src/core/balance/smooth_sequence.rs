@@ -78,7 +78,7 @@ struct Rotation {
     turn: usize,
 }
 
-// === impl Race ===
+// === impl SmoothState ===
 
 impl SmoothState {
     fn new(places: &[u32]) -> SmoothState {

@@ -47,7 +47,7 @@ pub struct TrialId(NonZeroU32);
 #[derive(Debug)]
 pub(super) struct TrialCell(AtomicU32);
 
-// === impl Trial ===
+// === impl TrialCell ===
 
 impl TrialCell {
     pub(super) fn new() -> TrialCell {

@@ -476,7 +476,7 @@ impl Controller {
     }
 }
 
-// === impl Before ===
+// === impl PreviousConfig ===
 
 impl PreviousConfig {
     /// What probes of that very spec have found at that address; the newest.

@@ -36,7 +36,7 @@ pub(super) fn ejected_max(percent: u8, backends: usize) -> usize {
     backends.saturating_mul(usize::from(percent.min(100))) / 100
 }
 
-// === impl GuardView ===
+// === impl EjectionGuard ===
 
 impl EjectionGuard {
     /// Why no eligible backend may be ejected now, if so.

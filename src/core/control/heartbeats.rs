@@ -90,7 +90,7 @@ pub(super) struct ReportedLoad {
     share: u32,
 }
 
-// === impl Load ===
+// === impl ReportedLoad ===
 
 impl ReportedLoad {
     /// Weight of the newest heartbeat in the mean: a memory of ten.
@@ -460,7 +460,7 @@ impl Controller {
     }
 }
 
-// === impl Heart ===
+// === impl BackendHeartbeats ===
 
 impl BackendHeartbeats {
     fn first(heartbeat: &Heartbeat, detector: HeartbeatDetector, at: Instant) -> BackendHeartbeats {

@@ -55,7 +55,7 @@ const STATES: [&str; 13] = [
     "stopping",
 ];
 
-// === impl History ===
+// === impl TransitionHistory ===
 
 impl TransitionHistory {
     pub(super) fn add(&mut self, transition: Transition) {

@@ -58,7 +58,7 @@ pub struct SavedIntent {
     pub left_ms: u64,
 }
 
-// === impl Kept ===
+// === impl KeptIntent ===
 
 impl KeptIntent {
     /// A backend leaves; `ready` needs no keeping.

@@ -29,7 +29,7 @@ pub enum HeartbeatIgnored {
     PoolFull,
 }
 
-// === impl Misfit ===
+// === impl HeartbeatIgnored ===
 
 impl HeartbeatIgnored {
     /// Every reason there is.

@@ -58,7 +58,7 @@ pub(super) fn empty_table() -> Table {
     build::build(&nothing, None)
 }
 
-// === impl Standing ===
+// === impl BackendTableState ===
 
 impl BackendTableState {
     /// Whether the table has it take sessions.

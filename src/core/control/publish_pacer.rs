@@ -69,7 +69,7 @@ impl PublishReason {
     }
 }
 
-// === impl Pace ===
+// === impl PublishPacer ===
 
 impl PublishPacer {
     /// A backend's standing may have changed, and there is no hurry.

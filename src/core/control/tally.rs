@@ -43,7 +43,7 @@ pub(super) struct Tallies {
     pools: HashMap<PoolId, Tally>,
 }
 
-// === impl Counted ===
+// === impl TalliedBackend ===
 
 impl TalliedBackend {
     fn of(heart: &BackendHeartbeats, pool: PoolId) -> TalliedBackend {

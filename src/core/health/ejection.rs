@@ -95,7 +95,7 @@ struct TrialState {
     silent: bool,
 }
 
-// === impl Outlier ===
+// === impl EjectionState ===
 
 impl EjectionState {
     /// Never ejected yet.

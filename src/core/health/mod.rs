@@ -373,7 +373,7 @@ impl BackendHealth {
     }
 }
 
-// === impl Pulse ===
+// === impl HeartbeatHealth ===
 
 impl HeartbeatHealth {
     /// As in status.
@@ -390,7 +390,7 @@ impl HeartbeatHealth {
     }
 }
 
-// === impl Calling ===
+// === impl RequestedState ===
 
 impl RequestedState {
     /// As in status.

@@ -82,7 +82,7 @@ pub struct ConnectFailureRow {
     base: Option<u32>,
 }
 
-// === impl State ===
+// === impl ProbeState ===
 
 impl ProbeState {
     /// The state after `evidence`.
@@ -141,7 +141,7 @@ impl ProbeState {
     }
 }
 
-// === impl Detector ===
+// === impl ProbeDetector ===
 
 impl ProbeDetector {
     /// Knows nothing yet. `rise` and `fall` are at least 1.
@@ -242,7 +242,7 @@ impl ProbeDetector {
     }
 }
 
-// === impl ConnectRow ===
+// === impl ConnectFailureRow ===
 
 impl ConnectFailureRow {
     /// The shared count starts at zero, and so does the first row.

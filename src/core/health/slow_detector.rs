@@ -152,7 +152,7 @@ pub enum SlowVerdict {
     Clear(String),
 }
 
-// === impl Counts ===
+// === impl FirstByteCounts ===
 
 impl FirstByteCounts {
     /// Sessions waiting now; the counts may be from slightly different moments.
@@ -199,7 +199,7 @@ impl PoolView {
     }
 }
 
-// === impl Watch ===
+// === impl SlowDetector ===
 
 impl SlowDetector {
     /// Takes what is counted by now.
@@ -350,7 +350,7 @@ impl SlowDetector {
     }
 }
 
-// === impl Window ===
+// === impl AnswerWindow ===
 
 impl AnswerWindow {
     fn mean(&self) -> f64 {

@@ -116,7 +116,7 @@ impl SourceLimits {
     }
 }
 
-// === impl Sources ===
+// === impl SourceTable ===
 
 impl SourceTable {
     /// Nobody known yet. `seed` keeps strangers from choosing which sources
@@ -212,7 +212,7 @@ fn lock(set: &Mutex<[SourceEntry; WAYS]>) -> std::sync::MutexGuard<'_, [SourceEn
     set.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-// === impl Place ===
+// === impl SourceEntry ===
 
 impl SourceEntry {
     /// Whether it says nothing a stranger's would not.
@@ -221,7 +221,7 @@ impl SourceEntry {
     }
 }
 
-// === impl SourceSlot ===
+// === impl SourcePermit ===
 
 impl Drop for SourcePermit {
     fn drop(&mut self) {

@@ -183,7 +183,7 @@ impl Recording {
     }
 }
 
-// === impl Merged ===
+// === impl MergedHistograms ===
 
 impl MergedHistograms {
     /// Nothing merged.

@@ -38,7 +38,7 @@ pub struct WorkerProgress {
     stalled: AtomicU64,
 }
 
-// === impl Stage ===
+// === impl WorkerStage ===
 
 impl WorkerStage {
     const ALL: [WorkerStage; 5] = [
@@ -61,7 +61,7 @@ impl WorkerStage {
     }
 }
 
-// === impl Pulse: the worker's side ===
+// === impl WorkerProgress: the worker's side ===
 
 impl WorkerProgress {
     /// The thread that runs from now on.
@@ -81,7 +81,7 @@ impl WorkerProgress {
     }
 }
 
-// === impl Pulse: the control thread's side ===
+// === impl WorkerProgress: the control thread's side ===
 
 impl WorkerProgress {
     /// Asks, where the last question is answered; false where it is not. The

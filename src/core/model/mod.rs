@@ -325,7 +325,7 @@ pub const WEIGHT_MAX: u16 = 1000;
 /// that are 1 % apart, up to 655 backends.
 pub const HASH_SLOTS: u32 = 65_537;
 
-// === impl BackendAddress ===
+// === impl BackendAddr ===
 
 impl fmt::Display for BackendAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -362,7 +362,7 @@ impl Policy {
     ];
 }
 
-// === impl Frontend ===
+// === impl FrontendConfig ===
 
 impl FrontendConfig {
     /// How that address of the frontend is bound.

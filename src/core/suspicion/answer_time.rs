@@ -40,7 +40,7 @@ pub(super) struct AnswerTime {
     failed: u32,
 }
 
-// === impl Reach ===
+// === impl AnswerTime ===
 
 impl AnswerTime {
     /// As another process knew it; what makes no sense is not known.

@@ -78,7 +78,7 @@ enum ConfirmationStage {
     Pausing { until: Instant },
 }
 
-// === impl Round ===
+// === impl Confirmation ===
 
 impl Confirmation {
     /// The first try is due now. `serial` numbers the owner's tries.

@@ -122,7 +122,7 @@ impl HeartbeatDetector {
     /// A heartbeat of a sender that serves (or means to) came. For one that
     /// stops, call [`HeartbeatDetector::stopping`] instead.
     ///
-    /// `Arrival` says whether it counted: an old one says nothing about now.
+    /// `ArrivalOrder` says whether it counted: an old one says nothing about now.
     pub fn beat(&mut self, beat: &BeatInfo, now: Instant) -> (ArrivalOrder, DetectorStep) {
         let silence = self.silence(now);
         let ends_outage = match &self.standing {
@@ -562,7 +562,7 @@ impl HeartbeatDetector {
     }
 }
 
-// === impl Step ===
+// === impl DetectorStep ===
 
 impl DetectorStep {
     fn probe(next: ConfirmationTry) -> DetectorStep {

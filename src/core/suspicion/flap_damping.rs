@@ -25,7 +25,7 @@ pub struct FlapDamping {
     up_since: Option<Instant>,
 }
 
-// === impl Flaps ===
+// === impl FlapDamping ===
 
 impl FlapDamping {
     /// It is in service from now on.

@@ -186,7 +186,7 @@ pub struct DetectorStep {
     pub ask: Option<DetectorRequest>,
 }
 
-// === impl State ===
+// === impl DetectorState ===
 
 impl DetectorState {
     /// As in status and log.

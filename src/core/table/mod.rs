@@ -145,7 +145,7 @@ impl PoolTable {
     }
 }
 
-// === impl Reserved ===
+// === impl Reservation ===
 
 impl Reservation {
     /// The chosen backend.

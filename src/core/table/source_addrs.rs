@@ -51,7 +51,7 @@ pub struct SourceAddrCounts {
     pub lingering: Counter,
 }
 
-// === impl Ways ===
+// === impl SourceAddrs ===
 
 impl SourceAddrs {
     /// The kernel chooses.
@@ -111,7 +111,7 @@ fn of_family(sources: &[IpAddr], to: Option<SocketAddr>) -> impl Iterator<Item =
     sources.iter().copied().filter(fits)
 }
 
-// === impl Way ===
+// === impl SourceAddr ===
 
 impl SourceAddr {
     fn any() -> SourceAddr {

@@ -279,7 +279,7 @@ impl AdminListener {
     }
 }
 
-// === impl FileKeeper ===
+// === impl SocketFileLock ===
 
 impl SocketFileLock {
     /// Device and inode of the file, if the listener has one of its own.

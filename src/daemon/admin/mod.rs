@@ -189,7 +189,7 @@ const STARTING: u8 = 0;
 const READY: u8 = 1;
 const DRAINING: u8 = 2;
 
-// === impl Readiness ===
+// === impl ReadyState ===
 
 impl ReadyState {
     /// Starting: not ready yet.

@@ -239,7 +239,7 @@ pub(super) fn text(body: &impl Serialize) -> String {
     serde_json::to_string(body).expect("plain data always serialises")
 }
 
-// === impl Api ===
+// === impl ApiState ===
 
 impl ApiState {
     /// Sends one request to the control loop and waits for its reply.
@@ -273,7 +273,7 @@ impl ApiState {
     }
 }
 
-// === impl Refusal ===
+// === impl ErrorResponse ===
 
 impl ErrorResponse {
     pub(super) fn new(status: StatusCode, error: &'static str, detail: impl Into<String>) -> Self {

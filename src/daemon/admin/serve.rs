@@ -271,7 +271,7 @@ pub(super) async fn only_connection(
     connection(stream, None, routes, closing, seats.take()).await;
 }
 
-// === impl Crowding ===
+// === impl DroppedConnections ===
 
 impl DroppedConnections {
     /// How many, since the start.
@@ -280,7 +280,7 @@ impl DroppedConnections {
     }
 }
 
-// === impl Seats ===
+// === impl ConnectionTable ===
 
 impl ConnectionTable {
     /// Waits until a seat is free, which the longest idle connection sees to.
@@ -323,7 +323,7 @@ impl ConnectionTable {
     }
 }
 
-// === impl Seat ===
+// === impl ConnectionEntry ===
 
 impl ConnectionEntry {
     fn is_asking(&self) -> bool {

@@ -245,7 +245,7 @@ impl Drop for ConfigWatcher {
     }
 }
 
-// === impl Shared ===
+// === impl WatchShared ===
 
 impl WatchShared {
     fn lock(&self) -> MutexGuard<'_, WatchState> {
@@ -273,7 +273,7 @@ impl WatchShared {
     }
 }
 
-// === impl State ===
+// === impl WatchState ===
 
 impl WatchState {
     /// Whether the event matters.
@@ -329,7 +329,7 @@ fn happening(kind: EventKind, path: &Path) -> Happening {
     }
 }
 
-// === impl Watch ===
+// === impl WatchThread ===
 
 impl WatchThread {
     fn run(mut self, on_change: &impl Fn()) {
@@ -501,7 +501,7 @@ fn warn(warning: WatchWarning) {
     }
 }
 
-// === impl Look ===
+// === impl FileStamp ===
 
 impl FileStamp {
     fn at(path: &Path, with_digest: bool) -> Option<FileStamp> {

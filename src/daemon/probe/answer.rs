@@ -141,7 +141,7 @@ fn parse_status(line: &[u8]) -> Option<u16> {
     std::str::from_utf8(number).ok()?.parse().ok().filter(|status| *status >= 100)
 }
 
-// === impl Lines ===
+// === impl AnswerLines ===
 
 impl<S: AsyncRead + Unpin> AnswerLines<'_, S> {
     /// Where the next line stands, without its end.

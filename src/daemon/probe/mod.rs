@@ -291,7 +291,7 @@ fn bounded(mut reason: String) -> String {
     reason
 }
 
-// === impl Stage ===
+// === impl ProbeStage ===
 
 impl ProbeStage {
     fn overdue(self, timeout: Duration) -> ProbeError {
@@ -309,7 +309,7 @@ impl ProbeStage {
     }
 }
 
-// === impl Quote ===
+// === impl QuotedBytes ===
 
 impl fmt::Display for QuotedBytes<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

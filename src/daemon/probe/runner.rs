@@ -1,6 +1,6 @@
 //! Runs the probes the controller asks for, so many at a time.
 //!
-//! `daemon` passes each [`Effect::Probe`](tidegate_core::control::ControlEffect::Probe) on and
+//! `daemon` passes each [`ControlEffect::Probe`](tidegate_core::control::ControlEffect::Probe) on and
 //! feeds the events that come back to the controller. Pools take turns, and within a
 //! pool those go first whose verdict is being changed; it never runs two probes of
 //! one backend, and judges nothing.
@@ -191,7 +191,7 @@ impl ProbeRunner {
     }
 }
 
-// === impl Running ===
+// === impl ProbeTask ===
 
 impl ProbeTask {
     async fn serve(

@@ -64,7 +64,7 @@ struct SavedWorker {
     stalls: u64,
 }
 
-// === impl Counts ===
+// === impl HandoverCounts ===
 
 impl HandoverCounts {
     pub(super) fn save(

@@ -66,7 +66,7 @@ pub(crate) enum Word {
     Farewell(Box<Commit>),
 }
 
-// === impl Predecessor ===
+// === impl OldProcess ===
 
 impl OldProcess {
     /// Greets the old process, if there is one that has started this one, and
@@ -148,7 +148,7 @@ impl OldProcess {
         known().map_err(|error: MessageError| handover_error(&error))
     }
 
-    /// As [`Predecessor::serving`], but in here and without a word.
+    /// As [`OldProcess::serving`], but in here and without a word.
     #[cfg(any(test, fuzzing))]
     pub(super) fn wait_for_final_counts(
         self,
@@ -235,7 +235,7 @@ fn handover_error(error: &dyn std::fmt::Display) -> Failure {
     Failure::Runtime(format!("cannot take over from the process before: {error}"))
 }
 
-// === impl Draining ===
+// === impl OldProcessLink ===
 
 impl OldProcessLink {
     /// What the old process says next; `None`: it has ended without a farewell.

@@ -298,7 +298,7 @@ impl AsMut<Commit> for Commit {
     }
 }
 
-// === impl Farewell ===
+// === impl FinalCounts ===
 
 impl AsMut<Commit> for FinalCounts {
     fn as_mut(&mut self) -> &mut Commit {

@@ -197,7 +197,7 @@ impl Upgrades {
     }
 }
 
-// === impl Successor ===
+// === impl NewProcess ===
 
 impl NewProcess {
     fn new(channel: HandoverChannel, level: u16, shares: bool) -> NewProcess {

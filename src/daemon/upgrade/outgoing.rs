@@ -103,7 +103,7 @@ enum UpgradeStepError {
     Cancelled,
 }
 
-// === impl Outgoing ===
+// === impl UpgradeHandle ===
 
 impl UpgradeHandle {
     /// Starts the new process on a thread of its own.
@@ -255,7 +255,7 @@ fn explain(process: &mut UpgradeProcess, tail: &StderrTail, trouble: UpgradeStep
     }
 }
 
-// === impl Tail ===
+// === impl StderrTail ===
 
 impl StderrTail {
     /// Reads to the end, on a thread of its own: the process may leave the pipe
@@ -302,7 +302,7 @@ impl StderrTail {
     }
 }
 
-// === impl Trouble ===
+// === impl UpgradeStepError ===
 
 impl From<MessageError> for UpgradeStepError {
     fn from(error: MessageError) -> UpgradeStepError {

@@ -133,7 +133,7 @@ impl Start {
     }
 }
 
-// === impl Process ===
+// === impl UpgradeProcess ===
 
 impl UpgradeProcess {
     /// Its exit status, once it has ended; waits so long for it.

@@ -95,7 +95,7 @@ pub(super) struct Reporter {
     next: Instant,
 }
 
-// === impl Writer ===
+// === impl ReportWriter ===
 
 impl ReportWriter {
     pub(super) fn start(channel: HandoverChannel) -> std::io::Result<ReportWriter> {

@@ -127,7 +127,7 @@ fn wake_first(line: &mut PoolQueue) {
     }
 }
 
-// === impl Place ===
+// === impl QueueTicket ===
 
 impl QueueTicket {
     /// Waits until it is first and `attempt` gives something. That is called
@@ -173,7 +173,7 @@ impl Drop for QueueTicket {
     }
 }
 
-// === impl Waiting ===
+// === impl WaitGuard ===
 
 impl<'a> WaitGuard<'a> {
     fn enter(gate: &'a SlotWaiters) -> WaitGuard<'a> {

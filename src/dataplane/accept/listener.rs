@@ -298,7 +298,7 @@ fn admit_source(
     }
 }
 
-// === impl Retirement ===
+// === impl ListenerRetirement ===
 
 impl ListenerRetirement {
     /// One that goes on from another thread's, if that had begun.

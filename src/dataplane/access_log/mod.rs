@@ -167,7 +167,7 @@ impl AccessLogSender {
     }
 }
 
-// === impl Shared ===
+// === impl AccessLogShared ===
 
 impl AccessLogShared {
     fn queued(&self) -> u64 {

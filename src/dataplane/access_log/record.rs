@@ -91,7 +91,7 @@ pub enum LoggedClient {
     Unix,
 }
 
-// === impl SessionRecord ===
+// === impl AccessLogRecord ===
 
 impl AccessLogRecord {
     /// Appends the line, newline included.
@@ -105,7 +105,7 @@ impl AccessLogRecord {
     }
 }
 
-// === impl Client ===
+// === impl LoggedClient ===
 
 impl fmt::Display for LoggedClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -63,7 +63,7 @@ const RETRY: Duration = Duration::from_millis(100);
 /// Write errors are logged at most this often, with their number.
 const REPORT: Duration = Duration::from_secs(10);
 
-// === impl Writer ===
+// === impl AccessLogWriter ===
 
 impl AccessLogWriter {
     pub(super) fn new(shared: Arc<AccessLogShared>, sink: Option<Sink>) -> AccessLogWriter {
@@ -78,7 +78,7 @@ impl AccessLogWriter {
         }
     }
 
-    /// The thread's body; ends on `Close` or when `AccessLog` is dropped.
+    /// The thread's body; ends on `CloseMode` or when `AccessLog` is dropped.
     pub(super) fn run(mut self, commands: &Receiver<WriterCommand>) {
         loop {
             let command = match self.sink {
@@ -208,7 +208,7 @@ impl AccessLogWriter {
     }
 }
 
-// === impl Trouble ===
+// === impl WriteErrors ===
 
 impl WriteErrors {
     fn note(&mut self, error: &io::Error, target: &str, now: Instant) {

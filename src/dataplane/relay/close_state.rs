@@ -63,7 +63,7 @@ pub(super) enum TurnNext {
     End(SessionEnd),
 }
 
-// === impl Verdict ===
+// === impl CloseState ===
 
 impl CloseState {
     /// Whether that side's socket has failed.

@@ -61,7 +61,7 @@ pub struct SessionTimeouts {
 /// Where a flow's bytes are counted while they move.
 #[derive(Debug)]
 pub struct SessionMeter {
-    /// The writing worker. Small: see the size of `Relaying`.
+    /// The writing worker. Small: see the size of `SessionTimers`.
     pub worker: u16,
     /// The session's frontend.
     pub frontend: Arc<FrontendState>,
@@ -115,7 +115,7 @@ pub struct PartialResult {
     pub first_byte: Option<Instant>,
 }
 
-// === impl Meter ===
+// === impl SessionMeter ===
 
 impl SessionMeter {
     /// The client spoke, and before the backend did.
@@ -142,7 +142,7 @@ impl SessionMeter {
     }
 }
 
-// === impl Flow ===
+// === impl RelayHandle ===
 
 impl RelayHandle {
     /// Waits until `upstream`, on which a connect is pending, is decided. On
@@ -182,7 +182,7 @@ impl RelayHandle {
     }
 }
 
-// === impl Relay ===
+// === impl RelayFuture ===
 
 impl RelayFuture {
     /// What it has come to if `cause` breaks it off now; `None` where nobody can

@@ -20,7 +20,7 @@ pub(super) struct EngineSleep {
     sleeps_to: Cell<u64>,
 }
 
-// === impl Pace ===
+// === impl EngineSleep ===
 
 impl EngineSleep {
     /// Ticks count from `started`.

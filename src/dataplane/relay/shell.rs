@@ -115,7 +115,7 @@ struct SessionSetup {
     timed_out: bool,
 }
 
-// === impl Shell: what sessions call ===
+// === impl EngineCore: what sessions call ===
 
 impl<M: EngineIo> EngineCore<M> {
     pub(super) fn new(mover: M, spin: Option<Duration>) -> Rc<EngineCore<M>> {
@@ -368,7 +368,7 @@ fn is_untouched<M: EngineIo>(flow: &M::Flow, ending: SessionEnd, answer: FirstBy
         && !M::verdict(flow).failed(SessionSide::Client)
 }
 
-// === impl Shell: the task ===
+// === impl EngineCore: the task ===
 
 impl<M: EngineIo> EngineCore<M> {
     /// Drives every flow; runs as long as the worker.
@@ -456,7 +456,7 @@ impl<M: EngineIo> EngineCore<M> {
     }
 }
 
-// === impl State ===
+// === impl EngineState ===
 
 impl<M: EngineIo> EngineState<M> {
     /// A pending connect came to an end; the worst that is said of it holds.
@@ -561,7 +561,7 @@ impl<M: EngineIo> EngineState<M> {
     }
 }
 
-// === impl Entry ===
+// === impl SessionEntry ===
 
 impl<F> SessionEntry<F> {
     #[inline]

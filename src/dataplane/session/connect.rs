@@ -304,7 +304,7 @@ fn cut(phase: Phase, cause: Cause) -> SessionEnd {
     SessionEnd { cause, phase, errno: 0, closed_first: None }
 }
 
-// === impl Attempts ===
+// === impl ConnectAttempts ===
 
 impl ConnectAttempts {
     /// Notes that the backend reset the connection, which stood since then, before a
@@ -351,7 +351,7 @@ impl ConnectAttempts {
     }
 }
 
-// === impl Held ===
+// === impl BackendSlot ===
 
 impl BackendSlot {
     fn new(mut reserved: Reservation, pool: &PoolTable, ctx: &WorkerContext) -> BackendSlot {

@@ -279,7 +279,7 @@ impl Drop for Session {
     }
 }
 
-// === impl Totals ===
+// === impl RelayTotals ===
 
 impl RelayTotals {
     /// Of a session that was not relayed.
@@ -289,7 +289,7 @@ impl RelayTotals {
     }
 }
 
-// === impl Story ===
+// === impl SessionRecord ===
 
 impl SessionRecord {
     /// Begins with a connection that was accepted, and counts it.

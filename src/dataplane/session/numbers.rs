@@ -1,7 +1,7 @@
 //! Numbers for sessions: one sequence for all workers, and for the processes that an
 //! upgrade makes of one.
 //!
-//! `Context` takes blocks from it, so that workers rarely share a cache line; `daemon`
+//! `WorkerContext` takes blocks from it, so that workers rarely share a cache line; `daemon`
 //! carries it over an upgrade. It is no count: blocks are left unfinished.
 
 use std::ops::Range;

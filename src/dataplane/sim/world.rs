@@ -84,7 +84,7 @@ fn config_text(rng: &mut Rng) -> String {
     )
 }
 
-// === impl Script ===
+// === impl SimScript ===
 
 impl SimScript {
     pub(super) fn random(seed: u64) -> SimScript {
@@ -96,7 +96,7 @@ impl SimScript {
     }
 }
 
-// === impl World ===
+// === impl SimWorld ===
 
 impl SimWorld {
     pub(super) fn run(runtime: EngineKind, script: SimScript) -> SimOutcome {

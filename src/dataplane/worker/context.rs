@@ -125,7 +125,7 @@ const SHORT_PAUSE: Duration = Duration::from_millis(100);
 /// Trouble of one kind is told of at most so often by each worker.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
 
-// === impl Reports ===
+// === impl ReportQueue ===
 
 impl ReportQueue {
     /// Empty.
@@ -157,7 +157,7 @@ impl Default for ReportQueue {
     }
 }
 
-// === impl Context ===
+// === impl WorkerContext ===
 
 impl WorkerContext {
     /// The surroundings of worker `id`; `seed` drives its random draws.

@@ -116,7 +116,7 @@ pub struct Worker {
     station: Arc<WorkerHandle>,
 }
 
-// === impl Runtime ===
+// === impl EngineKind ===
 
 impl EngineKind {
     /// As in status and configuration.

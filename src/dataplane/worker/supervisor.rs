@@ -74,7 +74,7 @@ struct ExitGuard(Option<Arc<WorkerHandle>>);
 /// Raises the alarm when a listener's task panics.
 struct ListenerPanicGuard(Rc<WorkerContext>);
 
-// === impl Station ===
+// === impl WorkerHandle ===
 
 impl WorkerHandle {
     pub(crate) fn has_ended(&self) -> bool {
@@ -93,7 +93,7 @@ impl WorkerHandle {
     }
 }
 
-// === impl Obituary ===
+// === impl ExitGuard ===
 
 impl Drop for ExitGuard {
     fn drop(&mut self) {
@@ -104,7 +104,7 @@ impl Drop for ExitGuard {
     }
 }
 
-// === impl Life ===
+// === impl WorkerThread ===
 
 impl WorkerThread {
     /// Starts the first thread; returns once its runtime and engine stand.
@@ -392,7 +392,7 @@ fn engine_ended(ctx: &WorkerContext, ended: Result<io::Result<()>, JoinError>) -
     }
 }
 
-// === impl Watch ===
+// === impl ListenerPanicGuard ===
 
 impl Drop for ListenerPanicGuard {
     fn drop(&mut self) {

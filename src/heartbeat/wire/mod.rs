@@ -244,7 +244,7 @@ fn is_backend_name(text: &str, address: SocketAddr) -> bool {
     is_name(text) || (text.contains(':') && address.to_string() == text)
 }
 
-// === impl Identity ===
+// === impl SenderIdentity ===
 
 impl SenderIdentity {
     /// A backend of `pool` that serves at `address`.
@@ -286,7 +286,7 @@ impl SenderIdentity {
     }
 }
 
-// === impl Datagram ===
+// === impl EncodedHeartbeat ===
 
 impl EncodedHeartbeat {
     fn put(&mut self, bytes: &[u8]) {
@@ -310,7 +310,7 @@ impl fmt::Debug for EncodedHeartbeat {
     }
 }
 
-// === impl Parsed ===
+// === impl ParsedHeartbeat ===
 
 impl<'a> ParsedHeartbeat<'a> {
     /// Takes a datagram apart.

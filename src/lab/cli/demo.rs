@@ -131,7 +131,7 @@ fn finish(screen: &Screen, balancer: DemoBalancer, mut verdict: DemoResult) -> E
     if verdict.broken.is_empty() { Exit::Fine } else { Exit::Failed }
 }
 
-// === impl Stop ===
+// === impl DemoStopSignals ===
 
 impl DemoStopSignals {
     fn listen(runtime: &Runtime) -> io::Result<DemoStopSignals> {

@@ -54,7 +54,7 @@ struct OpenStreams {
     seed: Option<u64>,
 }
 
-// === impl Backend ===
+// === impl LedgerBackend ===
 
 impl LedgerBackend {
     /// Listens on a free port of 127.0.0.1.

@@ -114,7 +114,7 @@ pub struct Ledger {
     excused: Mutex<HashSet<u64>>,
 }
 
-// === impl Plan ===
+// === impl StreamPlan ===
 
 impl StreamPlan {
     /// What that seed stands for.
@@ -147,7 +147,7 @@ impl StreamPlan {
     }
 }
 
-// === impl Fault ===
+// === impl StreamFault ===
 
 impl StreamFault {
     fn new(kind: StreamFaultKind, text: impl Into<String>) -> StreamFault {

@@ -52,7 +52,7 @@ enum RequestState {
     Resting,
 }
 
-// === impl Exchange ===
+// === impl RequestLoop ===
 
 impl RequestLoop {
     pub(super) fn new(plan: &LoadPlan, count: usize) -> RequestLoop {

@@ -79,7 +79,7 @@ pub struct LoadReport {
     errors: [u64; KINDS.len()],
 }
 
-// === impl Kind ===
+// === impl LoadErrorKind ===
 
 impl LoadErrorKind {
     /// Why a connection never stood.
@@ -104,7 +104,7 @@ impl LoadErrorKind {
     }
 }
 
-// === impl Report ===
+// === impl LoadReport ===
 
 impl LoadReport {
     pub(super) fn new() -> LoadReport {

@@ -93,7 +93,7 @@ fn bind_all(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
     Ok(sockets)
 }
 
-// === impl Served ===
+// === impl ServeReport ===
 
 impl ServeReport {
     /// Adds what another thread has done.

@@ -29,7 +29,7 @@ struct StreamSlot {
     stands: bool,
 }
 
-// === impl Streams ===
+// === impl StreamLoop ===
 
 impl StreamLoop {
     pub(super) fn new(plan: &LoadPlan, count: usize) -> StreamLoop {

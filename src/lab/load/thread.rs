@@ -153,7 +153,7 @@ fn drive<L: ModeLoop>(
     Ok(lane.whole())
 }
 
-// === impl Lane ===
+// === impl LoadThread ===
 
 impl<'a> LoadThread<'a> {
     fn new(

@@ -49,7 +49,7 @@ pub struct LoadThreads<T> {
     threads: Vec<JoinHandle<io::Result<T>>>,
 }
 
-// === impl Place ===
+// === impl ThreadHandle ===
 
 impl ThreadHandle {
     /// Whether the crew was told to stop.
@@ -81,7 +81,7 @@ impl ThreadHandle {
     }
 }
 
-// === impl Crew ===
+// === impl LoadThreads ===
 
 impl<T: Send + 'static> LoadThreads<T> {
     /// Runs `work` on `count` threads, the i-th on the i-th of `cpus` (again

@@ -244,7 +244,7 @@ pub fn epoll_wait(most: usize) -> SimResult<Vec<Event>> {
     try_with(|kernel| kernel.epoll_wait(most))
 }
 
-// === impl Kernel ===
+// === impl SimKernel ===
 
 impl SimKernel {
     fn pipe(&self, end: usize, fd: &OwnedFd) -> usize {
@@ -275,7 +275,7 @@ impl SimKernel {
         Ok((stream, from, count))
     }
 
-    /// As [`Kernel::take`], and they stay where they are.
+    /// As [`SimKernel::take`], and they stay where they are.
     fn look(&mut self, id: usize, most: u64) -> io::Result<(u8, u64, u64)> {
         let most = self.may_take(SimCall::Receive, id, most)?;
         let socket = &mut self.sockets[id];

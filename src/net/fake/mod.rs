@@ -93,7 +93,7 @@ fn try_with<T>(run: impl FnOnce(&mut SimKernel) -> T) -> Option<T> {
     KERNEL.with_borrow_mut(|kernel| kernel.as_mut().map(run))
 }
 
-// === impl Installed ===
+// === impl KernelGuard ===
 
 impl KernelGuard {
     pub fn new(kernel: SimKernel) -> KernelGuard {
@@ -108,7 +108,7 @@ impl Drop for KernelGuard {
     }
 }
 
-// === impl Kernel ===
+// === impl SimKernel ===
 
 impl SimKernel {
     pub fn new(seed: u64) -> SimKernel {
@@ -240,7 +240,7 @@ fn hung_up<'a>(alarms: impl Iterator<Item = Option<&'a OwnedFd>>) -> Vec<usize> 
     told.filter(|(_, fd)| !fd.revents().is_empty()).map(|(index, _)| index).collect()
 }
 
-// === impl Kernel: what peers and paths do ===
+// === impl SimKernel: what peers and paths do ===
 
 impl SimKernel {
     /// The peer sends so many more bytes.

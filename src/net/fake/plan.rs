@@ -72,7 +72,7 @@ pub(super) fn survives(errno: i32) -> bool {
     is_ours(errno) || matches!(errno, libc::EAGAIN | libc::EINTR | libc::EINVAL | libc::ECANCELED)
 }
 
-// === impl Call ===
+// === impl SimCall ===
 
 impl SimCall {
     /// What it can fail with.
@@ -138,7 +138,7 @@ impl SimCall {
     }
 }
 
-// === impl Plan ===
+// === impl FaultSchedule ===
 
 impl FaultSchedule {
     /// What goes wrong with the `index`-th call.

@@ -24,7 +24,7 @@ struct SimWatch {
     edge: bool,
 }
 
-// === impl Set ===
+// === impl SimEpoll ===
 
 impl SimEpoll {
     pub(super) fn wake(&mut self, id: usize) {
@@ -57,7 +57,7 @@ pub(super) fn bell() -> io::Result<OwnedFd> {
     Ok(rustix::event::eventfd(0, flags)?)
 }
 
-// === impl Kernel ===
+// === impl SimKernel ===
 
 impl SimKernel {
     pub(super) fn epoll_create(&mut self) -> io::Result<OwnedFd> {

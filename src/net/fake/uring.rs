@@ -143,7 +143,7 @@ fn on<T>(run: impl FnOnce(&mut SimKernel) -> T) -> T {
     try_with(run).expect("a fake ring is of a fake kernel")
 }
 
-// === impl Uring ===
+// === impl SimRing ===
 
 impl SimRing {
     pub(super) fn new(rng: &mut Rng) -> SimRing {
@@ -183,7 +183,7 @@ impl SimRing {
     }
 }
 
-// === impl Entry ===
+// === impl SimSqe ===
 
 impl SimSqe {
     fn read(entry: &squeue::Entry) -> SimSqe {
@@ -234,7 +234,7 @@ impl SimSqe {
     }
 }
 
-// === impl Kernel ===
+// === impl SimKernel ===
 
 impl SimKernel {
     fn enter_ring(&mut self) -> io::Result<()> {

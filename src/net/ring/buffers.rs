@@ -136,7 +136,7 @@ impl Drop for Chunk {
     }
 }
 
-// === impl Pool ===
+// === impl RingBufferPool ===
 
 impl RingBufferPool {
     fn new(count: u16) -> Rc<RingBufferPool> {

@@ -543,7 +543,7 @@ impl std::fmt::Debug for Ring {
     }
 }
 
-// === impl Wake ===
+// === impl RingWaker ===
 
 impl AsRawFd for RingWaker {
     fn as_raw_fd(&self) -> RawFd {

@@ -206,7 +206,7 @@ impl Ops {
     }
 }
 
-// === impl Message ===
+// === impl SendMessage ===
 
 impl SendMessage {
     fn new() -> SendMessage {
@@ -255,7 +255,7 @@ impl std::fmt::Debug for SendMessage {
     }
 }
 
-// === impl InFlight ===
+// === impl InFlightOp ===
 
 impl InFlightOp {
     /// The descriptor it works on; -1, which is none, once it is over.
@@ -265,7 +265,7 @@ impl InFlightOp {
     }
 }
 
-// === impl Bytes ===
+// === impl SendBytes ===
 
 impl SendBytes {
     #[inline]

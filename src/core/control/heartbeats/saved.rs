@@ -56,7 +56,7 @@ fn ago(now: Instant, ms: u64) -> Instant {
     now.checked_sub(Duration::from_millis(ms)).unwrap_or(now)
 }
 
-// === impl Heart ===
+// === impl BackendHeartbeats ===
 
 impl BackendHeartbeats {
     pub(in crate::control) fn save(&self, now: Instant) -> SavedHeart {

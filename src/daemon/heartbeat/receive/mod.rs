@@ -304,7 +304,7 @@ impl Told {
     }
 }
 
-// === impl Counts ===
+// === impl ReceiverCounts ===
 
 impl ReceiverCounts {
     /// Heartbeats believed.
@@ -336,7 +336,7 @@ impl ReceiverCounts {
     }
 }
 
-// === impl Inbox ===
+// === impl ReceiverInbox ===
 
 impl ReceiverInbox {
     fn send(&self, order: ReceiverCommand) {

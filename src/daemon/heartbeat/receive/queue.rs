@@ -27,7 +27,7 @@ struct QueuedHeartbeat {
     newest: HashMap<(Arc<str>, Arc<str>), ReceivedHeartbeat>,
 }
 
-// === impl Queue ===
+// === impl HeartbeatQueue ===
 
 impl HeartbeatQueue {
     /// Queues a batch; how many were merged into a newer one of their sender.
@@ -53,7 +53,7 @@ impl HeartbeatQueue {
     }
 }
 
-// === impl Waiting ===
+// === impl QueuedHeartbeat ===
 
 impl QueuedHeartbeat {
     /// Whether it was merged with an older one.

@@ -51,7 +51,7 @@ struct BatchTimes {
     wall: SystemTime,
 }
 
-// === impl Thread ===
+// === impl ReceiverThread ===
 
 impl ReceiverThread {
     pub(super) fn new(
@@ -174,7 +174,7 @@ impl ReceiverThread {
     }
 }
 
-// === impl Taken ===
+// === impl BatchTimes ===
 
 impl BatchTimes {
     /// When the kernel received it, by both clocks.

@@ -152,7 +152,7 @@ impl Limiter {
     }
 }
 
-// === impl Lane ===
+// === impl RateGate ===
 
 impl RateGate {
     fn new(per_second: u32) -> RateGate {

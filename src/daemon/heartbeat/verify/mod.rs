@@ -143,7 +143,7 @@ pub struct Verifier {
     senders: SenderTable,
 }
 
-// === impl Limits ===
+// === impl VerifierLimits ===
 
 impl Default for VerifierLimits {
     fn default() -> Self {
@@ -151,7 +151,7 @@ impl Default for VerifierLimits {
     }
 }
 
-// === impl Gate ===
+// === impl Verifier ===
 
 impl Verifier {
     /// Knows nobody yet. `seed` drives its draws and must not be guessable
@@ -245,7 +245,7 @@ impl Verifier {
     }
 }
 
-// === impl Reject ===
+// === impl RejectReason ===
 
 impl RejectReason {
     /// Every reason, in the order of their numbers.

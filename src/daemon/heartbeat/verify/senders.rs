@@ -59,7 +59,7 @@ pub(super) struct ReceiveTime {
     pub(super) skew_max: Duration,
 }
 
-// === impl Senders ===
+// === impl SenderTable ===
 
 impl SenderTable {
     pub(super) fn len(&self) -> usize {
@@ -115,7 +115,7 @@ impl SenderTable {
     }
 }
 
-// === impl Sender ===
+// === impl SenderRecord ===
 
 impl SenderRecord {
     fn new(parsed: &ParsedHeartbeat<'_>, moment: ReceiveTime) -> SenderRecord {
@@ -179,7 +179,7 @@ impl SenderRecord {
     }
 }
 
-// === impl Anchor ===
+// === impl ClockAnchor ===
 
 impl ClockAnchor {
     /// What our wall clock would show had it not jumped since.
@@ -189,7 +189,7 @@ impl ClockAnchor {
     }
 }
 
-// === impl Moment ===
+// === impl ReceiveTime ===
 
 impl ReceiveTime {
     fn anchor(&self) -> ClockAnchor {

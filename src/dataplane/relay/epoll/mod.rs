@@ -85,7 +85,7 @@ struct EpollIo<'a> {
     budget: &'a Arc<MemoryBudget>,
 }
 
-// === impl Readiness ===
+// === impl EpollEngine ===
 
 impl EpollEngine {
     /// On the current thread's runtime.
@@ -366,7 +366,7 @@ impl EngineIo for EpollEngine {
     }
 }
 
-// === impl Sockets ===
+// === impl SocketPair ===
 
 impl SocketPair {
     #[inline]
@@ -375,7 +375,7 @@ impl SocketPair {
     }
 }
 
-// === impl Wires ===
+// === impl EpollIo ===
 
 impl PumpIo for EpollIo<'_> {
     #[inline]

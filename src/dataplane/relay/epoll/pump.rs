@@ -395,7 +395,7 @@ impl Pump {
     }
 }
 
-// === impl Socket ===
+// === impl PumpSocket ===
 
 impl PumpSocket {
     /// Sending to it failed; whatever it had sent before is still to be read.

@@ -2,7 +2,7 @@
 //! session's own, and where the process's budget has none left, with none. And
 //! when the kernel itself has no memory: later.
 //!
-//! Driven by `Ringed` for sides that starve. It never drops a byte: what can
+//! Driven by `RingEngine` for sides that starve. It never drops a byte: what can
 //! be neither kept nor sent stays in the kernel's receive buffer, and TCP holds
 //! the sender back.
 
@@ -42,7 +42,7 @@ pub(super) enum FallbackResult {
     Failed,
 }
 
-// === impl Larder ===
+// === impl FallbackBuffers ===
 
 impl FallbackBuffers {
     pub(super) fn new(budget: Arc<MemoryBudget>) -> FallbackBuffers {
@@ -50,7 +50,7 @@ impl FallbackBuffers {
     }
 }
 
-// === impl Flow ===
+// === impl RingSession ===
 
 impl RingSession {
     /// Whether that side waits for a buffer.

@@ -78,7 +78,7 @@ pub(super) struct RingEngine {
     shown: RingCounts,
 }
 
-// === impl Ringed ===
+// === impl RingEngine ===
 
 impl RingEngine {
     /// On the current thread and its runtime.

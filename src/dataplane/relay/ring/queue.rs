@@ -13,7 +13,7 @@ use tidegate_net::ring::{Chunk, Op, Ring};
 #[expect(clippy::box_collection, reason = "a quarter of the room in every idle session")]
 pub(super) struct SendQueue(Option<Box<VecDeque<Chunk>>>);
 
-// === impl Queue ===
+// === impl SendQueue ===
 
 impl SendQueue {
     pub(super) fn is_empty(&self) -> bool {

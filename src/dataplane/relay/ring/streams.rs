@@ -1,7 +1,7 @@
 //! One session on the ring: what is received, queued and sent in each
 //! direction, and which operations are in flight.
 //!
-//! Driven by `Ringed` with the ring's events. It owns the sockets together with
+//! Driven by `RingEngine` with the ring's events. It owns the sockets together with
 //! the operations that use them, reads no clock and knows no timers.
 //!
 //! In each direction there is at most one receive and one send. Bytes wait in a
@@ -169,7 +169,7 @@ fn side_of(tag: u64) -> SessionSide {
     if tag & 0x10 == 0 { SessionSide::Client } else { SessionSide::Backend }
 }
 
-// === impl Flow: sockets ===
+// === impl RingSession: sockets ===
 
 impl RingSession {
     pub(super) fn new(client: OwnedFd) -> RingSession {
@@ -287,7 +287,7 @@ impl RingSession {
     }
 }
 
-// === impl Flow: moving bytes ===
+// === impl RingSession: moving bytes ===
 
 impl RingSession {
     /// Receives from that side, unless it does, or must not now.
@@ -561,7 +561,7 @@ impl RingSession {
     }
 }
 
-// === impl Flow: shortage ===
+// === impl RingSession: shortage ===
 
 impl RingSession {
     /// Whether nothing is received from that side as its bytes wait.

@@ -23,7 +23,7 @@ pub(super) struct StateGuard<'a, M: EngineIo> {
     unwinding: bool,
 }
 
-// === impl Hold ===
+// === impl StateGuard ===
 
 impl<M: EngineIo> Deref for StateGuard<'_, M> {
     type Target = EngineState<M>;
@@ -50,7 +50,7 @@ impl<M: EngineIo> Drop for StateGuard<'_, M> {
     }
 }
 
-// === impl Shell ===
+// === impl EngineCore ===
 
 impl<M: EngineIo> EngineCore<M> {
     /// The state, for the time of one step.
@@ -101,7 +101,7 @@ impl<M: EngineIo> EngineCore<M> {
     }
 }
 
-// === impl Entry ===
+// === impl SessionEntry ===
 
 impl<F> SessionEntry<F> {
     /// Has the sockets that nobody has taken reset when they close: to a peer,

@@ -84,7 +84,7 @@ pub(crate) struct DemoBackendStatus {
 #[derive(Debug)]
 pub(crate) struct Metrics(String);
 
-// === impl Balancer ===
+// === impl DemoBalancer ===
 
 impl DemoBalancer {
     /// Starts it on free loopback ports in front of `backends`.
@@ -241,7 +241,7 @@ fn free_addresses() -> std::io::Result<[SocketAddr; 2]> {
     Ok([one.local_addr()?, other.local_addr()?])
 }
 
-// === impl Seen ===
+// === impl DemoStatus ===
 
 impl DemoStatus {
     fn read(status: &Value) -> DemoStatus {
@@ -290,7 +290,7 @@ impl DemoStatus {
     }
 }
 
-// === impl SeenBackend ===
+// === impl DemoBackendStatus ===
 
 impl DemoBackendStatus {
     /// At its full weight.

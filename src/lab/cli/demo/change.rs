@@ -15,7 +15,7 @@ use tokio::time::sleep;
 /// Requests go on for so long before and after a change.
 const AROUND: Duration = Duration::from_millis(250);
 
-// === impl Show ===
+// === impl DemoScript ===
 
 impl DemoScript<'_> {
     /// What `tidegate explain` says of a backend that is down.

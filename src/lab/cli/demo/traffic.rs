@@ -186,7 +186,7 @@ async fn close(mut stream: TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-// === impl Plan ===
+// === impl TrafficPlan ===
 
 impl TrafficPlan {
     fn take_ticket(&self) -> bool {
@@ -213,7 +213,7 @@ impl TrafficPlan {
     }
 }
 
-// === impl Tally ===
+// === impl RequestCounts ===
 
 impl RequestCounts {
     /// Requests made.

@@ -35,7 +35,7 @@ pub(crate) struct SelftestProcesses {
     log: PathBuf,
 }
 
-// === impl Balancer ===
+// === impl SelftestProcesses ===
 
 impl SelftestProcesses {
     /// Starts the first process; returns once it serves.

@@ -75,7 +75,7 @@ struct Shape {
 #[derive(Debug)]
 struct SelftestDirectory(PathBuf);
 
-// === impl World ===
+// === impl SelftestWorld ===
 
 impl SelftestWorld {
     pub(crate) fn start(seed: u64) -> Result<SelftestWorld, SelftestError> {
@@ -249,7 +249,7 @@ impl Shape {
     }
 }
 
-// === impl Directory ===
+// === impl SelftestDirectory ===
 
 impl SelftestDirectory {
     fn create() -> Result<SelftestDirectory, SelftestError> {

@@ -63,7 +63,7 @@ pub(super) struct ServeShared {
     pub(super) filler: Box<[u8]>,
 }
 
-// === impl Peer ===
+// === impl ServedConnection ===
 
 impl ServedConnection {
     pub(super) fn new(socket: OwnedFd) -> ServedConnection {

@@ -77,7 +77,7 @@ pub(super) fn run(
     Ok(worker.with.served)
 }
 
-// === impl Worker ===
+// === impl ServeThread ===
 
 impl ServeThread {
     fn new(behaviour: Behaviour, listeners: Vec<Socket>) -> io::Result<ServeThread> {
