@@ -13,6 +13,7 @@
 //! | [`secret_file`] | reading any file that holds a secret |
 //! | [`sender`] | sending them, for services written in Rust (a shell) |
 
+mod clock;
 pub mod key_file;
 pub mod keys;
 pub mod secret_file;

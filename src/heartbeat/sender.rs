@@ -29,14 +29,12 @@
 use super::SenderState;
 use super::keys::Secret;
 use super::wire::{HeartbeatFields, INTERVAL_MAX, SHARE_MAX, SenderIdentity, encode};
+use crate::clock;
 use std::io;
-use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, UNIX_EPOCH};
-use tidegate_net::clock;
-use tidegate_net::datagram;
 
 /// How often a sender says that it stops: three losses in a row are rare, and
 /// the silence that follows says the same a little later.
@@ -96,7 +94,7 @@ struct SenderFields {
 struct SendLoop {
     settings: SenderSettings,
     /// For IPv4 and IPv6 peers; `None` where there are none.
-    sockets: [Option<OwnedFd>; 2],
+    sockets: [Option<UdpSocket>; 2],
     shared: Arc<SenderShared>,
     incarnation: u64,
     sequence: u64,
@@ -105,6 +103,17 @@ struct SendLoop {
 fn now_ms() -> u64 {
     // A clock before 1970 is refused by every balancer, as it should be.
     clock::wall().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+/// A socket to send to peers such as that one from. It never waits for room.
+fn socket_for(peer: SocketAddr) -> io::Result<UdpSocket> {
+    let own: SocketAddr = match peer {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let socket = UdpSocket::bind(own)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
 }
 
 /// The first moment after `now` that lies whole intervals after `due`: what was
@@ -130,7 +139,7 @@ impl Sender {
         for to in &settings.to {
             let socket = &mut sockets[usize::from(to.is_ipv6())];
             if socket.is_none() {
-                *socket = Some(datagram::sender(to.ip())?);
+                *socket = Some(socket_for(*to)?);
             }
         }
         let says = SenderFields {
@@ -279,8 +288,8 @@ impl SendLoop {
         let (mut sent, mut failed, mut last_error) = (0, 0, None);
         for to in &self.settings.to {
             let Some(socket) = &self.sockets[usize::from(to.is_ipv6())] else { continue };
-            match datagram::send_to(socket, &datagram, *to) {
-                Ok(()) => sent += 1,
+            match socket.send_to(&datagram, to) {
+                Ok(_) => sent += 1,
                 Err(error) => {
                     failed += 1;
                     last_error = Some((*to, error.raw_os_error().unwrap_or_default()));

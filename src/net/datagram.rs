@@ -8,7 +8,7 @@
 
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use std::io;
-use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -266,20 +266,6 @@ fn timestamp(data: &[u8]) -> Option<SystemTime> {
     let nanos = libc::c_long::from_ne_bytes(*data.get(LONG..)?.first_chunk()?);
     let since = Duration::new(u64::try_from(seconds).ok()?, u32::try_from(nanos).ok()?);
     UNIX_EPOCH.checked_add(since)
-}
-
-/// Sends one datagram; never waits for room.
-pub fn send_to(socket: impl AsFd, bytes: &[u8], to: SocketAddr) -> io::Result<()> {
-    use rustix::net::SendFlags;
-    rustix::net::sendto(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL, &to)?;
-    Ok(())
-}
-
-/// An unbound socket to send to peers such as that one from.
-pub fn sender(peer: IpAddr) -> io::Result<OwnedFd> {
-    let domain = if peer.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
-    let kind = Type::DGRAM.nonblocking().cloexec();
-    Ok(Socket::new(domain, kind, Some(Protocol::UDP))?.into())
 }
 
 #[cfg(test)]

@@ -100,23 +100,6 @@ fn names_keep_to_the_configurations_characters() {
 }
 
 #[test]
-fn what_an_identity_may_be_called_is_what_a_configuration_may_call_it() {
-    let mut texts: Vec<String> = (0..=255_u8).map(|b| char::from(b).to_string()).collect();
-    texts.extend(["", "..", "a.", "a/b", "10.0.0.1:80", "ä"].map(str::to_owned));
-    texts.extend([NAME_BYTES_MAX, NAME_BYTES_MAX + 1].map(|length| "x".repeat(length)));
-    for text in texts {
-        let quoted = toml::Value::String(text.clone());
-        let file = format!(
-            "[frontend.f]\nbind = \"127.0.0.1:80\"\npool = {quoted}\n\
-             [[pool.{quoted}.backend]]\naddress = \"10.0.0.1:80\""
-        );
-        let configured = tidegate_config::parse(&file, "t.toml").is_ok();
-        let fit = SenderIdentity::new(&text, "a", "10.0.0.1:80".parse().unwrap()).is_ok();
-        assert_eq!(fit, configured, "{text:?}");
-    }
-}
-
-#[test]
 fn a_backend_without_a_name_goes_by_its_address() {
     for address in ["10.0.0.1:80", "[2001:db8::1]:80"] {
         let mut mouth = TestSender::named("web", address, address);
