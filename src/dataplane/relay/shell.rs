@@ -77,6 +77,8 @@ pub(super) struct EngineState<M: EngineIo> {
     /// When the mover had nothing left to do, at last.
     idle_at: Instant,
     next_tick: Instant,
+    /// Rounds in a row for which timers that are due have waited.
+    postponed: u32,
 }
 
 #[derive(Debug)]
@@ -131,6 +133,7 @@ impl<M: EngineIo> EngineCore<M> {
                 now: started,
                 idle_at: started,
                 next_tick: started,
+                postponed: 0,
             }),
             broken: Notify::new(),
             fallen: Cell::new(false),
@@ -409,16 +412,18 @@ impl<M: EngineIo> EngineCore<M> {
         let mut ends_at = None;
         for _ in 0..BATCHES_A_TURN {
             let state = &mut *self.hold();
+            let before = state.now;
             let round = M::round(state, &self.pace)?;
             self.faults.pass(FaultPoint::Engine);
             busy |= round.busy;
             let late = state.now >= *ends_at.get_or_insert(state.now + TURN_MAX);
-            state.expire(&self.pace);
+            let gap = state.now.saturating_duration_since(before);
+            let expired = state.expire(round.drained && gap < timers::ROUND_GAP_MAX, &self.pace);
             if state.now >= state.next_tick {
                 state.next_tick = state.now + M::TICK;
                 M::tick(state, &self.pace);
             }
-            if round.drained && !state.mover.has_work() {
+            if round.drained && expired && !state.mover.has_work() {
                 return Ok(TurnResult { drained: true, busy });
             }
             if late {

@@ -18,6 +18,15 @@ use tidegate_net::stream;
 const SETTLE_LOOK: Duration = Duration::from_millis(100);
 const SETTLE_LOOKS: u8 = 5;
 
+/// Longest time between two rounds after which the later one still shows what the kernel
+/// had at `now`. After a longer one this process may have been stopped in between: after
+/// the kernel was asked, before the time was read.
+pub(super) const ROUND_GAP_MAX: Duration = Duration::from_millis(10);
+
+/// Rounds for which due timers wait at most, about 0.1 s of a worker that is always busy.
+/// Counted, not timed: a process that is stopped meanwhile loses none of them.
+const POSTPONED_MAX: u32 = 1_000;
+
 impl<M: EngineIo> EngineState<M> {
     /// Sets a flow's timer anew. The half-closed timer may be due long before
     /// the idle one.
@@ -49,18 +58,27 @@ impl<M: EngineIo> EngineState<M> {
         self.expect_to_settle(key, pace);
     }
 
-    /// Fires the timers that are due.
-    pub(super) fn expire(&mut self, pace: &EngineSleep) {
+    /// Fires the timers that are due; false where they wait for another round. What they
+    /// would end may have happened in time: the round was not `current`, or other events
+    /// stood before it.
+    pub(super) fn expire(&mut self, current: bool, pace: &EngineSleep) -> bool {
         let now = pace.tick_at(self.now);
         if self.wheel.next_due().is_none_or(|due| due > now) {
-            return;
+            self.postponed = 0;
+            return true;
         }
+        if !current && self.postponed < POSTPONED_MAX {
+            self.postponed += 1;
+            return false;
+        }
+        self.postponed = 0;
         let mut fired = std::mem::take(&mut self.fired);
         self.wheel.advance(now, &mut fired);
         for key in fired.drain(..) {
             self.timer_fired(key, pace);
         }
         self.fired = fired;
+        true
     }
 
     fn timer_fired(&mut self, key: u32, pace: &EngineSleep) {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::relay::close_state::{Carried, CloseState, TurnBytes, TurnNext};
-use crate::relay::mover::{EngineIo, TurnResult};
+use crate::relay::mover::{ConnectResult, EngineIo, TurnResult};
 use crate::relay::pace::EngineSleep;
 use crate::relay::shell::EngineState;
 use socket2::{Domain, Socket, Type};
@@ -24,7 +24,20 @@ struct Sleepless {
     dozes: bool,
     /// Sessions that were torn down.
     torn_down: Rc<Cell<u32>>,
+    /// How far its process is with being stopped.
+    stopped: Stopped,
 }
+
+/// A process that is stopped for [`STOPPED_FOR`], between asking the kernel and reading the
+/// time, while its first session connects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stopped {
+    Never,
+    Soon,
+    Before,
+}
+
+const STOPPED_FOR: Duration = Duration::from_secs(3);
 
 /// A session whose operations never come back.
 #[derive(Debug)]
@@ -37,7 +50,7 @@ impl Sleepless {
             bell.set_nonblocking(true).unwrap();
             (ringer, reactor::watch_readable(Arc::new(bell)).unwrap())
         });
-        Sleepless { bell, dozes: false, torn_down: Rc::default() }
+        Sleepless { bell, dozes: false, torn_down: Rc::default(), stopped: Stopped::Never }
     }
 }
 
@@ -56,6 +69,18 @@ impl EngineIo for Sleepless {
 
     fn round(state: &mut EngineState<Sleepless>, _: &EngineSleep) -> io::Result<TurnResult> {
         state.now = clock::now();
+        match state.mover.stopped {
+            Stopped::Never => {}
+            Stopped::Soon if state.flows.is_empty() => {}
+            Stopped::Soon => {
+                state.now += STOPPED_FOR;
+                state.mover.stopped = Stopped::Before;
+            }
+            Stopped::Before => {
+                state.now += STOPPED_FOR;
+                state.connect_decided(0, ConnectResult::Connected);
+            }
+        }
         Ok(TurnResult { drained: true, busy: false })
     }
 
@@ -177,7 +202,8 @@ fn torn_down(dozes: bool) -> u32 {
     EngineKind::Epoll
         .block_on(async {
             let torn_down = Rc::new(Cell::new(0));
-            let mover = Sleepless { bell: None, dozes, torn_down: Rc::clone(&torn_down) };
+            let torn = Rc::clone(&torn_down);
+            let mover = Sleepless { bell: None, dozes, torn_down: torn, stopped: Stopped::Never };
             let shell = EngineCore::new(mover, None);
             let engine = tokio::task::spawn_local(Rc::clone(&shell).run());
             let (client, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -201,4 +227,20 @@ fn torn_down(dozes: bool) -> u32 {
 fn a_session_is_torn_down_only_where_nothing_else_is_left_to_come_back() {
     assert_eq!(torn_down(false), 0);
     assert_eq!(torn_down(true), 1);
+}
+
+#[test]
+fn connect_done_while_the_process_was_stopped_has_not_timed_out() {
+    let ended = EngineKind::Epoll.block_on(async {
+        let (stopped, dozes) = (Stopped::Soon, true);
+        let shell = EngineCore::new(Sleepless { stopped, dozes, ..Sleepless::new(false) }, None);
+        let engine = tokio::task::spawn_local(Rc::clone(&shell).run());
+        let (client, upstream) = std::os::unix::net::UnixStream::pair().unwrap();
+        let key = shell.open(client.into()).unwrap();
+        let deadline = clock::now() + STOPPED_FOR / 2;
+        let ended = shell.connected(key, upstream.into(), deadline).await;
+        engine.abort();
+        ended
+    });
+    assert!(ended.unwrap().is_ok(), "the deadline came first");
 }
