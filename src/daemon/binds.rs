@@ -24,8 +24,10 @@ use tidegate_net::listen;
 pub(super) enum SocketOwner {
     /// Nobody, or a balancer that is on its way out: closing them closes the
     /// address.
+    #[serde(rename = "nobody")]
     Process,
     /// A service manager, which goes on listening when we are gone.
+    #[serde(rename = "manager")]
     ServiceManager,
 }
 

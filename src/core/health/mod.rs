@@ -513,18 +513,18 @@ mod tests {
             }
         }
         expect![[r#"
-            ready in unknown-Waits: unknown=0 up=100 suspect=10 down=0
-            ready in unknown-Serves: unknown=100 up=100 suspect=10 down=0
-            ready ejected unknown-Waits: unknown=0 up=0 suspect=0 down=0
-            ready ejected unknown-Serves: unknown=0 up=0 suspect=0 down=0
-            draining in unknown-Waits: unknown=0 up=0 suspect=0 down=0
-            draining in unknown-Serves: unknown=0 up=0 suspect=0 down=0
-            draining ejected unknown-Waits: unknown=0 up=0 suspect=0 down=0
-            draining ejected unknown-Serves: unknown=0 up=0 suspect=0 down=0
-            maintenance in unknown-Waits: unknown=0 up=0 suspect=0 down=0
-            maintenance in unknown-Serves: unknown=0 up=0 suspect=0 down=0
-            maintenance ejected unknown-Waits: unknown=0 up=0 suspect=0 down=0
-            maintenance ejected unknown-Serves: unknown=0 up=0 suspect=0 down=0
+            ready in unknown-NotEligible: unknown=0 up=100 suspect=10 down=0
+            ready in unknown-Eligible: unknown=100 up=100 suspect=10 down=0
+            ready ejected unknown-NotEligible: unknown=0 up=0 suspect=0 down=0
+            ready ejected unknown-Eligible: unknown=0 up=0 suspect=0 down=0
+            draining in unknown-NotEligible: unknown=0 up=0 suspect=0 down=0
+            draining in unknown-Eligible: unknown=0 up=0 suspect=0 down=0
+            draining ejected unknown-NotEligible: unknown=0 up=0 suspect=0 down=0
+            draining ejected unknown-Eligible: unknown=0 up=0 suspect=0 down=0
+            maintenance in unknown-NotEligible: unknown=0 up=0 suspect=0 down=0
+            maintenance in unknown-Eligible: unknown=0 up=0 suspect=0 down=0
+            maintenance ejected unknown-NotEligible: unknown=0 up=0 suspect=0 down=0
+            maintenance ejected unknown-Eligible: unknown=0 up=0 suspect=0 down=0
         "#]]
         .assert_eq(&out);
     }
