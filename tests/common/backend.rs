@@ -395,6 +395,8 @@ impl Refusing {
     pub fn new() -> Refusing {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        // A connection of an earlier test may still be in TIME_WAIT on that port.
+        socket.set_reuse_address(true).expect("SO_REUSEADDR");
         socket.bind(&address.into()).expect("bind");
         Refusing { address, _socket: socket }
     }
