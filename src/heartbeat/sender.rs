@@ -7,13 +7,13 @@
 //!
 //! ```no_run
 //! use std::time::Duration;
-//! use tidegate::heartbeat::sender::{Sender, Settings};
-//! use tidegate::heartbeat::{SenderState, key_file, wire::Identity};
+//! use tidegate_heartbeat::sender::{Sender, SenderSettings};
+//! use tidegate_heartbeat::{SenderState, key_file, wire::SenderIdentity};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let sender = Sender::start(Settings {
+//! let sender = Sender::start(SenderSettings {
 //!     to: vec!["10.0.0.5:7946".parse()?],
-//!     identity: Identity::new("web", "a", "10.0.0.11:8080".parse()?)?,
+//!     identity: SenderIdentity::new("web", "a", "10.0.0.11:8080".parse()?)?,
 //!     key_id: 1,
 //!     secret: key_file::read("/etc/tidegate/hb.key".as_ref())?,
 //!     interval: Duration::from_millis(100),
