@@ -78,7 +78,7 @@ pub(super) struct EngineState<M: EngineIo> {
     idle_at: Instant,
     next_tick: Instant,
     /// Rounds in a row for which timers that are due have waited.
-    postponed: u32,
+    postponed: usize,
 }
 
 #[derive(Debug)]

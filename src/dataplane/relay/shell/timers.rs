@@ -23,9 +23,11 @@ const SETTLE_LOOKS: u8 = 5;
 /// the kernel was asked, before the time was read.
 pub(super) const ROUND_GAP_MAX: Duration = Duration::from_millis(10);
 
-/// Rounds for which due timers wait at most, about 0.1 s of a worker that is always busy.
-/// Counted, not timed: a process that is stopped meanwhile loses none of them.
-const POSTPONED_MAX: u32 = 1_000;
+/// Sessions that a round passes over at least where it leaves events behind: it takes 32
+/// events, and a session has two sockets. The kernel keeps them in a queue, so once the
+/// rounds have passed over all sessions, no event is left that was there when the timers
+/// were due. Counted, not timed: a process that is stopped meanwhile loses no round.
+const SESSIONS_A_ROUND: usize = 16;
 
 impl<M: EngineIo> EngineState<M> {
     /// Sets a flow's timer anew. The half-closed timer may be due long before
@@ -67,7 +69,7 @@ impl<M: EngineIo> EngineState<M> {
             self.postponed = 0;
             return true;
         }
-        if !current && self.postponed < POSTPONED_MAX {
+        if !current && self.postponed < 2 + self.flows.len() / SESSIONS_A_ROUND {
             self.postponed += 1;
             return false;
         }
