@@ -92,7 +92,7 @@ fn loaded(text: String, file: &str, files: NamedFiles<'_>) -> Result<Loaded, Pro
     Ok(Loaded { config, text, digest, warnings, origin })
 }
 
-/// The same without the files it names, which somebody else may be meant to read.
+/// The same without the files it names: another process may be the one to read them.
 ///
 /// # Errors
 /// As [`load`]'s.

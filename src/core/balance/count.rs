@@ -1,7 +1,7 @@
 //! The word behind an in-flight count, which the processes of an upgrade may share.
 //!
 //! Used by `in_flight` for every session and by the policies that compare loads. It
-//! knows how a word is laid out, not where it is: whoever shares one gives it in.
+//! knows the layout of a word, not where the word is: the caller gives shared words in.
 //!
 //! A count is one 64-bit word: the sum of [`COLUMNS`] columns in the upper 22 bits, and
 //! below it the first two columns of 21 bits each; the third is the rest of the sum. A
@@ -13,7 +13,6 @@
 
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::AtomicU64;
-use std::any::Any;
 use std::ops::Deref;
 use std::sync::Arc;
 #[cfg(not(tidegate_loom))]
@@ -68,9 +67,9 @@ pub struct Count {
 }
 
 /// Keeps a word for the count that has it, until it is dropped.
-pub trait CountHold: Any + std::fmt::Debug + Send + Sync {}
+pub trait CountHold: std::fmt::Debug + Send + Sync {}
 
-impl<T: Any + std::fmt::Debug + Send + Sync> CountHold for T {}
+impl<T: std::fmt::Debug + Send + Sync> CountHold for T {}
 
 /// A word of this process alone, on cache lines of its own.
 #[cfg(not(tidegate_loom))]

@@ -3,7 +3,7 @@
 //!
 //! Raised at selection by the compare-and-swap that enforces the cap, so the
 //! cap is never overshot however many workers race; lowered exactly once by
-//! whoever raised it. The processes of an upgrade share the atomic, each with a column
+//! the session that raised it. The processes of an upgrade share the atomic, each with a column
 //! of its own (`count`): a cap holds for their sum. A backend on trial lets a
 //! single session in, whatever its cap; trials belong to one process. Model-checked
 //! with loom. Never blocks.
@@ -86,7 +86,7 @@ impl InFlight {
         InFlight::counting(Count::own(), unit(0))
     }
 
-    /// Goes on with `held`, in which each session of this process is `unit`.
+    /// Counts in `held`, to which each session of this process adds `unit`.
     pub fn counting(held: Count, unit: u64) -> InFlight {
         let (elsewhere, trial) = (AtomicU32::new(0), TrialCell::new());
         InFlight { held, unit, elsewhere, trial }
