@@ -7,7 +7,7 @@
 
 use super::Notice;
 use crate::model::BackendAddr;
-use crate::table::source_addrs::SourceAddr;
+use crate::table::source_addrs::CountedSource;
 use crate::table::state::{BackendId, BackendState};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
@@ -120,7 +120,7 @@ impl PortWatch {
 
     /// Ports held on one way to a backend: open connections, and closed ones in
     /// TIME_WAIT where that keeps a port from new ones.
-    pub fn used(&self, backend: &BackendState, way: &SourceAddr, limits: PortLimits) -> u64 {
+    pub fn used(&self, backend: &BackendState, way: &CountedSource, limits: PortLimits) -> u64 {
         let open = match way.counts() {
             Some(counts) => {
                 // Ended is read first: begun can only have grown by then.
@@ -169,7 +169,7 @@ pub fn has_ports(backend: &BackendState) -> bool {
 /// In words, for status and the log.
 pub fn warning_text(
     backend: &BackendState,
-    way: &SourceAddr,
+    way: &CountedSource,
     used: u64,
     limits: PortLimits,
 ) -> String {
@@ -181,7 +181,7 @@ pub fn warning_text(
     )
 }
 
-fn notice(backend: &BackendState, way: &SourceAddr, used: u64, limits: PortLimits) -> Notice {
+fn notice(backend: &BackendState, way: &CountedSource, used: u64, limits: PortLimits) -> Notice {
     Notice {
         pool: Arc::clone(&backend.pool),
         backend: Some(Arc::clone(&backend.name)),
@@ -200,7 +200,7 @@ fn shortened(mut notices: Vec<Notice>) -> Vec<Notice> {
 }
 
 /// Connections so far whose port went into TIME_WAIT.
-fn ports_in_time_wait(backend: &BackendState, way: &SourceAddr) -> u64 {
+fn ports_in_time_wait(backend: &BackendState, way: &CountedSource) -> u64 {
     match way.counts() {
         Some(counts) => counts.sum(|c| c.lingering.get()),
         None => backend.counters.sum(|c| c.lingering.get()),
@@ -228,7 +228,7 @@ mod tests {
     }
 
     /// A backend reached from one address, with so many connections begun.
-    fn sourced(begun: u64) -> (Arc<BackendState>, Arc<SourceAddr>) {
+    fn sourced(begun: u64) -> (Arc<BackendState>, Arc<CountedSource>) {
         let backend = backend("10.0.0.9:80");
         backend.start_from(&["10.0.0.1".parse().unwrap()], 1);
         let way = backend.ways.load().iter().next().cloned().unwrap();

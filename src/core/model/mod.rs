@@ -3,8 +3,10 @@
 //! Built by `config`, which fills in every default, so that no `Option` here "must be
 //! some". Read by all parts. Nothing here reads a file or checks a value.
 
+mod addresses;
 mod process;
 
+pub use addresses::{BackendAddr, BindAddr, BindKey, ClientAddr, PeerAddr, Protocol, SourceAddr};
 pub use process::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
     ProcessConfig, Sandbox,
@@ -14,7 +16,6 @@ use crate::limits::access_list::AccessList;
 use crate::limits::client_sources::SourceLimits;
 use ipnet::IpNet;
 use std::collections::BTreeMap;
-use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -308,15 +309,6 @@ pub struct BackendConfig {
     pub connections_max: u32,
 }
 
-/// Where a backend listens.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum BackendAddr {
-    /// IPv4 or IPv6.
-    Tcp(SocketAddr),
-    /// A Unix stream socket.
-    Unix(PathBuf),
-}
-
 /// Largest weight a backend may have: keeps the smooth sequence of two
 /// co-prime neighbours within 2,000 slots.
 pub const WEIGHT_MAX: u16 = 1000;
@@ -324,17 +316,6 @@ pub const WEIGHT_MAX: u16 = 1000;
 /// `hash_slots` where a pool does not say: 100 slots a backend, and so shares
 /// that are 1 % apart, up to 655 backends.
 pub const HASH_SLOTS: u32 = 65_537;
-
-// === impl BackendAddr ===
-
-impl fmt::Display for BackendAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            BackendAddr::Tcp(address) => address.fmt(f),
-            BackendAddr::Unix(path) => write!(f, "unix:{}", path.display()),
-        }
-    }
-}
 
 // === impl Policy ===
 

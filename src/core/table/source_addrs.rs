@@ -25,13 +25,13 @@ const SPENT_MILLIS: u64 = 50;
 /// The ways to one backend; at least one.
 #[derive(Debug)]
 pub struct SourceAddrs {
-    list: Box<[Arc<SourceAddr>]>,
+    list: Box<[Arc<CountedSource>]>,
     turn: AtomicUsize,
 }
 
 /// One of them.
 #[derive(Debug)]
-pub struct SourceAddr {
+pub struct CountedSource {
     /// `None`: the kernel chooses.
     source: Option<IpAddr>,
     /// In the milliseconds of the process's clock.
@@ -56,7 +56,7 @@ pub struct SourceAddrCounts {
 impl SourceAddrs {
     /// The kernel chooses.
     pub fn any() -> SourceAddrs {
-        SourceAddrs { list: Box::new([Arc::new(SourceAddr::any())]), turn: AtomicUsize::new(0) }
+        SourceAddrs { list: Box::new([Arc::new(CountedSource::any())]), turn: AtomicUsize::new(0) }
     }
 
     /// By those of `sources` that are of the backend's family; where there is
@@ -67,10 +67,10 @@ impl SourceAddrs {
         workers: usize,
         before: &SourceAddrs,
     ) -> SourceAddrs {
-        let list: Vec<Arc<SourceAddr>> = of_family(sources, to)
+        let list: Vec<Arc<CountedSource>> = of_family(sources, to)
             .map(|source| {
                 let known = before.list.iter().find(|way| way.source == Some(source));
-                known.map_or_else(|| Arc::new(SourceAddr::from(source, workers)), Arc::clone)
+                known.map_or_else(|| Arc::new(CountedSource::from(source, workers)), Arc::clone)
             })
             .collect();
         match list.is_empty() {
@@ -87,7 +87,7 @@ impl SourceAddrs {
 
     /// Those that had a free port when last tried, from the next in turn on; at
     /// most [`WAYS_TRIED_MAX`].
-    pub fn round_robin(&self, now_millis: u64) -> impl Iterator<Item = &Arc<SourceAddr>> {
+    pub fn round_robin(&self, now_millis: u64) -> impl Iterator<Item = &Arc<CountedSource>> {
         let first = match self.list.len() {
             1 => 0,
             many => self.turn.fetch_add(1, Ordering::Relaxed) % many,
@@ -100,7 +100,7 @@ impl SourceAddrs {
     }
 
     /// Every one, in file order.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<SourceAddr>> {
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<CountedSource>> {
         self.list.iter()
     }
 }
@@ -111,16 +111,16 @@ fn of_family(sources: &[IpAddr], to: Option<SocketAddr>) -> impl Iterator<Item =
     sources.iter().copied().filter(fits)
 }
 
-// === impl SourceAddr ===
+// === impl CountedSource ===
 
-impl SourceAddr {
-    fn any() -> SourceAddr {
-        SourceAddr { source: None, spent_until: AtomicU64::new(0), counts: None }
+impl CountedSource {
+    fn any() -> CountedSource {
+        CountedSource { source: None, spent_until: AtomicU64::new(0), counts: None }
     }
 
-    fn from(source: IpAddr, workers: usize) -> SourceAddr {
+    fn from(source: IpAddr, workers: usize) -> CountedSource {
         let counts = Sharded::new(workers, SourceAddrCounts::default);
-        SourceAddr { source: Some(source), spent_until: AtomicU64::new(0), counts: Some(counts) }
+        CountedSource { source: Some(source), spent_until: AtomicU64::new(0), counts: Some(counts) }
     }
 
     /// Where connections start; `None`: the kernel chooses.
@@ -152,7 +152,7 @@ mod tests {
 
     fn next(ways: &SourceAddrs, now: u64) -> Vec<String> {
         let word =
-            |way: &Arc<SourceAddr>| way.source.map_or("any".into(), |source| source.to_string());
+            |way: &Arc<CountedSource>| way.source.map_or("any".into(), |source| source.to_string());
         ways.round_robin(now).map(word).collect()
     }
 

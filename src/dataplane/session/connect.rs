@@ -19,7 +19,7 @@ use tidegate_core::health::ConnectFailure;
 use tidegate_core::metrics::counters::{LocalErrorKind, LocalErrorPlace};
 use tidegate_core::model::{BackendAddr, Policy};
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
-use tidegate_core::table::source_addrs::SourceAddr;
+use tidegate_core::table::source_addrs::CountedSource;
 use tidegate_core::table::state::BackendState;
 use tidegate_core::table::{NoBackend, PoolTable, Reservation};
 use tidegate_net::clock;
@@ -43,7 +43,7 @@ pub(crate) struct BackendSlot {
     early_resets: bool,
     worker: u16,
     /// Whose port the connection holds, where that is counted by the way.
-    way: Option<Arc<SourceAddr>>,
+    way: Option<Arc<CountedSource>>,
 }
 
 /// A connected backend.
@@ -189,7 +189,7 @@ async fn attempt(
 }
 
 /// A connection that has begun, and the way it goes where that counts its ports.
-type StartedConnect = ((OwnedFd, Connecting), Option<Arc<SourceAddr>>);
+type StartedConnect = ((OwnedFd, Connecting), Option<Arc<CountedSource>>);
 
 /// Starts the connection, on the next way in turn that has a free port.
 fn start(ctx: &WorkerContext, backend: &BackendState) -> io::Result<StartedConnect> {
