@@ -13,10 +13,9 @@ use std::os::fd::RawFd;
 
 /// See the module's documentation.
 #[cfg_attr(
-    test,
+    any(test, feature = "fake"),
     expect(clippy::large_enum_variant, reason = "one a worker; outside tests it is the other")
 )]
-#[cfg_attr(feature = "fake", allow(clippy::large_enum_variant))]
 pub(super) enum RingDriver {
     Real(IoUring),
     /// The fake kernel of this thread.
