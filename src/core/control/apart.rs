@@ -10,11 +10,10 @@
 //!
 //! [`InFlight::shut`]: crate::balance::in_flight::InFlight::shut
 
-use super::publish::BackendTableState;
 use super::schedule::TimerKind;
-use super::{BackendEntry, ControlEffect, Controller, PoolEntry, PoolId, PublishReason};
+use super::{ControlEffect, Controller, PoolEntry, PoolId, PublishReason};
 use crate::table::PoolTable;
-use crate::table::build::{BackendInput, PoolBuild, PoolBuilt, PoolInput};
+use crate::table::build::{PoolBuild, PoolBuilt, PoolInput};
 use crate::table::state::{BackendId, BackendState};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
@@ -99,7 +98,7 @@ impl Builds {
     }
 
     /// Whether that pool's part is still to be made.
-    #[cfg(test)]
+    #[cfg(debug_assertions)]
     pub(super) fn is_due(&self, pool: PoolId) -> bool {
         self.due.contains_key(&pool)
     }
@@ -171,13 +170,13 @@ impl Controller {
         moved: BTreeSet<BackendId>,
         reason: PublishReason,
     ) {
-        let Some(pool) = self.pools.get_mut(pool) else { return };
+        let Some(pool) = self.pools.observe(pool) else { return };
         self.builds.due.entry(pool.id).or_insert(reason);
         let apart = pool.apart.get_or_insert_default();
         // The first part that will know of it is the next to begin.
         let first = self.builds.number + 1;
         for id in &moved {
-            let Some(entry) = self.backends.get(id) else { continue };
+            let Some(entry) = self.backends.get(*id) else { continue };
             if entry.health.eligible() {
                 apart.reopen_one(*id);
             } else if !apart.shut.iter().any(|(_, state)| state.id == *id)
@@ -192,25 +191,25 @@ impl Controller {
     /// A backend stands as the newest table, or the part under way, says: it may have
     /// been taken out and put back since.
     pub(super) fn came_back(&mut self, id: BackendId) {
-        let Some(entry) = self.backends.get(&id).filter(|entry| entry.health.eligible()) else {
+        let Some(entry) = self.backends.get(id).filter(|entry| entry.health.eligible()) else {
             return;
         };
-        if let Some(apart) = self.pools.get_mut(entry.pool).and_then(|pool| pool.apart.as_mut()) {
+        if let Some(apart) = self.pools.observe(entry.pool).and_then(|pool| pool.apart.as_mut()) {
             apart.reopen_one(id);
         }
     }
 
     /// The pool's part has been made between two events: of that.
     pub(super) fn made_at_once(&mut self, id: PoolId, input: PoolInput) {
-        let Some(pool) = self.pools.get_mut(id) else { return };
+        let Some(pool) = self.pools.observe(id) else { return };
         if let Some(before) = pool.apart.take() {
             // What was under way or due is of no use any more.
             before.reopen();
         }
         self.builds.due.remove(&id);
         self.builds.ready.retain(|(pool, _)| *pool != id);
-        if self.builds.is_apart(pool.members.len()) {
-            pool.apart = Some(Apart::of(input, pool.members.clone()));
+        if self.builds.is_apart(pool.members().len()) {
+            pool.apart = Some(Apart::of(input, pool.members().to_vec()));
         }
     }
 
@@ -240,28 +239,26 @@ impl Controller {
     fn begin_build(&mut self, id: PoolId, reason: PublishReason) {
         let previous = self.pools.place(id).and_then(|place| self.table.pools.get(place)).cloned();
         let stand_ins = self.pool(id).map_or_else(Vec::new, |pool| self.stand_ins_of(pool));
-        let Some(pool) = self.pools.get_mut(id) else { return };
+        let Some(pool) = self.pools.observe(id) else { return };
         let Some(mut apart) = pool.apart.take() else { return };
         self.builds.number += 1;
         let number = self.builds.number;
         let moved = std::mem::take(&mut apart.moved);
         let mut roster = apart.roster.take().unwrap_or_else(|| Roster::nobody(pool));
-        let came = roster.follow(&pool.members);
+        let came = roster.follow(pool.members());
         for place in roster.places(&moved) {
-            let entry = roster.ids.get(place).and_then(|id| self.backends.get_mut(id));
-            if let (Some(entry), Some(line)) = (entry, roster.input.backends.get_mut(place)) {
-                *line = entry.publish(pool);
+            if let Some(line) = roster.input.backends.get_mut(place)
+                && let Some(input) = self.backends.publish(roster.ids[place], pool)
+            {
+                *line = input;
             }
         }
-        for place in came {
-            // Every member is among the backends.
-            if let Some(entry) = self.backends.get_mut(&roster.ids[place]) {
-                roster.input.backends.push(entry.publish(pool));
-            }
-        }
+        // Every member is among the backends.
+        let came = came.filter_map(|place| self.backends.publish(roster.ids[place], pool));
+        roster.input.backends.extend(came);
         roster.input.spec = Arc::clone(&pool.spec);
         roster.input.stand_ins = stand_ins;
-        roster.input.undecided = pool.settling.is_some();
+        roster.input.undecided = pool.settling().is_some();
         apart.under_way = Some(UnderWay { number, reason, ids: roster.ids });
         pool.apart = Some(apart);
         let token = BuildToken { pool: id, number };
@@ -278,7 +275,7 @@ impl Controller {
         took: Duration,
         now: Instant,
     ) {
-        let Some(pool) = self.pools.get_mut(token.pool) else { return };
+        let Some(pool) = self.pools.observe(token.pool) else { return };
         let Some(apart) = &mut pool.apart else { return };
         let Some(UnderWay { reason, ids, .. }) =
             apart.under_way.take_if(|part| part.number == token.number)
@@ -312,18 +309,10 @@ impl Roster {
     fn nobody(pool: &PoolEntry) -> Roster {
         let input = PoolInput {
             spec: Arc::clone(&pool.spec),
-            backends: Vec::with_capacity(pool.members.len()),
+            backends: Vec::with_capacity(pool.members().len()),
             stand_ins: Vec::new(),
             undecided: false,
         };
         Roster { input, ids: Vec::new() }
-    }
-}
-
-impl BackendEntry {
-    /// What a table is to say of it from now on.
-    pub(super) fn publish(&mut self, pool: &PoolEntry) -> BackendInput {
-        self.published = BackendTableState::of(self, pool);
-        self.published.input(self)
     }
 }

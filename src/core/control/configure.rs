@@ -8,12 +8,12 @@
 use super::schedule::{TimerKind, after};
 use super::{
     BackendEntry, Controller, FrontendEntry, MemberSourceKind, PoolEntry, PoolId, PublishReason,
-    StartupGrace, history::TransitionHistory, publish::BackendTableState, suspicion,
+    StartupGrace,
 };
 use crate::balance::in_flight::Counted;
 use crate::health::ejection::EjectionState;
 use crate::health::probe_detector::ProbeDetector;
-use crate::health::{BackendHealth, HeartbeatHealth, Intent, Observation, RequestedState};
+use crate::health::{BackendHealth, HeartbeatHealth, Observation, RequestedState};
 use crate::model;
 use crate::model::{BackendAddr, Config, EjectionSpec, OnRemoval, ProbeSpec};
 use crate::outcome::RefusedReason;
@@ -75,7 +75,6 @@ impl Controller {
         self.start_all(&starting, now);
         self.configure_gray(now);
         self.work.unsettled.extend(self.pools.iter().map(|pool| pool.id));
-        self.work.touched.extend(self.pools.iter().flat_map(|pool| pool.members.iter().copied()));
         self.work.rebuild = Some(PublishReason::Configuration);
     }
 
@@ -106,7 +105,7 @@ impl Controller {
         let mut verdicts: HashMap<_, Vec<_>> = HashMap::new();
         for pool in &self.pools {
             let Some(spec) = &pool.spec.probe else { continue };
-            for entry in pool.members.iter().filter_map(|id| self.backends.get(id)) {
+            for entry in pool.members().iter().filter_map(|id| self.backends.get(*id)) {
                 if let Some(detector) = &entry.health.detector
                     && detector.observation() != Observation::Unknown
                 {
@@ -124,7 +123,7 @@ impl Controller {
         let mut ejections: HashMap<_, Vec<_>> = HashMap::new();
         for (pool, id) in &self.out {
             let spec = self.pool(*pool).and_then(|pool| pool.spec.ejection);
-            let entry = self.backends.get(id).filter(|entry| entry.health.outlier.is_ejected());
+            let entry = self.backends.get(*id).filter(|entry| entry.health.outlier.is_ejected());
             if let (Some(spec), Some(entry)) = (spec, entry) {
                 let found = (spec, entry.health.outlier.clone());
                 ejections.entry(entry.state.address.clone()).or_default().push(found);
@@ -136,7 +135,7 @@ impl Controller {
     fn take_before(&mut self) -> PreviousConfig {
         let (verdicts, ejections) = (self.verdicts(), self.ejections());
         let pools = self.pools.take();
-        let backends = std::mem::take(&mut self.backends);
+        let backends = self.backends.take();
         let mut known = HashMap::new();
         // Leaving ones first: where a name is in both, what is configured rules.
         let leaving = self.leaving.values().map(|leaving| &leaving.entry);
@@ -194,7 +193,7 @@ impl Controller {
             let backend = entry.state.id;
             self.note_out(&entry);
             members.push(backend);
-            self.backends.insert(backend, entry);
+            self.backends.insert(entry);
             match plan {
                 ProbePlan::Start => starting.push(backend),
                 ProbePlan::Continue => {}
@@ -205,55 +204,9 @@ impl Controller {
         }
         let startup = self.startup(old.as_ref(), spec, &members, now);
         self.enter_startup(id, spec, &members, startup, now);
-        let pool = self.pool_entry(id, spec, members, startup, old);
+        let mut pool = PoolEntry::new(id, spec, startup, old);
+        members.iter().filter_map(|id| self.backends.get(*id)).for_each(|entry| pool.add(entry));
         self.pools.push(pool);
-    }
-
-    /// What is kept of the pool beside its members.
-    fn pool_entry(
-        &self,
-        id: PoolId,
-        spec: &Arc<model::PoolConfig>,
-        members: Vec<BackendId>,
-        startup: StartupGrace,
-        old: Option<PoolEntry>,
-    ) -> PoolEntry {
-        let mut pool = PoolEntry {
-            id,
-            spec: Arc::clone(spec),
-            members,
-            startup,
-            names: HashMap::new(),
-            addresses: HashMap::new(),
-            has_backups: spec.backends.iter().any(|backend| backend.backup),
-            registered: 0,
-            full_noticed: None,
-            guard: Default::default(),
-            confirming: suspicion::confirming(spec),
-            in_service_since: None,
-            settling: None,
-            apart: None,
-        };
-        if let Some(old) = old {
-            pool.apart = old.apart;
-            pool.in_service_since = old.in_service_since;
-            pool.settling = old.settling;
-            if spec.heartbeat.is_some() {
-                pool.guard = old.guard;
-                pool.full_noticed = old.full_noticed;
-            }
-        }
-        for entry in pool.members.iter().filter_map(|id| self.backends.get(id)) {
-            pool.names.insert(Arc::clone(&entry.spec.name), entry.state.id);
-            if spec.heartbeat.is_none() {
-                continue;
-            }
-            if let BackendAddr::Tcp(address) = entry.state.address {
-                pool.addresses.insert(address, entry.state.id);
-            }
-            pool.registered += usize::from(entry.origin == MemberSourceKind::Registered);
-        }
-        pool
     }
 
     /// Fits what is known of the backend's heartbeats to what its pool now
@@ -354,35 +307,18 @@ impl Controller {
         let (pool, name, address) = (&state.pool, &state.name, &state.address_text);
         let in_flight = self.counts.count(Counted::Backend { pool, name, address });
         let state = state.counted_by(in_flight);
-        BackendEntry {
-            state: Arc::new(state),
-            pool: pool_id,
-            spec: spec.clone(),
-            health: BackendHealth::new(Intent::Ready, None, now),
-            origin: MemberSourceKind::File,
-            in_flight: None,
-            heart: None,
-            trying: None,
-            heartbeats_from: None,
-            calling_since: now,
-            observed_since: now,
-            ramp: None,
-            ramp_share: 100,
-            served: false,
-            published: BackendTableState::default(),
-            history: TransitionHistory::default(),
-        }
+        BackendEntry::new(state, pool_id, spec.clone(), now)
     }
 
     /// Starts the probing of a backend that joins a pool between reloads.
     pub(super) fn join_probing(&mut self, id: BackendId, pool: PoolId, now: Instant) {
-        let Some(pool) = self.pools.get_mut(pool) else { return };
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(pool) = self.pools.observe(pool) else { return };
+        let Some(entry) = self.backends.touch_later(id) else { return };
         let plan = respecify(entry, None, pool.spec.probe.as_deref(), JoinKind::Joined, now);
         if plan == ProbePlan::Continue {
             return;
         }
-        if pool.members.len() == 1 {
+        if pool.members().len() == 1 {
             // The first one: there was nobody to have a result from.
             pool.startup = StartupGrace::Waiting { since: now };
             let grace = TimerKind::GraceEnds(pool.id);
@@ -407,7 +343,7 @@ impl Controller {
     ) -> StartupGrace {
         let judged = |id: &BackendId| {
             self.backends
-                .get(id)
+                .get(*id)
                 .is_some_and(|entry| entry.health.record_heartbeat_health() != Observation::Unknown)
         };
         if spec.probe.is_none() || members.iter().any(judged) {
@@ -440,7 +376,7 @@ impl Controller {
             }
             StartupGrace::FailingOpen => {
                 for member in members {
-                    if let Some(entry) = self.backends.get_mut(member) {
+                    if let Some(entry) = self.backends.touch(*member) {
                         entry.health.fails_open = true;
                     }
                 }
@@ -516,7 +452,7 @@ fn still_registered(
         let claimed = names.contains(&*entry.spec.name) || addresses.contains(&entry.spec.address);
         (!claimed).then(|| (entry.spec.clone(), MemberSourceKind::Registered))
     };
-    old.members.iter().filter_map(stays).collect()
+    old.members().iter().filter_map(stays).collect()
 }
 
 /// Fits the backend's detector to its pool's probe spec: a changed spec keeps

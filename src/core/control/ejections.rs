@@ -80,7 +80,7 @@ impl Controller {
         in_a_row: u32,
         now: Instant,
     ) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.ejection else { return };
         let Some(row) = entry.health.outlier.failed(in_a_row, &spec) else { return };
@@ -89,7 +89,7 @@ impl Controller {
             return;
         }
         let objection = self.guard_view(pool).reason_to_refuse(spec.max_ejected_percent);
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let what = if failure == ConnectFailure::EarlyReset { "sessions" } else { "connects" };
         let evidence = format!("{row} {what} failed in a row, last: {failure}");
         if let Some(objection) = objection {
@@ -117,7 +117,7 @@ impl Controller {
         lasted: Duration,
         now: Instant,
     ) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         let until = entry.health.outlier.eject(spec, now);
         let reason = format!(
             "{evidence}; out for {} (ejection {} in a row)",
@@ -132,7 +132,7 @@ impl Controller {
     /// Puts an ejected backend back.
     pub(super) fn end_ejection(&mut self, id: BackendId, reason: &str, now: Instant) {
         self.schedule.cancel(TimerKind::EjectionEnds(id));
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         let Some(lasted) = entry.health.end_ejection(now) else { return };
         entry.state.in_flight.end_trial();
         let to = entry.health.observation().name();
@@ -153,7 +153,7 @@ impl Controller {
             return;
         }
         view.ejected.sort_by_key(|id| {
-            (self.backends.get(id).and_then(|entry| entry.health.outlier.until()), *id)
+            (self.backends.get(*id).and_then(|entry| entry.health.outlier.until()), *id)
         });
         let off = pool.spec.ejection.is_none();
         let surplus = view.ejected.len().saturating_sub(view.ejected_max);
@@ -161,7 +161,7 @@ impl Controller {
             .then(|| {
                 let useful = |id: &&BackendId| {
                     self.backends
-                        .get(id)
+                        .get(**id)
                         .is_some_and(|entry| entry.health.eligible_but_for_ejection())
                 };
                 view.ejected.iter().find(useful).copied()
@@ -184,7 +184,7 @@ impl Controller {
         let noted: Vec<BackendId> = noted(&self.out, pool).collect();
         let mut any = false;
         for id in noted {
-            let entry = self.backends.get(&id).filter(|entry| entry.pool == pool);
+            let entry = self.backends.get(id).filter(|entry| entry.pool == pool);
             if entry.is_some_and(|entry| !entry.health.outlier.takes_failures()) {
                 any = true;
             } else {
@@ -195,7 +195,7 @@ impl Controller {
     }
 
     pub(super) fn guard_view(&self, pool: &PoolEntry) -> EjectionGuard {
-        let members = pool.members.iter().filter_map(|id| self.backends.get(id));
+        let members = pool.members().iter().filter_map(|id| self.backends.get(*id));
         let percent = pool.spec.ejection.map_or(0, |spec| spec.max_ejected_percent);
         let out = || self.of_pool(&self.out, pool.id).map(|entry| (entry, &entry.health.outlier));
         let ejected = out().filter(|(_, outlier)| outlier.is_ejected());
@@ -204,10 +204,10 @@ impl Controller {
             ejected: ejected.map(|(entry, _)| entry.state.id).collect(),
             on_trial: out().filter(|(_, outlier)| outlier.is_on_trial()).count(),
             suspect: suspect.filter(|it| it.gray.is_suspect() && it.is_fully_eligible()).count(),
-            ejected_max: ejected_max(percent, pool.members.len()),
+            ejected_max: ejected_max(percent, pool.members().len()),
             // A walk over all of them would cost milliseconds.
             eligible: members.filter(|entry| entry.health.is_fully_eligible()).take(2).count(),
-            backends: pool.members.len(),
+            backends: pool.members().len(),
         }
     }
 
@@ -217,7 +217,7 @@ impl Controller {
         of: &'a BTreeSet<(PoolId, BackendId)>,
         pool: PoolId,
     ) -> impl Iterator<Item = &'a BackendEntry> {
-        let entries = noted(of, pool).filter_map(|id| self.backends.get(&id));
+        let entries = noted(of, pool).filter_map(|id| self.backends.get(id));
         entries.filter(move |entry| entry.pool == pool)
     }
 

@@ -101,7 +101,7 @@ impl Controller {
     /// The backend of that number, configured or leaving.
     pub fn known(&self, id: BackendId) -> Option<&Arc<BackendState>> {
         let leaving = || self.leaving.get(&id).map(|leaving| &leaving.entry);
-        self.backends.get(&id).or_else(leaving).map(|entry| &entry.state)
+        self.backends.get(id).or_else(leaving).map(|entry| &entry.state)
     }
 
     /// The backend that another process knows by these, configured or leaving.

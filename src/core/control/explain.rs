@@ -122,7 +122,7 @@ impl Controller {
         now: Instant,
     ) -> Result<Explanation, OperatorError> {
         let id = self.find_backend(pool, backend)?;
-        let entry = self.backends.get(&id).ok_or(OperatorError::UnknownBackend)?;
+        let entry = self.backends.get(id).ok_or(OperatorError::UnknownBackend)?;
         let pool = self.pool(entry.pool).ok_or(OperatorError::UnknownPool)?;
         let since = |at: Instant| now.saturating_duration_since(at);
         let all: Option<HeartbeatChannelStatus> = self.heartbeat_status(now);

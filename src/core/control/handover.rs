@@ -266,16 +266,16 @@ impl Controller {
         for _ in 0..most {
             let Some(id) = saving.left.pop() else {
                 let place = saving.pools.len();
-                let Some(pool) = self.pools.iter().as_slice().get(place) else { return false };
+                let Some(pool) = self.pools.at(place) else { return false };
                 saving.pools.push(Controller::save_pool(
                     pool,
                     self.table.pools.get(place),
                     saving.at,
                 ));
-                saving.left.extend(pool.members.iter().rev());
+                saving.left.extend(pool.members().iter().rev());
                 continue;
             };
-            if let (Some(pool), Some(entry)) = (saving.pools.last_mut(), self.backends.get(&id)) {
+            if let (Some(pool), Some(entry)) = (saving.pools.last_mut(), self.backends.get(id)) {
                 pool.backends.push(save_backend(entry, saving.history, saving.at));
             }
         }
@@ -292,7 +292,7 @@ impl Controller {
             turn: table.and_then(|table| table.balancer.as_ref()?.round_robin_position()),
             in_service_ms: pool.in_service_since.map(age),
             hearts: pool.spec.heartbeat.is_some(),
-            backends: Vec::with_capacity(pool.members.len()),
+            backends: Vec::with_capacity(pool.members().len()),
         }
     }
 
@@ -392,7 +392,7 @@ impl Controller {
         }
         for (pool, backend) in every_backend(saved) {
             if let Some(id) = self.find_saved(&pool.name, &backend.name, &backend.address)
-                && let Some(entry) = self.backends.get(&id)
+                && let Some(entry) = self.backends.get(id)
             {
                 carry_backend(&entry.state, backend);
             }
@@ -402,14 +402,14 @@ impl Controller {
     /// The configured backend that another process knows by these.
     pub fn find_saved(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
         let id = self.find_backend(pool, name).ok()?;
-        let entry = self.backends.get(&id)?;
+        let entry = self.backends.get(id)?;
         (*entry.state.address_text == *address).then_some(id)
     }
 
     /// The same one's state.
     pub fn saved_state(&self, pool: &str, name: &str, address: &str) -> Option<&BackendState> {
         let id = self.find_saved(pool, name, address)?;
-        self.backends.get(&id).map(|entry| &*entry.state)
+        self.backends.get(id).map(|entry| &*entry.state)
     }
 
     /// Whether every backend that may take sessions in another process may do so
@@ -421,7 +421,7 @@ impl Controller {
                 return true;
             };
             match self.find_saved(&pool.name, &backend.name, &backend.address) {
-                Some(id) => self.backends.get(&id).is_none_or(|entry| entry.health.eligible()),
+                Some(id) => self.backends.get(id).is_none_or(|entry| entry.health.eligible()),
                 // It left the file, unless its heartbeats would bring it.
                 None => !entry.spec.heartbeat.as_ref().is_some_and(|spec| spec.register),
             }
@@ -429,14 +429,16 @@ impl Controller {
     }
 
     fn adopt_pool(&mut self, saved: &SavedPool, now: Instant) {
-        let Some(pool) = self.pools.named_mut(&saved.name) else {
+        let Some(pool) = self.pools.named(&saved.name).map(|pool| pool.id) else {
             for backend in saved.backends.iter().filter(|one| one.intent != Intent::Ready.name()) {
                 self.keep_intent(saved, backend, now);
             }
             return;
         };
-        let is_watched = watched(pool).is_some();
-        if let Some(ms) = saved.in_service_ms {
+        let is_watched = self.pool(pool).and_then(watched).is_some();
+        if let Some(ms) = saved.in_service_ms
+            && let Some(pool) = self.pools.observe(pool)
+        {
             pool.in_service_since = Some(ago(now, ms));
         }
         self.drop_unregistered(saved, now);
@@ -447,7 +449,7 @@ impl Controller {
                 continue;
             };
             self.adopt_heart(id, backend, now);
-            let Some(entry) = self.backends.get_mut(&id) else { continue };
+            let Some(entry) = self.backends.touch(id) else { continue };
             if let Some(intent) = Intent::named(&backend.intent) {
                 entry.health.intent = intent;
                 entry.health.intent_since = ago(now, backend.intent_ms);
@@ -471,7 +473,6 @@ impl Controller {
                 }
                 None => self.schedule.cancel(TimerKind::EjectionEnds(id)),
             }
-            self.work.touched.insert(id);
             self.work.unsettled.insert(entry.pool);
             if backend.eligible {
                 self.adopt_ramp(id, backend.ramp_ms.map(Duration::from_millis), now);
@@ -482,24 +483,22 @@ impl Controller {
 
     /// A pool whose backends are known need not get to know them.
     fn adopt_startup(&mut self, saved: &SavedPool) {
-        let Some(pool) = self.pools.named_mut(&saved.name) else {
-            return;
-        };
+        let Some(id) = self.pools.named(&saved.name).map(|pool| pool.id) else { return };
+        let Some(pool) = self.pools.observe(id) else { return };
         let judged = |id: &BackendId| {
-            let entry = self.backends.get(id);
+            let entry = self.backends.get(*id);
             entry.is_some_and(|entry| entry.health.observation() != Observation::Unknown)
         };
         if pool.spec.probe.is_none() || pool.startup == StartupGrace::Decided {
             return;
         }
-        if pool.members.iter().any(judged) {
+        if pool.members().iter().any(judged) {
             pool.startup = StartupGrace::Decided;
         } else if saved.open {
             pool.startup = StartupGrace::FailingOpen;
         } else {
             return;
         }
-        let id = pool.id;
         self.schedule.cancel(TimerKind::GraceEnds(id));
     }
 }

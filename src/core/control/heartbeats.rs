@@ -31,7 +31,7 @@ use super::schedule::TimerKind;
 use super::{BackendEntry, ControlEffect, Controller, MemberSourceKind, Notice, PoolId};
 use crate::health::RequestedState;
 use crate::model;
-use crate::model::{BackendAddr, HeartbeatSpec};
+use crate::model::HeartbeatSpec;
 use crate::suspicion::{BeatInfo, DetectorState, HeartbeatDetector};
 use crate::table::state::BackendId;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -199,8 +199,8 @@ impl Controller {
     ) -> Result<Option<BackendId>, HeartbeatIgnored> {
         let pool = self.pools.named(&heartbeat.pool).ok_or(HeartbeatIgnored::UnknownPool)?;
         let spec = Arc::clone(pool.spec.heartbeat.as_ref().ok_or(HeartbeatIgnored::UnknownPool)?);
-        let named = pool.names.get(&heartbeat.name).copied();
-        let placed = pool.addresses.get(&heartbeat.address).copied();
+        let named = pool.member_named(&heartbeat.name);
+        let placed = pool.member_at(heartbeat.address);
         if let (Some(named), Some(placed)) = (named, placed)
             && named == placed
         {
@@ -211,7 +211,7 @@ impl Controller {
             (named, HeartbeatIgnored::ConfiguredName),
             (placed, HeartbeatIgnored::ConfiguredAddress),
         ] {
-            let Some(other) = other.and_then(|id| self.backends.get(&id)) else { continue };
+            let Some(other) = other.and_then(|id| self.backends.get(id)) else { continue };
             if other.origin == MemberSourceKind::File {
                 return Err(configured);
             }
@@ -253,8 +253,10 @@ impl Controller {
         spec: &HeartbeatSpec,
         now: Instant,
     ) -> Result<(), HeartbeatIgnored> {
-        let Some(entry) = self.pool_mut(pool) else { return Err(HeartbeatIgnored::UnknownPool) };
-        if entry.registered < spec.backends_max as usize {
+        let Some(entry) = self.pools.observe(pool) else {
+            return Err(HeartbeatIgnored::UnknownPool);
+        };
+        if entry.registered() < spec.backends_max as usize {
             return Ok(());
         }
         let quiet = |at: Instant| now.saturating_duration_since(at) < FULL_NOTICE_INTERVAL;
@@ -262,7 +264,7 @@ impl Controller {
             entry.full_noticed = Some(now);
             let message = format!(
                 "{} backends are registered, as many as backends_max allows: others are refused",
-                entry.registered
+                entry.registered()
             );
             let pool = Arc::clone(&entry.spec.name);
             self.work.effects.push(ControlEffect::Notice(Notice { pool, backend: None, message }));
@@ -289,22 +291,10 @@ impl Controller {
 
     /// Takes a registered backend out of its pool for good.
     pub(super) fn unregister(&mut self, id: BackendId, reason: &str, now: Instant) {
-        let Some(entry) = self.backends.remove(&id) else { return };
-        let Some(pool) = self.pools.get_mut(entry.pool) else { return };
-        pool.members.retain(|member| *member != id);
-        pool.registered = pool.registered.saturating_sub(1);
-        if pool.names.get(&entry.spec.name) == Some(&id) {
-            pool.names.remove(&entry.spec.name);
-        }
-        if let BackendAddr::Tcp(address) = entry.state.address
-            && pool.addresses.get(&address) == Some(&id)
-        {
-            pool.addresses.remove(&address);
-        }
+        let Some(entry) = self.backends.remove(id) else { return };
+        self.pools.remove_member(&entry);
+        let Some(pool) = self.pools.get(entry.pool) else { return };
         let (rule, pool) = (pool.spec.on_removal, pool.id);
-        if entry.published != Default::default() {
-            self.pace.members(pool);
-        }
         self.work.unsettled.insert(pool);
         self.remove_backend(entry, reason, rule, now);
         self.settle_pool_ramps(pool, now);
@@ -312,7 +302,7 @@ impl Controller {
 
     /// Takes what a known backend's heartbeat says.
     fn update(&mut self, id: BackendId, heartbeat: &Heartbeat, at: Instant, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
         let interval = heartbeat.interval.clamp(INTERVAL_MIN, INTERVAL_MAX);
@@ -341,7 +331,7 @@ impl Controller {
         let lighter = heart.load.apply_heartbeat(heartbeat.load);
         let ttl = ttl(&spec, interval);
         if lighter || before != (heart.weight_in_force, false) {
-            self.pace.backend(id);
+            self.backends.touch_later(id);
         }
         if !self.schedule.is_set(TimerKind::HeartbeatTtl(id)) {
             self.schedule.set(TimerKind::HeartbeatTtl(id), at + ttl);
@@ -364,29 +354,26 @@ impl Controller {
     }
 
     fn origin(&self, id: BackendId) -> Option<MemberSourceKind> {
-        self.backends.get(&id).map(|entry| entry.origin)
+        self.backends.get(id).map(|entry| entry.origin)
     }
 
     /// Whether its detector has not been told of it.
     fn has_no_heartbeat(&self, id: BackendId) -> bool {
-        let heart = self.backends.get(&id).and_then(|entry| entry.heart.as_deref());
+        let heart = self.backends.get(id).and_then(|entry| entry.heart.as_deref());
         heart.is_some_and(|heart| heart.detector.state() == DetectorState::Waiting)
     }
 
     /// Takes over what its heartbeats ask for, and records a change.
     fn apply_sender_state(&mut self, id: BackendId, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.get(id) else { return };
         let Some(heart) = &entry.heart else { return };
-        let calling = match heart.state {
-            SenderState::Ready => RequestedState::Ready,
-            SenderState::Starting => RequestedState::Starting,
-            SenderState::Draining => RequestedState::Draining,
-            SenderState::Stopping => RequestedState::Stopping,
-        };
-        let before = std::mem::replace(&mut entry.health.calling, calling);
+        let calling = requested(heart.state);
+        let before = entry.health.calling;
         if before == calling {
             return;
         }
+        let Some(entry) = self.backends.touch_later(id) else { return };
+        entry.health.calling = calling;
         let lasted = now.saturating_duration_since(entry.calling_since);
         entry.calling_since = now;
         let sessions = entry.state.in_flight.get();
@@ -399,7 +386,7 @@ impl Controller {
 
     /// `ttl` may be over.
     pub(super) fn heartbeat_ttl(&mut self, id: BackendId, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.get(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
         let Some((ttl, over)) = entry.expiry(&spec) else {
@@ -414,7 +401,7 @@ impl Controller {
             self.schedule.set(TimerKind::HeartbeatTtl(id), later);
             return;
         }
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         let Some(heart) = &mut entry.heart else { return };
         heart.expired = true;
         let needed = entry.origin == MemberSourceKind::Registered || spec.require;
@@ -433,12 +420,11 @@ impl Controller {
         self.count(id);
         let ttl = humantime::format_duration(ttl);
         self.pulse_changed(id, &format!("no heartbeat for {ttl} (ttl)"), None, now);
-        self.pace.backend(id);
     }
 
     /// Whatever its heartbeats asked for is over.
     pub(super) fn clear_sender_state(&mut self, id: BackendId, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         let before = std::mem::replace(&mut entry.health.calling, RequestedState::Ready);
         if before != RequestedState::Ready {
             let lasted = now.saturating_duration_since(entry.calling_since);
@@ -454,7 +440,7 @@ impl Controller {
             entry.origin == MemberSourceKind::Registered
                 && entry.heart.as_ref().is_none_or(|heart| heart.expired)
         };
-        if self.backends.get(&id).is_some_and(still) {
+        if self.backends.get(id).is_some_and(still) {
             self.unregister(id, "no heartbeat for ttl and forget_after", now);
         }
     }
@@ -482,6 +468,16 @@ impl BackendHeartbeats {
             adopted: false,
             counted: None,
         }
+    }
+}
+
+/// What a sender in that state asks for.
+fn requested(state: SenderState) -> RequestedState {
+    match state {
+        SenderState::Ready => RequestedState::Ready,
+        SenderState::Starting => RequestedState::Starting,
+        SenderState::Draining => RequestedState::Draining,
+        SenderState::Stopping => RequestedState::Stopping,
     }
 }
 

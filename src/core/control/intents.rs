@@ -143,7 +143,7 @@ impl Controller {
             intent_ms: millis(now.saturating_duration_since(entry.health.intent_since)),
             ..SavedBackend::default()
         };
-        let taken_out = self.backends.values().filter(|it| it.health.intent != Intent::Ready);
+        let taken_out = self.backends.iter().filter(|it| it.health.intent != Intent::Ready);
         let mut pools: BTreeMap<usize, Vec<SavedBackend>> = BTreeMap::new();
         for entry in taken_out {
             if let Some(place) = self.pools.place(entry.pool) {
@@ -151,7 +151,8 @@ impl Controller {
             }
         }
         let named = |(place, backends): (usize, _)| {
-            let name = self.pools.iter().as_slice()[place].spec.name.to_string();
+            let name =
+                self.pools.at(place).map(|pool| pool.spec.name.to_string()).unwrap_or_default();
             SavedPool { name, backends, ..SavedPool::default() }
         };
         Saved {
@@ -176,7 +177,7 @@ impl Controller {
                 self.keep_intent(pool, backend, now);
                 continue;
             };
-            let known = self.backends.get(&id).map(|entry| entry.health.intent);
+            let known = self.backends.get(id).map(|entry| entry.health.intent);
             if let Some(intent) = intent.filter(|wanted| known != Some(*wanted)) {
                 self.change_intent(id, intent, now);
                 self.work.cause = Some(PublishReason::Operator);
@@ -204,11 +205,10 @@ impl Controller {
         match self.find_saved(&left.pool, &left.name, &left.address) {
             Some(id) => {
                 // It came back during the upgrade.
-                if let Some(entry) = self.backends.get_mut(&id)
+                if let Some(entry) = self.backends.touch(id)
                     && entry.health.intent == Intent::Ready
                 {
                     (entry.health.intent, entry.health.intent_since) = (intent, since);
-                    self.work.touched.insert(id);
                 }
             }
             None => {

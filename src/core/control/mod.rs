@@ -17,6 +17,7 @@
 //! only [`Controller::apply`] and its siblings hand them out.
 
 mod apart;
+mod backends;
 mod configure;
 mod ejections;
 pub mod elsewhere;
@@ -60,17 +61,16 @@ pub use status::{
 };
 
 use crate::balance::in_flight::{Counts, Unshared};
-use crate::health::{BackendHealth, Intent, Transition};
+use crate::health::{Intent, Transition};
 use crate::model;
-use crate::model::ProbeSpec;
 use crate::suspicion::rejections::Rejections;
-use crate::suspicion::{PathGuard, Ramp};
 use crate::table::Table;
 use crate::table::state::{BackendId, BackendState, FrontendState};
+use backends::{BackendEntry, BackendSet, ProbeInFlight};
+use pools::{PoolEntry, PoolId, PoolSet, StartupGrace};
 use schedule::{Schedule, TimerKind};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
-use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -87,11 +87,9 @@ pub struct Controller {
     frontends: Vec<FrontendEntry>,
     /// Positions in `frontends`.
     frontend_names: HashMap<Arc<str>, usize>,
-    pools: pools::Pools,
-    /// How many of them are settling.
-    settling: usize,
+    pools: PoolSet,
     /// Every configured backend, whichever pool it is in.
-    backends: BTreeMap<BackendId, BackendEntry>,
+    backends: BackendSet,
     /// Removed backends that may still hold sessions.
     leaving: BTreeMap<BackendId, RemovedBackend>,
     /// Those of `leaving` by what makes them the same backend.
@@ -133,45 +131,6 @@ struct FrontendEntry {
     spec: model::FrontendConfig,
 }
 
-/// Names a pool for as long as its name stays configured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-struct PoolId(u32);
-
-impl PoolId {
-    /// No pool has this number.
-    const NONE: PoolId = PoolId(0);
-}
-
-/// A configured pool.
-#[derive(Debug)]
-struct PoolEntry {
-    id: PoolId,
-    spec: Arc<model::PoolConfig>,
-    /// In file order, then registered ones by age; all of them are in
-    /// `Controller::backends`.
-    members: Vec<BackendId>,
-    startup: StartupGrace,
-    /// Members by name.
-    names: HashMap<Arc<str>, BackendId>,
-    /// Members by address; kept where heartbeats are taken.
-    addresses: HashMap<SocketAddr, BackendId>,
-    /// Whether the file has backups for it.
-    has_backups: bool,
-    /// Members that are registered.
-    registered: usize,
-    full_noticed: Option<Instant>,
-    /// Whether many fell silent together.
-    guard: PathGuard,
-    /// How a suspicion is confirmed.
-    confirming: Arc<ProbeSpec>,
-    /// Since when somebody serves; `None`: nobody does.
-    in_service_since: Option<Instant>,
-    /// While none of its backends serves and some have no verdict yet.
-    settling: Option<settling::PoolSettling>,
-    /// Where it is so large that its part of a table is made on another thread.
-    apart: Option<apart::Apart>,
-}
-
 /// How a backend got into its pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MemberSourceKind {
@@ -179,57 +138,6 @@ pub enum MemberSourceKind {
     File,
     /// Its heartbeats brought it.
     Registered,
-}
-
-/// How far a pool with probes is in getting to know its backends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum StartupGrace {
-    /// No result yet; unknown backends wait.
-    Waiting { since: Instant },
-    /// No result came within `startup_grace`: unknown backends serve.
-    FailingOpen,
-    /// There was a result (or there is no probe).
-    Decided,
-}
-
-/// A configured backend.
-#[derive(Debug)]
-struct BackendEntry {
-    state: Arc<BackendState>,
-    pool: PoolId,
-    spec: model::BackendConfig,
-    health: BackendHealth,
-    origin: MemberSourceKind,
-    in_flight: Option<ProbeInFlight>,
-    /// What its heartbeats have said, where any were heard.
-    heart: Option<Box<heartbeats::BackendHeartbeats>>,
-    /// The confirming probe under way.
-    trying: Option<suspicion::ConfirmationInFlight>,
-    /// Until then it serves without the heartbeats it needs: they were not
-    /// required when it came.
-    heartbeats_from: Option<Instant>,
-    calling_since: Instant,
-    /// Since when its observation stands.
-    observed_since: Instant,
-    /// Its slow start, and the share it has reached, in percent.
-    ramp: Option<Ramp>,
-    ramp_share: u32,
-    /// Whether it was eligible when last looked at.
-    served: bool,
-    /// What the newest table says of it, to tell whether a new one is due.
-    published: publish::BackendTableState,
-    history: history::TransitionHistory,
-}
-
-/// A probe the shell was asked for.
-#[derive(Debug, Clone, Copy)]
-struct ProbeInFlight {
-    token: ProbeToken,
-    started: Instant,
-    /// No result is expected any more from then on.
-    lost_at: Instant,
-    /// Its result means nothing any more; it only keeps the next one waiting.
-    stale: bool,
 }
 
 /// A backend that is no longer configured.
@@ -258,8 +166,6 @@ struct PendingEffects {
     rebuild: Option<PublishReason>,
     /// Who caused it, where it was not health.
     cause: Option<PublishReason>,
-    /// Their standing may have changed.
-    touched: BTreeSet<BackendId>,
     /// Their guard is to be looked at.
     unsettled: BTreeSet<PoolId>,
     /// Shut, and not in the table that is about to be published.
@@ -283,9 +189,8 @@ impl Controller {
             connections_max: 0,
             frontends: Vec::new(),
             frontend_names: HashMap::new(),
-            pools: pools::Pools::default(),
-            settling: 0,
-            backends: BTreeMap::new(),
+            pools: PoolSet::default(),
+            backends: BackendSet::default(),
             leaving: BTreeMap::new(),
             left: HashMap::new(),
             out: BTreeSet::new(),
@@ -385,7 +290,7 @@ impl Controller {
 
     /// Pool and name of a configured backend.
     pub fn name_of(&self, id: BackendId) -> Option<(Arc<str>, Arc<str>)> {
-        let state = &self.backends.get(&id)?.state;
+        let state = &self.backends.get(id)?.state;
         Some((Arc::clone(&state.pool), Arc::clone(&state.name)))
     }
 
@@ -396,7 +301,7 @@ impl Controller {
 
     /// Every backend configured or registered, in no order.
     pub fn backends(&self) -> impl Iterator<Item = &Arc<BackendState>> {
-        self.backends.values().map(|entry| &entry.state)
+        self.backends.iter().map(|entry| &entry.state)
     }
 
     /// Those that came after `last`, oldest first.
@@ -404,8 +309,7 @@ impl Controller {
         &self,
         last: Option<BackendId>,
     ) -> impl Iterator<Item = &Arc<BackendState>> {
-        let from = last.map_or(Bound::Unbounded, Bound::Excluded);
-        self.backends.range((from, Bound::Unbounded)).map(|(_, entry)| &entry.state)
+        self.backends.after(last).map(|entry| &entry.state)
     }
 
     /// The newest table; an empty one before the first configuration.
@@ -458,16 +362,14 @@ impl Controller {
         (self.work.cause, self.work.at_once) = (None, false);
         #[cfg(debug_assertions)]
         self.check_tallies();
+        #[cfg(debug_assertions)]
+        self.check_noted();
         std::mem::take(&mut self.work.effects)
     }
 
     /// The pool of that number.
     fn pool(&self, id: PoolId) -> Option<&PoolEntry> {
         self.pools.get(id)
-    }
-
-    fn pool_mut(&mut self, id: PoolId) -> Option<&mut PoolEntry> {
-        self.pools.get_mut(id)
     }
 
     /// Records a change of a configured backend's standing.
@@ -479,8 +381,8 @@ impl Controller {
         lasted: Duration,
         now: Instant,
     ) {
+        self.backends.touch(id);
         self.record_lazily(id, names, reason, lasted, now);
-        self.work.touched.insert(id);
     }
 
     /// As [`Controller::record`], where the table may wait.
@@ -492,7 +394,7 @@ impl Controller {
         lasted: Duration,
         now: Instant,
     ) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch_later(id) else { return };
         let transition = Transition {
             pool: Arc::clone(&entry.state.pool),
             backend: Arc::clone(&entry.state.name),
@@ -504,7 +406,6 @@ impl Controller {
         };
         entry.history.add(transition.clone());
         self.work.effects.push(ControlEffect::Log(transition));
-        self.pace.backend(id);
         self.work.unsettled.insert(entry.pool);
     }
 }

@@ -21,12 +21,12 @@ impl Controller {
         backend: &str,
     ) -> Result<BackendId, OperatorError> {
         let pool = self.pools.named(pool).ok_or(OperatorError::UnknownPool)?;
-        pool.names.get(backend).copied().ok_or(OperatorError::UnknownBackend)
+        pool.member_named(backend).ok_or(OperatorError::UnknownBackend)
     }
 
     /// Sets the intent and records the change, if it is one.
     pub(super) fn change_intent(&mut self, id: BackendId, intent: Intent, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         let from = entry.health.intent;
         if from == intent {
             return;

@@ -35,7 +35,7 @@ impl Controller {
         if self.confirmation_result(id, token, &outcome, now) {
             return;
         }
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(probe) = entry.in_flight.take_if(|probe| probe.token == token) else { return };
         self.schedule.cancel(TimerKind::ProbeLost(id));
         if probe.stale {
@@ -69,7 +69,7 @@ impl Controller {
         (in_a_row, begun): (u32, Instant),
         now: Instant,
     ) {
-        let Some(entry) = self.backends.get_mut(&id) else {
+        let Some(entry) = self.backends.observe(id) else {
             if failure != ConnectFailure::EarlyReset {
                 self.stands_in_no_more(id);
             }
@@ -98,7 +98,7 @@ impl Controller {
     /// `startup_grace` is over: unless there was a result, the pool does
     /// without.
     pub(super) fn grace_over(&mut self, pool: PoolId) {
-        let Some(pool) = self.pool_mut(pool) else { return };
+        let Some(pool) = self.pools.observe(pool) else { return };
         if !matches!(pool.startup, StartupGrace::Waiting { .. }) {
             return;
         }
@@ -109,11 +109,10 @@ impl Controller {
              each backend is used until its first result"
         );
         let notice = Notice { pool: Arc::clone(&pool.spec.name), backend: None, message };
-        let members = pool.members.clone();
+        let members = pool.members().to_vec();
         for id in members {
-            if let Some(entry) = self.backends.get_mut(&id) {
+            if let Some(entry) = self.backends.touch(id) {
                 entry.health.fails_open = true;
-                self.work.touched.insert(id);
             }
         }
         self.work.effects.push(ControlEffect::Notice(notice));
@@ -121,12 +120,12 @@ impl Controller {
 
     /// One probe's result; `failure` is `None` for a success.
     fn apply_probe_result(&mut self, id: BackendId, failure: Option<String>, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         let before = entry.health.observation();
         let Some(detector) = &mut entry.health.detector else { return };
         let change = detector.observe(failure.is_none(), now);
         entry.health.fails_open = false;
-        if let Some(pool) = self.pools.get_mut(entry.pool) {
+        if let Some(pool) = self.pools.observe(entry.pool) {
             pool.startup = StartupGrace::Decided;
             self.schedule.cancel(TimerKind::GraceEnds(pool.id));
         }
@@ -146,12 +145,11 @@ impl Controller {
         last: &str,
         now: Instant,
     ) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         if change.to == Observation::Up {
             entry.health.outlier.restart_row();
         }
         let after = entry.health.observation();
-        self.work.touched.insert(id);
         if before != after {
             let same = (before, after) == (change.from, change.to);
             let since = now.saturating_duration_since(entry.observed_since);
@@ -167,7 +165,7 @@ impl Controller {
         if self.local_trouble_noticed.is_some_and(quiet) {
             return;
         }
-        let Some(entry) = self.backends.get(&id) else { return };
+        let Some(entry) = self.backends.get(id) else { return };
         self.local_trouble_noticed = Some(now);
         self.work.effects.push(ControlEffect::Notice(Notice {
             pool: Arc::clone(&entry.state.pool),

@@ -32,7 +32,7 @@ const JITTER_PARTS: u32 = 10;
 impl Controller {
     /// Asks for a probe of a backend whose time has come.
     pub(super) fn start_probe(&mut self, id: BackendId, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = &pool.spec.probe else { return };
         debug_assert!(entry.in_flight.is_none(), "a backend's probes never overlap");
@@ -64,7 +64,7 @@ impl Controller {
 
     /// No result came: nothing is known, so probe again.
     pub(super) fn probe_lost(&mut self, id: BackendId, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         if entry.in_flight.take().is_some() {
             self.schedule.set(TimerKind::Probe(id), now);
         }
@@ -78,7 +78,7 @@ impl Controller {
         (index, count): (u32, u32),
         now: Instant,
     ) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = &pool.spec.probe else { return };
         if let Some(probe) = &mut entry.in_flight {
@@ -111,7 +111,7 @@ impl Controller {
     /// The backend's spec, and whether `fast_interval` applies: while a row is
     /// counted, and while there is no result to go by.
     fn probe_pace(&self, id: BackendId) -> Option<(Arc<ProbeSpec>, bool)> {
-        let entry = self.backends.get(&id)?;
+        let entry = self.backends.get(id)?;
         let spec = self.pool(entry.pool)?.spec.probe.as_ref()?;
         let detector = entry.health.detector.as_ref()?;
         let fast = detector.changing() || detector.observation() == Observation::Unknown;

@@ -33,12 +33,6 @@ pub enum PublishReason {
 /// What waits for the next table.
 #[derive(Debug, Default)]
 pub(super) struct PublishPacer {
-    /// Their standing may have changed for the better, or a little.
-    waiting: BTreeSet<BackendId>,
-    /// Those of them that came since the last look.
-    fresh: Vec<BackendId>,
-    /// Members came or went, or may stand in no more; these pools' tables are wrong.
-    members: BTreeSet<PoolId>,
     /// These have moved, and the table that is due says so.
     moved: BTreeSet<(PoolId, BackendId)>,
     /// No table for heartbeats before then.
@@ -72,28 +66,6 @@ impl PublishReason {
 // === impl PublishPacer ===
 
 impl PublishPacer {
-    /// A backend's standing may have changed, and there is no hurry.
-    pub(super) fn backend(&mut self, id: BackendId) {
-        self.waiting.insert(id);
-        self.fresh.push(id);
-    }
-
-    /// The pool has members that its table does not know, or the other way
-    /// round.
-    pub(super) fn members(&mut self, pool: PoolId) {
-        self.members.insert(pool);
-    }
-
-    /// Whose standing may have changed since the last table.
-    pub(super) fn is_pending(&self) -> impl Iterator<Item = &BackendId> {
-        self.waiting.iter()
-    }
-
-    /// Whose standing may have changed since the last call.
-    pub(super) fn take_fresh(&mut self) -> Vec<BackendId> {
-        std::mem::take(&mut self.fresh)
-    }
-
     /// Tables so far for that reason.
     pub(super) fn published(&self, reason: PublishReason) -> u64 {
         self.published[reason as usize]
@@ -107,8 +79,6 @@ impl PublishPacer {
     /// A table was made of everything known, or is being made.
     fn done(&mut self, reason: PublishReason, made: bool, now: Instant) {
         self.published[reason as usize] += u64::from(made);
-        self.waiting.clear();
-        self.members.clear();
         self.moved.clear();
         if reason == PublishReason::Heartbeat {
             self.wait_until(now + PACE);
@@ -121,7 +91,7 @@ impl PublishPacer {
 impl Controller {
     /// Why a table is due now, if one is. What has to wait is scheduled.
     pub(super) fn table_due(&mut self, now: Instant) -> Option<PublishReason> {
-        let touched = std::mem::take(&mut self.work.touched);
+        let touched = self.backends.take_touched();
         let reason = self.work.rebuild.take();
         let mut health = false;
         for id in touched {
@@ -130,7 +100,7 @@ impl Controller {
                 continue;
             };
             if self.may_wait(id) {
-                self.pace.backend(id);
+                self.backends.touch_later(id);
             } else {
                 self.pace.moved.insert((pool, id));
                 health = true;
@@ -139,7 +109,7 @@ impl Controller {
         if reason.is_some() || health {
             return reason.or(self.work.cause).or(Some(PublishReason::Health));
         }
-        if self.pace.waiting.is_empty() && self.pace.members.is_empty() {
+        if self.backends.waiting().is_empty() && self.pools.changed().is_empty() {
             return None;
         }
         if let Some(at) = self.pace.not_before
@@ -151,9 +121,10 @@ impl Controller {
             }
             return None;
         }
-        let waiting = std::mem::take(&mut self.pace.waiting);
-        self.pace.waiting = waiting.into_iter().filter(|id| self.moved(*id).is_some()).collect();
-        let due = !self.pace.waiting.is_empty() || !self.pace.members.is_empty();
+        let mut waiting = self.backends.take_waiting();
+        waiting.retain(|id| self.moved(*id).is_some());
+        let due = !waiting.is_empty() || !self.pools.changed().is_empty();
+        self.backends.wait_on(waiting);
         due.then_some(PublishReason::Heartbeat)
     }
 
@@ -161,8 +132,8 @@ impl Controller {
     /// moved.
     pub(super) fn wrong_pools(&self) -> BTreeMap<PoolId, BTreeSet<BackendId>> {
         let mut wrong: BTreeMap<PoolId, BTreeSet<BackendId>> =
-            self.pace.members.iter().map(|pool| (*pool, BTreeSet::new())).collect();
-        let waiting = self.pace.waiting.iter().filter_map(|id| Some((self.moved(*id)?, *id)));
+            self.pools.changed().iter().map(|pool| (*pool, BTreeSet::new())).collect();
+        let waiting = self.backends.waiting().iter().filter_map(|id| Some((self.moved(*id)?, *id)));
         for (pool, id) in self.pace.moved.iter().copied().chain(waiting) {
             wrong.entry(pool).or_default().insert(id);
         }
@@ -173,5 +144,7 @@ impl Controller {
     pub(super) fn table_made(&mut self, reason: PublishReason, made: bool, now: Instant) {
         self.schedule.cancel(TimerKind::Publish);
         self.pace.done(reason, made, now);
+        self.backends.take_waiting();
+        self.pools.clear_changed();
     }
 }

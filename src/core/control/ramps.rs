@@ -23,8 +23,8 @@ impl Controller {
     /// Starts and ends slow starts where eligibility has changed.
     pub(super) fn settle_ramps(&mut self, now: Instant) {
         let mut changed = BTreeSet::new();
-        let mut candidates = self.pace.take_fresh();
-        candidates.extend(&self.work.touched);
+        let mut candidates = self.backends.take_fresh();
+        candidates.extend(self.backends.touched());
         for id in candidates {
             if let Some(pool) = self.settle_ramp(id, now) {
                 changed.insert(pool);
@@ -37,12 +37,14 @@ impl Controller {
 
     /// The pool of a backend that came into service or went out of it.
     fn settle_ramp(&mut self, id: BackendId, now: Instant) -> Option<PoolId> {
-        let entry = self.backends.get_mut(&id)?;
-        let pool = self.pools.get(entry.pool)?;
+        let entry = self.backends.get(id)?;
         let serves = entry.health.eligible();
-        if std::mem::replace(&mut entry.served, serves) == serves {
+        if entry.served == serves {
             return None;
         }
+        let entry = self.backends.touch_later(id)?;
+        let pool = self.pools.get(entry.pool)?;
+        entry.served = serves;
         (entry.ramp, entry.ramp_share) = (None, 100);
         self.schedule.cancel(TimerKind::Ramp(id));
         if let Some(over) = pool.spec.slow_start
@@ -62,31 +64,29 @@ impl Controller {
     /// Keeps since when the pool is in service, and ends slow starts that have
     /// nobody to be slower than.
     pub(super) fn settle_pool_ramps(&mut self, pool: PoolId, now: Instant) {
-        let Some(entry) = self.pools.get_mut(pool) else { return };
+        let Some(pool) = self.pools.get(pool) else { return };
         let serving = || {
-            let members = entry.members.iter().filter_map(|id| self.backends.get(id));
+            let members = pool.members().iter().filter_map(|id| self.backends.get(*id));
             members.filter(|member| member.served)
         };
-        if serving().next().is_none() {
-            entry.in_service_since = None;
-            return;
+        let serves = serving().next().is_some();
+        let none_to_lag_behind = serves && serving().all(|member| member.ramp.is_some());
+        let ramped = if none_to_lag_behind { pool.members().to_vec() } else { Vec::new() };
+        let id = pool.id;
+        if let Some(pool) = self.pools.observe(id) {
+            pool.in_service_since = serves.then(|| pool.in_service_since.unwrap_or(now));
         }
-        entry.in_service_since.get_or_insert(now);
-        if serving().any(|member| member.ramp.is_none()) {
-            return;
-        }
-        for id in &entry.members {
-            let Some(member) = self.backends.get_mut(id) else { continue };
+        for id in ramped {
+            let Some(member) = self.backends.touch_later(id) else { continue };
             (member.ramp, member.ramp_share) = (None, 100);
-            self.schedule.cancel(TimerKind::Ramp(*id));
-            self.pace.backend(*id);
+            self.schedule.cancel(TimerKind::Ramp(id));
         }
     }
 
     /// Goes on with a slow start of that age, or with the full share where there is
     /// none: nobody who serves in another process comes into service by its upgrade.
     pub(super) fn adopt_ramp(&mut self, id: BackendId, age: Option<Duration>, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch_later(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         if !entry.health.eligible() {
             return;
@@ -101,18 +101,16 @@ impl Controller {
             Some(at) => self.schedule.set(TimerKind::Ramp(id), at),
             None => self.schedule.cancel(TimerKind::Ramp(id)),
         }
-        self.pace.backend(id);
     }
 
     /// The next step is due.
     pub(super) fn ramp_step(&mut self, id: BackendId, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch_later(id) else { return };
         let Some(ramp) = entry.ramp else { return };
         entry.ramp_share = ramp.percent(now);
         match ramp.next_step(now) {
             Some(at) => self.schedule.set(TimerKind::Ramp(id), at),
             None => entry.ramp = None,
         }
-        self.pace.backend(id);
     }
 }

@@ -74,12 +74,12 @@ impl Controller {
 
     /// Whether it is configured, or has left and sessions are on it yet.
     pub fn is_known(&self, id: BackendId) -> bool {
-        self.backends.contains_key(&id) || self.leaving.contains_key(&id)
+        self.backends.contains(id) || self.leaving.contains_key(&id)
     }
 
     /// Every backend that is known in that way.
     pub fn all_known(&self) -> impl Iterator<Item = BackendId> {
-        self.backends.keys().chain(self.leaving.keys()).copied()
+        self.backends.iter().map(|entry| entry.state.id).chain(self.leaving.keys().copied())
     }
 
     /// How many backends there have been so far; goes around at 2^32.

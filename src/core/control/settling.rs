@@ -8,7 +8,7 @@
 //! wait (`dataplane::accept::queue`). It judges nobody.
 
 use super::schedule::{TimerKind, after};
-use super::{BackendEntry, Controller, PoolId, PublishReason};
+use super::{BackendEntry, Controller, PoolEntry, PoolId, PublishReason};
 use crate::health::{Intent, Observation, RequestedState};
 use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
@@ -41,10 +41,10 @@ impl Controller {
         let mut backends = HashMap::new();
         for pool in &self.pools {
             let serves = |id: &&BackendId| {
-                self.backends.get(id).is_some_and(|entry| entry.published.is_eligible())
+                self.backends.get(**id).is_some_and(|entry| entry.published.is_eligible())
             };
-            let mut ids: Vec<BackendId> = pool.members.iter().filter(serves).copied().collect();
-            ids.extend(pool.settling.iter().flat_map(|settling| &settling.stand_ins));
+            let mut ids: Vec<BackendId> = pool.members().iter().filter(serves).copied().collect();
+            ids.extend(pool.settling().into_iter().flat_map(|settling| &settling.stand_ins));
             backends.insert(Arc::clone(&pool.spec.name), ids);
         }
         let frontends = self.frontends.iter().map(|frontend| &frontend.spec);
@@ -61,40 +61,42 @@ impl Controller {
                 predecessors.entry(&frontend.spec.pool).or_default().insert(before);
             }
         }
-        self.settling = 0;
-        for pool in self.pools.iter_mut() {
-            let before = pool.settling.take();
-            let members = || pool.members.iter().filter_map(|id| self.backends.get(id));
-            if members().any(|entry| entry.health.eligible()) || !members().any(is_undecided) {
+        let mut all = Vec::with_capacity(self.pools.iter().len());
+        for pool in &self.pools {
+            if !self.is_unsettled(pool) {
                 self.schedule.cancel(TimerKind::SettlingEnds(pool.id));
+                all.push((pool.id, None));
                 continue;
             }
             let mut names = predecessors.get(&*pool.spec.name).cloned().unwrap_or_default();
             names.insert(&pool.spec.name);
             let ids = names.iter().filter_map(|name| former.backends.get(*name)).flatten();
             let stand_ins = ids.filter(|id| self.leaving.contains_key(id)).copied().collect();
-            let until = before.map(|settling| settling.until);
+            let until = pool.settling().map(|settling| settling.until);
             let until = until.unwrap_or_else(|| after(now, pool.spec.startup_grace));
             self.schedule.set(TimerKind::SettlingEnds(pool.id), until.max(now));
-            pool.settling = Some(PoolSettling { until, stand_ins });
-            self.settling += 1;
+            all.push((pool.id, Some(PoolSettling { until, stand_ins })));
         }
+        all.into_iter().for_each(|(pool, settling)| self.pools.set_settling(pool, settling));
+    }
+
+    /// Whether no backend of the pool serves and some have no verdict yet.
+    fn is_unsettled(&self, pool: &PoolEntry) -> bool {
+        let members = || pool.members().iter().filter_map(|id| self.backends.get(*id));
+        !members().any(|entry| entry.health.eligible()) && members().any(is_undecided)
     }
 
     /// Ends it in the pools that need it no more. An event changes few backends.
     pub(super) fn look_at_settling(&mut self) {
-        if self.settling == 0 {
+        if !self.pools.any_settling() {
             return;
         }
-        let changed = self.work.touched.iter().chain(self.pace.is_pending());
+        let changed = self.backends.touched().iter().chain(self.backends.waiting());
         let pools: BTreeSet<PoolId> =
-            changed.filter_map(|id| Some(self.backends.get(id)?.pool)).collect();
+            changed.filter_map(|id| Some(self.backends.get(*id)?.pool)).collect();
         let over = |pool: &PoolId| {
-            let Some(pool) = self.pool(*pool).filter(|pool| pool.settling.is_some()) else {
-                return false;
-            };
-            let members = || pool.members.iter().filter_map(|id| self.backends.get(id));
-            members().any(|entry| entry.health.eligible()) || !members().any(is_undecided)
+            let pool = self.pool(*pool).filter(|pool| pool.settling().is_some());
+            pool.is_some_and(|pool| !self.is_unsettled(pool))
         };
         let over: Vec<PoolId> = pools.into_iter().filter(over).collect();
         over.into_iter().for_each(|pool| self.settled(pool));
@@ -103,34 +105,21 @@ impl Controller {
     /// From now on the pool's own backends decide alone.
     pub(super) fn settled(&mut self, pool: PoolId) {
         self.schedule.cancel(TimerKind::SettlingEnds(pool));
-        let Some(pool) = self.pool_mut(pool) else { return };
-        let id = pool.id;
-        if pool.settling.take().is_some() {
-            self.settling -= 1;
-            self.pace.members(id);
+        if self.pools.end_settling(pool) {
             self.work.rebuild.get_or_insert(PublishReason::Health);
         }
     }
 
     /// A former backend does not take sessions any more.
     pub(super) fn stands_in_no_more(&mut self, id: BackendId) {
-        if self.settling == 0 {
-            return;
-        }
-        for pool in self.pools.iter_mut() {
-            let Some(settling) = &mut pool.settling else { continue };
-            let before = settling.stand_ins.len();
-            settling.stand_ins.retain(|one| *one != id);
-            if settling.stand_ins.len() != before {
-                self.pace.members(pool.id);
-                self.work.rebuild.get_or_insert(PublishReason::Health);
-            }
+        if self.pools.any_settling() && self.pools.remove_stand_in(id) {
+            self.work.rebuild.get_or_insert(PublishReason::Health);
         }
     }
 
     /// The former backends that serve.
     pub(super) fn stand_ins(&self) -> BTreeSet<BackendId> {
-        let settling = self.pools.iter().filter_map(|pool| pool.settling.as_ref());
+        let settling = self.pools.iter().filter_map(|pool| pool.settling());
         settling.flat_map(|settling| settling.stand_ins.iter().copied()).collect()
     }
 

@@ -47,7 +47,7 @@ struct Stage {
 /// `slow_first_byte` where there is somebody to compare with.
 pub(super) fn watched(pool: &PoolEntry) -> Option<Duration> {
     let slow = pool.spec.ejection.and_then(|spec| spec.slow_first_byte);
-    slow.filter(|_| pool.members.len() > 1)
+    slow.filter(|_| pool.members().len() > 1)
 }
 
 fn counted(state: &BackendState) -> FirstByteCounts {
@@ -69,10 +69,10 @@ impl Controller {
     pub(super) fn configure_gray(&mut self, now: Instant) {
         let unwatched = self.pools.iter().filter(|pool| watched(pool).is_none());
         let members: Vec<BackendId> =
-            unwatched.flat_map(|pool| pool.members.iter().copied()).collect();
+            unwatched.flat_map(|pool| pool.members().iter().copied()).collect();
         for id in members {
             self.clear_suspect(id, "its first bytes are not watched any more".to_owned(), now);
-            if let Some(entry) = self.backends.get_mut(&id) {
+            if let Some(entry) = self.backends.touch(id) {
                 entry.health.gray = SlowDetector::default();
             }
         }
@@ -108,7 +108,7 @@ impl Controller {
 
     fn next_pool(&mut self) -> Option<Stage> {
         let id = self.round.pools.pop()?;
-        let members = self.pool(id).map_or_else(Vec::new, |pool| pool.members.clone());
+        let members = self.pool(id).map_or_else(Vec::new, |pool| pool.members().to_vec());
         Some(Stage { pool: id, members, at: 0, view: PoolView::default(), judging: false })
     }
 
@@ -123,7 +123,7 @@ impl Controller {
         stage.at = end;
         let mut found = Vec::new();
         for id in &stage.members[slice] {
-            let Some(entry) = self.backends.get_mut(id) else { continue };
+            let Some(entry) = self.backends.observe(*id) else { continue };
             let watch = &mut entry.health.gray;
             if !stage.judging {
                 watch.take(counted(&entry.state), now);
@@ -149,7 +149,7 @@ impl Controller {
     }
 
     fn make_suspect(&mut self, id: BackendId, reason: String, now: Instant) {
-        let Some(entry) = self.backends.get(&id) else { return };
+        let Some(entry) = self.backends.get(id) else { return };
         let Some(pool) = self.pool(entry.pool) else { return };
         // One that takes no sessions, or one alone, could not get fewer.
         if !entry.health.is_fully_eligible() || !self.guard_view(pool).allows_suspect() {
@@ -157,7 +157,7 @@ impl Controller {
         }
         let from = entry.health.observation().name();
         let lasted = now.saturating_duration_since(entry.health.settled_since());
-        if let Some(entry) = self.backends.get_mut(&id) {
+        if let Some(entry) = self.backends.touch(id) {
             entry.health.gray.suspect(now);
             entry.observed_since = now;
             self.suspects.insert((entry.pool, id));
@@ -166,7 +166,7 @@ impl Controller {
     }
 
     fn clear_suspect(&mut self, id: BackendId, reason: String, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         let from = entry.health.observation().name();
         let Some(since) = entry.health.gray.clear() else { return };
         self.suspects.remove(&(entry.pool, id));

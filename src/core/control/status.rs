@@ -185,7 +185,7 @@ impl Controller {
         let leaving = self.leaving.values().map(|leaving| &leaving.entry.state);
         let places = (0..).zip(&self.pools);
         let members =
-            places.flat_map(|(place, pool)| pool.members.iter().map(move |id| (place, *id)));
+            places.flat_map(|(place, pool)| pool.members().iter().map(move |id| (place, *id)));
         let mut left: Vec<(u32, BackendId)> = members.collect();
         left.reverse();
         let status = ControlStatus {
@@ -213,7 +213,7 @@ impl Controller {
     pub fn gather(&self, gathering: &mut Gathering, most: usize, now: Instant) -> bool {
         let from = gathering.left.len().saturating_sub(most);
         for (place, id) in gathering.left.drain(from..).rev() {
-            let Some(entry) = self.backends.get(&id) else { continue };
+            let Some(entry) = self.backends.get(id) else { continue };
             let Some(pool) = self.pool(entry.pool) else { continue };
             let status = &mut gathering.status.pools[place as usize];
             let backend = backend_status(entry, pool, now);
@@ -249,7 +249,7 @@ impl Gathering {
 
 /// A pool without its backends, of whom none is eligible therefore.
 fn pool_status(pool: &PoolEntry, now: Instant) -> PoolStatus {
-    let rule = match (&pool.settling, pool.spec.when_none_eligible) {
+    let rule = match (pool.settling(), pool.spec.when_none_eligible) {
         (Some(settling), _) if !settling.stand_ins.is_empty() => "former",
         (_, WhenNoneEligible::TryAll) => "try-all",
         (Some(_), WhenNoneEligible::Refuse) => "wait",
@@ -260,11 +260,11 @@ fn pool_status(pool: &PoolEntry, now: Instant) -> PoolStatus {
     PoolStatus {
         name: Arc::clone(&pool.spec.name),
         balance: pool.spec.balance.name(),
-        backends: Vec::with_capacity(pool.members.len()),
+        backends: Vec::with_capacity(pool.members().len()),
         none_eligible: Some(rule),
         undecided: rule == "wait",
         frozen: freezing(pool.guard.freeze(), now),
-        registered: pool.registered,
+        registered: pool.registered(),
         registered_max: may_register.map_or(0, |spec| spec.backends_max),
         heartbeats: heartbeat.is_some(),
         probes: pool.spec.probe.is_some(),

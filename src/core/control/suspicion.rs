@@ -93,7 +93,7 @@ impl Controller {
         at: Instant,
         now: Instant,
     ) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(heart) = &mut entry.heart else { return };
         let (arrival, step) = if state == SenderState::Stopping {
             (None, heart.detector.stopping(at))
@@ -115,7 +115,7 @@ impl Controller {
     /// What its detector asked to be woken for.
     pub(super) fn check_heartbeat(&mut self, id: BackendId, now: Instant) {
         let channel = self.channel(now);
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(heart) = &mut entry.heart else { return };
         let step = heart.detector.check(channel, now);
         self.apply_step(id, step, now);
@@ -124,7 +124,7 @@ impl Controller {
 
     /// A session's connect was refused.
     pub(super) fn refused(&mut self, id: BackendId, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(heart) = &mut entry.heart else { return };
         let step = heart.detector.note_connect_refused(now);
         self.apply_step(id, step, now);
@@ -139,14 +139,14 @@ impl Controller {
         outcome: &ProbeOutcome,
         now: Instant,
     ) -> bool {
-        let Some(entry) = self.backends.get_mut(&id) else { return false };
+        let Some(entry) = self.backends.observe(id) else { return false };
         let Some(trying) = entry.trying.take_if(|trying| trying.token == token) else {
             return false;
         };
         if let ProbeOutcome::Local { reason } = outcome {
             self.note_local_error(id, reason, now);
         }
-        let Some(entry) = self.backends.get_mut(&id) else { return true };
+        let Some(entry) = self.backends.observe(id) else { return true };
         let Some(heart) = &mut entry.heart else { return true };
         let answer = match outcome {
             ProbeOutcome::Success { .. } => TryResult::Answered,
@@ -173,7 +173,7 @@ impl Controller {
         self.notice_excuse(&format!("{count} heartbeat{s} lost on this machine"), now);
         self.guards.channel.ignore_silence(self.guards.slowest, now);
         for id in self.senders() {
-            let Some(entry) = self.backends.get_mut(&id) else { continue };
+            let Some(entry) = self.backends.observe(id) else { continue };
             let Some(heart) = &mut entry.heart else { continue };
             let pool = self.pools.get(entry.pool);
             let spec = pool.and_then(|pool| pool.spec.heartbeat.as_ref());
@@ -194,7 +194,7 @@ impl Controller {
     }
 
     fn excuse(&mut self, id: BackendId, lost: Duration, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(heart) = &mut entry.heart else { return };
         let silence = now.saturating_duration_since(heart.last_at);
         heart.excused = (heart.excused + lost).min(silence);
@@ -219,7 +219,7 @@ impl Controller {
 
     /// The next gap in its sequence is of our making.
     pub(super) fn ignore_gap(&mut self, id: BackendId, at: Instant, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(heart) = &mut entry.heart else { return };
         let step = heart.detector.ignore_silence_until(Duration::ZERO, at);
         self.apply_step(id, step, now);
@@ -255,7 +255,7 @@ impl Controller {
         let view = if thaws { self.path_view(pool, now) } else { self.path_counts(pool, now) };
         let guard = match pool {
             None => Some(&mut self.guards.all),
-            Some(id) => self.pools.get_mut(id).map(|pool| &mut pool.guard),
+            Some(id) => self.pools.observe(id).map(|pool| &mut pool.guard),
         };
         let Some(guard) = guard else { return };
         let frost = guard.look(view, now);
@@ -290,7 +290,7 @@ impl Controller {
         let suspects: Vec<BackendId> =
             tally.into_iter().flat_map(|tally| tally.suspects.iter().copied()).collect();
         for id in suspects {
-            let Some(entry) = self.backends.get_mut(&id) else { continue };
+            let Some(entry) = self.backends.observe(id) else { continue };
             let Some(heart) = &mut entry.heart else { continue };
             let step = heart.detector.reconsider(now);
             self.apply_step(id, step, now);
@@ -301,10 +301,10 @@ impl Controller {
     /// Asks the guards about everybody who is confirmed to be gone.
     pub(super) fn eject_confirmed(&mut self, now: Instant) {
         while let Some((id, proven)) = self.guards.confirmed.pop_front() {
-            let Some(pool) = self.backends.get(&id).map(|entry| entry.pool) else { continue };
+            let Some(pool) = self.backends.get(id).map(|entry| entry.pool) else { continue };
             self.check_both_guards(pool, now);
             let allowed = self.permitted(pool, proven, now);
-            let Some(entry) = self.backends.get_mut(&id) else { continue };
+            let Some(entry) = self.backends.observe(id) else { continue };
             let Some(heart) = &mut entry.heart else { continue };
             match allowed {
                 Ok(()) => {
@@ -329,7 +329,7 @@ impl Controller {
     /// Whether its `ttl` has to wait: it answers probes, and the silence may
     /// not be its own.
     pub(super) fn expiry_held(&self, id: BackendId, now: Instant) -> Option<Instant> {
-        let entry = self.backends.get(&id)?;
+        let entry = self.backends.get(id)?;
         let heart = entry.heart.as_deref()?;
         if !heart.detector.answers(now) {
             return None;
@@ -349,7 +349,7 @@ impl Controller {
         lasted: Option<Duration>,
         now: Instant,
     ) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = &pool.spec.heartbeat else { return };
         let before = entry.health.observation();
@@ -357,7 +357,6 @@ impl Controller {
         let after = entry.health.observation();
         if before == after {
             // Unknown may serve or not.
-            self.work.touched.insert(id);
             self.work.unsettled.insert(entry.pool);
             return;
         }
@@ -394,7 +393,7 @@ impl Controller {
         if let Some(change) = step.change {
             self.pulse_changed(id, &change.reason, Some(change.lasted), now);
             if change.to == DetectorState::Suspect
-                && let Some(pool) = self.backends.get(&id).map(|entry| entry.pool)
+                && let Some(pool) = self.backends.get(id).map(|entry| entry.pool)
             {
                 self.check_both_guards(pool, now);
             }
@@ -418,7 +417,7 @@ impl Controller {
 
     /// Asks the shell for one fresh connect; a regular probe gives way to it.
     fn start_try(&mut self, id: BackendId, next: ConfirmationTry, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         if entry.in_flight.take().is_some()
             && let Some(spec) = &pool.spec.probe
@@ -448,7 +447,7 @@ impl Controller {
     /// Wakes the detector when it wants to be; a little too early does no harm,
     /// and spares the schedule a change with every heartbeat.
     pub(super) fn rearm(&mut self, id: BackendId) {
-        let heart = self.backends.get(&id).and_then(|entry| entry.heart.as_deref());
+        let heart = self.backends.get(id).and_then(|entry| entry.heart.as_deref());
         let Some(at) = heart.and_then(|heart| heart.detector.due()) else { return };
         let job = TimerKind::Heartbeat(id);
         if self.schedule.is_set(job) {

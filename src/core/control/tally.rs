@@ -134,7 +134,7 @@ impl Tallies {
 impl Controller {
     /// Counts the backend as it now is.
     pub(super) fn count(&mut self, id: BackendId) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let Some(heart) = entry.heart.as_deref_mut() else { return };
         let counted = TalliedBackend::of(heart, entry.pool);
         if heart.counted != Some(counted) {
@@ -153,7 +153,7 @@ impl Controller {
         let detectors = tally
             .suspects
             .iter()
-            .filter_map(|id| self.backends.get(id)?.heart.as_deref().map(|heart| &heart.detector));
+            .filter_map(|id| self.backends.get(*id)?.heart.as_deref().map(|heart| &heart.detector));
         let fresh = match suspects * 2 >= tally.live {
             true => PathView::of(detectors, None, now).fresh,
             false => 0,
@@ -172,7 +172,7 @@ impl Controller {
         let frozen = guard.and_then(PathGuard::freeze).map(|freeze| freeze.since);
         let hearts = self.tallies.of(pool).into_iter().flat_map(|tally| &tally.hearts);
         let detectors = hearts
-            .filter_map(|id| self.backends.get(id)?.heart.as_deref().map(|heart| &heart.detector));
+            .filter_map(|id| self.backends.get(*id)?.heart.as_deref().map(|heart| &heart.detector));
         PathView::of(detectors, frozen, now)
     }
 
@@ -183,9 +183,9 @@ impl Controller {
             return;
         }
         let mut tallies = Tallies::default();
-        for (id, entry) in &self.backends {
+        for entry in self.backends.iter() {
             if let Some(heart) = entry.heart.as_deref() {
-                tallies.add(*id, TalliedBackend::of(heart, entry.pool));
+                tallies.add(entry.state.id, TalliedBackend::of(heart, entry.pool));
             }
         }
         assert_eq!(self.tallies, tallies);

@@ -17,7 +17,7 @@ use crate::health::{ConnectFailure, Observation, ProbeOutcome};
 use crate::model;
 use crate::model::{
     Admin, AdminListen, BackendAddr, BackendConfig, Config, EjectionSpec, EngineChoice,
-    FrontendConfig, Log, LogFormat, LogLevel, OnRemoval, Policy, PoolConfig, ProbeKind,
+    FrontendConfig, Log, LogFormat, LogLevel, OnRemoval, Policy, PoolConfig, ProbeKind, ProbeSpec,
     ProcessConfig, Sandbox, WhenNoneEligible,
 };
 use tidegate_heartbeat::Heartbeat;

@@ -17,7 +17,7 @@ use std::time::Instant;
 impl Controller {
     /// The ejection's time is over.
     pub(super) fn begin_trial(&mut self, id: BackendId, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         let Some(lasted) = entry.health.begin_trial(now) else { return };
         // Before any table lets sessions in.
         entry.state.in_flight.begin_trial();
@@ -28,7 +28,7 @@ impl Controller {
 
     /// Sees whether the trial is decided.
     pub(super) fn check_trial(&mut self, id: BackendId, now: Instant) {
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.observe(id) else { return };
         let spec = self.pools.get(entry.pool);
         let spec = spec.and_then(|pool| pool.spec.ejection);
         let answer_expected = spec.is_some_and(|spec| spec.slow_first_byte.is_some());
@@ -46,7 +46,7 @@ impl Controller {
     /// Lifts the trials of a pool that has nobody else, or no ejection any more.
     pub(super) fn end_needless_trials(&mut self, pool: PoolId, now: Instant) {
         let Some(pool) = self.pool(pool) else { return };
-        let entries = || pool.members.iter().filter_map(|id| self.backends.get(id));
+        let entries = || pool.members().iter().filter_map(|id| self.backends.get(*id));
         let off = pool.spec.ejection.is_none();
         let all_in =
             self.of_pool(&self.out, pool.id).all(|entry| entry.health.outlier.takes_failures());
@@ -75,7 +75,7 @@ impl Controller {
 
     fn end_trial(&mut self, id: BackendId, reason: &str, now: Instant) {
         self.schedule.cancel(TimerKind::CheckTrial(id));
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         let Some(lasted) = entry.health.outlier.end_trial(now) else { return };
         entry.state.in_flight.end_trial();
         let to = entry.health.observation().name();
@@ -84,7 +84,7 @@ impl Controller {
     }
 
     fn fail_trial(&mut self, id: BackendId, reason: &str, now: Instant) {
-        let Some(entry) = self.backends.get(&id) else { return };
+        let Some(entry) = self.backends.get(id) else { return };
         let Some(pool) = self.pool(entry.pool) else { return };
         let view = self.guard_view(pool);
         let lasted = entry.health.outlier.trial_lasts(now).unwrap_or_default();

@@ -8,7 +8,6 @@ use super::{BackendHeartbeats, MemberSourceKind, ReportedLoad};
 use crate::control::handover::{SavedBackend, SavedPool};
 use crate::control::schedule::{TimerKind, after};
 use crate::control::{Controller, PoolId, PublishReason, elsewhere};
-use crate::health::RequestedState;
 use crate::model;
 use crate::model::{BackendAddr, HeartbeatSpec};
 use crate::suspicion::{BeatInfo, HeartbeatDetector, SavedDetector};
@@ -144,19 +143,14 @@ impl Controller {
         now: Instant,
     ) {
         let Some(heart) = &saved.heart else { return };
-        let Some(entry) = self.backends.get_mut(&id) else { return };
+        let Some(entry) = self.backends.touch(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
         let mut heart = BackendHeartbeats::restore(heart, now);
         if let Some(own) = &entry.heart {
             heart.overtaken_by(own);
         }
-        entry.health.calling = match heart.state {
-            SenderState::Ready => RequestedState::Ready,
-            SenderState::Starting => RequestedState::Starting,
-            SenderState::Draining => RequestedState::Draining,
-            SenderState::Stopping => RequestedState::Stopping,
-        };
+        entry.health.calling = super::requested(heart.state);
         entry.calling_since = ago(now, saved.calling_ms);
         let expired = heart.expired;
         self.tallies.forget(id, entry.heart.as_deref_mut());
@@ -192,14 +186,14 @@ impl Controller {
             return None;
         };
         let claimed =
-            pool.names.contains_key(backend.name.as_str()) || pool.addresses.contains_key(&address);
+            pool.member_named(&backend.name).is_some() || pool.member_at(address).is_some();
         if claimed || !spec.register || self.is_own_bind(address) {
             return None;
         }
         self.check_room(id, &spec, now).ok()?;
         let weight = heart.weight;
         let backend = self.admit(id, &spec, (backend.name.as_str().into(), address, weight), now);
-        self.pace.members(id);
+        self.pools.note_change(id);
         self.work.rebuild.get_or_insert(PublishReason::Heartbeat);
         Some(backend)
     }
@@ -210,13 +204,13 @@ impl Controller {
         let there: HashSet<&str> =
             saved.backends.iter().map(|backend| backend.name.as_str()).collect();
         let gone = |id: &&BackendId| {
-            self.backends.get(id).is_some_and(|entry| {
+            self.backends.get(**id).is_some_and(|entry| {
                 entry.origin == MemberSourceKind::Registered
                     && entry.heart.as_ref().is_some_and(|heart| heart.adopted)
                     && !there.contains(&*entry.spec.name)
             })
         };
-        let gone: Vec<BackendId> = pool.members.iter().filter(gone).copied().collect();
+        let gone: Vec<BackendId> = pool.members().iter().filter(gone).copied().collect();
         for id in gone {
             self.unregister(id, "it left during the upgrade", now);
         }
@@ -235,7 +229,7 @@ impl Controller {
         };
         let pool_spec = Arc::clone(&pool.spec);
         let spec = model::BackendConfig {
-            name: Arc::clone(&name),
+            name,
             address: BackendAddr::Tcp(address),
             weight: weight.clamp(1, spec.weight_max.max(1)),
             backup: false,
@@ -256,13 +250,8 @@ impl Controller {
         self.take_intent(&mut entry, now);
         let id = entry.state.id;
         self.note_out(&entry);
-        self.backends.insert(id, entry);
-        if let Some(pool) = self.pool_mut(pool_id) {
-            pool.members.push(id);
-            pool.registered += 1;
-            pool.names.insert(name, id);
-            pool.addresses.insert(address, id);
-        }
+        self.pools.add_member(&entry);
+        self.backends.insert(entry);
         self.join_probing(id, pool_id, now);
         id
     }

@@ -92,7 +92,7 @@ impl Bench {
     }
 
     fn name_of(&self, id: BackendId) -> String {
-        let entry = self.controller.backends.get(&id);
+        let entry = self.controller.backends.get(id);
         entry.map_or_else(String::new, |entry| entry.state.name.to_string())
     }
 

@@ -466,7 +466,7 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
 
     let (mut ejections, mut parts) = (Vec::new(), Vec::new());
     for n in 0..4 {
-        let id = *controller.backends.keys().nth(n * 2 + 1).unwrap();
+        let id = controller.backends.iter().nth(n * 2 + 1).unwrap().state.id;
         let fail = |in_a_row| ControlEvent::ConnectFailed {
             backend: id,
             failure: ConnectFailure::Refused,
