@@ -1,21 +1,17 @@
-//! The README against the program: its examples are accepted, and its tables
-//! say what the binary really does. Metrics, access log and session ends come
-//! from a balancer that served one session.
+//! Reference tables against the program: commands, policies, routes, session ends. Metrics
+//! and access log are compared with a balancer that served one session.
 
-// Outside of test functions too, a failed step of a test is a failed test.
-#![allow(clippy::unwrap_used)]
-
+use crate::pages::{column, page, root, table};
 use clap::CommandFactory;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 use tidegate_cli::Cli;
-use tidegate_config as config;
 use tidegate_core::model::Policy;
 use tidegate_core::outcome::{Cause, Phase, code};
 use tidegate_daemon::admin::AdminRequest;
@@ -29,55 +25,13 @@ use tokio::sync::oneshot;
 /// Longest wait for something that is about to happen.
 const SOON: Duration = Duration::from_secs(10);
 
-fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-}
-
 fn readme() -> String {
-    fs::read_to_string(root().join("README.md")).unwrap()
-}
-
-/// The rows of the first table whose head starts so, without code marks.
-fn table(head: &str) -> Vec<Vec<String>> {
-    let text = readme();
-    let cells = |line: &str| -> Vec<String> {
-        let inner = line.trim().trim_start_matches('|').trim_end_matches('|');
-        inner.split('|').map(|cell| cell.trim().replace('`', "")).collect()
-    };
-    let rows: Vec<Vec<String>> = text
-        .lines()
-        .skip_while(|line| !line.starts_with(head))
-        .take_while(|line| line.starts_with('|'))
-        .map(cells)
-        .collect();
-    assert!(rows.len() > 2, "no table {head:?}");
-    // Without the line between the head and the rows.
-    rows.into_iter().enumerate().filter(|(index, _)| *index != 1).map(|(_, row)| row).collect()
-}
-
-fn column(head: &str, number: usize) -> Vec<String> {
-    table(head)[1..].iter().map(|row| row[number].clone()).collect()
-}
-
-#[test]
-fn every_configuration_shown_is_accepted() {
-    let text = readme();
-    let blocks: Vec<&str> = text
-        .split("```toml\n")
-        .skip(1)
-        .map(|rest| rest.split_once("```").expect("an end of the block").0)
-        .collect();
-    assert!(!blocks.is_empty());
-    for block in blocks {
-        if let Err(problems) = config::parse(block, "README.md") {
-            panic!("{}", problems.render(false));
-        }
-    }
+    page("README.md")
 }
 
 #[test]
 fn every_command_is_listed_and_no_other() {
-    let listed: BTreeSet<String> = column("| command |", 0)
+    let listed: BTreeSet<String> = column(&readme(), "| command |", 0)
         .iter()
         .map(|call| call.split(' ').nth(1).expect("tidegate and a command").to_owned())
         .collect();
@@ -89,7 +43,7 @@ fn every_command_is_listed_and_no_other() {
 #[test]
 fn every_policy_is_listed() {
     let known: Vec<&str> = Policy::ALL.iter().map(|policy| policy.name()).collect();
-    assert_eq!(column("| `balance` |", 0), known);
+    assert_eq!(column(&readme(), "| `balance` |", 0), known);
 }
 
 #[test]
@@ -101,13 +55,13 @@ fn every_route_of_the_admin_api_is_listed_and_no_other() {
         Some(format!("{method} {path}"))
     };
     let built: BTreeSet<String> = routes.lines().filter_map(route).collect();
-    let listed: BTreeSet<String> = column("| request |", 0).into_iter().collect();
+    let listed: BTreeSet<String> = column(&readme(), "| request |", 0).into_iter().collect();
     assert_eq!(listed, built);
 }
 
 #[test]
 fn causes_and_phases_are_all_there_with_their_letters() {
-    let rows = table("| cause |");
+    let rows = table(&readme(), "| cause |");
     let phases: Vec<&str> = Phase::ALL.iter().map(|phase| phase.name()).collect();
     assert_eq!(rows[0][1..=Phase::COUNT], phases);
     assert_eq!(rows.len() - 1, Cause::COUNT);
@@ -136,7 +90,7 @@ fn every_metric_is_listed_with_its_type_and_labels_and_no_other() {
             built.get_mut(&open).unwrap().1.extend(labels(line));
         }
     }
-    let listed: BTreeMap<String, (String, BTreeSet<String>)> = table("| metric |")[1..]
+    let listed: BTreeMap<String, (String, BTreeSet<String>)> = table(&readme(), "| metric |")[1..]
         .iter()
         .map(|row| {
             let labels = row[2].split(", ").filter(|label| !label.is_empty());
@@ -166,7 +120,7 @@ fn every_field_of_the_access_log_is_listed_in_order() {
         .split(",\"")
         .map(|pair| pair.trim_start_matches('"').split_once("\":").unwrap().0.to_owned())
         .collect();
-    assert_eq!(column("| field |", 0), built);
+    assert_eq!(column(&readme(), "| field |", 0), built);
 }
 
 /// A balancer in this process that has served one session.

@@ -1,0 +1,76 @@
+//! The pages against each other and against the program: links resolve, every page is in
+//! the index, and every configuration shown is accepted. Tables are compared in the
+//! modules.
+
+// Outside of test functions too, a failed step of a test is a failed test.
+#![allow(clippy::unwrap_used)]
+
+#[path = "common/pages.rs"]
+mod pages;
+
+#[path = "docs/reference.rs"]
+mod reference;
+
+use pages::{anchors, blocks, links, page, pages, root};
+use std::fmt::Write;
+use std::path::Path;
+
+#[test]
+fn every_link_resolves() {
+    let mut broken = String::new();
+    for name in pages() {
+        let text = page(&name);
+        for link in links(&text).iter().filter(|link| !link.contains("://")) {
+            let (target, anchor) = link.split_once('#').unwrap_or((link, ""));
+            let directory = Path::new(&name).parent().unwrap();
+            let path = if target.is_empty() { name.clone().into() } else { directory.join(target) };
+            let full = root().join(&path);
+            let there = full.exists()
+                && (anchor.is_empty()
+                    || anchors(&std::fs::read_to_string(&full).unwrap())
+                        .iter()
+                        .any(|known| known == anchor));
+            if !there {
+                let _ = writeln!(broken, "{name}: {link}");
+            }
+        }
+    }
+    assert!(broken.is_empty(), "\n{broken}");
+}
+
+#[test]
+fn the_index_lists_every_page_and_no_other() {
+    let mut listed = links(&page("docs/README.md"));
+    listed.retain(|link| !link.contains("://") && !link.contains("..") && !link.contains('#'));
+    listed.sort();
+    listed.dedup();
+    let mut there: Vec<String> =
+        pages().iter().filter_map(|name| name.strip_prefix("docs/")).map(str::to_owned).collect();
+    there.retain(|name| name != "README.md");
+    assert_eq!(listed, there);
+}
+
+#[test]
+fn pages_are_short_and_open_with_a_title() {
+    for name in pages().iter().filter(|name| name.starts_with("docs/")) {
+        let text = page(name);
+        let first = text.lines().find(|line| !line.starts_with("<!--")).unwrap();
+        assert!(first.starts_with("# "), "{name}: {first}");
+        let generated = text.starts_with("<!-- Generated");
+        assert!(generated || text.lines().count() < 300, "{name}: {}", text.lines().count());
+    }
+}
+
+#[test]
+fn every_configuration_shown_is_accepted() {
+    let mut accepted = 0;
+    for name in pages() {
+        for block in blocks(&page(&name), "toml") {
+            if let Err(problems) = tidegate_config::parse(block, &name) {
+                panic!("{}", problems.render(false));
+            }
+            accepted += 1;
+        }
+    }
+    assert!(accepted > 2, "{accepted}");
+}
