@@ -8,6 +8,10 @@
 #[path = "common/pages.rs"]
 mod pages;
 
+#[path = "docs/operators.rs"]
+mod operators;
+#[path = "docs/quickstart.rs"]
+mod quickstart;
 #[path = "docs/reference.rs"]
 mod reference;
 

@@ -43,7 +43,7 @@ fn every_command_is_listed_and_no_other() {
 #[test]
 fn every_policy_is_listed() {
     let known: Vec<&str> = Policy::ALL.iter().map(|policy| policy.name()).collect();
-    assert_eq!(column(&readme(), "| `balance` |", 0), known);
+    assert_eq!(column(&page("docs/balancing.md"), "| `balance` |", 0), known);
 }
 
 #[test]
