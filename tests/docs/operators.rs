@@ -5,9 +5,16 @@ use crate::pages::{blocks, column, page, pages, prose, table};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::sync::Arc;
+use std::time::Duration;
 use tidegate_core::balance::{Balancer, Candidate, PickKey};
+use tidegate_core::control::HeartbeatIgnored;
+use tidegate_core::health::{HeartbeatHealth, Observation, combine_observations};
 use tidegate_core::limits::client_sources::SOURCES_MAX;
 use tidegate_core::model::Policy;
+use tidegate_daemon::heartbeat::verify::RejectReason;
+use tidegate_heartbeat::SenderState;
+use tidegate_heartbeat::keys::Secret;
+use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
 /// Every key of config/full.toml with the values it has there. tests/config.rs compares
 /// that file with the built-in defaults.
@@ -26,7 +33,7 @@ fn defaults() -> BTreeMap<String, BTreeSet<String>> {
 fn every_default_in_prose_is_the_default() {
     let (known, mut wrong, mut seen) = (defaults(), String::new(), 0);
     for name in pages() {
-        let text = prose(&page(&name)).replace('\n', " ");
+        let text = prose(&page(&name)).split_whitespace().collect::<Vec<_>>().join(" ");
         for rest in text.split("default `").skip(1) {
             let Some((key, value)) = rest.split('`').next().unwrap().split_once(" = ") else {
                 continue;
@@ -97,4 +104,87 @@ fn the_sources_tracked_are_as_many_as_the_page_says() {
     assert!(text.contains(&format!("{number} sources per frontend")), "{number}");
     assert!(!blocks(&page("docs/sources.md"), "toml").is_empty());
     assert_eq!(table(&text, "| key |").len(), 6);
+}
+
+// === health.md, heartbeats.md ===
+
+#[test]
+fn probes_and_heartbeats_together_mean_what_the_page_says() {
+    let rows = table(&page("docs/health.md"), "| heartbeats (`pulse`) |");
+    let pulses = [
+        HeartbeatHealth::Absent,
+        HeartbeatHealth::Waiting,
+        HeartbeatHealth::OnTime,
+        HeartbeatHealth::Suspect,
+        HeartbeatHealth::SilentButAnswering,
+        HeartbeatHealth::Silent,
+        HeartbeatHealth::Expired,
+    ];
+    let probes = [None, Some(Observation::Unknown), Some(Observation::Up), Some(Observation::Down)];
+    assert_eq!(rows.len() - 1, pulses.len());
+    for (pulse, row) in pulses.into_iter().zip(&rows[1..]) {
+        assert!(row[0].ends_with(&format!("({})", pulse.name())), "{}: {row:?}", pulse.name());
+        for (probed, cell) in probes.into_iter().zip(&row[1..]) {
+            let together = combine_observations(pulse, probed).name();
+            assert_eq!(cell.split(',').next(), Some(together), "{} {probed:?}", pulse.name());
+        }
+    }
+}
+
+#[test]
+fn every_reason_to_reject_a_heartbeat_is_listed_and_no_other() {
+    let built: BTreeSet<String> = RejectReason::ALL
+        .iter()
+        .map(|reason| reason.name())
+        .chain(HeartbeatIgnored::ALL.iter().map(|reason| reason.name()))
+        .map(str::to_owned)
+        .collect();
+    let listed: BTreeSet<String> = column(&page("docs/heartbeats.md"), "| reason |", 0)
+        .iter()
+        .flat_map(|cell| cell.split(", "))
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(listed, built);
+}
+
+#[test]
+fn the_datagram_is_laid_out_as_the_page_says() {
+    let identity = SenderIdentity::new("web", "a", "10.0.0.1:80".parse().unwrap()).unwrap();
+    let secret = Secret::new(&[7; 32]).unwrap();
+    let fields = HeartbeatFields {
+        identity: &identity,
+        key_id: 1,
+        incarnation: 2,
+        sequence: 3,
+        sent: 4,
+        interval: Duration::from_millis(5),
+        state: SenderState::Draining,
+        weight: 7,
+        in_flight: 6,
+        load: 8,
+    };
+    let sent = encode(&fields, &secret);
+    let expected = [
+        ("magic", u64::from(u32::from_be_bytes(*b"TGHB"))),
+        ("version", 1),
+        ("flags", 0),
+        ("state", 3),
+        ("address family", 4),
+        ("key id", 1),
+        ("incarnation", 2),
+        ("sequence", 3),
+        ("time", 4),
+        ("interval", 5),
+        ("in flight", 6),
+        ("weight", 7),
+        ("load", 8),
+        ("port", 80),
+    ];
+    let rows = table(&page("docs/heartbeats.md"), "| at | bytes |");
+    for ((field, value), row) in expected.into_iter().zip(&rows[1..]) {
+        let (at, bytes) = (row[0].parse::<usize>().unwrap(), row[1].parse::<usize>().unwrap());
+        let read = sent[at..at + bytes].iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+        assert_eq!((row[2].as_str(), read), (field, value));
+    }
+    assert_eq!(sent.len(), 50 + 4 + (1 + 3) + (1 + 1) + 16, "names and tag follow the address");
 }
