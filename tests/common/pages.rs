@@ -95,3 +95,15 @@ fn anchor(heading: &str) -> String {
     let kept = |c: &char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
     heading.to_lowercase().chars().filter(kept).collect::<String>().replace(' ', "-")
 }
+
+/// Calls `with` for the text of every Rust file under `directory`.
+pub(crate) fn sources(directory: &str, with: &mut dyn FnMut(&str)) {
+    for entry in fs::read_dir(root().join(directory)).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path.strip_prefix(root()).unwrap().display().to_string(), with);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            with(&fs::read_to_string(&path).unwrap());
+        }
+    }
+}

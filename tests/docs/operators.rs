@@ -1,7 +1,7 @@
 //! Facts of the operators' pages against the program: defaults, constants and words that
 //! stand in prose.
 
-use crate::pages::{blocks, column, page, pages, prose, table};
+use crate::pages::{blocks, column, page, pages, prose, sources, table};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::sync::Arc;
@@ -187,4 +187,24 @@ fn the_datagram_is_laid_out_as_the_page_says() {
         assert_eq!((row[2].as_str(), read), (field, value));
     }
     assert_eq!(sent.len(), 50 + 4 + (1 + 3) + (1 + 1) + 16, "names and tag follow the address");
+}
+
+// === change.md ===
+
+#[test]
+fn every_setting_that_needs_more_than_a_reload_is_listed_and_no_other() {
+    // `("[process] workers", old.workers != new.workers),`
+    let setting = |line: &str| {
+        let rest = line.trim().strip_prefix("(\"[")?;
+        let (name, compared) = rest.split_once("\", ")?;
+        compared.contains(" != ").then(|| format!("[{name}"))
+    };
+    let mut built = BTreeSet::new();
+    sources("src/daemon", &mut |text| built.extend(text.lines().filter_map(setting)));
+    let mut listed = BTreeSet::new();
+    for cell in column(&page("docs/change.md"), "| setting |", 0) {
+        let (section, keys) = cell.split_once(' ').unwrap();
+        listed.extend(keys.split(", ").map(|key| format!("{section} {key}")));
+    }
+    assert_eq!(listed, built);
 }
