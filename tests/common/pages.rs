@@ -14,12 +14,14 @@ pub(crate) fn page(name: &str) -> String {
     fs::read_to_string(root().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
-/// Every page for readers: those beside the README and all of `docs`, sorted.
+/// Every page for readers: those beside the README, all of `docs` and of `examples`, sorted.
 pub(crate) fn pages() -> Vec<String> {
     let mut found = Vec::new();
     let beside = fs::read_dir(root()).unwrap().map(|entry| entry.unwrap().path());
     found.extend(beside.filter(|path| is_page(path)));
-    collect(&root().join("docs"), &mut found);
+    for directory in ["docs", "examples"] {
+        collect(&root().join(directory), &mut found);
+    }
     let name = |path: PathBuf| path.strip_prefix(root()).unwrap().display().to_string();
     let mut names: Vec<String> = found.into_iter().map(name).collect();
     names.sort();

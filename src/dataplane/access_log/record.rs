@@ -13,57 +13,61 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// an empty `timer`) is `null` there.
 #[derive(Debug, Clone, Serialize)]
 pub struct AccessLogRecord {
-    /// When the session ended.
+    /// When the session ended, RFC 3339 in UTC with microseconds.
     #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
-    /// Unique in the process and those it was upgraded from; below 2^53, as JSON readers
-    /// keep no more.
+    /// Number of the session, unique over all upgrades and below 2^53. Workers take numbers
+    /// in blocks, so they do not follow the order of time.
     pub session: u64,
     /// Number of the worker that served it.
     pub worker: u32,
-    /// Of the configuration it was routed by.
+    /// Number of the configuration that routed the session.
     pub generation: u64,
-    /// Frontend it came in through.
+    /// Frontend that accepted the session.
     pub frontend: Option<Arc<str>>,
-    /// Peer's address.
+    /// Address and port of the client; `unix` over a Unix socket.
     pub client: LoggedClient,
-    /// Pool it was routed to.
+    /// Pool of the route.
     pub pool: Option<Arc<str>>,
-    /// Backend tried last.
+    /// Last backend tried.
     pub backend: Option<Arc<str>>,
-    /// Where that backend listens.
+    /// Address of that backend.
     pub backend_address: Option<Arc<str>>,
-    /// What ended it (`core::outcome::Cause`).
+    /// What ended the session first.
     pub cause: &'static str,
-    /// How far it had come (`core::outcome::Phase`).
+    /// How far the session was.
     pub phase: &'static str,
-    /// The two ASCII letters log tools know (`core::outcome::code`).
+    /// Two letters that the log tools of HAProxy know.
     #[serde(serialize_with = "letters")]
     pub code: [u8; 2],
-    /// The timer that fired; empty for none.
+    /// Timeout that fired, by its name in the configuration.
     #[serde(serialize_with = "null_if_empty")]
     pub timer: &'static str,
-    /// Of the call that failed.
+    /// Error number of the call that failed.
     pub errno: Option<i32>,
-    /// Side that sent FIN or RST first (`core::outcome::Side`).
+    /// Side that sent FIN or RST first: `client` or `backend`.
     pub closed_first: Option<&'static str>,
     /// Connect attempts made.
     pub attempts: u32,
-    /// Those that failed, in order.
+    /// Attempts that failed, in order: `{backend, failure, errno, seconds}`. `failure` is
+    /// `refused`, `timeout`, `unreachable`, `early-reset` (after the connect, before any
+    /// byte), `other`, or the local resource that was missing: `ports`, `descriptors`,
+    /// `memory`, `route`.
     pub tries: Vec<TryRecord>,
-    /// Sent on to the backend.
+    /// Bytes from the client that were sent to the backend.
     pub bytes_in: u64,
-    /// Sent on to the client.
+    /// Bytes from the backend that were sent to the client.
     pub bytes_out: u64,
-    /// Come from either side, and not taken by the other's kernel.
+    /// Bytes from either side that the kernel of the other side had not acknowledged at the
+    /// end; 0 for `finished`.
     pub bytes_undelivered: u64,
-    /// How long the connect that succeeded took.
+    /// Duration of the connect that succeeded.
     #[serde(rename = "connect_seconds", serialize_with = "seconds_or_null")]
     pub connect: Option<Duration>,
-    /// From the upstream connection to the backend's first byte.
+    /// Time from the connection to the backend to the backend's first byte.
     #[serde(rename = "first_byte_seconds", serialize_with = "seconds_or_null")]
     pub first_byte: Option<Duration>,
-    /// From accept to close.
+    /// Time from accept to close.
     #[serde(rename = "duration_seconds", serialize_with = "seconds")]
     pub duration: Duration,
 }

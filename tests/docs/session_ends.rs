@@ -1,0 +1,51 @@
+//! The matrix of `docs/session-ends.md`: causes, phases and the letters of each cell.
+
+use crate::pages::{column, page};
+use std::fmt::Write;
+use tidegate_core::outcome::{Cause, Phase, code};
+
+const PAGE: &str = "docs/session-ends.md";
+
+pub(crate) fn text() -> String {
+    let phases: Vec<&str> = Phase::ALL.iter().map(|phase| phase.name()).collect();
+    let mut out = format!("| cause | `{}` |\n", phases.join("` | `"));
+    let _ = writeln!(out, "|---|{}", ":-:|".repeat(Phase::COUNT));
+    for cause in Cause::ALL {
+        let cell = |phase: Phase| match phases_of(cause).contains(&phase) {
+            true => format!("`{}`", String::from_utf8_lossy(&code(cause, phase))),
+            false => String::new(),
+        };
+        let cells: Vec<String> = Phase::ALL.into_iter().map(cell).collect();
+        let _ = writeln!(out, "| `{}` | {} |", cause.name(), cells.join(" | "));
+    }
+    out
+}
+
+/// The phases in which a session can end so.
+fn phases_of(cause: Cause) -> &'static [Phase] {
+    use Phase::{Admit, Closed, Connect, Data, HalfClosed, Queue};
+    match cause {
+        Cause::Finished => &[Closed],
+        Cause::ClientReset => &[Queue, Connect, Data, HalfClosed, Closed],
+        Cause::ClientLeft | Cause::QueueTimeout => &[Queue],
+        Cause::BackendReset | Cause::ClientLost | Cause::BackendLost | Cause::BackendRemoved => {
+            &[Data, HalfClosed, Closed]
+        }
+        Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => &[Connect],
+        Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => &[Admit],
+        Cause::FirstByteTimeout | Cause::IdleTimeout => &[Data],
+        Cause::HalfClosedTimeout => &[HalfClosed, Closed],
+        Cause::DrainDeadline => &[Queue, Connect, Data, HalfClosed, Closed],
+        Cause::LocalResource => &[Admit, Connect, Data, HalfClosed, Closed],
+        Cause::InternalError => &Phase::ALL,
+    }
+}
+
+#[test]
+fn every_cause_and_phase_is_described() {
+    let page = page(PAGE);
+    let causes: Vec<&str> = Cause::ALL.iter().map(|cause| cause.name()).collect();
+    assert_eq!(column(&page, "| cause | what happened", 0), causes);
+    let phases: Vec<&str> = Phase::ALL.iter().map(|phase| phase.name()).collect();
+    assert_eq!(column(&page, "| phase |", 0), phases);
+}
