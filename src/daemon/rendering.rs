@@ -7,22 +7,17 @@
 
 use super::control_loop::Control;
 use crate::admin::process::ProcessFacts;
-use crate::admin::{
-    self, AdminSnapshot, HeartbeatCounts, ReloadCounts, ServiceState, UpgradeCounts,
-};
+use crate::admin::{self, AdminSnapshot};
 use crate::maintenance;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
-use tidegate_core::control::source_ports::{PortLimits, PortWatch};
+use tidegate_api::names::ServiceState;
 use tidegate_core::control::{ControlStatus, Gathering};
-use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::metrics::histograms::{HistogramDelta, MergedHistograms};
 use tidegate_core::table::state::BackendId;
 use tidegate_dataplane::worker::{Mailbox, WorkerCommand};
-use tidegate_net::budget::MemoryBudget;
 use tidegate_net::clock;
-use tidegate_net::confinement::SandboxReport;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -82,38 +77,6 @@ pub(super) struct Collected {
     seen: u32,
 }
 
-/// One moment of the whole process, to be taken to another thread.
-struct Picture {
-    control: ControlStatus,
-    workers: Vec<Arc<WorkerCounters>>,
-    engine: &'static str,
-    engine_reason: String,
-    now: Instant,
-    uptime: Duration,
-    state: ServiceState,
-    reloads: ReloadCounts,
-    transitions_unlogged: u64,
-    upgrades: UpgradeCounts,
-    table_serial: u64,
-    connections_active: u32,
-    connections_max: u32,
-    queued: HashMap<Arc<str>, usize>,
-    buffers: Arc<MemoryBudget>,
-    buffers_refused: u64,
-    warnings: Vec<String>,
-    /// What is wrong with the file since a crash.
-    note: Option<String>,
-    admin_crowded: u64,
-    confinement: SandboxReport,
-    control_counts: Arc<WorkerCounters>,
-    log_dropped: u64,
-    ports: Arc<PortWatch>,
-    port_limits: PortLimits,
-    started_wall: SystemTime,
-    heartbeats: HeartbeatCounts,
-    backend_metrics_max: u32,
-}
-
 // === impl Rendering ===
 
 impl Rendering {
@@ -160,21 +123,23 @@ impl Control {
                 break;
             }
         }
-        let picture = self.picture(gathering.finish(), clock::now());
-        let collecting = self.start_collecting();
+        let snapshot = self.snapshot(gathering.finish(), clock::now());
+        let (collecting, started) = (self.start_collecting(), self.started_wall);
         self.rendering.running = Some(tokio::spawn(async move {
             let collected = collecting.arrive().await;
+            let write = move || render(snapshot, started, collected, asked);
             // It panics only where the renderer does.
-            let _ = tokio::task::spawn_blocking(move || picture.render(collected, asked)).await;
+            let _ = tokio::task::spawn_blocking(write).await;
         }));
     }
 
-    fn picture(&self, control: ControlStatus, now: Instant) -> Picture {
+    fn snapshot(&self, control: ControlStatus, now: Instant) -> AdminSnapshot {
         let table = self.tables.current();
         let rarities = self.rare_counters();
-        Picture {
+        AdminSnapshot {
             control,
             workers: self.counters.clone(),
+            version: env!("CARGO_PKG_VERSION"),
             engine: self.runtime.name(),
             engine_reason: self.engine_reason.clone(),
             now,
@@ -193,16 +158,16 @@ impl Control {
             buffers: Arc::clone(&self.shared.buffers),
             buffers_refused: rarities.buffers_refused,
             warnings: self.warnings(),
-            note: self.supervised.in_force.note(),
+            // What is wrong with the file since a crash.
+            troubles: self.supervised.in_force.note().into_iter().collect(),
             admin_crowded: rarities.admin_crowded,
             confinement: self.confined.report.clone(),
             control_counts: Arc::clone(&self.local),
             log_dropped: rarities.log_dropped,
             ports: Arc::clone(&self.upkeep.ports),
             port_limits: self.upkeep.limits(),
-            started_wall: self.started_wall,
             heartbeats: self.reception.counts(),
-            backend_metrics_max: self.config.admin.backend_metrics_max,
+            backend_metrics_max: self.config.admin.backend_metrics_max as usize,
         }
     }
 
@@ -281,64 +246,35 @@ impl Collected {
     }
 }
 
-// === impl Picture ===
-
-impl Picture {
-    fn render(self, collected: Collected, asked: Vec<Reader>) {
-        let latencies = collected.latency.clone();
-        collected.absorb();
-        let latency = latencies.lock();
-        let states = self.control.pools.iter().flat_map(|pool| &pool.backends).map(|b| &b.state);
-        let mut troubles = maintenance::warnings(&self.ports, self.port_limits, states);
-        troubles.extend(self.note.clone());
-        let snapshot = self.snapshot(&latency, &troubles);
-        let (mut status, mut metrics) = (None, None);
-        for asked in asked {
-            // A reply that finds nobody waiting any more is nobody's loss.
-            let _ = match asked {
-                Reader::Status(reply) => reply
-                    .send(status.get_or_insert_with(|| admin::status::render(&snapshot)).clone()),
-                Reader::Metrics(reply) => reply
-                    .send(metrics.get_or_insert_with(|| admin::metrics::render(&snapshot)).clone()),
-            };
-        }
-    }
-
-    fn snapshot<'a>(
-        &'a self,
-        latency: &'a MergedHistograms,
-        troubles: &'a [String],
-    ) -> AdminSnapshot<'a> {
-        AdminSnapshot {
-            control: &self.control,
-            workers: &self.workers,
-            latency,
-            version: env!("CARGO_PKG_VERSION"),
-            engine: self.engine,
-            engine_reason: &self.engine_reason,
-            now: self.now,
-            uptime: self.uptime,
-            state: self.state,
-            reloads: self.reloads,
-            transitions_unlogged: self.transitions_unlogged,
-            upgrades: self.upgrades,
-            table_serial: self.table_serial,
-            connections_active: self.connections_active,
-            connections_max: self.connections_max,
-            warnings: &self.warnings,
-            confinement: &self.confinement,
-            admin_crowded: self.admin_crowded,
-            buffers_refused: self.buffers_refused,
-            queued: &self.queued,
-            buffers: &self.buffers,
-            troubles,
-            control_counts: &self.control_counts,
-            log_dropped: self.log_dropped,
-            ports: &self.ports,
-            port_limits: self.port_limits,
-            process: ProcessFacts::read(self.started_wall),
-            heartbeats: &self.heartbeats,
-            backend_metrics_max: self.backend_metrics_max as usize,
-        }
+/// Writes what was asked for, on a thread that may take its time.
+fn render(
+    mut snapshot: AdminSnapshot,
+    started: SystemTime,
+    collected: Collected,
+    asked: Vec<Reader>,
+) {
+    let latencies = collected.latency.clone();
+    collected.absorb();
+    let latency = latencies.lock();
+    let backends = snapshot.control.pools.iter().flat_map(|pool| &pool.backends);
+    let states = backends.map(|backend| &backend.state);
+    let short = maintenance::warnings(&snapshot.ports, snapshot.port_limits, states);
+    snapshot.troubles.splice(0..0, short);
+    let (mut status, mut metrics) = (None, None);
+    for asked in asked {
+        // A reply that finds no receiver is the loss of its reader alone.
+        let _ = match asked {
+            Reader::Status(reply) => {
+                let text = status.get_or_insert_with(|| admin::status::render(&snapshot, &latency));
+                reply.send(text.clone())
+            }
+            Reader::Metrics(reply) => {
+                let rendered = || {
+                    let process = ProcessFacts::read(started);
+                    admin::metrics::render(&snapshot, &latency, &process)
+                };
+                reply.send(metrics.get_or_insert_with(rendered).clone())
+            }
+        };
     }
 }

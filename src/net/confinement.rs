@@ -5,7 +5,7 @@
 //! it changes nothing and asks nobody.
 
 /// One of [`LAYERS`].
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxLayer {
     /// Its name.
     pub layer: &'static str,
@@ -16,8 +16,7 @@ pub struct SandboxLayer {
 }
 
 /// Everything that confines a process, in the order of [`LAYERS`].
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-#[serde(transparent)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxReport(Vec<SandboxLayer>);
 
 /// In the order in which they are put up.

@@ -4,166 +4,20 @@
 //! Called by the control loop with what the controller knows. Pure: it reads no
 //! clock and does no I/O.
 
-use super::rejections::RejectedDoc;
-use super::status::{
-    FreezeDoc, JsonNumber, TransitionDoc, frozen, last_transition, millis, number, thousandths,
-};
-use crate::admin::rejections;
-use serde::Serialize;
+use super::rejections;
+use super::status::{frozen, last_transition, millis, thousandths};
 use std::time::{Duration, Instant};
+use tidegate_api::explain::{
+    EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, ProbeDoc, SenderDoc,
+    SlowStartDoc, WeightDoc,
+};
+use tidegate_api::names::ProbeKindName;
 use tidegate_core::control::explain::{Explanation, GuardStatus, ProbeView};
 use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus, MemberSourceKind};
 use tidegate_core::health::probe_detector::ProbeState;
 use tidegate_core::health::{Intent, Observation, RequestedState};
 use tidegate_core::model::ProbeKind;
 use tidegate_core::suspicion::rejections::Rejection;
-
-#[derive(Serialize)]
-struct ExplainDoc<'a> {
-    pool: &'a str,
-    backend: &'a str,
-    address: String,
-    registered: bool,
-    eligible: bool,
-    /// One sentence.
-    why: String,
-    observation: &'static str,
-    observation_seconds: f64,
-    intent: &'static str,
-    intent_seconds: f64,
-    backup: bool,
-    connections_max: u32,
-    connections_max_in_force: u32,
-    sessions_active: u32,
-    weight: WeightDoc,
-    probe: Option<ProbeDoc>,
-    heartbeat: Option<HeartbeatDoc<'a>>,
-    ejection: EjectionDoc,
-    failures: Failures,
-    slow_start: Option<SlowStartDoc>,
-    guards: GuardsDoc<'a>,
-    /// Newest first.
-    history: Vec<TransitionDoc<'a>>,
-}
-
-/// The factors of the effective weight.
-#[derive(Serialize)]
-struct WeightDoc {
-    effective: JsonNumber,
-    configured: u16,
-    health_percent: u32,
-    ramp_percent: u32,
-    load_percent: u32,
-}
-
-#[derive(Serialize)]
-struct ProbeDoc {
-    kind: &'static str,
-    interval_seconds: f64,
-    timeout_seconds: f64,
-    rise: u32,
-    fall: u32,
-    observation: &'static str,
-    seconds: f64,
-    failed_in_a_row: u32,
-    connects_failed_in_a_row: u32,
-    succeeded_in_a_row: u32,
-    fails_open: bool,
-}
-
-#[derive(Serialize)]
-struct HeartbeatDoc<'a> {
-    required: bool,
-    pulse: &'static str,
-    sender: Option<SenderDoc>,
-    /// The last one in its name that was rejected.
-    rejected: Option<RejectedDoc<'a>>,
-}
-
-/// What the sender says and how its rhythm reads.
-#[derive(Serialize)]
-struct SenderDoc {
-    state: &'static str,
-    state_seconds: f64,
-    key: u32,
-    incarnation: Option<u64>,
-    sequence: Option<u64>,
-    weight_asked: u16,
-    load: u16,
-    load_smoothed: f64,
-    in_flight: u32,
-    known_seconds: f64,
-    detector: &'static str,
-    detector_seconds: f64,
-    received_total: u64,
-    lost_total: u64,
-    /// Of those known, the share that was lost.
-    lost_share: f64,
-    /// What the timeout is made for: recent losses, and some in reserve.
-    loss: f64,
-    loss_after_loss: f64,
-    jitter_seconds: f64,
-    interval_seconds: f64,
-    interval_learned_seconds: f64,
-    missing_allowed: u32,
-    timeout_seconds: f64,
-    try_timeout_seconds: f64,
-    silent_seconds: Option<f64>,
-    ttl_seconds: f64,
-    expired: bool,
-    phi_normal: f64,
-    phi_exponential: f64,
-    suspicions_total: u64,
-    downs_total: u64,
-    flaps: u32,
-    /// Why it is not taken out though confirmed to be gone.
-    held: Option<String>,
-}
-
-#[derive(Serialize)]
-struct EjectionDoc {
-    on: bool,
-    ejected: bool,
-    seconds_left: Option<f64>,
-    in_a_row: u32,
-    /// For how long one session at a time has tried it, if so.
-    trial_seconds: Option<f64>,
-    total: u64,
-    held_total: u64,
-}
-
-/// Failed connects and early resets during the last minute.
-#[derive(Serialize)]
-struct Failures {
-    within_seconds: f64,
-    connects: u32,
-    early_resets: u32,
-    last: Option<String>,
-    last_seconds_ago: Option<f64>,
-    in_a_row: u32,
-    /// Length of a row that ejects it.
-    eject_at: Option<u32>,
-    connects_total: u64,
-}
-
-#[derive(Serialize)]
-struct SlowStartDoc {
-    takes_seconds: f64,
-    seconds: f64,
-    percent: u32,
-}
-
-#[derive(Serialize)]
-struct GuardsDoc<'a> {
-    channel_silent: bool,
-    pool_frozen: Option<FreezeDoc<'a>>,
-    all_frozen: Option<FreezeDoc<'a>>,
-    max_ejected_percent: u8,
-    pool_down: usize,
-    pool_suspect: usize,
-    pool_heard: usize,
-    pool_senders: usize,
-}
 
 /// A sender that has not been rejected for so long has stopped, or is heard.
 const REJECTED_LATELY: Duration = Duration::from_secs(60);
@@ -177,16 +31,16 @@ pub fn render(explained: &Explanation, refused: Option<&Rejection>) -> String {
     };
     let backend = &explained.backend;
     let document = ExplainDoc {
-        pool: &backend.state.pool,
-        backend: &backend.state.name,
+        pool: backend.state.pool.to_string(),
+        backend: backend.state.name.to_string(),
         address: backend.state.address.to_string(),
         registered: backend.origin == MemberSourceKind::Registered,
         eligible: backend.eligible,
         why: why_sentence(explained)
             + &rejected.map_or_else(String::new, |last| being_rejected(last, explained.now)),
-        observation: backend.observation.name(),
+        observation: backend.observation.name().into(),
         observation_seconds: millis(explained.observed_for),
-        intent: backend.intent.name(),
+        intent: backend.intent.name().into(),
         intent_seconds: millis(explained.intent_for),
         backup: backend.backup,
         connections_max: backend.connections_max,
@@ -330,7 +184,7 @@ fn in_rotation_sentence(explained: &Explanation, state: &str) -> String {
 fn weight(explained: &Explanation) -> WeightDoc {
     let weight = explained.weight;
     WeightDoc {
-        effective: number(explained.backend.effective_weight),
+        effective: explained.backend.effective_weight,
         configured: weight.base,
         health_percent: weight.health,
         ramp_percent: weight.ramp,
@@ -346,15 +200,15 @@ fn probe(view: &ProbeView) -> ProbeDoc {
     };
     ProbeDoc {
         kind: match view.spec.kind {
-            ProbeKind::Tcp => "tcp",
-            ProbeKind::SendExpect { .. } => "send-expect",
-            ProbeKind::Http { .. } => "http",
+            ProbeKind::Tcp => ProbeKindName::Tcp,
+            ProbeKind::SendExpect { .. } => ProbeKindName::SendExpect,
+            ProbeKind::Http { .. } => ProbeKindName::Http,
         },
         interval_seconds: millis(view.spec.interval),
         timeout_seconds: millis(view.spec.timeout),
         rise: view.spec.rise,
         fall: view.spec.fall,
-        observation: view.observation.name(),
+        observation: view.observation.name().into(),
         seconds: millis(view.lasted),
         failed_in_a_row: failed,
         connects_failed_in_a_row: connects,
@@ -363,15 +217,12 @@ fn probe(view: &ProbeView) -> ProbeDoc {
     }
 }
 
-fn heartbeat<'a>(
-    explained: &'a Explanation,
-    rejected: Option<&'a Rejection>,
-) -> Option<HeartbeatDoc<'a>> {
+fn heartbeat(explained: &Explanation, rejected: Option<&Rejection>) -> Option<HeartbeatDoc> {
     let spec = explained.heartbeat_spec.as_ref()?;
     let backend = &explained.backend;
     Some(HeartbeatDoc {
         required: spec.require || backend.origin == MemberSourceKind::Registered,
-        pulse: backend.pulse.name(),
+        pulse: backend.pulse.name().into(),
         sender: backend.heart.as_ref().map(|heart| sender(heart, backend, explained)),
         rejected: rejected.map(|last| rejections::rejected(last, explained.now)),
     })
@@ -385,7 +236,7 @@ fn sender(
     let reading = &heart.reading;
     let exact = |time: Duration| thousandths(time.as_secs_f64());
     SenderDoc {
-        state: backend.calling.name(),
+        state: backend.calling.name().into(),
         state_seconds: millis(explained.calling_for),
         key: heart.key_id,
         incarnation: reading.incarnation,
@@ -395,7 +246,7 @@ fn sender(
         load_smoothed: thousandths(heart.load_mean),
         in_flight: heart.in_flight,
         known_seconds: millis(heart.known_for),
-        detector: reading.state.name(),
+        detector: reading.state.name().into(),
         detector_seconds: millis(explained.now.saturating_duration_since(reading.since)),
         received_total: reading.beats_total,
         lost_total: reading.lost_total,
@@ -437,9 +288,9 @@ fn ejection(explained: &Explanation) -> EjectionDoc {
     }
 }
 
-fn failures(explained: &Explanation) -> Failures {
+fn failures(explained: &Explanation) -> FailuresDoc {
     let view = &explained.failures;
-    Failures {
+    FailuresDoc {
         within_seconds: millis(view.recent.map_or(view.watched, |recent| recent.within)),
         connects: view.recent.map_or(0, |recent| recent.connects),
         early_resets: view.recent.map_or(0, |recent| recent.early_resets),
@@ -451,15 +302,15 @@ fn failures(explained: &Explanation) -> Failures {
     }
 }
 
-fn guards(view: &GuardStatus) -> GuardsDoc<'_> {
+fn guards(view: &GuardStatus) -> GuardsDoc {
     GuardsDoc {
         channel_silent: view.channel_silent,
         pool_frozen: view.pool_frozen.as_ref().map(frozen),
         all_frozen: view.all_frozen.as_ref().map(frozen),
         max_ejected_percent: view.max_ejected_percent,
-        pool_down: view.view.down,
-        pool_suspect: view.view.suspects,
-        pool_heard: view.view.heard,
-        pool_senders: view.view.members,
+        pool_down: view.view.down as u64,
+        pool_suspect: view.view.suspects as u64,
+        pool_heard: view.view.heard as u64,
+        pool_senders: view.view.members as u64,
     }
 }

@@ -35,18 +35,23 @@ mod routes;
 mod serve;
 pub mod snapshot;
 pub mod status;
+#[cfg(test)]
+mod tests;
 mod token;
 mod upgrade;
 
 pub use bind::{AdminBindError, AdminListener, SocketFileLock, bind, take_over};
 pub use serve::{DroppedConnections, serve};
-pub use snapshot::{AdminSnapshot, HeartbeatCounts, ReloadCounts, ServiceState, UpgradeCounts};
+pub use snapshot::{AdminSnapshot, HeartbeatCounts, ReloadCounts, UpgradeCounts};
+pub use tidegate_api::answers::UpgradeDoc;
+pub use tidegate_api::reload::{ProblemDoc, ReloadDoc};
 pub use token::{Token, TokenError, TokenStore};
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use tidegate_api::names::ServiceState;
 use tidegate_core::control::OperatorError;
 use tidegate_core::health::Intent;
 use tokio::sync::oneshot;
@@ -110,17 +115,6 @@ pub enum AdminRequest {
     Shutdown(oneshot::Sender<()>),
 }
 
-/// Another process serves.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct UpgradeDoc {
-    /// Its number.
-    pub pid: u32,
-    /// Of its program.
-    pub version: String,
-    /// Of the configuration it serves by.
-    pub generation: u64,
-}
-
 /// This process goes on; why, in words.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UpgradeError {
@@ -130,17 +124,6 @@ pub enum UpgradeError {
     Failed(String),
 }
 
-/// A configuration is in force.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct ReloadDoc {
-    /// Its generation.
-    pub generation: u64,
-    /// False when the file says what was in force already.
-    pub changed: bool,
-    /// What was accepted but waits for a restart.
-    pub warnings: Vec<String>,
-}
-
 /// A file was refused, or not even read; what was in force stays.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReloadError {
@@ -148,24 +131,6 @@ pub enum ReloadError {
     Problems(Vec<ProblemDoc>),
     /// Why no file is read now, in words.
     NotNow(&'static str),
-}
-
-/// One thing wrong at one place.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct ProblemDoc {
-    /// The file as the operator named it.
-    pub file: Arc<str>,
-    /// From 1.
-    pub line: usize,
-    /// From 1, in characters.
-    pub column: usize,
-    /// One line.
-    pub message: String,
-    /// What would be right, on one line.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub help: Option<String>,
-    /// All of it with the source line and a caret, as `tidegate check` shows it.
-    pub rendered: String,
 }
 
 /// Requests that may wait for the control loop; more wait in their connections,
@@ -240,12 +205,12 @@ impl ReadyState {
         self.0.state.load(Ordering::Relaxed) == READY
     }
 
-    /// `starting`, `serving` or `draining`.
-    pub fn name(&self) -> &'static str {
+    /// Where the process is in its life.
+    pub fn state(&self) -> ServiceState {
         match self.0.state.load(Ordering::Relaxed) {
-            STARTING => "starting",
-            READY => "serving",
-            _ => "draining",
+            STARTING => ServiceState::Starting,
+            READY => ServiceState::Serving,
+            _ => ServiceState::Draining,
         }
     }
 }

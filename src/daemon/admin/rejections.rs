@@ -3,50 +3,31 @@
 //! Pure; used by the renderers of both.
 
 use super::status::{millis, thousandths};
-use serde::Serialize;
 use std::collections::HashMap;
 use std::time::Instant;
+use tidegate_api::status::RejectedDoc;
 use tidegate_core::suspicion::rejections::Rejection;
 
 /// Senders that status lists; the rest is in the metrics, by reason.
 pub(super) const SHOWN_MAX: usize = 64;
 
-/// The last rejected heartbeat of one sender.
-#[derive(Serialize)]
-pub(super) struct RejectedDoc<'a> {
-    pool: Option<&'a str>,
-    backend: Option<&'a str>,
-    from: Option<String>,
-    key: Option<u32>,
-    reason: &'static str,
-    /// The sender's clock less ours; `null` where no key in force has signed.
-    skew_seconds: Option<f64>,
-    /// Whether pool and backend are proven.
-    signed: bool,
-    total: u64,
-    /// Since a heartbeat of this sender was believed.
-    in_a_row: u64,
-    seconds_ago: f64,
-    help: &'static str,
-}
-
 /// The rejections in the name of each backend.
 pub(super) struct ByBackend<'a>(HashMap<(&'a str, &'a str), &'a Rejection>);
 
-pub(super) fn rejected(rejection: &Rejection, now: Instant) -> RejectedDoc<'_> {
+pub(super) fn rejected(rejection: &Rejection, now: Instant) -> RejectedDoc {
     let claim = rejection.claim.as_ref();
     RejectedDoc {
-        pool: claim.map(|(pool, _)| &**pool),
-        backend: claim.map(|(_, name)| &**name),
-        from: rejection.from.map(|from| from.to_string()),
+        pool: claim.map(|(pool, _)| pool.to_string()),
+        backend: claim.map(|(_, name)| name.to_string()),
+        from: rejection.from,
         key: rejection.key_id,
-        reason: rejection.reason,
+        reason: rejection.reason.to_owned(),
         skew_seconds: rejection.skew.map(|skew| thousandths(skew as f64 / 1e3)),
         signed: rejection.signed,
         total: rejection.count,
         in_a_row: rejection.row,
         seconds_ago: millis(now.saturating_duration_since(rejection.at)),
-        help: rejection.help,
+        help: rejection.help.to_owned(),
     }
 }
 

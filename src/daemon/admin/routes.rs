@@ -19,6 +19,8 @@ use hyper::{Method, StatusCode, Uri};
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_api::answers::{ErrorDoc, IntentDoc, StateDoc};
+use tidegate_api::names::{IntentName, ServiceState};
 use tidegate_core::control::OperatorError;
 use tidegate_core::health::Intent;
 use tokio::sync::{mpsc, oneshot};
@@ -38,27 +40,6 @@ pub(super) struct ErrorResponse {
     status: StatusCode,
     error: &'static str,
     detail: String,
-}
-
-#[derive(Serialize)]
-struct ErrorBody<'a> {
-    error: &'a str,
-    detail: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    problems: Option<&'a [ProblemDoc]>,
-}
-
-#[derive(Serialize)]
-struct IntentBody<'a> {
-    pool: &'a str,
-    backend: &'a str,
-    intent: &'static str,
-}
-
-/// Where the process is in its life.
-#[derive(Serialize)]
-struct StateBody {
-    state: &'static str,
 }
 
 /// A control loop that takes longer is stuck; a client's own timeout would tell
@@ -94,27 +75,19 @@ pub(super) fn router(api: Arc<ApiState>) -> Router {
 }
 
 async fn live(State(api): State<Arc<ApiState>>) -> Response {
-    answer(JSON, text(&StateBody { state: api.readiness.name() }))
+    answer(JSON, text(&StateDoc { state: api.readiness.state() }))
 }
 
-async fn ready(State(api): State<Arc<ApiState>>) -> Response {
-    let state = api.readiness.name();
-    if let Some(worker) = api.readiness.stalled() {
-        let detail = format!("worker {worker} is stalled");
-        return ErrorResponse::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail)
-            .into_response();
-    }
-    let undecided = api.readiness.undecided();
-    if api.readiness.is_ready() && undecided > 0 {
-        let s = if undecided == 1 { " waits" } else { "s wait" };
-        let detail = format!("{undecided} pool{s} for the first verdict on a backend");
-        return ErrorResponse::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail)
-            .into_response();
-    }
-    if api.readiness.is_ready() {
-        return answer(JSON, text(&StateBody { state }));
-    }
-    ErrorResponse::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", state).into_response()
+async fn ready(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
+    let state = api.readiness.state();
+    let detail = match (api.readiness.stalled(), api.readiness.undecided()) {
+        (Some(worker), _) => format!("worker {worker} is stalled"),
+        _ if state != ServiceState::Serving => state.to_string(),
+        (None, 0) => return Ok(answer(JSON, text(&StateDoc { state }))),
+        (None, 1) => "1 pool waits for the first verdict on a backend".to_owned(),
+        (None, pools) => format!("{pools} pools wait for the first verdict on a backend"),
+    };
+    Err(ErrorResponse::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail))
 }
 
 async fn metrics(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
@@ -128,26 +101,26 @@ async fn status(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorRespo
 async fn reload(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
     Ok(match api.ask_within(RELOAD_MAX, AdminRequest::Reload).await? {
         Ok(reloaded) => answer(JSON, text(&reloaded)),
-        Err(ReloadError::Problems(problems)) => refused_file(&problems),
+        Err(ReloadError::Problems(problems)) => refused_file(problems),
         Err(ReloadError::NotNow(why)) => {
             return Err(ErrorResponse::new(StatusCode::CONFLICT, "the reload is refused", why));
         }
     })
 }
 
-fn refused_file(problems: &[ProblemDoc]) -> Response {
-    let detail = match problems {
+fn refused_file(problems: Vec<ProblemDoc>) -> Response {
+    let detail = match &*problems {
         [one] => one.message.clone(),
         several => format!("{} problems", several.len()),
     };
-    let error = "the configuration is refused; the one in force stays";
-    let body = ErrorBody { error, detail: &detail, problems: Some(problems) };
+    let error = "the configuration is refused; the one in force stays".to_owned();
+    let body = ErrorDoc { error, detail, problems: Some(problems) };
     with_status(StatusCode::UNPROCESSABLE_ENTITY, &body)
 }
 
 async fn shutdown(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
     api.ask(AdminRequest::Shutdown).await?;
-    Ok(answer(JSON, text(&StateBody { state: "draining" })))
+    Ok(answer(JSON, text(&StateDoc { state: ServiceState::Draining })))
 }
 
 type BackendPath = Result<Path<(String, String)>, PathRejection>;
@@ -199,7 +172,8 @@ async fn set_intent(
 ) -> Result<Response, ErrorResponse> {
     // Not UTF-8 once decoded: no name is like that.
     let Ok(Path((pool, backend))) = named else { return Err(not_found(uri)) };
-    let body = text(&IntentBody { pool: &pool, backend: &backend, intent: to.name() });
+    let intent = IntentName::from(to.name());
+    let body = text(&IntentDoc { pool: pool.clone(), backend: backend.clone(), intent });
     let (unknown_pool, unknown_backend) = unknown(&pool, &backend);
     let done =
         api.ask(|reply| AdminRequest::SetIntent { pool, backend, intent: to, reply }).await?;
@@ -231,7 +205,7 @@ fn long_answer(content_type: &'static str, body: String) -> Response {
     ([(CONTENT_TYPE, content_type)], Body::new(Pieces::new(body))).into_response()
 }
 
-fn with_status(status: StatusCode, body: &ErrorBody<'_>) -> Response {
+fn with_status(status: StatusCode, body: &ErrorDoc) -> Response {
     (status, [(CONTENT_TYPE, JSON)], text(body)).into_response()
 }
 
@@ -283,7 +257,7 @@ impl ErrorResponse {
 
 impl IntoResponse for ErrorResponse {
     fn into_response(self) -> Response {
-        let body = ErrorBody { error: self.error, detail: &self.detail, problems: None };
+        let body = ErrorDoc { error: self.error.to_owned(), detail: self.detail, problems: None };
         let mut response = with_status(self.status, &body);
         if self.status == StatusCode::UNAUTHORIZED {
             let challenge = HeaderValue::from_static("Bearer realm=\"tidegate\"");

@@ -1,46 +1,43 @@
-//! Everything status and metrics are rendered from, borrowed for one rendering.
+//! Everything that status and metrics are rendered from, except the latencies.
 //!
-//! Filled in by the control loop in `daemon`, read by the pure renderers. It holds
-//! no locks: counters are read while workers go on counting, so sums of one
-//! rendering may differ by what happened meanwhile.
+//! Filled in by the control loop, taken to another thread and read there by the pure
+//! renderers. It holds no locks: workers keep counting during a rendering, so its sums
+//! may differ by what happened in that time.
 
-use super::process::ProcessFacts;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_api::names::ServiceState;
 use tidegate_core::control::ControlStatus;
 use tidegate_core::control::source_ports::{PortLimits, PortWatch};
 use tidegate_core::metrics::counters::WorkerCounters;
-use tidegate_core::metrics::histograms::MergedHistograms;
 use tidegate_core::suspicion::rejections::Rejection;
 use tidegate_net::budget::MemoryBudget;
 use tidegate_net::confinement::SandboxReport;
 
 /// One moment of the whole process.
-#[derive(Debug, Clone, Copy)]
-pub struct AdminSnapshot<'a> {
+#[derive(Debug)]
+pub struct AdminSnapshot {
     /// Frontends, pools, backends.
-    pub control: &'a ControlStatus,
+    pub control: ControlStatus,
     /// In worker order.
-    pub workers: &'a [Arc<WorkerCounters>],
-    /// Connect, first-byte and session times.
-    pub latency: &'a MergedHistograms,
-    /// Of the program.
-    pub version: &'a str,
+    pub workers: Vec<Arc<WorkerCounters>>,
+    /// Version of the program.
+    pub version: &'static str,
     /// Engine in use, such as `epoll`.
-    pub engine: &'a str,
+    pub engine: &'static str,
     /// Why that engine.
-    pub engine_reason: &'a str,
+    pub engine_reason: String,
     /// Now; ages in status are counted from here.
     pub now: Instant,
     /// Since the process started.
     pub uptime: Duration,
-    /// Whether it is on its way out.
+    /// `Serving` or `Draining`.
     pub state: ServiceState,
     /// Reloads since the start, by result.
     pub reloads: ReloadCounts,
-    /// Changes of standing that the log left out.
+    /// Changes of backends that the log left out.
     pub transitions_unlogged: u64,
     /// Upgrades in place, by result.
     pub upgrades: UpgradeCounts,
@@ -50,32 +47,30 @@ pub struct AdminSnapshot<'a> {
     pub connections_active: u32,
     /// Cap on those.
     pub connections_max: u32,
-    /// Clients in line, by pool; pools without any are left out.
-    pub queued: &'a HashMap<Arc<str>, usize>,
+    /// Queued clients, by pool; pools without any are left out.
+    pub queued: HashMap<Arc<str>, usize>,
     /// What sessions' buffers take.
-    pub buffers: &'a MemoryBudget,
-    /// Times bytes were left with the kernel for want of room in those.
+    pub buffers: Arc<MemoryBudget>,
+    /// Times bytes were left with the kernel because those were full.
     pub buffers_refused: u64,
     /// Settings that were accepted and wait for a restart, in words.
-    pub warnings: &'a [String],
+    pub warnings: Vec<String>,
+    /// What runs short on this host, in words.
+    pub troubles: Vec<String>,
     /// Admin connections closed to make room for newer ones.
     pub admin_crowded: u64,
-    /// What confines the process.
-    pub confinement: &'a SandboxReport,
-    /// What runs short on this machine, in words.
-    pub troubles: &'a [String],
-    /// What the control thread counts of trouble of our own.
-    pub control_counts: &'a WorkerCounters,
-    /// Lines of the program's log that were lost.
+    /// The layers of the sandbox.
+    pub confinement: SandboxReport,
+    /// Local errors that the control thread counts.
+    pub control_counts: Arc<WorkerCounters>,
+    /// Lines of the program's log that were dropped.
     pub log_dropped: u64,
     /// Local ports in use.
-    pub ports: &'a PortWatch,
+    pub ports: Arc<PortWatch>,
     /// What the kernel has of those.
     pub port_limits: PortLimits,
-    /// What the kernel says of the process.
-    pub process: ProcessFacts,
     /// What the receiver of heartbeats has counted.
-    pub heartbeats: &'a HeartbeatCounts,
+    pub heartbeats: HeartbeatCounts,
     /// With more backends than that the metrics have no series of each.
     pub backend_metrics_max: usize,
 }
@@ -93,15 +88,6 @@ pub struct HeartbeatCounts {
     pub kernel_drops: u64,
     /// Senders whose heartbeats were refused, the last first.
     pub rejections: Vec<Rejection>,
-}
-
-/// Where the process is in its life, as status shows it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ServiceState {
-    /// Takes new connections.
-    Serving,
-    /// Finishes old ones.
-    Draining,
 }
 
 /// How reloads ended.
@@ -126,14 +112,39 @@ pub struct UpgradeCounts {
     pub refused: u64,
 }
 
-// === impl ServiceState ===
-
-impl ServiceState {
-    /// As in status.
-    pub fn name(self) -> &'static str {
-        match self {
-            ServiceState::Serving => "serving",
-            ServiceState::Draining => "draining",
+#[cfg(test)]
+impl AdminSnapshot {
+    /// A serving process about which there is nothing else to say.
+    pub(super) fn plain(control: ControlStatus, now: Instant) -> AdminSnapshot {
+        use tidegate_core::control::source_ports::Reuse;
+        AdminSnapshot {
+            control,
+            workers: Vec::new(),
+            version: "0.1.0",
+            engine: "epoll",
+            engine_reason: "configured".to_owned(),
+            now,
+            uptime: Duration::from_millis(1_500),
+            state: ServiceState::Serving,
+            reloads: ReloadCounts::default(),
+            transitions_unlogged: 0,
+            upgrades: UpgradeCounts::default(),
+            table_serial: 12,
+            connections_active: 5,
+            connections_max: 100,
+            queued: HashMap::from([("web".into(), 3)]),
+            buffers: Arc::default(),
+            buffers_refused: 0,
+            warnings: vec!["workers waits".to_owned()],
+            troubles: Vec::new(),
+            admin_crowded: 0,
+            confinement: SandboxReport::none("off"),
+            control_counts: Arc::new(WorkerCounters::new(1, 1)),
+            log_dropped: 0,
+            ports: Arc::default(),
+            port_limits: PortLimits { ports: 28_232, reuse: Reuse::Loopback },
+            heartbeats: HeartbeatCounts::default(),
+            backend_metrics_max: 100,
         }
     }
 }

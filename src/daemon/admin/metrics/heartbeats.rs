@@ -36,8 +36,8 @@ mod families {
 }
 
 /// Tables, guards, the channel, and each backend's rhythm.
-pub(super) fn render(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, each: &[One<'_>]) {
-    let control = snapshot.control;
+pub(super) fn render(out: &mut Encoder, snapshot: &AdminSnapshot, each: &[One<'_>]) {
+    let control = &snapshot.control;
     let mut samples = out.family(&families::PUBLISHED);
     for (reason, total) in &control.published {
         samples.count(&[("reason", reason.name())], *total);
@@ -59,9 +59,9 @@ pub(super) fn render(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, each: &[On
     backends(out, each);
 }
 
-fn channel(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
+fn channel(out: &mut Encoder, snapshot: &AdminSnapshot) {
     let Some(status) = &snapshot.control.heartbeat else { return };
-    let received = snapshot.heartbeats;
+    let received = &snapshot.heartbeats;
     out.family(&families::ACCEPTED).count(&[], received.accepted);
     let mut samples = out.family(&families::REJECTED);
     let misfits = status.misfits.iter().map(|(misfit, count)| (misfit.name(), *count));

@@ -16,15 +16,17 @@
 //! - `backend_up` is what observation says: 0 only when probes found it down.
 //!   Whether it takes traffic, all things considered, is `backend_eligible`.
 
-use super::snapshot::{AdminSnapshot, ServiceState};
+use super::process::ProcessFacts;
+use super::snapshot::AdminSnapshot;
 use encoder::{Encoder, Family, counter, gauge, histogram, prepared};
+use tidegate_api::names::ServiceState;
 use tidegate_core::control::source_ports;
 use tidegate_core::control::{BackendStatus, FrontendStatus, PoolStatus};
 use tidegate_core::health::{Intent, Observation};
 use tidegate_core::metrics::counters::{
     LocalErrorKind, LocalErrorPlace, PanicScope, RingEvent, WorkerCounters,
 };
-use tidegate_core::metrics::histograms::{BOUNDS_SECONDS, Series, SeriesData};
+use tidegate_core::metrics::histograms::{BOUNDS_SECONDS, MergedHistograms, Series, SeriesData};
 use tidegate_core::outcome::{Cause, Phase, RefusedReason};
 
 mod encoder;
@@ -120,7 +122,11 @@ struct One<'a> {
 }
 
 /// The text of `/metrics`.
-pub fn render(snapshot: &AdminSnapshot<'_>) -> String {
+pub fn render(
+    snapshot: &AdminSnapshot,
+    latency: &MergedHistograms,
+    facts: &ProcessFacts,
+) -> String {
     let mut out = Encoder::new();
     let count: usize = snapshot.control.pools.iter().map(|pool| pool.backends.len()).sum();
     let each = if count <= snapshot.backend_metrics_max { each(snapshot) } else { Vec::new() };
@@ -130,18 +136,18 @@ pub fn render(snapshot: &AdminSnapshot<'_>) -> String {
     pools(&mut out, snapshot, count - each.len());
     backends(&mut out, &each);
     heartbeats::render(&mut out, snapshot, &each);
-    histograms(&mut out, snapshot, &each);
+    histograms(&mut out, latency, &each);
     source_ports(&mut out, snapshot, &each);
     leaving(&mut out, snapshot);
     workers(&mut out, snapshot);
-    process(&mut out, snapshot);
+    process(&mut out, facts);
     out.finish()
 }
 
-fn each<'a>(snapshot: &AdminSnapshot<'a>) -> Vec<One<'a>> {
+fn each(snapshot: &AdminSnapshot) -> Vec<One<'_>> {
     let pools = snapshot.control.pools.iter();
     let all = pools.flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)));
-    let one = |(pool, status): (&PoolStatus, &'a BackendStatus)| One {
+    let one = |(pool, status): (&PoolStatus, _)| One {
         status,
         heartbeats: pool.heartbeats,
         labels: prepared(&[("pool", &status.state.pool), ("backend", &status.state.name)]),
@@ -149,7 +155,7 @@ fn each<'a>(snapshot: &AdminSnapshot<'a>) -> Vec<One<'a>> {
     all.map(one).collect()
 }
 
-fn pools(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, omitted: usize) {
+fn pools(out: &mut Encoder, snapshot: &AdminSnapshot, omitted: usize) {
     let pools = &snapshot.control.pools;
     let mut samples = out.family(&families::POOL_BACKENDS);
     for pool in pools {
@@ -163,7 +169,7 @@ fn pools(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, omitted: usize) {
     out.family(&families::OMITTED).count(&[], omitted as u64);
 }
 
-fn whole(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
+fn whole(out: &mut Encoder, snapshot: &AdminSnapshot) {
     let version = [("version", snapshot.version), ("engine", snapshot.engine)];
     out.family(&families::BUILD_INFO).count(&version, 1);
     out.family(&families::UPTIME).value(&[], snapshot.uptime.as_secs_f64());
@@ -228,7 +234,7 @@ fn frontends(out: &mut Encoder, frontends: &[FrontendStatus]) {
     }
 }
 
-fn session_ends(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
+fn session_ends(out: &mut Encoder, snapshot: &AdminSnapshot) {
     let mut samples = out.family(&families::SESSION_END);
     for cause in Cause::ALL {
         for phase in Phase::ALL {
@@ -303,7 +309,7 @@ fn backends(out: &mut Encoder, each: &[One<'_>]) {
     }
 }
 
-fn source_ports(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, each: &[One<'_>]) {
+fn source_ports(out: &mut Encoder, snapshot: &AdminSnapshot, each: &[One<'_>]) {
     let mut samples = out.family(&families::PORTS_USED);
     for one in each.iter().filter(|one| source_ports::has_ports(&one.status.state)) {
         let state = &one.status.state;
@@ -316,7 +322,7 @@ fn source_ports(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, each: &[One<'_>
     out.family(&families::PORTS_MAX).count(&[], snapshot.port_limits.ports.into());
 }
 
-fn histograms(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, each: &[One<'_>]) {
+fn histograms(out: &mut Encoder, latency: &MergedHistograms, each: &[One<'_>]) {
     let all = [
         (&families::CONNECT_SECONDS, Series::Connect),
         (&families::FIRST_BYTE_SECONDS, Series::FirstByte),
@@ -325,7 +331,7 @@ fn histograms(out: &mut Encoder, snapshot: &AdminSnapshot<'_>, each: &[One<'_>])
     for (family, series) in all {
         let mut samples = out.family(family);
         for one in each {
-            if let Some(data) = snapshot.latency.get(one.status.state.id.0, series) {
+            if let Some(data) = latency.get(one.status.state.id.0, series) {
                 one_histogram(&mut samples, &one.labels, data);
             }
         }
@@ -340,7 +346,7 @@ fn one_histogram(samples: &mut encoder::Samples<'_>, labels: &str, data: &Series
     samples.sum_and_count(labels, data.sum_seconds(), data.count());
 }
 
-fn leaving(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
+fn leaving(out: &mut Encoder, snapshot: &AdminSnapshot) {
     let leaving = &snapshot.control.leaving;
     out.family(&families::LEAVING_BACKENDS).count(&[], leaving.len() as u64);
     let sessions = leaving.iter().map(|backend| u64::from(backend.in_flight.get())).sum();
@@ -349,11 +355,11 @@ fn leaving(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
 
 type WorkerValue = fn(&WorkerCounters) -> u64;
 
-fn workers(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
+fn workers(out: &mut Encoder, snapshot: &AdminSnapshot) {
     let names: Vec<String> = (0..snapshot.workers.len()).map(|n| n.to_string()).collect();
     let mut each = |family, value: WorkerValue| {
         let mut samples = out.family(family);
-        for (name, worker) in names.iter().zip(snapshot.workers) {
+        for (name, worker) in names.iter().zip(&snapshot.workers) {
             samples.count(&[("worker", name)], value(worker));
         }
     };
@@ -369,7 +375,7 @@ fn workers(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
     each(&families::WORKER_STALLS, |w| w.stalls.get());
 
     let mut samples = out.family(&families::WORKER_PANICS);
-    for (name, worker) in names.iter().zip(snapshot.workers) {
+    for (name, worker) in names.iter().zip(&snapshot.workers) {
         for reason in PanicScope::ALL {
             let count = worker.panics.cell(reason as usize, 0).get();
             samples.count(&[("worker", name), ("reason", reason.name())], count);
@@ -377,7 +383,7 @@ fn workers(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
     }
 
     let mut samples = out.family(&families::RING_EVENTS);
-    for (name, worker) in names.iter().zip(snapshot.workers) {
+    for (name, worker) in names.iter().zip(&snapshot.workers) {
         for reason in RingEvent::ALL {
             let count = worker.ring_events.cell(reason as usize, 0).get();
             samples.count(&[("worker", name), ("reason", reason.name())], count);
@@ -387,7 +393,7 @@ fn workers(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
     for reason in LocalErrorKind::ALL {
         for at in LocalErrorPlace::ALL {
             let cell = |w: &WorkerCounters| w.local_errors.cell(reason as usize, at as usize).get();
-            let total = sum(snapshot, cell) + cell(snapshot.control_counts);
+            let total = sum(snapshot, cell) + cell(&snapshot.control_counts);
             samples.count(&[("reason", reason.name()), ("at", at.name())], total);
         }
     }
@@ -415,12 +421,11 @@ fn workers(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
     out.family(&families::LOG_DROPPED).count(&[], snapshot.log_dropped);
 }
 
-fn sum(snapshot: &AdminSnapshot<'_>, value: impl Fn(&WorkerCounters) -> u64) -> u64 {
+fn sum(snapshot: &AdminSnapshot, value: impl Fn(&WorkerCounters) -> u64) -> u64 {
     snapshot.workers.iter().map(|worker| value(worker)).fold(0, u64::wrapping_add)
 }
 
-fn process(out: &mut Encoder, snapshot: &AdminSnapshot<'_>) {
-    let facts = snapshot.process;
+fn process(out: &mut Encoder, facts: &ProcessFacts) {
     let counts = [
         (&families::OPEN_FDS, facts.open_fds),
         (&families::MAX_FDS, facts.max_fds),

@@ -2,16 +2,14 @@
 
 use super::*;
 use crate::admin::process::ProcessFacts;
-use crate::admin::snapshot::{HeartbeatCounts, ReloadCounts};
+use crate::admin::snapshot::ReloadCounts;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_core::control::source_ports::{PortLimits, PortWatch, Reuse};
 use tidegate_core::control::{ControlStatus, PoolStatus, PublishReason};
 use tidegate_core::metrics::histograms::{MergedHistograms, Recorder};
 use tidegate_core::model::BackendAddr;
 use tidegate_core::table::state::{BackendId, BackendState, FrontendId, FrontendState};
-use tidegate_net::budget::MemoryBudget;
 use tidegate_net::clock;
 
 const WORKERS: usize = 2;
@@ -66,7 +64,6 @@ fn text() -> String {
 }
 
 fn text_of(backend_metrics_max: usize) -> String {
-    let (control, latency) = (control(), latency());
     let workers: Vec<_> =
         (0..WORKERS).map(|_| Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT))).collect();
     workers[0].accepted.add(9);
@@ -78,37 +75,17 @@ fn text_of(backend_metrics_max: usize) -> String {
         .cell(LocalErrorKind::Ports as usize, LocalErrorPlace::Connect as usize)
         .add(6);
     workers[1].ring_events.cell(RingEvent::Resumed as usize, 0).add(3);
-    render(&AdminSnapshot {
-        control: &control,
-        workers: &workers,
-        latency: &latency,
-        version: "0.1.0",
-        engine: "epoll",
-        engine_reason: "configured",
-        now: clock::now(),
-        uptime: Duration::from_millis(1_500),
-        state: ServiceState::Serving,
+    let snapshot = AdminSnapshot {
+        workers,
         reloads: ReloadCounts { changed: 1, unchanged: 2, refused: 3 },
         transitions_unlogged: 5,
         upgrades: crate::admin::UpgradeCounts { done: 4, failed: 5, refused: 6 },
-        table_serial: 12,
-        connections_active: 5,
-        connections_max: 100,
-        buffers: &MemoryBudget::default(),
-        buffers_refused: 0,
-        queued: &HashMap::from([("web".into(), 3)]),
-        warnings: &[],
-        admin_crowded: 0,
-        confinement: &tidegate_net::confinement::SandboxReport::none("off"),
-        troubles: &[],
-        control_counts: &WorkerCounters::new(1, 1),
-        log_dropped: 0,
-        ports: &PortWatch::default(),
-        port_limits: PortLimits { ports: 28_232, reuse: Reuse::Loopback },
-        process: ProcessFacts { open_fds: Some(7), ..ProcessFacts::default() },
-        heartbeats: &HeartbeatCounts::default(),
+        warnings: Vec::new(),
         backend_metrics_max,
-    })
+        ..AdminSnapshot::plain(control(), clock::now())
+    };
+    let process = ProcessFacts { open_fds: Some(7), ..ProcessFacts::default() };
+    render(&snapshot, &latency(), &process)
 }
 
 type Labels = BTreeMap<String, String>;
