@@ -208,3 +208,42 @@ fn every_setting_that_needs_more_than_a_reload_is_listed_and_no_other() {
     }
     assert_eq!(listed, built);
 }
+
+// === troubleshooting.md ===
+
+#[test]
+fn every_log_line_quoted_is_in_the_source() {
+    let mut program = String::new();
+    sources("src", &mut |text| {
+        // Strings that go on in the next line.
+        let joined = text.split("\\\n").map(str::trim_start).collect::<Vec<_>>().concat();
+        program.push_str(&joined);
+    });
+    let text = page("docs/troubleshooting.md");
+    let (_, lines) = text.split_once("\n## Log lines\n").unwrap();
+    let (lines, _) = lines.split_once("\n## More evidence\n").unwrap();
+    let mut quoted = 0;
+    for row in lines.lines().filter(|line| line.starts_with("| `")) {
+        let message = row.split('`').nth(1).unwrap();
+        assert!(program.contains(message), "{message:?} is in no source file");
+        quoted += 1;
+    }
+    assert!(quoted > 20, "{quoted}");
+}
+
+// === glossary.md, contributing/style.md ===
+
+#[test]
+fn glossary_and_style_guide_have_the_same_words() {
+    let terms = |cell: &str| -> Vec<String> {
+        cell.split([',', ';']).map(|term| term.trim().to_owned()).collect()
+    };
+    let rows = column(&page("docs/glossary.md"), "| term |", 0);
+    let mut sorted = rows.clone();
+    sorted.sort();
+    assert_eq!(rows, sorted, "the glossary is in alphabetical order");
+    let known: BTreeSet<String> = rows.iter().flat_map(|cell| terms(cell)).collect();
+    for cell in column(&page("docs/contributing/style.md"), "| we write |", 0) {
+        assert!(known.contains(&terms(&cell)[0]), "{cell} is not in the glossary");
+    }
+}
