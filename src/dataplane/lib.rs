@@ -8,7 +8,7 @@ pub mod accept;
 pub mod access_log;
 pub mod fault_points;
 pub mod local_errors;
-pub mod relay;
+mod relay;
 mod session;
 #[cfg(all(test, feature = "sim"))]
 mod sim;

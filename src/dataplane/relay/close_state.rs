@@ -1,7 +1,8 @@
-//! Which sides of a session have ended or failed, and what that makes of it.
+//! Which sides of a session have ended or failed, what was moved, and how the session
+//! ends.
 //!
-//! The rules every engine shares; the engines report, the verdict says when a
-//! FIN is to be passed on and when the session is over, and how. Pure.
+//! The rules every engine shares. The engines report; this says when a FIN is passed on,
+//! when the session is over, and how. Pure.
 
 use std::io;
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
@@ -14,6 +15,8 @@ pub(super) struct CloseState {
     closed_first: Option<SessionSide>,
     /// Whom a FIN was sent to.
     told_fin: [bool; 2],
+    /// By the side the bytes come from.
+    carried: [Carried; 2],
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -92,8 +95,30 @@ impl CloseState {
         }
     }
 
+    /// What became of that side's bytes so far.
+    pub(super) fn carried(&self, from: SessionSide) -> Carried {
+        self.carried[from as usize]
+    }
+
+    /// So many bytes came from that side.
+    #[inline]
+    pub(super) fn received(&mut self, from: SessionSide, bytes: usize, moved: &mut TurnBytes) {
+        self.carried[from as usize].received += bytes as u64;
+        moved.received[from as usize] += bytes as u64;
+    }
+
+    /// The other side's socket has taken so many bytes.
+    #[inline]
+    pub(super) fn sent_on(&mut self, from: SessionSide, bytes: usize, moved: &mut TurnBytes) {
+        self.carried[from as usize].sent += bytes as u64;
+        moved.sent[from as usize] += bytes as u64;
+        let to = &mut self.sides[from.other() as usize];
+        to.sent_after_end |= to.ended;
+    }
+
     /// `from` will send no more: FIN (0), or a failure with its errno.
-    pub(super) fn end_of(&mut self, from: SessionSide, errno: i32) {
+    pub(super) fn end_of(&mut self, from: SessionSide, errno: i32, moved: &mut TurnBytes) {
+        moved.ended = true;
         let side = &mut self.sides[from as usize];
         side.ended = true;
         side.in_order = errno == 0;
@@ -120,13 +145,6 @@ impl CloseState {
         let news = self.closed_first.is_none();
         self.closed_first.get_or_insert(side);
         news
-    }
-
-    /// Notes that something was sent to that side.
-    #[inline]
-    pub(super) fn sent_to(&mut self, side: SessionSide) {
-        let side = &mut self.sides[side as usize];
-        side.sent_after_end |= side.ended;
     }
 
     /// Passes the end of `from` on, once everything before it is sent: by

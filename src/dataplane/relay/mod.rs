@@ -1,37 +1,41 @@
-//! The engine seam: what a session asks of whatever moves its bytes.
+//! The relay engines: what moves a session's bytes.
 //!
 //! A session opens a [`RelayHandle`] for its client, connects it, and awaits one
-//! completion. One long-lived engine task a worker drives all flows; a task
-//! each measured 10 to 25 % more CPU. There are two engines: `ring` on an
-//! io_uring of its own, `readiness` on an epoll set. What they share is written
-//! once: `shell` (stages, timers, cuts, the task), `verdict` (who ended, and how
-//! the session ends), `relaying` (timers and counting).
+//! completion. One long-lived engine task per worker drives all sessions; one task per
+//! session measured 10 to 25 % more CPU. There are two engines: `ring` on an io_uring of
+//! its own, `epoll` on an epoll set. They share `engine` and `stages`
+//! (the table of sessions), `task` (the loop), `close_state` (which side ended, and how the session ends) and
+//! `session_timers` (timers and counting).
 
 mod close_state;
+mod delivery;
+mod engine;
 mod epoll;
-mod flow;
-mod mover;
-mod pace;
+mod handle;
+mod panics;
 mod ring;
 mod session_timers;
-mod shell;
+mod stages;
+mod task;
 #[cfg(test)]
 mod tests;
+mod timers;
 
-pub use flow::{
-    Bytes, ConnectEnd, PartialResult, RelayFuture, RelayHandle, RelayResult, SessionMeter,
-    SessionTimeouts,
+pub(crate) use handle::{
+    Bytes, ConnectEnd, RelayHandle, RelayResult, SessionMeter, SessionTimeouts,
 };
-pub use ring::SETTINGS as RING_SETTINGS;
-pub use tidegate_net::ring::RingSettings;
+pub(crate) use ring::SETTINGS as RING_SETTINGS;
+pub(crate) use tidegate_net::ring::RingSettings;
 
 #[cfg(debug_assertions)]
 use crate::fault_points::FaultPoint;
-use crate::relay::epoll::EpollEngine;
+use engine::EngineCore;
+use epoll::EpollEngine;
 use ring::RingEngine;
-use shell::EngineCore;
+use std::fmt::Debug;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -40,156 +44,99 @@ use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::outcome::Cause;
 use tidegate_core::table::state::BackendId;
 use tidegate_net::budget::MemoryBudget;
+use tokio::sync::Notify;
 
-/// One worker's engine; a handle, cheap to clone.
-#[derive(Debug, Clone)]
-pub struct Engine(EngineImpl);
+/// One worker's engine; cheap to clone.
+pub(crate) type Engine = Rc<dyn RelayEngine>;
 
-#[derive(Debug, Clone)]
-enum EngineImpl {
-    Readiness(Rc<EngineCore<EpollEngine>>),
-    Ring(Rc<EngineCore<RingEngine>>),
-}
+/// What sessions and the worker ask of an engine, whichever it is. Sessions use it through
+/// [`RelayHandle`]. A call is virtual: one per step of a session, none per message.
+pub(crate) trait RelayEngine: Debug {
+    /// A session for an accepted client; gives its key.
+    fn open(&self, client: OwnedFd) -> u32;
 
-/// The same for either engine.
-macro_rules! either {
-    ($engine:expr, $shell:ident => $do:expr) => {
-        match &$engine.0 {
-            EngineImpl::Readiness($shell) => $do,
-            EngineImpl::Ring($shell) => $do,
-        }
-    };
-}
+    /// Makes the connected `upstream` its backend socket.
+    fn attach(&self, key: u32, upstream: OwnedFd) -> io::Result<()>;
 
-// === impl Engine ===
+    /// Waits from now on for the connect that is pending on `upstream`.
+    fn start_connect(&self, key: u32, upstream: OwnedFd, deadline: Instant) -> io::Result<()>;
 
-impl Engine {
-    /// A readiness engine for the current thread's runtime. `spin` is how long
-    /// to poll after the last activity before sleeping, `budget` what all engines
-    /// of the process together may hold.
-    pub fn readiness(spin: Option<Duration>, budget: Arc<MemoryBudget>) -> io::Result<Engine> {
-        Ok(Engine(EngineImpl::Readiness(EngineCore::new(EpollEngine::new(budget)?, spin))))
-    }
+    /// How that ended. After a failure the socket is closed.
+    fn poll_connected(&self, key: u32, cx: &Context<'_>) -> Poll<Result<(), ConnectEnd>>;
 
-    /// A ring engine for the current thread and its runtime.
-    pub fn ring(
-        spin: Option<Duration>,
-        settings: RingSettings,
-        budget: Arc<MemoryBudget>,
-    ) -> io::Result<Engine> {
-        Ok(Engine(EngineImpl::Ring(EngineCore::new(RingEngine::new(settings, budget)?, spin))))
-    }
+    /// Has the client's reset noticed from now on.
+    fn watch_client(&self, key: u32);
 
-    /// Counts what goes on inside for that worker, from now on.
-    pub fn count_for(&self, worker: Arc<WorkerCounters>) {
-        either!(self, shell => {
-            shell.count_for(Arc::clone(&worker));
-            shell.with_mover(|mover| mover.count_for(worker));
-        });
-    }
+    /// Ready when the client was reset or the session is aborted.
+    fn poll_interrupted(&self, key: u32, cx: &Context<'_>) -> Poll<ConnectEnd>;
 
-    /// A flow for an accepted client; its reset is noticed before long.
-    pub fn open(&self, client: OwnedFd) -> io::Result<RelayHandle> {
-        let key = either!(self, shell => shell.open(client))?;
-        Ok(RelayHandle { engine: self.clone(), key })
-    }
+    /// Whether the client has sent FIN and nothing before it.
+    fn client_left_silently(&self, key: u32) -> bool;
 
-    /// Flows open now.
-    pub fn open_flows(&self) -> usize {
-        either!(self, shell => shell.open_flows())
-    }
+    /// Bytes the client has sent that are not received yet.
+    fn unread(&self, key: u32) -> u64;
 
-    /// Ends every flow, whatever it is doing; gives their number.
-    pub fn cut_all(&self, cause: Cause) -> usize {
-        either!(self, shell => shell.abort_all(cause))
-    }
+    /// Moves bytes both ways from now on.
+    fn start_relay(&self, key: u32, limits: SessionTimeouts, meter: SessionMeter);
 
-    /// Ends every relayed flow of one backend; gives their number.
-    pub fn cut_backend(&self, backend: BackendId, cause: Cause) -> usize {
-        either!(self, shell => shell.abort_backend(backend, cause))
-    }
+    /// Ready, once, when the relay is over.
+    fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<RelayResult>;
 
-    /// Whether everything the engine had of buffers and operations is back.
-    #[cfg(all(test, feature = "sim"))]
-    pub(crate) fn is_clean(&self) -> bool {
-        match &self.0 {
-            EngineImpl::Readiness(_) => true,
-            EngineImpl::Ring(shell) => {
-                let mut clean = false;
-                shell.with_mover(|ringed| clean = ringed.is_clean());
-                clean
-            }
-        }
-    }
+    /// The result if `cause` ended the session now, without sockets; `None` where the
+    /// engine is in no state to say.
+    fn so_far(&self, key: u32, cause: Cause) -> Option<RelayResult>;
 
-    /// Drives every flow; runs as long as the worker.
-    pub async fn run(self) -> io::Result<()> {
-        match self.0 {
-            EngineImpl::Readiness(shell) => shell.run().await,
-            EngineImpl::Ring(shell) => shell.run().await,
-        }
-    }
+    /// Takes a session out. Sockets that were not given away are reset.
+    fn remove(&self, key: u32);
 
-    /// Resolves when a panic has left the engine in no state to go on.
-    pub(super) async fn broken(&self) {
-        either!(self, shell => shell.broken.notified().await)
-    }
+    /// Sessions that are open now.
+    fn open_flows(&self) -> usize;
 
-    /// The worker has fallen: dropping a session's flow only counts from now on.
-    /// What is open is closed with the engine, see [`Engine::close_all`].
-    pub(super) fn mark_broken(&self) {
-        either!(self, shell => shell.mark_broken())
-    }
+    /// Ends every session, whatever it is doing; gives their number.
+    fn abort_all(&self, cause: Cause) -> usize;
 
-    /// Drops a fallen worker's engine: every socket left in it is reset.
-    pub(super) fn close_all(self) {
-        either!(self, shell => shell.close_all())
-    }
+    /// Ends every relayed session of one backend; gives their number.
+    fn abort_backend(&self, backend: BackendId, cause: Cause) -> usize;
+
+    /// Notified when a panic has left the engine in no state to continue.
+    fn broken(&self) -> &Notify;
+
+    /// The worker has panicked: from now on [`RelayEngine::remove`] only counts, so that the
+    /// account of thousands of sessions waits for no system call.
+    fn mark_broken(&self);
+
+    /// Has every socket left in the engine reset when that is dropped.
+    fn close_all(&self);
 
     /// The next pass of that place panics; for tests.
     #[cfg(debug_assertions)]
-    pub(super) fn order(&self, fault: FaultPoint) {
-        either!(self, shell => shell.faults.order(fault))
-    }
+    fn order(&self, fault: FaultPoint);
 
-    async fn connected(
-        &self,
-        key: u32,
-        upstream: OwnedFd,
-        deadline: Instant,
-    ) -> Result<(), ConnectEnd> {
-        either!(self, shell => shell.connected(key, upstream, deadline).await)
-    }
+    /// Whether everything the engine had of buffers and operations is back.
+    #[cfg(all(test, feature = "sim"))]
+    fn is_clean(&self) -> bool;
 
-    fn attach(&self, key: u32, upstream: OwnedFd) -> io::Result<()> {
-        either!(self, shell => shell.attach(key, upstream))
-    }
+    /// Drives every session; runs as long as the worker.
+    fn run(self: Rc<Self>) -> Pin<Box<dyn Future<Output = io::Result<()>>>>;
+}
 
-    async fn interrupted(&self, key: u32) -> ConnectEnd {
-        either!(self, shell => shell.interrupted(key).await)
-    }
+/// An epoll engine for the current thread's runtime. `spin` is how long to poll after the
+/// last activity before sleeping, `budget` what all engines of the process together may
+/// hold, `worker` where events inside are counted.
+pub(crate) fn epoll_engine(
+    spin: Option<Duration>,
+    budget: Arc<MemoryBudget>,
+    worker: Arc<WorkerCounters>,
+) -> io::Result<Engine> {
+    Ok(EngineCore::new(EpollEngine::new(budget, Arc::clone(&worker))?, spin, worker))
+}
 
-    fn client_left_silently(&self, key: u32) -> bool {
-        either!(self, shell => shell.client_left_silently(key))
-    }
-
-    fn start_relay(&self, key: u32, limits: SessionTimeouts, meter: SessionMeter) {
-        either!(self, shell => shell.start_relay(key, limits, meter));
-    }
-
-    fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<RelayResult> {
-        either!(self, shell => shell.poll_relayed(key, cx))
-    }
-
-    fn so_far(&self, key: u32, cause: Cause) -> Option<PartialResult> {
-        either!(self, shell => shell.so_far(key, cause))
-    }
-
-    fn refuse(&self, key: u32) -> u64 {
-        either!(self, shell => shell.refuse(key))
-    }
-
-    fn remove(&self, key: u32) {
-        either!(self, shell => shell.remove(key))
-    }
+/// An io_uring engine for the current thread and its runtime; as [`epoll_engine`].
+pub(crate) fn ring_engine(
+    spin: Option<Duration>,
+    settings: RingSettings,
+    budget: Arc<MemoryBudget>,
+    worker: Arc<WorkerCounters>,
+) -> io::Result<Engine> {
+    Ok(EngineCore::new(RingEngine::new(settings, budget, Arc::clone(&worker))?, spin, worker))
 }

@@ -1,9 +1,9 @@
 //! What every engine keeps of a relayed session besides its bytes: timers and
 //! the counting.
 //!
-//! Owned by the shell. Time comes in; nothing here touches a socket.
+//! Owned by `engine`. Time comes in; nothing here touches a socket.
 
-use super::flow::{SessionMeter, SessionTimeouts};
+use super::handle::{SessionMeter, SessionTimeouts};
 use crate::relay::close_state::TurnBytes;
 use std::time::{Duration, Instant};
 use tidegate_core::outcome::Cause;

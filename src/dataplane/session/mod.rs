@@ -9,7 +9,7 @@
 pub(crate) mod connect;
 pub(crate) mod numbers;
 
-use super::relay::{Bytes, RelayFuture, RelayHandle, RelayResult, SessionMeter, SessionTimeouts};
+use super::relay::{Bytes, RelayHandle, RelayResult, SessionMeter, SessionTimeouts};
 use crate::accept::gate::QueueTicket;
 use crate::accept::queue;
 use crate::accept::slots::SessionPermit;
@@ -83,7 +83,7 @@ struct EstablishedSession {
     held: BackendSlot,
     /// When it was established.
     since: Instant,
-    relay: RelayFuture,
+    relay: RelayHandle,
 }
 
 /// What a relay came to, for the account.
@@ -91,12 +91,6 @@ struct EstablishedSession {
 struct RelayTotals {
     bytes: Bytes,
     first_byte: Option<Duration>,
-}
-
-/// How a session ended that was not relayed, and what its client had said in vain.
-struct UnservedSession {
-    ending: SessionEnd,
-    unread: u64,
 }
 
 /// Resets a client that admission has turned away: no backend has been thought
@@ -112,17 +106,17 @@ pub(crate) fn reject(socket: OwnedFd, mut story: SessionRecord, cause: Cause) {
 pub(crate) fn run(arrival: AcceptedConnection) -> impl Future<Output = ()> {
     let AcceptedConnection { socket, story, start, slots } = arrival;
     // At once: a session can be cut from here on.
-    let opened = story.ctx().engine.open(socket);
+    let flow = RelayHandle::open(&story.ctx().engine, socket);
     // Boxed: it is over soon, and an idle session need not keep its room.
-    let mut setup = Box::pin(set_up(story, slots, opened, start));
+    let mut setup = Box::pin(set_up(story, slots, flow, start));
     async move {
-        while let Some(mut session) = setup.await {
+        while let Some(session) = setup.await {
             session.keep_account(FaultPoint::Session);
-            let relayed = session.relay().await;
-            let Some(Another { story, slots, opened, start }) = session.end(relayed) else {
+            let relayed = session.relay().relayed().await;
+            let Some(Another { story, slots, flow, start }) = session.end(relayed) else {
                 return;
             };
-            setup = Box::pin(set_up(story, slots, opened, start));
+            setup = Box::pin(set_up(story, slots, flow, start));
         }
     }
 }
@@ -131,7 +125,7 @@ pub(crate) fn run(arrival: AcceptedConnection) -> impl Future<Output = ()> {
 struct Another {
     story: SessionRecord,
     slots: SessionPermit,
-    opened: io::Result<RelayHandle>,
+    flow: RelayHandle,
     start: SessionStart,
 }
 
@@ -140,13 +134,16 @@ struct Another {
 async fn set_up(
     mut story: SessionRecord,
     slots: SessionPermit,
-    opened: io::Result<RelayHandle>,
+    flow: RelayHandle,
     start: SessionStart,
 ) -> Option<Session> {
-    match story.establish(opened, start).await {
-        Ok((flow, upstream)) => Some(Session::begin(story, slots, flow, upstream)),
-        Err(UnservedSession { ending, unread }) => {
-            story.account(ending, &RelayTotals::unread(unread));
+    let ctx = Rc::clone(story.ctx());
+    ctx.faults.pass(FaultPoint::Setup);
+    match story.reach_backend(&ctx, &flow, start).await {
+        Ok(upstream) => Some(Session::begin(story, slots, flow, upstream)),
+        Err(ending) => {
+            // At once and with RST, so that silence is not taken for an answer.
+            story.account(ending, &RelayTotals::unread(flow.refuse()));
             drop(slots);
             None
         }
@@ -201,9 +198,9 @@ fn leaves_time_wait(ending: SessionEnd, undelivered: u64) -> bool {
 /// Closes both sockets the way the session ended: with FIN for an end in order, and
 /// after time-outs where nothing is lost by it; with RST otherwise. What a side had
 /// sent before it failed is with the other by now, or never will be.
-fn close(ending: SessionEnd, undelivered: u64, sockets: [OwnedFd; 2]) {
+fn close(ending: SessionEnd, undelivered: u64, sockets: Option<[OwnedFd; 2]>) {
     if !ending.cause.closes_in_order(undelivered) {
-        sockets.into_iter().for_each(stream::reset);
+        sockets.into_iter().flatten().for_each(stream::reset);
     }
 }
 
@@ -219,12 +216,12 @@ impl Session {
     ) -> Session {
         let ConnectedBackend { held, connect_time, since } = upstream;
         story.connected(held.backend(), connect_time);
-        let relay = story.relay(flow, &held);
-        Session(Some(EstablishedSession { story, slots, held, since, relay }))
+        story.start_relay(&flow, &held);
+        Session(Some(EstablishedSession { story, slots, held, since, relay: flow }))
     }
 
-    fn relay(&mut self) -> &mut RelayFuture {
-        &mut self.0.as_mut().expect("a session is established until it ends").relay
+    fn relay(&self) -> &RelayHandle {
+        &self.0.as_ref().expect("a session is established until it ends").relay
     }
 
     /// Closes and accounts for a session whose relay is over, unless it may try
@@ -317,27 +314,6 @@ impl SessionRecord {
         self.ctx.as_ref().expect("a session has its worker until it is accounted for")
     }
 
-    /// Connects the client's flow.
-    async fn establish(
-        &mut self,
-        opened: io::Result<RelayHandle>,
-        start: SessionStart,
-    ) -> Result<(RelayHandle, ConnectedBackend), UnservedSession> {
-        let ctx = Rc::clone(self.ctx());
-        let flow = opened.map_err(|error| {
-            ctx.local_error(local_errors::local_kind(&error), LocalErrorPlace::Connect, &error);
-            UnservedSession { ending: connect::local_ending(Phase::Admit, &error), unread: 0 }
-        })?;
-        ctx.faults.pass(FaultPoint::Setup);
-        match self.reach_backend(&ctx, &flow, start).await {
-            Ok(upstream) => Ok((flow, upstream)),
-            Err(ending) => {
-                // At once and with RST, so that silence is not taken for an answer.
-                Err(UnservedSession { ending, unread: flow.refuse() })
-            }
-        }
-    }
-
     async fn reach_backend(
         &mut self,
         ctx: &WorkerContext,
@@ -372,14 +348,14 @@ impl SessionRecord {
 
     /// Leaves its backend, which has never heard of it, for another.
     fn try_another(self, slots: SessionPermit, held: BackendSlot, relayed: RelayResult) -> Another {
-        let [client, _] = relayed.sockets;
+        let [client, _] = relayed.sockets.expect("a relay that is over gives its sockets");
         // Before the next pick: its slot may be what that needs.
         drop(held);
-        let opened = self.ctx().engine.open(client);
-        Another { story: self, slots, opened, start: SessionStart::Again(relayed.ending) }
+        let flow = RelayHandle::open(&self.ctx().engine, client);
+        Another { story: self, slots, flow, start: SessionStart::Again(relayed.ending) }
     }
 
-    fn relay(&self, flow: RelayHandle, held: &BackendSlot) -> RelayFuture {
+    fn start_relay(&self, flow: &RelayHandle, held: &BackendSlot) {
         let spec = &self.route.spec;
         let limits = SessionTimeouts {
             first_byte: spec.first_byte_timeout,
@@ -396,7 +372,7 @@ impl SessionRecord {
             trial: held.trial(),
             timed: self.route.pool.spec.balance == Policy::PeakEwma,
         };
-        flow.relay(limits, meter)
+        flow.start_relay(limits, meter);
     }
 
     fn connected(&mut self, backend: &BackendState, connect_time: Duration) {

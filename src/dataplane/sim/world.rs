@@ -8,7 +8,7 @@ use super::{At, SimOutcome};
 use crate::accept::gate::SlotWaiters;
 use crate::accept::listener::{Listener, ListenerRetirement};
 use crate::access_log::{AccessLogRecord, AccessLogSender};
-use crate::relay::{Engine, RingSettings};
+use crate::relay::{self, Engine, RingSettings};
 use crate::worker::EngineKind;
 use crate::worker::context::{CarryOver, ProcessContext, ReportQueue, WorkerContext, WorkerReport};
 use fastrand::Rng;
@@ -113,16 +113,19 @@ impl SimWorld {
         let outcome = local.block_on(&tokio, async {
             let mut rng = Rng::with_seed(script.seed ^ 0x5151);
             let budget = Arc::new(MemoryBudget::new(some_budget(&mut rng)));
+            let counters = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
             let engine = match runtime {
-                EngineKind::Epoll => Engine::readiness(None, Arc::clone(&budget)),
+                EngineKind::Epoll => {
+                    relay::epoll_engine(None, Arc::clone(&budget), Arc::clone(&counters))
+                }
                 EngineKind::IoUring => {
                     let buffers = rng.choice([4, 64, 256]).unwrap();
                     let settings = RingSettings { buffers, shown: 4 };
-                    Engine::ring(None, settings, Arc::clone(&budget))
+                    relay::ring_engine(None, settings, Arc::clone(&budget), Arc::clone(&counters))
                 }
             };
-            let mut world = SimWorld::new(rng, engine.unwrap(), budget, script);
-            let task = tokio::task::spawn_local(world.ctx.engine.clone().run());
+            let mut world = SimWorld::new(rng, engine.unwrap(), budget, counters, script);
+            let task = tokio::task::spawn_local(Rc::clone(&world.ctx.engine).run());
             world.live().await;
             world.end().await;
             assert!(!task.is_finished(), "the engine gave up");
@@ -133,7 +136,13 @@ impl SimWorld {
         outcome
     }
 
-    fn new(mut rng: Rng, engine: Engine, budget: Arc<MemoryBudget>, script: SimScript) -> SimWorld {
+    fn new(
+        mut rng: Rng,
+        engine: Engine,
+        budget: Arc<MemoryBudget>,
+        counters: Arc<WorkerCounters>,
+        script: SimScript,
+    ) -> SimWorld {
         let mut controller = Controller::new(1, rng.u64(..));
         let publisher = TablePublisher::new(controller.current_table());
         let shared = ProcessContext {
@@ -145,7 +154,6 @@ impl SimWorld {
             ended: Arc::default(),
             buffers: Arc::clone(&budget),
         };
-        let counters = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
         let tables = publisher.reader();
         let log = AccessLogSender::kept();
         let ctx = WorkerContext::new(
@@ -285,12 +293,12 @@ impl SimWorld {
             3 => self.budget.set_max(some_budget(&mut self.rng)),
             0 => {
                 self.cut = true;
-                self.ctx.engine.cut_all(Cause::DrainDeadline);
+                self.ctx.engine.abort_all(Cause::DrainDeadline);
             }
             1 => {
                 self.cut = true;
                 if let Some(backend) = self.publisher.current().pools[0].serving.first() {
-                    self.ctx.engine.cut_backend(backend.id, Cause::BackendRemoved);
+                    self.ctx.engine.abort_backend(backend.id, Cause::BackendRemoved);
                 }
             }
             _ => {

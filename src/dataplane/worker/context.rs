@@ -80,21 +80,21 @@ pub struct ProcessContext {
 
 /// One worker's surroundings.
 #[derive(Debug)]
-pub struct WorkerContext {
+pub(crate) struct WorkerContext {
     /// The worker's number, from 0.
-    pub id: usize,
+    pub(crate) id: usize,
     /// Moves the bytes.
-    pub engine: Engine,
+    pub(crate) engine: Engine,
     /// Process-wide caps, gate and reports.
-    pub shared: ProcessContext,
+    pub(crate) shared: ProcessContext,
     /// This worker's counts.
-    pub counters: Arc<WorkerCounters>,
+    pub(crate) counters: Arc<WorkerCounters>,
     /// This worker's histograms.
-    pub recorder: RefCell<Recorder>,
+    pub(crate) recorder: RefCell<Recorder>,
     /// This worker's queue to the access log.
-    pub access_log: AccessLogSender,
+    pub(crate) access_log: AccessLogSender,
     /// What ends sessions whose task ends before they do.
-    pub broken_off_by: Cell<Cause>,
+    pub(crate) broken_off_by: Cell<Cause>,
     /// A connection has just been accepted, and is no session's task yet.
     pub(crate) admitting: Cell<bool>,
     /// A listener's task has panicked.
@@ -113,7 +113,7 @@ pub struct WorkerContext {
 
 /// What one thread of a worker leaves to the next.
 #[derive(Debug, Default)]
-pub struct CarryOver {
+pub(crate) struct CarryOver {
     recorder: Recorder,
     numbers: (u64, u64),
 }
@@ -162,7 +162,7 @@ impl Default for ReportQueue {
 impl WorkerContext {
     /// The surroundings of worker `id`; `seed` drives its random draws.
     #[allow(clippy::too_many_arguments)]
-    pub fn new(
+    pub(crate) fn new(
         id: usize,
         engine: Engine,
         shared: ProcessContext,
@@ -192,14 +192,14 @@ impl WorkerContext {
     }
 
     /// What goes on with the next thread of this worker.
-    pub fn carry_over(&self) -> CarryOver {
+    pub(crate) fn carry_over(&self) -> CarryOver {
         CarryOver { recorder: self.recorder.take(), numbers: self.numbers.get() }
     }
 
     /// Counts trouble of our own and tells of it. A lack of descriptors or memory
     /// has the listeners wait a moment.
     #[cold]
-    pub fn local_error(&self, kind: LocalErrorKind, at: LocalErrorPlace, error: &io::Error) {
+    pub(crate) fn local_error(&self, kind: LocalErrorKind, at: LocalErrorPlace, error: &io::Error) {
         self.counters.local_trouble(kind, at);
         let now = clock::now();
         if at == LocalErrorPlace::Connect
@@ -220,7 +220,7 @@ impl WorkerContext {
 
     /// Whether sessions ran short of something a moment ago.
     #[inline]
-    pub fn is_short(&self) -> bool {
+    pub(crate) fn is_short(&self) -> bool {
         let Some(until) = self.short_until.get() else { return false };
         let short = clock::now() < until;
         if !short {
@@ -231,24 +231,24 @@ impl WorkerContext {
 
     /// The newest table.
     #[inline]
-    pub fn table(&self) -> Rc<Arc<Table>> {
+    pub(crate) fn table(&self) -> Rc<Arc<Table>> {
         self.tables.borrow_mut().load()
     }
 
     /// Fresh random bits.
     #[inline]
-    pub fn draw(&self) -> u64 {
+    pub(crate) fn draw(&self) -> u64 {
         self.random.borrow_mut().u64(..)
     }
 
     /// What a pick for that client goes by, now.
     #[inline]
-    pub fn pick_key(&self, client: IpAddr) -> PickKey {
+    pub(crate) fn pick_key(&self, client: IpAddr) -> PickKey {
         PickKey { client, draw: self.draw(), at: clock::millis(clock::now()) }
     }
 
     /// A number for a new session, which no other session has.
-    pub fn next_session(&self) -> u64 {
+    pub(crate) fn next_session(&self) -> u64 {
         let (mut next, mut end) = self.numbers.get();
         if next == end {
             let block = self.shared.numbers.block();

@@ -12,10 +12,10 @@ pub(crate) mod listener_set;
 pub(crate) mod restarts;
 pub(crate) mod supervisor;
 
-use super::relay::{Engine, RING_SETTINGS};
 use crate::access_log::AccessLogSender;
 #[cfg(debug_assertions)]
 use crate::fault_points::FaultPoint;
+use crate::relay::{self, Engine, RING_SETTINGS};
 use crate::worker::context::ProcessContext;
 use crate::worker::supervisor::{WorkerHandle, WorkerThread};
 use crossbeam::queue::SegQueue;
@@ -45,7 +45,7 @@ const RING_COMPLETIONS: u32 = 8192;
 pub enum EngineKind {
     /// The ring engine on tokio-uring.
     IoUring,
-    /// The readiness engine on plain tokio.
+    /// The epoll engine on plain tokio.
     Epoll,
 }
 
@@ -140,20 +140,23 @@ impl EngineKind {
         })
     }
 
-    /// The engine of a worker. Where there is no ring to be had for it although
-    /// there was at start, readiness has to do.
+    /// The engine of a worker. Where no ring can be made for it, although one could at
+    /// start, it is an epoll engine.
     pub(crate) fn engine(
         self,
         worker: usize,
         spin: Option<Duration>,
         budget: &Arc<MemoryBudget>,
+        counters: &Arc<WorkerCounters>,
     ) -> io::Result<Engine> {
+        let epoll = || relay::epoll_engine(spin, Arc::clone(budget), Arc::clone(counters));
         if self == EngineKind::Epoll {
-            return Engine::readiness(spin, Arc::clone(budget));
+            return epoll();
         }
-        Engine::ring(spin, RING_SETTINGS, Arc::clone(budget)).or_else(|error| {
-            tracing::warn!(worker, %error, "no ring for this worker; it uses readiness");
-            Engine::readiness(spin, Arc::clone(budget))
+        let (budget, counters) = (Arc::clone(budget), Arc::clone(counters));
+        relay::ring_engine(spin, RING_SETTINGS, budget, counters).or_else(|error| {
+            tracing::warn!(worker, %error, "no io_uring for this worker; it uses epoll");
+            epoll()
         })
     }
 

@@ -224,10 +224,9 @@ impl WorkerThread {
     fn set_up(&mut self) -> io::Result<Rc<WorkerContext>> {
         let WorkerConfig { id, runtime, spin, shared, tables, counters, access_log, seed, .. } =
             self.plan.clone();
-        let engine = runtime.engine(id, spin, &shared.buffers)?;
+        let engine = runtime.engine(id, spin, &shared.buffers, &counters)?;
         // Of the thread before, if it had a ring.
         counters.ring_held.set(0);
-        engine.count_for(Arc::clone(&counters));
         let legacy = std::mem::take(&mut self.legacy);
         let reader = tables.reader();
         Ok(Rc::new(WorkerContext::new(
@@ -265,7 +264,7 @@ impl WorkerThread {
         counters.panics.cell(PanicScope::Worker as usize, 0).add(1);
         let sessions = ctx.engine.open_flows();
         tracing::error!(worker, why, sessions, "worker fell: its sessions are reset");
-        let engine = ctx.engine.clone();
+        let engine = Rc::clone(&ctx.engine);
         if !self.restarts.allow_restart(now) {
             tracing::error!(
                 worker,
@@ -334,14 +333,14 @@ fn listen(
 /// Obeys commands until told to stop; the engine, the listeners and the
 /// sessions are tasks beside it.
 async fn serve(ctx: &Rc<WorkerContext>, inbox: &Mailbox, posts: &Rc<ListenerSet>) -> ThreadExit {
-    let mut engine = tokio::task::spawn_local(ctx.engine.clone().run());
+    let mut engine = tokio::task::spawn_local(Rc::clone(&ctx.engine).run());
     let pulse = &ctx.counters.pulse;
     loop {
         pulse.at(WorkerStage::Waiting);
         let command = tokio::select! {
             command = inbox.next(pulse) => command,
             ended = &mut engine => return ThreadExit::Panicked(engine_ended(ctx, ended)),
-            () = ctx.engine.broken() => return ThreadExit::Panicked("a session panicked in the engine"),
+            () = ctx.engine.broken().notified() => return ThreadExit::Panicked("a session panicked in the engine"),
             () = ctx.alarm.notified() => return ThreadExit::Panicked("a listener panicked"),
         };
         pulse.at(WorkerStage::RunningCommand);
@@ -352,10 +351,10 @@ async fn serve(ctx: &Rc<WorkerContext>, inbox: &Mailbox, posts: &Rc<ListenerSet>
             WorkerCommand::Retire(bind) => posts.retire_after(bind, ListenerRetirement::begin),
             WorkerCommand::Release(bind) => posts.retire_after(bind, ListenerRetirement::release),
             WorkerCommand::ResetBackend(backend, cause) => {
-                ctx.engine.cut_backend(backend, cause);
+                ctx.engine.abort_backend(backend, cause);
             }
             WorkerCommand::ResetAll(cause) => {
-                ctx.engine.cut_all(cause);
+                ctx.engine.abort_all(cause);
             }
             WorkerCommand::Collect(reply) => {
                 // Who has given up waiting gets it the next time.

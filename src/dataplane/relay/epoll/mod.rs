@@ -1,18 +1,17 @@
-//! The readiness engine: sockets watched by one edge-triggered epoll set of a
+//! The epoll engine: sockets watched by one edge-triggered epoll set of a
 //! worker's own, nested in the runtime's reactor.
 //!
-//! Driven by the shell. One registration a socket, recv and send of a message
+//! Driven by `engine` and its task. One registration a socket, recv and send of a message
 //! back to back through one hot buffer, at most
 //! [`epoll::BATCH`](tidegate_net::epoll::BATCH) sockets a batch. It never blocks
 //! and keeps no operation in flight.
 
 pub(crate) mod pump;
 
-use super::mover::{ConnectResult, EngineIo, TurnResult};
-use super::pace::EngineSleep;
-use super::shell::EngineState;
+use super::engine::{ConnectResult, EngineFlow, EngineIo, StopMode, TurnResult};
+use super::stages::EngineState;
 use crate::local_errors;
-use crate::relay::close_state::{Carried, CloseState, TurnBytes, TurnNext};
+use crate::relay::close_state::{CloseState, TurnBytes, TurnNext};
 use crate::relay::epoll::pump::{Pump, PumpIo, READ_BULK};
 use std::collections::VecDeque;
 use std::io;
@@ -29,6 +28,9 @@ use tidegate_net::pipe::{FillResult, Pipe, Pipes};
 use tidegate_net::{reactor, stream};
 use tokio::io::unix::AsyncFd;
 
+/// Between two ticks.
+const TICK: Duration = Duration::from_millis(500);
+
 /// The epoll set, and what is shared by all sessions.
 #[derive(Debug)]
 pub(super) struct EpollEngine {
@@ -42,8 +44,8 @@ pub(super) struct EpollEngine {
     batch: EpollBatch,
     /// Flows that ran short of memory: tried again at the next tick.
     short: Vec<u32>,
-    /// Whose counters show trouble of our own.
-    shown_by: Option<Arc<WorkerCounters>>,
+    /// Where local errors are counted.
+    worker: Arc<WorkerCounters>,
     /// Tells a flow's registration from an earlier one in the same slot.
     registrations: u32,
 }
@@ -89,7 +91,10 @@ struct EpollIo<'a> {
 
 impl EpollEngine {
     /// On the current thread's runtime.
-    pub(super) fn new(budget: Arc<MemoryBudget>) -> io::Result<EpollEngine> {
+    pub(super) fn new(
+        budget: Arc<MemoryBudget>,
+        worker: Arc<WorkerCounters>,
+    ) -> io::Result<EpollEngine> {
         Ok(EpollEngine {
             epoll: reactor::watch_readable(Epoll::new()?)?,
             again: VecDeque::new(),
@@ -98,14 +103,9 @@ impl EpollEngine {
             budget,
             batch: EpollBatch::new(),
             short: Vec::new(),
-            shown_by: None,
+            worker,
             registrations: 0,
         })
-    }
-
-    /// Counts trouble of our own for that worker from now on.
-    pub(super) fn count_for(&mut self, worker: Arc<WorkerCounters>) {
-        self.shown_by = Some(worker);
     }
 
     /// Moves what can be moved on one flow.
@@ -146,9 +146,7 @@ impl EpollEngine {
 
     #[cold]
     fn count(&self, kind: LocalErrorKind) {
-        if let Some(worker) = &self.shown_by {
-            worker.local_trouble(kind, LocalErrorPlace::Relay);
-        }
+        self.worker.local_trouble(kind, LocalErrorPlace::Relay);
     }
 
     /// From now on that side's room to send is reported, too. Most sessions
@@ -174,7 +172,7 @@ impl EpollEngine {
         Ok(())
     }
 
-    fn handle(state: &mut EngineState<EpollEngine>, event: Event, pace: &EngineSleep) {
+    fn handle(state: &mut EngineState<EpollEngine>, event: Event) {
         let (key, registration, side) = split(event.token);
         let Some(entry) = state.flows.get_mut(key as usize) else { return };
         let flow = &mut entry.flow;
@@ -183,11 +181,11 @@ impl EpollEngine {
         }
         flow.pump.note(side, event.readable, event.writable, event.hang_up || event.urgent);
         if entry.is_relaying() {
-            let news = event.failed && entry.flow.pump.verdict.note_failure(side);
+            let news = event.failed && entry.flow.pump.close.note_failure(side);
             let mut moved = TurnBytes::default();
-            let next = state.mover.turn(key, &mut entry.flow, &mut moved);
-            state.progress(key, &moved, next, pace);
-            state.note_failure(key, news, pace);
+            let next = state.io.turn(key, &mut entry.flow, &mut moved);
+            state.progress(key, &moved, next);
+            state.note_failure(key, news);
         } else if side == SessionSide::Client && event.failed {
             state.client_failed(key);
         } else if side == SessionSide::Backend && (event.writable || event.hang_up) {
@@ -196,13 +194,13 @@ impl EpollEngine {
         }
     }
 
-    fn turn_again(state: &mut EngineState<EpollEngine>, key: u32, pace: &EngineSleep) {
+    fn turn_again(state: &mut EngineState<EpollEngine>, key: u32) {
         let Some(entry) = state.flows.get_mut(key as usize) else { return };
         // A flag of an earlier flow's does no harm: a turn too many.
         if std::mem::take(&mut entry.flow.queued) && entry.is_relaying() {
             let mut moved = TurnBytes::default();
-            let next = state.mover.turn(key, &mut entry.flow, &mut moved);
-            state.progress(key, &moved, next, pace);
+            let next = state.io.turn(key, &mut entry.flow, &mut moved);
+            state.progress(key, &moved, next);
         }
     }
 }
@@ -210,16 +208,14 @@ impl EpollEngine {
 impl EngineIo for EpollEngine {
     type Flow = EpollSession;
 
-    const TICK: Duration = Duration::from_millis(500);
-
     /// Edges are not lost; only unused pipes and free memory are waited for.
     fn wants_tick(&self, _: bool) -> bool {
         self.pipes.has_spare() || !self.short.is_empty()
     }
 
-    fn open(&mut self, _: u32, client: OwnedFd) -> io::Result<EpollSession> {
+    fn open(&mut self, client: OwnedFd) -> EpollSession {
         self.registrations = self.registrations.wrapping_add(1);
-        Ok(EpollSession {
+        EpollSession {
             sockets: SocketPair([Some(client), None]),
             pipes: [None, None],
             pump: Pump::new(),
@@ -227,7 +223,7 @@ impl EngineIo for EpollEngine {
             watched: [EpollWatch::Not; 2],
             queued: false,
             short: false,
-        })
+        }
     }
 
     fn attach(
@@ -272,49 +268,16 @@ impl EngineIo for EpollEngine {
             Ok(()) => next,
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(0);
-                let cut = flow.pump.verdict.cut(Cause::LocalResource);
+                let cut = flow.pump.close.cut(Cause::LocalResource);
                 TurnNext::End(SessionEnd { errno, ..cut })
             }
         }
     }
 
-    fn stop_relaying(&mut self, _: &mut EpollSession) {}
-
-    fn is_settled(_: &EpollSession) -> bool {
-        true
-    }
-
-    fn tear_down(&mut self, _: &mut EpollSession) {}
+    fn stop(&mut self, _: &mut EpollSession, _: StopMode) {}
 
     fn request_progress(&mut self, _: &mut EpollSession) -> bool {
         false
-    }
-
-    fn verdict(flow: &EpollSession) -> &CloseState {
-        &flow.pump.verdict
-    }
-
-    fn carried(flow: &EpollSession, from: SessionSide) -> Carried {
-        flow.pump.carried(from)
-    }
-
-    fn client(flow: &EpollSession) -> Option<BorrowedFd<'_>> {
-        flow.sockets.0[SessionSide::Client as usize].as_ref().map(AsFd::as_fd)
-    }
-
-    fn backend(flow: &EpollSession) -> Option<BorrowedFd<'_>> {
-        flow.sockets.0[SessionSide::Backend as usize].as_ref().map(AsFd::as_fd)
-    }
-
-    fn take_sockets(flow: &mut EpollSession) -> Option<[OwnedFd; 2]> {
-        let [client, backend] = std::mem::take(&mut flow.sockets).0;
-        Some([client?, backend?])
-    }
-
-    fn refuse(&mut self, flow: &mut EpollSession) {
-        if let Some(client) = flow.sockets.0[SessionSide::Client as usize].take() {
-            stream::reset(client);
-        }
     }
 
     #[inline]
@@ -322,33 +285,34 @@ impl EngineIo for EpollEngine {
         !self.again.is_empty()
     }
 
-    fn round(state: &mut EngineState<EpollEngine>, pace: &EngineSleep) -> io::Result<TurnResult> {
-        let mover = &mut state.mover;
-        mover.epoll.get_ref().poll(&mut mover.batch)?;
-        let taken = mover.batch.len();
+    fn round(state: &mut EngineState<EpollEngine>) -> io::Result<TurnResult> {
+        let io = &mut state.io;
+        io.epoll.get_ref().poll(&mut io.batch)?;
+        let taken = io.batch.len();
         state.now = clock::now();
         for index in 0..taken {
-            let event = state.mover.batch.get(index);
-            EpollEngine::handle(state, event, pace);
+            let event = state.io.batch.get(index);
+            EpollEngine::handle(state, event);
         }
-        for _ in 0..state.mover.again.len() {
-            if let Some(key) = state.mover.again.pop_front() {
-                EpollEngine::turn_again(state, key, pace);
+        for _ in 0..state.io.again.len() {
+            if let Some(key) = state.io.again.pop_front() {
+                EpollEngine::turn_again(state, key);
             }
         }
         Ok(TurnResult { drained: taken < BATCH, busy: taken > 0 })
     }
 
-    fn tick(state: &mut EngineState<EpollEngine>, _: &EngineSleep) {
-        state.mover.pipes.trim();
-        for key in std::mem::take(&mut state.mover.short) {
+    fn tick(state: &mut EngineState<EpollEngine>) -> Duration {
+        state.io.pipes.trim();
+        for key in std::mem::take(&mut state.io.short) {
             // A flow that came after does no harm: a turn too many.
             let Some(entry) = state.flows.get_mut(key as usize) else { continue };
             entry.flow.short = false;
             if !std::mem::replace(&mut entry.flow.queued, true) {
-                state.mover.again.push_back(key);
+                state.io.again.push_back(key);
             }
         }
+        TICK
     }
 
     fn arm_wakeup(&mut self) -> bool {
@@ -359,10 +323,27 @@ impl EngineIo for EpollEngine {
         self.epoll.poll_read_ready(cx).map(|guard| guard.map(|mut guard| guard.clear_ready()))
     }
 
-    fn disarm_wakeup(&mut self) {}
-
     fn signal_wakeup(&self) -> io::Result<bool> {
         Ok(false)
+    }
+}
+
+impl EngineFlow for EpollSession {
+    fn socket(&self, side: SessionSide) -> Option<BorrowedFd<'_>> {
+        self.sockets.0[side as usize].as_ref().map(AsFd::as_fd)
+    }
+
+    fn close_state(&self) -> &CloseState {
+        &self.pump.close
+    }
+
+    fn is_settled(&self) -> bool {
+        true
+    }
+
+    fn take_sockets(&mut self) -> Option<[OwnedFd; 2]> {
+        let [client, backend] = std::mem::take(&mut self.sockets).0;
+        Some([client?, backend?])
     }
 }
 

@@ -1,14 +1,14 @@
 //! One session's two byte streams: what to read, what to send, what is kept,
 //! when a FIN or a reset is passed on.
 //!
-//! Driven by the readiness engine with a socket pair behind [`PumpIo`], and by
+//! Driven by the epoll engine with a socket pair behind [`PumpIo`], and by
 //! tests with a scripted one. It owns no socket, reads no clock and knows no
 //! timers. Bytes that could not be sent are the only thing it ever keeps: at
 //! most one buffer or pipe a direction, none while a session is idle, and none
 //! anew once the process's budget is spent.
 
 use crate::local_errors;
-use crate::relay::close_state::{Carried, CloseState, TurnBytes, TurnNext};
+use crate::relay::close_state::{CloseState, TurnBytes, TurnNext};
 use crate::relay::epoll::pump::splice::SpliceNext;
 use std::io;
 use tidegate_core::outcome::SessionSide;
@@ -70,7 +70,7 @@ pub(super) struct Pump {
     streams: [PumpDirection; 2],
     /// Indexed by side.
     sockets: [PumpSocket; 2],
-    pub(super) verdict: CloseState,
+    pub(super) close: CloseState,
     /// A call of the last turn failed for want of memory.
     short: bool,
 }
@@ -90,7 +90,6 @@ struct PumpSocket {
 struct PumpDirection {
     /// Received and not yet sent; mostly none.
     kept: Option<Box<UnsentBytes>>,
-    carried: Carried,
     /// Full reads in a row.
     streak: u8,
     /// Fills in a row that were less than a full read, or crammed.
@@ -163,11 +162,6 @@ impl Pump {
         !self.sockets[side as usize].writable
     }
 
-    /// What became of that side's bytes so far.
-    pub(super) fn carried(&self, from: SessionSide) -> Carried {
-        self.streams[from as usize].carried
-    }
-
     /// Moves what can be moved, through `buffer` (at least [`READ_BULK`]).
     #[inline]
     pub(super) fn turn(
@@ -179,7 +173,7 @@ impl Pump {
         self.short = false;
         let again = self.forward(SessionSide::Client, io, buffer, moved)
             | self.forward(SessionSide::Backend, io, buffer, moved);
-        if let Some(ending) = self.verdict.ending() {
+        if let Some(ending) = self.close.ending() {
             return TurnNext::End(ending);
         }
         let again = again || self.failed_but_unread(io);
@@ -196,9 +190,9 @@ impl Pump {
     /// A side that failed while it was sent to, after its own turn to be read.
     fn failed_but_unread(&self, io: &impl PumpIo) -> bool {
         SessionSide::BOTH.into_iter().any(|side| {
-            self.verdict.failed(side)
+            self.close.failed(side)
                 && self.sockets[side as usize].readable
-                && !self.verdict.ended(side)
+                && !self.close.ended(side)
                 && self.streams[side as usize].kept.is_none()
                 && io.piped(side) == 0
                 && (self.sockets[side.other() as usize].writable || io.may_keep(READ_SMALL))
@@ -227,11 +221,11 @@ impl Pump {
             if !self.send_kept(from, io, moved) {
                 return false;
             }
-            if self.verdict.ended(from) {
+            if self.close.ended(from) {
                 self.finish(from, io);
                 return false;
             }
-            if !self.sockets[from as usize].readable || self.verdict.failed(to) {
+            if !self.sockets[from as usize].readable || self.close.failed(to) {
                 return false;
             }
             let size =
@@ -274,7 +268,7 @@ impl Pump {
                 Ok(sent) => {
                     kept.sent += sent;
                     let all = kept.sent == kept.bytes.len();
-                    self.sent_on(from, sent, moved);
+                    self.close.sent_on(from, sent, moved);
                     if all {
                         // Freed, not cleared: an idle session holds no buffer.
                         self.streams[from as usize].kept = None;
@@ -287,7 +281,7 @@ impl Pump {
             }
         }
         let stream = &mut self.streams[from as usize];
-        if self.verdict.failed(to) {
+        if self.close.failed(to) {
             stream.kept = None;
         }
         stream.kept.is_none()
@@ -307,14 +301,14 @@ impl Pump {
         while sent < bytes.len() && self.may_send(to) {
             match io.send(to, &bytes[sent..]) {
                 Ok(more) => {
-                    self.sent_on(from, more, moved);
+                    self.close.sent_on(from, more, moved);
                     sent += more;
                     self.sockets[to as usize].writable = sent == bytes.len();
                 }
                 Err(error) => self.send_error(to, &error),
             }
         }
-        if sent < bytes.len() && !self.verdict.failed(to) {
+        if sent < bytes.len() && !self.close.failed(to) {
             let stream = &mut self.streams[from as usize];
             // The receiver is the bottleneck: big reads would only pin memory.
             stream.streak = 0;
@@ -325,17 +319,9 @@ impl Pump {
         }
     }
 
-    /// The other side's socket has taken so many bytes.
-    #[inline]
-    fn sent_on(&mut self, from: SessionSide, bytes: usize, moved: &mut TurnBytes) {
-        self.streams[from as usize].carried.sent += bytes as u64;
-        moved.sent[from as usize] += bytes as u64;
-        self.verdict.sent_to(from.other());
-    }
-
     #[inline]
     fn may_send(&self, to: SessionSide) -> bool {
-        self.sockets[to as usize].writable && !self.verdict.failed(to) && !self.short
+        self.sockets[to as usize].writable && !self.close.failed(to) && !self.short
     }
 
     fn received(
@@ -346,9 +332,8 @@ impl Pump {
         io: &impl PumpIo,
         moved: &mut TurnBytes,
     ) {
+        self.close.received(from, received, moved);
         let stream = &mut self.streams[from as usize];
-        stream.carried.received += received as u64;
-        moved.received[from as usize] += received as u64;
         if received == size {
             stream.streak = stream.streak.saturating_add(1);
             if stream.streak == STREAK << stream.crammed && stream.mode == PumpMode::Copy {
@@ -371,13 +356,12 @@ impl Pump {
     /// `from` will send no more: FIN, or a failure with its errno.
     fn end_of(&mut self, from: SessionSide, errno: i32, moved: &mut TurnBytes) {
         self.sockets[from as usize].readable = false;
-        self.verdict.end_of(from, errno);
-        moved.ended = true;
+        self.close.end_of(from, errno, moved);
     }
 
     fn finish(&mut self, from: SessionSide, io: &impl PumpIo) {
         let to = from.other();
-        if self.verdict.finish(from, || io.shutdown_write(to)) {
+        if self.close.finish(from, || io.shutdown_write(to)) {
             self.sockets[to as usize].read_to_the_end();
         }
     }
@@ -390,7 +374,7 @@ impl Pump {
             self.short = true;
         } else if error.kind() != io::ErrorKind::Interrupted {
             socket.read_to_the_end();
-            self.verdict.send_failed(to, errno_of(error));
+            self.close.send_failed(to, errno_of(error));
         }
     }
 }

@@ -6,7 +6,7 @@
 //! ring only tells when to go on: splice(2) itself is a plain call, as one by the
 //! ring measured the same. Small messages never come here.
 
-use super::streams::{OpResult, OpUse, RingDirection, RingMode, RingSession, SHUNNED_MAX};
+use super::streams::{OpResult, OpUse, RingMode, RingSession, SHUNNED_MAX};
 use crate::local_errors;
 use crate::relay::close_state::TurnBytes;
 use std::io;
@@ -64,7 +64,7 @@ impl RingSession {
                 }
                 Err(error) => return self.send_failed(from, errno_of(&error), ring),
             }
-            if self.verdict.failed(from.other()) {
+            if self.close.failed(from.other()) {
                 break;
             }
             if self.streams[from as usize].streak >= SMALL_FILLS {
@@ -102,18 +102,13 @@ impl RingSession {
 
     /// Sends all that is in the pipe.
     fn empty_pipe(&mut self, from: SessionSide, moved: &mut TurnBytes) -> io::Result<()> {
-        let RingDirection { pipe, carried, .. } = &mut self.streams[from as usize];
-        let Some(pipe) = pipe else { return Ok(()) };
+        let Some(pipe) = &mut self.streams[from as usize].pipe else { return Ok(()) };
         let Some(to) = &self.sockets[from.other() as usize] else { return Ok(()) };
         while pipe.holds() > 0 {
             match pipe.drain(to) {
                 // Not to be had from a pipe that holds something.
                 Ok(0) => return Err(io::Error::from_raw_os_error(libc::EIO)),
-                Ok(sent) => {
-                    carried.sent += sent as u64;
-                    moved.sent[from as usize] += sent as u64;
-                    self.verdict.sent_to(from.other());
-                }
+                Ok(sent) => self.close.sent_on(from, sent, moved),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -138,8 +133,7 @@ impl RingSession {
         match filled {
             Ok(FillResult { bytes: 0, .. }) => FillOutcome::Unclear,
             Ok(FillResult { bytes, crammed }) => {
-                stream.carried.received += bytes as u64;
-                moved.received[from as usize] += bytes as u64;
+                self.close.received(from, bytes, moved);
                 let small = crammed || bytes < BUFFER_LEN;
                 stream.streak = if small { stream.streak + 1 } else { 0 };
                 stream.crammed = crammed;

@@ -6,7 +6,7 @@
 //! be neither kept nor sent stays in the kernel's receive buffer, and TCP holds
 //! the sender back.
 
-use super::streams::{OpResult, OpUse, RingSession};
+use super::streams::{OpResult, OpUse, RingSession, tag};
 use crate::local_errors;
 use crate::relay::close_state::TurnBytes;
 use std::io;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use tidegate_core::outcome::SessionSide;
 use tidegate_net::budget::MemoryBudget;
 use tidegate_net::pipe::Pipes;
-use tidegate_net::ring::{BUFFER_LEN, Chunk, Ring};
+use tidegate_net::ring::{BUFFER_LEN, Chunk, PollInterest, Ring};
 use tidegate_net::stream;
 
 /// What is read with when the ring has no buffer.
@@ -53,6 +53,49 @@ impl FallbackBuffers {
 // === impl RingSession ===
 
 impl RingSession {
+    pub(super) fn note_no_buffer(&mut self, side: SessionSide) -> OpResult {
+        let stream = &mut self.streams[side as usize];
+        if std::mem::replace(&mut stream.starved, true) {
+            return OpResult::Nothing;
+        }
+        OpResult::Starved { side, alone: stream.queued > 0 }
+    }
+
+    /// The kernel had no memory even to wait with: it is asked again at a tick.
+    #[cold]
+    pub(super) fn wait_short(&mut self, side: SessionSide) -> OpResult {
+        let stream = &mut self.streams[side as usize];
+        (stream.dry, stream.short) = (false, true);
+        OpResult::Short(side)
+    }
+
+    /// Whether nothing is received from that side as its bytes wait.
+    pub(super) fn is_stalled(&self, from: SessionSide) -> bool {
+        let stream = &self.streams[from as usize];
+        stream.receive.is_none()
+            && stream.stalled_poll.is_none()
+            && (stream.pipe.is_some() || stream.dry || stream.queued > 0 && stream.poll.is_none())
+            && !stream.starved
+            && !stream.short
+            && !self.close.ended(from)
+            && !self.close.failed(from.other())
+    }
+
+    /// Watches a side that still is stalled for its failure, which no receive
+    /// would tell of.
+    pub(super) fn watch_stalled(&mut self, key: u32, from: SessionSide, ring: &mut Ring) {
+        self.streams[from as usize].listed = false;
+        if self.halted || !self.is_stalled(from) {
+            return;
+        }
+        if let Some(socket) = &self.sockets[from as usize] {
+            let tag = tag(key, from, OpUse::Stalled);
+            let poll = ring.poll(socket, tag, PollInterest::Failure);
+            self.streams[from as usize].stalled_poll = Some(poll);
+            self.operations += 1;
+        }
+    }
+
     /// Whether that side waits for a buffer.
     pub(super) fn is_without_buffer(&self, from: SessionSide) -> bool {
         !self.halted && self.streams[from as usize].starved
@@ -66,7 +109,7 @@ impl RingSession {
         key: u32,
         from: SessionSide,
         ring: &mut Ring,
-        larder: &mut FallbackBuffers,
+        buffers: &mut FallbackBuffers,
         moved: &mut TurnBytes,
     ) -> FallbackResult {
         let stream = &mut self.streams[from as usize];
@@ -81,7 +124,7 @@ impl RingSession {
             return FallbackResult::Waits;
         }
         let Some(socket) = self.sockets[from as usize].clone() else { return FallbackResult::Done };
-        let FallbackBuffers { scratch, budget } = larder;
+        let FallbackBuffers { scratch, budget } = buffers;
         let keeps = budget.has(scratch.len());
         let there = match keeps {
             true => stream::receive(&socket, scratch),
@@ -159,7 +202,7 @@ impl RingSession {
             }
         };
         if sent > 0 {
-            self.sent_on(from, sent, moved);
+            self.close.sent_on(from, sent, moved);
             let all = seen.len();
             if let Err(errno) = self.take(from, socket, &mut seen[..sent], moved) {
                 self.streams[from as usize].starved = false;
@@ -222,8 +265,7 @@ impl RingSession {
                 Ok(0) => return Err(libc::EIO),
                 Ok(more) => {
                     taken += more;
-                    self.streams[from as usize].carried.received += more as u64;
-                    moved.received[from as usize] += more as u64;
+                    self.close.received(from, more, moved);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.raw_os_error().unwrap_or(libc::EIO)),

@@ -10,9 +10,9 @@
 //! of bytes goes over to bulk: through a pipe, see `bulk`.
 
 use super::queue::SendQueue;
-use crate::relay::close_state::{Carried, CloseState, TurnBytes};
-use crate::relay::mover::ConnectResult;
-use std::os::fd::OwnedFd;
+use crate::relay::close_state::{CloseState, TurnBytes};
+use crate::relay::engine::{ConnectResult, EngineFlow};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use tidegate_core::outcome::SessionSide;
 use tidegate_net::pipe::{Pipe, Pipes};
@@ -71,9 +71,9 @@ pub(in crate::relay) struct RingSession {
     pub(super) sockets: [Option<Rc<OwnedFd>>; 2],
     /// By the side the bytes come from.
     pub(super) streams: [RingDirection; 2],
-    pub(super) verdict: CloseState,
+    pub(super) close: CloseState,
     /// Operations whose last event is still to come.
-    operations: u32,
+    pub(super) operations: u32,
     connect: Option<Op>,
     watch: Option<Op>,
     /// Over: nothing new is started, and what still comes is dropped.
@@ -86,18 +86,17 @@ pub(in crate::relay) struct RingSession {
 /// Bytes from one side on their way to the other. Small: idle sessions have two.
 #[derive(Debug, Default)]
 pub(super) struct RingDirection {
-    receive: Option<Op>,
+    pub(super) receive: Option<Op>,
     pub(super) send: Option<Op>,
     /// While neither of them can go on: for bytes to receive, or, where the pipe
     /// holds some, for room to send.
-    poll: Option<Op>,
+    pub(super) poll: Option<Op>,
     /// The poll of a socket that is not received from, as its bytes wait.
-    stalled_poll: Option<Op>,
+    pub(super) stalled_poll: Option<Op>,
     /// Behind what is being sent.
     queue: SendQueue,
     /// Never kept empty while the stream waits.
     pub(super) pipe: Option<Box<Pipe>>,
-    pub(super) carried: Carried,
     /// Bytes queued or being sent.
     pub(super) queued: u32,
     /// `queued` at which to cancel the receive, next time.
@@ -111,7 +110,7 @@ pub(super) struct RingDirection {
     /// again at a tick.
     pub(super) short: bool,
     /// Already reported as stalled.
-    listed: bool,
+    pub(super) listed: bool,
     /// Full buffers in a row; in bulk, small fills in a row.
     pub(super) streak: u8,
     /// The last fill was crammed.
@@ -203,21 +202,6 @@ impl RingSession {
         }
     }
 
-    pub(super) fn socket(&self, side: SessionSide) -> Option<&Rc<OwnedFd>> {
-        self.sockets[side as usize].as_ref()
-    }
-
-    pub(super) fn take_sockets(&mut self) -> Option<[OwnedFd; 2]> {
-        let [client, backend] = std::mem::take(&mut self.sockets);
-        Some([Rc::into_inner(client?)?, Rc::into_inner(backend?)?])
-    }
-
-    /// Whether no operation is in flight.
-    #[inline]
-    pub(super) fn is_settled(&self) -> bool {
-        self.operations == 0
-    }
-
     /// Stops everything; what is in flight comes back soon.
     pub(super) fn halt(&mut self, ring: &mut Ring) {
         self.halted = true;
@@ -287,6 +271,27 @@ impl RingSession {
     }
 }
 
+impl EngineFlow for RingSession {
+    fn socket(&self, side: SessionSide) -> Option<BorrowedFd<'_>> {
+        self.sockets[side as usize].as_ref().map(AsFd::as_fd)
+    }
+
+    #[inline]
+    fn close_state(&self) -> &CloseState {
+        &self.close
+    }
+
+    #[inline]
+    fn is_settled(&self) -> bool {
+        self.operations == 0
+    }
+
+    fn take_sockets(&mut self) -> Option<[OwnedFd; 2]> {
+        let [client, backend] = std::mem::take(&mut self.sockets);
+        Some([Rc::into_inner(client?)?, Rc::into_inner(backend?)?])
+    }
+}
+
 // === impl RingSession: moving bytes ===
 
 impl RingSession {
@@ -298,8 +303,8 @@ impl RingSession {
             || stream.starved
             || stream.short
             || stream.poll.is_some()
-            || self.verdict.ended(from)
-            || self.verdict.failed(from.other())
+            || self.close.ended(from)
+            || self.close.failed(from.other())
             || stream.queued > high_water(ring) / 2
         {
             return;
@@ -366,12 +371,12 @@ impl RingSession {
             CompletionKind::Starved => return self.note_no_buffer(side),
             CompletionKind::Stopped => OpResult::Nothing,
             CompletionKind::Sent(bytes) => {
-                self.sent_on(side, bytes, moved);
+                self.close.sent_on(side, bytes, moved);
                 self.sent(key, side, bytes, last, ring);
                 OpResult::Nothing
             }
             CompletionKind::SendCut(bytes) => {
-                self.sent_on(side, bytes, moved);
+                self.close.sent_on(side, bytes, moved);
                 self.send_failed(side, libc::ECANCELED, ring)
             }
             CompletionKind::SendFailed(errno) => self.send_failed(side, errno, ring),
@@ -432,13 +437,12 @@ impl RingSession {
         ring: &mut Ring,
         moved: &mut TurnBytes,
     ) {
+        let to = self.sockets[from.other() as usize].as_ref();
+        let Some(to) = to.filter(|_| !self.close.failed(from.other())) else {
+            return self.close.received(from, chunk.len(), &mut TurnBytes::default());
+        };
+        self.close.received(from, chunk.len(), moved);
         let stream = &mut self.streams[from as usize];
-        stream.carried.received += chunk.len() as u64;
-        if self.verdict.failed(from.other()) {
-            return;
-        }
-        let Some(to) = &self.sockets[from.other() as usize] else { return };
-        moved.received[from as usize] += chunk.len() as u64;
         stream.queued += chunk.len() as u32;
         if stream.send.is_none() {
             stream.send = Some(ring.send(to, tag(key, from, OpUse::Send), chunk));
@@ -480,7 +484,7 @@ impl RingSession {
         if let Some(op) = stream.receive {
             ring.cancel(op);
         }
-        self.verdict.send_failed(from.other(), errno);
+        self.close.send_failed(from.other(), errno);
         OpResult::Failed(from.other())
     }
 
@@ -490,8 +494,7 @@ impl RingSession {
         errno: i32,
         moved: &mut TurnBytes,
     ) -> OpResult {
-        self.verdict.end_of(from, errno);
-        moved.ended = true;
+        self.close.end_of(from, errno, moved);
         OpResult::Nothing
     }
 
@@ -499,19 +502,41 @@ impl RingSession {
     pub(super) fn finish(&mut self, from: SessionSide) {
         let stream = &self.streams[from as usize];
         let waits = stream.send.is_some() || stream.pipe.is_some() || !stream.queue.is_empty();
-        if waits || !self.verdict.ended(from) {
+        if waits || !self.close.ended(from) {
             return;
         }
         let to = self.sockets[from.other() as usize].as_deref();
-        self.verdict.finish(from, || to.map_or(Ok(()), stream::shutdown_write));
+        self.close.finish(from, || to.map_or(Ok(()), stream::shutdown_write));
     }
 
-    fn note_no_buffer(&mut self, side: SessionSide) -> OpResult {
-        let stream = &mut self.streams[side as usize];
-        if std::mem::replace(&mut stream.starved, true) {
-            return OpResult::Nothing;
+    /// What an operation did before it was stopped is counted, though nothing more is
+    /// made of it.
+    #[cold]
+    fn note_late(&mut self, side: SessionSide, what: &CompletionKind, moved: &mut TurnBytes) {
+        match what {
+            CompletionKind::Data(chunk) => {
+                self.close.received(side, chunk.len(), &mut TurnBytes::default());
+            }
+            CompletionKind::Sent(bytes) | CompletionKind::SendCut(bytes) => {
+                self.close.sent_on(side, *bytes, moved)
+            }
+            _ => {}
         }
-        OpResult::Starved { side, alone: stream.queued > 0 }
+    }
+
+    /// The errno behind the end of what `side` sent; 0 for a FIN.
+    ///
+    /// A socket tells its error once. A send of the ring that has sent a part
+    /// takes it and comes back short (`io_send` in Linux), and what is received
+    /// then ends as by a FIN. So while something is being sent to that side, its
+    /// end is looked into; nothing else of ours could have taken the error.
+    fn failure_behind_end(&self, side: SessionSide) -> i32 {
+        let back = &self.streams[side.other() as usize];
+        if back.send.is_none() && back.pipe.is_none() {
+            return 0;
+        }
+        let socket = self.sockets[side as usize].as_deref();
+        socket.and_then(stream::close_error).unwrap_or(0)
     }
 
     /// There are bytes on a socket that was drained, or room for those in the
@@ -533,61 +558,26 @@ impl RingSession {
         }
     }
 
-    /// The kernel had no memory even to wait with: it is asked again at a tick.
-    #[cold]
-    fn wait_short(&mut self, side: SessionSide) -> OpResult {
-        let stream = &mut self.streams[side as usize];
-        (stream.dry, stream.short) = (false, true);
-        OpResult::Short(side)
-    }
-
     fn polled(&mut self, tag: u64, op: Op, result: Result<bool, i32>) -> OpResult {
         let side = side_of(tag);
         match tag & 0xF {
             CONNECT if self.connect == Some(op) => {
                 self.connect = None;
-                OpResult::Connected(result.into())
+                OpResult::Connected(match result {
+                    Ok(false) => ConnectResult::Connected,
+                    Ok(true) => ConnectResult::Failed,
+                    Err(errno) => ConnectResult::Unwatched(errno),
+                })
             }
             WATCH if self.watch == Some(op) => {
                 self.watch = None;
                 if result == Ok(true) { OpResult::ClientFailed } else { OpResult::Nothing }
             }
-            STALLED if result == Ok(true) && self.verdict.note_failure(side) => {
+            STALLED if result == Ok(true) && self.close.note_failure(side) => {
                 OpResult::Failed(side)
             }
             // Cancelled, or of an attempt that was given up.
             _ => OpResult::Nothing,
-        }
-    }
-}
-
-// === impl RingSession: shortage ===
-
-impl RingSession {
-    /// Whether nothing is received from that side as its bytes wait.
-    fn is_stalled(&self, from: SessionSide) -> bool {
-        let stream = &self.streams[from as usize];
-        stream.receive.is_none()
-            && stream.stalled_poll.is_none()
-            && (stream.pipe.is_some() || stream.dry || stream.queued > 0 && stream.poll.is_none())
-            && !stream.starved
-            && !stream.short
-            && !self.verdict.ended(from)
-            && !self.verdict.failed(from.other())
-    }
-
-    /// Watches a side that still is stalled for its failure, which no receive
-    /// would tell of.
-    pub(super) fn watch_stalled(&mut self, key: u32, from: SessionSide, ring: &mut Ring) {
-        self.streams[from as usize].listed = false;
-        if self.halted || !self.is_stalled(from) {
-            return;
-        }
-        if let Some(socket) = &self.sockets[from as usize] {
-            let tag = tag(key, from, OpUse::Stalled);
-            let poll = ring.poll(socket, tag, PollInterest::Failure);
-            self.streams[from as usize].stalled_poll = Some(poll);
-            self.operations += 1;
         }
     }
 }

@@ -2,11 +2,11 @@
 
 use super::streams::{OpResult, RingMode, RingSession};
 use super::*;
-use crate::relay::mover::ConnectResult;
+use crate::relay::engine::{ConnectResult, EngineFlow};
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
-use tidegate_net::stream::ConnectTarget;
+use tidegate_net::stream::{self, ConnectTarget};
 
 fn ring() -> Ring {
     Ring::new(RingSettings { buffers: 4, shown: 4 }).unwrap()
@@ -38,7 +38,7 @@ fn a_refusal_that_comes_after_the_attempt_was_given_up_says_nothing_of_the_next(
     flow.attach(0, connecting, true, &mut ring);
     let meanings = handle_all(&mut flow, &mut ring);
     assert_eq!(meanings, [OpResult::Nothing, OpResult::Connected(ConnectResult::Connected)]);
-    assert_eq!(flow.verdict.closed_first(), None);
+    assert_eq!(flow.close.closed_first(), None);
     assert!(flow.is_settled());
 }
 

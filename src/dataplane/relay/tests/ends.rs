@@ -14,7 +14,7 @@ fn idle(idle: u64, half_closed: u64) -> SessionTimeouts {
 
 /// Both sockets can be used as if nothing had ever been in flight on them.
 async fn sockets_are_ours(relayed: RelayResult, mut client: TcpStream, mut backend: TcpStream) {
-    let [to_client, to_backend] = relayed.sockets;
+    let [to_client, to_backend] = relayed.sockets.unwrap();
     assert_eq!(tidegate_net::stream::send(&to_client, b"bye").unwrap(), 3);
     assert_eq!(tidegate_net::stream::send(&to_backend, b"bye").unwrap(), 3);
     drop((to_client, to_backend));
@@ -142,7 +142,7 @@ fn last_words_that_stand_still_are_given_up_and_counted() {
         assert!(relayed.bytes.undelivered > 0, "{relayed:?}");
         let given_up = relayed.bytes.bytes_out <= 200_000;
         assert!(given_up && !relayed.ending.cause.closes_in_order(relayed.bytes.undelivered));
-        relayed.sockets.into_iter().for_each(tidegate_net::stream::reset);
+        relayed.sockets.into_iter().flatten().for_each(tidegate_net::stream::reset);
         drop(session.client);
     });
 }
@@ -153,10 +153,10 @@ fn a_cut_ends_the_wait_for_last_words() {
         let session = unread_answer(&rig, FOREVER, 200_000).await;
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!session.relayed.is_finished());
-        assert_eq!(rig.engine.cut_backend(BackendId(0), Cause::DrainDeadline), 1);
+        assert_eq!(rig.engine.abort_backend(BackendId(0), Cause::DrainDeadline), 1);
         let relayed = session.relayed.await.unwrap();
         assert!(relayed.bytes.undelivered > 0, "{relayed:?}");
-        relayed.sockets.into_iter().for_each(tidegate_net::stream::reset);
+        relayed.sockets.into_iter().flatten().for_each(tidegate_net::stream::reset);
         drop(session.client);
     });
 }
@@ -171,7 +171,7 @@ fn a_time_out_with_bytes_on_their_way_counts_them() {
         let mut got = vec![0; 1 << 16];
         let mut backend = backend;
         let Bytes { bytes_in, undelivered, .. } = relayed.bytes;
-        relayed.sockets.into_iter().for_each(tidegate_net::stream::reset);
+        relayed.sockets.into_iter().flatten().for_each(tidegate_net::stream::reset);
         let mut read = 0;
         while let Ok(len @ 1..) = backend.read(&mut got).await {
             read += len as u64;
@@ -209,13 +209,13 @@ fn a_cut_ends_busy_sessions_and_hands_their_sockets_back() {
                 let _ = tokio::time::timeout(Duration::from_millis(10), flood).await;
             }
         }
-        assert_eq!(rig.engine.cut_backend(BackendId(7), Cause::BackendRemoved), 0);
-        assert_eq!(rig.engine.cut_backend(BackendId(0), Cause::BackendRemoved), 20);
+        assert_eq!(rig.engine.abort_backend(BackendId(7), Cause::BackendRemoved), 0);
+        assert_eq!(rig.engine.abort_backend(BackendId(0), Cause::BackendRemoved), 20);
         for session in sessions {
             let relayed = session.relayed.await.unwrap();
             let (cause, phase) = (Cause::BackendRemoved, Phase::Data);
             assert_eq!(relayed.ending, SessionEnd { cause, phase, errno: 0, closed_first: None });
-            for socket in relayed.sockets {
+            for socket in relayed.sockets.unwrap() {
                 tidegate_net::stream::reset(socket);
             }
         }
@@ -332,10 +332,10 @@ fn a_dropped_engine_lets_go_of_every_socket() {
         let peers = std::cell::RefCell::new(Vec::new());
         let main = async {
             let engine = match ring {
-                None => Engine::readiness(None, Arc::default()).unwrap(),
-                Some(settings) => Engine::ring(None, settings, Arc::default()).unwrap(),
+                None => epoll_engine(None, Arc::default(), counters()).unwrap(),
+                Some(settings) => ring_engine(None, settings, Arc::default(), counters()).unwrap(),
             };
-            let task = tokio::task::spawn_local(engine.clone().run());
+            let task = tokio::task::spawn_local(Rc::clone(&engine).run());
             let rig = Rig::new(engine);
             for number in 0..30 {
                 let mut session = rig.session(FOREVER);

@@ -2,8 +2,8 @@
 //! session owes its two ends must not depend on the engine.
 
 mod ends;
+mod engine;
 mod setup;
-mod shell;
 mod streams;
 
 use super::*;
@@ -55,14 +55,14 @@ const TINY: RingSettings = RingSettings { buffers: 4, shown: 2 };
 fn on_each<F: Future<Output = ()>>(test: impl Fn(Rig) -> F) {
     on_each_within(0, &test);
     on_each_within(usize::MAX, &test);
-    on(EngineKind::IoUring, || Engine::ring(None, RING_SETTINGS, Arc::default()), &test);
+    on(EngineKind::IoUring, || ring_engine(None, RING_SETTINGS, Arc::default(), counters()), &test);
 }
 
 /// On both engines, the ring a small one, with that much room for bytes that wait.
 fn on_each_within<F: Future<Output = ()>>(max: usize, test: impl Fn(Rig) -> F) {
     let budget = || Arc::new(MemoryBudget::new(max));
-    on(EngineKind::Epoll, || Engine::readiness(None, budget()), &test);
-    on(EngineKind::IoUring, || Engine::ring(None, TINY, budget()), &test);
+    on(EngineKind::Epoll, || epoll_engine(None, budget(), counters()), &test);
+    on(EngineKind::IoUring, || ring_engine(None, TINY, budget(), counters()), &test);
 }
 
 fn on<F: Future<Output = ()>>(
@@ -72,7 +72,7 @@ fn on<F: Future<Output = ()>>(
 ) {
     let main = async {
         let engine = engine().unwrap();
-        let task = tokio::task::spawn_local(engine.clone().run());
+        let task = tokio::task::spawn_local(Rc::clone(&engine).run());
         test(Rig::new(engine.clone())).await;
         eventually("every flow is gone", || engine.open_flows() == 0).await;
         assert!(!task.is_finished(), "the engine gave up");
@@ -81,6 +81,20 @@ fn on<F: Future<Output = ()>>(
     runtime
         .block_on(async { tokio::time::timeout(4 * PATIENCE, main).await.expect("the test hangs") })
         .unwrap();
+}
+
+/// Starts relaying at once.
+fn relay(
+    flow: RelayHandle,
+    limits: SessionTimeouts,
+    meter: SessionMeter,
+) -> impl Future<Output = RelayResult> {
+    flow.start_relay(limits, meter);
+    async move { flow.relayed().await }
+}
+
+fn counters() -> Arc<WorkerCounters> {
+    Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT))
 }
 
 async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
@@ -141,9 +155,9 @@ impl Rig {
         tidegate_net::stream::keep_urgent_inline(&upstream);
         tune(SockRef::from(&upstream));
         tune(SockRef::from(&backend));
-        let flow = self.engine.open(downstream.into()).unwrap();
+        let flow = RelayHandle::open(&self.engine, downstream.into());
         flow.attach(upstream.into()).unwrap();
-        let relayed = tokio::task::spawn_local(flow.relay(limits, self.meter()));
+        let relayed = tokio::task::spawn_local(relay(flow, limits, self.meter()));
         Session {
             client: TcpStream::from_std(client).unwrap(),
             backend: TcpStream::from_std(backend).unwrap(),

@@ -40,10 +40,10 @@ fn a_connect_that_succeeds_is_relayed_over() {
     on_each(|rig| async move {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (client, downstream) = tcp_pair();
-        let flow = rig.engine.open(downstream.into()).unwrap();
+        let flow = RelayHandle::open(&rig.engine, downstream.into());
         let upstream = pending(listener.local_addr().unwrap());
         flow.connected(upstream, soon(5_000)).await.unwrap();
-        let relayed = tokio::task::spawn_local(flow.relay(FOREVER, rig.meter()));
+        let relayed = tokio::task::spawn_local(relay(flow, FOREVER, rig.meter()));
 
         let (backend, _) = listener.accept().unwrap();
         backend.set_nonblocking(true).unwrap();
@@ -64,7 +64,7 @@ fn a_refused_connect_may_be_followed_by_one_that_stands() {
         let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (client, downstream) = tcp_pair();
-        let flow = rig.engine.open(downstream.into()).unwrap();
+        let flow = RelayHandle::open(&rig.engine, downstream.into());
 
         let refused = flow.connected(pending(closed), soon(5_000)).await.unwrap_err();
         let ConnectEnd::Failed(error) = refused else { panic!("{refused:?}") };
@@ -81,7 +81,7 @@ fn a_connect_that_takes_too_long_is_timed_out() {
     on_each(|rig| async move {
         let deaf = Deaf::new();
         let (client, downstream) = tcp_pair();
-        let flow = rig.engine.open(downstream.into()).unwrap();
+        let flow = RelayHandle::open(&rig.engine, downstream.into());
         let started = clock::now();
         let end = flow.connected(pending(deaf.address), soon(200)).await.unwrap_err();
         let took = clock::now() - started;
@@ -100,7 +100,7 @@ fn a_client_that_resets_ends_a_slow_connect() {
     on_each(|rig| async move {
         let deaf = Deaf::new();
         let (client, downstream) = tcp_pair();
-        let flow = rig.engine.open(downstream.into()).unwrap();
+        let flow = RelayHandle::open(&rig.engine, downstream.into());
         let upstream = pending(deaf.address);
         let connecting =
             tokio::task::spawn_local(async move { flow.connected(upstream, soon(10_000)).await });
@@ -116,16 +116,16 @@ fn a_cut_ends_a_slow_connect_and_a_wait() {
     on_each(|rig| async move {
         let deaf = Deaf::new();
         let (_client, downstream) = tcp_pair();
-        let flow = rig.engine.open(downstream.into()).unwrap();
+        let flow = RelayHandle::open(&rig.engine, downstream.into());
         let upstream = pending(deaf.address);
         let connecting =
             tokio::task::spawn_local(async move { flow.connected(upstream, soon(10_000)).await });
         let (_waiting_client, downstream) = tcp_pair();
-        let flow = rig.engine.open(downstream.into()).unwrap();
+        let flow = RelayHandle::open(&rig.engine, downstream.into());
         let waiting = tokio::task::spawn_local(async move { flow.interrupted().await });
         tokio::time::sleep(Duration::from_millis(20)).await;
 
-        assert_eq!(rig.engine.cut_all(Cause::DrainDeadline), 2);
+        assert_eq!(rig.engine.abort_all(Cause::DrainDeadline), 2);
         let end = connecting.await.unwrap().unwrap_err();
         assert!(matches!(end, ConnectEnd::Aborted(Cause::DrainDeadline)), "{end:?}");
         let end = waiting.await.unwrap();
@@ -137,7 +137,7 @@ fn a_cut_ends_a_slow_connect_and_a_wait() {
 fn a_client_that_resets_ends_a_wait() {
     on_each(|rig| async move {
         let (client, downstream) = tcp_pair();
-        let flow = rig.engine.open(downstream.into()).unwrap();
+        let flow = RelayHandle::open(&rig.engine, downstream.into());
         let waiting = tokio::task::spawn_local(async move { flow.interrupted().await });
         tokio::time::sleep(Duration::from_millis(20)).await;
         reset(TcpStream::from_std(client).unwrap());

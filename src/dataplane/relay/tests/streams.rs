@@ -198,7 +198,7 @@ fn stalled_readers_do_not_starve_the_others() {
             assert_eq!(got, [number; 3]);
         }
         drop(lively);
-        rig.engine.cut_all(Cause::DrainDeadline);
+        rig.engine.abort_all(Cause::DrainDeadline);
     });
 }
 
@@ -280,7 +280,7 @@ fn bulk_between_peers_on_this_host_is_queued_no_longer_than_the_caches_hold() {
                 backend.read_exact(&mut [0; 5_000]).await.unwrap();
             }
             drop((client, backend));
-            let sockets = relayed.await.unwrap().sockets;
+            let sockets = relayed.await.unwrap().sockets.unwrap();
             let [from, to] = sockets.each_ref().map(SockRef::from);
             assert_eq!(from.recv_buffer_size().unwrap() == receives, bulky);
             assert_eq!(to.send_buffer_size().unwrap() == sends, bulky);
@@ -289,8 +289,8 @@ fn bulk_between_peers_on_this_host_is_queued_no_longer_than_the_caches_hold() {
             assert_ne!(to.recv_buffer_size().unwrap(), receives);
         }
     };
-    on(EngineKind::Epoll, || Engine::readiness(None, Arc::default()), test);
-    on(EngineKind::IoUring, || Engine::ring(None, RING_SETTINGS, Arc::default()), test);
+    on(EngineKind::Epoll, || epoll_engine(None, Arc::default(), counters()), test);
+    on(EngineKind::IoUring, || ring_engine(None, RING_SETTINGS, Arc::default(), counters()), test);
 }
 
 #[test]

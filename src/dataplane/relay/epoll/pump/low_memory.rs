@@ -49,14 +49,14 @@ impl Pump {
         }
         match io.send(to, &buffer[..there]) {
             Ok(sent) => {
-                self.sent_on(from, sent, moved);
+                self.close.sent_on(from, sent, moved);
                 self.sockets[to as usize].writable = sent == there;
                 self.take(from, io, &mut buffer[..sent], moved);
                 sent == there
             }
             Err(error) => {
                 self.send_error(to, &error);
-                if self.verdict.failed(to) {
+                if self.close.failed(to) {
                     // Nobody wants it; left unread it would turn a close in order
                     // into a reset.
                     self.take(from, io, &mut buffer[..there], moved);
@@ -83,8 +83,7 @@ impl Pump {
                 Ok(0) => return self.end_of(from, libc::EIO, moved),
                 Ok(more) => {
                     taken += more;
-                    self.streams[from as usize].carried.received += more as u64;
-                    moved.received[from as usize] += more as u64;
+                    self.close.received(from, more, moved);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return self.end_of(from, errno_of(&error), moved),

@@ -41,11 +41,11 @@ impl Pump {
             if !self.empty_pipe(from, io, moved) {
                 return SpliceNext::Wait;
             }
-            if self.verdict.ended(from) {
+            if self.close.ended(from) {
                 io.close_pipe(from);
                 return SpliceNext::Copy;
             }
-            if !self.sockets[from as usize].readable || self.verdict.failed(from.other()) {
+            if !self.sockets[from as usize].readable || self.close.failed(from.other()) {
                 // Nothing to move: others may use the pipe.
                 io.close_pipe(from);
                 return SpliceNext::Wait;
@@ -110,7 +110,7 @@ impl Pump {
     ) -> bool {
         let to = from.other();
         while io.piped(from) > 0 {
-            if self.verdict.failed(to) {
+            if self.close.failed(to) {
                 io.close_pipe(from);
                 return true;
             }
@@ -120,7 +120,7 @@ impl Pump {
             match io.drain(from) {
                 // Not to be had from a pipe that holds something.
                 Ok(0) => self.send_error(to, &io::Error::from_raw_os_error(libc::EIO)),
-                Ok(sent) => self.sent_on(from, sent, moved),
+                Ok(sent) => self.close.sent_on(from, sent, moved),
                 Err(error) => self.send_error(to, &error),
             }
         }
@@ -128,9 +128,8 @@ impl Pump {
     }
 
     fn filled(&mut self, from: SessionSide, fill: FillResult, moved: &mut TurnBytes) {
+        self.close.received(from, fill.bytes, moved);
         let stream = &mut self.streams[from as usize];
-        stream.carried.received += fill.bytes as u64;
-        moved.received[from as usize] += fill.bytes as u64;
         let small = fill.crammed || fill.bytes < READ_SMALL;
         stream.small_fills = if small { stream.small_fills + 1 } else { 0 };
         stream.last_crammed = fill.crammed;

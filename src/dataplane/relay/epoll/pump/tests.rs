@@ -232,7 +232,7 @@ fn fin_follows_the_last_byte_and_the_other_direction_stays_open() {
     bench.make_room(Backend, 100);
     assert_eq!(bench.sent_to(Backend), b"request");
     assert!(bench.fin_sent_to(Backend));
-    assert_eq!(bench.pump.verdict.phase(), Phase::HalfClosed);
+    assert_eq!(bench.pump.close.phase(), Phase::HalfClosed);
 
     bench.make_room(Client, 100);
     bench.arrive(Backend, b"answer");
@@ -304,11 +304,11 @@ fn two_sides_that_fail_under_each_others_bytes_end_the_session() {
 fn a_client_that_failed_while_its_bytes_wait_counts_as_closed_first() {
     let mut bench = Bench::new(0);
     bench.arrive(Client, b"nobody takes this");
-    assert!(bench.pump.verdict.note_failure(Client), "the half-closed timer starts");
-    assert!(!bench.pump.verdict.note_failure(Client), "once");
+    assert!(bench.pump.close.note_failure(Client), "the half-closed timer starts");
+    assert!(!bench.pump.close.note_failure(Client), "once");
     bench.end(Client, libc::ECONNRESET);
     assert!(bench.ending.is_none(), "its bytes may still be taken");
-    assert_eq!(bench.pump.verdict.closed_first(), Some(Client));
+    assert_eq!(bench.pump.close.closed_first(), Some(Client));
 }
 
 #[test]

@@ -1,12 +1,12 @@
-//! The shell with movers that misbehave: the worker's other tasks must not pay.
+//! The engine's core and task with an engine that misbehaves: the worker's other tasks must not pay.
 
 use super::*;
-use crate::relay::close_state::{Carried, CloseState, TurnBytes, TurnNext};
-use crate::relay::mover::{ConnectResult, EngineIo, TurnResult};
-use crate::relay::pace::EngineSleep;
-use crate::relay::shell::EngineState;
+use crate::relay::close_state::{CloseState, TurnBytes, TurnNext};
+use crate::relay::engine::{ConnectResult, EngineFlow, EngineIo, StopMode, TurnResult};
+use crate::relay::stages::EngineState;
 use socket2::{Domain, Socket, Type};
 use std::cell::Cell;
+use std::future::poll_fn;
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::task::{Context, Poll};
@@ -41,7 +41,7 @@ const STOPPED_FOR: Duration = Duration::from_secs(3);
 
 /// A session whose operations never come back.
 #[derive(Debug)]
-struct NoFlow;
+struct NoFlow(CloseState);
 
 impl Sleepless {
     fn new(has_bell: bool) -> Sleepless {
@@ -57,8 +57,6 @@ impl Sleepless {
 impl EngineIo for Sleepless {
     type Flow = NoFlow;
 
-    const TICK: Duration = Duration::from_millis(100);
-
     fn wants_tick(&self, _: bool) -> bool {
         true
     }
@@ -67,14 +65,14 @@ impl EngineIo for Sleepless {
         !self.dozes
     }
 
-    fn round(state: &mut EngineState<Sleepless>, _: &EngineSleep) -> io::Result<TurnResult> {
+    fn round(state: &mut EngineState<Sleepless>) -> io::Result<TurnResult> {
         state.now = clock::now();
-        match state.mover.stopped {
+        match state.io.stopped {
             Stopped::Never => {}
             Stopped::Soon if state.flows.is_empty() => {}
             Stopped::Soon => {
                 state.now += STOPPED_FOR;
-                state.mover.stopped = Stopped::Before;
+                state.io.stopped = Stopped::Before;
             }
             Stopped::Before => {
                 state.now += STOPPED_FOR;
@@ -84,7 +82,9 @@ impl EngineIo for Sleepless {
         Ok(TurnResult { drained: true, busy: false })
     }
 
-    fn tick(_: &mut EngineState<Sleepless>, _: &EngineSleep) {}
+    fn tick(_: &mut EngineState<Sleepless>) -> Duration {
+        Duration::from_millis(100)
+    }
 
     fn arm_wakeup(&mut self) -> bool {
         self.dozes
@@ -98,16 +98,14 @@ impl EngineIo for Sleepless {
         bell.poll_read_ready(cx).map(|guard| guard.map(|mut guard| guard.clear_ready()))
     }
 
-    fn disarm_wakeup(&mut self) {}
-
     fn signal_wakeup(&self) -> io::Result<bool> {
         let Some((ringer, bell)) = &self.bell else { return Ok(false) };
         let _ = bell.get_ref().recv(&mut [MaybeUninit::uninit(); 8]);
         ringer.send(b"!").map(|_| true)
     }
 
-    fn open(&mut self, _: u32, _: OwnedFd) -> io::Result<NoFlow> {
-        Ok(NoFlow)
+    fn open(&mut self, _: OwnedFd) -> NoFlow {
+        NoFlow(CloseState::default())
     }
 
     fn attach(&mut self, _: u32, _: &mut NoFlow, _: OwnedFd, _: bool) -> io::Result<()> {
@@ -122,41 +120,31 @@ impl EngineIo for Sleepless {
         TurnNext::Wait
     }
 
-    fn stop_relaying(&mut self, _: &mut NoFlow) {}
-
-    fn is_settled(_: &NoFlow) -> bool {
-        false
-    }
-
-    fn tear_down(&mut self, _: &mut NoFlow) {
-        self.torn_down.set(self.torn_down.get() + 1);
+    fn stop(&mut self, _: &mut NoFlow, how: StopMode) {
+        self.torn_down.set(self.torn_down.get() + u32::from(how == StopMode::Reset));
     }
 
     fn request_progress(&mut self, _: &mut NoFlow) -> bool {
         false
     }
+}
 
-    fn verdict(_: &NoFlow) -> &CloseState {
-        unreachable!("there are no sessions")
-    }
-
-    fn carried(_: &NoFlow, _: SessionSide) -> Carried {
-        Carried::default()
-    }
-
-    fn client(_: &NoFlow) -> Option<BorrowedFd<'_>> {
+impl EngineFlow for NoFlow {
+    fn socket(&self, _: SessionSide) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    fn backend(_: &NoFlow) -> Option<BorrowedFd<'_>> {
-        None
+    fn close_state(&self) -> &CloseState {
+        &self.0
     }
 
-    fn take_sockets(_: &mut NoFlow) -> Option<[OwnedFd; 2]> {
-        None
+    fn is_settled(&self) -> bool {
+        false
     }
 
-    fn refuse(&mut self, _: &mut NoFlow) {}
+    fn take_sockets(&mut self) -> Option<[OwnedFd; 2]> {
+        None
+    }
 }
 
 /// What the rest of a worker does: timers, sockets, and, on tokio-uring,
@@ -175,7 +163,7 @@ async fn the_rest_of_a_worker(runtime: EngineKind) {
 }
 
 #[test]
-fn a_mover_that_never_dozes_lets_the_workers_other_tasks_run() {
+fn an_engine_that_never_sleeps_lets_the_workers_other_tasks_run() {
     let kinds =
         [(EngineKind::Epoll, false), (EngineKind::Epoll, true), (EngineKind::IoUring, true)];
     for (runtime, has_bell) in kinds {
@@ -183,8 +171,8 @@ fn a_mover_that_never_dozes_lets_the_workers_other_tasks_run() {
         let (done, ended) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             runtime.block_on(async {
-                let shell = EngineCore::new(Sleepless::new(has_bell), None);
-                let engine = tokio::task::spawn_local(shell.run());
+                let core = EngineCore::new(Sleepless::new(has_bell), None, counters());
+                let engine = tokio::task::spawn_local(core.run());
                 the_rest_of_a_worker(runtime).await;
                 assert!(!engine.is_finished());
                 engine.abort();
@@ -203,12 +191,12 @@ fn torn_down(dozes: bool) -> u32 {
         .block_on(async {
             let torn_down = Rc::new(Cell::new(0));
             let torn = Rc::clone(&torn_down);
-            let mover = Sleepless { bell: None, dozes, torn_down: torn, stopped: Stopped::Never };
-            let shell = EngineCore::new(mover, None);
-            let engine = tokio::task::spawn_local(Rc::clone(&shell).run());
+            let io = Sleepless { bell: None, dozes, torn_down: torn, stopped: Stopped::Never };
+            let core = EngineCore::new(io, None, counters());
+            let engine = tokio::task::spawn_local(Rc::clone(&core).run());
             let (client, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
-            let key = shell.open(client.into()).unwrap();
-            shell.remove(key);
+            let key = core.open(client.into());
+            core.remove(key);
             let enough = if dozes { PATIENCE } else { Duration::from_secs(1) };
             let begun = clock::now();
             while begun.elapsed() < enough && torn_down.get() == 0 {
@@ -233,12 +221,17 @@ fn a_session_is_torn_down_only_where_nothing_else_is_left_to_come_back() {
 fn connect_done_while_the_process_was_stopped_has_not_timed_out() {
     let ended = EngineKind::Epoll.block_on(async {
         let (stopped, dozes) = (Stopped::Soon, true);
-        let shell = EngineCore::new(Sleepless { stopped, dozes, ..Sleepless::new(false) }, None);
-        let engine = tokio::task::spawn_local(Rc::clone(&shell).run());
+        let core = EngineCore::new(
+            Sleepless { stopped, dozes, ..Sleepless::new(false) },
+            None,
+            counters(),
+        );
+        let engine = tokio::task::spawn_local(Rc::clone(&core).run());
         let (client, upstream) = std::os::unix::net::UnixStream::pair().unwrap();
-        let key = shell.open(client.into()).unwrap();
+        let key = core.open(client.into());
         let deadline = clock::now() + STOPPED_FOR / 2;
-        let ended = shell.connected(key, upstream.into(), deadline).await;
+        core.start_connect(key, upstream.into(), deadline).unwrap();
+        let ended = poll_fn(|cx| core.poll_connected(key, cx)).await;
         engine.abort();
         ended
     });

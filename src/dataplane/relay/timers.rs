@@ -1,18 +1,19 @@
 //! The sessions' timers: armed for whatever is due first, looked at when they
 //! fire.
 //!
-//! Part of the shell; one wheel for all flows. It reads no clock: `now` is the
-//! time of the batch.
+//! Part of `engine`; one wheel for all sessions. It reads no clock: `now` is the
+//! time of the round.
 
-use super::super::mover::EngineIo;
-use super::super::pace::EngineSleep;
-use super::{EngineState, SessionStage, delivery};
+use super::delivery;
+use super::engine::{EngineFlow, EngineIo, StopMode};
+use super::stages::{EngineState, SessionStage};
 use std::time::Duration;
+use tidegate_core::outcome::SessionSide;
 use tidegate_net::stream;
 
 /// How often an ended session is looked at whose operations have not come back,
 /// and how often in vain before its sockets are torn down under them. Cancelling
-/// takes microseconds. A look counts only where the mover has had nothing left to do
+/// takes microseconds. A look counts only where the engine has had nothing left to do
 /// since: to a worker that gets no processor, or is behind, operations come back
 /// late, and a reset would break streams that are whole.
 const SETTLE_LOOK: Duration = Duration::from_millis(100);
@@ -30,41 +31,44 @@ pub(super) const ROUND_GAP_MAX: Duration = Duration::from_millis(10);
 const SESSIONS_A_ROUND: usize = 16;
 
 impl<M: EngineIo> EngineState<M> {
-    /// Sets a flow's timer anew. The half-closed timer may be due long before
-    /// the idle one.
-    pub(super) fn rearm(&mut self, key: u32, pace: &EngineSleep) {
-        let entry = &self.flows[key as usize];
-        let SessionStage::Relaying(relaying) = &entry.stage else { return };
-        let half_closed = M::verdict(&entry.flow).closed_first().is_some();
-        let due = pace.tick_after(relaying.due(half_closed, self.now));
+    /// Arms a session's timer for that tick.
+    pub(super) fn arm(&mut self, key: u32, due: u64) {
         self.wheel.arm(key, due);
-        pace.wake_if_sooner(due);
+        self.sleep.wake_if_sooner(due);
     }
 
-    pub(super) fn expect_to_settle(&mut self, key: u32, pace: &EngineSleep) {
-        let due = pace.tick_after(self.now + SETTLE_LOOK);
-        self.wheel.arm(key, due);
-        pace.wake_if_sooner(due);
+    /// Sets a session's timer anew. The half-closed timer may be due long before
+    /// the idle one.
+    pub(super) fn rearm(&mut self, key: u32) {
+        let entry = &self.flows[key as usize];
+        let SessionStage::Relaying(relaying) = &entry.stage else { return };
+        let half_closed = entry.flow.close_state().closed_first().is_some();
+        let due = relaying.due(half_closed, self.now);
+        self.arm(key, self.sleep.tick_after(due));
+    }
+
+    pub(super) fn expect_to_settle(&mut self, key: u32) {
+        self.arm(key, self.sleep.tick_after(self.now + SETTLE_LOOK));
     }
 
     /// Its operations have still not come back.
-    fn unsettled(&mut self, key: u32, pace: &EngineSleep) {
+    fn unsettled(&mut self, key: u32) {
         let entry = &mut self.flows[key as usize];
         // About since the last look: that one may be wrong, not all of them.
         let caught_up = self.now.saturating_duration_since(self.idle_at) <= SETTLE_LOOK * 2;
         entry.looks += u8::from(caught_up);
         if entry.looks == SETTLE_LOOKS {
             entry.looks = 0;
-            self.mover.tear_down(&mut entry.flow);
+            self.io.stop(&mut entry.flow, StopMode::Reset);
         }
-        self.expect_to_settle(key, pace);
+        self.expect_to_settle(key);
     }
 
     /// Fires the timers that are due; false where they wait for another round. What they
     /// would end may have happened in time: the round was not `current`, or other events
     /// stood before it.
-    pub(super) fn expire(&mut self, current: bool, pace: &EngineSleep) -> bool {
-        let now = pace.tick_at(self.now);
+    pub(super) fn expire(&mut self, current: bool) -> bool {
+        let now = self.sleep.tick_at(self.now);
         if self.wheel.next_due().is_none_or(|due| due > now) {
             self.postponed = 0;
             return true;
@@ -77,59 +81,59 @@ impl<M: EngineIo> EngineState<M> {
         let mut fired = std::mem::take(&mut self.fired);
         self.wheel.advance(now, &mut fired);
         for key in fired.drain(..) {
-            self.timer_fired(key, pace);
+            self.timer_fired(key);
         }
         self.fired = fired;
         true
     }
 
-    fn timer_fired(&mut self, key: u32, pace: &EngineSleep) {
+    fn timer_fired(&mut self, key: u32) {
         let now = self.now;
         let entry = &mut self.flows[key as usize];
         if entry.orphaned {
-            return self.unsettled(key, pace);
+            return self.unsettled(key);
         }
         match &mut entry.stage {
             SessionStage::Setup(setup) => match setup.deadline {
                 Some(deadline) if now < deadline => {
-                    self.mover.watch_client(key, &mut entry.flow);
-                    self.wheel.arm(key, pace.tick_after(deadline));
+                    self.io.watch_client(key, &mut entry.flow);
+                    self.wheel.arm(key, self.sleep.tick_after(deadline));
                 }
                 _ => {
                     setup.timed_out = true;
                     entry.wake();
                 }
             },
-            SessionStage::Relaying(_) => self.look_at_timers(key, pace),
-            SessionStage::Delivering(..) => self.look_at_delivery(key, pace),
-            SessionStage::Ended(..) => self.unsettled(key, pace),
+            SessionStage::Relaying(_) => self.look_at_timers(key),
+            SessionStage::Delivering(..) => self.look_at_delivery(key),
+            SessionStage::Ended(..) => self.unsettled(key),
         }
     }
 
-    fn look_at_timers(&mut self, key: u32, pace: &EngineSleep) {
+    fn look_at_timers(&mut self, key: u32) {
         let entry = &mut self.flows[key as usize];
         let SessionStage::Relaying(relaying) = &mut entry.stage else { return };
-        let half_closed = M::verdict(&entry.flow).closed_first().is_some();
+        let half_closed = entry.flow.close_state().closed_first().is_some();
         if relaying.overdue(half_closed, self.now).is_some() {
             let limit = relaying.limit_now(half_closed);
-            let unsure = delivery::note_progress::<M>(&entry.flow, relaying, limit, self.now);
-            if unsure && relaying.may_ask() && self.mover.request_progress(&mut entry.flow) {
+            let unsure = delivery::note_progress(&entry.flow, relaying, limit, self.now);
+            if unsure && relaying.may_ask() && self.io.request_progress(&mut entry.flow) {
                 // The answer is there by the next tick, if there is one.
-                self.wheel.arm(key, pace.tick_at(self.now) + 2);
+                self.wheel.arm(key, self.sleep.tick_at(self.now) + 2);
                 return;
             }
             if let Some(cause) = relaying.overdue(half_closed, self.now) {
-                self.end_by_timer(key, cause, pace);
+                self.end_by_us(key, cause);
                 return;
             }
         }
         if relaying.take_liveness(self.now)
-            && let Some(upstream) = M::backend(&entry.flow)
+            && let Some(upstream) = entry.flow.socket(SessionSide::Backend)
         {
             let (keepalive, user_timeout) = relaying.liveness();
             // Refused at most for a socket that is dead already.
             let _ = stream::set_liveness(upstream, keepalive, user_timeout);
         }
-        self.rearm(key, pace);
+        self.rearm(key);
     }
 }
