@@ -18,7 +18,7 @@ use tidegate_core::control::{ControlEvent, Controller};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::publish::TablePublisher;
-use tidegate_dataplane::accept::gate::SlotWaiters;
+use tidegate_dataplane::accept::wait_queue::SlotWaiters;
 use tidegate_dataplane::access_log::{AccessLog, AccessLogDestination};
 use tidegate_dataplane::worker::context::{ProcessContext, ReportQueue};
 use tidegate_dataplane::worker::{EngineKind, Worker, WorkerCommand, WorkerConfig};
@@ -50,7 +50,7 @@ fn balancer(runtime: EngineKind, bind: SocketAddr, backend: SocketAddr) -> Worke
         shared: ProcessContext {
             in_flight: Arc::default(),
             sessions: Arc::default(),
-            gate: Arc::new(SlotWaiters::new()),
+            waiters: Arc::new(SlotWaiters::new()),
             numbers: Arc::default(),
             reports: Arc::new(ReportQueue::new()),
             ended: Arc::default(),

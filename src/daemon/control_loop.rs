@@ -352,12 +352,12 @@ impl Control {
                     self.readiness.set_undecided(self.controller.undecided_pools());
                     self.supervised.changed();
                     // Who waits for a slot may have new backends to wait for.
-                    self.shared.gate.slot_freed();
+                    self.shared.waiters.slot_freed();
                 }
                 // Another process probes; this one only ends its sessions.
                 ControlEffect::Probe { .. }
                     if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
-                ControlEffect::SlotsFreed => self.shared.gate.slot_freed(),
+                ControlEffect::SlotsFreed => self.shared.waiters.slot_freed(),
                 ControlEffect::Probe { lane, backend, token, address, spec } => {
                     tracing::trace!(%address, "probe begins");
                     self.probes.probe(lane, backend, token, address, spec);

@@ -154,7 +154,7 @@ impl Control {
             table_serial: table.serial,
             connections_active: self.sessions(),
             connections_max: table.connections_max,
-            queued: self.shared.gate.all_queued(),
+            queued: self.shared.waiters.all_queued(),
             buffers: Arc::clone(&self.shared.buffers),
             buffers_refused: rarities.buffers_refused,
             warnings: self.warnings(),

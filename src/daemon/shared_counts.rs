@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tidegate_core::balance::count::{self, Count, cleared, unit};
 use tidegate_core::balance::in_flight::{Counted, Counts, InFlight};
-use tidegate_dataplane::accept::gate::SlotWaiters;
+use tidegate_dataplane::accept::wait_queue::SlotWaiters;
 use tidegate_net::cells::{self, CELLS_MAX, Memory};
 use tidegate_net::clock;
 

@@ -37,7 +37,7 @@ use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::{AccessLogTarget, Admin, Config};
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::publish::TablePublisher;
-use tidegate_dataplane::accept::gate::SlotWaiters;
+use tidegate_dataplane::accept::wait_queue::SlotWaiters;
 use tidegate_dataplane::access_log::{AccessLog, AccessLogDestination, AccessLogSender};
 use tidegate_dataplane::worker::catch_panic::catch_panic;
 use tidegate_dataplane::worker::context::{ProcessContext, ReportQueue};
@@ -180,7 +180,7 @@ async fn bring_up(
     let shared = ProcessContext {
         in_flight: Arc::new(counts.count(Counted::Process)),
         sessions: Arc::default(),
-        gate: Arc::new(SlotWaiters::new()),
+        waiters: Arc::new(SlotWaiters::new()),
         numbers: Arc::default(),
         reports: Arc::new(ReportQueue::new()),
         ended: Arc::default(),

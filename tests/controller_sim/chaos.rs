@@ -25,7 +25,7 @@ use tidegate_core::health::{ConnectFailure, Intent, ProbeOutcome};
 use tidegate_core::model::*;
 use tidegate_core::table::state::{BackendId, FrontendState};
 use tidegate_core::table::{Reservation, Table};
-use tidegate_dataplane::accept::admission;
+use tidegate_dataplane::accept::permit;
 
 const SEEDS: u64 = 30;
 const STEPS: usize = 300;
@@ -292,7 +292,7 @@ impl World {
     fn arrive(&mut self) {
         let table = Arc::clone(&self.table);
         let Some(route) = self.rng.choice(&table.frontends) else { return };
-        if admission::admit(&self.process, &table, route, 0).is_err() {
+        if permit::admit(&self.process, &table, route, 0).is_err() {
             return;
         }
         assert!(self.process.get() <= table.connections_max, "beyond the process's cap");

@@ -304,7 +304,7 @@ impl Control {
                 self.upgrades.elsewhere = 0;
                 self.shared.in_flight.set_elsewhere(0);
                 self.controller.held_here_alone();
-                self.shared.gate.slot_freed();
+                self.shared.waiters.slot_freed();
                 match last {
                     Some(Word::Farewell(last)) => self.add_final_counts(&last),
                     _ => tracing::warn!("the process before has ended without a word"),
@@ -361,7 +361,7 @@ impl Control {
         result: Result<(HandoverChannel, ReadyProcess), String>,
     ) {
         // It has a part in the counts, even if it has ended.
-        self.counts.watch(&self.shared.gate);
+        self.counts.watch(&self.shared.waiters);
         match result {
             Err(why) => {
                 let why = self.confined.explain(why);
@@ -466,7 +466,7 @@ impl Control {
 
     pub(super) fn follow(&mut self, predecessor: PredecessorDraining) {
         self.upgrades.predecessor = Some(predecessor);
-        self.counts.watch(&self.shared.gate);
+        self.counts.watch(&self.shared.waiters);
     }
 
     fn take_report(&mut self, report: &OldProcessReport) {
@@ -478,7 +478,7 @@ impl Control {
         let effects = self.controller.held_elsewhere(backends, frontends, clock::now());
         self.apply_effects(effects);
         // Whoever waits for a cap may have room.
-        self.shared.gate.slot_freed();
+        self.shared.waiters.slot_freed();
     }
 
     /// Tells the next process what sessions are left, where it is time to.

@@ -5,25 +5,21 @@
 //! cap clients wait in the kernel's queue; at a lack of descriptors it backs
 //! off, and never spins.
 
-use super::admission;
-use super::slots::SessionPermit;
-use crate::fault_points::FaultPoint;
+use super::permit::{self, SessionPermit};
 use crate::local_errors;
-use crate::session::{self, AcceptedConnection, SessionRecord, SessionStart};
+use crate::session;
 use crate::worker::context::WorkerContext;
 use socket2::Socket;
 use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_core::limits::client_sources::{SourceAdmission, SourcePermit};
 use tidegate_core::metrics::counters::LocalErrorPlace;
 use tidegate_core::metrics::progress::WorkerStage;
-use tidegate_core::outcome::Cause;
-use tidegate_core::table::{FrontendRoute, NoBackend, PoolTable, Table};
+use tidegate_core::model::PeerAddr;
+use tidegate_core::table::{FrontendRoute, Table};
 use tidegate_net::clock;
 use tidegate_net::{listen, reactor};
 use tokio::io::unix::AsyncFd;
@@ -182,17 +178,13 @@ impl Listener {
         if ctx.is_short() {
             return AcceptResult::LocalShortage;
         }
-        let shared = &ctx.shared;
-        let slots = match SessionPermit::take(shared, table, route) {
-            Ok(slots) => slots,
-            Err(_) => {
-                ctx.counters.accept_held_at_cap.add(1);
-                return AcceptResult::AtCap;
-            }
+        let Ok(permit) = SessionPermit::take(ctx, table, route) else {
+            ctx.counters.accept_held_at_cap.add(1);
+            return AcceptResult::AtCap;
         };
         match listen::accept(self.socket.get_ref()) {
-            Ok((socket, client)) => {
-                start_session(ctx, route, generation, slots, socket, client);
+            Ok((socket, peer)) => {
+                session::start(permit, route, generation, socket, PeerAddr::new(peer));
                 AcceptResult::One
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => AcceptResult::QueueEmpty,
@@ -223,78 +215,17 @@ impl Listener {
     /// Waits until the cap that held the last accept leaves room again.
     async fn wait_for_slot(&self, ctx: &WorkerContext) {
         let shared = &ctx.shared;
-        let admitted = shared.gate.wait_until(|| {
+        let admitted = shared.waiters.wait_until(|| {
             let table = ctx.table();
             let route = table.route(self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
-            // The slots are given back at once: the next accept takes its own.
-            let queued = shared.gate.queued(&route.pool.spec.name);
-            admission::free_slots(&shared.in_flight, &table, route, queued).then_some(())
+            // Nothing is taken: the next accept takes its own permit.
+            let queued = shared.waiters.queued(&route.pool.spec.name);
+            permit::has_free_slots(&shared.in_flight, &table, route, queued).then_some(())
         });
         tokio::select! {
             () = admitted => {}
             () = self.retirement.next_step() => {}
         }
-    }
-}
-
-/// Sees whether the client may stay, picks and starts a session; the pick comes
-/// before anything else can run, so that the room the listener saw is still
-/// there.
-fn start_session(
-    ctx: &Rc<WorkerContext>,
-    route: &Arc<FrontendRoute>,
-    generation: u64,
-    mut slots: SessionPermit,
-    socket: OwnedFd,
-    client: SocketAddr,
-) {
-    ctx.admitting.set(true);
-    let story = SessionRecord::new(ctx, client, route, generation);
-    ctx.faults.pass(FaultPoint::Listener);
-    match admit_source(ctx, route, client) {
-        Ok(source) => slots.hold(source),
-        Err(cause) => {
-            session::reject(socket, story, cause);
-            ctx.admitting.set(false);
-            return;
-        }
-    }
-    let start = pick_or_queue(ctx, &route.pool, client);
-    let arrival = AcceptedConnection { socket, story, start, slots };
-    tokio::task::spawn_local(session::run(arrival));
-    ctx.admitting.set(false);
-}
-
-/// A backend, or a place in the line for one (or for the pool's first verdict).
-fn pick_or_queue(ctx: &WorkerContext, pool: &PoolTable, client: SocketAddr) -> SessionStart {
-    let (gate, name) = (&ctx.shared.gate, &pool.spec.name);
-    if gate.queued(name) == 0 {
-        match pool.pick(ctx.pick_key(client.ip()), &[]) {
-            Err(NoBackend::AtCapacity | NoBackend::Undecided) => {}
-            pick => return SessionStart::Picked(pick),
-        }
-    }
-    ctx.counters.queued.add(1);
-    if pool.undecided {
-        ctx.counters.undecided_waits.add(1);
-    }
-    SessionStart::Queued(gate.join(name))
-}
-
-fn admit_source(
-    ctx: &WorkerContext,
-    route: &FrontendRoute,
-    client: SocketAddr,
-) -> Result<Option<SourcePermit>, Cause> {
-    let Some(rules) = &route.spec.sources else { return Ok(None) };
-    let (state, ip, seed) = (&route.state, client.ip(), || ctx.draw());
-    match admission::source(rules, state, ip, seed, clock::now())? {
-        Some(SourceAdmission::Counted(slot)) => Ok(Some(slot)),
-        Some(SourceAdmission::Untracked) => {
-            state.counters.of(ctx.id).untracked.add(1);
-            Ok(None)
-        }
-        None => Ok(None),
     }
 }
 

@@ -1,9 +1,7 @@
-//! From the listening socket to a picked backend: listeners, caps, queues.
+//! From the listening socket to an admitted connection: listeners, caps, wait queues.
 //!
 //! Called by the worker. Nothing here reads a byte of a client.
 
-pub mod admission;
-pub mod gate;
 pub(crate) mod listener;
-pub(crate) mod queue;
-pub(crate) mod slots;
+pub mod permit;
+pub mod wait_queue;

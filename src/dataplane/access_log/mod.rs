@@ -14,7 +14,7 @@ mod record;
 mod sink;
 mod writer;
 
-pub use record::{AccessLogRecord, LoggedClient, TryRecord};
+pub use record::{AccessLogRecord, TryRecord};
 
 use crossbeam::channel::{Sender, bounded, unbounded};
 use crossbeam::queue::ArrayQueue;

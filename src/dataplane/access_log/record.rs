@@ -4,10 +4,9 @@
 //! numbers, not the proxy's types, and does no I/O.
 
 use serde::{Serialize, Serializer};
-use std::fmt;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tidegate_core::model::ClientAddr;
 
 /// One ended session. The fields stand in the order of the line; a `None` (and
 /// an empty `timer`) is `null` there.
@@ -25,8 +24,8 @@ pub struct AccessLogRecord {
     pub generation: u64,
     /// Frontend that accepted the session.
     pub frontend: Option<Arc<str>>,
-    /// Address and port of the client; `unix` over a Unix socket.
-    pub client: LoggedClient,
+    /// Address and port of the client.
+    pub client: ClientAddr,
     /// Pool of the route.
     pub pool: Option<Arc<str>>,
     /// Last backend tried.
@@ -86,15 +85,6 @@ pub struct TryRecord {
     pub took: Duration,
 }
 
-/// A client's address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LoggedClient {
-    /// Over IP.
-    Socket(SocketAddr),
-    /// Over a Unix socket, whose clients have no address.
-    Unix,
-}
-
 // === impl AccessLogRecord ===
 
 impl AccessLogRecord {
@@ -106,23 +96,6 @@ impl AccessLogRecord {
             // Nothing above can fail to serialise; a half line would be worse.
             Err(_) => buffer.truncate(start),
         }
-    }
-}
-
-// === impl LoggedClient ===
-
-impl fmt::Display for LoggedClient {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            LoggedClient::Socket(address) => address.fmt(f),
-            LoggedClient::Unix => f.write_str("unix"),
-        }
-    }
-}
-
-impl Serialize for LoggedClient {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
     }
 }
 

@@ -7,6 +7,7 @@ use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tidegate_core::model::{ClientAddr, PeerAddr};
 
 fn record(worker: u32, session: u64) -> AccessLogRecord {
     AccessLogRecord {
@@ -15,7 +16,7 @@ fn record(worker: u32, session: u64) -> AccessLogRecord {
         worker,
         generation: 3,
         frontend: Some("web".into()),
-        client: LoggedClient::Socket("192.0.2.1:50000".parse().unwrap()),
+        client: ClientAddr::of_peer(PeerAddr::new("192.0.2.1:50000".parse().unwrap())),
         pool: Some("web".into()),
         backend: Some("a".into()),
         backend_address: Some("10.0.0.11:8080".into()),
@@ -80,7 +81,6 @@ fn what_is_unknown_is_null_and_strange_text_is_escaped() {
     let refused = AccessLogRecord {
         time: UNIX_EPOCH - Duration::from_secs(5),
         frontend: Some("we\"b\n".into()),
-        client: LoggedClient::Unix,
         pool: None,
         backend: None,
         backend_address: None,
@@ -99,7 +99,7 @@ fn what_is_unknown_is_null_and_strange_text_is_escaped() {
         ..record(0, 1)
     };
     expect![[r#"
-        {"time":"1970-01-01T00:00:00.000000Z","session":1,"worker":0,"generation":3,"frontend":"we\"b\n","client":"unix","pool":null,"backend":null,"backend_address":null,"cause":"connect-timeout","phase":"closed","code":"--","timer":"connect_timeout","errno":110,"closed_first":null,"attempts":1,"tries":[{"backend":"b\"\n","failure":"refused","errno":111,"seconds":0.001}],"bytes_in":78,"bytes_out":1234,"bytes_undelivered":5,"connect_seconds":null,"first_byte_seconds":null,"duration_seconds":1.5}
+        {"time":"1970-01-01T00:00:00.000000Z","session":1,"worker":0,"generation":3,"frontend":"we\"b\n","client":"192.0.2.1:50000","pool":null,"backend":null,"backend_address":null,"cause":"connect-timeout","phase":"closed","code":"--","timer":"connect_timeout","errno":110,"closed_first":null,"attempts":1,"tries":[{"backend":"b\"\n","failure":"refused","errno":111,"seconds":0.001}],"bytes_in":78,"bytes_out":1234,"bytes_undelivered":5,"connect_seconds":null,"first_byte_seconds":null,"duration_seconds":1.5}
     "#]]
     .assert_eq(&line(&refused));
 }

@@ -179,9 +179,8 @@ impl RelayHandle {
         self.engine.so_far(self.key, cause)
     }
 
-    /// Resets the client of a session that is not relayed; gives the number of bytes it
-    /// had sent.
-    pub(crate) fn refuse(self) -> u64 {
+    /// Bytes the client has sent, of a session that is not relayed.
+    pub(crate) fn unread(&self) -> u64 {
         self.engine.unread(self.key)
     }
 }

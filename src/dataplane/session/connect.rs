@@ -1,197 +1,197 @@
-//! Connecting upstream: pick, connect with a deadline, try another backend.
+//! Connecting to a backend: with a deadline, and again to another after a failure.
 //!
-//! Called by `session` before any byte was forwarded. A backend is never tried
-//! twice for one session. Local trouble is counted as ours; only what the
-//! backend or its path is to blame for is reported.
+//! A stage of `session`, before any byte is relayed. A backend is never tried
+//! twice for one session. Local errors are counted as such; only what the
+//! backend or its path caused is reported.
 
-use crate::accept::gate::SlotWaiters;
+use super::route::client_reset;
+use super::{Session, ended};
 use crate::access_log::TryRecord;
 use crate::local_errors;
-use crate::relay::{ConnectEnd, RelayHandle};
+use crate::relay::ConnectEnd;
 use crate::worker::context::{WorkerContext, WorkerReport};
 use std::io;
-use std::net::IpAddr;
+use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::balance::trial::{TrialId, TrialPhase};
 use tidegate_core::health::ConnectFailure;
 use tidegate_core::metrics::counters::{LocalErrorKind, LocalErrorPlace};
+use tidegate_core::metrics::histograms::Series;
 use tidegate_core::model::{BackendAddr, Policy};
-use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
+use tidegate_core::outcome::{Cause, Phase, SessionEnd};
 use tidegate_core::table::source_addrs::CountedSource;
 use tidegate_core::table::state::BackendState;
-use tidegate_core::table::{NoBackend, PoolTable, Reservation};
+use tidegate_core::table::{NoBackend, Reservation};
 use tidegate_net::clock;
 use tidegate_net::stream::{self, ConnectTarget, Connecting};
 
 /// A reset that comes later is not early: clients that only send, such as those of a
 /// log server, are reset one day by a restart, and that says nothing of how the backend
 /// takes new sessions.
-pub(crate) const EARLY_MAX: Duration = Duration::from_secs(10);
+pub(super) const EARLY_MAX: Duration = Duration::from_secs(10);
 
-/// A session's hold on its backend; dropping it gives the slot back and opens
-/// the gate.
+/// A session's slot on its backend, from the first attempt to connect to the end of the
+/// session; dropping it gives the slot back and wakes those that wait for one.
 #[derive(Debug)]
-pub(crate) struct BackendSlot {
+pub(super) struct BackendSlot {
     reserved: Option<Reservation>,
     backend: Arc<BackendState>,
-    gate: Arc<SlotWaiters>,
+    ctx: Rc<WorkerContext>,
+    /// When the connect began, then when it succeeded.
+    pub(super) since: Instant,
     /// The trial this session decides, until it has.
     trial: Option<TrialId>,
-    /// A connection that stands is no success yet.
+    /// A connection that is established is no success yet.
     early_resets: bool,
-    worker: u16,
-    /// Whose port the connection holds, where that is counted by the way.
-    way: Option<Arc<CountedSource>>,
-}
-
-/// A connected backend.
-#[derive(Debug)]
-pub(crate) struct ConnectedBackend {
-    pub(crate) held: BackendSlot,
-    /// Of the attempt that succeeded.
-    pub(crate) connect_time: Duration,
-    pub(crate) since: Instant,
-}
-
-/// Nobody has been tried.
-pub(crate) const NOBODY: SessionEnd =
-    SessionEnd { cause: Cause::NoBackend, phase: Phase::Admit, errno: 0, closed_first: None };
-
-/// What the dialling left behind, for the session's record and for another try.
-#[derive(Debug, Default)]
-pub(crate) struct ConnectAttempts {
-    pub(crate) count: u8,
-    /// Waits for a backend below its cap.
-    pub(crate) queued: bool,
-    /// Whom the newest attempt went to.
-    pub(crate) last: Option<Arc<BackendState>>,
-    /// `None` while none failed: most sessions keep no room for it.
-    tries: Option<Box<Tries>>,
+    /// The source address whose port the connection holds, where that is counted by it.
+    source: Option<Arc<CountedSource>>,
 }
 
 /// Attempts that failed; at most `connect_attempts`.
 #[derive(Debug, Default)]
-struct Tries {
-    /// For the session's record.
-    told: Vec<TryRecord>,
-    /// Whom they went to, by their places in the pool.
+pub(super) struct FailedTries {
+    pub(super) records: Vec<TryRecord>,
+    /// The backends, by their places in the pool.
     backends: Vec<usize>,
 }
 
-/// Why one attempt came to nothing.
+/// Why an attempt failed.
 enum AttemptFailure {
     Backend(ConnectFailure, i32),
     Local(LocalErrorKind, i32),
     SessionEnded(SessionEnd),
 }
 
-/// Connects `flow` to a backend of `pool`. `first` is the pick that was made, `why`
-/// how the session ends where that is of nobody. Waits for a slot, at most
-/// `queue_timeout`, where every untried backend is at its cap.
-pub(crate) async fn dial(
-    ctx: &WorkerContext,
-    flow: &RelayHandle,
-    pool: &PoolTable,
-    client: IpAddr,
-    first: Result<Reservation, NoBackend>,
-    attempts: &mut ConnectAttempts,
-    mut why: SessionEnd,
-) -> Result<ConnectedBackend, SessionEnd> {
-    let mut choice = first;
-    loop {
-        let reserved = match choice {
-            Ok(reserved) => reserved,
-            Err(NoBackend::NoneEligible | NoBackend::Undecided | NoBackend::Exhausted) => {
+impl Session {
+    /// Connects to a backend of the session's pool. `first` is the pick that was made, `why`
+    /// how the session ends where there is no backend. Waits for a slot, at most
+    /// `queue_timeout`, where every untried backend is at its cap.
+    pub(super) async fn connect(
+        &mut self,
+        first: Result<Reservation, NoBackend>,
+        mut why: SessionEnd,
+    ) -> Result<BackendSlot, SessionEnd> {
+        let mut pick = first;
+        loop {
+            let reserved = match pick {
+                Ok(reserved) => reserved,
+                // Boxed, as rare: the room would be every session's otherwise.
+                Err(NoBackend::AtCapacity) => Box::pin(self.wait_for_slot()).await?,
+                Err(_) => return Err(why),
+            };
+            let mut slot = self.begin_attempt(reserved);
+            match self.attempt(&mut slot).await {
+                Ok(()) => {
+                    self.connected(&mut slot);
+                    return Ok(slot);
+                }
+                Err(AttemptFailure::SessionEnded(ending)) => return Err(ending),
+                Err(AttemptFailure::Backend(failure, errno)) => {
+                    slot.decide(TrialPhase::Failed);
+                    self.note_failed(&slot, failure.name(), errno);
+                    why = slot.count_failure(failure, errno);
+                }
+                Err(AttemptFailure::Local(kind, errno)) => {
+                    self.note_failed(&slot, kind.name(), errno);
+                    let error = io::Error::from_raw_os_error(errno);
+                    self.ctx().local_error(kind, LocalErrorPlace::Connect, &error);
+                    why = SessionEnd { errno, ..ended(Phase::Connect, Cause::LocalResource) };
+                    // Each destination has ports and routes of its own.
+                    if !matches!(kind, LocalErrorKind::Ports | LocalErrorKind::Route) {
+                        return Err(why);
+                    }
+                }
+            }
+            if self.attempts >= self.route.pool.spec.connect_attempts {
                 return Err(why);
             }
-            Err(NoBackend::AtCapacity) => {
-                // Boxed, as rare: the room would be every session's otherwise.
-                attempts.queued = true;
-                let tried = attempts.tried();
-                let reserved = Box::pin(wait_for_slot(ctx, flow, pool, client, tried)).await?;
-                attempts.queued = false;
-                reserved
-            }
-        };
-        let index = reserved.index;
-        let mut held = BackendSlot::new(reserved, pool, ctx);
-        attempts.count += 1;
-        attempts.last = Some(Arc::clone(held.backend()));
-        if attempts.count > 1 {
-            ctx.counters.connect_retries.add(1);
+            self.leave(&slot);
+            drop(slot);
+            pick = self.pick_untried();
         }
-        let started = clock::now();
-        match attempt(ctx, flow, &mut held, started + pool.spec.connect_timeout).await {
-            Ok(()) => {
-                let since = clock::now();
-                let connect_time = since - started;
-                held.connected();
-                if pool.spec.balance == Policy::PeakEwma {
-                    held.backend().latency.connected(connect_time, clock::millis(since));
-                }
-                return Ok(ConnectedBackend { held, connect_time, since });
-            }
-            Err(AttemptFailure::SessionEnded(ending)) => return Err(ending),
-            Err(AttemptFailure::Backend(failure, errno)) => {
-                held.decide(TrialPhase::Failed);
-                attempts.note(held.backend(), failure.name(), errno, started);
-                why = count_against_backend(ctx, held.backend(), failure, errno, started);
-            }
-            Err(AttemptFailure::Local(kind, errno)) => {
-                attempts.note(held.backend(), kind.name(), errno, started);
-                let error = io::Error::from_raw_os_error(errno);
-                ctx.local_error(kind, LocalErrorPlace::Connect, &error);
-                why = local_ending(Phase::Connect, &error);
-                // Ports and routes are had for each destination apart.
-                if !matches!(kind, LocalErrorKind::Ports | LocalErrorKind::Route) {
-                    return Err(why);
-                }
-            }
-        }
-        drop(held);
-        if attempts.count >= pool.spec.connect_attempts {
-            return Err(why);
-        }
-        attempts.leave(index);
-        choice = pool.pick(ctx.pick_key(client), attempts.tried());
     }
-}
 
-async fn attempt(
-    ctx: &WorkerContext,
-    flow: &RelayHandle,
-    held: &mut BackendSlot,
-    deadline: Instant,
-) -> Result<(), AttemptFailure> {
-    let ((upstream, how_far), way) = start(ctx, &held.backend)
-        .map_err(|e| classify_failure(&e, local_errors::local_error_now(&e)))?;
-    held.way = way;
-    match how_far {
-        // Nobody but this host has a part in that.
-        Connecting::Done => flow
-            .attach(upstream)
-            .map_err(|e| classify_failure(&e, Some(local_errors::local_kind(&e)))),
-        Connecting::Pending => flow.connected(upstream, deadline).await.map_err(|end| match end {
-            ConnectEnd::Failed(error) => {
-                classify_failure(&error, local_errors::local_error_kind(&error))
-            }
+    fn begin_attempt(&mut self, reserved: Reservation) -> BackendSlot {
+        let early_resets = self.route.pool.spec.ejection.is_some_and(|spec| spec.early_resets);
+        let slot = BackendSlot::new(reserved, early_resets, Rc::clone(self.ctx()));
+        self.attempts += 1;
+        self.backend = Some(Arc::clone(&slot.backend));
+        if self.attempts > 1 {
+            self.ctx().counters.connect_retries.add(1);
+        }
+        slot
+    }
+
+    async fn attempt(&self, slot: &mut BackendSlot) -> Result<(), AttemptFailure> {
+        let deadline = slot.since + self.route.pool.spec.connect_timeout;
+        let ((upstream, how_far), source) = start(self.ctx(), &slot.backend)
+            .map_err(|e| classify_failure(&e, local_errors::local_error_now(&e)))?;
+        slot.source = source;
+        if how_far == Connecting::Done {
+            // Only this host has a part in that.
+            let attached = self.relay.attach(upstream);
+            return attached.map_err(|e| classify_failure(&e, Some(local_errors::local_kind(&e))));
+        }
+        self.relay.connected(upstream, deadline).await.map_err(|end| match end {
+            ConnectEnd::Failed(e) => classify_failure(&e, local_errors::local_error_kind(&e)),
             ConnectEnd::TimedOut => {
                 AttemptFailure::Backend(ConnectFailure::Timeout, libc::ETIMEDOUT)
             }
             ConnectEnd::ClientGone(errno) => {
-                AttemptFailure::SessionEnded(client_gone(Phase::Connect, errno))
+                AttemptFailure::SessionEnded(client_reset(Phase::Connect, errno))
             }
-            ConnectEnd::Aborted(cause) => AttemptFailure::SessionEnded(cut(Phase::Connect, cause)),
-        }),
+            ConnectEnd::Aborted(cause) => {
+                AttemptFailure::SessionEnded(ended(Phase::Connect, cause))
+            }
+        })
+    }
+
+    fn connected(&mut self, slot: &mut BackendSlot) {
+        let began = std::mem::replace(&mut slot.since, clock::now());
+        let took = slot.since - began;
+        slot.connected();
+        let (ctx, backend) = (self.ctx(), &slot.backend);
+        if self.route.pool.spec.balance == Policy::PeakEwma {
+            backend.latency.connected(took, clock::millis(slot.since));
+        }
+        backend.counters.of(ctx.id).sessions.add(1);
+        ctx.recorder.borrow_mut().record(backend.id.0, Series::Connect, took);
+        let micros = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
+        self.connect_micros = NonZeroU32::new(micros.max(1));
+    }
+
+    /// Notes that the backend reset the connection before a byte was sent.
+    pub(super) fn note_reset(&mut self, slot: &BackendSlot, errno: i32) {
+        self.leave(slot);
+        self.note_failed(slot, ConnectFailure::EarlyReset.name(), errno);
+    }
+
+    /// Notes that an attempt failed.
+    fn note_failed(&mut self, slot: &BackendSlot, failure: &'static str, errno: i32) {
+        let (backend, took) = (Arc::clone(&slot.backend.name), clock::now() - slot.since);
+        let record = TryRecord { backend, failure, errno, took };
+        self.failed.get_or_insert_default().records.push(record);
+    }
+
+    /// That backend is not tried again.
+    fn leave(&mut self, slot: &BackendSlot) {
+        let index = slot.reserved.as_ref().map(|reserved| reserved.index);
+        self.failed.get_or_insert_default().backends.extend(index);
+    }
+
+    /// Backends that are not tried again.
+    pub(super) fn tried(&self) -> &[usize] {
+        self.failed.as_ref().map_or(&[], |failed| &failed.backends)
     }
 }
 
-/// A connection that has begun, and the way it goes where that counts its ports.
+/// A connection that has begun, and its source address where that counts its ports.
 type StartedConnect = ((OwnedFd, Connecting), Option<Arc<CountedSource>>);
 
-/// Starts the connection, on the next way in turn that has a free port.
+/// Starts the connection, from the next source address in turn that has a free port.
 fn start(ctx: &WorkerContext, backend: &BackendState) -> io::Result<StartedConnect> {
     let peer = match &backend.address {
         BackendAddr::Tcp(address) => ConnectTarget::Tcp(*address),
@@ -199,34 +199,34 @@ fn start(ctx: &WorkerContext, backend: &BackendState) -> io::Result<StartedConne
     };
     let now = clock::millis(clock::now());
     let mut ended = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
-    for way in backend.ways.load().round_robin(now) {
-        match stream::connect_checking_result(way.source(), peer) {
+    for source in backend.ways.load().round_robin(now) {
+        match stream::connect_checking_result(source.source(), peer) {
             Err(error) if local_errors::local_error_kind(&error) == Some(LocalErrorKind::Ports) => {
-                way.is_exhausted(now);
-                if way.source().is_some() {
+                source.is_exhausted(now);
+                if source.source().is_some() {
                     ctx.local_error(LocalErrorKind::Ports, LocalErrorPlace::Connect, &error);
                 }
                 ended = error;
             }
             Err(error) => return Err(error),
             Ok(begun) => {
-                let counts = way.counts();
+                let counts = source.counts();
                 counts.inspect(|counts| counts.of(ctx.id).begun.add(1));
-                return Ok((begun, counts.map(|_| Arc::clone(way))));
+                return Ok((begun, counts.map(|_| Arc::clone(source))));
             }
         }
     }
     Err(ended)
 }
 
-/// Whose fault a failed connect is: ours where `local` says so.
+/// What failed: this host where `local` says so, else the backend or its path.
 fn classify_failure(error: &io::Error, local: Option<LocalErrorKind>) -> AttemptFailure {
     let code = error.raw_os_error().unwrap_or(libc::EIO);
     if let Some(kind) = local {
         return AttemptFailure::Local(kind, code);
     }
     let failure = match code {
-        // A Unix socket nobody has bound is as refused as a closed port.
+        // A Unix socket that no process has bound is as refused as a closed port.
         libc::ECONNREFUSED | libc::ENOENT | libc::ECONNRESET => ConnectFailure::Refused,
         libc::ETIMEDOUT => ConnectFailure::Timeout,
         libc::EHOSTUNREACH | libc::EHOSTDOWN | libc::ENETUNREACH | libc::ENETDOWN => {
@@ -237,143 +237,29 @@ fn classify_failure(error: &io::Error, local: Option<LocalErrorKind>) -> Attempt
     AttemptFailure::Backend(failure, code)
 }
 
-/// Counts a failure against the backend and tells the control thread.
-fn count_against_backend(
-    ctx: &WorkerContext,
-    backend: &BackendState,
-    failure: ConnectFailure,
-    errno: i32,
-    begun: Instant,
-) -> SessionEnd {
-    backend.counters.of(ctx.id).connect_failures.add(1);
-    report(ctx, backend, failure, begun);
-    let cause = match failure {
-        ConnectFailure::Refused => Cause::ConnectRefused,
-        ConnectFailure::Timeout => Cause::ConnectTimeout,
-        _ => Cause::ConnectFailed,
-    };
-    SessionEnd { cause, phase: Phase::Connect, errno, closed_first: None }
-}
-
-/// Makes the row of failures longer and tells the control thread.
-fn report(ctx: &WorkerContext, backend: &BackendState, failure: ConnectFailure, begun: Instant) {
-    let in_a_row = backend.failed();
-    let report = WorkerReport::ConnectFailed { backend: backend.id, failure, in_a_row, begun };
-    if !ctx.shared.reports.push(report) {
-        ctx.counters.reports_dropped.add(1);
-    }
-}
-
-/// Waits until some untried backend has a slot: beside the line of those that
-/// have not tried any, for the line's next slot may be of one that was tried.
-async fn wait_for_slot(
-    ctx: &WorkerContext,
-    flow: &RelayHandle,
-    pool: &PoolTable,
-    client: IpAddr,
-    tried: &[usize],
-) -> Result<Reservation, SessionEnd> {
-    let slot = ctx.shared.gate.wait_until(|| pool.pick(ctx.pick_key(client), tried).ok());
-    // All three are readiness futures: dropping the losers loses nothing.
-    tokio::select! {
-        reserved = slot => Ok(reserved),
-        end = flow.interrupted() => Err(match end {
-            ConnectEnd::Aborted(cause) => cut(Phase::Queue, cause),
-            _ => client_gone(Phase::Queue, libc::ECONNRESET),
-        }),
-        () = tokio::time::sleep(pool.spec.queue_timeout) => Err(SessionEnd {
-            cause: Cause::QueueTimeout,
-            phase: Phase::Queue,
-            errno: 0,
-            closed_first: None,
-        }),
-    }
-}
-
-/// The ending when we ran out of something ourselves.
-pub(crate) fn local_ending(phase: Phase, error: &io::Error) -> SessionEnd {
-    let errno = error.raw_os_error().unwrap_or(0);
-    SessionEnd { cause: Cause::LocalResource, phase, errno, closed_first: None }
-}
-
-fn client_gone(phase: Phase, errno: i32) -> SessionEnd {
-    SessionEnd { cause: Cause::ClientReset, phase, errno, closed_first: Some(SessionSide::Client) }
-}
-
-fn cut(phase: Phase, cause: Cause) -> SessionEnd {
-    SessionEnd { cause, phase, errno: 0, closed_first: None }
-}
-
-// === impl ConnectAttempts ===
-
-impl ConnectAttempts {
-    /// Notes that the backend reset the connection, which stood since then, before a
-    /// word was said.
-    pub(crate) fn note_reset(&mut self, held: &BackendSlot, errno: i32, since: Instant) {
-        self.leave(held.index());
-        self.note(held.backend(), ConnectFailure::EarlyReset.name(), errno, since);
-    }
-
-    /// Notes that an attempt failed.
-    pub(crate) fn note(
-        &mut self,
-        backend: &BackendState,
-        failure: &'static str,
-        errno: i32,
-        begun: Instant,
-    ) {
-        let (backend, took) = (Arc::clone(&backend.name), clock::now() - begun);
-        self.tries.get_or_insert_default().told.push(TryRecord { backend, failure, errno, took });
-    }
-
-    /// That backend is not to be tried again.
-    fn leave(&mut self, index: usize) {
-        self.tries.get_or_insert_default().backends.push(index);
-    }
-
-    /// Backends that are not to be tried again.
-    pub(crate) fn tried(&self) -> &[usize] {
-        self.tries.as_ref().map_or(&[], |tries| &tries.backends)
-    }
-
-    /// Those that failed, for the session's record.
-    pub(crate) fn failed(&self) -> Vec<TryRecord> {
-        self.tries.as_ref().map_or_else(Vec::new, |tries| tries.told.clone())
-    }
-
-    /// Where a session stands that is not connected yet.
-    pub(crate) fn phase(&self) -> Phase {
-        match self.count {
-            _ if self.queued => Phase::Queue,
-            0 => Phase::Admit,
-            _ => Phase::Connect,
-        }
-    }
-}
-
 // === impl BackendSlot ===
 
 impl BackendSlot {
-    fn new(mut reserved: Reservation, pool: &PoolTable, ctx: &WorkerContext) -> BackendSlot {
-        let backend = Arc::clone(reserved.backend());
-        let trial = reserved.take_trial();
-        let early_resets = pool.spec.ejection.is_some_and(|spec| spec.early_resets);
-        let gate = Arc::clone(&ctx.shared.gate);
-        let (reserved, worker) = (Some(reserved), ctx.id as u16);
-        BackendSlot { reserved, backend, gate, trial, early_resets, worker, way: None }
+    fn new(mut reserved: Reservation, early_resets: bool, ctx: Rc<WorkerContext>) -> BackendSlot {
+        let (backend, trial) = (Arc::clone(reserved.backend()), reserved.take_trial());
+        let (reserved, since) = (Some(reserved), clock::now());
+        BackendSlot { reserved, backend, ctx, since, trial, early_resets, source: None }
     }
 
     /// Its port stays in TIME_WAIT once the connection is closed.
-    pub(crate) fn note_time_wait(&self) {
-        let worker = self.worker.into();
-        match self.way.as_ref().and_then(|way| way.counts()) {
-            Some(counts) => counts.of(worker).lingering.add(1),
-            None => self.backend.counters.of(worker).lingering.add(1),
+    pub(super) fn note_time_wait(&self) {
+        match self.source.as_ref().and_then(|source| source.counts()) {
+            Some(counts) => counts.of(self.ctx.id).lingering.add(1),
+            None => self.backend.counters.of(self.ctx.id).lingering.add(1),
         }
     }
 
-    pub(crate) fn trial(&self) -> Option<TrialId> {
+    pub(super) fn trial(&self) -> Option<TrialId> {
         self.trial
+    }
+
+    pub(super) fn backend(&self) -> &Arc<BackendState> {
+        &self.backend
     }
 
     fn connected(&self) {
@@ -388,38 +274,55 @@ impl BackendSlot {
     /// The backend gave the session what it wanted; `proven` by a first byte or
     /// by an end in order, otherwise by nothing but a connection on which the
     /// client was silent.
-    pub(crate) fn succeeded(&mut self, proven: bool) {
+    pub(super) fn succeeded(&mut self, proven: bool) {
         if proven {
             self.backend.succeeded();
         }
         self.decide(TrialPhase::Passed);
     }
 
-    /// The connection broke before anybody said anything.
-    pub(crate) fn failed_trial(&mut self) {
+    /// The connection broke before either side had sent a byte.
+    pub(super) fn failed_trial(&mut self) {
         self.decide(TrialPhase::Failed);
     }
 
-    /// Its backend's place in the pool.
-    fn index(&self) -> usize {
-        self.reserved.as_ref().map_or(usize::MAX, |reserved| reserved.index)
-    }
-
-    /// The backend reset the connection, which stood since `since`, before either side
-    /// said anything: as good as refused, where it comes soon.
-    pub(crate) fn reset_unused(&mut self, ctx: &WorkerContext, since: Instant) {
+    /// The backend reset the connection before either side had sent a byte: as good as
+    /// refused, where it comes soon.
+    pub(super) fn reset_unused(&mut self) {
         self.decide(TrialPhase::Failed);
-        self.backend.counters.of(ctx.id).connect_failures.add(1);
-        if clock::now() - since <= EARLY_MAX {
-            report(ctx, &self.backend, ConnectFailure::EarlyReset, since);
+        self.backend.counters.of(self.ctx.id).connect_failures.add(1);
+        if clock::now() - self.since <= EARLY_MAX {
+            self.report(ConnectFailure::EarlyReset, self.since);
         }
     }
 
-    /// The backend reset the connection before it said anything.
-    pub(crate) fn reset_early(&mut self, ctx: &WorkerContext) {
+    /// The backend reset the connection before it had sent a byte.
+    pub(super) fn reset_early(&mut self) {
         if self.early_resets {
             self.decide(TrialPhase::Failed);
-            report(ctx, &self.backend, ConnectFailure::EarlyReset, clock::now());
+            self.report(ConnectFailure::EarlyReset, clock::now());
+        }
+    }
+
+    /// Counts a failed connect against the backend and reports it.
+    fn count_failure(&self, failure: ConnectFailure, errno: i32) -> SessionEnd {
+        self.backend.counters.of(self.ctx.id).connect_failures.add(1);
+        self.report(failure, self.since);
+        let cause = match failure {
+            ConnectFailure::Refused => Cause::ConnectRefused,
+            ConnectFailure::Timeout => Cause::ConnectTimeout,
+            _ => Cause::ConnectFailed,
+        };
+        SessionEnd { errno, ..ended(Phase::Connect, cause) }
+    }
+
+    /// Makes the row of failures longer and tells the control thread.
+    fn report(&self, failure: ConnectFailure, begun: Instant) {
+        let in_a_row = self.backend.failed();
+        let backend = self.backend.id;
+        let report = WorkerReport::ConnectFailed { backend, failure, in_a_row, begun };
+        if !self.ctx.shared.reports.push(report) {
+            self.ctx.counters.reports_dropped.add(1);
         }
     }
 
@@ -428,22 +331,18 @@ impl BackendSlot {
             self.backend.in_flight.advance_trial(trial, phase);
         }
     }
-
-    pub(crate) fn backend(&self) -> &Arc<BackendState> {
-        &self.backend
-    }
 }
 
 impl Drop for BackendSlot {
     fn drop(&mut self) {
-        // Nothing was learnt: the next session is to try.
+        // Nothing was learnt: the next session tries.
         self.decide(TrialPhase::Open);
-        if let Some(counts) = self.way.as_ref().and_then(|way| way.counts()) {
-            counts.of(self.worker.into()).ended.add(1);
+        if let Some(counts) = self.source.as_ref().and_then(|source| source.counts()) {
+            counts.of(self.ctx.id).ended.add(1);
         }
-        // The slot first: whoever the gate wakes must find it free.
+        // The slot first: a session that is woken must find it free.
         self.reserved = None;
-        self.gate.slot_freed();
+        self.ctx.shared.waiters.slot_freed();
     }
 }
 

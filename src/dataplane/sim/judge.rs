@@ -4,9 +4,10 @@
 //! with what the sessions say of themselves and with what is left behind.
 
 use super::world::SimWorld;
-use crate::access_log::{AccessLogRecord, LoggedClient};
+use crate::access_log::AccessLogRecord;
 use crate::worker::context::WorkerReport;
 use std::collections::HashSet;
+use std::net::SocketAddr;
 use tidegate_core::health::ConnectFailure;
 use tidegate_net::fake::{self, PeerSignal, SimKernel, SimSocket, SocketRole, is_ours};
 
@@ -28,10 +29,8 @@ pub(super) fn judge(world: &SimWorld) {
 }
 
 fn client_of(record: &AccessLogRecord) -> usize {
-    match record.client {
-        LoggedClient::Socket(address) => usize::from(address.port()) - 10_000,
-        LoggedClient::Unix => unreachable!("clients come over TCP"),
-    }
+    let client: SocketAddr = record.client.to_string().parse().unwrap();
+    usize::from(client.port()) - 10_000
 }
 
 /// The backend's socket of that client's session, where bytes tell.

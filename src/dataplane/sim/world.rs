@@ -5,8 +5,8 @@
 //! lets everybody end in order and sees what was promised.
 
 use super::{At, SimOutcome};
-use crate::accept::gate::SlotWaiters;
 use crate::accept::listener::{Listener, ListenerRetirement};
+use crate::accept::wait_queue::SlotWaiters;
 use crate::access_log::{AccessLogRecord, AccessLogSender};
 use crate::relay::{self, Engine, RingSettings};
 use crate::worker::EngineKind;
@@ -148,7 +148,7 @@ impl SimWorld {
         let shared = ProcessContext {
             in_flight: Arc::new(InFlight::new()),
             sessions: Arc::default(),
-            gate: Arc::new(SlotWaiters::new()),
+            waiters: Arc::new(SlotWaiters::new()),
             numbers: Arc::default(),
             reports: Arc::new(ReportQueue::new()),
             ended: Arc::default(),
@@ -206,7 +206,7 @@ impl SimWorld {
             if let ControlEffect::Publish(table) = effect {
                 self.tables.push(Arc::clone(&table));
                 self.publisher.publish(table);
-                self.ctx.shared.gate.slot_freed();
+                self.ctx.shared.waiters.slot_freed();
             }
         }
     }

@@ -3,7 +3,7 @@
 //! Made by `worker`, held by the listener and session tasks through an `Rc`.
 //! Nothing here blocks; what crosses threads goes through bounded queues.
 
-use crate::accept::gate::SlotWaiters;
+use crate::accept::wait_queue::SlotWaiters;
 use crate::access_log::AccessLogSender;
 use crate::fault_points::FaultPlan;
 use crate::relay::Engine;
@@ -13,7 +13,7 @@ use crossbeam::utils::CachePadded;
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::IpAddr;
-use std::rc::Rc;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
@@ -67,7 +67,7 @@ pub struct ProcessContext {
     /// Of them, this process's.
     pub sessions: Arc<CachePadded<AtomicU32>>,
     /// Where to wait for slots.
-    pub gate: Arc<SlotWaiters>,
+    pub waiters: Arc<SlotWaiters>,
     /// To the control thread.
     pub reports: Arc<ReportQueue>,
     /// A worker has ended for good.
@@ -85,7 +85,7 @@ pub(crate) struct WorkerContext {
     pub(crate) id: usize,
     /// Moves the bytes.
     pub(crate) engine: Engine,
-    /// Process-wide caps, gate and reports.
+    /// Process-wide caps, wait queues and reports.
     pub(crate) shared: ProcessContext,
     /// This worker's counts.
     pub(crate) counters: Arc<WorkerCounters>,
@@ -231,7 +231,7 @@ impl WorkerContext {
 
     /// The newest table.
     #[inline]
-    pub(crate) fn table(&self) -> Rc<Arc<Table>> {
+    pub(crate) fn table(&self) -> impl Deref<Target = Arc<Table>> + use<> {
         self.tables.borrow_mut().load()
     }
 

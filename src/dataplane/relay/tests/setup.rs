@@ -88,7 +88,7 @@ fn a_connect_that_takes_too_long_is_timed_out() {
         assert!(matches!(end, ConnectEnd::TimedOut), "{end:?}");
         assert!(took >= Duration::from_millis(199) && took < Duration::from_secs(3), "{took:?}");
 
-        flow.refuse();
+        drop(flow);
         let mut client = TcpStream::from_std(client).unwrap();
         let told = client.read(&mut [0]).await.unwrap_err();
         assert_eq!(told.kind(), io::ErrorKind::ConnectionReset);
