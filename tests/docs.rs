@@ -18,6 +18,8 @@ mod balancer;
 mod cli;
 #[path = "docs/generated.rs"]
 mod generated;
+#[path = "docs/limits.rs"]
+mod limits;
 #[path = "docs/metrics.rs"]
 mod metrics;
 #[path = "docs/operators.rs"]

@@ -1,4 +1,4 @@
-"""The tables of README's performance section, of what `report` found.
+"""The tables of docs/performance.md, of what `report` found.
 
 Computes and formats; measures nothing.
 """

@@ -1,0 +1,108 @@
+//! The bounds in `docs/limits.md` and `docs/security.md` against the constants of the
+//! source.
+//!
+//! Many of the constants are private to their modules, so the source is read as text.
+
+use crate::pages::{page, root, table};
+use std::fs;
+use std::path::Path;
+
+/// Row of the table of bounds, folder or file below `src`, name of the constant.
+const BOUNDS: [(&str, &str, &str); 24] = [
+    ("[process] connections_max", "config", "PROCESS_CONNECTIONS"),
+    ("counts shared over an upgrade", "net", "CELLS_MAX"),
+    ("processes that share counts", "net/cells.rs", "PROCESSES_MAX"),
+    ("clients that wait for the first probe result of a pool", "dataplane", "UNDECIDED_QUEUE_MAX"),
+    ("[process] buffers_max", "config", "BUFFERS_DEFAULT"),
+    ("pipes in use per worker", "net", "PIPES_MAX"),
+    ("access-log lines queued per worker", "dataplane/access_log", "QUEUE_MAX"),
+    ("log lines queued", "logging", "QUEUE_MAX"),
+    ("bytes of a line of the supervisor's log", "supervisor", "LINE_MAX"),
+    ("changes of backends logged per pool and second", "daemon/transition_log.rs", "LINES_MAX"),
+    ("reports of failed connects queued", "dataplane", "REPORTS_MAX"),
+    ("probes at once", "daemon", "PROBES_RUNNING_MAX"),
+    ("rejected senders listed", "core", "LISTED_MAX"),
+    ("[pool.heartbeat] backends_max", "config", "BACKENDS"),
+    ("heartbeat senders", "daemon", "SENDERS_MAX"),
+    ("[admin] backend_metrics_max", "config", "BACKEND_METRICS"),
+    ("processes of one supervisor", "supervisor", "CHILDREN_MAX"),
+    ("drained backends remembered after they left the file", "core", "KEPT_MAX"),
+    ("frontends", "config", "FRONTENDS_MAX"),
+    ("bind addresses", "config", "BINDS_MAX"),
+    ("pools", "config", "POOLS_MAX"),
+    ("backends", "config", "BACKENDS_MAX"),
+    ("workers", "config", "WORKERS_MAX"),
+    ("text of a configuration", "config", "FILE_BYTES_MAX"),
+];
+
+#[test]
+fn every_bound_is_the_constant_of_the_source() {
+    let page = page("docs/limits.md");
+    let rows = table(&page, "| bound |");
+    for (bound, folder, name) in BOUNDS {
+        let row = rows.iter().find(|row| row[0] == bound);
+        let value = &row.unwrap_or_else(|| panic!("no row {bound:?}"))[1];
+        assert_eq!(number(value), constant(folder, name), "{bound}: {name}");
+    }
+}
+
+#[test]
+fn the_bounds_of_the_admin_api_are_the_constants_of_the_source() {
+    let page = page("docs/security.md");
+    let rows = table(&page, "| what | bound |");
+    let bound = |what: &str| &rows.iter().find(|row| row[0].starts_with(what)).unwrap()[1];
+    assert_eq!(number(bound("connections")), constant("daemon/admin", "CONNECTIONS_MAX"));
+    assert_eq!(number(bound("head")), constant("daemon/admin", "HEAD_BYTES_MAX"));
+    assert_eq!(number(bound("body")), constant("daemon/admin", "BODY_MAX"));
+}
+
+/// The number that a cell starts with: `4,096`, `16 MiB`.
+fn number(cell: &str) -> u64 {
+    let mut words = cell.split([' ', ';']);
+    let digits = words.next().unwrap().replace(',', "");
+    let number: u64 = digits.parse().unwrap_or_else(|_| panic!("no number: {cell}"));
+    match words.next().map(|unit| unit.trim_end_matches(',')) {
+        Some("KiB") => number << 10,
+        Some("MiB") => number << 20,
+        _ => number,
+    }
+}
+
+/// The value of the one constant of that name below a folder of `src`.
+fn constant(folder: &str, name: &str) -> u64 {
+    let mut found = Vec::new();
+    collect(&root().join("src").join(folder), &format!("const {name}: "), &mut found);
+    assert_eq!(found.len(), 1, "definitions of {name} in {folder}: {found:?}");
+    value(&found[0])
+}
+
+fn collect(path: &Path, definition: &str, found: &mut Vec<String>) {
+    if path.is_dir() {
+        let entries = fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path());
+        entries.for_each(|path| collect(&path, definition, found));
+    } else if path.extension().is_some_and(|extension| extension == "rs") {
+        let text = fs::read_to_string(path).unwrap();
+        let lines = text.lines().filter_map(|line| line.split_once(definition));
+        let values = lines.filter_map(|(_, rest)| Some(rest.split_once(" = ")?.1.to_owned()));
+        found.extend(values.filter(|value| value.starts_with(|c: char| c.is_ascii_digit())));
+    }
+}
+
+/// Of whole numbers with `*` or `<<` between them.
+fn value(expression: &str) -> u64 {
+    let number = |text: &str| -> u64 {
+        let text = text.trim().trim_end_matches(';').replace('_', "");
+        text.parse().unwrap_or_else(|_| panic!("not a number: {expression}"))
+    };
+    match expression.split_once("<<") {
+        Some((left, right)) => number(left) << number(right),
+        None => expression.split('*').map(number).product(),
+    }
+}
+
+#[test]
+fn numbers_are_read_in_both_forms() {
+    assert_eq!(number("100,000, or what descriptors allow"), 100_000);
+    assert_eq!(number("16 MiB"), value("16 * 1024 * 1024;"));
+    assert_eq!(value("256 << 20;"), number("256 MiB"));
+}
