@@ -134,6 +134,8 @@ fn every_metric_that_is_named_anywhere_exists() {
         .filter_map(|rest| Some(rest.split_once("` | ")?.0.to_owned()))
         .collect();
     let mut files = pages();
+    // Those name flags of the compiler, too.
+    files.retain(|file| !file.starts_with("docs/contributing"));
     files.push("examples/prometheus/alerts.yml".to_owned());
     let mut named = 0;
     for file in files {
