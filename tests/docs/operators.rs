@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_config::{BACKENDS_MAX, BINDS_MAX, FILE_BYTES_MAX, FRONTENDS_MAX, POOLS_MAX};
 use tidegate_core::balance::{Balancer, Candidate, PickKey};
 use tidegate_core::control::HeartbeatIgnored;
 use tidegate_core::health::{HeartbeatHealth, Observation, combine_observations};
@@ -245,5 +246,89 @@ fn glossary_and_style_guide_have_the_same_words() {
     let known: BTreeSet<String> = rows.iter().flat_map(|cell| terms(cell)).collect();
     for cell in column(&page("docs/contributing/style.md"), "| we write |", 0) {
         assert!(known.contains(&terms(&cell)[0]), "{cell} is not in the glossary");
+    }
+}
+
+// === what commands print ===
+
+/// Constant parts of the output shown in pages.
+const PRINTED: [(&str, &[&str]); 4] = [
+    (
+        "README.md",
+        &[
+            "takes no new sessions; the ones it has run to their end",
+            "has no sessions",
+            "LAST CHANGE",
+            "operator: no new sessions",
+            "first probe succeeded",
+            "takes new sessions as its health allows",
+            "is in force",
+            "serves by generation",
+            "the one before drains",
+            "All backends are up",
+            "is killed: its port refuses, its connections are reset",
+            "requests around it",
+            "is upgraded in place, to itself",
+        ],
+    ),
+    (
+        "docs/health.md",
+        &[
+            "no probes",
+            "not heard",
+            "in a row, last: ",
+            "out for ",
+            "(ejection ",
+            "NO BACKEND ELIGIBLE",
+            "FROZEN",
+            "connection refused",
+        ],
+    ),
+    ("docs/heartbeats.md", &["NO HEARTBEATS AT ALL", "FROZEN", "HELD"]),
+    ("docs/balancing.md", &["(health) x ", "(slow start) x ", "(load)"]),
+];
+
+#[test]
+fn what_pages_show_of_output_is_what_the_program_prints() {
+    let mut program = String::new();
+    sources("src", &mut |text| program.push_str(text));
+    for (name, parts) in PRINTED {
+        let text = page(name);
+        for part in parts {
+            assert!(program.contains(part), "the program does not print {part:?} of {name}");
+            assert!(text.contains(part), "{name} does not show {part:?}");
+        }
+    }
+}
+
+#[test]
+fn the_readme_states_the_largest_configuration() {
+    let grouped = |number: usize| format!("{},{:03}", number / 1000, number % 1000);
+    let text = prose(&page("README.md")).split_whitespace().collect::<Vec<_>>().join(" ");
+    for (number, what) in [
+        (FRONTENDS_MAX, "frontends"),
+        (BINDS_MAX, "bind addresses"),
+        (POOLS_MAX, "pools"),
+        (BACKENDS_MAX, "backends"),
+    ] {
+        let words = format!("{} {what}", grouped(number));
+        assert!(text.contains(&words), "{words}");
+    }
+    let mebibytes = format!("{} MiB of text", FILE_BYTES_MAX >> 20);
+    assert!(text.contains(&mebibytes), "{mebibytes}");
+}
+
+#[test]
+fn the_readme_is_short_and_its_figures_are_those_of_the_performance_page() {
+    let text = page("README.md");
+    assert!(text.lines().count() <= 220, "{}", text.lines().count());
+    let all = table(&page("docs/performance.md"), "| workload |");
+    let few = table(&text, "| workload |");
+    for row in &few[1..] {
+        let whole = all.iter().find(|other| other[0] == row[0]).expect(&row[0]);
+        for (head, cell) in few[0].iter().zip(row) {
+            let at = all[0].iter().position(|other| other == head).expect(head);
+            assert_eq!(cell, &whole[at], "{} of {}", head, row[0]);
+        }
     }
 }
