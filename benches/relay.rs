@@ -16,6 +16,7 @@ use std::time::Duration;
 use tidegate_config as config;
 use tidegate_core::control::{ControlEvent, Controller};
 use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::model::BindKey;
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_dataplane::accept::wait_queue::SlotWaiters;
@@ -63,7 +64,7 @@ fn balancer(runtime: EngineKind, bind: SocketAddr, backend: SocketAddr) -> Worke
     })
     .unwrap();
     let socket = listen::bind(bind, 1).unwrap().remove(0);
-    worker.mailbox.send(WorkerCommand::Listen(bind, Arc::new(socket)));
+    worker.mailbox.send(WorkerCommand::Listen(BindKey::tcp(bind), Arc::new(socket)));
     worker
 }
 

@@ -10,12 +10,13 @@ use std::sync::Arc;
 use super::diagnose::{Problem, Severity};
 use super::source::SourceText;
 use super::value::ValueError;
+use tidegate_core::model::BindKey;
 
 /// A value that more can be wrong with than its text shows.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Spot {
     /// A bind address of a frontend.
-    Bind(SocketAddr),
+    Bind(BindKey),
     /// A source address of a pool.
     Source(IpAddr),
     /// An address that heartbeats are received at.

@@ -9,10 +9,9 @@ use super::binds::{BindSockets, SocketOwner};
 use crate::admin::{self, AdminListener};
 use socket2::Socket;
 use std::collections::{BTreeMap, HashSet};
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use tidegate_core::model::{AdminListen, Config};
+use tidegate_core::model::{AdminListen, BindKey, Config};
 use tidegate_net::fd_channel;
 
 /// What was passed and not yet asked for.
@@ -78,18 +77,17 @@ impl PassedSockets {
     pub(super) fn take_sockets(
         self,
         config: &Config,
-    ) -> Result<BTreeMap<SocketAddr, BindSockets>, Failure> {
-        let binds: HashSet<&SocketAddr> =
-            config.frontends.iter().flat_map(|frontend| &frontend.binds).collect();
-        let wanted = |address: &SocketAddr| binds.contains(address);
-        let mut groups: BTreeMap<SocketAddr, BindSockets> = BTreeMap::new();
+    ) -> Result<BTreeMap<BindKey, BindSockets>, Failure> {
+        let binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
+        let wanted: HashSet<&BindKey> = binds.map(|bind| &bind.key).collect();
+        let mut groups: BTreeMap<BindKey, BindSockets> = BTreeMap::new();
         let mut unmatched = Vec::new();
         for passed in self.0 {
             match passed.address {
-                AdminListen::Tcp(address) if wanted(&address) => {
+                AdminListen::Tcp(address) if wanted.contains(&BindKey::tcp(address)) => {
                     let empty =
                         || BindSockets { sockets: Vec::new(), holder: SocketOwner::ServiceManager };
-                    let group = groups.entry(address).or_insert_with(empty);
+                    let group = groups.entry(BindKey::tcp(address)).or_insert_with(empty);
                     group.sockets.push(Arc::new(passed.socket));
                 }
                 other => unmatched.push(format!("{other} ({})", passed.name)),

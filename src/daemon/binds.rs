@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use tidegate_core::model::{Config, FrontendConfig};
+use tidegate_core::model::{Bind, BindKey, Config, FrontendConfig};
 use tidegate_dataplane::worker::{Worker, WorkerCommand};
 use tidegate_net::holders::{self, ListeningSocket, overlap};
 use tidegate_net::listen;
@@ -43,19 +43,19 @@ pub(super) struct BindSockets {
 #[derive(Debug)]
 pub(super) struct Binds {
     workers: usize,
-    active: BTreeMap<SocketAddr, BindSockets>,
+    active: BTreeMap<BindKey, BindSockets>,
     /// Emptying their queues; closed once the workers have let go.
-    retiring: Vec<(SocketAddr, BindSockets)>,
+    retiring: Vec<(BindKey, BindSockets)>,
     /// Given to us and not yet asked for.
-    inherited: BTreeMap<SocketAddr, BindSockets>,
+    inherited: BTreeMap<BindKey, BindSockets>,
 }
 
 /// Addresses bound and not yet in use.
 #[derive(Debug)]
 pub(super) struct NewBinds {
-    groups: BTreeMap<SocketAddr, BindSockets>,
+    groups: BTreeMap<BindKey, BindSockets>,
     /// Those of them that do not listen yet.
-    silent: Vec<(SocketAddr, Arc<Socket>)>,
+    silent: Vec<(BindKey, Arc<Socket>)>,
 }
 
 impl Binds {
@@ -64,7 +64,7 @@ impl Binds {
     }
 
     /// Takes sockets of another process, for [`Binds::reserve_new`] to find.
-    pub(super) fn inherit(&mut self, groups: BTreeMap<SocketAddr, BindSockets>) {
+    pub(super) fn inherit(&mut self, groups: BTreeMap<BindKey, BindSockets>) {
         self.inherited = groups;
     }
 
@@ -81,18 +81,19 @@ impl Binds {
         let mut fresh = NewBinds { groups: BTreeMap::new(), silent: Vec::new() };
         let foreign = self.foreign(config);
         for frontend in &config.frontends {
-            for address in &frontend.binds {
-                if self.active.contains_key(address) {
+            for bind in &frontend.binds {
+                if self.active.contains_key(&bind.key) {
                     continue;
                 }
-                if let Some(other) = foreign.iter().find(|other| overlap(other.address, *address)) {
-                    return Err(BindError::taken(*address, *other));
+                let address = bind.key.socket_addr();
+                if let Some(other) = foreign.iter().find(|other| overlap(other.address, address)) {
+                    return Err(BindError::taken(address, *other));
                 }
-                match self.reserve(*address, frontend, &mut fresh) {
-                    Err(error) if frontend.options_of(address).if_ipv6 && no_ipv6(&error) => {
+                match self.reserve(bind, frontend, &mut fresh) {
+                    Err(error) if bind.options.if_ipv6 && no_ipv6(&error) => {
                         tracing::info!(%address, %error, "no IPv6 here; listening on IPv4 alone");
                     }
-                    done => done.map_err(|error| BindError::new(*address, error))?,
+                    done => done.map_err(|error| BindError::new(address, error))?,
                 }
             }
         }
@@ -101,12 +102,12 @@ impl Binds {
 
     fn reserve(
         &self,
-        address: SocketAddr,
+        bind: &Bind,
         frontend: &FrontendConfig,
         fresh: &mut NewBinds,
     ) -> io::Result<()> {
-        let freebind = frontend.options_of(&address).freebind;
-        let mut group = match self.inherited.get(&address) {
+        let (address, freebind) = (bind.key.socket_addr(), bind.options.freebind);
+        let mut group = match self.inherited.get(&bind.key) {
             Some(group) => group.clone(),
             None => {
                 // Sockets of this process that overlap would be in the way of this
@@ -121,7 +122,7 @@ impl Binds {
             let missing = self.workers.saturating_sub(group.sockets.len());
             for socket in listen::reserve(address, missing, freebind)? {
                 let socket = Arc::new(socket);
-                fresh.silent.push((address, Arc::clone(&socket)));
+                fresh.silent.push((bind.key.clone(), Arc::clone(&socket)));
                 group.sockets.push(socket);
             }
         }
@@ -129,14 +130,14 @@ impl Binds {
             listen::prepare(socket)?;
             listen::tune(socket, frontend.keepalive, frontend.user_timeout)?;
         }
-        fresh.groups.insert(address, group);
+        fresh.groups.insert(bind.key.clone(), group);
         Ok(())
     }
 
     /// Whether this process holds a socket that a check by bind(2) would find.
     fn overlaps(&self, address: SocketAddr) -> bool {
         let mut held = self.active.keys().chain(self.inherited.keys());
-        held.any(|held| overlap(*held, address))
+        held.any(|held| overlap(held.socket_addr(), address))
     }
 
     /// Listening sockets of this host that are none of this process's; looked for
@@ -146,8 +147,9 @@ impl Binds {
     fn foreign(&self, config: &Config) -> Vec<ListeningSocket> {
         let binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
         let unsure: Vec<SocketAddr> = binds
-            .filter(|address| !self.active.contains_key(address) && self.overlaps(**address))
-            .copied()
+            .filter(|bind| !self.active.contains_key(&bind.key))
+            .map(|bind| bind.key.socket_addr())
+            .filter(|address| self.overlaps(*address))
             .collect();
         if unsure.is_empty() {
             return Vec::new();
@@ -167,17 +169,17 @@ impl Binds {
     }
 
     /// Lets go of what was inherited and is not in `fresh`; says which.
-    pub(super) fn release(&mut self, fresh: &NewBinds) -> Vec<SocketAddr> {
+    pub(super) fn release(&mut self, fresh: &NewBinds) -> Vec<BindKey> {
         let inherited = std::mem::take(&mut self.inherited);
-        inherited.into_keys().filter(|address| !fresh.groups.contains_key(address)).collect()
+        inherited.into_keys().filter(|key| !fresh.groups.contains_key(key)).collect()
     }
 
     /// Whether an address that `config` wants is still being closed.
     pub(super) fn cancel_retirement(&mut self, config: &Config) -> bool {
         self.forget_retired();
-        let retiring: HashSet<SocketAddr> = self.retiring.iter().map(|(at, _)| *at).collect();
+        let retiring: HashSet<&BindKey> = self.retiring.iter().map(|(key, _)| key).collect();
         let mut wanted = config.frontends.iter().flat_map(|frontend| &frontend.binds);
-        !retiring.is_empty() && wanted.any(|address| retiring.contains(address))
+        !retiring.is_empty() && wanted.any(|bind| retiring.contains(&bind.key))
     }
 
     /// Puts `fresh` in use, brings socket options up to date and retires what
@@ -189,74 +191,74 @@ impl Binds {
         workers: &[Worker],
         supervised: &Supervised,
     ) {
-        for (address, group) in fresh.groups {
-            supervised.hold(address, &group);
-            group.listen(address, workers);
-            self.active.insert(address, group);
+        for (key, group) in fresh.groups {
+            supervised.hold(&key, &group);
+            group.listen(&key, workers);
+            self.active.insert(key, group);
         }
-        let mut gone: BTreeSet<SocketAddr> = self.active.keys().copied().collect();
+        let mut gone: BTreeSet<BindKey> = self.active.keys().cloned().collect();
         for frontend in &config.frontends {
-            for address in &frontend.binds {
-                gone.remove(address);
-                for socket in self.active.get(address).into_iter().flat_map(|g| &g.sockets) {
+            for Bind { key, .. } in &frontend.binds {
+                gone.remove(key);
+                for socket in self.active.get(key).into_iter().flat_map(|g| &g.sockets) {
                     if let Err(error) =
                         listen::tune(socket, frontend.keepalive, frontend.user_timeout)
                     {
-                        tracing::warn!(%address, %error, "socket options not changed");
+                        tracing::warn!(address = %key, %error, "socket options not changed");
                     }
                 }
             }
         }
-        for address in gone {
-            self.retire(address, workers, supervised);
+        for key in gone {
+            self.retire(key, workers, supervised);
         }
     }
 
     /// Retires everything.
     pub(super) fn retire_all(&mut self, workers: &[Worker], supervised: &Supervised) {
-        let all: Vec<SocketAddr> = self.active.keys().copied().collect();
-        for address in all {
-            self.retire(address, workers, supervised);
+        let all: Vec<BindKey> = self.active.keys().cloned().collect();
+        for key in all {
+            self.retire(key, workers, supervised);
         }
     }
 
-    fn retire(&mut self, address: SocketAddr, workers: &[Worker], supervised: &Supervised) {
-        let Some(group) = self.active.remove(&address) else { return };
+    fn retire(&mut self, key: BindKey, workers: &[Worker], supervised: &Supervised) {
+        let Some(group) = self.active.remove(&key) else { return };
         // First: from then on a crash closes the address.
-        supervised.release(address, &group);
+        supervised.release(&key, &group);
         if group.holder == SocketOwner::ServiceManager {
             // What is queued there is for whom the manager starts next, and a
             // filter would keep clients from that one, too.
-            self.close_group(address, group, workers);
+            self.close_group(key, group, workers);
             return;
         }
         for socket in &group.sockets {
             if let Err(error) = listen::retire(socket) {
                 // Then clients may still be queued when it closes, and be reset.
-                tracing::warn!(%address, %error, "cannot keep new clients out while closing");
+                tracing::warn!(address = %key, %error, "cannot keep new clients out while closing");
             }
         }
         for worker in workers {
-            worker.mailbox.send(WorkerCommand::Retire(address));
+            worker.mailbox.send(WorkerCommand::Retire(key.clone()));
         }
-        self.retiring.push((address, group));
+        self.retiring.push((key, group));
     }
 
     /// Another process accepts from our sockets now: stops accepting at once and leaves
     /// the queues to it, but for what it has `not_taken`. The sockets stay open.
-    pub(super) fn step_down(&mut self, not_taken: &[SocketAddr], workers: &[Worker]) {
-        for address in self.active.keys().filter(|address| !not_taken.contains(address)) {
+    pub(super) fn step_down(&mut self, not_taken: &[BindKey], workers: &[Worker]) {
+        for key in self.active.keys().filter(|key| !not_taken.contains(key)) {
             for worker in workers {
-                worker.mailbox.send(WorkerCommand::Release(*address));
+                worker.mailbox.send(WorkerCommand::Release(key.clone()));
             }
         }
     }
 
     /// That process has ended: accepts again.
-    pub(super) fn go_on(&mut self, not_taken: &[SocketAddr], workers: &[Worker]) {
-        for (address, group) in &self.active {
-            if !not_taken.contains(address) {
-                group.listen(*address, workers);
+    pub(super) fn go_on(&mut self, not_taken: &[BindKey], workers: &[Worker]) {
+        for (key, group) in &self.active {
+            if !not_taken.contains(key) {
+                group.listen(key, workers);
             }
         }
     }
@@ -265,21 +267,21 @@ impl Binds {
     /// what it has `not_taken`.
     pub(super) fn hand_over(
         &mut self,
-        not_taken: &[SocketAddr],
+        not_taken: &[BindKey],
         workers: &[Worker],
         supervised: &Supervised,
     ) {
-        for address in not_taken {
-            self.retire(*address, workers, supervised);
+        for key in not_taken {
+            self.retire(key.clone(), workers, supervised);
         }
         self.retiring.extend(std::mem::take(&mut self.active));
     }
 
-    fn close_group(&mut self, address: SocketAddr, group: BindSockets, workers: &[Worker]) {
+    fn close_group(&mut self, key: BindKey, group: BindSockets, workers: &[Worker]) {
         for worker in workers {
-            worker.mailbox.send(WorkerCommand::Release(address));
+            worker.mailbox.send(WorkerCommand::Release(key.clone()));
         }
-        self.retiring.push((address, group));
+        self.retiring.push((key, group));
     }
 
     /// Closes what the workers have let go of; true once nothing is retiring.
@@ -296,7 +298,7 @@ impl Binds {
     }
 
     /// Everything in use, to be handed to another process.
-    pub(super) fn active(&self) -> impl Iterator<Item = (&SocketAddr, &BindSockets)> {
+    pub(super) fn active(&self) -> impl Iterator<Item = (&BindKey, &BindSockets)> {
         self.active.iter()
     }
 
@@ -321,10 +323,10 @@ impl BindSockets {
     }
 
     /// Has every worker accept from those that are its own.
-    fn listen(&self, address: SocketAddr, workers: &[Worker]) {
+    fn listen(&self, key: &BindKey, workers: &[Worker]) {
         for (index, worker) in workers.iter().enumerate() {
             for socket in self.of_worker(index, workers.len()) {
-                worker.mailbox.send(WorkerCommand::Listen(address, Arc::clone(socket)));
+                worker.mailbox.send(WorkerCommand::Listen(key.clone(), Arc::clone(socket)));
             }
         }
     }
@@ -346,8 +348,8 @@ impl BindSockets {
 impl NewBinds {
     /// Lets clients in: they queue until a worker accepts.
     pub(super) fn start(&mut self) -> Result<(), BindError> {
-        for (address, socket) in self.silent.drain(..) {
-            listen::start(&socket).map_err(|error| BindError::new(address, error))?;
+        for (key, socket) in self.silent.drain(..) {
+            listen::start(&socket).map_err(|error| BindError::new(key.socket_addr(), error))?;
         }
         Ok(())
     }

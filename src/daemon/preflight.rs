@@ -15,7 +15,7 @@ use std::net::{IpAddr, UdpSocket};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use tidegate_config::{Loaded, Origin, Problem, Spot};
-use tidegate_core::model::{AccessLogTarget, AdminListen, Config};
+use tidegate_core::model::{AccessLogTarget, AdminListen, Bind, Config};
 use tidegate_net::privileges::UserIdentity;
 use tidegate_net::{listen, stream};
 
@@ -134,16 +134,16 @@ fn admin_socket(config: &Config, origin: &Origin) -> Option<Problem> {
 /// none where this program has it: a file is checked while the balancer runs.
 fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
     for frontend in &config.frontends {
-        for address in &frontend.binds {
-            let options = frontend.options_of(address);
-            let Err(error) = listen::taken(*address, options.freebind) else { continue };
+        for Bind { key, options } in &frontend.binds {
+            let address = key.socket_addr();
+            let Err(error) = listen::taken(address, options.freebind) else { continue };
             let gone =
                 matches!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT));
             if gone && options.if_ipv6 {
                 continue;
             }
             let privileged = error.kind() == ErrorKind::PermissionDenied;
-            let refused = BindError::new(*address, error);
+            let refused = BindError::new(address, error);
             if refused.is_held_by_this_program() {
                 continue;
             }

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use tidegate_config::{Origin, Problem, Spot};
-use tidegate_core::model::{BackendAddr, Config};
+use tidegate_core::model::{BackendAddr, BindKey, Config};
 use tidegate_net::holders::{self, Holder, ListeningSocket};
 
 /// An address that could not be bound.
@@ -23,9 +23,8 @@ pub(super) struct BindError {
 /// Processes that listen where `config` wants to. Found out before the sandbox
 /// keeps this process from looking into others.
 pub(super) fn holders_in_the_way(config: &Config) -> Vec<(u64, Holder)> {
-    let binds: Vec<SocketAddr> =
-        config.frontends.iter().flat_map(|frontend| frontend.binds.iter().copied()).collect();
-    let ports: HashSet<u16> = binds.iter().map(SocketAddr::port).collect();
+    let binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
+    let ports: HashSet<u16> = binds.map(|bind| bind.key.socket_addr().port()).collect();
     let mut others = holders::listening().unwrap_or_default();
     others.retain(|other| ports.contains(&other.address.port()));
     others.truncate(HOLDERS_MAX);
@@ -80,7 +79,7 @@ impl BindError {
         if let Some(name) = &backend {
             message.push_str(&format!("; it is backend {name} of this file"));
         }
-        origin.error(&Spot::Bind(self.address), message, self.help(backend.is_some()))
+        origin.error(&Spot::Bind(BindKey::tcp(self.address)), message, self.help(backend.is_some()))
     }
 
     fn help(&self, backend: bool) -> Option<String> {

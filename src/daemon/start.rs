@@ -24,7 +24,6 @@ use super::{Failure, OldProcess, Options, ProcessEnvironment, RunEnd, RunningBal
 use crate::admin::{self, AdminListener, AdminRequest, ReadyState, ReloadCounts, TokenStore};
 use crate::maintenance::Maintenance;
 use crate::probe::runner::ProbeRunner;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,7 +33,7 @@ use tidegate_core::balance::count::COUNT_MAX;
 use tidegate_core::balance::in_flight::{Counted, Counts};
 use tidegate_core::control::{ControlEvent, Controller};
 use tidegate_core::metrics::counters::WorkerCounters;
-use tidegate_core::model::{AccessLogTarget, Admin, Config};
+use tidegate_core::model::{AccessLogTarget, Admin, BindKey, Config};
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_dataplane::accept::wait_queue::SlotWaiters;
@@ -282,7 +281,7 @@ struct Listeners {
     /// Nobody gets in yet.
     fresh: NewBinds,
     /// Of the process before.
-    not_taken: Vec<SocketAddr>,
+    not_taken: Vec<BindKey>,
 }
 
 /// Takes what this process was given, and binds the rest.
@@ -362,7 +361,7 @@ struct PendingListeners {
     admin: AdminListener,
     admin_taken: bool,
     fresh: NewBinds,
-    not_taken: Vec<SocketAddr>,
+    not_taken: Vec<BindKey>,
     requests: mpsc::Sender<AdminRequest>,
     origin: Origin,
 }
@@ -488,7 +487,7 @@ fn announce(control: &Control, config: &Config, workers: usize) {
     }
     for frontend in &config.frontends {
         for bind in &frontend.binds {
-            tracing::info!(frontend = %frontend.name, address = %bind, pool = %frontend.pool, "listening");
+            tracing::info!(frontend = %frontend.name, address = %bind.key, pool = %frontend.pool, "listening");
         }
     }
 }

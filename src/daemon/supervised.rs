@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use tidegate_config::Texts;
 use tidegate_core::control::Controller;
 use tidegate_core::control::handover::{Saved, Saving};
-use tidegate_core::model::Admin;
+use tidegate_core::model::{Admin, BindKey};
 use tidegate_net::clock;
 use tidegate_supervisor::{Link, News, Store, SupervisorState};
 use tokio::sync::mpsc;
@@ -71,7 +71,7 @@ pub struct Supervised {
 #[serde(rename_all = "lowercase")]
 enum Name {
     /// A bind address.
-    Bind(SocketAddr, SocketOwner),
+    Bind(BindKey, SocketOwner),
     /// The admin listener.
     Admin(OfferedAdmin),
     /// An address for heartbeats.
@@ -91,7 +91,7 @@ pub(super) struct KeptSnapshot {
 /// Sockets of a process that has crashed, or of a service manager.
 #[derive(Debug, Default)]
 pub(super) struct KeptState {
-    binds: BTreeMap<SocketAddr, BindSockets>,
+    binds: BTreeMap<BindKey, BindSockets>,
     admin: Option<(OfferedAdmin, OwnedFd)>,
     heartbeats: Vec<(SocketAddr, OwnedFd)>,
     pub(super) activated: Option<PassedSockets>,
@@ -167,17 +167,17 @@ impl Supervised {
     // --- sockets ---
 
     /// Has copies of an address's sockets kept.
-    pub(super) fn hold(&self, address: SocketAddr, group: &BindSockets) {
+    pub(super) fn hold(&self, key: &BindKey, group: &BindSockets) {
         if let Some(link) = &self.link {
             let sockets = group.sockets.iter().map(|socket| socket.as_fd());
-            link.hold(&name_of(&Name::Bind(address, group.holder)), sockets);
+            link.hold(&name_of(&Name::Bind(key.clone(), group.holder)), sockets);
         }
     }
 
     /// The address is given up.
-    pub(super) fn release(&self, address: SocketAddr, group: &BindSockets) {
+    pub(super) fn release(&self, key: &BindKey, group: &BindSockets) {
         if let Some(link) = &self.link {
-            link.release(&name_of(&Name::Bind(address, group.holder)));
+            link.release(&name_of(&Name::Bind(key.clone(), group.holder)));
         }
     }
 
@@ -318,9 +318,9 @@ impl KeptState {
         let mut activated = Vec::new();
         for (name, sockets) in held {
             match serde_json::from_str(&name) {
-                Ok(Name::Bind(address, holder)) => {
+                Ok(Name::Bind(key, holder)) => {
                     let sockets = sockets.into_iter().map(|fd| Arc::new(Socket::from(fd)));
-                    kept.binds.insert(address, BindSockets { sockets: sockets.collect(), holder });
+                    kept.binds.insert(key, BindSockets { sockets: sockets.collect(), holder });
                 }
                 Ok(Name::Admin(offered)) => {
                     kept.admin = sockets.into_iter().next().map(|socket| (offered, socket));
@@ -342,7 +342,7 @@ impl KeptState {
     }
 
     /// What the configuration is to find bound.
-    pub(super) fn take_binds(&mut self) -> BTreeMap<SocketAddr, BindSockets> {
+    pub(super) fn take_binds(&mut self) -> BTreeMap<BindKey, BindSockets> {
         std::mem::take(&mut self.binds)
     }
 

@@ -50,13 +50,13 @@ fn a_star_is_both_families_and_interfaces_may_be_named() {
     let path = root().join("tests/config_cases/valid/binds_and_expects.toml");
     let config = config::load(&path).unwrap().config;
     let web = &config.frontends[0];
-    let binds: Vec<String> = web.binds.iter().map(ToString::to_string).collect();
+    let binds: Vec<String> = web.binds.iter().map(|bind| bind.key.to_string()).collect();
     // The index of the loopback interface is 1 on every Linux.
     let expected =
         ["0.0.0.0:80", "[::]:80", "192.0.2.1:443", "0.0.0.0:81", "[::]:81", "[fe80::1%1]:82"];
     assert_eq!(binds, expected);
     let options = |at: usize| {
-        let options = web.options_of(&web.binds[at]);
+        let options = web.binds[at].options;
         (options.freebind, options.if_ipv6)
     };
     assert_eq!(

@@ -82,16 +82,16 @@ fn counts(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[Po
     }
 }
 
-/// One bind that holds its address.
-struct Bind<'f> {
+/// The bind that holds an address.
+struct TakenBy<'f> {
     frontend: &'f str,
     place: Range<usize>,
 }
 
-/// Addresses our listeners take, findable by address and by port.
+/// TCP addresses our listeners take, findable by address and by port.
 #[derive(Default)]
 struct OwnAddresses<'f> {
-    exact: HashMap<SocketAddr, Bind<'f>>,
+    exact: HashMap<SocketAddr, TakenBy<'f>>,
     /// Per port and family: the wildcard bind, and some specific one.
     wildcard: HashMap<(u16, bool), SocketAddr>,
     specific: HashMap<(u16, bool), SocketAddr>,
@@ -100,12 +100,14 @@ struct OwnAddresses<'f> {
 fn binds<'f>(report: &ProblemCollector<'_>, frontends: &'f [FrontendRead]) -> OwnAddresses<'f> {
     let mut taken = OwnAddresses::default();
     for frontend in frontends {
-        for (address, place) in frontend.model.binds.iter().zip(&frontend.bind_places) {
-            if let Some(other) = taken.clash(*address) {
-                report.error_with(place.clone(), || taken.clash_complaint(report, *address, other));
+        for (bind, place) in frontend.model.binds.iter().zip(&frontend.bind_places) {
+            let address = bind.key.socket_addr();
+            if let Some(other) = taken.clash(address) {
+                report.error_with(place.clone(), || taken.clash_complaint(report, address, other));
                 continue;
             }
-            taken.insert(*address, Bind { frontend: &frontend.model.name, place: place.clone() });
+            let by = TakenBy { frontend: &frontend.model.name, place: place.clone() };
+            taken.insert(address, by);
         }
     }
     taken
@@ -172,11 +174,11 @@ fn family_port(address: SocketAddr) -> (u16, bool) {
 // === impl OwnAddresses ===
 
 impl<'f> OwnAddresses<'f> {
-    fn insert(&mut self, address: SocketAddr, bind: Bind<'f>) {
+    fn insert(&mut self, address: SocketAddr, by: TakenBy<'f>) {
         let side =
             if address.ip().is_unspecified() { &mut self.wildcard } else { &mut self.specific };
         side.entry(family_port(address)).or_insert(address);
-        self.exact.insert(address, bind);
+        self.exact.insert(address, by);
     }
 
     /// The earlier bind that `address` repeats or overlaps.
@@ -207,7 +209,7 @@ impl<'f> OwnAddresses<'f> {
     }
 
     /// The bind a connection to `address` would arrive at.
-    fn reaches(&self, address: SocketAddr) -> Option<&Bind<'f>> {
+    fn reaches(&self, address: SocketAddr) -> Option<&TakenBy<'f>> {
         let wildcard = || {
             let wildcard = self.wildcard.get(&family_port(address))?;
             wildcard_reaches(wildcard, &address).then_some(wildcard)

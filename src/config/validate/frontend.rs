@@ -15,7 +15,7 @@ use crate::address;
 use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, DurationRange, STALLED, TIME, USER_TIMEOUT, ValueError, show_duration};
 use crate::{NamedFiles, Spot};
-use tidegate_core::model::{BindOptions, FrontendConfig};
+use tidegate_core::model::{Bind, BindKey, BindOptions, FrontendConfig};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);
@@ -34,10 +34,7 @@ pub(super) struct FrontendRead {
 
 pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> FrontendRead {
     let NamedSection { name, section, .. } = named;
-    let read = binds(&section);
-    let bind_options = read.iter().filter(|bind| bind.options != BindOptions::default());
-    let bind_options = bind_options.map(|bind| (bind.address, bind.options)).collect();
-    let (binds, bind_places) = read.into_iter().map(|bind| (bind.address, bind.place)).unzip();
+    let (binds, bind_places) = binds(&section).into_iter().unzip();
     let pool = section.text("pool", "the name of a pool", |text| Ok(Arc::<str>::from(text)));
     if pool.is_absent() {
         section.missing("pool", "\"NAME\", the name of a [pool.NAME]");
@@ -54,7 +51,6 @@ pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> Fronte
     let model = FrontendConfig {
         name: name.into(),
         binds,
-        bind_options,
         pool: pool.or("".into()),
         // Off: services whose clients may keep a fresh connection in hand are common.
         first_byte_timeout: first_byte_timeout.or(None),
@@ -81,15 +77,9 @@ fn timer(
     section.text(key, TIMER, |text| value::duration_or_off(text, range))
 }
 
-/// One address of a bind and where it stands.
-struct BindRead {
-    address: SocketAddr,
-    options: BindOptions,
-    place: Range<usize>,
-}
-
-/// `bind`: an address, a table of one with its options, or a list of both.
-fn binds(section: &Section<'_, '_>) -> Vec<BindRead> {
+/// `bind`: an address, a table of one with its options, or a list of both; each with
+/// its place.
+fn binds(section: &Section<'_, '_>) -> Vec<(Bind, Range<usize>)> {
     let (key, example) = ("bind", "[\"0.0.0.0:8080\"]");
     let Some(node) = section.node(key) else {
         section.missing(key, example);
@@ -136,8 +126,9 @@ fn binds(section: &Section<'_, '_>) -> Vec<BindRead> {
         let pair = addresses.len() == 2;
         for address in addresses {
             let options = BindOptions { freebind, if_ipv6: pair && address.is_ipv6() };
-            section.report.keep(Spot::Bind(address), Some(place.clone()));
-            binds.push(BindRead { address, options, place: place.clone() });
+            let bind = Bind { key: BindKey::tcp(address), options };
+            section.report.keep(Spot::Bind(bind.key.clone()), Some(place.clone()));
+            binds.push((bind, place.clone()));
         }
     }
     binds

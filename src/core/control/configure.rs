@@ -83,7 +83,8 @@ impl Controller {
             .into_iter()
             .map(|entry| (Arc::clone(&entry.spec.name), entry.state))
             .collect();
-        self.own = config.frontends.iter().flat_map(|spec| spec.binds.iter().copied()).collect();
+        let binds = config.frontends.iter().flat_map(|spec| &spec.binds);
+        self.own = binds.map(|bind| bind.key.socket_addr()).collect();
         self.frontend_names.clear();
         for spec in &config.frontends {
             let state = known.remove(&spec.name).unwrap_or_else(|| {

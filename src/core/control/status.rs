@@ -6,7 +6,7 @@ use super::{
     BackendEntry, Controller, HeartbeatIgnored, MemberSourceKind, PoolEntry, PublishReason,
 };
 use crate::health::{HeartbeatHealth, Intent, Observation, RequestedState, Transition};
-use crate::model::WhenNoneEligible;
+use crate::model::{BindKey, WhenNoneEligible};
 use crate::suspicion::rejections::Rejection;
 use crate::suspicion::{ChannelState, DetectorReading, Freeze};
 use crate::table::state::{BackendId, BackendState, FrontendState};
@@ -62,7 +62,7 @@ pub struct FrontendStatus {
     /// Counters and identity.
     pub state: Arc<FrontendState>,
     /// Bind addresses.
-    pub binds: Vec<std::net::SocketAddr>,
+    pub binds: Vec<BindKey>,
     /// Pool name.
     pub pool: Arc<str>,
     /// Cap; 0 means none.
@@ -195,7 +195,7 @@ impl Controller {
                 .iter()
                 .map(|frontend| FrontendStatus {
                     state: Arc::clone(&frontend.state),
-                    binds: frontend.spec.binds.clone(),
+                    binds: frontend.spec.binds.iter().map(|bind| bind.key.clone()).collect(),
                     pool: Arc::clone(&frontend.spec.pool),
                     connections_max: frontend.spec.connections_max,
                 })

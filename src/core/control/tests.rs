@@ -16,7 +16,7 @@ use crate::health::ejection::TRIAL_LOOK;
 use crate::health::{ConnectFailure, Observation, ProbeOutcome};
 use crate::model;
 use crate::model::{
-    Admin, AdminListen, BackendAddr, BackendConfig, Config, EjectionSpec, EngineChoice,
+    Admin, AdminListen, BackendAddr, BackendConfig, Bind, Config, EjectionSpec, EngineChoice,
     FrontendConfig, Log, LogFormat, LogLevel, OnRemoval, Policy, PoolConfig, ProbeKind, ProbeSpec,
     ProcessConfig, Sandbox, WhenNoneEligible,
 };
@@ -113,8 +113,7 @@ fn config(pools: Vec<PoolConfig>) -> Arc<Config> {
         },
         frontends: vec![FrontendConfig {
             name: "in".into(),
-            binds: vec![([127, 0, 0, 1], 80).into()],
-            bind_options: Default::default(),
+            binds: vec![Bind::tcp(([127, 0, 0, 1], 80).into())],
             pool: Arc::clone(&pools[0].name),
             first_byte_timeout: None,
             idle_timeout: None,

@@ -40,7 +40,7 @@ pub enum BackendAddr {
 /// Only what the kernel tells sockets apart by belongs here. Options of a socket, such as
 /// `IP_FREEBIND`, do not: two sockets at one address share its clients whatever their
 /// options are, and a changed option must not close the address. They are
-/// [`super::BindOptions`].
+/// [`BindOptions`](super::BindOptions).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BindKey {
     /// TCP and UDP ports are apart.

@@ -15,7 +15,6 @@ pub use process::{
 use crate::limits::access_list::AccessList;
 use crate::limits::client_sources::SourceLimits;
 use ipnet::IpNet;
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -76,9 +75,7 @@ pub struct FrontendConfig {
     /// Unique among frontends.
     pub name: Arc<str>,
     /// At least one; IPv6 wildcards are v6-only.
-    pub binds: Vec<SocketAddr>,
-    /// Of those binds that have any.
-    pub bind_options: BTreeMap<SocketAddr, BindOptions>,
+    pub binds: Vec<Bind>,
     /// Name of an existing pool.
     pub pool: Arc<str>,
     /// Close a session in which nobody has said a word for so long after it was
@@ -102,7 +99,16 @@ pub struct FrontendConfig {
     pub sources: Option<Arc<SourceRules>>,
 }
 
-/// How an address is bound.
+/// One address a frontend listens on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// What tells it from other binds.
+    pub key: BindKey,
+    /// How it is bound.
+    pub options: BindOptions,
+}
+
+/// How an address is bound. A change needs no new socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct BindOptions {
     /// Listen even while no interface has the address (ip(7), `IP_FREEBIND`).
@@ -343,12 +349,12 @@ impl Policy {
     ];
 }
 
-// === impl FrontendConfig ===
+// === impl Bind ===
 
-impl FrontendConfig {
-    /// How that address of the frontend is bound.
-    pub fn options_of(&self, bind: &SocketAddr) -> BindOptions {
-        self.bind_options.get(bind).copied().unwrap_or_default()
+impl Bind {
+    /// TCP at that address, without options.
+    pub fn tcp(address: SocketAddr) -> Bind {
+        Bind { key: BindKey::tcp(address), options: BindOptions::default() }
     }
 }
 

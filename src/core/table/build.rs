@@ -111,9 +111,9 @@ pub fn build(input: &TableInput, previous: Option<&Table>) -> Table {
             Some(Arc::new(FrontendRoute { state, spec, pool }))
         })
         .collect();
-    let by_bind = (0..)
-        .zip(&frontends)
-        .flat_map(|(place, route)| route.spec.binds.iter().map(move |bind| (*bind, place)));
+    let by_bind = (0..).zip(&frontends).flat_map(|(place, route)| {
+        route.spec.binds.iter().map(move |bind| (bind.key.clone(), place))
+    });
     let by_bind = Arc::new(by_bind.collect());
     let by_id = Arc::new(frontends.iter().map(|route| route.state.id).zip(0..).collect());
     Table {

@@ -12,9 +12,9 @@ pub mod state;
 use crate::balance::trial::{TrialId, TrialPhase};
 use crate::balance::{Balancer, PickError, PickKey};
 use crate::model;
+use crate::model::BindKey;
 use state::{BackendState, FrontendId, FrontendState};
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 /// Frontends, the pools they route to and what is eligible in them, as of one
@@ -32,7 +32,7 @@ pub struct Table {
     /// In file order.
     pub pools: Vec<Arc<PoolTable>>,
     /// Positions in `frontends`; shared by the tables of a configuration.
-    by_bind: Arc<HashMap<SocketAddr, usize>>,
+    by_bind: Arc<HashMap<BindKey, usize>>,
     /// The same.
     by_id: Arc<HashMap<FrontendId, usize>>,
 }
@@ -104,10 +104,10 @@ impl Table {
         }
     }
 
-    /// The frontend that owns that bind address.
+    /// The frontend that owns that bind.
     #[inline]
-    pub fn route(&self, bind: SocketAddr) -> Option<&Arc<FrontendRoute>> {
-        self.frontends.get(*self.by_bind.get(&bind)?)
+    pub fn route(&self, bind: &BindKey) -> Option<&Arc<FrontendRoute>> {
+        self.frontends.get(*self.by_bind.get(bind)?)
     }
 
     /// What has become of the frontend with that state; `None` where it has left.

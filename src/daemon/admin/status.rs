@@ -19,6 +19,7 @@ use tidegate_core::control::{
 use tidegate_core::health::{HeartbeatHealth, Transition};
 use tidegate_core::metrics::counters::{PanicScope, WorkerCounters};
 use tidegate_core::metrics::histograms::{MergedHistograms, Series};
+use tidegate_core::model::BindKey;
 use tidegate_core::outcome::RefusedReason;
 use tidegate_core::suspicion::rejections::Rejection;
 use tidegate_core::table::state::{BackendState, FrontendCounters};
@@ -104,7 +105,7 @@ fn frontend(status: &FrontendStatus) -> FrontendDoc {
     let sum = |read: fn(&FrontendCounters) -> u64| status.state.counters.sum(read);
     FrontendDoc {
         name: status.state.name.to_string(),
-        binds: status.binds.clone(),
+        binds: status.binds.iter().map(BindKey::socket_addr).collect(),
         pool: status.pool.to_string(),
         connections_max: status.connections_max,
         sessions_active: status.state.in_flight.get(),

@@ -19,7 +19,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_core::model::Admin;
+use tidegate_core::model::{Admin, BindKey};
 use tidegate_net::clock;
 use tidegate_net::fd_channel::HandoverChannel;
 use tokio::sync::{mpsc, oneshot};
@@ -44,7 +44,7 @@ pub struct OldProcess {
     channel: HandoverChannel,
     stderr: OwnedFd,
     admin: Option<OwnedFd>,
-    sockets: BTreeMap<SocketAddr, BindSockets>,
+    sockets: BTreeMap<BindKey, BindSockets>,
     heartbeats: Vec<(SocketAddr, OwnedFd)>,
     counts: Option<OwnedFd>,
     offer: Offer,
@@ -83,7 +83,7 @@ impl OldProcess {
     }
 
     /// What `config` is to find bound.
-    pub(crate) fn take_sockets(&mut self) -> BTreeMap<SocketAddr, BindSockets> {
+    pub(crate) fn take_sockets(&mut self) -> BTreeMap<BindKey, BindSockets> {
         std::mem::take(&mut self.sockets)
     }
 
@@ -131,7 +131,7 @@ impl OldProcess {
     /// what is known by then.
     pub(crate) fn ready(
         &self,
-        not_taken: Vec<SocketAddr>,
+        not_taken: Vec<BindKey>,
         admin_taken: bool,
         generation: u64,
         shares: bool,
@@ -224,7 +224,7 @@ pub(super) fn send_hello(channel: HandoverChannel) -> Result<OldProcess, Message
             let fd = fds.next().ok_or(lost(bind.sockets as usize))?;
             group.sockets.push(Arc::new(Socket::from(fd)));
         }
-        sockets.insert(bind.address, group);
+        sockets.insert(bind.address.clone(), group);
     }
     let heartbeats = offer.heartbeats.iter().copied().zip(fds.by_ref()).collect();
     let counts = if offer.counts { fds.next() } else { None };

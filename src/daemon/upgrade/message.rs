@@ -19,6 +19,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Instant;
 use tidegate_core::control::handover::Saved;
 use tidegate_core::metrics::histograms::{SavedSeries, Series};
+use tidegate_core::model::BindKey;
 use tidegate_net::fd_channel::{BODY_MAX, ChannelError, ChannelFrame, HandoverChannel};
 
 /// The order of messages and what each must hold. A program may speak several.
@@ -96,7 +97,7 @@ pub(crate) struct OfferedAdmin {
 /// One address and how many sockets it has.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct OfferedBind {
-    pub(super) address: SocketAddr,
+    pub(super) address: BindKey,
     pub(super) sockets: u32,
     pub(super) holder: SocketOwner,
 }
@@ -105,7 +106,7 @@ pub(super) struct OfferedBind {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Ready {
     /// Addresses that are no longer configured.
-    pub(super) not_taken: Vec<SocketAddr>,
+    pub(super) not_taken: Vec<BindKey>,
     pub(super) admin_taken: bool,
     /// Of the configuration that will be in force.
     pub(super) generation: u64,
@@ -398,7 +399,7 @@ mod tests {
         fn an_offer_with_a_changed_byte_is_an_offer_or_an_error(at: prop::sample::Index, byte: u8) {
             let offer = Offer {
                 protocol: 1, version: String::new(), admin: None, heartbeats: vec![], digest: 7,
-                listeners: vec![OfferedBind { address: ([127, 0, 0, 1], 80).into(), sockets: 2, holder: SocketOwner::Process }],
+                listeners: vec![OfferedBind { address: BindKey::tcp(([127, 0, 0, 1], 80).into()), sockets: 2, holder: SocketOwner::Process }],
                 state: Saved::default(), confined: vec![], level: 0, counts: false,
             };
             let mut body = encode(&offer);

@@ -268,8 +268,8 @@ impl Control {
 
     fn attempt(&self, start: process::Start) -> std::io::Result<UpgradeAttempt> {
         let active = || self.binds.active();
-        let listeners = active().map(|(address, group)| OfferedBind {
-            address: *address,
+        let listeners = active().map(|(key, group)| OfferedBind {
+            address: key.clone(),
             sockets: u32::try_from(group.sockets.len()).unwrap_or(u32::MAX),
             holder: group.holder,
         });

@@ -10,9 +10,9 @@ use super::reports::OldProcessOrder;
 use super::{UpgradeEvent, Upgrades};
 use crate::control_loop::Control;
 use crate::supervised;
-use std::net::SocketAddr;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
+use tidegate_core::model::BindKey;
 use tidegate_net::clock;
 use tokio::sync::oneshot;
 
@@ -31,7 +31,7 @@ const COLLECTED_MAX: Duration = Duration::from_secs(2);
 pub(super) struct SteppingDown {
     until: Instant,
     /// Addresses the successor does not serve.
-    not_taken: Vec<SocketAddr>,
+    not_taken: Vec<BindKey>,
     admin_taken: bool,
     /// The successor, where this process is its parent.
     child: Option<u32>,

@@ -12,13 +12,12 @@ use crate::worker::context::WorkerContext;
 use socket2::Socket;
 use std::cell::Cell;
 use std::io;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::LocalErrorPlace;
 use tidegate_core::metrics::progress::WorkerStage;
-use tidegate_core::model::PeerAddr;
+use tidegate_core::model::{BindKey, PeerAddr};
 use tidegate_core::table::{FrontendRoute, Table};
 use tidegate_net::clock;
 use tidegate_net::{listen, reactor};
@@ -48,7 +47,7 @@ pub(crate) struct ListenerRetirement {
 /// A bind address on this worker.
 #[derive(Debug)]
 pub(crate) struct Listener {
-    bind: SocketAddr,
+    bind: BindKey,
     socket: AsyncFd<Arc<Socket>>,
     retirement: Rc<ListenerRetirement>,
     /// By which the last connection was routed: serves what is still queued
@@ -68,7 +67,7 @@ enum AcceptResult {
 
 impl Listener {
     fn new(
-        bind: SocketAddr,
+        bind: BindKey,
         socket: Arc<Socket>,
         retirement: Rc<ListenerRetirement>,
     ) -> io::Result<Listener> {
@@ -80,12 +79,12 @@ impl Listener {
     /// can: clients are in its queue already.
     pub(crate) async fn serve(
         ctx: Rc<WorkerContext>,
-        bind: SocketAddr,
+        bind: BindKey,
         socket: Arc<Socket>,
         retirement: Rc<ListenerRetirement>,
     ) {
         loop {
-            match Listener::new(bind, Arc::clone(&socket), Rc::clone(&retirement)) {
+            match Listener::new(bind.clone(), Arc::clone(&socket), Rc::clone(&retirement)) {
                 Ok(listener) => {
                     drop(socket);
                     return listener.run(ctx).await;
@@ -135,7 +134,7 @@ impl Listener {
     /// Accepts up to [`ACCEPTS_A_WAKE`]; says what stopped it.
     fn accept_batch(&mut self, ctx: &Rc<WorkerContext>) -> AcceptResult {
         let table = ctx.table();
-        if let Some(route) = table.route(self.bind)
+        if let Some(route) = table.route(&self.bind)
             && self.last_route.as_ref().is_none_or(|(_, last)| !Arc::ptr_eq(last, route))
         {
             self.last_route = Some((table.generation, Arc::clone(route)));
@@ -217,7 +216,7 @@ impl Listener {
         let shared = &ctx.shared;
         let admitted = shared.waiters.wait_until(|| {
             let table = ctx.table();
-            let route = table.route(self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
+            let route = table.route(&self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
             // Nothing is taken: the next accept takes its own permit.
             let queued = shared.waiters.queued(&route.pool.spec.name);
             permit::has_free_slots(&shared.in_flight, &table, route, queued).then_some(())

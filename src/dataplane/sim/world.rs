@@ -21,6 +21,7 @@ use tidegate_config as config;
 use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::control::{ControlEffect, ControlEvent, Controller};
 use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::model::BindKey;
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::Table;
 use tidegate_core::table::publish::TablePublisher;
@@ -195,7 +196,8 @@ impl SimWorld {
             rng,
         };
         world.perform(effects);
-        let (bind, socket) = (([127, 0, 0, 1], 80).into(), Arc::clone(&world.listener));
+        let (bind, socket) =
+            (BindKey::tcp(([127, 0, 0, 1], 80).into()), Arc::clone(&world.listener));
         let retirement = Rc::new(ListenerRetirement::default());
         tokio::task::spawn_local(Listener::serve(Rc::clone(&world.ctx), bind, socket, retirement));
         world

@@ -6,10 +6,10 @@
 use crate::accept::listener::ListenerRetirement;
 use socket2::Socket;
 use std::cell::RefCell;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
+use tidegate_core::model::BindKey;
 
 /// One thread's posts.
 #[derive(Debug, Default)]
@@ -17,7 +17,7 @@ pub(crate) struct ListenerSet(RefCell<Vec<ListenerEntry>>);
 
 #[derive(Debug)]
 struct ListenerEntry {
-    bind: SocketAddr,
+    bind: BindKey,
     socket: Arc<Socket>,
     retirement: Rc<ListenerRetirement>,
 }
@@ -25,7 +25,7 @@ struct ListenerEntry {
 /// A post on its way to the next thread.
 #[derive(Debug)]
 pub(crate) struct InheritedListener {
-    pub(crate) bind: SocketAddr,
+    pub(crate) bind: BindKey,
     pub(crate) socket: Arc<Socket>,
     /// Where it was retiring: until then.
     pub(crate) retires: Option<Instant>,
@@ -34,7 +34,7 @@ pub(crate) struct InheritedListener {
 impl ListenerSet {
     pub(crate) fn add(
         &self,
-        bind: SocketAddr,
+        bind: BindKey,
         socket: Arc<Socket>,
         retirement: Rc<ListenerRetirement>,
     ) {
@@ -47,11 +47,11 @@ impl ListenerSet {
     }
 
     /// Every post of that address that is not retiring yet.
-    pub(crate) fn retire_after(&self, bind: SocketAddr, tell: impl Fn(&ListenerRetirement)) {
+    pub(crate) fn retire_after(&self, bind: &BindKey, tell: impl Fn(&ListenerRetirement)) {
         let posts = self.0.borrow();
         posts
             .iter()
-            .filter(|post| post.bind == bind && post.retirement.deadline().is_none())
+            .filter(|post| post.bind == *bind && post.retirement.deadline().is_none())
             .for_each(|post| tell(&post.retirement));
     }
 

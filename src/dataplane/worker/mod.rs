@@ -22,12 +22,12 @@ use crossbeam::queue::SegQueue;
 use socket2::Socket;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::metrics::histograms::{HistogramDelta, RecycledHistograms};
 use tidegate_core::metrics::progress::WorkerProgress;
+use tidegate_core::model::BindKey;
 use tidegate_core::outcome::Cause;
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_core::table::state::BackendId;
@@ -76,11 +76,11 @@ pub struct WorkerConfig {
 #[derive(Debug)]
 pub enum WorkerCommand {
     /// Accept from this socket.
-    Listen(SocketAddr, Arc<Socket>),
+    Listen(BindKey, Arc<Socket>),
     /// Stop accepting there, once the queue is empty.
-    Retire(SocketAddr),
+    Retire(BindKey),
     /// Stop accepting there at once: the queue is somebody else's.
-    Release(SocketAddr),
+    Release(BindKey),
     /// Reset every session of that backend.
     ResetBackend(BackendId, Cause),
     /// Reset every session.

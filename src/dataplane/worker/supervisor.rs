@@ -15,7 +15,6 @@ use crate::worker::{Mailbox, WorkerCommand, WorkerConfig};
 use socket2::Socket;
 use std::cell::OnceCell;
 use std::io;
-use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +24,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::PanicScope;
 use tidegate_core::metrics::progress::WorkerStage;
+use tidegate_core::model::BindKey;
 use tidegate_core::outcome::Cause;
 use tidegate_net::clock;
 use tidegate_net::cpu;
@@ -317,11 +317,11 @@ impl WorkerThread {
 fn listen(
     ctx: &Rc<WorkerContext>,
     posts: &Rc<ListenerSet>,
-    bind: SocketAddr,
+    bind: BindKey,
     socket: Arc<Socket>,
     retirement: Rc<ListenerRetirement>,
 ) {
-    posts.add(bind, Arc::clone(&socket), Rc::clone(&retirement));
+    posts.add(bind.clone(), Arc::clone(&socket), Rc::clone(&retirement));
     let (watch, posts) = (ListenerPanicGuard(Rc::clone(ctx)), Rc::clone(posts));
     tokio::task::spawn_local(async move {
         let watch = watch;
@@ -348,8 +348,8 @@ async fn serve(ctx: &Rc<WorkerContext>, inbox: &Mailbox, posts: &Rc<ListenerSet>
             WorkerCommand::Listen(bind, socket) => {
                 listen(ctx, posts, bind, socket, Rc::new(ListenerRetirement::default()));
             }
-            WorkerCommand::Retire(bind) => posts.retire_after(bind, ListenerRetirement::begin),
-            WorkerCommand::Release(bind) => posts.retire_after(bind, ListenerRetirement::release),
+            WorkerCommand::Retire(bind) => posts.retire_after(&bind, ListenerRetirement::begin),
+            WorkerCommand::Release(bind) => posts.retire_after(&bind, ListenerRetirement::release),
             WorkerCommand::ResetBackend(backend, cause) => {
                 ctx.engine.abort_backend(backend, cause);
             }

@@ -4,7 +4,7 @@ use super::*;
 use crate::balance::PickKey;
 use crate::balance::trial::TrialPhase;
 use crate::model;
-use crate::model::{BackendAddr, OnRemoval, Policy};
+use crate::model::{BackendAddr, Bind, OnRemoval, Policy};
 use crate::table::NoBackend;
 use crate::table::state::{BackendId, FrontendId};
 use std::net::{IpAddr, Ipv4Addr};
@@ -241,14 +241,12 @@ fn removed_pool_is_gone_and_comes_back_afresh() {
 
 #[test]
 fn every_bind_leads_to_its_frontend_and_pool() {
-    let binds: Vec<std::net::SocketAddr> =
-        vec!["127.0.0.1:80".parse().unwrap(), "[::1]:80".parse().unwrap()];
+    let binds = ["127.0.0.1:80", "[::1]:80"].map(|bind| Bind::tcp(bind.parse().unwrap()));
     let frontend = FrontendInput {
         state: Arc::new(FrontendState::new(FrontendId(1), "main".into(), 1, 1)),
         spec: model::FrontendConfig {
             name: "main".into(),
-            binds: binds.clone(),
-            bind_options: Default::default(),
+            binds: binds.to_vec(),
             pool: "db".into(),
             first_byte_timeout: None,
             idle_timeout: None,
@@ -265,11 +263,11 @@ fn every_bind_leads_to_its_frontend_and_pool() {
     let table =
         build(&TableInput { generation: 1, serial: 1, connections_max: 0, frontends, pools }, None);
     for bind in binds {
-        let route = table.route(bind).unwrap();
+        let route = table.route(&bind.key).unwrap();
         assert!(Arc::ptr_eq(&route.pool, &table.pools[1]));
     }
-    assert!(table.route("127.0.0.1:81".parse().unwrap()).is_none());
-    assert!(Table::empty().route("127.0.0.1:80".parse().unwrap()).is_none());
+    assert!(table.route(&"127.0.0.1:81".parse().unwrap()).is_none());
+    assert!(Table::empty().route(&"127.0.0.1:80".parse().unwrap()).is_none());
 }
 
 // === what a pick holds ===
