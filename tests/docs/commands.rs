@@ -1,0 +1,135 @@
+//! The commands of docs/quickstart.md and of the README's example, run in an empty
+//! directory as they are written, but for addresses and the admin socket.
+
+use crate::pages::{blocks, page};
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+#[test]
+fn the_commands_of_the_quickstart_lead_to_answers_of_both_services() {
+    let text = page("docs/quickstart.md");
+    let (_, rest) = text.split_once("\n## Start two services").unwrap();
+    let (steps, _) = rest.split_once("\n## How commands find").unwrap();
+    let mut script = blocks(steps, "sh").join("\n");
+    assert!(script.contains("tidegate upgrade") && script.contains("curl"), "{script}");
+    for (written, free) in ["8080", "9001", "9002"].iter().zip(free_addresses()) {
+        script = script.replace(written, &free.port().to_string());
+    }
+    let shell = Shell::new();
+    let script = script.replace("[frontend.web]", &shell.with_admin("[frontend.web]"));
+    let printed = shell.run(&script);
+    for line in [
+        "answer from a",
+        "answer from b",
+        "tidegate.toml: ok: 1 frontend, 1 pool, 2 backends",
+        "TAKES new sessions",
+        "web/a has no sessions",
+        "reloaded; generation 2 is in force",
+        "upgraded: process",
+        "draining; the balancer exits",
+    ] {
+        assert!(printed.contains(line), "no {line:?} in:\n{printed}");
+    }
+}
+
+#[test]
+fn the_example_of_the_readme_loses_no_connection() {
+    let text = page("README.md");
+    let [frontend, a, b] = free_addresses();
+    let shell = Shell::new();
+    let configuration = blocks(&text, "toml")[0]
+        .replace("10.0.0.10:8080", &frontend.to_string())
+        .replace("10.0.0.11:8080", &a.to_string())
+        .replace("10.0.0.12:8080", &b.to_string());
+    shell.write("tidegate.toml", &shell.with_admin(&configuration));
+    let console = blocks(&text, "console").join("\n");
+    let commands: Vec<&str> = console.lines().filter_map(|line| line.strip_prefix("$ ")).collect();
+    let [drain, status, undrain, reload, upgrade] = commands[..] else { panic!("{commands:?}") };
+    let printed = shell.run(&format!(
+        "tidegate backend --listen {a} echo & A=$!
+         tidegate backend --listen {b} echo & B=$!
+         tidegate run --config tidegate.toml &
+         until tidegate ready; do sleep 0.1; done
+         tidegate bench --to {frontend} churn --size 64 --connections 40 --lifetime 300ms \
+           --for 6s --json >load.json & LOAD=$!
+         sleep 1
+         {drain}; {status}
+         kill $A; wait $A || true; tidegate backend --listen {a} echo & A=$!
+         sleep 0.5
+         {undrain}
+         sed -i 's/name = \"a\"/name = \"a\"\\nweight = 3/' tidegate.toml
+         {reload}
+         {upgrade}
+         wait $LOAD
+         tidegate shutdown
+         kill $A $B"
+    ));
+    let load: serde_json::Value = serde_json::from_str(&shell.read("load.json")).unwrap();
+    assert_eq!(load["errors_total"], 0, "{load}\n{printed}");
+    assert!(load["opened"].as_u64().unwrap() > 100, "{load}");
+    let numbers = |text: &str| text.replace(|c: char| c.is_ascii_digit(), "");
+    let printed = numbers(&printed);
+    let said = console.lines().filter(|line| line.starts_with("web/") || line.contains("; "));
+    for line in said.filter(|line| !line.starts_with(['$', 'a', 'b'])) {
+        assert!(printed.contains(&numbers(line)), "no {line:?} in:\n{printed}");
+    }
+}
+
+/// A directory in which scripts run, with an admin socket that no other balancer uses.
+struct Shell(tempfile::TempDir);
+
+impl Shell {
+    fn new() -> Shell {
+        Shell(tempfile::tempdir().unwrap())
+    }
+
+    fn admin(&self) -> String {
+        format!("unix:{}/admin.sock", self.0.path().display())
+    }
+
+    fn with_admin(&self, configuration: &str) -> String {
+        format!("[admin]\nlisten = \"{}\"\n\n{configuration}", self.admin())
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.0.path().join(name), text).unwrap();
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.0.path().join(name)).unwrap()
+    }
+
+    /// What the script printed; it succeeds.
+    fn run(&self, script: &str) -> String {
+        let program = Path::new(env!("CARGO_BIN_EXE_tidegate")).parent().unwrap();
+        let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
+        let output = fs::File::create(self.0.path().join("output")).unwrap();
+        let mut shell = Command::new("timeout")
+            .args(["--kill-after=5", "120", "bash", "-e", "-c", script])
+            .current_dir(self.0.path())
+            .env("PATH", path)
+            .env("TIDEGATE_ADMIN", self.admin())
+            // Its own group, so that nothing it starts outlives it.
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
+            .spawn()
+            .unwrap();
+        let group = rustix::process::Pid::from_child(&shell);
+        let status = shell.wait().unwrap();
+        // Nothing is left of it if all went well.
+        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        let printed = self.read("output");
+        assert!(status.success(), "{status}: {printed}");
+        printed
+    }
+}
+
+fn free_addresses() -> [SocketAddr; 3] {
+    let free = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    free.map(|listener| listener.local_addr().unwrap())
+}
