@@ -1,18 +1,19 @@
 //! The admin API beside the control loop: serving it, ending it, and handing its
 //! socket to the next process.
 //!
-//! Owned by the control loop. It answers nothing itself.
+//! Owned by the control loop, which answers the requests. It answers nothing itself.
 
-use super::control_loop::Control;
 use super::upgrade::OfferedAdmin;
 use crate::admin::{
-    self, AdminListener, AdminRequest, DroppedConnections, ReadyState, SocketFileLock, TokenStore,
+    self, AdminListener, AdminRequest, DroppedConnections, ReadyState, SocketFileLock, Token,
+    TokenStore,
 };
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::model::Admin;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
@@ -31,6 +32,14 @@ pub(super) struct AdminApi {
     requests: mpsc::Sender<AdminRequest>,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<()>,
+}
+
+/// The API, whether it is served or not, and the requests that have come over it.
+#[derive(Debug)]
+pub(super) struct AdminEndpoint {
+    api: Option<AdminApi>,
+    tokens: Arc<TokenStore>,
+    requests: mpsc::Receiver<AdminRequest>,
 }
 
 // === impl AdminApi ===
@@ -64,13 +73,8 @@ impl AdminApi {
         Ok(AdminApi { socket, listen, file, crowding, requests: own, stop: Some(stop), task })
     }
 
-    /// Connections closed to make room for newer ones.
-    pub(super) fn crowded(&self) -> u64 {
-        self.crowding.count()
-    }
-
     /// What another process needs to go on with it.
-    pub(super) fn offer(&self) -> io::Result<(OfferedAdmin, OwnedFd)> {
+    fn offer(&self) -> io::Result<(OfferedAdmin, OwnedFd)> {
         let gone = || io::Error::other("the admin socket is another process's already");
         let socket = self.socket.as_ref().ok_or_else(gone)?.try_clone()?;
         let offered = OfferedAdmin { listen: self.listen.clone(), file: self.file.identity() };
@@ -78,56 +82,109 @@ impl AdminApi {
     }
 
     /// The file is this process's to remove at the end.
-    pub(super) fn own_file(&self) {
+    fn own_file(&self) {
         self.file.own();
-    }
-
-    /// The next process has lived long enough to keep the socket.
-    pub(super) fn hand_over(&mut self) {
-        self.step_down();
-        self.socket = None;
     }
 
     /// Another process answers from now on: takes no more connections, and leaves
     /// the file alone.
-    pub(super) fn step_down(&mut self) {
+    fn step_down(&mut self) {
         self.file.hold_lock();
         if let Some(stop) = self.stop.take() {
             // It has ended by itself then.
             let _ = stop.send(());
         }
     }
-
-    /// Waits for answers under way, where the API was told to stop.
-    pub(super) async fn ended(self) {
-        if self.stop.is_none() {
-            let _ = tokio::time::timeout(END_MAX, self.task).await;
-        }
-    }
 }
 
-impl Control {
-    /// Answers again after [`AdminApi::step_down`]: the process that was to has ended.
-    pub(super) fn serve_admin_again(&mut self) {
-        let Some(before) = self.admin.take() else { return };
-        let admin = &self.started_with.admin;
+// === impl AdminEndpoint ===
+
+impl AdminEndpoint {
+    /// Not served yet: requests that come over `requests` are answered all the same.
+    pub(super) fn new(token: Option<Token>, requests: mpsc::Receiver<AdminRequest>) -> Self {
+        AdminEndpoint { api: None, tokens: Arc::new(TokenStore::new(token)), requests }
+    }
+
+    /// The next request.
+    pub(super) async fn wake(&mut self) -> AdminRequest {
+        match self.requests.recv().await {
+            Some(request) => request,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// What requests are admitted by.
+    pub(super) fn tokens(&self) -> &Arc<TokenStore> {
+        &self.tokens
+    }
+
+    /// Answers from now on.
+    pub(super) fn serve(&mut self, api: AdminApi) {
+        api.own_file();
+        self.api = Some(api);
+    }
+
+    /// The socket and what another process needs to go on with it; nothing before it is
+    /// served.
+    ///
+    /// # Errors
+    /// Another process has the socket.
+    pub(super) fn offer(&self) -> io::Result<Option<(OfferedAdmin, OwnedFd)>> {
+        self.api.as_ref().map(AdminApi::offer).transpose()
+    }
+
+    /// Connections closed to make room for newer ones.
+    pub(super) fn crowded(&self) -> u64 {
+        self.api.as_ref().map_or(0, |api| api.crowding.count())
+    }
+
+    /// Another process answers from now on.
+    pub(super) fn step_down(&mut self) {
+        if let Some(api) = &mut self.api {
+            api.step_down();
+        }
+    }
+
+    /// The next process has lived long enough to keep the socket.
+    pub(super) fn hand_over(&mut self) {
+        if let Some(api) = &mut self.api {
+            api.step_down();
+            api.socket = None;
+        }
+    }
+
+    /// Answers again after [`AdminEndpoint::step_down`]: the process that was to has
+    /// ended. `admin` is where.
+    pub(super) fn serve_again(
+        &mut self,
+        admin: &Admin,
+        readiness: ReadyState,
+        counters: Arc<WorkerCounters>,
+    ) {
+        let Some(before) = self.api.take() else { return };
         let listener = match before.offer() {
             Ok((offered, socket)) => admin::take_over(admin, socket, offered.file),
             Err(_) => None,
         };
         // It may have removed the socket's file as it ended.
         let listener = listener.map_or_else(|| admin::bind(admin), Ok);
-        let (tokens, readiness) = (Arc::clone(&self.tokens), self.readiness.clone());
-        let (listen, local) = (before.listen.clone(), Arc::clone(&self.local));
+        let (listen, requests) = (before.listen.clone(), before.requests.clone());
+        let tokens = Arc::clone(&self.tokens);
         let served = listener.map_err(io::Error::other).and_then(|listener| {
-            AdminApi::serve(listener, listen, tokens, before.requests.clone(), readiness, local)
+            AdminApi::serve(listener, listen, tokens, requests, readiness, counters)
         });
         match served {
-            Ok(api) => {
-                api.own_file();
-                self.admin = Some(api);
-            }
+            Ok(api) => self.serve(api),
             Err(error) => tracing::error!(%error, "the admin API cannot be served again"),
+        }
+    }
+
+    /// Waits for answers under way, where the API was told to stop.
+    pub(super) async fn finish(&mut self) {
+        if let Some(api) = self.api.take()
+            && api.stop.is_none()
+        {
+            let _ = tokio::time::timeout(END_MAX, api.task).await;
         }
     }
 }

@@ -5,6 +5,7 @@
 //! hands everything on. Workers hold shares of the sockets; an address is closed
 //! when the last share is dropped, here and in whatever process shares it.
 
+use super::due;
 use super::refused::BindError;
 use super::supervised::Supervised;
 use serde::{Deserialize, Serialize};
@@ -13,10 +14,16 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 use tidegate_core::model::{Bind, BindKey, Config, FrontendConfig};
 use tidegate_dataplane::worker::{Worker, WorkerCommand};
+use tidegate_net::clock;
 use tidegate_net::holders::{self, ListeningSocket, overlap};
 use tidegate_net::listen;
+
+/// How often given-up addresses are looked at until they are closed: before
+/// that, new clients get no answer instead of a refusal.
+const RETIRE_STEP: Duration = Duration::from_millis(20);
 
 /// Who else holds an address's sockets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -292,9 +299,10 @@ impl Binds {
         self.retiring.is_empty()
     }
 
-    /// Whether a given-up address is still open.
-    pub(super) fn is_retiring(&self) -> bool {
-        !self.retiring.is_empty()
+    /// Resolves when given-up addresses need a look; never while there are none.
+    pub(super) async fn wake(&mut self) {
+        let due = (!self.retiring.is_empty()).then(|| clock::now() + RETIRE_STEP);
+        due::reached(due).await;
     }
 
     /// Everything in use, to be handed to another process.

@@ -230,7 +230,7 @@ impl HeartbeatReceiver {
 impl Control {
     /// Has the supervisor keep what this process receives on.
     pub(super) fn hold_heartbeats(&mut self) {
-        match self.reception.share() {
+        match self.evidence.heartbeats.share() {
             Ok(sockets) => self.supervised.hold_heartbeats(&sockets),
             Err(error) => tracing::warn!(%error, "a crash would lose heartbeats"),
         }

@@ -7,9 +7,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_supervisor::{Link, manager, manager::Manager};
 
-/// Without a watchdog there is nothing to do for so long.
-const NEVER: Duration = Duration::from_secs(3600);
-
 /// The way to whom it concerns, if there is anybody.
 #[derive(Debug, Default)]
 pub struct Notifier {
@@ -74,12 +71,10 @@ impl Notifier {
         self.ready();
     }
 
-    /// When [`Notifier::beat`] is wanted next.
-    pub(super) fn next_beat(&self, now: Instant) -> Instant {
-        match self.beat {
-            Some(_) if !self.quiet => self.next_beat.unwrap_or(now),
-            _ => now + NEVER,
-        }
+    /// When [`Notifier::beat`] is wanted next; never without a watchdog.
+    pub(super) fn next_beat(&self, now: Instant) -> Option<Instant> {
+        self.beat.filter(|_| !self.quiet)?;
+        Some(self.next_beat.unwrap_or(now))
     }
 
     /// The control loop is alive, and so are the workers: said unless one has
@@ -125,19 +120,19 @@ mod tests {
         let to = To::Manager(Manager::at(path.as_os_str()));
         let mut notifier = Notifier::new(to, Some(Duration::from_secs(3)));
         let now = clock::now();
-        assert_eq!(notifier.next_beat(now), now);
+        assert_eq!(notifier.next_beat(now), Some(now));
         notifier.beat(now, None);
         assert_eq!(receive(&socket), "WATCHDOG=1");
         let three = Duration::from_secs(3);
         notifier.beat(now, Some(three));
         notifier.beat(now, Some(three - Duration::from_millis(1)));
         assert_eq!(receive(&socket), "WATCHDOG=1", "said once");
-        assert_eq!(notifier.next_beat(now), now + Duration::from_millis(1500));
+        assert_eq!(notifier.next_beat(now), Some(now + Duration::from_millis(1500)));
         notifier.successor(77);
         assert_eq!(receive(&socket), "MAINPID=77");
         notifier.beat(now, None);
         notifier.stopping();
-        assert!(notifier.next_beat(now) > now + Duration::from_secs(60));
+        assert_eq!(notifier.next_beat(now), None);
         notifier.goes_on();
         assert!(receive(&socket).starts_with("READY=1"), "nothing meanwhile");
     }

@@ -1,24 +1,27 @@
 //! Taking a changed file over: everything, or nothing.
 //!
-//! Called by the control loop for the watcher, SIGHUP and the admin API. What
+//! Part of the control loop, for the watcher, SIGHUP and the admin API. What
 //! can fail (reading, validating, binding, opening the log, the token) comes
 //! first and changes nothing; what follows cannot.
 
 use super::binds::NewBinds;
+use super::config_reloads::{HELD_MAX, ReloadEvent, RequestReply, local_error};
 use super::control_loop::Control;
+use super::heartbeats::ReceiverChange;
 use super::preflight;
 use super::refused::BindError;
 use super::reload_diff;
-use super::start;
-use crate::admin::{ProblemDoc, ReloadDoc, ReloadError};
+use crate::admin::{ProblemDoc, ReloadDoc, ReloadError, Token};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_config::{self as config, Loaded, Severity, Spot};
+use tidegate_config::{self as config, Loaded, Origin, Severity, Spot};
 use tidegate_core::control::ControlEvent;
+use tidegate_core::metrics::counters::LocalErrorPlace;
 use tidegate_core::model::Config;
+use tidegate_dataplane::local_errors;
 
 /// How long a reload waits for an address it wants back to be closed first.
 const WANTED_BACK_MAX: Duration = Duration::from_secs(1);
@@ -27,154 +30,241 @@ const WANTED_BACK_STEP: Duration = Duration::from_millis(10);
 /// Why a process that drains reads no file.
 const DRAINS: &str = "this process is draining; the next one reads the file";
 
+/// What a new configuration needs, ready to be put in force.
+struct PreparedReload {
+    token: Option<Token>,
+    fresh: NewBinds,
+    heartbeats: ReceiverChange,
+}
+
 impl Control {
+    /// Goes on with what has happened to the file.
+    pub(super) async fn reload_event(&mut self, event: ReloadEvent) {
+        match event {
+            ReloadEvent::FileComplete => self.file_is_complete().await,
+            ReloadEvent::AskedTooLong => self.refuse_waiting(),
+            // The process that serves after an upgrade reads the file anyway, and one that
+            // drains binds nothing any more.
+            ReloadEvent::Retry
+                if self.lifecycle.is_draining() || self.upgrades.postpones_reload() =>
+            {
+                self.reloads.drop_retry();
+            }
+            ReloadEvent::Retry => {
+                if self.reloads.take_retry() {
+                    self.reload_and_retry().await;
+                }
+            }
+        }
+    }
+
     /// Takes up what was written while the file was not watched yet: a process
     /// that takes over must not miss what the one before put off. So is a file that was
     /// not used at the start after a crash.
     pub(super) async fn catch_up(&mut self) {
-        let same = config::load(&self.path).is_ok_and(|loaded| loaded.digest == self.digest);
+        let digest = self.reloads.digest();
+        let same = config::load(self.reloads.path()).is_ok_and(|loaded| loaded.digest == digest);
         if !same || self.supervised.in_force.awaits_the_file() {
             self.ask_for_reload(None).await;
         }
     }
 
+    /// SIGHUP: the same as a request, without an answer.
+    pub(super) async fn reload_by_signal(&mut self) {
+        if !self.drains_instead("SIGHUP") && !self.upgrades.postpones_reload() {
+            self.ask_for_reload(None).await;
+        }
+    }
+
+    /// Reloads on request, as soon as the file is complete.
+    pub(super) async fn ask_for_reload(&mut self, reply: RequestReply) {
+        let at_once = match self.lifecycle.is_draining() {
+            true => Some(reply),
+            false => self.reloads.hold(reply),
+        };
+        if let Some(reply) = at_once {
+            self.reload_for(vec![reply]).await;
+        }
+    }
+
+    /// The file is complete: reads it for the requests that have waited, or because
+    /// it has changed.
+    async fn file_is_complete(&mut self) {
+        match self.reloads.take_waiting() {
+            None => {}
+            Some(waiting) if waiting.iter().any(Option::is_some) => self.reload_for(waiting).await,
+            Some(_) if self.drains_instead("a change of the file") => {}
+            Some(_) if self.upgrades.postpones_reload() => {}
+            Some(_) => self.reload_and_retry().await,
+        }
+    }
+
+    async fn reload_for(&mut self, waiting: Vec<RequestReply>) {
+        let result = self.reload_on_request().await;
+        for reply in waiting.into_iter().flatten() {
+            // A client that has left needs no answer.
+            let _ = reply.send(result.clone());
+        }
+    }
+
+    /// Refuses what has waited too long for a writer of the file.
+    fn refuse_waiting(&mut self) {
+        let file = self.reloads.writer().unwrap_or_else(|| self.reloads.path().to_owned());
+        let why = format!(
+            "{} is still being written; nothing was changed; Tidegate reads it once its writer has closed it",
+            file.display()
+        );
+        tracing::error!(held_for = ?HELD_MAX, "reload refused: {why}");
+        let refused = self.refuse(why);
+        self.reloads.count_refused();
+        self.lifecycle.notifier().reloading();
+        self.lifecycle.notifier().ready();
+        for reply in self.reloads.drop_waiting().into_iter().flatten() {
+            let _ = reply.send(Err(refused.clone()));
+        }
+    }
+
     /// Whether this process drains, and so reads no file any more: its listeners
     /// would open again. Says so in the log.
-    pub(super) fn drains_instead(&mut self, asked_by: &str) -> bool {
-        let drains = self.draining.is_some();
+    fn drains_instead(&mut self, asked_by: &str) -> bool {
+        let drains = self.lifecycle.is_draining();
         if drains {
-            self.reloads.refused += 1;
+            self.reloads.count_refused();
             tracing::warn!(asked_by, "reload refused: {DRAINS}");
         }
         drains
     }
 
-    /// The same unless it drains; an upgrade under way holds it back.
-    pub(super) async fn reload_asked_by(&mut self, asked_by: &str) {
-        if !self.drains_instead(asked_by) && !self.upgrades.postpones_reload() {
-            self.reload_and_retry().await;
-        }
-    }
-
     /// As [`Control::reload`]; while this process drains or an upgrade is under
     /// way, a refusal.
-    pub(super) async fn reload_on_request(&mut self) -> Result<ReloadDoc, ReloadError> {
+    async fn reload_on_request(&mut self) -> Result<ReloadDoc, ReloadError> {
         if self.drains_instead("admin request") {
             return Err(ReloadError::NotNow(DRAINS));
         }
         if !self.upgrades.postpones_reload() {
             return self.reload().await;
         }
-        self.reloads.refused += 1;
+        self.reloads.count_refused();
         let why = "an upgrade is under way, and whoever serves after it reads the file again";
         Err(self.refuse(why.to_owned()))
     }
 
+    /// Reloads because the file has changed or a signal came: nobody waits for
+    /// the answer, so a local error has it done later.
+    pub(super) async fn reload_and_retry(&mut self) {
+        let Err(ReloadError::Problems(problems)) = self.reload().await else { return };
+        let Some(error) = problems.iter().find_map(|problem| local_error(&problem.message)) else {
+            return;
+        };
+        let kind = local_errors::local_kind(&error);
+        self.telemetry.local().local_trouble(kind, LocalErrorPlace::Reload);
+        tracing::warn!(%error, "the reload is tried again as soon as that is over");
+        self.reloads.retry_later();
+    }
+
     /// Reads the file again and puts it in force, where it says something new.
-    pub(super) async fn reload(&mut self) -> Result<ReloadDoc, ReloadError> {
-        self.notifier.reloading();
+    async fn reload(&mut self) -> Result<ReloadDoc, ReloadError> {
+        self.lifecycle.notifier().reloading();
         let result = self.try_reload().await;
-        self.notifier.ready();
+        self.lifecycle.notifier().ready();
+        self.reloads.count(&result);
         match &result {
             Ok(ReloadDoc { changed: true, generation, .. }) => {
-                self.reloads.changed += 1;
                 tracing::info!(generation, "configuration in force");
             }
-            Ok(_) => self.reloads.unchanged += 1,
-            Err(refused) => {
-                self.reloads.refused += 1;
-                if let ReloadError::Problems(problems) = refused {
-                    for ProblemDoc { file, line, column, message, help, .. } in problems {
-                        let help = help.iter().map(|help| format!("; {help}")).collect::<String>();
-                        tracing::error!(
-                            "configuration refused: {file}:{line}:{column}: {message}{help}"
-                        );
-                    }
-                }
-            }
+            Err(ReloadError::Problems(problems)) => problems.iter().for_each(log_problem),
+            _ => {}
         }
         result
     }
 
     async fn try_reload(&mut self) -> Result<ReloadDoc, ReloadError> {
-        let loaded = config::load(&self.path).map_err(|problems| {
+        let loaded = config::load(self.reloads.path()).map_err(|problems| {
             ReloadError::Problems(problems.list.iter().map(|it| self.problem(it)).collect())
         })?;
-        let Loaded { config, text, digest, warnings, origin } = loaded;
+        // A new secret may come without a change of the file that names it.
+        let token = preflight::load_token(&loaded.config)
+            .map_err(|why| self.refused(&preflight::token_problem(&loaded.origin, why)))?;
+        // Other comments or another layout say nothing new; but files that the
+        // file names may have changed while it did not.
+        if loaded.config == **self.reloads.config() {
+            return Ok(self.keep_configuration(loaded, token));
+        }
+        let prepared = self.prepare(&loaded.config, &loaded.origin, token).await?;
+        Ok(self.put_in_force(loaded, prepared))
+    }
+
+    /// The file says the same as before: puts the secrets in force.
+    fn keep_configuration(&mut self, loaded: Loaded, token: Option<Token>) -> ReloadDoc {
+        self.reloads.set_digest(loaded.digest);
+        self.admin.tokens().set(token);
+        self.supervised.in_force.reloaded(self.reloads.path(), loaded.text, &loaded.config);
+        let mut warnings = self.reloads.warnings();
+        let outside = replaced_outside(self.reloads.path());
+        warnings.extend(outside.inspect(|why| tracing::warn!("{why}")));
+        ReloadDoc { generation: self.controller.generation(), changed: false, warnings }
+    }
+
+    /// Everything that can fail. The access log comes last, since it changes something.
+    async fn prepare(
+        &mut self,
+        config: &Config,
+        origin: &Origin,
+        token: Option<Token>,
+    ) -> Result<PreparedReload, ReloadError> {
         let refuse = |control: &Control, spot: Spot, why: String| {
             control.refused(&origin.error(&spot, why, None))
         };
-        // A new secret may come without a change of the file that names it.
-        let token = preflight::load_token(&config)
-            .map_err(|why| self.refused(&preflight::token_problem(&origin, why)))?;
-        // Other comments or another layout say nothing new; but files that the
-        // file names may have changed while it did not.
-        if config == *self.config {
-            self.digest = digest;
-            self.tokens.set(token);
-            self.supervised.in_force.reloaded(&self.path, text, &config);
-            let generation = self.controller.generation();
-            let mut warnings = self.warnings();
-            warnings.extend(replaced_outside(&self.path).inspect(|why| tracing::warn!("{why}")));
-            return Ok(ReloadDoc { generation, changed: false, warnings });
-        }
-        self.wait_for_addresses(&config).await;
+        self.wait_for_addresses(config).await;
         let fresh = self
-            .bind_new(&config)
+            .bind_new(config)
             .await
-            .map_err(|refused| self.refused(&refused.problem(&config, &origin)))?;
-        preflight::try_sources(&config).map_err(|(at, why)| refuse(self, Spot::Source(at), why))?;
-        let heartbeats = self.reception.prepare(&config).map_err(|why| {
+            .map_err(|refused| self.refused(&refused.problem(config, origin)))?;
+        preflight::try_sources(config).map_err(|(at, why)| refuse(self, Spot::Source(at), why))?;
+        let heartbeats = self.evidence.heartbeats.prepare(config).map_err(|why| {
             let listen = config.heartbeat.as_ref().and_then(|heartbeat| heartbeat.listen.first());
             match listen {
                 Some(at) => refuse(self, Spot::HeartbeatListen(*at), why),
                 None => self.refuse(why),
             }
         })?;
-        if config.log.access != self.config.log.access
-            && let Some(access_log) = &mut self.access_log
-        {
-            let target = start::access_target(&config.log.access);
-            if let Err(error) = access_log.set_target(target) {
-                let why = preflight::access_log_refusal(&error);
-                return Err(refuse(self, Spot::AccessLog, why));
-            }
+        if config.log.access != self.reloads.config().log.access {
+            let set = self.workers.set_access_log(&config.log.access);
+            set.map_err(|error| {
+                refuse(self, Spot::AccessLog, preflight::access_log_refusal(&error))
+            })?;
         }
+        Ok(PreparedReload { token, fresh, heartbeats })
+    }
 
+    /// What cannot fail.
+    fn put_in_force(&mut self, loaded: Loaded, prepared: PreparedReload) -> ReloadDoc {
+        let Loaded { config, text, digest, warnings, .. } = loaded;
+        let PreparedReload { token, fresh, heartbeats } = prepared;
         if tracing::enabled!(tracing::Level::DEBUG) {
-            for change in reload_diff::diff(&self.config, &config) {
+            for change in reload_diff::diff(self.reloads.config(), &config) {
                 tracing::debug!(change, "reload");
             }
         }
         let config = Arc::new(config);
-        self.digest = digest;
-        self.tokens.set(token);
-        self.log.set_level(config.log.level);
-        self.restart_needed = needs_restart(&self.started_with, &config);
-        for warning in &self.restart_needed {
+        self.admin.tokens().set(token);
+        self.telemetry.set_log_level(config.log.level);
+        let restart_needed = needs_restart(self.reloads.started_with(), &config);
+        for warning in &restart_needed {
             tracing::warn!("{warning}");
         }
-        for warning in &warnings {
-            tracing::warn!(
-                "{}:{}:{}: {}",
-                warning.file,
-                warning.line,
-                warning.column,
-                warning.message
-            );
-        }
-        self.config = Arc::clone(&config);
-        self.watch_named_files();
-        self.shared.buffers.set_max(config.process.buffers_max);
-        let in_force = self.session_cap.apply(&config, self.binds.sockets());
+        warnings.iter().for_each(log_warning);
+        self.reloads.adopt(Arc::clone(&config), digest, restart_needed);
+        self.workers.context().buffers.set_max(config.process.buffers_max);
+        let in_force = self.reloads.within_limits(self.binds.sockets());
         self.feed([ControlEvent::Configure(in_force)]);
-        self.reception.adopt(heartbeats);
-        self.binds.adopt(fresh, &config, &self.workers, &self.supervised);
+        self.evidence.heartbeats.adopt(heartbeats);
+        self.binds.adopt(fresh, &config, self.workers.list(), &self.supervised);
         self.hold_heartbeats();
         self.supervised.write_intents(&self.controller);
-        self.supervised.in_force.reloaded(&self.path, text, &config);
-        let generation = self.controller.generation();
-        Ok(ReloadDoc { generation, changed: true, warnings: self.warnings() })
+        self.supervised.in_force.reloaded(self.reloads.path(), text, &config);
+        let (generation, warnings) = (self.controller.generation(), self.reloads.warnings());
+        ReloadDoc { generation, changed: true, warnings }
     }
 
     /// An address that was given up a moment ago is closed before it is bound
@@ -207,7 +297,7 @@ impl Control {
 
     /// A refusal for a reason that has no place in the file.
     pub(super) fn refuse(&self, message: String) -> ReloadError {
-        let file: Arc<str> = self.path.display().to_string().into();
+        let file: Arc<str> = self.reloads.path().display().to_string().into();
         self.refused(&config::Problem::of_file(&file, Severity::Error, message, None))
     }
 
@@ -217,7 +307,7 @@ impl Control {
 
     fn problem(&self, from: &config::Problem) -> ProblemDoc {
         let mut from = from.clone();
-        from.message = self.confined.explain(from.message);
+        from.message = self.lifecycle.confined().explain(from.message);
         ProblemDoc {
             rendered: from.render(false),
             file: from.file,
@@ -227,11 +317,18 @@ impl Control {
             help: from.help,
         }
     }
+}
 
-    /// What status and reload answers warn of.
-    pub(super) fn warnings(&self) -> Vec<String> {
-        self.restart_needed.clone()
-    }
+fn log_problem(problem: &ProblemDoc) {
+    let ProblemDoc { file, line, column, message, help, .. } = problem;
+    let help = help.iter().map(|help| format!("; {help}")).collect::<String>();
+    tracing::error!("configuration refused: {file}:{line}:{column}: {message}{help}");
+}
+
+/// A problem that does not keep the file from being in force.
+pub(super) fn log_warning(warning: &config::Problem) {
+    let config::Problem { file, line, column, message, .. } = warning;
+    tracing::warn!("{file}:{line}:{column}: {message}");
 }
 
 /// A warning where the path leads to a file that was replaced elsewhere: a mount

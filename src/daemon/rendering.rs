@@ -6,9 +6,9 @@
 //! workers' histograms, the kernel's facts, text) waits for that other thread.
 
 use super::control_loop::Control;
+use super::ports;
 use crate::admin::process::ProcessFacts;
 use crate::admin::{self, AdminSnapshot};
-use crate::maintenance;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -99,24 +99,24 @@ impl Rendering {
 impl Control {
     /// Has status or metrics rendered soon.
     pub(super) fn ask_for(&mut self, asked: Reader) {
-        self.rendering.asked.push(asked);
+        self.telemetry.rendering.asked.push(asked);
     }
 
     /// Gathers for a moment; gives the picture away once it is complete.
     pub(super) fn render_on(&mut self) {
         let began = clock::now();
-        if self.rendering.running.is_some() {
+        if self.telemetry.rendering.running.is_some() {
             return;
         }
-        let under_way = self.rendering.gathering.take().or_else(|| {
-            let asked = std::mem::take(&mut self.rendering.asked);
+        let under_way = self.telemetry.rendering.gathering.take().or_else(|| {
+            let asked = std::mem::take(&mut self.telemetry.rendering.asked);
             (!asked.is_empty()).then(|| (self.controller.begin_status(began), asked))
         });
         let Some((mut gathering, asked)) = under_way else { return };
         loop {
             let now = clock::now();
             if now.saturating_duration_since(began) >= SLICE_MAX {
-                self.rendering.gathering = Some((gathering, asked));
+                self.telemetry.rendering.gathering = Some((gathering, asked));
                 return;
             }
             if !self.controller.gather(&mut gathering, SLICE_STEP, now) {
@@ -124,8 +124,8 @@ impl Control {
             }
         }
         let snapshot = self.snapshot(gathering.finish(), clock::now());
-        let (collecting, started) = (self.start_collecting(), self.started_wall);
-        self.rendering.running = Some(tokio::spawn(async move {
+        let (collecting, started) = (self.start_collecting(), self.telemetry.started_wall);
+        self.telemetry.rendering.running = Some(tokio::spawn(async move {
             let collected = collecting.arrive().await;
             let write = move || render(snapshot, started, collected, asked);
             // It panics only where the renderer does.
@@ -134,40 +134,41 @@ impl Control {
     }
 
     fn snapshot(&self, control: ControlStatus, now: Instant) -> AdminSnapshot {
-        let table = self.tables.current();
+        let table = self.controller.current_table();
         let rarities = self.rare_counters();
+        let (engine, engine_reason) = self.workers.engine();
         AdminSnapshot {
             control,
-            workers: self.counters.clone(),
+            workers: self.workers.counters().to_vec(),
             version: env!("CARGO_PKG_VERSION"),
-            engine: self.runtime.name(),
-            engine_reason: self.engine_reason.clone(),
+            engine,
+            engine_reason: engine_reason.to_owned(),
             now,
-            uptime: now - self.started,
-            state: match self.draining.is_none() && self.leaving.is_none() {
+            uptime: now - self.telemetry.started,
+            state: match self.lifecycle.is_serving() {
                 true => ServiceState::Serving,
                 false => ServiceState::Draining,
             },
-            reloads: self.reloads,
+            reloads: self.reloads.counts(),
             transitions_unlogged: rarities.unlogged,
             upgrades: self.upgrades.counts(),
             table_serial: table.serial,
             connections_active: self.sessions(),
             connections_max: table.connections_max,
-            queued: self.shared.waiters.all_queued(),
-            buffers: Arc::clone(&self.shared.buffers),
+            queued: self.workers.context().waiters.all_queued(),
+            buffers: Arc::clone(&self.workers.context().buffers),
             buffers_refused: rarities.buffers_refused,
-            warnings: self.warnings(),
+            warnings: self.reloads.warnings(),
             // What is wrong with the file since a crash.
             troubles: self.supervised.in_force.note().into_iter().collect(),
             admin_crowded: rarities.admin_crowded,
-            confinement: self.confined.report.clone(),
-            control_counts: Arc::clone(&self.local),
+            confinement: self.lifecycle.confined().report.clone(),
+            control_counts: Arc::clone(self.telemetry.local()),
             log_dropped: rarities.log_dropped,
-            ports: Arc::clone(&self.upkeep.ports),
-            port_limits: self.upkeep.limits(),
-            heartbeats: self.reception.counts(),
-            backend_metrics_max: self.config.admin.backend_metrics_max as usize,
+            ports: self.telemetry.ports.watch(),
+            port_limits: self.telemetry.ports.limits(),
+            heartbeats: self.evidence.heartbeats.counts(),
+            backend_metrics_max: self.reloads.config().admin.backend_metrics_max as usize,
         }
     }
 
@@ -175,7 +176,7 @@ impl Control {
     /// many backends have come that those gone could fill the memory.
     pub(super) fn bound_latency(&mut self) {
         let seen = self.controller.backends_seen();
-        if seen.wrapping_sub(self.rendering.collected) >= UNCOLLECTED_MAX {
+        if seen.wrapping_sub(self.telemetry.rendering.collected) >= UNCOLLECTED_MAX {
             let collecting = self.start_collecting();
             tokio::spawn(async move {
                 let collected = collecting.arrive().await;
@@ -191,15 +192,15 @@ impl Control {
 
     fn start_collecting(&mut self) -> Collecting {
         let seen = self.controller.backends_seen();
-        self.rendering.collected = seen;
+        self.telemetry.rendering.collected = seen;
         let ask = |mailbox: &Arc<Mailbox>| {
             let (reply, answer) = oneshot::channel();
             mailbox.send(WorkerCommand::Collect(reply));
             (Arc::clone(mailbox), answer)
         };
         Collecting {
-            asked: self.workers.iter().map(|worker| ask(&worker.mailbox)).collect(),
-            latency: self.latency.clone(),
+            asked: self.workers.list().iter().map(|worker| ask(&worker.mailbox)).collect(),
+            latency: self.telemetry.latency.clone(),
             known: self.controller.all_known().collect(),
             seen,
         }
@@ -258,7 +259,7 @@ fn render(
     let latency = latencies.lock();
     let backends = snapshot.control.pools.iter().flat_map(|pool| &pool.backends);
     let states = backends.map(|backend| &backend.state);
-    let short = maintenance::warnings(&snapshot.ports, snapshot.port_limits, states);
+    let short = ports::warnings(&snapshot.ports, snapshot.port_limits, states);
     snapshot.troubles.splice(0..0, short);
     let (mut status, mut metrics) = (None, None);
     for asked in asked {

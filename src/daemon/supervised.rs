@@ -6,6 +6,7 @@
 
 use super::activation::PassedSockets;
 use super::binds::{BindSockets, SocketOwner};
+use super::due;
 use super::in_force::InForce;
 use super::upgrade::OfferedAdmin;
 use crate::admin::{self, AdminListener};
@@ -39,9 +40,6 @@ const SLICE_MAX: Duration = Duration::from_millis(1);
 /// Backends between two looks at the clock.
 const SLICE_STEP: usize = 32;
 
-/// Without a due time.
-const FAR: Duration = Duration::from_secs(3600);
-
 /// From this start in a row on, what the process before knew is not taken up: it may be
 /// what ends them.
 const WITHOUT_KNOWLEDGE: u8 = 3;
@@ -64,6 +62,15 @@ pub struct Supervised {
     changed: bool,
     next_write: Option<Instant>,
     news: Option<mpsc::UnboundedReceiver<News>>,
+}
+
+/// What there is to do for the supervisor.
+#[derive(Debug)]
+pub(super) enum SupervisedEvent {
+    /// It has something to say.
+    News(News),
+    /// It is time for [`Supervised::write`].
+    Snapshot,
 }
 
 /// The names sockets are kept by.
@@ -154,13 +161,17 @@ impl Supervised {
     }
 
     /// The next thing to act on; never without a supervisor.
-    pub(super) async fn news(&mut self) -> News {
-        match &mut self.news {
-            Some(news) => match news.recv().await {
-                Some(one) => one,
+    pub(super) async fn wake(&mut self) -> SupervisedEvent {
+        let write_due = self.next_write(clock::now());
+        let news = async {
+            match &mut self.news {
+                Some(news) => news.recv().await,
                 None => std::future::pending().await,
-            },
-            None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Some(news) = news => SupervisedEvent::News(news),
+            () = due::reached(write_due) => SupervisedEvent::Snapshot,
         }
     }
 
@@ -214,13 +225,9 @@ impl Supervised {
         self.changed = true;
     }
 
-    /// When [`Supervised::write`] is wanted.
-    pub(super) fn next_write(&self, now: Instant) -> Instant {
+    fn next_write(&self, now: Instant) -> Option<Instant> {
         let wanted = self.changed || self.saving.is_some() || self.waiting.is_some();
-        match (&self.writer, wanted) {
-            (Some(_), true) => self.next_write.unwrap_or(now),
-            _ => now + FAR,
-        }
+        (self.writer.is_some() && wanted).then(|| self.next_write.unwrap_or(now))
     }
 
     /// Leaves everything known with the supervisor. Gathering many backends takes

@@ -36,6 +36,7 @@ pub(super) use message::OfferedAdmin;
 pub(super) use process::Starter;
 
 use super::control_loop::Control;
+use super::shared_counts::SharedCounts;
 use crate::admin::{UpgradeCounts, UpgradeDoc, UpgradeError};
 use counts::HandoverCounts;
 use incoming::Word;
@@ -69,11 +70,13 @@ const ORDERS_MAX: usize = 16;
 type UpgradeReply = oneshot::Sender<Result<UpgradeDoc, UpgradeError>>;
 
 /// Everything about upgrades, past and present.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Upgrades {
     /// `None` where there is nothing to start: inside another program.
     starter: Option<Starter>,
     counts: UpgradeCounts,
+    /// What caps are compared with.
+    shared: Arc<SharedCounts>,
     under_way: Option<RunningUpgrade>,
     successor: Option<NewProcess>,
     stepping_down: Option<SteppingDown>,
@@ -121,12 +124,26 @@ pub(super) enum UpgradeEvent {
 // === impl Upgrades ===
 
 impl Upgrades {
-    pub(super) fn new(starter: Option<Starter>) -> Upgrades {
-        Upgrades { starter, ..Upgrades::default() }
+    pub(super) fn new(starter: Option<Starter>, shared: Arc<SharedCounts>) -> Upgrades {
+        Upgrades {
+            starter,
+            counts: UpgradeCounts::default(),
+            shared,
+            under_way: None,
+            successor: None,
+            stepping_down: None,
+            predecessor: None,
+            elsewhere: 0,
+        }
     }
 
     pub(super) fn counts(&self) -> UpgradeCounts {
         self.counts
+    }
+
+    /// Whether the process before counts where this one does.
+    pub(super) fn shares_counts(&self) -> bool {
+        self.shared.are_taken()
     }
 
     /// Whether another process serves now.
@@ -160,7 +177,8 @@ impl Upgrades {
         self.under_way.is_some()
     }
 
-    pub(super) async fn next(&mut self) -> UpgradeEvent {
+    /// What happens next.
+    pub(super) async fn wake(&mut self) -> UpgradeEvent {
         let under_way = &mut self.under_way;
         let progress = async {
             match under_way {
@@ -251,7 +269,7 @@ impl Control {
         wish: Wish,
         asked_over: Option<Arc<OwnedFd>>,
     ) -> Result<UpgradeHandle, String> {
-        if self.draining.is_some() || self.leaving.is_some() {
+        if !self.lifecycle.is_serving() {
             return Err("this process is draining".to_owned());
         }
         if self.upgrades.under_way.is_some() {
@@ -273,24 +291,23 @@ impl Control {
             sockets: u32::try_from(group.sockets.len()).unwrap_or(u32::MAX),
             holder: group.holder,
         });
-        let admin = self.admin.as_ref().map(|admin| admin.offer()).transpose()?;
-        let (offered, admin) = admin.unzip();
-        let heartbeats = self.reception.share()?;
-        let counts = self.counts.memory();
+        let (offered, admin) = self.admin.offer()?.unzip();
+        let heartbeats = self.evidence.heartbeats.share()?;
+        let counts = self.upgrades.shared.memory();
         let offer = Offer {
             protocol: PROTOCOL,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             admin: offered,
             listeners: listeners.collect(),
             heartbeats: heartbeats.iter().map(|(address, _)| *address).collect(),
-            digest: self.digest,
+            digest: self.reloads.digest(),
             state: self.controller.save(clock::now()),
-            confined: self.confined.inherited(),
+            confined: self.lifecycle.confined().inherited(),
             level: LEVEL,
             counts: counts.is_some(),
         };
         let sockets = active().flat_map(|(_, group)| group.sockets.iter().cloned()).collect();
-        let timeout = self.config.process.upgrade_timeout;
+        let timeout = self.reloads.config().process.upgrade_timeout;
         let heartbeats = heartbeats.into_iter().map(|(_, socket)| socket).collect();
         Ok(UpgradeAttempt { start, offer, admin, sockets, heartbeats, counts, timeout })
     }
@@ -302,9 +319,9 @@ impl Control {
             UpgradeEvent::Word(last) => {
                 self.upgrades.predecessor = None;
                 self.upgrades.elsewhere = 0;
-                self.shared.in_flight.set_elsewhere(0);
+                self.workers.context().in_flight.set_elsewhere(0);
                 self.controller.held_here_alone();
-                self.shared.waiters.slot_freed();
+                self.workers.context().waiters.slot_freed();
                 match last {
                     Some(Word::Farewell(last)) => self.add_final_counts(&last),
                     _ => tracing::warn!("the process before has ended without a word"),
@@ -361,10 +378,10 @@ impl Control {
         result: Result<(HandoverChannel, ReadyProcess), String>,
     ) {
         // It has a part in the counts, even if it has ended.
-        self.counts.watch(&self.shared.waiters);
+        self.upgrades.shared.watch(&self.workers.context().waiters);
         match result {
             Err(why) => {
-                let why = self.confined.explain(why);
+                let why = self.lifecycle.confined().explain(why);
                 self.upgrades.counts.failed += 1;
                 tracing::error!(reason = %why, "upgrade failed; this process goes on");
                 if let Some(reply) = under_way.reply {
@@ -378,9 +395,9 @@ impl Control {
                 self.upgrades.counts.done += 1;
                 let (pid, version) = (hello.pid, hello.version);
                 tracing::info!(pid, %version, "upgrade done: that process serves, this one drains");
-                self.notifier.successor(pid);
+                self.lifecycle.hand_over(pid);
                 self.upgrades.successor = Some(NewProcess::new(channel, hello.level, ready.shares));
-                self.latency.lock().clear();
+                self.telemetry.latency.lock().clear();
                 self.step_down(&ready, pid, ended);
                 if let Some(reply) = under_way.reply {
                     let _ =
@@ -403,12 +420,13 @@ impl Control {
         let find = |pool: &str, name: &str, address: &str| {
             self.controller.find_saved(pool, name, address).map(|id| id.0)
         };
-        let latency = incoming::saved_latency(&state, find, &self.latency.lock());
-        let heartbeats = self.reception.save();
-        let (workers, own) = (&self.counters, &self.local);
-        let mut counts = HandoverCounts::save(workers, own, self.reloads, upgrades, heartbeats);
+        let latency = incoming::saved_latency(&state, find, &self.telemetry.latency.lock());
+        let heartbeats = self.evidence.heartbeats.save();
+        let (workers, own) = (self.workers.counters(), self.telemetry.local());
+        let reloads = self.reloads.counts();
+        let mut counts = HandoverCounts::save(workers, own, reloads, upgrades, heartbeats);
         counts.rarities = self.rare_counters();
-        counts.session_numbers = self.shared.numbers.for_next_process();
+        counts.session_numbers = self.workers.context().numbers.for_next_process();
         let estimates = self.estimates(&state);
         Commit { counts, latency, state, estimates, parts: 0 }
     }
@@ -430,10 +448,10 @@ impl Control {
 
     /// Goes on with what the process before knew when it gave the word.
     pub(super) fn take_over(&mut self, known: &Commit) {
-        self.shared.numbers.continue_from(known.counts.session_numbers);
+        self.workers.context().numbers.continue_from(known.counts.session_numbers);
         let effects = self.controller.adopt(&known.state, clock::now());
         self.apply_effects(effects);
-        self.reloads = known.counts.reloads();
+        self.reloads.restore_counts(known.counts.reloads());
         self.upgrades.counts = known.counts.upgrades();
         let at = clock::millis(clock::now());
         for saved in &known.estimates {
@@ -453,10 +471,9 @@ impl Control {
             return;
         }
         let deadline = clock::now() + ACQUAINTED_MAX;
-        while self.config.heartbeat.is_some() && clock::now() < deadline {
-            let mut events = self.reception.take();
-            events.extend(std::iter::from_fn(|| self.probed.try_recv().ok()));
-            self.feed(events);
+        while self.reloads.config().heartbeat.is_some() && clock::now() < deadline {
+            let probed: Vec<_> = self.evidence.take_probed().collect();
+            self.feed(probed);
             if self.controller.serves_as(known) {
                 return;
             }
@@ -466,19 +483,19 @@ impl Control {
 
     pub(super) fn follow(&mut self, predecessor: PredecessorDraining) {
         self.upgrades.predecessor = Some(predecessor);
-        self.counts.watch(&self.shared.waiters);
+        self.upgrades.shared.watch(&self.workers.context().waiters);
     }
 
     fn take_report(&mut self, report: &OldProcessReport) {
         self.upgrades.elsewhere = report.sessions;
-        if !self.counts.are_taken() {
-            self.shared.in_flight.set_elsewhere(report.sessions);
+        if !self.upgrades.shared.are_taken() {
+            self.workers.context().in_flight.set_elsewhere(report.sessions);
         }
         let (backends, frontends) = (&report.backends, &report.frontends);
         let effects = self.controller.held_elsewhere(backends, frontends, clock::now());
         self.apply_effects(effects);
-        // Whoever waits for a cap may have room.
-        self.shared.waiters.slot_freed();
+        // A client that waits for a slot may get one.
+        self.workers.context().waiters.slot_freed();
     }
 
     /// Tells the next process what sessions are left, where it is time to.
@@ -497,13 +514,13 @@ impl Control {
     }
 
     fn carry(&mut self, known: &Commit) {
-        known.counts.carry(&self.counters);
-        self.rarities_before = known.counts.rarities;
-        self.reception.restore_counts(known.counts.heartbeats());
+        known.counts.carry(self.workers.counters());
+        self.telemetry.restore_counts(known.counts.rarities);
+        self.evidence.heartbeats.restore_counts(known.counts.heartbeats());
         for saved in &known.latency {
             let found = self.controller.find_saved(&saved.pool, &saved.backend, &saved.address);
             if let Some(id) = found {
-                self.latency.lock().add_saved(id.0, &saved.series);
+                self.telemetry.latency.lock().add_saved(id.0, &saved.series);
             }
         }
     }

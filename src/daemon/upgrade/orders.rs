@@ -35,7 +35,7 @@ impl Control {
         }
         if let Some(ms) = order.end_within_ms {
             let time = Duration::from_millis(ms);
-            self.end_within(time);
+            self.lifecycle.end_within(time);
             self.order_end_within(time);
         }
     }

@@ -11,6 +11,7 @@ use super::{UpgradeEvent, Upgrades};
 use crate::control_loop::Control;
 use crate::supervised;
 use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::model::BindKey;
 use tidegate_net::clock;
@@ -93,27 +94,25 @@ impl Control {
     ) {
         let until = clock::now() + STEPPING_DOWN;
         let (not_taken, admin_taken) = (ready.not_taken.clone(), ready.admin_taken);
-        self.binds.step_down(&not_taken, &self.workers);
-        self.reception.step_down();
-        if admin_taken && let Some(admin) = &mut self.admin {
-            admin.step_down();
+        self.binds.step_down(&not_taken, self.workers.list());
+        self.evidence.heartbeats.step_down();
+        if admin_taken {
+            self.admin.step_down();
         }
         let child = self.supervised.link().is_none().then_some(pid);
         let ended = Some(ended);
         self.upgrades.stepping_down =
             Some(SteppingDown { until, not_taken, admin_taken, child, ended });
-        self.drain_removed_binds();
+        self.start_draining("another process serves");
     }
 
     /// The successor lives: this process lets go.
     pub(super) fn stepped_down(&mut self) {
         let Some(stepping) = self.upgrades.stepping_down.take() else { return };
-        self.binds.hand_over(&stepping.not_taken, &self.workers, &self.supervised);
-        self.reception.hand_over();
-        if stepping.admin_taken
-            && let Some(admin) = &mut self.admin
-        {
-            admin.hand_over();
+        self.binds.hand_over(&stepping.not_taken, self.workers.list(), &self.supervised);
+        self.evidence.heartbeats.hand_over();
+        if stepping.admin_taken {
+            self.admin.hand_over();
         }
         if let Some(link) = self.supervised.link() {
             link.let_go();
@@ -130,16 +129,16 @@ impl Control {
         self.upgrades.successor = None;
         self.upgrades.counts.done = self.upgrades.counts.done.saturating_sub(1);
         self.upgrades.counts.failed += 1;
-        self.draining = None;
-        self.binds.go_on(&stepping.not_taken, &self.workers);
+        self.binds.go_on(&stepping.not_taken, self.workers.list());
         if stepping.admin_taken {
-            self.serve_admin_again();
+            let readiness = self.lifecycle.readiness().clone();
+            let counters = Arc::clone(self.telemetry.local());
+            self.admin.serve_again(&self.reloads.started_with().admin, readiness, counters);
         }
-        if let Err(error) = self.reception.go_on(&self.config) {
+        if let Err(error) = self.evidence.heartbeats.go_on(self.reloads.config()) {
             tracing::error!(error, "heartbeats are not received again");
         }
-        self.readiness.set_ready_again();
-        self.notifier.goes_on();
+        self.lifecycle.serve_again();
         if let Some(link) = self.supervised.link() {
             link.goes_on();
         }

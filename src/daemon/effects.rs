@@ -1,0 +1,83 @@
+//! From what is measured to what changes: events go to the controller, and its effects
+//! are carried out.
+//!
+//! Part of the control loop. It decides nothing.
+
+use super::control_loop::Control;
+use super::evidence::EvidenceEvent;
+use tidegate_core::control::{ControlEffect, ControlEvent};
+use tidegate_core::outcome::Cause;
+use tidegate_dataplane::worker::WorkerCommand;
+use tidegate_net::clock;
+
+impl Control {
+    /// Feeds what has been measured.
+    pub(super) fn take_evidence(&mut self, event: EvidenceEvent) {
+        let events = self.evidence.take(event);
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            events.iter().for_each(|event| self.log_evidence(event));
+        }
+        self.feed(events);
+    }
+
+    /// Feeds events to the controller and performs what follows. Heartbeats
+    /// that have arrived go along: what is due may be a silence they have ended.
+    pub(super) fn feed(&mut self, events: impl IntoIterator<Item = ControlEvent>) {
+        let mut all = self.evidence.heartbeats.take();
+        all.extend(events);
+        let effects = self.controller.apply_all(all, clock::now());
+        self.apply_effects(effects);
+    }
+
+    /// One piece of evidence, for the log at `debug`.
+    fn log_evidence(&self, event: &ControlEvent) {
+        let name = |id| self.controller.name_of(id).unwrap_or_default();
+        match event {
+            ControlEvent::Probed { backend, outcome, .. } => {
+                let (pool, backend) = name(*backend);
+                tracing::debug!(%pool, %backend, result = %outcome, "probe ended");
+            }
+            ControlEvent::ConnectFailed { backend, failure, in_a_row, .. } => {
+                let (pool, backend) = name(*backend);
+                tracing::debug!(%pool, %backend, %failure, in_a_row, "session failed at backend");
+            }
+            _ => {}
+        }
+    }
+
+    /// Carries the controller's effects out.
+    pub(super) fn apply_effects(&mut self, effects: Vec<ControlEffect>) {
+        for effect in effects {
+            self.apply_effect(effect);
+        }
+    }
+
+    fn apply_effect(&mut self, effect: ControlEffect) {
+        match effect {
+            ControlEffect::Publish(table) => {
+                self.planes.publish(&table);
+                self.lifecycle.readiness().set_undecided(self.controller.undecided_pools());
+                self.supervised.changed();
+            }
+            // Another process probes; this one only ends its sessions.
+            ControlEffect::Probe { .. }
+                if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
+            ControlEffect::SlotsFreed => self.workers.context().waiters.slot_freed(),
+            ControlEffect::Probe { lane, backend, token, address, spec } => {
+                tracing::trace!(%address, "probe begins");
+                self.evidence.probes.probe(lane, backend, token, address, spec);
+            }
+            ControlEffect::Build { token, build } => self.planes.build(token, build),
+            ControlEffect::Log(transition) => {
+                self.supervised.changed();
+                self.telemetry.log_transition(&transition);
+            }
+            ControlEffect::Notice(notice) => self.telemetry.log_notice(&notice),
+            ControlEffect::ResetSessions(backend) => {
+                let cause = Cause::BackendRemoved;
+                self.workers.send_all(|| WorkerCommand::ResetBackend(backend, cause));
+                self.order_cut(backend);
+            }
+        }
+    }
+}

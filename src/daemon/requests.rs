@@ -1,0 +1,70 @@
+//! Requests that have come over the admin API, and their answers.
+//!
+//! Part of the control loop. What takes long (a reload, an upgrade, a rendering) is
+//! answered later by the part that does it.
+
+use super::control_loop::Control;
+use super::rendering::Reader;
+use crate::admin::{self, AdminRequest};
+use tidegate_core::control::OperatorError;
+use tidegate_core::health::Intent;
+use tidegate_net::clock;
+use tidegate_supervisor::Wish;
+use tokio::sync::oneshot;
+
+impl Control {
+    /// Answers a request, or has it answered. A client that has left needs no answer.
+    pub(super) async fn answer(&mut self, request: AdminRequest) {
+        match request {
+            AdminRequest::Status(reply) => self.ask_for(Reader::Status(reply)),
+            AdminRequest::Metrics(reply) => self.ask_for(Reader::Metrics(reply)),
+            // What has come too late for this process is answered by its end: the
+            // next one is to be asked.
+            AdminRequest::Reload(_) | AdminRequest::SetIntent { .. }
+                if self.upgrades.handed_over() => {}
+            AdminRequest::Reload(reply) => self.ask_for_reload(Some(reply)).await,
+            AdminRequest::Upgrade { binary, config, asked_over, reply } => {
+                self.begin_upgrade(Wish { binary, config }, asked_over, Some(reply));
+            }
+            AdminRequest::Explain { pool, backend, reply } => {
+                let _ = reply.send(self.explain(&pool, &backend));
+            }
+            AdminRequest::SetIntent { pool, backend, intent, reply } => {
+                self.set_intent(&pool, &backend, intent, reply);
+            }
+            #[cfg(debug_assertions)]
+            AdminRequest::Fault { place, worker, millis, reply } => {
+                let _ = reply.send(self.workers.order_fault(&place, worker, millis));
+            }
+            AdminRequest::Shutdown(reply) => {
+                self.leave("admin request");
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    fn explain(&mut self, pool: &str, backend: &str) -> Result<String, OperatorError> {
+        self.feed([]);
+        let rejected = self.evidence.heartbeats.rejection(pool, backend);
+        let explained = self.controller.explain(pool, backend, clock::now())?;
+        Ok(admin::explain::render(&explained, rejected.as_ref()))
+    }
+
+    fn set_intent(
+        &mut self,
+        pool: &str,
+        backend: &str,
+        intent: Intent,
+        reply: oneshot::Sender<Result<(), OperatorError>>,
+    ) {
+        self.feed([]);
+        let done = self.controller.set_intent(pool, backend, intent, clock::now());
+        let sent = match done {
+            Ok(_) => self.order_intent(pool, backend, intent),
+            Err(_) => None,
+        };
+        let done = done.map(|effects| self.apply_effects(effects));
+        self.supervised.write_intents(&self.controller);
+        self.answer_intent(sent, reply, done);
+    }
+}

@@ -1,0 +1,239 @@
+//! The workers of this process, and everything that is watched, counted and ended with
+//! them.
+//!
+//! Made by `start`, owned by the control loop. It decides nothing about traffic: it
+//! passes commands on, notices a stalled worker and joins the threads at the end.
+
+use super::Failure;
+use super::watchdog::{self, Watchdog, WatchdogEvent};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::model::{AccessLogTarget, Config};
+use tidegate_core::table::publish::TablePublisher;
+use tidegate_dataplane::access_log::{AccessLog, AccessLogDestination, AccessLogSender};
+#[cfg(debug_assertions)]
+use tidegate_dataplane::fault_points::FaultPoint;
+use tidegate_dataplane::worker::context::ProcessContext;
+use tidegate_dataplane::worker::{EngineKind, Worker, WorkerCommand, WorkerConfig};
+use tidegate_net::clock;
+
+/// How long workers may take to end once they are told to.
+const JOIN_MAX: Duration = Duration::from_secs(2);
+
+/// Between two looks at workers that are to end.
+const JOIN_STEP: Duration = Duration::from_millis(2);
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct WorkerSet {
+    workers: Vec<Worker>,
+    counters: Vec<Arc<WorkerCounters>>,
+    context: ProcessContext,
+    watchdog: Watchdog,
+    /// `None` only at the very end.
+    access_log: Option<AccessLog>,
+    engine: (EngineKind, String),
+}
+
+/// What workers are started with.
+pub(super) struct WorkerPlan<'a> {
+    pub(super) config: &'a Config,
+    /// The engine, and why that one.
+    pub(super) engine: (EngineKind, String),
+    pub(super) cpus: &'a [usize],
+    pub(super) context: ProcessContext,
+    pub(super) tables: &'a TablePublisher,
+    pub(super) counters: Vec<Arc<WorkerCounters>>,
+    pub(super) access_log: AccessLog,
+    pub(super) senders: Vec<AccessLogSender>,
+    pub(super) seed: u64,
+}
+
+// === impl WorkerSet ===
+
+impl WorkerSet {
+    /// Starts every worker, or none.
+    ///
+    /// # Errors
+    /// A thread or an engine is not available.
+    pub(super) fn start(plan: WorkerPlan<'_>) -> Result<WorkerSet, Failure> {
+        let WorkerPlan { config, engine, cpus, context, tables, counters, access_log, .. } = plan;
+        let mut workers = Vec::with_capacity(counters.len());
+        for (id, (sender, counters)) in plan.senders.into_iter().zip(&counters).enumerate() {
+            let started = Worker::start(WorkerConfig {
+                id,
+                cpu: config.process.pin.then(|| cpus[id % cpus.len()]),
+                runtime: engine.0,
+                spin: config.process.spin,
+                shared: context.clone(),
+                tables: tables.clone(),
+                counters: Arc::clone(counters),
+                access_log: sender,
+                seed: plan.seed.wrapping_add(id as u64 + 1),
+            });
+            match started {
+                Ok(worker) => workers.push(worker),
+                Err(error) => {
+                    stop_and_join(workers);
+                    return Err(Failure::Runtime(format!("cannot start worker {id}: {error}")));
+                }
+            }
+        }
+        let watchdog = Watchdog::new(workers.len(), clock::now());
+        let access_log = Some(access_log);
+        Ok(WorkerSet { workers, counters, context, watchdog, access_log, engine })
+    }
+
+    /// Every worker, by its number.
+    pub(super) fn list(&self) -> &[Worker] {
+        &self.workers
+    }
+
+    /// What each of them counts.
+    pub(super) fn counters(&self) -> &[Arc<WorkerCounters>] {
+        &self.counters
+    }
+
+    /// What all workers share.
+    pub(super) fn context(&self) -> &ProcessContext {
+        &self.context
+    }
+
+    /// Sessions open in this process.
+    pub(super) fn sessions(&self) -> u32 {
+        self.context.sessions.load(Ordering::Relaxed)
+    }
+
+    /// What moves the bytes, and why that engine.
+    pub(super) fn engine(&self) -> (&'static str, &str) {
+        (self.engine.0.name(), &self.engine.1)
+    }
+
+    /// Gives every worker the command that `command` makes.
+    pub(super) fn send_all(&self, command: impl Fn() -> WorkerCommand) {
+        for worker in &self.workers {
+            worker.mailbox.send(command());
+        }
+    }
+
+    /// Writes the access log elsewhere.
+    ///
+    /// # Errors
+    /// The file cannot be opened; the log goes where it went.
+    pub(super) fn set_access_log(&mut self, target: &AccessLogTarget) -> std::io::Result<()> {
+        match &mut self.access_log {
+            Some(access_log) => access_log.set_target(access_log_destination(target)),
+            None => Ok(()),
+        }
+    }
+
+    /// Resolves when the workers need a look: one has exited, or it is time.
+    pub(super) async fn wake(&mut self) {
+        let due = self.watchdog.next_look();
+        tokio::select! {
+            () = self.context.ended.notified() => {}
+            () = tokio::time::sleep_until(due.into()) => {}
+        }
+    }
+
+    /// Looks after the workers' loops, where it is time to; gives the first one that is
+    /// stalled.
+    pub(super) fn check(&mut self) -> Option<usize> {
+        let now = clock::now();
+        if now >= self.watchdog.next_look() {
+            let wake = |worker: usize| self.workers[worker].wake();
+            let facts = watchdog::thread_facts;
+            for finding in self.watchdog.look(now, &self.counters, wake, facts) {
+                self.log(&finding);
+            }
+        }
+        self.counters.iter().position(|counters| counters.pulse.stalled_for().is_some())
+    }
+
+    fn log(&self, finding: &WatchdogEvent) {
+        match *finding {
+            WatchdogEvent::Stalled { worker, time, state } => {
+                let stage = self.counters[worker].pulse.stage().name();
+                let cpu = self.workers[worker].cpu();
+                let thread = watchdog::thread_state_name(state);
+                tracing::warn!(worker, cpu, ?time, stage, thread, "worker is stalled");
+            }
+            WatchdogEvent::Responsive { worker, time } => {
+                tracing::warn!(worker, ?time, "worker turns again");
+            }
+        }
+    }
+
+    /// How long the worst of them has been stalled.
+    pub(super) fn longest_stall(&self) -> Option<Duration> {
+        watchdog::longest_stall(&self.counters)
+    }
+
+    /// Whether a worker has exited for good; the access log is closed then, since the
+    /// process ends.
+    pub(super) fn has_exited(&mut self) -> bool {
+        let exited = self.workers.iter().any(Worker::is_finished);
+        if exited && let Some(access_log) = self.access_log.take() {
+            access_log.close();
+        }
+        exited
+    }
+
+    /// Has something go wrong; for tests. False where there is no such thing.
+    #[cfg(debug_assertions)]
+    pub(super) fn order_fault(&self, place: &str, worker: usize, millis: u64) -> bool {
+        let command = match place {
+            "control" => panic!("a fault that was ordered: control"),
+            "stall" => Some(WorkerCommand::Stall(Duration::from_millis(millis))),
+            place => FaultPoint::from_name(place).map(WorkerCommand::Fault),
+        };
+        let (Some(command), Some(worker)) = (command, self.workers.get(worker)) else {
+            return false;
+        };
+        worker.mailbox.send(command);
+        true
+    }
+
+    /// Ends the workers and flushes the access log.
+    pub(super) async fn finish(&mut self) {
+        self.send_all(|| WorkerCommand::Stop);
+        let deadline = clock::now() + JOIN_MAX;
+        while self.workers.iter().any(|worker| !worker.is_finished()) && clock::now() < deadline {
+            tokio::time::sleep(JOIN_STEP).await;
+        }
+        for worker in self.workers.drain(..) {
+            if worker.is_finished() {
+                worker.join();
+            } else {
+                tracing::error!("a worker thread did not end in time and is abandoned");
+            }
+        }
+        let lost = self.access_log.take().map_or(0, AccessLog::close);
+        if lost > 0 {
+            tracing::warn!(lines = lost, "access-log lines lost at exit");
+        }
+    }
+
+    /// Ends the workers of a process that could not start.
+    pub(super) fn abandon(self) {
+        stop_and_join(self.workers);
+    }
+}
+
+fn stop_and_join(workers: Vec<Worker>) {
+    for worker in workers {
+        worker.mailbox.send(WorkerCommand::Stop);
+        worker.join();
+    }
+}
+
+/// The access log's target in its own terms.
+pub(super) fn access_log_destination(target: &AccessLogTarget) -> AccessLogDestination {
+    match target {
+        AccessLogTarget::Off => AccessLogDestination::Off,
+        AccessLogTarget::Stdout => AccessLogDestination::Stdout,
+        AccessLogTarget::File(path) => AccessLogDestination::File(path.clone()),
+    }
+}
