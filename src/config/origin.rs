@@ -31,6 +31,8 @@ pub enum Spot {
     User,
     /// `[process] group`
     Group,
+    /// `[process] state`
+    State,
 }
 
 /// The text of a file and the places of what stands in it.

@@ -15,6 +15,7 @@ use super::evidence::{Evidence, EvidenceEvent};
 use super::lifecycle::{Lifecycle, LifecycleEvent};
 use super::planes::Planes;
 use super::signals::SignalKindReceived;
+use super::state_directory::StateDirectory;
 use super::supervised::{Supervised, SupervisedEvent};
 use super::telemetry::{Telemetry, TelemetryEvent};
 use super::upgrade::{RareCounters, UpgradeEvent, Upgrades};
@@ -37,6 +38,7 @@ pub(super) struct Control {
     pub(super) telemetry: Telemetry,
     pub(super) upgrades: Upgrades,
     pub(super) supervised: Supervised,
+    pub(super) state: StateDirectory,
     pub(super) lifecycle: Lifecycle,
 }
 
@@ -183,6 +185,6 @@ impl Control {
     /// What hardly ever happens, as often as it did in this process and those before.
     pub(super) fn rare_counters(&self) -> RareCounters {
         let refused = self.workers.context().buffers.refused();
-        self.telemetry.rare_counters(self.admin.crowded(), refused)
+        self.telemetry.rare_counters(self.admin.crowded(), refused, self.state.failures())
     }
 }

@@ -62,7 +62,7 @@ impl Planes {
         for plane in &mut self.planes {
             plane.publish(table);
             let plane = plane.name();
-            tracing::debug!(plane, generation, serial, pools, serving, "table published");
+            tracing::debug!(generation, serial, pools, serving, plane, "table published");
         }
     }
 

@@ -6,6 +6,7 @@
 //! no file.
 
 use super::refused::BindError;
+use super::state_directory;
 use crate::admin::Token;
 use rustix::fs::{Access, access};
 use std::collections::BTreeSet;
@@ -34,6 +35,7 @@ pub fn preflight(loaded: &Loaded) -> Vec<Problem> {
     // Then files are opened by another user than this one.
     let other = identity.as_ref().filter(|identity| !identity.is_ours());
     found.extend(access_log(config, origin, other.is_some()));
+    found.extend(state(config, origin, other.is_some()));
     found.extend(token(config, origin).err().map(|problem| *problem));
     found.extend(other.and_then(|other| unreadable_token(config, origin, other)));
     found.extend(admin_socket(config, origin));
@@ -88,27 +90,41 @@ fn access_log(config: &Config, origin: &Origin, by_another: bool) -> Option<Prob
     Some(origin.error(&Spot::AccessLog, access_log_refusal(&why), None))
 }
 
+/// The state directory can be made, or written.
+fn state(config: &Config, origin: &Origin, by_another: bool) -> Option<Problem> {
+    let directory = config.process.state.as_deref()?;
+    let why = match fs::metadata(directory) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            unwritable_directory(&directory_of(directory), by_another)
+        }
+        _ => unwritable_directory(directory, by_another),
+    }?;
+    Some(origin.error(&Spot::State, state_directory::refusal(directory, &why), None))
+}
+
 /// Why the file cannot be opened for appending, as open(2) would say it.
 fn unwritable(path: &Path, by_another: bool) -> Option<std::io::Error> {
-    let may = |path: &Path, how: Access| match access(path, how) {
-        Err(error) if !by_another => Some(error.into()),
-        _ => None,
-    };
     match fs::metadata(path) {
         Ok(data) if data.is_dir() => Some(std::io::Error::from_raw_os_error(libc::EISDIR)),
-        Ok(_) => may(path, Access::WRITE_OK),
+        Ok(_) => denied(path, Access::WRITE_OK, by_another),
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let directory = directory_of(path);
-            match fs::metadata(&directory) {
-                Err(error) => Some(error),
-                Ok(data) if !data.is_dir() => {
-                    Some(std::io::Error::from_raw_os_error(libc::ENOTDIR))
-                }
-                Ok(_) => may(&directory, Access::WRITE_OK | Access::EXEC_OK),
-            }
+            unwritable_directory(&directory_of(path), by_another)
         }
         Err(error) => Some(error).filter(|_| !by_another),
     }
+}
+
+/// Why no file can be made in the directory.
+fn unwritable_directory(directory: &Path, by_another: bool) -> Option<std::io::Error> {
+    match fs::metadata(directory) {
+        Err(error) => Some(error),
+        Ok(data) if !data.is_dir() => Some(std::io::Error::from_raw_os_error(libc::ENOTDIR)),
+        Ok(_) => denied(directory, Access::WRITE_OK | Access::EXEC_OK, by_another),
+    }
+}
+
+fn denied(path: &Path, how: Access, by_another: bool) -> Option<std::io::Error> {
+    access(path, how).err().filter(|_| !by_another).map(Into::into)
 }
 
 fn directory_of(file: &Path) -> PathBuf {

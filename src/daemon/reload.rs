@@ -261,7 +261,7 @@ impl Control {
         self.evidence.heartbeats.adopt(heartbeats);
         self.binds.adopt(fresh, &config, self.workers.list(), &self.supervised);
         self.hold_heartbeats();
-        self.supervised.write_intents(&self.controller);
+        self.keep_intents();
         self.supervised.in_force.reloaded(self.reloads.path(), text, &config);
         let (generation, warnings) = (self.controller.generation(), self.reloads.warnings());
         ReloadDoc { generation, changed: true, warnings }
@@ -354,6 +354,7 @@ fn needs_restart(started: &Config, now: &Config) -> Vec<String> {
         ("[process] user", old.user != new.user),
         ("[process] group", old.group != new.group),
         ("[process] sandbox", old.sandbox != new.sandbox),
+        ("[process] state", old.state != new.state),
         ("[admin] listen", started.admin.listen != now.admin.listen),
         ("[log] format", started.log.format != now.log.format),
     ];

@@ -158,6 +158,7 @@ impl Control {
             queued: self.workers.context().waiters.all_queued(),
             buffers: Arc::clone(&self.workers.context().buffers),
             buffers_refused: rarities.buffers_refused,
+            state_unwritten: rarities.state_unwritten,
             warnings: self.reloads.warnings(),
             // What is wrong with the file since a crash.
             troubles: self.supervised.in_force.note().into_iter().collect(),

@@ -64,7 +64,7 @@ impl Control {
             Err(_) => None,
         };
         let done = done.map(|effects| self.apply_effects(effects));
-        self.supervised.write_intents(&self.controller);
-        self.answer_intent(sent, reply, done);
+        let written = self.keep_intents();
+        self.answer_intent(sent, written, reply, done);
     }
 }

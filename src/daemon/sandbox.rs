@@ -13,7 +13,7 @@
 //! file that only root may read is then an error at the start, and not at the
 //! first reload at night. Low ports are bound by the one capability that is kept.
 //!
-//! 1. the directory of the admin socket is made, and given to `user`;
+//! 1. the directory of the admin socket and that of `state` are made, and given to `user`;
 //! 2. capabilities leave the bounding set, then groups, group and user change
 //!    ([`UserIdentity::assume`](tidegate_net::privileges::UserIdentity::assume)), then what is kept becomes effective and ambient;
 //! 3. `no_new_privs`, which the next two need;
@@ -31,11 +31,11 @@
 
 use super::admin_place::Place;
 use super::refused::holders_in_the_way;
-use super::{Failure, preflight};
+use super::{Failure, preflight, state_directory};
 use crate::admin_place;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use tidegate_config::{self as config, Problems, Texts};
+use tidegate_config::{self as config, Problems, Spot, Texts};
 use tidegate_core::model;
 use tidegate_core::model::{AccessLogTarget, AdminListen, Config, Sandbox};
 use tidegate_net::confinement::SandboxReport;
@@ -62,6 +62,7 @@ struct SandboxSettings {
     user: Option<String>,
     group: Option<String>,
     sandbox: Sandbox,
+    state: Option<PathBuf>,
 }
 
 /// Directories every program may need: to load libraries, to ask the user
@@ -143,6 +144,7 @@ pub fn confine(
         user: process.user.clone(),
         group: process.group.clone(),
         sandbox: process.sandbox,
+        state: process.state.clone(),
     };
     if privileges::threads().is_some_and(|count| count > 1) {
         return Err(Failure::Runtime("cannot give up privileges: there are threads".to_owned()));
@@ -155,6 +157,12 @@ pub fn confine(
     let admin = admin_place(&config, identity.as_ref(), place_before)?;
     config.admin.listen = admin.listen.clone();
     let process = &config.process;
+    if let Some(directory) = &process.state {
+        state_directory::prepare(directory, identity.as_ref()).map_err(|error| {
+            let why = state_directory::refusal(directory, &error);
+            Failure::Config(Problems::from(origin.error(&Spot::State, why, None)))
+        })?;
+    }
     if let Some(identity) = &identity {
         become_user(identity, for_a_user(&config))?;
     }
@@ -350,6 +358,7 @@ fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths 
     for file in [admin, access, pid_file].into_iter().flatten() {
         paths.write.extend(directories_of(file));
     }
+    paths.write.extend(config.process.state.clone());
     paths
 }
 
@@ -372,8 +381,8 @@ impl AppliedSandbox {
     /// Refuses a configuration with other settings than those obeyed: it was
     /// written while the process started.
     pub(super) fn check(&self, config: &Config) -> Result<(), Failure> {
-        let model::ProcessConfig { user, group, sandbox, .. } = &config.process;
-        let now = SandboxSettings { user: user.clone(), group: group.clone(), sandbox: *sandbox };
+        let model::ProcessConfig { user, group, sandbox, state, .. } = config.process.clone();
+        let now = SandboxSettings { user, group, sandbox, state };
         match &self.asked {
             Some(asked) if *asked != now => Err(Failure::Runtime(changed_during_start())),
             _ => Ok(()),

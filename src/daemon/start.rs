@@ -18,6 +18,7 @@ use super::preflight::{access_log_refusal, token_problem};
 use super::refused::BindError;
 use super::shared_counts::SharedCounts;
 use super::signals::Signals;
+use super::state_directory::{self, StateDirectory};
 use super::supervised::KeptSnapshot;
 use super::telemetry::Telemetry;
 use super::upgrade::{Starter, Upgrades};
@@ -26,7 +27,7 @@ use super::{
     Failure, OldProcess, Options, ProcessEnvironment, RunEnd, RunningBalancer, panics, reload,
 };
 use crate::admin::{self, AdminListener, AdminRequest, Token};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tidegate_config::{Loaded, Origin, Problems, Spot};
 use tidegate_core::balance::in_flight::{Counted, Counts};
@@ -112,6 +113,7 @@ async fn bring_up(
     // Before anybody can be told that this process serves.
     let signals = if options.signals { Signals::obey()? } else { Signals::default() };
     let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
+    let state = open_state(&config, &origin)?;
     let resources = Resources::take(&config, &origin, &surroundings)?;
     surroundings.supervised.in_force.started_with(&options.config, text, &config);
     let listeners = Listeners::open(&config, &origin, resources.workers, &mut surroundings, kept)?;
@@ -140,9 +142,13 @@ async fn bring_up(
         telemetry: Telemetry::new(log, local),
         upgrades: Upgrades::new(starter, counts),
         supervised: surroundings.supervised,
+        state,
         lifecycle: Lifecycle::new(signals, notifier, confined),
     };
     control.configure(known.as_ref());
+    if surroundings.predecessor.is_none() {
+        control.restore_intents();
+    }
     control.lifecycle.obey_signals();
     let opening = PendingListeners {
         admin,
@@ -179,6 +185,14 @@ fn read_configuration(
     };
     loaded.warnings.iter().for_each(reload::log_warning);
     Ok((loaded, log))
+}
+
+fn open_state(config: &Config, origin: &Origin) -> Result<StateDirectory, Failure> {
+    let directory = config.process.state.as_deref();
+    StateDirectory::open(directory).map_err(|error| {
+        let why = state_directory::refusal(directory.unwrap_or(Path::new("")), &error);
+        Failure::At(Box::new(origin.error(&Spot::State, why, None)))
+    })
 }
 
 /// What the workers run on and write to, and what operators are admitted by.
@@ -304,6 +318,17 @@ impl Control {
         }
     }
 
+    /// Goes on with operators' intents from the disk, where no newer ones are kept: a
+    /// drained backend gets no session of this process.
+    fn restore_intents(&mut self) {
+        if self.supervised.read_intents().is_none()
+            && let Some(intents) = self.state.read()
+        {
+            let effects = self.controller.adopt_intents(&intents, clock::now());
+            self.apply_effects(effects);
+        }
+    }
+
     /// Takes the place of the process before, if there is one, and lets clients
     /// and operators in.
     async fn open(
@@ -329,7 +354,7 @@ impl Control {
         self.binds = binds;
         self.binds.adopt(fresh, &config, self.workers.list(), &self.supervised);
         self.hold_heartbeats();
-        self.supervised.write_intents(&self.controller);
+        self.keep_intents();
         self.supervised.in_force.write();
         announce(self, &config);
         self.lifecycle.serve(pid_file);

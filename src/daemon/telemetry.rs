@@ -107,14 +107,20 @@ impl Telemetry {
     }
 
     /// What hardly ever happens, as often as it did in this process and those before;
-    /// `crowded` and `buffers_refused` are this process's.
-    pub(super) fn rare_counters(&self, crowded: u64, buffers_refused: u64) -> RareCounters {
+    /// `crowded`, `buffers_refused` and `unwritten` are this process's.
+    pub(super) fn rare_counters(
+        &self,
+        crowded: u64,
+        buffers_refused: u64,
+        unwritten: u64,
+    ) -> RareCounters {
         let before = self.before;
         RareCounters {
             log_dropped: before.log_dropped.saturating_add(self.log.dropped()),
             unlogged: before.unlogged.saturating_add(self.transitions.unlogged()),
             admin_crowded: before.admin_crowded.saturating_add(crowded),
             buffers_refused: before.buffers_refused.saturating_add(buffers_refused),
+            state_unwritten: before.state_unwritten.saturating_add(unwritten),
         }
     }
 }

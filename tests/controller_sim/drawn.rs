@@ -129,6 +129,7 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
             user: None,
             group: None,
             sandbox: Sandbox::Auto,
+            state: None,
             buffers_max: 1 << 28,
         },
         admin: Admin {

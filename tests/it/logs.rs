@@ -77,7 +77,7 @@ fn debug_and_trace_tell_of_tables_probes_reloads_and_upgrades(engine: Engine) {
         "DEBUG tidegate_daemon::reload: reload change=\"backend web/a changes\"",
         ": table published generation=",
         ": probe ended pool=web backend=a result=\"success after",
-        "TRACE tidegate_daemon::control_loop: probe begins address=",
+        "TRACE tidegate_daemon::effects: probe begins address=",
     ] {
         eventually(secs(10), line, || proxy.log().contains(line));
     }

@@ -46,4 +46,5 @@ mod settling;
 mod shortage;
 mod slow;
 mod sources;
+mod state;
 mod storms;

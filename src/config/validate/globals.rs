@@ -80,6 +80,7 @@ pub(super) fn process(top: &Section<'_, '_>) -> ProcessConfig {
         user: optional(account(&section, "user", "\"tidegate\"")),
         group: optional(account(&section, "group", "\"tidegate\"")),
         sandbox: section.choice("sandbox", &sandboxes).or(default.sandbox),
+        state: section.text("state", "\"off\" or a directory", state).or(default.state),
         buffers_max: section
             .text("buffers_max", "a size such as \"256MiB\"", |text| {
                 // What a machine cannot address it cannot reach.
@@ -89,12 +90,28 @@ pub(super) fn process(top: &Section<'_, '_>) -> ProcessConfig {
     };
     section.report.keep(Spot::User, section.node("user").map(Spanned::span));
     section.report.keep(Spot::Group, section.node("group").map(Spanned::span));
+    section.report.keep(Spot::State, section.node("state").map(Spanned::span));
     if let (Some(place), None) = (section.key_place("group"), section.key_place("user")) {
         let complaint = ValueError::new("group without user").help("set user as well");
         section.report.error(place, complaint);
     }
     section.finish();
     process
+}
+
+/// A directory. Its path has to be absolute, since the process that starts next may start
+/// elsewhere.
+fn state(text: &str) -> Result<Option<PathBuf>, ValueError> {
+    match text {
+        "off" => Ok(None),
+        path if path.starts_with('/') && path.len() > 1 && !path.contains('\0') => {
+            Ok(Some(PathBuf::from(path)))
+        }
+        path => {
+            let complaint = format!("{} is not \"off\" or an absolute path", shown(path));
+            Err(ValueError::new(complaint).help("write a directory such as \"/var/lib/tidegate\""))
+        }
+    }
 }
 
 /// A user's or group's name (useradd(8)) or number. Whether there is one of that
@@ -130,6 +147,7 @@ fn default_process() -> ProcessConfig {
         user: None,
         group: None,
         sandbox: Sandbox::Auto,
+        state: None,
         buffers_max: BUFFERS_DEFAULT,
     }
 }

@@ -180,6 +180,9 @@ impl Controller {
             let known = self.backends.get(id).map(|entry| entry.health.intent);
             if let Some(intent) = intent.filter(|wanted| known != Some(*wanted)) {
                 self.change_intent(id, intent, now);
+                if let Some(entry) = self.backends.touch(id).filter(|_| intent != Intent::Ready) {
+                    entry.health.intent_since = ago(now, backend.intent_ms);
+                }
                 self.work.cause = Some(PublishReason::Operator);
             }
         }

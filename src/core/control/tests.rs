@@ -99,6 +99,7 @@ fn config(pools: Vec<PoolConfig>) -> Arc<Config> {
             user: None,
             group: None,
             sandbox: Sandbox::Auto,
+            state: None,
             buffers_max: 1 << 28,
         },
         admin: Admin {

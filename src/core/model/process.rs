@@ -39,6 +39,8 @@ pub struct ProcessConfig {
     pub group: Option<String>,
     /// Whether it confines itself.
     pub sandbox: Sandbox,
+    /// Where operators' intents survive a restart: an absolute path. `None`: nowhere.
+    pub state: Option<PathBuf>,
 }
 
 /// `sandbox = ...`

@@ -53,6 +53,8 @@ pub struct AdminSnapshot {
     pub buffers: Arc<MemoryBudget>,
     /// Times bytes were left with the kernel because those were full.
     pub buffers_refused: u64,
+    /// Times operators' intents could not be written to the state directory.
+    pub state_unwritten: u64,
     /// Settings that were accepted and wait for a restart, in words.
     pub warnings: Vec<String>,
     /// What runs short on this host, in words.
@@ -135,6 +137,7 @@ impl AdminSnapshot {
             queued: HashMap::from([("web".into(), 3)]),
             buffers: Arc::default(),
             buffers_refused: 0,
+            state_unwritten: 0,
             warnings: vec!["workers waits".to_owned()],
             troubles: Vec::new(),
             admin_crowded: 0,

@@ -44,6 +44,8 @@ pub(crate) struct RareCounters {
     pub(crate) admin_crowded: u64,
     /// Times bytes were left with the kernel.
     pub(crate) buffers_refused: u64,
+    /// Times operators' intents could not be written to the state directory.
+    pub(crate) state_unwritten: u64,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -14,9 +14,10 @@ use tidegate_core::table::state::BackendId;
 use tidegate_net::clock;
 use tokio::sync::oneshot;
 
-/// How long an operator waits for the process before to be told of an intent. To put
-/// it into the kernel's queue takes microseconds unless that process is stopped.
-const INTENT_SENT_MAX: Duration = Duration::from_secs(1);
+/// How long an operator waits for the process before to be told of an intent, and for the
+/// disk. To put it into the kernel's queue takes microseconds unless that process is
+/// stopped.
+const INTENT_KEPT_MAX: Duration = Duration::from_secs(1);
 
 impl Control {
     /// Does what the next process wants, and has the one before do it, too.
@@ -72,25 +73,36 @@ impl Control {
         before.order(&OldProcessOrder { intent: Some(intent), ..OldProcessOrder::default() })
     }
 
-    /// Answers an operator whose intent is in force. Without a supervisor the process
-    /// before has to have it first: it goes on if this one ends.
+    /// Leaves operators' intents with the supervisor and on disk; gives what resolves once
+    /// they are on disk, where they are to be.
+    pub(crate) fn keep_intents(&mut self) -> Option<oneshot::Receiver<()>> {
+        self.supervised.write_intents(&self.controller);
+        self.state.write(|| self.controller.save_intents(clock::now()))
+    }
+
+    /// Answers an operator whose intent is in force, once it is `written` to the disk.
+    /// Without a supervisor the process before has to have it as well: it is `sent` there,
+    /// and that process goes on if this one ends.
     pub(crate) fn answer_intent<T: Send + 'static>(
         &self,
         sent: Option<oneshot::Receiver<()>>,
+        written: Option<oneshot::Receiver<()>>,
         reply: oneshot::Sender<T>,
         done: T,
     ) {
         let sent = sent.filter(|_| self.supervised.link().is_none());
-        let Some(sent) = sent else {
+        if sent.is_none() && written.is_none() {
             let _ = reply.send(done);
             return;
-        };
+        }
         // The control loop has other things to do meanwhile.
         tokio::spawn(async move {
-            if tokio::time::timeout(INTENT_SENT_MAX, sent).await.is_err() {
-                tracing::warn!(
-                    "the process before does not read its orders: an intent is lost if this process ends at once"
-                );
+            for kept in [sent, written].into_iter().flatten() {
+                if tokio::time::timeout(INTENT_KEPT_MAX, kept).await.is_err() {
+                    tracing::warn!(
+                        "an operator's intent is in force and not yet kept; it is lost if this process ends at once"
+                    );
+                }
             }
             let _ = reply.send(done);
         });

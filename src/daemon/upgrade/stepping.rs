@@ -142,7 +142,7 @@ impl Control {
         if let Some(link) = self.supervised.link() {
             link.goes_on();
         }
-        self.supervised.write_intents(&self.controller);
+        self.keep_intents();
         self.supervised.in_force.write();
     }
 

@@ -46,6 +46,7 @@ mod families {
     pub(super) const RELOADS: Family = counter("tidegate_reloads_total", "Reloads, by result.");
     pub(super) const UPGRADES: Family = counter("tidegate_upgrades_total", "Upgrades in place, by result.");
     pub(super) const RESTART_NEEDED: Family = gauge("tidegate_restart_needed", "Accepted settings that wait for a restart.");
+    pub(super) const STATE_UNWRITTEN: Family = counter("tidegate_state_write_failures_total", "Times operators' drains could not be written to the directory of [process] state.");
     pub(super) const ADMIN_CROWDED: Family = counter("tidegate_admin_connections_dropped_total", "Admin connections that asked nothing and were closed to make room for newer ones.");
     pub(super) const CONFINEMENT: Family = gauge("tidegate_confinement", "1 for each layer that confines the process, 0 for one that does not.");
     pub(super) const CONNECTIONS_ACTIVE: Family = gauge("tidegate_connections_active", "Sessions open in the whole process.");
@@ -187,6 +188,7 @@ fn whole(out: &mut Encoder, snapshot: &AdminSnapshot) {
     upgrades.count(&[("result", "failed")], snapshot.upgrades.failed);
     upgrades.count(&[("result", "refused")], snapshot.upgrades.refused);
     out.family(&families::RESTART_NEEDED).count(&[], snapshot.warnings.len() as u64);
+    out.family(&families::STATE_UNWRITTEN).count(&[], snapshot.state_unwritten);
     out.family(&families::ADMIN_CROWDED).count(&[], snapshot.admin_crowded);
     let mut confinement = out.family(&families::CONFINEMENT);
     for layer in snapshot.confinement.layers() {

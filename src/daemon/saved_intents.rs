@@ -1,0 +1,190 @@
+//! The text of the file in which operators' intents survive a restart.
+//!
+//! Used by `state_directory`. Pure: it opens nothing, and the time comes in. Times in the
+//! file are seconds since 1970, since a restart knows no other clock of the process
+//! before.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+use tidegate_core::control::handover::{Saved, SavedBackend, SavedPool};
+use tidegate_core::control::{KEPT_MAX, SavedIntent};
+use tidegate_core::health::Intent;
+
+/// Of the format. A program that changes the format counts it up.
+const VERSION: u32 = 1;
+
+/// Intents in one file: of every backend there can be, and of those that have left.
+const INTENTS_MAX: usize = 100_000 + KEPT_MAX;
+
+/// The whole file.
+#[derive(Debug, Serialize, Deserialize)]
+struct IntentFile {
+    version: u32,
+    #[serde(default)]
+    intents: Vec<IntentLine>,
+}
+
+/// What an operator wants of one backend.
+#[derive(Debug, Serialize, Deserialize)]
+struct IntentLine {
+    pool: String,
+    backend: String,
+    /// As the configuration spells it.
+    address: String,
+    /// `draining` or `maintenance`.
+    intent: String,
+    since: u64,
+    /// When the backend left the configuration, where it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    left: Option<u64>,
+}
+
+/// The file's text for `saved`, which is of `now`.
+pub(super) fn encode(saved: &Saved, now: SystemTime) -> Vec<u8> {
+    let since = |ms: u64| unix(now).saturating_sub(ms / 1000);
+    let present = saved.pools.iter().flat_map(|pool| {
+        pool.backends.iter().map(|backend| IntentLine {
+            pool: pool.name.clone(),
+            backend: backend.name.clone(),
+            address: backend.address.clone(),
+            intent: backend.intent.clone(),
+            since: since(backend.intent_ms),
+            left: None,
+        })
+    });
+    let left = saved.left.iter().map(|left| IntentLine {
+        pool: left.pool.clone(),
+        backend: left.name.clone(),
+        address: left.address.clone(),
+        intent: left.intent.clone(),
+        since: since(left.intent_ms),
+        left: Some(since(left.left_ms)),
+    });
+    let file = IntentFile { version: VERSION, intents: present.chain(left).collect() };
+    let mut text =
+        serde_json::to_vec_pretty(&file).expect("plain data with string keys always serialises");
+    text.push(b'\n');
+    text
+}
+
+/// What the text says, as of `now`.
+///
+/// # Errors
+/// In words: it is damaged, of a newer version or beyond its bounds.
+pub(super) fn decode(text: &[u8], now: SystemTime) -> Result<Saved, String> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
+    let damaged = |error: serde_json::Error| format!("it is damaged: {error}");
+    let Versioned { version } = serde_json::from_slice(text).map_err(damaged)?;
+    if version != VERSION {
+        return Err(format!("it is of version {version}, this program reads {VERSION}"));
+    }
+    let file: IntentFile = serde_json::from_slice(text).map_err(damaged)?;
+    if file.intents.len() > INTENTS_MAX {
+        return Err(format!("it has {} intents, {INTENTS_MAX} at most", file.intents.len()));
+    }
+    let mut pools: BTreeMap<String, Vec<SavedBackend>> = BTreeMap::new();
+    let mut left = Vec::new();
+    let age_ms = |then: u64| unix(now).saturating_sub(then).saturating_mul(1000);
+    for line in file.intents {
+        if Intent::named(&line.intent).is_none() {
+            return Err(format!("it is damaged: {:?} is no intent", line.intent));
+        }
+        match line.left {
+            Some(at) => left.push(SavedIntent {
+                pool: line.pool,
+                name: line.backend,
+                address: line.address,
+                intent: line.intent,
+                intent_ms: age_ms(line.since),
+                left_ms: age_ms(at),
+            }),
+            None => pools.entry(line.pool).or_default().push(SavedBackend {
+                name: line.backend,
+                address: line.address,
+                intent: line.intent,
+                intent_ms: age_ms(line.since),
+                ..SavedBackend::default()
+            }),
+        }
+    }
+    let named = |(name, backends)| SavedPool { name, backends, ..SavedPool::default() };
+    Ok(Saved { pools: pools.into_iter().map(named).collect(), left, ..Saved::default() })
+}
+
+fn unix(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    fn saved() -> Saved {
+        let backend = SavedBackend {
+            name: "a".into(),
+            address: "10.0.0.1:80".into(),
+            intent: "draining".into(),
+            intent_ms: 5_000,
+            ..SavedBackend::default()
+        };
+        let left = SavedIntent {
+            pool: "api".into(),
+            name: "gone".into(),
+            address: "10.0.0.2:80".into(),
+            intent: "maintenance".into(),
+            intent_ms: 9_000,
+            left_ms: 2_000,
+        };
+        let pool =
+            SavedPool { name: "web".into(), backends: vec![backend], ..SavedPool::default() };
+        Saved { pools: vec![pool], left: vec![left], ..Saved::default() }
+    }
+
+    #[test]
+    fn ages_count_on_while_no_process_runs() {
+        let text = encode(&saved(), at(1_000));
+        let mut expected = saved();
+        expected.pools[0].backends[0].intent_ms += 60_000;
+        expected.left[0].intent_ms += 60_000;
+        expected.left[0].left_ms += 60_000;
+        assert_eq!(decode(&text, at(1_060)).unwrap(), expected);
+        // A clock that was set back makes nothing negative.
+        assert_eq!(decode(&text, at(0)).unwrap().left[0].left_ms, 0);
+    }
+
+    #[test]
+    fn the_format_changes_with_its_version_alone() {
+        let text = "{\n  \"version\": 1,\n  \"intents\": [\n    {\n      \"pool\": \"web\",\n      \"backend\": \"a\",\n      \"address\": \"10.0.0.1:80\",\n      \"intent\": \"draining\",\n      \"since\": 995\n    }\n  ]\n}\n";
+        let one = Saved { left: Vec::new(), ..saved() };
+        assert_eq!(String::from_utf8(encode(&one, at(1_000))).unwrap(), text);
+        assert_eq!(decode(text.as_bytes(), at(1_000)).unwrap(), one);
+    }
+
+    #[test]
+    fn another_version_and_an_unknown_intent_are_refused() {
+        let error = |text: &str| decode(text.as_bytes(), at(0)).unwrap_err();
+        assert_eq!(error("{\"version\":2}"), "it is of version 2, this program reads 1");
+        assert!(error("").starts_with("it is damaged: "));
+        let text = String::from_utf8(encode(&saved(), at(9))).unwrap();
+        assert!(error(&text.replace("draining", "sleeping")).contains("\"sleeping\" is no intent"));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_bytes_come_are_intents_or_an_error(at_byte in 0..400_usize, byte: u8) {
+            let mut text = encode(&saved(), at(1_000));
+            let at_byte = at_byte % text.len();
+            text[at_byte] = byte;
+            let _ = decode(&text, at(1_000));
+        }
+    }
+}

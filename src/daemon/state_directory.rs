@@ -1,0 +1,333 @@
+//! The directory of `[process] state`: operators' drains and maintenance, for the process
+//! that starts after this one has ended, in whatever way.
+//!
+//! Made by `start`, owned by the control loop, which gives it the intents whenever they
+//! change. A thread of its own writes the newest of them; intents that a supervisor or
+//! the process before an upgrade passes on are newer than the file and come first. The
+//! file is never the reason for a failed start: one that is damaged, of another user or
+//! of a newer version is set aside.
+
+use super::saved_intents::{decode, encode};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tidegate_core::control::handover::Saved;
+use tidegate_net::clock;
+use tidegate_net::privileges::UserIdentity;
+use tokio::sync::oneshot;
+
+/// The file in the directory.
+const FILE: &str = "intents.json";
+
+/// What a file that is not used is renamed to; one of an earlier start is replaced.
+const SET_ASIDE: &str = "intents.json.rejected";
+
+/// Longest file that is read: several times what the bounds on backends and on kept
+/// intents allow with usual names.
+const BYTES_MAX: u64 = 64 << 20;
+
+/// How long the last intents may take to be written at the end.
+const FLUSH_MAX: Duration = Duration::from_secs(1);
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(super) struct StateDirectory {
+    /// `None` with `state = "off"`.
+    writer: Option<IntentWriter>,
+    failures: Arc<AtomicU64>,
+}
+
+/// The thread that writes.
+#[derive(Debug)]
+struct IntentWriter {
+    path: PathBuf,
+    newest: Arc<Mutex<UnwrittenIntents>>,
+    /// Tells the thread that there is something; dropped to end it.
+    wake: Option<SyncSender<()>>,
+    ended: Receiver<()>,
+}
+
+/// The newest intents, and who waits for them to be on disk.
+#[derive(Debug, Default)]
+struct UnwrittenIntents {
+    intents: Option<Saved>,
+    waiting: Vec<oneshot::Sender<()>>,
+}
+
+/// Makes the directory, for that user, where only its last part is missing.
+///
+/// # Errors
+/// It cannot be made, or something else is in its place.
+pub(super) fn prepare(directory: &Path, identity: Option<&UserIdentity>) -> io::Result<()> {
+    match std::fs::metadata(directory) {
+        Ok(found) if found.is_dir() => return Ok(()),
+        Ok(_) => return Err(io::Error::from_raw_os_error(libc::ENOTDIR)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Err(_) => std::fs::DirBuilder::new().mode(0o700).create(directory)?,
+    }
+    let Some(identity) = identity.filter(|identity| !identity.is_ours()) else { return Ok(()) };
+    let (user, group) = identity.owner();
+    std::os::unix::fs::chown(directory, Some(user), Some(group))
+}
+
+/// What is said of a directory that cannot be used.
+pub(super) fn refusal(directory: &Path, error: &io::Error) -> String {
+    format!("cannot use the state directory {}: {error}", directory.display())
+}
+
+// === impl StateDirectory ===
+
+impl StateDirectory {
+    /// Opens `directory` for writing.
+    ///
+    /// # Errors
+    /// No file can be made in it, or no thread is available.
+    pub(super) fn open(directory: Option<&Path>) -> io::Result<StateDirectory> {
+        let mut state = StateDirectory::default();
+        if let Some(directory) = directory {
+            prepare(directory, None)?;
+            let temporary = temporary(directory);
+            create(&temporary)?;
+            std::fs::remove_file(&temporary)?;
+            let failures = Arc::clone(&state.failures);
+            state.writer = Some(IntentWriter::start(directory.to_owned(), failures)?);
+        }
+        Ok(state)
+    }
+
+    /// What the process before has left. A file that cannot be used is set aside, with a
+    /// line in the log.
+    pub(super) fn read(&self) -> Option<Saved> {
+        let directory = &self.writer.as_ref()?.path;
+        let path = directory.join(FILE);
+        let read = read_file(&path).and_then(|text| {
+            decode(&text, clock::wall())
+                .map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why))
+        });
+        match read {
+            Ok(saved) => Some(saved),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => {
+                let aside = directory.join(SET_ASIDE);
+                let kept = std::fs::rename(&path, &aside).map(|()| aside);
+                let kept = kept.as_ref().map_or(&path, |aside| aside).display();
+                tracing::error!(
+                    path = %path.display(), %error, %kept,
+                    "operators' intents are not read; every backend starts undrained"
+                );
+                None
+            }
+        }
+    }
+
+    /// Has `intents` written soon; gives what resolves once they, or newer ones, are on
+    /// disk or could not be written. Nothing where the state is off.
+    pub(super) fn write(&self, intents: impl FnOnce() -> Saved) -> Option<oneshot::Receiver<()>> {
+        let writer = self.writer.as_ref()?;
+        let (done, written) = oneshot::channel();
+        let mut newest = lock(&writer.newest);
+        newest.intents = Some(intents());
+        newest.waiting.push(done);
+        drop(newest);
+        // A full queue means that the thread is about to look anyway.
+        let _ = writer.wake.as_ref()?.try_send(());
+        Some(written)
+    }
+
+    /// Times the intents could not be written.
+    pub(super) fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
+    }
+}
+
+// === impl IntentWriter ===
+
+impl IntentWriter {
+    fn start(path: PathBuf, failures: Arc<AtomicU64>) -> io::Result<IntentWriter> {
+        let (wake, woken) = sync_channel(1);
+        let (end, ended) = sync_channel(1);
+        let newest: Arc<Mutex<UnwrittenIntents>> = Arc::default();
+        let (directory, shared) = (path.clone(), Arc::clone(&newest));
+        let run = move || {
+            while woken.recv().is_ok() {
+                write_newest(&directory, &shared, &failures);
+            }
+            // The control thread may not wait any more.
+            let _ = end.send(());
+        };
+        std::thread::Builder::new().name("intents".to_owned()).spawn(run)?;
+        Ok(IntentWriter { path, newest, wake: Some(wake), ended })
+    }
+}
+
+impl Drop for IntentWriter {
+    fn drop(&mut self) {
+        self.wake = None;
+        if self.ended.recv_timeout(FLUSH_MAX) == Err(RecvTimeoutError::Timeout) {
+            tracing::warn!("the last intents of operators may not be on disk");
+        }
+    }
+}
+
+fn write_newest(directory: &Path, shared: &Mutex<UnwrittenIntents>, failures: &AtomicU64) {
+    let UnwrittenIntents { intents, waiting } = std::mem::take(&mut *lock(shared));
+    let Some(intents) = intents else { return };
+    if let Err(error) = replace(directory, &encode(&intents, clock::wall())) {
+        // The first in a row of failures is logged, every one is counted.
+        let path = directory.join(FILE);
+        let failed = failures.fetch_add(1, Ordering::Relaxed) + 1;
+        tracing::warn!(path = %path.display(), %error, failed, "cannot write operators' intents; a restart loses them");
+    }
+    for one in waiting {
+        // An operator that has left needs no answer.
+        let _ = one.send(());
+    }
+}
+
+fn lock(newest: &Mutex<UnwrittenIntents>) -> MutexGuard<'_, UnwrittenIntents> {
+    // Each field is replaced in one step.
+    newest.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Of this process alone: another one may write at the same time.
+fn temporary(directory: &Path) -> PathBuf {
+    directory.join(format!("{FILE}.{}", std::process::id()))
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    // Of a process that had this number before.
+    let _ = std::fs::remove_file(path);
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// Replaces the file in one step; a reader finds the old one or the new one, whole.
+fn replace(directory: &Path, text: &[u8]) -> io::Result<()> {
+    let temporary = temporary(directory);
+    let written = create(&temporary).and_then(|mut file| {
+        file.write_all(text)?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, directory.join(FILE))?;
+        File::open(directory)?.sync_all()
+    });
+    written.inspect_err(|_| {
+        let _ = std::fs::remove_file(&temporary);
+    })
+}
+
+/// The text of a file that only this user or root can have written.
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let found = file.metadata()?;
+    let refused = |why: String| Err(io::Error::new(io::ErrorKind::InvalidData, why));
+    let own = rustix::process::geteuid().as_raw();
+    if !found.is_file() {
+        return refused("it is not a regular file".to_owned());
+    }
+    if found.uid() != own && found.uid() != 0 {
+        return refused(format!("it belongs to user {}, not to user {own}", found.uid()));
+    }
+    if found.mode() & 0o022 != 0 {
+        return refused("other users can write it".to_owned());
+    }
+    if found.len() > BYTES_MAX {
+        return refused(format!("it has {} bytes, {BYTES_MAX} at most", found.len()));
+    }
+    let mut text = Vec::new();
+    file.take(BYTES_MAX).read_to_end(&mut text)?;
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use tidegate_core::control::handover::{SavedBackend, SavedPool};
+
+    fn drained(name: &str) -> Saved {
+        let backend = SavedBackend {
+            name: name.to_owned(),
+            address: "10.0.0.1:80".to_owned(),
+            intent: "draining".to_owned(),
+            ..SavedBackend::default()
+        };
+        let pool =
+            SavedPool { name: "web".into(), backends: vec![backend], ..SavedPool::default() };
+        Saved { pools: vec![pool], ..Saved::default() }
+    }
+
+    fn names(saved: Option<Saved>) -> Vec<String> {
+        let pools = saved.into_iter().flat_map(|saved| saved.pools);
+        pools.flat_map(|pool| pool.backends).map(|backend| backend.name).collect()
+    }
+
+    #[test]
+    fn the_newest_intents_are_there_for_the_next_process_and_for_no_other_user() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("state");
+        let state = StateDirectory::open(Some(&own)).unwrap();
+        assert_eq!(names(state.read()), [""; 0]);
+        for name in ["a", "b", "c"] {
+            let written = state.write(|| drained(name));
+            assert!(written.is_some());
+        }
+        drop(state);
+        assert_eq!(names(StateDirectory::open(Some(&own)).unwrap().read()), ["c"]);
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&own), mode(&own.join(FILE))), (0o700, 0o600));
+        let left = std::fs::read_dir(&own).unwrap().count();
+        assert_eq!(left, 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn an_operator_who_waits_hears_when_the_intent_is_on_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDirectory::open(Some(dir.path())).unwrap();
+        state.write(|| drained("a")).unwrap().blocking_recv().unwrap();
+        let text = std::fs::read(dir.path().join(FILE)).unwrap();
+        assert_eq!(names(Some(decode(&text, clock::wall()).unwrap())), ["a"]);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_is_set_aside_and_written_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, aside) = (dir.path().join(FILE), dir.path().join(SET_ASIDE));
+        let spoil: [fn(&Path); 3] = [
+            |file| std::fs::write(file, "{\"version\":1").unwrap(),
+            |file| std::fs::write(file, "{\"version\":2,\"intents\":[]}").unwrap(),
+            |file| std::fs::set_permissions(file, PermissionsExt::from_mode(0o666)).unwrap(),
+        ];
+        for spoil in spoil {
+            let state = StateDirectory::open(Some(dir.path())).unwrap();
+            state.write(|| drained("a")).unwrap().blocking_recv().unwrap();
+            spoil(&file);
+            assert_eq!(names(state.read()), [""; 0]);
+            assert!(aside.exists() && !file.exists());
+            std::fs::remove_file(&aside).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_write_that_fails_is_counted_and_waited_for_no_longer() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("state");
+        let state = StateDirectory::open(Some(&own)).unwrap();
+        std::fs::remove_dir(&own).unwrap();
+        state.write(|| drained("a")).unwrap().blocking_recv().unwrap();
+        assert_eq!(state.failures(), 1);
+    }
+
+    #[test]
+    fn a_directory_without_a_parent_or_in_the_place_of_a_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(StateDirectory::open(Some(&dir.path().join("no/such"))).is_err());
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        assert!(StateDirectory::open(Some(&dir.path().join("file"))).is_err());
+        assert!(StateDirectory::open(None).unwrap().write(|| drained("a")).is_none());
+    }
+}
