@@ -81,7 +81,7 @@ fn a_drain_survives_a_restart_and_gets_no_session_of_the_next_process(engine: En
     assert_eq!((mode(&directory(&site.state)), mode(&site.file())), (0o700, 0o600));
     site.proxy.restart();
     site.only_b_serves();
-    assert_eq!(site.proxy.backend("web", "a")["sessions"], 0);
+    assert_eq!(site.proxy.backend("web", "a")["sessions_total"], 0);
 }
 
 fn a_drain_survives_the_death_of_every_process(engine: Engine) {
