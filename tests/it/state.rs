@@ -150,7 +150,7 @@ fn a_damaged_file_is_set_aside_and_the_start_succeeds(engine: Engine) {
 }
 
 fn another_state_directory_needs_a_restart(engine: Engine) {
-    let mut site = Site::start(engine);
+    let site = Site::start(engine);
     let text = site.proxy.render(&site.proxy.conf()).replace("/state\"", "/other\"");
     site.proxy.rewrite_by_rename(&text);
     let answer = site.proxy.cli_ok(&["reload"]);
