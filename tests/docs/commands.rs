@@ -1,12 +1,15 @@
 //! The commands of docs/quickstart.md and of the README's example, run in an empty
 //! directory as they are written, but for addresses and the admin socket.
 
-use crate::pages::{blocks, page};
+use crate::pages::{blocks, page, pages};
+use clap::Parser;
+use std::fmt::Write;
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use tidegate_cli::Cli;
 
 #[test]
 fn the_commands_of_the_quickstart_lead_to_answers_of_both_services() {
@@ -76,6 +79,33 @@ fn the_example_of_the_readme_loses_no_connection() {
     for line in said.filter(|line| !line.starts_with(['$', 'a', 'b'])) {
         assert!(printed.contains(&numbers(line)), "no {line:?} in:\n{printed}");
     }
+}
+
+#[test]
+fn every_command_shown_is_understood() {
+    let (mut wrong, mut seen) = (String::new(), 0);
+    for name in pages() {
+        let text = page(&name);
+        let shown: Vec<&str> =
+            ["sh", "console"].iter().flat_map(|language| blocks(&text, language)).collect();
+        let whole = shown.join("\n").replace("\\\n", " ");
+        for line in whole.lines() {
+            let line = line.trim_start_matches("$ ");
+            let words: Vec<&str> = line
+                .split_whitespace()
+                .take_while(|word| !word.starts_with(['#', '|', '&', '>', ';']))
+                .collect();
+            if words.first() != Some(&"tidegate") {
+                continue;
+            }
+            seen += 1;
+            if let Err(error) = Cli::try_parse_from(words) {
+                let _ = writeln!(wrong, "{name}: {line}: {error}");
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "\n{wrong}");
+    assert!(seen > 15, "{seen}");
 }
 
 /// A directory in which scripts run, with an admin socket that no other balancer uses.
