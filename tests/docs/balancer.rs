@@ -136,7 +136,7 @@ fn talk_once(frontend: SocketAddr) {
     assert_eq!(answer, "pong");
 }
 
-fn eventually<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn eventually<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
     let (_keep, never) = mpsc::channel::<()>();
     let deadline = tidegate_net::clock::now() + SOON;
     loop {

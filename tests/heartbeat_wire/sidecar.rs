@@ -1,6 +1,11 @@
-//! `tidegate heartbeat` and `scripts/heartbeat.py` beside a service.
+//! `tidegate heartbeat` and the examples of senders, `examples/heartbeat/sender.py` and
+//! `src/heartbeat/examples/service.rs`.
 
-use crate::place::{heard, key_file, receiver};
+#[allow(dead_code)]
+#[path = "../../src/heartbeat/examples/service.rs"]
+mod service;
+
+use crate::place::{heard, key_file, receiver, settings};
 use rustix::process::{Pid, Signal, kill_process};
 use socket2::{Domain, Socket, Type};
 use std::io::{Read, Write};
@@ -163,7 +168,7 @@ fn names_no_configuration_knows_are_usage_errors() {
 #[test]
 fn a_few_lines_of_python_send_heartbeats_as_well() {
     let ((_dir, key), (receiver, to)) = (key_file(), receiver());
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/heartbeat.py");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/heartbeat/sender.py");
     let sent = Command::new("python3")
         .args([script, &to.to_string(), "web", "snake", "127.0.0.1:8080", "7"])
         .arg(&key)
@@ -179,4 +184,47 @@ fn a_few_lines_of_python_send_heartbeats_as_well() {
     assert_eq!((&*third.name, third.state), ("snake", SenderState::Ready));
     assert_eq!((third.address, third.weight), ("127.0.0.1:8080".parse().unwrap(), 1));
     assert_eq!(receiver.counts().accepted(), 3);
+}
+
+#[test]
+fn the_example_in_rust_reports_its_connections_and_drains_at_the_end_of_its_input() {
+    let (receiver, to) = receiver();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let (input, keep) = std::os::unix::net::UnixStream::pair().unwrap();
+    let example = std::thread::spawn(move || service::run(listener, settings(to), input));
+    heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
+
+    let mut client = TcpStream::connect(address).unwrap();
+    client.write_all(b"ping").unwrap();
+    let mut answer = [0; 4];
+    client.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"ping");
+    heard(&receiver, "one connection", |one| one.heartbeat.in_flight == 1);
+
+    drop(keep);
+    heard(&receiver, "draining", |one| one.heartbeat.state == SenderState::Draining);
+    drop(client);
+    heard(&receiver, "stopping", |one| one.heartbeat.state == SenderState::Stopping);
+    example.join().unwrap().unwrap();
+}
+
+#[test]
+fn the_example_in_python_stops_at_sigterm() {
+    let ((_dir, key), (receiver, to)) = (key_file(), receiver());
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/heartbeat/sender.py");
+    let sender = Command::new("python3")
+        .args([script, &to.to_string(), "web", "snake", "127.0.0.1:8080", "7"])
+        .arg(&key)
+        .spawn();
+    let Ok(sender) = sender else {
+        assert!(std::env::var_os("CI").is_none(), "no python3");
+        eprintln!("skipped: no python3");
+        return;
+    };
+    let mut sender = Sidecar(sender);
+    heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
+    sender.signal(Signal::TERM);
+    heard(&receiver, "stopping", |one| one.heartbeat.state == SenderState::Stopping);
+    assert_eq!(sender.0.wait().unwrap().code(), Some(0));
 }

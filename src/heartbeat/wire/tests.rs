@@ -22,7 +22,7 @@ fn wrong(bytes: &[u8]) -> ParseError {
     ParsedHeartbeat::read(bytes).expect_err("malformed")
 }
 
-/// Made by `scripts/heartbeat.py`'s way of writing, in Python: the format is
+/// Made by `examples/heartbeat/sender.py`'s way of writing, in Python: the format is
 /// what the table says, not what this file does.
 const FROM_PYTHON: &str = "\
     5447484201000204000000070000\

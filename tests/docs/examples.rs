@@ -1,0 +1,159 @@
+//! The files in `examples`: configurations are accepted, command lines are understood, and
+//! the one for systemd is started as systemd starts it.
+
+use crate::pages::{page, root};
+use clap::Parser;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use tidegate_cli::Cli;
+use tidegate_core::model::Config;
+
+const TIDEGATE_YAML: &str = "examples/kubernetes/tidegate.yaml";
+const APP_YAML: &str = "examples/kubernetes/app.yaml";
+const SYSTEMD: &str = "examples/systemd/tidegate.toml";
+
+/// A process that does not outlive its test.
+struct Started(Child);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn accepted(text: &str, name: &str) -> Config {
+    tidegate_config::parse(text, name)
+        .unwrap_or_else(|problems| panic!("{}", problems.render(false)))
+}
+
+/// The text of a key that is a block (`|`), without its indentation.
+fn block(yaml: &str, key: &str) -> String {
+    let (before, rest) = yaml.split_once(&format!("{key}: |\n")).expect("the block");
+    let outer = before.lines().last().map_or(0, |line| line.len());
+    let lines = rest
+        .lines()
+        .take_while(|line| line.is_empty() || line.len() - line.trim_start().len() > outer);
+    let inner = " ".repeat(outer + 2);
+    lines.map(|line| format!("{}\n", line.strip_prefix(inner.as_str()).unwrap_or(line))).collect()
+}
+
+/// Every command in a manifest, in both ways of writing a list.
+fn commands(yaml: &str) -> Vec<Vec<String>> {
+    let inline = yaml.split("command: [").skip(1).map(|rest| {
+        let list = rest.split_once(']').expect("an end of the list").0;
+        list.split(", ").map(|word| word.trim_matches('"').to_owned()).collect()
+    });
+    let lines = yaml.split("command:\n").skip(1).map(|rest| {
+        let items = rest.lines().map_while(|line| line.trim().strip_prefix("- "));
+        items.map(str::to_owned).collect()
+    });
+    inline.chain(lines).collect()
+}
+
+fn seconds_after(text: &str, key: &str) -> u64 {
+    let (_, rest) = text.split_once(key).unwrap_or_else(|| panic!("no {key:?}"));
+    let digits: String = rest.trim_start().chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().unwrap()
+}
+
+#[test]
+fn the_configuration_of_the_config_map_is_accepted_and_fits_the_grace_period() {
+    let yaml = page(TIDEGATE_YAML);
+    let text = block(&yaml, "tidegate.toml");
+    assert!(text.contains("[frontend.web]") && text.ends_with("register = true\n"), "{text}");
+    let process = accepted(&text, TIDEGATE_YAML).process;
+    let needed = process.leave_delay + process.drain_timeout;
+    let grace = Duration::from_secs(seconds_after(&yaml, "terminationGracePeriodSeconds:"));
+    assert!(grace > needed, "{grace:?} for {needed:?}");
+}
+
+#[test]
+fn an_application_serves_for_as_long_as_its_sender_drains() {
+    let yaml = page(APP_YAML);
+    let slept = seconds_after(&yaml, "[\"sleep\", \"");
+    assert!(slept >= seconds_after(&yaml, "--drain="));
+    assert!(seconds_after(&yaml, "terminationGracePeriodSeconds:") > slept);
+}
+
+#[test]
+fn every_command_of_the_manifests_is_understood() {
+    let mut understood = 0;
+    for name in [TIDEGATE_YAML, APP_YAML] {
+        for command in commands(&page(name)).iter().filter(|command| command[0] == "tidegate") {
+            let words = command.iter().map(|word| {
+                let word = word.replace("$(TIDEGATE_HEARTBEAT_SERVICE_HOST)", "10.96.0.5");
+                word.replace("$(POD_IP)", "10.244.0.7").replace("$(POD_NAME)", "app-0")
+            });
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("{name}: {command:?}: {error}");
+            }
+            understood += 1;
+        }
+    }
+    assert_eq!(understood, 5);
+}
+
+#[test]
+fn the_socket_unit_listens_where_the_example_binds() {
+    let unit = page("config/tidegate.socket");
+    let listened: Vec<&str> =
+        unit.lines().filter_map(|line| line.strip_prefix("ListenStream=")).collect();
+    assert_eq!(listened.len(), 1);
+    let bind = format!("bind = \"{}\"", listened[0]);
+    assert!(page(SYSTEMD).contains(&bind), "{bind}");
+    accepted(&page(SYSTEMD), SYSTEMD);
+}
+
+#[test]
+fn the_example_for_systemd_serves_by_a_socket_that_was_passed() {
+    let directory = tempfile::tempdir().unwrap();
+    let backend = TcpListener::bind("127.0.0.1:0").unwrap();
+    let frontend = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let admin = format!("unix:{}/admin.sock", directory.path().display());
+    let text = page(SYSTEMD)
+        .replace("0.0.0.0:8080", &frontend.to_string())
+        .replace("127.0.0.1:9001", &backend.local_addr().unwrap().to_string());
+    let file = directory.path().join("tidegate.toml");
+    std::fs::write(&file, format!("[admin]\nlisten = \"{admin}\"\n{text}")).unwrap();
+    let started = Command::new("systemd-socket-activate")
+        .args(["-l", &frontend.to_string(), "--fdname=web", env!("CARGO_BIN_EXE_tidegate")])
+        .args(["run", "--config"])
+        .arg(&file)
+        .stderr(Stdio::null())
+        .spawn();
+    let Ok(started) = started else {
+        assert!(std::env::var_os("CI").is_none(), "no systemd-socket-activate");
+        eprintln!("skipped: no systemd-socket-activate");
+        return;
+    };
+    let _started = Started(started);
+    std::thread::spawn(move || {
+        for client in backend.incoming() {
+            let _ = client.unwrap().write_all(b"served");
+        }
+    });
+    let mut client = crate::balancer::eventually(|| TcpStream::connect(frontend).ok());
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "served");
+}
+
+#[test]
+fn every_example_is_in_the_index() {
+    let index = page("examples/README.md");
+    let mut folders = vec![root().join("examples")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let name = path.strip_prefix(root().join("examples")).unwrap().display().to_string();
+            assert!(name == "README.md" || index.contains(&format!("({name})")), "{name}");
+        }
+    }
+}
