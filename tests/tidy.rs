@@ -134,6 +134,22 @@ fn clocks_are_read_in_net_clock_alone() {
     }
 }
 
+/// A key that is misspelt in a document without a type is an absent value, not an error.
+#[test]
+fn clients_read_typed_documents() {
+    let mut findings = String::new();
+    let members = ["src/cli", "src/client", "src/lab"];
+    for file in members.iter().flat_map(|member| sources(member)) {
+        for (number, line) in file.all_code() {
+            let untyped = line.contains("json!") || line.contains("serde_json::Map");
+            if untyped || line.contains("serde_json") && has_word(line, "Value") {
+                let _ = writeln!(findings, "{}:{number}: a document without a type", file.name);
+            }
+        }
+    }
+    assert!(findings.is_empty(), "\n{findings}");
+}
+
 #[test]
 fn no_file_is_two_things() {
     let mut findings = String::new();

@@ -6,10 +6,12 @@
 use super::DrainArgs;
 use clap::Args;
 use hyper::Method;
-use serde_json::Value;
 use std::time::Duration;
-use tidegate_client::command::{Exit, duration};
-use tidegate_client::http::{ClientArgs, ClientError, ask, printable, report, segment};
+use tidegate_api::answers::{DrainedDoc, IntentDoc};
+use tidegate_api::explain::ExplainDoc;
+use tidegate_api::status::StatusDoc;
+use tidegate_client::command::{Exit, duration, print, print_json};
+use tidegate_client::http::{ClientArgs, ClientError, ask, backend_path, fail, printable, report};
 use tidegate_net::clock;
 
 /// Shown with `--help`.
@@ -71,66 +73,56 @@ pub fn drain(order: &DrainOrder) -> Exit {
 /// Until it has no sessions, or the time is over.
 fn wait(args: &DrainArgs, limit: Option<Duration>) -> Exit {
     let began = clock::now();
+    let BackendRef { pool, backend } = &args.target;
     let mut none_before = false;
     loop {
         let left = match sessions(&args.client, &args.target) {
             Ok(left) => left,
-            Err(error) => return report(&args.client, Err(error), |_| String::new()),
+            Err(error) => return fail(&args.client, &error),
         };
         if left == 0 && none_before {
-            let BackendRef { pool, backend } = &args.target;
-            let said = serde_json::json!({"pool": pool, "backend": backend, "sessions": 0});
-            return report(&args.client, Ok(said.to_string()), |_| {
-                printable(&format!("{pool}/{backend} has no sessions"))
-            });
+            let (backend, pool) = (backend.clone(), pool.clone());
+            match args.client.json {
+                true => print_json(&DrainedDoc { backend, pool, sessions: 0 }),
+                false => print(&printable(&format!("{pool}/{backend} has no sessions"))),
+            }
+            return Exit::Fine;
         }
         none_before = left == 0;
         if limit.is_some_and(|limit| clock::now() >= began + limit) {
-            let BackendRef { pool, backend } = &args.target;
             let s = if left == 1 { "" } else { "s" };
             let text = format!("{pool}/{backend} has {left} session{s} left");
-            return report(&args.client, Err(ClientError::Unreachable(text)), |_| String::new());
+            return fail(&args.client, &ClientError::Unreachable(text));
         }
         clock::pause(LOOK);
     }
 }
 
-/// Sessions of that backend, also where it has left the configuration meanwhile.
+/// Sessions of that backend, also if it has left the configuration.
 fn sessions(client: &ClientArgs, target: &BackendRef) -> Result<u64, ClientError> {
-    let get = |path: &str| -> Result<Value, ClientError> {
-        let unlike = |error| ClientError::Unreachable(format!("the answer is no JSON: {error}"));
-        serde_json::from_str(&ask(client, Method::GET, path)?).map_err(unlike)
-    };
-    let BackendRef { pool, backend } = target;
     // Cheap however many backends there are.
-    match get(&format!("/v1/pools/{}/backends/{}/explain", segment(pool), segment(backend))) {
-        Ok(one) if one["sessions_active"].as_u64().is_some_and(|open| open > 0) => {
-            return Ok(one["sessions_active"].as_u64().unwrap_or(0));
+    match ask(client, Method::GET, &backend_path(&target.pool, &target.backend, "explain")) {
+        Ok(answer) => {
+            let open = answer.document::<ExplainDoc>()?.sessions_active;
+            if open > 0 {
+                return Ok(open.into());
+            }
         }
         // It may have left the configuration.
-        Ok(_) | Err(ClientError::Refused(_)) => {}
+        Err(ClientError::Refused(..)) => {}
         Err(error) => return Err(error),
     }
-    Ok(count(&get("/v1/status")?, target))
+    Ok(count(&ask(client, Method::GET, "/v1/status")?.document()?, target))
 }
 
-fn count(status: &Value, target: &BackendRef) -> u64 {
-    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
-    let named = |value: &Value, key: &str, name: &str| value[key] == name;
-    let open = |backend: &Value| backend["sessions_active"].as_u64().unwrap_or(0);
-    let pools = list(&status["pools"]);
-    let pool = pools.iter().find(|pool| named(pool, "name", &target.pool));
-    let configured: u64 = list(pool.map_or(&Value::Null, |pool| &pool["backends"]))
-        .iter()
-        .filter(|backend| named(backend, "name", &target.backend))
-        .map(open)
-        .sum();
-    let leaving: u64 = list(&status["leaving"])
-        .iter()
-        .filter(|one| named(one, "pool", &target.pool) && named(one, "name", &target.backend))
-        .map(open)
-        .sum();
-    configured + leaving
+fn count(status: &StatusDoc, target: &BackendRef) -> u64 {
+    let pools = status.pools.iter().filter(|pool| pool.name == target.pool);
+    let backends = pools.flat_map(|pool| &pool.backends).filter(|one| one.name == target.backend);
+    let leaving = status.leaving.iter();
+    let leaving = leaving.filter(|one| one.pool == target.pool && one.name == target.backend);
+    let open =
+        backends.map(|one| one.sessions_active).chain(leaving.map(|one| one.sessions_active));
+    open.map(u64::from).sum()
 }
 
 /// New sessions again.
@@ -140,27 +132,24 @@ pub fn undrain(args: &DrainArgs) -> Exit {
 
 fn change(args: &DrainArgs, action: &str, effect: &str) -> Exit {
     let BackendRef { pool, backend } = &args.target;
-    let path = format!("/v1/pools/{}/backends/{}/{action}", segment(pool), segment(backend));
-    report(&args.client, ask(&args.client, Method::POST, &path), |_| {
-        printable(&format!("{pool}/{backend} {effect}"))
-    })
+    let answer = ask(&args.client, Method::POST, &backend_path(pool, backend, action));
+    report(&args.client, answer, |_: &IntentDoc| format!("{pool}/{backend} {effect}"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use crate::status::tests::example;
 
     #[test]
     fn sessions_are_counted_wherever_the_backend_is_shown() {
-        let status = json!({
-            "pools": [
-                {"name": "web", "backends": [
-                    {"name": "a", "sessions_active": 3}, {"name": "b", "sessions_active": 5}]},
-                {"name": "db", "backends": [{"name": "a", "sessions_active": 7}]},
-            ],
-            "leaving": [{"pool": "web", "name": "a", "sessions_active": 1}],
-        });
+        let mut status = example();
+        let mut other = status.pools[0].clone();
+        other.name = "db".to_owned();
+        other.backends[0].sessions_active = 7;
+        status.pools[0].backends[0].sessions_active = 3;
+        status.pools.push(other);
+        (status.leaving[0].name, status.leaving[0].sessions_active) = ("a".to_owned(), 1);
         let target = |text: &str| super::target(text).unwrap();
         assert_eq!(count(&status, &target("web/a")), 4);
         assert_eq!(count(&status, &target("db/a")), 7);

@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use tidegate_client::command::Exit;
-use tidegate_client::http::{Address, ClientArgs, read_token, report};
+use tidegate_client::http::{Address, ClientArgs, error_document, fail, printable, read_token};
 use tidegate_client::reach::Reached;
 
 /// Shown with `--help`.
@@ -28,15 +28,14 @@ const ANSWER_BYTES_MAX: u64 = 64 * 1024;
 
 /// Asks once.
 pub fn main(args: &ClientArgs) -> Exit {
-    let refused = |error| report(args, Err(error), |_| String::new());
     let reached = match Reached::balancer(args) {
         Ok(reached) => reached,
-        Err(error) => return refused(error),
+        Err(error) => return fail(args, &error),
     };
     let token = args.token_file.as_deref().or(reached.token_file.as_deref());
     let request = match token.map(read_token).transpose() {
         Ok(token) => request(token.as_deref()),
-        Err(error) => return refused(error),
+        Err(error) => return fail(args, &error),
     };
     let answer = match ask_first(&reached.places, &request) {
         Ok(answer) => answer,
@@ -79,7 +78,7 @@ fn ask_first(places: &[Address], request: &str) -> Result<String, String> {
 
 fn complain(text: &str) {
     // With standard error closed there is nobody to tell.
-    let _ = writeln!(io::stderr(), "tidegate: {}", tidegate_client::http::printable(text));
+    let _ = writeln!(io::stderr(), "tidegate: {}", printable(text));
 }
 
 fn request(token: Option<&str>) -> String {
@@ -119,8 +118,8 @@ fn parse(answer: &str) -> (Option<u16>, &str) {
 }
 
 fn why(body: &str) -> String {
-    let said = serde_json::from_str::<serde_json::Value>(body).unwrap_or_default();
-    said["detail"].as_str().unwrap_or("it does not say why").to_owned()
+    let refused = error_document(body);
+    refused.map_or_else(|| "it does not say why".to_owned(), |document| document.detail)
 }
 
 #[cfg(test)]

@@ -1,7 +1,10 @@
-//! Text for a terminal: tables that leave out what matters least, and lines that are
-//! wrapped.
+//! Text for a terminal: tables that leave out what matters least, lines that are
+//! wrapped, and values in words.
 //!
 //! Used by `status` and `explain`. It knows columns and widths, not what is in them.
+
+use std::fmt::Display;
+use std::io::IsTerminal;
 
 /// A column: its name, where its cells stand, and how early it is left out.
 #[derive(Debug, Clone, Copy)]
@@ -115,6 +118,45 @@ impl TextTable {
     }
 }
 
+/// Columns of the terminal; `None` if output goes elsewhere and is kept whole.
+pub(super) fn terminal_width() -> Option<usize> {
+    let out = std::io::stdout();
+    let size = out.is_terminal().then(|| rustix::termios::tcgetwinsize(&out).ok())??;
+    (size.ws_col > 0).then_some(size.ws_col.into())
+}
+
+/// Any text in one line.
+pub(super) fn cell_text(text: &str) -> String {
+    if text.is_empty() { "-".to_owned() } else { text.replace('\n', " ") }
+}
+
+/// A value that may be absent.
+pub(super) fn or_dash(value: Option<impl Display>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+/// `1 worker`, `2 workers`.
+pub(super) fn plural(count: impl Into<u64>, what: &str) -> String {
+    let count = count.into();
+    let s = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{s}")
+}
+
+/// The two largest units.
+pub(super) fn age(seconds: f64) -> String {
+    if seconds < 1.0 {
+        return format!("{:.0}ms", (seconds * 1e3).floor());
+    }
+    let whole = seconds as u64;
+    let (days, hours, minutes) = (whole / 86_400, whole / 3600 % 24, whole / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{whole}s"),
+        (0, 0, _) => format!("{minutes}m {}s", whole % 60),
+        (0, _, _) => format!("{hours}h {minutes}m"),
+        _ => format!("{days}d {hours}h"),
+    }
+}
+
 /// Breaks lines that are longer than `width` between words. What follows stands below
 /// the first word after the indentation, or after a label such as `State       up`.
 pub(super) fn wrap(text: &str, width: Option<usize>) -> String {
@@ -202,6 +244,12 @@ mod tests {
     #[test]
     fn a_table_that_has_nothing_left_to_leave_out_stays_too_wide() {
         assert!(example().finish(Some(3)).starts_with("NAME\n"));
+    }
+
+    #[test]
+    fn ages_keep_two_figures_that_matter() {
+        let ages = [0.0, 0.325, 0.9999, 1.9, 59.0, 61.0, 3600.0, 90_000.0].map(age);
+        assert_eq!(ages, ["0ms", "325ms", "999ms", "1s", "59s", "1m 1s", "1h 0m", "1d 1h"]);
     }
 
     #[test]

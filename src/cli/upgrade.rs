@@ -5,12 +5,12 @@
 
 use clap::Args;
 use hyper::Method;
-use serde_json::Value;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tidegate_api::answers::UpgradeDoc;
 use tidegate_client::command::Exit;
-use tidegate_client::http::{ClientArgs, ask_within, printable, report, segment};
+use tidegate_client::http::{ClientArgs, ask_within, report, segment};
 
 pub(super) const HELP: &str = "\
 Example:
@@ -42,8 +42,7 @@ pub struct UpgradeArgs {
 
 /// Asks, and says who serves now.
 pub fn main(args: &UpgradeArgs) -> Exit {
-    let answer = ask_within(&args.client, Method::POST, &path(args), ANSWER_MAX);
-    report(&args.client, answer, |answer| printable(&shown(answer)))
+    report(&args.client, ask_within(&args.client, Method::POST, &path(args), ANSWER_MAX), shown)
 }
 
 fn path(args: &UpgradeArgs) -> String {
@@ -63,19 +62,16 @@ fn encoded(file: &Path) -> String {
     segment(whole.as_os_str().as_bytes())
 }
 
-fn shown(answer: &Value) -> String {
+fn shown(UpgradeDoc { pid, version, generation }: &UpgradeDoc) -> String {
     format!(
-        "upgraded: process {}, version {}, serves by generation {}; the one before drains",
-        answer["pid"],
-        answer["version"].as_str().unwrap_or("unknown"),
-        answer["generation"]
+        "upgraded: process {pid}, version {version}, serves by generation {generation}; \
+         the one before drains"
     )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn paths_are_whole_and_encoded() {
@@ -98,7 +94,7 @@ mod tests {
 
     #[test]
     fn the_answer_names_who_serves() {
-        let answer = json!({"pid": 7, "version": "0.2.0", "generation": 3});
+        let answer = UpgradeDoc { pid: 7, version: "0.2.0".to_owned(), generation: 3 };
         assert!(shown(&answer).starts_with("upgraded: process 7, version 0.2.0, serves by"));
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Called by the commands of `cli` and `lab`. It asks and runs nothing.
 
+use serde::Serialize;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -37,6 +38,11 @@ pub fn print(text: &str) {
     let mut out = io::stdout().lock();
     let _ = writeln!(out, "{text}");
     let _ = out.flush();
+}
+
+/// Prints a document in one line.
+pub fn print_json(document: &impl Serialize) {
+    print(&serde_json::to_string(document).expect("plain data always serialises"));
 }
 
 // === impl Exit ===

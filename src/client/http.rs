@@ -1,8 +1,7 @@
-//! The command line's side of the admin API.
+//! One request to the admin API, one answer.
 //!
-//! Used by `reload`, `status`, `drain`, `undrain` and `shutdown`: one request,
-//! one answer, bounded in time and size. It knows the API's HTTP and its error
-//! shape, not its meaning.
+//! Used by the commands of `cli` and `lab`. Bounded in time and size. It knows the API's
+//! HTTP and its errors, not the meaning of its documents.
 
 use super::reach::{ClientStream, Reached, connect};
 use crate::command::Exit;
@@ -12,13 +11,16 @@ use hyper::body::Bytes;
 use hyper::header::{AUTHORIZATION, CONNECTION, HOST};
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
-use serde_json::Value;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
+use serde::de::DeserializeOwned;
 use std::fmt;
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
+use tidegate_api::answers::ErrorDoc;
+use tidegate_api::reload::ProblemDoc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
@@ -49,14 +51,23 @@ pub enum Address {
     Tcp(SocketAddr),
 }
 
-/// A request refused, or no answer at all; displays for standard error.
+/// The answer to a request that the balancer did not refuse.
+#[derive(Debug)]
+pub struct Answer {
+    /// Such as `GET /v1/status`.
+    request: String,
+    /// The body.
+    pub text: String,
+}
+
+/// A request refused, or no answer at all; displays as one sentence.
 #[derive(Debug)]
 pub enum ClientError {
     /// What to ask with is unfit: a token file, an admin address.
     Request(String),
-    /// The balancer said no: its JSON, or its text where that is none.
-    Refused(Value),
-    /// Nobody answered, or not as the admin API does.
+    /// The balancer refused the request: why, and the same as its JSON.
+    Refused(ErrorDoc, String),
+    /// No balancer answered, or not as the admin API of this version does.
     Unreachable(String),
 }
 
@@ -66,11 +77,14 @@ const ANSWER_MAX: Duration = Duration::from_secs(15);
 /// Status of ten thousand backends is 6 MB.
 const ANSWER_BYTES_MAX: usize = 256 * 1024 * 1024;
 
-/// Sends one request and gives the answer's body, a success's.
+/// Everything but the unreserved characters of RFC 3986.
+const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
+/// Sends one request and waits for its answer.
 ///
 /// # Errors
 /// See [`ClientError`].
-pub fn ask(args: &ClientArgs, method: Method, path: &str) -> Result<String, ClientError> {
+pub fn ask(args: &ClientArgs, method: Method, path: &str) -> Result<Answer, ClientError> {
     ask_within(args, method, path, ANSWER_MAX)
 }
 
@@ -83,7 +97,8 @@ pub fn ask_within(
     method: Method,
     path: &str,
     limit: Duration,
-) -> Result<String, ClientError> {
+) -> Result<Answer, ClientError> {
+    let request = format!("{method} {path}");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -91,10 +106,11 @@ pub fn ask_within(
     let reached = Reached::balancer(args)?;
     let token = args.token_file.as_deref().or(reached.token_file.as_deref());
     let token = token.map(read_token).transpose()?;
-    runtime.block_on(async {
+    let text = runtime.block_on(async {
         let (address, stream) = connect(&reached.places).await?;
         exchange(&address, stream, method, path, token.as_deref(), limit).await
-    })
+    })?;
+    Ok(Answer { request, text })
 }
 
 /// The bearer token in a file, without the line's end.
@@ -175,103 +191,82 @@ fn check_response(
     if status.is_success() {
         return Ok(body);
     }
-    let value =
-        serde_json::from_str::<Value>(&body).ok().filter(|value| value["error"].is_string());
-    match value {
-        Some(mut value) if status.is_client_error() => {
+    match error_document(&body) {
+        Some(mut document) if status.is_client_error() => {
             if status == StatusCode::UNAUTHORIZED {
-                value["hint"] =
-                    "give the token of [admin] token_file with --token-file FILE".into();
+                document.detail += "; give the token of [admin] token_file with --token-file FILE";
             }
-            Err(ClientError::Refused(value))
+            Err(ClientError::Refused(document, body))
         }
-        Some(value) => Err(ClientError::Unreachable(format!(
-            "the balancer at {address} cannot answer: {}",
-            sentence(&value)
-        ))),
+        Some(document) => {
+            let why = ClientError::Refused(document, String::new());
+            let text = format!("the balancer at {address} cannot answer: {why}");
+            Err(ClientError::Unreachable(text))
+        }
         None => Err(ClientError::Unreachable(format!(
             "what answers at {address} is not the admin API (HTTP {status})"
         ))),
     }
 }
 
-/// `error: detail` of an error answer.
-fn sentence(value: &Value) -> String {
-    let error = value["error"].as_str().unwrap_or_default();
-    let hint = value["hint"].as_str().map_or_else(String::new, |hint| format!("; {hint}"));
-    match value["detail"].as_str() {
-        Some(detail) if !detail.is_empty() => format!("{error}: {detail}{hint}"),
-        _ => format!("{error}{hint}"),
-    }
+/// The body of an error answer; `None` if it is not one of the admin API.
+pub fn error_document(body: &str) -> Option<ErrorDoc> {
+    serde_json::from_str(body).ok()
 }
 
-/// Percent-encodes one path segment (RFC 3986, unreserved characters stay).
+/// Percent-encodes one path segment or query value.
 pub fn segment(name: impl AsRef<[u8]>) -> String {
-    let mut encoded = String::with_capacity(name.as_ref().len());
-    for byte in name.as_ref() {
-        match *byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                encoded.push(char::from(*byte));
-            }
-            byte => encoded.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    encoded
+    percent_encode(name.as_ref(), RESERVED).to_string()
+}
+
+/// The path for an action on one backend, such as `drain`.
+pub fn backend_path(pool: &str, backend: &str, action: &str) -> String {
+    format!("/v1/pools/{}/backends/{}/{action}", segment(pool), segment(backend))
 }
 
 /// Prints what a command has to say: the API's answer with `--json`, else what
-/// `shown` makes of it. Errors go to standard error and decide the exit code.
-pub fn report(
+/// `shown` makes of its document. Errors go to standard error and decide the exit code.
+pub fn report<T: DeserializeOwned>(
     args: &ClientArgs,
-    answer: Result<String, ClientError>,
-    shown: impl FnOnce(&Value) -> String,
+    answer: Result<Answer, ClientError>,
+    shown: impl FnOnce(&T) -> String,
 ) -> Exit {
-    let text = match answer {
-        Ok(text) if args.json => text,
-        Ok(text) => match serde_json::from_str(&text) {
-            Ok(value) => shown(&value),
-            Err(error) => {
-                return print_error(
-                    &format!("tidegate: the answer is no JSON: {error}"),
-                    Exit::Failed,
-                );
-            }
-        },
-        Err(error) => return fail(args, &error),
-    };
-    print(&text)
+    let text = answer.and_then(|answer| match args.json {
+        true => Ok(answer.text),
+        false => answer.document().map(|document| printable(&shown(&document))),
+    });
+    text.map_or_else(|error| fail(args, &error), |text| print(&text))
 }
 
-fn fail(args: &ClientArgs, error: &ClientError) -> Exit {
-    match error {
-        ClientError::Unreachable(text) => print_error(&format!("tidegate: {text}"), Exit::Failed),
-        ClientError::Request(text) => print_error(&format!("tidegate: {text}"), Exit::Refused),
-        ClientError::Refused(value) => {
-            if args.json {
-                print(&value.to_string());
-            }
-            print_error(&refusal(value), Exit::Refused)
-        }
+/// Prints why a request failed.
+pub fn fail(args: &ClientArgs, error: &ClientError) -> Exit {
+    let exit = match error {
+        ClientError::Unreachable(_) => Exit::Failed,
+        ClientError::Request(_) | ClientError::Refused(..) => Exit::Refused,
+    };
+    if let ClientError::Refused(_, json) = error
+        && args.json
+    {
+        print(json);
     }
+    print_error(&complaint(error), exit)
 }
 
-/// Problems as `check` starts them, or one sentence.
-fn refusal(value: &Value) -> String {
-    let problem = |problem: &Value| {
-        let file = problem["file"].as_str()?;
-        let (line, column) = (problem["line"].as_u64()?, problem["column"].as_u64()?);
-        let message = problem["message"].as_str()?;
-        let plain = || format!("{file}:{line}:{column}: error: {message}");
-        // An older balancer sends no rendered text.
-        Some(problem["rendered"].as_str().map_or_else(plain, |text| format!("{text}\n")))
+/// One sentence, after the problems of a refused file as `check` prints them.
+fn complaint(error: &ClientError) -> String {
+    let ClientError::Refused(ErrorDoc { error: refused, problems: Some(problems), .. }, _) = error
+    else {
+        return format!("tidegate: {error}");
     };
-    let problems = value["problems"].as_array().into_iter().flatten();
-    let mut lines: Vec<String> = problems.filter_map(problem).collect();
-    if lines.is_empty() {
-        lines.push(format!("tidegate: {}", sentence(value)));
-    } else {
-        lines.push(format!("tidegate: {}", value["error"].as_str().unwrap_or_default()));
-    }
+    let problem =
+        |ProblemDoc { file, line, column, message, rendered, .. }: &ProblemDoc| match rendered
+            .is_empty()
+        {
+            true => format!("{file}:{line}:{column}: error: {message}"),
+            false => format!("{rendered}\n"),
+        };
+    let mut lines: Vec<String> = problems.iter().map(problem).collect();
+    lines.push(format!("tidegate: {refused}"));
     lines.join("\n")
 }
 
@@ -281,8 +276,8 @@ fn print_error(text: &str, exit: Exit) -> Exit {
     exit
 }
 
-/// Writes a text and a newline to standard output. Whoever closed the other end
-/// (`| head`) has seen enough: that is no failure.
+/// Writes a text and a newline to standard output. A reader that has closed the other
+/// end (`| head`) is no failure.
 fn print(text: &str) -> Exit {
     let mut out = io::stdout().lock();
     match writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
@@ -296,6 +291,39 @@ fn print(text: &str) -> Exit {
 /// Names come from files and may hold anything; a terminal must not obey them.
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' { '\u{FFFD}' } else { c }).collect()
+}
+
+// === impl Answer ===
+
+impl Answer {
+    /// The document in it.
+    ///
+    /// # Errors
+    /// It is another one than `T`.
+    pub fn document<T: DeserializeOwned>(&self) -> Result<T, ClientError> {
+        serde_json::from_str(&self.text).map_err(|error| {
+            ClientError::Unreachable(format!(
+                "cannot read the answer to {}: {error}; use the program of the balancer's version",
+                self.request
+            ))
+        })
+    }
+}
+
+// === impl ClientError ===
+
+impl fmt::Display for ClientError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ClientError::Request(text) | ClientError::Unreachable(text) => f.write_str(text),
+            ClientError::Refused(ErrorDoc { error, detail, .. }, _) if detail.is_empty() => {
+                f.write_str(error)
+            }
+            ClientError::Refused(ErrorDoc { error, detail, .. }, _) => {
+                write!(f, "{error}: {detail}")
+            }
+        }
+    }
 }
 
 // === impl Address ===
@@ -340,7 +368,7 @@ impl fmt::Display for Address {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use tidegate_api::reload::ReloadDoc;
 
     #[test]
     fn a_segment_keeps_no_slash_colon_or_bracket() {
@@ -349,22 +377,47 @@ mod tests {
         assert_eq!(segment("ä-._~9"), "%C3%A4-._~9");
     }
 
+    fn refused(body: &str) -> String {
+        let at = Address::Unix("/x".into());
+        match check_response(StatusCode::UNPROCESSABLE_ENTITY, body.to_owned(), &at) {
+            Err(error @ ClientError::Refused(..)) => complaint(&error),
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+
     #[test]
     fn problems_are_told_as_check_tells_them() {
-        let value = json!({
-            "error": "refused", "detail": "1 problem",
-            "problems": [{"file": "t.toml", "line": 3, "column": 7, "message": "no such pool"}],
-        });
-        assert_eq!(refusal(&value), "t.toml:3:7: error: no such pool\ntidegate: refused");
-        let rendered = "t.toml:3:7: error: no such pool\n3 | pool = \"x\"";
-        let value = json!({
-            "error": "refused", "detail": "1 problem",
-            "problems": [{"file": "t.toml", "line": 3, "column": 7, "message": "no such pool",
-                          "rendered": rendered}],
-        });
-        assert_eq!(refusal(&value), format!("{rendered}\n\ntidegate: refused"));
-        let value = json!({"error": "unknown pool", "detail": "no pool is named \"x\""});
-        assert_eq!(refusal(&value), "tidegate: unknown pool: no pool is named \"x\"");
+        let problem = r#""file": "t.toml", "line": 3, "column": 7, "message": "no such pool""#;
+        let with = |problem: &str| {
+            refused(&format!(
+                r#"{{"error": "refused", "detail": "1 problem", "problems": [{{{problem}}}]}}"#
+            ))
+        };
+        assert_eq!(with(problem), "t.toml:3:7: error: no such pool\ntidegate: refused");
+        let rendered = "t.toml:3:7: error: no such pool\n3 | pool";
+        let text = with(&format!(r#"{problem}, "rendered": {rendered:?}"#));
+        assert_eq!(text, format!("{rendered}\n\ntidegate: refused"));
+        let text = refused(r#"{"error": "unknown pool", "detail": "no pool is named \"x\""}"#);
+        assert_eq!(text, "tidegate: unknown pool: no pool is named \"x\"");
+    }
+
+    #[test]
+    fn an_answer_that_does_not_fit_names_what_was_expected() {
+        let read = |text: &str| {
+            let (request, text) = ("POST /v1/reload".to_owned(), text.to_owned());
+            Answer { request, text }.document::<ReloadDoc>().map_err(|error| error.to_string())
+        };
+        let newer = r#"{"generation": 4, "changed": true, "warnings": [], "more": 1}"#;
+        assert_eq!(read(newer).unwrap().generation, 4);
+        for (text, expected) in [
+            (r#"{"generation": 4, "warnings": []}"#, "missing field `changed`"),
+            (r#"{"generation": "x"}"#, "invalid type: string \"x\", expected u64"),
+            ("<html>", "expected value"),
+        ] {
+            let error = read(text).unwrap_err();
+            let start = "cannot read the answer to POST /v1/reload: ";
+            assert!(error.starts_with(&format!("{start}{expected}")), "{error}");
+        }
     }
 
     #[test]
@@ -373,15 +426,18 @@ mod tests {
         let judged = |status, body: &str| check_response(status, body.to_owned(), &at);
         let said = r#"{"error":"e","detail":"d"}"#;
         assert!(judged(StatusCode::OK, "anything").is_ok());
-        assert!(matches!(judged(StatusCode::NOT_FOUND, said), Err(ClientError::Refused(_))));
+        assert!(matches!(
+            judged(StatusCode::NOT_FOUND, said),
+            Err(ClientError::Refused(_, json)) if json == said
+        ));
         assert!(matches!(
             judged(StatusCode::SERVICE_UNAVAILABLE, said),
             Err(ClientError::Unreachable(_))
         ));
-        let Err(ClientError::Refused(value)) = judged(StatusCode::UNAUTHORIZED, said) else {
-            panic!("not refused");
-        };
-        assert!(refusal(&value).contains("--token-file FILE"), "{}", refusal(&value));
+        let unauthorized = judged(StatusCode::UNAUTHORIZED, said).unwrap_err();
+        assert!(matches!(unauthorized, ClientError::Refused(..)));
+        let text = unauthorized.to_string();
+        assert!(text.contains("--token-file FILE"), "{text}");
         let foreign = judged(StatusCode::NOT_FOUND, "<html>");
         assert!(matches!(foreign, Err(ClientError::Unreachable(_))));
     }

@@ -1,6 +1,6 @@
 //! The command line's client against the API: what it prints and how it exits.
 
-use crate::harness::{Api, Control, STATUS, TOKEN, eventually};
+use crate::harness::{Api, Control, EXPLANATION, STATUS, TOKEN, eventually};
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 
@@ -45,6 +45,19 @@ fn the_client_exits_2_on_usage_and_3_when_nobody_answers() {
     assert_eq!(unreachable.status.code(), Some(3));
     let text = String::from_utf8(unreachable.stderr).unwrap();
     assert!(text.starts_with("tidegate: cannot reach the balancer at unix:/"), "{text}");
+}
+
+#[test]
+fn the_client_exits_3_on_a_document_that_does_not_fit_and_says_what_it_expected() {
+    let api = Api::unix(Control::Answers);
+    let misfit = api.cli(&["explain", "web/a"]);
+    assert_eq!((misfit.status.code(), misfit.stdout.len()), (Some(3), 0), "{misfit:?}");
+    let text = String::from_utf8(misfit.stderr).unwrap();
+    let start = "tidegate: cannot read the answer to GET /v1/pools/web/backends/a/explain: ";
+    assert!(text.starts_with(&format!("{start}missing field `address`")), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    let raw = api.cli(&["explain", "web/a", "--json"]);
+    assert_eq!(String::from_utf8(raw.stdout).unwrap().trim_end(), EXPLANATION);
 }
 
 #[test]

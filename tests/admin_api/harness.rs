@@ -256,8 +256,15 @@ async fn play(
     }
 }
 
-pub(crate) const STATUS: &str = r#"{"version":"0.1.0","state":"serving","pools":[]}"#;
+pub(crate) const STATUS: &str = concat!(
+    r#"{"version":"0.1.0","generation":3,"table_serial":9,"engine":"epoll","#,
+    r#""engine_reason":"configured","workers":2,"stalled":[],"worker_panics_total":0,"#,
+    r#""worker_restarts_total":0,"uptime_seconds":1.5,"state":"serving","connections_active":0,"#,
+    r#""connections_max":100,"warnings":[],"confinement":[],"heartbeat":null,"frontends":[],"#,
+    r#""pools":[],"leaving":[]}"#
+);
 
+/// Less than a client of this version expects.
 pub(crate) const EXPLANATION: &str = r#"{"pool":"web","backend":"a","eligible":true}"#;
 
 fn refused_file() -> ReloadError {

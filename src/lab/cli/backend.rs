@@ -6,10 +6,10 @@
 use crate::cli::threads::{self, WorkArgs};
 use crate::load::{self, Behaviour, ServeReport, Service};
 use clap::{Args, ValueEnum};
-use serde_json::json;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
-use tidegate_client::command::{Exit, duration};
+use tidegate_client::command::{Exit, duration, print, print_json};
 
 /// `tidegate backend`
 #[derive(Debug, Args)]
@@ -102,14 +102,17 @@ fn run(args: &BackendArgs, service: Service) -> std::io::Result<()> {
     let (crew, bound) = load::serve(service)?;
     let addresses: Vec<String> = bound.iter().map(ToString::to_string).collect();
     if args.work.json {
-        tidegate_client::command::print(&json!({ "listening": addresses }).to_string());
+        print_json(&BTreeMap::from([("listening", addresses)]));
     } else {
-        tidegate_client::command::print(&format!("listening on {}", addresses.join(", ")));
+        print(&format!("listening on {}", addresses.join(", ")));
     }
     threads::watch(&crew)?;
     let served = crew.join()?;
     let sum = served.iter().fold(ServeReport::default(), |sum, one| sum.merge(one));
-    tidegate_client::command::print(&shown(args, &sum));
+    match args.work.json {
+        true => print_json(&sum),
+        false => print(&shown(&sum)),
+    }
     Ok(())
 }
 
@@ -166,16 +169,9 @@ fn above_zero(option: &str, value: usize) -> Result<usize, String> {
     if value == 0 { Err(format!("{option} must be above zero")) } else { Ok(value) }
 }
 
-fn shown(args: &BackendArgs, served: &ServeReport) -> String {
+fn shown(served: &ServeReport) -> String {
     let ServeReport { accepted, open, requests, bytes_in, bytes_out, failed, reset, refused } =
         *served;
-    if args.work.json {
-        return json!({
-            "accepted": accepted, "open": open, "requests": requests, "bytes_in": bytes_in,
-            "bytes_out": bytes_out, "failed": failed, "reset": reset, "refused": refused,
-        })
-        .to_string();
-    }
     format!(
         "accepted {accepted}, open {open}, requests {requests}, received {bytes_in} bytes, \
          sent {bytes_out} bytes, failed {failed}, reset {reset}, not accepted {refused}"

@@ -6,13 +6,13 @@
 use crate::cli::threads::{self, WorkArgs};
 use crate::load::{self, CloseMode, LoadErrorKind, LoadMode, LoadPlan, LoadReport, ReportWindow};
 use clap::{Args, ValueEnum};
-use serde_json::{Value, json};
+use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::mpsc;
 use std::time::Duration;
-use tidegate_client::command::{Exit, duration};
+use tidegate_client::command::{Exit, duration, print, print_json};
 
 /// `tidegate bench`
 #[derive(Debug, Args)]
@@ -263,12 +263,12 @@ fn done(mode: ModeName, report: &LoadReport) -> u64 {
 }
 
 fn show(args: &BenchArgs, report: &LoadReport) {
-    let text = match (args.work.json, args.every) {
-        (true, None) => format!("{:#}", document(args, report)),
-        (true, Some(_)) => document(args, report).to_string(),
-        (false, _) => lines(args, report),
-    };
-    tidegate_client::command::print(text.trim_end());
+    let document = || document(args, report, None);
+    match (args.work.json, args.every) {
+        (true, None) => print(&serde_json::to_string_pretty(&document()).unwrap_or_default()),
+        (true, Some(_)) => print_json(&document()),
+        (false, _) => print(lines(args, report).trim_end()),
+    }
 }
 
 /// Prints each window once every thread has handed in its part, until the threads
@@ -286,14 +286,10 @@ fn show_windows(args: &BenchArgs, over: mpsc::Receiver<ReportWindow>) {
         }
         // What a thread that was held up left out never comes.
         parts = parts.split_off(&number);
-        let text = if args.work.json {
-            let mut line = document(args, &sum);
-            line["window"] = number.into();
-            line.to_string()
-        } else {
-            window_line(args, number, &sum)
-        };
-        tidegate_client::command::print(&text);
+        match args.work.json {
+            true => print_json(&document(args, &sum, Some(number))),
+            false => print(&window_line(args, number, &sum)),
+        }
     }
 }
 
@@ -320,38 +316,60 @@ const PERCENTILES: [(f64, &str); 6] = [
     (99.99, "p99.99"),
 ];
 
-fn document(args: &BenchArgs, report: &LoadReport) -> Value {
+/// What `--json` prints.
+#[derive(Serialize)]
+struct BenchDoc {
+    bytes_in: u64,
+    bytes_in_per_second: f64,
+    bytes_out: u64,
+    bytes_out_per_second: f64,
+    connections: u32,
+    errors: BTreeMap<&'static str, u64>,
+    errors_total: u64,
+    late: u64,
+    latency_seconds: BTreeMap<&'static str, f64>,
+    mode: String,
+    opened: u64,
+    opened_per_second: f64,
+    requests: u64,
+    requests_per_second: f64,
+    seconds: f64,
+    threads: usize,
+    to: SocketAddr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    window: Option<u64>,
+}
+
+fn document(args: &BenchArgs, report: &LoadReport, window: Option<u64>) -> BenchDoc {
     let seconds = report.elapsed.as_secs_f64();
     let each_second = |count: u64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
-    let errors: serde_json::Map<String, Value> =
-        report.errors_by_name().map(|(name, count)| (name.to_owned(), count.into())).collect();
-    let mut latency = serde_json::Map::new();
+    let mut latency = BTreeMap::new();
     if report.latencies() > 0 {
-        for (percentile, name) in PERCENTILES {
-            latency.insert(name.to_owned(), report.latency_at(percentile).as_secs_f64().into());
-        }
-        latency.insert("max".to_owned(), report.latency_max().as_secs_f64().into());
-        latency.insert("mean".to_owned(), report.latency_mean().as_secs_f64().into());
+        let at = |(percentile, name)| (name, report.latency_at(percentile).as_secs_f64());
+        latency.extend(PERCENTILES.map(at));
+        latency.insert("max", report.latency_max().as_secs_f64());
+        latency.insert("mean", report.latency_mean().as_secs_f64());
     }
-    json!({
-        "mode": name(args.mode),
-        "to": args.to.to_string(),
-        "connections": args.connections,
-        "threads": args.work.threads,
-        "seconds": seconds,
-        "requests": report.requests,
-        "requests_per_second": each_second(report.requests),
-        "late": report.late,
-        "opened": report.opened,
-        "opened_per_second": each_second(report.opened_timed),
-        "bytes_in": report.bytes_in,
-        "bytes_in_per_second": each_second(report.bytes_in),
-        "bytes_out": report.bytes_out,
-        "bytes_out_per_second": each_second(report.bytes_out),
-        "latency_seconds": latency,
-        "errors": errors,
-        "errors_total": report.errors_total(),
-    })
+    BenchDoc {
+        bytes_in: report.bytes_in,
+        bytes_in_per_second: each_second(report.bytes_in),
+        bytes_out: report.bytes_out,
+        bytes_out_per_second: each_second(report.bytes_out),
+        connections: args.connections,
+        errors: report.errors_by_name().collect(),
+        errors_total: report.errors_total(),
+        late: report.late,
+        latency_seconds: latency,
+        mode: name(args.mode),
+        opened: report.opened,
+        opened_per_second: each_second(report.opened_timed),
+        requests: report.requests,
+        requests_per_second: each_second(report.requests),
+        seconds,
+        threads: args.work.threads,
+        to: args.to,
+        window,
+    }
 }
 
 fn lines(args: &BenchArgs, report: &LoadReport) -> String {

@@ -8,3 +8,9 @@ pub mod demo;
 pub mod selftest;
 pub mod streams;
 pub(crate) mod threads;
+
+/// Text as a TOML basic string, whose escapes are JSON's (and DEL's).
+pub(crate) fn quoted(text: &str) -> String {
+    let json = serde_json::to_string(text).expect("text always serialises");
+    json.replace('\u{7f}', "\\u007f")
+}

@@ -7,13 +7,13 @@ use super::selftest::streams_with;
 use crate::cli::threads;
 use crate::ledger::{Ledger, LedgerBackend, StreamSizes};
 use clap::Args;
-use serde_json::{Value, json};
+use serde::Serialize;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use tidegate_client::command::{Exit, duration};
+use tidegate_client::command::{Exit, duration, print, print_json};
 use tidegate_net::clock;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -156,38 +156,37 @@ impl Ticker {
     }
 }
 
-fn show(args: &StreamsArgs, ledger: &Ledger, whole: bool) {
-    let document = document(ledger, whole);
-    if args.json {
-        return tidegate_client::command::print(&document.to_string());
-    }
-    let count = |name: &str| document[name].as_u64().unwrap_or_default();
-    let mut text = format!(
-        "{} streams, {} MB: {} refused, {} reset, {} bytes wrong",
-        count("streams"),
-        (count("bytes_in") + count("bytes_out")) / 1_000_000,
-        count("refused"),
-        count("reset"),
-        count("wrong")
-    );
-    if count("silent") > 0 {
-        text.push_str(&format!(", {} silent", count("silent")));
-    }
-    tidegate_client::command::print(&text);
+/// What `--json` prints.
+#[derive(Serialize)]
+struct StreamsDoc {
+    bytes_in: u64,
+    bytes_out: u64,
+    refused: usize,
+    reset: usize,
+    silent: usize,
+    streams: u64,
+    whole: bool,
+    wrong: usize,
 }
 
-fn document(ledger: &Ledger, whole: bool) -> Value {
+fn show(args: &StreamsArgs, ledger: &Ledger, whole: bool) {
     let [refused, reset, wrong, silent] = streams_with(&ledger.faults());
-    json!({
-        "streams": ledger.streams(),
-        "bytes_in": ledger.bytes_down.load(Ordering::Relaxed),
-        "bytes_out": ledger.bytes_up.load(Ordering::Relaxed),
-        "refused": refused,
-        "reset": reset,
-        "wrong": wrong,
-        "silent": silent,
-        "whole": whole,
-    })
+    let bytes_in = ledger.bytes_down.load(Ordering::Relaxed);
+    let bytes_out = ledger.bytes_up.load(Ordering::Relaxed);
+    let streams = ledger.streams();
+    if args.json {
+        let document =
+            StreamsDoc { bytes_in, bytes_out, refused, reset, silent, streams, whole, wrong };
+        return print_json(&document);
+    }
+    let megabytes = (bytes_in + bytes_out) / 1_000_000;
+    let mut text = format!(
+        "{streams} streams, {megabytes} MB: {refused} refused, {reset} reset, {wrong} bytes wrong"
+    );
+    if silent > 0 {
+        text.push_str(&format!(", {silent} silent"));
+    }
+    print(&text);
 }
 
 fn rate(text: &str) -> Result<f64, String> {

@@ -10,6 +10,7 @@ mod worker;
 pub use behaviour::Behaviour;
 
 use crate::load::threads::LoadThreads;
+use serde::Serialize;
 use socket2::Socket;
 use std::io;
 use std::net::SocketAddr;
@@ -32,25 +33,25 @@ pub struct Service {
     pub duration: Option<Duration>,
 }
 
-/// What servers have done.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// What servers have done; `tidegate backend --json` prints it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct ServeReport {
     /// Connections accepted.
     pub accepted: u64,
-    /// Connections still open at the end.
-    pub open: u64,
-    /// Whole requests answered; only `Respond` knows what one is.
-    pub requests: u64,
     /// Bytes received.
     pub bytes_in: u64,
     /// Bytes sent.
     pub bytes_out: u64,
     /// Connections that broke.
     pub failed: u64,
-    /// Connections reset on purpose.
-    pub reset: u64,
+    /// Connections still open at the end.
+    pub open: u64,
     /// Connections that could not be accepted.
     pub refused: u64,
+    /// Whole requests answered; only `Respond` knows what one is.
+    pub requests: u64,
+    /// Connections reset on purpose.
+    pub reset: u64,
 }
 
 /// Starts serving; gives the addresses, now bound.

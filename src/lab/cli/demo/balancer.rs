@@ -12,13 +12,15 @@ use hyper::Method;
 use rustix::process::{
     Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid,
 };
-use serde_json::Value;
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use tidegate_client::http::{Address, ClientArgs, ClientError, ask_within};
+use tidegate_api::answers::UpgradeDoc;
+use tidegate_api::explain::ExplainDoc;
+use tidegate_api::status::{BackendDoc, StatusDoc};
+use tidegate_client::http::{Address, Answer, ClientArgs, ask_within, backend_path};
 use tidegate_net::clock;
 
 /// Another process may take a port between its choice and its use, now and then.
@@ -139,20 +141,20 @@ impl DemoBalancer {
 
     /// What status says; `None` once the balancer has ended.
     pub(crate) async fn seen(&self) -> Option<DemoStatus> {
-        let text = self.ask(Method::GET, "/v1/status".to_owned()).await.ok()?;
-        Some(DemoStatus::read(&serde_json::from_str(&text).ok()?))
+        let answer = self.ask(Method::GET, "/v1/status".to_owned()).await.ok()?;
+        answer.document().ok().map(DemoStatus::of)
     }
 
     /// What the metrics say.
     pub(crate) async fn metrics(&self) -> Option<Metrics> {
-        self.ask(Method::GET, "/metrics".to_owned()).await.ok().map(Metrics)
+        let answer = self.ask(Method::GET, "/metrics".to_owned()).await.ok()?;
+        Some(Metrics(answer.text))
     }
 
     /// Why a backend gets what it gets.
-    pub(crate) async fn explained(&self, backend: &str) -> Result<Value, String> {
-        let path = format!("/v1/pools/{NAME}/backends/{backend}/explain");
-        let text = self.ask(Method::GET, path).await?;
-        serde_json::from_str(&text).map_err(|error| error.to_string())
+    pub(crate) async fn explained(&self, backend: &str) -> Result<ExplainDoc, String> {
+        let answer = self.ask(Method::GET, backend_path(NAME, backend, "explain")).await?;
+        answer.document().map_err(|error| error.to_string())
     }
 
     /// Has it read its configuration again.
@@ -161,10 +163,9 @@ impl DemoBalancer {
     }
 
     /// Upgrades it to its own program; gives the number of the new process.
-    pub(crate) async fn upgrade(&self) -> Result<u64, String> {
-        let text = self.ask(Method::POST, "/v1/upgrade".to_owned()).await?;
-        let answer: Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
-        let pid = answer["pid"].as_u64().unwrap_or_default();
+    pub(crate) async fn upgrade(&self) -> Result<u32, String> {
+        let answer = self.ask(Method::POST, "/v1/upgrade".to_owned()).await?;
+        let UpgradeDoc { pid, .. } = answer.document().map_err(|error| error.to_string())?;
         self.processes.borrow_mut().extend(i32::try_from(pid).ok().and_then(Pid::from_raw));
         Ok(pid)
     }
@@ -213,13 +214,11 @@ impl DemoBalancer {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    async fn ask(&self, method: Method, path: String) -> Result<String, String> {
+    async fn ask(&self, method: Method, path: String) -> Result<Answer, String> {
         let client = self.client.clone();
         let asked = move || ask_within(&client, method, &path, ANSWER_MAX);
         match tokio::task::spawn_blocking(asked).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(ClientError::Request(text) | ClientError::Unreachable(text))) => Err(text),
-            Ok(Err(ClientError::Refused(value))) => Err(value.to_string()),
+            Ok(answer) => answer.map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         }
     }
@@ -244,38 +243,18 @@ fn free_addresses() -> std::io::Result<[SocketAddr; 2]> {
 // === impl DemoStatus ===
 
 impl DemoStatus {
-    fn read(status: &Value) -> DemoStatus {
-        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let number = |value: &Value| value.as_u64().unwrap_or_default();
-        let named = |list: &'static str| {
-            let all = status[list].as_array().into_iter().flatten();
-            all.filter(|one| one["name"] == NAME).collect::<Vec<_>>()
-        };
-        let backend = |value: &Value| DemoBackendStatus {
-            name: text(&value["name"]),
-            weight: number(&value["weight"]),
-            // What is left of a suspect's is not nothing.
-            effective: value["effective_weight"].as_f64().unwrap_or_default().ceil() as u64,
-            intent: text(&value["intent"]),
-            changed: value["last_transition"].as_object().map(|change| {
-                let ago = change["seconds_ago"].as_f64().unwrap_or_default();
-                (text(&change["to"]), text(&change["reason"]), ago)
-            }),
-        };
-        let backends = named("pools")
-            .into_iter()
-            .flat_map(|pool| pool["backends"].as_array().into_iter().flatten())
-            .map(backend)
-            .collect();
+    fn of(status: StatusDoc) -> DemoStatus {
+        let pools = status.pools.into_iter().filter(|pool| pool.name == NAME);
+        let frontends = status.frontends.iter().filter(|frontend| frontend.name == NAME);
         DemoStatus {
-            engine: text(&status["engine"]),
-            engine_reason: text(&status["engine_reason"]),
-            workers: number(&status["workers"]),
-            generation: number(&status["generation"]),
-            serial: number(&status["table_serial"]),
-            sessions: named("frontends").iter().map(|one| number(&one["sessions_total"])).sum(),
-            open: number(&status["connections_active"]),
-            backends,
+            engine: status.engine.to_string(),
+            engine_reason: status.engine_reason,
+            workers: status.workers,
+            generation: status.generation,
+            serial: status.table_serial,
+            sessions: frontends.map(|frontend| frontend.sessions_total).sum(),
+            open: status.connections_active.into(),
+            backends: pools.flat_map(|pool| pool.backends).map(DemoBackendStatus::of).collect(),
         }
     }
 
@@ -293,6 +272,19 @@ impl DemoStatus {
 // === impl DemoBackendStatus ===
 
 impl DemoBackendStatus {
+    fn of(backend: BackendDoc) -> DemoBackendStatus {
+        let changed = backend.last_transition;
+        DemoBackendStatus {
+            name: backend.name,
+            weight: backend.weight.into(),
+            // What is left of a suspect's is not nothing.
+            effective: backend.effective_weight.ceil() as u64,
+            intent: backend.intent.to_string(),
+            changed: changed
+                .map(|change| (change.to.to_string(), change.reason, change.seconds_ago)),
+        }
+    }
+
     /// At its full weight.
     pub(crate) fn serves(&self) -> bool {
         self.weight > 0 && self.effective == self.weight

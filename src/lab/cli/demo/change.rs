@@ -27,9 +27,9 @@ impl DemoScript<'_> {
                 return Ok(());
             }
         };
-        let why = facts["why"].as_str().unwrap_or_default();
+        let why = &facts.why;
         self.say(&format!("`tidegate explain` says of {name}: {why}"))?;
-        if facts["eligible"] == false && why.contains("down") && why.contains("failed") {
+        if !facts.eligible && why.contains("down") && why.contains("failed") {
             self.sum_up(&format!("explained while it was down: {name}: {why}"));
         } else {
             self.broken(format!("{name} is down, and its explanation was: {why}"));

@@ -158,14 +158,13 @@ fn write_private(path: &Path, text: &str) -> io::Result<()> {
     file.write_all(text.as_bytes())
 }
 
-/// A path as a TOML basic string, whose escapes are JSON's (and DEL's).
+/// A path as a TOML basic string.
 fn quoted(path: &Path) -> io::Result<String> {
     let not_utf8 = || {
         let message = format!("the path {} is not UTF-8: set TMPDIR", path.display());
         io::Error::new(io::ErrorKind::InvalidInput, message)
     };
-    let text = path.to_str().ok_or_else(not_utf8)?;
-    Ok(serde_json::Value::from(text).to_string().replace('\u{7f}', "\\u007f"))
+    path.to_str().map(crate::cli::quoted).ok_or_else(not_utf8)
 }
 
 /// A path as a shell takes it.

@@ -13,6 +13,7 @@ use super::traffic::{
     LONG_LIVED, LongLived, LongLivedConnection, RATE, RATE_SLOW, RequestCounts, Traffic,
 };
 use crate::cli::demo::split;
+use serde::Deserialize;
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -44,6 +45,15 @@ pub(crate) struct DemoResult {
     /// What was promised and not seen; empty is success.
     pub(crate) broken: Vec<String>,
     pub(crate) cut_short: bool,
+}
+
+/// A line of the access log, as far as it is shown.
+#[derive(Deserialize)]
+struct LoggedSession {
+    backend: Option<String>,
+    cause: String,
+    phase: String,
+    code: String,
 }
 
 /// How long everything takes.
@@ -330,14 +340,11 @@ impl<'a> DemoScript<'a> {
         while clock::now() < deadline {
             let text = std::fs::read_to_string(self.place.access_log()).unwrap_or_default();
             if let Some(line) = text.lines().find(|line| line.contains(&wanted)) {
-                let value: serde_json::Value = serde_json::from_str(line).ok()?;
-                let field = |name: &str| value[name].as_str().unwrap_or("-").to_owned();
+                let LoggedSession { backend, cause, phase, code } =
+                    serde_json::from_str(line).ok()?;
+                let backend = backend.as_deref().unwrap_or("-");
                 return Some(format!(
-                    "backend {}, cause {}, phase {}, code {}",
-                    field("backend"),
-                    field("cause"),
-                    field("phase"),
-                    field("code")
+                    "backend {backend}, cause {cause}, phase {phase}, code {code}"
                 ));
             }
             sleep(LOOK * 4).await;

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use tidegate_client::http::{Address, ClientArgs, ClientError, ask, ask_within};
+use tidegate_client::http::{Address, ClientArgs, ask, ask_within};
 use tidegate_net::clock;
 
 /// How long a process may take to serve.
@@ -73,14 +73,14 @@ impl SelftestProcesses {
     pub(crate) fn reload(&self) -> Result<(), String> {
         match ask(&self.client, Method::POST, "/v1/reload") {
             Ok(_) => Ok(()),
-            Err(error) => Err(format!("a reload failed: {}", told(error))),
+            Err(error) => Err(format!("a reload failed: {}", error)),
         }
     }
 
     /// Upgrades it to itself.
     pub(crate) fn upgrade(&self) -> Result<(), String> {
         let answer = ask_within(&self.client, Method::POST, "/v1/upgrade", UPGRADE_MAX);
-        answer.map(|_| ()).map_err(|error| format!("an upgrade failed: {}", told(error)))
+        answer.map(|_| ()).map_err(|error| format!("an upgrade failed: {}", error))
     }
 
     /// Ends it in order; gives what was not as it should be. The supervisor ends with the
@@ -136,11 +136,4 @@ pub(crate) fn last_lines(log: &Path) -> String {
 fn pid_of(number: u64) -> Result<Pid, String> {
     let pid = i32::try_from(number).ok().and_then(Pid::from_raw);
     pid.ok_or_else(|| format!("{number} is no process"))
-}
-
-fn told(error: ClientError) -> String {
-    match error {
-        ClientError::Request(text) | ClientError::Unreachable(text) => text,
-        ClientError::Refused(value) => value.to_string(),
-    }
 }

@@ -6,6 +6,7 @@
 
 use super::balancer::{SelftestProcesses, last_lines};
 use super::{SelftestError, SelftestOutcome};
+use crate::cli::quoted;
 use crate::ledger::{Ledger, LedgerBackend, StreamSizes};
 use std::fmt::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -224,7 +225,7 @@ impl Shape {
         frontends: &[SocketAddr; 3],
         backends: &[LedgerBackend],
     ) -> String {
-        let admin = serde_json::Value::from(format!("unix:{}", admin.display()));
+        let admin = quoted(&format!("unix:{}", admin.display()));
         let drain = humantime::format_duration(DRAIN);
         let mut text = format!(
             "[process]\npin = false\ndrain_timeout = \"{drain}\"\n\n[admin]\nlisten = {admin}\n"
