@@ -19,7 +19,7 @@ use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::balance::latency::Latency;
 use tidegate_core::balance::{Balancer, Candidate, PickKey};
 use tidegate_core::model;
-use tidegate_core::model::{BackendAddr, OnRemoval, Policy, WhenNoneEligible};
+use tidegate_core::model::{BackendAddr, OnRemoval, Policy, WhenNoneEligible, Words};
 use tidegate_core::table::Table;
 use tidegate_core::table::build::{BackendInput, PoolInput, TableInput, build};
 use tidegate_core::table::publish::TablePublisher;
@@ -138,9 +138,9 @@ fn bench_both(c: &mut Criterion, name: &str, size: usize, work: impl Fn(u64) -> 
 
 fn picks(c: &mut Criterion) {
     for size in SIZES {
-        for policy in Policy::ALL {
+        for policy in Policy::all() {
             let balancer = Balancer::new(policy, candidates(size), None);
-            bench_both(c, policy.name(), size, |number| session(&balancer, number));
+            bench_both(c, policy.word(), size, |number| session(&balancer, number));
         }
         let naive = Naive::new(size);
         bench_both(c, "naive-mutex", size, |_| naive.session());
@@ -241,16 +241,16 @@ fn tables(c: &mut Criterion) {
     c.bench_function("table-load", |b| b.iter(|| reader.load().serial));
     for size in [10, 1_000, 10_000] {
         let states = states(size);
-        for policy in Policy::ALL {
+        for policy in Policy::all() {
             let spec = spec(policy);
-            let id = BenchmarkId::new(policy.name(), size);
+            let id = BenchmarkId::new(policy.word(), size);
             c.benchmark_group("build-and-publish").bench_function(id, |b| {
                 b.iter(|| publisher.publish(Arc::new(build(&input(&spec, &states, weight), None))));
             });
         }
         for policy in [Policy::WeightedRoundRobin, Policy::SourceHash] {
             let spec = spec(policy);
-            let id = BenchmarkId::new(format!("{}-uneven", policy.name()), size);
+            let id = BenchmarkId::new(format!("{}-uneven", policy.word()), size);
             c.benchmark_group("build-and-publish").bench_function(id, |b| {
                 b.iter(|| publisher.publish(Arc::new(build(&input(&spec, &states, uneven), None))));
             });

@@ -18,6 +18,7 @@ use toml::de::{DeTable, DeValue};
 use super::diagnose::ProblemCollector;
 use super::value::{ValueError, did_you_mean_or, shown};
 use crate::value;
+use tidegate_core::model::Words;
 
 /// One value with its place.
 pub(super) type ValueNode<'a> = Spanned<DeValue<'a>>;
@@ -154,8 +155,8 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// One of a closed set of words.
-    pub(super) fn choice<T: Copy>(&self, key: &'static str, words: &[(&str, T)]) -> Field<T> {
-        self.text(key, "a string", |text| value::choice(text, words))
+    pub(super) fn choice<T: Words>(&self, key: &'static str) -> Field<T> {
+        self.text(key, "a string", value::choice)
     }
 
     /// `true` or `false`.

@@ -14,6 +14,7 @@ pub mod source;
 mod texts;
 mod validate;
 mod value;
+mod writer;
 
 use std::path::Path;
 
@@ -24,6 +25,7 @@ pub use origin::{Origin, Spot};
 pub use source::FILE_BYTES_MAX;
 pub use texts::Texts;
 pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX};
+pub use writer::write;
 
 use diagnose::ProblemCollector;
 use source::SourceText;

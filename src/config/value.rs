@@ -7,7 +7,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use tidegate_core::model::OnRemoval;
+use tidegate_core::model::{OnRemoval, SIZE_UNITS, Words, show_duration, show_size};
 
 /// What is wrong with a value, and what would be right.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,9 +29,6 @@ pub(super) struct SizeRange {
     pub(super) min: u64,
     pub(super) max: u64,
 }
-
-/// Units of sizes, smallest first.
-const SIZE_UNITS: [(&str, u32); 5] = [("B", 0), ("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
 
 /// Slots of a hash table: enough for a test with two backends, and at 2 bytes
 /// each 10 MB.
@@ -155,13 +152,6 @@ pub(super) fn size(text: &str, range: SizeRange) -> Result<u64, ValueError> {
     })
 }
 
-/// As the file would write it.
-fn show_size(bytes: u64) -> String {
-    let divides = |(_, shift): &(&str, u32)| bytes.is_multiple_of(1 << shift);
-    let (unit, shift) = SIZE_UNITS.into_iter().rev().find(divides).unwrap_or(SIZE_UNITS[0]);
-    format!("{}{unit}", bytes >> shift)
-}
-
 /// A keepalive time in whole seconds, or `off`.
 pub(super) fn keepalive(text: &str) -> Result<Option<Duration>, ValueError> {
     let value = duration_or_off(text, KEEPALIVE)?;
@@ -206,12 +196,6 @@ fn read_duration(text: &str) -> Result<Duration, ValueError> {
             _ => "a number is expected first".to_owned(),
         })
     })
-}
-
-/// As the file would write it.
-pub(super) fn show_duration(value: Duration) -> String {
-    let text = humantime::format_duration(value).to_string();
-    text.replace("days", "d").replace("day", "d").replace(' ', "")
 }
 
 /// A share such as `50%`, 0 to 100.
@@ -294,7 +278,8 @@ pub(super) fn name(text: &str) -> Result<(), ValueError> {
 }
 
 /// One of a closed set of words.
-pub(super) fn choice<T: Copy>(text: &str, words: &[(&str, T)]) -> Result<T, ValueError> {
+pub(super) fn choice<T: Words>(text: &str) -> Result<T, ValueError> {
+    let words = T::WORDS;
     if let Some((_, value)) = words.iter().find(|(word, _)| *word == text) {
         return Ok(*value);
     }

@@ -19,7 +19,7 @@ use std::thread;
 use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::balance::latency::Latency;
 use tidegate_core::balance::{Balancer, Candidate, PickError, PickKey};
-use tidegate_core::model::Policy;
+use tidegate_core::model::{Policy, Words};
 
 // === helpers ===
 
@@ -79,7 +79,7 @@ fn held(balancer: &Balancer) -> Vec<u32> {
 }
 
 fn any_policy() -> impl Strategy<Value = Policy> {
-    prop::sample::select(Policy::ALL.to_vec())
+    prop::sample::select(Policy::all().collect::<Vec<_>>())
 }
 
 // === every policy ===
@@ -124,7 +124,7 @@ proptest! {
 
 #[test]
 fn nobody_to_choose_from_is_exhausted() {
-    for policy in Policy::ALL {
+    for policy in Policy::all() {
         let balancer = Balancer::new(policy, Vec::new(), None);
         assert_eq!(balancer.pick(key(1), &[]), Err(PickError::Exhausted));
         assert!(!balancer.has_room());
@@ -133,7 +133,7 @@ fn nobody_to_choose_from_is_exhausted() {
 
 #[test]
 fn weight_of_zero_counts_as_one() {
-    for policy in Policy::ALL {
+    for policy in Policy::all() {
         let hits = hits(&balancer(policy, &[0, 1]), 10_000);
         assert!(hits.iter().all(|&hit| hit > 4_000), "{policy:?}: {hits:?}");
     }
@@ -141,7 +141,7 @@ fn weight_of_zero_counts_as_one() {
 
 #[test]
 fn last_free_one_among_thousands_is_found() {
-    for policy in Policy::ALL {
+    for policy in Policy::all() {
         let mut specs = vec![(3, 1); 5_000];
         specs[1_234] = (1, 2);
         let balancer = Balancer::new(policy, capped(&specs), None);
@@ -191,7 +191,7 @@ fn hammer(balancer: &Balancer, seen: &[Seen], thread: u64, all_open: &Barrier) {
 
 #[test]
 fn eight_threads_never_overshoot_a_cap_and_leave_nothing_behind() {
-    for policy in Policy::ALL {
+    for policy in Policy::all() {
         let caps = [(5, 3), (1, 1), (2, 7), (1, 2)];
         let balancer = Balancer::new(policy, capped(&caps), None);
         let seen: [Seen; 4] = Default::default();

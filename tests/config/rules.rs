@@ -68,7 +68,7 @@ fn a_star_is_both_families_and_interfaces_may_be_named() {
     let tidegate_core::model::ProbeKind::SendExpect { expect, .. } = &probe.kind else {
         panic!("{probe:?}")
     };
-    assert_eq!(*expect, tidegate_core::model::Expect::Contains(b"role:master".to_vec()));
+    assert_eq!(*expect, tidegate_core::model::Expect::Contains("role:master".into()));
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! Nothing says what must happen, only what must always hold. `SIM_SEED=n`
 //! replays a run.
 
-use crate::drawn::random_config;
+use crate::drawn::{pool_of, random_config};
 use crate::heartbeats::{Sender, beat, heartbeat_config};
 use crate::{SeedGuard, number};
 use fastrand::Rng;
@@ -203,7 +203,7 @@ impl World {
     fn known(&self) -> HashSet<BackendId> {
         let status = self.controller.status(self.now);
         let pools = status.pools.iter().flat_map(|pool| {
-            let spec = self.config.pool(&pool.name).expect("every pool is configured");
+            let spec = pool_of(&self.config, &pool.name).expect("every pool is configured");
             let registers = spec.heartbeat.as_ref().is_some_and(|spec| spec.register);
             pool.backends.iter().filter(move |b| {
                 let same =
@@ -219,7 +219,7 @@ impl World {
         let status = self.controller.status(self.now);
         assert_eq!(status.generation, self.generation);
         for pool in &status.pools {
-            let spec = self.config.pool(&pool.name).expect("every pool is configured");
+            let spec = pool_of(&self.config, &pool.name).expect("every pool is configured");
             let percent = spec.ejection.map_or(0, |e| usize::from(e.max_ejected_percent));
             let ejected = pool.backends.iter().filter(|b| b.ejected).count();
             assert!(ejected <= pool.backends.len() * percent / 100, "too many are ejected");

@@ -87,11 +87,16 @@ fn random_pool(rng: &mut Rng, index: usize) -> PoolConfig {
     }
 }
 
+/// The pool of that name.
+pub(crate) fn pool_of<'c>(config: &'c Config, name: &str) -> Option<&'c Arc<PoolConfig>> {
+    config.pools.iter().find(|pool| &*pool.name == name)
+}
+
 /// Keeps much of `old`: reloads mostly change little.
 pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
     let mut pools = Vec::new();
     for index in 0..3 {
-        let kept = old.and_then(|old| old.pool(&format!("p{index}")));
+        let kept = old.and_then(|old| pool_of(old, &format!("p{index}")));
         let pool = match (kept, rng.u8(..8)) {
             (Some(kept), 0..=2) => PoolConfig::clone(kept),
             (Some(kept), 3..=5) => {

@@ -11,7 +11,7 @@ use tidegate_core::balance::{Balancer, Candidate, PickKey};
 use tidegate_core::control::HeartbeatIgnored;
 use tidegate_core::health::{HeartbeatHealth, Observation, combine_observations};
 use tidegate_core::limits::client_sources::SOURCES_MAX;
-use tidegate_core::model::Policy;
+use tidegate_core::model::{Policy, Words};
 use tidegate_daemon::heartbeat::verify::RejectReason;
 use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::keys::Secret;
@@ -74,7 +74,7 @@ fn every_table_of_defaults_is_right() {
 
 #[test]
 fn every_policy_can_be_chosen() {
-    let known: BTreeSet<&str> = Policy::ALL.iter().map(|policy| policy.name()).collect();
+    let known: BTreeSet<&str> = Policy::all().map(|policy| policy.word()).collect();
     let chosen = column(&page("docs/balancing.md"), "| your sessions |", 1);
     assert_eq!(chosen.iter().map(String::as_str).collect::<BTreeSet<_>>(), known);
 }

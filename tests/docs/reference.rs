@@ -4,7 +4,7 @@ use crate::pages::{column, page};
 use clap::CommandFactory;
 use std::collections::BTreeSet;
 use tidegate_cli::Cli;
-use tidegate_core::model::Policy;
+use tidegate_core::model::{Policy, Words};
 
 fn readme() -> String {
     page("README.md")
@@ -23,6 +23,6 @@ fn every_command_is_listed_and_no_other() {
 
 #[test]
 fn every_policy_is_listed() {
-    let known: Vec<&str> = Policy::ALL.iter().map(|policy| policy.name()).collect();
+    let known: Vec<&str> = Policy::all().map(|policy| policy.word()).collect();
     assert_eq!(column(&page("docs/balancing.md"), "| `balance` |", 0), known);
 }

@@ -13,9 +13,9 @@ use toml::de::DeValue;
 use super::{CONNECTIONS_MAX, sources};
 use crate::address;
 use crate::file::{Field, NamedSection, Section};
-use crate::value::{self, DurationRange, STALLED, TIME, USER_TIMEOUT, ValueError, show_duration};
+use crate::value::{self, DurationRange, STALLED, TIME, USER_TIMEOUT, ValueError};
 use crate::{NamedFiles, Spot};
-use tidegate_core::model::{Bind, BindKey, BindOptions, FrontendConfig};
+use tidegate_core::model::{Bind, BindKey, BindOptions, FrontendConfig, show_duration};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);

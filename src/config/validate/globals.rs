@@ -47,16 +47,10 @@ pub(super) fn process(top: &Section<'_, '_>) -> ProcessConfig {
         return default_process();
     };
     let default = default_process();
-    let engines = [
-        ("auto", EngineChoice::Auto),
-        ("io_uring", EngineChoice::IoUring),
-        ("epoll", EngineChoice::Epoll),
-    ];
-    let sandboxes = [("auto", Sandbox::Auto), ("on", Sandbox::On), ("off", Sandbox::Off)];
     let process = ProcessConfig {
         workers: workers(&section).or(default.workers),
         pin: section.boolean("pin").or(default.pin),
-        engine: section.choice("engine", &engines).or(default.engine),
+        engine: section.choice("engine").or(default.engine),
         spin: section
             .text("spin", "\"off\" or a duration such as \"50us\"", |text| {
                 value::duration_or_off(text, SPIN)
@@ -79,7 +73,7 @@ pub(super) fn process(top: &Section<'_, '_>) -> ProcessConfig {
             .or(default.connections_max),
         user: optional(account(&section, "user", "\"tidegate\"")),
         group: optional(account(&section, "group", "\"tidegate\"")),
-        sandbox: section.choice("sandbox", &sandboxes).or(default.sandbox),
+        sandbox: section.choice("sandbox").or(default.sandbox),
         state: section.text("state", "\"off\" or a directory", state).or(default.state),
         buffers_max: section
             .text("buffers_max", "a size such as \"256MiB\"", |text| {
@@ -250,18 +244,10 @@ pub(super) fn log(top: &Section<'_, '_>) -> Log {
     let Some(section) = top.table("log", "[log]".to_owned()) else {
         return default;
     };
-    let levels = [
-        ("error", LogLevel::Error),
-        ("warn", LogLevel::Warn),
-        ("info", LogLevel::Info),
-        ("debug", LogLevel::Debug),
-        ("trace", LogLevel::Trace),
-    ];
-    let formats = [("text", LogFormat::Text), ("json", LogFormat::Json)];
     section.report.keep(Spot::AccessLog, section.node("access").map(Spanned::span));
     let log = Log {
-        level: section.choice("level", &levels).or(default.level),
-        format: section.choice("format", &formats).or(default.format),
+        level: section.choice("level").or(default.level),
+        format: section.choice("format").or(default.format),
         access: section
             .text("access", "\"off\", \"stdout\" or a file path", access_target)
             .or(default.access),

@@ -17,10 +17,12 @@ use super::pool::PoolRead;
 use super::sources::range;
 use crate::diagnose::ProblemCollector;
 use crate::file::Section;
+use crate::value::shown;
 use crate::value::{self, HEARTBEAT_INTERVAL, ValueError, did_you_mean_or};
-use crate::value::{show_duration, shown};
 use crate::{NamedFiles, Spot};
-use tidegate_core::model::{HeartbeatConfig, HeartbeatKeyConfig, HeartbeatSpec, WEIGHT_MAX};
+use tidegate_core::model::{
+    HeartbeatConfig, HeartbeatKeyConfig, HeartbeatSpec, WEIGHT_MAX, show_duration,
+};
 use tidegate_heartbeat::key_file::{self, KeyFileError, KeyFileProblem};
 use tidegate_heartbeat::keys::{SECRET_BYTES_MAX, SECRET_BYTES_MIN, Secret};
 

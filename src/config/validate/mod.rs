@@ -10,6 +10,8 @@ mod pool;
 mod probe;
 mod sources;
 
+pub(super) use probe::default_times as probe_times;
+
 use std::sync::Arc;
 
 use toml::de::DeTable;

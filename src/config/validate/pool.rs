@@ -19,7 +19,7 @@ use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, SLOW_START, ValueError, shown};
 use tidegate_core::model::{
     BackendAddr, BackendConfig, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, PoolConfig,
-    WEIGHT_MAX, WhenNoneEligible,
+    WEIGHT_MAX, WhenNoneEligible, Words,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -52,10 +52,7 @@ pub(super) struct PoolRead {
 
 pub(super) fn read(named: NamedSection<'_, '_>) -> PoolRead {
     let NamedSection { name, place, section } = named;
-    let policies = Policy::ALL.map(|policy| (policy.name(), policy));
-    let none_eligible =
-        [("refuse", WhenNoneEligible::Refuse), ("try-all", WhenNoneEligible::TryAll)];
-    let balance = section.choice("balance", &policies).or(Policy::WeightedRoundRobin);
+    let balance = section.choice("balance").or(Policy::WeightedRoundRobin);
     let slots = hash_slots(&section, balance);
     let connect_timeout = duration(&section, "connect_timeout");
     let heartbeat_place = section.key_place("heartbeat");
@@ -76,9 +73,7 @@ pub(super) fn read(named: NamedSection<'_, '_>) -> PoolRead {
         queue_max: section.integer("queue_max", 0..=QUEUE_MAX).or(0),
         queue_timeout: duration(&section, "queue_timeout").or(connect_time),
         connect_attempts: narrow(attempts.or(CONNECT_ATTEMPTS)),
-        when_none_eligible: section
-            .choice("when_none_eligible", &none_eligible)
-            .or(WhenNoneEligible::Refuse),
+        when_none_eligible: section.choice("when_none_eligible").or(WhenNoneEligible::Refuse),
         startup_grace: duration(&section, "startup_grace").or(STARTUP_GRACE),
         on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
         probe: probe::read(&section, name, source).map(Arc::new),
@@ -105,7 +100,7 @@ fn hash_slots(pool: &Section<'_, '_>, balance: Policy) -> Field<u32> {
         return Field::Bad;
     }
     if balance != Policy::SourceHash {
-        let message = format!("hash_slots has no effect with balance = \"{}\"", balance.name());
+        let message = format!("hash_slots has no effect with balance = \"{}\"", balance.word());
         pool.report.warning(given.span(), ValueError::new(message));
     }
     slots

@@ -11,8 +11,8 @@ use toml::de::DeValue;
 
 use super::globals::duration;
 use crate::file::{Field, Section};
-use crate::value::{self, ValueError, show_duration, shown};
-use tidegate_core::model::{Expect, ProbeKind, ProbeSpec};
+use crate::value::{self, ValueError, shown};
+use tidegate_core::model::{Expect, ProbeKind, ProbeSpec, Words, show_duration};
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST_INTERVAL: Duration = Duration::from_millis(500);
@@ -40,9 +40,17 @@ enum ProbeKindName {
     Http,
 }
 
+impl Words for ProbeKindName {
+    const WORDS: &'static [(&'static str, ProbeKindName)] = &[
+        ("tcp", ProbeKindName::Tcp),
+        ("send-expect", ProbeKindName::SendExpect),
+        ("http", ProbeKindName::Http),
+    ];
+}
+
 /// The keys only some kinds take.
 struct KindKeys {
-    send: Field<Vec<u8>>,
+    send: Field<String>,
     expect: Field<Expect>,
     path: Field<String>,
     host: Field<String>,
@@ -50,16 +58,10 @@ struct KindKeys {
     status: Field<Vec<(u16, u16)>>,
 }
 
-const KINDS: [(&str, ProbeKindName); 3] = [
-    ("tcp", ProbeKindName::Tcp),
-    ("send-expect", ProbeKindName::SendExpect),
-    ("http", ProbeKindName::Http),
-];
-
 pub(super) fn read(pool: &Section<'_, '_>, name: &str, source: Arc<[IpAddr]>) -> Option<ProbeSpec> {
     let label = format!("[pool.{}.probe]", value::cut(name));
     let section = pool.table("probe", label)?;
-    let kind = section.choice("kind", &KINDS);
+    let kind = section.choice("kind");
     let keys = kind_keys(&section);
     let kind_is_bad = kind.is_bad();
     let kind = kind.or(ProbeKindName::Tcp);
@@ -83,7 +85,7 @@ pub(super) fn read(pool: &Section<'_, '_>, name: &str, source: Arc<[IpAddr]>) ->
 
 fn kind_keys(section: &Section<'_, '_>) -> KindKeys {
     KindKeys {
-        send: section.text("send", "a string", |text| bytes(text, 0, SEND_BYTES_MAX)),
+        send: section.text("send", "a string", |text| bounded(text, 0, SEND_BYTES_MAX)),
         expect: expect(section),
         path: section.text("path", "a string", path),
         host: section.text("host", "a string", host),
@@ -95,7 +97,7 @@ fn kind_keys(section: &Section<'_, '_>) -> KindKeys {
 /// `"..."` or `{ starts = "..." }`, what the answer starts with, or
 /// `{ contains = "..." }`, what it holds anywhere.
 fn expect(section: &Section<'_, '_>) -> Field<Expect> {
-    let read = |text: &str| bytes(text, 1, EXPECT_BYTES_MAX);
+    let read = |text: &str| bounded(text, 1, EXPECT_BYTES_MAX);
     let Some(node) = section.node("expect") else { return Field::Absent };
     match node.get_ref() {
         DeValue::Table(table) => {
@@ -148,17 +150,13 @@ fn refuse_foreign_keys(section: &Section<'_, '_>, kind: ProbeKindName) {
         if owner != kind
             && let Some(place) = section.key_place(key)
         {
-            let (owner, kind) = (kind_name(owner), kind_name(kind));
+            let (owner, kind) = (owner.word(), kind.word());
             let complaint = ValueError::new(format!("a probe of kind \"{kind}\" takes no {key}"));
             section
                 .report
                 .error(place, complaint.help(format!("{key} belongs to kind = \"{owner}\"")));
         }
     }
-}
-
-fn kind_name(kind: ProbeKindName) -> &'static str {
-    KINDS.iter().find(|(_, k)| *k == kind).map_or("", |(name, _)| name)
 }
 
 fn require_expect(section: &Section<'_, '_>, kind: ProbeKindName, keys: &KindKeys) {
@@ -181,13 +179,9 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration, Duration) {
     }
     let (timeout_place, fast_place) = (timeout.place(), fast_interval.place());
     let interval = interval.or(INTERVAL);
-    // A given fast_interval also bounds a timeout nobody gave.
-    let fast_given = fast_place.is_some();
-    let fast = fast_interval.or(FAST_INTERVAL.min(interval));
-    let default_timeout =
-        if fast_given { TIMEOUT.min(interval).min(fast) } else { TIMEOUT.min(interval) };
-    let timeout = timeout.or(default_timeout);
-    let fast = if fast_given { fast } else { fast.max(timeout) };
+    let (fast, timeout) = (fast_interval.good(), timeout.good());
+    let (fast, timeout) = (fast.map(Spanned::into_inner), timeout.map(Spanned::into_inner));
+    let (fast, timeout) = default_times(interval, fast, timeout);
     let above = |place: Option<Range<usize>>, what: &str, limit: Duration| {
         let place = place.unwrap_or_else(|| section.header.clone());
         section.report.error(place, ValueError::new(format!("{what} ({})", show_duration(limit))));
@@ -202,6 +196,19 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration, Duration) {
     (interval, fast, timeout)
 }
 
+/// `fast_interval` and `timeout`, which follow the keys that are given.
+pub(crate) fn default_times(
+    interval: Duration,
+    fast: Option<Duration>,
+    timeout: Option<Duration>,
+) -> (Duration, Duration) {
+    // A given fast_interval also bounds a timeout nobody gave.
+    let longest = fast.unwrap_or(interval).min(interval);
+    let timeout = timeout.unwrap_or(TIMEOUT.min(longest));
+    let fast = fast.unwrap_or_else(|| FAST_INTERVAL.min(interval).max(timeout));
+    (fast, timeout)
+}
+
 fn at_least(time: Duration, min: Duration) -> Result<Duration, ValueError> {
     if time < min {
         let (time, min) = (show_duration(time), show_duration(min));
@@ -210,7 +217,7 @@ fn at_least(time: Duration, min: Duration) -> Result<Duration, ValueError> {
     Ok(time)
 }
 
-fn bytes(text: &str, min: usize, max: usize) -> Result<Vec<u8>, ValueError> {
+fn bounded(text: &str, min: usize, max: usize) -> Result<String, ValueError> {
     if text.len() < min {
         return Err(ValueError::new("it is empty, so any answer would do")
             .help("to check only that a connection is accepted, use kind = \"tcp\""));
@@ -218,7 +225,7 @@ fn bytes(text: &str, min: usize, max: usize) -> Result<Vec<u8>, ValueError> {
     if text.len() > max {
         return Err(ValueError::new(format!("{} bytes, at most {max} are allowed", text.len())));
     }
-    Ok(text.as_bytes().to_vec())
+    Ok(text.to_owned())
 }
 
 fn path(text: &str) -> Result<String, ValueError> {
@@ -268,8 +275,8 @@ impl KindKeys {
         match kind {
             ProbeKindName::Tcp => ProbeKind::Tcp,
             ProbeKindName::SendExpect => ProbeKind::SendExpect {
-                send: self.send.or(Vec::new()),
-                expect: self.expect.or(Expect::Starts(Vec::new())),
+                send: self.send.or(String::new()),
+                expect: self.expect.or(Expect::Starts(String::new())),
             },
             ProbeKindName::Http => ProbeKind::Http {
                 path: self.path.or("/".to_owned()),

@@ -8,7 +8,6 @@ use std::net::IpAddr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net};
 use toml::Spanned;
@@ -20,7 +19,7 @@ use crate::file::{Field, Section};
 use crate::value::{self, ValueError, shown};
 use crate::{NamedFiles, source};
 use tidegate_core::limits::access_list::AccessList;
-use tidegate_core::limits::client_sources::{Rate, SourceLimits};
+use tidegate_core::limits::client_sources::{Rate, RateUnit, SourceLimits};
 use tidegate_core::model::SourceRules;
 
 /// Ranges in all lists of one frontend: ten times the longest blocklists in
@@ -55,7 +54,15 @@ pub(super) fn read(
     let anything = allow.is_given() || deny.is_given() || limits.are_any();
     anything.then(|| {
         let access = AccessList::new(&allow.all(), &deny.all());
-        Arc::new(SourceRules { access, allow_file: allow.file, deny_file: deny.file, limits })
+        let inline = |list: &List| list.inline.iter().map(|range| *range.get_ref()).collect();
+        Arc::new(SourceRules {
+            allow: inline(&allow),
+            deny: inline(&deny),
+            access,
+            allow_file: allow.file,
+            deny_file: deny.file,
+            limits,
+        })
     })
 }
 
@@ -200,11 +207,7 @@ fn limits(section: &Section<'_, '_>) -> SourceLimits {
     let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
     section.report.limit("connections_max of one source", &connections_max);
     let burst = burst.good().map(Spanned::into_inner);
-    let rate = rate.or(None).map(|PerTime { count, time }| Rate {
-        interval: time / count,
-        // A second's worth: clients open several connections at once.
-        burst: burst.unwrap_or_else(|| a_seconds_worth(count, time)),
-    });
+    let rate = rate.or(None).map(|(count, unit)| Rate::per(count, unit, burst));
     SourceLimits {
         prefix_v4: narrow(section.integer("prefix_v4", 0..=32).or(PREFIX_V4)),
         prefix_v6: narrow(section.integer("prefix_v6", 0..=128).or(PREFIX_V6)),
@@ -217,20 +220,8 @@ fn narrow(bits: u32) -> u8 {
     u8::try_from(bits).unwrap_or(u8::MAX)
 }
 
-fn a_seconds_worth(count: u32, time: Duration) -> u32 {
-    let seconds = u32::try_from(time.as_secs()).unwrap_or(u32::MAX).max(1);
-    count.div_ceil(seconds)
-}
-
-/// So many in so much time.
-#[derive(Clone, Copy)]
-struct PerTime {
-    count: u32,
-    time: Duration,
-}
-
-/// `100/s`, `30/m`, `500/h` or `off`.
-fn rate(text: &str) -> Result<Option<PerTime>, ValueError> {
+/// `100/s`, `30/m`, `500/h` or `off`: a number and its unit.
+fn rate(text: &str) -> Result<Option<(u32, RateUnit)>, ValueError> {
     if text == "off" {
         return Ok(None);
     }
@@ -239,21 +230,14 @@ fn rate(text: &str) -> Result<Option<PerTime>, ValueError> {
             .help("write connections in a time, such as \"100/s\", \"30/m\" or \"500/h\"")
     };
     let (count, unit) = text.split_once('/').ok_or_else(wrong)?;
-    let seconds = match unit {
-        "s" => 1,
-        "m" => 60,
-        "h" => 3600,
-        _ => return Err(wrong()),
-    };
+    let unit = Rate::UNITS.into_iter().find(|(name, _)| *name == unit).ok_or_else(wrong)?;
     if count.is_empty() || !count.bytes().all(|b| b.is_ascii_digit()) {
         return Err(wrong());
     }
     match count.parse::<u32>() {
         Ok(0) => Err(ValueError::new("a rate of zero lets nobody in")
             .help("to switch it off, write \"off\"")),
-        Ok(count) if count <= RATE_MAX => {
-            Ok(Some(PerTime { count, time: Duration::from_secs(seconds) }))
-        }
+        Ok(count) if count <= RATE_MAX => Ok(Some((count, unit))),
         _ => Err(ValueError::new(format!("{} is more than {RATE_MAX}", shown(count)))),
     }
 }

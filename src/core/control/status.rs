@@ -6,7 +6,7 @@ use super::{
     BackendEntry, Controller, HeartbeatIgnored, MemberSourceKind, PoolEntry, PublishReason,
 };
 use crate::health::{HeartbeatHealth, Intent, Observation, RequestedState, Transition};
-use crate::model::{BindKey, WhenNoneEligible};
+use crate::model::{BindKey, WhenNoneEligible, Words};
 use crate::suspicion::rejections::Rejection;
 use crate::suspicion::{ChannelState, DetectorReading, Freeze};
 use crate::table::state::{BackendId, BackendState, FrontendState};
@@ -259,7 +259,7 @@ fn pool_status(pool: &PoolEntry, now: Instant) -> PoolStatus {
     let may_register = heartbeat.filter(|spec| spec.register);
     PoolStatus {
         name: Arc::clone(&pool.spec.name),
-        balance: pool.spec.balance.name(),
+        balance: pool.spec.balance.word(),
         backends: Vec::with_capacity(pool.members().len()),
         none_eligible: Some(rule),
         undecided: rule == "wait",

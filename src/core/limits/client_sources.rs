@@ -27,6 +27,8 @@
 //! same moment.
 
 use crossbeam::utils::CachePadded;
+use serde::Serialize;
+use serde::ser::{SerializeStruct, Serializer};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -41,7 +43,7 @@ const SETS: usize = 8192;
 pub const WAYS: usize = 8;
 
 /// What one source may ask for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct SourceLimits {
     /// Leading bits that make two IPv4 addresses one source, 0..=32.
     pub prefix_v4: u8,
@@ -50,12 +52,18 @@ pub struct SourceLimits {
     /// Connections at once; 0 means no cap.
     pub connections_max: u32,
     /// New connections; `None` means any number.
+    #[serde(flatten)]
     pub rate: Option<Rate>,
 }
+
+/// Unit of time that a rate is given in, and its seconds.
+pub type RateUnit = (&'static str, u32);
 
 /// So many connections in so much time, and how many may come at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
+    count: u32,
+    unit: RateUnit,
     /// Time between two connections in the long run.
     pub interval: Duration,
     /// Connections that may come at once after a quiet time; at least 1.
@@ -113,6 +121,32 @@ impl SourceLimits {
     /// Whether there is anything to keep count of.
     pub fn are_any(&self) -> bool {
         self.connections_max != 0 || self.rate.is_some()
+    }
+}
+
+// === impl Rate ===
+
+impl Rate {
+    /// The units there are.
+    pub const UNITS: [RateUnit; 3] = [("s", 1), ("m", 60), ("h", 3600)];
+
+    /// `count` connections, at least 1, in a unit of [`Rate::UNITS`]. A `burst` that is not
+    /// given is a second's worth, since clients open several connections at once.
+    pub fn per(count: u32, unit: RateUnit, burst: Option<u32>) -> Rate {
+        let burst = burst.unwrap_or(count.div_ceil(unit.1));
+        Rate { count, unit, interval: Duration::from_secs(unit.1.into()) / count, burst }
+    }
+}
+
+/// As the keys `rate` and `burst` of a configuration file.
+impl Serialize for Rate {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut keys = serializer.serialize_struct("Rate", 2)?;
+        keys.serialize_field("rate", &format!("{}/{}", self.count, self.unit.0))?;
+        if *self != Rate::per(self.count, self.unit, None) {
+            keys.serialize_field("burst", &self.burst)?;
+        }
+        keys.end()
     }
 }
 
@@ -243,7 +277,12 @@ mod tests {
         prefix_v4: 32,
         prefix_v6: 64,
         connections_max: 0,
-        rate: Some(Rate { interval: Duration::from_millis(100), burst: 5 }),
+        rate: Some(Rate {
+            count: 10,
+            unit: ("s", 1),
+            interval: Duration::from_millis(100),
+            burst: 5,
+        }),
     };
 
     fn table() -> (Arc<SourceTable>, Instant) {

@@ -5,6 +5,7 @@
 
 mod addresses;
 mod process;
+mod text_forms;
 
 pub use addresses::{BackendAddr, BindAddr, BindKey, ClientAddr, PeerAddr, Protocol, SourceAddr};
 pub use process::{
@@ -12,13 +13,17 @@ pub use process::{
     ProcessConfig, Sandbox,
 };
 
+pub use text_forms::{SIZE_UNITS, Words, show_duration, show_size};
+
 use crate::limits::access_list::AccessList;
 use crate::limits::client_sources::SourceLimits;
 use ipnet::IpNet;
+use serde::{Serialize, Serializer};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use text_forms::words;
 use tidegate_heartbeat::keys::Secret;
 
 /// A whole configuration, proven consistent by `validate`.
@@ -26,7 +31,7 @@ use tidegate_heartbeat::keys::Secret;
 /// Invariants: at least one frontend; every frontend's pool exists; every pool
 /// has a backend or lets senders register; names are unique; no bind repeats or
 /// overlaps another.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Config {
     /// Threads, engine and whole-process limits.
     pub process: ProcessConfig,
@@ -35,8 +40,10 @@ pub struct Config {
     /// Log and access log.
     pub log: Log,
     /// In file order.
+    #[serde(rename = "frontend", serialize_with = "text_forms::frontends")]
     pub frontends: Vec<FrontendConfig>,
     /// In file order.
+    #[serde(rename = "pool", serialize_with = "text_forms::pools")]
     pub pools: Vec<Arc<PoolConfig>>,
     /// `None`: nobody listens for heartbeats, and no pool expects any.
     pub heartbeat: Option<HeartbeatConfig>,
@@ -44,16 +51,17 @@ pub struct Config {
 
 /// `[heartbeat]`: where heartbeats are received and whom to believe. All of it
 /// may change while the process runs.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct HeartbeatConfig {
     /// UDP addresses; at least one, none repeating or overlapping another.
     pub listen: Vec<SocketAddr>,
     /// At least one; unique by id.
+    #[serde(rename = "key")]
     pub keys: Vec<HeartbeatKeyConfig>,
 }
 
 /// `[[heartbeat.key]]`
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct HeartbeatKeyConfig {
     /// Named by every datagram it signs; at least 1.
     pub id: u32,
@@ -62,35 +70,45 @@ pub struct HeartbeatKeyConfig {
     /// Pools it may speak for; at least one, all of them expect heartbeats.
     pub pools: Vec<Arc<str>>,
     /// Ranges the announced address must lie in; at least one.
+    #[serde(serialize_with = "text_forms::ranges")]
     pub addresses: Vec<IpNet>,
     /// What the file holds; `None` where the configuration was read by `config::parse`,
     /// which opens no file. Part of the comparison: a file with another secret
     /// under the same name is another configuration.
+    #[serde(skip)]
     pub secret: Option<Secret>,
 }
 
 /// `[frontend.NAME]`: bind addresses, route and limits.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct FrontendConfig {
     /// Unique among frontends.
+    #[serde(skip)]
     pub name: Arc<str>,
     /// At least one; IPv6 wildcards are v6-only.
+    #[serde(rename = "bind", serialize_with = "text_forms::binds")]
     pub binds: Vec<Bind>,
     /// Name of an existing pool.
     pub pool: Arc<str>,
     /// Close a session in which nobody has said a word for so long after it was
     /// established; `None` is off.
+    #[serde(serialize_with = "text_forms::timer")]
     pub first_byte_timeout: Option<Duration>,
     /// Close a session in which nothing moved for so long; `None` is off.
+    #[serde(serialize_with = "text_forms::timer")]
     pub idle_timeout: Option<Duration>,
     /// The same once one side has sent FIN; `None` is off.
+    #[serde(serialize_with = "text_forms::timer")]
     pub half_closed_timeout: Option<Duration>,
     /// How long at least a peer without room for what waits may take nothing before
     /// one of the three ends the session; `None`: as they say.
+    #[serde(serialize_with = "text_forms::timer")]
     pub stalled_timeout: Option<Duration>,
     /// TCP keepalive idle time on both legs; `None` is off.
+    #[serde(serialize_with = "text_forms::timer")]
     pub keepalive: Option<Duration>,
     /// `TCP_USER_TIMEOUT` on both legs; `None` leaves the kernel's.
+    #[serde(serialize_with = "text_forms::timer")]
     pub user_timeout: Option<Duration>,
     /// Sessions at once through this frontend; 0 means no cap.
     pub connections_max: u32,
@@ -118,22 +136,33 @@ pub struct BindOptions {
 }
 
 /// `[frontend.NAME.sources]`
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SourceRules {
-    /// Ranges of the file and of the lists it names.
+    /// Ranges of the configuration file itself.
+    #[serde(serialize_with = "text_forms::ranges")]
+    pub allow: Vec<IpNet>,
+    /// The same, denied.
+    #[serde(serialize_with = "text_forms::ranges")]
+    pub deny: Vec<IpNet>,
+    /// Of both and of the lists that the file names.
+    #[serde(skip)]
     pub access: AccessList,
     /// Where more allowed ranges were read.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_file: Option<PathBuf>,
     /// Where more denied ranges were read.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub deny_file: Option<PathBuf>,
     /// For each source.
+    #[serde(flatten)]
     pub limits: SourceLimits,
 }
 
 /// `[pool.NAME]`: backends, balancing policy and health spec.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PoolConfig {
     /// Unique among pools.
+    #[serde(skip)]
     pub name: Arc<str>,
     /// How a backend is chosen.
     pub balance: Policy,
@@ -145,11 +174,13 @@ pub struct PoolConfig {
     /// chooses. At most `config::POOL_SOURCES_MAX`, none twice.
     pub source: Arc<[IpAddr]>,
     /// Deadline of one connect attempt.
+    #[serde(serialize_with = "text_forms::duration")]
     pub connect_timeout: Duration,
     /// Clients that may wait in line while every backend is at its cap; beyond it
     /// they wait in the kernel's queue. Exceeded by at most one a worker.
     pub queue_max: u32,
     /// How long one may wait there.
+    #[serde(serialize_with = "text_forms::duration")]
     pub queue_timeout: Duration,
     /// Connect attempts for one session, each on another backend; at least 1.
     pub connect_attempts: u8,
@@ -157,20 +188,24 @@ pub struct PoolConfig {
     pub when_none_eligible: WhenNoneEligible,
     /// How long never-probed backends wait for their first result before the
     /// pool fails open.
+    #[serde(serialize_with = "text_forms::duration")]
     pub startup_grace: Duration,
     /// What happens to the sessions of a backend that leaves the pool.
     pub on_removal: OnRemoval,
     /// Active probes; `None` leaves every backend assumed up.
     pub probe: Option<Arc<ProbeSpec>>,
     /// Passive ejection; `None` is off.
+    #[serde(serialize_with = "text_forms::or_off")]
     pub ejection: Option<EjectionSpec>,
     /// What heartbeats are expected; `None`: none are taken.
     pub heartbeat: Option<Arc<HeartbeatSpec>>,
     /// How long a backend that joins or comes back takes to reach its full
     /// weight and cap; `None` is at once.
+    #[serde(serialize_with = "text_forms::timer")]
     pub slow_start: Option<Duration>,
     /// At least one, unless senders of heartbeats may register; unique by name
     /// and by address.
+    #[serde(rename = "backend")]
     pub backends: Vec<BackendConfig>,
 }
 
@@ -210,33 +245,39 @@ pub enum OnRemoval {
 }
 
 /// `[pool.NAME.probe]`
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ProbeSpec {
     /// What one probe does.
+    #[serde(flatten)]
     pub kind: ProbeKind,
     /// Time between probes of a backend whose state is settled.
+    #[serde(serialize_with = "text_forms::duration")]
     pub interval: Duration,
     /// Time between probes while a change of state is being counted.
+    #[serde(serialize_with = "text_forms::duration")]
     pub fast_interval: Duration,
     /// Deadline of one probe; never above either interval.
+    #[serde(serialize_with = "text_forms::duration")]
     pub timeout: Duration,
     /// Successes in a row that bring a backend up; at least 1.
     pub rise: u32,
     /// Failures in a row that take a backend down; at least 1.
     pub fall: u32,
     /// The pool's: where probes start.
+    #[serde(skip)]
     pub source: Arc<[IpAddr]>,
 }
 
 /// `kind = ...`
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum ProbeKind {
     /// The connection is accepted.
     Tcp,
     /// The answer to `send` is as `expect` says. `send` may be empty.
     SendExpect {
-        /// Bytes sent after connecting.
-        send: Vec<u8>,
+        /// Sent after connecting.
+        send: String,
         /// What the answer must hold.
         expect: Expect,
     },
@@ -245,10 +286,12 @@ pub enum ProbeKind {
         /// Request target, starts with `/`.
         path: String,
         /// `Host` header; `None` uses the backend's address.
+        #[serde(skip_serializing_if = "Option::is_none")]
         host: Option<String>,
         /// Request method.
         method: String,
         /// Inclusive ranges, each within 100..=599.
+        #[serde(serialize_with = "text_forms::status_ranges")]
         status: Vec<(u16, u16)>,
     },
 }
@@ -257,41 +300,47 @@ pub enum ProbeKind {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Expect {
     /// At its start.
-    Starts(Vec<u8>),
+    Starts(String),
     /// Anywhere.
-    Contains(Vec<u8>),
+    Contains(String),
 }
 
 /// `[pool.NAME.ejection]`: what sessions tell of backends.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct EjectionSpec {
     /// Consecutive failures (connects, early resets) that eject; at least 1.
     pub failures: u32,
     /// Length of the first ejection; the n-th in a row lasts n times that, at
     /// most 5 minutes.
+    #[serde(serialize_with = "text_forms::duration")]
     pub time: Duration,
     /// Share of a pool that may be ejected at once, in percent, 0..=100.
+    #[serde(rename = "max_ejected", serialize_with = "text_forms::percent")]
     pub max_ejected_percent: u8,
     /// Resets before the first byte count as failures, too.
     pub early_resets: bool,
     /// Waiting longer than this for a first byte may make a backend suspect;
     /// `None` is off.
+    #[serde(serialize_with = "text_forms::timer")]
     pub slow_first_byte: Option<Duration>,
 }
 
 /// `[pool.NAME.heartbeat]`
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct HeartbeatSpec {
     /// Signed senders that are not in the file may join.
     pub register: bool,
     /// Backends of the file are eligible only while they send heartbeats.
     pub require: bool,
     /// Between two heartbeats, where the sender does not say; 20 ms to 10 s.
+    #[serde(serialize_with = "text_forms::duration")]
     pub interval: Duration,
     /// Silence that ends what heartbeats vouch for: a registered backend is
     /// down. At least three intervals.
+    #[serde(serialize_with = "text_forms::duration")]
     pub ttl: Duration,
     /// How long after that a registered backend is forgotten.
+    #[serde(serialize_with = "text_forms::duration")]
     pub forget_after: Duration,
     /// Registered backends at once; at least 1.
     pub backends_max: u32,
@@ -301,11 +350,12 @@ pub struct HeartbeatSpec {
 }
 
 /// `[[pool.NAME.backend]]`
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct BackendConfig {
     /// Unique in its pool; the address where the file gives none.
     pub name: Arc<str>,
     /// Unique in its pool.
+    #[serde(serialize_with = "text_forms::shown")]
     pub address: BackendAddr,
     /// 1..=[`WEIGHT_MAX`].
     pub weight: u16,
@@ -323,30 +373,26 @@ pub const WEIGHT_MAX: u16 = 1000;
 /// that are 1 % apart, up to 655 backends.
 pub const HASH_SLOTS: u32 = 65_537;
 
-// === impl Policy ===
+words!(
+    Policy:
+    "weighted-round-robin" => WeightedRoundRobin,
+    "least-connections" => LeastConnections,
+    "random" => Random,
+    "two-choices" => TwoChoices,
+    "peak-ewma" => PeakEwma,
+    "source-hash" => SourceHash,
+);
+words!(WhenNoneEligible: "refuse" => Refuse, "try-all" => TryAll);
 
-impl Policy {
-    /// The policy's name in the configuration file and in status.
-    pub fn name(self) -> &'static str {
+// === impl Expect ===
+
+impl Serialize for Expect {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
-            Policy::WeightedRoundRobin => "weighted-round-robin",
-            Policy::LeastConnections => "least-connections",
-            Policy::Random => "random",
-            Policy::TwoChoices => "two-choices",
-            Policy::PeakEwma => "peak-ewma",
-            Policy::SourceHash => "source-hash",
+            Expect::Starts(text) => serializer.serialize_str(text),
+            Expect::Contains(text) => serializer.collect_map([("contains", text)]),
         }
     }
-
-    /// Every policy, in the order the documentation lists them.
-    pub const ALL: [Policy; 6] = [
-        Policy::WeightedRoundRobin,
-        Policy::LeastConnections,
-        Policy::Random,
-        Policy::TwoChoices,
-        Policy::PeakEwma,
-        Policy::SourceHash,
-    ];
 }
 
 // === impl Bind ===
@@ -361,11 +407,6 @@ impl Bind {
 // === impl Config ===
 
 impl Config {
-    /// The pool of that name.
-    pub fn pool(&self, name: &str) -> Option<&Arc<PoolConfig>> {
-        self.pools.iter().find(|pool| &*pool.name == name)
-    }
-
     /// Every file that is read together with this configuration.
     pub fn named_files(&self) -> Vec<PathBuf> {
         let token = self.admin.token_file.iter();

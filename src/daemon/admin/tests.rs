@@ -26,7 +26,7 @@ use tidegate_core::health::{
 };
 use tidegate_core::metrics::histograms::MergedHistograms;
 use tidegate_core::model::{
-    BackendAddr, EjectionSpec, HeartbeatSpec, Policy, ProbeKind, ProbeSpec,
+    BackendAddr, EjectionSpec, HeartbeatSpec, Policy, ProbeKind, ProbeSpec, Words,
 };
 use tidegate_core::suspicion::rejections::{Rejected, Rejection, Rejections};
 use tidegate_core::suspicion::{DetectorReading, DetectorState, PathView};
@@ -299,8 +299,8 @@ fn clients_know_every_name_in_the_documents() {
     let known = |name: &dyn std::fmt::Debug| {
         assert!(!format!("{name:?}").starts_with("Other"), "{name:?}");
     };
-    for policy in Policy::ALL {
-        known(&PolicyName::from(policy.name()));
+    for policy in Policy::all() {
+        known(&PolicyName::from(policy.word()));
     }
     for intent in [Intent::Ready, Intent::Draining, Intent::Maintenance] {
         known(&IntentName::from(intent.name()));

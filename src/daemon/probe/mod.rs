@@ -190,11 +190,11 @@ async fn converse(
         ProbeKind::Tcp => Ok(()),
         ProbeKind::SendExpect { send, expect } => {
             *stage = ProbeStage::Sending;
-            stream.write_all(send).await.map_err(talk_fault)?;
+            stream.write_all(send.as_bytes()).await.map_err(talk_fault)?;
             *stage = ProbeStage::Answer;
             match expect {
-                Expect::Starts(with) => answer::starts_with(&mut stream, with).await,
-                Expect::Contains(what) => answer::contains(&mut stream, what).await,
+                Expect::Starts(with) => answer::starts_with(&mut stream, with.as_bytes()).await,
+                Expect::Contains(what) => answer::contains(&mut stream, what.as_bytes()).await,
             }
         }
         ProbeKind::Http { path, host, method, status } => {

@@ -33,10 +33,7 @@ fn spec(kind: ProbeKind) -> ProbeSpec {
 }
 
 fn ping() -> ProbeSpec {
-    spec(ProbeKind::SendExpect {
-        send: b"PING\r\n".to_vec(),
-        expect: Expect::Starts(b"+PONG".to_vec()),
-    })
+    spec(ProbeKind::SendExpect { send: "PING\r\n".into(), expect: Expect::Starts("+PONG".into()) })
 }
 
 fn http() -> ProbeSpec {

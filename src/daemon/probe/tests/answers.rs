@@ -16,8 +16,8 @@ async fn outcome(answer: &'static [&'static [u8]], status: (u16, u16)) -> ProbeO
 }
 
 async fn holds_master(answer: &'static [&'static [u8]]) -> ProbeOutcome {
-    let expect = Expect::Contains(b"role:master".to_vec());
-    let spec = spec(ProbeKind::SendExpect { send: b"INFO\r\n".to_vec(), expect });
+    let expect = Expect::Contains("role:master".into());
+    let spec = spec(ProbeKind::SendExpect { send: "INFO\r\n".into(), expect });
     run(&server(answer).await, &spec).await
 }
 

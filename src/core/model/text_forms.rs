@@ -1,0 +1,192 @@
+//! Text forms of the model's values: words, durations, sizes, as a configuration file
+//! gives them.
+//!
+//! Used by the model's `Serialize` implementations and by the messages of `config`, which
+//! reads the same forms. Nothing here reads a text.
+
+use super::{Bind, FrontendConfig, OnRemoval, PoolConfig};
+use ipnet::IpNet;
+use serde::Serialize;
+use serde::ser::{SerializeStruct, Serializer};
+use std::fmt::Display;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Units of sizes, smallest first: name, and the power of two.
+pub const SIZE_UNITS: [(&str, u32); 5] =
+    [("B", 0), ("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
+
+/// A setting that takes one of a closed set of words.
+pub trait Words: Copy + PartialEq + 'static {
+    /// Every word with its value, in the order the documentation lists them.
+    const WORDS: &'static [(&'static str, Self)];
+
+    /// Every value, in that order.
+    fn all() -> impl Iterator<Item = Self> {
+        Self::WORDS.iter().map(|(_, value)| *value)
+    }
+
+    /// The word of this value.
+    fn word(self) -> &'static str {
+        Self::WORDS.iter().find(|(_, value)| *value == self).map_or("", |(word, _)| word)
+    }
+}
+
+/// Gives a type its words, and serialises it as one.
+macro_rules! words {
+    ($type:ty: $($word:literal => $value:ident),+ $(,)?) => {
+        impl $crate::model::Words for $type {
+            const WORDS: &'static [(&'static str, Self)] = &[$(($word, <$type>::$value)),+];
+        }
+
+        impl serde::Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str($crate::model::Words::word(*self))
+            }
+        }
+    };
+}
+
+pub(super) use words;
+
+/// `1m30s`
+pub fn show_duration(value: Duration) -> String {
+    let text = humantime::format_duration(value).to_string();
+    text.replace("days", "d").replace("day", "d").replace(' ', "")
+}
+
+/// `64MiB`, in the largest unit that divides it.
+pub fn show_size(bytes: u64) -> String {
+    let divides = |(_, shift): &(&str, u32)| bytes.is_multiple_of(1 << shift);
+    let (unit, shift) = SIZE_UNITS.into_iter().rev().find(divides).unwrap_or(SIZE_UNITS[0]);
+    format!("{}{unit}", bytes >> shift)
+}
+
+// === forms of single keys, for `serialize_with` ===
+
+pub(super) fn duration<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&show_duration(*value))
+}
+
+/// A duration or `off`.
+pub(super) fn timer<S: Serializer>(
+    value: &Option<Duration>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    or_off(&value.map(show_duration), serializer)
+}
+
+/// What is there, or `off`.
+pub(super) fn or_off<T: Serialize, S: Serializer>(
+    value: &Option<T>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => value.serialize(serializer),
+        None => serializer.serialize_str("off"),
+    }
+}
+
+/// A number or `auto`.
+pub(super) fn or_auto<S: Serializer>(
+    value: &Option<usize>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => value.serialize(serializer),
+        None => serializer.serialize_str("auto"),
+    }
+}
+
+pub(super) fn size<S: Serializer>(bytes: &usize, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&show_size(*bytes as u64))
+}
+
+pub(super) fn percent<S: Serializer>(share: &u8, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{share}%"))
+}
+
+/// `200,204,300-302`
+pub(super) fn status_ranges<S: Serializer>(
+    ranges: &[(u16, u16)],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    let part = |(low, high): &(u16, u16)| match low == high {
+        true => low.to_string(),
+        false => format!("{low}-{high}"),
+    };
+    serializer.serialize_str(&ranges.iter().map(part).collect::<Vec<_>>().join(","))
+}
+
+pub(super) fn ranges<S: Serializer>(nets: &[IpNet], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(nets.iter().map(ToString::to_string))
+}
+
+/// Addresses, with their options where there are any; `*:PORT` for a pair of wildcards.
+pub(super) fn binds<S: Serializer>(binds: &[Bind], serializer: S) -> Result<S::Ok, S::Error> {
+    let firsts = binds.iter().enumerate().filter(|(_, bind)| !bind.options.if_ipv6);
+    serializer.collect_seq(firsts.map(|(index, bind)| BindForm {
+        address: match binds.get(index + 1).is_some_and(|next| next.options.if_ipv6) {
+            true => format!("*:{}", bind.key.socket_addr().port()),
+            false => bind.key.to_string(),
+        },
+        freebind: bind.options.freebind,
+    }))
+}
+
+/// One element of `bind`.
+struct BindForm {
+    address: String,
+    freebind: bool,
+}
+
+/// `[frontend.NAME]`
+pub(super) fn frontends<S: Serializer>(
+    frontends: &[FrontendConfig],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(frontends.iter().map(|frontend| (&*frontend.name, frontend)))
+}
+
+/// `[pool.NAME]`
+pub(super) fn pools<S: Serializer>(
+    pools: &[Arc<PoolConfig>],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(pools.iter().map(|pool| (&*pool.name, pool)))
+}
+
+/// By its `Display`.
+pub(super) fn shown<T: Display, S: Serializer>(
+    value: &T,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+// === impl BindForm ===
+
+impl Serialize for BindForm {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if !self.freebind {
+            return serializer.serialize_str(&self.address);
+        }
+        let mut table = serializer.serialize_struct("bind", 2)?;
+        table.serialize_field("address", &self.address)?;
+        table.serialize_field("freebind", &true)?;
+        table.end()
+    }
+}
+
+// === impl OnRemoval ===
+
+impl Serialize for OnRemoval {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            OnRemoval::Keep => serializer.serialize_str("keep"),
+            OnRemoval::CloseAfter(time) => {
+                serializer.collect_str(&format_args!("close-after {}", show_duration(*time)))
+            }
+        }
+    }
+}
