@@ -221,7 +221,7 @@ fn a_worker_that_falls_again_and_again_ends_the_process(engine: Engine) {
     let _ = http::over_unix(&socket, "POST", "/debug/fault/worker/0/0");
     assert_eq!(proxy.wait_exit(secs(10)), Some(3));
     let log = proxy.log();
-    assert!(log.contains("worker falls again and again"), "{log}");
+    assert!(log.contains("worker panicked too often"), "{log}");
 }
 
 fn reload_and_upgrade_work_after_a_fall(engine: Engine) {
@@ -292,7 +292,7 @@ fn nobody_orders_faults_without_the_word(engine: Engine) {
 /// What the log says of each restart.
 fn restarts_took(proxy: &TestProxy) -> Vec<Duration> {
     let log = proxy.log();
-    let lines = log.lines().filter(|line| line.contains("worker serves again"));
+    let lines = log.lines().filter(|line| line.contains("worker restarted"));
     lines
         .map(|line| {
             let (_, rest) = line.split_once("took_us=").expect("how long it took");

@@ -38,7 +38,7 @@ impl Session {
         let (ctx, pool) = (self.ctx(), &self.route.pool);
         let (waiters, name) = (&ctx.shared.waiters, &pool.spec.name);
         if waiters.queued(name) == 0 {
-            match pool.pick(ctx.pick_key(self.client.ip()), &[]) {
+            match pool.pick(ctx.pick_key(self.client), &[]) {
                 Err(NoBackend::AtCapacity | NoBackend::Undecided) => {}
                 pick => return BackendChoice::Picked(pick),
             }
@@ -52,7 +52,7 @@ impl Session {
 
     /// A backend that was not tried yet.
     pub(super) fn pick_untried(&self) -> Result<Reservation, NoBackend> {
-        self.route.pool.pick(self.ctx().pick_key(self.client.ip()), self.tried())
+        self.route.pool.pick(self.ctx().pick_key(self.client), self.tried())
     }
 
     /// Waits until the client is first in its queue and a backend has a free slot: at most
@@ -64,7 +64,7 @@ impl Session {
     ) -> Result<Result<Reservation, NoBackend>, SessionEnd> {
         self.queued = true;
         let ctx = Rc::clone(self.ctx());
-        let client = self.client.ip();
+        let client = self.client;
         let (mut route, mut generation) = (Arc::clone(&self.route), self.generation);
         let mut serial = None;
         let pick = ticket.wait_until(|| {

@@ -12,7 +12,6 @@ use crossbeam::queue::ArrayQueue;
 use crossbeam::utils::CachePadded;
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
@@ -22,6 +21,7 @@ use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::health::ConnectFailure;
 use tidegate_core::metrics::counters::{LocalErrorKind, LocalErrorPlace, WorkerCounters};
 use tidegate_core::metrics::histograms::Recorder;
+use tidegate_core::model::ClientAddr;
 use tidegate_core::outcome::Cause;
 use tidegate_core::table::Table;
 use tidegate_core::table::publish::TableReader;
@@ -104,11 +104,11 @@ pub(crate) struct WorkerContext {
     random: RefCell<fastrand::Rng>,
     /// The rest of its block of session numbers.
     numbers: Cell<(u64, u64)>,
-    /// Until then no client is taken: there would be nothing to serve it with.
+    /// Until then nothing is accepted: there would be nothing to serve it with.
     short_until: Cell<Option<Instant>>,
-    /// When trouble of our own was last told of, by its kind, and how often it
-    /// came since.
-    told: [Cell<(Option<Instant>, u64)>; LocalErrorKind::ALL.len()],
+    /// When local errors were last logged, by their kind, and how many were suppressed
+    /// since.
+    logged: [Cell<(Option<Instant>, u64)>; LocalErrorKind::ALL.len()],
 }
 
 /// What one thread of a worker leaves to the next.
@@ -118,12 +118,12 @@ pub(crate) struct CarryOver {
     numbers: (u64, u64),
 }
 
-/// How long no client is taken after a session found nothing to be served with.
-/// Those that come meanwhile wait in the kernel's queue instead of being reset.
+/// How long no connection is accepted after a session ran out of descriptors or memory.
+/// Those that arrive wait in the kernel's queue instead of being reset.
 const SHORT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Trouble of one kind is told of at most so often by each worker.
-const TELL_AGAIN: Duration = Duration::from_secs(10);
+/// Time between two log lines about local errors of one kind on one worker.
+const LOG_AGAIN: Duration = Duration::from_secs(10);
 
 // === impl ReportQueue ===
 
@@ -170,14 +170,14 @@ impl WorkerContext {
         counters: Arc<WorkerCounters>,
         access_log: AccessLogSender,
         seed: u64,
-        legacy: CarryOver,
+        carry_over: CarryOver,
     ) -> WorkerContext {
         WorkerContext {
             id,
             engine,
             shared,
             counters,
-            recorder: RefCell::new(legacy.recorder),
+            recorder: RefCell::new(carry_over.recorder),
             access_log,
             broken_off_by: Cell::new(Cause::InternalError),
             admitting: Cell::new(false),
@@ -185,19 +185,19 @@ impl WorkerContext {
             faults: FaultPlan::default(),
             tables: RefCell::new(tables),
             random: RefCell::new(fastrand::Rng::with_seed(seed)),
-            numbers: Cell::new(legacy.numbers),
+            numbers: Cell::new(carry_over.numbers),
             short_until: Cell::new(None),
-            told: Default::default(),
+            logged: Default::default(),
         }
     }
 
-    /// What goes on with the next thread of this worker.
+    /// What the next thread of this worker takes over.
     pub(crate) fn carry_over(&self) -> CarryOver {
         CarryOver { recorder: self.recorder.take(), numbers: self.numbers.get() }
     }
 
-    /// Counts trouble of our own and tells of it. A lack of descriptors or memory
-    /// has the listeners wait a moment.
+    /// Counts a local error and logs it. A lack of descriptors or memory has the listeners
+    /// wait a moment.
     #[cold]
     pub(crate) fn local_error(&self, kind: LocalErrorKind, at: LocalErrorPlace, error: &io::Error) {
         self.counters.local_trouble(kind, at);
@@ -207,15 +207,15 @@ impl WorkerContext {
         {
             self.short_until.set(Some(now + SHORT_PAUSE));
         }
-        let told = &self.told[kind as usize];
-        let (last, since) = told.get();
-        if last.is_some_and(|last| now < last + TELL_AGAIN) {
-            told.set((last, since + 1));
+        let logged = &self.logged[kind as usize];
+        let (last, suppressed) = logged.get();
+        if last.is_some_and(|last| now < last + LOG_AGAIN) {
+            logged.set((last, suppressed + 1));
             return;
         }
-        told.set((Some(now), 0));
+        logged.set((Some(now), 0));
         let (reason, at, worker) = (kind.name(), at.name(), self.id);
-        tracing::warn!(reason, at, worker, untold = since, %error, "trouble of our own");
+        tracing::warn!(reason, at, worker, suppressed, %error, "local error");
     }
 
     /// Whether sessions ran short of something a moment ago.
@@ -243,8 +243,8 @@ impl WorkerContext {
 
     /// What a pick for that client goes by, now.
     #[inline]
-    pub(crate) fn pick_key(&self, client: IpAddr) -> PickKey {
-        PickKey { client, draw: self.draw(), at: clock::millis(clock::now()) }
+    pub(crate) fn pick_key(&self, client: ClientAddr) -> PickKey {
+        PickKey { client: client.ip(), draw: self.draw(), at: clock::millis(clock::now()) }
     }
 
     /// A number for a new session, which no other session has.

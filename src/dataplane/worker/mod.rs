@@ -6,24 +6,24 @@
 //! outlives its thread: where that falls to a panic, another goes on, see
 //! `life`.
 
-pub mod catch_panic;
 pub mod context;
-pub(crate) mod listener_set;
-pub(crate) mod restarts;
-pub(crate) mod supervisor;
+mod supervisor;
+mod thread;
+
+pub use supervisor::{Panicked, catch_panic};
 
 use crate::access_log::AccessLogSender;
 #[cfg(debug_assertions)]
 use crate::fault_points::FaultPoint;
 use crate::relay::{self, Engine, RING_SETTINGS};
 use crate::worker::context::ProcessContext;
-use crate::worker::supervisor::{WorkerHandle, WorkerThread};
 use crossbeam::queue::SegQueue;
 use socket2::Socket;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+use supervisor::{WorkerHandle, WorkerThread};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::metrics::histograms::{HistogramDelta, RecycledHistograms};
 use tidegate_core::metrics::progress::WorkerProgress;
@@ -113,7 +113,7 @@ pub struct Worker {
     /// Its inbox.
     pub mailbox: Arc<Mailbox>,
     cpu: Option<usize>,
-    station: Arc<WorkerHandle>,
+    handle: Arc<WorkerHandle>,
 }
 
 // === impl EngineKind ===
@@ -210,8 +210,8 @@ impl Worker {
     pub fn start(plan: WorkerConfig) -> io::Result<Worker> {
         let mailbox = Arc::new(Mailbox::default());
         let cpu = plan.cpu;
-        let station = WorkerThread::spawn_first(plan, Arc::clone(&mailbox))?;
-        Ok(Worker { mailbox, cpu, station })
+        let handle = WorkerThread::spawn_first(plan, Arc::clone(&mailbox))?;
+        Ok(Worker { mailbox, cpu, handle })
     }
 
     /// The CPU its thread is bound to, if it is.
@@ -226,11 +226,11 @@ impl Worker {
 
     /// Whether it has ended for good: told to, or fallen too often.
     pub fn is_finished(&self) -> bool {
-        self.station.has_ended()
+        self.handle.has_ended()
     }
 
     /// Waits for the thread; false when it fell.
     pub fn join(self) -> bool {
-        self.station.join()
+        self.handle.join()
     }
 }

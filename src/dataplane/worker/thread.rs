@@ -1,0 +1,191 @@
+//! What a worker's thread does while it runs: commands, listeners, and the engine's task.
+//!
+//! Called by `supervisor`. The sockets a worker listens on are kept here, whichever of its
+//! threads is running: when a thread panics, they go to the next one, and no client in a
+//! listen queue is lost.
+
+use super::context::WorkerContext;
+use super::{Mailbox, WorkerCommand};
+use crate::accept::listener::{Listener, ListenerRetirement};
+#[cfg(debug_assertions)]
+use crate::fault_points::FaultPoint;
+use socket2::Socket;
+use std::cell::RefCell;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+use tidegate_core::metrics::progress::WorkerStage;
+use tidegate_core::model::BindKey;
+use tidegate_core::outcome::Cause;
+#[cfg(debug_assertions)]
+use tidegate_net::clock;
+use tokio::task::JoinError;
+
+/// One thread's listeners.
+#[derive(Debug, Default)]
+pub(crate) struct ListenerSet(RefCell<Vec<ListenerEntry>>);
+
+#[derive(Debug)]
+struct ListenerEntry {
+    bind: BindKey,
+    socket: Arc<Socket>,
+    retirement: Rc<ListenerRetirement>,
+}
+
+/// A listener on its way to the next thread.
+#[derive(Debug)]
+pub(crate) struct InheritedListener {
+    pub(crate) bind: BindKey,
+    pub(crate) socket: Arc<Socket>,
+    /// Where it was retiring: until then.
+    pub(crate) retires: Option<Instant>,
+}
+
+impl ListenerSet {
+    pub(crate) fn add(
+        &self,
+        bind: BindKey,
+        socket: Arc<Socket>,
+        retirement: Rc<ListenerRetirement>,
+    ) {
+        self.0.borrow_mut().push(ListenerEntry { bind, socket, retirement });
+    }
+
+    /// Its listener has ended.
+    pub(crate) fn remove(&self, retirement: &Rc<ListenerRetirement>) {
+        self.0.borrow_mut().retain(|entry| !Rc::ptr_eq(&entry.retirement, retirement));
+    }
+
+    /// Every entry of that address that is not retiring yet.
+    pub(crate) fn retire(&self, bind: &BindKey, tell: impl Fn(&ListenerRetirement)) {
+        let listeners = self.0.borrow();
+        listeners
+            .iter()
+            .filter(|entry| entry.bind == *bind && entry.retirement.deadline().is_none())
+            .for_each(|entry| tell(&entry.retirement));
+    }
+
+    /// What the next thread listens on.
+    pub(crate) fn take_listeners(&self) -> Vec<InheritedListener> {
+        let listeners = std::mem::take(&mut *self.0.borrow_mut());
+        let kept = listeners.into_iter().filter(|entry| !entry.retirement.is_released());
+        kept.map(|ListenerEntry { bind, socket, retirement }| InheritedListener {
+            bind,
+            socket,
+            retires: retirement.deadline(),
+        })
+        .collect()
+    }
+}
+
+/// How a thread's work ended.
+pub(super) enum ThreadExit {
+    Stopped,
+    /// It could not begin.
+    StartFailed(io::Error),
+    Panicked(&'static str),
+}
+
+/// Raises the alarm when a listener's task panics.
+struct ListenerPanicGuard(Rc<WorkerContext>);
+
+/// Starts a listener's task.
+pub(super) fn listen(
+    ctx: &Rc<WorkerContext>,
+    listeners: &Rc<ListenerSet>,
+    bind: BindKey,
+    socket: Arc<Socket>,
+    retirement: Rc<ListenerRetirement>,
+) {
+    listeners.add(bind.clone(), Arc::clone(&socket), Rc::clone(&retirement));
+    let (watch, listeners) = (ListenerPanicGuard(Rc::clone(ctx)), Rc::clone(listeners));
+    tokio::task::spawn_local(async move {
+        let watch = watch;
+        Listener::serve(Rc::clone(&watch.0), bind, socket, Rc::clone(&retirement)).await;
+        listeners.remove(&retirement);
+    });
+}
+
+/// Obeys commands until told to stop; the engine, the listeners and the
+/// sessions are tasks beside it.
+pub(super) async fn serve(
+    ctx: &Rc<WorkerContext>,
+    inbox: &Mailbox,
+    listeners: &Rc<ListenerSet>,
+) -> ThreadExit {
+    let mut engine = tokio::task::spawn_local(Rc::clone(&ctx.engine).run());
+    let pulse = &ctx.counters.pulse;
+    loop {
+        pulse.at(WorkerStage::Waiting);
+        let command = tokio::select! {
+            command = inbox.next(pulse) => command,
+            ended = &mut engine => return ThreadExit::Panicked(engine_ended(ctx, ended)),
+            () = ctx.engine.broken().notified() => {
+                return ThreadExit::Panicked("a session panicked in the engine");
+            }
+            () = ctx.alarm.notified() => return ThreadExit::Panicked("a listener panicked"),
+        };
+        pulse.at(WorkerStage::RunningCommand);
+        if matches!(command, WorkerCommand::Stop) {
+            break;
+        }
+        obey(ctx, listeners, command);
+    }
+    // Sessions that are still open have been aborted already.
+    ctx.broken_off_by.set(Cause::DrainDeadline);
+    engine.abort();
+    ThreadExit::Stopped
+}
+
+fn obey(ctx: &Rc<WorkerContext>, listeners: &Rc<ListenerSet>, command: WorkerCommand) {
+    match command {
+        WorkerCommand::Listen(bind, socket) => {
+            listen(ctx, listeners, bind, socket, Rc::new(ListenerRetirement::default()));
+        }
+        WorkerCommand::Retire(bind) => listeners.retire(&bind, ListenerRetirement::begin),
+        WorkerCommand::Release(bind) => listeners.retire(&bind, ListenerRetirement::release),
+        WorkerCommand::ResetBackend(backend, cause) => {
+            ctx.engine.abort_backend(backend, cause);
+        }
+        WorkerCommand::ResetAll(cause) => {
+            ctx.engine.abort_all(cause);
+        }
+        // Where the asker has given up, it gets them the next time.
+        WorkerCommand::Collect(reply) if reply.is_closed() => {}
+        WorkerCommand::Collect(reply) => {
+            let _ = reply.send(ctx.recorder.borrow_mut().take());
+        }
+        WorkerCommand::ReturnHistograms(spent) => ctx.recorder.borrow_mut().give_back(spent),
+        WorkerCommand::Stop => {}
+        #[cfg(debug_assertions)]
+        WorkerCommand::Fault(fault) => {
+            ctx.engine.order(fault);
+            ctx.faults.order(fault);
+            ctx.faults.pass(FaultPoint::Worker);
+        }
+        #[cfg(debug_assertions)]
+        WorkerCommand::Stall(time) => clock::pause(time),
+    }
+}
+
+/// Says why.
+fn engine_ended(ctx: &WorkerContext, ended: Result<io::Result<()>, JoinError>) -> &'static str {
+    match ended {
+        Ok(Err(error)) => {
+            tracing::error!(worker = ctx.id, %error, "the relay engine has failed");
+            "its engine failed"
+        }
+        _ => "its engine panicked",
+    }
+}
+
+// === impl ListenerPanicGuard ===
+
+impl Drop for ListenerPanicGuard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.alarm.notify_one();
+        }
+    }
+}
