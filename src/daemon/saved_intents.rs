@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 use tidegate_core::control::handover::{Saved, SavedBackend, SavedPool};
-use tidegate_core::control::{KEPT_MAX, SavedIntent};
+use tidegate_core::control::{REMOVED_INTENTS_MAX, SavedIntent};
 use tidegate_core::health::Intent;
 
 /// Of the format. A program that changes the format counts it up.
 const VERSION: u32 = 1;
 
 /// Intents in one file: of every backend there can be, and of those that have left.
-const INTENTS_MAX: usize = 100_000 + KEPT_MAX;
+const INTENTS_MAX: usize = 100_000 + REMOVED_INTENTS_MAX;
 
 /// The whole file.
 #[derive(Debug, Serialize, Deserialize)]
@@ -53,7 +53,7 @@ pub(super) fn encode(saved: &Saved, now: SystemTime) -> Vec<u8> {
             left: None,
         })
     });
-    let left = saved.left.iter().map(|left| IntentLine {
+    let left = saved.removed_intents.iter().map(|left| IntentLine {
         pool: left.pool.clone(),
         backend: left.name.clone(),
         address: left.address.clone(),
@@ -87,14 +87,14 @@ pub(super) fn decode(text: &[u8], now: SystemTime) -> Result<Saved, String> {
         return Err(format!("it has {} intents, {INTENTS_MAX} at most", file.intents.len()));
     }
     let mut pools: BTreeMap<String, Vec<SavedBackend>> = BTreeMap::new();
-    let mut left = Vec::new();
+    let mut removed_intents = Vec::new();
     let age_ms = |then: u64| unix(now).saturating_sub(then).saturating_mul(1000);
     for line in file.intents {
         if Intent::named(&line.intent).is_none() {
             return Err(format!("it is damaged: {:?} is no intent", line.intent));
         }
         match line.left {
-            Some(at) => left.push(SavedIntent {
+            Some(at) => removed_intents.push(SavedIntent {
                 pool: line.pool,
                 name: line.backend,
                 address: line.address,
@@ -112,7 +112,7 @@ pub(super) fn decode(text: &[u8], now: SystemTime) -> Result<Saved, String> {
         }
     }
     let named = |(name, backends)| SavedPool { name, backends, ..SavedPool::default() };
-    Ok(Saved { pools: pools.into_iter().map(named).collect(), left, ..Saved::default() })
+    Ok(Saved { pools: pools.into_iter().map(named).collect(), removed_intents, ..Saved::default() })
 }
 
 fn unix(time: SystemTime) -> u64 {
@@ -146,7 +146,7 @@ mod tests {
         };
         let pool =
             SavedPool { name: "web".into(), backends: vec![backend], ..SavedPool::default() };
-        Saved { pools: vec![pool], left: vec![left], ..Saved::default() }
+        Saved { pools: vec![pool], removed_intents: vec![left], ..Saved::default() }
     }
 
     #[test]
@@ -154,17 +154,17 @@ mod tests {
         let text = encode(&saved(), at(1_000));
         let mut expected = saved();
         expected.pools[0].backends[0].intent_ms += 60_000;
-        expected.left[0].intent_ms += 60_000;
-        expected.left[0].left_ms += 60_000;
+        expected.removed_intents[0].intent_ms += 60_000;
+        expected.removed_intents[0].left_ms += 60_000;
         assert_eq!(decode(&text, at(1_060)).unwrap(), expected);
         // A clock that was set back makes nothing negative.
-        assert_eq!(decode(&text, at(0)).unwrap().left[0].left_ms, 0);
+        assert_eq!(decode(&text, at(0)).unwrap().removed_intents[0].left_ms, 0);
     }
 
     #[test]
     fn the_format_changes_with_its_version_alone() {
         let text = "{\n  \"version\": 1,\n  \"intents\": [\n    {\n      \"pool\": \"web\",\n      \"backend\": \"a\",\n      \"address\": \"10.0.0.1:80\",\n      \"intent\": \"draining\",\n      \"since\": 995\n    }\n  ]\n}\n";
-        let one = Saved { left: Vec::new(), ..saved() };
+        let one = Saved { removed_intents: Vec::new(), ..saved() };
         assert_eq!(String::from_utf8(encode(&one, at(1_000))).unwrap(), text);
         assert_eq!(decode(text.as_bytes(), at(1_000)).unwrap(), one);
     }

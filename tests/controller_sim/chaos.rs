@@ -69,7 +69,7 @@ impl World {
         let mut rng = Rng::with_seed(seed);
         let mut controller = Controller::new(2, seed);
         let apart_above = *rng.choice(&[0, 2, usize::MAX]).unwrap();
-        controller.build_apart_above(apart_above);
+        controller.detach_builds_above(apart_above);
         let config = Arc::new(World::random_config(&mut rng, None));
         let senders = (0..4).map(|number| Sender::new(number, start)).collect();
         let mut world = World {
@@ -338,7 +338,7 @@ impl World {
             self.end(session);
         }
         let mut next = Controller::new(self.rng.usize(1..4), self.rng.u64(..));
-        next.build_apart_above(self.apart_above);
+        next.detach_builds_above(self.apart_above);
         next.add_carried_counts(saved.generation - 1, saved.serial);
         self.controller = next;
         self.asked.clear();

@@ -254,7 +254,7 @@ impl Sim {
                 let name = &b.state.name;
                 assert_eq!(b.eligible, b.effective_weight > 0.0, "{name}");
                 let may = b.intent == Intent::Ready
-                    && b.calling == RequestedState::Ready
+                    && b.requested == RequestedState::Ready
                     && !b.ejected
                     && b.observation != Observation::Down;
                 assert!(may || !b.eligible, "{name} is eligible: {b:?}");

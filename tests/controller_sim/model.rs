@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_core::control::{KEPT_FOR, ProbeToken};
+use tidegate_core::control::{ProbeToken, REMOVED_INTENTS_FOR};
 use tidegate_core::health::{Intent, Observation};
 use tidegate_core::model::WhenNoneEligible;
 use tidegate_core::model::{
@@ -505,7 +505,7 @@ impl Model {
             }
         };
         let Some(mut b) = known else {
-            let in_time = kept.filter(|(_, left)| now - *left < KEPT_FOR);
+            let in_time = kept.filter(|(_, left)| now - *left < REMOVED_INTENTS_FOR);
             let intent = in_time.map_or(Intent::Ready, |(wanted, _)| wanted);
             return ModelBackend { intent, ..fresh(spec, state) };
         };

@@ -26,7 +26,7 @@ const BOUNDS: [(&str, &str, &str); 24] = [
     ("heartbeat senders", "daemon", "SENDERS_MAX"),
     ("[admin] backend_metrics_max", "config", "BACKEND_METRICS"),
     ("processes of one supervisor", "supervisor", "CHILDREN_MAX"),
-    ("drained backends remembered after they left the file", "core", "KEPT_MAX"),
+    ("drained backends remembered after they left the file", "core", "REMOVED_INTENTS_MAX"),
     ("frontends", "config", "FRONTENDS_MAX"),
     ("bind addresses", "config", "BINDS_MAX"),
     ("pools", "config", "POOLS_MAX"),

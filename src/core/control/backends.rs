@@ -5,10 +5,12 @@
 //! a backend gets it by [`BackendSet::touch`], which notes it: a change cannot be
 //! forgotten. It decides nothing and builds no table.
 
+use super::heartbeats::confirmation::ConfirmationInFlight;
+use super::heartbeats::reported::BackendHeartbeats;
+use super::history::TransitionHistory;
 use super::pools::{PoolEntry, PoolId};
 use super::publish::BackendTableState;
 use super::{MemberSourceKind, ProbeToken};
-use super::{heartbeats, history, suspicion};
 use crate::health::{BackendHealth, Intent};
 use crate::model;
 use crate::suspicion::Ramp;
@@ -42,13 +44,13 @@ pub(super) struct BackendEntry {
     pub(super) origin: MemberSourceKind,
     pub(super) in_flight: Option<ProbeInFlight>,
     /// What its heartbeats have said, where any were heard.
-    pub(super) heart: Option<Box<heartbeats::BackendHeartbeats>>,
+    pub(super) heartbeats: Option<Box<BackendHeartbeats>>,
     /// The confirming probe under way.
-    pub(super) trying: Option<suspicion::ConfirmationInFlight>,
+    pub(super) confirmation: Option<ConfirmationInFlight>,
     /// Until then it serves without the heartbeats it needs: they were not
     /// required when it came.
     pub(super) heartbeats_from: Option<Instant>,
-    pub(super) calling_since: Instant,
+    pub(super) requested_since: Instant,
     /// Since when its observation stands.
     pub(super) observed_since: Instant,
     /// Its slow start, and the share it has reached, in percent.
@@ -58,7 +60,7 @@ pub(super) struct BackendEntry {
     pub(super) served: bool,
     /// What the newest table says of it, to tell whether a new one is due.
     pub(super) published: BackendTableState,
-    pub(super) history: history::TransitionHistory,
+    pub(super) history: TransitionHistory,
 }
 
 /// A probe the shell was asked for.
@@ -77,10 +79,6 @@ pub(super) struct ProbeInFlight {
 impl BackendSet {
     pub(super) fn get(&self, id: BackendId) -> Option<&BackendEntry> {
         self.entries.get(&id)
-    }
-
-    pub(super) fn contains(&self, id: BackendId) -> bool {
-        self.entries.contains_key(&id)
     }
 
     pub(super) fn len(&self) -> usize {
@@ -122,6 +120,11 @@ impl BackendSet {
     /// `Controller::check_noted` checks it in builds with debug assertions.
     pub(super) fn observe(&mut self, id: BackendId) -> Option<&mut BackendEntry> {
         self.entries.get_mut(&id)
+    }
+
+    /// What its heartbeats have said, where any were heard; as [`BackendSet::observe`].
+    pub(super) fn heard(&mut self, id: BackendId) -> Option<&mut BackendHeartbeats> {
+        self.observe(id)?.heartbeats.as_deref_mut()
     }
 
     /// Adds a backend, which the next table may wait for.
@@ -196,16 +199,16 @@ impl BackendEntry {
             health: BackendHealth::new(Intent::Ready, None, now),
             origin: MemberSourceKind::File,
             in_flight: None,
-            heart: None,
-            trying: None,
+            heartbeats: None,
+            confirmation: None,
             heartbeats_from: None,
-            calling_since: now,
+            requested_since: now,
             observed_since: now,
             ramp: None,
             ramp_share: 100,
             served: false,
             published: BackendTableState::default(),
-            history: history::TransitionHistory::default(),
+            history: TransitionHistory::default(),
         }
     }
 }

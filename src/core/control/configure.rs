@@ -5,25 +5,22 @@
 //! its state, whatever else changed. It never touches a session: removed
 //! backends go to `leaving`.
 
+use super::backends::BackendEntry;
+use super::heartbeats::HeartbeatWatch;
+use super::pools::{PoolEntry, PoolId, StartupGrace};
+use super::removal::BackendKey;
 use super::schedule::{TimerKind, after};
-use super::{
-    BackendEntry, Controller, FrontendEntry, MemberSourceKind, PoolEntry, PoolId, PublishReason,
-    StartupGrace,
-};
-use crate::balance::in_flight::Counted;
+use super::state::ControlState;
+use super::{Controller, MemberSourceKind, PublishReason};
 use crate::health::ejection::EjectionState;
 use crate::health::probe_detector::ProbeDetector;
-use crate::health::{BackendHealth, HeartbeatHealth, Observation, RequestedState};
+use crate::health::{BackendHealth, Observation};
 use crate::model;
 use crate::model::{BackendAddr, Config, EjectionSpec, OnRemoval, ProbeSpec};
-use crate::outcome::RefusedReason;
-use crate::table::state::{BackendId, BackendState, FrontendId, FrontendState};
+use crate::table::state::BackendId;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
-
-/// Pool, name, address: what makes a backend the same backend.
-pub(super) type BackendKey = (Arc<str>, Arc<str>, BackendAddr);
 
 /// What was there before the reload.
 struct PreviousConfig {
@@ -61,45 +58,27 @@ enum ProbePlan {
 impl Controller {
     /// Takes over a validated configuration whose listeners are bound.
     pub(super) fn configure(&mut self, config: &Config, now: Instant) {
-        self.generation += 1;
-        self.connections_max = config.process.connections_max;
-        let former = self.former();
-        self.configure_frontends(config);
-        let mut before = self.take_before();
+        self.publisher.configured(config.process.connections_max);
+        let (state, heartbeats) = (&mut self.state, &mut self.heartbeats);
+        let former = state.former();
+        state.frontends.configure(config, &mut state.allocator);
+        let mut before = state.take_before();
         let mut starting = Vec::new();
         for spec in &config.pools {
-            self.configure_pool(spec, &mut before, &mut starting, now);
+            state.configure_pool(heartbeats, spec, &mut before, &mut starting, now);
         }
-        self.remove_rest(before, now);
-        self.begin_settling(&former, now);
-        self.start_all(&starting, now);
-        self.configure_gray(now);
-        self.work.unsettled.extend(self.pools.iter().map(|pool| pool.id));
-        self.work.rebuild = Some(PublishReason::Configuration);
+        state.remove_rest(heartbeats, before, now);
+        state.begin_settling(&former, now);
+        state.start_all(&starting, now);
+        self.slow.configure(state, now);
+        state.pending.unsettled.extend(state.pools.iter().map(|pool| pool.id));
+        state.pending.rebuild = Some(PublishReason::Configuration);
     }
+}
 
-    fn configure_frontends(&mut self, config: &Config) {
-        let mut known: HashMap<Arc<str>, Arc<FrontendState>> = std::mem::take(&mut self.frontends)
-            .into_iter()
-            .map(|entry| (Arc::clone(&entry.spec.name), entry.state))
-            .collect();
-        let binds = config.frontends.iter().flat_map(|spec| &spec.binds);
-        self.own = binds.map(|bind| bind.key.socket_addr()).collect();
-        self.frontend_names.clear();
-        for spec in &config.frontends {
-            let state = known.remove(&spec.name).unwrap_or_else(|| {
-                self.ids.frontend += 1;
-                let id = FrontendId(self.ids.frontend);
-                let (name, reasons) = (Arc::clone(&spec.name), RefusedReason::COUNT);
-                let in_flight = self.counts.count(Counted::Frontend(&spec.name));
-                let state = FrontendState::new(id, name, self.workers, reasons);
-                Arc::new(state.counted_by(in_flight))
-            });
-            self.frontend_names.insert(Arc::clone(&spec.name), self.frontends.len());
-            self.frontends.push(FrontendEntry { state, spec: spec.clone() });
-        }
-    }
+// === impl ControlState ===
 
+impl ControlState {
     /// What probes have found by now. A backend of another name at the same address
     /// goes on from it.
     fn verdicts(&self) -> HashMap<BackendAddr, Vec<(Arc<ProbeSpec>, ProbeDetector)>> {
@@ -122,9 +101,9 @@ impl Controller {
     /// ejected.
     fn ejections(&self) -> HashMap<BackendAddr, Vec<(EjectionSpec, EjectionState)>> {
         let mut ejections: HashMap<_, Vec<_>> = HashMap::new();
-        for (pool, id) in &self.out {
-            let spec = self.pool(*pool).and_then(|pool| pool.spec.ejection);
-            let entry = self.backends.get(*id).filter(|entry| entry.health.outlier.is_ejected());
+        for (pool, id) in self.ejections.ejected() {
+            let spec = self.pool(pool).and_then(|pool| pool.spec.ejection);
+            let entry = self.backends.get(id).filter(|entry| entry.health.outlier.is_ejected());
             if let (Some(spec), Some(entry)) = (spec, entry) {
                 let found = (spec, entry.health.outlier.clone());
                 ejections.entry(entry.state.address.clone()).or_default().push(found);
@@ -139,8 +118,7 @@ impl Controller {
         let backends = self.backends.take();
         let mut known = HashMap::new();
         // Leaving ones first: where a name is in both, what is configured rules.
-        let leaving = self.leaving.values().map(|leaving| &leaving.entry);
-        for entry in leaving.chain(backends.values()) {
+        for entry in self.removed.iter().chain(backends.values()) {
             let state = &entry.state;
             let name = (Arc::clone(&state.pool), Arc::clone(&state.name));
             known.insert((name.0, name.1, state.address.clone()), state.id);
@@ -151,13 +129,14 @@ impl Controller {
 
     fn configure_pool(
         &mut self,
+        heartbeats: &mut HeartbeatWatch,
         spec: &Arc<model::PoolConfig>,
         before: &mut PreviousConfig,
         starting: &mut Vec<BackendId>,
         now: Instant,
     ) {
         let old = before.pools.remove(&spec.name);
-        let id = old.as_ref().map_or_else(|| self.new_pool_id(), |old| old.id);
+        let id = old.as_ref().map_or_else(|| self.pools.next_id(), |old| old.id);
         let old_probe = old.as_ref().and_then(|old| old.spec.probe.clone());
         let mut members = Vec::with_capacity(spec.backends.len());
         let listed = spec.backends.iter().map(|backend| (backend.clone(), MemberSourceKind::File));
@@ -190,9 +169,10 @@ impl Controller {
             }
             let plan =
                 respecify(&mut entry, old_probe.as_deref(), spec.probe.as_deref(), arrival, now);
-            self.update_heartbeats(&mut entry, spec, arrival, was_needed, now);
+            let unprepared = arrival == JoinKind::Kept && !was_needed;
+            heartbeats.configure(self, &mut entry, spec, unprepared, now);
             let backend = entry.state.id;
-            self.note_out(&entry);
+            self.ejections.note(&entry);
             members.push(backend);
             self.backends.insert(entry);
             match plan {
@@ -208,40 +188,6 @@ impl Controller {
         let mut pool = PoolEntry::new(id, spec, startup, old);
         members.iter().filter_map(|id| self.backends.get(*id)).for_each(|entry| pool.add(entry));
         self.pools.push(pool);
-    }
-
-    /// Fits what is known of the backend's heartbeats to what its pool now
-    /// expects of them.
-    fn update_heartbeats(
-        &mut self,
-        entry: &mut BackendEntry,
-        pool: &model::PoolConfig,
-        arrival: JoinKind,
-        was_needed: bool,
-        now: Instant,
-    ) {
-        let id = entry.state.id;
-        let Some(spec) = &pool.heartbeat else {
-            self.tallies.forget(id, entry.heart.take().as_deref_mut());
-            entry.trying = None;
-            entry.heartbeats_from = None;
-            entry.health.pulse = HeartbeatHealth::Absent;
-            entry.health.calling = RequestedState::Ready;
-            self.schedule.cancel(TimerKind::Heartbeat(id));
-            self.schedule.cancel(TimerKind::HeartbeatTtl(id));
-            self.schedule.cancel(TimerKind::Forget(id));
-            return;
-        };
-        let newly_needed = entry.needs_heartbeats(spec) && !was_needed && entry.heart.is_none();
-        if newly_needed && arrival == JoinKind::Kept {
-            // It served without them so far, and had no time to send any.
-            entry.heartbeats_from = Some(now + spec.ttl);
-            self.schedule.set(TimerKind::HeartbeatTtl(id), now + spec.ttl);
-        }
-        if let Some((_, at)) = entry.expiry(spec) {
-            self.schedule.set(TimerKind::HeartbeatTtl(id), at.max(now));
-        }
-        entry.health.pulse = entry.pulse_of(spec, now);
     }
 
     /// The pool has no probe (any more): nothing would ever bring a verdict up
@@ -273,7 +219,7 @@ impl Controller {
             if let Some((mut entry, arrival)) = found {
                 entry.pool = pool_id;
                 entry.spec = spec.clone();
-                entry.state.start_from(&pool.source, self.workers);
+                entry.state.start_from(&pool.source, self.allocator.workers);
                 return (entry, arrival);
             }
         }
@@ -288,26 +234,8 @@ impl Controller {
         pool_id: PoolId,
         now: Instant,
     ) -> BackendEntry {
-        let entry = self.entry_of(Arc::clone(&pool.name), spec, pool_id, now);
-        entry.state.start_from(&pool.source, self.workers);
-        entry
-    }
-
-    /// The same for a pool of that name.
-    pub(super) fn entry_of(
-        &mut self,
-        pool: Arc<str>,
-        spec: &model::BackendConfig,
-        pool_id: PoolId,
-        now: Instant,
-    ) -> BackendEntry {
-        self.ids.backend += 1;
-        let id = BackendId(self.ids.backend);
-        let (name, address) = (Arc::clone(&spec.name), spec.address.clone());
-        let state = BackendState::new(id, pool, name, address, self.workers);
-        let (pool, name, address) = (&state.pool, &state.name, &state.address_text);
-        let in_flight = self.counts.count(Counted::Backend { pool, name, address });
-        let state = state.counted_by(in_flight);
+        let state = self.allocator.backend(Arc::clone(&pool.name), spec);
+        state.start_from(&pool.source, self.allocator.workers);
         BackendEntry::new(state, pool_id, spec.clone(), now)
     }
 
@@ -327,11 +255,6 @@ impl Controller {
         }
         entry.health.fails_open |= pool.startup == StartupGrace::FailingOpen;
         self.start_probing(id, (0, 1), now);
-    }
-
-    fn new_pool_id(&mut self) -> PoolId {
-        self.ids.pool += 1;
-        PoolId(self.ids.pool)
     }
 
     /// How far the pool is in getting to know its backends after the reload.
@@ -387,20 +310,26 @@ impl Controller {
     }
 
     /// Whatever the new configuration did not claim is gone.
-    fn remove_rest(&mut self, before: PreviousConfig, now: Instant) {
+    fn remove_rest(
+        &mut self,
+        heartbeats: &mut HeartbeatWatch,
+        before: PreviousConfig,
+        now: Instant,
+    ) {
         let mut on_removal: HashMap<PoolId, OnRemoval> =
             self.pools.iter().map(|pool| (pool.id, pool.spec.on_removal)).collect();
         for pool in before.pools.values() {
             self.schedule.cancel(TimerKind::GraceEnds(pool.id));
             self.schedule.cancel(TimerKind::SettlingEnds(pool.id));
-            if let Some(apart) = &pool.apart {
-                apart.reopen();
+            if let Some(detached) = &pool.detached {
+                detached.reopen();
             }
             // The pool went with its backends: its last word holds.
             on_removal.insert(pool.id, pool.spec.on_removal);
         }
-        for entry in before.backends.into_values() {
+        for mut entry in before.backends.into_values() {
             let rule = on_removal.get(&entry.pool).copied().unwrap_or(OnRemoval::Keep);
+            heartbeats.drop_sender(&mut entry);
             self.remove_backend(entry, "no longer configured", rule, now);
         }
     }

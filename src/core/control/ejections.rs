@@ -6,14 +6,26 @@
 //! never leaves a pool without an eligible backend. It never takes a backend out
 //! for anything but failed connects and early resets.
 
+use super::backends::BackendEntry;
+use super::pools::{PoolEntry, PoolId};
 use super::schedule::TimerKind;
-use super::{BackendEntry, ControlEffect, Controller, Notice, PoolEntry, PoolId};
+use super::state::ControlState;
 use crate::health::ConnectFailure;
 use crate::model::EjectionSpec;
 use crate::table::state::BackendId;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Who may be out of service, by pool: for how many a pool has out, a walk over all of
+/// its backends would cost milliseconds.
+#[derive(Debug, Default)]
+pub(super) struct EjectionIndex {
+    /// Every backend that is ejected or on trial; some may not be any more.
+    ejected: BTreeSet<(PoolId, BackendId)>,
+    /// The same of those that are suspect.
+    suspects: BTreeSet<(PoolId, BackendId)>,
+}
 
 /// How a pool stands with respect to its guard.
 pub(super) struct EjectionGuard {
@@ -68,9 +80,9 @@ impl EjectionGuard {
     }
 }
 
-// === impl Controller ===
+// === impl ControlState ===
 
-impl Controller {
+impl ControlState {
     /// Ejects the backend if it is its row of failures' turn and the guard has
     /// nothing against it.
     pub(super) fn consider_ejection(
@@ -94,11 +106,8 @@ impl Controller {
         let evidence = format!("{row} {what} failed in a row, last: {failure}");
         if let Some(objection) = objection {
             if entry.health.outlier.hold_back() {
-                self.work.effects.push(ControlEffect::Notice(Notice {
-                    pool: Arc::clone(&entry.state.pool),
-                    backend: Some(Arc::clone(&entry.state.name)),
-                    message: format!("not ejected though {evidence}: {objection}"),
-                }));
+                let state = Arc::clone(&entry.state);
+                self.warn_of(&state, format!("not ejected though {evidence}: {objection}"));
             }
             return;
         }
@@ -124,7 +133,7 @@ impl Controller {
             humantime::format_duration(until - now),
             entry.health.outlier.repeats()
         );
-        self.out.insert((entry.pool, id));
+        self.ejections.note(entry);
         self.schedule.set(TimerKind::EjectionEnds(id), until);
         self.record(id, (from, "ejected"), reason, lasted, now);
     }
@@ -181,14 +190,14 @@ impl Controller {
     /// Whether some backend of the pool is ejected or on trial; forgets those that
     /// are not any more.
     fn has_out(&mut self, pool: PoolId) -> bool {
-        let noted: Vec<BackendId> = noted(&self.out, pool).collect();
+        let noted: Vec<BackendId> = noted(&self.ejections.ejected, pool).collect();
         let mut any = false;
         for id in noted {
             let entry = self.backends.get(id).filter(|entry| entry.pool == pool);
             if entry.is_some_and(|entry| !entry.health.outlier.takes_failures()) {
                 any = true;
             } else {
-                self.out.remove(&(pool, id));
+                self.ejections.ejected.remove(&(pool, id));
             }
         }
         any
@@ -197,9 +206,9 @@ impl Controller {
     pub(super) fn guard_view(&self, pool: &PoolEntry) -> EjectionGuard {
         let members = pool.members().iter().filter_map(|id| self.backends.get(*id));
         let percent = pool.spec.ejection.map_or(0, |spec| spec.max_ejected_percent);
-        let out = || self.of_pool(&self.out, pool.id).map(|entry| (entry, &entry.health.outlier));
+        let out = || self.out_of_service(pool.id).map(|entry| (entry, &entry.health.outlier));
         let ejected = out().filter(|(_, outlier)| outlier.is_ejected());
-        let suspect = self.of_pool(&self.suspects, pool.id).map(|entry| &entry.health);
+        let suspect = self.of_pool(&self.ejections.suspects, pool.id).map(|entry| &entry.health);
         EjectionGuard {
             ejected: ejected.map(|(entry, _)| entry.state.id).collect(),
             on_trial: out().filter(|(_, outlier)| outlier.is_on_trial()).count(),
@@ -211,8 +220,13 @@ impl Controller {
         }
     }
 
+    /// The pool's backends that are or were ejected or on trial.
+    pub(super) fn out_of_service(&self, pool: PoolId) -> impl Iterator<Item = &BackendEntry> {
+        self.of_pool(&self.ejections.ejected, pool)
+    }
+
     /// The backends that are noted for a pool.
-    pub(super) fn of_pool<'a>(
+    fn of_pool<'a>(
         &'a self,
         of: &'a BTreeSet<(PoolId, BackendId)>,
         pool: PoolId,
@@ -220,16 +234,30 @@ impl Controller {
         let entries = noted(of, pool).filter_map(|id| self.backends.get(id));
         entries.filter(move |entry| entry.pool == pool)
     }
+}
 
-    /// Notes a backend that joins a pool where it is ejected, on trial or suspect.
-    pub(super) fn note_out(&mut self, entry: &BackendEntry) {
-        let who = (entry.pool, entry.state.id);
+// === impl EjectionIndex ===
+
+impl EjectionIndex {
+    /// Notes the backend if it is ejected, on trial or suspect.
+    pub(super) fn note(&mut self, entry: &BackendEntry) {
+        let key = (entry.pool, entry.state.id);
         if !entry.health.outlier.takes_failures() {
-            self.out.insert(who);
+            self.ejected.insert(key);
         }
         if entry.health.gray.is_suspect() {
-            self.suspects.insert(who);
+            self.suspects.insert(key);
         }
+    }
+
+    /// The backend is suspect no more.
+    pub(super) fn clear_suspect(&mut self, entry: &BackendEntry) {
+        self.suspects.remove(&(entry.pool, entry.state.id));
+    }
+
+    /// The ejected ones of all pools.
+    pub(super) fn ejected(&self) -> impl Iterator<Item = (PoolId, BackendId)> {
+        self.ejected.iter().copied()
     }
 }
 

@@ -3,7 +3,7 @@
 //! Made and read by `daemon`, `daemon::probe` and simulations. Values alone: nothing here
 //! does anything.
 
-use super::apart::BuildToken;
+use super::publish::detached_build::BuildToken;
 use crate::health::{ConnectFailure, ProbeOutcome, Transition};
 use crate::model::{BackendAddr, Config, ProbeSpec};
 use crate::table::Table;

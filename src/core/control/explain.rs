@@ -3,6 +3,7 @@
 //! Called by `daemon` for `tidegate explain` and the admin API. It derives, it
 //! never changes anything.
 
+use super::heartbeats::silence::max_down_percent;
 use super::status::{
     BackendStatus, FreezeStatus, HeartbeatChannelStatus, backend_status, freezing,
 };
@@ -29,7 +30,7 @@ pub struct Explanation {
     /// How long its observation stands.
     pub observed_for: Duration,
     /// How long what its heartbeats ask for stands.
-    pub calling_for: Duration,
+    pub requested_for: Duration,
     /// Its weight and what lowers it.
     pub weight: Weight,
     /// The cap in force; 0 means none.
@@ -121,9 +122,9 @@ impl Controller {
         backend: &str,
         now: Instant,
     ) -> Result<Explanation, OperatorError> {
-        let id = self.find_backend(pool, backend)?;
-        let entry = self.backends.get(id).ok_or(OperatorError::UnknownBackend)?;
-        let pool = self.pool(entry.pool).ok_or(OperatorError::UnknownPool)?;
+        let id = self.state.find_backend(pool, backend)?;
+        let entry = self.state.backends.get(id).ok_or(OperatorError::UnknownBackend)?;
+        let pool = self.state.pool(entry.pool).ok_or(OperatorError::UnknownPool)?;
         let since = |at: Instant| now.saturating_duration_since(at);
         let all: Option<HeartbeatChannelStatus> = self.heartbeat_status(now);
         let outlier = &entry.health.outlier;
@@ -133,7 +134,7 @@ impl Controller {
             backend: backend_status(entry, pool, now),
             intent_for: since(entry.health.intent_since),
             observed_for: since(entry.observed_since),
-            calling_for: since(entry.calling_since),
+            requested_for: since(entry.requested_since),
             weight: entry.weight(&pool.spec),
             connections_max: entry.cap(),
             probe: probe.map(|(spec, detector)| ProbeView {
@@ -144,7 +145,7 @@ impl Controller {
                 fails_open: entry.health.fails_open,
             }),
             heartbeat_spec: pool.spec.heartbeat.clone(),
-            rejected: self.rejections.of(&pool.spec.name, backend).cloned(),
+            rejected: self.heartbeats.rejections().of(&pool.spec.name, backend).cloned(),
             ejection: EjectionView {
                 spec: pool.spec.ejection,
                 left: outlier.until().map(|until| until.saturating_duration_since(now)),
@@ -159,11 +160,11 @@ impl Controller {
             },
             ramp: entry.ramp.map(|ramp| (ramp.over, since(ramp.since))),
             guards: GuardStatus {
-                channel_silent: self.channel(now) == ChannelState::Silent,
+                channel_silent: self.heartbeats.channel(now) == ChannelState::Silent,
                 pool_frozen: freezing(pool.guard.freeze(), now),
                 all_frozen: all.and_then(|all| all.frozen),
-                view: self.path_view(Some(pool.id), now),
-                max_ejected_percent: self.max_down_percent(pool),
+                view: self.heartbeats.path_view(&self.state, Some(pool.id), now),
+                max_ejected_percent: max_down_percent(pool),
             },
             history: entry.history.newest_first().cloned().collect(),
         })

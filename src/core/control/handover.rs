@@ -5,15 +5,17 @@
 //! every field may be absent in what an older program says, and what a newer one
 //! adds is ignored. Names, never numbers, say who is meant.
 
-use super::misfits::HeartbeatIgnored;
+use super::backends::BackendEntry;
+use super::heartbeats::CarriedHeartbeats;
+use super::pools::{PoolEntry, StartupGrace};
 use super::schedule::TimerKind;
+use super::slow_backends::watched;
+use super::state::ControlState;
 use super::{
-    BackendEntry, ControlEffect, Controller, MemberSourceKind, PoolEntry, SavedHeart, SavedIntent,
-    SavedTransition, StartupGrace,
+    ControlEffect, Controller, HeartbeatIgnored, MemberSourceKind, PublishReason, SavedHeartbeats,
+    SavedIntent, SavedTransition,
 };
 use crate::balance::RoundRobinPosition;
-use crate::control::publish_pacer::PublishReason;
-use crate::control::slow_backends::watched;
 use crate::health::ejection::SavedEjectionState;
 use crate::health::slow_detector::SavedSlowDetector;
 use crate::health::{Intent, Observation};
@@ -43,12 +45,13 @@ pub struct Saved {
     /// Heartbeats taken.
     pub heartbeats: u64,
     /// Believed heartbeats that fitted nobody, by reason.
-    pub misfits: BTreeMap<String, u64>,
+    #[serde(rename = "misfits")]
+    pub ignored: BTreeMap<String, u64>,
     /// Times everybody was excused.
     pub excuses: u64,
     /// What operators wanted of backends that have left.
-    #[serde(skip_serializing_if = "is_default")]
-    pub left: Vec<SavedIntent>,
+    #[serde(rename = "left", skip_serializing_if = "is_default")]
+    pub removed_intents: Vec<SavedIntent>,
 }
 
 /// A [`Saved`] that is being made, a slice at a time.
@@ -61,20 +64,11 @@ pub struct Saving {
     /// The last one is under way.
     pools: Vec<SavedPool>,
     /// Its members that are still to come, the last first.
-    left: Vec<BackendId>,
+    remaining: Vec<BackendId>,
 }
 
 /// Transitions in one [`Saved`]: where backends have more, each keeps its newest.
 const HISTORY_MAX: usize = 200_000;
-
-/// What the processes before this one have counted of the controller's own.
-#[derive(Debug, Default)]
-pub(super) struct CarriedCounts {
-    published: [u64; PublishReason::ALL.len()],
-    heartbeats: u64,
-    misfits: [u64; HeartbeatIgnored::ALL.len()],
-    excuses: u64,
-}
 
 /// A frontend's counts.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -108,7 +102,8 @@ pub struct SavedPool {
     pub in_service_ms: Option<u64>,
     /// Its backends' heartbeats, and those that registered, are told of.
     #[serde(skip_serializing_if = "is_default")]
-    pub hearts: bool,
+    #[serde(rename = "hearts")]
+    pub takes_heartbeats: bool,
     /// In file order, then registered ones by age.
     pub backends: Vec<SavedBackend>,
 }
@@ -164,11 +159,11 @@ pub struct SavedBackend {
     #[serde(skip_serializing_if = "is_default")]
     pub registered: bool,
     /// What its heartbeats have said.
-    #[serde(skip_serializing_if = "is_default")]
-    pub heart: Option<SavedHeart>,
+    #[serde(rename = "heart", skip_serializing_if = "is_default")]
+    pub heartbeats: Option<SavedHeartbeats>,
     /// What they ask for has stood for so long.
-    #[serde(skip_serializing_if = "is_default")]
-    pub calling_ms: u64,
+    #[serde(rename = "calling_ms", skip_serializing_if = "is_default")]
+    pub requested_ms: u64,
     /// What counts of its health has stood for so long.
     #[serde(skip_serializing_if = "is_default")]
     pub observed_ms: Option<u64>,
@@ -188,7 +183,7 @@ impl Saved {
     /// saved is lost, and half of a count is worse than none.
     pub fn without_counts(mut self) -> Saved {
         self.frontends.clear();
-        (self.published, self.misfits) = (BTreeMap::new(), BTreeMap::new());
+        (self.published, self.ignored) = (BTreeMap::new(), BTreeMap::new());
         (self.heartbeats, self.excuses) = (0, 0);
         for backend in self.pools.iter_mut().flat_map(|pool| &mut pool.backends) {
             (backend.sessions, backend.connect_failures) = (0, 0);
@@ -199,7 +194,7 @@ impl Saved {
 
     /// Takes operators' intents from `newer`; a backend that is not in it is ready.
     pub fn set_intents(&mut self, newer: &Saved) {
-        self.left.clone_from(&newer.left);
+        self.removed_intents.clone_from(&newer.removed_intents);
         let mut wanted: HashMap<[&str; 3], (&SavedPool, &SavedBackend)> = every_backend(newer)
             .map(|(pool, one)| ([&*pool.name, &*one.name, &*one.address], (pool, one)))
             .collect();
@@ -235,14 +230,20 @@ impl Controller {
         let mut saving = self.begin_save(now);
         self.save_on(&mut saving, usize::MAX);
         Saved {
-            frontends: self.frontends.iter().map(|entry| save_frontend(&entry.state)).collect(),
-            published: self.published().map(|(reason, n)| (reason.name().to_owned(), n)).into(),
-            heartbeats: self.heartbeats_taken(),
-            misfits: self
-                .ignored_heartbeats()
-                .map(|(misfit, n)| (misfit.name().to_owned(), n))
+            frontends: self
+                .state
+                .frontends
+                .iter()
+                .map(|entry| save_frontend(&entry.state))
+                .collect(),
+            published: self
+                .publisher
+                .published()
+                .map(|(reason, n)| (reason.name().to_owned(), n))
                 .into(),
-            excuses: self.excuses(),
+            heartbeats: self.heartbeats.taken(),
+            ignored: self.heartbeats.ignored().map(|(why, n)| (why.name().to_owned(), n)).into(),
+            excuses: self.heartbeats.excuses(),
             ..self.end_save(saving)
         }
     }
@@ -252,10 +253,10 @@ impl Controller {
     pub fn begin_save(&self, now: Instant) -> Saving {
         Saving {
             at: now,
-            generation: self.generation,
-            history: (HISTORY_MAX / self.backends.len().max(1)).max(1),
+            generation: self.publisher.generation(),
+            history: (HISTORY_MAX / self.state.backends.len().max(1)).max(1),
             pools: Vec::new(),
-            left: Vec::new(),
+            remaining: Vec::new(),
         }
     }
 
@@ -264,18 +265,20 @@ impl Controller {
     /// begun: [`Controller::can_go_on`].
     pub fn save_on(&self, saving: &mut Saving, most: usize) -> bool {
         for _ in 0..most {
-            let Some(id) = saving.left.pop() else {
+            let Some(id) = saving.remaining.pop() else {
                 let place = saving.pools.len();
-                let Some(pool) = self.pools.at(place) else { return false };
+                let Some(pool) = self.state.pools.at(place) else { return false };
                 saving.pools.push(Controller::save_pool(
                     pool,
-                    self.table.pools.get(place),
+                    self.publisher.table().pools.get(place),
                     saving.at,
                 ));
-                saving.left.extend(pool.members().iter().rev());
+                saving.remaining.extend(pool.members().iter().rev());
                 continue;
             };
-            if let (Some(pool), Some(entry)) = (saving.pools.last_mut(), self.backends.get(id)) {
+            if let (Some(pool), Some(entry)) =
+                (saving.pools.last_mut(), self.state.backends.get(id))
+            {
                 pool.backends.push(save_backend(entry, saving.history, saving.at));
             }
         }
@@ -291,52 +294,25 @@ impl Controller {
             open: pool.startup == StartupGrace::FailingOpen,
             turn: table.and_then(|table| table.balancer.as_ref()?.round_robin_position()),
             in_service_ms: pool.in_service_since.map(age),
-            hearts: pool.spec.heartbeat.is_some(),
+            takes_heartbeats: pool.spec.heartbeat.is_some(),
             backends: Vec::with_capacity(pool.members().len()),
         }
     }
 
     /// Whether what was begun is still about the configuration in force.
     pub fn can_go_on(&self, saving: &Saving) -> bool {
-        saving.generation == self.generation
+        saving.generation == self.publisher.generation()
     }
 
     /// All that was gathered.
     pub fn end_save(&self, saving: Saving) -> Saved {
         Saved {
             generation: saving.generation,
-            serial: self.serial,
+            serial: self.publisher.serial(),
             pools: saving.pools,
-            left: self.kept.save(saving.at),
+            removed_intents: self.state.removed.intents.save(saving.at),
             ..Saved::default()
         }
-    }
-
-    /// Tables made for each reason, by all the processes so far.
-    pub(super) fn published(&self) -> [(PublishReason, u64); PublishReason::ALL.len()] {
-        let before = |reason| self.before.published[reason as usize];
-        PublishReason::ALL
-            .map(|reason| (reason, self.pace.published(reason).saturating_add(before(reason))))
-    }
-
-    /// The same of heartbeats taken.
-    pub(super) fn heartbeats_taken(&self) -> u64 {
-        self.heartbeats_total.saturating_add(self.before.heartbeats)
-    }
-
-    /// The same of heartbeats that fitted nobody.
-    pub(super) fn ignored_heartbeats(
-        &self,
-    ) -> [(HeartbeatIgnored, u64); HeartbeatIgnored::ALL.len()] {
-        let sum = |misfit: HeartbeatIgnored| {
-            self.misfits[misfit as usize].saturating_add(self.before.misfits[misfit as usize])
-        };
-        HeartbeatIgnored::ALL.map(|misfit| (misfit, sum(misfit)))
-    }
-
-    /// The same of times everybody was excused.
-    pub(super) fn excuses(&self) -> u64 {
-        self.guards.excuses_total.saturating_add(self.before.excuses)
     }
 
     /// Counts configurations and tables on from another process. To be called
@@ -344,8 +320,7 @@ impl Controller {
     /// count on from.
     pub fn add_carried_counts(&mut self, generation: u64, serial: u64) {
         const COUNT_MAX: u64 = u64::MAX / 2;
-        self.generation = generation.min(COUNT_MAX);
-        self.serial = serial.min(COUNT_MAX);
+        self.publisher.count_on_from(generation.min(COUNT_MAX), serial.min(COUNT_MAX));
     }
 
     /// Goes on with what another process knows: operators' intents, health,
@@ -357,15 +332,15 @@ impl Controller {
             self.adopt_pool(pool, now);
         }
         // They may be newer than the rest.
-        for left in &saved.left {
-            self.adopt_intent(left, now);
+        for left in &saved.removed_intents {
+            self.state.adopt_intent(left, now);
         }
         // Before it accepts anything, a new process has everybody in its table.
-        self.work.at_once = true;
+        self.state.pending.at_once = true;
         let effects = self.finish(now);
         let turns: HashMap<&str, RoundRobinPosition> =
             saved.pools.iter().filter_map(|pool| Some((&*pool.name, pool.turn?))).collect();
-        for pool in &self.table.pools {
+        for pool in &self.publisher.table().pools {
             if let (Some(turn), Some(balancer)) = (turns.get(&*pool.spec.name), &pool.balancer) {
                 balancer.resume_at(*turn);
             }
@@ -378,38 +353,30 @@ impl Controller {
     /// with have ended.
     pub fn adopt_counts(&mut self, saved: &Saved) {
         let of = |counts: &BTreeMap<String, u64>, name| counts.get(name).copied().unwrap_or(0);
-        self.before = CarriedCounts {
-            published: PublishReason::ALL.map(|reason| of(&saved.published, reason.name())),
-            heartbeats: saved.heartbeats,
-            misfits: HeartbeatIgnored::ALL.map(|misfit| of(&saved.misfits, misfit.name())),
+        self.publisher.carry(PublishReason::ALL.map(|reason| of(&saved.published, reason.name())));
+        self.heartbeats.carry(CarriedHeartbeats {
+            taken: saved.heartbeats,
+            ignored: HeartbeatIgnored::ALL.map(|why| of(&saved.ignored, why.name())),
             excuses: saved.excuses,
-        };
+        });
         for frontend in &saved.frontends {
-            let named = self.frontend_names.get(frontend.name.as_str());
-            if let Some(entry) = named.and_then(|at| self.frontends.get(*at)) {
+            if let Some(entry) = self.state.frontends.named(&frontend.name) {
                 carry_frontend(&entry.state, frontend);
             }
         }
         for (pool, backend) in every_backend(saved) {
-            if let Some(id) = self.find_saved(&pool.name, &backend.name, &backend.address)
-                && let Some(entry) = self.backends.get(id)
+            if let Some(id) = self.state.find_saved(&pool.name, &backend.name, &backend.address)
+                && let Some(entry) = self.state.backends.get(id)
             {
                 carry_backend(&entry.state, backend);
             }
         }
     }
 
-    /// The configured backend that another process knows by these.
-    pub fn find_saved(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
-        let id = self.find_backend(pool, name).ok()?;
-        let entry = self.backends.get(id)?;
-        (*entry.state.address_text == *address).then_some(id)
-    }
-
     /// The same one's state.
     pub fn saved_state(&self, pool: &str, name: &str, address: &str) -> Option<&BackendState> {
-        let id = self.find_saved(pool, name, address)?;
-        self.backends.get(id).map(|entry| &*entry.state)
+        let id = self.state.find_saved(pool, name, address)?;
+        self.state.backends.get(id).map(|entry| &*entry.state)
     }
 
     /// Whether every backend that may take sessions in another process may do so
@@ -417,11 +384,11 @@ impl Controller {
     pub fn serves_as(&self, saved: &Saved) -> bool {
         let expected = every_backend(saved).filter(|(_, backend)| backend.eligible);
         expected.into_iter().all(|(pool, backend)| {
-            let Some(entry) = self.pools.named(&pool.name) else {
+            let Some(entry) = self.state.pools.named(&pool.name) else {
                 return true;
             };
-            match self.find_saved(&pool.name, &backend.name, &backend.address) {
-                Some(id) => self.backends.get(id).is_none_or(|entry| entry.health.eligible()),
+            match self.state.find_saved(&pool.name, &backend.name, &backend.address) {
+                Some(id) => self.state.backends.get(id).is_none_or(|entry| entry.health.eligible()),
                 // It left the file, unless its heartbeats would bring it.
                 None => !entry.spec.heartbeat.as_ref().is_some_and(|spec| spec.register),
             }
@@ -429,27 +396,27 @@ impl Controller {
     }
 
     fn adopt_pool(&mut self, saved: &SavedPool, now: Instant) {
-        let Some(pool) = self.pools.named(&saved.name).map(|pool| pool.id) else {
+        let Some(pool) = self.state.pools.named(&saved.name).map(|pool| pool.id) else {
             for backend in saved.backends.iter().filter(|one| one.intent != Intent::Ready.name()) {
-                self.keep_intent(saved, backend, now);
+                self.state.keep_intent(saved, backend, now);
             }
             return;
         };
-        let is_watched = self.pool(pool).and_then(watched).is_some();
+        let is_watched = self.state.pool(pool).and_then(watched).is_some();
         if let Some(ms) = saved.in_service_ms
-            && let Some(pool) = self.pools.observe(pool)
+            && let Some(pool) = self.state.pools.observe(pool)
         {
             pool.in_service_since = Some(ago(now, ms));
         }
-        self.drop_unregistered(saved, now);
+        self.heartbeats.drop_unregistered(&mut self.state, saved, now);
         for backend in &saved.backends {
-            let id = self.find_saved(&saved.name, &backend.name, &backend.address);
-            let Some(id) = id.or_else(|| self.adopt_registered(saved, backend, now)) else {
-                self.keep_intent(saved, backend, now);
+            let id = self.state.find_saved(&saved.name, &backend.name, &backend.address);
+            let Some(id) = id.or_else(|| self.state.adopt_registered(saved, backend, now)) else {
+                self.state.keep_intent(saved, backend, now);
                 continue;
             };
-            self.adopt_heart(id, backend, now);
-            let Some(entry) = self.backends.touch(id) else { continue };
+            self.heartbeats.adopt_heartbeats(&mut self.state, id, backend, now);
+            let Some(entry) = self.state.backends.touch(id) else { continue };
             if let Some(intent) = Intent::named(&backend.intent) {
                 entry.health.intent = intent;
                 entry.health.intent_since = ago(now, backend.intent_ms);
@@ -463,19 +430,19 @@ impl Controller {
             if is_watched {
                 entry.health.gray.restore(&backend.watch, now);
                 if entry.health.gray.is_suspect() {
-                    self.suspects.insert((entry.pool, id));
+                    self.state.ejections.note(entry);
                 }
             }
             match entry.health.outlier.until() {
                 Some(until) => {
-                    self.out.insert((entry.pool, id));
-                    self.schedule.set(TimerKind::EjectionEnds(id), until);
+                    self.state.ejections.note(entry);
+                    self.state.schedule.set(TimerKind::EjectionEnds(id), until);
                 }
-                None => self.schedule.cancel(TimerKind::EjectionEnds(id)),
+                None => self.state.schedule.cancel(TimerKind::EjectionEnds(id)),
             }
-            self.work.unsettled.insert(entry.pool);
+            self.state.pending.unsettled.insert(entry.pool);
             if backend.eligible {
-                self.adopt_ramp(id, backend.ramp_ms.map(Duration::from_millis), now);
+                self.state.adopt_ramp(id, backend.ramp_ms.map(Duration::from_millis), now);
             }
         }
         self.adopt_startup(saved);
@@ -483,10 +450,10 @@ impl Controller {
 
     /// A pool whose backends are known need not get to know them.
     fn adopt_startup(&mut self, saved: &SavedPool) {
-        let Some(id) = self.pools.named(&saved.name).map(|pool| pool.id) else { return };
-        let Some(pool) = self.pools.observe(id) else { return };
+        let Some(id) = self.state.pools.named(&saved.name).map(|pool| pool.id) else { return };
+        let Some(pool) = self.state.pools.observe(id) else { return };
         let judged = |id: &BackendId| {
-            let entry = self.backends.get(*id);
+            let entry = self.state.backends.get(*id);
             entry.is_some_and(|entry| entry.health.observation() != Observation::Unknown)
         };
         if pool.spec.probe.is_none() || pool.startup == StartupGrace::Decided {
@@ -499,7 +466,23 @@ impl Controller {
         } else {
             return;
         }
-        self.schedule.cancel(TimerKind::GraceEnds(id));
+        self.state.schedule.cancel(TimerKind::GraceEnds(id));
+    }
+
+    /// The configured backend that another process knows by these.
+    pub fn find_saved(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
+        self.state.find_saved(pool, name, address)
+    }
+}
+
+// === impl ControlState ===
+
+impl ControlState {
+    /// The configured backend that another process knows by these.
+    pub(super) fn find_saved(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
+        let id = self.find_backend(pool, name).ok()?;
+        let entry = self.backends.get(id)?;
+        (*entry.state.address_text == *address).then_some(id)
     }
 }
 
@@ -542,8 +525,8 @@ fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBack
         bytes_in: sum(|c| c.bytes_in.get()),
         bytes_out: sum(|c| c.bytes_out.get()),
         registered: entry.origin == MemberSourceKind::Registered,
-        heart: entry.heart.as_ref().map(|heart| heart.save(now)),
-        calling_ms: age(entry.calling_since),
+        heartbeats: entry.heartbeats.as_ref().map(|heartbeats| heartbeats.save(now)),
+        requested_ms: age(entry.requested_since),
         observed_ms: Some(age(entry.observed_since)),
         history: entry.history.save(history, now),
     }

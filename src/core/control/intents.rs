@@ -5,9 +5,11 @@
 //! is without a drained backend for a moment does not put it back into service.
 //! It decides nothing and reads no clock.
 
+use super::PublishReason;
+use super::backends::BackendEntry;
 use super::handover::{Saved, SavedBackend, SavedPool, ago, every_backend, millis};
-use super::{BackendEntry, ControlEffect, Controller};
-use crate::control::publish_pacer::PublishReason;
+use super::state::ControlState;
+use super::{ControlEffect, Controller};
 use crate::health::Intent;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -15,26 +17,26 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long the intent of a backend is kept after it left.
-pub const KEPT_FOR: Duration = Duration::from_secs(600);
+pub const REMOVED_INTENTS_FOR: Duration = Duration::from_secs(600);
 
 /// Most backends whose intents are kept after they left; beyond that the one
 /// that left first is forgotten.
-pub const KEPT_MAX: usize = 10_000;
+pub const REMOVED_INTENTS_MAX: usize = 10_000;
 
 /// Pool, name, address as text.
 type Identity = (Arc<str>, Arc<str>, Arc<str>);
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub(super) struct KeptIntent {
-    by_identity: HashMap<Identity, Left>,
+pub(super) struct RemovedIntents {
+    by_identity: HashMap<Identity, RemovedIntent>,
     /// In the order in which they left; those taken up again are still in it.
     order: VecDeque<(Instant, Identity)>,
     forgotten: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Left {
+struct RemovedIntent {
     intent: Intent,
     since: Instant,
     at: Instant,
@@ -58,9 +60,9 @@ pub struct SavedIntent {
     pub left_ms: u64,
 }
 
-// === impl KeptIntent ===
+// === impl RemovedIntents ===
 
-impl KeptIntent {
+impl RemovedIntents {
     /// A backend leaves; `ready` needs no keeping.
     pub(super) fn keep(&mut self, who: Identity, (intent, since): (Intent, Instant), at: Instant) {
         self.expire(at);
@@ -68,9 +70,9 @@ impl KeptIntent {
             self.by_identity.remove(&who);
             return;
         }
-        self.by_identity.insert(who.clone(), Left { intent, since, at });
+        self.by_identity.insert(who.clone(), RemovedIntent { intent, since, at });
         self.order.push_back((at, who));
-        while self.order.len() > KEPT_MAX {
+        while self.order.len() > REMOVED_INTENTS_MAX {
             let Some((at, who)) = self.order.pop_front() else { break };
             if self.drop_left_at(at, &who) {
                 self.forgotten += 1;
@@ -82,7 +84,7 @@ impl KeptIntent {
     pub(super) fn take(&mut self, who: &Identity, now: Instant) -> Option<(Intent, Instant)> {
         self.expire(now);
         let left = self.by_identity.remove(who)?;
-        let in_time = now.saturating_duration_since(left.at) < KEPT_FOR;
+        let in_time = now.saturating_duration_since(left.at) < REMOVED_INTENTS_FOR;
         in_time.then_some((left.intent, left.since))
     }
 
@@ -114,7 +116,7 @@ impl KeptIntent {
 
     fn expire(&mut self, now: Instant) {
         while let Some((at, _)) = self.order.front()
-            && now.saturating_duration_since(*at) >= KEPT_FOR
+            && now.saturating_duration_since(*at) >= REMOVED_INTENTS_FOR
         {
             let Some((at, who)) = self.order.pop_front() else { return };
             self.drop_left_at(at, &who);
@@ -136,6 +138,47 @@ impl KeptIntent {
 impl Controller {
     /// Operators' intents alone, by names: of backends that are not simply ready.
     pub fn save_intents(&self, now: Instant) -> Saved {
+        self.state.save_intents(now)
+    }
+
+    /// Goes on with operators' intents as another process has saved them
+    /// ([`Controller::save_intents`]); a backend that is not among them is ready.
+    pub fn adopt_intents(&mut self, newer: &Saved, now: Instant) -> Vec<ControlEffect> {
+        self.run_due(now);
+        let left = newer.removed_intents.iter().map(|one| [&*one.pool, &*one.name, &*one.address]);
+        let wanted: HashSet<[&str; 3]> = every_backend(newer).map(identity).chain(left).collect();
+        let own = self.state.save_intents(now);
+        let back = every_backend(&own).filter(|one| !wanted.contains(&identity(*one)));
+        let back = back.map(|one| (one, Some(Intent::Ready)));
+        let saved = every_backend(newer).map(|one| (one, Intent::named(&one.1.intent)));
+        for ((pool, backend), intent) in saved.chain(back) {
+            let Some(id) = self.state.find_saved(&pool.name, &backend.name, &backend.address)
+            else {
+                self.state.keep_intent(pool, backend, now);
+                continue;
+            };
+            let known = self.state.backends.get(id).map(|entry| entry.health.intent);
+            if let Some(intent) = intent.filter(|wanted| known != Some(*wanted)) {
+                self.state.change_intent(id, intent, now);
+                let entry = self.state.backends.touch(id);
+                if let Some(entry) = entry.filter(|_| intent != Intent::Ready) {
+                    entry.health.intent_since = ago(now, backend.intent_ms);
+                }
+                self.state.pending.cause = Some(PublishReason::Operator);
+            }
+        }
+        for left in &newer.removed_intents {
+            self.state.adopt_intent(left, now);
+        }
+        self.finish(now)
+    }
+}
+
+// === impl ControlState ===
+
+impl ControlState {
+    /// Intents of backends that are not simply ready.
+    fn save_intents(&self, now: Instant) -> Saved {
         let save = |entry: &BackendEntry| SavedBackend {
             name: entry.state.name.to_string(),
             address: entry.state.address_text.to_string(),
@@ -157,39 +200,9 @@ impl Controller {
         };
         Saved {
             pools: pools.into_iter().map(named).collect(),
-            left: self.kept.save(now),
+            removed_intents: self.removed.intents.save(now),
             ..Saved::default()
         }
-    }
-
-    /// Goes on with operators' intents as another process has saved them
-    /// ([`Controller::save_intents`]); a backend that is not among them is ready.
-    pub fn adopt_intents(&mut self, newer: &Saved, now: Instant) -> Vec<ControlEffect> {
-        self.run_due(now);
-        let left = newer.left.iter().map(|one| [&*one.pool, &*one.name, &*one.address]);
-        let wanted: HashSet<[&str; 3]> = every_backend(newer).map(identity).chain(left).collect();
-        let own = self.save_intents(now);
-        let back = every_backend(&own).filter(|one| !wanted.contains(&identity(*one)));
-        let back = back.map(|one| (one, Some(Intent::Ready)));
-        let saved = every_backend(newer).map(|one| (one, Intent::named(&one.1.intent)));
-        for ((pool, backend), intent) in saved.chain(back) {
-            let Some(id) = self.find_saved(&pool.name, &backend.name, &backend.address) else {
-                self.keep_intent(pool, backend, now);
-                continue;
-            };
-            let known = self.backends.get(id).map(|entry| entry.health.intent);
-            if let Some(intent) = intent.filter(|wanted| known != Some(*wanted)) {
-                self.change_intent(id, intent, now);
-                if let Some(entry) = self.backends.touch(id).filter(|_| intent != Intent::Ready) {
-                    entry.health.intent_since = ago(now, backend.intent_ms);
-                }
-                self.work.cause = Some(PublishReason::Operator);
-            }
-        }
-        for left in &newer.left {
-            self.adopt_intent(left, now);
-        }
-        self.finish(now)
     }
 
     /// What an operator wanted of a backend that this configuration is without:
@@ -198,7 +211,7 @@ impl Controller {
         let Some(intent) = Intent::named(&backend.intent) else { return };
         let who = (pool.name.as_str().into(), backend.name.as_str().into());
         let wanted = (intent, ago(now, backend.intent_ms));
-        self.kept.keep((who.0, who.1, backend.address.as_str().into()), wanted, now);
+        self.removed.intents.keep((who.0, who.1, backend.address.as_str().into()), wanted, now);
     }
 
     /// Goes on with an intent of a backend that has left in the other process.
@@ -218,7 +231,7 @@ impl Controller {
                 let [pool, name, address] =
                     [&left.pool, &left.name, &left.address].map(|text| text.as_str().into());
                 let at = ago(now, left.left_ms);
-                self.kept.keep((pool, name, address), (intent, since), at);
+                self.removed.intents.keep((pool, name, address), (intent, since), at);
             }
         }
     }
@@ -239,27 +252,29 @@ mod tests {
     #[test]
     fn an_intent_is_kept_for_its_time_and_given_once() {
         let start = tidegate_net::clock::now();
-        let mut kept = KeptIntent::default();
+        let mut intents = RemovedIntents::default();
         let drained = (Intent::Draining, start);
-        kept.keep(who("a"), drained, start);
-        kept.keep(who("b"), drained, start);
-        kept.keep(who("c"), (Intent::Ready, start), start);
-        let soon = start + KEPT_FOR - Duration::from_millis(1);
-        assert_eq!(kept.take(&who("a"), soon), Some(drained));
-        assert_eq!(kept.take(&who("a"), soon), None);
-        assert_eq!(kept.take(&who("c"), soon), None);
-        assert_eq!(kept.save(soon).len(), 1);
-        assert_eq!(kept.take(&who("b"), start + KEPT_FOR), None);
+        intents.keep(who("a"), drained, start);
+        intents.keep(who("b"), drained, start);
+        intents.keep(who("c"), (Intent::Ready, start), start);
+        let soon = start + REMOVED_INTENTS_FOR - Duration::from_millis(1);
+        assert_eq!(intents.take(&who("a"), soon), Some(drained));
+        assert_eq!(intents.take(&who("a"), soon), None);
+        assert_eq!(intents.take(&who("c"), soon), None);
+        assert_eq!(intents.save(soon).len(), 1);
+        assert_eq!(intents.take(&who("b"), start + REMOVED_INTENTS_FOR), None);
     }
 
     #[test]
     fn no_more_intents_are_kept_than_the_bound_and_the_newest_stay() {
         let start = tidegate_net::clock::now();
-        let mut kept = KeptIntent::default();
-        for number in 0..KEPT_MAX + 3 {
-            kept.keep(who(&number.to_string()), (Intent::Draining, start), start);
+        let mut intents = RemovedIntents::default();
+        for number in 0..REMOVED_INTENTS_MAX + 3 {
+            intents.keep(who(&number.to_string()), (Intent::Draining, start), start);
         }
-        assert_eq!((kept.by_identity.len(), kept.forgotten()), (KEPT_MAX, 3));
-        assert!(kept.take(&who("2"), start).is_none() && kept.take(&who("3"), start).is_some());
+        assert_eq!((intents.by_identity.len(), intents.forgotten()), (REMOVED_INTENTS_MAX, 3));
+        assert!(
+            intents.take(&who("2"), start).is_none() && intents.take(&who("3"), start).is_some()
+        );
     }
 }

@@ -4,131 +4,82 @@
 //! Pure: it does no I/O and reads no clock, so a test drives a year in a
 //! millisecond.
 //!
-//! The files: `configure` (what a reload keeps), `probing` (when probes run),
-//! `verdicts` (what their results mean), `ejections` (the pool's guard),
-//! `pools` (finding them), `trials` (how ejected backends come back), `gray` (who does not answer),
-//! `heartbeats` (who joins and what share it gets), `suspicion` (what silence
-//! means), `tally` (how many are silent), `ramps` (slow start), `leaving` (removed backends), `intents` (what was
-//! wanted of them), `settling` (pools of which no backend has been judged yet),
-//! `elsewhere` (sessions of the processes before), `operator` (drains), `publish`,
-//! `pace` and `apart` (tables), `history`, `handover` (what the
-//! next process goes on with), `status` and `explain`.
-//! All of them work on one [`Controller`] and leave effects behind;
-//! only [`Controller::apply`] and its siblings hand them out.
+//! # The parts
+//!
+//! All parts work on one `ControlState` (`state`), whose sets keep their own fields:
+//! `frontends`, `pools`, `backends`, `removal` (backends that have left), `schedule`. What
+//! a change means is in the files beside, as methods of it: `probing` (when probes run),
+//! `probe_results` (what they mean), `ejections` and `trials`, `ramps` (slow start),
+//! `settling` (pools of which no backend has been judged yet), `operator` and `intents`
+//! (drains).
+//!
+//! Three parts have state of their own and get the common one for a call: `heartbeats`
+//! (who joins, what silence means), `slow_backends` (who does not answer) and `publish`
+//! (which table is due, and building it). The [`Controller`] gives each event to the
+//! parts it concerns and hands out the effects. `configure` takes a configuration,
+//! `handover`, `sessions_elsewhere` and `intents` what other processes know; `status` and
+//! `explain` show what there is.
 
-mod apart;
 mod backends;
 mod configure;
 mod ejections;
-pub mod elsewhere;
 mod events;
 pub mod explain;
+mod frontends;
 pub mod handover;
 mod heartbeats;
 mod history;
 mod intents;
-mod misfits;
 mod operator;
 mod pools;
 mod probe_results;
 mod probing;
 mod publish;
-mod publish_pacer;
 mod ramps;
 mod removal;
 mod schedule;
+pub mod sessions_elsewhere;
 mod settling;
 mod slow_backends;
 pub mod source_ports;
+mod state;
 mod status;
-mod suspicion;
-mod tally;
 #[cfg(test)]
 pub(crate) mod tests;
 mod trials;
 
-pub use crate::control::publish_pacer::PublishReason;
-pub use apart::BuildToken;
 pub use events::{ControlEffect, ControlEvent, Notice, OperatorError, ProbeLane, ProbeToken};
-pub use heartbeats::SavedHeart;
+pub use heartbeats::SavedHeartbeats;
+pub use heartbeats::ignored::HeartbeatIgnored;
 pub use history::{SavedTransition, TRANSITIONS_MAX};
-pub use intents::{KEPT_FOR, KEPT_MAX, SavedIntent};
-pub use misfits::HeartbeatIgnored;
+pub use intents::{REMOVED_INTENTS_FOR, REMOVED_INTENTS_MAX, SavedIntent};
 pub use publish::Weight;
+pub use publish::detached_build::BuildToken;
+pub use publish::pacer::PublishReason;
 pub use status::{
     BackendHeartbeatStatus, BackendStatus, ControlStatus, FreezeStatus, FrontendStatus, Gathering,
     HeartbeatChannelStatus, PoolStatus,
 };
 
-use crate::balance::in_flight::{Counts, Unshared};
-use crate::health::{Intent, Transition};
-use crate::model;
-use crate::suspicion::rejections::Rejections;
+use crate::balance::in_flight::Counts;
+use crate::health::{ConnectFailure, Intent, ProbeOutcome};
 use crate::table::Table;
-use crate::table::state::{BackendId, BackendState, FrontendState};
-use backends::{BackendEntry, BackendSet, ProbeInFlight};
-use pools::{PoolEntry, PoolId, PoolSet, StartupGrace};
-use schedule::{Schedule, TimerKind};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::SocketAddr;
+use crate::table::state::{BackendId, BackendState};
+use heartbeats::HeartbeatWatch;
+use publish::Publisher;
+use schedule::TimerKind;
+use slow_backends::SlowBackends;
+use state::ControlState;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct Controller {
-    workers: usize,
-    counts: Arc<dyn Counts>,
-    rng: fastrand::Rng,
-    generation: u64,
-    serial: u64,
-    connections_max: u32,
-    /// In file order.
-    frontends: Vec<FrontendEntry>,
-    /// Positions in `frontends`.
-    frontend_names: HashMap<Arc<str>, usize>,
-    pools: PoolSet,
-    /// Every configured backend, whichever pool it is in.
-    backends: BackendSet,
-    /// Removed backends that may still hold sessions.
-    leaving: BTreeMap<BackendId, RemovedBackend>,
-    /// Those of `leaving` by what makes them the same backend.
-    left: HashMap<configure::BackendKey, BackendId>,
-    /// Every backend that is ejected or on trial; some may not be any more.
-    out: BTreeSet<(PoolId, BackendId)>,
-    /// The same of those that are suspect.
-    suspects: BTreeSet<(PoolId, BackendId)>,
-    /// The look at first bytes that is under way.
-    round: crate::control::slow_backends::Round,
-    /// What operators wanted of backends that have left.
-    kept: intents::KeptIntent,
-    /// Where our own listeners are bound.
-    own: std::collections::HashSet<SocketAddr>,
-    schedule: Schedule,
-    ids: IdAllocator,
-    table: Arc<Table>,
-    local_trouble_noticed: Option<Instant>,
-    pace: crate::control::publish_pacer::PublishPacer,
-    builds: apart::Builds,
-    guards: suspicion::HeartbeatGuards,
-    tallies: tally::Tallies,
-    /// Authentic heartbeats that changed nothing, by [`HeartbeatIgnored`].
-    misfits: [u64; HeartbeatIgnored::ALL.len()],
-    /// Their senders.
-    rejections: Rejections,
-    /// Counted by the processes before.
-    before: handover::CarriedCounts,
-    /// Heartbeats taken.
-    heartbeats_total: u64,
-    /// What the event at hand has touched; empty between events.
-    work: PendingEffects,
-}
-
-/// A configured frontend.
-#[derive(Debug)]
-struct FrontendEntry {
-    state: Arc<FrontendState>,
-    spec: model::FrontendConfig,
+    state: ControlState,
+    heartbeats: HeartbeatWatch,
+    slow: SlowBackends,
+    publisher: Publisher,
 }
 
 /// How a backend got into its pool.
@@ -140,40 +91,6 @@ pub enum MemberSourceKind {
     Registered,
 }
 
-/// A backend that is no longer configured.
-#[derive(Debug)]
-struct RemovedBackend {
-    entry: BackendEntry,
-    /// Its sessions are to be cut from then on.
-    cut_at: Option<Instant>,
-}
-
-/// Next free numbers; none is ever used twice.
-#[derive(Debug, Default)]
-struct IdAllocator {
-    backend: u32,
-    frontend: u32,
-    pool: u32,
-    probe: u64,
-}
-
-/// What handling an event leaves to be finished once, however many events came
-/// together.
-#[derive(Debug, Default)]
-struct PendingEffects {
-    effects: Vec<ControlEffect>,
-    /// A new table is due whatever the backends' standings.
-    rebuild: Option<PublishReason>,
-    /// Who caused it, where it was not health.
-    cause: Option<PublishReason>,
-    /// Their guard is to be looked at.
-    unsettled: BTreeSet<PoolId>,
-    /// Shut, and not in the table that is about to be published.
-    reopen: Vec<Arc<BackendState>>,
-    /// Large pools' parts of the table are made at once, too.
-    at_once: bool,
-}
-
 // === impl Controller ===
 
 impl Controller {
@@ -181,42 +98,23 @@ impl Controller {
     /// drives probe jitter.
     pub fn new(workers: usize, seed: u64) -> Controller {
         Controller {
-            workers,
-            counts: Arc::new(Unshared),
-            rng: fastrand::Rng::with_seed(seed),
-            generation: 0,
-            serial: 0,
-            connections_max: 0,
-            frontends: Vec::new(),
-            frontend_names: HashMap::new(),
-            pools: PoolSet::default(),
-            backends: BackendSet::default(),
-            leaving: BTreeMap::new(),
-            left: HashMap::new(),
-            out: BTreeSet::new(),
-            suspects: BTreeSet::new(),
-            round: crate::control::slow_backends::Round::default(),
-            kept: intents::KeptIntent::default(),
-            own: Default::default(),
-            schedule: Schedule::default(),
-            ids: IdAllocator::default(),
-            table: Arc::new(publish::empty_table()),
-            local_trouble_noticed: None,
-            pace: crate::control::publish_pacer::PublishPacer::default(),
-            builds: apart::Builds::default(),
-            guards: suspicion::HeartbeatGuards::default(),
-            tallies: tally::Tallies::default(),
-            misfits: [0; HeartbeatIgnored::ALL.len()],
-            rejections: Rejections::default(),
-            before: handover::CarriedCounts::default(),
-            heartbeats_total: 0,
-            work: PendingEffects::default(),
+            state: ControlState::new(workers, seed),
+            heartbeats: HeartbeatWatch::default(),
+            slow: SlowBackends::default(),
+            publisher: Publisher::new(),
         }
     }
 
     /// The same, with counts from there for every backend and frontend to come.
-    pub fn counting(self, counts: Arc<dyn Counts>) -> Controller {
-        Controller { counts, ..self }
+    pub fn counting(mut self, counts: Arc<dyn Counts>) -> Controller {
+        self.state.allocator.counts = counts;
+        self
+    }
+
+    /// Makes the parts of tables for pools of more than so many backends on another
+    /// thread, and no others; for simulations with small pools.
+    pub fn detach_builds_above(&mut self, members: usize) {
+        self.publisher.detach_builds_above(members);
     }
 
     /// Takes one event and gives what follows from it: at most one
@@ -242,9 +140,12 @@ impl Controller {
         for event in events {
             match event {
                 ControlEvent::Heartbeat { heartbeat, at, stands_for } => {
-                    self.heartbeat(&heartbeat, (at.min(now), stands_for), now);
+                    let at = (at.min(now), stands_for);
+                    self.heartbeats.heartbeat(&mut self.state, &heartbeat, at, now);
                 }
-                ControlEvent::HeartbeatsLost(count) => self.heartbeats_lost(count, now),
+                ControlEvent::HeartbeatsLost(count) => {
+                    self.heartbeats.heartbeats_lost(&mut self.state, count, now);
+                }
                 other => later.push(other),
             }
         }
@@ -258,13 +159,38 @@ impl Controller {
                 ControlEvent::ConnectFailed { backend, failure, in_a_row, begun } => {
                     self.connect_failed(backend, failure, (in_a_row, begun), now);
                 }
-                ControlEvent::Built { token, built, took } => self.built(token, *built, took, now),
+                ControlEvent::Built { token, built, took } => {
+                    self.publisher.built(&mut self.state, token, *built, took, now);
+                }
                 ControlEvent::Heartbeat { .. }
                 | ControlEvent::HeartbeatsLost(_)
                 | ControlEvent::Tick => {}
             }
         }
         self.finish(now)
+    }
+
+    fn probed(&mut self, id: BackendId, token: ProbeToken, outcome: ProbeOutcome, now: Instant) {
+        let state = &mut self.state;
+        if !self.heartbeats.confirmation_result(state, id, token, &outcome, now) {
+            state.probed(id, token, outcome, now);
+        }
+    }
+
+    fn connect_failed(
+        &mut self,
+        id: BackendId,
+        failure: ConnectFailure,
+        (in_a_row, begun): (u32, Instant),
+        now: Instant,
+    ) {
+        if !self.state.connect_failed(id, failure, (in_a_row, begun), now) {
+            return;
+        }
+        if failure == ConnectFailure::Refused {
+            self.heartbeats.refused(&mut self.state, id, now);
+        }
+        self.state.consider_ejection(id, failure, in_a_row, now);
     }
 
     /// Sets an operator's intent for one backend. Setting what is set already
@@ -276,32 +202,32 @@ impl Controller {
         intent: Intent,
         now: Instant,
     ) -> Result<Vec<ControlEffect>, OperatorError> {
-        let id = self.find_backend(pool, backend)?;
+        let id = self.state.find_backend(pool, backend)?;
         self.run_due(now);
-        self.change_intent(id, intent, now);
-        self.work.cause = Some(PublishReason::Operator);
+        self.state.change_intent(id, intent, now);
+        self.state.pending.cause = Some(PublishReason::Operator);
         Ok(self.finish(now))
     }
 
     /// When [`ControlEvent::Tick`] is wanted next. Never before the last `now`.
     pub fn next_due(&self) -> Option<Instant> {
-        self.schedule.next()
+        self.state.schedule.next()
     }
 
     /// Pool and name of a configured backend.
     pub fn name_of(&self, id: BackendId) -> Option<(Arc<str>, Arc<str>)> {
-        let state = &self.backends.get(id)?.state;
+        let state = &self.state.backends.get(id)?.state;
         Some((Arc::clone(&state.pool), Arc::clone(&state.name)))
     }
 
     /// Accepted configurations so far.
     pub fn generation(&self) -> u64 {
-        self.generation
+        self.publisher.generation()
     }
 
-    /// Every backend configured or registered, in no order.
+    /// Every backend configured or registered, oldest first.
     pub fn backends(&self) -> impl Iterator<Item = &Arc<BackendState>> {
-        self.backends.iter().map(|entry| &entry.state)
+        self.backends_after(None)
     }
 
     /// Those that came after `last`, oldest first.
@@ -309,33 +235,54 @@ impl Controller {
         &self,
         last: Option<BackendId>,
     ) -> impl Iterator<Item = &Arc<BackendState>> {
-        self.backends.after(last).map(|entry| &entry.state)
+        self.state.backends.after(last).map(|entry| &entry.state)
+    }
+
+    /// Whether it is configured, or has left and sessions are on it yet.
+    pub fn is_known(&self, id: BackendId) -> bool {
+        self.known(id).is_some()
+    }
+
+    /// Every backend that is known in that way.
+    pub fn all_known(&self) -> impl Iterator<Item = BackendId> {
+        self.every_known().map(|state| state.id)
+    }
+
+    /// How many backends there have been so far; goes around at 2^32.
+    pub fn backends_seen(&self) -> u32 {
+        self.state.allocator.backends_seen()
+    }
+
+    /// Pools in which no backend serves yet, and a first verdict is due.
+    pub fn undecided_pools(&self) -> usize {
+        self.publisher.table().pools.iter().filter(|pool| pool.undecided).count()
     }
 
     /// The newest table; an empty one before the first configuration.
     pub fn current_table(&self) -> Arc<Table> {
-        Arc::clone(&self.table)
+        Arc::clone(self.publisher.table())
     }
 
     fn run_due(&mut self, now: Instant) {
-        self.notice_stall(now);
-        while let Some(job) = self.schedule.pop_due(now) {
+        let (state, heartbeats) = (&mut self.state, &mut self.heartbeats);
+        heartbeats.notice_stall(state, now);
+        while let Some(job) = state.schedule.pop_due(now) {
             match job {
-                TimerKind::Probe(id) => self.start_probe(id, now),
-                TimerKind::ProbeLost(id) => self.probe_lost(id, now),
-                TimerKind::EjectionEnds(id) => self.begin_trial(id, now),
-                TimerKind::CheckTrial(id) => self.check_trial(id, now),
-                TimerKind::CheckSlow => self.check_slow_backends(now),
-                TimerKind::GraceEnds(pool) => self.grace_over(pool),
-                TimerKind::SettlingEnds(pool) => self.settled(pool),
-                TimerKind::CutSessions(id) => self.reset_sessions(id),
-                TimerKind::LeavingCheck => self.check_leaving(now),
-                TimerKind::Heartbeat(id) => self.check_heartbeat(id, now),
-                TimerKind::HeartbeatTtl(id) => self.heartbeat_ttl(id, now),
-                TimerKind::Forget(id) => self.forget(id, now),
-                TimerKind::GuardTick => self.guard_tick(now),
-                TimerKind::CheckGuard(pool) => self.check_guard(pool, now),
-                TimerKind::Ramp(id) => self.ramp_step(id, now),
+                TimerKind::Probe(id) => state.start_probe(id, now),
+                TimerKind::ProbeLost(id) => state.probe_lost(id, now),
+                TimerKind::EjectionEnds(id) => state.begin_trial(id, now),
+                TimerKind::CheckTrial(id) => state.check_trial(id, now),
+                TimerKind::CheckSlow => self.slow.check(state, now),
+                TimerKind::GraceEnds(pool) => state.grace_over(pool),
+                TimerKind::SettlingEnds(pool) => state.settled(pool),
+                TimerKind::ResetSessions(id) => state.reset_sessions(id),
+                TimerKind::CheckRemoved => state.check_removed(now),
+                TimerKind::Heartbeat(id) => heartbeats.check_heartbeat(state, id, now),
+                TimerKind::HeartbeatTtl(id) => heartbeats.heartbeat_ttl(state, id, now),
+                TimerKind::Forget(id) => heartbeats.forget(state, id, now),
+                TimerKind::GuardTick => heartbeats.guard_tick(state, now),
+                TimerKind::CheckGuard(pool) => heartbeats.check_guard(state, pool, now),
+                TimerKind::Ramp(id) => state.ramp_step(id, now),
                 // Whether a table or a part of one is due is asked at the end of every event.
                 TimerKind::Publish | TimerKind::Build => {}
             }
@@ -345,67 +292,23 @@ impl Controller {
     /// Does what the events left to be done once, and hands out the effects.
     fn finish(&mut self, now: Instant) -> Vec<ControlEffect> {
         self.run_due(now);
-        self.eject_confirmed(now);
-        while let Some(pool) = self.work.unsettled.pop_first() {
-            self.recheck_ejections(pool, now);
+        let state = &mut self.state;
+        self.heartbeats.eject_confirmed(state, now);
+        while let Some(pool) = state.pending.unsettled.pop_first() {
+            state.recheck_ejections(pool, now);
         }
-        self.settle_ramps(now);
-        self.look_at_settling();
-        if let Some(reason) = self.table_due(now) {
-            let table = self.rebuild(reason);
-            self.table_made(reason, table.is_some(), now);
-            if let Some(table) = table {
-                self.work.effects.insert(0, ControlEffect::Publish(table));
-            }
+        state.settle_ramps(now);
+        state.look_at_settling();
+        if let Some(table) = self.publisher.publish(state, now) {
+            state.pending.effects.insert(0, ControlEffect::Publish(table));
         }
-        self.begin_builds(now);
-        (self.work.cause, self.work.at_once) = (None, false);
+        self.publisher.begin_builds(state, now);
+        (state.pending.cause, state.pending.at_once) = (None, false);
         #[cfg(debug_assertions)]
-        self.check_tallies();
-        #[cfg(debug_assertions)]
-        self.check_noted();
-        std::mem::take(&mut self.work.effects)
-    }
-
-    /// The pool of that number.
-    fn pool(&self, id: PoolId) -> Option<&PoolEntry> {
-        self.pools.get(id)
-    }
-
-    /// Records a change of a configured backend's standing.
-    fn record(
-        &mut self,
-        id: BackendId,
-        names: (&'static str, &'static str),
-        reason: String,
-        lasted: Duration,
-        now: Instant,
-    ) {
-        self.backends.touch(id);
-        self.record_lazily(id, names, reason, lasted, now);
-    }
-
-    /// As [`Controller::record`], where the table may wait.
-    fn record_lazily(
-        &mut self,
-        id: BackendId,
-        (from, to): (&'static str, &'static str),
-        reason: String,
-        lasted: Duration,
-        now: Instant,
-    ) {
-        let Some(entry) = self.backends.touch_later(id) else { return };
-        let transition = Transition {
-            pool: Arc::clone(&entry.state.pool),
-            backend: Arc::clone(&entry.state.name),
-            from,
-            to,
-            reason,
-            at: now,
-            lasted,
-        };
-        entry.history.add(transition.clone());
-        self.work.effects.push(ControlEffect::Log(transition));
-        self.work.unsettled.insert(entry.pool);
+        {
+            self.heartbeats.check_counts(state);
+            self.publisher.check_noted(state);
+        }
+        std::mem::take(&mut state.pending.effects)
     }
 }

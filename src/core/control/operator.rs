@@ -6,14 +6,15 @@
 //! Probes go on whatever the intent, so that status shows a backend's health
 //! before it is put back.
 
-use super::{Controller, OperatorError};
+use super::OperatorError;
+use super::state::ControlState;
 use crate::health::Intent;
 use crate::table::state::BackendId;
 use std::time::Instant;
 
-// === impl Controller ===
+// === impl ControlState ===
 
-impl Controller {
+impl ControlState {
     /// The configured backend of that name.
     pub(super) fn find_backend(
         &self,

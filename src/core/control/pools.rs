@@ -6,9 +6,11 @@
 //! alone, and the pool is noted where its table is wrong by that. It knows nothing of
 //! health.
 
+use super::MemberSourceKind;
 use super::backends::BackendEntry;
+use super::heartbeats::confirmation::confirming;
+use super::publish::detached_build::DetachedBuild;
 use super::settling::PoolSettling;
-use super::{MemberSourceKind, apart, suspicion};
 use crate::model;
 use crate::model::{BackendAddr, ProbeSpec};
 use crate::suspicion::PathGuard;
@@ -28,6 +30,8 @@ pub(super) struct PoolSet {
     listening: usize,
     /// The shortest interval among them.
     fastest: Option<Duration>,
+    /// The last number given to a pool.
+    last_id: u32,
     /// How many of them are settling.
     settling: usize,
     /// Members came or went, or may stand in no more, since the last table.
@@ -69,7 +73,7 @@ pub(super) struct PoolEntry {
     /// Since when some backend serves; `None`: none does.
     pub(super) in_service_since: Option<Instant>,
     /// Where it is so large that its part of a table is made on another thread.
-    pub(super) apart: Option<apart::Apart>,
+    pub(super) detached: Option<DetachedBuild>,
 }
 
 /// How far a pool with probes is in getting to know its backends.
@@ -138,7 +142,14 @@ impl PoolSet {
 
     /// Takes all of them out.
     pub(super) fn take(&mut self) -> Vec<PoolEntry> {
-        std::mem::take(self).list
+        let last_id = self.last_id;
+        std::mem::replace(self, PoolSet { last_id, ..PoolSet::default() }).list
+    }
+
+    /// A number that no pool has had.
+    pub(super) fn next_id(&mut self) -> PoolId {
+        self.last_id += 1;
+        PoolId(self.last_id)
     }
 
     /// A backend joins its pool. Its table is wrong once the backend may take sessions.
@@ -253,12 +264,12 @@ impl PoolEntry {
             has_backups: spec.backends.iter().any(|backend| backend.backup),
             full_noticed: None,
             guard: PathGuard::default(),
-            confirming: suspicion::confirming(spec),
+            confirming: confirming(spec),
             in_service_since: None,
-            apart: None,
+            detached: None,
         };
         if let Some(old) = old {
-            pool.apart = old.apart;
+            pool.detached = old.detached;
             pool.in_service_since = old.in_service_since;
             pool.settling = old.settling;
             if spec.heartbeat.is_some() {

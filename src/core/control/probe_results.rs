@@ -4,21 +4,19 @@
 //! rows of failed connects on to `ejections`; it never schedules anything but
 //! the next probe.
 
+use super::ProbeToken;
+use super::pools::{PoolId, StartupGrace};
 use super::schedule::TimerKind;
-use super::{ControlEffect, Controller, Notice, PoolId, ProbeToken, StartupGrace};
+use super::state::ControlState;
 use crate::health::probe_detector::ProbeTransition;
 use crate::health::{ConnectFailure, Observation, ProbeOutcome};
 use crate::table::state::BackendId;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// Probes that could not be run for want of our own resources are mentioned
-/// this often: they come by the thousand.
-const LOCAL_TROUBLE_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
+// === impl ControlState ===
 
-// === impl Controller ===
-
-impl Controller {
+impl ControlState {
     /// A probe ended. A result that nobody waits for any more (of a removed
     /// backend, a replaced spec, a probe given up as lost) is ignored.
     pub(super) fn probed(
@@ -28,13 +26,7 @@ impl Controller {
         outcome: ProbeOutcome,
         now: Instant,
     ) {
-        if let Some(leaving) = self.leaving.get_mut(&id) {
-            leaving.entry.in_flight.take_if(|probe| probe.token == token);
-            return;
-        }
-        if self.confirmation_result(id, token, &outcome, now) {
-            return;
-        }
+        self.removed.probed(id, token);
         let Some(entry) = self.backends.observe(id) else { return };
         let Some(probe) = entry.in_flight.take_if(|probe| probe.token == token) else { return };
         self.schedule.cancel(TimerKind::ProbeLost(id));
@@ -44,8 +36,8 @@ impl Controller {
         }
         match outcome {
             ProbeOutcome::Success { took } => {
-                if let Some(heart) = &mut entry.heart {
-                    heart.detector.note_connect_success(took);
+                if let Some(heartbeats) = &mut entry.heartbeats {
+                    heartbeats.detector.note_connect_success(took);
                 }
                 self.apply_probe_result(id, None, now);
             }
@@ -61,24 +53,24 @@ impl Controller {
     /// up again at once.
     ///
     /// During an ejection only stragglers report, and they say nothing new; a
-    /// trial is decided by its own session.
+    /// trial is decided by its own session. True if the failure counts.
     pub(super) fn connect_failed(
         &mut self,
         id: BackendId,
         failure: ConnectFailure,
         (in_a_row, begun): (u32, Instant),
         now: Instant,
-    ) {
+    ) -> bool {
         let Some(entry) = self.backends.observe(id) else {
             if failure != ConnectFailure::EarlyReset {
                 self.stands_in_no_more(id);
             }
-            return;
+            return false;
         };
         entry.health.recent.note(failure, now);
         // A connect whose SYN was lost before the backend came back fails late.
         if !entry.health.outlier.takes_failures() || begun < entry.health.settled_since() {
-            return;
+            return false;
         }
         let before = entry.health.observation();
         if let Some(detector) = &mut entry.health.detector {
@@ -89,10 +81,7 @@ impl Controller {
             }
             self.bring_probe_forward(id, now);
         }
-        if failure == ConnectFailure::Refused {
-            self.refused(id, now);
-        }
-        self.consider_ejection(id, failure, in_a_row, now);
+        true
     }
 
     /// `startup_grace` is over: unless there was a result, the pool does
@@ -108,14 +97,14 @@ impl Controller {
             "no probe has come to a result within startup_grace ({grace}): \
              each backend is used until its first result"
         );
-        let notice = Notice { pool: Arc::clone(&pool.spec.name), backend: None, message };
+        let name = Arc::clone(&pool.spec.name);
         let members = pool.members().to_vec();
         for id in members {
             if let Some(entry) = self.backends.touch(id) {
                 entry.health.fails_open = true;
             }
         }
-        self.work.effects.push(ControlEffect::Notice(notice));
+        self.warn(name, message);
     }
 
     /// One probe's result; `failure` is `None` for a success.
@@ -161,17 +150,12 @@ impl Controller {
     }
 
     pub(super) fn note_local_error(&mut self, id: BackendId, reason: &str, now: Instant) {
-        let quiet = |at: Instant| now.saturating_duration_since(at) < LOCAL_TROUBLE_NOTICE_INTERVAL;
-        if self.local_trouble_noticed.is_some_and(quiet) {
+        let Some(state) = self.backends.get(id).map(|entry| Arc::clone(&entry.state)) else {
             return;
+        };
+        if self.probes.mentions_local_error(now) {
+            self.warn_of(&state, format!("probe not run because of trouble here: {reason}"));
         }
-        let Some(entry) = self.backends.get(id) else { return };
-        self.local_trouble_noticed = Some(now);
-        self.work.effects.push(ControlEffect::Notice(Notice {
-            pool: Arc::clone(&entry.state.pool),
-            backend: Some(Arc::clone(&entry.state.name)),
-            message: format!("probe not run because of trouble here: {reason}"),
-        }));
     }
 }
 

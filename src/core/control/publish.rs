@@ -3,14 +3,40 @@
 //! The controller calls it at the end of each event. It builds, it does not
 //! publish: that is the shell's part.
 
-use super::{BackendEntry, Controller, MemberSourceKind, PoolEntry, PoolId, PublishReason};
+pub(super) mod detached_build;
+pub(super) mod pacer;
+
+use super::MemberSourceKind;
+use super::backends::BackendEntry;
+use super::pools::{PoolEntry, PoolId};
+use super::state::ControlState;
 use crate::health::{Intent, RequestedState};
 use crate::model;
 use crate::model::WhenNoneEligible;
 use crate::table::build::{self, BackendInput, FrontendInput, PoolInput};
-use crate::table::state::BackendId;
+use crate::table::state::{BackendId, BackendState};
 use crate::table::{PoolTable, Table};
+use detached_build::Builds;
+use pacer::{PublishPacer, PublishReason};
 use std::sync::Arc;
+use std::time::Instant;
+
+/// The newest table, and what the next one waits for.
+#[derive(Debug)]
+pub(super) struct Publisher {
+    /// Accepted configurations.
+    generation: u64,
+    /// Tables made.
+    serial: u64,
+    connections_max: u32,
+    table: Arc<Table>,
+    pacer: PublishPacer,
+    builds: Builds,
+    /// Shut, and not in the table that is about to be published.
+    reopen: Vec<Arc<BackendState>>,
+    /// Tables made by the processes before, by [`PublishReason`].
+    carried: [u64; PublishReason::ALL.len()],
+}
 
 /// All that a table says of a backend and that can change between reloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -45,18 +71,6 @@ pub struct Weight {
 /// is a tenth. (Balancers go by the lowest terms, so this costs nothing while
 /// nobody's is lowered.)
 const PARTS: u32 = 100;
-
-/// The table of a process that has no configuration yet.
-pub(super) fn empty_table() -> Table {
-    let nothing = build::TableInput {
-        generation: 0,
-        serial: 0,
-        connections_max: 0,
-        frontends: Vec::new(),
-        pools: Vec::new(),
-    };
-    build::build(&nothing, None)
-}
 
 // === impl BackendTableState ===
 
@@ -130,7 +144,7 @@ fn ramped(connections_max: u32, share: u32) -> u32 {
 impl BackendEntry {
     /// Neither an operator nor its own heartbeats have taken it out.
     fn in_service(&self) -> bool {
-        self.health.intent == Intent::Ready && self.health.calling == RequestedState::Ready
+        self.health.intent == Intent::Ready && self.health.requested == RequestedState::Ready
     }
 
     /// The cap in force; 0 means none.
@@ -149,9 +163,156 @@ impl BackendEntry {
     }
 }
 
-// === impl Controller ===
+// === impl Publisher ===
 
-impl Controller {
+impl Publisher {
+    /// An empty table.
+    pub(super) fn new() -> Publisher {
+        Publisher {
+            generation: 0,
+            serial: 0,
+            connections_max: 0,
+            table: Arc::new(Table::empty()),
+            pacer: PublishPacer::default(),
+            builds: Builds::default(),
+            reopen: Vec::new(),
+            carried: [0; PublishReason::ALL.len()],
+        }
+    }
+
+    /// Accepted configurations.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Tables made.
+    pub(super) fn serial(&self) -> u64 {
+        self.serial
+    }
+
+    /// The newest table.
+    pub(super) fn table(&self) -> &Arc<Table> {
+        &self.table
+    }
+
+    /// A configuration was accepted: the next table is of the next generation.
+    pub(super) fn configured(&mut self, connections_max: u32) {
+        self.generation += 1;
+        self.connections_max = connections_max;
+    }
+
+    /// Counts configurations and tables on from there.
+    pub(super) fn count_on_from(&mut self, generation: u64, serial: u64) {
+        (self.generation, self.serial) = (generation, serial);
+    }
+
+    /// Tables made for each reason, by all the processes so far.
+    pub(super) fn published(&self) -> [(PublishReason, u64); PublishReason::ALL.len()] {
+        let carried = |reason| self.carried[reason as usize];
+        PublishReason::ALL
+            .map(|reason| (reason, self.pacer.published(reason).saturating_add(carried(reason))))
+    }
+
+    /// Counts on from what the processes before have made.
+    pub(super) fn carry(&mut self, published: [u64; PublishReason::ALL.len()]) {
+        self.carried = published;
+    }
+
+    /// Makes the table that is due, if one is.
+    pub(super) fn publish(&mut self, state: &mut ControlState, now: Instant) -> Option<Arc<Table>> {
+        let reason = self.table_due(state, now)?;
+        let table = self.rebuild(state, reason);
+        self.table_made(state, reason, table.is_some(), now);
+        table
+    }
+
+    /// Builds the next table: all of it after a reload, else the pools of which the
+    /// newest one is wrong. `None` where their parts are made on another thread.
+    pub(super) fn rebuild(
+        &mut self,
+        state: &mut ControlState,
+        reason: PublishReason,
+    ) -> Option<Arc<Table>> {
+        let table = if self.table.generation == self.generation {
+            let changed = self.rebuild_wrong(state, reason);
+            if changed.is_empty() {
+                self.reopen_left_out();
+                return None;
+            }
+            build::update(&self.table, self.serial + 1, changed)
+        } else {
+            self.rebuild_all(state)
+        };
+        self.serial += 1;
+        self.table = Arc::new(table);
+        self.reopen_left_out();
+        Some(Arc::clone(&self.table))
+    }
+
+    /// The parts of the next table that differ from the newest one's, by their places.
+    fn rebuild_wrong(
+        &mut self,
+        state: &mut ControlState,
+        reason: PublishReason,
+    ) -> Vec<(usize, Arc<PoolTable>)> {
+        let mut changed = self.take_ready(state);
+        for (id, moved) in self.wrong_pools(state) {
+            let Some(place) = state.pools.place(id) else { continue };
+            let members = state.pool(id).map_or(0, |pool| pool.members().len());
+            if self.builds.is_detached(members) && !state.pending.at_once {
+                self.detach(state, id, moved, reason);
+            } else if let Some(input) = state.pool_input(place) {
+                changed.push((place, build::build_pool(&input, self.table.pools.get(place))));
+                self.built_at_once(state, id, input);
+            }
+        }
+        changed
+    }
+
+    /// Those shut until a table would leave them out: this one does.
+    fn reopen_left_out(&mut self) {
+        self.reopen.drain(..).for_each(|state| state.in_flight.reopen());
+    }
+
+    fn rebuild_all(&mut self, state: &mut ControlState) -> Table {
+        let places = 0..state.pools.iter().len();
+        let pools = places.filter_map(|place| state.pool_input(place)).collect();
+        let frontends = state.frontends.iter().map(|frontend| FrontendInput {
+            state: Arc::clone(&frontend.state),
+            spec: frontend.spec.clone(),
+        });
+        let input = build::TableInput {
+            generation: self.generation,
+            serial: self.serial + 1,
+            connections_max: self.connections_max,
+            frontends: frontends.collect(),
+            pools,
+        };
+        let table = build::build(&input, Some(&self.table));
+        let ids: Vec<PoolId> = state.pools.iter().map(|pool| pool.id).collect();
+        for (id, input) in ids.into_iter().zip(input.pools) {
+            self.built_at_once(state, id, input);
+        }
+        table
+    }
+
+    /// No backend has changed without being noted.
+    #[cfg(debug_assertions)]
+    pub(super) fn check_noted(&self, state: &ControlState) {
+        if state.backends.len() > 100 {
+            return;
+        }
+        for entry in state.backends.iter() {
+            let id = entry.state.id;
+            let noted = |pool| state.backends.waiting().contains(&id) || self.builds.is_due(pool);
+            assert!(state.moved(id).is_none_or(noted), "{} has moved", entry.state.name);
+        }
+    }
+}
+
+// === impl ControlState ===
+
+impl ControlState {
     /// The pool of a backend that the newest table is wrong about.
     pub(super) fn moved(&self, id: BackendId) -> Option<PoolId> {
         let entry = self.backends.get(id)?;
@@ -166,68 +327,6 @@ impl Controller {
         let Some(pool) = self.pool(entry.pool) else { return true };
         entry.origin == MemberSourceKind::Registered
             && BackendTableState::of(entry, pool).weight > entry.published.weight
-    }
-
-    /// Builds the next table: all of it after a reload, else the pools of which the
-    /// newest one is wrong. `None` where their parts are made on another thread.
-    pub(super) fn rebuild(&mut self, reason: PublishReason) -> Option<Arc<Table>> {
-        let table = if self.table.generation == self.generation {
-            let changed = self.rebuild_wrong(reason);
-            if changed.is_empty() {
-                self.reopen_left_out();
-                return None;
-            }
-            build::update(&self.table, self.serial + 1, changed)
-        } else {
-            self.rebuild_all()
-        };
-        self.serial += 1;
-        self.table = Arc::new(table);
-        self.reopen_left_out();
-        Some(Arc::clone(&self.table))
-    }
-
-    /// The parts of the next table that differ from the newest one's, by their places.
-    fn rebuild_wrong(&mut self, reason: PublishReason) -> Vec<(usize, Arc<PoolTable>)> {
-        let mut changed = self.take_ready();
-        for (id, moved) in self.wrong_pools() {
-            let Some(place) = self.pools.place(id) else { continue };
-            let members = self.pool(id).map_or(0, |pool| pool.members().len());
-            if self.builds.is_apart(members) && !self.work.at_once {
-                self.wrong_apart(id, moved, reason);
-            } else if let Some(input) = self.pool_input(place) {
-                changed.push((place, build::build_pool(&input, self.table.pools.get(place))));
-                self.made_at_once(id, input);
-            }
-        }
-        changed
-    }
-
-    /// Those shut until a table would leave them out: this one does.
-    fn reopen_left_out(&mut self) {
-        self.work.reopen.drain(..).for_each(|state| state.in_flight.reopen());
-    }
-
-    fn rebuild_all(&mut self) -> Table {
-        let places = 0..self.pools.iter().len();
-        let pools = places.filter_map(|place| self.pool_input(place)).collect();
-        let frontends = self.frontends.iter().map(|frontend| FrontendInput {
-            state: Arc::clone(&frontend.state),
-            spec: frontend.spec.clone(),
-        });
-        let input = build::TableInput {
-            generation: self.generation,
-            serial: self.serial + 1,
-            connections_max: self.connections_max,
-            frontends: frontends.collect(),
-            pools,
-        };
-        let table = build::build(&input, Some(&self.table));
-        let ids: Vec<PoolId> = self.pools.iter().map(|pool| pool.id).collect();
-        for (id, input) in ids.into_iter().zip(input.pools) {
-            self.made_at_once(id, input);
-        }
-        table
     }
 
     /// What a table is to say of the pool at that place.
@@ -247,7 +346,7 @@ impl Controller {
     /// what the table before said of it.
     pub(super) fn stand_ins_of(&self, pool: &PoolEntry) -> Vec<BackendInput> {
         let ids = pool.settling().into_iter().flat_map(|settling| &settling.stand_ins);
-        let entries = ids.filter_map(|id| Some(&self.leaving.get(id)?.entry));
+        let entries = ids.filter_map(|id| self.removed.get(*id));
         let input = |entry: &BackendEntry| BackendInput {
             eligible: true,
             on_trial: false,
@@ -255,18 +354,5 @@ impl Controller {
             ..entry.published.input(entry)
         };
         entries.map(input).collect()
-    }
-
-    /// No backend has changed without being noted.
-    #[cfg(debug_assertions)]
-    pub(super) fn check_noted(&self) {
-        if self.backends.len() > 100 {
-            return;
-        }
-        for entry in self.backends.iter() {
-            let id = entry.state.id;
-            let noted = |pool| self.backends.waiting().contains(&id) || self.builds.is_due(pool);
-            assert!(self.moved(id).is_none_or(noted), "{:?} has moved", self.name_of(id));
-        }
     }
 }

@@ -10,16 +10,17 @@
 //! would drown. For the same reason a slow start ends where nobody at full
 //! share is left.
 
+use super::pools::PoolId;
 use super::schedule::TimerKind;
-use super::{Controller, PoolId};
+use super::state::ControlState;
 use crate::suspicion::Ramp;
 use crate::table::state::BackendId;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-// === impl Controller ===
+// === impl ControlState ===
 
-impl Controller {
+impl ControlState {
     /// Starts and ends slow starts where eligibility has changed.
     pub(super) fn settle_ramps(&mut self, now: Instant) {
         let mut changed = BTreeSet::new();

@@ -1,28 +1,94 @@
-//! Backends that left the configuration and may still hold sessions.
+//! Backends that left the configuration and may still hold sessions, and what operators
+//! wanted of them.
 //!
 //! The controller moves them here on a reload or when their heartbeats end,
-//! takes them back when they are configured or heard again, and forgets them once their last session has ended. They
-//! are not probed, and in no table but for those that stand in (`settling`); status shows those with sessions.
+//! takes them back when they are configured or heard again, and forgets them once their
+//! last session has ended. They are not probed, and in no table but for those that stand
+//! in (`settling`); status shows those with sessions.
 
-use super::configure::BackendKey;
+use super::ControlEffect;
+use super::ProbeToken;
+use super::backends::BackendEntry;
+use super::intents::RemovedIntents;
 use super::schedule::{TimerKind, after};
-use super::{BackendEntry, ControlEffect, Controller, RemovedBackend};
+use super::state::ControlState;
 use crate::health::slow_detector::SlowDetector;
 use crate::health::{Intent, Transition};
 use crate::model;
-use crate::model::OnRemoval;
+use crate::model::{BackendAddr, OnRemoval};
 use crate::table::state::BackendId;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How often sessions of removed backends are counted. Also the least time one
 /// is remembered: a session that was routed by the table before may still be
 /// about to choose it.
-pub(super) const LEAVING_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-// === impl Controller ===
+/// Pool, name, address: what makes a backend the same backend.
+pub(super) type BackendKey = (Arc<str>, Arc<str>, BackendAddr);
 
-impl Controller {
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(super) struct RemovedBackends {
+    entries: BTreeMap<BackendId, RemovedBackend>,
+    by_key: HashMap<BackendKey, BackendId>,
+    pub(super) intents: RemovedIntents,
+}
+
+/// A backend that is no longer configured.
+#[derive(Debug)]
+struct RemovedBackend {
+    entry: BackendEntry,
+    /// Its sessions are to be reset from then on.
+    reset_at: Option<Instant>,
+}
+
+// === impl RemovedBackends ===
+
+impl RemovedBackends {
+    pub(super) fn get(&self, id: BackendId) -> Option<&BackendEntry> {
+        self.entries.get(&id).map(|removed| &removed.entry)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Oldest first.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &BackendEntry> {
+        self.entries.values().map(|removed| &removed.entry)
+    }
+
+    /// The one of that pool, name and address.
+    pub(super) fn find(&self, key: &BackendKey) -> Option<BackendId> {
+        self.by_key.get(key).copied()
+    }
+
+    /// A probe of a backend that has left has ended.
+    pub(super) fn probed(&mut self, id: BackendId, token: ProbeToken) {
+        if let Some(removed) = self.entries.get_mut(&id) {
+            removed.entry.in_flight.take_if(|probe| probe.token == token);
+        }
+    }
+
+    fn insert(&mut self, entry: BackendEntry, reset_at: Option<Instant>) {
+        let id = entry.state.id;
+        self.by_key.insert(key_of(&entry), id);
+        self.entries.insert(id, RemovedBackend { entry, reset_at });
+    }
+
+    fn take(&mut self, id: BackendId) -> Option<BackendEntry> {
+        let entry = self.entries.remove(&id)?.entry;
+        self.by_key.remove(&key_of(&entry));
+        Some(entry)
+    }
+}
+
+// === impl ControlState ===
+
+impl ControlState {
     /// Takes a backend out of service for good, for a reason in words.
     pub(super) fn remove_backend(
         &mut self,
@@ -36,70 +102,58 @@ impl Controller {
         self.schedule.cancel(TimerKind::HeartbeatTtl(id));
         self.schedule.cancel(TimerKind::Forget(id));
         self.schedule.cancel(TimerKind::Ramp(id));
-        self.tallies.forget(id, entry.heart.take().as_deref_mut());
-        entry.trying = None;
+        entry.confirmation = None;
         (entry.ramp, entry.ramp_share, entry.served) = (None, 100, false);
         self.schedule.cancel(TimerKind::Probe(id));
         self.schedule.cancel(TimerKind::ProbeLost(id));
         self.schedule.cancel(TimerKind::EjectionEnds(id));
         self.forget_trial(&mut entry, now);
         entry.health.gray = SlowDetector::default();
-        self.suspects.remove(&(entry.pool, id));
+        self.ejections.clear_suspect(&entry);
         if let Some(probe) = &mut entry.in_flight {
             probe.stale = true;
         }
-        let cut_at = match on_removal {
+        let transition = removal(&entry, reason, on_removal, now);
+        entry.history.add(transition.clone());
+        self.pending.effects.push(ControlEffect::Log(transition));
+        let wanted = (entry.health.intent, entry.health.intent_since);
+        self.removed.intents.keep(entry.state.identity(), wanted, now);
+        self.keep_removed(entry, on_removal, now);
+    }
+
+    /// Keeps a backend that is not configured until its last session has ended.
+    pub(super) fn keep_removed(
+        &mut self,
+        entry: BackendEntry,
+        on_removal: OnRemoval,
+        now: Instant,
+    ) {
+        let reset_at = match on_removal {
             OnRemoval::Keep => None,
             OnRemoval::CloseAfter(grace) => Some(after(now, grace)),
         };
-        if let Some(at) = cut_at {
-            self.schedule.set(TimerKind::CutSessions(id), at);
+        if let Some(at) = reset_at {
+            self.schedule.set(TimerKind::ResetSessions(entry.state.id), at);
         }
-        self.watch_leaving(now);
-        let transition = removal(&entry, reason, on_removal, now);
-        entry.history.add(transition.clone());
-        self.work.effects.push(ControlEffect::Log(transition));
-        let wanted = (entry.health.intent, entry.health.intent_since);
-        self.kept.keep(entry.state.identity(), wanted, now);
-        self.left.insert(identity(&entry), id);
-        self.leaving.insert(id, RemovedBackend { entry, cut_at });
-    }
-
-    /// Has those that left counted from now on.
-    pub(super) fn watch_leaving(&mut self, now: Instant) {
-        if !self.schedule.is_set(TimerKind::LeavingCheck) {
-            self.schedule.set(TimerKind::LeavingCheck, now + LEAVING_CHECK_INTERVAL);
+        if !self.schedule.is_set(TimerKind::CheckRemoved) {
+            self.schedule.set(TimerKind::CheckRemoved, now + CHECK_INTERVAL);
         }
-    }
-
-    /// Whether it is configured, or has left and sessions are on it yet.
-    pub fn is_known(&self, id: BackendId) -> bool {
-        self.backends.contains(id) || self.leaving.contains_key(&id)
-    }
-
-    /// Every backend that is known in that way.
-    pub fn all_known(&self) -> impl Iterator<Item = BackendId> {
-        self.backends.iter().map(|entry| entry.state.id).chain(self.leaving.keys().copied())
-    }
-
-    /// How many backends there have been so far; goes around at 2^32.
-    pub fn backends_seen(&self) -> u32 {
-        self.ids.backend
+        self.removed.insert(entry, reset_at);
     }
 
     /// The removed backend that is the very one of that pool and spec.
-    pub(super) fn leaving_as(
+    pub(super) fn removed_as(
         &self,
         pool: &Arc<str>,
         spec: &model::BackendConfig,
     ) -> Option<BackendId> {
-        self.left.get(&(Arc::clone(pool), Arc::clone(&spec.name), spec.address.clone())).copied()
+        self.removed.find(&(Arc::clone(pool), Arc::clone(&spec.name), spec.address.clone()))
     }
 
     /// Takes up what an operator wanted of the backend before it left, where its
-    /// sessions or [`KEPT_FOR`](super::KEPT_FOR) have not ended since.
+    /// sessions or [`REMOVED_INTENTS_FOR`](super::REMOVED_INTENTS_FOR) have not ended since.
     pub(super) fn take_intent(&mut self, entry: &mut BackendEntry, now: Instant) {
-        if let Some((intent, since)) = self.kept.take(&entry.state.identity(), now)
+        if let Some((intent, since)) = self.removed.intents.take(&entry.state.identity(), now)
             && entry.health.intent == Intent::Ready
         {
             entry.health.intent = intent;
@@ -109,16 +163,15 @@ impl Controller {
 
     /// Takes a removed backend back, with all that was known of it.
     pub(super) fn restore_backend(&mut self, id: BackendId, now: Instant) -> Option<BackendEntry> {
-        let mut entry = self.leaving.remove(&id)?.entry;
-        self.left.remove(&identity(&entry));
-        self.schedule.cancel(TimerKind::CutSessions(id));
+        let mut entry = self.removed.take(id)?;
+        self.schedule.cancel(TimerKind::ResetSessions(id));
         match entry.health.outlier.until() {
             Some(until) if until > now => self.schedule.set(TimerKind::EjectionEnds(id), until),
             _ => {
                 entry.health.end_ejection(now);
             }
         }
-        // Nobody listened to connect failures while it was away.
+        // Connect failures were not counted while it was away.
         entry.health.outlier.restart_row();
         Some(entry)
     }
@@ -126,36 +179,41 @@ impl Controller {
     /// Its removal grace is over.
     pub(super) fn reset_sessions(&mut self, id: BackendId) {
         self.stands_in_no_more(id);
-        if let Some(leaving) = self.leaving.get(&id)
-            && leaving.entry.state.in_flight.get() > 0
-        {
-            self.work.effects.push(ControlEffect::ResetSessions(id));
+        if self.removed.get(id).is_some_and(|entry| entry.state.in_flight.get() > 0) {
+            self.pending.effects.push(ControlEffect::ResetSessions(id));
         }
     }
 
-    /// Forgets removed backends without sessions; asks again for the cut of
+    /// Forgets removed backends without sessions; asks again for the reset of
     /// sessions that came in past it.
-    pub(super) fn check_leaving(&mut self, now: Instant) {
+    pub(super) fn check_removed(&mut self, now: Instant) {
         let stand_ins = self.stand_ins();
-        self.leaving.retain(|id, leaving| {
-            let empty = leaving.entry.state.in_flight.get() == 0 && !stand_ins.contains(id);
-            if empty {
-                self.schedule.cancel(TimerKind::CutSessions(*id));
-                self.left.remove(&identity(&leaving.entry));
-            } else if leaving.cut_at.is_some_and(|at| at < now)
-                && !self.schedule.is_set(TimerKind::CutSessions(*id))
-            {
-                self.work.effects.push(ControlEffect::ResetSessions(*id));
+        let mut over = Vec::new();
+        for (id, removed) in &self.removed.entries {
+            let reset = TimerKind::ResetSessions(*id);
+            if removed.entry.state.in_flight.get() == 0 && !stand_ins.contains(id) {
+                over.push(*id);
+                self.schedule.cancel(reset);
+            } else if removed.reset_at.is_some_and(|at| at < now) && !self.schedule.is_set(reset) {
+                self.pending.effects.push(ControlEffect::ResetSessions(*id));
             }
-            !empty
-        });
-        if !self.leaving.is_empty() {
-            self.schedule.set(TimerKind::LeavingCheck, now + LEAVING_CHECK_INTERVAL);
         }
+        for id in over {
+            self.removed.take(id);
+        }
+        if self.removed.len() > 0 {
+            self.schedule.set(TimerKind::CheckRemoved, now + CHECK_INTERVAL);
+        }
+    }
+
+    /// The former backends that serve.
+    fn stand_ins(&self) -> BTreeSet<BackendId> {
+        let settling = self.pools.iter().filter_map(|pool| pool.settling());
+        settling.flat_map(|settling| settling.stand_ins.iter().copied()).collect()
     }
 }
 
-pub(super) fn identity(entry: &BackendEntry) -> BackendKey {
+fn key_of(entry: &BackendEntry) -> BackendKey {
     let state = &entry.state;
     (Arc::clone(&state.pool), Arc::clone(&state.name), state.address.clone())
 }

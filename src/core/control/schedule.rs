@@ -4,7 +4,7 @@
 //! so ten thousand probed backends are no burden. It decides nothing and reads
 //! no clock.
 
-use super::PoolId;
+use super::pools::PoolId;
 use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -31,9 +31,9 @@ pub(super) enum TimerKind {
     /// Wait no longer for a pool's first verdict.
     SettlingEnds(PoolId),
     /// Its removal grace is over.
-    CutSessions(BackendId),
+    ResetSessions(BackendId),
     /// Forget removed backends without sessions.
-    LeavingCheck,
+    CheckRemoved,
     /// Its detector wants to look at how long it has been silent.
     Heartbeat(BackendId),
     /// It may have been silent for too long altogether.

@@ -7,8 +7,11 @@
 //! those that took sessions and left by the reload. Where there are none, clients
 //! wait (`dataplane::accept::queue`). It judges nobody.
 
+use super::PublishReason;
+use super::backends::BackendEntry;
+use super::pools::{PoolEntry, PoolId};
 use super::schedule::{TimerKind, after};
-use super::{BackendEntry, Controller, PoolEntry, PoolId, PublishReason};
+use super::state::ControlState;
 use crate::health::{Intent, Observation, RequestedState};
 use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
@@ -33,9 +36,9 @@ pub(super) struct Former {
     pools: HashMap<Arc<str>, Arc<str>>,
 }
 
-// === impl Controller ===
+// === impl ControlState ===
 
-impl Controller {
+impl ControlState {
     /// Who serves now; to be asked before a reload changes anything.
     pub(super) fn former(&self) -> Former {
         let mut backends = HashMap::new();
@@ -56,7 +59,7 @@ impl Controller {
     pub(super) fn begin_settling(&mut self, former: &Former, now: Instant) {
         // The pools that the same frontends led to: a pool may have a new name.
         let mut predecessors: HashMap<&str, BTreeSet<&str>> = HashMap::new();
-        for frontend in &self.frontends {
+        for frontend in self.frontends.iter() {
             if let Some(before) = former.pools.get(&frontend.spec.name) {
                 predecessors.entry(&frontend.spec.pool).or_default().insert(before);
             }
@@ -71,7 +74,7 @@ impl Controller {
             let mut names = predecessors.get(&*pool.spec.name).cloned().unwrap_or_default();
             names.insert(&pool.spec.name);
             let ids = names.iter().filter_map(|name| former.backends.get(*name)).flatten();
-            let stand_ins = ids.filter(|id| self.leaving.contains_key(id)).copied().collect();
+            let stand_ins = ids.filter(|id| self.removed.get(**id).is_some()).copied().collect();
             let until = pool.settling().map(|settling| settling.until);
             let until = until.unwrap_or_else(|| after(now, pool.spec.startup_grace));
             self.schedule.set(TimerKind::SettlingEnds(pool.id), until.max(now));
@@ -106,26 +109,15 @@ impl Controller {
     pub(super) fn settled(&mut self, pool: PoolId) {
         self.schedule.cancel(TimerKind::SettlingEnds(pool));
         if self.pools.end_settling(pool) {
-            self.work.rebuild.get_or_insert(PublishReason::Health);
+            self.pending.rebuild.get_or_insert(PublishReason::Health);
         }
     }
 
     /// A former backend does not take sessions any more.
     pub(super) fn stands_in_no_more(&mut self, id: BackendId) {
         if self.pools.any_settling() && self.pools.remove_stand_in(id) {
-            self.work.rebuild.get_or_insert(PublishReason::Health);
+            self.pending.rebuild.get_or_insert(PublishReason::Health);
         }
-    }
-
-    /// The former backends that serve.
-    pub(super) fn stand_ins(&self) -> BTreeSet<BackendId> {
-        let settling = self.pools.iter().filter_map(|pool| pool.settling());
-        settling.flat_map(|settling| settling.stand_ins.iter().copied()).collect()
-    }
-
-    /// Pools in which no backend serves yet, and a first verdict is due.
-    pub fn undecided_pools(&self) -> usize {
-        self.table.pools.iter().filter(|pool| pool.undecided).count()
     }
 }
 
@@ -134,7 +126,7 @@ fn is_undecided(entry: &BackendEntry) -> bool {
     let health = &entry.health;
     health.record_heartbeat_health() == Observation::Unknown
         && health.intent == Intent::Ready
-        && health.calling == RequestedState::Ready
+        && health.requested == RequestedState::Ready
         && !health.outlier.is_ejected()
         && !health.eligible()
 }

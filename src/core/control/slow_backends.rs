@@ -7,8 +7,9 @@
 //! ejected at once, and at least one, may be suspect or ejected. It never takes
 //! a backend out of service.
 
+use super::pools::{PoolEntry, PoolId};
 use super::schedule::TimerKind;
-use super::{Controller, PoolEntry, PoolId};
+use super::state::ControlState;
 use crate::health::slow_detector::{
     FirstByteCounts, LOOK_INTERVAL, PoolView, SlowDetector, SlowVerdict,
 };
@@ -24,7 +25,7 @@ const TURN_PAUSE: Duration = Duration::from_millis(1);
 
 /// A look that is under way.
 #[derive(Debug, Default)]
-pub(super) struct Round {
+pub(super) struct SlowBackends {
     began: Option<Instant>,
     /// Still to come, the next one last.
     pools: Vec<PoolId>,
@@ -61,69 +62,75 @@ fn counted(state: &BackendState) -> FirstByteCounts {
     }
 }
 
-// === impl Controller ===
+// === impl SlowBackends ===
 
-impl Controller {
+impl SlowBackends {
     /// After a reload: whoever is watched no more is no suspect, and looks go on
     /// while somebody is.
-    pub(super) fn configure_gray(&mut self, now: Instant) {
-        let unwatched = self.pools.iter().filter(|pool| watched(pool).is_none());
+    pub(super) fn configure(&mut self, state: &mut ControlState, now: Instant) {
+        let unwatched = state.pools.iter().filter(|pool| watched(pool).is_none());
         let members: Vec<BackendId> =
             unwatched.flat_map(|pool| pool.members().iter().copied()).collect();
         for id in members {
-            self.clear_suspect(id, "its first bytes are not watched any more".to_owned(), now);
-            if let Some(entry) = self.backends.touch(id) {
+            state.clear_suspect(id, "its first bytes are not watched any more".to_owned(), now);
+            if let Some(entry) = state.backends.touch(id) {
                 entry.health.gray = SlowDetector::default();
             }
         }
-        if !self.pools.iter().any(|pool| watched(pool).is_some()) {
-            self.schedule.cancel(TimerKind::CheckSlow);
-            self.round = Round::default();
-        } else if !self.schedule.is_set(TimerKind::CheckSlow) {
-            self.schedule.set(TimerKind::CheckSlow, now + LOOK_INTERVAL);
+        if !state.pools.iter().any(|pool| watched(pool).is_some()) {
+            state.schedule.cancel(TimerKind::CheckSlow);
+            *self = SlowBackends::default();
+        } else if !state.schedule.is_set(TimerKind::CheckSlow) {
+            state.schedule.set(TimerKind::CheckSlow, now + LOOK_INTERVAL);
         }
     }
 
     /// Goes on with the look at every backend that is watched, or begins one.
-    pub(super) fn check_slow_backends(&mut self, now: Instant) {
-        if self.round.began.is_none() {
-            let watched = self.pools.iter().filter(|pool| watched(pool).is_some());
-            self.round.pools = watched.map(|pool| pool.id).collect();
-            self.round.pools.reverse();
+    pub(super) fn check(&mut self, state: &mut ControlState, now: Instant) {
+        if self.began.is_none() {
+            let watched = state.pools.iter().filter(|pool| watched(pool).is_some());
+            self.pools = watched.map(|pool| pool.id).collect();
+            self.pools.reverse();
         }
-        let began = *self.round.began.get_or_insert(now);
+        let began = *self.began.get_or_insert(now);
         let mut left = TURN_MAX;
         while left > 0 {
-            let stage = self.round.stage.take();
-            let Some(stage) = stage.or_else(|| self.next_pool()) else {
-                self.round = Round::default();
+            let stage = self.stage.take();
+            let Some(stage) = stage.or_else(|| self.next_pool(state)) else {
+                *self = SlowBackends::default();
                 let next = (began + LOOK_INTERVAL).max(now + TURN_PAUSE);
-                self.schedule.set(TimerKind::CheckSlow, next);
+                state.schedule.set(TimerKind::CheckSlow, next);
                 return;
             };
-            self.round.stage = self.look_on(stage, &mut left, now);
+            self.stage = self.check_pool(state, stage, &mut left, now);
         }
-        self.schedule.set(TimerKind::CheckSlow, now + TURN_PAUSE);
+        state.schedule.set(TimerKind::CheckSlow, now + TURN_PAUSE);
     }
 
-    fn next_pool(&mut self) -> Option<Stage> {
-        let id = self.round.pools.pop()?;
-        let members = self.pool(id).map_or_else(Vec::new, |pool| pool.members().to_vec());
+    fn next_pool(&mut self, state: &mut ControlState) -> Option<Stage> {
+        let id = self.pools.pop()?;
+        let members = state.pool(id).map_or_else(Vec::new, |pool| pool.members().to_vec());
         Some(Stage { pool: id, members, at: 0, view: PoolView::default(), judging: false })
     }
 
     /// Looks at some backends of a pool: all of them take their counts before the
     /// first is judged. `None` once it is done.
-    fn look_on(&mut self, mut stage: Stage, left: &mut usize, now: Instant) -> Option<Stage> {
+    fn check_pool(
+        &mut self,
+        state: &mut ControlState,
+        mut stage: Stage,
+        left: &mut usize,
+        now: Instant,
+    ) -> Option<Stage> {
         // A reload may have switched it off meanwhile.
-        let slow = self.pool(stage.pool).and_then(watched)?;
+        let slow = state.pool(stage.pool).and_then(watched)?;
         let end = stage.members.len().min(stage.at + *left);
         let slice = stage.at..end;
         *left -= slice.len();
         stage.at = end;
         let mut found = Vec::new();
         for id in &stage.members[slice] {
-            let Some(entry) = self.backends.observe(*id) else { continue };
+            let Some(entry) = state.backends.observe(*id) else { continue };
             let watch = &mut entry.health.gray;
             if !stage.judging {
                 watch.take(counted(&entry.state), now);
@@ -134,8 +141,8 @@ impl Controller {
         }
         for (id, verdict) in found {
             match verdict {
-                SlowVerdict::Suspect(reason) => self.make_suspect(id, reason, now),
-                SlowVerdict::Clear(reason) => self.clear_suspect(id, reason, now),
+                SlowVerdict::Suspect(reason) => state.make_suspect(id, reason, now),
+                SlowVerdict::Clear(reason) => state.clear_suspect(id, reason, now),
             }
         }
         if end == stage.members.len() {
@@ -147,7 +154,11 @@ impl Controller {
         }
         Some(stage)
     }
+}
 
+// === impl ControlState ===
+
+impl ControlState {
     fn make_suspect(&mut self, id: BackendId, reason: String, now: Instant) {
         let Some(entry) = self.backends.get(id) else { return };
         let Some(pool) = self.pool(entry.pool) else { return };
@@ -160,7 +171,7 @@ impl Controller {
         if let Some(entry) = self.backends.touch(id) {
             entry.health.gray.suspect(now);
             entry.observed_since = now;
-            self.suspects.insert((entry.pool, id));
+            self.ejections.note(entry);
         }
         self.record(id, (from, "suspect"), reason, lasted, now);
     }
@@ -169,7 +180,7 @@ impl Controller {
         let Some(entry) = self.backends.touch(id) else { return };
         let from = entry.health.observation().name();
         let Some(since) = entry.health.gray.clear() else { return };
-        self.suspects.remove(&(entry.pool, id));
+        self.ejections.clear_suspect(entry);
         let to = entry.health.observation().name();
         if from == to {
             // Probes or heartbeats say worse of it, or the same.

@@ -2,9 +2,9 @@
 //!
 //! Called by `daemon` for the admin API. It derives, it never changes anything.
 
-use super::{
-    BackendEntry, Controller, HeartbeatIgnored, MemberSourceKind, PoolEntry, PublishReason,
-};
+use super::backends::BackendEntry;
+use super::pools::PoolEntry;
+use super::{Controller, HeartbeatIgnored, MemberSourceKind, PublishReason};
 use crate::health::{HeartbeatHealth, Intent, Observation, RequestedState, Transition};
 use crate::model::{BindKey, WhenNoneEligible, Words};
 use crate::suspicion::rejections::Rejection;
@@ -36,7 +36,7 @@ pub struct HeartbeatChannelStatus {
     /// Heartbeats of known backends.
     pub taken_total: u64,
     /// Authentic ones that changed nothing, by reason.
-    pub misfits: Vec<(HeartbeatIgnored, u64)>,
+    pub ignored: Vec<(HeartbeatIgnored, u64)>,
     /// Their senders, in no order.
     pub rejections: Vec<Rejection>,
     /// Times nobody's silence counted, because we were late or deaf.
@@ -127,11 +127,11 @@ pub struct BackendStatus {
     /// Its slow start, in percent; 100 when it is over.
     pub ramp_percent: u32,
     /// What its heartbeats amount to.
-    pub pulse: HeartbeatHealth,
+    pub heartbeat_health: HeartbeatHealth,
     /// What its heartbeats ask for.
-    pub calling: RequestedState,
+    pub requested: RequestedState,
     /// `None` where none were heard.
-    pub heart: Option<BackendHeartbeatStatus>,
+    pub heartbeats: Option<BackendHeartbeatStatus>,
     /// The newest change, if any.
     pub last_transition: Option<Transition>,
 }
@@ -166,7 +166,7 @@ pub struct BackendHeartbeatStatus {
 pub struct Gathering {
     status: ControlStatus,
     /// Still to come: each with the place of its pool, the last first.
-    left: Vec<(u32, BackendId)>,
+    remaining: Vec<(u32, BackendId)>,
 }
 
 // === impl Controller ===
@@ -182,15 +182,16 @@ impl Controller {
     /// Everything but the backends, who come by [`Controller::gather`]: those of
     /// now, as they are by then.
     pub fn begin_status(&self, now: Instant) -> Gathering {
-        let leaving = self.leaving.values().map(|leaving| &leaving.entry.state);
-        let places = (0..).zip(&self.pools);
+        let removed = self.state.removed.iter().map(|entry| &entry.state);
+        let places = (0..).zip(&self.state.pools);
         let members =
             places.flat_map(|(place, pool)| pool.members().iter().map(move |id| (place, *id)));
-        let mut left: Vec<(u32, BackendId)> = members.collect();
-        left.reverse();
+        let mut remaining: Vec<(u32, BackendId)> = members.collect();
+        remaining.reverse();
         let status = ControlStatus {
-            generation: self.generation,
+            generation: self.publisher.generation(),
             frontends: self
+                .state
                 .frontends
                 .iter()
                 .map(|frontend| FrontendStatus {
@@ -200,21 +201,21 @@ impl Controller {
                     connections_max: frontend.spec.connections_max,
                 })
                 .collect(),
-            pools: self.pools.iter().map(|pool| pool_status(pool, now)).collect(),
-            leaving: leaving.filter(|state| state.in_flight.get() > 0).map(Arc::clone).collect(),
-            published: self.published().to_vec(),
+            pools: self.state.pools.iter().map(|pool| pool_status(pool, now)).collect(),
+            leaving: removed.filter(|state| state.in_flight.get() > 0).map(Arc::clone).collect(),
+            published: self.publisher.published().to_vec(),
             heartbeat: self.heartbeat_status(now),
         };
-        Gathering { status, left }
+        Gathering { status, remaining }
     }
 
     /// Adds up to `most` backends; false once there are no more. One that has left
     /// meanwhile is left out.
     pub fn gather(&self, gathering: &mut Gathering, most: usize, now: Instant) -> bool {
-        let from = gathering.left.len().saturating_sub(most);
-        for (place, id) in gathering.left.drain(from..).rev() {
-            let Some(entry) = self.backends.get(id) else { continue };
-            let Some(pool) = self.pool(entry.pool) else { continue };
+        let from = gathering.remaining.len().saturating_sub(most);
+        for (place, id) in gathering.remaining.drain(from..).rev() {
+            let Some(entry) = self.state.backends.get(id) else { continue };
+            let Some(pool) = self.state.pool(entry.pool) else { continue };
             let status = &mut gathering.status.pools[place as usize];
             let backend = backend_status(entry, pool, now);
             if backend.eligible {
@@ -222,18 +223,18 @@ impl Controller {
             }
             status.backends.push(backend);
         }
-        !gathering.left.is_empty()
+        !gathering.remaining.is_empty()
     }
 
     /// Heartbeats as a whole.
     pub(super) fn heartbeat_status(&self, now: Instant) -> Option<HeartbeatChannelStatus> {
-        (self.pools.listening() > 0).then(|| HeartbeatChannelStatus {
-            taken_total: self.heartbeats_taken(),
-            misfits: self.ignored_heartbeats().to_vec(),
-            rejections: self.rejections.all().cloned().collect(),
-            excuses_total: self.excuses(),
-            silent: self.channel(now) == ChannelState::Silent,
-            frozen: freezing(self.guards.all.freeze(), now),
+        (self.state.pools.listening() > 0).then(|| HeartbeatChannelStatus {
+            taken_total: self.heartbeats.taken(),
+            ignored: self.heartbeats.ignored().to_vec(),
+            rejections: self.heartbeats.rejections().all().cloned().collect(),
+            excuses_total: self.heartbeats.excuses(),
+            silent: self.heartbeats.channel(now) == ChannelState::Silent,
+            frozen: freezing(self.heartbeats.guard_over_all().freeze(), now),
         })
     }
 }
@@ -291,9 +292,9 @@ pub(super) fn backend_status(
         ejections_held_total: entry.health.outlier.held_total(),
         eligible: entry.health.eligible(),
         ramp_percent: entry.ramp_share,
-        pulse: entry.health.pulse,
-        calling: entry.health.calling,
-        heart: backend_heartbeat_status(entry, pool, now),
+        heartbeat_health: entry.health.heartbeat_health,
+        requested: entry.health.requested,
+        heartbeats: backend_heartbeat_status(entry, pool, now),
         last_transition: entry.history.last().cloned(),
     }
 }
@@ -303,18 +304,18 @@ fn backend_heartbeat_status(
     pool: &PoolEntry,
     now: Instant,
 ) -> Option<BackendHeartbeatStatus> {
-    let heart = entry.heart.as_deref()?;
+    let heartbeats = entry.heartbeats.as_deref()?;
     let (ttl, _) = entry.expiry(pool.spec.heartbeat.as_ref()?)?;
     Some(BackendHeartbeatStatus {
-        reading: heart.detector.reading(now),
-        key_id: heart.key_id,
-        weight: heart.weight,
-        in_flight: heart.in_flight,
-        load: heart.load.said,
-        load_mean: heart.load.mean(),
-        load_share: heart.load.share(),
-        known_for: now.saturating_duration_since(heart.first_at),
-        expired: heart.expired,
+        reading: heartbeats.detector.reading(now),
+        key_id: heartbeats.key_id,
+        weight: heartbeats.weight,
+        in_flight: heartbeats.in_flight,
+        load: heartbeats.load.said,
+        load_mean: heartbeats.load.mean(),
+        load_share: heartbeats.load.share(),
+        known_for: now.saturating_duration_since(heartbeats.first_at),
+        expired: heartbeats.expired,
         ttl,
     })
 }
@@ -345,9 +346,9 @@ impl BackendStatus {
             ejections_held_total: 0,
             eligible: true,
             ramp_percent: 100,
-            pulse: HeartbeatHealth::Absent,
-            calling: RequestedState::Ready,
-            heart: None,
+            heartbeat_health: HeartbeatHealth::Absent,
+            requested: RequestedState::Ready,
+            heartbeats: None,
             last_transition: None,
         }
     }

@@ -12,14 +12,15 @@ mod slow_backends;
 
 use super::*;
 use crate::balance::trial::TrialPhase;
+use crate::health::Observation;
 use crate::health::ejection::TRIAL_LOOK;
-use crate::health::{ConnectFailure, Observation, ProbeOutcome};
 use crate::model;
 use crate::model::{
     Admin, AdminListen, BackendAddr, BackendConfig, Bind, Config, EjectionSpec, EngineChoice,
     FrontendConfig, Log, LogFormat, LogLevel, OnRemoval, Policy, PoolConfig, ProbeKind, ProbeSpec,
     ProcessConfig, Sandbox, WhenNoneEligible,
 };
+use std::time::Duration;
 use tidegate_heartbeat::Heartbeat;
 
 const INTERVAL: Duration = Duration::from_secs(2);

@@ -6,15 +6,18 @@
 //! are begun, read and ended. A pool that would otherwise have nobody gets no
 //! trial: then the backend simply is back.
 
+use super::ControlEffect;
+use super::backends::BackendEntry;
+use super::pools::PoolId;
 use super::schedule::TimerKind;
-use super::{BackendEntry, ControlEffect, Controller, PoolId};
+use super::state::ControlState;
 use crate::health::ejection::{TRIAL_LOOK, TrialEnd};
 use crate::table::state::BackendId;
 use std::time::Instant;
 
-// === impl Controller ===
+// === impl ControlState ===
 
-impl Controller {
+impl ControlState {
     /// The ejection's time is over.
     pub(super) fn begin_trial(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.touch(id) else { return };
@@ -49,7 +52,7 @@ impl Controller {
         let entries = || pool.members().iter().filter_map(|id| self.backends.get(*id));
         let off = pool.spec.ejection.is_none();
         let all_in =
-            self.of_pool(&self.out, pool.id).all(|entry| entry.health.outlier.takes_failures());
+            self.out_of_service(pool.id).all(|entry| entry.health.outlier.takes_failures());
         if all_in || (!off && self.guard_view(pool).has_others()) {
             return;
         }
@@ -80,7 +83,7 @@ impl Controller {
         entry.state.in_flight.end_trial();
         let to = entry.health.observation().name();
         self.record(id, ("trial", to), format!("back in service: {reason}"), lasted, now);
-        self.work.effects.push(ControlEffect::SlotsFreed);
+        self.pending.effects.push(ControlEffect::SlotsFreed);
     }
 
     fn fail_trial(&mut self, id: BackendId, reason: &str, now: Instant) {

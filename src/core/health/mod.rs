@@ -83,9 +83,9 @@ pub struct BackendHealth {
     /// Passive ejection.
     pub outlier: EjectionState,
     /// What its heartbeats amount to.
-    pub pulse: HeartbeatHealth,
+    pub heartbeat_health: HeartbeatHealth,
     /// What its heartbeats ask for.
-    pub calling: RequestedState,
+    pub requested: RequestedState,
     /// Failures of sessions during the last minute.
     pub recent: RecentFailures,
     /// What its first bytes say.
@@ -220,8 +220,11 @@ pub struct Transition {
 
 /// What heartbeats and probes together make of a backend; `probes` is `None`
 /// where its pool has none. The table in the module's documentation.
-pub fn combine_observations(pulse: HeartbeatHealth, probes: Option<Observation>) -> Observation {
-    match (pulse, probes) {
+pub fn combine_observations(
+    heartbeats: HeartbeatHealth,
+    probes: Option<Observation>,
+) -> Observation {
+    match (heartbeats, probes) {
         (HeartbeatHealth::Silent | HeartbeatHealth::Expired, _) | (_, Some(Observation::Down)) => {
             Observation::Down
         }
@@ -276,8 +279,8 @@ impl BackendHealth {
             detector,
             outlier: EjectionState::new(),
             recent: RecentFailures::default(),
-            pulse: HeartbeatHealth::Absent,
-            calling: RequestedState::Ready,
+            heartbeat_health: HeartbeatHealth::Absent,
+            requested: RequestedState::Ready,
             gray: SlowDetector::default(),
             fails_open: false,
             since: now,
@@ -286,7 +289,7 @@ impl BackendHealth {
 
     /// What probes and heartbeats together say.
     pub fn record_heartbeat_health(&self) -> Observation {
-        combine_observations(self.pulse, self.probed())
+        combine_observations(self.heartbeat_health, self.probed())
     }
 
     /// Probes' verdict alone; `None` where there are none.
@@ -358,7 +361,7 @@ impl BackendHealth {
 
     fn when_unknown(&self) -> WhenUnknown {
         let open = self.detector.is_none() || self.fails_open;
-        if open && self.pulse != HeartbeatHealth::Waiting {
+        if open && self.heartbeat_health != HeartbeatHealth::Waiting {
             WhenUnknown::Eligible
         } else {
             WhenUnknown::NotEligible
@@ -366,7 +369,7 @@ impl BackendHealth {
     }
 
     fn percent(&self, ejected: bool) -> u32 {
-        if self.calling != RequestedState::Ready {
+        if self.requested != RequestedState::Ready {
             return 0;
         }
         weight_percent(self.intent, ejected, self.observation(), self.when_unknown())
@@ -549,7 +552,7 @@ mod tests {
         let probes = [None, Some(Observation::Unknown), Some(Observation::Up)];
         let probes = probes.into_iter().chain([Some(Observation::Down)]);
         let mut out = String::new();
-        for pulse in [
+        for heartbeats in [
             HeartbeatHealth::Absent,
             HeartbeatHealth::Waiting,
             HeartbeatHealth::OnTime,
@@ -558,9 +561,10 @@ mod tests {
             HeartbeatHealth::Silent,
             HeartbeatHealth::Expired,
         ] {
-            let cell = |probes: Option<Observation>| combine_observations(pulse, probes).name();
+            let cell =
+                |probes: Option<Observation>| combine_observations(heartbeats, probes).name();
             let row: Vec<&str> = probes.clone().map(cell).collect();
-            writeln!(out, "{}: {}", pulse.name(), row.join(" ")).unwrap();
+            writeln!(out, "{}: {}", heartbeats.name(), row.join(" ")).unwrap();
         }
         expect![[r#"
             absent: unknown unknown up down
@@ -578,16 +582,16 @@ mod tests {
     fn who_asks_for_no_sessions_gets_none_whatever_is_known_of_it() {
         let now = tidegate_net::clock::now();
         let mut health = BackendHealth::new(Intent::Ready, None, now);
-        health.pulse = HeartbeatHealth::OnTime;
-        for calling in
+        health.heartbeat_health = HeartbeatHealth::OnTime;
+        for requested in
             [RequestedState::Starting, RequestedState::Draining, RequestedState::Stopping]
         {
-            health.calling = calling;
-            assert!(!health.eligible(), "{}", calling.name());
+            health.requested = requested;
+            assert!(!health.eligible(), "{}", requested.name());
         }
-        health.calling = RequestedState::Ready;
+        health.requested = RequestedState::Ready;
         assert!(health.eligible());
-        health.pulse = HeartbeatHealth::Waiting;
+        health.heartbeat_health = HeartbeatHealth::Waiting;
         assert!(!health.eligible(), "joins only when it is confirmed");
     }
 }

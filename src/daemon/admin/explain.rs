@@ -73,8 +73,8 @@ fn why_sentence(explained: &Explanation) -> String {
     if backend.intent != Intent::Ready {
         return format!("an operator has taken it out ({})", backend.intent.name());
     }
-    if backend.calling != RequestedState::Ready {
-        return format!("its own heartbeats say that it is {}", backend.calling.name());
+    if backend.requested != RequestedState::Ready {
+        return format!("its own heartbeats say that it is {}", backend.requested.name());
     }
     if backend.ejected {
         return format!("it is ejected for its failed connects{}", evidence("ejected"));
@@ -222,8 +222,8 @@ fn heartbeat(explained: &Explanation, rejected: Option<&Rejection>) -> Option<He
     let backend = &explained.backend;
     Some(HeartbeatDoc {
         required: spec.require || backend.origin == MemberSourceKind::Registered,
-        pulse: backend.pulse.name().into(),
-        sender: backend.heart.as_ref().map(|heart| sender(heart, backend, explained)),
+        pulse: backend.heartbeat_health.name().into(),
+        sender: backend.heartbeats.as_ref().map(|heart| sender(heart, backend, explained)),
         rejected: rejected.map(|last| rejections::rejected(last, explained.now)),
     })
 }
@@ -236,8 +236,8 @@ fn sender(
     let reading = &heart.reading;
     let exact = |time: Duration| thousandths(time.as_secs_f64());
     SenderDoc {
-        state: backend.calling.name().into(),
-        state_seconds: millis(explained.calling_for),
+        state: backend.requested.name().into(),
+        state_seconds: millis(explained.requested_for),
         key: heart.key_id,
         incarnation: reading.incarnation,
         sequence: reading.sequence,

@@ -79,7 +79,7 @@ fn confinement(snapshot: &AdminSnapshot) -> Vec<SandboxLayerDoc> {
 }
 
 fn heartbeats(status: &HeartbeatChannelStatus, snapshot: &AdminSnapshot) -> HeartbeatChannelDoc {
-    let misfits: u64 = status.misfits.iter().map(|(_, count)| count).sum();
+    let ignored: u64 = status.ignored.iter().map(|(_, count)| count).sum();
     let received = &snapshot.heartbeats;
     let mut rejections: Vec<&Rejection> =
         received.rejections.iter().chain(&status.rejections).collect();
@@ -88,7 +88,7 @@ fn heartbeats(status: &HeartbeatChannelStatus, snapshot: &AdminSnapshot) -> Hear
     HeartbeatChannelDoc {
         listen: received.listen.clone(),
         accepted_total: received.accepted,
-        rejected_total: received.rejected.iter().map(|(_, count)| count).sum::<u64>() + misfits,
+        rejected_total: received.rejected.iter().map(|(_, count)| count).sum::<u64>() + ignored,
         kernel_drops_total: received.kernel_drops,
         rejections: shown.map(|rejection| rejections::rejected(rejection, snapshot.now)).collect(),
         excuses_total: status.excuses_total,
@@ -181,13 +181,16 @@ fn backend_heartbeat(
     status: &BackendStatus,
     rejected: Option<RejectedDoc>,
 ) -> Option<BackendHeartbeatDoc> {
-    if status.heart.is_none() && status.pulse == HeartbeatHealth::Absent && rejected.is_none() {
+    if status.heartbeats.is_none()
+        && status.heartbeat_health == HeartbeatHealth::Absent
+        && rejected.is_none()
+    {
         return None;
     }
-    let heart = status.heart.as_ref();
+    let heart = status.heartbeats.as_ref();
     Some(BackendHeartbeatDoc {
-        pulse: status.pulse.name().into(),
-        sender_state: heart.map(|_| status.calling.name().into()),
+        pulse: status.heartbeat_health.name().into(),
+        sender_state: heart.map(|_| status.requested.name().into()),
         silent_seconds: heart.and_then(|heart| heart.reading.silence).map(millis),
         timeout_seconds: heart.map(|heart| thousandths(heart.reading.timeout.as_secs_f64())),
         loss: heart.map(|heart| thousandths(heart.reading.loss)),

@@ -101,9 +101,9 @@ fn backend(now: Instant) -> BackendStatus {
         observation: Observation::Suspect,
         on_trial: true,
         ejections_total: 4,
-        pulse: HeartbeatHealth::Suspect,
-        calling: RequestedState::Starting,
-        heart: Some(BackendHeartbeatStatus {
+        heartbeat_health: HeartbeatHealth::Suspect,
+        requested: RequestedState::Starting,
+        heartbeats: Some(BackendHeartbeatStatus {
             reading: reading(now),
             key_id: 3,
             weight: 10,
@@ -151,7 +151,7 @@ fn status_of_a_pool_with_heartbeats_has_exactly_the_documented_fields() {
         published: Vec::new(),
         heartbeat: Some(HeartbeatChannelStatus {
             taken_total: 71_990,
-            misfits: vec![(HeartbeatIgnored::PoolFull, 2)],
+            ignored: vec![(HeartbeatIgnored::PoolFull, 2)],
             rejections: vec![rejection(false, now)],
             excuses_total: 3,
             silent: true,
@@ -209,7 +209,7 @@ fn an_explanation_has_exactly_the_documented_fields() {
         now,
         intent_for: millis(7_300_000),
         observed_for: millis(750),
-        calling_for: millis(2_000),
+        requested_for: millis(2_000),
         weight: Weight { base: 2, health: 10, ramp: 40, load: 65 },
         connections_max: 4,
         probe: Some(ProbeView {

@@ -467,7 +467,7 @@ impl Control {
     /// serves here, or [`ACQUAINTED_MAX`]: an older program says nothing of those
     /// that joined by their heartbeats.
     pub(super) async fn exchange_hello(&mut self, known: &Saved) {
-        if known.pools.iter().any(|pool| pool.hearts) {
+        if known.pools.iter().any(|pool| pool.takes_heartbeats) {
             return;
         }
         let deadline = clock::now() + ACQUAINTED_MAX;

@@ -8,7 +8,7 @@ use super::reports::{OldProcessOrder, OrderedIntent};
 use crate::control_loop::Control;
 use std::time::Duration;
 use tidegate_core::control::ControlEffect;
-use tidegate_core::control::elsewhere::HeldBackend;
+use tidegate_core::control::sessions_elsewhere::HeldBackend;
 use tidegate_core::health::Intent;
 use tidegate_core::table::state::BackendId;
 use tidegate_net::clock;

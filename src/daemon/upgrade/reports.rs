@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::control::Controller;
-use tidegate_core::control::elsewhere::{HeldBackend, HeldFrontend};
+use tidegate_core::control::sessions_elsewhere::{HeldBackend, HeldFrontend};
 use tidegate_core::table::state::{BackendId, FrontendId};
 use tidegate_net::clock;
 use tidegate_net::fd_channel::HandoverChannel;

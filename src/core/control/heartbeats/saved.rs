@@ -4,10 +4,13 @@
 //! Called by `handover` on both sides. It records nothing: what is taken over is
 //! no news.
 
-use super::{BackendHeartbeats, MemberSourceKind, ReportedLoad};
+use super::HeartbeatWatch;
+use super::reported::{BackendHeartbeats, ReportedLoad, requested};
 use crate::control::handover::{SavedBackend, SavedPool};
+use crate::control::pools::PoolId;
 use crate::control::schedule::{TimerKind, after};
-use crate::control::{Controller, PoolId, PublishReason, elsewhere};
+use crate::control::state::ControlState;
+use crate::control::{MemberSourceKind, PublishReason, sessions_elsewhere};
 use crate::model;
 use crate::model::{BackendAddr, HeartbeatSpec};
 use crate::suspicion::{BeatInfo, HeartbeatDetector, SavedDetector};
@@ -22,7 +25,7 @@ use tidegate_heartbeat::SenderState;
 /// saving.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct SavedHeart {
+pub struct SavedHeartbeats {
     /// What their rhythm means.
     pub detector: SavedDetector,
     /// Of the sender.
@@ -58,10 +61,10 @@ fn ago(now: Instant, ms: u64) -> Instant {
 // === impl BackendHeartbeats ===
 
 impl BackendHeartbeats {
-    pub(in crate::control) fn save(&self, now: Instant) -> SavedHeart {
+    pub(in crate::control) fn save(&self, now: Instant) -> SavedHeartbeats {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let ago = |then: Instant| millis(now.saturating_duration_since(then));
-        SavedHeart {
+        SavedHeartbeats {
             detector: self.detector.save(now),
             incarnation: self.incarnation,
             key_id: self.key_id,
@@ -78,7 +81,7 @@ impl BackendHeartbeats {
         }
     }
 
-    fn restore(saved: &SavedHeart, now: Instant) -> BackendHeartbeats {
+    fn restore(saved: &SavedHeartbeats, now: Instant) -> BackendHeartbeats {
         let named = |state: &SenderState| state.name() == saved.state;
         let state = SenderState::ALL.into_iter().find(named).unwrap_or(SenderState::Ready);
         let mut load = ReportedLoad::new(saved.load.min(1000));
@@ -132,46 +135,76 @@ impl BackendHeartbeats {
     }
 }
 
-// === impl Controller ===
+// === impl HeartbeatWatch ===
 
-impl Controller {
+impl HeartbeatWatch {
     /// Goes on with what another process has heard of the backend.
-    pub(in crate::control) fn adopt_heart(
+    pub(in crate::control) fn adopt_heartbeats(
         &mut self,
+        state: &mut ControlState,
         id: BackendId,
         saved: &SavedBackend,
         now: Instant,
     ) {
-        let Some(heart) = &saved.heart else { return };
-        let Some(entry) = self.backends.touch(id) else { return };
-        let Some(pool) = self.pools.get(entry.pool) else { return };
+        let Some(heartbeats) = &saved.heartbeats else { return };
+        let Some(entry) = state.backends.touch(id) else { return };
+        let Some(pool) = state.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
-        let mut heart = BackendHeartbeats::restore(heart, now);
-        if let Some(own) = &entry.heart {
-            heart.overtaken_by(own);
+        let mut heartbeats = BackendHeartbeats::restore(heartbeats, now);
+        if let Some(own) = &entry.heartbeats {
+            heartbeats.overtaken_by(own);
         }
-        entry.health.calling = super::requested(heart.state);
-        entry.calling_since = ago(now, saved.calling_ms);
-        let expired = heart.expired;
-        self.tallies.forget(id, entry.heart.as_deref_mut());
-        entry.heart = Some(Box::new(heart));
+        entry.health.requested = requested(heartbeats.state);
+        entry.requested_since = ago(now, saved.requested_ms);
+        let expired = heartbeats.expired;
+        self.drop_sender(entry);
+        entry.heartbeats = Some(Box::new(heartbeats));
         entry.heartbeats_from = None;
-        entry.health.pulse = entry.pulse_of(&spec, now);
+        entry.health.heartbeat_health = entry.heartbeat_health(&spec, now);
         if let Some((_, over)) = entry.expiry(&spec) {
             if !expired {
-                self.schedule.set(TimerKind::HeartbeatTtl(id), over.max(now));
+                state.schedule.set(TimerKind::HeartbeatTtl(id), over.max(now));
             } else if entry.origin == MemberSourceKind::Registered {
                 let forget = after(over, spec.forget_after).max(now);
-                self.schedule.set(TimerKind::Forget(id), forget);
+                state.schedule.set(TimerKind::Forget(id), forget);
             }
         }
-        self.count(id);
-        self.rearm(id);
-        if !self.schedule.is_set(TimerKind::GuardTick) {
-            self.guard_tick(now);
+        self.count(state, id);
+        state.rearm(id);
+        if !state.schedule.is_set(TimerKind::GuardTick) {
+            self.guard_tick(state, now);
         }
     }
 
+    /// Registered backends that left while the upgrade was under way.
+    pub(in crate::control) fn drop_unregistered(
+        &mut self,
+        state: &mut ControlState,
+        saved: &SavedPool,
+        now: Instant,
+    ) {
+        let Some(pool) = state.pools.named(&saved.name).filter(|_| saved.takes_heartbeats) else {
+            return;
+        };
+        let there: HashSet<&str> =
+            saved.backends.iter().map(|backend| backend.name.as_str()).collect();
+        let gone = |id: &&BackendId| {
+            state.backends.get(**id).is_some_and(|entry| {
+                entry.origin == MemberSourceKind::Registered
+                    && entry.heartbeats.as_ref().is_some_and(|heartbeats| heartbeats.adopted)
+                    && !there.contains(&*entry.spec.name)
+            })
+        };
+        let gone: Vec<BackendId> = pool.members().iter().filter(gone).copied().collect();
+        for id in gone {
+            self.unregister(state, id, "it left during the upgrade", now);
+        }
+    }
+}
+
+// === impl ControlState ===
+
+impl ControlState {
     /// Takes in a backend that has registered with another process.
     pub(in crate::control) fn adopt_registered(
         &mut self,
@@ -179,45 +212,27 @@ impl Controller {
         backend: &SavedBackend,
         now: Instant,
     ) -> Option<BackendId> {
-        let heart = backend.heart.as_ref().filter(|_| backend.registered)?;
+        let heartbeats = backend.heartbeats.as_ref().filter(|_| backend.registered)?;
         let pool = self.pools.named(&saved.name)?;
         let (id, spec) = (pool.id, Arc::clone(pool.spec.heartbeat.as_ref()?));
-        let BackendAddr::Tcp(address) = elsewhere::address_of(&backend.address)? else {
+        let BackendAddr::Tcp(address) = sessions_elsewhere::address_of(&backend.address)? else {
             return None;
         };
         let claimed =
             pool.member_named(&backend.name).is_some() || pool.member_at(address).is_some();
-        if claimed || !spec.register || self.is_own_bind(address) {
+        if claimed || !spec.register || self.frontends.listens_at(address) {
             return None;
         }
         self.check_room(id, &spec, now).ok()?;
-        let weight = heart.weight;
+        let weight = heartbeats.weight;
         let backend = self.admit(id, &spec, (backend.name.as_str().into(), address, weight), now);
         self.pools.note_change(id);
-        self.work.rebuild.get_or_insert(PublishReason::Heartbeat);
+        self.pending.rebuild.get_or_insert(PublishReason::Heartbeat);
         Some(backend)
     }
 
-    /// Registered backends that left while the upgrade was under way.
-    pub(in crate::control) fn drop_unregistered(&mut self, saved: &SavedPool, now: Instant) {
-        let Some(pool) = self.pools.named(&saved.name).filter(|_| saved.hearts) else { return };
-        let there: HashSet<&str> =
-            saved.backends.iter().map(|backend| backend.name.as_str()).collect();
-        let gone = |id: &&BackendId| {
-            self.backends.get(**id).is_some_and(|entry| {
-                entry.origin == MemberSourceKind::Registered
-                    && entry.heart.as_ref().is_some_and(|heart| heart.adopted)
-                    && !there.contains(&*entry.spec.name)
-            })
-        };
-        let gone: Vec<BackendId> = pool.members().iter().filter(gone).copied().collect();
-        for id in gone {
-            self.unregister(id, "it left during the upgrade", now);
-        }
-    }
-
     /// Makes a new member of the pool, or takes one back that was leaving.
-    pub(super) fn admit(
+    pub(in crate::control) fn admit(
         &mut self,
         pool_id: PoolId,
         spec: &HeartbeatSpec,
@@ -236,20 +251,19 @@ impl Controller {
             connections_max: 0,
         };
         let returned =
-            self.leaving_as(&pool_spec.name, &spec).and_then(|id| self.restore_backend(id, now));
+            self.removed_as(&pool_spec.name, &spec).and_then(|id| self.restore_backend(id, now));
         let mut entry = match returned {
             Some(entry) => entry,
             None => self.new_entry(&pool_spec, &spec, pool_id, now),
         };
-        entry.state.start_from(&pool_spec.source, self.workers);
+        entry.state.start_from(&pool_spec.source, self.allocator.workers);
         entry.pool = pool_id;
         entry.spec = spec;
         entry.origin = MemberSourceKind::Registered;
-        self.tallies.forget(entry.state.id, entry.heart.take().as_deref_mut());
-        entry.health.pulse = crate::health::HeartbeatHealth::Waiting;
+        entry.health.heartbeat_health = crate::health::HeartbeatHealth::Waiting;
         self.take_intent(&mut entry, now);
         let id = entry.state.id;
-        self.note_out(&entry);
+        self.ejections.note(&entry);
         self.pools.add_member(&entry);
         self.backends.insert(entry);
         self.join_probing(id, pool_id, now);

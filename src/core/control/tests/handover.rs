@@ -1,8 +1,8 @@
 //! What the next process knows when it takes over.
 
 use super::*;
-use crate::control::elsewhere::{HeldBackend, HeldFrontend};
 use crate::control::handover::Saved;
+use crate::control::sessions_elsewhere::{HeldBackend, HeldFrontend};
 use crate::control::tests::slow_backends::watched;
 use proptest::prelude::*;
 
@@ -142,7 +142,7 @@ fn history_goes_on_and_is_not_told_twice() {
 }
 
 #[test]
-fn what_a_program_without_hearts_and_history_says_is_understood() {
+fn what_a_program_without_heartbeats_and_history_says_is_understood() {
     let saved: Saved = serde_json::from_str(
         r#"{"generation":1,"serial":9,"frontends":[{"name":"in","sessions":7,"bytes_in":0,
         "bytes_out":0,"refused":{},"untracked":0}],"pools":[{"name":"web","open":false,

@@ -92,7 +92,7 @@ impl Bench {
     }
 
     fn name_of(&self, id: BackendId) -> String {
-        let entry = self.controller.backends.get(id);
+        let entry = self.controller.state.backends.get(id);
         entry.map_or_else(String::new, |entry| entry.state.name.to_string())
     }
 
@@ -101,8 +101,8 @@ impl Bench {
         status.pools[0].backends.iter().map(|b| b.state.name.to_string()).collect()
     }
 
-    fn misfit(&self, wanted: HeartbeatIgnored) -> u64 {
-        self.controller.misfits[wanted as usize]
+    fn ignored(&self, wanted: HeartbeatIgnored) -> u64 {
+        self.controller.heartbeats.ignored()[wanted as usize].1
     }
 }
 
@@ -114,7 +114,7 @@ fn a_registered_backend_serves_once_a_connect_has_confirmed_it() {
     assert_eq!(bench.names(), ["a"]);
     assert!(bench.serving().is_empty(), "not yet");
     let effects = bench.answer_but(&[]);
-    bench.pass(publish_pacer::PACE);
+    bench.pass(publish::pacer::PACE);
     assert_eq!(bench.serving(), ["a"], "{:?}", logs(&effects));
     let status = bench.status("a");
     assert_eq!(
@@ -138,7 +138,7 @@ fn where_the_pool_has_probes_the_first_result_counts_as_well() {
     bench.beat(&["a"], &[], Duration::from_secs(1));
     assert_eq!(bench.serving(), ["z", "a"]);
     bench.beat(&["a"], &["a"], Duration::from_secs(10));
-    assert_eq!(bench.status("a").pulse, crate::health::HeartbeatHealth::OnTime);
+    assert_eq!(bench.status("a").heartbeat_health, crate::health::HeartbeatHealth::OnTime);
     assert_eq!(bench.serving(), ["z"], "its host is well, its service is not");
 }
 
@@ -175,7 +175,7 @@ fn a_sender_that_drains_keeps_its_sessions_and_gets_no_new_ones() {
     assert_eq!(bench.serving(), ["z"]);
     assert_eq!(bench.names(), ["z", "a"]);
     bench.hear(heartbeat("a", 51));
-    bench.pass(publish_pacer::PACE);
+    bench.pass(publish::pacer::PACE);
     assert_eq!(bench.serving(), ["z", "a"]);
 }
 
@@ -262,13 +262,13 @@ fn a_name_or_an_address_of_the_file_is_nobody_elses() {
     assert_eq!(bench.names(), ["z"]);
     assert_eq!(
         (
-            bench.misfit(HeartbeatIgnored::ConfiguredName),
-            bench.misfit(HeartbeatIgnored::ConfiguredAddress)
+            bench.ignored(HeartbeatIgnored::ConfiguredName),
+            bench.ignored(HeartbeatIgnored::ConfiguredAddress)
         ),
         (1, 1)
     );
     bench.hear(Heartbeat { address: ([127, 0, 0, 1], 80).into(), ..heartbeat("a", 1) });
-    assert_eq!(bench.misfit(HeartbeatIgnored::OwnAddress), 1, "sessions would come back to us");
+    assert_eq!(bench.ignored(HeartbeatIgnored::OwnAddress), 1, "sessions would come back to us");
 }
 
 #[test]
@@ -279,7 +279,7 @@ fn of_two_senders_with_one_name_the_younger_is_believed() {
     bench.hear(Heartbeat { incarnation: 2, ..heartbeat("a@77", 1) });
     assert_ne!(bench.id("a"), old);
     bench.hear(heartbeat("a", 100));
-    assert_eq!(bench.misfit(HeartbeatIgnored::OlderSender), 1);
+    assert_eq!(bench.ignored(HeartbeatIgnored::OlderSender), 1);
     assert_eq!(bench.names(), ["z", "a"]);
 }
 
@@ -290,7 +290,7 @@ fn no_more_register_than_the_pool_allows_and_that_is_said_once() {
     let mut bench = Bench::new(PoolConfig { heartbeat: heartbeat_spec, ..unprobed(&[]) });
     let effects: Vec<ControlEffect> =
         ["a", "b", "c", "d"].iter().flat_map(|name| bench.hear(heartbeat(name, 1))).collect();
-    assert_eq!((bench.names().len(), bench.misfit(HeartbeatIgnored::PoolFull)), (2, 2));
+    assert_eq!((bench.names().len(), bench.ignored(HeartbeatIgnored::PoolFull)), (2, 2));
     let full = logs(&effects).iter().filter(|line| line.contains("backends_max")).count();
     assert_eq!(full, 1);
 }
@@ -314,11 +314,11 @@ fn small_changes_of_weight_make_no_table() {
     let said = |weight, sequence| Heartbeat { weight, ..heartbeat("a", sequence) };
     bench.hear(said(50, 1));
     bench.answer_but(&[]);
-    bench.pass(publish_pacer::PACE);
+    bench.pass(publish::pacer::PACE);
     let effects: Vec<ControlEffect> =
         (2..100).flat_map(|n| bench.hear(said(50 + (n % 5) as u16, n))).collect();
     assert_eq!((publishes(&effects), bench.status("a").weight), (0, 50));
-    bench.pass(publish_pacer::PACE);
+    bench.pass(publish::pacer::PACE);
     assert_eq!(publishes(&bench.hear(said(55, 100))), 1);
 }
 
@@ -381,7 +381,7 @@ fn a_thousand_who_come_and_go_each_second_make_ten_tables_a_second() {
     assert_eq!(n, 3000);
     assert!((25..=31).contains(&tables), "{tables} tables in 3 s");
     assert!(bench.serving().len() > 100);
-    bench.pass(publish_pacer::PACE);
+    bench.pass(publish::pacer::PACE);
     assert_eq!(bench.serving().len(), bench.names().len());
 }
 
@@ -448,7 +448,7 @@ fn an_explanation_tells_the_whole_story() {
         story,
         [("suspect", "down"), ("up", "suspect"), ("unknown", "up"), ("new", "unknown")]
     );
-    let reading = explained.backend.heart.unwrap().reading;
+    let reading = explained.backend.heartbeats.unwrap().reading;
     assert_eq!(reading.state, crate::suspicion::DetectorState::Down);
     assert!(reading.silence.unwrap() >= Duration::from_secs(2) - INTERVAL);
     assert_eq!(explained.weight.health, 0);
@@ -464,7 +464,7 @@ fn a_confirming_probe_leaves_the_regular_ones_their_turn() {
     bench.beat(&["a", "b", "c"], &[], Duration::from_secs(10));
     bench.beat(&["b", "c"], &[], Duration::from_secs(1));
     let effects = bench.beat(&["b", "c"], &[], Duration::from_secs(20));
-    let id = bench.controller.find_backend("web", "a").unwrap();
+    let id = bench.controller.state.find_backend("web", "a").unwrap();
     let regular = effects.iter().filter(|effect| {
         matches!(effect, ControlEffect::Probe { backend, spec, .. } if *backend == id && spec.interval > TRY_TIMEOUT_MAX)
     });
@@ -513,8 +513,8 @@ fn after_an_upgrade_registered_backends_serve_before_anybody_is_heard() {
     let mut next = upgraded(&old, slow_pool());
     assert_eq!(next.names(), ["z", "a", "b", "c"]);
     assert_eq!(next.serving(), ["z", "a"]);
-    assert_eq!(next.status("b").calling, crate::health::RequestedState::Draining);
-    let reading = |bench: &Bench| bench.status("a").heart.unwrap().reading;
+    assert_eq!(next.status("b").requested, crate::health::RequestedState::Draining);
+    let reading = |bench: &Bench| bench.status("a").heartbeats.unwrap().reading;
     assert_eq!(reading(&next).beats_total, reading(&old).beats_total);
     assert_eq!(reading(&next).sequence, reading(&old).sequence);
     assert_eq!(next.status("a").last_transition.unwrap().to, "up");
@@ -562,7 +562,7 @@ fn ten_thousand_slow_senders_are_all_there_after_an_upgrade() {
         });
     }
     old.answer_but(&[]);
-    old.pass(publish_pacer::PACE);
+    old.pass(publish::pacer::PACE);
     assert_eq!(old.serving().len(), 10_000);
     let next = upgraded(&old, many());
     assert_eq!(next.serving().len(), 10_000);

@@ -42,7 +42,7 @@ fn a_drain_survives_reloads_and_does_not_follow_the_name_to_another_address() {
 fn a_drained_backend_that_is_out_of_the_file_for_a_moment_comes_back_drained() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.operator("a", Intent::Draining);
-    for away in [Duration::from_millis(1500), KEPT_FOR - Duration::from_secs(1)] {
+    for away in [Duration::from_millis(1500), REMOVED_INTENTS_FOR - Duration::from_secs(1)] {
         bench.configure(unprobed(&["b"]));
         bench.pass(away);
         bench.configure(unprobed(&["a", "b"]));
@@ -50,7 +50,7 @@ fn a_drained_backend_that_is_out_of_the_file_for_a_moment_comes_back_drained() {
         assert_eq!(bench.serving(), ["b"]);
     }
     bench.configure(unprobed(&["b"]));
-    bench.pass(KEPT_FOR);
+    bench.pass(REMOVED_INTENTS_FOR);
     bench.configure(unprobed(&["a", "b"]));
     assert_eq!(bench.status("a").intent, Intent::Ready, "nobody remembers for ever");
 }
@@ -111,7 +111,7 @@ fn a_removed_backend_is_kept_until_its_last_session_ends() {
     bench.pass(Duration::from_secs(3600));
     assert_eq!(bench.controller.status(bench.now).leaving[0].id, removed.id);
     removed.in_flight.leave();
-    bench.pass(removal::LEAVING_CHECK_INTERVAL);
+    bench.pass(removal::CHECK_INTERVAL);
     assert!(bench.controller.status(bench.now).leaving.is_empty());
     assert_eq!(bench.controller.next_due(), None);
 }

@@ -1,7 +1,7 @@
 //! Many backends: one step of the controller costs a bounded number of them.
 
 use super::*;
-use crate::control::apart::AT_ONCE_MAX;
+use crate::control::publish::detached_build::AT_ONCE_MAX;
 use crate::control::source_ports::{PortLimits, PortLook, PortWatch, Reuse};
 use crate::model;
 use crate::table::build::PoolBuild;
@@ -144,10 +144,10 @@ fn what_is_saved_in_slices_is_the_same_and_a_reload_ends_it() {
 }
 
 /// One pool of five, too large to be made at once, and what its table says.
-fn apart() -> (Controller, Instant) {
+fn detached() -> (Controller, Instant) {
     let now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
-    controller.build_apart_above(4);
+    controller.detach_builds_above(4);
     controller.apply(ControlEvent::Configure(large(1, 5)), now);
     (controller, now)
 }
@@ -187,7 +187,7 @@ fn enters(controller: &Controller, name: &str) -> bool {
 
 #[test]
 fn who_is_taken_out_of_a_large_pool_gets_no_session_before_its_table_is_made() {
-    let (mut controller, now) = apart();
+    let (mut controller, now) = detached();
     let effects = set(&mut controller, "b1", Intent::Draining, now);
     assert_eq!((publishes(&effects), in_table(&controller).len()), (0, 5));
     assert!(!enters(&controller, "b1"), "it is shut at once");
@@ -202,7 +202,7 @@ fn who_is_taken_out_of_a_large_pool_gets_no_session_before_its_table_is_made() {
 
 #[test]
 fn what_changes_while_a_part_is_made_makes_one_more() {
-    let (mut controller, now) = apart();
+    let (mut controller, now) = detached();
     let first = the_build(set(&mut controller, "b1", Intent::Draining, now));
     for name in ["b2", "b3"] {
         let effects = set(&mut controller, name, Intent::Draining, now);
@@ -221,7 +221,7 @@ fn what_changes_while_a_part_is_made_makes_one_more() {
 
 #[test]
 fn parts_take_the_other_thread_half_of_its_time_at_most() {
-    let (mut controller, now) = apart();
+    let (mut controller, now) = detached();
     let ControlEvent::Built { token, built, .. } =
         the_build(set(&mut controller, "b1", Intent::Draining, now))
     else {
@@ -241,7 +241,7 @@ fn parts_take_the_other_thread_half_of_its_time_at_most() {
 
 #[test]
 fn part_that_a_reload_has_overtaken_is_not_used_and_nobody_stays_shut() {
-    let (mut controller, now) = apart();
+    let (mut controller, now) = detached();
     let overtaken = the_build(set(&mut controller, "b1", Intent::Draining, now));
     controller.apply(ControlEvent::Configure(large(1, 6)), now);
     assert_eq!(in_table(&controller), ["b0", "b2", "b3", "b4", "b5"]);
@@ -255,7 +255,7 @@ fn part_that_a_reload_has_overtaken_is_not_used_and_nobody_stays_shut() {
 
 #[test]
 fn members_that_come_and_go_are_in_the_next_part_of_a_large_pool() {
-    let (mut controller, mut now) = apart();
+    let (mut controller, mut now) = detached();
     let hear = |controller: &mut Controller, n: usize, sequence: u64, state, now| {
         let heartbeat = Heartbeat { state, ..beat_of("pool0", n, sequence) };
         let mut effects =
@@ -342,7 +342,7 @@ fn beat_of(pool: &str, n: usize, sequence: u64) -> Heartbeat {
 }
 
 /// Has parts of tables made, and notes how long making and taking them took.
-fn made_apart(
+fn build_detached(
     controller: &mut Controller,
     effects: Vec<ControlEffect>,
     now: Instant,
@@ -364,10 +364,10 @@ fn costs() {
         return;
     }
     for (pools, each) in [(1, MANY), (20, MANY / 20), (200, MANY / 200), (MANY / 10, 10)] {
-        for hearts in [200.min(each), each] {
-            println!("--- {pools} pools of {each}; {hearts} of the first one send heartbeats");
+        for senders in [200.min(each), each] {
+            println!("--- {pools} pools of {each}; {senders} of the first one send heartbeats");
             println!("{:36} {:>12} {:>12}", "step", "median", "longest");
-            costs_of(pools, each, hearts);
+            costs_of(pools, each, senders);
         }
     }
 }
@@ -388,7 +388,7 @@ fn built(token: BuildToken, build: PoolBuild) -> ControlEvent {
     ControlEvent::Built { token, built: Box::new(build.run()), took: Duration::ZERO }
 }
 
-fn costs_of(pools: usize, each: usize, hearts: usize) {
+fn costs_of(pools: usize, each: usize, senders: usize) {
     let mut now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
     let config = large(pools, each);
@@ -405,14 +405,14 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
     let mut beats = Vec::new();
     for sequence in 1..=30 {
         now += Duration::from_millis(100);
-        let heard = (0..hearts).map(|n| ControlEvent::Heartbeat {
+        let heard = (0..senders).map(|n| ControlEvent::Heartbeat {
             heartbeat: beat_of("pool0", n, sequence),
             at: now,
             stands_for: 1,
         });
         let heard: Vec<ControlEvent> = heard.collect();
         let (took, effects) = timed(|| controller.apply_all(heard, now));
-        beats.push(took / u32::try_from(hearts).unwrap());
+        beats.push(took / u32::try_from(senders).unwrap());
         let asked = effects.into_iter().filter_map(|effect| match effect {
             ControlEffect::Probe { backend, token, .. } => Some(ControlEvent::Probed {
                 backend,
@@ -428,15 +428,16 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
         }
     }
     row("one heartbeat", beats);
-    row("guard tick", (0..20).map(|_| timed(|| controller.guard_tick(now)).0).collect());
-    let pool = controller.pools.iter().next().unwrap().id;
+    let (watch, state) = (&mut controller.heartbeats, &mut controller.state);
+    row("guard tick", (0..20).map(|_| timed(|| watch.guard_tick(state, now)).0).collect());
+    let pool = state.pools.iter().next().unwrap().id;
     row(
         "look at one pool",
-        (0..20).map(|_| timed(|| controller.check_guard(Some(pool), now)).0).collect(),
+        (0..20).map(|_| timed(|| watch.check_guard(state, Some(pool), now)).0).collect(),
     );
     row(
         "look at all pools",
-        (0..20).map(|_| timed(|| controller.check_guard(None, now)).0).collect(),
+        (0..20).map(|_| timed(|| watch.check_guard(state, None, now)).0).collect(),
     );
 
     // The last sender falls silent, and nothing answers at its address.
@@ -453,7 +454,7 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
             silent.push(took);
             effects = next;
         }
-        let heard = (0..hearts - 1).map(|n| ControlEvent::Heartbeat {
+        let heard = (0..senders - 1).map(|n| ControlEvent::Heartbeat {
             heartbeat: beat_of("pool0", n, sequence),
             at: now,
             stands_for: 1,
@@ -466,7 +467,7 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
 
     let (mut ejections, mut parts) = (Vec::new(), Vec::new());
     for n in 0..4 {
-        let id = controller.backends.iter().nth(n * 2 + 1).unwrap().state.id;
+        let id = controller.state.backends.iter().nth(n * 2 + 1).unwrap().state.id;
         let fail = |in_a_row| ControlEvent::ConnectFailed {
             backend: id,
             failure: ConnectFailure::Refused,
@@ -475,7 +476,7 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
         };
         let (took, effects) = timed(|| controller.apply_all((1..=5).map(fail), now));
         ejections.push(took);
-        made_apart(&mut controller, effects, now, &mut parts);
+        build_detached(&mut controller, effects, now, &mut parts);
     }
     row("ejection", ejections);
     let mut drains = Vec::new();
@@ -484,7 +485,7 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
         let intent = Intent::Draining;
         let (took, effects) = timed(|| controller.set_intent("pool0", &name, intent, now).unwrap());
         drains.push(took);
-        made_apart(&mut controller, effects, now, &mut parts);
+        build_detached(&mut controller, effects, now, &mut parts);
     }
     row("drain", drains);
     if !parts.is_empty() {
@@ -518,7 +519,9 @@ fn costs_of(pools: usize, each: usize, hearts: usize) {
     row("end of saving", vec![timed(|| controller.end_save(saving)).0]);
     row("save at once (upgrade)", vec![timed(|| controller.save(now)).0]);
     let late = Duration::from_millis(60);
-    let excuse = |controller: &mut Controller| controller.ignore_silence(late, "late", now);
+    let excuse = |controller: &mut Controller| {
+        controller.heartbeats.ignore_silence(&mut controller.state, late, "late", now);
+    };
     row("excuse everybody", (0..4).map(|_| timed(|| excuse(&mut controller)).0).collect());
     let mut ports = PortWatch::default();
     let limits = PortLimits { ports: 100, reuse: Reuse::Loopback };

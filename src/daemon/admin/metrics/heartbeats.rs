@@ -64,8 +64,8 @@ fn channel(out: &mut Encoder, snapshot: &AdminSnapshot) {
     let received = &snapshot.heartbeats;
     out.family(&families::ACCEPTED).count(&[], received.accepted);
     let mut samples = out.family(&families::REJECTED);
-    let misfits = status.misfits.iter().map(|(misfit, count)| (misfit.name(), *count));
-    for (reason, count) in received.rejected.iter().copied().chain(misfits) {
+    let ignored = status.ignored.iter().map(|(why, count)| (why.name(), *count));
+    for (reason, count) in received.rejected.iter().copied().chain(ignored) {
         samples.count(&[("reason", reason)], count);
     }
     out.family(&families::KERNEL_DROPS).count(&[], received.kernel_drops);
@@ -90,7 +90,7 @@ fn backends(out: &mut Encoder, each: &[One<'_>]) {
     }
     let flags: [(&Family, Flag); 2] = [
         (&families::IS_REGISTERED, |b| b.origin == MemberSourceKind::Registered),
-        (&families::BEATING, |b| b.pulse == HeartbeatHealth::OnTime),
+        (&families::BEATING, |b| b.heartbeat_health == HeartbeatHealth::OnTime),
     ];
     for (family, flag) in flags {
         let mut samples = out.family(family);
@@ -108,7 +108,7 @@ fn backends(out: &mut Encoder, each: &[One<'_>]) {
     for (family, figure) in figures {
         let mut samples = out.family(family);
         for one in listening() {
-            if let Some(heart) = &one.status.heart {
+            if let Some(heart) = &one.status.heartbeats {
                 samples.value_of(&one.labels, figure(heart));
             }
         }

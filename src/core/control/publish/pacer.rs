@@ -5,8 +5,10 @@
 //! backend out, an operator's word or a reload never does, and takes along what
 //! was waiting. It publishes nothing itself.
 
-use super::schedule::TimerKind;
-use super::{Controller, PoolId};
+use super::Publisher;
+use crate::control::pools::PoolId;
+use crate::control::schedule::TimerKind;
+use crate::control::state::ControlState;
 use crate::table::state::BackendId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -14,7 +16,7 @@ use std::time::{Duration, Instant};
 /// From one table made for heartbeats to the next: ten a second. A table costs
 /// milliseconds where a pool has thousands of backends, and a newcomer or a
 /// weight can wait that long.
-pub(super) const PACE: Duration = Duration::from_millis(100);
+pub(in crate::control) const PACE: Duration = Duration::from_millis(100);
 
 /// Why a table was made; a closed set, the label of a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +34,7 @@ pub enum PublishReason {
 
 /// What waits for the next table.
 #[derive(Debug, Default)]
-pub(super) struct PublishPacer {
+pub(in crate::control) struct PublishPacer {
     /// These have moved, and the table that is due says so.
     moved: BTreeSet<(PoolId, BackendId)>,
     /// No table for heartbeats before then.
@@ -67,12 +69,12 @@ impl PublishReason {
 
 impl PublishPacer {
     /// Tables so far for that reason.
-    pub(super) fn published(&self, reason: PublishReason) -> u64 {
+    pub(in crate::control) fn published(&self, reason: PublishReason) -> u64 {
         self.published[reason as usize]
     }
 
     /// No table for heartbeats before then.
-    pub(super) fn wait_until(&mut self, at: Instant) {
+    pub(in crate::control) fn wait_until(&mut self, at: Instant) {
         self.not_before = Some(self.not_before.map_or(at, |before| before.max(at)));
     }
 
@@ -86,65 +88,79 @@ impl PublishPacer {
     }
 }
 
-// === impl Controller ===
+// === impl Publisher ===
 
-impl Controller {
+impl Publisher {
     /// Why a table is due now, if one is. What has to wait is scheduled.
-    pub(super) fn table_due(&mut self, now: Instant) -> Option<PublishReason> {
-        let touched = self.backends.take_touched();
-        let reason = self.work.rebuild.take();
+    pub(in crate::control) fn table_due(
+        &mut self,
+        state: &mut ControlState,
+        now: Instant,
+    ) -> Option<PublishReason> {
+        let touched = state.backends.take_touched();
+        let reason = state.pending.rebuild.take();
         let mut health = false;
         for id in touched {
-            let Some(pool) = self.moved(id) else {
-                self.came_back(id);
+            let Some(pool) = state.moved(id) else {
+                state.came_back(id);
                 continue;
             };
-            if self.may_wait(id) {
-                self.backends.touch_later(id);
+            if state.may_wait(id) {
+                state.backends.touch_later(id);
             } else {
-                self.pace.moved.insert((pool, id));
+                self.pacer.moved.insert((pool, id));
                 health = true;
             }
         }
         if reason.is_some() || health {
-            return reason.or(self.work.cause).or(Some(PublishReason::Health));
+            return reason.or(state.pending.cause).or(Some(PublishReason::Health));
         }
-        if self.backends.waiting().is_empty() && self.pools.changed().is_empty() {
+        if state.backends.waiting().is_empty() && state.pools.changed().is_empty() {
             return None;
         }
-        if let Some(at) = self.pace.not_before
+        if let Some(at) = self.pacer.not_before
             && at > now
         {
             // Whether they have really moved is asked once, then.
-            if !self.schedule.is_set(TimerKind::Publish) {
-                self.schedule.set(TimerKind::Publish, at);
+            if !state.schedule.is_set(TimerKind::Publish) {
+                state.schedule.set(TimerKind::Publish, at);
             }
             return None;
         }
-        let mut waiting = self.backends.take_waiting();
-        waiting.retain(|id| self.moved(*id).is_some());
-        let due = !waiting.is_empty() || !self.pools.changed().is_empty();
-        self.backends.wait_on(waiting);
+        let mut waiting = state.backends.take_waiting();
+        waiting.retain(|id| state.moved(*id).is_some());
+        let due = !waiting.is_empty() || !state.pools.changed().is_empty();
+        state.backends.wait_on(waiting);
         due.then_some(PublishReason::Heartbeat)
     }
 
     /// The pools of which the newest table is wrong, each with its backends that have
     /// moved.
-    pub(super) fn wrong_pools(&self) -> BTreeMap<PoolId, BTreeSet<BackendId>> {
+    pub(in crate::control) fn wrong_pools(
+        &self,
+        state: &ControlState,
+    ) -> BTreeMap<PoolId, BTreeSet<BackendId>> {
         let mut wrong: BTreeMap<PoolId, BTreeSet<BackendId>> =
-            self.pools.changed().iter().map(|pool| (*pool, BTreeSet::new())).collect();
-        let waiting = self.backends.waiting().iter().filter_map(|id| Some((self.moved(*id)?, *id)));
-        for (pool, id) in self.pace.moved.iter().copied().chain(waiting) {
+            state.pools.changed().iter().map(|pool| (*pool, BTreeSet::new())).collect();
+        let waiting =
+            state.backends.waiting().iter().filter_map(|id| Some((state.moved(*id)?, *id)));
+        for (pool, id) in self.pacer.moved.iter().copied().chain(waiting) {
             wrong.entry(pool).or_default().insert(id);
         }
         wrong
     }
 
     /// Notes that a table was `made`, or that its parts are being made.
-    pub(super) fn table_made(&mut self, reason: PublishReason, made: bool, now: Instant) {
-        self.schedule.cancel(TimerKind::Publish);
-        self.pace.done(reason, made, now);
-        self.backends.take_waiting();
-        self.pools.clear_changed();
+    pub(in crate::control) fn table_made(
+        &mut self,
+        state: &mut ControlState,
+        reason: PublishReason,
+        made: bool,
+        now: Instant,
+    ) {
+        state.schedule.cancel(TimerKind::Publish);
+        self.pacer.done(reason, made, now);
+        state.backends.take_waiting();
+        state.pools.clear_changed();
     }
 }

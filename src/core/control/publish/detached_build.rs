@@ -10,8 +10,12 @@
 //!
 //! [`InFlight::shut`]: crate::balance::in_flight::InFlight::shut
 
-use super::schedule::TimerKind;
-use super::{ControlEffect, Controller, PoolEntry, PoolId, PublishReason};
+use super::Publisher;
+use super::pacer::PublishReason;
+use crate::control::ControlEffect;
+use crate::control::pools::{PoolEntry, PoolId};
+use crate::control::schedule::TimerKind;
+use crate::control::state::ControlState;
 use crate::table::PoolTable;
 use crate::table::build::{PoolBuild, PoolBuilt, PoolInput};
 use crate::table::state::{BackendId, BackendState};
@@ -20,7 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Members up to which a pool's part is made at once: some 2 ms.
-pub(super) const AT_ONCE_MAX: usize = 2_000;
+pub(in crate::control) const AT_ONCE_MAX: usize = 2_000;
 
 /// Parts made for heartbeats take the other thread one part in so many of its time; all
 /// together take half of it.
@@ -38,9 +42,9 @@ pub struct BuildToken {
 
 /// What all pools have in common.
 #[derive(Debug)]
-pub(super) struct Builds {
+pub(in crate::control) struct Builds {
     /// Members up to which a pool's part is made at once.
-    pub(super) at_once_max: usize,
+    pub(in crate::control) at_once_max: usize,
     /// The last number given out.
     number: u64,
     /// Pools that are wrong. One whose part is under way waits for its end.
@@ -54,7 +58,7 @@ pub(super) struct Builds {
 
 /// One pool's part.
 #[derive(Debug, Default)]
-pub(super) struct Apart {
+pub(in crate::control) struct DetachedBuild {
     /// What the last part was made of; `None` while one is under way.
     roster: Option<Roster>,
     under_way: Option<UnderWay>,
@@ -73,7 +77,7 @@ struct UnderWay {
     ids: Vec<BackendId>,
 }
 
-/// See [`Apart`]. The input travels to the other thread and back, so that a change of
+/// See [`DetachedBuild`]. The input travels to the other thread and back, so that a change of
 /// one backend costs a change of one line in it.
 #[derive(Debug)]
 struct Roster {
@@ -93,27 +97,27 @@ impl Default for Builds {
 
 impl Builds {
     /// Whether the part of a pool of so many is made on another thread.
-    pub(super) fn is_apart(&self, members: usize) -> bool {
+    pub(in crate::control) fn is_detached(&self, members: usize) -> bool {
         members > self.at_once_max
     }
 
     /// Whether that pool's part is still to be made.
     #[cfg(debug_assertions)]
-    pub(super) fn is_due(&self, pool: PoolId) -> bool {
+    pub(in crate::control) fn is_due(&self, pool: PoolId) -> bool {
         self.due.contains_key(&pool)
     }
 }
 
-// === impl Apart ===
+// === impl DetachedBuild ===
 
-impl Apart {
+impl DetachedBuild {
     /// Keeps what was made between two events.
-    fn of(input: PoolInput, ids: Vec<BackendId>) -> Apart {
-        Apart { roster: Some(Roster { input, ids }), ..Apart::default() }
+    fn of(input: PoolInput, ids: Vec<BackendId>) -> DetachedBuild {
+        DetachedBuild { roster: Some(Roster { input, ids }), ..DetachedBuild::default() }
     }
 
     /// A table says of everybody what is so.
-    pub(super) fn reopen(&self) {
+    pub(in crate::control) fn reopen(&self) {
         self.shut.iter().for_each(|(_, state)| state.in_flight.reopen());
     }
 
@@ -153,155 +157,170 @@ impl Roster {
     }
 }
 
-// === impl Controller ===
+// === impl Publisher ===
 
-impl Controller {
-    /// Has parts of more than so many members made apart from events, and no others;
-    /// for simulations with small pools.
-    pub fn build_apart_above(&mut self, members: usize) {
+impl Publisher {
+    /// Makes parts of more than so many members on another thread, and no others.
+    pub(in crate::control) fn detach_builds_above(&mut self, members: usize) {
         self.builds.at_once_max = members;
     }
 
     /// A large pool is wrong about those `moved` (members came or went, where there are
     /// none). Whoever is taken out gets no session from now on.
-    pub(super) fn wrong_apart(
+    pub(in crate::control) fn detach(
         &mut self,
+        state: &mut ControlState,
         pool: PoolId,
         moved: BTreeSet<BackendId>,
         reason: PublishReason,
     ) {
-        let Some(pool) = self.pools.observe(pool) else { return };
+        let Some(pool) = state.pools.observe(pool) else { return };
         self.builds.due.entry(pool.id).or_insert(reason);
-        let apart = pool.apart.get_or_insert_default();
+        let detached = pool.detached.get_or_insert_default();
         // The first part that will know of it is the next to begin.
         let first = self.builds.number + 1;
         for id in &moved {
-            let Some(entry) = self.backends.get(*id) else { continue };
+            let Some(entry) = state.backends.get(*id) else { continue };
             if entry.health.eligible() {
-                apart.reopen_one(*id);
-            } else if !apart.shut.iter().any(|(_, state)| state.id == *id)
+                detached.reopen_one(*id);
+            } else if !detached.shut.iter().any(|(_, state)| state.id == *id)
                 && entry.state.in_flight.shut()
             {
-                apart.shut.push((first, Arc::clone(&entry.state)));
+                detached.shut.push((first, Arc::clone(&entry.state)));
             }
         }
-        apart.moved.extend(moved);
-    }
-
-    /// A backend stands as the newest table, or the part under way, says: it may have
-    /// been taken out and put back since.
-    pub(super) fn came_back(&mut self, id: BackendId) {
-        let Some(entry) = self.backends.get(id).filter(|entry| entry.health.eligible()) else {
-            return;
-        };
-        if let Some(apart) = self.pools.observe(entry.pool).and_then(|pool| pool.apart.as_mut()) {
-            apart.reopen_one(id);
-        }
+        detached.moved.extend(moved);
     }
 
     /// The pool's part has been made between two events: of that.
-    pub(super) fn made_at_once(&mut self, id: PoolId, input: PoolInput) {
-        let Some(pool) = self.pools.observe(id) else { return };
-        if let Some(before) = pool.apart.take() {
+    pub(in crate::control) fn built_at_once(
+        &mut self,
+        state: &mut ControlState,
+        id: PoolId,
+        input: PoolInput,
+    ) {
+        let Some(pool) = state.pools.observe(id) else { return };
+        if let Some(before) = pool.detached.take() {
             // What was under way or due is of no use any more.
             before.reopen();
         }
         self.builds.due.remove(&id);
         self.builds.ready.retain(|(pool, _)| *pool != id);
-        if self.builds.is_apart(pool.members().len()) {
-            pool.apart = Some(Apart::of(input, pool.members().to_vec()));
+        if self.builds.is_detached(pool.members().len()) {
+            pool.detached = Some(DetachedBuild::of(input, pool.members().to_vec()));
         }
     }
 
     /// Begins the parts that are due and not under way.
-    pub(super) fn begin_builds(&mut self, now: Instant) {
+    pub(in crate::control) fn begin_builds(&mut self, state: &mut ControlState, now: Instant) {
         if self.builds.due.is_empty() {
             return;
         }
         if let Some((at, took)) = self.builds.last
             && now.saturating_duration_since(at) < took
         {
-            self.schedule.set(TimerKind::Build, at + took);
+            state.schedule.set(TimerKind::Build, at + took);
             return;
         }
         // A pool that a reload has removed is not due any more.
         let idle = |id: &PoolId| {
-            let apart = self.pool(*id).and_then(|pool| pool.apart.as_ref());
-            apart.is_none_or(|apart| apart.under_way.is_none())
+            let detached = state.pool(*id).and_then(|pool| pool.detached.as_ref());
+            detached.is_none_or(|detached| detached.under_way.is_none())
         };
         let begin: Vec<PoolId> = self.builds.due.keys().copied().filter(idle).collect();
         for id in begin {
             let reason = self.builds.due.remove(&id).unwrap_or(PublishReason::Health);
-            self.begin_build(id, reason);
+            self.begin_build(state, id, reason);
         }
     }
 
-    fn begin_build(&mut self, id: PoolId, reason: PublishReason) {
-        let previous = self.pools.place(id).and_then(|place| self.table.pools.get(place)).cloned();
-        let stand_ins = self.pool(id).map_or_else(Vec::new, |pool| self.stand_ins_of(pool));
-        let Some(pool) = self.pools.observe(id) else { return };
-        let Some(mut apart) = pool.apart.take() else { return };
+    fn begin_build(&mut self, state: &mut ControlState, id: PoolId, reason: PublishReason) {
+        let previous = state.pools.place(id).and_then(|place| self.table.pools.get(place)).cloned();
+        let stand_ins = state.pool(id).map_or_else(Vec::new, |pool| state.stand_ins_of(pool));
+        let Some(pool) = state.pools.observe(id) else { return };
+        let Some(mut detached) = pool.detached.take() else { return };
         self.builds.number += 1;
         let number = self.builds.number;
-        let moved = std::mem::take(&mut apart.moved);
-        let mut roster = apart.roster.take().unwrap_or_else(|| Roster::nobody(pool));
+        let moved = std::mem::take(&mut detached.moved);
+        let mut roster = detached.roster.take().unwrap_or_else(|| Roster::nobody(pool));
         let came = roster.follow(pool.members());
         for place in roster.places(&moved) {
             if let Some(line) = roster.input.backends.get_mut(place)
-                && let Some(input) = self.backends.publish(roster.ids[place], pool)
+                && let Some(input) = state.backends.publish(roster.ids[place], pool)
             {
                 *line = input;
             }
         }
         // Every member is among the backends.
-        let came = came.filter_map(|place| self.backends.publish(roster.ids[place], pool));
+        let came = came.filter_map(|place| state.backends.publish(roster.ids[place], pool));
         roster.input.backends.extend(came);
         roster.input.spec = Arc::clone(&pool.spec);
         roster.input.stand_ins = stand_ins;
         roster.input.undecided = pool.settling().is_some();
-        apart.under_way = Some(UnderWay { number, reason, ids: roster.ids });
-        pool.apart = Some(apart);
+        detached.under_way = Some(UnderWay { number, reason, ids: roster.ids });
+        pool.detached = Some(detached);
         let token = BuildToken { pool: id, number };
         let build = Box::new(PoolBuild { input: roster.input, previous });
-        self.work.effects.push(ControlEffect::Build { token, build });
+        state.pending.effects.push(ControlEffect::Build { token, build });
     }
 
     /// A part is made, which `took` so long. One that a reload has overtaken is of no
     /// use.
-    pub(super) fn built(
+    pub(in crate::control) fn built(
         &mut self,
+        state: &mut ControlState,
         token: BuildToken,
         built: PoolBuilt,
         took: Duration,
         now: Instant,
     ) {
-        let Some(pool) = self.pools.observe(token.pool) else { return };
-        let Some(apart) = &mut pool.apart else { return };
+        let Some(pool) = state.pools.observe(token.pool) else { return };
+        let Some(detached) = &mut pool.detached else { return };
         let Some(UnderWay { reason, ids, .. }) =
-            apart.under_way.take_if(|part| part.number == token.number)
+            detached.under_way.take_if(|part| part.number == token.number)
         else {
             return;
         };
-        apart.roster = Some(Roster { input: built.input, ids });
+        detached.roster = Some(Roster { input: built.input, ids });
         self.builds.ready.push((token.pool, built.table));
-        self.work.rebuild.get_or_insert(reason);
+        state.pending.rebuild.get_or_insert(reason);
         self.builds.last = Some((now, took));
         if reason == PublishReason::Heartbeat {
-            self.pace.wait_until(now + took * (SHARE - 1));
+            self.pacer.wait_until(now + took * (SHARE - 1));
         }
-        let due = apart.shut.extract_if(.., |(first, _)| *first <= token.number);
-        self.work.reopen.extend(due.map(|(_, state)| state));
+        let due = detached.shut.extract_if(.., |(first, _)| *first <= token.number);
+        self.reopen.extend(due.map(|(_, state)| state));
     }
 
     /// The parts that have been made and say something new, by their places.
-    pub(super) fn take_ready(&mut self) -> Vec<(usize, Arc<PoolTable>)> {
+    pub(in crate::control) fn take_ready(
+        &mut self,
+        state: &mut ControlState,
+    ) -> Vec<(usize, Arc<PoolTable>)> {
         let ready = std::mem::take(&mut self.builds.ready);
         let placed =
-            ready.into_iter().filter_map(|(id, table)| Some((self.pools.place(id)?, table)));
+            ready.into_iter().filter_map(|(id, table)| Some((state.pools.place(id)?, table)));
         let is_new = |(place, table): &(usize, Arc<PoolTable>)| {
             self.table.pools.get(*place).is_some_and(|before| !Arc::ptr_eq(before, table))
         };
         placed.filter(is_new).collect()
+    }
+}
+
+// === impl ControlState ===
+
+impl ControlState {
+    /// A backend stands as the newest table, or the part under way, says: it may have
+    /// been taken out and put back since.
+    pub(in crate::control) fn came_back(&mut self, id: BackendId) {
+        let Some(entry) = self.backends.get(id).filter(|entry| entry.health.eligible()) else {
+            return;
+        };
+        if let Some(detached) =
+            self.pools.observe(entry.pool).and_then(|pool| pool.detached.as_mut())
+        {
+            detached.reopen_one(id);
+        }
     }
 }
 

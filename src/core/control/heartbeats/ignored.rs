@@ -3,7 +3,9 @@
 //! `heartbeats` finds them; here they are counted, listed by sender, and told of
 //! at most once a minute and sender. They change nothing else.
 
-use super::{ControlEffect, Controller, Notice};
+use super::HeartbeatWatch;
+use crate::control::state::ControlState;
+use crate::control::{ControlEffect, Notice};
 use crate::suspicion::rejections::Rejected;
 use std::sync::Arc;
 use std::time::Instant;
@@ -77,33 +79,39 @@ impl HeartbeatIgnored {
     }
 }
 
-// === impl Controller ===
+// === impl HeartbeatWatch ===
 
-impl Controller {
+impl HeartbeatWatch {
     /// Counts a heartbeat that has no place in the configuration, and says so.
-    pub(super) fn misfit(&mut self, misfit: HeartbeatIgnored, heartbeat: &Heartbeat, now: Instant) {
-        self.misfits[misfit as usize] += 1;
+    pub(in crate::control) fn ignore(
+        &mut self,
+        state: &mut ControlState,
+        why: HeartbeatIgnored,
+        heartbeat: &Heartbeat,
+        now: Instant,
+    ) {
+        self.ignored[why as usize] += 1;
         let rejected = Rejected {
             claim: Some((&heartbeat.pool, &heartbeat.name)),
             signed: true,
             from: None,
             key_id: Some(heartbeat.key_id),
-            reason: misfit.name(),
-            help: misfit.help(),
+            reason: why.name(),
+            help: why.help(),
             skew: None,
             // A full pool says so itself.
-            warns: misfit != HeartbeatIgnored::PoolFull,
+            warns: why != HeartbeatIgnored::PoolFull,
         };
         if self.rejections.add(&rejected, now).is_none() {
             return;
         }
         let message = format!(
             "heartbeats rejected ({}, address {}): {}",
-            misfit.name(),
+            why.name(),
             heartbeat.address,
-            misfit.help()
+            why.help()
         );
-        self.work.effects.push(ControlEffect::Notice(Notice {
+        state.pending.effects.push(ControlEffect::Notice(Notice {
             pool: Arc::clone(&heartbeat.pool),
             backend: Some(Arc::clone(&heartbeat.name)),
             message,

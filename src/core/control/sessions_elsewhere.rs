@@ -7,8 +7,10 @@
 //! `leaving` see both together. A backend that only the old process knows becomes one
 //! of `leaving`. It never touches a session.
 
-use super::schedule::{TimerKind, after};
-use super::{BackendEntry, ControlEffect, Controller, PoolId, RemovedBackend};
+use super::backends::BackendEntry;
+use super::pools::PoolId;
+use super::state::ControlState;
+use super::{ControlEffect, Controller};
 use crate::model;
 use crate::model::{BackendAddr, OnRemoval};
 use crate::table::state::{BackendId, BackendState, FrontendState};
@@ -62,15 +64,14 @@ impl Controller {
     ) -> Vec<ControlEffect> {
         self.run_due(now);
         for held in backends {
-            let id = self.find_known(&held.pool, &held.name, &held.address);
-            let id = id.or_else(|| (held.sessions > 0).then(|| self.stranger(held, now))?);
-            if let Some(state) = id.and_then(|id| self.known(id)) {
+            let id = self.state.find_known(&held.pool, &held.name, &held.address);
+            let id = id.or_else(|| (held.sessions > 0).then(|| self.state.stranger(held, now))?);
+            if let Some(state) = id.and_then(|id| self.state.known(id)) {
                 state.in_flight.set_elsewhere(added(held.sessions, held.shared));
             }
         }
         for held in frontends {
-            let named = self.frontend_names.get(held.name.as_str());
-            if let Some(entry) = named.and_then(|at| self.frontends.get(*at)) {
+            if let Some(entry) = self.state.frontends.named(&held.name) {
                 entry.state.in_flight.set_elsewhere(added(held.sessions, held.shared));
             }
         }
@@ -82,40 +83,50 @@ impl Controller {
         for state in self.every_known() {
             state.in_flight.set_elsewhere(0);
         }
-        for frontend in &self.frontends {
+        for frontend in self.state.frontends.iter() {
             frontend.state.in_flight.set_elsewhere(0);
         }
     }
 
     /// Configured, registered and leaving backends, in no order.
     pub fn every_known(&self) -> impl Iterator<Item = &Arc<BackendState>> {
-        let leaving = self.leaving.values().map(|leaving| &leaving.entry.state);
-        self.backends().chain(leaving)
+        let removed = self.state.removed.iter().map(|entry| &entry.state);
+        self.backends().chain(removed)
     }
 
     /// Every frontend, in file order.
     pub fn frontends(&self) -> impl Iterator<Item = &Arc<FrontendState>> {
-        self.frontends.iter().map(|entry| &entry.state)
+        self.state.frontends.iter().map(|entry| &entry.state)
     }
 
-    /// The backend of that number, configured or leaving.
+    /// The backend of that number, configured or removed.
     pub fn known(&self, id: BackendId) -> Option<&Arc<BackendState>> {
-        let leaving = || self.leaving.get(&id).map(|leaving| &leaving.entry);
-        self.backends.get(id).or_else(leaving).map(|entry| &entry.state)
+        self.state.known(id)
     }
 
-    /// The backend that another process knows by these, configured or leaving.
+    /// The backend that another process knows by these, configured or removed.
     pub fn find_known(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
-        let leaving = || {
-            let address = address_of(address)?;
-            self.left.get(&(pool.into(), name.into(), address)).copied()
-        };
-        self.find_saved(pool, name, address).or_else(leaving)
+        self.state.find_known(pool, name, address)
+    }
+}
+
+// === impl ControlState ===
+
+impl ControlState {
+    /// The backend of that number, configured or removed.
+    pub(super) fn known(&self, id: BackendId) -> Option<&Arc<BackendState>> {
+        self.backends.get(id).or_else(|| self.removed.get(id)).map(|entry| &entry.state)
     }
 
-    /// Makes one of `leaving` of a backend that is not known here.
+    /// The backend that another process knows by these, configured or removed.
+    pub(super) fn find_known(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
+        self.find_saved(pool, name, address)
+            .or_else(|| self.removed.find(&(pool.into(), name.into(), address_of(address)?)))
+    }
+
+    /// Keeps a backend that is not known here as one that was removed.
     fn stranger(&mut self, held: &HeldBackend, now: Instant) -> Option<BackendId> {
-        if self.leaving.len() >= STRANGERS_MAX {
+        if self.removed.len() >= STRANGERS_MAX {
             return None;
         }
         let spec = model::BackendConfig {
@@ -128,18 +139,9 @@ impl Controller {
         let pool = self.pools.named(&held.pool);
         let rule = pool.map_or(OnRemoval::Keep, |pool| pool.spec.on_removal);
         let pool_id = pool.map_or(PoolId::NONE, |pool| pool.id);
-        let entry: BackendEntry = self.entry_of(held.pool.as_str().into(), &spec, pool_id, now);
-        let id = entry.state.id;
-        let cut_at = match rule {
-            OnRemoval::Keep => None,
-            OnRemoval::CloseAfter(grace) => Some(after(now, grace)),
-        };
-        if let Some(at) = cut_at {
-            self.schedule.set(TimerKind::CutSessions(id), at);
-        }
-        self.watch_leaving(now);
-        self.left.insert(crate::control::removal::identity(&entry), id);
-        self.leaving.insert(id, RemovedBackend { entry, cut_at });
+        let state = self.allocator.backend(held.pool.as_str().into(), &spec);
+        let id = state.id;
+        self.keep_removed(BackendEntry::new(state, pool_id, spec, now), rule, now);
         Some(id)
     }
 }

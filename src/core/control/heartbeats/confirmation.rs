@@ -1,0 +1,117 @@
+//! Confirming probes: a detector that suspects a backend asks for fresh connects.
+//!
+//! Called by `silence` with what a detector asks for and by the controller with results.
+//! A regular probe gives way to a confirming one. It judges no result.
+
+use super::HeartbeatWatch;
+use crate::control::probing::PROBE_LOST_MARGIN;
+use crate::control::schedule::TimerKind;
+use crate::control::state::ControlState;
+use crate::control::{ControlEffect, ProbeLane, ProbeToken};
+use crate::health::{ProbeOutcome, REFUSED};
+use crate::model;
+use crate::model::{ProbeKind, ProbeSpec};
+use crate::suspicion::{ConfirmationTry, TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN, TryId, TryResult};
+use crate::table::state::BackendId;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// A try that is being made for the detector.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::control) struct ConfirmationInFlight {
+    pub(in crate::control) token: ProbeToken,
+    id: TryId,
+    /// No result is expected any more from then on.
+    pub(in crate::control) lost_at: Instant,
+}
+
+/// The probe that confirms a suspicion in a pool: of its own kind, or a plain
+/// connect. Its time-out is the longest a try may have: what the pool itself
+/// allows, within the detector's bounds.
+pub(in crate::control) fn confirming(pool: &model::PoolConfig) -> Arc<ProbeSpec> {
+    let kind = pool.probe.as_ref().map_or(ProbeKind::Tcp, |spec| spec.kind.clone());
+    let allowed = pool.probe.as_ref().map_or(pool.connect_timeout, |spec| spec.timeout);
+    let timeout = allowed.clamp(TRY_TIMEOUT_MIN, TRY_TIMEOUT_MAX);
+    Arc::new(ProbeSpec {
+        kind,
+        interval: timeout,
+        fast_interval: timeout,
+        timeout,
+        rise: 1,
+        fall: 1,
+        source: Arc::clone(&pool.source),
+    })
+}
+
+// === impl HeartbeatWatch ===
+
+impl HeartbeatWatch {
+    /// The result of a try; false if that token belongs to none.
+    pub(in crate::control) fn confirmation_result(
+        &mut self,
+        state: &mut ControlState,
+        id: BackendId,
+        token: ProbeToken,
+        outcome: &ProbeOutcome,
+        now: Instant,
+    ) -> bool {
+        let Some(entry) = state.backends.observe(id) else { return false };
+        let Some(confirmation) =
+            entry.confirmation.take_if(|confirmation| confirmation.token == token)
+        else {
+            return false;
+        };
+        if let ProbeOutcome::Local { reason } = outcome {
+            state.note_local_error(id, reason, now);
+        }
+        let Some(entry) = state.backends.observe(id) else { return true };
+        let Some(heartbeats) = &mut entry.heartbeats else { return true };
+        let answer = match outcome {
+            ProbeOutcome::Success { .. } => TryResult::Answered,
+            ProbeOutcome::Failure { reason } if reason == REFUSED => TryResult::Refused,
+            ProbeOutcome::Failure { reason } => TryResult::Failed(reason.clone()),
+            ProbeOutcome::Local { .. } => TryResult::Local,
+        };
+        let step = heartbeats.detector.probed(confirmation.id, answer, now);
+        let quiet = step.change.is_none();
+        self.apply_step(state, id, step, now);
+        if quiet {
+            // Whether it answers may have changed nonetheless.
+            state.heartbeat_health_changed(id, "a confirming probe was answered", None, now);
+        }
+        state.rearm(id);
+        true
+    }
+}
+
+// === impl ControlState ===
+
+impl ControlState {
+    /// Asks the shell for one fresh connect; a regular probe gives way to it.
+    pub(super) fn start_try(&mut self, id: BackendId, next: ConfirmationTry, now: Instant) {
+        let Some(entry) = self.backends.observe(id) else { return };
+        let Some(pool) = self.pools.get(entry.pool) else { return };
+        if entry.in_flight.take().is_some()
+            && let Some(spec) = &pool.spec.probe
+        {
+            self.schedule.cancel(TimerKind::ProbeLost(id));
+            self.schedule.set(TimerKind::Probe(id), now + spec.fast_interval);
+        }
+        let token = self.probes.next_token();
+        let timeout = next.timeout.min(pool.confirming.timeout);
+        let spec = if timeout == pool.confirming.timeout {
+            Arc::clone(&pool.confirming)
+        } else {
+            Arc::new(ProbeSpec { timeout, ..(*pool.confirming).clone() })
+        };
+        let lost_at = now + timeout + PROBE_LOST_MARGIN;
+        entry.confirmation = Some(ConfirmationInFlight { token, id: next.id, lost_at });
+        self.pending.effects.push(ControlEffect::Probe {
+            lane: ProbeLane { pool: pool.id.0, urgent: true },
+            backend: id,
+            token,
+            address: entry.state.address.clone(),
+            spec,
+        });
+    }
+}

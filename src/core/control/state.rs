@@ -1,0 +1,165 @@
+//! What all parts of the controller work on: the sets of frontends, pools and backends,
+//! the due times, and what the event at hand leaves to be finished.
+//!
+//! Owned by the controller, lent to each part for a call. Each set keeps its own fields.
+//! What a change of health, a probe or an ejection means is in the files beside, as
+//! methods of [`ControlState`]. It builds no table and hands out no effect.
+
+use super::backends::BackendSet;
+use super::ejections::EjectionIndex;
+use super::frontends::FrontendSet;
+use super::pools::{PoolEntry, PoolId, PoolSet};
+use super::probing::ProbeLog;
+use super::removal::RemovedBackends;
+use super::schedule::Schedule;
+use super::{ControlEffect, Notice, PublishReason};
+use crate::balance::in_flight::{Counted, Counts, Unshared};
+use crate::health::Transition;
+use crate::model;
+use crate::outcome::RefusedReason;
+use crate::table::state::{BackendId, BackendState, FrontendId, FrontendState};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct ControlState {
+    pub(super) allocator: StateAllocator,
+    pub(super) frontends: FrontendSet,
+    pub(super) pools: PoolSet,
+    /// Every configured or registered backend, whichever pool it is in.
+    pub(super) backends: BackendSet,
+    pub(super) ejections: EjectionIndex,
+    /// Backends that have left.
+    pub(super) removed: RemovedBackends,
+    pub(super) schedule: Schedule,
+    pub(super) probes: ProbeLog,
+    /// What the event at hand leaves to be finished; empty between events.
+    pub(super) pending: PendingEffects,
+}
+
+/// Makes the long-lived state of backends and frontends; no number is used twice.
+#[derive(Debug)]
+pub(super) struct StateAllocator {
+    pub(super) workers: usize,
+    /// Where sessions are counted.
+    pub(super) counts: Arc<dyn Counts>,
+    backend: u32,
+    frontend: u32,
+}
+
+/// What handling an event leaves to be finished once, however many events came
+/// together.
+#[derive(Debug, Default)]
+pub(super) struct PendingEffects {
+    pub(super) effects: Vec<ControlEffect>,
+    /// A new table is due whatever the backends' standings.
+    pub(super) rebuild: Option<PublishReason>,
+    /// What caused it, where it was not health.
+    pub(super) cause: Option<PublishReason>,
+    /// Pools whose ejections are to be looked at again.
+    pub(super) unsettled: BTreeSet<PoolId>,
+    /// Large pools' parts of the table are made at once, too.
+    pub(super) at_once: bool,
+}
+
+// === impl ControlState ===
+
+impl ControlState {
+    /// Nothing configured yet. `workers` sizes the counters' shards; `seed` drives probe
+    /// jitter.
+    pub(super) fn new(workers: usize, seed: u64) -> ControlState {
+        let counts = Arc::new(Unshared);
+        ControlState {
+            allocator: StateAllocator { workers, counts, backend: 0, frontend: 0 },
+            frontends: FrontendSet::default(),
+            pools: PoolSet::default(),
+            backends: BackendSet::default(),
+            ejections: EjectionIndex::default(),
+            removed: RemovedBackends::default(),
+            schedule: Schedule::default(),
+            probes: ProbeLog::new(seed),
+            pending: PendingEffects::default(),
+        }
+    }
+
+    /// The pool of that number.
+    pub(super) fn pool(&self, id: PoolId) -> Option<&PoolEntry> {
+        self.pools.get(id)
+    }
+
+    /// Records a change of a configured backend's standing.
+    pub(super) fn record(
+        &mut self,
+        id: BackendId,
+        names: (&'static str, &'static str),
+        reason: String,
+        lasted: Duration,
+        now: Instant,
+    ) {
+        self.backends.touch(id);
+        self.record_lazily(id, names, reason, lasted, now);
+    }
+
+    /// As [`ControlState::record`], where the table may wait.
+    pub(super) fn record_lazily(
+        &mut self,
+        id: BackendId,
+        (from, to): (&'static str, &'static str),
+        reason: String,
+        lasted: Duration,
+        now: Instant,
+    ) {
+        let Some(entry) = self.backends.touch_later(id) else { return };
+        let transition = Transition {
+            pool: Arc::clone(&entry.state.pool),
+            backend: Arc::clone(&entry.state.name),
+            from,
+            to,
+            reason,
+            at: now,
+            lasted,
+        };
+        entry.history.add(transition.clone());
+        self.pending.effects.push(ControlEffect::Log(transition));
+        self.pending.unsettled.insert(entry.pool);
+    }
+
+    /// Warns about one backend, configured or not.
+    pub(super) fn warn_of(&mut self, backend: &BackendState, message: String) {
+        let (pool, backend) = (Arc::clone(&backend.pool), Some(Arc::clone(&backend.name)));
+        self.pending.effects.push(ControlEffect::Notice(Notice { pool, backend, message }));
+    }
+
+    /// Warns about one pool, or about none where its name is empty.
+    pub(super) fn warn(&mut self, pool: Arc<str>, message: String) {
+        let notice = Notice { pool, backend: None, message };
+        self.pending.effects.push(ControlEffect::Notice(notice));
+    }
+}
+
+// === impl StateAllocator ===
+
+impl StateAllocator {
+    pub(super) fn backend(&mut self, pool: Arc<str>, spec: &model::BackendConfig) -> BackendState {
+        self.backend += 1;
+        let (name, address) = (Arc::clone(&spec.name), spec.address.clone());
+        let state = BackendState::new(BackendId(self.backend), pool, name, address, self.workers);
+        let (pool, name, address) = (&state.pool, &state.name, &state.address_text);
+        let in_flight = self.counts.count(Counted::Backend { pool, name, address });
+        state.counted_by(in_flight)
+    }
+
+    pub(super) fn frontend(&mut self, name: &Arc<str>) -> FrontendState {
+        self.frontend += 1;
+        let in_flight = self.counts.count(Counted::Frontend(name));
+        let (id, reasons) = (FrontendId(self.frontend), RefusedReason::COUNT);
+        FrontendState::new(id, Arc::clone(name), self.workers, reasons).counted_by(in_flight)
+    }
+
+    /// How many backends there have been so far; goes around at 2^32.
+    pub(super) fn backends_seen(&self) -> u32 {
+        self.backend
+    }
+}
