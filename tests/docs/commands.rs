@@ -82,6 +82,38 @@ fn the_example_of_the_readme_loses_no_connection() {
 }
 
 #[test]
+fn the_requests_of_the_admin_api_page_are_answered() {
+    let shell = Shell::new();
+    let directory = shell.0.path().display().to_string();
+    let [one, other, tcp] = free_addresses();
+    let serving = |bind: SocketAddr| {
+        format!(
+            "[frontend.web]\nbind = \"{bind}\"\npool = \"web\"\n\
+             [[pool.web.backend]]\naddress = \"127.0.0.1:1\"\n"
+        )
+    };
+    shell.write("unix.toml", &shell.with_admin(&serving(one)));
+    let over_tcp = format!("listen = \"{tcp}\"\ntoken_file = \"{directory}/admin.token\"");
+    shell.write("tcp.toml", &format!("[admin]\n{over_tcp}\n{}", serving(other)));
+    let requests = blocks(&page("docs/admin-api.md"), "sh")[0]
+        .replace("/run/tidegate", &directory)
+        .replace("/etc/tidegate", &directory)
+        .replace("127.0.0.1:9900", &tcp.to_string())
+        .replace(" | jq .pools", "");
+    let printed = shell.run(&format!(
+        "(umask 077; head -c 12 /dev/urandom | base64 >admin.token)
+         tidegate run --config unix.toml & A=$!
+         tidegate run --config tcp.toml & B=$!
+         until tidegate ready && tidegate ready --admin {tcp}; do sleep 0.1; done
+         {requests}
+         kill $A $B; wait $A $B"
+    ));
+    assert!(printed.contains("\"balance\":"), "{printed}");
+    assert_eq!(printed.matches("\"changed\":false").count(), 2, "{printed}");
+    assert!(!printed.contains("\"error\":"), "{printed}");
+}
+
+#[test]
 fn every_command_shown_is_understood() {
     let (mut wrong, mut seen) = (String::new(), 0);
     for name in pages() {

@@ -4,6 +4,7 @@
 //! Many of the constants are private to their modules, so the source is read as text.
 
 use crate::pages::{page, root, table};
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -54,6 +55,30 @@ fn the_bounds_of_the_admin_api_are_the_constants_of_the_source() {
     assert_eq!(number(bound("connections")), constant("daemon/admin", "CONNECTIONS_MAX"));
     assert_eq!(number(bound("head")), constant("daemon/admin", "HEAD_BYTES_MAX"));
     assert_eq!(number(bound("body")), constant("daemon/admin", "BODY_MAX"));
+}
+
+#[test]
+fn the_rates_of_heartbeats_are_the_constants_of_the_source() {
+    let text = page("docs/security.md");
+    let (_, rest) = text.split_once("\n## Heartbeat authentication\n").unwrap();
+    let (section, _) = rest.split_once("\n## ").unwrap();
+    let numbers: Vec<String> =
+        section.split([' ', '.']).map(|word| word.replace(',', "")).collect();
+    let rates = ["KNOWN_PER_SECOND_MAX", "UNKNOWN_PER_SECOND_MAX", "UNKNOWN_PER_SOURCE_MAX"];
+    for name in rates.into_iter().chain(["SENDERS_MAX"]) {
+        let value = constant("daemon/heartbeat", name).to_string();
+        assert!(numbers.contains(&value), "{name} = {value}");
+    }
+}
+
+#[test]
+fn as_many_system_calls_remain_as_the_page_says() {
+    let source = page("src/net/sandbox/calls.rs");
+    let (program, _) = source.split_once("#[cfg(test)]").unwrap();
+    let words = program.split(|c: char| !c.is_alphanumeric() && c != '_');
+    let calls: BTreeSet<&str> = words.filter(|word| word.starts_with("SYS_")).collect();
+    let said = format!("{} remain on x86-64", calls.len());
+    assert!(page("docs/security.md").contains(&said), "{said}");
 }
 
 /// The number that a cell starts with: `4,096`, `16 MiB`.
