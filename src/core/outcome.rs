@@ -58,6 +58,8 @@ pub enum Cause {
 pub enum Phase {
     /// Accepted, nothing chosen yet.
     Admit,
+    /// Waiting for the client's first bytes, which its route needs.
+    Preread,
     /// Waiting for a backend below its cap.
     Queue,
     /// Connecting upstream.
@@ -227,13 +229,21 @@ impl Phase {
     pub const COUNT: usize = Phase::ALL.len();
 
     /// Every phase, in the order of their numbers.
-    pub const ALL: [Phase; 6] =
-        [Phase::Admit, Phase::Queue, Phase::Connect, Phase::Data, Phase::HalfClosed, Phase::Closed];
+    pub const ALL: [Phase; 7] = [
+        Phase::Admit,
+        Phase::Preread,
+        Phase::Queue,
+        Phase::Connect,
+        Phase::Data,
+        Phase::HalfClosed,
+        Phase::Closed,
+    ];
 
     /// Metric label and access-log word.
     pub fn name(self) -> &'static str {
         match self {
             Phase::Admit => "admit",
+            Phase::Preread => "preread",
             Phase::Queue => "queue",
             Phase::Connect => "connect",
             Phase::Data => "data",
@@ -273,7 +283,7 @@ impl RefusedReason {
     /// Why a session that never had a backend was turned away; `None` for one
     /// that ended otherwise.
     pub fn of(ending: SessionEnd) -> Option<RefusedReason> {
-        if !matches!(ending.phase, Phase::Admit | Phase::Queue | Phase::Connect) {
+        if matches!(ending.phase, Phase::Data | Phase::HalfClosed | Phase::Closed) {
             return None;
         }
         match ending.cause {
@@ -339,6 +349,7 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
     let second = match phase {
         _ if first == b'P' => b'R',
         Phase::Admit | Phase::Connect => b'C',
+        Phase::Preread => b'R',
         Phase::Queue => b'Q',
         Phase::Data | Phase::HalfClosed => b'D',
         Phase::Closed => b'-',

@@ -30,6 +30,12 @@ pub(super) fn least_hop_limit(socket: BorrowedFd<'_>, v6: bool, least: u8) -> io
     }
 }
 
+/// SO_RCVLOWAT (socket(7)): the socket is readable once so many bytes wait, or it has ended.
+pub(super) fn receive_low_water(socket: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
+    let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    set(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, bytes)
+}
+
 /// SO_TIMESTAMPNS (socket(7)): each datagram comes with its time of arrival.
 pub(super) fn enable_timestamps(socket: BorrowedFd<'_>) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, 1)

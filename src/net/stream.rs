@@ -194,6 +194,11 @@ pub fn peek(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(there)
 }
 
+/// Has the socket tell of bytes to receive only once so many wait (or its peer has ended).
+pub fn set_low_water(socket: impl AsFd, bytes: u32) -> io::Result<()> {
+    super::sockopt::receive_low_water(socket.as_fd(), bytes)
+}
+
 /// Takes what there is, at most `buffer`'s length, and throws it away: on a TCP
 /// socket nothing is copied (tcp(7), MSG_TRUNC). `Ok(0)` is the peer's FIN.
 #[inline]

@@ -23,20 +23,22 @@ pub(crate) fn text() -> String {
 
 /// The phases in which a session can end so.
 fn phases_of(cause: Cause) -> &'static [Phase] {
-    use Phase::{Admit, Closed, Connect, Data, HalfClosed, Queue};
+    use Phase::{Admit, Closed, Connect, Data, HalfClosed, Preread, Queue};
     match cause {
         Cause::Finished => &[Closed],
-        Cause::ClientReset => &[Queue, Connect, Data, HalfClosed, Closed],
-        Cause::ClientLeft | Cause::QueueTimeout => &[Queue],
+        Cause::ClientReset => &[Preread, Queue, Connect, Data, HalfClosed, Closed],
+        Cause::ClientLeft => &[Preread, Queue],
+        Cause::QueueTimeout => &[Queue],
         Cause::BackendReset | Cause::ClientLost | Cause::BackendLost | Cause::BackendRemoved => {
             &[Data, HalfClosed, Closed]
         }
         Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => &[Connect],
         Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => &[Admit],
-        Cause::FirstByteTimeout | Cause::IdleTimeout => &[Data],
+        Cause::FirstByteTimeout => &[Preread, Data],
+        Cause::IdleTimeout => &[Data],
         Cause::HalfClosedTimeout => &[HalfClosed, Closed],
-        Cause::DrainDeadline => &[Queue, Connect, Data, HalfClosed, Closed],
-        Cause::LocalResource => &[Admit, Connect, Data, HalfClosed, Closed],
+        Cause::DrainDeadline => &[Preread, Queue, Connect, Data, HalfClosed, Closed],
+        Cause::LocalResource => &[Admit, Preread, Connect, Data, HalfClosed, Closed],
         Cause::InternalError => &Phase::ALL,
     }
 }

@@ -108,7 +108,7 @@ pub fn build(input: &TableInput, previous: Option<&Table>) -> Table {
         .filter_map(|frontend| {
             let pool = Arc::clone(pools_by_name.get(&*frontend.spec.pool)?);
             let (state, spec) = (Arc::clone(&frontend.state), frontend.spec.clone());
-            Some(Arc::new(FrontendRoute { state, spec, pool }))
+            Some(Arc::new(FrontendRoute { state, spec, pool, preread: None }))
         })
         .collect();
     let by_bind = (0..).zip(&frontends).flat_map(|(place, route)| {
@@ -146,6 +146,7 @@ pub fn update(previous: &Table, serial: u64, changed: Vec<(usize, Arc<PoolTable>
             state: Arc::clone(&route.state),
             spec: route.spec.clone(),
             pool: Arc::clone(pool),
+            preread: route.preread,
         })
     });
     Table {

@@ -16,6 +16,7 @@ use crate::model::BindKey;
 use state::{BackendState, FrontendId, FrontendState};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Frontends, the pools they route to and what is eligible in them, as of one
 /// moment.
@@ -46,6 +47,17 @@ pub struct FrontendRoute {
     pub spec: model::FrontendConfig,
     /// Where its sessions go.
     pub pool: Arc<PoolTable>,
+    /// What it waits for before a session is routed; mostly nothing.
+    pub preread: Option<Preread>,
+}
+
+/// The first bytes of a client that its route needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Preread {
+    /// How many; at least one, and no more than a socket's receive queue holds.
+    pub bytes: u32,
+    /// How long they have to arrive.
+    pub timeout: Duration,
 }
 
 /// A pool as sessions see it.

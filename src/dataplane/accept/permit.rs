@@ -63,6 +63,10 @@ pub fn admit(
 /// Whether the pool has a slot for one more, or a place to wait for one. Clients that
 /// wait come first: where there is a queue, a new one joins its end.
 fn below_caps(route: &FrontendRoute, queued: usize) -> bool {
+    if route.preread.is_some() {
+        // Which pool it will be, its first bytes tell: it waits there.
+        return true;
+    }
     if route.pool.undecided {
         return queued < UNDECIDED_QUEUE_MAX.max(route.pool.spec.queue_max as usize);
     }

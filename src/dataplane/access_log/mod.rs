@@ -151,7 +151,7 @@ impl AccessLogSender {
     }
 }
 
-#[cfg(all(test, feature = "sim"))]
+#[cfg(test)]
 impl AccessLogSender {
     /// A log that keeps its records until [`AccessLogSender::take`] takes them.
     pub(crate) fn kept() -> AccessLogSender {

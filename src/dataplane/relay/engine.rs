@@ -53,8 +53,9 @@ pub(super) trait EngineIo: Sized + Debug + 'static {
     /// Takes the backend socket away again and closes it.
     fn detach(&mut self, flow: &mut Self::Flow);
 
-    /// From now on the client's failure is reported.
-    fn watch_client(&mut self, key: u32, flow: &mut Self::Flow);
+    /// From now on the client's failure is reported, and where `readable`, once, that it has
+    /// bytes or has ended.
+    fn watch_client(&mut self, key: u32, flow: &mut Self::Flow, readable: bool);
 
     /// Starts relaying.
     fn begin(&mut self, key: u32, flow: &mut Self::Flow, moved: &mut TurnBytes) -> TurnNext;
@@ -199,6 +200,7 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
             stage: SessionStage::Setup(SessionSetup::default()),
             waiter: None,
             client_failed: false,
+            client_sent: None,
             aborted: None,
             orphaned: false,
             looks: 0,
@@ -236,21 +238,30 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
         Poll::Ready(result)
     }
 
-    fn watch_client(&self, key: u32) {
+    fn watch_client(&self, key: u32, readable: bool) {
         let state = &mut *self.hold();
-        state.io.watch_client(key, &mut state.flows[key as usize].flow);
+        let entry = &mut state.flows[key as usize];
+        entry.client_sent = readable.then_some(false);
+        state.io.watch_client(key, &mut entry.flow, readable);
         state.wake_for_work();
     }
 
-    fn poll_interrupted(&self, key: u32, cx: &Context<'_>) -> Poll<ConnectEnd> {
+    fn poll_client(&self, key: u32, cx: &Context<'_>) -> Poll<Result<(), ConnectEnd>> {
         let entry = &mut self.hold().flows[key as usize];
-        match entry.interruption() {
-            Some(end) => Poll::Ready(end),
-            None => {
-                entry.waiter = Some(cx.waker().clone());
-                Poll::Pending
-            }
+        if let Some(end) = entry.interruption() {
+            return Poll::Ready(Err(end));
         }
+        if entry.client_sent.take_if(|sent| *sent).is_some() {
+            return Poll::Ready(Ok(()));
+        }
+        entry.waiter = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    fn set_low_water(&self, key: u32, bytes: u32) -> io::Result<()> {
+        let state = self.hold();
+        let client = state.flows[key as usize].flow.socket(SessionSide::Client);
+        client.map_or(Ok(()), |client| stream::set_low_water(client, bytes))
     }
 
     fn client_left_silently(&self, key: u32) -> bool {

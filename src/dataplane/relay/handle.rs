@@ -153,8 +153,21 @@ impl RelayHandle {
 
     /// Resolves when the client has reset its connection or the session is aborted.
     pub(crate) async fn interrupted(&self) -> ConnectEnd {
-        self.engine.watch_client(self.key);
-        poll_fn(|cx| self.engine.poll_interrupted(self.key, cx)).await
+        self.engine.watch_client(self.key, false);
+        loop {
+            if let Err(end) = poll_fn(|cx| self.engine.poll_client(self.key, cx)).await {
+                return end;
+            }
+        }
+    }
+
+    /// Resolves when so many bytes of the client wait to be received, or it has ended its
+    /// side after fewer.
+    pub(crate) async fn client_sent(&self, bytes: u32) -> Result<(), ConnectEnd> {
+        self.engine.set_low_water(self.key, bytes).map_err(ConnectEnd::Failed)?;
+        self.engine.watch_client(self.key, true);
+        poll_fn(|cx| self.engine.poll_client(self.key, cx)).await?;
+        self.engine.set_low_water(self.key, 1).map_err(ConnectEnd::Failed)
     }
 
     /// Whether the client has ended its side (FIN) without having said anything.

@@ -64,11 +64,16 @@ pub(crate) trait RelayEngine: Debug {
     /// How that ended. After a failure the socket is closed.
     fn poll_connected(&self, key: u32, cx: &Context<'_>) -> Poll<Result<(), ConnectEnd>>;
 
-    /// Has the client's reset noticed from now on.
-    fn watch_client(&self, key: u32);
+    /// Has the client's reset noticed from now on, and its bytes where `readable`: once
+    /// as many as the socket's low-water mark wait, or it has ended its side.
+    fn watch_client(&self, key: u32, readable: bool);
 
-    /// Ready when the client was reset or the session is aborted.
-    fn poll_interrupted(&self, key: u32, cx: &Context<'_>) -> Poll<ConnectEnd>;
+    /// Ready when the client was reset or the session is aborted, or else, once, when the
+    /// client is readable.
+    fn poll_client(&self, key: u32, cx: &Context<'_>) -> Poll<Result<(), ConnectEnd>>;
+
+    /// Sets the low-water mark of the client's socket.
+    fn set_low_water(&self, key: u32, bytes: u32) -> io::Result<()>;
 
     /// Whether the client has sent FIN and nothing before it.
     fn client_left_silently(&self, key: u32) -> bool;

@@ -40,6 +40,8 @@ pub(super) struct SessionEntry<F> {
     pub(super) waiter: Option<Waker>,
     /// The client failed before the relay began.
     pub(super) client_failed: bool,
+    /// Whether the client has sent what its session waits for; `None` where it does not.
+    pub(super) client_sent: Option<bool>,
     pub(super) aborted: Option<Cause>,
     /// Its session is gone; kept only until it has settled.
     pub(super) orphaned: bool,
@@ -83,6 +85,15 @@ impl<M: EngineIo> EngineState<M> {
         let entry = &mut self.flows[key as usize];
         if matches!(entry.stage, SessionStage::Setup(_)) {
             entry.client_failed = true;
+            entry.wake();
+        }
+    }
+
+    /// The client has sent as many bytes as were waited for, or has ended its side.
+    pub(super) fn client_readable(&mut self, key: u32) {
+        let entry = &mut self.flows[key as usize];
+        if let Some(sent) = &mut entry.client_sent {
+            *sent = true;
             entry.wake();
         }
     }

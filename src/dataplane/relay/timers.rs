@@ -96,7 +96,7 @@ impl<M: EngineIo> EngineState<M> {
         match &mut entry.stage {
             SessionStage::Setup(setup) => match setup.deadline {
                 Some(deadline) if now < deadline => {
-                    self.io.watch_client(key, &mut entry.flow);
+                    self.io.watch_client(key, &mut entry.flow, false);
                     self.wheel.arm(key, self.sleep.tick_after(deadline));
                 }
                 _ => {

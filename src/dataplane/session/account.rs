@@ -93,11 +93,8 @@ impl Session {
 
     /// How far it is, before it is connected.
     fn setup_phase(&self) -> Phase {
-        match self.attempts {
-            _ if self.queued => Phase::Queue,
-            0 => Phase::Admit,
-            _ => Phase::Connect,
-        }
+        let connecting = if self.attempts == 0 { Phase::Admit } else { Phase::Connect };
+        self.waits.unwrap_or(connecting)
     }
 }
 

@@ -1,7 +1,7 @@
 //! One client's session, from accept to its account.
 //!
 //! Started by `accept::listener`, then a task of the worker. One file a stage, in order:
-//! `route` (choose a backend), `connect`, the relay (`start_relay` here, then
+//! `preread`, `route` (choose a backend), `connect`, the relay (`start_relay` here, then
 //! `crate::relay`), `close`, `account`. A session whose task or worker panics is accounted
 //! for all the same: to drop a [`Session`] is to account for it.
 
@@ -9,7 +9,10 @@ mod account;
 mod close;
 mod connect;
 pub(crate) mod numbers;
+mod preread;
 mod route;
+#[cfg(test)]
+mod tests;
 
 use crate::accept::permit::SessionPermit;
 use crate::fault_points::FaultPoint;
@@ -47,8 +50,8 @@ pub(crate) struct Session {
     connect_micros: Option<NonZeroU32>,
     /// Connect attempts.
     attempts: u8,
-    /// Waits for a backend below its cap, or for a first verdict.
-    queued: bool,
+    /// What it waits for before it connects: `Preread` or `Queue`.
+    waits: Option<Phase>,
     accounted: bool,
     /// Once it is connected.
     slot: Option<BackendSlot>,
@@ -72,7 +75,7 @@ pub(crate) fn start(
     ctx.faults.pass(FaultPoint::Listener);
     match session.permit.admit_source(&route.spec, session.client) {
         Ok(()) => {
-            let choice = session.choose();
+            let choice = route.preread.is_none().then(|| session.choose());
             tokio::task::spawn_local(run(session, choice));
         }
         // No task is made for it.
@@ -82,7 +85,7 @@ pub(crate) fn start(
 }
 
 /// Serves one client to the end.
-fn run(session: Session, choice: BackendChoice) -> impl Future<Output = ()> {
+fn run(session: Session, choice: Option<BackendChoice>) -> impl Future<Output = ()> {
     // Boxed: it is over soon, and an idle session need not keep its room.
     let mut setup = Box::pin(session.set_up(choice));
     async move {
@@ -90,7 +93,7 @@ fn run(session: Session, choice: BackendChoice) -> impl Future<Output = ()> {
             session.ctx().faults.pass(FaultPoint::Session);
             let relayed = session.relay.relayed().await;
             let Some((session, choice)) = session.end(relayed) else { return };
-            setup = Box::pin(session.set_up(choice));
+            setup = Box::pin(session.set_up(Some(choice)));
         }
     }
 }
@@ -124,7 +127,7 @@ impl Session {
             failed: None,
             connect_micros: None,
             attempts: 0,
-            queued: false,
+            waits: None,
             accounted: false,
             slot: None,
             relay: RelayHandle::open(&ctx.engine, socket),
@@ -137,7 +140,7 @@ impl Session {
     }
 
     /// To the relay; where no backend can be reached, the session is over.
-    async fn set_up(mut self, choice: BackendChoice) -> Option<Session> {
+    async fn set_up(mut self, choice: Option<BackendChoice>) -> Option<Session> {
         self.ctx().faults.pass(FaultPoint::Setup);
         match self.reach_backend(choice).await {
             Ok(slot) => {
@@ -151,20 +154,29 @@ impl Session {
         }
     }
 
-    async fn reach_backend(&mut self, choice: BackendChoice) -> Result<BackendSlot, SessionEnd> {
-        let none = ended(Phase::Admit, Cause::NoBackend);
-        match choice {
-            BackendChoice::Picked(pick) => self.connect(pick, none).await,
-            BackendChoice::Queued(ticket) => {
-                // Boxed, as rare: the room would be every session's otherwise.
-                let pick = Box::pin(self.wait_in_queue(ticket)).await?;
-                self.connect(pick, none).await
+    /// Without a choice, its route needs the client's first bytes.
+    async fn reach_backend(
+        &mut self,
+        choice: Option<BackendChoice>,
+    ) -> Result<BackendSlot, SessionEnd> {
+        // Waits are boxed, as rare: the room would be every session's otherwise.
+        let choice = match choice {
+            Some(choice) => choice,
+            None => {
+                Box::pin(self.preread()).await?;
+                self.choose()
             }
+        };
+        let mut why = ended(Phase::Admit, Cause::NoBackend);
+        let pick = match choice {
+            BackendChoice::Picked(pick) => pick,
+            BackendChoice::Queued(ticket) => Box::pin(self.wait_in_queue(ticket)).await?,
             BackendChoice::Retry(ending) => {
-                let pick = self.pick_untried();
-                self.connect(pick, ending).await
+                why = ending;
+                self.pick_untried()
             }
-        }
+        };
+        self.connect(pick, why).await
     }
 
     fn start_relay(&mut self, slot: BackendSlot) {

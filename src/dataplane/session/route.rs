@@ -62,7 +62,7 @@ impl Session {
         &mut self,
         ticket: QueueTicket,
     ) -> Result<Result<Reservation, NoBackend>, SessionEnd> {
-        self.queued = true;
+        self.waits = Some(Phase::Queue);
         let ctx = Rc::clone(self.ctx());
         let client = self.client;
         let (mut route, mut generation) = (Arc::clone(&self.route), self.generation);
@@ -94,14 +94,14 @@ impl Session {
                 return Err(ended(Phase::Queue, Cause::QueueTimeout));
             }
         };
-        (self.route, self.generation, self.queued) = (route, generation, false);
+        (self.route, self.generation, self.waits) = (route, generation, None);
         Ok(pick)
     }
 
     /// Waits until some untried backend has a slot: beside the queue of those that
     /// have not tried any, because the queue's next slot can be of one that was tried.
     pub(super) async fn wait_for_slot(&mut self) -> Result<Reservation, SessionEnd> {
-        self.queued = true;
+        self.waits = Some(Phase::Queue);
         let waiters = &self.ctx().shared.waiters;
         let slot = waiters.wait_until(|| self.pick_untried().ok());
         // All three are readiness futures: dropping the losers loses nothing.
@@ -112,7 +112,7 @@ impl Session {
                 return Err(ended(Phase::Queue, Cause::QueueTimeout));
             }
         };
-        self.queued = false;
+        self.waits = None;
         Ok(reserved)
     }
 

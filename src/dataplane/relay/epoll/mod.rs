@@ -188,6 +188,8 @@ impl EpollEngine {
             state.note_failure(key, news);
         } else if side == SessionSide::Client && event.failed {
             state.client_failed(key);
+        } else if side == SessionSide::Client && event.readable {
+            state.client_readable(key);
         } else if side == SessionSide::Backend && (event.writable || event.hang_up) {
             let how = if event.hang_up { ConnectResult::Failed } else { ConnectResult::Connected };
             state.connect_decided(key, how);
@@ -251,7 +253,7 @@ impl EngineIo for EpollEngine {
         flow.sockets.0[SessionSide::Backend as usize] = None;
     }
 
-    fn watch_client(&mut self, key: u32, flow: &mut EpollSession) {
+    fn watch_client(&mut self, key: u32, flow: &mut EpollSession, _: bool) {
         // Where it fails, `begin` finds out.
         let _ = self.watch(key, flow, SessionSide::Client);
     }

@@ -160,6 +160,7 @@ impl RingEngine {
             OpResult::Nothing => {}
             OpResult::Connected(how) => state.connect_decided(key, how),
             OpResult::ClientFailed => state.client_failed(key),
+            OpResult::ClientReadable => state.client_readable(key),
             OpResult::Starved { side, alone } => {
                 if !alone {
                     state.io.ring.widen();
@@ -251,8 +252,8 @@ impl EngineIo for RingEngine {
         flow.detach(&mut self.ring);
     }
 
-    fn watch_client(&mut self, key: u32, flow: &mut RingSession) {
-        flow.watch_client(key, &mut self.ring);
+    fn watch_client(&mut self, key: u32, flow: &mut RingSession, readable: bool) {
+        flow.watch_client(key, readable, &mut self.ring);
     }
 
     fn begin(&mut self, key: u32, flow: &mut RingSession, _: &mut TurnBytes) -> TurnNext {

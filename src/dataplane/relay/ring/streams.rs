@@ -139,6 +139,8 @@ pub(super) enum OpResult {
     Connected(ConnectResult),
     /// The client has failed before it was relayed.
     ClientFailed,
+    /// The client has sent or ended something before it was relayed.
+    ClientReadable,
     /// No buffer for bytes of that side; `alone` where it took them all itself.
     Starved {
         side: SessionSide,
@@ -192,12 +194,13 @@ impl RingSession {
         self.sockets[SessionSide::Backend as usize] = None;
     }
 
-    pub(super) fn watch_client(&mut self, key: u32, ring: &mut Ring) {
+    pub(super) fn watch_client(&mut self, key: u32, readable: bool, ring: &mut Ring) {
         if self.watch.is_none()
             && let Some(client) = &self.sockets[SessionSide::Client as usize]
         {
             let tag = tag(key, SessionSide::Client, OpUse::Watch);
-            self.watch = Some(ring.poll(client, tag, PollInterest::Failure));
+            let interest = if readable { PollInterest::Readable } else { PollInterest::Failure };
+            self.watch = Some(ring.poll(client, tag, interest));
             self.operations += 1;
         }
     }
@@ -571,7 +574,11 @@ impl RingSession {
             }
             WATCH if self.watch == Some(op) => {
                 self.watch = None;
-                if result == Ok(true) { OpResult::ClientFailed } else { OpResult::Nothing }
+                match result {
+                    Ok(true) => OpResult::ClientFailed,
+                    Ok(false) => OpResult::ClientReadable,
+                    Err(_) => OpResult::Nothing,
+                }
             }
             STALLED if result == Ok(true) && self.close.note_failure(side) => {
                 OpResult::Failed(side)

@@ -114,7 +114,7 @@ impl EngineIo for Sleepless {
 
     fn detach(&mut self, _: &mut NoFlow) {}
 
-    fn watch_client(&mut self, _: u32, _: &mut NoFlow) {}
+    fn watch_client(&mut self, _: u32, _: &mut NoFlow, _: bool) {}
 
     fn begin(&mut self, _: u32, _: &mut NoFlow, _: &mut TurnBytes) -> TurnNext {
         TurnNext::Wait
