@@ -139,11 +139,10 @@ fn change(args: &DrainArgs, action: &str, effect: &str) -> Exit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::tests::example;
 
     #[test]
     fn sessions_are_counted_wherever_the_backend_is_shown() {
-        let mut status = example();
+        let mut status = crate::testing::status();
         let mut other = status.pools[0].clone();
         other.name = "db".to_owned();
         other.backends[0].sessions_active = 7;

@@ -295,42 +295,9 @@ mod tests {
     use super::*;
     use expect_test::expect;
 
-    const EXAMPLE: &str = r#"{
-        "pool": "web", "backend": "a", "address": "10.0.0.11:8080", "registered": true,
-        "eligible": false, "why": "it is down: 2 confirming probes failed",
-        "observation": "down", "observation_seconds": 75.0,
-        "intent": "ready", "intent_seconds": 7300.0, "backup": false,
-        "connections_max": 0, "connections_max_in_force": 0, "sessions_active": 3,
-        "weight": {"effective": 0, "configured": 10,
-                   "health_percent": 0, "ramp_percent": 100, "load_percent": 65},
-        "probe": null, "slow_start": null,
-        "heartbeat": {"required": true, "pulse": "silent", "sender": {
-            "state": "ready", "state_seconds": 7300.0, "key": 1, "incarnation": 17,
-            "sequence": 72000, "weight_asked": 10, "load": 500, "load_smoothed": 480.2,
-            "in_flight": 3, "known_seconds": 7300.0, "detector": "down", "detector_seconds": 75.0,
-            "received_total": 71990, "lost_total": 10, "lost_share": 0.0, "loss": 0.001,
-            "loss_after_loss": 0.0, "jitter_seconds": 0.0012, "interval_seconds": 0.1,
-            "interval_learned_seconds": 0.1, "missing_allowed": 3, "timeout_seconds": 0.325,
-            "try_timeout_seconds": 0.1, "silent_seconds": 75.6, "ttl_seconds": 10.0,
-            "expired": false, "phi_normal": 300.0, "phi_exponential": 300.0,
-            "suspicions_total": 1, "downs_total": 1, "flaps": 0, "held": null}},
-        "failures": {"within_seconds": 12.0, "connects": 3, "early_resets": 1,
-            "last": "connection refused", "last_seconds_ago": 1.25, "in_a_row": 2,
-            "eject_at": 5, "connects_total": 9},
-        "ejection": {"on": true, "ejected": false, "in_a_row": 0, "total": 0, "held_total": 0},
-        "guards": {"channel_silent": false, "all_frozen": null, "max_ejected_percent": 50,
-            "pool_frozen": {"reason": "2 of 4 backends became suspect together", "seconds": 0.6},
-            "pool_down": 1, "pool_suspect": 2, "pool_heard": 2, "pool_senders": 5},
-        "history": [
-            {"from": "suspect", "to": "down", "reason": "2 confirming probes failed",
-             "seconds_ago": 75.0, "lasted_seconds": 0.2},
-            {"from": "up", "to": "suspect", "reason": "no heartbeat for 325 ms",
-             "seconds_ago": 75.2, "lasted_seconds": 7000.0}]
-    }"#;
-
     #[test]
     fn a_tired_operator_reads_the_reason_first() {
-        let facts: ExplainDoc = serde_json::from_str(EXAMPLE).expect("an explanation");
+        let facts = crate::testing::explanation();
         expect![[r#"
             web/a at 10.0.0.11:8080, registered by its heartbeats
             takes NO new sessions: it is down: 2 confirming probes failed

@@ -14,6 +14,8 @@ pub mod run;
 pub mod shutdown;
 pub mod status;
 mod table;
+#[cfg(test)]
+mod testing;
 pub mod upgrade;
 
 use clap::{Args, Parser, Subcommand};

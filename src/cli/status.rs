@@ -318,54 +318,12 @@ fn size(bytes: u64) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
+    use crate::testing::status as example;
     use expect_test::expect;
     use tidegate_api::names::BackendStateName;
     use tidegate_api::status::QuantilesDoc;
-
-    const EXAMPLE: &str = r#"{
-        "version": "0.1.0", "generation": 3, "table_serial": 9, "engine": "epoll",
-        "engine_reason": "configured", "workers": 2, "stalled": [], "worker_panics_total": 0,
-        "worker_restarts_total": 0, "uptime_seconds": 7384.2, "state": "serving",
-        "connections_active": 12, "connections_max": 100000,
-        "warnings": ["process.workers: 2 runs until a restart, then 4"], "confinement": [],
-        "frontends": [{
-            "name": "web", "binds": ["0.0.0.0:8080", "[::]:8080"], "pool": "web",
-            "connections_max": 0, "sessions_active": 12, "sessions_total": 12345,
-            "bytes_in_total": 999, "bytes_out_total": 5368709120, "refused_total": 0
-        }],
-        "pools": [{
-            "name": "web", "balance": "random", "none_eligible": null, "frozen": null,
-            "registered": 0, "registered_max": 0, "probes": true, "heartbeats": false, "queued": 0,
-            "backends": [{
-                "name": "a", "address": "10.0.0.11:8080", "registered": false, "weight": 3,
-                "effective_weight": 1, "backup": false, "connections_max": 0, "intent": "ready",
-                "observation": "suspect", "ejected": false, "on_trial": false,
-                "ejections_total": 0, "ejections_held_total": 0, "eligible": true,
-                "ramp_percent": 100, "sessions_active": 12, "sessions_total": 12000,
-                "connect_failures_total": 0, "bytes_in_total": 0, "bytes_out_total": 0,
-                "connect_seconds": {"p50": 0.000213, "p99": 0.0312},
-                "first_byte_seconds": {"p50": null, "p99": null}
-            }, {
-                "name": "b", "address": "unix:/run/b.sock", "registered": false, "weight": 1,
-                "effective_weight": 0, "backup": true, "connections_max": 0, "intent": "draining",
-                "observation": "up", "ejected": true, "on_trial": false,
-                "ejections_total": 1, "ejections_held_total": 0, "eligible": false,
-                "ramp_percent": 100, "sessions_active": 0, "sessions_total": 345,
-                "connect_failures_total": 7, "bytes_in_total": 0, "bytes_out_total": 0,
-                "connect_seconds": {"p50": null, "p99": 2.5},
-                "first_byte_seconds": {"p50": null, "p99": null},
-                "last_transition": {"from": "up", "to": "draining", "reason": "operator",
-                                    "seconds_ago": 75.9, "lasted_seconds": 3.0}
-            }]
-        }],
-        "leaving": [{"pool": "web", "name": "c", "address": "10.0.0.9:80", "sessions_active": 2}]
-    }"#;
-
-    pub(in super::super) fn example() -> StatusDoc {
-        serde_json::from_str(EXAMPLE).expect("a status")
-    }
 
     #[test]
     fn everything_stands_on_one_screen() {

@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use std::fmt;
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 use tidegate_api::answers::ErrorDoc;
@@ -51,11 +51,15 @@ pub enum Address {
     Tcp(SocketAddr),
 }
 
-/// The answer to a request that the balancer did not refuse.
+/// What was answered to one request.
 #[derive(Debug)]
 pub struct Answer {
     /// Such as `GET /v1/status`.
     request: String,
+    /// Where it came from.
+    address: Address,
+    /// The HTTP status.
+    pub status: StatusCode,
     /// The body.
     pub text: String,
 }
@@ -80,7 +84,7 @@ const ANSWER_BYTES_MAX: usize = 256 * 1024 * 1024;
 /// Everything but the unreserved characters of RFC 3986.
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// Sends one request and waits for its answer.
+/// Sends one request and waits for an answer that is a success.
 ///
 /// # Errors
 /// See [`ClientError`].
@@ -98,7 +102,19 @@ pub fn ask_within(
     path: &str,
     limit: Duration,
 ) -> Result<Answer, ClientError> {
-    let request = format!("{method} {path}");
+    exchange(args, method, path, limit)?.success()
+}
+
+/// Sends one request and waits for its answer, of whatever status, for at most `limit`.
+///
+/// # Errors
+/// There is none, or the request cannot be made.
+pub fn exchange(
+    args: &ClientArgs,
+    method: Method,
+    path: &str,
+    limit: Duration,
+) -> Result<Answer, ClientError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -106,18 +122,29 @@ pub fn ask_within(
     let reached = Reached::balancer(args)?;
     let token = args.token_file.as_deref().or(reached.token_file.as_deref());
     let token = token.map(read_token).transpose()?;
-    let text = runtime.block_on(async {
+    let named = format!("{method} {path}");
+    runtime.block_on(async {
         let (address, stream) = connect(&reached.places).await?;
-        exchange(&address, stream, method, path, token.as_deref(), limit).await
-    })?;
-    Ok(Answer { request, text })
+        let answered = async {
+            let request = request(&address, method, path, token.as_deref())?;
+            match stream {
+                ClientStream::Unix(stream) => answer(stream, request).await,
+                ClientStream::Tcp(stream) => answer(stream, request).await,
+            }
+        };
+        let late = |_| Err(format!("no answer within {limit:?}"));
+        match timeout(limit, answered).await.unwrap_or_else(late) {
+            Ok((status, text)) => Ok(Answer { request: named, address, status, text }),
+            Err(error) => {
+                let text = format!("cannot reach the balancer at {address}: {error}");
+                Err(ClientError::Unreachable(text))
+            }
+        }
+    })
 }
 
 /// The bearer token in a file, without the line's end.
-///
-/// # Errors
-/// Why the file cannot be taken.
-pub fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
+fn read_token(path: &Path) -> Result<String, ClientError> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         ClientError::Request(format!("cannot read the token file {}: {error}", path.display()))
     })?;
@@ -129,17 +156,12 @@ pub fn read_token(path: &std::path::Path) -> Result<String, ClientError> {
     Ok(token.to_owned())
 }
 
-async fn exchange(
+fn request(
     address: &Address,
-    stream: ClientStream,
     method: Method,
     path: &str,
     token: Option<&str>,
-    limit: Duration,
-) -> Result<String, ClientError> {
-    let unreachable = |error: &dyn fmt::Display| {
-        ClientError::Unreachable(format!("cannot reach the balancer at {address}: {error}"))
-    };
+) -> Result<Request<Empty<Bytes>>, String> {
     let mut request = Request::builder()
         .method(method)
         .uri(path)
@@ -148,18 +170,7 @@ async fn exchange(
     if let Some(token) = token {
         request = request.header(AUTHORIZATION, format!("Bearer {token}"));
     }
-    let request = request.body(Empty::new()).map_err(|error| unreachable(&error))?;
-    let answered = async {
-        match stream {
-            ClientStream::Unix(stream) => answer(stream, request).await,
-            ClientStream::Tcp(stream) => answer(stream, request).await,
-        }
-    };
-    let (status, body) = match timeout(limit, answered).await {
-        Ok(answered) => answered.map_err(|error| unreachable(&error))?,
-        Err(_) => return Err(unreachable(&format!("no answer within {limit:?}"))),
-    };
-    check_response(status, body, address)
+    request.body(Empty::new()).map_err(|error| error.to_string())
 }
 
 async fn answer(
@@ -181,37 +192,6 @@ async fn answer(
     driver.abort();
     let body = String::from_utf8(body.to_bytes().into());
     Ok((status, body.map_err(|_| "its answer is not text".to_owned())?))
-}
-
-fn check_response(
-    status: StatusCode,
-    body: String,
-    address: &Address,
-) -> Result<String, ClientError> {
-    if status.is_success() {
-        return Ok(body);
-    }
-    match error_document(&body) {
-        Some(mut document) if status.is_client_error() => {
-            if status == StatusCode::UNAUTHORIZED {
-                document.detail += "; give the token of [admin] token_file with --token-file FILE";
-            }
-            Err(ClientError::Refused(document, body))
-        }
-        Some(document) => {
-            let why = ClientError::Refused(document, String::new());
-            let text = format!("the balancer at {address} cannot answer: {why}");
-            Err(ClientError::Unreachable(text))
-        }
-        None => Err(ClientError::Unreachable(format!(
-            "what answers at {address} is not the admin API (HTTP {status})"
-        ))),
-    }
-}
-
-/// The body of an error answer; `None` if it is not one of the admin API.
-pub fn error_document(body: &str) -> Option<ErrorDoc> {
-    serde_json::from_str(body).ok()
 }
 
 /// Percent-encodes one path segment or query value.
@@ -296,6 +276,36 @@ pub fn printable(text: &str) -> String {
 // === impl Answer ===
 
 impl Answer {
+    /// The same if it is a success.
+    fn success(self) -> Result<Answer, ClientError> {
+        let (address, status) = (&self.address, self.status);
+        if status.is_success() {
+            return Ok(self);
+        }
+        match self.refusal() {
+            Some(mut refusal) if status.is_client_error() => {
+                if status == StatusCode::UNAUTHORIZED {
+                    refusal.detail +=
+                        "; give the token of [admin] token_file with --token-file FILE";
+                }
+                Err(ClientError::Refused(refusal, self.text))
+            }
+            Some(refusal) => {
+                let why = ClientError::Refused(refusal, String::new());
+                let text = format!("the balancer at {address} cannot answer: {why}");
+                Err(ClientError::Unreachable(text))
+            }
+            None => Err(ClientError::Unreachable(format!(
+                "what answers at {address} is not the admin API (HTTP {status})"
+            ))),
+        }
+    }
+
+    /// The document of an error; `None` if it is not one of the admin API.
+    pub fn refusal(&self) -> Option<ErrorDoc> {
+        serde_json::from_str(&self.text).ok()
+    }
+
     /// The document in it.
     ///
     /// # Errors
@@ -377,9 +387,13 @@ mod tests {
         assert_eq!(segment("ä-._~9"), "%C3%A4-._~9");
     }
 
+    fn answer(status: StatusCode, text: &str) -> Answer {
+        let (request, address) = ("POST /v1/reload".to_owned(), Address::Unix("/x".into()));
+        Answer { request, address, status, text: text.to_owned() }
+    }
+
     fn refused(body: &str) -> String {
-        let at = Address::Unix("/x".into());
-        match check_response(StatusCode::UNPROCESSABLE_ENTITY, body.to_owned(), &at) {
+        match answer(StatusCode::UNPROCESSABLE_ENTITY, body).success() {
             Err(error @ ClientError::Refused(..)) => complaint(&error),
             other => panic!("not refused: {other:?}"),
         }
@@ -404,8 +418,8 @@ mod tests {
     #[test]
     fn an_answer_that_does_not_fit_names_what_was_expected() {
         let read = |text: &str| {
-            let (request, text) = ("POST /v1/reload".to_owned(), text.to_owned());
-            Answer { request, text }.document::<ReloadDoc>().map_err(|error| error.to_string())
+            let document = answer(StatusCode::OK, text).document::<ReloadDoc>();
+            document.map_err(|error| error.to_string())
         };
         let newer = r#"{"generation": 4, "changed": true, "warnings": [], "more": 1}"#;
         assert_eq!(read(newer).unwrap().generation, 4);
@@ -422,8 +436,7 @@ mod tests {
 
     #[test]
     fn refusals_and_failures_are_told_apart_by_status() {
-        let at = Address::Unix("/x".into());
-        let judged = |status, body: &str| check_response(status, body.to_owned(), &at);
+        let judged = |status, body: &str| answer(status, body).success();
         let said = r#"{"error":"e","detail":"d"}"#;
         assert!(judged(StatusCode::OK, "anything").is_ok());
         assert!(matches!(
