@@ -95,9 +95,9 @@ pub fn bind(admin: &Admin) -> Result<AdminListener, AdminBindError> {
     }
 }
 
-/// Goes on with the listener of another process. `file` is the identity of its
-/// socket's file, if it had one of its own; the file stays until
-/// [`SocketFileLock::own`] is called. `None` when the file is not there any more.
+/// Takes the listener of another process. `file` is the identity of its socket's file,
+/// if it had one of its own; the file stays until [`SocketFileLock::own`] is called.
+/// `None` if the file is there no more.
 pub fn take_over(
     admin: &Admin,
     socket: OwnedFd,
@@ -105,23 +105,24 @@ pub fn take_over(
 ) -> Option<AdminListener> {
     let socket = Socket::from(socket);
     socket.set_nonblocking(true).ok()?;
-    match (&admin.listen, file) {
-        (AdminListen::Unix(path), Some(identity)) => {
-            let found = std::fs::symlink_metadata(path).ok()?;
-            if (found.dev(), found.ino()) != identity {
-                return None;
-            }
+    let AdminListen::Unix(path) = &admin.listen else {
+        let socket = BoundAdminSocket::Tcp(socket.into());
+        return Some(AdminListener::new(socket, None, &admin.listen));
+    };
+    let file = match file {
+        Some(identity) if identity_of(path).ok()? == identity => {
             let kept = Arc::new(AtomicBool::new(true));
-            let file = Some(SocketFile { path: path.clone(), identity, kept });
-            Some(AdminListener::new(BoundAdminSocket::Unix(socket.into()), file, &admin.listen))
+            Some(SocketFile { path: path.clone(), identity, kept })
         }
-        (AdminListen::Unix(_), None) => {
-            Some(AdminListener::new(BoundAdminSocket::Unix(socket.into()), None, &admin.listen))
-        }
-        (AdminListen::Tcp(_), _) => {
-            Some(AdminListener::new(BoundAdminSocket::Tcp(socket.into()), None, &admin.listen))
-        }
-    }
+        Some(_) => return None,
+        None => None,
+    };
+    Some(AdminListener::new(BoundAdminSocket::Unix(socket.into()), file, &admin.listen))
+}
+
+/// Device and inode.
+fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
+    std::fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
 fn bind_tcp(
@@ -183,9 +184,8 @@ fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)
     socket.bind(&SockAddr::unix(temporary)?)?;
     std::fs::set_permissions(temporary, Permissions::from_mode(0o600))?;
     socket.listen(BACKLOG)?;
-    let made = std::fs::symlink_metadata(temporary)?;
+    let identity = identity_of(temporary)?;
     std::fs::rename(temporary, path)?;
-    let identity = (made.dev(), made.ino());
     Ok((socket, SocketFile { path: path.to_owned(), identity, kept: Arc::default() }))
 }
 
@@ -305,8 +305,7 @@ impl Drop for SocketFile {
         if self.kept.load(Ordering::Relaxed) {
             return;
         }
-        let found = std::fs::symlink_metadata(&self.path);
-        if found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
+        if identity_of(&self.path).is_ok_and(|found| found == self.identity) {
             // Left behind it is stale, and the next start replaces it.
             let _ = std::fs::remove_file(&self.path);
         }

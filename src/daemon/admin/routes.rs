@@ -20,7 +20,7 @@ use serde::Serialize;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_api::answers::{ErrorDoc, IntentDoc, StateDoc};
-use tidegate_api::names::{IntentName, ServiceState};
+use tidegate_api::names::ServiceState;
 use tidegate_core::control::OperatorError;
 use tidegate_core::health::Intent;
 use tokio::sync::{mpsc, oneshot};
@@ -34,12 +34,11 @@ pub(super) struct ApiState {
     pub(super) readiness: ReadyState,
 }
 
-/// An error answer: `{"error", "detail"}`.
+/// An answer that is an error.
 #[derive(Debug)]
 pub(super) struct ErrorResponse {
     status: StatusCode,
-    error: &'static str,
-    detail: String,
+    document: ErrorDoc,
 }
 
 /// A control loop that takes longer is stuck; a client's own timeout would tell
@@ -99,23 +98,24 @@ async fn status(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorRespo
 }
 
 async fn reload(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
-    Ok(match api.ask_within(RELOAD_MAX, AdminRequest::Reload).await? {
-        Ok(reloaded) => answer(JSON, text(&reloaded)),
-        Err(ReloadError::Problems(problems)) => refused_file(problems),
+    match api.ask_within(RELOAD_MAX, AdminRequest::Reload).await? {
+        Ok(reloaded) => Ok(answer(JSON, text(&reloaded))),
+        Err(ReloadError::Problems(problems)) => Err(refused_file(problems)),
         Err(ReloadError::NotNow(why)) => {
-            return Err(ErrorResponse::new(StatusCode::CONFLICT, "the reload is refused", why));
+            Err(ErrorResponse::new(StatusCode::CONFLICT, "the reload is refused", why))
         }
-    })
+    }
 }
 
-fn refused_file(problems: Vec<ProblemDoc>) -> Response {
+fn refused_file(problems: Vec<ProblemDoc>) -> ErrorResponse {
     let detail = match &*problems {
         [one] => one.message.clone(),
         several => format!("{} problems", several.len()),
     };
-    let error = "the configuration is refused; the one in force stays".to_owned();
-    let body = ErrorDoc { error, detail, problems: Some(problems) };
-    with_status(StatusCode::UNPROCESSABLE_ENTITY, &body)
+    let error = "the configuration is refused; the one in force stays";
+    let mut refused = ErrorResponse::new(StatusCode::UNPROCESSABLE_ENTITY, error, detail);
+    refused.document.problems = Some(problems);
+    refused
 }
 
 async fn shutdown(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
@@ -146,42 +146,45 @@ async fn explain(
     uri: Uri,
     named: BackendPath,
 ) -> Result<Response, ErrorResponse> {
-    let Ok(Path((pool, backend))) = named else { return Err(not_found(&uri)) };
-    let (unknown_pool, unknown_backend) = unknown(&pool, &backend);
-    match api.ask(|reply| AdminRequest::Explain { pool, backend, reply }).await? {
-        Ok(text) => Ok(answer(JSON, text)),
-        Err(OperatorError::UnknownPool) => Err(unknown_pool),
-        Err(OperatorError::UnknownBackend) => Err(unknown_backend),
-    }
-}
-
-/// The refusals of a pool, and of a backend, that is not there.
-fn unknown(pool: &str, backend: &str) -> (ErrorResponse, ErrorResponse) {
-    let not_found = |error, detail| ErrorResponse::new(StatusCode::NOT_FOUND, error, detail);
-    (
-        not_found("unknown pool", format!("no pool is named {pool:?}")),
-        not_found("unknown backend", format!("pool {pool:?} has no backend {backend:?}")),
-    )
+    let (pool, backend) = names(named, &uri)?;
+    let asked = (pool.clone(), backend.clone());
+    let explained = api.ask(|reply| AdminRequest::Explain { pool, backend, reply }).await?;
+    explained.map(|text| answer(JSON, text)).map_err(|error| unknown(error, asked))
 }
 
 async fn set_intent(
     api: &ApiState,
     uri: &Uri,
     named: BackendPath,
-    to: Intent,
+    intent: Intent,
 ) -> Result<Response, ErrorResponse> {
-    // Not UTF-8 once decoded: no name is like that.
-    let Ok(Path((pool, backend))) = named else { return Err(not_found(uri)) };
-    let intent = IntentName::from(to.name());
-    let body = text(&IntentDoc { pool: pool.clone(), backend: backend.clone(), intent });
-    let (unknown_pool, unknown_backend) = unknown(&pool, &backend);
-    let done =
-        api.ask(|reply| AdminRequest::SetIntent { pool, backend, intent: to, reply }).await?;
-    match done {
-        Ok(()) => Ok(answer(JSON, body)),
-        Err(OperatorError::UnknownPool) => Err(unknown_pool),
-        Err(OperatorError::UnknownBackend) => Err(unknown_backend),
+    let (pool, backend) = names(named, uri)?;
+    let asked = (pool.clone(), backend.clone());
+    let ask = |reply| AdminRequest::SetIntent { pool, backend, intent, reply };
+    match api.ask(ask).await? {
+        Ok(()) => {
+            let (pool, backend) = asked;
+            let document = IntentDoc { pool, backend, intent: intent.name().into() };
+            Ok(answer(JSON, text(&document)))
+        }
+        Err(error) => Err(unknown(error, asked)),
     }
+}
+
+/// Pool and backend of a path.
+fn names(named: BackendPath, uri: &Uri) -> Result<(String, String), ErrorResponse> {
+    // Not UTF-8 once decoded: no name is like that.
+    named.map(|Path(names)| names).map_err(|_| not_found(uri))
+}
+
+fn unknown(error: OperatorError, (pool, backend): (String, String)) -> ErrorResponse {
+    let (error, detail) = match error {
+        OperatorError::UnknownPool => ("unknown pool", format!("no pool is named {pool:?}")),
+        OperatorError::UnknownBackend => {
+            ("unknown backend", format!("pool {pool:?} has no backend {backend:?}"))
+        }
+    };
+    ErrorResponse::new(StatusCode::NOT_FOUND, error, detail)
 }
 
 async fn unknown_path(uri: Uri) -> ErrorResponse {
@@ -203,10 +206,6 @@ pub(super) fn answer(content_type: &'static str, body: String) -> Response {
 
 fn long_answer(content_type: &'static str, body: String) -> Response {
     ([(CONTENT_TYPE, content_type)], Body::new(Pieces::new(body))).into_response()
-}
-
-fn with_status(status: StatusCode, body: &ErrorDoc) -> Response {
-    (status, [(CONTENT_TYPE, JSON)], text(body)).into_response()
 }
 
 pub(super) fn text(body: &impl Serialize) -> String {
@@ -250,15 +249,15 @@ impl ApiState {
 // === impl ErrorResponse ===
 
 impl ErrorResponse {
-    pub(super) fn new(status: StatusCode, error: &'static str, detail: impl Into<String>) -> Self {
-        ErrorResponse { status, error, detail: detail.into() }
+    pub(super) fn new(status: StatusCode, error: &str, detail: impl Into<String>) -> Self {
+        let (error, detail) = (error.to_owned(), detail.into());
+        ErrorResponse { status, document: ErrorDoc { error, detail, problems: None } }
     }
 }
 
 impl IntoResponse for ErrorResponse {
     fn into_response(self) -> Response {
-        let body = ErrorDoc { error: self.error.to_owned(), detail: self.detail, problems: None };
-        let mut response = with_status(self.status, &body);
+        let mut response = (self.status, answer(JSON, text(&self.document))).into_response();
         if self.status == StatusCode::UNAUTHORIZED {
             let challenge = HeaderValue::from_static("Bearer realm=\"tidegate\"");
             response.headers_mut().insert(WWW_AUTHENTICATE, challenge);

@@ -1,8 +1,8 @@
 //! Serving the admin API: accept, bound, end.
 //!
 //! Runs on the control thread's runtime until `daemon` stops it. A slow or silent
-//! client costs one of [`CONNECTIONS_MAX`] seats until somebody newer wants it,
-//! and holds up nobody else's request.
+//! client costs one of [`CONNECTIONS_MAX`] connections until a newer client needs it,
+//! and delays no request of another client.
 
 use super::bind::BoundAdminSocket;
 use super::guard::Transport;
@@ -14,12 +14,11 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::{LocalErrorPlace, WorkerCounters};
@@ -31,35 +30,30 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-/// Connections served at once: a few people, a few scrapers, and room for all of
-/// them to come twice. Beyond it the one that has asked nothing for longest makes
-/// room, which is counted; while all are asking, newer ones wait in the kernel's
-/// queue.
+/// Connections served at once: a few people, a few scrapers, and the same number again.
+/// Beyond it the connection that has asked nothing for longest is closed, which is
+/// counted; while all of them are asking, newer ones wait in the listen queue.
 const CONNECTIONS_MAX: usize = 32;
 
-/// How long a connection may ask nothing before it has to make room: whoever
-/// connects to ask does so within a round trip.
+/// How long a connection may ask nothing before it can be closed for a newer one: a
+/// client that connects to ask does so within a round trip.
 const IDLE_MIN: Duration = Duration::from_millis(100);
 
-/// A request's head must be there this soon, on a new or an idle connection.
+/// A request's head must be complete after this time, on a new or an idle connection.
 const HEADER_READ_MAX: Duration = Duration::from_secs(5);
 
-/// A connection is closed after this however busy, so that clients who read
-/// slowly for ever cannot hold all slots.
+/// A connection is closed after this time however busy, so that clients that never stop
+/// reading slowly cannot hold all of them.
 const CONNECTION_LIFE_MAX: Duration = Duration::from_secs(60);
 
 /// Time for a last answer to go out when a connection or the API ends.
 const LINGER_MAX: Duration = Duration::from_secs(1);
 
-/// How often a connection at its end is looked at until it has asked for
-/// something.
-const FIRST_REQUEST_STEP: Duration = Duration::from_millis(5);
-
 /// Pause after a failed accept (no descriptors, say), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Failed accepts are told of at most so often.
-const TELL_AGAIN: Duration = Duration::from_secs(10);
+/// Between two log lines about failed accepts.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A request's head may be this long; beyond twice of it the answer is 431 for
 /// certain, as it is measured after each read, of this length at most.
@@ -82,31 +76,29 @@ enum AdminStream {
 #[derive(Debug, Clone)]
 pub(super) struct AskedOver(pub(super) Arc<OwnedFd>);
 
-/// Connections closed to make room for newer ones; clones share it.
+/// Connections closed for newer ones; clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct DroppedConnections(Arc<AtomicU64>);
 
-/// Everybody served; at most [`CONNECTIONS_MAX`].
-struct ConnectionTable {
-    taken: VecDeque<Arc<ConnectionEntry>>,
-    /// Somebody has left.
-    left: Arc<Notify>,
-    crowding: DroppedConnections,
+/// The API while it is served.
+struct AdminServer {
+    acceptor: Acceptor,
+    routes: Router,
+    counters: Arc<WorkerCounters>,
+    dropped: DroppedConnections,
+    closing: watch::Sender<bool>,
+    tasks: JoinSet<()>,
+    /// At most [`CONNECTIONS_MAX`]; its task holds the other reference to each.
+    open: Vec<Arc<OpenConnection>>,
 }
 
-struct ConnectionEntry {
-    /// A request is being answered.
-    asking: AtomicBool,
-    /// Since when it is not.
-    idle: Mutex<Instant>,
-    /// It is to make room.
-    leave: Notify,
-    gone: AtomicBool,
-    left: Arc<Notify>,
+/// One connection, as far as the others need to know it.
+struct OpenConnection {
+    /// Since when no request is being answered; `None` while one is.
+    idle_since: Mutex<Option<Instant>>,
+    /// It has to go.
+    close: Notify,
 }
-
-/// A connection's hold on its seat.
-struct ConnectionGuard(Arc<ConnectionEntry>);
 
 /// Serves until `stop` completes, then lets answers under way go out and removes
 /// the socket file. Needs a tokio runtime with I/O and time.
@@ -121,7 +113,7 @@ pub async fn serve(
     counters: Arc<WorkerCounters>,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let AdminListener { socket, file: _file, crowding, .. } = listener;
+    let AdminListener { socket, file: _file, crowding: dropped, .. } = listener;
     let (acceptor, entrance) = match socket {
         BoundAdminSocket::Unix(unix) => {
             (Acceptor::Unix(UnixListener::from_std(unix)?), Transport::Unix)
@@ -133,98 +125,37 @@ pub async fn serve(
     };
     let routes = router(Arc::new(ApiState { entrance, tokens, requests, readiness }));
     let (closing, _) = watch::channel(false);
-    let mut connections = JoinSet::new();
-    let seats = ConnectionTable { taken: VecDeque::new(), left: Arc::default(), crowding };
-    let accepting = Accepting { acceptor: &acceptor, counters: &counters };
-    accept_until(stop, accepting, &routes, &closing, &mut connections, seats).await;
+    let (tasks, open) = (JoinSet::new(), Vec::new());
+    let mut server = AdminServer { acceptor, routes, counters, dropped, closing, tasks, open };
+    server.accept_until(stop).await;
+    let AdminServer { acceptor, closing, mut tasks, .. } = server;
     drop(acceptor);
     closing.send_replace(true);
-    // Whatever is left after that is cut off.
-    let _ = timeout(LINGER_MAX, async { while connections.join_next().await.is_some() {} }).await;
+    // What is left after that is cut off.
+    let _ = timeout(LINGER_MAX, async { while tasks.join_next().await.is_some() {} }).await;
     Ok(())
 }
 
-/// Where connections come from, and where trouble with that is counted.
-struct Accepting<'a> {
-    acceptor: &'a Acceptor,
-    counters: &'a WorkerCounters,
-}
-
-async fn accept_until(
-    stop: impl Future<Output = ()>,
-    Accepting { acceptor, counters }: Accepting<'_>,
-    routes: &Router,
-    closing: &watch::Sender<bool>,
-    connections: &mut JoinSet<()>,
-    mut seats: ConnectionTable,
-) {
-    let mut stop = pin!(stop);
-    let mut told = None;
-    loop {
-        while connections.try_join_next().is_some() {}
-        let accepted = tokio::select! {
-            () = &mut stop => return,
-            accepted = acceptor.accept() => accepted,
-        };
-        let stream = match accepted {
-            Ok(stream) => stream,
-            Err(error) => {
-                counters.local_trouble(local_errors::local_kind(&error), LocalErrorPlace::Admin);
-                let now = clock::now();
-                if told.is_none_or(|told| now >= told + TELL_AGAIN) {
-                    told = Some(now);
-                    tracing::warn!(%error, "the admin API cannot accept a connection");
-                }
-                tokio::select! {
-                    () = &mut stop => return,
-                    () = sleep(ACCEPT_PAUSE) => continue,
-                }
-            }
-        };
-        // Only once there is somebody to make it for, who then is served even if
-        // the end comes meanwhile.
-        let stopped = tokio::select! {
-            () = &mut stop => true,
-            () = seats.close_idlest() => false,
-        };
-        let (routes, closing, seat) = (routes.clone(), closing.subscribe(), seats.take());
-        match stream {
-            AdminStream::Unix(stream) => {
-                let asked_over = stream.as_fd().try_clone_to_owned().ok();
-                let asked_over = asked_over.map(|socket| AskedOver(Arc::new(socket)));
-                connections.spawn(connection(stream, asked_over, routes, closing, seat))
-            }
-            AdminStream::Tcp(stream) => {
-                connections.spawn(connection(stream, None, routes, closing, seat))
-            }
-        };
-        if stopped {
-            return;
-        }
-    }
-}
-
-/// One client, from accept to close; holds a seat for as long.
+/// One connection, from accept to close.
 async fn connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     asked_over: Option<AskedOver>,
     routes: Router,
     mut closing: watch::Receiver<bool>,
-    seat: ConnectionGuard,
+    own: Arc<OpenConnection>,
 ) {
-    let asked = Arc::new(AtomicBool::new(false));
-    let (routes, noted) = (TowerToHyperService::new(routes), Arc::clone(&asked));
-    let of_service = Arc::clone(&seat.0);
-    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
-        noted.store(true, Ordering::Relaxed);
+    let (asked, mut first_request) = watch::channel(false);
+    let routes = TowerToHyperService::new(routes);
+    let service = service_fn(|mut request: hyper::Request<Incoming>| {
+        asked.send_replace(true);
+        own.set_idle_since(None);
         if let Some(asked_over) = &asked_over {
             request.extensions_mut().insert(asked_over.clone());
         }
-        let (seat, answer) = (Arc::clone(&of_service), routes.call(request));
-        async move {
-            seat.asking.store(true, Ordering::Relaxed);
+        let answer = routes.call(request);
+        async {
             let answer = answer.await;
-            seat.is_idle();
+            own.set_idle_since(Some(clock::now()));
             answer
         }
     });
@@ -237,38 +168,34 @@ async fn connection(
         .half_close(true)
         .serve_connection(TokioIo::new(stream), service);
     let mut served = pin!(served);
-    let crowded_out = tokio::select! {
-        // What went wrong is the client's to know.
+    let silent = tokio::select! {
+        // An error is the client's to notice.
         _ = served.as_mut() => return,
         _ = closing.wait_for(|closing| *closing) => false,
         () = sleep(CONNECTION_LIFE_MAX) => false,
-        () = seat.0.leave.notified() => true,
+        () = own.close.notified() => !*first_request.borrow(),
     };
-    if crowded_out && !asked.load(Ordering::Relaxed) {
+    if silent {
         return;
     }
-    // Whoever was accepted is answered: its first request may be on its way.
-    // `serve` sets an end to this.
-    while !asked.load(Ordering::Relaxed) {
-        tokio::select! {
-            _ = served.as_mut() => return,
-            () = sleep(FIRST_REQUEST_STEP) => {}
-        }
+    // An accepted connection is answered: its first request may be on its way. `serve`
+    // bounds this.
+    tokio::select! {
+        _ = served.as_mut() => return,
+        _ = first_request.wait_for(|asked| *asked) => {}
     }
     served.as_mut().graceful_shutdown();
     let _ = timeout(LINGER_MAX, served).await;
 }
 
-/// The only client there is, for whoever plays one without a listener.
+/// Serves a stream that came from no listener.
 #[cfg(any(test, fuzzing))]
 pub(super) async fn only_connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     routes: Router,
     closing: watch::Receiver<bool>,
 ) {
-    let (taken, crowding) = (VecDeque::new(), DroppedConnections::default());
-    let mut seats = ConnectionTable { taken, left: Arc::default(), crowding };
-    connection(stream, None, routes, closing, seats.take()).await;
+    connection(stream, None, routes, closing, Arc::new(OpenConnection::new())).await;
 }
 
 // === impl DroppedConnections ===
@@ -280,71 +207,103 @@ impl DroppedConnections {
     }
 }
 
-// === impl ConnectionTable ===
+// === impl AdminServer ===
 
-impl ConnectionTable {
-    /// Waits until a seat is free, which the longest idle connection sees to.
-    /// Nothing is lost when this is given up half-way.
-    async fn close_idlest(&mut self) {
+impl AdminServer {
+    async fn accept_until(&mut self, stop: impl Future<Output = ()>) {
+        let mut stop = pin!(stop);
+        let mut logged = None;
         loop {
-            self.taken.retain(|seat| !seat.gone.load(Ordering::Relaxed));
-            if self.taken.len() < CONNECTIONS_MAX {
-                return;
-            }
-            let now = clock::now();
-            let idle = |seat: &ConnectionEntry| now.saturating_duration_since(seat.idle_since());
-            let resting = self.taken.iter().enumerate().filter(|(_, seat)| !seat.is_asking());
-            let longest = resting.map(|(at, seat)| (idle(seat), at)).max();
-            match longest {
-                Some((time, at)) if time >= IDLE_MIN => {
-                    if let Some(seat) = self.taken.remove(at) {
-                        seat.leave.notify_one();
-                        self.crowding.0.fetch_add(1, Ordering::Relaxed);
+            let accepted = tokio::select! {
+                () = &mut stop => return,
+                accepted = self.acceptor.accept() => accepted,
+            };
+            let stream = match accepted {
+                Ok(stream) => stream,
+                Err(error) => {
+                    self.accept_failed(&error, &mut logged);
+                    tokio::select! {
+                        () = &mut stop => return,
+                        () = sleep(ACCEPT_PAUSE) => continue,
                     }
                 }
-                // Nobody yet.
+            };
+            // After the accept, so that no connection is closed for none. What was
+            // accepted is served even if the end comes first.
+            let stopped = tokio::select! {
+                () = &mut stop => true,
+                () = self.close_idlest() => false,
+            };
+            self.start(stream);
+            if stopped {
+                return;
+            }
+        }
+    }
+
+    fn accept_failed(&self, error: &io::Error, logged: &mut Option<Instant>) {
+        self.counters.local_trouble(local_errors::local_kind(error), LocalErrorPlace::Admin);
+        let now = clock::now();
+        if logged.is_none_or(|logged| now >= logged + LOG_INTERVAL) {
+            *logged = Some(now);
+            tracing::warn!(%error, "the admin API cannot accept a connection");
+        }
+    }
+
+    /// Waits until there are fewer than [`CONNECTIONS_MAX`]; closes the longest idle one
+    /// for it. Nothing is lost when this is dropped half-way.
+    async fn close_idlest(&mut self) {
+        loop {
+            while self.tasks.try_join_next().is_some() {}
+            self.open.retain(|one| Arc::strong_count(one) > 1);
+            if self.open.len() < CONNECTIONS_MAX {
+                return;
+            }
+            let idle = self.open.iter().enumerate();
+            let idle = idle.filter_map(|(at, one)| Some((one.idle_since()?, at)));
+            match idle.min() {
+                Some((since, at)) if clock::now() >= since + IDLE_MIN => {
+                    self.open.swap_remove(at).close.notify_one();
+                    self.dropped.0.fetch_add(1, Ordering::Relaxed);
+                }
+                // None yet.
                 _ => {
-                    let _ = timeout(IDLE_MIN, self.left.notified()).await;
+                    let _ = timeout(IDLE_MIN, self.tasks.join_next()).await;
                 }
             }
         }
     }
 
-    fn take(&mut self) -> ConnectionGuard {
-        let seat = Arc::new(ConnectionEntry {
-            asking: AtomicBool::new(false),
-            idle: Mutex::new(clock::now()),
-            leave: Notify::new(),
-            gone: AtomicBool::new(false),
-            left: Arc::clone(&self.left),
-        });
-        self.taken.push_back(Arc::clone(&seat));
-        ConnectionGuard(seat)
+    fn start(&mut self, stream: AdminStream) {
+        let own = Arc::new(OpenConnection::new());
+        self.open.push(Arc::clone(&own));
+        let (routes, closing) = (self.routes.clone(), self.closing.subscribe());
+        match stream {
+            AdminStream::Unix(stream) => {
+                let asked_over = stream.as_fd().try_clone_to_owned().ok();
+                let asked_over = asked_over.map(|socket| AskedOver(Arc::new(socket)));
+                self.tasks.spawn(connection(stream, asked_over, routes, closing, own))
+            }
+            AdminStream::Tcp(stream) => {
+                self.tasks.spawn(connection(stream, None, routes, closing, own))
+            }
+        };
     }
 }
 
-// === impl ConnectionEntry ===
+// === impl OpenConnection ===
 
-impl ConnectionEntry {
-    fn is_asking(&self) -> bool {
-        self.asking.load(Ordering::Relaxed)
+impl OpenConnection {
+    fn new() -> OpenConnection {
+        OpenConnection { idle_since: Mutex::new(Some(clock::now())), close: Notify::new() }
     }
 
-    fn idle_since(&self) -> Instant {
-        *self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    fn idle_since(&self) -> Option<Instant> {
+        *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its answer is ready.
-    fn is_idle(&self) {
-        *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = clock::now();
-        self.asking.store(false, Ordering::Relaxed);
-    }
-}
-
-impl Drop for ConnectionGuard {
-    fn drop(&mut self) {
-        self.0.gone.store(true, Ordering::Relaxed);
-        self.0.left.notify_one();
+    fn set_idle_since(&self, since: Option<Instant>) {
+        *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = since;
     }
 }
 
