@@ -253,6 +253,11 @@ impl<'s> ProblemCollector<'s> {
         self.warnings.borrow_mut().push(place, || what);
     }
 
+    /// The same where making the message costs something.
+    pub(super) fn warning_with(&self, place: Range<usize>, what: impl FnOnce() -> ValueError) {
+        self.warnings.borrow_mut().push(place, what);
+    }
+
     /// Keeps where something stands, for problems found later.
     pub(super) fn keep(&self, spot: Spot, place: Option<Range<usize>>) {
         if let Some(place) = place {

@@ -40,12 +40,14 @@ pub enum Spot {
 pub struct Origin {
     file: Arc<str>,
     text: Arc<str>,
+    line_starts: Arc<[usize]>,
     spots: HashMap<Spot, Range<usize>>,
 }
 
 impl Origin {
     pub(super) fn new(source: &SourceText<'_>, spots: HashMap<Spot, Range<usize>>) -> Origin {
-        Origin { file: Arc::clone(&source.file), text: source.text.into(), spots }
+        let (file, line_starts) = (Arc::clone(&source.file), Arc::clone(&source.line_starts));
+        Origin { file, text: source.text.into(), line_starts, spots }
     }
 
     /// An error at that spot; at the first character where the file says nothing of
@@ -73,7 +75,8 @@ impl Origin {
     ) -> Problem {
         match self.spots.get(spot) {
             Some(place) => {
-                let source = SourceText::new(&self.file, &self.text);
+                let (file, line_starts) = (Arc::clone(&self.file), Arc::clone(&self.line_starts));
+                let source = SourceText { file, text: &self.text, line_starts };
                 Problem::new(&source, place, severity, ValueError { message, help })
             }
             None => Problem::of_file(&self.file, severity, message, help),

@@ -28,7 +28,7 @@ pub(crate) struct SourceText<'t> {
     pub(crate) file: Arc<str>,
     pub(crate) text: &'t str,
     /// Ascending; the first is 0.
-    line_starts: Vec<usize>,
+    pub(crate) line_starts: Arc<[usize]>,
 }
 
 /// A piece of one source line, short enough to show, and the bytes of it to

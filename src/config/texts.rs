@@ -5,6 +5,7 @@
 //! [`super::load_kept`]. Secrets are among them.
 
 use super::source;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ const NAMED_BYTES_MAX: usize = 4 * source::FILE_BYTES_MAX;
 pub struct Texts {
     path: PathBuf,
     text: String,
-    named: Vec<(PathBuf, Zeroizing<Vec<u8>>)>,
+    named: BTreeMap<PathBuf, Zeroizing<Vec<u8>>>,
 }
 
 // === impl Texts ===
@@ -29,12 +30,12 @@ impl Texts {
     /// `text` was read at `path` and is `config`; reads the files it names.
     pub fn of(path: &Path, text: String, config: &Config) -> Texts {
         let mut room = NAMED_BYTES_MAX;
-        let mut named = Vec::new();
+        let mut named = BTreeMap::new();
         for path in config.named_files() {
             let bytes = source::read_file(&path).ok().map(Zeroizing::new);
             if let Some(bytes) = bytes.filter(|bytes| bytes.len() <= room) {
                 room -= bytes.len();
-                named.push((path, bytes));
+                named.insert(path, bytes);
             }
         }
         Texts { path: path.to_owned(), text, named }
@@ -52,8 +53,7 @@ impl Texts {
 
     /// What a file that it names holds; `None` where that is not known.
     pub fn named(&self, path: &Path) -> Option<&[u8]> {
-        let found = self.named.iter().find(|(named, _)| named == path);
-        found.map(|(_, bytes)| bytes.as_slice())
+        self.named.get(path).map(|bytes| bytes.as_slice())
     }
 
     /// For another process: each path and each text with its length before it.
@@ -74,10 +74,10 @@ impl Texts {
     pub fn decode(mut bytes: &[u8]) -> Option<Texts> {
         let (path, text) = (take(&mut bytes)?, take(&mut bytes)?);
         let text = String::from_utf8(text.to_vec()).ok()?;
-        let mut named = Vec::new();
+        let mut named = BTreeMap::new();
         while !bytes.is_empty() {
             let (path, bytes) = (take(&mut bytes)?, take(&mut bytes)?);
-            named.push((path_of(path), Zeroizing::new(bytes.to_vec())));
+            named.insert(path_of(path), Zeroizing::new(bytes.to_vec()));
         }
         Some(Texts { path: path_of(path), text, named })
     }
@@ -109,7 +109,7 @@ mod tests {
 
     #[test]
     fn texts_survive_the_way_and_name_no_secret() {
-        let named = vec![("/key".into(), Zeroizing::new(vec![0xFF, 0, 7]))];
+        let named = BTreeMap::from([("/key".into(), Zeroizing::new(vec![0xFF, 0, 7]))]);
         let texts = Texts { path: "a b".into(), text: "x = 1\n".into(), named };
         let again = Texts::decode(&texts.encode()).unwrap();
         assert_eq!(again, texts);

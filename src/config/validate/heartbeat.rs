@@ -2,7 +2,7 @@
 //! whole file and each pool are read; [`check`] sees to what spans them. Opens
 //! no file but those of the keys, and those only where it is told to.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -218,7 +218,8 @@ fn listens(report: &ProblemCollector<'_>, read: &HeartbeatRead) {
         let wild = a.ip().is_unspecified() || b.ip().is_unspecified();
         a == b || (wild && a.port() == b.port() && a.is_ipv4() == b.is_ipv4())
     };
-    let all: Vec<_> = read.model.listen.iter().zip(&read.listen_places).collect();
+    // What is beyond the bound is refused as a whole.
+    let all: Vec<_> = read.model.listen.iter().zip(&read.listen_places).take(LISTEN_MAX).collect();
     for (index, (address, place)) in all.iter().enumerate() {
         if let Some((other, first)) = all[..index].iter().find(|(o, _)| overlaps(**o, **address)) {
             let how = if other == address { "repeats" } else { "overlaps" };
@@ -264,10 +265,10 @@ fn keys(report: &ProblemCollector<'_>, read: &HeartbeatRead, pools: &[PoolRead])
             }
         }
     }
+    let spoken_for: HashSet<_> = read.model.keys.iter().flat_map(|key| &key.pools).collect();
     for pool in pools {
         let Some(place) = &pool.heartbeat else { continue };
-        let spoken_for = read.model.keys.iter().any(|key| key.pools.contains(&pool.model.name));
-        if !spoken_for && !read.keys.is_empty() {
+        if !spoken_for.contains(&pool.model.name) && !read.keys.is_empty() {
             let name = shown(&pool.model.name);
             let complaint = ValueError::new(format!("no key may speak for pool {name}"));
             let help = "name the pool in the pools of a [[heartbeat.key]]";

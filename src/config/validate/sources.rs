@@ -4,6 +4,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::IpAddr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -131,11 +132,12 @@ impl List {
 /// The same range under both keys of one file is a slip. In list files, which
 /// others write, the denial simply holds.
 fn refuse_contradictions(section: &Section<'_, '_>, allow: &List, deny: &List) {
+    // The first of equal ones is named: the last insertion stays.
+    let allowed = allow.inline.iter().rev().map(|range| (range.get_ref(), range.span()));
+    let allowed: HashMap<_, _> = allowed.collect();
     for denied in &deny.inline {
-        let Some(allowed) = allow.inline.iter().find(|a| a.get_ref() == denied.get_ref()) else {
-            continue;
-        };
-        let place = section.report.place_name(&allowed.span());
+        let Some(place) = allowed.get(denied.get_ref()) else { continue };
+        let place = section.report.place_name(place);
         let message = format!("{} is allowed at {place}", denied.get_ref());
         section.report.error(denied.span(), ValueError::new(message));
     }
@@ -155,18 +157,15 @@ fn warn_of_idle_ranges(section: &Section<'_, '_>, allow: &List, deny: &List) {
     let mut known: HashMap<IpNet, (Verb, Range<usize>)> = HashMap::new();
     let all = allow.inline.iter().map(|range| (Verb::Allow, range));
     let all = all.chain(deny.inline.iter().map(|range| (Verb::Deny, range)));
-    let idle = |place: Range<usize>, net: &IpNet, why: String| {
-        section.report.warning(place, ValueError::new(format!("{net} has no effect: {why}")));
-    };
+    let place_name = |place: &Range<usize>| section.report.place_name(place);
     for (verb, range) in all.clone() {
-        match known.get(range.get_ref()) {
-            Some((other, first)) if *other == verb => {
-                let first = section.report.place_name(first);
-                idle(range.span(), range.get_ref(), format!("it is at {first} already"));
+        match known.entry(*range.get_ref()) {
+            Entry::Occupied(first) if first.get().0 == verb => {
+                idle(section, range, || format!("it is at {} already", place_name(&first.get().1)));
             }
             // Refused as a contradiction.
-            Some(_) => {}
-            None => drop(known.insert(*range.get_ref(), (verb, range.span()))),
+            Entry::Occupied(_) => {}
+            Entry::Vacant(free) => drop(free.insert((verb, range.span()))),
         }
     }
     if allow.file.is_some() || deny.file.is_some() {
@@ -178,16 +177,24 @@ fn warn_of_idle_ranges(section: &Section<'_, '_>, allow: &List, deny: &List) {
             around.find_map(|net| known.get(&net).map(|(verb, place)| (net, *verb, place)));
         match around {
             Some((net, other, place)) if other == verb => {
-                let (place, verb) = (section.report.place_name(place), verb.past());
-                idle(range.span(), range.get_ref(), format!("{net} is {verb} at {place}"));
+                idle(section, range, || {
+                    format!("{net} is {} at {}", verb.past(), place_name(place))
+                });
             }
             None if verb == Verb::Deny && allow.is_given() => {
-                let why = "allow does not hold it, so it is denied anyway";
-                idle(range.span(), range.get_ref(), why.to_owned());
+                idle(section, range, || {
+                    "allow does not hold it, so it is denied anyway".to_owned()
+                });
             }
             _ => {}
         }
     }
+}
+
+fn idle(section: &Section<'_, '_>, range: &Spanned<IpNet>, why: impl FnOnce() -> String) {
+    section.report.warning_with(range.span(), || {
+        ValueError::new(format!("{} has no effect: {}", range.get_ref(), why()))
+    });
 }
 
 fn limits(section: &Section<'_, '_>) -> SourceLimits {
