@@ -1,7 +1,7 @@
 //! `tidegate drain` and `undrain`: take one backend out, and put it back.
 //!
-//! Called by the command line; the admin API does the work. Waiting is done here,
-//! by asking again and again.
+//! Called by the command line; the admin API does the work. Only the waiting is done
+//! here: the command asks for the backend's sessions until there are none.
 
 use super::DrainArgs;
 use clap::Args;
@@ -33,9 +33,8 @@ pub struct DrainOrder {
     pub wait: Option<Option<Duration>>,
 }
 
-/// How often a backend is looked at while somebody waits for its sessions. Twice
-/// in a row there have to be none: one that was routed by the table before may
-/// be about to come.
+/// Between two requests for a backend's sessions. There must be none twice in a row: a
+/// session that was routed by the table before may still arrive.
 const LOOK: Duration = Duration::from_millis(200);
 
 /// One backend of one pool.

@@ -39,7 +39,7 @@ pub fn main(args: &ClientArgs) -> Exit {
         },
         _ => "what answers is not the admin API".to_owned(),
     };
-    // With standard error closed there is nobody to tell.
+    // With standard error closed the text has no reader.
     let _ = writeln!(io::stderr(), "tidegate: {}", printable(&why));
     Exit::Failed
 }

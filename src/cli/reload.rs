@@ -7,8 +7,8 @@ use tidegate_api::reload::ReloadDoc;
 use tidegate_client::command::Exit;
 use tidegate_client::http::{ClientArgs, ask, report};
 
-/// Asks and says what came of it. A refused file is [`Exit::Refused`], its
-/// problems on standard error.
+/// Asks and prints the result. A refused file is [`Exit::Refused`], with its problems on
+/// standard error.
 pub fn main(args: &ClientArgs) -> Exit {
     report(args, ask(args, Method::POST, "/v1/reload"), shown)
 }

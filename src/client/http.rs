@@ -251,7 +251,7 @@ fn complaint(error: &ClientError) -> String {
 }
 
 fn print_error(text: &str, exit: Exit) -> Exit {
-    // With standard error closed there is nobody to tell.
+    // With standard error closed the text has no reader.
     let _ = writeln!(io::stderr(), "{}", printable(text));
     exit
 }

@@ -1,4 +1,4 @@
-//! Asking a running balancer: where it is, one request, its answer.
+//! Requests to a running balancer: finding it, one request, its answer.
 //!
 //! Called by the command line and the lab. It starts and changes no balancer.
 

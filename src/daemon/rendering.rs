@@ -1,9 +1,9 @@
-//! Status and metrics: the picture is taken on the control thread, a slice at a
-//! time between events, and rendered on a thread of its own.
+//! Status and metrics: the control thread takes a snapshot, a slice at a time between
+//! events, and another thread renders it.
 //!
-//! Driven by the control loop. One picture is under way at a time; who asks
-//! meanwhile is answered from the next one. Whatever needs more than a copy (the
-//! workers' histograms, the kernel's facts, text) waits for that other thread.
+//! Driven by the control loop. One snapshot is taken at a time; requests that arrive in
+//! that time get the next one. What needs more than a copy (the workers' histograms, the
+//! kernel's facts, text) is left to the other thread.
 
 use super::control_loop::Control;
 use super::ports;
@@ -21,22 +21,21 @@ use tidegate_net::clock;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-/// How long a worker may take to hand its histograms over; a busy one answers
-/// within a turn, a stuck one must not hold the scrape up.
+/// How long a worker may take to hand its histograms over: a busy worker answers within
+/// a turn, a stalled one must not delay the scrape.
 const COLLECT_MAX: Duration = Duration::from_millis(250);
 
-/// The control thread gathers for so long before events have their turn.
+/// How long the control thread gathers before it handles events again.
 const SLICE_MAX: Duration = Duration::from_millis(1);
 
 /// Backends between two looks at the clock.
 const SLICE_STEP: usize = 32;
 
-/// Backends that may come before the workers' histograms are fetched though nobody
-/// asks for them: a worker keeps some 10 KB of each that had sessions until they
-/// are, gone or not.
+/// New backends after which the workers' histograms are fetched without a request: until
+/// then a worker keeps some 10 KB of each that had sessions, removed or not.
 const UNCOLLECTED_MAX: u32 = tidegate_core::metrics::histograms::SPARE_MAX as u32;
 
-/// Who wants to read what.
+/// A request for a text.
 #[derive(Debug)]
 pub(super) enum Reader {
     Status(oneshot::Sender<String>),
@@ -46,9 +45,9 @@ pub(super) enum Reader {
 /// What the control loop keeps of it.
 #[derive(Debug, Default)]
 pub(super) struct Rendering {
-    /// For the next picture. Bounded by the admin API's connections.
+    /// For the next snapshot. Bounded by the admin API's connections.
     asked: Vec<Reader>,
-    /// The picture under way, and who gets it: those who had asked when it began.
+    /// The snapshot under way, and the requests that were there when it began.
     gathering: Option<(Gathering, Vec<Reader>)>,
     running: Option<JoinHandle<()>>,
     /// Backends that had been seen when the histograms were last collected.
@@ -64,7 +63,7 @@ pub(super) struct Latencies(Arc<Mutex<MergedHistograms>>);
 pub(super) struct Collecting {
     asked: Vec<(Arc<Mailbox>, oneshot::Receiver<Option<HistogramDelta>>)>,
     latency: Latencies,
-    /// Of whom something may be known, among the backends up to `seen`.
+    /// The backends up to `seen` that are configured or leaving.
     known: Vec<BackendId>,
     seen: u32,
 }
@@ -80,14 +79,14 @@ pub(super) struct Collected {
 // === impl Rendering ===
 
 impl Rendering {
-    /// Resolves when [`Control::render_on`] has something to do; never where
-    /// nobody has asked.
+    /// Resolves when [`Control::render_on`] has something to do; never without a
+    /// request.
     pub(super) async fn due(&mut self) {
         if self.gathering.is_some() {
-            // Everybody else's turn comes first.
+            // Other tasks of this thread run first.
             tokio::task::yield_now().await;
         } else if let Some(running) = &mut self.running {
-            // A renderer that panics is its readers' loss alone.
+            // A panic of the renderer fails its requests alone.
             let _ = running.await;
             self.running = None;
         } else if self.asked.is_empty() {
@@ -102,7 +101,7 @@ impl Control {
         self.telemetry.rendering.asked.push(asked);
     }
 
-    /// Gathers for a moment; gives the picture away once it is complete.
+    /// Gathers for a slice; hands the snapshot over once it is complete.
     pub(super) fn render_on(&mut self) {
         let began = clock::now();
         if self.telemetry.rendering.running.is_some() {
@@ -128,7 +127,7 @@ impl Control {
         self.telemetry.rendering.running = Some(tokio::spawn(async move {
             let collected = collecting.arrive().await;
             let write = move || render(snapshot, started, collected, asked);
-            // It panics only where the renderer does.
+            // It fails only if the renderer panics.
             let _ = tokio::task::spawn_blocking(write).await;
         }));
     }
@@ -173,8 +172,8 @@ impl Control {
         }
     }
 
-    /// Fetches what the workers' histograms hold though nobody asks for it, once so
-    /// many backends have come that those gone could fill the memory.
+    /// Fetches the workers' histograms without a request, once [`UNCOLLECTED_MAX`]
+    /// backends are new: what is kept of removed ones could fill the memory.
     pub(super) fn bound_latency(&mut self) {
         let seen = self.controller.backends_seen();
         if seen.wrapping_sub(self.telemetry.rendering.collected) >= UNCOLLECTED_MAX {
@@ -220,7 +219,7 @@ impl Latencies {
 // === impl Collecting ===
 
 impl Collecting {
-    /// Waits for the workers, not long for one that is stuck.
+    /// Waits for the workers, for at most [`COLLECT_MAX`].
     async fn arrive(self) -> Collected {
         let Collecting { asked, latency, known, seen } = self;
         let deadline = (clock::now() + COLLECT_MAX).into();

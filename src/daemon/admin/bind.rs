@@ -1,8 +1,8 @@
 //! Binding the admin API's listener.
 //!
-//! Called once by `daemon` at start. A Unix socket is never connectable by others,
-//! not even for a moment; a live one is never taken over and what is not a
-//! socket is never removed.
+//! Called once by `daemon` at start. Other users can connect to a Unix socket at no
+//! moment. A socket on which another process listens is never taken over, and what is
+//! not a socket is never removed.
 
 use super::serve::DroppedConnections;
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -55,10 +55,10 @@ pub struct SocketFileLock {
 /// Why the API cannot listen.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminBindError {
-    /// Somebody listens there.
+    /// Another process listens there.
     #[error("another process answers on {0}")]
     Live(AdminListen),
-    /// Something stands at the socket's path that is not ours to remove.
+    /// There is something else than a socket at its path.
     #[error("{} is not a socket; remove it or choose another [admin] listen", .0.display())]
     NotASocket(PathBuf),
     /// A system call failed.
@@ -80,10 +80,10 @@ const BACKLOG: i32 = 128;
 const LOCK_TRIES: u32 = 50;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
-/// Binds where the configuration says.
+/// Binds the address of the configuration.
 ///
 /// # Errors
-/// See [`AdminBindError`]; all of them mean that the API cannot be had.
+/// See [`AdminBindError`]; each means that the API is not available.
 pub fn bind(admin: &Admin) -> Result<AdminListener, AdminBindError> {
     let address = &admin.listen;
     match address {
@@ -165,8 +165,8 @@ fn bind_unix(path: &Path, address: &AdminListen) -> Result<AdminListener, AdminB
     let _lock = lock(directory);
     refuse_unless_free(path, address)?;
 
-    // Bound under a name of its own and renamed when its mode is right: whoever
-    // finds the socket at its path finds it closed to others and listening.
+    // Bound under another name and renamed when its mode is right: a client that finds
+    // the socket at its path finds it listening and closed to other users.
     let temporary = directory.join(format!(".tg{}", std::process::id()));
     let _ = std::fs::remove_file(&temporary);
     let socket = listen_unix(&temporary, path).inspect_err(|_| {
@@ -177,7 +177,7 @@ fn bind_unix(path: &Path, address: &AdminListen) -> Result<AdminListener, AdminB
 }
 
 fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)> {
-    // Tells of a path too long for a socket before anything is made.
+    // Fails for a path too long for a socket before anything is made.
     SockAddr::unix(path)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
@@ -189,7 +189,7 @@ fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)
     Ok((socket, SocketFile { path: path.to_owned(), identity, kept: Arc::default() }))
 }
 
-/// Nothing is there, or a socket nobody listens on.
+/// Nothing is there, or a socket on which no process listens.
 fn refuse_unless_free(path: &Path, address: &AdminListen) -> Result<(), AdminBindError> {
     let fail = |source| AdminBindError::Io { doing: "look at", address: address.clone(), source };
     match std::fs::symlink_metadata(path) {
@@ -213,9 +213,9 @@ fn refuse_unless_free(path: &Path, address: &AdminListen) -> Result<(), AdminBin
     }
 }
 
-/// Keeps two processes from both finding the same stale socket and one of them
-/// from removing the other's fresh one. Best effort: where the directory cannot
-/// be locked in time, going on without is better than not starting.
+/// Without it, two processes could find the same stale socket, and one of them could
+/// remove the new socket of the other. Best effort: if the directory cannot be locked in
+/// time, the process starts without the lock.
 fn lock(directory: &Path) -> Option<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let fd = rustix::fs::open(directory, flags, Mode::empty()).ok()?;
@@ -270,7 +270,7 @@ impl AdminListener {
         }
     }
 
-    /// Says what becomes of the file.
+    /// Decides whether the file is removed.
     pub fn file(&self) -> SocketFileLock {
         self.file.as_ref().map_or_else(SocketFileLock::default, |file| SocketFileLock {
             identity: Some(file.identity),

@@ -1,14 +1,14 @@
-//! A long answer that leaves everybody else their turn.
+//! A long answer that is written in pieces.
 //!
-//! Used for status and metrics, which may be tens of megabytes: the control thread
-//! writes them, and a piece at a time delays no verdict.
+//! Used for status and metrics, which can be tens of megabytes. The control thread
+//! writes them, and one piece at a time delays no event.
 
 use hyper::body::{Body, Bytes, Frame, SizeHint};
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-/// Bytes between two turns of everybody else.
+/// Bytes written before other tasks of the thread run.
 const PIECE: usize = 64 * 1024;
 
 /// See the module's documentation.

@@ -1,9 +1,9 @@
-//! Any bytes as what a client of the admin API says.
+//! Any bytes as a request of a client of the admin API.
 //!
 //! Called through `crate::fuzz`. The bytes go through the very connection,
 //! guard and router that serve clients; only the socket and the control loop are
-//! played. Nothing may panic, whatever is answered is HTTP, and what a client
-//! may not ask for never reaches the control loop.
+//! simulated. Nothing may panic, each answer is HTTP, and what a client may not ask for
+//! never reaches the control loop.
 
 use super::guard::Transport;
 use super::routes::{ApiState, router};
@@ -17,7 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 
-/// Known to a client exactly where it is in what the client says.
+/// A client knows it exactly if its bytes hold it.
 const TOKEN: &[u8] = b"sixteen-and-more";
 
 /// Bytes that fit between the two ends.
@@ -107,7 +107,7 @@ async fn control_loop(
     asked
 }
 
-/// A reply that nobody waits for any more.
+/// A reply without a receiver.
 fn nobody<T>() -> tokio::sync::oneshot::Sender<T> {
     tokio::sync::oneshot::channel().0
 }

@@ -1,4 +1,4 @@
-//! Who may ask: the checks every admin request passes before it is routed.
+//! The checks that every admin request passes before it is routed.
 //!
 //! A layer around the routes. Over a Unix socket the file's mode is the check;
 //! over TCP it is `Host` (a web page whose name was rebound to this address
@@ -20,19 +20,20 @@ use std::time::Duration;
 /// Where a request came in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Transport {
-    /// Whoever may open the socket may do everything.
+    /// A client that may open the socket may do everything.
     Unix,
     /// Listening on this address.
     Tcp(SocketAddr),
 }
 
-/// No request needs a body; this much is read to keep the connection usable.
+/// No request needs a body; up to this length one is read and discarded, so that the
+/// connection stays usable.
 const BODY_MAX: usize = 64 * 1024;
 
-/// A body that takes longer is not coming.
+/// Time for a whole body to arrive.
 const BODY_READ_MAX: Duration = Duration::from_secs(5);
 
-/// The layer: checks, reads the body away, goes on.
+/// The layer: checks the head, discards the body, calls the route.
 pub(super) async fn guard(
     State(api): State<Arc<ApiState>>,
     request: Request,

@@ -13,7 +13,7 @@
 //! | `GET /v1/status` | JSON ([`status`]) |
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 409 while draining; 422 with `problems` |
 //! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
-//! | `POST /v1/upgrade` | 200 `{pid, version, generation}`; 409 when it cannot be tried; 422 when the new process did not come to serve |
+//! | `POST /v1/upgrade` | 200 `{pid, version, generation}`; 409 when it cannot be tried; 422 when the new process did not serve |
 //! | `GET /v1/pools/{pool}/backends/{name}/explain` | JSON ([`explain`]); 404 |
 //! | `POST /v1/shutdown` | 200 `{state: "draining"}` |
 //!
@@ -56,9 +56,8 @@ use tidegate_core::control::OperatorError;
 use tidegate_core::health::Intent;
 use tokio::sync::oneshot;
 
-/// What the API asks of the control loop. A reply may find nobody waiting any
-/// more: the client left, or the 5 s it is given are over; what
-/// was asked for stays done all the same.
+/// What the API asks of the control loop. A reply may find no receiver: the client
+/// left, or its 5 s are over. What was asked for stays done.
 #[derive(Debug)]
 pub enum AdminRequest {
     /// The text of [`status::render`].
@@ -87,8 +86,8 @@ pub enum AdminRequest {
         /// Whether it was done.
         reply: oneshot::Sender<Result<(), OperatorError>>,
     },
-    /// Hand everything to a new process of the program; answered once that
-    /// serves, or why it does not.
+    /// Hand everything over to a new process of the program; answered once that serves
+    /// or has failed.
     Upgrade {
         /// Start this program instead of the one this process was started from.
         binary: Option<PathBuf>,
@@ -96,15 +95,15 @@ pub enum AdminRequest {
         config: Option<PathBuf>,
         /// The connection over which it was asked for: it shows which user asks.
         asked_over: Option<Arc<OwnedFd>>,
-        /// What came of it.
+        /// The new process, or why there is none.
         reply: oneshot::Sender<Result<UpgradeDoc, UpgradeError>>,
     },
-    /// Have something go wrong; answered whether there is such a thing. For tests.
+    /// Cause a fault; answered whether there is such a fault. For tests.
     #[cfg(debug_assertions)]
     Fault {
         /// What, or where.
         place: String,
-        /// Whom it happens to.
+        /// Number of the worker.
         worker: usize,
         /// For how long.
         millis: u64,
@@ -115,12 +114,12 @@ pub enum AdminRequest {
     Shutdown(oneshot::Sender<()>),
 }
 
-/// This process goes on; why, in words.
+/// This process serves as before; why, in words.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UpgradeError {
     /// It was not tried.
     Refused(String),
-    /// The new process did not get as far as serving.
+    /// The new process did not serve.
     Failed(String),
 }
 
@@ -175,17 +174,17 @@ impl ReadyState {
         self.0.state.store(DRAINING, Ordering::Relaxed);
     }
 
-    /// The process that was to take over has ended: ready as before.
+    /// The new process of an upgrade has ended: ready as before.
     pub fn set_ready_again(&self) {
         self.0.state.store(READY, Ordering::Relaxed);
     }
 
-    /// The loop of that worker does not turn: who connects to it waits.
+    /// That worker makes no progress: clients that connect to it wait.
     pub fn set_stalled(&self, worker: Option<usize>) {
         self.0.stalled.store(worker.map_or(0, |worker| worker + 1), Ordering::Relaxed);
     }
 
-    /// A worker whose loop does not turn.
+    /// A worker that makes no progress.
     pub fn stalled(&self) -> Option<usize> {
         self.0.stalled.load(Ordering::Relaxed).checked_sub(1)
     }

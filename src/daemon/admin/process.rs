@@ -1,7 +1,7 @@
-//! What the kernel says of this process: descriptors, memory, processor time.
+//! The kernel's facts about this process: descriptors, memory, processor time.
 //!
-//! Read by the control loop for each metrics rendering, from `/proc/self`
-//! (proc(5)). What cannot be read is left out, never guessed.
+//! Read by `rendering` for each metrics text, from `/proc/self` (proc(5)). What cannot be
+//! read is left out, never guessed.
 
 use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -25,7 +25,7 @@ pub struct ProcessFacts {
 }
 
 impl ProcessFacts {
-    /// Reads them now. `started` is the caller's, who was there.
+    /// Reads them now. `started` is the start of the process, which the caller noted.
     pub fn read(started: SystemTime) -> ProcessFacts {
         let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
         ProcessFacts {

@@ -1,7 +1,7 @@
-//! `/v1/status`: the whole picture as JSON.
+//! `/v1/status`: the whole balancer as one document.
 //!
-//! Called by the control loop with a [`AdminSnapshot`]. Pure: it reads no clock and
-//! does no I/O.
+//! Called by `rendering` with an [`AdminSnapshot`]. Pure: it reads no clock and does no
+//! I/O.
 
 use super::rejections::{self, ByBackend, SHOWN_MAX};
 use super::snapshot::AdminSnapshot;

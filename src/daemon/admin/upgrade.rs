@@ -1,8 +1,8 @@
 //! `POST /v1/upgrade`: what may be asked for, and how the answer looks.
 //!
 //! Called by `routes`. The query may name another program and another
-//! configuration, but only over the Unix socket: whoever holds the token over TCP
-//! may operate the balancer, not run programs as its user.
+//! configuration, but only over the Unix socket: a client with the token over TCP may
+//! operate the balancer, not run programs as its user.
 
 use super::guard::Transport;
 use super::routes::{ApiState, ErrorResponse, JSON, answer, text};

@@ -1,6 +1,6 @@
 //! `/metrics`: Prometheus text exposition format 0.0.4.
 //!
-//! Called on a thread of its own with a [`AdminSnapshot`]. Pure. Labels come from the
+//! Called on a thread of its own with an [`AdminSnapshot`]. Pure. Labels come from the
 //! configuration and from fixed sets, never from clients.
 //!
 //! What a series means over time:
