@@ -10,13 +10,15 @@
 //! where they are read.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::ops::{Range, RangeInclusive};
+use std::time::Duration;
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::diagnose::ProblemCollector;
-use super::value::{ValueError, did_you_mean_or, shown};
+use super::value::{DurationRange, ValueError, did_you_mean_or, shown};
 use crate::value;
 use tidegate_core::model::Words;
 
@@ -131,6 +133,11 @@ impl<'r, 'a> Section<'r, 'a> {
         self.table.get(key)
     }
 
+    /// Where the key's value stands, if it is there.
+    pub(super) fn value_place(&self, key: &str) -> Option<Range<usize>> {
+        self.table.get(key).map(Spanned::span)
+    }
+
     /// Where the key's name stands, if it is there.
     pub(super) fn key_place(&self, key: &str) -> Option<Range<usize>> {
         self.table.get_key_value(key).map(|(key, _)| key.span())
@@ -171,7 +178,10 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// An integer within `range`.
-    pub(super) fn integer(&self, key: &'static str, range: RangeInclusive<u32>) -> Field<u32> {
+    pub(super) fn integer<T>(&self, key: &'static str, range: RangeInclusive<T>) -> Field<T>
+    where
+        T: TryFrom<i128> + PartialOrd + fmt::Display,
+    {
         let Some(node) = self.node(key) else {
             return Field::Absent;
         };
@@ -180,7 +190,7 @@ impl<'r, 'a> Section<'r, 'a> {
             return self.wrong_type(key, node, &wants);
         };
         let value = i128::from_str_radix(number.as_str(), number.radix()).ok();
-        let value = value.and_then(|v| u32::try_from(v).ok()).filter(|v| range.contains(v));
+        let value = value.and_then(|v| T::try_from(v).ok()).filter(|v| range.contains(v));
         self.taken(
             node,
             value.ok_or_else(|| {
@@ -191,6 +201,28 @@ impl<'r, 'a> Section<'r, 'a> {
                 ))
             }),
         )
+    }
+
+    /// A duration; `example` is one.
+    pub(super) fn duration(
+        &self,
+        key: &'static str,
+        example: &str,
+        range: DurationRange,
+    ) -> Field<Duration> {
+        let wants = format!("a duration such as \"{example}\"");
+        self.text(key, &wants, |text| value::duration(text, range))
+    }
+
+    /// The same, or `off`.
+    pub(super) fn timer(
+        &self,
+        key: &'static str,
+        example: &str,
+        range: DurationRange,
+    ) -> Field<Option<Duration>> {
+        let wants = format!("a duration such as \"{example}\", or \"off\"");
+        self.text(key, &wants, |text| value::duration_or_off(text, range))
     }
 
     fn taken<T>(&self, node: &ValueNode<'a>, outcome: Result<T, ValueError>) -> Field<T> {
@@ -336,9 +368,22 @@ impl<'r, 'a> Section<'r, 'a> {
 impl<T> Field<T> {
     /// The value, or `default` where there is none.
     pub(super) fn or(self, default: T) -> T {
+        self.value().unwrap_or(default)
+    }
+
+    /// The value alone.
+    pub(super) fn value(self) -> Option<T> {
+        self.good().map(Spanned::into_inner)
+    }
+
+    /// The same at the same place, as another value.
+    pub(super) fn map<U>(self, change: impl FnOnce(T) -> U) -> Field<U> {
         match self {
-            Field::Good(value) => value.into_inner(),
-            Field::Absent | Field::Bad => default,
+            Field::Absent => Field::Absent,
+            Field::Bad => Field::Bad,
+            Field::Good(value) => {
+                Field::Good(Spanned::new(value.span(), change(value.into_inner())))
+            }
         }
     }
 

@@ -13,7 +13,7 @@ use toml::de::DeValue;
 use super::{CONNECTIONS_MAX, sources};
 use crate::address;
 use crate::file::{Field, NamedSection, Section};
-use crate::value::{self, DurationRange, STALLED, TIME, USER_TIMEOUT, ValueError};
+use crate::value::{self, STALLED, TIME, USER_TIMEOUT, ValueError};
 use crate::{NamedFiles, Spot};
 use tidegate_core::model::{Bind, BindKey, BindOptions, FrontendConfig, show_duration};
 
@@ -39,12 +39,11 @@ pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> Fronte
     if pool.is_absent() {
         section.missing("pool", "\"NAME\", the name of a [pool.NAME]");
     }
-    let idle_timeout = timer(&section, "idle_timeout", TIME);
-    let first_byte_timeout = timer(&section, "first_byte_timeout", TIME);
-    warn_of_long_first_byte_timeout(&section, &first_byte_timeout, &idle_timeout);
-    let keepalive = section.text("keepalive", TIMER, value::keepalive);
-    let user_timeout = timer(&section, "user_timeout", USER_TIMEOUT);
-    warn_of_short_user_timeout(&section, &user_timeout, &keepalive);
+    let idle_timeout = section.timer("idle_timeout", "30s", TIME);
+    let first_byte_timeout = section.timer("first_byte_timeout", "30s", TIME);
+    let keepalive =
+        section.text("keepalive", "a duration such as \"30s\", or \"off\"", value::keepalive);
+    let user_timeout = section.timer("user_timeout", "30s", USER_TIMEOUT);
     let pool_place = pool.place();
     let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
     section.report.limit("connections_max of this frontend", &connections_max);
@@ -55,26 +54,18 @@ pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> Fronte
         // Off: services whose clients may keep a fresh connection in hand are common.
         first_byte_timeout: first_byte_timeout.or(None),
         idle_timeout: idle_timeout.or(Some(IDLE_TIMEOUT)),
-        half_closed_timeout: timer(&section, "half_closed_timeout", TIME)
+        half_closed_timeout: section
+            .timer("half_closed_timeout", "30s", TIME)
             .or(Some(HALF_CLOSED_TIMEOUT)),
-        stalled_timeout: timer(&section, "stalled_timeout", STALLED).or(Some(STALLED_TIMEOUT)),
+        stalled_timeout: section.timer("stalled_timeout", "30s", STALLED).or(Some(STALLED_TIMEOUT)),
         keepalive: keepalive.or(Some(KEEPALIVE)),
         user_timeout: user_timeout.or(Some(USER_TIMEOUT_DEFAULT)),
         connections_max: connections_max.or(0),
         sources: sources::read(&section, name, files),
     };
+    warn_of_timers(&section, &model);
     section.finish();
     FrontendRead { model, bind_places, pool: pool_place }
-}
-
-const TIMER: &str = "a duration such as \"30s\", or \"off\"";
-
-fn timer(
-    section: &Section<'_, '_>,
-    key: &'static str,
-    range: DurationRange,
-) -> Field<Option<Duration>> {
-    section.text(key, TIMER, |text| value::duration_or_off(text, range))
 }
 
 /// `bind`: an address, a table of one with its options, or a list of both; each with
@@ -227,51 +218,31 @@ fn nothing(key: &str) -> &'static str {
     }
 }
 
-/// Only a warning: the other timer does the work, under its own name.
-fn warn_of_long_first_byte_timeout(
-    section: &Section<'_, '_>,
-    first_byte: &Field<Option<Duration>>,
-    idle: &Field<Option<Duration>>,
-) {
-    let idle = match idle {
-        Field::Good(idle) => *idle.get_ref(),
-        Field::Absent => Some(IDLE_TIMEOUT),
-        Field::Bad => None,
+/// Only warnings: a session that ends by another timer ends all the same. With a
+/// `user_timeout` below `keepalive` the kernel ends a dead peer's session at the first
+/// keepalive probe instead of after several (tcp(7), `TCP_USER_TIMEOUT`).
+fn warn_of_timers(section: &Section<'_, '_>, model: &FrontendConfig) {
+    let warn = |key: &str, message: String| {
+        if let Some(place) = section.value_place(key) {
+            section.report.warning(place, ValueError::new(message));
+        }
     };
-    if let (Field::Good(field), Some(idle)) = (first_byte, idle)
-        && field.get_ref().is_some_and(|first_byte| first_byte >= idle)
+    if let (Some(first_byte), Some(idle)) = (model.first_byte_timeout, model.idle_timeout)
+        && first_byte >= idle
     {
-        let complaint = ValueError::new(format!(
-            "first_byte_timeout is not below idle_timeout ({}), which will end such a session first",
-            show_duration(idle)
-        ));
-        section.report.warning(field.span(), complaint);
+        let idle = show_duration(idle);
+        let message = format!(
+            "first_byte_timeout is not below idle_timeout ({idle}), which will end such a session first"
+        );
+        warn("first_byte_timeout", message);
     }
-}
-
-/// Only a warning: the kernel takes both, and then ends a dead peer's session
-/// at the first keepalive probe instead of after several (tcp(7),
-/// `TCP_USER_TIMEOUT`).
-fn warn_of_short_user_timeout(
-    section: &Section<'_, '_>,
-    user_timeout: &Field<Option<Duration>>,
-    keepalive: &Field<Option<Duration>>,
-) {
-    let Field::Good(user) = user_timeout else {
-        return;
-    };
-    let idle = match keepalive {
-        Field::Good(idle) => *idle.get_ref(),
-        Field::Absent => Some(KEEPALIVE),
-        Field::Bad => None,
-    };
-    if let (Some(user_time), Some(idle)) = (*user.get_ref(), idle)
-        && user_time < idle
+    if let (Some(user), Some(idle)) = (model.user_timeout, model.keepalive)
+        && user < idle
     {
-        let complaint = ValueError::new(format!(
-            "user_timeout is below keepalive ({}): one lost keepalive probe will end an idle session",
-            show_duration(idle)
-        ));
-        section.report.warning(user.span(), complaint);
+        let idle = show_duration(idle);
+        let message = format!(
+            "user_timeout is below keepalive ({idle}): one lost keepalive probe will end an idle session"
+        );
+        warn("user_timeout", message);
     }
 }

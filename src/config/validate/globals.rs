@@ -20,7 +20,7 @@ use tidegate_core::model::{
 };
 
 /// More workers than this share too many structures to be of use.
-const WORKERS_MAX: u32 = 256;
+const WORKERS_MAX: usize = 256;
 
 /// The C library's bound on the length of a name (useradd(8)).
 const ACCOUNT_CHARS_MAX: usize = 32;
@@ -62,17 +62,15 @@ pub(super) fn process(top: &Section<'_, '_>) -> ProcessConfig {
                 text => value::duration(text, TIME),
             })
             .or(default.leave_delay),
-        drain_timeout: duration(&section, "drain_timeout").or(default.drain_timeout),
+        drain_timeout: section.duration("drain_timeout", "5s", TIME).or(default.drain_timeout),
         upgrade_timeout: section
-            .text("upgrade_timeout", "a duration such as \"30s\"", |text| {
-                value::duration(text, UPGRADE)
-            })
+            .duration("upgrade_timeout", "30s", UPGRADE)
             .or(default.upgrade_timeout),
         connections_max: section
             .integer("connections_max", 1..=CONNECTIONS_MAX)
             .or(default.connections_max),
-        user: optional(account(&section, "user", "\"tidegate\"")),
-        group: optional(account(&section, "group", "\"tidegate\"")),
+        user: account(&section, "user").value(),
+        group: account(&section, "group").value(),
         sandbox: section.choice("sandbox").or(default.sandbox),
         state: section.text("state", "\"off\" or a directory", state).or(default.state),
         buffers_max: section
@@ -82,9 +80,9 @@ pub(super) fn process(top: &Section<'_, '_>) -> ProcessConfig {
             })
             .or(default.buffers_max),
     };
-    section.report.keep(Spot::User, section.node("user").map(Spanned::span));
-    section.report.keep(Spot::Group, section.node("group").map(Spanned::span));
-    section.report.keep(Spot::State, section.node("state").map(Spanned::span));
+    section.report.keep(Spot::User, section.value_place("user"));
+    section.report.keep(Spot::Group, section.value_place("group"));
+    section.report.keep(Spot::State, section.value_place("state"));
     if let (Some(place), None) = (section.key_place("group"), section.key_place("user")) {
         let complaint = ValueError::new("group without user").help("set user as well");
         section.report.error(place, complaint);
@@ -110,8 +108,8 @@ fn state(text: &str) -> Result<Option<PathBuf>, ValueError> {
 
 /// A user's or group's name (useradd(8)) or number. Whether there is one of that
 /// name is this machine's business, and seen at the start.
-fn account(section: &Section<'_, '_>, key: &'static str, example: &str) -> Field<String> {
-    section.text(key, &format!("a name such as {example}"), |text| {
+fn account(section: &Section<'_, '_>, key: &'static str) -> Field<String> {
+    section.text(key, "a name such as \"tidegate\"", |text| {
         let fit = |byte: u8| byte.is_ascii_alphanumeric() || b"._-$".contains(&byte);
         if text.is_empty() || text.len() > ACCOUNT_CHARS_MAX || !text.bytes().all(fit) {
             return Err(ValueError::new(format!("{} is no name of a {key}", shown(text))));
@@ -122,10 +120,6 @@ fn account(section: &Section<'_, '_>, key: &'static str, example: &str) -> Field
         }
         Ok(text.to_owned())
     })
-}
-
-fn optional<T>(field: Field<T>) -> Option<T> {
-    field.good().map(Spanned::into_inner)
 }
 
 fn default_process() -> ProcessConfig {
@@ -152,13 +146,7 @@ fn workers(section: &Section<'_, '_>) -> Field<Option<usize>> {
     };
     match node.get_ref() {
         DeValue::String(word) if word == "auto" => Field::Good(Spanned::new(node.span(), None)),
-        DeValue::Integer(_) => match section.integer("workers", 1..=WORKERS_MAX) {
-            Field::Good(count) => {
-                let count = usize::try_from(count.into_inner()).ok();
-                Field::Good(Spanned::new(node.span(), count))
-            }
-            Field::Bad | Field::Absent => Field::Bad,
-        },
+        DeValue::Integer(_) => section.integer("workers", 1..=WORKERS_MAX).map(Some),
         DeValue::String(word) => {
             let complaint = ValueError::new(format!("{} is not a number of workers", shown(word)));
             let help = format!("write \"auto\" or a number from 1 to {WORKERS_MAX} without quotes");
@@ -167,11 +155,6 @@ fn workers(section: &Section<'_, '_>) -> Field<Option<usize>> {
         }
         _ => section.wrong_type("workers", node, "\"auto\" or an integer"),
     }
-}
-
-/// A plain duration.
-pub(super) fn duration(section: &Section<'_, '_>, key: &'static str) -> Field<Duration> {
-    section.text(key, "a duration such as \"5s\"", |text| value::duration(text, TIME))
 }
 
 pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
@@ -209,7 +192,7 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
     section.report.keep(Spot::TokenFile, token_file.place());
     let model = Admin {
         listen: listen.or(default),
-        token_file: token_file.good().map(Spanned::into_inner),
+        token_file: token_file.value(),
         backend_metrics_max: section
             .integer("backend_metrics_max", 0..=BACKEND_METRICS_MAX)
             .or(BACKEND_METRICS),
@@ -244,7 +227,7 @@ pub(super) fn log(top: &Section<'_, '_>) -> Log {
     let Some(section) = top.table("log", "[log]".to_owned()) else {
         return default;
     };
-    section.report.keep(Spot::AccessLog, section.node("access").map(Spanned::span));
+    section.report.keep(Spot::AccessLog, section.value_place("access"));
     let log = Log {
         level: section.choice("level").or(default.level),
         format: section.choice("format").or(default.format),

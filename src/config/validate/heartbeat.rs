@@ -12,13 +12,13 @@ use std::time::Duration;
 use toml::Spanned;
 
 use super::frontend::{addresses, one_or_more};
-use super::globals::{duration, file_path};
+use super::globals::file_path;
 use super::pool::PoolRead;
 use super::sources::range;
 use crate::diagnose::ProblemCollector;
 use crate::file::Section;
 use crate::value::shown;
-use crate::value::{self, HEARTBEAT_INTERVAL, ValueError, did_you_mean_or};
+use crate::value::{self, HEARTBEAT_INTERVAL, TIME, ValueError, did_you_mean_or};
 use crate::{NamedFiles, Spot};
 use tidegate_core::model::{
     HeartbeatConfig, HeartbeatKeyConfig, HeartbeatSpec, WEIGHT_MAX, show_duration,
@@ -45,7 +45,7 @@ const INTERVAL: Duration = Duration::from_millis(100);
 const TTL: Duration = Duration::from_secs(10);
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 const BACKENDS: u32 = 1000;
-const WEIGHT: u32 = 100;
+const WEIGHT: u16 = 100;
 
 /// `[heartbeat]` with the places that the checks across sections point at.
 pub(super) struct HeartbeatRead {
@@ -161,19 +161,17 @@ pub(super) fn of_pool(pool: &Section<'_, '_>, name: &str) -> Option<HeartbeatSpe
         require: section.boolean("require").or(false),
         interval,
         ttl,
-        forget_after: duration(&section, "forget_after").or(FORGET_AFTER),
+        forget_after: section.duration("forget_after", "5s", TIME).or(FORGET_AFTER),
         backends_max: section.integer("backends_max", 1..=REGISTERED_MAX).or(BACKENDS),
-        weight_max: narrow(section.integer("weight_max", 1..=u32::from(WEIGHT_MAX)).or(WEIGHT)),
+        weight_max: section.integer("weight_max", 1..=WEIGHT_MAX).or(WEIGHT),
     };
     section.finish();
     Some(spec)
 }
 
 fn times(section: &Section<'_, '_>) -> (Duration, Duration) {
-    let interval = section.text("interval", "a duration such as \"100ms\"", |text| {
-        value::duration(text, HEARTBEAT_INTERVAL)
-    });
-    let ttl = duration(section, "ttl");
+    let interval = section.duration("interval", "100ms", HEARTBEAT_INTERVAL);
+    let ttl = section.duration("ttl", "5s", TIME);
     if interval.is_bad() || ttl.is_bad() {
         return (INTERVAL, TTL);
     }
@@ -187,10 +185,6 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration) {
         section.report.error(place, ValueError::new(message));
     }
     (interval, ttl)
-}
-
-fn narrow(value: u32) -> u16 {
-    u16::try_from(value).unwrap_or(WEIGHT_MAX)
 }
 
 /// What spans `[heartbeat]`, its keys and the pools.

@@ -11,21 +11,20 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::DeValue;
 
-use super::globals::duration;
 use super::{CONNECTIONS_MAX, POOL_SOURCES_MAX, frontend, heartbeat, probe};
 use crate::Spot;
 use crate::address;
 use crate::file::{Field, NamedSection, Section};
-use crate::value::{self, SLOW_START, ValueError, shown};
+use crate::value::{self, SLOW_FIRST_BYTE, SLOW_START, TIME, ValueError, shown};
 use tidegate_core::model::{
     BackendAddr, BackendConfig, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, PoolConfig,
     WEIGHT_MAX, WhenNoneEligible, Words,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-const CONNECT_ATTEMPTS: u32 = 3;
+const CONNECT_ATTEMPTS: u8 = 3;
 /// Sixteen covers any partial outage; more only delays the refusal.
-const CONNECT_ATTEMPTS_MAX: u32 = 16;
+const CONNECT_ATTEMPTS_MAX: u8 = 16;
 /// More clients than that are not served before they have left.
 const QUEUE_MAX: u32 = 1_000_000;
 const STARTUP_GRACE: Duration = Duration::from_secs(3);
@@ -54,7 +53,7 @@ pub(super) fn read(named: NamedSection<'_, '_>) -> PoolRead {
     let NamedSection { name, place, section } = named;
     let balance = section.choice("balance").or(Policy::WeightedRoundRobin);
     let slots = hash_slots(&section, balance);
-    let connect_timeout = duration(&section, "connect_timeout");
+    let connect_timeout = section.duration("connect_timeout", "5s", TIME);
     let heartbeat_place = section.key_place("heartbeat");
     let heartbeat = heartbeat::of_pool(&section, name);
     let may_be_empty = heartbeat.as_ref().is_some_and(|spec| spec.register);
@@ -71,19 +70,15 @@ pub(super) fn read(named: NamedSection<'_, '_>) -> PoolRead {
         source: Arc::clone(&source),
         connect_timeout: connect_time,
         queue_max: section.integer("queue_max", 0..=QUEUE_MAX).or(0),
-        queue_timeout: duration(&section, "queue_timeout").or(connect_time),
-        connect_attempts: narrow(attempts.or(CONNECT_ATTEMPTS)),
+        queue_timeout: section.duration("queue_timeout", "5s", TIME).or(connect_time),
+        connect_attempts: attempts.or(CONNECT_ATTEMPTS),
         when_none_eligible: section.choice("when_none_eligible").or(WhenNoneEligible::Refuse),
-        startup_grace: duration(&section, "startup_grace").or(STARTUP_GRACE),
+        startup_grace: section.duration("startup_grace", "5s", TIME).or(STARTUP_GRACE),
         on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
         probe: probe::read(&section, name, source).map(Arc::new),
         ejection: ejection(&section, name),
         heartbeat: heartbeat.map(Arc::new),
-        slow_start: section
-            .text("slow_start", "a duration such as \"10s\", or \"off\"", |text| {
-                value::duration_or_off(text, SLOW_START)
-            })
-            .or(None),
+        slow_start: section.timer("slow_start", "10s", SLOW_START).or(None),
         backends,
     };
     warn_of_idle_keys(&section, &model);
@@ -180,43 +175,34 @@ fn sources(pool: &Section<'_, '_>) -> Arc<[IpAddr]> {
     sources.into()
 }
 
-/// A number already checked to fit.
-fn narrow<T: TryFrom<u32> + Default>(value: u32) -> T {
-    T::try_from(value).unwrap_or_default()
-}
-
 fn ejection(pool: &Section<'_, '_>, name: &str) -> Option<EjectionSpec> {
     let label = format!("[pool.{}.ejection]", value::cut(name));
-    if let Some(node) = pool.node("ejection")
-        && let DeValue::String(word) = node.get_ref()
-    {
-        if word != "off" {
+    match pool.node("ejection").map(|node| (node, node.get_ref())) {
+        Some((_, DeValue::String(word))) if word == "off" => return None,
+        Some((node, DeValue::String(word))) => {
             let complaint = ValueError::new(format!("{} is not a known value", shown(word)));
             let help = format!("write ejection = \"off\", or a table {label}");
             pool.report.error(node.span(), complaint.named("ejection").help(help));
+            return None;
         }
-        return None;
-    }
-    if let Some(node) = pool.node("ejection")
-        && !node.get_ref().is_table()
-    {
-        let _: Field<()> = pool.wrong_type("ejection", node, "a table or \"off\"");
-        return None;
+        Some((node, value)) if !value.is_table() => {
+            let _: Field<()> = pool.wrong_type("ejection", node, "a table or \"off\"");
+            return None;
+        }
+        _ => {}
     }
     let Some(section) = pool.table("ejection", label) else {
         return Some(EJECTION);
     };
     let spec = EjectionSpec {
         failures: section.integer("failures", 1..=EJECTION_FAILURES_MAX).or(EJECTION.failures),
-        time: duration(&section, "time").or(EJECTION.time),
+        time: section.duration("time", "5s", TIME).or(EJECTION.time),
         max_ejected_percent: section
             .text("max_ejected", "a share such as \"50%\"", value::percent)
             .or(EJECTION.max_ejected_percent),
         early_resets: section.boolean("early_resets").or(EJECTION.early_resets),
         slow_first_byte: section
-            .text("slow_first_byte", "a duration such as \"1s\", or \"off\"", |text| {
-                value::duration_or_off(text, value::SLOW_FIRST_BYTE)
-            })
+            .timer("slow_first_byte", "1s", SLOW_FIRST_BYTE)
             .or(EJECTION.slow_first_byte),
     };
     section.finish();
@@ -277,7 +263,7 @@ fn backend(
     if address.is_absent() {
         section.missing("address", "\"IP:PORT\"");
     }
-    let weight = section.integer("weight", 1..=u32::from(WEIGHT_MAX)).or(1);
+    let weight = section.integer("weight", 1..=WEIGHT_MAX).or(1);
     let backup = section.boolean("backup").or(false);
     let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
     section.report.limit("connections_max of this backend", &connections_max);
@@ -293,7 +279,7 @@ fn backend(
         let address = address.into_inner();
         // Given names hold no colon, so a default clashes with none of them.
         let name = name.good().map_or_else(|| address.to_string().into(), Spanned::into_inner);
-        (BackendConfig { name, address, weight: narrow(weight), backup, connections_max }, place)
+        (BackendConfig { name, address, weight, backup, connections_max }, place)
     });
     section.finish();
     backend

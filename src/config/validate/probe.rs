@@ -9,9 +9,8 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::DeValue;
 
-use super::globals::duration;
 use crate::file::{Field, Section};
-use crate::value::{self, ValueError, shown};
+use crate::value::{self, TIME, ValueError, shown};
 use tidegate_core::model::{Expect, ProbeKind, ProbeSpec, Words, show_duration};
 
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -107,9 +106,9 @@ fn expect(section: &Section<'_, '_>) -> Field<Expect> {
             let contains = table.text("contains", "a string", read);
             table.finish();
             let bad = starts.is_bad() || contains.is_bad();
-            let expect = match (starts.good(), contains.good()) {
-                (Some(starts), None) => Some(Expect::Starts(starts.into_inner())),
-                (None, Some(contains)) => Some(Expect::Contains(contains.into_inner())),
+            let expect = match (starts.value(), contains.value()) {
+                (Some(starts), None) => Some(Expect::Starts(starts)),
+                (None, Some(contains)) => Some(Expect::Contains(contains)),
                 _ => None,
             };
             if expect.is_none() && !bad {
@@ -119,16 +118,7 @@ fn expect(section: &Section<'_, '_>) -> Field<Expect> {
             }
             expect.map_or(Field::Bad, |expect| Field::Good(Spanned::new(node.span(), expect)))
         }
-        DeValue::String(_) => {
-            let text = section.text("expect", "a string", read);
-            let place = text.place();
-            match (text.good(), place) {
-                (Some(text), Some(place)) => {
-                    Field::Good(Spanned::new(place, Expect::Starts(text.into_inner())))
-                }
-                _ => Field::Bad,
-            }
-        }
+        DeValue::String(_) => section.text("expect", "a string", read).map(Expect::Starts),
         _ => section.wrong_type(
             "expect",
             node,
@@ -169,19 +159,17 @@ fn require_expect(section: &Section<'_, '_>, kind: ProbeKindName, keys: &KindKey
 /// follow the given ones, so `timeout <= fast_interval <= interval` holds.
 fn times(section: &Section<'_, '_>) -> (Duration, Duration, Duration) {
     let interval = section.text("interval", "a duration such as \"2s\"", |text| {
-        let time = value::duration(text, value::TIME)?;
+        let time = value::duration(text, TIME)?;
         at_least(time, INTERVAL_MIN)
     });
-    let fast_interval = duration(section, "fast_interval");
-    let timeout = duration(section, "timeout");
+    let fast_interval = section.duration("fast_interval", "5s", TIME);
+    let timeout = section.duration("timeout", "5s", TIME);
     if interval.is_bad() || timeout.is_bad() || fast_interval.is_bad() {
         return (INTERVAL, FAST_INTERVAL.max(TIMEOUT), TIMEOUT);
     }
     let (timeout_place, fast_place) = (timeout.place(), fast_interval.place());
     let interval = interval.or(INTERVAL);
-    let (fast, timeout) = (fast_interval.good(), timeout.good());
-    let (fast, timeout) = (fast.map(Spanned::into_inner), timeout.map(Spanned::into_inner));
-    let (fast, timeout) = default_times(interval, fast, timeout);
+    let (fast, timeout) = default_times(interval, fast_interval.value(), timeout.value());
     let above = |place: Option<Range<usize>>, what: &str, limit: Duration| {
         let place = place.unwrap_or_else(|| section.header.clone());
         section.report.error(place, ValueError::new(format!("{what} ({})", show_duration(limit))));
@@ -280,7 +268,7 @@ impl KindKeys {
             },
             ProbeKindName::Http => ProbeKind::Http {
                 path: self.path.or("/".to_owned()),
-                host: self.host.good().map(Spanned::into_inner),
+                host: self.host.value(),
                 method: self.method.or("GET".to_owned()),
                 status: self.status.or(vec![(200, 399)]),
             },

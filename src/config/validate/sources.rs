@@ -33,10 +33,10 @@ const RATE_MAX: u32 = 1_000_000;
 /// Leading bits of every IPv4 address that is written as IPv6 (RFC 4291, 2.5.5.2).
 const MAPPED_BITS: u8 = 96;
 
-const PREFIX_V4: u32 = 32;
+const PREFIX_V4: u8 = 32;
 /// What a customer commonly holds (RFC 6177): one address more or less means
 /// nothing.
-const PREFIX_V6: u32 = 64;
+const PREFIX_V6: u8 = 64;
 
 pub(super) fn read(
     frontend: &Section<'_, '_>,
@@ -213,18 +213,14 @@ fn limits(section: &Section<'_, '_>) -> SourceLimits {
     }
     let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
     section.report.limit("connections_max of one source", &connections_max);
-    let burst = burst.good().map(Spanned::into_inner);
+    let burst = burst.value();
     let rate = rate.or(None).map(|(count, unit)| Rate::per(count, unit, burst));
     SourceLimits {
-        prefix_v4: narrow(section.integer("prefix_v4", 0..=32).or(PREFIX_V4)),
-        prefix_v6: narrow(section.integer("prefix_v6", 0..=128).or(PREFIX_V6)),
+        prefix_v4: section.integer("prefix_v4", 0..=32).or(PREFIX_V4),
+        prefix_v6: section.integer("prefix_v6", 0..=128).or(PREFIX_V6),
         connections_max: connections_max.or(0),
         rate,
     }
-}
-
-fn narrow(bits: u32) -> u8 {
-    u8::try_from(bits).unwrap_or(u8::MAX)
 }
 
 /// `100/s`, `30/m`, `500/h` or `off`: a number and its unit.
