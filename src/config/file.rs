@@ -12,6 +12,7 @@
 use std::cell::RefCell;
 use std::fmt;
 use std::ops::{Range, RangeInclusive};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use toml::Spanned;
@@ -266,6 +267,13 @@ impl<'r, 'a> Section<'r, 'a> {
                 None
             }
         }
+    }
+
+    /// The same; an empty one where there is none, so that every default is where its key is.
+    pub(super) fn table_or_empty(&self, key: &'static str, label: String) -> Section<'r, 'a> {
+        static EMPTY: LazyLock<DeTable<'static>> = LazyLock::new(DeTable::new);
+        let empty = || Section::new(self.report, &EMPTY, label.clone(), self.header.clone());
+        self.table(key, label.clone()).unwrap_or_else(empty)
     }
 
     /// The named tables under `[key.NAME]`, in file order.

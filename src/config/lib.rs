@@ -71,12 +71,7 @@ enum NamedFiles<'t> {
 /// at line 1, column 1.
 pub fn load(path: &Path) -> Result<Loaded, Problems> {
     let file = path.display().to_string();
-    let bytes = source::read_file(path).map_err(|message| Problems::of_file(&file, message))?;
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        not_utf8(error.as_bytes(), &file, at)
-    })?;
-    loaded(text, &file, NamedFiles::Read)
+    loaded(text_of(path, &file)?, &file, NamedFiles::Read)
 }
 
 /// The same from texts that were kept. A named file that is not among them is read.
@@ -100,13 +95,8 @@ fn loaded(text: String, file: &str, files: NamedFiles<'_>) -> Result<Loaded, Pro
 /// As [`load`]'s.
 pub fn outline(path: &Path) -> Result<(Config, Origin), Problems> {
     let file = path.display().to_string();
-    let bytes = source::read_file(path).map_err(|message| Problems::of_file(&file, message))?;
-    match std::str::from_utf8(&bytes) {
-        Ok(text) => {
-            read(text, &file, NamedFiles::Ignore).map(|(config, _, origin)| (config, origin))
-        }
-        Err(error) => Err(not_utf8(&bytes, &file, error.valid_up_to())),
-    }
+    let text = text_of(path, &file)?;
+    read(&text, &file, NamedFiles::Ignore).map(|(config, _, origin)| (config, origin))
 }
 
 /// The same from texts that were kept.
@@ -158,6 +148,12 @@ fn read(
     let report = ProblemCollector::new(&source);
     let config = validate::config(document.get_ref(), files, &report);
     report.finish().map(|(warnings, origin)| (config, warnings, origin))
+}
+
+fn text_of(path: &Path, file: &str) -> Result<String, Problems> {
+    let bytes = source::read_file(path).map_err(|message| Problems::of_file(file, message))?;
+    String::from_utf8(bytes)
+        .map_err(|error| not_utf8(error.as_bytes(), file, error.utf8_error().valid_up_to()))
 }
 
 fn not_utf8(bytes: &[u8], file: &str, offset: usize) -> Problems {

@@ -16,19 +16,8 @@ pub(super) struct ValueError {
     pub(super) help: Option<String>,
 }
 
-/// The span a duration must lie in, both ends included.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct DurationRange {
-    pub(super) min: Duration,
-    pub(super) max: Duration,
-}
-
-/// The span a size must lie in, in bytes, both ends included.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct SizeRange {
-    pub(super) min: u64,
-    pub(super) max: u64,
-}
+/// The span a duration must lie in.
+pub(super) type DurationRange = RangeInclusive<Duration>;
 
 /// Slots of a hash table: enough for a test with two backends, and at 2 bytes
 /// each 10 MB.
@@ -37,41 +26,35 @@ pub(super) const HASH_SLOTS: RangeInclusive<u32> = 251..=5_000_011;
 /// Durations in general: timers tick in milliseconds, and a month is more
 /// likely a slip than a wish.
 pub(super) const TIME: DurationRange =
-    DurationRange { min: Duration::from_millis(1), max: Duration::from_secs(30 * 24 * 3600) };
+    Duration::from_millis(1)..=Duration::from_secs(30 * 24 * 3600);
 
 /// An admin connection lives for a minute, and the answer comes over it.
-pub(super) const UPGRADE: DurationRange =
-    DurationRange { min: Duration::from_secs(1), max: Duration::from_secs(50) };
+pub(super) const UPGRADE: DurationRange = Duration::from_secs(1)..=Duration::from_secs(50);
 
 /// `TCP_KEEPIDLE` counts whole seconds up to 32,767 (tcp(7), MAX_TCP_KEEPIDLE).
-pub(super) const KEEPALIVE: DurationRange =
-    DurationRange { min: Duration::from_secs(1), max: Duration::from_secs(32_767) };
+pub(super) const KEEPALIVE: DurationRange = Duration::from_secs(1)..=Duration::from_secs(32_767);
 
 /// Sessions keep it in sixteen bits of seconds.
-pub(super) const STALLED: DurationRange =
-    DurationRange { min: Duration::from_secs(1), max: Duration::from_secs(32_767) };
+pub(super) const STALLED: DurationRange = Duration::from_secs(1)..=Duration::from_secs(32_767);
 
 /// `TCP_USER_TIMEOUT` is a C int of milliseconds, so under 24.9 days.
 pub(super) const USER_TIMEOUT: DurationRange =
-    DurationRange { min: Duration::from_millis(1), max: Duration::from_secs(24 * 24 * 3600) };
+    Duration::from_millis(1)..=Duration::from_secs(24 * 24 * 3600);
 
 /// Beyond a millisecond of polling a core is simply lost.
-pub(super) const SPIN: DurationRange =
-    DurationRange { min: Duration::from_micros(1), max: Duration::from_millis(1) };
+pub(super) const SPIN: DurationRange = Duration::from_micros(1)..=Duration::from_millis(1);
 
 /// A ramp of less than a tenth of a second is no ramp, one of more than an hour
 /// a slip.
-pub(super) const SLOW_START: DurationRange =
-    DurationRange { min: Duration::from_millis(100), max: Duration::from_secs(3600) };
+pub(super) const SLOW_START: DurationRange = Duration::from_millis(100)..=Duration::from_secs(3600);
 
 /// Heartbeats: beyond it detection takes too long to be worth a datagram, below
 /// it the datagrams are load.
 pub(super) const HEARTBEAT_INTERVAL: DurationRange =
-    DurationRange { min: Duration::from_millis(20), max: Duration::from_secs(10) };
+    Duration::from_millis(20)..=Duration::from_secs(10);
 
 /// Backends are looked at every fifth of a second: what is quicker is not seen.
-pub(super) const SLOW_FIRST_BYTE: DurationRange =
-    DurationRange { min: Duration::from_millis(100), max: TIME.max };
+pub(super) const SLOW_FIRST_BYTE: DurationRange = Duration::from_millis(100)..=*TIME.end();
 
 /// Longest name of a frontend, pool or backend: fits a metric label and a path
 /// segment without wrapping a terminal.
@@ -94,7 +77,7 @@ const SUGGESTION_CANDIDATES_MAX: usize = 2_000;
 
 /// A megabyte is about what one worker's first bulk stream takes; a terabyte is
 /// more likely a slip than a wish.
-pub(super) const BUFFERS: SizeRange = SizeRange { min: 1 << 20, max: 1 << 40 };
+pub(super) const BUFFERS: RangeInclusive<u64> = 1 << 20..=1 << 40;
 
 /// A shorter part of a word says little about which word was meant.
 const PART_CHARS_MIN: usize = 5;
@@ -104,14 +87,14 @@ pub(super) fn duration(text: &str, range: DurationRange) -> Result<Duration, Val
     let value = read_duration(text)?;
     if value.is_zero() {
         return Err(ValueError::new("a duration of zero")
-            .help(format!("the shortest allowed here is {}", show_duration(range.min))));
+            .help(format!("the shortest allowed here is {}", show_duration(*range.start()))));
     }
-    if value < range.min || value > range.max {
+    if !range.contains(&value) {
         return Err(ValueError::new(format!(
             "{} is outside {} to {}",
             shown(text),
-            show_duration(range.min),
-            show_duration(range.max)
+            show_duration(*range.start()),
+            show_duration(*range.end())
         )));
     }
     Ok(value)
@@ -134,7 +117,7 @@ pub(super) fn duration_or_off(
 }
 
 /// A size such as `64KiB`, in bytes.
-pub(super) fn size(text: &str, range: SizeRange) -> Result<u64, ValueError> {
+pub(super) fn size(text: &str, range: RangeInclusive<u64>) -> Result<u64, ValueError> {
     let wrong = || {
         ValueError::new(format!("{} is not a size", shown(text)))
             .help("write a whole number and a unit (B, KiB, MiB, GiB), such as \"64MiB\"")
@@ -146,8 +129,8 @@ pub(super) fn size(text: &str, range: SizeRange) -> Result<u64, ValueError> {
         return Err(wrong());
     }
     let value = number.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
-    value.filter(|value| (range.min..=range.max).contains(value)).ok_or_else(|| {
-        let (min, max) = (show_size(range.min), show_size(range.max));
+    value.filter(|value| range.contains(value)).ok_or_else(|| {
+        let (min, max) = (show_size(*range.start()), show_size(*range.end()));
         ValueError::new(format!("{} is outside {min} to {max}", shown(text)))
     })
 }

@@ -43,42 +43,37 @@ pub(super) struct AdminRead {
 }
 
 pub(super) fn process(top: &Section<'_, '_>) -> ProcessConfig {
-    let Some(section) = top.table("process", "[process]".to_owned()) else {
-        return default_process();
-    };
-    let default = default_process();
+    let section = top.table_or_empty("process", "[process]".to_owned());
     let process = ProcessConfig {
-        workers: workers(&section).or(default.workers),
-        pin: section.boolean("pin").or(default.pin),
-        engine: section.choice("engine").or(default.engine),
+        workers: workers(&section).or(None),
+        pin: section.boolean("pin").or(true),
+        engine: section.choice("engine").or(EngineChoice::Auto),
         spin: section
             .text("spin", "\"off\" or a duration such as \"50us\"", |text| {
                 value::duration_or_off(text, SPIN)
             })
-            .or(default.spin),
+            .or(None),
         leave_delay: section
             .text("leave_delay", "a duration such as \"5s\"", |text| match text {
                 "0s" => Ok(Duration::ZERO),
                 text => value::duration(text, TIME),
             })
-            .or(default.leave_delay),
-        drain_timeout: section.duration("drain_timeout", "5s", TIME).or(default.drain_timeout),
-        upgrade_timeout: section
-            .duration("upgrade_timeout", "30s", UPGRADE)
-            .or(default.upgrade_timeout),
+            .or(Duration::ZERO),
+        drain_timeout: section.duration("drain_timeout", "5s", TIME).or(DRAIN_TIMEOUT),
+        upgrade_timeout: section.duration("upgrade_timeout", "30s", UPGRADE).or(UPGRADE_TIMEOUT),
         connections_max: section
             .integer("connections_max", 1..=CONNECTIONS_MAX)
-            .or(default.connections_max),
+            .or(PROCESS_CONNECTIONS),
         user: account(&section, "user").value(),
         group: account(&section, "group").value(),
-        sandbox: section.choice("sandbox").or(default.sandbox),
-        state: section.text("state", "\"off\" or a directory", state).or(default.state),
+        sandbox: section.choice("sandbox").or(Sandbox::Auto),
+        state: section.text("state", "\"off\" or a directory", state).or(None),
         buffers_max: section
             .text("buffers_max", "a size such as \"256MiB\"", |text| {
                 // What a machine cannot address it cannot reach.
                 value::size(text, BUFFERS).map(|size| usize::try_from(size).unwrap_or(usize::MAX))
             })
-            .or(default.buffers_max),
+            .or(BUFFERS_DEFAULT),
     };
     section.report.keep(Spot::User, section.value_place("user"));
     section.report.keep(Spot::Group, section.value_place("group"));
@@ -122,24 +117,6 @@ fn account(section: &Section<'_, '_>, key: &'static str) -> Field<String> {
     })
 }
 
-fn default_process() -> ProcessConfig {
-    ProcessConfig {
-        workers: None,
-        pin: true,
-        engine: EngineChoice::Auto,
-        spin: None,
-        leave_delay: Duration::ZERO,
-        drain_timeout: DRAIN_TIMEOUT,
-        upgrade_timeout: UPGRADE_TIMEOUT,
-        connections_max: PROCESS_CONNECTIONS,
-        user: None,
-        group: None,
-        sandbox: Sandbox::Auto,
-        state: None,
-        buffers_max: BUFFERS_DEFAULT,
-    }
-}
-
 fn workers(section: &Section<'_, '_>) -> Field<Option<usize>> {
     let Some(node) = section.node("workers") else {
         return Field::Absent;
@@ -158,12 +135,7 @@ fn workers(section: &Section<'_, '_>) -> Field<Option<usize>> {
 }
 
 pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
-    let default = AdminListen::Unix(PathBuf::from(ADMIN_SOCKET));
-    let Some(section) = top.table("admin", "[admin]".to_owned()) else {
-        let model =
-            Admin { listen: default, token_file: None, backend_metrics_max: BACKEND_METRICS };
-        return AdminRead { model, listen: None };
-    };
+    let section = top.table_or_empty("admin", "[admin]".to_owned());
     let listen = section.text("listen", "an address", address::admin_listen);
     let token_file = section.text("token_file", "a file path", file_path);
     if let Field::Good(address) = &listen
@@ -191,7 +163,7 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
     section.report.keep(Spot::AdminListen, place.clone());
     section.report.keep(Spot::TokenFile, token_file.place());
     let model = Admin {
-        listen: listen.or(default),
+        listen: listen.or(AdminListen::Unix(PathBuf::from(ADMIN_SOCKET))),
         token_file: token_file.value(),
         backend_metrics_max: section
             .integer("backend_metrics_max", 0..=BACKEND_METRICS_MAX)
@@ -222,18 +194,14 @@ pub(super) fn file_path(text: &str) -> Result<PathBuf, ValueError> {
 }
 
 pub(super) fn log(top: &Section<'_, '_>) -> Log {
-    let default =
-        Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off };
-    let Some(section) = top.table("log", "[log]".to_owned()) else {
-        return default;
-    };
+    let section = top.table_or_empty("log", "[log]".to_owned());
     section.report.keep(Spot::AccessLog, section.value_place("access"));
     let log = Log {
-        level: section.choice("level").or(default.level),
-        format: section.choice("format").or(default.format),
+        level: section.choice("level").or(LogLevel::Info),
+        format: section.choice("format").or(LogFormat::Text),
         access: section
             .text("access", "\"off\", \"stdout\" or a file path", access_target)
-            .or(default.access),
+            .or(AccessLogTarget::Off),
     };
     section.finish();
     log

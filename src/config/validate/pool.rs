@@ -3,6 +3,8 @@
 //! `cross`.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::hash::Hash;
 use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,14 +31,11 @@ const CONNECT_ATTEMPTS_MAX: u8 = 16;
 const QUEUE_MAX: u32 = 1_000_000;
 const STARTUP_GRACE: Duration = Duration::from_secs(3);
 
-const EJECTION: EjectionSpec = EjectionSpec {
-    failures: 5,
-    time: Duration::from_secs(10),
-    max_ejected_percent: 50,
-    early_resets: true,
-    slow_first_byte: Some(Duration::from_secs(1)),
-};
+const EJECTION_FAILURES: u32 = 5;
 const EJECTION_FAILURES_MAX: u32 = 1_000;
+const EJECTION_TIME: Duration = Duration::from_secs(10);
+const EJECTED_PERCENT_MAX: u8 = 50;
+const SLOW_FIRST_BYTE_DEFAULT: Duration = Duration::from_secs(1);
 
 /// A pool with the places the checks across sections point at.
 pub(super) struct PoolRead {
@@ -191,19 +190,17 @@ fn ejection(pool: &Section<'_, '_>, name: &str) -> Option<EjectionSpec> {
         }
         _ => {}
     }
-    let Some(section) = pool.table("ejection", label) else {
-        return Some(EJECTION);
-    };
+    let section = pool.table_or_empty("ejection", label);
     let spec = EjectionSpec {
-        failures: section.integer("failures", 1..=EJECTION_FAILURES_MAX).or(EJECTION.failures),
-        time: section.duration("time", "5s", TIME).or(EJECTION.time),
+        failures: section.integer("failures", 1..=EJECTION_FAILURES_MAX).or(EJECTION_FAILURES),
+        time: section.duration("time", "5s", TIME).or(EJECTION_TIME),
         max_ejected_percent: section
             .text("max_ejected", "a share such as \"50%\"", value::percent)
-            .or(EJECTION.max_ejected_percent),
-        early_resets: section.boolean("early_resets").or(EJECTION.early_resets),
+            .or(EJECTED_PERCENT_MAX),
+        early_resets: section.boolean("early_resets").or(true),
         slow_first_byte: section
             .timer("slow_first_byte", "1s", SLOW_FIRST_BYTE)
-            .or(EJECTION.slow_first_byte),
+            .or(Some(SLOW_FIRST_BYTE_DEFAULT)),
     };
     section.finish();
     Some(spec)
@@ -289,31 +286,35 @@ fn backend(
 
 impl SeenBackends {
     fn name(&mut self, section: &Section<'_, '_>, name: &Spanned<Arc<str>>) {
-        if let Some(first) = self.names.get(name.get_ref()) {
+        if let Some(first) = earlier(&mut self.names, name) {
             section.report.error_with(name.span(), || {
-                let first = section.report.place_name(first);
-                ValueError::new(format!(
-                    "backend name {} repeats the one at {first}",
-                    shown(name.get_ref())
-                ))
+                let (name, first) = (shown(name.get_ref()), section.report.place_name(first));
+                ValueError::new(format!("backend name {name} repeats the one at {first}"))
             });
-            return;
         }
-        self.names.insert(Arc::clone(name.get_ref()), name.span());
     }
 
     fn address(&mut self, section: &Section<'_, '_>, address: &Spanned<BackendAddr>) {
-        if let Some(first) = self.addresses.get(address.get_ref()) {
+        if let Some(first) = earlier(&mut self.addresses, address) {
             section.report.error_with(address.span(), || {
-                let first = section.report.place_name(first);
-                ValueError::new(format!(
-                    "backend address {} repeats the one at {first}",
-                    address.get_ref()
-                ))
-                .help("give one backend a larger weight instead")
+                let (address, first) = (address.get_ref(), section.report.place_name(first));
+                ValueError::new(format!("backend address {address} repeats the one at {first}"))
+                    .help("give one backend a larger weight instead")
             });
-            return;
         }
-        self.addresses.insert(address.get_ref().clone(), address.span());
+    }
+}
+
+/// Where an equal value stands that was met before.
+fn earlier<'s, T: Clone + Eq + Hash>(
+    seen: &'s mut HashMap<T, Range<usize>>,
+    value: &Spanned<T>,
+) -> Option<&'s Range<usize>> {
+    match seen.entry(value.get_ref().clone()) {
+        Entry::Occupied(first) => Some(first.into_mut()),
+        Entry::Vacant(free) => {
+            free.insert(value.span());
+            None
+        }
     }
 }
