@@ -4,7 +4,7 @@
 //! do and measure is in [`crate::trials`].
 
 use crate::common::turn;
-use crate::site::Fault;
+use crate::testbed::Fault;
 use crate::trials;
 use crate::watch::{FastProbes, Heartbeats};
 

@@ -24,9 +24,9 @@ mod hosts;
 mod link;
 #[allow(dead_code)]
 mod netns;
-#[allow(dead_code)]
-mod site;
 mod starve;
+#[allow(dead_code)]
+mod testbed;
 mod traffic;
 mod trials;
 mod watch;

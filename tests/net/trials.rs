@@ -2,13 +2,13 @@
 //! balancer knows, heal it, and again with another backend.
 //!
 //! Generic over how backends are watched, so that ways can be compared by their
-//! histograms. What is done to whom is in [`crate::site`]; here it is measured
+//! histograms. What is done to whom is in [`crate::testbed`]; here it is measured
 //! and judged.
 
 use crate::common::proxy::TestProxy;
 use crate::common::{eventually, long, measured, ms, patience, secs};
 use crate::netns::networks_run;
-use crate::site::{Fault, Seen, Site};
+use crate::testbed::{Fault, Seen, Testbed};
 use crate::traffic::{Pace, Session, Traffic, errors};
 use crate::watch::Watch;
 use hdrhistogram::Histogram;
@@ -51,23 +51,23 @@ pub fn run(watch: &dyn Watch, fault: Fault, loss: f64) {
     if !networks_run() {
         return;
     }
-    let mut site = Site::start(watch, loss);
+    let mut testbed = Testbed::start(watch, loss);
     let mut pace = if fault == Fault::Starved { HEAVY_PACE } else { PACE };
     if loss > 0.0 {
         pace.patience = LOSSY_PATIENCE;
     }
-    let traffic = Traffic::start(&site.hosts.client, site.proxy.addr("web"), pace);
+    let traffic = Traffic::start(&testbed.hosts.client, testbed.proxy.addr("web"), pace);
     eventually(secs(10), "traffic flows", || traffic.done() > 100);
     let mut phase = fastrand::Rng::with_seed(80);
     let mut seen = Vec::new();
     for _ in 0..if long() { TRIALS_LONG } else { TRIALS } {
-        seen.push(site.trial(fault, settled(watch, fault)));
+        seen.push(testbed.trial(fault, settled(watch, fault)));
         // The next fault falls anywhere between two looks of the watcher.
         std::thread::sleep(ms(phase.u64(..200)));
     }
     let sessions = traffic.stop();
     let what = format!("{fault:?} by {} at {}% loss", watch.name(), loss * 100.0);
-    report(&what, &seen, &sessions, &site.proxy);
+    report(&what, &seen, &sessions, &testbed.proxy);
     judge(watch, fault, &seen, &sessions);
 }
 

@@ -9,7 +9,7 @@ use crate::common::ms;
 use crate::common::proxy::PROGRAM;
 use crate::common::servers::Running;
 use crate::hosts::Host;
-use crate::site::Fault;
+use crate::testbed::Fault;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 

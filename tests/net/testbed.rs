@@ -1,4 +1,4 @@
-//! The site of detection trials: four backends under one balancer, of which one
+//! The testbed of detection trials: four backends under one balancer, of which one
 //! after the other is hurt and healed.
 //!
 //! Who was hurt recovers while others are, so a trial waits for nobody.
@@ -68,7 +68,7 @@ pub struct Seen {
     pub blamed: Vec<String>,
 }
 
-pub struct Site<'a> {
+pub struct Testbed<'a> {
     watch: &'a dyn Watch,
     // Ends first, while there still is a network around it.
     pub proxy: TestProxy,
@@ -86,12 +86,12 @@ pub struct Site<'a> {
     next: usize,
 }
 
-// === impl Site ===
+// === impl Testbed ===
 
-impl Site<'_> {
+impl Testbed<'_> {
     /// Every link loses that share of packets, each way.
     #[track_caller]
-    pub fn start(watch: &dyn Watch, loss: f64) -> Site<'_> {
+    pub fn start(watch: &dyn Watch, loss: f64) -> Testbed<'_> {
         let hosts = Hosts::new(BACKENDS, 80);
         let services: Vec<Service> = hosts.backends.iter().map(|host| host.start_echo()).collect();
         let limit = if loss > 0.0 { LOSSY_CONNECT_TIMEOUT } else { CONNECT_TIMEOUT };
@@ -108,7 +108,7 @@ impl Site<'_> {
         let names = hosts.backends.iter().map(|host| host.name.to_string()).collect();
         let whole_since = vec![None; BACKENDS];
         let (starved, lossy, next) = (None, loss > 0.0, 0);
-        Site { watch, hosts, proxy, services, beside, starved, lossy, names, whole_since, next }
+        Testbed { watch, hosts, proxy, services, beside, starved, lossy, names, whole_since, next }
     }
 
     /// Hurts whose turn it is, once it has had its full weight for so long and
