@@ -3,12 +3,12 @@
 //!
 //! Owned by the control loop, which says when. It ends nothing itself: `drain` does.
 
+use super::ProcessEnvironment;
 use super::due;
 use super::notify::Notifier;
 use super::sandbox::AppliedSandbox;
 use super::signals::{SignalKindReceived, Signals};
 use crate::admin::ReadyState;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tidegate_net::clock;
 use tidegate_supervisor::pid_file::PidFile;
@@ -72,15 +72,16 @@ pub(super) enum DrainProgress {
 // === impl Lifecycle ===
 
 impl Lifecycle {
-    pub(super) fn new(signals: Signals, notifier: Notifier, confined: AppliedSandbox) -> Lifecycle {
+    /// Takes what this part needs of `surroundings`.
+    pub(super) fn new(signals: Signals, surroundings: &mut ProcessEnvironment) -> Lifecycle {
         Lifecycle {
             signals,
             readiness: ReadyState::new(),
-            notifier,
-            confined,
+            notifier: std::mem::take(&mut surroundings.notifier),
+            confined: std::mem::take(&mut surroundings.confined),
             leaving: None,
             draining: None,
-            pid_file: None,
+            pid_file: surroundings.pid_file.take().map(|path| PidFile::at(path, false)),
             pid_file_due: None,
         }
     }
@@ -190,8 +191,7 @@ impl Lifecycle {
     }
 
     /// Serves from now on, and leaves its number in the pid file, if it has one.
-    pub(super) fn serve(&mut self, pid_file: Option<PathBuf>) {
-        self.pid_file = pid_file.map(|path| PidFile::at(path, false));
+    pub(super) fn serve(&mut self) {
         self.write_pid_file();
         self.readiness.set_ready();
         self.notifier.ready();

@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_supervisor::{Link, manager, manager::Manager};
+use tidegate_supervisor::Link;
+use tidegate_supervisor::manager::{self, Manager, ServiceNotice};
 
 /// The way to whom it concerns, if there is anybody.
 #[derive(Debug, Default)]
@@ -46,22 +47,22 @@ impl Notifier {
 
     /// Serving, on the configuration in force.
     pub(super) fn ready(&self) {
-        self.say(Manager::ready, Link::ready);
+        self.tell(ServiceNotice::Ready);
     }
 
     /// Reading the configuration again; [`Notifier::ready`] ends it.
     pub(super) fn reloading(&self) {
-        self.say(Manager::reloading, Link::reloading);
+        self.tell(ServiceNotice::Reloading);
     }
 
     pub(super) fn stopping(&self) {
-        self.say(Manager::stopping, Link::stopping);
+        self.tell(ServiceNotice::Stopping);
     }
 
     /// Another process is the service now: what it says of itself counts, and this one's
     /// word no longer.
     pub(super) fn successor(&mut self, pid: u32) {
-        self.say(|manager| manager.main_process(pid), Link::successor_serves);
+        self.tell(ServiceNotice::MainProcess(pid));
         self.quiet = true;
     }
 
@@ -83,18 +84,18 @@ impl Notifier {
     pub(super) fn beat(&mut self, now: Instant, stalled: Option<Duration>) {
         if let Some(beat) = self.beat {
             if stalled.is_none_or(|stalled| stalled < beat * 2) {
-                self.say(Manager::beat, Link::beat);
+                self.tell(ServiceNotice::Alive);
             }
             self.next_beat = Some(now + beat);
         }
     }
 
-    fn say(&self, to_manager: impl Fn(&Manager), to_supervisor: impl Fn(&Link)) {
+    fn tell(&self, notice: ServiceNotice) {
         match &self.to {
             _ if self.quiet => {}
             To::Nobody => {}
-            To::Manager(manager) => to_manager(manager),
-            To::Supervisor(link) => to_supervisor(link),
+            To::Manager(manager) => manager.tell(notice),
+            To::Supervisor(link) => link.notify(notice),
         }
     }
 }
@@ -104,13 +105,7 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixDatagram;
     use tidegate_net::clock;
-
-    fn receive(socket: &UnixDatagram) -> String {
-        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        let mut bytes = [0; 200];
-        let n = socket.recv(&mut bytes).unwrap();
-        String::from_utf8_lossy(&bytes[..n]).into_owned()
-    }
+    use tidegate_supervisor::manager::next_message;
 
     #[test]
     fn the_watchdog_is_fed_at_half_its_time_while_this_process_is_the_service() {
@@ -122,18 +117,18 @@ mod tests {
         let now = clock::now();
         assert_eq!(notifier.next_beat(now), Some(now));
         notifier.beat(now, None);
-        assert_eq!(receive(&socket), "WATCHDOG=1");
+        assert_eq!(next_message(&socket).unwrap(), "WATCHDOG=1");
         let three = Duration::from_secs(3);
         notifier.beat(now, Some(three));
         notifier.beat(now, Some(three - Duration::from_millis(1)));
-        assert_eq!(receive(&socket), "WATCHDOG=1", "said once");
+        assert_eq!(next_message(&socket).unwrap(), "WATCHDOG=1", "said once");
         assert_eq!(notifier.next_beat(now), Some(now + Duration::from_millis(1500)));
         notifier.successor(77);
-        assert_eq!(receive(&socket), "MAINPID=77");
+        assert_eq!(next_message(&socket).unwrap(), "MAINPID=77");
         notifier.beat(now, None);
         notifier.stopping();
         assert_eq!(notifier.next_beat(now), None);
         notifier.goes_on();
-        assert!(receive(&socket).starts_with("READY=1"), "nothing meanwhile");
+        assert!(next_message(&socket).unwrap().starts_with("READY=1"), "nothing meanwhile");
     }
 }

@@ -127,7 +127,8 @@ fn denied(path: &Path, how: Access, by_another: bool) -> Option<std::io::Error> 
     access(path, how).err().filter(|_| !by_another).map(Into::into)
 }
 
-fn directory_of(file: &Path) -> PathBuf {
+/// Where a file lies.
+pub(super) fn directory_of(file: &Path) -> PathBuf {
     match file.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),

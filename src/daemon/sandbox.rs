@@ -30,9 +30,11 @@
 //! to that.
 
 use super::admin_place::Place;
+use super::preflight::directory_of;
 use super::refused::holders_in_the_way;
 use super::{Failure, preflight, state_directory};
 use crate::admin_place;
+use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use tidegate_config::{self as config, Problems, Spot, Texts};
@@ -219,20 +221,25 @@ fn prepare_directory(config: &Config, identity: Option<&UserIdentity>) -> Result
     if directory.exists() {
         return Ok(());
     }
-    let made = || -> std::io::Result<()> {
-        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&directory)?;
-        if let Some(identity) = identity.filter(|identity| !identity.is_ours()) {
-            let (user, group) = identity.owner();
-            std::os::unix::fs::chown(&directory, Some(user), Some(group))?;
-        }
-        Ok(())
-    };
-    made().map_err(|error| {
+    let mut builder = DirBuilder::new();
+    make_directory(&directory, builder.recursive(true).mode(0o755), identity).map_err(|error| {
         let directory = directory.display();
         Failure::Runtime(format!(
             "cannot make {directory} for the admin socket: {error}; make it, or set [admin] listen"
         ))
     })
+}
+
+/// Makes a directory for the user that this process becomes.
+pub(super) fn make_directory(
+    directory: &Path,
+    builder: &DirBuilder,
+    identity: Option<&UserIdentity>,
+) -> std::io::Result<()> {
+    builder.create(directory)?;
+    let Some(identity) = identity.filter(|identity| !identity.is_ours()) else { return Ok(()) };
+    let (user, group) = identity.owner();
+    std::os::unix::fs::chown(directory, Some(user), Some(group))
 }
 
 /// What this process may keep, being who it is by now.
@@ -366,13 +373,6 @@ fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths 
 fn directories_of(file: &Path) -> Vec<PathBuf> {
     let real = std::fs::canonicalize(file).ok();
     [Some(file.to_owned()), real].into_iter().flatten().map(|path| directory_of(&path)).collect()
-}
-
-fn directory_of(file: &Path) -> PathBuf {
-    match file.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-        _ => PathBuf::from("."),
-    }
 }
 
 // === impl AppliedSandbox ===

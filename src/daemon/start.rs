@@ -5,7 +5,7 @@
 //! a value that the next one needs.
 
 use super::admin_api::{AdminApi, AdminEndpoint};
-use super::binds::{Binds, NewBinds};
+use super::binds::Binds;
 use super::config_reloads::ConfigReloads;
 use super::control_loop::Control;
 use super::engine::choose_runtime;
@@ -27,13 +27,13 @@ use super::{
     Failure, OldProcess, Options, ProcessEnvironment, RunEnd, RunningBalancer, panics, reload,
 };
 use crate::admin::{self, AdminListener, AdminRequest, Token};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use tidegate_config::{Loaded, Origin, Problems, Spot};
 use tidegate_core::balance::in_flight::{Counted, Counts};
 use tidegate_core::control::{ControlEvent, Controller};
 use tidegate_core::metrics::counters::WorkerCounters;
-use tidegate_core::model::{BindKey, Config};
+use tidegate_core::model::Config;
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_dataplane::accept::wait_queue::SlotWaiters;
@@ -107,65 +107,76 @@ async fn bring_up(
     requests: mpsc::Sender<AdminRequest>,
     inbox: mpsc::Receiver<AdminRequest>,
 ) -> Result<Control, Failure> {
-    let (loaded, log) = read_configuration(options, &mut surroundings)?;
-    let Loaded { config, text, digest, origin, .. } = loaded;
-    // Before anybody can be told that this process serves.
-    let signals = if options.signals { Signals::obey()? } else { Signals::default() };
-    let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
-    let state = open_state(&config, &origin)?;
-    let resources = Resources::take(&config, &origin, &surroundings)?;
-    surroundings.supervised.in_force.started_with(&options.config, text, &config);
-    let listeners = Listeners::open(&config, &origin, resources.workers, &mut surroundings, kept)?;
-    let Listeners { admin, admin_taken, binds, fresh, not_taken, heartbeats } = listeners;
-
-    let seed = fastrand::u64(..);
-    let counts = shared_counts(&mut surroundings);
-    let controller = controller(&resources, digest, seed, &surroundings, known.as_ref())
-        .counting(Arc::clone(&counts) as _);
-    let tables = TablePublisher::new(controller.current_table());
-    let context = process_context(&config, &counts);
-    let (waiters, reports) = (Arc::clone(&context.waiters), Arc::clone(&context.reports));
-    let local = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
-    let descriptors = resources.descriptors;
-    let (workers, token) = resources.start_workers(&config, context, &tables, seed)?;
-    let starter = Starter::of(surroundings.supervised.link(), surroundings.program.take());
-    let (notifier, confined) = (surroundings.notifier, surroundings.confined);
-    let mut control = Control {
-        controller,
-        evidence: Evidence::new(heartbeats, reports, Arc::clone(&local)),
-        planes: Planes::new(vec![Plane::Proxy { tables, waiters }]),
-        workers,
-        binds: Binds::new(0),
-        reloads: ConfigReloads::new(options.config.clone(), digest, Arc::new(config), descriptors),
-        admin: AdminEndpoint::new(token, inbox),
-        telemetry: Telemetry::new(log, local),
-        upgrades: Upgrades::new(starter, counts),
-        supervised: surroundings.supervised,
-        state,
-        lifecycle: Lifecycle::new(signals, notifier, confined),
-    };
+    let PreparedStart { mut control, listeners, origin, known } =
+        prepare(options, &mut surroundings, inbox)?;
     control.configure(known.as_ref());
     if surroundings.predecessor.is_none() {
         control.restore_intents();
     }
     control.lifecycle.obey_signals();
-    let opening = PendingListeners {
-        admin,
-        admin_taken,
-        binds,
-        fresh,
-        not_taken,
-        requests,
-        origin,
-        pid_file: surroundings.pid_file,
-    };
-    match control.open(opening, surroundings.predecessor).await {
+    match control.open(listeners, requests, &origin, surroundings.predecessor).await {
         Ok(()) => Ok(control),
         Err(failure) => {
             control.workers.abandon();
             Err(failure)
         }
     }
+}
+
+/// Everything opened and started; no table is in force and no client gets in.
+struct PreparedStart {
+    control: Control,
+    listeners: Listeners,
+    origin: Origin,
+    /// What a process that has crashed knew.
+    known: Option<KeptSnapshot>,
+}
+
+fn prepare(
+    options: &Options,
+    surroundings: &mut ProcessEnvironment,
+    inbox: mpsc::Receiver<AdminRequest>,
+) -> Result<PreparedStart, Failure> {
+    let (loaded, log) = read_configuration(options, surroundings)?;
+    let Loaded { config, text, digest, origin, .. } = loaded;
+    // Before anybody can be told that this process serves.
+    let signals = if options.signals { Signals::obey()? } else { Signals::default() };
+    let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
+    let state = open_state(&config, &origin)?;
+    let resources = Resources::take(&config, &origin, surroundings)?;
+    surroundings.supervised.in_force.started_with(&options.config, text, &config);
+    let mut listeners = Listeners::open(&config, &origin, resources.workers, surroundings, kept)?;
+
+    let counts = shared_counts(surroundings);
+    let controller = controller(&resources, digest, surroundings, known.as_ref());
+    let controller = controller.counting(Arc::clone(&counts) as _);
+    let context = process_context(&config, &counts);
+    let local = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
+    let heartbeats = std::mem::take(&mut listeners.heartbeats);
+    let evidence = Evidence::new(heartbeats, Arc::clone(&context.reports), Arc::clone(&local));
+    let tables = TablePublisher::new(controller.current_table());
+    let waiters = Arc::clone(&context.waiters);
+    let descriptors = resources.descriptors;
+    let (workers, token) = resources.start_workers(&config, context, &tables)?;
+    let control = Control {
+        controller,
+        evidence,
+        planes: Planes::new(vec![Plane::Proxy { tables, waiters }]),
+        workers,
+        binds: Binds::new(0),
+        reloads: ConfigReloads::new(options.config.clone(), digest, Arc::new(config), descriptors),
+        admin: AdminEndpoint::new(token, inbox),
+        telemetry: Telemetry::new(log, local),
+        upgrades: Upgrades::new(starter(surroundings), counts),
+        lifecycle: Lifecycle::new(signals, surroundings),
+        supervised: std::mem::take(&mut surroundings.supervised),
+        state,
+    };
+    Ok(PreparedStart { control, listeners, origin, known })
+}
+
+fn starter(surroundings: &mut ProcessEnvironment) -> Option<Starter> {
+    Starter::of(surroundings.supervised.link(), surroundings.program.take())
 }
 
 /// Reads the file, or what is used in its place, and starts the log by it.
@@ -205,6 +216,8 @@ struct Resources {
     access_log: AccessLog,
     senders: Vec<AccessLogSender>,
     token: Option<Token>,
+    /// For random draws.
+    seed: u64,
 }
 
 // === impl Resources ===
@@ -227,7 +240,8 @@ impl Resources {
             .map_err(|why| token_problem(origin, why))
             .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
         let engine = choose_runtime(config.process.engine);
-        Ok(Resources { engine, cpus, workers, descriptors, access_log, senders, token })
+        let seed = fastrand::u64(..);
+        Ok(Resources { engine, cpus, workers, descriptors, access_log, senders, token, seed })
     }
 
     /// Gives the token back, which no worker needs.
@@ -236,9 +250,8 @@ impl Resources {
         config: &Config,
         context: ProcessContext,
         tables: &TablePublisher,
-        seed: u64,
     ) -> Result<(WorkerSet, Option<Token>), Failure> {
-        let Resources { engine, cpus, workers, access_log, senders, token, .. } = self;
+        let Resources { engine, cpus, workers, access_log, senders, token, seed, .. } = self;
         let counter = || Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
         let counters = (0..workers).map(|_| counter()).collect();
         let plan = WorkerPlan {
@@ -266,11 +279,10 @@ fn shared_counts(surroundings: &mut ProcessEnvironment) -> Arc<SharedCounts> {
 fn controller(
     resources: &Resources,
     digest: u64,
-    seed: u64,
     surroundings: &ProcessEnvironment,
     known: Option<&KeptSnapshot>,
 ) -> Controller {
-    let mut controller = Controller::new(resources.workers, seed);
+    let mut controller = Controller::new(resources.workers, resources.seed);
     if let Some(before) = &surroundings.predecessor {
         let generation = before.generation_of(digest);
         controller.add_carried_counts(generation.saturating_sub(1), before.state().serial);
@@ -291,18 +303,6 @@ fn process_context(config: &Config, counts: &SharedCounts) -> ProcessContext {
         ended: Arc::default(),
         buffers: Arc::new(MemoryBudget::new(config.process.buffers_max)),
     }
-}
-
-/// What is left to be opened once everything is built.
-struct PendingListeners {
-    admin: AdminListener,
-    admin_taken: bool,
-    binds: Binds,
-    fresh: NewBinds,
-    not_taken: Vec<BindKey>,
-    requests: mpsc::Sender<AdminRequest>,
-    origin: Origin,
-    pid_file: Option<PathBuf>,
 }
 
 impl Control {
@@ -332,13 +332,15 @@ impl Control {
     /// and operators in.
     async fn open(
         &mut self,
-        mut opening: PendingListeners,
+        mut listeners: Listeners,
+        requests: mpsc::Sender<AdminRequest>,
+        origin: &Origin,
         predecessor: Option<OldProcess>,
     ) -> Result<(), Failure> {
         if let Some(before) = &predecessor {
-            self.take_place_of(before, &mut opening).await?;
+            self.take_place_of(before, &mut listeners, origin).await?;
         }
-        let PendingListeners { admin, binds, fresh, requests, pid_file, .. } = opening;
+        let Listeners { admin, binds, fresh, .. } = listeners;
         let api = self.admin_api(admin, requests)?;
         if let Some(before) = predecessor {
             // Nothing can fail from here on: the process before stops accepting.
@@ -356,7 +358,7 @@ impl Control {
         self.keep_intents();
         self.supervised.in_force.write();
         announce(self, &config);
-        self.lifecycle.serve(pid_file);
+        self.lifecycle.serve();
         Ok(())
     }
 
@@ -364,18 +366,19 @@ impl Control {
     async fn take_place_of(
         &mut self,
         before: &OldProcess,
-        opening: &mut PendingListeners,
+        listeners: &mut Listeners,
+        origin: &Origin,
     ) -> Result<(), Failure> {
         let effects = self.controller.adopt(before.state(), clock::now());
         self.apply_effects(effects);
         self.exchange_hello(before.state()).await;
         let generation = self.controller.generation();
         let shares = self.upgrades.shares_counts();
-        let not_taken = std::mem::take(&mut opening.not_taken);
-        let known = before.ready(not_taken, opening.admin_taken, generation, shares)?;
+        let not_taken = std::mem::take(&mut listeners.not_taken);
+        let known = before.ready(not_taken, listeners.admin_taken, generation, shares)?;
         self.take_over(&known);
-        let at = |refused: BindError| refused.problem(self.reloads.config(), &opening.origin);
-        opening.fresh.start().map_err(|refused| Failure::At(Box::new(at(refused))))
+        let at = |refused: BindError| refused.problem(self.reloads.config(), origin);
+        listeners.fresh.start().map_err(|refused| Failure::At(Box::new(at(refused))))
     }
 
     fn admin_api(

@@ -7,8 +7,9 @@
 //! file is never the reason for a failed start: one that is damaged, of another user or
 //! of a newer version is set aside.
 
+use super::sandbox::make_directory;
 use super::saved_intents::{decode, encode};
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -65,14 +66,11 @@ struct UnwrittenIntents {
 /// It cannot be made, or something else is in its place.
 pub(super) fn prepare(directory: &Path, identity: Option<&UserIdentity>) -> io::Result<()> {
     match std::fs::metadata(directory) {
-        Ok(found) if found.is_dir() => return Ok(()),
-        Ok(_) => return Err(io::Error::from_raw_os_error(libc::ENOTDIR)),
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        Err(_) => std::fs::DirBuilder::new().mode(0o700).create(directory)?,
+        Ok(found) if found.is_dir() => Ok(()),
+        Ok(_) => Err(io::Error::from_raw_os_error(libc::ENOTDIR)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Err(_) => make_directory(directory, DirBuilder::new().mode(0o700), identity),
     }
-    let Some(identity) = identity.filter(|identity| !identity.is_ours()) else { return Ok(()) };
-    let (user, group) = identity.owner();
-    std::os::unix::fs::chown(directory, Some(user), Some(group))
 }
 
 /// What is said of a directory that cannot be used.

@@ -3,6 +3,7 @@
 //! Made by `cli::run` first thing, shared by everything in `daemon` that has something to
 //! say. What the supervisor says is read by a thread of its own. It decides nothing.
 
+use super::manager::ServiceNotice;
 use super::message::{ChildReport, SupervisorOrder, Wish};
 use super::store::{STORES, Store};
 use std::io;
@@ -95,32 +96,23 @@ impl Link {
         self.tell(&ChildReport::Release(name.to_owned()), &[]);
     }
 
-    /// This process serves.
-    pub fn ready(&self) {
-        self.tell(&ChildReport::Ready, &[]);
+    /// Tells it of the service; a main process is the successor that it has started.
+    pub fn notify(&self, notice: ServiceNotice) {
+        let report = match notice {
+            ServiceNotice::Ready => ChildReport::Ready,
+            ServiceNotice::Reloading => ChildReport::Reloading,
+            ServiceNotice::Stopping => ChildReport::Stopping,
+            ServiceNotice::MainProcess(_) => ChildReport::Serves,
+            ServiceNotice::Alive => {
+                // Not worth waiting for room.
+                let _ = self.packets.try_send(&ChildReport::Beat.encode());
+                return;
+            }
+        };
+        self.tell(&report, &[]);
     }
 
-    /// It reads its configuration again.
-    pub fn reloading(&self) {
-        self.tell(&ChildReport::Reloading, &[]);
-    }
-
-    /// It drains and ends.
-    pub fn stopping(&self) {
-        self.tell(&ChildReport::Stopping, &[]);
-    }
-
-    /// It is alive. Not worth waiting for room.
-    pub fn beat(&self) {
-        let _ = self.packets.try_send(&ChildReport::Beat.encode());
-    }
-
-    /// Its successor is the service from now on.
-    pub fn successor_serves(&self) {
-        self.tell(&ChildReport::Serves, &[]);
-    }
-
-    /// It has closed its sockets after that.
+    /// This process has closed its sockets after that.
     pub fn let_go(&self) {
         self.tell(&ChildReport::LetGo, &[]);
     }

@@ -21,6 +21,21 @@ pub(super) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 pub(super) const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
 pub(super) const WATCHDOG_PID: &str = "WATCHDOG_PID";
 
+/// What is told of the service, to a manager or by a process to its supervisor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServiceNotice {
+    /// It serves, on the configuration in force.
+    Ready,
+    /// It reads the configuration again; [`ServiceNotice::Ready`] ends that.
+    Reloading,
+    /// It drains.
+    Stopping,
+    /// The sign of life that a watchdog wants.
+    Alive,
+    /// That process is the service from now on.
+    MainProcess(u32),
+}
+
 /// The way to the service manager, if there is one.
 #[derive(Debug, Default)]
 pub struct Manager {
@@ -47,29 +62,17 @@ impl Manager {
         Manager { to: Some(to), lost: AtomicBool::new(false) }
     }
 
-    /// Serving, on the configuration in force.
-    pub fn ready(&self) {
-        self.send(&format!("READY=1\nMAINPID={}", std::process::id()));
-    }
-
-    /// Reading the configuration again; [`Manager::ready`] ends it.
-    pub fn reloading(&self) {
-        self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", clock::monotonic_micros()));
-    }
-
-    /// Draining.
-    pub fn stopping(&self) {
-        self.send("STOPPING=1");
-    }
-
-    /// Alive.
-    pub fn beat(&self) {
-        self.send("WATCHDOG=1");
-    }
-
-    /// Another process is the service now.
-    pub fn main_process(&self, pid: u32) {
-        self.send(&format!("MAINPID={pid}"));
+    /// Tells it; a message that is lost is lost.
+    pub fn tell(&self, notice: ServiceNotice) {
+        match notice {
+            ServiceNotice::Ready => self.send(&format!("READY=1\nMAINPID={}", std::process::id())),
+            ServiceNotice::Reloading => {
+                self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", clock::monotonic_micros()));
+            }
+            ServiceNotice::Stopping => self.send("STOPPING=1"),
+            ServiceNotice::Alive => self.send("WATCHDOG=1"),
+            ServiceNotice::MainProcess(pid) => self.send(&format!("MAINPID={pid}")),
+        }
     }
 
     fn send(&self, message: &str) {
@@ -105,16 +108,18 @@ fn address(path: &OsStr) -> io::Result<SocketAddr> {
     }
 }
 
+/// The next message at `socket`, for tests of this member and of others.
+#[cfg(any(test, feature = "testing"))]
+pub fn next_message(socket: &UnixDatagram) -> io::Result<String> {
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut bytes = [0; 200];
+    let n = socket.recv(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes[..n]).into_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn receive(socket: &UnixDatagram) -> String {
-        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        let mut bytes = [0; 200];
-        let n = socket.recv(&mut bytes).unwrap();
-        String::from_utf8_lossy(&bytes[..n]).into_owned()
-    }
 
     #[test]
     fn messages_go_to_a_path_or_an_abstract_name() {
@@ -122,18 +127,21 @@ mod tests {
         let path = dir.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
         let manager = Manager::at(path.as_os_str());
-        manager.ready();
-        assert_eq!(receive(&socket), format!("READY=1\nMAINPID={}", std::process::id()));
-        manager.reloading();
-        let said = receive(&socket);
+        manager.tell(ServiceNotice::Ready);
+        assert_eq!(
+            next_message(&socket).unwrap(),
+            format!("READY=1\nMAINPID={}", std::process::id())
+        );
+        manager.tell(ServiceNotice::Reloading);
+        let said = next_message(&socket).unwrap();
         let micros = said.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap();
         assert!(micros.parse::<u64>().unwrap() > 0);
 
         let name = format!("tidegate-notify-{}", std::process::id());
         let socket =
             UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
-        Manager::at(OsStr::new(&format!("@{name}"))).stopping();
-        assert_eq!(receive(&socket), "STOPPING=1");
+        Manager::at(OsStr::new(&format!("@{name}"))).tell(ServiceNotice::Stopping);
+        assert_eq!(next_message(&socket).unwrap(), "STOPPING=1");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! all else the process that serves logs.
 
 use super::children::{Child, ChildPipes, Held, Role, permitted};
-use super::manager::Manager;
+use super::manager::{Manager, ServiceNotice};
 use super::message::{ChildReport, SupervisorOrder, Wish};
 use super::pid_file::PidFile;
 use super::program::Program;
@@ -277,14 +277,10 @@ impl Parent {
             // It may have said, on its own way, that this one is the service.
             self.take_messages(before);
         }
-        let total: usize = self.children.iter().map(Child::sockets).sum();
-        let (stopping, child) = (self.stopping, &mut self.children[at]);
+        let child = &mut self.children[at];
         let (pid, is_main) = (child.pid, child.role == Role::Main);
         match report {
-            ChildReport::Hold(name) if total + fds.len() <= FDS_MAX => child.hold(name, fds),
-            ChildReport::Hold(name) => {
-                tracing::warn!(name, "no more than {FDS_MAX} sockets are kept: a crash loses it");
-            }
+            ChildReport::Hold(name) => self.hold(at, name, fds),
             ChildReport::Release(name) => child.held.retain(|held| held.name != name),
             ChildReport::Ready => {
                 child.ready = true;
@@ -296,49 +292,66 @@ impl Parent {
             }
             ChildReport::Reloading if is_main => {
                 self.told_ready = false;
-                self.manager.reloading();
+                self.manager.tell(ServiceNotice::Reloading);
             }
             ChildReport::Stopping if is_main => {
                 self.stopping = true;
-                self.manager.stopping();
+                self.manager.tell(ServiceNotice::Stopping);
             }
-            ChildReport::Beat if is_main => self.manager.beat(),
-            ChildReport::Start(wish) => {
-                let started = match is_main {
-                    true => self.start_successor(pid, &wish, fds),
-                    false => Err("the process that is asked is not the service".to_owned()),
-                };
-                let order = match started {
-                    Ok(pid) => SupervisorOrder::Started(pid.as_raw_nonzero().get().unsigned_abs()),
-                    Err(why) => SupervisorOrder::Refused(why),
-                };
-                self.children[at].tell(&order);
-            }
+            ChildReport::Beat if is_main => self.manager.tell(ServiceNotice::Alive),
+            ChildReport::Start(wish) => self.answer_start(at, &wish, fds),
             ChildReport::End if is_main => {
                 if let Some(successor) = self.of(|role| role == Role::Successor(pid)) {
                     successor.signal(Signal::KILL);
                 }
             }
             ChildReport::Serves if is_main => self.change_over(at),
-            ChildReport::LetGo if is_main && !stopping => {
-                // It was told to go on when it could not any more.
-                (child.role, child.ready) = (Role::Leaving, false);
-                child.held.clear();
-                self.start_at = Some(clock::now());
-            }
-            ChildReport::LetGo => {
-                child.role = if is_main { Role::Main } else { Role::Leaving };
-                child.held.clear();
-            }
+            ChildReport::LetGo => self.let_go(at),
             ChildReport::GoesOn => self.kept.clear(),
             _ => {}
+        }
+    }
+
+    fn hold(&mut self, at: usize, name: String, fds: Vec<OwnedFd>) {
+        let total: usize = self.children.iter().map(Child::sockets).sum();
+        if total + fds.len() <= FDS_MAX {
+            self.children[at].hold(name, fds);
+        } else {
+            tracing::warn!(name, "no more than {FDS_MAX} sockets are kept: a crash loses it");
+        }
+    }
+
+    fn answer_start(&mut self, at: usize, wish: &Wish, fds: Vec<OwnedFd>) {
+        let started = match self.children[at].role {
+            Role::Main => self.start_successor(self.children[at].pid, wish, fds),
+            _ => Err("the process that is asked is not the service".to_owned()),
+        };
+        let order = match started {
+            Ok(pid) => SupervisorOrder::Started(pid.as_raw_nonzero().get().unsigned_abs()),
+            Err(why) => SupervisorOrder::Refused(why),
+        };
+        self.children[at].tell(&order);
+    }
+
+    /// A process has closed its sockets after another one took the service over.
+    fn let_go(&mut self, at: usize) {
+        let (stopping, child) = (self.stopping, &mut self.children[at]);
+        child.held.clear();
+        match child.role {
+            // It was told to go on when it could not any more.
+            Role::Main if !stopping => {
+                (child.role, child.ready) = (Role::Leaving, false);
+                self.start_at = Some(clock::now());
+            }
+            Role::Main => {}
+            _ => child.role = Role::Leaving,
         }
     }
 
     /// Of the service; which process it is, is none of the manager's business.
     fn tell_ready(&mut self) {
         if !std::mem::replace(&mut self.told_ready, true) {
-            self.manager.ready();
+            self.manager.tell(ServiceNotice::Ready);
         }
     }
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tidegate_core::metrics::counters::{
-    LocalErrorKind, LocalErrorPlace, PanicScope, RingEvent, WorkerCounters,
+    Counter, LocalErrorKind, LocalErrorPlace, PanicScope, RingEvent, WorkerCounters,
 };
 use tidegate_core::outcome::{Cause, Phase};
 
@@ -48,22 +48,56 @@ pub(crate) struct RareCounters {
     pub(crate) state_unwritten: u64,
 }
 
+/// Sums by a name.
+type Totals = BTreeMap<String, u64>;
+
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 struct SavedWorker {
     /// By cause and phase.
-    ends: BTreeMap<String, BTreeMap<String, u64>>,
-    accepted: u64,
-    held_at_cap: u64,
-    local_errors: BTreeMap<String, u64>,
-    connect_retries: u64,
-    queued: u64,
-    reports_dropped: u64,
-    access_log_dropped: u64,
-    ring_events: BTreeMap<String, u64>,
-    panics: BTreeMap<String, u64>,
-    restarts: u64,
-    stalls: u64,
+    ends: BTreeMap<String, Totals>,
+    local_errors: Totals,
+    ring_events: Totals,
+    panics: Totals,
+    #[serde(flatten)]
+    numbers: SavedNumbers,
+}
+
+/// What is one number of a worker: the name in the message, and the counter.
+macro_rules! saved_numbers {
+    ($($name:ident = $counter:ident),+ $(,)?) => {
+        #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+        #[serde(default)]
+        struct SavedNumbers {
+            $($name: u64),+
+        }
+
+        impl SavedNumbers {
+            fn save(worker: &WorkerCounters) -> SavedNumbers {
+                SavedNumbers { $($name: worker.$counter.get()),+ }
+            }
+
+            fn add(&mut self, other: &SavedNumbers) {
+                $(add(&mut self.$name, other.$name);)+
+            }
+
+            fn carry(&self, worker: &WorkerCounters) {
+                $(worker.$counter.carry(self.$name);)+
+            }
+        }
+    };
+}
+
+saved_numbers! {
+    accepted = accepted,
+    held_at_cap = accept_held_at_cap,
+    connect_retries = connect_retries,
+    queued = queued,
+    undecided_waits = undecided_waits,
+    reports_dropped = reports_dropped,
+    access_log_dropped = access_log_dropped,
+    restarts = restarts,
+    stalls = stalls,
 }
 
 // === impl HandoverCounts ===
@@ -122,110 +156,89 @@ impl HandoverCounts {
 
 impl SavedWorker {
     fn save(worker: &WorkerCounters) -> SavedWorker {
-        let mut ends: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
-        for (cause, phase) in cells() {
-            let total = worker.session_end.cell(cause as usize, phase as usize).get();
+        let mut ends: BTreeMap<String, Totals> = BTreeMap::new();
+        for (cause, phase, cell) in end_cells(worker) {
+            let total = cell.get();
             if total > 0 {
                 let by_phase = ends.entry(cause.name().to_owned()).or_default();
                 by_phase.insert(phase.name().to_owned(), total);
             }
         }
-        let errors = local_cells().map(|(error, at)| {
-            let total = worker.local_errors.cell(error as usize, at as usize).get();
-            (local_key(error, at), total)
-        });
-        let ring = RingEvent::ALL.map(|event| {
-            (event.name().to_owned(), worker.ring_events.cell(event as usize, 0).get())
-        });
         SavedWorker {
             ends,
-            accepted: worker.accepted.get(),
-            held_at_cap: worker.accept_held_at_cap.get(),
-            local_errors: errors.collect(),
-            connect_retries: worker.connect_retries.get(),
-            queued: worker.queued.get(),
-            reports_dropped: worker.reports_dropped.get(),
-            access_log_dropped: worker.access_log_dropped.get(),
-            ring_events: ring.into(),
-            panics: PanicScope::ALL
-                .map(|ended| (ended.name().to_owned(), worker.panics.cell(ended as usize, 0).get()))
-                .into(),
-            restarts: worker.restarts.get(),
-            stalls: worker.stalls.get(),
+            local_errors: totals(local_cells(worker)),
+            ring_events: totals(ring_cells(worker)),
+            panics: totals(panic_cells(worker)),
+            numbers: SavedNumbers::save(worker),
         }
     }
 
     fn add(&mut self, other: &SavedWorker) {
         for (cause, by_phase) in &other.ends {
-            for (phase, n) in by_phase {
-                let sum = self.ends.entry(cause.clone()).or_default();
-                add(sum.entry(phase.clone()).or_default(), *n);
-            }
+            add_totals(self.ends.entry(cause.clone()).or_default(), by_phase);
         }
-        for (error, n) in &other.local_errors {
-            add(self.local_errors.entry(error.clone()).or_default(), *n);
-        }
-        for (event, n) in &other.ring_events {
-            add(self.ring_events.entry(event.clone()).or_default(), *n);
-        }
-        add(&mut self.accepted, other.accepted);
-        add(&mut self.held_at_cap, other.held_at_cap);
-        add(&mut self.connect_retries, other.connect_retries);
-        add(&mut self.queued, other.queued);
-        add(&mut self.reports_dropped, other.reports_dropped);
-        add(&mut self.access_log_dropped, other.access_log_dropped);
-        for (ended, n) in &other.panics {
-            add(self.panics.entry(ended.clone()).or_default(), *n);
-        }
-        add(&mut self.restarts, other.restarts);
-        add(&mut self.stalls, other.stalls);
+        add_totals(&mut self.local_errors, &other.local_errors);
+        add_totals(&mut self.ring_events, &other.ring_events);
+        add_totals(&mut self.panics, &other.panics);
+        self.numbers.add(&other.numbers);
     }
 
     fn carry(&self, worker: &WorkerCounters) {
-        for (cause, phase) in cells() {
+        for (cause, phase, cell) in end_cells(worker) {
             let by_phase = self.ends.get(cause.name());
             let total = by_phase.and_then(|ends| ends.get(phase.name())).copied();
-            let cell = worker.session_end.cell(cause as usize, phase as usize);
             cell.carry(total.unwrap_or_default());
         }
-        for (error, at) in local_cells() {
-            let total = self.local_errors.get(&local_key(error, at)).copied();
-            let cell = worker.local_errors.cell(error as usize, at as usize);
-            cell.carry(total.unwrap_or_default());
-        }
-        for event in RingEvent::ALL {
-            let total = self.ring_events.get(event.name()).copied().unwrap_or_default();
-            worker.ring_events.cell(event as usize, 0).carry(total);
-        }
-        worker.accepted.carry(self.accepted);
-        // Whoever still has sessions shows them itself: none of them is ours.
-        worker.ended.carry(self.accepted);
-        worker.accept_held_at_cap.carry(self.held_at_cap);
-        worker.connect_retries.carry(self.connect_retries);
-        worker.queued.carry(self.queued);
-        worker.reports_dropped.carry(self.reports_dropped);
-        worker.access_log_dropped.carry(self.access_log_dropped);
-        for ended in PanicScope::ALL {
-            let total = self.panics.get(ended.name()).copied().unwrap_or_default();
-            worker.panics.cell(ended as usize, 0).carry(total);
-        }
-        worker.restarts.carry(self.restarts);
-        worker.stalls.carry(self.stalls);
+        carry_totals(local_cells(worker), &self.local_errors);
+        carry_totals(ring_cells(worker), &self.ring_events);
+        carry_totals(panic_cells(worker), &self.panics);
+        self.numbers.carry(worker);
+        // A process shows the sessions it still has itself: none of them is this one's.
+        worker.ended.carry(self.numbers.accepted);
     }
 }
 
-fn cells() -> impl Iterator<Item = (Cause, Phase)> {
-    Cause::ALL.into_iter().flat_map(|cause| Phase::ALL.into_iter().map(move |phase| (cause, phase)))
-}
-
-fn local_cells() -> impl Iterator<Item = (LocalErrorKind, LocalErrorPlace)> {
-    LocalErrorKind::ALL
+fn end_cells(worker: &WorkerCounters) -> impl Iterator<Item = (Cause, Phase, &Counter)> {
+    let cell =
+        |cause, phase| (cause, phase, worker.session_end.cell(cause as usize, phase as usize));
+    Cause::ALL
         .into_iter()
-        .flat_map(|kind| LocalErrorPlace::ALL.into_iter().map(move |at| (kind, at)))
+        .flat_map(move |cause| Phase::ALL.into_iter().map(move |phase| cell(cause, phase)))
 }
 
-fn local_key(kind: LocalErrorKind, at: LocalErrorPlace) -> String {
-    format!("{} {}", kind.name(), at.name())
+fn local_cells(worker: &WorkerCounters) -> impl Iterator<Item = (String, &Counter)> {
+    LocalErrorKind::ALL.into_iter().flat_map(move |kind| {
+        LocalErrorPlace::ALL.into_iter().map(move |at| {
+            let cell = worker.local_errors.cell(kind as usize, at as usize);
+            (format!("{} {}", kind.name(), at.name()), cell)
+        })
+    })
+}
+
+fn ring_cells(worker: &WorkerCounters) -> impl Iterator<Item = (String, &Counter)> {
+    let cell = |event: RingEvent| worker.ring_events.cell(event as usize, 0);
+    RingEvent::ALL.into_iter().map(move |event| (event.name().to_owned(), cell(event)))
+}
+
+fn panic_cells(worker: &WorkerCounters) -> impl Iterator<Item = (String, &Counter)> {
+    let cell = |scope: PanicScope| worker.panics.cell(scope as usize, 0);
+    PanicScope::ALL.into_iter().map(move |scope| (scope.name().to_owned(), cell(scope)))
+}
+
+fn totals<'c>(cells: impl Iterator<Item = (String, &'c Counter)>) -> Totals {
+    cells.map(|(name, cell)| (name, cell.get())).collect()
+}
+
+fn add_totals(sums: &mut Totals, more: &Totals) {
+    for (name, n) in more {
+        add(sums.entry(name.clone()).or_default(), *n);
+    }
+}
+
+fn carry_totals<'c>(cells: impl Iterator<Item = (String, &'c Counter)>, totals: &Totals) {
+    for (name, cell) in cells {
+        cell.carry(totals.get(&name).copied().unwrap_or_default());
+    }
 }
 
 fn add(sum: &mut u64, n: u64) {

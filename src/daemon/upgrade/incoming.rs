@@ -54,7 +54,7 @@ pub struct OldProcess {
 #[derive(Debug)]
 pub(crate) struct OldProcessLink {
     words: mpsc::Receiver<Word>,
-    /// `None` where it takes no orders.
+    /// `None` where no thread was available to write them.
     orders: Option<ReportWriter>,
 }
 
@@ -170,10 +170,7 @@ impl OldProcess {
         let _ = rustix::stdio::dup2_stderr(&self.stderr);
         let (tell, words) = mpsc::channel(WORDS_MAX);
         let channel = self.channel;
-        let orders = match self.offer.level {
-            0 => None,
-            _ => channel.try_clone().and_then(ReportWriter::start).ok(),
-        };
+        let orders = channel.try_clone().and_then(ReportWriter::start).ok();
         // Nobody to be told: this process is ending itself.
         let wait = move || while listen(&channel, &tell).is_some() {};
         let named = std::thread::Builder::new().name("predecessor".to_owned());
@@ -243,8 +240,8 @@ impl OldProcessLink {
         self.words.recv().await
     }
 
-    /// Has it do something; gives what tells that the order is sent. An older program
-    /// takes no orders; one that does not read has missed it.
+    /// Has it do something; gives what tells that the order is sent. A process that does
+    /// not read has missed it.
     pub(super) fn order(&self, order: &OldProcessOrder) -> Option<oneshot::Receiver<()>> {
         let sent = self.orders.as_ref()?.send(order);
         if sent.is_none() {
@@ -255,9 +252,9 @@ impl OldProcessLink {
 }
 
 /// Says farewell to the process that took over.
-pub(super) fn send_final_counts(channel: &HandoverChannel, last: Commit, level: u16) {
+pub(super) fn send_final_counts(channel: &HandoverChannel, last: Commit) {
     let deadline: Instant = clock::now() + FAREWELL_MAX;
-    if let Err(error) = message::send_known(channel, FinalCounts(last), level, deadline) {
+    if let Err(error) = message::send_known(channel, FinalCounts(last), deadline) {
         tracing::warn!(%error, "the process that took over does not learn of the last sessions");
     }
 }

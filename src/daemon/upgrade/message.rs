@@ -5,9 +5,7 @@
 //! as many *parts* as they announce.
 //!
 //! Used by `outgoing` and `incoming`. Bodies are JSON: fields may be absent in
-//! what an older program says, and what a newer one adds is ignored. What an
-//! older program would stumble over (parts, reports, orders) is sent to programs
-//! of [`LEVEL`] 1 or more alone.
+//! what an older program says, and what a newer one adds is ignored.
 
 use super::counts::HandoverCounts;
 use super::reports::{OldProcessOrder, OldProcessReport};
@@ -20,13 +18,13 @@ use std::time::Instant;
 use tidegate_core::control::handover::Saved;
 use tidegate_core::metrics::histograms::{SavedSeries, Series};
 use tidegate_core::model::BindKey;
-use tidegate_net::fd_channel::{BODY_MAX, ChannelError, ChannelFrame, HandoverChannel};
+use tidegate_net::fd_channel::{ChannelError, ChannelFrame, HandoverChannel};
 
 /// The order of messages and what each must hold. A program may speak several.
 pub(super) const PROTOCOL: u16 = 1;
 
-/// What a program of that protocol understands beyond its first form: 1: parts,
-/// reports and orders.
+/// What a program of that protocol understands beyond its first form; 1 is parts,
+/// reports and orders, and the least that this program works with.
 pub(super) const LEVEL: u16 = 1;
 
 /// Histograms go in parts of about so many bytes: neither side holds the text of
@@ -228,22 +226,12 @@ pub(super) fn receive<M: UpgradeMessage>(
     decode(&channel.receive(deadline)?)
 }
 
-/// Sends *commit* or *farewell*, in the form that a program of that level takes.
+/// Sends *commit* or *farewell*, with its histograms in parts.
 pub(super) fn send_known<M: UpgradeMessage + AsMut<Commit>>(
     channel: &HandoverChannel,
     mut message: M,
-    level: u16,
     deadline: Instant,
 ) -> Result<(), MessageError> {
-    if level == 0 {
-        let mut body = encode(&message);
-        if body.len() > BODY_MAX {
-            // It goes on without histograms rather than not at all.
-            message.as_mut().latency.clear();
-            body = encode(&message);
-        }
-        return Ok(channel.send(M::KIND, &body, &[], deadline)?);
-    }
     let parts = in_parts(std::mem::take(&mut message.as_mut().latency));
     message.as_mut().parts = u32::try_from(parts.len()).unwrap_or(u32::MAX);
     send(channel, &message, &[], deadline)?;
@@ -368,17 +356,15 @@ mod tests {
         for part in parts {
             assert!(encode(&Part { latency: part }).len() <= PART_BYTES + 200_000);
         }
-        for level in [0, LEVEL] {
-            let (one, other) = HandoverChannel::pair().unwrap();
-            let other = HandoverChannel::from(std::os::unix::net::UnixStream::from(other));
-            let deadline = tidegate_net::clock::now() + std::time::Duration::from_secs(30);
-            let sent = known.clone();
-            let sender = std::thread::spawn(move || send_known(&one, sent, level, deadline));
-            let frame = other.receive(deadline).unwrap();
-            let got: Commit = receive_known(&other, &frame, deadline).unwrap();
-            sender.join().unwrap().unwrap();
-            assert!(got == known, "level {level}");
-        }
+        let (one, other) = HandoverChannel::pair().unwrap();
+        let other = HandoverChannel::from(std::os::unix::net::UnixStream::from(other));
+        let deadline = tidegate_net::clock::now() + std::time::Duration::from_secs(30);
+        let sent = known.clone();
+        let sender = std::thread::spawn(move || send_known(&one, sent, deadline));
+        let frame = other.receive(deadline).unwrap();
+        let got: Commit = receive_known(&other, &frame, deadline).unwrap();
+        sender.join().unwrap().unwrap();
+        assert!(got == known);
     }
 
     proptest! {

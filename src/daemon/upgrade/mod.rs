@@ -41,7 +41,7 @@ use crate::admin::{UpgradeCounts, UpgradeDoc, UpgradeError};
 use counts::HandoverCounts;
 use incoming::Word;
 use message::{Commit, LEVEL, Offer, OfferedBind, PROTOCOL, SavedEstimate};
-use outgoing::{ReadyProcess, UpgradeAttempt, UpgradeHandle, UpgradeProgress};
+use outgoing::{OfferedState, ReadyProcess, UpgradeAttempt, UpgradeHandle, UpgradeProgress};
 use reports::{OldProcessOrder, OldProcessReport, Reporter};
 use std::os::fd::OwnedFd;
 use std::process::ExitStatus;
@@ -98,9 +98,7 @@ struct RunningUpgrade {
 #[derive(Debug)]
 struct NewProcess {
     channel: HandoverChannel,
-    /// What it understands; see `message`.
-    level: u16,
-    /// `None` where it takes no reports.
+    /// `None` where no thread was available for it.
     reporter: Option<Reporter>,
     orders: mpsc::Receiver<OldProcessOrder>,
     /// A first signal to stop says nothing new to a process that drains already.
@@ -218,17 +216,17 @@ impl Upgrades {
 // === impl NewProcess ===
 
 impl NewProcess {
-    fn new(channel: HandoverChannel, level: u16, shares: bool) -> NewProcess {
+    fn new(channel: HandoverChannel, shares: bool) -> NewProcess {
         let (tell, orders) = mpsc::channel(ORDERS_MAX);
-        let reporter = match (level, channel.try_clone(), channel.try_clone()) {
-            (1.., Ok(to_read), Ok(to_write)) => {
+        let reporter = match (channel.try_clone(), channel.try_clone()) {
+            (Ok(to_read), Ok(to_write)) => {
                 let listen = move || while pass_order_on(&to_read, &tell).is_some() {};
                 let named = std::thread::Builder::new().name("successor".to_owned());
                 named.spawn(listen).and_then(|_| Reporter::start(to_write, shares)).ok()
             }
             _ => None,
         };
-        NewProcess { channel, level, reporter, orders, signalled: false }
+        NewProcess { channel, reporter, orders, signalled: false }
     }
 }
 
@@ -309,7 +307,8 @@ impl Control {
         let sockets = active().flat_map(|(_, group)| group.sockets.iter().cloned()).collect();
         let timeout = self.reloads.config().process.upgrade_timeout;
         let heartbeats = heartbeats.into_iter().map(|(_, socket)| socket).collect();
-        Ok(UpgradeAttempt { start, offer, admin, sockets, heartbeats, counts, timeout })
+        let offered = OfferedState { offer, admin, sockets, heartbeats, counts };
+        Ok(UpgradeAttempt { start, offered, timeout })
     }
 
     /// Goes on with what has happened.
@@ -396,7 +395,7 @@ impl Control {
                 let (pid, version) = (hello.pid, hello.version);
                 tracing::info!(pid, %version, "upgrade done: that process serves, this one drains");
                 self.lifecycle.hand_over(pid);
-                self.upgrades.successor = Some(NewProcess::new(channel, hello.level, ready.shares));
+                self.upgrades.successor = Some(NewProcess::new(channel, ready.shares));
                 self.telemetry.latency.lock().clear();
                 self.step_down(&ready, pid, ended);
                 if let Some(reply) = under_way.reply {
@@ -536,7 +535,7 @@ impl Control {
                 reporter.finish();
             }
             let known = self.state_to_hand_over(counts);
-            incoming::send_final_counts(&successor.channel, known, successor.level);
+            incoming::send_final_counts(&successor.channel, known);
         }
     }
 

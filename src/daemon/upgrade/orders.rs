@@ -4,7 +4,7 @@
 //! Part of the control loop, on both sides. The frames are of `reports`; an older program
 //! takes no orders.
 
-use super::reports::{OldProcessOrder, OrderedIntent};
+use super::reports::{OldProcessOrder, OrderedIntent, held};
 use crate::control_loop::Control;
 use std::time::Duration;
 use tidegate_core::control::ControlEffect;
@@ -46,13 +46,8 @@ impl Control {
         if let Some(before) = &self.upgrades.predecessor
             && let Some(state) = self.controller.known(id)
         {
-            let cut = HeldBackend {
-                pool: state.pool.to_string(),
-                name: state.name.to_string(),
-                address: state.address_text.to_string(),
-                ..HeldBackend::default()
-            };
-            before.order(&OldProcessOrder { cut: Some(cut), ..OldProcessOrder::default() });
+            let cut = Some(held(state));
+            before.order(&OldProcessOrder { cut, ..OldProcessOrder::default() });
         }
     }
 

@@ -5,7 +5,7 @@
 //! process says that it serves ends with that process killed and a reason; this
 //! one has then not stopped serving for a moment.
 
-use super::message::{Commit, Hello, MessageError, Offer, PROTOCOL, Ready, Serving};
+use super::message::{Commit, Hello, LEVEL, MessageError, Offer, PROTOCOL, Ready, Serving};
 use super::process::{NotStarted, Start, UpgradeProcess};
 use crate::upgrade::message;
 use socket2::Socket;
@@ -60,23 +60,20 @@ pub(crate) struct ReadyProcess {
 #[derive(Debug)]
 pub(super) struct UpgradeAttempt {
     pub(super) start: Start,
+    pub(super) offered: OfferedState,
+    /// From the start of the program to its word that it serves.
+    pub(super) timeout: Duration,
+}
+
+/// What the new process is offered.
+#[derive(Debug)]
+pub(super) struct OfferedState {
     pub(super) offer: Offer,
     pub(super) admin: Option<OwnedFd>,
     /// In the offer's order.
     pub(super) sockets: Vec<Arc<Socket>>,
     pub(super) heartbeats: Vec<OwnedFd>,
     pub(super) counts: Option<Arc<Memory>>,
-    /// From the start of the program to its word that it serves.
-    pub(super) timeout: Duration,
-}
-
-/// What the new process is offered.
-struct OfferedState {
-    offer: Offer,
-    admin: Option<OwnedFd>,
-    sockets: Vec<Arc<Socket>>,
-    heartbeats: Vec<OwnedFd>,
-    counts: Option<Arc<Memory>>,
 }
 
 /// An upgrade under way.
@@ -99,7 +96,8 @@ struct StderrTailState {
 /// Why a step failed.
 enum UpgradeStepError {
     Message(MessageError),
-    Protocols((u16, u16)),
+    /// Lowest and highest protocol, and the level.
+    Protocols((u16, u16), u16),
     Cancelled,
 }
 
@@ -139,8 +137,7 @@ fn run(
     signals::hold_back();
     let deadline = clock::now() + attempt.timeout;
     let tail = StderrTail::default();
-    let UpgradeAttempt { start, offer, admin, sockets, heartbeats, counts, .. } = attempt;
-    let (mut process, stderr) = match start.start(other) {
+    let (mut process, stderr) = match attempt.start.start(other) {
         Ok(started) => started,
         Err(not_started) => {
             let _ = to_control.send(match not_started {
@@ -151,34 +148,29 @@ fn run(
         }
     };
     tail.follow(stderr);
-    let given = OfferedState { offer, admin, sockets, heartbeats, counts };
-    // Nobody may be there to be told: then this process is ending, and the new
-    // one ends with the connection.
-    match until_ready(given, &channel, deadline) {
-        Err(trouble) => {
-            let why = explain(&mut process, &tail, trouble);
+    // The control loop may be gone: then this process is ending, and the new one ends
+    // with the connection.
+    let (hello, ready) = match until_ready(attempt.offered, &channel, deadline) {
+        Ok(ready) => ready,
+        Err(error) => {
+            let why = explain(&mut process, &tail, error);
             let _ = to_control.send(UpgradeProgress::Failed(why));
+            return;
         }
-        Ok((hello, ready)) => {
-            let level = hello.level;
-            let (commit, word) = sync::sync_channel(1);
-            let (tell, served) = oneshot::channel();
-            let (tell_end, ended) = oneshot::channel();
-            let at = ReadyProcess { hello, ready, commit, served, ended };
-            let _ = to_control.send(UpgradeProgress::Ready(Box::new(at)));
-            match until_serving(&channel, &word, level, deadline) {
-                Err(trouble) => {
-                    let _ = tell.send(Err(explain(&mut process, &tail, trouble)));
-                }
-                Ok(()) => {
-                    let _ = tell.send(Ok(channel));
-                    if let Some(status) = process.reap_new_process() {
-                        tracing::error!(%status, "the process that took over has ended");
-                        let _ = tell_end.send(status);
-                    }
-                }
-            }
-        }
+    };
+    let (commit, word) = sync::sync_channel(1);
+    let (tell, served) = oneshot::channel();
+    let (tell_end, ended) = oneshot::channel();
+    let at = ReadyProcess { hello, ready, commit, served, ended };
+    let _ = to_control.send(UpgradeProgress::Ready(Box::new(at)));
+    if let Err(error) = until_serving(&channel, &word, deadline) {
+        let _ = tell.send(Err(explain(&mut process, &tail, error)));
+        return;
+    }
+    let _ = tell.send(Ok(channel));
+    if let Some(status) = process.reap_new_process() {
+        tracing::error!(%status, "the process that took over has ended");
+        let _ = tell_end.send(status);
     }
 }
 
@@ -190,8 +182,8 @@ fn until_ready(
     let hello: Hello = message::receive(channel, deadline)?;
     tracing::debug!(pid = hello.pid, version = %hello.version, "new process has started");
     let (lowest, highest) = hello.protocols;
-    if !(lowest..=highest).contains(&PROTOCOL) {
-        return Err(UpgradeStepError::Protocols(hello.protocols));
+    if !(lowest..=highest).contains(&PROTOCOL) || hello.level < LEVEL {
+        return Err(UpgradeStepError::Protocols(hello.protocols, hello.level));
     }
     let stderr = io::stderr();
     let mut fds: Vec<BorrowedFd<'_>> = vec![stderr.as_fd()];
@@ -211,11 +203,10 @@ fn until_ready(
 fn until_serving(
     channel: &HandoverChannel,
     word: &sync::Receiver<Commit>,
-    level: u16,
     deadline: Instant,
 ) -> Result<(), UpgradeStepError> {
     let commit = word.recv().map_err(|_| UpgradeStepError::Cancelled)?;
-    message::send_known(channel, commit, level, deadline)?;
+    message::send_known(channel, commit, deadline)?;
     tracing::debug!("new process has been told to take over");
     let Serving {} = message::receive(channel, deadline)?;
     Ok(())
@@ -244,8 +235,9 @@ fn explain(process: &mut UpgradeProcess, tail: &StderrTail, trouble: UpgradeStep
         (UpgradeStepError::Message(error), _) => {
             format!("the new process is not understood: {error}")
         }
-        (UpgradeStepError::Protocols((lowest, highest)), _) => format!(
-            "the new process speaks upgrade protocols {lowest} to {highest}, this one {PROTOCOL}"
+        (UpgradeStepError::Protocols((lowest, highest), level), _) => format!(
+            "the new process speaks upgrade protocols {lowest} to {highest} at level {level}, \
+             this one {PROTOCOL} at level {LEVEL}"
         ),
         (UpgradeStepError::Cancelled, _) => "called off".to_owned(),
     };

@@ -5,8 +5,8 @@
 //! has changed (of what both count in the same memory: whether there are any) at most every [`REPORT_INTERVAL`], and passes on what the process
 //! before it reports; the new one sends an [`OldProcessOrder`] now and then. Frames are
 //! written by a thread of their own, so that a process that does not read holds
-//! up nobody. Neither side needs them: an older program's sessions are unknown
-//! until its farewell, as before.
+//! up nobody. Neither side needs them: without them, the old process's sessions are unknown
+//! until its farewell.
 
 use super::message::UpgradeMessage;
 use crate::upgrade::message;
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::control::Controller;
 use tidegate_core::control::sessions_elsewhere::{HeldBackend, HeldFrontend};
-use tidegate_core::table::state::{BackendId, FrontendId};
+use tidegate_core::table::state::{BackendId, BackendState, FrontendId};
 use tidegate_net::clock;
 use tidegate_net::fd_channel::HandoverChannel;
 use tokio::sync::oneshot;
@@ -165,13 +165,7 @@ impl Reporter {
                 break;
             }
             backends.push((state.id, open));
-            report.backends.push(HeldBackend {
-                pool: state.pool.to_string(),
-                name: state.name.to_string(),
-                address: state.address_text.to_string(),
-                sessions: open,
-                shared,
-            });
+            report.backends.push(HeldBackend { sessions: open, shared, ..held(state) });
         }
         for state in controller.frontends() {
             let (open, shared) = self.to_tell(&state.in_flight);
@@ -199,6 +193,16 @@ impl Reporter {
     /// Waits until everything is sent.
     pub(super) fn finish(self) {
         self.writer.finish();
+    }
+}
+
+/// A backend by its names.
+pub(super) fn held(state: &BackendState) -> HeldBackend {
+    HeldBackend {
+        pool: state.pool.to_string(),
+        name: state.name.to_string(),
+        address: state.address_text.to_string(),
+        ..HeldBackend::default()
     }
 }
 
