@@ -1,4 +1,4 @@
-//! Waiting for a time that may never come.
+//! Waiting for what may never come.
 //!
 //! Used by the parts of the control loop in their `wake`.
 
@@ -6,8 +6,13 @@ use std::time::Instant;
 
 /// Resolves at `due`; never without one.
 pub(super) async fn reached(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due.into()).await,
+    if_any(due.map(|due| tokio::time::sleep_until(due.into()))).await;
+}
+
+/// Resolves as `future` does; never without one.
+pub(super) async fn if_any<T>(future: Option<impl Future<Output = T>>) -> T {
+    match future {
+        Some(future) => future.await,
         None => std::future::pending().await,
     }
 }

@@ -6,6 +6,7 @@
 //! and changes nothing; what follows cannot.
 
 use super::control_loop::Control;
+use super::due;
 use crate::admin::HeartbeatCounts;
 use crate::heartbeat::receive::{PreparedSockets, Receiver};
 use crate::heartbeat::verify::{RejectReason, Verifier, VerifierLimits};
@@ -167,10 +168,7 @@ impl HeartbeatReceiver {
 
     /// Resolves when something may have arrived; never where nobody listens.
     pub(super) async fn arrived(&self) {
-        match &self.receiver {
-            Some(receiver) => receiver.arrived().await,
-            None => std::future::pending().await,
-        }
+        due::if_any(self.receiver.as_ref().map(Receiver::arrived)).await;
     }
 
     /// What has arrived, oldest first, and what was lost here; at most

@@ -163,14 +163,9 @@ impl Supervised {
     /// The next thing to act on; never without a supervisor.
     pub(super) async fn wake(&mut self) -> SupervisedEvent {
         let write_due = self.next_write(clock::now());
-        let news = async {
-            match &mut self.news {
-                Some(news) => news.recv().await,
-                None => std::future::pending().await,
-            }
-        };
+        let news = self.news.as_mut().map(mpsc::UnboundedReceiver::recv);
         tokio::select! {
-            Some(news) = news => SupervisedEvent::News(news),
+            Some(news) = due::if_any(news) => SupervisedEvent::News(news),
             () = due::reached(write_due) => SupervisedEvent::Snapshot,
         }
     }

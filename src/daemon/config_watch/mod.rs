@@ -276,6 +276,20 @@ impl WatchShared {
 // === impl WatchState ===
 
 impl WatchState {
+    /// From now on events on these ways matter. Whether a watched directory has been
+    /// lost since the last time.
+    fn watch(&mut self, ways: &[WatchedPath], directories: impl Iterator<Item = PathBuf>) -> bool {
+        self.relevant.clear();
+        // The configuration file comes first, and so is inserted last.
+        for (index, way) in ways.iter().enumerate().rev() {
+            self.relevant.extend(way.names.iter().map(|name| (name.clone(), index == 0)));
+        }
+        let WatchState { relevant, settling, .. } = self;
+        settling.keep_only(|path| relevant.contains_key(path));
+        self.directories = directories.collect();
+        std::mem::take(&mut self.lost)
+    }
+
     /// Whether the event matters.
     fn notice(
         &mut self,
@@ -444,20 +458,7 @@ impl WatchThread {
             return Err("notification is switched off".to_owned());
         }
         let wanted: HashMap<_, _> = ways.iter().flat_map(WatchedPath::directories).collect();
-        let lost = {
-            let mut state = self.shared.lock();
-            state.relevant.clear();
-            for (index, way) in ways.iter().enumerate().rev() {
-                let of_configuration = index == 0;
-                for name in &way.names {
-                    state.relevant.insert(name.clone(), of_configuration);
-                }
-            }
-            let WatchState { relevant, settling, .. } = &mut *state;
-            settling.keep_only(|path| relevant.contains_key(path));
-            state.directories = wanted.keys().cloned().collect();
-            std::mem::take(&mut state.lost)
-        };
+        let lost = self.shared.lock().watch(ways, wanted.keys().cloned());
         if self.notifier.is_none() {
             self.notifier = Some(new_notifier(&self.shared)?);
         }

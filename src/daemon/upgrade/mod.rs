@@ -36,6 +36,7 @@ pub(super) use message::OfferedAdmin;
 pub(super) use process::Starter;
 
 use super::control_loop::Control;
+use super::due;
 use super::shared_counts::SharedCounts;
 use crate::admin::{UpgradeCounts, UpgradeDoc, UpgradeError};
 use counts::HandoverCounts;
@@ -177,38 +178,15 @@ impl Upgrades {
 
     /// What happens next.
     pub(super) async fn wake(&mut self) -> UpgradeEvent {
-        let under_way = &mut self.under_way;
-        let progress = async {
-            match under_way {
-                Some(under_way) => under_way.outgoing.next().await,
-                None => std::future::pending().await,
-            }
-        };
-        let predecessor = &mut self.predecessor;
-        let word = async {
-            match predecessor {
-                Some(predecessor) => predecessor.next().await,
-                None => std::future::pending().await,
-            }
-        };
-        let successor = &mut self.successor;
-        let order = async {
-            match successor {
-                Some(successor) => successor.orders.recv().await,
-                None => std::future::pending().await,
-            }
-        };
-        let stepping_down = async {
-            match &mut self.stepping_down {
-                Some(stepping) => stepping.next().await,
-                None => std::future::pending().await,
-            }
-        };
+        let progress = self.under_way.as_mut().map(|upgrade| upgrade.outgoing.next());
+        let word = self.predecessor.as_mut().map(PredecessorDraining::next);
+        let order = self.successor.as_mut().map(|successor| successor.orders.recv());
+        let stepping_down = self.stepping_down.as_mut().map(SteppingDown::next);
         tokio::select! {
-            event = stepping_down => event,
-            progress = progress => UpgradeEvent::Progress(progress),
-            word = word => UpgradeEvent::Word(word),
-            Some(order) = order => UpgradeEvent::Order(order),
+            event = due::if_any(stepping_down) => event,
+            progress = due::if_any(progress) => UpgradeEvent::Progress(progress),
+            word = due::if_any(word) => UpgradeEvent::Word(word),
+            Some(order) = due::if_any(order) => UpgradeEvent::Order(order),
         }
     }
 }
