@@ -38,6 +38,7 @@ mod engine;
 mod evidence;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod given_sockets;
 pub mod heartbeat;
 mod heartbeats;
 mod in_force;

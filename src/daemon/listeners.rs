@@ -3,7 +3,9 @@
 //!
 //! Called by `start`. No client gets in here.
 
+use super::activation::PassedSockets;
 use super::binds::{Binds, NewBinds};
+use super::given_sockets::GivenSockets;
 use super::heartbeats::HeartbeatReceiver;
 use super::preflight::try_sources;
 use super::refused::BindError;
@@ -47,18 +49,19 @@ impl Listeners {
         surroundings: &mut ProcessEnvironment,
         mut kept: KeptState,
     ) -> Result<Listeners, Failure> {
-        let received = match &mut surroundings.predecessor {
-            Some(before) => before.take_heartbeats(),
-            None => kept.take_heartbeats(),
+        let mut given = match &mut surroundings.predecessor {
+            Some(before) => before.take_sockets(),
+            None => std::mem::take(&mut kept.given),
         };
-        let mut binds = Binds::new(workers);
-        let given = take_given(&mut binds, config, surroundings, kept)?;
-        let admin_taken = given.is_ok();
-        let admin = given.or_else(|settled| {
+        let admin = take_admin(&mut given, config, surroundings, kept.activated)?;
+        let admin_taken = admin.is_ok();
+        let admin = admin.or_else(|settled| {
             admin::bind(&settled).map_err(|error| {
                 Failure::At(Box::new(origin.error(&Spot::AdminListen, error.to_string(), None)))
             })
         })?;
+        let mut binds = Binds::new(workers);
+        binds.inherit(given.binds);
         let known = &surroundings.confined.in_the_way;
         let at =
             |refused: BindError| Failure::At(Box::new(refused.with(known).problem(config, origin)));
@@ -72,38 +75,33 @@ impl Listeners {
             Failure::At(Box::new(origin.error(&Spot::Source(source), why, None)))
         })?;
         let mut heartbeats = HeartbeatReceiver::default();
-        heartbeats.inherit(received);
+        heartbeats.inherit(given.heartbeats);
         let change = heartbeats.prepare(config).map_err(Failure::Runtime)?;
         heartbeats.adopt(change);
         Ok(Listeners { admin, admin_taken, binds, fresh, not_taken, heartbeats })
     }
 }
 
-/// Has `binds` find what this process was given; gives the admin listener, where that is
-/// among it, or else where to bind it.
-fn take_given(
-    binds: &mut Binds,
+/// The admin listener, where it is among what this process was given, or else where to
+/// bind it. What a service manager has passed takes the place of what was kept.
+fn take_admin(
+    given: &mut GivenSockets,
     config: &Config,
     surroundings: &mut ProcessEnvironment,
-    mut kept: KeptState,
+    kept: Option<PassedSockets>,
 ) -> Result<Result<AdminListener, Admin>, Failure> {
-    let mut passed = surroundings.activated.take().or_else(|| kept.activated.take());
-    let activated = passed.as_mut().and_then(|passed| passed.take_admin(config));
-    let settled = match &activated {
-        Some(_) => config.admin.clone(),
-        None => admin_settled(config, surroundings)?,
-    };
-    let admin = if let Some(before) = &mut surroundings.predecessor {
-        binds.inherit(before.take_sockets());
-        before.take_admin(&settled)
-    } else if let Some(passed) = passed {
-        binds.inherit(passed.take_sockets(config)?);
-        activated
-    } else {
-        binds.inherit(kept.take_binds());
-        kept.take_admin(&settled)
-    };
-    Ok(admin.ok_or(settled))
+    let upgrade = surroundings.predecessor.is_some();
+    let passed = surroundings.activated.take().or(kept).filter(|_| !upgrade);
+    if let Some(mut passed) = passed {
+        let admin = passed.take_admin(config);
+        given.binds = passed.take_sockets(config)?;
+        return match admin {
+            Some(admin) => Ok(Ok(admin)),
+            None => Ok(Err(admin_settled(config, surroundings)?)),
+        };
+    }
+    let settled = admin_settled(config, surroundings)?;
+    Ok(given.take_admin(&settled).ok_or(settled))
 }
 
 /// Where the admin API listens; a line in the log if that is not the usual place.

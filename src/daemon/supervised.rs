@@ -7,12 +7,11 @@
 use super::activation::PassedSockets;
 use super::binds::{BindSockets, SocketOwner};
 use super::due;
+use super::given_sockets::GivenSockets;
 use super::in_force::InForce;
 use super::upgrade::OfferedAdmin;
-use crate::admin::{self, AdminListener};
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
-use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,7 +22,7 @@ use std::time::{Duration, Instant};
 use tidegate_config::Texts;
 use tidegate_core::control::Controller;
 use tidegate_core::control::handover::{Saved, Saving};
-use tidegate_core::model::{Admin, BindKey};
+use tidegate_core::model::BindKey;
 use tidegate_net::clock;
 use tidegate_supervisor::{Link, News, Store, SupervisorState};
 use tokio::sync::mpsc;
@@ -98,9 +97,7 @@ pub(super) struct KeptSnapshot {
 /// Sockets of a process that has crashed, or of a service manager.
 #[derive(Debug, Default)]
 pub(super) struct KeptState {
-    binds: BTreeMap<BindKey, BindSockets>,
-    admin: Option<(OfferedAdmin, OwnedFd)>,
-    heartbeats: Vec<(SocketAddr, OwnedFd)>,
+    pub(super) given: GivenSockets,
     pub(super) activated: Option<PassedSockets>,
 }
 
@@ -322,13 +319,17 @@ impl KeptState {
             match serde_json::from_str(&name) {
                 Ok(Name::Bind(key, holder)) => {
                     let sockets = sockets.into_iter().map(|fd| Arc::new(Socket::from(fd)));
-                    kept.binds.insert(key, BindSockets { sockets: sockets.collect(), holder });
+                    kept.given
+                        .binds
+                        .insert(key, BindSockets { sockets: sockets.collect(), holder });
                 }
                 Ok(Name::Admin(offered)) => {
-                    kept.admin = sockets.into_iter().next().map(|socket| (offered, socket));
+                    kept.given.admin = sockets.into_iter().next().map(|socket| (offered, socket));
                 }
                 Ok(Name::Heartbeats(address)) => {
-                    kept.heartbeats.extend(sockets.into_iter().map(|socket| (address, socket)));
+                    kept.given
+                        .heartbeats
+                        .extend(sockets.into_iter().map(|socket| (address, socket)));
                 }
                 Ok(Name::Activated(name)) => {
                     activated.extend(sockets.into_iter().map(|fd| (name.clone(), fd)));
@@ -341,23 +342,6 @@ impl KeptState {
             kept.activated = Some(PassedSockets::of(activated).map_err(|why| why.to_string())?);
         }
         Ok(kept)
-    }
-
-    /// What the configuration is to find bound.
-    pub(super) fn take_binds(&mut self) -> BTreeMap<BindKey, BindSockets> {
-        std::mem::take(&mut self.binds)
-    }
-
-    /// What heartbeats are received on.
-    pub(super) fn take_heartbeats(&mut self) -> Vec<(SocketAddr, OwnedFd)> {
-        std::mem::take(&mut self.heartbeats)
-    }
-
-    /// The admin listener, where it is the one that `wanted` names.
-    pub(super) fn take_admin(&mut self, wanted: &Admin) -> Option<AdminListener> {
-        let (offered, socket) = self.admin.take()?;
-        (offered.listen == wanted.listen.to_string())
-            .then(|| admin::take_over(wanted, socket, offered.file))?
     }
 }
 

@@ -80,6 +80,30 @@ fn check_and_run_refuse_a_bad_file_with_its_places() {
 }
 
 #[test]
+fn check_and_run_refuse_a_state_directory_that_cannot_be_used() {
+    let _turn = turn::shared();
+    let file = tempfile::NamedTempFile::new_in("/tmp").unwrap();
+    let path = file.path().to_string_lossy().into_owned();
+    for (directory, why) in [("/nowhere/at/all", "No such file"), (&*path, "Not a directory")] {
+        let conf = Conf::simple(Engine::Epoll, Pool::new("web").backend("a", "127.0.0.1:9"));
+        let conf = conf.process(&format!("state = \"{directory}\""));
+        let text = conf.render("unix:/tmp/never-bound.sock", "off");
+        std::fs::write(file.path(), &text).unwrap();
+        let line = 1 + text.lines().position(|line| line.starts_with("state")).unwrap();
+        for command in ["check", "run"] {
+            let output = tidegate(&[command, "--config", &path]);
+            assert_eq!(output.status.code(), Some(1), "{command}: {output:?}");
+            let said = stderr(&output);
+            let reason = format!("cannot use the state directory {directory}: {why}");
+            assert!(
+                said.contains(&format!("{path}:{line}:9: error: {reason}")),
+                "{command}: {said}"
+            );
+        }
+    }
+}
+
+#[test]
 fn commands_without_a_balancer_exit_with_3() {
     let _turn = turn::shared();
     for command in [&["status"][..], &["reload"], &["drain", "web/a"], &["shutdown"]] {

@@ -19,7 +19,6 @@ on_every_engine!(
     without_a_state_directory_a_restart_forgets_drains,
     a_damaged_file_is_set_aside_and_the_start_succeeds,
     another_state_directory_needs_a_restart,
-    a_directory_that_cannot_be_made_is_refused_at_its_place,
     a_directory_that_goes_away_is_counted_and_not_fatal,
 );
 
@@ -158,18 +157,6 @@ fn another_state_directory_needs_a_restart(engine: Engine) {
     assert!(answer.contains(warning), "{answer}");
     site.proxy.cli_ok(&["drain", "web/a"]);
     assert!(site.file().exists() && !site.state.path().join("other").exists());
-}
-
-fn a_directory_that_cannot_be_made_is_refused_at_its_place(engine: Engine) {
-    let conf = Conf::simple(engine, Pool::new("web").backend("a", "127.0.0.1:1"));
-    let failed = TestProxy::try_start(conf.process("state = \"/nowhere/at/all\""), &[]);
-    let log = failed.err().expect("no start");
-    let line = log.lines().find(|line| line.contains("state directory")).expect("the reason");
-    assert!(line.contains("tidegate.toml:"), "{line}");
-    assert!(
-        line.contains("cannot use the state directory /nowhere/at/all: No such file"),
-        "{line}"
-    );
 }
 
 fn a_directory_that_goes_away_is_counted_and_not_fatal(engine: Engine) {

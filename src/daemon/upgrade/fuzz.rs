@@ -71,7 +71,6 @@ fn as_successor(channel: HandoverChannel) -> u32 {
     let Ok(mut before) = incoming::send_hello(channel) else { return 0 };
     let config = Arc::new(config::parse(CONFIG, "a file").expect("it is right"));
     before.take_sockets();
-    before.take_heartbeats();
     let generation = before.generation_of(8);
     let mut place = FuzzStart::new(config, generation, before.state());
     let Ok(commit) = before.ready(Vec::new(), false, generation, false) else { return 1 };

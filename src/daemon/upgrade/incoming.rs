@@ -10,16 +10,14 @@ use super::message::{
 };
 use super::reports::{OldProcessOrder, OldProcessReport, ReportWriter};
 use crate::Failure;
-use crate::admin::{self, AdminListener};
 use crate::binds::BindSockets;
+use crate::given_sockets::GivenSockets;
 use crate::upgrade::message;
 use socket2::Socket;
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_core::model::{Admin, BindKey};
+use tidegate_core::model::BindKey;
 use tidegate_net::clock;
 use tidegate_net::fd_channel::HandoverChannel;
 use tokio::sync::{mpsc, oneshot};
@@ -43,9 +41,7 @@ pub(super) const DRAIN_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 pub struct OldProcess {
     channel: HandoverChannel,
     stderr: OwnedFd,
-    admin: Option<OwnedFd>,
-    sockets: BTreeMap<BindKey, BindSockets>,
-    heartbeats: Vec<(SocketAddr, OwnedFd)>,
+    given: GivenSockets,
     counts: Option<OwnedFd>,
     offer: Offer,
 }
@@ -82,14 +78,9 @@ impl OldProcess {
         send_hello(channel).map(Some).map_err(|error| handover_error(&error))
     }
 
-    /// What `config` is to find bound.
-    pub(crate) fn take_sockets(&mut self) -> BTreeMap<BindKey, BindSockets> {
-        std::mem::take(&mut self.sockets)
-    }
-
-    /// Where heartbeats are received.
-    pub(crate) fn take_heartbeats(&mut self) -> Vec<(SocketAddr, OwnedFd)> {
-        std::mem::take(&mut self.heartbeats)
+    /// Its sockets.
+    pub(crate) fn take_sockets(&mut self) -> GivenSockets {
+        std::mem::take(&mut self.given)
     }
 
     /// The file of the counts it shares.
@@ -100,15 +91,6 @@ impl OldProcess {
     /// Where its admin API listens.
     pub fn admin_listen(&self) -> Option<&str> {
         Some(self.offer.admin.as_ref()?.listen.as_str())
-    }
-
-    /// The admin listener, where it is the one that `admin` names.
-    pub(crate) fn take_admin(&mut self, admin: &Admin) -> Option<AdminListener> {
-        let (fd, offered) = (self.admin.take()?, self.offer.admin.as_ref()?);
-        if offered.listen != admin.listen.to_string() {
-            return None;
-        }
-        admin::take_over(admin, fd, offered.file)
     }
 
     /// What confines that process, and so this one.
@@ -210,22 +192,21 @@ pub(super) fn send_hello(channel: HandoverChannel) -> Result<OldProcess, Message
         wanted,
     };
     let stderr = fds.next().ok_or(lost(1))?;
-    let admin = match offer.admin {
-        Some(_) => Some(fds.next().ok_or(lost(2))?),
-        None => None,
-    };
-    let mut sockets = BTreeMap::new();
+    let mut given = GivenSockets::default();
+    if let Some(admin) = &offer.admin {
+        given.admin = Some((admin.clone(), fds.next().ok_or(lost(2))?));
+    }
     for bind in &offer.listeners {
         let mut group = BindSockets { sockets: Vec::new(), holder: bind.holder };
         for _ in 0..bind.sockets {
             let fd = fds.next().ok_or(lost(bind.sockets as usize))?;
             group.sockets.push(Arc::new(Socket::from(fd)));
         }
-        sockets.insert(bind.address.clone(), group);
+        given.binds.insert(bind.address.clone(), group);
     }
-    let heartbeats = offer.heartbeats.iter().copied().zip(fds.by_ref()).collect();
+    given.heartbeats = offer.heartbeats.iter().copied().zip(fds.by_ref()).collect();
     let counts = if offer.counts { fds.next() } else { None };
-    Ok(OldProcess { channel, stderr, admin, sockets, heartbeats, counts, offer })
+    Ok(OldProcess { channel, stderr, given, counts, offer })
 }
 
 fn handover_error(error: &dyn std::fmt::Display) -> Failure {
