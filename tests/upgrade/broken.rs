@@ -135,7 +135,7 @@ def receive():
         _, got, _, _ = socket.recv_fds(channel, 1, 64)
         fds -= len(got)
     return kind, json.loads(body)
-send(1, {"protocols": [1, 1], "version": "x", "pid": os.getpid()})
+send(1, {"protocols": [1, 1], "version": "x", "pid": os.getpid(), "level": 1})
 assert receive()[0] == 2
 send(3, {"not_taken": [], "admin_taken": True, "generation": 1})
 assert receive()[0] == 4
