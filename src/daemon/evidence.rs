@@ -5,7 +5,7 @@
 
 use super::due;
 use super::heartbeats::HeartbeatReceiver;
-use crate::probe::runner::ProbeRunner;
+use crate::probe::runner::{PROBES_RUNNING_MAX, ProbeRunner};
 use std::sync::Arc;
 use std::time::Instant;
 use tidegate_core::control::ControlEvent;
@@ -46,7 +46,8 @@ impl Evidence {
         counters: Arc<WorkerCounters>,
     ) -> Evidence {
         let (sender, results) = mpsc::channel(PROBE_RESULTS_MAX);
-        Evidence { probes: ProbeRunner::counting(sender, counters), results, heartbeats, reports }
+        let probes = ProbeRunner::start(sender, PROBES_RUNNING_MAX, counters);
+        Evidence { probes, results, heartbeats, reports }
     }
 
     /// What arrives next; `decide_at` is when the controller wants to decide.

@@ -59,7 +59,7 @@ struct ProbeTask {
     tasks: JoinSet<ProbeEnded>,
     turns: Turns,
     /// Of the thread this runs on.
-    counters: Option<Arc<WorkerCounters>>,
+    counters: Arc<WorkerCounters>,
 }
 
 /// Who is next.
@@ -134,33 +134,14 @@ impl Lanes {
 // === impl ProbeRunner ===
 
 impl ProbeRunner {
-    /// Starts the task on the current runtime. Results come as
-    /// [`ControlEvent::Probed`]; a receiver that is dropped ends the task.
-    pub fn start(results: mpsc::Sender<ControlEvent>) -> ProbeRunner {
-        ProbeRunner::with_running_max(results, PROBES_RUNNING_MAX)
-    }
-
-    /// As [`ProbeRunner::start`] with another bound, at least 1.
-    pub fn with_running_max(
+    /// Starts the task on the current runtime, with at most `running_max` (at least 1)
+    /// probes at once. Results come as [`ControlEvent::Probed`]; a receiver that is
+    /// dropped ends the task. Local errors are counted in `counters`, which this thread
+    /// alone writes.
+    pub fn start(
         results: mpsc::Sender<ControlEvent>,
         running_max: usize,
-    ) -> ProbeRunner {
-        ProbeRunner::build(results, running_max, None)
-    }
-
-    /// As [`ProbeRunner::start`]; trouble of our own is counted there, which this
-    /// thread alone writes.
-    pub fn counting(
-        results: mpsc::Sender<ControlEvent>,
         counters: Arc<WorkerCounters>,
-    ) -> ProbeRunner {
-        ProbeRunner::build(results, PROBES_RUNNING_MAX, Some(counters))
-    }
-
-    fn build(
-        results: mpsc::Sender<ControlEvent>,
-        running_max: usize,
-        counters: Option<Arc<WorkerCounters>>,
     ) -> ProbeRunner {
         let (requests, incoming) = mpsc::unbounded_channel();
         let running = ProbeTask {
@@ -206,10 +187,8 @@ impl ProbeTask {
                         let backend = request.backend;
                         self.enqueue(request);
                         self.fill();
-                        if let (true, Some(counters)) =
-                            (self.requested.contains_key(&backend), &self.counters)
-                        {
-                            counters.probes_waited.add(1);
+                        if self.requested.contains_key(&backend) {
+                            self.counters.probes_waited.add(1);
                         }
                     }
                     None => return,
@@ -245,12 +224,12 @@ impl ProbeTask {
     fn fill(&mut self) {
         while let Some((pool, backend)) = self.lanes.next(self.running.len(), self.running_max) {
             let Some(request) = self.requested.remove(&backend) else { continue };
-            let counters = self.counters.clone();
+            let counters = Arc::clone(&self.counters);
             let turn = self.turns.next(backend, &request.spec.source);
             let task = self.tasks.spawn(async move {
                 let probe = super::run_with_stage(&request.address, &request.spec, turn);
                 let (outcome, short) = probe.await;
-                if let (Some(kind), Some(counters)) = (short, counters) {
+                if let Some(kind) = short {
                     counters.local_trouble(kind, LocalErrorPlace::Probe);
                 }
                 (request.backend, request.token, outcome)

@@ -1,10 +1,12 @@
 //! Probes against real sockets on loopback.
 
 use super::*;
-use runner::ProbeRunner;
+use runner::{PROBES_RUNNING_MAX, ProbeRunner};
 use tidegate_core::control::ProbeLane;
 use tidegate_core::control::{ControlEvent, ProbeToken};
+use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::Config;
+use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::state::BackendId;
 
 const LANE: ProbeLane = ProbeLane { pool: 1, urgent: false };
@@ -386,12 +388,17 @@ fn a_long_reason_is_cut_at_a_character() {
     assert_eq!(bounded("short".into()), "short");
 }
 
+fn start_runner(results: mpsc::Sender<ControlEvent>, running_max: usize) -> ProbeRunner {
+    let counters = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
+    ProbeRunner::start(results, running_max, counters)
+}
+
 #[test]
 fn a_backend_that_dies_and_comes_back_is_seen_by_the_controller() {
     use tidegate_core::control::{ControlEffect, Controller};
     on_runtime(async {
         let (sender, mut results) = mpsc::channel(16);
-        let runner = ProbeRunner::start(sender);
+        let runner = start_runner(sender, PROBES_RUNNING_MAX);
         let mut controller = Controller::new(1, 1);
         let mut listener = Some(TcpListener::bind("127.0.0.1:0").await.unwrap());
         let address = listener.as_ref().unwrap().local_addr().unwrap();
@@ -440,7 +447,7 @@ async fn next(results: &mut mpsc::Receiver<ControlEvent>) -> (BackendId, ProbeTo
 fn the_runner_runs_no_more_than_its_bound_and_in_order() {
     on_runtime(async {
         let (sender, mut results) = mpsc::channel(1);
-        let runner = ProbeRunner::with_running_max(sender, 2);
+        let runner = start_runner(sender, 2);
         let (mute, good) = (mute().await, server(&[b"+PONG"]).await);
         let started: Instant = clock::now();
         for n in 0..4 {
@@ -465,7 +472,7 @@ fn the_runner_runs_no_more_than_its_bound_and_in_order() {
 fn a_newer_request_replaces_the_older_one_of_its_backend() {
     on_runtime(async {
         let (sender, mut results) = mpsc::channel(1);
-        let runner = ProbeRunner::with_running_max(sender, 1);
+        let runner = start_runner(sender, 1);
         let (mute, good) = (mute().await, server(&[b"+PONG"]).await);
         runner.probe(LANE, BackendId(1), ProbeToken(1), mute, Arc::new(ping()));
         tokio::task::yield_now().await;
@@ -482,7 +489,7 @@ fn a_newer_request_replaces_the_older_one_of_its_backend() {
 fn a_pool_whose_backends_all_hang_keeps_no_other_pool_waiting() {
     on_runtime(async {
         let (sender, mut results) = mpsc::channel(1);
-        let runner = ProbeRunner::with_running_max(sender, 8);
+        let runner = start_runner(sender, 8);
         let (mute, good) = (mute().await, server(&[b"+PONG"]).await);
         for n in 0..100 {
             runner.probe(LANE, BackendId(n), ProbeToken(0), mute.clone(), Arc::new(ping()));
@@ -499,7 +506,7 @@ fn a_pool_whose_backends_all_hang_keeps_no_other_pool_waiting() {
 fn who_is_about_to_change_goes_first_in_its_pool() {
     on_runtime(async {
         let (sender, mut results) = mpsc::channel(1);
-        let runner = ProbeRunner::with_running_max(sender, 1);
+        let runner = start_runner(sender, 1);
         let mute = mute().await;
         for n in 0..4 {
             runner.probe(LANE, BackendId(n), ProbeToken(0), mute.clone(), Arc::new(ping()));

@@ -30,7 +30,7 @@ async fn witness() -> (BackendAddr, mpsc::UnboundedReceiver<IpAddr>) {
 /// Where so many probes of two backends, one after another, came from.
 async fn origins(spec: &Arc<ProbeSpec>, count: usize) -> [Vec<String>; 2] {
     let (sender, mut results) = mpsc::channel(1);
-    let runner = ProbeRunner::start(sender);
+    let runner = start_runner(sender, PROBES_RUNNING_MAX);
     let mut backends = [witness().await, witness().await];
     let mut seen = [Vec::new(), Vec::new()];
     for _ in 0..count {
