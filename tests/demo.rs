@@ -113,24 +113,24 @@ fn three_backends_are_shown_with_split_failover_and_recovery() {
     for expected in [
         "a balancer and 3 backends on this machine",
         "All backends are up\n   backend  weight  expected     got   share\n   b1            5 ",
-        "is killed: its port refuses, its connections are reset",
-        "taken out after ",
-        " 0 of them begun after it was taken out",
+        "is killed: its port refuses connections and its connections are reset",
+        "removed from rotation after ",
+        " 0 of them started after the removal",
         "cause backend-reset",
-        "taken back after ",
-        "`tidegate explain` says of b1: it is down: ",
+        "returned to rotation after ",
+        "`tidegate explain` on b1: it is down: ",
         "All backends are up again\n",
-        "The configuration changes under load: b3 gets weight 3\n   generation 2 is in force after ",
+        "The configuration changes under load: b3 gets weight 3\n   generation 2 is in effect after ",
         "reload: 0 of ",
-        "The program is upgraded in place, to itself\n   process ",
-        "5 of 5 connections that stay are open\n",
-        "The balancer drains\n",
+        "The binary is upgraded in place, to itself\n   process ",
+        "5 of 5 long-lived connections are open\n",
+        "Draining\n",
         "Summary\n",
-        "drained: every session ended by itself, none was cut\n",
+        "drained: all sessions finished, none was reset\n",
     ] {
         assert!(text.contains(expected), "no {expected:?} in\n{text}");
     }
-    assert_eq!(text.matches("none failed: exactly the weights").count(), 4, "{text}");
+    assert_eq!(text.matches("0 failed; split exactly by weight").count(), 4, "{text}");
     assert!(took < Duration::from_secs(20), "took {took:?}\n{text}");
     assert!(is_empty(&directory), "files are left");
 }
@@ -160,7 +160,7 @@ fn one_backend_says_that_there_is_no_failover_to_show_and_ends_well() {
     let (output, directory) = run("--backends 1 --for 5s");
     let text = text(&output);
     assert_eq!(output.status.code(), Some(0), "{text}");
-    assert!(text.contains("With one backend there is nobody to fail over to: not shown."));
+    assert!(text.contains("Only one backend: no failover to show."));
     assert!(!text.contains("is killed"), "{text}");
     assert!(is_empty(&directory), "files are left");
 }
@@ -182,7 +182,10 @@ fn too_short_a_time_is_lengthened_and_said_so() {
     let (output, _directory) = run("--backends 1 --for 10ms");
     let text = text(&output);
     assert_eq!(output.status.code(), Some(0), "{text}");
-    assert!(text.starts_with("--for 10ms is too short to show everything: 5s\n"), "{text}");
+    assert!(
+        text.starts_with("--for 10ms is too short for the whole demonstration; it takes 5s\n"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -192,7 +195,7 @@ fn interrupted_early_it_cleans_up_and_owns_to_having_shown_too_little() {
     demo.interrupt();
     let (code, errors) = demo.end();
     assert_eq!(code, Some(3), "{errors}");
-    let why = "tidegate: demo: not as promised: interrupted before everything was shown\n";
+    let why = "tidegate: demo: check failed: interrupted before the demonstration was complete\n";
     assert_eq!(errors, why);
     assert!(is_empty(&demo.directory), "files are left");
 }
@@ -215,9 +218,9 @@ fn the_printed_lines_work_and_an_edited_configuration_is_taken_over() {
 
     let changed = fs::read_to_string(&config).unwrap().replace("weight = 6", "weight = 7");
     fs::write(&config, changed).unwrap();
-    demo.wait_for("a changed configuration is in force: 3");
+    demo.wait_for("configuration change applied: generation 3");
     fs::write(&config, "[nonsense]\n").unwrap();
-    demo.wait_for("the changed configuration was refused");
+    demo.wait_for("configuration change rejected");
 
     demo.interrupt();
     let (code, errors) = demo.end();

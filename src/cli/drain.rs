@@ -20,15 +20,16 @@ Example:
   tidegate drain web/10.0.0.11:8080
   tidegate drain web/10.0.0.11:8080 --wait=5m && ssh 10.0.0.11 reboot
 
-Exit codes with --wait: 0 no session is left on it; 3 some are, and how many.";
+Exit codes with --wait: 0 no session is left; 3 sessions are left when TIME has
+passed.";
 
 /// `tidegate drain`
 #[derive(Debug, Args)]
 pub struct DrainOrder {
-    /// Whom.
+    /// The backend.
     #[command(flatten)]
     pub what: DrainArgs,
-    /// Wait until it has no sessions, at most for TIME, such as 30s or 5m.
+    /// Wait until the backend has no sessions, at most TIME, for example 30s.
     #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, value_parser = duration)]
     pub wait: Option<Option<Duration>>,
 }
@@ -55,14 +56,14 @@ pub fn target(text: &str) -> Result<BackendRef, String> {
         Some((pool, backend)) if !pool.is_empty() && !backend.is_empty() => {
             Ok(BackendRef { pool: pool.to_owned(), backend: backend.to_owned() })
         }
-        _ => Err("expected POOL/BACKEND, such as web/10.0.0.11:8080".to_owned()),
+        _ => Err("expected POOL/BACKEND, for example web/10.0.0.11:8080".to_owned()),
     }
 }
 
 /// No new sessions for it.
 pub fn drain(order: &DrainOrder) -> Exit {
     let args = &order.what;
-    let done = change(args, "drain", "takes no new sessions; the ones it has run to their end");
+    let done = change(args, "drain", "draining: no new sessions; open sessions continue");
     match order.wait {
         Some(limit) if done == Exit::Fine => wait(args, limit),
         _ => done,
@@ -126,13 +127,13 @@ fn count(status: &StatusDoc, target: &BackendRef) -> u64 {
 
 /// New sessions again.
 pub fn undrain(args: &DrainArgs) -> Exit {
-    change(args, "undrain", "takes new sessions as its health allows")
+    change(args, "undrain", "ready: gets new sessions if it is healthy")
 }
 
 fn change(args: &DrainArgs, action: &str, effect: &str) -> Exit {
     let BackendRef { pool, backend } = &args.target;
     let answer = ask(&args.client, Method::POST, &backend_path(pool, backend, action));
-    report(&args.client, answer, |_: &IntentDoc| format!("{pool}/{backend} {effect}"))
+    report(&args.client, answer, |_: &IntentDoc| format!("{pool}/{backend} is {effect}"))
 }
 
 #[cfg(test)]

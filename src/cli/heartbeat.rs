@@ -37,45 +37,44 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 /// `tidegate heartbeat`
 #[derive(Debug, Args)]
 pub struct HeartbeatArgs {
-    /// A balancer's heartbeat address. May be given several times.
+    /// Heartbeat address of a balancer; repeatable.
     #[arg(long, value_name = "IP:PORT", required = true, value_parser = peer)]
     pub to: Vec<SocketAddr>,
     /// Pool the service belongs to.
     #[arg(long, value_name = "POOL")]
     pub pool: String,
-    /// The backend's name in the pool [default: its address].
+    /// Name of the backend in the pool [default: its address].
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
-    /// Where balancers reach the service.
+    /// Address at which balancers reach the service.
     #[arg(long, value_name = "IP:PORT", value_parser = peer)]
     pub address: SocketAddr,
-    /// Number the balancers know the key by.
+    /// Key ID as configured on the balancers.
     #[arg(long, value_name = "ID")]
     pub key_id: u32,
-    /// File with the key: 32 bytes or more, mode 0600.
+    /// Key file: 32 to 1024 bytes, mode 0600.
     #[arg(long, value_name = "FILE")]
     pub key_file: PathBuf,
-    /// From one heartbeat to the next.
+    /// Time between two heartbeats.
     #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = duration)]
     pub interval: Duration,
-    /// The share of traffic asked for.
+    /// Weight to request, 1 to 1000.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub weight: u16,
-    /// How to tell whether the service works.
+    /// How to check the service.
     #[arg(long, value_enum, value_name = "KIND", default_value_t = Check::Tcp)]
     pub check: Check,
-    /// Path an http check asks for; any status from 200 to 399 will do
-    /// [default: /].
+    /// Path for --check http; a status from 200 to 399 passes [default: /].
     #[arg(long, value_name = "PATH", value_parser = check_path)]
     pub check_path: Option<String>,
-    /// From one check to the next.
+    /// Time between two checks.
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
     pub check_interval: Duration,
-    /// Where the service is reached from here: for checks, and to count its
-    /// connections [default: --address].
+    /// Address of the service on this host, for checks and connection counts
+    /// [default: --address].
     #[arg(long, value_name = "IP:PORT", value_parser = peer)]
     pub local: Option<SocketAddr>,
-    /// How long to say draining before the end; 0s for not at all.
+    /// How long to report draining before exit; 0s to skip.
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = drain_time)]
     pub drain: Duration,
 }
@@ -83,11 +82,11 @@ pub struct HeartbeatArgs {
 /// The kinds of check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Check {
-    /// It accepts a connection.
+    /// The service accepts a connection.
     Tcp,
-    /// It answers a request.
+    /// The service answers a request.
     Http,
-    /// None: it is ready as long as this runs.
+    /// Always ready while this command runs.
     None,
 }
 
@@ -97,12 +96,12 @@ Example:
   tidegate heartbeat --to 10.0.0.5:7946 --pool web --address 10.0.0.11:8080 \\
     --key-id 1 --key-file /etc/tidegate/hb.key --check http --check-path /health
 
-It says starting until the check succeeds and whenever it fails, ready while it
-succeeds. SIGTERM and SIGINT: draining for --drain, then stopping, then exit 0;
-a second one exits at once.
+It reports starting until the first check succeeds and after a failed check, and
+ready while checks succeed. On SIGTERM or SIGINT it reports draining for --drain,
+then stopping, and exits with 0. A second signal exits at once.
 
-Exit codes: 0 fine; 1 the key file was refused; 2 a usage error; 3 a failure
-while running, or a second signal.";
+Exit codes: 0 success; 1 rejected key file; 2 usage error; 3 runtime failure or
+second signal.";
 
 /// Longest a check may take.
 const CHECK_TIMEOUT_MAX: Duration = Duration::from_secs(1);
@@ -159,7 +158,7 @@ async fn run(args: &HeartbeatArgs, settings: SenderSettings) -> io::Result<Exit>
         () = report_failures(&sender) => {}
     }
     if !args.drain.is_zero() {
-        set_and_print(&sender, SenderState::Draining, "told to stop");
+        set_and_print(&sender, SenderState::Draining, "received a stop signal");
         tokio::select! {
             () = sleep(args.drain) => {}
             () = count(args, &sender) => {}
@@ -180,8 +179,8 @@ fn warn_of_clock() {
     if ntp::is_synchronised() == Some(false) {
         let most = humantime::format_duration(SKEW_MAX);
         eprintln!(
-            "tidegate: heartbeat: the kernel says that this clock is not synchronised; \
-             balancers reject heartbeats of a clock that is more than {most} off theirs"
+            "tidegate: heartbeat: the kernel reports that the clock of this host is not \
+             synchronised; balancers reject heartbeats if the clocks differ by more than {most}"
         );
     }
 }
@@ -189,7 +188,7 @@ fn warn_of_clock() {
 /// Checks the service for ever.
 async fn watch(args: &HeartbeatArgs, sender: &Sender) {
     let Some(spec) = spec(args) else {
-        set_and_print(sender, SenderState::Ready, "no check wanted");
+        set_and_print(sender, SenderState::Ready, "no check configured");
         return std::future::pending().await;
     };
     let address = BackendAddr::Tcp(local(args));
@@ -199,10 +198,10 @@ async fn watch(args: &HeartbeatArgs, sender: &Sender) {
     loop {
         tick.tick().await;
         let (state, why) = match probe::run(&address, &spec).await {
-            ProbeOutcome::Success { .. } => (SenderState::Ready, "the check succeeded".to_owned()),
+            ProbeOutcome::Success { .. } => (SenderState::Ready, "check succeeded".to_owned()),
             ProbeOutcome::Failure { reason } => (SenderState::Starting, reason),
             ProbeOutcome::Local { reason } => {
-                eprintln!("tidegate: heartbeat: cannot check: {reason}");
+                eprintln!("tidegate: heartbeat: cannot run the check: {reason}");
                 continue;
             }
         };
@@ -257,7 +256,7 @@ fn set_and_print(sender: &Sender, state: SenderState, why: &str) {
 
 fn identity(args: &HeartbeatArgs) -> Result<SenderIdentity, String> {
     if args.check_path.is_some() && args.check != Check::Http {
-        return Err("--check-path is for --check http only".to_owned());
+        return Err("--check-path applies to --check http only".to_owned());
     }
     let name = args.name.clone().unwrap_or_else(|| args.address.to_string());
     SenderIdentity::new(&args.pool, &name, args.address).map_err(|unfit| unfit.to_string())
@@ -346,7 +345,7 @@ fn peer(text: &str) -> Result<SocketAddr, String> {
             // IPv4 mapped into IPv6 is the IPv4 address everywhere.
             Ok(SocketAddr::new(address.ip().to_canonical(), address.port()))
         }
-        _ => Err("an address and a port such as 10.0.0.5:7946 are needed".to_owned()),
+        _ => Err("expected IP:PORT, for example 10.0.0.5:7946".to_owned()),
     }
 }
 
@@ -355,7 +354,7 @@ fn check_path(text: &str) -> Result<String, String> {
     if text.starts_with('/') && text.bytes().all(|byte| byte.is_ascii_graphic()) {
         Ok(text.to_owned())
     } else {
-        Err("a path such as /health is needed, without spaces".to_owned())
+        Err("expected a path without spaces, for example /health".to_owned())
     }
 }
 

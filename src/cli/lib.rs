@@ -26,11 +26,12 @@ use tidegate_client::http::ClientArgs;
 use tidegate_lab::cli::demo::DemoArgs;
 use tidegate_net::signals;
 
-/// Tidegate: a layer-4 load balancer.
+/// Tidegate: a TCP load balancer.
 #[derive(Debug, Parser)]
 #[command(name = "tidegate", version, arg_required_else_help = true, after_help = HELP)]
+#[command(max_term_width = 80)]
 pub struct Cli {
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -40,72 +41,68 @@ Example:
   tidegate check --config /etc/tidegate/tidegate.toml
   tidegate run --config /etc/tidegate/tidegate.toml
 
-Exit codes: 0 fine; 1 a refused configuration or request; 2 a usage error;
-3 a failure while running (address taken, admin API unreachable).";
+Exit codes: 0 success; 1 rejected configuration or request; 2 usage error;
+3 runtime failure (address in use, admin API unreachable).";
 
 /// Every subcommand.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run the balancer in the foreground.
     ///
-    /// SIGTERM and SIGINT drain and exit (after leave_delay, where it is set, which a
-    /// second one ends), one during the drain exits at once; SIGHUP
-    /// reloads the configuration; SIGUSR2 upgrades the binary in place.
+    /// SIGTERM or SIGINT drains and exits. If leave_delay is set, the drain starts
+    /// after it, or at a second signal. A signal during the drain exits at once.
+    /// SIGHUP reloads the configuration. SIGUSR2 upgrades the binary in place.
     #[command(
         alias = "start",
         after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml"
     )]
     Run(RunArgs),
-    /// Validate a configuration: print every problem with its place.
+    /// Validate a configuration file.
     #[command(after_help = "Example:\n  tidegate check --config /etc/tidegate/tidegate.toml")]
     Check(CheckArgs),
-    /// Show the balancer at work: built-in backends, one of which dies and
-    /// comes back, a reload and an upgrade under load.
+    /// Demonstrate failover, reload and upgrade with built-in backends.
     #[command(after_help = "Example:\n  tidegate demo --backends 4 --play 5m")]
     Demo(DemoArgs),
-    /// Say by the exit code whether the running balancer takes new clients.
+    /// Check whether the running balancer accepts new clients.
     #[command(after_help = ready::HELP)]
     Ready(ClientArgs),
-    /// Have the running balancer read its configuration again.
+    /// Reload the configuration of the running balancer.
     #[command(after_help = "Example:\n  tidegate reload --admin unix:/run/tidegate/admin.sock")]
     Reload(ClientArgs),
-    /// Have the running balancer hand everything to a new process of its program,
-    /// losing nothing.
+    /// Replace the running balancer with a new process, losing no connection.
     #[command(after_help = upgrade::HELP)]
     Upgrade(upgrade::UpgradeArgs),
     /// Show frontends, pools and backends of the running balancer.
     #[command(after_help = "Example:\n  tidegate status\n  tidegate status --json | jq .pools")]
     Status(ClientArgs),
-    /// Say why a backend gets what it gets: state, evidence, weight, history.
+    /// Show why a backend gets the traffic it gets.
     #[command(after_help = "Example:\n  tidegate explain web/10.0.0.11:8080")]
     Explain(DrainArgs),
-    /// Give a backend no new sessions; the ones it has run to their end.
+    /// Stop new sessions on a backend; its open sessions continue.
     #[command(after_help = drain::HELP)]
     Drain(drain::DrainOrder),
-    /// Give a drained backend new sessions again.
+    /// Allow new sessions on a drained backend.
     #[command(after_help = "Example:\n  tidegate undrain web/10.0.0.11:8080")]
     Undrain(DrainArgs),
-    /// Have the running balancer drain and exit, as SIGTERM does.
+    /// Drain the running balancer and stop it, as SIGTERM does.
     #[command(
         alias = "stop",
         after_help = "Example:\n  tidegate shutdown --admin 127.0.0.1:9900 --token-file token"
     )]
     Shutdown(ClientArgs),
-    /// Prove on this machine that reloads, upgrades and dying backends lose nothing.
+    /// Test that reloads, upgrades and failing backends lose nothing.
     #[command(after_help = tidegate_lab::cli::selftest::HELP)]
     Selftest(tidegate_lab::cli::selftest::SelftestArgs),
-    /// Send heartbeats for a local service: whether it works, how many
-    /// connections it has, when it stops.
+    /// Send heartbeats for a local service.
     #[command(after_help = heartbeat::HELP)]
     Heartbeat(heartbeat::HeartbeatArgs),
-    /// Make load and measure: requests, streams, held connections.
+    /// Generate load on a TCP service and report rates and latency.
     #[command(after_help = tidegate_lab::cli::bench::HELP)]
     Bench(tidegate_lab::cli::bench::BenchArgs),
-    /// Send streams of which every byte is known through a balancer to backends
-    /// of this command's own; say what was lost.
+    /// Send verifiable streams through a balancer to built-in backends.
     #[command(after_help = tidegate_lab::cli::streams::HELP)]
     Streams(tidegate_lab::cli::streams::StreamsArgs),
-    /// Run servers that answer load, well or badly.
+    /// Run test servers that behave well or badly.
     #[command(after_help = tidegate_lab::cli::backend::HELP)]
     Backend(tidegate_lab::cli::backend::BackendArgs),
 }
@@ -116,7 +113,7 @@ pub struct RunArgs {
     /// Configuration file (TOML).
     #[arg(long, short, value_name = "FILE")]
     pub config: PathBuf,
-    /// File to leave the number of the process to be signalled in while it serves.
+    /// Write the ID of the process to signal to this file.
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
     /// Serve in this process, without a supervisor.
@@ -134,7 +131,7 @@ pub struct CheckArgs {
     /// Configuration file (TOML).
     #[arg(value_name = "FILE", required_unless_present = "config", conflicts_with = "config")]
     pub file: Option<PathBuf>,
-    /// The same, as `run` takes it.
+    /// The same, spelled as for `run`.
     #[arg(long, short, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -142,7 +139,7 @@ pub struct CheckArgs {
 /// `tidegate undrain` and `explain`; part of `drain`
 #[derive(Debug, Args)]
 pub struct DrainArgs {
-    /// Pool and backend, parted by the first slash.
+    /// Pool and backend, separated by the first slash.
     #[arg(value_name = "POOL/BACKEND", value_parser = drain::target)]
     pub target: drain::BackendRef,
     /// How to reach the balancer.
@@ -215,6 +212,20 @@ mod tests {
     }
 
     #[test]
+    fn help_fits_80_columns() {
+        let mut all = Cli::command();
+        all.build();
+        let mut texts = vec![all.render_long_help().to_string()];
+        texts.extend(all.get_subcommands_mut().map(|one| one.render_long_help().to_string()));
+        for text in texts {
+            // A usage line is not wrapped.
+            let lines = text.lines().filter(|line| !line.starts_with("Usage: "));
+            let wide: Vec<_> = lines.filter(|line| line.chars().count() > 80).collect();
+            assert!(wide.is_empty(), "{wide:#?}");
+        }
+    }
+
+    #[test]
     fn what_supervisors_ask_is_not_for_people() {
         let line = ["run", "--config", "f", "--pid-file", "p", "--supervisor-check", "1"];
         let Command::Run(args) = parse(&line).unwrap() else { panic!("another command") };
@@ -225,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_is_parted_from_its_pool_by_the_first_slash() {
+    fn the_first_slash_separates_a_backend_from_its_pool() {
         let Command::Drain(args) = parse(&["drain", "web/unix:/run/a.sock"]).unwrap() else {
             panic!("another command");
         };

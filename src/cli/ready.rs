@@ -12,10 +12,10 @@ use tidegate_client::http::{ClientArgs, exchange, fail, printable};
 /// Shown with `--help`.
 pub const HELP: &str = "\
 Example:
-  tidegate ready && echo \"takes new clients\"
+  tidegate ready && echo \"accepts new clients\"
 
-Exit codes: 0 ready; 3 not ready (starting, leaving, draining, a stalled worker),
-or the balancer does not answer.";
+Exit codes: 0 ready; 3 not ready (starting, leaving, draining, a stalled
+worker) or no answer.";
 
 /// A balancer that is ready needs a thousandth of it.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
@@ -35,9 +35,9 @@ pub fn main(args: &ClientArgs) -> Exit {
         StatusCode::SERVICE_UNAVAILABLE if args.json => return Exit::Failed,
         StatusCode::SERVICE_UNAVAILABLE => match answer.refusal() {
             Some(refusal) => format!("not ready: {}", refusal.detail),
-            None => "not ready: it does not say why".to_owned(),
+            None => "not ready: no reason given".to_owned(),
         },
-        _ => "what answers is not the admin API".to_owned(),
+        _ => "not an admin API".to_owned(),
     };
     // With standard error closed the text has no reader.
     let _ = writeln!(io::stderr(), "tidegate: {}", printable(&why));

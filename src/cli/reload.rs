@@ -15,8 +15,8 @@ pub fn main(args: &ClientArgs) -> Exit {
 
 fn shown(ReloadDoc { generation, changed, warnings }: &ReloadDoc) -> String {
     let mut text = match changed {
-        false => format!("unchanged; generation {generation} stays"),
-        true => format!("reloaded; generation {generation} is in force"),
+        false => format!("unchanged; generation {generation} stays in effect"),
+        true => format!("reloaded; generation {generation} is in effect"),
     };
     for warning in warnings {
         text.push_str("\nwarning: ");
@@ -33,8 +33,8 @@ mod tests {
     fn what_waits_for_a_restart_is_named() {
         let warnings = vec!["workers: 2 -> 4".to_owned()];
         let answer = ReloadDoc { generation: 4, changed: true, warnings };
-        assert_eq!(shown(&answer), "reloaded; generation 4 is in force\nwarning: workers: 2 -> 4");
+        assert_eq!(shown(&answer), "reloaded; generation 4 is in effect\nwarning: workers: 2 -> 4");
         let answer = ReloadDoc { generation: 4, changed: false, warnings: Vec::new() };
-        assert_eq!(shown(&answer), "unchanged; generation 4 stays");
+        assert_eq!(shown(&answer), "unchanged; generation 4 stays in effect");
     }
 }

@@ -40,7 +40,7 @@ pub fn main(args: RunArgs) -> Exit {
         }
         Ok(None) => supervise(&args),
         Err(error) => {
-            eprintln!("tidegate: the supervisor is not understood: {error}");
+            eprintln!("tidegate: cannot read the message of the supervisor: {error}");
             Exit::Failed
         }
     }
@@ -61,7 +61,7 @@ fn supervised_to_the_end(ended: Result<u8, String>) -> Exit {
     match ended {
         Ok(code) => Exit::of(code),
         Err(failure) => {
-            eprintln!("tidegate: the supervisor cannot run: {failure}");
+            eprintln!("tidegate: cannot run the supervisor: {failure}");
             Exit::Failed
         }
     }
@@ -134,7 +134,7 @@ fn single_surroundings(args: &RunArgs) -> Result<ProcessEnvironment, Failure> {
     let activated = (!passed.is_empty()).then(|| PassedSockets::of(passed)).transpose()?;
     let predecessor = OldProcess::connect()?;
     let program = Program::of_this_process(single_arguments(args))
-        .inspect_err(|error| eprintln!("tidegate: upgrades in place are off: {error}"))
+        .inspect_err(|error| eprintln!("tidegate: upgrades in place are not available: {error}"))
         .ok();
     let notifier = Notifier::from_environment();
     let pid_file = args.pid_file.clone();

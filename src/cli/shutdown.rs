@@ -11,7 +11,7 @@ use tidegate_client::http::{ClientArgs, ask, report};
 /// Asks and says that draining has begun.
 pub fn main(args: &ClientArgs) -> Exit {
     report(args, ask(args, Method::POST, "/v1/shutdown"), |_: &StateDoc| {
-        "draining; the balancer exits when its sessions have ended or drain_timeout is over"
+        "draining; the balancer exits when its sessions have ended or drain_timeout has passed"
             .to_owned()
     })
 }

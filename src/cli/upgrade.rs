@@ -17,13 +17,13 @@ Example:
   tidegate upgrade
   tidegate upgrade --binary /opt/tidegate-0.2/tidegate
 
-The new program is the one at the path the running balancer was started by,
-looked up anew, unless --binary names another. If it does not come to serve, the
-running one goes on, and the exit code is 1.";
+The new binary is the one at the path from which the running balancer was
+started, unless --binary names another. If the new process does not become ready,
+the old process keeps serving and the exit code is 1.";
 
 const CONFIG: &str = "\
-Configuration for the new process; over the Unix socket only. Also says where the \
-admin API listens";
+Configuration for the new process (Unix socket only); also used to find the admin \
+address";
 
 /// The API gives an upgrade less.
 const ANSWER_MAX: Duration = Duration::from_secs(70);
@@ -32,7 +32,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(70);
 #[derive(Debug, Args)]
 #[command(mut_arg("config", |arg| arg.help(CONFIG)))]
 pub struct UpgradeArgs {
-    /// Start this program; over the Unix socket only.
+    /// Start this binary instead (Unix socket only).
     #[arg(long, value_name = "FILE")]
     pub binary: Option<PathBuf>,
     /// How to reach the balancer.
@@ -64,8 +64,8 @@ fn encoded(file: &Path) -> String {
 
 fn shown(UpgradeDoc { pid, version, generation }: &UpgradeDoc) -> String {
     format!(
-        "upgraded: process {pid}, version {version}, serves by generation {generation}; \
-         the one before drains"
+        "upgraded: process {pid}, version {version}, generation {generation}; \
+         the old process drains"
     )
 }
 
@@ -95,6 +95,6 @@ mod tests {
     #[test]
     fn the_answer_names_who_serves() {
         let answer = UpgradeDoc { pid: 7, version: "0.2.0".to_owned(), generation: 3 };
-        assert!(shown(&answer).starts_with("upgraded: process 7, version 0.2.0, serves by"));
+        assert!(shown(&answer).starts_with("upgraded: process 7, version 0.2.0, generation 3;"));
     }
 }

@@ -27,7 +27,7 @@ pub enum Exit {
 /// What is wrong with it.
 pub fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
-        Ok(Duration::ZERO) => Err("a duration above zero is needed".to_owned()),
+        Ok(Duration::ZERO) => Err("the duration must be greater than zero".to_owned()),
         Ok(duration) => Ok(duration),
         Err(error) => Err(error.to_string()),
     }

@@ -27,17 +27,17 @@ use tokio::time::timeout;
 /// How to reach a running balancer.
 #[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
-    /// Admin address: unix:PATH or IP:PORT. Default: $TIDEGATE_ADMIN, else what
-    /// --config names, else unix:/run/tidegate/admin.sock, else this user's own.
+    /// Admin address: unix:PATH or IP:PORT. Default: $TIDEGATE_ADMIN, else the one in
+    /// --config, else unix:/run/tidegate/admin.sock, else the socket of this user.
     #[arg(long, value_name = "ADDR")]
     pub admin: Option<Address>,
-    /// Configuration of the balancer: says where the admin API listens.
+    /// Configuration of the balancer, to find its admin address.
     #[arg(long, short, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Print the API's JSON.
+    /// Print the response as JSON.
     #[arg(long)]
     pub json: bool,
-    /// File with the bearer token that changes over TCP need.
+    /// File with the bearer token; needed for changes over TCP.
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 }
@@ -151,7 +151,9 @@ fn read_token(path: &Path) -> Result<String, ClientError> {
     let token = text.trim();
     if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
         let path = path.display();
-        return Err(ClientError::Request(format!("the token file {path} holds no token")));
+        return Err(ClientError::Request(format!(
+            "the token file {path} does not contain a token"
+        )));
     }
     Ok(token.to_owned())
 }
@@ -186,12 +188,12 @@ async fn answer(
     let status = response.status();
     let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
     let body = body.map_err(|error| match error.is::<LengthLimitError>() {
-        true => "its answer is too long".to_owned(),
+        true => "the response is too long".to_owned(),
         false => error.to_string(),
     })?;
     driver.abort();
     let body = String::from_utf8(body.to_bytes().into());
-    Ok((status, body.map_err(|_| "its answer is not text".to_owned())?))
+    Ok((status, body.map_err(|_| "the response is not text".to_owned())?))
 }
 
 /// Percent-encodes one path segment or query value.
@@ -296,7 +298,7 @@ impl Answer {
                 Err(ClientError::Unreachable(text))
             }
             None => Err(ClientError::Unreachable(format!(
-                "what answers at {address} is not the admin API (HTTP {status})"
+                "{address} is not an admin API (HTTP {status})"
             ))),
         }
     }
@@ -313,7 +315,7 @@ impl Answer {
     pub fn document<T: DeserializeOwned>(&self) -> Result<T, ClientError> {
         serde_json::from_str(&self.text).map_err(|error| {
             ClientError::Unreachable(format!(
-                "cannot read the answer to {}: {error}; use the program of the balancer's version",
+                "cannot read the response to {}: {error}; use the same version as the balancer",
                 self.request
             ))
         })
@@ -429,7 +431,7 @@ mod tests {
             ("<html>", "expected value"),
         ] {
             let error = read(text).unwrap_err();
-            let start = "cannot read the answer to POST /v1/reload: ";
+            let start = "cannot read the response to POST /v1/reload: ";
             assert!(error.starts_with(&format!("{start}{expected}")), "{error}");
         }
     }

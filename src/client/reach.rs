@@ -59,7 +59,7 @@ impl Reached {
         }
         if let Some(text) = variable {
             return text.parse().map(only).map_err(|why| {
-                ClientError::Request(format!("{VARIABLE}={text:?} is no admin address: {why}"))
+                ClientError::Request(format!("{VARIABLE}={text:?} is not an admin address: {why}"))
             });
         }
         let (listen, token_file) = match file.map(outline).transpose()? {
@@ -79,7 +79,7 @@ impl Reached {
 fn outline(file: &Path) -> Result<Config, ClientError> {
     let (config, _) = config::outline(file).map_err(|problems| {
         let file = file.display();
-        ClientError::Request(format!("cannot take the admin address from {file}:\n{problems}"))
+        ClientError::Request(format!("cannot read the admin address from {file}:\n{problems}"))
     })?;
     Ok(config)
 }
@@ -92,7 +92,7 @@ pub async fn connect(places: &[Address]) -> Result<(Address, ClientStream), Clie
         match timeout(CONNECT_MAX, dial(place, chosen)).await {
             Ok(Ok(stream)) => return Ok((place.clone(), stream)),
             Ok(Err(error)) => refusals.push((place, error.to_string())),
-            Err(_) => refusals.push((place, format!("no connection within {CONNECT_MAX:?}"))),
+            Err(_) => refusals.push((place, format!("not connected within {CONNECT_MAX:?}"))),
         }
     }
     Err(ClientError::Unreachable(unreachable(&refusals)))
@@ -120,7 +120,7 @@ fn unreachable(refusals: &[(&Address, String)]) -> String {
         text.push_str(&format!("\n  {place}: {why}"));
     }
     text.push_str(&format!(
-        "\n  If it runs, say where its admin API listens: --admin ADDR, {VARIABLE}, or\n  \
+        "\n  If it runs, give its admin address: --admin ADDR, {VARIABLE}, or\n  \
          --config FILE with its configuration."
     ));
     text

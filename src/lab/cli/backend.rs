@@ -14,32 +14,32 @@ use tidegate_client::command::{Exit, duration, print, print_json};
 /// `tidegate backend`
 #[derive(Debug, Args)]
 pub struct BackendArgs {
-    /// What to do with connections.
+    /// How to treat connections.
     #[arg(value_enum, value_name = "MODE")]
     pub mode: BehaviourName,
-    /// Where to listen; port 0 for any. May be given several times.
+    /// Address to listen on; port 0 picks a free port; repeatable.
     #[arg(long, value_name = "IP:PORT", required = true)]
     pub listen: Vec<SocketAddr>,
-    /// Bytes of a request that respond answers [default: 64].
+    /// Bytes of a request, for respond [default: 64].
     #[arg(long, value_name = "BYTES", value_parser = threads::size)]
     pub request: Option<usize>,
-    /// Bytes of an answer (respond, half-close: 64) or of a write (source:
-    /// 128KiB).
+    /// Bytes of a response or write [default: respond and half-close 64, source
+    /// 128KiB].
     #[arg(long, value_name = "BYTES", value_parser = threads::size)]
     pub size: Option<usize>,
-    /// Bytes reset echoes before it resets; 0: at once [default: 0].
+    /// Bytes that reset echoes before it resets; 0 resets at once [default: 0].
     #[arg(long, value_name = "BYTES", value_parser = threads::size)]
     pub after: Option<usize>,
-    /// Bytes a second slow-read takes from each connection [default: 1KiB].
+    /// Bytes per second that slow-read reads from each connection [default: 1KiB].
     #[arg(long, value_name = "BYTES", value_parser = threads::size)]
     pub rate: Option<usize>,
-    /// How long hiccup does nothing [default: 200ms].
+    /// How long hiccup pauses [default: 200ms].
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub pause: Option<Duration>,
-    /// From one hiccup to the next [default: 1s].
+    /// Time from one pause of hiccup to the next [default: 1s].
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub every: Option<Duration>,
-    /// End after this long [default: on SIGTERM or SIGINT].
+    /// Stop after this time [default: on SIGTERM or SIGINT].
     #[arg(long = "for", value_name = "TIME", value_parser = duration)]
     pub duration: Option<Duration>,
     /// Threads, CPUs and output.
@@ -50,23 +50,23 @@ pub struct BackendArgs {
 /// The behaviours by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum BehaviourName {
-    /// Send back what comes.
+    /// Send back what is received.
     Echo,
     /// Answer every --request bytes with --size bytes.
     Respond,
-    /// Receive and throw away.
+    /// Receive and discard.
     Sink,
-    /// Send without end.
+    /// Send continuously.
     Source,
-    /// Echo, but do nothing at all for --pause out of each --every.
+    /// Echo, but pause for --pause in every --every.
     Hiccup,
     /// Accept and never read, answer or close.
     Stall,
     /// Echo --after bytes, then reset the connection.
     Reset,
-    /// Answer and send a FIN, then receive on.
+    /// Answer, send FIN, keep receiving.
     HalfClose,
-    /// Receive --rate bytes a second on each connection.
+    /// Read --rate bytes per second from each connection.
     SlowRead,
 }
 
@@ -74,10 +74,10 @@ pub enum BehaviourName {
 pub const HELP: &str = "\
 Example:
   tidegate backend --listen 127.0.0.1:9000 echo
-  tidegate backend --listen 127.0.0.1:9000 --listen 127.0.0.2:9000 respond --size 1KiB
+  tidegate backend --listen 127.0.0.1:9000 respond --size 1KiB
   tidegate backend --listen 127.0.0.1:9000 reset --after 10KiB --for 1m --json
 
-The addresses are printed once they are bound, the counts at the end.";
+It prints the bound addresses at start and the counts at the end.";
 
 /// Serves as told.
 pub fn main(args: &BackendArgs) -> Exit {
@@ -120,7 +120,7 @@ fn service(args: &BackendArgs) -> Result<Service, String> {
     use BehaviourName as N;
     let only = |given: bool, option: &str, fits: &[N], names: &str| {
         let fits = !given || fits.contains(&args.mode);
-        if fits { Ok(()) } else { Err(format!("{option} is for {names} only")) }
+        if fits { Ok(()) } else { Err(format!("{option} applies to {names} only")) }
     };
     only(args.request.is_some(), "--request", &[N::Respond], "respond")?;
     let sized = [N::Respond, N::Source, N::HalfClose];
@@ -166,7 +166,7 @@ fn hiccup(args: &BackendArgs) -> Result<Behaviour, String> {
 }
 
 fn above_zero(option: &str, value: usize) -> Result<usize, String> {
-    if value == 0 { Err(format!("{option} must be above zero")) } else { Ok(value) }
+    if value == 0 { Err(format!("{option} must be greater than zero")) } else { Ok(value) }
 }
 
 fn shown(served: &ServeReport) -> String {

@@ -20,38 +20,38 @@ pub struct BenchArgs {
     /// What each connection does.
     #[arg(value_enum, value_name = "MODE")]
     pub mode: ModeName,
-    /// Where to connect.
+    /// Target address.
     #[arg(long, value_name = "IP:PORT")]
     pub to: SocketAddr,
-    /// Connections, over all threads.
+    /// Number of connections over all threads.
     #[arg(long, short, value_name = "N", default_value_t = 32,
           value_parser = clap::value_parser!(u32).range(1..=i64::from(load::CONNECTIONS_MAX)))]
     pub connections: u32,
-    /// Bytes of a message, request or write, such as 64 or 128KiB [default:
-    /// 64; upload 128KiB; idle and churn 0: they ask nothing].
+    /// Bytes per message, request or write, for example 64 or 128KiB [default: 64;
+    /// upload 128KiB; idle and churn 0, no request].
     #[arg(long, value_name = "BYTES", value_parser = threads::size)]
     pub size: Option<usize>,
-    /// Bytes of the answer to a message or request [default: its size].
+    /// Bytes per response [default: same as --size].
     #[arg(long, value_name = "BYTES", value_parser = threads::size)]
     pub answer: Option<usize>,
-    /// Messages a second over all connections; open-loop needs it.
+    /// Messages per second over all connections; required for open-loop.
     #[arg(long, value_name = "PER-SECOND", value_parser = rate)]
     pub rate: Option<f64>,
-    /// Mean life of a connection that churns [default: 1s].
+    /// Mean lifetime of a churn connection [default: 1s].
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub lifetime: Option<Duration>,
-    /// How short and churning connections are closed [default: fin].
+    /// How short and churn connections are closed [default: fin].
     #[arg(long, value_enum)]
     pub close: Option<CloseName>,
-    /// How long to measure, once all connections stand.
+    /// How long to measure, from when all connections are established.
     #[arg(long = "for", value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub duration: Duration,
-    /// Print each such part of the measured time when it is over, as a line of
-    /// its own; and the whole at the end, also in one line with --json.
+    /// Print an interim result at this interval, then the total; with --json one
+    /// line each.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub every: Option<Duration>,
-    /// Source addresses, 127.0.0.1 and on, when one has too few ports
-    /// [default: as many as the connections need].
+    /// Number of source addresses, from 127.0.0.1 upwards [default: as many as the
+    /// ports for the connections need].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=250))]
     pub sources: Option<u8>,
     /// Threads, CPUs and output.
@@ -62,28 +62,28 @@ pub struct BenchArgs {
 /// The modes by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ModeName {
-    /// Send a message, wait for the answer, and again.
+    /// Send a message, wait for the response, repeat.
     PingPong,
-    /// Connect, one request, its answer, close, and again.
+    /// Connect, send one request, read the response, close, repeat.
     Short,
-    /// Send without end.
+    /// Send continuously.
     Upload,
-    /// Receive without end.
+    /// Receive continuously.
     Download,
-    /// Messages at a fixed rate; latency counts from when each was meant to leave.
+    /// Send at a fixed rate; latency counts from the scheduled send time.
     OpenLoop,
-    /// Hold the connections.
+    /// Hold connections open.
     Idle,
-    /// Hold each for a random time, close, and again.
+    /// Hold each connection for a random time, close it, repeat.
     Churn,
 }
 
 /// The ways to close by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum CloseName {
-    /// In order.
+    /// Close with FIN.
     Fin,
-    /// At once, with a reset: leaves no port in TIME-WAIT.
+    /// Close with RST; leaves no port in TIME-WAIT.
     Reset,
 }
 
@@ -95,11 +95,12 @@ Example:
   tidegate bench --to 127.0.0.1:8080 churn --connections 20000 --sources 4
   tidegate backend --listen 127.0.0.1:9000 echo     # something to measure
 
-ping-pong, short and open-loop send --size bytes and wait for --answer bytes: the
-server must answer so, as echo does. An HTTP server does not.
-An interrupt ends the run early and prints what there is. Exit code 3 when
-nothing at all was measured; errors beside results are counted by kind and are
-no failure.";
+ping-pong, short and open-loop send --size bytes and wait for --answer bytes. The
+server must answer in this way, as echo does. An HTTP server does not.
+
+An interrupt ends the run early and prints the results so far. Exit code 3:
+nothing was measured. Errors next to results are counted by kind and do not
+change the exit code.";
 
 /// Ports one source address has for one target by default: 32768 to 60999
 /// (ip(7), ip_local_port_range), some kept for others.
@@ -142,15 +143,15 @@ fn hint(args: &BenchArgs, report: &LoadReport) -> String {
         return String::new();
     }
     let what = match count(&LoadErrorKind::Excess) {
-        0 => "gave no answer of that length",
+        0 => "did not send a response of that length",
         _ => "sent more than that",
     };
     let name = args.mode.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
     format!(
         ": {name} sends --size bytes and waits for --answer bytes (as many, by default); the \
-         server at {} {what}. Measure a server that does so, such as `tidegate backend --listen \
+         server at {} {what}. Measure a server that does, such as `tidegate backend --listen \
          IP:PORT echo`. For an HTTP server use an HTTP load generator, or `tidegate bench` with \
-         idle or churn, which ask nothing",
+         idle or churn, which send no request",
         args.to
     )
 }
@@ -173,7 +174,7 @@ fn run(args: &BenchArgs, plan: LoadPlan) -> Result<LoadReport, String> {
     });
     let reports = reports.map_err(|error| error.to_string())?;
     let sum = reports.into_iter().reduce(|sum, report| sum.merge(&report));
-    sum.ok_or_else(|| "no thread ran".to_owned())
+    sum.ok_or_else(|| "no thread was started".to_owned())
 }
 
 fn plan(args: &BenchArgs) -> Result<LoadPlan, String> {
@@ -181,11 +182,11 @@ fn plan(args: &BenchArgs) -> Result<LoadPlan, String> {
     let (mode, size) = mode(args)?;
     let size = args.size.unwrap_or(size);
     if size == 0 && !matches!(args.mode, ModeName::Idle | ModeName::Churn) {
-        return Err("--size must be above zero".to_owned());
+        return Err("--size must be greater than zero".to_owned());
     }
     let connections = args.connections as usize;
     if connections < args.work.threads {
-        return Err("--connections must be no fewer than --threads".to_owned());
+        return Err("--connections must be at least --threads".to_owned());
     }
     Ok(LoadPlan {
         target: args.to,
@@ -205,14 +206,14 @@ fn plan(args: &BenchArgs) -> Result<LoadPlan, String> {
 fn senseless(args: &BenchArgs) -> Result<(), String> {
     use ModeName as M;
     let only = |given: bool, option: &str, fits: bool, modes: &str| {
-        if given && !fits { Err(format!("{option} is for {modes} only")) } else { Ok(()) }
+        if given && !fits { Err(format!("{option} applies to {modes} only")) } else { Ok(()) }
     };
     let asks = !matches!(args.mode, M::Upload | M::Download);
     let closes = matches!(args.mode, M::Short | M::Churn);
     only(args.rate.is_some(), "--rate", args.mode == M::OpenLoop, "open-loop")?;
     only(args.lifetime.is_some(), "--lifetime", args.mode == M::Churn, "churn")?;
     only(args.close.is_some(), "--close", closes, "short and churn")?;
-    only(args.answer.is_some(), "--answer", asks, "modes that ask")?;
+    only(args.answer.is_some(), "--answer", asks, "modes that send requests")?;
     only(args.size.is_some(), "--size", args.mode != M::Download, "modes that send")
 }
 
@@ -386,7 +387,7 @@ fn lines(args: &BenchArgs, report: &LoadReport) -> String {
     );
     for (label, total, timed) in [
         ("requests", report.requests, report.requests),
-        ("late answers", report.late, 0),
+        ("late replies", report.late, 0),
         ("connections", report.opened, report.opened_timed),
     ] {
         if timed > 0 {
@@ -423,6 +424,6 @@ fn name(mode: ModeName) -> String {
 fn rate(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(rate) if rate > 0.0 && rate <= 1e8 => Ok(rate),
-        _ => Err("a number above 0 and up to 100000000 is needed".to_owned()),
+        _ => Err("expected a number above 0, at most 100000000".to_owned()),
     }
 }

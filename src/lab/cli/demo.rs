@@ -36,13 +36,13 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 /// `tidegate demo`
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// Built-in backends to start.
+    /// Number of built-in backends.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub backends: u16,
-    /// Length of the demo, such as 20s or 1m.
+    /// Duration of the demonstration, for example 20s or 1m.
     #[arg(long = "for", value_name = "TIME", default_value = "40s", value_parser = duration)]
     pub duration: Duration,
-    /// Time at the end to try the balancer; default: what is left of --for.
+    /// Time at the end to try the balancer [default: what is left of --for].
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub play: Option<Duration>,
 }
@@ -74,10 +74,10 @@ fn run(args: &DemoArgs) -> Result<Exit, DemoError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| format!("cannot start a runtime: {error}"))?;
+        .map_err(|error| format!("cannot start the async runtime: {error}"))?;
     // Before anything that would have to be cleaned up.
-    let mut stop =
-        DemoStopSignals::listen(&runtime).map_err(|error| format!("no signals: {error}"))?;
+    let mut stop = DemoStopSignals::listen(&runtime)
+        .map_err(|error| format!("cannot install signal handlers: {error}"))?;
     let started = clock::now();
     let length = args.duration.max(LENGTH_MIN);
 
@@ -91,13 +91,15 @@ fn run(args: &DemoArgs) -> Result<Exit, DemoError> {
     if length > args.duration {
         let asked = humantime::format_duration(args.duration);
         let takes = humantime::format_duration(LENGTH_MIN);
-        let _ = screen.line(&format!("--for {asked} is too short to show everything: {takes}"));
+        let _ = screen.line(&format!(
+            "--for {asked} is too short for the whole demonstration; it takes {takes}"
+        ));
     }
     let time = Time { started, length, play: args.play };
     let show = DemoScript::new(&screen, &backends, &place, &balancer, time);
     let verdict = runtime.block_on(async {
         tokio::select! {
-            ended = show.run() => ended.unwrap_or_else(|OutputClosed| show.cut_short("nobody reads on")),
+            ended = show.run() => ended.unwrap_or_else(|OutputClosed| show.cut_short("output closed")),
             () = stop.came() => show.cut_short("interrupted"),
             never = screen.progress() => match never {},
         }
@@ -113,11 +115,11 @@ fn finish(screen: &Screen, balancer: DemoBalancer, mut verdict: DemoResult) -> E
     if !broken.is_empty() {
         verdict.broken.extend(broken);
     } else if cut == 0 {
-        verdict.summary.push("drained: every session ended by itself, none was cut".to_owned());
+        verdict.summary.push("drained: all sessions finished, none was reset".to_owned());
     } else if verdict.cut_short {
-        verdict.summary.push(format!("drained: {cut} sessions were cut"));
+        verdict.summary.push(format!("drained: {cut} sessions were reset"));
     } else {
-        verdict.broken.push(format!("{cut} sessions were cut when the balancer drained"));
+        verdict.broken.push(format!("{cut} sessions were reset while the balancer drained"));
     }
     screen.close();
     let _ = screen.line("");
@@ -126,7 +128,7 @@ fn finish(screen: &Screen, balancer: DemoBalancer, mut verdict: DemoResult) -> E
         let _ = screen.line(&format!("   {line}"));
     }
     for line in &verdict.broken {
-        eprintln!("tidegate: demo: not as promised: {line}");
+        eprintln!("tidegate: demo: check failed: {line}");
     }
     if verdict.broken.is_empty() { Exit::Fine } else { Exit::Failed }
 }

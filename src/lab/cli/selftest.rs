@@ -22,9 +22,9 @@ Example:
   tidegate selftest
   tidegate selftest --reloads 200 --upgrades 20 --kills 10 --for 2m
 
-Clients run seeded streams, every byte of which is known, through a balancer that
-is reloaded, upgraded to itself and robbed of its backends meanwhile. Exit code 0:
-nothing was lost; 3: something was, or the test could not run.";
+Clients send seeded streams through a balancer while it is reloaded, upgraded in
+place and its backends are killed. Every byte is checked. Exit code 0: nothing was
+lost; 3: something was lost, or the test could not run.";
 
 /// Faults shown; the rest is counted.
 const SHOWN_MAX: usize = 10;
@@ -32,19 +32,19 @@ const SHOWN_MAX: usize = 10;
 /// `tidegate selftest`
 #[derive(Debug, Clone, Args)]
 pub struct SelftestArgs {
-    /// Changes of the configuration.
+    /// Number of configuration reloads.
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     pub reloads: u32,
-    /// Upgrades in place.
+    /// Number of upgrades in place.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=10_000))]
     pub upgrades: u32,
-    /// Backends that die and come back.
+    /// Number of times a backend is killed and restarted.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=10_000))]
     pub kills: u32,
-    /// How long all that takes, such as 20s or 5m; longer if it must.
+    /// Minimum duration, for example 20s or 5m.
     #[arg(long = "for", value_name = "TIME", default_value = "20s", value_parser = duration)]
     pub duration: Duration,
-    /// Repeats what an earlier run did, in the same order.
+    /// Seed of an earlier run, to repeat it in the same order.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
 }
@@ -100,9 +100,9 @@ fn plan(args: &SelftestArgs, seed: u64) -> Vec<SelftestStep> {
 
 fn judge(outcome: &SelftestOutcome, seed: u64) -> Exit {
     let SelftestOutcome { streams, bytes, cut, faults, broken, log } = outcome;
-    println!("{streams} streams, {} MB, each byte checked", bytes / 1_000_000);
+    println!("{streams} streams, {} MB, every byte checked", bytes / 1_000_000);
     if *cut > 0 {
-        println!("{cut} of them ended with the backend that had them, as they must");
+        println!("{cut} streams ended with their killed backend, as expected");
     }
     println!("{}", verdict(faults));
     if faults.is_empty() && broken.is_empty() {
@@ -114,8 +114,8 @@ fn judge(outcome: &SelftestOutcome, seed: u64) -> Exit {
     for promise in broken {
         eprintln!("tidegate: selftest: {promise}");
     }
-    eprintln!("tidegate: selftest: the balancer's last lines:\n{log}");
-    eprintln!("tidegate: selftest: do the same again with --seed {seed}");
+    eprintln!("tidegate: selftest: last log lines of the balancer:\n{log}");
+    eprintln!("tidegate: selftest: repeat this run with --seed {seed}");
     Exit::Failed
 }
 
@@ -123,7 +123,7 @@ fn verdict(faults: &[StreamFault]) -> String {
     let [refused, reset, wrong, silent] = streams_with(faults);
     let mut text = format!("{refused} refused, {reset} reset, {wrong} bytes wrong");
     if silent > 0 {
-        text.push_str(&format!(", {silent} silent"));
+        text.push_str(&format!(", {silent} without data"));
     }
     text
 }
@@ -181,6 +181,6 @@ mod tests {
             fault(StreamFaultKind::Reset, 1),
             fault(StreamFaultKind::Silent, 2),
         ];
-        assert_eq!(verdict(&faults), "0 refused, 1 reset, 0 bytes wrong, 1 silent");
+        assert_eq!(verdict(&faults), "0 refused, 1 reset, 0 bytes wrong, 1 without data");
     }
 }

@@ -20,32 +20,32 @@ use tokio::signal::unix::{SignalKind, signal};
 /// `tidegate streams`
 #[derive(Debug, Args)]
 pub struct StreamsArgs {
-    /// The balancer: where clients connect, in turn. May be given several times.
+    /// Balancer address that clients connect to; repeatable, used in turn.
     #[arg(long, value_name = "IP:PORT", required = true)]
     pub to: Vec<SocketAddr>,
-    /// Where this command's backends listen, to which the balancer must lead
-    /// every client. May be given several times.
+    /// Address of a built-in backend; repeatable. The balancer must route all clients
+    /// to these.
     #[arg(long, value_name = "IP:PORT", required = true)]
     pub listen: Vec<SocketAddr>,
-    /// Streams begun a second.
+    /// New streams per second.
     #[arg(long, value_name = "PER-SECOND", default_value_t = 10.0, value_parser = rate)]
     pub rate: f64,
-    /// Streams at once; beyond it they begin late.
+    /// Concurrent streams; beyond this, streams start late.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub at_once: u16,
-    /// Largest stream but for a few of 1 to 4 MiB.
+    /// Maximum stream size, except for one in 200 streams of 1 to 4 MiB.
     #[arg(long, value_name = "BYTES", default_value = "128KiB", value_parser = threads::size)]
     pub size: usize,
-    /// The first stream's seed; the next ones follow.
+    /// Seed of the first stream; later streams count up from it.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
-    /// How long to begin new streams.
+    /// How long to start new streams.
     #[arg(long = "for", value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub duration: Duration,
-    /// Print the counts so far this often.
+    /// Print interim counts at this interval.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub every: Option<Duration>,
-    /// Print JSON, a line each.
+    /// Print JSON, one object per line.
     #[arg(long)]
     pub json: bool,
 }
@@ -53,12 +53,13 @@ pub struct StreamsArgs {
 /// Help after the options.
 pub const HELP: &str = "\
 Example:
-  tidegate streams --to 127.0.0.1:8080 --listen 127.0.0.1:9001 --listen 127.0.0.1:9002
-  tidegate streams --to 127.0.0.1:8080 --listen 127.0.0.1:9001 --rate 50 --for 1h --every 10s
+  tidegate streams --to 127.0.0.1:8080 --listen 127.0.0.1:9001
+  tidegate streams --to 127.0.0.1:8080 --listen 127.0.0.1:9001 \\
+    --listen 127.0.0.1:9002 --rate 50 --for 1h --every 10s
 
-The balancer at --to must have the addresses of --listen, and nobody else, as the
-backends of that frontend. Some streams end in a reset on purpose. Exit code 0:
-nothing was lost; 3: something was, or nothing could be tried.";
+The balancer at --to must have exactly the --listen addresses as backends of that
+frontend. Some streams end with a reset on purpose. Exit code 0: nothing was lost;
+3: something was lost, or no stream could be sent.";
 
 /// One stream in so many is large.
 const LARGE_ONE_IN: u64 = 200;
@@ -184,7 +185,7 @@ fn show(args: &StreamsArgs, ledger: &Ledger, whole: bool) {
         "{streams} streams, {megabytes} MB: {refused} refused, {reset} reset, {wrong} bytes wrong"
     );
     if silent > 0 {
-        text.push_str(&format!(", {silent} silent"));
+        text.push_str(&format!(", {silent} without data"));
     }
     print(&text);
 }
@@ -192,7 +193,7 @@ fn show(args: &StreamsArgs, ledger: &Ledger, whole: bool) {
 fn rate(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(rate) if rate > 0.0 && rate <= 1e5 => Ok(rate),
-        _ => Err("a number above 0 and up to 100000 is needed".to_owned()),
+        _ => Err("expected a number above 0, at most 100000".to_owned()),
     }
 }
 

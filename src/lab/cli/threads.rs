@@ -15,10 +15,10 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Threads, CPUs and output.
 #[derive(Debug, Args)]
 pub struct WorkArgs {
-    /// Threads to run.
+    /// Number of threads.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = threads)]
     pub threads: usize,
-    /// CPUs to pin the threads to, such as 1 or 2,3 [default: not pinned].
+    /// CPUs to pin the threads to, for example 1 or 2,3 [default: not pinned].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub cpu: Vec<usize>,
     /// Print JSON.
@@ -45,7 +45,7 @@ impl WorkArgs {
     pub(crate) fn cpus(&self) -> Result<Vec<usize>, String> {
         let available = cpu::available();
         match self.cpu.iter().find(|cpu| !available.contains(cpu)) {
-            Some(cpu) => Err(format!("--cpu {cpu}: this process may run on {available:?} only")),
+            Some(cpu) => Err(format!("--cpu {cpu}: this process can run only on {available:?}")),
             None => Ok(self.cpu.clone()),
         }
     }
@@ -154,20 +154,20 @@ pub(crate) fn size(text: &str) -> Result<usize, String> {
         "" | "B" => 1,
         "KiB" => 1 << 10,
         "MiB" => 1 << 20,
-        _ => return Err("a number of bytes such as 64, 128KiB or 1MiB is needed".to_owned()),
+        _ => return Err("expected a size such as 64, 128KiB or 1MiB".to_owned()),
     };
     let size = number.parse::<usize>().ok().and_then(|n| n.checked_mul(scale));
     match size {
         Some(size) if size <= SIZE_MAX => Ok(size),
         Some(_) => Err(format!("at most {} MiB", SIZE_MAX >> 20)),
-        None => Err("a number of bytes such as 64, 128KiB or 1MiB is needed".to_owned()),
+        None => Err("expected a size such as 64, 128KiB or 1MiB".to_owned()),
     }
 }
 
 fn threads(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(count) if (1..=THREADS_MAX).contains(&count) => Ok(count),
-        _ => Err(format!("a number from 1 to {THREADS_MAX} is needed")),
+        _ => Err(format!("expected a number from 1 to {THREADS_MAX}")),
     }
 }
 

@@ -144,8 +144,9 @@ impl<'a> Half<'a> {
             let bytes = self.outgoing.at(self.sent, most);
             let n = match (&*self.socket).write(bytes) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                result => result
-                    .map_err(|e| StreamFault::of(format_args!("write at {}", self.sent), &e))?,
+                result => result.map_err(|e| {
+                    StreamFault::of(format_args!("write failed at byte {}", self.sent), &e)
+                })?,
             };
             self.sent_hash.update(&bytes[..n]);
             self.sent += n as u64;
@@ -166,24 +167,24 @@ impl<'a> Half<'a> {
             let n = match (&*self.socket).read(&mut buffer) {
                 Ok(0) if until == Until::Anything || self.received == len => return Ok(()),
                 Ok(0) => {
-                    let text = format!("FIN after {} of {len}", self.received);
+                    let text = format!("FIN after {} of {len} bytes", self.received);
                     return Err(StreamFault::new(StreamFaultKind::Reset, text));
                 }
                 Ok(n) => n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let text = format!("silence after {} of {len}", self.received);
+                    let text = format!("no data after {} of {len} bytes", self.received);
                     return Err(StreamFault::new(StreamFaultKind::Silent, text));
                 }
                 Err(_) if until == Until::Anything => return Ok(()),
                 Err(error) => {
-                    let doing = format!("read at {} of {len}", self.received);
+                    let doing = format!("read failed at byte {} of {len}", self.received);
                     return Err(StreamFault::of(doing, &error));
                 }
             };
             self.check(&buffer[..n])?;
             if self.received > len {
-                let text = format!("{} bytes where {len} were sent", self.received);
+                let text = format!("{} bytes received, {len} sent", self.received);
                 return Err(StreamFault::new(StreamFaultKind::Wrong, text));
             }
         }

@@ -321,7 +321,7 @@ impl Ledger {
             if plan.order != CloseOrder::ClientAborts {
                 let kind =
                     client.fault.as_ref().map_or(StreamFaultKind::Silent, |fault| fault.kind);
-                let text = format!("never ended at the backend; client: {client:?}");
+                let text = format!("stream did not end at the backend; client: {client:?}");
                 self.fault(&plan, StreamFault::new(kind, text));
             }
             return;
@@ -387,11 +387,13 @@ fn compare(plan: &StreamPlan, client: StreamEnd, backend: StreamEnd) -> Vec<Stre
     // After a fault the rest is missing of course, and said once.
     let kind = if whole { StreamFaultKind::Wrong } else { StreamFaultKind::Reset };
     if !up {
-        let text = format!("up: sent {} but {} came", client.sent, backend.received);
+        let text =
+            format!("client to backend: {} bytes sent, {} received", client.sent, backend.received);
         differences.push(StreamFault::new(kind, text));
     }
     if !down {
-        let text = format!("down: sent {} but {} came", backend.sent, client.received);
+        let text =
+            format!("backend to client: {} bytes sent, {} received", backend.sent, client.received);
         differences.push(StreamFault::new(kind, text));
     }
     differences

@@ -69,7 +69,7 @@ pub fn serve(service: Service) -> io::Result<(LoadThreads<ServeReport>, Vec<Sock
         }
         let mut sockets = bind_all(*address, service.threads).map_err(named)?;
         let local = sockets[0].local_addr()?.as_socket();
-        bound.push(local.ok_or_else(|| io::Error::other("an address without a port"))?);
+        bound.push(local.ok_or_else(|| io::Error::other("address without a port"))?);
         for (set, socket) in sets.iter_mut().zip(sockets.drain(..)) {
             service.behaviour.tune(&socket)?;
             set.push(socket);

@@ -240,7 +240,7 @@ impl<'a> LoadThread<'a> {
         }
         let kinds: Vec<_> = self.report.errors_by_name().map(|(name, _)| name).collect();
         let why = if kinds.is_empty() { "no answer".to_owned() } else { kinds.join(", ") };
-        Err(io::Error::other(format!("no connection to {} stands: {why}", self.plan.target)))
+        Err(io::Error::other(format!("cannot connect to {}: {why}", self.plan.target)))
     }
 
     fn timed(&mut self, mode: &mut impl ModeLoop) -> io::Result<()> {

@@ -110,7 +110,7 @@ impl Backends {
         &self,
         make: impl FnOnce(oneshot::Sender<io::Result<()>>) -> DemoBackendCommand,
     ) -> io::Result<()> {
-        let gone = || io::Error::other("the backends' thread is gone");
+        let gone = || io::Error::other("backend thread exited");
         let (reply, answer) = oneshot::channel();
         let commands = self.commands.as_ref().ok_or_else(gone)?;
         commands.send(make(reply)).await.map_err(|_| gone())?;

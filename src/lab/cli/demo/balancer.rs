@@ -95,7 +95,8 @@ impl DemoBalancer {
         backends: &[DemoBackend],
     ) -> Result<DemoBalancer, String> {
         // Processes that others have left are to be waited for here (prctl(2)).
-        set_child_subreaper(Some(getpid())).map_err(|error| format!("no adoption: {error}"))?;
+        set_child_subreaper(Some(getpid()))
+            .map_err(|error| format!("cannot become a subreaper: {error}"))?;
         let mut why = String::new();
         for _ in 0..STARTS_MAX {
             let ports = free_addresses().map_err(|error| format!("no free port: {error}"))?;
@@ -115,8 +116,9 @@ impl DemoBalancer {
         [frontend, admin]: [SocketAddr; 2],
     ) -> Result<DemoBalancer, String> {
         let log = place.log();
-        let program = std::env::current_exe().map_err(|error| format!("no program: {error}"))?;
-        let stderr = File::create(&log).map_err(|error| format!("cannot log: {error}"))?;
+        let program =
+            std::env::current_exe().map_err(|error| format!("cannot find the program: {error}"))?;
+        let stderr = File::create(&log).map_err(|error| format!("cannot open the log: {error}"))?;
         let mut run = Command::new(&program);
         run.args(["run", "--config"]).arg(place.config());
         // The demo alone obeys the terminal's interrupt.
@@ -185,12 +187,14 @@ impl DemoBalancer {
                 Ok(Some((pid, status))) => {
                     self.processes.borrow_mut().retain(|one| *one != pid);
                     if status.exit_status() != Some(0) {
-                        ended.broken.push(format!("a process of the balancer ended: {status:?}"));
+                        ended
+                            .broken
+                            .push(format!("a process of the balancer exited with {status:?}"));
                     }
                 }
                 Ok(None) if clock::now() < deadline => clock::pause(LOOK),
                 Ok(None) => {
-                    ended.broken.push(format!("the balancer did not end within {END_MAX:?}"));
+                    ended.broken.push(format!("the balancer did not exit within {END_MAX:?}"));
                     break;
                 }
                 // None is left.

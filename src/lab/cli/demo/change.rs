@@ -23,16 +23,16 @@ impl DemoScript<'_> {
         let facts = match self.balancer.explained(name).await {
             Ok(facts) => facts,
             Err(error) => {
-                self.broken(format!("{name} could not be explained: {error}"));
+                self.broken(format!("cannot explain {name}: {error}"));
                 return Ok(());
             }
         };
         let why = &facts.why;
-        self.say(&format!("`tidegate explain` says of {name}: {why}"))?;
+        self.say(&format!("`tidegate explain` on {name}: {why}"))?;
         if !facts.eligible && why.contains("down") && why.contains("failed") {
-            self.sum_up(&format!("explained while it was down: {name}: {why}"));
+            self.sum_up(&format!("explained while down: {name}: {why}"));
         } else {
-            self.broken(format!("{name} is down, and its explanation was: {why}"));
+            self.broken(format!("wrong explanation of {name}, which is down: {why}"));
         }
         Ok(())
     }
@@ -70,12 +70,12 @@ impl DemoScript<'_> {
         match (asked, in_force) {
             (Ok(()), Some(seen)) => {
                 let generation = seen.generation;
-                self.say(&format!("generation {generation} is in force after {took} ms"))?;
+                self.say(&format!("generation {generation} is in effect after {took} ms"))?;
             }
-            (Err(why), _) => self.broken(format!("the reload failed: {why}")),
-            (Ok(()), None) => self.broken("the changed weight did not come into force".to_owned()),
+            (Err(why), _) => self.broken(format!("reload failed: {why}")),
+            (Ok(()), None) => self.broken("the changed weight did not take effect".to_owned()),
         }
-        self.say(&format!("{total} requests around it, {failed} failed"))?;
+        self.say(&format!("{total} requests before and after, {failed} failed"))?;
         self.sum_up(&format!("reload: {failed} of {total} requests failed"));
         if failed > 0 {
             self.broken(format!("{failed} requests failed around the reload"));
@@ -85,7 +85,7 @@ impl DemoScript<'_> {
 
     /// Replaces the process while clients are served.
     pub(crate) async fn upgrade(&self, long: &LongLived) -> Result<(), OutputClosed> {
-        let title = "The program is upgraded in place, to itself";
+        let title = "The binary is upgraded in place, to itself";
         self.line("")?;
         self.line(title)?;
         self.screen.now(title);
@@ -101,10 +101,10 @@ impl DemoScript<'_> {
         let (total, failed, left) = (tally.total(), tally.failed, open());
         match upgraded {
             Ok(pid) => self.say(&format!("process {pid} serves after {took} ms"))?,
-            Err(why) => self.broken(format!("the upgrade failed: {why}")),
+            Err(why) => self.broken(format!("upgrade failed: {why}")),
         }
-        self.say(&format!("{total} requests around it, {failed} failed"))?;
-        self.say(&format!("{left} of {before} connections that stay are open"))?;
+        self.say(&format!("{total} requests before and after, {failed} failed"))?;
+        self.say(&format!("{left} of {before} long-lived connections are open"))?;
         self.sum_up(&format!(
             "upgrade: {failed} of {total} requests failed, {} of {before} connections ended",
             before - left

@@ -92,7 +92,7 @@ pool = "{NAME}"
 
 [pool.{NAME}]
 balance = "weighted-round-robin"
-# A backend that comes back is to be used at once, whatever happened before.
+# A backend that returns is used at once.
 ejection = "off"
 
 [pool.{NAME}.probe]
@@ -161,7 +161,7 @@ fn write_private(path: &Path, text: &str) -> io::Result<()> {
 /// A path as a TOML basic string.
 fn quoted(path: &Path) -> io::Result<String> {
     let not_utf8 = || {
-        let message = format!("the path {} is not UTF-8: set TMPDIR", path.display());
+        let message = format!("path {} is not UTF-8; set TMPDIR", path.display());
         io::Error::new(io::ErrorKind::InvalidInput, message)
     };
     path.to_str().map(crate::cli::quoted).ok_or_else(not_utf8)

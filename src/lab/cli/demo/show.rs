@@ -109,7 +109,7 @@ impl<'a> DemoScript<'a> {
     /// Shows everything. The balancer is draining when this is over.
     pub(crate) async fn run(&self) -> Result<DemoResult, OutputClosed> {
         let Some(seen) = self.until(DemoStatus::all_serve).await else {
-            self.broken("the backends were not all in service after 5 s".to_owned());
+            self.broken("not all backends were in rotation after 5 s".to_owned());
             return Ok(self.verdict.take());
         };
         self.introduce(&seen)?;
@@ -125,7 +125,7 @@ impl<'a> DemoScript<'a> {
             self.failover(&long).await?;
         } else {
             self.line("")?;
-            self.say("With one backend there is nobody to fail over to: not shown.")?;
+            self.say("Only one backend: no failover to show.")?;
             self.sum_up("one backend: no failover to show");
         }
         self.reload().await?;
@@ -140,7 +140,7 @@ impl<'a> DemoScript<'a> {
     /// The verdict when it ends before its time.
     pub(crate) fn cut_short(&self, why: &str) -> DemoResult {
         if !self.complete.get() {
-            self.broken(format!("{why} before everything was shown"));
+            self.broken(format!("{why} before the demonstration was complete"));
         }
         DemoResult { cut_short: true, ..self.verdict.take() }
     }
@@ -156,9 +156,9 @@ impl<'a> DemoScript<'a> {
         ))?;
         self.say(&format!("frontend       {}", balancer.frontend))?;
         self.say(&format!("admin API      http://{}", balancer.admin))?;
-        self.say(&format!("configuration  {config} (change it: it is taken over at once)"))?;
+        self.say(&format!("configuration  {config} (changes are applied at once)"))?;
         self.say(&format!("engine         {engine} ({engine_reason}); workers: {workers}"))?;
-        self.say(&format!("clients        {RATE} connections a second, {LONG_LIVED} that stay"))
+        self.say(&format!("clients        {RATE} connections per second, {LONG_LIVED} long-lived"))
     }
 
     /// One measured stretch with its table. A stretch in which the table
@@ -174,12 +174,12 @@ impl<'a> DemoScript<'a> {
             let tally = traffic.finish(split::round(&before)).await;
             let after = self.seen().await;
             if let Some(why) = disturbance(&before, &after, &tally) {
-                self.say(&format!("measured again: {why}"))?;
+                self.say(&format!("measuring again: {why}"))?;
                 continue;
             }
             return self.judge(title, &Split::new(&before, &self.names, &tally), &tally);
         }
-        self.broken(format!("{title}: the split could not be measured undisturbed"));
+        self.broken(format!("{title}: the split could not be measured without interference"));
         Ok(())
     }
 
@@ -189,8 +189,8 @@ impl<'a> DemoScript<'a> {
         }
         let total = tally.total();
         if split.exact() {
-            self.say(&format!("{total} requests, none failed: exactly the weights"))?;
-            self.sum_up(&format!("{}: {total} requests, split exactly", lower(title)));
+            self.say(&format!("{total} requests, 0 failed; split exactly by weight"))?;
+            self.sum_up(&format!("{}: {total} requests, split exactly by weight", lower(title)));
         } else {
             self.say(&format!("{total} requests: {}", split.complaint()))?;
             self.broken(format!("{title}: {}", split.complaint()));
@@ -202,7 +202,8 @@ impl<'a> DemoScript<'a> {
     async fn failover(&self, long: &LongLived) -> Result<(), OutputClosed> {
         let victim = self.busiest(&long.standing());
         let name = &self.names[victim];
-        let title = format!("{name} is killed: its port refuses, its connections are reset");
+        let title =
+            format!("{name} is killed: its port refuses connections and its connections are reset");
         self.line("")?;
         self.line(&title)?;
         self.screen.now(&title);
@@ -211,16 +212,16 @@ impl<'a> DemoScript<'a> {
         sleep(self.phase / 4).await;
         let killed = clock::now();
         if let Err(error) = self.backends.kill(victim).await {
-            self.broken(format!("{name} could not be killed: {error}"));
+            self.broken(format!("cannot kill {name}: {error}"));
             return Ok(());
         }
         let out =
             |seen: &DemoStatus| seen.backend(name).is_none_or(|backend| backend.effective == 0);
         let Some(seen) = self.until(out).await else {
-            self.broken(format!("{name} was dead for 5 s and the balancer did not notice"));
+            self.broken(format!("the balancer did not detect within 5 s that {name} was dead"));
             return Ok(());
         };
-        let noticed = self.print_change(name, &seen, killed, "taken out")?;
+        let noticed = self.print_change(name, &seen, killed, "removed from rotation")?;
         // Long enough for the connections that stay to feel it.
         sleep((self.phase / 4).max(Duration::from_millis(300))).await;
         let tally = traffic.finish(1).await;
@@ -240,20 +241,20 @@ impl<'a> DemoScript<'a> {
         let traffic = self.traffic(RATE);
         let revived = clock::now();
         if let Err(error) = self.backends.revive(victim).await {
-            self.broken(format!("{name} could not be revived: {error}"));
+            self.broken(format!("cannot restart {name}: {error}"));
             return Ok(());
         }
         let back = |seen: &DemoStatus| seen.backend(name).is_some_and(|backend| backend.serves());
         let Some(seen) = self.until(back).await else {
-            self.broken(format!("{name} was back for 5 s and was not taken in again"));
+            self.broken(format!("{name} was back for 5 s but did not return to rotation"));
             return Ok(());
         };
-        self.print_change(name, &seen, revived, "taken back")?;
+        self.print_change(name, &seen, revived, "returned to rotation")?;
         let tally = traffic.finish(1).await;
         let (total, failed) = (tally.total(), tally.failed);
-        self.say(&format!("{total} requests meanwhile, {failed} failed"))?;
+        self.say(&format!("{total} requests during this time, {failed} failed"))?;
         if failed > 0 {
-            self.broken(format!("{failed} requests failed while {name} came back"));
+            self.broken(format!("{failed} requests failed while {name} returned"));
         }
         self.split("All backends are up again", self.phase / 2).await
     }
@@ -273,7 +274,7 @@ impl<'a> DemoScript<'a> {
         };
         let at = clock::now() - Duration::from_secs_f64(seconds_ago);
         let took = at.saturating_duration_since(since).as_millis();
-        self.say(&format!("{what} after {took} ms, now {to}: {reason}"))?;
+        self.say(&format!("{what} after {took} ms: {to}, {reason}"))?;
         self.sum_up(&format!("{name} {what} after {took} ms"));
         Ok(at)
     }
@@ -287,14 +288,14 @@ impl<'a> DemoScript<'a> {
         let (total, failed) = (tally.total(), tally.failed);
         let late = tally.failed_since(noticed);
         self.say(&format!(
-            "{total} requests around it: {failed} failed, {} of them begun after it was taken out",
+            "{total} requests before and after: {failed} failed, {} of them started after the removal",
             late.len()
         ))?;
-        self.say(&format!("{retried} connects failed and were made to another backend instead"))?;
-        self.sum_up(&format!("{failed} of {total} requests around its death failed"));
+        self.say(&format!("{retried} failed connects were retried on another backend"))?;
+        self.sum_up(&format!("{failed} of {total} requests around the failure failed"));
         if let Some(first) = late.first() {
             let why = &first.why;
-            self.broken(format!("{} requests failed after it was taken out: {why}", late.len()));
+            self.broken(format!("{} requests failed after the removal: {why}", late.len()));
         }
         Ok(())
     }
@@ -313,22 +314,22 @@ impl<'a> DemoScript<'a> {
             standing.iter().filter(|one| !on(one)).filter(|one| one.broken.is_some()).count();
         let others = standing.len() - held;
         self.say(&format!(
-            "of {} connections that stay, {held} were on {victim} ({died} ended with it), \
-             {others} elsewhere ({hurt} ended)",
+            "of {} long-lived connections, {held} were on {victim} ({died} ended with it) \
+             and {others} on others ({hurt} ended)",
             standing.len()
         ))?;
-        self.sum_up(&format!("{hurt} of {others} connections on other backends were disturbed"));
+        self.sum_up(&format!("{hurt} of {others} connections on other backends were affected"));
         if died != held {
-            self.broken(format!("{} connections outlived their dead backend", held - died));
+            self.broken(format!("{} connections survived their killed backend", held - died));
         }
         if hurt > 0 {
-            self.broken(format!("{hurt} connections ended though their backend did not"));
+            self.broken(format!("{hurt} connections ended although their backend was alive"));
         }
         let Some(one) = standing.iter().filter(on).find(|one| one.broken.is_some()) else {
             return Ok(());
         };
         match self.access_log_line(&one.client.to_string()).await {
-            Some(line) => self.say(&format!("the access log on one of them: {line}")),
+            Some(line) => self.say(&format!("access log of one of them: {line}")),
             None => Ok(()),
         }
     }
@@ -360,11 +361,11 @@ impl<'a> DemoScript<'a> {
             return Ok(());
         }
         self.line("")?;
-        self.line(&format!("For another {:.1} s it is yours", left.as_secs_f64()))?;
+        self.line(&format!("The demonstration stays up for {:.1} s. Try:", left.as_secs_f64()))?;
         for line in self.invitations() {
             self.say(&line)?;
         }
-        self.screen.now("yours to try");
+        self.screen.now("interactive");
         let traffic = self.traffic(RATE_SLOW);
         let begun_with = self.seen().await;
         let mut before = begun_with.clone();
@@ -379,9 +380,9 @@ impl<'a> DemoScript<'a> {
         }
         let tally = traffic.finish(1).await;
         let (total, failed) = (tally.total(), tally.failed);
-        self.say(&format!("{total} requests meanwhile, {failed} failed"))?;
+        self.say(&format!("{total} requests during this time, {failed} failed"))?;
         if failed > 0 && before.serial == begun_with.serial {
-            self.broken(format!("{failed} requests failed while nothing was changed"));
+            self.broken(format!("{failed} requests failed although nothing changed"));
         }
         Ok(())
     }
@@ -414,7 +415,7 @@ impl<'a> DemoScript<'a> {
         refused: &mut u64,
     ) -> Result<(), OutputClosed> {
         if now.generation != before.generation {
-            self.say(&format!("a changed configuration is in force: {}", now.generation))?;
+            self.say(&format!("configuration change applied: generation {}", now.generation))?;
         }
         for backend in &now.backends {
             let old = before.backend(&backend.name);
@@ -429,7 +430,9 @@ impl<'a> DemoScript<'a> {
         let total = metrics.count("tidegate_reloads_total{result=\"refused\"}");
         if total > *refused {
             let config = for_shell(&self.place.config());
-            self.say(&format!("the changed configuration was refused: check --config {config}"))?;
+            self.say(&format!(
+                "configuration change rejected; run: tidegate check --config {config}"
+            ))?;
         }
         *refused = total;
         Ok(())
@@ -441,27 +444,25 @@ impl<'a> DemoScript<'a> {
         let ends: Vec<String> =
             metrics.session_ends().iter().map(|(how, count)| format!("{count} {how}")).collect();
         let open = self.seen().await.open;
-        self.sum_up(&format!("sessions by how they ended: {}; {open} open", ends.join(", ")));
+        self.sum_up(&format!("session ends: {}; {open} open", ends.join(", ")));
         Ok(())
     }
 
     /// Sessions that are open finish while the balancer drains.
     async fn drain(&self, long: LongLived) -> Result<(), OutputClosed> {
         self.line("")?;
-        self.line("The balancer drains")?;
+        self.line("Draining")?;
         self.screen.now("draining");
         self.balancer.shut_down().await;
         let standing = long.close().await;
         let closed = standing.iter().filter(|one| one.closed).count();
         let exchanges: u64 = standing.iter().map(|one| one.exchanges).sum();
-        self.say(&format!(
-            "{closed} connections were still open, made one more exchange each and closed"
-        ))?;
+        self.say(&format!("{closed} open connections made one more exchange each and closed"))?;
         let count = standing.len();
-        self.sum_up(&format!("{exchanges} exchanges on the {count} connections that stayed"));
+        self.sum_up(&format!("{exchanges} exchanges on {count} long-lived connections"));
         let cut = standing.iter().filter(|one| one.broken.is_none() && !one.closed).count();
         if cut > 0 {
-            self.broken(format!("{cut} connections did not end in order while draining"));
+            self.broken(format!("{cut} connections did not close cleanly during the drain"));
         }
         Ok(())
     }
@@ -528,10 +529,10 @@ fn disturbance(before: &DemoStatus, after: &DemoStatus, tally: &RequestCounts) -
         let changed =
             after.backends.iter().zip(&before.backends).find(|(a, b)| a.effective != b.effective);
         let who = changed.map_or("the configuration", |(backend, _)| backend.name.as_str());
-        return Some(format!("{who} changed meanwhile"));
+        return Some(format!("{who} changed during the measurement"));
     }
     let (accepted, ours) = (after.sessions.saturating_sub(before.sessions), tally.total());
-    (accepted > ours).then(|| format!("{} connections came from elsewhere", accepted - ours))
+    (accepted > ours).then(|| format!("{} connections came from other clients", accepted - ours))
 }
 
 fn lower(title: &str) -> String {

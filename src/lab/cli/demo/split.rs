@@ -69,11 +69,11 @@ impl Split {
             return format!("{} requests failed, the first with: {why}", self.failed);
         }
         if self.strangers > 0 {
-            return format!("{} requests were answered by somebody else", self.strangers);
+            return format!("{} requests were answered by another server", self.strangers);
         }
         let off = self.rows.iter().find(|row| !row.exact());
         off.map_or_else(String::new, |row| {
-            format!("{} got {} requests where {} were due", row.name, row.got, row.expected)
+            format!("{} got {} requests, expected {}", row.name, row.got, row.expected)
         })
     }
 
@@ -144,7 +144,7 @@ mod tests {
         assert!(exact(&[50, 30, 20]).exact());
         let off = exact(&[50, 31, 19]);
         assert!(!off.exact());
-        assert_eq!(off.complaint(), "b2 got 31 requests where 30 were due");
+        assert_eq!(off.complaint(), "b2 got 31 requests, expected 30");
     }
 
     #[test]

@@ -46,8 +46,9 @@ impl SelftestProcesses {
         let log = directory.join("log");
         let admin = Address::Unix(directory.join("admin.sock"));
         let client = ClientArgs { admin: Some(admin), config: None, json: true, token_file: None };
-        let program = std::env::current_exe().map_err(|error| format!("no program: {error}"))?;
-        let stderr = File::create(&log).map_err(|error| format!("cannot log: {error}"))?;
+        let program =
+            std::env::current_exe().map_err(|error| format!("cannot find the program: {error}"))?;
+        let stderr = File::create(&log).map_err(|error| format!("cannot open the log: {error}"))?;
         let child = Command::new(&program)
             .args(["run", "--config"])
             .arg(config)
@@ -73,14 +74,14 @@ impl SelftestProcesses {
     pub(crate) fn reload(&self) -> Result<(), String> {
         match ask(&self.client, Method::POST, "/v1/reload") {
             Ok(_) => Ok(()),
-            Err(error) => Err(format!("a reload failed: {}", error)),
+            Err(error) => Err(format!("reload failed: {}", error)),
         }
     }
 
     /// Upgrades it to itself.
     pub(crate) fn upgrade(&self) -> Result<(), String> {
         let answer = ask_within(&self.client, Method::POST, "/v1/upgrade", UPGRADE_MAX);
-        answer.map(|_| ()).map_err(|error| format!("an upgrade failed: {}", error))
+        answer.map(|_| ()).map_err(|error| format!("upgrade failed: {}", error))
     }
 
     /// Ends it in order; gives what was not as it should be. The supervisor ends with the
@@ -94,12 +95,12 @@ impl SelftestProcesses {
             if let Ok(Some((_, status))) = waitpid(Some(service), WaitOptions::NOHANG) {
                 self.service = None;
                 let in_order = status.exit_status() == Some(0);
-                let broken = (!in_order).then(|| format!("the balancer ended with {status:?}"));
+                let broken = (!in_order).then(|| format!("the balancer exited with {status:?}"));
                 return broken.into_iter().collect();
             }
             clock::pause(LOOK);
         }
-        vec![format!("the balancer did not end within {limit:?}")]
+        vec![format!("the balancer did not exit within {limit:?}")]
     }
 
     /// The end of what it has logged.
@@ -135,5 +136,5 @@ pub(crate) fn last_lines(log: &Path) -> String {
 
 fn pid_of(number: u64) -> Result<Pid, String> {
     let pid = i32::try_from(number).ok().and_then(Pid::from_raw);
-    pid.ok_or_else(|| format!("{number} is no process"))
+    pid.ok_or_else(|| format!("{number} is not a process ID"))
 }

@@ -162,7 +162,7 @@ impl SelftestWorld {
         let one = in_use[self.random.usize(..in_use.len())];
         self.cut += self.backends[one].kill();
         clock::pause(DEAD);
-        self.backends[one].revive().map_err(|error| format!("no backend again: {error}"))
+        self.backends[one].revive().map_err(|error| format!("cannot restart a backend: {error}"))
     }
 
     fn sum_up(self) -> Result<SelftestOutcome, SelftestError> {
@@ -259,7 +259,7 @@ impl SelftestDirectory {
         std::fs::DirBuilder::new()
             .mode(0o700)
             .create(&path)
-            .map_err(|error| format!("cannot make {} (set TMPDIR): {error}", path.display()))?;
+            .map_err(|error| format!("cannot create {} (set TMPDIR): {error}", path.display()))?;
         Ok(SelftestDirectory(path))
     }
 }
