@@ -18,9 +18,7 @@ use tidegate_core::balance::PickKey;
 use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::balance::trial::TrialPhase;
 use tidegate_core::control::handover::Saved;
-use tidegate_core::control::{
-    ControlEffect, ControlEvent, Controller, MemberSourceKind, ProbeToken,
-};
+use tidegate_core::control::{ControlEffect, ControlEvent, Controller, ProbeToken};
 use tidegate_core::health::{ConnectFailure, Intent, ProbeOutcome};
 use tidegate_core::model::*;
 use tidegate_core::table::state::{BackendId, FrontendState};
@@ -209,7 +207,7 @@ impl World {
                 let same =
                     |c: &&BackendConfig| c.name == b.state.name && c.address == b.state.address;
                 let configured = spec.backends.iter().any(|c| same(&c));
-                configured || registers && matches!(b.origin, MemberSourceKind::Registered)
+                configured || registers && b.origins.is_registered()
             })
         });
         pools.map(|b| b.state.id).collect()
@@ -225,8 +223,7 @@ impl World {
             assert!(ejected <= pool.backends.len() * percent / 100, "too many are ejected");
             self.seen.ejected += ejected;
             for b in &pool.backends {
-                self.seen.registered +=
-                    usize::from(b.origin == MemberSourceKind::Registered && b.eligible);
+                self.seen.registered += usize::from(b.origins.is_registered() && b.eligible);
                 assert!(b.effective_weight <= f64::from(b.weight), "{b:#?}");
                 assert!(b.effective_weight >= 0.0, "{b:#?}");
                 let configured = spec.backends.iter().find(|c| c.name == b.state.name);

@@ -11,9 +11,7 @@ use fastrand::Rng;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_core::control::{
-    ControlEffect, ControlEvent, Controller, MemberSourceKind, ProbeToken, PublishReason,
-};
+use tidegate_core::control::{ControlEffect, ControlEvent, Controller, ProbeToken, PublishReason};
 use tidegate_core::health::{Intent, Observation, ProbeOutcome, RequestedState};
 use tidegate_core::model::*;
 use tidegate_core::suspicion::guards::down_max;
@@ -263,8 +261,7 @@ impl Sim {
                 let found_out = b.observation == Observation::Down || b.intent != Intent::Ready;
                 assert!(!(serves && found_out), "{name} is out and still in the table");
             }
-            let registered =
-                pool.backends.iter().filter(|b| b.origin == MemberSourceKind::Registered);
+            let registered = pool.backends.iter().filter(|b| b.origins.is_registered());
             assert_eq!(registered.count(), pool.registered);
             if taken_out && let Some(first) = pool.backends.first() {
                 self.check_guard(&pool.name, &first.state.name);

@@ -5,12 +5,13 @@
 //! a backend gets it by [`BackendSet::touch`], which notes it: a change cannot be
 //! forgotten. It decides nothing and builds no table.
 
+use super::ProbeToken;
 use super::heartbeats::confirmation::ConfirmationInFlight;
 use super::heartbeats::reported::BackendHeartbeats;
 use super::history::TransitionHistory;
+use super::members::{MemberSource, Origins};
 use super::pools::{PoolEntry, PoolId};
 use super::publish::BackendTableState;
-use super::{MemberSourceKind, ProbeToken};
 use crate::health::{BackendHealth, Intent};
 use crate::model;
 use crate::suspicion::Ramp;
@@ -41,7 +42,8 @@ pub(super) struct BackendEntry {
     pub(super) pool: PoolId,
     pub(super) spec: model::BackendConfig,
     pub(super) health: BackendHealth,
-    pub(super) origin: MemberSourceKind,
+    /// The member sources that name it.
+    pub(super) origins: Origins,
     pub(super) in_flight: Option<ProbeInFlight>,
     /// What its heartbeats have said, where any were heard.
     pub(super) heartbeats: Option<Box<BackendHeartbeats>>,
@@ -197,7 +199,7 @@ impl BackendEntry {
             pool,
             spec,
             health: BackendHealth::new(Intent::Ready, None, now),
-            origin: MemberSourceKind::File,
+            origins: Origins::of(MemberSource::File),
             in_flight: None,
             heartbeats: None,
             confirmation: None,

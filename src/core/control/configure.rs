@@ -7,18 +7,19 @@
 
 use super::backends::BackendEntry;
 use super::heartbeats::HeartbeatWatch;
+use super::members::{MemberSource, MergedMembers, registered};
 use super::pools::{PoolEntry, PoolId, StartupGrace};
 use super::removal::BackendKey;
 use super::schedule::{TimerKind, after};
 use super::state::ControlState;
-use super::{Controller, MemberSourceKind, PublishReason};
+use super::{Controller, PublishReason};
 use crate::health::ejection::EjectionState;
 use crate::health::probe_detector::ProbeDetector;
 use crate::health::{BackendHealth, Observation};
 use crate::model;
 use crate::model::{BackendAddr, Config, EjectionSpec, OnRemoval, ProbeSpec};
 use crate::table::state::BackendId;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -139,13 +140,18 @@ impl ControlState {
         let id = old.as_ref().map_or_else(|| self.pools.next_id(), |old| old.id);
         let old_probe = old.as_ref().and_then(|old| old.spec.probe.clone());
         let mut members = Vec::with_capacity(spec.backends.len());
-        let listed = spec.backends.iter().map(|backend| (backend.clone(), MemberSourceKind::File));
-        let registered = still_registered(spec, old.as_ref(), &before.backends);
+        let merged = {
+            let listed = spec.backends.iter().map(|member| (MemberSource::File, member));
+            let lets_register = spec.heartbeat.as_ref().is_some_and(|spec| spec.register);
+            let registered = registered(lets_register, old.as_ref(), &before.backends);
+            let sets = old.iter().flat_map(|old| old.sets.iter());
+            MergedMembers::of(listed.chain(registered).chain(sets)).list
+        };
         let old_heartbeat = old.as_ref().and_then(|old| old.spec.heartbeat.clone());
-        for (backend, origin) in listed.chain(registered) {
+        for (backend, origins) in merged {
             let (mut entry, arrival) = self.find_or_create(spec, &backend, id, before, now);
             let was_needed = old_heartbeat.as_ref().is_some_and(|old| entry.needs_heartbeats(old));
-            entry.origin = origin;
+            entry.origins = origins;
             if arrival == JoinKind::Joined {
                 self.take_intent(&mut entry, now);
             }
@@ -240,7 +246,13 @@ impl ControlState {
     }
 
     /// Starts the probing of a backend that joins a pool between reloads.
-    pub(super) fn join_probing(&mut self, id: BackendId, pool: PoolId, now: Instant) {
+    pub(super) fn join_probing(
+        &mut self,
+        id: BackendId,
+        pool: PoolId,
+        order: (u32, u32),
+        now: Instant,
+    ) {
         let Some(pool) = self.pools.observe(pool) else { return };
         let Some(entry) = self.backends.touch_later(id) else { return };
         let plan = respecify(entry, None, pool.spec.probe.as_deref(), JoinKind::Joined, now);
@@ -254,7 +266,7 @@ impl ControlState {
             self.schedule.set(grace, after(now, pool.spec.startup_grace));
         }
         entry.health.fails_open |= pool.startup == StartupGrace::FailingOpen;
-        self.start_probing(id, (0, 1), now);
+        self.start_probing(id, order, now);
     }
 
     /// How far the pool is in getting to know its backends after the reload.
@@ -362,27 +374,6 @@ impl PreviousConfig {
         let same = found.filter(|(rule, _)| Some(*rule) == spec);
         same.map(|(_, outlier)| outlier).max_by_key(|outlier| outlier.until())
     }
-}
-
-/// The pool's registered backends that the new configuration leaves alone.
-fn still_registered(
-    spec: &model::PoolConfig,
-    old: Option<&PoolEntry>,
-    known: &BTreeMap<BackendId, BackendEntry>,
-) -> Vec<(model::BackendConfig, MemberSourceKind)> {
-    let (Some(heartbeat), Some(old)) = (&spec.heartbeat, old) else { return Vec::new() };
-    if !heartbeat.register {
-        return Vec::new();
-    }
-    let names: HashSet<&str> = spec.backends.iter().map(|backend| &*backend.name).collect();
-    let addresses: HashSet<&BackendAddr> =
-        spec.backends.iter().map(|backend| &backend.address).collect();
-    let stays = |id: &BackendId| {
-        let entry = known.get(id).filter(|entry| entry.origin == MemberSourceKind::Registered)?;
-        let claimed = names.contains(&*entry.spec.name) || addresses.contains(&entry.spec.address);
-        (!claimed).then(|| (entry.spec.clone(), MemberSourceKind::Registered))
-    };
-    old.members().iter().filter_map(stays).collect()
 }
 
 /// Fits the backend's detector to its pool's probe spec: a changed spec keeps

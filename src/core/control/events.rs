@@ -3,9 +3,10 @@
 //! Made and read by `daemon`, `daemon::probe` and simulations. Values alone: nothing here
 //! does anything.
 
+use super::members::MemberSource;
 use super::publish::detached_build::BuildToken;
 use crate::health::{ConnectFailure, ProbeOutcome, Transition};
-use crate::model::{BackendAddr, Config, ProbeSpec};
+use crate::model::{BackendAddr, BackendConfig, Config, ProbeSpec};
 use crate::table::Table;
 use crate::table::build::{PoolBuild, PoolBuilt};
 use crate::table::state::BackendId;
@@ -50,6 +51,22 @@ pub enum ControlEvent {
         at: Instant,
         /// Heartbeats of the same sender that it stands for, itself included.
         stands_for: u32,
+    },
+    /// The backends that a source names for a pool; they replace those it named before.
+    /// A set that is older than the one taken, that is too large or that is of an unknown
+    /// pool changes nothing and is counted ([`MembersIgnored`]).
+    ///
+    /// [`MembersIgnored`]: super::MembersIgnored
+    Members {
+        /// A [`MemberSource::Numbered`]: the file's members come by
+        /// [`ControlEvent::Configure`], heartbeats bring theirs one by one.
+        source: MemberSource,
+        /// Name of the pool.
+        pool: Arc<str>,
+        /// Grows with each set of the source for the pool.
+        revision: u64,
+        /// All of them, at most [`MEMBERS_MAX`](super::MEMBERS_MAX).
+        set: Vec<BackendConfig>,
     },
     /// That many heartbeats were lost on this machine.
     HeartbeatsLost(u64),

@@ -12,8 +12,8 @@ use super::schedule::TimerKind;
 use super::slow_backends::watched;
 use super::state::ControlState;
 use super::{
-    ControlEffect, Controller, HeartbeatIgnored, MemberSourceKind, PublishReason, SavedHeartbeats,
-    SavedIntent, SavedTransition,
+    ControlEffect, Controller, HeartbeatIgnored, PublishReason, SavedHeartbeats, SavedIntent,
+    SavedTransition,
 };
 use crate::balance::RoundRobinPosition;
 use crate::health::ejection::SavedEjectionState;
@@ -524,7 +524,7 @@ fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBack
         connect_failures: sum(|c| c.connect_failures.get()),
         bytes_in: sum(|c| c.bytes_in.get()),
         bytes_out: sum(|c| c.bytes_out.get()),
-        registered: entry.origin == MemberSourceKind::Registered,
+        registered: entry.origins.is_registered(),
         heartbeats: entry.heartbeats.as_ref().map(|heartbeats| heartbeats.save(now)),
         requested_ms: age(entry.requested_since),
         observed_ms: Some(age(entry.observed_since)),

@@ -31,8 +31,8 @@ mod silence_counts;
 
 pub use saved::SavedHeartbeats;
 
-use super::MemberSourceKind;
 use super::backends::BackendEntry;
+use super::members::{MemberSource, Origins};
 use super::pools::PoolId;
 use super::schedule::{TimerKind, after};
 use super::state::ControlState;
@@ -199,7 +199,7 @@ impl HeartbeatWatch {
             (placed, HeartbeatIgnored::ConfiguredAddress),
         ] {
             let Some(other) = other.and_then(|id| state.backends.get(id)) else { continue };
-            if other.origin == MemberSourceKind::File {
+            if other.origins != Origins::of(MemberSource::Heartbeats) {
                 return Err(configured);
             }
             if other.heartbeats.as_ref().is_some_and(|h| h.incarnation >= heartbeat.incarnation) {
@@ -215,7 +215,7 @@ impl HeartbeatWatch {
         for (gone, what) in [(named, "address"), (placed, "name")] {
             if let Some(gone) = gone {
                 let reason = format!("its sender started anew under another {what}");
-                self.unregister(state, gone, &reason, now);
+                state.withdraw_registration(self, gone, &reason, now);
             }
         }
         if heartbeat.state == SenderState::Stopping {
@@ -223,24 +223,6 @@ impl HeartbeatWatch {
         }
         state.check_room(id, &spec, now)?;
         Ok(Some(state.register(id, &spec, heartbeat, now)))
-    }
-
-    /// Takes a registered backend out of its pool for good.
-    pub(super) fn unregister(
-        &mut self,
-        state: &mut ControlState,
-        id: BackendId,
-        reason: &str,
-        now: Instant,
-    ) {
-        let Some(mut entry) = state.backends.remove(id) else { return };
-        state.pools.remove_member(&entry);
-        let Some(pool) = state.pools.get(entry.pool) else { return };
-        let (rule, pool) = (pool.spec.on_removal, pool.id);
-        state.pending.unsettled.insert(pool);
-        self.drop_sender(&mut entry);
-        state.remove_backend(entry, reason, rule, now);
-        state.settle_pool_ramps(pool, now);
     }
 
     /// Takes what a known backend's heartbeat says.
@@ -287,9 +269,12 @@ impl HeartbeatWatch {
             state.schedule.set(TimerKind::HeartbeatTtl(id), at + ttl);
         }
         if heartbeat.state == SenderState::Stopping
-            && state.origin(id) == Some(MemberSourceKind::Registered)
+            && state
+                .backends
+                .get(id)
+                .is_some_and(|entry| entry.origins == Origins::of(MemberSource::Heartbeats))
         {
-            self.unregister(state, id, "its heartbeat says that it stops", now);
+            state.withdraw_registration(self, id, "its heartbeat says that it stops", now);
             return;
         }
         self.count(state, id);
@@ -323,8 +308,8 @@ impl HeartbeatWatch {
         let Some(entry) = state.backends.touch(id) else { return };
         let Some(heartbeats) = &mut entry.heartbeats else { return };
         heartbeats.expired = true;
-        let needed = entry.origin == MemberSourceKind::Registered || spec.require;
-        if entry.origin == MemberSourceKind::Registered {
+        let needed = entry.needs_heartbeats(&spec);
+        if entry.origins.is_registered() {
             state.schedule.set(TimerKind::Forget(id), after(over, spec.forget_after).max(now));
         }
         if !needed {
@@ -341,11 +326,11 @@ impl HeartbeatWatch {
     /// `forget_after` is over.
     pub(super) fn forget(&mut self, state: &mut ControlState, id: BackendId, now: Instant) {
         let still = |entry: &BackendEntry| {
-            entry.origin == MemberSourceKind::Registered
+            entry.origins.is_registered()
                 && entry.heartbeats.as_ref().is_none_or(|heartbeats| heartbeats.expired)
         };
         if state.backends.get(id).is_some_and(still) {
-            self.unregister(state, id, "no heartbeat for ttl and forget_after", now);
+            state.withdraw_registration(self, id, "no heartbeat for ttl and forget_after", now);
         }
     }
 }
@@ -393,10 +378,6 @@ impl ControlState {
         );
         self.record_lazily(id, ("new", "unknown"), reason, Duration::ZERO, now);
         id
-    }
-
-    fn origin(&self, id: BackendId) -> Option<MemberSourceKind> {
-        self.backends.get(id).map(|entry| entry.origin)
     }
 
     /// Whether its detector has not been told of it.

@@ -10,8 +10,8 @@
 //! `frontends`, `pools`, `backends`, `removal` (backends that have left), `schedule`. What
 //! a change means is in the files beside, as methods of it: `probing` (when probes run),
 //! `probe_results` (what they mean), `ejections` and `trials`, `ramps` (slow start),
-//! `settling` (pools of which no backend has been judged yet), `operator` and `intents`
-//! (drains).
+//! `settling` (pools of which no backend has been judged yet), `members` (which backends a
+//! pool has), `operator` and `intents` (drains).
 //!
 //! Three parts have state of their own and get the common one for a call: `heartbeats`
 //! (who joins, what silence means), `slow_backends` (who does not answer) and `publish`
@@ -30,6 +30,7 @@ pub mod handover;
 mod heartbeats;
 mod history;
 mod intents;
+mod members;
 mod operator;
 mod pools;
 mod probe_results;
@@ -53,6 +54,7 @@ pub use heartbeats::SavedHeartbeats;
 pub use heartbeats::ignored::HeartbeatIgnored;
 pub use history::{SavedTransition, TRANSITIONS_MAX};
 pub use intents::{REMOVED_INTENTS_FOR, REMOVED_INTENTS_MAX, SavedIntent};
+pub use members::{MEMBERS_MAX, MemberSource, MembersIgnored, Origins};
 pub use publish::Weight;
 pub use publish::detached_build::BuildToken;
 pub use publish::pacer::PublishReason;
@@ -80,15 +82,6 @@ pub struct Controller {
     heartbeats: HeartbeatWatch,
     slow: SlowBackends,
     publisher: Publisher,
-}
-
-/// How a backend got into its pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MemberSourceKind {
-    /// It stands in the file.
-    File,
-    /// Its heartbeats brought it.
-    Registered,
 }
 
 // === impl Controller ===
@@ -161,6 +154,10 @@ impl Controller {
                 }
                 ControlEvent::Built { token, built, took } => {
                     self.publisher.built(&mut self.state, token, *built, took, now);
+                }
+                ControlEvent::Members { source, pool, revision, set } => {
+                    let (state, heartbeats) = (&mut self.state, &mut self.heartbeats);
+                    state.take_members(heartbeats, source, (&pool, revision), set, now);
                 }
                 ControlEvent::Heartbeat { .. }
                 | ControlEvent::HeartbeatsLost(_)
@@ -251,6 +248,11 @@ impl Controller {
     /// How many backends there have been so far; goes around at 2^32.
     pub fn backends_seen(&self) -> u32 {
         self.state.allocator.backends_seen()
+    }
+
+    /// Sets of members and single members that changed nothing, by reason.
+    pub fn ignored_members(&self) -> [(MembersIgnored, u64); MembersIgnored::ALL.len()] {
+        MembersIgnored::ALL.map(|why| (why, self.state.ignored_members[why as usize]))
     }
 
     /// Pools in which no backend serves yet, and a first verdict is due.

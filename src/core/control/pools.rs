@@ -6,9 +6,9 @@
 //! alone, and the pool is noted where its table is wrong by that. It knows nothing of
 //! health.
 
-use super::MemberSourceKind;
 use super::backends::BackendEntry;
 use super::heartbeats::confirmation::confirming;
+use super::members::{MemberSets, Origins};
 use super::publish::detached_build::DetachedBuild;
 use super::settling::PoolSettling;
 use crate::model;
@@ -62,6 +62,8 @@ pub(super) struct PoolEntry {
     registered: usize,
     /// While none of its backends serves and some have no verdict yet.
     settling: Option<PoolSettling>,
+    /// What numbered sources say of its members.
+    pub(super) sets: MemberSets,
     pub(super) startup: StartupGrace,
     /// Whether the file has backups for it.
     pub(super) has_backups: bool,
@@ -159,6 +161,14 @@ impl PoolSet {
         }
     }
 
+    /// The origins of a member have changed.
+    pub(super) fn count_registered(&mut self, pool: PoolId, before: Origins, now: Origins) {
+        if let Some(pool) = self.observe(pool) {
+            pool.registered -= usize::from(before.is_registered());
+            pool.registered += usize::from(now.is_registered());
+        }
+    }
+
     /// The next table of the pool has to be made of its members of now.
     pub(super) fn note_change(&mut self, pool: PoolId) {
         self.changed.insert(pool);
@@ -169,7 +179,7 @@ impl PoolSet {
         let Some(pool) = self.observe(entry.pool) else { return };
         let id = entry.state.id;
         pool.members.retain(|member| *member != id);
-        pool.registered -= usize::from(entry.origin == MemberSourceKind::Registered);
+        pool.registered -= usize::from(entry.origins.is_registered());
         if pool.names.get(&entry.spec.name) == Some(&id) {
             pool.names.remove(&entry.spec.name);
         }
@@ -260,6 +270,7 @@ impl PoolEntry {
             addresses: HashMap::new(),
             registered: 0,
             settling: None,
+            sets: MemberSets::default(),
             startup,
             has_backups: spec.backends.iter().any(|backend| backend.backup),
             full_noticed: None,
@@ -272,6 +283,7 @@ impl PoolEntry {
             pool.detached = old.detached;
             pool.in_service_since = old.in_service_since;
             pool.settling = old.settling;
+            pool.sets = old.sets;
             if spec.heartbeat.is_some() {
                 pool.guard = old.guard;
                 pool.full_noticed = old.full_noticed;
@@ -284,7 +296,7 @@ impl PoolEntry {
     pub(super) fn add(&mut self, entry: &BackendEntry) {
         self.members.push(entry.state.id);
         self.names.insert(Arc::clone(&entry.spec.name), entry.state.id);
-        self.registered += usize::from(entry.origin == MemberSourceKind::Registered);
+        self.registered += usize::from(entry.origins.is_registered());
         if let BackendAddr::Tcp(address) = entry.state.address
             && self.spec.heartbeat.is_some()
         {

@@ -6,7 +6,6 @@
 pub(super) mod detached_build;
 pub(super) mod pacer;
 
-use super::MemberSourceKind;
 use super::backends::BackendEntry;
 use super::pools::{PoolEntry, PoolId};
 use super::state::ControlState;
@@ -325,7 +324,7 @@ impl ControlState {
     pub(super) fn may_wait(&self, id: BackendId) -> bool {
         let Some(entry) = self.backends.get(id) else { return true };
         let Some(pool) = self.pool(entry.pool) else { return true };
-        entry.origin == MemberSourceKind::Registered
+        entry.origins.is_registered()
             && BackendTableState::of(entry, pool).weight > entry.published.weight
     }
 

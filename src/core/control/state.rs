@@ -8,6 +8,7 @@
 use super::backends::BackendSet;
 use super::ejections::EjectionIndex;
 use super::frontends::FrontendSet;
+use super::members::MembersIgnored;
 use super::pools::{PoolEntry, PoolId, PoolSet};
 use super::probing::ProbeLog;
 use super::removal::RemovedBackends;
@@ -35,6 +36,8 @@ pub(super) struct ControlState {
     pub(super) removed: RemovedBackends,
     pub(super) schedule: Schedule,
     pub(super) probes: ProbeLog,
+    /// Sets of members and single members that changed nothing, by [`MembersIgnored`].
+    pub(super) ignored_members: [u64; MembersIgnored::ALL.len()],
     /// What the event at hand leaves to be finished; empty between events.
     pub(super) pending: PendingEffects,
 }
@@ -80,6 +83,7 @@ impl ControlState {
             removed: RemovedBackends::default(),
             schedule: Schedule::default(),
             probes: ProbeLog::new(seed),
+            ignored_members: [0; MembersIgnored::ALL.len()],
             pending: PendingEffects::default(),
         }
     }

@@ -3,8 +3,9 @@
 //! Called by `daemon` for the admin API. It derives, it never changes anything.
 
 use super::backends::BackendEntry;
+use super::members::Origins;
 use super::pools::PoolEntry;
-use super::{Controller, HeartbeatIgnored, MemberSourceKind, PublishReason};
+use super::{Controller, HeartbeatIgnored, PublishReason};
 use crate::health::{HeartbeatHealth, Intent, Observation, RequestedState, Transition};
 use crate::model::{BindKey, WhenNoneEligible, Words};
 use crate::suspicion::rejections::Rejection;
@@ -100,8 +101,8 @@ pub struct PoolStatus {
 pub struct BackendStatus {
     /// Counters and identity.
     pub state: Arc<BackendState>,
-    /// Of the file or its heartbeats.
-    pub origin: MemberSourceKind,
+    /// The member sources that name it.
+    pub origins: Origins,
     /// From the file, or as its heartbeats ask for.
     pub weight: u32,
     /// As balanced by, exactly; 0 while it is not eligible.
@@ -279,7 +280,7 @@ pub(super) fn backend_status(
 ) -> BackendStatus {
     BackendStatus {
         state: Arc::clone(&entry.state),
-        origin: entry.origin,
+        origins: entry.origins,
         weight: u32::from(entry.base_weight(&pool.spec)),
         effective_weight: entry.weight(&pool.spec).in_force(),
         backup: entry.spec.backup,
@@ -333,7 +334,7 @@ impl BackendStatus {
     pub fn plain(state: BackendState) -> BackendStatus {
         BackendStatus {
             state: Arc::new(state),
-            origin: MemberSourceKind::File,
+            origins: Origins::of(crate::control::MemberSource::File),
             weight: 2,
             effective_weight: 2.0,
             backup: false,

@@ -4,6 +4,7 @@
 mod ejections;
 mod handover;
 mod heartbeats;
+mod members;
 mod probing;
 mod reloads;
 mod scale;

@@ -13,7 +13,7 @@ use tidegate_api::explain::{
 };
 use tidegate_api::names::ProbeKindName;
 use tidegate_core::control::explain::{Explanation, GuardStatus, ProbeView};
-use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus, MemberSourceKind};
+use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus};
 use tidegate_core::health::probe_detector::ProbeState;
 use tidegate_core::health::{Intent, Observation, RequestedState};
 use tidegate_core::model::ProbeKind;
@@ -34,7 +34,7 @@ pub fn render(explained: &Explanation, refused: Option<&Rejection>) -> String {
         pool: backend.state.pool.to_string(),
         backend: backend.state.name.to_string(),
         address: backend.state.address.to_string(),
-        registered: backend.origin == MemberSourceKind::Registered,
+        registered: backend.origins.is_registered(),
         eligible: backend.eligible,
         why: why_sentence(explained)
             + &rejected.map_or_else(String::new, |last| being_rejected(last, explained.now)),
@@ -221,7 +221,7 @@ fn heartbeat(explained: &Explanation, rejected: Option<&Rejection>) -> Option<He
     let spec = explained.heartbeat_spec.as_ref()?;
     let backend = &explained.backend;
     Some(HeartbeatDoc {
-        required: spec.require || backend.origin == MemberSourceKind::Registered,
+        required: spec.require || backend.origins.is_registered(),
         pulse: backend.heartbeat_health.name().into(),
         sender: backend.heartbeats.as_ref().map(|heart| sender(heart, backend, explained)),
         rejected: rejected.map(|last| rejections::rejected(last, explained.now)),

@@ -13,8 +13,7 @@ use tidegate_api::status::{
     TransitionDoc,
 };
 use tidegate_core::control::{
-    BackendStatus, FreezeStatus, FrontendStatus, HeartbeatChannelStatus, MemberSourceKind,
-    PoolStatus,
+    BackendStatus, FreezeStatus, FrontendStatus, HeartbeatChannelStatus, PoolStatus,
 };
 use tidegate_core::health::{HeartbeatHealth, Transition};
 use tidegate_core::metrics::counters::{PanicScope, WorkerCounters};
@@ -152,7 +151,7 @@ fn backend(
     BackendDoc {
         name: state.name.to_string(),
         address: state.address.to_string(),
-        registered: status.origin == MemberSourceKind::Registered,
+        registered: status.origins.is_registered(),
         weight: status.weight,
         effective_weight: status.effective_weight,
         backup: status.backup,

@@ -17,7 +17,7 @@ use tidegate_core::control::explain::{
 };
 use tidegate_core::control::{
     BackendHeartbeatStatus, BackendStatus, ControlStatus, FreezeStatus, HeartbeatChannelStatus,
-    HeartbeatIgnored, MemberSourceKind, PoolStatus, Weight,
+    HeartbeatIgnored, MemberSource, Origins, PoolStatus, Weight,
 };
 use tidegate_core::health::probe_detector::ProbeState;
 use tidegate_core::health::recent::Recent;
@@ -96,7 +96,7 @@ fn backend(now: Instant) -> BackendStatus {
     let state = BackendState::new(BackendId(1), "web".into(), "a".into(), address, 1);
     state.counters.of(0).connect_failures.add(9);
     BackendStatus {
-        origin: MemberSourceKind::Registered,
+        origins: Origins::of(MemberSource::Heartbeats),
         effective_weight: 0.2,
         observation: Observation::Suspect,
         on_trial: true,

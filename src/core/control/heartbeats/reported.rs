@@ -5,7 +5,6 @@
 //! silence and changes nothing but itself.
 
 use super::silence_counts::CountedSender;
-use crate::control::MemberSourceKind;
 use crate::control::backends::BackendEntry;
 use crate::health::{HeartbeatHealth, RequestedState};
 use crate::model;
@@ -116,8 +115,8 @@ impl BackendEntry {
 
     /// The largest weight its heartbeats may ask for.
     pub(in crate::control) fn weight_max(&self, pool: &model::PoolConfig) -> u16 {
-        match (self.origin, &pool.heartbeat) {
-            (MemberSourceKind::Registered, Some(spec)) => spec.weight_max,
+        match (self.origins.is_registered(), &pool.heartbeat) {
+            (true, Some(spec)) => spec.weight_max,
             _ => self.spec.weight,
         }
     }
@@ -130,7 +129,7 @@ impl BackendEntry {
 
     /// Whether it may serve only on the word of its heartbeats.
     pub(in crate::control) fn needs_heartbeats(&self, spec: &HeartbeatSpec) -> bool {
-        self.origin == MemberSourceKind::Registered || spec.require
+        self.origins.is_registered() || spec.require
     }
 
     /// What its heartbeats amount to.
@@ -139,7 +138,7 @@ impl BackendEntry {
         spec: &HeartbeatSpec,
         now: Instant,
     ) -> HeartbeatHealth {
-        let needed = self.origin == MemberSourceKind::Registered || spec.require;
+        let needed = self.needs_heartbeats(spec);
         let undecided = if needed { HeartbeatHealth::Waiting } else { HeartbeatHealth::Absent };
         let Some(heartbeats) = &self.heartbeats else {
             let excused = self.heartbeats_from.is_some_and(|from| now < from);

@@ -7,10 +7,11 @@
 use super::HeartbeatWatch;
 use super::reported::{BackendHeartbeats, ReportedLoad, requested};
 use crate::control::handover::{SavedBackend, SavedPool};
+use crate::control::members::{MemberSource, Origins};
 use crate::control::pools::PoolId;
 use crate::control::schedule::{TimerKind, after};
 use crate::control::state::ControlState;
-use crate::control::{MemberSourceKind, PublishReason, sessions_elsewhere};
+use crate::control::{PublishReason, sessions_elsewhere};
 use crate::model;
 use crate::model::{BackendAddr, HeartbeatSpec};
 use crate::suspicion::{BeatInfo, HeartbeatDetector, SavedDetector};
@@ -164,7 +165,7 @@ impl HeartbeatWatch {
         if let Some((_, over)) = entry.expiry(&spec) {
             if !expired {
                 state.schedule.set(TimerKind::HeartbeatTtl(id), over.max(now));
-            } else if entry.origin == MemberSourceKind::Registered {
+            } else if entry.origins.is_registered() {
                 let forget = after(over, spec.forget_after).max(now);
                 state.schedule.set(TimerKind::Forget(id), forget);
             }
@@ -190,14 +191,14 @@ impl HeartbeatWatch {
             saved.backends.iter().map(|backend| backend.name.as_str()).collect();
         let gone = |id: &&BackendId| {
             state.backends.get(**id).is_some_and(|entry| {
-                entry.origin == MemberSourceKind::Registered
+                entry.origins.is_registered()
                     && entry.heartbeats.as_ref().is_some_and(|heartbeats| heartbeats.adopted)
                     && !there.contains(&*entry.spec.name)
             })
         };
         let gone: Vec<BackendId> = pool.members().iter().filter(gone).copied().collect();
         for id in gone {
-            self.unregister(state, id, "it left during the upgrade", now);
+            state.withdraw_registration(self, id, "it left during the upgrade", now);
         }
     }
 }
@@ -239,34 +240,13 @@ impl ControlState {
         (name, address, weight): (Arc<str>, std::net::SocketAddr, u16),
         now: Instant,
     ) -> BackendId {
-        let Some(pool) = self.pool(pool_id) else {
-            unreachable!("the pool was looked up for this very backend")
-        };
-        let pool_spec = Arc::clone(&pool.spec);
-        let spec = model::BackendConfig {
+        let member = model::BackendConfig {
             name,
             address: BackendAddr::Tcp(address),
             weight: weight.clamp(1, spec.weight_max.max(1)),
             backup: false,
             connections_max: 0,
         };
-        let returned =
-            self.removed_as(&pool_spec.name, &spec).and_then(|id| self.restore_backend(id, now));
-        let mut entry = match returned {
-            Some(entry) => entry,
-            None => self.new_entry(&pool_spec, &spec, pool_id, now),
-        };
-        entry.state.start_from(&pool_spec.source, self.allocator.workers);
-        entry.pool = pool_id;
-        entry.spec = spec;
-        entry.origin = MemberSourceKind::Registered;
-        entry.health.heartbeat_health = crate::health::HeartbeatHealth::Waiting;
-        self.take_intent(&mut entry, now);
-        let id = entry.state.id;
-        self.ejections.note(&entry);
-        self.pools.add_member(&entry);
-        self.backends.insert(entry);
-        self.join_probing(id, pool_id, now);
-        id
+        self.join(pool_id, member, Origins::of(MemberSource::Heartbeats), (0, 1), now)
     }
 }

@@ -65,7 +65,7 @@ pub(in crate::control) struct DetachedBuild {
     /// Members that the last part, made or under way, may be wrong about.
     moved: Vec<BackendId>,
     /// Taken out before a table says so, with the number of the first part that does.
-    shut: Vec<(u64, Arc<BackendState>)>,
+    shut: BTreeMap<BackendId, (u64, Arc<BackendState>)>,
 }
 
 /// A part that is being made.
@@ -118,12 +118,12 @@ impl DetachedBuild {
 
     /// A table says of everybody what is so.
     pub(in crate::control) fn reopen(&self) {
-        self.shut.iter().for_each(|(_, state)| state.in_flight.reopen());
+        self.shut.values().for_each(|(_, state)| state.in_flight.reopen());
     }
 
     fn reopen_one(&mut self, id: BackendId) {
-        if let Some(place) = self.shut.iter().position(|(_, state)| state.id == id) {
-            self.shut.swap_remove(place).1.in_flight.reopen();
+        if let Some((_, state)) = self.shut.remove(&id) {
+            state.in_flight.reopen();
         }
     }
 }
@@ -183,10 +183,10 @@ impl Publisher {
             let Some(entry) = state.backends.get(*id) else { continue };
             if entry.health.eligible() {
                 detached.reopen_one(*id);
-            } else if !detached.shut.iter().any(|(_, state)| state.id == *id)
+            } else if !detached.shut.contains_key(id)
                 && entry.state.in_flight.shut()
             {
-                detached.shut.push((first, Arc::clone(&entry.state)));
+                detached.shut.insert(*id, (first, Arc::clone(&entry.state)));
             }
         }
         detached.moved.extend(moved);
@@ -288,8 +288,13 @@ impl Publisher {
         if reason == PublishReason::Heartbeat {
             self.pacer.wait_until(now + took * (SHARE - 1));
         }
-        let due = detached.shut.extract_if(.., |(first, _)| *first <= token.number);
-        self.reopen.extend(due.map(|(_, state)| state));
+        detached.shut.retain(|_, (first, state)| {
+            let known = *first <= token.number;
+            if known {
+                self.reopen.push(Arc::clone(state));
+            }
+            !known
+        });
     }
 
     /// The parts that have been made and say something new, by their places.

@@ -27,8 +27,8 @@ pub enum PublishReason {
     Operator,
     /// Somebody was found to be well or not, or was ejected or put back.
     Health,
-    /// Somebody registered, left, or asked for another weight; or one that
-    /// comes back takes its next step.
+    /// Members joined, left or asked for another weight, or a slow start took its next
+    /// step.
     Heartbeat,
 }
 

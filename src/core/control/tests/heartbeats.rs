@@ -118,8 +118,8 @@ fn a_registered_backend_serves_once_a_connect_has_confirmed_it() {
     assert_eq!(bench.serving(), ["a"], "{:?}", logs(&effects));
     let status = bench.status("a");
     assert_eq!(
-        (status.origin, status.observation),
-        (MemberSourceKind::Registered, Observation::Up)
+        (status.origins, status.observation),
+        (Origins::of(MemberSource::Heartbeats), Observation::Up)
     );
     assert_eq!((status.weight, status.effective_weight), (10, 10.0));
 }
@@ -340,7 +340,7 @@ fn a_reload_keeps_who_registered_and_a_file_may_adopt_it() {
     let (a, b) = (bench.id("a"), bench.id("b"));
     bench.configure(open_pool(&["z", "a"]));
     assert_eq!((bench.id("a"), bench.id("b")), (a, b));
-    assert_eq!(bench.status("a").origin, MemberSourceKind::File);
+    assert_eq!(bench.status("a").origins, Origins::of(MemberSource::File));
     assert_eq!(bench.serving(), ["z", "a", "b"]);
     bench.configure(unprobed(&["z", "a"]));
     assert_eq!(bench.names(), ["z", "a"], "nobody may register any more");

@@ -7,7 +7,7 @@
 use super::One;
 use super::encoder::{Encoder, Family, counter, gauge};
 use crate::admin::snapshot::AdminSnapshot;
-use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus, MemberSourceKind};
+use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus};
 use tidegate_core::health::{HeartbeatHealth, Observation};
 
 #[rustfmt::skip]
@@ -89,7 +89,7 @@ fn backends(out: &mut Encoder, each: &[One<'_>]) {
         samples.value_of(&one.labels, f64::from(one.status.ramp_percent) / 100.0);
     }
     let flags: [(&Family, Flag); 2] = [
-        (&families::IS_REGISTERED, |b| b.origin == MemberSourceKind::Registered),
+        (&families::IS_REGISTERED, |b| b.origins.is_registered()),
         (&families::BEATING, |b| b.heartbeat_health == HeartbeatHealth::OnTime),
     ];
     for (family, flag) in flags {
