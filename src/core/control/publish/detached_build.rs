@@ -183,9 +183,7 @@ impl Publisher {
             let Some(entry) = state.backends.get(*id) else { continue };
             if entry.health.eligible() {
                 detached.reopen_one(*id);
-            } else if !detached.shut.contains_key(id)
-                && entry.state.in_flight.shut()
-            {
+            } else if !detached.shut.contains_key(id) && entry.state.in_flight.shut() {
                 detached.shut.insert(*id, (first, Arc::clone(&entry.state)));
             }
         }
