@@ -223,7 +223,8 @@ fn scope_id(text: &str) -> Result<u32, ValueError> {
         .help("give the name of an interface or its index; `ip link` shows both"))
 }
 
-fn port_number(text: &str, port: &str) -> Result<u16, ValueError> {
+/// The port after an address; `text` is all of it.
+pub(super) fn port_number(text: &str, port: &str) -> Result<u16, ValueError> {
     if port.is_empty() {
         return Err(ValueError::new(format!("the port is missing in {}", shown(text)))
             .help("write IP:PORT, such as \"10.0.0.1:8080\""));

@@ -248,6 +248,12 @@ impl<'s> ProblemCollector<'s> {
         self.errors.borrow_mut().push(place, what);
     }
 
+    /// Errors noted so far.
+    pub(super) fn errors(&self) -> usize {
+        let errors = self.errors.borrow();
+        errors.list.len() + errors.omitted
+    }
+
     /// Notes a warning at `place`.
     pub(super) fn warning(&self, place: Range<usize>, what: ValueError) {
         self.warnings.borrow_mut().push(place, || what);

@@ -24,7 +24,9 @@ pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
 pub use origin::{Origin, Spot};
 pub use source::FILE_BYTES_MAX;
 pub use texts::Texts;
-pub use validate::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX};
+pub use validate::{
+    BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX, ROUTES_MAX,
+};
 pub use writer::write;
 
 use diagnose::ProblemCollector;

@@ -48,6 +48,8 @@ pub enum Cause {
     SourceConnections,
     /// Its source connects faster than it may.
     SourceRate,
+    /// A route of the frontend refuses it.
+    Route,
     /// A bug here: its task or its worker has panicked.
     InternalError,
 }
@@ -113,6 +115,8 @@ pub enum RefusedReason {
     SourceConnections,
     /// Its source connects faster than it may.
     SourceRate,
+    /// A route of the frontend refuses it.
+    Route,
 }
 
 // === impl Cause ===
@@ -156,7 +160,7 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in the order of their numbers.
-    pub const ALL: [Cause; 21] = [
+    pub const ALL: [Cause; 22] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
@@ -177,6 +181,7 @@ impl Cause {
         Cause::Denied,
         Cause::SourceConnections,
         Cause::SourceRate,
+        Cause::Route,
         Cause::InternalError,
     ];
 
@@ -203,6 +208,7 @@ impl Cause {
             Cause::Denied => "denied",
             Cause::SourceConnections => "source-connections",
             Cause::SourceRate => "source-rate",
+            Cause::Route => "route",
             Cause::InternalError => "internal-error",
         }
     }
@@ -296,6 +302,7 @@ impl RefusedReason {
             Cause::Denied => Some(RefusedReason::Denied),
             Cause::SourceConnections => Some(RefusedReason::SourceConnections),
             Cause::SourceRate => Some(RefusedReason::SourceRate),
+            Cause::Route => Some(RefusedReason::Route),
             _ => None,
         }
     }
@@ -304,7 +311,7 @@ impl RefusedReason {
     pub const COUNT: usize = RefusedReason::ALL.len();
 
     /// Every reason, in the order of their numbers.
-    pub const ALL: [RefusedReason; 7] = [
+    pub const ALL: [RefusedReason; 8] = [
         RefusedReason::NoBackend,
         RefusedReason::LocalResource,
         RefusedReason::QueueTimeout,
@@ -312,6 +319,7 @@ impl RefusedReason {
         RefusedReason::Denied,
         RefusedReason::SourceConnections,
         RefusedReason::SourceRate,
+        RefusedReason::Route,
     ];
 
     /// Metric label.
@@ -324,6 +332,7 @@ impl RefusedReason {
             RefusedReason::Denied => "denied",
             RefusedReason::SourceConnections => "source-connections",
             RefusedReason::SourceRate => "source-rate",
+            RefusedReason::Route => "route",
         }
     }
 }
@@ -343,7 +352,7 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
         Cause::DrainDeadline => b'K',
         Cause::BackendRemoved => b'D',
         Cause::LocalResource => b'R',
-        Cause::Denied | Cause::SourceConnections | Cause::SourceRate => b'P',
+        Cause::Denied | Cause::SourceConnections | Cause::SourceRate | Cause::Route => b'P',
         Cause::InternalError => b'I',
     };
     let second = match phase {

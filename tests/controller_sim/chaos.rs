@@ -289,7 +289,7 @@ impl World {
     fn arrive(&mut self) {
         let table = Arc::clone(&self.table);
         let Some(route) = self.rng.choice(&table.frontends) else { return };
-        if permit::admit(&self.process, &table, route, 0).is_err() {
+        if permit::admit(&self.process, &table, route, |_| 0).is_err() {
             return;
         }
         assert!(self.process.get() <= table.connections_max, "beyond the process's cap");

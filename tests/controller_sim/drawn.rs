@@ -111,6 +111,7 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
     let frontends = pools.iter().enumerate().map(|(index, pool)| FrontendConfig {
         name: format!("f{index}").into(),
         binds: vec![Bind::tcp(([127, 0, 0, 1], 80 + index as u16).into())],
+        routes: vec![],
         pool: Arc::clone(&pool.name),
         first_byte_timeout: None,
         idle_timeout: None,

@@ -34,6 +34,7 @@ fn phases_of(cause: Cause) -> &'static [Phase] {
         }
         Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => &[Connect],
         Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => &[Admit],
+        Cause::Route => &[Admit, Preread, Queue],
         Cause::FirstByteTimeout => &[Preread, Data],
         Cause::IdleTimeout => &[Data],
         Cause::HalfClosedTimeout => &[HalfClosed, Closed],

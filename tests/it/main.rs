@@ -41,6 +41,7 @@ mod probes;
 mod relay;
 mod reload;
 mod rewrites;
+mod routes;
 mod scrapes;
 mod settling;
 mod shortage;

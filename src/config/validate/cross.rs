@@ -27,35 +27,43 @@ pub(super) fn check(
     loops(report, admin, pools, &taken);
 }
 
-/// Every frontend's pool exists, and every pool is used.
+/// Every pool that a frontend or a route names exists, and every pool is used.
 fn routes(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
     let known: HashSet<&str> = pools.iter().map(|pool| &*pool.model.name).collect();
-    let mut used = HashSet::new();
+    let (mut used, mut routed) = (HashSet::new(), HashSet::new());
     for frontend in frontends {
-        let Some(place) = &frontend.pool else {
-            continue;
-        };
-        let name = &*frontend.model.pool;
-        used.insert(name);
-        if known.contains(name) {
-            continue;
+        let own = frontend.pool.iter().map(|place| (&frontend.model.pool, place));
+        for (name, place) in own.chain(frontend.route_pools.iter().map(|(name, at)| (name, at))) {
+            used.insert(&**name);
+            routed.extend((!frontend.route_pools.is_empty()).then_some(&**name));
+            if !known.contains(&**name) {
+                report.error_with(place.clone(), || unknown_pool(name, pools));
+            }
         }
-        report.error_with(place.clone(), || {
-            let names = pools.iter().map(|pool| &*pool.model.name);
-            let complaint = ValueError::new(format!("there is no pool {}", shown(name)));
-            complaint.help(did_you_mean_or(name, names, || match pools {
-                [] => "add [pool.NAME] with at least one [[pool.NAME.backend]]".to_owned(),
-                [only] => format!("the only pool is {}", shown(&only.model.name)),
-                _ => "name one of the [pool.NAME] tables".to_owned(),
-            }))
-        });
     }
     for pool in pools {
         if !used.contains(&*pool.model.name) {
             let message = format!("no frontend uses pool {}", shown(&pool.model.name));
             report.warning(pool.place.clone(), ValueError::new(message));
         }
+        // Clients of a frontend with routes wait in the queue of any pool.
+        if let Some(place) = &pool.queue_timeout
+            && !routed.contains(&*pool.model.name)
+        {
+            let message = "queue_timeout has no effect: no client waits without queue_max";
+            report.warning(place.clone(), ValueError::new(message));
+        }
     }
+}
+
+fn unknown_pool(name: &str, pools: &[PoolRead]) -> ValueError {
+    let names = pools.iter().map(|pool| &*pool.model.name);
+    let complaint = ValueError::new(format!("there is no pool {}", shown(name)));
+    complaint.help(did_you_mean_or(name, names, || match pools {
+        [] => "add [pool.NAME] with at least one [[pool.NAME.backend]]".to_owned(),
+        [only] => format!("the only pool is {}", shown(&only.model.name)),
+        _ => "name one of the [pool.NAME] tables".to_owned(),
+    }))
 }
 
 fn counts(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {

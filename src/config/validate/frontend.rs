@@ -10,7 +10,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::DeValue;
 
-use super::{CONNECTIONS_MAX, sources};
+use super::{CONNECTIONS_MAX, routes, sources};
 use crate::address;
 use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, STALLED, TIME, USER_TIMEOUT, ValueError};
@@ -30,11 +30,16 @@ pub(super) struct FrontendRead {
     pub(super) bind_places: Vec<Range<usize>>,
     /// Where `pool` stands, if a pool was named.
     pub(super) pool: Option<Range<usize>>,
+    /// Each pool that a route names, and where.
+    pub(super) route_pools: Vec<(Arc<str>, Range<usize>)>,
 }
 
 pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> FrontendRead {
     let NamedSection { name, section, .. } = named;
-    let (binds, bind_places) = binds(&section).into_iter().unzip();
+    let before = section.report.errors();
+    let (binds, bind_places): (Vec<Bind>, _) = binds(&section).into_iter().unzip();
+    let all_binds = if section.report.errors() == before { &binds[..] } else { &[] };
+    let (routes, route_pools) = routes::read(&section, name, all_binds);
     let pool = section.text("pool", "the name of a pool", |text| Ok(Arc::<str>::from(text)));
     if pool.is_absent() {
         section.missing("pool", "\"NAME\", the name of a [pool.NAME]");
@@ -50,6 +55,7 @@ pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> Fronte
     let model = FrontendConfig {
         name: name.into(),
         binds,
+        routes,
         pool: pool.or("".into()),
         // Off: services whose clients may keep a fresh connection in hand are common.
         first_byte_timeout: first_byte_timeout.or(None),
@@ -65,7 +71,7 @@ pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> Fronte
     };
     warn_of_timers(&section, &model);
     section.finish();
-    FrontendRead { model, bind_places, pool: pool_place }
+    FrontendRead { model, bind_places, pool: pool_place, route_pools }
 }
 
 /// `bind`: an address, a table of one with its options, or a list of both; each with
@@ -213,7 +219,7 @@ pub(super) fn any_number<T>(
 fn nothing(key: &str) -> &'static str {
     match key {
         "pools" => "no pool",
-        "addresses" => "no range",
+        "addresses" | "sources" => "no range",
         _ => "no address",
     }
 }

@@ -8,6 +8,7 @@ mod globals;
 mod heartbeat;
 mod pool;
 mod probe;
+mod routes;
 mod sources;
 
 pub(super) use probe::default_times as probe_times;
@@ -15,6 +16,8 @@ pub(super) use probe::default_times as probe_times;
 use std::sync::Arc;
 
 use toml::de::DeTable;
+
+pub use routes::ROUTES_MAX;
 
 use super::NamedFiles;
 use super::diagnose::ProblemCollector;

@@ -44,6 +44,8 @@ pub(super) struct PoolRead {
     pub(super) place: Range<usize>,
     /// Where the heartbeat table's name stands, if there is one.
     pub(super) heartbeat: Option<Range<usize>>,
+    /// Where `queue_timeout` stands, if there is no `queue_max`.
+    pub(super) queue_timeout: Option<Range<usize>>,
     /// Where each address stands; as many as `model.backends`.
     pub(super) address_places: Vec<Range<usize>>,
 }
@@ -81,8 +83,10 @@ pub(super) fn read(named: NamedSection<'_, '_>) -> PoolRead {
         backends,
     };
     warn_of_idle_keys(&section, &model);
+    let without_max = section.key_place("queue_max").is_none();
+    let queue_timeout = section.key_place("queue_timeout").filter(|_| without_max);
     section.finish();
-    PoolRead { model, place, heartbeat: heartbeat_place, address_places }
+    PoolRead { model, place, heartbeat: heartbeat_place, queue_timeout, address_places }
 }
 
 /// The size of the table that `source-hash` needs.
@@ -132,9 +136,6 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
             pool.report.warning(place, ValueError::new(message));
         }
     };
-    if pool.key_place("queue_max").is_none() {
-        idle("queue_timeout", "no client waits without queue_max".to_owned());
-    }
     if model.probe.is_none() && model.heartbeat.is_none() {
         idle("startup_grace", "the pool has neither probes nor heartbeats".to_owned());
     }

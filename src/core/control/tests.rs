@@ -117,6 +117,7 @@ fn config(pools: Vec<PoolConfig>) -> Arc<Config> {
         frontends: vec![FrontendConfig {
             name: "in".into(),
             binds: vec![Bind::tcp(([127, 0, 0, 1], 80).into())],
+            routes: vec![],
             pool: Arc::clone(&pools[0].name),
             first_byte_timeout: None,
             idle_timeout: None,

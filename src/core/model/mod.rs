@@ -20,6 +20,7 @@ use crate::limits::client_sources::SourceLimits;
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -88,7 +89,10 @@ pub struct FrontendConfig {
     /// At least one; IPv6 wildcards are v6-only.
     #[serde(rename = "bind", serialize_with = "text_forms::binds")]
     pub binds: Vec<Bind>,
-    /// Name of an existing pool.
+    /// Asked in order before `pool`; at most `config::ROUTES_MAX`.
+    #[serde(rename = "route")]
+    pub routes: Vec<RouteConfig>,
+    /// Name of an existing pool: where sessions go that no route matches.
     pub pool: Arc<str>,
     /// Close a session in which nobody has said a word for so long after it was
     /// established; `None` is off.
@@ -115,6 +119,33 @@ pub struct FrontendConfig {
     /// Who may connect and how much one source may ask for; `None`: everybody,
     /// anything.
     pub sources: Option<Arc<SourceRules>>,
+}
+
+/// `[[frontend.NAME.route]]`: where connections go of which all conditions hold. At
+/// least one of the lists is not empty.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RouteConfig {
+    /// Ranges of client addresses; empty: any.
+    #[serde(serialize_with = "text_forms::ranges", skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<IpNet>,
+    /// Ports that clients connect to, both ends included; empty: any.
+    #[serde(serialize_with = "text_forms::ports", skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<RangeInclusive<u16>>,
+    /// Ranges of addresses that clients connect to; empty: any.
+    #[serde(serialize_with = "text_forms::ranges", skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpNet>,
+    /// Where they go.
+    #[serde(flatten, serialize_with = "text_forms::route_target")]
+    pub target: RouteTarget,
+}
+
+/// Where a route leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RouteTarget {
+    /// Name of an existing pool.
+    Pool(Arc<str>),
+    /// Clients are reset.
+    Refuse,
 }
 
 /// One address a frontend listens on.

@@ -4,11 +4,12 @@
 //! Used by the model's `Serialize` implementations and by the messages of `config`, which
 //! reads the same forms. Nothing here reads a text.
 
-use super::{Bind, FrontendConfig, OnRemoval, PoolConfig};
+use super::{Bind, FrontendConfig, OnRemoval, PoolConfig, RouteTarget};
 use ipnet::IpNet;
 use serde::Serialize;
 use serde::ser::{SerializeStruct, Serializer};
 use std::fmt::Display;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -120,6 +121,35 @@ pub(super) fn status_ranges<S: Serializer>(
 
 pub(super) fn ranges<S: Serializer>(nets: &[IpNet], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(nets.iter().map(ToString::to_string))
+}
+
+/// `443`, or `"8000-8010"`.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum PortsForm {
+    One(u16),
+    Range(String),
+}
+
+pub(super) fn ports<S: Serializer>(
+    ports: &[RangeInclusive<u16>],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(ports.iter().map(|ports| match (ports.start(), ports.end()) {
+        (first, last) if first == last => PortsForm::One(*first),
+        (first, last) => PortsForm::Range(format!("{first}-{last}")),
+    }))
+}
+
+/// `pool = "NAME"` or `refuse = true`, among the keys of its route.
+pub(super) fn route_target<S: Serializer>(
+    target: &RouteTarget,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match target {
+        RouteTarget::Pool(name) => serializer.collect_map([("pool", name)]),
+        RouteTarget::Refuse => serializer.collect_map([("refuse", true)]),
+    }
 }
 
 /// Addresses, with their options where there are any; `*:PORT` for a pair of wildcards.

@@ -9,7 +9,7 @@ use super::state::{BackendState, FrontendState};
 use super::{FrontendRoute, PoolTable, Table};
 use crate::balance::{Balancer, Candidate};
 use crate::model;
-use crate::model::WhenNoneEligible;
+use crate::model::{RouteTarget, WhenNoneEligible};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -106,9 +106,18 @@ pub fn build(input: &TableInput, previous: Option<&Table>) -> Table {
         .frontends
         .iter()
         .filter_map(|frontend| {
-            let pool = Arc::clone(pools_by_name.get(&*frontend.spec.pool)?);
-            let (state, spec) = (Arc::clone(&frontend.state), frontend.spec.clone());
-            Some(Arc::new(FrontendRoute { state, spec, pool, preread: None }))
+            let by_name = |name: &str| pools_by_name.get(name).map(|pool| Arc::clone(pool));
+            let routes = frontend.spec.routes.iter().map(|route| match &route.target {
+                RouteTarget::Pool(name) => by_name(name),
+                RouteTarget::Refuse => None,
+            });
+            Some(Arc::new(FrontendRoute {
+                state: Arc::clone(&frontend.state),
+                routes: routes.collect(),
+                pool: by_name(&frontend.spec.pool)?,
+                preread: None,
+                spec: frontend.spec.clone(),
+            }))
         })
         .collect();
     let by_bind = (0..).zip(&frontends).flat_map(|(place, route)| {
@@ -141,11 +150,16 @@ pub fn update(previous: &Table, serial: u64, changed: Vec<(usize, Arc<PoolTable>
         }
     }
     let frontends = previous.frontends.iter().map(|route| {
-        let Some(pool) = replaced.get(&Arc::as_ptr(&route.pool)) else { return Arc::clone(route) };
+        let newest =
+            |pool: &Arc<PoolTable>| Arc::clone(replaced.get(&Arc::as_ptr(pool)).unwrap_or(pool));
+        if !route.pools().any(|pool| replaced.contains_key(&Arc::as_ptr(pool))) {
+            return Arc::clone(route);
+        }
         Arc::new(FrontendRoute {
             state: Arc::clone(&route.state),
+            routes: route.routes.iter().map(|pool| pool.as_ref().map(newest)).collect(),
+            pool: newest(&route.pool),
             spec: route.spec.clone(),
-            pool: Arc::clone(pool),
             preread: route.preread,
         })
     });

@@ -6,6 +6,7 @@
 
 pub mod build;
 pub mod publish;
+pub mod routes;
 pub mod source_addrs;
 pub mod state;
 
@@ -38,14 +39,16 @@ pub struct Table {
     by_id: Arc<HashMap<FrontendId, usize>>,
 }
 
-/// A frontend and the pool it routes to.
+/// A frontend and where it routes to.
 #[derive(Debug)]
 pub struct FrontendRoute {
     /// Long-lived counters and cap.
     pub state: Arc<FrontendState>,
     /// The model's view: timers and limits.
     pub spec: model::FrontendConfig,
-    /// Where its sessions go.
+    /// In the order of `spec.routes`; `None` where a route refuses.
+    pub routes: Box<[Option<Arc<PoolTable>>]>,
+    /// Where sessions go that no route matches.
     pub pool: Arc<PoolTable>,
     /// What it waits for before a session is routed; mostly nothing.
     pub preread: Option<Preread>,
@@ -118,7 +121,7 @@ impl Table {
 
     /// The frontend that owns that bind.
     #[inline]
-    pub fn route(&self, bind: &BindKey) -> Option<&Arc<FrontendRoute>> {
+    pub fn frontend_at(&self, bind: &BindKey) -> Option<&Arc<FrontendRoute>> {
         self.frontends.get(*self.by_bind.get(bind)?)
     }
 

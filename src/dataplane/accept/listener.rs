@@ -12,6 +12,8 @@ use crate::worker::context::WorkerContext;
 use socket2::Socket;
 use std::cell::Cell;
 use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +22,7 @@ use tidegate_core::metrics::progress::WorkerStage;
 use tidegate_core::model::{BindKey, PeerAddr};
 use tidegate_core::table::{FrontendRoute, Table};
 use tidegate_net::clock;
-use tidegate_net::{listen, reactor};
+use tidegate_net::{datagram, listen, reactor};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
@@ -134,7 +136,7 @@ impl Listener {
     /// Accepts up to [`ACCEPTS_A_WAKE`]; says what stopped it.
     fn accept_batch(&mut self, ctx: &Rc<WorkerContext>) -> AcceptResult {
         let table = ctx.table();
-        if let Some(route) = table.route(&self.bind)
+        if let Some(route) = table.frontend_at(&self.bind)
             && self.last_route.as_ref().is_none_or(|(_, last)| !Arc::ptr_eq(last, route))
         {
             self.last_route = Some((table.generation, Arc::clone(route)));
@@ -183,7 +185,8 @@ impl Listener {
         };
         match listen::accept(self.socket.get_ref()) {
             Ok((socket, peer)) => {
-                session::start(permit, route, generation, socket, PeerAddr::new(peer));
+                let local = self.local_address(route, &socket);
+                session::start(permit, route, generation, socket, PeerAddr::new(peer), local);
                 AcceptResult::One
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => AcceptResult::QueueEmpty,
@@ -192,6 +195,16 @@ impl Listener {
                 ctx.local_error(local_errors::local_kind(&error), LocalErrorPlace::Accept, &error);
                 AcceptResult::LocalShortage
             }
+        }
+    }
+
+    /// Where the client has connected to. The kernel is asked only where a route needs to
+    /// know and the bind does not say.
+    fn local_address(&self, route: &FrontendRoute, socket: &OwnedFd) -> SocketAddr {
+        let bind = self.bind.socket_addr();
+        match bind.ip().is_unspecified() && route.needs_local_address() {
+            true => datagram::local_address(socket).unwrap_or(bind),
+            false => bind,
         }
     }
 
@@ -216,9 +229,10 @@ impl Listener {
         let shared = &ctx.shared;
         let admitted = shared.waiters.wait_until(|| {
             let table = ctx.table();
-            let route = table.route(&self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
+            let route =
+                table.frontend_at(&self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
             // Nothing is taken: the next accept takes its own permit.
-            let queued = shared.waiters.queued(&route.pool.spec.name);
+            let queued = |pool: &str| shared.waiters.queued(pool);
             permit::has_free_slots(&shared.in_flight, &table, route, queued).then_some(())
         });
         tokio::select! {

@@ -20,7 +20,7 @@ use tidegate_core::limits::client_sources::{
 use tidegate_core::model::{ClientAddr, FrontendConfig, SourceRules};
 use tidegate_core::outcome::Cause;
 use tidegate_core::table::state::FrontendState;
-use tidegate_core::table::{FrontendRoute, Table};
+use tidegate_core::table::{FrontendRoute, PoolTable, Table};
 use tidegate_net::clock;
 
 /// Clients of a pool that may wait for its first verdict; more wait in the kernel's
@@ -39,13 +39,13 @@ pub enum CapReached {
     Pool,
 }
 
-/// Raises the process's and the frontend's count, or neither. `queued` clients
-/// wait for a backend of the pool already.
+/// Raises the process's and the frontend's count, or neither. `queued` says how many
+/// clients wait for a backend of the pool of that name.
 pub fn admit(
     process: &InFlight,
     table: &Table,
     route: &FrontendRoute,
-    queued: usize,
+    queued: impl Fn(&str) -> usize,
 ) -> Result<(), CapReached> {
     if !below_caps(route, queued) {
         return Err(CapReached::Pool);
@@ -60,20 +60,19 @@ pub fn admit(
     Ok(())
 }
 
-/// Whether the pool has a slot for one more, or a place to wait for one. Clients that
-/// wait come first: where there is a queue, a new one joins its end.
-fn below_caps(route: &FrontendRoute, queued: usize) -> bool {
-    if route.preread.is_some() {
-        // Which pool it will be, its first bytes tell: it waits there.
-        return true;
+/// Whether a pool has a slot for one more, or a place to wait for one. Of several pools
+/// one is enough: which one the client is for is known after accept, and where that one
+/// is full, the client waits in its queue. So does a client whose first bytes name it.
+fn below_caps(route: &FrontendRoute, queued: impl Fn(&str) -> usize) -> bool {
+    route.preread.is_some() || route.pools().any(|pool| can_take(pool, queued(&pool.spec.name)))
+}
+
+/// Clients that wait come first: where there is a queue, a new one joins its end.
+fn can_take(pool: &PoolTable, queued: usize) -> bool {
+    if pool.undecided {
+        return queued < UNDECIDED_QUEUE_MAX.max(pool.spec.queue_max as usize);
     }
-    if route.pool.undecided {
-        return queued < UNDECIDED_QUEUE_MAX.max(route.pool.spec.queue_max as usize);
-    }
-    if queued == 0 && route.pool.has_room() {
-        return true;
-    }
-    queued < route.pool.spec.queue_max as usize
+    (queued == 0 && pool.has_room()) || queued < pool.spec.queue_max as usize
 }
 
 /// Whether [`admit`] would succeed now; raises nothing.
@@ -81,7 +80,7 @@ pub(crate) fn has_free_slots(
     process: &InFlight,
     table: &Table,
     route: &FrontendRoute,
-    queued: usize,
+    queued: impl Fn(&str) -> usize,
 ) -> bool {
     let below = |count: &InFlight, max: u32| max == 0 || count.get() < max;
     below(process, table.connections_max)
@@ -107,8 +106,7 @@ impl SessionPermit {
         route: &FrontendRoute,
     ) -> Result<SessionPermit, CapReached> {
         let shared = &ctx.shared;
-        let queued = shared.waiters.queued(&route.pool.spec.name);
-        let admitted = admit(&shared.in_flight, table, route, queued);
+        let admitted = admit(&shared.in_flight, table, route, |pool| shared.waiters.queued(pool));
         if admitted == Err(CapReached::Frontend) {
             // The process's count was up for a moment, in which another worker may have
             // found it full.

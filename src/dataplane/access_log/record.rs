@@ -26,6 +26,8 @@ pub struct AccessLogRecord {
     pub frontend: Option<Arc<str>>,
     /// Address and port of the client.
     pub client: ClientAddr,
+    /// Position of the frontend's route it took, from 1; `None` for the frontend's pool.
+    pub route: Option<u8>,
     /// Pool of the route.
     pub pool: Option<Arc<str>>,
     /// Last backend tried.

@@ -17,7 +17,7 @@ impl Session {
     /// another backend.
     pub(super) fn end(mut self, relayed: RelayResult) -> Option<(Session, BackendChoice)> {
         let mut slot = self.slot.take()?;
-        if relayed.untouched && self.attempts < self.route.pool.spec.connect_attempts {
+        if relayed.untouched && self.attempts < self.pool().spec.connect_attempts {
             return self.try_another(slot, relayed);
         }
         let RelayResult { ending, bytes, first_byte, .. } = relayed;

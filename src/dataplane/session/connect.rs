@@ -105,7 +105,7 @@ impl Session {
                     }
                 }
             }
-            if self.attempts >= self.route.pool.spec.connect_attempts {
+            if self.attempts >= self.pool().spec.connect_attempts {
                 return Err(why);
             }
             self.leave(&slot);
@@ -115,7 +115,7 @@ impl Session {
     }
 
     fn begin_attempt(&mut self, reserved: Reservation) -> BackendSlot {
-        let early_resets = self.route.pool.spec.ejection.is_some_and(|spec| spec.early_resets);
+        let early_resets = self.pool().spec.ejection.is_some_and(|spec| spec.early_resets);
         let slot = BackendSlot::new(reserved, early_resets, Rc::clone(self.ctx()));
         self.attempts += 1;
         self.backend = Some(Arc::clone(&slot.backend));
@@ -126,7 +126,7 @@ impl Session {
     }
 
     async fn attempt(&self, slot: &mut BackendSlot) -> Result<(), AttemptFailure> {
-        let deadline = slot.since + self.route.pool.spec.connect_timeout;
+        let deadline = slot.since + self.pool().spec.connect_timeout;
         let ((upstream, how_far), source) = start(self.ctx(), &slot.backend)
             .map_err(|e| classify_failure(&e, local_errors::local_error_now(&e)))?;
         slot.source = source;
@@ -154,7 +154,7 @@ impl Session {
         let took = slot.since - began;
         slot.connected();
         let (ctx, backend) = (self.ctx(), &slot.backend);
-        if self.route.pool.spec.balance == Policy::PeakEwma {
+        if self.pool().spec.balance == Policy::PeakEwma {
             backend.latency.connected(took, clock::millis(slot.since));
         }
         backend.counters.of(ctx.id).sessions.add(1);

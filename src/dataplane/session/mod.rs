@@ -20,6 +20,7 @@ use crate::relay::{Bytes, RelayHandle, SessionMeter, SessionTimeouts};
 use crate::worker::context::WorkerContext;
 use connect::{BackendSlot, FailedTries};
 use route::BackendChoice;
+use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -27,8 +28,9 @@ use std::sync::Arc;
 use std::time::Instant;
 use tidegate_core::model::{ClientAddr, PeerAddr, Policy};
 use tidegate_core::outcome::{Cause, Phase, SessionEnd};
-use tidegate_core::table::FrontendRoute;
+use tidegate_core::table::routes::{ConnectionFacts, RouteNumber};
 use tidegate_core::table::state::BackendState;
+use tidegate_core::table::{FrontendRoute, PoolTable};
 use tidegate_net::clock;
 
 /// A client's session. Fields are dropped in order: the backend's slot, the permit, and
@@ -48,6 +50,8 @@ pub(crate) struct Session {
     failed: Option<Box<FailedTries>>,
     /// How long the connect took, in microseconds; idle sessions save the room.
     connect_micros: Option<NonZeroU32>,
+    /// Which of the frontend's routes it takes.
+    taken: RouteNumber,
     /// Connect attempts.
     attempts: u8,
     /// What it waits for before it connects: `Preread` or `Queue`.
@@ -68,24 +72,31 @@ pub(crate) fn start(
     generation: u64,
     socket: OwnedFd,
     peer: PeerAddr,
+    local: SocketAddr,
 ) {
     let ctx = Rc::clone(&permit.ctx);
     ctx.admitting.set(true);
-    let mut session = Session::new(permit, route, generation, socket, ClientAddr::of_peer(peer));
+    let facts = ConnectionFacts { client: ClientAddr::of_peer(peer), local };
+    let mut session = Session::new(permit, route, generation, socket, facts.client);
     ctx.faults.pass(FaultPoint::Listener);
-    match session.permit.admit_source(&route.spec, session.client) {
-        Ok(()) => {
-            let choice = route.preread.is_none().then(|| session.choose());
-            tokio::task::spawn_local(run(session, choice));
-        }
+    let admitted = session.permit.admit_source(&route.spec, session.client);
+    let choice = admitted.and_then(|()| match route.preread {
+        Some(_) => Ok(Err(facts)),
+        None => session.choose(facts).map(Ok),
+    });
+    match choice {
+        Ok(choice) => drop(tokio::task::spawn_local(run(session, choice))),
         // No task is made for it.
         Err(cause) => session.refuse(ended(Phase::Admit, cause)),
     }
     ctx.admitting.set(false);
 }
 
+/// What the choice will be made by, where the client's first bytes are missing yet.
+type Choice = Result<BackendChoice, ConnectionFacts>;
+
 /// Serves one client to the end.
-fn run(session: Session, choice: Option<BackendChoice>) -> impl Future<Output = ()> {
+fn run(session: Session, choice: Choice) -> impl Future<Output = ()> {
     // Boxed: it is over soon, and an idle session need not keep its room.
     let mut setup = Box::pin(session.set_up(choice));
     async move {
@@ -93,7 +104,7 @@ fn run(session: Session, choice: Option<BackendChoice>) -> impl Future<Output = 
             session.ctx().faults.pass(FaultPoint::Session);
             let relayed = session.relay.relayed().await;
             let Some((session, choice)) = session.end(relayed) else { return };
-            setup = Box::pin(session.set_up(Some(choice)));
+            setup = Box::pin(session.set_up(Ok(choice)));
         }
     }
 }
@@ -126,6 +137,7 @@ impl Session {
             backend: None,
             failed: None,
             connect_micros: None,
+            taken: RouteNumber::default(),
             attempts: 0,
             waits: None,
             accounted: false,
@@ -139,8 +151,13 @@ impl Session {
         &self.permit.ctx
     }
 
+    /// Where its route leads. A session that its route refuses picks no backend.
+    fn pool(&self) -> &PoolTable {
+        self.route.pool_of(self.taken).unwrap_or(&self.route.pool)
+    }
+
     /// To the relay; where no backend can be reached, the session is over.
-    async fn set_up(mut self, choice: Option<BackendChoice>) -> Option<Session> {
+    async fn set_up(mut self, choice: Choice) -> Option<Session> {
         self.ctx().faults.pass(FaultPoint::Setup);
         match self.reach_backend(choice).await {
             Ok(slot) => {
@@ -154,23 +171,21 @@ impl Session {
         }
     }
 
-    /// Without a choice, its route needs the client's first bytes.
-    async fn reach_backend(
-        &mut self,
-        choice: Option<BackendChoice>,
-    ) -> Result<BackendSlot, SessionEnd> {
+    async fn reach_backend(&mut self, choice: Choice) -> Result<BackendSlot, SessionEnd> {
         // Waits are boxed, as rare: the room would be every session's otherwise.
         let choice = match choice {
-            Some(choice) => choice,
-            None => {
+            Ok(choice) => choice,
+            Err(facts) => {
                 Box::pin(self.preread()).await?;
-                self.choose()
+                self.choose(facts).map_err(|cause| ended(Phase::Preread, cause))?
             }
         };
         let mut why = ended(Phase::Admit, Cause::NoBackend);
         let pick = match choice {
             BackendChoice::Picked(pick) => pick,
-            BackendChoice::Queued(ticket) => Box::pin(self.wait_in_queue(ticket)).await?,
+            BackendChoice::Queued(ticket, facts) => {
+                Box::pin(self.wait_in_queue(ticket, facts)).await?
+            }
             BackendChoice::Retry(ending) => {
                 why = ending;
                 self.pick_untried()
@@ -194,7 +209,7 @@ impl Session {
             frontend: Arc::clone(&self.route.state),
             backend: Arc::clone(slot.backend()),
             trial: slot.trial(),
-            timed: self.route.pool.spec.balance == Policy::PeakEwma,
+            timed: self.pool().spec.balance == Policy::PeakEwma,
         };
         self.slot = Some(slot);
         self.relay.start_relay(limits, meter);

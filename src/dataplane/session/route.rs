@@ -13,6 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
+use tidegate_core::table::routes::ConnectionFacts;
 use tidegate_core::table::{NoBackend, Reservation};
 
 /// How often a waiting client is looked at for its FIN. A reset is noticed at
@@ -25,34 +26,36 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 pub(super) enum BackendChoice {
     /// Picked already, or there is none.
     Picked(Result<Reservation, NoBackend>),
-    /// After a wait in the pool's queue.
-    Queued(QueueTicket),
+    /// After a wait in the pool's queue; the facts are for routes that change meanwhile.
+    Queued(QueueTicket, ConnectionFacts),
     /// Another one: the backend it had reset the connection before a byte was sent. How
     /// the session ends where there is no other.
     Retry(SessionEnd),
 }
 
 impl Session {
-    /// A backend, or a place in the queue for one (or for the pool's first verdict).
-    pub(super) fn choose(&self) -> BackendChoice {
-        let (ctx, pool) = (self.ctx(), &self.route.pool);
+    /// A backend of the pool that the route leads to, or a place in the queue for one (or
+    /// for the pool's first verdict).
+    pub(super) fn choose(&mut self, facts: ConnectionFacts) -> Result<BackendChoice, Cause> {
+        self.taken = self.route.route(&facts);
+        let (ctx, pool) = (self.ctx(), self.route.pool_of(self.taken).ok_or(Cause::Route)?);
         let (waiters, name) = (&ctx.shared.waiters, &pool.spec.name);
         if waiters.queued(name) == 0 {
             match pool.pick(ctx.pick_key(self.client), &[]) {
                 Err(NoBackend::AtCapacity | NoBackend::Undecided) => {}
-                pick => return BackendChoice::Picked(pick),
+                pick => return Ok(BackendChoice::Picked(pick)),
             }
         }
         ctx.counters.queued.add(1);
         if pool.undecided {
             ctx.counters.undecided_waits.add(1);
         }
-        BackendChoice::Queued(waiters.join(name))
+        Ok(BackendChoice::Queued(waiters.join(name), facts))
     }
 
     /// A backend that was not tried yet.
     pub(super) fn pick_untried(&self) -> Result<Reservation, NoBackend> {
-        self.route.pool.pick(self.ctx().pick_key(self.client), self.tried())
+        self.pool().pick(self.ctx().pick_key(self.client), self.tried())
     }
 
     /// Waits until the client is first in its queue and a backend has a free slot: at most
@@ -61,11 +64,12 @@ impl Session {
     pub(super) async fn wait_in_queue(
         &mut self,
         ticket: QueueTicket,
+        facts: ConnectionFacts,
     ) -> Result<Result<Reservation, NoBackend>, SessionEnd> {
         self.waits = Some(Phase::Queue);
         let ctx = Rc::clone(self.ctx());
-        let client = self.client;
         let (mut route, mut generation) = (Arc::clone(&self.route), self.generation);
+        let mut taken = self.taken;
         let mut serial = None;
         let pick = ticket.wait_until(|| {
             let table = ctx.table();
@@ -73,14 +77,18 @@ impl Session {
                 serial = Some(table.serial);
                 if let Some(newer) = table.frontend(&route.state) {
                     (route, generation) = (Arc::clone(newer), table.generation);
+                    taken = route.route(&facts);
                 }
             }
-            match route.pool.pick(ctx.pick_key(client), &[]) {
+            let Some(pool) = route.pool_of(taken) else {
+                return Some(Err(ended(Phase::Queue, Cause::Route)));
+            };
+            match pool.pick(ctx.pick_key(facts.client), &[]) {
                 Err(NoBackend::AtCapacity | NoBackend::Undecided) => None,
-                pick => Some(pick),
+                pick => Some(Ok(pick)),
             }
         });
-        let pool = &self.route.pool;
+        let pool = self.pool();
         // The controller ends the wait for a verdict; this is only its latest end.
         let grace = if pool.undecided { pool.spec.startup_grace } else { Duration::ZERO };
         let longest = pool.spec.queue_timeout.saturating_add(grace);
@@ -94,8 +102,9 @@ impl Session {
                 return Err(ended(Phase::Queue, Cause::QueueTimeout));
             }
         };
-        (self.route, self.generation, self.waits) = (route, generation, None);
-        Ok(pick)
+        (self.route, self.generation, self.taken) = (route, generation, taken);
+        self.waits = None;
+        pick
     }
 
     /// Waits until some untried backend has a slot: beside the queue of those that
@@ -108,7 +117,7 @@ impl Session {
         let reserved = tokio::select! {
             reserved = slot => reserved,
             end = self.interrupted(Phase::Queue) => return Err(end),
-            () = tokio::time::sleep(self.route.pool.spec.queue_timeout) => {
+            () = tokio::time::sleep(self.pool().spec.queue_timeout) => {
                 return Err(ended(Phase::Queue, Cause::QueueTimeout));
             }
         };

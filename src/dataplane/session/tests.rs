@@ -72,6 +72,7 @@ impl Bench {
         let route = FrontendRoute {
             state: Arc::clone(state),
             spec: spec.clone(),
+            routes: Box::default(),
             pool: Arc::clone(pool),
             preread: Some(Preread { bytes: NEEDED, timeout }),
         };
@@ -98,12 +99,13 @@ impl Bench {
         let listener = StdTcpListener::bind("127.0.0.1:0").unwrap();
         let client = StdTcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (accepted, peer) = listener.accept().unwrap();
+        let local = accepted.local_addr().unwrap();
         for socket in [&client, &accepted] {
             socket.set_nonblocking(true).unwrap();
             socket.set_nodelay(true).unwrap();
         }
         let permit = SessionPermit::take(&self.ctx, &self.table, &self.route).unwrap();
-        start(permit, &self.route, 1, accepted.into(), PeerAddr::new(peer));
+        start(permit, &self.route, 1, accepted.into(), PeerAddr::new(peer), local);
         TcpStream::from_std(client).unwrap()
     }
 

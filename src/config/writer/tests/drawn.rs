@@ -109,6 +109,14 @@ fn sources() -> Drawn {
     (lists, limits).prop_map(|(lists, limits)| lists + &limits).boxed()
 }
 
+/// Routes of which none takes what a later one could; `;` ends a line.
+const ROUTES: [&str; 4] = [
+    "sources = \"10.0.0.0/9\";ports = \"N0-N9\";refuse = true",
+    "sources = [\"10.0.0.0/8\", \"fd00::/8\", \"::1\"];pool = \"web\"",
+    "sources = \"0.0.0.0/0\";ports = [N1, \"N1-N2\"];pool = \"a.b\"",
+    "ports = N1;refuse = true;sources = \"2001:db8::/32\"",
+];
+
 /// The frontend of that number, with ports of its own.
 fn frontend(number_of_it: usize) -> Drawn {
     let bind = one_of(&[
@@ -128,15 +136,21 @@ fn frontend(number_of_it: usize) -> Drawn {
         ("connections_max", number(COUNT)),
     ]);
     let sources = prop::option::of(sources());
-    (bind, prop::sample::select(&POOLS[..]), keys, sources)
-        .prop_map(move |(bind, pool, keys, sources)| {
+    let routes = prop::sample::subsequence(&ROUTES[..], 0..=ROUTES.len());
+    let routes = routes.prop_map(|routes| {
+        let text = |route: &str| format!("[[frontend.fN0.route]]\n{}\n", route.replace(';', "\n"));
+        routes.into_iter().map(text).collect::<String>()
+    });
+    (bind, prop::sample::select(&POOLS[..]), keys, sources, routes)
+        .prop_map(move |(bind, pool, keys, sources, routes)| {
             let bind = bind.replace('N', &format!("{}", 100 + number_of_it));
             let mut text =
                 format!("[frontend.f{number_of_it}]\nbind = {bind}\npool = \"{pool}\"\n{keys}");
             if let Some(sources) = sources {
                 text += &format!("[frontend.f{number_of_it}.sources]\n{sources}");
             }
-            text
+            let routes = routes.replace("fN0", &format!("f{number_of_it}"));
+            text + &routes.replace('N', &format!("{}", 100 + number_of_it))
         })
         .boxed()
 }

@@ -115,7 +115,7 @@ fn change_in_one_pool_leaves_everything_else_of_the_table_as_it_is() {
     assert_eq!([0, 1, 2, 3, 4].map(same_pool), [true, true, false, true, true]);
     assert_eq!([0, 1, 2, 3, 4].map(same_route), [true, true, false, true, true]);
     assert_eq!(after.pools[2].serving.len(), 2);
-    let route = after.route(&model::BindKey::tcp(([127, 0, 0, 1], 1002).into())).unwrap();
+    let route = after.frontend_at(&model::BindKey::tcp(([127, 0, 0, 1], 1002).into())).unwrap();
     assert!(Arc::ptr_eq(&route.pool, &after.pools[2]));
     assert!(Arc::ptr_eq(after.frontend(&route.state).unwrap(), route));
 }

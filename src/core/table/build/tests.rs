@@ -4,10 +4,12 @@ use super::*;
 use crate::balance::PickKey;
 use crate::balance::trial::TrialPhase;
 use crate::model;
-use crate::model::{BackendAddr, Bind, OnRemoval, Policy};
+use crate::model::{BackendAddr, Bind, ClientAddr, OnRemoval, PeerAddr, Policy, RouteConfig};
 use crate::table::NoBackend;
+use crate::table::routes::ConnectionFacts;
 use crate::table::state::{BackendId, FrontendId};
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 // === helpers ===
@@ -239,14 +241,13 @@ fn removed_pool_is_gone_and_comes_back_afresh() {
 
 // === routes ===
 
-#[test]
-fn every_bind_leads_to_its_frontend_and_pool() {
-    let binds = ["127.0.0.1:80", "[::1]:80"].map(|bind| Bind::tcp(bind.parse().unwrap()));
-    let frontend = FrontendInput {
+fn frontend(binds: &[Bind], routes: Vec<RouteConfig>) -> FrontendInput {
+    FrontendInput {
         state: Arc::new(FrontendState::new(FrontendId(1), "main".into(), 1, 1)),
         spec: model::FrontendConfig {
             name: "main".into(),
             binds: binds.to_vec(),
+            routes,
             pool: "db".into(),
             first_byte_timeout: None,
             idle_timeout: None,
@@ -257,17 +258,79 @@ fn every_bind_leads_to_its_frontend_and_pool() {
             connections_max: 0,
             sources: None,
         },
-    };
+    }
+}
+
+/// Pools `web` and `db` behind that frontend.
+fn routed(frontend: FrontendInput) -> Table {
     let pools = vec![pool("web", Policy::Random, 1), pool("db", Policy::Random, 1)];
     let frontends = vec![frontend];
-    let table =
-        build(&TableInput { generation: 1, serial: 1, connections_max: 0, frontends, pools }, None);
+    build(&TableInput { generation: 1, serial: 1, connections_max: 0, frontends, pools }, None)
+}
+
+#[test]
+fn every_bind_leads_to_its_frontend_and_pool() {
+    let binds = ["127.0.0.1:80", "[::1]:80"].map(|bind| Bind::tcp(bind.parse().unwrap()));
+    let table = routed(frontend(&binds, vec![]));
     for bind in binds {
-        let route = table.route(&bind.key).unwrap();
+        let route = table.frontend_at(&bind.key).unwrap();
         assert!(Arc::ptr_eq(&route.pool, &table.pools[1]));
     }
-    assert!(table.route(&"127.0.0.1:81".parse().unwrap()).is_none());
-    assert!(Table::empty().route(&"127.0.0.1:80".parse().unwrap()).is_none());
+    assert!(table.frontend_at(&"127.0.0.1:81".parse().unwrap()).is_none());
+    assert!(Table::empty().frontend_at(&"127.0.0.1:80".parse().unwrap()).is_none());
+}
+
+fn route(sources: &[&str], ports: &[RangeInclusive<u16>], target: RouteTarget) -> RouteConfig {
+    let sources = sources.iter().map(|range| range.parse().unwrap()).collect();
+    RouteConfig { sources, ports: ports.to_vec(), addresses: vec![], target }
+}
+
+/// The pool that the connection goes to; `refused` where a route refuses it.
+fn taken(table: &Table, client: &str, local: &str) -> String {
+    let client = ClientAddr::of_peer(PeerAddr::new(format!("{client}:5000").parse().unwrap()));
+    let facts = ConnectionFacts { client, local: local.parse().unwrap() };
+    let frontend = &table.frontends[0];
+    let pool = frontend.pool_of(frontend.route(&facts));
+    pool.map_or("refused".to_owned(), |pool| pool.spec.name.to_string())
+}
+
+#[test]
+fn the_first_route_whose_conditions_all_hold_is_taken() {
+    let web = || RouteTarget::Pool("web".into());
+    let mut here = route(&[], &[], web());
+    here.addresses = vec!["127.0.0.2/32".parse().unwrap()];
+    let routes = vec![
+        route(&["10.1.0.0/16"], &[443..=443], RouteTarget::Refuse),
+        route(&["10.0.0.0/8", "fd00::/8"], &[80..=80, 440..=450], web()),
+        here,
+    ];
+    let table = routed(frontend(&[], routes));
+    for (client, local, expected) in [
+        ("10.1.2.3", "127.0.0.1:443", "refused"),
+        ("10.1.2.3", "127.0.0.1:80", "web"),
+        ("10.2.0.0", "127.0.0.1:443", "web"),
+        ("10.2.0.0", "127.0.0.1:451", "db"),
+        ("[fd00::1]", "[::1]:450", "web"),
+        ("[::ffff:10.2.0.0]", "127.0.0.1:443", "web"),
+        ("192.0.2.1", "127.0.0.1:443", "db"),
+        ("192.0.2.1", "127.0.0.2:443", "web"),
+    ] {
+        assert_eq!(taken(&table, client, local), expected, "{client} to {local}");
+    }
+    assert!(table.frontends[0].needs_local_address());
+}
+
+#[test]
+fn a_changed_pool_is_changed_in_every_route_that_leads_to_it() {
+    let to_web = route(&["10.0.0.0/8"], &[], RouteTarget::Pool("web".into()));
+    let refuses = route(&["10.0.0.0/9"], &[], RouteTarget::Refuse);
+    let first = routed(frontend(&[], vec![refuses, to_web]));
+    let changed = build_pool(&pool("web", Policy::Random, 2), Some(&first.pools[0]));
+    let second = update(&first, 2, vec![(0, Arc::clone(&changed))]);
+    let pools: Vec<_> = second.frontends[0].pools().collect();
+    assert!(Arc::ptr_eq(pools[0], &changed) && Arc::ptr_eq(pools[1], &first.pools[1]));
+    assert_eq!(taken(&second, "10.200.0.1", "127.0.0.1:80"), "web");
+    assert_eq!(taken(&second, "10.0.0.1", "127.0.0.1:80"), "refused");
 }
 
 // === what a pick holds ===

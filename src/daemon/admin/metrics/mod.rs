@@ -262,9 +262,11 @@ fn usual_phase(cause: Cause) -> Phase {
         | Cause::ConnectTimeout
         | Cause::ConnectFailed
         | Cause::LocalResource => Phase::Connect,
-        Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => {
-            Phase::Admit
-        }
+        Cause::NoBackend
+        | Cause::Denied
+        | Cause::SourceConnections
+        | Cause::SourceRate
+        | Cause::Route => Phase::Admit,
         Cause::QueueTimeout | Cause::ClientLeft => Phase::Queue,
         Cause::FirstByteTimeout
         | Cause::IdleTimeout
