@@ -26,7 +26,7 @@ pub struct AccessLogRecord {
     pub frontend: Option<Arc<str>>,
     /// Address and port of the client.
     pub client: ClientAddr,
-    /// Position of the frontend's route it took, from 1; `None` for the frontend's pool.
+    /// Position of the route that the session took, from 1; `null` for the frontend's pool.
     pub route: Option<u8>,
     /// Pool of the route.
     pub pool: Option<Arc<str>>,
