@@ -245,6 +245,21 @@ fn unfit_key_files_are_problems_at_their_place() {
 }
 
 #[test]
+fn ranges_in_another_order_are_the_same_configuration() {
+    let read = |allow: &str| {
+        let text = MINIMAL.replace(
+            "[pool.web.probe]",
+            &format!("[frontend.web.sources]\nallow = [{allow}]\n[pool.web.probe]"),
+        );
+        assert_ne!(text, MINIMAL);
+        config::parse(&text, "t.toml").unwrap()
+    };
+    let one = read(r#""10.0.0.0/8", "192.0.2.0/24""#);
+    assert_eq!(one, read(r#""192.0.2.0/24", "10.0.0.0/8""#));
+    assert_ne!(one, read(r#""192.0.2.0/24", "11.0.0.0/8""#));
+}
+
+#[test]
 fn defaults_of_a_probe_follow_its_given_times() {
     let times = |keys: &str| {
         let text = MINIMAL.replace("[pool.web.probe]", &format!("[pool.web.probe]\n{keys}"));

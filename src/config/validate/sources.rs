@@ -55,7 +55,12 @@ pub(super) fn read(
     let anything = allow.is_given() || deny.is_given() || limits.are_any();
     anything.then(|| {
         let access = AccessList::new(&allow.all(), &deny.all());
-        let inline = |list: &List| list.inline.iter().map(|range| *range.get_ref()).collect();
+        // Sorted, so that another order in the file is no change.
+        let inline = |list: &List| -> Vec<IpNet> {
+            let mut ranges: Vec<_> = list.inline.iter().map(|range| *range.get_ref()).collect();
+            ranges.sort_unstable();
+            ranges
+        };
         Arc::new(SourceRules {
             allow: inline(&allow),
             deny: inline(&deny),

@@ -169,7 +169,7 @@ pub struct BindOptions {
 /// `[frontend.NAME.sources]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SourceRules {
-    /// Ranges of the configuration file itself.
+    /// Ranges of the configuration file itself, sorted.
     #[serde(serialize_with = "text_forms::ranges")]
     pub allow: Vec<IpNet>,
     /// The same, denied.
