@@ -100,7 +100,11 @@ fn run(session: Session, choice: Choice) -> impl Future<Output = ()> {
     // Boxed: it is over soon, and an idle session need not keep its room.
     let mut setup = Box::pin(session.set_up(choice));
     async move {
-        while let Some(session) = setup.await {
+        loop {
+            let session = setup.await;
+            if session.accounted {
+                return;
+            }
             session.ctx().faults.pass(FaultPoint::Session);
             let relayed = session.relay.relayed().await;
             let Some((session, choice)) = session.end(relayed) else { return };
@@ -156,19 +160,14 @@ impl Session {
         self.route.pool_of(self.taken).unwrap_or(&self.route.pool)
     }
 
-    /// To the relay; where no backend can be reached, the session is over.
-    async fn set_up(mut self, choice: Choice) -> Option<Session> {
+    /// To the relay; where no backend can be reached, the session is accounted for.
+    async fn set_up(mut self, choice: Choice) -> Session {
         self.ctx().faults.pass(FaultPoint::Setup);
         match self.reach_backend(choice).await {
-            Ok(slot) => {
-                self.start_relay(slot);
-                Some(self)
-            }
-            Err(ending) => {
-                self.refuse(ending);
-                None
-            }
+            Ok(slot) => self.start_relay(slot),
+            Err(ending) => self.refuse(ending),
         }
+        self
     }
 
     async fn reach_backend(&mut self, choice: Choice) -> Result<BackendSlot, SessionEnd> {
@@ -215,9 +214,9 @@ impl Session {
         self.relay.start_relay(limits, meter);
     }
 
-    /// Ends a session that is not relayed: with RST, so that silence is not taken for an
-    /// answer.
-    fn refuse(mut self, ending: SessionEnd) {
+    /// Accounts for a session that is not relayed. Its client is reset when it is dropped, so
+    /// that silence is not taken for an answer.
+    fn refuse(&mut self, ending: SessionEnd) {
         let undelivered = self.relay.unread();
         self.account(ending, Bytes { undelivered, ..Bytes::default() }, None);
     }

@@ -233,3 +233,13 @@ fn reset_of_all_sessions_reaches_those_that_wait_for_bytes() {
         bench.assert_ended(Cause::DrainDeadline, 0).await;
     });
 }
+
+/// Idle sessions are tasks that wait for the end of their relay: what the setup needed must
+/// not stay in them.
+#[test]
+fn idle_sessions_task_is_no_bigger_than_its_session() {
+    fn output_size<A, B, F>(_: fn(A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+    assert!(output_size(run) <= size_of::<Session>() + 32, "{}", output_size(run));
+}
