@@ -42,10 +42,29 @@ pub fn local_kind(error: &io::Error) -> LocalErrorKind {
     local_error_kind(error).unwrap_or(LocalErrorKind::Other)
 }
 
-/// Whether a call that moves bytes failed for want of memory alone: the
-/// connection is well, and the same call may succeed later.
-pub fn is_shortage(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::ENOMEM))
+/// What a failed call that moves bytes means for its stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StreamError {
+    /// Nothing can be moved now.
+    WouldBlock,
+    /// The same call succeeds at once.
+    Interrupted,
+    /// This host is out of memory: the connection is well, and the same call can succeed
+    /// later.
+    Shortage,
+    /// The connection has failed with that errno.
+    Broken(i32),
+}
+
+impl StreamError {
+    pub(crate) fn of(error: &io::Error) -> StreamError {
+        match (error.kind(), error.raw_os_error()) {
+            (io::ErrorKind::WouldBlock, _) => StreamError::WouldBlock,
+            (io::ErrorKind::Interrupted, _) => StreamError::Interrupted,
+            (_, Some(libc::ENOBUFS | libc::ENOMEM)) => StreamError::Shortage,
+            (_, errno) => StreamError::Broken(errno.unwrap_or(libc::EIO)),
+        }
+    }
 }
 
 /// Whether accept(2) failed only for the connection it was about to return:

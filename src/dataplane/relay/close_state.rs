@@ -107,6 +107,30 @@ impl CloseState {
         moved.received[from as usize] += bytes as u64;
     }
 
+    /// Receives bytes that were only looked at, and are sent since: as many as `seen` is
+    /// long. They are there, so an end instead of them is a failure; gives its errno.
+    pub(super) fn receive_seen(
+        &mut self,
+        from: SessionSide,
+        seen: &mut [u8],
+        moved: &mut TurnBytes,
+        receive: impl Fn(&mut [u8]) -> io::Result<usize>,
+    ) -> Result<(), i32> {
+        let mut taken = 0;
+        while taken < seen.len() {
+            match receive(&mut seen[taken..]) {
+                Ok(0) => return Err(libc::EIO),
+                Ok(more) => {
+                    taken += more;
+                    self.received(from, more, moved);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.raw_os_error().unwrap_or(libc::EIO)),
+            }
+        }
+        Ok(())
+    }
+
     /// The other side's socket has taken so many bytes.
     #[inline]
     pub(super) fn sent_on(&mut self, from: SessionSide, bytes: usize, moved: &mut TurnBytes) {

@@ -7,7 +7,7 @@
 //! most one buffer or pipe a direction, none while a session is idle, and none
 //! anew once the process's budget is spent.
 
-use crate::local_errors;
+use crate::local_errors::StreamError;
 use crate::relay::close_state::{CloseState, TurnBytes, TurnNext};
 use crate::relay::epoll::pump::splice::SpliceNext;
 use std::io;
@@ -243,16 +243,11 @@ impl Pump {
                     self.received(from, received, size, io, moved);
                     self.send_fresh(from, io, &buffer[..received], moved);
                 }
-                Err(error) if is_would_block(&error) => {
-                    self.sockets[from as usize].readable = false;
-                    return false;
+                Err(error) => {
+                    if !self.receive_failed(from, &error, moved) {
+                        return false;
+                    }
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if local_errors::is_shortage(&error) => {
-                    self.short = true;
-                    return false;
-                }
-                Err(error) => self.end_of(from, errno_of(&error), moved),
             }
         }
         true
@@ -353,6 +348,25 @@ impl Pump {
         }
     }
 
+    /// Whether `from` is worth another look.
+    fn receive_failed(
+        &mut self,
+        from: SessionSide,
+        error: &io::Error,
+        moved: &mut TurnBytes,
+    ) -> bool {
+        match StreamError::of(error) {
+            StreamError::WouldBlock => self.sockets[from as usize].readable = false,
+            StreamError::Shortage => self.short = true,
+            StreamError::Interrupted => return true,
+            StreamError::Broken(errno) => {
+                self.end_of(from, errno, moved);
+                return true;
+            }
+        }
+        false
+    }
+
     /// `from` will send no more: FIN, or a failure with its errno.
     fn end_of(&mut self, from: SessionSide, errno: i32, moved: &mut TurnBytes) {
         self.sockets[from as usize].readable = false;
@@ -368,13 +382,14 @@ impl Pump {
 
     fn send_error(&mut self, to: SessionSide, error: &io::Error) {
         let socket = &mut self.sockets[to as usize];
-        if is_would_block(error) {
-            socket.writable = false;
-        } else if local_errors::is_shortage(error) {
-            self.short = true;
-        } else if error.kind() != io::ErrorKind::Interrupted {
-            socket.read_to_the_end();
-            self.close.send_failed(to, errno_of(error));
+        match StreamError::of(error) {
+            StreamError::WouldBlock => socket.writable = false,
+            StreamError::Shortage => self.short = true,
+            StreamError::Interrupted => {}
+            StreamError::Broken(errno) => {
+                socket.read_to_the_end();
+                self.close.send_failed(to, errno);
+            }
         }
     }
 }
@@ -387,14 +402,6 @@ impl PumpSocket {
         self.readable = true;
         self.read_to_the_end = true;
     }
-}
-
-fn is_would_block(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::WouldBlock
-}
-
-fn errno_of(error: &io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(libc::EIO)
 }
 
 mod low_memory;

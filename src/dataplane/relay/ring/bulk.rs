@@ -7,9 +7,8 @@
 //! ring measured the same. Small messages never come here.
 
 use super::streams::{OpResult, OpUse, RingMode, RingSession, SHUNNED_MAX};
-use crate::local_errors;
+use crate::local_errors::StreamError;
 use crate::relay::close_state::TurnBytes;
-use std::io;
 use tidegate_core::outcome::SessionSide;
 use tidegate_net::pipe::{FillResult, Pipes};
 use tidegate_net::ring::{BUFFER_LEN, Ring};
@@ -54,15 +53,15 @@ impl RingSession {
         loop {
             match self.empty_pipe(from, moved) {
                 Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Err(StreamError::WouldBlock | StreamError::Interrupted) => {
                     self.wait(key, from, OpUse::Writable, ring);
                     return OpResult::Nothing;
                 }
-                Err(error) if local_errors::is_shortage(&error) => {
+                Err(StreamError::Shortage) => {
                     self.streams[from as usize].short = true;
                     return OpResult::Short(from);
                 }
-                Err(error) => return self.send_failed(from, errno_of(&error), ring),
+                Err(StreamError::Broken(errno)) => return self.send_failed(from, errno, ring),
             }
             if self.close.failed(from.other()) {
                 break;
@@ -101,16 +100,18 @@ impl RingSession {
     }
 
     /// Sends all that is in the pipe.
-    fn empty_pipe(&mut self, from: SessionSide, moved: &mut TurnBytes) -> io::Result<()> {
+    fn empty_pipe(&mut self, from: SessionSide, moved: &mut TurnBytes) -> Result<(), StreamError> {
         let Some(pipe) = &mut self.streams[from as usize].pipe else { return Ok(()) };
         let Some(to) = &self.sockets[from.other() as usize] else { return Ok(()) };
         while pipe.holds() > 0 {
             match pipe.drain(to) {
                 // Not to be had from a pipe that holds something.
-                Ok(0) => return Err(io::Error::from_raw_os_error(libc::EIO)),
+                Ok(0) => return Err(StreamError::Broken(libc::EIO)),
                 Ok(sent) => self.close.sent_on(from, sent, moved),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(error) => match StreamError::of(&error) {
+                    StreamError::Interrupted => {}
+                    error => return Err(error),
+                },
             }
         }
         Ok(())
@@ -125,8 +126,8 @@ impl RingSession {
         }
         let Some(pipe) = &mut stream.pipe else { return FillOutcome::NoPipe };
         let filled = loop {
-            match pipe.fill(socket) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            match pipe.fill(socket).map_err(|error| StreamError::of(&error)) {
+                Err(StreamError::Interrupted) => {}
                 filled => break filled,
             }
         };
@@ -139,13 +140,12 @@ impl RingSession {
                 stream.crammed = crammed;
                 FillOutcome::Some(bytes)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => FillOutcome::Nothing,
-            // This kind of socket cannot be spliced (splice(2)).
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => FillOutcome::NoPipe,
-            // A receive needs less.
-            Err(error) if local_errors::is_shortage(&error) => FillOutcome::NoPipe,
-            Err(error) => {
-                self.end_of(from, errno_of(&error), moved);
+            Err(StreamError::WouldBlock | StreamError::Interrupted) => FillOutcome::Nothing,
+            // A receive needs less memory; EINVAL: this kind of socket cannot be spliced
+            // (splice(2)).
+            Err(StreamError::Shortage | StreamError::Broken(libc::EINVAL)) => FillOutcome::NoPipe,
+            Err(StreamError::Broken(errno)) => {
+                self.end_of(from, errno, moved);
                 FillOutcome::Failed
             }
         }
@@ -167,8 +167,4 @@ impl RingSession {
             pipes.give_back(*pipe);
         }
     }
-}
-
-fn errno_of(error: &io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(libc::EIO)
 }

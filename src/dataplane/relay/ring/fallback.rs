@@ -7,7 +7,7 @@
 //! the sender back.
 
 use super::streams::{OpResult, OpUse, RingSession, tag};
-use crate::local_errors;
+use crate::local_errors::StreamError;
 use crate::relay::close_state::TurnBytes;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -157,18 +157,15 @@ impl RingSession {
         ring: &mut Ring,
         moved: &mut TurnBytes,
     ) -> FallbackResult {
-        if error.kind() == io::ErrorKind::Interrupted {
-            return FallbackResult::MoreToRead;
-        }
-        if local_errors::is_shortage(error) {
-            return self.note_shortage(from);
+        match StreamError::of(error) {
+            StreamError::Interrupted => return FallbackResult::MoreToRead,
+            StreamError::Shortage => return self.note_shortage(from),
+            StreamError::WouldBlock => self.wait(key, from, OpUse::Readable, ring),
+            StreamError::Broken(errno) => {
+                self.end_of(from, errno, moved);
+            }
         }
         self.streams[from as usize].starved = false;
-        if error.kind() == io::ErrorKind::WouldBlock {
-            self.wait(key, from, OpUse::Readable, ring);
-        } else {
-            self.end_of(from, error.raw_os_error().unwrap_or(libc::EIO), moved);
-        }
         self.finish(from);
         FallbackResult::Done
     }
@@ -185,26 +182,25 @@ impl RingSession {
         moved: &mut TurnBytes,
     ) -> FallbackResult {
         let Some(to) = &self.sockets[from.other() as usize] else { return FallbackResult::Done };
-        let sent = match stream::send(to, seen) {
+        let receive = |buffer: &mut [u8]| stream::receive(socket, buffer);
+        let sent = match stream::send(to, seen).map_err(|error| StreamError::of(&error)) {
             Ok(sent) => sent,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                return FallbackResult::MoreToRead;
-            }
-            Err(error) if local_errors::is_shortage(&error) => return self.note_shortage(from),
-            Err(error) => {
+            Err(StreamError::WouldBlock) => 0,
+            Err(StreamError::Interrupted) => return FallbackResult::MoreToRead,
+            Err(StreamError::Shortage) => return self.note_shortage(from),
+            Err(StreamError::Broken(errno)) => {
                 self.streams[from as usize].starved = false;
-                self.send_failed(from, error.raw_os_error().unwrap_or(libc::EIO), ring);
-                // Nobody wants it; left unread it would turn a close in order into
+                self.send_failed(from, errno, ring);
+                // It cannot be delivered; left unread it would turn a close in order into
                 // a reset. What is wrong with this socket shows at its next read.
-                let _ = self.take(from, socket, seen, moved);
+                let _ = self.close.receive_seen(from, seen, moved, receive);
                 return FallbackResult::Failed;
             }
         };
         if sent > 0 {
             self.close.sent_on(from, sent, moved);
             let all = seen.len();
-            if let Err(errno) = self.take(from, socket, &mut seen[..sent], moved) {
+            if let Err(errno) = self.close.receive_seen(from, &mut seen[..sent], moved, receive) {
                 self.streams[from as usize].starved = false;
                 self.end_of(from, errno, moved);
                 self.finish(from);
@@ -215,8 +211,7 @@ impl RingSession {
             }
         }
         let stream = &mut self.streams[from as usize];
-        stream.starved = false;
-        stream.dry = true;
+        (stream.starved, stream.dry) = (false, true);
         self.wait(key, from, OpUse::Writable, ring);
         FallbackResult::Waits
     }
@@ -248,29 +243,5 @@ impl RingSession {
         self.arm(key, from, ring);
         self.finish(from);
         meaning
-    }
-
-    /// Takes from the socket what was sent: as many bytes as `sent` is long.
-    fn take(
-        &mut self,
-        from: SessionSide,
-        socket: &Rc<OwnedFd>,
-        sent: &mut [u8],
-        moved: &mut TurnBytes,
-    ) -> Result<(), i32> {
-        let mut taken = 0;
-        while taken < sent.len() {
-            match stream::receive(socket, &mut sent[taken..]) {
-                // They were there to be looked at.
-                Ok(0) => return Err(libc::EIO),
-                Ok(more) => {
-                    taken += more;
-                    self.close.received(from, more, moved);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.raw_os_error().unwrap_or(libc::EIO)),
-            }
-        }
-        Ok(())
     }
 }

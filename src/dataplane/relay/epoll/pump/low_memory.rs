@@ -5,10 +5,8 @@
 //! buffer, where TCP holds the sender back: nothing is ever dropped. It costs
 //! a system call a message more, and is left as soon as the budget has room.
 
-use super::{Pump, PumpIo, errno_of, is_would_block};
-use crate::local_errors;
+use super::{Pump, PumpIo};
 use crate::relay::close_state::TurnBytes;
-use std::io;
 use tidegate_core::outcome::SessionSide;
 
 impl Pump {
@@ -30,19 +28,7 @@ impl Pump {
                 return true;
             }
             Ok(there) => there,
-            Err(error) if is_would_block(&error) => {
-                self.sockets[from as usize].readable = false;
-                return false;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return true,
-            Err(error) if local_errors::is_shortage(&error) => {
-                self.short = true;
-                return false;
-            }
-            Err(error) => {
-                self.end_of(from, errno_of(&error), moved);
-                return true;
-            }
+            Err(error) => return self.receive_failed(from, &error, moved),
         };
         if !self.may_send(to) {
             return false;
@@ -68,8 +54,7 @@ impl Pump {
         }
     }
 
-    /// Takes from the socket what was sent: as many bytes as `sent` is long. They
-    /// were there to be looked at, so they are there to be received.
+    /// Takes from the socket what was sent.
     fn take(
         &mut self,
         from: SessionSide,
@@ -77,17 +62,10 @@ impl Pump {
         sent: &mut [u8],
         moved: &mut TurnBytes,
     ) {
-        let mut taken = 0;
-        while taken < sent.len() {
-            match io.receive(from, &mut sent[taken..]) {
-                Ok(0) => return self.end_of(from, libc::EIO, moved),
-                Ok(more) => {
-                    taken += more;
-                    self.close.received(from, more, moved);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return self.end_of(from, errno_of(&error), moved),
-            }
+        let received =
+            self.close.receive_seen(from, sent, moved, |buffer| io.receive(from, buffer));
+        if let Err(errno) = received {
+            self.end_of(from, errno, moved);
         }
     }
 }

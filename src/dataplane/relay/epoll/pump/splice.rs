@@ -5,10 +5,8 @@
 //! with little, or when there is no pipe for it. Small messages never come here:
 //! two splices cost more than one copy.
 
-use super::{
-    BYTES_A_TURN, CRAMMED_MAX, Pump, PumpIo, PumpMode, READ_SMALL, errno_of, is_would_block,
-};
-use crate::local_errors;
+use super::{BYTES_A_TURN, CRAMMED_MAX, Pump, PumpIo, PumpMode, READ_SMALL};
+use crate::local_errors::StreamError;
 use crate::relay::close_state::TurnBytes;
 use std::io;
 use tidegate_core::outcome::SessionSide;
@@ -51,54 +49,58 @@ impl Pump {
                 return SpliceNext::Wait;
             }
             if self.streams[from as usize].small_fills == SMALL_FILLS {
-                io.close_pipe(from);
                 let stream = &mut self.streams[from as usize];
                 let crammed = std::mem::take(&mut stream.last_crammed);
                 stream.crammed = (stream.crammed + u8::from(crammed)).min(CRAMMED_MAX);
                 let mode = if crammed { PumpMode::CopyOnly } else { PumpMode::Copy };
-                return self.copy_again(from, mode);
+                return self.copy_again(from, io, mode);
             }
             if budget == 0 {
                 return SpliceNext::Again;
             }
             if !io.open_pipe(from) {
-                return self.copy_again(from, PumpMode::CopyOnly);
+                return self.copy_again(from, io, PumpMode::CopyOnly);
             }
             match io.fill(from) {
                 Ok(FillResult { bytes: 0, .. }) => {
                     // The end, or an urgent mark that an end stands behind
                     // (`tcp_splice_read` in Linux): a read knows.
                     self.sockets[from as usize].read_to_the_end();
-                    io.close_pipe(from);
-                    return self.copy_again(from, PumpMode::Copy);
+                    return self.copy_again(from, io, PumpMode::Copy);
                 }
                 Ok(fill) => {
                     budget = budget.saturating_sub(fill.bytes);
                     self.filled(from, fill, moved);
                 }
-                Err(error) if is_would_block(&error) => {
-                    let socket = &mut self.sockets[from as usize];
-                    if socket.read_to_the_end {
-                        // splice(2) stops at an urgent mark; a read goes on.
-                        io.close_pipe(from);
-                        return self.copy_again(from, PumpMode::Copy);
+                Err(error) => {
+                    if let Some(mode) = self.fill_failed(from, &error, moved) {
+                        return self.copy_again(from, io, mode);
                     }
-                    socket.readable = false;
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                    // This kind of socket cannot be spliced (splice(2)).
-                    io.close_pipe(from);
-                    return self.copy_again(from, PumpMode::CopyOnly);
-                }
-                Err(error) if local_errors::is_shortage(&error) => {
-                    // A copy needs less.
-                    io.close_pipe(from);
-                    return self.copy_again(from, PumpMode::CopyOnly);
-                }
-                Err(error) => self.end_of(from, errno_of(&error), moved),
             }
         }
+    }
+
+    /// How the stream continues where it does not by splice(2).
+    fn fill_failed(
+        &mut self,
+        from: SessionSide,
+        error: &io::Error,
+        moved: &mut TurnBytes,
+    ) -> Option<PumpMode> {
+        let socket = &mut self.sockets[from as usize];
+        match StreamError::of(error) {
+            // It stops at an urgent mark; a read does not.
+            StreamError::WouldBlock if socket.read_to_the_end => return Some(PumpMode::Copy),
+            StreamError::WouldBlock => socket.readable = false,
+            StreamError::Interrupted => {}
+            // A copy needs less memory; EINVAL: this kind of socket cannot be spliced.
+            StreamError::Shortage | StreamError::Broken(libc::EINVAL) => {
+                return Some(PumpMode::CopyOnly);
+            }
+            StreamError::Broken(errno) => self.end_of(from, errno, moved),
+        }
+        None
     }
 
     /// Sends what is in the pipe; false while some of it is left.
@@ -135,7 +137,13 @@ impl Pump {
         stream.last_crammed = fill.crammed;
     }
 
-    fn copy_again(&mut self, from: SessionSide, mode: PumpMode) -> SpliceNext {
+    fn copy_again(
+        &mut self,
+        from: SessionSide,
+        io: &mut impl PumpIo,
+        mode: PumpMode,
+    ) -> SpliceNext {
+        io.close_pipe(from);
         let stream = &mut self.streams[from as usize];
         stream.mode = mode;
         stream.streak = 0;
