@@ -232,7 +232,7 @@ fn another_secret_under_the_same_name_is_another_configuration() {
 #[test]
 fn unfit_key_files_are_problems_at_their_place() {
     for (secret, mode, why) in [
-        (&[7; 32][..], 0o640, "is open to others than its owner (mode 0640)"),
+        (&[7; 32][..], 0o640, "is accessible to others than its owner (mode 0640)"),
         (&[7; 31][..], 0o600, "holds 31 bytes; 32 to 1024 are needed"),
         (&[7; 5000][..], 0o600, "holds more than 1024 bytes; 32 to 1024 are needed"),
     ] {

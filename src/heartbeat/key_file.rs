@@ -13,7 +13,7 @@ const END_BYTES_MAX: usize = 16;
 
 /// Why a key file was refused.
 #[derive(Debug, thiserror::Error)]
-#[error("the key file {} {why}", path.display())]
+#[error("key file {} {why}", path.display())]
 pub struct KeyFileError {
     /// Which.
     pub path: PathBuf,
@@ -29,8 +29,8 @@ pub enum KeyFileProblem {
     File(#[from] SecretFileError),
     /// Too short or too long.
     #[error(
-        "holds {0}; a secret has {SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} \
-         (head -c 32 /dev/urandom makes one)"
+        "has {0}; a key must have {SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} bytes \
+         (create one with: head -c 32 /dev/urandom)"
     )]
     Length(String),
 }
@@ -133,8 +133,8 @@ mod tests {
 
     #[test]
     fn short_and_endless_files_are_refused_without_their_content() {
-        assert!(refusal(b"secret", 0o600).contains("holds 6 bytes"));
-        assert!(refusal(&[b'x'; 5000], 0o600).contains("holds more than 1024 bytes"));
+        assert!(refusal(b"secret", 0o600).contains("has 6 bytes"));
+        assert!(refusal(&[b'x'; 5000], 0o600).contains("has more than 1024 bytes"));
         assert!(!refusal(b"secret", 0o600).contains("secret\""));
     }
 }

@@ -27,7 +27,9 @@ pub struct Secret(Hmac<Sha256>);
 
 /// A secret of the wrong length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a secret has {SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} bytes, this one has {0}")]
+#[error(
+    "a heartbeat key must have {SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} bytes; this one has {0}"
+)]
 pub struct InvalidSecretLength(pub usize);
 
 /// One key: a secret and what it may speak for.

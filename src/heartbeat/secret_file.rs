@@ -29,7 +29,7 @@ pub enum SecretFileError {
     #[error("is not a regular file")]
     NotAFile,
     /// Others may read, write or execute it.
-    #[error("is open to others than {allowed} (mode {mode:04o}); use chmod {chmod}")]
+    #[error("is accessible to others than {allowed} (mode {mode:04o}); run chmod {chmod}")]
     Open {
         /// In words.
         allowed: &'static str,
@@ -39,7 +39,7 @@ pub enum SecretFileError {
         chmod: &'static str,
     },
     /// Somebody else could change it.
-    #[error("belongs to user {owner}; it must belong to root or to user {us}, who reads it")]
+    #[error("is owned by user {owner}; it must be owned by root or by user {us}")]
     Foreign {
         /// Its owner's number.
         owner: u32,
@@ -47,7 +47,7 @@ pub enum SecretFileError {
         us: u32,
     },
     /// Not such a secret, whatever it is.
-    #[error("is larger than any secret: more than {0} bytes")]
+    #[error("is too large: more than {0} bytes")]
     TooLarge(usize),
 }
 
@@ -141,7 +141,7 @@ mod tests {
         let (_dir, path) = file(b"s", 0o600);
         std::os::unix::fs::chown(&path, Some(4321), None).unwrap();
         let said = read(&path, Openness::OwnerAlone, 9).unwrap_err().to_string();
-        assert!(said.starts_with("belongs to user 4321; it must belong to root"), "{said}");
+        assert!(said.starts_with("is owned by user 4321; it must be owned by root"), "{said}");
     }
 
     #[test]

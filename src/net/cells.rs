@@ -136,11 +136,11 @@ impl Memory {
         let sealed = fcntl_get_seals(&file)?.contains(SEALS);
         let size = rustix::fs::fstat(&file)?.st_size;
         if !sealed || u64::try_from(size).ok() != Some(size_of::<Layout>() as u64) {
-            return Err(io::Error::other("not a file of counts as this program knows them"));
+            return Err(io::Error::other("not a counter file of this version"));
         }
         let layout = map(&file)?;
         if layout.magic.load(Ordering::Acquire) != MAGIC {
-            return Err(io::Error::other("a file of counts in another layout"));
+            return Err(io::Error::other("a counter file with another layout"));
         }
         Memory::enter(file, layout)
     }
@@ -151,7 +151,7 @@ impl Memory {
         let columns = memory.layout.columns.each_ref().map(|c| c.load(Ordering::Acquire));
         let free = columns.iter().position(|column| *column == 0);
         let process = free.ok_or_else(|| {
-            io::Error::other(format!("{PROCESSES_MAX} processes share these counts already"))
+            io::Error::other(format!("{PROCESSES_MAX} processes already share these counters"))
         })?;
         let sharers =
             |column: &u32| columns.iter().filter(|c| **c == u64::from(column + 1)).count();

@@ -83,19 +83,19 @@ pub struct Header {
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
     /// The other process closed its end, by ending or otherwise.
-    #[error("the other process hung up")]
+    #[error("the other process closed the connection")]
     Closed,
     /// The deadline is over.
     #[error("no answer in time")]
     TimedOut,
     /// Not a frame at all.
-    #[error("what the other process says is no frame: it begins with {0:?}")]
+    #[error("not a handover frame: starts with {0:?}")]
     Foreign([u8; 4]),
     /// A frame of another version.
-    #[error("the other process speaks frame version {0}, this one {FRAME_VERSION}")]
+    #[error("unsupported frame version {0}; this process uses {FRAME_VERSION}")]
     Version(u16),
     /// More than is ever needed.
-    #[error("a frame of {length} bytes and {fds} descriptors is beyond the bounds")]
+    #[error("frame too large: {length} bytes, {fds} descriptors")]
     TooLarge {
         /// Of the body.
         length: u32,
@@ -103,7 +103,7 @@ pub enum ChannelError {
         fds: u32,
     },
     /// The descriptors that were announced are not there.
-    #[error("{came} of {wanted} descriptors came; is the limit on open descriptors too low?")]
+    #[error("received {came} of {wanted} descriptors; check the descriptor limit (ulimit -n)")]
     LostDescriptors {
         /// So many.
         came: usize,
@@ -337,7 +337,7 @@ fn judge(error: io::Error) -> Result<(), ChannelError> {
 /// One of them is not open, or there are more than [`ACTIVATED_MAX`].
 pub fn take_activated(count: usize) -> io::Result<Vec<OwnedFd>> {
     if count > ACTIVATED_MAX {
-        let message = format!("{count} descriptors are more than {ACTIVATED_MAX}");
+        let message = format!("{count} descriptors passed; at most {ACTIVATED_MAX} are allowed");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
     (ACTIVATED_FIRST..).take(count).map(take_inherited).collect()

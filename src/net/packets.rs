@@ -120,7 +120,7 @@ impl Packets {
         };
         let (length, flags, fds) = received;
         if flags.intersects(ReturnFlags::CTRUNC | ReturnFlags::TRUNC) {
-            return Err(io::Error::other("a message came without all that belongs to it"));
+            return Err(io::Error::other("incomplete message: bytes or descriptors are missing"));
         }
         bytes.truncate(length);
         Ok((length > 0).then_some(Packet { bytes, fds }))

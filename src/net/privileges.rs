@@ -35,7 +35,7 @@ impl UserIdentity {
     /// # Errors
     /// In words: nobody is called so, or the database cannot be read.
     pub fn find(user: &str, group: Option<&str>) -> Result<UserIdentity, String> {
-        let trouble = |error: nix::Error| format!("the user database cannot be read: {error}");
+        let trouble = |error: nix::Error| format!("cannot read the user database: {error}");
         let gid = match group {
             Some(group) => Some(find_group(group)?),
             None => None,
@@ -61,7 +61,7 @@ impl UserIdentity {
             (None, None, Ok(number)) => {
                 Err(format!("user {number} is not in the user database; set group as well"))
             }
-            (None, _, Err(_)) => Err(format!("there is no user {user:?}")),
+            (None, _, Err(_)) => Err(format!("user {user:?} does not exist")),
         }
     }
 
@@ -94,22 +94,22 @@ impl UserIdentity {
         // Needs CAP_SETPCAP, which is about to go.
         bound(keep);
         set_keep_capabilities(true).map_err(told("keep capabilities"))?;
-        nix::unistd::setgroups(&self.groups).map_err(at("set the groups"))?;
+        nix::unistd::setgroups(&self.groups).map_err(at("set the supplementary groups"))?;
         nix::unistd::setresgid(self.gid, self.gid, self.gid).map_err(at("set the group"))?;
         nix::unistd::setresuid(self.uid, self.uid, self.uid).map_err(at("set the user"))?;
         reduce(keep).map_err(|error| ("reduce the capabilities", error))?;
-        set_keep_capabilities(false).map_err(told("keep no capabilities"))?;
+        set_keep_capabilities(false).map_err(told("drop the capabilities"))?;
         Ok(())
     }
 }
 
 fn find_group(group: &str) -> Result<Gid, String> {
-    let trouble = |error: nix::Error| format!("the group database cannot be read: {error}");
+    let trouble = |error: nix::Error| format!("cannot read the group database: {error}");
     match group.parse() {
         Ok(number) => Ok(Gid::from_raw(number)),
         Err(_) => match Group::from_name(group).map_err(trouble)? {
             Some(entry) => Ok(entry.gid),
-            None => Err(format!("there is no group {group:?}")),
+            None => Err(format!("group {group:?} does not exist")),
         },
     }
 }
@@ -229,10 +229,10 @@ mod tests {
         assert_eq!(said, "user 54321 is not in the user database; set group as well");
         assert_eq!(
             UserIdentity::find("no-such", None).unwrap_err(),
-            "there is no user \"no-such\""
+            "user \"no-such\" does not exist"
         );
         let said = UserIdentity::find("root", Some("no-such")).unwrap_err();
-        assert_eq!(said, "there is no group \"no-such\"");
+        assert_eq!(said, "group \"no-such\" does not exist");
     }
 
     #[test]

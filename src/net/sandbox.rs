@@ -57,7 +57,7 @@ const WRITE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
 /// # Errors
 /// In words: the kernel does not have it, or refuses.
 pub fn close_files(paths: &Paths) -> Result<String, String> {
-    let refused = |error: &dyn std::fmt::Display| format!("the kernel refuses: {error}");
+    let refused = |error: &dyn std::fmt::Display| format!("rejected by the kernel: {error}");
     let restricted = || -> Result<_, landlock::RulesetError> {
         Ruleset::default()
             .set_compatibility(CompatLevel::BestEffort)
@@ -74,13 +74,13 @@ pub fn close_files(paths: &Paths) -> Result<String, String> {
         LandlockStatus::Available { effective_abi, .. } => {
             format!("version {}", effective_abi as i32)
         }
-        LandlockStatus::NotEnabled => return Err("switched off in this kernel (lsm=)".to_owned()),
-        LandlockStatus::NotImplemented => return Err("not in this kernel".to_owned()),
+        LandlockStatus::NotEnabled => return Err("disabled in this kernel (lsm=)".to_owned()),
+        LandlockStatus::NotImplemented => return Err("not supported by this kernel".to_owned()),
     };
     match status.ruleset {
         RulesetStatus::FullyEnforced => Ok(version),
-        RulesetStatus::PartiallyEnforced => Ok(format!("{version}, which has a part of it")),
-        RulesetStatus::NotEnforced => Err("the kernel has none of it".to_owned()),
+        RulesetStatus::PartiallyEnforced => Ok(format!("{version}, partially supported")),
+        RulesetStatus::NotEnforced => Err("not supported by this kernel".to_owned()),
     }
 }
 
@@ -93,18 +93,19 @@ pub fn close_files(paths: &Paths) -> Result<String, String> {
 /// In words: the kernel does not have it or refuses, or this processor's calls
 /// are not listed.
 pub fn close_calls() -> Result<String, String> {
-    let rules = calls::rules().ok_or("not for this processor")?;
+    let rules = calls::rules().ok_or("not supported on this CPU architecture")?;
     let count = rules.len();
-    let arch = std::env::consts::ARCH.try_into().map_err(|_| "not for this processor")?;
+    let arch =
+        std::env::consts::ARCH.try_into().map_err(|_| "not supported on this CPU architecture")?;
     let otherwise = SeccompAction::Errno(libc::ENOSYS as u32);
     let filter = SeccompFilter::new(rules, otherwise, SeccompAction::Allow, arch)
         .and_then(TryInto::<BpfProgram>::try_into)
-        .map_err(|error| format!("no filter: {error}"))?;
+        .map_err(|error| format!("cannot build the filter: {error}"))?;
     install(&filter).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOSYS | libc::EINVAL) => "not in this kernel".to_owned(),
-        _ => format!("the kernel refuses: {error}"),
+        Some(libc::ENOSYS | libc::EINVAL) => "not supported by this kernel".to_owned(),
+        _ => format!("rejected by the kernel: {error}"),
     })?;
-    Ok(format!("{count} system calls"))
+    Ok(format!("{count} system calls allowed"))
 }
 
 /// Whether a filter is in force for this thread, whoever has set it.

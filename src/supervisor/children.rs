@@ -154,7 +154,7 @@ impl Child {
 /// Starts it; it is reaped with all others.
 pub(super) fn spawn(command: &mut Command) -> io::Result<Pid> {
     let pid = i32::try_from(command.spawn()?.id()).ok().and_then(Pid::from_raw);
-    pid.ok_or_else(|| io::Error::other("the new process has no number"))
+    pid.ok_or_else(|| io::Error::other("the new process has no process ID"))
 }
 
 /// What every process that the supervisor starts has, and has not.
@@ -184,15 +184,16 @@ pub(super) fn prepare(command: &mut Command, pipes: Option<ChildPipes>) {
 /// It separates a process that serves as another user. One of the same user passes it by
 /// a process that it forks, and could do whatever that user can in other ways as well.
 pub(super) fn permitted(asked_over: &OwnedFd, children: &[Child]) -> Result<(), String> {
-    let peer = getsockopt(asked_over, PeerCredentials)
-        .map_err(|error| format!("the supervisor cannot see who asks: {error}"))?;
+    let peer = getsockopt(asked_over, PeerCredentials).map_err(|error| {
+        format!("the supervisor cannot read the user of the requester: {error}")
+    })?;
     let own = rustix::process::geteuid().as_raw();
     let is_child = children.iter().any(|child| child.pid.as_raw_nonzero().get() == peer.pid());
     if is_child || !(peer.uid() == 0 || peer.uid() == own) {
         let uid = peer.uid();
         return Err(format!(
-            "the supervisor starts another program or configuration only for root and its own \
-             user; user {uid} asks"
+            "only root and the user of the supervisor can start another binary or \
+             configuration; the request is from user {uid}"
         ));
     }
     Ok(())

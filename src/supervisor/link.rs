@@ -77,7 +77,7 @@ impl Link {
     pub fn from_environment() -> io::Result<Option<(Arc<Link>, SupervisorState)>> {
         let Some(number) = std::env::var_os(MARK) else { return Ok(None) };
         let number = number.to_str().and_then(|text| text.parse().ok());
-        let number = number.ok_or_else(|| io::Error::other(format!("{MARK} is no number")))?;
+        let number = number.ok_or_else(|| io::Error::other(format!("{MARK} is not a number")))?;
         let packets = Packets::from(fd_channel::take_inherited(number)?);
         let given = given(&packets)?;
         Ok(Some((Arc::new(Link { packets, asking: Mutex::default() }), given)))
@@ -179,7 +179,7 @@ impl Link {
         if let Err(error) = self.packets.send(&report.encode(), fds)
             && error.kind() == io::ErrorKind::WouldBlock
         {
-            tracing::warn!("the supervisor does not take messages; is it stopped?");
+            tracing::warn!("the supervisor does not accept messages; is it stopped?");
         }
     }
 
@@ -191,7 +191,7 @@ impl Link {
 fn given(packets: &Packets) -> io::Result<SupervisorState> {
     let mut held: Vec<(String, Vec<OwnedFd>)> = Vec::new();
     loop {
-        let gone = || io::Error::other("the supervisor has ended");
+        let gone = || io::Error::other("the supervisor has exited");
         let Packet { bytes, fds } = packets.receive()?.ok_or_else(gone)?;
         match SupervisorOrder::decode(&bytes) {
             Some(SupervisorOrder::Held(name)) => match held.last_mut() {
@@ -203,7 +203,7 @@ fn given(packets: &Packets) -> io::Result<SupervisorState> {
                 let mut store = || Some(Store::of([fds.next()?, fds.next()?]));
                 let all: [_; STORES] = [store(), store(), store()];
                 let [Some(intents), Some(known), texts] = all else {
-                    return Err(io::Error::other("files of the supervisor are missing"));
+                    return Err(io::Error::other("the supervisor did not pass its files"));
                 };
                 let before = Some(before).filter(|before| !before.is_empty());
                 return Ok(SupervisorState { held, intents, known, texts, before, attempt });

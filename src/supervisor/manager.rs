@@ -83,7 +83,7 @@ impl Manager {
         };
         let lost_before = self.lost.swap(sent.is_err(), Ordering::Relaxed);
         if let (Err(error), false) = (sent, lost_before) {
-            tracing::warn!(%error, said = message, "the service manager cannot be told by NOTIFY_SOCKET");
+            tracing::warn!(%error, notification = message, "cannot notify the service manager");
         }
     }
 }

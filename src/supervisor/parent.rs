@@ -211,7 +211,7 @@ impl Parent {
                 self.children.push(child);
             }
             Err(error) => {
-                tracing::error!(%error, "the process that serves cannot be started");
+                tracing::error!(%error, "cannot start the serving process");
                 self.start_failed();
             }
         }
@@ -220,7 +220,10 @@ impl Parent {
     fn start_failed(&mut self) {
         self.failed_starts += 1;
         if self.failed_starts >= FAILED_STARTS_MAX {
-            tracing::error!("{FAILED_STARTS_MAX} processes in a row ended before they served");
+            tracing::error!(
+                starts = FAILED_STARTS_MAX,
+                "serving processes exited before they were ready; exiting"
+            );
             self.end(FAILED);
         } else {
             let pause = PAUSE * (1 << (self.failed_starts - 1));
@@ -234,10 +237,10 @@ impl Parent {
             return Err("descriptors are missing".to_owned());
         };
         if self.of(|role| matches!(role, Role::Successor(_))).is_some() || self.stopping {
-            return Err("the supervisor is starting another one, or stopping".to_owned());
+            return Err("the supervisor is already starting a process, or is stopping".to_owned());
         }
         if !wish.is_usual() {
-            let asked_over = fds.next().ok_or("who asks is not shown to the supervisor")?;
+            let asked_over = fds.next().ok_or("the connection of the requester is missing")?;
             permitted(&asked_over, &self.children)?;
         }
         let program = self.program.wished(wish.binary.as_deref(), wish.config.as_deref());
@@ -263,7 +266,7 @@ impl Parent {
                 // It has ended with messages unread; its own are still there.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
                 Err(error) => {
-                    tracing::warn!(%error, "a message of process {} is lost", child.pid);
+                    tracing::warn!(pid = %child.pid, %error, "cannot read a message of a process");
                 }
             }
         }
@@ -317,14 +320,18 @@ impl Parent {
         if total + fds.len() <= FDS_MAX {
             self.children[at].hold(name, fds);
         } else {
-            tracing::warn!(name, "no more than {FDS_MAX} sockets are kept: a crash loses it");
+            tracing::warn!(
+                name,
+                max = FDS_MAX,
+                "too many sockets to keep; a crash closes this one"
+            );
         }
     }
 
     fn answer_start(&mut self, at: usize, wish: &Wish, fds: Vec<OwnedFd>) {
         let started = match self.children[at].role {
             Role::Main => self.start_successor(self.children[at].pid, wish, fds),
-            _ => Err("the process that is asked is not the service".to_owned()),
+            _ => Err("the requesting process is not the serving process".to_owned()),
         };
         let order = match started {
             Ok(pid) => SupervisorOrder::Started(pid.as_raw_nonzero().get().unsigned_abs()),
@@ -403,7 +410,7 @@ impl Parent {
             }
             Role::SteppingDown | Role::Leaving if status.exit_status() == Some(0) => {}
             Role::SteppingDown | Role::Leaving => {
-                tracing::warn!("{}, which was draining", in_words(child.pid, status));
+                tracing::warn!(reason = in_words(child.pid, status), "draining process failed");
             }
             Role::Main => self.main_ended(&mut child, status),
         }
@@ -444,11 +451,11 @@ impl Parent {
     }
 }
 
-/// What became of a process.
+/// How a process ended.
 fn in_words(pid: Pid, status: WaitStatus) -> String {
     match (status.exit_status(), status.terminating_signal()) {
-        (Some(code), _) => format!("process {pid} ended with code {code}"),
-        (_, Some(signal)) => format!("process {pid} was ended by signal {signal}"),
-        _ => format!("process {pid} has ended"),
+        (Some(code), _) => format!("process {pid} exited with code {code}"),
+        (_, Some(signal)) => format!("process {pid} was killed by signal {signal}"),
+        _ => format!("process {pid} exited"),
     }
 }

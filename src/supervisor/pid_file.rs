@@ -39,7 +39,7 @@ impl PidFile {
         let Err(error) = self.try_write() else { return };
         if !std::mem::replace(&mut self.told, true) {
             let path = self.path.display();
-            tracing::error!(%path, %error, "the pid file cannot be written; it is tried again");
+            tracing::error!(%path, %error, "cannot write the PID file; retrying");
         }
     }
 

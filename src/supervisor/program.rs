@@ -101,7 +101,7 @@ fn check(path: &Path) -> Result<(), String> {
     let facts = std::fs::metadata(path)
         .map_err(|error| format!("cannot start {}: {error}", path.display()))?;
     if !facts.is_file() || facts.permissions().mode() & 0o111 == 0 {
-        return Err(format!("cannot start {}: it is no program", path.display()));
+        return Err(format!("cannot start {}: not an executable file", path.display()));
     }
     Ok(())
 }
@@ -157,6 +157,6 @@ mod tests {
         assert_eq!(wished.arguments, ["run", "--config", "/b.toml"]);
         assert_eq!(wished.wished(None, None), wished, "the next one is the same");
         let error = program.wished(Some(dir.path()), None).path().unwrap_err();
-        assert!(error.contains("no program"), "{error}");
+        assert!(error.contains("not an executable file"), "{error}");
     }
 }

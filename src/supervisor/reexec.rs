@@ -115,7 +115,9 @@ struct Trial {
 /// In words: it cannot be taken over.
 pub fn check(version: u32) -> Result<(), String> {
     if version != VERSION {
-        return Err(format!("states of version {version} are not read, those of {VERSION} are"));
+        return Err(format!(
+            "unsupported state version {version}; this binary reads version {VERSION}"
+        ));
     }
     let mut bytes = Vec::new();
     let limit = BYTES_MAX as u64 + 1;
@@ -136,7 +138,7 @@ fn answer(state: &[u8]) -> String {
 pub fn resume() -> Option<io::Result<u8>> {
     let number = std::env::var_os(MARK)?;
     let number = number.to_str().and_then(|text| text.parse().ok());
-    let number = number.ok_or_else(|| io::Error::other(format!("{MARK} is no number")));
+    let number = number.ok_or_else(|| io::Error::other(format!("{MARK} is not a number")));
     Some(number.and_then(taken_over).and_then(Parent::run))
 }
 
@@ -195,12 +197,12 @@ impl Trial {
             (Some(0), _) => {}
             _ if self.killed => return Err(format!("no answer within {TRIAL_MAX:?}")),
             (Some(code), _) => return Err(format!("exit code {code}")),
-            (_, signal) => return Err(format!("ended by signal {}", signal.unwrap_or_default())),
+            (_, signal) => return Err(format!("killed by signal {}", signal.unwrap_or_default())),
         }
         let mut said = [0; ANSWER_MAX];
         let length = self.answer.read(&mut said).unwrap_or(0);
         if said[..length] != *answer(&self.state).as_bytes() {
-            return Err("another answer than the digest of the state".to_owned());
+            return Err("the answer is not the digest of the state".to_owned());
         }
         Ok(std::mem::take(&mut self.state))
     }
@@ -267,7 +269,7 @@ impl Parent {
             return Ok(());
         }
         if FileId::of(&renewal.path).ok() != Some(renewal.file) {
-            return Err("it is another file than the one that was started".to_owned());
+            return Err("the file has changed since it was started".to_owned());
         }
         let state = self.state().encode()?;
         if let Step::Passed(read) = &renewal.step
@@ -278,7 +280,9 @@ impl Parent {
         }
         renewal.trials += 1;
         if renewal.trials > TRIALS_MAX {
-            return Err(format!("its state has changed in each of {TRIALS_MAX} trials"));
+            return Err(format!(
+                "the state of the supervisor changed in each of {TRIALS_MAX} trials"
+            ));
         }
         let trial = Trial::start(&renewal.path, state).map_err(|error| error.to_string())?;
         renewal.step = Step::Tried(trial);
@@ -357,7 +361,7 @@ impl Parent {
         (parent.children, parent.pid_file) = (children, pid_file);
         (parent.told_ready, parent.served) = (true, true);
         let version = env!("CARGO_PKG_VERSION");
-        tracing::info!(version, "the supervisor runs the new program");
+        tracing::info!(version, "the supervisor runs the new binary");
         // Some may have ended meanwhile.
         parent.reap();
         Ok(parent)
@@ -365,7 +369,7 @@ impl Parent {
 }
 
 fn child_of(described: Described) -> io::Result<Child> {
-    let pid = described.pid().ok_or_else(|| io::Error::other("a process without a number"))?;
+    let pid = described.pid().ok_or_else(|| io::Error::other("a process ID is missing"))?;
     let role = if described.main { Role::Main } else { Role::Leaving };
     let link = described.link.map(take_inherited).transpose()?.map(Into::into);
     let mut child = Child::of(pid, role, described.program, link);
@@ -384,7 +388,7 @@ fn taken(numbers: Vec<RawFd>) -> io::Result<Vec<OwnedFd>> {
 fn stays(path: &Path, why: &str) {
     tracing::warn!(
         program = %path.display(), reason = why,
-        "the supervisor stays the program that it is, until a restart or another upgrade"
+        "the supervisor keeps running the old binary until a restart or the next upgrade"
     );
 }
 

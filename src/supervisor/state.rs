@@ -77,7 +77,10 @@ impl State {
         self.check()?;
         let bytes = serde_json::to_vec(self).map_err(|error| error.to_string())?;
         if bytes.len() > BYTES_MAX {
-            return Err(format!("its state has {} bytes, {BYTES_MAX} at most", bytes.len()));
+            return Err(format!(
+                "the state has {} bytes; at most {BYTES_MAX} are allowed",
+                bytes.len()
+            ));
         }
         Ok(bytes)
     }
@@ -88,7 +91,7 @@ impl State {
     /// In words: it is none, or not within its bounds.
     pub(super) fn decode(bytes: &[u8]) -> Result<State, String> {
         if bytes.len() > BYTES_MAX {
-            return Err(format!("a state of more than {BYTES_MAX} bytes"));
+            return Err(format!("the state has more than {BYTES_MAX} bytes"));
         }
         let state: State = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
         state.check()?;
@@ -97,21 +100,26 @@ impl State {
 
     fn check(&self) -> Result<(), String> {
         if self.version != VERSION {
-            return Err(format!("a state of version {}, this is {VERSION}", self.version));
+            return Err(format!(
+                "unsupported state version {}; this binary reads version {VERSION}",
+                self.version
+            ));
         }
         if self.children.len() > CHILDREN_MAX || self.stores.len() > packets::FDS_MAX {
-            return Err("more processes or stores than there may be".to_owned());
+            return Err("too many processes or stores".to_owned());
         }
         if self.children.iter().filter(|child| child.main).count() != 1 {
             return Err("not exactly one process serves".to_owned());
         }
         let mut pids = HashSet::new();
         if !self.children.iter().all(|one| one.pid().is_some() && pids.insert(one.pid)) {
-            return Err("a process without a number of its own".to_owned());
+            return Err("a process ID is missing or used twice".to_owned());
         }
         let (count, mut seen) = (self.descriptors().count(), HashSet::new());
         if count > DESCRIPTORS_MAX || !self.descriptors().all(|fd| fd >= FIRST && seen.insert(fd)) {
-            return Err("a descriptor without a number of its own, or too many".to_owned());
+            return Err(
+                "a descriptor is out of range or used twice, or there are too many".to_owned()
+            );
         }
         Ok(())
     }

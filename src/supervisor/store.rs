@@ -49,7 +49,7 @@ impl Store {
     /// No memory, or the text is too long; the one before is kept then.
     pub fn write(&self, text: &[u8]) -> io::Result<()> {
         if text.len() > TEXT_MAX {
-            return Err(io::Error::other(format!("{} bytes are too many to keep", text.len())));
+            return Err(io::Error::other(format!("{} bytes are too large to keep", text.len())));
         }
         // Another process may have written since.
         let [one, other] = self.0.each_ref().map(|file| whole(file).map_or(0, |(n, _)| n));

@@ -173,7 +173,7 @@ fn check_refuses_what_run_refuses() {
     for (name, why) in [
         ("missing", "missing"),
         ("short", "must hold 16 to 1024 visible ASCII characters"),
-        ("open", "is open to others than its owner"),
+        ("open", "is accessible to others than its owner"),
     ] {
         let line = format!("[admin]\ntoken_file = \"{}\"\n", path.join(name).display());
         refused_alike(name, &text(&conf()).replace("[admin]\n", &line), path, why);

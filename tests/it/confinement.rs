@@ -243,7 +243,7 @@ fn whoever_cannot_become_the_user_does_not_start() {
     place.write("tidegate.toml", &text.replace(&format!("group = \"{USER}\"\n"), ""), OTHER, 0o644);
     let (code, said) = tries(&mut place.command());
     assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("[process] user: there is no user \"no-such-user\""), "{said}");
+    assert!(said.contains("[process] user: user \"no-such-user\" does not exist"), "{said}");
 }
 
 fn simple(line: &str) -> (ScriptedBackend, TestProxy) {

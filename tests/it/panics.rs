@@ -276,7 +276,7 @@ fn a_process_whose_control_thread_panics_is_replaced_at_once(engine: Engine) {
     });
     proxy.find_serving();
     assert_ne!(proxy.pid(), before);
-    assert!(proxy.log().contains("ended with code 3; this process takes its place"));
+    assert!(proxy.log().contains("exited with code 3; this process takes its place"));
     proxy.rebaseline();
 }
 

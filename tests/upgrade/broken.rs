@@ -113,7 +113,7 @@ fn a_program_that_hangs_is_killed_at_the_deadline(engine: Engine) {
 fn a_program_that_talks_nonsense_is_killed(engine: Engine) {
     let bench = Bench::new(engine);
     let talk = "#!/bin/sh\necho 'What is this, an upgrade protocol?' >&0\nexec sleep 60\n";
-    bench.fails(talk, "is no frame");
+    bench.fails(talk, "not a handover frame");
     bench.and_can_be_upgraded();
 }
 

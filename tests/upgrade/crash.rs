@@ -82,7 +82,7 @@ fn clients_in_the_listen_queue_are_served_by_the_next_process(engine: Engine) {
     }
     assert!(client::exchange(&open, b"gone").is_err(), "a session goes with its process");
     replaced(&mut proxy, before);
-    assert!(proxy.log().contains("was ended by signal 9; this process takes its place"));
+    assert!(proxy.log().contains("was killed by signal 9; this process takes its place"));
     drop(queued);
     proxy.rebaseline();
 }
@@ -226,7 +226,9 @@ fn processes_that_never_serve_are_started_five_times(engine: Engine) {
     std::fs::rename(&broken, &link).unwrap();
     proc::signal(proxy.pid(), Signal::KILL);
     assert_eq!(proxy.wait_exit(secs(20)), Some(3));
-    assert!(proxy.log().contains("5 processes in a row ended before they served"));
+    assert!(
+        proxy.log().contains("serving processes exited before they were ready; exiting starts=5")
+    );
     let count = std::fs::read_to_string(dir.path().join("tidegate.count")).unwrap();
     assert_eq!(count.lines().count(), 5);
 }

@@ -111,16 +111,16 @@ fn a_manager_that_cannot_be_told_is_named_once_in_the_log(engine: Engine) {
             std::thread::sleep(Duration::from_millis(300));
             proxy.check_for_leaks();
             let log = proxy.log();
-            let mut lines = log.lines().filter(|line| line.contains("cannot be told"));
+            let mut lines = log.lines().filter(|line| line.contains("cannot notify"));
             let line = lines.next().expect("a line");
             assert_eq!(lines.next(), None);
             let (head, rest) = line.split_at(line.find(" WARN ").expect("a level"));
             let time = head.trim_end().strip_suffix('Z').expect("a time");
             assert!(time.len() == 26 && time.as_bytes()[10] == b'T', "{line}");
-            let wanted = " WARN tidegate_supervisor::manager: the service manager cannot be told";
+            let wanted = " WARN tidegate_supervisor::manager: cannot notify the service manager";
             assert!(rest.starts_with(wanted), "{line}");
             assert!(rest.contains(" error=\"") && rest.contains(error), "{line}");
-            assert!(rest.contains(" said=\"READY=1\\nMAINPID="), "{line}");
+            assert!(rest.contains(" notification=\"READY=1\\nMAINPID="), "{line}");
         }
     }
 }

@@ -104,9 +104,9 @@ impl Bench {
     #[track_caller]
     fn wait_renewed(&self, name: &str) {
         let wanted = inode(&self.path(name));
-        eventually(secs(10), "the supervisor runs the new program", || self.runs() == wanted);
+        eventually(secs(10), "the supervisor runs the new binary", || self.runs() == wanted);
         eventually(secs(5), "it says so", || {
-            self.proxy.log().contains("the supervisor runs the new program")
+            self.proxy.log().contains("the supervisor runs the new binary")
         });
     }
 
@@ -392,22 +392,22 @@ fn a_program_that_does_not_pass_the_trial_changes_nothing(engine: Engine) {
     let trials = [
         // As programs do that do not know the question.
         ("exit 2", "exit code 2"),
-        ("kill -9 $$", "ended by signal 9"),
+        ("kill -9 $$", "killed by signal 9"),
         ("sleep 60 & echo $! >'HERE/pid'; wait; exit 0", "no answer within 2s"),
-        ("exit 0", "another answer"),
-        ("echo supervisor state 1 0123456789abcdef; exit 0", "another answer"),
+        ("exit 0", "not the digest of the state"),
+        ("echo supervisor state 1 0123456789abcdef; exit 0", "not the digest of the state"),
         ("yes; exit 0", "no answer within 2s"),
     ];
     for (trial, reason) in trials {
-        let said = bench.proxy.log().matches("the supervisor stays the program").count();
+        let said = bench.proxy.log().matches("the supervisor keeps running the old binary").count();
         bench.replace_by_trial(trial);
         bench.upgrade();
         eventually(secs(15), "the supervisor says that it stays", || {
             let log = bench.proxy.log();
-            log.matches("the supervisor stays the program").count() > said
+            log.matches("the supervisor keeps running the old binary").count() > said
         });
         let log = bench.proxy.log();
-        let line = log.lines().rfind(|line| line.contains("the supervisor stays")).unwrap();
+        let line = log.lines().rfind(|line| line.contains("the supervisor keeps running")).unwrap();
         assert!(line.contains(reason) && line.contains("WARN"), "{trial}: {line}");
         assert_eq!(bench.runs(), own);
         bench.serves();

@@ -79,16 +79,13 @@ pub struct SenderIdentity {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidIdentity {
     /// The pool's name.
-    #[error("the pool name {0:?} is not 1 to 64 of the characters A-Z a-z 0-9 . _ -")]
+    #[error("invalid pool name {0:?}: use 1 to 64 of A-Z a-z 0-9 . _ -")]
     Pool(String),
     /// The backend's name.
-    #[error(
-        "the backend name {0:?} is neither its address nor 1 to 64 of the characters \
-         A-Z a-z 0-9 . _ -"
-    )]
+    #[error("invalid backend name {0:?}: use its address or 1 to 64 of A-Z a-z 0-9 . _ -")]
     Name(String),
     /// Nobody could connect there.
-    #[error("{0} is not an address a balancer could connect to")]
+    #[error("a balancer cannot connect to address {0}")]
     Address(SocketAddr),
 }
 
@@ -160,28 +157,28 @@ pub struct ParsedHeartbeat<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
     /// Fewer bytes than the smallest datagram, or than it announces.
-    #[error("too short")]
+    #[error("datagram too short")]
     Short,
     /// More bytes than the largest datagram, or than it announces.
-    #[error("too long")]
+    #[error("datagram too long")]
     Long,
     /// Not one of ours.
     #[error("not a heartbeat")]
     Magic,
     /// One of ours, of another version or with unknown flags.
-    #[error("unknown version or flags")]
+    #[error("unsupported version or flags")]
     Version,
     /// No such state.
-    #[error("unknown state")]
+    #[error("unknown sender state")]
     State,
     /// No such family, or an address nobody can connect to.
     #[error("unusable address")]
     Address,
     /// Interval, weight, load or port out of bounds.
-    #[error("a value out of bounds")]
+    #[error("value out of range")]
     Value,
     /// A name of wrong length or characters.
-    #[error("unusable name")]
+    #[error("invalid name")]
     Name,
 }
 

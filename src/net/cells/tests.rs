@@ -84,7 +84,7 @@ fn beyond_the_bounds_there_is_no_count_and_no_part() {
     assert!(memory.count(b"one more").is_some());
     let parts: Vec<_> = (1..PROCESSES_MAX).map(|_| dead_one(&memory)).collect();
     let error = Memory::join(memory.file.try_clone().unwrap()).unwrap_err();
-    assert_eq!(error.to_string(), "64 processes share these counts already");
+    assert_eq!(error.to_string(), "64 processes already share these counters");
     drop(parts);
 }
 
@@ -95,5 +95,5 @@ fn a_file_that_could_shrink_or_is_no_such_file_is_refused() {
     assert!(Memory::join(file.try_clone().unwrap()).is_err());
     fcntl_add_seals(&file, SEALS).unwrap();
     let error = Memory::join(file).unwrap_err();
-    assert_eq!(error.to_string(), "a file of counts in another layout");
+    assert_eq!(error.to_string(), "a counter file with another layout");
 }
