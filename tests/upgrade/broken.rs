@@ -240,7 +240,10 @@ fn another_program_is_for_root_and_the_supervisors_user_alone(engine: Engine) {
     };
     for query in ["?binary=/bin/true", "?config=/etc/other.toml"] {
         let said = ask(query);
-        assert!(said.contains(" 409 ") && said.contains("the request is from user 65534"), "{said}");
+        assert!(
+            said.contains(" 409 ") && said.contains("the request is from user 65534"),
+            "{said}"
+        );
     }
     bench.goes_on("refused", 2.0);
     // The usual program is started for whoever may use the socket.
