@@ -37,7 +37,7 @@ use crate::admin_place;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use tidegate_config::{self as config, Problems, Spot, Texts};
+use tidegate_config::{self as config, Origin, Problems, Spot, Texts};
 use tidegate_core::model;
 use tidegate_core::model::{AccessLogTarget, AdminListen, Config, Sandbox};
 use tidegate_net::confinement::SandboxReport;
@@ -134,13 +134,7 @@ pub fn confine(
     before: Before<'_>,
 ) -> Result<AppliedSandbox, Failure> {
     let Before { inherited, admin: place_before, upgrade, instead } = before;
-    // Only what is needed to become who is to read the rest.
-    let outline = instead.map_or_else(|| config::outline(path), config::outline_kept);
-    let Ok((mut config, origin)) = outline else {
-        let problems = config::load(path).err();
-        let changed = || Failure::Runtime(changed_during_start());
-        return Err(problems.map_or_else(changed, Failure::Config));
-    };
+    let (mut config, origin) = outline(path, instead)?;
     let process = &config.process;
     let asked = SandboxSettings {
         user: process.user.clone(),
@@ -157,14 +151,9 @@ pub fn confine(
     let identity = preflight::identity(&config, &origin)
         .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
     let admin = admin_place(&config, identity.as_ref(), place_before)?;
+    prepare_state(&config, &origin, identity.as_ref())?;
     config.admin.listen = admin.listen.clone();
     let process = &config.process;
-    if let Some(directory) = &process.state {
-        state_directory::prepare(directory, identity.as_ref()).map_err(|error| {
-            let why = state_directory::refusal(directory, &error);
-            Failure::Config(Problems::from(origin.error(&Spot::State, why, None)))
-        })?;
-    }
     if let Some(identity) = &identity {
         become_user(identity, for_a_user(&config))?;
     }
@@ -180,6 +169,29 @@ pub fn confine(
         require_all(&report)?;
     }
     Ok(AppliedSandbox { report, asked: Some(asked), admin: Some(admin), in_the_way })
+}
+
+/// Only what is needed to become the user that is to read the rest.
+fn outline(path: &Path, instead: Option<&Texts>) -> Result<(Config, Origin), Failure> {
+    let outline = instead.map_or_else(|| config::outline(path), config::outline_kept);
+    outline.or_else(|_| {
+        let problems = config::load(path).err();
+        let changed = || Failure::Runtime(changed_during_start());
+        Err(problems.map_or_else(changed, Failure::Config))
+    })
+}
+
+/// Makes the state directory if it is missing.
+fn prepare_state(
+    config: &Config,
+    origin: &Origin,
+    identity: Option<&UserIdentity>,
+) -> Result<(), Failure> {
+    let Some(directory) = &config.process.state else { return Ok(()) };
+    state_directory::prepare(directory, identity).map_err(|error| {
+        let why = state_directory::refusal(directory, &error);
+        Failure::Config(Problems::from(origin.error(&Spot::State, why, None)))
+    })
 }
 
 fn changed_during_start() -> String {

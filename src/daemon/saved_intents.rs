@@ -93,22 +93,18 @@ pub(super) fn decode(text: &[u8], now: SystemTime) -> Result<Saved, String> {
         if Intent::named(&line.intent).is_none() {
             return Err(format!("it is damaged: {:?} is no intent", line.intent));
         }
-        match line.left {
-            Some(at) => removed_intents.push(SavedIntent {
-                pool: line.pool,
-                name: line.backend,
-                address: line.address,
-                intent: line.intent,
-                intent_ms: age_ms(line.since),
-                left_ms: age_ms(at),
-            }),
-            None => pools.entry(line.pool).or_default().push(SavedBackend {
-                name: line.backend,
-                address: line.address,
-                intent: line.intent,
-                intent_ms: age_ms(line.since),
-                ..SavedBackend::default()
-            }),
+        let IntentLine { pool, backend: name, address, intent, since, left } = line;
+        let intent_ms = age_ms(since);
+        match left.map(age_ms) {
+            Some(left_ms) => {
+                let gone = SavedIntent { pool, name, address, intent, intent_ms, left_ms };
+                removed_intents.push(gone);
+            }
+            None => {
+                let backend =
+                    SavedBackend { name, address, intent, intent_ms, ..SavedBackend::default() };
+                pools.entry(pool).or_default().push(backend);
+            }
         }
     }
     let named = |(name, backends)| SavedPool { name, backends, ..SavedPool::default() };

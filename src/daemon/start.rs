@@ -137,8 +137,8 @@ fn prepare(
     surroundings: &mut ProcessEnvironment,
     inbox: mpsc::Receiver<AdminRequest>,
 ) -> Result<PreparedStart, Failure> {
-    let (loaded, log) = read_configuration(options, surroundings)?;
-    let Loaded { config, text, digest, origin, .. } = loaded;
+    let (Loaded { config, text, digest, origin, .. }, log) =
+        read_configuration(options, surroundings)?;
     // Before anybody can be told that this process serves.
     let signals = if options.signals { Signals::obey()? } else { Signals::default() };
     let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
@@ -148,15 +148,13 @@ fn prepare(
     let mut listeners = Listeners::open(&config, &origin, resources.workers, surroundings, kept)?;
 
     let counts = shared_counts(surroundings);
-    let controller = controller(&resources, digest, surroundings, known.as_ref());
-    let controller = controller.counting(Arc::clone(&counts) as _);
+    let controller = controller(&resources, digest, surroundings, known.as_ref(), &counts);
     let context = process_context(&config, &counts);
     let local = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
     let heartbeats = std::mem::take(&mut listeners.heartbeats);
     let evidence = Evidence::new(heartbeats, Arc::clone(&context.reports), Arc::clone(&local));
     let tables = TablePublisher::new(controller.current_table());
-    let waiters = Arc::clone(&context.waiters);
-    let descriptors = resources.descriptors;
+    let (waiters, descriptors) = (Arc::clone(&context.waiters), resources.descriptors);
     let (workers, token) = resources.start_workers(&config, context, &tables)?;
     let control = Control {
         controller,
@@ -281,8 +279,10 @@ fn controller(
     digest: u64,
     surroundings: &ProcessEnvironment,
     known: Option<&KeptSnapshot>,
+    counts: &Arc<SharedCounts>,
 ) -> Controller {
-    let mut controller = Controller::new(resources.workers, resources.seed);
+    let controller = Controller::new(resources.workers, resources.seed);
+    let mut controller = controller.counting(Arc::clone(counts) as _);
     if let Some(before) = &surroundings.predecessor {
         let generation = before.generation_of(digest);
         controller.add_carried_counts(generation.saturating_sub(1), before.state().serial);

@@ -140,10 +140,7 @@ fn run(
     let (mut process, stderr) = match attempt.start.start(other) {
         Ok(started) => started,
         Err(not_started) => {
-            let _ = to_control.send(match not_started {
-                NotStarted::Refused(why) => UpgradeProgress::Refused(why),
-                NotStarted::Failed(why) => UpgradeProgress::Failed(why),
-            });
+            let _ = to_control.send(not_started.into());
             return;
         }
     };
@@ -168,10 +165,7 @@ fn run(
         return;
     }
     let _ = tell.send(Ok(channel));
-    if let Some(status) = process.reap_new_process() {
-        tracing::error!(%status, "the process that took over has ended");
-        let _ = tell_end.send(status);
-    }
+    process.reap_new_process(tell_end);
 }
 
 fn until_ready(
@@ -244,6 +238,17 @@ fn explain(process: &mut UpgradeProcess, tail: &StderrTail, trouble: UpgradeStep
     match tail.last_lines() {
         lines if lines.is_empty() => what,
         lines => format!("{what}; it said:\n{lines}"),
+    }
+}
+
+// === impl UpgradeProgress ===
+
+impl From<NotStarted> for UpgradeProgress {
+    fn from(not_started: NotStarted) -> UpgradeProgress {
+        match not_started {
+            NotStarted::Refused(why) => UpgradeProgress::Refused(why),
+            NotStarted::Failed(why) => UpgradeProgress::Failed(why),
+        }
     }
 }
 

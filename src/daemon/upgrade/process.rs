@@ -14,6 +14,7 @@ use tidegate_net::fd_channel::MARK;
 use tidegate_supervisor::link::Successor;
 use tidegate_supervisor::program::Program;
 use tidegate_supervisor::{Link, Wish};
+use tokio::sync::oneshot;
 
 /// Variables that were meant for this process alone.
 const NOT_FOR_THE_NEXT: [&str; 5] =
@@ -164,12 +165,14 @@ impl UpgradeProcess {
         }
     }
 
-    /// Reaps it, where that is this process's business; gives its status. A supervisor
-    /// tells the control loop itself.
-    pub(super) fn reap_new_process(self) -> Option<ExitStatus> {
-        match self {
-            UpgradeProcess::Own(mut child) => child.wait().ok(),
-            UpgradeProcess::Supervised(_) => None,
+    /// Reaps it, where that is this process's business, and tells its status. A
+    /// supervisor tells the control loop itself.
+    pub(super) fn reap_new_process(self, tell: oneshot::Sender<ExitStatus>) {
+        if let UpgradeProcess::Own(mut child) = self
+            && let Ok(status) = child.wait()
+        {
+            tracing::error!(%status, "the process that took over has ended");
+            let _ = tell.send(status);
         }
     }
 }
