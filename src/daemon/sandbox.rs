@@ -174,10 +174,10 @@ pub fn confine(
 /// Only what is needed to become the user that is to read the rest.
 fn outline(path: &Path, instead: Option<&Texts>) -> Result<(Config, Origin), Failure> {
     let outline = instead.map_or_else(|| config::outline(path), config::outline_kept);
-    outline.or_else(|_| {
+    outline.map_err(|_| {
         let problems = config::load(path).err();
         let changed = || Failure::Runtime(changed_during_start());
-        Err(problems.map_or_else(changed, Failure::Config))
+        problems.map_or_else(changed, Failure::Config)
     })
 }
 
