@@ -19,11 +19,12 @@ use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::balance::latency::Latency;
 use tidegate_core::balance::{Balancer, Candidate, PickKey};
 use tidegate_core::model;
-use tidegate_core::model::{BackendAddr, OnRemoval, Policy, WhenNoneEligible, Words};
+use tidegate_core::model::{BackendAddr, Policy, Words};
 use tidegate_core::table::Table;
 use tidegate_core::table::build::{BackendInput, PoolInput, TableInput, build};
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_core::table::state::{BackendId, BackendState};
+use tidegate_core::testing;
 
 const SIZES: [usize; 4] = [3, 64, 1_000, 10_000];
 
@@ -186,24 +187,7 @@ fn states(count: usize) -> Vec<Arc<BackendState>> {
 }
 
 fn spec(balance: Policy) -> Arc<model::PoolConfig> {
-    Arc::new(model::PoolConfig {
-        name: "web".into(),
-        hash_slots: model::HASH_SLOTS,
-        balance,
-        source: [].into(),
-        connect_timeout: Duration::from_secs(5),
-        queue_max: 0,
-        queue_timeout: Duration::from_secs(5),
-        connect_attempts: 3,
-        when_none_eligible: WhenNoneEligible::Refuse,
-        startup_grace: Duration::from_secs(5),
-        on_removal: OnRemoval::Keep,
-        probe: None,
-        ejection: None,
-        heartbeat: None,
-        slow_start: None,
-        backends: Vec::new(),
-    })
+    Arc::new(model::PoolConfig { balance, ..testing::pool("web") })
 }
 
 /// Weights that make the longest periods with the most different weights.

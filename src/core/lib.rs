@@ -13,3 +13,5 @@ pub mod model;
 pub mod outcome;
 pub mod suspicion;
 pub mod table;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;

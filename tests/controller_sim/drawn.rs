@@ -6,6 +6,7 @@ use fastrand::Rng;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_core::model::*;
+use tidegate_core::testing;
 
 pub(crate) fn millis(rng: &mut Rng, low: u64, high: u64) -> Duration {
     Duration::from_millis(rng.u64(low..=high))
@@ -56,8 +57,6 @@ fn random_pool(rng: &mut Rng, index: usize) -> PoolConfig {
         slow_first_byte: (rng.u8(..4) == 0).then(|| millis(rng, 100, 3000)),
     };
     PoolConfig {
-        name: format!("p{index}").into(),
-        hash_slots: 65_537,
         // The policy is not the controller's business, and Maglev tables take
         // long to build without optimisation.
         balance: match rng.u8(..50) {
@@ -65,11 +64,6 @@ fn random_pool(rng: &mut Rng, index: usize) -> PoolConfig {
             n if n % 2 == 0 => Policy::WeightedRoundRobin,
             _ => Policy::LeastConnections,
         },
-        source: [].into(),
-        connect_timeout: Duration::from_secs(5),
-        queue_max: 0,
-        queue_timeout: Duration::from_secs(5),
-        connect_attempts: 3,
         when_none_eligible: *rng
             .choice(&[WhenNoneEligible::Refuse, WhenNoneEligible::TryAll])
             .unwrap(),
@@ -81,9 +75,8 @@ fn random_pool(rng: &mut Rng, index: usize) -> PoolConfig {
         },
         probe: random_probe(rng),
         ejection: (rng.u8(..5) > 0).then_some(ejection),
-        heartbeat: None,
-        slow_start: None,
         backends,
+        ..testing::pool(&format!("p{index}"))
     }
 }
 
@@ -108,44 +101,8 @@ pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
         };
         pools.push(Arc::new(pool));
     }
-    let frontends = pools.iter().enumerate().map(|(index, pool)| FrontendConfig {
-        name: format!("f{index}").into(),
-        binds: vec![Bind::tcp(([127, 0, 0, 1], 80 + index as u16).into())],
-        routes: vec![],
-        pool: Arc::clone(&pool.name),
-        first_byte_timeout: None,
-        idle_timeout: None,
-        half_closed_timeout: None,
-        stalled_timeout: None,
-        keepalive: None,
-        user_timeout: None,
-        connections_max: 0,
-        sources: None,
-    });
-    Config {
-        process: ProcessConfig {
-            workers: None,
-            pin: false,
-            engine: EngineChoice::Auto,
-            spin: None,
-            leave_delay: Duration::ZERO,
-            drain_timeout: Duration::from_secs(30),
-            upgrade_timeout: Duration::from_secs(30),
-            connections_max: 1000,
-            user: None,
-            group: None,
-            sandbox: Sandbox::Auto,
-            state: None,
-            buffers_max: 1 << 28,
-        },
-        admin: Admin {
-            listen: AdminListen::Unix("/nowhere".into()),
-            token_file: None,
-            backend_metrics_max: 0,
-        },
-        log: Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off },
-        frontends: frontends.collect(),
-        pools,
-        heartbeat: None,
-    }
+    let frontends = (0..)
+        .zip(&pools)
+        .map(|(index, pool)| testing::frontend(&format!("f{index}"), 80 + index, pool));
+    testing::config(frontends.collect(), pools)
 }

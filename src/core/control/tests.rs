@@ -15,12 +15,11 @@ use super::*;
 use crate::balance::trial::TrialPhase;
 use crate::health::Observation;
 use crate::health::ejection::TRIAL_LOOK;
-use crate::model;
 use crate::model::{
-    Admin, AdminListen, BackendAddr, BackendConfig, Bind, Config, EjectionSpec, EngineChoice,
-    FrontendConfig, Log, LogFormat, LogLevel, OnRemoval, Policy, PoolConfig, ProbeKind, ProbeSpec,
-    ProcessConfig, Sandbox, WhenNoneEligible,
+    BackendAddr, BackendConfig, Bind, Config, EjectionSpec, FrontendConfig, OnRemoval, Policy,
+    PoolConfig, ProbeKind, ProbeSpec, WhenNoneEligible,
 };
+use crate::testing;
 use std::time::Duration;
 use tidegate_heartbeat::Heartbeat;
 
@@ -58,17 +57,7 @@ fn backend(text: &str) -> BackendConfig {
 
 fn pool(backends: &[&str]) -> PoolConfig {
     PoolConfig {
-        name: "web".into(),
-        balance: Policy::WeightedRoundRobin,
-        hash_slots: crate::model::HASH_SLOTS,
-        source: [].into(),
-        connect_timeout: Duration::from_secs(5),
-        queue_max: 0,
-        queue_timeout: Duration::from_secs(5),
-        connect_attempts: 3,
-        when_none_eligible: WhenNoneEligible::Refuse,
         startup_grace: GRACE,
-        on_removal: OnRemoval::Keep,
         probe: Some(Arc::new(probe_spec())),
         ejection: Some(EjectionSpec {
             failures: 5,
@@ -77,9 +66,8 @@ fn pool(backends: &[&str]) -> PoolConfig {
             early_resets: true,
             slow_first_byte: None,
         }),
-        heartbeat: None,
-        slow_start: None,
         backends: backends.iter().map(|text| backend(text)).collect(),
+        ..testing::pool("web")
     }
 }
 
@@ -88,49 +76,8 @@ fn unprobed(backends: &[&str]) -> PoolConfig {
 }
 
 fn config(pools: Vec<PoolConfig>) -> Arc<Config> {
-    Arc::new(Config {
-        process: ProcessConfig {
-            workers: None,
-            pin: false,
-            engine: EngineChoice::Auto,
-            spin: None,
-            leave_delay: Duration::ZERO,
-            drain_timeout: Duration::from_secs(30),
-            upgrade_timeout: Duration::from_secs(30),
-            connections_max: 1000,
-            user: None,
-            group: None,
-            sandbox: Sandbox::Auto,
-            state: None,
-            buffers_max: 1 << 28,
-        },
-        admin: Admin {
-            listen: AdminListen::Unix("/nowhere".into()),
-            token_file: None,
-            backend_metrics_max: 0,
-        },
-        log: Log {
-            level: LogLevel::Info,
-            format: LogFormat::Text,
-            access: model::AccessLogTarget::Off,
-        },
-        frontends: vec![FrontendConfig {
-            name: "in".into(),
-            binds: vec![Bind::tcp(([127, 0, 0, 1], 80).into())],
-            routes: vec![],
-            pool: Arc::clone(&pools[0].name),
-            first_byte_timeout: None,
-            idle_timeout: None,
-            half_closed_timeout: None,
-            stalled_timeout: None,
-            keepalive: None,
-            user_timeout: None,
-            connections_max: 0,
-            sources: None,
-        }],
-        pools: pools.into_iter().map(Arc::new).collect(),
-        heartbeat: None,
-    })
+    let frontends = vec![testing::frontend("in", 80, &pools[0])];
+    Arc::new(testing::config(frontends, pools.into_iter().map(Arc::new).collect()))
 }
 
 /// A controller, its clock, and the probes it has asked for.

@@ -4,36 +4,19 @@ use super::*;
 use crate::balance::PickKey;
 use crate::balance::trial::TrialPhase;
 use crate::model;
-use crate::model::{BackendAddr, Bind, ClientAddr, OnRemoval, PeerAddr, Policy, RouteConfig};
+use crate::model::{BackendAddr, Bind, ClientAddr, PeerAddr, Policy, RouteConfig};
 use crate::table::NoBackend;
 use crate::table::routes::ConnectionFacts;
 use crate::table::state::{BackendId, FrontendId};
+use crate::testing;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
-use std::time::Duration;
 
 // === helpers ===
 
 fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
     PoolInput {
-        spec: Arc::new(model::PoolConfig {
-            name: name.into(),
-            balance,
-            hash_slots: crate::model::HASH_SLOTS,
-            source: [].into(),
-            connect_timeout: Duration::from_secs(5),
-            queue_max: 0,
-            queue_timeout: Duration::from_secs(5),
-            connect_attempts: 3,
-            when_none_eligible: WhenNoneEligible::Refuse,
-            startup_grace: Duration::from_secs(5),
-            on_removal: OnRemoval::Keep,
-            probe: None,
-            ejection: None,
-            heartbeat: None,
-            slow_start: None,
-            backends: Vec::new(),
-        }),
+        spec: Arc::new(model::PoolConfig { balance, ..testing::pool(name) }),
         backends: (0..backends).map(|i| backend(name, i)).collect(),
         stand_ins: vec![],
         undecided: false,

@@ -1,0 +1,82 @@
+//! Configurations about which there is nothing to say, for tests and benches.
+//!
+//! Called by tests of this member and, by the feature `testing`, of others. Each field is
+//! the simplest value: what a test is about it sets itself.
+
+use crate::model::{
+    AccessLogTarget, Admin, AdminListen, Bind, Config, EngineChoice, FrontendConfig, HASH_SLOTS,
+    Log, LogFormat, LogLevel, OnRemoval, Policy, PoolConfig, ProcessConfig, Sandbox,
+    WhenNoneEligible,
+};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A pool without backends, probes, ejection and heartbeats.
+pub fn pool(name: &str) -> PoolConfig {
+    PoolConfig {
+        name: name.into(),
+        balance: Policy::WeightedRoundRobin,
+        hash_slots: HASH_SLOTS,
+        source: [].into(),
+        connect_timeout: Duration::from_secs(5),
+        queue_max: 0,
+        queue_timeout: Duration::from_secs(5),
+        connect_attempts: 3,
+        when_none_eligible: WhenNoneEligible::Refuse,
+        startup_grace: Duration::from_secs(5),
+        on_removal: OnRemoval::Keep,
+        probe: None,
+        ejection: None,
+        heartbeat: None,
+        slow_start: None,
+        backends: Vec::new(),
+    }
+}
+
+/// A frontend at that port of 127.0.0.1, without time-outs and limits.
+pub fn frontend(name: &str, port: u16, pool: &PoolConfig) -> FrontendConfig {
+    FrontendConfig {
+        name: name.into(),
+        binds: vec![Bind::tcp(([127, 0, 0, 1], port).into())],
+        routes: vec![],
+        pool: Arc::clone(&pool.name),
+        first_byte_timeout: None,
+        idle_timeout: None,
+        half_closed_timeout: None,
+        stalled_timeout: None,
+        keepalive: None,
+        user_timeout: None,
+        connections_max: 0,
+        sources: None,
+    }
+}
+
+/// A configuration of those frontends and pools, for at most 1,000 sessions.
+pub fn config(frontends: Vec<FrontendConfig>, pools: Vec<Arc<PoolConfig>>) -> Config {
+    Config {
+        process: ProcessConfig {
+            workers: None,
+            pin: false,
+            engine: EngineChoice::Auto,
+            spin: None,
+            leave_delay: Duration::ZERO,
+            drain_timeout: Duration::from_secs(30),
+            upgrade_timeout: Duration::from_secs(30),
+            connections_max: 1000,
+            user: None,
+            group: None,
+            sandbox: Sandbox::Auto,
+            state: None,
+            buffers_max: 1 << 28,
+        },
+        admin: Admin {
+            listen: AdminListen::Unix("/nowhere".into()),
+            token_file: None,
+            backend_metrics_max: 0,
+        },
+        log: Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off },
+        frontends,
+        pools,
+        heartbeat: None,
+    }
+}
