@@ -3,8 +3,7 @@
 //!
 //! Started by `daemon`, which talks to it through a [`Mailbox`]. Workers share
 //! nothing they write but the counts that balancing and caps need. A worker
-//! outlives its thread: where that falls to a panic, another goes on, see
-//! `life`.
+//! outlives its thread: after a panic another takes over, see `supervisor`.
 
 pub mod context;
 mod supervisor;
@@ -60,7 +59,7 @@ pub struct WorkerConfig {
     pub runtime: EngineKind,
     /// See `process.spin`.
     pub spin: Option<Duration>,
-    /// Caps, gate, reports.
+    /// Caps, wait queues, reports.
     pub shared: ProcessContext,
     /// Where sessions are routed.
     pub tables: TablePublisher,
@@ -224,12 +223,12 @@ impl Worker {
         self.mailbox.arrived.notify_one();
     }
 
-    /// Whether it has ended for good: told to, or fallen too often.
+    /// Whether it has ended for good: told to, or after too many panics.
     pub fn is_finished(&self) -> bool {
         self.handle.has_ended()
     }
 
-    /// Waits for the thread; false when it fell.
+    /// Waits for the thread; false when it panicked.
     pub fn join(self) -> bool {
         self.handle.join()
     }

@@ -1,4 +1,4 @@
-//! Ends: how sessions are over, and that both engines tell the same story.
+//! Ends: how sessions are over, and that both engines report the same.
 
 use super::*;
 use tidegate_core::outcome::SessionEnd;
