@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::source;
 use super::value::{ValueError, cut, shown};
-use tidegate_core::model::{AdminListen, BackendAddr};
+use tidegate_core::model::{AdminListen, BackendAddr, SourceAddr};
 
 /// `sun_path` is 108 bytes with its final NUL (unix(7)).
 const UNIX_PATH_BYTES_MAX: usize = 107;
@@ -63,7 +63,7 @@ pub(super) fn backend_address(text: &str) -> Result<BackendAddr, ValueError> {
 }
 
 /// An address of this host that connections start at.
-pub(super) fn source_address(text: &str) -> Result<IpAddr, ValueError> {
+pub(super) fn source_address(text: &str) -> Result<SourceAddr, ValueError> {
     let Ok(ip) = text.parse::<IpAddr>().map(|ip| ip.to_canonical()) else {
         return Err(ValueError::new(format!("{} is not an IP address", shown(text)))
             .help("write an address of this host without a port, such as \"10.0.0.5\""));
@@ -72,7 +72,7 @@ pub(super) fn source_address(text: &str) -> Result<IpAddr, ValueError> {
         return Err(ValueError::new(format!("{ip} is not an address connections can start at"))
             .help("without this key the kernel chooses one"));
     }
-    Ok(ip)
+    Ok(SourceAddr::new(ip))
 }
 
 /// Where the admin API listens.

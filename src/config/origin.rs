@@ -3,14 +3,14 @@
 //! the file is validated, asked by the application.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::diagnose::{Problem, Severity};
 use super::source::SourceText;
 use super::value::ValueError;
-use tidegate_core::model::BindKey;
+use tidegate_core::model::{BindKey, SourceAddr};
 
 /// A value that more can be wrong with than its text shows.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -18,7 +18,7 @@ pub enum Spot {
     /// A bind address of a frontend.
     Bind(BindKey),
     /// A source address of a pool.
-    Source(IpAddr),
+    Source(SourceAddr),
     /// An address that heartbeats are received at.
     HeartbeatListen(SocketAddr),
     /// `[admin] listen`

@@ -12,11 +12,11 @@ use rustix::fs::{Access, access};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::ErrorKind;
-use std::net::{IpAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use tidegate_config::{Loaded, Origin, Problem, Spot};
-use tidegate_core::model::{AccessLogTarget, AdminListen, Bind, Config};
+use tidegate_core::model::{AccessLogTarget, AdminListen, Bind, Config, SourceAddr};
 use tidegate_net::privileges::UserIdentity;
 use tidegate_net::{listen, stream};
 
@@ -186,11 +186,11 @@ fn heartbeats(config: &Config, origin: &Origin) -> Option<Problem> {
 }
 
 /// Whether connections can start where the pools say; else where not, and why.
-pub(super) fn try_sources(config: &Config) -> Result<(), (IpAddr, String)> {
-    let all: BTreeSet<IpAddr> =
+pub(super) fn try_sources(config: &Config) -> Result<(), (SourceAddr, String)> {
+    let all: BTreeSet<SourceAddr> =
         config.pools.iter().flat_map(|pool| pool.source.iter().copied()).collect();
     for source in all {
-        stream::try_source(source).map_err(|error| {
+        stream::try_source(source.ip()).map_err(|error| {
             let hint = match error.raw_os_error() {
                 Some(libc::EADDRNOTAVAIL) => ": no interface of this host has that address",
                 _ => "",

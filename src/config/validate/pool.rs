@@ -5,7 +5,6 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::Hash;
-use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +19,7 @@ use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, SLOW_FIRST_BYTE, SLOW_START, TIME, ValueError, shown};
 use tidegate_core::model::{
     BackendAddr, BackendConfig, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, PoolConfig,
-    WEIGHT_MAX, WhenNoneEligible, Words,
+    SourceAddr, WEIGHT_MAX, WhenNoneEligible, Words,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -147,7 +146,7 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
             BackendAddr::Tcp(address) => address.is_ipv4() == v4,
             BackendAddr::Unix(_) => false,
         };
-        let source = model.source.iter().find(|source| source.is_ipv4() == v4);
+        let source = model.source.iter().find(|source| source.ip().is_ipv4() == v4);
         if let Some(source) = source.filter(|_| !model.backends.iter().any(is_of)) {
             let family = if v4 { "IPv4" } else { "IPv6" };
             idle("source", format!("{source} needs a backend with an {family} address"));
@@ -156,10 +155,10 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
 }
 
 /// Where connections start.
-fn sources(pool: &Section<'_, '_>) -> Arc<[IpAddr]> {
+fn sources(pool: &Section<'_, '_>) -> Arc<[SourceAddr]> {
     let wants = ("an address or a list of addresses", "addresses such as \"10.0.0.5\"");
     let read = frontend::any_number(pool, "source", wants, address::source_address);
-    let mut sources: Vec<IpAddr> = Vec::with_capacity(read.len());
+    let mut sources: Vec<SourceAddr> = Vec::with_capacity(read.len());
     for one in &read {
         if sources.contains(one.get_ref()) {
             let message = format!("source {} is given twice", one.get_ref());

@@ -1,7 +1,6 @@
 //! `[pool.NAME.probe]`: what a probe does and when. Called while a pool is
 //! read. Never sends a probe.
 
-use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use toml::de::DeValue;
 
 use crate::file::{Field, Section};
 use crate::value::{self, TIME, ValueError, shown};
-use tidegate_core::model::{Expect, ProbeKind, ProbeSpec, Words, show_duration};
+use tidegate_core::model::{Expect, ProbeKind, ProbeSpec, SourceAddr, Words, show_duration};
 
 const INTERVAL: Duration = Duration::from_secs(2);
 const FAST_INTERVAL: Duration = Duration::from_millis(500);
@@ -57,7 +56,11 @@ struct KindKeys {
     status: Field<Vec<(u16, u16)>>,
 }
 
-pub(super) fn read(pool: &Section<'_, '_>, name: &str, source: Arc<[IpAddr]>) -> Option<ProbeSpec> {
+pub(super) fn read(
+    pool: &Section<'_, '_>,
+    name: &str,
+    source: Arc<[SourceAddr]>,
+) -> Option<ProbeSpec> {
     let label = format!("[pool.{}.probe]", value::cut(name));
     let section = pool.table("probe", label)?;
     let kind = section.choice("kind");

@@ -6,11 +6,10 @@
 //! process's connections only, and of closed ones how many it closed first.
 
 use super::Notice;
-use crate::model::BackendAddr;
+use crate::model::{BackendAddr, SourceAddr};
 use crate::table::source_addrs::CountedSource;
 use crate::table::state::{BackendId, BackendState};
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,7 +48,7 @@ pub enum Reuse {
 }
 
 /// A backend by one of its ways.
-type PortKey = (BackendId, Option<IpAddr>);
+type PortKey = (BackendId, Option<SourceAddr>);
 
 /// What was seen so far.
 #[derive(Debug, Clone, Default)]
@@ -144,7 +143,7 @@ impl PortWatch {
     }
 
     /// Whether that backend has few ports left on that way.
-    pub fn is_warned(&self, backend: BackendId, source: Option<IpAddr>) -> bool {
+    pub fn is_warned(&self, backend: BackendId, source: Option<SourceAddr>) -> bool {
         self.warned.contains(&(backend, source))
     }
 
@@ -230,7 +229,7 @@ mod tests {
     /// A backend reached from one address, with so many connections begun.
     fn sourced(begun: u64) -> (Arc<BackendState>, Arc<CountedSource>) {
         let backend = backend("10.0.0.9:80");
-        backend.start_from(&["10.0.0.1".parse().unwrap()], 1);
+        backend.start_from(&[SourceAddr::new("10.0.0.1".parse().unwrap())], 1);
         let way = backend.ways.load().iter().next().cloned().unwrap();
         way.counts().unwrap().of(0).begun.add(begun);
         (backend, way)

@@ -19,7 +19,7 @@ use crate::limits::access_list::AccessList;
 use crate::limits::client_sources::SourceLimits;
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -203,7 +203,7 @@ pub struct PoolConfig {
     /// Addresses of this host that connections to backends (and probes) start
     /// at, in turn, where they are of the backend's family; empty: the kernel
     /// chooses. At most `config::POOL_SOURCES_MAX`, none twice.
-    pub source: Arc<[IpAddr]>,
+    pub source: Arc<[SourceAddr]>,
     /// Deadline of one connect attempt.
     #[serde(serialize_with = "text_forms::duration")]
     pub connect_timeout: Duration,
@@ -296,7 +296,7 @@ pub struct ProbeSpec {
     pub fall: u32,
     /// The pool's: where probes start.
     #[serde(skip)]
-    pub source: Arc<[IpAddr]>,
+    pub source: Arc<[SourceAddr]>,
 }
 
 /// `kind = ...`

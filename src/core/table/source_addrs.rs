@@ -9,7 +9,8 @@
 //! (ip(7), `ip_local_port_range`) to itself.
 
 use crate::metrics::counters::{Counter, Sharded};
-use std::net::{IpAddr, SocketAddr};
+use crate::model::SourceAddr;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -33,7 +34,7 @@ pub struct SourceAddrs {
 #[derive(Debug)]
 pub struct CountedSource {
     /// `None`: the kernel chooses.
-    source: Option<IpAddr>,
+    source: Option<SourceAddr>,
     /// In the milliseconds of the process's clock.
     spent_until: AtomicU64,
     /// Of a way with an address of its own; the other's are its backend's.
@@ -62,7 +63,7 @@ impl SourceAddrs {
     /// By those of `sources` that are of the backend's family; where there is
     /// none, the kernel chooses. A way that was there `before` goes on counting.
     pub fn new(
-        sources: &[IpAddr],
+        sources: &[SourceAddr],
         to: Option<SocketAddr>,
         workers: usize,
         before: &SourceAddrs,
@@ -80,7 +81,7 @@ impl SourceAddrs {
     }
 
     /// Whether they are the ways over those sources already.
-    pub fn are_by(&self, sources: &[IpAddr], to: Option<SocketAddr>) -> bool {
+    pub fn are_by(&self, sources: &[SourceAddr], to: Option<SocketAddr>) -> bool {
         let mine = self.list.iter().filter_map(|way| way.source);
         mine.eq(of_family(sources, to))
     }
@@ -106,8 +107,9 @@ impl SourceAddrs {
 }
 
 /// Those from which that address can be reached at all.
-fn of_family(sources: &[IpAddr], to: Option<SocketAddr>) -> impl Iterator<Item = IpAddr> {
-    let fits = move |source: &IpAddr| to.is_some_and(|to| to.is_ipv4() == source.is_ipv4());
+fn of_family(sources: &[SourceAddr], to: Option<SocketAddr>) -> impl Iterator<Item = SourceAddr> {
+    let fits =
+        move |source: &SourceAddr| to.is_some_and(|to| to.is_ipv4() == source.ip().is_ipv4());
     sources.iter().copied().filter(fits)
 }
 
@@ -118,13 +120,13 @@ impl CountedSource {
         CountedSource { source: None, spent_until: AtomicU64::new(0), counts: None }
     }
 
-    fn from(source: IpAddr, workers: usize) -> CountedSource {
+    fn from(source: SourceAddr, workers: usize) -> CountedSource {
         let counts = Sharded::new(workers, SourceAddrCounts::default);
         CountedSource { source: Some(source), spent_until: AtomicU64::new(0), counts: Some(counts) }
     }
 
     /// Where connections start; `None`: the kernel chooses.
-    pub fn source(&self) -> Option<IpAddr> {
+    pub fn source(&self) -> Option<SourceAddr> {
         self.source
     }
 
@@ -145,8 +147,12 @@ impl CountedSource {
 mod tests {
     use super::*;
 
+    fn source(text: &str) -> SourceAddr {
+        SourceAddr::new(text.parse().unwrap())
+    }
+
     fn ways(sources: &[&str], to: &str) -> SourceAddrs {
-        let sources: Vec<IpAddr> = sources.iter().map(|text| text.parse().unwrap()).collect();
+        let sources: Vec<SourceAddr> = sources.iter().map(|text| source(text)).collect();
         SourceAddrs::new(&sources, Some(to.parse().unwrap()), 1, &SourceAddrs::any())
     }
 
@@ -179,7 +185,7 @@ mod tests {
     fn sources_are_of_the_backends_family_or_the_kernel_chooses() {
         assert_eq!(next(&ways(&["10.0.0.1", "fd00::1"], "[fd00::2]:80"), 0), ["fd00::1"]);
         assert_eq!(next(&ways(&["10.0.0.1"], "[fd00::2]:80"), 0), ["any"]);
-        let unix = SourceAddrs::new(&["10.0.0.1".parse().unwrap()], None, 1, &SourceAddrs::any());
+        let unix = SourceAddrs::new(&[source("10.0.0.1")], None, 1, &SourceAddrs::any());
         assert_eq!(next(&unix, 0), ["any"]);
     }
 
@@ -188,7 +194,7 @@ mod tests {
         let before = ways(&["10.0.0.1", "10.0.0.2"], "10.0.1.1:80");
         let kept = before.list[1].clone();
         kept.counts().unwrap().of(0).begun.add(3);
-        let sources: [IpAddr; 2] = ["10.0.0.3".parse().unwrap(), "10.0.0.2".parse().unwrap()];
+        let sources: [SourceAddr; 2] = [source("10.0.0.3"), source("10.0.0.2")];
         let to = Some("10.0.1.1:80".parse().unwrap());
         let after = SourceAddrs::new(&sources, to, 1, &before);
         assert!(Arc::ptr_eq(&after.list[1], &kept));

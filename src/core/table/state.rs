@@ -8,10 +8,9 @@ use crate::balance::in_flight::InFlight;
 use crate::balance::latency::Latency;
 use crate::limits::client_sources::SourceTable;
 use crate::metrics::counters::{Counter, CounterTable, Sharded};
-use crate::model::BackendAddr;
+use crate::model::{BackendAddr, SourceAddr};
 use crate::table::source_addrs::SourceAddrs;
 use arc_swap::ArcSwap;
-use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -151,7 +150,7 @@ impl BackendState {
     }
 
     /// Has connections start at `sources` from now on; see [`SourceAddrs::new`].
-    pub fn start_from(&self, sources: &[IpAddr], workers: usize) {
+    pub fn start_from(&self, sources: &[SourceAddr], workers: usize) {
         let to = match &self.address {
             BackendAddr::Tcp(to) => Some(*to),
             BackendAddr::Unix(_) => None,

@@ -7,10 +7,10 @@
 
 use super::{ProbeError, connect_tcp};
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use tidegate_config as config;
 use tidegate_core::metrics::counters::LocalErrorKind;
-use tidegate_core::model::ProbeKind;
+use tidegate_core::model::{ProbeKind, SourceAddr};
 use tidegate_core::table::source_addrs::WAYS_TRIED_MAX;
 use tidegate_core::table::state::BackendId;
 use tokio::net::TcpStream;
@@ -23,16 +23,16 @@ pub(super) struct Turns(HashMap<BackendId, usize>);
 /// where this host cannot use it; where none is of the family, from where the
 /// kernel chooses.
 pub(super) async fn connect(
-    (sources, turn): (&[IpAddr], usize),
+    (sources, turn): (&[SourceAddr], usize),
     to: SocketAddr,
     kind: &ProbeKind,
 ) -> Result<TcpStream, ProbeError> {
-    let fits = |source: &&IpAddr| source.is_ipv4() == to.is_ipv4();
-    let fitting: Vec<IpAddr> = sources.iter().filter(fits).copied().collect();
+    let fits = |source: &&SourceAddr| source.ip().is_ipv4() == to.is_ipv4();
+    let fitting: Vec<SourceAddr> = sources.iter().filter(fits).copied().collect();
     let mut failed = None;
     for step in 0..fitting.len().min(WAYS_TRIED_MAX) {
         let source = fitting[turn.wrapping_add(step) % fitting.len()];
-        match connect_tcp(Some(source), to, kind).await {
+        match connect_tcp(Some(source.ip()), to, kind).await {
             Err(ProbeError::Local(reason, kind)) if of_source(kind) => {
                 failed = Some(ProbeError::Local(format!("{reason} (source {source})"), kind));
             }
@@ -62,7 +62,7 @@ impl Turns {
     const KNOWN_MAX: usize = config::BACKENDS_MAX;
 
     /// The place in the pool's list that the backend's next probe begins at.
-    pub(super) fn next(&mut self, backend: BackendId, sources: &[IpAddr]) -> usize {
+    pub(super) fn next(&mut self, backend: BackendId, sources: &[SourceAddr]) -> usize {
         if sources.len() < 2 {
             return 0;
         }

@@ -20,7 +20,7 @@ use tidegate_core::balance::trial::{TrialId, TrialPhase};
 use tidegate_core::health::ConnectFailure;
 use tidegate_core::metrics::counters::{LocalErrorKind, LocalErrorPlace};
 use tidegate_core::metrics::histograms::Series;
-use tidegate_core::model::{BackendAddr, Policy};
+use tidegate_core::model::{BackendAddr, Policy, SourceAddr};
 use tidegate_core::outcome::{Cause, Phase, SessionEnd};
 use tidegate_core::table::source_addrs::CountedSource;
 use tidegate_core::table::state::BackendState;
@@ -200,7 +200,7 @@ fn start(ctx: &WorkerContext, backend: &BackendState) -> io::Result<StartedConne
     let now = clock::millis(clock::now());
     let mut ended = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
     for source in backend.ways.load().round_robin(now) {
-        match stream::connect_checking_result(source.source(), peer) {
+        match stream::connect_checking_result(source.source().map(SourceAddr::ip), peer) {
             Err(error) if local_errors::local_error_kind(&error) == Some(LocalErrorKind::Ports) => {
                 source.is_exhausted(now);
                 if source.source().is_some() {

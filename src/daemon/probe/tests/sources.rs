@@ -2,12 +2,14 @@
 
 use super::*;
 use std::net::Ipv4Addr;
+use tidegate_core::model::SourceAddr;
 
 /// An address of no host (RFC 5737), so this host cannot start anything there.
 const ABSENT: [u8; 4] = [192, 0, 2, 77];
 
 fn from(sources: &[[u8; 4]]) -> Arc<ProbeSpec> {
-    let sources: Vec<IpAddr> = sources.iter().map(|ip| Ipv4Addr::from(*ip).into()).collect();
+    let sources: Vec<SourceAddr> =
+        sources.iter().map(|ip| SourceAddr::new(Ipv4Addr::from(*ip).into())).collect();
     Arc::new(ProbeSpec { source: sources.into(), ..ping() })
 }
 
