@@ -20,7 +20,7 @@ mod common;
 use common::backend::{ScriptedBackend, echo};
 use common::conf::{Conf, Pool};
 use common::proxy::{PROGRAM, TestProxy};
-use common::{Engine, on_every_engine, proc, turn};
+use common::{Engine, exclusive, on_every_engine, proc};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
@@ -107,7 +107,7 @@ fn balancer(engine: Engine, backend: &Backend) -> TestProxy {
 
 #[test]
 fn ping_pong_counts_what_the_backend_counts() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("respond --request 100 --size 3000 --threads 2");
     let run =
         report(backend.address, "ping-pong -c 7 --threads 2 --size 100 --answer 3000 --for 300ms");
@@ -121,7 +121,7 @@ fn ping_pong_counts_what_the_backend_counts() {
 
 #[test]
 fn short_connections_are_as_many_as_their_requests() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     for close in ["fin", "reset"] {
         let backend = Backend::start("respond");
         let run = report(backend.address, &format!("short -c 4 --close {close} --for 200ms"));
@@ -136,7 +136,7 @@ fn short_connections_are_as_many_as_their_requests() {
 
 #[test]
 fn an_upload_counts_no_more_than_the_sink_received() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("sink");
     let run = report(backend.address, "upload -c 2 --size 1000 --for 300ms");
     let served = backend.stop();
@@ -148,7 +148,7 @@ fn an_upload_counts_no_more_than_the_sink_received() {
 
 #[test]
 fn a_download_counts_no_more_than_the_source_sent() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     for size in ["512B", "128KiB"] {
         let backend = Backend::start(&format!("source --size {size}"));
         let run = report(backend.address, "download -c 2 --for 300ms");
@@ -161,7 +161,7 @@ fn a_download_counts_no_more_than_the_source_sent() {
 
 #[test]
 fn an_open_loop_keeps_its_rate() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("respond");
     let run = report(backend.address, "open-loop --rate 2000 -c 8 --for 1s");
     let served = backend.stop();
@@ -173,7 +173,7 @@ fn an_open_loop_keeps_its_rate() {
 
 #[test]
 fn idle_connections_stand_until_the_end_and_ask_once_if_told() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("respond");
     let quiet = report(backend.address, "idle -c 300 --for 100ms");
     let asking = report(backend.address, "idle -c 300 --size 64 --for 100ms");
@@ -186,7 +186,7 @@ fn idle_connections_stand_until_the_end_and_ask_once_if_told() {
 
 #[test]
 fn churn_replaces_what_it_closes() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("echo");
     let run = report(backend.address, "churn -c 20 --lifetime 20ms --size 10 --for 500ms");
     let served = backend.stop();
@@ -238,7 +238,7 @@ on_every_engine!(every_mode_passes_the_balancer, streams_pass_the_balancer);
 
 #[test]
 fn a_stalled_backend_shows_in_the_tail_of_an_open_loop() {
-    let _turn = turn::alone();
+    let _share = exclusive::alone();
     let backend = Backend::start("hiccup --pause 200ms --every 700ms");
     let run = report(backend.address, "open-loop --rate 500 -c 8 --for 2s");
     // All messages due during a pause waited, a hundred each, and not only the
@@ -250,7 +250,7 @@ fn a_stalled_backend_shows_in_the_tail_of_an_open_loop() {
 
 #[test]
 fn requests_that_never_get_an_answer_are_counted_as_such() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("stall");
     let output = bench(backend.address, "ping-pong -c 3 --for 100ms");
     assert_eq!(output.status.code(), Some(3), "nothing was measured");
@@ -265,7 +265,7 @@ fn requests_that_never_get_an_answer_are_counted_as_such() {
 
 #[test]
 fn a_resetting_backend_is_reported_by_that_name() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("reset --after 1000");
     let run = report(backend.address, "ping-pong -c 2 --size 100 --for 200ms");
     let served = backend.stop();
@@ -279,7 +279,7 @@ fn a_resetting_backend_is_reported_by_that_name() {
 
 #[test]
 fn a_backend_that_resets_at_once_never_answers() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("reset");
     let output = bench(backend.address, "short -c 2 --for 100ms");
     let run: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -289,7 +289,7 @@ fn a_backend_that_resets_at_once_never_answers() {
 
 #[test]
 fn a_half_closing_backend_answers_once_and_reads_on() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("half-close --size 64");
     let run = report(backend.address, "ping-pong -c 2 --for 200ms");
     assert!(count(&run["errors"], "closed") >= 2, "{run}");
@@ -299,7 +299,7 @@ fn a_half_closing_backend_answers_once_and_reads_on() {
 
 #[test]
 fn a_slow_reader_holds_an_upload_back() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("slow-read --rate 10KiB");
     let run = report(backend.address, "upload -c 1 --size 1KiB --for 500ms");
     no_errors(&run);
@@ -310,7 +310,7 @@ fn a_slow_reader_holds_an_upload_back() {
 // === exit codes and arguments ===
 
 #[test]
-fn an_address_nobody_listens_on_is_a_failure_that_names_it() {
+fn address_without_listener_is_a_failure_that_names_it() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let output = bench(free, "ping-pong --for 5s");
     let complaint = String::from_utf8(output.stderr).unwrap();
@@ -356,7 +356,7 @@ fn options_that_mean_nothing_in_a_mode_are_usage_errors() {
 
 #[test]
 fn an_interrupt_ends_a_run_early_with_its_report() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = ScriptedBackend::start(echo());
     let child = Command::new(PROGRAM)
         .args(["bench", "--to", backend.address(), "--json", "ping-pong", "--size", "64"])
@@ -376,7 +376,7 @@ fn an_interrupt_ends_a_run_early_with_its_report() {
 
 #[test]
 fn several_sources_connect_from_as_many_addresses() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let to = listener.local_addr().unwrap();
     let run = std::thread::spawn(move || report(to, "idle -c 6 --sources 3 --for 300ms"));
@@ -391,7 +391,7 @@ fn several_sources_connect_from_as_many_addresses() {
 
 #[test]
 fn without_json_the_report_is_for_people() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("echo");
     let output = Command::new(PROGRAM)
         .args(["bench", "--to", &backend.address.to_string(), "ping-pong", "--for", "100ms"])
@@ -409,7 +409,7 @@ fn without_json_the_report_is_for_people() {
 
 #[test]
 fn windows_are_printed_as_they_end_and_add_up_to_the_whole() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = Backend::start("respond");
     let line = "open-loop --rate 1000 -c 6 --threads 2 --every 100ms --for 650ms";
     let output = bench(backend.address, line);
@@ -431,7 +431,7 @@ fn windows_are_printed_as_they_end_and_add_up_to_the_whole() {
 
 #[test]
 fn a_server_that_does_not_answer_as_bench_needs_is_named_with_what_would() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let http = ScriptedBackend::start(common::backend::http("a", 200));
     for (mode, server) in [("ping-pong", http.address()), ("short", http.address())] {
         let output = Command::new(PROGRAM)

@@ -19,7 +19,7 @@ mod common;
 use common::conf::{Conf, Pool};
 use common::ports::free_port;
 use common::proxy::{PROGRAM, TestProxy};
-use common::{Engine, on_every_engine, proc, turn};
+use common::{Engine, exclusive, on_every_engine, proc};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::io::{Read, Write};
@@ -89,7 +89,7 @@ fn spoil(client: TcpStream, to: SocketAddr) {
 
 #[test]
 fn one_changed_bit_is_a_failure_that_names_the_stream() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let (backend, middle) = (address(), TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
     let to = middle.local_addr().unwrap();
     std::thread::spawn(move || {
@@ -106,7 +106,7 @@ fn one_changed_bit_is_a_failure_that_names_the_stream() {
 
 #[test]
 fn a_way_that_leads_nowhere_is_a_failure() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let output = streams(address(), &[address()], "--rate 50 --for 200ms");
     assert_eq!(output.status.code(), Some(3), "{output:?}");
     assert!(count(&whole(&output), "refused") > 0, "{output:?}");
@@ -114,7 +114,7 @@ fn a_way_that_leads_nowhere_is_a_failure() {
 
 #[test]
 fn an_interrupt_ends_it_with_its_counts() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let own = address().to_string();
     let mut child = Command::new(PROGRAM)
         .args(["streams", "--json", "--to", &own, "--listen", &own])

@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_names_who_serves() {
+    fn answer_names_the_serving_process() {
         let answer = UpgradeDoc { pid: 7, version: "0.2.0".to_owned(), generation: 3 };
         assert!(shown(&answer).starts_with("upgraded: process 7, version 0.2.0, generation 3;"));
     }

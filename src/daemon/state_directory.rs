@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn an_operator_who_waits_hears_when_the_intent_is_on_disk() {
+    fn drain_answer_waits_until_the_intent_is_on_disk() {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDirectory::open(Some(dir.path())).unwrap();
         state.write(|| drained("a")).unwrap().blocking_recv().unwrap();

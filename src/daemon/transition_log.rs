@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_left_nothing_out_says_nothing_and_is_forgotten() {
+    fn source_with_nothing_suppressed_logs_nothing_and_is_forgotten() {
         let (mut log, now) = (TransitionLog::default(), tidegate_net::clock::now());
         log.admit(&"web".into(), true, now);
         assert_eq!(log.over(now + WINDOW), []);

@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn who_does_not_turn_is_named_once_and_then_cleared() {
+    fn stalled_worker_is_reported_once_and_then_cleared() {
         let mut world = World::new();
         assert_eq!(world.steps(&[0, 1], 10), []);
         let found = world.steps(&[0], 10);
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watcher_that_did_not_run_itself_blames_nobody() {
+    fn late_watchdog_reports_no_stall() {
         let mut world = World::new();
         world.steps(&[0, 1], 2);
         for _ in 0..20 {
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_a_cpu_is_starved_and_not_stalled() {
+    fn worker_waiting_for_a_cpu_is_not_stalled() {
         let mut world = World::new();
         world.steps(&[0, 1], 2);
         for _ in 0..40 {
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_in_line_for_a_cpu_is_starved_though_the_kernel_has_not_added_it_up() {
+    fn worker_waiting_for_a_cpu_is_starved_before_the_kernel_accounts_it() {
         let mut world = World::new();
         world.steps(&[0, 1], 2);
         // May run, and does not: neither of its times grows.

@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stuck_reader_holds_nobody_up_and_is_told_what_it_missed() {
+    fn stuck_reader_blocks_nothing_and_learns_what_it_missed() {
         let (mut reader, writer) = io::pipe().unwrap();
         let told = Arc::new(Mutex::new(0));
         let heard = Arc::clone(&told);

@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn an_overlapping_address_is_bound_beside_our_own_socket_and_nobody_elses() {
+    fn overlapping_address_is_bound_only_next_to_a_socket_of_this_process() {
         let (wide, address) = bound("0.0.0.0:0");
         let narrow = SocketAddr::new("127.0.0.1".parse().unwrap(), address.port());
         assert_eq!(bind(narrow, &[]).unwrap_err().kind(), io::ErrorKind::AddrInUse);

@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_somebody_listens_on_is_taken() {
+    fn address_with_a_listener_is_taken() {
         let (address, socket) = any_port();
         assert_eq!(taken(address, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(socket);
@@ -204,13 +204,13 @@ mod tests {
     }
 
     #[test]
-    fn a_retired_listener_keeps_its_queue_and_lets_nobody_in() {
+    fn retired_listener_serves_its_queue_and_accepts_no_new_client() {
         for retire in [drop_bare_syns, retire_by_hop_limit] {
-            keeps_its_queue_and_lets_nobody_in(retire);
+            serves_its_queue_and_accepts_no_new_client(retire);
         }
     }
 
-    fn keeps_its_queue_and_lets_nobody_in(retire: fn(&Socket) -> io::Result<()>) {
+    fn serves_its_queue_and_accepts_no_new_client(retire: fn(&Socket) -> io::Result<()>) {
         let (address, listener) = any_port();
         let mut queued = TcpStream::connect(address).unwrap();
         match retire(&listener) {

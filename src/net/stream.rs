@@ -407,7 +407,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reset_that_somebody_else_was_told_of_is_no_end_in_order() {
+    fn reset_reported_elsewhere_is_not_an_orderly_end() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let pair = || {

@@ -59,7 +59,7 @@ mod tests {
     use std::io::Read;
 
     #[test]
-    fn a_line_that_nobody_reads_is_counted_and_stops_nothing() {
+    fn unread_log_line_is_counted_and_blocks_nothing() {
         let (mut reader, writer) = io::pipe().unwrap();
         let mut lines = LogLines(writer.as_fd());
         let long = [b'x'; 2 * LINE_MAX];

@@ -37,7 +37,7 @@ fn the_client_exits_1_when_refused_and_says_why_on_standard_error() {
 }
 
 #[test]
-fn the_client_exits_2_on_usage_and_3_when_nobody_answers() {
+fn client_exits_2_on_usage_and_3_without_an_answer() {
     let mut api = Api::unix(Control::Answers);
     assert_eq!(api.cli(&["drain", "web"]).status.code(), Some(2));
     api.stop();

@@ -317,7 +317,7 @@ fn forty_connections_at_once_are_all_answered() {
 }
 
 #[test]
-fn silent_clients_that_hold_every_seat_make_room_for_who_asks() {
+fn silent_admin_clients_make_room_for_requests() {
     let api = Api::unix(Control::Answers);
     let mut silent: Vec<_> = (0..32).map(|_| api.connect()).collect();
     let asked = clock::now();

@@ -123,7 +123,7 @@ proptest! {
 }
 
 #[test]
-fn nobody_to_choose_from_is_exhausted() {
+fn no_candidate_is_exhausted() {
     for policy in Policy::all() {
         let balancer = Balancer::new(policy, Vec::new(), None);
         assert_eq!(balancer.pick(key(1), &[]), Err(PickError::Exhausted));

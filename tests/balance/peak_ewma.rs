@@ -55,7 +55,7 @@ fn once_slow_backend_is_tried_again_and_gets_its_share_back() {
 }
 
 #[test]
-fn backend_nobody_knows_is_compared_by_load_alone() {
+fn unmeasured_backend_is_compared_by_load_alone() {
     let balancer = balancer(Policy::PeakEwma, &[1, 1]);
     balancer.candidates()[0].latency.connected(Duration::from_micros(10), START);
     let mut hits = [0u64; 2];

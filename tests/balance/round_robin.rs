@@ -106,7 +106,7 @@ fn retries_after_one_failing_candidate_do_not_all_land_on_its_successor() {
 }
 
 #[test]
-fn huge_round_robin_keeps_proportions_and_serves_everybody() {
+fn huge_round_robin_keeps_proportions_and_serves_every_backend() {
     let weights: Vec<u32> = (0..10_000).map(|i| 1 + i % 1_000).collect();
     let balancer = balancer(WRR, &weights);
     let hits = hits(&balancer, 170_000);

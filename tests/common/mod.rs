@@ -8,14 +8,14 @@
 pub mod backend;
 pub mod client;
 pub mod conf;
+pub mod exclusive;
 pub mod http;
 pub mod ledger;
 pub mod ports;
 pub mod proc;
 pub mod proxy;
 pub mod servers;
-pub mod steady;
-pub mod turn;
+pub mod stable;
 pub mod upgrade;
 pub mod wait;
 
@@ -47,11 +47,11 @@ impl Engine {
 macro_rules! on_every_engine {
     ($($name:ident),+ $(,)?) => {$(
         mod $name {
-            use crate::common::{Engine, turn};
+            use crate::common::{Engine, exclusive};
 
             #[test]
             fn io_uring() {
-                let _turn = turn::shared();
+                let _share = exclusive::shared();
                 if $crate::common::io_uring_runs() {
                     super::$name(Engine::IoUring);
                 }
@@ -59,7 +59,7 @@ macro_rules! on_every_engine {
 
             #[test]
             fn epoll() {
-                let _turn = turn::shared();
+                let _share = exclusive::shared();
                 super::$name(Engine::Epoll);
             }
         }
@@ -72,11 +72,11 @@ macro_rules! on_every_engine_alone {
     ($($name:ident),+ $(,)?) => {$(
         mod $name {
             mod alone {
-                use crate::common::{Engine, turn};
+                use crate::common::{Engine, exclusive};
 
                 #[test]
                 fn io_uring() {
-                    let _turn = turn::alone();
+                    let _share = exclusive::alone();
                     if $crate::common::io_uring_runs() {
                         super::super::$name(Engine::IoUring);
                     }
@@ -84,7 +84,7 @@ macro_rules! on_every_engine_alone {
 
                 #[test]
                 fn epoll() {
-                    let _turn = turn::alone();
+                    let _share = exclusive::alone();
                     super::super::$name(Engine::Epoll);
                 }
             }

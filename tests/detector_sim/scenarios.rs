@@ -20,14 +20,14 @@ fn everybody(_: usize) -> bool {
 }
 
 #[test]
-fn two_seconds_without_any_heartbeat_change_nobodys_standing() {
+fn two_seconds_without_heartbeats_change_no_observation() {
     let world = World::play(between(10_000, 12_000, everybody, Doing::Mute));
     let changes: Vec<_> = world.log.iter().filter(|entry| entry.at > 1_000).collect();
     assert!(changes.is_empty(), "{changes:#?}");
 }
 
 #[test]
-fn a_minute_without_any_heartbeat_takes_out_whom_probes_find_dead() {
+fn minute_without_heartbeats_removes_backends_that_fail_probes() {
     let scenario = Scenario {
         doing: Box::new(|backend, at| match at {
             10_000..70_000 if backend == 2 && at > 20_000 => Doing::Dead,
@@ -46,7 +46,7 @@ fn a_minute_without_any_heartbeat_takes_out_whom_probes_find_dead() {
 }
 
 #[test]
-fn two_seconds_without_any_path_take_nobody_out() {
+fn two_seconds_without_a_path_remove_no_backend() {
     let world = World::play(between(10_000, 12_000, everybody, Doing::Dead));
     assert_eq!(world.count(DetectorState::Down), 0, "{:#?}", world.log);
     assert!(!world.held.is_empty(), "the guards say why");
@@ -64,7 +64,7 @@ fn a_pool_whose_path_fails_for_two_seconds_is_not_taken_out() {
 }
 
 #[test]
-fn a_stall_of_three_seconds_here_changes_nobodys_standing() {
+fn local_stall_of_three_seconds_changes_no_observation() {
     let scenario = Scenario {
         stalled: Box::new(|at| (10_000..13_000).contains(&at)),
         loss: 0.05,
@@ -99,7 +99,7 @@ fn half_that_die_at_once_are_out_once_the_others_have_shown_that_the_path_works(
 }
 
 #[test]
-fn when_we_go_deaf_to_one_after_the_other_nobody_is_taken_out() {
+fn gradual_loss_of_all_heartbeats_removes_no_backend() {
     // Half of each pool first, the rest before the first are suspect.
     let doing = |backend: usize, at: u64| match at {
         10_000..12_000 if backend.is_multiple_of(2) || at >= 10_200 => Doing::Dead,

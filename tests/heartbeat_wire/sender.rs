@@ -61,7 +61,7 @@ fn a_closed_sender_says_so_and_is_silent() {
 }
 
 #[test]
-fn nobody_listening_is_no_reason_to_stop() {
+fn missing_receiver_does_not_stop_the_sender() {
     let (receiver, to) = receiver();
     let nobody = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let both = SenderSettings { to: vec![nobody, to, "[::1]:9".parse().unwrap()], ..settings(to) };

@@ -4,7 +4,7 @@ use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::{PROGRAM, TestProxy};
-use crate::common::{Engine, on_every_engine, turn};
+use crate::common::{Engine, exclusive, on_every_engine};
 use std::process::{Command, Output};
 
 on_every_engine!(
@@ -24,7 +24,7 @@ fn stderr(output: &Output) -> String {
 
 #[test]
 fn help_of_every_command_has_an_example() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     for command in ["run", "check", "demo", "reload", "status", "drain", "undrain", "shutdown"] {
         let output = tidegate(&[command, "--help"]);
         assert_eq!(output.status.code(), Some(0), "{command}: {output:?}");
@@ -38,7 +38,7 @@ fn help_of_every_command_has_an_example() {
 
 #[test]
 fn usage_errors_exit_with_2() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     for arguments in [&["run"][..], &["nonsense"], &["drain"], &["check", "--nonsense"], &[]] {
         let output = tidegate(arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
@@ -47,7 +47,7 @@ fn usage_errors_exit_with_2() {
 
 #[test]
 fn check_sums_up_a_good_file_in_one_line() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let conf = Conf::simple(Engine::Epoll, Pool::new("web").backend("a", "127.0.0.1:9"));
     let file = tempfile::NamedTempFile::new_in("/tmp").unwrap();
     std::fs::write(file.path(), conf.render("unix:/tmp/never-bound.sock", "off")).unwrap();
@@ -59,7 +59,7 @@ fn check_sums_up_a_good_file_in_one_line() {
 
 #[test]
 fn check_and_run_refuse_a_bad_file_with_its_places() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let file = tempfile::NamedTempFile::new_in("/tmp").unwrap();
     let path = file.path().to_string_lossy().into_owned();
     let text = "[frontend.web]\nbind = [\"127.0.0.1:80801\"]\npool = \"wep\"\n\n\
@@ -81,7 +81,7 @@ fn check_and_run_refuse_a_bad_file_with_its_places() {
 
 #[test]
 fn check_and_run_refuse_a_state_directory_that_cannot_be_used() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let file = tempfile::NamedTempFile::new_in("/tmp").unwrap();
     let path = file.path().to_string_lossy().into_owned();
     for (directory, why) in [("/nowhere/at/all", "No such file"), (&*path, "Not a directory")] {
@@ -105,7 +105,7 @@ fn check_and_run_refuse_a_state_directory_that_cannot_be_used() {
 
 #[test]
 fn commands_without_a_balancer_exit_with_3() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     for command in [&["status"][..], &["reload"], &["drain", "web/a"], &["shutdown"]] {
         let admin = ["--admin", "unix:/tmp/nobody-listens-here.sock"];
         let output = tidegate(&[command, &admin].concat());
@@ -116,7 +116,7 @@ fn commands_without_a_balancer_exit_with_3() {
 
 #[test]
 fn demo_runs_and_shows_the_split() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let output = tidegate(&["demo", "--backends", "3", "--for", "3s"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert!(!output.stdout.is_empty(), "{output:?}");
@@ -157,7 +157,7 @@ fn refused_alike(name: &str, text: &str, directory: &std::path::Path, why: &str)
 #[test]
 fn check_refuses_what_run_refuses() {
     use std::os::unix::fs::PermissionsExt;
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     let token = |name: &str, text: &str, mode: u32| {

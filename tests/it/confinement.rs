@@ -216,7 +216,7 @@ fn a_key_only_root_may_read_is_an_error_at_the_start_and_at_a_reload() {
 }
 
 #[test]
-fn whoever_cannot_become_the_user_does_not_start() {
+fn process_that_cannot_become_the_user_does_not_start() {
     if !is_root() {
         return;
     }

@@ -28,7 +28,7 @@ on_every_engine!(
     drain_over_the_api_equals_the_command,
     drain_survives_a_reload,
     unknown_backend_is_refused,
-    a_reload_while_draining_is_refused_whoever_asks,
+    reload_while_draining_is_rejected_from_every_origin,
     a_leaving_balancer_serves_on_until_its_delay_is_over,
     a_second_signal_ends_the_delay_and_a_third_the_process,
     ready_says_by_its_exit_code_whether_clients_are_taken,
@@ -213,7 +213,7 @@ fn unknown_backend_is_refused(engine: Engine) {
 }
 
 /// The listeners would open again, and their clients be cut at the deadline.
-fn a_reload_while_draining_is_refused_whoever_asks(engine: Engine) {
+fn reload_while_draining_is_rejected_from_every_origin(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "20s");
     let open = open_session(&proxy);
     proxy.sigterm();

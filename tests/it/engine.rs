@@ -6,7 +6,7 @@ use crate::common::conf::{Conf, Pool};
 use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::without_io_uring;
-use crate::common::{Engine, have, turn};
+use crate::common::{Engine, exclusive, have};
 
 /// A configuration whose `engine` line is replaced by that one.
 fn start(engine: &str, wrapper: &[&str], backend: &ScriptedBackend) -> TestProxy {
@@ -17,7 +17,7 @@ fn start(engine: &str, wrapper: &[&str], backend: &ScriptedBackend) -> TestProxy
 
 #[test]
 fn forbidden_io_uring_falls_back_to_epoll_and_says_why() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !have(&["python3"]) {
         return;
     }
@@ -40,7 +40,7 @@ fn forbidden_io_uring_falls_back_to_epoll_and_says_why() {
 
 #[test]
 fn auto_takes_epoll_and_says_that_io_uring_could_be_had() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = ScriptedBackend::start(backend::name("a"));
     let proxy = start("auto", &[], &backend);
     let status = proxy.status();
@@ -54,7 +54,7 @@ fn auto_takes_epoll_and_says_that_io_uring_could_be_had() {
 
 #[test]
 fn io_uring_on_request_is_named_in_status_and_metrics() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = ScriptedBackend::start(backend::name("a"));
     let proxy = start("io_uring", &[], &backend);
     assert_eq!(proxy.status()["engine"], "io_uring", "{:#}", proxy.status());
@@ -65,7 +65,7 @@ fn io_uring_on_request_is_named_in_status_and_metrics() {
 
 #[test]
 fn epoll_on_request_makes_no_ring() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let backend = ScriptedBackend::start(backend::name("a"));
     let proxy = start("epoll", &[], &backend);
     assert_eq!(proxy.status()["engine"], "epoll");

@@ -9,7 +9,7 @@ use crate::common::client::{self, End, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::{Nginx, Redis, Wrk};
-use crate::common::steady::{Steady, answered_by, failures_since};
+use crate::common::stable::{Steady, answered_by, failures_since};
 use crate::common::{
     Engine, eventually, have, http, measured, ms, on_every_engine, on_every_engine_alone, patience,
     proc, secs,
@@ -20,7 +20,7 @@ use std::time::Instant;
 
 on_every_engine!(
     new_connections_see_no_error_while_a_backend_dies,
-    nobody_left_is_refused_at_once,
+    exhausted_pool_rejects_at_once,
     refused_by_every_backend_is_refused_at_once,
     try_all_serves_from_backends_that_are_down,
     startup_grace_fails_open,
@@ -111,7 +111,7 @@ fn assert_reset_at_once(address: SocketAddr) {
     assert!(start.elapsed() < patience(secs(1)), "refused after {:?}", start.elapsed());
 }
 
-fn nobody_left_is_refused_at_once(engine: Engine) {
+fn exhausted_pool_rejects_at_once(engine: Engine) {
     let mut a = ScriptedBackend::start(backend::name("a"));
     let pool = Pool::new("web").probe(FAST_TCP).backend("a", a.address());
     let proxy = TestProxy::start(Conf::simple(engine, pool));

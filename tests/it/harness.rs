@@ -6,7 +6,7 @@
 use crate::common::backend::{self, ScriptedBackend, Unresponsive};
 use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::servers::{self, Nginx, Wrk};
-use crate::common::{client, have, http, proxy, turn};
+use crate::common::{client, exclusive, have, http, proxy};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 
@@ -14,7 +14,7 @@ const SMALL: StreamSizes = StreamSizes { most: 64 * 1024, large_one_in: 50 };
 
 #[test]
 fn ledger_is_clean_straight_to_the_backend() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let ledger = Ledger::new(SMALL);
     let backend = ScriptedBackend::start(ledger.script());
     ledger.run(&[backend.socket_address()], 0..500, 16);
@@ -25,13 +25,13 @@ fn ledger_is_clean_straight_to_the_backend() {
 
 #[test]
 fn ledger_is_clean_through_a_faithful_relay() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     assert_eq!(faults_through(|chunk| chunk), Vec::<String>::new());
 }
 
 #[test]
 fn ledger_reports_a_flipped_bit() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let faults = faults_through(|mut chunk| {
         if chunk.len() > 4000 {
             chunk[4000] ^= 0x10;
@@ -44,7 +44,7 @@ fn ledger_reports_a_flipped_bit() {
 
 #[test]
 fn ledger_reports_a_lost_tail() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let faults = faults_through(|mut chunk| {
         if chunk.len() > 4000 {
             chunk.pop();
@@ -56,7 +56,7 @@ fn ledger_reports_a_lost_tail() {
 
 #[test]
 fn scripted_backends_keep_to_their_scripts() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let echo = ScriptedBackend::start(backend::echo());
     let stream = client::connect(echo.socket_address());
     assert_eq!(client::exchange(&stream, b"hello").unwrap(), b"hello");
@@ -80,7 +80,7 @@ fn scripted_backends_keep_to_their_scripts() {
 
 #[test]
 fn real_servers_start_answer_and_die() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !have(&["nginx", "wrk", "redis-server", "redis-benchmark", "iperf3", "python3"]) {
         return;
     }

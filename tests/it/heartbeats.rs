@@ -9,8 +9,8 @@ use crate::common::client;
 use crate::common::conf::{Conf, Pool};
 use crate::common::ports::free_port;
 use crate::common::proxy::{PROGRAM, TestProxy};
-use crate::common::steady::{Steady, failures_since};
-use crate::common::{Engine, eventually, http, measured, ms, on_every_engine, secs, turn};
+use crate::common::stable::{Steady, failures_since};
+use crate::common::{Engine, eventually, exclusive, http, measured, ms, on_every_engine, secs};
 use serde_json::Value;
 use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
@@ -189,7 +189,7 @@ fn a_signed_sender_joins_serves_and_leaves_without_a_session_lost(engine: Engine
 
 #[test]
 fn a_forged_heartbeat_changes_nothing_and_is_counted() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let keys = Keys::new();
     let proxy = keys.start(Pool::new("web").heartbeat("register = true"));
     let (real, forged) = (named("a"), named("x"));
@@ -211,7 +211,7 @@ fn a_forged_heartbeat_changes_nothing_and_is_counted() {
 
 #[test]
 fn silence_makes_suspect_then_down_then_expired_then_forgotten() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let keys = Keys::new();
     let proxy = keys.start(Pool::new("web").heartbeat(QUICK));
     let backends = ["a", "b", "c"].map(named);
@@ -263,7 +263,7 @@ fn a_dead_backend_is_out_in_a_second_and_comes_back_slowly(engine: Engine) {
 
 #[test]
 fn keys_and_addresses_change_while_senders_go_on() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let keys = Keys::new();
     let mut proxy = keys.start(Pool::new("web").heartbeat("register = true"));
     let (one, two) = (named("a"), named("b"));
@@ -300,7 +300,7 @@ fn keys_and_addresses_change_while_senders_go_on() {
 
 #[test]
 fn no_more_senders_register_than_the_pool_allows() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let keys = Keys::new();
     let proxy = keys.start(Pool::new("web").heartbeat("register = true\nbackends_max = 2"));
     let backends = ["a", "b", "c", "d"].map(named);
@@ -341,7 +341,7 @@ fn greeted(proxy: &TestProxy) -> (TcpStream, u8) {
 
 #[test]
 fn a_required_heartbeat_decides_over_a_backend_of_the_file() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let keys = Keys::new();
     let (one, two) = (named("a"), named("b"));
     let pool = Pool::new("web")
@@ -394,7 +394,7 @@ mod alone {
 
     #[test]
     fn a_thousand_come_and_go_each_second_and_no_session_is_lost() {
-        let _turn = turn::alone();
+        let _share = exclusive::alone();
         let keys = Keys::new();
         let proxy = keys.start(Pool::new("web").heartbeat("register = true"));
         let everywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, free_port()));

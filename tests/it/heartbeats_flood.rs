@@ -5,7 +5,7 @@ use super::heartbeats::{Keys, wait};
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::Pool;
 use crate::common::proxy::TestProxy;
-use crate::common::{eventually, measured, ms, secs, turn};
+use crate::common::{eventually, exclusive, measured, ms, secs};
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -96,7 +96,7 @@ mod alone {
 
     #[test]
     fn forgeries_delay_the_sight_of_a_death_by_no_more_than_an_interval() {
-        let _turn = turn::alone();
+        let _share = exclusive::alone();
         let keys = Keys::new();
         let pool = format!("register = true\ninterval = \"{}ms\"", INTERVAL.as_millis());
         let proxy = keys.start(Pool::new("web").heartbeat(&pool));

@@ -7,7 +7,7 @@ use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
 use crate::common::ports::free_port;
 use crate::common::proxy::{PROGRAM, TestProxy};
-use crate::common::{Engine, eventually, ms, secs, turn};
+use crate::common::{Engine, eventually, exclusive, ms, secs};
 use crate::heartbeats::{Keys, wait};
 use rustix::process::{Pid, Signal, kill_process};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
@@ -93,7 +93,7 @@ fn warnings(proxy: &TestProxy, of: &str) -> usize {
 
 #[test]
 fn sender_with_a_slow_clock_is_named_with_its_skew() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let keys = Keys::new();
     let one = ScriptedBackend::start(backend::echo());
     let pool = Pool::new("web").heartbeat("require = true").backend("a", one.address());
@@ -135,7 +135,7 @@ fn sender_with_a_slow_clock_is_named_with_its_skew() {
 
 #[test]
 fn sender_with_another_secret_is_named_as_unproven() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let keys = Keys::new();
     let one = ScriptedBackend::start(backend::echo());
     let pool = Pool::new("web").heartbeat("require = true").backend("a", one.address());
@@ -155,7 +155,7 @@ fn sender_with_another_secret_is_named_as_unproven() {
 
 #[test]
 fn sender_that_fits_no_backend_is_named() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let keys = Keys::new();
     let one = ScriptedBackend::start(backend::echo());
     let pool = Pool::new("web").heartbeat("require = true").backend("a", one.address());
@@ -179,7 +179,7 @@ fn key_file(path: &Path, content: &[u8]) -> String {
 
 #[test]
 fn key_file_with_the_line_ends_of_another_system_holds_the_same_secret() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let dir = tempfile::tempdir().unwrap();
     let text = "0123456789abcdef0123456789abcdef";
     let ours = key_file(&dir.path().join("unix"), format!("{text}\n").as_bytes());
@@ -205,7 +205,7 @@ fn key_file_with_the_line_ends_of_another_system_holds_the_same_secret() {
 
 #[test]
 fn stopped_service_and_sender_are_found_by_the_probe_of_the_pool() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let keys = Keys::new();
     // The regular probes and ttl would take far longer.
     let pool = Pool::new("web")

@@ -28,7 +28,7 @@ on_every_engine!(
     one_way_traffic_is_not_idle,
     half_closed_session_with_traffic_is_not_cut,
     stuck_receiver_ends_by_the_idle_timeout,
-    access_log_that_cannot_be_written_stops_nobody,
+    unwritable_access_log_blocks_no_session,
     deleted_config_file_changes_nothing_until_it_is_back,
     burst_of_rewrites_ends_with_the_last,
     second_balancer_on_the_same_address_is_refused,
@@ -256,7 +256,7 @@ fn stuck_receiver_ends_by_the_idle_timeout(engine: Engine) {
     gate.open();
 }
 
-fn access_log_that_cannot_be_written_stops_nobody(engine: Engine) {
+fn unwritable_access_log_blocks_no_session(engine: Engine) {
     let backend = ScriptedBackend::start(backend::name("a"));
     let mut conf = Conf::simple(engine, to(&backend));
     conf.access = Some("/dev/full".into());

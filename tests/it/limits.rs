@@ -14,9 +14,9 @@ on_every_engine!(
     client_that_keeps_silent_is_closed_and_counted,
     first_byte_of_either_side_meets_the_deadline,
     clients_in_line_are_served_in_the_order_they_came,
-    who_leaves_the_line_gives_its_place_up,
-    who_waits_too_long_is_reset_and_costs_no_backend,
-    raised_caps_and_new_backends_serve_who_waits,
+    client_leaving_the_queue_frees_its_slot,
+    client_queued_too_long_is_reset_and_blames_no_backend,
+    raised_caps_and_new_backends_serve_queued_clients,
     stalled_readers_hold_no_more_than_the_budget_and_lose_nothing,
 );
 
@@ -109,7 +109,7 @@ fn clients_in_line_are_served_in_the_order_they_came(engine: Engine) {
     assert_eq!(proxy.metric("tidegate_queued_total", &[]), CLIENTS as f64);
 }
 
-fn who_leaves_the_line_gives_its_place_up(engine: Engine) {
+fn client_leaving_the_queue_frees_its_slot(engine: Engine) {
     let (proxy, backend, holder) = full_backend(engine, "queue_max = 2\nqueue_timeout = \"60s\"");
     let address = proxy.addr("web");
     let [resets, leaves] = [1, 2].map(|place| {
@@ -137,7 +137,7 @@ fn who_leaves_the_line_gives_its_place_up(engine: Engine) {
     assert_eq!(client::read_text(&asks).unwrap(), "xall I say");
 }
 
-fn who_waits_too_long_is_reset_and_costs_no_backend(engine: Engine) {
+fn client_queued_too_long_is_reset_and_blames_no_backend(engine: Engine) {
     let (proxy, backend, _holder) =
         full_backend(engine, "queue_max = 5\nqueue_timeout = \"300ms\"");
     let start = Instant::now();
@@ -151,7 +151,7 @@ fn who_waits_too_long_is_reset_and_costs_no_backend(engine: Engine) {
     assert_eq!((backend.accepted(), queued(&proxy)), (1, 0.0));
 }
 
-fn raised_caps_and_new_backends_serve_who_waits(engine: Engine) {
+fn raised_caps_and_new_backends_serve_queued_clients(engine: Engine) {
     let (mut proxy, _a, _holder) = full_backend(engine, "queue_max = 5\nqueue_timeout = \"60s\"");
     let b = ScriptedBackend::start(backend::greet("b"));
     let [first, second] = [1, 2].map(|place| {

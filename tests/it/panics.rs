@@ -18,12 +18,12 @@ use std::time::{Duration, Instant};
 
 on_every_engine!(
     a_panic_in_a_session_ends_that_session_alone,
-    a_worker_that_falls_loses_its_sessions_and_nobody_elses,
-    who_waits_in_the_queue_of_a_worker_that_falls_is_served,
+    panicked_worker_loses_only_its_own_sessions,
+    client_queued_at_a_panicked_worker_is_served,
     a_worker_that_falls_again_and_again_ends_the_process,
     reload_and_upgrade_work_after_a_fall,
     a_control_thread_that_panics_ends_the_process,
-    nobody_orders_faults_without_the_word,
+    faults_need_the_secret_word,
     a_process_whose_control_thread_panics_is_replaced_at_once,
 );
 
@@ -149,7 +149,7 @@ fn a_panic_in_a_session_ends_that_session_alone(engine: Engine) {
     everything_adds_up(&proxy);
 }
 
-fn a_worker_that_falls_loses_its_sessions_and_nobody_elses(engine: Engine) {
+fn panicked_worker_loses_only_its_own_sessions(engine: Engine) {
     let Some((proxy, _backend)) = start(engine, 2) else { return };
     let survivor = client_of(&proxy, 0);
     for (n, place) in (1..).zip(["worker", "engine", "listener", "relay"]) {
@@ -190,7 +190,7 @@ fn a_worker_that_falls_loses_its_sessions_and_nobody_elses(engine: Engine) {
     assert!(numbers.windows(2).all(|pair| pair[0] != pair[1]), "session numbers are unique");
 }
 
-fn who_waits_in_the_queue_of_a_worker_that_falls_is_served(engine: Engine) {
+fn client_queued_at_a_panicked_worker_is_served(engine: Engine) {
     let Some((proxy, _backend)) = start(engine, 2) else { return };
     for worker in [0, 1] {
         // It takes nobody, then it falls with whoever has queued meanwhile.
@@ -280,7 +280,7 @@ fn a_process_whose_control_thread_panics_is_replaced_at_once(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn nobody_orders_faults_without_the_word(engine: Engine) {
+fn faults_need_the_secret_word(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
     let proxy = TestProxy::start(conf);

@@ -6,7 +6,7 @@ use crate::common::client::{self, End};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::Nginx;
-use crate::common::steady::{Steady, answered_by};
+use crate::common::stable::{Steady, answered_by};
 use crate::common::{
     Engine, eventually, have, http, measured, ms, on_every_engine, patience, secs,
 };
@@ -20,7 +20,7 @@ on_every_engine!(
     an_end_in_order_without_a_byte_is_no_failure,
     one_trial_connection_after_an_ejection,
     a_failed_trial_ejects_again_for_longer,
-    a_long_poll_pool_suspects_nobody,
+    long_poll_pool_suspects_no_backend,
 );
 
 /// Answers HTTP, `delay` after the request.
@@ -198,7 +198,7 @@ fn a_failed_trial_ejects_again_for_longer(engine: Engine) {
     assert_eq!(a.accepted(), 1);
 }
 
-fn a_long_poll_pool_suspects_nobody(engine: Engine) {
+fn long_poll_pool_suspects_no_backend(engine: Engine) {
     let names = ["a", "b", "c"];
     let backends = [900, 1000, 1500].map(|delay| ScriptedBackend::start(late("x", ms(delay))));
     let pool = names

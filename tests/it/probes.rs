@@ -3,7 +3,7 @@
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, long, measured, ms, secs, turn};
+use crate::common::{Engine, eventually, exclusive, long, measured, ms, secs};
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
@@ -27,7 +27,7 @@ mod alone {
 
     #[test]
     fn a_death_is_seen_as_soon_beside_thousands_of_backends_that_hang() {
-        let _turn = turn::alone();
+        let _share = exclusive::alone();
         let count = if long() { 5_000 } else { 3_000 };
         let start = || {
             let named = |n: u32| (format!("d{n}"), ScriptedBackend::start(backend::http("d", 200)));

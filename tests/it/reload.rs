@@ -10,7 +10,7 @@ use crate::common::conf::{Conf, Pool};
 use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::{Nginx, Wrk};
-use crate::common::steady::Steady;
+use crate::common::stable::Steady;
 use crate::common::{
     Engine, eventually, have, measured, ms, on_every_engine, on_every_engine_alone, patience, secs,
 };
@@ -411,9 +411,9 @@ fn process_change_that_needs_a_restart_is_named(engine: Engine) {
 /// What workers had recorded of them was kept until somebody asked for it, and came
 /// all at once then. Nothing here is an engine's.
 #[test]
-fn backends_that_come_and_go_leave_nothing_behind_though_nobody_asks() {
+fn backends_that_come_and_go_leave_nothing_behind_without_requests() {
     const EACH: u32 = 100;
-    let _turn = crate::common::turn::shared();
+    let _share = crate::common::exclusive::shared();
     let everywhere = SocketAddr::from(([0, 0, 0, 0], crate::common::ports::free_port()));
     let backend = ScriptedBackend::start_on(everywhere, backend::echo());
     let pool = |round: u32| {

@@ -5,7 +5,7 @@ use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
 use crate::common::ports::free_port;
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, long, measured, ms, secs, turn};
+use crate::common::{Engine, exclusive, long, measured, ms, secs};
 use crate::heartbeats::Keys;
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -273,8 +273,8 @@ mod alone {
     use super::*;
 
     #[test]
-    fn a_scrape_each_second_of_many_backends_excuses_nobody_and_delays_no_verdict() {
-        let _turn = turn::alone();
+    fn scrapes_of_many_backends_excuse_no_silence_and_delay_no_verdict() {
+        let _share = exclusive::alone();
         let keys = Keys::new();
         let heartbeat =
             "register = true\ninterval = \"100ms\"\nttl = \"1s\"\nforget_after = \"1s\"";

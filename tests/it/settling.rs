@@ -6,15 +6,15 @@ use crate::common::client::{self, End};
 use crate::common::conf::{Conf, Pool};
 use crate::common::http;
 use crate::common::proxy::TestProxy;
-use crate::common::steady::{Attempt, Steady, answered_by};
+use crate::common::stable::{Attempt, Steady, answered_by};
 use crate::common::{Engine, eventually, measured, ms, on_every_engine, secs};
 use std::net::TcpStream;
 use std::time::Instant;
 
 on_every_engine!(
-    a_blue_green_reload_refuses_nobody,
-    renamed_backends_and_a_renamed_pool_refuse_nobody,
-    two_names_swapped_refuse_nobody,
+    blue_green_reload_refuses_no_client,
+    renamed_backends_and_a_renamed_pool_refuse_no_client,
+    two_swapped_names_refuse_no_client,
     former_backends_serve_no_longer_once_a_new_one_is_up,
     clients_that_come_before_the_first_verdict_are_served,
     clients_that_wait_are_refused_once_every_backend_is_down,
@@ -76,7 +76,7 @@ fn reload_under_load(proxy: &mut TestProxy, conf: Conf) -> Vec<Attempt> {
     attempts
 }
 
-fn a_blue_green_reload_refuses_nobody(engine: Engine) {
+fn blue_green_reload_refuses_no_client(engine: Engine) {
     let [blue, green] = ["blue", "green"].map(|name| [(); 2].map(|()| probed_slowly(name, 200)));
     let first = probed("web", &[("a", &blue[0]), ("b", &blue[1])]);
     let mut proxy = TestProxy::start(Conf::simple(engine, first));
@@ -87,7 +87,7 @@ fn a_blue_green_reload_refuses_nobody(engine: Engine) {
     assert!(blue > 20 && green > 0, "{blue} by the former backends, {green} by the new ones");
 }
 
-fn renamed_backends_and_a_renamed_pool_refuse_nobody(engine: Engine) {
+fn renamed_backends_and_a_renamed_pool_refuse_no_client(engine: Engine) {
     let [a, b] = ["a", "b"].map(|name| probed_slowly(name, 200));
     let mut proxy = TestProxy::start(Conf::simple(engine, probed("web", &[("a", &a), ("b", &b)])));
     let mut conf = proxy.conf();
@@ -105,7 +105,7 @@ fn renamed_backends_and_a_renamed_pool_refuse_nobody(engine: Engine) {
     reload_under_load(&mut proxy, conf);
 }
 
-fn two_names_swapped_refuse_nobody(engine: Engine) {
+fn two_swapped_names_refuse_no_client(engine: Engine) {
     let [a, b] = ["a", "b"].map(|name| probed_slowly(name, 200));
     let mut proxy = TestProxy::start(Conf::simple(engine, probed("web", &[("a", &a), ("b", &b)])));
     let mut conf = proxy.conf();

@@ -19,10 +19,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 on_every_engine!(
-    every_errno_of_a_shortage_is_ours_and_passes,
+    every_errno_of_a_shortage_is_a_local_error_and_passes,
     changed_file_that_could_not_be_opened_is_read_when_it_can,
-    log_that_nobody_reads_stops_nobody_and_says_what_was_lost,
-    log_on_a_full_disk_stops_nobody_and_is_counted,
+    unread_log_blocks_nothing_and_reports_what_was_lost,
+    log_on_a_full_disk_blocks_nothing_and_is_counted,
     number_that_cannot_be_written_is_written_once_it_can,
     lack_of_inotify_instances_means_polling_until_there_are_some,
 );
@@ -224,7 +224,7 @@ impl Scene {
     }
 }
 
-fn every_errno_of_a_shortage_is_ours_and_passes(engine: Engine) {
+fn every_errno_of_a_shortage_is_a_local_error_and_passes(engine: Engine) {
     if !have(&["strace"]) {
         return;
     }
@@ -288,7 +288,7 @@ fn start_under(engine: Engine, backend: &ScriptedBackend, wrapper: &[String]) ->
     TestProxy::start_under(Conf::simple(engine, pool), &words)
 }
 
-fn log_that_nobody_reads_stops_nobody_and_says_what_was_lost(engine: Engine) {
+fn unread_log_blocks_nothing_and_reports_what_was_lost(engine: Engine) {
     let dir = tempfile::tempdir().unwrap();
     let fifo = dir.path().join("log");
     assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
@@ -316,7 +316,7 @@ fn log_that_nobody_reads_stops_nobody_and_says_what_was_lost(engine: Engine) {
     });
 }
 
-fn log_on_a_full_disk_stops_nobody_and_is_counted(engine: Engine) {
+fn log_on_a_full_disk_blocks_nothing_and_is_counted(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let proxy = start_under(engine, &backend, &with_errors_to(Path::new("/dev/full")));
     let session = client::connect(proxy.addr("web"));

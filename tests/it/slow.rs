@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 on_every_engine!(
-    client_that_never_reads_stalls_its_own_sender_and_nobody_else,
+    client_that_never_reads_stalls_only_its_own_sender,
     a_slow_reader_whose_kernel_has_no_room_for_seconds_is_not_idle,
 );
 on_every_engine_alone!(slow_clients_leave_others_their_latency_and_the_host_its_memory);
@@ -68,7 +68,7 @@ fn slow_client(number: usize, address: SocketAddr) -> TcpStream {
     TcpStream::from(socket)
 }
 
-fn client_that_never_reads_stalls_its_own_sender_and_nobody_else(engine: Engine) {
+fn client_that_never_reads_stalls_only_its_own_sender(engine: Engine) {
     let (proxy, _services) = start(engine, "");
     let relayed =
         || proxy.metric("tidegate_bytes_total", &[("frontend", "stream"), ("direction", "out")]);

@@ -11,10 +11,10 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Instant;
 
 on_every_engine!(
-    who_may_not_connect_is_reset_and_no_backend_hears_of_it,
+    denied_client_is_reset_and_reaches_no_backend,
     a_range_of_ipv4_written_as_ipv6_denies,
     lists_of_files_are_read_again_by_a_reload,
-    a_hundred_thousand_ranges_slow_nobody,
+    hundred_thousand_ranges_do_not_slow_accepts,
     one_source_has_so_many_sessions_and_another_has_its_own,
     a_prefix_shares_one_count,
     the_rate_of_a_source_is_kept_over_all_workers,
@@ -59,7 +59,7 @@ fn a_range_of_ipv4_written_as_ipv6_denies(engine: Engine) {
     assert!(!is_served(BAD, address), "the rule has no effect");
 }
 
-fn who_may_not_connect_is_reset_and_no_backend_hears_of_it(engine: Engine) {
+fn denied_client_is_reset_and_reaches_no_backend(engine: Engine) {
     let rules = r#"allow = ["127.0.0.0/30", "127.0.0.9"], deny = ["127.0.0.3"]"#;
     let (proxy, backend) = start(engine, rules);
     let address = proxy.addr("web");
@@ -102,7 +102,7 @@ fn lists_of_files_are_read_again_by_a_reload(engine: Engine) {
     assert!(!is_served(GOOD, address) && is_served(BAD, address), "a bad list changes nothing");
 }
 
-fn a_hundred_thousand_ranges_slow_nobody(engine: Engine) {
+fn hundred_thousand_ranges_do_not_slow_accepts(engine: Engine) {
     let lists = tempfile::tempdir().unwrap();
     let path = lists.path().join("deny.txt");
     // Every second address of 10.0.0.0/14: nothing to be merged.

@@ -63,7 +63,7 @@ fn address(text: &str) -> SocketAddr {
 
 #[test]
 fn loopback_admin_answers_its_own_host_alone() {
-    let _turn = crate::common::turn::shared();
+    let _share = crate::common::exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -139,7 +139,7 @@ const WRONG: &str = "Authorization: Bearer 0123456789-the-wrong-token";
 
 #[test]
 fn another_host_is_refused_whatever_curl_sends() {
-    let _turn = crate::common::turn::shared();
+    let _share = crate::common::exclusive::shared();
     if !networks_run() || !have(&["curl"]) {
         return;
     }
@@ -181,7 +181,7 @@ fn another_host_is_refused_whatever_curl_sends() {
 
 #[test]
 fn a_slow_head_from_another_host_is_cut_off() {
-    let _turn = crate::common::turn::shared();
+    let _share = crate::common::exclusive::shared();
     if !networks_run() || !have(&["curl"]) {
         return;
     }
@@ -201,8 +201,8 @@ mod alone {
     /// 1,000 connections that ask nothing: who may ask is answered all the same,
     /// and traffic does not notice.
     #[test]
-    fn a_thousand_admin_connections_are_in_nobodys_way() {
-        let _turn = crate::common::turn::alone();
+    fn thousand_admin_connections_block_no_request() {
+        let _share = crate::common::exclusive::alone();
         if !networks_run() || !have(&["curl"]) {
             return;
         }

@@ -102,7 +102,7 @@ fn a_star_is_ipv4_alone_on_a_host_without_ipv6(engine: Engine) {
 /// Nothing here is an engine's.
 #[test]
 fn a_wildcard_and_a_backend_on_its_port_are_both_named() {
-    let _turn = crate::common::turn::shared();
+    let _share = crate::common::exclusive::shared();
     if !networks_run() {
         return;
     }

@@ -3,7 +3,7 @@
 //! One test a fault and way; the histograms go to the notes. What the trials
 //! do and measure is in [`crate::trials`].
 
-use crate::common::turn;
+use crate::common::exclusive;
 use crate::testbed::Fault;
 use crate::trials;
 use crate::watch::{FastProbes, Heartbeats};
@@ -17,7 +17,7 @@ macro_rules! trials {
 
                 $(#[test]
                 fn $name() {
-                    let _turn = turn::alone();
+                    let _share = exclusive::alone();
                     trials::run(&$watch, $fault, $loss);
                 })+
             }

@@ -6,7 +6,7 @@
 //! No balancer runs here.
 
 use crate::channel::assert_share;
-use crate::common::{eventually, measured, ms, patience, secs, servers, turn};
+use crate::common::{eventually, exclusive, measured, ms, patience, secs, servers};
 use crate::link::channel::{Impairment, Loss};
 use crate::link::{Direction, Link};
 use crate::netns::{self, Namespace, networks_run};
@@ -144,7 +144,7 @@ fn transfer(pair: &Pair, bytes: usize) -> Duration {
 
 #[test]
 fn delay_is_what_was_asked_for() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -165,7 +165,7 @@ fn delay_is_what_was_asked_for() {
 
 #[test]
 fn same_seed_loses_the_same_packets() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -185,7 +185,7 @@ fn same_seed_loses_the_same_packets() {
 
 #[test]
 fn duplicates_arrive_twice() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -200,7 +200,7 @@ fn duplicates_arrive_twice() {
 
 #[test]
 fn reordered_packets_arrive_late_and_once() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -216,7 +216,7 @@ fn reordered_packets_arrive_late_and_once() {
 
 #[test]
 fn flipped_bits_are_caught_and_the_stream_stays_intact() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -240,7 +240,7 @@ fn snmp_value(snmp: &str, group: &str, name: &str) -> u64 {
 
 #[test]
 fn stream_survives_everything_at_once() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -262,7 +262,7 @@ fn stream_survives_everything_at_once() {
 
 #[test]
 fn each_direction_is_cut_and_mended_by_itself() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -281,7 +281,7 @@ fn each_direction_is_cut_and_mended_by_itself() {
 
 #[test]
 fn rate_is_kept_and_its_queue_bounded() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -304,7 +304,7 @@ fn rate_is_kept_and_its_queue_bounded() {
 
 #[test]
 fn two_links_know_nothing_of_each_other() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -325,7 +325,7 @@ mod alone {
     #[test]
     fn what_a_killed_run_left_is_swept() {
         // Any other test that begins would sweep it first.
-        let _turn = turn::alone();
+        let _share = exclusive::alone();
         if !networks_run() {
             return;
         }
@@ -348,7 +348,7 @@ mod alone {
 
     #[test]
     fn nothing_is_left_behind() {
-        let _turn = turn::alone();
+        let _share = exclusive::alone();
         if !networks_run() {
             return;
         }
@@ -371,7 +371,7 @@ mod alone {
 
     #[test]
     fn perfect_link_carries_half_a_gigabit() {
-        let _turn = turn::alone();
+        let _share = exclusive::alone();
         if !networks_run() {
             return;
         }

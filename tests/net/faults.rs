@@ -23,8 +23,8 @@ on_every_engine!(
     cut_backend_is_taken_out_and_comes_back,
     killed_backend_costs_new_clients_nothing,
     stopped_backend_is_taken_out_and_keeps_its_sessions,
-    stopped_balancer_blames_nobody,
-    starved_balancer_blames_nobody,
+    stopped_balancer_blames_no_backend,
+    starved_balancer_blames_no_backend,
 );
 
 /// Asks the program itself, not only its kernel.
@@ -185,7 +185,7 @@ fn assert_nobody_blamed(hosts: &Hosts, proxy: &TestProxy, traffic: &Traffic, kno
     }
 }
 
-fn stopped_balancer_blames_nobody(engine: Engine) {
+fn stopped_balancer_blames_no_backend(engine: Engine) {
     if !networks_run() {
         return;
     }
@@ -206,7 +206,7 @@ fn stopped_balancer_blames_nobody(engine: Engine) {
     end_probes(&mut proxy);
 }
 
-fn starved_balancer_blames_nobody(engine: Engine) {
+fn starved_balancer_blames_no_backend(engine: Engine) {
     if !networks_run() {
         return;
     }

@@ -8,7 +8,7 @@ use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
 use crate::common::conf::Pool;
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, measured, on_every_engine, secs, turn};
+use crate::common::{Engine, eventually, exclusive, measured, on_every_engine, secs};
 use crate::hosts::Hosts;
 use crate::netns::networks_run;
 use std::net::TcpStream;
@@ -16,7 +16,7 @@ use std::time::Instant;
 
 on_every_engine!(
     ports_used_up_at_one_address_are_had_at_the_next,
-    no_port_left_is_ours_and_over_at_once,
+    no_port_left_is_a_local_error_and_ends_at_once,
 );
 
 /// Ports there are.
@@ -94,7 +94,7 @@ fn ports_used_up_at_one_address_are_had_at_the_next(engine: Engine) {
     drop(more);
 }
 
-fn no_port_left_is_ours_and_over_at_once(engine: Engine) {
+fn no_port_left_is_a_local_error_and_ends_at_once(engine: Engine) {
     if !networks_run() {
         return;
     }
@@ -121,8 +121,8 @@ fn no_port_left_is_ours_and_over_at_once(engine: Engine) {
 
 /// One that no interface has: refused at a reload, with its place.
 #[test]
-fn source_that_is_not_ours_is_refused() {
-    let _turn = turn::shared();
+fn source_address_of_another_host_is_rejected() {
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }

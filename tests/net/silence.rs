@@ -7,7 +7,7 @@
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::Running;
-use crate::common::{Engine, eventually, measured, ms, on_every_engine, secs, turn};
+use crate::common::{Engine, eventually, exclusive, measured, ms, on_every_engine, secs};
 use crate::hosts::{Hosts, Service};
 use crate::link::channel::Impairment;
 use crate::netns::networks_run;
@@ -105,7 +105,7 @@ fn stopped_balancer_takes_no_silence_for_a_death(engine: Engine) {
 
 #[test]
 fn starved_balancer_takes_no_silence_for_a_death() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -128,7 +128,7 @@ fn starved_balancer_takes_no_silence_for_a_death() {
 /// table, and its heartbeats go on.
 #[test]
 fn a_route_that_is_missing_here_is_not_the_backends_fault() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }
@@ -177,7 +177,7 @@ fn far_backends_join_are_vouched_for_and_are_taken_out(pool: impl Fn(Pool) -> Po
 
 #[test]
 fn far_backends_that_are_asked_by_a_connect() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     far_backends_join_are_vouched_for_and_are_taken_out(|pool| {
         pool.heartbeat("interval = \"100ms\"\nrequire = true")
     });
@@ -185,7 +185,7 @@ fn far_backends_that_are_asked_by_a_connect() {
 
 #[test]
 fn far_backends_that_are_asked_by_a_probe_that_speaks() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let probe = "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \"hello\"\n\
                  interval = \"5s\"\ntimeout = \"1s\"\nfall = 3";
     far_backends_join_are_vouched_for_and_are_taken_out(|pool| {

@@ -5,7 +5,7 @@ use crate::common::client::{self, End, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::proxy::{PROGRAM, TestProxy};
-use crate::common::steady::{Attempt, Steady};
+use crate::common::stable::{Attempt, Steady};
 use crate::common::{
     Engine, eventually, long, measured, ms, on_every_engine, on_every_engine_alone, patience, proc,
     secs,

@@ -26,8 +26,8 @@ on_every_engine!(
     as_process_1_it_reaps_replaces_and_is_upgraded,
 );
 on_every_engine_alone!(
-    crashes_under_load_refuse_nobody,
-    as_process_1_crashes_under_load_refuse_nobody,
+    crashes_under_load_refuse_no_client,
+    crashes_under_load_as_process_1_refuse_no_client,
 );
 
 fn start(engine: Engine) -> (ScriptedBackend, TestProxy) {
@@ -281,12 +281,12 @@ fn as_process_1_it_reaps_replaces_and_is_upgraded(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn crashes_under_load_refuse_nobody(engine: Engine) {
+fn crashes_under_load_refuse_no_client(engine: Engine) {
     let (_backend, proxy) = start(engine);
     crash_under_load(proxy);
 }
 
-fn as_process_1_crashes_under_load_refuse_nobody(engine: Engine) {
+fn crashes_under_load_as_process_1_refuse_no_client(engine: Engine) {
     if !have(&["unshare"]) {
         return;
     }

@@ -6,8 +6,8 @@ use crate::common::client::{self, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::ports::free_port;
 use crate::common::proxy::TestProxy;
-use crate::common::steady::Steady;
-use crate::common::{Engine, eventually, long, measured, ms, proc, secs, turn};
+use crate::common::stable::Steady;
+use crate::common::{Engine, eventually, exclusive, long, measured, ms, proc, secs};
 use rustix::process::Signal;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
@@ -35,7 +35,7 @@ fn registered_backends_that_are_rarely_heard_serve_without_a_gap() {
 /// process that reads them.
 #[test]
 fn after_a_crash_registered_backends_serve_at_once_and_no_datagram_is_lost() {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let mut site = Site::start(secs(5), "30s");
     // Longer than what is known takes to be left with the supervisor.
     std::thread::sleep(ms(1500));
@@ -135,7 +135,7 @@ impl Site {
 }
 
 fn serve_without_a_gap(interval: Duration, ttl: &str) {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     let mut site = Site::start(interval, ttl);
     let steady = Steady::start(site.proxy.addr("web"), 2);
     for _ in 0..4 {
@@ -205,7 +205,7 @@ mod alone {
 
     #[test]
     fn thousands_that_are_rarely_heard_serve_without_a_gap() {
-        let _turn = turn::alone();
+        let _share = exclusive::alone();
         let (count, interval) = if long() { (10_000, secs(5)) } else { (1_000, secs(1)) };
         let dir = tempfile::tempdir().unwrap();
         let (mut conf, to) = conf(dir.path(), interval, "30s");

@@ -14,7 +14,7 @@ on_every_engine!(
     the_manager_is_told_of_every_step,
     a_manager_that_cannot_be_told_is_named_once_in_the_log,
     a_passed_socket_is_used_and_outlives_the_process,
-    a_passed_socket_nobody_asks_for_is_an_error,
+    passed_socket_without_bind_is_an_error,
 );
 
 /// Where systemd is installed, by its own judgement.
@@ -175,7 +175,7 @@ fn a_passed_socket_is_used_and_outlives_the_process(engine: Engine) {
     assert!(matches!(client::read_to_end(&waiting), client::End::Silence(0)));
 }
 
-fn a_passed_socket_nobody_asks_for_is_an_error(engine: Engine) {
+fn passed_socket_without_bind_is_an_error(engine: Engine) {
     if !have(&["sh"]) {
         return;
     }

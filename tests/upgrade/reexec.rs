@@ -16,7 +16,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 on_every_engine!(
-    an_upgrade_to_another_file_renews_the_supervisor_and_nobody_notices,
+    upgrade_to_another_file_renews_the_supervisor_unnoticed,
     an_upgrade_to_the_same_file_executes_nothing,
     as_process_1_the_supervisor_is_renewed_too,
     signals_sent_while_the_program_is_executed_are_obeyed,
@@ -195,7 +195,7 @@ fn all_served(address: SocketAddr, stop: &AtomicBool) -> u64 {
     served
 }
 
-fn an_upgrade_to_another_file_renews_the_supervisor_and_nobody_notices(engine: Engine) {
+fn upgrade_to_another_file_renews_the_supervisor_unnoticed(engine: Engine) {
     let mut bench = Bench::new(engine);
     let pid_before = bench.proxy.service();
     let names = names(pid_before);

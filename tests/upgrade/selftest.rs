@@ -2,12 +2,12 @@
 
 mod alone {
     use crate::common::proxy::PROGRAM;
-    use crate::common::{measured, turn};
+    use crate::common::{exclusive, measured};
     use std::process::Command;
 
     #[test]
     fn selftest_loses_nothing_and_says_so() {
-        let _turn = turn::alone();
+        let _share = exclusive::alone();
         let output = Command::new(PROGRAM)
             .args(["selftest", "--for", "4s", "--reloads", "20", "--upgrades", "3", "--kills", "3"])
             .args(["--seed", "7"])

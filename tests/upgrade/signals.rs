@@ -18,8 +18,8 @@ on_every_engine!(
     signals_from_the_first_moment_are_obeyed,
     a_signal_as_soon_as_the_service_is_ready_is_obeyed,
     stopping_while_it_starts_loses_no_client,
-    signals_to_the_whole_group_during_upgrades_end_nobody,
-    without_a_supervisor_signals_to_the_whole_group_during_upgrades_end_nobody,
+    signals_to_the_group_during_upgrades_end_no_process,
+    without_a_supervisor_signals_to_the_group_during_upgrades_end_no_process,
     a_stop_signal_that_is_repeated_at_once_counts_once,
     a_second_stop_signal_ends_all_of_it,
     an_upgrade_asked_of_a_process_that_has_just_taken_over_is_answered,
@@ -190,11 +190,11 @@ fn stopping_while_it_starts_loses_no_client(engine: Engine) {
     crate::common::measured(&format!("{served} clients while it started and stopped"));
 }
 
-fn signals_to_the_whole_group_during_upgrades_end_nobody(engine: Engine) {
+fn signals_to_the_group_during_upgrades_end_no_process(engine: Engine) {
     group_signals(engine, false);
 }
 
-fn without_a_supervisor_signals_to_the_whole_group_during_upgrades_end_nobody(engine: Engine) {
+fn without_a_supervisor_signals_to_the_group_during_upgrades_end_no_process(engine: Engine) {
     group_signals(engine, true);
 }
 

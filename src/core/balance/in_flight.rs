@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_gets_into_what_is_shut_until_it_is_reopened() {
+    fn shut_backend_gets_no_session_until_it_is_reopened() {
         let in_flight = InFlight::new();
         assert!(in_flight.try_enter(0) && in_flight.shut());
         assert!(!in_flight.try_enter(0) && !in_flight.try_enter(5) && !in_flight.has_room(0));
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn lowered_cap_admits_nobody_until_enough_have_left() {
+    fn lowered_cap_admits_no_session_until_enough_have_left() {
         let in_flight = InFlight::new();
         (0..5).for_each(|_| assert!(in_flight.try_enter(0)));
         (0..4).for_each(|_| {

@@ -287,7 +287,7 @@ mod loom_models {
     use std::sync::Arc;
 
     #[test]
-    fn of_samples_at_the_same_time_the_highest_is_kept_whoever_comes_last() {
+    fn highest_of_simultaneous_samples_is_kept() {
         loom::model(|| {
             let peak = Arc::new(Peak::new());
             let others: Vec<_> = [30, 20]

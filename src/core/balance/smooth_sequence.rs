@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn long_period_is_scaled_and_leaves_everybody_a_place() {
+    fn long_period_is_scaled_and_leaves_every_backend_a_slot() {
         let weights: Vec<u32> = (1..=1000).collect();
         let scaled = places(weights.iter().copied());
         let period: u64 = scaled.iter().copied().map(u64::from).sum();

@@ -187,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_session_enters_and_claims_and_nobody_after_it() {
+    fn trial_admits_one_session() {
         let trial = TrialCell::new();
         assert!(trial.is_none() && trial.claim().is_none() && !trial.try_take());
         trial.begin();

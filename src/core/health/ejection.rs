@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_success_between_starts_the_row_anew() {
+    fn success_resets_the_row_of_failures() {
         let mut outlier = EjectionState::new();
         for k in [1, 2, 3, 4, 1, 2, 3, 4] {
             assert_eq!(outlier.failed(k, &SPEC), None);

@@ -579,7 +579,7 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_for_no_sessions_gets_none_whatever_is_known_of_it() {
+    fn sender_that_asks_for_no_sessions_gets_none() {
         let now = tidegate_net::clock::now();
         let mut health = BackendHealth::new(Intent::Ready, None, now);
         health.heartbeat_health = HeartbeatHealth::OnTime;

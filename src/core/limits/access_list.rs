@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn without_rules_everybody_is_allowed() {
+    fn without_rules_every_client_is_allowed() {
         let list = AccessList::new(&[], &[]);
         for address in ["0.0.0.0", "10.1.2.3", "255.255.255.255", "::", "ffff::1"] {
             assert_eq!(of(&list, address), Access::Allowed);
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_not_among_the_allowed_is_denied_of_either_family() {
+    fn client_outside_the_allowed_ranges_is_denied_in_both_families() {
         let list = AccessList::new(&nets(&["10.0.0.0/8"]), &[]);
         assert_eq!(of(&list, "10.255.255.255"), Access::Allowed);
         assert_eq!(of(&list, "11.0.0.0"), Access::Denied);

@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_table_turns_nobody_away_and_says_so() {
+    fn full_source_table_rejects_no_client_and_is_counted() {
         let (table, now) = table();
         let mut held = Vec::new();
         let mut untracked = 0;

@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn unchanged_table_is_not_loaded_anew() {
+    fn unchanged_table_is_not_reloaded() {
         let publisher = TablePublisher::new(table(1));
         let mut reader = publisher.reader();
         assert!(Rc::ptr_eq(&reader.load(), &reader.load()));

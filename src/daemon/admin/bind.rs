@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_file_that_is_no_longer_ours_survives_our_drop() {
+    fn replaced_socket_file_survives_the_drop() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
         let ours = bind(&at(&path)).unwrap();

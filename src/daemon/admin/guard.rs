@@ -170,7 +170,7 @@ mod tests {
     use super::is_ip_or_localhost;
 
     #[test]
-    fn only_addresses_and_localhost_are_hosts_of_ours() {
+    fn only_addresses_and_localhost_are_accepted_hosts() {
         for host in ["127.0.0.1", "127.0.0.1:9900", "[::1]", "[::1]:80", "localhost", "LocalHost:1"]
         {
             assert!(is_ip_or_localhost(host), "{host}");

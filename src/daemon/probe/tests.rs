@@ -329,7 +329,7 @@ fn unix_sockets_are_probed_like_ports() {
 }
 
 #[test]
-fn a_unix_socket_nobody_listens_on_any_more_is_refused() {
+fn stale_unix_socket_is_rejected() {
     on_runtime(async {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("backend.sock");
@@ -503,7 +503,7 @@ fn a_pool_whose_backends_all_hang_keeps_no_other_pool_waiting() {
 }
 
 #[test]
-fn who_is_about_to_change_goes_first_in_its_pool() {
+fn backend_about_to_change_is_probed_first_in_its_pool() {
     on_runtime(async {
         let (sender, mut results) = mpsc::channel(1);
         let runner = start_runner(sender, 1);

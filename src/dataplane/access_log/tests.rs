@@ -150,7 +150,7 @@ fn off_is_disabled_and_loses_nothing_it_should_count() {
 }
 
 #[test]
-fn a_fifo_nobody_reads_neither_hangs_nor_blocks_and_drops_are_told() {
+fn fifo_without_reader_does_not_block_and_drops_are_reported() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &path, 0o600.into()).unwrap();
@@ -173,7 +173,7 @@ fn a_fifo_nobody_reads_neither_hangs_nor_blocks_and_drops_are_told() {
 }
 
 #[test]
-fn a_file_moved_away_is_opened_anew() {
+fn moved_log_file_is_reopened() {
     let dir = tempfile::tempdir().unwrap();
     let (path, old) = (dir.path().join("access.log"), dir.path().join("access.log.1"));
     let (log, senders) = AccessLog::start(file(&path), 1).unwrap();

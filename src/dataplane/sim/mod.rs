@@ -135,7 +135,7 @@ fn every_errno_at_every_call_of_a_session_is_survived_on_the_ring() {
 }
 
 #[test]
-fn a_connect_that_the_ring_cannot_wait_for_is_a_lack_of_ours() {
+fn ring_poll_failure_counts_as_local_error() {
     let mut causes = Vec::new();
     for seed in 1..9 {
         let script = SimScript::calm(seed);

@@ -110,7 +110,7 @@ fn a_backend_without_a_name_goes_by_its_address() {
 }
 
 #[test]
-fn addresses_nobody_can_connect_to_are_refused() {
+fn addresses_that_no_client_can_connect_to_are_rejected() {
     for address in ["0.0.0.0:80", "10.0.0.1:0", "[::]:80", "[fe80::1]:80"] {
         let refused = SenderIdentity::new("web", "a", address.parse().unwrap());
         assert!(matches!(refused, Err(InvalidIdentity::Address(_))), "{address}");

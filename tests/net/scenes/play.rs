@@ -10,7 +10,7 @@ use super::leaks;
 use super::site::Site;
 use super::{Ended, STEP_MAX, Scene, Seen, Step};
 use crate::common::proxy::TestProxy;
-use crate::common::{ms, patience, report, turn};
+use crate::common::{exclusive, ms, patience, report};
 use crate::netns::networks_run;
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ struct Outcome {
 }
 
 pub fn play(name: &str, scene: &Scene) {
-    let _turn = turn::shared();
+    let _share = exclusive::shared();
     if !networks_run() {
         return;
     }

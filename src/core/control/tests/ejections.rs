@@ -111,7 +111,7 @@ fn trial_whose_client_went_away_is_the_next_ones() {
 }
 
 #[test]
-fn where_nobody_else_is_eligible_there_is_no_trial() {
+fn last_eligible_backend_needs_no_trial() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.refuse("a", 1, 5);
     bench.pass(Duration::from_secs(10));
@@ -190,7 +190,7 @@ fn max_ejected_is_rounded_down_and_never_exceeded() {
 }
 
 #[test]
-fn when_everybody_else_is_gone_the_ejected_one_comes_back() {
+fn last_backend_returns_from_ejection() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.refuse("a", 1, 5);
     let effects = bench.operator("b", Intent::Draining);

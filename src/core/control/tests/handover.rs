@@ -21,7 +21,7 @@ fn successor(old: &Bench, pool: PoolConfig) -> Bench {
 }
 
 #[test]
-fn a_verdict_stands_and_nobody_waits_for_a_probe() {
+fn verdict_is_kept_and_no_session_waits_for_a_probe() {
     let mut old = Bench::up(pool(&["a", "b"]));
     old.refuse("a", 1, 3);
     assert_eq!(old.serving(), ["b"]);
@@ -275,7 +275,7 @@ fn a_suspect_stays_one_until_it_answers() {
 }
 
 #[test]
-fn a_slow_start_goes_on_where_it_was_and_nobody_begins_one() {
+fn slow_start_continues_over_an_upgrade_and_no_other_begins() {
     let slow = |names: &[&str]| PoolConfig {
         slow_start: Some(Duration::from_secs(10)),
         ..unprobed(names)
@@ -299,7 +299,7 @@ fn a_slow_start_goes_on_where_it_was_and_nobody_begins_one() {
 }
 
 #[test]
-fn nobody_who_serves_starts_slowly_because_of_probes_that_begin_anew() {
+fn restarted_probes_begin_no_slow_start() {
     let slow = || PoolConfig { slow_start: Some(Duration::from_secs(10)), ..pool(&["a", "b"]) };
     let mut old = Bench::up(slow());
     old.answer_all_for(Duration::from_secs(20), None);

@@ -143,7 +143,7 @@ fn where_the_pool_has_probes_the_first_result_counts_as_well() {
 }
 
 #[test]
-fn a_pool_that_starts_empty_waits_for_the_first_result_of_who_joins() {
+fn empty_pool_waits_for_the_first_result_of_a_new_member() {
     let mut bench = Bench::new(PoolConfig { heartbeat: Some(Arc::new(spec())), ..pool(&[]) });
     bench.pass(GRACE * 10);
     bench.hear(heartbeat("a", 1));
@@ -220,7 +220,7 @@ fn a_backend_of_the_file_outlives_its_heartbeats_unless_they_are_required() {
 }
 
 #[test]
-fn when_nobody_is_heard_everybody_who_answers_stays() {
+fn without_any_heartbeats_backends_that_answer_stay() {
     let mut bench = Bench::new(open_pool(&[]));
     bench.beat(&["a", "b", "c"], &[], Duration::from_secs(30));
     bench.serve_until(bench.now + TTL * 3, &[]);
@@ -241,7 +241,7 @@ fn no_more_of_a_pool_is_taken_out_than_max_ejected() {
 }
 
 #[test]
-fn a_late_control_thread_blames_nobody() {
+fn late_control_thread_blames_no_backend() {
     let mut bench = Bench::new(open_pool(&[]));
     bench.beat(&["a", "b"], &[], Duration::from_secs(30));
     bench.now += Duration::from_secs(5);
@@ -253,7 +253,7 @@ fn a_late_control_thread_blames_nobody() {
 }
 
 #[test]
-fn a_name_or_an_address_of_the_file_is_nobody_elses() {
+fn heartbeat_cannot_take_a_name_or_address_of_the_file() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.hear(heartbeat("z@77", 1));
     let port = |name: &str| backend(name).address;
@@ -334,7 +334,7 @@ fn a_sender_that_starts_is_asked_when_it_says_that_it_is_ready() {
 }
 
 #[test]
-fn a_reload_keeps_who_registered_and_a_file_may_adopt_it() {
+fn reload_keeps_registered_backends_and_a_file_can_adopt_them() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.beat(&["a", "b"], &[], Duration::from_secs(1));
     let (a, b) = (bench.id("a"), bench.id("b"));
@@ -348,7 +348,7 @@ fn a_reload_keeps_who_registered_and_a_file_may_adopt_it() {
 }
 
 #[test]
-fn requiring_heartbeats_takes_nobody_out_before_there_was_time_to_send_them() {
+fn requiring_heartbeats_removes_no_backend_before_it_could_send_one() {
     let mut bench = Bench::new(unprobed(&["z", "a"]));
     let required = Arc::new(model::HeartbeatSpec { require: true, ..spec() });
     bench.configure(PoolConfig { heartbeat: Some(required), ..unprobed(&["z", "a"]) });
@@ -358,7 +358,7 @@ fn requiring_heartbeats_takes_nobody_out_before_there_was_time_to_send_them() {
 }
 
 #[test]
-fn a_thousand_who_come_and_go_each_second_make_ten_tables_a_second() {
+fn thousand_changes_per_second_make_ten_tables_per_second() {
     let mut bench = Bench::new(open_pool(&["z"]));
     let sender = |n: u64, sequence, state| Heartbeat {
         name: format!("s{n}").into(),
@@ -399,7 +399,7 @@ fn a_death_is_published_at_once_whatever_waits() {
 }
 
 #[test]
-fn who_comes_back_late_starts_slowly_and_a_whole_pool_does_not() {
+fn late_backend_starts_slowly_and_a_whole_pool_does_not() {
     let slow = Some(Duration::from_secs(10));
     let mut bench = Bench::new(PoolConfig { slow_start: slow, ..open_pool(&["z"]) });
     bench.beat(&["a"], &[], Duration::from_secs(1));
@@ -527,7 +527,7 @@ fn after_an_upgrade_registered_backends_serve_before_anybody_is_heard() {
 }
 
 #[test]
-fn who_stops_while_an_upgrade_is_under_way_is_gone_from_the_next_process() {
+fn sender_stopping_during_an_upgrade_is_gone_from_the_new_process() {
     let mut old = Bench::new(slow_pool());
     slowly(&mut old, &["a", "b"], 1..5);
     let mut next = upgraded(&old, slow_pool());

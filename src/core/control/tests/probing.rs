@@ -71,7 +71,7 @@ fn a_backend_added_to_a_known_pool_waits_for_its_first_success() {
 }
 
 #[test]
-fn adding_a_probe_takes_nobody_out_unheard() {
+fn adding_a_probe_removes_no_backend_before_a_result() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.configure(pool(&["a", "b", "c"]));
     assert_eq!(bench.serving(), ["a", "b"], "c is new and waits");

@@ -186,7 +186,7 @@ fn enters(controller: &Controller, name: &str) -> bool {
 }
 
 #[test]
-fn who_is_taken_out_of_a_large_pool_gets_no_session_before_its_table_is_made() {
+fn backend_removed_from_a_large_pool_gets_no_session_before_its_table_is_built() {
     let (mut controller, now) = detached();
     let effects = set(&mut controller, "b1", Intent::Draining, now);
     assert_eq!((publishes(&effects), in_table(&controller).len()), (0, 5));
@@ -240,7 +240,7 @@ fn parts_take_the_other_thread_half_of_its_time_at_most() {
 }
 
 #[test]
-fn part_that_a_reload_has_overtaken_is_not_used_and_nobody_stays_shut() {
+fn part_overtaken_by_a_reload_is_not_used_and_no_backend_stays_shut() {
     let (mut controller, now) = detached();
     let overtaken = the_build(set(&mut controller, "b1", Intent::Draining, now));
     controller.apply(ControlEvent::Configure(large(1, 6)), now);

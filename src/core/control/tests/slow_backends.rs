@@ -81,7 +81,7 @@ fn no_more_are_suspect_than_may_be_ejected_and_one_in_any_case() {
 }
 
 #[test]
-fn switched_off_by_a_reload_nobody_is_suspect() {
+fn detector_switched_off_by_a_reload_suspects_no_backend() {
     let mut bench = Bench::new(watched(&["a", "b"]));
     bench.looks(10, &["a", "b"], &[]);
     bench.looks(10, &["a"], &["b"]);

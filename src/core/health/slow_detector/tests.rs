@@ -113,7 +113,7 @@ fn clients_that_give_up_do_not_hide_the_hang() {
 }
 
 #[test]
-fn time_in_which_nobody_looked_is_not_held_against_it() {
+fn unobserved_time_does_not_count_as_silence() {
     let mut pool = Pool::warmed(2);
     pool.ask(1, 5);
     pool.answer(0, 9, 1e3);
@@ -147,13 +147,13 @@ fn one_answer_now_and_then_is_not_hanging() {
 }
 
 #[test]
-fn where_nobody_answers_nobody_hangs() {
+fn missing_answers_leave_no_request_hanging() {
     let mut pool = Pool::warmed(3);
     assert_eq!(pool.run(secs(60), |pool| (0..3).for_each(|b| pool.ask(b, 5))), []);
 }
 
 #[test]
-fn where_all_stop_at_once_nobody_hangs() {
+fn simultaneous_stops_leave_no_process_hanging() {
     let mut pool = Pool::warmed(3);
     (0..3).for_each(|backend| pool.ask(backend, 4 + backend as u64));
     assert_eq!(pool.run(secs(60), |_| {}), []);
@@ -175,7 +175,7 @@ fn backend_alone_is_never_suspect() {
 }
 
 #[test]
-fn pool_of_long_polls_suspects_nobody() {
+fn pool_of_long_polls_suspects_no_backend() {
     let mut pool = Pool::new(3);
     let mut looks = 0u64;
     // Each poll takes ten seconds, and a few begin at each look.
@@ -194,7 +194,7 @@ fn pool_of_long_polls_suspects_nobody() {
 }
 
 #[test]
-fn subscribers_that_wait_everywhere_make_nobody_suspect() {
+fn waiting_subscribers_make_no_backend_suspect() {
     let mut pool = Pool::warmed(2);
     pool.ask(0, 100);
     pool.ask(1, 100);
@@ -224,7 +224,7 @@ fn backend_ten_times_slower_is_suspect_and_cleared_when_it_is_not() {
 }
 
 #[test]
-fn below_a_tenth_of_the_bound_nobody_is_slow_and_one_long_answer_is_no_mean() {
+fn below_a_tenth_of_the_bound_no_backend_is_slow_and_one_long_answer_is_no_mean() {
     let mut pool = Pool::warmed(2);
     let found = pool.run(secs(20), |pool| {
         pool.answer(0, 5, 1e3);

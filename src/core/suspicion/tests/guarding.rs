@@ -48,7 +48,7 @@ fn the_channel_is_silent_before_any_backend_is_overdue() {
 }
 
 #[test]
-fn while_nobody_is_heard_others_must_answer_probes() {
+fn without_any_heartbeats_other_backends_must_answer_probes() {
     let deaf = PathView { live: 4, members: 4, ..PathView::default() };
     let refused = may_remove(false, deaf, 50, ChannelState::Silent, [None, None]).unwrap_err();
     assert!(refused.contains("the trouble may be here"), "{refused}");
@@ -80,7 +80,7 @@ fn half_that_fall_together_wait_until_the_others_show_that_the_path_works() {
 }
 
 #[test]
-fn a_path_on_which_nobody_is_heard_stays_frozen_until_somebody_is() {
+fn silent_path_stays_frozen_until_a_sender_is_heard() {
     let mut now = tidegate_net::clock::now();
     let mut guard = PathGuard::default();
     guard.look(view(10, 10), now);
@@ -94,7 +94,7 @@ fn a_path_on_which_nobody_is_heard_stays_frozen_until_somebody_is() {
 }
 
 #[test]
-fn a_freeze_ends_when_nobody_is_suspect() {
+fn freeze_ends_when_no_backend_is_suspect() {
     let now = tidegate_net::clock::now();
     let mut guard = PathGuard::default();
     guard.look(view(3, 3), now);

@@ -157,7 +157,7 @@ fn a_sender_that_stops_is_out_at_once_and_back_without_a_hold_down() {
 }
 
 #[test]
-fn a_stall_of_ours_condemns_nobody() {
+fn local_stall_removes_no_backend() {
     let mut lab = Lab::up();
     lab.now += ms(3_000);
     let step = lab.detector.ignore_silence_until(Duration::MAX, lab.now);
@@ -246,7 +246,7 @@ fn what_was_confirmed_and_held_needs_a_heartbeat_and_a_probe() {
 }
 
 #[test]
-fn while_nobody_is_heard_probes_decide() {
+fn without_any_heartbeats_probes_decide() {
     let mut lab = Lab::up();
     let due = lab.detector.due().unwrap();
     lab.check_at(due, ChannelState::Silent);

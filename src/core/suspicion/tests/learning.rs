@@ -71,7 +71,7 @@ fn late_and_repeated_heartbeats_say_nothing() {
 }
 
 #[test]
-fn a_new_incarnation_starts_anew() {
+fn new_incarnation_starts_with_no_history() {
     let (mut arrivals, now) = after(5_000, |sequence| sequence % 3 == 0, |_| 0);
     assert_eq!(arrivals.beat(&beat(2, 1), false, now), ArrivalOrder::First);
     assert_eq!(arrivals.newest(), Some((2, 1)));

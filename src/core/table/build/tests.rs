@@ -91,7 +91,7 @@ fn backups_serve_only_when_no_primary_is_eligible() {
 }
 
 #[test]
-fn refuse_serves_nobody_when_nobody_is_eligible() {
+fn refuse_resets_clients_without_eligible_backends() {
     let mut web = pool("web", Policy::LeastConnections, 2);
     web.backends.iter_mut().for_each(|b| b.eligible = false);
     let table = table(vec![web], None);
@@ -100,7 +100,7 @@ fn refuse_serves_nobody_when_nobody_is_eligible() {
 }
 
 #[test]
-fn try_all_serves_everybody_in_service_backups_too() {
+fn try_all_serves_every_backend_including_backups() {
     let mut web = pool("web", Policy::Random, 3);
     let spec =
         model::PoolConfig { when_none_eligible: WhenNoneEligible::TryAll, ..(*web.spec).clone() };
@@ -319,7 +319,7 @@ fn a_changed_pool_is_changed_in_every_route_that_leads_to_it() {
 // === what a pick holds ===
 
 #[test]
-fn a_trial_that_nobody_made_of_a_pick_is_the_next_ones() {
+fn unused_trial_goes_to_the_next_session() {
     let pool = pool("web", Policy::Random, 1);
     let table = table(vec![pool_again(&pool)], None);
     let in_flight = &pool.backends[0].state.in_flight;

@@ -360,7 +360,7 @@ fn reasons_have_one_name_and_number_each() {
 }
 
 #[test]
-fn refusal_says_who_and_by_how_much_the_clock_is_off() {
+fn rejection_names_the_sender_and_its_clock_offset() {
     let mut place = Place::new();
     let datagram = TestSender::new().send();
     place.wall += 300_000;

@@ -355,7 +355,7 @@ fn bulk_an_urgent_byte_and_a_fin_lose_nothing() {
 }
 
 #[test]
-fn a_reset_amid_bulk_that_nobody_reads_is_told() {
+fn reset_amid_unread_bulk_is_passed_on() {
     on_each(|rig| async move {
         for side in SessionSide::BOTH {
             let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
