@@ -358,8 +358,9 @@ fn product_dependencies(manifest: &str) -> Vec<String> {
     names.map(|rest| rest.split(['.', ' ', '=']).next().unwrap_or_default().to_owned()).collect()
 }
 
-/// The type that a line at the level of items defines.
+/// The type that a line at the level of items defines, or a public one within a macro.
 fn defined_type(line: &str) -> Option<&str> {
+    let line = line.strip_prefix("    ").filter(|rest| rest.starts_with("pub ")).unwrap_or(line);
     let mut words = line.split(' ').skip_while(|word| word.starts_with("pub") || *word == "unsafe");
     let is_type = matches!(words.next()?, "struct" | "enum" | "trait" | "type" | "union");
     let name = words.next().filter(|_| is_type && !line.starts_with(' '))?;
@@ -394,6 +395,7 @@ fn dependencies_are_read_from_their_own_table() {
 fn types_are_found_where_they_are_defined() {
     assert_eq!(defined_type("pub(crate) struct Table<'a> {"), Some("Table"));
     assert_eq!(defined_type("type Reply = Sender<()>;"), Some("Reply"));
+    assert_eq!(defined_type("    pub enum Named {"), Some("Named"));
     assert_eq!(defined_type("    type Target = u8;"), None);
     assert_eq!(defined_type("impl Table {"), None);
 }

@@ -32,17 +32,17 @@ const METHOD_BYTES_MAX: usize = 32;
 
 /// `kind` alone.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum ProbeKindName {
+enum ProbeKindKey {
     Tcp,
     SendExpect,
     Http,
 }
 
-impl Words for ProbeKindName {
-    const WORDS: &'static [(&'static str, ProbeKindName)] = &[
-        ("tcp", ProbeKindName::Tcp),
-        ("send-expect", ProbeKindName::SendExpect),
-        ("http", ProbeKindName::Http),
+impl Words for ProbeKindKey {
+    const WORDS: &'static [(&'static str, ProbeKindKey)] = &[
+        ("tcp", ProbeKindKey::Tcp),
+        ("send-expect", ProbeKindKey::SendExpect),
+        ("http", ProbeKindKey::Http),
     ];
 }
 
@@ -66,7 +66,7 @@ pub(super) fn read(
     let kind = section.choice("kind");
     let keys = kind_keys(&section);
     let kind_is_bad = kind.is_bad();
-    let kind = kind.or(ProbeKindName::Tcp);
+    let kind = kind.or(ProbeKindKey::Tcp);
     if !kind_is_bad {
         refuse_foreign_keys(&section, kind);
         require_expect(&section, kind, &keys);
@@ -130,14 +130,14 @@ fn expect(section: &Section<'_, '_>) -> Field<Expect> {
     }
 }
 
-fn refuse_foreign_keys(section: &Section<'_, '_>, kind: ProbeKindName) {
+fn refuse_foreign_keys(section: &Section<'_, '_>, kind: ProbeKindKey) {
     let owned = [
-        (ProbeKindName::SendExpect, "send"),
-        (ProbeKindName::SendExpect, "expect"),
-        (ProbeKindName::Http, "path"),
-        (ProbeKindName::Http, "host"),
-        (ProbeKindName::Http, "method"),
-        (ProbeKindName::Http, "status"),
+        (ProbeKindKey::SendExpect, "send"),
+        (ProbeKindKey::SendExpect, "expect"),
+        (ProbeKindKey::Http, "path"),
+        (ProbeKindKey::Http, "host"),
+        (ProbeKindKey::Http, "method"),
+        (ProbeKindKey::Http, "status"),
     ];
     for (owner, key) in owned {
         if owner != kind
@@ -152,8 +152,8 @@ fn refuse_foreign_keys(section: &Section<'_, '_>, kind: ProbeKindName) {
     }
 }
 
-fn require_expect(section: &Section<'_, '_>, kind: ProbeKindName, keys: &KindKeys) {
-    if kind == ProbeKindName::SendExpect && keys.expect.is_absent() {
+fn require_expect(section: &Section<'_, '_>, kind: ProbeKindKey, keys: &KindKeys) {
+    if kind == ProbeKindKey::SendExpect && keys.expect.is_absent() {
         section.missing("expect", "\"...\", what the answer must start with");
     }
 }
@@ -262,14 +262,14 @@ fn visible(text: &str, max: usize) -> Result<String, ValueError> {
 // === impl KindKeys ===
 
 impl KindKeys {
-    fn into_kind(self, kind: ProbeKindName) -> ProbeKind {
+    fn into_kind(self, kind: ProbeKindKey) -> ProbeKind {
         match kind {
-            ProbeKindName::Tcp => ProbeKind::Tcp,
-            ProbeKindName::SendExpect => ProbeKind::SendExpect {
+            ProbeKindKey::Tcp => ProbeKind::Tcp,
+            ProbeKindKey::SendExpect => ProbeKind::SendExpect {
                 send: self.send.or(String::new()),
                 expect: self.expect.or(Expect::Starts(String::new())),
             },
-            ProbeKindName::Http => ProbeKind::Http {
+            ProbeKindKey::Http => ProbeKind::Http {
                 path: self.path.or("/".to_owned()),
                 host: self.host.value(),
                 method: self.method.or("GET".to_owned()),
