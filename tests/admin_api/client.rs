@@ -15,8 +15,10 @@ fn the_client_shows_and_changes_over_the_unix_socket() {
     assert_eq!(said(&["status", "--json"]).trim_end(), STATUS);
     assert!(said(&["status"]).starts_with("tidegate 0.1.0: serving"));
     assert!(said(&["reload"]).contains("generation 4"));
-    assert!(said(&["drain", "web/unix:/run/b.sock"]).starts_with("web/unix:/run/b.sock takes no"));
-    assert!(said(&["undrain", "web/[::1]:80"]).starts_with("web/[::1]:80 takes new"));
+    assert!(
+        said(&["drain", "web/unix:/run/b.sock"]).starts_with("web/unix:/run/b.sock is draining")
+    );
+    assert!(said(&["undrain", "web/[::1]:80"]).starts_with("web/[::1]:80 is ready"));
     assert!(said(&["shutdown"]).starts_with("draining"));
     assert!(api.shut_down.load(Ordering::Relaxed));
 }
@@ -53,7 +55,7 @@ fn the_client_exits_3_on_a_document_that_does_not_fit_and_says_what_it_expected(
     let misfit = api.cli(&["explain", "web/a"]);
     assert_eq!((misfit.status.code(), misfit.stdout.len()), (Some(3), 0), "{misfit:?}");
     let text = String::from_utf8(misfit.stderr).unwrap();
-    let start = "tidegate: cannot read the answer to GET /v1/pools/web/backends/a/explain: ";
+    let start = "tidegate: cannot read the response to GET /v1/pools/web/backends/a/explain: ";
     assert!(text.starts_with(&format!("{start}missing field `address`")), "{text}");
     assert_eq!(text.lines().count(), 1, "{text}");
     let raw = api.cli(&["explain", "web/a", "--json"]);

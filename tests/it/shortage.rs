@@ -332,7 +332,7 @@ fn number_that_cannot_be_written_is_written_once_it_can(engine: Engine) {
     let wrapper = ["sh", "-c", script, "sh"].map(str::to_owned);
     let proxy = start_under(engine, &backend, &wrapper);
     let path = proxy.dir().join("pid");
-    eventually(secs(5), "the trouble is told of", || proxy.log().contains("it is tried again"));
+    eventually(secs(5), "the failure is logged", || proxy.log().contains("PID file; retrying"));
     std::fs::remove_dir(&path).unwrap();
     eventually(secs(4), "the number is there", || {
         std::fs::read_to_string(&path).is_ok_and(|text| text.trim() == proxy.service().to_string())
