@@ -25,7 +25,11 @@ fn lasting() -> Duration {
 
 fn start(engine: Engine) -> (TestProxy, Service) {
     let backend = Service::start("echo");
-    let others = Pool::new("others").backend("a", backend.address);
+    // The ports of one address are used up by 28,000 sessions within the second that the
+    // kernel keeps a port for.
+    let others = Pool::new("others")
+        .key("source = [\"127.0.0.1\", \"127.0.5.1\", \"127.0.5.2\", \"127.0.5.3\"]")
+        .backend("a", backend.address);
     let conf = Conf::new(engine).frontend("others", "others", "");
     (TestProxy::start(conf.pool(others)), backend)
 }
