@@ -118,7 +118,7 @@ fn three_backends_are_shown_with_split_failover_and_recovery() {
         " 0 of them started after the removal",
         "cause backend-reset",
         "returned to rotation after ",
-        "`tidegate explain` on b1: it is down: ",
+        "`tidegate explain` on b1: down: ",
         "All backends are up again\n",
         "The configuration changes under load: b3 gets weight 3\n   generation 2 is in effect after ",
         "reload: 0 of ",

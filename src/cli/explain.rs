@@ -11,6 +11,7 @@ use tidegate_api::explain::{
     EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, ProbeDoc, SenderDoc,
     SlowStartDoc, WeightDoc,
 };
+use tidegate_api::names::PulseName;
 use tidegate_api::status::{RejectedDoc, TransitionDoc};
 use tidegate_client::command::Exit;
 use tidegate_client::http::{ask, backend_path, report};
@@ -28,8 +29,8 @@ fn render(facts: &ExplainDoc) -> String {
         cell_text(&facts.pool),
         cell_text(&facts.backend),
         cell_text(&facts.address),
-        if facts.registered { ", registered by its heartbeats" } else { "" },
-        if facts.backup { ", a backup" } else { "" },
+        if facts.registered { ", registered by heartbeats" } else { "" },
+        if facts.backup { ", backup" } else { "" },
         verdict(facts),
         cell_text(&facts.why),
     );
@@ -44,42 +45,42 @@ fn render(facts: &ExplainDoc) -> String {
     line("Operator", format!("{} for {}", facts.intent, age(facts.intent_seconds)));
     line("Weight", weight(&facts.weight));
     line("Sessions", sessions(facts));
-    line("Slow start", facts.slow_start.as_ref().map_or("none under way".into(), slow_start));
+    line("Slow start", facts.slow_start.as_ref().map_or("not in progress".into(), slow_start));
     line("Failures", failures(&facts.failures));
-    line("Probes", facts.probe.as_ref().map_or("none in this pool".into(), probes));
-    let none = || "none taken in this pool".to_owned();
+    let none = || "not configured".to_owned();
+    line("Probes", facts.probe.as_ref().map_or_else(none, probes));
     line("Heartbeats", facts.heartbeat.as_ref().map_or_else(none, heartbeats));
     line("Ejection", ejection(&facts.ejection));
     line("Guards", guards(&facts.guards));
-    text.push_str("\nWhat happened, newest first:\n");
+    text.push_str("\nHistory, newest first:\n");
     text.push_str(&history(&facts.history));
     text
 }
 
 fn verdict(facts: &ExplainDoc) -> &'static str {
     match (facts.eligible, facts.ejection.trial_seconds) {
-        (true, Some(_)) => "TAKES one trial session at a time",
-        (true, None) => "TAKES new sessions",
-        (false, _) => "takes NO new sessions",
+        (true, Some(_)) => "IN ROTATION for one trial session at a time",
+        (true, None) => "IN ROTATION",
+        (false, _) => "NOT IN ROTATION",
     }
 }
 
 fn weight(weight: &WeightDoc) -> String {
     let WeightDoc { effective, configured, health_percent, ramp_percent, load_percent } = weight;
     format!(
-        "{effective} = {configured} x {health_percent}% (health) x {ramp_percent}% (slow start) \
-         x {load_percent}% (load)"
+        "{effective} = {configured} x {health_percent}% health x {ramp_percent}% slow start \
+         x {load_percent}% load"
     )
 }
 
 fn sessions(facts: &ExplainDoc) -> String {
     let active = facts.sessions_active;
     match (facts.connections_max, facts.connections_max_in_force) {
-        (0, _) => format!("{active} now, no cap"),
+        (0, _) => format!("{active} open, no cap"),
         (cap, now) if now != cap => {
-            format!("{active} now, at most {now} by its slow start, then {cap}")
+            format!("{active} open, cap {now} during slow start, then {cap}")
         }
-        (cap, _) => format!("{active} now, at most {cap}"),
+        (cap, _) => format!("{active} open, cap {cap}"),
     }
 }
 
@@ -92,7 +93,7 @@ fn failures(failures: &FailuresDoc) -> String {
     let mut text = match &failures.last {
         None => format!("none in the last {within}"),
         Some(last) => format!(
-            "{}, {} before a first byte in the last {within}; last {} ago: {}",
+            "{}, {} before the first byte in the last {within}; last {} ago: {}",
             plural(failures.connects, "failed connect"),
             plural(failures.early_resets, "reset"),
             or_dash(failures.last_seconds_ago.map(short)),
@@ -102,7 +103,7 @@ fn failures(failures: &FailuresDoc) -> String {
     if failures.in_a_row > 0 {
         let _ = write!(text, "; {} in a row", failures.in_a_row);
         if let Some(eject_at) = failures.eject_at {
-            let _ = write!(text, ", {eject_at} eject it");
+            let _ = write!(text, ", ejected at {eject_at}");
         }
     }
     let total = plural(failures.connects_total, "failed connect");
@@ -116,15 +117,15 @@ fn probes(probe: &ProbeDoc) -> String {
         (0, 0, 0) => String::new(),
         (0, 0, well) => format!("; {well} of {} successes in a row", probe.rise),
         (failed, connects, _) => format!(
-            "; {} and {} failed in a row, {} take it out",
+            "; {} and {} failed in a row, down at {}",
             plural(failed, "probe"),
             plural(connects, "connect"),
             probe.fall
         ),
     };
-    let open = if probe.fails_open { "; it serves until its first result" } else { "" };
+    let open = if probe.fails_open { "; in rotation until its first result" } else { "" };
     format!(
-        "{} for {} ({} each {}){row}{open}",
+        "{} for {} ({}, every {}){row}{open}",
         probe.observation,
         age(probe.seconds),
         probe.kind,
@@ -133,9 +134,10 @@ fn probes(probe: &ProbeDoc) -> String {
 }
 
 fn heartbeats(HeartbeatDoc { required, pulse, sender, rejected }: &HeartbeatDoc) -> String {
-    let needed = if *required { "required" } else { "not required" };
+    let needed = if *required { "required" } else { "optional" };
+    let pulse = pulse_text(pulse);
     let mut text = match sender {
-        None => format!("{pulse} ({needed}); none heard\n"),
+        None => format!("{pulse} ({needed}); none received\n"),
         Some(sender) => format!("{pulse} ({needed}); {}", rhythm(sender)),
     };
     if let Some(last) = rejected {
@@ -144,17 +146,30 @@ fn heartbeats(HeartbeatDoc { required, pulse, sender, rejected }: &HeartbeatDoc)
     text
 }
 
-/// What a sender says and how its rhythm reads, in lines.
+/// `pulse` for people; the JSON has its name.
+fn pulse_text(pulse: &PulseName) -> &str {
+    match pulse {
+        PulseName::Absent => "none",
+        PulseName::Awaited => "waiting for heartbeats",
+        PulseName::Beating => "on time",
+        PulseName::Suspect => "overdue",
+        PulseName::Vouched => "overdue, probes succeed",
+        PulseName::Silent => "overdue, probes fail",
+        other => other.name(),
+    }
+}
+
+/// What a sender reports and the timing of its heartbeats, in lines.
 fn rhythm(sender: &SenderDoc) -> String {
     let mut text = format!(
-        "last one {} ago, suspect after {}, expires after {}\n",
+        "last {} ago, suspect after {}, expires after {}\n",
         or_dash(sender.silent_seconds.map(short)),
         short(sender.timeout_seconds),
         short(sender.ttl_seconds),
     );
     let _ = writeln!(
         text,
-        "sender: {} for {}, asks for weight {}, load {} of 1000 ({:.0} smoothed), {} connections",
+        "sender: {} for {}, weight {}, load {}/1000 ({:.0} smoothed), {} connections",
         sender.state,
         age(sender.state_seconds),
         sender.weight_asked,
@@ -164,7 +179,7 @@ fn rhythm(sender: &SenderDoc) -> String {
     );
     let _ = writeln!(
         text,
-        "rhythm: each {} (learned {}), jitter {}; {} may be missing in a row, at a loss of {:.1}%",
+        "timing: every {} (measured {}), jitter {}, {} may be missing in a row at {:.1}% loss",
         short(sender.interval_seconds),
         short(sender.interval_learned_seconds),
         short(sender.jitter_seconds),
@@ -173,11 +188,11 @@ fn rhythm(sender: &SenderDoc) -> String {
     );
     let _ = writeln!(
         text,
-        "detector: {} for {}, {}, {} down, phi {:?} (normal) {:?} (exponential)",
+        "detector: {} for {}, suspected {}x, down {}x, phi {:?} (normal) {:?} (exponential)",
         sender.detector,
         age(sender.detector_seconds),
-        plural(sender.suspicions_total, "suspicion"),
-        plural(sender.downs_total, "time"),
+        sender.suspicions_total,
+        sender.downs_total,
         sender.phi_normal,
         sender.phi_exponential,
     );
@@ -193,7 +208,7 @@ fn rhythm(sender: &SenderDoc) -> String {
         age(sender.known_seconds),
     );
     if let Some(held) = &sender.held {
-        let _ = writeln!(text, "HELD, though confirmed to be gone: {}", cell_text(held));
+        let _ = writeln!(text, "HELD IN ROTATION although confirmed down: {}", cell_text(held));
     }
     text
 }
@@ -212,47 +227,45 @@ fn rejection(last: &RejectedDoc) -> String {
         let way = if skew < 0.0 { "behind" } else { "ahead" };
         let _ = write!(text, ", its clock is {} {way}", short(skew.abs()));
     }
-    let proof = if last.signed { "" } else { "; NOT SIGNED, so anything may have sent it" };
+    let proof = if last.signed { "" } else { "; NOT SIGNED: any host can have sent it" };
     let _ = write!(text, "{proof}\n  {}", cell_text(&last.help));
     text
 }
 
 fn ejection(ejection: &EjectionDoc) -> String {
     let EjectionDoc { total, held_total, in_a_row, .. } = ejection;
-    let counts = format!("{total} so far, {held_total} held back by the pool's guard");
+    let counts = format!("{total} so far, {held_total} prevented by a guard");
     match (ejection.ejected, ejection.trial_seconds) {
         (true, _) => {
             let left = or_dash(ejection.seconds_left.map(age));
-            format!("EJECTED for another {left} ({in_a_row} in a row); {counts}")
+            format!("EJECTED for {left} more (ejection {in_a_row} in a row); {counts}")
         }
         (false, Some(lasts)) => format!("ON TRIAL for {}; {counts}", age(lasts)),
-        (false, None) if ejection.on => format!("not now; {counts}"),
-        (false, None) => "off in this pool".to_owned(),
+        (false, None) if ejection.on => format!("not ejected; {counts}"),
+        (false, None) => "off".to_owned(),
     }
 }
 
 fn guards(guards: &GuardsDoc) -> String {
     let mut text = String::new();
     if guards.channel_silent {
-        text.push_str(
-            "NO HEARTBEATS AT ALL arrive: silence makes no backend suspect, probes decide\n",
-        );
+        text.push_str("NO HEARTBEATS RECEIVED: silence is ignored, only probes decide\n");
     }
-    for (frozen, whom) in [(&guards.pool_frozen, "this pool"), (&guards.all_frozen, "any pool")] {
+    for (frozen, which) in [(&guards.pool_frozen, "this pool"), (&guards.all_frozen, "all pools")] {
         if let Some(frozen) = frozen {
             let (why, since) = (cell_text(&frozen.reason), age(frozen.seconds));
             let _ = writeln!(
                 text,
-                "FROZEN for {since}: no silent backend of {whom} is taken out: {why}"
+                "FROZEN for {since}: silent backends of {which} stay in rotation: {why}"
             );
         }
     }
     if text.is_empty() {
-        text.push_str("none in force\n");
+        text.push_str("none active\n");
     }
     let _ = write!(
         text,
-        "senders in this pool: {}, heard {}, suspect {}, down {}; at most {}% may be out",
+        "senders {}, heard {}, suspect {}, down {}; at most {}% can be removed",
         guards.pool_senders,
         guards.pool_heard,
         guards.pool_suspect,
@@ -264,7 +277,7 @@ fn guards(guards: &GuardsDoc) -> String {
 
 fn history(transitions: &[TransitionDoc]) -> String {
     if transitions.is_empty() {
-        return "  nothing yet\n".to_owned();
+        return "  none\n".to_owned();
     }
     let mut text = String::new();
     for TransitionDoc { from, to, reason, seconds_ago, lasted_seconds } in transitions {
@@ -299,27 +312,27 @@ mod tests {
     fn a_tired_operator_reads_the_reason_first() {
         let facts = crate::testing::explanation();
         expect![[r#"
-            web/a at 10.0.0.11:8080, registered by its heartbeats
-            takes NO new sessions: it is down: 2 confirming probes failed
+            web/a at 10.0.0.11:8080, registered by heartbeats
+            NOT IN ROTATION: down: 2 confirmation probes failed
 
             State       down for 1m 15s
             Operator    ready for 2h 1m
-            Weight      0 = 10 x 0% (health) x 100% (slow start) x 65% (load)
-            Sessions    3 now, no cap
-            Slow start  none under way
-            Failures    3 failed connects, 1 reset before a first byte in the last 12 s; last 1.25 s ago: connection refused; 2 in a row, 5 eject it; 9 failed connects since the start
-            Probes      none in this pool
-            Heartbeats  silent (required); last one 1m 15s ago, suspect after 325 ms, expires after 10 s
-                        sender: ready for 2h 1m, asks for weight 10, load 500 of 1000 (480 smoothed), 3 connections
-                        rhythm: each 100 ms (learned 100 ms), jitter 1.2 ms; 3 may be missing in a row, at a loss of 0.1%
-                        detector: down for 1m 15s, 1 suspicion, 1 time down, phi 300.0 (normal) 300.0 (exponential)
+            Weight      0 = 10 x 0% health x 100% slow start x 65% load
+            Sessions    3 open, no cap
+            Slow start  not in progress
+            Failures    3 failed connects, 1 reset before the first byte in the last 12 s; last 1.25 s ago: connection refused; 2 in a row, ejected at 5; 9 failed connects since the start
+            Probes      not configured
+            Heartbeats  overdue, probes fail (required); last 1m 15s ago, suspect after 325 ms, expires after 10 s
+                        sender: ready for 2h 1m, weight 10, load 500/1000 (480 smoothed), 3 connections
+                        timing: every 100 ms (measured 100 ms), jitter 1.2 ms, 3 may be missing in a row at 0.1% loss
+                        detector: down for 1m 15s, suspected 1x, down 1x, phi 300.0 (normal) 300.0 (exponential)
                         key 1, incarnation 17, sequence 72000; 71990 received, 10 lost (0.0%) in 2h 1m
-            Ejection    not now; 0 so far, 0 held back by the pool's guard
-            Guards      FROZEN for 600ms: no silent backend of this pool is taken out: 2 of 4 backends became suspect together
-                        senders in this pool: 5, heard 2, suspect 2, down 1; at most 50% may be out
+            Ejection    not ejected; 0 so far, 0 prevented by a guard
+            Guards      FROZEN for 600ms: silent backends of this pool stay in rotation: 2 of 4 backends became suspect together
+                        senders 5, heard 2, suspect 2, down 1; at most 50% can be removed
 
-            What happened, newest first:
-                1m 15s ago  suspect -> down      after 200ms    2 confirming probes failed
+            History, newest first:
+                1m 15s ago  suspect -> down      after 200ms    2 confirmation probes failed
                 1m 15s ago  up -> suspect        after 1h 56m   no heartbeat for 325 ms
         "#]]
         .assert_eq(&render(&facts));

@@ -48,11 +48,11 @@ fn render(status: &StatusDoc, width: Option<usize>) -> String {
     }
     for backend in &status.leaving {
         text.push_str(&format!(
-            "\nleaving: {}/{} ({}) still holds {}\n",
+            "\nremoved: {}/{} ({}) still has {}\n",
             cell_text(&backend.pool),
             cell_text(&backend.name),
             cell_text(&backend.address),
-            plural(backend.sessions_active, "session"),
+            plural(backend.sessions_active, "open session"),
         ));
     }
     let confinement = confinement(&status.confinement);
@@ -80,7 +80,7 @@ fn worker_problems(status: &StatusDoc) -> String {
     let mut text = String::new();
     for stalled in &status.stalled {
         text.push_str(&format!(
-            "WORKER {} STALLED for {}, while {}\n",
+            "WORKER {} STALLED for {} ({})\n",
             stalled.worker,
             age(stalled.seconds),
             cell_text(&stalled.stage),
@@ -88,9 +88,9 @@ fn worker_problems(status: &StatusDoc) -> String {
     }
     if status.worker_panics_total > 0 {
         text.push_str(&format!(
-            "{}, {} of workers: see the log\n",
+            "{}, {}; see the log\n",
             plural(status.worker_panics_total, "panic"),
-            plural(status.worker_restarts_total, "restart"),
+            plural(status.worker_restarts_total, "worker restart"),
         ));
     }
     text
@@ -106,8 +106,8 @@ fn confinement(layers: &[SandboxLayerDoc]) -> String {
         true => String::new(),
         false => format!("{head}: {}\n", layers.join(", ")),
     };
-    line("confined by", layers.iter().filter(held).map(name).collect())
-        + &line("not confined by", layers.iter().filter(|l| !held(l)).map(reason).collect())
+    line("sandbox", layers.iter().filter(held).map(name).collect())
+        + &line("sandbox not applied", layers.iter().filter(|l| !held(l)).map(reason).collect())
 }
 
 fn frontends(frontends: &[FrontendDoc], width: Option<usize>) -> String {
@@ -183,21 +183,21 @@ fn pool_table(pool: &PoolDoc, width: Option<usize>) -> String {
 fn pool_remarks(pool: &PoolDoc) -> String {
     let mut text = String::new();
     if pool.queued > 0 {
-        text.push_str(&format!(", {} waiting", pool.queued));
+        text.push_str(&format!(", {} queued", pool.queued));
     }
     if pool.registered_max > 0 {
-        text.push_str(&format!(", {} registered of {}", pool.registered, pool.registered_max));
+        text.push_str(&format!(", {} of {} registered", pool.registered, pool.registered_max));
     }
     text.push_str(match pool.none_eligible {
-        Some(NoneEligible::TryAll) => ", NO BACKEND ELIGIBLE: all are tried",
-        Some(NoneEligible::Former) => ", no verdict yet: former backends serve",
-        Some(NoneEligible::Wait) => ", no verdict yet: clients wait for one",
-        Some(_) => ", NO BACKEND ELIGIBLE: clients are refused",
+        Some(NoneEligible::TryAll) => ", NO BACKEND ELIGIBLE: trying all",
+        Some(NoneEligible::Former) => ", waiting for first results: former backends serve",
+        Some(NoneEligible::Wait) => ", waiting for first results: clients are queued",
+        Some(_) => ", NO BACKEND ELIGIBLE: clients are reset",
         None => "",
     });
     if let Some(frozen) = &pool.frozen {
         text.push_str(&format!(
-            "\nFROZEN for {}: {}; no silent backend is taken out",
+            "\nFROZEN for {}: {}; silent backends stay in rotation",
             age(frozen.seconds),
             cell_text(&frozen.reason)
         ));
@@ -213,12 +213,12 @@ fn rejected(rejection: &RejectedDoc) -> String {
     let skew = rejection.skew_seconds.filter(|skew| skew.abs() >= 1.0);
     let skew = skew.map_or_else(String::new, |skew| format!(", clock {skew:+.0}s"));
     format!(
-        "  rejected: {}/{} from {}: {}{skew}, {} times, last {} ago; {}\n",
+        "  rejected: {}/{} from {}: {}{skew}, {}, last {} ago; {}\n",
         or_dash(rejection.pool.as_deref().map(cell_text)),
         or_dash(rejection.backend.as_deref().map(cell_text)),
         or_dash(rejection.from),
         cell_text(&rejection.reason),
-        rejection.total,
+        plural(rejection.total, "time"),
         age(rejection.seconds_ago),
         cell_text(&rejection.help),
     )
@@ -228,7 +228,7 @@ fn rejected(rejection: &RejectedDoc) -> String {
 fn heartbeat_summary(heartbeat: &HeartbeatChannelDoc) -> String {
     let listen: Vec<String> = heartbeat.listen.iter().map(ToString::to_string).collect();
     let mut text = format!(
-        "heartbeats on {}: {} taken, {} refused, {} lost in the kernel\n",
+        "heartbeats on {}: {} accepted, {} rejected, {} dropped by the kernel\n",
         listen.join(","),
         heartbeat.accepted_total,
         heartbeat.rejected_total,
@@ -241,11 +241,11 @@ fn heartbeat_summary(heartbeat: &HeartbeatChannelDoc) -> String {
         text.push_str("  more rejected senders are in --json\n");
     }
     if heartbeat.silent {
-        text.push_str("NO HEARTBEATS AT ALL arrive: probes alone decide\n");
+        text.push_str("NO HEARTBEATS RECEIVED: only probes decide\n");
     }
     if let Some(frozen) = &heartbeat.frozen {
         text.push_str(&format!(
-            "FROZEN for {}, all pools: {}; no silent backend is taken out\n",
+            "FROZEN for {}, all pools: {}; silent backends stay in rotation\n",
             age(frozen.seconds),
             cell_text(&frozen.reason)
         ));
@@ -340,7 +340,7 @@ mod tests {
             a        10.0.0.11:8080    suspect             1/3      12     12000       0       213 us      31.2 ms
             b        unix:/run/b.sock  draining backup       1       0       345       7            -        2.5 s  up -> draining 1m 15s ago: operator
 
-            leaving: web/c (10.0.0.9:80) still holds 2 sessions
+            removed: web/c (10.0.0.9:80) still has 2 open sessions
         "#]]
         .assert_eq(&render(&example(), None));
     }
@@ -405,10 +405,10 @@ mod tests {
             10.100.200.12:8080  no probes       1      12   1234567       3      30.0 ms
                 up -> unknown 250ms ago: ejection ended
 
-            leaving: web/c (10.0.0.9:80) still holds 2 sessions
+            removed: web/c (10.0.0.9:80) still has 2 open sessions
 
-            confined by: seccomp
-            not confined by: landlock (disabled in this kernel)"#]]
+            sandbox: seccomp
+            sandbox not applied: landlock (disabled in this kernel)"#]]
         .assert_eq(&render(&status, Some(80)));
         let text = render(&status, Some(80));
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");

@@ -49,7 +49,7 @@ pub(crate) fn status() -> StatusDoc {
 
 const EXPLANATION: &str = r#"{
     "pool": "web", "backend": "a", "address": "10.0.0.11:8080", "registered": true,
-    "eligible": false, "why": "it is down: 2 confirming probes failed",
+    "eligible": false, "why": "down: 2 confirmation probes failed",
     "observation": "down", "observation_seconds": 75.0,
     "intent": "ready", "intent_seconds": 7300.0, "backup": false,
     "connections_max": 0, "connections_max_in_force": 0, "sessions_active": 3,
@@ -74,7 +74,7 @@ const EXPLANATION: &str = r#"{
         "pool_frozen": {"reason": "2 of 4 backends became suspect together", "seconds": 0.6},
         "pool_down": 1, "pool_suspect": 2, "pool_heard": 2, "pool_senders": 5},
     "history": [
-        {"from": "suspect", "to": "down", "reason": "2 confirming probes failed",
+        {"from": "suspect", "to": "down", "reason": "2 confirmation probes failed",
          "seconds_ago": 75.0, "lasted_seconds": 0.2},
         {"from": "up", "to": "suspect", "reason": "no heartbeat for 325 ms",
          "seconds_ago": 75.2, "lasted_seconds": 7000.0}]

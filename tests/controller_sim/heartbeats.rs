@@ -229,7 +229,7 @@ impl Sim {
             match effect {
                 ControlEffect::Publish(table) => self.table = table,
                 ControlEffect::Log(t) => {
-                    let confirmed = t.reason.contains("confirming probe");
+                    let confirmed = t.reason.contains("confirmation probe");
                     taken_out |= t.from == "suspect" && t.to == "down" && confirmed;
                 }
                 ControlEffect::Probe { backend, token, spec, .. } => {

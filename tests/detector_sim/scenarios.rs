@@ -40,7 +40,7 @@ fn minute_without_heartbeats_removes_backends_that_fail_probes() {
     let world = World::play(scenario);
     let down = world.reached(2, DetectorState::Down, 0).unwrap();
     let reason = &world.log.iter().find(|entry| entry.to == DetectorState::Down).unwrap().reason;
-    assert!(reason.contains("2 confirming probes failed"), "{reason}");
+    assert!(reason.contains("2 confirmation probes failed"), "{reason}");
     assert!((20_200..23_000).contains(&down), "found out at {down} ms");
     assert_eq!((world.count(DetectorState::Down), world.count(DetectorState::Suspect)), (1, 1));
 }
@@ -123,7 +123,7 @@ fn of_three_of_four_that_die_two_are_out_and_one_is_held_back() {
     );
     let held = states.iter().position(|state| *state == DetectorState::Suspect).unwrap();
     let reason = world.held(held).unwrap();
-    assert_eq!(reason, "2 of 4 backends are down and max_ejected is 50%");
+    assert_eq!(reason, "2 of 4 backends are down; max_ejected = 50%");
 }
 
 #[test]

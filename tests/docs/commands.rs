@@ -28,7 +28,7 @@ fn the_commands_of_the_quickstart_lead_to_answers_of_both_services() {
         "answer from a",
         "answer from b",
         "tidegate.toml: ok: 1 frontend, 1 pool, 2 backends",
-        "TAKES new sessions",
+        "IN ROTATION: ",
         "web/a has no sessions",
         "reloaded; generation 2 is in effect",
         "upgraded: process",

@@ -316,7 +316,7 @@ fn by_default_nothing_is_written_elsewhere_and_the_answer_says_why() {
     assert_eq!(refused.status, 422, "{}", refused.body);
     assert!(refused.body.contains("the sandbox lets this process write"), "{}", refused.body);
     client::exchange(&connect(proxy.addr("web")), b"and it goes on").unwrap();
-    assert!(proxy.cli_ok(&["status"]).contains("confined by: "));
+    assert!(proxy.cli_ok(&["status"]).contains("sandbox: "));
     proxy.rewrite_in_place(&proxy.render(&proxy.conf()));
 }
 

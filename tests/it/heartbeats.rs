@@ -178,7 +178,7 @@ fn a_signed_sender_joins_serves_and_leaves_without_a_session_lost(engine: Engine
     let session = client::connect(proxy.addr("web"));
     assert_eq!(client::exchange(&session, b"hello").unwrap(), b"hello");
     let said = proxy.cli_ok(&["explain", "web/a"]);
-    assert!(said.contains("TAKES new sessions") && said.contains("beating (required)"), "{said}");
+    assert!(said.contains("\nIN ROTATION: ") && said.contains("on time (required)"), "{said}");
     let left = Instant::now();
     sender.close();
     eventually(secs(2), "it is gone", || names(&proxy).is_empty());
@@ -226,7 +226,7 @@ fn silence_makes_suspect_then_down_then_expired_then_forgotten() {
     assert_eq!(suspect["effective_weight"], 0.1);
     wait(&proxy, "web", "a", "observation", "down");
     let said = proxy.cli_ok(&["explain", "web/a"]);
-    assert!(said.contains("takes NO new sessions") && said.contains("(ttl)"), "{said}");
+    assert!(said.contains("\nNOT IN ROTATION: ") && said.contains("(ttl)"), "{said}");
     eventually(secs(5), "it is forgotten", || !names(&proxy).contains(&"a".to_owned()));
     assert_eq!(names(&proxy).len(), 2);
 }

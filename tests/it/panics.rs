@@ -348,7 +348,7 @@ fn a_worker_that_does_not_turn_is_named(engine: Engine) {
     let line =
         proxy.log().lines().find(|line| line.contains("worker is stalled")).map(String::from);
     let line = line.expect("a line in the log");
-    assert!(line.contains("worker=1") && line.contains("stage=\"obeying a command\""), "{line}");
+    assert!(line.contains("worker=1") && line.contains("stage=\"running a command\""), "{line}");
     assert!(line.contains("thread=\"asleep\""), "{line}");
     // From 1.2 s on the manager hears nothing more.
     eventually(secs(4), "the service manager is not told that all is well", || {

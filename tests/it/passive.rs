@@ -103,7 +103,7 @@ fn resets_before_the_first_byte_eject(engine: Engine) {
     });
     let reset = bad.accepted();
     assert!((3..=4).contains(&reset), "{reset} resets until the ejection");
-    assert!(reason(&proxy, "bad").contains("reset before its first byte"));
+    assert!(reason(&proxy, "bad").contains("connection reset before the first byte"));
     assert_eq!(proxy.backend("web", "bad")["connect_failures_total"], 0, "it did connect");
     assert!((0..10).all(|_| speak(proxy.addr("web")) != End::Reset(0)));
     // Nobody minds where it is switched off.

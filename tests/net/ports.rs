@@ -110,7 +110,8 @@ fn no_port_left_is_a_local_error_and_ends_at_once(engine: Engine) {
     assert_eq!(client::exchange(&sessions[7], b"still here").unwrap(), b"still here");
     eventually(secs(10), "the shortage is told of", || {
         let warned = site.proxy.status()["warnings"].to_string();
-        warned.contains("are running out: 20 of 20") && site.proxy.log().contains("running out")
+        warned.contains("are nearly exhausted: 20 of 20")
+            && site.proxy.log().contains("nearly exhausted")
     });
     // Resets leave no port behind.
     let over = Instant::now();

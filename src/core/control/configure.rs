@@ -204,7 +204,7 @@ impl ControlState {
         if known.observation() == Observation::Down {
             let names = (Observation::Down.name(), Observation::Unknown.name());
             let lasted = now.saturating_duration_since(known.settled_since());
-            self.record(id, names, "its pool has no probe any more".to_owned(), lasted, now);
+            self.record(id, names, "the pool no longer has probes".to_owned(), lasted, now);
         }
     }
 
@@ -342,7 +342,7 @@ impl ControlState {
         for mut entry in before.backends.into_values() {
             let rule = on_removal.get(&entry.pool).copied().unwrap_or(OnRemoval::Keep);
             heartbeats.drop_sender(&mut entry);
-            self.remove_backend(entry, "no longer configured", rule, now);
+            self.remove_backend(entry, "removed from the configuration", rule, now);
         }
     }
 

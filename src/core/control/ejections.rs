@@ -56,10 +56,10 @@ impl EjectionGuard {
         let (ejected, backends) = (self.ejected.len() + self.on_trial, self.backends);
         if ejected >= self.ejected_max {
             return Some(format!(
-                "{ejected} of {backends} backends are ejected and max_ejected is {percent}%"
+                "{ejected} of {backends} backends are ejected; max_ejected = {percent}%"
             ));
         }
-        (self.eligible <= 1).then(|| "it is the pool's last eligible backend".to_owned())
+        (self.eligible <= 1).then(|| "last eligible backend of the pool".to_owned())
     }
 
     /// Whether some backend is eligible that is not on trial.
@@ -107,7 +107,7 @@ impl ControlState {
         if let Some(objection) = objection {
             if entry.health.outlier.hold_back() {
                 let state = Arc::clone(&entry.state);
-                self.warn_of(&state, format!("not ejected though {evidence}: {objection}"));
+                self.warn_of(&state, format!("not ejected: {objection}; {evidence}"));
             }
             return;
         }
@@ -129,7 +129,7 @@ impl ControlState {
         let Some(entry) = self.backends.touch(id) else { return };
         let until = entry.health.outlier.eject(spec, now);
         let reason = format!(
-            "{evidence}; out for {} (ejection {} in a row)",
+            "{evidence}; ejected for {} (ejection {} in a row)",
             humantime::format_duration(until - now),
             entry.health.outlier.repeats()
         );
@@ -178,11 +178,11 @@ impl ControlState {
             .flatten();
         for (index, id) in view.ejected.into_iter().enumerate() {
             if off {
-                self.end_ejection(id, "ejection was switched off", now);
+                self.end_ejection(id, "ejection was disabled in the configuration", now);
             } else if index < surplus {
-                self.end_ejection(id, "max_ejected allows no more in this pool", now);
+                self.end_ejection(id, "more backends are ejected than max_ejected allows", now);
             } else if last_resort == Some(id) {
-                self.end_ejection(id, "no other backend of the pool is eligible", now);
+                self.end_ejection(id, "no other backend in the pool is eligible", now);
             }
         }
     }

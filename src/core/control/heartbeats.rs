@@ -214,7 +214,7 @@ impl HeartbeatWatch {
         }
         for (gone, what) in [(named, "address"), (placed, "name")] {
             if let Some(gone) = gone {
-                let reason = format!("its sender started anew under another {what}");
+                let reason = format!("the sender restarted with another {what}");
                 state.withdraw_registration(self, gone, &reason, now);
             }
         }
@@ -274,7 +274,7 @@ impl HeartbeatWatch {
                 .get(id)
                 .is_some_and(|entry| entry.origins == Origins::of(MemberSource::Heartbeats))
         {
-            state.withdraw_registration(self, id, "its heartbeat says that it stops", now);
+            state.withdraw_registration(self, id, "the sender reported stopping", now);
             return;
         }
         self.count(state, id);
@@ -294,7 +294,8 @@ impl HeartbeatWatch {
         let Some(pool) = state.pools.get(entry.pool) else { return };
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
         let Some((ttl, over)) = entry.expiry(&spec) else {
-            state.heartbeat_health_changed(id, "no heartbeat since they are required", None, now);
+            let reason = "no heartbeat received since heartbeats became required";
+            state.heartbeat_health_changed(id, reason, None, now);
             return;
         };
         if over > now {
@@ -330,7 +331,7 @@ impl HeartbeatWatch {
                 && entry.heartbeats.as_ref().is_none_or(|heartbeats| heartbeats.expired)
         };
         if state.backends.get(id).is_some_and(still) {
-            state.withdraw_registration(self, id, "no heartbeat for ttl and forget_after", now);
+            state.withdraw_registration(self, id, "no heartbeat for ttl + forget_after", now);
         }
     }
 }
@@ -354,7 +355,7 @@ impl ControlState {
         if !entry.full_noticed.is_some_and(quiet) {
             entry.full_noticed = Some(now);
             let message = format!(
-                "{} backends are registered, as many as backends_max allows: others are refused",
+                "pool is full: {} registered backends (backends_max); rejecting new senders",
                 entry.registered()
             );
             let pool = Arc::clone(&entry.spec.name);
@@ -372,10 +373,8 @@ impl ControlState {
     ) -> BackendId {
         let who = (Arc::clone(&heartbeat.name), heartbeat.address, heartbeat.weight);
         let id = self.admit(pool_id, spec, who, now);
-        let reason = format!(
-            "registered by its heartbeat at {} (key {})",
-            heartbeat.address, heartbeat.key_id
-        );
+        let reason =
+            format!("registered by heartbeat: {}, key {}", heartbeat.address, heartbeat.key_id);
         self.record_lazily(id, ("new", "unknown"), reason, Duration::ZERO, now);
         id
     }
@@ -401,8 +400,8 @@ impl ControlState {
         entry.requested_since = now;
         let sessions = entry.state.in_flight.get();
         let reason = match wanted {
-            RequestedState::Ready => "its heartbeats say that it takes sessions".to_owned(),
-            _ => format!("its heartbeats say so; no new sessions, {sessions} go on"),
+            RequestedState::Ready => "the sender reported ready".to_owned(),
+            _ => format!("the sender reported {}; open sessions: {sessions}", wanted.name()),
         };
         self.record_lazily(id, (before.name(), wanted.name()), reason, lasted, now);
     }
@@ -414,7 +413,7 @@ impl ControlState {
         if before != RequestedState::Ready {
             let lasted = now.saturating_duration_since(entry.requested_since);
             entry.requested_since = now;
-            let reason = "its heartbeats have no say any more".to_owned();
+            let reason = "the state that the sender reported no longer applies".to_owned();
             self.record(id, (before.name(), RequestedState::Ready.name()), reason, lasted, now);
         }
     }

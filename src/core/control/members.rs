@@ -272,13 +272,13 @@ impl ControlState {
             let Some(entry) = self.backends.get(member) else { continue };
             match merged.find(&entry.spec) {
                 Some((spec, origins)) => self.set_origins(member, spec, *origins),
-                None => self.leave(heartbeats, member, "no member source names it any more", now),
+                None => self.leave(heartbeats, member, "removed from every member source", now),
             }
         }
         let count = u32::try_from(new.len()).unwrap_or(u32::MAX);
         for (index, (spec, origins)) in (0..).zip(new) {
             let member = self.join(id, spec, origins, (index, count), now);
-            let reason = "named by a member source".to_owned();
+            let reason = "added by a member source".to_owned();
             self.record_lazily(member, ("new", "unknown"), reason, Duration::ZERO, now);
         }
     }

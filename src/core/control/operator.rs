@@ -37,9 +37,9 @@ impl ControlState {
         entry.health.intent_since = now;
         let sessions = entry.state.in_flight.get();
         let reason = match intent {
-            Intent::Ready => "operator: takes sessions again".to_owned(),
+            Intent::Ready => "operator: undrain".to_owned(),
             Intent::Draining | Intent::Maintenance => {
-                format!("operator: no new sessions, {sessions} go on")
+                format!("operator: drain; open sessions: {sessions}")
             }
         };
         self.record(id, (from.name(), intent.name()), reason, lasted, now);

@@ -94,8 +94,8 @@ impl ControlState {
         pool.startup = StartupGrace::FailingOpen;
         let grace = humantime::format_duration(pool.spec.startup_grace);
         let message = format!(
-            "no probe has come to a result within startup_grace ({grace}): \
-             each backend is used until its first result"
+            "no probe result within startup_grace ({grace}); failing open: \
+             each backend stays in rotation until its own first result"
         );
         let name = Arc::clone(&pool.spec.name);
         let members = pool.members().to_vec();
@@ -154,7 +154,7 @@ impl ControlState {
             return;
         };
         if self.probes.mentions_local_error(now) {
-            self.warn_of(&state, format!("probe not run because of trouble here: {reason}"));
+            self.warn_of(&state, format!("probe not run: local error: {reason}"));
         }
     }
 }

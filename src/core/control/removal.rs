@@ -221,9 +221,9 @@ fn key_of(entry: &BackendEntry) -> BackendKey {
 fn removal(entry: &BackendEntry, reason: &str, on_removal: OnRemoval, now: Instant) -> Transition {
     let sessions = entry.state.in_flight.get();
     let fate = match on_removal {
-        OnRemoval::Keep => "run to their end".to_owned(),
+        OnRemoval::Keep => "finish normally".to_owned(),
         OnRemoval::CloseAfter(grace) => {
-            format!("are reset after {}", humantime::format_duration(grace))
+            format!("reset after {}", humantime::format_duration(grace))
         }
     };
     let from = if entry.health.outlier.is_ejected() {
@@ -236,7 +236,7 @@ fn removal(entry: &BackendEntry, reason: &str, on_removal: OnRemoval, now: Insta
         backend: Arc::clone(&entry.state.name),
         from,
         to: "removed",
-        reason: format!("{reason}; its {sessions} sessions {fate}"),
+        reason: format!("{reason}; open sessions: {sessions} ({fate})"),
         at: now,
         lasted: now.saturating_duration_since(entry.health.settled_since()),
     }

@@ -72,7 +72,8 @@ impl SlowBackends {
         let members: Vec<BackendId> =
             unwatched.flat_map(|pool| pool.members().iter().copied()).collect();
         for id in members {
-            state.clear_suspect(id, "its first bytes are not watched any more".to_owned(), now);
+            let reason = "slow_first_byte was disabled in the configuration".to_owned();
+            state.clear_suspect(id, reason, now);
             if let Some(entry) = state.backends.touch(id) {
                 entry.health.gray = SlowDetector::default();
             }

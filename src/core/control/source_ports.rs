@@ -174,8 +174,8 @@ pub fn warning_text(
 ) -> String {
     let from = way.source().map_or_else(String::new, |source| format!(" from {source}"));
     format!(
-        "local ports to {}{from} are running out: {used} of {} in use; add addresses to \
-         [pool.{}] source, or widen net.ipv4.ip_local_port_range",
+        "local ports to {}{from} are nearly exhausted: {used} of {} in use; add addresses to \
+         [pool.{}] source or widen net.ipv4.ip_local_port_range",
         backend.address_text, limits.ports, backend.pool
     )
 }
@@ -192,7 +192,7 @@ fn shortened(mut notices: Vec<Notice>) -> Vec<Notice> {
     let more = notices.len().saturating_sub(NOTICES_MAX);
     if more > 0 {
         notices.truncate(NOTICES_MAX);
-        let message = format!("local ports to {more} more backends are running out");
+        let message = format!("local ports to {more} more backends are nearly exhausted");
         notices.push(Notice { pool: "".into(), backend: None, message });
     }
     notices

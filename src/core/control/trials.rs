@@ -25,7 +25,7 @@ impl ControlState {
         // Before any table lets sessions in.
         entry.state.in_flight.begin_trial();
         self.schedule.set(TimerKind::CheckTrial(id), now + TRIAL_LOOK);
-        let reason = "ejection ended: its time is over; one session is to try it".to_owned();
+        let reason = "ejection ended after its time; admitting one trial session".to_owned();
         self.record(id, ("ejected", "trial"), reason, lasted, now);
     }
 
@@ -61,8 +61,8 @@ impl ControlState {
         // `try-all` may turn to those whose last trial has failed, too.
         entries().for_each(|entry| entry.state.in_flight.end_trial());
         let why = match off {
-            true => "ejection was switched off",
-            false => "no other backend of the pool is eligible",
+            true => "ejection was disabled in the configuration",
+            false => "no other backend in the pool is eligible",
         };
         for id in members {
             self.end_trial(id, why, now);
@@ -82,7 +82,7 @@ impl ControlState {
         let Some(lasted) = entry.health.outlier.end_trial(now) else { return };
         entry.state.in_flight.end_trial();
         let to = entry.health.observation().name();
-        self.record(id, ("trial", to), format!("back in service: {reason}"), lasted, now);
+        self.record(id, ("trial", to), format!("back in rotation: {reason}"), lasted, now);
         self.pending.effects.push(ControlEffect::SlotsFreed);
     }
 
@@ -98,7 +98,10 @@ impl ControlState {
             Some(spec) if view.allows_again() => {
                 self.eject(id, &spec, ("trial", reason), lasted, now);
             }
-            _ => self.end_trial(id, &format!("{reason}, but the pool can spare no more"), now),
+            _ => {
+                let reason = format!("{reason}, but the pool cannot spare another backend");
+                self.end_trial(id, &reason, now);
+            }
         }
     }
 }

@@ -225,17 +225,17 @@ impl EjectionState {
         let EjectionPhase::Trial(trial) = &mut self.standing else { return None };
         let was_silent = std::mem::replace(&mut trial.silent, phase == TrialPhase::Connected);
         match phase {
-            TrialPhase::Passed => Some(TrialEnd::Passed("its trial session succeeded")),
-            TrialPhase::Failed => Some(TrialEnd::Failed("its trial session failed")),
+            TrialPhase::Passed => Some(TrialEnd::Passed("trial session succeeded")),
+            TrialPhase::Failed => Some(TrialEnd::Failed("trial session failed")),
             TrialPhase::Connected if was_silent => {
-                Some(TrialEnd::Passed("its trial session is connected"))
+                Some(TrialEnd::Passed("trial session is established"))
             }
             TrialPhase::ClientSpoke => {
                 let asked = *trial.asked.get_or_insert(now);
                 let over = now.saturating_duration_since(asked) >= TRIAL_MAX;
                 over.then_some(match answer_expected {
-                    true => TrialEnd::Failed("its trial session was not answered"),
-                    false => TrialEnd::Passed("its trial session is connected and waits"),
+                    true => TrialEnd::Failed("trial session got no answer"),
+                    false => TrialEnd::Passed("trial session is established and idle"),
                 })
             }
             _ => None,

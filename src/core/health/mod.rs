@@ -479,7 +479,7 @@ impl std::fmt::Display for ConnectFailure {
             ConnectFailure::Refused => f.write_str(REFUSED),
             ConnectFailure::Timeout => f.write_str("connect timed out"),
             ConnectFailure::Unreachable => f.write_str("host unreachable"),
-            ConnectFailure::EarlyReset => f.write_str("reset before its first byte"),
+            ConnectFailure::EarlyReset => f.write_str("connection reset before the first byte"),
             ConnectFailure::Other(errno) => {
                 write!(f, "connect failed: {}", std::io::Error::from_raw_os_error(*errno))
             }

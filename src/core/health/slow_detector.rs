@@ -242,8 +242,8 @@ impl SlowDetector {
             && lasted.as_secs_f64() >= slow.as_secs_f64().max(usual * FACTOR)
         {
             return Some(SlowVerdict::Suspect(format!(
-                "{waiting} sessions wait for a first byte, and none has come for {}; \
-                 others usually take {}",
+                "{waiting} sessions wait for a first byte and none received one for {}; \
+                 pool median {}",
                 shown(lasted.as_secs_f64()),
                 shown(usual)
             )));
@@ -252,7 +252,7 @@ impl SlowDetector {
         let mean = seconds(window.mean());
         (mean >= bound).then(|| {
             SlowVerdict::Suspect(format!(
-                "its first bytes take {}, where others usually take {}",
+                "time to first byte {}; pool median {}",
                 shown(mean),
                 shown(usual)
             ))
@@ -336,7 +336,7 @@ impl SlowDetector {
         let well = !hanging && window.answers >= CLEAR_MIN && mean <= bound * CLEAR_PART;
         well.then(|| {
             SlowVerdict::Clear(format!(
-                "its first bytes take {} again, others usually {}",
+                "time to first byte back to {}; pool median {}",
                 shown(mean),
                 shown(usual)
             ))

@@ -55,8 +55,8 @@ impl WorkerStage {
             WorkerStage::Starting => "starting",
             WorkerStage::Accepting => "accepting",
             WorkerStage::Relaying => "relaying",
-            WorkerStage::RunningCommand => "obeying a command",
-            WorkerStage::Waiting => "connecting, closing or asleep",
+            WorkerStage::RunningCommand => "running a command",
+            WorkerStage::Waiting => "connecting, closing or waiting",
         }
     }
 }

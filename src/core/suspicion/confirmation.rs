@@ -118,7 +118,7 @@ impl Confirmation {
                     let failed = self.failed;
                     let s = if failed == 1 { "" } else { "s" };
                     return ConfirmationProgress::Failed(format!(
-                        "{failed} confirming probe{s} failed, last: {reason}"
+                        "{failed} confirmation probe{s} failed, last: {reason}"
                     ));
                 }
                 let (stage, next) = send_try(self.timeout, serial, now);

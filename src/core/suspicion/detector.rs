@@ -147,7 +147,7 @@ impl HeartbeatDetector {
                     let silence = millis(silence.unwrap_or_default());
                     self.change(
                         DetectorState::Up,
-                        format!("heartbeat after {silence} of silence"),
+                        format!("heartbeat received after {silence} of silence"),
                         now,
                     )
                 }
@@ -161,7 +161,7 @@ impl HeartbeatDetector {
             },
             DetectorPhase::Waiting | DetectorPhase::Down => {
                 let first = matches!(self.standing, DetectorPhase::Waiting);
-                let reason = if first { "first heartbeat" } else { "heartbeats again" };
+                let reason = if first { "first heartbeat" } else { "heartbeats resumed" };
                 let step = self.change(DetectorState::Recovering, reason.to_owned(), now);
                 DetectorStep { ask: self.try_recovery(now).ask, ..step }
             }
@@ -180,7 +180,7 @@ impl HeartbeatDetector {
         if overdue && matches!(self.standing, DetectorPhase::Recovering { .. }) {
             self.round = None;
             self.next_round = None;
-            let reason = format!("{} while it recovered", self.overdue_reason(now));
+            let reason = format!("{} while recovering", self.overdue_reason(now));
             return self.change(DetectorState::Down, reason, now);
         }
         if let Some(round) = &mut self.round
@@ -243,7 +243,7 @@ impl HeartbeatDetector {
             }
             ConfirmationProgress::Refused => {
                 self.end_round(now);
-                let evidence = "a confirming probe was refused".to_owned();
+                let evidence = "confirmation probe was refused".to_owned();
                 self.confirmed(Confirmed { evidence, proven: true }, now)
             }
         }
@@ -260,7 +260,8 @@ impl HeartbeatDetector {
     pub fn note_connect_refused(&mut self, now: Instant) -> DetectorStep {
         match &self.standing {
             DetectorPhase::Up => {
-                self.suspect(SuspicionCause::Service, "a connect was refused".to_owned(), now)
+                let evidence = "a session's connect was refused".to_owned();
+                self.suspect(SuspicionCause::Service, evidence, now)
             }
             DetectorPhase::Suspect(suspicion) if suspicion.confirmed.is_none() => {
                 if self.round.is_some() { DetectorStep::default() } else { self.start_round(now) }
@@ -280,7 +281,7 @@ impl HeartbeatDetector {
         self.was_down = true;
         self.hold_until = None;
         self.flaps.time_left(now);
-        self.change(DetectorState::Down, "its sender says it is stopping".to_owned(), now)
+        self.change(DetectorState::Down, "the sender reported stopping".to_owned(), now)
     }
 
     /// The guards allow what [`DetectorRequest::Eject`] asked for: it is down.
@@ -419,7 +420,7 @@ impl HeartbeatDetector {
             DetectorPhase::Suspect(suspicion)
                 if suspicion.cause == SuspicionCause::Service && !overdue =>
             {
-                self.change(DetectorState::Up, "a confirming probe was answered".to_owned(), now)
+                self.change(DetectorState::Up, "confirmation probe succeeded".to_owned(), now)
             }
             DetectorPhase::Suspect(suspicion) => {
                 // Silent but answering, whatever it began with.
@@ -430,9 +431,9 @@ impl HeartbeatDetector {
             }
             DetectorPhase::Recovering { beats } => {
                 let reason = if self.was_down {
-                    format!("{beats} heartbeats, and a probe was answered")
+                    format!("{beats} heartbeats received and the confirmation probe succeeded")
                 } else {
-                    "heartbeats, and a probe was answered".to_owned()
+                    "heartbeats received and the confirmation probe succeeded".to_owned()
                 };
                 self.change(DetectorState::Up, reason, now)
             }
@@ -554,7 +555,7 @@ impl HeartbeatDetector {
 
     fn overdue_reason(&self, now: Instant) -> String {
         format!(
-            "no heartbeat for {}, {} may be missing at {:.1}% loss",
+            "no heartbeat for {} ({} may be missing at {:.1}% loss)",
             millis(self.silence(now).unwrap_or_default()),
             self.arrivals.missing_allowed(),
             self.arrivals.loss() * 100.0

@@ -137,8 +137,8 @@ pub fn may_remove(
     if channel == ChannelState::Silent && pool.answering * HEARD_PARTS < pool.live.max(1) {
         let PathView { answering, members, .. } = pool;
         return Err(format!(
-            "no backend at all is heard, and {answering} of {members} answer probes: \
-             the trouble may be here"
+            "no heartbeats received from any backend, and only {answering} of {members} \
+             answer probes; the fault may be on this host"
         ));
     }
     if let Some(freeze) = freezes.into_iter().flatten().next() {
@@ -147,7 +147,7 @@ pub fn may_remove(
     let PathView { down, members, .. } = pool;
     if down >= down_max(max_down_percent, members) {
         return Err(format!(
-            "{down} of {members} backends are down and max_ejected is {max_down_percent}%"
+            "{down} of {members} backends are down; max_ejected = {max_down_percent}%"
         ));
     }
     Ok(())
@@ -269,7 +269,7 @@ impl PathGuard {
         if heard > 0 && heard * enough >= view.live {
             let held = held.as_millis();
             return self.end_freeze(format!(
-                "{heard} of {members} backends were heard in the {held} ms since: \
+                "{heard} of {members} backends sent heartbeats within {held} ms; \
                  the path works"
             ));
         }

@@ -71,34 +71,32 @@ fn why_sentence(explained: &Explanation) -> String {
         made.map_or_else(String::new, |t| format!(": {}", t.reason))
     };
     if backend.intent != Intent::Ready {
-        return format!("an operator has taken it out ({})", backend.intent.name());
+        return format!("an operator set it to {}", backend.intent.name());
     }
     if backend.requested != RequestedState::Ready {
-        return format!("its own heartbeats say that it is {}", backend.requested.name());
+        return format!("its sender reports {}", backend.requested.name());
     }
     if backend.ejected {
-        return format!("it is ejected for its failed connects{}", evidence("ejected"));
+        return format!("ejected{}", evidence("ejected"));
     }
     if let Some(lasts) = explained.ejection.trial {
         let ejected = evidence("ejected");
         return format!(
-            "it is on trial for {} after an ejection{ejected}; one session at a time tries it, \
-             and the others come once one succeeds",
+            "on trial for {} after an ejection{ejected}; one session at a time is admitted \
+             until one succeeds",
             brief(lasts)
         );
     }
     match backend.observation {
-        Observation::Down => format!("it is down{}", evidence("down")),
+        Observation::Down => format!("down{}", evidence("down")),
         Observation::Suspect => {
-            format!("it is suspect and serves at a tenth of its weight{}", evidence("suspect"))
+            format!("suspect, at 10% of its weight{}", evidence("suspect"))
         }
-        Observation::Up => in_rotation_sentence(explained, "it is up"),
+        Observation::Up => in_rotation_sentence(explained, "up"),
         Observation::Unknown if backend.eligible => {
             in_rotation_sentence(explained, unknown(explained))
         }
-        Observation::Unknown => {
-            "it waits for the first result of its probes or heartbeats".to_owned()
-        }
+        Observation::Unknown => "waiting for its first probe result or heartbeat".to_owned(),
     }
 }
 
@@ -114,9 +112,9 @@ fn being_rejected(last: &Rejection, now: Instant) -> String {
 /// Why nothing says whether it works.
 fn unknown(explained: &Explanation) -> &'static str {
     match (&explained.probe, &explained.heartbeat_spec) {
-        (Some(_), _) => "no probe has had a result, and the pool does without",
-        (None, Some(_)) => "the pool has no probes, and it sends no heartbeats",
-        (None, None) => "the pool has no probes and no heartbeats",
+        (Some(_), _) => "no probe result yet (in rotation until its first one)",
+        (None, Some(_)) => "no probes configured and no heartbeats received",
+        (None, None) => "no probes or heartbeats configured",
     }
 }
 
@@ -137,13 +135,13 @@ fn against(explained: &Explanation) -> Vec<String> {
     }
     if recent.early_resets > 0 {
         let sessions = plural(recent.early_resets, "session");
-        all.push(format!("{sessions} reset before a first byte in the last {within}"));
+        all.push(format!("{sessions} reset before the first byte in the last {within}"));
     }
-    all.push(format!("the last one {} ago: {}", brief(recent.last_ago), recent.last));
+    all.push(format!("last {} ago: {}", brief(recent.last_ago), recent.last));
     if let Some(spec) = &explained.ejection.spec
         && failures.in_a_row > 0
     {
-        all.push(format!("{} in a row, {} eject it", failures.in_a_row, spec.failures));
+        all.push(format!("{} in a row, ejected at {}", failures.in_a_row, spec.failures));
     }
     all
 }
@@ -167,17 +165,15 @@ fn brief(time: Duration) -> String {
 fn in_rotation_sentence(explained: &Explanation, state: &str) -> String {
     let weight = explained.weight;
     let against = against(explained);
-    let well = match against.is_empty() {
-        true => state.to_owned(),
-        false => format!("{state}, but {}", against.join(", ")),
+    let share = match (weight.ramp, weight.load) {
+        (100, 100) => "full weight".to_owned(),
+        (ramp, 100) => format!("slow start at {ramp}% of its weight"),
+        (100, load) => format!("reported load reduces its weight to {load}%"),
+        (ramp, load) => format!("slow start at {ramp}%, reported load leaves {load}% of that"),
     };
-    match (weight.ramp, weight.load) {
-        (100, 100) => format!("{well}; it serves at full weight"),
-        (ramp, 100) => format!("{well}; it starts slowly, with {ramp}% of its weight now"),
-        (100, load) => format!("{well}; its load leaves it {load}% of its weight"),
-        (ramp, load) => {
-            format!("{well}; {ramp}% by its slow start, of which its load leaves {load}%")
-        }
+    match against.is_empty() {
+        true => format!("{state}, {share}"),
+        false => format!("{state}, {share}; {}", against.join(", ")),
     }
 }
 

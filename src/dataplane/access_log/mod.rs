@@ -111,7 +111,7 @@ impl AccessLog {
         self.target = target;
         self.commands
             .send(WriterCommand::Switch(sink))
-            .map_err(|_| io::Error::other("the access log's writer thread has ended"))
+            .map_err(|_| io::Error::other("the access log's writer thread has exited"))
     }
 
     /// Writes what is queued, for at most [`CLOSE_MAX`], and ends the writer

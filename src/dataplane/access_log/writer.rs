@@ -214,9 +214,14 @@ impl WriteErrors {
     fn note(&mut self, error: &io::Error, target: &str, now: Instant) {
         self.count += 1;
         if self.reported.is_none_or(|at| now.duration_since(at) >= REPORT) {
-            let count = std::mem::take(&mut self.count);
+            let errors = std::mem::take(&mut self.count);
             self.reported = Some(now);
-            tracing::warn!(target, count, %error, "cannot write the access log");
+            tracing::warn!(
+                target,
+                errors,
+                %error,
+                "cannot write the access log; lines are dropped when the queue is full"
+            );
         }
     }
 }

@@ -215,7 +215,10 @@ impl WorkerContext {
         }
         logged.set((Some(now), 0));
         let (reason, at, worker) = (kind.name(), at.name(), self.id);
-        tracing::warn!(reason, at, worker, suppressed, %error, "local error");
+        tracing::warn!(
+            reason, at, worker, suppressed, %error,
+            "local error; not counted against a backend"
+        );
     }
 
     /// Whether sessions ran short of something a moment ago.

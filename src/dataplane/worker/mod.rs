@@ -135,7 +135,7 @@ impl EngineKind {
         };
         // On a thread of its own: a ring belongs to the thread that made it.
         std::thread::scope(|scope| {
-            scope.spawn(probe).join().unwrap_or_else(|_| Err(io::Error::other("probe panicked")))
+            scope.spawn(probe).join().unwrap_or_else(|_| Err(io::Error::other("check panicked")))
         })
     }
 
@@ -154,7 +154,7 @@ impl EngineKind {
         }
         let (budget, counters) = (Arc::clone(budget), Arc::clone(counters));
         relay::ring_engine(spin, RING_SETTINGS, budget, counters).or_else(|error| {
-            tracing::warn!(worker, %error, "no io_uring for this worker; it uses epoll");
+            tracing::warn!(worker, %error, "cannot create an io_uring; the worker uses epoll");
             epoll()
         })
     }

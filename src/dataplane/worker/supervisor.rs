@@ -117,7 +117,7 @@ impl WorkerThread {
         match started.recv() {
             Ok(Ok(())) => Ok(handle),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(io::Error::other("the worker thread died while it started")),
+            Err(_) => Err(io::Error::other("worker thread panicked while starting")),
         }
     }
 
@@ -128,11 +128,11 @@ impl WorkerThread {
     /// The thread's body; `ready` is the first one's.
     fn run(mut self, ready: Option<SyncSender<io::Result<()>>>) {
         self.plan.counters.pulse.set_thread(cpu::current_thread());
-        let exit = ExitGuard(Some(Arc::clone(&self.handle)));
+        let (worker, exit) = (self.plan.id, ExitGuard(Some(Arc::clone(&self.handle))));
         if let Some(cpu) = self.plan.cpu
             && let Err(error) = cpu::pin_current_thread(cpu)
         {
-            tracing::warn!(worker = self.plan.id, cpu, %error, "not pinned");
+            tracing::warn!(worker, cpu, %error, "cannot pin the worker to its CPU");
         }
         for tries in 1.. {
             let (listeners, ctx) = (Rc::new(ListenerSet::default()), OnceCell::new());
@@ -148,10 +148,10 @@ impl WorkerThread {
                         return;
                     }
                     if tries == TRIES_MAX {
-                        tracing::error!(worker = self.plan.id, %error, "cannot restart worker");
+                        tracing::error!(worker, tries, %error, "cannot restart the worker; giving up");
                         return;
                     }
-                    tracing::warn!(worker = self.plan.id, %error, "cannot restart worker, will retry");
+                    tracing::warn!(worker, %error, "cannot restart the worker yet; retrying");
                     clock::pause(TRY_AGAIN);
                 }
                 ThreadExit::Panicked(why) => {
@@ -173,7 +173,7 @@ impl WorkerThread {
         let runtime = self.plan.runtime;
         let main = async {
             let exit = catch_panic(self.run_once(listeners, ctx_cell, ready)).await;
-            let exit = exit.unwrap_or(ThreadExit::Panicked("its loop panicked"));
+            let exit = exit.unwrap_or(ThreadExit::Panicked("event loop panicked"));
             if let (ThreadExit::Panicked(_), Some(ctx)) = (&exit, ctx_cell.get()) {
                 ctx.engine.mark_broken();
             }
@@ -183,7 +183,7 @@ impl WorkerThread {
         let exit = match ran {
             Ok(Ok(exit)) => exit,
             Ok(Err(error)) => ThreadExit::StartFailed(error),
-            Err(_) => ThreadExit::Panicked("its runtime panicked"),
+            Err(_) => ThreadExit::Panicked("runtime panicked"),
         };
         match exit {
             ThreadExit::Panicked(why) if ctx_cell.get().is_none() => {
@@ -247,19 +247,19 @@ impl WorkerThread {
         exit: ExitGuard,
         listeners: &ListenerSet,
         ctx: Rc<WorkerContext>,
-        why: &str,
+        reason: &str,
     ) {
         let now = clock::now();
         let (worker, counters) = (self.plan.id, &self.plan.counters);
         counters.panics.cell(PanicScope::Worker as usize, 0).add(1);
         let sessions = ctx.engine.open_flows();
-        tracing::error!(worker, why, sessions, "worker panicked; resetting its sessions");
+        tracing::error!(worker, sessions, reason, "worker panicked; resetting its sessions");
         let engine = Rc::clone(&ctx.engine);
         if !self.restarts.allow_restart(now) {
             tracing::error!(
                 worker,
                 restarts = RESTARTS_MAX,
-                "worker panicked too often; the process ends, so that a new one can start"
+                "worker panicked too often; exiting so that the supervisor starts a new process"
             );
             drop(ctx);
             engine.close_all();
@@ -294,12 +294,12 @@ impl WorkerThread {
                     return;
                 }
                 Err(error) => {
-                    tracing::warn!(worker, %error, "cannot restart worker, will retry");
+                    tracing::warn!(worker, %error, "cannot start the worker thread yet; retrying");
                     clock::pause(TRY_AGAIN);
                 }
             }
         }
-        tracing::error!(worker, "cannot restart worker");
+        tracing::error!(worker, "cannot start the worker thread; giving up");
     }
 }
 

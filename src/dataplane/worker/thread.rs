@@ -122,9 +122,9 @@ pub(super) async fn serve(
             command = inbox.next(pulse) => command,
             ended = &mut engine => return ThreadExit::Panicked(engine_ended(ctx, ended)),
             () = ctx.engine.broken().notified() => {
-                return ThreadExit::Panicked("a session panicked in the engine");
+                return ThreadExit::Panicked("session panicked in the relay engine");
             }
-            () = ctx.alarm.notified() => return ThreadExit::Panicked("a listener panicked"),
+            () = ctx.alarm.notified() => return ThreadExit::Panicked("listener panicked"),
         };
         pulse.at(WorkerStage::RunningCommand);
         if matches!(command, WorkerCommand::Stop) {
@@ -173,10 +173,10 @@ fn obey(ctx: &Rc<WorkerContext>, listeners: &Rc<ListenerSet>, command: WorkerCom
 fn engine_ended(ctx: &WorkerContext, ended: Result<io::Result<()>, JoinError>) -> &'static str {
     match ended {
         Ok(Err(error)) => {
-            tracing::error!(worker = ctx.id, %error, "the relay engine has failed");
-            "its engine failed"
+            tracing::error!(worker = ctx.id, %error, "relay engine failed; restarting the worker");
+            "relay engine failed"
         }
-        _ => "its engine panicked",
+        _ => "relay engine panicked",
     }
 }
 

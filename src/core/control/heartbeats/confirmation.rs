@@ -77,7 +77,7 @@ impl HeartbeatWatch {
         self.apply_step(state, id, step, now);
         if quiet {
             // Whether it answers may have changed nonetheless.
-            state.heartbeat_health_changed(id, "a confirming probe was answered", None, now);
+            state.heartbeat_health_changed(id, "confirmation probe succeeded", None, now);
         }
         state.rearm(id);
         true

@@ -198,7 +198,8 @@ impl HeartbeatWatch {
         };
         let gone: Vec<BackendId> = pool.members().iter().filter(gone).copied().collect();
         for id in gone {
-            state.withdraw_registration(self, id, "it left during the upgrade", now);
+            let reason = "removed by the old process during the upgrade";
+            state.withdraw_registration(self, id, reason, now);
         }
     }
 }

@@ -124,8 +124,8 @@ impl HeartbeatWatch {
         count: u64,
         now: Instant,
     ) {
-        let s = if count == 1 { " was" } else { "s were" };
-        self.notice_excuse(state, &format!("{count} heartbeat{s} lost on this machine"), now);
+        let why = format!("heartbeats dropped by the kernel on this host: {count}");
+        self.notice_excuse(state, &why, now);
         self.guards.channel.ignore_silence(self.guards.slowest, now);
         for id in self.senders() {
             let Some(entry) = state.backends.get(id) else { continue };
@@ -168,8 +168,7 @@ impl HeartbeatWatch {
         let quiet = |at: Instant| now.saturating_duration_since(at) < STALL_NOTICE_INTERVAL;
         if !self.guards.stall_noticed.is_some_and(quiet) {
             self.guards.stall_noticed = Some(now);
-            state
-                .warn("".into(), format!("{why}: so much of the backends' silence does not count"));
+            state.warn("".into(), format!("heartbeat silence ignored: {why}"));
         }
     }
 
@@ -237,10 +236,10 @@ impl HeartbeatWatch {
         let name = pool.and_then(|id| state.pool(id)).map(|pool| Arc::clone(&pool.spec.name));
         let (message, thawed) = match frost {
             FreezeChange::Started(why) => {
-                (format!("{why}: no silent backend is taken out for now"), false)
+                (format!("{why}; silent backends stay in rotation for now"), false)
             }
             FreezeChange::Ended(why) => {
-                (format!("{why}: silent backends are taken out again"), true)
+                (format!("{why}; silent backends are removed from rotation again"), true)
             }
         };
         state.warn(name.unwrap_or_else(|| "".into()), message);
@@ -279,7 +278,7 @@ impl HeartbeatWatch {
                 Err(objection) => {
                     if heartbeats.detector.hold_in_rotation(objection.clone()) {
                         let backend = Arc::clone(&entry.state);
-                        let message = format!("not taken out though silent: {objection}");
+                        let message = format!("silent backend stays in rotation: {objection}");
                         state.warn_of(&backend, message);
                     }
                 }

@@ -22,7 +22,7 @@ fn without_probes_a_burst_ejects_once() {
     assert_eq!(
         logs(&effects),
         ["a: unknown -> ejected: 5 connects failed in a row, last: connection refused; \
-          out for 10s (ejection 1 in a row)"]
+          ejected for 10s (ejection 1 in a row)"]
     );
     assert!(bench.status("a").ejected);
     assert_eq!(bench.serving(), ["b"]);
@@ -52,19 +52,16 @@ fn an_ejection_ends_on_time_and_the_next_takes_a_whole_row_and_lasts_longer() {
     let effects = bench.pass(Duration::from_secs(10));
     assert_eq!(
         logs(&effects),
-        ["a: ejected -> trial: ejection ended: its time is over; one session is to try it"]
+        ["a: ejected -> trial: ejection ended after its time; admitting one trial session"]
     );
     assert_eq!(bench.serving(), ["a", "b"]);
     let effects = bench.try_it("a", TrialPhase::Passed);
-    assert_eq!(
-        logs(&effects),
-        ["a: trial -> unknown: back in service: its trial session succeeded"]
-    );
+    assert_eq!(logs(&effects), ["a: trial -> unknown: back in rotation: trial session succeeded"]);
     assert_eq!(publishes(&effects), 0, "the table was right already");
     assert!(effects.iter().any(|effect| matches!(effect, ControlEffect::SlotsFreed)));
     assert!(bench.refuse("a", 801, 804).is_empty());
     let effects = bench.refuse("a", 805, 805);
-    assert!(logs(&effects)[0].ends_with("out for 20s (ejection 2 in a row)"), "{effects:?}");
+    assert!(logs(&effects)[0].ends_with("ejected for 20s (ejection 2 in a row)"), "{effects:?}");
 }
 
 #[test]
@@ -92,7 +89,7 @@ fn during_a_trial_one_session_gets_in_and_its_failure_ejects_for_longer() {
     let effects = bench.pass(TRIAL_LOOK);
     assert_eq!(
         logs(&effects),
-        ["a: trial -> ejected: its trial session failed; out for 20s (ejection 2 in a row)"]
+        ["a: trial -> ejected: trial session failed; ejected for 20s (ejection 2 in a row)"]
     );
     assert_eq!(bench.serving(), ["b"]);
     assert!(!state.in_flight.try_enter(0), "by an old table");
@@ -116,7 +113,7 @@ fn last_eligible_backend_needs_no_trial() {
     bench.refuse("a", 1, 5);
     bench.pass(Duration::from_secs(10));
     let effects = bench.operator("b", Intent::Draining);
-    assert!(logs(&effects)[1].contains("no other backend of the pool is eligible"), "{effects:?}");
+    assert!(logs(&effects)[1].contains("no other backend in the pool is eligible"), "{effects:?}");
     let state = bench.status("a").state;
     assert!((0..3).all(|_| state.in_flight.try_enter(0)));
 }
@@ -146,8 +143,8 @@ fn early_resets_eject_and_leave_the_probes_verdict_alone() {
         .collect();
     assert_eq!(
         logs(&effects),
-        ["a: up -> ejected: 5 sessions failed in a row, last: reset before its first byte; \
-          out for 10s (ejection 1 in a row)"]
+        ["a: up -> ejected: 5 sessions failed in a row, last: \
+          connection reset before the first byte; ejected for 10s (ejection 1 in a row)"]
     );
     assert_eq!(bench.status("a").observation, Observation::Up);
 }
@@ -166,8 +163,8 @@ fn the_last_eligible_backend_is_not_ejected_and_that_is_said_once() {
     let effects = bench.refuse("b", 1, 100);
     assert_eq!(
         logs(&effects),
-        ["b: not ejected though 5 connects failed in a row, last: connection refused: \
-          it is the pool's last eligible backend"]
+        ["b: not ejected: last eligible backend of the pool; \
+          5 connects failed in a row, last: connection refused"]
     );
     assert_eq!(bench.status("b").ejections_held_total, 1);
     assert_eq!(bench.serving(), ["b"]);
@@ -179,7 +176,7 @@ fn max_ejected_is_rounded_down_and_never_exceeded() {
     bench.refuse("a", 1, 5);
     let effects = bench.refuse("b", 1, 50);
     assert_eq!(logs(&effects).len(), 1);
-    assert!(logs(&effects)[0].contains("1 of 3 backends are ejected and max_ejected is 50%"));
+    assert!(logs(&effects)[0].contains("1 of 3 backends are ejected; max_ejected = 50%"));
     assert_eq!(bench.serving(), ["b", "c"]);
     bench.pass(Duration::from_secs(10));
     bench.refuse("b", 51, 51);
@@ -196,7 +193,7 @@ fn last_backend_returns_from_ejection() {
     let effects = bench.operator("b", Intent::Draining);
     assert_eq!(bench.serving(), ["a"]);
     assert_eq!(publishes(&effects), 1);
-    assert!(logs(&effects)[1].contains("no other backend of the pool is eligible"));
+    assert!(logs(&effects)[1].contains("no other backend in the pool is eligible"));
 }
 
 #[test]

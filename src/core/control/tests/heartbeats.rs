@@ -161,7 +161,7 @@ fn a_sender_that_stops_is_gone_at_once_and_its_sessions_end_in_peace() {
     let effects = bench.hear(Heartbeat { state: SenderState::Stopping, ..heartbeat("a", 99) });
     assert_eq!((bench.serving(), bench.names()), (vec!["z".into()], vec!["z".into()]));
     let said = logs(&effects).join("\n");
-    assert!(said.contains("its heartbeat says that it stops; its 1 sessions run"), "{said}");
+    assert!(said.contains("the sender reported stopping; open sessions: 1 (finish"), "{said}");
     assert_eq!(bench.controller.status(bench.now).leaving.len(), 1);
     bench.hear(Heartbeat { state: SenderState::Stopping, ..heartbeat("a", 100) });
     assert_eq!(bench.names(), ["z"], "a second goodbye registers nobody");
@@ -248,7 +248,7 @@ fn late_control_thread_blames_no_backend() {
     let effects = bench.apply(ControlEvent::Tick);
     assert_eq!(bench.serving(), ["a", "b"]);
     let said = logs(&effects).join("\n");
-    assert!(said.contains("ms late: so much of the backends' silence does not count"), "{said}");
+    assert!(said.contains("heartbeat silence ignored: the control thread was"), "{said}");
     assert_eq!(bench.status("a").observation, Observation::Up);
 }
 

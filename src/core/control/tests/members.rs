@@ -77,8 +77,8 @@ fn a_set_joins_its_members_and_the_next_one_replaces_them() {
     assert_eq!(
         logs(&joined),
         [
-            "b: new -> unknown: named by a member source",
-            "c: new -> unknown: named by a member source"
+            "b: new -> unknown: added by a member source",
+            "c: new -> unknown: added by a member source"
         ]
     );
     assert_eq!(bench.serving(), ["a", "b", "c"]);

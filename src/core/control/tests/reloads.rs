@@ -8,11 +8,11 @@ fn draining_is_logged_once_and_idempotent() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     let effects = bench.operator("a", Intent::Draining);
     assert_eq!(publishes(&effects), 1);
-    assert_eq!(logs(&effects), ["a: ready -> draining: operator: no new sessions, 0 go on"]);
+    assert_eq!(logs(&effects), ["a: ready -> draining: operator: drain; open sessions: 0"]);
     assert_eq!(bench.serving(), ["b"]);
     assert!(bench.operator("a", Intent::Draining).is_empty());
     let effects = bench.operator("a", Intent::Ready);
-    assert_eq!(logs(&effects), ["a: draining -> ready: operator: takes sessions again"]);
+    assert_eq!(logs(&effects), ["a: draining -> ready: operator: undrain"]);
     assert_eq!(bench.serving(), ["a", "b"]);
 }
 
@@ -106,7 +106,9 @@ fn a_removed_backend_is_kept_until_its_last_session_ends() {
     let lines = logs(&effects);
     assert_eq!(
         lines,
-        ["a: unknown -> removed: no longer configured; its 1 sessions run to their end"]
+        [
+            "a: unknown -> removed: removed from the configuration; open sessions: 1 (finish normally)"
+        ]
     );
     bench.pass(Duration::from_secs(3600));
     assert_eq!(bench.controller.status(bench.now).leaving[0].id, removed.id);

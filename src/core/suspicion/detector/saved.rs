@@ -75,7 +75,7 @@ impl HeartbeatDetector {
         } else if named(DetectorState::Suspect) {
             DetectorPhase::Suspect(Suspicion {
                 cause: SuspicionCause::Silent,
-                evidence: "suspected when the program was upgraded".to_owned(),
+                evidence: "suspect since before the upgrade".to_owned(),
                 confirmed: None,
                 held: None,
             })

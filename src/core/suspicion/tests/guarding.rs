@@ -19,7 +19,7 @@ fn so_many_may_be_out_at_once() {
 fn the_limit_holds_back_what_is_confirmed_but_not_what_is_proven() {
     let pool = PathView { live: 2, down: 2, members: 4, ..PathView::default() };
     let refused = may_remove(false, pool, 50, ChannelState::Alive, [None, None]).unwrap_err();
-    assert_eq!(refused, "2 of 4 backends are down and max_ejected is 50%");
+    assert_eq!(refused, "2 of 4 backends are down; max_ejected = 50%");
     assert_eq!(may_remove(true, pool, 50, ChannelState::Alive, [None, None]), Ok(()));
     let one_down = PathView { down: 1, ..pool };
     assert_eq!(may_remove(false, one_down, 50, ChannelState::Alive, [None, None]), Ok(()));
@@ -51,7 +51,7 @@ fn the_channel_is_silent_before_any_backend_is_overdue() {
 fn without_any_heartbeats_other_backends_must_answer_probes() {
     let deaf = PathView { live: 4, members: 4, ..PathView::default() };
     let refused = may_remove(false, deaf, 50, ChannelState::Silent, [None, None]).unwrap_err();
-    assert!(refused.contains("the trouble may be here"), "{refused}");
+    assert!(refused.contains("the fault may be on this host"), "{refused}");
     let answering = PathView { answering: 3, ..deaf };
     assert_eq!(may_remove(false, answering, 50, ChannelState::Silent, [None, None]), Ok(()));
 }

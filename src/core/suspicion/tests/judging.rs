@@ -27,7 +27,7 @@ fn silence_makes_a_suspect_that_two_failed_tries_confirm() {
     assert_eq!(lab.story, ["up>suspect", "suspect>down"]);
     assert!(lab.now - heard < ms(600), "{:?}", lab.now - heard);
     assert_eq!(lab.detector.weight_percent(), Some(0));
-    expect!["no heartbeat for 318 ms, 3 may be missing at 1.0% loss; 2 confirming probes failed, last: connect timed out"].assert_eq(&lab.reason);
+    expect!["no heartbeat for 318 ms (3 may be missing at 1.0% loss); 2 confirmation probes failed, last: connect timed out"].assert_eq(&lab.reason);
 }
 
 #[test]
@@ -100,7 +100,11 @@ fn coming_back_takes_three_heartbeats_a_hold_down_and_a_probe() {
     }
     lab.answer(TryResult::Answered);
     assert_eq!(lab.story, ["down>recovering", "recovering>up"]);
-    assert!(lab.reason.contains("heartbeats, and a probe was answered"), "{}", lab.reason);
+    assert!(
+        lab.reason.contains("heartbeats received and the confirmation probe succeeded"),
+        "{}",
+        lab.reason
+    );
 }
 
 #[test]

@@ -270,7 +270,7 @@ impl EngineIo for RingEngine {
         self.worker.ring_events.cell(RingEvent::TornDown as usize, 0).add(1);
         tracing::warn!(
             operations = flow.describe_operations(),
-            "operations of an ended session do not come back; its sockets are reset"
+            "io_uring operations did not complete after the session ended; resetting its sockets"
         );
         flow.tear_down(&mut self.ring);
     }
