@@ -413,8 +413,8 @@ mod tests {
         let rendered = "t.toml:3:7: error: no such pool\n3 | pool";
         let text = with(&format!(r#"{problem}, "rendered": {rendered:?}"#));
         assert_eq!(text, format!("{rendered}\n\ntidegate: refused"));
-        let text = refused(r#"{"error": "unknown pool", "detail": "no pool is named \"x\""}"#);
-        assert_eq!(text, "tidegate: unknown pool: no pool is named \"x\"");
+        let text = refused(r#"{"error": "unknown pool", "detail": "there is no pool \"x\""}"#);
+        assert_eq!(text, "tidegate: unknown pool: there is no pool \"x\"");
     }
 
     #[test]

@@ -37,9 +37,8 @@ pub fn passed() -> Result<Vec<(String, OwnedFd)>, Failure> {
         return Ok(Vec::new());
     }
     let count = variable("LISTEN_FDS").unwrap_or_default();
-    let count: usize = count
-        .parse()
-        .map_err(|_| refuse(format!("LISTEN_FDS is {count:?}, which is no number")))?;
+    let count: usize =
+        count.parse().map_err(|_| refuse(format!("LISTEN_FDS = {count:?} is not a number")))?;
     let fds = fd_channel::take_activated(count).map_err(|error| refuse(error.to_string()))?;
     let names = variable("LISTEN_FDNAMES").unwrap_or_default();
     let names = names.split(':').map(str::to_owned).chain(std::iter::repeat(String::new()));
@@ -97,7 +96,7 @@ impl PassedSockets {
             return Ok(groups);
         }
         Err(Failure::Runtime(format!(
-            "socket activation: no bind of the configuration is {}",
+            "socket activation: no bind in the configuration matches {}",
             unmatched.join(", ")
         )))
     }
@@ -109,13 +108,13 @@ impl PassedSocket {
     fn of(socket: Socket, name: String) -> Result<PassedSocket, String> {
         let stream = socket.r#type().is_ok_and(|kind| kind == socket2::Type::STREAM);
         if !stream || !socket.is_listener().unwrap_or(false) {
-            return Err(format!("what was passed as {name:?} is no listening stream socket"));
+            return Err(format!("passed descriptor {name:?} is not a listening stream socket"));
         }
         let address = socket.local_addr().map_err(|error| error.to_string())?;
         let address = match (address.as_socket(), address.as_pathname()) {
             (Some(tcp), _) => AdminListen::Tcp(tcp),
             (None, Some(path)) => AdminListen::Unix(path.to_owned()),
-            (None, None) => return Err(format!("what was passed as {name:?} has no address")),
+            (None, None) => return Err(format!("passed descriptor {name:?} has no address")),
         };
         Ok(PassedSocket { socket, name, address })
     }

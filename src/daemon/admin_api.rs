@@ -67,7 +67,7 @@ impl AdminApi {
         let serving = admin::serve(listener, tokens, requests, readiness, counters, stopped);
         let task = tokio::spawn(async move {
             if let Err(error) = serving.await {
-                tracing::error!(%error, "the admin API has ended");
+                tracing::error!(%error, "admin API stopped; restart or upgrade the process to get it back");
             }
         });
         Ok(AdminApi { socket, listen, file, crowding, requests: own, stop: Some(stop), task })
@@ -75,7 +75,7 @@ impl AdminApi {
 
     /// What another process needs to go on with it.
     fn offer(&self) -> io::Result<(OfferedAdmin, OwnedFd)> {
-        let gone = || io::Error::other("the admin socket is another process's already");
+        let gone = || io::Error::other("the admin socket is in use by another process");
         let socket = self.socket.as_ref().ok_or_else(gone)?.try_clone()?;
         let offered = OfferedAdmin { listen: self.listen.clone(), file: self.file.identity() };
         Ok((offered, socket))
@@ -175,7 +175,9 @@ impl AdminEndpoint {
         });
         match served {
             Ok(api) => self.serve(api),
-            Err(error) => tracing::error!(%error, "the admin API cannot be served again"),
+            Err(error) => {
+                tracing::error!(%error, "cannot serve the admin API again; restart or upgrade the process to get it back")
+            }
         }
     }
 

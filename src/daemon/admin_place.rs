@@ -51,7 +51,9 @@ pub(super) fn settle(admin: &Admin, before: Option<&str>) -> Result<Place, Failu
         }
     }
     let all = reasons.join("; ");
-    Err(Failure::Runtime(format!("no place for the admin socket: {all}; set [admin] listen")))
+    Err(Failure::Runtime(format!(
+        "no usable directory for the admin socket: {all}; set [admin] listen"
+    )))
 }
 
 /// Sees to it that a socket can be made at `path`; else says why not.
@@ -62,7 +64,7 @@ fn prepare(path: &Path) -> Result<(), String> {
     let made = std::fs::DirBuilder::new().recursive(shared).mode(mode).create(directory);
     match made {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(format!("cannot make {}: {error}", directory.display()));
+            return Err(format!("cannot create {}: {error}", directory.display()));
         }
         Ok(()) | Err(_) => {}
     }
@@ -82,10 +84,10 @@ fn private(directory: &Path) -> io::Result<()> {
         return Err(refused(directory, "is not a directory"));
     }
     if found.uid() != rustix::process::geteuid().as_raw() {
-        return Err(refused(directory, "belongs to another user"));
+        return Err(refused(directory, "is owned by another user"));
     }
     if found.mode() & 0o077 != 0 {
-        return Err(refused(directory, "is open to other users; chmod 700 closes it"));
+        return Err(refused(directory, "is accessible to other users; run chmod 700"));
     }
     writable(directory)
 }
@@ -123,10 +125,10 @@ mod tests {
         assert_eq!(std::fs::metadata(&own).unwrap().mode() & 0o777, OWNER_ONLY);
         assert_eq!(prepare(&own.join(SOCKET)), Ok(()));
         std::fs::set_permissions(&own, PermissionsExt::from_mode(0o755)).unwrap();
-        assert!(prepare(&own.join(SOCKET)).unwrap_err().contains("open to other users"));
+        assert!(prepare(&own.join(SOCKET)).unwrap_err().contains("accessible to other users"));
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&own, &link).unwrap();
         assert!(prepare(&link.join(SOCKET)).unwrap_err().contains("is not a directory"));
-        assert!(prepare(&dir.path().join("no/such/a.sock")).unwrap_err().contains("cannot make"));
+        assert!(prepare(&dir.path().join("no/such/a.sock")).unwrap_err().contains("cannot create"));
     }
 }

@@ -98,7 +98,7 @@ impl Binds {
                 }
                 match self.reserve(bind, frontend, &mut fresh) {
                     Err(error) if bind.options.if_ipv6 && no_ipv6(&error) => {
-                        tracing::info!(%address, %error, "no IPv6 here; listening on IPv4 alone");
+                        tracing::info!(%address, %error, "no IPv6 on this host; listening on IPv4 only");
                     }
                     done => done.map_err(|error| BindError::new(address, error))?,
                 }
@@ -211,7 +211,7 @@ impl Binds {
                     if let Err(error) =
                         listen::tune(socket, frontend.keepalive, frontend.user_timeout)
                     {
-                        tracing::warn!(address = %key, %error, "socket options not changed");
+                        tracing::warn!(address = %key, %error, "cannot change socket options; the old values stay in effect");
                     }
                 }
             }
@@ -242,7 +242,7 @@ impl Binds {
         for socket in &group.sockets {
             if let Err(error) = listen::retire(socket) {
                 // Then clients may still be queued when it closes, and be reset.
-                tracing::warn!(address = %key, %error, "cannot keep new clients out while closing");
+                tracing::warn!(address = %key, %error, "cannot stop new connections on a retired address; queued clients can be reset");
             }
         }
         for worker in workers {

@@ -74,7 +74,7 @@ fn start(made: mpsc::UnboundedSender<ControlEvent>) -> Option<sync::Sender<Build
     match std::thread::Builder::new().name("table-builder".to_owned()).spawn(work) {
         Ok(_) => Some(orders),
         Err(error) => {
-            tracing::warn!(%error, "cannot start the thread that builds tables: verdicts may be late");
+            tracing::warn!(%error, "cannot start the table-builder thread; state changes can take effect late");
             None
         }
     }

@@ -104,7 +104,7 @@ impl ConfigReloads {
         match ConfigWatcher::start(&self.path, move || notify.notify_one()) {
             Ok(watcher) => self.watcher = Some(watcher),
             Err(error) => {
-                tracing::warn!(%error, "the configuration file is not watched; use SIGHUP");
+                tracing::warn!(%error, "cannot watch the configuration file; reload with SIGHUP or tidegate reload");
             }
         }
         self.watch_named_files();

@@ -115,11 +115,13 @@ impl Control {
         // busy loop would never end.
         self.binds.forget_retired();
         if self.evidence.heartbeats.has_exited() {
-            tracing::error!("the thread that receives heartbeats has died");
+            tracing::error!("heartbeat receiver thread exited; shutting down");
             return Some(RunEnd::ThreadExited);
         }
         if self.workers.has_exited() {
-            tracing::error!("a worker has ended: the process ends");
+            tracing::error!(
+                "worker thread exited; shutting down so that another process can start"
+            );
             return Some(RunEnd::ThreadExited);
         }
         None
@@ -145,10 +147,13 @@ impl Control {
     async fn signal(&mut self, signal: SignalKindReceived) -> Option<RunEnd> {
         match signal {
             SignalKindReceived::Stop(name) if self.upgrades.ignores_first_stop_signal() => {
-                tracing::info!(signal = name, "draining already; the next signal ends it");
+                tracing::info!(
+                    signal = name,
+                    "already draining after an upgrade; the next signal exits at once"
+                );
             }
             SignalKindReceived::Stop(_) if self.lifecycle.is_draining() => {
-                tracing::warn!("second signal: exiting at once");
+                tracing::warn!("second stop signal; exiting without waiting for sessions");
                 return Some(RunEnd::SecondSignal);
             }
             SignalKindReceived::Stop(name) => self.told_to_stop(name),
@@ -162,8 +167,8 @@ impl Control {
         match event {
             SupervisedEvent::News(News::GoOn(status)) => self.go_on(status).await,
             SupervisedEvent::News(News::Alone) => {
-                tracing::error!("the supervisor has died: this process drains and ends");
-                self.begin_drain("no supervisor");
+                tracing::error!("supervisor exited; draining and exiting");
+                self.begin_drain("supervisor exited");
             }
             SupervisedEvent::Snapshot => {
                 self.supervised.write(self.reloads.digest(), &self.controller);

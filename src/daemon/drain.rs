@@ -34,7 +34,7 @@ impl Control {
         }
         self.cancel_upgrade();
         self.lifecycle.leave(delay);
-        tracing::info!(reason = why, leave_delay = ?delay, "leaving: /ready says no, clients are still accepted; a second signal starts the drain");
+        tracing::info!(reason = why, leave_delay = ?delay, "leaving; /ready fails, and clients are accepted until leave_delay ends or a second signal arrives");
     }
 
     /// Starts the drain; without effect while one is under way.
@@ -54,7 +54,12 @@ impl Control {
     pub(super) fn start_draining(&mut self, why: &str) {
         let timeout = self.reloads.config().process.drain_timeout;
         let sessions = self.sessions();
-        tracing::info!(reason = why, sessions, ?timeout, "draining");
+        tracing::info!(
+            reason = why,
+            sessions,
+            ?timeout,
+            "draining; no new connections are accepted"
+        );
         self.lifecycle.drain(timeout);
     }
 
@@ -62,7 +67,7 @@ impl Control {
     /// over.
     pub(super) fn drain_step(&mut self) -> Option<u32> {
         if self.lifecycle.has_left() {
-            self.begin_drain("leave_delay is over");
+            self.begin_drain("leave_delay ended");
         }
         let closed = self.binds.forget_retired();
         self.report();
@@ -76,7 +81,10 @@ impl Control {
         match self.lifecycle.drain_step(open, over) {
             DrainProgress::Wait => None,
             DrainProgress::Cut => {
-                tracing::warn!(sessions = open, "drain deadline: sessions are cut");
+                tracing::warn!(
+                    sessions = open,
+                    "drain timeout reached; resetting the remaining sessions"
+                );
                 self.workers.send_all(|| WorkerCommand::ResetAll(Cause::DrainDeadline));
                 self.order_end_within(Duration::ZERO);
                 None
@@ -96,7 +104,7 @@ impl Control {
         self.workers.finish().await;
         self.admin.finish().await;
         self.lifecycle.remove_pid_file();
-        tracing::info!(sessions_cut = cut, "drained");
+        tracing::info!(sessions_reset = cut, "drained");
         RunEnd::Drained { cut }
     }
 }

@@ -64,7 +64,7 @@ impl Control {
                 if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
             ControlEffect::SlotsFreed => self.workers.context().waiters.slot_freed(),
             ControlEffect::Probe { lane, backend, token, address, spec } => {
-                tracing::trace!(%address, "probe begins");
+                tracing::trace!(%address, "probe started");
                 self.evidence.probes.probe(lane, backend, token, address, spec);
             }
             ControlEffect::Build { token, build } => self.planes.build(token, build),

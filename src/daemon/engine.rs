@@ -14,7 +14,7 @@ use tidegate_dataplane::worker::EngineKind;
 /// each idle session. It is also the younger of the two: until it has been soaked
 /// it is asked for by name.
 pub(super) fn choose_runtime(choice: EngineChoice) -> (EngineKind, String) {
-    let asked = "asked for in the configuration";
+    let asked = "set in the configuration";
     match choice {
         EngineChoice::Epoll => (EngineKind::Epoll, asked.to_owned()),
         EngineChoice::IoUring => match EngineKind::io_uring_allowed() {
@@ -23,10 +23,10 @@ pub(super) fn choose_runtime(choice: EngineChoice) -> (EngineKind, String) {
         },
         EngineChoice::Auto => {
             let other = match EngineKind::io_uring_allowed() {
-                Ok(()) => "io_uring is allowed and taken when asked for".to_owned(),
+                Ok(()) => "io_uring is available (set engine = \"io_uring\")".to_owned(),
                 Err(error) => refusal(&error),
             };
-            (EngineKind::Epoll, format!("what auto takes; {other}"))
+            (EngineKind::Epoll, format!("default; {other}"))
         }
     }
 }
@@ -36,14 +36,14 @@ fn refusal(error: &std::io::Error) -> String {
         Some(libc::EPERM | libc::EACCES) => {
             let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
             match disabled.as_deref().map(str::trim) {
-                Ok("1" | "2") => ": the sysctl kernel.io_uring_disabled forbids it",
-                _ => ": a seccomp profile or security module forbids it",
+                Ok("1" | "2") => ": disabled by the sysctl kernel.io_uring_disabled",
+                _ => ": blocked by a seccomp profile or security module",
             }
         }
-        Some(libc::ENOSYS) => ": this kernel or sandbox does not have it",
-        Some(libc::ENOMEM) => ": memory or locked-memory limit",
-        Some(libc::EINVAL) => ": this kernel is too old for it",
+        Some(libc::ENOSYS) => ": not supported by this kernel or sandbox",
+        Some(libc::ENOMEM) => ": memory or locked-memory limit reached",
+        Some(libc::EINVAL) => ": this kernel is too old",
         _ => "",
     };
-    format!("io_uring is refused ({error}){hint}")
+    format!("io_uring is not available ({error}){hint}")
 }

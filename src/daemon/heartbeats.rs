@@ -230,7 +230,9 @@ impl Control {
     pub(super) fn hold_heartbeats(&mut self) {
         match self.evidence.heartbeats.share() {
             Ok(sockets) => self.supervised.hold_heartbeats(&sockets),
-            Err(error) => tracing::warn!(%error, "a crash would lose heartbeats"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot share the heartbeat sockets with the supervisor; a crash loses heartbeats")
+            }
         }
     }
 }
@@ -259,7 +261,7 @@ fn warn(warning: &RejectionWarning) {
 fn key_ring(heartbeats: &HeartbeatConfig) -> Result<KeyRing, String> {
     let mut keys = Vec::with_capacity(heartbeats.keys.len());
     for key in &heartbeats.keys {
-        let unread = || format!("the key file {} was not read", key.file.display());
+        let unread = || format!("heartbeat key file {} was not read", key.file.display());
         let secret = key.secret.clone().ok_or_else(unread)?;
         keys.push(HeartbeatKey {
             id: key.id,

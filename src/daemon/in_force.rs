@@ -15,7 +15,7 @@ use tidegate_core::model::Config;
 use tidegate_supervisor::{Store, SupervisorState};
 
 /// What is said of a file that is whole, once a start has failed.
-const ENDED: &str = "a process that started with it ended before it served";
+const ENDED: &str = "a process that started with it exited before it was ready";
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
@@ -68,14 +68,15 @@ impl InForce {
     /// Says what this process starts with, where that is not the file.
     pub(super) fn announce(&mut self) {
         let Some((texts, why)) = &self.instead else { return };
-        let file = texts.path().display();
+        let path = texts.path().display();
         tracing::error!(
-            "{file} is not used: {why}; this process starts with the configuration that was in \
-             force until the crash; mend the file, then it is read again"
+            %path,
+            reason = %why,
+            "cannot use the configuration file after a crash; starting with the last accepted \
+             configuration until the file is corrected"
         );
         self.note = Some(format!(
-            "{file} was not used at the start after a crash: {why}; the configuration in force \
-             until the crash is in force"
+            "{path} was not used after a crash: {why}; the last accepted configuration is in effect"
         ));
     }
 
@@ -109,7 +110,7 @@ impl InForce {
     pub(super) fn write(&self) {
         let (Some(store), Some(texts)) = (&self.store, &self.texts) else { return };
         if let Err(error) = store.write(&texts.encode()) {
-            tracing::warn!(%error, "after a crash the configuration could be read from disk alone");
+            tracing::warn!(%error, "cannot store the configuration with the supervisor; a process started after a crash reads it from disk");
         }
     }
 }

@@ -112,7 +112,7 @@ fn admin_settled(config: &Config, surroundings: &mut ProcessEnvironment) -> Resu
         None => admin_place::settle(&config.admin, before)?,
     };
     if let Some(reason) = &place.reason {
-        tracing::info!(address = %place.listen, %reason, "admin API listens in this user's own directory");
+        tracing::info!(address = %place.listen, %reason, "admin API listens in a directory of this user");
     }
     Ok(Admin { listen: place.listen, ..config.admin.clone() })
 }

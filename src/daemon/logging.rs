@@ -92,8 +92,8 @@ pub(super) fn flush() {
     }
 }
 
-fn log_dropped(lost: u64) {
-    tracing::warn!(lost, "log lines were lost: nobody read them, or the disk was full");
+fn log_dropped(dropped: u64) {
+    tracing::warn!(dropped, "log lines dropped; the log reader is too slow or its disk is full");
 }
 
 fn filter(level: LogLevel) -> LevelFilter {

@@ -33,21 +33,21 @@ pub(super) fn install() {
 
 fn report(panic: &PanicHookInfo<'_>) {
     let allowed = LIMIT.lock().unwrap_or_else(PoisonError::into_inner).allows(clock::now());
-    let Some(unreported) = allowed else { return };
+    let Some(suppressed) = allowed else { return };
     let thread = std::thread::current();
     let thread = thread.name().unwrap_or("?");
-    let place = panic.location().map_or_else(|| "?".to_owned(), ToString::to_string);
+    let location = panic.location().map_or_else(|| "?".to_owned(), ToString::to_string);
     let payload = panic.payload();
     let text = payload.downcast_ref::<&str>().copied();
-    let what = text.or(payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("?");
-    tracing::error!(thread, place, unreported, "panicked: {what}");
+    let reason = text.or(payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("?");
+    tracing::error!(thread, location, suppressed, reason, "thread panicked");
     let (backtrace, thread) = (Backtrace::capture(), thread.to_owned());
     if backtrace.status() == BacktraceStatus::Captured {
         // Finding the names takes a second at first, and a worker has to begin
         // anew meanwhile. Without a thread there is no backtrace.
         let tell = move || {
             for line in backtrace.to_string().lines() {
-                tracing::error!(thread, "backtrace: {line}");
+                tracing::error!(thread, line, "panic backtrace");
             }
         };
         let _ = std::thread::Builder::new().name("backtrace".to_owned()).spawn(tell);

@@ -28,7 +28,7 @@ const WANTED_BACK_MAX: Duration = Duration::from_secs(1);
 const WANTED_BACK_STEP: Duration = Duration::from_millis(10);
 
 /// Why a process that drains reads no file.
-const DRAINS: &str = "this process is draining; the next one reads the file";
+const DRAINS: &str = "this process is draining; the next process reads the file";
 
 /// What a new configuration needs, ready to be put in force.
 struct PreparedReload {
@@ -93,7 +93,7 @@ impl Control {
         match self.reloads.take_waiting() {
             None => {}
             Some(waiting) if waiting.iter().any(Option::is_some) => self.reload_for(waiting).await,
-            Some(_) if self.drains_instead("a change of the file") => {}
+            Some(_) if self.drains_instead("file change") => {}
             Some(_) if self.upgrades.postpones_reload() => {}
             Some(_) => self.reload_and_retry().await,
         }
@@ -111,10 +111,10 @@ impl Control {
     fn refuse_waiting(&mut self) {
         let file = self.reloads.writer().unwrap_or_else(|| self.reloads.path().to_owned());
         let why = format!(
-            "{} is still being written; nothing was changed; Tidegate reads it once its writer has closed it",
+            "{} is still being written; nothing was changed; Tidegate reads it when its writer closes it",
             file.display()
         );
-        tracing::error!(held_for = ?HELD_MAX, "reload refused: {why}");
+        tracing::error!(held_for = ?HELD_MAX, reason = %why, "reload rejected");
         let refused = self.refuse(why);
         self.reloads.count_refused();
         self.lifecycle.notifier().reloading();
@@ -130,7 +130,7 @@ impl Control {
         let drains = self.lifecycle.is_draining();
         if drains {
             self.reloads.count_refused();
-            tracing::warn!(asked_by, "reload refused: {DRAINS}");
+            tracing::warn!(asked_by, reason = DRAINS, "reload rejected");
         }
         drains
     }
@@ -145,7 +145,7 @@ impl Control {
             return self.reload().await;
         }
         self.reloads.count_refused();
-        let why = "an upgrade is under way, and whoever serves after it reads the file again";
+        let why = "an upgrade is in progress; the process that serves after it rereads the file";
         Err(self.refuse(why.to_owned()))
     }
 
@@ -158,7 +158,7 @@ impl Control {
         };
         let kind = local_errors::local_kind(&error);
         self.telemetry.local().local_trouble(kind, LocalErrorPlace::Reload);
-        tracing::warn!(%error, "the reload is tried again as soon as that is over");
+        tracing::warn!(%error, "reload postponed because of a local error; retrying");
         self.reloads.retry_later();
     }
 
@@ -170,7 +170,7 @@ impl Control {
         self.reloads.count(&result);
         match &result {
             Ok(ReloadDoc { changed: true, generation, .. }) => {
-                tracing::info!(generation, "configuration in force");
+                tracing::info!(generation, "configuration applied");
             }
             Err(ReloadError::Problems(problems)) => problems.iter().for_each(log_problem),
             _ => {}
@@ -201,7 +201,9 @@ impl Control {
         self.supervised.in_force.reloaded(self.reloads.path(), loaded.text, &loaded.config);
         let mut warnings = self.reloads.warnings();
         let outside = replaced_outside(self.reloads.path());
-        warnings.extend(outside.inspect(|why| tracing::warn!("{why}")));
+        warnings.extend(
+            outside.inspect(|why| tracing::warn!(reason = %why, "configuration file replaced")),
+        );
         ReloadDoc { generation: self.controller.generation(), changed: false, warnings }
     }
 
@@ -251,7 +253,7 @@ impl Control {
         self.telemetry.set_log_level(config.log.level);
         let restart_needed = needs_restart(self.reloads.started_with(), &config);
         for warning in &restart_needed {
-            tracing::warn!("{warning}");
+            tracing::warn!(reason = %warning, "setting needs a restart");
         }
         warnings.iter().for_each(log_warning);
         self.reloads.adopt(Arc::clone(&config), digest, restart_needed);
@@ -321,14 +323,15 @@ impl Control {
 
 fn log_problem(problem: &ProblemDoc) {
     let ProblemDoc { file, line, column, message, help, .. } = problem;
-    let help = help.iter().map(|help| format!("; {help}")).collect::<String>();
-    tracing::error!("configuration refused: {file}:{line}:{column}: {message}{help}");
+    let (at, help) = (format!("{file}:{line}:{column}"), help.as_deref());
+    tracing::error!(at, problem = %message, help, "configuration rejected; the previous one stays in effect");
 }
 
 /// A problem that does not keep the file from being in force.
 pub(super) fn log_warning(warning: &config::Problem) {
     let config::Problem { file, line, column, message, .. } = warning;
-    tracing::warn!("{file}:{line}:{column}: {message}");
+    let at = format!("{file}:{line}:{column}");
+    tracing::warn!(at, problem = %message, "configuration warning");
 }
 
 /// A warning where the path leads to a file that was replaced elsewhere: a mount
@@ -336,7 +339,7 @@ pub(super) fn log_warning(warning: &config::Problem) {
 fn replaced_outside(path: &Path) -> Option<String> {
     std::fs::metadata(path).ok().filter(|data| data.nlink() == 0)?;
     Some(format!(
-        "the file behind {} has been deleted or replaced, and a mount keeps it; \
+        "the file behind {} was deleted or replaced, and the mount keeps the old file; \
          mount its directory instead of the file, or restart to read the new one",
         path.display()
     ))

@@ -46,7 +46,7 @@ pub(super) fn diff(old: &Config, new: &Config) -> Vec<String> {
 
 fn section<T: PartialEq>(lines: &mut Vec<String>, name: &str, old: &T, new: &T) {
     if old != new {
-        lines.push(format!("{name} changes"));
+        lines.push(format!("{name} changed"));
     }
 }
 
@@ -57,12 +57,12 @@ fn named<T: PartialEq + Debug>(
     new: &BTreeMap<String, T>,
 ) {
     for name in old.keys().filter(|name| !new.contains_key(*name)) {
-        lines.push(format!("{kind} {name} goes"));
+        lines.push(format!("{kind} {name} removed"));
     }
     for (name, item) in new {
         match old.get(name) {
-            None => lines.push(format!("{kind} {name} comes")),
-            Some(before) if before != item => lines.push(format!("{kind} {name} changes")),
+            None => lines.push(format!("{kind} {name} added")),
+            Some(before) if before != item => lines.push(format!("{kind} {name} changed")),
             Some(_) => {}
         }
     }
@@ -89,11 +89,11 @@ mod tests {
         let old = config(1, &["a", "b"], 8080);
         assert_eq!(diff(&old, &old), [""; 0]);
         let new = config(1, &["b", "c"], 8081);
-        let wanted = ["frontend web changes", "backend web/a goes", "backend web/c comes"];
+        let wanted = ["frontend web changed", "backend web/a removed", "backend web/c added"];
         assert_eq!(diff(&old, &new), wanted);
         assert_eq!(
             diff(&old, &config(2, &["a"], 8080)),
-            ["backend web/b goes", "backend web/a changes"]
+            ["backend web/b removed", "backend web/a changed"]
         );
     }
 

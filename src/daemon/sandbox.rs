@@ -100,7 +100,7 @@ impl Default for AppliedSandbox {
     /// Inside another program, which is to confine itself.
     fn default() -> AppliedSandbox {
         AppliedSandbox {
-            report: SandboxReport::none("this balancer runs inside another program"),
+            report: SandboxReport::none("not applied: the balancer is embedded in another program"),
             asked: None,
             admin: None,
             in_the_way: Vec::new(),
@@ -143,7 +143,9 @@ pub fn confine(
         state: process.state.clone(),
     };
     if privileges::threads().is_some_and(|count| count > 1) {
-        return Err(Failure::Runtime("cannot give up privileges: there are threads".to_owned()));
+        return Err(Failure::Runtime(
+            "cannot drop privileges: other threads are already running".to_owned(),
+        ));
     }
     let mut report = SandboxReport::none("sandbox = \"off\"");
     // An upgrade takes the addresses from the process before.
@@ -195,20 +197,20 @@ fn prepare_state(
 }
 
 fn changed_during_start() -> String {
-    "the configuration changed while the process started".to_owned()
+    "the configuration changed during startup; start again".to_owned()
 }
 
 fn become_user(identity: &UserIdentity, keep: CapabilitySet) -> Result<(), Failure> {
     let refused = |what: &str, error: &dyn std::fmt::Display| {
         let (user, us) = (&identity.name, privileges::whoami());
         Failure::Runtime(format!(
-            "[process] user: {us} cannot become {user}: cannot {what}: {error}"
+            "[process] user: {us} cannot switch to {user}: cannot {what}: {error}"
         ))
     };
     if !identity.is_ours() {
         identity.assume(keep).map_err(|(what, error)| refused(what, &error))?;
     }
-    privileges::hide_memory().map_err(|error| refused("keep its memory to itself", &error))
+    privileges::hide_memory().map_err(|error| refused("protect its memory", &error))
 }
 
 /// Where the admin API listens. A process that becomes another user has its
@@ -237,7 +239,7 @@ fn prepare_directory(config: &Config, identity: Option<&UserIdentity>) -> Result
     make_directory(&directory, builder.recursive(true).mode(0o755), identity).map_err(|error| {
         let directory = directory.display();
         Failure::Runtime(format!(
-            "cannot make {directory} for the admin socket: {error}; make it, or set [admin] listen"
+            "cannot create {directory} for the admin socket: {error}; create it or set [admin] listen"
         ))
     })
 }
@@ -272,38 +274,40 @@ fn report_privileges(report: &mut SandboxReport, most: CapabilitySet) {
     let root = privileges::is_root();
     report.set(
         "user",
-        if root { Err(format!("runs as {who}; set [process] user")) } else { Ok(who) },
+        if root { Err(format!("running as {who}; set [process] user")) } else { Ok(who) },
     );
     let state = match privileges::held() {
         Ok(held) if most.contains(held) => Ok(privileges::names(held)),
-        Ok(held) if held.bits().count_ones() > MANY => Err("more than are needed".to_owned()),
-        Ok(held) => Err(format!("more than are needed: {}", privileges::names(held))),
+        Ok(held) if held.bits().count_ones() > MANY => {
+            Err("more capabilities than needed".to_owned())
+        }
+        Ok(held) => Err(format!("more capabilities than needed: {}", privileges::names(held))),
         Err(error) => Err(error.to_string()),
     };
     report.set("capabilities", state);
     if privileges::has_no_new_privs() {
-        report.set("no_new_privs", Ok("set by who started this process".to_owned()));
+        report.set("no_new_privs", Ok("set by the parent process".to_owned()));
     }
 }
 
 /// Where files are to be written elsewhere than those at the start were.
-const HINT: &str = "(the sandbox lets this process write into /var/log and the directories \
-                    alone that its configuration named at the start: a restart names others)";
+const HINT: &str = "(the sandbox allows writing only to /var/log and the directories named in the \
+                    configuration at start; restart to add others)";
 
 /// With `sandbox = "on"`.
-const HINT_STRICT: &str = "(the sandbox lets this process into the directories alone that its \
-                           configuration named at the start, and those of its program: a \
-                           restart names others)";
+const HINT_STRICT: &str = "(the sandbox allows access only to the directories named in the \
+                           configuration at start and to the directory of the program; \
+                           restart to add others)";
 
 /// More names than that tell nobody anything.
 const MANY: u32 = 8;
 
 /// `no_new_privs`, landlock and seccomp; what was `inherited` stands already.
 fn apply_sandbox(report: &mut SandboxReport, paths: &Paths, inherited: &[String]) {
-    let before = "by the process before";
+    let before = "inherited from the old process";
     let have = |layer: &str| inherited.iter().any(|one| one == layer);
     if let Err(error) = privileges::set_no_new_privs() {
-        let why = format!("the kernel refuses: {error}");
+        let why = format!("rejected by the kernel: {error}");
         for layer in ["no_new_privs", "landlock", "seccomp"] {
             report.set(layer, Err(why.clone()));
         }
@@ -333,7 +337,8 @@ fn require_all(report: &SandboxReport) -> Result<(), Failure> {
     if missing.is_empty() {
         return Ok(());
     }
-    let why = format!("sandbox = \"on\", and this cannot be had: {}", missing.join(", "));
+    let why =
+        format!("sandbox = \"on\", but these layers are not available: {}", missing.join(", "));
     Err(Failure::Runtime(why))
 }
 
@@ -424,15 +429,15 @@ impl AppliedSandbox {
     /// Says in one line what is in force; a warning where that is less than was
     /// asked for.
     pub(super) fn log_summary(&self) {
-        let line = self.report.line();
+        let layers = self.report.line();
         let short = self.report.layers().iter().any(|one| !one.in_force && one.layer != "user");
         match &self.asked {
             None => {}
             Some(SandboxSettings { sandbox: Sandbox::Off, .. }) => {
-                tracing::info!("confined by the settings alone: {line}");
+                tracing::info!(layers, "sandbox is off");
             }
-            Some(_) if short => tracing::warn!("confined, with less than there could be: {line}"),
-            Some(_) => tracing::info!("confined: {line}"),
+            Some(_) if short => tracing::warn!(layers, "sandbox only partially applied"),
+            Some(_) => tracing::info!(layers, "sandbox applied"),
         }
     }
 }

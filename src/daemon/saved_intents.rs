@@ -77,21 +77,21 @@ pub(super) fn decode(text: &[u8], now: SystemTime) -> Result<Saved, String> {
     struct Versioned {
         version: u32,
     }
-    let damaged = |error: serde_json::Error| format!("it is damaged: {error}");
+    let damaged = |error: serde_json::Error| format!("damaged: {error}");
     let Versioned { version } = serde_json::from_slice(text).map_err(damaged)?;
     if version != VERSION {
-        return Err(format!("it is of version {version}, this program reads {VERSION}"));
+        return Err(format!("unsupported version {version}; this binary reads version {VERSION}"));
     }
     let file: IntentFile = serde_json::from_slice(text).map_err(damaged)?;
     if file.intents.len() > INTENTS_MAX {
-        return Err(format!("it has {} intents, {INTENTS_MAX} at most", file.intents.len()));
+        return Err(format!("too many intents: {}, at most {INTENTS_MAX}", file.intents.len()));
     }
     let mut pools: BTreeMap<String, Vec<SavedBackend>> = BTreeMap::new();
     let mut removed_intents = Vec::new();
     let age_ms = |then: u64| unix(now).saturating_sub(then).saturating_mul(1000);
     for line in file.intents {
         if Intent::named(&line.intent).is_none() {
-            return Err(format!("it is damaged: {:?} is no intent", line.intent));
+            return Err(format!("damaged: {:?} is not an intent", line.intent));
         }
         let IntentLine { pool, backend: name, address, intent, since, left } = line;
         let intent_ms = age_ms(since);
@@ -168,10 +168,12 @@ mod tests {
     #[test]
     fn another_version_and_an_unknown_intent_are_refused() {
         let error = |text: &str| decode(text.as_bytes(), at(0)).unwrap_err();
-        assert_eq!(error("{\"version\":2}"), "it is of version 2, this program reads 1");
-        assert!(error("").starts_with("it is damaged: "));
+        assert_eq!(error("{\"version\":2}"), "unsupported version 2; this binary reads version 1");
+        assert!(error("").starts_with("damaged: "));
         let text = String::from_utf8(encode(&saved(), at(9))).unwrap();
-        assert!(error(&text.replace("draining", "sleeping")).contains("\"sleeping\" is no intent"));
+        assert!(
+            error(&text.replace("draining", "sleeping")).contains("\"sleeping\" is not an intent")
+        );
     }
 
     proptest! {

@@ -40,9 +40,9 @@ impl SessionCap {
         if self.is_news(config.process.connections_max, allowed) {
             tracing::warn!(
                 connections_max = config.process.connections_max,
-                in_force = allowed,
+                effective = allowed,
                 descriptors = self.descriptors,
-                "the limit on open descriptors allows fewer sessions; raise LimitNOFILE or ulimit -n"
+                "descriptor limit too low for connections_max; raise LimitNOFILE or ulimit -n"
             );
         }
         let mut lowered = Config::clone(config);

@@ -46,14 +46,14 @@ impl SharedCounts {
     pub(super) fn new(before: Option<OwnedFd>) -> SharedCounts {
         let joined = before.map(Memory::join);
         if let Some(Err(error)) = &joined {
-            tracing::warn!(%error, "counts are not shared with the process before: until it ends, caps go by its reports");
+            tracing::warn!(%error, "cannot share counts with the old process; caps use its reports until it exits");
         }
         let taken = matches!(joined, Some(Ok(_)));
         let memory = match joined {
             Some(Ok(memory)) => Some(memory),
             _ => Memory::create()
                 .inspect_err(|error| {
-                    tracing::warn!(%error, "no memory to share counts: after an upgrade, caps go by reports");
+                    tracing::warn!(%error, "cannot allocate shared counts; caps use reports after an upgrade");
                 })
                 .ok(),
         };
@@ -88,7 +88,7 @@ impl SharedCounts {
         match named.spawn(move || watch(&memory, &gate, &flag)) {
             Ok(_) => *watched = true,
             Err(error) => {
-                tracing::warn!(%error, "slots that the other process gives back are noticed late");
+                tracing::warn!(%error, "cannot start the thread for shared counts; slots freed by the other process are noticed late");
             }
         }
     }
@@ -104,7 +104,7 @@ fn watch(memory: &Memory, gate: &SlotWaiters, watched: &Mutex<bool>) {
             continue;
         }
         if memory.clean(clear) {
-            tracing::debug!("another process has ended; what it held of the caps is free");
+            tracing::debug!("another process exited; its slots are free");
             gate.slot_freed();
         }
         let mut watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
@@ -133,7 +133,7 @@ impl Counts for SharedCounts {
                     let max = CELLS_MAX;
                     tracing::warn!(
                         max,
-                        "no room to share all counts: after an upgrade, further caps go by reports"
+                        "shared counts are full; further caps use reports after an upgrade"
                     );
                 }
                 InFlight::new()

@@ -44,8 +44,9 @@ impl Signals {
                 signal(SignalKind::user_defined2())?,
             ])
         };
-        let listeners =
-            all().map_err(|error| Failure::Runtime(format!("cannot take signals: {error}")))?;
+        let listeners = all().map_err(|error| {
+            Failure::Runtime(format!("cannot install signal handlers: {error}"))
+        })?;
         Ok(Signals { listeners: Some(listeners), stopped: None })
     }
 

@@ -62,7 +62,7 @@ pub(super) fn start(
             let _ = thread.join();
             Err(failure)
         }
-        Err(_) => Err(Failure::Runtime("the control thread died while it started".to_owned())),
+        Err(_) => Err(Failure::Runtime("control thread exited during startup".to_owned())),
     }
 }
 
@@ -76,7 +76,7 @@ fn control_thread(
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            let failure = Failure::Runtime(format!("cannot start a runtime: {error}"));
+            let failure = Failure::Runtime(format!("cannot start the async runtime: {error}"));
             let _ = ready.send(Err(failure));
             return RunEnd::Drained { cut: 0 };
         }
@@ -87,7 +87,7 @@ fn control_thread(
                 let _ = ready.send(Ok(()));
                 // What it owned is given up, in order, after the panic.
                 Box::pin(catch_panic(control.run())).await.unwrap_or_else(|_| {
-                    tracing::error!("the control thread panicked: the process ends");
+                    tracing::error!("control thread panicked; exiting");
                     RunEnd::ControlPanicked
                 })
             }
@@ -390,7 +390,7 @@ impl Control {
             (Arc::clone(self.admin.tokens()), self.lifecycle.readiness().clone());
         let (listen, local) = (admin.address().to_string(), Arc::clone(self.telemetry.local()));
         AdminApi::serve(admin, listen, tokens, requests, readiness, local)
-            .map_err(|error| Failure::Runtime(format!("cannot serve the admin API: {error}")))
+            .map_err(|error| Failure::Runtime(format!("cannot start the admin API: {error}")))
     }
 }
 
@@ -398,7 +398,7 @@ impl Control {
 fn auto_workers(cpus: usize) -> usize {
     match cpu::quota() {
         Some(quota) if quota < cpus => {
-            tracing::info!(cpus, quota, "a CPU quota allows fewer workers than there are CPUs");
+            tracing::info!(cpus, quota, "using fewer workers than CPUs because of a CPU quota");
             quota
         }
         _ => cpus,
@@ -412,9 +412,9 @@ fn announce(control: &Control, config: &Config) {
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         engine,
-        %reason,
+        engine_reason = %reason,
         workers,
-        "tidegate starts"
+        "started"
     );
     control.lifecycle.confined().log_summary();
     for address in config.heartbeat.iter().flat_map(|heartbeat| &heartbeat.listen) {

@@ -116,7 +116,7 @@ impl StateDirectory {
                 let kept = kept.as_ref().map_or(&path, |aside| aside).display();
                 tracing::error!(
                     path = %path.display(), %error, %kept,
-                    "operators' intents are not read; every backend starts undrained"
+                    "cannot read operator intents; every backend starts undrained"
                 );
                 None
             }
@@ -167,7 +167,7 @@ impl Drop for IntentWriter {
     fn drop(&mut self) {
         self.wake = None;
         if self.ended.recv_timeout(FLUSH_MAX) == Err(RecvTimeoutError::Timeout) {
-            tracing::warn!("the last intents of operators may not be on disk");
+            tracing::warn!("no confirmation that the last operator intents are on disk");
         }
     }
 }
@@ -179,7 +179,7 @@ fn write_newest(directory: &Path, shared: &Mutex<UnwrittenIntents>, failures: &A
         // The first in a row of failures is logged, every one is counted.
         let path = directory.join(FILE);
         let failed = failures.fetch_add(1, Ordering::Relaxed) + 1;
-        tracing::warn!(path = %path.display(), %error, failed, "cannot write operators' intents; a restart loses them");
+        tracing::warn!(path = %path.display(), %error, failed, "cannot write operator intents; a restart loses them");
     }
     for one in waiting {
         // An operator that has left needs no answer.
@@ -225,16 +225,16 @@ fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let refused = |why: String| Err(io::Error::new(io::ErrorKind::InvalidData, why));
     let own = rustix::process::geteuid().as_raw();
     if !found.is_file() {
-        return refused("it is not a regular file".to_owned());
+        return refused("not a regular file".to_owned());
     }
     if found.uid() != own && found.uid() != 0 {
-        return refused(format!("it belongs to user {}, not to user {own}", found.uid()));
+        return refused(format!("owned by user {}; expected user {own} or root", found.uid()));
     }
     if found.mode() & 0o022 != 0 {
-        return refused("other users can write it".to_owned());
+        return refused("writable by other users".to_owned());
     }
     if found.len() > BYTES_MAX {
-        return refused(format!("it has {} bytes, {BYTES_MAX} at most", found.len()));
+        return refused(format!("too large: {} bytes, at most {BYTES_MAX}", found.len()));
     }
     let mut text = Vec::new();
     file.take(BYTES_MAX).read_to_end(&mut text)?;

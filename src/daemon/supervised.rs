@@ -146,7 +146,8 @@ impl Supervised {
         .map_err(no_thread)?;
         self.news = Some(news);
         if let Some(before) = &given.before {
-            tracing::error!(attempt = given.attempt, "{before}; this process takes its place");
+            let attempt = given.attempt;
+            tracing::error!(attempt, reason = %before, "serving process ended; this process replaces it");
         }
         self.in_force.announce();
         let known = given.before.is_some().then(|| known(&given));
@@ -272,7 +273,7 @@ impl Supervised {
         let intents = controller.save_intents(clock::now());
         let written = serde_json::to_vec(&intents).map_err(io::Error::other);
         if let Err(error) = written.and_then(|text| store.write(&text)) {
-            tracing::warn!(%error, "a crash would lose the operators' last wishes");
+            tracing::warn!(%error, "cannot store operator intents with the supervisor; a crash loses them");
         }
     }
 
@@ -300,7 +301,7 @@ fn write_all(store: &Store, snapshots: &sync::Receiver<KeptSnapshot>) {
         let snapshot = KeptSnapshot { digest, state: state.without_counts() };
         let written = serde_json::to_vec(&snapshot).map_err(io::Error::other);
         if let Err(error) = written.and_then(|text| store.write(&text)) {
-            tracing::warn!(%error, "a crash would lose what is known of the backends");
+            tracing::warn!(%error, "cannot store backend states with the supervisor; a crash loses them");
         }
     }
 }
@@ -347,5 +348,5 @@ impl KeptState {
 
 /// In words, for the log.
 pub(super) fn in_words(status: ExitStatus) -> String {
-    format!("the new process ended at once ({status})")
+    format!("the new process exited immediately ({status})")
 }

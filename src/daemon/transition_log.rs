@@ -19,6 +19,8 @@ const LINES_MAX: u32 = 50;
 
 const WINDOW: Duration = Duration::from_secs(1);
 
+const NOT_LOGGED: &str = "backend state changes not logged because of the rate limit per pool";
+
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub(super) struct TransitionLog {
@@ -59,11 +61,10 @@ impl TransitionLog {
     /// Says what was left out in seconds that are over.
     pub(super) fn log_suppressed(&mut self, now: Instant) {
         for SuppressedChanges { pool, bad, count } in self.over(now) {
-            let s = if count == 1 { "" } else { "s" };
             if bad {
-                tracing::warn!(%pool, "{count} more backend{s} down, ejected or suspect within a second");
+                tracing::warn!(%pool, severity = "bad", suppressed = count, "{NOT_LOGGED}");
             } else {
-                tracing::info!(%pool, "{count} more change{s} of backends within a second");
+                tracing::info!(%pool, severity = "other", suppressed = count, "{NOT_LOGGED}");
             }
         }
     }
@@ -116,9 +117,9 @@ fn write(transition: &Transition, bad: bool) {
     let Transition { pool, backend, from, to, reason, lasted, .. } = transition;
     let lasted = humantime::format_duration(Duration::from_millis(lasted.as_millis() as u64));
     if bad {
-        tracing::warn!(%pool, %backend, from, to, reason, %lasted, "backend");
+        tracing::warn!(%pool, %backend, from, to, reason, after = %lasted, "backend state changed");
     } else {
-        tracing::info!(%pool, %backend, from, to, reason, %lasted, "backend");
+        tracing::info!(%pool, %backend, from, to, reason, after = %lasted, "backend state changed");
     }
 }
 

@@ -179,7 +179,7 @@ pub(super) fn thread_facts(thread: i32) -> ThreadFacts {
 pub(super) fn thread_state_name(state: Option<char>) -> &'static str {
     match state {
         Some('R') => "running",
-        Some('S') => "asleep",
+        Some('S') => "sleeping",
         Some('D') => "blocked in the kernel",
         Some('T' | 't') => "stopped",
         _ => "unknown",

@@ -157,11 +157,11 @@ impl WorkerSet {
             WatchdogEvent::Stalled { worker, time, state } => {
                 let stage = self.counters[worker].pulse.stage().name();
                 let cpu = self.workers[worker].cpu();
-                let thread = watchdog::thread_state_name(state);
-                tracing::warn!(worker, cpu, ?time, stage, thread, "worker is stalled");
+                let thread_state = watchdog::thread_state_name(state);
+                tracing::warn!(worker, cpu, stalled_for = ?time, stage, thread_state, "worker stalled");
             }
             WatchdogEvent::Responsive { worker, time } => {
-                tracing::warn!(worker, ?time, "worker turns again");
+                tracing::warn!(worker, stalled_for = ?time, "worker responsive again");
             }
         }
     }
@@ -203,16 +203,19 @@ impl WorkerSet {
         while self.workers.iter().any(|worker| !worker.is_finished()) && clock::now() < deadline {
             tokio::time::sleep(JOIN_STEP).await;
         }
-        for worker in self.workers.drain(..) {
+        for (id, worker) in self.workers.drain(..).enumerate() {
             if worker.is_finished() {
                 worker.join();
             } else {
-                tracing::error!("a worker thread did not end in time and is abandoned");
+                tracing::error!(
+                    worker = id,
+                    "worker thread did not stop in time; exiting without it"
+                );
             }
         }
         let lost = self.access_log.take().map_or(0, AccessLog::close);
         if lost > 0 {
-            tracing::warn!(lines = lost, "access-log lines lost at exit");
+            tracing::warn!(lines = lost, "access-log lines dropped at exit");
         }
     }
 

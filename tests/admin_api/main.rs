@@ -95,7 +95,7 @@ fn wrong_methods_are_405_and_name_the_right_one() {
     let api = Api::unix(Control::Answers);
     for path in ["/metrics", "/live", "/ready", "/v1/status"] {
         let answer = api.ask("POST", path);
-        assert_eq!(answer.refusal(), (405, "wrong method".to_owned()), "{path}");
+        assert_eq!(answer.refusal(), (405, "method not allowed".to_owned()), "{path}");
         assert!(answer.head.contains("allow: get,head"), "{answer:?}");
     }
     for path in ["/v1/reload", "/v1/upgrade", "/v1/shutdown", "/v1/pools/web/backends/a/drain"] {
@@ -117,7 +117,7 @@ fn an_upgrade_is_told_done_refused_or_failed() {
     let both = api.ask("POST", "/v1/upgrade?binary=/x&config=/y");
     assert_eq!(both.status, 200, "{both:?}");
     let refused = api.ask("POST", "/v1/upgrade?binary=/x");
-    assert_eq!(refused.refusal(), (409, "the upgrade is refused".to_owned()));
+    assert_eq!(refused.refusal(), (409, "upgrade rejected".to_owned()));
     let failed = api.ask("POST", "/v1/upgrade?binary=%2Fbroken%20one");
     assert_eq!(failed.refusal().0, 422);
     assert_eq!(failed.json()["detail"], "it said: no");
@@ -131,7 +131,7 @@ fn over_tcp_an_upgrade_names_no_program_of_the_callers() {
     assert_eq!(api.raw("POST", "/v1/upgrade", &headers, b"").status, 200);
     for query in ["binary=/x", "config=/y"] {
         let refused = api.raw("POST", &format!("/v1/upgrade?{query}"), &headers, b"");
-        assert_eq!(refused.refusal(), (403, "not over TCP".to_owned()));
+        assert_eq!(refused.refusal(), (403, "not allowed over TCP".to_owned()));
     }
 }
 
@@ -154,7 +154,7 @@ fn a_refused_file_is_422_with_every_problem() {
 #[test]
 fn a_reload_while_draining_is_a_conflict_and_names_no_file() {
     let answer = Api::unix(Control::Drains).ask("POST", "/v1/reload");
-    assert_eq!(answer.refusal(), (409, "the reload is refused".to_owned()));
+    assert_eq!(answer.refusal(), (409, "reload rejected".to_owned()));
     assert_eq!(answer.json()["detail"], "this process is draining");
     assert!(answer.json().get("problems").is_none());
 }
@@ -163,7 +163,10 @@ fn a_reload_while_draining_is_a_conflict_and_names_no_file() {
 fn a_control_loop_that_does_not_answer_gives_503_in_time() {
     let api = Api::unix(Control::Hangs);
     let start = clock::now();
-    assert_eq!(api.ask("GET", "/v1/status").refusal(), (503, "no answer".to_owned()));
+    assert_eq!(
+        api.ask("GET", "/v1/status").refusal(),
+        (503, "no answer from the control loop".to_owned())
+    );
     let took = clock::now() - start;
     assert!(took > Duration::from_secs(4) && took < Duration::from_secs(9), "{took:?}");
     assert_eq!(api.ask("GET", "/live").status, 200);
@@ -172,7 +175,10 @@ fn a_control_loop_that_does_not_answer_gives_503_in_time() {
 #[test]
 fn a_control_loop_that_has_ended_gives_503_at_once() {
     let api = Api::unix(Control::HasEnded);
-    assert_eq!(api.ask("POST", "/v1/reload").refusal(), (503, "no answer".to_owned()));
+    assert_eq!(
+        api.ask("POST", "/v1/reload").refusal(),
+        (503, "no answer from the control loop".to_owned())
+    );
 }
 
 // --- who may ask ---
@@ -251,9 +257,9 @@ fn web_pages_can_neither_change_nor_read_anything() {
     let headers =
         ["Host: localhost", "Origin: http://localhost", &bearer(TOKEN), "Content-Length: 0"];
     let refused = tcp.raw("POST", "/v1/shutdown", &headers, b"");
-    assert_eq!(refused.refusal(), (403, "origin refused".to_owned()));
+    assert_eq!(refused.refusal(), (403, "origin not allowed".to_owned()));
     let read = tcp.raw("GET", "/v1/status", &["Host: localhost", "Origin: null"], b"");
-    assert_eq!(read.refusal(), (403, "origin refused".to_owned()));
+    assert_eq!(read.refusal(), (403, "origin not allowed".to_owned()));
     assert!(!tcp.shut_down.load(Ordering::Relaxed));
 }
 

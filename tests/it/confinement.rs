@@ -235,7 +235,7 @@ fn process_that_cannot_become_the_user_does_not_start() {
     let (code, said) = tries(place.command().uid(OTHER).gid(OTHER));
     assert_eq!(code, Some(3), "{said}");
     assert!(
-        said.contains("[process] user: 54322:54322 cannot become 54321: cannot set the"),
+        said.contains("[process] user: 54322:54322 cannot switch to 54321: cannot set the"),
         "{said}"
     );
     let text = fs::read_to_string(place.file("tidegate.toml")).unwrap();
@@ -296,7 +296,11 @@ fn strictly_confined_it_reads_no_other_directory_and_says_why() {
     }
     let refused = reload_with_a_list_elsewhere(&proxy);
     assert_eq!(refused.status, 422, "{}", refused.body);
-    assert!(refused.body.contains("lets this process into the directories"), "{}", refused.body);
+    assert!(
+        refused.body.contains("the sandbox allows access only to the directories"),
+        "{}",
+        refused.body
+    );
     client::exchange(&connect(proxy.addr("web")), b"and it goes on").unwrap();
     proxy.rewrite_in_place(&proxy.render(&proxy.conf()));
 }
@@ -314,7 +318,7 @@ fn by_default_nothing_is_written_elsewhere_and_the_answer_says_why() {
     proxy.rewrite_in_place(&proxy.render(&conf));
     let refused = proxy.admin_request("POST", "/v1/reload");
     assert_eq!(refused.status, 422, "{}", refused.body);
-    assert!(refused.body.contains("the sandbox lets this process write"), "{}", refused.body);
+    assert!(refused.body.contains("the sandbox allows writing only to"), "{}", refused.body);
     client::exchange(&connect(proxy.addr("web")), b"and it goes on").unwrap();
     assert!(proxy.cli_ok(&["status"]).contains("sandbox: "));
     proxy.rewrite_in_place(&proxy.render(&proxy.conf()));
@@ -394,7 +398,7 @@ fn no_secret_shows_in_anything_the_balancer_says() {
     fs::write(file("key"), "short-key").unwrap();
     said.push(cli(&["reload"]));
     eventually(secs(5), "the refusal is in the log", || {
-        fs::read_to_string(file("log")).unwrap().contains("configuration refused")
+        fs::read_to_string(file("log")).unwrap().contains("configuration rejected")
     });
     said.push(fs::read_to_string(file("log")).unwrap());
     assert!(said.iter().any(|text| text.contains("holds 9 bytes")), "the reload was refused");

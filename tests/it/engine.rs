@@ -46,7 +46,7 @@ fn auto_takes_epoll_and_says_that_io_uring_could_be_had() {
     let status = proxy.status();
     assert_eq!(status["engine"], "epoll", "{status:#}");
     assert!(
-        status["engine_reason"].as_str().unwrap().contains("io_uring is allowed"),
+        status["engine_reason"].as_str().unwrap().contains("io_uring is available"),
         "{status:#}"
     );
     assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a");

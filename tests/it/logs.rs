@@ -74,14 +74,14 @@ fn debug_and_trace_tell_of_tables_probes_reloads_and_upgrades(engine: Engine) {
     let known = proxy.log().len();
     let before = proxy.upgrade();
     for line in [
-        "DEBUG tidegate_daemon::reload: reload change=\"backend web/a changes\"",
+        "DEBUG tidegate_daemon::reload: reload change=\"backend web/a changed\"",
         ": table published generation=",
         ": probe ended pool=web backend=a result=\"success after",
-        "TRACE tidegate_daemon::effects: probe begins address=",
+        "TRACE tidegate_daemon::effects: probe started address=",
     ] {
         eventually(secs(10), line, || proxy.log().contains(line));
     }
-    for step in ["new process has started pid=", "new process is ready", "this process serves;"] {
+    for step in ["new process started pid=", "new process is ready", "this process serves;"] {
         eventually(secs(10), step, || proxy.log()[known..].contains(step));
     }
     proxy.wait_gone(before, secs(10));

@@ -213,6 +213,6 @@ fn a_file_replaced_behind_a_mount_is_warned_of(engine: Engine) {
     let answer = bed.proxy.admin_request("POST", "/v1/reload").json();
     assert_eq!(answer["changed"], false, "{answer}");
     let warning = answer["warnings"][0].as_str().unwrap_or_default();
-    assert!(warning.contains("has been deleted or replaced"), "{answer}");
+    assert!(warning.contains("was deleted or replaced"), "{answer}");
     eventually(secs(5), "the log says it, too", || bed.proxy.log().contains("mount its directory"));
 }

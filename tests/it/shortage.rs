@@ -266,7 +266,7 @@ fn changed_file_that_could_not_be_opened_is_read_when_it_can(engine: Engine) {
     let Some(injected) = Injected::start(scene.proxy.pid(), "openat", "EMFILE") else { return };
     scene.proxy.rewrite_by_rename(&text);
     eventually(secs(5), "the trouble is told of", || {
-        scene.proxy.log().contains("the reload is tried again as soon as that is over")
+        scene.proxy.log().contains("reload postponed because of a local error")
     });
     scene.bulk();
     assert_eq!(scene.proxy.generation(), generation);
@@ -312,7 +312,7 @@ fn unread_log_blocks_nothing_and_reports_what_was_lost(engine: Engine) {
     let mut text = Vec::new();
     eventually(secs(10), "the loss is told of", || {
         let _ = reader.read_to_end(&mut text);
-        String::from_utf8_lossy(&text).contains("log lines were lost")
+        String::from_utf8_lossy(&text).contains("log lines dropped")
     });
 }
 
@@ -354,7 +354,7 @@ fn lack_of_inotify_instances_means_polling_until_there_are_some(engine: Engine) 
     let script = format!("echo 0 >{LIMIT}; exec \"$@\"");
     let wrapper = ["unshare", "-Ur", "sh", "-c", &script, "sh"].map(str::to_owned);
     let mut proxy = start_under(engine, &backend, &wrapper);
-    eventually(secs(5), "that is told", || proxy.log().contains("configuration file is polled"));
+    eventually(secs(5), "that is told", || proxy.log().contains("checking it every second"));
     let (generation, mut conf) = (proxy.generation(), proxy.conf());
     *conf.pool_mut("web") = conf.pool_mut("web").clone().key("connect_attempts = 2");
     proxy.rewrite_by_rename(&proxy.render(&conf));
@@ -372,6 +372,8 @@ fn lack_of_inotify_instances_means_polling_until_there_are_some(engine: Engine) 
         ])
         .status();
     assert!(raised.unwrap().success());
-    eventually(secs(5), "it is watched again", || proxy.log().contains("is watched again"));
+    eventually(secs(5), "it is watched again", || {
+        proxy.log().contains("watching the configuration file again")
+    });
     proxy.rebaseline();
 }

@@ -227,7 +227,7 @@ fn a_new_process_that_is_killed_leaves_its_slots_to_the_old_one(engine: Engine) 
     let new = proxy.pid();
     proc::signal(new, Signal::KILL);
     proxy.serve_by(old);
-    let log = "the new process has ended: this process accepts again";
+    let log = "new process exited; this process accepts connections again";
     eventually(secs(5), "the old one serves", || proxy.log().contains(log));
     let next: Vec<TcpStream> = (5..CAP).map(|_| greeted(proxy.addr("web"))).collect();
     assert!(waits(&connect(proxy.addr("web"))), "let in beyond the cap");

@@ -188,6 +188,6 @@ fn passed_socket_without_bind_is_an_error(engine: Engine) {
     let status = run_with(&listener, &config).wait().unwrap();
     assert_eq!(status.code(), Some(3));
     let said = std::fs::read_to_string(config.with_extension("log")).unwrap();
-    let named = format!("no bind of the configuration is {}", listener.local_addr().unwrap());
+    let named = format!("no bind in the configuration matches {}", listener.local_addr().unwrap());
     assert!(said.contains(&named) && said.contains("front"), "{said}");
 }

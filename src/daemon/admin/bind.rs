@@ -56,7 +56,7 @@ pub struct SocketFileLock {
 #[derive(Debug, thiserror::Error)]
 pub enum AdminBindError {
     /// Another process listens there.
-    #[error("another process answers on {0}")]
+    #[error("another process is listening on {0}")]
     Live(AdminListen),
     /// There is something else than a socket at its path.
     #[error("{} is not a socket; remove it or choose another [admin] listen", .0.display())]
@@ -191,7 +191,7 @@ fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)
 
 /// Nothing is there, or a socket on which no process listens.
 fn refuse_unless_free(path: &Path, address: &AdminListen) -> Result<(), AdminBindError> {
-    let fail = |source| AdminBindError::Io { doing: "look at", address: address.clone(), source };
+    let fail = |source| AdminBindError::Io { doing: "inspect", address: address.clone(), source };
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(fail(error)),
@@ -355,7 +355,7 @@ mod tests {
         let error = bind(&at(&path)).unwrap_err();
         assert_eq!(
             error.to_string(),
-            format!("another process answers on unix:{}", path.display())
+            format!("another process is listening on unix:{}", path.display())
         );
         // The first check's connection, never accepted, fills the queue.
         assert!(matches!(bind(&at(&path)), Err(AdminBindError::Live(_))));

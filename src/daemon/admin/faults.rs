@@ -28,7 +28,7 @@ async fn fault(
     match api.ask(|reply| AdminRequest::Fault { place, worker, millis, reply }).await? {
         true => Ok(answer("text/plain", String::new())),
         false => {
-            let (error, detail) = ("no such fault", "unknown place or worker");
+            let (error, detail) = ("unknown fault", "unknown location or worker");
             Err(ErrorResponse::new(StatusCode::BAD_REQUEST, error, detail))
         }
     }

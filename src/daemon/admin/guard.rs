@@ -63,13 +63,13 @@ fn check_host(
     if entrance == Transport::Unix {
         return Ok(());
     }
-    let bad = |status, detail: &str| ErrorResponse::new(status, "host refused", detail);
+    let bad = |status, detail: &str| ErrorResponse::new(status, "host not allowed", detail);
     let mut hosts = headers.get_all(HOST).iter();
     let host = match (hosts.next(), hosts.next()) {
         (Some(host), None) => host,
         // Browsers always send one, so this is no page's request.
         (None, _) if version == Version::HTTP_10 && target.is_none() => return Ok(()),
-        _ => return Err(bad(StatusCode::BAD_REQUEST, "exactly one Host header is needed")),
+        _ => return Err(bad(StatusCode::BAD_REQUEST, "send exactly one Host header")),
     };
     let known = |host: &str| is_ip_or_localhost(host);
     if host.to_str().is_ok_and(known) && target.is_none_or(known) {
@@ -106,8 +106,8 @@ fn check_origin(
 ) -> Result<(), ErrorResponse> {
     let matters = method == Method::POST || entrance != Transport::Unix;
     if matters && headers.contains_key(ORIGIN) {
-        let detail = "requests from web pages are refused";
-        return Err(ErrorResponse::new(StatusCode::FORBIDDEN, "origin refused", detail));
+        let detail = "requests with an Origin header are rejected";
+        return Err(ErrorResponse::new(StatusCode::FORBIDDEN, "origin not allowed", detail));
     }
     Ok(())
 }
@@ -126,8 +126,8 @@ fn check_token(method: &Method, headers: &HeaderMap, api: &ApiState) -> Result<(
         Some(candidate) if token.matches(candidate) => Ok(()),
         given => {
             let detail = match given {
-                Some(_) => "the token is wrong",
-                None => "Authorization: Bearer TOKEN is needed",
+                Some(_) => "wrong token",
+                None => "missing header: Authorization: Bearer TOKEN",
             };
             Err(ErrorResponse::new(StatusCode::UNAUTHORIZED, "unauthorized", detail))
         }
@@ -143,7 +143,7 @@ fn bearer_token<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8
 
 async fn discard(headers: &HeaderMap, body: Body) -> Result<(), ErrorResponse> {
     let too_large = || {
-        let detail = format!("no body above {BODY_MAX} bytes is read");
+        let detail = format!("request bodies are limited to {BODY_MAX} bytes");
         ErrorResponse::new(StatusCode::PAYLOAD_TOO_LARGE, "body too large", detail)
     };
     let announced =
@@ -155,9 +155,11 @@ async fn discard(headers: &HeaderMap, body: Body) -> Result<(), ErrorResponse> {
     match tokio::time::timeout(BODY_READ_MAX, read).await {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(error)) => {
-            Err(ErrorResponse::new(StatusCode::BAD_REQUEST, "body unreadable", error.to_string()))
-        }
+        Ok(Err(error)) => Err(ErrorResponse::new(
+            StatusCode::BAD_REQUEST,
+            "cannot read the body",
+            error.to_string(),
+        )),
         Err(_) => {
             let detail = format!("the body did not arrive within {BODY_READ_MAX:?}");
             Err(ErrorResponse::new(StatusCode::REQUEST_TIMEOUT, "body too slow", detail))

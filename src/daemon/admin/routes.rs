@@ -83,8 +83,8 @@ async fn ready(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorRespon
         (Some(worker), _) => format!("worker {worker} is stalled"),
         _ if state != ServiceState::Serving => state.to_string(),
         (None, 0) => return Ok(answer(JSON, text(&StateDoc { state }))),
-        (None, 1) => "1 pool waits for the first verdict on a backend".to_owned(),
-        (None, pools) => format!("{pools} pools wait for the first verdict on a backend"),
+        (None, 1) => "1 pool waits for its first probe or heartbeat result".to_owned(),
+        (None, pools) => format!("{pools} pools wait for their first probe or heartbeat results"),
     };
     Err(ErrorResponse::new(StatusCode::SERVICE_UNAVAILABLE, "not ready", detail))
 }
@@ -102,7 +102,7 @@ async fn reload(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorRespo
         Ok(reloaded) => Ok(answer(JSON, text(&reloaded))),
         Err(ReloadError::Problems(problems)) => Err(refused_file(problems)),
         Err(ReloadError::NotNow(why)) => {
-            Err(ErrorResponse::new(StatusCode::CONFLICT, "the reload is refused", why))
+            Err(ErrorResponse::new(StatusCode::CONFLICT, "reload rejected", why))
         }
     }
 }
@@ -112,7 +112,7 @@ fn refused_file(problems: Vec<ProblemDoc>) -> ErrorResponse {
         [one] => one.message.clone(),
         several => format!("{} problems", several.len()),
     };
-    let error = "the configuration is refused; the one in force stays";
+    let error = "configuration rejected; the previous one stays in effect";
     let mut refused = ErrorResponse::new(StatusCode::UNPROCESSABLE_ENTITY, error, detail);
     refused.document.problems = Some(problems);
     refused
@@ -179,7 +179,7 @@ fn names(named: BackendPath, uri: &Uri) -> Result<(String, String), ErrorRespons
 
 fn unknown(error: OperatorError, (pool, backend): (String, String)) -> ErrorResponse {
     let (error, detail) = match error {
-        OperatorError::UnknownPool => ("unknown pool", format!("no pool is named {pool:?}")),
+        OperatorError::UnknownPool => ("unknown pool", format!("there is no pool {pool:?}")),
         OperatorError::UnknownBackend => {
             ("unknown backend", format!("pool {pool:?} has no backend {backend:?}"))
         }
@@ -196,8 +196,8 @@ fn not_found(uri: &Uri) -> ErrorResponse {
 }
 
 async fn wrong_method(method: Method, uri: Uri) -> ErrorResponse {
-    let detail = format!("{method} is not for {}", uri.path());
-    ErrorResponse::new(StatusCode::METHOD_NOT_ALLOWED, "wrong method", detail)
+    let detail = format!("{method} is not allowed on {}", uri.path());
+    ErrorResponse::new(StatusCode::METHOD_NOT_ALLOWED, "method not allowed", detail)
 }
 
 pub(super) fn answer(content_type: &'static str, body: String) -> Response {
@@ -236,13 +236,17 @@ impl ApiState {
         };
         let detail = match tokio::time::timeout(limit, exchange).await {
             Ok(Some(answer)) => return Ok(answer),
-            Ok(None) => "the control loop has ended".to_owned(),
+            Ok(None) => "the control loop has exited".to_owned(),
             Err(_) => format!(
                 "the control loop did not answer within {limit:?}; \
-                 what was asked for may still happen"
+                 the request can still take effect"
             ),
         };
-        Err(ErrorResponse::new(StatusCode::SERVICE_UNAVAILABLE, "no answer", detail))
+        Err(ErrorResponse::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "no answer from the control loop",
+            detail,
+        ))
     }
 }
 

@@ -246,7 +246,7 @@ impl AdminServer {
         let now = clock::now();
         if logged.is_none_or(|logged| now >= logged + LOG_INTERVAL) {
             *logged = Some(now);
-            tracing::warn!(%error, "the admin API cannot accept a connection");
+            tracing::warn!(%error, "cannot accept an admin connection; retrying");
         }
     }
 

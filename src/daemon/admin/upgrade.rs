@@ -35,34 +35,34 @@ pub(super) async fn upgrade(
 ) -> Result<Response, ErrorResponse> {
     let UpgradeQuery { binary, config } = parse_query(uri.query().unwrap_or_default())?;
     if (binary.is_some() || config.is_some()) && api.entrance != Transport::Unix {
-        let detail = "another program or configuration can be asked for over the Unix socket only";
-        return Err(ErrorResponse::new(StatusCode::FORBIDDEN, "not over TCP", detail));
+        let detail = "binary and config can be set only over the Unix socket";
+        return Err(ErrorResponse::new(StatusCode::FORBIDDEN, "not allowed over TCP", detail));
     }
     let asked_over = extensions.get().map(|AskedOver(socket)| Arc::clone(socket));
     let ask = |reply| AdminRequest::Upgrade { binary, config, asked_over, reply };
     match api.ask_within(UPGRADE_MAX, ask).await? {
         Ok(upgraded) => Ok(answer(JSON, text(&upgraded))),
         Err(UpgradeError::Refused(why)) => {
-            Err(ErrorResponse::new(StatusCode::CONFLICT, "the upgrade is refused", why))
+            Err(ErrorResponse::new(StatusCode::CONFLICT, "upgrade rejected", why))
         }
         Err(UpgradeError::Failed(why)) => {
-            let error = "the upgrade failed; the process before goes on";
+            let error = "upgrade failed; the old process keeps serving";
             Err(ErrorResponse::new(StatusCode::UNPROCESSABLE_ENTITY, error, why))
         }
     }
 }
 
 fn parse_query(query: &str) -> Result<UpgradeQuery, ErrorResponse> {
-    let bad = |detail: String| ErrorResponse::new(StatusCode::BAD_REQUEST, "bad query", detail);
+    let bad = |detail: String| ErrorResponse::new(StatusCode::BAD_REQUEST, "invalid query", detail);
     let mut wish = UpgradeQuery::default();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         let path = decoded(value).filter(|path| !path.as_os_str().is_empty());
-        let path = path.ok_or_else(|| bad(format!("{key} is no path: {value:?}")))?;
+        let path = path.ok_or_else(|| bad(format!("{key} is not a path: {value:?}")))?;
         match key {
             "binary" => wish.binary = Some(path),
             "config" => wish.config = Some(path),
-            _ => return Err(bad(format!("{key:?} is unknown; known are binary and config"))),
+            _ => return Err(bad(format!("unknown parameter {key:?}; expected binary or config"))),
         }
     }
     Ok(wish)

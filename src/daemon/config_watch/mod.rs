@@ -446,16 +446,19 @@ impl WatchThread {
         let before = std::mem::replace(&mut self.shared.lock().polling_reason, reason.clone());
         match (before, reason) {
             (before, Some(reason)) if before.as_ref() != Some(&reason) => {
-                tracing::warn!(reason, "the configuration file is polled");
+                tracing::warn!(
+                    reason,
+                    "cannot watch the configuration file; checking it every second"
+                );
             }
-            (Some(_), None) => tracing::info!("the configuration file is watched again"),
+            (Some(_), None) => tracing::info!("watching the configuration file again"),
             _ => {}
         }
     }
 
     fn watch(&mut self, ways: &[WatchedPath]) -> Result<(), String> {
         if !self.settings.notify {
-            return Err("notification is switched off".to_owned());
+            return Err("notification is disabled".to_owned());
         }
         let wanted: HashMap<_, _> = ways.iter().flat_map(WatchedPath::directories).collect();
         let lost = self.shared.lock().watch(ways, wanted.keys().cloned());
@@ -491,13 +494,13 @@ fn warn(warning: WatchWarning) {
     match warning {
         WatchWarning::StillOpen(path) => tracing::warn!(
             file = %path.display(),
-            silent_for = ?SILENCE,
+            idle_for = ?SILENCE,
             "a writer keeps a configuration file open without writing; reading the file as it is"
         ),
         WatchWarning::StillWritten(path, time) => tracing::warn!(
             file = %path.display(),
             for_seconds = time.as_secs(),
-            "a configuration file is still being written; the configuration in force stays until the writer closes it"
+            "a configuration file is still being written; waiting until the writer closes it"
         ),
     }
 }

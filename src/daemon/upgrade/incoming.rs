@@ -146,7 +146,7 @@ impl OldProcess {
         let deadline = clock::now() + WORD_MAX;
         message::send(&self.channel, &Serving {}, &[], deadline)
             .map_err(|error| handover_error(&error))?;
-        tracing::debug!("this process serves; the old one stops accepting");
+        tracing::debug!("this process serves; the old process stops accepting");
         // On failure the log ends with the old process, which is no reason not
         // to serve.
         let _ = rustix::stdio::dup2_stderr(&self.stderr);
@@ -157,7 +157,7 @@ impl OldProcess {
         let wait = move || while listen(&channel, &tell).is_some() {};
         let named = std::thread::Builder::new().name("predecessor".to_owned());
         if let Err(error) = named.spawn(wait) {
-            tracing::warn!(%error, "the old process's last sessions will not be counted");
+            tracing::warn!(%error, "cannot receive the final counters of the old process; its last sessions are missing from the totals");
         }
         Ok(OldProcessLink { words, orders })
     }
@@ -210,7 +210,7 @@ pub(super) fn send_hello(channel: HandoverChannel) -> Result<OldProcess, Message
 }
 
 fn handover_error(error: &dyn std::fmt::Display) -> Failure {
-    Failure::Runtime(format!("cannot take over from the process before: {error}"))
+    Failure::Runtime(format!("cannot take over from the old process: {error}"))
 }
 
 // === impl OldProcessLink ===
@@ -226,7 +226,7 @@ impl OldProcessLink {
     pub(super) fn order(&self, order: &OldProcessOrder) -> Option<oneshot::Receiver<()>> {
         let sent = self.orders.as_ref()?.send(order);
         if sent.is_none() {
-            tracing::warn!("the process before does not read its orders; one is lost");
+            tracing::warn!("the old process does not read its orders; dropping one");
         }
         sent
     }
@@ -236,7 +236,7 @@ impl OldProcessLink {
 pub(super) fn send_final_counts(channel: &HandoverChannel, last: Commit) {
     let deadline: Instant = clock::now() + FAREWELL_MAX;
     if let Err(error) = message::send_known(channel, FinalCounts(last), deadline) {
-        tracing::warn!(%error, "the process that took over does not learn of the last sessions");
+        tracing::warn!(%error, "cannot send the final counters to the new process; its totals miss the last sessions");
     }
 }
 

@@ -168,11 +168,11 @@ pub(super) struct FinalCounts(pub(super) Commit);
 pub(super) enum MessageError {
     #[error("{0}")]
     Channel(#[from] ChannelError),
-    #[error("message {found} came instead of {NAME}", NAME = .wanted)]
+    #[error("expected message {wanted}, received {found}")]
     Unexpected { found: u16, wanted: &'static str },
-    #[error("{0} parts are more than {PARTS_MAX}")]
+    #[error("too many parts: {0}, at most {PARTS_MAX}")]
     TooManyParts(u32),
-    #[error("{name} makes no sense: {error}")]
+    #[error("cannot decode {name}: {error}")]
     Senseless { name: &'static str, error: serde_json::Error },
 }
 
@@ -331,9 +331,9 @@ mod tests {
     #[test]
     fn another_message_than_the_awaited_one_is_named() {
         let error = decode::<Ready>(&frame(5, b"{}".to_vec())).unwrap_err();
-        assert_eq!(error.to_string(), "message 5 came instead of ready");
+        assert_eq!(error.to_string(), "expected message ready, received 5");
         let error = decode::<Ready>(&frame(3, b"{}".to_vec())).unwrap_err();
-        assert!(error.to_string().starts_with("ready makes no sense: missing field"), "{error}");
+        assert!(error.to_string().starts_with("cannot decode ready: missing field"), "{error}");
     }
 
     /// What a hundred thousand backends with every bucket filled would take is far

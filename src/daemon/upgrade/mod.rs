@@ -234,7 +234,7 @@ impl Control {
 
     fn refuse_upgrade(&mut self, why: String, reply: Option<UpgradeReply>) {
         self.upgrades.counts.refused += 1;
-        tracing::error!(reason = %why, "upgrade refused");
+        tracing::error!(reason = %why, "upgrade rejected");
         if let Some(reply) = reply {
             let _ = reply.send(Err(UpgradeError::Refused(why)));
         }
@@ -249,13 +249,13 @@ impl Control {
             return Err("this process is draining".to_owned());
         }
         if self.upgrades.under_way.is_some() {
-            return Err("an upgrade is under way".to_owned());
+            return Err("an upgrade is already in progress".to_owned());
         }
         let Some(starter) = &self.upgrades.starter else {
-            return Err("this balancer runs inside another program".to_owned());
+            return Err("the balancer is embedded in another program".to_owned());
         };
         let start = starter.prepare(wish, asked_over)?;
-        tracing::info!("upgrade begins");
+        tracing::info!("upgrade started");
         let attempt = self.attempt(start).map_err(|error| error.to_string())?;
         UpgradeHandle::start(attempt).map_err(|error| error.to_string())
     }
@@ -301,7 +301,9 @@ impl Control {
                 self.workers.context().waiters.slot_freed();
                 match last {
                     Some(Word::Farewell(last)) => self.add_final_counts(&last),
-                    _ => tracing::warn!("the process before has ended without a word"),
+                    _ => tracing::warn!(
+                        "old process exited without sending its final counters; its last sessions are missing from the totals"
+                    ),
                 }
             }
             UpgradeEvent::Ended(status) => self.go_on(status).await,
@@ -345,7 +347,7 @@ impl Control {
                 Ok((channel, ReadyProcess { hello, ready, commit, served: done, ended }))
             }
             Ok(Ok(Err(why))) => Err(why),
-            _ => Err("the upgrade's thread has died".to_owned()),
+            _ => Err("upgrade thread exited unexpectedly".to_owned()),
         }
     }
 
@@ -360,7 +362,7 @@ impl Control {
             Err(why) => {
                 let why = self.lifecycle.confined().explain(why);
                 self.upgrades.counts.failed += 1;
-                tracing::error!(reason = %why, "upgrade failed; this process goes on");
+                tracing::error!(reason = %why, "upgrade failed; this process keeps serving");
                 if let Some(reply) = under_way.reply {
                     let _ = reply.send(Err(UpgradeError::Failed(why)));
                 }
@@ -371,7 +373,7 @@ impl Control {
             Ok((channel, ReadyProcess { hello, ready, ended, .. })) => {
                 self.upgrades.counts.done += 1;
                 let (pid, version) = (hello.pid, hello.version);
-                tracing::info!(pid, %version, "upgrade done: that process serves, this one drains");
+                tracing::info!(new_pid = pid, %version, "upgrade complete; the new process serves and this one drains");
                 self.lifecycle.hand_over(pid);
                 self.upgrades.successor = Some(NewProcess::new(channel, ready.shares));
                 self.telemetry.latency.lock().clear();
@@ -485,7 +487,7 @@ impl Control {
     }
 
     fn add_final_counts(&mut self, last: &Commit) {
-        tracing::info!("the process before has ended its last session");
+        tracing::info!("old process finished its last session");
         self.controller.adopt_counts(&last.state);
         self.carry(last);
     }
@@ -523,7 +525,7 @@ impl Control {
             under_way.outgoing.cancel();
             self.upgrades.counts.failed += 1;
             if let Some(reply) = under_way.reply {
-                let why = "this process was told to stop meanwhile".to_owned();
+                let why = "a shutdown was requested during the upgrade".to_owned();
                 let _ = reply.send(Err(UpgradeError::Failed(why)));
             }
         }

@@ -95,7 +95,7 @@ impl Control {
             for kept in [sent, written].into_iter().flatten() {
                 if tokio::time::timeout(INTENT_KEPT_MAX, kept).await.is_err() {
                     tracing::warn!(
-                        "an operator's intent is in force and not yet kept; it is lost if this process ends at once"
+                        "operator intent is in effect but not stored yet; it is lost if this process ends now"
                     );
                 }
             }

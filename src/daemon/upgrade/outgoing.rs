@@ -117,7 +117,7 @@ impl UpgradeHandle {
 
     /// What has come of it.
     pub(super) async fn next(&mut self) -> UpgradeProgress {
-        let ended = || UpgradeProgress::Failed("the upgrade's thread has died".to_owned());
+        let ended = || UpgradeProgress::Failed("upgrade thread exited unexpectedly".to_owned());
         self.progress.recv().await.unwrap_or_else(ended)
     }
 
@@ -174,7 +174,7 @@ fn until_ready(
     deadline: Instant,
 ) -> Result<(Hello, Ready), UpgradeStepError> {
     let hello: Hello = message::receive(channel, deadline)?;
-    tracing::debug!(pid = hello.pid, version = %hello.version, "new process has started");
+    tracing::debug!(pid = hello.pid, version = %hello.version, "new process started");
     let (lowest, highest) = hello.protocols;
     if !(lowest..=highest).contains(&PROTOCOL) || hello.level < LEVEL {
         return Err(UpgradeStepError::Protocols(hello.protocols, hello.level));
@@ -201,7 +201,7 @@ fn until_serving(
 ) -> Result<(), UpgradeStepError> {
     let commit = word.recv().map_err(|_| UpgradeStepError::Cancelled)?;
     message::send_known(channel, commit, deadline)?;
-    tracing::debug!("new process has been told to take over");
+    tracing::debug!("told the new process to take over");
     let Serving {} = message::receive(channel, deadline)?;
     Ok(())
 }
@@ -219,25 +219,25 @@ fn explain(process: &mut UpgradeProcess, tail: &StderrTail, trouble: UpgradeStep
         process.kill();
     }
     let what = match (trouble, status) {
-        (_, Some(status)) => format!("the new process ended before it served: {status}"),
+        (_, Some(status)) => format!("the new process exited before it was ready: {status}"),
         (UpgradeStepError::Message(MessageError::Channel(ChannelError::TimedOut)), _) => {
-            "the new process was not ready in time".to_owned()
+            "the new process was not ready within upgrade_timeout".to_owned()
         }
         (UpgradeStepError::Message(MessageError::Channel(ChannelError::Closed)), _) => {
-            "the new process hung up".to_owned()
+            "the new process closed the handover connection".to_owned()
         }
         (UpgradeStepError::Message(error), _) => {
-            format!("the new process is not understood: {error}")
+            format!("unexpected message from the new process: {error}")
         }
         (UpgradeStepError::Protocols((lowest, highest), level), _) => format!(
-            "the new process speaks upgrade protocols {lowest} to {highest} at level {level}, \
-             this one {PROTOCOL} at level {LEVEL}"
+            "the new process supports upgrade protocols {lowest} to {highest} at level {level}; \
+             this process needs {PROTOCOL} at level {LEVEL}"
         ),
-        (UpgradeStepError::Cancelled, _) => "called off".to_owned(),
+        (UpgradeStepError::Cancelled, _) => "upgrade cancelled".to_owned(),
     };
     match tail.last_lines() {
         lines if lines.is_empty() => what,
-        lines => format!("{what}; it said:\n{lines}"),
+        lines => format!("{what}; its last log lines:\n{lines}"),
     }
 }
 

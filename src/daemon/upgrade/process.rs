@@ -80,9 +80,11 @@ impl Starter {
     ) -> Result<Start, String> {
         Ok(match self {
             Starter::Own(_) if std::process::id() == 1 => {
-                return Err("this is process 1, and with it everything else would end: run it \
-                            without --single, or under an init"
-                    .to_owned());
+                return Err(
+                    "process 1 cannot be replaced, because its exit ends all other processes; \
+                            run without --single or under an init process"
+                        .to_owned(),
+                );
             }
             Starter::Own(program) => {
                 let program = program.wished(wish.binary.as_deref(), wish.config.as_deref());
@@ -171,7 +173,7 @@ impl UpgradeProcess {
         if let UpgradeProcess::Own(mut child) = self
             && let Ok(status) = child.wait()
         {
-            tracing::error!(%status, "the process that took over has ended");
+            tracing::error!(%status, "the new process exited before this process finished draining");
             let _ = tell.send(status);
         }
     }

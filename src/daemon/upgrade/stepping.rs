@@ -103,7 +103,7 @@ impl Control {
         let ended = Some(ended);
         self.upgrades.stepping_down =
             Some(SteppingDown { until, not_taken, admin_taken, child, ended });
-        self.start_draining("another process serves");
+        self.start_draining("upgrade: the new process serves");
     }
 
     /// The successor lives: this process lets go.
@@ -124,7 +124,7 @@ impl Control {
         // Too late: the supervisor learns of it by what was said before.
         let Some(stepping) = self.upgrades.stepping_down.take() else { return };
         let reason = supervised::in_words(status);
-        tracing::error!(reason, "the new process has ended: this process accepts again");
+        tracing::error!(reason, "new process exited; this process accepts connections again");
         self.take_last_intents().await;
         self.upgrades.successor = None;
         self.upgrades.counts.done = self.upgrades.counts.done.saturating_sub(1);
@@ -136,7 +136,7 @@ impl Control {
             self.admin.serve_again(&self.reloads.started_with().admin, readiness, counters);
         }
         if let Err(error) = self.evidence.heartbeats.go_on(self.reloads.config()) {
-            tracing::error!(error, "heartbeats are not received again");
+            tracing::error!(error, "cannot receive heartbeats again");
         }
         self.lifecycle.serve_again();
         if let Some(link) = self.supervised.link() {

@@ -205,7 +205,7 @@ impl DemoBalancer {
             }
         }
         let log = self.said();
-        let cut = |line: &str| line.split_once("drained sessions_cut=")?.1.parse::<u64>().ok();
+        let cut = |line: &str| line.split_once("drained sessions_reset=")?.1.parse::<u64>().ok();
         ended.cut = log.lines().filter_map(cut).sum();
         if !ended.broken.is_empty() {
             ended.broken.extend(log.lines().rev().take(3).map(str::to_owned));
