@@ -3,6 +3,7 @@
 use super::streams::{OpResult, RingMode, RingSession};
 use super::*;
 use crate::relay::engine::{ConnectResult, EngineFlow};
+use crate::relay::tests::refusing_address;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
@@ -27,7 +28,7 @@ fn a_refusal_that_comes_after_the_attempt_was_given_up_says_nothing_of_the_next(
     let mut ring = ring();
     let (client, _peer) = UnixStream::pair().unwrap();
     let mut flow = RingSession::new(client.into());
-    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (_bound, closed) = refusing_address();
     let open = TcpListener::bind("127.0.0.1:0").unwrap();
     let (refused, _) = stream::connect(ConnectTarget::Tcp(closed)).unwrap();
     flow.attach(0, refused, true, &mut ring);

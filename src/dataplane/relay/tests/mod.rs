@@ -8,9 +8,9 @@ mod streams;
 
 use super::*;
 use crate::worker::EngineKind;
-use socket2::SockRef;
+use socket2::{Domain, SockRef, Socket, Type};
 use std::future::Future;
-use std::net::{TcpListener, TcpStream as StdTcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream as StdTcpStream};
 use tidegate_core::model::BackendAddr;
 use tidegate_core::outcome::{Phase, SessionSide};
 use tidegate_core::table::state::{BackendState, FrontendId, FrontendState};
@@ -105,6 +105,15 @@ async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     panic!("never: {what}");
+}
+
+/// An address that refuses connects, as long as the socket lives: the socket is bound, so
+/// that no other test gets the port, and does not listen.
+pub(super) fn refusing_address() -> (Socket, SocketAddr) {
+    let bound = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    bound.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let address = bound.local_addr().unwrap().as_socket().unwrap();
+    (bound, address)
 }
 
 /// Two ends of a TCP connection: who connected, and who accepted.

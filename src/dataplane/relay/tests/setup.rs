@@ -2,20 +2,18 @@
 //! not wait for it.
 
 use super::*;
-use std::net::SocketAddr;
 use tidegate_net::stream::{self, ConnectTarget, Connecting};
 
 /// A listener whose queue is full: connects to it stay pending.
 struct Deaf {
-    _listener: socket2::Socket,
+    _listener: Socket,
     _queued: Vec<(OwnedFd, Connecting)>,
     address: SocketAddr,
 }
 
 impl Deaf {
     fn new() -> Deaf {
-        let listener =
-            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         listener.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
         listener.listen(0).unwrap();
         let address = listener.local_addr().unwrap().as_socket().unwrap();
@@ -61,7 +59,7 @@ fn a_connect_that_succeeds_is_relayed_over() {
 #[test]
 fn a_refused_connect_may_be_followed_by_one_that_stands() {
     on_each(|rig| async move {
-        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let (_bound, closed) = refusing_address();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (client, downstream) = tcp_pair();
         let flow = RelayHandle::open(&rig.engine, downstream.into());
