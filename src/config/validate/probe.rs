@@ -193,7 +193,7 @@ pub(crate) fn default_times(
     fast: Option<Duration>,
     timeout: Option<Duration>,
 ) -> (Duration, Duration) {
-    // A given fast_interval also bounds a timeout nobody gave.
+    // A fast_interval of the file also bounds the default timeout.
     let longest = fast.unwrap_or(interval).min(interval);
     let timeout = timeout.unwrap_or(TIMEOUT.min(longest));
     let fast = fast.unwrap_or_else(|| FAST_INTERVAL.min(interval).max(timeout));

@@ -42,7 +42,7 @@ impl FrontendRoute {
         if self.routes.is_empty() {
             return RouteNumber::default();
         }
-        let first = (1..).zip(&self.spec.routes).find(|(_, route)| matches(route, facts));
+        let first = (1..=u8::MAX).zip(&self.spec.routes).find(|(_, route)| matches(route, facts));
         RouteNumber(first.map_or(0, |(position, _)| position))
     }
 

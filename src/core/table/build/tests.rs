@@ -225,22 +225,10 @@ fn removed_pool_is_gone_and_comes_back_afresh() {
 // === routes ===
 
 fn frontend(binds: &[Bind], routes: Vec<RouteConfig>) -> FrontendInput {
+    let spec = testing::frontend("main", 80, &testing::pool("db"));
     FrontendInput {
         state: Arc::new(FrontendState::new(FrontendId(1), "main".into(), 1, 1)),
-        spec: model::FrontendConfig {
-            name: "main".into(),
-            binds: binds.to_vec(),
-            routes,
-            pool: "db".into(),
-            first_byte_timeout: None,
-            idle_timeout: None,
-            half_closed_timeout: None,
-            stalled_timeout: None,
-            keepalive: None,
-            user_timeout: None,
-            connections_max: 0,
-            sources: None,
-        },
+        spec: model::FrontendConfig { binds: binds.to_vec(), routes, ..spec },
     }
 }
 
@@ -275,6 +263,14 @@ fn taken(table: &Table, client: &str, local: &str) -> String {
     let frontend = &table.frontends[0];
     let pool = frontend.pool_of(frontend.route(&facts));
     pool.map_or("refused".to_owned(), |pool| pool.spec.name.to_string())
+}
+
+#[test]
+fn every_route_of_a_frontend_with_the_most_routes_is_asked() {
+    let routes = (1..=255).map(|port| route(&[], &[port..=port], RouteTarget::Pool("web".into())));
+    let table = routed(frontend(&[], routes.collect()));
+    assert_eq!(taken(&table, "192.0.2.1", "127.0.0.1:255"), "web");
+    assert_eq!(taken(&table, "192.0.2.1", "127.0.0.1:256"), "db");
 }
 
 #[test]
