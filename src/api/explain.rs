@@ -1,8 +1,8 @@
 //! `GET /v1/pools/{pool}/backends/{name}/explain`: one backend, with everything that
 //! decides which sessions it gets.
 //!
-//! Written by `daemon`, read by `tidegate explain`, `drain --wait` and the demo. Plain
-//! data: nothing here is worked out.
+//! Written by `daemon`, read by `tidegate explain`, `drain --wait` and the demo. It
+//! contains only data and computes nothing.
 
 use super::names::{
     DetectorName, IntentName, ObservationName, ProbeKindName, PulseName, SenderStateName,
@@ -10,7 +10,7 @@ use super::names::{
 use super::status::{FreezeDoc, RejectedDoc, TransitionDoc, whole_if_it_is};
 use serde::{Deserialize, Serialize};
 
-/// The document.
+/// The whole answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ExplainDoc {
     /// Pool name.
@@ -19,156 +19,156 @@ pub struct ExplainDoc {
     pub backend: String,
     /// `IP:PORT` or `unix:PATH`.
     pub address: String,
-    /// Heartbeats brought it; it is not in the file.
+    /// It joined by heartbeats and is not in the configuration file.
     pub registered: bool,
-    /// It may receive new sessions, all things considered.
+    /// It may receive new sessions.
     pub eligible: bool,
-    /// The first thing that decides, in one sentence.
+    /// The first fact that decides whether it is eligible, in one sentence.
     pub why: String,
-    /// What probes and heartbeats say.
+    /// The result of its probes and heartbeats.
     pub observation: ObservationName,
-    /// For how long.
+    /// Age of `observation`.
     pub observation_seconds: f64,
-    /// What the operator wants.
+    /// The operator's intent.
     pub intent: IntentName,
-    /// For how long.
+    /// Age of `intent`.
     pub intent_seconds: f64,
     /// It gets sessions only while no other backend is eligible.
     pub backup: bool,
     /// Cap on its sessions; 0 means none.
     pub connections_max: u32,
-    /// The same during a slow start.
+    /// Cap in force, which is lower during a slow start; 0 means none.
     pub connections_max_in_force: u32,
-    /// Sessions that hold it, from pick to close.
+    /// Sessions that use it, counted from pick to close.
     pub sessions_active: u32,
     /// The factors of its weight.
     pub weight: WeightDoc,
-    /// `null` where its pool has no probes.
+    /// `null` if its pool has no probes.
     pub probe: Option<ProbeDoc>,
-    /// `null` where its pool takes no heartbeats.
+    /// `null` if its pool accepts no heartbeats.
     pub heartbeat: Option<HeartbeatDoc>,
     /// Passive removal after failures.
     pub ejection: EjectionDoc,
     /// Failed connects and early resets during the last minute.
     pub failures: FailuresDoc,
-    /// `null` while no slow start is under way.
+    /// `null` while no slow start is in progress.
     pub slow_start: Option<SlowStartDoc>,
-    /// What can prevent its removal.
+    /// Guards that can prevent its removal.
     pub guards: GuardsDoc,
-    /// Its changes, newest first.
+    /// Its last state changes, newest first.
     pub history: Vec<TransitionDoc>,
 }
 
 /// The factors of the effective weight.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WeightDoc {
-    /// As balanced by; 0 while it is not eligible.
+    /// The weight that picks use; 0 while it is not eligible.
     #[serde(serialize_with = "whole_if_it_is")]
     pub effective: f64,
-    /// As configured, or as its heartbeats ask for.
+    /// From the configuration, or from its heartbeats.
     pub configured: u16,
-    /// What its health leaves of that.
+    /// Factor for its health.
     pub health_percent: u32,
-    /// What its slow start leaves of that.
+    /// Factor for its slow start.
     pub ramp_percent: u32,
-    /// What its load leaves of that.
+    /// Factor for the load it reports.
     pub load_percent: u32,
 }
 
 /// Active checks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ProbeDoc {
-    /// What one does.
+    /// Kind of check.
     pub kind: ProbeKindName,
-    /// Between two.
+    /// Time between two probes.
     pub interval_seconds: f64,
-    /// Deadline of one.
+    /// Timeout of one probe.
     pub timeout_seconds: f64,
-    /// Successes in a row that bring it up.
+    /// Successful probes in a row that set it to `up`.
     pub rise: u32,
-    /// Failures in a row that take it down.
+    /// Failures in a row that set it to `down`.
     pub fall: u32,
-    /// What they say.
+    /// The result of the probes alone.
     pub observation: ObservationName,
-    /// For how long.
+    /// Age of `observation`.
     pub seconds: f64,
-    /// Probes failed in a row, while it is up.
+    /// Failed probes in a row while it is up.
     pub failed_in_a_row: u32,
-    /// Connects of sessions failed in a row, while it is up.
+    /// Failed connects of sessions in a row while it is up.
     pub connects_failed_in_a_row: u32,
-    /// Probes succeeded in a row, while it is down.
+    /// Successful probes in a row while it is down.
     pub succeeded_in_a_row: u32,
-    /// It is eligible until its first result.
+    /// It is eligible before its first result.
     pub fails_open: bool,
 }
 
 /// Heartbeats.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HeartbeatDoc {
-    /// It is eligible only while it sends them.
+    /// It is eligible only while its heartbeats arrive.
     pub required: bool,
-    /// What their silence means.
+    /// What the arrival of its heartbeats means for it.
     pub pulse: PulseName,
-    /// `null` where none were heard.
+    /// `null` if none was received.
     pub sender: Option<SenderDoc>,
-    /// The last one in its name that was rejected.
+    /// The last rejected heartbeat in its name.
     pub rejected: Option<RejectedDoc>,
 }
 
-/// What the sender says, and how its rhythm reads.
+/// What the sender reports, and the detector's measurements of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SenderDoc {
-    /// What it asks for.
+    /// The state that it reports.
     pub state: SenderStateName,
-    /// For how long.
+    /// Age of `state`.
     pub state_seconds: f64,
-    /// Number of the key that signs.
+    /// Number of the key that signs its heartbeats.
     pub key: u32,
     /// Grows with every start of the sender.
     pub incarnation: Option<u64>,
     /// Grows with every heartbeat of an incarnation.
     pub sequence: Option<u64>,
-    /// What it gets may be less.
+    /// The weight that it reports; the effective weight can be lower.
     pub weight_asked: u16,
-    /// How busy it says it is, 0 to 1000.
+    /// The load that it reports, 0 to 1000.
     pub load: u16,
-    /// The same, smoothed.
+    /// Smoothed `load`.
     pub load_smoothed: f64,
-    /// Connections it says it has.
+    /// The number of connections that it reports.
     pub in_flight: u32,
-    /// Since its first heartbeat.
+    /// Time since its first heartbeat.
     pub known_seconds: f64,
     /// State of the detector.
     pub detector: DetectorName,
-    /// For how long.
+    /// Age of `detector`.
     pub detector_seconds: f64,
-    /// Heartbeats that counted.
+    /// Heartbeats that the detector used.
     pub received_total: u64,
-    /// Heartbeats lost, outages included.
+    /// Heartbeats lost, including those of outages.
     pub lost_total: u64,
-    /// Of both together, the share that was lost, 0 to 1.
+    /// Lost heartbeats divided by lost plus received ones, 0 to 1.
     pub lost_share: f64,
-    /// What the timeout is made for: recent losses, and some in reserve; 0 to 1.
+    /// Loss rate that the timeout allows for: the recent rate plus a reserve, 0 to 1.
     pub loss: f64,
-    /// Share of losses followed by another, 0 to 1.
+    /// Share of losses that are followed by another loss, 0 to 1.
     pub loss_after_loss: f64,
     /// Deviation of arrivals from their expected times.
     pub jitter_seconds: f64,
-    /// Between two heartbeats, as the sender says.
+    /// Time between two heartbeats, as the sender reports it.
     pub interval_seconds: f64,
-    /// The same, as measured.
+    /// Measured time between two heartbeats.
     pub interval_learned_seconds: f64,
-    /// Heartbeats that may be missing in a row.
+    /// Missing heartbeats in a row that the timeout allows.
     pub missing_allowed: u32,
-    /// Silence that makes it suspect.
+    /// Time without a heartbeat after which it is suspect.
     pub timeout_seconds: f64,
-    /// Deadline of a confirmation probe.
+    /// Timeout of a confirmation probe.
     pub try_timeout_seconds: f64,
-    /// Since its newest heartbeat.
+    /// Time since its newest heartbeat; `null` before the first.
     pub silent_seconds: Option<f64>,
-    /// Silence that expires its heartbeats.
+    /// Time without a heartbeat after which its heartbeats expire.
     pub ttl_seconds: f64,
-    /// It was silent for that long.
+    /// Its heartbeats have expired.
     pub expired: bool,
     /// Suspicion level (normal tail), for information.
     pub phi_normal: f64,
@@ -176,82 +176,82 @@ pub struct SenderDoc {
     pub phi_exponential: f64,
     /// Times it became suspect.
     pub suspicions_total: u64,
-    /// Times it was taken out.
+    /// Times it was set to `down`.
     pub downs_total: u64,
-    /// Failures that still delay its return.
+    /// Past failures that lengthen its next hold-down.
     pub flaps: u32,
-    /// Why it is not taken out though confirmed, if so.
+    /// Why it stays in rotation although it is confirmed as down; else `null`.
     pub held: Option<String>,
 }
 
 /// Passive removal after failures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EjectionDoc {
-    /// Whether its pool has it.
+    /// Whether ejection is configured for its pool.
     pub on: bool,
-    /// It is out now.
+    /// It is ejected now.
     pub ejected: bool,
-    /// Until it is back.
+    /// Time until its ejection ends.
     pub seconds_left: Option<f64>,
-    /// Ejections in a row, as of the last one.
+    /// Ejections in a row, including the last one.
     pub in_a_row: u32,
-    /// For how long it has had one session at a time, if so.
+    /// Time since its trial began; `null` if it is not on trial.
     pub trial_seconds: Option<f64>,
     /// Times it was ejected.
     pub total: u64,
-    /// Times the pool's guard prevented that.
+    /// Times a guard prevented an ejection.
     pub held_total: u64,
 }
 
 /// Failed connects and early resets during the last minute.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FailuresDoc {
-    /// The time that was looked at, at most a minute.
+    /// Length of the period that the counts cover, at most 60 s.
     pub within_seconds: f64,
     /// Connects that failed.
     pub connects: u32,
     /// Sessions that the backend reset before its first byte.
     pub early_resets: u32,
-    /// The newest failure in words; `null` where there was none.
+    /// The newest failure in words; `null` if there was none.
     pub last: Option<String>,
-    /// When that was.
+    /// Time since the newest failure.
     pub last_seconds_ago: Option<f64>,
     /// Failures in a row.
     pub in_a_row: u32,
-    /// Length of a row that ejects it; `null` where ejection is off.
+    /// Failures in a row at which it is ejected; `null` if ejection is off.
     pub eject_at: Option<u32>,
-    /// Connects that failed since it was configured.
+    /// Failed connects since it was configured.
     pub connects_total: u64,
 }
 
-/// A slow start under way.
+/// A slow start in progress.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SlowStartDoc {
-    /// From its begin to its end.
+    /// Total time of the slow start.
     pub takes_seconds: f64,
-    /// Since its begin.
+    /// Time since the slow start began.
     pub seconds: f64,
-    /// Part of the weight that is reached.
+    /// Share of the weight that is in force.
     pub percent: u32,
 }
 
-/// What can prevent a backend's removal.
+/// Guards that can prevent the removal of a backend.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GuardsDoc {
-    /// No heartbeat at all arrives.
+    /// No heartbeat of any sender arrives.
     pub channel_silent: bool,
-    /// Why no silent backend of its pool is taken out, if so.
+    /// Why silent backends of its pool stay in rotation; `null` if they do not.
     pub pool_frozen: Option<FreezeDoc>,
-    /// Why no silent backend of any pool is taken out, if so.
+    /// Why silent backends of all pools stay in rotation; `null` if they do not.
     pub all_frozen: Option<FreezeDoc>,
-    /// Share of the pool that may be out at once.
+    /// Largest share of the pool that can be removed at the same time.
     pub max_ejected_percent: u8,
     /// Backends of its pool that are down.
     pub pool_down: u64,
-    /// Those that are suspect.
+    /// Backends of its pool that are suspect.
     pub pool_suspect: u64,
-    /// Those heard in time or answering probes.
+    /// Backends of its pool whose heartbeats are on time or whose probes succeed.
     pub pool_heard: u64,
-    /// All that send heartbeats.
+    /// Backends of its pool that send heartbeats.
     pub pool_senders: u64,
 }

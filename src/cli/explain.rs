@@ -1,7 +1,7 @@
-//! `tidegate explain`: why one backend gets what it gets, in words.
+//! `tidegate explain`: explains in text why one backend is in rotation or not.
 //!
-//! Called by the command line; the admin API gives the facts. It shows what the
-//! document says, most important first, and works nothing out.
+//! Called by the command line with the document of the admin API. It prints the
+//! document's facts, most important first, and computes nothing.
 
 use super::DrainArgs;
 use super::table::{age, cell_text, or_dash, plural, terminal_width, wrap};
@@ -16,7 +16,7 @@ use tidegate_api::status::{RejectedDoc, TransitionDoc};
 use tidegate_client::command::Exit;
 use tidegate_client::http::{ask, backend_path, report};
 
-/// Asks and prints the explanation, or the JSON.
+/// Fetches the explanation and prints it as text or as JSON.
 pub fn main(args: &DrainArgs) -> Exit {
     let path = backend_path(&args.target.pool, &args.target.backend, "explain");
     let answer = ask(&args.client, Method::GET, &path);
@@ -115,7 +115,7 @@ fn probes(probe: &ProbeDoc) -> String {
     let (failed, connects) = (probe.failed_in_a_row, probe.connects_failed_in_a_row);
     let row = match (failed, connects, probe.succeeded_in_a_row) {
         (0, 0, 0) => String::new(),
-        (0, 0, well) => format!("; {well} of {} successes in a row", probe.rise),
+        (0, 0, succeeded) => format!("; {succeeded} of {} successes in a row", probe.rise),
         (failed, connects, _) => format!(
             "; {} and {} failed in a row, down at {}",
             plural(failed, "probe"),
@@ -138,7 +138,7 @@ fn heartbeats(HeartbeatDoc { required, pulse, sender, rejected }: &HeartbeatDoc)
     let pulse = pulse_text(pulse);
     let mut text = match sender {
         None => format!("{pulse} ({needed}); none received\n"),
-        Some(sender) => format!("{pulse} ({needed}); {}", rhythm(sender)),
+        Some(sender) => format!("{pulse} ({needed}); {}", sender_lines(sender)),
     };
     if let Some(last) = rejected {
         text.push_str(&rejection(last));
@@ -146,7 +146,7 @@ fn heartbeats(HeartbeatDoc { required, pulse, sender, rejected }: &HeartbeatDoc)
     text
 }
 
-/// `pulse` for people; the JSON has its name.
+/// Returns `pulse` in words. The JSON output has its name.
 fn pulse_text(pulse: &PulseName) -> &str {
     match pulse {
         PulseName::Absent => "none",
@@ -159,8 +159,8 @@ fn pulse_text(pulse: &PulseName) -> &str {
     }
 }
 
-/// What a sender reports and the timing of its heartbeats, in lines.
-fn rhythm(sender: &SenderDoc) -> String {
+/// Returns what a sender reports and the timing of its heartbeats, one line each.
+fn sender_lines(sender: &SenderDoc) -> String {
     let mut text = format!(
         "last {} ago, suspect after {}, expires after {}\n",
         or_dash(sender.silent_seconds.map(short)),
@@ -213,7 +213,7 @@ fn rhythm(sender: &SenderDoc) -> String {
     text
 }
 
-/// The last heartbeat in its name that was rejected.
+/// Describes the last rejected heartbeat in the backend's name.
 fn rejection(last: &RejectedDoc) -> String {
     let mut text = format!(
         "rejected: {} so far, last {} ago from {} (key {}): {}",
@@ -224,11 +224,11 @@ fn rejection(last: &RejectedDoc) -> String {
         cell_text(&last.reason),
     );
     if let Some(skew) = last.skew_seconds {
-        let way = if skew < 0.0 { "behind" } else { "ahead" };
-        let _ = write!(text, ", its clock is {} {way}", short(skew.abs()));
+        let direction = if skew < 0.0 { "behind" } else { "ahead" };
+        let _ = write!(text, ", its clock is {} {direction}", short(skew.abs()));
     }
-    let proof = if last.signed { "" } else { "; NOT SIGNED: any host can have sent it" };
-    let _ = write!(text, "{proof}\n  {}", cell_text(&last.help));
+    let unsigned = if last.signed { "" } else { "; NOT SIGNED: any host can have sent it" };
+    let _ = write!(text, "{unsigned}\n  {}", cell_text(&last.help));
     text
 }
 
@@ -293,7 +293,7 @@ fn history(transitions: &[TransitionDoc]) -> String {
     text
 }
 
-/// A short time: `40 ms`, `1.25 s`, `2m 3s`.
+/// Formats a short time: `40 ms`, `1.25 s`, `2m 3s`.
 fn short(seconds: f64) -> String {
     match seconds {
         _ if seconds < 0.01 => format!("{:.1} ms", seconds * 1e3),
@@ -309,7 +309,7 @@ mod tests {
     use expect_test::expect;
 
     #[test]
-    fn a_tired_operator_reads_the_reason_first() {
+    fn explanation_shows_the_verdict_before_the_details() {
         let facts = crate::testing::explanation();
         expect![[r#"
             web/a at 10.0.0.11:8080, registered by heartbeats

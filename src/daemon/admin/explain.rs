@@ -1,8 +1,8 @@
-//! `/v1/pools/{pool}/backends/{name}/explain`: one backend, with everything
-//! that decides what it gets.
+//! Renders `/v1/pools/{pool}/backends/{name}/explain`: one backend and every fact
+//! that decides which sessions it gets.
 //!
-//! Called by the control loop with what the controller knows. Pure: it reads no
-//! clock and does no I/O.
+//! Called by the control loop with the controller's [`Explanation`]. Pure: it reads
+//! no clock and does no I/O.
 
 use super::rejections;
 use super::status::{frozen, last_transition, millis, thousandths};
@@ -19,13 +19,15 @@ use tidegate_core::health::{Intent, Observation, RequestedState};
 use tidegate_core::model::ProbeKind;
 use tidegate_core::suspicion::rejections::Rejection;
 
-/// A sender that has not been rejected for so long has stopped, or is heard.
-const REJECTED_LATELY: Duration = Duration::from_secs(60);
+/// Age up to which a rejection is mentioned. After this time without another one, the
+/// sender has stopped, or Tidegate accepts its heartbeats again.
+const REJECTION_AGE_MAX: Duration = Duration::from_secs(60);
 
-/// The text of the explanation. `refused` is what the receiver of heartbeats has
-/// rejected last in the backend's name.
-pub fn render(explained: &Explanation, refused: Option<&Rejection>) -> String {
-    let rejected = match (refused, &explained.rejected) {
+/// Renders the explanation as JSON. `rejected_on_receipt` is the last heartbeat in the
+/// backend's name that the receiver rejected; `explained.rejected` is the last one that
+/// the controller rejected.
+pub fn render(explained: &Explanation, rejected_on_receipt: Option<&Rejection>) -> String {
+    let rejected = match (rejected_on_receipt, &explained.rejected) {
         (Some(one), Some(other)) => Some(rejections::preferred(one, other)),
         (one, other) => one.or(other.as_ref()),
     };
@@ -37,7 +39,7 @@ pub fn render(explained: &Explanation, refused: Option<&Rejection>) -> String {
         registered: backend.origins.is_registered(),
         eligible: backend.eligible,
         why: why_sentence(explained)
-            + &rejected.map_or_else(String::new, |last| being_rejected(last, explained.now)),
+            + &rejected.map_or_else(String::new, |last| rejection_note(last, explained.now)),
         observation: backend.observation.name().into(),
         observation_seconds: millis(explained.observed_for),
         intent: backend.intent.name().into(),
@@ -62,10 +64,12 @@ pub fn render(explained: &Explanation, refused: Option<&Rejection>) -> String {
     serde_json::to_string(&document).expect("plain data with string keys always serialises")
 }
 
-/// The first thing that decides, in one sentence.
+/// Returns one sentence with the first fact that decides whether the backend is in
+/// rotation. The operator's intent comes first, then the sender's state, ejection, and
+/// observation.
 fn why_sentence(explained: &Explanation) -> String {
     let backend = &explained.backend;
-    // A later change may be about something else.
+    // The newest change can have another subject, so the state is searched by name.
     let evidence = |state: &str| {
         let made = explained.history.iter().find(|t| t.to == state);
         made.map_or_else(String::new, |t| format!(": {}", t.reason))
@@ -100,16 +104,17 @@ fn why_sentence(explained: &Explanation) -> String {
     }
 }
 
-/// What to add while heartbeats in its name are rejected.
-fn being_rejected(last: &Rejection, now: Instant) -> String {
-    if last.row == 0 || now.saturating_duration_since(last.at) > REJECTED_LATELY {
+/// Returns the suffix for a backend whose heartbeats are being rejected, else an empty
+/// string.
+fn rejection_note(last: &Rejection, now: Instant) -> String {
+    if last.row == 0 || now.saturating_duration_since(last.at) > REJECTION_AGE_MAX {
         return String::new();
     }
     let whose = if last.signed { "its heartbeats are" } else { "unsigned heartbeats are" };
     format!("; {whose} rejected: {} ({})", last.words(), last.help)
 }
 
-/// Why nothing says whether it works.
+/// Returns why there is no observation of an eligible backend.
 fn unknown(explained: &Explanation) -> &'static str {
     match (&explained.probe, &explained.heartbeat_spec) {
         (Some(_), _) => "no probe result yet (in rotation until its first one)",
@@ -118,9 +123,8 @@ fn unknown(explained: &Explanation) -> &'static str {
     }
 }
 
-/// What speaks against a backend that serves: failures that are not enough to take
-/// it out.
-fn against(explained: &Explanation) -> Vec<String> {
+/// Lists the recent failures of a backend in rotation: too few to remove it.
+fn minor_failures(explained: &Explanation) -> Vec<String> {
     let mut all = Vec::new();
     if let Some(ProbeView { state: ProbeState::Up { probes, .. }, spec, .. }) = &explained.probe
         && *probes > 0
@@ -150,7 +154,7 @@ fn plural(count: u32, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
-/// A time in words: `40 ms`, `1.2 s`, `1m 5s`.
+/// Formats a duration for people: `40 ms`, `1.2 s`, `1m 5s`.
 fn brief(time: Duration) -> String {
     let seconds = time.as_secs_f64();
     match seconds {
@@ -160,20 +164,20 @@ fn brief(time: Duration) -> String {
     }
 }
 
-/// It serves; what speaks against it, and what is left of its weight, if that is not
-/// all.
+/// Returns the sentence of a backend in rotation: its state, its share of the weight and
+/// its recent failures.
 fn in_rotation_sentence(explained: &Explanation, state: &str) -> String {
     let weight = explained.weight;
-    let against = against(explained);
+    let failures = minor_failures(explained);
     let share = match (weight.ramp, weight.load) {
         (100, 100) => "full weight".to_owned(),
         (ramp, 100) => format!("slow start at {ramp}% of its weight"),
         (100, load) => format!("reported load reduces its weight to {load}%"),
         (ramp, load) => format!("slow start at {ramp}%, reported load leaves {load}% of that"),
     };
-    match against.is_empty() {
+    match failures.is_empty() {
         true => format!("{state}, {share}"),
-        false => format!("{state}, {share}; {}", against.join(", ")),
+        false => format!("{state}, {share}; {}", failures.join(", ")),
     }
 }
 
@@ -219,29 +223,29 @@ fn heartbeat(explained: &Explanation, rejected: Option<&Rejection>) -> Option<He
     Some(HeartbeatDoc {
         required: spec.require || backend.origins.is_registered(),
         pulse: backend.heartbeat_health.name().into(),
-        sender: backend.heartbeats.as_ref().map(|heart| sender(heart, backend, explained)),
+        sender: backend.heartbeats.as_ref().map(|status| sender(status, backend, explained)),
         rejected: rejected.map(|last| rejections::rejected(last, explained.now)),
     })
 }
 
 fn sender(
-    heart: &BackendHeartbeatStatus,
+    heartbeats: &BackendHeartbeatStatus,
     backend: &BackendStatus,
     explained: &Explanation,
 ) -> SenderDoc {
-    let reading = &heart.reading;
+    let reading = &heartbeats.reading;
     let exact = |time: Duration| thousandths(time.as_secs_f64());
     SenderDoc {
         state: backend.requested.name().into(),
         state_seconds: millis(explained.requested_for),
-        key: heart.key_id,
+        key: heartbeats.key_id,
         incarnation: reading.incarnation,
         sequence: reading.sequence,
-        weight_asked: heart.weight,
-        load: heart.load,
-        load_smoothed: thousandths(heart.load_mean),
-        in_flight: heart.in_flight,
-        known_seconds: millis(heart.known_for),
+        weight_asked: heartbeats.weight,
+        load: heartbeats.load,
+        load_smoothed: thousandths(heartbeats.load_mean),
+        in_flight: heartbeats.in_flight,
+        known_seconds: millis(heartbeats.known_for),
         detector: reading.state.name().into(),
         detector_seconds: millis(explained.now.saturating_duration_since(reading.since)),
         received_total: reading.beats_total,
@@ -256,8 +260,8 @@ fn sender(
         timeout_seconds: exact(reading.timeout),
         try_timeout_seconds: exact(reading.try_timeout),
         silent_seconds: reading.silence.map(millis),
-        ttl_seconds: millis(heart.ttl),
-        expired: heart.expired,
+        ttl_seconds: millis(heartbeats.ttl),
+        expired: heartbeats.expired,
         phi_normal: thousandths(reading.phi_normal),
         phi_exponential: thousandths(reading.phi_exponential),
         suspicions_total: reading.suspicions_total,
