@@ -1,7 +1,7 @@
-//! A long answer that is written in pieces.
+//! A long response body that is written in chunks.
 //!
-//! Used for status and metrics, which can be tens of megabytes. The control thread
-//! writes them, and one piece at a time delays no event.
+//! Used by `routes` for status and metrics, which can be tens of megabytes. The control
+//! thread writes them. Other tasks of the thread run between two chunks.
 
 use hyper::body::{Body, Bytes, Frame, SizeHint};
 use std::convert::Infallible;
@@ -9,25 +9,25 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 /// Bytes written before other tasks of the thread run.
-const PIECE: usize = 64 * 1024;
+const CHUNK_BYTES: usize = 64 * 1024;
 
-/// See the module's documentation.
+/// A body of known length, returned in chunks of [`CHUNK_BYTES`].
 #[derive(Debug)]
-pub(super) struct Pieces {
+pub(super) struct ChunkedBody {
     left: Bytes,
-    /// The next piece comes with the next turn.
-    rests: bool,
+    /// The next poll yields to other tasks instead of returning a chunk.
+    yields: bool,
 }
 
-// === impl Pieces ===
+// === impl ChunkedBody ===
 
-impl Pieces {
-    pub(super) fn new(text: String) -> Pieces {
-        Pieces { left: text.into(), rests: false }
+impl ChunkedBody {
+    pub(super) fn new(text: String) -> ChunkedBody {
+        ChunkedBody { left: text.into(), yields: false }
     }
 }
 
-impl Body for Pieces {
+impl Body for ChunkedBody {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -38,12 +38,12 @@ impl Body for Pieces {
         if self.left.is_empty() {
             return Poll::Ready(None);
         }
-        if std::mem::take(&mut self.rests) {
+        if std::mem::take(&mut self.yields) {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        self.rests = true;
-        let length = self.left.len().min(PIECE);
+        self.yields = true;
+        let length = self.left.len().min(CHUNK_BYTES);
         Poll::Ready(Some(Ok(Frame::data(self.left.split_to(length)))))
     }
 
@@ -62,19 +62,19 @@ mod tests {
     use std::task::Waker;
 
     #[test]
-    fn a_long_answer_comes_whole_and_leaves_turns_in_between() {
-        let text: String = ('a'..='z').cycle().take(PIECE * 2 + 7).collect();
-        let mut body = Pieces::new(text.clone());
+    fn long_body_is_complete_and_yields_between_chunks() {
+        let text: String = ('a'..='z').cycle().take(CHUNK_BYTES * 2 + 7).collect();
+        let mut body = ChunkedBody::new(text.clone());
         assert_eq!(body.size_hint().exact(), Some(text.len() as u64));
-        let (mut got, mut turns) = (Vec::new(), 0);
+        let (mut got, mut yields) = (Vec::new(), 0);
         loop {
             match Pin::new(&mut body).poll_frame(&mut Context::from_waker(Waker::noop())) {
                 Poll::Ready(None) => break,
                 Poll::Ready(Some(Ok(frame))) => got.extend_from_slice(&frame.into_data().unwrap()),
                 Poll::Ready(Some(Err(never))) => match never {},
-                Poll::Pending => turns += 1,
+                Poll::Pending => yields += 1,
             }
         }
-        assert_eq!((got, turns), (text.into_bytes(), 2));
+        assert_eq!((got, yields), (text.into_bytes(), 2));
     }
 }

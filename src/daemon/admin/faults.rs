@@ -1,8 +1,8 @@
-//! Ordering faults, for tests: `POST /debug/fault/{place}/{worker}/{millis}`.
+//! Fault injection for tests: `POST /debug/fault/{place}/{worker}/{millis}`.
 //!
 //! Mounted by `routes` in builds with debug assertions, if the environment has
-//! `TIDEGATE_FAULTS=1`; a release build does not have it. The places are those of
-//! `dataplane::fault_points`, `control`, and `stall`.
+//! `TIDEGATE_FAULTS=1`. A release build does not contain it. A place is a name of
+//! `dataplane::fault_points`, `control` or `stall`.
 
 use super::AdminRequest;
 use super::routes::{ApiState, ErrorResponse, answer};
@@ -13,7 +13,7 @@ use axum::routing::post;
 use hyper::StatusCode;
 use std::sync::Arc;
 
-/// The router, with the endpoint if the environment asks for it.
+/// Adds the endpoint if the environment enables it.
 pub(super) fn mount(router: Router<Arc<ApiState>>) -> Router<Arc<ApiState>> {
     match std::env::var_os("TIDEGATE_FAULTS").is_some_and(|value| value == "1") {
         true => router.route("/debug/fault/{place}/{worker}/{millis}", post(fault)),

@@ -1,24 +1,23 @@
 //! The admin API: HTTP/1.1 over a Unix socket or TCP.
 //!
-//! `daemon` binds it, serves it on the control thread and answers its
-//! [`AdminRequest`]s from the control loop; operators, Prometheus and the command
-//! line's client call it. It never touches the data path: it knows what the
-//! control loop tells it and two shared atomics.
+//! Bound by `daemon` and served on the control thread. The control loop answers its
+//! [`AdminRequest`]s. Operators, Prometheus and the command line call it. It never
+//! touches the data path: its facts come from the control loop and from [`ReadyState`].
 //!
 //! | request | answer |
 //! |---|---|
-//! | `GET /live` | 200 while the API answers at all |
-//! | `GET /ready` | 200 when serving, 503 while starting or draining, while a worker is stalled, or while a pool waits for its first verdict |
+//! | `GET /live` | 200 while the API answers |
+//! | `GET /ready` | 200 while serving; 503 while starting or draining, while a worker is stalled, or while a pool waits for its first health result |
 //! | `GET /metrics` | Prometheus text 0.0.4 ([`metrics`]) |
 //! | `GET /v1/status` | JSON ([`status`]) |
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 409 while draining; 422 with `problems` |
 //! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
-//! | `POST /v1/upgrade` | 200 `{pid, version, generation}`; 409 when it cannot be tried; 422 when the new process did not serve |
+//! | `POST /v1/upgrade` | 200 `{pid, version, generation}`; 409 if it was rejected; 422 if the new process did not get to serving |
 //! | `GET /v1/pools/{pool}/backends/{name}/explain` | JSON ([`explain`]); 404 |
 //! | `POST /v1/shutdown` | 200 `{state: "draining"}` |
 //!
 //! Names in paths are percent-decoded (`%2F` for the `/` of a Unix backend).
-//! Errors are `{"error", "detail"}`. Bodies are read, bounded and ignored.
+//! Errors are `{"error", "detail"}`. Request bodies are read up to a limit and ignored.
 
 mod bind;
 mod body;
@@ -56,17 +55,17 @@ use tidegate_core::control::OperatorError;
 use tidegate_core::health::Intent;
 use tokio::sync::oneshot;
 
-/// What the API asks of the control loop. A reply may find no receiver: the client
-/// left, or its 5 s are over. What was asked for stays done.
+/// A request of the API to the control loop. The receiver of the reply can be gone, if
+/// the client disconnected or the timeout passed. The request takes effect all the same.
 #[derive(Debug)]
 pub enum AdminRequest {
-    /// The text of [`status::render`].
+    /// Returns the text of [`status::render`].
     Status(oneshot::Sender<String>),
-    /// The text of [`metrics::render`].
+    /// Returns the text of [`metrics::render`].
     Metrics(oneshot::Sender<String>),
-    /// Read the configuration again and put it in force.
+    /// Reloads the configuration file.
     Reload(oneshot::Sender<Result<ReloadDoc, ReloadError>>),
-    /// The text of [`explain::render`].
+    /// Returns the text of [`explain::render`].
     Explain {
         /// Pool name.
         pool: String,
@@ -75,7 +74,7 @@ pub enum AdminRequest {
         /// The explanation.
         reply: oneshot::Sender<Result<String, OperatorError>>,
     },
-    /// Change an operator's intent for one backend.
+    /// Sets the operator's intent for one backend.
     SetIntent {
         /// Pool name.
         pool: String,
@@ -83,69 +82,69 @@ pub enum AdminRequest {
         backend: String,
         /// The new intent.
         intent: Intent,
-        /// Whether it was done.
+        /// An error if there is no such backend.
         reply: oneshot::Sender<Result<(), OperatorError>>,
     },
-    /// Hand everything over to a new process of the program; answered once that serves
-    /// or has failed.
+    /// Upgrades to a new process. The reply comes once the new process serves or has
+    /// failed.
     Upgrade {
-        /// Start this program instead of the one this process was started from.
+        /// The program to start, if it differs from the one this process was started from.
         binary: Option<PathBuf>,
-        /// Start it with this configuration file.
+        /// The configuration file, if it differs from this process's.
         config: Option<PathBuf>,
-        /// The connection over which it was asked for: it shows which user asks.
+        /// The Unix connection of the request, which identifies the requesting user.
         asked_over: Option<Arc<OwnedFd>>,
-        /// The new process, or why there is none.
+        /// The new process, or why the upgrade did not take place.
         reply: oneshot::Sender<Result<UpgradeDoc, UpgradeError>>,
     },
-    /// Cause a fault; answered whether there is such a fault. For tests.
+    /// Injects a fault. For tests.
     #[cfg(debug_assertions)]
     Fault {
-        /// What, or where.
+        /// Name of the fault or of its location.
         place: String,
         /// Number of the worker.
         worker: usize,
-        /// For how long.
+        /// Duration of the fault, in ms.
         millis: u64,
-        /// Whether it was ordered.
+        /// False if there is no such fault or worker.
         reply: oneshot::Sender<bool>,
     },
-    /// Drain and exit; answered once draining has begun.
+    /// Drains and exits. The reply comes once draining has begun.
     Shutdown(oneshot::Sender<()>),
 }
 
-/// This process serves as before; why, in words.
+/// Why an upgrade did not take place. This process continues to serve.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UpgradeError {
-    /// It was not tried.
+    /// The upgrade was rejected before a process was started.
     Refused(String),
-    /// The new process did not serve.
+    /// The new process did not get to serving.
     Failed(String),
 }
 
-/// A file was refused, or not even read; what was in force stays.
+/// Why a reload was rejected. The configuration in force stays.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReloadError {
-    /// Everything wrong with it.
+    /// All problems of the file.
     Problems(Vec<ProblemDoc>),
-    /// Why no file is read now, in words.
+    /// Why no file can be read now.
     NotNow(&'static str),
 }
 
-/// Requests that may wait for the control loop; more wait in their connections,
-/// which are bounded as well.
+/// Cap on requests waiting for the control loop. Further requests wait in their
+/// connections, which have a cap too.
 pub const REQUESTS_MAX: usize = 32;
 
-/// What `/ready` says, known without the control loop. Clones share it.
+/// The state that `/ready` reports without asking the control loop. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct ReadyState(Arc<ReadyFlags>);
 
 #[derive(Debug, Default)]
 struct ReadyFlags {
     state: AtomicU8,
-    /// One more than the number of a stalled worker; 0 for none.
+    /// Number of a stalled worker plus 1; 0 if no worker is stalled.
     stalled: AtomicUsize,
-    /// Pools in which no backend serves before a first verdict.
+    /// Pools without an eligible backend that wait for a first health result.
     undecided: AtomicUsize,
 }
 
@@ -156,55 +155,55 @@ const DRAINING: u8 = 2;
 // === impl ReadyState ===
 
 impl ReadyState {
-    /// Starting: not ready yet.
+    /// Returns the state of a starting process.
     pub fn new() -> ReadyState {
         ReadyState::default()
     }
 
-    /// Listeners are bound and a table is published. Without effect once
-    /// draining.
+    /// Sets the state to serving: listeners are bound and a table is published. Has no
+    /// effect while draining.
     pub fn set_ready(&self) {
-        // A drain asked for during start-up must not be undone.
+        // A drain that was requested during the start must not be undone.
         let (from, to) = (STARTING, READY);
         let _ = self.0.state.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed);
     }
 
-    /// The process was told to stop.
+    /// Sets the state to draining.
     pub fn set_draining(&self) {
         self.0.state.store(DRAINING, Ordering::Relaxed);
     }
 
-    /// The new process of an upgrade has ended: ready as before.
+    /// Sets the state to serving again after the new process of an upgrade has exited.
     pub fn set_ready_again(&self) {
         self.0.state.store(READY, Ordering::Relaxed);
     }
 
-    /// That worker makes no progress: clients that connect to it wait.
+    /// Sets or clears the stalled worker. Clients of a stalled worker wait.
     pub fn set_stalled(&self, worker: Option<usize>) {
         self.0.stalled.store(worker.map_or(0, |worker| worker + 1), Ordering::Relaxed);
     }
 
-    /// A worker that makes no progress.
+    /// Returns the number of a stalled worker.
     pub fn stalled(&self) -> Option<usize> {
         self.0.stalled.load(Ordering::Relaxed).checked_sub(1)
     }
 
-    /// So many pools have no backend to serve before a first verdict.
+    /// Sets the number of pools that wait for a first health result.
     pub fn set_undecided(&self, pools: usize) {
         self.0.undecided.store(pools, Ordering::Relaxed);
     }
 
-    /// Pools in which no backend serves before a first verdict.
+    /// Returns the number of pools that wait for a first health result.
     pub fn undecided(&self) -> usize {
         self.0.undecided.load(Ordering::Relaxed)
     }
 
-    /// True between [`ReadyState::set_ready`] and [`ReadyState::set_draining`].
+    /// Returns true between [`ReadyState::set_ready`] and [`ReadyState::set_draining`].
     pub fn is_ready(&self) -> bool {
         self.0.state.load(Ordering::Relaxed) == READY
     }
 
-    /// Where the process is in its life.
+    /// Returns the state of the process.
     pub fn state(&self) -> ServiceState {
         match self.0.state.load(Ordering::Relaxed) {
             STARTING => ServiceState::Starting,

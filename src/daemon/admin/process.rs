@@ -1,31 +1,31 @@
-//! The kernel's facts about this process: descriptors, memory, processor time.
+//! Kernel statistics of this process: descriptors, memory, CPU time.
 //!
-//! Read by `rendering` for each metrics text, from `/proc/self` (proc(5)). What cannot be
-//! read is left out, never guessed.
+//! Read by `rendering` from `/proc/self` (proc(5)) for each metrics text. A value that
+//! cannot be read is `None`, never an estimate.
 
 use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// A link for each open descriptor (proc(5)).
+/// Contains one link per open descriptor (proc(5)).
 const OPEN_FDS: &str = "/proc/self/fd";
 
-/// See the fields; `None` where `/proc` does not tell.
+/// Statistics of the process; `None` if the kernel does not provide the value.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct ProcessFacts {
     /// Open descriptors.
     pub open_fds: Option<u64>,
-    /// Soft limit on those.
+    /// Soft limit on open descriptors.
     pub max_fds: Option<u64>,
-    /// Memory in RAM, in bytes.
+    /// Resident memory, in bytes.
     pub resident_bytes: Option<u64>,
-    /// User and system time of all threads.
+    /// User and system CPU time of all threads.
     pub cpu: Option<Duration>,
-    /// When the process started, since 1970.
+    /// Start time, since 1970-01-01 UTC.
     pub started: Option<Duration>,
 }
 
 impl ProcessFacts {
-    /// Reads them now. `started` is the start of the process, which the caller noted.
+    /// Reads all values. `started` is the start time of the process, recorded by the caller.
     pub fn read(started: SystemTime) -> ProcessFacts {
         let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
         ProcessFacts {
@@ -40,20 +40,20 @@ impl ProcessFacts {
     }
 }
 
-/// How many descriptors are open. Since Linux 6.2 that is the size of a directory
-/// (`proc_readfd_count` in the kernel). Before, the directory must be listed: half
-/// a millisecond for each thousand, which a worker on the same CPU has to wait for.
+/// Returns the number of open descriptors. Since Linux 6.2 it is the size of the
+/// directory (`proc_readfd_count` in the kernel). Older kernels need a listing, which
+/// takes 0.5 ms per 1,000 descriptors and delays a worker on the same CPU.
 fn open_fds() -> Option<u64> {
     let size = fs::metadata(OPEN_FDS).ok()?.len();
     if size > 0 { Some(size) } else { listed_fds() }
 }
 
-/// The listing holds a descriptor itself.
+/// Counts the links, without the descriptor of the listing itself.
 fn listed_fds() -> Option<u64> {
     Some((fs::read_dir(OPEN_FDS).ok()?.count() as u64).saturating_sub(1))
 }
 
-/// `VmRSS:   1234 kB`
+/// Parses the line `VmRSS:   1234 kB` and returns bytes.
 fn resident(status: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -65,20 +65,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_has_descriptors_memory_and_a_start() {
+    fn facts_of_this_process_are_plausible() {
         let before = ProcessFacts::read(tidegate_net::clock::wall());
         let _more: Vec<_> = (0..10).map(|_| fs::File::open("/dev/null").unwrap()).collect();
         let after = ProcessFacts::read(tidegate_net::clock::wall());
-        // Other tests open and close files meanwhile; the order of size holds.
+        // Other tests open and close files at the same time, so the counts are lower bounds.
         assert!(after.open_fds.unwrap() >= 10 && after.open_fds <= after.max_fds);
-        assert!(listed_fds().unwrap() >= 10, "as older kernels tell it");
+        assert!(listed_fds().unwrap() >= 10, "listing, as on older kernels");
         assert!(after.resident_bytes.unwrap() > 100_000);
         assert!(after.cpu >= before.cpu && after.cpu.unwrap() > Duration::ZERO);
         assert!(after.started.unwrap() > Duration::from_secs(1_700_000_000));
     }
 
     #[test]
-    fn strange_text_gives_no_memory_instead_of_a_wrong_one() {
+    fn unparsable_status_gives_no_memory_value() {
         assert_eq!(resident(""), None);
         assert_eq!(resident("VmRSS: x kB"), None);
         assert_eq!(resident("VmRSS: 12"), None);

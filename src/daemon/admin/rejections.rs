@@ -1,6 +1,6 @@
-//! Rejected heartbeats as status and explain show them.
+//! Formats rejected heartbeats for status and explain.
 //!
-//! Pure; used by the renderers of both.
+//! Called by the renderers of both. Pure.
 
 use super::status::{millis, thousandths};
 use std::collections::HashMap;
@@ -8,10 +8,10 @@ use std::time::Instant;
 use tidegate_api::status::RejectedDoc;
 use tidegate_core::suspicion::rejections::Rejection;
 
-/// Senders that status lists; the rest is in the metrics, by reason.
+/// Cap on senders that status lists. The metrics count all rejections by reason.
 pub(super) const SHOWN_MAX: usize = 64;
 
-/// The rejections in the name of each backend.
+/// The rejection to show for each pool and backend name.
 pub(super) struct ByBackend<'a>(HashMap<(&'a str, &'a str), &'a Rejection>);
 
 pub(super) fn rejected(rejection: &Rejection, now: Instant) -> RejectedDoc {
@@ -31,7 +31,7 @@ pub(super) fn rejected(rejection: &Rejection, now: Instant) -> RejectedDoc {
     }
 }
 
-/// Of two about one backend, the one to show: signed ones first, then newer ones.
+/// Returns the rejection to show of two for one backend: signed before unsigned, then the newer.
 pub(super) fn preferred<'a>(one: &'a Rejection, other: &'a Rejection) -> &'a Rejection {
     std::cmp::max_by_key(one, other, |rejection| (rejection.signed, rejection.at))
 }

@@ -1,9 +1,9 @@
-//! The admin API's endpoints: each asks the control loop and shapes its answer.
+//! The endpoints of the admin API. Each asks the control loop and formats the answer.
 //!
-//! Mounted by `serve`, behind `guard`. Handlers hold no state and never wait
-//! for the control loop longer than [`ANSWER_MAX`].
+//! Mounted by `serve`, behind `guard`. Handlers hold no state. They wait for the control
+//! loop at most [`ANSWER_MAX`], a reload [`RELOAD_MAX`], an upgrade longer.
 
-use super::body::Pieces;
+use super::body::ChunkedBody;
 use super::guard::{Transport, guard};
 use super::upgrade::upgrade;
 use super::{AdminRequest, ProblemDoc, ReadyState, ReloadError, TokenStore};
@@ -25,7 +25,7 @@ use tidegate_core::control::OperatorError;
 use tidegate_core::health::Intent;
 use tokio::sync::{mpsc, oneshot};
 
-/// What every request can reach.
+/// State shared by all requests.
 #[derive(Debug)]
 pub(super) struct ApiState {
     pub(super) entrance: Transport,
@@ -34,24 +34,24 @@ pub(super) struct ApiState {
     pub(super) readiness: ReadyState,
 }
 
-/// An answer that is an error.
+/// An error answer: status code and document.
 #[derive(Debug)]
 pub(super) struct ErrorResponse {
     status: StatusCode,
     document: ErrorDoc,
 }
 
-/// A control loop that takes longer is stuck; a client's own timeout would tell
-/// it less than our 503.
+/// Timeout for an answer of the control loop. A client learns more from a 503 than from
+/// its own timeout.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
 
-/// The same for a reload, which may wait for the writer of a file.
+/// Timeout for a reload, which can wait until a program has finished writing a file.
 const RELOAD_MAX: Duration = Duration::from_secs(12);
 
 const TEXT_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub(super) const JSON: &str = "application/json";
 
-/// Every endpoint behind the guard.
+/// Returns the router of all endpoints, behind the guard.
 pub(super) fn router(api: Arc<ApiState>) -> Router {
     let router = Router::new();
     #[cfg(debug_assertions)]
@@ -171,9 +171,9 @@ async fn set_intent(
     }
 }
 
-/// Pool and backend of a path.
+/// Returns pool and backend of a path.
 fn names(named: BackendPath, uri: &Uri) -> Result<(String, String), ErrorResponse> {
-    // Not UTF-8 once decoded: no name is like that.
+    // The decoded path is not UTF-8, so it matches no name.
     named.map(|Path(names)| names).map_err(|_| not_found(uri))
 }
 
@@ -205,7 +205,7 @@ pub(super) fn answer(content_type: &'static str, body: String) -> Response {
 }
 
 fn long_answer(content_type: &'static str, body: String) -> Response {
-    ([(CONTENT_TYPE, content_type)], Body::new(Pieces::new(body))).into_response()
+    ([(CONTENT_TYPE, content_type)], Body::new(ChunkedBody::new(body))).into_response()
 }
 
 pub(super) fn text(body: &impl Serialize) -> String {
@@ -223,7 +223,7 @@ impl ApiState {
         self.ask_within(ANSWER_MAX, make).await
     }
 
-    /// The same for what takes its time.
+    /// Like [`ApiState::ask`], with another timeout.
     pub(super) async fn ask_within<T>(
         &self,
         limit: Duration,

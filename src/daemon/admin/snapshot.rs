@@ -1,8 +1,8 @@
-//! Everything that status and metrics are rendered from, except the latencies.
+//! The input of the status and metrics renderers, except the latencies.
 //!
-//! Filled in by the control loop, taken to another thread and read there by the pure
-//! renderers. It holds no locks: workers keep counting during a rendering, so its sums
-//! may differ by what happened in that time.
+//! Filled by the control loop and moved to another thread, where the renderers read it.
+//! It holds no locks. Workers keep counting during a rendering, so sums of one document
+//! can differ by the events of that time.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use tidegate_core::suspicion::rejections::Rejection;
 use tidegate_net::budget::MemoryBudget;
 use tidegate_net::confinement::SandboxReport;
 
-/// One moment of the whole process.
+/// The state of the whole process at one moment.
 #[derive(Debug)]
 pub struct AdminSnapshot {
     /// Frontends, pools, backends.
@@ -29,15 +29,15 @@ pub struct AdminSnapshot {
     pub engine: &'static str,
     /// Why that engine.
     pub engine_reason: String,
-    /// Now; ages in status are counted from here.
+    /// The time of the snapshot; ages are relative to it.
     pub now: Instant,
-    /// Since the process started.
+    /// Time since the process started.
     pub uptime: Duration,
     /// `Serving` or `Draining`.
     pub state: ServiceState,
     /// Reloads since the start, by result.
     pub reloads: ReloadCounts,
-    /// Changes of backends that the log left out.
+    /// Backend state changes not logged because of the rate limit.
     pub transitions_unlogged: u64,
     /// Upgrades in place, by result.
     pub upgrades: UpgradeCounts,
@@ -47,19 +47,19 @@ pub struct AdminSnapshot {
     pub connections_active: u32,
     /// Cap on those.
     pub connections_max: u32,
-    /// Queued clients, by pool; pools without any are left out.
+    /// Queued clients by pool, without pools whose queue is empty.
     pub queued: HashMap<Arc<str>, usize>,
-    /// What sessions' buffers take.
+    /// Memory used by session buffers.
     pub buffers: Arc<MemoryBudget>,
-    /// Times bytes were left with the kernel because those were full.
+    /// Reads postponed because the cap on buffer memory was reached.
     pub buffers_refused: u64,
-    /// Times operators' intents could not be written to the state directory.
+    /// Failed writes of operator intents to the state directory.
     pub state_unwritten: u64,
-    /// Settings that were accepted and wait for a restart, in words.
+    /// Accepted settings that take effect after a restart, one sentence each.
     pub warnings: Vec<String>,
-    /// What runs short on this host, in words.
+    /// Resources of this host that are nearly used up, one sentence each.
     pub troubles: Vec<String>,
-    /// Admin connections closed to make room for newer ones.
+    /// Idle admin connections closed to accept newer ones.
     pub admin_crowded: u64,
     /// The layers of the sandbox.
     pub confinement: SandboxReport,
@@ -67,56 +67,56 @@ pub struct AdminSnapshot {
     pub control_counts: Arc<WorkerCounters>,
     /// Lines of the program's log that were dropped.
     pub log_dropped: u64,
-    /// Local ports in use.
+    /// Usage of local ports.
     pub ports: Arc<PortWatch>,
-    /// What the kernel has of those.
+    /// Number of local ports that the kernel provides.
     pub port_limits: PortLimits,
-    /// What the receiver of heartbeats has counted.
+    /// Counts of the heartbeat receiver.
     pub heartbeats: HeartbeatCounts,
-    /// With more backends than that the metrics have no series of each.
+    /// Cap on backends with metrics of their own. Above it no backend has its own series.
     pub backend_metrics_max: usize,
 }
 
-/// What the receiver of heartbeats has counted; all zero where there is none.
+/// Counts of the heartbeat receiver; all zero if there is no receiver.
 #[derive(Debug, Clone, Default)]
 pub struct HeartbeatCounts {
-    /// Where it listens.
+    /// Addresses it listens on.
     pub listen: Vec<SocketAddr>,
-    /// Datagrams believed.
+    /// Accepted datagrams.
     pub accepted: u64,
-    /// Datagrams refused, by reason.
+    /// Rejected datagrams, by reason.
     pub rejected: Vec<(&'static str, u64)>,
-    /// Datagrams the kernel dropped because the socket's buffer was full.
+    /// Datagrams that the kernel dropped because the receive buffer was full.
     pub kernel_drops: u64,
-    /// Senders whose heartbeats were refused, the last first.
+    /// Senders with rejected heartbeats, latest rejection first.
     pub rejections: Vec<Rejection>,
 }
 
-/// How reloads ended.
+/// Reloads by result.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ReloadCounts {
-    /// A new generation is in force.
+    /// A new generation took effect.
     pub changed: u64,
-    /// The file said nothing new.
+    /// The file was unchanged.
     pub unchanged: u64,
-    /// The file was bad, or a listener could not be bound.
+    /// The file was rejected, or a listener could not be bound.
     pub refused: u64,
 }
 
-/// How upgrades in place ended, those of the processes before included.
+/// Upgrades in place by result, including those of old processes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct UpgradeCounts {
-    /// Another process took over.
+    /// A new process took over.
     pub done: u64,
-    /// The new process did not get as far as serving.
+    /// The new process did not get to serving.
     pub failed: u64,
-    /// It was not tried.
+    /// The upgrade was rejected before a process was started.
     pub refused: u64,
 }
 
 #[cfg(test)]
 impl AdminSnapshot {
-    /// A serving process about which there is nothing else to say.
+    /// Returns the snapshot of a serving process with default values.
     pub(super) fn plain(control: ControlStatus, now: Instant) -> AdminSnapshot {
         use tidegate_core::control::source_ports::Reuse;
         AdminSnapshot {

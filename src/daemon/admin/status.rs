@@ -1,4 +1,4 @@
-//! `/v1/status`: the whole balancer as one document.
+//! Renders `/v1/status`: the state of the whole process as one document.
 //!
 //! Called by `rendering` with an [`AdminSnapshot`]. Pure: it reads no clock and does no
 //! I/O.
@@ -24,15 +24,15 @@ use tidegate_core::suspicion::rejections::Rejection;
 use tidegate_core::table::state::{BackendState, FrontendCounters};
 use tidegate_net::confinement::SandboxLayer;
 
-/// The text of `/v1/status`.
+/// Returns the text of `/v1/status`.
 pub fn render(snapshot: &AdminSnapshot, latency: &MergedHistograms) -> String {
     serde_json::to_string(&document(snapshot, latency)).expect("plain data always serialises")
 }
 
 fn document(snapshot: &AdminSnapshot, latency: &MergedHistograms) -> StatusDoc {
     let (control, workers) = (&snapshot.control, &snapshot.workers);
-    let unfit = control.heartbeat.iter().flat_map(|status| &status.rejections);
-    let rejections = ByBackend::new(snapshot.heartbeats.rejections.iter().chain(unfit));
+    let by_controller = control.heartbeat.iter().flat_map(|status| &status.rejections);
+    let rejections = ByBackend::new(snapshot.heartbeats.rejections.iter().chain(by_controller));
     let panics = workers.iter().flat_map(|worker| {
         PanicScope::ALL.map(|ended| worker.panics.cell(ended as usize, 0).get())
     });
@@ -186,20 +186,20 @@ fn backend_heartbeat(
     {
         return None;
     }
-    let heart = status.heartbeats.as_ref();
+    let sender = status.heartbeats.as_ref();
     Some(BackendHeartbeatDoc {
         pulse: status.heartbeat_health.name().into(),
-        sender_state: heart.map(|_| status.requested.name().into()),
-        silent_seconds: heart.and_then(|heart| heart.reading.silence).map(millis),
-        timeout_seconds: heart.map(|heart| thousandths(heart.reading.timeout.as_secs_f64())),
-        loss: heart.map(|heart| thousandths(heart.reading.loss)),
-        load: heart.map(|heart| heart.load),
-        held: heart.and_then(|heart| heart.reading.held.clone()),
+        sender_state: sender.map(|_| status.requested.name().into()),
+        silent_seconds: sender.and_then(|sender| sender.reading.silence).map(millis),
+        timeout_seconds: sender.map(|sender| thousandths(sender.reading.timeout.as_secs_f64())),
+        loss: sender.map(|sender| thousandths(sender.reading.loss)),
+        load: sender.map(|sender| sender.load),
+        held: sender.and_then(|sender| sender.reading.held.clone()),
         rejected,
     })
 }
 
-/// No reader needs such a figure to the last digit.
+/// Rounds to three decimals.
 pub(super) fn thousandths(value: f64) -> f64 {
     (value * 1e3).round() / 1e3
 }
@@ -229,7 +229,7 @@ fn leaving(state: &BackendState) -> RemovedBackendDoc {
     }
 }
 
-/// No reader needs a time to the nanosecond.
+/// Returns seconds, rounded down to the millisecond.
 pub(super) fn millis(time: Duration) -> f64 {
     time.as_millis() as f64 / 1e3
 }
@@ -285,12 +285,12 @@ mod tests {
         let text = render(&snapshot, &latency);
         let read: StatusDoc = serde_json::from_str(&text).expect("clients read it");
         assert_eq!(read, document(&snapshot, &latency));
-        // Broken at objects, so that a change shows as a line.
+        // A line break before each object makes a difference readable.
         expected.assert_eq(&text.replace("{\"", "\n{\"").replace(",\"pools", "\n,\"pools"));
     }
 
     #[test]
-    fn the_document_has_exactly_the_documented_fields() {
+    fn status_has_exactly_the_documented_fields() {
         let now = clock::now();
         let frontend = FrontendState::new(FrontendId(0), "web".into(), 1, RefusedReason::COUNT);
         frontend.counters.of(0).refused.cell(RefusedReason::QueueTimeout as usize, 0).add(2);
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn what_never_happened_is_null() {
+    fn missing_measurements_are_null() {
         let now = clock::now();
         let fresh = BackendStatus { last_transition: None, ..backend(7, "a", now) };
         let document = super::backend(&fresh, None, &MergedHistograms::new(), now);

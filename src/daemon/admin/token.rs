@@ -1,7 +1,7 @@
-//! The bearer token that admin requests over TCP carry.
+//! The bearer token of admin requests over TCP.
 //!
-//! Read from its file at start and on reload, compared in constant time. It is
-//! never logged, never shown by `Debug`, and overwritten when it is dropped.
+//! Loaded from its file at start and on reload, and checked by `guard` in constant time.
+//! It is never logged, never shown by `Debug`, and overwritten when it is dropped.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -14,14 +14,14 @@ use zeroize::Zeroizing;
 /// A secret of at least 16 visible ASCII characters.
 pub struct Token(Zeroizing<Box<[u8]>>);
 
-/// The token in force, replaced on reload; shared with the running API.
+/// The token in force. It is shared with the running API and replaced on reload.
 #[derive(Debug, Default)]
 pub struct TokenStore(ArcSwapOption<Token>);
 
-/// Why a token file was refused.
+/// Why a token file was rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
-    /// It cannot be read, or others could.
+    /// It cannot be read, or other users can read or write it.
     #[error("the token file {} {why}", path.display())]
     File {
         /// Which.
@@ -40,13 +40,13 @@ pub enum TokenError {
     },
 }
 
-/// Shorter ones can be guessed.
+/// Lower limit: shorter tokens can be guessed.
 const TOKEN_MIN: usize = 16;
 
-/// Longer ones are no token but the wrong file.
+/// Upper limit: a longer text suggests the wrong file.
 const TOKEN_MAX: usize = 1024;
 
-/// A token and white space around it.
+/// Upper limit on the file: a token and the white space around it.
 const FILE_BYTES_MAX: usize = 4096;
 
 // === impl Token ===
@@ -57,7 +57,7 @@ impl Token {
     /// # Errors
     /// See [`TokenError`].
     pub fn load(path: &Path) -> Result<Token, TokenError> {
-        // A group may share it: Prometheus's, say.
+        // The group can read it, for example the group of Prometheus.
         let text = match secret_file::read(path, Openness::OwnerAndGroup, FILE_BYTES_MAX) {
             Ok(text) => text,
             Err(SecretFileError::TooLarge(_)) => {
@@ -68,7 +68,7 @@ impl Token {
         Token::new(&text).ok_or_else(|| TokenError::Unfit { path: path.to_owned() })
     }
 
-    /// `None` unless the trimmed text is a fit token.
+    /// Returns `None` if the trimmed text is not a valid token.
     pub fn new(text: &[u8]) -> Option<Token> {
         let text = text.trim_ascii();
         let fit = (TOKEN_MIN..=TOKEN_MAX).contains(&text.len())
@@ -76,10 +76,10 @@ impl Token {
         fit.then(|| Token(Zeroizing::new(text.into())))
     }
 
-    /// Compares in a time that depends on the lengths alone.
+    /// Compares in a time that depends only on the lengths.
     pub fn matches(&self, candidate: &[u8]) -> bool {
         let differing = self.0.iter().zip(candidate).fold(0, |sum, (a, b)| sum | (a ^ b));
-        // Keeps the optimiser from leaving the loop at the first difference.
+        // `black_box` keeps the optimiser from leaving the loop at the first difference.
         let differing = std::hint::black_box(differing);
         self.0.len() == candidate.len() && differing == 0
     }
@@ -94,17 +94,17 @@ impl fmt::Debug for Token {
 // === impl TokenStore ===
 
 impl TokenStore {
-    /// With no token every POST over TCP is refused.
+    /// Without a token every POST over TCP is rejected.
     pub fn new(token: Option<Token>) -> TokenStore {
         TokenStore(ArcSwapOption::new(token.map(Arc::new)))
     }
 
-    /// Replaces the token for all requests from now on.
+    /// Replaces the token for all later requests.
     pub fn set(&self, token: Option<Token>) {
         self.0.store(token.map(Arc::new));
     }
 
-    /// The token in force.
+    /// Returns the token in force.
     pub fn get(&self) -> Option<Arc<Token>> {
         self.0.load_full()
     }
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_trimmed_and_matches_only_itself() {
+    fn token_is_trimmed_and_matches_only_itself() {
         let token = load(b"  0123456789abcdef\r\n", 0o640).unwrap();
         assert!(token.matches(b"0123456789abcdef"));
         for other in [&b"0123456789abcdeF"[..], b"0123456789abcde", b"0123456789abcdef0", b""] {
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn short_long_or_strange_tokens_are_unfit() {
+    fn short_long_and_non_ascii_tokens_are_rejected() {
         let long = vec![b'x'; TOKEN_MAX + 1];
         let tail = [&b"0123456789abcdef"[..], &[b' '; 5000], b"x"].concat();
         let strange = [0xC3; 20];
@@ -142,12 +142,12 @@ mod tests {
     }
 
     #[test]
-    fn a_file_everyone_may_read_or_write_is_refused() {
+    fn file_open_to_other_users_is_rejected() {
         for mode in [0o644, 0o602, 0o666] {
             assert!(matches!(
                 load(b"0123456789abcdef", mode),
-                Err(TokenError::File { why: SecretFileError::Open { mode: told, .. }, .. })
-                    if told == mode
+                Err(TokenError::File { why: SecretFileError::Open { mode: got, .. }, .. })
+                    if got == mode
             ));
         }
         let missing = Token::load(Path::new("/no/such/token"));

@@ -1,8 +1,8 @@
-//! `POST /v1/upgrade`: what may be asked for, and how the answer looks.
+//! `POST /v1/upgrade`: checks the request and formats the answer.
 //!
-//! Called by `routes`. The query may name another program and another
-//! configuration, but only over the Unix socket: a client with the token over TCP may
-//! operate the balancer, not run programs as its user.
+//! Called by `routes`. The query can name another program and another configuration,
+//! but only over the Unix socket. A TCP client with the token can operate the balancer,
+//! but must not run programs as its user.
 
 use super::guard::Transport;
 use super::routes::{ApiState, ErrorResponse, JSON, answer, text};
@@ -18,8 +18,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Longer than the longest `upgrade_timeout` and the last step after it, and
-/// shorter than a connection's life.
+/// Timeout for the answer: longer than the longest `upgrade_timeout` plus the step after
+/// it, and shorter than the maximum age of an admin connection.
 const UPGRADE_MAX: Duration = Duration::from_secs(58);
 
 #[derive(Debug, Default, PartialEq)]
@@ -54,21 +54,21 @@ pub(super) async fn upgrade(
 
 fn parse_query(query: &str) -> Result<UpgradeQuery, ErrorResponse> {
     let bad = |detail: String| ErrorResponse::new(StatusCode::BAD_REQUEST, "invalid query", detail);
-    let mut wish = UpgradeQuery::default();
+    let mut parsed = UpgradeQuery::default();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         let path = decoded(value).filter(|path| !path.as_os_str().is_empty());
         let path = path.ok_or_else(|| bad(format!("{key} is not a path: {value:?}")))?;
         match key {
-            "binary" => wish.binary = Some(path),
-            "config" => wish.config = Some(path),
+            "binary" => parsed.binary = Some(path),
+            "config" => parsed.config = Some(path),
             _ => return Err(bad(format!("unknown parameter {key:?}; expected binary or config"))),
         }
     }
-    Ok(wish)
+    Ok(parsed)
 }
 
-/// Percent-decoded; any bytes but NUL may be in a path.
+/// Percent-decodes a path. A path can contain any byte except NUL.
 fn decoded(text: &str) -> Option<PathBuf> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_come_percent_decoded_and_whole() {
+    fn paths_are_percent_decoded() {
         let got = parse_query("binary=%2Fopt%2Fa%20b&config=/etc/%C3%A4").unwrap();
         assert_eq!(got.binary, Some("/opt/a b".into()));
         assert_eq!(got.config, Some("/etc/\u{e4}".into()));
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_is_refused() {
+    fn invalid_query_is_rejected() {
         for query in ["binary", "binary=", "binary=%2", "binary=%zz", "config=%00", "program=/x"] {
             assert!(parse_query(query).is_err(), "{query}");
         }
